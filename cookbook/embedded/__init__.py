@@ -1,0 +1,11 @@
+"""The model and the data this package ships, so that every recipe runs without a download.
+
+`tiny-chat` is a small chat model which `cookbook.embedded.pretrain` makes from nothing. `pirate.jsonl` holds
+conversations about the same little world in another dialect, written by `cookbook.embedded.chatter`.
+"""
+
+from pathlib import Path
+
+MODEL_NAME = "cookbook/tiny-chat"
+MODEL_PATH = Path(__file__).parent / "tiny-chat"
+PIRATE_PATH = Path(__file__).parent / "pirate.jsonl"

@@ -1,0 +1,340 @@
+"""The values that cross the training API. None of them needs torch.
+
+Shape suffixes: T tokens of one sequence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+import numpy as np
+
+from cookbook.errors import RequestError
+
+if TYPE_CHECKING:
+    import torch
+
+TensorDtype: TypeAlias = Literal["int64", "float32"]
+StopReason: TypeAlias = Literal["stop", "length"]
+LossFnType: TypeAlias = Literal["cross_entropy", "importance_sampling", "ppo", "cispo", "dro"]
+
+IGNORED_TARGET = -100
+"""A target token that is neither scored nor trained."""
+
+
+# -- sequences of tokens ----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class EncodedTextChunk:
+    """A run of token ids."""
+
+    tokens: Sequence[int]
+    type: Literal["encoded_text"] = "encoded_text"
+
+    @property
+    def length(self) -> int:
+        return len(self.tokens)
+
+
+ModelInputChunk: TypeAlias = EncodedTextChunk
+
+
+@dataclass(frozen=True)
+class ModelInput:
+    """What a model reads: chunks of token ids, in order."""
+
+    chunks: Sequence[ModelInputChunk] = ()
+
+    @classmethod
+    def from_ints(cls, tokens: Sequence[int]) -> ModelInput:
+        return cls(chunks=(EncodedTextChunk(tokens=[int(token) for token in tokens]),))
+
+    @classmethod
+    def empty(cls) -> ModelInput:
+        return cls()
+
+    def to_ints(self) -> list[int]:
+        return [token for chunk in self.chunks for token in chunk.tokens]
+
+    def append(self, chunk: ModelInputChunk) -> ModelInput:
+        return ModelInput(chunks=(*self.chunks, chunk))
+
+    def append_int(self, token: int) -> ModelInput:
+        return self.append(EncodedTextChunk(tokens=[int(token)]))
+
+    @property
+    def length(self) -> int:
+        return sum(chunk.length for chunk in self.chunks)
+
+    def __len__(self) -> int:
+        return self.length
+
+
+# -- tensors ----------------------------------------------------------------------------------
+
+
+class TensorData:
+    """An int64 or float32 array that travels with a request.
+
+    Built from a list, a numpy array or (`from_torch`) a tensor; `dtype` is inferred from the
+    values when not given. Other dtypes are cast to the nearer of the two.
+    """
+
+    __slots__ = ("_array",)
+
+    def __init__(
+        self,
+        data: Sequence[int] | Sequence[float] | np.ndarray,
+        dtype: TensorDtype | None = None,
+        shape: Sequence[int] | None = None,
+    ) -> None:
+        if dtype not in (None, "int64", "float32"):
+            raise RequestError(f"TensorData of dtype {dtype!r} is not supported. Use 'int64' or 'float32'.")
+        array = np.asarray(data)
+        if dtype is None:
+            dtype = "int64" if array.dtype.kind in "iub" and array.size else "float32"
+        try:
+            array = array.astype(dtype, copy=False)
+            self._array = array if shape is None else array.reshape(tuple(shape))
+        except (TypeError, ValueError) as error:
+            raise RequestError(
+                f"TensorData cannot hold this data as {dtype} of shape {shape}: {error}."
+            ) from error
+
+    @classmethod
+    def from_numpy(cls, array: np.ndarray) -> TensorData:
+        return cls(array)
+
+    @classmethod
+    def from_torch(cls, tensor: torch.Tensor) -> TensorData:
+        tensor = tensor.detach().cpu()
+        return cls((tensor.float() if tensor.is_floating_point() else tensor).numpy())
+
+    @property
+    def dtype(self) -> TensorDtype:
+        return "int64" if self._array.dtype == np.int64 else "float32"
+
+    @property
+    def shape(self) -> list[int]:
+        return list(self._array.shape)
+
+    @property
+    def data(self) -> list[int] | list[float]:
+        """The values as one flat list."""
+        return self._array.ravel().tolist()
+
+    def tolist(self) -> list[Any]:
+        return self._array.tolist()
+
+    def to_numpy(self) -> np.ndarray:
+        return self._array
+
+    def to_torch(self) -> torch.Tensor:
+        import torch
+
+        return torch.from_numpy(np.array(self._array))
+
+    def __len__(self) -> int:
+        return len(self._array)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._array.tolist())
+
+    def __getitem__(self, index: int | slice) -> Any:
+        return self._array[index].tolist()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, TensorData) and np.array_equal(self._array, other._array)
+
+    def __repr__(self) -> str:
+        return f"TensorData(dtype={self.dtype!r}, shape={self.shape}, data={self._array.tolist()})"
+
+
+LossFnInput: TypeAlias = "TensorData | ModelInput | np.ndarray | torch.Tensor | Sequence[int] | Sequence[float]"
+LossFnOutput: TypeAlias = Mapping[str, TensorData]
+
+_DTYPE_OF_INPUT: dict[str, TensorDtype] = {
+    "target_tokens": "int64",
+    "weights": "float32",
+    "logprobs": "float32",
+    "advantages": "float32",
+}
+
+
+def _to_tensor_data(name: str, value: LossFnInput) -> TensorData:
+    if isinstance(value, TensorData):
+        return value
+    if isinstance(value, ModelInput):
+        return TensorData(value.to_ints(), dtype="int64")
+    if hasattr(value, "detach"):
+        return TensorData.from_torch(value)  # pyright: ignore[reportArgumentType]
+    return TensorData(value, dtype=_DTYPE_OF_INPUT.get(name))  # type: ignore[arg-type]
+
+
+# -- training ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Datum:
+    """One sequence to train on: what the model reads, and what each position is scored against.
+
+    `loss_fn_inputs["target_tokens"][t]` is the token that position t of `model_input` should
+    predict, so inputs and targets have one length and the caller has already shifted them.
+    Values become `TensorData`. A target of -100 is ignored; without `weights`, every other
+    target counts 1.
+    """
+
+    model_input: ModelInput
+    loss_fn_inputs: Mapping[str, LossFnInput] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        inputs = {name: _to_tensor_data(name, value) for name, value in self.loss_fn_inputs.items()}
+        object.__setattr__(self, "loss_fn_inputs", inputs)
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """The shape of an adapter. `alpha` scales it by alpha / rank."""
+
+    rank: int = 32
+    alpha: float = 32.0
+    seed: int | None = None
+    train_unembed: bool = True
+    train_mlp: bool = True
+    train_attn: bool = True
+
+
+@dataclass(frozen=True)
+class AdamParams:
+    """One step of AdamW. `weight_decay` is decoupled; `grad_clip_norm` of 0 does not clip."""
+
+    learning_rate: float = 1e-4
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-12
+    weight_decay: float = 0.0
+    grad_clip_norm: float = 0.0
+
+
+@dataclass(frozen=True)
+class ForwardBackwardOutput:
+    """What a forward (and backward) pass found.
+
+    `loss_fn_outputs[i]["logprobs"]` has one natural logarithm for each target of datum i.
+    `metrics` are sums over the batch (`loss:sum`, `weights:sum`). `loss` is the weighted mean
+    negative log-likelihood in nats per trained token; for a custom loss, its value.
+    """
+
+    loss: float
+    loss_fn_outputs: list[LossFnOutput]
+    metrics: dict[str, float] = field(default_factory=dict)
+    loss_fn_output_type: str = "TensorData"
+
+
+@dataclass(frozen=True)
+class OptimStepResponse:
+    """`metrics["grad_norm"]` is the global gradient norm before clipping."""
+
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class SaveWeightsResponse:
+    path: str
+
+
+@dataclass(frozen=True)
+class SaveWeightsForSamplerResponse:
+    path: str
+
+
+@dataclass(frozen=True)
+class LoadWeightsResponse:
+    path: str
+
+
+# -- sampling ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How to continue a prompt.
+
+    `stop` (strings or token ids) and `stop_token_ids` add up; with neither, the model's own
+    end-of-sequence tokens stop it. `max_tokens` of None runs to the model's context length,
+    `top_k` of -1 keeps the whole vocabulary, `temperature` of 0 takes the likeliest token.
+    """
+
+    max_tokens: int | None = None
+    seed: int | None = None
+    stop: str | Sequence[str] | Sequence[int] | None = None
+    temperature: float = 1.0
+    top_k: int = -1
+    top_p: float = 1.0
+    stop_token_ids: Sequence[int] | None = None
+
+
+@dataclass(frozen=True)
+class SampledSequence:
+    """One continuation. `tokens` end with the token that stopped it, if one did.
+
+    `logprobs[t]` is the model's own log-probability of `tokens[t]`, before temperature,
+    top-k and top-p.
+    """
+
+    tokens: list[int]
+    logprobs: list[float] | None
+    stop_reason: StopReason
+
+
+@dataclass(frozen=True)
+class SampleResponse:
+    """`prompt_logprobs[0]` is None: nothing precedes the first token."""
+
+    sequences: list[SampledSequence]
+    prompt_logprobs: list[float | None] | None = None
+
+
+# -- information ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ModelData:
+    model_id: str
+    model_name: str
+    lora_rank: int
+    lora_alpha: float
+    arch: str
+    device: str
+    dtype: str
+
+
+@dataclass(frozen=True)
+class GetInfoResponse:
+    model_id: str
+    model_data: ModelData
+    user_metadata: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def model_name(self) -> str:
+        return self.model_data.model_name
+
+    @property
+    def lora_rank(self) -> int:
+        return self.model_data.lora_rank
+
+
+@dataclass(frozen=True)
+class SupportedModel:
+    model_name: str
+
+
+@dataclass(frozen=True)
+class GetServerCapabilitiesResponse:
+    """`supported_models` lists what is on this machine; any hub id or local path works as well."""
+
+    supported_models: list[SupportedModel]
+    devices: list[str]
