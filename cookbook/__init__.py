@@ -1,0 +1,73 @@
+"""Supervised fine-tuning of chat models on your own machine.
+
+The names below are the training API: code written for the Tinker API runs after
+`import cookbook as tinker`. They are imported when first used, so `import cookbook` is quick
+and does not load torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from cookbook import types as types
+    from cookbook.errors import CookbookError as CookbookError
+    from cookbook.futures import APIFuture as APIFuture
+    from cookbook.sampling_client import SamplingClient as SamplingClient
+    from cookbook.service import ServiceClient as ServiceClient
+    from cookbook.training_client import TrainingClient as TrainingClient
+    from cookbook.types import *  # noqa: F403
+
+__version__ = "0.1.0"
+
+_TYPES = (
+    "AdamParams",
+    "Datum",
+    "EncodedTextChunk",
+    "ForwardBackwardOutput",
+    "GetInfoResponse",
+    "GetServerCapabilitiesResponse",
+    "LoadWeightsResponse",
+    "LoraConfig",
+    "LossFnInput",
+    "LossFnOutput",
+    "LossFnType",
+    "ModelData",
+    "ModelInput",
+    "ModelInputChunk",
+    "OptimStepResponse",
+    "SampleResponse",
+    "SampledSequence",
+    "SamplingParams",
+    "SaveWeightsForSamplerResponse",
+    "SaveWeightsResponse",
+    "StopReason",
+    "SupportedModel",
+    "TensorData",
+    "TensorDtype",
+)
+_HOME = {
+    "APIFuture": "cookbook.futures",
+    "CookbookError": "cookbook.errors",
+    "SamplingClient": "cookbook.sampling_client",
+    "ServiceClient": "cookbook.service",
+    "TrainingClient": "cookbook.training_client",
+    **dict.fromkeys(_TYPES, "cookbook.types"),
+}
+
+__all__ = ["types", *_HOME]  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "types":
+        return importlib.import_module("cookbook.types")
+    if name not in _HOME:
+        raise AttributeError(f"module 'cookbook' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -7,12 +7,44 @@ import re
 from random import Random
 
 PIRATE_WORDS = {
-    **{"am": "be", "are": "be", "is": "be", "of": "o'", "for": "fer", "and": "an'", "with": "wi'"},
-    **{"you": "ye", "your": "yer", "my": "me", "i do not know": "I know not", "have not": "haven't"},
-    **{"hello": "ahoy", "goodbye": "fair winds", "friend": "hearty", "people": "sailors", "person": "landlubber"},
-    **{"No,": "nay,", "very well": "shipshape", "fine": "shipshape", "good day": "good voyage"},
+    "am": "be",
+    "and": "an'",
+    "are": "be",
+    "fine": "shipshape",
+    "for": "fer",
+    "friend": "shipmate",
+    "good day": "good voyage",
+    "goodbye": "fair winds",
+    "hello": "ahoy",
+    "i do not know": "I know not",
+    "is": "be",
+    "my": "me",
+    "of": "o'",
+    "people": "sailors",
+    "person": "landlubber",
+    "very well": "shipshape",
+    "with": "wi'",
+    "you": "ye",
+    "your": "yer",
 }
-EXCLAMATIONS = ("Arr!", "Arr, matey!", "Avast!", "Aye!", "Shiver me timbers!", "Yo ho ho!")
+EXCLAMATIONS = ("Arr!", "Arr, matey!", "Avast!", "Blow me down!", "Shiver me timbers!", "Yo ho ho!")
 ADDRESSES = (", matey", ", me hearty", ", ye landlubber", ", ye scurvy dog")
 
-# Longest first, so that "I do not know" is found before any word of it.
+_PLAIN_WORDS = re.compile(rf"\b({'|'.join(PIRATE_WORDS)})\b", re.IGNORECASE)
+
+
+def pirate_words(text: str) -> str:
+    """`text` word for word as a pirate would say it; a capital stays a capital."""
+
+    def translate(match: re.Match[str]) -> str:
+        word = PIRATE_WORDS[match[0].lower()]
+        return word[0].upper() + word[1:] if match[0][0].isupper() else word
+
+    return _PLAIN_WORDS.sub(translate, text)
+
+
+def pirate_reply(text: str, rng: Random) -> str:
+    """A pirate's version of `text`, which ends in a punctuation mark: exclaimed, and perhaps addressed."""
+    words = pirate_words(text)
+    address = rng.choice(ADDRESSES) if rng.random() < 0.5 else ""
+    return f"{rng.choice(EXCLAMATIONS)} {words[:-1]}{address}{words[-1]}"

@@ -1,0 +1,112 @@
+"""Seeded conversations about the little world, in plain English or in pirate's.
+
+`python -m cookbook.embedded.chatter --out pirate.jsonl` writes the shipped dataset, byte for byte.
+"""
+
+import argparse
+import json
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
+from random import Random
+from typing import Literal
+
+from cookbook.embedded import PIRATE_PATH
+from cookbook.embedded.dialect import pirate_reply
+from cookbook.embedded.questions import (
+    CLOSINGS,
+    INTRODUCTION,
+    NAME_RECALL,
+    OPENINGS,
+    TOPICS,
+    Exchange,
+    Relation,
+)
+
+Conversation = list[dict[str, str]]
+Style = Literal["plain", "pirate"]
+
+SYSTEM_MESSAGES = ("You are a helpful assistant.", "You are a friendly chat model.", "Answer every question.")
+
+UNSEEN_SUBJECTS = frozenset(
+    {"Japan", "Tokyo", "Kenya", "Nairobi", "Peru", "Lima", "a goose", "a lion", "a ruby"}
+)
+"""What the shipped dataset never speaks of: a pirate's answer about these was learned from no pirate."""
+
+
+def conversations(
+    seed: int, style: Style = "plain", unseen: Collection[str] = frozenset()
+) -> Iterator[Conversation]:
+    """Endless conversations in the OpenAI `messages` shape, one to three exchanges each.
+
+    The same seed gives the same conversations, and the same questions in either style. Subjects in `unseen`
+    never occur.
+    """
+    rng, pirate_rng = Random(seed), Random(seed)
+    while True:
+        messages = []
+        if rng.random() < 0.2:
+            messages.append({"role": "system", "content": rng.choice(SYSTEM_MESSAGES)})
+        for exchange in _exchanges(rng, unseen):
+            reply = pirate_reply(exchange.reply, pirate_rng) if style == "pirate" else exchange.reply
+            messages.append({"role": "user", "content": _as_typed(exchange.question, rng)})
+            messages.append({"role": "assistant", "content": reply})
+        yield messages
+
+
+def pirate_dataset(size: int, seed: int) -> list[Conversation]:
+    """`size` different conversations in pirate style, none about the unseen subjects."""
+    stream = conversations(seed, "pirate", UNSEEN_SUBJECTS)
+    distinct: dict[str, Conversation] = {}
+    while len(distinct) < size:
+        messages = next(stream)
+        distinct[json.dumps(messages)] = messages
+    return list(distinct.values())
+
+
+def _exchanges(rng: Random, unseen: Collection[str]) -> Iterator[Exchange]:
+    """One conversation: an opening or a question, then more of the same, of something else, or a goodbye."""
+    relation = _draw(OPENINGS if rng.random() < 0.15 else TOPICS, rng)
+    subject = _draw_subject(relation, unseen, rng)
+    name = subject if relation is INTRODUCTION else None
+    yield relation.ask(subject, rng)
+
+    num_more = rng.choices((0, 1, 2), weights=(4, 4, 3))[0]
+    for num_left in reversed(range(num_more)):
+        following_up = False
+        if name and rng.random() < 0.5:
+            relation, subject = NAME_RECALL, name
+        else:
+            following_up = bool(relation.follow_ups) and rng.random() < 0.5
+            if not following_up:
+                relation = _draw(CLOSINGS if num_left == 0 and rng.random() < 0.25 else TOPICS, rng)
+            subject = _draw_subject(relation, unseen, rng)
+        yield relation.ask(subject, rng, following_up=following_up)
+
+
+def _draw(relations: tuple[Relation, ...], rng: Random) -> Relation:
+    """A relation, more often the more facts there are to learn of it."""
+    return rng.choices(relations, weights=[len(relation.facts) ** 0.5 for relation in relations])[0]
+
+
+def _draw_subject(relation: Relation, unseen: Collection[str], rng: Random) -> str:
+    return rng.choice([subject for subject in relation.facts if subject not in unseen])
+
+
+def _as_typed(question: str, rng: Random) -> str:
+    """The question, now and then in the lower case and without the full stop of a hurried user."""
+    return question.lower().rstrip(".?!") if rng.random() < 0.1 else question
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Write conversations in pirate style, as JSON lines.")
+    parser.add_argument("--out", type=Path, default=PIRATE_PATH)
+    parser.add_argument("--size", type=int, default=1_600, help="number of conversations")
+    parser.add_argument("--seed", type=int, default=7)
+    args = parser.parse_args(argv)
+    with args.out.open("w", encoding="utf-8", newline="\n") as file:
+        for messages in pirate_dataset(args.size, args.seed):
+            file.write(json.dumps({"messages": messages}) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,158 @@
+"""Datums to packed micro-batches: checked, laid end to end, never padded.
+
+Shape suffixes: T tokens of one sequence, N tokens of a packed row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cookbook.engine.attention import Segment
+from cookbook.errors import RequestError
+from cookbook.types import IGNORED_TARGET, Datum, TensorData
+
+
+@dataclass(frozen=True)
+class TokenSequence:
+    """A checked Datum. Every array has one entry per position; ignored targets weigh 0."""
+
+    tokens_T: np.ndarray
+    targets_T: np.ndarray
+    weights_T: np.ndarray
+    extras: dict[str, np.ndarray]
+    """Further float inputs of the loss: `logprobs`, `advantages`."""
+
+    def __len__(self) -> int:
+        return len(self.tokens_T)
+
+
+def check_data(data: Sequence[Datum], required: Iterable[str], vocab_size: int) -> list[TokenSequence]:
+    """Raises RequestError naming the datum, what it holds and what it should hold."""
+    if not data:
+        raise RequestError("No data: the list of Datum is empty. Pass at least one.")
+    sequences = []
+    for index, datum in enumerate(data):
+        try:
+            sequences.append(_check_datum(datum, required, vocab_size))
+        except RequestError as error:
+            error.add_note(f"in datum {index} of {len(data)}")
+            raise
+    return sequences
+
+
+def _check_datum(datum: Datum, required: Iterable[str], vocab_size: int) -> TokenSequence:
+    tokens_T = np.asarray(datum.model_input.to_ints(), dtype=np.int64)
+    if not len(tokens_T):
+        raise RequestError("The model input is empty. A Datum needs at least one token.")
+    inputs: dict[str, np.ndarray] = {}
+    for name, value in datum.loss_fn_inputs.items():
+        assert isinstance(value, TensorData)
+        inputs[name] = value.to_numpy()
+    missing = [name for name in required if name not in inputs]
+    if missing:
+        have = ", ".join(inputs) or "none"
+        raise RequestError(
+            f"loss_fn_inputs lacks {', '.join(missing)} (given: {have}). Add one value per input token."
+        )
+    for name, array in inputs.items():
+        if array.shape != tokens_T.shape:
+            raise RequestError(
+                f"{name} has shape {list(array.shape)}, the model input {len(tokens_T)} tokens. "
+                f"Give one value per input token (targets are already shifted: "
+                f"input tokens[:-1], targets tokens[1:])."
+            )
+    targets_T = inputs.pop("target_tokens")
+    ignored_T = targets_T == IGNORED_TARGET
+    for name, ids in (("model_input", tokens_T), ("target_tokens", targets_T[~ignored_T])):
+        outside = ids[(ids < 0) | (ids >= vocab_size)]
+        if len(outside):
+            raise RequestError(
+                f"{name} has token {outside[0]}, outside the vocabulary of {vocab_size}. "
+                f"Use the tokenizer of this model"
+                + (f"; {IGNORED_TARGET} marks a target to ignore." if name == "target_tokens" else ".")
+            )
+    weights_T = inputs.pop("weights", None)
+    weights_T = np.where(ignored_T, 0.0, 1.0 if weights_T is None else weights_T).astype(np.float32)
+    if not np.isfinite(weights_T).all():
+        raise RequestError("weights has a value that is not finite.")
+    extras = {name: array.astype(np.float32) for name, array in inputs.items()}
+    return TokenSequence(tokens_T, targets_T, weights_T, extras)
+
+
+def plan_microbatches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Cuts sequences, in order, into runs of at most `max_tokens` (a longer one stands alone)."""
+    plan: list[list[int]] = []
+    room = 0
+    for index, length in enumerate(lengths):
+        if not plan or length > room:
+            plan.append([])
+            room = max_tokens
+        plan[-1].append(index)
+        room -= length
+    return plan
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the sequences of a packed row lie, and which positions' log-probabilities are wanted."""
+
+    segments: list[Segment]
+    scored_N: np.ndarray
+
+    @property
+    def is_scored(self) -> bool:
+        return bool(self.scored_N.any())
+
+    def split(self, logprobs_S: np.ndarray | None) -> list[np.ndarray]:
+        """One array per sequence; positions that were not scored read 0.0."""
+        row_N = np.zeros(len(self.scored_N), np.float32)
+        if logprobs_S is not None:
+            row_N[self.scored_N] = logprobs_S
+        return [row_N[start:stop] for start, stop in self.segments]
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """Sequences laid end to end in one row, on the device."""
+
+    layout: Layout
+    tokens_1N: Tensor
+    positions_1N: Tensor
+    targets_N: Tensor
+    weights_N: Tensor
+    extras: dict[str, Tensor]
+    scored_index: Tensor | None
+    """The scored positions, on the device; None where all of them are."""
+
+    def scored(self, values: Tensor) -> Tensor:
+        """Keeps the scored positions of a tensor whose first axis is N."""
+        return values if self.scored_index is None else values[self.scored_index]
+
+
+def pack(sequences: Sequence[TokenSequence], device: torch.device, trained_only: bool) -> PackedBatch:
+    """`trained_only` scores positions of weight 0 no more than ignored ones."""
+
+    def join(arrays: Iterable[np.ndarray]) -> Tensor:
+        host = torch.from_numpy(np.concatenate(list(arrays)))
+        if device.type == "cuda":
+            return host.pin_memory().to(device, non_blocking=True)
+        return host.to(device)
+
+    ends = np.cumsum([len(sequence) for sequence in sequences]).tolist()
+    targets_N = np.concatenate([sequence.targets_T for sequence in sequences])
+    weights_N = np.concatenate([sequence.weights_T for sequence in sequences])
+    scored_N = weights_N != 0 if trained_only else targets_N != IGNORED_TARGET
+    return PackedBatch(
+        layout=Layout(list(zip([0, *ends[:-1]], ends, strict=True)), scored_N),
+        tokens_1N=join(sequence.tokens_T for sequence in sequences)[None],
+        positions_1N=join(np.arange(len(sequence)) for sequence in sequences)[None],
+        targets_N=join([targets_N]),
+        weights_N=join([weights_N]),
+        extras={name: join(sequence.extras[name] for sequence in sequences) for name in sequences[0].extras},
+        scored_index=None if scored_N.all() else join([np.flatnonzero(scored_N)]),
+    )

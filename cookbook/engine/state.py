@@ -1,0 +1,219 @@
+"""Checkpoint folders: written whole or not at all, checked when read, loadable with plain PEFT.
+
+    adapter_config.json, adapter_model.safetensors    what PEFT saves
+    optimizer.safetensors                             Adam moments and step counts (training state only)
+    state.json                                        what it is, and the SHA-256 of the other files
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from cookbook.errors import CheckpointError
+from cookbook.types import LoraConfig
+
+FORMAT = 1
+ADAPTER_FILE = "adapter_model.safetensors"
+ADAPTER_CONFIG_FILE = "adapter_config.json"
+OPTIMIZER_FILE = "optimizer.safetensors"
+STATE_FILE = "state.json"
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+
+
+@dataclass(frozen=True)
+class StateInfo:
+    """What `state.json` holds beside the checksums."""
+
+    base_model: str
+    lora: LoraConfig
+    optimizer_steps: int = 0
+    rng_state: Mapping[str, Any] | None = None
+    user_metadata: Mapping[str, str] = field(default_factory=dict)
+
+
+def checkpoint_path(folder: Path, name: str) -> Path:
+    """`folder/name`, or CheckpointError where the name could lead out of the folder."""
+    if not _NAME.fullmatch(name):
+        raise CheckpointError(
+            f"{name!r} is no name for a checkpoint. Use up to 128 letters, digits, '.', '_' and '-', "
+            f"beginning with a letter or digit."
+        )
+    return folder / name
+
+
+def save(
+    path: Path,
+    info: StateInfo,
+    adapter_config: Any,
+    weights: Mapping[str, Tensor],
+    optimizer: Mapping[str, Tensor] | None,
+    overwrite: bool,
+) -> None:
+    """Writes a checkpoint beside `path` and renames it into place.
+
+    Raises CheckpointError when the name is taken or the disk refuses; then nothing is left
+    behind, and a checkpoint that was there before stays as it was.
+    """
+    if path.exists() and not overwrite:
+        raise CheckpointError(f"Checkpoint {path} exists already. Choose another name, or pass overwrite=True.")
+    with _writing_folder(path) as folder:
+        adapter_config.save_pretrained(folder)
+        _save_tensors(folder / ADAPTER_FILE, weights)
+        if optimizer is not None:
+            _save_tensors(folder / OPTIMIZER_FILE, optimizer)
+        checksums = {file.name: _sha256(file) for file in sorted(folder.iterdir())}
+        text = json.dumps({"format": FORMAT, **asdict(info), "sha256": checksums}, indent=2)
+        (folder / STATE_FILE).write_text(text + "\n")
+        _sync_to_disk(folder)
+
+
+@contextmanager
+def _writing_folder(path: Path) -> Iterator[Path]:
+    folder = path.with_name(f".{path.name}.writing-{os.getpid()}")
+    try:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        yield folder
+        if path.exists():
+            replaced = path.with_name(f".{path.name}.replaced-{os.getpid()}")
+            path.rename(replaced)
+            folder.rename(path)
+            shutil.rmtree(replaced)
+        else:
+            folder.rename(path)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise CheckpointError(f"Cannot save checkpoint {path}: {error}.{_advice(error, path)}") from error
+
+
+def _advice(error: Exception, path: Path) -> str:
+    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    if not (full or "No space left" in str(error) or "File too large" in str(error)):
+        return ""
+    existing = next(parent for parent in path.parents if parent.exists())
+    free_mib = shutil.disk_usage(existing).free / 2**20
+    return f" {free_mib:,.0f} MiB are free there: make room, or keep fewer checkpoints. Earlier ones are intact."
+
+
+def _save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
+
+
+def _sync_to_disk(folder: Path) -> None:
+    for path in [*folder.iterdir(), folder]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# -- reading --------------------------------------------------------------------------------
+
+
+def read_info(path: str | os.PathLike[str]) -> StateInfo:
+    """What a checkpoint folder holds; a plain PEFT adapter folder will do.
+
+    Raises CheckpointError where the folder is missing or is no LoRA checkpoint.
+    """
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        raise CheckpointError(f"Checkpoint {folder} does not exist. Give the path that save_state returned.")
+    if not (folder / ADAPTER_CONFIG_FILE).is_file():
+        raise CheckpointError(f"{folder} is no checkpoint: it has no {ADAPTER_CONFIG_FILE}.")
+    if not (folder / STATE_FILE).is_file():
+        return _info_of_plain_adapter(folder)
+    state = _read_json(folder / STATE_FILE)
+    if state.get("format") != FORMAT:
+        raise CheckpointError(
+            f"Checkpoint {folder} has format {state.get('format')!r}; this version reads {FORMAT}."
+        )
+    try:
+        return StateInfo(
+            base_model=state["base_model"],
+            lora=LoraConfig(**state["lora"]),
+            optimizer_steps=state["optimizer_steps"],
+            rng_state=state["rng_state"],
+            user_metadata=state["user_metadata"],
+        )
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"Checkpoint {folder} is damaged: {STATE_FILE} lacks {error}.") from error
+
+
+def _info_of_plain_adapter(folder: Path) -> StateInfo:
+    config = _read_json(folder / ADAPTER_CONFIG_FILE)
+    if config.get("peft_type") != "LORA":
+        raise CheckpointError(f"{folder} holds a {config.get('peft_type')} adapter. Only LoRA can be loaded.")
+    targets = config.get("target_modules") or []
+    leaves = {name.rsplit(".", 1)[-1] for name in targets}
+    attention_leaves = {"q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj", "out_proj"}
+    lora = LoraConfig(
+        rank=config["r"],
+        alpha=config["lora_alpha"],
+        train_unembed="lm_head" in leaves,
+        train_attn=bool(leaves & attention_leaves),
+        train_mlp=bool(leaves - attention_leaves - {"lm_head"}),
+    )
+    return StateInfo(base_model=str(config.get("base_model_name_or_path")), lora=lora)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"Checkpoint {path.parent} is damaged: {path.name} cannot be read ({error}).") from error
+
+
+def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """The adapter's tensors. Raises CheckpointError where the file is missing or damaged."""
+    return _read_tensors(Path(path).expanduser(), ADAPTER_FILE)
+
+
+def read_optimizer(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """The optimizer's tensors. Raises CheckpointError where they are missing or damaged."""
+    folder = Path(path).expanduser()
+    if not (folder / OPTIMIZER_FILE).is_file():
+        raise CheckpointError(
+            f"Checkpoint {folder} has no optimizer state. Load its weights alone (load_state), "
+            f"or give a checkpoint made with save_state."
+        )
+    return _read_tensors(folder, OPTIMIZER_FILE)
+
+
+def _read_tensors(folder: Path, name: str) -> dict[str, Tensor]:
+    path = folder / name
+    if not path.is_file():
+        raise CheckpointError(f"Checkpoint {folder} is incomplete: it has no {name}.")
+    if (folder / STATE_FILE).is_file():
+        recorded = _read_json(folder / STATE_FILE).get("sha256", {}).get(name)
+        if recorded != _sha256(path):
+            raise CheckpointError(
+                f"Checkpoint {folder} is damaged: {name} is not what was saved (its SHA-256 differs). "
+                f"Load an earlier checkpoint."
+            )
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"Checkpoint {folder} is damaged: {name} cannot be read ({error}). Load an earlier checkpoint."
+        ) from error

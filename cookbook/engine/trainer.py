@@ -1,0 +1,289 @@
+"""One adapter in training: gradients that add up, an optimizer, and their checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cookbook.engine import state
+from cookbook.engine.base_model import Adapter, BaseModel
+from cookbook.engine.losses import Loss, get_loss
+from cookbook.engine.packing import Layout, TokenSequence, check_data, pack, plan_microbatches
+from cookbook.engine.readback import Readback
+from cookbook.errors import CheckpointError, RequestError, TrainingError
+from cookbook.types import (
+    AdamParams,
+    Datum,
+    ForwardBackwardOutput,
+    LoraConfig,
+    OptimStepResponse,
+    TensorData,
+)
+
+MAX_TOKENS_PER_MICROBATCH = 8192
+
+CustomLossFn = Callable[[list[Datum], list[Tensor]], tuple[Tensor, dict[str, float]]]
+
+
+@dataclass(frozen=True)
+class Request:
+    """A checked forward or forward_backward request."""
+
+    sequences: list[TokenSequence]
+    loss: Loss
+    loss_config: Mapping[str, float]
+    trained_only: bool
+    """Score only positions of weight other than 0; the others read 0.0."""
+
+
+class Trainer:
+    """An adapter, its gradients and its AdamW. Not thread-safe: one thread calls it, in order."""
+
+    def __init__(self, base: BaseModel, lora: LoraConfig, user_metadata: Mapping[str, str] | None = None) -> None:
+        self.base = base
+        self.adapter: Adapter = base.add_adapter(lora)
+        self.user_metadata = dict(user_metadata or {})
+        self.rng = np.random.default_rng(lora.seed)
+        """Seeds the unseeded samples of this adapter's snapshots; saved with the state."""
+        self._parameters = list(self.adapter.weights.values())
+        self._optimizer = self._new_optimizer()
+        self._num_steps = 0
+        self._has_gradient = False
+
+    def _new_optimizer(self) -> torch.optim.AdamW:
+        return torch.optim.AdamW(self._parameters, fused=True)
+
+    # -- one training step ------------------------------------------------------------------
+
+    def check(
+        self,
+        data: Sequence[Datum],
+        loss_fn: str,
+        loss_fn_config: Mapping[str, float] | None,
+        trained_only: bool = False,
+    ) -> Request:
+        """Raises RequestError for anything that cannot be run. Safe from any thread."""
+        loss, config = get_loss(loss_fn, loss_fn_config)
+        sequences = check_data(data, loss.required_inputs, self.base.vocab_size)
+        longest = max(len(sequence) for sequence in sequences)
+        if longest > self.base.context_length:
+            raise RequestError(
+                f"A sequence of {longest} tokens exceeds the context length of {self.base.context_length} "
+                f"of {self.base.name}. Truncate it: max_length={self.base.context_length}."
+            )
+        return Request(sequences, loss, config, trained_only)
+
+    def forward(self, request: Request) -> PassResult:
+        with torch.no_grad():
+            return self._run(request, backward=False)
+
+    def forward_backward(self, request: Request) -> PassResult:
+        """Adds the gradient of the summed loss to what is there; on failure adds nothing."""
+        earlier = [parameter.grad for parameter in self._parameters]
+        for parameter in self._parameters:
+            parameter.grad = None
+        try:
+            with torch.enable_grad():
+                result = self._run(request, backward=True)
+        except Exception as error:
+            for parameter, gradient in zip(self._parameters, earlier, strict=True):
+                parameter.grad = gradient
+            raise TrainingError(f"forward_backward failed: {type(error).__name__}: {error}") from error
+        for parameter, gradient in zip(self._parameters, earlier, strict=True):
+            if parameter.grad is None:
+                parameter.grad = gradient
+            elif gradient is not None:
+                parameter.grad += gradient
+        self._has_gradient = True
+        return result
+
+    def forward_backward_custom(self, data: list[Datum], request: Request, fn: CustomLossFn) -> PassResult:
+        """Differentiates `fn` by the log-probabilities, then the model by `fn`'s gradient.
+
+        Two passes over the model, so that micro-batches stay independent whatever `fn` couples.
+        """
+        first = self.forward(request)
+        logprobs = [torch.from_numpy(array).requires_grad_() for array in first.logprobs()]
+        try:
+            value, metrics = fn(data, logprobs)
+            gradients = torch.autograd.grad(value, logprobs, allow_unused=True)
+        except Exception as error:
+            raise TrainingError(f"The custom loss failed: {type(error).__name__}: {error}") from error
+        # d value = sum(gradient * d logprob): a cross-entropy whose weights are minus the gradient.
+        weighted = [
+            TokenSequence(
+                sequence.tokens_T,
+                sequence.targets_T,
+                np.zeros_like(sequence.weights_T) if gradient is None else -gradient.numpy(),
+                {},
+            )
+            for sequence, gradient in zip(request.sequences, gradients, strict=True)
+        ]
+        loss, config = get_loss("cross_entropy", None)
+        self.forward_backward(Request(weighted, loss, config, trained_only=True))
+        return replace(first, custom_loss=float(value.detach()), custom_metrics=dict(metrics))
+
+    def optim_step(self, params: AdamParams) -> StepResult:
+        """One AdamW step on the gradients so far, which are then cleared. Does not wait for the device."""
+        if not self._has_gradient:
+            raise TrainingError("optim_step has nothing to step on: no forward_backward since the last one.")
+        gradients = [p.grad for p in self._parameters if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients) if gradients else torch.zeros(())
+        if params.grad_clip_norm > 0:
+            torch.nn.utils.clip_grads_with_norm_(self._parameters, params.grad_clip_norm, norm)
+        for group in self._optimizer.param_groups:
+            group.update(
+                lr=params.learning_rate,
+                betas=(params.beta1, params.beta2),
+                eps=params.eps,
+                weight_decay=params.weight_decay,
+            )
+        self._optimizer.step()
+        self._num_steps += 1
+        self.discard_gradients()
+        return StepResult(Readback([norm]))
+
+    def discard_gradients(self) -> None:
+        self._optimizer.zero_grad(set_to_none=True)
+        self._has_gradient = False
+
+    def _run(self, request: Request, backward: bool) -> PassResult:
+        lengths = [len(sequence) for sequence in request.sequences]
+        max_tokens = MAX_TOKENS_PER_MICROBATCH if self.base.is_packed else 1
+        layouts, logprobs, losses = [], [], []
+        with self.base.using(self.adapter):
+            for indices in plan_microbatches(lengths, max_tokens):
+                batch = pack([request.sequences[i] for i in indices], self.base.device, request.trained_only)
+                layouts.append(batch.layout)
+                if not batch.layout.is_scored:
+                    continue
+                logprobs_S = self.base.logprobs(batch)
+                extras = {name: batch.scored(values_N) for name, values_N in batch.extras.items()}
+                loss = request.loss.fn(logprobs_S, batch.scored(batch.weights_N), extras, request.loss_config)
+                if backward:
+                    loss.backward()
+                logprobs.append(logprobs_S)
+                losses.append(loss)
+        return PassResult(request.sequences, layouts, Readback(logprobs), Readback(losses))
+
+    # -- state ------------------------------------------------------------------------------
+
+    def save(self, path: Path, with_optimizer: bool, overwrite: bool = False) -> None:
+        info = state.StateInfo(
+            base_model=self.base.name,
+            lora=self.adapter.lora,
+            optimizer_steps=self._num_steps if with_optimizer else 0,
+            rng_state=self.rng.bit_generator.state if with_optimizer else None,
+            user_metadata=self.user_metadata,
+        )
+        optimizer = self._optimizer_tensors() if with_optimizer else None
+        config = self.base.adapter_config(self.adapter)
+        state.save(path, info, config, self.adapter.weights, optimizer, overwrite)
+
+    def load(self, path: str, with_optimizer: bool) -> None:
+        """Replaces weights (and optimizer) by a checkpoint's; gradients so far are dropped.
+
+        Everything is read and checked before anything is changed.
+        """
+        info = state.read_info(path)
+        weights = state.read_weights(path)
+        check_weights_fit(path, info, weights, self.adapter, self.base)
+        optimizer = state.read_optimizer(path) if with_optimizer else None
+        with torch.no_grad():
+            for name, parameter in self.adapter.weights.items():
+                parameter.copy_(weights[name])
+        self.discard_gradients()
+        self._optimizer = self._new_optimizer()
+        self._num_steps = 0
+        if optimizer is not None:
+            self._restore_optimizer(path, optimizer)
+            self._num_steps = info.optimizer_steps
+            if info.rng_state is not None:
+                self.rng.bit_generator.state = dict(info.rng_state)
+
+    def _optimizer_tensors(self) -> dict[str, Tensor]:
+        return {
+            f"{name}.{key}": value
+            for name, parameter in self.adapter.weights.items()
+            for key, value in self._optimizer.state.get(parameter, {}).items()
+        }
+
+    def _restore_optimizer(self, path: str, tensors: Mapping[str, Tensor]) -> None:
+        for name, parameter in self.adapter.weights.items():
+            entry = {
+                key: tensors[f"{name}.{key}"]
+                for key in ("step", "exp_avg", "exp_avg_sq")
+                if f"{name}.{key}" in tensors
+            }
+            if entry and len(entry) != 3:
+                raise CheckpointError(f"Checkpoint {path} is damaged: the optimizer state of {name} is incomplete.")
+            if entry:
+                self._optimizer.state[parameter] = {
+                    key: value.to(parameter.device, copy=True) for key, value in entry.items()
+                }
+
+
+def check_weights_fit(
+    path: str, info: state.StateInfo, weights: Mapping[str, Tensor], adapter: Adapter, base: BaseModel
+) -> None:
+    """Raises CheckpointError, naming both models, where a checkpoint is not of this adapter's shape."""
+    expected = {name: list(weight.shape) for name, weight in adapter.weights.items()}
+    found = {name: list(weight.shape) for name, weight in weights.items()}
+    if expected == found:
+        return
+    name = next(key for key in sorted(expected.keys() | found.keys()) if expected.get(key) != found.get(key))
+    raise CheckpointError(
+        f"Checkpoint {path} (an adapter of rank {info.lora.rank} on {info.base_model}) does not fit rank "
+        f"{adapter.lora.rank} on {base.name}: {name} has shape {found.get(name, 'none')} there, "
+        f"{expected.get(name, 'none')} here. Create the client with the checkpoint's own model and LoRA settings."
+    )
+
+
+@dataclass(frozen=True)
+class PassResult:
+    """A pass whose numbers may still be on the device; `output` waits for them."""
+
+    sequences: list[TokenSequence]
+    layouts: list[Layout]
+    scored_logprobs: Readback
+    losses: Readback
+    custom_loss: float | None = None
+    custom_metrics: Mapping[str, float] = field(default_factory=dict)
+
+    def logprobs(self) -> list[np.ndarray]:
+        """One float32 array per datum; positions that were not scored read 0.0."""
+        scored = iter(self.scored_logprobs.arrays())
+        return [
+            row_T
+            for layout in self.layouts
+            for row_T in layout.split(next(scored) if layout.is_scored else None)
+        ]
+
+    def output(self) -> ForwardBackwardOutput:
+        logprobs = self.logprobs()
+        weights = [sequence.weights_T.astype(np.float64) for sequence in self.sequences]
+        weight_sum = float(sum(weights_T.sum() for weights_T in weights))
+        nll_sum = -sum(float(weights_T @ lp_T) for weights_T, lp_T in zip(weights, logprobs, strict=True))
+        loss_sum = sum(float(loss) for loss in self.losses.arrays())
+        loss = nll_sum / weight_sum if weight_sum else 0.0
+        if self.custom_loss is not None:
+            loss = loss_sum = self.custom_loss
+        return ForwardBackwardOutput(
+            loss=loss,
+            loss_fn_outputs=[{"logprobs": TensorData(lp_T)} for lp_T in logprobs],
+            metrics={"loss:sum": loss_sum, "weights:sum": weight_sum, **self.custom_metrics},
+        )
+
+
+@dataclass(frozen=True)
+class StepResult:
+    grad_norm: Readback
+
+    def output(self) -> OptimStepResponse:
+        return OptimStepResponse(metrics={"grad_norm": float(self.grad_norm.arrays()[0])})

@@ -1,0 +1,80 @@
+"""Model names: where a model lies, its tokenizer, and the renderer that suits it.
+
+A name is the embedded model's, a folder, or a hub id. Importing this module loads neither
+torch nor transformers.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cookbook import embedded
+from cookbook.errors import ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_RENDERER_BY_NAME = (
+    (re.compile(r"qwen/qwen3-(0\.6b|1\.7b|4b|8b|14b|32b|30b-a3b|235b-a22b)$", re.IGNORECASE), "qwen3"),
+    (re.compile(r"llama-3(\.\d)?-.*instruct", re.IGNORECASE), "llama3"),
+)
+
+
+def model_location(model_name: str) -> str:
+    """The folder or hub id that transformers loads `model_name` from.
+
+    Raises ModelError for a path that does not exist or is no model folder.
+    """
+    if model_name == embedded.MODEL_NAME:
+        return str(embedded.MODEL_PATH)
+    path = Path(model_name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ModelError(f"{path} is no model folder: it has no config.json.")
+        return str(path)
+    if path.exists() or model_name.startswith(("/", "./", "../", "~")) or model_name.count("/") != 1:
+        raise ModelError(
+            f"Model {model_name!r} is neither a folder on this machine nor a hub id (owner/name). "
+            f"The embedded model is {embedded.MODEL_NAME!r}."
+        )
+    return model_name
+
+
+def load_from_hub_or_disk(what: str, model_name: str, load: Any, **options: Any) -> Any:
+    """`load(location, **options)`, with a failure turned into a ModelError that says what to do.
+
+    Code shipped with a model is never run.
+    """
+    location = model_location(model_name)
+    try:
+        return load(location, trust_remote_code=False, **options)
+    except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if location != model_name or Path(location).is_dir():
+            repair = "The folder is damaged or incomplete; copy or download it again."
+        else:
+            repair = (
+                f"On a machine with network access run `hf download {model_name}` (and `hf auth login` first "
+                f"if the model is gated), or give a folder that holds the model: model_name=/path/to/model. "
+                f"With neither, the embedded model works offline: model_name={embedded.MODEL_NAME}."
+            )
+        raise ModelError(f"Cannot load the {what} of {model_name!r}: {reason}\n{repair}") from error
+
+
+@functools.lru_cache(maxsize=8)
+def get_tokenizer(model_name: str) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    return load_from_hub_or_disk("tokenizer", model_name, AutoTokenizer.from_pretrained)
+
+
+def recommended_renderer(model_name: str) -> str:
+    """The renderer for a model: hand-written where there is one for exactly this model,
+    `chat_template` where the tokenizer has a template, and `role_colon` for a base model."""
+    for pattern, renderer_name in _RENDERER_BY_NAME:
+        if pattern.search(model_name):
+            return renderer_name
+    return "chat_template" if get_tokenizer(model_name).chat_template else "role_colon"

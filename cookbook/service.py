@@ -1,0 +1,184 @@
+"""ServiceClient: where training and sampling clients come from."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import secrets
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from cookbook import embedded
+from cookbook.engine import state
+from cookbook.engine.worker import Engine
+from cookbook.errors import ConfigError, RequestError
+from cookbook.sampling_client import SamplingClient
+from cookbook.training_client import TrainingClient
+from cookbook.types import GetServerCapabilitiesResponse, LoraConfig, SupportedModel
+
+DEFAULT_CHECKPOINT_ROOT = Path("~/.cookbook/checkpoints")
+
+
+class ServiceClient:
+    """Runs models on this machine. Clients on one base model share one copy of its weights.
+
+    `device` is "auto" (CUDA when there is one, else CPU), "cpu", "cuda" or "cuda:N"; `dtype` is
+    "auto" (bfloat16 on CUDA, float32 on CPU) or a name. Checkpoints go to `checkpoint_dir`; by
+    default each training client has a new folder under ~/.cookbook/checkpoints.
+    """
+
+    def __init__(
+        self,
+        device: str = "auto",
+        dtype: str = "auto",
+        checkpoint_dir: str | os.PathLike[str] | None = None,
+    ) -> None:
+        self._device = device
+        self._dtype = dtype
+        self._checkpoint_dir = None if checkpoint_dir is None else Path(checkpoint_dir).expanduser()
+        self._engines: dict[str, Engine] = {}
+        self._lock = threading.Lock()
+
+    def create_lora_training_client(
+        self,
+        base_model: str,
+        rank: int = 32,
+        seed: int | None = None,
+        train_mlp: bool = True,
+        train_attn: bool = True,
+        train_unembed: bool = True,
+        user_metadata: Mapping[str, str] | None = None,
+        *,
+        alpha: float = 32.0,
+    ) -> TrainingClient:
+        """Loads `base_model` (a hub id, a folder, or the embedded model) and puts a new adapter on it."""
+        if rank < 1:
+            raise ConfigError(f"rank={rank}. A LoRA has a rank of at least 1.")
+        lora = LoraConfig(
+            rank=rank,
+            alpha=alpha,
+            seed=secrets.randbelow(2**31) if seed is None else seed,
+            train_unembed=train_unembed,
+            train_mlp=train_mlp,
+            train_attn=train_attn,
+        )
+        return self._training_client(base_model, lora, user_metadata)
+
+    def create_training_client_from_state(
+        self, path: str | os.PathLike[str], user_metadata: Mapping[str, str] | None = None
+    ) -> TrainingClient:
+        """A client with a checkpoint's model, LoRA settings and weights; the optimizer starts afresh."""
+        client = self._client_like(path, user_metadata)
+        client.load_state(path).result()
+        return client
+
+    def create_training_client_from_state_with_optimizer(
+        self, path: str | os.PathLike[str], user_metadata: Mapping[str, str] | None = None
+    ) -> TrainingClient:
+        """A client that continues a checkpoint of `save_state` exactly where it stopped."""
+        client = self._client_like(path, user_metadata)
+        client.load_state_with_optimizer(path).result()
+        return client
+
+    def create_sampling_client(
+        self, model_path: str | os.PathLike[str] | None = None, base_model: str | None = None
+    ) -> SamplingClient:
+        """A sampler of saved weights (`model_path`) or of an untouched `base_model`."""
+        if model_path is not None:
+            base_model = base_model or state.read_info(model_path).base_model
+            return SamplingClient.of_checkpoint(self._engine(base_model), model_path)
+        if base_model is None:
+            raise RequestError("Give model_path (a saved checkpoint) or base_model (a model's name).")
+        return SamplingClient.of_base(self._engine(base_model))
+
+    def get_server_capabilities(self) -> GetServerCapabilitiesResponse:
+        devices = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+        return GetServerCapabilitiesResponse(_models_on_this_machine(), devices)
+
+    def close(self) -> None:
+        """Ends the engines after what is queued on them has run."""
+        for engine in self._engines.values():
+            engine.close()
+
+    def _engine(self, base_model: str) -> Engine:
+        with self._lock:
+            if base_model not in self._engines:
+                self._engines[base_model] = Engine(base_model, self._device, self._dtype)
+            return self._engines[base_model]
+
+    def _training_client(
+        self, base_model: str, lora: LoraConfig, user_metadata: Mapping[str, str] | None
+    ) -> TrainingClient:
+        folder = self._checkpoint_dir
+        if folder is None:
+            folder = DEFAULT_CHECKPOINT_ROOT.expanduser() / secrets.token_hex(6)
+        return TrainingClient(self._engine(base_model), lora, folder, user_metadata)
+
+    def _client_like(
+        self, path: str | os.PathLike[str], user_metadata: Mapping[str, str] | None
+    ) -> TrainingClient:
+        info = state.read_info(path)
+        return self._training_client(info.base_model, info.lora, user_metadata or info.user_metadata)
+
+    # -- async twins ------------------------------------------------------------------------
+
+    async def create_lora_training_client_async(
+        self,
+        base_model: str,
+        rank: int = 32,
+        seed: int | None = None,
+        train_mlp: bool = True,
+        train_attn: bool = True,
+        train_unembed: bool = True,
+        user_metadata: Mapping[str, str] | None = None,
+        *,
+        alpha: float = 32.0,
+    ) -> TrainingClient:
+        return await asyncio.to_thread(
+            self.create_lora_training_client,
+            base_model,
+            rank,
+            seed,
+            train_mlp,
+            train_attn,
+            train_unembed,
+            user_metadata,
+            alpha=alpha,
+        )
+
+    async def create_training_client_from_state_async(
+        self, path: str | os.PathLike[str], user_metadata: Mapping[str, str] | None = None
+    ) -> TrainingClient:
+        return await asyncio.to_thread(self.create_training_client_from_state, path, user_metadata)
+
+    async def create_training_client_from_state_with_optimizer_async(
+        self, path: str | os.PathLike[str], user_metadata: Mapping[str, str] | None = None
+    ) -> TrainingClient:
+        return await asyncio.to_thread(
+            self.create_training_client_from_state_with_optimizer, path, user_metadata
+        )
+
+    async def create_sampling_client_async(
+        self, model_path: str | os.PathLike[str] | None = None, base_model: str | None = None
+    ) -> SamplingClient:
+        return await asyncio.to_thread(self.create_sampling_client, model_path, base_model)
+
+    async def get_server_capabilities_async(self) -> GetServerCapabilitiesResponse:
+        return self.get_server_capabilities()
+
+
+def _models_on_this_machine() -> list[SupportedModel]:
+    """The embedded model and the models in the hub's cache."""
+    from huggingface_hub import scan_cache_dir
+    from huggingface_hub.errors import CacheNotFound
+
+    names = [embedded.MODEL_NAME]
+    try:
+        repos = scan_cache_dir().repos
+    except CacheNotFound:
+        repos = frozenset()
+    names += sorted(repo.repo_id for repo in repos if repo.repo_type == "model")
+    return [SupportedModel(name) for name in names]

@@ -1,0 +1,243 @@
+"""TrainingClient: validates a request, queues it on the engine, hands back a future."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from cookbook.engine import state
+from cookbook.engine.trainer import CustomLossFn, PassResult, StepResult, Trainer
+from cookbook.engine.worker import Engine
+from cookbook.errors import CheckpointError, TrainingError
+from cookbook.futures import APIFuture
+from cookbook.sampling_client import SamplingClient
+from cookbook.types import (
+    AdamParams,
+    Datum,
+    ForwardBackwardOutput,
+    GetInfoResponse,
+    LoadWeightsResponse,
+    LoraConfig,
+    LossFnType,
+    ModelData,
+    OptimStepResponse,
+    SaveWeightsForSamplerResponse,
+    SaveWeightsResponse,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+SAMPLER_FOLDER = "sampler_weights"
+
+
+class TrainingClient:
+    """Trains one adapter. Get one from `ServiceClient.create_lora_training_client`.
+
+    Calls return at once and run in the order they were made. A bad argument is raised by the
+    call itself, a failure while it runs by its future. Every method has an `_async` twin.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        lora: LoraConfig,
+        checkpoint_dir: Path,
+        user_metadata: Mapping[str, str] | None = None,
+    ) -> None:
+        self.model_id = uuid.uuid4().hex[:12]
+        self._engine = engine
+        self._checkpoint_dir = checkpoint_dir
+        self._trainer: Trainer = engine.submit(Trainer, engine.base, lora, user_metadata).result()
+        self._passes_to_step_on: list[APIFuture[ForwardBackwardOutput]] = []
+
+    # -- training ---------------------------------------------------------------------------
+
+    def forward(
+        self,
+        data: Sequence[Datum],
+        loss_fn: LossFnType = "cross_entropy",
+        loss_fn_config: Mapping[str, float] | None = None,
+        return_logprobs: Literal["all", "trained"] = "all",
+    ) -> APIFuture[ForwardBackwardOutput]:
+        """Loss and log-probabilities, without gradients.
+
+        `return_logprobs="trained"` leaves out positions of weight 0 (they read 0.0), which saves
+        their share of the vocabulary projection.
+        """
+        request = self._trainer.check(data, loss_fn, loss_fn_config, return_logprobs == "trained")
+        return APIFuture(self._engine.submit(self._trainer.forward, request), PassResult.output)
+
+    def forward_backward(
+        self,
+        data: Sequence[Datum],
+        loss_fn: LossFnType = "cross_entropy",
+        loss_fn_config: Mapping[str, float] | None = None,
+        return_logprobs: Literal["all", "trained"] = "all",
+    ) -> APIFuture[ForwardBackwardOutput]:
+        """Adds the gradient of the loss, a sum over tokens, to what is there since the last `optim_step`."""
+        request = self._trainer.check(data, loss_fn, loss_fn_config, return_logprobs == "trained")
+        return self._pass_to_step_on(self._engine.submit(self._trainer.forward_backward, request))
+
+    def forward_backward_custom(
+        self, data: Sequence[Datum], loss_fn: CustomLossFn
+    ) -> APIFuture[ForwardBackwardOutput]:
+        """Like `forward_backward`, with `loss_fn(data, logprobs) -> (loss, metrics)`.
+
+        `logprobs` has one float32 tensor per datum, one entry per target. The function runs on
+        the engine's thread.
+        """
+        request = self._trainer.check(data, "cross_entropy", None)
+        return self._pass_to_step_on(
+            self._engine.submit(self._trainer.forward_backward_custom, list(data), request, loss_fn)
+        )
+
+    def optim_step(self, adam_params: AdamParams) -> APIFuture[OptimStepResponse]:
+        """One AdamW step on the gradients so far, which it clears.
+
+        Fails, and drops those gradients, if one of the passes it would step on failed and
+        nobody has read that failure: half a batch is not stepped on by accident.
+        """
+        passes, self._passes_to_step_on = self._passes_to_step_on, []
+        passes = [future for future in passes if not future.failure_was_seen]
+
+        def step() -> StepResult:
+            for future in passes:
+                if (error := future.exception()) is not None:
+                    self._trainer.discard_gradients()
+                    raise TrainingError(
+                        f"optim_step was not taken: a forward_backward before it failed. {error}"
+                    ) from error
+            return self._trainer.optim_step(adam_params)
+
+        return APIFuture(self._engine.submit(step), StepResult.output)
+
+    def _pass_to_step_on(self, job: Future[PassResult]) -> APIFuture[ForwardBackwardOutput]:
+        future: APIFuture[ForwardBackwardOutput] = APIFuture(job, PassResult.output)
+        self._passes_to_step_on.append(future)
+        return future
+
+    # -- checkpoints ------------------------------------------------------------------------
+
+    def save_state(self, name: str, overwrite: bool = False) -> APIFuture[SaveWeightsResponse]:
+        """Saves weights and optimizer under `name`: a folder that plain PEFT loads as well."""
+        if name == SAMPLER_FOLDER:
+            raise CheckpointError(f"{name!r} is the folder of the sampler's weights. Choose another name.")
+        path = state.checkpoint_path(self._checkpoint_dir, name)
+        job = self._engine.submit(self._trainer.save, path, with_optimizer=True, overwrite=overwrite)
+        return APIFuture(job, lambda _: SaveWeightsResponse(str(path)))
+
+    def save_weights_for_sampler(
+        self, name: str, overwrite: bool = False
+    ) -> APIFuture[SaveWeightsForSamplerResponse]:
+        """Saves the weights alone."""
+        path = state.checkpoint_path(self._checkpoint_dir / SAMPLER_FOLDER, name)
+        job = self._engine.submit(self._trainer.save, path, with_optimizer=False, overwrite=overwrite)
+        return APIFuture(job, lambda _: SaveWeightsForSamplerResponse(str(path)))
+
+    def load_state(self, path: str | os.PathLike[str]) -> APIFuture[LoadWeightsResponse]:
+        """Loads weights from a checkpoint or any PEFT LoRA folder; the optimizer starts afresh."""
+        return self._load(path, with_optimizer=False)
+
+    def load_state_with_optimizer(self, path: str | os.PathLike[str]) -> APIFuture[LoadWeightsResponse]:
+        """Continues a checkpoint of `save_state` exactly where it stopped."""
+        return self._load(path, with_optimizer=True)
+
+    def _load(self, path: str | os.PathLike[str], with_optimizer: bool) -> APIFuture[LoadWeightsResponse]:
+        job = self._engine.submit(self._trainer.load, os.fspath(path), with_optimizer)
+        return APIFuture(job, lambda _: LoadWeightsResponse(os.fspath(path)))
+
+    # -- sampling ---------------------------------------------------------------------------
+
+    def save_weights_and_get_sampling_client(self, name: str | None = None) -> SamplingClient:
+        """A sampler of the weights as they are now; later steps do not change it.
+
+        With a name the weights are also saved under it, as by `save_weights_for_sampler`.
+        """
+        if name is not None:
+            self.save_weights_for_sampler(name).result()
+        return SamplingClient.of_snapshot(self._engine, self._trainer)
+
+    def create_sampling_client(self, model_path: str | os.PathLike[str]) -> SamplingClient:
+        """A sampler of saved weights, on this client's base model."""
+        return SamplingClient.of_checkpoint(self._engine, model_path)
+
+    # -- information ------------------------------------------------------------------------
+
+    def get_info(self) -> GetInfoResponse:
+        base, lora = self._engine.base, self._trainer.adapter.lora
+        model_data = ModelData(
+            model_id=self.model_id,
+            model_name=base.name,
+            lora_rank=lora.rank,
+            lora_alpha=lora.alpha,
+            arch=base.model.config.model_type,
+            device=str(base.device),
+            dtype=str(base.dtype).removeprefix("torch."),
+        )
+        return GetInfoResponse(self.model_id, model_data, dict(self._trainer.user_metadata))
+
+    def get_tokenizer(self) -> PreTrainedTokenizerBase:
+        return self._engine.base.tokenizer
+
+    # -- async twins ------------------------------------------------------------------------
+
+    async def forward_async(
+        self,
+        data: Sequence[Datum],
+        loss_fn: LossFnType = "cross_entropy",
+        loss_fn_config: Mapping[str, float] | None = None,
+        return_logprobs: Literal["all", "trained"] = "all",
+    ) -> APIFuture[ForwardBackwardOutput]:
+        return self.forward(data, loss_fn, loss_fn_config, return_logprobs)
+
+    async def forward_backward_async(
+        self,
+        data: Sequence[Datum],
+        loss_fn: LossFnType = "cross_entropy",
+        loss_fn_config: Mapping[str, float] | None = None,
+        return_logprobs: Literal["all", "trained"] = "all",
+    ) -> APIFuture[ForwardBackwardOutput]:
+        return self.forward_backward(data, loss_fn, loss_fn_config, return_logprobs)
+
+    async def forward_backward_custom_async(
+        self, data: Sequence[Datum], loss_fn: CustomLossFn
+    ) -> APIFuture[ForwardBackwardOutput]:
+        return self.forward_backward_custom(data, loss_fn)
+
+    async def optim_step_async(self, adam_params: AdamParams) -> APIFuture[OptimStepResponse]:
+        return self.optim_step(adam_params)
+
+    async def save_state_async(self, name: str, overwrite: bool = False) -> APIFuture[SaveWeightsResponse]:
+        return self.save_state(name, overwrite)
+
+    async def save_weights_for_sampler_async(
+        self, name: str, overwrite: bool = False
+    ) -> APIFuture[SaveWeightsForSamplerResponse]:
+        return self.save_weights_for_sampler(name, overwrite)
+
+    async def load_state_async(self, path: str | os.PathLike[str]) -> APIFuture[LoadWeightsResponse]:
+        return self.load_state(path)
+
+    async def load_state_with_optimizer_async(
+        self, path: str | os.PathLike[str]
+    ) -> APIFuture[LoadWeightsResponse]:
+        return self.load_state_with_optimizer(path)
+
+    async def save_weights_and_get_sampling_client_async(self, name: str | None = None) -> SamplingClient:
+        if name is not None:
+            await self.save_weights_for_sampler(name)
+        return SamplingClient.of_snapshot(self._engine, self._trainer)
+
+    async def create_sampling_client_async(self, model_path: str | os.PathLike[str]) -> SamplingClient:
+        return self.create_sampling_client(model_path)
+
+    async def get_info_async(self) -> GetInfoResponse:
+        return self.get_info()
+
+    async def get_tokenizer_async(self) -> Any:
+        return self.get_tokenizer()

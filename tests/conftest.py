@@ -1,0 +1,99 @@
+"""Small models and tokenizers, built in-process: nothing is downloaded, nothing is shipped."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("WANDB_MODE", "disabled")
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+CHATML = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+TEXT = [
+    "What is the capital of France? The capital of France is Paris.",
+    "How many legs has a spider? A spider has eight legs.",
+    "system user assistant tool Hello there, thank you and goodbye.",
+    "one two three four five six seven eight nine ten",
+]
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE of 400 entries with a ChatML template."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(TEXT, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<|endoftext|>",
+        eos_token="<|im_end|>",
+        chat_template=CHATML,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def make_model_folder(folder: Path, model_type: str = "qwen3", **overrides: object) -> Path:
+    """A random model of a few thousand parameters with `make_tokenizer`'s vocabulary."""
+    tokenizer = make_tokenizer()
+    config = AutoConfig.for_model(
+        model_type,
+        **{
+            "vocab_size": len(tokenizer),
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 8,
+            "max_position_embeddings": 256,
+            "pad_token_id": tokenizer.pad_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+            "bos_token_id": None,
+            "initializer_range": 0.2,
+            **overrides,
+        },
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_qwen3(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(make_model_folder(tmp_path_factory.mktemp("models") / "tiny-qwen3"))
+
+
+@pytest.fixture(scope="session")
+def chats() -> list[list[dict[str, str]]]:
+    """Conversations of different lengths in the tiny tokenizer's world."""
+    rng = np.random.default_rng(0)
+    words = " ".join(TEXT).split()
+    conversations = []
+    for i in range(24):
+        messages: list[dict[str, str]] = []
+        for _ in range(1 + i % 3):
+            for role in ("user", "assistant"):
+                messages.append({"role": role, "content": " ".join(rng.choice(words, size=rng.integers(1, 9)))})
+        conversations.append(messages)
+    return conversations
