@@ -1,0 +1,1 @@
+"""What to measure while a model trains."""

@@ -1,0 +1,44 @@
+"""Append-only JSON lines that survive a kill between any two bytes."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The rows of a file this program wrote; none where there is no file.
+
+    Rows are appended whole, so only the last line can be torn; it is left out.
+    """
+    if not path.exists():
+        return []
+    lines = path.read_bytes().split(b"\n")
+    return [json.loads(line) for line in lines[:-1]]
+
+
+def append(path: Path, row: Mapping[str, Any]) -> None:
+    with path.open("ab") as file:
+        file.write(_line(row))
+
+
+def rewrite(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Replaces the file by these rows, at once."""
+    write_atomically(path, b"".join(_line(row) for row in rows))
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """A reader sees the old file or the new one, also after a crash."""
+    temporary = path.with_name(f".{path.name}.writing")
+    with temporary.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def _line(row: Mapping[str, Any]) -> bytes:
+    return (json.dumps(row, ensure_ascii=False) + "\n").encode()

@@ -1,0 +1,135 @@
+"""Where the metrics of a run go: a file, the terminal, Weights & Biases."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from cookbook import jsonl
+from cookbook.errors import ConfigError
+
+Metrics = Mapping[str, float]
+
+
+class MetricLogger(ABC):
+    @abstractmethod
+    def log(self, step: int, metrics: Metrics) -> None:
+        """`step` optimizer steps had been taken when these metrics were measured."""
+
+    def close(self) -> None:
+        """Writes out what is buffered."""
+
+
+class JsonlLogger(MetricLogger):
+    """One row a step in metrics.jsonl."""
+
+    def __init__(self, path: Path, first_step: int) -> None:
+        """Rows from `first_step` on are dropped: a resumed run measures them again."""
+        self._path = path
+        jsonl.rewrite(path, [row for row in jsonl.read(path) if row["step"] < first_step])
+
+    def log(self, step: int, metrics: Metrics) -> None:
+        jsonl.append(self._path, {"step": step, **metrics})
+
+
+class ConsoleLogger(MetricLogger):
+    """A progress bar on a terminal, otherwise a plain line every so often."""
+
+    def __init__(self, console: Console, total_steps: int, first_step: int) -> None:
+        self._console = console
+        self._total_steps = total_steps
+        self._lines_every = max(1, total_steps // 20)
+        self._progress: Progress | None = None
+        if console.is_terminal:
+            self._progress = Progress(
+                TextColumn("step"),
+                MofNCompleteColumn(),
+                BarColumn(bar_width=None),
+                TextColumn("{task.fields[status]}"),
+                TimeRemainingColumn(),
+                console=console,
+            )
+            self._task = self._progress.add_task("", total=total_steps, completed=first_step, status="")
+            self._progress.start()
+
+    def log(self, step: int, metrics: Metrics) -> None:
+        for path, value in metrics.items():
+            if path.startswith("test/"):
+                self._console.print(f"step {step}: {path} {value:.4f}", highlight=False)
+        if "train/nll" not in metrics:
+            return
+        status = f"nll {metrics['train/nll']:.3f}  {metrics['perf/tokens_per_second']:,.0f} tokens/s"
+        if self._progress is not None:
+            self._progress.update(self._task, completed=step + 1, status=status)
+        elif (step + 1) % self._lines_every == 0 or step + 1 == self._total_steps:
+            seconds_left = metrics["perf/seconds_left"]
+            line = f"step {step + 1}/{self._total_steps}  {status}  {seconds_left:,.0f} s left"
+            self._console.print(line, highlight=False)
+
+    def close(self) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+
+
+class WandbLogger(MetricLogger):
+    """Weights & Biases, with its own client. A resumed run goes on under the same run id."""
+
+    def __init__(self, folder: Path, project: str, name: str | None, config: Mapping[str, Any]) -> None:
+        import wandb
+
+        id_file = folder / "wandb_run_id.txt"
+        if not id_file.exists():
+            id_file.write_text(wandb.util.generate_id())
+        try:
+            self._run = wandb.init(
+                project=project,
+                name=name,
+                id=id_file.read_text().strip(),
+                resume="allow",
+                config=dict(config),
+                dir=str(folder),
+            )
+        except wandb.errors.Error as error:
+            raise ConfigError(
+                f"wandb_project={project!r}, but Weights & Biases cannot start: {error}\n"
+                f"Log in with `wandb login`, work without a network with WANDB_MODE=offline, or leave "
+                f"wandb_project out."
+            ) from error
+
+    def log(self, step: int, metrics: Metrics) -> None:
+        self._run.log(dict(metrics), step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def make_console() -> Console:
+    """Writes to standard output: 80 columns where it is no terminal and COLUMNS does not tell."""
+    width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 80
+    return Console(width=width, soft_wrap=True)
+
+
+def log_to(console: Console, path: Path) -> list[logging.Handler]:
+    """Sends this project's log to the console and to a file; returns the handlers to remove."""
+    on_console = RichHandler(console=console, show_time=False, show_level=False, show_path=False, markup=False)
+    in_file = logging.FileHandler(path, encoding="utf-8")
+    in_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    root = logging.getLogger("cookbook")
+    root.setLevel(logging.INFO)
+    for handler in (on_console, in_file):
+        root.addHandler(handler)
+    return [on_console, in_file]
+
+
+def json_text(value: Any) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"

@@ -1,0 +1,109 @@
+"""The folder of a run: its config, its lock, and whether a run may go on in it.
+
+    config.json         the resolved config; `config=<this file>` runs it again
+    metrics.jsonl       one row a step
+    checkpoints.jsonl   the checkpoints there are, and where each one continues
+    checkpoints/<name>/ weights and optimizer; loads with plain PEFT
+    train.log           what was printed, with times
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import shutil
+import sys
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, Literal, TypeAlias
+
+from cookbook import jsonl
+from cookbook.config_files import differences
+from cookbook.errors import ConfigError
+from cookbook.loggers import json_text
+
+logger = logging.getLogger(__name__)
+
+IfLogPathExists: TypeAlias = Literal["resume", "raise", "delete", "ask"]
+
+HARMLESS_KEYS = {"log_path", "if_log_path_exists", "submit_ahead", "wandb_project", "wandb_name"}
+"""What may change between the first run in a folder and a resumed one: it moves no weight and no metric."""
+
+
+class RunFolder:
+    """Holds the folder for one process at a time."""
+
+    def __init__(self, path: str, config: dict[str, Any], if_exists: IfLogPathExists) -> None:
+        """Raises ConfigError where the folder holds a run that this config does not continue."""
+        self.path = Path(path)
+        self._lock: IO[str] | None = None
+        if (self.path / "config.json").exists():
+            self._settle_with_earlier_run(config, if_exists)
+        elif self.path.exists() and not self.path.is_dir():
+            raise ConfigError(f"log_path={path} is a file. Give a folder, which need not exist.")
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._take_lock()
+            jsonl.write_atomically(self.path / "config.json", json_text(config).encode())
+        except OSError as error:
+            raise ConfigError(f"log_path={path} cannot be written: {error}. Choose another folder.") from error
+
+    @property
+    def checkpoint_dir(self) -> Path:
+        return self.path / "checkpoints"
+
+    def _settle_with_earlier_run(self, config: dict[str, Any], if_exists: IfLogPathExists) -> None:
+        if if_exists == "ask":
+            if_exists = _ask(self.path)
+        if if_exists == "delete":
+            self._take_lock()
+            shutil.rmtree(self.path)
+            return
+        if if_exists == "raise":
+            raise ConfigError(
+                f"log_path={self.path} holds a run already. Choose another folder, or say "
+                f"if_log_path_exists=resume or if_log_path_exists=delete."
+            )
+        earlier = json.loads((self.path / "config.json").read_text())
+        changed = {
+            key: values
+            for key, values in differences(earlier, config).items()
+            if key.split(".")[0] not in HARMLESS_KEYS
+        }
+        if changed:
+            lines = [f"  {key}: was {old!r}, now {new!r}" for key, (old, new) in sorted(changed.items())]
+            raise ConfigError(
+                f"log_path={self.path} holds a run with another config:\n" + "\n".join(lines) + "\n"
+                "Choose another log_path, or start over with if_log_path_exists=delete."
+            )
+
+    def _take_lock(self) -> None:
+        if self._lock is not None:
+            self._lock.close()
+        self._lock = (self.path / ".lock").open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConfigError(
+                f"log_path={self.path} is in use by another process. Wait for it, or choose another folder."
+            ) from error
+
+    def __enter__(self) -> RunFolder:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._lock is not None:
+            self._lock.close()
+
+
+def _ask(path: Path) -> IfLogPathExists:
+    if not sys.stdin.isatty():
+        raise ConfigError(
+            f"log_path={path} holds a run already, and nobody can be asked what to do: standard input is no "
+            f"terminal. Say if_log_path_exists=resume, delete or raise."
+        )
+    answer = input(f"{path} holds a run already. [r]esume it, [d]elete it, or stop? ").strip().lower()
+    return {"r": "resume", "resume": "resume", "d": "delete", "delete": "delete"}.get(answer, "raise")  # type: ignore[return-value]

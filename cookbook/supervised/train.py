@@ -1,0 +1,127 @@
+"""The training loop: a Config, and `main` which runs it."""
+
+from __future__ import annotations
+
+import functools
+import math
+from contextlib import ExitStack
+from pathlib import Path
+
+import chz
+
+from cookbook import models
+from cookbook.errors import ConfigError
+from cookbook.eval.evaluators import EvaluatorBuilder
+from cookbook.schedules import LRSchedule
+from cookbook.supervised.run import Run, RunSummary
+from cookbook.supervised.run_folder import IfLogPathExists
+from cookbook.supervised.stop_signal import StopSignal
+from cookbook.supervised.types import SupervisedDatasetBuilder
+
+_field = functools.partial(chz.field, validator=chz.validators.typecheck)
+
+
+@chz.chz
+class Config:
+    """A supervised fine-tuning run."""
+
+    # what
+    log_path: str = _field(
+        doc="folder of the run", munger=lambda self, path: str(Path(path).expanduser())
+    )
+    model_name: str = _field(doc="hub id, folder, or cookbook/tiny-chat, the embedded model")
+    dataset_builder: SupervisedDatasetBuilder = chz.field(doc="makes the training and the evaluation data")
+    renderer_name: str | None = _field(
+        default=None,
+        doc="chat format, recorded with every checkpoint; default: chosen from the model",
+        munger=chz.mungers.if_none(lambda self: models.recommended_renderer(self.model_name)),
+    )
+    load_checkpoint_path: str | None = _field(default=None, doc="start from these weights, with a new optimizer")
+
+    # optimization
+    learning_rate: float = _field(default=1e-4, doc="peak learning rate")
+    lr_schedule: LRSchedule = _field(default="linear", doc="linear or cosine, both down to 0, or constant")
+    warmup_steps: int = _field(default=0, doc="steps over which the learning rate rises to its peak")
+    num_epochs: int = _field(default=1, doc="passes over the data")
+    max_steps: int | None = _field(default=None, doc="optimizer steps at most; default: as many as the epochs have")
+    adam_beta1: float = _field(default=0.9, doc="decay of the mean of gradients")
+    adam_beta2: float = _field(default=0.95, doc="decay of the mean of squared gradients")
+    adam_eps: float = _field(default=1e-8, doc="added to the root of the mean of squared gradients")
+    weight_decay: float = _field(default=0.0, doc="decoupled weight decay of the adapter's weights")
+    grad_clip_norm: float = _field(default=1.0, doc="global gradient norm to clip to; 0: do not clip")
+    seed: int = _field(default=0, doc="seed of the adapter's weights and of the order of the data")
+
+    # adapter
+    lora_rank: int = _field(default=32, doc="rank of the adapter")
+    lora_alpha: float = _field(default=32.0, doc="the adapter is scaled by lora_alpha / lora_rank")
+    train_attn: bool = _field(default=True, doc="adapt the attention projections")
+    train_mlp: bool = _field(default=True, doc="adapt the feed-forward layers")
+    train_unembed: bool = _field(default=True, doc="adapt the projection to the vocabulary")
+
+    # evaluation: at step 0, every so many steps, and on the finished model
+    evaluator_builders: list[EvaluatorBuilder] = chz.field(
+        default_factory=list, doc="evaluators to run every eval_every steps"
+    )
+    infrequent_evaluator_builders: list[EvaluatorBuilder] = chz.field(
+        default_factory=list, doc="evaluators to run every infrequent_eval_every steps"
+    )
+    eval_every: int = _field(default=50, doc="steps between evaluations; 0: off")
+    infrequent_eval_every: int = _field(default=200, doc="steps between infrequent evaluations; 0: off")
+
+    # checkpoints
+    save_every: int = _field(default=100, doc="steps between checkpoints; 0: only the last")
+    keep_checkpoints: int | None = _field(default=None, doc="newest checkpoints to keep; default: all")
+    if_log_path_exists: IfLogPathExists = _field(
+        default="resume", doc="what to do with an earlier run in log_path: resume, raise, delete or ask"
+    )
+
+    # running
+    submit_ahead: int = _field(default=1, doc="steps queued before the running one is done")
+    device: str = _field(default="auto", doc="auto (CUDA when there is one), cpu, cuda or cuda:N")
+    dtype: str = _field(default="auto", doc="of the base model: auto (bfloat16 on CUDA, float32 on CPU) or a name")
+    wandb_project: str | None = _field(default=None, doc="Weights & Biases project; default: do not use it")
+    wandb_name: str | None = _field(default=None, doc="name of the run there")
+
+    @chz.validate
+    def _check_values(self) -> None:
+        at_least = {
+            "warmup_steps": 0, "num_epochs": 1, "max_steps": 1, "weight_decay": 0, "grad_clip_norm": 0, "seed": 0,
+            "lora_rank": 1, "eval_every": 0, "infrequent_eval_every": 0, "save_every": 0, "keep_checkpoints": 1,
+            "submit_ahead": 0,
+        }  # fmt: skip
+        above_zero = ("learning_rate", "adam_eps", "lora_alpha")
+        for name, least in at_least.items():
+            value = getattr(self, name)
+            if value is not None and not value >= least:
+                raise ConfigError(f"{name}={value} is too small. It must be at least {least}.")
+        for name in above_zero:
+            if not 0 < getattr(self, name) < math.inf:
+                raise ConfigError(f"{name}={getattr(self, name)} is impossible. It must be above 0.")
+        for name in ("adam_beta1", "adam_beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)} is impossible. It must lie in [0, 1).")
+        if not (self.train_attn or self.train_mlp or self.train_unembed):
+            raise ConfigError("Nothing to train: set train_attn, train_mlp or train_unembed.")
+
+
+async def main(config: Config) -> RunSummary:
+    """Runs a config to its end, or from where an earlier run of it in the same folder stopped.
+
+    The order of the engine's queue is the meaning of the loop: forward_backward, optim_step,
+    then what belongs to the state they made (save, evaluate), and only then the next step.
+    """
+    with ExitStack() as stack:
+        run = await Run.open(config, stack)
+        if run.is_finished:
+            return run.report_as_finished()
+        with StopSignal() as stop:
+            for step in run.remaining_steps:
+                await run.evaluate_if_due(step)
+                await run.submit(step)
+                await run.log_all_but(config.submit_ahead)
+                if stop.received:
+                    break
+            await run.log_all_but(0)
+            if stop.received:
+                return await run.save_and_stop(stop.received)
+            return await run.evaluate_and_finish()

@@ -1,0 +1,108 @@
+"""Datasets of Datums, and the builders that configs name."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Any
+
+import chz
+
+from cookbook import models
+from cookbook.errors import ConfigError
+from cookbook.types import Datum
+from renderers import Renderer, TrainOnWhat, get_renderer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class SupervisedDataset(ABC):
+    """Batches of Datums by index. The same index gives the same batch until `set_epoch`."""
+
+    @abstractmethod
+    def get_batch(self, index: int) -> list[Datum]:
+        """Batch `index`, 0 <= index < len(self). Called from a thread of its own, ahead of need.
+
+        A batch may be shorter than the others, or empty where no example kept a trained token.
+        """
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """The number of batches in an epoch."""
+
+    def set_epoch(self, seed: int = 0) -> None:
+        """Puts the examples into the order of `seed`. By default the order never changes."""
+
+    def summary(self) -> dict[str, int]:
+        """Counts to report: rows, examples, and whatever was left out of the batches so far."""
+        return {}
+
+
+class _DeclaresItself:
+    """Lets a subclass of a chz class go without `@chz.chz`, and override a field by plain assignment.
+
+    chz fields are declared by the decorator; here a class that lacks it is declared when it is
+    first instantiated, and an assignment to an inherited field counts as its new default.
+    """
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        if "__chz_fields__" not in cls.__dict__:
+            inherited = chz.chz_fields(cls)
+            for name in inherited.keys() & cls.__dict__.keys():
+                cls.__annotations__ = {**cls.__dict__.get("__annotations__", {}), name: inherited[name].x_type}
+            chz.chz(cls)
+        return super().__new__(cls)
+
+
+@chz.chz
+class SupervisedDatasetBuilder(_DeclaresItself):
+    """A config that makes datasets."""
+
+    def __call__(self) -> tuple[SupervisedDataset, SupervisedDataset | None]:
+        """The training dataset, and one to evaluate on (or None)."""
+        raise NotImplementedError(f"{type(self).__name__} does not define __call__.")
+
+
+@chz.chz(typecheck=True)
+class ChatDatasetBuilderCommonConfig:
+    """How conversations become batches."""
+
+    model_name_for_tokenizer: str = chz.field(doc="model whose tokenizer is used")
+    renderer_name: str | None = chz.field(
+        default=None,
+        doc="chat format; default: chosen from the model",
+        munger=chz.mungers.if_none(lambda self: models.recommended_renderer(self.model_name_for_tokenizer)),
+    )
+    batch_size: int = chz.field(default=32, doc="conversations per optimizer step")
+    max_length: int | None = chz.field(
+        default=2048, doc="tokens an example is truncated to, from the right; None: no limit"
+    )
+    train_on_what: TrainOnWhat = chz.field(
+        default=TrainOnWhat.ALL_ASSISTANT_MESSAGES, doc="which messages' tokens count in the loss"
+    )
+
+    @chz.validate
+    def _check(self) -> None:
+        if self.batch_size < 1:
+            raise ConfigError(f"batch_size={self.batch_size}. A step needs at least one conversation.")
+        if self.max_length is not None and self.max_length < 2:
+            raise ConfigError(
+                f"max_length={self.max_length} leaves nothing to train: a token is predicted from one before it."
+            )
+
+
+@chz.chz
+class ChatDatasetBuilder(SupervisedDatasetBuilder):
+    """Base of builders for chat data: adds the tokenizer and the renderer."""
+
+    common_config: ChatDatasetBuilderCommonConfig
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return models.get_tokenizer(self.common_config.model_name_for_tokenizer)
+
+    @property
+    def renderer(self) -> Renderer:
+        renderer_name = self.common_config.renderer_name
+        assert renderer_name is not None  # the munger chose one
+        return get_renderer(renderer_name, self.tokenizer)

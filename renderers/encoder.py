@@ -1,0 +1,222 @@
+"""From rendered text to token ids, with control tokens only where the format put them.
+
+Messages and format share one string, so text that spells a control token is escaped before it is
+rendered (`guard`). Rendered text with nothing to mind is encoded as it is. Where a message spells
+a control token, or where a token would cross from the prompt into the reply, a copy of the
+tokenizer takes over. The copy knows the control tokens by their escapes alone, so their spelling
+is ordinary text to it; it also knows the cut, a token that parts its neighbours and is then dropped.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache, partial
+from itertools import pairwise, repeat
+from typing import TYPE_CHECKING, Any
+
+from cookbook.errors import RendererError
+from renderers.messages import PlainMessage, map_strings
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerBase
+
+ESCAPE = "\U000f5a3c"
+"""A private-use character that messages may not contain."""
+
+SENTINEL = f"{ESCAPE}text;"
+"""Text that no message and no format contains."""
+
+_CUT = f"{ESCAPE}cut;"
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Token ids, and for each the position in the text of its first character."""
+
+    ids: list[int]
+    starts: list[int]
+
+    def index(self, position: int) -> int:
+        """The first token that begins at or after a position of the text."""
+        return bisect_left(self.starts, position)
+
+
+class Encoder:
+    """Encodes rendered text for one tokenizer.
+
+    Control tokens are the tokenizer's special tokens and those of its other added tokens that
+    stand in `frame`, what the format prints around a plain message. An added token that is
+    neither (Qwen's `<tool_call>`) is vocabulary like any other.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, frame: str = "") -> None:
+        if not tokenizer.is_fast:
+            raise RendererError(
+                f"{type(tokenizer).__name__} cannot tell where in a text its tokens begin. "
+                "Load a fast tokenizer (one with a tokenizer.json)."
+            )
+        added = tokenizer.added_tokens_decoder
+        special = [token.content for token in added.values() if token.special]
+        framing = [
+            token.content for token in added.values() if token.content.strip() and token.content in frame
+        ]
+        controls = sorted({*special, *framing}, key=lambda text: (-len(text), text))
+        self._tokenizer = tokenizer
+        self._controls = controls
+        self._escapes = {text: f"{ESCAPE}{index};" for index, text in enumerate(controls)}
+        self.ids = {token.content: index for index, token in added.items()}
+        self._control_ids = frozenset(self.ids[text] for text in controls)
+        self.control = any_of(controls)
+        self._marks = re.compile(f"{ESCAPE}(?P<index>\\d+);|(?P<control>{self.control.pattern})")
+        self._refused_in_a_reply = any_of([ESCAPE, *special])
+        self._refused_elsewhere = any_of([ESCAPE, *controls])
+        self._encode_tail = lru_cache(maxsize=1024)(lambda tail: self._encode_joined(tail).ids)
+
+    # -- text that spells control tokens ------------------------------------------------------
+
+    def guard(self, messages: Sequence[PlainMessage]) -> list[PlainMessage]:
+        """Escape what would read as a control token.
+
+        An assistant's text may hold the tokens of the frame that are not special: some formats
+        have the model itself write them (`<think>`).
+        """
+        guarded: list[PlainMessage] = []
+        for number, message in enumerate(messages, 1):
+            pattern = self._refused_in_a_reply if message["role"] == "assistant" else self._refused_elsewhere
+            guarded.append(map_strings(partial(pattern.sub, partial(self._escape, number)), message))
+        return guarded
+
+    def _escape(self, number: int, match: re.Match[str]) -> str:
+        if match[0] == ESCAPE:
+            raise RendererError(
+                f"Message {number} contains U+{ord(ESCAPE):X}, which renderers reserve. Remove it."
+            )
+        return self._escapes[match[0]]
+
+    def unguard(self, value: Any) -> Any:
+        """Undo `guard`, in a text or in messages."""
+        return map_strings(partial(self._marks.sub, self._spell), value)
+
+    def _spell(self, match: re.Match[str]) -> str:
+        return match["control"] or self._controls[int(match["index"])]
+
+    # -- encoding -----------------------------------------------------------------------------
+
+    def encode(self, text: str, cuts: Sequence[int] = ()) -> Tokens:
+        """Encode guarded text so that the ids before each cut are those of the text before it alone.
+
+        Equal to encoding the whole at once, unless that would break this promise or let a message
+        forge a control token. `cuts` ascend.
+        """
+        if ESCAPE in text:
+            return self._encode_apart(text, cuts)
+        tokens = self._encode_joined(text)
+        num_controls = sum(token in self._control_ids for token in tokens.ids)
+        if num_controls != len(self.control.findall(text)):
+            return self._encode_apart(text, cuts)
+        if not all(self._is_clean_cut(text, tokens, cut) for cut in cuts):
+            return self._encode_apart(text, cuts)
+        return tokens
+
+    def _is_clean_cut(self, text: str, tokens: Tokens, cut: int) -> bool:
+        """Control tokens part a text anyway, so only what follows the last one before the cut can differ."""
+        end = start = tokens.index(cut)
+        while start > 0:
+            start -= 1
+            if tokens.ids[start] in self._control_ids:
+                break
+        return end > start and tokens.ids[start:end] == self._encode_tail(text[tokens.starts[start] : cut])
+
+    def _encode_joined(self, text: str) -> Tokens:
+        backend = self._backend
+        if backend.truncation is not None or backend.padding is not None or backend.encode_special_tokens:
+            backend.no_truncation()
+            backend.no_padding()
+            backend.encode_special_tokens = False
+        encoding = backend.encode(text, add_special_tokens=False)
+        return Tokens(encoding.ids, [start for start, _ in encoding.offsets])
+
+    def _encode_apart(self, text: str, cuts: Sequence[int]) -> Tokens:
+        """Encode with the copy: control tokens as their escapes, escapes as the text they stand for."""
+        pieces: list[str] = []
+        origins: list[int] = []  # for each character of the pieces, where in the text it comes from
+
+        def put(piece: str, positions: Iterable[int]) -> None:
+            pieces.append(piece)
+            origins.extend(positions)
+
+        for start, end in pairwise([0, *cuts, len(text)]):
+            if start > 0:
+                put(_CUT, repeat(start, len(_CUT)))
+            for match in self._marks.finditer(text, start, end):
+                put(text[start : match.start()], range(start, match.start()))
+                piece = self._escapes.get(match["control"]) or self._controls[int(match["index"])]
+                put(piece, repeat(match.start(), len(piece)))
+                start = match.end()
+            put(text[start:end], range(start, end))
+        origins.append(len(text))
+
+        copy, ids = self._copy
+        if cuts and not self._copy_parts_cleanly:
+            raise RendererError(
+                "A message begins with text that this tokenizer joins to the end of the prompt, "
+                "and it cannot part the two without adding a space. Strip the white space around the message."
+            )
+        encoding = copy.encode("".join(pieces), add_special_tokens=False)
+        tokens = Tokens([], [])
+        for token, (start, _) in zip(encoding.ids, encoding.offsets, strict=True):
+            if token in self._control_ids and token not in ids:
+                spelling = self._tokenizer.convert_ids_to_tokens(token)
+                raise RendererError(f"This tokenizer makes {spelling!r} of ordinary text. Remove it.")
+            if (original := ids.get(token, token)) is not None:
+                tokens.ids.append(original)
+                tokens.starts.append(origins[start])
+        return tokens
+
+    # -- the tokenizers behind it ---------------------------------------------------------------
+
+    @cached_property
+    def _backend(self) -> Tokenizer:
+        """The tokenizer's own, or a copy where a post-processor hides white space from the offsets."""
+        backend: Tokenizer = self._tokenizer.backend_tokenizer  # pyright: ignore
+        probe = "a  b\n c"
+        offsets = backend.encode(probe, add_special_tokens=False).offsets
+        if all(end == start for (_, end), (start, _) in pairwise([*offsets, (len(probe), len(probe))])):
+            return backend
+        return _rebuild(backend, str)
+
+    @cached_property
+    def _copy(self) -> tuple[Tokenizer, dict[int | None, int | None]]:
+        """The copy, and the tokenizer's own id for each added token of it (None for the cut)."""
+        backend: Tokenizer = self._tokenizer.backend_tokenizer  # pyright: ignore
+        copy = _rebuild(backend, lambda text: self._escapes.get(text, text))
+        copy.add_special_tokens([_CUT])
+        ids: dict[int | None, int | None] = {copy.token_to_id(_CUT): None}
+        for text, index in self.ids.items():
+            ids[copy.token_to_id(self._escapes.get(text, text))] = index
+        return copy, ids
+
+    @cached_property
+    def _copy_parts_cleanly(self) -> bool:
+        """Some tokenizers print a space wherever a text begins anew."""
+        copy, _ = self._copy
+        tokens = copy.encode(f"a{_CUT}a", add_special_tokens=False).ids
+        return copy.decode(tokens, skip_special_tokens=True) == "aa"
+
+
+def any_of(texts: Iterable[str]) -> re.Pattern[str]:
+    return re.compile("|".join(map(re.escape, texts)) or "(?!)")
+
+
+def _rebuild(backend: Tokenizer, rename: Callable[[str], str]) -> Tokenizer:
+    """A copy that neither post-processes, pads nor truncates, its added tokens renamed."""
+    layout = json.loads(backend.to_str())
+    layout.update(post_processor=None, padding=None, truncation=None)
+    for token in layout["added_tokens"]:
+        token["content"] = rename(token["content"])
+    return type(backend).from_str(json.dumps(layout))

@@ -1,0 +1,117 @@
+"""Messages in the OpenAI shape, and what every renderer asks of them.
+
+Errors count messages from 1.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Required, TypeAlias, TypedDict
+
+from cookbook.errors import RendererError
+
+
+class TextPart(TypedDict):
+    type: str
+    text: str
+
+
+class Message(TypedDict, total=False):
+    """One turn of a conversation.
+
+    A list of text parts reads as their concatenation. `thinking` is another name for
+    `reasoning_content`. `trainable` is read by `TrainOnWhat.CUSTOMIZED` alone. Other keys
+    reach the chat template as they are.
+    """
+
+    role: Required[str]
+    content: str | list[TextPart] | None
+    reasoning_content: str | None
+    thinking: str | None
+    tool_calls: list[dict[str, Any]] | None
+    tool_call_id: str
+    name: str
+    trainable: bool
+
+
+PlainMessage: TypeAlias = dict[str, Any]
+"""A checked message: `content` is a string or absent, no value is None, and neither `thinking` nor
+`trainable` is left."""
+
+_OURS = ("thinking", "trainable")
+ROLES = ("system", "developer", "user", "assistant", "tool")
+
+
+def normalize(messages: Sequence[Message], renderer: str, roles: Sequence[str]) -> list[PlainMessage]:
+    """Check the messages and write them in one way, leaving the caller's alone."""
+    if not messages:
+        raise RendererError(f"Renderer `{renderer}` was given no messages. Pass at least one.")
+    return [_normalize_one(message, number, renderer, roles) for number, message in enumerate(messages, 1)]
+
+
+def _normalize_one(message: Message, number: int, renderer: str, roles: Sequence[str]) -> PlainMessage:
+    if not isinstance(message, Mapping):
+        raise RendererError(
+            f"Message {number} is a {type(message).__name__}. Use a mapping with `role` and `content`."
+        )
+    role = message.get("role")
+    if role not in roles:
+        raise RendererError(
+            f"Renderer `{renderer}` cannot render role `{role}` (message {number}). "
+            f"Supported: {', '.join(roles)}."
+        )
+    plain = {key: value for key, value in message.items() if value is not None and key not in _OURS}
+    if (thinking := message.get("thinking")) is not None:
+        plain.setdefault("reasoning_content", thinking)
+    if "content" in plain:
+        plain["content"] = _text_of(plain["content"], number, renderer)
+    elif not (role == "assistant" and (plain.get("tool_calls") or plain.get("reasoning_content"))):
+        raise RendererError(f"Message {number} (role `{role}`) has no content. Give it a string.")
+    return plain
+
+
+def _text_of(content: object, number: int, renderer: str) -> str:
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, Sequence):
+        raise RendererError(
+            f"The content of message {number} is a {type(content).__name__}. "
+            "Use a string or a list of text parts."
+        )
+    texts: list[str] = []
+    for part in content:
+        kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+        if kind != "text" or not isinstance(part.get("text"), str):
+            raise RendererError(
+                f"Renderer `{renderer}` cannot render a part of type `{kind}` (message {number}). "
+                "Supported: text, with a string under `text`."
+            )
+        texts.append(part["text"])
+    return "".join(texts)
+
+
+def function_of(tool_call: Mapping[str, Any], number: int) -> Mapping[str, Any]:
+    """The `{"name", "arguments"}` of a tool call, nested under `function` or not."""
+    function = tool_call.get("function") or tool_call
+    if not isinstance(function.get("name"), str) or "arguments" not in function:
+        raise RendererError(
+            f"A tool call of message {number} needs `name` and `arguments`; it has {', '.join(function)}."
+        )
+    return function
+
+
+def to_json(value: object) -> str:
+    """JSON as chat templates print it."""
+    return json.dumps(value, ensure_ascii=False)
+
+
+def map_strings(change: Callable[[str], str], value: Any) -> Any:
+    """The same value with every string in it, keys included, changed."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {map_strings(change, key): map_strings(change, item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [map_strings(change, item) for item in value]
+    return value

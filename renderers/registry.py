@@ -1,0 +1,38 @@
+"""Renderers by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from difflib import get_close_matches
+from typing import TYPE_CHECKING, TypeAlias
+
+from cookbook.errors import RendererError
+from renderers.base import Renderer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+RendererFactory: TypeAlias = "Callable[[PreTrainedTokenizerBase], Renderer]"
+
+_factories: dict[str, RendererFactory] = {}
+
+
+def register_renderer(name: str, factory: RendererFactory) -> None:
+    """Let `get_renderer(name, tokenizer)` call `factory(tokenizer)`. A name is registered once."""
+    if name in _factories:
+        raise RendererError(f"A renderer named `{name}` is registered already. Choose another name.")
+    _factories[name] = factory
+
+
+def renderer_names() -> list[str]:
+    return sorted(_factories)
+
+
+def get_renderer(name: str, tokenizer: PreTrainedTokenizerBase) -> Renderer:
+    """A new renderer for the tokenizer."""
+    if name not in _factories:
+        near = get_close_matches(name, _factories, n=1)
+        hint = f" Did you mean `{near[0]}`?" if near else ""
+        names = ", ".join(renderer_names())
+        raise RendererError(f"There is no renderer named `{name}`.{hint} Renderers: {names}.")
+    return _factories[name](tokenizer)

@@ -1,0 +1,61 @@
+"""Which messages of a conversation are trained."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import StrEnum
+
+from renderers.messages import Message
+
+
+class TrainOnWhat(StrEnum):
+    """What carries weight 1; everything else carries 0.
+
+    Training a message means its text and the end-of-turn token that closes it. For an assistant
+    the text is all that follows the generation prompt (thinking and tool calls included); for
+    another role it is the message's content as the format prints it, with the end-of-turn token
+    where that stands right behind it. A token belongs to the text in which it begins.
+    """
+
+    LAST_ASSISTANT_MESSAGE = "last_assistant_message"
+    """The last assistant message of the conversation, wherever it stands."""
+
+    LAST_ASSISTANT_TURN = "last_assistant_turn"
+    """Every assistant message after the last user message: a reply with its tool calls."""
+
+    ALL_ASSISTANT_MESSAGES = "all_assistant_messages"
+    """Every assistant message."""
+
+    ALL_MESSAGES = "all_messages"
+    """Every message of every role; the headers between them are not trained."""
+
+    ALL_TOKENS = "all_tokens"
+    """Every token of the sequence, headers and special tokens included."""
+
+    ALL_USER_AND_SYSTEM_MESSAGES = "all_user_and_system_messages"
+    """Every user and system message."""
+
+    CUSTOMIZED = "customized"
+    """The messages whose `trainable` is true; without the key a message is not trained."""
+
+
+def chosen_messages(messages: Sequence[Message], train_on_what: TrainOnWhat) -> list[int]:
+    """The positions of the messages to train, ascending. ALL_TOKENS chooses tokens, so no messages."""
+    roles = [message["role"] for message in messages]
+    assistants = [i for i, role in enumerate(roles) if role == "assistant"]
+    match train_on_what:
+        case TrainOnWhat.LAST_ASSISTANT_MESSAGE:
+            return assistants[-1:]
+        case TrainOnWhat.LAST_ASSISTANT_TURN:
+            last_user = max((i for i, role in enumerate(roles) if role == "user"), default=-1)
+            return [i for i in assistants if i > last_user]
+        case TrainOnWhat.ALL_ASSISTANT_MESSAGES:
+            return assistants
+        case TrainOnWhat.ALL_MESSAGES:
+            return list(range(len(roles)))
+        case TrainOnWhat.ALL_USER_AND_SYSTEM_MESSAGES:
+            return [i for i, role in enumerate(roles) if role in ("user", "system")]
+        case TrainOnWhat.CUSTOMIZED:
+            return [i for i, message in enumerate(messages) if message.get("trainable", False)]
+        case TrainOnWhat.ALL_TOKENS:
+            return []
