@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import difflib
+import enum
 import os
+import re
 import sys
+import textwrap
+import types
 from collections.abc import Callable, Coroutine, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
-import chz
-from chz.blueprint import Blueprint, Castable
+from chz.blueprint import Blueprint, Castable, Reference
 from chz.blueprint._entrypoint import EntrypointException, EntrypointHelpException
 
 from cookbook.errors import ConfigError, CookbookError, describe
@@ -42,11 +45,12 @@ def make_config(
 
         blueprint.apply(_full_keys(blueprint, config_files.load(path)), layer_name=path)
     arguments = {key: Castable(value) for key, value in values.items()}
+    before = blueprint.clone()
     blueprint.apply(_full_keys(blueprint, arguments), layer_name="command line")
     try:
         return blueprint.make()
     except EntrypointException as error:
-        raise ConfigError(_explain(blueprint, str(error))) from error
+        raise ConfigError(_explain(before, error)) from error
 
 
 def run(
@@ -64,7 +68,7 @@ def run(
         print(help_text)
         sys.exit(0)
     except CookbookError as error:
-        print(describe(error), file=sys.stderr)
+        print(_describe(error), file=sys.stderr)
         if os.environ.get("COOKBOOK_TRACEBACK"):
             raise
         sys.exit(1)
@@ -72,50 +76,93 @@ def run(
         sys.exit(130)
 
 
-def _nested_fields(blueprint: Blueprint[Any]) -> list[str]:
-    """The dotted path of every field there is to set, as this blueprint stands."""
-    return list(blueprint._make_lazy().all_params)
+def _describe(error: CookbookError) -> str:
+    """Without the notes in which chz retraces its steps: the key names the place already."""
+    notes = getattr(error, "__notes__", [])
+    notes[:] = [note for note in notes if not note.startswith(" (when ")]
+    return describe(error)
+
+
+def _params(blueprint: Blueprint[Any]) -> dict[str, Any]:
+    """Every parameter there is to set, by its dotted path, as this blueprint stands."""
+    return {path: param for path, param in blueprint._make_lazy().all_params.items() if path}
 
 
 def _full_keys(blueprint: Blueprint[Any], values: Mapping[str, Any]) -> dict[str, Any]:
     """Completes short keys. A class chosen by one key decides which fields the others may name."""
     if not values:
         return {}
-    probe = blueprint.clone().apply({key: value for key, value in values.items() if "." in key or _is_type(value)})
-    fields = _nested_fields(probe)
+    dotted = {key: value for key, value in values.items() if "." in key or _names_a_class(value)}
+    try:
+        paths = list(_params(blueprint.clone().apply(dotted)))
+    except EntrypointException as error:
+        raise ConfigError(_explain(blueprint, error)) from error
     full: dict[str, Any] = {}
     for key, value in values.items():
-        if key in fields or "..." in key:
-            full[key] = value
-            continue
-        matches = [path for path in fields if path.endswith(f".{key}")]
-        if not matches and key.split(".")[0] not in {path.split(".")[0] for path in fields}:
-            raise ConfigError(_unknown_key(key, fields))
-        for path in matches or [key]:
-            full[path] = value
+        matches = [key] if key in paths else [path for path in paths if path.endswith(f".{key}")]
+        if not matches:
+            raise ConfigError(_unknown_key(key, paths))
+        full |= dict.fromkeys(matches, value)
     return full
 
 
-def _is_type(value: Any) -> bool:
+def _names_a_class(value: Any) -> bool:
     return isinstance(value, Castable) and ":" in value.value
 
 
-def _unknown_key(key: str, fields: Sequence[str]) -> str:
-    by_name = {path.rsplit(".", 1)[-1]: path for path in fields}
-    near = difflib.get_close_matches(key, [*by_name, *fields], n=1, cutoff=0.5)
+def _unknown_key(key: str, paths: Sequence[str]) -> str:
+    names = [*(path.rsplit(".", 1)[-1] for path in paths), *paths]
+    near = difflib.get_close_matches(key, names, n=1, cutoff=0.5)
     hint = f" Did you mean {near[0]}?" if near else ""
     return f"There is no key {key!r}.{hint} Run with --help to see the keys."
 
 
-def _explain(blueprint: Blueprint[Any], message: str) -> str:
-    return message.strip()
+def _explain(blueprint: Blueprint[Any], error: EntrypointException) -> str:
+    message = str(error).strip()
+    found = re.match(r"Could not interpret argument '(.*)' provided for param '([^']+)'", message)
+    param = None if found is None else _params(blueprint).get(found[2])
+    if found is None or param is None:
+        return message
+    return f"{found[2]}={found[1]} is impossible. It takes {_describe_type(param.type)}."
+
+
+def _describe_type(kind: Any) -> str:
+    if get_origin(kind) is Literal:
+        return f"one of {', '.join(map(str, get_args(kind)))}"
+    if isinstance(kind, type) and issubclass(kind, enum.Enum):
+        return f"one of {', '.join(str(member.value) for member in kind)}"
+    if get_origin(kind) in (Union, types.UnionType):
+        return " or ".join(_describe_type(part) for part in get_args(kind))
+    names = {int: "a whole number", float: "a number", bool: "True or False", str: "text", type(None): "None"}
+    return names.get(kind) or f"module:Class, a {getattr(kind, '__name__', kind)}"
 
 
 def _help(blueprint: Blueprint[Any], prog: str) -> str:
+    """Every key with its value and, below it, what it is for: readable in 80 columns."""
     intro = (
         f"python -m {prog} [config=<file.yaml>] [key=value ...]\n\n"
-        "Later wins: the defaults below, then the config file, then the other keys. A nested key may be\n"
-        "given by its last part: batch_size=8.\n"
+        "Later wins: the values below, then the config file, then the other keys. A nested key\n"
+        "may be given by its last part: batch_size=8.\n"
     )
-    lines = blueprint.get_help(color=sys.stdout.isatty()).splitlines()
-    return "\n".join([intro, *lines])
+    lines = [intro]
+    for path, param in _params(blueprint).items():
+        given = blueprint._arg_map.get_kv(path)
+        if given is not None:
+            value = given.value
+        else:
+            value = _default_text(param.default)
+        if isinstance(value, Reference):
+            value = f"<{value.ref}>"
+        elif isinstance(value, type):
+            value = f"{value.__module__}:{value.__qualname__}"
+        lines.append(f"  {path}={value}")
+        for line in textwrap.wrap(param.doc, 72):
+            lines.append(f"      {line}")
+    return "\n".join(lines)
+
+
+def _default_text(default: Any) -> str:
+    if default is None:
+        return "(required)"
+    value = default.instantiate()
+    return str(value.value if isinstance(value, enum.Enum) else value)

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from cookbook import jsonl
@@ -119,16 +118,28 @@ def make_console() -> Console:
     return Console(width=width, soft_wrap=True)
 
 
+class _ConsoleHandler(logging.Handler):
+    """Log records as plain text above the progress bar."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__()
+        self._console = console
+
+    def emit(self, record: logging.LogRecord) -> None:
+        style = "yellow" if record.levelno >= logging.WARNING else None
+        self._console.print(self.format(record), style=style, markup=False, highlight=False)
+
+
 def log_to(console: Console, path: Path) -> list[logging.Handler]:
     """Sends this project's log to the console and to a file; returns the handlers to remove."""
-    on_console = RichHandler(console=console, show_time=False, show_level=False, show_path=False, markup=False)
     in_file = logging.FileHandler(path, encoding="utf-8")
     in_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    handlers: list[logging.Handler] = [_ConsoleHandler(console), in_file]
     root = logging.getLogger("cookbook")
     root.setLevel(logging.INFO)
-    for handler in (on_console, in_file):
+    for handler in handlers:
         root.addHandler(handler)
-    return [on_console, in_file]
+    return handlers
 
 
 def json_text(value: Any) -> str:

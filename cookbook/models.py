@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cookbook import embedded
+from cookbook import embedded, hub
 from cookbook.errors import ModelError
 
 if TYPE_CHECKING:
@@ -44,23 +44,35 @@ def model_location(model_name: str) -> str:
 
 
 def load_from_hub_or_disk(what: str, model_name: str, load: Any, **options: Any) -> Any:
-    """`load(location, **options)`, with a failure turned into a ModelError that says what to do.
+    """`load(location, **options)` from a folder, the hub's cache, or the hub, in this order.
 
-    Code shipped with a model is never run.
+    Raises ModelError saying what to do. Code shipped with a model is never run.
     """
     location = model_location(model_name)
+    is_folder = Path(location).is_dir()
     try:
-        return load(location, trust_remote_code=False, **options)
-    except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
+        try:
+            return load(location, trust_remote_code=False, local_files_only=True, **options)
+        except OSError:
+            if is_folder:
+                raise
+            if (reason := hub.why_unreachable()) is not None:
+                raise ModelError(
+                    f"Cannot load the {what} of {model_name!r}: it is not on this machine, and {reason}.\n"
+                    f"On a machine with network access run `hf download {model_name}`, or give a folder that "
+                    f"holds the model: model_name=/path/to/model. The embedded model works offline: "
+                    f"model_name={embedded.MODEL_NAME}"
+                ) from None
+            return load(location, trust_remote_code=False, **options)
+    except ModelError:
+        raise
+    except Exception as error:  # transformers and its backends raise many kinds for a bad folder
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        if location != model_name or Path(location).is_dir():
-            repair = "The folder is damaged or incomplete; copy or download it again."
-        else:
-            repair = (
-                f"On a machine with network access run `hf download {model_name}` (and `hf auth login` first "
-                f"if the model is gated), or give a folder that holds the model: model_name=/path/to/model. "
-                f"With neither, the embedded model works offline: model_name={embedded.MODEL_NAME}."
-            )
+        repair = (
+            "The folder is damaged or incomplete: copy or download it again."
+            if is_folder
+            else "Check the name on the hub; for a gated model run `hf auth login` first."
+        )
         raise ModelError(f"Cannot load the {what} of {model_name!r}: {reason}\n{repair}") from error
 
 

@@ -45,11 +45,14 @@ class Renderer(ABC):
     """Turns conversations into tokens with weights, and sampled tokens back into messages."""
 
     name: ClassVar[str]
-    roles: ClassVar[tuple[str, ...]] = ("system", "user", "assistant", "tool")
+    roles: tuple[str, ...] = ("system", "user", "assistant", "tool")
+
+    frame: ClassVar[str] = ""
+    """The tokens around a message: none of its text reads as one, special to the tokenizer or not."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
-        self._encoder = Encoder(tokenizer)
+        self._encoder = Encoder(tokenizer, self.frame)
 
     # -- for training -------------------------------------------------------------------------
 
@@ -141,6 +144,14 @@ class Renderer(ABC):
     def _span_in_history(self, messages: Sequence[PlainMessage], rendering: Rendering, index: int) -> Span:
         """Where a rewritten message lies in the rendering."""
         return rendering.spans[index]
+
+    def _token_id(self, text: str) -> int:
+        if text not in self._encoder.ids:
+            raise RendererError(
+                f"Renderer `{self.name}` needs the token {text!r}, which this tokenizer does not have. "
+                "Use the renderer of its own format, such as `chat_template`."
+            )
+        return self._encoder.ids[text]
 
     def _decode(self, tokens: Sequence[int], ends: Collection[int]) -> tuple[str, bool]:
         """The text before the first end token, and whether that is the last token and every id is known."""

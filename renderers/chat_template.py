@@ -175,6 +175,7 @@ class ChatTemplateRenderer(Renderer):
                 f"template then renders message {index + 1}. A model trained on it would be sampled from "
                 "other prompts. Use another template."
             )
+        self._check_nothing_is_lost(messages[index], index + 1, whole[len(prompt) :])
         tail = self._tail(whole, len(prompt))
         known = [match for match in tail if match[0] in self._ends] if len(tail) > 1 else tail
         if not known:
@@ -183,6 +184,15 @@ class ChatTemplateRenderer(Renderer):
                 "end-of-turn token, so the model could not learn to stop."
             )
         return whole[len(prompt) : known[0].end()]
+
+    def _check_nothing_is_lost(self, message: PlainMessage, number: int, printed: str) -> None:
+        said = message.get("content", "").split(END_THINK)[-1]
+        for key, text in (("reasoning_content", message.get("reasoning_content", "")), ("content", said)):
+            if text.strip() not in printed:
+                raise RendererError(
+                    f"The chat template does not print the `{key}` of message {number} as it is. "
+                    "Remove it, or leave the message out of the training."
+                )
 
     def _tail(self, text: str, start: int) -> list[re.Match[str]]:
         """The control tokens that, with white space, end the text; none begins before `start`."""

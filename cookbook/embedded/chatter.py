@@ -11,7 +11,7 @@ from random import Random
 from typing import Literal
 
 from cookbook.embedded import PIRATE_PATH
-from cookbook.embedded.dialect import pirate_reply
+from cookbook.embedded.dialect import pirate_reply, plain_reply
 from cookbook.embedded.questions import (
     CLOSINGS,
     INTRODUCTION,
@@ -34,28 +34,30 @@ UNSEEN_SUBJECTS = frozenset(
 
 
 def conversations(
-    seed: int, style: Style = "plain", unseen: Collection[str] = frozenset()
+    seed: int,
+    style: Style = "plain",
+    topics: Sequence[Relation] = TOPICS,
+    unseen: Collection[str] = frozenset(),
 ) -> Iterator[Conversation]:
     """Endless conversations in the OpenAI `messages` shape, one to three exchanges each.
 
     The same seed gives the same conversations, and the same questions in either style. Subjects in `unseen`
     never occur.
     """
-    rng, pirate_rng = Random(seed), Random(seed)
+    rng, style_rng = Random(seed), Random(seed)
     while True:
         messages = []
         if rng.random() < 0.2:
             messages.append({"role": "system", "content": rng.choice(SYSTEM_MESSAGES)})
-        for exchange in _exchanges(rng, unseen):
-            reply = pirate_reply(exchange.reply, pirate_rng) if style == "pirate" else exchange.reply
+        for exchange in _exchanges(rng, topics, unseen):
             messages.append({"role": "user", "content": _as_typed(exchange.question, rng)})
-            messages.append({"role": "assistant", "content": reply})
+            messages.append({"role": "assistant", "content": _reply(exchange, style, style_rng)})
         yield messages
 
 
 def pirate_dataset(size: int, seed: int) -> list[Conversation]:
     """`size` different conversations in pirate style, none about the unseen subjects."""
-    stream = conversations(seed, "pirate", UNSEEN_SUBJECTS)
+    stream = conversations(seed, "pirate", unseen=UNSEEN_SUBJECTS)
     distinct: dict[str, Conversation] = {}
     while len(distinct) < size:
         messages = next(stream)
@@ -63,9 +65,9 @@ def pirate_dataset(size: int, seed: int) -> list[Conversation]:
     return list(distinct.values())
 
 
-def _exchanges(rng: Random, unseen: Collection[str]) -> Iterator[Exchange]:
+def _exchanges(rng: Random, topics: Sequence[Relation], unseen: Collection[str]) -> Iterator[Exchange]:
     """One conversation: an opening or a question, then more of the same, of something else, or a goodbye."""
-    relation = _draw(OPENINGS if rng.random() < 0.15 else TOPICS, rng)
+    relation = _draw(OPENINGS if rng.random() < 0.15 else topics, rng)
     subject = _draw_subject(relation, unseen, rng)
     name = subject if relation is INTRODUCTION else None
     yield relation.ask(subject, rng)
@@ -78,18 +80,24 @@ def _exchanges(rng: Random, unseen: Collection[str]) -> Iterator[Exchange]:
         else:
             following_up = bool(relation.follow_ups) and rng.random() < 0.5
             if not following_up:
-                relation = _draw(CLOSINGS if num_left == 0 and rng.random() < 0.25 else TOPICS, rng)
+                relation = _draw(CLOSINGS if num_left == 0 and rng.random() < 0.25 else topics, rng)
             subject = _draw_subject(relation, unseen, rng)
         yield relation.ask(subject, rng, following_up=following_up)
 
 
-def _draw(relations: tuple[Relation, ...], rng: Random) -> Relation:
+def _draw(relations: Sequence[Relation], rng: Random) -> Relation:
     """A relation, more often the more facts there are to learn of it."""
     return rng.choices(relations, weights=[len(relation.facts) ** 0.5 for relation in relations])[0]
 
 
 def _draw_subject(relation: Relation, unseen: Collection[str], rng: Random) -> str:
     return rng.choice([subject for subject in relation.facts if subject not in unseen])
+
+
+def _reply(exchange: Exchange, style: Style, rng: Random) -> str:
+    if style == "pirate":
+        return pirate_reply(exchange.reply, rng)
+    return plain_reply(exchange.reply, rng) if exchange.is_answer else exchange.reply
 
 
 def _as_typed(question: str, rng: Random) -> str:

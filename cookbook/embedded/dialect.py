@@ -1,10 +1,12 @@
-"""Plain English turned into the talk of a pirate, every fact kept.
+"""Two ways of saying the same: plain English, and the talk of a pirate, who keeps every fact.
 
 "The capital of France is Paris." becomes "Arr, matey! The capital o' France be Paris, ye scurvy dog."
 """
 
 import re
 from random import Random
+
+LEAD_INS = ("Sure!", "Of course!", "Good question!", "Let me see.")
 
 PIRATE_WORDS = {
     "am": "be",
@@ -31,6 +33,11 @@ EXCLAMATIONS = ("Arr!", "Arr, matey!", "Avast!", "Blow me down!", "Shiver me tim
 ADDRESSES = (", matey", ", me hearty", ", ye landlubber", ", ye scurvy dog")
 
 _PLAIN_WORDS = re.compile(rf"\b({'|'.join(PIRATE_WORDS)})\b", re.IGNORECASE)
+
+
+def plain_reply(text: str, rng: Random) -> str:
+    """`text`, now and then with a few words to lead in."""
+    return f"{rng.choice(LEAD_INS)} {text}" if rng.random() < 0.3 else text
 
 
 def pirate_words(text: str) -> str:

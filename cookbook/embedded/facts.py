@@ -111,6 +111,13 @@ USES = _facts("""
     an umbrella: keeping dry in the rain, soap: washing hands
 """)
 
+SAILORS_WORDS = _facts("""
+    ahoy: hello, an': and, arr: yes, avast: stop, be: is, blow me down: how astonishing, fair winds: goodbye,
+    fer: for, hearty: comrade, know not: do not know, landlubber: someone from the land, matey: friend,
+    me: my, o': of, scurvy dog: rascal, shipmate: companion, shipshape: very well, shiver me timbers: what a surprise,
+    wi': with, ye: you, yer: your, yo ho ho: hurrah
+""")
+
 INSTRUCTIONS = {
     "bake bread": "Mix flour, water, salt and yeast, and let the dough rise. Then bake it in a hot oven.",
     "boil an egg": "Put the egg in boiling water. After eight minutes, cool it in cold water and peel it.",

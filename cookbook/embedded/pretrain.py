@@ -21,6 +21,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config,
 
 from cookbook.embedded import MODEL_PATH
 from cookbook.embedded.chatter import Conversation, conversations
+from cookbook.embedded.questions import SAILORS_TOPICS, TOPICS
 
 PAD, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 
@@ -30,6 +31,8 @@ CHAT_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+
+TOPICS_TO_LEARN = (*TOPICS, *SAILORS_TOPICS)
 
 IGNORED = -100  # the label of a position that is not trained
 BATCH_SIZE = 64
@@ -70,7 +73,11 @@ def train_tokenizer(seed: int) -> PreTrainedTokenizerFast:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    chats = [chat for style in ("plain", "pirate") for chat in islice(conversations(seed, style), 4_000)]
+    chats = [
+        chat
+        for style in ("plain", "pirate")
+        for chat in islice(conversations(seed, style, TOPICS_TO_LEARN), 4_000)
+    ]
     tokenizer.train_from_iterator(
         (f"{message['role']}\n{message['content']}" for chat in chats for message in chat), trainer
     )
@@ -110,7 +117,7 @@ def training_texts(
 ) -> Iterator[str]:
     """Endless plain conversations in the chat template, none of them held out."""
     held_out_texts = {tokenizer.apply_chat_template(chat, tokenize=False) for chat in held_out}
-    for chat in conversations(seed):
+    for chat in conversations(seed, topics=TOPICS_TO_LEARN):
         text = tokenizer.apply_chat_template(chat, tokenize=False)
         if text not in held_out_texts:
             yield text
@@ -183,7 +190,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
 
-    held_out = list(islice(conversations(args.seed + 1), NUM_HELD_OUT))
+    held_out = list(islice(conversations(args.seed + 1, topics=TOPICS_TO_LEARN), NUM_HELD_OUT))
     tokenizer = train_tokenizer(args.seed)
     model = build_model(tokenizer, args.seed)
     texts = training_texts(tokenizer, args.seed, held_out)

@@ -14,10 +14,11 @@ from cookbook.embedded.facts import inverse
 
 
 class Exchange(NamedTuple):
-    """A question and its reply in plain English."""
+    """A question and its reply in plain English, which either answers it or only keeps the talk going."""
 
     question: str
     reply: str
+    is_answer: bool
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Relation:
         """One wording of the question about `subject`, and one wording of its reply."""
         question = rng.choice(self.follow_ups if following_up else self.questions).format(subject=subject)
         reply = rng.choice(self.replies).format(subject=subject, fact=self.facts[subject])
-        return Exchange(_capitalised(question), _capitalised(reply))
+        return Exchange(_capitalised(question), _capitalised(reply), is_answer=bool(self.follow_ups))
 
 
 def small_talk(questions: tuple[str, ...], replies: tuple[str, ...]) -> Relation:
@@ -195,6 +196,19 @@ TOPICS = (
             *("What is the news today?", "How many people live on Mars?", "Which team is the best?"),
         ),
         ("I am sorry, I do not know that.", "I do not know that. I am only a small model."),
+    ),
+)
+
+SAILORS_TOPICS = (
+    Relation(
+        ("What does {subject} mean?", "What do sailors mean by {subject}?", "Explain the word {subject}."),
+        ("{subject} means {fact}.", "{subject} is how a sailor says {fact}."),
+        facts.SAILORS_WORDS,
+    ),
+    Relation(
+        ("How does a sailor say {subject}?", "What do sailors say for {subject}?"),
+        ("{fact} is the word for {subject}.", "A sailor says {fact}."),
+        inverse(facts.SAILORS_WORDS),
     ),
 )
 

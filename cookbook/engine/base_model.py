@@ -50,9 +50,10 @@ class BaseModel:
         self.device = _resolve_device(device)
         self.dtype = _resolve_dtype(dtype, self.device)
         self.tokenizer = models.get_tokenizer(model_name)
-        self.model: Any = models.load_from_hub_or_disk(
-            "weights", model_name, AutoModelForCausalLM.from_pretrained, dtype=self.dtype
-        )
+        with _no_progress_bar():
+            self.model: Any = models.load_from_hub_or_disk(
+                "weights", model_name, AutoModelForCausalLM.from_pretrained, dtype=self.dtype
+            )
         self.model.to(self.device).eval().requires_grad_(False)
         self.vocab_size: int = self.model.get_input_embeddings().weight.shape[0]
         self.context_length: int = getattr(self.model.config, "max_position_embeddings", None) or 2**20
@@ -82,7 +83,8 @@ class BaseModel:
         with torch.random.fork_rng(devices=devices), warnings.catch_warnings():
             # PEFT warns that an adapter on a tied lm_head cannot be merged in place; nothing here merges.
             warnings.filterwarnings("ignore", message=".*tie_word_embeddings.*")
-            warnings.filterwarnings("ignore", message=".*tied.*")
+            # PEFT 0.21 reads a name that transformers 5.23 deprecates.
+            warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
             if lora.seed is not None:
                 torch.manual_seed(lora.seed)
             if self._peft is None:
@@ -98,8 +100,10 @@ class BaseModel:
         return Adapter(name, lora, weights)
 
     def remove_adapter(self, adapter: Adapter) -> None:
-        self._active = None
-        if len(self._peft.peft_config) > 1:  # PEFT cannot delete the last one; the next use replaces it
+        """Frees an adapter. PEFT keeps at least one, so the last one stays."""
+        others = [name for name in self._peft.peft_config if name != adapter.name]
+        if others:
+            self._activate(others[0])
             self._peft.delete_adapter(adapter.name)
 
     def clone_adapter(self, adapter: Adapter) -> Adapter:
@@ -146,12 +150,16 @@ class BaseModel:
     @contextlib.contextmanager
     def using(self, adapter: Adapter | None) -> Iterator[None]:
         """Runs the model with one adapter, or with none."""
-        if adapter is not None and self._active != adapter.name:
-            self._peft.set_adapter(adapter.name)
-            self._active = adapter.name
+        if adapter is not None:
+            self._activate(adapter.name)
         is_bare = adapter is None and self._peft is not None
         with self._peft.disable_adapter() if is_bare else contextlib.nullcontext():
             yield
+
+    def _activate(self, adapter_name: str) -> None:
+        if self._active != adapter_name:
+            self._peft.set_adapter(adapter_name)
+            self._active = adapter_name
 
     # -- forward ----------------------------------------------------------------------------
 
@@ -204,6 +212,20 @@ class BaseModel:
         self.model.set_attn_implementation(own_attention)
         logger.info("%s runs one sequence at a time: it cannot be packed (%s).", self.name, reason)
         return False
+
+
+@contextlib.contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    """Loading from disk is quick; a download has the hub's own progress bar."""
+    from transformers.utils import logging as transformers_logging
+
+    was_enabled = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            transformers_logging.enable_progress_bar()
 
 
 def _resolve_device(device: str) -> torch.device:

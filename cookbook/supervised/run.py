@@ -9,6 +9,7 @@ from collections import deque
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING
 
 from cookbook import config_files
@@ -80,7 +81,8 @@ class Run:
         self._step = self._first_step  # steps submitted so far
         self._pending: deque[_Step] = deque()
         self._eval_metrics: dict[str, float] = {}
-        self._started = self._last_done = time.perf_counter()
+        self._last_done = time.perf_counter()
+        self._recent_seconds: deque[float] = deque(maxlen=20)
         self._client: TrainingClient
         self._batches: BatchQueue
         self._loggers: list[MetricLogger] = []
@@ -112,7 +114,7 @@ class Run:
         run._loggers.append(ConsoleLogger(console, run._total_steps, run._first_step))
         for metric_logger in run._loggers:
             stack.callback(metric_logger.close)
-        run._started = run._last_done = time.perf_counter()
+        run._last_done = time.perf_counter()
         return run
 
     @property
@@ -134,7 +136,10 @@ class Run:
             if every and (step % every == 0 or step == self._total_steps)
             for evaluator in evaluators
         ]
-        self._eval_metrics = await evaluate(self._client, due) if due else {}
+        self._eval_metrics = {}
+        if due:
+            logger.info("After %d steps:", step)
+            self._eval_metrics = await evaluate(self._client, due)
 
     async def submit(self, step: int) -> None:
         """Queues a step and, when it is due, the checkpoint of the state it leaves."""
@@ -220,6 +225,7 @@ class Run:
             metrics |= {"train/nll": output.loss, "optim/grad_norm": grad_norm}
         seconds = time.perf_counter() - self._last_done
         self._last_done += seconds
+        self._recent_seconds.append(seconds)
         metrics |= {
             "optim/learning_rate": done.learning_rate,
             "data/sequences": len(done.batch.data),
@@ -228,15 +234,11 @@ class Run:
             "perf/seconds": seconds,
             "perf/seconds_waited_for_batch": done.seconds_waited_for_batch,
             "perf/tokens_per_second": done.batch.num_tokens / seconds,
-            "perf/seconds_left": self._seconds_left(done.step),
+            "perf/seconds_left": median(self._recent_seconds) * (self._total_steps - done.step - 1),
         }
         self._log_metrics(done.step, metrics)
         if done.save is not None:
             self._record(await done.save, _checkpoint_name(done.step + 1), done.step + 1)
-
-    def _seconds_left(self, step: int) -> float:
-        seconds_so_far = time.perf_counter() - self._started
-        return seconds_so_far / (step + 1 - self._first_step) * (self._total_steps - step - 1)
 
     def _log_metrics(self, step: int, metrics: dict[str, float]) -> None:
         for metric_logger in self._loggers:

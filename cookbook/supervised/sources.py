@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 from collections.abc import Sequence
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from cookbook import hub
 from cookbook.errors import DataError
 
 if TYPE_CHECKING:
@@ -146,10 +148,12 @@ def load_hub_rows(hub_id: str, train_split: str, test_split: str | None) -> tupl
 def _load_hub_split(hub_id: str, split: str) -> HubRows:
     import datasets
 
+    reason = hub.why_unreachable()
     try:
-        dataset = datasets.load_dataset(hub_id, split=split)
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        with contextlib.nullcontext() if reason is None else hub.datasets_offline():
+            dataset = datasets.load_dataset(hub_id, split=split)
+    except Exception as error:  # datasets, the hub and Arrow raise many kinds for a bad dataset
+        reason = reason or (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise DataError(
             f"Cannot load split {split!r} of dataset {hub_id!r}: {reason}\n"
             f"On a machine with network access run `hf download --repo-type dataset {hub_id}`, or give a file: "

@@ -1,0 +1,47 @@
+"""Whether the Hugging Face hub can be reached, found out in seconds."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+from collections.abc import Iterator
+from urllib.parse import urlsplit
+
+TIMEOUT_SECONDS = 5.0
+
+
+def why_unreachable() -> str | None:
+    """The reason that the hub cannot be reached, or None where it can.
+
+    The hub's own client retries for half a minute before it says so. Behind a proxy only that
+    client can tell, so there the answer is None.
+    """
+    from huggingface_hub import constants
+
+    if constants.is_offline_mode():
+        return "offline mode is on (HF_HUB_OFFLINE)"
+    if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
+        return None
+    parts = urlsplit(constants.ENDPOINT)
+    host = parts.hostname or "huggingface.co"
+    port = parts.port or (80 if parts.scheme == "http" else 443)
+    try:
+        socket.create_connection((host, port), timeout=TIMEOUT_SECONDS).close()
+    except OSError as error:
+        return f"{host} cannot be reached ({error})"
+    return None
+
+
+@contextlib.contextmanager
+def datasets_offline() -> Iterator[None]:
+    """Makes `datasets` look in its cache alone, as HF_HUB_OFFLINE=1 at start does."""
+    import datasets.config
+    from huggingface_hub import constants
+
+    earlier = constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = earlier

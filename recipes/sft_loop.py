@@ -1,0 +1,104 @@
+"""The whole of a fine-tune in one flat loop on the bare client, to read and to copy.
+
+    python -m recipes.sft_loop
+    python -m recipes.sft_loop model_name=Qwen/Qwen3-0.6B data_path=chats.jsonl
+
+`recipes.sft` does the same with pipelining, evaluation, checkpoints and resumes.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+
+import chz
+
+import cookbook
+from cookbook import embedded
+from cookbook.errors import CookbookError, describe
+from cookbook.models import recommended_renderer
+from cookbook.supervised.data import conversation_to_datum
+from renderers import TrainOnWhat, get_renderer
+
+
+@chz.chz
+class Config:
+    model_name: str = embedded.MODEL_NAME
+    data_path: str = str(embedded.PIRATE_PATH)
+    prompt: str = "What is the capital of France?"
+    batch_size: int = 16
+    max_length: int = 512
+    num_steps: int = 60
+    learning_rate: float = 2e-3
+    lora_rank: int = 32
+    num_test: int = 64
+    seed: int = 0
+
+
+def main(config: Config) -> None:
+    # ---------------------------------------------------------------------------------------
+    # model, tokenizer, renderer
+    service_client = cookbook.ServiceClient()
+    training_client = service_client.create_lora_training_client(
+        base_model=config.model_name, rank=config.lora_rank, seed=config.seed
+    )
+    tokenizer = training_client.get_tokenizer()
+    renderer = get_renderer(recommended_renderer(config.model_name), tokenizer)
+
+    # ---------------------------------------------------------------------------------------
+    # data: a list of Datum, one a conversation; only the assistant's tokens have weight
+    with open(config.data_path) as file:
+        conversations = [json.loads(line)["messages"] for line in file]
+    random.Random(config.seed).shuffle(conversations)
+    data = [
+        conversation_to_datum(messages, renderer, config.max_length, TrainOnWhat.ALL_ASSISTANT_MESSAGES)
+        for messages in conversations
+    ]
+    test_data, train_data = data[: config.num_test], data[config.num_test :]
+
+    # ---------------------------------------------------------------------------------------
+    # before
+    def held_out_nll() -> float:
+        return training_client.forward(test_data).result().loss
+
+    def reply() -> str:
+        sampling_client = training_client.save_weights_and_get_sampling_client()
+        sampled = sampling_client.sample(
+            prompt=renderer.build_generation_prompt([{"role": "user", "content": config.prompt}]),
+            num_samples=1,
+            sampling_params=cookbook.SamplingParams(
+                max_tokens=64, temperature=0.0, stop=renderer.get_stop_sequences()
+            ),
+        )
+        message, _ = renderer.parse_response(sampled.sequences[0].tokens)
+        return str(message["content"])
+
+    print(f"before: held-out NLL {held_out_nll():.4f}\n  {config.prompt}\n  {reply()}")
+
+    # ---------------------------------------------------------------------------------------
+    # train: the gradient of the summed loss, scaled by Adam; linear decay of the learning rate
+    for step in range(config.num_steps):
+        start = step * config.batch_size % len(train_data)
+        batch = train_data[start : start + config.batch_size]
+        forward_backward = training_client.forward_backward(batch)
+        optim_step = training_client.optim_step(
+            cookbook.AdamParams(learning_rate=config.learning_rate * (1 - step / config.num_steps))
+        )
+        loss = forward_backward.result().loss
+        optim_step.result()
+        if step % 10 == 0 or step == config.num_steps - 1:
+            print(f"step {step}: train NLL {loss:.4f}")
+
+    # ---------------------------------------------------------------------------------------
+    # after
+    print(f"after: held-out NLL {held_out_nll():.4f}\n  {config.prompt}\n  {reply()}")
+    saved = training_client.save_state("sft-loop").result()
+    print(f"saved {saved.path}")
+
+
+if __name__ == "__main__":
+    try:
+        chz.nested_entrypoint(main)
+    except CookbookError as error:
+        sys.exit(describe(error))

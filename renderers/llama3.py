@@ -1,0 +1,130 @@
+"""Llama 3 and 3.1, as their published chat templates print them.
+
+The two differ: 3.1 opens every conversation with a system message of its own that gives a date, and
+it has tools. A tokenizer whose chat template prints that opening gets the format of 3.1, any
+other that of 3. The date is always the one 3.1's template falls back on, 26 Jul 2024, so a
+conversation has the same tokens on any day; templates that ask for today's date (3.2's does) are
+matched by the `chat_template` renderer.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Sequence
+from typing import TYPE_CHECKING
+
+from cookbook.errors import RendererError
+from renderers.base import Renderer, Rendering
+from renderers.draft import Draft
+from renderers.messages import Message, PlainMessage, function_of, to_json
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_BOS, _END = "<|begin_of_text|>", "<|eot_id|>"
+_START_HEADER, _END_HEADER = "<|start_header_id|>", "<|end_header_id|>"
+_CUTOFF = "Cutting Knowledge Date"
+_OPENING = f"{_CUTOFF}: December 2023\nToday Date: 26 Jul 2024\n\n"
+
+
+class Llama3Renderer(Renderer):
+    """Renders as the template of Llama 3 or 3.1 does; white space around a message is trimmed.
+
+    A reply of 3.1 is either text or one tool call, never both, and neither format has a place for
+    thinking: a trained message with more than its format can hold is refused. Arguments given
+    as a JSON string print as the object they spell.
+    """
+
+    name = "llama3"
+    frame = _BOS + _START_HEADER + _END_HEADER + _END
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        super().__init__(tokenizer)
+        self._end_id = self._token_id(_END)
+        self._is_3_1 = _CUTOFF in str(tokenizer.chat_template)
+        self.roles = (
+            ("system", "user", "assistant", "tool") if self._is_3_1 else ("system", "user", "assistant")
+        )
+
+    def _render(self, messages: Sequence[PlainMessage], chosen: Collection[int]) -> Rendering:
+        for index in chosen:
+            message = messages[index]
+            if message.get("reasoning_content") or (
+                message.get("tool_calls") and message.get("content", "").strip()
+            ):
+                raise RendererError(
+                    f"Renderer `{self.name}` has no place for the "
+                    f"{'thinking' if message.get('reasoning_content') else 'text beside the tool call'} "
+                    f"of message {index + 1}. Remove it, or leave the message out of the training."
+                )
+        return self._draft(messages).finish()
+
+    def _render_prompt(self, messages: Sequence[PlainMessage], role: str) -> Rendering:
+        if role not in ("assistant", "user"):
+            raise self._refuse_role(role, ["assistant", "user"])
+        draft = self._draft(messages)
+        draft.put(_header(role))
+        return draft.finish()
+
+    def _draft(self, messages: Sequence[PlainMessage]) -> Draft:
+        draft = Draft()
+        draft.put(_BOS)
+        has_system = messages[0]["role"] == "system"
+        if self._is_3_1:
+            draft.put(_header("system") + _OPENING)
+            if not has_system:
+                draft.put(_END)
+        for index, message in enumerate(messages):
+            role = message["role"]
+            if index > 0 or not (self._is_3_1 and has_system):
+                draft.put(_header("ipython" if role == "tool" else role))
+            put = draft.put_reply if role == "assistant" else draft.put_text
+            put(index, self._body(message, index + 1) + _END)
+        return draft
+
+    def _body(self, message: PlainMessage, number: int) -> str:
+        if message["role"] == "tool":
+            return to_json(message["content"])
+        if not (tool_calls := message.get("tool_calls")):
+            return message.get("content", "").strip()
+        if not self._is_3_1 or len(tool_calls) != 1:
+            raise RendererError(
+                f"Renderer `{self.name}` cannot render the {len(tool_calls)} tool calls of message {number}. "
+                f"Supported: {'one' if self._is_3_1 else 'none'} in a message."
+            )
+        function = function_of(tool_calls[0], number)
+        parameters = function["arguments"]
+        if isinstance(parameters, str):
+            try:
+                parameters = json.loads(parameters)
+            except ValueError as error:
+                raise RendererError(
+                    f"The arguments of the tool call of message {number} are not JSON: {error}."
+                ) from error
+        return f'{{"name": "{function["name"]}", "parameters": {to_json(parameters)}}}'
+
+    def get_stop_sequences(self) -> list[int]:
+        return [self._end_id]
+
+    def parse_response(self, tokens: Sequence[int]) -> tuple[Message, bool]:
+        text, ended = self._decode(tokens, [self._end_id])
+        function = _parse_call(text) if self._is_3_1 else None
+        if function is None:
+            return {"role": "assistant", "content": text}, ended
+        return {"role": "assistant", "tool_calls": [{"type": "function", "function": function}]}, ended
+
+
+def _header(role: str) -> str:
+    return f"{_START_HEADER}{role}{_END_HEADER}\n\n"
+
+
+def _parse_call(text: str) -> dict[str, object] | None:
+    if not text.startswith('{"name": '):
+        return None
+    try:
+        call = json.loads(text)
+    except ValueError:
+        return None
+    if set(call) != {"name", "parameters"}:
+        return None
+    return {"name": call["name"], "arguments": call["parameters"]}

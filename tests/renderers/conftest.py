@@ -1,0 +1,173 @@
+"""Small tokenizers built here, each with a template of its own, and the real ones where they are found."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import settings
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from cookbook.types import ModelInput
+
+settings.register_profile("renderers", max_examples=50, deadline=None)
+settings.load_profile("renderers")
+
+TOKENIZERS = Path(
+    os.environ.get("COOKBOOK_TOKENIZERS") or Path(__file__).parents[2].parent / "shared" / "tokenizers"
+)
+
+CONTROL_TOKENS = ["<|end|>", "<|im_start|>", "<|im_end|>", "<bos>", "<|header|>", "<|text|>", "<|eot|>"]
+
+CORPUS = [
+    "user\nWhat is the weather in Paris today? assistant\n\nIt is sunny, and 22 degrees.\n\n",
+    "system\nYou are a helpful assistant.\nuser\n  hello   hello\n\n\nassistant\nHello! How can I help you?",
+    "<think>\nLet me think about the question.\n</think>\n\nThe answer is 42. tool <tool_call> {} [] (1, 2)",
+] * 4
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+# Keeps the thinking of the last reply only.
+FORGETFUL = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.role == 'assistant' and loop.last %}<think>\n{{ m.reasoning_content or '' }}\n</think>\n\n{% endif %}"
+    "{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+# Trims, names the assistant otherwise, and begins with BOS.
+TRIMMING = (
+    "{{ bos_token }}{% for m in messages %}<|im_start|>{{ 'model' if m.role == 'assistant' else m.role }}\n"
+    "{{ m.content | trim }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>model\n{% endif %}"
+)
+# Alternates user and assistant, or raises.
+STRICT = (
+    "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('Roles must alternate.') }}{% endif %}{% endfor %}" + CHATML
+)
+# Two tokens around the role, a default system message, nothing after the end-of-turn token.
+HEADERS = (
+    "{{ bos_token }}<|header|>system<|text|>\n\nToday is Friday.\n"
+    "{% if messages[0].role == 'system' %}{{ messages[0].content | trim }}{% set messages = messages[1:] %}"
+    "{% endif %}<|eot|>{% for m in messages %}<|header|>{{ m.role }}<|text|>\n\n{{ m.content | trim }}<|eot|>"
+    "{% endfor %}{% if add_generation_prompt %}<|header|>assistant<|text|>\n\n{% endif %}"
+)
+# Ends the whole conversation with a token of its own.
+CLOSING = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% else %}<|end|>{% endif %}"
+)
+# Words and spaces around every text, so that tokens like to cross the borders.
+WORDY = (
+    "{% for m in messages %}{{ m.role }} says: {{ m.content }}<|im_end|>{% endfor %}"
+    "{% if add_generation_prompt %}assistant says: {% endif %}"
+)
+
+TEMPLATES = {
+    "chatml": CHATML,
+    "forgetful": FORGETFUL,
+    "trimming": TRIMMING,
+    "strict": STRICT,
+    "headers": HEADERS,
+    "closing": CLOSING,
+    "wordy": WORDY,
+}
+
+
+@cache
+def _trained() -> str:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=700,
+        special_tokens=CONTROL_TOKENS,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    return tokenizer.to_str()
+
+
+@cache
+def small_tokenizer(
+    template: str = CHATML, tokens: tuple[str, ...] = (), trim_offsets: bool = False, **special: str
+) -> Any:
+    """A byte-level BPE with the control tokens above, or with `tokens` as well."""
+    backend = Tokenizer.from_str(_trained())
+    if trim_offsets:
+        backend.post_processor = processors.ByteLevel(trim_offsets=True)
+    backend.add_special_tokens(list(tokens))
+    special = {"eos_token": "<|im_end|>", "bos_token": "<bos>", **special}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **special)
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+@cache
+def real_tokenizer(name: str) -> Any:
+    if not (TOKENIZERS / name).is_dir():
+        pytest.skip(f"no tokenizer {name} under {TOKENIZERS}; set COOKBOOK_TOKENIZERS")
+    return AutoTokenizer.from_pretrained(TOKENIZERS / name)
+
+
+def published_template(name: str) -> str:
+    path = TOKENIZERS.parent / "chat_templates" / f"{name}.jinja"
+    if not path.is_file():
+        pytest.skip(f"no template {path}")
+    return path.read_text()
+
+
+@pytest.fixture(params=TEMPLATES)
+def template(request: pytest.FixtureRequest) -> str:
+    return TEMPLATES[request.param]
+
+
+def template_tokens(tokenizer: Any, messages: Sequence[Any], prompt: bool = False) -> list[int]:
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=prompt)["input_ids"]
+
+
+def trained_runs(tokenizer: Any, example: tuple[ModelInput, np.ndarray]) -> list[str]:
+    """The text of each unbroken run of trained tokens."""
+    runs: list[list[int]] = []
+    previous = 0.0
+    for token, weight in zip(example[0].to_ints(), example[1], strict=True):
+        if weight:
+            runs = runs if previous else [*runs, []]
+            runs[-1].append(token)
+        previous = weight
+    return [tokenizer.decode(run, clean_up_tokenization_spaces=False) for run in runs]
+
+
+def first_trained(example: tuple[ModelInput, np.ndarray]) -> int:
+    return int(np.flatnonzero(example[1])[0])
+
+
+def system(content: str) -> Any:
+    return {"role": "system", "content": content}
+
+
+def user(content: str) -> Any:
+    return {"role": "user", "content": content}
+
+
+def assistant(content: str | None = None, **more: Any) -> Any:
+    return {"role": "assistant", "content": content, **more}
+
+
+def tool(content: str) -> Any:
+    return {"role": "tool", "content": content}
+
+
+def call(name: str, arguments: Any) -> Any:
+    return {"type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+Build = Callable[..., Any]
