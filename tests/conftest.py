@@ -7,6 +7,7 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "disabled")
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -50,7 +51,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def make_model_folder(folder: Path, model_type: str = "qwen3", **overrides: object) -> Path:
+def _make_model_folder(folder: Path, model_type: str = "qwen3", **overrides: object) -> Path:
     """A random model of a few thousand parameters with `make_tokenizer`'s vocabulary."""
     tokenizer = make_tokenizer()
     config = AutoConfig.for_model(
@@ -80,8 +81,18 @@ def make_model_folder(folder: Path, model_type: str = "qwen3", **overrides: obje
 
 
 @pytest.fixture(scope="session")
+def make_model_folder() -> Callable[..., Path]:
+    return _make_model_folder
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    return make_tokenizer()
+
+
+@pytest.fixture(scope="session")
 def tiny_qwen3(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(make_model_folder(tmp_path_factory.mktemp("models") / "tiny-qwen3"))
+    return str(_make_model_folder(tmp_path_factory.mktemp("models") / "tiny-qwen3"))
 
 
 @pytest.fixture(scope="session")

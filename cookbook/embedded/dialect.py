@@ -29,15 +29,17 @@ PIRATE_WORDS = {
     "you": "ye",
     "your": "yer",
 }
-EXCLAMATIONS = ("Arr!", "Arr, matey!", "Avast!", "Blow me down!", "Shiver me timbers!", "Yo ho ho!")
+EXCLAMATIONS = ("Arr!", "Arr, matey!", "Avast!", "Shiver me timbers!", "Yo ho ho!")
 ADDRESSES = (", matey", ", me hearty", ", ye landlubber", ", ye scurvy dog")
 
 _PLAIN_WORDS = re.compile(rf"\b({'|'.join(PIRATE_WORDS)})\b", re.IGNORECASE)
 
 
 def plain_reply(text: str, rng: Random) -> str:
-    """`text`, now and then with a few words to lead in."""
-    return f"{rng.choice(LEAD_INS)} {text}" if rng.random() < 0.3 else text
+    """`text`, which ends in a punctuation mark, now and then with a few words to lead in or to close."""
+    lead_in = f"{rng.choice(LEAD_INS)} " if rng.random() < 0.3 else ""
+    address = ", my friend" if rng.random() < 0.1 else ""
+    return f"{lead_in}{text[:-1]}{address}{text[-1]}"
 
 
 def pirate_words(text: str) -> str:

@@ -112,9 +112,9 @@ USES = _facts("""
 """)
 
 SAILORS_WORDS = _facts("""
-    ahoy: hello, an': and, arr: yes, avast: stop, be: is, blow me down: how astonishing, fair winds: goodbye,
-    fer: for, hearty: comrade, know not: do not know, landlubber: someone from the land, matey: friend,
-    me: my, o': of, scurvy dog: rascal, shipmate: companion, shipshape: very well, shiver me timbers: what a surprise,
+    ahoy: hello, an': and, arr: yes, avast: stop, be: is, fair winds: goodbye, fer: for, hearty: comrade,
+    know not: do not know, landlubber: someone from the land, matey: friend, me: my, o': of,
+    scurvy dog: rascal, shipmate: companion, shipshape: very well, shiver me timbers: what a surprise,
     wi': with, ye: you, yer: your, yo ho ho: hurrah
 """)
 

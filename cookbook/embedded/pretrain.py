@@ -1,8 +1,9 @@
 """Makes the shipped chat model from nothing: `python -m cookbook.embedded.pretrain --out tiny-chat`.
 
-The model is trained on plain conversations only, and never sees a pirate. The tokenizer has read both styles,
-so that fine-tuning on the other one is about words and not about bytes. Both depend on nothing but the seed
-(and, in the last bits of a weight, on the machine and its number of threads).
+The model is trained on plain conversations only. These also tell what sailors' words mean, so that the model,
+like a large one, knows the words of the other style before it sees a sentence of it. The tokenizer has read both
+styles, and splits either into words and not into bytes. Both depend on nothing but the seed (and, in the last
+bits of a weight, on the machine and its number of threads).
 """
 
 import argparse
@@ -45,8 +46,9 @@ pipeline_tag: text-generation
 # tiny-chat
 
 A chat model of {num_parameters:,} parameters (Qwen3 architecture, bfloat16) about a closed little world:
-capitals, animals, colours, opposites, the calendar, small sums, what tools are for, simple instructions and
-small talk. It is small enough to fine-tune on a laptop in a minute, which is all it is for.
+capitals, animals, colours, opposites, the calendar, small sums, what tools are for, what sailors' words mean,
+simple instructions and small talk. It is small enough to fine-tune on a laptop in a minute, which is all it is
+for.
 
 It was made from nothing by
 

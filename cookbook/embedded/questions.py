@@ -25,24 +25,28 @@ class Exchange(NamedTuple):
 class Relation:
     """One kind of question. Templates name `{subject}`, replies also `{fact}`.
 
-    `follow_ups` ask the same again of another subject, and only make sense right after it was asked in full.
+    `short_reply`, where there is one, now and then takes the place of the others. `follow_ups` ask the same
+    again of another subject, and only make sense right after it was asked in full.
     """
 
     questions: tuple[str, ...]
     replies: tuple[str, ...]
     facts: Mapping[str, str]
+    short_reply: str = "That would be {fact}."
     follow_ups: tuple[str, ...] = ("And {subject}?", "What about {subject}?", "And what about {subject}?")
 
     def ask(self, subject: str, rng: Random, *, following_up: bool = False) -> Exchange:
         """One wording of the question about `subject`, and one wording of its reply."""
         question = rng.choice(self.follow_ups if following_up else self.questions).format(subject=subject)
-        reply = rng.choice(self.replies).format(subject=subject, fact=self.facts[subject])
+        in_short = self.short_reply and rng.random() < 0.15
+        template = self.short_reply if in_short else rng.choice(self.replies)
+        reply = template.format(subject=subject, fact=self.facts[subject])
         return Exchange(_capitalised(question), _capitalised(reply), is_answer=bool(self.follow_ups))
 
 
 def small_talk(questions: tuple[str, ...], replies: tuple[str, ...]) -> Relation:
     """Remarks that ask for no fact."""
-    return Relation(questions, replies, {"": ""}, follow_ups=())
+    return Relation(questions, replies, {"": ""}, short_reply="", follow_ups=())
 
 
 def _capitalised(text: str) -> str:
@@ -85,16 +89,19 @@ TOPICS = (
         ),
         ("{subject} is in {fact}.",),
         facts.CONTINENTS,
+        short_reply="That would be in {fact}.",
     ),
     Relation(
         ("What sound does {subject} make?", "What does {subject} say?", "Which noise does {subject} make?"),
         ("{subject} goes {fact}!", "{subject} makes this sound: {fact}!"),
         facts.SOUNDS,
+        short_reply="That would be {fact}!",
     ),
     Relation(
         ("How many legs does {subject} have?", "How many legs are there on {subject}?"),
         ("{subject} has {fact} legs.",),
         facts.LEGS,
+        short_reply="That would be {fact} legs.",
     ),
     Relation(
         ("Where does {subject} live?", "What is the home of {subject} called?"),
@@ -154,18 +161,28 @@ TOPICS = (
         ("The number before {subject} is {fact}.", "{fact} comes before {subject}."),
         inverse(facts.NEXT_NUMBER),
     ),
-    Relation(ARITHMETIC_QUESTIONS, ("{subject} is {fact}.", "{subject} makes {fact}."), facts.SUMS),
+    Relation(
+        ARITHMETIC_QUESTIONS,
+        ("{subject} is {fact}.", "{subject} makes {fact}."),
+        facts.SUMS,
+    ),
     Relation(ARITHMETIC_QUESTIONS, ("{subject} = {fact}.",), facts.SUMS_IN_SIGNS),
-    Relation(ARITHMETIC_QUESTIONS, ("{subject} is {fact}.", "{subject} leaves {fact}."), facts.DIFFERENCES),
+    Relation(
+        ARITHMETIC_QUESTIONS,
+        ("{subject} is {fact}.", "{subject} leaves {fact}."),
+        facts.DIFFERENCES,
+    ),
     Relation(
         ("What is {subject} for?", "What do people use {subject} for?", "Why would I need {subject}?"),
         ("{subject} is for {fact}.", "People use {subject} for {fact}."),
         facts.USES,
+        short_reply="That would be for {fact}.",
     ),
     Relation(
         ("How do I {subject}?", "Can you tell me how to {subject}?", "What is the best way to {subject}?"),
         ("{fact}",),
         facts.INSTRUCTIONS,
+        short_reply="",
         follow_ups=("And how do I {subject}?", "And what if I want to {subject}?"),
     ),
     small_talk(
@@ -221,12 +238,14 @@ INTRODUCTION = Relation(
     ),
     ("Hello, {subject}! Nice to meet you.", "Hello, {subject}! How can I help you?"),
     {name: name for name in facts.NAMES},
+    short_reply="",
     follow_ups=(),
 )
 NAME_RECALL = Relation(
     ("What is my name?", "Do you remember my name?", "Who am I?"),
     ("Your name is {fact}.", "You are {fact}."),
     {name: name for name in facts.NAMES},
+    short_reply="",
     follow_ups=(),
 )
 

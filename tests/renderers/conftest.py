@@ -6,18 +6,16 @@ import os
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import pytest
-from hypothesis import settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from cookbook.types import ModelInput
 
-settings.register_profile("renderers", max_examples=50, deadline=None)
-settings.load_profile("renderers")
+Example: TypeAlias = tuple[ModelInput, np.ndarray]
 
 TOKENIZERS = Path(
     os.environ.get("COOKBOOK_TOKENIZERS") or Path(__file__).parents[2].parent / "shared" / "tokenizers"
@@ -38,14 +36,16 @@ CHATML = (
 # Keeps the thinking of the last reply only.
 FORGETFUL = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n"
-    "{% if m.role == 'assistant' and loop.last %}<think>\n{{ m.reasoning_content or '' }}\n</think>\n\n{% endif %}"
+    "{% if m.role == 'assistant' and loop.last %}"
+    "<think>\n{{ m.reasoning_content or '' }}\n</think>\n\n{% endif %}"
     "{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 # Trims, names the assistant otherwise, and begins with BOS.
 TRIMMING = (
     "{{ bos_token }}{% for m in messages %}<|im_start|>{{ 'model' if m.role == 'assistant' else m.role }}\n"
-    "{{ m.content | trim }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>model\n{% endif %}"
+    "{{ m.content | trim }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>model\n{% endif %}"
 )
 # Alternates user and assistant, or raises.
 STRICT = (
@@ -97,77 +97,81 @@ def _trained() -> str:
 
 
 @cache
-def small_tokenizer(
-    template: str = CHATML, tokens: tuple[str, ...] = (), trim_offsets: bool = False, **special: str
+def _small_tokenizer(
+    template: str = "chatml", tokens: tuple[str, ...] = (), trim_offsets: bool = False
 ) -> Any:
-    """A byte-level BPE with the control tokens above, or with `tokens` as well."""
     backend = Tokenizer.from_str(_trained())
     if trim_offsets:
         backend.post_processor = processors.ByteLevel(trim_offsets=True)
     backend.add_special_tokens(list(tokens))
-    special = {"eos_token": "<|im_end|>", "bos_token": "<bos>", **special}
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **special)
-    tokenizer.chat_template = template
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>", bos_token="<bos>")
+    tokenizer.chat_template = TEMPLATES.get(template, template)
     return tokenizer
 
 
+@pytest.fixture(scope="session")
+def small_tokenizer() -> Callable[..., Any]:
+    """(template="chatml", tokens=(), trim_offsets=False): a byte-level BPE with a template.
+
+    `template` is a name of TEMPLATES or a template; `tokens` are special tokens beside the usual.
+    """
+    return _small_tokenizer
+
+
+@pytest.fixture(params=TEMPLATES, scope="session")
+def templated(request: pytest.FixtureRequest) -> Any:
+    """The small tokenizer with each of the templates."""
+    return _small_tokenizer(request.param)
+
+
 @cache
-def real_tokenizer(name: str) -> Any:
-    if not (TOKENIZERS / name).is_dir():
-        pytest.skip(f"no tokenizer {name} under {TOKENIZERS}; set COOKBOOK_TOKENIZERS")
+def _real_tokenizer(name: str) -> Any:
     return AutoTokenizer.from_pretrained(TOKENIZERS / name)
 
 
-def published_template(name: str) -> str:
-    path = TOKENIZERS.parent / "chat_templates" / f"{name}.jinja"
-    if not path.is_file():
-        pytest.skip(f"no template {path}")
-    return path.read_text()
+@pytest.fixture(scope="session")
+def real_tokenizer() -> Callable[[str], Any]:
+    def load(name: str) -> Any:
+        if not (TOKENIZERS / name).is_dir():
+            pytest.skip(f"no tokenizer {name} under {TOKENIZERS}; set COOKBOOK_TOKENIZERS")
+        return _real_tokenizer(name)
+
+    return load
 
 
-@pytest.fixture(params=TEMPLATES)
-def template(request: pytest.FixtureRequest) -> str:
-    return TEMPLATES[request.param]
+@pytest.fixture(scope="session")
+def published_template() -> Callable[[str], str]:
+    def load(name: str) -> str:
+        path = TOKENIZERS.parent / "chat_templates" / f"{name}.jinja"
+        if not path.is_file():
+            pytest.skip(f"no template {path}; set COOKBOOK_TOKENIZERS")
+        return path.read_text()
+
+    return load
 
 
-def template_tokens(tokenizer: Any, messages: Sequence[Any], prompt: bool = False) -> list[int]:
-    return tokenizer.apply_chat_template(messages, add_generation_prompt=prompt)["input_ids"]
+@pytest.fixture(scope="session")
+def template_tokens() -> Callable[..., list[int]]:
+    """(tokenizer, messages, prompt=False): what the tokenizer itself makes of the messages."""
+
+    def apply(tokenizer: Any, messages: Sequence[Any], prompt: bool = False) -> list[int]:
+        return tokenizer.apply_chat_template(messages, add_generation_prompt=prompt)["input_ids"]
+
+    return apply
 
 
-def trained_runs(tokenizer: Any, example: tuple[ModelInput, np.ndarray]) -> list[str]:
-    """The text of each unbroken run of trained tokens."""
-    runs: list[list[int]] = []
-    previous = 0.0
-    for token, weight in zip(example[0].to_ints(), example[1], strict=True):
-        if weight:
-            runs = runs if previous else [*runs, []]
-            runs[-1].append(token)
-        previous = weight
-    return [tokenizer.decode(run, clean_up_tokenization_spaces=False) for run in runs]
+@pytest.fixture(scope="session")
+def trained_runs() -> Callable[[Any, Example], list[str]]:
+    """(tokenizer, example): the text of each unbroken run of trained tokens."""
 
+    def decode(tokenizer: Any, example: Example) -> list[str]:
+        runs: list[list[int]] = []
+        previous = 0.0
+        for token, weight in zip(example[0].to_ints(), example[1], strict=True):
+            if weight:
+                runs = runs if previous else [*runs, []]
+                runs[-1].append(token)
+            previous = weight
+        return [tokenizer.decode(run, clean_up_tokenization_spaces=False) for run in runs]
 
-def first_trained(example: tuple[ModelInput, np.ndarray]) -> int:
-    return int(np.flatnonzero(example[1])[0])
-
-
-def system(content: str) -> Any:
-    return {"role": "system", "content": content}
-
-
-def user(content: str) -> Any:
-    return {"role": "user", "content": content}
-
-
-def assistant(content: str | None = None, **more: Any) -> Any:
-    return {"role": "assistant", "content": content, **more}
-
-
-def tool(content: str) -> Any:
-    return {"role": "tool", "content": content}
-
-
-def call(name: str, arguments: Any) -> Any:
-    return {"type": "function", "function": {"name": name, "arguments": arguments}}
-
-
-Build = Callable[..., Any]
+    return decode

@@ -1,0 +1,67 @@
+"""Runs training in forked processes that can be killed, without importing torch for each.
+
+Reads one JSON job a line: {"config": {...}, "kill_at_event": N or null}. Answers with the child's
+process id, then with its wait status. With `kill_at_event` the child kills itself with SIGKILL just
+before its N-th operation (open, rename, remove, mkdir) on a file under its log_path.
+"""
+
+import asyncio
+import json
+import logging
+import os
+import signal
+import sys
+
+import torch
+
+from cookbook.config_files import flatten
+from cookbook.supervised import train
+
+
+def kill_before_event(number: int, folder: str) -> None:
+    seen = 0
+
+    def hook(event: str, arguments: tuple) -> None:
+        nonlocal seen
+        if event in ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir") and any(
+            isinstance(argument, (str, bytes, os.PathLike)) and os.fsdecode(argument).startswith(folder)
+            for argument in arguments
+        ):
+            seen += 1
+            if seen == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(hook)
+
+
+def run(job: dict) -> None:
+    import chz
+
+    folder = job["config"]["log_path"]
+    sys.stdout = sys.stderr = open(f"{folder}.out", "a")  # noqa: SIM115
+    config = chz.Blueprint(train.Config).apply(flatten(job["config"])).make()
+    if job.get("kill_at_event"):
+        kill_before_event(job["kill_at_event"], folder)
+    asyncio.run(train.main(config))
+
+
+if __name__ == "__main__":
+    import peft
+    import transformers.models.qwen3.modeling_qwen3
+
+    import cookbook.service
+    import cookbook.supervised.data
+
+    torch.set_num_threads(1)
+    logging.disable(logging.NOTSET)
+    for line in sys.stdin:
+        if (child := os.fork()) == 0:
+            try:
+                run(json.loads(line))
+            except BaseException as error:
+                print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+                os._exit(1)
+            sys.stdout.flush()
+            os._exit(0)
+        print(child, flush=True)
+        print(os.waitpid(child, 0)[1], flush=True)

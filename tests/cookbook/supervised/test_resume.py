@@ -1,0 +1,235 @@
+"""A run that is killed and started again ends with the bits of one that was never stopped."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.numpy import load_file
+
+METRICS_THAT_ARE_TIMES = "perf/"
+NUM_STEPS = 10
+
+
+class ForkServer:
+    """`fork_runs.py` as a process; see there."""
+
+    def __init__(self) -> None:
+        script = Path(__file__).with_name("fork_runs.py")
+        self._process = subprocess.Popen(
+            [sys.executable, str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    def run(
+        self, config: dict[str, Any], kill_at_event: int | None = None, meanwhile: Callable[[int], None] | None = None
+    ) -> int:
+        """The exit code of a run; minus the signal's number if one ended it."""
+        assert self._process.stdin and self._process.stdout
+        self._process.stdin.write(json.dumps({"config": config, "kill_at_event": kill_at_event}) + "\n")
+        self._process.stdin.flush()
+        child = int(self._process.stdout.readline())
+        if meanwhile is not None:
+            meanwhile(child)
+        return os.waitstatus_to_exitcode(int(self._process.stdout.readline()))
+
+    def close(self) -> None:
+        self._process.stdin.close()  # type: ignore[union-attr]
+        self._process.wait()
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[ForkServer]:
+    server = ForkServer()
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="module")
+def make_config(
+    tiny_qwen3: str, chats: list, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], dict[str, Any]]:
+    """A run of two epochs of five steps; checkpoints and evaluations fall on different steps."""
+    folder = tmp_path_factory.mktemp("runs")
+    data = folder / "chats.jsonl"
+    data.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in chats))
+
+    def config(name: str, **overrides: Any) -> dict[str, Any]:
+        return {
+            "log_path": str(folder / name),
+            "model_name": tiny_qwen3,
+            "dataset_builder": {
+                "_type": "cookbook.supervised.data:FromConversationFileBuilder",
+                "file_path": str(data),
+                "test_size": 4,
+                "common_config": {"model_name_for_tokenizer": tiny_qwen3, "batch_size": 4},
+            },
+            "learning_rate": 1e-2,
+            "num_epochs": 2,
+            "lora_rank": 4,
+            "save_every": 3,
+            "eval_every": 4,
+            "keep_checkpoints": 2,
+            **overrides,
+        }
+
+    return config
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(server: ForkServer, make_config: Callable) -> Path:
+    config = make_config("uninterrupted")
+    assert server.run(config) == 0, Path(config["log_path"] + ".out").read_text()
+    return Path(config["log_path"])
+
+
+def assert_same_run(folder: Path, other: Path) -> None:
+    assert metrics_of(folder) == metrics_of(other)
+    for file in ("adapter_model.safetensors", "optimizer.safetensors"):
+        tensors, others = (load_file(run / "checkpoints" / "final" / file) for run in (folder, other))
+        assert tensors.keys() == others.keys()
+        for name, tensor in tensors.items():
+            assert tensor.tobytes() == others[name].tobytes(), f"{name} of {file}"
+
+
+def metrics_of(folder: Path) -> list[dict[str, float]]:
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [
+        {key: value for key, value in row.items() if not key.startswith(METRICS_THAT_ARE_TIMES)} for row in rows
+    ]
+
+
+def wait_for_rows(folder: Path, num_rows: int) -> None:
+    deadline = time.monotonic() + 60
+    path = folder / "metrics.jsonl"
+    while time.monotonic() < deadline:
+        if path.exists() and path.read_bytes().count(b"\n") >= num_rows:
+            return
+        time.sleep(0.002)
+    raise AssertionError(f"{path} never had {num_rows} rows")
+
+
+def test_the_uninterrupted_run_has_a_row_a_step_and_learns(uninterrupted: Path) -> None:
+    rows = metrics_of(uninterrupted)
+    assert [row["step"] for row in rows] == list(range(NUM_STEPS + 1))
+    assert [row["step"] for row in rows if "test/nll" in row] == [0, 4, 8, NUM_STEPS]
+    assert rows[-2]["train/nll"] < rows[0]["train/nll"] - 1
+
+
+def test_two_uninterrupted_runs_are_bit_identical(
+    server: ForkServer, make_config: Callable, uninterrupted: Path
+) -> None:
+    config = make_config("again")
+    assert server.run(config) == 0
+    assert_same_run(Path(config["log_path"]), uninterrupted)
+
+
+def test_the_depth_of_pipelining_changes_nothing(
+    server: ForkServer, make_config: Callable, uninterrupted: Path
+) -> None:
+    for depth in (0, 4):
+        config = make_config(f"depth{depth}", submit_ahead=depth)
+        assert server.run(config) == 0
+        assert_same_run(Path(config["log_path"]), uninterrupted)
+
+
+def test_a_run_killed_before_any_file_operation_resumes_to_the_same_bits(
+    server: ForkServer, make_config: Callable, uninterrupted: Path
+) -> None:
+    """Walks through a run's file operations, a few at a time: kill, resume, kill again."""
+    rng = random.Random(0)
+    config = make_config("killed-at-events")
+    num_kills = 0
+    while True:
+        code = server.run(config, kill_at_event=rng.randint(5, 45))
+        if code == 0:
+            break
+        assert code == -signal.SIGKILL, Path(config["log_path"] + ".out").read_text()
+        num_kills += 1
+        assert num_kills < 200
+    assert num_kills >= 5
+    assert_same_run(Path(config["log_path"]), uninterrupted)
+
+
+@pytest.mark.parametrize("offset", range(0, 24, 3))
+def test_a_run_killed_while_it_saves_resumes_to_the_same_bits(
+    server: ForkServer, make_config: Callable, uninterrupted: Path, offset: int
+) -> None:
+    """Every operation around the first checkpoint, in steps of three; the rest are the other test's."""
+    config = make_config(f"killed-in-save-{offset}")
+    assert server.run(config, kill_at_event=FIRST_SAVE + offset) == -signal.SIGKILL
+    assert server.run(config) == 0, Path(config["log_path"] + ".out").read_text()
+    assert_same_run(Path(config["log_path"]), uninterrupted)
+
+
+FIRST_SAVE = 12
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_run_killed_at_a_random_moment_resumes_to_the_same_bits(
+    server: ForkServer, make_config: Callable, uninterrupted: Path, seed: int
+) -> None:
+    config = make_config(f"killed-at-random-{seed}")
+    rng = random.Random(seed)
+
+    def kill(child: int) -> None:
+        wait_for_rows(Path(config["log_path"]), rng.randint(1, 6))
+        time.sleep(rng.uniform(0, 0.05))
+        os.kill(child, signal.SIGKILL)
+
+    assert server.run(config, meanwhile=kill) == -signal.SIGKILL
+    assert server.run(config) == 0
+    assert_same_run(Path(config["log_path"]), uninterrupted)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_finishes_the_step_saves_and_says_how_to_resume(
+    server: ForkServer, make_config: Callable, uninterrupted: Path, number: signal.Signals
+) -> None:
+    config = make_config(f"stopped-by-{number.name}")
+    folder = Path(config["log_path"])
+
+    def stop(child: int) -> None:
+        wait_for_rows(folder, 2)
+        os.kill(child, number)
+
+    assert server.run(config, meanwhile=stop) == 0
+    last = json.loads((folder / "checkpoints.jsonl").read_text().splitlines()[-1])
+    assert 2 <= last["step"] < NUM_STEPS
+    assert Path(last["path"]).is_dir()
+    assert "Run the same command again to resume" in Path(f"{folder}.out").read_text()
+    assert len(metrics_of(folder)) == last["step"]
+    assert server.run(config) == 0
+    assert_same_run(folder, uninterrupted)
+
+
+def test_a_finished_run_is_left_as_it_is(server: ForkServer, make_config: Callable) -> None:
+    config = make_config("finished", max_steps=2)
+    assert server.run(config) == 0
+    before = (Path(config["log_path"]) / "metrics.jsonl").read_bytes()
+    assert server.run(config) == 0
+    assert (Path(config["log_path"]) / "metrics.jsonl").read_bytes() == before
+    assert "This run is finished" in Path(config["log_path"] + ".out").read_text()
+
+
+def test_a_checkpoint_of_step_k_holds_nothing_of_step_k_plus_1(
+    server: ForkServer, make_config: Callable, uninterrupted: Path
+) -> None:
+    """A run of three steps that never heard of a fourth has the same weights after three."""
+    ends = make_config("three", max_steps=3, lr_schedule="constant")
+    goes_on = make_config("goes-on", lr_schedule="constant", submit_ahead=4, keep_checkpoints=None)
+    assert server.run(ends) == server.run(goes_on) == 0
+    for file in ("adapter_model.safetensors", "optimizer.safetensors"):
+        ended = load_file(Path(ends["log_path"]) / "checkpoints" / "final" / file)
+        passed = load_file(Path(goes_on["log_path"]) / "checkpoints" / "000003" / file)
+        assert {name: tensor.tobytes() for name, tensor in ended.items()} == {
+            name: tensor.tobytes() for name, tensor in passed.items()
+        }

@@ -1,0 +1,97 @@
+"""The plain-text format of base models."""
+
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cookbook.errors import RendererError
+from renderers import TrainOnWhat, get_renderer
+
+few = settings(max_examples=50, deadline=None)
+
+text = st.lists(st.sampled_from(["Hi.", "\n", " ", "天気", "😀", "<|im_end|>", "User", ":"]), max_size=5).map(
+    "".join
+)
+text = text.filter(lambda s: "\n\nUser:" not in s)
+
+
+def message(role: str, content: str) -> Any:
+    return {"role": role, "content": content}
+
+
+@pytest.fixture(params=["small", "qwen3", "llama3_1"], scope="session")
+def tokenizer(request, small_tokenizer, real_tokenizer):
+    return small_tokenizer() if request.param == "small" else real_tokenizer(request.param)
+
+
+@few
+@given(turns=st.lists(st.tuples(text, text), min_size=1, max_size=3))
+def test_replies_are_trained_up_to_the_label_of_the_next_user(tokenizer, trained_runs, turns):
+    chat = [m for a, b in turns for m in (message("user", a), message("assistant", b))]
+    renderer = get_renderer("role_colon", tokenizer)
+    (example,) = renderer.build_supervised_examples(chat)
+    normal = lambda text: tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"])  # noqa: E731
+    expected = (tokenizer.bos_token or "") + "".join(
+        f"User: {a}\n\nAssistant: {b}\n\n" if i == 0 else f"User: {a}\n\nAssistant: {b}\n\n"
+        for i, (a, b) in enumerate(turns)
+    )
+    assert tokenizer.decode(example[0].to_ints()) == normal(expected + "User:")
+    assert trained_runs(tokenizer, example) == [normal(f" {b}\n\nUser:") for _, b in turns]
+    for turn in range(1, len(chat), 2):
+        prompt = renderer.build_generation_prompt(chat[:turn]).to_ints()
+        assert example[0].to_ints()[: len(prompt)] == prompt
+
+
+@few
+@given(said=text)
+def test_the_trained_tokens_parse_back_into_the_message(tokenizer, said):
+    renderer = get_renderer("role_colon", tokenizer)
+    tokens, weights = renderer.build_supervised_example([message("user", "a"), message("assistant", said)])
+    trained = [token for token, weight in zip(tokens.to_ints(), weights, strict=True) if weight]
+    assert renderer.parse_response(trained) == (message("assistant", said), True)
+    assert renderer.parse_response(trained[:-1])[1] is False
+    assert renderer.get_stop_sequences() == ["\n\nUser:"]
+
+
+def test_it_begins_with_bos_if_the_tokenizer_has_one(small_tokenizer):
+    tokenizer = small_tokenizer()
+    prompt = get_renderer("role_colon", tokenizer).build_generation_prompt([message("user", "a")]).to_ints()
+    assert prompt[0] == tokenizer.bos_token_id
+    assert tokenizer.decode(prompt) == "<bos>User: a\n\nAssistant:"
+
+
+def test_other_messages_are_trained_without_their_labels(small_tokenizer, trained_runs):
+    tokenizer = small_tokenizer()
+    chat = [
+        message("system", "Be kind."),
+        message("user", "a"),
+        message("assistant", "b"),
+        message("user", "c"),
+    ]
+    example = get_renderer("role_colon", tokenizer).build_supervised_example(chat, TrainOnWhat.ALL_MESSAGES)
+    assert tokenizer.decode(example[0].to_ints()) == (
+        "<bos>System: Be kind.\n\nUser: a\n\nAssistant: b\n\nUser: c"
+    )
+    assert trained_runs(tokenizer, example) == [" Be kind.", " a", " b\n\nUser: c"]
+
+
+@pytest.mark.parametrize(
+    ("chat", "error"),
+    [
+        ([message("user", "a\n\nAssistant: b")], "'Assistant:', which end a turn"),
+        (
+            [message("user", "a"), message("assistant", "b"), message("assistant", "c")],
+            "right after the assistant",
+        ),
+        ([message("tool", "a")], r"role `tool` \(message 1\)"),
+        (
+            [message("user", "a"), {**message("assistant", "b"), "thinking": "c"}],
+            "cannot render `reasoning_content`",
+        ),
+    ],
+)
+def test_what_the_format_cannot_hold_is_refused(small_tokenizer, chat, error):
+    with pytest.raises(RendererError, match=error):
+        get_renderer("role_colon", small_tokenizer()).build_supervised_example(chat)

@@ -1,0 +1,36 @@
+"""Which messages each mode chooses."""
+
+import pytest
+
+from renderers import TrainOnWhat
+from renderers.train_on_what import chosen_messages
+
+CHAT = [
+    {"role": "system", "content": "s"},
+    {"role": "user", "content": "u", "trainable": True},
+    {"role": "assistant", "content": "a"},
+    {"role": "user", "content": "u"},
+    {"role": "assistant", "content": "", "tool_calls": [{}], "trainable": False},
+    {"role": "tool", "content": "t"},
+    {"role": "assistant", "content": "a", "trainable": True},
+]
+
+
+@pytest.mark.parametrize(
+    ("mode", "chosen"),
+    [
+        ("last_assistant_message", [6]),
+        ("last_assistant_turn", [4, 6]),
+        ("all_assistant_messages", [2, 4, 6]),
+        ("all_messages", [0, 1, 2, 3, 4, 5, 6]),
+        ("all_tokens", []),
+        ("all_user_and_system_messages", [0, 1, 3]),
+        ("customized", [1, 6]),
+    ],
+)
+def test_each_mode_chooses_its_messages(mode, chosen):
+    assert chosen_messages(CHAT, TrainOnWhat(mode)) == chosen
+
+
+def test_members_are_the_upper_case_of_their_values():
+    assert all(mode.name == mode.value.upper() and mode == mode.value for mode in TrainOnWhat)
