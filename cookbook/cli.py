@@ -22,9 +22,7 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
-def make_config(
-    target: type[T], defaults: Mapping[str, Any], argv: Sequence[str], prog: str = "recipe"
-) -> T:
+def make_config(target: type[T], defaults: Mapping[str, Any], argv: Sequence[str], prog: str = "recipe") -> T:
     """The config that `argv` asks for. Later wins: `defaults`, then `config=<file>`, then the other keys.
 
     A key that is no field of the config itself names a nested field by its last part, so

@@ -40,12 +40,9 @@ class APIFuture(Generic[T]):
         """
         try:
             raw = self._job.result(timeout)
-        except TimeoutError:
-            if self._job.done():
-                self._failure_was_seen = True
-            raise
-        except BaseException:
-            self._failure_was_seen = True
+        except BaseException as error:
+            # The wait itself may end too: by its timeout, or by Ctrl-C.
+            self._failure_was_seen |= self._job.done() and self._job.exception() is error
             raise
         with self._lock:
             if not self._is_read:
@@ -56,8 +53,9 @@ class APIFuture(Generic[T]):
     async def result_async(self, timeout: float | None = None) -> T:
         if not self._job.done():
             waiting = asyncio.wrap_future(self._job)
+            # Whoever gives up waiting shall not have asyncio complain of an error nobody fetched.
+            waiting.add_done_callback(lambda done: done.cancelled() or done.exception())
             await asyncio.wait({waiting}, timeout=timeout)
-            waiting.cancelled() or (waiting.done() and waiting.exception())
         if self._is_read or not self._job.done():
             return self.result(timeout=0)
         return await asyncio.to_thread(self.result)
@@ -69,7 +67,9 @@ class APIFuture(Generic[T]):
         return self._job.done()
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
-        return self._job.exception(timeout)
+        error = self._job.exception(timeout)
+        self._failure_was_seen |= error is not None
+        return error
 
     @property
     def failure_was_seen(self) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import secrets
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -88,7 +89,7 @@ class WandbLogger(MetricLogger):
 
         id_file = folder / "wandb_run_id.txt"
         if not id_file.exists():
-            id_file.write_text(wandb.util.generate_id())
+            id_file.write_text(secrets.token_hex(4))
         try:
             self._run = wandb.init(
                 project=project,

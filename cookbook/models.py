@@ -90,3 +90,8 @@ def recommended_renderer(model_name: str) -> str:
         if pattern.search(model_name):
             return renderer_name
     return "chat_template" if get_tokenizer(model_name).chat_template else "role_colon"
+
+
+def recommended_learning_rate(model_name: str) -> float:
+    """A peak learning rate to start from: for LoRA on models of many sizes, or the embedded model's."""
+    return embedded.LEARNING_RATE if model_name == embedded.MODEL_NAME else 2e-4

@@ -93,15 +93,21 @@ class TensorData:
     ) -> None:
         if dtype not in (None, "int64", "float32"):
             raise RequestError(f"TensorData of dtype {dtype!r} is not supported. Use 'int64' or 'float32'.")
-        array = np.asarray(data)
-        if dtype is None:
-            dtype = "int64" if array.dtype.kind in "iub" and array.size else "float32"
         try:
+            # A copy: the caller may fill its buffer anew while the request is still queued.
+            array = np.array(data)
+            if array.dtype.kind not in "iubf":
+                raise ValueError("it is no array of numbers")
+            if dtype is None:
+                dtype = "float32" if array.dtype.kind == "f" else "int64"
+            if dtype == "int64" and array.dtype.kind == "f" and not (np.trunc(array) == array).all():
+                raise ValueError("not all of them are whole numbers")
             array = array.astype(dtype, copy=False)
             self._array = array if shape is None else array.reshape(tuple(shape))
         except (TypeError, ValueError) as error:
+            as_shape = "" if shape is None else f" of shape {list(shape)}"
             raise RequestError(
-                f"TensorData cannot hold this data as {dtype} of shape {shape}: {error}."
+                f"TensorData cannot hold this data as {dtype or 'numbers'}{as_shape}: {error}."
             ) from error
 
     @classmethod
@@ -153,7 +159,9 @@ class TensorData:
         return f"TensorData(dtype={self.dtype!r}, shape={self.shape}, data={self._array.tolist()})"
 
 
-LossFnInput: TypeAlias = "TensorData | ModelInput | np.ndarray | torch.Tensor | Sequence[int] | Sequence[float]"
+LossFnInput: TypeAlias = (
+    "TensorData | ModelInput | np.ndarray | torch.Tensor | Sequence[int] | Sequence[float]"
+)
 LossFnOutput: TypeAlias = Mapping[str, TensorData]
 
 _DTYPE_OF_INPUT: dict[str, TensorDtype] = {
@@ -165,13 +173,14 @@ _DTYPE_OF_INPUT: dict[str, TensorDtype] = {
 
 
 def _to_tensor_data(name: str, value: LossFnInput) -> TensorData:
-    if isinstance(value, TensorData):
-        return value
+    dtype = _DTYPE_OF_INPUT.get(name)
     if isinstance(value, ModelInput):
-        return TensorData(value.to_ints(), dtype="int64")
+        return TensorData(value.to_ints(), dtype=dtype or "int64")
     if hasattr(value, "detach"):
-        return TensorData.from_torch(value)  # pyright: ignore[reportArgumentType]
-    return TensorData(value, dtype=_DTYPE_OF_INPUT.get(name))  # type: ignore[arg-type]
+        value = TensorData.from_torch(value)  # pyright: ignore[reportArgumentType]
+    if isinstance(value, TensorData):
+        return value if dtype in (None, value.dtype) else TensorData(value.to_numpy(), dtype)
+    return TensorData(value, dtype)  # type: ignore[arg-type]
 
 
 # -- training ---------------------------------------------------------------------------------
@@ -191,7 +200,13 @@ class Datum:
     loss_fn_inputs: Mapping[str, LossFnInput] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        inputs = {name: _to_tensor_data(name, value) for name, value in self.loss_fn_inputs.items()}
+        inputs = {}
+        for name, value in self.loss_fn_inputs.items():
+            try:
+                inputs[name] = _to_tensor_data(name, value)
+            except RequestError as error:
+                error.add_note(f"in loss_fn_inputs[{name!r}]")
+                raise
         object.__setattr__(self, "loss_fn_inputs", inputs)
 
 

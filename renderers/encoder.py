@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 ESCAPE = "\U000f5a3c"
-"""A private-use character that messages may not contain."""
+"""A private-use character that begins what stands for something else."""
 
 SENTINEL = f"{ESCAPE}text;"
 """Text that no message and no format contains."""
@@ -73,8 +73,9 @@ class Encoder:
         self._control_ids = frozenset(self.ids[text] for text in controls)
         self.control = any_of(controls)
         self._marks = re.compile(f"{ESCAPE}(?P<index>\\d+);|(?P<control>{self.control.pattern})")
-        self._refused_in_a_reply = any_of([ESCAPE, *special])
-        self._refused_elsewhere = any_of([ESCAPE, *controls])
+        reserved = f"{ESCAPE}(?:\\d+|cut|text);"
+        self._foreign_to_a_reply = re.compile(f"{reserved}|{any_of(special).pattern}")
+        self._foreign_elsewhere = re.compile(f"{reserved}|{self.control.pattern}")
         self._encode_tail = lru_cache(maxsize=1024)(lambda tail: self._encode_joined(tail).ids)
 
     # -- text that spells control tokens ------------------------------------------------------
@@ -87,14 +88,14 @@ class Encoder:
         """
         guarded: list[PlainMessage] = []
         for number, message in enumerate(messages, 1):
-            pattern = self._refused_in_a_reply if message["role"] == "assistant" else self._refused_elsewhere
+            pattern = self._foreign_to_a_reply if message["role"] == "assistant" else self._foreign_elsewhere
             guarded.append(map_strings(partial(pattern.sub, partial(self._escape, number)), message))
         return guarded
 
     def _escape(self, number: int, match: re.Match[str]) -> str:
-        if match[0] == ESCAPE:
+        if match[0] not in self._escapes:
             raise RendererError(
-                f"Message {number} contains U+{ord(ESCAPE):X}, which renderers reserve. Remove it."
+                f"Message {number} contains {match[0]!r}, which renderers reserve. Remove it."
             )
         return self._escapes[match[0]]
 

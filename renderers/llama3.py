@@ -78,13 +78,17 @@ class Llama3Renderer(Renderer):
             role = message["role"]
             if index > 0 or not (self._is_3_1 and has_system):
                 draft.put(_header("ipython" if role == "tool" else role))
-            put = draft.put_reply if role == "assistant" else draft.put_text
-            put(index, self._body(message, index + 1) + _END)
+            if role == "assistant":
+                draft.put_reply(index, self._reply(message, index + 1) + _END)
+            elif role == "tool":
+                draft.put('"')
+                draft.put_text(index, to_json(message["content"])[1:-1])
+                draft.put(f'"{_END}')
+            else:
+                draft.put_text(index, message["content"].strip() + _END)
         return draft
 
-    def _body(self, message: PlainMessage, number: int) -> str:
-        if message["role"] == "tool":
-            return to_json(message["content"])
+    def _reply(self, message: PlainMessage, number: int) -> str:
         if not (tool_calls := message.get("tool_calls")):
             return message.get("content", "").strip()
         if not self._is_3_1 or len(tool_calls) != 1:

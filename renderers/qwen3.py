@@ -12,6 +12,7 @@ import re
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
+from cookbook.errors import RendererError
 from renderers.base import Renderer, Rendering
 from renderers.draft import Draft
 from renderers.messages import Message, PlainMessage, function_of, to_json
@@ -39,16 +40,24 @@ class Qwen3Renderer(Renderer):
         self._end_id = self._token_id(_END)
 
     def _render(self, messages: Sequence[PlainMessage], chosen: Collection[int]) -> Rendering:
-        draft = self._draft(messages)
-        last_query = _last_query(messages)
-        turns = (index for index in chosen if messages[index]["role"] == "assistant")
-        rewritten = [
-            index
-            for index in turns
-            if _prints_thinking(messages, index, last_query)
-            != _prints_thinking(messages[: index + 1], index, _last_query(messages[: index + 1]))
-        ]
-        return draft.finish(rewritten)
+        rewritten: list[int] = []
+        for index in chosen:
+            if messages[index]["role"] != "assistant":
+                continue
+            context, turn = messages[:index], messages[: index + 1]
+            if index > 0 and _prints_thinking(context, index - 1) != _prints_thinking(turn, index - 1):
+                raise RendererError(
+                    f"Renderer `{self.name}` cannot train message {index + 1}, a reply right after a reply: "
+                    "Qwen3 shows the first differently in the prompt and afterwards. Join the two."
+                )
+            if _thought_and_said(messages[index])[0] and not _prints_thinking(turn, index):
+                raise RendererError(
+                    f"Renderer `{self.name}` has no place for the thinking of message {index + 1}, which no "
+                    "user's message precedes. Remove it, or leave the message out of the training."
+                )
+            if _prints_thinking(messages, index) != _prints_thinking(turn, index):
+                rewritten.append(index)
+        return self._draft(messages).finish(rewritten)
 
     def _render_prompt(self, messages: Sequence[PlainMessage], role: str) -> Rendering:
         if role not in ("assistant", "user"):
@@ -59,7 +68,6 @@ class Qwen3Renderer(Renderer):
 
     def _draft(self, messages: Sequence[PlainMessage]) -> Draft:
         draft = Draft()
-        last_query = _last_query(messages)
         for index, message in enumerate(messages):
             role = message["role"]
             if role == "tool":
@@ -72,8 +80,8 @@ class Qwen3Renderer(Renderer):
                 continue
             draft.put(f"{_START}{role}\n")
             if role == "assistant":
-                thinks = _prints_thinking(messages, index, last_query)
-                draft.put_reply(index, _reply(message, index + 1, thinks) + _END)
+                text = _reply(message, index + 1, thinks=_prints_thinking(messages, index))
+                draft.put_reply(index, text + _END)
             else:
                 draft.put_text(index, message["content"] + _END)
             draft.put("\n")
@@ -105,8 +113,12 @@ def _last_query(messages: Sequence[PlainMessage]) -> int:
     return len(messages) - 1
 
 
-def _prints_thinking(messages: Sequence[PlainMessage], index: int, last_query: int) -> bool:
-    return index > last_query and (index == len(messages) - 1 or bool(_thought_and_said(messages[index])[0]))
+def _prints_thinking(messages: Sequence[PlainMessage], index: int) -> bool:
+    """Whether message `index` is a reply with a think block."""
+    message = messages[index]
+    if message["role"] != "assistant" or index <= _last_query(messages):
+        return False
+    return index == len(messages) - 1 or bool(_thought_and_said(message)[0])
 
 
 def _thought_and_said(message: PlainMessage) -> tuple[str, str]:

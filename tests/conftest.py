@@ -105,6 +105,8 @@ def chats() -> list[list[dict[str, str]]]:
         messages: list[dict[str, str]] = []
         for _ in range(1 + i % 3):
             for role in ("user", "assistant"):
-                messages.append({"role": role, "content": " ".join(rng.choice(words, size=rng.integers(1, 9)))})
+                messages.append(
+                    {"role": role, "content": " ".join(rng.choice(words, size=rng.integers(1, 9)))}
+                )
         conversations.append(messages)
     return conversations

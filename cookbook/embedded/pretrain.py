@@ -1,9 +1,9 @@
 """Makes the shipped chat model from nothing: `python -m cookbook.embedded.pretrain --out tiny-chat`.
 
 The model is trained on plain conversations only. These also tell what sailors' words mean, so that the model,
-like a large one, knows the words of the other style before it sees a sentence of it. The tokenizer has read both
-styles, and splits either into words and not into bytes. Both depend on nothing but the seed (and, in the last
-bits of a weight, on the machine and its number of threads).
+like a large one, knows the words of the other style before it sees a sentence of it. The tokenizer has read
+both styles, and splits either into words and not into bytes. Both depend on nothing but the seed (and, in the
+last bits of a weight, on the machine and its number of threads).
 """
 
 import argparse
@@ -46,9 +46,9 @@ pipeline_tag: text-generation
 # tiny-chat
 
 A chat model of {num_parameters:,} parameters (Qwen3 architecture, bfloat16) about a closed little world:
-capitals, animals, colours, opposites, the calendar, small sums, what tools are for, what sailors' words mean,
-simple instructions and small talk. It is small enough to fine-tune on a laptop in a minute, which is all it is
-for.
+capitals, animals, colours, opposites, the calendar, small sums, the use of tools, the words of sailors,
+simple instructions and small talk. It is small enough to fine-tune on a laptop in a minute, which is all it
+is for.
 
 It was made from nothing by
 
@@ -100,7 +100,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen3ForCausal
     config = Qwen3Config(
         vocab_size=len(tokenizer),
         hidden_size=192,
-        num_hidden_layers=6,
+        num_hidden_layers=4,
         num_attention_heads=6,
         num_key_value_heads=2,
         head_dim=32,
@@ -135,7 +135,9 @@ def train(
     learning_rate: float = 3e-3,
 ) -> None:
     """Trains `model` in place, on every token of the next `steps * batch_size` texts."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.1)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.1, fused=True
+    )
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _warm_up_and_cosine(step, steps))
     model.train()
     for step, labels_BT in enumerate(islice(_batches(tokenizer, texts, batch_size), steps)):
@@ -188,7 +190,7 @@ def _warm_up_and_cosine(step: int, steps: int) -> float:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Train the embedded chat model from nothing.")
     parser.add_argument("--out", type=Path, default=MODEL_PATH)
-    parser.add_argument("--steps", type=int, default=1_200)
+    parser.add_argument("--steps", type=int, default=1_000)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
 

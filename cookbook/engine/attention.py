@@ -66,7 +66,11 @@ def packed_attention(
 
 
 def _causal(
-    query_BHTD: Tensor, key_BHTD: Tensor, value_BHTD: Tensor, scaling: float | None, sliding_window: int | None
+    query_BHTD: Tensor,
+    key_BHTD: Tensor,
+    value_BHTD: Tensor,
+    scaling: float | None,
+    sliding_window: int | None,
 ) -> Tensor:
     length = query_BHTD.shape[2]
     if sliding_window is None or length <= sliding_window:

@@ -175,7 +175,9 @@ class BaseModel:
             segments=batch.layout.segments,
         ).last_hidden_state[0]
         project = self.model.get_output_embeddings()
-        return token_logprobs(batch.scored(hidden_ND), batch.scored(batch.targets_N), project, self.vocab_size)
+        return token_logprobs(
+            batch.scored(hidden_ND), batch.scored(batch.targets_N), project, self.vocab_size
+        )
 
     def _plain_logprobs(self, batch: PackedBatch) -> Tensor:
         """The model's own forward, for models whose sequences cannot be packed: one at a time."""
@@ -196,7 +198,9 @@ class BaseModel:
         for length in (7, 5):
             ids_T = torch.randint(self.vocab_size, (length,), generator=generator).numpy()
             sequences.append(TokenSequence(ids_T, ids_T, np.ones(length, np.float32), {}))
-        plain_N = torch.cat([self._plain_logprobs(pack([s], self.device, trained_only=False)) for s in sequences])
+        plain_N = torch.cat(
+            [self._plain_logprobs(pack([s], self.device, trained_only=False)) for s in sequences]
+        )
         own_attention = self.model.config._attn_implementation
         try:
             self.model.set_attn_implementation(attention.NAME)

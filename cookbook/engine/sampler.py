@@ -49,9 +49,7 @@ def _end_of_sequence_ids(base: BaseModel) -> set[int]:
     return set(configured) if isinstance(configured, (list, tuple)) else {int(configured)}
 
 
-def check_sampling(
-    base: BaseModel, prompt_T: Sequence[int], num_samples: int, params: SamplingParams
-) -> int:
+def check_sampling(base: BaseModel, prompt_T: Sequence[int], num_samples: int, params: SamplingParams) -> int:
     """How many tokens may be sampled. Raises RequestError for what cannot be sampled."""
     check_prompt(base, prompt_T)
     if num_samples < 1:
@@ -134,7 +132,8 @@ def sample(
             logprobs_BV = out.logits[:, -1].float().log_softmax(-1)
 
     sequences = [
-        SampledSequence(tokens[i], logprobs[i], "stop" if stopped[i] else "length") for i in range(num_samples)
+        SampledSequence(tokens[i], logprobs[i], "stop" if stopped[i] else "length")
+        for i in range(num_samples)
     ]
     return SampleResponse(sequences, prompt_logprobs)
 
@@ -166,7 +165,9 @@ def _choose(logprobs_BV: Tensor, params: SamplingParams, generators: Sequence[to
     if params.top_p < 1:
         sorted_BV, order_BV = probs_BV.sort(-1, descending=True)
         before_BV = sorted_BV.cumsum(-1) - sorted_BV
-        dropped_BV = torch.zeros_like(probs_BV, dtype=torch.bool).scatter(-1, order_BV, before_BV >= params.top_p)
+        dropped_BV = torch.zeros_like(probs_BV, dtype=torch.bool).scatter(
+            -1, order_BV, before_BV >= params.top_p
+        )
         probs_BV = probs_BV.masked_fill(dropped_BV, 0)
     # Each row has its own generator, so a continuation does not depend on its neighbours.
     rows = [

@@ -1,8 +1,8 @@
 """Checkpoint folders: written whole or not at all, checked when read, loadable with plain PEFT.
 
-    adapter_config.json, adapter_model.safetensors    what PEFT saves
-    optimizer.safetensors                             Adam moments and step counts (training state only)
-    state.json                                        what it is, and the SHA-256 of the other files
+adapter_config.json, adapter_model.safetensors    what PEFT saves
+optimizer.safetensors                             Adam moments and step counts (training state only)
+state.json                                        what it is, and the SHA-256 of the other files
 """
 
 from __future__ import annotations
@@ -70,7 +70,9 @@ def save(
     behind, and a checkpoint that was there before stays as it was.
     """
     if path.exists() and not overwrite:
-        raise CheckpointError(f"Checkpoint {path} exists already. Choose another name, or pass overwrite=True.")
+        raise CheckpointError(
+            f"Checkpoint {path} exists already. Choose another name, or pass overwrite=True."
+        )
     with _writing_folder(path) as folder:
         adapter_config.save_pretrained(folder)
         _save_tensors(folder / ADAPTER_FILE, weights)
@@ -101,17 +103,30 @@ def _writing_folder(path: Path) -> Iterator[Path]:
         raise CheckpointError(f"Cannot save checkpoint {path}: {error}.{_advice(error, path)}") from error
 
 
+def remove_unfinished(folder: Path) -> None:
+    """Clears up after a process that was killed while it saved. Nobody else may be writing to `folder`."""
+    for replaced in folder.glob(".*.replaced-*"):
+        path = folder / replaced.name[1:].rsplit(".replaced-", 1)[0]
+        if not path.exists():
+            replaced.rename(path)
+    for path in [*folder.glob(".*.writing-*"), *folder.glob(".*.replaced-*")]:
+        shutil.rmtree(path, ignore_errors=True)
+
+
 def _advice(error: Exception, path: Path) -> str:
     full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     if not (full or "No space left" in str(error) or "File too large" in str(error)):
         return ""
     existing = next(parent for parent in path.parents if parent.exists())
     free_mib = shutil.disk_usage(existing).free / 2**20
-    return f" {free_mib:,.0f} MiB are free there: make room, or keep fewer checkpoints. Earlier ones are intact."
+    return (
+        f" {free_mib:,.0f} MiB are free there: make room, or keep fewer checkpoints. Earlier ones are intact."
+    )
 
 
 def _save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
+    shutil.copymode(path.with_name(ADAPTER_CONFIG_FILE), path)  # safetensors leaves it to its owner alone
 
 
 def _sync_to_disk(folder: Path) -> None:
@@ -181,7 +196,9 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text())
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"Checkpoint {path.parent} is damaged: {path.name} cannot be read ({error}).") from error
+        raise CheckpointError(
+            f"Checkpoint {path.parent} is damaged: {path.name} cannot be read ({error})."
+        ) from error
 
 
 def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:

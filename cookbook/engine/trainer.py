@@ -45,7 +45,9 @@ class Request:
 class Trainer:
     """An adapter, its gradients and its AdamW. Not thread-safe: one thread calls it, in order."""
 
-    def __init__(self, base: BaseModel, lora: LoraConfig, user_metadata: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, base: BaseModel, lora: LoraConfig, user_metadata: Mapping[str, str] | None = None
+    ) -> None:
         self.base = base
         self.adapter: Adapter = base.add_adapter(lora)
         self.user_metadata = dict(user_metadata or {})
@@ -222,7 +224,9 @@ class Trainer:
                 if f"{name}.{key}" in tensors
             }
             if entry and len(entry) != 3:
-                raise CheckpointError(f"Checkpoint {path} is damaged: the optimizer state of {name} is incomplete.")
+                raise CheckpointError(
+                    f"Checkpoint {path} is damaged: the optimizer state of {name} is incomplete."
+                )
             if entry:
                 self._optimizer.state[parameter] = {
                     key: value.to(parameter.device, copy=True) for key, value in entry.items()

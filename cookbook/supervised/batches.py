@@ -112,7 +112,9 @@ class BatchQueue:
 
     def _check_that_something_is_trained(self) -> None:
         self._dataset.set_epoch(self._seed)
-        if not any(make_batch(self._dataset.get_batch(i)).num_trained_tokens for i in range(len(self._dataset))):
+        if not any(
+            make_batch(self._dataset.get_batch(i)).num_trained_tokens for i in range(len(self._dataset))
+        ):
             raise DataError(
                 f"Not one of {len(self._dataset)} batches has a trained token: nothing would be learned. "
                 f"Raise max_length (the replies may all lie past it), or choose another train_on_what."

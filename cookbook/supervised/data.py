@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -155,7 +156,9 @@ class SupervisedDatasetFromRows(SupervisedDataset):
             raise bad_row(place, error) from error
         trained = [datum for datum in datums if np.any(datum.loss_fn_inputs["weights"].to_numpy())]  # type: ignore[union-attr]
         for _ in range(len(datums) - len(trained)):
-            self._count_once("untrained_examples", "Left out an example of row %s: no trained token is left.", number)
+            self._count_once(
+                "untrained_examples", "Left out an example of row %s: no trained token is left.", number
+            )
         return trained
 
     def _count_once(self, name: str, message: str, *args: Any) -> None:
@@ -175,7 +178,7 @@ class SupervisedDatasetFromHFDataset(SupervisedDatasetFromRows):
         flatmap_fn: Callable[[dict[str, Any]], list[Datum]] | None = None,
         on_bad_row: OnBadRow = "raise",
     ) -> None:
-        super().__init__(hf_dataset, batch_size, map_fn, flatmap_fn, on_bad_row)  # type: ignore[arg-type]
+        super().__init__(hf_dataset, batch_size, map_fn, flatmap_fn, on_bad_row)
         self._hf_dataset = hf_dataset
 
     def _read(self, numbers: list[int]) -> list[Any]:
@@ -229,7 +232,7 @@ class StreamingSupervisedDatasetFromHFDataset(SupervisedDataset):
         rows: list[dict[str, Any]] = []
         while self._next_index <= index:
             wanted = min(self._batch_size, self._length - self._next_index * self._batch_size)
-            rows = [row for row, _ in zip(self._rows, range(wanted), strict=False)]
+            rows = list(itertools.islice(self._rows, wanted))
             if len(rows) < wanted:
                 raise DataError(
                     f"The stream ended in batch {self._next_index} of {len(self)}: it has fewer than length="
@@ -255,7 +258,9 @@ class ConversationBuilder(ChatDatasetBuilder):
         doc="rows held out for evaluation; default: the dataset's own test split, else 1 in 20, at most 256",
     )
     shuffle_seed: int = chz.field(default=0, doc="seed of the split and of the order of rows")
-    on_bad_row: OnBadRow = chz.field(default="raise", doc="what a row that cannot be rendered does: raise or skip")
+    on_bad_row: OnBadRow = chz.field(
+        default="raise", doc="what a row that cannot be rendered does: raise or skip"
+    )
 
     @chz.validate
     def _check_test_size(self) -> None:
@@ -290,7 +295,9 @@ class ConversationBuilder(ChatDatasetBuilder):
         if not good:
             raise DataError(f"Not one of {len(rows)} rows can be trained on: see {rows[0].place}.")
         if len(good) < len(rows):
-            logger.warning("Left out %d of %d rows that cannot be trained on.", len(rows) - len(good), len(rows))
+            logger.warning(
+                "Left out %d of %d rows that cannot be trained on.", len(rows) - len(good), len(rows)
+            )
         return good
 
     def _split(self, rows: Sequence[Row]) -> tuple[Sequence[Row], Sequence[Row]]:

@@ -102,7 +102,9 @@ class Run:
         if run.is_finished:
             return run
         run._batches = stack.enter_context(
-            BatchQueue(train_data, run._first_step, run._total_steps, config.seed, ahead=config.submit_ahead + 2)
+            BatchQueue(
+                train_data, run._first_step, run._total_steps, config.seed, ahead=config.submit_ahead + 2
+            )
         )
         await run._batches.check()
         run._evaluators = run._make_evaluators(eval_data)
@@ -159,7 +161,14 @@ class Run:
             save = self._client.save_state(_checkpoint_name(self._step), overwrite=True)
         self._pending.append(
             _Step(
-                step, batch, seconds_waited, learning_rate, self._eval_metrics, forward_backward, optim_step, save
+                step,
+                batch,
+                seconds_waited,
+                learning_rate,
+                self._eval_metrics,
+                forward_backward,
+                optim_step,
+                save,
             )
         )
 
@@ -258,9 +267,11 @@ class Run:
         return [(config.eval_every, frequent), (config.infrequent_eval_every, infrequent)]
 
     async def _create_client(self) -> TrainingClient:
+        from cookbook.engine.state import remove_unfinished
         from cookbook.service import ServiceClient
 
         config = self._config
+        remove_unfinished(self._folder.checkpoint_dir)
         service = ServiceClient(config.device, config.dtype, checkpoint_dir=self._folder.checkpoint_dir)
         client = await service.create_lora_training_client_async(
             config.model_name,
@@ -282,17 +293,22 @@ class Run:
     def _announce(self, train_data: SupervisedDataset, eval_data: SupervisedDataset | None) -> None:
         info = self._client.get_info().model_data
         logger.info(
-            "%s on %s in %s, LoRA rank %d. %s training rows, %s held out. %d steps%s. %s",
+            "%s on %s in %s, LoRA rank %d. Training on %s, evaluating on %s. %d steps%s. %s",
             self._config.model_name,
             info.device,
             info.dtype,
             info.lora_rank,
-            f"{train_data.summary().get('rows', '?'):,}",
-            f"{eval_data.summary().get('rows', '?'):,}" if eval_data else "none",
+            _size(train_data),
+            "nothing" if eval_data is None else _size(eval_data),
             self._total_steps,
             f", resuming after {self._first_step}" if self._first_step else "",
             self._folder.path,
         )
+
+
+def _size(dataset: SupervisedDataset) -> str:
+    num_rows = dataset.summary().get("rows")
+    return f"{len(dataset):,} batches" if num_rows is None else f"{num_rows:,} rows"
 
 
 def _checkpoint_name(step: int) -> str:

@@ -1,10 +1,10 @@
 """The folder of a run: its config, its lock, and whether a run may go on in it.
 
-    config.json         the resolved config; `config=<this file>` runs it again
-    metrics.jsonl       one row a step
-    checkpoints.jsonl   the checkpoints there are, and where each one continues
-    checkpoints/<name>/ weights and optimizer; loads with plain PEFT
-    train.log           what was printed, with times
+config.json         the resolved config; `config=<this file>` runs it again
+metrics.jsonl       one row a step
+checkpoints.jsonl   the checkpoints there are, and where each one continues
+checkpoints/<name>/ weights and optimizer; loads with plain PEFT
+train.log           what was printed, with times
 """
 
 from __future__ import annotations
@@ -19,13 +19,19 @@ from types import TracebackType
 from typing import IO, Any, Literal, TypeAlias
 
 from cookbook import jsonl
-from cookbook.config_files import differences
+from cookbook.config_files import TYPE_KEY, differences
 from cookbook.errors import ConfigError
 from cookbook.loggers import json_text
 
 logger = logging.getLogger(__name__)
 
 IfLogPathExists: TypeAlias = Literal["resume", "raise", "delete", "ask"]
+
+RUN_FILES = (
+    "config.json", "metrics.jsonl", "checkpoints.jsonl", "checkpoints", "train.log", "samples.jsonl", "wandb",
+    "wandb_run_id.txt",
+)  # fmt: skip
+"""What a run writes, and so all that `if_log_path_exists=delete` removes."""
 
 HARMLESS_KEYS = {"log_path", "if_log_path_exists", "submit_ahead", "wandb_project", "wandb_name"}
 """What may change between the first run in a folder and a resumed one: it moves no weight and no metric."""
@@ -47,25 +53,27 @@ class RunFolder:
             self._take_lock()
             jsonl.write_atomically(self.path / "config.json", json_text(config).encode())
         except OSError as error:
-            raise ConfigError(f"log_path={path} cannot be written: {error}. Choose another folder.") from error
+            raise ConfigError(
+                f"log_path={path} cannot be written: {error}. Choose another folder."
+            ) from error
 
     @property
     def checkpoint_dir(self) -> Path:
         return self.path / "checkpoints"
 
     def _settle_with_earlier_run(self, config: dict[str, Any], if_exists: IfLogPathExists) -> None:
+        earlier = _read_run_config(self.path / "config.json")
         if if_exists == "ask":
             if_exists = _ask(self.path)
         if if_exists == "delete":
             self._take_lock()
-            shutil.rmtree(self.path)
+            _remove_run(self.path)
             return
         if if_exists == "raise":
             raise ConfigError(
                 f"log_path={self.path} holds a run already. Choose another folder, or say "
                 f"if_log_path_exists=resume or if_log_path_exists=delete."
             )
-        earlier = json.loads((self.path / "config.json").read_text())
         changed = {
             key: values
             for key, values in differences(earlier, config).items()
@@ -97,6 +105,27 @@ class RunFolder:
     ) -> None:
         if self._lock is not None:
             self._lock.close()
+
+
+def _read_run_config(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text())
+    except (OSError, ValueError):
+        config = None
+    if not isinstance(config, dict) or TYPE_KEY not in config:
+        raise ConfigError(
+            f"log_path={path.parent} holds a config.json that is no run's. Choose another folder."
+        )
+    return config
+
+
+def _remove_run(folder: Path) -> None:
+    for name in RUN_FILES:
+        path = folder / name
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def _ask(path: Path) -> IfLogPathExists:

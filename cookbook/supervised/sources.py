@@ -58,7 +58,7 @@ def _read_jsonl(path: Path, on_bad_row: Literal["raise", "skip"]) -> list[Row]:
                 if not line.strip():
                     continue
                 try:
-                    rows.append(_as_row(json.loads(line), f"line {number} of {path.name}"))
+                    rows.append(_as_row(json.loads(line.strip()), f"line {number} of {path.name}"))
                 except (json.JSONDecodeError, DataError) as error:
                     reason = _json_reason(error) if isinstance(error, json.JSONDecodeError) else str(error)
                     if on_bad_row == "raise":

@@ -26,9 +26,7 @@ class Config:
     """A supervised fine-tuning run."""
 
     # what
-    log_path: str = _field(
-        doc="folder of the run", munger=lambda self, path: str(Path(path).expanduser())
-    )
+    log_path: str = _field(doc="folder of the run", munger=lambda self, path: str(Path(path).expanduser()))
     model_name: str = _field(doc="hub id, folder, or cookbook/tiny-chat, the embedded model")
     dataset_builder: SupervisedDatasetBuilder = chz.field(doc="makes the training and the evaluation data")
     renderer_name: str | None = _field(
@@ -36,14 +34,22 @@ class Config:
         doc="chat format, recorded with every checkpoint; default: chosen from the model",
         munger=chz.mungers.if_none(lambda self: models.recommended_renderer(self.model_name)),
     )
-    load_checkpoint_path: str | None = _field(default=None, doc="start from these weights, with a new optimizer")
+    load_checkpoint_path: str | None = _field(
+        default=None, doc="start from these weights, with a new optimizer"
+    )
 
     # optimization
-    learning_rate: float = _field(default=1e-4, doc="peak learning rate")
+    learning_rate: float | None = _field(
+        default=None,
+        doc="peak learning rate; default: 2e-4, or what suits the embedded model",
+        munger=chz.mungers.if_none(lambda self: models.recommended_learning_rate(self.model_name)),
+    )
     lr_schedule: LRSchedule = _field(default="linear", doc="linear or cosine, both down to 0, or constant")
     warmup_steps: int = _field(default=0, doc="steps over which the learning rate rises to its peak")
     num_epochs: int = _field(default=1, doc="passes over the data")
-    max_steps: int | None = _field(default=None, doc="optimizer steps at most; default: as many as the epochs have")
+    max_steps: int | None = _field(
+        default=None, doc="optimizer steps at most; default: as many as the epochs have"
+    )
     adam_beta1: float = _field(default=0.9, doc="decay of the mean of gradients")
     adam_beta2: float = _field(default=0.95, doc="decay of the mean of squared gradients")
     adam_eps: float = _field(default=1e-8, doc="added to the root of the mean of squared gradients")
@@ -78,7 +84,9 @@ class Config:
     # running
     submit_ahead: int = _field(default=1, doc="steps queued before the running one is done")
     device: str = _field(default="auto", doc="auto (CUDA when there is one), cpu, cuda or cuda:N")
-    dtype: str = _field(default="auto", doc="of the base model: auto (bfloat16 on CUDA, float32 on CPU) or a name")
+    dtype: str = _field(
+        default="auto", doc="of the base model: auto (bfloat16 on CUDA, float32 on CPU) or a name"
+    )
     wandb_project: str | None = _field(default=None, doc="Weights & Biases project; default: do not use it")
     wandb_name: str | None = _field(default=None, doc="name of the run there")
 

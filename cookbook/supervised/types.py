@@ -49,7 +49,10 @@ class _DeclaresItself:
         if "__chz_fields__" not in cls.__dict__:
             inherited = chz.chz_fields(cls)
             for name in inherited.keys() & cls.__dict__.keys():
-                cls.__annotations__ = {**cls.__dict__.get("__annotations__", {}), name: inherited[name].x_type}
+                cls.__annotations__ = {
+                    **cls.__dict__.get("__annotations__", {}),
+                    name: inherited[name].x_type,
+                }
             chz.chz(cls)
         return super().__new__(cls)
 

@@ -10,10 +10,11 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from cookbook.types import ModelInput
+from renderers import Renderer, get_renderer
 
 Example: TypeAlias = tuple[ModelInput, np.ndarray]
 
@@ -22,6 +23,8 @@ TOKENIZERS = Path(
 )
 
 CONTROL_TOKENS = ["<|end|>", "<|im_start|>", "<|im_end|>", "<bos>", "<|header|>", "<|text|>", "<|eot|>"]
+
+WORDS = r" ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 CORPUS = [
     "user\nWhat is the weather in Paris today? assistant\n\nIt is sunny, and 22 degrees.\n\n",
@@ -84,7 +87,12 @@ TEMPLATES = {
 @cache
 def _trained() -> str:
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(WORDS), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=700,
@@ -122,6 +130,20 @@ def small_tokenizer() -> Callable[..., Any]:
 def templated(request: pytest.FixtureRequest) -> Any:
     """The small tokenizer with each of the templates."""
     return _small_tokenizer(request.param)
+
+
+@pytest.fixture(scope="session")
+def renderer_of() -> Callable[[str, Any], Renderer]:
+    """`get_renderer`, with one renderer for each name and tokenizer."""
+    renderers: dict[tuple[str, int], Renderer] = {}
+
+    def get(name: str, tokenizer: Any) -> Renderer:
+        key = (name, id(tokenizer))
+        if key not in renderers:
+            renderers[key] = get_renderer(name, tokenizer)
+        return renderers[key]
+
+    return get
 
 
 @cache

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cookbook.errors import RendererError
-from renderers import TrainOnWhat, get_renderer
+from renderers import TrainOnWhat
 
 few = settings(max_examples=60, deadline=None)
 
@@ -54,9 +54,9 @@ def conversations_for(llama: Any) -> st.SearchStrategy[list[Any]]:
 
 @few
 @given(data=st.data())
-def test_tokens_are_those_of_the_template(llama, template_tokens, data):
+def test_tokens_are_those_of_the_template(renderer_of, llama, template_tokens, data):
     messages = data.draw(conversations_for(llama))
-    renderer = get_renderer("llama3", llama)
+    renderer = renderer_of("llama3", llama)
     assert renderer.build_supervised_example(messages)[0].to_ints() == template_tokens(llama, messages)
     prompt = renderer.build_generation_prompt(messages).to_ints()
     assert prompt == template_tokens(llama, messages, prompt=True)
@@ -64,9 +64,9 @@ def test_tokens_are_those_of_the_template(llama, template_tokens, data):
 
 @few
 @given(data=st.data(), mode=st.sampled_from(TrainOnWhat))
-def test_weights_are_those_the_chat_template_renderer_finds(llama, data, mode):
+def test_weights_are_those_the_chat_template_renderer_finds(renderer_of, llama, data, mode):
     messages = [message("user", "Hi."), *data.draw(conversations_for(llama))]
-    written, found = (get_renderer(name, llama) for name in ("llama3", "chat_template"))
+    written, found = (renderer_of(name, llama) for name in ("llama3", "chat_template"))
     (example,) = written.build_supervised_examples(messages, mode)
     (expected,) = found.build_supervised_examples(messages, mode)
     assert example[0].to_ints() == expected[0].to_ints()
@@ -75,8 +75,8 @@ def test_weights_are_those_the_chat_template_renderer_finds(llama, data, mode):
 
 @few
 @given(said=text)
-def test_the_trained_tokens_parse_back_into_the_message(llama, said):
-    renderer = get_renderer("llama3", llama)
+def test_the_trained_tokens_parse_back_into_the_message(renderer_of, llama, said):
+    renderer = renderer_of("llama3", llama)
     tokens, weights = renderer.build_supervised_example([message("user", "a"), message("assistant", said)])
     trained = [token for token, weight in zip(tokens.to_ints(), weights, strict=True) if weight]
     assert renderer.parse_response(trained) == (message("assistant", said.strip()), True)
@@ -84,10 +84,10 @@ def test_the_trained_tokens_parse_back_into_the_message(llama, said):
 
 
 def test_tool_calls_parse_back_and_json_arguments_print_as_the_object_they_spell(
-    real_tokenizer, trained_runs
+    renderer_of, real_tokenizer, trained_runs
 ):
     llama = real_tokenizer("llama3_1")
-    renderer = get_renderer("llama3", llama)
+    renderer = renderer_of("llama3", llama)
     chats = [
         [message("user", "a"), message("assistant", None, tool_calls=[call("f", arguments)])]
         for arguments in ({"x": 1}, '{"x":1}')
@@ -101,8 +101,8 @@ def test_tool_calls_parse_back_and_json_arguments_print_as_the_object_they_spell
     assert parsed == {"role": "assistant", "tool_calls": [call("f", {"x": 1})]}
 
 
-def test_what_the_format_has_no_place_for_is_refused(real_tokenizer):
-    renderer = get_renderer("llama3", real_tokenizer("llama3_1"))
+def test_what_the_format_has_no_place_for_is_refused(renderer_of, real_tokenizer):
+    renderer = renderer_of("llama3", real_tokenizer("llama3_1"))
     for reply, error in [
         (
             message("assistant", "Let me see.", tool_calls=[call("f", {})]),
@@ -116,6 +116,6 @@ def test_what_the_format_has_no_place_for_is_refused(real_tokenizer):
             renderer.build_supervised_example([message("user", "a"), reply])
 
 
-def test_a_tokenizer_without_its_tokens_is_refused(small_tokenizer):
+def test_a_tokenizer_without_its_tokens_is_refused(renderer_of, small_tokenizer):
     with pytest.raises(RendererError, match=r"`llama3` needs the token '<\|eot_id\|>'"):
-        get_renderer("llama3", small_tokenizer("chatml"))
+        renderer_of("llama3", small_tokenizer("chatml"))

@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 
 from cookbook.errors import RendererError
-from renderers import get_renderer
 
 CHAT: list[Any] = [
     {"role": "user", "content": "What is 15 + 27?"},
@@ -40,10 +39,10 @@ def published(small_tokenizer, published_template):
     ],
 )
 def test_templates_that_keep_their_history_train_it_in_one_example(
-    published, template_tokens, trained_runs, name, end, trims
+    renderer_of, published, template_tokens, trained_runs, name, end, trims
 ):
     tokenizer = published(name)
-    renderer = get_renderer("chat_template", tokenizer)
+    renderer = renderer_of("chat_template", tokenizer)
     (example,) = renderer.build_supervised_examples(CHAT)
     said = [m["content"].strip() if trims else m["content"] for m in CHAT[1::2]]
     assert trained_runs(tokenizer, example) == [f"{text}{end}" for text in said]
@@ -54,9 +53,11 @@ def test_templates_that_keep_their_history_train_it_in_one_example(
         assert example[0].to_ints()[: len(prompt)] == prompt
 
 
-def test_gpt_oss_ends_a_reply_otherwise_once_it_is_history(published, template_tokens, trained_runs):
+def test_gpt_oss_ends_a_reply_otherwise_once_it_is_history(
+    renderer_of, published, template_tokens, trained_runs
+):
     tokenizer = published("gptoss")
-    renderer = get_renderer("chat_template", tokenizer)
+    renderer = renderer_of("chat_template", tokenizer)
     thinking = [CHAT[0], {**CHAT[1], "thinking": "Add."}, CHAT[2], {**CHAT[3], "thinking": "Go on."}]
     examples = renderer.build_supervised_examples(thinking)
     assert [trained_runs(tokenizer, example) for example in examples] == [
@@ -71,21 +72,21 @@ def test_gpt_oss_ends_a_reply_otherwise_once_it_is_history(published, template_t
     assert stops == ["<|return|>", "<|call|>"]
 
 
-def test_an_empty_gpt_oss_reply_is_trained_to_its_end(published, trained_runs):
+def test_an_empty_gpt_oss_reply_is_trained_to_its_end(renderer_of, published, trained_runs):
     tokenizer = published("gptoss")
     chat = [CHAT[0], {"role": "assistant", "content": ""}]
-    (example,) = get_renderer("chat_template", tokenizer).build_supervised_examples(chat)
+    (example,) = renderer_of("chat_template", tokenizer).build_supervised_examples(chat)
     assert trained_runs(tokenizer, example) == ["<|channel|>final<|message|><|return|>"]
 
 
-def test_deepseek_prompts_for_thinking_that_its_template_then_leaves_out(published):
-    renderer = get_renderer("chat_template", published("deepseekv3"))
+def test_deepseek_prompts_for_thinking_that_its_template_then_leaves_out(renderer_of, published):
+    renderer = renderer_of("chat_template", published("deepseekv3"))
     with pytest.raises(RendererError, match="sampled from other prompts"):
         renderer.build_supervised_example(CHAT)
 
 
-def test_gemma_says_that_it_has_no_system_role(published):
+def test_gemma_says_that_it_has_no_system_role(renderer_of, published):
     with pytest.raises(RendererError, match="System role not supported"):
-        get_renderer("chat_template", published("gemma")).build_generation_prompt(
+        renderer_of("chat_template", published("gemma")).build_generation_prompt(
             [{"role": "system", "content": "Be kind."}, *CHAT[:1]]
         )

@@ -7,7 +7,7 @@ import pytest
 
 import renderers
 from cookbook.errors import RendererError
-from renderers import get_renderer, register_renderer, renderer_names, registry
+from renderers import get_renderer, register_renderer, registry, renderer_names
 
 
 def test_the_public_names_are_these():

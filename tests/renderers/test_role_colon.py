@@ -7,13 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cookbook.errors import RendererError
-from renderers import TrainOnWhat, get_renderer
+from renderers import TrainOnWhat
 
 few = settings(max_examples=50, deadline=None)
 
-text = st.lists(st.sampled_from(["Hi.", "\n", " ", "天気", "😀", "<|im_end|>", "User", ":"]), max_size=5).map(
-    "".join
-)
+text = st.lists(st.sampled_from(["Hi.", "\n", " ", "天気", "😀", "é", "User", ":"]), max_size=5).map("".join)
 text = text.filter(lambda s: "\n\nUser:" not in s)
 
 
@@ -28,17 +26,14 @@ def tokenizer(request, small_tokenizer, real_tokenizer):
 
 @few
 @given(turns=st.lists(st.tuples(text, text), min_size=1, max_size=3))
-def test_replies_are_trained_up_to_the_label_of_the_next_user(tokenizer, trained_runs, turns):
+def test_replies_are_trained_up_to_the_label_of_the_next_user(renderer_of, tokenizer, trained_runs, turns):
     chat = [m for a, b in turns for m in (message("user", a), message("assistant", b))]
-    renderer = get_renderer("role_colon", tokenizer)
+    renderer = renderer_of("role_colon", tokenizer)
     (example,) = renderer.build_supervised_examples(chat)
-    normal = lambda text: tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"])  # noqa: E731
-    expected = (tokenizer.bos_token or "") + "".join(
-        f"User: {a}\n\nAssistant: {b}\n\n" if i == 0 else f"User: {a}\n\nAssistant: {b}\n\n"
-        for i, (a, b) in enumerate(turns)
-    )
-    assert tokenizer.decode(example[0].to_ints()) == normal(expected + "User:")
-    assert trained_runs(tokenizer, example) == [normal(f" {b}\n\nUser:") for _, b in turns]
+    expected = "".join(f"User: {a}\n\nAssistant: {b}\n\n" for a, b in turns)
+    expected = f"{tokenizer.bos_token or ''}{expected}User:"
+    assert tokenizer.decode(example[0].to_ints()) == expected
+    assert trained_runs(tokenizer, example) == [f" {b}\n\nUser:" for _, b in turns]
     for turn in range(1, len(chat), 2):
         prompt = renderer.build_generation_prompt(chat[:turn]).to_ints()
         assert example[0].to_ints()[: len(prompt)] == prompt
@@ -46,8 +41,8 @@ def test_replies_are_trained_up_to_the_label_of_the_next_user(tokenizer, trained
 
 @few
 @given(said=text)
-def test_the_trained_tokens_parse_back_into_the_message(tokenizer, said):
-    renderer = get_renderer("role_colon", tokenizer)
+def test_the_trained_tokens_parse_back_into_the_message(renderer_of, tokenizer, said):
+    renderer = renderer_of("role_colon", tokenizer)
     tokens, weights = renderer.build_supervised_example([message("user", "a"), message("assistant", said)])
     trained = [token for token, weight in zip(tokens.to_ints(), weights, strict=True) if weight]
     assert renderer.parse_response(trained) == (message("assistant", said), True)
@@ -55,26 +50,26 @@ def test_the_trained_tokens_parse_back_into_the_message(tokenizer, said):
     assert renderer.get_stop_sequences() == ["\n\nUser:"]
 
 
-def test_it_begins_with_bos_if_the_tokenizer_has_one(small_tokenizer):
+def test_it_begins_with_bos_if_the_tokenizer_has_one(renderer_of, small_tokenizer):
     tokenizer = small_tokenizer()
-    prompt = get_renderer("role_colon", tokenizer).build_generation_prompt([message("user", "a")]).to_ints()
+    prompt = renderer_of("role_colon", tokenizer).build_generation_prompt([message("user", "a")]).to_ints()
     assert prompt[0] == tokenizer.bos_token_id
     assert tokenizer.decode(prompt) == "<bos>User: a\n\nAssistant:"
 
 
-def test_other_messages_are_trained_without_their_labels(small_tokenizer, trained_runs):
+def test_other_messages_are_trained_without_their_labels(renderer_of, small_tokenizer, trained_runs):
     tokenizer = small_tokenizer()
     chat = [
-        message("system", "Be kind."),
+        message("system", "Be kind"),
         message("user", "a"),
         message("assistant", "b"),
         message("user", "c"),
     ]
-    example = get_renderer("role_colon", tokenizer).build_supervised_example(chat, TrainOnWhat.ALL_MESSAGES)
+    example = renderer_of("role_colon", tokenizer).build_supervised_example(chat, TrainOnWhat.ALL_MESSAGES)
     assert tokenizer.decode(example[0].to_ints()) == (
-        "<bos>System: Be kind.\n\nUser: a\n\nAssistant: b\n\nUser: c"
+        "<bos>System: Be kind\n\nUser: a\n\nAssistant: b\n\nUser: c"
     )
-    assert trained_runs(tokenizer, example) == [" Be kind.", " a", " b\n\nUser: c"]
+    assert trained_runs(tokenizer, example) == [" Be kind", " a", " b\n\nUser: c"]
 
 
 @pytest.mark.parametrize(
@@ -92,6 +87,6 @@ def test_other_messages_are_trained_without_their_labels(small_tokenizer, traine
         ),
     ],
 )
-def test_what_the_format_cannot_hold_is_refused(small_tokenizer, chat, error):
+def test_what_the_format_cannot_hold_is_refused(renderer_of, small_tokenizer, chat, error):
     with pytest.raises(RendererError, match=error):
-        get_renderer("role_colon", small_tokenizer()).build_supervised_example(chat)
+        renderer_of("role_colon", small_tokenizer()).build_supervised_example(chat)

@@ -66,7 +66,9 @@ def make_data(vocab_size: int, lengths: list[int], seed: int = 0) -> list[Datum]
     return data
 
 
-def reference(base_folder: str, adapter_folder: Path, data: list[Datum]) -> tuple[list[np.ndarray], dict[str, Any]]:
+def reference(
+    base_folder: str, adapter_folder: Path, data: list[Datum]
+) -> tuple[list[np.ndarray], dict[str, Any]]:
     """Log-probabilities and adapter gradients by plain transformers + peft."""
     model = AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.float32)
     peft_model = PeftModel.from_pretrained(model, adapter_folder, is_trainable=True).eval()
@@ -96,7 +98,9 @@ def make_trainer(folder: str, seed: int = 0, **lora: Any) -> Trainer:
 
 
 def gradients_of(made: Trainer) -> dict[str, torch.Tensor]:
-    return {name: parameter.grad for name, parameter in made.adapter.weights.items() if parameter.grad is not None}
+    return {
+        name: parameter.grad for name, parameter in made.adapter.weights.items() if parameter.grad is not None
+    }
 
 
 def assert_close(found: Any, expected: Any, tolerance: float = 1e-5) -> None:
@@ -216,14 +220,23 @@ def test_steps_equal_those_of_torch_adamw(tiny_qwen3: str) -> None:
     optimizer = torch.optim.AdamW(mirror, lr=0.0)
     for step in range(4):
         params = AdamParams(
-            learning_rate=10.0 ** -(2 + step), beta1=0.8, beta2=0.9, eps=1e-9, weight_decay=0.1, grad_clip_norm=0.5
+            learning_rate=10.0 ** -(2 + step),
+            beta1=0.8,
+            beta2=0.9,
+            eps=1e-9,
+            weight_decay=0.1,
+            grad_clip_norm=0.5,
         )
-        made.forward_backward(made.check(make_data(made.base.vocab_size, [12], seed=step), "cross_entropy", None))
+        made.forward_backward(
+            made.check(make_data(made.base.vocab_size, [12], seed=step), "cross_entropy", None)
+        )
         for parameter, name in zip(mirror, names, strict=True):
             gradient = made.adapter.weights[name].grad
             parameter.grad = None if gradient is None else gradient.clone()
         expected_norm = torch.nn.utils.clip_grad_norm_(mirror, 0.5)
-        optimizer.param_groups[0].update(lr=params.learning_rate, betas=(0.8, 0.9), eps=1e-9, weight_decay=0.1)
+        optimizer.param_groups[0].update(
+            lr=params.learning_rate, betas=(0.8, 0.9), eps=1e-9, weight_decay=0.1
+        )
         optimizer.step()
         norm = made.optim_step(params).output().metrics["grad_norm"]
         assert norm == pytest.approx(float(expected_norm), rel=1e-6)

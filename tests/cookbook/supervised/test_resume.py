@@ -30,7 +30,10 @@ class ForkServer:
         )
 
     def run(
-        self, config: dict[str, Any], kill_at_event: int | None = None, meanwhile: Callable[[int], None] | None = None
+        self,
+        config: dict[str, Any],
+        kill_at_event: int | None = None,
+        meanwhile: Callable[[int], None] | None = None,
     ) -> int:
         """The exit code of a run; minus the signal's number if one ended it."""
         assert self._process.stdin and self._process.stdout
@@ -103,7 +106,8 @@ def assert_same_run(folder: Path, other: Path) -> None:
 def metrics_of(folder: Path) -> list[dict[str, float]]:
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [
-        {key: value for key, value in row.items() if not key.startswith(METRICS_THAT_ARE_TIMES)} for row in rows
+        {key: value for key, value in row.items() if not key.startswith(METRICS_THAT_ARE_TIMES)}
+        for row in rows
     ]
 
 

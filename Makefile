@@ -1,0 +1,42 @@
+# make demo    set up, then fine-tune the embedded model
+# make test    set up, then run the tests
+# make check   set up, then look at format, lint and types
+# make bench   set up, then measure
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.is-set-up
+
+.PHONY: setup demo test test-slow check format bench clean
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	touch $(STAMP)
+
+demo: setup
+	$(BIN)/python -m recipes.sft if_log_path_exists=delete
+
+test: setup
+	$(BIN)/python -m pytest
+
+test-slow: setup
+	$(BIN)/python -m pytest -m slow
+
+check: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/test_import_direction.py
+
+format: setup
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: setup
+	$(BIN)/python -m benchmarks.loop_overhead
+
+clean:
+	rm -rf .venv runs *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -1,0 +1,98 @@
+"""Batches that depend on their step alone, and weigh 1 in sum."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+
+import numpy as np
+import pytest
+
+from cookbook.errors import DataError
+from cookbook.supervised.batches import Batch, BatchQueue, make_batch
+from cookbook.supervised.types import SupervisedDataset
+from cookbook.types import Datum, ModelInput
+
+
+def make_datum(number: int, weights: list[float]) -> Datum:
+    size = len(weights)
+    return Datum(ModelInput.from_ints([number] * size), {"target_tokens": [1] * size, "weights": weights})
+
+
+class Numbers(SupervisedDataset):
+    """Batch i of an epoch holds the number 100 * seed + i."""
+
+    def __init__(self, size: int, weight: float = 1.0) -> None:
+        self._size = size
+        self._weight = weight
+        self._seed = -1
+        self.threads: set[str] = set()
+
+    def set_epoch(self, seed: int = 0) -> None:
+        self._seed = seed
+
+    def get_batch(self, index: int) -> list[Datum]:
+        self.threads.add(threading.current_thread().name)
+        return [make_datum(100 * self._seed + index, [self._weight])]
+
+    def __len__(self) -> int:
+        return self._size
+
+
+def numbers_from(first_step: int, total_steps: int, ahead: int = 2) -> list[int]:
+    async def collect() -> list[int]:
+        with BatchQueue(Numbers(3), first_step, total_steps, seed=5, ahead=ahead) as queue:
+            batches = [(await queue.next())[0] for _ in range(first_step, total_steps)]
+        return [batch.data[0].model_input.to_ints()[0] for batch in batches]
+
+    return asyncio.run(collect())
+
+
+def test_the_loss_of_a_batch_is_the_mean_over_its_trained_tokens() -> None:
+    batch = make_batch([make_datum(0, [0, 1, 1]), make_datum(1, [2.0])])
+    weights = [datum.loss_fn_inputs["weights"].to_numpy() for datum in batch.data]  # type: ignore[union-attr]
+    np.testing.assert_allclose(np.concatenate(weights), [0, 0.25, 0.25, 0.5])
+    assert (batch.num_tokens, batch.num_trained_tokens) == (4, 3)
+
+
+def test_missing_weights_count_every_target_that_is_not_ignored() -> None:
+    datum = Datum(ModelInput.from_ints([5, 6, 7]), {"target_tokens": [-100, 7, 8]})
+    batch = make_batch([datum])
+    assert batch.data[0].loss_fn_inputs["weights"].tolist() == [0, 0.5, 0.5]  # type: ignore[union-attr]
+    assert batch.num_trained_tokens == 2
+
+
+def test_an_empty_batch_is_a_batch() -> None:
+    assert make_batch([]) == Batch([], 0, 0)
+
+
+def test_every_epoch_has_its_own_order_and_batches_come_in_order() -> None:
+    assert numbers_from(0, 8) == [500, 501, 502, 600, 601, 602, 700, 701]
+
+
+@pytest.mark.parametrize("first_step", range(1, 8))
+@pytest.mark.parametrize("ahead", [1, 10])
+def test_a_run_that_starts_at_a_later_step_sees_what_it_would_have_seen(first_step: int, ahead: int) -> None:
+    assert numbers_from(first_step, 8, ahead) == numbers_from(0, 8)[first_step:]
+
+
+def test_batches_are_made_on_a_thread_of_their_own_before_they_are_asked_for() -> None:
+    dataset = Numbers(3)
+
+    async def run() -> None:
+        with BatchQueue(dataset, 0, 3, seed=0, ahead=2) as queue:
+            await queue.check()
+            await queue.next()
+
+    asyncio.run(run())
+    assert dataset.threads
+    assert all(name.startswith("render") for name in dataset.threads)
+
+
+def test_data_of_which_nothing_is_trained_are_refused() -> None:
+    async def run() -> None:
+        with BatchQueue(Numbers(3, weight=0.0), 0, 3, seed=0, ahead=2) as queue:
+            await queue.check()
+
+    with pytest.raises(DataError, match="Not one of 3 batches has a trained token"):
+        asyncio.run(run())

@@ -1,0 +1,105 @@
+"""Which runs may go on in a folder."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cookbook.errors import ConfigError
+from cookbook.supervised.run_folder import RunFolder
+
+CONFIG = {
+    "_type": "cookbook.supervised.train:Config",
+    "learning_rate": 1.0,
+    "dataset_builder": {"batch_size": 4},
+    "submit_ahead": 1,
+    "log_path": "x",
+}
+
+
+def test_a_new_folder_records_the_config(tmp_path: Path) -> None:
+    with RunFolder(str(tmp_path / "a" / "run"), CONFIG, "resume") as folder:
+        assert json.loads((folder.path / "config.json").read_text()) == CONFIG
+
+
+def test_the_same_config_goes_on(tmp_path: Path) -> None:
+    for submit_ahead in (1, 5):
+        with RunFolder(str(tmp_path), CONFIG | {"submit_ahead": submit_ahead}, "resume"):
+            pass
+
+
+def test_another_config_is_refused_with_the_changed_keys_named(tmp_path: Path) -> None:
+    with RunFolder(str(tmp_path), CONFIG, "resume"):
+        pass
+    changed = CONFIG | {"learning_rate": 2.0, "dataset_builder": {"batch_size": 8}}
+    with pytest.raises(ConfigError, match="another config") as caught:
+        RunFolder(str(tmp_path), changed, "resume")
+    assert "dataset_builder.batch_size: was 4, now 8\n  learning_rate: was 1.0, now 2.0" in str(caught.value)
+    assert json.loads((tmp_path / "config.json").read_text()) == CONFIG
+
+
+def test_raise_refuses_and_delete_starts_over(tmp_path: Path) -> None:
+    with RunFolder(str(tmp_path / "run"), CONFIG, "resume"):
+        (tmp_path / "run" / "metrics.jsonl").write_text("{}\n")
+    with pytest.raises(ConfigError, match="holds a run already"):
+        RunFolder(str(tmp_path / "run"), CONFIG, "raise")
+    with RunFolder(str(tmp_path / "run"), CONFIG | {"learning_rate": 2.0}, "delete") as folder:
+        assert not (folder.path / "metrics.jsonl").exists()
+
+
+def test_delete_removes_what_a_run_wrote_and_nothing_else(tmp_path: Path) -> None:
+    with RunFolder(str(tmp_path), CONFIG, "resume"):
+        (tmp_path / "thesis.tex").write_text("precious")
+        (tmp_path / "checkpoints" / "final").mkdir(parents=True)
+    with RunFolder(str(tmp_path), CONFIG, "delete"):
+        assert (tmp_path / "thesis.tex").read_text() == "precious"
+        assert not (tmp_path / "checkpoints").exists()
+
+
+def test_a_folder_with_the_config_of_something_else_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "qwen3"}')
+    for if_exists in ("resume", "delete", "raise"):
+        with pytest.raises(ConfigError, match="that is no run's"):
+            RunFolder(str(tmp_path), CONFIG, if_exists)  # type: ignore[arg-type]
+
+
+def test_ask_without_a_terminal_says_what_to_say_instead(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with RunFolder(str(tmp_path), CONFIG, "resume"):
+        pass
+    monkeypatch.setattr("sys.stdin", io.StringIO("r\n"))
+    with pytest.raises(ConfigError, match="standard input is no terminal"):
+        RunFolder(str(tmp_path), CONFIG, "ask")
+
+
+def test_a_folder_in_use_by_another_process_is_refused(tmp_path: Path) -> None:
+    program = (
+        "import sys; from cookbook.supervised.run_folder import RunFolder; "
+        f"folder = RunFolder({str(tmp_path)!r}, {CONFIG!r}, 'resume'); print('held', flush=True); sys.stdin.read()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "held\n"
+        for if_exists in ("resume", "delete"):
+            with pytest.raises(ConfigError, match="in use by another process"):
+                RunFolder(str(tmp_path), CONFIG, if_exists)  # type: ignore[arg-type]
+        assert (tmp_path / "config.json").exists()
+        other.communicate()
+    with RunFolder(str(tmp_path), CONFIG, "resume"):
+        pass
+
+
+def test_a_path_that_is_a_file_or_cannot_be_written_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="is a file"):
+        RunFolder(str(tmp_path / "file"), CONFIG, "resume")
+    with pytest.raises(ConfigError, match="cannot be written"):
+        RunFolder(str(tmp_path / "file" / "run"), CONFIG, "resume")

@@ -1,0 +1,332 @@
+"""Configs, and what a run does and leaves behind."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import chz
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from cookbook import ServiceClient
+from cookbook.errors import CheckpointError, ConfigError, DataError, TrainingError
+from cookbook.eval.evaluators import (
+    EvaluatorBuilder,
+    SamplingClientEvaluator,
+    TrainingClientEvaluator,
+)
+from cookbook.eval.samples import SamplesEvaluatorBuilder
+from cookbook.supervised import train
+from cookbook.supervised.data import FromConversationFileBuilder
+from cookbook.supervised.types import (
+    ChatDatasetBuilderCommonConfig,
+    SupervisedDataset,
+    SupervisedDatasetBuilder,
+)
+from cookbook.types import Datum, ModelInput, SamplingParams
+
+MakeConfig = Callable[..., train.Config]
+
+
+@pytest.fixture
+def make_config(tmp_path: Path, tiny_qwen3: str, chats: list) -> MakeConfig:
+    data = tmp_path / "chats.jsonl"
+    data.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in chats))
+
+    def make(**overrides: Any) -> train.Config:
+        common = ChatDatasetBuilderCommonConfig(
+            model_name_for_tokenizer=tiny_qwen3, batch_size=8, max_length=overrides.pop("max_length", 256)
+        )
+        builder = FromConversationFileBuilder(file_path=str(data), test_size=4, common_config=common)
+        values: dict[str, Any] = {
+            "log_path": str(tmp_path / "run"),
+            "model_name": tiny_qwen3,
+            "dataset_builder": builder,
+            "learning_rate": 1e-2,
+            "lora_rank": 4,
+            "max_steps": 2,
+        }
+        return train.Config(**(values | overrides))
+
+    return make
+
+
+def rows_of(config: train.Config) -> list[dict[str, float]]:
+    return [json.loads(line) for line in Path(config.log_path, "metrics.jsonl").read_text().splitlines()]
+
+
+# -- config -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"learning_rate": -1.0}, "learning_rate=-1.0 is impossible"),
+        ({"learning_rate": float("nan")}, "learning_rate=nan is impossible"),
+        ({"lora_rank": 0}, "lora_rank=0 is too small. It must be at least 1"),
+        ({"num_epochs": 0}, "num_epochs=0 is too small"),
+        ({"max_steps": 0}, "max_steps=0 is too small"),
+        ({"save_every": -1}, "save_every=-1 is too small"),
+        ({"keep_checkpoints": 0}, "keep_checkpoints=0 is too small"),
+        ({"adam_beta2": 1.0}, "adam_beta2=1.0 is impossible"),
+        ({"train_attn": False, "train_mlp": False, "train_unembed": False}, "Nothing to train"),
+    ],
+)
+def test_impossible_values_are_errors_before_anything_is_loaded(
+    make_config: MakeConfig, values: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make_config(model_name="cookbook/tiny-chat", renderer_name="x", **values)
+
+
+def test_a_value_of_the_wrong_type_or_an_unknown_key_is_an_error(make_config: MakeConfig) -> None:
+    with pytest.raises(TypeError, match="learning_rate"):
+        make_config(learning_rate="fast")
+    with pytest.raises(TypeError, match="lr_schedule"):
+        make_config(lr_schedule="sawtooth")
+    with pytest.raises(TypeError, match="learning_rat"):
+        make_config(learning_rat=1.0)
+
+
+def test_a_home_directory_is_expanded(make_config: MakeConfig) -> None:
+    assert make_config(log_path="~/runs/a").log_path == str(Path.home() / "runs" / "a")
+
+
+# -- a run ------------------------------------------------------------------------------------
+
+
+def test_the_call_from_the_documentation_works_as_it_stands(
+    tmp_path: Path, tiny_qwen3: str, make_config: MakeConfig
+) -> None:
+    dataset_builder = make_config().dataset_builder
+    asyncio.run(
+        train.main(
+            train.Config(
+                log_path=str(tmp_path / "documented"),
+                model_name=tiny_qwen3,
+                dataset_builder=dataset_builder,
+                learning_rate=1e-4,
+                lora_rank=32,
+                num_epochs=1,
+                save_every=20,
+                eval_every=10,
+            )
+        )
+    )
+    assert (tmp_path / "documented" / "checkpoints" / "final").is_dir()
+
+
+def test_a_run_leaves_behind_what_the_documentation_lists(make_config: MakeConfig, tiny_qwen3: str) -> None:
+    config = make_config(save_every=1, max_steps=3)
+    summary = asyncio.run(train.main(config))
+    folder = Path(config.log_path)
+    assert summary.is_finished
+    assert summary.log_path == folder
+    rows = rows_of(config)
+    assert [row["step"] for row in rows] == [0, 1, 2, 3]
+    assert {
+        "train/nll",
+        "optim/learning_rate",
+        "optim/grad_norm",
+        "data/tokens",
+        "data/trained_tokens",
+    } <= set(rows[0])
+    assert summary.metrics == {"test/nll": rows[-1]["test/nll"]}
+    assert rows[-1]["test/nll"] < rows[0]["test/nll"]
+    checkpoints = [json.loads(line) for line in (folder / "checkpoints.jsonl").read_text().splitlines()]
+    assert [(row["name"], row["step"]) for row in checkpoints] == [("000001", 1), ("000002", 2), ("final", 3)]
+    assert "Finished after 3 steps" in (folder / "train.log").read_text()
+    assert json.loads((folder / "config.json").read_text())["renderer_name"] == "chat_template"
+    assert not list((folder / "checkpoints").glob(".*"))
+
+    base = AutoModelForCausalLM.from_pretrained(tiny_qwen3)
+    loaded = PeftModel.from_pretrained(base, checkpoints[-1]["path"])
+    tokens = [5, 6, 7, 8, 9]
+    expected = loaded(torch.tensor([tokens])).logits[0].log_softmax(-1)
+    sampler = ServiceClient().create_sampling_client(model_path=checkpoints[-1]["path"])
+    found = sampler.compute_logprobs(ModelInput.from_ints(tokens)).result()
+    for position in range(1, len(tokens)):
+        assert found[position] == pytest.approx(float(expected[position - 1, tokens[position]]), abs=1e-4)
+
+
+def test_a_step_of_the_loop_is_the_token_mean_loss_of_plain_torch(
+    make_config: MakeConfig, tiny_qwen3: str
+) -> None:
+    """Step 0 sees the untouched model, so its NLL is that of transformers on the same batch."""
+    config = make_config(max_steps=1)
+    asyncio.run(train.main(config))
+    dataset, _ = config.dataset_builder()
+    dataset.set_epoch(config.seed)
+    model = AutoModelForCausalLM.from_pretrained(tiny_qwen3)
+    loss_sum = weight_sum = 0.0
+    for datum in dataset.get_batch(0):
+        logits = model(torch.tensor([datum.model_input.to_ints()])).logits[0]
+        targets = datum.loss_fn_inputs["target_tokens"].to_torch()  # type: ignore[union-attr]
+        weights = datum.loss_fn_inputs["weights"].to_torch()  # type: ignore[union-attr]
+        losses = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+        loss_sum += float((weights * losses).sum())
+        weight_sum += float(weights.sum())
+    row = rows_of(config)[0]
+    assert row["train/nll"] == pytest.approx(loss_sum / weight_sum, rel=1e-5)
+    assert row["data/trained_tokens"] == weight_sum
+
+
+def test_learning_rates_follow_the_schedule(make_config: MakeConfig) -> None:
+    config = make_config(max_steps=4, lr_schedule="linear", warmup_steps=2, num_epochs=2)
+    asyncio.run(train.main(config))
+    rates = [row["optim/learning_rate"] for row in rows_of(config)[:-1]]
+    assert rates == pytest.approx([0.005, 0.01, 0.01, 0.005])
+
+
+def test_weights_can_start_from_a_checkpoint(make_config: MakeConfig, tmp_path: Path) -> None:
+    first = asyncio.run(train.main(make_config(max_steps=3)))
+    config = make_config(log_path=str(tmp_path / "second"), load_checkpoint_path=first.checkpoint_path)
+    asyncio.run(train.main(config))
+    assert rows_of(config)[0]["test/nll"] == pytest.approx(first.metrics["test/nll"], rel=1e-6)
+
+
+def test_a_checkpoint_that_does_not_fit_is_one_error(make_config: MakeConfig, tmp_path: Path) -> None:
+    first = asyncio.run(train.main(make_config()))
+    config = make_config(
+        log_path=str(tmp_path / "second"), load_checkpoint_path=first.checkpoint_path, lora_rank=8
+    )
+    with pytest.raises(CheckpointError, match="does not fit rank 8"):
+        asyncio.run(train.main(config))
+
+
+def test_a_damaged_checkpoint_is_one_error_that_names_it(make_config: MakeConfig) -> None:
+    config = make_config(max_steps=2, save_every=1)
+    asyncio.run(train.main(config))
+    folder = Path(config.log_path) / "checkpoints"
+    (folder / "final").rename(folder / "gone")
+    file = folder / "000001" / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"\x01")
+    with pytest.raises(CheckpointError, match="000001 is damaged"):
+        asyncio.run(train.main(config))
+
+
+def test_a_max_length_that_leaves_nothing_to_train_is_refused(make_config: MakeConfig) -> None:
+    with pytest.raises(DataError, match="Not one of 3 batches has a trained token"):
+        asyncio.run(train.main(make_config(max_length=3)))
+
+
+def test_a_run_that_diverges_stops_with_advice(make_config: MakeConfig) -> None:
+    with pytest.raises(TrainingError, match="Training diverged at step"):
+        asyncio.run(
+            train.main(make_config(learning_rate=1e30, max_steps=9, num_epochs=9, grad_clip_norm=0.0))
+        )
+
+
+# -- datasets and evaluators of one's own -----------------------------------------------------
+
+
+class HoleyDataset(SupervisedDataset):
+    """Batch 1 has nothing to train."""
+
+    def get_batch(self, index: int) -> list[Datum]:
+        weight = 0.0 if index == 1 else 1.0
+        return [Datum(ModelInput.from_ints([5, 6]), {"target_tokens": [6, 7], "weights": [0.0, weight]})]
+
+    def __len__(self) -> int:
+        return 3
+
+
+class HoleyBuilder(SupervisedDatasetBuilder):
+    def __call__(self) -> tuple[SupervisedDataset, SupervisedDataset | None]:
+        return HoleyDataset(), None
+
+
+def test_a_batch_without_a_trained_token_is_left_out_and_said_so(
+    make_config: MakeConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = make_config(dataset_builder=HoleyBuilder(), max_steps=None)
+    asyncio.run(train.main(config))
+    rows = rows_of(config)
+    assert ["train/nll" in row for row in rows] == [True, False, True, False]
+    assert "Step 1 is left out" in caplog.text
+
+
+class StepCounter(TrainingClientEvaluator):
+    def __init__(self, calls: list[str], name: str) -> None:
+        self._calls = calls
+        self._name = name
+
+    async def __call__(self, training_client: Any) -> dict[str, float]:
+        self._calls.append(self._name)
+        return {f"test/{self._name}": float(len(self._calls))}
+
+
+class SnapshotKeeper(SamplingClientEvaluator):
+    def __init__(self, clients: list[Any]) -> None:
+        self._clients = clients
+
+    async def __call__(self, sampling_client: Any) -> dict[str, float]:
+        self._clients.append(sampling_client)
+        sampled = await sampling_client.sample_async(
+            ModelInput.from_ints([5, 6]), 1, SamplingParams(max_tokens=2, seed=0)
+        )
+        return {"test/num_tokens": float(len(sampled.sequences[0].tokens))}
+
+
+def test_evaluators_run_at_the_start_at_their_cadence_and_at_the_end(make_config: MakeConfig) -> None:
+    calls: list[str] = []
+    clients: list[Any] = []
+    config = make_config(
+        max_steps=5,
+        num_epochs=2,
+        eval_every=2,
+        infrequent_eval_every=3,
+        evaluator_builders=[lambda: StepCounter(calls, "often")],
+        infrequent_evaluator_builders=[
+            lambda: StepCounter(calls, "seldom"),
+            lambda: SnapshotKeeper(clients),
+            lambda: SnapshotKeeper(clients),
+        ],
+    )
+    asyncio.run(train.main(config))
+    rows = rows_of(config)
+    assert [row["step"] for row in rows if "test/often" in row] == [0, 2, 4, 5]
+    assert [row["step"] for row in rows if "test/seldom" in row] == [0, 3, 5]
+    assert [row["step"] for row in rows if "test/nll" in row] == [0, 2, 4, 5]
+    assert clients[0] is clients[1], "evaluators of one step share a snapshot"
+    assert clients[0] is not clients[2]
+
+
+def test_a_cadence_of_zero_is_off(make_config: MakeConfig) -> None:
+    config = make_config(eval_every=0)
+    asyncio.run(train.main(config))
+    assert not any("test/nll" in row for row in rows_of(config))
+
+
+def test_samples_are_shown_and_kept(
+    make_config: MakeConfig, tiny_qwen3: str, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    builder = SamplesEvaluatorBuilder(
+        model_name=tiny_qwen3, prompts=["How many legs?"], max_tokens=5, log_path=str(tmp_path / "run")
+    )
+    with caplog.at_level(logging.INFO, "cookbook"):
+        asyncio.run(train.main(make_config(infrequent_evaluator_builders=[builder])))
+    samples = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
+    assert [sample["prompt"] for sample in samples] == ["How many legs?"] * 2
+    assert "user: How many legs?" in caplog.text
+
+
+def test_an_evaluator_builder_may_be_a_chz_class(make_config: MakeConfig) -> None:
+    calls: list[str] = []
+
+    @chz.chz
+    class CounterBuilder(EvaluatorBuilder):
+        name: str = "counted"
+
+        def __call__(self) -> StepCounter:
+            return StepCounter(calls, self.name)
+
+    asyncio.run(train.main(make_config(evaluator_builders=[CounterBuilder()])))
+    assert calls == ["counted"] * 2

@@ -1,0 +1,78 @@
+"""What `import cookbook` shows, and how little it loads."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+import cookbook
+
+HEAVY = ("accelerate", "datasets", "pandas", "peft", "pyarrow", "tokenizers", "torch", "transformers", "wandb")
+
+
+def test_the_public_names_are_these() -> None:
+    assert sorted(cookbook.__all__) == [
+        "APIFuture",
+        "AdamParams",
+        "CookbookError",
+        "Datum",
+        "EncodedTextChunk",
+        "ForwardBackwardOutput",
+        "GetInfoResponse",
+        "GetServerCapabilitiesResponse",
+        "LoadWeightsResponse",
+        "LoraConfig",
+        "LossFnInput",
+        "LossFnOutput",
+        "LossFnType",
+        "ModelData",
+        "ModelInput",
+        "ModelInputChunk",
+        "OptimStepResponse",
+        "SampleResponse",
+        "SampledSequence",
+        "SamplingClient",
+        "SamplingParams",
+        "SaveWeightsForSamplerResponse",
+        "SaveWeightsResponse",
+        "ServiceClient",
+        "StopReason",
+        "SupportedModel",
+        "TensorData",
+        "TensorDtype",
+        "TrainingClient",
+        "types",
+    ]
+
+
+@pytest.mark.parametrize("name", cookbook.__all__)
+def test_every_public_name_can_be_imported(name: str) -> None:
+    value = getattr(cookbook, name)
+    if name not in ("types", "APIFuture", "CookbookError") and not name.endswith("Client"):
+        assert value is getattr(cookbook.types, name)
+
+
+def test_the_names_are_listed_and_no_others_answer() -> None:
+    assert dir(cookbook) == sorted(cookbook.__all__)
+    with pytest.raises(AttributeError, match="has no attribute 'ServiceClint'"):
+        cookbook.ServiceClint  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    "module", ["cookbook", "renderers", "cookbook.supervised.train", "recipes.sft", "recipes.sft_loop"]
+)
+def test_importing_loads_nothing_heavy(module: str) -> None:
+    check = f"import {module}, sys; print(sorted(set({HEAVY!r}) & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_the_types_need_no_torch() -> None:
+    check = (
+        "import sys, cookbook; cookbook.Datum(cookbook.ModelInput.from_ints([1]), {'target_tokens': [2]});"
+        "print('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"

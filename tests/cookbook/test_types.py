@@ -1,0 +1,163 @@
+"""The values of the API: what they accept, what they become, what they refuse."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from cookbook.errors import RequestError
+from cookbook.types import Datum, EncodedTextChunk, ModelInput, TensorData
+
+TARGETS = [5, 6, -100, 7]
+WEIGHTS = [0.0, 1.0, 0.5, 2.0]
+
+
+@pytest.mark.parametrize(
+    "targets",
+    [
+        TARGETS,
+        tuple(TARGETS),
+        np.array(TARGETS),
+        np.array(TARGETS, dtype=np.int32),
+        torch.tensor(TARGETS),
+        torch.tensor(TARGETS, dtype=torch.int16),
+        torch.tensor(TARGETS).float(),
+        [float(target) for target in TARGETS],
+        TensorData(TARGETS),
+        TensorData(TARGETS, dtype="float32"),
+    ],
+    ids=lambda value: f"{type(value).__name__}-{getattr(value, 'dtype', '')}",
+)
+def test_target_tokens_of_any_kind_become_int64(targets: Any) -> None:
+    tensor = Datum(ModelInput.from_ints([1, 2, 3, 4]), {"target_tokens": targets}).loss_fn_inputs["target_tokens"]
+    assert isinstance(tensor, TensorData)
+    assert tensor.dtype == "int64"
+    assert tensor.shape == [4]
+    assert tensor.tolist() == TARGETS
+
+
+@pytest.mark.parametrize(
+    "weights",
+    [
+        WEIGHTS,
+        np.array(WEIGHTS),
+        np.array(WEIGHTS, dtype=np.float16),
+        torch.tensor(WEIGHTS),
+        torch.tensor(WEIGHTS, dtype=torch.bfloat16),
+        torch.tensor(WEIGHTS, requires_grad=True),
+        TensorData(WEIGHTS),
+    ],
+    ids=lambda value: f"{type(value).__name__}-{getattr(value, 'dtype', '')}",
+)
+def test_weights_of_any_kind_become_float32(weights: Any) -> None:
+    tensor = Datum(ModelInput.from_ints([1, 2, 3, 4]), {"weights": weights}).loss_fn_inputs["weights"]
+    assert isinstance(tensor, TensorData)
+    assert tensor.dtype == "float32"
+    assert tensor.tolist() == WEIGHTS
+
+
+@pytest.mark.parametrize("ones", [[1, 0, 1], np.array([True, False, True]), torch.tensor([1, 0, 1])])
+def test_whole_weights_are_float32_as_well(ones: Any) -> None:
+    tensor = Datum(ModelInput.from_ints([1, 2, 3]), {"weights": ones}).loss_fn_inputs["weights"]
+    assert isinstance(tensor, TensorData)
+    assert (tensor.dtype, tensor.tolist()) == ("float32", [1.0, 0.0, 1.0])
+
+
+def test_a_model_input_serves_as_target_tokens() -> None:
+    datum = Datum(ModelInput.from_ints([1, 2]), {"target_tokens": ModelInput.from_ints([2, 3])})
+    assert datum.loss_fn_inputs["target_tokens"] == TensorData([2, 3], dtype="int64")
+
+
+def test_tensor_data_reads_as_list_numpy_and_torch() -> None:
+    tensor = TensorData([[1.5, 2.0], [3.0, 4.0], [5.0, 6.0]])
+    assert (tensor.dtype, tensor.shape, len(tensor)) == ("float32", [3, 2], 3)
+    assert tensor.data == [1.5, 2.0, 3.0, 4.0, 5.0, 6.0]
+    assert tensor.tolist() == list(tensor) == [[1.5, 2.0], [3.0, 4.0], [5.0, 6.0]]
+    assert tensor[0] == [1.5, 2.0]
+    assert tensor.to_numpy().dtype == np.float32
+    assert tensor.to_torch().dtype == torch.float32
+    np.testing.assert_array_equal(tensor.to_numpy(), tensor.to_torch().numpy())
+    assert TensorData([1, 2]).to_torch().dtype == torch.int64
+
+
+def test_the_dtype_follows_the_values_unless_it_is_given() -> None:
+    assert TensorData([1, 2]).dtype == "int64"
+    assert TensorData([1, 2.5]).dtype == "float32"
+    assert TensorData([True, False]).dtype == "int64"
+    assert TensorData([1, 2], dtype="float32").dtype == "float32"
+    assert TensorData([]).dtype == "float32"
+    assert TensorData([], dtype="int64").dtype == "int64"
+    assert TensorData.from_numpy(np.array([1, 2], dtype=np.uint8)).dtype == "int64"
+    assert TensorData.from_torch(torch.tensor([1.0]).double()).dtype == "float32"
+
+
+def test_flat_data_takes_a_shape() -> None:
+    assert TensorData([1, 2, 3, 4], dtype="int64", shape=[2, 2]).tolist() == [[1, 2], [3, 4]]
+    with pytest.raises(RequestError, match=r"shape \[3\]"):
+        TensorData([1, 2, 3, 4], shape=[3])
+
+
+def test_tensor_data_equals_the_same_values_and_nothing_else() -> None:
+    assert TensorData([1, 2]) == TensorData(np.array([1, 2]))
+    assert TensorData([1, 2]) != TensorData([1, 3])
+    assert TensorData([1, 2]) != [1, 2]
+
+
+@pytest.mark.parametrize("make", [np.array, torch.tensor], ids=["numpy", "torch"])
+def test_changing_a_buffer_afterwards_does_not_change_the_datum(make: Any) -> None:
+    """A request may wait in the queue while its caller fills the same buffer anew."""
+    targets, weights = make([1, 2, 3]), make([1.0, 1.0, 0.0])
+    datum = Datum(ModelInput.from_ints([1, 2, 3]), {"target_tokens": targets, "weights": weights})
+    targets[:] = 9
+    weights[:] = 0.5
+    assert datum.loss_fn_inputs["target_tokens"] == TensorData([1, 2, 3])
+    assert datum.loss_fn_inputs["weights"] == TensorData([1.0, 1.0, 0.0])
+
+
+def test_what_a_tensor_hands_out_is_a_copy_in_torch() -> None:
+    tensor = TensorData([1.0, 2.0])
+    tensor.to_torch().zero_()
+    tensor.tolist().clear()
+    assert tensor == TensorData([1.0, 2.0])
+
+
+@pytest.mark.parametrize(
+    "data", [None, [1, None], ["a", "b"], [[1, 2], [3]], [1 + 2j], {"a": 1}], ids=lambda value: repr(value)
+)
+def test_what_is_no_array_of_numbers_is_refused(data: Any) -> None:
+    with pytest.raises(RequestError, match="TensorData cannot hold"):
+        TensorData(data)
+    with pytest.raises(RequestError) as caught:
+        Datum(ModelInput.from_ints([1]), {"weights": data})
+    assert "weights" in "".join(caught.value.__notes__)
+
+
+@pytest.mark.parametrize("targets", [[1.5, 2.0], np.array([1.0, np.nan]), torch.tensor([0.25, 1.0])])
+def test_a_target_that_is_no_whole_number_is_refused(targets: Any) -> None:
+    with pytest.raises(RequestError, match="whole numbers"):
+        Datum(ModelInput.from_ints([1, 2]), {"target_tokens": targets})
+
+
+def test_an_unknown_dtype_is_refused() -> None:
+    with pytest.raises(RequestError, match="'float64' is not supported"):
+        TensorData([1.0], dtype="float64")  # type: ignore[arg-type]
+
+
+def test_a_model_input_is_its_chunks_in_order() -> None:
+    prompt = ModelInput.from_ints([1, 2]).append_int(3).append(EncodedTextChunk(tokens=[4, 5]))
+    assert prompt.to_ints() == [1, 2, 3, 4, 5]
+    assert (prompt.length, len(prompt), [chunk.length for chunk in prompt.chunks]) == (5, 5, [2, 1, 2])
+    assert ModelInput.empty().to_ints() == []
+    assert ModelInput.from_ints(np.array([7, 8])).to_ints() == [7, 8]
+    assert all(type(token) is int for token in ModelInput.from_ints(torch.tensor([7, 8])).to_ints())
+
+
+def test_appending_leaves_the_input_as_it_was() -> None:
+    tokens = [1, 2]
+    prompt = ModelInput.from_ints(tokens)
+    tokens.append(9)
+    prompt.append_int(3)
+    assert prompt.to_ints() == [1, 2]
