@@ -63,7 +63,7 @@ def run(
     try:
         return asyncio.run(main(make_config(target, defaults, argv, prog)))
     except EntrypointHelpException as help_text:
-        print(help_text)
+        _print_help(str(help_text))
         sys.exit(0)
     except CookbookError as error:
         print(_describe(error), file=sys.stderr)
@@ -72,6 +72,14 @@ def run(
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _print_help(text: str) -> None:
+    """Prints; a reader that closes the pipe early, as `head` does, is no error."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _describe(error: CookbookError) -> str:
@@ -139,28 +147,29 @@ def _help(blueprint: Blueprint[Any], prog: str) -> str:
     """Every key with its value and, below it, what it is for: readable in 80 columns."""
     intro = (
         f"python -m {prog} [config=<file.yaml>] [key=value ...]\n\n"
-        "Later wins: the values below, then the config file, then the other keys. A nested key\n"
-        "may be given by its last part: batch_size=8.\n"
+        "Later wins: the values below, then the config file, then the other keys.\n"
+        "A nested key may be given by its last part: batch_size=8.\n"
     )
     lines = [intro]
-    for path, param in _params(blueprint).items():
+    params = _params(blueprint)
+    for path, param in params.items():
         given = blueprint._arg_map.get_kv(path)
-        if given is not None:
-            value = given.value
-        else:
-            value = _default_text(param.default)
-        if isinstance(value, Reference):
-            value = f"<{value.ref}>"
-        elif isinstance(value, type):
-            value = f"{value.__module__}:{value.__qualname__}"
-        lines.append(f"  {path}={value}")
-        for line in textwrap.wrap(param.doc, 72):
-            lines.append(f"      {line}")
+        value = _value_text(given.value) if given is not None else _default_text(param.default)
+        if value is None and any(other.startswith(f"{path}.") for other in params):
+            continue  # made of the keys below it
+        line = f"{path}={value or '(required)'}"
+        lines.append(line if len(line) <= 79 else f"{line[:76]}...")
+        lines += textwrap.wrap(param.doc, 76, initial_indent="    ", subsequent_indent="    ")
     return "\n".join(lines)
 
 
-def _default_text(default: Any) -> str:
-    if default is None:
-        return "(required)"
-    value = default.instantiate()
-    return str(value.value if isinstance(value, enum.Enum) else value)
+def _value_text(value: Any) -> str:
+    if isinstance(value, Reference):
+        return f"<{value.ref}>"
+    if isinstance(value, type):
+        return f"{value.__module__}:{value.__qualname__}"
+    return str(value.value if isinstance(value, (enum.Enum, Castable)) else value)
+
+
+def _default_text(default: Any) -> str | None:
+    return None if default is None else _value_text(default.instantiate())

@@ -142,7 +142,7 @@ class ChatTemplateRenderer(Renderer):
                     cuts.append(len(prompt))
                 if index in chosen:
                     reply = self._reply(messages, index, prompt, text)
-                    if text.startswith(prompt):
+                    if text.startswith(f"{prompt}{reply}"):
                         spans[index] = Span(cuts[-1], cuts[-1] + len(reply))
                     else:
                         rewritten.append(index)

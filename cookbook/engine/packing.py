@@ -25,7 +25,7 @@ class TokenSequence:
     targets_T: np.ndarray
     weights_T: np.ndarray
     extras: dict[str, np.ndarray]
-    """Further float inputs of the loss: `logprobs`, `advantages`."""
+    """Further float inputs that the loss asks for: `logprobs`, `advantages`."""
 
     def __len__(self) -> int:
         return len(self.tokens_T)
@@ -59,6 +59,7 @@ def _check_datum(datum: Datum, required: Iterable[str], vocab_size: int) -> Toke
         raise RequestError(
             f"loss_fn_inputs lacks {', '.join(missing)} (given: {have}). Add one value per input token."
         )
+    inputs = {name: array for name, array in inputs.items() if name in required or name == "weights"}
     for name, array in inputs.items():
         if array.shape != tokens_T.shape:
             raise RequestError(
@@ -66,6 +67,8 @@ def _check_datum(datum: Datum, required: Iterable[str], vocab_size: int) -> Toke
                 f"Give one value per input token (targets are already shifted: "
                 f"input tokens[:-1], targets tokens[1:])."
             )
+        if not np.isfinite(array).all():
+            raise RequestError(f"{name} has a value that is not finite.")
     targets_T = inputs.pop("target_tokens")
     ignored_T = targets_T == IGNORED_TARGET
     for name, ids in (("model_input", tokens_T), ("target_tokens", targets_T[~ignored_T])):
@@ -78,8 +81,6 @@ def _check_datum(datum: Datum, required: Iterable[str], vocab_size: int) -> Toke
             )
     weights_T = inputs.pop("weights", None)
     weights_T = np.where(ignored_T, 0.0, 1.0 if weights_T is None else weights_T).astype(np.float32)
-    if not np.isfinite(weights_T).all():
-        raise RequestError("weights has a value that is not finite.")
     extras = {name: array.astype(np.float32) for name, array in inputs.items()}
     return TokenSequence(tokens_T, targets_T, weights_T, extras)
 

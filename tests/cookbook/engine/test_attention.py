@@ -1,0 +1,118 @@
+"""Packed attention against a softmax under a dense block-diagonal mask, written out.
+
+Shape suffixes: B rows, H heads, T tokens, D head size.
+"""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from cookbook.engine.attention import Segment, packed_attention
+
+NUM_TOKENS, HEAD_SIZE = 20, 8
+SEGMENTS: list[Segment] = [(0, 6), (6, 7), (7, 20)]
+
+
+def make(num_heads: int, num_kv_heads: int, num_rows: int = 1, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(heads: int) -> Tensor:
+        shape = (num_rows, heads, NUM_TOKENS, HEAD_SIZE)
+        return torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_()
+
+    return draw(num_heads), draw(num_kv_heads), draw(num_kv_heads)
+
+
+def dense(
+    query_BHTD: Tensor,
+    key_BHTD: Tensor,
+    value_BHTD: Tensor,
+    segments: list[Segment],
+    sliding_window: int | None = None,
+    scaling: float | None = None,
+) -> Tensor:
+    """[B, T, H, D]: position t sees position s of its own segment if t - window < s <= t."""
+    num_heads, num_tokens = query_BHTD.shape[1:3]
+    segment_of = [next(i for i, (start, stop) in enumerate(segments) if start <= t < stop) for t in range(num_tokens)]
+    sees = torch.tensor(
+        [
+            [
+                segment_of[s] == segment_of[t] and s <= t and (sliding_window is None or t - s < sliding_window)
+                for s in range(num_tokens)
+            ]
+            for t in range(num_tokens)
+        ]
+    )
+    outs = []
+    for head in range(num_heads):
+        kv_head = head * key_BHTD.shape[1] // num_heads
+        scores = query_BHTD[:, head] @ key_BHTD[:, kv_head].transpose(1, 2)
+        scores = scores * (1 / math.sqrt(query_BHTD.shape[-1]) if scaling is None else scaling)
+        outs.append(scores.masked_fill(~sees, -torch.inf).softmax(-1) @ value_BHTD[:, kv_head])
+    return torch.stack(outs, dim=2)
+
+
+def attend(query_BHTD: Tensor, key_BHTD: Tensor, value_BHTD: Tensor, **options: object) -> Tensor:
+    out, weights = packed_attention(nn.Module(), query_BHTD, key_BHTD, value_BHTD, None, **options)  # type: ignore[arg-type]
+    assert weights is None
+    return out
+
+
+@pytest.mark.parametrize("sliding_window", [None, 1, 4, 13, 100])
+@pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(4, 4), (4, 2), (6, 1)])
+def test_packed_attention_equals_a_dense_block_diagonal_mask(
+    num_heads: int, num_kv_heads: int, sliding_window: int | None
+) -> None:
+    tensors = make(num_heads, num_kv_heads)
+    expected = dense(*tensors, SEGMENTS, sliding_window)
+    found = attend(*tensors, segments=SEGMENTS, sliding_window=sliding_window)
+    torch.testing.assert_close(found, expected)
+
+    weights = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    for one, other in zip(
+        torch.autograd.grad((weights * found).sum(), tensors),
+        torch.autograd.grad((weights * expected).sum(), tensors),
+        strict=True,
+    ):
+        torch.testing.assert_close(one, other)
+
+
+def test_the_scaling_of_the_model_is_used() -> None:
+    tensors = make(2, 2)
+    torch.testing.assert_close(
+        attend(*tensors, segments=SEGMENTS, scaling=0.7), dense(*tensors, SEGMENTS, scaling=0.7)
+    )
+
+
+def test_without_segments_a_row_is_one_sequence() -> None:
+    tensors = make(4, 2, num_rows=3)
+    torch.testing.assert_close(attend(*tensors), dense(*tensors, [(0, NUM_TOKENS)]))
+
+
+@pytest.mark.parametrize("sliding_window", [None, 5, 50])
+def test_a_query_after_a_cache_equals_the_last_row_of_the_whole(sliding_window: int | None) -> None:
+    query_BHTD, key_BHTD, value_BHTD = make(4, 2, num_rows=3)
+    whole = dense(query_BHTD, key_BHTD, value_BHTD, [(0, NUM_TOKENS)], sliding_window)
+    last = attend(query_BHTD[:, :, -1:], key_BHTD, value_BHTD, sliding_window=sliding_window)
+    torch.testing.assert_close(last, whole[:, -1:])
+
+
+def test_nothing_of_a_segment_reaches_another_to_the_bit() -> None:
+    query_BHTD, key_BHTD, value_BHTD = (tensor.detach() for tensor in make(4, 2))
+    before = attend(query_BHTD, key_BHTD, value_BHTD, segments=SEGMENTS)
+    changed = [tensor.clone() for tensor in (query_BHTD, key_BHTD, value_BHTD)]
+    for tensor in changed:
+        tensor[:, :, 6:7] = torch.nan
+    after = attend(*changed, segments=SEGMENTS)
+    assert torch.equal(after[:, :6], before[:, :6])
+    assert torch.equal(after[:, 7:], before[:, 7:])
+    assert after[:, 6:7].isnan().all()
+
+
+def test_a_mask_is_never_taken() -> None:
+    with pytest.raises(AssertionError, match="never a mask"):
+        packed_attention(nn.Module(), *make(2, 2), torch.ones(1, 1, NUM_TOKENS, NUM_TOKENS))

@@ -1,0 +1,168 @@
+"""Every loss against a loop over its tokens, and its gradient against the formula written out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from cookbook.engine.losses import LOSSES, get_loss
+from cookbook.errors import RequestError
+
+NUM_TOKENS = 60
+
+# A token is (logp, weight, logp when sampled, advantage), a setting the loss's own.
+Token = tuple[float, float, float, float]
+
+
+def clip(value: float, low: float, high: float) -> float:
+    return max(low, min(high, value))
+
+
+def cross_entropy(token: Token) -> float:
+    logp, weight, _, _ = token
+    return -weight * logp
+
+
+def importance_sampling(token: Token) -> float:
+    logp, weight, old, advantage = token
+    return -weight * math.exp(logp - old) * advantage
+
+
+def ppo(token: Token, low: float = 0.8, high: float = 1.2) -> float:
+    logp, weight, old, advantage = token
+    ratio = math.exp(logp - old)
+    return -weight * min(ratio * advantage, clip(ratio, low, high) * advantage)
+
+
+def cispo(token: Token, low: float = 0.8, high: float = 1.2) -> float:
+    logp, weight, old, advantage = token
+    return -weight * clip(math.exp(logp - old), low, high) * advantage * logp
+
+
+def dro(token: Token, beta: float = 0.05) -> float:
+    logp, weight, old, advantage = token
+    return -weight * (logp * advantage - 0.5 * beta * (logp - old) ** 2)
+
+
+CASES: dict[str, tuple[str, dict[str, float], Callable[[Token], float]]] = {
+    "cross_entropy": ("cross_entropy", {}, cross_entropy),
+    "importance_sampling": ("importance_sampling", {}, importance_sampling),
+    "ppo": ("ppo", {}, ppo),
+    "ppo-wide": (
+        "ppo",
+        {"clip_low_threshold": 0.3, "clip_high_threshold": 2.5},
+        lambda token: ppo(token, 0.3, 2.5),
+    ),
+    "cispo": ("cispo", {}, cispo),
+    "cispo-high": ("cispo", {"clip_high_threshold": 5.0}, lambda token: cispo(token, 0.8, 5.0)),
+    "dro": ("dro", {}, dro),
+    "dro-strict": ("dro", {"beta": 2.0}, lambda token: dro(token, 2.0)),
+}
+
+
+def make_tokens(seed: int = 0) -> list[Token]:
+    """Ratios on both sides of the clip, advantages of both signs, and some weights of 0."""
+    rng = np.random.default_rng(seed)
+    old = -rng.exponential(2.0, NUM_TOKENS)
+    logp = np.minimum(old + rng.normal(0, 0.5, NUM_TOKENS), -1e-3)
+    weights = rng.choice([0.0, 0.5, 1.0, 2.0], NUM_TOKENS)
+    return list(zip(logp.tolist(), weights.tolist(), old.tolist(), rng.normal(size=NUM_TOKENS).tolist(), strict=True))
+
+
+def value_and_gradient(name: str, config: dict[str, float], tokens: list[Token]) -> tuple[float, list[float]]:
+    loss, settings = get_loss(name, config)
+    logprobs, weights, old, advantages = torch.tensor(tokens, dtype=torch.float64).unbind(1)
+    logprobs.requires_grad_()
+    value = loss.fn(logprobs, weights, {"logprobs": old, "advantages": advantages}, settings)
+    value.backward()
+    assert logprobs.grad is not None
+    return value.item(), logprobs.grad.tolist()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_loss_is_the_sum_of_its_formula_over_the_tokens(case: str) -> None:
+    name, config, formula = CASES[case]
+    tokens = make_tokens()
+    value, _ = value_and_gradient(name, config, tokens)
+    assert value == pytest.approx(sum(formula(token) for token in tokens), rel=1e-12)
+
+
+def test_every_loss_has_a_case() -> None:
+    assert {name for name, _, _ in CASES.values()} == set(LOSSES)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if not case.startswith("cispo")])
+def test_a_gradient_is_the_slope_of_the_formula(case: str) -> None:
+    name, config, formula = CASES[case]
+    tokens = make_tokens(seed=1)
+    _, gradient = value_and_gradient(name, config, tokens)
+    step = 1e-6
+    for (logp, *rest), found in zip(tokens, gradient, strict=True):
+        slope = (formula((logp + step, *rest)) - formula((logp - step, *rest))) / (2 * step)
+        assert found == pytest.approx(slope, rel=1e-5, abs=1e-8)
+
+
+def test_ppo_gives_no_gradient_once_the_ratio_has_moved_far_enough() -> None:
+    """Beyond the clip a token counts only where its advantage pulls it back."""
+    far, near = math.log(1.5), math.log(1.1)
+    tokens = [(far - 3, 1.0, -3.0, 1.0), (far - 3, 1.0, -3.0, -1.0), (near - 3, 1.0, -3.0, 1.0)]
+    tokens += [(-far - 3, 1.0, -3.0, -1.0), (-far - 3, 1.0, -3.0, 1.0)]
+    _, gradient = value_and_gradient("ppo", {}, tokens)
+    assert gradient == pytest.approx([0.0, 1.5, -1.1, 0.0, -1 / 1.5])
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.8, 1.2), (0.8, 5.0)])
+def test_the_gradient_of_cispo_takes_the_clipped_ratio_as_a_constant(low: float, high: float) -> None:
+    """Clipped tokens keep their gradient: what sets CISPO apart from PPO."""
+    tokens = make_tokens(seed=2)
+    config = {"clip_low_threshold": low, "clip_high_threshold": high}
+    _, gradient = value_and_gradient("cispo", config, tokens)
+    expected = [-w * clip(math.exp(logp - old), low, high) * advantage for logp, w, old, advantage in tokens]
+    assert gradient == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_tokens_of_weight_zero_add_nothing(name: str) -> None:
+    tokens = make_tokens(seed=3)
+    heavy = [token for token in tokens if token[1] != 0]
+    assert len(heavy) < len(tokens)
+    value, gradient = value_and_gradient(name, {}, tokens)
+    assert value == pytest.approx(value_and_gradient(name, {}, heavy)[0], rel=1e-12)
+    assert all(slope == 0 for slope, token in zip(gradient, tokens, strict=True) if token[1] == 0)
+
+
+def test_settings_override_the_defaults_one_by_one() -> None:
+    assert get_loss("ppo", None)[1] == {"clip_low_threshold": 0.8, "clip_high_threshold": 1.2}
+    assert get_loss("ppo", {"clip_high_threshold": 2.0})[1] == {
+        "clip_low_threshold": 0.8,
+        "clip_high_threshold": 2.0,
+    }
+    assert get_loss("dro", {})[1] == {"beta": 0.05}
+
+
+def test_an_unknown_loss_is_answered_with_the_nearest() -> None:
+    with pytest.raises(RequestError) as caught:
+        get_loss("cross-entropy", None)
+    assert str(caught.value) == (
+        "Loss 'cross-entropy' is not known. Did you mean 'cross_entropy'? "
+        "Losses: cross_entropy, importance_sampling, ppo, cispo, dro."
+    )
+    with pytest.raises(RequestError, match=r"^Loss 'zzz' is not known\. Losses: cross_entropy"):
+        get_loss("zzz", None)
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "known"),
+    [
+        ("ppo", {"clip_hi": 1.0}, "clip_low_threshold, clip_high_threshold"),
+        ("cross_entropy", {"beta": 1.0}, "none"),
+    ],
+)
+def test_an_unknown_setting_is_refused(name: str, config: dict[str, Any], known: str) -> None:
+    with pytest.raises(RequestError, match=rf"has no setting '{next(iter(config))}'\. Its settings: {known}\."):
+        get_loss(name, config)

@@ -1,0 +1,67 @@
+"""Configs as text."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from cookbook import cli, config_files
+from cookbook.errors import ConfigError
+from cookbook.supervised import train
+from recipes.sft import DEFAULTS
+
+REPOSITORY = Path(__file__).parents[2]
+SHIPPED = sorted((REPOSITORY / "configs").rglob("*.yaml"))
+
+
+def test_there_are_shipped_configs_for_the_demo_no_robots_and_tulu3() -> None:
+    text = "\n".join(path.read_text() for path in SHIPPED)
+    for dataset in ("pirate", "no_robots", "tulu3"):
+        assert f"dataset: {dataset}\n" in text
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_every_shipped_config_loads_and_the_command_line_overrides_it(path: Path) -> None:
+    config = cli.make_config(train.Config, DEFAULTS, [f"config={path}", "learning_rate=3e-4"])
+    assert config.learning_rate == 3e-4
+    assert config.log_path != DEFAULTS["log_path"]
+    for key in config_files.load(str(path)):
+        assert key in path.read_text()
+
+
+def test_a_recorded_config_can_be_run_again(tmp_path: Path) -> None:
+    argv = ["model_name=Qwen/Qwen3-0.6B", "dataset=tulu3", "batch_size=3", "max_steps=5", "prompts=a,b"]
+    config = cli.make_config(train.Config, DEFAULTS, argv)
+    recorded = config_files.to_json(config)
+    (tmp_path / "config.json").write_text(json.dumps(recorded))
+    again = cli.make_config(train.Config, DEFAULTS, [f"config={tmp_path / 'config.json'}"])
+    assert config_files.to_json(again) == recorded
+    assert again == config
+
+
+def test_every_derived_value_is_resolved_in_the_record() -> None:
+    config = cli.make_config(train.Config, DEFAULTS, ["model_name=Qwen/Qwen3-0.6B"])
+    recorded = config_files.to_json(config)
+    assert recorded["renderer_name"] == "qwen3"
+    assert recorded["learning_rate"] == 2e-4
+    assert recorded["dataset_builder"]["common_config"]["renderer_name"] == "qwen3"
+
+
+def test_no_secret_of_the_environment_reaches_the_record(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HF_TOKEN", "WANDB_API_KEY"):
+        monkeypatch.setenv(name, "s3cr3t")
+    config = cli.make_config(train.Config, DEFAULTS, ["model_name=Qwen/Qwen3-0.6B", "wandb_project=p"])
+    assert "s3cr3t" not in json.dumps(config_files.to_json(config))
+
+
+def test_a_class_that_is_not_there_is_named() -> None:
+    with pytest.raises(ConfigError, match="nowhere:Builder cannot be imported"):
+        config_files.flatten({"dataset_builder": {"_type": "nowhere:Builder"}})
+
+
+def test_differences_are_named_by_their_dotted_keys() -> None:
+    old = {"a": 1, "b": {"c": [1, 2], "d": None}}
+    new = {"a": 1, "b": {"c": [1, 3], "e": 4}}
+    assert config_files.differences(old, new) == {"b.c": ([1, 2], [1, 3]), "b.e": (None, 4)}
