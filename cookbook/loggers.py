@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import secrets
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -131,8 +132,9 @@ class _ConsoleHandler(logging.Handler):
         self._console.print(self.format(record), style=style, markup=False, highlight=False)
 
 
-def log_to(console: Console, path: Path) -> list[logging.Handler]:
-    """Sends this project's log to the console and to a file; returns the handlers to remove."""
+@contextlib.contextmanager
+def logging_to(console: Console, path: Path) -> Iterator[None]:
+    """Sends this project's log to the console and to a file."""
     in_file = logging.FileHandler(path, encoding="utf-8")
     in_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     handlers: list[logging.Handler] = [_ConsoleHandler(console), in_file]
@@ -140,7 +142,12 @@ def log_to(console: Console, path: Path) -> list[logging.Handler]:
     root.setLevel(logging.INFO)
     for handler in handlers:
         root.addHandler(handler)
-    return handlers
+    try:
+        yield
+    finally:
+        for handler in handlers:
+            root.removeHandler(handler)
+            handler.close()
 
 
 def json_text(value: Any) -> str:

@@ -56,7 +56,7 @@ class Qwen3Renderer(Renderer):
                     "user's message precedes. Remove it, or leave the message out of the training."
                 )
             if _prints_thinking(messages, index) != _prints_thinking(turn, index):
-                pass
+                rewritten.append(index)
         return self._draft(messages).finish(rewritten)
 
     def _render_prompt(self, messages: Sequence[PlainMessage], role: str) -> Rendering:

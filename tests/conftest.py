@@ -85,7 +85,7 @@ def make_model_folder() -> Callable[..., Path]:
     return _make_model_folder
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
     return make_tokenizer()
 

@@ -21,7 +21,7 @@ class StopRule:
     """Decides whether a continuation is complete. Not thread-safe."""
 
     def __init__(self, base: BaseModel, params: SamplingParams) -> None:
-        stop = [params.stop] if isinstance(params.stop, str) else list(params.stop or [])
+        stop = _stop_items(params)
         self.strings = [item for item in stop if isinstance(item, str)]
         self.token_ids = {int(item) for item in stop if not isinstance(item, str)}
         self.token_ids.update(params.stop_token_ids or ())
@@ -40,6 +40,10 @@ class StopRule:
         return any(string in tail for string in self.strings)
 
 
+def _stop_items(params: SamplingParams) -> list[str | int]:
+    return [params.stop] if isinstance(params.stop, str) else list(params.stop or [])
+
+
 def _end_of_sequence_ids(base: BaseModel) -> set[int]:
     configured = getattr(base.model.generation_config, "eos_token_id", None)
     if configured is None:
@@ -54,11 +58,13 @@ def check_sampling(base: BaseModel, prompt_T: Sequence[int], num_samples: int, p
     check_prompt(base, prompt_T)
     if num_samples < 1:
         raise RequestError(f"num_samples={num_samples}. Ask for at least one sample.")
-    if params.temperature < 0 or not 0 < params.top_p <= 1 or params.top_k == 0 or params.top_k < -1:
+    if not params.temperature >= 0 or not 0 < params.top_p <= 1 or params.top_k == 0 or params.top_k < -1:
         raise RequestError(
             f"temperature={params.temperature}, top_p={params.top_p}, top_k={params.top_k} cannot be sampled "
             f"with. Use temperature >= 0, 0 < top_p <= 1, and top_k >= 1 or -1 for no limit."
         )
+    if "" in _stop_items(params):
+        raise RequestError(f"stop={params.stop!r} has an empty stop string, which every text holds. Leave it out.")
     room = base.context_length - len(prompt_T)
     wanted = room if params.max_tokens is None else params.max_tokens
     if wanted < 1 or wanted > room:

@@ -179,6 +179,14 @@ def _info_of_plain_adapter(folder: Path) -> StateInfo:
     config = _read_json(folder / ADAPTER_CONFIG_FILE)
     if config.get("peft_type") != "LORA":
         raise CheckpointError(f"{folder} holds a {config.get('peft_type')} adapter. Only LoRA can be loaded.")
+    if not {"r", "lora_alpha"} <= config.keys():
+        raise CheckpointError(f"Checkpoint {folder} is damaged: {ADAPTER_CONFIG_FILE} lacks r or lora_alpha.")
+    for setting in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern"):
+        if config.get(setting):
+            raise CheckpointError(
+                f"{folder} is a LoRA with {setting}={config[setting]}. Only a LoRA that scales every layer "
+                f"by alpha / rank can be loaded."
+            )
     targets = config.get("target_modules") or []
     leaves = {name.rsplit(".", 1)[-1] for name in targets}
     attention_leaves = {"q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj", "out_proj"}
@@ -194,11 +202,12 @@ def _info_of_plain_adapter(folder: Path) -> StateInfo:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text())
+        content = json.loads(path.read_text())
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(
-            f"Checkpoint {path.parent} is damaged: {path.name} cannot be read ({error})."
-        ) from error
+        raise CheckpointError(f"Checkpoint {path.parent} is damaged: {path.name} cannot be read ({error}).") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"Checkpoint {path.parent} is damaged: {path.name} holds no object.")
+    return content
 
 
 def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
@@ -214,6 +223,8 @@ def read_optimizer(path: str | os.PathLike[str]) -> dict[str, Tensor]:
             f"Checkpoint {folder} has no optimizer state. Load its weights alone (load_state), "
             f"or give a checkpoint made with save_state."
         )
+    if not (folder / STATE_FILE).is_file():
+        raise CheckpointError(f"Checkpoint {folder} is incomplete: it has no {STATE_FILE}.")
     return _read_tensors(folder, OPTIMIZER_FILE)
 
 

@@ -115,6 +115,7 @@ class Trainer:
         try:
             value, metrics = fn(data, logprobs)
             gradients = torch.autograd.grad(value, logprobs, allow_unused=True)
+            result = replace(first, custom_loss=float(value.detach()), custom_metrics=dict(metrics))
         except Exception as error:
             raise TrainingError(f"The custom loss failed: {type(error).__name__}: {error}") from error
         # d value = sum(gradient * d logprob): a cross-entropy whose weights are minus the gradient.
@@ -129,7 +130,7 @@ class Trainer:
         ]
         loss, config = get_loss("cross_entropy", None)
         self.forward_backward(Request(weighted, loss, config, trained_only=True))
-        return replace(first, custom_loss=float(value.detach()), custom_metrics=dict(metrics))
+        return result
 
     def optim_step(self, params: AdamParams) -> StepResult:
         """One AdamW step on the gradients so far, which are then cleared. Does not wait for the device."""
@@ -236,16 +237,22 @@ class Trainer:
 def check_weights_fit(
     path: str, info: state.StateInfo, weights: Mapping[str, Tensor], adapter: Adapter, base: BaseModel
 ) -> None:
-    """Raises CheckpointError, naming both models, where a checkpoint is not of this adapter's shape."""
+    """Raises CheckpointError, naming both, where a checkpoint has not this adapter's shape and scale."""
     expected = {name: list(weight.shape) for name, weight in adapter.weights.items()}
     found = {name: list(weight.shape) for name, weight in weights.items()}
-    if expected == found:
+    if expected == found and info.lora.alpha == adapter.lora.alpha:
         return
-    name = next(key for key in sorted(expected.keys() | found.keys()) if expected.get(key) != found.get(key))
+    names = sorted(expected.keys() | found.keys())
+    differing = [
+        f"{name} has shape {found.get(name, 'none')} there, {expected.get(name, 'none')} here"
+        for name in names
+        if expected.get(name) != found.get(name)
+    ]
     raise CheckpointError(
-        f"Checkpoint {path} (an adapter of rank {info.lora.rank} on {info.base_model}) does not fit rank "
-        f"{adapter.lora.rank} on {base.name}: {name} has shape {found.get(name, 'none')} there, "
-        f"{expected.get(name, 'none')} here. Create the client with the checkpoint's own model and LoRA settings."
+        f"Checkpoint {path} (an adapter of rank {info.lora.rank} and alpha {info.lora.alpha:g} on "
+        f"{info.base_model}) does not fit rank {adapter.lora.rank} and alpha {adapter.lora.alpha:g} on "
+        f"{base.name}{': ' + differing[0] if differing else ''}. "
+        f"Create the client with the checkpoint's own model and LoRA settings."
     )
 
 

@@ -56,19 +56,17 @@ def _weights_of(datum: Datum) -> np.ndarray:
 
 
 class BatchQueue:
-    """The batches of steps `first_step` to `total_steps`, in order, made up to `ahead` steps early.
+    """The batches of `steps`, in order, made up to `ahead` steps early.
 
     Step s is batch s % n of epoch s // n, whose order is that of `seed` + epoch, so a batch
     depends on its step alone and a resumed run sees what it would have seen.
     """
 
-    def __init__(
-        self, dataset: SupervisedDataset, first_step: int, total_steps: int, seed: int, ahead: int
-    ) -> None:
+    def __init__(self, dataset: SupervisedDataset, steps: range, seed: int, ahead: int) -> None:
         self._dataset = dataset
         self._seed = seed
         self._epoch: int | None = None
-        self._steps = iter(range(first_step, total_steps))
+        self._steps = iter(steps)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="render")
         self._queue: deque[Future[Batch]] = deque()
         self._checked = self._thread.submit(self._check_that_something_is_trained)

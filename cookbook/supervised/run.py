@@ -6,23 +6,21 @@ import logging
 import math
 import time
 from collections import deque
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
+from types import TracebackType
 from typing import TYPE_CHECKING
 
-from cookbook import config_files
-from cookbook.checkpoints import Checkpoint, CheckpointLog
+from cookbook.checkpoints import FINAL, CheckpointLog
 from cookbook.errors import TrainingError
 from cookbook.eval.evaluators import Evaluator, evaluate
 from cookbook.futures import APIFuture
-from cookbook.loggers import ConsoleLogger, JsonlLogger, MetricLogger, WandbLogger, log_to, make_console
+from cookbook.loggers import MetricLogger
 from cookbook.schedules import learning_rate_at
 from cookbook.supervised.batches import Batch, BatchQueue
-from cookbook.supervised.nll_evaluator import NLLEvaluator
-from cookbook.supervised.run_folder import RunFolder
-from cookbook.supervised.types import SupervisedDataset
 from cookbook.types import AdamParams, ForwardBackwardOutput, OptimStepResponse, SaveWeightsResponse
 
 if TYPE_CHECKING:
@@ -31,17 +29,15 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-FINAL = "final"
-
 
 @dataclass(frozen=True)
 class RunSummary:
-    """What a run came to. `metrics` are those of the last evaluation."""
+    """What a run came to. `metrics` are those of the evaluation of the finished model."""
 
     log_path: Path
     is_finished: bool
     num_steps: int
-    checkpoint_path: str | None
+    checkpoint_path: Path
     metrics: dict[str, float] = field(default_factory=dict)
     stopped_by: int | None = None
     """The number of the signal that stopped the run."""
@@ -62,71 +58,46 @@ class _Step:
 
 
 class Run:
-    """The verbs of the loop, and what they share."""
+    """What `start.start_run` puts together. A context manager: leaving it closes everything."""
 
     def __init__(
         self,
         config: Config,
-        folder: RunFolder,
+        log_path: Path,
+        steps: range,
         num_batches: int,
+        client: TrainingClient,
+        batches: BatchQueue,
         checkpoints: CheckpointLog,
+        evaluators: Sequence[tuple[int, Sequence[Evaluator]]],
+        metric_loggers: Sequence[MetricLogger],
+        resources: ExitStack,
     ) -> None:
+        """`steps` are still to be taken, `num_batches` make an epoch, evaluators come with their cadence."""
+        self.remaining_steps = steps
         self._config = config
-        self._folder = folder
+        self._log_path = log_path
+        self._total_steps = steps.stop
         self._num_batches = num_batches
+        self._client = client
+        self._batches = batches
         self._checkpoints = checkpoints
-        self._total_steps = min(config.num_epochs * num_batches, config.max_steps or 2**63)
-        last = checkpoints.last()
-        self._first_step = last.step if last else 0
-        self._step = self._first_step  # steps submitted so far
+        self._evaluators = evaluators
+        self._metric_loggers = metric_loggers
+        self._resources = resources
+        self._num_submitted = steps.start
         self._pending: deque[_Step] = deque()
         self._eval_metrics: dict[str, float] = {}
         self._last_done = time.perf_counter()
         self._recent_seconds: deque[float] = deque(maxlen=20)
-        self._client: TrainingClient
-        self._batches: BatchQueue
-        self._loggers: list[MetricLogger] = []
-        self._evaluators: list[tuple[int, list[Evaluator]]] = []
 
-    @classmethod
-    async def open(cls, config: Config, stack: ExitStack) -> Run:
-        """Everything before the first step. What can be refused is refused before a model is loaded."""
-        console = make_console()
-        resolved = config_files.to_json(config)
-        train_data, eval_data = config.dataset_builder()
-        folder = stack.enter_context(RunFolder(config.log_path, resolved, config.if_log_path_exists))
-        for handler in log_to(console, folder.path / "train.log"):
-            stack.callback(logging.getLogger("cookbook").removeHandler, handler)
-        checkpoints = CheckpointLog(folder.path / "checkpoints.jsonl", config.keep_checkpoints)
-        run = cls(config, folder, len(train_data), checkpoints)
-        if run.is_finished:
-            return run
-        run._batches = stack.enter_context(
-            BatchQueue(
-                train_data, run._first_step, run._total_steps, config.seed, ahead=config.submit_ahead + 2
-            )
-        )
-        await run._batches.check()
-        run._evaluators = run._make_evaluators(eval_data)
-        run._client = await run._create_client()
-        run._loggers = [JsonlLogger(folder.path / "metrics.jsonl", run._first_step)]
-        if config.wandb_project is not None:
-            run._loggers.append(WandbLogger(folder.path, config.wandb_project, config.wandb_name, resolved))
-        run._announce(train_data, eval_data)
-        run._loggers.append(ConsoleLogger(console, run._total_steps, run._first_step))
-        for metric_logger in run._loggers:
-            stack.callback(metric_logger.close)
-        run._last_done = time.perf_counter()
-        return run
+    def __enter__(self) -> Run:
+        return self
 
-    @property
-    def is_finished(self) -> bool:
-        last = self._checkpoints.last()
-        return last is not None and last.name == FINAL
-
-    @property
-    def remaining_steps(self) -> range:
-        return range(self._first_step, self._total_steps)
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._resources.close()
 
     # -- the verbs of the loop --------------------------------------------------------------
 
@@ -148,7 +119,7 @@ class Run:
         config = self._config
         batch, seconds_waited = await self._batches.next()
         learning_rate = learning_rate_at(
-            step, self._total_steps, config.learning_rate, config.lr_schedule, config.warmup_steps
+            step, self._total_steps, config.peak_learning_rate, config.lr_schedule, config.warmup_steps
         )
         forward_backward = optim_step = save = None
         if batch.num_trained_tokens:
@@ -156,19 +127,19 @@ class Run:
             optim_step = self._client.optim_step(self._adam_params(learning_rate))
         else:
             logger.warning("Step %d is left out: no example of its batch kept a trained token.", step)
-        self._step = step + 1
-        if config.save_every and self._step % config.save_every == 0 and self._step < self._total_steps:
-            save = self._client.save_state(_checkpoint_name(self._step), overwrite=True)
+        self._num_submitted = step + 1
+        if config.save_every and (step + 1) % config.save_every == 0 and step + 1 < self._total_steps:
+            save = self._client.save_state(_checkpoint_name(step + 1), overwrite=True)
         self._pending.append(
             _Step(
-                step,
-                batch,
-                seconds_waited,
-                learning_rate,
-                self._eval_metrics,
-                forward_backward,
-                optim_step,
-                save,
+                step=step,
+                batch=batch,
+                seconds_waited_for_batch=seconds_waited,
+                learning_rate=learning_rate,
+                eval_metrics=self._eval_metrics,
+                forward_backward=forward_backward,
+                optim_step=optim_step,
+                save=save,
             )
         )
 
@@ -178,34 +149,28 @@ class Run:
             await self._log(self._pending.popleft())
 
     async def save_and_stop(self, signal_number: int) -> RunSummary:
-        checkpoint = self._checkpoints.last()
-        if checkpoint is None or checkpoint.step != self._step:
-            name = _checkpoint_name(self._step)
-            checkpoint = self._record(await self._client.save_state(name, overwrite=True), name, self._step)
+        """Saves the state after the last submitted step, unless that is saved already."""
+        step = self._num_submitted
+        last = self._checkpoints.last()
+        if last is not None and last.step == step:
+            path = self._checkpoints.path_of(last)
+        else:
+            path = await self._save(_checkpoint_name(step), step)
         logger.info(
             "Stopped after step %d of %d. Saved %s. Run the same command again to resume.",
-            self._step,
+            step,
             self._total_steps,
-            checkpoint.path,
+            path,
         )
-        return RunSummary(self._folder.path, False, self._step, checkpoint.path, {}, signal_number)
+        return RunSummary(self._log_path, False, step, path, stopped_by=signal_number)
 
     async def evaluate_and_finish(self) -> RunSummary:
-        await self.evaluate_if_due(self._total_steps)
-        self._log_metrics(self._total_steps, self._eval_metrics)
-        saved = await self._client.save_state(FINAL, overwrite=True)
-        checkpoint = self._record(saved, FINAL, self._total_steps)
-        logger.info("Finished after %d steps. Saved %s.", self._total_steps, checkpoint.path)
-        return RunSummary(self._folder.path, True, self._total_steps, checkpoint.path, self._eval_metrics)
-
-    def report_as_finished(self) -> RunSummary:
-        last = self._checkpoints.last()
-        assert last is not None
-        logger.info(
-            "This run is finished: %s. To run it again choose another log_path, or say if_log_path_exists=delete.",
-            last.path,
-        )
-        return RunSummary(self._folder.path, True, last.step, last.path)
+        step = self._total_steps
+        await self.evaluate_if_due(step)
+        self._log_metrics(step, self._eval_metrics)
+        path = await self._save(FINAL, step)
+        logger.info("Finished after %d steps. Saved %s.", step, path)
+        return RunSummary(self._log_path, True, step, path, self._eval_metrics)
 
     # -- their parts ------------------------------------------------------------------------
 
@@ -228,8 +193,8 @@ class Run:
             if not (math.isfinite(output.loss) and math.isfinite(grad_norm)):
                 raise TrainingError(
                     f"Training diverged at step {done.step}: train/nll is {output.loss}, the gradient norm "
-                    f"{grad_norm}. Lower learning_rate={self._config.learning_rate} and run again from an earlier "
-                    f"checkpoint (load_checkpoint_path=) or from the start."
+                    f"{grad_norm}. Lower learning_rate={self._config.learning_rate} and start again in another "
+                    f"log_path, from an earlier checkpoint with load_checkpoint_path=."
                 )
             metrics |= {"train/nll": output.loss, "optim/grad_norm": grad_norm}
         seconds = time.perf_counter() - self._last_done
@@ -247,68 +212,17 @@ class Run:
         }
         self._log_metrics(done.step, metrics)
         if done.save is not None:
-            self._record(await done.save, _checkpoint_name(done.step + 1), done.step + 1)
+            self._record(_checkpoint_name(done.step + 1), await done.save, done.step + 1)
 
     def _log_metrics(self, step: int, metrics: dict[str, float]) -> None:
-        for metric_logger in self._loggers:
+        for metric_logger in self._metric_loggers:
             metric_logger.log(step, metrics)
 
-    def _record(self, saved: SaveWeightsResponse, name: str, step: int) -> Checkpoint:
-        epoch, batch = divmod(step, self._num_batches)
-        checkpoint = Checkpoint(name=name, path=saved.path, step=step, epoch=epoch, batch=batch)
-        self._checkpoints.add(checkpoint)
-        return checkpoint
+    async def _save(self, name: str, step: int) -> Path:
+        return self._record(name, await self._client.save_state(name, overwrite=True), step)
 
-    def _make_evaluators(self, eval_data: SupervisedDataset | None) -> list[tuple[int, list[Evaluator]]]:
-        config = self._config
-        frequent: list[Evaluator] = [] if eval_data is None else [NLLEvaluator(eval_data)]
-        frequent += [build() for build in config.evaluator_builders]
-        infrequent = [build() for build in config.infrequent_evaluator_builders]
-        return [(config.eval_every, frequent), (config.infrequent_eval_every, infrequent)]
-
-    async def _create_client(self) -> TrainingClient:
-        from cookbook.engine.state import remove_unfinished
-        from cookbook.service import ServiceClient
-
-        config = self._config
-        remove_unfinished(self._folder.checkpoint_dir)
-        service = ServiceClient(config.device, config.dtype, checkpoint_dir=self._folder.checkpoint_dir)
-        client = await service.create_lora_training_client_async(
-            config.model_name,
-            rank=config.lora_rank,
-            seed=config.seed,
-            train_mlp=config.train_mlp,
-            train_attn=config.train_attn,
-            train_unembed=config.train_unembed,
-            user_metadata={"renderer_name": str(config.renderer_name)},
-            alpha=config.lora_alpha,
-        )
-        last = self._checkpoints.last()
-        if last is not None:
-            await client.load_state_with_optimizer(last.path)
-        elif config.load_checkpoint_path is not None:
-            await client.load_state(config.load_checkpoint_path)
-        return client
-
-    def _announce(self, train_data: SupervisedDataset, eval_data: SupervisedDataset | None) -> None:
-        info = self._client.get_info().model_data
-        logger.info(
-            "%s on %s in %s, LoRA rank %d. Training on %s, evaluating on %s. %d steps%s. %s",
-            self._config.model_name,
-            info.device,
-            info.dtype,
-            info.lora_rank,
-            _size(train_data),
-            "nothing" if eval_data is None else _size(eval_data),
-            self._total_steps,
-            f", resuming after {self._first_step}" if self._first_step else "",
-            self._folder.path,
-        )
-
-
-def _size(dataset: SupervisedDataset) -> str:
-    num_rows = dataset.summary().get("rows")
-    return f"{len(dataset):,} batches" if num_rows is None else f"{num_rows:,} rows"
+    def _record(self, name: str, saved: SaveWeightsResponse, step: int) -> Path:
+        return self._checkpoints.path_of(self._checkpoints.add(name, saved.path, step, self._num_batches))
 
 
 def _checkpoint_name(step: int) -> str:

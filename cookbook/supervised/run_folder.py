@@ -43,8 +43,9 @@ class RunFolder:
     def __init__(self, path: str, config: dict[str, Any], if_exists: IfLogPathExists) -> None:
         """Raises ConfigError where the folder holds a run that this config does not continue."""
         self.path = Path(path)
+        self.config = config
         self._lock: IO[str] | None = None
-        if (self.path / "config.json").exists():
+        if (self.path / "config.json").exists() and not _is_untouched(self.path):
             self._settle_with_earlier_run(config, if_exists)
         elif self.path.exists() and not self.path.is_dir():
             raise ConfigError(f"log_path={path} is a file. Give a folder, which need not exist.")
@@ -77,7 +78,7 @@ class RunFolder:
         changed = {
             key: values
             for key, values in differences(earlier, config).items()
-            if key.split(".")[0] not in HARMLESS_KEYS
+            if not HARMLESS_KEYS & {key.split(".")[0], key.split(".")[-1]}
         }
         if changed:
             lines = [f"  {key}: was {old!r}, now {new!r}" for key, (old, new) in sorted(changed.items())]
@@ -105,6 +106,13 @@ class RunFolder:
     ) -> None:
         if self._lock is not None:
             self._lock.close()
+
+
+def _is_untouched(folder: Path) -> bool:
+    """Whether a run was begun here but took no step: there is nothing to resume or to lose."""
+    _read_run_config(folder / "config.json")
+    progress = [folder / name for name in ("metrics.jsonl", "checkpoints.jsonl")]
+    return not any(path.exists() and path.stat().st_size for path in progress)
 
 
 def _read_run_config(path: Path) -> dict[str, Any]:

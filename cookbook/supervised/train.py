@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import functools
+import logging
 import math
-from contextlib import ExitStack
 from pathlib import Path
 
 import chz
 
-from cookbook import models
+from cookbook import config_files, models
+from cookbook.checkpoints import CheckpointLog
 from cookbook.errors import ConfigError
 from cookbook.eval.evaluators import EvaluatorBuilder
+from cookbook.loggers import logging_to, make_console
 from cookbook.schedules import LRSchedule
-from cookbook.supervised.run import Run, RunSummary
-from cookbook.supervised.run_folder import IfLogPathExists
+from cookbook.supervised.run import RunSummary
+from cookbook.supervised.run_folder import IfLogPathExists, RunFolder
+from cookbook.supervised.start import start_run
 from cookbook.supervised.stop_signal import StopSignal
 from cookbook.supervised.types import SupervisedDatasetBuilder
+
+logger = logging.getLogger(__name__)
 
 _field = functools.partial(chz.field, validator=chz.validators.typecheck)
 
@@ -90,6 +95,12 @@ class Config:
     wandb_project: str | None = _field(default=None, doc="Weights & Biases project; default: do not use it")
     wandb_name: str | None = _field(default=None, doc="name of the run there")
 
+    @property
+    def peak_learning_rate(self) -> float:
+        """`learning_rate`, which is never None: its munger chose one."""
+        assert self.learning_rate is not None
+        return self.learning_rate
+
     @chz.validate
     def _check_values(self) -> None:
         at_least = {
@@ -118,11 +129,16 @@ async def main(config: Config) -> RunSummary:
     The order of the engine's queue is the meaning of the loop: forward_backward, optim_step,
     then what belongs to the state they made (save, evaluate), and only then the next step.
     """
-    with ExitStack() as stack:
-        run = await Run.open(config, stack)
-        if run.is_finished:
-            return run.report_as_finished()
-        with StopSignal() as stop:
+    console = make_console()
+    resolved = config_files.to_json(config)
+    with (
+        RunFolder(config.log_path, resolved, config.if_log_path_exists) as folder,
+        logging_to(console, folder.path / "train.log"),
+    ):
+        checkpoints = CheckpointLog(folder.path, config.keep_checkpoints)
+        if checkpoints.is_finished:
+            return _report_finished(folder, checkpoints)
+        with await start_run(config, folder, checkpoints, console) as run, StopSignal() as stop:
             for step in run.remaining_steps:
                 await run.evaluate_if_due(step)
                 await run.submit(step)
@@ -133,3 +149,13 @@ async def main(config: Config) -> RunSummary:
             if stop.received:
                 return await run.save_and_stop(stop.received)
             return await run.evaluate_and_finish()
+
+
+def _report_finished(folder: RunFolder, checkpoints: CheckpointLog) -> RunSummary:
+    last = checkpoints.last()
+    assert last is not None
+    logger.info(
+        "This run is finished: %s. To run it again choose another log_path, or say if_log_path_exists=delete.",
+        checkpoints.path_of(last),
+    )
+    return RunSummary(folder.path, True, last.step, checkpoints.path_of(last))

@@ -5,48 +5,70 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from cookbook.checkpoints import Checkpoint, CheckpointLog
+import pytest
+
+from cookbook.checkpoints import CheckpointLog
+from cookbook.errors import CheckpointError
 
 
-def make_checkpoint(folder: Path, step: int) -> Checkpoint:
-    path = folder / f"{step:06d}"
-    path.mkdir()
-    return Checkpoint(name=path.name, path=str(path), step=step, epoch=0, batch=step)
+def add(log: CheckpointLog, folder: Path, step: int) -> None:
+    path = folder / "checkpoints" / f"{step:06d}"
+    path.mkdir(parents=True, exist_ok=True)
+    log.add(path.name, str(path), step, num_batches=4)
 
 
-def test_the_last_checkpoint_is_found_again(tmp_path: Path) -> None:
-    log = CheckpointLog(tmp_path / "checkpoints.jsonl")
+def names_on_disk(folder: Path) -> list[str]:
+    return sorted(path.name for path in (folder / "checkpoints").iterdir())
+
+
+def test_the_last_checkpoint_is_found_again_and_knows_the_next_batch(tmp_path: Path) -> None:
+    log = CheckpointLog(tmp_path)
     assert log.last() is None
     for step in (3, 6):
-        log.add(make_checkpoint(tmp_path, step))
-    last = CheckpointLog(tmp_path / "checkpoints.jsonl").last()
+        add(log, tmp_path, step)
+    last = CheckpointLog(tmp_path).last()
     assert last is not None
-    assert last.step == 6
+    assert (last.step, last.epoch, last.batch) == (6, 1, 2)
+
+
+def test_a_folder_that_was_moved_still_has_its_checkpoints(tmp_path: Path) -> None:
+    add(CheckpointLog(tmp_path / "old"), tmp_path / "old", 3)
+    (tmp_path / "old").rename(tmp_path / "new")
+    log = CheckpointLog(tmp_path / "new")
+    last = log.last()
+    assert last is not None
+    assert log.path_of(last) == tmp_path / "new" / "checkpoints" / "000003"
 
 
 def test_a_recorded_checkpoint_that_was_deleted_by_hand_is_passed_over(tmp_path: Path) -> None:
-    log = CheckpointLog(tmp_path / "checkpoints.jsonl")
+    log = CheckpointLog(tmp_path)
     for step in (3, 6):
-        log.add(make_checkpoint(tmp_path, step))
-    shutil.rmtree(tmp_path / "000006")
+        add(log, tmp_path, step)
+    shutil.rmtree(tmp_path / "checkpoints" / "000006")
     last = log.last()
     assert last is not None
     assert last.step == 3
 
 
+def test_when_every_checkpoint_is_gone_nothing_starts_afresh_in_silence(tmp_path: Path) -> None:
+    log = CheckpointLog(tmp_path)
+    add(log, tmp_path, 3)
+    shutil.rmtree(tmp_path / "checkpoints")
+    with pytest.raises(CheckpointError, match="lists 1 checkpoints, but not one is there"):
+        log.last()
+
+
 def test_only_the_newest_are_kept(tmp_path: Path) -> None:
-    log = CheckpointLog(tmp_path / "checkpoints.jsonl", keep=2)
+    log = CheckpointLog(tmp_path, keep=2)
     for step in (3, 6, 9):
-        log.add(make_checkpoint(tmp_path, step))
-    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["000006", "000009"]
+        add(log, tmp_path, step)
+    assert names_on_disk(tmp_path) == ["000006", "000009"]
     assert (tmp_path / "checkpoints.jsonl").read_text().count("\n") == 2
 
 
 def test_a_name_recorded_twice_stands_once(tmp_path: Path) -> None:
-    log = CheckpointLog(tmp_path / "checkpoints.jsonl", keep=2)
-    first = make_checkpoint(tmp_path, 3)
-    log.add(first)
-    log.add(make_checkpoint(tmp_path, 6))
-    log.add(first)
-    assert (tmp_path / "checkpoints.jsonl").read_text().count("000003") == 2  # name and path of one row
-    assert (tmp_path / "000006").is_dir()
+    log = CheckpointLog(tmp_path, keep=2)
+    for step in (3, 6, 3):
+        add(log, tmp_path, step)
+    assert names_on_disk(tmp_path) == ["000003", "000006"]
+    assert (tmp_path / "checkpoints.jsonl").read_text().count("\n") == 2

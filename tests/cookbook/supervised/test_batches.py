@@ -41,7 +41,7 @@ class Numbers(SupervisedDataset):
 
 def numbers_from(first_step: int, total_steps: int, ahead: int = 2) -> list[int]:
     async def collect() -> list[int]:
-        with BatchQueue(Numbers(3), first_step, total_steps, seed=5, ahead=ahead) as queue:
+        with BatchQueue(Numbers(3), range(first_step, total_steps), seed=5, ahead=ahead) as queue:
             batches = [(await queue.next())[0] for _ in range(first_step, total_steps)]
         return [batch.data[0].model_input.to_ints()[0] for batch in batches]
 
@@ -80,7 +80,7 @@ def test_batches_are_made_on_a_thread_of_their_own_before_they_are_asked_for() -
     dataset = Numbers(3)
 
     async def run() -> None:
-        with BatchQueue(dataset, 0, 3, seed=0, ahead=2) as queue:
+        with BatchQueue(dataset, range(3), seed=0, ahead=2) as queue:
             await queue.check()
             await queue.next()
 
@@ -91,7 +91,7 @@ def test_batches_are_made_on_a_thread_of_their_own_before_they_are_asked_for() -
 
 def test_data_of_which_nothing_is_trained_are_refused() -> None:
     async def run() -> None:
-        with BatchQueue(Numbers(3, weight=0.0), 0, 3, seed=0, ahead=2) as queue:
+        with BatchQueue(Numbers(3, weight=0.0), range(3), seed=0, ahead=2) as queue:
             await queue.check()
 
     with pytest.raises(DataError, match="Not one of 3 batches has a trained token"):

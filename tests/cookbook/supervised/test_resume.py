@@ -208,7 +208,7 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_resume(
     assert server.run(config, meanwhile=stop) == 0
     last = json.loads((folder / "checkpoints.jsonl").read_text().splitlines()[-1])
     assert 2 <= last["step"] < NUM_STEPS
-    assert Path(last["path"]).is_dir()
+    assert (folder / last["path"]).is_dir()
     assert "Run the same command again to resume" in Path(f"{folder}.out").read_text()
     assert len(metrics_of(folder)) == last["step"]
     assert server.run(config) == 0

@@ -27,6 +27,10 @@ def test_a_new_folder_records_the_config(tmp_path: Path) -> None:
         assert json.loads((folder.path / "config.json").read_text()) == CONFIG
 
 
+def take_a_step(folder: Path) -> None:
+    (folder / "metrics.jsonl").write_text('{"step": 0}\n')
+
+
 def test_the_same_config_goes_on(tmp_path: Path) -> None:
     for submit_ahead in (1, 5):
         with RunFolder(str(tmp_path), CONFIG | {"submit_ahead": submit_ahead}, "resume"):
@@ -35,7 +39,7 @@ def test_the_same_config_goes_on(tmp_path: Path) -> None:
 
 def test_another_config_is_refused_with_the_changed_keys_named(tmp_path: Path) -> None:
     with RunFolder(str(tmp_path), CONFIG, "resume"):
-        pass
+        take_a_step(tmp_path)
     changed = CONFIG | {"learning_rate": 2.0, "dataset_builder": {"batch_size": 8}}
     with pytest.raises(ConfigError, match="another config") as caught:
         RunFolder(str(tmp_path), changed, "resume")
@@ -45,7 +49,7 @@ def test_another_config_is_refused_with_the_changed_keys_named(tmp_path: Path) -
 
 def test_raise_refuses_and_delete_starts_over(tmp_path: Path) -> None:
     with RunFolder(str(tmp_path / "run"), CONFIG, "resume"):
-        (tmp_path / "run" / "metrics.jsonl").write_text("{}\n")
+        take_a_step(tmp_path / "run")
     with pytest.raises(ConfigError, match="holds a run already"):
         RunFolder(str(tmp_path / "run"), CONFIG, "raise")
     with RunFolder(str(tmp_path / "run"), CONFIG | {"learning_rate": 2.0}, "delete") as folder:
@@ -54,6 +58,7 @@ def test_raise_refuses_and_delete_starts_over(tmp_path: Path) -> None:
 
 def test_delete_removes_what_a_run_wrote_and_nothing_else(tmp_path: Path) -> None:
     with RunFolder(str(tmp_path), CONFIG, "resume"):
+        take_a_step(tmp_path)
         (tmp_path / "thesis.tex").write_text("precious")
         (tmp_path / "checkpoints" / "final").mkdir(parents=True)
     with RunFolder(str(tmp_path), CONFIG, "delete"):
@@ -72,7 +77,7 @@ def test_ask_without_a_terminal_says_what_to_say_instead(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with RunFolder(str(tmp_path), CONFIG, "resume"):
-        pass
+        take_a_step(tmp_path)
     monkeypatch.setattr("sys.stdin", io.StringIO("r\n"))
     with pytest.raises(ConfigError, match="standard input is no terminal"):
         RunFolder(str(tmp_path), CONFIG, "ask")

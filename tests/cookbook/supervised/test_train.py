@@ -147,10 +147,10 @@ def test_a_run_leaves_behind_what_the_documentation_lists(make_config: MakeConfi
     assert not list((folder / "checkpoints").glob(".*"))
 
     base = AutoModelForCausalLM.from_pretrained(tiny_qwen3)
-    loaded = PeftModel.from_pretrained(base, checkpoints[-1]["path"])
+    loaded = PeftModel.from_pretrained(base, folder / checkpoints[-1]["path"])
     tokens = [5, 6, 7, 8, 9]
     expected = loaded(torch.tensor([tokens])).logits[0].log_softmax(-1)
-    sampler = ServiceClient().create_sampling_client(model_path=checkpoints[-1]["path"])
+    sampler = ServiceClient().create_sampling_client(model_path=folder / checkpoints[-1]["path"])
     found = sampler.compute_logprobs(ModelInput.from_ints(tokens)).result()
     for position in range(1, len(tokens)):
         assert found[position] == pytest.approx(float(expected[position - 1, tokens[position]]), abs=1e-4)
@@ -187,7 +187,7 @@ def test_learning_rates_follow_the_schedule(make_config: MakeConfig) -> None:
 
 def test_weights_can_start_from_a_checkpoint(make_config: MakeConfig, tmp_path: Path) -> None:
     first = asyncio.run(train.main(make_config(max_steps=3)))
-    config = make_config(log_path=str(tmp_path / "second"), load_checkpoint_path=first.checkpoint_path)
+    config = make_config(log_path=str(tmp_path / "second"), load_checkpoint_path=str(first.checkpoint_path))
     asyncio.run(train.main(config))
     assert rows_of(config)[0]["test/nll"] == pytest.approx(first.metrics["test/nll"], rel=1e-6)
 
@@ -195,10 +195,36 @@ def test_weights_can_start_from_a_checkpoint(make_config: MakeConfig, tmp_path: 
 def test_a_checkpoint_that_does_not_fit_is_one_error(make_config: MakeConfig, tmp_path: Path) -> None:
     first = asyncio.run(train.main(make_config()))
     config = make_config(
-        log_path=str(tmp_path / "second"), load_checkpoint_path=first.checkpoint_path, lora_rank=8
+        log_path=str(tmp_path / "second"), load_checkpoint_path=str(first.checkpoint_path), lora_rank=8
     )
     with pytest.raises(CheckpointError, match="does not fit rank 8"):
         asyncio.run(train.main(config))
+
+
+def test_a_start_checkpoint_that_is_missing_is_an_error_before_a_model_is_loaded(
+    make_config: MakeConfig, tmp_path: Path
+) -> None:
+    config = make_config(model_name="owner/nowhere", renderer_name="x", load_checkpoint_path=str(tmp_path / "none"))
+    with pytest.raises(CheckpointError, match="none does not exist"):
+        asyncio.run(train.main(config))
+
+
+def test_data_tokenized_for_another_model_are_refused(
+    make_config: MakeConfig, make_model_folder: Any, tmp_path: Path, tiny_tokenizer: Any
+) -> None:
+    other = make_model_folder(tmp_path / "other")
+    tiny_tokenizer.add_tokens(["<|other|>"])
+    tiny_tokenizer.save_pretrained(other)
+    with pytest.raises(ConfigError, match="whose vocabulary is not that of"):
+        asyncio.run(train.main(make_config(model_name=str(other))))
+
+
+def test_a_run_that_failed_before_its_first_step_can_be_corrected_in_the_same_folder(
+    make_config: MakeConfig,
+) -> None:
+    with pytest.raises(DataError):
+        asyncio.run(train.main(make_config(max_length=3)))
+    assert asyncio.run(train.main(make_config(max_length=200))).is_finished
 
 
 def test_a_damaged_checkpoint_is_one_error_that_names_it(make_config: MakeConfig) -> None:

@@ -1,0 +1,412 @@
+"""Checkpoint folders: whole or not at all, checked when read, loadable with plain PEFT."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig as PeftLoraConfig
+from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from cookbook.engine import state
+from cookbook.engine.base_model import BaseModel
+from cookbook.engine.trainer import Trainer
+from cookbook.errors import CheckpointError
+from cookbook.types import AdamParams, Datum, LoraConfig, ModelInput
+
+FILES = [state.ADAPTER_FILE, state.OPTIMIZER_FILE, state.STATE_FILE, state.ADAPTER_CONFIG_FILE]
+
+
+@pytest.fixture(scope="module")
+def base(tiny_qwen3: str) -> BaseModel:
+    return BaseModel(tiny_qwen3)
+
+
+def make_data(seed: int = 0) -> list[Datum]:
+    tokens = np.random.default_rng(seed).integers(3, 300, (3, 12))
+    return [Datum(ModelInput.from_ints(row[:-1]), {"target_tokens": row[1:]}) for row in tokens]
+
+
+def step(trainer: Trainer, seed: int) -> float:
+    output = trainer.forward_backward(trainer.check(make_data(seed), "cross_entropy", None)).output()
+    trainer.optim_step(AdamParams(learning_rate=1e-2, weight_decay=0.1))
+    return output.loss
+
+
+def trained(base: BaseModel, steps: int = 2, **lora: Any) -> Trainer:
+    trainer = Trainer(base, LoraConfig(**{"rank": 4, "seed": 0, **lora}), {"owner": "me"})
+    for seed in range(steps):
+        step(trainer, seed)
+    return trainer
+
+
+def bits(trainer: Trainer) -> dict[str, bytes]:
+    return {name: weight.detach().numpy().tobytes() for name, weight in trainer.adapter.weights.items()}
+
+
+@pytest.fixture
+def saved(base: BaseModel, tmp_path: Path) -> Path:
+    path = tmp_path / "saved"
+    trained(base).save(path, with_optimizer=True)
+    return path
+
+
+def flip_a_byte(path: Path, offset: int = -5) -> None:
+    content = bytearray(path.read_bytes())
+    content[offset] ^= 1
+    path.write_bytes(content)
+
+
+# -- round trip -----------------------------------------------------------------------------
+
+
+def test_a_loaded_state_continues_bit_for_bit(base: BaseModel, tmp_path: Path) -> None:
+    trainer = trained(base, steps=3)
+    trainer.rng.integers(100, size=5)
+    trainer.save(tmp_path / "state", with_optimizer=True)
+    other = Trainer(base, LoraConfig(rank=4, seed=99))
+    step(other, 7)
+    other.load(str(tmp_path / "state"), with_optimizer=True)
+    assert bits(other) == bits(trainer)
+    for seed in range(3, 6):
+        assert step(other, seed) == step(trainer, seed)
+    assert bits(other) == bits(trainer)
+    assert other.rng.integers(2**31) == trainer.rng.integers(2**31)
+    other.save(tmp_path / "other", with_optimizer=True)
+    trainer.save(tmp_path / "same", with_optimizer=True)
+    for name in (state.ADAPTER_FILE, state.OPTIMIZER_FILE):
+        assert (tmp_path / "other" / name).read_bytes() == (tmp_path / "same" / name).read_bytes()
+
+
+def test_a_state_without_its_optimizer_starts_adam_afresh(base: BaseModel, saved: Path) -> None:
+    other = trained(base, seed=5)
+    other.load(str(saved), with_optimizer=False)
+    fresh = Trainer(base, LoraConfig(rank=4, seed=1))
+    with torch.no_grad():
+        for name, weight in load_file(saved / state.ADAPTER_FILE).items():
+            fresh.adapter.weights[name].copy_(weight)
+    assert bits(other) == bits(fresh)
+    assert step(other, 8) == step(fresh, 8)
+    assert bits(other) == bits(fresh)
+
+
+def test_a_load_drops_the_gradients_of_before(base: BaseModel, saved: Path) -> None:
+    one, other = trained(base, seed=5), trained(base, seed=6)
+    one.forward_backward(one.check(make_data(50), "cross_entropy", None))
+    for trainer in (one, other):
+        trainer.load(str(saved), with_optimizer=True)
+        step(trainer, 9)
+    assert bits(one) == bits(other)
+
+
+def test_a_state_before_the_first_step_continues_too(base: BaseModel, tmp_path: Path) -> None:
+    trainer = trained(base, steps=0)
+    trainer.save(tmp_path / "start", with_optimizer=True)
+    other = trained(base, seed=3)
+    other.load(str(tmp_path / "start"), with_optimizer=True)
+    for each in (trainer, other):
+        step(each, 0)
+    assert bits(other) == bits(trainer)
+
+
+def test_what_is_saved_is_told(saved: Path, base: BaseModel) -> None:
+    info = state.read_info(saved)
+    assert info.base_model == base.name
+    assert info.lora == LoraConfig(rank=4, seed=0)
+    assert info.optimizer_steps == 2
+    assert info.user_metadata == {"owner": "me"}
+    assert sorted(file.name for file in saved.iterdir()) == sorted(FILES)
+
+
+@pytest.mark.parametrize(
+    "groups",
+    [{}, {"train_unembed": False}, {"train_attn": False, "train_mlp": False}, {"train_mlp": False}],
+    ids=lambda groups: ",".join(groups) or "all",
+)
+def test_plain_peft_loads_a_checkpoint_as_it_is(
+    base: BaseModel, tiny_qwen3: str, tmp_path: Path, groups: dict[str, bool]
+) -> None:
+    trainer = trained(base, alpha=16.0, **groups)
+    trainer.save(tmp_path / "adapter", with_optimizer=False)
+    assert not (tmp_path / "adapter" / state.OPTIMIZER_FILE).exists()
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_qwen3), tmp_path / "adapter")
+    for datum, output in zip(
+        make_data(),
+        trainer.forward(trainer.check(make_data(), "cross_entropy", None)).output().loss_fn_outputs,
+        strict=True,
+    ):
+        with torch.no_grad():
+            logits = model.eval()(input_ids=torch.tensor([datum.model_input.to_ints()])).logits[0]
+        targets = datum.loss_fn_inputs["target_tokens"].to_torch()
+        expected = -torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+        assert output["logprobs"].tolist() == pytest.approx(expected.tolist(), abs=1e-4)
+
+
+# -- a plain PEFT adapter -------------------------------------------------------------------
+
+
+def plain_adapter(folder: Path, model_folder: str, **config: Any) -> Path:
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(model_folder),
+        PeftLoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], **config}),
+    )
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)) * 0.1)
+    model.save_pretrained(folder)
+    return folder
+
+
+def test_a_plain_peft_adapter_tells_its_shape(tiny_qwen3: str, tmp_path: Path) -> None:
+    info = state.read_info(plain_adapter(tmp_path / "plain", tiny_qwen3))
+    assert info.base_model == tiny_qwen3
+    assert info.lora == LoraConfig(rank=4, alpha=8, train_unembed=False, train_mlp=False, train_attn=True)
+
+
+def test_a_plain_peft_adapter_is_loaded(base: BaseModel, tiny_qwen3: str, tmp_path: Path) -> None:
+    everything = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    folder = plain_adapter(tmp_path / "plain", tiny_qwen3, target_modules=everything)
+    trainer = Trainer(base, state.read_info(folder).lora)
+    trainer.load(str(folder), with_optimizer=False)
+    for name, weight in load_file(folder / state.ADAPTER_FILE).items():
+        assert torch.equal(trainer.adapter.weights[name], weight)
+    with pytest.raises(CheckpointError, match="has no optimizer state"):
+        trainer.load(str(folder), with_optimizer=True)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [{"use_rslora": True}, {"use_dora": True}, {"alpha_pattern": {"q_proj": 2}}, {"rank_pattern": {"q_proj": 2}}],
+    ids=lambda setting: next(iter(setting)),
+)
+def test_a_peft_adapter_that_would_compute_something_else_here_is_refused(
+    tiny_qwen3: str, tmp_path: Path, setting: dict[str, Any]
+) -> None:
+    folder = plain_adapter(tmp_path / "plain", tiny_qwen3, **setting)
+    with pytest.raises(CheckpointError, match=next(iter(setting))):
+        state.read_info(folder)
+
+
+def test_an_adapter_of_another_kind_is_refused(tmp_path: Path) -> None:
+    (tmp_path / state.ADAPTER_CONFIG_FILE).write_text('{"peft_type": "IA3"}')
+    with pytest.raises(CheckpointError, match="holds a IA3 adapter. Only LoRA"):
+        state.read_info(tmp_path)
+
+
+# -- damage ---------------------------------------------------------------------------------
+
+
+def refused(base: BaseModel, path: Path) -> str:
+    """The message of the refusal; nothing about the trainer has changed then."""
+    trainer = trained(base, seed=4)
+    before, losses = bits(trainer), []
+    with pytest.raises(CheckpointError) as caught:
+        trainer.load(str(path), with_optimizer=True)
+    assert bits(trainer) == before
+    twin = trained(base, seed=4)
+    losses = [step(trainer, 3), step(twin, 3)]
+    assert losses[0] == losses[1]
+    assert bits(trainer) == bits(twin)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("name", [state.ADAPTER_FILE, state.OPTIMIZER_FILE])
+@pytest.mark.parametrize("offset", [-5, 20], ids=["in-the-values", "in-the-header"])
+def test_a_flipped_bit_is_found(base: BaseModel, saved: Path, name: str, offset: int) -> None:
+    flip_a_byte(saved / name, offset)
+    message = refused(base, saved)
+    assert f"{saved} is damaged: {name} is not what was saved" in message
+    assert message.endswith("Load an earlier checkpoint.")
+
+
+@pytest.mark.parametrize("name", [state.ADAPTER_FILE, state.OPTIMIZER_FILE, state.STATE_FILE])
+@pytest.mark.parametrize("length", [0, 30])
+def test_a_truncated_file_is_found(base: BaseModel, saved: Path, name: str, length: int) -> None:
+    content = (saved / name).read_bytes()
+    (saved / name).write_bytes(content[:length])
+    assert "is damaged" in refused(base, saved)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (state.ADAPTER_FILE, f"is incomplete: it has no {state.ADAPTER_FILE}"),
+        (state.OPTIMIZER_FILE, "has no optimizer state"),
+        (state.STATE_FILE, f"is incomplete: it has no {state.STATE_FILE}"),
+        (state.ADAPTER_CONFIG_FILE, f"is no checkpoint: it has no {state.ADAPTER_CONFIG_FILE}"),
+    ],
+)
+def test_a_missing_file_is_found(base: BaseModel, saved: Path, name: str, message: str) -> None:
+    (saved / name).unlink()
+    assert message in refused(base, saved)
+
+
+def test_a_folder_that_is_not_there_is_said_to_be_missing(base: BaseModel, tmp_path: Path) -> None:
+    assert f"{tmp_path / 'none'} does not exist" in refused(base, tmp_path / "none")
+    file = tmp_path / "file"
+    file.write_text("x")
+    assert "does not exist" in refused(base, file)
+
+
+@pytest.mark.parametrize("text", ["[]", "null", "1", '{"format": 1}', '{"format": 1, "base_model": "x", "lora": 3}'])
+def test_a_state_file_of_another_form_is_found(base: BaseModel, saved: Path, text: str) -> None:
+    (saved / state.STATE_FILE).write_text(text)
+    assert "is damaged" in refused(base, saved)
+
+
+@pytest.mark.parametrize("text", ["[]", '{"peft_type": "LORA"}', "{"])
+def test_an_adapter_config_of_another_form_is_found(tmp_path: Path, text: str) -> None:
+    (tmp_path / state.ADAPTER_CONFIG_FILE).write_text(text)
+    with pytest.raises(CheckpointError, match="is damaged"):
+        state.read_info(tmp_path)
+
+
+def test_a_format_of_the_future_is_refused(base: BaseModel, saved: Path) -> None:
+    content = json.loads((saved / state.STATE_FILE).read_text())
+    (saved / state.STATE_FILE).write_text(json.dumps({**content, "format": 2}))
+    assert "has format 2; this version reads 1" in refused(base, saved)
+
+
+# -- foreign checkpoints --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("lora", "told"),
+    [
+        ({"rank": 8}, "rank 8"),
+        ({"train_mlp": False}, "rank 4"),
+        ({"alpha": 16.0}, "alpha 16"),
+    ],
+    ids=["rank", "layers", "alpha"],
+)
+def test_a_checkpoint_of_other_lora_settings_is_refused(
+    base: BaseModel, tmp_path: Path, lora: dict[str, Any], told: str
+) -> None:
+    trained(base, **lora).save(tmp_path / "other", with_optimizer=True)
+    message = refused(base, tmp_path / "other")
+    assert "does not fit" in message
+    assert told in message
+    assert "the checkpoint's own model and LoRA settings" in message
+
+
+def test_a_checkpoint_of_another_model_is_refused_naming_both(
+    base: BaseModel, make_model_folder: Any, tmp_path: Path
+) -> None:
+    folder = make_model_folder(tmp_path / "wider", hidden_size=64)
+    trained(BaseModel(str(folder))).save(tmp_path / "other", with_optimizer=True)
+    message = refused(base, tmp_path / "other")
+    assert str(folder) in message
+    assert base.name in message
+
+
+# -- names ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name", ["../x", "..", ".", "", "a/b", "/abs", ".hidden", "-x", "a\\b", "a b", "x\n", "ü", "x\0", "x" * 129]
+)
+def test_a_name_cannot_leave_its_folder(tmp_path: Path, name: str) -> None:
+    with pytest.raises(CheckpointError, match="is no name for a checkpoint"):
+        state.checkpoint_path(tmp_path, name)
+
+
+@pytest.mark.parametrize("name", ["0001", "final", "step-10_a.b", "x" * 128])
+def test_an_ordinary_name_is_a_folder_of_its_own(tmp_path: Path, name: str) -> None:
+    assert state.checkpoint_path(tmp_path, name) == tmp_path / name
+
+
+# -- writing --------------------------------------------------------------------------------
+
+
+def test_a_name_that_is_taken_is_refused_unless_it_is_to_be_replaced(base: BaseModel, tmp_path: Path) -> None:
+    trainer = trained(base)
+    trainer.save(tmp_path / "name", with_optimizer=True)
+    before = {file.name: file.read_bytes() for file in (tmp_path / "name").iterdir()}
+    step(trainer, 5)
+    with pytest.raises(CheckpointError, match="exists already. Choose another name, or pass overwrite=True"):
+        trainer.save(tmp_path / "name", with_optimizer=True)
+    assert {file.name: file.read_bytes() for file in (tmp_path / "name").iterdir()} == before
+
+    trainer.save(tmp_path / "name", with_optimizer=True, overwrite=True)
+    assert [file.name for file in tmp_path.iterdir()] == ["name"]
+    other = Trainer(base, LoraConfig(rank=4, seed=1))
+    other.load(str(tmp_path / "name"), with_optimizer=True)
+    assert bits(other) == bits(trainer)
+
+
+def test_a_folder_that_cannot_be_made_is_one_clear_error(base: BaseModel, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match=r"Cannot save checkpoint .*file/name"):
+        trained(base).save(tmp_path / "file" / "name", with_optimizer=True)
+    assert [file.name for file in tmp_path.iterdir()] == ["file"]
+
+
+FULL_DISK = """
+import resource, signal, sys
+from pathlib import Path
+from cookbook.engine.base_model import BaseModel
+from cookbook.engine.trainer import Trainer
+from cookbook.errors import CheckpointError
+from cookbook.types import LoraConfig
+
+model, folder = sys.argv[1], Path(sys.argv[2])
+trainer = Trainer(BaseModel(model), LoraConfig(rank=4, seed=0))
+trainer.save(folder / "earlier", with_optimizer=True)
+before = {file.name: file.read_bytes() for file in (folder / "earlier").iterdir()}
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+for limit in (0, *sorted({len(content) - 1 for content in before.values()})):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+    for name in ("later", "earlier"):
+        try:
+            trainer.save(folder / name, with_optimizer=True, overwrite=True)
+        except CheckpointError as error:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+            print(limit, name, str(error).replace(str(folder), "FOLDER"))
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+        else:
+            print(limit, name, "was saved")
+        assert [file.name for file in folder.iterdir()] == ["earlier"], list(folder.iterdir())
+        assert before == {file.name: file.read_bytes() for file in (folder / "earlier").iterdir()}
+trainer.load(str(folder / "earlier"), with_optimizer=True)
+print("loaded")
+"""
+
+
+def test_a_full_disk_is_one_clear_error_and_earlier_checkpoints_are_intact(
+    tiny_qwen3: str, tmp_path: Path
+) -> None:
+    """The system itself refuses to write past a limit, in each of the files in turn."""
+    command = [sys.executable, "-c", FULL_DISK, tiny_qwen3, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    *lines, last = done.stdout.splitlines()
+    assert last == "loaded"
+    assert len(lines) == 2 * (1 + len(FILES))
+    for line in lines:
+        _, name, message = line.split(" ", 2)
+        assert message.startswith(f"Cannot save checkpoint FOLDER/{name}: ")
+        assert "File too large" in message
+        assert message.endswith("make room, or keep fewer checkpoints. Earlier ones are intact.")
+
+
+def test_what_a_killed_process_left_half_written_is_cleared(base: BaseModel, saved: Path) -> None:
+    folder = saved.parent
+    (folder / ".half.writing-123").mkdir()
+    (folder / ".half.writing-123" / state.ADAPTER_FILE).write_bytes(b"x")
+    saved.rename(folder / ".saved.replaced-123")
+    state.remove_unfinished(folder)
+    assert [file.name for file in folder.iterdir()] == ["saved"]
+    trained(base).load(str(saved), with_optimizer=True)
+
+
+def test_a_checkpoint_can_be_read_by_whoever_may_read_its_folder(saved: Path) -> None:
+    assert len({file.stat().st_mode for file in saved.iterdir()}) == 1

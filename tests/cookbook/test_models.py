@@ -1,0 +1,150 @@
+"""Model names: where a model lies, and what is said when it cannot be had."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from cookbook import embedded, models
+from cookbook.engine.base_model import BaseModel
+from cookbook.errors import ModelError
+
+
+@pytest.fixture
+def model_folder(tiny_qwen3: str, tmp_path: Path) -> Path:
+    """A copy to damage."""
+    return Path(shutil.copytree(tiny_qwen3, tmp_path / "model"))
+
+
+def test_a_folder_is_itself_and_a_hub_id_too(tiny_qwen3: str) -> None:
+    assert models.model_location(tiny_qwen3) == tiny_qwen3
+    assert models.model_location("Qwen/Qwen3-0.6B") == "Qwen/Qwen3-0.6B"
+
+
+def test_the_embedded_model_lies_in_the_package() -> None:
+    assert embedded.MODEL_NAME == "cookbook/tiny-chat"
+    location = Path(models.model_location(embedded.MODEL_NAME))
+    assert location == Path(embedded.__file__).parent / "tiny-chat"
+
+
+def test_a_home_folder_is_expanded(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(model_folder.parent))
+    assert models.model_location("~/model") == str(model_folder)
+
+
+@pytest.mark.parametrize("name", ["./none", "../none", "/none/at/all", "~/none-at-all", "gpt2", "a/b/c", ""])
+def test_what_is_neither_a_folder_nor_a_hub_id_is_refused(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ModelError) as caught:
+        models.model_location(name)
+    assert embedded.MODEL_NAME in str(caught.value) or "no config.json" in str(caught.value)
+
+
+def test_a_file_and_a_folder_without_a_config_are_no_models(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ModelError, match="neither a folder on this machine nor a hub id"):
+        models.model_location(str(tmp_path / "file"))
+    with pytest.raises(ModelError, match="is no model folder: it has no config.json"):
+        models.model_location(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("model_name", "renderer"),
+    [
+        ("Qwen/Qwen3-0.6B", "qwen3"),
+        ("qwen/qwen3-8b", "qwen3"),
+        ("meta-llama/Llama-3.2-1B-Instruct", "llama3"),
+        ("meta-llama/Meta-Llama-3-8B-Instruct", "llama3"),
+    ],
+)
+def test_the_renderer_of_a_known_model_is_told_without_loading_it(model_name: str, renderer: str) -> None:
+    assert models.recommended_renderer(model_name) == renderer
+
+
+def test_the_renderer_of_another_model_follows_its_template(tiny_qwen3: str, model_folder: Path) -> None:
+    assert models.recommended_renderer(tiny_qwen3) == "chat_template"
+    (model_folder / "chat_template.jinja").unlink(missing_ok=True)
+    config = json.loads((model_folder / "tokenizer_config.json").read_text())
+    config.pop("chat_template", None)
+    (model_folder / "tokenizer_config.json").write_text(json.dumps(config))
+    assert models.recommended_renderer(str(model_folder)) == "role_colon"
+
+
+@pytest.mark.parametrize("load", [models.get_tokenizer, BaseModel])
+def test_a_hub_model_without_a_hub_is_refused_in_seconds_with_the_repair(load: Any) -> None:
+    start = time.monotonic()
+    with pytest.raises(ModelError) as caught:
+        load("nobody/no-such-model")
+    assert time.monotonic() - start < 10
+    message = str(caught.value)
+    assert message.startswith("Cannot load the tokenizer of 'nobody/no-such-model': it is not on this machine, and ")
+    assert "offline mode is on (HF_HUB_OFFLINE)" in message
+    assert "hf download nobody/no-such-model" in message
+    assert "model_name=/path/to/model" in message
+    assert f"model_name={embedded.MODEL_NAME}" in message
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def drop_a_tensor(path: Path) -> None:
+    weights = load_file(path)
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, path, {"format": "pt"})
+
+
+def widen(path: Path) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), "intermediate_size": 128}))
+
+
+@pytest.mark.parametrize(
+    ("file", "damage", "what"),
+    [
+        ("config.json", lambda path: path.write_text("{"), "tokenizer|weights"),
+        ("config.json", lambda path: path.write_text("{}"), "tokenizer|weights"),
+        ("config.json", widen, "weights"),
+        ("model.safetensors", cut, "weights"),
+        ("model.safetensors", lambda path: path.write_bytes(b""), "weights"),
+        ("model.safetensors", Path.unlink, "weights"),
+        ("model.safetensors", drop_a_tensor, "weights"),
+        ("tokenizer.json", cut, "tokenizer"),
+        ("tokenizer.json", Path.unlink, "tokenizer"),
+    ],
+    ids=[
+        "broken-config",
+        "empty-config",
+        "config-of-another-shape",
+        "truncated-weights",
+        "empty-weights",
+        "no-weights",
+        "a-tensor-is-missing",
+        "truncated-tokenizer",
+        "no-tokenizer",
+    ],
+)
+def test_a_damaged_model_folder_is_refused(model_folder: Path, file: str, damage: Any, what: str) -> None:
+    damage(model_folder / file)
+    with pytest.raises(ModelError, match=rf"Cannot load the ({what}) of '{model_folder}': .*") as caught:
+        BaseModel(str(model_folder))
+    assert "The folder is damaged or incomplete: copy or download it again." in str(caught.value)
+
+
+def test_code_that_comes_with_a_model_is_never_run(model_folder: Path) -> None:
+    (model_folder / "modeling.py").write_text("raise SystemExit('it ran')\n")
+    config = json.loads((model_folder / "config.json").read_text())
+    config |= {
+        "model_type": "of_its_own",
+        "auto_map": {"AutoConfig": "modeling.Config", "AutoModelForCausalLM": "modeling.Model"},
+    }
+    (model_folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError):
+        BaseModel(str(model_folder))

@@ -1,0 +1,180 @@
+"""SamplingClient: an immutable snapshot that frees what it holds."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+from cookbook import AdamParams, Datum, ModelInput, SamplingClient, SamplingParams, ServiceClient, TrainingClient
+from cookbook.errors import RequestError
+
+PROMPT = ModelInput.from_ints([5, 17, 31, 8])
+PARAMS = SamplingParams(max_tokens=8, stop_token_ids=[0])
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServiceClient]:
+    service = ServiceClient(device="cpu", checkpoint_dir=tmp_path_factory.mktemp("checkpoints"))
+    yield service
+    service.close()
+
+
+@pytest.fixture
+def client(service: ServiceClient, tiny_qwen3: str) -> TrainingClient:
+    return service.create_lora_training_client(tiny_qwen3, rank=4, seed=0)
+
+
+def step(client: TrainingClient, seed: int = 0) -> None:
+    tokens = np.random.default_rng(seed).integers(3, 300, 12)
+    client.forward_backward([Datum(ModelInput.from_ints(tokens[:-1]), {"target_tokens": tokens[1:]})])
+    client.optim_step(AdamParams(learning_rate=1e-2))
+
+
+def adapters(client: TrainingClient) -> set[str]:
+    return client._engine.submit(lambda: set(client._engine.base._peft.peft_config)).result()
+
+
+def test_sequences_are_read_straight_off_the_future(client: TrainingClient) -> None:
+    sampling_client = client.save_weights_and_get_sampling_client(name="straight")
+    params = SamplingParams(max_tokens=5, temperature=0.7, stop_token_ids=[0, 1])
+    tokens = sampling_client.sample(prompt=PROMPT, num_samples=1, sampling_params=params).sequences[0].tokens
+    assert 1 <= len(tokens) <= 5
+    future = sampling_client.sample(PROMPT, 2, PARAMS, include_prompt_logprobs=True)
+    response = future.result(timeout=60)
+    assert future.sequences == response.sequences
+    assert len(response.sequences) == 2
+    assert response.prompt_logprobs == sampling_client.compute_logprobs(PROMPT).result()
+
+
+def test_stops_may_be_strings_or_tokens(client: TrainingClient) -> None:
+    sampling_client = client.save_weights_and_get_sampling_client()
+    (whole,) = sampling_client.sample(PROMPT, 1, SamplingParams(max_tokens=8, seed=0, stop_token_ids=[0])).sequences
+    end = whole.tokens[2]
+    text = sampling_client.get_tokenizer().decode([end])
+    for stop in (
+        SamplingParams(max_tokens=8, seed=0, stop_token_ids=[end]),
+        SamplingParams(max_tokens=8, seed=0, stop=[end]),
+        SamplingParams(max_tokens=8, seed=0, stop=[text]),
+        SamplingParams(max_tokens=8, seed=0, stop=text),
+    ):
+        (sequence,) = sampling_client.sample(PROMPT, 1, stop).sequences
+        assert sequence.tokens == whole.tokens[: len(sequence.tokens)]
+        assert len(sequence.tokens) <= 3
+        assert sequence.stop_reason == "stop"
+
+
+def test_awaiting_and_async_twins_give_the_same(client: TrainingClient) -> None:
+    sampling_client = client.save_weights_and_get_sampling_client()
+    params = SamplingParams(max_tokens=6, seed=4, stop_token_ids=[0])
+
+    async def main() -> list[object]:
+        awaited = await sampling_client.sample(PROMPT, 1, params)
+        twin, logprobs = await asyncio.gather(
+            sampling_client.sample_async(PROMPT, 1, params), sampling_client.compute_logprobs_async(PROMPT)
+        )
+        return [awaited, twin, logprobs]
+
+    awaited, twin, logprobs = asyncio.run(main())
+    assert awaited == twin == sampling_client.sample(PROMPT, 1, params).result()
+    assert logprobs == sampling_client.compute_logprobs(PROMPT).result()
+
+
+def test_a_snapshot_stays_what_it_was_while_training_goes_on(client: TrainingClient) -> None:
+    step(client)
+    snapshot = client.save_weights_and_get_sampling_client()
+    before = snapshot.compute_logprobs(PROMPT).result()
+    sampled = snapshot.sample(PROMPT, 2, SamplingParams(max_tokens=8, seed=1, stop_token_ids=[0])).result()
+    for seed in range(3):
+        step(client, seed)
+        assert snapshot.compute_logprobs(PROMPT).result() == before
+    assert snapshot.sample(PROMPT, 2, SamplingParams(max_tokens=8, seed=1, stop_token_ids=[0])).result() == sampled
+    assert client.save_weights_and_get_sampling_client().compute_logprobs(PROMPT).result() != before
+
+
+def test_a_snapshot_is_of_the_moment_it_was_asked_for(client: TrainingClient, service: ServiceClient, tiny_qwen3: str) -> None:
+    """Asked for between two steps that are both still queued."""
+    step(client, 0)
+    snapshot = client.save_weights_and_get_sampling_client()
+    step(client, 1)
+    twin = service.create_lora_training_client(tiny_qwen3, rank=4, seed=0)
+    step(twin, 0)
+    expected = twin.save_weights_and_get_sampling_client().compute_logprobs(PROMPT).result()
+    assert snapshot.compute_logprobs(PROMPT).result() == expected
+
+
+def test_unseeded_samples_differ_from_call_to_call_and_repeat_with_the_run(
+    service: ServiceClient, tiny_qwen3: str
+) -> None:
+    def drawn() -> list[list[int]]:
+        client = service.create_lora_training_client(tiny_qwen3, rank=4, seed=6)
+        tokens = []
+        for _ in range(2):
+            snapshot = client.save_weights_and_get_sampling_client()
+            futures = [snapshot.sample(PROMPT, 1, PARAMS) for _ in range(3)]
+            tokens += [future.sequences[0].tokens for future in futures]
+        return tokens
+
+    first = drawn()
+    assert len({tuple(tokens) for tokens in first}) == 6
+    assert drawn() == first
+
+
+def test_a_deleted_client_frees_its_adapter_once_its_work_is_done(client: TrainingClient) -> None:
+    gc.collect()
+    before = adapters(client)
+    snapshot = client.save_weights_and_get_sampling_client()
+    assert len(adapters(client)) == len(before) + 1
+    future = snapshot.sample(PROMPT, 1, PARAMS)
+    del snapshot
+    assert len(future.sequences[0].tokens) >= 1
+    del future
+    gc.collect()
+    assert adapters(client) == before
+
+
+def test_many_snapshots_in_turn_hold_one_adapter_at_a_time(client: TrainingClient) -> None:
+    gc.collect()
+    before = adapters(client)
+    for seed in range(4):
+        step(client, seed)
+        snapshot: SamplingClient = client.save_weights_and_get_sampling_client()
+        snapshot.compute_logprobs(PROMPT).result()
+        assert len(adapters(client)) <= len(before) + 2
+    del snapshot
+    gc.collect()
+    assert adapters(client) == before
+
+
+def test_freeing_a_snapshot_leaves_gradients_and_training_alone(
+    client: TrainingClient, service: ServiceClient, tiny_qwen3: str
+) -> None:
+    twin = service.create_lora_training_client(tiny_qwen3, rank=4, seed=0)
+    data = [Datum(PROMPT, {"target_tokens": [17, 31, 8, 9]})]
+    for each in (client, twin):
+        each.forward_backward(data)
+        if each is client:
+            client.save_weights_and_get_sampling_client().compute_logprobs(PROMPT).result()
+            gc.collect()
+        each.forward_backward(data)
+        each.optim_step(AdamParams(learning_rate=1e-2)).result()
+    found, expected = (
+        each.save_weights_and_get_sampling_client().compute_logprobs(PROMPT).result() for each in (client, twin)
+    )
+    assert found == expected
+
+
+def test_what_cannot_be_sampled_is_refused_by_the_call_itself(client: TrainingClient) -> None:
+    sampling_client = client.save_weights_and_get_sampling_client()
+    with pytest.raises(RequestError, match="The prompt is empty"):
+        sampling_client.sample(ModelInput.empty(), 1, PARAMS)
+    with pytest.raises(RequestError, match="num_samples=0"):
+        sampling_client.sample(PROMPT, 0, PARAMS)
+    with pytest.raises(RequestError, match="max_tokens=1000"):
+        sampling_client.sample(PROMPT, 1, SamplingParams(max_tokens=1000))
+    with pytest.raises(RequestError, match="outside the vocabulary"):
+        sampling_client.compute_logprobs(ModelInput.from_ints([10**6]))
+    assert sampling_client.sample(PROMPT, 1, PARAMS).sequences
