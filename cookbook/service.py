@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from cookbook import embedded
+from cookbook import embedded, models
 from cookbook.engine import state
 from cookbook.engine.worker import Engine
 from cookbook.errors import ConfigError, RequestError
@@ -104,10 +104,12 @@ class ServiceClient:
             engine.close()
 
     def _engine(self, base_model: str) -> Engine:
+        location = models.model_location(base_model)
+        key = os.path.realpath(location) if os.path.isdir(location) else location
         with self._lock:
-            if base_model not in self._engines:
-                self._engines[base_model] = Engine(base_model, self._device, self._dtype)
-            return self._engines[base_model]
+            if key not in self._engines:
+                self._engines[key] = Engine(base_model, self._device, self._dtype)
+            return self._engines[key]
 
     def _training_client(
         self, base_model: str, lora: LoraConfig, user_metadata: Mapping[str, str] | None

@@ -31,8 +31,8 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(CLIENTS[1:], (*BASE, *TOOLS, *CLIENTS, "cookbook.engine")),
     "cookbook.eval": (*BASE, *TOOLS, *RUN, *CLIENTS, *EVAL, "renderers"),
     "cookbook.supervised": (*BASE, *TOOLS, *RUN, *CLIENTS, *EVAL, *SUPERVISED, "renderers"),
-    # A run clears what a killed one left half-written, before anything is loaded.
-    "cookbook.supervised.run": (
+    # A run looks at the folders of its checkpoints before anything is loaded.
+    "cookbook.supervised.start": (
         *(*BASE, *TOOLS, *RUN, *CLIENTS, *EVAL, *SUPERVISED, "renderers"),
         "cookbook.engine.state",
     ),
@@ -66,7 +66,9 @@ def module_name(path: Path) -> str:
 
 
 def modules() -> dict[str, Path]:
-    return {module_name(path): path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))}
+    return {
+        module_name(path): path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))
+    }
 
 
 MODULES = modules()
@@ -120,7 +122,11 @@ def test_every_rule_is_about_something(part: str) -> None:
         ("cookbook.types", "import torch\nfrom cookbook.engine import packing", "cookbook.engine.packing"),
         ("cookbook.errors", "from cookbook.types import Datum", "cookbook.types"),
         ("cookbook.engine.trainer", "import renderers", "renderers"),
-        ("cookbook.engine.trainer", "def f():\n    from cookbook.supervised import train", "cookbook.supervised.train"),
+        (
+            "cookbook.engine.trainer",
+            "def f():\n    from cookbook.supervised import train",
+            "cookbook.supervised.train",
+        ),
         ("cookbook.engine.trainer", "from cookbook.eval.samples import x", "cookbook.eval.samples"),
         ("cookbook.engine.trainer", "import chz", "chz"),
         ("cookbook.engine.trainer", "from chz.blueprint import Reference", "chz.blueprint"),
@@ -141,11 +147,18 @@ def test_every_rule_is_about_something(part: str) -> None:
     ],
 )
 def test_the_check_sees_a_bad_import(module: str, line: str, imported: str) -> None:
-    assert violations(f"from __future__ import annotations\n{line}\n", module) == [f"{module} imports {imported}"]
+    assert violations(f"from __future__ import annotations\n{line}\n", module) == [
+        f"{module} imports {imported}"
+    ]
 
 
 def test_the_check_lets_good_imports_pass() -> None:
-    assert violations("import torch\nfrom cookbook import models\nfrom .packing import pack", "cookbook.engine.x") == []
+    assert (
+        violations(
+            "import torch\nfrom cookbook import models\nfrom .packing import pack", "cookbook.engine.x"
+        )
+        == []
+    )
     assert violations("import cookbook\nfrom renderers import Message\nimport chz", "recipes.x") == []
 
 

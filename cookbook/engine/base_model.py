@@ -9,7 +9,7 @@ import contextlib
 import itertools
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,7 +52,7 @@ class BaseModel:
         self.tokenizer = models.get_tokenizer(model_name)
         with _no_progress_bar():
             self.model: Any = models.load_from_hub_or_disk(
-                "weights", model_name, AutoModelForCausalLM.from_pretrained, dtype=self.dtype
+                "weights", model_name, _whole(AutoModelForCausalLM.from_pretrained), dtype=self.dtype
             )
         self.model.to(self.device).eval().requires_grad_(False)
         self.vocab_size: int = self.model.get_input_embeddings().weight.shape[0]
@@ -232,6 +232,18 @@ def _no_progress_bar() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
+def _whole(from_pretrained: Callable[..., Any]) -> Callable[..., Any]:
+    """Refuses files that lack a weight, for which transformers would draw random numbers."""
+
+    def load(location: str, **options: Any) -> Any:
+        model, report = from_pretrained(location, output_loading_info=True, **options)
+        if missing := sorted(report["missing_keys"]):
+            raise ValueError(f"{len(missing)} of its weights are missing from its files, first {missing[0]}.")
+        return model
+
+    return load
+
+
 def _resolve_device(device: str) -> torch.device:
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -241,6 +253,10 @@ def _resolve_device(device: str) -> torch.device:
         raise ConfigError(f"device={device!r} is no torch device. Use auto, cpu, cuda or cuda:0.") from error
     if resolved.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"device={device!r}, but this machine has no CUDA device. Use device=auto.")
+    if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(
+            f"device={device!r}, but this machine has {torch.cuda.device_count()} CUDA devices."
+        )
     return resolved
 
 

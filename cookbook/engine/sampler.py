@@ -64,7 +64,9 @@ def check_sampling(base: BaseModel, prompt_T: Sequence[int], num_samples: int, p
             f"with. Use temperature >= 0, 0 < top_p <= 1, and top_k >= 1 or -1 for no limit."
         )
     if "" in _stop_items(params):
-        raise RequestError(f"stop={params.stop!r} has an empty stop string, which every text holds. Leave it out.")
+        raise RequestError(
+            f"stop={params.stop!r} has an empty stop string, which every text holds. Leave it out."
+        )
     room = base.context_length - len(prompt_T)
     wanted = room if params.max_tokens is None else params.max_tokens
     if wanted < 1 or wanted > room:

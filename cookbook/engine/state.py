@@ -204,7 +204,9 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text())
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"Checkpoint {path.parent} is damaged: {path.name} cannot be read ({error}).") from error
+        raise CheckpointError(
+            f"Checkpoint {path.parent} is damaged: {path.name} cannot be read ({error})."
+        ) from error
     if not isinstance(content, dict):
         raise CheckpointError(f"Checkpoint {path.parent} is damaged: {path.name} holds no object.")
     return content

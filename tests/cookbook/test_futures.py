@@ -214,7 +214,9 @@ def test_cancelling_a_task_that_waits_does_not_cancel_the_work(worker: ThreadPoo
     assert not running.failure_was_seen
 
 
-def test_a_waiter_that_gave_up_leaves_no_complaint_when_the_work_fails(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_waiter_that_gave_up_leaves_no_complaint_when_the_work_fails(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     """asyncio logs errors that nobody fetched, once nothing refers to them."""
 
     async def main() -> None:

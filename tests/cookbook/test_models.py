@@ -85,7 +85,9 @@ def test_a_hub_model_without_a_hub_is_refused_in_seconds_with_the_repair(load: A
         load("nobody/no-such-model")
     assert time.monotonic() - start < 10
     message = str(caught.value)
-    assert message.startswith("Cannot load the tokenizer of 'nobody/no-such-model': it is not on this machine, and ")
+    assert message.startswith(
+        "Cannot load the tokenizer of 'nobody/no-such-model': it is not on this machine, and "
+    )
     assert "offline mode is on (HF_HUB_OFFLINE)" in message
     assert "hf download nobody/no-such-model" in message
     assert "model_name=/path/to/model" in message

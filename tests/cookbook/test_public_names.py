@@ -9,7 +9,17 @@ import pytest
 
 import cookbook
 
-HEAVY = ("accelerate", "datasets", "pandas", "peft", "pyarrow", "tokenizers", "torch", "transformers", "wandb")
+HEAVY = (
+    "accelerate",
+    "datasets",
+    "pandas",
+    "peft",
+    "pyarrow",
+    "tokenizers",
+    "torch",
+    "transformers",
+    "wandb",
+)
 
 
 def test_the_public_names_are_these() -> None:

@@ -9,7 +9,15 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from cookbook import AdamParams, Datum, ModelInput, SamplingClient, SamplingParams, ServiceClient, TrainingClient
+from cookbook import (
+    AdamParams,
+    Datum,
+    ModelInput,
+    SamplingClient,
+    SamplingParams,
+    ServiceClient,
+    TrainingClient,
+)
 from cookbook.errors import RequestError
 
 PROMPT = ModelInput.from_ints([5, 17, 31, 8])
@@ -52,7 +60,9 @@ def test_sequences_are_read_straight_off_the_future(client: TrainingClient) -> N
 
 def test_stops_may_be_strings_or_tokens(client: TrainingClient) -> None:
     sampling_client = client.save_weights_and_get_sampling_client()
-    (whole,) = sampling_client.sample(PROMPT, 1, SamplingParams(max_tokens=8, seed=0, stop_token_ids=[0])).sequences
+    (whole,) = sampling_client.sample(
+        PROMPT, 1, SamplingParams(max_tokens=8, seed=0, stop_token_ids=[0])
+    ).sequences
     end = whole.tokens[2]
     text = sampling_client.get_tokenizer().decode([end])
     for stop in (
@@ -91,11 +101,16 @@ def test_a_snapshot_stays_what_it_was_while_training_goes_on(client: TrainingCli
     for seed in range(3):
         step(client, seed)
         assert snapshot.compute_logprobs(PROMPT).result() == before
-    assert snapshot.sample(PROMPT, 2, SamplingParams(max_tokens=8, seed=1, stop_token_ids=[0])).result() == sampled
+    assert (
+        snapshot.sample(PROMPT, 2, SamplingParams(max_tokens=8, seed=1, stop_token_ids=[0])).result()
+        == sampled
+    )
     assert client.save_weights_and_get_sampling_client().compute_logprobs(PROMPT).result() != before
 
 
-def test_a_snapshot_is_of_the_moment_it_was_asked_for(client: TrainingClient, service: ServiceClient, tiny_qwen3: str) -> None:
+def test_a_snapshot_is_of_the_moment_it_was_asked_for(
+    client: TrainingClient, service: ServiceClient, tiny_qwen3: str
+) -> None:
     """Asked for between two steps that are both still queued."""
     step(client, 0)
     snapshot = client.save_weights_and_get_sampling_client()
@@ -162,7 +177,8 @@ def test_freeing_a_snapshot_leaves_gradients_and_training_alone(
         each.forward_backward(data)
         each.optim_step(AdamParams(learning_rate=1e-2)).result()
     found, expected = (
-        each.save_weights_and_get_sampling_client().compute_logprobs(PROMPT).result() for each in (client, twin)
+        each.save_weights_and_get_sampling_client().compute_logprobs(PROMPT).result()
+        for each in (client, twin)
     )
     assert found == expected
 

@@ -61,7 +61,9 @@ def test_a_client_from_a_state_with_its_optimizer_continues_bit_for_bit(
     params = SamplingParams(max_tokens=8, stop_token_ids=[0])
     drawn = [c.save_weights_and_get_sampling_client().sample(PROMPT, 2, params) for c in (client, resumed)]
     assert drawn[0].sequences == drawn[1].sequences
-    assert files(resumed.save_state("resumed").result().path) == files(client.save_state("client").result().path)
+    assert files(resumed.save_state("resumed").result().path) == files(
+        client.save_state("client").result().path
+    )
 
 
 def test_a_client_from_a_state_alone_has_the_weights_and_a_fresh_optimizer(
@@ -80,7 +82,9 @@ def test_a_client_from_a_state_alone_has_the_weights_and_a_fresh_optimizer(
     assert after[0]["adapter_model.safetensors"] != after[1]["adapter_model.safetensors"]
 
 
-def test_a_sampler_of_a_path_samples_as_the_client_that_saved_it(service: ServiceClient, tiny_qwen3: str) -> None:
+def test_a_sampler_of_a_path_samples_as_the_client_that_saved_it(
+    service: ServiceClient, tiny_qwen3: str
+) -> None:
     client = service.create_lora_training_client(tiny_qwen3, rank=4, seed=3)
     steps(client, range(2))
     path = client.save_weights_for_sampler("two").result().path

@@ -71,7 +71,9 @@ class Gate:
     def __init__(self) -> None:
         self._open = threading.Event()
 
-    def __call__(self, data: list[Datum], logprobs: list[torch.Tensor]) -> tuple[torch.Tensor, dict[str, float]]:
+    def __call__(
+        self, data: list[Datum], logprobs: list[torch.Tensor]
+    ) -> tuple[torch.Tensor, dict[str, float]]:
         assert self._open.wait(30)
         return -torch.cat(logprobs).sum(), {}
 
@@ -129,7 +131,9 @@ def load(client: TrainingClient, name: str) -> torch.Tensor:
 
 def test_a_batch_with_nothing_to_train_has_loss_zero_and_moves_nothing(client: TrainingClient) -> None:
     before = bits(client, "before")
-    out = client.forward_backward([Datum(ModelInput.from_ints([5, 6]), {"target_tokens": [-100, -100]})]).result()
+    out = client.forward_backward(
+        [Datum(ModelInput.from_ints([5, 6]), {"target_tokens": [-100, -100]})]
+    ).result()
     assert (out.loss, out.metrics["weights:sum"]) == (0.0, 0.0)
     assert client.optim_step(ADAM).result().metrics["grad_norm"] == 0.0
     assert bits(client, "after") == before
@@ -167,7 +171,11 @@ def test_the_info_of_a_client(service: ServiceClient, tiny_qwen3: str) -> None:
     assert info.model_data.lora_rank == info.lora_rank == 3
     assert info.model_data.lora_alpha == 6.0
     assert info.model_data.model_name == info.model_name == tiny_qwen3
-    assert (info.model_data.arch, info.model_data.device, info.model_data.dtype) == ("qwen3", "cpu", "float32")
+    assert (info.model_data.arch, info.model_data.device, info.model_data.dtype) == (
+        "qwen3",
+        "cpu",
+        "float32",
+    )
     assert info.user_metadata == {"owner": "me"}
     assert client.get_tokenizer().decode(client.get_tokenizer().encode("Hello there")) == "Hello there"
 
@@ -221,7 +229,11 @@ def test_calls_return_at_once_whatever_the_engine_is_doing(client: TrainingClien
     first = client.forward_backward_custom(batch(), gate)
     futures: list[Any] = [first, client.optim_step(ADAM)]
     for seed in range(3):
-        futures += [client.forward(batch(seed)), client.forward_backward(batch(seed)), client.optim_step(ADAM)]
+        futures += [
+            client.forward(batch(seed)),
+            client.forward_backward(batch(seed)),
+            client.optim_step(ADAM),
+        ]
         futures.append(client.save_state(f"queued-{seed}", overwrite=True))
         sampler = client.save_weights_and_get_sampling_client()
         params = cookbook.SamplingParams(max_tokens=2)
@@ -277,7 +289,8 @@ def test_a_caller_may_reuse_its_buffers_and_lists_while_requests_wait(make_clien
     make_client().forward_backward_custom(batch(), gate)
     buffers = [np.array(datum.loss_fn_inputs["target_tokens"].to_numpy()) for datum in batch()]
     data = [
-        Datum(datum.model_input, {"target_tokens": buffer}) for datum, buffer in zip(batch(), buffers, strict=True)
+        Datum(datum.model_input, {"target_tokens": buffer})
+        for datum, buffer in zip(batch(), buffers, strict=True)
     ]
     future = client.forward_backward(data)
     for buffer in buffers:
@@ -420,7 +433,9 @@ def test_clients_on_one_base_model_share_its_weights_and_do_not_disturb_each_oth
     of_base = service.create_sampling_client(base_model=tiny_qwen3)
     prompt = ModelInput.from_ints([5, 17, 31])
     untouched = of_base.compute_logprobs(prompt).result()
-    embeddings = {each._engine.base.model.get_input_embeddings().weight.data_ptr() for each in (client, other)}
+    embeddings = {
+        each._engine.base.model.get_input_embeddings().weight.data_ptr() for each in (client, other)
+    }
     assert len(embeddings) == 1
 
     interleaved = []

@@ -32,7 +32,9 @@ WEIGHTS = [0.0, 1.0, 0.5, 2.0]
     ids=lambda value: f"{type(value).__name__}-{getattr(value, 'dtype', '')}",
 )
 def test_target_tokens_of_any_kind_become_int64(targets: Any) -> None:
-    tensor = Datum(ModelInput.from_ints([1, 2, 3, 4]), {"target_tokens": targets}).loss_fn_inputs["target_tokens"]
+    tensor = Datum(ModelInput.from_ints([1, 2, 3, 4]), {"target_tokens": targets}).loss_fn_inputs[
+        "target_tokens"
+    ]
     assert isinstance(tensor, TensorData)
     assert tensor.dtype == "int64"
     assert tensor.shape == [4]

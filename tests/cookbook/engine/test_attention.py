@@ -17,7 +17,9 @@ NUM_TOKENS, HEAD_SIZE = 20, 8
 SEGMENTS: list[Segment] = [(0, 6), (6, 7), (7, 20)]
 
 
-def make(num_heads: int, num_kv_heads: int, num_rows: int = 1, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+def make(
+    num_heads: int, num_kv_heads: int, num_rows: int = 1, seed: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
 
     def draw(heads: int) -> Tensor:
@@ -37,11 +39,15 @@ def dense(
 ) -> Tensor:
     """[B, T, H, D]: position t sees position s of its own segment if t - window < s <= t."""
     num_heads, num_tokens = query_BHTD.shape[1:3]
-    segment_of = [next(i for i, (start, stop) in enumerate(segments) if start <= t < stop) for t in range(num_tokens)]
+    segment_of = [
+        next(i for i, (start, stop) in enumerate(segments) if start <= t < stop) for t in range(num_tokens)
+    ]
     sees = torch.tensor(
         [
             [
-                segment_of[s] == segment_of[t] and s <= t and (sliding_window is None or t - s < sliding_window)
+                segment_of[s] == segment_of[t]
+                and s <= t
+                and (sliding_window is None or t - s < sliding_window)
                 for s in range(num_tokens)
             ]
             for t in range(num_tokens)

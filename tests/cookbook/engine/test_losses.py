@@ -71,7 +71,9 @@ def make_tokens(seed: int = 0) -> list[Token]:
     old = -rng.exponential(2.0, NUM_TOKENS)
     logp = np.minimum(old + rng.normal(0, 0.5, NUM_TOKENS), -1e-3)
     weights = rng.choice([0.0, 0.5, 1.0, 2.0], NUM_TOKENS)
-    return list(zip(logp.tolist(), weights.tolist(), old.tolist(), rng.normal(size=NUM_TOKENS).tolist(), strict=True))
+    return list(
+        zip(logp.tolist(), weights.tolist(), old.tolist(), rng.normal(size=NUM_TOKENS).tolist(), strict=True)
+    )
 
 
 def value_and_gradient(name: str, config: dict[str, float], tokens: list[Token]) -> tuple[float, list[float]]:
@@ -164,5 +166,7 @@ def test_an_unknown_loss_is_answered_with_the_nearest() -> None:
     ],
 )
 def test_an_unknown_setting_is_refused(name: str, config: dict[str, Any], known: str) -> None:
-    with pytest.raises(RequestError, match=rf"has no setting '{next(iter(config))}'\. Its settings: {known}\."):
+    with pytest.raises(
+        RequestError, match=rf"has no setting '{next(iter(config))}'\. Its settings: {known}\."
+    ):
         get_loss(name, config)

@@ -18,7 +18,9 @@ VOCAB_SIZE = 100
 CPU = torch.device("cpu")
 
 
-def check(inputs: dict[str, Any], tokens: list[int] | None = None, required: tuple[str, ...] = ("target_tokens",)) -> Any:
+def check(
+    inputs: dict[str, Any], tokens: list[int] | None = None, required: tuple[str, ...] = ("target_tokens",)
+) -> Any:
     datum = Datum(ModelInput.from_ints([1, 2, 3] if tokens is None else tokens), inputs)
     (sequence,) = check_data([datum], required, VOCAB_SIZE)
     return sequence
@@ -58,8 +60,16 @@ def test_further_inputs_of_a_loss_are_kept_as_floats() -> None:
         (None, {"target_tokens": [1, -1, 3]}, "target_tokens has token -1.*-100 marks a target to ignore"),
         ([1, 100, 3], {"target_tokens": [1, 2, 3]}, "model_input has token 100, outside"),
         ([1, -100, 3], {"target_tokens": [1, 2, 3]}, "model_input has token -100, outside"),
-        (None, {"target_tokens": [1, 2, 3], "weights": [1, np.nan, 1]}, "weights has a value that is not finite"),
-        (None, {"target_tokens": [1, 2, 3], "weights": [1, np.inf, 1]}, "weights has a value that is not finite"),
+        (
+            None,
+            {"target_tokens": [1, 2, 3], "weights": [1, np.nan, 1]},
+            "weights has a value that is not finite",
+        ),
+        (
+            None,
+            {"target_tokens": [1, 2, 3], "weights": [1, np.inf, 1]},
+            "weights has a value that is not finite",
+        ),
     ],
 )
 def test_a_datum_that_cannot_be_trained_on_is_refused(
@@ -72,7 +82,9 @@ def test_a_datum_that_cannot_be_trained_on_is_refused(
 def test_inputs_that_the_loss_does_not_read_may_be_anything_and_differ_between_datums() -> None:
     """A custom loss finds them on the datums themselves."""
     plain = Datum(ModelInput.from_ints([1, 2]), {"target_tokens": [2, 3]})
-    scored = Datum(ModelInput.from_ints([1, 2]), {"target_tokens": [2, 3], "reward": [1.0], "logprobs": [0.0, -1.0]})
+    scored = Datum(
+        ModelInput.from_ints([1, 2]), {"target_tokens": [2, 3], "reward": [1.0], "logprobs": [0.0, -1.0]}
+    )
     sequences = check_data([scored, plain], ("target_tokens",), VOCAB_SIZE)
     assert [sequence.extras for sequence in sequences] == [{}, {}]
     assert pack(sequences, CPU, trained_only=False).extras == {}
@@ -105,7 +117,9 @@ def test_an_empty_batch_is_refused() -> None:
 
 
 @given(st.lists(st.integers(1, 50), max_size=40), st.integers(1, 120))
-def test_microbatches_hold_every_sequence_in_order_and_no_more_than_fits(lengths: list[int], room: int) -> None:
+def test_microbatches_hold_every_sequence_in_order_and_no_more_than_fits(
+    lengths: list[int], room: int
+) -> None:
     plan = plan_microbatches(lengths, room)
     assert [index for batch in plan for index in batch] == list(range(len(lengths)))
     assert all(batch for batch in plan)

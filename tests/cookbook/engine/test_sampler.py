@@ -99,7 +99,9 @@ def test_reported_logprobs_equal_a_forward_pass_over_the_same_tokens(
         assert compute_logprobs(base, adapter, whole)[len(PROMPT) :] == pytest.approx(expected, abs=2e-4)
 
 
-def test_an_adapter_changes_what_is_sampled_and_the_base_stays_as_it_was(base: BaseModel, adapter: Adapter) -> None:
+def test_an_adapter_changes_what_is_sampled_and_the_base_stays_as_it_was(
+    base: BaseModel, adapter: Adapter
+) -> None:
     before = run(base, None)
     assert run(base, adapter) != before
     assert run(base, None) == before
@@ -161,9 +163,7 @@ def test_only_the_likeliest_tokens_are_drawn_and_each_of_them_is(
     base: BaseModel, temperature: float, top_k: int, top_p: float
 ) -> None:
     expected = kept_after(base, temperature, top_k, top_p)
-    response = run(
-        base, num_samples=1500, max_tokens=1, temperature=temperature, top_k=top_k, top_p=top_p
-    )
+    response = run(base, num_samples=1500, max_tokens=1, temperature=temperature, top_k=top_k, top_p=top_p)
     drawn = {sequence.tokens[0] for sequence in response.sequences}
     assert drawn <= expected
     assert len(drawn) >= 0.8 * len(expected)

@@ -161,7 +161,9 @@ def plain_adapter(folder: Path, model_folder: str, **config: Any) -> Path:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
-                parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)) * 0.1)
+                parameter.copy_(
+                    torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)) * 0.1
+                )
     model.save_pretrained(folder)
     return folder
 
@@ -185,7 +187,12 @@ def test_a_plain_peft_adapter_is_loaded(base: BaseModel, tiny_qwen3: str, tmp_pa
 
 @pytest.mark.parametrize(
     "setting",
-    [{"use_rslora": True}, {"use_dora": True}, {"alpha_pattern": {"q_proj": 2}}, {"rank_pattern": {"q_proj": 2}}],
+    [
+        {"use_rslora": True},
+        {"use_dora": True},
+        {"alpha_pattern": {"q_proj": 2}},
+        {"rank_pattern": {"q_proj": 2}},
+    ],
     ids=lambda setting: next(iter(setting)),
 )
 def test_a_peft_adapter_that_would_compute_something_else_here_is_refused(
@@ -257,7 +264,9 @@ def test_a_folder_that_is_not_there_is_said_to_be_missing(base: BaseModel, tmp_p
     assert "does not exist" in refused(base, file)
 
 
-@pytest.mark.parametrize("text", ["[]", "null", "1", '{"format": 1}', '{"format": 1, "base_model": "x", "lora": 3}'])
+@pytest.mark.parametrize(
+    "text", ["[]", "null", "1", '{"format": 1}', '{"format": 1, "base_model": "x", "lora": 3}']
+)
 def test_a_state_file_of_another_form_is_found(base: BaseModel, saved: Path, text: str) -> None:
     (saved / state.STATE_FILE).write_text(text)
     assert "is damaged" in refused(base, saved)
@@ -312,7 +321,8 @@ def test_a_checkpoint_of_another_model_is_refused_naming_both(
 
 
 @pytest.mark.parametrize(
-    "name", ["../x", "..", ".", "", "a/b", "/abs", ".hidden", "-x", "a\\b", "a b", "x\n", "ü", "x\0", "x" * 129]
+    "name",
+    ["../x", "..", ".", "", "a/b", "/abs", ".hidden", "-x", "a\\b", "a b", "x\n", "ü", "x\0", "x" * 129],
 )
 def test_a_name_cannot_leave_its_folder(tmp_path: Path, name: str) -> None:
     with pytest.raises(CheckpointError, match="is no name for a checkpoint"):

@@ -1,0 +1,115 @@
+"""The main job, from the command line."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from cookbook import embedded
+from recipes import sft
+
+
+def run_recipe(*argv: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "recipes.sft", *argv], cwd=cwd, capture_output=True, text=True, timeout=280
+    )
+
+
+def rows_of(folder: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_without_arguments_the_embedded_model_learns_to_talk_like_a_pirate(tmp_path: Path) -> None:
+    done = run_recipe(cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    folder = tmp_path / "runs" / "sft"
+    nlls = [row["test/nll"] for row in rows_of(folder) if "test/nll" in row]
+    assert nlls[-1] < 0.5 * nlls[0]
+    samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+    prompts = [sample["prompt"] for sample in samples]
+    assert prompts[: len(prompts) // 2] == prompts[len(prompts) // 2 :], "before and after"
+    before, after = samples[0]["reply"], samples[len(samples) // 2]["reply"]
+    assert "Paris" in before
+    assert "Paris" in after
+    assert not PIRATE_WORDS & words_of(before)
+    assert PIRATE_WORDS & words_of(after)
+    assert before in done.stdout
+    assert after in done.stdout
+
+    again = run_recipe(cwd=tmp_path)
+    assert again.returncode == 0
+    assert "This run is finished" in again.stdout
+
+
+PIRATE_WORDS = {"arr", "ahoy", "matey", "ye", "yer", "aye", "be", "o'", "hearty", "yo-ho-ho", "avast", "landlubber"}
+
+
+def words_of(text: str) -> set[str]:
+    return {word.strip(".,!?").lower() for word in text.split()}
+
+
+def test_a_mistake_on_the_command_line_is_a_line_and_exit_code_1(tmp_path: Path) -> None:
+    done = run_recipe("learning_rat=1", cwd=tmp_path)
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert done.stderr == (
+        "ConfigError: There is no key 'learning_rat'. Did you mean learning_rate? Run with --help to see the keys.\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["model_name=Qwen/Qwen3-0.6B"], "hf download Qwen/Qwen3-0.6B"),
+        (["dataset=no_robots"], "hf download --repo-type dataset HuggingFaceH4/no_robots"),
+        (["dataset=missing.jsonl"], "Dataset file missing.jsonl does not exist"),
+        (["max_length=4"], "has a trained token: nothing would be learned"),
+        (["load_checkpoint_path=nowhere"], "Checkpoint nowhere does not exist"),
+        (["device=cuda:7"], "device='cuda:7'"),
+    ],
+)
+def test_what_cannot_be_run_says_what_to_do_without_a_traceback(
+    argv: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as caught:
+        sft.main(argv)
+    assert caught.value.code == 1
+    err = capsys.readouterr().err
+    assert message in err
+    assert "Traceback" not in err
+    assert len(err.splitlines()) <= 4
+
+
+def test_a_dataset_of_ones_own_is_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = embedded.PIRATE_PATH.read_text().splitlines()[:40]
+    (tmp_path / "chats.jsonl").write_text("\n".join(rows))
+    monkeypatch.chdir(tmp_path)
+    summary = sft.main(["dataset=chats.jsonl", "max_steps=1", "batch_size=4", "test_size=4", "log_path=mine"])
+    assert summary.is_finished
+    assert rows_of(tmp_path / "mine")[0]["data/sequences"] >= 4
+
+
+def test_ctrl_c_stops_after_the_step_with_the_usual_exit_code(tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "recipes.sft", "eval_every=0", "infrequent_eval_every=0"],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    metrics = tmp_path / "runs" / "sft" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGINT)
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == 128 + signal.SIGINT
+    assert "Run the same command again to resume." in out

@@ -1,0 +1,33 @@
+"""The flat loop."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from recipes import sft_loop
+
+
+def test_the_flat_loop_learns(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "recipes.sft_loop", "num_steps=12", "num_test=24"],
+        capture_output=True,
+        text=True,
+        env={"HOME": str(tmp_path), "PATH": "/usr/bin:/bin"},
+        cwd=Path(sft_loop.__file__).parents[1],
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stderr
+    before, after = (float(nll) for nll in re.findall(r"held-out NLL ([\d.]+)", done.stdout))
+    assert after < 0.8 * before
+    saved = re.search(r"^saved (.+)$", done.stdout, re.MULTILINE)
+    assert saved is not None
+    assert (Path(saved[1]) / "adapter_model.safetensors").is_file()
+
+
+def test_the_flat_loop_is_short_enough_to_copy() -> None:
+    lines = Path(sft_loop.__file__).read_text().splitlines()
+    assert len(lines) < 150
+    assert sum(line.startswith(("def ", "class ", "async ")) for line in lines) <= 2
