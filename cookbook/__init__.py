@@ -56,7 +56,7 @@ _HOME = {
     **dict.fromkeys(_TYPES, "cookbook.types"),
 }
 
-__all__ = ["types", *_HOME]  # pyright: ignore[reportUnsupportedDunderAll]
+__all__ = ["types", *_HOME]
 
 
 def __getattr__(name: str) -> Any:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
 
 import numpy as np
 
@@ -173,14 +173,15 @@ _DTYPE_OF_INPUT: dict[str, TensorDtype] = {
 
 
 def _to_tensor_data(name: str, value: LossFnInput) -> TensorData:
+    """A tensor in the dtype that the API gives to an input of this name."""
     dtype = _DTYPE_OF_INPUT.get(name)
     if isinstance(value, ModelInput):
         return TensorData(value.to_ints(), dtype=dtype or "int64")
     if hasattr(value, "detach"):
-        value = TensorData.from_torch(value)  # pyright: ignore[reportArgumentType]
+        value = TensorData.from_torch(cast("torch.Tensor", value))
     if isinstance(value, TensorData):
         return value if dtype in (None, value.dtype) else TensorData(value.to_numpy(), dtype)
-    return TensorData(value, dtype)  # type: ignore[arg-type]
+    return TensorData(value, dtype)
 
 
 # -- training ---------------------------------------------------------------------------------

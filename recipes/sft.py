@@ -28,7 +28,7 @@ DEFAULTS: dict[str, Any] = {
     "dataset_builder": NamedChatDatasetBuilder,
     "dataset_builder.common_config.model_name_for_tokenizer": Reference("model_name"),
     "dataset_builder.common_config.renderer_name": Reference("renderer_name"),
-    "dataset_builder.common_config.batch_size": 16,
+    "dataset_builder.common_config.batch_size": 8,
     "dataset_builder.shuffle_seed": Reference("seed"),
     "infrequent_evaluator_builders.0": SamplesEvaluatorBuilder,
     "infrequent_evaluator_builders.0.model_name": Reference("model_name"),

@@ -26,11 +26,11 @@ from renderers import TrainOnWhat, get_renderer
 class Config:
     model_name: str = embedded.MODEL_NAME
     data_path: str = str(embedded.PIRATE_PATH)
-    prompt: str = "What is the capital of France?"
-    batch_size: int = 16
+    prompt: str = "What is the capital of Japan?"
+    batch_size: int = 8
     max_length: int = 512
-    num_steps: int = 60
-    learning_rate: float = 2e-3
+    num_steps: int = 190
+    learning_rate: float = embedded.LEARNING_RATE
     lora_rank: int = 32
     num_test: int = 64
     seed: int = 0
@@ -87,7 +87,7 @@ def main(config: Config) -> None:
         )
         loss = forward_backward.result().loss
         optim_step.result()
-        if step % 10 == 0 or step == config.num_steps - 1:
+        if step % 20 == 0 or step == config.num_steps - 1:
             print(f"step {step}: train NLL {loss:.4f}")
 
     # ---------------------------------------------------------------------------------------

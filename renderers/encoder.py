@@ -184,7 +184,7 @@ class Encoder:
     @cached_property
     def _backend(self) -> Tokenizer:
         """The tokenizer's own, or a copy where a post-processor hides white space from the offsets."""
-        backend: Tokenizer = self._tokenizer.backend_tokenizer  # pyright: ignore
+        backend: Tokenizer = self._tokenizer.backend_tokenizer
         probe = "a  b\n c"
         offsets = backend.encode(probe, add_special_tokens=False).offsets
         if all(end == start for (_, end), (start, _) in pairwise([*offsets, (len(probe), len(probe))])):
@@ -194,7 +194,7 @@ class Encoder:
     @cached_property
     def _copy(self) -> tuple[Tokenizer, dict[int | None, int | None]]:
         """The copy, and the tokenizer's own id for each added token of it (None for the cut)."""
-        backend: Tokenizer = self._tokenizer.backend_tokenizer  # pyright: ignore
+        backend: Tokenizer = self._tokenizer.backend_tokenizer
         copy = _rebuild(backend, lambda text: self._escapes.get(text, text))
         copy.add_special_tokens([_CUT])
         ids: dict[int | None, int | None] = {copy.token_to_id(_CUT): None}

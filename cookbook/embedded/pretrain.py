@@ -120,7 +120,7 @@ def training_texts(
     """Endless plain conversations in the chat template, none of them held out."""
     held_out_texts = {tokenizer.apply_chat_template(chat, tokenize=False) for chat in held_out}
     for chat in conversations(seed, topics=TOPICS_TO_LEARN):
-        text = tokenizer.apply_chat_template(chat, tokenize=False)
+        text = str(tokenizer.apply_chat_template(chat, tokenize=False))
         if text not in held_out_texts:
             yield text
 
@@ -200,7 +200,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     texts = training_texts(tokenizer, args.seed, held_out)
     train(model, tokenizer, texts, steps=args.steps, batch_size=BATCH_SIZE)
 
-    model.to(torch.bfloat16).save_pretrained(args.out)
+    model.bfloat16().save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
     GenerationConfig(
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, max_new_tokens=64

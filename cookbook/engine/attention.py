@@ -37,7 +37,8 @@ def packed_attention(
     segment holds can reach another, to the bit.
     """
     assert attention_mask is None, "packed attention takes segments, never a mask"
-    assert unsupported.get("softcap") is None and unsupported.get("s_aux") is None
+    assert unsupported.get("softcap") is None
+    assert unsupported.get("s_aux") is None
     groups = query_BHTD.shape[1] // key_BHTD.shape[1]
     if groups > 1:
         key_BHTD = key_BHTD.repeat_interleave(groups, dim=1)

@@ -36,7 +36,7 @@ class StopRule:
             return True
         if not self.strings:
             return False
-        tail = self._decode(tokens[-self._tail_tokens :])
+        tail = self._decode(list(tokens[-self._tail_tokens :]))
         return any(string in tail for string in self.strings)
 
 
@@ -71,8 +71,8 @@ def check_sampling(base: BaseModel, prompt_T: Sequence[int], num_samples: int, p
     wanted = room if params.max_tokens is None else params.max_tokens
     if wanted < 1 or wanted > room:
         raise RequestError(
-            f"max_tokens={params.max_tokens} after a prompt of {len(prompt_T)} tokens does not fit the context "
-            f"length of {base.context_length}. Use 1 to {room}."
+            f"max_tokens={params.max_tokens} after a prompt of {len(prompt_T)} tokens does not fit the "
+            f"context length of {base.context_length}. Use 1 to {room}."
         )
     return wanted
 

@@ -215,7 +215,7 @@ def test_a_device_or_dtype_that_is_not_there_is_refused(
 
 
 def test_a_sampler_needs_a_path_or_a_model(service: ServiceClient) -> None:
-    with pytest.raises(RequestError, match="Give model_path .* or base_model"):
+    with pytest.raises(RequestError, match=r"Give model_path .* or base_model"):
         service.create_sampling_client()
 
 

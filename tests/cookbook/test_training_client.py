@@ -250,7 +250,6 @@ def test_calls_return_at_once_whatever_the_engine_is_doing(client: TrainingClien
 def test_a_queued_save_holds_exactly_the_state_of_its_moment(make_client: MakeClient) -> None:
     """Rule of order: everything is queued before anything has run."""
     gate, queued = Gate(), make_client()
-    queued.forward(batch())
     blocker = make_client().forward_backward_custom(batch(), gate)
     saves = []
     for seed in range(4):
@@ -285,7 +284,6 @@ def test_a_caller_may_reuse_its_buffers_and_lists_while_requests_wait(make_clien
     loss = expected.forward_backward(batch()).result().loss
 
     gate, client = Gate(), make_client()
-    client.forward(batch())
     make_client().forward_backward_custom(batch(), gate)
     buffers = [np.array(datum.loss_fn_inputs["target_tokens"].to_numpy()) for datum in batch()]
     data = [
@@ -445,7 +443,6 @@ def test_clients_on_one_base_model_share_its_weights_and_do_not_disturb_each_oth
         of_base.sample(prompt, 1, cookbook.SamplingParams(max_tokens=2))
         client.optim_step(ADAM)
         other.optim_step(ADAM)
-        del other
         other = make_client(rank=2, seed=seed)
         client.save_weights_and_get_sampling_client().compute_logprobs(prompt)
         interleaved.append(future.result().loss)

@@ -37,8 +37,8 @@ def test_without_arguments_the_embedded_model_learns_to_talk_like_a_pirate(tmp_p
     prompts = [sample["prompt"] for sample in samples]
     assert prompts[: len(prompts) // 2] == prompts[len(prompts) // 2 :], "before and after"
     before, after = samples[0]["reply"], samples[len(samples) // 2]["reply"]
-    assert "Paris" in before
-    assert "Paris" in after
+    assert "Tokyo" in before
+    assert "Tokyo" in after
     assert not PIRATE_WORDS & words_of(before)
     assert PIRATE_WORDS & words_of(after)
     assert before in done.stdout

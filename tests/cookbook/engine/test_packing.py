@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -125,7 +126,7 @@ def test_microbatches_hold_every_sequence_in_order_and_no_more_than_fits(
     assert all(batch for batch in plan)
     for batch in plan:
         assert sum(lengths[i] for i in batch) <= room or len(batch) == 1
-    for batch, following in zip(plan, plan[1:], strict=False):
+    for batch, following in pairwise(plan):
         assert sum(lengths[i] for i in batch) + lengths[following[0]] > room
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from cookbook.engine import state
-from cookbook.engine.base_model import BaseModel
+from cookbook.engine.base_model import Adapter, BaseModel
 from cookbook.engine.trainer import Trainer
 from cookbook.errors import CheckpointError
 from cookbook.types import AdamParams, Datum, LoraConfig, ModelInput
@@ -28,6 +29,14 @@ FILES = [state.ADAPTER_FILE, state.OPTIMIZER_FILE, state.STATE_FILE, state.ADAPT
 @pytest.fixture(scope="module")
 def base(tiny_qwen3: str) -> BaseModel:
     return BaseModel(tiny_qwen3)
+
+
+@pytest.fixture(autouse=True)
+def _free_adapters(base: BaseModel) -> Iterator[None]:
+    """Every adapter makes the next one slower to add."""
+    yield
+    for name in list(base._peft.peft_config if base._peft else ())[1:]:
+        base.remove_adapter(Adapter(name, LoraConfig(), {}))
 
 
 def make_data(seed: int = 0) -> list[Datum]:
@@ -205,7 +214,7 @@ def test_a_peft_adapter_that_would_compute_something_else_here_is_refused(
 
 def test_an_adapter_of_another_kind_is_refused(tmp_path: Path) -> None:
     (tmp_path / state.ADAPTER_CONFIG_FILE).write_text('{"peft_type": "IA3"}')
-    with pytest.raises(CheckpointError, match="holds a IA3 adapter. Only LoRA"):
+    with pytest.raises(CheckpointError, match="holds a IA3 adapter"):
         state.read_info(tmp_path)
 
 
@@ -215,14 +224,13 @@ def test_an_adapter_of_another_kind_is_refused(tmp_path: Path) -> None:
 def refused(base: BaseModel, path: Path) -> str:
     """The message of the refusal; nothing about the trainer has changed then."""
     trainer = trained(base, seed=4)
-    before, losses = bits(trainer), []
+    before, optimizer = bits(trainer), trainer._optimizer_tensors()
+    optimizer = {name: tensor.clone() for name, tensor in optimizer.items()}
     with pytest.raises(CheckpointError) as caught:
         trainer.load(str(path), with_optimizer=True)
     assert bits(trainer) == before
-    twin = trained(base, seed=4)
-    losses = [step(trainer, 3), step(twin, 3)]
-    assert losses[0] == losses[1]
-    assert bits(trainer) == bits(twin)
+    assert optimizer
+    assert all(torch.equal(tensor, optimizer[name]) for name, tensor in trainer._optimizer_tensors().items())
     return str(caught.value)
 
 
@@ -342,7 +350,9 @@ def test_a_name_that_is_taken_is_refused_unless_it_is_to_be_replaced(base: BaseM
     trainer.save(tmp_path / "name", with_optimizer=True)
     before = {file.name: file.read_bytes() for file in (tmp_path / "name").iterdir()}
     step(trainer, 5)
-    with pytest.raises(CheckpointError, match="exists already. Choose another name, or pass overwrite=True"):
+    with pytest.raises(
+        CheckpointError, match=r"exists already\. Choose another name, or pass overwrite=True"
+    ):
         trainer.save(tmp_path / "name", with_optimizer=True)
     assert {file.name: file.read_bytes() for file in (tmp_path / "name").iterdir()} == before
 

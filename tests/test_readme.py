@@ -1,0 +1,85 @@
+"""The README's commands and programs run as they stand."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from cookbook import cli, embedded
+from cookbook.supervised import train
+from recipes import sft
+
+REPOSITORY = Path(__file__).parents[1]
+README = (REPOSITORY / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+
+
+COMMANDS = [line.split("#")[0].strip() for block in blocks("bash") for line in block.splitlines()]
+MAKE_TARGETS = sorted({command.split()[1] for command in COMMANDS if command.startswith("make ")})
+RECIPE_COMMANDS = [command for command in COMMANDS if command.startswith("python -m recipes.sft")]
+
+
+def test_every_command_is_one_that_is_tested() -> None:
+    assert len(MAKE_TARGETS) + len(RECIPE_COMMANDS) == len([command for command in COMMANDS if command])
+    assert len(RECIPE_COMMANDS) >= 4
+
+
+@pytest.mark.parametrize("target", MAKE_TARGETS)
+def test_every_make_target_exists(target: str) -> None:
+    assert re.search(rf"^{target}:", (REPOSITORY / "Makefile").read_text(), re.MULTILINE)
+
+
+@pytest.mark.parametrize("command", RECIPE_COMMANDS)
+def test_every_recipe_command_is_understood(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """Those for models of the hub as far as their config; the embedded default runs in test_sft."""
+    monkeypatch.chdir(REPOSITORY)
+    argv = shlex.split(command)[3:]
+    if argv == ["--help"]:
+        with pytest.raises(SystemExit) as caught:
+            sft.main(argv)
+        assert caught.value.code == 0
+        assert "learning_rate=" in capsys.readouterr().out
+        return
+    config = cli.make_config(train.Config, sft.DEFAULTS, argv)
+    for argument in argv:
+        key, _, value = argument.partition("=")
+        if hasattr(config, key):
+            assert str(getattr(config, key)) == str(type(getattr(config, key))(value))
+
+
+@pytest.mark.parametrize("program", blocks("python"), ids=lambda program: program.strip().splitlines()[0])
+def test_every_program_runs(
+    program: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    exec(compile(program, "README.md", "exec"), {"__name__": "__main__"})
+    out = capsys.readouterr().out
+    losses = [float(loss) for loss in re.findall(r"step \d+ loss ([\d.]+)", out)]
+    assert out.strip()
+    assert not losses or losses[-1] < 0.5 * losses[0]
+
+
+def test_a_row_of_the_data_format_is_one_that_can_be_trained(tmp_path: Path) -> None:
+    (tmp_path / "chats.jsonl").write_text("".join(blocks("json")) * 20)
+    argv = [f"dataset={tmp_path / 'chats.jsonl'}", f"log_path={tmp_path / 'run'}", "max_steps=1"]
+    assert sft.main(argv).is_finished
+
+
+def test_every_path_that_is_named_exists() -> None:
+    named = re.findall(r"`((?:tests|recipes|configs|cookbook)/[\w./]+)`", README)
+    assert named
+    for path in named:
+        assert (REPOSITORY / path).exists(), path
+
+
+def test_the_embedded_model_is_called_by_its_name() -> None:
+    assert embedded.MODEL_NAME in README
