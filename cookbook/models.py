@@ -43,6 +43,13 @@ def model_location(model_name: str) -> str:
     return model_name
 
 
+def canonical_name(model_name: str) -> str:
+    """A name that means the same model from any working directory."""
+    location = model_location(model_name)
+    is_own_folder = location != str(embedded.MODEL_PATH) and Path(location).is_dir()
+    return str(Path(location).resolve()) if is_own_folder else model_name
+
+
 def load_from_hub_or_disk(what: str, model_name: str, load: Any, **options: Any) -> Any:
     """`load(location, **options)` from a folder, the hub's cache, or the hub, in this order.
 

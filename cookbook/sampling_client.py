@@ -141,4 +141,4 @@ def _release(engine: Engine, prepared: Future[tuple[Adapter | None, int | None]]
         if prepared.exception() is None and (adapter := prepared.result()[0]) is not None:
             engine.base.remove_adapter(adapter)
 
-    engine.submit_if_open(remove)
+    engine.clean_up_later(remove)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import os
+import threading
 import uuid
-from collections.abc import Mapping, Sequence
-from concurrent.futures import Future
+import weakref
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, ParamSpec
 
 from cookbook.engine import state
 from cookbook.engine.trainer import CustomLossFn, PassResult, StepResult, Trainer
@@ -32,6 +34,8 @@ from cookbook.types import (
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+P = ParamSpec("P")
+
 SAMPLER_FOLDER = "sampler_weights"
 
 
@@ -54,6 +58,11 @@ class TrainingClient:
         self._checkpoint_dir = checkpoint_dir
         self._trainer: Trainer = engine.submit(Trainer, engine.base, lora, user_metadata).result()
         self._passes_to_step_on: list[APIFuture[ForwardBackwardOutput]] = []
+        self._lock = threading.Lock()
+        """Held while a pass or a step is queued, so that a step knows every pass before it."""
+        # Queued work holds the trainer, not this client, and may outlive it.
+        release = functools.partial(engine.base.remove_adapter, self._trainer.adapter)
+        weakref.finalize(self._trainer, engine.clean_up_later, release).atexit = False
 
     # -- training ---------------------------------------------------------------------------
 
@@ -81,7 +90,7 @@ class TrainingClient:
     ) -> APIFuture[ForwardBackwardOutput]:
         """Adds the gradient of the loss, a sum over tokens, to what is there since the last `optim_step`."""
         request = self._trainer.check(data, loss_fn, loss_fn_config, return_logprobs == "trained")
-        return self._pass_to_step_on(self._engine.submit(self._trainer.forward_backward, request))
+        return self._queue_pass(self._trainer.forward_backward, request)
 
     def forward_backward_custom(
         self, data: Sequence[Datum], loss_fn: CustomLossFn
@@ -91,10 +100,8 @@ class TrainingClient:
         `logprobs` has one float32 tensor per datum, one entry per target. The function runs on
         the engine's thread.
         """
-        request = self._trainer.check(data, "cross_entropy", None)
-        return self._pass_to_step_on(
-            self._engine.submit(self._trainer.forward_backward_custom, list(data), request, loss_fn)
-        )
+        request = self._trainer.check(data, "cross_entropy", None, refuse_unknown_inputs=False)
+        return self._queue_pass(self._trainer.forward_backward_custom, list(data), request, loss_fn)
 
     def optim_step(self, adam_params: AdamParams) -> APIFuture[OptimStepResponse]:
         """One AdamW step on the gradients so far, which it clears.
@@ -102,8 +109,7 @@ class TrainingClient:
         Fails, and drops those gradients, if one of the passes it would step on failed and
         nobody has read that failure: half a batch is not stepped on by accident.
         """
-        passes, self._passes_to_step_on = self._passes_to_step_on, []
-        passes = [future for future in passes if not future.failure_was_seen]
+        passes: list[APIFuture[ForwardBackwardOutput]] = []
 
         def step() -> StepResult:
             for future in passes:
@@ -114,12 +120,19 @@ class TrainingClient:
                     ) from error
             return self._trainer.optim_step(adam_params)
 
-        return APIFuture(self._engine.submit(step), StepResult.output)
+        with self._lock:
+            passes += [future for future in self._passes_to_step_on if not future.failure_was_seen]
+            self._passes_to_step_on.clear()
+            return APIFuture(self._engine.submit(step), StepResult.output)
 
-    def _pass_to_step_on(self, job: Future[PassResult]) -> APIFuture[ForwardBackwardOutput]:
-        future: APIFuture[ForwardBackwardOutput] = APIFuture(job, PassResult.output)
-        self._passes_to_step_on.append(future)
-        return future
+    def _queue_pass(
+        self, run: Callable[P, PassResult], *args: P.args, **kwargs: P.kwargs
+    ) -> APIFuture[ForwardBackwardOutput]:
+        with self._lock:
+            job = self._engine.submit(run, *args, **kwargs)
+            future: APIFuture[ForwardBackwardOutput] = APIFuture(job, PassResult.output)
+            self._passes_to_step_on.append(future)
+            return future
 
     # -- checkpoints ------------------------------------------------------------------------
 
@@ -148,7 +161,9 @@ class TrainingClient:
         return self._load(path, with_optimizer=True)
 
     def _load(self, path: str | os.PathLike[str], with_optimizer: bool) -> APIFuture[LoadWeightsResponse]:
-        job = self._engine.submit(self._trainer.load, os.fspath(path), with_optimizer)
+        with self._lock:
+            self._passes_to_step_on.clear()  # loading drops their gradients
+            job = self._engine.submit(self._trainer.load, os.fspath(path), with_optimizer)
         return APIFuture(job, lambda _: LoadWeightsResponse(os.fspath(path)))
 
     # -- sampling ---------------------------------------------------------------------------

@@ -5,6 +5,7 @@ Shape suffixes: T tokens of one sequence, N tokens of a packed row.
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -43,6 +44,22 @@ def check_data(data: Sequence[Datum], required: Iterable[str], vocab_size: int) 
             error.add_note(f"in datum {index} of {len(data)}")
             raise
     return sequences
+
+
+KNOWN_INPUTS = ("target_tokens", "weights", "logprobs", "advantages")
+
+
+def refuse_unknown(data: Sequence[Datum]) -> None:
+    """Raises RequestError for a loss input that no built-in loss reads: most likely a slip of the pen."""
+    for index, datum in enumerate(data):
+        for name in datum.loss_fn_inputs:
+            if name not in KNOWN_INPUTS:
+                near = difflib.get_close_matches(name, KNOWN_INPUTS, n=1)
+                hint = f" Did you mean {near[0]!r}?" if near else ""
+                raise RequestError(
+                    f"loss_fn_inputs of datum {index} has {name!r}, which no built-in loss reads.{hint} "
+                    f"They read {', '.join(KNOWN_INPUTS)}; forward_backward_custom takes anything."
+                )
 
 
 def _check_datum(datum: Datum, required: Iterable[str], vocab_size: int) -> TokenSequence:

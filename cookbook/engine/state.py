@@ -91,16 +91,26 @@ def _writing_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         yield folder
-        if path.exists():
-            replaced = path.with_name(f".{path.name}.replaced-{os.getpid()}")
-            path.rename(replaced)
-            folder.rename(path)
-            shutil.rmtree(replaced)
-        else:
-            folder.rename(path)
+        _put_into_place(folder, path)
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(folder, ignore_errors=True)
         raise CheckpointError(f"Cannot save checkpoint {path}: {error}.{_advice(error, path)}") from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _put_into_place(folder: Path, path: Path) -> None:
+    if not path.exists():
+        folder.rename(path)
+    else:
+        replaced = path.with_name(f".{path.name}.replaced-{os.getpid()}")
+        path.rename(replaced)
+        try:
+            folder.rename(path)
+        except OSError:
+            replaced.rename(path)
+            raise
+        shutil.rmtree(replaced)
+    _sync(path.parent)
 
 
 def remove_unfinished(folder: Path) -> None:
@@ -131,11 +141,15 @@ def _save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 def _sync_to_disk(folder: Path) -> None:
     for path in [*folder.iterdir(), folder]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        _sync(path)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _sha256(path: Path) -> str:

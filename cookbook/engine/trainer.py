@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -10,10 +11,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cookbook import models
 from cookbook.engine import state
 from cookbook.engine.base_model import Adapter, BaseModel
 from cookbook.engine.losses import Loss, get_loss
-from cookbook.engine.packing import Layout, TokenSequence, check_data, pack, plan_microbatches
+from cookbook.engine.packing import (
+    Layout,
+    TokenSequence,
+    check_data,
+    pack,
+    plan_microbatches,
+    refuse_unknown,
+)
 from cookbook.engine.readback import Readback
 from cookbook.errors import CheckpointError, RequestError, TrainingError
 from cookbook.types import (
@@ -24,6 +33,8 @@ from cookbook.types import (
     OptimStepResponse,
     TensorData,
 )
+
+logger = logging.getLogger(__name__)
 
 MAX_TOKENS_PER_MICROBATCH = 8192
 
@@ -68,9 +79,12 @@ class Trainer:
         loss_fn: str,
         loss_fn_config: Mapping[str, float] | None,
         trained_only: bool = False,
+        refuse_unknown_inputs: bool = True,
     ) -> Request:
         """Raises RequestError for anything that cannot be run. Safe from any thread."""
         loss, config = get_loss(loss_fn, loss_fn_config)
+        if refuse_unknown_inputs:
+            refuse_unknown(data)
         sequences = check_data(data, loss.required_inputs, self.base.vocab_size)
         longest = max(len(sequence) for sequence in sequences)
         if longest > self.base.context_length:
@@ -178,7 +192,7 @@ class Trainer:
 
     def save(self, path: Path, with_optimizer: bool, overwrite: bool = False) -> None:
         info = state.StateInfo(
-            base_model=self.base.name,
+            base_model=models.canonical_name(self.base.name),
             lora=self.adapter.lora,
             optimizer_steps=self._num_steps if with_optimizer else 0,
             rng_state=self.rng.bit_generator.state if with_optimizer else None,
@@ -237,6 +251,10 @@ def check_weights_fit(
     path: str, info: state.StateInfo, weights: Mapping[str, Tensor], adapter: Adapter, base: BaseModel
 ) -> None:
     """Raises CheckpointError, naming both, where a checkpoint has not this adapter's shape and scale."""
+    if info.base_model not in (models.canonical_name(base.name), models.model_location(base.name)):
+        logger.warning(
+            "Checkpoint %s was made on %s and is loaded onto %s.", path, info.base_model, base.name
+        )
     expected = {name: list(weight.shape) for name, weight in adapter.weights.items()}
     found = {name: list(weight.shape) for name, weight in weights.items()}
     if expected == found and info.lora.alpha == adapter.lora.alpha:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import ParamSpec, TypeVar
@@ -18,15 +18,23 @@ class Engine:
 
     def __init__(self, model_name: str, device: str = "auto", dtype: str = "auto") -> None:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine")
+        self._clean_ups: deque[Callable[[], None]] = deque()
         self.base: BaseModel = self.submit(BaseModel, model_name, device, dtype).result()
 
     def submit(self, work: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> Future[R]:
-        return self._thread.submit(work, *args, **kwargs)
+        return self._thread.submit(self._run, lambda: work(*args, **kwargs))
 
-    def submit_if_open(self, work: Callable[[], object]) -> None:
-        """For cleaning up: a closed engine has nothing left to clean."""
-        with contextlib.suppress(RuntimeError):
-            self._thread.submit(work)
+    def clean_up_later(self, work: Callable[[], None]) -> None:
+        """Runs `work` on the thread before the next job.
+
+        Takes no lock: the garbage collector calls this, perhaps in the middle of `submit`.
+        """
+        self._clean_ups.append(work)
+
+    def _run(self, work: Callable[[], R]) -> R:
+        while self._clean_ups:
+            self._clean_ups.popleft()()
+        return work()
 
     def close(self) -> None:
         """Runs what is queued, then ends the thread."""

@@ -55,7 +55,8 @@ class SamplesEvaluatorBuilder(EvaluatorBuilder):
     model_name: str = chz.field(doc="model whose tokenizer is used")
     renderer_name: str | None = chz.field(default=None, doc="chat format; default: chosen from the model")
     prompts: list[str] = chz.field(
-        default_factory=lambda: ["What is the capital of Japan?", "How do I make a cup of tea?"], doc="what the user says"
+        default_factory=lambda: ["What is the capital of Japan?", "How do I make a cup of tea?"],
+        doc="what the user says",
     )
     max_tokens: int = chz.field(default=64, doc="tokens of a reply at most")
     temperature: float = chz.field(default=0.0, doc="0 takes the likeliest token")

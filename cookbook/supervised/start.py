@@ -147,9 +147,7 @@ def _announce(
     steps: range,
 ) -> None:
     info = client.get_info().model_data
-    logger.info(
-        "%s on %s in %s, LoRA rank %d.", config.model_name, info.device, info.dtype, config.lora_rank
-    )
+    logger.info("%s on %s in %s, LoRA rank %d.", config.model_name, info.device, info.dtype, config.lora_rank)
     logger.info(
         "Training on %s, evaluating on %s. %d steps%s.",
         _size(train_data),

@@ -24,19 +24,29 @@ def make(*argv: str) -> Any:
 
 
 def test_every_field_of_the_config_is_a_key() -> None:
-    config = make("learning_rate=3e-4", "max_steps=7", "save_every=3", "log_path=/tmp/x", "seed=5", "train_mlp=False")
+    config = make(
+        "learning_rate=3e-4", "max_steps=7", "save_every=3", "log_path=/tmp/x", "seed=5", "train_mlp=False"
+    )
     assert (config.learning_rate, config.max_steps, config.save_every) == (3e-4, 7, 3)
     assert (config.log_path, config.seed, config.train_mlp) == ("/tmp/x", 5, False)
 
 
 def test_the_keys_of_the_data_can_be_given_by_their_last_part() -> None:
     config = make(
-        "dataset=tulu3", "batch_size=4", "max_length=99", "test_size=7", "train_on_what=last_assistant_message"
+        "dataset=tulu3",
+        "batch_size=4",
+        "max_length=99",
+        "test_size=7",
+        "train_on_what=last_assistant_message",
     )
     builder = config.dataset_builder
     assert (builder.dataset, builder.test_size) == ("tulu3", 7)
     common = builder.common_config
-    assert (common.batch_size, common.max_length, common.train_on_what.value) == (4, 99, "last_assistant_message")
+    assert (common.batch_size, common.max_length, common.train_on_what.value) == (
+        4,
+        99,
+        "last_assistant_message",
+    )
 
 
 def test_the_model_the_renderer_and_the_seed_reach_the_data() -> None:

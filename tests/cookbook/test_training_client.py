@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import inspect
 import threading
 from collections.abc import Callable, Iterator
@@ -487,3 +488,51 @@ def test_the_groups_of_layers_that_are_trained(
 def test_nothing_to_train_is_refused(make_client: MakeClient) -> None:
     with pytest.raises(ConfigError, match="Nothing to train: set train_attn, train_mlp or train_unembed"):
         make_client(train_attn=False, train_mlp=False, train_unembed=False)
+
+
+def test_a_misspelt_loss_input_is_refused_by_name(tiny_qwen3: str, tmp_path: Path) -> None:
+    client = ServiceClient(checkpoint_dir=tmp_path).create_lora_training_client(tiny_qwen3, rank=2, seed=0)
+    datum = Datum(ModelInput.from_ints([5, 6]), {"target_tokens": [6, 7], "weight": [0.0, 1.0]})
+    with pytest.raises(
+        RequestError, match="has 'weight', which no built-in loss reads. Did you mean 'weights'"
+    ):
+        client.forward_backward([datum])
+    custom = client.forward_backward_custom([datum], lambda data, logprobs: (logprobs[0].sum(), {}))
+    assert custom.result().loss < 0
+
+
+def test_a_training_client_that_is_gone_frees_its_adapter(tiny_qwen3: str, tmp_path: Path) -> None:
+    service = ServiceClient(checkpoint_dir=tmp_path)
+    kept = service.create_lora_training_client(tiny_qwen3, rank=2, seed=0)
+    dropped = service.create_lora_training_client(tiny_qwen3, rank=2, seed=1)
+    peft = kept._engine.base._peft
+    assert len(peft.peft_config) == 2
+    del dropped
+    gc.collect()
+    datum = Datum(ModelInput.from_ints([5, 6]), {"target_tokens": [6, 7]})
+    kept.forward([datum]).result()
+    assert len(peft.peft_config) == 1
+
+
+def test_a_checkpoint_of_another_model_of_the_same_shape_is_loaded_with_a_warning(
+    tiny_qwen3: str, make_model_folder: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    service = ServiceClient(checkpoint_dir=tmp_path / "checkpoints")
+    path = service.create_lora_training_client(tiny_qwen3, rank=2, seed=0).save_state("a").result().path
+    other = service.create_lora_training_client(str(make_model_folder(tmp_path / "other")), rank=2, seed=0)
+    other.load_state(path).result()
+    assert f"was made on {tiny_qwen3} and is loaded onto" in caplog.text
+
+
+def test_loading_a_state_forgets_the_passes_before_it(tiny_qwen3: str, tmp_path: Path) -> None:
+    client = ServiceClient(checkpoint_dir=tmp_path).create_lora_training_client(tiny_qwen3, rank=2, seed=0)
+    path = client.save_state("a").result().path
+    datum = Datum(ModelInput.from_ints([5, 6]), {"target_tokens": [6, 7]})
+
+    def fail(data: Any, logprobs: Any) -> Any:
+        raise ValueError("broken")
+
+    client.forward_backward_custom([datum], fail)
+    client.load_state(path)
+    client.forward_backward([datum])
+    client.optim_step(AdamParams(learning_rate=1e-3)).result()

@@ -49,7 +49,20 @@ def test_without_arguments_the_embedded_model_learns_to_talk_like_a_pirate(tmp_p
     assert "This run is finished" in again.stdout
 
 
-PIRATE_WORDS = {"arr", "ahoy", "matey", "ye", "yer", "aye", "be", "o'", "hearty", "yo-ho-ho", "avast", "landlubber"}
+PIRATE_WORDS = {
+    "arr",
+    "ahoy",
+    "matey",
+    "ye",
+    "yer",
+    "aye",
+    "be",
+    "o'",
+    "hearty",
+    "yo-ho-ho",
+    "avast",
+    "landlubber",
+}
 
 
 def words_of(text: str) -> set[str]:
@@ -77,7 +90,11 @@ def test_a_mistake_on_the_command_line_is_a_line_and_exit_code_1(tmp_path: Path)
     ],
 )
 def test_what_cannot_be_run_says_what_to_do_without_a_traceback(
-    argv: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    argv: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as caught:

@@ -46,12 +46,6 @@ def run(job: dict) -> None:
 
 
 if __name__ == "__main__":
-    import peft
-    import transformers.models.qwen3.modeling_qwen3
-
-    import cookbook.service
-    import cookbook.supervised.data
-
     torch.set_num_threads(1)
     logging.disable(logging.NOTSET)
     for line in sys.stdin:

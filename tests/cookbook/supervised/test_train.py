@@ -204,7 +204,9 @@ def test_a_checkpoint_that_does_not_fit_is_one_error(make_config: MakeConfig, tm
 def test_a_start_checkpoint_that_is_missing_is_an_error_before_a_model_is_loaded(
     make_config: MakeConfig, tmp_path: Path
 ) -> None:
-    config = make_config(model_name="owner/nowhere", renderer_name="x", load_checkpoint_path=str(tmp_path / "none"))
+    config = make_config(
+        model_name="owner/nowhere", renderer_name="x", load_checkpoint_path=str(tmp_path / "none")
+    )
     with pytest.raises(CheckpointError, match="none does not exist"):
         asyncio.run(train.main(config))
 
