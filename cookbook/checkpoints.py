@@ -55,8 +55,8 @@ class CheckpointLog:
             if self.path_of(record).is_dir():
                 return record
         raise CheckpointError(
-            f"{self._file} lists {len(self._records)} checkpoints, but not one is there. Put one back, or start "
-            f"over with if_log_path_exists=delete."
+            f"{self._file} lists {len(self._records)} checkpoints, but not one is there. Put one back, or "
+            f"start over with if_log_path_exists=delete."
         )
 
     def path_of(self, checkpoint: Checkpoint) -> Path:

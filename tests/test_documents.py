@@ -47,7 +47,7 @@ def test_a_guide_that_trains_on_a_dataset_runs_as_it_is_written(
 
 
 def test_the_flow_of_a_chat_tutorial_runs(tiny_qwen3: str, tmp_path: Path, chats: list) -> None:
-    """Losses computed from `out["logprobs"]` by hand, plain lists as weights, evaluation, a sample, a resume."""
+    """Losses computed from `out["logprobs"]` by hand, plain lists as weights, a sample, a resume."""
     types = cookbook.types
     service_client = cookbook.ServiceClient(checkpoint_dir=tmp_path)
     training_client = service_client.create_lora_training_client(

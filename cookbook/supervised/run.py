@@ -193,8 +193,8 @@ class Run:
             if not (math.isfinite(output.loss) and math.isfinite(grad_norm)):
                 raise TrainingError(
                     f"Training diverged at step {done.step}: train/nll is {output.loss}, the gradient norm "
-                    f"{grad_norm}. Lower learning_rate={self._config.learning_rate} and start again in another "
-                    f"log_path, from an earlier checkpoint with load_checkpoint_path=."
+                    f"{grad_norm}. Lower learning_rate={self._config.learning_rate} and start again in "
+                    f"another log_path, from an earlier checkpoint with load_checkpoint_path=."
                 )
             metrics |= {"train/nll": output.loss, "optim/grad_norm": grad_norm}
         seconds = time.perf_counter() - self._last_done

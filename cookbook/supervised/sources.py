@@ -156,7 +156,7 @@ def _load_hub_split(hub_id: str, split: str) -> HubRows:
         reason = reason or (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise DataError(
             f"Cannot load split {split!r} of dataset {hub_id!r}: {reason}\n"
-            f"On a machine with network access run `hf download --repo-type dataset {hub_id}`, or give a file: "
-            f"dataset=/path/to/chats.jsonl. The embedded dataset works offline: dataset=pirate."
+            f"On a machine with network access run `hf download --repo-type dataset {hub_id}`, or give a "
+            f"file: dataset=/path/to/chats.jsonl. The embedded dataset works offline: dataset=pirate."
         ) from error
     return HubRows(dataset, f"{hub_id} ({split})")

@@ -104,9 +104,9 @@ class Config:
     @chz.validate
     def _check_values(self) -> None:
         at_least = {
-            "warmup_steps": 0, "num_epochs": 1, "max_steps": 1, "weight_decay": 0, "grad_clip_norm": 0, "seed": 0,
-            "lora_rank": 1, "eval_every": 0, "infrequent_eval_every": 0, "save_every": 0, "keep_checkpoints": 1,
-            "submit_ahead": 0,
+            "warmup_steps": 0, "num_epochs": 1, "max_steps": 1, "weight_decay": 0, "grad_clip_norm": 0,
+            "seed": 0, "lora_rank": 1, "eval_every": 0, "infrequent_eval_every": 0, "save_every": 0,
+            "keep_checkpoints": 1, "submit_ahead": 0,
         }  # fmt: skip
         above_zero = ("learning_rate", "adam_eps", "lora_alpha")
         for name, least in at_least.items():
@@ -155,7 +155,8 @@ def _report_finished(folder: RunFolder, checkpoints: CheckpointLog) -> RunSummar
     last = checkpoints.last()
     assert last is not None
     logger.info(
-        "This run is finished: %s. To run it again choose another log_path, or say if_log_path_exists=delete.",
+        "This run is finished: %s. To run it again choose another log_path, or say "
+        "if_log_path_exists=delete.",
         checkpoints.path_of(last),
     )
     return RunSummary(folder.path, True, last.step, checkpoints.path_of(last))

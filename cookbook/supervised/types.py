@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any
 
@@ -48,11 +49,8 @@ class _DeclaresItself:
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         if "__chz_fields__" not in cls.__dict__:
             inherited = chz.chz_fields(cls)
-            for name in inherited.keys() & cls.__dict__.keys():
-                cls.__annotations__ = {
-                    **cls.__dict__.get("__annotations__", {}),
-                    name: inherited[name].x_type,
-                }
+            assigned = {name: inherited[name].x_type for name in inherited.keys() & cls.__dict__.keys()}
+            cls.__annotations__ = inspect.get_annotations(cls) | assigned
             chz.chz(cls)
         return super().__new__(cls)
 
@@ -90,7 +88,7 @@ class ChatDatasetBuilderCommonConfig:
             raise ConfigError(f"batch_size={self.batch_size}. A step needs at least one conversation.")
         if self.max_length is not None and self.max_length < 2:
             raise ConfigError(
-                f"max_length={self.max_length} leaves nothing to train: a token is predicted from one before it."
+                f"max_length={self.max_length} leaves nothing to train: a token is predicted from one before."
             )
 
 

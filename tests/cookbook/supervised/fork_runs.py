@@ -6,8 +6,8 @@ before its N-th operation (open, rename, remove, mkdir) on a file under its log_
 """
 
 import asyncio
+import importlib
 import json
-import logging
 import os
 import signal
 import sys
@@ -45,9 +45,17 @@ def run(job: dict) -> None:
     asyncio.run(train.main(config))
 
 
+PRELOADED = (
+    "peft",
+    "transformers.models.qwen3.modeling_qwen3",
+    "cookbook.service",
+    "cookbook.supervised.data",
+)
+
 if __name__ == "__main__":
+    for module in PRELOADED:
+        importlib.import_module(module)
     torch.set_num_threads(1)
-    logging.disable(logging.NOTSET)
     for line in sys.stdin:
         if (child := os.fork()) == 0:
             try:

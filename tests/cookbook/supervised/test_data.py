@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -120,8 +121,8 @@ def test_a_stream_gives_its_rows_once_and_skips_ahead_to_where_a_run_resumes(
 
     whole = make()
     batches = [ids_of(whole.get_batch(index)) for index in range(len(whole))]
-    assert sorted(sum(batches, [])) == list(range(10))
-    assert sum(batches, []) != list(range(10))
+    assert sorted(itertools.chain(*batches)) == list(range(10))
+    assert list(itertools.chain(*batches)) != list(range(10))
     resumed = make()
     assert [ids_of(resumed.get_batch(index)) for index in (1, 2)] == batches[1:]
     assert ids_of(resumed.get_batch(0)) == batches[0]

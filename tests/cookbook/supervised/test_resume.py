@@ -36,7 +36,8 @@ class ForkServer:
         meanwhile: Callable[[int], None] | None = None,
     ) -> int:
         """The exit code of a run; minus the signal's number if one ended it."""
-        assert self._process.stdin and self._process.stdout
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
         self._process.stdin.write(json.dumps({"config": config, "kill_at_event": kill_at_event}) + "\n")
         self._process.stdin.flush()
         child = int(self._process.stdout.readline())

@@ -86,7 +86,8 @@ def test_ask_without_a_terminal_says_what_to_say_instead(
 def test_a_folder_in_use_by_another_process_is_refused(tmp_path: Path) -> None:
     program = (
         "import sys; from cookbook.supervised.run_folder import RunFolder; "
-        f"folder = RunFolder({str(tmp_path)!r}, {CONFIG!r}, 'resume'); print('held', flush=True); sys.stdin.read()"
+        f"folder = RunFolder({str(tmp_path)!r}, {CONFIG!r}, 'resume'); "
+        "print('held', flush=True); sys.stdin.read()"
     )
     with subprocess.Popen(
         [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
