@@ -2,9 +2,12 @@
 
     python -m benchmarks.loop_overhead [--steps 60] [--rounds 5]
 
-Both sides train the embedded model on the same batches, in turns, in one process. The bare loop
-holds its packed batches ready and does nothing but forward, backward and AdamW; `train.main`
-renders, packs, queues, pipelines, reads back and logs. Evaluation and checkpoints are off.
+Every side trains the embedded model on the same batches, in turns. The bare loop holds its packed
+batches ready and does nothing but forward, backward and AdamW; `train.main` packs, queues, pipelines,
+reads back and logs, once on batches rendered beforehand and once rendering as it goes. Evaluation and
+checkpoints are off. Each measurement has a process of its own: two threads that have used OpenMP in
+one process slow each other down. On two cores compare with OMP_NUM_THREADS=1, which leaves the other
+core to rendering, as a GPU leaves the host's.
 """
 
 from __future__ import annotations
@@ -15,23 +18,60 @@ import contextlib
 import io
 import json
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import chz
 import torch
 
 from cookbook import embedded
 from cookbook.engine.base_model import BaseModel
 from cookbook.engine.packing import check_data, pack
+from cookbook.engine.worker import Engine
 from cookbook.schedules import learning_rate_at
 from cookbook.supervised import train
 from cookbook.supervised.batches import make_batch
 from cookbook.supervised.data import NamedChatDatasetBuilder
-from cookbook.supervised.types import ChatDatasetBuilderCommonConfig
-from cookbook.types import LoraConfig
+from cookbook.supervised.types import (
+    ChatDatasetBuilderCommonConfig,
+    SupervisedDataset,
+    SupervisedDatasetBuilder,
+)
+from cookbook.types import Datum, LoraConfig
 
 WARM_UP_STEPS = 5
+
+Measurement = tuple[float, float, float]
+"""Seconds of the timed steps, the last step's NLL, and the share of those seconds the engine was idle."""
+
+
+class RenderedBatches(SupervisedDataset):
+    def __init__(self, batches: list[list[Datum]]) -> None:
+        self._batches = batches
+
+    def get_batch(self, index: int) -> list[Datum]:
+        return self._batches[index]
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+
+@chz.chz
+class RenderedBuilder(SupervisedDatasetBuilder):
+    """Renders everything before training, so that no rendering falls into the timed steps."""
+
+    builder: SupervisedDatasetBuilder
+    seed: int
+
+    def __call__(self) -> tuple[SupervisedDataset, None]:
+        dataset, _ = self.builder()
+        dataset.set_epoch(self.seed)
+        return RenderedBatches([dataset.get_batch(index) for index in range(len(dataset))]), None
 
 
 def make_config(num_steps: int, log_path: str) -> train.Config:
@@ -46,16 +86,47 @@ def make_config(num_steps: int, log_path: str) -> train.Config:
     )
 
 
-def seconds_of_main(num_steps: int) -> tuple[float, float]:
-    """Seconds of the timed steps, and the last step's NLL."""
+def seconds_of_main(num_steps: int) -> Measurement:
+    return seconds_of(lambda log_path: make_config(num_steps, log_path))
+
+
+def seconds_of_main_on_rendered_batches(num_steps: int) -> Measurement:
+    def make(log_path: str) -> train.Config:
+        config = make_config(num_steps, log_path)
+        builder = RenderedBuilder(builder=config.dataset_builder, seed=config.seed)
+        return chz.replace(config, dataset_builder=builder)
+
+    return seconds_of(make)
+
+
+def seconds_of(make: Callable[[str], train.Config]) -> Measurement:
+    busy = record_engine_spans()
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-        asyncio.run(train.main(make_config(num_steps, f"{folder}/run")))
+        asyncio.run(train.main(make(f"{folder}/run")))
         rows = [json.loads(line) for line in Path(folder, "run", "metrics.jsonl").read_text().splitlines()]
     rows = [row for row in rows if "train/nll" in row]
-    return sum(row["perf/seconds"] for row in rows[WARM_UP_STEPS:]), rows[-1]["train/nll"]
+    timed = busy[-2 * len(rows[WARM_UP_STEPS:]) - 1 : -1]  # two jobs a step; the last job is the final save
+    idle = 1 - sum(end - start for start, end in timed) / (timed[-1][1] - timed[0][0])
+    return sum(row["perf/seconds"] for row in rows[WARM_UP_STEPS:]), rows[-1]["train/nll"], idle
 
 
-def seconds_of_bare_loop(num_steps: int) -> tuple[float, float]:
+def record_engine_spans() -> list[tuple[float, float]]:
+    """Start and end of every job that an engine runs from now on."""
+    spans: list[tuple[float, float]] = []
+    run = Engine._run
+
+    def timed_run(self: Engine, work: Callable[[], Any]) -> Any:
+        started = time.perf_counter()
+        try:
+            return run(self, work)
+        finally:
+            spans.append((started, time.perf_counter()))
+
+    Engine._run = timed_run  # type: ignore[method-assign]
+    return spans
+
+
+def seconds_of_bare_loop(num_steps: int) -> Measurement:
     config = make_config(num_steps, "unused")
     dataset, _ = config.dataset_builder()
     dataset.set_epoch(config.seed)
@@ -89,7 +160,22 @@ def seconds_of_bare_loop(num_steps: int) -> tuple[float, float]:
             optimizer.step()
             optimizer.zero_grad()
             nll = float(loss.detach())
-    return time.perf_counter() - started, nll
+    return time.perf_counter() - started, nll, 0.0
+
+
+SIDES = {
+    "bare": seconds_of_bare_loop,
+    "rendered": seconds_of_main_on_rendered_batches,
+    "main": seconds_of_main,
+}
+
+
+def measure(side: str, num_steps: int) -> Measurement:
+    """One side in a fresh process."""
+    command = [sys.executable, "-m", "benchmarks.loop_overhead", "--side", side, "--steps", str(num_steps)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    seconds, nll, idle = map(float, done.stdout.split()[-3:])
+    return seconds, nll, idle
 
 
 def main() -> None:
@@ -97,18 +183,37 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--side", choices=SIDES, help="measure one side in this process")
     arguments = parser.parse_args()
-    ratios = []
+    if arguments.side:
+        print(*SIDES[arguments.side](arguments.steps))
+        return
+    seconds: dict[str, list[float]] = {side: [] for side in SIDES}
+    idle: dict[str, list[float]] = {side: [] for side in SIDES}
     for number in range(arguments.rounds):
-        bare, bare_nll = seconds_of_bare_loop(arguments.steps)
-        main_seconds, main_nll = seconds_of_main(arguments.steps)
-        assert abs(bare_nll - main_nll) < 1e-4, f"not the same work: NLL {bare_nll} and {main_nll}"
-        ratios.append(main_seconds / bare)
+        nlls = []
+        for side, measured in seconds.items():
+            found, nll, idle_share = measure(side, arguments.steps)
+            measured.append(found)
+            idle[side].append(idle_share)
+            nlls.append(nll)
+        assert max(nlls) - min(nlls) < 1e-4, f"not the same work: last NLLs {nlls}"
         print(
-            f"round {number}: bare loop {bare:.2f} s, train.main {main_seconds:.2f} s, ratio {ratios[-1]:.3f}"
+            f"round {number}: "
+            + ", ".join(f"{side} {measured[-1]:.2f} s" for side, measured in seconds.items())
         )
-    print(f"median ratio {statistics.median(ratios):.3f} (of {len(ratios)}; {arguments.steps} steps each)")
+    bare = statistics.median(seconds["bare"])
+    print(
+        f"{arguments.steps - WARM_UP_STEPS} steps of the bare loop: {bare:.2f} s, "
+        f"median of {arguments.rounds} rounds"
+    )
+    for side, what in {"rendered": "on rendered batches", "main": "with rendering"}.items():
+        ratios = [found / base for found, base in zip(seconds[side], seconds["bare"], strict=True)]
+        print(
+            f"train.main {what}: {statistics.median(seconds[side]) / bare:.3f} of it "
+            f"(rounds {min(ratios):.3f} to {max(ratios):.3f}); its engine idle {statistics.median(idle[side]):.1%}"
+        )
 
 
 if __name__ == "__main__":
