@@ -212,7 +212,8 @@ def main() -> None:
         ratios = [found / base for found, base in zip(seconds[side], seconds["bare"], strict=True)]
         print(
             f"train.main {what}: {statistics.median(seconds[side]) / bare:.3f} of it "
-            f"(rounds {min(ratios):.3f} to {max(ratios):.3f}); its engine idle {statistics.median(idle[side]):.1%}"
+            f"(rounds {min(ratios):.3f} to {max(ratios):.3f}); "
+            f"engine idle {statistics.median(idle[side]):.1%}"
         )
 
 
