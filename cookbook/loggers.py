@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import os
 import secrets
 import sys
 from abc import ABC, abstractmethod
@@ -115,9 +114,8 @@ class WandbLogger(MetricLogger):
 
 
 def make_console() -> Console:
-    """Writes to standard output: 80 columns where it is no terminal and COLUMNS does not tell."""
-    width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 80
-    return Console(width=width, soft_wrap=True)
+    """Writes to standard output; lines are wrapped for a terminal and left whole for anything else."""
+    return Console(soft_wrap=not sys.stdout.isatty())
 
 
 class _ConsoleHandler(logging.Handler):

@@ -156,12 +156,8 @@ class Run:
             path = self._checkpoints.path_of(last)
         else:
             path = await self._save(_checkpoint_name(step), step)
-        logger.info(
-            "Stopped after step %d of %d. Saved %s. Run the same command again to resume.",
-            step,
-            self._total_steps,
-            path,
-        )
+        logger.info("Stopped after step %d of %d. Saved %s.", step, self._total_steps, path)
+        logger.info("Run the same command again to resume.")
         return RunSummary(self._log_path, False, step, path, stopped_by=signal_number)
 
     async def evaluate_and_finish(self) -> RunSummary:
