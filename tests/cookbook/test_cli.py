@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -120,17 +119,14 @@ def test_an_error_ends_a_recipe_with_its_message_and_no_traceback(capsys: pytest
     assert capsys.readouterr().err == "DataError: row 3 of chats.jsonl is bad.\n(batch 2)\n"
 
 
-def test_help_answers_in_a_second_in_80_columns_without_torch() -> None:
+def test_help_fits_80_columns_and_imports_neither_torch_nor_transformers() -> None:
     program = (
         "import sys; sys.argv = ['sft', '--help']; import recipes.sft\n"
         "try: recipes.sft.main()\n"
         "finally: assert not {'torch', 'transformers', 'datasets'} & set(sys.modules), 'heavy imports'"
     )
-    started = time.perf_counter()
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    seconds = time.perf_counter() - started
     assert done.returncode == 0, done.stderr
     assert "learning_rate=" in done.stdout
     assert "peak learning rate" in done.stdout
     assert max(map(len, done.stdout.splitlines())) <= 80
-    assert seconds < 5, "a second on a machine that does nothing else"
