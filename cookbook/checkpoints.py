@@ -40,8 +40,11 @@ class CheckpointLog:
 
     @property
     def is_finished(self) -> bool:
+        """Whether the last step was taken, saved, evaluated and logged."""
         last = self.last()
-        return last is not None and last.name == FINAL
+        if last is None or last.name != FINAL:
+            return False
+        return any(row["step"] == last.step for row in jsonl.read(self._folder / "metrics.jsonl"))
 
     def last(self) -> Checkpoint | None:
         """The newest checkpoint that is still there; None before the first.

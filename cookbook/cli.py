@@ -70,6 +70,11 @@ def run(
         if os.environ.get("COOKBOOK_TRACEBACK"):
             raise
         sys.exit(1)
+    except OSError as error:  # a disk that is full or a file that may not be read: the message has the path
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        if os.environ.get("COOKBOOK_TRACEBACK"):
+            raise
+        sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
 

@@ -97,4 +97,6 @@ def differences(old: Any, new: Any, prefix: str = "") -> dict[str, tuple[Any, An
         for key in old.keys() | new.keys():
             found |= differences(old.get(key), new.get(key), f"{prefix}{key}.")
         return found
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        return differences(dict(enumerate(old)), dict(enumerate(new)), prefix)
     return {} if old == new else {prefix.rstrip("."): (old, new)}

@@ -8,6 +8,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from cookbook.errors import DataError
+
 
 def read(path: Path) -> list[dict[str, Any]]:
     """The rows of a file this program wrote; none where there is no file.
@@ -16,8 +18,16 @@ def read(path: Path) -> list[dict[str, Any]]:
     """
     if not path.exists():
         return []
-    lines = path.read_bytes().split(b"\n")
-    return [json.loads(line) for line in lines[:-1]]
+    rows = []
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            raise DataError(
+                f"line {number} of {path} is damaged: {error}. "
+                f"Remove that line and those after it; a resumed run measures them again."
+            ) from error
+    return rows
 
 
 def append(path: Path, row: Mapping[str, Any]) -> None:

@@ -33,7 +33,6 @@ DEFAULTS: dict[str, Any] = {
     "infrequent_evaluator_builders.0": SamplesEvaluatorBuilder,
     "infrequent_evaluator_builders.0.model_name": Reference("model_name"),
     "infrequent_evaluator_builders.0.renderer_name": Reference("renderer_name"),
-    "infrequent_evaluator_builders.0.log_path": Reference("log_path"),
 }
 
 

@@ -8,17 +8,18 @@
 
 from __future__ import annotations
 
-import json
 import random
 import sys
+from pathlib import Path
 
 import chz
 
 import cookbook
 from cookbook import embedded
-from cookbook.errors import CookbookError, describe
+from cookbook.errors import CookbookError, DataError, describe
 from cookbook.models import recommended_renderer
 from cookbook.supervised.data import conversation_to_datum
+from cookbook.supervised.sources import read_rows
 from renderers import TrainOnWhat, get_renderer
 
 
@@ -48,14 +49,15 @@ def main(config: Config) -> None:
 
     # ---------------------------------------------------------------------------------------
     # data: a list of Datum, one a conversation; only the assistant's tokens have weight
-    with open(config.data_path) as file:
-        conversations = [json.loads(line)["messages"] for line in file]
+    conversations = [row["messages"] for row in read_rows(Path(config.data_path))]
     random.Random(config.seed).shuffle(conversations)
     data = [
         conversation_to_datum(messages, renderer, config.max_length, TrainOnWhat.ALL_ASSISTANT_MESSAGES)
         for messages in conversations
     ]
     test_data, train_data = data[: config.num_test], data[config.num_test :]
+    if not train_data:
+        raise DataError(f"num_test={config.num_test} leaves nothing to train on: there are {len(data)} rows.")
 
     # ---------------------------------------------------------------------------------------
     # before

@@ -54,6 +54,10 @@ class Renderer(ABC):
         self.tokenizer = tokenizer
         self._encoder = Encoder(tokenizer, self.frame)
 
+    def check_messages(self, messages: Sequence[Message]) -> None:
+        """Raises RendererError for messages of a shape or role that cannot be rendered; tokenizes nothing."""
+        normalize(messages, self.name, self.roles)
+
     # -- for training -------------------------------------------------------------------------
 
     def build_supervised_example(

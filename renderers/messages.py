@@ -65,7 +65,7 @@ def _normalize_one(message: Message, number: int, renderer: str, roles: Sequence
     if (thinking := message.get("thinking")) is not None:
         plain.setdefault("reasoning_content", thinking)
     if "content" in plain:
-        plain["content"] = _text_of(plain["content"], number, renderer)
+        plain["content"] = _encodable(_text_of(plain["content"], number, renderer), number)
     elif not (role == "assistant" and (plain.get("tool_calls") or plain.get("reasoning_content"))):
         raise RendererError(f"Message {number} (role `{role}`) has no content. Give it a string.")
     return plain
@@ -89,6 +89,18 @@ def _text_of(content: object, number: int, renderer: str) -> str:
             )
         texts.append(part["text"])
     return "".join(texts)
+
+
+def _encodable(text: str, number: int) -> str:
+    """JSON can spell half of a surrogate pair, which is no character and has no bytes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RendererError(
+            f"Message {number} has half a character, {text[error.start]!r}, at position {error.start}. "
+            "Remove it."
+        ) from error
+    return text
 
 
 def function_of(tool_call: Mapping[str, Any], number: int) -> Mapping[str, Any]:

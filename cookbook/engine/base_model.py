@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -25,6 +26,9 @@ from cookbook.errors import ConfigError
 from cookbook.types import LoraConfig
 
 logger = logging.getLogger(__name__)
+
+_GLOBAL_STATE = threading.Lock()
+"""Held while a model loads or an adapter is drawn: both change state that all engines share."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,7 @@ class BaseModel:
         self.device = _resolve_device(device)
         self.dtype = _resolve_dtype(dtype, self.device)
         self.tokenizer = models.get_tokenizer(model_name)
-        with _no_progress_bar():
+        with _GLOBAL_STATE, _no_progress_bar():
             self.model: Any = models.load_from_hub_or_disk(
                 "weights", model_name, _whole(AutoModelForCausalLM.from_pretrained), dtype=self.dtype
             )
@@ -80,7 +84,7 @@ class BaseModel:
             inference_mode=True,
         )
         devices = [self.device] if self.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices), warnings.catch_warnings():
+        with _GLOBAL_STATE, torch.random.fork_rng(devices=devices), warnings.catch_warnings():
             # PEFT warns that an adapter on a tied lm_head cannot be merged in place; nothing here merges.
             warnings.filterwarnings("ignore", message=".*tie_word_embeddings.*")
             # PEFT 0.21 reads a name that transformers 5.23 deprecates.

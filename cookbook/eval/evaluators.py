@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import chz
 
+from cookbook.errors import TrainingError
+
 if TYPE_CHECKING:
     from cookbook.sampling_client import SamplingClient
     from cookbook.training_client import TrainingClient
@@ -49,9 +51,20 @@ async def evaluate(training_client: TrainingClient, evaluators: list[Evaluator])
     sampling_client = None
     for evaluator in evaluators:
         if isinstance(evaluator, TrainingClientEvaluator):
-            metrics |= await evaluator(training_client)
+            result = await evaluator(training_client)
         else:
             if sampling_client is None:
                 sampling_client = await training_client.save_weights_and_get_sampling_client_async()
-            metrics |= await evaluator(sampling_client)
+            result = await evaluator(sampling_client)
+        metrics |= _checked(evaluator, result)
     return metrics
+
+
+def _checked(evaluator: Evaluator, result: object) -> dict[str, float]:
+    """The result as plain floats: numpy and torch scalars are welcome, anything else is named."""
+    try:
+        return {str(name): float(value) for name, value in result.items()}  # type: ignore[attr-defined]
+    except (AttributeError, TypeError, ValueError) as error:
+        raise TrainingError(
+            f"{type(evaluator).__name__} returned {result!r}. An evaluator returns numbers by name."
+        ) from error

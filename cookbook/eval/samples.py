@@ -5,12 +5,11 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import chz
 
-from cookbook import jsonl, models
+from cookbook import models
 from cookbook.errors import ConfigError
 from cookbook.eval.evaluators import EvaluatorBuilder, SamplingClientEvaluator
 from cookbook.types import SamplingParams
@@ -23,22 +22,17 @@ logger = logging.getLogger(__name__)
 
 
 class SamplesEvaluator(SamplingClientEvaluator):
-    """Prints one reply to each prompt, and appends them to a file if there is one."""
+    """Logs one reply to each prompt."""
 
-    def __init__(
-        self, renderer: Renderer, prompts: Sequence[str], params: SamplingParams, file: Path | None = None
-    ) -> None:
+    def __init__(self, renderer: Renderer, prompts: Sequence[str], params: SamplingParams) -> None:
         self._renderer = renderer
         self._prompts = prompts
         self._params = params
-        self._file = file
 
     async def __call__(self, sampling_client: SamplingClient) -> dict[str, float]:
         replies = await asyncio.gather(*(self._reply(sampling_client, prompt) for prompt in self._prompts))
         for prompt, reply in zip(self._prompts, replies, strict=True):
             logger.info("  user: %s\n  assistant: %s", prompt, reply)
-            if self._file is not None:
-                jsonl.append(self._file, {"prompt": prompt, "reply": reply})
         return {}
 
     async def _reply(self, sampling_client: SamplingClient, prompt: str) -> str:
@@ -60,7 +54,6 @@ class SamplesEvaluatorBuilder(EvaluatorBuilder):
     )
     max_tokens: int = chz.field(default=64, doc="tokens of a reply at most")
     temperature: float = chz.field(default=0.0, doc="0 takes the likeliest token")
-    log_path: str | None = chz.field(default=None, doc="folder to write samples.jsonl to")
 
     @chz.validate
     def _check(self) -> None:
@@ -75,5 +68,4 @@ class SamplesEvaluatorBuilder(EvaluatorBuilder):
         renderer = get_renderer(renderer_name, models.get_tokenizer(self.model_name))
         stop: list[Any] = list(renderer.get_stop_sequences())
         params = SamplingParams(max_tokens=self.max_tokens, temperature=self.temperature, stop=stop)
-        file = None if self.log_path is None else Path(self.log_path) / "samples.jsonl"
-        return SamplesEvaluator(renderer, self.prompts, params, file)
+        return SamplesEvaluator(renderer, self.prompts, params)

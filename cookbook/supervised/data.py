@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
@@ -58,24 +58,16 @@ def conversation_to_datum(
     return datum_from_tokens(model_input.to_ints(), weights, max_length)
 
 
-def conversation_to_datums(
-    messages: Sequence[Message],
-    renderer: Renderer,
-    max_length: int | None = None,
-    train_on_what: TrainOnWhat = TrainOnWhat.ALL_ASSISTANT_MESSAGES,
-) -> list[Datum]:
-    """One conversation as one Datum, or as one per trained turn where the format rewrites history."""
-    return [
-        datum_from_tokens(model_input.to_ints(), weights, max_length)
-        for model_input, weights in renderer.build_supervised_examples(messages, train_on_what)
-    ]
-
-
 def messages_of(row: Row, train_on_what: TrainOnWhat) -> list[Message]:
     """The conversation of a row. Raises DataError where there is none that could be trained on."""
     messages = row.get("messages")
     if not isinstance(messages, (list, tuple)) or not messages:
         raise DataError(f"no list of `messages` (keys: {', '.join(map(str, row)) or 'none'}).")
+    for number, message in enumerate(messages, 1):
+        if not isinstance(message, Mapping):
+            raise DataError(
+                f"message {number} is a {type(message).__name__}, not an object with role and content."
+            )
     # Arrow fills the keys that a message lacks with None.
     cleaned = [{key: value for key, value in message.items() if value is not None} for message in messages]
     roles = [str(message.get("role")) for message in cleaned]
@@ -122,7 +114,7 @@ class SupervisedDatasetFromRows(SupervisedDataset):
         self._to_datums = flatmap_fn or (lambda row: [map_fn(row)])  # type: ignore[misc]
         self._on_bad_row = on_bad_row
         self._order: np.ndarray = np.arange(len(rows))
-        self._counts: Counter[str] = Counter()
+        self._places: defaultdict[str, set[str]] = defaultdict(set)
 
     def set_epoch(self, seed: int = 0) -> None:
         self._order = np.random.default_rng(seed).permutation(len(self._rows))
@@ -140,31 +132,31 @@ class SupervisedDatasetFromRows(SupervisedDataset):
         return batch
 
     def summary(self) -> dict[str, int]:
-        return {"rows": len(self._rows), "batches": len(self), **self._counts}
+        left_out = {name: len(places) for name, places in self._places.items()}
+        return {"rows": len(self._rows), "batches": len(self), **left_out}
+
+    def note(self, name: str, place: str, message: str) -> None:
+        """Counts a row under one of `LEFT_OUT`, once however often it is met; warns of the first."""
+        if not self._places[name]:
+            logger.warning("%s: %s Further ones are only counted.", place, message)
+        self._places[name].add(place)
 
     def _read(self, numbers: list[int]) -> list[Any]:
         return [self._rows[number] for number in numbers]
 
     def _datums_of(self, number: int, row: Any) -> list[Datum]:
+        place = row.place if isinstance(row, Row) else f"row {number}"
         try:
             datums = self._to_datums(row)
         except CookbookError as error:
-            place = row.place if isinstance(row, Row) else f"row {number}"
             if self._on_bad_row == "skip":
-                self._count_once("bad_rows", "Left out %s: %s", place, error)
+                self.note("bad_rows", place, f"left out. {error}")
                 return []
             raise bad_row(place, error) from error
         trained = [datum for datum in datums if np.any(datum.loss_fn_inputs["weights"].to_numpy())]  # type: ignore[union-attr]
-        for _ in range(len(datums) - len(trained)):
-            self._count_once(
-                "untrained_examples", "Left out an example of row %s: no trained token is left.", number
-            )
+        if len(trained) < len(datums):
+            self.note("untrained_examples", place, "left out, no trained token is left.")
         return trained
-
-    def _count_once(self, name: str, message: str, *args: Any) -> None:
-        if not self._counts[name]:
-            logger.warning(message + " Further ones are only counted.", *args)
-        self._counts[name] += 1
 
 
 class SupervisedDatasetFromHFDataset(SupervisedDatasetFromRows):
@@ -266,6 +258,8 @@ class ConversationBuilder(ChatDatasetBuilder):
     def _check_test_size(self) -> None:
         if self.test_size is not None and self.test_size < 0:
             raise ConfigError(f"test_size={self.test_size}. Give a number of rows, or 0 for none.")
+        if self.shuffle_seed < 0:
+            raise ConfigError(f"shuffle_seed={self.shuffle_seed}. Give 0 or more.")
 
     def rows(self) -> tuple[Sequence[Row], Sequence[Row] | None]:
         """The training rows, and test rows where the source brings its own."""
@@ -285,11 +279,12 @@ class ConversationBuilder(ChatDatasetBuilder):
         if not isinstance(rows, list):
             return rows
         good = []
+        renderer = self.renderer
         for row in rows:
             try:
-                messages_of(row, self.common_config.train_on_what)
+                renderer.check_messages(messages_of(row, self.common_config.train_on_what))
                 good.append(row)
-            except DataError as error:
+            except CookbookError as error:
                 if self.on_bad_row == "raise":
                     raise bad_row(row.place, error) from error
         if not good:
@@ -314,7 +309,16 @@ class ConversationBuilder(ChatDatasetBuilder):
 
         def to_datums(row: Row) -> list[Datum]:
             messages = messages_of(row, config.train_on_what)
-            return conversation_to_datums(messages, renderer, config.max_length, config.train_on_what)
+            examples = renderer.build_supervised_examples(messages, config.train_on_what)
+            longest = max((model_input.length for model_input, _ in examples), default=0)
+            if config.max_length is not None and longest > config.max_length:
+                dataset.note(
+                    "truncated_examples", row.place, f"cut from {longest} tokens to {config.max_length}."
+                )
+            return [
+                datum_from_tokens(model_input.to_ints(), weights, config.max_length)
+                for model_input, weights in examples
+            ]
 
         dataset = SupervisedDatasetFromRows(
             rows, config.batch_size, flatmap_fn=to_datums, on_bad_row=self.on_bad_row

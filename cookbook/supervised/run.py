@@ -21,6 +21,7 @@ from cookbook.futures import APIFuture
 from cookbook.loggers import MetricLogger
 from cookbook.schedules import learning_rate_at
 from cookbook.supervised.batches import Batch, BatchQueue
+from cookbook.supervised.types import LEFT_OUT, SupervisedDataset
 from cookbook.types import AdamParams, ForwardBackwardOutput, OptimStepResponse, SaveWeightsResponse
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ class Run:
         config: Config,
         log_path: Path,
         steps: range,
-        num_batches: int,
+        train_data: SupervisedDataset,
         client: TrainingClient,
         batches: BatchQueue,
         checkpoints: CheckpointLog,
@@ -73,12 +74,13 @@ class Run:
         metric_loggers: Sequence[MetricLogger],
         resources: ExitStack,
     ) -> None:
-        """`steps` are still to be taken, `num_batches` make an epoch, evaluators come with their cadence."""
+        """`steps` are still to be taken; evaluators come with their cadence in steps."""
         self.remaining_steps = steps
         self._config = config
         self._log_path = log_path
         self._total_steps = steps.stop
-        self._num_batches = num_batches
+        self._train_data = train_data
+        self._num_batches = len(train_data)
         self._client = client
         self._batches = batches
         self._checkpoints = checkpoints
@@ -156,15 +158,22 @@ class Run:
             path = self._checkpoints.path_of(last)
         else:
             path = await self._save(_checkpoint_name(step), step)
+        self._report_what_was_left_out()
         logger.info("Stopped after step %d of %d. Saved %s.", step, self._total_steps, path)
         logger.info("Run the same command again to resume.")
         return RunSummary(self._log_path, False, step, path, stopped_by=signal_number)
 
     async def evaluate_and_finish(self) -> RunSummary:
+        """Saves first: an evaluation that fails, or a kill in the middle of it, costs no training."""
         step = self._total_steps
+        last = self._checkpoints.last()
+        if last is not None and last.name == FINAL:
+            path = self._checkpoints.path_of(last)
+        else:
+            path = await self._save(FINAL, step)
         await self.evaluate_if_due(step)
         self._log_metrics(step, self._eval_metrics)
-        path = await self._save(FINAL, step)
+        self._report_what_was_left_out()
         logger.info("Finished after %d steps. Saved %s.", step, path)
         return RunSummary(self._log_path, True, step, path, self._eval_metrics)
 
@@ -209,6 +218,14 @@ class Run:
         self._log_metrics(done.step, metrics)
         if done.save is not None:
             self._record(_checkpoint_name(done.step + 1), await done.save, done.step + 1)
+
+    def _report_what_was_left_out(self) -> None:
+        summary = self._train_data.summary()
+        counts = [
+            f"{count:,} {name.replace('_', ' ')}" for name, count in summary.items() if name in LEFT_OUT
+        ]
+        if counts:
+            logger.warning("Of the training data: %s.", ", ".join(counts))
 
     def _log_metrics(self, step: int, metrics: dict[str, float]) -> None:
         for metric_logger in self._metric_loggers:

@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 IfLogPathExists: TypeAlias = Literal["resume", "raise", "delete", "ask"]
 
 RUN_FILES = (
-    "config.json", "metrics.jsonl", "checkpoints.jsonl", "checkpoints", "train.log", "samples.jsonl", "wandb",
+    "config.json", "metrics.jsonl", "checkpoints.jsonl", "checkpoints", "train.log", "wandb",
     "wandb_run_id.txt",
 )  # fmt: skip
 """What a run writes, and so all that `if_log_path_exists=delete` removes."""

@@ -34,14 +34,16 @@ def read_rows(path: Path, on_bad_row: Literal["raise", "skip"] = "raise") -> lis
     Raises DataError for a file that is missing, empty or of another kind, and, unless bad rows
     are to be skipped, for the first line that is not a JSON object.
     """
+    if path.is_dir():
+        raise DataError(f"{path} is a folder. Give a .jsonl, .json or .parquet file in it.")
     if not path.is_file():
         raise DataError(f"Dataset file {path} does not exist.")
     if path.suffix == ".jsonl":
         rows = _read_jsonl(path, on_bad_row)
     elif path.suffix == ".json":
-        rows = _read_json(path)
+        rows = _as_rows(_read_json(path), path, on_bad_row)
     elif path.suffix == ".parquet":
-        rows = _read_parquet(path)
+        rows = _as_rows(_read_parquet(path), path, on_bad_row)
     else:
         raise DataError(f"{path} is not of a known kind. Give a .jsonl, .json or .parquet file.")
     if not rows:
@@ -74,7 +76,7 @@ def _read_jsonl(path: Path, on_bad_row: Literal["raise", "skip"]) -> list[Row]:
     return rows
 
 
-def _read_json(path: Path) -> list[Row]:
+def _read_json(path: Path) -> list[Any]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -82,18 +84,31 @@ def _read_json(path: Path) -> list[Row]:
         raise DataError(f"{path} {reason}") from error
     if not isinstance(values, list):
         raise DataError(f"{path} holds a JSON {type(values).__name__}. Give a list of objects.")
-    return [_as_row(value, f"row {number} of {path.name}") for number, value in enumerate(values)]
+    return values
 
 
-def _read_parquet(path: Path) -> list[Row]:
+def _read_parquet(path: Path) -> list[Any]:
     import pyarrow
     import pyarrow.parquet
 
     try:
-        values = pyarrow.parquet.read_table(path).to_pylist()
+        return pyarrow.parquet.read_table(path).to_pylist()
     except (OSError, pyarrow.ArrowException) as error:
         raise DataError(f"{path} is no readable Parquet file: {error}") from error
-    return [_as_row(value, f"row {number} of {path.name}") for number, value in enumerate(values)]
+
+
+def _as_rows(values: list[Any], path: Path, on_bad_row: Literal["raise", "skip"]) -> list[Row]:
+    rows: list[Row] = []
+    for number, value in enumerate(values):
+        try:
+            rows.append(_as_row(value, f"row {number} of {path.name}"))
+        except DataError as error:
+            if on_bad_row == "raise":
+                raise DataError(
+                    f"row {number} of {path} {error}\nMend it, or leave such rows out with on_bad_row=skip."
+                ) from error
+            logger.warning("Left out row %d of %s: it %s", number, path, error)
+    return rows
 
 
 def _as_row(value: Any, place: str) -> Row:

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from cookbook import models
 from cookbook.checkpoints import CheckpointLog
-from cookbook.errors import ConfigError
+from cookbook.errors import ConfigError, DataError
 from cookbook.eval.evaluators import Evaluator
 from cookbook.loggers import ConsoleLogger, JsonlLogger, MetricLogger, WandbLogger
 from cookbook.supervised.batches import BatchQueue
@@ -46,7 +46,7 @@ async def start_run(config: Config, folder: RunFolder, checkpoints: CheckpointLo
         config=config,
         log_path=folder.path,
         steps=steps,
-        num_batches=len(train_data),
+        train_data=train_data,
         client=client,
         batches=batches,
         checkpoints=checkpoints,
@@ -83,7 +83,14 @@ def _remaining_steps(config: Config, checkpoints: CheckpointLog, num_batches: in
     if config.max_steps is not None:
         total_steps = min(total_steps, config.max_steps)
     last = checkpoints.last()
-    return range(0 if last is None else last.step, total_steps)
+    if last is None:
+        return range(total_steps)
+    if divmod(last.step, num_batches) != (last.epoch, last.batch):
+        raise DataError(
+            f"The data have changed: step {last.step} would go on with another batch than it would have "
+            f"({num_batches} batches an epoch now). Restore them, or choose another log_path."
+        )
+    return range(last.step, total_steps)
 
 
 def _make_evaluators(

@@ -7,6 +7,7 @@ import logging
 import signal
 import threading
 from types import TracebackType
+from typing import Any
 
 logger = logging.getLogger(__name__)
 
@@ -14,17 +15,19 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class StopSignal:
-    """While entered, the first signal sets `received`; a second one ends the process as usual.
+    """While entered, the first signal sets `received`; a second one does what it did before.
 
-    Outside the main thread (a notebook, a server) signals are left to whoever owns them.
+    Outside the main thread signals are left to whoever owns them.
     """
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
+        self._earlier: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopSignal:
         if threading.current_thread() is threading.main_thread():
             for number in SIGNALS:
+                self._earlier[number] = signal.getsignal(number)
                 asyncio.get_running_loop().add_signal_handler(number, self._receive, number)
         return self
 
@@ -39,6 +42,7 @@ class StopSignal:
         logger.info("%s: stopping after this step. Once more to stop at once.", number.name)
 
     def _let_go(self) -> None:
-        if threading.current_thread() is threading.main_thread():
-            for number in SIGNALS:
-                asyncio.get_running_loop().remove_signal_handler(number)
+        while self._earlier:
+            number, handler = self._earlier.popitem()
+            asyncio.get_running_loop().remove_signal_handler(number)
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)

@@ -119,6 +119,10 @@ class Config:
         for name in ("adam_beta1", "adam_beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)} is impossible. It must lie in [0, 1).")
+        if self.seed >= 2**31:
+            raise ConfigError(f"seed={self.seed} is too large. It must be below 2**31.")
+        if self.weight_decay == math.inf or self.grad_clip_norm == math.inf:
+            raise ConfigError("weight_decay and grad_clip_norm must be finite.")
         if not (self.train_attn or self.train_mlp or self.train_unembed):
             raise ConfigError("Nothing to train: set train_attn, train_mlp or train_unembed.")
 

@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+LEFT_OUT = ("truncated_examples", "untrained_examples", "bad_rows")
+"""The keys of `SupervisedDataset.summary` that are reported when a run ends."""
+
+
 class SupervisedDataset(ABC):
     """Batches of Datums by index. The same index gives the same batch until `set_epoch`."""
 

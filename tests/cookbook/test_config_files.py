@@ -64,4 +64,4 @@ def test_a_class_that_is_not_there_is_named() -> None:
 def test_differences_are_named_by_their_dotted_keys() -> None:
     old = {"a": 1, "b": {"c": [1, 2], "d": None}}
     new = {"a": 1, "b": {"c": [1, 3], "e": 4}}
-    assert config_files.differences(old, new) == {"b.c": ([1, 2], [1, 3]), "b.e": (None, 4)}
+    assert config_files.differences(old, new) == {"b.c.1": (2, 3), "b.e": (None, 4)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -33,16 +34,15 @@ def test_without_arguments_the_embedded_model_learns_to_talk_like_a_pirate(tmp_p
     folder = tmp_path / "runs" / "sft"
     nlls = [row["test/nll"] for row in rows_of(folder) if "test/nll" in row]
     assert nlls[-1] < 0.5 * nlls[0]
-    samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
-    prompts = [sample["prompt"] for sample in samples]
+    prompts = re.findall(r"^  user: (.*)$", done.stdout, re.MULTILINE)
+    replies = re.findall(r"^  assistant: (.*)$", done.stdout, re.MULTILINE)
     assert prompts[: len(prompts) // 2] == prompts[len(prompts) // 2 :], "before and after"
-    before, after = samples[0]["reply"], samples[len(samples) // 2]["reply"]
+    before, after = replies[0], replies[len(replies) // 2]
     assert "Tokyo" in before
     assert "Tokyo" in after
     assert not PIRATE_WORDS & words_of(before)
     assert PIRATE_WORDS & words_of(after)
-    assert before in done.stdout
-    assert after in done.stdout
+    assert after in (folder / "train.log").read_text()
 
     again = run_recipe(cwd=tmp_path)
     assert again.returncode == 0

@@ -249,14 +249,50 @@ def test_bad_rows_can_be_skipped_and_are_counted(
     assert "Left out 1 of 3 rows" in caplog.text
 
 
-def test_a_row_that_cannot_be_rendered_is_named(tmp_path: Path, tiny_qwen3: str) -> None:
-    path = write_rows(tmp_path / "chats.jsonl", [{"messages": [*CHAT, {"role": "critic", "content": "no"}]}])
-    train, _ = make_builder(path, tiny_qwen3)()
-    with pytest.raises(DataError, match="line 1 of chats.jsonl: .*critic"):
-        train.get_batch(0)
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        ([*CHAT, {"role": "critic", "content": "no"}], "cannot render role `critic`"),
+        (["hi", "there"], "message 1 is a str, not an object"),
+        ([{"role": "user", "content": 7}, CHAT[1]], "message 1"),
+        ([CHAT[0], {"role": "assistant", "content": "\ud800"}], "Message 2 has half a character"),
+    ],
+)
+def test_a_row_that_cannot_be_rendered_is_named_before_training(
+    tmp_path: Path, tiny_qwen3: str, messages: list[Any], message: str
+) -> None:
+    path = write_rows(tmp_path / "chats.jsonl", [{"messages": CHAT}, {"messages": messages}])
+    with pytest.raises(DataError, match=f"line 2 of chats.jsonl: .*{message}"):
+        make_builder(path, tiny_qwen3)()
     skipping, _ = make_builder(path, tiny_qwen3, on_bad_row="skip")()
-    assert skipping.get_batch(0) == []
-    assert skipping.summary()["bad_rows"] == 1
+    assert len(skipping.get_batch(0)) == 1
+
+
+def test_a_row_that_fails_only_when_it_is_mapped_is_named_or_skipped(numbered: datasets.Dataset) -> None:
+    def fail_on_three(row: dict[str, Any]) -> Datum:
+        if row["id"] == 3:
+            raise DataError("three is bad")
+        return row_datum(row)
+
+    with pytest.raises(DataError, match="row 3: three is bad"):
+        SupervisedDatasetFromHFDataset(numbered, 4, map_fn=fail_on_three).get_batch(0)
+    dataset = SupervisedDatasetFromHFDataset(numbered, 4, map_fn=fail_on_three, on_bad_row="skip")
+    assert ids_of(dataset.get_batch(0)) == [0, 1, 2]
+    assert dataset.summary()["bad_rows"] == 1
+
+
+def test_a_row_of_a_json_list_that_is_no_object_is_named(tmp_path: Path, tiny_qwen3: str) -> None:
+    path = tmp_path / "chats.json"
+    path.write_text(json.dumps([{"messages": CHAT}, 3]))
+    with pytest.raises(DataError, match="row 1 of .*chats.json is a JSON int"):
+        make_builder(path, tiny_qwen3)()
+    train, _ = make_builder(path, tiny_qwen3, on_bad_row="skip")()
+    assert len(train.get_batch(0)) == 1
+
+
+def test_a_folder_is_no_dataset_file(tmp_path: Path, tiny_qwen3: str) -> None:
+    with pytest.raises(DataError, match="is a folder"):
+        make_builder(tmp_path, tiny_qwen3)()
 
 
 def test_a_missing_or_unknown_dataset_says_what_there_is(tmp_path: Path, tiny_qwen3: str) -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import chz
+import numpy as np
 import pytest
 import torch
 from peft import PeftModel
@@ -333,17 +335,72 @@ def test_a_cadence_of_zero_is_off(make_config: MakeConfig) -> None:
     assert not any("test/nll" in row for row in rows_of(config))
 
 
-def test_samples_are_shown_and_kept(
-    make_config: MakeConfig, tiny_qwen3: str, caplog: pytest.LogCaptureFixture, tmp_path: Path
+def test_samples_are_shown_before_and_after(
+    make_config: MakeConfig, tiny_qwen3: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    builder = SamplesEvaluatorBuilder(
-        model_name=tiny_qwen3, prompts=["How many legs?"], max_tokens=5, log_path=str(tmp_path / "run")
-    )
+    builder = SamplesEvaluatorBuilder(model_name=tiny_qwen3, prompts=["How many legs?"], max_tokens=5)
     with caplog.at_level(logging.INFO, "cookbook"):
         asyncio.run(train.main(make_config(infrequent_evaluator_builders=[builder])))
-    samples = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
-    assert [sample["prompt"] for sample in samples] == ["How many legs?"] * 2
-    assert "user: How many legs?" in caplog.text
+    assert caplog.text.count("user: How many legs?") == 2
+
+
+class Returning(TrainingClientEvaluator):
+    def __init__(self, result: Any) -> None:
+        self._result = result
+
+    async def __call__(self, training_client: Any) -> Any:
+        return self._result
+
+
+def test_an_evaluator_may_return_numpy_numbers_and_anything_else_is_named(make_config: MakeConfig) -> None:
+    config = make_config(evaluator_builders=[lambda: Returning({"test/x": np.float32(1.5)})])
+    assert asyncio.run(train.main(config)).metrics["test/x"] == 1.5
+    for result in (None, {"test/x": "high"}):
+        config = make_config(
+            evaluator_builders=[lambda result=result: Returning(result)], if_log_path_exists="delete"
+        )
+        with pytest.raises(TrainingError, match="Returning returned"):
+            asyncio.run(train.main(config))
+
+
+class FailsAtTheEnd(TrainingClientEvaluator):
+    num_calls = 0
+
+    async def __call__(self, training_client: Any) -> dict[str, float]:
+        FailsAtTheEnd.num_calls += 1
+        if FailsAtTheEnd.num_calls == 2:
+            raise ValueError("no such metric")
+        return {}
+
+
+def test_a_final_evaluation_that_fails_costs_no_training(make_config: MakeConfig) -> None:
+    FailsAtTheEnd.num_calls = 0
+    config = make_config(evaluator_builders=[FailsAtTheEnd])
+    with pytest.raises(ValueError, match="no such metric"):
+        asyncio.run(train.main(config))
+    assert Path(config.log_path, "checkpoints", "final").is_dir()
+    summary = asyncio.run(train.main(config))
+    assert summary.is_finished
+    assert [row["step"] for row in rows_of(config)] == [0, 1, 2]
+    assert "test/nll" in summary.metrics
+
+
+def test_data_that_changed_under_a_run_are_refused(make_config: MakeConfig) -> None:
+    config = make_config(max_steps=2, save_every=1)
+    asyncio.run(train.main(config))
+    shutil.rmtree(Path(config.log_path, "checkpoints", "final"))
+    data = Path(config.dataset_builder.file_path)  # type: ignore[attr-defined]
+    data.write_text("".join(data.read_text().splitlines(keepends=True)[:12]))
+    with pytest.raises(DataError, match="The data have changed"):
+        asyncio.run(train.main(config))
+
+
+def test_what_was_cut_or_left_out_is_reported_at_the_end(
+    make_config: MakeConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    asyncio.run(train.main(make_config(max_length=40, max_steps=3)))
+    assert "Of the training data:" in caplog.text
+    assert "truncated examples" in caplog.text.split("Of the training data:")[1]
 
 
 def test_an_evaluator_builder_may_be_a_chz_class(make_config: MakeConfig) -> None:
