@@ -17,7 +17,7 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $(STAMP)
 
 demo: setup
-	$(BIN)/python -m recipes.sft if_log_path_exists=delete
+	$(BIN)/python -m recipes.sft log_path=runs/demo if_log_path_exists=delete
 
 test: setup
 	$(BIN)/python -m pytest
