@@ -6,7 +6,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.is-set-up
 
-.PHONY: setup demo test test-slow check format bench clean
+.PHONY: setup demo test check format bench clean
 
 setup: $(STAMP)
 
@@ -21,9 +21,6 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest
-
-test-slow: setup
-	$(BIN)/python -m pytest -m slow
 
 check: setup
 	$(BIN)/ruff format --check .

@@ -21,7 +21,6 @@ from typing import IO, Any, Literal, TypeAlias
 from cookbook import jsonl
 from cookbook.config_files import TYPE_KEY, differences
 from cookbook.errors import ConfigError
-from cookbook.loggers import json_text
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +51,7 @@ class RunFolder:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._take_lock()
-            jsonl.write_atomically(self.path / "config.json", json_text(config).encode())
+            jsonl.write_atomically(self.path / "config.json", _text(config).encode())
         except OSError as error:
             raise ConfigError(
                 f"log_path={path} cannot be written: {error}. Choose another folder."
@@ -106,6 +105,10 @@ class RunFolder:
     ) -> None:
         if self._lock is not None:
             self._lock.close()
+
+
+def _text(config: dict[str, Any]) -> str:
+    return json.dumps(config, indent=2, ensure_ascii=False) + "\n"
 
 
 def _is_untouched(folder: Path) -> bool:
