@@ -19,7 +19,7 @@ from cookbook import embedded
 from cookbook.errors import CookbookError, DataError, describe
 from cookbook.models import recommended_renderer
 from cookbook.supervised.data import conversation_to_datum
-from cookbook.supervised.sources import read_rows
+from cookbook.supervised.data._old_sources import read_rows
 from renderers import TrainOnWhat, get_renderer
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
@@ -12,11 +13,14 @@ import numpy as np
 from cookbook.errors import RendererError
 from cookbook.types import ModelInput
 from renderers.encoder import Encoder
-from renderers.messages import Message, PlainMessage, normalize
-from renderers.train_on_what import TrainOnWhat, chosen_messages
+from renderers.messages import Message, PlainMessage, Tool, check_tools, normalize
+from renderers.train_on_what import TrainOnWhat, chosen_messages, weight_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+_SYSTEM_ROLES = ("system", "developer")
 
 
 class Span(NamedTuple):
@@ -50,18 +54,28 @@ class Renderer(ABC):
     frame: ClassVar[str] = ""
     """The tokens around a message: none of its text reads as one, special to the tokenizer or not."""
 
+    takes_tools: bool = False
+    """Whether the format has a place for the tools that the model may call."""
+
+    system_prompt: str | None = None
+    """Put before every conversation: as its system message, or ahead of the one that it begins with."""
+
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
         self._encoder = Encoder(tokenizer, self.frame)
 
-    def check_messages(self, messages: Sequence[Message]) -> None:
+    def check_messages(self, messages: Sequence[Message], tools: Sequence[Tool] | None = None) -> None:
         """Raises RendererError for messages of a shape or role that cannot be rendered; tokenizes nothing."""
         normalize(messages, self.name, self.roles)
+        self._check_tools(tools)
 
     # -- for training -------------------------------------------------------------------------
 
     def build_supervised_example(
-        self, messages: Sequence[Message], train_on_what: TrainOnWhat = TrainOnWhat.ALL_ASSISTANT_MESSAGES
+        self,
+        messages: Sequence[Message],
+        train_on_what: TrainOnWhat = TrainOnWhat.ALL_ASSISTANT_MESSAGES,
+        tools: Sequence[Tool] | None = None,
     ) -> tuple[ModelInput, np.ndarray]:
         """The whole conversation as the format renders it, with one float32 weight for each token.
 
@@ -69,59 +83,134 @@ class Renderer(ABC):
         history, an earlier turn is trained as it stands there; `build_supervised_examples` trains
         each turn as the model meets it.
         """
-        plain, chosen = self._prepare(messages, train_on_what)
-        rendering = self._render(plain, chosen)
-        if train_on_what == TrainOnWhat.ALL_TOKENS:
-            return self._example(rendering, [Span(0, len(rendering.text))])
-        spans = [
-            self._span_in_history(plain, rendering, index)
-            if index in rendering.rewritten
-            else rendering.spans[index]
-            for index in chosen
-        ]
-        return self._example(rendering, spans)
+        with self._counting_from_the_system_prompt(messages):
+            plain, plain_tools, weights = self._prepare(messages, train_on_what, tools)
+            rendering = self._render(plain, weights, plain_tools)
+            if train_on_what == TrainOnWhat.ALL_TOKENS:
+                return self._whole_example(rendering)
+            spans = {
+                index: self._span_in_history(plain, rendering, index, plain_tools)
+                if index in rendering.rewritten
+                else rendering.spans[index]
+                for index in weights
+            }
+            return self._example(rendering, spans, weights)
 
     def build_supervised_examples(
-        self, messages: Sequence[Message], train_on_what: TrainOnWhat = TrainOnWhat.ALL_ASSISTANT_MESSAGES
+        self,
+        messages: Sequence[Message],
+        train_on_what: TrainOnWhat = TrainOnWhat.ALL_ASSISTANT_MESSAGES,
+        tools: Sequence[Tool] | None = None,
     ) -> list[tuple[ModelInput, np.ndarray]]:
         """One example, or one for each trained turn where the format rewrites a trained turn of the history.
 
         Each message is trained once: in the first of the examples that holds it.
         """
-        plain, chosen = self._prepare(messages, train_on_what)
-        rendering = self._render(plain, chosen)
-        if not rendering.rewritten:
-            if train_on_what == TrainOnWhat.ALL_TOKENS:
-                return [self._example(rendering, [Span(0, len(rendering.text))])]
-            return [self._example(rendering, [rendering.spans[index] for index in chosen])]
-        turns = [index for index in chosen if plain[index]["role"] == "assistant"]
-        if chosen[-1] > turns[-1]:
-            turns.append(len(plain) - 1)
-        examples: list[tuple[ModelInput, np.ndarray]] = []
-        for previous, turn in zip([-1, *turns], turns, strict=False):
-            new = [index for index in chosen if previous < index <= turn]
-            part = self._render(plain[: turn + 1], new)
-            examples.append(self._example(part, [part.spans[index] for index in new]))
-        return examples
+        with self._counting_from_the_system_prompt(messages):
+            plain, plain_tools, weights = self._prepare(messages, train_on_what, tools)
+            rendering = self._render(plain, weights, plain_tools)
+            if not rendering.rewritten:
+                if train_on_what == TrainOnWhat.ALL_TOKENS:
+                    return [self._whole_example(rendering)]
+                return [self._example(rendering, rendering.spans, weights)]
+            turns = [index for index in weights if plain[index]["role"] == "assistant"]
+            if max(weights) > turns[-1]:
+                turns.append(len(plain) - 1)
+            examples: list[tuple[ModelInput, np.ndarray]] = []
+            for previous, turn in zip([-1, *turns], turns, strict=False):
+                new = {index: weight for index, weight in weights.items() if previous < index <= turn}
+                part = self._render(plain[: turn + 1], new, plain_tools)
+                examples.append(self._example(part, part.spans, new))
+            return examples
+
+    def build_text_example(self, text: str) -> tuple[ModelInput, np.ndarray]:
+        """Plain text, no conversation: every token is trained, and the end-of-text token after it.
+
+        A BOS token, where the tokenizer begins texts with one, is not trained.
+        """
+        tokenizer = self.tokenizer
+        if tokenizer.eos_token is None:
+            raise RendererError(
+                "This tokenizer has no end-of-text token, so the model could not learn to stop."
+            )
+        before = str(tokenizer.bos_token) if self._begins_with_bos else ""
+        (guarded,) = self._encoder.guard([{"role": "user", "content": text}])
+        rendering = Rendering(f"{before}{guarded['content']}{tokenizer.eos_token}")
+        span = Span(len(before), len(rendering.text))
+        return self._example(rendering, {0: span}, {0: 1.0})
+
+    @property
+    def _begins_with_bos(self) -> bool:
+        bos = self.tokenizer.bos_token_id
+        return bos is not None and self.tokenizer("a")["input_ids"][:1] == [bos]
 
     def _prepare(
-        self, messages: Sequence[Message], train_on_what: TrainOnWhat
-    ) -> tuple[list[PlainMessage], list[int]]:
-        plain = self._encoder.guard(normalize(messages, self.name, self.roles))
-        return plain, chosen_messages(messages, TrainOnWhat(train_on_what))
+        self, messages: Sequence[Message], train_on_what: TrainOnWhat, tools: Sequence[Tool] | None
+    ) -> tuple[list[PlainMessage], list[Tool] | None, dict[int, float]]:
+        """Guarded messages and tools, and the weight of each message to train, ascending."""
+        plain, plain_tools = self._guarded(messages, tools)
+        shift = len(plain) - len(messages)
+        chosen = chosen_messages(messages, TrainOnWhat(train_on_what))
+        return plain, plain_tools, {index + shift: weight_of(messages[index]) for index in chosen}
 
-    def _example(self, rendering: Rendering, spans: Iterable[Span]) -> tuple[ModelInput, np.ndarray]:
+    def _guarded(
+        self, messages: Sequence[Message], tools: Sequence[Tool] | None
+    ) -> tuple[list[PlainMessage], list[Tool] | None]:
+        """What the format renders: checked messages with the system prompt before them, and the tools."""
+        plain = self._with_system_prompt(normalize(messages, self.name, self.roles))
+        self._check_tools(tools)
+        return self._encoder.guard(plain), self._encoder.guard_tools(tools) if tools else None
+
+    def _with_system_prompt(self, plain: list[PlainMessage]) -> list[PlainMessage]:
+        if not self.system_prompt:
+            return plain
+        if "system" not in self.roles:
+            raise RendererError(
+                f"Renderer `{self.name}` has no system role, so no place for a system prompt."
+            )
+        first = plain[0]
+        if first["role"] in _SYSTEM_ROLES:
+            return [{**first, "content": f"{self.system_prompt}\n\n{first['content']}"}, *plain[1:]]
+        return [{"role": "system", "content": self.system_prompt}, *plain]
+
+    @contextmanager
+    def _counting_from_the_system_prompt(self, messages: Sequence[Message]) -> Iterator[None]:
+        try:
+            yield
+        except RendererError as error:
+            if self.system_prompt and messages and messages[0].get("role") not in _SYSTEM_ROLES:
+                error.add_note("(The system prompt may be counted as message 1.)")
+            raise
+
+    def _check_tools(self, tools: Sequence[Tool] | None) -> None:
+        check_tools(tools)
+        if tools and not self.takes_tools:
+            raise RendererError(
+                f"Renderer `{self.name}` has no place for tools ({len(tools)} given). Describe them in a "
+                "system message, or leave them out."
+            )
+
+    def _example(
+        self, rendering: Rendering, spans: Mapping[int, Span], weights: Mapping[int, float]
+    ) -> tuple[ModelInput, np.ndarray]:
         tokens = self._encoder.encode(rendering.text, rendering.cuts)
-        weights = np.zeros(len(tokens.ids), dtype=np.float32)
-        for start, end in spans:
-            weights[tokens.index(start) : tokens.index(end)] = 1.0
-        return ModelInput.from_ints(tokens.ids), weights
+        weights_T = np.zeros(len(tokens.ids), dtype=np.float32)
+        for index, weight in weights.items():
+            start, end = spans[index]
+            weights_T[tokens.index(start) : tokens.index(end)] = weight
+        return ModelInput.from_ints(tokens.ids), weights_T
+
+    def _whole_example(self, rendering: Rendering) -> tuple[ModelInput, np.ndarray]:
+        return self._example(rendering, {0: Span(0, len(rendering.text))}, {0: 1.0})
 
     # -- for sampling -------------------------------------------------------------------------
 
-    def build_generation_prompt(self, messages: Sequence[Message], role: str = "assistant") -> ModelInput:
+    def build_generation_prompt(
+        self, messages: Sequence[Message], role: str = "assistant", tools: Sequence[Tool] | None = None
+    ) -> ModelInput:
         """The prompt for a message of `role`: a prefix of what that message is trained on."""
-        rendering = self._render_prompt(self._encoder.guard(normalize(messages, self.name, self.roles)), role)
+        with self._counting_from_the_system_prompt(messages):
+            rendering = self._render_prompt(*self._guarded(messages, tools), role)
         return ModelInput.from_ints(self._encoder.encode(rendering.text, rendering.cuts).ids)
 
     @abstractmethod
@@ -138,14 +227,24 @@ class Renderer(ABC):
     # -- what a format knows ------------------------------------------------------------------
 
     @abstractmethod
-    def _render(self, messages: Sequence[PlainMessage], chosen: Collection[int]) -> Rendering:
+    def _render(
+        self, messages: Sequence[PlainMessage], chosen: Collection[int], tools: Sequence[Tool] | None
+    ) -> Rendering:
         """Render guarded messages, with spans for those chosen unless they are rewritten."""
 
     @abstractmethod
-    def _render_prompt(self, messages: Sequence[PlainMessage], role: str) -> Rendering:
+    def _render_prompt(
+        self, messages: Sequence[PlainMessage], tools: Sequence[Tool] | None, role: str
+    ) -> Rendering:
         """Render guarded messages and the header of the next one."""
 
-    def _span_in_history(self, messages: Sequence[PlainMessage], rendering: Rendering, index: int) -> Span:
+    def _span_in_history(
+        self,
+        messages: Sequence[PlainMessage],
+        rendering: Rendering,
+        index: int,
+        tools: Sequence[Tool] | None,
+    ) -> Span:
         """Where a rewritten message lies in the rendering."""
         return rendering.spans[index]
 

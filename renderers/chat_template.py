@@ -16,13 +16,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Sequence
-from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from cookbook.errors import RendererError
 from renderers.base import Renderer, Rendering, Span
 from renderers.encoder import ESCAPE, SENTINEL, Encoder, any_of
-from renderers.messages import ROLES, Message, PlainMessage
+from renderers.messages import ROLES, Message, PlainMessage, Tool
+from renderers.template import CALL, Chat, Template
 from renderers.thinking import END_THINK, message_with_thinking
 
 if TYPE_CHECKING:
@@ -30,10 +30,6 @@ if TYPE_CHECKING:
 
 _USER: PlainMessage = {"role": "user", "content": "x"}
 _REPLY: PlainMessage = {"role": "assistant", "content": SENTINEL}
-_CALL: PlainMessage = {
-    "role": "assistant",
-    "tool_calls": [{"id": "call00001", "type": "function", "function": {"name": "f", "arguments": {}}}],
-}
 
 
 class ChatTemplateRenderer(Renderer):
@@ -51,14 +47,16 @@ class ChatTemplateRenderer(Renderer):
         if not tokenizer.chat_template:
             raise RendererError("This tokenizer has no chat template. Use a renderer such as `role_colon`.")
         self.tokenizer = tokenizer
-        self._printed_roles: dict[str, bool] = {}
-        after_last = self._text([_USER, _REPLY]).partition(SENTINEL)[2]
-        after_earlier = self._text([_USER, _REPLY, _USER]).partition(SENTINEL)[2]
-        self._encoder = Encoder(tokenizer, frame=self._text([_USER], prompt=True) + after_last)
+        self._template = Template(tokenizer)
+        text = self._template.text
+        after_last = text([_USER, _REPLY]).partition(SENTINEL)[2]
+        after_earlier = text([_USER, _REPLY, _USER]).partition(SENTINEL)[2]
+        self._encoder = Encoder(tokenizer, frame=text([_USER], prompt=True) + after_last)
         stops = [self._end_after(after_last), *self._end_of_a_tool_call()]
         self._stops = {end: self._encoder.ids[end] for end in stops}
         self._ends = {*stops, self._end_after(after_earlier)}
         self._end = re.compile(rf"\s*({any_of(self._ends).pattern})")
+        self.takes_tools = self._template.prints_tools()
 
     def _end_after(self, text: str) -> str:
         """The end-of-turn token at the start of what the template prints after a reply."""
@@ -72,110 +70,85 @@ class ChatTemplateRenderer(Renderer):
 
     def _end_of_a_tool_call(self) -> list[str]:
         try:
-            start = len(self._text([_USER], prompt=True))
-            tail = self._tail(self._text([_USER, _CALL]), start)
+            start = len(self._template.text([_USER], prompt=True))
+            tail = self._tail(self._template.text([_USER, CALL]), start)
         except RendererError:  # a template without tools
             return []
         return [tail[0][0]] if len(tail) == 1 else []
 
     # -- rendering ----------------------------------------------------------------------------
 
-    def _text(self, messages: Sequence[PlainMessage], prompt: bool = False) -> str:
-        render = self.tokenizer.apply_chat_template
-        try:
-            return str(render(list(messages), tokenize=False, add_generation_prompt=prompt))
-        except Exception as error:  # a template is foreign code, and whatever it raises is its refusal
-            roles = ", ".join(message["role"] for message in messages)
-            raise RendererError(f"The chat template refuses messages of roles {roles}: {error}") from error
-
-    def _checked_text(self, messages: Sequence[PlainMessage], prompt: bool = False) -> str:
-        """The text of all messages, none of them lost and escapes printed as what they stand for."""
-        for number, message in enumerate(messages, 1):
-            if not self._prints(message["role"]):
-                supported = ", ".join(role for role in ROLES if self._prints(role))
-                raise RendererError(
-                    f"The chat template leaves out messages of role `{message['role']}` (message {number}). "
-                    f"Supported: {supported}."
-                )
-        text = self._text(messages, prompt)
-        unguard = self._encoder.unguard
-        if ESCAPE in text and unguard(text) != self._text(unguard(messages), prompt):
-            raise RendererError(
-                "A message spells control tokens that the chat template itself looks for. Remove them."
-            )
-        return text
-
-    def _prints(self, role: str) -> bool:
-        """Whether the template prints a message of this role, as far as it can be tried out."""
-        if role not in self._printed_roles:
-            message: PlainMessage = {"role": role, "content": SENTINEL}
-            result = {"role": "tool", "content": SENTINEL, "name": "f", "tool_call_id": "call00001"}
-            probes = {
-                "system": [[message, _USER]],
-                "developer": [[message, _USER]],
-                "tool": [[_USER, message], [_USER, _CALL, result]],
-            }
-            texts: list[str] = []
-            for probe in probes.get(role, [[_USER, message]]):
-                with suppress(RendererError):
-                    texts.append(self._text(probe))
-            self._printed_roles[role] = not texts or any(SENTINEL in text for text in texts)
-        return self._printed_roles[role]
-
-    def _render_prompt(self, messages: Sequence[PlainMessage], role: str) -> Rendering:
-        if role != "assistant":
-            raise self._refuse_role(role, ["assistant"])
-        text = self._checked_text(messages, prompt=True)
-        turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
-        prompts = [self._prompt_before(messages, index) for index in turns]
-        return Rendering(text, cuts=[len(prompt) for prompt in prompts if prompt and text.startswith(prompt)])
-
-    def _render(self, messages: Sequence[PlainMessage], chosen: Collection[int]) -> Rendering:
-        text = self._checked_text(messages)
+    def _render(
+        self, messages: Sequence[PlainMessage], chosen: Collection[int], tools: Sequence[Tool] | None
+    ) -> Rendering:
+        chat = Chat(self._template, messages, tools)
+        text = self._checked_text(chat)
         cuts: list[int] = []
         spans: dict[int, Span] = {}
         rewritten: list[int] = []
         for index, message in enumerate(messages):
             if message["role"] == "assistant":
-                prompt = self._prompt_before(messages, index)
+                prompt = chat.prompt_before(index)
                 if prompt and text.startswith(prompt):
                     cuts.append(len(prompt))
                 if index in chosen:
-                    reply = self._reply(messages, index, prompt, text)
+                    reply = self._reply(chat, index)
                     if text.startswith(f"{prompt}{reply}"):
                         spans[index] = Span(cuts[-1], cuts[-1] + len(reply))
                     else:
                         rewritten.append(index)
             elif index in chosen:
-                spans[index] = self._content_span(messages, text, index)
+                spans[index] = self._content_span(chat, index)
         return Rendering(text, cuts, spans, rewritten)
 
-    def _prompt_before(self, messages: Sequence[PlainMessage], index: int) -> str | None:
-        """The prompt for message `index`, or None where the template renders none."""
-        if index == 0:
-            return None
-        try:
-            return self._text(messages[:index], prompt=True)
-        except RendererError:
-            return None
+    def _render_prompt(
+        self, messages: Sequence[PlainMessage], tools: Sequence[Tool] | None, role: str
+    ) -> Rendering:
+        if role != "assistant":
+            raise self._refuse_role(role, ["assistant"])
+        chat = Chat(self._template, messages, tools)
+        text = self._checked_text(chat, prompt=True)
+        turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+        prompts = [chat.prompt_before(index) for index in turns]
+        return Rendering(text, cuts=[len(prompt) for prompt in prompts if prompt and text.startswith(prompt)])
+
+    def _checked_text(self, chat: Chat, prompt: bool = False) -> str:
+        """The text of all messages, none of them lost and escapes printed as what they stand for."""
+        for number, message in enumerate(chat.messages, 1):
+            if not self._template.prints(message["role"]):
+                supported = ", ".join(role for role in ROLES if self._template.prints(role))
+                raise RendererError(
+                    f"The chat template leaves out messages of role `{message['role']}` (message {number}). "
+                    f"Supported: {supported}."
+                )
+        text = chat.text(len(chat.messages), prompt)
+        unguard = self._encoder.unguard
+        if ESCAPE in text and unguard(text) != self._template.text(
+            unguard(chat.messages), unguard(chat.tools), prompt
+        ):
+            raise RendererError(
+                "A message spells control tokens that the chat template itself looks for. Remove them."
+            )
+        return text
 
     # -- spans --------------------------------------------------------------------------------
 
-    def _reply(self, messages: Sequence[PlainMessage], index: int, prompt: str | None, text: str) -> str:
+    def _reply(self, chat: Chat, index: int) -> str:
         """What the model had to write as message `index`, its end-of-turn token included."""
+        prompt = chat.prompt_before(index)
         if prompt is None:
             raise RendererError(
                 f"The chat template renders no prompt before the assistant's message {index + 1}, so it "
                 "cannot be trained. Begin with a user's message, or leave this one out of the training."
             )
-        whole = text if index == len(messages) - 1 else self._text(messages[: index + 1])
+        whole = chat.text(index + 1)
         if not whole.startswith(prompt):
             raise RendererError(
                 f"The chat template's generation prompt ends with {prompt[-40:]!r}, but that is not how the "
                 f"template then renders message {index + 1}. A model trained on it would be sampled from "
                 "other prompts. Use another template."
             )
-        self._check_nothing_is_lost(messages[index], index + 1, whole[len(prompt) :])
+        self._check_nothing_is_lost(chat.messages[index], index + 1, whole[len(prompt) :])
         tail = self._tail(whole, len(prompt))
         known = [match for match in tail if match[0] in self._ends] if len(tail) > 1 else tail
         if not known:
@@ -205,9 +178,16 @@ class ChatTemplateRenderer(Renderer):
             end = match.start()
         return tail
 
-    def _span_in_history(self, messages: Sequence[PlainMessage], rendering: Rendering, index: int) -> Span:
-        prompt = self._prompt_before(messages, index) or ""
-        span = self._around(messages, rendering.text, index, _REPLY)
+    def _span_in_history(
+        self,
+        messages: Sequence[PlainMessage],
+        rendering: Rendering,
+        index: int,
+        tools: Sequence[Tool] | None,
+    ) -> Span:
+        chat = Chat(self._template, messages, tools)
+        prompt = chat.prompt_before(index) or ""
+        span = self._around(chat, index, _REPLY)
         end = self._end.match(rendering.text, span.end)
         if end is None or len(prompt) > span.start or not rendering.text.startswith(prompt):
             raise RendererError(
@@ -216,16 +196,17 @@ class ChatTemplateRenderer(Renderer):
             )
         return Span(len(prompt), end.end())
 
-    def _content_span(self, messages: Sequence[PlainMessage], text: str, index: int) -> Span:
-        span = self._around(messages, text, index, {**messages[index], "content": SENTINEL})
-        end = self._end.match(text, span.end)
+    def _content_span(self, chat: Chat, index: int) -> Span:
+        span = self._around(chat, index, {**chat.messages[index], "content": SENTINEL})
+        end = self._end.match(chat.text(len(chat.messages)), span.end)
         return Span(span.start, end.end() if end else span.end)
 
-    def _around(
-        self, messages: Sequence[PlainMessage], text: str, index: int, stand_in: PlainMessage
-    ) -> Span:
+    def _around(self, chat: Chat, index: int, stand_in: PlainMessage) -> Span:
         """The part of the text that gives way when a message with the sentinel replaces message `index`."""
-        changed = self._text([*messages[:index], stand_in, *messages[index + 1 :]])
+        text = chat.text(len(chat.messages))
+        changed = self._template.text(
+            [*chat.messages[:index], stand_in, *chat.messages[index + 1 :]], chat.tools
+        )
         before, _, after = changed.partition(SENTINEL)
         start, end = len(before), len(text) - len(after)
         if changed.count(SENTINEL) == 1 and text.startswith(before) and text.endswith(after) and start <= end:

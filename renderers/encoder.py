@@ -19,7 +19,7 @@ from itertools import pairwise, repeat
 from typing import TYPE_CHECKING, Any
 
 from cookbook.errors import RendererError
-from renderers.messages import PlainMessage, map_strings
+from renderers.messages import PlainMessage, Tool, map_strings
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -92,11 +92,17 @@ class Encoder:
             guarded.append(map_strings(partial(pattern.sub, partial(self._escape, number)), message))
         return guarded
 
+    def guard_tools(self, tools: Sequence[Tool]) -> list[Tool]:
+        """The same for the descriptions of tools."""
+        return [
+            map_strings(partial(self._foreign_elsewhere.sub, partial(self._escape, 0)), tool)
+            for tool in tools
+        ]
+
     def _escape(self, number: int, match: re.Match[str]) -> str:
         if match[0] not in self._escapes:
-            raise RendererError(
-                f"Message {number} contains {match[0]!r}, which renderers reserve. Remove it."
-            )
+            where = f"Message {number}" if number else "A tool"
+            raise RendererError(f"{where} contains {match[0]!r}, which renderers reserve. Remove it.")
         return self._escapes[match[0]]
 
     def unguard(self, value: Any) -> Any:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from cookbook.errors import RendererError
 from renderers.base import Renderer, Rendering
 from renderers.draft import Draft
-from renderers.messages import Message, PlainMessage, function_of, to_json
+from renderers.messages import Message, PlainMessage, Tool, function_of, to_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -46,7 +46,9 @@ class Llama3Renderer(Renderer):
             ("system", "user", "assistant", "tool") if self._is_3_1 else ("system", "user", "assistant")
         )
 
-    def _render(self, messages: Sequence[PlainMessage], chosen: Collection[int]) -> Rendering:
+    def _render(
+        self, messages: Sequence[PlainMessage], chosen: Collection[int], tools: Sequence[Tool] | None
+    ) -> Rendering:
         for index in chosen:
             message = messages[index]
             if message.get("reasoning_content") or (
@@ -59,7 +61,9 @@ class Llama3Renderer(Renderer):
                 )
         return self._draft(messages).finish()
 
-    def _render_prompt(self, messages: Sequence[PlainMessage], role: str) -> Rendering:
+    def _render_prompt(
+        self, messages: Sequence[PlainMessage], tools: Sequence[Tool] | None, role: str
+    ) -> Rendering:
         if role not in ("assistant", "user"):
             raise self._refuse_role(role, ["assistant", "user"])
         draft = self._draft(messages)

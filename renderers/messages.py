@@ -12,34 +12,42 @@ from typing import Any, Required, TypeAlias, TypedDict
 from cookbook.errors import RendererError
 
 
-class TextPart(TypedDict):
-    type: str
+class ContentPart(TypedDict, total=False):
+    """`{"type": "text", "text": ...}`, or in a reply `{"type": "thinking", "thinking": ...}`."""
+
+    type: Required[str]
     text: str
+    thinking: str
 
 
 class Message(TypedDict, total=False):
     """One turn of a conversation.
 
-    A list of text parts reads as their concatenation. `thinking` is another name for
-    `reasoning_content`. `trainable` is read by `TrainOnWhat.CUSTOMIZED` alone. Other keys
-    reach the chat template as they are.
+    A list of parts reads as the concatenation of its texts, its thinking as `reasoning_content`, for
+    which `thinking` is another name. `trainable` is read by `TrainOnWhat.CUSTOMIZED` alone.
+    `weight`, 1 where it is missing, scales the loss of the message's tokens; at 0 it is not trained.
+    Other keys reach the chat template as they are.
     """
 
     role: Required[str]
-    content: str | list[TextPart] | None
+    content: str | list[ContentPart] | None
     reasoning_content: str | None
     thinking: str | None
     tool_calls: list[dict[str, Any]] | None
     tool_call_id: str
     name: str
     trainable: bool
+    weight: float
 
 
 PlainMessage: TypeAlias = dict[str, Any]
-"""A checked message: `content` is a string or absent, no value is None, and neither `thinking` nor
-`trainable` is left."""
+"""A checked message: `content` is a string or absent, no value is None, and none of `thinking`,
+`trainable` and `weight` is left."""
 
-_OURS = ("thinking", "trainable")
+Tool: TypeAlias = Mapping[str, Any]
+"""A tool as OpenAI describes it: `type` is `function`, `function` has `name`, `description`, `parameters`."""
+
+_OURS = ("thinking", "trainable", "weight")
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
@@ -65,30 +73,34 @@ def _normalize_one(message: Message, number: int, renderer: str, roles: Sequence
     if (thinking := message.get("thinking")) is not None:
         plain.setdefault("reasoning_content", thinking)
     if "content" in plain:
-        plain["content"] = _encodable(_text_of(plain["content"], number, renderer), number)
+        content, thought = _text_of(plain["content"], number, renderer)
+        plain["content"] = _encodable(content, number)
+        if thought:
+            plain.setdefault("reasoning_content", thought)
     elif not (role == "assistant" and (plain.get("tool_calls") or plain.get("reasoning_content"))):
         raise RendererError(f"Message {number} (role `{role}`) has no content. Give it a string.")
     return plain
 
 
-def _text_of(content: object, number: int, renderer: str) -> str:
+def _text_of(content: object, number: int, renderer: str) -> tuple[str, str]:
+    """What the content says, and what it thinks."""
     if isinstance(content, str):
-        return content
+        return content, ""
     if not isinstance(content, Sequence):
         raise RendererError(
             f"The content of message {number} is a {type(content).__name__}. "
             "Use a string or a list of text parts."
         )
-    texts: list[str] = []
+    texts: dict[str, list[str]] = {"text": [], "thinking": []}
     for part in content:
         kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
-        if kind != "text" or not isinstance(part.get("text"), str):
+        if kind not in texts or not isinstance(part.get(kind), str):
             raise RendererError(
                 f"Renderer `{renderer}` cannot render a part of type `{kind}` (message {number}). "
-                "Supported: text, with a string under `text`."
+                "Supported: text, with a string under `text` (and thinking likewise)."
             )
-        texts.append(part["text"])
-    return "".join(texts)
+        texts[kind].append(part[kind])
+    return "".join(texts["text"]), "".join(texts["thinking"])
 
 
 def _encodable(text: str, number: int) -> str:
@@ -101,6 +113,13 @@ def _encodable(text: str, number: int) -> str:
             "Remove it."
         ) from error
     return text
+
+
+def check_tools(tools: Sequence[Tool] | None) -> None:
+    if tools is not None and (
+        isinstance(tools, (str, Mapping)) or not all(isinstance(tool, Mapping) for tool in tools)
+    ):
+        raise RendererError("`tools` must be a list of function schemas, each a mapping.")
 
 
 def function_of(tool_call: Mapping[str, Any], number: int) -> Mapping[str, Any]:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from cookbook.errors import RendererError
 from renderers.base import Renderer, Rendering
 from renderers.draft import Draft
-from renderers.messages import Message, PlainMessage, function_of, to_json
+from renderers.messages import Message, PlainMessage, Tool, function_of, to_json
 from renderers.thinking import END_THINK, THINK, message_with_thinking
 
 if TYPE_CHECKING:
@@ -39,7 +39,9 @@ class Qwen3Renderer(Renderer):
         super().__init__(tokenizer)
         self._end_id = self._token_id(_END)
 
-    def _render(self, messages: Sequence[PlainMessage], chosen: Collection[int]) -> Rendering:
+    def _render(
+        self, messages: Sequence[PlainMessage], chosen: Collection[int], tools: Sequence[Tool] | None
+    ) -> Rendering:
         rewritten: list[int] = []
         for index in chosen:
             if messages[index]["role"] != "assistant":
@@ -59,7 +61,9 @@ class Qwen3Renderer(Renderer):
                 rewritten.append(index)
         return self._draft(messages).finish(rewritten)
 
-    def _render_prompt(self, messages: Sequence[PlainMessage], role: str) -> Rendering:
+    def _render_prompt(
+        self, messages: Sequence[PlainMessage], tools: Sequence[Tool] | None, role: str
+    ) -> Rendering:
         if role not in ("assistant", "user"):
             raise self._refuse_role(role, ["assistant", "user"])
         draft = self._draft(messages)

@@ -11,7 +11,7 @@ from collections.abc import Collection, Sequence
 from cookbook.errors import RendererError
 from renderers.base import Renderer, Rendering
 from renderers.draft import Draft
-from renderers.messages import Message, PlainMessage
+from renderers.messages import Message, PlainMessage, Tool
 
 _LABELS = {"system": "System:", "user": "User:", "assistant": "Assistant:"}
 _STOP = "\n\nUser:"
@@ -27,10 +27,14 @@ class RoleColonRenderer(Renderer):
     name = "role_colon"
     roles = tuple(_LABELS)
 
-    def _render(self, messages: Sequence[PlainMessage], chosen: Collection[int]) -> Rendering:
+    def _render(
+        self, messages: Sequence[PlainMessage], chosen: Collection[int], tools: Sequence[Tool] | None
+    ) -> Rendering:
         return self._draft(messages).finish()
 
-    def _render_prompt(self, messages: Sequence[PlainMessage], role: str) -> Rendering:
+    def _render_prompt(
+        self, messages: Sequence[PlainMessage], tools: Sequence[Tool] | None, role: str
+    ) -> Rendering:
         if role not in _LABELS:
             raise self._refuse_role(role, self.roles)
         draft = self._draft(messages)

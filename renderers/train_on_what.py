@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from enum import StrEnum
 
+from cookbook.errors import RendererError
 from renderers.messages import Message
 
 
 class TrainOnWhat(StrEnum):
-    """What carries weight 1; everything else carries 0.
+    """What is trained; everything else carries weight 0.
 
     Training a message means its text and the end-of-turn token that closes it. For an assistant
     the text is all that follows the generation prompt (thinking and tool calls included); for
@@ -39,8 +41,30 @@ class TrainOnWhat(StrEnum):
     """The messages whose `trainable` is true; without the key a message is not trained."""
 
 
+def weight_of(message: Message) -> float:
+    """The factor on the loss of the message's tokens."""
+    weight = message.get("weight", 1.0)
+    if weight is None:
+        return 1.0
+    if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight < math.inf:
+        raise RendererError(f"The weight of a message is {weight!r}. Give a number of 0 or more.")
+    return float(weight)
+
+
 def chosen_messages(messages: Sequence[Message], train_on_what: TrainOnWhat) -> list[int]:
-    """The positions of the messages to train, ascending. ALL_TOKENS chooses tokens, so no messages."""
+    """The positions of the messages to train, ascending: those of the mode that do not weigh 0.
+
+    ALL_TOKENS chooses tokens, so no messages; it has no place for their weights.
+    """
+    if train_on_what == TrainOnWhat.ALL_TOKENS and any(weight_of(message) != 1 for message in messages):
+        raise RendererError(
+            "A message has a weight, but all_tokens trains headers and messages alike. Remove the weight, or "
+            "choose all_messages."
+        )
+    return [index for index in _chosen_by_mode(messages, train_on_what) if weight_of(messages[index]) > 0]
+
+
+def _chosen_by_mode(messages: Sequence[Message], train_on_what: TrainOnWhat) -> list[int]:
     roles = [message["role"] for message in messages]
     assistants = [i for i, role in enumerate(roles) if role == "assistant"]
     match train_on_what:

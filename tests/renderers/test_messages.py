@@ -50,7 +50,7 @@ def test_messages_are_written_in_one_way_and_the_callers_are_left_alone():
         (
             {"role": "user", "content": [{"type": "image_url"}]},
             "Renderer `some` cannot render a part of type `image_url` (message 2). "
-            "Supported: text, with a string under `text`.",
+            "Supported: text, with a string under `text` (and thinking likewise).",
         ),
         ("hello", "Message 2 is a str. Use a mapping with `role` and `content`."),
     ],

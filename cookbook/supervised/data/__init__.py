@@ -14,7 +14,7 @@ import numpy as np
 
 from cookbook import embedded
 from cookbook.errors import ConfigError, CookbookError, DataError
-from cookbook.supervised.sources import Row, Selection, load_hub_rows, read_rows
+from cookbook.supervised.data._old_sources import Row, Selection, load_hub_rows, read_rows
 from cookbook.supervised.types import ChatDatasetBuilder, SupervisedDataset
 from cookbook.types import Datum, ModelInput
 from renderers import Message, Renderer, TrainOnWhat
