@@ -2,11 +2,12 @@
 # make test    set up, then run the tests
 # make check   set up, then look at format, lint and types
 # make bench   set up, then measure
+# make parity  set up, then compare the renderers with published templates, and write their table
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.is-set-up
 
-.PHONY: setup demo test check format bench clean
+.PHONY: setup demo test check format bench parity clean
 
 setup: $(STAMP)
 
@@ -34,6 +35,11 @@ format: setup
 
 bench: setup
 	$(BIN)/python -m benchmarks.loop_overhead
+	$(BIN)/python -m benchmarks.rendering
+	$(BIN)/python -m benchmarks.data_pipeline
+
+parity: setup
+	$(BIN)/python tests/renderers/parity.py --write
 
 clean:
 	rm -rf .venv runs *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -65,13 +65,12 @@ class CheckpointLog:
     def path_of(self, checkpoint: Checkpoint) -> Path:
         return self._folder / checkpoint.path
 
-    def add(self, name: str, path: str, step: int, num_batches: int) -> Checkpoint:
+    def add(self, name: str, path: str, step: int, epoch: int, batch: int) -> Checkpoint:
         """Records a checkpoint that lies at `path`, then removes those past `keep`.
 
         The record goes before the folder: a kill in between leaves an unlisted folder, never
         a listed one that is gone.
         """
-        epoch, batch = divmod(step, num_batches)
         added = Checkpoint(name, str(Path(path).relative_to(self._folder)), step, epoch, batch)
         records = [*(record for record in self._records if record.name != name), added]
         dropped = [] if self._keep is None else records[: -self._keep]

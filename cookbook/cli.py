@@ -142,6 +142,8 @@ def _describe_type(kind: Any) -> str:
         return f"one of {', '.join(map(str, get_args(kind)))}"
     if isinstance(kind, type) and issubclass(kind, enum.Enum):
         return f"one of {', '.join(str(member.value) for member in kind)}"
+    if get_origin(kind) is list:
+        return f"{_describe_type(get_args(kind)[0]).removeprefix('a ')}s with commas between them"
     if get_origin(kind) in (Union, types.UnionType):
         return " or ".join(_describe_type(part) for part in get_args(kind))
     names = {int: "a whole number", float: "a number", bool: "True or False", str: "text", type(None): "None"}

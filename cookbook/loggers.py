@@ -44,10 +44,11 @@ class JsonlLogger(MetricLogger):
 class ConsoleLogger(MetricLogger):
     """A progress bar on a terminal, otherwise a plain line every so often."""
 
-    def __init__(self, console: Console, total_steps: int, first_step: int) -> None:
+    def __init__(self, console: Console, total_steps: int | None, first_step: int) -> None:
+        """`total_steps` of None: nobody knows."""
         self._console = console
         self._total_steps = total_steps
-        self._lines_every = max(1, total_steps // 20)
+        self._lines_every = 20 if total_steps is None else max(1, total_steps // 20)
         self._progress: Progress | None = None
         if console.is_terminal:
             self._progress = Progress(
@@ -71,8 +72,10 @@ class ConsoleLogger(MetricLogger):
         if self._progress is not None:
             self._progress.update(self._task, completed=step + 1, status=status)
         elif (step + 1) % self._lines_every == 0 or step + 1 == self._total_steps:
-            seconds_left = metrics["perf/seconds_left"]
-            line = f"step {step + 1}/{self._total_steps}  {status}  {seconds_left:,.0f} s left"
+            of_all, left = "", ""
+            if self._total_steps is not None:
+                of_all, left = f"/{self._total_steps}", f"  {metrics['perf/seconds_left']:,.0f} s left"
+            line = f"step {step + 1}{of_all}  {status}{left}"
             self._console.print(line, highlight=False)
 
     def close(self) -> None:

@@ -17,10 +17,19 @@ from cookbook.errors import ModelError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_RENDERER_BY_NAME = (
-    (re.compile(r"qwen/qwen3-(0\.6b|1\.7b|4b|8b|14b|32b|30b-a3b|235b-a22b)$", re.IGNORECASE), "qwen3"),
-    (re.compile(r"llama-3(\.\d)?-.*instruct", re.IGNORECASE), "llama3"),
+_RENDERER_BY_NAME = tuple(
+    (re.compile(pattern, re.IGNORECASE), renderer_name)
+    for pattern, renderer_name in (
+        (r"qwen/qwen3-(0\.6b|1\.7b|4b|8b|14b|32b|30b-a3b|235b-a22b)$", "qwen3"),
+        (r"qwen/qwen3-\d+b(-a\d+b)?-instruct-2507$", "qwen3_instruct"),
+        (r"qwen/qwen2\.5-[\d.]+b-instruct$", "qwen2_5"),
+        (r"meta-llama/(meta-)?llama-3(\.1)?-\d+b-instruct$", "llama3"),
+        (r"google/gemma-3-(270m|1b|4b|12b|27b)-it$", "gemma3"),
+        (r"openai/gpt-oss-(20b|120b)$", "gpt_oss"),
+        (r"microsoft/phi-3-mini-(4k|128k)-instruct$", "phi3"),
+    )
 )
+"""Only where the model's published template is the one that the renderer was compared with."""
 
 
 def model_location(model_name: str) -> str:

@@ -9,18 +9,20 @@ LRSchedule: TypeAlias = Literal["linear", "cosine", "constant"]
 
 
 def learning_rate_at(
-    step: int, total_steps: int, peak: float, schedule: LRSchedule, warmup_steps: int = 0
+    step: int, total_steps: int | None, peak: float, schedule: LRSchedule, warmup_steps: int = 0
 ) -> float:
     """The rate of optimizer step `step` (from 0).
 
     Rises linearly over the first `warmup_steps` steps, the last of which has the peak rate, then
     falls to 0 at `total_steps` (which no step reaches), linearly or along half a cosine, or stays.
+    Only a constant rate can do without `total_steps`.
     """
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
+    if schedule == "constant":
+        return peak
+    assert total_steps is not None
     progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
     if schedule == "linear":
         return peak * (1 - progress)
-    if schedule == "cosine":
-        return peak * 0.5 * (1 + math.cos(math.pi * progress))
-    return peak
+    return peak * 0.5 * (1 + math.cos(math.pi * progress))

@@ -24,15 +24,18 @@ DEFAULTS: dict[str, Any] = {
     "log_path": "runs/sft",
     "model_name": embedded.MODEL_NAME,
     "renderer_name": None,
+    "system_prompt": None,
     "seed": 0,
     "dataset_builder": NamedChatDatasetBuilder,
     "dataset_builder.common_config.model_name_for_tokenizer": Reference("model_name"),
     "dataset_builder.common_config.renderer_name": Reference("renderer_name"),
+    "dataset_builder.common_config.system_prompt": Reference("system_prompt"),
     "dataset_builder.common_config.batch_size": 8,
     "dataset_builder.shuffle_seed": Reference("seed"),
     "infrequent_evaluator_builders.0": SamplesEvaluatorBuilder,
     "infrequent_evaluator_builders.0.model_name": Reference("model_name"),
     "infrequent_evaluator_builders.0.renderer_name": Reference("renderer_name"),
+    "infrequent_evaluator_builders.0.system_prompt": Reference("system_prompt"),
 }
 
 

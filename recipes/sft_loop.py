@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import random
 import sys
-from pathlib import Path
 
 import chz
 
@@ -19,7 +18,8 @@ from cookbook import embedded
 from cookbook.errors import CookbookError, DataError, describe
 from cookbook.models import recommended_renderer
 from cookbook.supervised.data import conversation_to_datum
-from cookbook.supervised.data._old_sources import read_rows
+from cookbook.supervised.data.formats import conversations_of
+from cookbook.supervised.data.sources import BadRow, open_source
 from renderers import TrainOnWhat, get_renderer
 
 
@@ -49,11 +49,17 @@ def main(config: Config) -> None:
 
     # ---------------------------------------------------------------------------------------
     # data: a list of Datum, one a conversation; only the assistant's tokens have weight
-    conversations = [row["messages"] for row in read_rows(Path(config.data_path))]
+    conversations = []
+    for row in open_source(config.data_path).rows():
+        if isinstance(row, BadRow):
+            raise DataError(f"{row.place}: {row.reason}")
+        conversations += conversations_of(row)
     random.Random(config.seed).shuffle(conversations)
     data = [
-        conversation_to_datum(messages, renderer, config.max_length, TrainOnWhat.ALL_ASSISTANT_MESSAGES)
-        for messages in conversations
+        conversation_to_datum(
+            chat.messages, renderer, config.max_length, TrainOnWhat.ALL_ASSISTANT_MESSAGES, chat.tools
+        )
+        for chat in conversations
     ]
     test_data, train_data = data[: config.num_test], data[config.num_test :]
     if not train_data:

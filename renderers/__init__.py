@@ -5,19 +5,43 @@ A new format is one file with a `Renderer` and one line here.
 
 from renderers.base import Renderer
 from renderers.chat_template import ChatTemplateRenderer
+from renderers.deepseekv3 import DeepSeekV3Renderer, DeepSeekV3ThinkingRenderer
+from renderers.gemma3 import Gemma3Renderer
+from renderers.gpt_oss import GptOssHighRenderer, GptOssLowRenderer, GptOssRenderer
 from renderers.llama3 import Llama3Renderer
 from renderers.messages import Message
-from renderers.qwen3 import Qwen3Renderer
+from renderers.phi3 import Phi3Renderer
+from renderers.qwen2_5 import Qwen2_5Renderer
+from renderers.qwen3 import Qwen3DisableThinkingRenderer, Qwen3Renderer
+from renderers.qwen3_instruct import Qwen3InstructRenderer
 from renderers.registry import get_renderer, register_renderer, renderer_names
 from renderers.role_colon import RoleColonRenderer
+from renderers.streaming import Delta, ResponseStream
 from renderers.train_on_what import TrainOnWhat
 
-for _renderer in (ChatTemplateRenderer, Llama3Renderer, Qwen3Renderer, RoleColonRenderer):
+for _renderer in (
+    ChatTemplateRenderer,
+    DeepSeekV3Renderer,
+    DeepSeekV3ThinkingRenderer,
+    Gemma3Renderer,
+    GptOssHighRenderer,
+    GptOssLowRenderer,
+    GptOssRenderer,
+    Llama3Renderer,
+    Phi3Renderer,
+    Qwen2_5Renderer,
+    Qwen3DisableThinkingRenderer,
+    Qwen3InstructRenderer,
+    Qwen3Renderer,
+    RoleColonRenderer,
+):
     register_renderer(_renderer.name, _renderer)
 
 __all__ = [
+    "Delta",
     "Message",
     "Renderer",
+    "ResponseStream",
     "TrainOnWhat",
     "get_renderer",
     "register_renderer",

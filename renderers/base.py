@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
 
 from cookbook.errors import RendererError
-from cookbook.types import ModelInput
+from cookbook.types import EncodedTextChunk, ModelInput
 from renderers.encoder import Encoder
 from renderers.messages import Message, PlainMessage, Tool, check_tools, normalize
+from renderers.streaming import PLAIN, ResponseStream, Sections
 from renderers.train_on_what import TrainOnWhat, chosen_messages, weight_of
 
 if TYPE_CHECKING:
@@ -56,6 +58,9 @@ class Renderer(ABC):
 
     takes_tools: bool = False
     """Whether the format has a place for the tools that the model may call."""
+
+    reply_sections: Sections = PLAIN
+    """Where in a reply its content and its thinking lie, for `parse_stream`; agrees with `parse_response`."""
 
     system_prompt: str | None = None
     """Put before every conversation: as its system message, or ahead of the one that it begins with."""
@@ -193,12 +198,13 @@ class Renderer(ABC):
     def _example(
         self, rendering: Rendering, spans: Mapping[int, Span], weights: Mapping[int, float]
     ) -> tuple[ModelInput, np.ndarray]:
-        tokens = self._encoder.encode(rendering.text, rendering.cuts)
+        trained = [(spans[index], weight) for index, weight in weights.items()]
+        positions = {position for span, _ in trained for position in span}
+        tokens = self._encoder.encode(rendering.text, rendering.cuts, positions)
         weights_T = np.zeros(len(tokens.ids), dtype=np.float32)
-        for index, weight in weights.items():
-            start, end = spans[index]
+        for (start, end), weight in trained:
             weights_T[tokens.index(start) : tokens.index(end)] = weight
-        return ModelInput.from_ints(tokens.ids), weights_T
+        return ModelInput((EncodedTextChunk(tokens.ids),)), weights_T
 
     def _whole_example(self, rendering: Rendering) -> tuple[ModelInput, np.ndarray]:
         return self._example(rendering, {0: Span(0, len(rendering.text))}, {0: 1.0})
@@ -223,6 +229,10 @@ class Renderer(ABC):
 
         Never raises: of a malformed reply all the text is the content.
         """
+
+    def parse_stream(self) -> ResponseStream:
+        """Parses one reply while it is sampled, to show it as it grows."""
+        return ResponseStream(self)
 
     # -- what a format knows ------------------------------------------------------------------
 
@@ -263,6 +273,23 @@ class Renderer(ABC):
         known = [token for token in tokens[:end] if 0 <= token < len(self.tokenizer)]
         text = self.tokenizer.decode(known, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         return str(text), end == len(tokens) - 1 and len(known) == end
+
+    def _arguments(self, function: Mapping[str, Any], number: int) -> Any:
+        """The arguments of a call of message `number` as a value: a string is the JSON it spells.
+
+        JSON can spell a control token with escapes, so what it spells is guarded anew.
+        """
+        arguments = function["arguments"]
+        if not isinstance(arguments, str):
+            return arguments
+        try:
+            spelled = json.loads(self._encoder.unguard(arguments))
+        except (ValueError, RecursionError) as error:
+            raise RendererError(
+                f"The arguments of the tool call of message {number} are not JSON: {error}."
+            ) from error
+        (guarded,) = self._encoder.guard([{"role": "user", "arguments": spelled}])
+        return guarded["arguments"]
 
     def _refuse_role(self, role: str, supported: Sequence[str]) -> RendererError:
         return RendererError(

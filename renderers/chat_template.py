@@ -4,40 +4,52 @@ A template says nowhere which of its text the model wrote, so that is read off w
 With R(m) the rendering of messages m and P(m) the same with the generation prompt:
 
 - The text of message i begins where P(m[:i]) ends, which must be how R(m) begins.
-- It ends with the end-of-turn token of R(m[:i+1]): the first of the control tokens that, with
-  white space, make up its tail. What follows that token is the template's.
+- It ends with the end-of-turn token of R(m[:i+1]). If that ends as a plain reply does, the token is
+  the same; if not, it must be the one token of those that end turns among the control tokens that,
+  with white space, make up the tail. What follows that token is the template's.
 - If R(m) does not continue P(m[:i]) with that same text, the template rewrites its history.
 
 The content of any other message lies between what stays the same when a sentinel replaces it.
-Where these disagree the conversation is refused.
+Where these disagree the conversation is refused, and so is a reply that the template does not
+print whole.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Collection, Sequence
-from typing import TYPE_CHECKING
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
 
 from cookbook.errors import RendererError
 from renderers.base import Renderer, Rendering, Span
 from renderers.encoder import ESCAPE, SENTINEL, Encoder, any_of
-from renderers.messages import ROLES, Message, PlainMessage, Tool
-from renderers.template import CALL, Chat, Template
-from renderers.thinking import END_THINK, message_with_thinking
+from renderers.hermes_tools import with_call_sections, with_calls
+from renderers.messages import ROLES, Message, PlainMessage, Tool, map_strings
+from renderers.streaming import PLAIN
+from renderers.template import CALL, Chat, Template, stand_in_for
+from renderers.thinking import END_THINK, THINK, THINKING, THINKING_BEGUN, parse_thinking
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _USER: PlainMessage = {"role": "user", "content": "x"}
 _REPLY: PlainMessage = {"role": "assistant", "content": SENTINEL}
+_TAG = re.compile(f"{THINK}|{END_THINK}")
 
 
 class ChatTemplateRenderer(Renderer):
     """Renders with the tokenizer's chat template, token for token as `apply_chat_template` does.
 
-    There are two exceptions. A control token that a message spells is encoded as the text it is.
-    And where a token would span the end of a generation prompt and the start of the reply (a
-    reply that begins with a newline, say), the two are encoded apart, as they are when sampling.
+    There are some exceptions. A control token that a message spells is encoded as the text it is.
+    Where a token would span the end of a generation prompt and the start of the reply (a reply that
+    begins with a newline, say), the two are encoded apart, as they are when sampling. A template
+    that asks for the date is always told the same one, `renderers.template.TODAY`. And where it would
+    refuse arguments of a tool call that are no string, or a reply without content, it is given
+    them in JSON, or an empty content.
+
+    Tool calls between `<tool_call>` tags are parsed, and thinking between `<think>` tags, where the
+    template prints them so; calls in any other markup stay in the content, as text.
     """
 
     name = "chat_template"
@@ -49,16 +61,27 @@ class ChatTemplateRenderer(Renderer):
         self.tokenizer = tokenizer
         self._template = Template(tokenizer)
         text = self._template.text
-        after_last = text([_USER, _REPLY]).partition(SENTINEL)[2]
+        prompt = text([_USER], prompt=True)
+        self._after_last = text([_USER, _REPLY]).partition(SENTINEL)[2]
         after_earlier = text([_USER, _REPLY, _USER]).partition(SENTINEL)[2]
-        self._encoder = Encoder(tokenizer, frame=text([_USER], prompt=True) + after_last)
-        stops = [self._end_after(after_last), *self._end_of_a_tool_call()]
+        frame = prompt + self._after_last + after_earlier
+        self._encoder = Encoder(tokenizer, frame)
+        self._length_of_end = self._end_after(self._after_last).end()
+        stops = [self._end_after(self._after_last)[1], *self._end_of_a_tool_call()]
+        self._ends = {*stops, self._end_after(after_earlier)[1]}
+        self._encoder = Encoder(tokenizer, frame, self._ends)
         self._stops = {end: self._encoder.ids[end] for end in stops}
-        self._ends = {*stops, self._end_after(after_earlier)}
         self._end = re.compile(rf"\s*({any_of(self._ends).pattern})")
+        starts = {control[:2] for control in self._encoder.ids if self._encoder.control.fullmatch(control)}
+        self._start_of_control = any_of(sorted(starts))
         self.takes_tools = self._template.prints_tools()
+        self._thinks = END_THINK in str(tokenizer.chat_template)
+        self._thinks_in_prompt = self._thinks and prompt.rstrip("\n").endswith(THINK)
+        self._parses_calls = self._prints_calls_as_hermes()
+        sections = PLAIN if not self._thinks else THINKING_BEGUN if self._thinks_in_prompt else THINKING
+        self.reply_sections = with_call_sections(sections) if self._parses_calls else sections
 
-    def _end_after(self, text: str) -> str:
+    def _end_after(self, text: str) -> re.Match[str]:
         """The end-of-turn token at the start of what the template prints after a reply."""
         match = re.match(rf"\s*({self._encoder.control.pattern})", text)
         if match is None:
@@ -66,15 +89,31 @@ class ChatTemplateRenderer(Renderer):
                 f"The chat template ends a reply with {text[:40]!r}, not with a special token of this "
                 "tokenizer, so the model could not learn to stop. Use another template or renderer."
             )
-        return match[1]
+        return match
 
     def _end_of_a_tool_call(self) -> list[str]:
-        try:
-            start = len(self._template.text([_USER], prompt=True))
-            tail = self._tail(self._template.text([_USER, CALL]), start)
-        except RendererError:  # a template without tools
+        if not self._template.prints_calls:
             return []
-        return [tail[0][0]] if len(tail) == 1 else []
+        call = self._template.adapted(CALL)
+        with suppress(RendererError):
+            start = len(self._template.text([_USER], prompt=True))
+            tail = self._tail(self._template.text([_USER, call]), start)
+            return [tail[0][0]] if len(tail) == 1 else []
+        return []
+
+    def _prints_calls_as_hermes(self) -> bool:
+        """Whether calls of this template parse back."""
+        calls: list[dict[str, Any]] = [
+            {"type": "function", "function": {"name": name, "arguments": {"k": [name, 1]}}} for name in "fg"
+        ]
+        message: Message = {"role": "assistant", "content": "x", "tool_calls": calls}
+        with suppress(RendererError):
+            reply = self._reply(Chat(self._template, [_USER, dict(message)], None), 1)
+            return self._parse(reply.removesuffix(self._end_after(self._after_last)[0]), True) == (
+                message,
+                True,
+            )
+        return False
 
     # -- rendering ----------------------------------------------------------------------------
 
@@ -121,6 +160,11 @@ class ChatTemplateRenderer(Renderer):
                     f"The chat template leaves out messages of role `{message['role']}` (message {number}). "
                     f"Supported: {supported}."
                 )
+            if message.get("tool_calls") and not self._template.prints_calls:
+                raise RendererError(
+                    f"The chat template does not print tool calls (message {number}). Write them into the "
+                    "content, or use the renderer of a format that has them."
+                )
         text = chat.text(len(chat.messages), prompt)
         unguard = self._encoder.unguard
         if ESCAPE in text and unguard(text) != self._template.text(
@@ -129,7 +173,30 @@ class ChatTemplateRenderer(Renderer):
             raise RendererError(
                 "A message spells control tokens that the chat template itself looks for. Remove them."
             )
+        self._check_nothing_is_forged(chat, prompt, text)
         return text
+
+    def _check_nothing_is_forged(self, chat: Chat, prompt: bool, text: str) -> None:
+        """A template that takes something out of a message may join what stays into a control token."""
+
+        starts = self._start_of_control
+        if not chat.tools and not any(
+            message.keys() != {"role", "content"} or starts.search(message["content"])
+            for message in chat.messages
+        ):
+            return
+
+        def parted(value: Any) -> Any:
+            return map_strings(lambda string: starts.sub(rf"\g<0>{SENTINEL}", string), value)
+
+        messages, tools = parted(chat.messages), parted(chat.tools)
+        if (messages, tools) == (chat.messages, chat.tools):
+            return
+        find = self._encoder.control.findall
+        if find(self._template.text(messages, tools, prompt)) != find(text):
+            raise RendererError(
+                "The chat template makes a control token of parts that a message spells. Remove them."
+            )
 
     # -- spans --------------------------------------------------------------------------------
 
@@ -148,24 +215,36 @@ class ChatTemplateRenderer(Renderer):
                 f"template then renders message {index + 1}. A model trained on it would be sampled from "
                 "other prompts. Use another template."
             )
-        self._check_nothing_is_lost(chat.messages[index], index + 1, whole[len(prompt) :])
+        self._check_nothing_is_lost(chat, index, whole[len(prompt) :])
+        if whole.endswith(self._after_last, len(prompt)):
+            return whole[len(prompt) : len(whole) - len(self._after_last) + self._length_of_end]
         tail = self._tail(whole, len(prompt))
         known = [match for match in tail if match[0] in self._ends] if len(tail) > 1 else tail
-        if not known:
+        if len(known) != 1:
+            found = "more than one" if known else "no"
             raise RendererError(
-                f"The chat template ends message {index + 1} with {whole[-40:]!r}, which holds no "
+                f"The chat template ends message {index + 1} with {whole[-40:]!r}, which holds {found} "
                 "end-of-turn token, so the model could not learn to stop."
             )
         return whole[len(prompt) : known[0].end()]
 
-    def _check_nothing_is_lost(self, message: PlainMessage, number: int, printed: str) -> None:
-        said = message.get("content", "").split(END_THINK)[-1]
-        for key, text in (("reasoning_content", message.get("reasoning_content", "")), ("content", said)):
-            if text.strip() not in printed:
-                raise RendererError(
-                    f"The chat template does not print the `{key}` of message {number} as it is. "
-                    "Remove it, or leave the message out of the training."
-                )
+    def _check_nothing_is_lost(self, chat: Chat, index: int, printed: str) -> None:
+        message = chat.messages[index]
+        thought, content = message.get("reasoning_content", ""), message.get("content", "")
+        lost = [
+            key
+            for key, parts in (("reasoning_content", [thought]), ("content", _TAG.split(content)))
+            if not all(part.strip() in printed for part in parts)
+        ]
+        if not lost and (thought or message.get("tool_calls")):
+            stand_in, sentinels = stand_in_for(message)
+            text = self._template.text([*chat.messages[:index], stand_in], chat.tools)
+            lost = [what for what, sentinel in sentinels.items() if sentinel not in text]
+        if lost:
+            raise RendererError(
+                f"The chat template does not print the `{lost[0]}` of message {index + 1} as it is. "
+                "Remove it, or leave the message out of the training."
+            )
 
     def _tail(self, text: str, start: int) -> list[re.Match[str]]:
         """The control tokens that, with white space, end the text; none begins before `start`."""
@@ -222,7 +301,15 @@ class ChatTemplateRenderer(Renderer):
         return list(self._stops.values())
 
     def parse_response(self, tokens: Sequence[int]) -> tuple[Message, bool]:
-        """As the base class says; tool calls stay in the content, as text."""
         text, ended = self._decode(tokens, self._stops.values())
-        thinks = END_THINK in str(self.tokenizer.chat_template)
-        return message_with_thinking(text) if thinks else {"role": "assistant", "content": text}, ended
+        message, well_formed = self._parse(text, self._parses_calls)
+        return (message, ended) if well_formed else ({"role": "assistant", "content": text}, False)
+
+    def _parse(self, text: str, parses_calls: bool) -> tuple[Message, bool]:
+        message: Message = {"role": "assistant", "content": text}
+        closed = well_formed = True
+        if self._thinks:
+            message, closed = parse_thinking(text, self._thinks_in_prompt)
+        if parses_calls:
+            message, well_formed = with_calls(message)
+        return message, closed and well_formed

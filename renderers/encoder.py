@@ -11,18 +11,18 @@ from __future__ import annotations
 
 import json
 import re
-from bisect import bisect_left
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property, lru_cache, partial
-from itertools import pairwise, repeat
+from itertools import compress, count, pairwise, repeat
 from typing import TYPE_CHECKING, Any
 
 from cookbook.errors import RendererError
 from renderers.messages import PlainMessage, Tool, map_strings
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer
+    from tokenizers import Encoding, Tokenizer
     from transformers import PreTrainedTokenizerBase
 
 ESCAPE = "\U000f5a3c"
@@ -33,17 +33,21 @@ SENTINEL = f"{ESCAPE}text;"
 
 _CUT = f"{ESCAPE}cut;"
 
+_ONLY_CONTENT = {"role", "content"}
+
 
 @dataclass(frozen=True)
 class Tokens:
-    """Token ids, and for each the position in the text of its first character."""
+    """Token ids, and where in the text they begin: each of them, or at the `known` positions alone."""
 
     ids: list[int]
-    starts: list[int]
+    starts: list[int] = field(default_factory=list)
+    known: dict[int, int] = field(default_factory=dict)
 
     def index(self, position: int) -> int:
         """The first token that begins at or after a position of the text."""
-        return bisect_left(self.starts, position)
+        found = self.known.get(position)
+        return bisect_left(self.starts, position) if found is None else found
 
 
 class Encoder:
@@ -51,10 +55,13 @@ class Encoder:
 
     Control tokens are the tokenizer's special tokens and those of its other added tokens that
     stand in `frame`, what the format prints around a plain message. An added token that is
-    neither (Qwen's `<tool_call>`) is vocabulary like any other.
+    neither (Qwen's `<tool_call>`) is vocabulary like any other. No text of a reply reads as one of
+    the `ends`, which end turns.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, frame: str = "") -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, frame: str = "", ends: Collection[str] = ()
+    ) -> None:
         if not tokenizer.is_fast:
             raise RendererError(
                 f"{type(tokenizer).__name__} cannot tell where in a text its tokens begin. "
@@ -74,7 +81,7 @@ class Encoder:
         self.control = any_of(controls)
         self._marks = re.compile(f"{ESCAPE}(?P<index>\\d+);|(?P<control>{self.control.pattern})")
         reserved = f"{ESCAPE}(?:\\d+|cut|text);"
-        self._foreign_to_a_reply = re.compile(f"{reserved}|{any_of(special).pattern}")
+        self._foreign_to_a_reply = re.compile(f"{reserved}|{any_of([*special, *ends]).pattern}")
         self._foreign_elsewhere = re.compile(f"{reserved}|{self.control.pattern}")
         self._encode_tail = lru_cache(maxsize=1024)(lambda tail: self._encode_joined(tail).ids)
 
@@ -89,6 +96,9 @@ class Encoder:
         guarded: list[PlainMessage] = []
         for number, message in enumerate(messages, 1):
             pattern = self._foreign_to_a_reply if message["role"] == "assistant" else self._foreign_elsewhere
+            if message.keys() == _ONLY_CONTENT and pattern.search(message["content"]) is None:
+                guarded.append(message)
+                continue
             guarded.append(map_strings(partial(pattern.sub, partial(self._escape, number)), message))
         return guarded
 
@@ -114,39 +124,64 @@ class Encoder:
 
     # -- encoding -----------------------------------------------------------------------------
 
-    def encode(self, text: str, cuts: Sequence[int] = ()) -> Tokens:
+    def encode(self, text: str, cuts: Sequence[int] = (), positions: Collection[int] = ()) -> Tokens:
         """Encode guarded text so that the ids before each cut are those of the text before it alone.
 
         Equal to encoding the whole at once, unless that would break this promise or let a message
-        forge a control token. `cuts` ascend.
+        forge a control token. `cuts` ascend. The tokens know where the cuts and `positions` are.
         """
         if ESCAPE in text:
             return self._encode_apart(text, cuts)
-        tokens = self._encode_joined(text)
-        num_controls = sum(token in self._control_ids for token in tokens.ids)
-        if num_controls != len(self.control.findall(text)):
+        controls = list(self.control.finditer(text))
+        borders = {0, len(text), *cuts}
+        borders.update(control.start() for control in controls)
+        borders.update(control.end() for control in controls)
+        if borders.issuperset(positions):
+            # Tokens need not be found by their characters, which the tokenizer is slow to count.
+            tokens = Tokens(self._encode_joined(text, with_offsets=False).ids)
+        else:
+            encoding = self._encode_joined(text)
+            tokens = Tokens(encoding.ids, [start for start, _ in encoding.offsets])
+        places = list(compress(count(), map(self._control_ids.__contains__, tokens.ids)))
+        if [tokens.ids[place] for place in places] != [self.ids[control[0]] for control in controls]:
             return self._encode_apart(text, cuts)
-        if not all(self._is_clean_cut(text, tokens, cut) for cut in cuts):
-            return self._encode_apart(text, cuts)
-        return tokens
+        tokens.known.update({0: 0, len(text): len(tokens.ids)})
+        for control, place in zip(controls, places, strict=True):
+            tokens.known[control.start()] = place
+            tokens.known[control.end()] = place + 1
+        return (
+            tokens if self._cuts_are_clean(text, tokens, cuts, controls) else self._encode_apart(text, cuts)
+        )
 
-    def _is_clean_cut(self, text: str, tokens: Tokens, cut: int) -> bool:
-        """Control tokens part a text anyway, so only what follows the last one before the cut can differ."""
-        end = start = tokens.index(cut)
-        while start > 0:
-            start -= 1
-            if tokens.ids[start] in self._control_ids:
-                break
-        return end > start and tokens.ids[start:end] == self._encode_tail(text[tokens.starts[start] : cut])
+    def _cuts_are_clean(
+        self, text: str, tokens: Tokens, cuts: Sequence[int], controls: Sequence[re.Match[str]]
+    ) -> bool:
+        """Whether each cut parts the tokens; they know it then.
 
-    def _encode_joined(self, text: str) -> Tokens:
+        Control tokens part a text anyway, so only what follows the last one before the cut can differ.
+        """
+        ends = [control.end() for control in controls]
+        for cut in cuts:
+            last = bisect_right(ends, cut) - 1
+            start = controls[last].start() if last >= 0 else 0
+            tail = self._encode_tail(text[start:cut])
+            end = tokens.known[start] + len(tail)
+            if not tail or tokens.ids[tokens.known[start] : end] != tail:
+                return False
+            if tokens.known.setdefault(cut, end) != end:
+                return False
+        return True
+
+    def _encode_joined(self, text: str, with_offsets: bool = True) -> Encoding:
         backend = self._backend
         if backend.truncation is not None or backend.padding is not None or backend.encode_special_tokens:
             backend.no_truncation()
             backend.no_padding()
             backend.encode_special_tokens = False
-        encoding = backend.encode(text, add_special_tokens=False)
-        return Tokens(encoding.ids, [start for start, _ in encoding.offsets])
+        if with_offsets:
+            return backend.encode(text, add_special_tokens=False)
+        (encoding,) = backend.encode_batch_fast([text], add_special_tokens=False)
+        return encoding
 
     def _encode_apart(self, text: str, cuts: Sequence[int]) -> Tokens:
         """Encode with the copy: control tokens as their escapes, escapes as the text they stand for."""

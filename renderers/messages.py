@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Required, TypeAlias, TypedDict
 
 from cookbook.errors import RendererError
@@ -77,7 +78,14 @@ def _normalize_one(message: Message, number: int, renderer: str, roles: Sequence
         plain["content"] = _encodable(content, number)
         if thought:
             plain.setdefault("reasoning_content", thought)
-    elif not (role == "assistant" and (plain.get("tool_calls") or plain.get("reasoning_content"))):
+    replies = [key for key in ("reasoning_content", "tool_calls") if plain.get(key)]
+    for key in replies:
+        if role != "assistant":
+            raise RendererError(
+                f"Message {number} (role `{role}`) has `{key}`, which only a reply can have. Remove it."
+            )
+        map_strings(partial(_encodable, number=number), plain[key])
+    if "content" not in plain and not replies:
         raise RendererError(f"Message {number} (role `{role}`) has no content. Give it a string.")
     return plain
 
@@ -103,13 +111,13 @@ def _text_of(content: object, number: int, renderer: str) -> tuple[str, str]:
     return "".join(texts["text"]), "".join(texts["thinking"])
 
 
-def _encodable(text: str, number: int) -> str:
+def _encodable(text: str, number: int, what: str = "Message") -> str:
     """JSON can spell half of a surrogate pair, which is no character and has no bytes."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise RendererError(
-            f"Message {number} has half a character, {text[error.start]!r}, at position {error.start}. "
+            f"{what} {number} has half a character, {text[error.start]!r}, at position {error.start}. "
             "Remove it."
         ) from error
     return text
@@ -120,6 +128,8 @@ def check_tools(tools: Sequence[Tool] | None) -> None:
         isinstance(tools, (str, Mapping)) or not all(isinstance(tool, Mapping) for tool in tools)
     ):
         raise RendererError("`tools` must be a list of function schemas, each a mapping.")
+    for number, tool in enumerate(tools or (), 1):
+        map_strings(partial(_encodable, number=number, what="Tool"), tool)
 
 
 def function_of(tool_call: Mapping[str, Any], number: int) -> Mapping[str, Any]:

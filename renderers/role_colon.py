@@ -12,9 +12,15 @@ from cookbook.errors import RendererError
 from renderers.base import Renderer, Rendering
 from renderers.draft import Draft
 from renderers.messages import Message, PlainMessage, Tool
+from renderers.streaming import START, Section, Sections
 
 _LABELS = {"system": "System:", "user": "User:", "assistant": "Assistant:"}
 _STOP = "\n\nUser:"
+_SECTIONS: Sections = {
+    START: Section("content", begins={" ": "said"}, ends={_STOP: "over"}),
+    "said": Section("content", ends={_STOP: "over"}),
+    "over": Section(None),
+}
 
 
 class RoleColonRenderer(Renderer):
@@ -26,6 +32,7 @@ class RoleColonRenderer(Renderer):
 
     name = "role_colon"
     roles = tuple(_LABELS)
+    reply_sections = _SECTIONS
 
     def _render(
         self, messages: Sequence[PlainMessage], chosen: Collection[int], tools: Sequence[Tool] | None

@@ -1,14 +1,27 @@
-"""A tokenizer's chat template: text of messages, and what it has places for."""
+"""A tokenizer's chat template: the text of messages, and what it has places for.
+
+The template runs in the sandbox that transformers compiles it for, and sees what
+`apply_chat_template` would show it, so it prints the same. It is called directly, because rendering
+a conversation takes many short calls.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from functools import cached_property, lru_cache
+from typing import TYPE_CHECKING, Any
+
+import jinja2
+import numpy as np
+from jinja2.runtime import LoopContext
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.utils import Namespace
 
 from cookbook.errors import RendererError
 from renderers.encoder import SENTINEL
-from renderers.messages import PlainMessage, Tool
+from renderers.messages import PlainMessage, Tool, to_json
+from renderers.today import TODAY
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -21,27 +34,35 @@ CALL: PlainMessage = {
 }
 """A reply that calls a tool."""
 
+_REASONING = ("reasoning_content", "thinking", "reasoning")
+
 
 class Template:
-    """The chat template of one tokenizer."""
+    """The chat template of one tokenizer, as it is when this is made."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self._tokenizer = tokenizer
+        self._plain = _compiled(tokenizer.get_chat_template())
+        self._with_tools = _compiled(tokenizer.get_chat_template(tools=[{}]))
+        self._variables = {**tokenizer.special_tokens_map, "documents": None}
         self._printed_roles: dict[str, bool] = {}
 
     def text(
         self, messages: Sequence[PlainMessage], tools: Sequence[Tool] | None = None, prompt: bool = False
     ) -> str:
         """What the template prints of the messages, with the generation prompt if asked for."""
-        render = self._tokenizer.apply_chat_template
-        described = list(tools) if tools else None
+        template = self._with_tools if tools else self._plain
         try:
-            return str(
-                render(list(messages), tools=described, tokenize=False, add_generation_prompt=prompt)  # type: ignore[arg-type]
+            return template.render(
+                self._variables,
+                messages=list(messages),
+                tools=list(tools) if tools else None,
+                add_generation_prompt=prompt,
             )
         except Exception as error:  # a template is foreign code, and whatever it raises is its refusal
             roles = ", ".join(message["role"] for message in messages)
             raise RendererError(f"The chat template refuses messages of roles {roles}: {error}") from error
+
+    # -- what it has places for ---------------------------------------------------------------
 
     def prints(self, role: str) -> bool:
         """Whether the template prints a message of this role, as far as it can be tried out."""
@@ -51,7 +72,7 @@ class Template:
             probes = {
                 "system": [[message, _USER]],
                 "developer": [[message, _USER]],
-                "tool": [[_USER, message], [_USER, CALL, result]],
+                "tool": [[_USER, message], [_USER, self.adapted(CALL), result]],
             }
             texts: list[str] = []
             for probe in probes.get(role, [[_USER, message]]):
@@ -71,6 +92,46 @@ class Template:
             return SENTINEL in self.text([_USER], [{"type": "function", "function": function}])
         return False
 
+    @cached_property
+    def _call_form(self) -> tuple[bool, bool] | None:
+        """Whether a call needs arguments in JSON and a content; None for a template without tool calls."""
+        call, sentinels = stand_in_for(CALL)
+        for as_json, with_content in [(False, False), (False, True), (True, False), (True, True)]:
+            with suppress(RendererError):
+                text = self.text([_USER, _in_form(call, as_json, with_content)])
+                if all(sentinel in text for sentinel in sentinels.values()):
+                    return as_json, with_content
+        return None
+
+    @property
+    def prints_calls(self) -> bool:
+        return self._call_form is not None
+
+    @cached_property
+    def _needs_content(self) -> bool:
+        thought = {"role": "assistant", "reasoning_content": "x", "thinking": "x"}
+        try:
+            self.text([_USER, thought])
+        except RendererError:
+            return True
+        return False
+
+    def adapted(self, message: PlainMessage) -> PlainMessage:
+        """A message in plain JSON types, its thinking under both of its names.
+
+        Arguments of a tool call are written in JSON, and a content that is missing is empty, where the
+        template would refuse the call or the reply otherwise.
+        """
+        adapted: PlainMessage = {key: _json_type(value) for key, value in message.items()}
+        thought = next((adapted[key] for key in _REASONING if key in adapted), None)
+        if thought is not None:
+            adapted = {"thinking": thought, **adapted, "reasoning_content": thought}
+        if adapted.get("tool_calls"):
+            return _in_form(adapted, *(self._call_form or (False, False)))
+        if "content" not in adapted and self._needs_content:
+            adapted["content"] = ""
+        return adapted
+
 
 class Chat:
     """One conversation under a template. What was rendered once is kept."""
@@ -78,8 +139,8 @@ class Chat:
     def __init__(
         self, template: Template, messages: Sequence[PlainMessage], tools: Sequence[Tool] | None
     ) -> None:
-        self.messages = messages
-        self.tools = tools
+        self.messages = [template.adapted(message) for message in messages]
+        self.tools = [_json_type(tool) for tool in tools] if tools else None
         self._template = template
         self._texts: dict[tuple[int, bool], str | RendererError] = {}
 
@@ -103,3 +164,118 @@ class Chat:
         with suppress(RendererError):
             return self.text(index, prompt=True)
         return None
+
+
+# -- messages -----------------------------------------------------------------------------------
+
+
+def _in_form(message: PlainMessage, as_json: bool, with_content: bool) -> PlainMessage:
+    formed = {"content": "", **message} if with_content else dict(message)
+    if as_json:
+        formed["tool_calls"] = [_with_json_arguments(call) for call in message["tool_calls"]]
+    return formed
+
+
+def _with_json_arguments(call: Any) -> Any:
+    if not isinstance(call, dict):
+        return call
+    if isinstance(call.get("function"), dict):
+        return {**call, "function": _with_json_arguments(call["function"])}
+    if isinstance(call.get("arguments"), dict):
+        return {**call, "arguments": to_json(call["arguments"])}
+    return call
+
+
+def stand_in_for(message: PlainMessage) -> tuple[PlainMessage, dict[str, str]]:
+    """A reply with sentinels for all that the model would have to write, and the sentinels by name."""
+    sentinels: dict[str, str] = {}
+
+    def sentinel(name: str) -> str:
+        return sentinels.setdefault(name, f"{SENTINEL}{len(sentinels)};")
+
+    def replaced(function: Any, name: str) -> Any:
+        if not isinstance(function, dict):
+            return function
+        if isinstance(function.get("function"), dict):
+            return {**function, "function": replaced(function["function"], name)}
+        arguments: Any = sentinel(f"{name}.arguments")
+        if isinstance(function.get("arguments"), dict):
+            arguments = {arguments: 0}
+        return {**function, "name": sentinel(f"{name}.name"), "arguments": arguments}
+
+    changed = dict(message)
+    for key in ("content", "reasoning_content"):
+        if message.get(key):
+            changed[key] = sentinel(key)
+    if "reasoning_content" in changed:
+        changed["thinking"] = changed["reasoning_content"]
+    if message.get("tool_calls"):
+        changed["tool_calls"] = [
+            replaced(call, f"tool_calls[{i}]") for i, call in enumerate(message["tool_calls"])
+        ]
+    return changed, sentinels
+
+
+def _json_type(value: Any) -> Any:
+    """The value in exact JSON types: a template is foreign code, and any other object has methods.
+
+    What is no JSON may be there, but a template that reads it is refused.
+    """
+    kind = type(value)
+    if kind is str or value is None or kind in (bool, int, float):
+        return value
+    if isinstance(value, Mapping):
+        return {_json_type(key): _json_type(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_json_type(item) for item in value]
+    if isinstance(value, np.generic):
+        return _json_type(value.item())
+    for base in (str, int, float):
+        if isinstance(value, base):
+            return base(value)
+    return jinja2.StrictUndefined(f"a {kind.__name__} is no JSON")
+
+
+# -- the sandbox --------------------------------------------------------------------------------
+
+_NAMES_OF_DICTS = frozenset(dir(dict))
+_NAMES_OF_STRINGS = frozenset(name for name in dir(str) if not name.startswith(("_", "format")))
+_NAMES_OF_LOOPS = frozenset({"first", "last", "index", "index0", "revindex", "revindex0", "length"})
+
+
+class _QuickSandbox(ImmutableSandboxedEnvironment):
+    """The sandbox, quicker where its answer is known from the types alone.
+
+    An entry of a dict is always open; so are these attributes of strings and of loops, and plain values
+    that the template itself put into a namespace.
+    """
+
+    def getattr(self, obj: Any, attribute: str) -> Any:
+        kind = type(obj)
+        if kind is dict:
+            if attribute not in _NAMES_OF_DICTS:
+                return obj[attribute] if attribute in obj else self.undefined(obj=obj, name=attribute)
+        elif (kind is LoopContext and attribute in _NAMES_OF_LOOPS) or (
+            kind is str and attribute in _NAMES_OF_STRINGS
+        ):
+            return getattr(obj, attribute)
+        elif isinstance(obj, Namespace) and not attribute.startswith("_"):
+            value = getattr(obj, attribute, None)
+            if type(value) in (str, int, bool):
+                return value
+        return super().getattr(obj, attribute)
+
+
+@lru_cache(maxsize=64)
+def _compiled(source: str) -> jinja2.Template:
+    """The template in transformers' own environment, but for the speed and the date."""
+    from transformers.utils.chat_template_utils import _compile_jinja_template
+
+    theirs = _compile_jinja_template(source).environment
+    sandbox = _QuickSandbox.__new__(_QuickSandbox)
+    vars(sandbox).update(vars(theirs))
+    sandbox.globals = {**theirs.globals, "strftime_now": TODAY.strftime}
+    sandbox.extensions = {name: extension.bind(sandbox) for name, extension in theirs.extensions.items()}
+    template = sandbox.from_string(source)
+    template.globals = dict(template.globals)  # quicker to look up than jinja's chain of dicts
+    return template

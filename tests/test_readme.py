@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -10,19 +11,22 @@ import pytest
 
 from cookbook import cli, embedded
 from cookbook.supervised import train
-from recipes import sft
+from cookbook.supervised.data.formats import FORMATS, recognise
+from recipes import preview, sft
 
 REPOSITORY = Path(__file__).parents[1]
 README = (REPOSITORY / "README.md").read_text()
+RENDERERS = (REPOSITORY / "renderers" / "README.md").read_text()
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+def blocks(language: str, text: str = README) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
 
 
 COMMANDS = [line.split("#")[0].strip() for block in blocks("bash") for line in block.splitlines()]
 MAKE_TARGETS = sorted({command.split()[1] for command in COMMANDS if command.startswith("make ")})
-RECIPE_COMMANDS = [command for command in COMMANDS if command.startswith("python -m recipes.sft")]
+RECIPE_COMMANDS = [command for command in COMMANDS if command.startswith("python -m recipes.")]
+CONFIGS = {"recipes.sft": (train.Config, sft), "recipes.preview": (preview.PreviewConfig, preview)}
 
 
 def test_every_command_is_one_that_is_tested() -> None:
@@ -42,21 +46,29 @@ def test_every_recipe_command_is_understood(
 ) -> None:
     """Those for models of the hub as far as their config; the embedded default runs in test_sft."""
     monkeypatch.chdir(REPOSITORY)
-    argv = shlex.split(command)[3:]
+    _, _, recipe, *argv = shlex.split(command)
+    target, module = CONFIGS[recipe]
     if argv == ["--help"]:
         with pytest.raises(SystemExit) as caught:
-            sft.main(argv)
+            module.main(argv)
         assert caught.value.code == 0
         assert "learning_rate=" in capsys.readouterr().out
         return
-    config = cli.make_config(train.Config, sft.DEFAULTS, argv)
+    config = cli.make_config(target, sft.DEFAULTS, argv)
     for argument in argv:
         key, _, value = argument.partition("=")
-        if hasattr(config, key):
-            assert str(getattr(config, key)) == str(type(getattr(config, key))(value))
+        found = getattr(config, key, getattr(config.dataset_builder, key, None))
+        if key != "config":
+            assert str(found) == str(type(found)(value.split(",") if isinstance(found, list) else value)) or (
+                [float(one) for one in value.split(",")] == found
+            )
 
 
-@pytest.mark.parametrize("program", blocks("python"), ids=lambda program: program.strip().splitlines()[0])
+@pytest.mark.parametrize(
+    "program",
+    [*blocks("python"), "".join(blocks("python", RENDERERS))],
+    ids=lambda program: program.strip().splitlines()[0],
+)
 def test_every_program_runs(
     program: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
@@ -70,13 +82,16 @@ def test_every_program_runs(
 
 
 def test_a_row_of_the_data_format_is_one_that_can_be_trained(tmp_path: Path) -> None:
-    (tmp_path / "chats.jsonl").write_text("".join(blocks("json")) * 20)
+    """One row of every format, in one file."""
+    (block,) = blocks("json")
+    assert [recognise(json.loads(row)) for row in block.splitlines()] == list(FORMATS)
+    (tmp_path / "chats.jsonl").write_text(block * 5)
     argv = [f"dataset={tmp_path / 'chats.jsonl'}", f"log_path={tmp_path / 'run'}", "max_steps=1"]
     assert sft.main(argv).is_finished
 
 
 def test_every_path_that_is_named_exists() -> None:
-    named = re.findall(r"`((?:tests|recipes|configs|cookbook)/[\w./]+)`", README)
+    named = re.findall(r"`((?:tests|recipes|renderers|configs|cookbook)/[\w./]+)`", README + RENDERERS)
     assert named
     for path in named:
         assert (REPOSITORY / path).exists(), path

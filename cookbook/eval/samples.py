@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -39,7 +40,10 @@ class SamplesEvaluator(SamplingClientEvaluator):
         model_input = self._renderer.build_generation_prompt([{"role": "user", "content": prompt}])
         response = await sampling_client.sample_async(model_input, 1, self._params)
         message, _ = self._renderer.parse_response(response.sequences[0].tokens)
-        return str(message["content"])
+        calls = [
+            json.dumps(call.get("function"), ensure_ascii=False) for call in message.get("tool_calls") or []
+        ]
+        return "\n".join([str(message.get("content") or ""), *calls]).strip()
 
 
 @chz.chz
@@ -48,6 +52,7 @@ class SamplesEvaluatorBuilder(EvaluatorBuilder):
 
     model_name: str = chz.field(doc="model whose tokenizer is used")
     renderer_name: str | None = chz.field(default=None, doc="chat format; default: chosen from the model")
+    system_prompt: str | None = chz.field(default=None, doc="put before every prompt")
     prompts: list[str] = chz.field(
         default_factory=lambda: ["What is the capital of Japan?", "How do I make a cup of tea?"],
         doc="what the user says",
@@ -65,7 +70,7 @@ class SamplesEvaluatorBuilder(EvaluatorBuilder):
 
     def __call__(self) -> SamplesEvaluator:
         renderer_name = self.renderer_name or models.recommended_renderer(self.model_name)
-        renderer = get_renderer(renderer_name, models.get_tokenizer(self.model_name))
+        renderer = get_renderer(renderer_name, models.get_tokenizer(self.model_name), self.system_prompt)
         stop: list[Any] = list(renderer.get_stop_sequences())
         params = SamplingParams(max_tokens=self.max_tokens, temperature=self.temperature, stop=stop)
         return SamplesEvaluator(renderer, self.prompts, params)

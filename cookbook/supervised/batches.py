@@ -3,17 +3,29 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
+from typing import NamedTuple
 
 import numpy as np
 
 from cookbook.errors import CookbookError, DataError
-from cookbook.supervised.types import SupervisedDataset
+from cookbook.supervised.types import SupervisedDataset, num_batches_of
 from cookbook.types import IGNORED_TARGET, Datum, TensorData
+
+
+class Position(NamedTuple):
+    """Batch `batch` of epoch `epoch`, both from 0."""
+
+    epoch: int
+    batch: int
+
+
+BEGINNING = Position(0, 0)
 
 
 @dataclass(frozen=True)
@@ -23,6 +35,16 @@ class Batch:
     data: list[Datum]
     num_tokens: int
     num_trained_tokens: int
+
+
+@dataclass(frozen=True)
+class PlacedBatch:
+    """A batch, the epoch it is from, and what comes behind it."""
+
+    batch: Batch
+    epoch: int
+    next_position: Position
+    seconds_waited: float = 0.0
 
 
 def make_batch(data: list[Datum]) -> Batch:
@@ -56,19 +78,31 @@ def _weights_of(datum: Datum) -> np.ndarray:
 
 
 class BatchQueue:
-    """The batches of `steps`, in order, made up to `ahead` steps early.
+    """The batches of a run from `start` on, in order, made up to `ahead` steps early.
 
-    Step s is batch s % n of epoch s // n, whose order is that of `seed` + epoch, so a batch
-    depends on its step alone and a resumed run sees what it would have seen.
+    The order of epoch e is that of `seed` + e, so a batch depends on its position alone and a
+    resumed run sees what it would have seen. It ends after `num_epochs` or `num_steps`, whichever
+    comes first.
     """
 
-    def __init__(self, dataset: SupervisedDataset, steps: range, seed: int, ahead: int) -> None:
+    def __init__(
+        self,
+        dataset: SupervisedDataset,
+        seed: int,
+        ahead: int,
+        num_epochs: int,
+        num_steps: int | None = None,
+        start: Position = BEGINNING,
+    ) -> None:
         self._dataset = dataset
+        self._num_batches = num_batches_of(dataset)
         self._seed = seed
+        self._num_epochs = num_epochs
+        self._steps_left = num_steps
+        self._position = start
         self._epoch: int | None = None
-        self._steps = iter(steps)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="render")
-        self._queue: deque[Future[Batch]] = deque()
+        self._queue: deque[Future[PlacedBatch | None]] = deque()
         self._checked = self._thread.submit(self._check_that_something_is_trained)
         for _ in range(ahead):
             self._enqueue()
@@ -85,35 +119,53 @@ class BatchQueue:
         """Raises DataError if no example of an epoch keeps a trained token."""
         await asyncio.wrap_future(self._checked)
 
-    async def next(self) -> tuple[Batch, float]:
-        """The next batch, and the seconds it was waited for."""
+    async def next(self) -> PlacedBatch | None:
+        """The next batch; None when there are no more."""
         started = time.perf_counter()
         future = self._queue.popleft()
         self._enqueue()
-        batch = future.result() if future.done() else await asyncio.wrap_future(future)
-        return batch, time.perf_counter() - started
+        placed = future.result() if future.done() else await asyncio.wrap_future(future)
+        return None if placed is None else replace(placed, seconds_waited=time.perf_counter() - started)
 
     def _enqueue(self) -> None:
-        if (step := next(self._steps, None)) is not None:
-            self._queue.append(self._thread.submit(self._make, step))
+        self._queue.append(self._thread.submit(self._make_next))
 
-    def _make(self, step: int) -> Batch:
-        epoch, index = divmod(step, len(self._dataset))
+    def _make_next(self) -> PlacedBatch | None:
+        if self._steps_left == 0 or self._position.epoch >= self._num_epochs:
+            return None
+        epoch, index = self._position
         if epoch != self._epoch:
             self._dataset.set_epoch(self._seed + epoch)
             self._epoch = epoch
         try:
-            return make_batch(self._dataset.get_batch(index))
+            batch = make_batch(self._dataset.get_batch(index))
         except CookbookError as error:
-            error.add_note(f"(batch {index} of epoch {epoch}, step {step})")
+            error.add_note(f"(batch {index} of epoch {epoch})")
             raise
+        except IndexError:
+            if self._num_batches is not None or index == 0:
+                raise
+            self._position = Position(epoch + 1, 0)
+            return self._make_next()
+        self._position = self._behind(self._position)
+        if self._steps_left is not None:
+            self._steps_left -= 1
+        return PlacedBatch(batch, epoch, next_position=self._position)
+
+    def _behind(self, position: Position) -> Position:
+        if position.batch + 1 == self._num_batches:
+            return Position(position.epoch + 1, 0)
+        return Position(position.epoch, position.batch + 1)
 
     def _check_that_something_is_trained(self) -> None:
         self._dataset.set_epoch(self._seed)
-        if not any(
-            make_batch(self._dataset.get_batch(i)).num_trained_tokens for i in range(len(self._dataset))
-        ):
-            raise DataError(
-                f"Not one of {len(self._dataset)} batches has a trained token: nothing would be learned. "
-                f"Raise max_length (the replies may all lie past it), or choose another train_on_what."
-            )
+        index = 0
+        with contextlib.suppress(IndexError):
+            while self._num_batches is None or index < self._num_batches:
+                if make_batch(self._dataset.get_batch(index)).num_trained_tokens:
+                    return
+                index += 1
+        raise DataError(
+            f"Not one of {index} batches has a trained token: nothing would be learned. Raise max_length "
+            f"(the replies may all lie past it), or choose another train_on_what."
+        )

@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +20,7 @@ from cookbook.eval.evaluators import Evaluator, evaluate
 from cookbook.futures import APIFuture
 from cookbook.loggers import MetricLogger
 from cookbook.schedules import learning_rate_at
-from cookbook.supervised.batches import Batch, BatchQueue
+from cookbook.supervised.batches import BatchQueue, PlacedBatch, Position
 from cookbook.supervised.types import LEFT_OUT, SupervisedDataset
 from cookbook.types import AdamParams, ForwardBackwardOutput, OptimStepResponse, SaveWeightsResponse
 
@@ -49,8 +49,7 @@ class _Step:
     """A step that was queued, and what is known of it so far."""
 
     step: int
-    batch: Batch
-    seconds_waited_for_batch: float
+    placed: PlacedBatch
     learning_rate: float
     eval_metrics: dict[str, float]
     forward_backward: APIFuture[ForwardBackwardOutput] | None
@@ -65,7 +64,8 @@ class Run:
         self,
         config: Config,
         log_path: Path,
-        steps: range,
+        first_step: int,
+        total_steps: int | None,
         train_data: SupervisedDataset,
         client: TrainingClient,
         batches: BatchQueue,
@@ -73,21 +73,22 @@ class Run:
         evaluators: Sequence[tuple[int, Sequence[Evaluator]]],
         metric_loggers: Sequence[MetricLogger],
         resources: ExitStack,
+        first_position: Position,
     ) -> None:
-        """`steps` are still to be taken; evaluators come with their cadence in steps."""
-        self.remaining_steps = steps
+        """Evaluators come with their cadence in steps. `total_steps` of None: until the data end."""
         self._config = config
         self._log_path = log_path
-        self._total_steps = steps.stop
+        self._total_steps = total_steps
         self._train_data = train_data
-        self._num_batches = len(train_data)
         self._client = client
         self._batches = batches
         self._checkpoints = checkpoints
         self._evaluators = evaluators
         self._metric_loggers = metric_loggers
         self._resources = resources
-        self._num_submitted = steps.start
+        self._num_submitted = first_step
+        self._next: PlacedBatch | None = None
+        self._position = first_position
         self._pending: deque[_Step] = deque()
         self._eval_metrics: dict[str, float] = {}
         self._last_done = time.perf_counter()
@@ -102,6 +103,19 @@ class Run:
         self._resources.close()
 
     # -- the verbs of the loop --------------------------------------------------------------
+
+    async def remaining_steps(self) -> AsyncIterator[int]:
+        """The steps still to be taken: as many as there are batches."""
+        while (placed := await self._batches.next()) is not None:
+            self._next = placed
+            yield self._num_submitted
+        if self._total_steps is not None and self._num_submitted < self._total_steps:
+            logger.warning(
+                "The data ended after %d of %d steps, before the learning rate had come down.",
+                self._num_submitted,
+                self._total_steps,
+            )
+        self._total_steps = self._num_submitted
 
     async def evaluate_if_due(self, step: int) -> None:
         """Evaluates the model as it is after `step` steps."""
@@ -119,7 +133,9 @@ class Run:
     async def submit(self, step: int) -> None:
         """Queues a step and, when it is due, the checkpoint of the state it leaves."""
         config = self._config
-        batch, seconds_waited = await self._batches.next()
+        placed = self._next
+        assert placed is not None
+        batch = placed.batch
         learning_rate = learning_rate_at(
             step, self._total_steps, config.peak_learning_rate, config.lr_schedule, config.warmup_steps
         )
@@ -130,13 +146,13 @@ class Run:
         else:
             logger.warning("Step %d is left out: no example of its batch kept a trained token.", step)
         self._num_submitted = step + 1
-        if config.save_every and (step + 1) % config.save_every == 0 and step + 1 < self._total_steps:
+        self._position = placed.next_position
+        if config.save_every and (step + 1) % config.save_every == 0 and step + 1 != self._total_steps:
             save = self._client.save_state(_checkpoint_name(step + 1), overwrite=True)
         self._pending.append(
             _Step(
                 step=step,
-                batch=batch,
-                seconds_waited_for_batch=seconds_waited,
+                placed=placed,
                 learning_rate=learning_rate,
                 eval_metrics=self._eval_metrics,
                 forward_backward=forward_backward,
@@ -159,13 +175,14 @@ class Run:
         else:
             path = await self._save(_checkpoint_name(step), step)
         self._report_what_was_left_out()
-        logger.info("Stopped after step %d of %d. Saved %s.", step, self._total_steps, path)
+        of_all = "" if self._total_steps is None else f" of {self._total_steps}"
+        logger.info("Stopped after step %d%s. Saved %s.", step, of_all, path)
         logger.info("Run the same command again to resume.")
         return RunSummary(self._log_path, False, step, path, stopped_by=signal_number)
 
     async def evaluate_and_finish(self) -> RunSummary:
         """Saves first: an evaluation that fails, or a kill in the middle of it, costs no training."""
-        step = self._total_steps
+        step = self._num_submitted
         last = self._checkpoints.last()
         if last is not None and last.name == FINAL:
             path = self._checkpoints.path_of(last)
@@ -191,7 +208,8 @@ class Run:
         )
 
     async def _log(self, done: _Step) -> None:
-        metrics: dict[str, float] = {"epoch": done.step // self._num_batches, **done.eval_metrics}
+        batch = done.placed.batch
+        metrics: dict[str, float] = {"epoch": done.placed.epoch, **done.eval_metrics}
         if done.forward_backward is not None and done.optim_step is not None:
             output = await done.forward_backward
             grad_norm = (await done.optim_step).metrics["grad_norm"]
@@ -207,17 +225,19 @@ class Run:
         self._recent_seconds.append(seconds)
         metrics |= {
             "optim/learning_rate": done.learning_rate,
-            "data/sequences": len(done.batch.data),
-            "data/tokens": done.batch.num_tokens,
-            "data/trained_tokens": done.batch.num_trained_tokens,
+            "data/sequences": len(batch.data),
+            "data/tokens": batch.num_tokens,
+            "data/trained_tokens": batch.num_trained_tokens,
             "perf/seconds": seconds,
-            "perf/seconds_waited_for_batch": done.seconds_waited_for_batch,
-            "perf/tokens_per_second": done.batch.num_tokens / seconds,
-            "perf/seconds_left": median(self._recent_seconds) * (self._total_steps - done.step - 1),
+            "perf/seconds_waited_for_batch": done.placed.seconds_waited,
+            "perf/tokens_per_second": batch.num_tokens / seconds,
         }
+        if self._total_steps is not None:
+            metrics["perf/seconds_left"] = median(self._recent_seconds) * (self._total_steps - done.step - 1)
         self._log_metrics(done.step, metrics)
         if done.save is not None:
-            self._record(_checkpoint_name(done.step + 1), await done.save, done.step + 1)
+            name = _checkpoint_name(done.step + 1)
+            self._record(name, await done.save, done.step + 1, done.placed.next_position)
 
     def _report_what_was_left_out(self) -> None:
         summary = self._train_data.summary()
@@ -232,10 +252,12 @@ class Run:
             metric_logger.log(step, metrics)
 
     async def _save(self, name: str, step: int) -> Path:
-        return self._record(name, await self._client.save_state(name, overwrite=True), step)
+        """Saves the state after the last submitted step."""
+        saved = await self._client.save_state(name, overwrite=True)
+        return self._record(name, saved, step, self._position)
 
-    def _record(self, name: str, saved: SaveWeightsResponse, step: int) -> Path:
-        return self._checkpoints.path_of(self._checkpoints.add(name, saved.path, step, self._num_batches))
+    def _record(self, name: str, saved: SaveWeightsResponse, step: int, position: Position) -> Path:
+        return self._checkpoints.path_of(self._checkpoints.add(name, saved.path, step, *position))
 
 
 def _checkpoint_name(step: int) -> str:

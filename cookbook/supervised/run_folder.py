@@ -2,6 +2,7 @@
 
 config.json         the resolved config; `config=<this file>` runs it again
 metrics.jsonl       one row a step
+data.json           what was read and left out, and a fingerprint of it
 checkpoints.jsonl   the checkpoints there are, and where each one continues
 checkpoints/<name>/ weights and optimizer; loads with plain PEFT
 train.log           what was printed, with times
@@ -27,7 +28,7 @@ logger = logging.getLogger(__name__)
 IfLogPathExists: TypeAlias = Literal["resume", "raise", "delete", "ask"]
 
 RUN_FILES = (
-    "config.json", "metrics.jsonl", "checkpoints.jsonl", "checkpoints", "train.log", "wandb",
+    "config.json", "data.json", "metrics.jsonl", "checkpoints.jsonl", "checkpoints", "train.log", "wandb",
     "wandb_run_id.txt",
 )  # fmt: skip
 """What a run writes, and so all that `if_log_path_exists=delete` removes."""
@@ -60,6 +61,16 @@ class RunFolder:
     @property
     def checkpoint_dir(self) -> Path:
         return self.path / "checkpoints"
+
+    def write_data_report(self, fingerprint: str | None, reports: list[dict[str, Any]]) -> None:
+        jsonl.write_atomically(
+            self.path / "data.json", _text({"fingerprint": fingerprint, "sources": reports}).encode()
+        )
+
+    def read_data_fingerprint(self) -> str | None:
+        """Of the data that the run began with."""
+        path = self.path / "data.json"
+        return json.loads(path.read_text())["fingerprint"] if path.exists() else None
 
     def _settle_with_earlier_run(self, config: dict[str, Any], if_exists: IfLogPathExists) -> None:
         earlier = _read_run_config(self.path / "config.json")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
@@ -13,11 +14,11 @@ from cookbook.checkpoints import CheckpointLog
 from cookbook.errors import ConfigError, DataError
 from cookbook.eval.evaluators import Evaluator
 from cookbook.loggers import ConsoleLogger, JsonlLogger, MetricLogger, WandbLogger
-from cookbook.supervised.batches import BatchQueue
+from cookbook.supervised.batches import BEGINNING, BatchQueue, Position
 from cookbook.supervised.nll_evaluator import NLLEvaluator
 from cookbook.supervised.run import Run
 from cookbook.supervised.run_folder import RunFolder
-from cookbook.supervised.types import ChatDatasetBuilder, SupervisedDataset
+from cookbook.supervised.types import ChatDatasetBuilder, SupervisedDataset, num_batches_of
 
 if TYPE_CHECKING:
     from cookbook.supervised.train import Config
@@ -32,20 +33,31 @@ async def start_run(config: Config, folder: RunFolder, checkpoints: CheckpointLo
         _check_start_weights(config)
         _check_tokenizer(config)
         train_data, eval_data = config.dataset_builder()
-        steps = _remaining_steps(config, checkpoints, len(train_data))
+        _report_data(train_data, eval_data)
+        total_steps = _total_steps(config, train_data)
+        first_step, position = _where_to_go_on(config, folder, checkpoints, train_data)
         batches = stack.enter_context(
-            BatchQueue(train_data, steps, config.seed, ahead=config.submit_ahead + 2)
+            BatchQueue(
+                train_data,
+                config.seed,
+                ahead=config.submit_ahead + 2,
+                num_epochs=config.num_epochs,
+                num_steps=None if total_steps is None else total_steps - first_step,
+                start=position,
+            )
         )
         await batches.check()
         evaluators = _make_evaluators(config, eval_data)
         client = await _create_client(config, folder, checkpoints, stack)
-        _announce(config, folder, client, train_data, eval_data, steps)
-        metric_loggers = _make_loggers(config, folder, steps, console, stack)
+        _announce(config, folder, client, train_data, eval_data, first_step, total_steps)
+        metric_loggers = _make_loggers(config, folder, first_step, total_steps, console, stack)
         resources = stack.pop_all()
     return Run(
         config=config,
         log_path=folder.path,
-        steps=steps,
+        first_step=first_step,
+        total_steps=total_steps,
+        first_position=position,
         train_data=train_data,
         client=client,
         batches=batches,
@@ -56,11 +68,29 @@ async def start_run(config: Config, folder: RunFolder, checkpoints: CheckpointLo
     )
 
 
-def _check_start_weights(config: Config) -> None:
-    if config.load_checkpoint_path is not None:
-        from cookbook.engine import state
+def _chat_format(config: Config) -> dict[str, str]:
+    """What a checkpoint must say for its model to be prompted as it was trained."""
+    metadata = {"renderer_name": str(config.renderer_name)}
+    return metadata | ({"system_prompt": config.system_prompt} if config.system_prompt else {})
 
-        state.read_info(config.load_checkpoint_path)
+
+def _check_start_weights(config: Config) -> None:
+    """Raises CheckpointError for weights that are not there; tells of another chat format."""
+    if config.load_checkpoint_path is None:
+        return
+    from cookbook.engine import state
+
+    recorded = state.read_info(config.load_checkpoint_path).user_metadata or {}
+    for key in ("renderer_name", "system_prompt"):
+        ours, theirs = _chat_format(config).get(key), recorded.get(key)
+        if recorded and ours != theirs:
+            logger.warning(
+                "%s was trained with %s=%s, this run goes on with %s.",
+                config.load_checkpoint_path,
+                key,
+                theirs,
+                ours,
+            )
 
 
 def _check_tokenizer(config: Config) -> None:
@@ -68,7 +98,16 @@ def _check_tokenizer(config: Config) -> None:
     builder = config.dataset_builder
     if not isinstance(builder, ChatDatasetBuilder):
         return
-    name = builder.common_config.model_name_for_tokenizer
+    common = builder.common_config
+    for key in ("renderer_name", "system_prompt"):
+        if getattr(common, key) != getattr(config, key):
+            logger.warning(
+                "The data are rendered with %s=%s, but checkpoints will record %s.",
+                key,
+                getattr(common, key),
+                getattr(config, key),
+            )
+    name = common.model_name_for_tokenizer
     if name != config.model_name:
         theirs, ours = models.get_tokenizer(name), models.get_tokenizer(config.model_name)
         if theirs.get_vocab() != ours.get_vocab():
@@ -78,19 +117,45 @@ def _check_tokenizer(config: Config) -> None:
             )
 
 
-def _remaining_steps(config: Config, checkpoints: CheckpointLog, num_batches: int) -> range:
-    total_steps = config.num_epochs * num_batches
-    if config.max_steps is not None:
-        total_steps = min(total_steps, config.max_steps)
-    last = checkpoints.last()
-    if last is None:
-        return range(total_steps)
-    if divmod(last.step, num_batches) != (last.epoch, last.batch):
-        raise DataError(
-            f"The data have changed: step {last.step} would go on with another batch than it would have "
-            f"({num_batches} batches an epoch now). Restore them, or choose another log_path."
+def _report_data(train_data: SupervisedDataset, eval_data: SupervisedDataset | None) -> None:
+    told = []
+    for report in [*train_data.reports(), *(eval_data.reports() if eval_data else ())]:
+        if report not in told:  # held-out rows are from the same sources
+            told.append(report)
+            logger.info("%s", "\n".join(report.lines()))
+
+
+def _total_steps(config: Config, train_data: SupervisedDataset) -> int | None:
+    """None where the run goes on until the data end, whenever that is."""
+    num_batches = num_batches_of(train_data)
+    if num_batches is not None:
+        return min(config.num_epochs * num_batches, config.max_steps or math.inf)  # type: ignore[return-value]
+    if config.max_steps is None and config.lr_schedule != "constant":
+        raise ConfigError(
+            f"lr_schedule={config.lr_schedule} comes down to 0 at the last step, and nobody knows how long "
+            f"the streamed data are. Say max_steps=, or choose lr_schedule=constant."
         )
-    return range(last.step, total_steps)
+    return config.max_steps
+
+
+def _where_to_go_on(
+    config: Config, folder: RunFolder, checkpoints: CheckpointLog, train_data: SupervisedDataset
+) -> tuple[int, Position]:
+    """The step a run begins with, and the batch; refuses data that are not what they were."""
+    fingerprint = train_data.fingerprint()
+    last = checkpoints.last()
+    num_batches = num_batches_of(train_data)
+    if last is None:
+        folder.write_data_report(fingerprint, [report.to_json() for report in train_data.reports()])
+        return 0, BEGINNING
+    position = Position(last.epoch, last.batch)
+    has_moved = num_batches is not None and divmod(last.step, num_batches) != position
+    if has_moved or folder.read_data_fingerprint() != fingerprint:
+        raise DataError(
+            f"The data have changed since this run began: step {last.step} would go on with other batches "
+            f"than it would have. Restore them, or choose another log_path."
+        )
+    return last.step, position
 
 
 def _make_evaluators(
@@ -118,7 +183,7 @@ async def _create_client(
         train_mlp=config.train_mlp,
         train_attn=config.train_attn,
         train_unembed=config.train_unembed,
-        user_metadata={"renderer_name": str(config.renderer_name)},
+        user_metadata=_chat_format(config),
         alpha=config.lora_alpha,
     )
     last = checkpoints.last()
@@ -130,7 +195,12 @@ async def _create_client(
 
 
 def _make_loggers(
-    config: Config, folder: RunFolder, steps: range, console: Console, stack: ExitStack
+    config: Config,
+    folder: RunFolder,
+    first_step: int,
+    total_steps: int | None,
+    console: Console,
+    stack: ExitStack,
 ) -> list[MetricLogger]:
     made: list[MetricLogger] = []
 
@@ -138,10 +208,10 @@ def _make_loggers(
         made.append(metric_logger)
         stack.callback(metric_logger.close)
 
-    keep(JsonlLogger(folder.path / "metrics.jsonl", first_step=steps.start))
+    keep(JsonlLogger(folder.path / "metrics.jsonl", first_step=first_step))
     if config.wandb_project is not None:
         keep(WandbLogger(folder.path, config.wandb_project, config.wandb_name, folder.config))
-    keep(ConsoleLogger(console, total_steps=steps.stop, first_step=steps.start))
+    keep(ConsoleLogger(console, total_steps=total_steps, first_step=first_step))
     return made
 
 
@@ -151,20 +221,24 @@ def _announce(
     client: TrainingClient,
     train_data: SupervisedDataset,
     eval_data: SupervisedDataset | None,
-    steps: range,
+    first_step: int,
+    total_steps: int | None,
 ) -> None:
     info = client.get_info().model_data
     logger.info("%s on %s in %s, LoRA rank %d.", config.model_name, info.device, info.dtype, config.lora_rank)
     logger.info(
-        "Training on %s, evaluating on %s. %d steps%s.",
+        "Training on %s, evaluating on %s. %s%s.",
         _size(train_data),
         "nothing" if eval_data is None else _size(eval_data),
-        steps.stop,
-        f", {steps.start} of them done" if steps.start else "",
+        "As many steps as there are batches" if total_steps is None else f"{total_steps:,} steps",
+        f", {first_step:,} of them done" if first_step else "",
     )
     logger.info("Everything goes to %s.", folder.path)
 
 
 def _size(dataset: SupervisedDataset) -> str:
+    num_batches = num_batches_of(dataset)
+    if num_batches is None:
+        return "a stream"
     num_rows = dataset.summary().get("rows")
-    return f"{len(dataset):,} batches" if num_rows is None else f"{num_rows:,} rows"
+    return f"{num_batches:,} batches" if num_rows is None else f"{num_rows:,} rows"

@@ -39,6 +39,9 @@ class Config:
         doc="chat format, recorded with every checkpoint; default: chosen from the model",
         munger=chz.mungers.if_none(lambda self: models.recommended_renderer(self.model_name)),
     )
+    system_prompt: str | None = _field(
+        default=None, doc="put before every conversation, recorded with every checkpoint"
+    )
     load_checkpoint_path: str | None = _field(
         default=None, doc="start from these weights, with a new optimizer"
     )
@@ -143,7 +146,7 @@ async def main(config: Config) -> RunSummary:
         if checkpoints.is_finished:
             return _report_finished(folder, checkpoints)
         with await start_run(config, folder, checkpoints, console) as run, StopSignal() as stop:
-            for step in run.remaining_steps:
+            async for step in run.remaining_steps():
                 await run.evaluate_if_due(step)
                 await run.submit(step)
                 await run.log_all_but(config.submit_ahead)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import chz
 
@@ -16,8 +17,11 @@ from renderers import Renderer, TrainOnWhat, get_renderer
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from cookbook.supervised.data.report import DataReport
 
-LEFT_OUT = ("truncated_examples", "untrained_examples", "bad_rows")
+OnLong: TypeAlias = Literal["truncate", "drop", "raise"]
+
+LEFT_OUT = ("truncated_examples", "too_long_examples", "untrained_examples", "bad_rows", "filtered_rows")
 """The keys of `SupervisedDataset.summary` that are reported when a run ends."""
 
 
@@ -29,18 +33,35 @@ class SupervisedDataset(ABC):
         """Batch `index`, 0 <= index < len(self). Called from a thread of its own, ahead of need.
 
         A batch may be shorter than the others, or empty where no example kept a trained token.
+        Raises IndexError behind the last batch of an epoch whose length is not known.
         """
 
     @abstractmethod
     def __len__(self) -> int:
-        """The number of batches in an epoch."""
+        """The number of batches in an epoch. Raises TypeError where nobody knows it."""
 
     def set_epoch(self, seed: int = 0) -> None:
         """Puts the examples into the order of `seed`. By default the order never changes."""
 
     def summary(self) -> dict[str, int]:
-        """Counts to report: rows, examples, and whatever was left out of the batches so far."""
+        """Counts to report: rows, and whatever was left out of the batches so far."""
         return {}
+
+    def reports(self) -> Sequence[DataReport]:
+        """What is known of the data before training, source by source."""
+        return ()
+
+    def fingerprint(self) -> str | None:
+        """Changes with the content or the order of the data; None where that is not known."""
+        return None
+
+
+def num_batches_of(dataset: SupervisedDataset) -> int | None:
+    """The length of an epoch in batches; None where nobody knows it."""
+    try:
+        return len(dataset)
+    except TypeError:
+        return None
 
 
 class _DeclaresItself:
@@ -79,12 +100,14 @@ class ChatDatasetBuilderCommonConfig:
         munger=chz.mungers.if_none(lambda self: models.recommended_renderer(self.model_name_for_tokenizer)),
     )
     batch_size: int = chz.field(default=32, doc="conversations per optimizer step")
-    max_length: int | None = chz.field(
-        default=2048, doc="tokens an example is truncated to, from the right; None: no limit"
+    max_length: int | None = chz.field(default=2048, doc="tokens of an example at most; None: no limit")
+    on_long: OnLong = chz.field(
+        default="truncate", doc="what becomes of a longer one: truncate (from the right), drop or raise"
     )
     train_on_what: TrainOnWhat = chz.field(
         default=TrainOnWhat.ALL_ASSISTANT_MESSAGES, doc="which messages' tokens count in the loss"
     )
+    system_prompt: str | None = chz.field(default=None, doc="put before every conversation")
 
     @chz.validate
     def _check(self) -> None:
@@ -110,4 +133,4 @@ class ChatDatasetBuilder(SupervisedDatasetBuilder):
     def renderer(self) -> Renderer:
         renderer_name = self.common_config.renderer_name
         assert renderer_name is not None  # the munger chose one
-        return get_renderer(renderer_name, self.tokenizer)
+        return get_renderer(renderer_name, self.tokenizer, self.common_config.system_prompt)

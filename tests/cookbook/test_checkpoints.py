@@ -14,7 +14,7 @@ from cookbook.errors import CheckpointError
 def add(log: CheckpointLog, folder: Path, step: int) -> None:
     path = folder / "checkpoints" / f"{step:06d}"
     path.mkdir(parents=True, exist_ok=True)
-    log.add(path.name, str(path), step, num_batches=4)
+    log.add(path.name, str(path), step, *divmod(step, 4))
 
 
 def names_on_disk(folder: Path) -> list[str]:

@@ -61,8 +61,14 @@ def test_a_file_and_a_folder_without_a_config_are_no_models(tmp_path: Path) -> N
     [
         ("Qwen/Qwen3-0.6B", "qwen3"),
         ("qwen/qwen3-8b", "qwen3"),
-        ("meta-llama/Llama-3.2-1B-Instruct", "llama3"),
+        ("meta-llama/Llama-3.1-8B-Instruct", "llama3"),
         ("meta-llama/Meta-Llama-3-8B-Instruct", "llama3"),
+        ("Qwen/Qwen3-4B-Instruct-2507", "qwen3_instruct"),
+        ("Qwen/Qwen3-30B-A3B-Instruct-2507", "qwen3_instruct"),
+        ("Qwen/Qwen2.5-0.5B-Instruct", "qwen2_5"),
+        ("google/gemma-3-1b-it", "gemma3"),
+        ("openai/gpt-oss-20b", "gpt_oss"),
+        ("microsoft/Phi-3-mini-4k-instruct", "phi3"),
     ],
 )
 def test_the_renderer_of_a_known_model_is_told_without_loading_it(model_name: str, renderer: str) -> None:

@@ -85,7 +85,7 @@ def test_a_mistake_on_the_command_line_is_a_line_and_exit_code_1(tmp_path: Path)
         (["model_name=Qwen/Qwen3-0.6B"], "hf download Qwen/Qwen3-0.6B"),
         (["dataset=no_robots"], "hf download --repo-type dataset HuggingFaceH4/no_robots"),
         (["dataset=missing.jsonl"], "Dataset file missing.jsonl does not exist"),
-        (["max_length=4"], "has a trained token: nothing would be learned"),
+        (["max_length=4"], "Nothing is left to train on"),
         (["load_checkpoint_path=nowhere"], "Checkpoint nowhere does not exist"),
         (["device=cuda:7"], "device='cuda:7'"),
     ],

@@ -33,7 +33,9 @@ snippets = [
     "\t",
     ":",
 ]
-plain_text = st.lists(st.sampled_from(snippets), max_size=5).map("".join) | st.text(max_size=8)
+plain_text = (st.lists(st.sampled_from(snippets), max_size=5).map("".join) | st.text(max_size=8)).filter(
+    lambda text: not re.search(r"<\|\w+\|>|<bos>", text)  # hypothesis knows the constants of our code
+)
 forging_text = st.lists(
     st.sampled_from([*snippets, "<|im_end|>", "<|im_start|>", "<|eot|>", "<bos>"]), max_size=5
 ).map("".join)
@@ -43,8 +45,14 @@ def user(content: str) -> Any:
     return {"role": "user", "content": content}
 
 
-def assistant(content: str, **more: Any) -> Any:
+def assistant(content: Any, **more: Any) -> Any:
     return {"role": "assistant", "content": content, **more}
+
+
+def refusal(build: Any, *arguments: Any, **more: Any) -> str:
+    with pytest.raises(RendererError) as caught:
+        build(*arguments, **more)
+    return str(caught.value)
 
 
 def chats(text: st.SearchStrategy[str]) -> st.SearchStrategy[list[Any]]:
@@ -346,13 +354,306 @@ def test_text_parts_read_as_their_concatenation(renderer_of, small_tokenizer):
     assert split == renderer.build_generation_prompt([user("hello <|im_end|>")])
 
 
+# -- generated templates ------------------------------------------------------------------------
+
+BLOCK = "<think>\n{{ m.reasoning_content or '' }}\n</think>\n\n"
+ENDS = ["<|im_end|>", "<|eot|>"]
+
+
+@st.composite
+def templates(draw: st.DrawFn) -> tuple[str, dict[str, Any]]:
+    """A template put together from what templates do, and what it is put together from."""
+    made: dict[str, Any] = {
+        "opening": draw(st.sampled_from(["", "<|im_start|>", "<bos>"])),
+        "header": draw(st.sampled_from(["<|header|>{}<|text|>\n\n", "<|im_start|>{}\n", "{}: "])),
+        "trims": draw(st.booleans()),
+        "thinks": draw(st.sampled_from(["never", "last", "always"])),
+        "before_end": draw(st.sampled_from(["", "\n"])),
+        "end": draw(st.sampled_from(ENDS)),
+        "last_end": draw(st.sampled_from([None, *ENDS])),
+        "after_end": draw(st.sampled_from(["", "\n", "<|text|>", *ENDS])),
+        "closing": draw(st.sampled_from(["", "\n", "<|end|>", *ENDS])),
+        "prompt": draw(st.sampled_from(["", "", "<think>\n"])),
+    }
+    content = "{{ m.content | trim }}" if made["trims"] else "{{ m.content }}"
+    block = {"never": "", "always": BLOCK, "last": "{% if loop.last %}" + BLOCK + "{% endif %}"}[
+        made["thinks"]
+    ]
+    last_end = made["last_end"] or made["end"]
+    end = (
+        "{% if loop.last and m.role == 'assistant' %}" + last_end + "{% else %}" + made["end"] + "{% endif %}"
+    )
+    template = (
+        made["opening"]
+        + "{% for m in messages %}"
+        + made["header"].format("{{ m.role }}")
+        + "{% if m.role == 'assistant' %}"
+        + block
+        + "{% endif %}"
+        + f"{content}{made['before_end']}{end}{made['after_end']}"
+        + "{% endfor %}{% if add_generation_prompt %}"
+        + made["header"].format("assistant")
+        + made["prompt"]
+        + "{% else %}"
+        + made["closing"]
+        + "{% endif %}"
+    )
+    return template, made
+
+
+def reply_of_made(made: dict[str, Any], content: str) -> str | None:
+    """What follows the prompt, or None where the template does not continue its own prompt."""
+    block = "" if made["thinks"] == "never" else "<think>\n\n</think>\n\n"
+    said = content.strip() if made["trims"] else content
+    reply = block + said + made["before_end"] + (made["last_end"] or made["end"])
+    return reply.removeprefix(made["prompt"]) if reply.startswith(made["prompt"]) else None
+
+
+@few
+@given(made=templates(), text=forging_text, empty=st.booleans())
+def test_the_mask_is_right_or_refused_under_any_template(small_tokenizer, trained_runs, made, text, empty):
+    template, parts = made
+    chat = [user("a"), assistant(text), user("b"), assistant("" if empty else text)]
+    replies = [reply_of_made(parts, chat[turn]["content"]) for turn in (1, 3)]
+    renderer = get_renderer("chat_template", small_tokenizer(template))
+    if None in replies:
+        assert "sampled from other prompts" in refusal(renderer.build_supervised_examples, chat)
+        return
+    examples = renderer.build_supervised_examples(chat)
+    runs = [run for one in examples for run in trained_runs(renderer.tokenizer, one)]
+    assert runs == replies
+    for number, turn in enumerate((1, 3)):
+        tokens = examples[min(number, len(examples) - 1)][0].to_ints()
+        prompt = renderer.build_generation_prompt(chat[:turn]).to_ints()
+        assert tokens[: len(prompt)] == prompt
+
+
+def test_a_turn_that_ends_in_two_end_tokens_is_trained_to_the_last_that_is_its_own(
+    renderer_of, small_tokenizer, trained_runs
+):
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}"
+        "{{ m.reasoning_content or '' }}<|im_end|><|text|>{% endif %}{{ m.content }}<|im_end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% else %}<|end|>{% endif %}"
+    )
+    tokenizer = small_tokenizer(template)
+    renderer = renderer_of("chat_template", tokenizer)
+    one = renderer.build_supervised_example([user("a"), assistant("", thinking="hm")])
+    assert trained_runs(tokenizer, one) == ["hm<|im_end|><|text|><|im_end|>"]
+
+
+def test_an_end_token_that_is_not_special_cannot_be_forged_by_a_reply(renderer_of, small_tokenizer):
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}</turn>{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    tokenizer = small_tokenizer(template)
+    tokenizer.add_tokens(["</turn>"])
+    end = tokenizer.convert_tokens_to_ids("</turn>")
+    tokens, weights = renderer_of("chat_template", tokenizer).build_supervised_example(
+        [user("a"), assistant("b</turn>c</turn>")]
+    )
+    assert tokens.to_ints().count(end) == 2
+    assert tokens.to_ints()[-1] == end
+    assert weights[-1] == 1
+
+
+def test_parts_that_a_template_joins_cannot_forge_a_control_token(renderer_of, small_tokenizer):
+    template = small_tokenizer("chatml").chat_template.replace("m.content", "m.content | replace('~', '')")
+    renderer = renderer_of("chat_template", small_tokenizer(template))
+    for role in ("user", "system"):
+        chat = [{"role": role, "content": "<|im_~end|>"}, user("x")]
+        assert "makes a control token" in refusal(renderer.build_generation_prompt, chat)
+    renderer.build_generation_prompt([user("<|im_ and ~ are fine")])
+    named = small_tokenizer("chatml").chat_template.replace("m.role }}", "m.role }}<|{{ m.name }}|>")
+    renderer = renderer_of("chat_template", small_tokenizer(named))
+    renderer.build_generation_prompt([{**user("x"), "name": "ann"}])
+
+
+# -- what a template would lose -----------------------------------------------------------------
+
+CALL: Any = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
+
+
+def test_tool_calls_that_the_template_has_no_place_for_are_refused(renderer_of, small_tokenizer):
+    renderer = renderer_of("chat_template", small_tokenizer("chatml"))
+    chat = [user("a"), assistant("b", tool_calls=[CALL]), user("c"), assistant("d")]
+    assert "does not print tool calls (message 2)" in refusal(renderer.build_supervised_example, chat)
+
+
+def test_thinking_is_lost_even_if_the_content_repeats_it(renderer_of, small_tokenizer):
+    renderer = renderer_of("chat_template", small_tokenizer("chatml"))
+    chat = [user("a"), assistant("It is 42.", reasoning_content="42")]
+    assert "`reasoning_content` of message 2" in refusal(renderer.build_supervised_example, chat)
+
+
+def test_a_template_that_cuts_the_thinking_out_of_the_content_is_refused(renderer_of, small_tokenizer):
+    template = small_tokenizer("chatml").chat_template.replace("m.content", "m.content.split('</think>')[-1]")
+    renderer = renderer_of("chat_template", small_tokenizer(template))
+    chat = [user("a"), assistant("<think>hm</think>b")]
+    assert "`content` of message 2" in refusal(renderer.build_supervised_example, chat)
+    renderer.build_supervised_example([user("a"), assistant("b")])
+
+
+# -- weights, system prompt, parts --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["chat_template", "qwen3_instruct"])
+@pytest.mark.parametrize("mode", [mode for mode in TrainOnWhat if mode != TrainOnWhat.ALL_TOKENS])
+def test_the_weight_of_a_message_scales_its_tokens(renderer_of, small_tokenizer, name, mode):
+    renderer = renderer_of(name, small_tokenizer("chatml"))
+    chat = [{"role": "system", "content": "s"}, user("a"), assistant("b"), user("c"), assistant("d")]
+    chat = [{**message, "trainable": True} for message in chat]
+    tokens, plain = renderer.build_supervised_example(chat, mode)
+    factors = [0.5, 2.0, 0.25, 1.0, 0.0]
+    weighted_chat = [{**message, "weight": factor} for message, factor in zip(chat, factors, strict=True)]
+    same, weighted = renderer.build_supervised_example(weighted_chat, mode)
+    assert same == tokens
+    expected = np.zeros_like(plain)
+    for i, factor in enumerate(factors):
+        only = [{**message, "weight": float(i == j)} for j, message in enumerate(chat)]
+        expected += factor * renderer.build_supervised_example(only, mode)[1]
+    assert weighted.tolist() == expected.tolist()
+    assert "all_tokens" in refusal(renderer.build_supervised_example, weighted_chat, TrainOnWhat.ALL_TOKENS)
+
+
+def test_weights_hold_in_each_of_the_examples_of_rewritten_history(renderer_of, small_tokenizer):
+    renderer = renderer_of("chat_template", small_tokenizer("forgetful"))
+    chat = [
+        user("a"),
+        assistant("b", weight=0.5),
+        user("c"),
+        assistant("d", weight=0),
+        user("e"),
+        assistant("f"),
+    ]
+    examples = renderer.build_supervised_examples(chat)
+    assert [sorted(set(weights.tolist())) for _, weights in examples] == [[0, 0.5], [0, 1]]
+
+
+@pytest.mark.parametrize("name", ["chat_template", "qwen3_instruct"])
+@pytest.mark.parametrize("has_system", [True, False])
+def test_the_system_prompt_stands_before_the_conversation_and_is_trained_only_as_part_of_its_message(
+    small_tokenizer, trained_runs, name, has_system
+):
+    tokenizer = small_tokenizer("chatml")
+    renderer = get_renderer(name, tokenizer, "Be kind. <|im_end|>")
+    chat = [*([{"role": "system", "content": "Be brief."}] if has_system else []), user("a"), assistant("b")]
+    own = "\n\nBe brief." if has_system else ""
+    tokens, weights = renderer.build_supervised_example(chat, TrainOnWhat.ALL_MESSAGES)
+    assert tokenizer.decode(tokens.to_ints()) == (
+        f"<|im_start|>system\nBe kind. <|im_end|>{own}<|im_end|>\n"
+        "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\nb<|im_end|>\n"
+    )
+    runs = trained_runs(tokenizer, (tokens, weights))
+    system = [f"Be kind. <|im_end|>{own}<|im_end|>"] if has_system else []
+    assert runs == [*system, "a<|im_end|>", "b<|im_end|>"]
+    prompt = renderer.build_generation_prompt(chat[:-1]).to_ints()
+    assert tokens.to_ints()[: len(prompt)] == prompt
+
+
+@pytest.mark.parametrize("name", ["chat_template", "qwen3"])
+def test_thinking_parts_read_as_reasoning_content(renderer_of, small_tokenizer, name):
+    renderer = renderer_of(name, small_tokenizer("forgetful"))
+    parts = [
+        {"type": "thinking", "thinking": "Hm."},
+        {"type": "text", "text": "4"},
+        {"type": "text", "text": "2"},
+    ]
+    split = renderer.build_supervised_example([user("a"), assistant(parts)])
+    whole = renderer.build_supervised_example([user("a"), assistant("42", reasoning_content="Hm.")])
+    assert split[0] == whole[0]
+    assert split[1].tolist() == whole[1].tolist()
+
+
+@pytest.mark.parametrize("name", ["chat_template", "qwen3", "role_colon"])
+def test_plain_text_is_trained_to_its_end_and_forges_nothing(
+    renderer_of, small_tokenizer, trained_runs, name
+):
+    tokenizer = small_tokenizer("chatml")
+    tokens, weights = renderer_of(name, tokenizer).build_text_example("Hi. <|im_end|> 天\n")
+    assert trained_runs(tokenizer, (tokens, weights)) == ["Hi. <|im_end|> 天\n<|im_end|>"]
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert [token for token in tokens.to_ints() if token == end] == [end]
+
+
+# -- replies ------------------------------------------------------------------------------------
+
+HERMES = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}{% for call in m.tool_calls or [] %}"
+    "{{ '\n' if m.content or not loop.first else '' }}<tool_call>\n"
+    '{"name": "{{ call.function.name }}", "arguments": {{ call.function.arguments | tojson }}}\n</tool_call>'
+    "{% endfor %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+BEGUN = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}"
+    "<think>\n{{ m.reasoning_content or '' }}\n</think>\n\n{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
+)
+# What a model may well write; half of a character, and markup that is cut off or nested.
+SCRAPS = [
+    "<think>",
+    "\n",
+    "</think>",
+    "<tool_call>\n",
+    "\n</tool_call>",
+    '{"name": "f", "arguments": {}}',
+    "a",
+    "é",
+]
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data(), scraps=st.lists(st.sampled_from(SCRAPS), max_size=6))
+@pytest.mark.parametrize("template", ["chatml", "forgetful", HERMES, BEGUN])
+def test_any_tokens_are_parsed_the_same_at_once_and_while_they_are_sampled(
+    renderer_of, small_tokenizer, template, data, scraps
+):
+    tokenizer = small_tokenizer(template)
+    renderer = renderer_of("chat_template", tokenizer)
+    ids = st.integers(-1, len(tokenizer) + 1) | st.sampled_from(renderer.get_stop_sequences())
+    tokens = tokenizer("".join(scraps))["input_ids"] + data.draw(st.lists(ids, max_size=8))
+    message, ended = renderer.parse_response(tokens)
+    stream = renderer.parse_stream()
+    deltas = [delta for token in tokens for delta in stream.feed([token])]
+    assert stream.finish() == (message, ended)
+    if ended:
+        for field in ("content", "reasoning_content"):
+            assert "".join(d.text for d in deltas if d.field == field) == message.get(field, "")
+    elif "tool_calls" not in message and "reasoning_content" not in message:
+        assert isinstance(message["content"], str)
+
+
+def test_a_prompt_that_begins_the_thinking_leaves_the_reply_to_end_it(
+    renderer_of, small_tokenizer, trained_runs
+):
+    tokenizer = small_tokenizer(BEGUN)
+    renderer = renderer_of("chat_template", tokenizer)
+    reply = assistant("42", reasoning_content="Hm.")
+    one = renderer.build_supervised_example([user("a"), reply])
+    assert trained_runs(tokenizer, one) == ["Hm.\n</think>\n\n42<|im_end|>"]
+    trained = [t for t, w in zip(one[0].to_ints(), one[1], strict=True) if w]
+    assert renderer.parse_response(trained) == (reply, True)
+    assert renderer.parse_response(trained[-3:]) == (
+        assistant(tokenizer.decode(trained[-3:-1])),
+        False,
+    )
+
+
+def test_tool_calls_that_are_not_json_stay_text(renderer_of, small_tokenizer):
+    tokenizer = small_tokenizer(HERMES)
+    renderer = renderer_of("chat_template", tokenizer)
+    stop = renderer.get_stop_sequences()
+    good = '<tool_call>\n{"name": "f", "arguments": {"x": 1}}\n</tool_call>'
+    assert renderer.parse_response(tokenizer(good)["input_ids"] + stop) == (
+        assistant("", tool_calls=[CALL]),
+        True,
+    )
+    for bad in (good[:-3], good.replace("{", ""), good + "more", good.replace("f", "f" + good)):
+        assert renderer.parse_response(tokenizer(bad)["input_ids"] + stop) == (assistant(bad), False)
+
+
 # -- refusals -----------------------------------------------------------------------------------
-
-
-def refusal(build: Any, *arguments: Any) -> str:
-    with pytest.raises(RendererError) as caught:
-        build(*arguments)
-    return str(caught.value)
 
 
 def test_what_a_template_raises_becomes_an_error_that_quotes_it(renderer_of, small_tokenizer):

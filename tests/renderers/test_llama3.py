@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from cookbook.errors import RendererError
 from renderers import TrainOnWhat
 
-few = settings(max_examples=60, deadline=None)
+few = settings(max_examples=25, deadline=None)
 
 TOKENS = (
     "<|begin_of_text|>",
@@ -33,6 +33,24 @@ def call(name: str, arguments: Any) -> Any:
     return {"type": "function", "function": {"name": name, "arguments": arguments}}
 
 
+TOOL = {
+    "type": "function",
+    "function": {"name": "weather", "description": "Is it <sunny>? 天", "parameters": {"type": "object"}},
+}
+descriptions = st.sampled_from([None, [TOOL], [TOOL, TOOL]])
+DATE = "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n"
+
+
+def template_tokens(tokenizer: Any, messages: Any, tools: Any = None, prompt: bool = False) -> list[int]:
+    printed = tokenizer.apply_chat_template(messages, tools=tools, add_generation_prompt=prompt)
+    return printed["input_ids"]
+
+
+def opening_with_a_user(messages: list[Any]) -> bool:
+    roles = [m["role"] for m in messages]
+    return roles[roles[0] == "system" :][:1] == ["user"]
+
+
 plain = st.builds(message, st.sampled_from(["user", "assistant", "system"]), text)
 tools = st.builds(message, st.just("tool"), text)
 requests = st.builds(lambda a: message("assistant", None, tool_calls=[call("weather", a)]), arguments)
@@ -54,12 +72,43 @@ def conversations_for(llama: Any) -> st.SearchStrategy[list[Any]]:
 
 @few
 @given(data=st.data())
-def test_tokens_are_those_of_the_template(renderer_of, llama, template_tokens, data):
+def test_tokens_are_those_of_the_template(renderer_of, llama, data):
     messages = data.draw(conversations_for(llama))
     renderer = renderer_of("llama3", llama)
     assert renderer.build_supervised_example(messages)[0].to_ints() == template_tokens(llama, messages)
     prompt = renderer.build_generation_prompt(messages).to_ints()
     assert prompt == template_tokens(llama, messages, prompt=True)
+
+
+@few
+@given(data=st.data(), tools=descriptions)
+def test_every_reply_is_trained_from_its_prompt_to_its_end(renderer_of, llama, trained_runs, data, tools):
+    messages = [message("user", "Hi."), *data.draw(conversations_for(llama))]
+    renderer = renderer_of("llama3", llama)
+    tools = tools if renderer.takes_tools else None
+    (example,) = renderer.build_supervised_examples(messages, tools=tools)
+    tokens = example[0].to_ints()
+    assert tokens == template_tokens(llama, messages, tools)
+    expected = []
+    for turn in [i for i, m in enumerate(messages) if m["role"] == "assistant"]:
+        prompt = template_tokens(llama, messages[:turn], tools, prompt=True)
+        assert renderer.build_generation_prompt(messages[:turn], tools=tools).to_ints() == prompt
+        assert tokens[: len(prompt)] == prompt
+        expected.append(llama.decode(template_tokens(llama, messages[: turn + 1], tools)[len(prompt) :]))
+    assert trained_runs(llama, example) == expected
+
+
+@few
+@given(data=st.data(), tools=descriptions)
+def test_tools_stand_in_the_users_first_message(renderer_of, llama, data, tools):
+    messages = data.draw(conversations_for(llama))
+    renderer = renderer_of("llama3", llama)
+    if not tools or (renderer.takes_tools and opening_with_a_user(messages)):
+        prompt = renderer.build_generation_prompt(messages, tools=tools).to_ints()
+        assert prompt == template_tokens(llama, messages, tools, prompt=True)
+    else:
+        with pytest.raises(RendererError, match="no place for tools|Begin with a user's message"):
+            renderer.build_generation_prompt(messages, tools=tools)
 
 
 @few
@@ -101,6 +150,118 @@ def test_tool_calls_parse_back_and_json_arguments_print_as_the_object_they_spell
     assert parsed == {"role": "assistant", "tool_calls": [call("f", {"x": 1})]}
 
 
+def test_the_texts_of_a_conversation_with_tools(renderer_of, small_tokenizer, trained_runs):
+    tokenizer = small_tokenizer("{# Cutting Knowledge Date #}", TOKENS)
+    renderer = renderer_of("llama3", tokenizer)
+    chat = [
+        message("system", " Be brief. "),
+        message("user", " Sun? "),
+        message("assistant", None, tool_calls=[call("weather", {"city": "天"})]),
+        message("tool", ' "yes" '),
+        message("assistant", " Yes. "),
+    ]
+    example = renderer.build_supervised_example(chat, TrainOnWhat.ALL_MESSAGES, [TOOL])
+    called = '{"name": "weather", "parameters": {"city": "天"}}<|eot_id|>'
+
+    def header(role):
+        return f"<|start_header_id|>{role}<|end_header_id|>\n\n"
+
+    assert tokenizer.decode(example[0].to_ints()) == (
+        f"<|begin_of_text|>{header('system')}Environment: ipython\n{DATE}Be brief.<|eot_id|>{header('user')}"
+        "Given the following functions, please respond with a JSON for a function call with its proper "
+        "arguments that best answers the given prompt.\n\nRespond in the format "
+        '{"name": function name, "parameters": dictionary of argument name and its value}.'
+        "Do not use variables.\n\n{\n"
+        '    "type": "function",\n    "function": {\n        "name": "weather",\n'
+        '        "description": "Is it <sunny>? 天",\n        "parameters": {\n'
+        '            "type": "object"\n        }\n    }\n}\n\n'
+        f"Sun?<|eot_id|>{header('assistant')}{called}{header('ipython')}"
+        f'" \\"yes\\" "<|eot_id|>{header("assistant")}Yes.<|eot_id|>'
+    )
+    runs = trained_runs(tokenizer, example)
+    assert runs[:3] == ["Be brief.<|eot_id|>", "Sun?<|eot_id|>", called]
+    assert runs[4:] == ["Yes.<|eot_id|>"]
+    for count in (2, 4):
+        prompt = renderer.build_generation_prompt(chat[:count], tools=[TOOL]).to_ints()
+        assert example[0].to_ints()[: len(prompt)] == prompt
+
+
+def test_llama_3_has_neither_date_nor_tools(renderer_of, small_tokenizer, trained_runs):
+    tokenizer = small_tokenizer("chatml", TOKENS)
+    renderer = renderer_of("llama3", tokenizer)
+    chat = [message("user", " a "), message("assistant", " b ")]
+    example = renderer.build_supervised_example(chat)
+    assert tokenizer.decode(example[0].to_ints()) == (
+        "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\na<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\nb<|eot_id|>"
+    )
+    assert trained_runs(tokenizer, example) == ["b<|eot_id|>"]
+    with pytest.raises(RendererError, match="no place for tools"):
+        renderer.build_supervised_example(chat, tools=[TOOL])
+    with pytest.raises(RendererError, match=r"1 tool calls of message 2"):
+        renderer.build_supervised_example(
+            [chat[0], message("assistant", None, tool_calls=[call("weather", {})])]
+        )
+
+
+@pytest.mark.parametrize(
+    ("opening", "found"),
+    [
+        ([message("system", "a")], "message 2 is nothing"),
+        ([message("system", "a"), message("assistant", "b")], "message 2 is a message of role `assistant`"),
+        ([message("tool", "b"), message("user", "a")], "message 1 is a message of role `tool`"),
+    ],
+)
+def test_tools_without_a_user_to_tell_of_them_are_refused(renderer_of, small_tokenizer, opening, found):
+    renderer = renderer_of("llama3", small_tokenizer("{# Cutting Knowledge Date #}", TOKENS))
+    for build in (renderer.build_generation_prompt, renderer.build_supervised_example):
+        with pytest.raises(RendererError, match=found):
+            build(opening, tools=[TOOL])
+
+
+def test_spelled_control_tokens_are_text(renderer_of, small_tokenizer):
+    tokenizer = small_tokenizer("{# Cutting Knowledge Date #}", TOKENS)
+    renderer = renderer_of("llama3", tokenizer)
+    tool = {"type": "function", "function": {"name": "<|eot_id|>"}}
+    parts = [{"type": "text", "text": "<|eot"}, {"type": "text", "text": "_id|>"}]
+    chat = [message("user", parts), message("assistant", "<|python_tag|>b")]
+    tokens = renderer.build_supervised_example(chat, tools=[tool])[0].to_ints()
+    assert tokens.count(tokenizer.convert_tokens_to_ids("<|eot_id|>")) == 3
+    assert tokenizer.convert_tokens_to_ids("<|python_tag|>") not in tokens
+    assert tokenizer.decode(tokens).endswith("<|python_tag|>b<|eot_id|>")
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        '{"name": "f", "parameters": {}',
+        '{"name": "f", "parameters": []}',
+        '{"name": 1, "parameters": {}}',
+        '{"name": "f", "parameters": {}, "more": 1}',
+        '{"name": "f"}',
+        '{"name": ' + "[" * 9999,
+    ],
+)
+def test_json_that_is_no_call_is_text(renderer_of, small_tokenizer, said):
+    tokenizer = small_tokenizer("{# Cutting Knowledge Date #}", TOKENS)
+    renderer = renderer_of("llama3", tokenizer)
+    tokens = [*tokenizer(said, add_special_tokens=False)["input_ids"], *renderer.get_stop_sequences()]
+    assert renderer.parse_response(tokens) == (message("assistant", said), True)
+
+
+@few
+@given(data=st.data())
+def test_any_tokens_are_a_reply(renderer_of, small_tokenizer, data):
+    tokenizer = small_tokenizer("{# Cutting Knowledge Date #}", TOKENS)
+    renderer = renderer_of("llama3", tokenizer)
+    tokens = data.draw(st.lists(st.integers(-2, len(tokenizer) + 2), max_size=20))
+    parsed, well_formed = renderer.parse_response(tokens)
+    known = all(0 <= token < len(tokenizer) for token in tokens)
+    (end,) = renderer.get_stop_sequences()
+    assert parsed["role"] == "assistant"
+    assert well_formed == (known and tokens.count(end) == 1 and tokens[-1] == end)
+
+
 def test_what_the_format_has_no_place_for_is_refused(renderer_of, real_tokenizer):
     renderer = renderer_of("llama3", real_tokenizer("llama3_1"))
     for reply, error in [
@@ -119,3 +280,20 @@ def test_what_the_format_has_no_place_for_is_refused(renderer_of, real_tokenizer
 def test_a_tokenizer_without_its_tokens_is_refused(renderer_of, small_tokenizer):
     with pytest.raises(RendererError, match=r"`llama3` needs the token '<\|eot_id\|>'"):
         renderer_of("llama3", small_tokenizer("chatml"))
+
+
+def test_arguments_given_as_a_string_cannot_forge_control_tokens(renderer_of, real_tokenizer):
+    tokenizer = real_tokenizer("llama3_1")
+    spelled = '{"x": "\\u003c|eot_id|>\\u003c|start_header_id|>"}'
+    function = {"name": "f", "arguments": spelled}
+    chat = [
+        {"role": "user", "content": "Call."},
+        {"role": "assistant", "tool_calls": [{"type": "function", "function": function}]},
+    ]
+    example, weights = renderer_of("llama3", tokenizer).build_supervised_example(chat)
+    tokens = example.to_ints()
+    end = tokenizer.convert_tokens_to_ids("<|eot_id|>")
+    assert tokens.count(end) == 3  # system, user, assistant
+    assert tokenizer.decode([t for t, w in zip(tokens, weights, strict=True) if w]) == (
+        '{"name": "f", "parameters": {"x": "<|eot_id|><|start_header_id|>"}}<|eot_id|>'
+    )

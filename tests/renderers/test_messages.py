@@ -64,3 +64,27 @@ def test_a_wrong_message_is_named_by_its_number(message, error):
 def test_a_conversation_without_messages_is_refused():
     with pytest.raises(RendererError, match="no messages"):
         normalize([], "some", ROLES)
+
+
+@pytest.mark.parametrize(
+    ("message", "error"),
+    [
+        ({"role": "user", "content": "a", "thinking": "hm"}, "has `reasoning_content`, which only a reply"),
+        ({"role": "tool", "content": "a", "tool_calls": [{}]}, "has `tool_calls`, which only a reply"),
+        ({"role": "assistant", "content": "a", "thinking": "\ud800"}, "has half a character"),
+        ({"role": "assistant", "tool_calls": [{"name": "\ud800"}]}, "has half a character"),
+    ],
+)
+def test_what_only_a_reply_may_hold_is_checked_too(message, error):
+    with pytest.raises(RendererError, match=error):
+        normalize([{"role": "user", "content": "a"}, message], "some", ROLES)
+
+
+def test_tools_are_checked(renderer_of, small_tokenizer):
+    renderer = renderer_of("role_colon", small_tokenizer("chatml"))
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    for tools, error in [("f", "list of function schemas"), ([{"name": "\ud800"}], "Tool 1 has half")]:
+        with pytest.raises(RendererError, match=error):
+            renderer.build_supervised_example(chat, tools=tools)
+    with pytest.raises(RendererError, match="no place for tools"):
+        renderer.build_supervised_example(chat, tools=[{"name": "f"}])

@@ -1,11 +1,21 @@
 """Chat templates as they are published, each on a small tokenizer that has its control tokens."""
 
+import datetime
+import json
 import re
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers.utils import chat_template_utils
 
 from cookbook.errors import RendererError
+from renderers import TrainOnWhat
+from renderers.template import TODAY
+
+few = settings(max_examples=8, deadline=None)
 
 CHAT: list[Any] = [
     {"role": "user", "content": "What is 15 + 27?"},
@@ -13,6 +23,14 @@ CHAT: list[Any] = [
     {"role": "user", "content": " And then?\n"},
     {"role": "assistant", "content": "天気。\n\nThat is all. "},
 ]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def stopped_clock():
+    """Templates that ask `apply_chat_template` for the date get the one that the renderer gives them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(chat_template_utils, "datetime", SimpleNamespace(now=lambda: TODAY))
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -90,3 +108,210 @@ def test_gemma_says_that_it_has_no_system_role(renderer_of, published):
         renderer_of("chat_template", published("gemma")).build_generation_prompt(
             [{"role": "system", "content": "Be kind."}, *CHAT[:1]]
         )
+
+
+# -- tools and thinking -------------------------------------------------------------------------
+
+TOOLS: list[Any] = [
+    {
+        "type": "function",
+        "function": {
+            "name": name,
+            "description": f"Find the {name} <of> a 城市 <|im_end|>",
+            "parameters": {
+                "type": "object",
+                "properties": {"city": {"type": "string", "description": "Where?"}},
+                "required": ["city"],
+            },
+        },
+    }
+    for name in ("weather", "time")
+]
+
+words = st.lists(st.sampled_from(["Hi.", " ", "\n", "天気", "😀", "é", "{}", "ok"]), max_size=4).map("".join)
+said = st.builds(str.__add__, st.sampled_from(["Yes.", "No", "42"]), words)
+
+
+def called(name: str, arguments: Any) -> Any:
+    return {"id": "call00001", "type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+def tool_chats(max_calls: int, strings: bool, says: bool, thinks: bool) -> st.SearchStrategy[list[Any]]:
+    arguments = st.dictionaries(st.sampled_from(["city", "日"]), words | st.integers(), max_size=2)
+    if strings:
+        arguments = arguments.map(lambda given: json.dumps(given, ensure_ascii=False))
+    calls = st.lists(
+        st.builds(called, st.sampled_from(["weather", "time"]), arguments), min_size=1, max_size=max_calls
+    )
+    thoughts = st.none() | said if thinks else st.none()
+
+    def one(role: str, content: Any, **more: Any) -> dict[str, Any]:
+        return {"role": role, "content": content, **{key: v for key, v in more.items() if v is not None}}
+
+    asks = st.builds(
+        lambda content, calls, thought: one(
+            "assistant", "" if thought else content, tool_calls=calls, reasoning_content=thought
+        ),
+        said if says else st.just(""),
+        calls,
+        thoughts,
+    )
+    results = st.lists(st.builds(lambda content: one("tool", content), said), min_size=1, max_size=2)
+    replies = st.builds(
+        lambda content, thought: one("assistant", content, reasoning_content=thought), said, thoughts
+    )
+    chain = st.lists(st.tuples(asks, results), max_size=2)
+    turns = st.lists(st.tuples(said, chain, replies), min_size=1, max_size=2)
+
+    def spelled(drawn: list[Any]) -> list[Any]:
+        messages: list[Any] = []
+        for question, links, reply in drawn:
+            messages.append(one("user", question))
+            for ask, found in links:
+                messages += [ask, *found]
+            messages.append(reply)
+        return messages
+
+    return turns.map(spelled)
+
+
+WITH_TOOLS = {
+    "llama3_1": tool_chats(1, strings=False, says=False, thinks=False),
+    "llama3_2": tool_chats(1, strings=False, says=False, thinks=False),
+    "qwen2_5": tool_chats(2, strings=False, says=True, thinks=False),
+    "qwen3": tool_chats(2, strings=False, says=True, thinks=True),
+    "qwen3_instruct_2507": tool_chats(2, strings=False, says=True, thinks=False),
+    "gptoss": tool_chats(1, strings=False, says=True, thinks=True),
+    "deepseekv3": tool_chats(2, strings=True, says=True, thinks=False),
+}
+
+
+def rendered(tokenizer: Any, messages: list[Any], tools: Any = None, prompt: bool = False) -> str:
+    return tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=prompt)
+
+
+@pytest.mark.parametrize("name", WITH_TOOLS)
+@few
+@given(data=st.data())
+def test_conversations_with_tools_are_those_of_the_template(renderer_of, published, name, data):
+    messages = data.draw(WITH_TOOLS[name])
+    tools = data.draw(st.sampled_from([TOOLS, None])) if name != "deepseekv3" else None
+    tokenizer = published(name)
+    renderer = renderer_of("chat_template", tokenizer)
+    text = rendered(tokenizer, messages, tools)
+    tokens, _ = renderer.build_supervised_example(messages, TrainOnWhat.ALL_TOKENS, tools)
+    assert tokenizer.decode(tokens.to_ints()) == text
+    if tools is None:  # the tools spell a control token
+        pieces, begun = [], 0
+        for turn in [i for i, m in enumerate(messages) if m["role"] == "assistant"]:
+            prompt = rendered(tokenizer, messages[:turn], tools, prompt=True)
+            if text.startswith(prompt):
+                pieces.append(text[begun : len(prompt)])
+                begun = len(prompt)
+        pieces.append(text[begun:])
+        encoded = tokenizer(pieces, add_special_tokens=False)["input_ids"]
+        assert tokens.to_ints() == [token for piece in encoded for token in piece]
+
+
+@pytest.mark.parametrize("name", [name for name in WITH_TOOLS if name != "deepseekv3"])
+@few
+@given(data=st.data())
+def test_every_reply_is_trained_from_its_prompt_to_its_end(renderer_of, published, trained_runs, name, data):
+    messages = data.draw(WITH_TOOLS[name])
+    tokenizer = published(name)
+    renderer = renderer_of("chat_template", tokenizer)
+    stops = tokenizer.convert_ids_to_tokens(renderer.get_stop_sequences())
+    turn = data.draw(st.sampled_from([i for i, m in enumerate(messages) if m["role"] == "assistant"]))
+    last = (messages[: turn + 1], TrainOnWhat.LAST_ASSISTANT_MESSAGE, TOOLS)
+    before = rendered(tokenizer, messages[:turn], TOOLS, prompt=True)
+    whole = rendered(tokenizer, messages[: turn + 1], TOOLS)
+    if not whole.startswith(before):  # gpt-oss forgets what it thought before a call
+        assert name == "gptoss"
+        with pytest.raises(RendererError, match="sampled from other prompts"):
+            renderer.build_supervised_examples(*last)
+        return
+    ((tokens, weights),) = renderer.build_supervised_examples(*last)
+    prompt = renderer.build_generation_prompt(messages[:turn], tools=TOOLS).to_ints()
+    assert tokens.to_ints()[: len(prompt)] == prompt
+    assert not weights[: len(prompt)].any()
+    (run,) = trained_runs(tokenizer, (tokens, weights))
+    assert run == whole[len(before) :].rstrip("\n")
+    assert run.endswith(tuple(stops))
+
+
+@pytest.mark.parametrize("name", ["qwen2_5", "qwen3", "qwen3_instruct_2507"])
+@few
+@given(data=st.data())
+def test_tool_calls_in_tags_parse_back(renderer_of, published, name, data):
+    messages = data.draw(WITH_TOOLS[name])
+    renderer = renderer_of("chat_template", published(name))
+    for turn in [i for i, m in enumerate(messages) if m["role"] == "assistant"]:
+        ((tokens, weights),) = renderer.build_supervised_examples(
+            messages[: turn + 1], TrainOnWhat.LAST_ASSISTANT_MESSAGE
+        )
+        trained = [token for token, weight in zip(tokens.to_ints(), weights, strict=True) if weight]
+        calls = [
+            {"type": "function", "function": call["function"]}
+            for call in messages[turn].get("tool_calls", [])
+        ]
+        reply = {**messages[turn], "tool_calls": calls} if calls else dict(messages[turn])
+        if "reasoning_content" in reply:
+            reply["reasoning_content"] = reply["reasoning_content"].rstrip("\n")
+        assert renderer.parse_response(trained) == (reply, True)
+        stream = renderer.parse_stream()
+        deltas = [delta for token in trained for delta in stream.feed([token])]
+        for field in ("content", "reasoning_content"):
+            assert "".join(d.text for d in deltas if d.field == field) == reply.get(field, "")
+
+
+def test_calls_in_a_markup_of_its_own_stay_text(renderer_of, published):
+    renderer = renderer_of("chat_template", published("llama3_1"))
+    chat = [CHAT[0], {"role": "assistant", "tool_calls": [called("time", {"city": "Oslo"})]}]
+    tokens, weights = renderer.build_supervised_example(chat, tools=TOOLS)
+    trained = [token for token, weight in zip(tokens.to_ints(), weights, strict=True) if weight]
+    content = '{"name": "time", "parameters": {"city": "Oslo"}}'
+    assert renderer.parse_response(trained) == ({"role": "assistant", "content": content}, True)
+
+
+def test_templates_without_a_place_for_tools_say_so(renderer_of, published):
+    takes = {name: renderer_of("chat_template", published(name)).takes_tools for name in sorted(WITH_TOOLS)}
+    assert [name for name, found in takes.items() if not found] == ["deepseekv3"]
+    for name in ("gemma", "gemma3", "llama3", "phi3"):
+        renderer = renderer_of("chat_template", published(name))
+        with pytest.raises(RendererError, match="no place for tools"):
+            renderer.build_generation_prompt(CHAT[:1], tools=TOOLS)
+        ask = {"role": "assistant", "content": "Hm.", "tool_calls": [called("time", {})]}
+        with pytest.raises(RendererError, match="does not print tool calls"):
+            renderer.build_supervised_example([CHAT[0], ask])
+
+
+def test_deepseek_gets_arguments_in_json_and_content_where_there_is_none(renderer_of, published):
+    tokenizer = published("deepseekv3")
+    renderer = renderer_of("chat_template", tokenizer)
+    chat = [CHAT[0], {"role": "assistant", "tool_calls": [called("time", {"城": 1})]}]
+    spelled = [CHAT[0], {"role": "assistant", "content": "", "tool_calls": [called("time", '{"城": 1}')]}]
+    tokens, _ = renderer.build_supervised_example(chat, TrainOnWhat.ALL_TOKENS)
+    assert tokenizer.decode(tokens.to_ints()) == rendered(tokenizer, spelled)
+
+
+def test_gpt_oss_prints_one_call_of_a_message(renderer_of, published):
+    chat = [CHAT[0], {"role": "assistant", "tool_calls": [called("time", {}), called("time", {})]}]
+    with pytest.raises(RendererError, match=r"`tool_calls\[1\]\.\w+` of message 2"):
+        renderer_of("chat_template", published("gptoss")).build_supervised_example(chat)
+
+
+def test_llama_leaves_out_what_is_said_beside_a_call(renderer_of, published):
+    chat = [CHAT[0], {"role": "assistant", "content": "time", "tool_calls": [called("time", {})]}]
+    with pytest.raises(RendererError, match="`content` of message 2"):
+        renderer_of("chat_template", published("llama3_1")).build_supervised_example(chat)
+
+
+@pytest.mark.parametrize(("name", "date"), [("llama3_2", "26 Jul 2024"), ("gptoss", "2024-07-26")])
+def test_a_conversation_has_the_same_tokens_on_any_day(renderer_of, published, monkeypatch, name, date):
+    tokenizer = published(name)
+    clock = SimpleNamespace(now=lambda: datetime.datetime(2031, 1, 2))
+    monkeypatch.setattr(chat_template_utils, "datetime", clock)
+    assert "2031" in rendered(tokenizer, CHAT)
+    tokens = renderer_of("chat_template", tokenizer).build_generation_prompt(CHAT[:1]).to_ints()
+    assert date in tokenizer.decode(tokens)
+    assert "2031" not in tokenizer.decode(tokens)

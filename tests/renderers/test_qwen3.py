@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from cookbook.errors import RendererError
 from renderers import TrainOnWhat
 
-few = settings(max_examples=60, deadline=None)
+few = settings(max_examples=25, deadline=None)
 
 snippets = [
     "Hi.",
@@ -38,6 +38,13 @@ calls = st.lists(
     min_size=1,
     max_size=2,
 )
+
+
+TOOL = {
+    "type": "function",
+    "function": {"name": "weather", "description": "Is it <sunny>? 天", "parameters": {"type": "object"}},
+}
+tools = st.sampled_from([None, [TOOL], [TOOL, TOOL]])
 
 
 def message(role: str, content: str, **more: Any) -> Any:
@@ -75,27 +82,27 @@ def qwen3(request, real_tokenizer, small_tokenizer, published_template):
     return small_tokenizer(published_template("qwen3"))
 
 
-def parted_tokens(tokenizer: Any, messages: list[Any]) -> list[int]:
+def parted_tokens(tokenizer: Any, messages: list[Any], tools: Any = None) -> list[int]:
     """The template's tokens, with each reply encoded apart from the header before it."""
-    text = tokenizer.apply_chat_template(messages, tokenize=False)
+    text = tokenizer.apply_chat_template(messages, tools=tools, tokenize=False)
     pieces = re.split(r"(?<=<\|im_start\|>assistant\n)", text)
     return [token for piece in pieces for token in tokenizer(piece, add_special_tokens=False)["input_ids"]]
 
 
 @few
-@given(messages=conversations)
-def test_tokens_are_those_of_the_template(renderer_of, qwen3, messages):
+@given(messages=conversations, tools=tools)
+def test_tokens_are_those_of_the_template(renderer_of, qwen3, messages, tools):
     renderer = renderer_of("qwen3", qwen3)
-    tokens = renderer.build_supervised_example(messages, TrainOnWhat.ALL_TOKENS)[0].to_ints()
-    assert tokens == parted_tokens(qwen3, messages)
+    tokens = renderer.build_supervised_example(messages, TrainOnWhat.ALL_TOKENS, tools)[0].to_ints()
+    assert tokens == parted_tokens(qwen3, messages, tools)
 
 
 @few
-@given(messages=conversations)
-def test_prompts_are_those_of_the_template(renderer_of, qwen3, messages):
-    tokens = renderer_of("qwen3", qwen3).build_generation_prompt(messages).to_ints()
+@given(messages=conversations, tools=tools)
+def test_prompts_are_those_of_the_template(renderer_of, qwen3, messages, tools):
+    tokens = renderer_of("qwen3", qwen3).build_generation_prompt(messages, tools=tools).to_ints()
     header = qwen3("<|im_start|>assistant\n", add_special_tokens=False)["input_ids"]
-    assert tokens == parted_tokens(qwen3, messages) + header
+    assert tokens == parted_tokens(qwen3, messages, tools) + header
 
 
 @few
@@ -114,14 +121,14 @@ def test_weights_are_those_the_chat_template_renderer_finds(
 
 
 @few
-@given(messages=trainable_conversations)
-def test_the_prompt_of_every_turn_is_a_prefix_of_its_example(renderer_of, qwen3, messages):
+@given(messages=trainable_conversations, tools=tools)
+def test_the_prompt_of_every_turn_is_a_prefix_of_its_example(renderer_of, qwen3, messages, tools):
     renderer = renderer_of("qwen3", qwen3)
     for turn in [i for i, m in enumerate(messages) if m["role"] == "assistant"]:
         (tokens, weights), *more = renderer.build_supervised_examples(
-            messages[: turn + 1], TrainOnWhat.LAST_ASSISTANT_MESSAGE
+            messages[: turn + 1], TrainOnWhat.LAST_ASSISTANT_MESSAGE, tools
         )
-        prompt = renderer.build_generation_prompt(messages[:turn]).to_ints()
+        prompt = renderer.build_generation_prompt(messages[:turn], tools=tools).to_ints()
         assert tokens.to_ints()[: len(prompt)] == prompt
         assert not more
         assert not weights[: len(prompt)].any()
@@ -188,9 +195,47 @@ def test_the_trained_tokens_parse_back_into_the_message(renderer_of, qwen3, said
     assert renderer.parse_response(trained) == (reply, True)
 
 
+def test_the_text_of_a_conversation_with_tools(renderer_of, small_tokenizer, trained_runs):
+    tokenizer = small_tokenizer("chatml")
+    renderer = renderer_of("qwen3", tokenizer)
+    ask = {"type": "function", "function": {"name": "weather", "arguments": {"city": "天"}}}
+    chat = [
+        message("system", "Be brief"),
+        message("user", "Sun?"),
+        message("assistant", "Wait.", tool_calls=[ask, ask], reasoning_content="Look."),
+        message("tool", "yes"),
+        message("tool", "no"),
+        message("assistant", "Yes."),
+    ]
+    (example,) = renderer.build_supervised_examples(chat, TrainOnWhat.ALL_MESSAGES, [TOOL])
+    called = '<tool_call>\n{"name": "weather", "arguments": {"city": "天"}}\n</tool_call>'
+    first = f"<think>\nLook.\n</think>\n\nWait.\n{called}\n{called}<|im_end|>"
+    last = "<think>\n\n</think>\n\nYes.<|im_end|>"
+    assert tokenizer.decode(example[0].to_ints()) == (
+        "<|im_start|>system\nBe brief\n\n# Tools\n\nYou may call one or more functions to assist with the "
+        "user query.\n\nYou are provided with function signatures within <tools></tools> XML tags:\n<tools>\n"
+        '{"type": "function", "function": {"name": "weather", "description": "Is it <sunny>? 天", '
+        '"parameters": {"type": "object"}}}\n</tools>\n\nFor each function call, return a json object with '
+        "function name and arguments within <tool_call></tool_call> XML tags:\n<tool_call>\n"
+        '{"name": <function-name>, "arguments": <args-json-object>}\n</tool_call><|im_end|>\n'
+        f"<|im_start|>user\nSun?<|im_end|>\n<|im_start|>assistant\n{first}\n"
+        "<|im_start|>user\n<tool_response>\nyes\n</tool_response>\n"
+        "<tool_response>\nno\n</tool_response><|im_end|>\n"
+        f"<|im_start|>assistant\n{last}\n"
+    )
+    runs = trained_runs(tokenizer, example)
+    assert runs == ["Be brief", "Sun?<|im_end|>", first, "yes", "no", last]
+
+
 @pytest.mark.parametrize(
     "broken",
     [
+        "<think>\nnever closed",
+        "<think>\na\n</think>\n\n<tool_call>\n{}\n</tool_call>",
+        '<tool_call>\n{"name": "f", "arguments": {}}',
+        '<tool_call>\n{"name": "f", "arguments": [1]}\n</tool_call>',
+        '<tool_call>\n{"name": 1, "arguments": {}}\n</tool_call>',
+        '<tool_call>\n{"name": "f", "arguments": ' + "[" * 9999 + "\n</tool_call>",
         "<tool_call>\n{not json}\n</tool_call>",
         '<tool_call>\n["name"]\n</tool_call>',
         '<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call> and more',
@@ -200,6 +245,45 @@ def test_a_malformed_tool_call_stays_text(renderer_of, qwen3, broken):
     renderer = renderer_of("qwen3", qwen3)
     tokens = [*qwen3(broken, add_special_tokens=False)["input_ids"], *renderer.get_stop_sequences()]
     assert renderer.parse_response(tokens) == (message("assistant", broken), False)
+
+
+@pytest.mark.parametrize("said", ["a</think>b", "a<think>b</think>", "a <tool_call> b", "</tool_call>", ""])
+def test_tags_elsewhere_are_text(renderer_of, qwen3, said):
+    renderer = renderer_of("qwen3", qwen3)
+    tokens = [*qwen3(said, add_special_tokens=False)["input_ids"], *renderer.get_stop_sequences()]
+    assert renderer.parse_response(tokens) == (message("assistant", said), True)
+
+
+def test_a_tool_call_in_the_thinking_is_thought(renderer_of, qwen3):
+    renderer = renderer_of("qwen3", qwen3)
+    thought = '<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>'
+    said = f"<think>\n{thought}\n</think>\n\nb"
+    tokens = [*qwen3(said, add_special_tokens=False)["input_ids"], *renderer.get_stop_sequences()]
+    assert renderer.parse_response(tokens) == (message("assistant", "b", reasoning_content=thought), True)
+
+
+def test_a_tool_call_that_does_not_read_as_json_is_refused(renderer_of, qwen3, trained_runs):
+    renderer = renderer_of("qwen3", qwen3)
+    for name, arguments in [("f", "{"), ('"', {}), ("f", [])]:
+        bad = message("assistant", "", tool_calls=[{"function": {"name": name, "arguments": arguments}}])
+        chat = [message("user", "a"), bad, message("user", "b"), message("assistant", "c")]
+        with pytest.raises(RendererError, match="tool call of message 2"):
+            renderer.build_supervised_examples(chat)
+        example = renderer.build_supervised_example(chat, TrainOnWhat.LAST_ASSISTANT_MESSAGE)
+        assert trained_runs(qwen3, example) == ["<think>\n\n</think>\n\nc<|im_end|>"]
+
+
+@few
+@given(data=st.data())
+def test_any_tokens_are_a_reply(renderer_of, small_tokenizer, data):
+    tokenizer = small_tokenizer("chatml")
+    renderer = renderer_of("qwen3", tokenizer)
+    tokens = data.draw(st.lists(st.integers(-2, len(tokenizer) + 2), max_size=20))
+    parsed, well_formed = renderer.parse_response(tokens)
+    known = all(0 <= token < len(tokenizer) for token in tokens)
+    (end,) = renderer.get_stop_sequences()
+    assert parsed["role"] == "assistant"
+    assert well_formed == (known and tokens.count(end) == 1 and tokens[-1] == end)
 
 
 def test_spelled_control_tokens_are_text(renderer_of, qwen3):

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from typing import Any
 
 import numpy as np
 import pytest
 
 from cookbook.errors import DataError
-from cookbook.supervised.batches import Batch, BatchQueue, make_batch
+from cookbook.supervised.batches import Batch, BatchQueue, PlacedBatch, make_batch
 from cookbook.supervised.types import SupervisedDataset
 from cookbook.types import Datum, ModelInput
 
@@ -39,13 +40,31 @@ class Numbers(SupervisedDataset):
         return self._size
 
 
-def numbers_from(first_step: int, total_steps: int, ahead: int = 2) -> list[int]:
-    async def collect() -> list[int]:
-        with BatchQueue(Numbers(3), range(first_step, total_steps), seed=5, ahead=ahead) as queue:
-            batches = [(await queue.next())[0] for _ in range(first_step, total_steps)]
-        return [batch.data[0].model_input.to_ints()[0] for batch in batches]
+class Stream(Numbers):
+    """The same, but nobody knows the length, and it is another one in every epoch."""
+
+    def __len__(self) -> int:
+        raise TypeError
+
+    def get_batch(self, index: int) -> list[Datum]:
+        if index == self._size + self._seed % 2:
+            raise IndexError
+        return super().get_batch(index)
+
+
+def placed_batches(dataset: Numbers, ahead: int = 2, **options: Any) -> list[PlacedBatch]:
+    async def collect() -> list[PlacedBatch]:
+        batches = []
+        with BatchQueue(dataset, seed=5, ahead=ahead, **options) as queue:
+            while (placed := await queue.next()) is not None:
+                batches.append(placed)
+        return batches
 
     return asyncio.run(collect())
+
+
+def numbers_in(placed: list[PlacedBatch]) -> list[int]:
+    return [one.batch.data[0].model_input.to_ints()[0] for one in placed]
 
 
 def test_the_loss_of_a_batch_is_the_mean_over_its_trained_tokens() -> None:
@@ -67,20 +86,39 @@ def test_an_empty_batch_is_a_batch() -> None:
 
 
 def test_every_epoch_has_its_own_order_and_batches_come_in_order() -> None:
-    assert numbers_from(0, 8) == [500, 501, 502, 600, 601, 602, 700, 701]
+    placed = placed_batches(Numbers(3), num_epochs=9, num_steps=8)
+    assert numbers_in(placed) == [500, 501, 502, 600, 601, 602, 700, 701]
+    assert [one.epoch for one in placed] == [0, 0, 0, 1, 1, 1, 2, 2]
 
 
-@pytest.mark.parametrize("first_step", range(1, 8))
+def test_the_end_comes_with_the_epochs_or_the_steps() -> None:
+    assert len(placed_batches(Numbers(3), num_epochs=2)) == 6
+    assert len(placed_batches(Numbers(3), num_epochs=2, num_steps=4)) == 4
+    assert placed_batches(Numbers(3), num_epochs=2, num_steps=0) == []
+
+
+def test_a_stream_of_unknown_length_is_read_to_the_end_of_each_epoch() -> None:
+    placed = placed_batches(Stream(2), num_epochs=3)
+    assert numbers_in(placed) == [500, 501, 502, 600, 601, 700, 701, 702]
+    assert [one.epoch for one in placed] == [0, 0, 0, 1, 1, 2, 2, 2]
+
+
 @pytest.mark.parametrize("ahead", [1, 10])
-def test_a_run_that_starts_at_a_later_step_sees_what_it_would_have_seen(first_step: int, ahead: int) -> None:
-    assert numbers_from(first_step, 8, ahead) == numbers_from(0, 8)[first_step:]
+@pytest.mark.parametrize("kind", [Numbers, Stream])
+def test_a_run_that_goes_on_behind_any_batch_sees_what_it_would_have_seen(
+    ahead: int, kind: type[Numbers]
+) -> None:
+    whole = placed_batches(kind(3), ahead, num_epochs=3)
+    for taken, one in enumerate(whole, 1):
+        rest = placed_batches(kind(3), ahead, num_epochs=3, start=one.next_position)
+        assert numbers_in(rest) == numbers_in(whole[taken:])
 
 
 def test_batches_are_made_on_a_thread_of_their_own_before_they_are_asked_for() -> None:
     dataset = Numbers(3)
 
     async def run() -> None:
-        with BatchQueue(dataset, range(3), seed=0, ahead=2) as queue:
+        with BatchQueue(dataset, seed=0, ahead=2, num_epochs=1) as queue:
             await queue.check()
             await queue.next()
 
@@ -91,7 +129,7 @@ def test_batches_are_made_on_a_thread_of_their_own_before_they_are_asked_for() -
 
 def test_data_of_which_nothing_is_trained_are_refused() -> None:
     async def run() -> None:
-        with BatchQueue(Numbers(3, weight=0.0), range(3), seed=0, ahead=2) as queue:
+        with BatchQueue(Numbers(3, weight=0.0), seed=0, ahead=2, num_epochs=1) as queue:
             await queue.check()
 
     with pytest.raises(DataError, match="Not one of 3 batches has a trained token"):

@@ -175,7 +175,7 @@ def test_a_run_killed_while_it_saves_resumes_to_the_same_bits(
     assert_same_run(Path(config["log_path"]), uninterrupted)
 
 
-FIRST_SAVE = 12
+FIRST_SAVE = 14
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -193,6 +193,28 @@ def test_a_run_killed_at_a_random_moment_resumes_to_the_same_bits(
     assert server.run(config, meanwhile=kill) == -signal.SIGKILL
     assert server.run(config) == 0
     assert_same_run(Path(config["log_path"]), uninterrupted)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_run_on_a_stream_that_is_killed_resumes_to_the_same_bits(
+    server: ForkServer, make_config: Callable, seed: int
+) -> None:
+    def streamed(name: str) -> dict[str, Any]:
+        config = make_config(name, max_steps=NUM_STEPS)
+        config["dataset_builder"] |= {"streaming": True, "buffer_size": 7}
+        return config
+
+    whole, killed = streamed(f"streamed-{seed}"), streamed(f"streamed-killed-{seed}")
+    assert server.run(whole) == 0, Path(whole["log_path"] + ".out").read_text()
+    rng = random.Random(seed)
+
+    def kill(child: int) -> None:
+        wait_for_rows(Path(killed["log_path"]), rng.randint(4, 8))
+        os.kill(child, signal.SIGKILL)
+
+    assert server.run(killed, meanwhile=kill) == -signal.SIGKILL
+    assert server.run(killed) == 0, Path(killed["log_path"] + ".out").read_text()
+    assert_same_run(Path(killed["log_path"]), Path(whole["log_path"]))
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -17,7 +17,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from cookbook import ServiceClient
+from cookbook import ServiceClient, jsonl
 from cookbook.errors import CheckpointError, ConfigError, DataError, TrainingError
 from cookbook.eval.evaluators import (
     EvaluatorBuilder,
@@ -44,9 +44,18 @@ def make_config(tmp_path: Path, tiny_qwen3: str, chats: list) -> MakeConfig:
 
     def make(**overrides: Any) -> train.Config:
         common = ChatDatasetBuilderCommonConfig(
-            model_name_for_tokenizer=tiny_qwen3, batch_size=8, max_length=overrides.pop("max_length", 256)
+            model_name_for_tokenizer=tiny_qwen3,
+            batch_size=8,
+            max_length=overrides.pop("max_length", 256),
+            renderer_name=overrides.get("renderer_name"),
+            system_prompt=overrides.get("system_prompt"),
         )
-        builder = FromConversationFileBuilder(file_path=str(data), test_size=4, common_config=common)
+        builder = FromConversationFileBuilder(
+            file_path=str(data),
+            test_size=4,
+            common_config=common,
+            streaming=overrides.pop("streaming", False),
+        )
         values: dict[str, Any] = {
             "log_path": str(tmp_path / "run"),
             "model_name": tiny_qwen3,
@@ -243,7 +252,7 @@ def test_a_damaged_checkpoint_is_one_error_that_names_it(make_config: MakeConfig
 
 
 def test_a_max_length_that_leaves_nothing_to_train_is_refused(make_config: MakeConfig) -> None:
-    with pytest.raises(DataError, match="Not one of 3 batches has a trained token"):
+    with pytest.raises(DataError, match="Nothing is left to train on"):
         asyncio.run(train.main(make_config(max_length=3)))
 
 
@@ -395,12 +404,79 @@ def test_data_that_changed_under_a_run_are_refused(make_config: MakeConfig) -> N
         asyncio.run(train.main(config))
 
 
-def test_what_was_cut_or_left_out_is_reported_at_the_end(
+def test_data_whose_content_changed_under_a_run_are_refused(make_config: MakeConfig) -> None:
+    config = make_config(max_steps=2, save_every=1)
+    asyncio.run(train.main(config))
+    shutil.rmtree(Path(config.log_path, "checkpoints", "final"))
+    data = Path(config.dataset_builder.file_path)  # type: ignore[attr-defined]
+    data.write_text(data.read_text().replace("spider", "beetle"))
+    with pytest.raises(DataError, match="The data have changed"):
+        asyncio.run(train.main(config))
+
+
+def test_what_was_cut_or_left_out_is_reported_before_training(
     make_config: MakeConfig, caplog: pytest.LogCaptureFixture
 ) -> None:
-    asyncio.run(train.main(make_config(max_length=40, max_steps=3)))
-    assert "Of the training data:" in caplog.text
-    assert "truncated examples" in caplog.text.split("Of the training data:")[1]
+    config = make_config(max_length=40, max_steps=1)
+    asyncio.run(train.main(config))
+    before, training, _ = caplog.text.partition("Training on")
+    assert "cut to max_length=40" in before
+    assert training
+    report = json.loads(Path(config.log_path, "data.json").read_text())["sources"][0]
+    assert report["name"] == "chats.jsonl"
+    assert report["rows"] == 24
+    assert report["truncated"] > 0
+
+
+# -- streams ----------------------------------------------------------------------------------
+
+
+def test_a_stream_is_trained_on_to_its_end(make_config: MakeConfig, caplog: pytest.LogCaptureFixture) -> None:
+    config = make_config(
+        streaming=True, max_steps=None, num_epochs=2, lr_schedule="constant", max_length=40, save_every=4
+    )
+    summary = asyncio.run(train.main(config))
+    assert (summary.num_steps, summary.is_finished) == (6, True)  # 20 rows in batches of 8, twice
+    assert [row.get("epoch") for row in rows_of(config)] == [0, 0, 0, 1, 1, 1, None]
+    records = jsonl.read(Path(config.log_path, "checkpoints.jsonl"))
+    assert [(r["step"], r["epoch"], r["batch"]) for r in records] == [(4, 1, 1), (6, 1, 3)]
+    assert "truncated examples" in caplog.text.partition("Of the training data:")[2]
+    assert asyncio.run(train.main(config)).num_steps == 6
+
+
+def test_a_decaying_rate_needs_to_know_where_a_stream_ends(
+    make_config: MakeConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(ConfigError, match="max_steps="):
+        asyncio.run(train.main(make_config(streaming=True, max_steps=None)))
+    summary = asyncio.run(train.main(make_config(streaming=True, max_steps=5)))
+    assert summary.num_steps == 3
+    assert "The data ended after 3 of 5 steps" in caplog.text
+
+
+# -- the chat format --------------------------------------------------------------------------
+
+
+def test_another_chat_format_than_a_checkpoint_was_trained_with_is_reported(
+    make_config: MakeConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = make_config(log_path=str(tmp_path / "first"), system_prompt="Be brief.")
+    saved = asyncio.run(train.main(first)).checkpoint_path
+    again = {"load_checkpoint_path": str(saved), "max_steps": 1}
+    asyncio.run(train.main(make_config(log_path=str(tmp_path / "same"), system_prompt="Be brief.", **again)))
+    assert "was trained with" not in caplog.text
+    other = make_config(log_path=str(tmp_path / "other"), renderer_name="role_colon", **again)
+    asyncio.run(train.main(other))
+    assert "was trained with renderer_name=chat_template, this run goes on with role_colon" in caplog.text
+    assert "was trained with system_prompt=Be brief., this run goes on with None" in caplog.text
+
+
+def test_data_in_another_chat_format_than_is_recorded_are_reported(
+    make_config: MakeConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    builder = make_config(renderer_name="role_colon").dataset_builder
+    asyncio.run(train.main(make_config(dataset_builder=builder, max_steps=1)))
+    assert "rendered with renderer_name=role_colon, but checkpoints will record chat_template" in caplog.text
 
 
 def test_an_evaluator_builder_may_be_a_chz_class(make_config: MakeConfig) -> None:

@@ -1,0 +1,183 @@
+"""CPU time of rendering conversations over bare calls of the tokenizer on the same final texts.
+
+    python -m benchmarks.rendering [--tokenizer FOLDER] [--data FILE.jsonl] [--renderers qwen3,chat_template]
+
+Every renderer that takes the tokenizer builds the examples of the same conversations one after another, in
+turns with `tokenizer(texts, add_special_tokens=False)`, each call a batch of the texts of some hundred
+conversations; both run on one thread. Without `--data` the conversations are made up from a seed: 1 to 4
+turns, some with a system message, of about 200 tokens in all. A renderer leaves out what its format
+refuses. `best` takes the fastest round of every batch, which other work on the machine disturbs least.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import gc
+import itertools
+import json
+import os
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ["TOKENIZERS_PARALLELISM"] = "false"  # read by the tokenizers when they first run
+os.environ["RAYON_NUM_THREADS"] = "1"
+
+import numpy as np
+from transformers import AutoTokenizer
+
+from cookbook import embedded
+from cookbook.errors import RendererError
+from cookbook.models import get_tokenizer
+from renderers import Renderer, get_renderer, renderer_names
+
+SEED = 0
+PART = 250
+WORDS = """
+the of and to in a is that for it as was with be by on not he this are or his from at which but have an
+had they you were their one all we can her has there been if more when will would who so no out up said
+what its about into than them only other new some could time these two may then do first any my now such
+like our over man me even most made after also did many before must through back years where much your way
+well down should because each just those people how too little state good very make world still own see
+men work long get here between both life being under never day same another know while last might us great
+old year off come since against go came right used take three states himself few house use during without
+again place around however home small found thought went say part once general high upon school every does
+got united left number course war until always away something fact water though less public put think
+almost hand enough far took head yet government system better set told nothing night end why function
+return value string integer parameter example explain temperature machine learning language model question
+answer table column database network protocol 42 2024 3.14 e.g. (see below) café naïve
+""".split()  # noqa: SIM905
+
+
+def made_up_conversations(num_conversations: int) -> list[list[dict[str, Any]]]:
+    choose = random.Random(SEED)
+    weights = [1 / (rank + 10) for rank in range(len(WORDS))]
+
+    def text(num_words: int) -> str:
+        words = choose.choices(WORDS, weights, k=max(num_words, 1))
+        ends = choose.choices(["", ",", ".", "?", ".\n\n", ":\n- "], [40, 3, 3, 1, 1, 1], k=len(words))
+        return " ".join(map(str.__add__, words, ends)).replace("\n ", "\n").capitalize()
+
+    conversations = []
+    for _ in range(num_conversations):
+        num_turns = choose.choice([1, 1, 2, 3, 4])
+        num_words = choose.lognormvariate(4.8, 0.5) / num_turns
+        messages = [{"role": "system", "content": text(12)}] if choose.random() < 0.3 else []
+        for _ in range(num_turns):
+            messages.append({"role": "user", "content": text(round(num_words * 0.3))})
+            messages.append({"role": "assistant", "content": text(round(num_words * 0.7))})
+        conversations.append(messages)
+    return conversations
+
+
+def conversations_of(path: Path, num_conversations: int) -> list[list[dict[str, Any]]]:
+    """The file's conversations, from the start again until there are enough."""
+    rows = [json.loads(line)["messages"] for line in path.read_text().splitlines() if line.strip()]
+    return list(itertools.islice(itertools.cycle(rows), num_conversations))
+
+
+def fitting_renderers(tokenizer: Any, names: list[str]) -> dict[str, Renderer]:
+    renderers = {}
+    for name in names:
+        try:
+            renderers[name] = get_renderer(name, tokenizer)
+        except RendererError as error:
+            print(f"{name} does not fit: {error}")
+    return renderers
+
+
+@dataclass
+class Part:
+    """Some of the conversations that a renderer does not refuse, and the texts of their examples."""
+
+    conversations: list[Any]
+    texts: list[str]
+
+
+def parts_for(renderer: Renderer, conversations: list[Any]) -> list[Part]:
+    parts = []
+    for start in range(0, len(conversations), PART):
+        part = Part([], [])
+        for messages in conversations[start : start + PART]:
+            try:
+                examples = renderer.build_supervised_examples(messages)
+            except RendererError:
+                continue
+            part.conversations.append(messages)
+            part.texts += [renderer.tokenizer.decode(tokens.to_ints()) for tokens, _ in examples]
+        parts.append(part)
+    return parts
+
+
+def seconds_of(work: Callable[[], Any]) -> float:
+    started = time.process_time()
+    work()
+    return time.process_time() - started
+
+
+def seconds_of_both(renderer: Renderer, parts: list[Part]) -> np.ndarray:
+    """CPU seconds of the bare tokenizer and of the renderer for each part, in turns."""
+    seconds = np.zeros((2, len(parts)))
+    for number, part in enumerate(parts):
+        tokenize = functools.partial(renderer.tokenizer, part.texts, add_special_tokens=False)
+        build = functools.partial(render_all, renderer, part.conversations)
+        gc.collect()
+        for side in (number % 2, 1 - number % 2):
+            seconds[side, number] = seconds_of((tokenize, build)[side])
+    return seconds
+
+
+def render_all(renderer: Renderer, conversations: list[Any]) -> list[Any]:
+    return [renderer.build_supervised_examples(messages) for messages in conversations]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--tokenizer", help="a folder with a tokenizer, in place of the embedded model's")
+    parser.add_argument("--data", type=Path, help='rows of {"messages": [...]}')
+    parser.add_argument("--renderers", default=",".join(renderer_names()))
+    parser.add_argument("--conversations", type=int, default=10_000)
+    parser.add_argument("--rounds", type=int, default=5)
+    arguments = parser.parse_args()
+    tokenizer: Any = (
+        AutoTokenizer.from_pretrained(arguments.tokenizer)
+        if arguments.tokenizer
+        else get_tokenizer(embedded.MODEL_NAME)
+    )
+    number = arguments.conversations
+    conversations = (
+        conversations_of(arguments.data, number) if arguments.data else made_up_conversations(number)
+    )
+    renderers = fitting_renderers(tokenizer, arguments.renderers.split(","))
+    print(f"{number} conversations, medians of {arguments.rounds} rounds\n")
+    print(
+        f"{'renderer':<24} rendered  examples  tokens each  bare s  rendered s  ratio (rounds)         best"
+    )
+    for name, renderer in renderers.items():
+        parts = parts_for(renderer, conversations)
+        texts = [text for part in parts for text in part.texts]
+        if not texts:
+            print(f"{name:<24} refuses every conversation")
+            continue
+        num_tokens = sum(map(len, tokenizer(texts, add_special_tokens=False)["input_ids"]))
+        seconds = np.array([seconds_of_both(renderer, parts) for _ in range(arguments.rounds)])
+        rounds = seconds.sum(axis=2)
+        ratios = rounds[:, 1] / rounds[:, 0]
+        bare, rendered = np.median(rounds, axis=0)
+        best_bare, best_rendered = seconds.min(axis=0).sum(axis=1)
+        num_rendered = sum(len(part.conversations) for part in parts)
+        print(
+            f"{name:<24} {num_rendered:>8}  {len(texts):>8}  {num_tokens / len(texts):>11.0f}  "
+            f"{bare:>6.2f}  {rendered:>10.2f}  {rendered / bare:>5.2f} "
+            f"({min(ratios):.2f} to {max(ratios):.2f})  {best_rendered / best_bare:>5.2f}"
+        )
+
+
+if __name__ == "__main__":
+    main()

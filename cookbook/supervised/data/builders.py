@@ -1,0 +1,250 @@
+"""The builders for conversations: sources in, datasets out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import chz
+import numpy as np
+
+from cookbook import config_files
+from cookbook.errors import ConfigError, DataError
+from cookbook.supervised.data import formats
+from cookbook.supervised.data.conversation import Conversation
+from cookbook.supervised.data.mixing import StopWhen, check_weights
+from cookbook.supervised.data.rendered import (
+    Part,
+    RenderedDataset,
+    TrainableRows,
+    check_that_something_is_left,
+)
+from cookbook.supervised.data.rendering import OnBadRow, RowRenderer, code_behind, render_source
+from cookbook.supervised.data.sources import KNOWN_DATASETS, Row, Source, known_test_source, open_source
+from cookbook.supervised.data.streaming import Slice, StreamedConversations, StreamMixture
+from cookbook.supervised.types import ChatDatasetBuilder, SupervisedDataset
+
+NUM_STREAMED_ROWS_CHECKED = 1_000
+"""So many of the first rows of a stream are looked at before training."""
+
+_DEFAULT_TEST_ROWS = 256
+
+_NOT_FOR_ROWS = (
+    "common_config", "test_size", "shuffle_seed", "on_bad_row", "num_proc", "use_cache", "weights",
+    "stop_when", "eval_dataset", "dataset", "file_path", "streaming", "buffer_size",
+)  # fmt: skip
+"""The fields of a builder that leave the conversations in a row as they are."""
+
+
+@chz.chz
+class ConversationBuilder(ChatDatasetBuilder):
+    """Base of builders whose rows are conversations. Subclasses say where the rows are (`sources`).
+
+    A subclass for rows of its own shape overrides `conversations_of`.
+    """
+
+    format: str | None = chz.field(
+        default=None, doc=f"of the rows: {', '.join(formats.FORMATS)}; default: recognised by their keys"
+    )
+    min_reward: float | None = chz.field(
+        default=None, doc="leave out rows and rollouts whose reward is lower; default: rewards are ignored"
+    )
+    weights: list[float] | None = chz.field(
+        default=None,
+        doc="proportions of several datasets in an epoch, 3,1; default: every row of each once",
+    )
+    stop_when: StopWhen = chz.field(
+        default="first_exhausted",
+        doc="with weights, an epoch ends before a row comes twice (first_exhausted), or when every row "
+        "was there (all_exhausted)",
+    )
+    eval_dataset: str | None = chz.field(
+        default=None, doc="data to evaluate on, named as dataset is; default: see test_size"
+    )
+    test_size: int | None = chz.field(
+        default=None,
+        doc="rows held out for evaluation, or the first rows of the evaluation data; default: all of "
+        f"those, or of the training data 1 in 20, at most {_DEFAULT_TEST_ROWS}",
+    )
+    shuffle_seed: int = chz.field(default=0, doc="seed of the split and of the order of rows")
+    on_bad_row: OnBadRow = chz.field(
+        default="raise", doc="what a row that cannot be read or rendered does: raise or skip"
+    )
+    num_proc: int | None = chz.field(
+        default=None, doc="processes that render; default: one, then all cores if it takes long"
+    )
+    use_cache: bool = chz.field(
+        default=True, doc="keep rendered data in $COOKBOOK_CACHE (~/.cookbook/cache) for the next run"
+    )
+    streaming: bool = chz.field(
+        default=False, doc="read and render rows as they are needed, for data of any size"
+    )
+    buffer_size: int = chz.field(default=10_000, doc="rows that a stream is shuffled in at a time")
+
+    @chz.validate
+    def _check_options(self) -> None:
+        formats.check_format(self.format)
+        if self.test_size is not None and self.test_size < 0:
+            raise ConfigError(f"test_size={self.test_size}. Give a number of rows, or 0 for none.")
+        if self.shuffle_seed < 0:
+            raise ConfigError(f"shuffle_seed={self.shuffle_seed}. Give 0 or more.")
+        if self.num_proc is not None and self.num_proc < 1:
+            raise ConfigError(f"num_proc={self.num_proc}. Give 1 or more.")
+        if self.buffer_size < 1:
+            raise ConfigError(f"buffer_size={self.buffer_size}. Give 1 or more.")
+
+    # -- what a subclass says ---------------------------------------------------------------
+
+    def sources(self) -> list[Source]:
+        """Where the training rows are."""
+        raise NotImplementedError(f"{type(self).__name__} does not define sources().")
+
+    def test_sources(self) -> list[Source] | None:
+        """Where the rows to evaluate on are; None where they are held out from the training rows."""
+        return None if self.eval_dataset is None else open_sources(self.eval_dataset)
+
+    def conversations_of(self, row: Row) -> list[Conversation]:
+        """The conversations of a row; none where it is not wanted. Raises DataError for a bad row."""
+        return formats.conversations_of(row, self.format, self.min_reward)
+
+    # -- the datasets -----------------------------------------------------------------------
+
+    def __call__(self) -> tuple[SupervisedDataset, SupervisedDataset | None]:
+        sources = self.sources()
+        check_weights(self.weights, len(sources))
+        row_renderer = self._row_renderer()
+        test_sources = None if self.test_size == 0 else self.test_sources()
+        test_data = None if test_sources is None else self._test_data(test_sources, row_renderer)
+        if self.streaming:
+            return self._stream(sources, row_renderer, test_data)
+        trainable = [self._trainable_rows(source, row_renderer) for source in sources]
+        check_that_something_is_left(trainable)
+        if test_sources is None:
+            train_parts, test_parts = self._split(trainable)
+            test_data = self._dataset(test_parts)
+        else:
+            train_parts = [Part(rows, rows.rows) for rows in trainable]
+        return self._mixture(train_parts), test_data
+
+    def _row_renderer(self) -> RowRenderer:
+        code = code_behind(type(self))
+        fields = [name for name in chz.chz_fields(type(self)) if name not in _NOT_FOR_ROWS]
+        values = {name: config_files.to_json(getattr(self, name)) for name in fields}
+        key = None if code is None else json.dumps([code, values], sort_keys=True)
+        return RowRenderer(self.renderer, self.common_config.train_on_what, self.conversations_of, key)
+
+    def _trainable_rows(self, source: Source, row_renderer: RowRenderer) -> TrainableRows:
+        store = render_source(source, row_renderer, self.on_bad_row, self.num_proc, self.use_cache)
+        return TrainableRows(store, self.common_config.max_length, self.common_config.on_long)
+
+    def _test_data(self, sources: Sequence[Source], row_renderer: RowRenderer) -> RenderedDataset | None:
+        trainable = [self._trainable_rows(source, row_renderer) for source in sources]
+        check_that_something_is_left(trainable)
+        left = self.test_size
+        parts = []
+        for rows in trainable:
+            parts.append(Part(rows, rows.rows if left is None else rows.rows[:left]))
+            left = None if left is None else left - len(parts[-1].rows)
+        return self._dataset(parts)
+
+    def _split(self, trainable: Sequence[TrainableRows]) -> tuple[list[Part], list[Part]]:
+        """Held-out rows come from all sources alike."""
+        total = sum(len(rows.rows) for rows in trainable)
+        size = min(_DEFAULT_TEST_ROWS, total // 20) if self.test_size is None else self.test_size
+        if size >= total:
+            raise DataError(f"test_size={size} leaves nothing to train on: there are {total} rows. Lower it.")
+        is_test = np.zeros(total, bool)
+        is_test[np.random.default_rng(self.shuffle_seed).permutation(total)[:size]] = True
+        train, test, first = [], [], 0
+        for rows in trainable:
+            held_out = is_test[first : first + len(rows.rows)]
+            train.append(Part(rows, rows.rows[~held_out]))
+            test.append(Part(rows, rows.rows[held_out]))
+            first += len(rows.rows)
+        return train, test
+
+    def _dataset(self, parts: Sequence[Part]) -> RenderedDataset | None:
+        """Data to evaluate on: every row once."""
+        return RenderedDataset(parts, self.common_config.batch_size) if sum(map(_size, parts)) else None
+
+    def _mixture(self, parts: list[Part]) -> RenderedDataset:
+        if self.weights is not None and (empty := [part for part in parts if not len(part.rows)]):
+            raise DataError(f"{empty[0].source.store.name} has no rows to train on, so it has no proportion.")
+        dataset = RenderedDataset(parts, self.common_config.batch_size, self.weights, self.stop_when)
+        if len(dataset) == 0:
+            raise DataError("With these weights an epoch has no rows. Choose stop_when=all_exhausted.")
+        dataset.set_epoch(self.shuffle_seed)
+        return dataset
+
+    def _stream(
+        self, sources: list[Source], row_renderer: RowRenderer, test_data: SupervisedDataset | None
+    ) -> tuple[SupervisedDataset, SupervisedDataset | None]:
+        """Where nothing else is there to evaluate on, the first rows of each source are held out."""
+        if test_data is None and self.test_size != 0:
+            size = -(-(self.test_size or _DEFAULT_TEST_ROWS) // len(sources))
+            held_out = [Slice(source, 0, size) for source in sources]
+            trainable = [self._trainable_rows(source, row_renderer) for source in held_out]
+            test_data = self._dataset([Part(rows, rows.rows) for rows in trainable])
+            sources = [Slice(source, size) for source in sources]
+        heads = [
+            Slice(source, 0, NUM_STREAMED_ROWS_CHECKED, f"the beginning of {source.name}")
+            for source in sources
+        ]
+        first_rows = [self._trainable_rows(head, row_renderer) for head in heads]
+        check_that_something_is_left(first_rows)
+        config = self.common_config
+        stream = StreamedConversations(
+            StreamMixture(sources, self.weights, self.stop_when),
+            row_renderer,
+            batch_size=config.batch_size,
+            max_length=config.max_length,
+            on_long=config.on_long,
+            on_bad_row=self.on_bad_row,
+            buffer_size=self.buffer_size,
+            reports=[rows.report for rows in first_rows],
+        )
+        stream.set_epoch(self.shuffle_seed)
+        return stream, test_data
+
+
+def _size(part: Part) -> int:
+    return len(part.rows)
+
+
+def open_sources(names: str, streaming: bool = False) -> list[Source]:
+    """The sources of one name, or of several with commas between them."""
+    if Path(names).expanduser().exists():
+        return [open_source(names, streaming=streaming)]
+    return [open_source(name.strip(), streaming=streaming) for name in names.split(",") if name.strip()]
+
+
+@chz.chz
+class FromConversationFileBuilder(ConversationBuilder):
+    """Conversations from a file: JSONL, JSON, Parquet or CSV."""
+
+    file_path: str = chz.field(doc="the file, or several with commas between them")
+
+    def sources(self) -> list[Source]:
+        return open_sources(self.file_path, self.streaming)
+
+
+@chz.chz
+class NamedChatDatasetBuilder(ConversationBuilder):
+    """Conversations by name: a short name, a file, a folder of files, or a hub id."""
+
+    dataset: str = chz.field(
+        default="pirate",
+        doc=f"pirate (embedded), {', '.join(name for name in KNOWN_DATASETS if name != 'pirate')}, a file "
+        "(.jsonl, .json, .parquet, .csv), a folder of such files, or a hub id (owner/name, "
+        "owner/name:config, owner/name:config:split); several with commas between them",
+    )
+
+    def sources(self) -> list[Source]:
+        return open_sources(self.dataset, self.streaming)
+
+    def test_sources(self) -> list[Source] | None:
+        if self.eval_dataset is not None or self.test_size == 0:
+            return super().test_sources()
+        known = known_test_source(self.dataset)
+        return None if known is None else [known]

@@ -1,0 +1,41 @@
+"""One conversation to one Datum: where tokens are cut and shifted, once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from cookbook.errors import DataError
+from cookbook.types import Datum, ModelInput
+from renderers import Message, Renderer, TrainOnWhat
+from renderers.messages import Tool
+
+
+def datum_from_tokens(tokens: Sequence[int], weights: np.ndarray, max_length: int | None = None) -> Datum:
+    """A rendered example, cut to `max_length` tokens from the right, then shifted by one.
+
+    `weights[t]` says how much token t is trained; the Datum has it where token t is the target.
+    """
+    tokens, weights = tokens[:max_length], weights[:max_length]
+    if len(tokens) < 2:
+        raise DataError(f"An example of {len(tokens)} token has nothing to predict. It needs two at least.")
+    return Datum(
+        model_input=ModelInput.from_ints(tokens[:-1]),
+        loss_fn_inputs={
+            "target_tokens": np.asarray(tokens[1:], dtype=np.int64),
+            "weights": np.asarray(weights[1:], dtype=np.float32),
+        },
+    )
+
+
+def conversation_to_datum(
+    messages: Sequence[Message],
+    renderer: Renderer,
+    max_length: int | None = None,
+    train_on_what: TrainOnWhat = TrainOnWhat.ALL_ASSISTANT_MESSAGES,
+    tools: Sequence[Tool] | None = None,
+) -> Datum:
+    """One conversation as one Datum."""
+    model_input, weights = renderer.build_supervised_example(messages, train_on_what, tools)
+    return datum_from_tokens(model_input.to_ints(), weights, max_length)

@@ -1,0 +1,63 @@
+"""Which rows an epoch takes from each of several sources."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal, TypeAlias
+
+import numpy as np
+
+from cookbook.errors import ConfigError
+
+StopWhen: TypeAlias = Literal["first_exhausted", "all_exhausted"]
+"""An epoch of a mixture ends before a source would have to be repeated, or when each was used up once."""
+
+
+def rows_per_epoch(sizes: Sequence[int], weights: Sequence[float] | None, stop_when: StopWhen) -> list[int]:
+    """How many rows an epoch takes from sources of these sizes: the same in every epoch.
+
+    Without weights every row comes once. With weights the sources stand in their proportions, and
+    an epoch is as long as it can be with no row twice (`first_exhausted`), or as short as it can
+    be with every row in it (`all_exhausted`, which repeats rows of the other sources).
+    """
+    if weights is None:
+        return list(sizes)
+    total = sum(weights)
+    epochs = [size * total / weight for size, weight in zip(sizes, weights, strict=True)]
+    if stop_when == "first_exhausted":
+        # A hair more before rounding down, for proportions that only just miss a whole number.
+        return [
+            min(size, math.floor(min(epochs) * weight / total + 1e-9))
+            for size, weight in zip(sizes, weights, strict=True)
+        ]
+    return [
+        max(size, math.ceil(max(epochs) * weight / total - 1e-9))
+        for size, weight in zip(sizes, weights, strict=True)
+    ]
+
+
+def order_of_epoch(sizes: Sequence[int], counts: Sequence[int], seed: int) -> np.ndarray:
+    """The rows of an epoch in their order; rows of all sources are numbered through.
+
+    A source of which fewer rows are taken than it has gives other ones in another epoch; one that
+    is repeated gives every row once before it gives any of them again.
+    """
+    rng = np.random.default_rng(seed)
+    if list(sizes) == list(counts):
+        return rng.permutation(sum(sizes))
+    taken, first = [], 0
+    for size, count in zip(sizes, counts, strict=True):
+        rounds = [rng.permutation(size) for _ in range(-(-count // size))] if count else []
+        taken.append(first + np.concatenate([np.zeros(0, np.int64), *rounds])[:count])
+        first += size
+    return rng.permutation(np.concatenate(taken)).astype(np.int64)
+
+
+def check_weights(weights: Sequence[float] | None, num_sources: int) -> None:
+    if weights is None:
+        return
+    if len(weights) != num_sources:
+        raise ConfigError(f"{len(weights)} weights for {num_sources} datasets. Give one for each.")
+    if not all(0 < weight < math.inf for weight in weights):
+        raise ConfigError(f"weights={','.join(map(str, weights))}. Each must be above 0.")

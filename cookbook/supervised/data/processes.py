@@ -1,0 +1,103 @@
+"""A function over many inputs, in order, by several processes."""
+
+from __future__ import annotations
+
+import multiprocessing
+import multiprocessing.connection
+import os
+import signal
+import threading
+import time
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any, TypeVar
+
+from cookbook.errors import DataError
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+SECONDS_ALONE = 3.0
+"""So long one process works by itself before others are started, unless their number is given."""
+
+_function: Callable[[Any], Any] | None = None
+"""What the processes run: they are forked, so it need not be picklable."""
+
+
+def map_in_order(function: Callable[[T], R], inputs: Iterable[T], num_proc: int | None = None) -> Iterator[R]:
+    """`function(input)` for each input, in order, holding only a few inputs and results at a time.
+
+    Inputs and results cross between processes by pickle. `num_proc` of None: this process alone,
+    and as many as there are cores for what is left after `SECONDS_ALONE`.
+    """
+    remaining = iter(inputs)
+    if num_proc is None:
+        deadline = time.perf_counter() + SECONDS_ALONE
+        for item in remaining:
+            yield function(item)
+            if time.perf_counter() > deadline:
+                break
+        num_proc = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if num_proc == 1:
+        yield from map(function, remaining)
+    else:
+        yield from _map_with_processes(function, remaining, num_proc)
+
+
+def _map_with_processes(function: Callable[[T], R], inputs: Iterator[T], num_proc: int) -> Iterator[R]:
+    first = next(inputs, None)
+    if first is None:
+        return
+    global _function
+    _function = function
+    try:
+        with ProcessPoolExecutor(
+            num_proc, mp_context=multiprocessing.get_context("fork"), initializer=_begin
+        ) as pool:
+            pending: deque[Future[R]] = deque([_submit(pool, first)])
+            try:
+                for item in inputs:
+                    pending.append(_submit(pool, item))
+                    if len(pending) >= 4 * num_proc:
+                        yield pending.popleft().result()
+                while pending:
+                    yield pending.popleft().result()
+            finally:
+                for future in pending:
+                    future.cancel()
+    except BrokenProcessPool as error:
+        raise DataError(
+            "A process that renders was killed, perhaps for want of memory. Render with fewer: num_proc=1."
+        ) from error
+    finally:
+        _function = None
+
+
+def _submit(pool: ProcessPoolExecutor, item: Any) -> Future[Any]:
+    with warnings.catch_warnings():
+        # Python warns of forking beside threads. The children only run the function, which takes no lock
+        # that another thread of this process could hold.
+        warnings.filterwarnings("ignore", message=".*fork.*", category=DeprecationWarning)
+        return pool.submit(_call, item)
+
+
+def _call(item: Any) -> Any:
+    assert _function is not None
+    return _function(item)
+
+
+def _begin() -> None:
+    """In a new process: Ctrl-C is the parent's business, and without a parent there is no work."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    threading.Thread(target=_exit_with, args=(parent.sentinel,), daemon=True).start()
+
+
+def _exit_with(sentinel: int) -> None:
+    multiprocessing.connection.wait([sentinel])
+    os._exit(1)

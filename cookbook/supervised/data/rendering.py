@@ -1,0 +1,227 @@
+"""Sources to stores: every row rendered once, in several processes if that pays, and kept on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from functools import cache
+from itertools import chain
+from pathlib import Path
+from typing import Literal, TypeAlias
+
+import numpy as np
+
+import renderers
+from cookbook.errors import CookbookError, DataError, describe
+from cookbook.supervised.data import processes
+from cookbook.supervised.data.cache import cache_folder
+from cookbook.supervised.data.conversation import Conversation
+from cookbook.supervised.data.sources import BadRow, Chunk, Row, Source
+from cookbook.supervised.data.store import BadRowNote, Block, Example, ExampleStore, StoreWriter, make_block
+from renderers import Renderer, TrainOnWhat
+
+logger = logging.getLogger(__name__)
+
+OnBadRow: TypeAlias = Literal["raise", "skip"]
+
+_SECONDS_BETWEEN_MESSAGES = 10.0
+
+_NEEDS_ASSISTANT = {
+    TrainOnWhat.LAST_ASSISTANT_MESSAGE,
+    TrainOnWhat.LAST_ASSISTANT_TURN,
+    TrainOnWhat.ALL_ASSISTANT_MESSAGES,
+}
+
+
+class RowRenderer:
+    """Rows to examples, the way one config wants them."""
+
+    def __init__(
+        self,
+        renderer: Renderer,
+        train_on_what: TrainOnWhat,
+        conversations_of: Callable[[Row], list[Conversation]],
+        conversations_key: str | None,
+    ) -> None:
+        """`conversations_key` names all that `conversations_of` depends on; None if that is not known."""
+        self._renderer = renderer
+        self._train_on_what = train_on_what
+        self._conversations_of = conversations_of
+        self._conversations_key = conversations_key
+
+    def __call__(self, row: Row) -> list[Example] | None:
+        """The examples of a row; None where the row is not wanted. Raises CookbookError."""
+        conversations = self._conversations_of(row)
+        if not conversations:
+            return None
+        return list(chain.from_iterable(map(self._examples_of, conversations)))
+
+    def _examples_of(self, conversation: Conversation) -> list[Example]:
+        if conversation.text is not None:
+            built = [self._renderer.build_text_example(conversation.text)]
+        else:
+            roles = [str(message.get("role")) for message in conversation.messages]
+            if "assistant" not in roles and self._train_on_what in _NEEDS_ASSISTANT:
+                raise DataError(f"no assistant message (roles: {', '.join(roles)}).")
+            built = self._renderer.build_supervised_examples(
+                conversation.messages, self._train_on_what, conversation.tools
+            )
+        return [
+            Example(np.asarray(model_input.to_ints(), np.int32), weights) for model_input, weights in built
+        ]
+
+    def render(self, chunk: Chunk) -> Block:
+        good: list[tuple[str, list[Example]]] = []
+        bad: list[BadRowNote] = []
+        num_filtered = 0
+        for row in chunk.rows():
+            if isinstance(row, BadRow):
+                bad.append(BadRowNote(*row))
+                continue
+            try:
+                examples = self(row)
+            except CookbookError as error:
+                bad.append(BadRowNote(row.place, reason_of(error)))
+                continue
+            if examples is None:
+                num_filtered += 1
+            else:
+                good.append((row.place, examples))
+        return make_block(good, bad, num_filtered)
+
+    def fingerprint(self) -> str | None:
+        """Changes whenever the examples of a row may; None where that cannot be told."""
+        renderer, tokenizer = self._renderer, self._renderer.tokenizer
+        code = code_behind(type(renderer))
+        if code is None or self._conversations_key is None:
+            return None
+        return digest_of(
+            [
+                tokenizer.backend_tokenizer.to_str(),
+                str(tokenizer.chat_template),
+                str(sorted(tokenizer.special_tokens_map.items())),
+                renderer.name,
+                str(renderer.system_prompt),
+                str(self._train_on_what),
+                self._conversations_key,
+                code,
+                _code_of_this_project(),
+            ]
+        )
+
+
+def render_source(
+    source: Source,
+    row_renderer: RowRenderer,
+    on_bad_row: OnBadRow = "raise",
+    num_proc: int | None = None,
+    use_cache: bool = True,
+) -> ExampleStore:
+    """The examples of a source: rendered, or read from disk where nothing has changed since they were.
+
+    With `on_bad_row="raise"` the first bad row is a DataError. `num_proc` processes render; None
+    means one, and all cores once that has taken a while. The examples are the same for any number.
+    """
+    fingerprint = row_renderer.fingerprint() if use_cache else None
+    if fingerprint is None:
+        return _render_to_temporary_folder(source, row_renderer, on_bad_row, num_proc)
+    path = cache_folder() / "rendered" / digest_of([source.fingerprint(), fingerprint])
+    if not (path / "meta.json").is_file():
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            logger.warning("Rendered data cannot be kept for the next run: %s.", error)
+            return _render_to_temporary_folder(source, row_renderer, on_bad_row, num_proc)
+        _render(path, source, row_renderer, on_bad_row, num_proc)
+    store = ExampleStore(path, source.name)
+    if store.meta.num_bad_rows and on_bad_row == "raise":
+        raise bad_row_error(*store.meta.bad_rows[0])
+    return store
+
+
+def _render_to_temporary_folder(
+    source: Source, row_renderer: RowRenderer, on_bad_row: OnBadRow, num_proc: int | None
+) -> ExampleStore:
+    folder = tempfile.TemporaryDirectory(prefix="cookbook-")
+    path = Path(folder.name) / "rendered"
+    _render(path, source, row_renderer, on_bad_row, num_proc)
+    return ExampleStore(path, source.name, folder)
+
+
+def _render(
+    path: Path, source: Source, row_renderer: RowRenderer, on_bad_row: OnBadRow, num_proc: int | None
+) -> None:
+    blocks = processes.map_in_order(row_renderer.render, source.chunks(), num_proc)
+    with StoreWriter(path) as writer:
+        for block in _telling_of_progress(blocks, source):
+            if block.bad_rows and on_bad_row == "raise":
+                raise bad_row_error(*block.bad_rows[0])
+            writer.append(block)
+
+
+def _telling_of_progress(blocks: Iterable[Block], source: Source) -> Iterable[Block]:
+    started = told = time.perf_counter()
+    num_rows = 0
+    of_all = "" if (total := source.num_rows()) is None else f" of {total:,}"
+    for block in blocks:
+        num_rows += len(block.places) + len(block.bad_rows) + block.num_filtered
+        yield block
+        now = time.perf_counter()
+        if now - told > _SECONDS_BETWEEN_MESSAGES:
+            told = now
+            speed = num_rows / (now - started)
+            logger.info(
+                "Rendering %s: %s%s rows, %.0f a second.", source.name, f"{num_rows:,}", of_all, speed
+            )
+
+
+# -- errors -----------------------------------------------------------------------------------
+
+
+def reason_of(error: CookbookError) -> str:
+    """An error's message as it stands behind the place of a row."""
+    return describe(error).removeprefix(f"{type(error).__name__}: ")
+
+
+def bad_row_error(place: str, reason: str) -> DataError:
+    return DataError(f"{place}: {reason}\nMend the row, or leave such rows out with on_bad_row=skip.")
+
+
+# -- fingerprints -----------------------------------------------------------------------------
+
+
+def digest_of(parts: Iterable[str]) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        digest.update(part.encode())
+        digest.update(b"\0")
+    return digest.hexdigest()
+
+
+def code_behind(kind: type) -> str | None:
+    """A digest of the files that define a class, this project's aside; None where there is no file."""
+    import inspect
+
+    files = set()
+    for base in kind.__mro__:
+        if base.__module__.partition(".")[0] in ("builtins", "abc", "chz", "cookbook", "renderers", "typing"):
+            continue
+        try:
+            files.add(inspect.getsourcefile(base))
+        except TypeError:
+            return None
+    if None in files or not all(os.path.isfile(str(file)) for file in files):
+        return None
+    return digest_of(Path(str(file)).read_text() for file in sorted(map(str, files)))
+
+
+@cache
+def _code_of_this_project() -> str:
+    """A digest of the code that rows go through, so that a new version renders afresh."""
+    folders = [Path(__file__).parent, Path(str(renderers.__file__)).parent]
+    files = sorted(file for folder in folders for file in folder.rglob("*.py"))
+    return digest_of(file.read_text() for file in files)

@@ -1,0 +1,74 @@
+"""What was read and what became of it: told before training starts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+from cookbook.supervised.data.store import BadRowNote
+
+
+@dataclass(frozen=True, eq=False)
+class DataReport:
+    """Counts over one source. Tokens are counted as trained on: cut, and without what is left out."""
+
+    name: str
+    """The source."""
+    max_length: int | None
+    rows: int
+    """Rows read, whatever became of them."""
+    bad: int
+    """Rows left out because they could not be read or rendered."""
+    filtered: int
+    """Rows left out by `min_reward`."""
+    examples: int
+    """Examples that are trained on."""
+    tokens: int
+    trained_tokens: int
+    longest: int
+    """Tokens of the longest example, before it was cut."""
+    truncated: int
+    """Examples cut to `max_length`."""
+    too_long: int
+    """Examples left out because they are longer than `max_length`."""
+    untrained: int
+    """Examples left out because no trained token is left in them."""
+    bad_rows: Sequence[BadRowNote] = field(default_factory=tuple)
+    """The first of the bad rows."""
+    lengths: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    """Tokens of every example that is trained on, before it was cut."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything but the lengths."""
+        values = asdict(self)
+        del values["lengths"]
+        values["bad_rows"] = [note._asdict() for note in self.bad_rows]
+        return values
+
+    def lines(self) -> list[str]:
+        """The report as it is printed, in 80 columns where names and reasons allow."""
+        share = f" ({self.trained_tokens / self.tokens:.0%})" if self.tokens else ""
+        lines = [
+            f"{self.name}: {_count(self.rows, 'row')} read, {_count(self.examples, 'example')} made.",
+            f"  {self.tokens:,} tokens, {self.trained_tokens:,} of them trained{share}; "
+            f"the longest example has {self.longest:,}.",
+        ]
+        left_out = [
+            (self.truncated, "example", f"cut to max_length={self.max_length}"),
+            (self.too_long, "example", f"left out: longer than max_length={self.max_length}"),
+            (self.untrained, "example", "left out: no trained token in it"),
+            (self.filtered, "row", "left out by min_reward"),
+            (self.bad, "bad row", "left out:"),
+        ]
+        lines += [f"  {_count(count, noun)} {what}" for count, noun, what in left_out if count]
+        lines += [f"    {place}: {reason}" for place, reason in self.bad_rows]
+        if self.bad > len(self.bad_rows):
+            lines.append(f"    and {self.bad - len(self.bad_rows):,} more")
+        return lines
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"

@@ -1,0 +1,165 @@
+"""Rows in Arrow tables, and in Parquet files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from cookbook.errors import DataError
+from cookbook.supervised.data.sources.base import AnyRow, BadRow, Chunk, Row, without_nulls
+from cookbook.supervised.data.sources.text_files import FileSource
+
+if TYPE_CHECKING:
+    import pyarrow
+
+Decoder: TypeAlias = Callable[[Any], Any]
+
+
+class ArrowChunk(Chunk):
+    """A table whose first row is number `first`."""
+
+    def __init__(self, table: pyarrow.Table, first: int, name: str) -> None:
+        self._table = table
+        self._first = first
+        self._name = name
+
+    def __len__(self) -> int:
+        return int(self._table.num_rows)
+
+    def rows(self) -> list[AnyRow]:
+        decoders = {
+            field.name: decode
+            for field in self._table.schema
+            if (decode := _decoder_of(field.type)) is not None
+        }
+        return [
+            _row_of(values, decoders, f"row {number} of {self._name}")
+            for number, values in enumerate(self._table.to_pylist(), self._first)
+        ]
+
+    def __getstate__(self) -> tuple[bytes, int, str]:
+        # Arrow pickles the whole buffers of a slice, its stream format only what the slice has.
+        import pyarrow
+
+        sink = pyarrow.BufferOutputStream()
+        with pyarrow.ipc.new_stream(sink, self._table.schema) as writer:
+            writer.write_table(self._table)
+        return sink.getvalue().to_pybytes(), self._first, self._name
+
+    def __setstate__(self, state: tuple[bytes, int, str]) -> None:
+        import pyarrow
+
+        stream, self._first, self._name = state
+        self._table = pyarrow.ipc.open_stream(stream).read_all()
+
+
+def _row_of(values: dict[str, Any], decoders: dict[str, Decoder], place: str) -> AnyRow:
+    row = without_nulls(values)
+    try:
+        for name, decode in decoders.items():
+            if name in row:
+                row[name] = decode(row[name])
+    except (ValueError, RecursionError) as error:
+        return BadRow(place, f"has a JSON column that cannot be read: {error}.")
+    return Row(row, place)
+
+
+def _decoder_of(kind: pyarrow.DataType) -> Decoder | None:
+    """What turns a value into JSON's: text of Arrow's JSON type is parsed, its nulls are the data's
+    own; pairs of a map become a dict. None where the value is as it should be."""
+    import pyarrow.types as types
+
+    if getattr(kind, "extension_name", None) == "arrow.json":
+        return json.loads
+    if types.is_struct(kind):
+        fields = {field.name: decode for field in kind if (decode := _decoder_of(field.type)) is not None}
+        if not fields:
+            return None
+        return lambda value: {
+            key: fields[key](item) if key in fields else item for key, item in value.items()
+        }
+    if types.is_map(kind):
+        decode = _decoder_of(kind.item_type) or (lambda item: item)
+        return lambda pairs: {key: None if item is None else decode(item) for key, item in pairs}
+    if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
+        inner = _decoder_of(kind.value_type)
+        if inner is None:
+            return None
+        return lambda items: [None if item is None else inner(item) for item in items]
+    return None
+
+
+def arrow_chunks(tables: Iterable[pyarrow.Table], first: int, size: int, name: str) -> Iterator[Chunk]:
+    """Tables of any length, the first row of which is number `first`, as chunks of `size` rows."""
+    import pyarrow
+
+    held: list[pyarrow.Table] = []
+    num_held = 0
+    for table in tables:
+        while table.num_rows:
+            taken = table.slice(0, size - num_held)
+            table = table.slice(taken.num_rows)
+            held.append(taken)
+            num_held += taken.num_rows
+            if num_held == size:
+                yield ArrowChunk(_as_one(pyarrow, held), first, name)
+                first, held, num_held = first + size, [], 0
+    if held:
+        yield ArrowChunk(_as_one(pyarrow, held), first, name)
+
+
+def _as_one(pyarrow: Any, tables: list[pyarrow.Table]) -> pyarrow.Table:
+    return tables[0] if len(tables) == 1 else pyarrow.concat_tables(tables, promote_options="permissive")
+
+
+class ParquetSource(FileSource):
+    kind = "parquet"
+
+    def __init__(self, path: Path, name: str | None = None) -> None:
+        super().__init__(path, name)
+        self._num_rows: int | None = None
+
+    def num_rows(self) -> int:
+        if self._num_rows is None:
+            with self._open() as file:
+                self._num_rows = file.metadata.num_rows
+        return self._num_rows
+
+    def _chunks(self, start: int, size: int) -> Iterator[Chunk]:
+        import pyarrow
+
+        with self._open() as file:
+            try:
+                yield from arrow_chunks(_tables(file, start, size), start, size, self.name)
+            except (pyarrow.ArrowException, OSError) as error:
+                raise self._unreadable(error) from error
+
+    def _open(self) -> Any:
+        import pyarrow
+        import pyarrow.parquet
+
+        try:
+            return pyarrow.parquet.ParquetFile(self.path, memory_map=True)
+        except (pyarrow.ArrowException, OSError) as error:
+            raise self._unreadable(error) from error
+
+    def _unreadable(self, error: Exception) -> DataError:
+        return DataError(f"{self.path} is no readable Parquet file: {error}")
+
+
+def _tables(file: Any, start: int, size: int) -> Iterator[pyarrow.Table]:
+    """The rows from `start` on. Row groups that end before it are not read."""
+    import pyarrow
+
+    group, num_groups = 0, file.metadata.num_row_groups
+    while group < num_groups and start >= file.metadata.row_group(group).num_rows:
+        start -= file.metadata.row_group(group).num_rows
+        group += 1
+    if group == num_groups:
+        return
+    for batch in file.iter_batches(batch_size=size, row_groups=range(group, num_groups)):
+        table = pyarrow.Table.from_batches([batch])
+        yield table.slice(start)
+        start = max(0, start - batch.num_rows)

@@ -1,0 +1,110 @@
+"""What every source of rows does."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, NamedTuple, TypeAlias, TypeVar
+
+T = TypeVar("T")
+
+
+class Row(dict[str, Any]):
+    """A row of a dataset. `place` says where it stands, for error messages: line 7 of chats.jsonl."""
+
+    def __init__(self, values: dict[str, Any], place: str) -> None:
+        super().__init__(values)
+        self.place = place
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (dict(self), self.place)
+
+
+class BadRow(NamedTuple):
+    """A row that cannot be read. `reason` ends the sentence that `place` and a colon begin."""
+
+    place: str
+    reason: str
+
+
+AnyRow: TypeAlias = Row | BadRow
+
+
+class Chunk(ABC):
+    """Successive rows as they were stored. Pickled, it takes little more room than they do."""
+
+    @abstractmethod
+    def rows(self) -> list[AnyRow]:
+        """Decodes the rows."""
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """How many they are, known without decoding them."""
+
+
+class Source(ABC):
+    """Rows in one place, in an order that does not change."""
+
+    name: str
+    """For messages, short."""
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Changes whenever a row does."""
+
+    @abstractmethod
+    def num_rows(self) -> int | None:
+        """None where that takes reading everything."""
+
+    @abstractmethod
+    def chunks(self, start: int = 0, size: int = 256) -> Iterator[Chunk]:
+        """The rows from number `start` on, `size` in each chunk but the last.
+
+        Rows before `start` are not decoded. Raises DataError where there are none at all.
+        """
+
+    def rows(self, start: int = 0) -> Iterator[AnyRow]:
+        for chunk in self.chunks(start):
+            yield from chunk.rows()
+
+
+@dataclass(frozen=True)
+class ListChunk(Chunk):
+    """Rows that came decoded, or could not be had otherwise."""
+
+    decoded: list[AnyRow]
+
+    def __len__(self) -> int:
+        return len(self.decoded)
+
+    def rows(self) -> list[AnyRow]:
+        return self.decoded
+
+
+def row_of(value: Any, place: str) -> AnyRow:
+    if not isinstance(value, dict):
+        return BadRow(place, f"is a JSON {type(value).__name__}, not an object.")
+    return Row(value, place)
+
+
+def without_nulls(value: Any) -> Any:
+    """The value without the keys, at any depth, that hold None: Arrow fills in those a row lacks."""
+    if isinstance(value, dict):
+        return {key: without_nulls(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list):
+        return [without_nulls(item) for item in value]
+    return value
+
+
+def batched(values: Iterable[T], size: int) -> Iterator[list[T]]:
+    iterator = iter(values)
+    while batch := list(islice(iterator, size)):
+        yield batch
+
+
+def digest_of(*parts: str) -> str:
+    return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()

@@ -1,0 +1,71 @@
+"""Shows what a fine-tune would be trained on, before it is.
+
+    python -m recipes.preview
+    python -m recipes.preview model_name=Qwen/Qwen3-0.6B dataset=chats.jsonl
+    python -m recipes.preview config=configs/no_robots_qwen3.yaml num_examples=10
+
+Takes every key of recipes.sft. Trained tokens are coloured in the terminal; the page it writes has
+more examples, and the lengths of all of them.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import chz
+
+from cookbook import cli, models
+from cookbook.errors import ConfigError
+from cookbook.loggers import make_console
+from cookbook.supervised import preview, train
+from cookbook.supervised.types import ChatDatasetBuilder
+from recipes.sft import DEFAULTS
+
+
+@chz.chz
+class PreviewConfig(train.Config):
+    """The run to look at, and how much of it."""
+
+    num_examples: int = chz.field(default=3, doc="examples to print")
+    html: str | None = chz.field(default="preview.html", doc="the page to write; None: none")
+    num_html_examples: int = chz.field(default=50, doc="examples on the page")
+
+    @chz.validate
+    def _check_numbers(self) -> None:
+        if self.num_examples < 0 or self.num_html_examples < 0:
+            raise ConfigError("num_examples and num_html_examples must be 0 or more.")
+
+
+async def run(config: PreviewConfig) -> None:
+    builder = config.dataset_builder
+    train_data, _ = builder()
+    name, facts = config.model_name, []
+    if isinstance(builder, ChatDatasetBuilder):
+        common = builder.common_config
+        name = common.model_name_for_tokenizer
+        facts = [f"Renderer: {common.renderer_name}", f"Trained: {common.train_on_what}"]
+    tokenizer = models.get_tokenizer(name)
+    number = max(config.num_examples, config.num_html_examples if config.html else 0)
+    examples = preview.first_examples(train_data, number, tokenizer)
+    console = make_console()
+    for report in train_data.reports():
+        console.print("\n".join(report.lines()), highlight=False, markup=False)
+    preview.print_examples(examples[: config.num_examples], console)
+    if config.html is not None:
+        page = preview.make_page(
+            "What is trained",
+            [f"Model: {name}", *facts],
+            list(train_data.reports()),
+            examples[: config.num_html_examples],
+        )
+        path = Path(config.html).expanduser()
+        path.write_text(page, encoding="utf-8")
+        console.print(f"Wrote {path}.", highlight=False)
+
+
+def main(argv: list[str] | None = None) -> None:
+    cli.run(PreviewConfig, run, DEFAULTS, prog="recipes.preview", argv=argv)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,51 @@
+"""Calls of tools as DeepSeek V3 and R1 write them: a fenced block of JSON between tokens of its own."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+from renderers.encoder import Encoder
+from renderers.messages import PlainMessage, function_of, to_json
+
+CALLS, END_CALLS = "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"
+_CALL, _SEP, _END_CALL = "<｜tool▁call▁begin｜>", "<｜tool▁sep｜>", "<｜tool▁call▁end｜>"
+CALL_TOKENS = CALLS + END_CALLS + _CALL + _SEP + _END_CALL
+
+_PARSED_CALL = re.compile(f"([^\n]*?){_SEP}([^\n]+)\n```json\n(.*)\n```{_END_CALL}", re.DOTALL)
+
+
+def print_calls(message: PlainMessage, number: int) -> str:
+    """The calls of a message, without what opens and closes them; "" if there are none."""
+    printed: list[str] = []
+    for call in message.get("tool_calls", []):
+        function = function_of(call, number)
+        arguments = function["arguments"]
+        text = arguments if isinstance(arguments, str) else to_json(arguments)
+        kind = call.get("type", "function")
+        printed.append(f"{_CALL}{kind}{_SEP}{function['name']}\n```json\n{text}\n```{_END_CALL}")
+    return "\n".join(printed)
+
+
+def parse_calls(marked: str, encoder: Encoder) -> list[dict[str, Any]] | None:
+    """The calls in the marked text of a reply after CALLS; None if it is anything else."""
+    body, _, rest = marked.partition(END_CALLS)
+    before, *parts = body.split(_CALL)
+    if before or rest or not parts or not marked.endswith(END_CALLS):
+        return None
+    calls: list[dict[str, Any]] = []
+    for position, part in enumerate(parts, 1):
+        between = "" if position == len(parts) else "\n"
+        match = _PARSED_CALL.fullmatch(part.removesuffix(between))
+        if match is None or not part.endswith(between) or any(map(encoder.control.search, match.groups())):
+            return None
+        kind, name, arguments = encoder.unguard(match.groups())
+        try:
+            parsed = json.loads(arguments)
+        except (ValueError, RecursionError):
+            return None
+        if not isinstance(parsed, dict):
+            return None
+        calls.append({"type": kind, "function": {"name": name, "arguments": parsed}})
+    return calls

@@ -1,0 +1,102 @@
+"""Tools in the manner of Hermes: described in the system message, called as JSON in `<tool_call>` tags."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from cookbook.errors import RendererError
+from renderers.messages import Message, PlainMessage, Tool, function_of, to_json
+from renderers.streaming import Section, Sections
+
+_OPEN, _CLOSE = "<tool_call>\n", "\n</tool_call>"
+
+
+def describe_tools(tools: Sequence[Tool]) -> str:
+    """What stands in the system message after its own text and a blank line."""
+    schemas = "".join(f"\n{to_json(tool)}" for tool in tools)
+    return (
+        "# Tools\n\nYou may call one or more functions to assist with the user query.\n\n"
+        f"You are provided with function signatures within <tools></tools> XML tags:\n<tools>"
+        f"{schemas}\n</tools>\n\nFor each function call, return a json object with function name and "
+        f'arguments within <tool_call></tool_call> XML tags:\n{_OPEN}{{"name": <function-name>, "arguments": '
+        f"<args-json-object>}}{_CLOSE}"
+    )
+
+
+def print_calls(message: PlainMessage, number: int, said: str, quotes_strings: bool = False) -> str:
+    """The calls of a message, each on lines of its own after what it says.
+
+    Arguments given as a string are printed as they are, or with `quotes_strings` as a JSON string.
+    """
+    text = ""
+    for position, tool_call in enumerate(message.get("tool_calls", [])):
+        function = function_of(tool_call, number)
+        arguments = function["arguments"]
+        as_it_is = isinstance(arguments, str) and not quotes_strings
+        printed = arguments if as_it_is else to_json(arguments)
+        text += "\n" if said or position > 0 else ""
+        text += f'{_OPEN}{{"name": "{function["name"]}", "arguments": {printed}}}{_CLOSE}'
+    return text
+
+
+def check_calls(renderer: str, message: PlainMessage, number: int) -> None:
+    """Raises RendererError for calls that would not be understood if the model made them."""
+    for tool_call in message.get("tool_calls", []):
+        one = print_calls({"tool_calls": [tool_call]}, number, said="")
+        if parse_calls(one) is None:
+            function = function_of(tool_call, number)
+            raise RendererError(
+                f"Renderer `{renderer}` cannot train the tool call of message {number}: its name "
+                f"{function['name']!r} and arguments {function['arguments']!r} do not make a JSON object. "
+                "Give a name without quotes and arguments that are a mapping, or leave the message out."
+            )
+
+
+def with_calls(message: Message) -> tuple[Message, bool]:
+    """A parsed message whose calls still stand in its content, and whether they are well-formed."""
+    content = str(message["content"])
+    said, mark, _ = content.partition(_OPEN)
+    if not mark:
+        return message, True
+    tool_calls = parse_calls(content[len(said) :])
+    if tool_calls is None:
+        return message, False
+    return {**message, "content": said.removesuffix("\n"), "tool_calls": tool_calls}, True
+
+
+def parse_calls(text: str) -> list[dict[str, Any]] | None:
+    """The calls of a text that holds nothing else."""
+    *bodies, rest = text.split(_CLOSE)
+    calls = [_parse_call(body.removeprefix("\n")) for body in bodies]
+    known = [call for call in calls if call is not None]
+    return known if bodies and not rest and len(known) == len(calls) else None
+
+
+def _parse_call(text: str) -> dict[str, Any] | None:
+    if not text.startswith(_OPEN):
+        return None
+    try:
+        function = json.loads(text.removeprefix(_OPEN))
+        arguments = function["arguments"]
+        if isinstance(arguments, str):
+            arguments = json.loads(arguments)
+    except (ValueError, RecursionError, TypeError, KeyError):
+        return None
+    if not (isinstance(function, dict) and isinstance(function.get("name"), str) and len(function) == 2):
+        return None
+    if not isinstance(arguments, dict):
+        return None
+    return {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
+
+
+def with_call_sections(sections: Sections) -> Sections:
+    """A reply of these sections whose content may end with calls."""
+    ends = {f"\n{_OPEN}": "calls", _OPEN: "calls"}
+    calling = {
+        name: replace(section, ends={**section.ends, **ends}) if section.field == "content" else section
+        for name, section in sections.items()
+    }
+    return {**calling, "calls": Section(None)}

@@ -1,0 +1,41 @@
+"""The text of a sampled reply with its control tokens told from text that only spells them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby
+from typing import TYPE_CHECKING
+
+from cookbook.errors import RendererError
+from renderers.encoder import Encoder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def marked_text(tokenizer: PreTrainedTokenizerBase, encoder: Encoder, tokens: Sequence[int]) -> str | None:
+    """The decoded tokens; a control token is spelled only where it was sampled as one.
+
+    Text that spells one is guarded, so `encoder.unguard` makes a part of it what was said. None where
+    that cannot be told: ids that the tokenizer does not have, or text that renderers reserve.
+    """
+    if not all(0 <= token < len(tokenizer) for token in tokens):
+        return None
+    spellings = {token: str(tokenizer.convert_ids_to_tokens(token)) for token in set(tokens)}
+    controls = {
+        token: spelling
+        for token, spelling in spellings.items()
+        if encoder.ids.get(spelling) == token and encoder.control.fullmatch(spelling)
+    }
+    pieces: list[str] = []
+    for is_control, run in groupby(tokens, controls.__contains__):
+        if is_control:
+            pieces.extend(controls[token] for token in run)
+            continue
+        text = tokenizer.decode(list(run), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        try:
+            (guarded,) = encoder.guard([{"role": "user", "content": str(text)}])
+        except RendererError:
+            return None
+        pieces.append(guarded["content"])
+    return "".join(pieces)

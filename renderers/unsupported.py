@@ -1,0 +1,32 @@
+"""What a format has no place for."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+from cookbook.errors import RendererError
+from renderers.messages import PlainMessage
+
+
+def no_place(renderer: str, what: str, number: int) -> RendererError:
+    return RendererError(
+        f"Renderer `{renderer}` has no place for the {what} of message {number}. "
+        "Remove it, or leave the message out of the training."
+    )
+
+
+def check_thinking(renderer: str, messages: Sequence[PlainMessage], chosen: Collection[int]) -> None:
+    """For a format that shows no thinking: refuse it in what is trained."""
+    for index in chosen:
+        if messages[index].get("reasoning_content"):
+            raise no_place(renderer, "thinking", index + 1)
+
+
+def check_tool_calls(renderer: str, messages: Sequence[PlainMessage]) -> None:
+    """For a format without tools: refuse every call, or prompts would show replies that nobody gave."""
+    for number, message in enumerate(messages, 1):
+        if message.get("tool_calls"):
+            raise RendererError(
+                f"Renderer `{renderer}` cannot render the tool calls of message {number}. "
+                "Write them as text, or leave the conversation out."
+            )

@@ -1,0 +1,473 @@
+"""Rows to Datums, and the builders that hold the way."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+
+from cookbook import models
+from cookbook.errors import ConfigError, DataError
+from cookbook.supervised.data import (
+    Conversation,
+    FromConversationFileBuilder,
+    NamedChatDatasetBuilder,
+    SupervisedDatasetFromHFDataset,
+    conversation_to_datum,
+)
+from cookbook.supervised.data.rendering import RowRenderer
+from cookbook.supervised.data.sources import Row
+from cookbook.supervised.types import (
+    ChatDatasetBuilder,
+    ChatDatasetBuilderCommonConfig,
+    SupervisedDataset,
+    SupervisedDatasetBuilder,
+)
+from cookbook.types import Datum, ModelInput
+from renderers import TrainOnWhat, get_renderer
+
+CHAT = [{"role": "user", "content": "How many legs?"}, {"role": "assistant", "content": "eight"}]
+
+
+COMMON = ("batch_size", "max_length", "on_long", "renderer_name", "system_prompt", "train_on_what")
+
+
+def row_datum(row: dict[str, Any]) -> Datum:
+    return Datum(ModelInput.from_ints([row["id"], 0]), {"target_tokens": [1, 1], "weights": [1.0, 1.0]})
+
+
+def ids_of(batch: list[Datum]) -> list[int]:
+    return [datum.model_input.to_ints()[0] for datum in batch]
+
+
+def all_tokens(dataset: SupervisedDataset) -> list[tuple[int, ...]]:
+    """The inputs of every Datum of an epoch."""
+    found: list[tuple[int, ...]] = []
+    for index in itertools.count():
+        try:
+            batch = dataset.get_batch(index)
+        except IndexError:
+            return found
+        found += [tuple(datum.model_input.to_ints()) for datum in batch]
+    raise AssertionError
+
+
+def write_rows(path: Path, rows: list[Any]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def make_builder(path: Path | str, model: str, **options: Any) -> FromConversationFileBuilder:
+    common = {"batch_size": 2, **{key: options.pop(key) for key in COMMON if key in options}}
+    return FromConversationFileBuilder(
+        file_path=str(path),
+        common_config=ChatDatasetBuilderCommonConfig(model_name_for_tokenizer=model, **common),
+        **{"test_size": 0, **options},
+    )
+
+
+# -- builders ---------------------------------------------------------------------------------
+
+
+def test_a_builder_subclass_needs_no_decorator(tiny_qwen3: str) -> None:
+    class MyDatasetBuilder(SupervisedDatasetBuilder):
+        def __call__(self) -> tuple[SupervisedDataset, SupervisedDataset | None]:
+            rows = datasets.Dataset.from_list([{"id": 1}])
+            return SupervisedDatasetFromHFDataset(rows, 1, map_fn=row_datum), None
+
+    class MyChats(ChatDatasetBuilder):
+        common_config = ChatDatasetBuilderCommonConfig(
+            model_name_for_tokenizer=tiny_qwen3, renderer_name="chat_template", batch_size=8, max_length=4096
+        )
+
+    assert ids_of(MyDatasetBuilder()()[0].get_batch(0)) == [1]
+    assert MyChats().common_config.batch_size == 8
+    assert MyChats().renderer.name == "chat_template"
+    assert len(MyChats().tokenizer) > 0
+
+
+def test_held_out_rows_are_never_trained_on(tmp_path: Path, tiny_qwen3: str, chats: list) -> None:
+    path = write_rows(tmp_path / "chats.jsonl", [{"messages": messages} for messages in chats])
+    train, test = make_builder(path, tiny_qwen3, test_size=5)()
+    assert test is not None
+
+    def examples(dataset: SupervisedDataset) -> list[tuple[int, ...]]:
+        return [tuple(d.model_input.to_ints()) for i in range(len(dataset)) for d in dataset.get_batch(i)]
+
+    assert len(examples(test)) == 5
+    assert len(examples(train)) == len(chats) - 5
+    assert not set(examples(test)) & set(examples(train))
+
+
+def test_by_default_one_row_in_twenty_is_held_out(tmp_path: Path, tiny_qwen3: str) -> None:
+    path = write_rows(tmp_path / "chats.jsonl", [{"messages": CHAT}] * 40)
+    train, test = make_builder(path, tiny_qwen3, test_size=None)()
+    assert test is not None
+    assert (train.summary()["rows"], test.summary()["rows"]) == (38, 2)
+
+
+def test_json_and_parquet_files_hold_the_same_rows_as_jsonl(
+    tmp_path: Path, tiny_qwen3: str, chats: list
+) -> None:
+    rows = [{"messages": messages} for messages in chats]
+    paths = [write_rows(tmp_path / "chats.jsonl", rows), tmp_path / "chats.json", tmp_path / "chats.parquet"]
+    paths[1].write_text(json.dumps(rows))
+    datasets.Dataset.from_list(rows).to_parquet(paths[2])
+    batches = [ids_of(make_builder(path, tiny_qwen3)()[0].get_batch(3)) for path in paths]
+    assert batches[0] == batches[1] == batches[2]
+
+
+def test_an_example_without_a_trained_token_is_left_out_and_counted(tmp_path: Path, tiny_qwen3: str) -> None:
+    long_prompt = [{"role": "user", "content": "legs " * 50}, {"role": "assistant", "content": "eight"}]
+    path = write_rows(tmp_path / "chats.jsonl", [{"messages": CHAT}, {"messages": long_prompt}])
+    train, _ = make_builder(path, tiny_qwen3, max_length=40)()
+    assert len(train.get_batch(0)) == 1
+    assert train.reports()[0].untrained == 1
+
+
+# -- rendered once, kept on disk ------------------------------------------------------------------
+
+
+def count_renderings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The place of every row that is rendered from here on."""
+    rendered: list[str] = []
+    original = RowRenderer.__call__
+
+    def counting(self: RowRenderer, row: Row) -> Any:
+        rendered.append(row.place)
+        return original(self, row)
+
+    monkeypatch.setattr(RowRenderer, "__call__", counting)
+    return rendered
+
+
+def test_a_second_run_reads_what_the_first_rendered(
+    tmp_path: Path, tiny_qwen3: str, chats: list, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COOKBOOK_CACHE", str(tmp_path / "cache"))
+    path = write_rows(tmp_path / "chats.jsonl", [{"messages": messages} for messages in chats])
+    rendered = count_renderings(monkeypatch)
+    first = all_tokens(make_builder(path, tiny_qwen3)()[0])
+    assert len(rendered) == len(chats)
+    # Length, batches and splits are no business of rendering.
+    make_builder(path, tiny_qwen3, max_length=20, test_size=3, shuffle_seed=5)()
+    assert all_tokens(make_builder(path, tiny_qwen3)()[0]) == first
+    assert len(rendered) == len(chats)
+    make_builder(path, tiny_qwen3, use_cache=False)()
+    assert len(rendered) == 2 * len(chats)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"system_prompt": "Be brief."},
+        {"train_on_what": TrainOnWhat.LAST_ASSISTANT_MESSAGE},
+        {"renderer_name": "role_colon"},
+        {"format": "messages"},
+        {"min_reward": 0.5},
+    ],
+)
+def test_whatever_changes_the_examples_renders_afresh(
+    tmp_path: Path, tiny_qwen3: str, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> None:
+    monkeypatch.setenv("COOKBOOK_CACHE", str(tmp_path / "cache"))
+    path = write_rows(tmp_path / "chats.jsonl", [{"messages": CHAT}] * 3)
+    rendered = count_renderings(monkeypatch)
+    make_builder(path, tiny_qwen3)()
+    make_builder(path, tiny_qwen3, **options)()
+    assert len(rendered) == 6
+    write_rows(path, [{"messages": CHAT}] * 4)
+    make_builder(path, tiny_qwen3)()
+    assert len(rendered) == 10
+
+
+def test_bad_rows_in_the_cache_are_still_an_error(tmp_path: Path, tiny_qwen3: str) -> None:
+    path = write_rows(tmp_path / "chats.jsonl", [{"messages": CHAT}, {"messages": NO_REPLY}])
+    make_builder(path, tiny_qwen3, on_bad_row="skip")()
+    with pytest.raises(DataError, match="line 2 of chats.jsonl: no assistant message"):
+        make_builder(path, tiny_qwen3)()
+
+
+def test_a_cache_that_cannot_be_written_is_done_without(
+    tmp_path: Path, tiny_qwen3: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("COOKBOOK_CACHE", str(tmp_path / "file"))
+    path = write_rows(tmp_path / "chats.jsonl", [{"messages": CHAT}] * 3)
+    train, _ = make_builder(path, tiny_qwen3)()
+    assert train.summary()["rows"] == 3
+    assert "cannot be kept" in caplog.text
+
+
+def test_any_number_of_processes_renders_the_same(tmp_path: Path, tiny_qwen3: str, chats: list) -> None:
+    rows = [{"messages": messages} for messages in chats] * 30
+    path = write_rows(tmp_path / "chats.jsonl", [*rows, {"messages": NO_REPLY}])
+    made = [
+        make_builder(path, tiny_qwen3, num_proc=number, use_cache=False, on_bad_row="skip")()[0]
+        for number in (1, 2)
+    ]
+    assert made[0].fingerprint() == made[1].fingerprint()
+    assert made[0].reports()[0].to_json() == made[1].reports()[0].to_json()
+
+
+# -- the report -------------------------------------------------------------------------------
+
+
+def test_the_report_counts_what_a_loop_over_the_rows_counts(
+    tmp_path: Path, tiny_qwen3: str, chats: list
+) -> None:
+    bad = [{"messages": NO_REPLY}, {"nothing": 1}]
+    path = write_rows(tmp_path / "chats.jsonl", [{"messages": messages} for messages in chats] + bad)
+    renderer = get_renderer("chat_template", models.get_tokenizer(tiny_qwen3))
+    datums = [conversation_to_datum(messages, renderer, 40) for messages in chats]
+    trained = [int(np.count_nonzero(d.loss_fn_inputs["weights"].to_numpy())) for d in datums]
+    lengths = [len(renderer.build_supervised_example(messages)[1]) for messages in chats]
+    kept = [index for index, count in enumerate(trained) if count]
+    (report,) = make_builder(path, tiny_qwen3, max_length=40, on_bad_row="skip")()[0].reports()
+    assert (report.rows, report.bad, report.filtered) == (len(chats) + 2, 2, 0)
+    assert report.examples == len(kept)
+    assert report.tokens == sum(min(lengths[index], 40) for index in kept)
+    assert report.trained_tokens == sum(trained)
+    assert report.longest == max(lengths)
+    assert report.truncated == sum(lengths[index] > 40 for index in kept) > 0
+    assert report.untrained == len(chats) - len(kept)
+    assert [note.place for note in report.bad_rows] == [
+        f"line {len(chats) + 1} of chats.jsonl",
+        f"line {len(chats) + 2} of chats.jsonl",
+    ]
+    text = "\n".join(report.lines())
+    assert "2 bad rows left out" in text
+    assert "no assistant message" in text
+
+
+LONG = [{"role": "user", "content": "legs"}, {"role": "assistant", "content": "eight " * 30}]
+
+
+def test_long_examples_are_cut_left_out_or_refused(tmp_path: Path, tiny_qwen3: str) -> None:
+    path = write_rows(tmp_path / "chats.jsonl", [{"messages": CHAT}, {"messages": LONG}])
+
+    def make(on_long: str) -> SupervisedDataset:
+        return make_builder(path, tiny_qwen3, max_length=30, on_long=on_long)()[0]
+
+    cut, dropped = make("truncate"), make("drop")
+    assert sorted(len(tokens) for tokens in all_tokens(cut))[-1] == 29
+    assert (cut.reports()[0].truncated, cut.reports()[0].too_long) == (1, 0)
+    assert (dropped.reports()[0].truncated, dropped.reports()[0].too_long) == (0, 1)
+    assert len(all_tokens(dropped)) == 1
+    with pytest.raises(DataError, match=r"line 2 of chats.jsonl: an example of \d+ tokens is longer"):
+        make("raise")
+
+
+def test_data_of_which_nothing_is_left_are_refused_with_the_reasons(tmp_path: Path, tiny_qwen3: str) -> None:
+    long_prompt = [{"role": "user", "content": "legs " * 50}, {"role": "assistant", "content": "eight"}]
+    path = write_rows(tmp_path / "chats.jsonl", [{"messages": long_prompt}] * 3)
+    with pytest.raises(DataError, match="(?s)Nothing is left to train on.*3 examples left out: no trained"):
+        make_builder(path, tiny_qwen3, max_length=40)()
+
+
+def test_weights_of_messages_weigh_their_tokens(tmp_path: Path, tiny_qwen3: str) -> None:
+    chat = [*CHAT, CHAT[0], {**CHAT[1], "weight": 0.5}, CHAT[0], {**CHAT[1], "weight": 0}]
+    path = write_rows(tmp_path / "chats.jsonl", [{"messages": chat}])
+    (datum,) = make_builder(path, tiny_qwen3)()[0].get_batch(0)
+    weights = datum.loss_fn_inputs["weights"].to_numpy()
+    num_tokens = int(np.count_nonzero(weights == 1))
+    assert num_tokens > 1
+    assert np.count_nonzero(weights == 0.5) == num_tokens
+    assert set(weights.tolist()) == {0, 0.5, 1}
+
+
+# -- several sources --------------------------------------------------------------------------
+
+
+def test_demonstrations_and_trajectories_train_together(tmp_path: Path, tiny_qwen3: str) -> None:
+    demonstrations = write_rows(tmp_path / "chats.jsonl", [{"messages": CHAT}] * 6)
+    steps = [{"observation": "a door", "action": "open it"}, {"observation": "a hall", "action": "go"}]
+    rollouts = [{"steps": steps, "reward": reward} for reward in (0.0, 0.9, 1.0, 0.2)]
+    trajectories = write_rows(tmp_path / "rollouts.jsonl", rollouts)
+    builder = make_builder(f"{demonstrations},{trajectories}", tiny_qwen3, min_reward=0.5, batch_size=4)
+    train, _ = builder()
+    assert train.summary() == {"rows": 8, "batches": 2}
+    assert [(r.name, r.rows, r.filtered) for r in train.reports()] == [
+        ("chats.jsonl", 6, 0),
+        ("rollouts.jsonl", 4, 2),
+    ]
+    tokenizer = models.get_tokenizer(tiny_qwen3)
+    texts = [tokenizer.decode(tokens) for tokens in all_tokens(train)]
+    assert sum("a door" in text and "a hall" in text for text in texts) == 2
+    mixed, _ = make_builder(
+        f"{demonstrations},{trajectories}", tiny_qwen3, weights=[1.0, 2.0], min_reward=0
+    )()
+    assert mixed.summary()["rows"] == 6
+    with pytest.raises(ConfigError, match="1 weights for 2 datasets"):
+        make_builder(f"{demonstrations},{trajectories}", tiny_qwen3, weights=[1.0])()
+
+
+def test_evaluation_data_may_come_from_elsewhere(tmp_path: Path, tiny_qwen3: str) -> None:
+    path = write_rows(tmp_path / "chats.jsonl", [{"messages": CHAT}] * 40)
+    other = write_rows(tmp_path / "other.jsonl", [{"messages": LONG}] * 7)
+    train, test = make_builder(path, tiny_qwen3, eval_dataset=str(other), test_size=None)()
+    assert test is not None
+    assert (train.summary()["rows"], test.summary()["rows"]) == (40, 7)
+    assert not set(all_tokens(train)) & set(all_tokens(test))
+    _, some = make_builder(path, tiny_qwen3, eval_dataset=str(other), test_size=3)()
+    assert some is not None
+    assert some.summary()["rows"] == 3
+    assert make_builder(path, tiny_qwen3, eval_dataset=str(other), test_size=0)()[1] is None
+
+
+def test_a_subclass_reads_rows_of_its_own_shape(tmp_path: Path, tiny_qwen3: str) -> None:
+    class Sums(FromConversationFileBuilder):
+        def conversations_of(self, row: Row) -> list[Conversation]:
+            question = {"role": "user", "content": f"{row['a']} + {row['b']}?"}
+            answer = {"role": "assistant", "content": str(row["a"] + row["b"])}
+            return [Conversation([question, answer])]  # type: ignore[list-item]
+
+    path = write_rows(tmp_path / "sums.jsonl", [{"a": 1, "b": 2}])
+    common = ChatDatasetBuilderCommonConfig(model_name_for_tokenizer=tiny_qwen3)
+    train, _ = Sums(file_path=str(path), common_config=common, test_size=0)()
+    assert "1 + 2?" in models.get_tokenizer(tiny_qwen3).decode(all_tokens(train)[0])
+
+
+# -- streaming --------------------------------------------------------------------------------
+
+
+def test_a_streamed_file_gives_the_rows_of_the_file(tmp_path: Path, tiny_qwen3: str, chats: list) -> None:
+    path = write_rows(tmp_path / "chats.jsonl", [{"messages": messages} for messages in chats])
+    whole, _ = make_builder(path, tiny_qwen3)()
+    stream, test = make_builder(path, tiny_qwen3, streaming=True, buffer_size=7)()
+    assert test is None
+    with pytest.raises(TypeError):
+        len(stream)
+    assert sorted(all_tokens(stream)) == sorted(all_tokens(whole))
+    (report,) = stream.reports()
+    assert (report.name, report.rows) == ("the beginning of chats.jsonl", len(chats))
+    again, _ = make_builder(path, tiny_qwen3, streaming=True, buffer_size=7)()
+    assert ids_of(again.get_batch(5)) == ids_of(stream.get_batch(5))
+
+
+def test_the_first_rows_of_a_stream_are_held_out(tmp_path: Path, tiny_qwen3: str, chats: list) -> None:
+    path = write_rows(tmp_path / "chats.jsonl", [{"messages": messages} for messages in chats])
+    stream, test = make_builder(path, tiny_qwen3, streaming=True, test_size=5)()
+    assert test is not None
+    assert len(all_tokens(test)) == 5
+    assert len(all_tokens(stream)) == len(chats) - 5
+    assert not set(all_tokens(test)) & set(all_tokens(stream))
+
+
+def test_a_stream_tells_of_bad_rows_where_it_meets_them(tmp_path: Path, tiny_qwen3: str) -> None:
+    rows = [{"messages": CHAT}] * 1100 + [{"messages": NO_REPLY}, {"messages": LONG}]
+    path = write_rows(tmp_path / "chats.jsonl", rows)
+    options = {"streaming": True, "buffer_size": 1, "batch_size": 1102, "max_length": 30}
+    with pytest.raises(DataError, match="line 1101 of chats.jsonl: no assistant message"):
+        make_builder(path, tiny_qwen3, **options)()[0].get_batch(0)
+    skipping, _ = make_builder(path, tiny_qwen3, on_bad_row="skip", on_long="drop", **options)()
+    assert len(skipping.get_batch(0)) == 1100
+    assert skipping.summary() == {"rows": 1102, "bad_rows": 1, "too_long_examples": 1}
+
+
+# -- bad input --------------------------------------------------------------------------------
+
+NO_REPLY = [{"role": "system", "content": "x"}, {"role": "user", "content": "y"}]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "has no rows"),
+        (json.dumps({"messages": CHAT}) + '\n{"messages": [\n', "line 2 of .* is not JSON: Expecting value"),
+        (json.dumps({"messages": CHAT}) + "\n[1]\n", "line 2 of .* is a JSON list, not an object"),
+        (
+            json.dumps({"messages": CHAT}) + "\n\n" + json.dumps({"messages": NO_REPLY}) + "\n",
+            r"line 3 of chats.jsonl: no assistant message \(roles: system, user\)",
+        ),
+        ('{"words": "hello", "id": 3}\n', r"line 1 of chats.jsonl: of no known format \(keys: words"),
+    ],
+)
+def test_a_bad_file_is_one_error_that_names_the_place(
+    tmp_path: Path, tiny_qwen3: str, content: str, message: str
+) -> None:
+    path = tmp_path / "chats.jsonl"
+    path.write_text(content)
+    with pytest.raises(DataError, match=message):
+        make_builder(path, tiny_qwen3)()
+
+
+def test_text_that_is_not_utf8_is_an_error(tmp_path: Path, tiny_qwen3: str) -> None:
+    path = tmp_path / "chats.jsonl"
+    path.write_bytes(b'{"messages": "\xff"}\n')
+    with pytest.raises(DataError, match="is not UTF-8"):
+        make_builder(path, tiny_qwen3)()
+
+
+def test_bad_rows_can_be_skipped_and_are_counted(tmp_path: Path, tiny_qwen3: str) -> None:
+    path = tmp_path / "chats.jsonl"
+    lines = [
+        json.dumps({"messages": CHAT}),
+        "{",
+        json.dumps({"messages": NO_REPLY}),
+        json.dumps({"messages": CHAT}),
+    ]
+    path.write_text("\n".join(lines))
+    train, _ = make_builder(path, tiny_qwen3, on_bad_row="skip")()
+    assert len(train.get_batch(0)) == 2
+    (report,) = train.reports()
+    assert (report.rows, report.bad, report.examples) == (4, 2, 2)
+    assert [note.place for note in report.bad_rows] == ["line 2 of chats.jsonl", "line 3 of chats.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        ([*CHAT, {"role": "critic", "content": "no"}], "cannot render role `critic`"),
+        (["hi", "there"], "message 1 is a str, not an object"),
+        ([{"role": "user", "content": 7}, CHAT[1]], "message 1"),
+        ([CHAT[0], {"role": "assistant", "content": "\ud800"}], "Message 2 has half a character"),
+    ],
+)
+def test_a_row_that_cannot_be_rendered_is_named_before_training(
+    tmp_path: Path, tiny_qwen3: str, messages: list[Any], message: str
+) -> None:
+    path = write_rows(tmp_path / "chats.jsonl", [{"messages": CHAT}, {"messages": messages}])
+    with pytest.raises(DataError, match=f"line 2 of chats.jsonl: .*{message}"):
+        make_builder(path, tiny_qwen3)()
+    skipping, _ = make_builder(path, tiny_qwen3, on_bad_row="skip")()
+    assert len(skipping.get_batch(0)) == 1
+
+
+def test_a_row_of_a_json_list_that_is_no_object_is_named(tmp_path: Path, tiny_qwen3: str) -> None:
+    path = tmp_path / "chats.json"
+    path.write_text(json.dumps([{"messages": CHAT}, 3]))
+    with pytest.raises(DataError, match="row 1 of chats.json: is a JSON int"):
+        make_builder(path, tiny_qwen3)()
+    train, _ = make_builder(path, tiny_qwen3, on_bad_row="skip")()
+    assert len(train.get_batch(0)) == 1
+
+
+def test_a_folder_is_no_dataset_file(tmp_path: Path, tiny_qwen3: str) -> None:
+    with pytest.raises(DataError, match="is a folder"):
+        make_builder(tmp_path, tiny_qwen3)()
+
+
+def test_a_missing_or_unknown_dataset_says_what_there_is(tmp_path: Path, tiny_qwen3: str) -> None:
+    common = ChatDatasetBuilderCommonConfig(model_name_for_tokenizer=tiny_qwen3)
+    for name, message in {
+        "no_robot": "no known name, file or hub id",
+        str(tmp_path / "none.jsonl"): "does not exist",
+        "owner/name": "offline mode is on.*On a machine with network access run `hf download",
+    }.items():
+        with pytest.raises(DataError, match=f"(?s){message}"):
+            NamedChatDatasetBuilder(common_config=common, dataset=name)()
+
+
+def test_impossible_settings_are_refused(tmp_path: Path, tiny_qwen3: str) -> None:
+    path = write_rows(tmp_path / "chats.jsonl", [{"messages": CHAT}] * 3)
+    for options in ({"max_length": 1}, {"test_size": -1}, {"test_size": 3}):
+        with pytest.raises((ConfigError, DataError)):
+            make_builder(path, tiny_qwen3, **options)()
+    with pytest.raises(ConfigError, match="batch_size=0"):
+        ChatDatasetBuilderCommonConfig(model_name_for_tokenizer=tiny_qwen3, batch_size=0)

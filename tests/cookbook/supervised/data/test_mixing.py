@@ -1,0 +1,73 @@
+"""What an epoch takes from each source."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cookbook.errors import ConfigError
+from cookbook.supervised.data.mixing import check_weights, order_of_epoch, rows_per_epoch
+
+
+@pytest.mark.parametrize(
+    ("sizes", "weights", "stop_when", "counts"),
+    [
+        ([100, 50], None, "first_exhausted", [100, 50]),
+        ([100, 50], [1, 1], "first_exhausted", [50, 50]),
+        ([100, 50], [1, 1], "all_exhausted", [100, 100]),
+        ([100, 50], [3, 1], "first_exhausted", [100, 33]),
+        ([100, 50], [0.2, 0.8], "first_exhausted", [12, 50]),
+        ([100, 50], [0.2, 0.8], "all_exhausted", [100, 400]),
+        ([10, 20, 30], [1, 2, 3], "first_exhausted", [10, 20, 30]),
+    ],
+)
+def test_an_epoch_has_the_proportions_of_the_weights(sizes, weights, stop_when, counts):
+    assert rows_per_epoch(sizes, weights, stop_when) == counts
+
+
+some_sizes = st.lists(st.integers(1, 300), min_size=1, max_size=4)
+
+
+@given(data=st.data(), sizes=some_sizes)
+def test_the_stopping_rule_holds_for_all_sizes_and_weights(data, sizes):
+    weights = data.draw(st.lists(st.floats(0.05, 20), min_size=len(sizes), max_size=len(sizes)))
+    first = rows_per_epoch(sizes, weights, "first_exhausted")
+    assert all(count <= size for count, size in zip(first, sizes, strict=True))
+    # One more round of the proportions would repeat a row.
+    total = sum(weights)
+    assert any(
+        (sum(first) + len(sizes) + 1) * weight / total >= size
+        for weight, size in zip(weights, sizes, strict=True)
+    )
+    every = rows_per_epoch(sizes, weights, "all_exhausted")
+    assert all(count >= size for count, size in zip(every, sizes, strict=True))
+    assert any(count == size for count, size in zip(every, sizes, strict=True))
+
+
+@given(sizes=some_sizes, seed=st.integers(0, 5), factor=st.integers(1, 3))
+def test_no_row_comes_again_before_every_row_of_its_source_came(sizes, seed, factor):
+    counts = [size * factor // 2 for size in sizes]
+    order = order_of_epoch(sizes, counts, seed)
+    first = 0
+    for size, count in zip(sizes, counts, strict=True):
+        rows = order[(order >= first) & (order < first + size)]
+        assert len(rows) == count
+        times = np.bincount(rows - first, minlength=size)
+        assert times.max() - times.min() <= 1
+        first += size
+
+
+def test_the_order_depends_on_the_seed_alone():
+    orders = [order_of_epoch([30, 20], [10, 40], seed).tolist() for seed in (1, 2, 1)]
+    assert orders[0] == orders[2] != orders[1]
+
+
+def test_weights_that_make_no_sense_are_refused():
+    check_weights(None, 2)
+    check_weights([1, 2], 2)
+    with pytest.raises(ConfigError, match="1 weights for 2 datasets"):
+        check_weights([1.0], 2)
+    with pytest.raises(ConfigError, match="above 0"):
+        check_weights([1.0, 0.0], 2)

@@ -1,0 +1,94 @@
+"""Several processes give what one gives, in order, and end with their parent."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from itertools import count, islice
+
+import pytest
+
+from cookbook.errors import DataError
+from cookbook.supervised.data import processes
+from cookbook.supervised.data.processes import map_in_order
+
+
+def test_results_come_in_order_for_any_number_of_processes():
+    offset = 100  # a closure: processes are forked, so nothing but inputs and results is pickled
+    for num_proc in (1, 2, 3):
+        assert list(map_in_order(lambda x: x + offset, range(50), num_proc)) == list(range(100, 150))
+    assert list(map_in_order(lambda x: x, [], 2)) == []
+
+
+def test_work_that_takes_long_goes_to_other_processes(monkeypatch):
+    monkeypatch.setattr(processes, "SECONDS_ALONE", 0.0)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1})
+    pids = list(map_in_order(lambda x: os.getpid(), range(40)))
+    assert pids[0] == os.getpid()
+    assert os.getpid() not in pids[1:]
+
+
+def test_inputs_are_not_read_far_ahead():
+    read = 0
+
+    def numbers() -> Iterator[int]:
+        nonlocal read
+        for number in count():
+            read = number
+            yield number
+
+    results = map_in_order(lambda x: x, numbers(), 2)
+    assert list(islice(results, 3)) == [0, 1, 2]
+    assert read < 20
+    results.close()  # type: ignore[attr-defined]
+
+
+def test_an_error_in_a_process_is_the_error():
+    def fail(number: int) -> int:
+        raise DataError(f"number {number}")
+
+    with pytest.raises(DataError, match="number 0"):
+        list(map_in_order(fail, range(5), 2))
+
+
+def test_a_process_that_is_killed_is_one_clear_error():
+    def kill_itself(number: int) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    with pytest.raises(DataError, match="num_proc=1"):
+        list(map_in_order(kill_itself, range(5), 2))
+
+
+def test_processes_end_with_their_parent(tmp_path):
+    program = """
+import os, sys, time
+from cookbook.supervised.data.processes import map_in_order
+def work(number):
+    open(os.path.join(sys.argv[1], str(os.getpid())), "w").close()
+    time.sleep(0.02)
+for _ in map_in_order(work, iter(int, 1), 2):
+    pass
+"""
+    parent = subprocess.Popen([sys.executable, "-c", program, str(tmp_path)])
+    deadline = time.monotonic() + 60
+    while len(list(tmp_path.iterdir())) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    parent.kill()
+    parent.wait()
+    pids = [int(path.name) for path in tmp_path.iterdir()]
+    while any(_is_running(pid) for pid in pids):
+        assert time.monotonic() < deadline, "processes outlived their parent"
+        time.sleep(0.05)
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False

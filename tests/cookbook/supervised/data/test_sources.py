@@ -1,0 +1,655 @@
+"""Files, folders and hub datasets as rows that know their place."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+import os
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from cookbook import hub
+from cookbook.errors import DataError
+from cookbook.supervised.data import cache
+from cookbook.supervised.data.formats import conversations_of
+from cookbook.supervised.data.sources import (
+    KNOWN_DATASETS,
+    BadRow,
+    HubSource,
+    HubStream,
+    Row,
+    Source,
+    known_test_source,
+    open_source,
+    without_nulls,
+)
+from cookbook.supervised.data.sources.hub import HubName
+
+DATA = Path(os.environ.get("COOKBOOK_DATA") or Path(__file__).parents[4].parent / "shared" / "data")
+
+CALLS: list[dict[str, Any]] = [
+    {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}], "id": 1},
+    {
+        "messages": [
+            {"role": "user", "content": "x"},
+            {
+                "role": "assistant",
+                "tool_calls": [
+                    {"id": "a", "type": "function", "function": {"name": "f", "arguments": {"n": 1}}},
+                    {"id": "b", "type": "function", "function": {"name": "g", "arguments": {"s": "t"}}},
+                    {"id": "c", "type": "function", "function": {"name": "h", "arguments": {}}},
+                ],
+            },
+        ]
+    },
+]
+"""Rows, messages and arguments that differ in their keys, which Arrow levels with nulls."""
+
+
+@pytest.fixture(autouse=True)
+def cache_of_the_test(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("COOKBOOK_CACHE", str(folder))
+    return folder
+
+
+def number_rows(count: int) -> list[dict[str, Any]]:
+    return [{"text": f"é {number}", "number": str(number)} for number in range(count)]
+
+
+def lines_of(rows: list[Any]) -> str:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def write_jsonl(path: Path, rows: list[Any]) -> Path:
+    path.write_text(lines_of(rows), encoding="utf-8")
+    return path
+
+
+def write_gzip(path: Path, rows: list[Any]) -> Path:
+    path.write_bytes(gzip.compress(lines_of(rows).encode()))
+    return path
+
+
+def write_json(path: Path, rows: list[Any]) -> Path:
+    path.write_text(json.dumps(rows))
+    return path
+
+
+def write_parquet(path: Path, rows: list[Any]) -> Path:
+    pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=5)
+    return path
+
+
+def write_table(path: Path, rows: list[Any]) -> Path:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]), delimiter="\t" if path.suffix == ".tsv" else ",")
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+WRITERS: dict[str, Callable[[Path, list[Any]], Path]] = {
+    "a.jsonl": write_jsonl,
+    "a.ndjson": write_jsonl,
+    "a.jsonl.gz": write_gzip,
+    "a.json": write_json,
+    "lines.json": write_jsonl,
+    "a.parquet": write_parquet,
+    "a.csv": write_table,
+    "a.tsv": write_table,
+}
+
+
+def write_folder(folder: Path, rows: list[Any], suffix: str = ".jsonl") -> Path:
+    """Several files, one of which is shorter than a chunk."""
+    folder.mkdir()
+    for number, (first, stop) in enumerate([(0, 9), (9, 10), (10, 17), (17, None)]):
+        WRITERS[f"a{suffix}"](folder / f"part-{number}{suffix}", rows[first:stop])
+    return folder
+
+
+def hub_source(rows: list[Any]) -> HubSource:
+    return HubSource(HubName("owner/name"), datasets.Dataset.from_list(rows))
+
+
+def hub_stream(rows: list[Any], num_shards: int = 3) -> HubStream:
+    stream = datasets.Dataset.from_list(rows).to_iterable_dataset(num_shards=num_shards)
+    return HubStream(HubName("owner/name"), stream, "abc")
+
+
+KINDS = [*WRITERS, "folder of .jsonl", "folder of .parquet", "folder of .csv", "hub", "hub stream"]
+
+
+def make_source(kind: str, folder: Path, rows: list[Any]) -> Source:
+    if kind.startswith("folder"):
+        return open_source(str(write_folder(folder / "parts", rows, kind.removeprefix("folder of "))))
+    if kind.startswith("hub"):
+        return hub_source(rows) if kind == "hub" else hub_stream(rows)
+    return open_source(str(WRITERS[kind](folder / kind, rows)))
+
+
+def all_rows(source: Source, start: int = 0, size: int = 256) -> list[Row | BadRow]:
+    return [row for chunk in source.chunks(start, size) for row in chunk.rows()]
+
+
+def place(row: Row | BadRow) -> str:
+    return row.place
+
+
+# -- every source -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_source_gives_the_rows_that_were_written(kind: str, tmp_path: Path) -> None:
+    rows = number_rows(23)
+    source = make_source(kind, tmp_path, rows)
+    assert list(source.rows()) == rows
+    assert source.num_rows() in (23, None)
+    assert source.name in {"a.jsonl", *WRITERS, "parts", "owner/name (train)"}
+    assert len({place(row) for row in source.rows()}) == 23
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_skipping_equals_slicing_for_every_start_and_size(kind: str, tmp_path: Path) -> None:
+    rows = number_rows(23)
+    source = make_source(kind, tmp_path, rows)
+    whole = all_rows(source)
+    for size in (1, 4, 5, 23, 100):
+        for start in range(26):
+            chunks = list(source.chunks(start, size))
+            found = [row for chunk in chunks for row in chunk.rows()]
+            assert found == rows[start:]
+            assert list(map(place, found)) == list(map(place, whole[start:]))
+            assert all(len(chunk) == size for chunk in chunks[:-1])
+            assert all(0 < len(chunk) == len(chunk.rows()) <= size for chunk in chunks)
+    assert list(source.rows(20)) == rows[20:]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_chunks_cross_to_other_processes(kind: str, tmp_path: Path) -> None:
+    source = make_source(kind, tmp_path, number_rows(23))
+    for chunk in source.chunks(2, 10):
+        copied = pickle.loads(pickle.dumps(chunk))
+        assert copied.rows() == chunk.rows()
+        assert list(map(place, copied.rows())) == list(map(place, chunk.rows()))
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if not kind.startswith("hub")])
+def test_a_fingerprint_changes_with_the_content_and_not_with_a_copy(kind: str, tmp_path: Path) -> None:
+    fingerprints = []
+    for name, rows in {"one": number_rows(23), "copy": number_rows(23), "other": number_rows(24)}.items():
+        (tmp_path / name).mkdir()
+        fingerprints.append(make_source(kind, tmp_path / name, rows).fingerprint())
+    assert fingerprints[0] == fingerprints[1] != fingerprints[2]
+
+
+def test_fingerprints_tell_kinds_and_orders_apart(tmp_path: Path) -> None:
+    rows = [{"text": "a"}]
+    same_bytes = [
+        open_source(str(write_jsonl(tmp_path / f"a{suffix}", rows))) for suffix in (".jsonl", ".csv")
+    ]
+    assert len({source.fingerprint() for source in same_bytes}) == 2
+    (tmp_path / "x").mkdir()
+    (tmp_path / "y").mkdir()
+    for folder, names in (("x", "ab"), ("y", "ba")):
+        for number, name in enumerate(names):
+            write_jsonl(tmp_path / folder / f"{name}.jsonl", number_rows(number + 1))
+    first, second = (open_source(str(tmp_path / name)) for name in "xy")
+    assert first.fingerprint() != second.fingerprint()
+
+
+def test_a_row_keeps_its_place_in_a_pickle() -> None:
+    copied = pickle.loads(pickle.dumps(Row({"a": 1}, "line 3 of b.jsonl")))
+    assert (copied, copied.place) == ({"a": 1}, "line 3 of b.jsonl")
+
+
+# -- text files -------------------------------------------------------------------------------
+
+
+def test_lines_are_numbered_as_an_editor_does_and_blank_ones_are_no_rows(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(
+        b'\xef\xbb\xbf\r\n{"text": "a\\u2028"}\r\n  \r\n{"text": "b\xe2\x80\xa8"}\r\n\r\n[1]\r\n{"text": \r\n'
+    )
+    rows = list(open_source(str(path)).rows())
+    assert rows[:2] == [{"text": "a\u2028"}, {"text": "b\u2028"}]
+    assert list(map(place, rows)) == [f"line {number} of a.jsonl" for number in (2, 4, 6, 7)]
+    assert rows[2:] == [
+        BadRow("line 6 of a.jsonl", "is a JSON list, not an object."),
+        BadRow("line 7 of a.jsonl", "is not JSON: Expecting value at column 9."),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        (b'{"text": "\xff"}', "is not UTF-8 text: .*0xff in position 10"),
+        (b'{"text": "a', "is not JSON: Unterminated string starting at at column 10"),
+        (b"[" * 100_000, "is JSON that cannot be read"),
+        (b'{"a": ' + b"1" * 5000 + b"}", "is JSON that cannot be read"),
+        (b"null", "is a JSON NoneType, not an object"),
+    ],
+)
+def test_a_bad_line_is_a_bad_row_and_the_others_are_read(tmp_path: Path, line: bytes, reason: str) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"text": "a"}\n' + line + b'\n{"text": "b"}')
+    first, bad, last = open_source(str(path)).rows()
+    assert (first, last) == ({"text": "a"}, {"text": "b"})
+    assert isinstance(bad, BadRow)
+    assert bad.place == "line 2 of a.jsonl"
+    with pytest.raises(DataError, match=reason):
+        raise DataError(bad.reason)
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_byte_order_mark_is_no_part_of_the_data(tmp_path: Path, name: str) -> None:
+    path = WRITERS[name](tmp_path / name, number_rows(3))
+    content = path.read_bytes()
+    if name.endswith(".gz"):
+        path.write_bytes(gzip.compress(b"\xef\xbb\xbf" + gzip.decompress(content)))
+    elif not name.endswith(".parquet"):
+        path.write_bytes(b"\xef\xbb\xbf" + content)
+    assert list(open_source(str(path)).rows()) == number_rows(3)
+
+
+def test_a_json_list_numbers_its_rows_and_keeps_true_nulls(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps([{"a": {"b": None}}, 3], indent=1))
+    row, bad = open_source(str(path)).rows()
+    assert row == {"a": {"b": None}}
+    assert place(row) == "row 0 of a.json"
+    assert bad == BadRow("row 1 of a.json", "is a JSON int, not an object.")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        *[(name, b"", "has no rows") for name in WRITERS if not name.endswith((".gz", ".parquet"))],
+        ("a.jsonl.gz", gzip.compress(b"\n\n"), "has no rows"),
+        ("a.jsonl", b"\n \n", "has no rows"),
+        ("a.json", b"[]", "has no rows"),
+        ("a.csv", b"text,number\n", "has no rows"),
+        ("a.json", b'{"messages": []}', "holds a JSON dict. Give a list of objects"),
+        ("a.json", b'[{"a": 1}, {"b"', "is not JSON: Expecting ':' delimiter at column 16"),
+        ("a.json", b'[\n{"a": 1},\n{"b"\n]', "is not JSON: Expecting ':' delimiter at line 4, column 1"),
+        ("a.json", b'["\xff"]', "is not UTF-8 text"),
+        ("a.json", b"[" * 100_000, "is JSON that cannot be read"),
+        ("a.csv", b"text\n\xff\n", "is not UTF-8 text"),
+        ("a.csv", b"text,text\na,b\n", "has two columns `text`"),
+        ("a.jsonl.gz", b"no gzip", "cannot be read: Not a gzipped file"),
+        ("a.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 9)[:-9], "cannot be read"),
+        ("a.parquet", b"no parquet", "is no readable Parquet file"),
+        ("a.parquet", b"", "is no readable Parquet file"),
+        ("a.txt", b"words", "is not of a known kind. Give a .jsonl"),
+    ],
+)
+def test_a_bad_file_is_one_error_that_names_it(
+    tmp_path: Path, name: str, content: bytes, message: str
+) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=message) as caught:
+        list(open_source(str(path)).rows())
+    assert str(path) in str(caught.value)
+
+
+def test_an_empty_parquet_file_has_no_rows(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"text": pa.array([], pa.string())}), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match="has no rows"):
+        list(open_source(str(tmp_path / "a.parquet")).rows())
+
+
+def test_a_missing_file_is_an_error_before_it_is_read(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"Dataset file .*none.jsonl does not exist"):
+        open_source(str(tmp_path / "none.jsonl"))
+
+
+def test_cells_of_json_are_decoded_and_empty_ones_are_absent(tmp_path: Path) -> None:
+    messages = [{"role": "user", "content": 'a "b"\nc' + "d" * 200_000}]
+    cells = [json.dumps(messages), "", "[not json", "[1]", ""]
+    with (tmp_path / "a.csv").open("w", newline="") as file:
+        csv.writer(file).writerows(
+            [["messages", "system", "tools", "text", "empty"], cells, [], ["x"], list("123456")]
+        )
+    first, second, third = open_source(str(tmp_path / "a.csv")).rows()
+    assert first == {"messages": messages, "tools": "[not json", "text": "[1]"}
+    assert second == {"messages": "x"}
+    # The header, two records and a blank line come before it; JSON writes the break in a text as two letters.
+    assert third == BadRow("line 5 of a.csv", "has 6 cells, and the header names 5.")
+
+
+def test_a_cell_of_several_lines_does_not_confuse_the_line_numbers(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text('text\n"one\ntwo"\nthree\n')
+    rows = list(open_source(str(tmp_path / "a.csv")).rows())
+    assert [(row["text"], place(row)) for row in rows if isinstance(row, Row)] == [
+        ("one\ntwo", "line 2 of a.csv"),
+        ("three", "line 4 of a.csv"),
+    ]
+
+
+# -- Arrow ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["a.parquet", "hub", "hub stream"])
+def test_the_nulls_that_arrow_fills_in_do_not_leak(tmp_path: Path, kind: str) -> None:
+    source = hub_stream(CALLS, 1) if kind == "hub stream" else make_source(kind, tmp_path, CALLS)
+    raw = pa.Table.from_pylist(CALLS).to_pylist()
+    assert raw[1]["messages"][1]["tool_calls"][0]["function"]["arguments"] == {"n": 1, "s": None}
+    rows = [row for row in source.rows() if isinstance(row, Row)]
+    assert rows == CALLS
+    for row, expected in zip(rows, CALLS, strict=True):
+        assert conversations_of(row)[0].messages == expected["messages"]
+
+
+def test_nulls_are_taken_out_of_objects_and_left_in_lists() -> None:
+    value = {"a": None, "b": [None, {"c": None, "d": 0}], "e": {"f": None}, "g": ""}
+    assert without_nulls(value) == {"b": [None, {"d": 0}], "e": {}, "g": ""}
+
+
+def test_arrows_json_keeps_its_own_nulls_and_maps_become_objects(tmp_path: Path) -> None:
+    storage = pa.array(['{"role": "tool", "content": {"a": null}}', None, "3"], pa.string())
+    table = pa.table(
+        {
+            "steps": pa.array([[{"x": 0}], [], None], pa.list_(pa.struct([("x", pa.int64())]))),
+            "raw": pa.ExtensionArray.from_storage(pa.json_(), storage),
+            "map": pa.array([[("a", 1), ("b", None)], None, []], pa.map_(pa.string(), pa.int64())),
+        }
+    )
+    pq.write_table(table, tmp_path / "a.parquet")
+    assert list(open_source(str(tmp_path / "a.parquet")).rows()) == [
+        {"steps": [{"x": 0}], "raw": {"role": "tool", "content": {"a": None}}, "map": {"a": 1, "b": None}},
+        {"steps": []},
+        {"raw": 3, "map": {}},
+    ]
+
+
+def test_a_pickled_slice_does_not_carry_the_rest_of_its_table(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "a.parquet", [{"text": "x" * 1000}] * 100)
+    (chunk,) = [*open_source(str(tmp_path / "a.parquet")).chunks(99, 10)]
+    assert len(pickle.dumps(chunk)) < 3000
+
+
+# -- folders ----------------------------------------------------------------------------------
+
+
+def test_a_folder_is_its_files_in_the_order_of_their_names(tmp_path: Path) -> None:
+    for name in ("b.jsonl", "a.ndjson", "c.jsonl.gz"):
+        WRITERS[f"a{name[1:]}"](tmp_path / name, [{"text": name}])
+    (tmp_path / ".hidden").write_text("not data")
+    rows = list(open_source(str(tmp_path)).rows())
+    assert rows == [{"text": name} for name in ("a.ndjson", "b.jsonl", "c.jsonl.gz")]
+    assert place(rows[1]) == f"line 1 of {tmp_path.name}/b.jsonl"
+
+
+@pytest.mark.parametrize(
+    ("names", "found"),
+    [
+        ([], "it has nothing"),
+        (["a.jsonl", "b.parquet"], "it has a.jsonl, b.parquet"),
+        (["a.jsonl", "README.md"], "it has README.md, a.jsonl"),
+        ([f"{number}.txt" for number in range(10)], "7.txt and 2 more"),
+    ],
+)
+def test_any_other_folder_is_an_error_that_says_what_is_there(
+    tmp_path: Path, names: list[str], found: str
+) -> None:
+    for name in names:
+        (tmp_path / name).write_text("")
+    with pytest.raises(DataError, match=f"is a folder, .*{found}"):
+        open_source(str(tmp_path))
+
+
+def test_an_empty_file_in_a_folder_is_named(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "a.jsonl", number_rows(2))
+    (tmp_path / "b.jsonl").write_text("")
+    with pytest.raises(DataError, match=r"b.jsonl has no rows"):
+        list(open_source(str(tmp_path)).rows())
+
+
+def test_skipping_decodes_nothing_before_the_start(tmp_path: Path) -> None:
+    """A chunk is decoded by its `rows`, so bad lines that are skipped cost nothing and say nothing."""
+    (tmp_path / "a.jsonl").write_bytes(b"\xff\n" * 5 + b'{"text": "a"}\n')
+    assert list(open_source(str(tmp_path / "a.jsonl")).rows(5)) == [{"text": "a"}]
+
+
+# -- the cache of digests ---------------------------------------------------------------------
+
+
+def settle(path: Path) -> Path:
+    os.utime(path, (1_000_000_000, 1_000_000_000))
+    return path
+
+
+def test_a_digest_is_remembered_until_the_file_changes(tmp_path: Path, cache_of_the_test: Path) -> None:
+    path = settle(write_jsonl(tmp_path / "a.jsonl", number_rows(3)))
+    digest = cache.file_digest(path)
+    (note,) = (cache_of_the_test / "fingerprints").iterdir()
+    values = json.loads(note.read_text())
+    assert values["digest"] == digest
+    note.write_text(json.dumps({**values, "digest": "remembered"}))
+    assert cache.file_digest(path) == "remembered"
+    os.utime(path, (1_000_000_001, 1_000_000_001))
+    assert cache.file_digest(path) == digest
+    settle(write_jsonl(path, number_rows(4)))
+    assert cache.file_digest(path) != digest
+
+
+def test_a_file_that_has_just_changed_is_not_remembered(tmp_path: Path, cache_of_the_test: Path) -> None:
+    cache.file_digest(write_jsonl(tmp_path / "a.jsonl", number_rows(3)))
+    assert not (cache_of_the_test / "fingerprints").exists()
+
+
+@pytest.mark.parametrize("note", ["", "{", "[]", "{}", '{"size": 1, "mtime_ns": 2, "digest": 3}', "\ud800"])
+def test_a_damaged_note_is_ignored(tmp_path: Path, cache_of_the_test: Path, note: str) -> None:
+    path = settle(write_jsonl(tmp_path / "a.jsonl", number_rows(3)))
+    digest = cache.file_digest(path)
+    (file,) = (cache_of_the_test / "fingerprints").iterdir()
+    file.write_bytes(note.encode(errors="surrogatepass"))
+    assert cache.file_digest(path) == digest
+
+
+def test_a_cache_that_cannot_be_written_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    in_the_way = tmp_path / "file"
+    in_the_way.write_text("")
+    monkeypatch.setenv("COOKBOOK_CACHE", str(in_the_way / "cache"))
+    path = settle(write_jsonl(tmp_path / "a.jsonl", number_rows(3)))
+    assert cache.file_digest(path) == cache.file_digest(path)
+
+
+def test_the_cache_is_in_the_home_folder_unless_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COOKBOOK_CACHE", "~/elsewhere")
+    assert cache.cache_folder() == Path.home() / "elsewhere"
+    monkeypatch.delenv("COOKBOOK_CACHE")
+    assert cache.cache_folder() == Path.home() / ".cookbook" / "cache"
+
+
+# -- the hub ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def local_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """`load_dataset` reads a folder of this machine; what it is asked for is noted."""
+    folder = tmp_path / "published"
+    folder.mkdir()
+    for split in ("train", "test"):
+        write_jsonl(folder / f"{split}.jsonl", [{**row, "split": split} for row in CALLS])
+    asked: list[dict[str, Any]] = []
+    load = datasets.load_dataset
+
+    def load_locally(
+        hub_id: str, name: str | None = None, revision: str | None = None, **options: Any
+    ) -> Any:
+        asked.append({"hub_id": hub_id, "name": name, "revision": revision, **options})
+        return load(str(folder), cache_dir=str(tmp_path / "cache"), **options)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_locally)
+    return asked
+
+
+@pytest.mark.parametrize(
+    ("spec", "split", "config", "read"),
+    [
+        ("owner/name", None, None, "train"),
+        ("owner/name:small", None, "small", "train"),
+        ("owner/name:small:test", None, "small", "test"),
+        ("owner/name::test", None, None, "test"),
+        ("owner/name::test", "train", None, "train"),
+        ("no_robots", None, None, "train"),
+        ("no_robots", "test", None, "test"),
+    ],
+)
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_hub_name_may_say_config_and_split(
+    local_hub: list[dict[str, Any]],
+    spec: str,
+    split: str | None,
+    config: str | None,
+    read: str,
+    streaming: bool,
+) -> None:
+    source = open_source(spec, split, streaming)
+    hub_id = "HuggingFaceH4/no_robots" if spec == "no_robots" else "owner/name"
+    expected = {"hub_id": hub_id, "name": config, "revision": None, "split": read}
+    assert local_hub == [{**expected, "streaming": True} if streaming else expected]
+    assert list(source.rows()) == [{**row, "split": read} for row in CALLS]
+    assert place(next(iter(source.rows(1)))) == f"row 1 of {hub_id} ({f'{config}, ' * bool(config)}{read})"
+    assert isinstance(source, HubStream if streaming else HubSource)
+
+
+def test_a_stream_reads_the_commit_that_its_fingerprint_stands_for(
+    local_hub: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub
+
+    commits = iter(["one", "one", "two"])
+
+    class Api:
+        def dataset_info(self, hub_id: str) -> Any:
+            return huggingface_hub.hf_api.DatasetInfo(id=hub_id, sha=next(commits), tags=[])
+
+    monkeypatch.setattr(hub, "why_unreachable", lambda: None)
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    first, again, second = (open_source("owner/name", streaming=True).fingerprint() for _ in range(3))
+    assert [asked["revision"] for asked in local_hub] == ["one", "one", "two"]
+    assert first == again != second
+
+
+def test_a_fingerprint_of_a_hub_dataset_changes_with_rows_and_split(local_hub: list[dict[str, Any]]) -> None:
+    first, again, test = (open_source(spec).fingerprint() for spec in ("a/b", "a/b", "a/b::test"))
+    assert first == again != test
+    assert hub_source(number_rows(3)).fingerprint() != hub_source(number_rows(4)).fingerprint()
+
+
+def test_a_selection_of_a_dataset_is_read_in_its_order() -> None:
+    dataset = datasets.Dataset.from_list(number_rows(9)).select([7, 1, 3])
+    rows = number_rows(9)
+    assert list(HubSource(HubName("a/b"), dataset).rows(1)) == [rows[1], rows[3]]
+
+
+def test_a_stream_that_breaks_off_is_an_error_that_says_so() -> None:
+    def broken() -> Any:
+        yield {"text": "a"}
+        raise ConnectionError("the cable was cut\nand more")
+
+    source = HubStream(HubName("a/b"), datasets.IterableDataset.from_generator(broken), None)
+    with pytest.raises(DataError, match=r"Reading a/b \(train\) broke off: .*cable was cut"):
+        all_rows(source, size=1)
+
+
+def test_a_hub_dataset_without_rows_is_an_error() -> None:
+    empty = datasets.IterableDataset.from_generator(lambda: iter(()))
+    for source in (hub_source([]), HubStream(HubName("owner/name"), empty, None)):
+        with pytest.raises(DataError, match=r"owner/name \(train\) has no rows"):
+            list(source.rows())
+
+
+def test_a_dataset_that_cannot_be_had_says_how_to_get_it() -> None:
+    with pytest.raises(DataError) as caught:
+        open_source("owner/name:small")
+    said = str(caught.value)
+    assert said.startswith(
+        "Cannot load split 'train' of dataset 'owner/name' (config 'small'): offline mode is on"
+    )
+    assert "`hf download --repo-type dataset owner/name`" in said
+    assert "dataset=pirate" in said
+
+
+def test_a_split_that_a_dataset_lacks_is_the_reason_also_offline(local_hub: list[dict[str, Any]]) -> None:
+    with pytest.raises(DataError, match=r"Cannot load split 'dev' of dataset 'a/b': Unknown split \"dev\""):
+        open_source("a/b::dev")
+
+
+# -- names ------------------------------------------------------------------------------------
+
+
+def test_pirate_is_embedded() -> None:
+    source = open_source("pirate")
+    assert source.name == "pirate.jsonl"
+    assert all(conversations_of(row) for row in source.rows() if isinstance(row, Row))
+
+
+def test_known_test_splits_are_those_of_the_table(local_hub: list[dict[str, Any]]) -> None:
+    source = known_test_source("no_robots")
+    assert source is not None
+    assert local_hub[0]["split"] == "test"
+    assert [known_test_source(spec) for spec in ("tulu3", "pirate", "owner/name", "x.jsonl")] == [None] * 4
+    assert set(KNOWN_DATASETS) == {"no_robots", "tulu3", "pirate_ultrachat"}
+
+
+@pytest.mark.parametrize("spec", ["no_robot", "a/b/c", "/a", "a/", "squad", "a/b:c:d:e"])
+def test_any_other_name_is_an_error_that_lists_the_names(spec: str) -> None:
+    with pytest.raises(DataError) as caught:
+        open_source(spec)
+    said = str(caught.value)
+    assert said.startswith(f"dataset={spec!r} is no known name, file or hub id (owner/name).")
+    assert said.endswith("Names: pirate, no_robots, tulu3, pirate_ultrachat.")
+    assert ("Did you mean no_robots?" in said) == (spec == "no_robot")
+
+
+def test_a_file_has_no_splits(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", number_rows(1))
+    for spec in (str(path), "pirate"):
+        with pytest.raises(DataError, match="has no splits, and split='test'"):
+            open_source(spec, "test")
+
+
+def test_jsonl_is_read_without_arrow_datasets_or_torch(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", CALLS)
+    code = (
+        "import sys\n"
+        "from cookbook.supervised.data.formats import conversations_of\n"
+        "from cookbook.supervised.data.sources import open_source\n"
+        f"source = open_source({str(path)!r})\n"
+        "assert source.fingerprint() and all(conversations_of(row) for row in source.rows())\n"
+        "print([name for name in ('datasets', 'pyarrow', 'torch', 'pandas') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+# -- real data --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name", ["alpaca_en_demo.json", "glaive_toolcall_en_demo.json", "conversations.jsonl"]
+)
+def test_real_files_are_read_whole(name: str) -> None:
+    path = DATA / name
+    if not path.is_file():
+        pytest.skip(f"no {name} in {DATA}; set COOKBOOK_DATA to a folder that has it")
+    text = path.read_text(encoding="utf-8")
+    values = [json.loads(line) for line in text.splitlines()] if path.suffix == ".jsonl" else json.loads(text)
+    rows = list(open_source(str(path)).rows())
+    assert rows == values
+    assert all(len(conversations_of(row)) == 1 for row in rows if isinstance(row, Row))

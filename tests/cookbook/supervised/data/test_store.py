@@ -1,0 +1,83 @@
+"""Examples come back from disk as they went in."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cookbook.supervised.data.store import BadRowNote, Example, ExampleStore, StoreWriter, make_block
+
+Rows = list[list[Example]]
+
+weights = st.sampled_from([0.0, 0.0, 1.0, 1.0, 0.5, 2.0])
+examples = st.lists(weights, min_size=1, max_size=9).map(
+    lambda values: Example(np.arange(len(values), dtype=np.int32) * 7 + 3, np.asarray(values, np.float32))
+)
+rows_of_examples = st.lists(st.lists(examples, max_size=3), max_size=6)
+
+
+def write(path: Path, rows: Rows, rows_per_block: int) -> ExampleStore:
+    with StoreWriter(path) as writer:
+        for first in range(0, len(rows), rows_per_block):
+            block = rows[first : first + rows_per_block]
+            writer.append(make_block([(f"row {first + i}", row) for i, row in enumerate(block)], [], 0))
+    return ExampleStore(path, "some")
+
+
+@given(rows=rows_of_examples, rows_per_block=st.integers(1, 4))
+def test_every_example_of_every_row_comes_back(rows: Rows, rows_per_block: int) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        store = write(Path(folder) / "store", rows, rows_per_block)
+        assert store.num_rows == len(rows)
+        assert store.num_examples == sum(map(len, rows))
+        for number, row in enumerate(rows):
+            found = [store[example] for example in store.examples_of_row(number)]
+            assert [e.tokens_T.tolist() for e in found] == [e.tokens_T.tolist() for e in row]
+            assert [e.weights_T.tolist() for e in found] == [e.weights_T.tolist() for e in row]
+            assert not row or store.place_of_row(number) == f"row {number}"
+        whole = write(Path(folder) / "whole", rows, 100)
+        assert store.meta.digest == whole.meta.digest
+
+
+@given(rows=rows_of_examples, max_length=st.none() | st.integers(1, 10))
+def test_trained_tokens_are_counted_behind_the_first_token_and_before_the_cut(
+    rows: Rows, max_length: int | None
+) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        store = write(Path(folder) / "store", rows, 2)
+        counted = [int(np.count_nonzero(e.weights_T[1:max_length])) for row in rows for e in row]
+        assert store.trained_tokens_E(max_length).tolist() == counted
+
+
+def test_bad_rows_are_counted_and_the_first_are_named(tmp_path: Path) -> None:
+    with StoreWriter(tmp_path / "store") as writer:
+        for number in range(9):
+            writer.append(make_block([], [BadRowNote(f"row {number}", "is bad")], 1))
+    meta = ExampleStore(tmp_path / "store", "some").meta
+    assert (meta.num_rows_read, meta.num_bad_rows, meta.num_filtered) == (18, 9, 9)
+    assert [note.place for note in meta.bad_rows] == [f"row {number}" for number in range(5)]
+
+
+def test_a_store_that_was_not_finished_leaves_nothing(tmp_path: Path) -> None:
+    def stop_halfway() -> None:
+        with StoreWriter(tmp_path / "store") as writer:
+            writer.append(make_block([], [], 0))
+            raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        stop_halfway()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_two_writers_of_one_store_leave_one(tmp_path: Path) -> None:
+    rows = [[Example(np.asarray([1, 2], np.int32), np.asarray([0, 1], np.float32))]]
+    with StoreWriter(tmp_path / "store") as slow:
+        slow.append(make_block([("row 0", rows[0])], [], 0))
+        write(tmp_path / "store", rows, 1)
+    assert [path.name for path in tmp_path.iterdir()] == ["store"]
+    assert ExampleStore(tmp_path / "store", "some")[0].tokens_T.tolist() == [1, 2]

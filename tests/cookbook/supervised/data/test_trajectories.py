@@ -1,0 +1,417 @@
+"""Agent rollouts of every shape, read as conversations."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cookbook.errors import DataError
+from cookbook.supervised.data.conversation import Conversation
+from cookbook.supervised.data.formats import conversations_of
+from cookbook.supervised.data.trajectories import read_trajectories
+
+
+def said(row: dict[str, Any]) -> list[tuple[str, str]]:
+    """Role and content of each message of the one rollout of a row."""
+    return [(message["role"], message.get("content")) for message in messages(row)]  # type: ignore[misc]
+
+
+def messages(row: dict[str, Any]) -> list[Any]:
+    (conversation,) = conversations_of(row, "trajectory")
+    return conversation.messages
+
+
+def user(text: str) -> tuple[str, str]:
+    return "user", text
+
+
+def agent(text: str) -> tuple[str, str]:
+    return "assistant", text
+
+
+# -- what came first --------------------------------------------------------------------------
+
+
+def test_an_observation_ahead_of_the_action_is_what_the_agent_saw() -> None:
+    steps = [{"observation": "a door", "action": "open"}, {"observation": "a room", "action": "enter"}]
+    assert said({"steps": steps}) == [user("a door"), agent("open"), user("a room"), agent("enter")]
+
+
+def test_an_observation_behind_the_action_is_what_came_of_it() -> None:
+    steps = [{"action": "open", "observation": "a room"}, {"action": "enter", "observation": "done"}]
+    assert said({"task": "go in", "steps": steps}) == [
+        user("go in"),
+        agent("open"),
+        user("a room"),
+        agent("enter"),
+    ]
+
+
+def test_a_first_step_without_an_observation_means_that_observations_come_first() -> None:
+    steps = [{"action": "look"}, {"action": "open", "observation": "a door"}]
+    assert said({"task": "go in", "steps": steps}) == [
+        user("go in"),
+        agent("look"),
+        user("a door"),
+        agent("open"),
+    ]
+
+
+def test_a_last_step_without_an_observation_means_that_observations_come_after() -> None:
+    steps = [{"observation": "a room", "action": "open"}, {"action": "finish"}]
+    assert said({"task": "go in", "steps": steps}) == [
+        user("go in"),
+        agent("open"),
+        user("a room"),
+        agent("finish"),
+    ]
+
+
+def test_a_first_step_that_only_observes_means_that_observations_come_after() -> None:
+    steps = [
+        {"observation": "a door"},
+        {"observation": "a room", "action": "open"},
+        {"action": "enter", "observation": "."},
+    ]
+    assert said({"steps": steps}) == [user("a door"), agent("open"), user("a room"), agent("enter")]
+
+
+def test_a_last_step_that_only_observes_means_that_observations_come_first() -> None:
+    steps = [{"action": "open", "observation": "a door"}, {"observation": "a room"}]
+    assert said({"task": "go in", "steps": steps}) == [user("go in\n\na door"), agent("open")]
+
+
+def test_signs_that_speak_against_each_other_leave_it_to_the_order_of_keys() -> None:
+    steps = [{"action": "a"}, {"action": "b", "observation": "of b"}, {"action": "c"}]
+    assert said({"task": "t", "steps": steps}) == [
+        user("t"),
+        agent("a"),
+        agent("b"),
+        user("of b"),
+        agent("c"),
+    ]
+    turned = [steps[0], {"observation": "before b", "action": "b"}, steps[2]]
+    assert said({"task": "t", "steps": turned})[1:4] == [agent("a"), user("before b"), agent("b")]
+
+
+def test_sorted_keys_leave_it_to_whether_something_opens_the_rollout() -> None:
+    steps = [{"action": "open", "observation": "a door"}, {"action": "enter", "observation": "a room"}]
+    assert said({"steps": steps})[:2] == [user("a door"), agent("open")]
+    assert said({"task": "go in", "steps": steps})[:3] == [user("go in"), agent("open"), user("a door")]
+    opened = [{"role": "user", "content": "go in"}, *steps]
+    assert said({"steps": opened})[:3] == [user("go in"), agent("open"), user("a door")]
+    # Keys in an order of their own do say it.
+    thinking = [{"thought": "hm", **step} for step in steps]
+    assert said({"steps": thinking})[:2] == [agent("open"), user("a door")]
+
+
+def test_a_next_observation_comes_of_the_action() -> None:
+    steps = [{"next_observation": "a room", "action": "open"}, {"next_observation": "", "action": "enter"}]
+    assert said({"task": "go in", "steps": steps})[1:] == [agent("open"), user("a room"), agent("enter")]
+    # Beside an observation it says what the next step says again.
+    both = [
+        {"state": "a door", "action": "open", "next_state": "a room"},
+        {"state": "a room", "action": "enter", "next_state": "end"},
+    ]
+    assert said({"transitions": both}) == [user("a door"), agent("open"), user("a room"), agent("enter")]
+
+
+def test_steps_that_alternate_stay_in_their_order() -> None:
+    steps = [{"obs": "a"}, {"act": "b"}, {"obs": "c"}, {"obs": "d"}, {"act": "e"}, {"obs": "f"}]
+    assert said({"steps": steps}) == [user("a"), agent("b"), user("c\n\nd"), agent("e")]
+
+
+def test_steps_that_alternate_say_nothing_of_those_that_have_both() -> None:
+    steps = [{"obs": "a", "act": "b"}, {"obs": "c"}, {"act": "d"}]
+    assert said({"task": "t", "steps": steps}) == [user("t\n\na"), agent("b"), user("c"), agent("d")]
+
+
+@given(st.lists(st.tuples(st.text(), st.text()), min_size=1, max_size=6))
+def test_both_styles_of_one_rollout_read_alike(pairs: list[tuple[str, str]]) -> None:
+    """A gym log (saw, did) and a ReAct log (did, then saw) of the same events."""
+    saw, did = zip(*pairs, strict=True)
+    gym = [{"observation": a, "action": b} for a, b in pairs]
+    react: list[dict[str, Any]] = [{"observation": saw[0]}]
+    react += [
+        {"action": b, "observation": a} for b, a in itertools.zip_longest(did, saw[1:], fillvalue="end")
+    ]
+    expected = [turn for a, b in pairs for turn in (user(a), agent(b))]
+    assert said({"steps": gym}) == said({"steps": react}) == expected
+
+
+# -- where things stand -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("steps", ["steps", "trajectory", "rollout", "transitions", "turns"])
+@pytest.mark.parametrize("observation", ["observation", "obs", "ob", "state"])
+@pytest.mark.parametrize("action", ["action", "act", "ac", "response"])
+def test_steps_go_by_many_names(steps: str, observation: str, action: str) -> None:
+    row = {steps: [{observation: "a", action: "b", "reward": 1, "done": True, "info": {}}]}
+    assert said(row) == [user("a"), agent("b")]
+
+
+@pytest.mark.parametrize("key", ["thought", "reasoning", "thinking", "reasoning_content"])
+def test_a_thought_is_the_reasoning_of_its_action(key: str) -> None:
+    (_, message) = messages({"steps": [{"observation": "a", key: "hm", "action": "b"}]})
+    assert message == {"role": "assistant", "content": "b", "reasoning_content": "hm"}
+
+
+@pytest.mark.parametrize("key", ["task", "instruction", "goal", "prompt", "question"])
+@pytest.mark.parametrize("system", ["system", "system_prompt"])
+def test_a_task_and_a_system_prompt_open_the_rollout(key: str, system: str) -> None:
+    row = {key: "do it", system: "s", "steps": [{"action": "done"}]}
+    assert said(row) == [("system", "s"), user("do it"), agent("done")]
+
+
+def test_a_task_may_be_messages() -> None:
+    task = [{"role": "system", "content": "s"}, {"role": "user", "content": "do it"}]
+    whole = [("system", "s"), user("do it"), agent("done")]
+    assert said({"prompt": task, "steps": [{"action": "done"}]}) == whole
+    assert said({"prompt": task, "steps": [{"messages": task}, {"action": "done"}]}) == whole
+    asked = [*task[1:], {"role": "assistant", "content": "what?"}, {"role": "user", "content": "that"}]
+    steps = [{"messages": asked}, {"action": "done"}]
+    expected = [user("do it"), agent("what?"), user("that"), agent("done")]
+    assert said({"prompt": asked, "steps": steps}) == expected
+
+
+def test_a_task_that_is_observed_first_is_not_said_twice() -> None:
+    steps = [{"observation": "You are in a room. Your task: find the key.", "action": "look"}]
+    assert said({"task": "find the key.", "steps": steps}) == [user(steps[0]["observation"]), agent("look")]
+    chat = [
+        {"role": "system", "content": "s"},
+        {"role": "user", "content": "go"},
+        {"role": "assistant", "content": "."},
+    ]
+    assert said({"task": "go", "steps": chat}) == [("system", "s"), user("go"), agent(".")]
+    assert said({"task": "come", "steps": chat})[:2] == [("system", "s"), user("come\n\ngo")]
+
+
+def test_what_a_rollout_says_goes_before_what_its_row_says() -> None:
+    rollouts = [
+        {"steps": [{"action": "a"}], "system_prompt": "own", "task": "own task"},
+        [{"action": "b"}],
+        {"trajectory": {"messages": [{"role": "assistant", "content": "c"}]}},
+    ]
+    row = {"rollouts": rollouts, "system": "s", "task": "t", "tools": [{"name": "f"}]}
+    found = conversations_of(row)
+    assert [[message["content"] for message in conversation.messages] for conversation in found] == [
+        ["own", "own task", "a"],
+        ["s", "t", "b"],
+        ["s", "t", "c"],
+    ]
+    assert all(
+        conversation.tools == [{"type": "function", "function": {"name": "f"}}] for conversation in found
+    )
+
+
+def test_steps_may_be_json_in_a_string() -> None:
+    assert said({"trajectory": json.dumps([{"obs": "a", "act": "b"}])}) == [user("a"), agent("b")]
+
+
+# -- steps that are or hold messages ----------------------------------------------------------
+
+
+def test_steps_may_be_messages_with_keys_of_their_own() -> None:
+    steps = [
+        {"role": "system", "system_prompt": "s", "text": None, "mask": False},
+        {"role": "user", "text": "a"},
+        {"role": "ai", "text": "b", "reward": 1.0},
+        {"from": "human", "value": "c"},
+        {"from": "gpt", "value": "d"},
+    ]
+    assert messages({"trajectory": steps}) == [
+        {"role": role, "content": content}
+        for role, content in [("system", "s"), user("a"), agent("b"), user("c"), agent("d")]
+    ]
+
+
+def test_messages_of_a_step_go_on_from_those_before() -> None:
+    chat = [{"role": role, "content": content} for role, content in [user("a"), agent("b"), user("c")]]
+    apart = [{"messages": chat[:2]}, {"messages": chat[2:], "action": "d"}]
+    growing = [{"messages": chat[:1], "action": "b"}, {"messages": chat, "action": "d"}]
+    for steps in (apart, growing):
+        assert said({"steps": steps}) == [user("a"), agent("b"), user("c"), agent("d")]
+
+
+def test_messages_that_begin_anew_are_refused() -> None:
+    system = {"role": "system", "content": "s"}
+    steps = [{"messages": [system, {"role": "user", "content": text}], "action": "b"} for text in "ac"]
+    with pytest.raises(DataError, match="`messages` of step 2 begin anew"):
+        conversations_of({"steps": steps})
+
+
+# -- calls and results ------------------------------------------------------------------------
+
+
+def call(name: str, call_id: str, **arguments: Any) -> dict[str, Any]:
+    return {"id": call_id, "type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+def result(content: str, call_id: str) -> dict[str, Any]:
+    return {"role": "tool", "content": content, "tool_call_id": call_id}
+
+
+@pytest.mark.parametrize(
+    "action",
+    [
+        {"name": "search", "arguments": {"q": "x"}},
+        {"name": "search", "arguments": '{"q": "x"}'},
+        {"tool": "search", "args": {"q": "x"}},
+        {"tool": "search", "input": {"q": "x"}},
+        {"function": {"name": "search", "arguments": {"q": "x"}}},
+        {"tool_calls": [{"function": {"name": "search", "arguments": '{"q": "x"}'}}]},
+        {"content": None, "function_call": {"name": "search", "arguments": {"q": "x"}}},
+        {"role": "assistant", "tool_calls": [{"name": "search", "arguments": {"q": "x"}}]},
+        [{"name": "search", "arguments": {"q": "x"}}],
+    ],
+)
+def test_what_is_observed_after_a_call_is_its_result(action: Any) -> None:
+    steps = [{"action": action, "observation": "found"}, {"action": "done"}]
+    assert messages({"task": "t", "steps": steps}) == [
+        {"role": "user", "content": "t"},
+        {"role": "assistant", "tool_calls": [call("search", "call00001", q="x")]},
+        result("found", "call00001"),
+        {"role": "assistant", "content": "done"},
+    ]
+
+
+def test_a_call_has_its_thought_and_its_words() -> None:
+    action = {"content": "let me see", "thought": "hm", "tool_calls": [call("f", "x1")]}
+    (_, message, _) = messages({"steps": [{"obs": "a", "action": action}, {"obs": "b"}, {"action": "c"}]})[:3]
+    assert message == {
+        "role": "assistant",
+        "content": "let me see",
+        "reasoning_content": "hm",
+        "tool_calls": [call("f", "x1")],
+    }
+
+
+CALLS = [{"name": "f"}, {"name": "g"}]
+
+
+@pytest.mark.parametrize(
+    ("observation", "results"),
+    [
+        (["of f", "of g"], ["of f", "of g"]),
+        (["of f", {"n": 1}], ["of f", '{"n": 1}']),
+        ([{"content": "of f"}, {"content": {"n": 1}}], ["of f", '{"n": 1}']),
+        ("of both", ["of both"]),
+        (["of", "three", "things"], ['["of", "three", "things"]']),
+        ({"n": 1}, ['{"n": 1}']),
+        ("", [""]),
+        ([{"type": "text", "text": "of "}, {"type": "text", "text": "both"}], ["of both"]),
+    ],
+)
+def test_an_observation_of_several_calls_is_split_where_it_fits(observation: Any, results: list[str]) -> None:
+    steps = [{"action": {"tool_calls": CALLS}, "observation": observation}, {"action": "done"}]
+    assert messages({"task": "t", "steps": steps})[2:-1] == [
+        result(content, f"call{number:05d}") for number, content in enumerate(results, 1)
+    ]
+
+
+def test_results_stand_with_the_calls_of_their_ids() -> None:
+    results = [{"tool_call_id": "b", "content": "of g"}, {"id": "a", "name": "f", "content": "of f"}]
+    step = {"tool_calls": [call("f", "a"), call("g", "b")], "tool_results": results, "observation": "go on"}
+    assert messages({"task": "t", "steps": [step, {"action": "done"}]})[2:] == [
+        result("of g", "b"),
+        {**result("of f", "a"), "name": "f"},
+        {"role": "user", "content": "go on"},
+        {"role": "assistant", "content": "done"},
+    ]
+
+
+def test_the_calls_of_a_step_are_made_with_its_action() -> None:
+    steps = [{"action": "let me see", "tool_calls": [{"name": "f"}], "tool_results": ["r"]}, {"action": "b"}]
+    assert messages({"task": "t", "steps": steps})[1:3] == [
+        {"role": "assistant", "content": "let me see", "tool_calls": [call("f", "call00001")]},
+        result("r", "call00001"),
+    ]
+
+
+def test_an_observation_that_is_no_text_is_printed_and_one_that_is_messages_is_kept() -> None:
+    assert said({"steps": [{"obs": {"x": [1, None]}, "act": "b"}]})[0] == user('{"x": [1, null]}')
+    assert said({"steps": [{"obs": 5, "act": "b"}]})[0] == user("5")
+    chat = [{"role": "tool", "content": "r"}, {"role": "human", "content": "a"}]
+    assert said({"steps": [{"obs": chat, "act": "b"}]}) == [("tool", "r"), user("a"), agent("b")]
+
+
+# -- rewards ----------------------------------------------------------------------------------
+
+
+def test_rollouts_with_too_low_a_reward_are_not_given_out() -> None:
+    def rollout(name: str, *rewards: float | None, **own: Any) -> dict[str, Any]:
+        return {"steps": [{"action": name, "reward": reward} for reward in rewards], **own}
+
+    rollouts = [
+        rollout("sum of 1", 0.5, None, 0.5),
+        rollout("own of 2", 0.0, reward=2),
+        rollout("own of 0", 5.0, total_reward=0),
+    ]
+
+    def kept(row: dict[str, Any], min_reward: float | None) -> list[str]:
+        return [str(found.messages[0]["content"]) for found in conversations_of(row, min_reward=min_reward)]
+
+    row = {"rollouts": rollouts}
+    assert kept(row, None) == ["sum of 1"] * 1 + ["own of 2", "own of 0"]
+    assert kept(row, 1.0) == ["sum of 1", "own of 2"]
+    assert kept(row, 1.5) == ["own of 2"]
+    assert kept(row, 3.0) == []
+    # The row speaks for the rollouts that say nothing themselves.
+    assert kept({**row, "score": 0.0}, 1.0) == ["own of 2"]
+
+
+def test_a_rollout_without_a_reward_is_a_bad_row_where_rewards_matter() -> None:
+    row = {"rollouts": [[{"action": "a", "reward": 1}], [{"action": "b"}]]}
+    with pytest.raises(DataError, match="rollout 2: no reward to compare with min_reward=0.0"):
+        conversations_of(row, min_reward=0.0)
+    assert len(conversations_of(row)) == 2
+
+
+def test_a_rollout_that_failed_and_is_not_wanted_needs_no_action() -> None:
+    assert conversations_of({"steps": [{"observation": "crash"}], "reward": 0}, min_reward=1.0) == []
+
+
+# -- bad rollouts -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"steps": []}, r"a rollout without any action \(0 steps"),
+        ({"steps": [{"observation": "a"}]}, "without any action.*keys of the first: observation"),
+        ({"steps": [{"observation": "a", "move": "b"}]}, "without any action.*observation, move"),
+        ({"rollouts": []}, "`rollouts` is empty"),
+        ({"rollouts": [[{"action": "a"}], {"x": 1}]}, r"rollout 2: no list of `steps` \(keys: x\)"),
+        ({"rollouts": ["a"]}, "rollout 1: a rollout is a str"),
+        ({"steps": [{"action": "a"}, "b"]}, "step 2 is a str"),
+        ({"steps": [{"action": 3}]}, "the action of step 1 is a int"),
+        ({"steps": [{"action": {"x": 1}}]}, r"action of step 1 has neither `content` nor a call \(keys: x\)"),
+        ({"steps": [{"action": {"role": "user", "content": "a"}}]}, "message of role `user`"),
+        ({"steps": [{"action": {"tool": "f", "input": "cats"}}]}, "call of `f` in step 1 is not JSON"),
+        ({"steps": [{"thought": "a"}]}, r"step 1 has a thought and no action \(keys: thought\)"),
+        ({"steps": [{"messages": 3}, {"action": "a"}]}, "`messages` of step 1 is a int"),
+        (
+            {"steps": [{"observation": [{"type": "image"}], "action": "a"}]},
+            "step 1 has a part of type `image`",
+        ),
+        (
+            {"steps": [{"observation": [{"role": "user", "content": 3}], "action": "a"}]},
+            "message 1 of step 1",
+        ),
+        ({"steps": [{"action": "a", "thought": 3}]}, "the reasoning of step 1 is a int"),
+    ],
+)
+def test_a_bad_rollout_says_why(row: dict[str, Any], reason: str) -> None:
+    with pytest.raises(DataError, match=reason):
+        conversations_of(row, "trajectory")
+
+
+def test_a_rollout_is_given_out_as_a_conversation() -> None:
+    assert read_trajectories({"steps": [{"obs": "a", "act": "b"}]}) == [
+        Conversation([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
+    ]

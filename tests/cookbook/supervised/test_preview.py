@@ -1,0 +1,102 @@
+"""What is shown as trained is what is trained."""
+
+from __future__ import annotations
+
+import html
+import io
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from cookbook.supervised import preview
+from cookbook.supervised.data import conversation_to_datum
+from cookbook.types import Datum, ModelInput
+from recipes.preview import main
+from renderers import get_renderer
+
+CHAT: list[Any] = [
+    {"role": "user", "content": "<b>How many legs?</b>"},
+    {"role": "assistant", "content": "eight 😀天\n& more"},
+]
+
+
+@pytest.fixture
+def example(tiny_tokenizer: Any) -> preview.DecodedExample:
+    datum = conversation_to_datum(CHAT, get_renderer("chat_template", tiny_tokenizer))
+    return preview.decode_datum(datum, tiny_tokenizer)
+
+
+def test_pieces_join_to_the_text_and_trained_ones_to_the_reply(
+    example: preview.DecodedExample, tiny_tokenizer: Any
+) -> None:
+    text = tiny_tokenizer.apply_chat_template(CHAT, tokenize=False)
+    assert "".join(piece.text for piece in example.pieces) == text
+    trained = [piece for piece in example.pieces if piece.weight]
+    assert "".join(piece.text for piece in trained) == f"{CHAT[1]['content']}<|im_end|>"
+    assert sum(len(piece.ids) for piece in example.pieces) == example.num_tokens
+    assert sum(len(piece.ids) for piece in trained) == example.num_trained_tokens
+    # An emoji is several byte tokens and one piece.
+    assert [len(piece.ids) for piece in trained if "😀" in piece.text] == [4]
+
+
+def test_bytes_that_are_no_character_do_not_swallow_what_follows(tiny_tokenizer: Any) -> None:
+    broken = tiny_tokenizer.encode("😀")[:2]
+    tokens = [*broken, *tiny_tokenizer.encode("Hello there")]
+    datum = Datum(ModelInput.from_ints(tokens[:-1]), {"target_tokens": tokens[1:]})
+    decoded = preview.decode_datum(datum, tiny_tokenizer)
+    assert [token for piece in decoded.pieces for token in piece.ids] == tokens
+    assert decoded.num_trained_tokens == len(tokens) - 1
+
+
+def printed(example: preview.DecodedExample, **options: Any) -> str:
+    file = io.StringIO()
+    preview.print_examples([example], Console(file=file, width=80, **options))
+    return file.getvalue()
+
+
+def test_a_terminal_shows_trained_text_in_colour_and_a_pipe_in_brackets(
+    example: preview.DecodedExample,
+) -> None:
+    coloured = printed(example, force_terminal=True, color_system="standard")
+    assert re.search(r"\x1b\[1;32meight 😀天", coloured)
+    assert "⟦" not in coloured
+    assert "⟦eight 😀天\n& more<|im_end|>⟧" in printed(example)
+
+
+def test_the_page_holds_all_of_itself_and_escapes_the_data(example: preview.DecodedExample) -> None:
+    page = preview.make_page("Title", ["Model: a<b"], [], [example])
+    assert not re.search(r"(src|href)=|@import|url\(", page)
+    body = re.search(r"<section>.*?<pre>(.*?)</pre>", page, re.DOTALL)
+    assert body is not None
+    assert "<b>" not in body[1]
+    trained = "".join(re.findall(r'<span class="t"[^>]*>(.*?)</span>', body[1], re.DOTALL))
+    assert html.unescape(trained).replace("<i>↵</i>", "") == "eight 😀天\n& more<|im_end|>"
+    assert "a&lt;b" in page
+
+
+def test_the_recipe_prints_examples_and_writes_the_page(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = tmp_path / "preview.html"
+    main([f"html={page}", "num_examples=2", "num_html_examples=4", "system_prompt=Be kind.", "test_size=0"])
+    output = capsys.readouterr().out
+    assert "pirate.jsonl: 1,600 rows read" in output
+    assert output.count("tokens, ") >= 2
+    assert output.count("Be kind.") == 2
+    text = page.read_text()
+    assert text.count("<section>") == 4
+    shown = sum(int(re.sub(",", "", count)) for count in re.findall(r"<title>([\d,]+) examples of", text))
+    assert shown == 1600
+
+
+def test_an_unknown_key_or_a_missing_file_is_one_error(capsys: pytest.CaptureFixture[str]) -> None:
+    for argument, message in {
+        "num_exampels=2": "num_examples",
+        "dataset=none.jsonl": "does not exist",
+    }.items():
+        with pytest.raises(SystemExit):
+            main([argument])
+        assert message in capsys.readouterr().err

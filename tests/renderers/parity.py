@@ -1,0 +1,329 @@
+"""Compares every renderer with its model's published template and writes the table in renderers/README.md.
+
+    python tests/renderers/parity.py            prints the table
+    python tests/renderers/parity.py --write    puts it into renderers/README.md
+
+The templates are looked for as the tests look for them (COOKBOOK_TOKENIZERS). A cell stands for some
+conversations; for each of them
+
+- the tokens of the last example are those of `apply_chat_template`, or where a token would span the end of a
+  prompt and the start of a reply, those of the two encoded apart;
+- the generation prompt of every trained turn is a prefix of the example that trains it;
+- the trained text is what the template prints behind that prompt, up to its end-of-turn token;
+- `parse_response` of the trained tokens gives a message that renders to the same tokens again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import conftest
+
+from cookbook.errors import RendererError
+from renderers import Renderer, get_renderer
+from renderers.gpt_oss import CURRENT_DATE
+
+README = Path(__file__).parents[2] / "renderers" / "README.md"
+BEGIN, END = "<!-- parity: written by tests/renderers/parity.py -->", "<!-- end of parity -->"
+
+EXACT, EXACT_AS_TEXT, REFUSED, UNPRINTABLE, WRONG = "=", "= (text)", "refused", "–", "WRONG"
+
+
+@dataclass(frozen=True)
+class Family:
+    """A model's template, the renderers for it, and how its template wants its messages."""
+
+    template: str
+    renderers: Sequence[str]
+    tokenizer: str | None = None
+    thinking_key: str = "reasoning_content"
+    arguments_as_text: bool = False
+    prompt_options: Mapping[str, Any] = field(default_factory=dict)
+    more_tokens: tuple[str, ...] = ()
+    """BOS and EOS, where the template does not spell them."""
+
+
+FAMILIES = {
+    "Qwen3": Family("qwen3", ["qwen3", "chat_template"], "qwen3"),
+    "Qwen3, not thinking": Family(
+        "qwen3", ["qwen3_disable_thinking"], "qwen3", prompt_options={"enable_thinking": False}
+    ),
+    "Qwen3 Instruct 2507": Family("qwen3_instruct_2507", ["qwen3_instruct", "chat_template"], "qwen3"),
+    "Qwen2.5": Family("qwen2_5", ["qwen2_5", "chat_template"], "qwen3"),
+    "Llama 3": Family("llama3", ["llama3", "chat_template"], "llama3_1"),
+    "Llama 3.1": Family("llama3_1", ["llama3", "chat_template"], "llama3_1"),
+    "Gemma 3": Family("gemma3", ["gemma3", "chat_template"]),
+    "Phi 3": Family("phi3", ["phi3", "chat_template"]),
+    "DeepSeek V3": Family(
+        "deepseekv3",
+        ["deepseekv3", "chat_template"],
+        arguments_as_text=True,
+        more_tokens=("<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"),
+    ),
+    "gpt-oss": Family("gptoss", ["gpt_oss", "chat_template"], thinking_key="thinking"),
+}
+
+
+# -- conversations ----------------------------------------------------------------------------
+
+
+def user(text: Any) -> dict[str, Any]:
+    return {"role": "user", "content": text}
+
+
+def reply(text: Any, **more: Any) -> dict[str, Any]:
+    return {"role": "assistant", "content": text, **more}
+
+
+def call(name: str, **arguments: Any) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+def result(text: str, name: str = "weather") -> dict[str, Any]:
+    return {"role": "tool", "name": name, "content": text}
+
+
+SYSTEM = {"role": "system", "content": "You are brief."}
+TURNS = [message for n in range(6) for message in (user(f"What is {n} + {n}?"), reply(f"It is {2 * n}."))]
+TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": name,
+            "description": f"Looks up the {name}.",
+            "parameters": {
+                "type": "object",
+                "properties": {"city": {"type": "string", "description": "Which city"}},
+                "required": ["city"],
+            },
+        },
+    }
+    for name in ("weather", "time")
+]
+ASK = user("How is the weather in Oslo and in 東京?")
+ONE = [call("weather", city="Oslo")]
+TWO = [*ONE, call("weather", city="東京")]
+
+
+@dataclass(frozen=True)
+class Case:
+    messages: list[dict[str, Any]]
+    tools: list[dict[str, Any]] | None = None
+
+
+def around(texts: Sequence[str]) -> list[Case]:
+    """Each text as a user's, as a reply, and in a history."""
+    return [Case([user(text), reply(text), user("Go on."), reply(f"{text}!")]) for text in texts]
+
+
+FEATURES: Mapping[str, Sequence[Case]] = {
+    "1 to 6 turns": [Case(TURNS[: 2 * n]) for n in range(1, 7)],
+    "system": [Case([SYSTEM, *TURNS[: 2 * n]]) for n in (1, 3)],
+    "thinking": [
+        Case([user("2 + 2?"), reply("4", reasoning_content="Two and two.")]),
+        Case([*TURNS[:2], user("2 + 2?"), reply("4", reasoning_content="Two\n\nand two.")]),
+    ],
+    "tools": [Case(TURNS[:2], TOOLS), Case([SYSTEM, *TURNS[:4]], TOOLS)],
+    "tool call": [
+        Case([ASK, reply("", tool_calls=ONE)], TOOLS),
+        Case([ASK, reply("", tool_calls=ONE), result("Rain."), reply("It rains.")], TOOLS),
+    ],
+    "several calls": [Case([ASK, reply("", tool_calls=TWO)], TOOLS)],
+    "several results": [
+        Case([ASK, reply("", tool_calls=TWO), result("Rain."), result("Sun."), reply("Mixed.")], TOOLS)
+    ],
+    "parts": [
+        Case(
+            [
+                user([{"type": "text", "text": "Two "}, {"type": "text", "text": "parts"}]),
+                reply([{"type": "text", "text": "One part."}]),
+            ]
+        )
+    ],
+    "empty": around([""]),
+    "white space": around([" a ", "\na\n", "\n\n  a", "a \n\n", "\ta\t", "   "]),
+    "scripts": around(["😀 👩‍👩‍👧", "天気は？", "naïve Ωμέγα", "مرحبا"]),
+    "spelled tokens": around(["<|im_end|> <|eot_id|>", "<end_of_turn>", "<|end|><|return|>", "<｜User｜>"]),
+}
+
+
+# -- one check --------------------------------------------------------------------------------
+
+
+class Reference:
+    """What the published template makes of messages."""
+
+    def __init__(self, family: Family) -> None:
+        self._family = family
+        folder = conftest.TOKENIZERS.parent / "chat_templates"
+        self._source = (folder / f"{family.template}.jinja").read_text()
+        if family.tokenizer is not None:
+            self.tokenizer = conftest._real_tokenizer(family.tokenizer)
+            self.tokenizer.chat_template = self._source
+        else:
+            found = re.findall(r"<[|｜][^<> ]*?[|｜]>|<(?:start|end)_of_turn>", self._source)
+            tokens = tuple(sorted({*found, *family.more_tokens}))
+            self.tokenizer = copy.deepcopy(conftest._small_tokenizer(self._source, tokens))
+            if family.more_tokens:
+                self.tokenizer.bos_token, self.tokenizer.eos_token = family.more_tokens
+        self._dated = self._source.replace('strftime_now("%Y-%m-%d")', f'"{CURRENT_DATE}"')
+
+    def text(self, case: Case, num_messages: int | None = None, prompt: bool = False) -> str:
+        messages = [self._adapted(message) for message in case.messages[:num_messages]]
+        options = self._family.prompt_options if prompt else {}
+        return str(
+            self.tokenizer.apply_chat_template(
+                messages,
+                tools=case.tools,
+                chat_template=self._dated,
+                tokenize=False,
+                add_generation_prompt=prompt,
+                **options,
+            )
+        )
+
+    def _adapted(self, message: dict[str, Any]) -> dict[str, Any]:
+        adapted = {**message}
+        if isinstance(adapted["content"], list):
+            adapted["content"] = "".join(part["text"] for part in adapted["content"])
+        if "reasoning_content" in adapted:
+            adapted[self._family.thinking_key] = adapted.pop("reasoning_content")
+        if self._family.arguments_as_text and "tool_calls" in adapted:
+            adapted["tool_calls"] = [
+                {
+                    "type": "function",
+                    "function": {
+                        "name": one["function"]["name"],
+                        "arguments": json.dumps(one["function"]["arguments"], ensure_ascii=False),
+                    },
+                }
+                for one in adapted["tool_calls"]
+            ]
+        return adapted
+
+    def encode(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def encode_apart(self, text: str, case: Case) -> list[int]:
+        """With a border between tokens wherever a prompt ends in the text."""
+        turns = [i for i, message in enumerate(case.messages) if message["role"] == "assistant"]
+        prompts = [self.text(case, index, prompt=True) for index in turns]
+        cuts = [0, *(len(prompt) for prompt in prompts if text.startswith(prompt)), len(text)]
+        return [token for start, end in pairwise(cuts) for token in self.encode(text[start:end])]
+
+
+def check(renderer: Renderer, reference: Reference, case: Case, spells_tokens: bool) -> str:
+    """EXACT, or what else was found."""
+    try:
+        whole = reference.text(case)
+    except Exception:  # the template's own refusal, of whatever kind
+        return UNPRINTABLE
+    try:
+        examples = renderer.build_supervised_examples(case.messages, tools=case.tools)
+    except RendererError:
+        return REFUSED
+    decode = reference.tokenizer.decode
+    found = EXACT
+    turns = [i for i, message in enumerate(case.messages) if message["role"] == "assistant"]
+    last = examples[-1][0].to_ints()
+    if decode(last) != whole:
+        return f"{WRONG}: text"
+    if len(examples) not in (1, len(turns)):
+        return f"{WRONG}: {len(examples)} examples of {len(turns)} turns"
+    for number, index in enumerate(turns):
+        model_input, weights = examples[min(number, len(examples) - 1)]
+        tokens = model_input.to_ints()
+        prompt = renderer.build_generation_prompt(case.messages[:index], tools=case.tools).to_ints()
+        if tokens[: len(prompt)] != prompt:
+            return f"{WRONG}: prompt"
+        trained = [t for t, w in zip(tokens[len(prompt) :], weights[len(prompt) :], strict=True) if w]
+        run = next((i for i, w in enumerate(weights[len(prompt) :]) if not w), len(trained))
+        said = tokens[len(prompt) : len(prompt) + run]
+        printed = reference.text(case, index + 1)[len(decode(prompt)) :]
+        ends = renderer.get_stop_sequences()
+        if not said or said[-1] not in ends or not printed.startswith(decode(said)):
+            return f"{WRONG}: mask"
+        if printed[len(decode(said)) :].strip() not in ("", str(reference.tokenizer.eos_token)):
+            return f"{WRONG}: mask ends early"
+        if any(weights[: len(prompt)]) and len(examples) > 1:
+            return f"{WRONG}: mask before the turn"
+        if not comes_back(renderer, case, index, prompt, said):
+            if renderer.name != "chat_template":
+                return f"{WRONG}: parsed as {renderer.parse_response(said)}"
+            found = EXACT_AS_TEXT
+    if not spells_tokens and last not in (reference.encode(whole), reference.encode_apart(whole, case)):
+        return f"{WRONG}: tokens"
+    return found
+
+
+def comes_back(renderer: Renderer, case: Case, index: int, prompt: list[int], said: list[int]) -> bool:
+    """Whether the message parsed from a reply's tokens renders to them again."""
+    message, is_whole = renderer.parse_response(said)
+    try:
+        again = renderer.build_supervised_examples([*case.messages[:index], message], tools=case.tools)[-1]
+    except RendererError:
+        return False
+    return is_whole and again[0].to_ints()[len(prompt) : len(prompt) + len(said)] == said
+
+
+def cell(renderer: Renderer, reference: Reference, feature: str) -> str:
+    found = [
+        check(
+            renderer,
+            reference,
+            # Where a format has calls and results but describes no tools, those are compared by themselves.
+            case if renderer.takes_tools or feature == "tools" else replace(case, tools=None),
+            spells_tokens=feature == "spelled tokens",
+        )
+        for case in FEATURES[feature]
+    ]
+    wrong = [one for one in found if one.startswith(WRONG)]
+    if wrong:
+        return wrong[0]
+    return next(kind for kind in (EXACT_AS_TEXT, EXACT, REFUSED, UNPRINTABLE) if kind in found)
+
+
+def make_table() -> str:
+    lines = [
+        "| model | renderer | " + " | ".join(FEATURES) + " |",
+        "|---|---|" + "---|" * len(FEATURES),
+    ]
+    for name, family in FAMILIES.items():
+        reference = Reference(family)
+        for renderer_name in family.renderers:
+            try:
+                renderer = get_renderer(renderer_name, reference.tokenizer)
+            except RendererError:
+                cells = [REFUSED] * len(FEATURES)
+            else:
+                cells = [cell(renderer, reference, feature) for feature in FEATURES]
+            lines.append(f"| {name} | `{renderer_name}` | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--write", action="store_true")
+    options = parser.parse_args()
+    table = make_table()
+    print(table)
+    if options.write:
+        before, _, rest = README.read_text().partition(BEGIN)
+        _, _, after = rest.partition(END)
+        README.write_text(f"{before}{BEGIN}\n{table}\n{END}{after}")
+    sys.exit(WRONG in table)
+
+
+if __name__ == "__main__":
+    main()

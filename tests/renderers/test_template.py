@@ -1,0 +1,168 @@
+"""A chat template called directly, against `apply_chat_template`."""
+
+import datetime
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers.utils import chat_template_utils
+
+from cookbook.errors import RendererError
+from renderers.template import Chat, Template
+
+text = st.text(max_size=8) | st.sampled_from(["", " a\n", "<|im_end|>", "{{ messages }}", "<b>&amp;", "天😀"])
+values = st.recursive(
+    text | st.integers() | st.booleans() | st.floats(allow_nan=False),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(text, inner, max_size=2),
+    max_leaves=4,
+)
+messages = st.fixed_dictionaries(
+    {"role": st.sampled_from(["system", "user", "assistant"]), "content": text},
+    optional={"name": text, "reasoning_content": text, "items": values, "extra": values},
+)
+
+# What templates do to messages; each is one that the sandbox answers in its own way.
+EXPRESSIONS = [
+    "m.content | trim",
+    "m['content'].strip().split('</think>')[-1].lstrip('\\n')",
+    "m.content.startswith('a') ~ m.content.title() ~ m.content[1:]",
+    "m.missing is defined ~ m['missing'] is defined ~ (m.missing or 'none')",
+    "m.items is mapping ~ m['items'] is defined ~ m.get('name', 'nobody') ~ (m.keys() | list | length)",
+    "m.items() | list | tojson",
+    "m | tojson ~ (m | tojson(indent=2)) ~ (m.extra | default({}) | tojson)",
+    "loop.first ~ loop.last ~ loop.index ~ loop.index0 ~ loop.length ~ loop.revindex ~ loop.revindex0",
+    "loop.previtem.content if loop.previtem is defined else loop.nextitem.content",
+    "loop.cycle('a', 'b') ~ loop.depth ~ loop.changed(m.role)",
+    "'{} {m}'.format(m.content, m=m.role) ~ '{0[role]}'.format(m) ~ '{x}'.format_map({'x': m.content})",
+    "(m.thinking or '') ~ (m.reasoning_content or '')",
+    "bos_token ~ eos_token ~ tools ~ documents ~ add_generation_prompt ~ messages | length",
+    "namespace(x=m.content).x ~ namespace(l=[m.role]).l[0] ~ (namespace().none is defined)",
+    "dict(a=m.role).a ~ ('%s' % m.content) ~ (m.content is string)",
+    "m.content.__class__ ~ m.__class__ ~ loop.__init__ ~ loop._iterable ~ m._private",
+]
+ATTACKS = [
+    "m.content.__class__.__mro__",
+    "m.__class__.__subclasses__()",
+    "loop.__init__.__globals__",
+    "loop._iterable.foo",
+    "namespace(x=1).__class__.__mro__",
+    "namespace(f='{0.__class__.__mro__}'.format).f(m)",
+    "m.update({'content': 'x'})",
+    "m.clear()",
+    "messages.append(m)",
+    "messages.pop()",
+    "'{0.__class__.__mro__}'.format(m)",
+    "'{x.__class__.__mro__}'.format_map({'x': m})",
+    "m.content.format.__self__.__class__.__base__",
+    "strftime_now.__self__.year",
+    "strftime_now.__globals__.x",
+    "raise_exception.__globals__.x",
+    "range(10 ** 9) | list",
+    "(m | attr('__class__')).__mro__",
+]
+
+
+def looped(expression: str) -> str:
+    return "{% for m in messages %}{{ " + expression + " }}|{% endfor %}"
+
+
+@pytest.mark.parametrize("expression", EXPRESSIONS)
+@settings(max_examples=10, deadline=None)
+@given(chat=st.lists(messages, min_size=1, max_size=3), prompt=st.booleans())
+def test_the_text_is_that_of_apply_chat_template(small_tokenizer, expression, chat, prompt):
+    tokenizer = small_tokenizer(looped(expression))
+    theirs: Any
+    try:
+        theirs = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=prompt)
+    except Exception:
+        theirs = None
+    conversation = Chat(Template(tokenizer), chat, None)
+    if theirs is None:
+        with pytest.raises(RendererError):
+            conversation.text(len(chat), prompt)
+    else:
+        assert conversation.text(len(chat), prompt) == theirs
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_the_sandbox_stays_closed(small_tokenizer, attack):
+    tokenizer = small_tokenizer(looped(attack))
+    chat = [{"role": "user", "content": "x"}]
+    with pytest.raises(Exception):  # noqa: B017, PT011 - it is closed to begin with
+        tokenizer.apply_chat_template(chat, tokenize=False)
+    with pytest.raises(RendererError):
+        Template(tokenizer).text(chat)
+    assert chat == [{"role": "user", "content": "x"}]
+
+
+def test_it_is_the_same_day_on_any_day(small_tokenizer, monkeypatch):
+    template = Template(small_tokenizer("{{ strftime_now('%Y-%m-%d %d %b %Y %H:%M') }}"))
+    clock = SimpleNamespace(now=lambda: datetime.datetime(2031, 1, 2))
+    monkeypatch.setattr(chat_template_utils, "datetime", clock)
+    assert template.text([{"role": "user", "content": "x"}]) == "2024-07-26 26 Jul 2024 00:00"
+
+
+def test_a_template_of_its_own_for_tools_is_used_with_tools(small_tokenizer):
+    tokenizer = small_tokenizer("{# for two #}")
+    tokenizer.chat_template = {"default": "plain", "tool_use": "{{ tools[0].function.name }}"}
+    template = Template(tokenizer)
+    message = {"role": "user", "content": "x"}
+    assert template.text([message]) == "plain"
+    assert template.text([message], [{"type": "function", "function": {"name": "f"}}]) == "f"
+
+
+def test_only_plain_values_reach_the_template(small_tokenizer):
+    class Text(str):
+        secret = "no"
+
+    template = Template(small_tokenizer("{{ messages[0].x | tojson }}{{ messages[0].x.secret }}"))
+    shown = {"n": np.int64(3), "b": np.bool_(False), "t": (1, Text("é"))}
+    chat = Chat(template, [{"role": "user", "content": "", "x": shown}], None)
+    assert chat.text(1) == '{"n": 3, "b": false, "t": [1, "é"]}'
+    assert Chat(template, [{"role": "user", "content": "", "x": Text("a")}], None).text(1) == '"a"'
+
+
+def test_a_value_that_is_no_json_may_be_there_but_not_be_printed(small_tokenizer):
+    message = {"role": "user", "content": "x", "when": datetime.date(2024, 1, 1)}
+    assert Chat(Template(small_tokenizer("{{ messages[0].content }}")), [message], None).text(1) == "x"
+    for expression in ("messages[0].when", "messages[0].when | tojson", "messages[0] | tojson"):
+        template = Template(small_tokenizer("{{ " + expression + " }}"))
+        with pytest.raises(RendererError, match="refuses"):
+            Chat(template, [message], None).text(1)
+
+
+CALLS = (
+    "{% for m in messages %}{{ m.content | default('') }}"
+    "{% for call in m.tool_calls or [] %}[{{ call.function.name }}({{ ARGUMENTS }})]{% endfor %}{% endfor %}"
+)
+CALL: Any = {"type": "function", "function": {"name": "f", "arguments": {"x": "天"}}}
+
+
+@pytest.mark.parametrize(
+    ("template", "printed"),
+    [
+        (CALLS.replace("ARGUMENTS", "call.function.arguments | tojson"), '[f({"x": "天"})]'),
+        (CALLS.replace("ARGUMENTS", "'' + call.function.arguments"), '[f({"x": "天"})]'),
+        (CALLS.replace(" | default('')", " + ''").replace("ARGUMENTS", "call.function.arguments.x"), None),
+        ("{% for m in messages %}{{ '' + m.content }}{% endfor %}", None),
+    ],
+)
+def test_arguments_and_content_are_given_as_the_template_needs_them(small_tokenizer, template, printed):
+    found = Template(small_tokenizer(template))
+    assert found.prints_calls == (printed is not None)
+    if printed is not None:
+        message = {"role": "assistant", "tool_calls": [CALL]}
+        assert Chat(found, [message], None).text(1) == printed
+    reply = {"role": "assistant", "reasoning_content": "x"}
+    assert Chat(found, [reply], None).text(1) == ""
+
+
+def test_the_callers_messages_are_left_alone(small_tokenizer):
+    template = Template(small_tokenizer(CALLS.replace("ARGUMENTS", "'' + call.function.arguments")))
+    message = {"role": "assistant", "tool_calls": [CALL], "thinking": "x"}
+    Chat(template, [message], None).text(1)
+    assert message == {"role": "assistant", "tool_calls": [CALL], "thinking": "x"}
+    assert CALL["function"]["arguments"] == {"x": "天"}
