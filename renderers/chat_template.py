@@ -44,7 +44,7 @@ class ChatTemplateRenderer(Renderer):
     There are some exceptions. A control token that a message spells is encoded as the text it is.
     Where a token would span the end of a generation prompt and the start of the reply (a reply that
     begins with a newline, say), the two are encoded apart, as they are when sampling. A template
-    that asks for the date is always told the same one, `renderers.template.TODAY`. And where it would
+    that asks for the date is always told the same one, `renderers.today.TODAY`. And where it would
     refuse arguments of a tool call that are no string, or a reply without content, it is given
     them in JSON, or an empty content.
 

@@ -471,3 +471,52 @@ def test_impossible_settings_are_refused(tmp_path: Path, tiny_qwen3: str) -> Non
             make_builder(path, tiny_qwen3, **options)()
     with pytest.raises(ConfigError, match="batch_size=0"):
         ChatDatasetBuilderCommonConfig(model_name_for_tokenizer=tiny_qwen3, batch_size=0)
+
+
+# -- the hub ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_hub_dataset_is_trained_on_like_a_file_of_its_rows(
+    tmp_path: Path, tiny_qwen3: str, monkeypatch: pytest.MonkeyPatch, streaming: bool
+) -> None:
+    """Rows of different shapes, so that Arrow fills in what each lacks."""
+    call = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
+    rows = [
+        {"messages": [{"role": "user", "content": "legs?"}, {"role": "assistant", "content": "eight"}]},
+        {
+            "messages": [
+                {"role": "user", "content": "a"},
+                {"role": "assistant", "content": "b", "weight": 0.5},
+            ]
+        },
+        {"messages": [*CHAT, CHAT[0], {"role": "assistant", "content": "so", "tool_calls": [call]}]},
+    ]
+    asked: list[tuple[Any, ...]] = []
+
+    def load_dataset(path: str, name: str, split: str, streaming: bool = False) -> Any:
+        asked.append((path, name, split, streaming))
+        loaded = datasets.Dataset.from_list(rows)
+        return loaded.to_iterable_dataset() if streaming else loaded
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    common = ChatDatasetBuilderCommonConfig(
+        model_name_for_tokenizer=tiny_qwen3, batch_size=2, renderer_name="qwen3"
+    )
+    builder = NamedChatDatasetBuilder(
+        dataset="owner/name:chats:validation", common_config=common, test_size=0, streaming=streaming
+    )
+    train, _ = builder()
+    assert asked == [("owner/name", "chats", "validation", streaming)]
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    of_file, _ = make_builder(path, tiny_qwen3, renderer_name="qwen3")()
+
+    def trained(dataset: SupervisedDataset) -> list[tuple[list[int], list[float]]]:
+        batches = [dataset.get_batch(index) for index in range(2)]
+        return sorted(
+            (d.model_input.to_ints(), d.loss_fn_inputs["weights"].tolist())  # type: ignore[union-attr]
+            for batch in batches
+            for d in batch
+        )
+
+    assert trained(train) == trained(of_file)
