@@ -31,6 +31,11 @@ class PreviewConfig(train.Config):
     num_html_examples: int = chz.field(default=50, doc="examples on the page")
 
     @chz.validate
+    def _check_page(self) -> None:
+        if self.html is not None and not Path(self.html).expanduser().absolute().parent.is_dir():
+            raise ConfigError(f"html={self.html}: there is no folder for it.")
+
+    @chz.validate
     def _check_numbers(self) -> None:
         if self.num_examples < 0 or self.num_html_examples < 0:
             raise ConfigError("num_examples and num_html_examples must be 0 or more.")

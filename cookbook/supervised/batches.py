@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -160,11 +159,16 @@ class BatchQueue:
     def _check_that_something_is_trained(self) -> None:
         self._dataset.set_epoch(self._seed)
         index = 0
-        with contextlib.suppress(IndexError):
-            while self._num_batches is None or index < self._num_batches:
-                if make_batch(self._dataset.get_batch(index)).num_trained_tokens:
-                    return
-                index += 1
+        while self._num_batches is None or index < self._num_batches:
+            try:
+                batch = make_batch(self._dataset.get_batch(index))
+            except IndexError:
+                if self._num_batches is not None:
+                    raise
+                break
+            if batch.num_trained_tokens:
+                return
+            index += 1
         raise DataError(
             f"Not one of {index} batches has a trained token: nothing would be learned. Raise max_length "
             f"(the replies may all lie past it), or choose another train_on_what."

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 _MOST_TOKENS_OF_A_CHARACTER = 8
 
+_CONTROL_PICTURES = {code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\n\t"} | {127: "␡"}
+"""What a terminal would obey is shown instead."""
+
 
 @dataclass(frozen=True)
 class Piece:
@@ -120,7 +123,7 @@ def print_examples(examples: Sequence[DecodedExample], console: Console) -> None
 def _panel(number: int, example: DecodedExample, has_colour: bool) -> RenderableType:
     text = Text()
     for weight, run in groupby(example.pieces, key=lambda piece: piece.weight):
-        said = "".join(piece.text for piece in run)
+        said = "".join(piece.text for piece in run).translate(_CONTROL_PICTURES)
         if not weight:
             text.append(said, style="dim")
         elif has_colour:

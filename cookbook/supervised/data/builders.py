@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
+import math
+import os
 from collections.abc import Sequence
-from pathlib import Path
 
 import chz
 import numpy as np
@@ -20,10 +22,12 @@ from cookbook.supervised.data.rendered import (
     TrainableRows,
     check_that_something_is_left,
 )
-from cookbook.supervised.data.rendering import OnBadRow, RowRenderer, code_behind, render_source
+from cookbook.supervised.data.rendering import OnBadRow, RowRenderer, render_source
 from cookbook.supervised.data.sources import KNOWN_DATASETS, Row, Source, known_test_source, open_source
 from cookbook.supervised.data.streaming import Slice, StreamedConversations, StreamMixture
 from cookbook.supervised.types import ChatDatasetBuilder, SupervisedDataset
+
+logger = logging.getLogger(__name__)
 
 NUM_STREAMED_ROWS_CHECKED = 1_000
 """So many of the first rows of a stream are looked at before training."""
@@ -37,7 +41,7 @@ _NOT_FOR_ROWS = (
 """The fields of a builder that leave the conversations in a row as they are."""
 
 
-@chz.chz
+@chz.chz(typecheck=True)
 class ConversationBuilder(ChatDatasetBuilder):
     """Base of builders whose rows are conversations. Subclasses say where the rows are (`sources`).
 
@@ -75,7 +79,9 @@ class ConversationBuilder(ChatDatasetBuilder):
         default=None, doc="processes that render; default: one, then all cores if it takes long"
     )
     use_cache: bool = chz.field(
-        default=True, doc="keep rendered data in $COOKBOOK_CACHE (~/.cookbook/cache) for the next run"
+        default=True,
+        doc="keep rendered data in $COOKBOOK_CACHE (~/.cookbook/cache) for the next run; never done where "
+        "code that is not this project's reads or renders the rows",
     )
     streaming: bool = chz.field(
         default=False, doc="read and render rows as they are needed, for data of any size"
@@ -91,6 +97,8 @@ class ConversationBuilder(ChatDatasetBuilder):
             raise ConfigError(f"shuffle_seed={self.shuffle_seed}. Give 0 or more.")
         if self.num_proc is not None and self.num_proc < 1:
             raise ConfigError(f"num_proc={self.num_proc}. Give 1 or more.")
+        if self.min_reward is not None and not math.isfinite(self.min_reward):
+            raise ConfigError(f"min_reward={self.min_reward}. Give a number.")
         if self.buffer_size < 1:
             raise ConfigError(f"buffer_size={self.buffer_size}. Give 1 or more.")
 
@@ -128,10 +136,10 @@ class ConversationBuilder(ChatDatasetBuilder):
         return self._mixture(train_parts), test_data
 
     def _row_renderer(self) -> RowRenderer:
-        code = code_behind(type(self))
+        is_ours = type(self).conversations_of is ConversationBuilder.conversations_of
         fields = [name for name in chz.chz_fields(type(self)) if name not in _NOT_FOR_ROWS]
         values = {name: config_files.to_json(getattr(self, name)) for name in fields}
-        key = None if code is None else json.dumps([code, values], sort_keys=True)
+        key = json.dumps(values, sort_keys=True, default=str) if is_ours else None
         return RowRenderer(self.renderer, self.common_config.train_on_what, self.conversations_of, key)
 
     def _trainable_rows(self, source: Source, row_renderer: RowRenderer) -> TrainableRows:
@@ -172,8 +180,17 @@ class ConversationBuilder(ChatDatasetBuilder):
         if self.weights is not None and (empty := [part for part in parts if not len(part.rows)]):
             raise DataError(f"{empty[0].source.store.name} has no rows to train on, so it has no proportion.")
         dataset = RenderedDataset(parts, self.common_config.batch_size, self.weights, self.stop_when)
-        if len(dataset) == 0:
-            raise DataError("With these weights an epoch has no rows. Choose stop_when=all_exhausted.")
+        if self.weights is not None:
+            taken = [
+                f"{count:,} rows of {part.source.store.name}"
+                for count, part in zip(dataset.rows_per_epoch, parts, strict=True)
+            ]
+            if 0 in dataset.rows_per_epoch:
+                raise DataError(
+                    f"With these weights an epoch takes {', '.join(taken)}. Weigh the datasets less "
+                    "unequally, or choose stop_when=all_exhausted."
+                )
+            logger.info("An epoch takes %s.", ", ".join(taken))
         dataset.set_epoch(self.shuffle_seed)
         return dataset
 
@@ -182,11 +199,18 @@ class ConversationBuilder(ChatDatasetBuilder):
     ) -> tuple[SupervisedDataset, SupervisedDataset | None]:
         """Where nothing else is there to evaluate on, the first rows of each source are held out."""
         if test_data is None and self.test_size != 0:
-            size = -(-(self.test_size or _DEFAULT_TEST_ROWS) // len(sources))
-            held_out = [Slice(source, 0, size) for source in sources]
+            total = self.test_size or _DEFAULT_TEST_ROWS
+            sizes = [total // len(sources) + (i < total % len(sources)) for i in range(len(sources))]
+            held_out = [Slice(source, 0, size) for source, size in zip(sources, sizes, strict=True)]
             trainable = [self._trainable_rows(source, row_renderer) for source in held_out]
             test_data = self._dataset([Part(rows, rows.rows) for rows in trainable])
-            sources = [Slice(source, size) for source in sources]
+            sources = [Slice(source, size) for source, size in zip(sources, sizes, strict=True)]
+            for source, size in zip(sources, sizes, strict=True):
+                if next(source.rows(), None) is None:
+                    raise DataError(
+                        f"The {size} rows held out to evaluate on are all that {source.name} has. Say "
+                        "test_size=0 or fewer rows, or name other data with eval_dataset=."
+                    )
         heads = [
             Slice(source, 0, NUM_STREAMED_ROWS_CHECKED, f"the beginning of {source.name}")
             for source in sources
@@ -214,9 +238,12 @@ def _size(part: Part) -> int:
 
 def open_sources(names: str, streaming: bool = False) -> list[Source]:
     """The sources of one name, or of several with commas between them."""
-    if Path(names).expanduser().exists():
+    if os.path.exists(os.path.expanduser(names)):
         return [open_source(names, streaming=streaming)]
-    return [open_source(name.strip(), streaming=streaming) for name in names.split(",") if name.strip()]
+    found = [name.strip() for name in names.split(",") if name.strip()]
+    if not found:
+        raise ConfigError(f"{names!r} names no data. Give a file, a folder, a short name or a hub id.")
+    return [open_source(name, streaming=streaming) for name in found]
 
 
 @chz.chz

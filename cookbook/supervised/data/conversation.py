@@ -6,7 +6,6 @@ What is refused raises DataError with the end of a sentence; whoever knows the r
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -137,8 +136,8 @@ def _check_training_keys(message: dict[str, Any], where: str) -> None:
         raise DataError(f"`trainable` of {where} is {message['trainable']!r}, not true or false.")
     if "weight" in message:
         weight = message["weight"]
-        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight < math.inf:
-            raise DataError(f"`weight` of {where} is {weight!r}, not a number of 0 or more.")
+        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight <= 1e6:
+            raise DataError(f"`weight` of {where} is {repr(weight)[:20]}, not a number from 0 to a million.")
 
 
 # -- calls and tools --------------------------------------------------------------------------

@@ -14,6 +14,9 @@ StopWhen: TypeAlias = Literal["first_exhausted", "all_exhausted"]
 """An epoch of a mixture ends before a source would have to be repeated, or when each was used up once."""
 
 
+_MOST_ROUNDS = 1_000
+
+
 def rows_per_epoch(sizes: Sequence[int], weights: Sequence[float] | None, stop_when: StopWhen) -> list[int]:
     """How many rows an epoch takes from sources of these sizes: the same in every epoch.
 
@@ -31,6 +34,11 @@ def rows_per_epoch(sizes: Sequence[int], weights: Sequence[float] | None, stop_w
             min(size, math.floor(min(epochs) * weight / total + 1e-9))
             for size, weight in zip(sizes, weights, strict=True)
         ]
+    if max(epochs) > _MOST_ROUNDS * sum(sizes):
+        raise ConfigError(
+            f"With these weights it takes {max(epochs):,.0f} rows until each of {sum(sizes):,} has come. "
+            "Weigh the datasets less unequally, or choose stop_when=first_exhausted."
+        )
     return [
         max(size, math.ceil(max(epochs) * weight / total - 1e-9))
         for size, weight in zip(sizes, weights, strict=True)
@@ -59,5 +67,5 @@ def check_weights(weights: Sequence[float] | None, num_sources: int) -> None:
         return
     if len(weights) != num_sources:
         raise ConfigError(f"{len(weights)} weights for {num_sources} datasets. Give one for each.")
-    if not all(0 < weight < math.inf for weight in weights):
+    if not all(0 < weight < math.inf for weight in weights) or math.isinf(sum(weights)):
         raise ConfigError(f"weights={','.join(map(str, weights))}. Each must be above 0.")

@@ -106,6 +106,11 @@ class RenderedDataset(SupervisedDataset):
         self._order = np.arange(sum(self._sizes))
         self.set_epoch()
 
+    @property
+    def rows_per_epoch(self) -> list[int]:
+        """Of each part."""
+        return self._counts
+
     def set_epoch(self, seed: int = 0) -> None:
         self._order = order_of_epoch(self._sizes, self._counts, seed)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterable
@@ -21,7 +21,15 @@ from cookbook.supervised.data import processes
 from cookbook.supervised.data.cache import cache_folder
 from cookbook.supervised.data.conversation import Conversation
 from cookbook.supervised.data.sources import BadRow, Chunk, Row, Source
-from cookbook.supervised.data.store import BadRowNote, Block, Example, ExampleStore, StoreWriter, make_block
+from cookbook.supervised.data.store import (
+    BadRowNote,
+    Block,
+    Example,
+    ExampleStore,
+    StoreWriter,
+    make_block,
+    open_store,
+)
 from renderers import Renderer, TrainOnWhat
 
 logger = logging.getLogger(__name__)
@@ -47,7 +55,10 @@ class RowRenderer:
         conversations_of: Callable[[Row], list[Conversation]],
         conversations_key: str | None,
     ) -> None:
-        """`conversations_key` names all that `conversations_of` depends on; None if that is not known."""
+        """`conversations_key` names all that `conversations_of` depends on; None if that is not known.
+
+        What it raises makes a row a bad one.
+        """
         self._renderer = renderer
         self._train_on_what = train_on_what
         self._conversations_of = conversations_of
@@ -55,7 +66,12 @@ class RowRenderer:
 
     def __call__(self, row: Row) -> list[Example] | None:
         """The examples of a row; None where the row is not wanted. Raises CookbookError."""
-        conversations = self._conversations_of(row)
+        try:
+            conversations = self._conversations_of(row)
+        except CookbookError:
+            raise
+        except Exception as error:  # a user's code, which may raise anything
+            raise DataError(f"conversations_of raised {type(error).__name__}: {error}") from error
         if not conversations:
             return None
         return list(chain.from_iterable(map(self._examples_of, conversations)))
@@ -96,19 +112,21 @@ class RowRenderer:
     def fingerprint(self) -> str | None:
         """Changes whenever the examples of a row may; None where that cannot be told."""
         renderer, tokenizer = self._renderer, self._renderer.tokenizer
-        code = code_behind(type(renderer))
-        if code is None or self._conversations_key is None:
+        is_ours = type(renderer).__module__.partition(".")[0] == renderers.__name__
+        if not is_ours or self._conversations_key is None:
             return None
+        options = {
+            key: value for key, value in vars(renderer).items() if isinstance(value, str | int | float)
+        }
         return digest_of(
             [
                 tokenizer.backend_tokenizer.to_str(),
                 str(tokenizer.chat_template),
                 str(sorted(tokenizer.special_tokens_map.items())),
                 renderer.name,
-                str(renderer.system_prompt),
+                str(sorted(options.items())),
                 str(self._train_on_what),
                 self._conversations_key,
-                code,
                 _code_of_this_project(),
             ]
         )
@@ -129,15 +147,17 @@ def render_source(
     fingerprint = row_renderer.fingerprint() if use_cache else None
     if fingerprint is None:
         return _render_to_temporary_folder(source, row_renderer, on_bad_row, num_proc)
-    path = cache_folder() / "rendered" / digest_of([source.fingerprint(), fingerprint])
-    if not (path / "meta.json").is_file():
+    path = cache_folder() / "rendered" / digest_of([source.name, source.fingerprint(), fingerprint])
+    store = open_store(path, source.name)
+    if store is None:
         try:
+            shutil.rmtree(path, ignore_errors=True)
             path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             logger.warning("Rendered data cannot be kept for the next run: %s.", error)
             return _render_to_temporary_folder(source, row_renderer, on_bad_row, num_proc)
         _render(path, source, row_renderer, on_bad_row, num_proc)
-    store = ExampleStore(path, source.name)
+        store = ExampleStore(path, source.name)
     if store.meta.num_bad_rows and on_bad_row == "raise":
         raise bad_row_error(*store.meta.bad_rows[0])
     return store
@@ -200,23 +220,6 @@ def digest_of(parts: Iterable[str]) -> str:
         digest.update(part.encode())
         digest.update(b"\0")
     return digest.hexdigest()
-
-
-def code_behind(kind: type) -> str | None:
-    """A digest of the files that define a class, this project's aside; None where there is no file."""
-    import inspect
-
-    files = set()
-    for base in kind.__mro__:
-        if base.__module__.partition(".")[0] in ("builtins", "abc", "chz", "cookbook", "renderers", "typing"):
-            continue
-        try:
-            files.add(inspect.getsourcefile(base))
-        except TypeError:
-            return None
-    if None in files or not all(os.path.isfile(str(file)) for file in files):
-        return None
-    return digest_of(Path(str(file)).read_text() for file in sorted(map(str, files)))
 
 
 @cache

@@ -15,8 +15,10 @@ Shape suffixes: E examples, N rows, R runs, T tokens of one example.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Sequence
@@ -24,7 +26,7 @@ from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 
@@ -117,9 +119,12 @@ class StoreWriter:
     def __init__(self, path: Path) -> None:
         self._path = path
         path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned(path)
         self._folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        self._lock = (self._folder / "lock").open("w")
+        fcntl.flock(self._lock, fcntl.LOCK_EX)
         self._tokens = (self._folder / "tokens.bin").open("wb")
-        self._places = (self._folder / "places.txt").open("w", encoding="utf-8")
+        self._places = (self._folder / "places.txt").open("w", encoding="utf-8", errors="surrogateescape")
         self._digest = hashlib.blake2b(digest_size=16)
         self._blocks: list[Block] = []
         self.meta = StoreMeta()
@@ -128,7 +133,7 @@ class StoreWriter:
         tokens = block.tokens.tobytes()
         self._tokens.write(tokens)
         self._digest.update(tokens)
-        self._places.writelines(f"{place}\n" for place in block.places)
+        self._places.writelines(" ".join(place.split("\n")) + "\n" for place in block.places)
         meta = self.meta
         meta.num_rows_read += len(block.places) + len(block.bad_rows) + block.num_filtered
         meta.num_filtered += block.num_filtered
@@ -143,11 +148,14 @@ class StoreWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._tokens.close()
-        self._places.close()
         if error is not None:
+            for file in (self._tokens, self._places, self._lock):
+                file.close()
             shutil.rmtree(self._folder, ignore_errors=True)
             return
+        for file in (self._tokens, self._places):
+            _sync(file)
+            file.close()
         blocks = self._blocks
         lengths = _join([b.example_lengths for b in blocks], np.dtype(np.int64), (0,))
         counts = _join([b.run_counts for b in blocks], np.dtype(np.int64), (0,))
@@ -157,7 +165,11 @@ class StoreWriter:
         self._save("run_weights", _join([b.run_weights for b in blocks], np.dtype(np.float32), (0,)))
         self._save("rows", _starts(per_row))
         self.meta.digest = self._digest.hexdigest()
-        (self._folder / "meta.json").write_text(json.dumps(asdict(self.meta)))
+        with (self._folder / "meta.json").open("w") as file:
+            json.dump(asdict(self.meta), file)
+            _sync(file)
+        (self._folder / "lock").unlink()
+        self._lock.close()
         try:
             self._folder.rename(self._path)
         except OSError:  # somebody else was faster, with the same content
@@ -166,8 +178,27 @@ class StoreWriter:
                 raise
 
     def _save(self, name: str, array: np.ndarray) -> None:
-        np.save(self._folder / f"{name}.npy", array)
+        with (self._folder / f"{name}.npy").open("wb") as file:
+            np.save(file, array)
+            _sync(file)
         self._digest.update(array.tobytes())
+
+
+def _sync(file: IO[Any]) -> None:
+    """A folder that is renamed into place has its files on disk, also after a power cut."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _remove_abandoned(path: Path) -> None:
+    """Removes what a writer of this store left behind when it was killed."""
+    for folder in path.parent.glob(f".{path.name}.*"):
+        try:
+            with (folder / "lock").open("r+") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(folder, ignore_errors=True)
+        except OSError:  # still being written, or just finished
+            continue
 
 
 def _starts(sizes: np.ndarray) -> np.ndarray:
@@ -191,6 +222,9 @@ class ExampleStore:
         self._row_starts_N = np.load(path / "rows.npy")
         size = (path / "tokens.bin").stat().st_size
         self._tokens = np.memmap(path / "tokens.bin", TOKEN_DTYPE, "r") if size else np.zeros(0, TOKEN_DTYPE)
+        sizes = (len(self._tokens), len(self._runs_R), self.num_examples)
+        if sizes != (self._starts_E[-1], self._run_starts_E[-1], self._row_starts_N[-1]):
+            raise ValueError(f"{path} does not hold what it says.")
 
     @property
     def num_rows(self) -> int:
@@ -238,4 +272,13 @@ class ExampleStore:
 
     @cached_property
     def _places(self) -> list[str]:
-        return (self._path / "places.txt").read_text(encoding="utf-8").split("\n")
+        places = self._path / "places.txt"
+        return places.read_text(encoding="utf-8", errors="surrogateescape").split("\n")
+
+
+def open_store(path: Path, name: str) -> ExampleStore | None:
+    """The store at a path; None where there is none, or a damaged one."""
+    try:
+        return ExampleStore(path, name)
+    except (OSError, ValueError, KeyError, TypeError, IndexError):
+        return None

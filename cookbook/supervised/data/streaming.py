@@ -19,9 +19,10 @@ from cookbook.errors import ConfigError, CookbookError, DataError
 from cookbook.supervised.data.datasets import is_trained
 from cookbook.supervised.data.examples import datum_from_tokens
 from cookbook.supervised.data.mixing import StopWhen
-from cookbook.supervised.data.rendering import OnBadRow, RowRenderer, bad_row_error, reason_of
+from cookbook.supervised.data.rendering import OnBadRow, RowRenderer, bad_row_error, digest_of, reason_of
 from cookbook.supervised.data.report import DataReport
 from cookbook.supervised.data.sources import BadRow, Chunk, Row, Source
+from cookbook.supervised.data.sources.base import ListChunk
 from cookbook.supervised.types import OnLong, SupervisedDataset
 from cookbook.types import Datum
 
@@ -51,6 +52,8 @@ class StreamedDataset(SupervisedDataset):
         self._shuffled: Iterator[Any] = iter(())
         self._next_index: int | None = None
         self._counts: defaultdict[str, int] = defaultdict(int)
+        self._num_counted: defaultdict[int | None, int] = defaultdict(int)
+        self._is_counting = True
 
     @abstractmethod
     def _rows_from(self, start: int, seed: int | None) -> Iterator[Any]:
@@ -84,8 +87,14 @@ class StreamedDataset(SupervisedDataset):
         if not rows:
             raise IndexError(f"The stream has no batch {index}.")
         self._next_index = index + 1
-        self._counts["rows"] += len(rows)
-        datums = [datum for row in rows for datum in self._datums_of(row)]
+        # A batch that is made again, as the first is that was looked at before training, counts once.
+        self._is_counting = index >= self._num_counted[self._seed]
+        self._num_counted[self._seed] = max(index + 1, self._num_counted[self._seed])
+        self._note("rows", len(rows))
+        try:
+            datums = [datum for row in rows for datum in self._datums_of(row)]
+        except IndexError as error:  # a user's code; of get_batch it would mean the end of the data
+            raise DataError(f"A row of batch {index} cannot be turned into Datums: {error!r}") from error
         trained = [datum for datum in datums if is_trained(datum)]
         self._note("untrained_examples", len(datums) - len(trained))
         return trained
@@ -95,7 +104,7 @@ class StreamedDataset(SupervisedDataset):
         return dict(self._counts)
 
     def _note(self, name: str, count: int = 1) -> None:
-        if count:
+        if count and self._is_counting:
             self._counts[name] += count
 
     def _seek(self, index: int) -> None:
@@ -172,6 +181,9 @@ class StreamedConversations(StreamedDataset):
     def reports(self) -> list[DataReport]:
         return list(self._reports)
 
+    def fingerprint(self) -> str:
+        return self._mixture.fingerprint()
+
     def _rows_from(self, start: int, seed: int | None) -> Iterator[Row | BadRow]:
         return self._mixture.rows(start, seed or 0)
 
@@ -224,6 +236,11 @@ class StreamMixture:
         self._repeats = stop_when == "all_exhausted" and len(sources) > 1
         self._sizes = [_size_of(source) for source in sources] if self._repeats else []
 
+    def fingerprint(self) -> str:
+        """Changes with the content of a source or the order of the rows."""
+        parts = [source.fingerprint() for source in self._sources]
+        return digest_of([*parts, str(self._shares.tolist()), str(self._repeats)])
+
     def rows(self, start: int, seed: int) -> Iterator[Row | BadRow]:
         """The rows of an epoch behind the first `start`."""
         if len(self._sources) == 1:
@@ -240,7 +257,10 @@ class StreamMixture:
         taken += np.bincount(current[:start], minlength=len(taken))
         if self._repeats and all(taken >= self._sizes):
             return
-        readers = [self._reader(which, int(count)) for which, count in enumerate(taken)]
+        # From one row earlier: a source without that row ended the epoch before `start`.
+        readers = [self._reader(which, max(0, int(count) - 1)) for which, count in enumerate(taken)]
+        if any(count and next(reader, None) is None for count, reader in zip(taken, readers, strict=True)):
+            return
         rest = current[start:]
         while True:
             for which in rest:
@@ -298,14 +318,11 @@ class Slice(Source):
 
     def chunks(self, start: int = 0, size: int = 256) -> Iterator[Chunk]:
         left = None if self._stop is None else self._stop - self._first - start
-        while left is None or left > 0:
-            width = size if left is None else min(size, left)
-            if left is None:
-                yield from self._source.chunks(self._first + start, size)
-                return
-            chunk = next(iter(self._source.chunks(self._first + start, width)), None)
-            if chunk is None:
+        if left is not None and left <= 0:
+            return
+        for chunk in self._source.chunks(self._first + start, size):
+            if left is not None and left <= size:
+                yield ListChunk(chunk.rows()[:left])
                 return
             yield chunk
-            start += width
-            left -= width
+            left = None if left is None else left - size

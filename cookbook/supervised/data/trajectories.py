@@ -22,6 +22,7 @@ dropped, for nothing answers it. The task opens the rollout, unless the first th
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -51,7 +52,7 @@ STEPS = ("steps", "trajectory", "rollout", "transitions", "turns")
 TASKS = ("task", "instruction", "goal", "prompt", "question")
 TOOLS = ("tools", "functions")
 REWARDS = ("reward", "total_reward", "score", "return")
-OBSERVATIONS = ("observation", "obs", "ob", "state")
+OBSERVATIONS = ("observation", "obs", "ob", "state", "prompt", "question", "query")
 NEXT_OBSERVATIONS = ("next_observation", "next_obs", "next_ob", "next_state")
 ACTIONS = ("action", "act", "ac", "response")
 THOUGHTS = ("thought", *REASONING_KEYS)
@@ -247,9 +248,14 @@ def _after(opening: list[Message], said: list[Message]) -> list[Message]:
         return said
     if len(opening) == 1 and rest[0]["role"] == "user":
         task, seen = opening[0].get("content"), rest[0].get("content")
-        if isinstance(task, str) and isinstance(seen, str) and task.strip() in seen:
+        if isinstance(task, str) and isinstance(seen, str) and _says(seen, task.strip()):
             return said
     return [*system, *opening, *rest]
+
+
+def _says(text: str, words: str) -> bool:
+    """Whether the words stand in the text, and not as part of other words."""
+    return re.search(rf"(?<!\w){re.escape(words)}(?!\w)", text) is not None
 
 
 def _joined(messages: Sequence[Message]) -> list[Message]:

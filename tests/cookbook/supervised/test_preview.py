@@ -66,6 +66,15 @@ def test_a_terminal_shows_trained_text_in_colour_and_a_pipe_in_brackets(
     assert "⟦eight 😀天\n& more<|im_end|>⟧" in printed(example)
 
 
+def test_a_terminal_is_not_told_what_to_do_by_the_data(tiny_tokenizer: Any) -> None:
+    chat = [CHAT[0], {"role": "assistant", "content": "a\x1b[2Jb\x07"}]
+    datum = conversation_to_datum(chat, get_renderer("chat_template", tiny_tokenizer))
+    text = printed(preview.decode_datum(datum, tiny_tokenizer))
+    assert "\x1b" not in text
+    assert "\x07" not in text
+    assert "a␛[2Jb␇" in text
+
+
 def test_the_page_holds_all_of_itself_and_escapes_the_data(example: preview.DecodedExample) -> None:
     page = preview.make_page("Title", ["Model: a<b"], [], [example])
     assert not re.search(r"(src|href)=|@import|url\(", page)

@@ -444,6 +444,16 @@ def test_a_stream_is_trained_on_to_its_end(make_config: MakeConfig, caplog: pyte
     assert asyncio.run(train.main(config)).num_steps == 6
 
 
+def test_a_stream_that_changed_under_a_run_is_refused(make_config: MakeConfig) -> None:
+    config = make_config(streaming=True, max_steps=2, save_every=1)
+    asyncio.run(train.main(config))
+    shutil.rmtree(Path(config.log_path, "checkpoints", "final"))
+    data = Path(config.dataset_builder.file_path)  # type: ignore[attr-defined]
+    data.write_text(data.read_text().replace("spider", "beetle"))
+    with pytest.raises(DataError, match="The data have changed"):
+        asyncio.run(train.main(config))
+
+
 def test_a_decaying_rate_needs_to_know_where_a_stream_ends(
     make_config: MakeConfig, caplog: pytest.LogCaptureFixture
 ) -> None:

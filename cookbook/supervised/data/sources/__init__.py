@@ -7,6 +7,7 @@ fingerprint, and chunks of rows are decoded where they are used, which may be an
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -75,7 +76,7 @@ def open_source(spec: str, split: str | None = None, streaming: bool = False) ->
     """
     path = Path(spec).expanduser()
     known = KNOWN_DATASETS.get(spec)
-    if known is None and (spec == "pirate" or path.exists() or _kind_of(path) is not None):
+    if known is None and (spec == "pirate" or os.path.exists(path) or _kind_of(path) is not None):
         if split is not None:
             raise DataError(f"{spec} has no splits, and split={split!r} was asked for. Leave it out.")
         return JsonLinesSource(embedded.PIRATE_PATH) if spec == "pirate" else _open_path(path)

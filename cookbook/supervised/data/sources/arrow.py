@@ -36,8 +36,14 @@ class ArrowChunk(Chunk):
         }
         return [
             _row_of(values, decoders, f"row {number} of {self._name}")
-            for number, values in enumerate(self._table.to_pylist(), self._first)
+            for number, values in enumerate(self._values(), self._first)
         ]
+
+    def _values(self) -> list[dict[str, Any] | Exception]:
+        try:
+            return self._table.to_pylist()
+        except (ValueError, OverflowError):  # text that is no UTF-8, a time before the first one
+            return [_values_of(self._table, number) for number in range(len(self))]
 
     def __getstate__(self) -> tuple[bytes, int, str]:
         # Arrow pickles the whole buffers of a slice, its stream format only what the slice has.
@@ -55,7 +61,16 @@ class ArrowChunk(Chunk):
         self._table = pyarrow.ipc.open_stream(stream).read_all()
 
 
-def _row_of(values: dict[str, Any], decoders: dict[str, Decoder], place: str) -> AnyRow:
+def _values_of(table: pyarrow.Table, number: int) -> dict[str, Any] | Exception:
+    try:
+        return table.slice(number, 1).to_pylist()[0]
+    except (ValueError, OverflowError) as error:
+        return error
+
+
+def _row_of(values: dict[str, Any] | Exception, decoders: dict[str, Decoder], place: str) -> AnyRow:
+    if isinstance(values, Exception):
+        return BadRow(place, f"cannot be read: {values}.")
     row = without_nulls(values)
     try:
         for name, decode in decoders.items():

@@ -114,7 +114,9 @@ def open_hub(name: HubName, streaming: bool = False) -> Source:
             return HubStream(name, dataset, revision)
     except Exception as error:  # datasets, the hub and Arrow raise many kinds for a bad dataset
         # A ValueError is about a dataset that was found, and has no such config or split.
-        reason = _first_line(error) if reason is None or isinstance(error, ValueError) else reason
+        if isinstance(error, ValueError):
+            reason = f"{str(error).strip()}\nName a config and a split as {name.hub_id}:config:split."
+        reason = reason or _first_line(error)
         of_config = "" if name.config is None else f" (config {name.config!r})"
         raise DataError(
             f"Cannot load split {name.split!r} of dataset {name.hub_id!r}{of_config}: {reason}\n"

@@ -153,7 +153,9 @@ class JsonSource(FileSource):
             return
         try:
             values = json.loads(content.decode()) if content.strip() else []
-        except (json.JSONDecodeError, RecursionError) as error:
+        except UnicodeDecodeError:
+            raise
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{self.path} {_why_not_json(error)}") from error
         if not isinstance(values, list):
             raise DataError(f"{self.path} holds a JSON {type(values).__name__}. Give a list of objects.")
@@ -222,7 +224,7 @@ class CsvSource(FileSource):
                 yield CellsChunk(self.name, header, batch)
 
     def _records(self, file: TextIO) -> Iterator[tuple[int, list[str]]]:
-        reader = csv.reader(file, delimiter=self._delimiter)
+        reader = csv.reader(file, delimiter=self._delimiter, strict=True)
         while True:
             line = reader.line_num + 1
             try:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -215,6 +217,54 @@ def test_any_number_of_processes_renders_the_same(tmp_path: Path, tiny_qwen3: st
     assert made[0].reports()[0].to_json() == made[1].reports()[0].to_json()
 
 
+def test_a_damaged_cache_is_rendered_again(
+    tmp_path: Path, tiny_qwen3: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COOKBOOK_CACHE", str(tmp_path / "cache"))
+    path = write_rows(tmp_path / "chats.jsonl", [{"messages": CHAT}] * 3)
+    rendered = count_renderings(monkeypatch)
+    whole = all_tokens(make_builder(path, tiny_qwen3)()[0])
+    (store,) = (tmp_path / "cache" / "rendered").iterdir()
+    damages: list[Callable[[], Any]] = [
+        (store / "meta.json").unlink,
+        lambda: (store / "meta.json").write_text("{"),
+        lambda: (store / "tokens.bin").write_bytes((store / "tokens.bin").read_bytes()[:-4]),
+        (store / "runs.npy").unlink,
+    ]
+    for number, damage in enumerate(damages, 1):
+        damage()
+        assert all_tokens(make_builder(path, tiny_qwen3)()[0]) == whole
+        assert len(rendered) == 3 + 3 * number
+
+
+def test_rows_that_code_of_the_users_reads_are_not_kept(
+    tmp_path: Path, tiny_qwen3: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may depend on files and values that nothing here knows of."""
+
+    class Mine(FromConversationFileBuilder):
+        def conversations_of(self, row: Row) -> list[Conversation]:
+            return [Conversation(row["chat"])]
+
+    path = write_rows(tmp_path / "chats.jsonl", [{"chat": CHAT}, {"other": CHAT}])
+    rendered = count_renderings(monkeypatch)
+    common = ChatDatasetBuilderCommonConfig(model_name_for_tokenizer=tiny_qwen3)
+    make = functools.partial(Mine, file_path=str(path), common_config=common, test_size=0)
+    for _ in range(2):
+        (report,) = make(on_bad_row="skip")()[0].reports()
+        assert [note.reason for note in report.bad_rows] == ["conversations_of raised KeyError: 'chat'"]
+    assert len(rendered) == 4
+    with pytest.raises(DataError, match="line 2 of chats.jsonl: conversations_of raised KeyError"):
+        make()()
+
+
+def test_the_same_rows_under_another_name_have_their_own_places(tmp_path: Path, tiny_qwen3: str) -> None:
+    for name in ("first.jsonl", "second.jsonl"):
+        path = write_rows(tmp_path / name, [{"messages": CHAT}, {"messages": NO_REPLY}])
+        with pytest.raises(DataError, match=f"line 2 of {name}"):
+            make_builder(path, tiny_qwen3)()
+
+
 # -- the report -------------------------------------------------------------------------------
 
 
@@ -307,6 +357,20 @@ def test_demonstrations_and_trajectories_train_together(tmp_path: Path, tiny_qwe
         make_builder(f"{demonstrations},{trajectories}", tiny_qwen3, weights=[1.0])()
 
 
+def test_a_source_of_which_an_epoch_takes_nothing_is_refused(tmp_path: Path, tiny_qwen3: str) -> None:
+    paths = [write_rows(tmp_path / name, [{"messages": CHAT}] * 20) for name in ("a.jsonl", "b.jsonl")]
+    with pytest.raises(DataError, match="20 rows of a.jsonl, 0 rows of b.jsonl"):
+        make_builder(",".join(map(str, paths)), tiny_qwen3, weights=[1000.0, 1.0])()
+
+
+def test_names_of_no_data_are_refused(tiny_qwen3: str) -> None:
+    with pytest.raises(ConfigError, match="names no data"):
+        make_builder(",", tiny_qwen3)()
+    long_names = ",".join(f"part-{number:05}.jsonl" for number in range(30))
+    with pytest.raises(DataError, match="part-00000.jsonl does not exist"):
+        make_builder(long_names, tiny_qwen3)()
+
+
 def test_evaluation_data_may_come_from_elsewhere(tmp_path: Path, tiny_qwen3: str) -> None:
     path = write_rows(tmp_path / "chats.jsonl", [{"messages": CHAT}] * 40)
     other = write_rows(tmp_path / "other.jsonl", [{"messages": LONG}] * 7)
@@ -357,6 +421,25 @@ def test_the_first_rows_of_a_stream_are_held_out(tmp_path: Path, tiny_qwen3: str
     assert len(all_tokens(test)) == 5
     assert len(all_tokens(stream)) == len(chats) - 5
     assert not set(all_tokens(test)) & set(all_tokens(stream))
+
+
+def test_a_stream_that_is_held_out_whole_is_refused(tmp_path: Path, tiny_qwen3: str) -> None:
+    path = write_rows(tmp_path / "chats.jsonl", [{"messages": CHAT}] * 20)
+    with pytest.raises(DataError, match="256 rows held out to evaluate on are all that chats.jsonl has"):
+        make_builder(path, tiny_qwen3, streaming=True, test_size=None)()
+
+
+def test_an_index_error_of_a_users_code_does_not_end_a_stream(tmp_path: Path, tiny_qwen3: str) -> None:
+    class Mine(FromConversationFileBuilder):
+        def conversations_of(self, row: Row) -> list[Conversation]:
+            return [Conversation(row["chats"][0])]
+
+    rows = [{"chats": [CHAT]}] * 1001 + [{"chats": []}] + [{"chats": [CHAT]}] * 5
+    path = write_rows(tmp_path / "chats.jsonl", rows)
+    common = ChatDatasetBuilderCommonConfig(model_name_for_tokenizer=tiny_qwen3, batch_size=1005)
+    stream, _ = Mine(file_path=str(path), common_config=common, test_size=0, streaming=True, buffer_size=1)()
+    with pytest.raises(DataError, match="line 1002 of chats.jsonl: conversations_of raised IndexError"):
+        stream.get_batch(0)
 
 
 def test_a_stream_tells_of_bad_rows_where_it_meets_them(tmp_path: Path, tiny_qwen3: str) -> None:

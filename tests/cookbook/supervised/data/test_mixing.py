@@ -71,3 +71,10 @@ def test_weights_that_make_no_sense_are_refused():
         check_weights([1.0], 2)
     with pytest.raises(ConfigError, match="above 0"):
         check_weights([1.0, 0.0], 2)
+    with pytest.raises(ConfigError, match="above 0"):
+        check_weights([1e308, 1e308], 2)
+
+
+def test_an_epoch_without_end_is_refused():
+    with pytest.raises(ConfigError, match="Weigh the datasets less unequally"):
+        rows_per_epoch([300, 300], [1, 10_000_000], "all_exhausted")

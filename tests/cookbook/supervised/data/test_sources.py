@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import gzip
 import json
@@ -653,3 +654,27 @@ def test_real_files_are_read_whole(name: str) -> None:
     rows = list(open_source(str(path)).rows())
     assert rows == values
     assert all(len(conversations_of(row)) == 1 for row in rows if isinstance(row, Row))
+
+
+def test_an_unclosed_quote_in_a_table_is_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text('prompt,completion\nq1,a1\nq2,"a2 unclosed\n' + "q3,a3\n" * 5)
+    rows = []
+    with contextlib.suppress(DataError):
+        rows = list(open_source(str(path)).rows())
+    assert not any("q3" in str(row.get("completion")) for row in rows if isinstance(row, Row))
+    assert not rows or isinstance(rows[-1], BadRow)
+
+
+def test_a_value_of_a_table_that_cannot_be_read_makes_one_bad_row(tmp_path: Path) -> None:
+    texts = pa.array([b"a", b"\xff", b"c"], pa.binary()).view(pa.string())
+    pq.write_table(pa.table({"text": texts}), tmp_path / "a.parquet")
+    rows = list(open_source(str(tmp_path / "a.parquet")).rows())
+    assert [type(row) for row in rows] == [Row, BadRow, Row]
+
+
+def test_a_number_that_python_will_not_read_is_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text('[{"text": "a", "n": ' + "9" * 5000 + "}]")
+    with pytest.raises(DataError, match="a.json"):
+        list(open_source(str(path)).rows())

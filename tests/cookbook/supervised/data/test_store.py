@@ -81,3 +81,25 @@ def test_two_writers_of_one_store_leave_one(tmp_path: Path) -> None:
         write(tmp_path / "store", rows, 1)
     assert [path.name for path in tmp_path.iterdir()] == ["store"]
     assert ExampleStore(tmp_path / "store", "some")[0].tokens_T.tolist() == [1, 2]
+
+
+def test_what_a_killed_writer_left_is_removed_by_the_next(tmp_path: Path) -> None:
+    abandoned = tmp_path / ".store.abandoned"
+    abandoned.mkdir()
+    (abandoned / "lock").write_text("")
+    with StoreWriter(tmp_path / "store") as running:
+        running.append(make_block([], [], 0))
+        assert not abandoned.exists()
+        assert len(list(tmp_path.iterdir())) == 1
+        write(tmp_path / "other", [], 1)
+        with StoreWriter(tmp_path / "store") as another:
+            assert len(list(tmp_path.glob(".store.*"))) == 2, "the running one is left alone"
+            another.append(make_block([], [], 0))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "store"]
+
+
+def test_places_may_have_any_name(tmp_path: Path) -> None:
+    with StoreWriter(tmp_path / "store") as writer:
+        example = Example(np.asarray([1, 2], np.int32), np.asarray([0, 1], np.float32))
+        writer.append(make_block([("row 0 of a\nb\udcff", [example]), ("row 1", [example])], [], 0))
+    assert ExampleStore(tmp_path / "store", "some").place_of_row(1) == "row 1"

@@ -97,6 +97,22 @@ def test_every_epoch_of_a_stream_has_its_own_order(numbered: datasets.Dataset) -
     assert orders[0] == orders[2] != orders[1]
 
 
+def test_an_index_error_of_a_users_function_is_not_the_end_of_the_data(numbered: datasets.Dataset) -> None:
+    dataset = StreamingSupervisedDatasetFromHFDataset(
+        numbered.to_iterable_dataset(), 4, map_fn=lambda row: [][row["id"]]
+    )
+    with pytest.raises(DataError, match="A row of batch 0 cannot be turned into Datums: IndexError"):
+        dataset.get_batch(0)
+
+
+def test_a_batch_that_is_made_twice_is_counted_once(numbered: datasets.Dataset) -> None:
+    dataset = StreamingSupervisedDatasetFromHFDataset(numbered.to_iterable_dataset(), 4, map_fn=row_datum)
+    for seed in (1, 1, 2):
+        dataset.set_epoch(seed)
+        dataset.get_batch(0)
+    assert dataset.summary() == {"rows": 8}
+
+
 def test_what_a_stream_leaves_out_is_counted(numbered: datasets.Dataset) -> None:
     def to_datum(row: dict[str, Any]) -> Datum:
         weight = float(row["id"] % 2)
@@ -129,6 +145,9 @@ def test_a_mixture_of_streams_goes_on_where_it_was(tmp_path: Path, stop_when: st
     whole = numbers_of(mixture)
     for start in (0, 1, 4095, 4096, 4097, 7000, len(whole) - 1, len(whole)):
         assert numbers_of(mixture, start) == whole[start:]
+    # Behind the end there is nothing, also where a source has rows left.
+    for start in range(len(whole), len(whole) + 40):
+        assert numbers_of(mixture, start) == []
 
 
 def test_a_mixture_of_streams_keeps_proportions_order_and_its_stopping_rule(tmp_path: Path) -> None:

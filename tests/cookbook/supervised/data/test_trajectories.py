@@ -415,3 +415,15 @@ def test_a_rollout_is_given_out_as_a_conversation() -> None:
     assert read_trajectories({"steps": [{"obs": "a", "act": "b"}]}) == [
         Conversation([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
     ]
+
+
+def test_a_question_of_each_step_is_what_it_answers() -> None:
+    steps = [{"prompt": "2+2?", "response": "4"}, {"question": "3+3?", "response": "6"}]
+    (conversation,) = read_trajectories({"task": "Answer.", "steps": steps})
+    assert [message["content"] for message in conversation.messages] == ["Answer.\n\n2+2?", "4", "3+3?", "6"]
+
+
+def test_a_task_that_is_only_part_of_a_word_is_told() -> None:
+    steps = [{"observation": "Good morning.", "action": "Hello."}]
+    (conversation,) = read_trajectories({"task": "Go", "steps": steps})
+    assert conversation.messages[0]["content"] == "Go\n\nGood morning."
