@@ -99,6 +99,15 @@ def get_tokenizer(model_name: str) -> PreTrainedTokenizerBase:
     return load_from_hub_or_disk("tokenizer", model_name, AutoTokenizer.from_pretrained)
 
 
+def context_length(model_name: str) -> int | None:
+    """How many tokens the model reads at most; None where its config does not say."""
+    from transformers import AutoConfig
+
+    config = load_from_hub_or_disk("config", model_name, AutoConfig.from_pretrained)
+    length: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return length
+
+
 def recommended_renderer(model_name: str) -> str:
     """The renderer for a model: hand-written where there is one for exactly this model,
     `chat_template` where the tokenizer has a template, and `role_colon` for a base model."""

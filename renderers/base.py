@@ -14,7 +14,15 @@ import numpy as np
 from cookbook.errors import RendererError
 from cookbook.types import EncodedTextChunk, ModelInput
 from renderers.encoder import Encoder
-from renderers.messages import Message, PlainMessage, Tool, check_tools, normalize
+from renderers.messages import (
+    Message,
+    PlainMessage,
+    Tool,
+    check_characters,
+    check_json,
+    check_tools,
+    normalize,
+)
 from renderers.streaming import PLAIN, ResponseStream, Sections
 from renderers.train_on_what import TrainOnWhat, chosen_messages, weight_of
 
@@ -133,6 +141,9 @@ class Renderer(ABC):
 
         A BOS token, where the tokenizer begins texts with one, is not trained.
         """
+        if not isinstance(text, str):
+            raise RendererError(f"The text is a {type(text).__name__}. Use a string.")
+        check_characters(text, "The text")
         tokenizer = self.tokenizer
         if tokenizer.eos_token is None:
             raise RendererError(
@@ -155,8 +166,21 @@ class Renderer(ABC):
         """Guarded messages and tools, and the weight of each message to train, ascending."""
         plain, plain_tools = self._guarded(messages, tools)
         shift = len(plain) - len(messages)
-        chosen = chosen_messages(messages, TrainOnWhat(train_on_what))
+        train_on_what = TrainOnWhat(train_on_what)
+        chosen = chosen_messages(messages, train_on_what)
+        whole = train_on_what == TrainOnWhat.ALL_TOKENS
+        for index in range(len(messages)) if whole else chosen:
+            self._check_holds_no_more(plain[index + shift], index + 1)
         return plain, plain_tools, {index + shift: weight_of(messages[index]) for index in chosen}
+
+    def _check_holds_no_more(self, message: PlainMessage, number: int) -> None:
+        """Raises RendererError for a trained reply with fields of the API that no format prints."""
+        for key, instead in (("function_call", "tool_calls"), ("refusal", "content")):
+            if message["role"] == "assistant" and message.get(key):
+                raise RendererError(
+                    f"Renderer `{self.name}` cannot train message {number}: it has `{key}`. "
+                    f"Write that as `{instead}`, or leave the message out of the training."
+                )
 
     def _guarded(
         self, messages: Sequence[Message], tools: Sequence[Tool] | None
@@ -183,7 +207,9 @@ class Renderer(ABC):
         try:
             yield
         except RendererError as error:
-            if self.system_prompt and messages and messages[0].get("role") not in _SYSTEM_ROLES:
+            first = messages[0] if isinstance(messages, (list, tuple)) and messages else None
+            has_no_system = isinstance(first, Mapping) and first.get("role") not in _SYSTEM_ROLES
+            if self.system_prompt and has_no_system:
                 error.add_note("(The system prompt may be counted as message 1.)")
             raise
 
@@ -288,6 +314,7 @@ class Renderer(ABC):
             raise RendererError(
                 f"The arguments of the tool call of message {number} are not JSON: {error}."
             ) from error
+        check_json(spelled, f"Message {number}")
         (guarded,) = self._encoder.guard([{"role": "user", "arguments": spelled}])
         return guarded["arguments"]
 

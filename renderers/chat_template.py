@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 _USER: PlainMessage = {"role": "user", "content": "x"}
 _REPLY: PlainMessage = {"role": "assistant", "content": SENTINEL}
+_JOINERS = "_-./\u2581 "
 _TAG = re.compile(f"{THINK}|{END_THINK}")
 
 
@@ -72,8 +73,8 @@ class ChatTemplateRenderer(Renderer):
         self._encoder = Encoder(tokenizer, frame, self._ends)
         self._stops = {end: self._encoder.ids[end] for end in stops}
         self._end = re.compile(rf"\s*({any_of(self._ends).pattern})")
-        starts = {control[:2] for control in self._encoder.ids if self._encoder.control.fullmatch(control)}
-        self._start_of_control = any_of(sorted(starts))
+        controls = [control for control in self._encoder.ids if self._encoder.control.fullmatch(control)]
+        self._part_of_control = any_of(sorted(set().union(*map(_marks_of, controls))))
         self.takes_tools = self._template.prints_tools()
         self._thinks = END_THINK in str(tokenizer.chat_template)
         self._thinks_in_prompt = self._thinks and prompt.rstrip("\n").endswith(THINK)
@@ -177,17 +178,20 @@ class ChatTemplateRenderer(Renderer):
         return text
 
     def _check_nothing_is_forged(self, chat: Chat, prompt: bool, text: str) -> None:
-        """A template that takes something out of a message may join what stays into a control token."""
-
-        starts = self._start_of_control
+        """A template may join parts of messages into a control token, or one with what it prints itself."""
+        marks = self._part_of_control
         if not chat.tools and not any(
-            message.keys() != {"role", "content"} or starts.search(message["content"])
+            message.keys() != {"role", "content"} or marks.search(message["content"])
             for message in chat.messages
         ):
             return
 
+        def part(string: str) -> str:
+            apart, found = marks.subn(rf"\g<0>{SENTINEL}", string)
+            return f"{SENTINEL}{apart}{SENTINEL}" if found else string
+
         def parted(value: Any) -> Any:
-            return map_strings(lambda string: starts.sub(rf"\g<0>{SENTINEL}", string), value)
+            return map_strings(part, value)
 
         messages, tools = parted(chat.messages), parted(chat.tools)
         if (messages, tools) == (chat.messages, chat.tools):
@@ -313,3 +317,9 @@ class ChatTemplateRenderer(Renderer):
         if parses_calls:
             message, well_formed = with_calls(message)
         return message, closed and well_formed
+
+
+def _marks_of(control: str) -> set[str]:
+    """What of a control token stands out from words, or how it begins if nothing does."""
+    marks = {character for character in control if not character.isalnum() and character not in _JOINERS}
+    return marks or {control[:2]}

@@ -221,7 +221,7 @@ class DeepSeekV3ThinkingRenderer(DeepSeekV3Renderer):
 
 def _thought_and_said(message: PlainMessage) -> tuple[str, str]:
     content = message.get("content", "")
-    if message.get("reasoning_content") or END_THINK not in content:
+    if "reasoning_content" in message or END_THINK not in content:
         return message.get("reasoning_content", "").strip("\n"), content
     thought, _, said = content.rpartition(END_THINK)
     return thought.lstrip("\n").removeprefix(THINK).strip("\n"), said

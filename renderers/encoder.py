@@ -256,9 +256,14 @@ def any_of(texts: Iterable[str]) -> re.Pattern[str]:
 
 
 def _rebuild(backend: Tokenizer, rename: Callable[[str], str]) -> Tokenizer:
-    """A copy that neither post-processes, pads nor truncates, its added tokens renamed."""
+    """A copy that neither post-processes, pads nor truncates, its added tokens renamed.
+
+    A new name is read as it is written: what a normalizer makes of other text is not that token.
+    """
     layout = json.loads(backend.to_str())
     layout.update(post_processor=None, padding=None, truncation=None)
     for token in layout["added_tokens"]:
-        token["content"] = rename(token["content"])
+        name = rename(token["content"])
+        if name != token["content"]:
+            token.update(content=name, normalized=False)
     return type(backend).from_str(json.dumps(layout))

@@ -35,7 +35,7 @@ def _function(tool: Tool, number: int) -> str:
     properties = _mapping(schema.get("properties"))
     if not properties:
         return f"{comment}type {name} = () => any;\n\n"
-    required = schema.get("required") or []
+    required = _list(schema.get("required"))
     lines = [_parameter(key, _mapping(spec), key in required) for key, spec in properties.items()]
     return f"{comment}type {name} = (_: {{\n{''.join(lines)}}}) => any;\n\n"
 
@@ -45,8 +45,9 @@ def _parameter(name: str, spec: Mapping[str, Any], is_required: bool) -> str:
     default = ""
     if "default" in spec:
         value = spec["default"]
-        as_is = isinstance(value, str) and (spec.get("enum") or spec.get("oneOf"))
-        comma = "" if spec.get("oneOf") and not spec.get("enum") else ", "
+        enum, variants = _list(spec.get("enum")), _list(spec.get("oneOf"))
+        as_is = isinstance(value, str) and (enum or variants)
+        comma = "" if variants and not enum else ", "
         default = f"{comma}// default: {value if as_is else to_json(value)}"
     return f"{comment}{name}{'' if is_required else '?'}: {_type(spec)}{default},\n"
 
@@ -58,10 +59,11 @@ def _type(spec: Mapping[str, Any]) -> str:
         return _items(spec.get("items")) + null
     if isinstance(kind, (list, tuple)) and kind:
         return " | ".join(map(str, kind))
-    if spec.get("oneOf"):
-        return _union([_mapping(variant) for variant in spec["oneOf"]])
+    if variants := _list(spec.get("oneOf")):
+        return _union([_mapping(variant) for variant in variants])
     if kind == "string":
-        return '"{}"'.format('" | "'.join(map(str, spec["enum"]))) if spec.get("enum") else f"string{null}"
+        enum = _list(spec.get("enum"))
+        return '"{}"'.format('" | "'.join(map(str, enum))) if enum else f"string{null}"
     if kind == "object":
         return _object(spec)
     return _PLAIN.get(str(kind), "any")
@@ -94,7 +96,7 @@ def _object(spec: Mapping[str, Any]) -> str:
     properties = _mapping(spec.get("properties"))
     if not properties:
         return "object"
-    required = spec.get("required") or []
+    required = _list(spec.get("required"))
     fields = [
         f"{name}{'' if name in required else '?'}: \n{_INDENT}{_type(_mapping(inner))}"
         for name, inner in properties.items()
@@ -105,3 +107,8 @@ def _object(spec: Mapping[str, Any]) -> str:
 def _mapping(value: Any) -> Mapping[str, Any]:
     """A schema may be `true`, which says nothing."""
     return value if isinstance(value, Mapping) else {}
+
+
+def _list(value: Any) -> Sequence[Any]:
+    """What is no list says nothing either."""
+    return value if isinstance(value, (list, tuple)) else ()

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
 from cookbook.errors import RendererError
 from renderers.messages import Message, PlainMessage, Tool, function_of, to_json
 from renderers.streaming import Section, Sections
+from renderers.thinking import END_THINK
 
 _OPEN, _CLOSE = "<tool_call>\n", "\n</tool_call>"
 
@@ -46,13 +48,22 @@ def check_calls(renderer: str, message: PlainMessage, number: int) -> None:
     """Raises RendererError for calls that would not be understood if the model made them."""
     for tool_call in message.get("tool_calls", []):
         one = print_calls({"tool_calls": [tool_call]}, number, said="")
-        if parse_calls(one) is None:
-            function = function_of(tool_call, number)
+        function = function_of(tool_call, number)
+        if parse_calls(one) != [{"type": "function", "function": _meant(function)}]:
             raise RendererError(
                 f"Renderer `{renderer}` cannot train the tool call of message {number}: its name "
-                f"{function['name']!r} and arguments {function['arguments']!r} do not make a JSON object. "
-                "Give a name without quotes and arguments that are a mapping, or leave the message out."
+                f"{function['name']!r} and arguments {function['arguments']!r} do not make a JSON object "
+                "that reads as the same call. Give a name without quotes and arguments that are a mapping "
+                "with strings as keys, or leave the message out."
             )
+
+
+def _meant(function: Mapping[str, Any]) -> dict[str, Any] | None:
+    arguments = function["arguments"]
+    with suppress(ValueError, RecursionError):
+        arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
+        return {"name": function["name"], "arguments": arguments}
+    return None
 
 
 def with_calls(message: Message) -> tuple[Message, bool]:
@@ -64,7 +75,10 @@ def with_calls(message: Message) -> tuple[Message, bool]:
     tool_calls = parse_calls(content[len(said) :])
     if tool_calls is None:
         return message, False
-    return {**message, "content": said.removesuffix("\n"), "tool_calls": tool_calls}, True
+    parsed: Message = {**message, "content": said.removesuffix("\n"), "tool_calls": tool_calls}
+    if parsed.get("reasoning_content") == "" and END_THINK not in said:
+        del parsed["reasoning_content"]  # the tag that called for it stood in the calls
+    return parsed, True
 
 
 def parse_calls(text: str) -> list[dict[str, Any]] | None:

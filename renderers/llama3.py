@@ -62,6 +62,7 @@ class Llama3Renderer(Renderer):
         for index in chosen:
             if messages[index].get("tool_calls") and messages[index].get("content", "").strip():
                 raise no_place(self.name, "text beside the tool call", index + 1)
+            self._check_call(messages[index], index + 1)
         return self._draft(messages, tools).finish()
 
     def _render_prompt(
@@ -119,6 +120,19 @@ class Llama3Renderer(Renderer):
         function = function_of(tool_calls[0], number)
         parameters = to_json(self._arguments(function, number))
         return f'{{"name": "{function["name"]}", "parameters": {parameters}}}'
+
+    def _check_call(self, message: PlainMessage, number: int) -> None:
+        """Raises RendererError for a call that would not be understood if the model made it."""
+        for tool_call in message.get("tool_calls", []):
+            function = function_of(tool_call, number)
+            meant = {"name": function["name"], "arguments": self._arguments(function, number)}
+            if _parse_call(self._reply(message, number)) != meant:
+                raise RendererError(
+                    f"Renderer `{self.name}` cannot train the tool call of message {number}: its name "
+                    f"{function['name']!r} and arguments {function['arguments']!r} do not make a JSON object "
+                    "that reads as the same call. Give a name without quotes and arguments that are a "
+                    "mapping with strings as keys, or leave the message out."
+                )
 
     def get_stop_sequences(self) -> list[int]:
         return [self._end_id]

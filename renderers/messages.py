@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any, Required, TypeAlias, TypedDict
 
 from cookbook.errors import RendererError
@@ -25,7 +24,7 @@ class Message(TypedDict, total=False):
     """One turn of a conversation.
 
     A list of parts reads as the concatenation of its texts, its thinking as `reasoning_content`, for
-    which `thinking` is another name. `trainable` is read by `TrainOnWhat.CUSTOMIZED` alone.
+    which `thinking` and `reasoning` are other names. `trainable` is read by `TrainOnWhat.CUSTOMIZED` alone.
     `weight`, 1 where it is missing, scales the loss of the message's tokens; at 0 it is not trained.
     Other keys reach the chat template as they are.
     """
@@ -34,6 +33,7 @@ class Message(TypedDict, total=False):
     content: str | list[ContentPart] | None
     reasoning_content: str | None
     thinking: str | None
+    reasoning: str | None
     tool_calls: list[dict[str, Any]] | None
     tool_call_id: str
     name: str
@@ -43,17 +43,21 @@ class Message(TypedDict, total=False):
 
 PlainMessage: TypeAlias = dict[str, Any]
 """A checked message: `content` is a string or absent, no value is None, and none of `thinking`,
-`trainable` and `weight` is left."""
+`reasoning`, `trainable` and `weight` is left."""
 
 Tool: TypeAlias = Mapping[str, Any]
 """A tool as OpenAI describes it: `type` is `function`, `function` has `name`, `description`, `parameters`."""
 
-_OURS = ("thinking", "trainable", "weight")
+_THINKING = ("reasoning_content", "thinking", "reasoning")
+_OURS = (*_THINKING, "trainable", "weight")
+_DEEPEST = 100
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
 def normalize(messages: Sequence[Message], renderer: str, roles: Sequence[str]) -> list[PlainMessage]:
     """Check the messages and write them in one way, leaving the caller's alone."""
+    if not isinstance(messages, (list, tuple)):
+        raise RendererError(f"`messages` must be a list of messages; it is a {type(messages).__name__}.")
     if not messages:
         raise RendererError(f"Renderer `{renderer}` was given no messages. Pass at least one.")
     return [_normalize_one(message, number, renderer, roles) for number, message in enumerate(messages, 1)]
@@ -71,23 +75,59 @@ def _normalize_one(message: Message, number: int, renderer: str, roles: Sequence
             f"Supported: {', '.join(roles)}."
         )
     plain = {key: value for key, value in message.items() if value is not None and key not in _OURS}
-    if (thinking := message.get("thinking")) is not None:
-        plain.setdefault("reasoning_content", thinking)
+    trainable = message.get("trainable")
+    if not (trainable is None or isinstance(trainable, bool)):
+        raise RendererError(f"`trainable` of message {number} is {trainable!r}. Use true or false.")
+    thoughts = [item for item in map(dict[str, Any](message).get, _THINKING) if item is not None]
     if "content" in plain:
         content, thought = _text_of(plain["content"], number, renderer)
-        plain["content"] = _encodable(content, number)
+        plain["content"] = check_characters(content, f"Message {number}")
         if thought:
-            plain.setdefault("reasoning_content", thought)
+            thoughts.append(thought)
+    if thoughts:
+        plain["reasoning_content"] = _one_of(thoughts, number)
     replies = [key for key in ("reasoning_content", "tool_calls") if plain.get(key)]
     for key in replies:
         if role != "assistant":
             raise RendererError(
                 f"Message {number} (role `{role}`) has `{key}`, which only a reply can have. Remove it."
             )
-        map_strings(partial(_encodable, number=number), plain[key])
+    if "tool_calls" in plain:
+        _check_tool_calls(plain["tool_calls"], number)
+    if plain.keys() - {"role", "content"}:
+        for key, value in plain.items():
+            check_json(value, f"Message {number}", what_else=key != "tool_calls")
     if "content" not in plain and not replies:
         raise RendererError(f"Message {number} (role `{role}`) has no content. Give it a string.")
     return plain
+
+
+def _one_of(thoughts: Sequence[object], number: int) -> str:
+    """The thinking that stands under several names."""
+    for thought in thoughts:
+        if not isinstance(thought, str):
+            raise RendererError(
+                f"The thinking of message {number} is a {type(thought).__name__}. Use a string."
+            )
+    held = [thought for thought in thoughts if thought]
+    if any(thought != held[0] for thought in held):
+        raise RendererError(
+            f"Message {number} has two different texts of thinking. Give one, as `reasoning_content`."
+        )
+    return str(held[0]) if held else ""
+
+
+def _check_tool_calls(calls: object, number: int) -> None:
+    if isinstance(calls, (list, tuple)) and all(map(_has_function, calls)):
+        return
+    raise RendererError(
+        f"`tool_calls` of message {number} must be a list of mappings, each with a mapping under `function`."
+    )
+
+
+def _has_function(value: object) -> bool:
+    """Whether this is a mapping whose `function`, if there, is one too."""
+    return isinstance(value, Mapping) and isinstance(value.get("function") or {}, Mapping)
 
 
 def _text_of(content: object, number: int, renderer: str) -> tuple[str, str]:
@@ -102,7 +142,7 @@ def _text_of(content: object, number: int, renderer: str) -> tuple[str, str]:
     texts: dict[str, list[str]] = {"text": [], "thinking": []}
     for part in content:
         kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
-        if kind not in texts or not isinstance(part.get(kind), str):
+        if not isinstance(kind, str) or kind not in texts or not isinstance(part.get(kind), str):
             raise RendererError(
                 f"Renderer `{renderer}` cannot render a part of type `{kind}` (message {number}). "
                 "Supported: text, with a string under `text` (and thinking likewise)."
@@ -111,25 +151,45 @@ def _text_of(content: object, number: int, renderer: str) -> tuple[str, str]:
     return "".join(texts["text"]), "".join(texts["thinking"])
 
 
-def _encodable(text: str, number: int, what: str = "Message") -> str:
+def check_characters(text: str, owner: str) -> str:
     """JSON can spell half of a surrogate pair, which is no character and has no bytes."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise RendererError(
-            f"{what} {number} has half a character, {text[error.start]!r}, at position {error.start}. "
-            "Remove it."
+            f"{owner} has half a character, {text[error.start]!r}, at position {error.start}. Remove it."
         ) from error
     return text
 
 
+def check_json(value: object, owner: str, what_else: bool = False, depth: int = 0) -> None:
+    """Raises RendererError for what cannot be printed as JSON; `what_else` lets other types stand."""
+    if isinstance(value, str):
+        check_characters(value, owner)
+    elif depth > _DEEPEST:
+        raise RendererError(f"{owner} is nested more than {_DEEPEST} deep. Flatten it.")
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            if not (what_else or key is None or isinstance(key, (str, int, float))):
+                raise RendererError(f"{owner} has a {type(key).__name__} as a key. Use a string.")
+            check_json(key, owner, True, depth + 1)
+            check_json(item, owner, what_else, depth + 1)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            check_json(item, owner, what_else, depth + 1)
+    elif not (what_else or value is None or isinstance(value, (int, float))):
+        raise RendererError(
+            f"{owner} has a {type(value).__name__}, which is no JSON. Write it as a string or a list."
+        )
+
+
 def check_tools(tools: Sequence[Tool] | None) -> None:
-    if tools is not None and (
-        isinstance(tools, (str, Mapping)) or not all(isinstance(tool, Mapping) for tool in tools)
-    ):
-        raise RendererError("`tools` must be a list of function schemas, each a mapping.")
+    if tools is not None and not (isinstance(tools, (list, tuple)) and all(map(_has_function, tools))):
+        raise RendererError(
+            "`tools` must be a list of function schemas, each a mapping with a mapping under `function`."
+        )
     for number, tool in enumerate(tools or (), 1):
-        map_strings(partial(_encodable, number=number, what="Tool"), tool)
+        check_json(tool, f"Tool {number}")
 
 
 def function_of(tool_call: Mapping[str, Any], number: int) -> Mapping[str, Any]:

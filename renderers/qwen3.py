@@ -16,7 +16,7 @@ from renderers.draft import Draft
 from renderers.hermes_tools import check_calls, print_calls, with_call_sections, with_calls
 from renderers.messages import Message, PlainMessage, Tool
 from renderers.streaming import PLAIN
-from renderers.thinking import END_THINK, THINK, THINKING, parse_thinking
+from renderers.thinking import END_THINK, THINK, THINKING, parse_thinking, said_without_thinking
 from renderers.unsupported import no_place
 
 _EMPTY_BLOCK = f"{THINK}\n\n{END_THINK}\n\n"
@@ -53,6 +53,12 @@ class Qwen3Renderer(ChatMLRenderer):
             raise RendererError(
                 f"Renderer `{self.name}` has no place for the thinking of message {index + 1}, which no "
                 "user's message precedes. Remove it, or leave the message out of the training."
+            )
+        if _loses_text(turn[-1]):
+            raise RendererError(
+                f"Renderer `{self.name}` cannot train message {index + 1}: Qwen3 would lose text "
+                f"around the {THINK} and {END_THINK} of its content. Give the thinking as "
+                '`reasoning_content`, "" if there is none.'
             )
         check_calls(self.name, turn[-1], index + 1)
 
@@ -103,7 +109,7 @@ class Qwen3DisableThinkingRenderer(Qwen3Renderer):
 
     def parse_response(self, tokens: Sequence[int]) -> tuple[Message, bool]:
         text, ended = self._decode(tokens, [self._end_id])
-        message, well_formed = with_calls({"role": "assistant", "content": text})
+        message, well_formed = with_calls(said_without_thinking(text))
         return message, ended and well_formed
 
 
@@ -133,3 +139,12 @@ def _thought_and_said(message: PlainMessage) -> tuple[str, str]:
         return "", content
     thought = content.split(END_THINK)[0].rstrip("\n").split(THINK)[-1].lstrip("\n")
     return thought, content.split(END_THINK)[-1].lstrip("\n")
+
+
+def _loses_text(message: PlainMessage) -> bool:
+    """Whether `_thought_and_said` leaves out more than tags and the newlines around them."""
+    if "reasoning_content" in message or END_THINK not in message.get("content", ""):
+        return False
+    thought, *said = message["content"].split(END_THINK)
+    before, *after = thought.split(THINK)
+    return len(said) > 1 or len(after) > 1 or bool(after and before.strip("\n"))

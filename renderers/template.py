@@ -7,6 +7,7 @@ a conversation takes many short calls.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property, lru_cache
@@ -41,10 +42,17 @@ class Template:
     """The chat template of one tokenizer, as it is when this is made."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self._plain = _compiled(tokenizer.get_chat_template())
+        self._source = str(tokenizer.get_chat_template())
+        self._plain = _compiled(self._source)
         self._with_tools = _compiled(tokenizer.get_chat_template(tools=[{}]))
         self._variables = {**tokenizer.special_tokens_map, "documents": None}
         self._printed_roles: dict[str, bool] = {}
+
+    @cached_property
+    def _reads_reasoning(self) -> bool:
+        """Whether the template knows thinking by a third name alone."""
+        words = set(re.findall(r"\w+", self._source))
+        return "reasoning" in words and not words & {"thinking", "reasoning_content"}
 
     def text(
         self, messages: Sequence[PlainMessage], tools: Sequence[Tool] | None = None, prompt: bool = False
@@ -126,6 +134,8 @@ class Template:
         thought = next((adapted[key] for key in _REASONING if key in adapted), None)
         if thought is not None:
             adapted = {"thinking": thought, **adapted, "reasoning_content": thought}
+            if self._reads_reasoning:
+                adapted["reasoning"] = thought
         if adapted.get("tool_calls"):
             return _in_form(adapted, *(self._call_form or (False, False)))
         if "content" not in adapted and self._needs_content:
@@ -208,7 +218,8 @@ def stand_in_for(message: PlainMessage) -> tuple[PlainMessage, dict[str, str]]:
         if message.get(key):
             changed[key] = sentinel(key)
     if "reasoning_content" in changed:
-        changed["thinking"] = changed["reasoning_content"]
+        for key in {"thinking", *(name for name in _REASONING if name in message)}:
+            changed[key] = changed["reasoning_content"]
     if message.get("tool_calls"):
         changed["tool_calls"] = [
             replaced(call, f"tool_calls[{i}]") for i, call in enumerate(message["tool_calls"])

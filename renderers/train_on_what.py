@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from enum import StrEnum
 
@@ -41,13 +40,20 @@ class TrainOnWhat(StrEnum):
     """The messages whose `trainable` is true; without the key a message is not trained."""
 
 
+_SMALLEST, _LARGEST = 2.0**-149, (2 - 2.0**-23) * 2.0**127
+"""The bounds of what float32 holds above 0."""
+
+
 def weight_of(message: Message) -> float:
     """The factor on the loss of the message's tokens."""
     weight = message.get("weight", 1.0)
     if weight is None:
         return 1.0
-    if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight < math.inf:
-        raise RendererError(f"The weight of a message is {weight!r}. Give a number of 0 or more.")
+    is_number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
+    if not is_number or not (weight == 0 or _SMALLEST <= weight <= _LARGEST):
+        raise RendererError(
+            f"The weight of a message is {str(weight)[:40]}. Give a number of 0 or more that fits float32."
+        )
     return float(weight)
 
 

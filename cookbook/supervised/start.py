@@ -34,6 +34,7 @@ async def start_run(config: Config, folder: RunFolder, checkpoints: CheckpointLo
         _check_tokenizer(config)
         train_data, eval_data = config.dataset_builder()
         _report_data(train_data, eval_data)
+        _check_lengths(config, train_data, eval_data)
         total_steps = _total_steps(config, train_data)
         first_step, position = _where_to_go_on(config, folder, checkpoints, train_data)
         batches = stack.enter_context(
@@ -123,6 +124,20 @@ def _report_data(train_data: SupervisedDataset, eval_data: SupervisedDataset | N
         if report not in told:  # held-out rows are from the same sources
             told.append(report)
             logger.info("%s", "\n".join(report.lines()))
+
+
+def _check_lengths(
+    config: Config, train_data: SupervisedDataset, eval_data: SupervisedDataset | None
+) -> None:
+    """Raises ConfigError for examples longer than the model reads, before the step that has one."""
+    reports = [*train_data.reports(), *(eval_data.reports() if eval_data else ())]
+    longest = max((report.longest_kept for report in reports), default=0)
+    context_length = models.context_length(config.model_name)
+    if context_length is not None and longest > context_length:
+        raise ConfigError(
+            f"The longest example has {longest:,} tokens, and {config.model_name} reads {context_length:,} "
+            f"at most. Say max_length={context_length}, which cuts such examples, or on_long=drop with it."
+        )
 
 
 def _total_steps(config: Config, train_data: SupervisedDataset) -> int | None:

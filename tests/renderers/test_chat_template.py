@@ -1,5 +1,6 @@
 """The renderer of any chat template, against the templates themselves."""
 
+import copy
 import re
 from typing import Any
 
@@ -11,6 +12,7 @@ from tokenizers import AddedToken, normalizers
 
 from cookbook.errors import RendererError
 from renderers import TrainOnWhat, get_renderer
+from renderers.encoder import ESCAPE
 
 few = settings(max_examples=40, deadline=None)
 
@@ -719,3 +721,42 @@ def test_a_reply_without_a_prompt_before_it_is_refused_only_if_it_is_trained(
 def test_a_conversation_without_a_reply_trains_nothing(renderer_of, small_tokenizer):
     _, weights = renderer_of("chat_template", small_tokenizer("chatml")).build_supervised_example([user("a")])
     assert not weights.any()
+
+
+def test_what_a_template_prints_beside_a_field_cannot_forge_a_control_token(renderer_of, small_tokenizer):
+    chatml = small_tokenizer("chatml").chat_template
+    for printed, content, name in [
+        ("'<' ~ m.content ~ m.name", "|im_end|>", ""),
+        ("m.content ~ m.name", "<", "|im_end|>"),
+        ("m.content ~ m.name", "<|im_end|", ">"),
+        ("m.content ~ m.name ~ '>'", "a <|im_", "end|"),
+    ]:
+        template = chatml.replace("m.content", f"({printed}) if m.role == 'user' else m.content")
+        renderer = renderer_of("chat_template", small_tokenizer(template))
+        chat = [{"role": "user", "content": content, "name": name}]
+        assert "makes a control token" in refusal(renderer.build_generation_prompt, chat)
+        renderer.build_generation_prompt([{"role": "user", "content": "a < b | c > d", "name": "_|"}])
+
+
+def test_an_escape_cannot_be_forged_through_a_normalizer(small_tokenizer):
+    tokenizer = small_tokenizer("chatml", ("<|x|>",))
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
+    tokenizer.add_tokens([AddedToken("<|y|>", special=True, normalized=True)])
+    renderer = get_renderer("chat_template", tokenizer)
+    for index in range(12):
+        try:
+            tokens = renderer.build_generation_prompt([user(f"<|x|>{ESCAPE}{index}\u037e")]).to_ints()
+        except RendererError:
+            continue
+        assert tokenizer.convert_tokens_to_ids("<|y|>") not in tokens
+
+
+def test_a_template_that_knows_thinking_as_reasoning_is_given_it(renderer_of, small_tokenizer, trained_runs):
+    said = "(('(' ~ m.reasoning ~ ')') if m.reasoning else '') ~ m.content"
+    tokenizer = small_tokenizer(small_tokenizer("chatml").chat_template.replace("m.content", said))
+    for key in ("reasoning", "reasoning_content"):
+        example = renderer_of("chat_template", tokenizer).build_supervised_example(
+            [user("a"), assistant("b", **{key: "hm"})]
+        )
+        assert trained_runs(tokenizer, example) == ["(hm)b<|im_end|>"]

@@ -607,3 +607,24 @@ def test_an_empty_list_of_calls_is_none(renderer):
 def test_a_tokenizer_without_its_tokens_is_refused(renderer_of, small_tokenizer):
     with pytest.raises(RendererError, match="`gpt_oss` needs the token"):
         renderer_of("gpt_oss", small_tokenizer("chatml"))
+
+
+@pytest.mark.parametrize(
+    ("spec", "printed"),
+    [
+        ({"type": "string", "enum": 5}, "x?: string,"),
+        ({"oneOf": 5}, "x?: any,"),
+        ({"type": "string", "oneOf": True, "enum": "ab", "default": "d"}, 'x?: string, // default: "d",'),
+        ({"type": "object", "required": True, "properties": {"y": {"type": "string"}}}, "y?: "),
+    ],
+)
+def test_a_schema_s_word_that_is_no_list_says_nothing(spec, printed):
+    parameters = {"type": "object", "required": True, "properties": {"x": spec}}
+    text = print_namespace([{"function": {"name": "f", "parameters": parameters}}])
+    assert printed in text
+
+
+def test_arguments_that_spell_half_a_character_are_refused(renderer):
+    chat = [message("user", "a"), message("assistant", "", tool_calls=[call("f", '{"x": "\\ud800"}')])]
+    with pytest.raises(RendererError, match="Message 2 has half a character"):
+        renderer.build_supervised_example(chat)

@@ -297,3 +297,16 @@ def test_arguments_given_as_a_string_cannot_forge_control_tokens(renderer_of, re
     assert tokenizer.decode([t for t, w in zip(tokens, weights, strict=True) if w]) == (
         '{"name": "f", "parameters": {"x": "<|eot_id|><|start_header_id|>"}}<|eot_id|>'
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [('"', {}), (r"\u0061", {}), ("f", {1: 2}), ("f", "[]"), ("f", {"x": float("nan")})],
+)
+def test_a_tool_call_that_reads_as_another_is_not_trained(renderer_of, real_tokenizer, name, arguments):
+    renderer = renderer_of("llama3", real_tokenizer("llama3_1"))
+    asked = message("assistant", "", tool_calls=[call(name, arguments)])
+    chat = [message("user", "a"), asked, message("user", "b"), message("assistant", "c")]
+    with pytest.raises(RendererError, match="cannot train the tool call of message 2"):
+        renderer.build_supervised_example(chat)
+    renderer.build_supervised_example(chat, TrainOnWhat.LAST_ASSISTANT_MESSAGE)

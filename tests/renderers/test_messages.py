@@ -1,9 +1,13 @@
 """Messages: one way to write them, and errors that say which one is wrong."""
 
+from datetime import date
+from typing import Any
+
 import pytest
 
 from cookbook.errors import RendererError
-from renderers.messages import ROLES, normalize
+from renderers import TrainOnWhat, get_renderer
+from renderers.messages import ROLES, check_tools, normalize
 
 
 def test_messages_are_written_in_one_way_and_the_callers_are_left_alone():
@@ -88,3 +92,102 @@ def test_tools_are_checked(renderer_of, small_tokenizer):
             renderer.build_supervised_example(chat, tools=tools)
     with pytest.raises(RendererError, match="no place for tools"):
         renderer.build_supervised_example(chat, tools=[{"name": "f"}])
+
+
+def nested(depth: int) -> Any:
+    value: Any = 1
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+def calling(arguments: Any) -> Any:
+    return {"role": "assistant", "tool_calls": [{"name": "f", "arguments": arguments}]}
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"content": "a", "reasoning": "hm"},
+        {"content": "a", "reasoning_content": "", "thinking": "hm"},
+        {"content": "a", "reasoning_content": "hm", "reasoning": "hm", "thinking": ""},
+        {
+            "content": [{"type": "thinking", "thinking": "hm"}, {"type": "text", "text": "a"}],
+            "thinking": "",
+        },
+    ],
+)
+def test_thinking_has_one_name(message):
+    plain = {"role": "assistant", "content": "a", "reasoning_content": "hm"}
+    assert normalize([{"role": "assistant", **message}], "some", ROLES) == [plain]
+
+
+@pytest.mark.parametrize(
+    ("message", "error"),
+    [
+        ({"thinking": "a", "reasoning_content": "b"}, "two different texts of thinking"),
+        (
+            {"content": [{"type": "thinking", "thinking": "a"}], "reasoning": "b"},
+            "two different texts of thinking",
+        ),
+        ({"thinking": 3}, "thinking of message 1 is a int"),
+        ({"reasoning_content": ["a"]}, "thinking of message 1 is a list"),
+        ({"tool_calls": {"name": "f"}}, "tool_calls` of message 1"),
+        ({"tool_calls": "f"}, "tool_calls` of message 1"),
+        ({"tool_calls": [3]}, "tool_calls` of message 1"),
+        ({"tool_calls": [{"function": "f"}]}, "tool_calls` of message 1"),
+        ({"content": [{"type": ["text"]}]}, "cannot render a part of type"),
+        (calling({"day": date(2024, 1, 1)}), "Message 1 has a date, which is no JSON"),
+        (calling({"days": {1}}), "Message 1 has a set, which is no JSON"),
+        (calling({"x": b"a"}), "Message 1 has a bytes, which is no JSON"),
+        (calling({("a", "b"): 1}), "Message 1 has a tuple as a key"),
+        (calling(nested(5000)), "Message 1 is nested"),
+        ({"content": "a", "name": "\ud800"}, "Message 1 has half a character"),
+        ({"content": "a", "extra": nested(5000)}, "Message 1 is nested"),
+        ({"content": "a", "trainable": "yes"}, "`trainable` of message 1 is 'yes'"),
+        ({"content": "a", "trainable": 1}, "`trainable` of message 1 is 1"),
+    ],
+)
+def test_what_is_no_message_is_refused(message, error):
+    with pytest.raises(RendererError, match=error):
+        normalize([{"role": "assistant", **message}], "some", ROLES)
+
+
+@pytest.mark.parametrize("messages", [{"role": "user"}, "hello", iter([{"role": "user", "content": "a"}]), 3])
+def test_messages_are_a_list(messages):
+    with pytest.raises(RendererError, match="`messages` must be a list"):
+        normalize(messages, "some", ROLES)
+
+
+@pytest.mark.parametrize(
+    "tools", [3, {1}, [{"function": "f"}], [{"name": "f", "default": date(2024, 1, 1)}], [nested(5000)]]
+)
+def test_what_is_no_list_of_tools_is_refused(tools):
+    with pytest.raises(RendererError):
+        check_tools(tools)
+
+
+def test_a_wrong_first_message_is_named_beside_a_system_prompt(small_tokenizer):
+    renderer = get_renderer("qwen3", small_tokenizer("chatml"))
+    renderer.system_prompt = "Be brief."
+    for chat, error in [(["hello"], "Message 1 is a str"), ({"role": "user"}, "`messages` must be a list")]:
+        with pytest.raises(RendererError, match=error):
+            renderer.build_supervised_example(chat)
+
+
+@pytest.mark.parametrize(("text", "error"), [(3, "is a int"), (None, "is a NoneType"), ("a\ud800", "half a")])
+def test_text_that_is_none_is_refused(renderer_of, small_tokenizer, text, error):
+    with pytest.raises(RendererError, match=error):
+        renderer_of("role_colon", small_tokenizer("chatml")).build_text_example(text)
+
+
+@pytest.mark.parametrize("key", ["function_call", "refusal"])
+@pytest.mark.parametrize("mode", [TrainOnWhat.ALL_ASSISTANT_MESSAGES, TrainOnWhat.ALL_TOKENS])
+def test_what_no_format_prints_is_not_trained(renderer_of, small_tokenizer, key, mode):
+    renderer = renderer_of("qwen3", small_tokenizer("chatml"))
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", key: ""}]
+    renderer.build_supervised_example(chat, mode)
+    chat[1][key] = "no"
+    with pytest.raises(RendererError, match=f"message 2: it has `{key}`"):
+        renderer.build_supervised_example(chat, mode)
+    renderer.build_supervised_example(chat, TrainOnWhat.ALL_USER_AND_SYSTEM_MESSAGES)

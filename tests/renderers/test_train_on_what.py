@@ -1,9 +1,12 @@
 """Which messages each mode chooses."""
 
+import math
+
 import pytest
 
+from cookbook.errors import RendererError
 from renderers import TrainOnWhat
-from renderers.train_on_what import chosen_messages
+from renderers.train_on_what import chosen_messages, weight_of
 
 CHAT = [
     {"role": "system", "content": "s"},
@@ -34,3 +37,14 @@ def test_each_mode_chooses_its_messages(mode, chosen):
 
 def test_members_are_the_upper_case_of_their_values():
     assert all(mode.name == mode.value.upper() and mode == mode.value for mode in TrainOnWhat)
+
+
+@pytest.mark.parametrize("weight", [1e39, 10**400, 1e-60, -1, math.nan, math.inf, True, "1"])
+def test_a_weight_that_float32_cannot_hold_is_refused(weight):
+    with pytest.raises(RendererError, match="weight of a message"):
+        weight_of({"role": "user", "content": "u", "weight": weight})
+
+
+@pytest.mark.parametrize("weight", [0, 0.0, 1e-40, 1, 3e38])
+def test_any_other_weight_is_kept(weight):
+    assert weight_of({"role": "user", "content": "u", "weight": weight}) == weight

@@ -124,11 +124,18 @@ def is_parts(value: Any) -> bool:
 
 
 def _rename_reasoning(message: dict[str, Any], where: str) -> None:
+    """Puts the reasoning under its one name; it stands under several only if they agree."""
     found = [message.pop(key) for key in REASONING_KEYS if key in message]
+    for thought in found:
+        if not isinstance(thought, str):
+            raise DataError(f"the reasoning of {where} is a {type(thought).__name__}, not a string.")
+    if found and isinstance(message.get("content"), (list, tuple)):
+        found.append(content_of(message["content"], where, message["role"] == "tool")[1])
+    held = [thought for thought in found if thought]
+    if any(thought != held[0] for thought in held):
+        raise DataError(f"{where} has two different texts of reasoning.")
     if found:
-        if not isinstance(found[0], str):
-            raise DataError(f"the reasoning of {where} is a {type(found[0]).__name__}, not a string.")
-        message["reasoning_content"] = found[0]
+        message["reasoning_content"] = held[0] if held else ""
 
 
 def _check_training_keys(message: dict[str, Any], where: str) -> None:

@@ -41,6 +41,12 @@ class DataReport:
     lengths: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     """Tokens of every example that is trained on, before it was cut."""
 
+    @property
+    def longest_kept(self) -> int:
+        """Tokens of the longest example that is trained on, as it is cut."""
+        longest = int(self.lengths.max(initial=0))
+        return longest if self.max_length is None else min(longest, self.max_length)
+
     def to_json(self) -> dict[str, Any]:
         """Everything but the lengths."""
         values = asdict(self)

@@ -428,6 +428,16 @@ def test_what_was_cut_or_left_out_is_reported_before_training(
     assert report["truncated"] > 0
 
 
+def test_examples_that_the_model_cannot_read_are_refused_before_training(make_config: MakeConfig) -> None:
+    long = [{"role": "user", "content": "legs?"}, {"role": "assistant", "content": "eight " * 300}]
+    config = make_config(max_length=None)
+    data = Path(config.dataset_builder.file_path)  # type: ignore[attr-defined]
+    data.write_text(data.read_text() + json.dumps({"messages": long}) + "\n")
+    with pytest.raises(ConfigError, match="reads 256 at most. Say max_length=256"):
+        asyncio.run(train.main(config))
+    assert asyncio.run(train.main(make_config(max_length=256))).is_finished
+
+
 # -- streams ----------------------------------------------------------------------------------
 
 

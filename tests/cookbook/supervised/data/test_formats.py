@@ -177,6 +177,24 @@ def test_plain_messages_stay_as_they_are() -> None:
             {"role": "assistant", "content": "a", "thinking": "hm", "tool_calls": []},
             {"role": "assistant", "content": "a", "reasoning_content": "hm"},
         ),
+        (
+            {
+                "role": "assistant",
+                "content": "a",
+                "reasoning_content": "",
+                "reasoning": "hm",
+                "thinking": "hm",
+            },
+            {"role": "assistant", "content": "a", "reasoning_content": "hm"},
+        ),
+        (
+            {
+                "role": "assistant",
+                "content": [{"type": "thinking", "thinking": "hm"}, {"type": "text", "text": "a"}],
+                "thinking": "",
+            },
+            {"role": "assistant", "content": "a", "reasoning_content": "hm"},
+        ),
         ({"role": "tool", "content": {"b": 1, "a": "é"}}, {"role": "tool", "content": '{"b": 1, "a": "é"}'}),
         ({"role": "tool", "content": [1, None]}, {"role": "tool", "content": "[1, null]"}),
         ({"role": "tool", "content": [{"type": "text", "text": "a"}]}, {"role": "tool", "content": "a"}),
@@ -186,6 +204,22 @@ def test_plain_messages_stay_as_they_are() -> None:
 )
 def test_a_message_is_written_in_one_way(message: dict[str, Any], read: dict[str, Any]) -> None:
     assert messages({"messages": [message]}) == [read]
+
+
+@pytest.mark.parametrize(
+    ("more", "reason"),
+    [
+        ({"reasoning_content": "a", "thinking": "b"}, "two different texts of reasoning"),
+        (
+            {"content": [{"type": "thinking", "thinking": "b"}], "reasoning": "a"},
+            "two different texts of reasoning",
+        ),
+        ({"reasoning_content": "a", "thinking": 3}, "the reasoning of message 1 is a int"),
+    ],
+)
+def test_reasoning_that_is_not_one_text_is_refused(more: dict[str, Any], reason: str) -> None:
+    with pytest.raises(DataError, match=reason):
+        messages({"messages": [{"role": "assistant", "content": "x", **more}]})
 
 
 @pytest.mark.parametrize(
