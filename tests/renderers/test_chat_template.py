@@ -418,10 +418,13 @@ def test_the_mask_is_right_or_refused_under_any_template(small_tokenizer, traine
     chat = [user("a"), assistant(text), user("b"), assistant("" if empty else text)]
     replies = [reply_of_made(parts, chat[turn]["content"]) for turn in (1, 3)]
     renderer = get_renderer("chat_template", small_tokenizer(template))
-    if None in replies:
-        assert "sampled from other prompts" in refusal(renderer.build_supervised_examples, chat)
+    try:
+        examples = renderer.build_supervised_examples(chat)
+    except RendererError:
+        # A template whose conversations do not show its prompt, unless a message happens to spell it.
+        assert None in replies or (parts["prompt"] and parts["thinks"] == "never")
         return
-    examples = renderer.build_supervised_examples(chat)
+    assert None not in replies
     runs = [run for one in examples for run in trained_runs(renderer.tokenizer, one)]
     assert runs == replies
     for number, turn in enumerate((1, 3)):
