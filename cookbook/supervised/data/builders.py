@@ -11,7 +11,6 @@ from collections.abc import Sequence
 import chz
 import numpy as np
 
-from cookbook import config_files
 from cookbook.errors import ConfigError, DataError
 from cookbook.supervised.data import formats
 from cookbook.supervised.data.conversation import Conversation
@@ -33,12 +32,6 @@ NUM_STREAMED_ROWS_CHECKED = 1_000
 """So many of the first rows of a stream are looked at before training."""
 
 _DEFAULT_TEST_ROWS = 256
-
-_NOT_FOR_ROWS = (
-    "common_config", "test_size", "shuffle_seed", "on_bad_row", "num_proc", "use_cache", "weights",
-    "stop_when", "eval_dataset", "dataset", "file_path", "streaming", "buffer_size",
-)  # fmt: skip
-"""The fields of a builder that leave the conversations in a row as they are."""
 
 
 @chz.chz(typecheck=True)
@@ -137,9 +130,7 @@ class ConversationBuilder(ChatDatasetBuilder):
 
     def _row_renderer(self) -> RowRenderer:
         is_ours = type(self).conversations_of is ConversationBuilder.conversations_of
-        fields = [name for name in chz.chz_fields(type(self)) if name not in _NOT_FOR_ROWS]
-        values = {name: config_files.to_json(getattr(self, name)) for name in fields}
-        key = json.dumps(values, sort_keys=True, default=str) if is_ours else None
+        key = json.dumps([self.format, self.min_reward]) if is_ours else None
         return RowRenderer(self.renderer, self.common_config.train_on_what, self.conversations_of, key)
 
     def _trainable_rows(self, source: Source, row_renderer: RowRenderer) -> TrainableRows:
@@ -262,7 +253,7 @@ class NamedChatDatasetBuilder(ConversationBuilder):
 
     dataset: str = chz.field(
         default="pirate",
-        doc=f"pirate (embedded), {', '.join(name for name in KNOWN_DATASETS if name != 'pirate')}, a file "
+        doc=f"pirate (embedded), {', '.join(KNOWN_DATASETS)}, a file "
         "(.jsonl, .json, .parquet, .csv), a folder of such files, or a hub id (owner/name, "
         "owner/name:config, owner/name:config:split); several with commas between them",
     )

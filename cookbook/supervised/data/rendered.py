@@ -7,14 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 
 from cookbook.errors import DataError
 from cookbook.supervised.data.examples import datum_from_tokens
 from cookbook.supervised.data.mixing import StopWhen, order_of_epoch, rows_per_epoch
-from cookbook.supervised.data.rendering import digest_of
 from cookbook.supervised.data.report import DataReport
+from cookbook.supervised.data.sources.base import digest_of
 from cookbook.supervised.data.store import ExampleStore
 from cookbook.supervised.types import OnLong, SupervisedDataset
 from cookbook.types import Datum
@@ -135,9 +136,7 @@ class RenderedDataset(SupervisedDataset):
         return [part.source.report for part in self._parts]
 
     def fingerprint(self) -> str:
-        stores = [f"{part.source.store.meta.digest} {digest_rows(part.rows)}" for part in self._parts]
-        return digest_of([*stores, str(self._counts)])
-
-
-def digest_rows(rows: np.ndarray) -> str:
-    return digest_of([rows.astype("<i8").tobytes().hex()])
+        parts = [
+            (part.source.store.meta.digest, part.rows.astype("<i8").tobytes().hex()) for part in self._parts
+        ]
+        return digest_of(*chain.from_iterable(parts), str(self._counts))

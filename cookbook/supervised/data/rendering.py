@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import shutil
 import tempfile
@@ -21,6 +20,7 @@ from cookbook.supervised.data import processes
 from cookbook.supervised.data.cache import cache_folder
 from cookbook.supervised.data.conversation import Conversation
 from cookbook.supervised.data.sources import BadRow, Chunk, Row, Source
+from cookbook.supervised.data.sources.base import digest_of
 from cookbook.supervised.data.store import (
     BadRowNote,
     Block,
@@ -119,16 +119,14 @@ class RowRenderer:
             key: value for key, value in vars(renderer).items() if isinstance(value, str | int | float)
         }
         return digest_of(
-            [
-                tokenizer.backend_tokenizer.to_str(),
-                str(tokenizer.chat_template),
-                str(sorted(tokenizer.special_tokens_map.items())),
-                renderer.name,
-                str(sorted(options.items())),
-                str(self._train_on_what),
-                self._conversations_key,
-                _code_of_this_project(),
-            ]
+            tokenizer.backend_tokenizer.to_str(),
+            str(tokenizer.chat_template),
+            str(sorted(tokenizer.special_tokens_map.items())),
+            renderer.name,
+            str(sorted(options.items())),
+            str(self._train_on_what),
+            self._conversations_key,
+            _code_of_this_project(),
         )
 
 
@@ -147,7 +145,7 @@ def render_source(
     fingerprint = row_renderer.fingerprint() if use_cache else None
     if fingerprint is None:
         return _render_to_temporary_folder(source, row_renderer, on_bad_row, num_proc)
-    path = cache_folder() / "rendered" / digest_of([source.name, source.fingerprint(), fingerprint])
+    path = cache_folder() / "rendered" / digest_of(source.name, source.fingerprint(), fingerprint)
     store = open_store(path, source.name)
     if store is None:
         try:
@@ -214,17 +212,9 @@ def bad_row_error(place: str, reason: str) -> DataError:
 # -- fingerprints -----------------------------------------------------------------------------
 
 
-def digest_of(parts: Iterable[str]) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    for part in parts:
-        digest.update(part.encode())
-        digest.update(b"\0")
-    return digest.hexdigest()
-
-
 @cache
 def _code_of_this_project() -> str:
     """A digest of the code that rows go through, so that a new version renders afresh."""
     folders = [Path(__file__).parent, Path(str(renderers.__file__)).parent]
     files = sorted(file for folder in folders for file in folder.rglob("*.py"))
-    return digest_of(file.read_text() for file in files)
+    return digest_of(*(file.read_text() for file in files))

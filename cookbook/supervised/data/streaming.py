@@ -6,7 +6,6 @@ rows, so a resumed run goes on with exactly the rows it would have read.
 
 from __future__ import annotations
 
-import logging
 from abc import abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -19,17 +18,15 @@ from cookbook.errors import ConfigError, CookbookError, DataError
 from cookbook.supervised.data.datasets import is_trained
 from cookbook.supervised.data.examples import datum_from_tokens
 from cookbook.supervised.data.mixing import StopWhen
-from cookbook.supervised.data.rendering import OnBadRow, RowRenderer, bad_row_error, digest_of, reason_of
+from cookbook.supervised.data.rendering import OnBadRow, RowRenderer, bad_row_error, reason_of
 from cookbook.supervised.data.report import DataReport
 from cookbook.supervised.data.sources import BadRow, Chunk, Row, Source
-from cookbook.supervised.data.sources.base import ListChunk
+from cookbook.supervised.data.sources.base import ListChunk, digest_of
 from cookbook.supervised.types import OnLong, SupervisedDataset
 from cookbook.types import Datum
 
 if TYPE_CHECKING:
     import datasets
-
-logger = logging.getLogger(__name__)
 
 _PICKS_AT_ONCE = 4096
 
@@ -239,7 +236,7 @@ class StreamMixture:
     def fingerprint(self) -> str:
         """Changes with the content of a source or the order of the rows."""
         parts = [source.fingerprint() for source in self._sources]
-        return digest_of([*parts, str(self._shares.tolist()), str(self._repeats)])
+        return digest_of(*parts, str(self._shares.tolist()), str(self._repeats))
 
     def rows(self, start: int, seed: int) -> Iterator[Row | BadRow]:
         """The rows of an epoch behind the first `start`."""
@@ -292,7 +289,7 @@ class StreamMixture:
 def _size_of(source: Source) -> int:
     size = source.num_rows()
     if size is None:
-        size = sum(len(chunk.rows()) for chunk in source.chunks())
+        size = sum(len(chunk) for chunk in source.chunks())
     if size == 0:
         raise DataError(f"{source.name} has no rows.")
     return size
