@@ -1,0 +1,57 @@
+"""What a side reports of its steps, counted in one way for every side.
+
+A step's seconds run from the end of the step before to its own end, so that collating and logging fall
+into them. Losses are means in nats over the trained tokens of a whole batch. The first `WARM_UP_STEPS` are
+left out of the speed, not of the losses. Memory is the resident size of the process, its peak taken over
+the training alone.
+"""
+
+from __future__ import annotations
+
+import resource
+import statistics
+import time
+from typing import Any
+
+from benchmarks import process_memory
+from benchmarks.step_data import Example, num_tokens, num_trained_tokens, source
+
+WARM_UP_STEPS = 2
+
+
+class StepClock:
+    """`begin` before the first step, `end_step` after every step, then `report`."""
+
+    def __init__(self) -> None:
+        self.step_seconds: list[float] = []
+        self.losses: list[float] = []
+
+    def begin(self) -> None:
+        self.resident_bytes_before = process_memory.resident_bytes()
+        process_memory.begin_peak()
+        self._last = time.perf_counter()
+
+    def end_step(self) -> None:
+        now = time.perf_counter()
+        self.step_seconds.append(now - self._last)
+        self._last = now
+        self.peak_bytes = process_memory.peak_bytes()
+
+    def report(self, set_name: str, batches: list[list[Example]], settings: Any) -> dict[str, Any]:
+        assert len(self.step_seconds) == len(self.losses) == len(batches) > WARM_UP_STEPS
+        timed, seconds = batches[WARM_UP_STEPS:], self.step_seconds[WARM_UP_STEPS:]
+        tokens, trained = sum(map(num_tokens, timed)), sum(map(num_trained_tokens, timed))
+        return {
+            "set": set_name,
+            "source": source(set_name),
+            "settings": settings,
+            "seconds_per_step": statistics.median(seconds),
+            "seconds": sum(seconds),
+            "tokens_per_second": tokens / sum(seconds),
+            "trained_tokens_per_second": trained / sum(seconds),
+            "resident_bytes_before": self.resident_bytes_before,
+            "peak_bytes": self.peak_bytes,
+            "process_peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            "step_seconds": self.step_seconds,
+            "losses": self.losses,
+        }
