@@ -132,7 +132,7 @@ def seconds_of_bare_loop(num_steps: int) -> Measurement:
     dataset.set_epoch(config.seed)
     base = BaseModel(config.model_name)
     lora = LoraConfig(rank=config.lora_rank, alpha=config.lora_alpha, seed=config.seed)
-    adapter = base.add_adapter(lora)
+    adapter = base.adapters.add(lora)
     parameters = list(adapter.weights.values())
     optimizer = torch.optim.AdamW(
         parameters,
@@ -147,19 +147,21 @@ def seconds_of_bare_loop(num_steps: int) -> Measurement:
         sequences = check_data(data, ("target_tokens",), base.vocab_size)
         batches.append(pack(sequences, base.device, trained_only=True))
     nll = 0.0
-    with base.using(adapter):
+    with base.adapters.using(adapter):
         for step, batch in enumerate(batches):
             if step == WARM_UP_STEPS:
                 started = time.perf_counter()
-            loss = -(batch.scored(batch.weights_N) * base.logprobs(batch)).sum()
-            loss.backward()
+            weights_S = batch.weights_S
+            _, loss = base.backpropagate(
+                batch, lambda logprobs_C, part, w_S=weights_S: -(w_S[part] * logprobs_C).sum(), False
+            )
             torch.nn.utils.clip_grad_norm_(parameters, config.grad_clip_norm)
             optimizer.param_groups[0]["lr"] = learning_rate_at(
                 step, num_steps, config.learning_rate, config.lr_schedule
             )
             optimizer.step()
             optimizer.zero_grad()
-            nll = float(loss.detach())
+            nll = float(loss)
     return time.perf_counter() - started, nll, 0.0
 
 

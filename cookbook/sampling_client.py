@@ -55,7 +55,7 @@ class SamplingClient:
         """Of the weights that `trainer` has when everything queued before has run."""
 
         def prepare() -> tuple[Adapter, int]:
-            return engine.base.clone_adapter(trainer.adapter), int(trainer.rng.integers(2**31))
+            return engine.base.adapters.clone(trainer.adapter), int(trainer.rng.integers(2**31))
 
         return cls(engine, prepare)
 
@@ -66,11 +66,11 @@ class SamplingClient:
         weights = state.read_weights(path)
 
         def prepare() -> tuple[Adapter, None]:
-            adapter = engine.base.add_adapter(info.lora)
+            adapter = engine.base.adapters.add(info.lora)
             try:
                 check_weights_fit(os.fspath(path), info, weights, adapter, engine.base)
             except CheckpointError:
-                engine.base.remove_adapter(adapter)
+                engine.base.adapters.remove(adapter)
                 raise
             for name, parameter in adapter.weights.items():
                 parameter.data.copy_(weights[name])
@@ -139,6 +139,6 @@ def _release(engine: Engine, prepared: Future[tuple[Adapter | None, int | None]]
 
     def remove() -> None:
         if prepared.exception() is None and (adapter := prepared.result()[0]) is not None:
-            engine.base.remove_adapter(adapter)
+            engine.base.adapters.remove(adapter)
 
     engine.clean_up_later(remove)

@@ -13,6 +13,7 @@ import torch
 
 from cookbook import embedded, models
 from cookbook.engine import state
+from cookbook.engine.options import EngineOptions, GradientCheckpointing
 from cookbook.engine.worker import Engine
 from cookbook.errors import ConfigError, RequestError
 from cookbook.sampling_client import SamplingClient
@@ -27,7 +28,10 @@ class ServiceClient:
 
     `device` is "auto" (CUDA when there is one, else CPU), "cpu", "cuda" or "cuda:N"; `dtype` is
     "auto" (bfloat16 on CUDA, float32 on CPU) or a name. Checkpoints go to `checkpoint_dir`; by
-    default each training client has a new folder under ~/.cookbook/checkpoints.
+    default each training client has a new folder under ~/.cookbook/checkpoints. Batches are cut into
+    micro-batches of at most `max_tokens_per_microbatch` tokens (None: what fits and is fast), whose
+    layers are run again in the backward pass by `gradient_checkpointing`: "auto" (where they would
+    not fit otherwise), "on" or "off".
     """
 
     def __init__(
@@ -35,9 +39,10 @@ class ServiceClient:
         device: str = "auto",
         dtype: str = "auto",
         checkpoint_dir: str | os.PathLike[str] | None = None,
+        max_tokens_per_microbatch: int | None = None,
+        gradient_checkpointing: GradientCheckpointing = "auto",
     ) -> None:
-        self._device = device
-        self._dtype = dtype
+        self._options = EngineOptions(device, dtype, max_tokens_per_microbatch, gradient_checkpointing)
         self._checkpoint_dir = None if checkpoint_dir is None else Path(checkpoint_dir).expanduser()
         self._engines: dict[str, Engine] = {}
         self._lock = threading.Lock()
@@ -108,7 +113,7 @@ class ServiceClient:
         key = os.path.realpath(location) if os.path.isdir(location) else location
         with self._lock:
             if key not in self._engines:
-                self._engines[key] = Engine(base_model, self._device, self._dtype)
+                self._engines[key] = Engine(base_model, self._options)
             return self._engines[key]
 
     def _training_client(

@@ -61,7 +61,7 @@ class TrainingClient:
         self._lock = threading.Lock()
         """Held while a pass or a step is queued, so that a step knows every pass before it."""
         # Queued work holds the trainer, not this client, and may outlive it.
-        release = functools.partial(engine.base.remove_adapter, self._trainer.adapter)
+        release = functools.partial(engine.base.adapters.remove, self._trainer.adapter)
         weakref.finalize(self._trainer, engine.clean_up_later, release).atexit = False
 
     # -- training ---------------------------------------------------------------------------

@@ -6,6 +6,7 @@ Shape suffixes: B rows, H heads, T tokens, D head size.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,6 +19,19 @@ NAME = "cookbook_packed"
 Segment = tuple[int, int]
 
 
+@dataclass(frozen=True)
+class AttentionLayout:
+    """Where the sequences of a packed row lie, worked out once for all layers."""
+
+    segments: Sequence[Segment]
+    """Half-open ranges of tokens."""
+    starts: Tensor
+    """The same as [number of sequences + 1] int32 on the device: where each begins, and the end."""
+    longest: int
+    windows_seen: list[int | None] | None = None
+    """Where given, each call adds the sliding window that it was called with."""
+
+
 def packed_attention(
     module: torch.nn.Module,
     query_BHTD: Tensor,
@@ -25,45 +39,46 @@ def packed_attention(
     value_BHTD: Tensor,
     attention_mask: Tensor | None,
     scaling: float | None = None,
-    segments: Sequence[Segment] | None = None,
+    layout: AttentionLayout | None = None,
     sliding_window: int | None = None,
-    **unsupported: Any,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **unused: Any,
 ) -> tuple[Tensor, None]:
-    """Attention in which position t of a segment sees positions 0 to t of that segment.
+    """Attention in which position t of a sequence sees positions 0 to t of that sequence: [B, T, H, D].
 
-    `segments` are the half-open token ranges of the sequences packed into a row; without them
-    the row is one sequence. With a key-value cache the queries are the newest position of each
-    row and see all of it. Segments go through the kernel one at a time, so nothing that a
-    segment holds can reach another, to the bit.
+    Without a `layout` each row is one sequence. With a key-value cache the queries are the newest
+    position of each row and see all of it. `softcap` bounds the scores (Gemma 2), `s_aux` is one
+    score per head that nothing stands behind (the sinks of gpt-oss).
+
+    On CUDA one kernel of variable length takes all sequences of a row; elsewhere, and where the
+    scores are not plain, they go through one at a time. Either way nothing that a sequence holds
+    reaches another, to the bit.
     """
-    assert attention_mask is None, "packed attention takes segments, never a mask"
-    assert unsupported.get("softcap") is None
-    assert unsupported.get("s_aux") is None
+    if layout is not None and layout.windows_seen is not None:
+        layout.windows_seen.append(sliding_window)
+    assert attention_mask is None, "packed attention takes a layout, never a mask"
+    is_plain = softcap is None and s_aux is None
+    if is_plain and layout is not None and _has_varlen_kernel(query_BHTD):
+        return _varlen(query_BHTD, key_BHTD, value_BHTD, layout, scaling, sliding_window), None
+
     groups = query_BHTD.shape[1] // key_BHTD.shape[1]
     if groups > 1:
         key_BHTD = key_BHTD.repeat_interleave(groups, dim=1)
         value_BHTD = value_BHTD.repeat_interleave(groups, dim=1)
-
-    num_queries, num_keys = query_BHTD.shape[2], key_BHTD.shape[2]
-    if num_queries < num_keys:
-        assert num_queries == 1, "with a cache, one new position at a time"
-        first = 0 if sliding_window is None else max(0, num_keys - sliding_window)
-        out = F.scaled_dot_product_attention(
-            query_BHTD, key_BHTD[:, :, first:], value_BHTD[:, :, first:], scale=scaling
+    segments: Sequence[Segment] = layout.segments if layout else [(0, key_BHTD.shape[2])]
+    outs = []
+    for start, stop in segments:
+        # With a cache there is one segment, and its only query is the last of its positions.
+        query, key, value = (
+            tensor if len(segments) == 1 else tensor[:, :, start:stop]
+            for tensor in (query_BHTD, key_BHTD, value_BHTD)
         )
-        return out.transpose(1, 2).contiguous(), None
-
-    outs = [
-        _causal(
-            query_BHTD[:, :, start:stop],
-            key_BHTD[:, :, start:stop],
-            value_BHTD[:, :, start:stop],
-            scaling,
-            sliding_window,
-        )
-        for start, stop in segments or [(0, num_queries)]
-    ]
-    return torch.cat(outs, dim=2).transpose(1, 2).contiguous(), None
+        if is_plain:
+            outs.append(_causal(query, key, value, scaling, sliding_window))
+        else:
+            outs.append(_causal_by_hand(query, key, value, scaling, sliding_window, softcap, s_aux))
+    return torch.cat(outs, dim=2).transpose(1, 2), None
 
 
 def _causal(
@@ -73,13 +88,80 @@ def _causal(
     scaling: float | None,
     sliding_window: int | None,
 ) -> Tensor:
-    length = query_BHTD.shape[2]
-    if sliding_window is None or length <= sliding_window:
-        return F.scaled_dot_product_attention(query_BHTD, key_BHTD, value_BHTD, is_causal=True, scale=scaling)
-    position = torch.arange(length, device=query_BHTD.device)
-    distance = position[:, None] - position[None, :]
-    mask = (distance >= 0) & (distance < sliding_window)
-    return F.scaled_dot_product_attention(query_BHTD, key_BHTD, value_BHTD, attn_mask=mask, scale=scaling)
+    num_queries, num_keys = query_BHTD.shape[2], key_BHTD.shape[2]
+    is_windowed = sliding_window is not None and num_keys > sliding_window
+    return F.scaled_dot_product_attention(
+        query_BHTD,
+        key_BHTD,
+        value_BHTD,
+        attn_mask=_visible(query_BHTD, key_BHTD, sliding_window) if is_windowed else None,
+        is_causal=num_queries > 1 and not is_windowed,
+        scale=scaling,
+    )
+
+
+def _causal_by_hand(
+    query_BHTD: Tensor,
+    key_BHTD: Tensor,
+    value_BHTD: Tensor,
+    scaling: float | None,
+    sliding_window: int | None,
+    softcap: float | None,
+    s_aux: Tensor | None,
+) -> Tensor:
+    """For scores that are more than a scaled product: all of them at once, in fp32."""
+    scale = query_BHTD.shape[-1] ** -0.5 if scaling is None else scaling
+    scores_BHTT = (query_BHTD @ key_BHTD.transpose(2, 3) * scale).float()
+    if softcap is not None:
+        scores_BHTT = softcap * torch.tanh(scores_BHTT / softcap)
+    scores_BHTT = scores_BHTT.masked_fill(~_visible(query_BHTD, key_BHTD, sliding_window), -torch.inf)
+    num_keys = scores_BHTT.shape[-1]
+    if s_aux is not None:
+        sink_BHT1 = s_aux.float().view(1, -1, 1, 1).expand(*scores_BHTT.shape[:3], 1)
+        scores_BHTT = torch.cat([scores_BHTT, sink_BHT1], dim=-1)
+    return scores_BHTT.softmax(-1)[..., :num_keys].to(value_BHTD.dtype) @ value_BHTD
+
+
+def _visible(query_BHTD: Tensor, key_BHTD: Tensor, sliding_window: int | None) -> Tensor:
+    """Which keys each query sees; the queries are the last of the positions that there are keys for."""
+    num_queries, num_keys = query_BHTD.shape[2], key_BHTD.shape[2]
+    position = torch.arange(num_keys, device=query_BHTD.device)
+    distance = position[num_keys - num_queries :, None] - position[None, :]
+    return (distance >= 0) & (distance < (sliding_window or num_keys))
+
+
+def _has_varlen_kernel(query_BHTD: Tensor) -> bool:
+    return query_BHTD.is_cuda and query_BHTD.dtype in (torch.bfloat16, torch.float16)
+
+
+def _varlen(
+    query_BHTD: Tensor,
+    key_BHTD: Tensor,
+    value_BHTD: Tensor,
+    layout: AttentionLayout,
+    scaling: float | None,
+    sliding_window: int | None,
+) -> Tensor:
+    """One row of packed sequences through the flash kernel that torch has built in: [1, T, H, D]."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    query_THD, key_THD, value_THD = (
+        tensor[0].transpose(0, 1).contiguous() for tensor in (query_BHTD, key_BHTD, value_BHTD)
+    )
+    out_THD = varlen_attn(
+        query_THD,
+        key_THD,
+        value_THD,
+        layout.starts,
+        layout.starts,
+        layout.longest,
+        layout.longest,
+        scale=scaling,
+        window_size=(-1 if sliding_window is None else sliding_window - 1, 0),
+        enable_gqa=True,
+    )
+    assert isinstance(out_THD, Tensor)
+    return out_THD[None]
 
 
 AttentionInterface.register(NAME, packed_attention)

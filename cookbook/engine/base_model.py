@@ -1,17 +1,13 @@
-"""A base model with frozen weights and the LoRA adapters that live on it.
+"""A base model: its weights, the adapters on it, and its forward and backward pass.
 
 Shape suffixes: N tokens of a packed row, S scored positions, D hidden size, V vocabulary.
 """
 
 from __future__ import annotations
 
-import contextlib
-import itertools
 import logging
-import threading
-import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -19,255 +15,210 @@ import torch
 from torch import Tensor, nn
 
 from cookbook import models
-from cookbook.engine import attention
+from cookbook.engine import attention, projection
+from cookbook.engine.adapters import GLOBAL_STATE, Adapter, Adapters
+from cookbook.engine.loading import load_model, resolve_device, resolve_dtype
+from cookbook.engine.memory import (
+    ActivationCost,
+    MicrobatchLimits,
+    checkpointed_layers,
+    limits_for,
+    measure_activations,
+)
+from cookbook.engine.options import EngineOptions
 from cookbook.engine.packing import PackedBatch, TokenSequence, pack
-from cookbook.engine.projection import token_logprobs
-from cookbook.errors import ConfigError
-from cookbook.types import LoraConfig
+from cookbook.engine.projection import Head, LoraOnHead, TokenLoss
 
 logger = logging.getLogger(__name__)
 
-_GLOBAL_STATE = threading.Lock()
-"""Held while a model loads or an adapter is drawn: both change state that all engines share."""
-
-
-@dataclass(frozen=True)
-class Adapter:
-    """A LoRA on a base model. `weights` are its parameters under the names that PEFT saves."""
-
-    name: str
-    lora: LoraConfig
-    weights: dict[str, nn.Parameter]
-
 
 class BaseModel:
-    """Loads one model once; every training and sampling client on it shares the weights.
+    """Loads one model once; every training and sampling client on it shares the weights."""
 
-    `device` is "auto" (CUDA when there is one), or a torch device; `dtype` is "auto" (bfloat16 on
-    CUDA, float32 on CPU), "float32", "bfloat16" or "float16". Adapters are always float32.
-    """
-
-    def __init__(self, model_name: str, device: str = "auto", dtype: str = "auto") -> None:
-        from transformers import AutoModelForCausalLM
-
+    def __init__(self, model_name: str, options: EngineOptions | None = None) -> None:
         self.name = model_name
-        self.device = _resolve_device(device)
-        self.dtype = _resolve_dtype(dtype, self.device)
+        self.options = options or EngineOptions()
+        self.device = resolve_device(self.options.device)
+        self.dtype = resolve_dtype(self.options.dtype, self.device)
         self.tokenizer = models.get_tokenizer(model_name)
-        with _GLOBAL_STATE, _no_progress_bar():
-            self.model: Any = models.load_from_hub_or_disk(
-                "weights", model_name, _whole(AutoModelForCausalLM.from_pretrained), dtype=self.dtype
-            )
-        self.model.to(self.device).eval().requires_grad_(False)
+        with GLOBAL_STATE:
+            self.model: Any = load_model(model_name, self.device, self.dtype)
         self.vocab_size: int = self.model.get_input_embeddings().weight.shape[0]
         self.context_length: int = getattr(self.model.config, "max_position_embeddings", None) or 2**20
-        self._peft: Any = None
-        self._active: str | None = None
-        self._adapter_numbers = itertools.count()
-        self.is_packed = self._switch_to_packed_attention()
+        self.adapters = Adapters(self.model, model_name)
+        self.is_packed = False
+        self.has_plain_head = False
+        self._find_what_is_safe()
 
-    # -- adapters ---------------------------------------------------------------------------
-
-    def add_adapter(self, lora: LoraConfig) -> Adapter:
-        """A new adapter: A random in `lora.seed`, B zero, so the model is unchanged at first."""
-        from peft import LoraConfig as PeftLoraConfig
-        from peft import PeftModel, TaskType
-
-        name = f"adapter{next(self._adapter_numbers)}"
-        config = PeftLoraConfig(
-            task_type=TaskType.CAUSAL_LM,
-            r=lora.rank,
-            lora_alpha=lora.alpha,  # type: ignore[arg-type]
-            lora_dropout=0.0,
-            target_modules=self._target_modules(lora),
-            base_model_name_or_path=models.model_location(self.name),
-            inference_mode=True,
-        )
-        devices = [self.device] if self.device.type == "cuda" else []
-        with _GLOBAL_STATE, torch.random.fork_rng(devices=devices), warnings.catch_warnings():
-            # PEFT warns that an adapter on a tied lm_head cannot be merged in place; nothing here merges.
-            warnings.filterwarnings("ignore", message=".*tie_word_embeddings.*")
-            # PEFT 0.21 reads a name that transformers 5.23 deprecates.
-            warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
-            if lora.seed is not None:
-                torch.manual_seed(lora.seed)
-            if self._peft is None:
-                self._peft = PeftModel(self.model, config, adapter_name=name)
-            else:
-                self._peft.add_adapter(name, config)
-        self._active = None
-        weights = {
-            parameter_name.replace(f".{name}.", "."): parameter
-            for parameter_name, parameter in self._peft.named_parameters()
-            if f".{name}." in parameter_name
-        }
-        return Adapter(name, lora, weights)
-
-    def remove_adapter(self, adapter: Adapter) -> None:
-        """Frees an adapter. PEFT keeps at least one, so the last one stays."""
-        others = [name for name in self._peft.peft_config if name != adapter.name]
-        if others:
-            self._activate(others[0])
-            self._peft.delete_adapter(adapter.name)
-
-    def clone_adapter(self, adapter: Adapter) -> Adapter:
-        clone = self.add_adapter(adapter.lora)
-        with torch.no_grad():
-            for name, weight in adapter.weights.items():
-                clone.weights[name].copy_(weight)
-        return clone
-
-    def adapter_config(self, adapter: Adapter) -> Any:
-        """The adapter's configuration as PEFT saves it."""
-        return self._peft.peft_config[adapter.name]
-
-    def _target_modules(self, lora: LoraConfig) -> list[str]:
-        head = self.model.get_output_embeddings()
-        chosen, other = {}, []
-        for name, module in self.model.named_modules():
-            if isinstance(module, nn.Module) and hasattr(module, "base_layer"):
-                module = module.base_layer  # already carries another adapter
-            if not isinstance(module, nn.Linear) or ".lora_" in name or name.endswith(".base_layer"):
-                continue
-            if module is getattr(head, "base_layer", head):
-                group, wanted = "train_unembed", lora.train_unembed
-            elif "attn" in name or "attention" in name:
-                group, wanted = "train_attn", lora.train_attn
-            else:
-                group, wanted = "train_mlp", lora.train_mlp
-            if wanted:
-                chosen[name] = group
-            else:
-                other.append(name)
-        for group in ("train_attn", "train_mlp", "train_unembed"):
-            if getattr(lora, group) and group not in chosen.values():
-                raise ConfigError(
-                    f"{group}=True, but {self.name} has no linear layer of that kind to put an adapter on. "
-                    f"Pass {group}=False."
-                )
-        if not chosen:
-            raise ConfigError("Nothing to train: set train_attn, train_mlp or train_unembed.")
-        suffixes = {name.rsplit(".", 1)[-1] for name in chosen}
-        is_unambiguous = not any(name.rsplit(".", 1)[-1] in suffixes for name in other)
-        return sorted(suffixes) if is_unambiguous else sorted(chosen)
-
-    @contextlib.contextmanager
-    def using(self, adapter: Adapter | None) -> Iterator[None]:
-        """Runs the model with one adapter, or with none."""
-        if adapter is not None:
-            self._activate(adapter.name)
-        is_bare = adapter is None and self._peft is not None
-        with self._peft.disable_adapter() if is_bare else contextlib.nullcontext():
-            yield
-
-    def _activate(self, adapter_name: str) -> None:
-        if self._active != adapter_name:
-            self._peft.set_adapter(adapter_name)
-            self._active = adapter_name
-
-    # -- forward ----------------------------------------------------------------------------
-
-    def logprobs(self, batch: PackedBatch) -> Tensor:
-        """The log-probability of the target at every scored position: [S], fp32."""
-        return self._packed_logprobs(batch) if self.is_packed else self._plain_logprobs(batch)
-
-    def _packed_logprobs(self, batch: PackedBatch) -> Tensor:
-        hidden_ND = self.model.get_decoder()(
-            input_ids=batch.tokens_1N,
-            position_ids=batch.positions_1N,
-            use_cache=False,
-            segments=batch.layout.segments,
-        ).last_hidden_state[0]
-        project = self.model.get_output_embeddings()
-        return token_logprobs(
-            batch.scored(hidden_ND), batch.scored(batch.targets_N), project, self.vocab_size
-        )
-
-    def _plain_logprobs(self, batch: PackedBatch) -> Tensor:
-        """The model's own forward, for models whose sequences cannot be packed: one at a time."""
-        assert len(batch.layout.segments) == 1
-        logits_NV = self.model(input_ids=batch.tokens_1N, use_cache=False).logits[0]
-        logits_SV, targets_S = batch.scored(logits_NV), batch.scored(batch.targets_N)
-        return -nn.functional.cross_entropy(logits_SV.float(), targets_S, reduction="none")
+    # -- one micro-batch --------------------------------------------------------------------
 
     @torch.no_grad()
-    def _switch_to_packed_attention(self) -> bool:
-        """Uses packed attention if, on two short sequences, it gives what the model itself gives.
+    def logprobs(self, batch: PackedBatch) -> Tensor:
+        """The log-probability of the target at every scored position: [S], fp32."""
+        if not self.has_plain_head:
+            return self._logprobs_of_whole_model(batch)
+        hidden_SD = self.hidden(batch).index_select(0, batch.scored_S)
+        return projection.score(self._head(), hidden_SD, batch.targets_S)
 
-        Architectures differ in more than a config tells (soft caps, sinks, recurrent layers,
-        scaled logits), so this is tried, not guessed.
+    def backpropagate(
+        self, batch: PackedBatch, token_loss: TokenLoss, checkpoint_layers: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Adds the gradient of the loss of the trained positions: log-probabilities [S], and that loss.
+
+        The batch has a trained position. `token_loss` is as `projection.score_and_backpropagate` has it.
+        """
+        num_trained = batch.layout.num_trained
+        with torch.enable_grad(), checkpointed_layers(self.model, checkpoint_layers):
+            if not self.has_plain_head:
+                logprobs_S = self._logprobs_of_whole_model(batch)
+                loss = token_loss(logprobs_S[:num_trained], slice(0, num_trained))
+                loss.backward()
+                return logprobs_S.detach(), loss.detach()
+            hidden_ND = self.hidden(batch)
+        # The projection forms its own gradient, so it stays out of autograd's graph.
+        hidden_SD = hidden_ND.detach().index_select(0, batch.scored_S)
+        head = self._head()
+        trained_logprobs, loss, grad_SD = projection.score_and_backpropagate(
+            head, hidden_SD[:num_trained], batch.targets_S[:num_trained], token_loss
+        )
+        logprobs_S = trained_logprobs
+        if len(hidden_SD) > num_trained:
+            others = projection.score(head, hidden_SD[num_trained:], batch.targets_S[num_trained:])
+            logprobs_S = torch.cat([trained_logprobs, others])
+        if hidden_ND.requires_grad:
+            grad_ND = torch.zeros_like(hidden_ND).index_copy_(0, batch.scored_S[:num_trained], grad_SD)
+            hidden_ND.backward(grad_ND)
+        return logprobs_S, loss
+
+    def hidden(self, batch: PackedBatch) -> Tensor:
+        """What goes into the projection to the vocabulary: [N, D]."""
+        packed = {"position_ids": batch.positions_1N, "layout": batch.attention} if self.is_packed else {}
+        assert self.is_packed or len(batch.layout.segments) == 1
+        out = self.model.get_decoder()(input_ids=batch.tokens_1N, use_cache=False, **packed)
+        hidden_1ND: Tensor = out.last_hidden_state
+        return hidden_1ND[0]
+
+    def _logprobs_of_whole_model(self, batch: PackedBatch) -> Tensor:
+        """For models whose logits are more than a projection, one sequence at a time."""
+        assert len(batch.layout.segments) == 1
+        logits_NV = self.model(input_ids=batch.tokens_1N, use_cache=False).logits[0]
+        logits_SV = logits_NV.index_select(0, batch.scored_S)
+        return -nn.functional.cross_entropy(logits_SV.float(), batch.targets_S, reduction="none")
+
+    def limits(self, adapter: Adapter) -> MicrobatchLimits:
+        """How large micro-batches may be with one more adapter in training."""
+        trained_bytes = 4 * sum(weight.nbytes for weight in adapter.weights.values())  # gradient, moments
+        weight_bytes = sum(parameter.nbytes for parameter in self.model.parameters())
+        return limits_for(
+            self.options, self.device, lambda: self._activation_cost(adapter), weight_bytes + trained_bytes
+        )
+
+    def _activation_cost(self, adapter: Adapter) -> ActivationCost:
+        config = self.model.config.get_text_config()
+        num_tokens = min(64, self.context_length)
+        tokens_T = np.zeros(num_tokens, np.int64)
+        batch = pack(
+            [TokenSequence(tokens_T, tokens_T, np.ones(num_tokens, np.float32), {})], self.device, True
+        )
+        with self.adapters.using(adapter):
+            return measure_activations(
+                lambda: self.hidden(batch),
+                num_tokens,
+                config.num_hidden_layers,
+                config.hidden_size * self.dtype.itemsize,
+            )
+
+    def _head(self) -> Head:
+        """The projection to the vocabulary, with the adapter that is in use."""
+        module: Any = self.model.get_output_embeddings()
+        base = getattr(module, "base_layer", module)
+        lora = None
+        if base is not module and not module.disable_adapters:
+            active = [name for name in module.active_adapters if name in module.lora_A]
+            if active:
+                a, b = module.lora_A[active[0]].weight, module.lora_B[active[0]].weight
+                lora = LoraOnHead(a, b, module.scaling[active[0]])
+        config = self.model.config.get_text_config()
+        return Head(
+            base.weight,
+            base.bias,
+            lora,
+            scale=(getattr(config, "logit_scale", None) or 1.0)
+            / (getattr(config, "logits_scaling", None) or 1.0),
+            softcap=getattr(config, "final_logit_softcapping", None),
+        )
+
+    # -- what an architecture allows --------------------------------------------------------
+
+    @torch.no_grad()
+    def _find_what_is_safe(self) -> None:
+        """Packs, and projects by blocks, if on short sequences that gives what the model itself gives.
+
+        Architectures differ in more than a config tells (sinks, recurrent layers, scaled logits), so
+        this is tried, not guessed.
         """
         generator = torch.Generator().manual_seed(0)
         sequences = []
         for length in (7, 5):
             ids_T = torch.randint(self.vocab_size, (length,), generator=generator).numpy()
             sequences.append(TokenSequence(ids_T, ids_T, np.ones(length, np.float32), {}))
-        plain_N = torch.cat(
-            [self._plain_logprobs(pack([s], self.device, trained_only=False)) for s in sequences]
-        )
+        alone = [pack([sequence], self.device, trained_only=False) for sequence in sequences]
+        expected = torch.cat([self._logprobs_of_whole_model(batch) for batch in alone])
+
+        self.has_plain_head = True
+        why_no_head = self._why_not(lambda: torch.cat([self.logprobs(batch) for batch in alone]), expected)
+        self.has_plain_head = why_no_head is None
+        if why_no_head is not None:
+            logger.info(
+                "%s runs one sequence at a time, with all its logits: they are more than a projection (%s).",
+                self.name,
+                why_no_head,
+            )
+            return
         own_attention = self.model.config._attn_implementation
+        self.is_packed = True
+        why_not_packed = self._why_not(lambda: self._packed_logprobs(sequences), expected)
+        if why_not_packed is not None:
+            self.is_packed = False
+            self.model.set_attn_implementation(own_attention)
+            logger.info(
+                "%s runs one sequence at a time: it cannot be packed (%s).", self.name, why_not_packed
+            )
+
+    def _packed_logprobs(self, sequences: list[TokenSequence]) -> Tensor:
+        self.model.set_attn_implementation(attention.NAME)
+        batch = pack(sequences, self.device, trained_only=False)
+        windows: list[int | None] = []
+        found = self.logprobs(replace(batch, attention=replace(batch.attention, windows_seen=windows)))
+        if (reason := _window_not_passed(self.model.config.get_text_config(), windows)) is not None:
+            raise ValueError(reason)
+        return found
+
+    def _why_not(self, compute: Callable[[], Tensor], expected: Tensor) -> str | None:
         try:
-            self.model.set_attn_implementation(attention.NAME)
-            packed_N = self._packed_logprobs(pack(sequences, self.device, trained_only=False))
+            found = compute()
         except (AssertionError, AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
-            reason = f"{type(error).__name__}: {error}"
-        else:
-            tolerance = 1e-4 if self.dtype == torch.float32 else 0.05
-            difference = ((packed_N - plain_N).abs() / plain_N.abs()).max().item()
-            if difference <= tolerance:
-                return True
-            reason = f"its log-probabilities would move by {difference:.1%}"
-        self.model.set_attn_implementation(own_attention)
-        logger.info("%s runs one sequence at a time: it cannot be packed (%s).", self.name, reason)
-        return False
+            return f"{type(error).__name__}: {error}"
+        difference = ((found - expected).abs() / expected.abs()).max().item()
+        tolerance = 1e-4 if self.dtype == torch.float32 else 0.05
+        return None if difference <= tolerance else f"its log-probabilities would move by {difference:.1%}"
 
 
-@contextlib.contextmanager
-def _no_progress_bar() -> Iterator[None]:
-    """Loading from disk is quick; a download has the hub's own progress bar."""
-    from transformers.utils import logging as transformers_logging
+def _window_not_passed(config: Any, windows: list[int | None]) -> str | None:
+    """Why a model whose attention is local would see too much when packed; None if it would not.
 
-    was_enabled = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            transformers_logging.enable_progress_bar()
-
-
-def _whole(from_pretrained: Callable[..., Any]) -> Callable[..., Any]:
-    """Refuses files that lack a weight, for which transformers would draw random numbers."""
-
-    def load(location: str, **options: Any) -> Any:
-        model, report = from_pretrained(location, output_loading_info=True, **options)
-        if missing := sorted(report["missing_keys"]):
-            raise ValueError(f"{len(missing)} of its weights are missing from its files, first {missing[0]}.")
-        return model
-
-    return load
-
-
-def _resolve_device(device: str) -> torch.device:
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        resolved = torch.device(device)
-    except RuntimeError as error:
-        raise ConfigError(f"device={device!r} is no torch device. Use auto, cpu, cuda or cuda:0.") from error
-    if resolved.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"device={device!r}, but this machine has no CUDA device. Use device=auto.")
-    if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(
-            f"device={device!r}, but this machine has {torch.cuda.device_count()} CUDA devices."
+    Short sequences do not tell: such a model has to hand its window to the attention of each local layer.
+    """
+    kinds = getattr(config, "layer_types", None)
+    if kinds is None:
+        kinds = ["sliding_attention" if getattr(config, "sliding_window", None) else "full_attention"] * len(
+            windows
         )
-    return resolved
-
-
-def _resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    if dtype == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if dtype not in dtypes:
-        raise ConfigError(f"dtype={dtype!r} is not supported. Use auto, {', '.join(dtypes)}.")
-    return dtypes[dtype]
+    if unknown := set(kinds) - {"sliding_attention", "full_attention"}:
+        return f"it has layers of {', '.join(sorted(unknown))}"
+    if len(kinds) != len(windows):
+        return f"{len(windows)} of its {len(kinds)} layers have attention"
+    for kind, window in zip(kinds, windows, strict=True):
+        if kind == "sliding_attention" and window is None:
+            return "its sliding window is not handed to the attention"
+    return None

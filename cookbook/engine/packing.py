@@ -1,11 +1,12 @@
 """Datums to packed micro-batches: checked, laid end to end, never padded.
 
-Shape suffixes: T tokens of one sequence, N tokens of a packed row.
+Shape suffixes: T tokens of one sequence, N tokens of a packed row, S scored positions of a row.
 """
 
 from __future__ import annotations
 
 import difflib
+import heapq
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -13,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cookbook.engine.attention import Segment
+from cookbook.engine.attention import AttentionLayout, Segment
 from cookbook.errors import RequestError
 from cookbook.types import IGNORED_TARGET, Datum, TensorData
 
@@ -103,34 +104,38 @@ def _check_datum(datum: Datum, required: Iterable[str], vocab_size: int) -> Toke
 
 
 def plan_microbatches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Cuts sequences, in order, into runs of at most `max_tokens` (a longer one stands alone)."""
-    plan: list[list[int]] = []
-    room = 0
-    for index, length in enumerate(lengths):
-        if not plan or length > room:
-            plan.append([])
-            room = max_tokens
-        plan[-1].append(index)
-        room -= length
-    return plan
+    """Deals sequences into micro-batches of at most `max_tokens`, balanced by tokens.
+
+    As few as hold them all; a longer sequence stands alone. Indices ascend within each.
+    """
+    num_microbatches = max(1, -(-sum(lengths) // max_tokens))
+    by_length = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
+    while True:
+        plan: list[list[int]] = [[] for _ in range(num_microbatches)]
+        emptiest = [(0, number) for number in range(num_microbatches)]
+        fits = True
+        for index in by_length:
+            held, number = heapq.heappop(emptiest)
+            fits = fits and (not plan[number] or held + lengths[index] <= max_tokens)
+            plan[number].append(index)
+            heapq.heappush(emptiest, (held + lengths[index], number))
+        if fits:
+            return sorted(sorted(indices) for indices in plan if indices)
+        num_microbatches += 1
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the sequences of a packed row lie, and which positions' log-probabilities are wanted."""
+    """Where the sequences of a packed row lie, and which positions are scored, the trained ones first."""
 
     segments: list[Segment]
-    scored_N: np.ndarray
+    scored_S: np.ndarray
+    num_trained: int
 
-    @property
-    def is_scored(self) -> bool:
-        return bool(self.scored_N.any())
-
-    def split(self, logprobs_S: np.ndarray | None) -> list[np.ndarray]:
+    def split(self, logprobs_S: np.ndarray) -> list[np.ndarray]:
         """One array per sequence; positions that were not scored read 0.0."""
-        row_N = np.zeros(len(self.scored_N), np.float32)
-        if logprobs_S is not None:
-            row_N[self.scored_N] = logprobs_S
+        row_N = np.zeros(self.segments[-1][1], np.float32)
+        row_N[self.scored_S] = logprobs_S
         return [row_N[start:stop] for start, stop in self.segments]
 
 
@@ -141,36 +146,46 @@ class PackedBatch:
     layout: Layout
     tokens_1N: Tensor
     positions_1N: Tensor
-    targets_N: Tensor
-    weights_N: Tensor
+    scored_S: Tensor
+    """The scored positions: those of weight other than 0 first, as `layout` has them."""
+    targets_S: Tensor
+    weights_S: Tensor
     extras: dict[str, Tensor]
-    scored_index: Tensor | None
-    """The scored positions, on the device; None where all of them are."""
-
-    def scored(self, values: Tensor) -> Tensor:
-        """Keeps the scored positions of a tensor whose first axis is N."""
-        return values if self.scored_index is None else values[self.scored_index]
+    """[S] each."""
+    attention: AttentionLayout
 
 
 def pack(sequences: Sequence[TokenSequence], device: torch.device, trained_only: bool) -> PackedBatch:
-    """`trained_only` scores positions of weight 0 no more than ignored ones."""
+    """Scores every position that has a target; with `trained_only` those of weight other than 0."""
 
-    def join(arrays: Iterable[np.ndarray]) -> Tensor:
-        host = torch.from_numpy(np.concatenate(list(arrays)))
+    def to_device(array: np.ndarray) -> Tensor:
+        host = torch.from_numpy(array)
         if device.type == "cuda":
             return host.pin_memory().to(device, non_blocking=True)
         return host.to(device)
 
-    ends = np.cumsum([len(sequence) for sequence in sequences]).tolist()
-    targets_N = np.concatenate([sequence.targets_T for sequence in sequences])
-    weights_N = np.concatenate([sequence.weights_T for sequence in sequences])
-    scored_N = weights_N != 0 if trained_only else targets_N != IGNORED_TARGET
+    def join(arrays: Iterable[np.ndarray]) -> np.ndarray:
+        return np.concatenate(list(arrays))
+
+    lengths = [len(sequence) for sequence in sequences]
+    ends = np.cumsum(lengths).tolist()
+    targets_N = join(sequence.targets_T for sequence in sequences)
+    weights_N = join(sequence.weights_T for sequence in sequences)
+    trained_N = weights_N != 0
+    trained_S = np.flatnonzero(trained_N)
+    others_S = np.flatnonzero(~trained_N & (targets_N != IGNORED_TARGET))
+    scored_S = trained_S if trained_only else join([trained_S, others_S])
+    segments = list(zip([0, *ends[:-1]], ends, strict=True))
     return PackedBatch(
-        layout=Layout(list(zip([0, *ends[:-1]], ends, strict=True)), scored_N),
-        tokens_1N=join(sequence.tokens_T for sequence in sequences)[None],
-        positions_1N=join(np.arange(len(sequence)) for sequence in sequences)[None],
-        targets_N=join([targets_N]),
-        weights_N=join([weights_N]),
-        extras={name: join(sequence.extras[name] for sequence in sequences) for name in sequences[0].extras},
-        scored_index=None if scored_N.all() else join([np.flatnonzero(scored_N)]),
+        layout=Layout(segments, scored_S, len(trained_S)),
+        tokens_1N=to_device(join(sequence.tokens_T for sequence in sequences)[None]),
+        positions_1N=to_device(join(np.arange(length) for length in lengths)[None]),
+        scored_S=to_device(scored_S),
+        targets_S=to_device(targets_N[scored_S]),
+        weights_S=to_device(weights_N[scored_S]),
+        extras={
+            name: to_device(join(sequence.extras[name] for sequence in sequences)[scored_S])
+            for name in sequences[0].extras
+        },
+        attention=AttentionLayout(segments, to_device(np.array([0, *ends], np.int32)), longest=max(lengths)),
     )

@@ -1,37 +1,252 @@
-"""From hidden states to the log-probabilities of given tokens, a chunk of positions at a time.
+"""From hidden states to log-probabilities of given tokens and their gradient, in one pass over blocks.
 
-With a vocabulary of 151,936 the logits of a whole batch are the largest tensor of a run, so
-they never exist at once: each chunk is projected, reduced to one number per position, and
-projected again in the backward pass.
+With a vocabulary of 151,936 the logits of a batch are the largest tensor of a run, and the
+projection most of the work of a small model. So no more than a block of logits exists at a time,
+and each is used for everything while it is in the cache. With queries q = h, keys K = W:
 
-Shape suffixes: S scored positions, C positions of a chunk, D hidden size, V vocabulary.
+    log p(y) = q . K_y - log sum_v exp(q . K_v)
+    d log p(y) / d q = K_y - softmax(q K^T) K
+
+The second line is attention over the vocabulary, so a running softmax gives both with two matrix
+products and without a second look at the logits. An adapter on the projection widens both sides:
+q = [h, s A h], K = [W, B], and a bias is one more column. For weights of the projection that are
+trained, d K_v = sum_t g_t (1[y_t = v] - p_tv) q_t takes a third product, for their columns alone.
+
+Shape suffixes: S scored positions, C positions of a chunk, D hidden size, V vocabulary,
+Q columns of queries and keys, K rows of a block of keys.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
-MAX_CHUNK_ELEMENTS = 2**25
-"""Logits alive at once: 128 MiB in fp32."""
+TokenLoss = Callable[[Tensor, slice], Tensor]
+"""(log-probabilities of some positions, which) -> their summed loss."""
 
 
-def token_logprobs(
-    hidden_SD: Tensor, targets_S: Tensor, project: Callable[[Tensor], Tensor], vocab_size: int
-) -> Tensor:
-    """log p(targets_S | hidden_SD) in fp32, where `project` maps [C, D] to logits [C, V]."""
+@dataclass(frozen=True)
+class BlockSizes:
+    """How many positions and how many tokens of the vocabulary a block of logits spans."""
 
-    def chunk_logprobs(hidden_CD: Tensor, targets_C: Tensor) -> Tensor:
-        return -F.cross_entropy(project(hidden_CD).float(), targets_C, reduction="none")
+    positions: int
+    vocabulary: int
+    kept_elements: int
+    """Softmax terms kept at once for the gradient of trained weights of the projection."""
 
-    chunk_size = max(1, MAX_CHUNK_ELEMENTS // vocab_size)
-    if hidden_SD.shape[0] <= chunk_size:
-        return chunk_logprobs(hidden_SD, targets_S)
-    chunks = zip(hidden_SD.split(chunk_size), targets_S.split(chunk_size), strict=True)
-    if not torch.is_grad_enabled():
-        return torch.cat([chunk_logprobs(*chunk) for chunk in chunks])
-    return torch.cat([checkpoint(chunk_logprobs, *chunk, use_reentrant=False) for chunk in chunks])
+    @staticmethod
+    def on(device: torch.device) -> BlockSizes:
+        """On a CPU a block stays in the cache; on CUDA it is large enough to fill the device."""
+        if device.type == "cuda":
+            return BlockSizes(positions=2048, vocabulary=32768, kept_elements=2**28)
+        return BlockSizes(positions=512, vocabulary=2048, kept_elements=2**25)
+
+
+@dataclass(frozen=True)
+class LoraOnHead:
+    a_RD: Tensor
+    b_VR: Tensor
+    scaling: float
+
+
+@dataclass(frozen=True)
+class Head:
+    """logits = scale * (W h + bias + adapter), bounded to +-softcap where there is one."""
+
+    weight_VD: Tensor
+    bias_V: Tensor | None = None
+    lora: LoraOnHead | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+
+    @property
+    def vocab_size(self) -> int:
+        return self.weight_VD.shape[0]
+
+    def queries(self, hidden_CD: Tensor) -> Tensor:
+        columns = [hidden_CD]
+        if self.lora is not None:
+            a_CR = hidden_CD @ self.lora.a_RD.to(hidden_CD.dtype).T
+            columns.append(a_CR * self.lora.scaling)
+        if self.bias_V is not None:
+            columns.append(torch.ones_like(hidden_CD[:, :1]))
+        return (torch.cat(columns, dim=1) if len(columns) > 1 else hidden_CD) * self.scale
+
+    def keys(self, rows: slice | Tensor) -> Tensor:
+        weight_KD = self.weight_VD[rows]
+        columns = [weight_KD]
+        if self.lora is not None:
+            columns.append(self.lora.b_VR[rows].to(weight_KD.dtype))
+        if self.bias_V is not None:
+            columns.append(self.bias_V[rows, None])
+        return torch.cat(columns, dim=1) if len(columns) > 1 else weight_KD
+
+    def trained_keys(self) -> list[tuple[slice, Tensor]]:
+        """Columns of the keys that are trained, and the parameter that holds each: [V] or [V, columns]."""
+        size = self.weight_VD.shape[1]
+        trained = [(slice(0, size), self.weight_VD)]
+        if self.lora is not None:
+            rank = self.lora.b_VR.shape[1]
+            trained.append((slice(size, size + rank), self.lora.b_VR))
+            size += rank
+        if self.bias_V is not None:
+            trained.append((slice(size, size + 1), self.bias_V))
+        return [(columns, parameter) for columns, parameter in trained if parameter.requires_grad]
+
+    def backward_queries(self, grad_CQ: Tensor, hidden_CD: Tensor) -> Tensor:
+        """The gradient by the hidden states; that of the adapter's A is added to it."""
+        size = hidden_CD.shape[1]
+        grad_CQ = grad_CQ * self.scale
+        grad_CD = grad_CQ[:, :size]
+        if self.lora is None:
+            return grad_CD
+        a_RD, scaling = self.lora.a_RD, self.lora.scaling
+        grad_CR = grad_CQ[:, size : size + a_RD.shape[0]] * scaling
+        if a_RD.requires_grad:
+            _add_to_gradient(a_RD, grad_CR.T @ hidden_CD.to(grad_CR.dtype))
+        return torch.addmm(grad_CD, grad_CR, a_RD.to(grad_CR.dtype))
+
+
+@torch.no_grad()
+def score(head: Head, hidden_SD: Tensor, targets_S: Tensor) -> Tensor:
+    """log p(targets_S | hidden_SD): [S], fp32."""
+    chunks = _chunks(len(targets_S), BlockSizes.on(hidden_SD.device).positions)
+    parts = [_Chunk(head, hidden_SD[part], targets_S[part]).log_probabilities() for part in chunks]
+    return torch.cat(parts) if parts else torch.zeros(0, device=hidden_SD.device)
+
+
+@torch.no_grad()
+def score_and_backpropagate(
+    head: Head, hidden_SD: Tensor, targets_S: Tensor, token_loss: TokenLoss
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probabilities [S], the summed loss, and its gradient by the hidden states [S, D].
+
+    The gradient of the head's trained parameters is added to their `.grad`. The loss has to be a
+    sum over positions, each term of one position's log-probability.
+    """
+    sizes = BlockSizes.on(hidden_SD.device)
+    num_positions = sizes.positions
+    if head.trained_keys():
+        num_positions = max(1, min(num_positions, sizes.kept_elements // head.vocab_size))
+    logprobs_S = torch.empty(len(targets_S), device=hidden_SD.device)
+    grad_SD = torch.empty_like(hidden_SD)
+    loss = torch.zeros((), device=hidden_SD.device)
+    for part in _chunks(len(targets_S), num_positions):
+        chunk = _Chunk(head, hidden_SD[part], targets_S[part], with_gradient=True)
+        with torch.enable_grad():
+            logprobs_C = chunk.log_probabilities().requires_grad_()
+            chunk_loss = token_loss(logprobs_C, part)
+            (grad_C,) = torch.autograd.grad(chunk_loss, logprobs_C)
+        logprobs_S[part] = logprobs_C.detach()
+        grad_SD[part] = chunk.backward(grad_C)
+        loss += chunk_loss.detach()
+    return logprobs_S, loss, grad_SD
+
+
+class _Chunk:
+    """Some positions on their way over the vocabulary, block by block."""
+
+    def __init__(self, head: Head, hidden_CD: Tensor, targets_C: Tensor, with_gradient: bool = False) -> None:
+        self.head = head
+        self.hidden_CD = hidden_CD
+        self.targets_C1 = targets_C[:, None]
+        self.queries_CQ = head.queries(hidden_CD)
+        self.with_gradient = with_gradient
+        self.trained_keys = head.trained_keys() if with_gradient else []
+        self.kept: list[tuple[slice, Tensor, Tensor]] = []
+        self._run_over_the_vocabulary()
+
+    def _run_over_the_vocabulary(self) -> None:
+        queries_CQ, softcap = self.queries_CQ, self.head.softcap
+        num_positions, device = len(queries_CQ), queries_CQ.device
+        highest_C1 = torch.full((num_positions, 1), -torch.inf, device=device)
+        total_C1 = torch.zeros(num_positions, 1, device=device)
+        target_C1 = torch.zeros(num_positions, 1, device=device)
+        mean_CQ = torch.zeros(queries_CQ.shape, device=device)
+        vocab_size = self.head.vocab_size
+        block_size = BlockSizes.on(device).vocabulary
+        for first in range(0, vocab_size, block_size):
+            rows = slice(first, min(first + block_size, vocab_size))
+            keys_KQ = self.head.keys(rows)
+            logits_CK = _product(queries_CQ, keys_KQ.T)
+            if softcap is not None:
+                logits_CK.div_(softcap).tanh_().mul_(softcap)
+            here_C1 = self.targets_C1 - first
+            is_here_C1 = (here_C1 >= 0) & (here_C1 < len(keys_KQ))
+            found_C1 = logits_CK.gather(1, here_C1.clamp(0, len(keys_KQ) - 1))
+            target_C1 = torch.where(is_here_C1, found_C1, target_C1)
+
+            higher_C1 = torch.maximum(highest_C1, logits_CK.amax(1, keepdim=True))
+            shrink_C1 = (highest_C1 - higher_C1).exp_()
+            highest_C1 = higher_C1
+            slope_CK = None if softcap is None else 1 - (logits_CK / softcap).square_()
+            terms_CK = logits_CK.sub_(higher_C1).exp_()
+            total_C1.mul_(shrink_C1).add_(terms_CK.sum(1, keepdim=True))
+            if not self.with_gradient:
+                continue
+            if slope_CK is not None:
+                terms_CK.mul_(slope_CK)
+            terms_CK = terms_CK.to(keys_KQ.dtype)
+            _add_product(mean_CQ.mul_(shrink_C1), terms_CK, keys_KQ)
+            if self.trained_keys:
+                self.kept.append((rows, terms_CK, higher_C1))
+        self.log_total_C1 = total_C1.log().add_(highest_C1)
+        self.target_C1 = target_C1
+        self.mean_CQ = mean_CQ.div_(total_C1)
+
+    def log_probabilities(self) -> Tensor:
+        return (self.target_C1 - self.log_total_C1)[:, 0]
+
+    def backward(self, grad_C: Tensor) -> Tensor:
+        """The gradient by the hidden states, given that by the log-probabilities."""
+        softcap = self.head.softcap
+        grad_C1 = grad_C[:, None]
+        slope_C1 = 1.0 if softcap is None else 1 - (self.target_C1 / softcap).square()
+        targets_C = self.targets_C1[:, 0]
+        self._backward_keys(grad_C1, grad_C1 * slope_C1)
+        grad_CQ = (slope_C1 * self.head.keys(targets_C)).float().sub_(self.mean_CQ).mul_(grad_C1)
+        return self.head.backward_queries(grad_CQ, self.hidden_CD)
+
+    def _backward_keys(self, grad_C1: Tensor, grad_of_target_C1: Tensor) -> None:
+        for columns, parameter in self.trained_keys:
+            gradient = _gradient(parameter)
+            gradient = gradient if gradient.ndim == 2 else gradient[:, None]
+            queries_CQ = self.queries_CQ[:, columns].float()
+            gradient.index_add_(0, self.targets_C1[:, 0], (queries_CQ * grad_of_target_C1).to(gradient.dtype))
+            for rows, terms_CK, highest_C1 in self.kept:
+                weighted_CQ = queries_CQ * (grad_C1 * (highest_C1 - self.log_total_C1).exp())
+                _add_product(gradient[rows], terms_CK.T, -weighted_CQ.to(terms_CK.dtype))
+
+
+def _chunks(length: int, at_most: int) -> list[slice]:
+    """Even parts of at most so many positions."""
+    num_chunks = -(-length // at_most)
+    return [slice(i * length // num_chunks, (i + 1) * length // num_chunks) for i in range(num_chunks)]
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b with a result in fp32; CUDA keeps the fp32 that it accumulates halves in."""
+    if a.is_cuda and a.dtype != torch.float32:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return (a @ b).float()
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b, in place."""
+    if total.dtype == a.dtype:
+        total.addmm_(a, b)
+    else:
+        total.add_(_product(a, b))
+
+
+def _gradient(parameter: Tensor) -> Tensor:
+    if parameter.grad is None:
+        parameter.grad = torch.zeros_like(parameter)
+    return parameter.grad
+
+
+def _add_to_gradient(parameter: Tensor, gradient: Tensor) -> None:
+    _gradient(parameter).add_(gradient)

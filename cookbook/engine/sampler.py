@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cookbook.engine.base_model import Adapter, BaseModel
+from cookbook.engine.adapters import Adapter
+from cookbook.engine.base_model import BaseModel
 from cookbook.engine.packing import TokenSequence, pack
 from cookbook.errors import RequestError
 from cookbook.types import SampledSequence, SampleResponse, SamplingParams
@@ -113,7 +114,7 @@ def sample(
     generators = [torch.Generator().manual_seed(seed + i) for i in range(num_samples)]
     running = list(range(num_samples))
 
-    with base.using(adapter):
+    with base.adapters.using(adapter):
         prompt_logprobs = _prompt_logprobs(base, prompt_T) if include_prompt_logprobs else None
         cache = DynamicCache(config=base.model.config)
         prompt_1T = torch.tensor([prompt_T], device=base.device)
@@ -150,7 +151,7 @@ def sample(
 def compute_logprobs(base: BaseModel, adapter: Adapter | None, prompt_T: Sequence[int]) -> list[float | None]:
     """The log-probability of each token given those before it; None for the first."""
     check_prompt(base, prompt_T)
-    with base.using(adapter):
+    with base.adapters.using(adapter):
         return _prompt_logprobs(base, prompt_T)
 
 

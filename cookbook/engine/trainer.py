@@ -13,10 +13,13 @@ from torch import Tensor
 
 from cookbook import models
 from cookbook.engine import state
-from cookbook.engine.base_model import Adapter, BaseModel
+from cookbook.engine.adapters import Adapter
+from cookbook.engine.base_model import BaseModel
 from cookbook.engine.losses import Loss, get_loss
+from cookbook.engine.memory import MicrobatchLimits, is_out_of_memory
 from cookbook.engine.packing import (
     Layout,
+    PackedBatch,
     TokenSequence,
     check_data,
     pack,
@@ -36,9 +39,17 @@ from cookbook.types import (
 
 logger = logging.getLogger(__name__)
 
-MAX_TOKENS_PER_MICROBATCH = 8192
-
 CustomLossFn = Callable[[list[Datum], list[Tensor]], tuple[Tensor, dict[str, float]]]
+
+
+class _DoesNotFit(Exception):
+    """A micro-batch ran out of memory."""
+
+    def __init__(self, num_tokens: int, num_sequences: int, saves_activations: bool) -> None:
+        self.num_tokens = num_tokens
+        self.num_sequences = num_sequences
+        self.saves_activations = saves_activations
+        """Whether it kept no activations that it could do without."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +70,7 @@ class Trainer:
         self, base: BaseModel, lora: LoraConfig, user_metadata: Mapping[str, str] | None = None
     ) -> None:
         self.base = base
-        self.adapter: Adapter = base.add_adapter(lora)
+        self.adapter: Adapter = base.adapters.add(lora)
         self.user_metadata = dict(user_metadata or {})
         self.rng = np.random.default_rng(lora.seed)
         """Seeds the unseeded samples of this adapter's snapshots; saved with the state."""
@@ -67,6 +78,7 @@ class Trainer:
         self._optimizer = self._new_optimizer()
         self._num_steps = 0
         self._has_gradient = False
+        self._limits = base.limits(self.adapter)
 
     def _new_optimizer(self) -> torch.optim.AdamW:
         return torch.optim.AdamW(self._parameters, fused=True)
@@ -95,8 +107,7 @@ class Trainer:
         return Request(sequences, loss, config, trained_only)
 
     def forward(self, request: Request) -> PassResult:
-        with torch.no_grad():
-            return self._run(request, backward=False)
+        return self._run(request, backward=False)
 
     def forward_backward(self, request: Request) -> PassResult:
         """Adds the gradient of the summed loss to what is there; on failure adds nothing."""
@@ -104,8 +115,7 @@ class Trainer:
         for parameter in self._parameters:
             parameter.grad = None
         try:
-            with torch.enable_grad():
-                result = self._run(request, backward=True)
+            result = self._run(request, backward=True)
         except Exception as error:
             for parameter, gradient in zip(self._parameters, earlier, strict=True):
                 parameter.grad = gradient
@@ -170,23 +180,71 @@ class Trainer:
         self._has_gradient = False
 
     def _run(self, request: Request, backward: bool) -> PassResult:
-        lengths = [len(sequence) for sequence in request.sequences]
-        max_tokens = MAX_TOKENS_PER_MICROBATCH if self.base.is_packed else 1
+        """Every micro-batch once; where memory does not suffice, all again in smaller ones."""
+        while True:
+            try:
+                with self.base.adapters.using(self.adapter):
+                    return self._run_microbatches(request, backward)
+            except _DoesNotFit as failure:
+                tight = failure  # leaving the block frees what its traceback holds
+            for parameter in self._parameters:
+                parameter.grad = None
+            self._limits = self._smaller_limits(tight)
+
+    def _run_microbatches(self, request: Request, backward: bool) -> PassResult:
+        sequences = request.sequences
+        lengths = [len(sequence) for sequence in sequences]
+        plan = plan_microbatches(lengths, self._limits.max_tokens if self.base.is_packed else 1)
         layouts, logprobs, losses = [], [], []
-        with self.base.using(self.adapter):
-            for indices in plan_microbatches(lengths, max_tokens):
-                batch = pack([request.sequences[i] for i in indices], self.base.device, request.trained_only)
-                layouts.append(batch.layout)
-                if not batch.layout.is_scored:
-                    continue
-                logprobs_S = self.base.logprobs(batch)
-                extras = {name: batch.scored(values_N) for name, values_N in batch.extras.items()}
-                loss = request.loss.fn(logprobs_S, batch.scored(batch.weights_N), extras, request.loss_config)
-                if backward:
-                    loss.backward()
-                logprobs.append(logprobs_S)
-                losses.append(loss)
-        return PassResult(request.sequences, layouts, Readback(logprobs), Readback(losses))
+        for indices in plan:
+            num_tokens = sum(lengths[index] for index in indices)
+            is_checkpointed = backward and self._limits.checkpoints(num_tokens)
+            try:
+                batch = pack([sequences[i] for i in indices], self.base.device, request.trained_only)
+                logprobs_S, loss = self._run_microbatch(batch, request, backward, is_checkpointed)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                raise _DoesNotFit(num_tokens, len(indices), is_checkpointed or not backward) from None
+            layouts.append(batch.layout)
+            logprobs.append(logprobs_S)
+            losses.append(loss)
+        return PassResult(sequences, plan, layouts, Readback(logprobs), Readback(losses))
+
+    def _run_microbatch(
+        self, batch: PackedBatch, request: Request, backward: bool, checkpoint_layers: bool
+    ) -> tuple[Tensor, Tensor]:
+        def token_loss(logprobs_C: Tensor, part: slice) -> Tensor:
+            extras = {name: values_S[part] for name, values_S in batch.extras.items()}
+            return request.loss.fn(logprobs_C, batch.weights_S[part], extras, request.loss_config)
+
+        if backward and batch.layout.num_trained:
+            return self.base.backpropagate(batch, token_loss, checkpoint_layers)
+        logprobs_S = self.base.logprobs(batch)
+        return logprobs_S, token_loss(logprobs_S, slice(None))
+
+    def _smaller_limits(self, tight: _DoesNotFit) -> MicrobatchLimits:
+        """Limits with which a pass is tried again. Raises TrainingError where there are none."""
+        limits = self._limits
+        if tight.num_sequences > 1:
+            max_tokens = tight.num_tokens // 2
+            logger.warning(
+                "A micro-batch of %d tokens does not fit in memory: going on with %d at most.",
+                tight.num_tokens,
+                max_tokens,
+            )
+            return replace(limits, max_tokens=max_tokens)
+        if self.base.options.gradient_checkpointing == "auto" and not tight.saves_activations:
+            logger.warning(
+                "A sequence of %d tokens does not fit in memory: its layers are checkpointed from now on.",
+                tight.num_tokens,
+            )
+            return replace(limits, max_tokens_without_checkpointing=tight.num_tokens - 1)
+        checkpointing = "" if tight.saves_activations else " gradient_checkpointing=auto,"
+        raise TrainingError(
+            f"A sequence of {tight.num_tokens} tokens does not fit in the memory of {self.base.device}, even "
+            f"alone. Use{checkpointing} a smaller max_length, a dtype of fewer bytes, or a smaller model."
+        )
 
     # -- state ------------------------------------------------------------------------------
 
@@ -199,7 +257,7 @@ class Trainer:
             user_metadata=self.user_metadata,
         )
         optimizer = self._optimizer_tensors() if with_optimizer else None
-        config = self.base.adapter_config(self.adapter)
+        config = self.base.adapters.config(self.adapter)
         state.save(path, info, config, self.adapter.weights, optimizer, overwrite)
 
     def load(self, path: str, with_optimizer: bool) -> None:
@@ -278,6 +336,8 @@ class PassResult:
     """A pass whose numbers may still be on the device; `output` waits for them."""
 
     sequences: list[TokenSequence]
+    plan: list[list[int]]
+    """Which sequences are in each micro-batch."""
     layouts: list[Layout]
     scored_logprobs: Readback
     losses: Readback
@@ -286,12 +346,12 @@ class PassResult:
 
     def logprobs(self) -> list[np.ndarray]:
         """One float32 array per datum; positions that were not scored read 0.0."""
-        scored = iter(self.scored_logprobs.arrays())
-        return [
-            row_T
-            for layout in self.layouts
-            for row_T in layout.split(next(scored) if layout.is_scored else None)
-        ]
+        found: dict[int, np.ndarray] = {}
+        for indices, layout, logprobs_S in zip(
+            self.plan, self.layouts, self.scored_logprobs.arrays(), strict=True
+        ):
+            found.update(zip(indices, layout.split(logprobs_S), strict=True))
+        return [found[index] for index in range(len(self.sequences))]
 
     def output(self) -> ForwardBackwardOutput:
         logprobs = self.logprobs()

@@ -8,6 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import ParamSpec, TypeVar
 
 from cookbook.engine.base_model import BaseModel
+from cookbook.engine.options import EngineOptions
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -16,10 +17,10 @@ R = TypeVar("R")
 class Engine:
     """A base model and the thread that everything on it runs on."""
 
-    def __init__(self, model_name: str, device: str = "auto", dtype: str = "auto") -> None:
+    def __init__(self, model_name: str, options: EngineOptions | None = None) -> None:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine")
         self._clean_ups: deque[Callable[[], None]] = deque()
-        self.base: BaseModel = self.submit(BaseModel, model_name, device, dtype).result()
+        self.base: BaseModel = self.submit(BaseModel, model_name, options).result()
 
     def submit(self, work: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> Future[R]:
         return self._thread.submit(self._run, lambda: work(*args, **kwargs))

@@ -43,7 +43,7 @@ def step(client: TrainingClient, seed: int = 0) -> None:
 
 
 def adapters(client: TrainingClient) -> set[str]:
-    return client._engine.submit(lambda: set(client._engine.base._peft.peft_config)).result()
+    return client._engine.submit(lambda: set(client._engine.base.adapters._peft.peft_config)).result()
 
 
 def test_sequences_are_read_straight_off_the_future(client: TrainingClient) -> None:

@@ -171,7 +171,7 @@ def test_a_damaged_checkpoint_makes_no_client_and_leaves_no_adapter(
 
 
 def adapters(client: TrainingClient) -> set[str]:
-    return client._engine.submit(lambda: set(client._engine.base._peft.peft_config)).result()
+    return client._engine.submit(lambda: set(client._engine.base.adapters._peft.peft_config)).result()
 
 
 def test_without_a_folder_every_training_client_has_one_of_its_own(

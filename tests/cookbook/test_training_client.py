@@ -455,7 +455,7 @@ def test_clients_on_one_base_model_share_its_weights_and_do_not_disturb_each_oth
 def test_a_new_adapter_leaves_the_model_as_it_is_and_its_seed_decides_it(make_client: MakeClient) -> None:
     base = make_client()._engine.base
     tokens = batch()[0].model_input.to_ints()
-    with torch.no_grad(), base.using(None):
+    with torch.no_grad(), base.adapters.using(None):
         logits = base.model(torch.tensor([tokens]), use_cache=False).logits[0].log_softmax(-1)
     targets = batch()[0].loss_fn_inputs["target_tokens"].tolist()
     expected = [row[target].item() for row, target in zip(logits, targets, strict=True)]
@@ -505,7 +505,7 @@ def test_a_training_client_that_is_gone_frees_its_adapter(tiny_qwen3: str, tmp_p
     service = ServiceClient(checkpoint_dir=tmp_path)
     kept = service.create_lora_training_client(tiny_qwen3, rank=2, seed=0)
     dropped = service.create_lora_training_client(tiny_qwen3, rank=2, seed=1)
-    peft = kept._engine.base._peft
+    peft = kept._engine.base.adapters._peft
     assert len(peft.peft_config) == 2
     del dropped
     gc.collect()

@@ -11,10 +11,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cookbook.engine.attention import Segment, packed_attention
+from cookbook.engine.attention import AttentionLayout, Segment, packed_attention
 
 NUM_TOKENS, HEAD_SIZE = 20, 8
 SEGMENTS: list[Segment] = [(0, 6), (6, 7), (7, 20)]
+LAYOUT = AttentionLayout(SEGMENTS, torch.tensor([0, 6, 7, 20], dtype=torch.int32), longest=13)
 
 
 def make(
@@ -75,7 +76,7 @@ def test_packed_attention_equals_a_dense_block_diagonal_mask(
 ) -> None:
     tensors = make(num_heads, num_kv_heads)
     expected = dense(*tensors, SEGMENTS, sliding_window)
-    found = attend(*tensors, segments=SEGMENTS, sliding_window=sliding_window)
+    found = attend(*tensors, layout=LAYOUT, sliding_window=sliding_window)
     torch.testing.assert_close(found, expected)
 
     weights = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -90,7 +91,7 @@ def test_packed_attention_equals_a_dense_block_diagonal_mask(
 def test_the_scaling_of_the_model_is_used() -> None:
     tensors = make(2, 2)
     torch.testing.assert_close(
-        attend(*tensors, segments=SEGMENTS, scaling=0.7), dense(*tensors, SEGMENTS, scaling=0.7)
+        attend(*tensors, layout=LAYOUT, scaling=0.7), dense(*tensors, SEGMENTS, scaling=0.7)
     )
 
 
@@ -109,11 +110,11 @@ def test_a_query_after_a_cache_equals_the_last_row_of_the_whole(sliding_window: 
 
 def test_nothing_of_a_segment_reaches_another_to_the_bit() -> None:
     query_BHTD, key_BHTD, value_BHTD = (tensor.detach() for tensor in make(4, 2))
-    before = attend(query_BHTD, key_BHTD, value_BHTD, segments=SEGMENTS)
+    before = attend(query_BHTD, key_BHTD, value_BHTD, layout=LAYOUT)
     changed = [tensor.clone() for tensor in (query_BHTD, key_BHTD, value_BHTD)]
     for tensor in changed:
         tensor[:, :, 6:7] = torch.nan
-    after = attend(*changed, segments=SEGMENTS)
+    after = attend(*changed, layout=LAYOUT)
     assert torch.equal(after[:, :6], before[:, :6])
     assert torch.equal(after[:, 7:], before[:, 7:])
     assert after[:, 6:7].isnan().all()

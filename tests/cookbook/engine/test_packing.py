@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -118,16 +117,19 @@ def test_an_empty_batch_is_refused() -> None:
 
 
 @given(st.lists(st.integers(1, 50), max_size=40), st.integers(1, 120))
-def test_microbatches_hold_every_sequence_in_order_and_no_more_than_fits(
-    lengths: list[int], room: int
-) -> None:
+def test_microbatches_hold_every_sequence_once_and_no_more_than_fits(lengths: list[int], room: int) -> None:
     plan = plan_microbatches(lengths, room)
-    assert [index for batch in plan for index in batch] == list(range(len(lengths)))
-    assert all(batch for batch in plan)
+    assert sorted(index for batch in plan for index in batch) == list(range(len(lengths)))
+    assert all(batch == sorted(batch) and batch for batch in plan)
     for batch in plan:
         assert sum(lengths[i] for i in batch) <= room or len(batch) == 1
-    for batch, following in pairwise(plan):
-        assert sum(lengths[i] for i in batch) + lengths[following[0]] > room
+    assert len(plan) <= max(2 * -(-sum(lengths) // room), 1)
+
+
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=40), st.integers(50, 400))
+def test_microbatches_are_balanced_to_within_the_longest_sequence(lengths: list[int], room: int) -> None:
+    sums = [sum(lengths[i] for i in batch) for batch in plan_microbatches(lengths, room)]
+    assert max(sums) - min(sums) <= max(lengths)
 
 
 def make_sequences(lengths: list[int]) -> list[TokenSequence]:
@@ -151,34 +153,29 @@ def test_a_packed_row_is_its_sequences_end_to_end(trained_only: bool) -> None:
     assert batch.layout.segments == [(0, 4), (4, 5), (5, 12), (12, 15)]
     assert batch.tokens_1N.tolist() == [[token for s in sequences for token in s.tokens_T]]
     assert batch.positions_1N.tolist() == [[t for length in lengths for t in range(length)]]
-    assert batch.targets_N.tolist() == [target for s in sequences for target in s.targets_T]
-    assert batch.weights_N.tolist() == [weight for s in sequences for weight in s.weights_T]
-    assert batch.extras["advantages"].tolist() == [a for s in sequences for a in s.extras["advantages"]]
-    wanted = [
-        bool(weight != 0 if trained_only else target != -100)
-        for s in sequences
-        for target, weight in zip(s.targets_T, s.weights_T, strict=True)
-    ]
-    assert batch.layout.scored_N.tolist() == wanted
-    expected = [target for target, scored in zip(batch.targets_N.tolist(), wanted, strict=True) if scored]
-    assert batch.scored(batch.targets_N).tolist() == expected
-
-
-def test_where_every_position_is_scored_nothing_is_gathered() -> None:
-    ones = np.ones(3, np.float32)
-    batch = pack([TokenSequence(np.arange(3), np.arange(3), ones, {})] * 2, CPU, trained_only=True)
-    assert batch.scored_index is None
-    assert batch.scored(batch.weights_N) is batch.weights_N
+    targets_N = [target for s in sequences for target in s.targets_T]
+    weights_N = [weight for s in sequences for weight in s.weights_T]
+    advantages_N = [advantage for s in sequences for advantage in s.extras["advantages"]]
+    trained = [n for n, weight in enumerate(weights_N) if weight != 0]
+    others = [n for n, (t, w) in enumerate(zip(targets_N, weights_N, strict=True)) if t != -100 and w == 0]
+    wanted = trained if trained_only else trained + others
+    assert trained
+    assert others
+    assert batch.layout.num_trained == len(trained)
+    assert batch.layout.scored_S.tolist() == batch.scored_S.tolist() == wanted
+    assert batch.targets_S.tolist() == [targets_N[n] for n in wanted]
+    assert batch.weights_S.tolist() == [weights_N[n] for n in wanted]
+    assert batch.extras["advantages"].tolist() == [advantages_N[n] for n in wanted]
+    assert batch.attention.starts.tolist() == [0, 4, 5, 12, 15]
+    assert batch.attention.longest == 7
 
 
 def test_log_probabilities_go_back_to_the_positions_they_are_of() -> None:
-    layout = Layout([(0, 3), (3, 4), (4, 6)], np.array([True, False, True, False, True, True]))
+    layout = Layout([(0, 3), (3, 4), (4, 6)], np.array([2, 4, 5, 0]), num_trained=3)
     rows = layout.split(np.array([-1.0, -2.0, -3.0, -4.0], np.float32))
-    assert [row.tolist() for row in rows] == [[-1.0, 0.0, -2.0], [0.0], [-3.0, -4.0]]
-    assert layout.is_scored
+    assert [row.tolist() for row in rows] == [[-4.0, 0.0, -1.0], [0.0], [-2.0, -3.0]]
 
 
 def test_a_row_with_nothing_scored_reads_zero() -> None:
-    layout = Layout([(0, 2), (2, 3)], np.zeros(3, bool))
-    assert not layout.is_scored
-    assert [row.tolist() for row in layout.split(None)] == [[0.0, 0.0], [0.0]]
+    layout = Layout([(0, 2), (2, 3)], np.zeros(0, np.int64), num_trained=0)
+    assert [row.tolist() for row in layout.split(np.zeros(0, np.float32))] == [[0.0, 0.0], [0.0]]

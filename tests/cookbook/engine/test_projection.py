@@ -1,70 +1,204 @@
-"""Log-probabilities in chunks equal a softmax over all the logits at once."""
+"""Log-probabilities and gradients by blocks equal those of a softmax over all the logits at once."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
-from torch import Tensor, nn
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
 
 from cookbook.engine import projection
-from cookbook.engine.projection import token_logprobs
+from cookbook.engine.projection import BlockSizes, Head, LoraOnHead, score, score_and_backpropagate
 
-NUM_POSITIONS, HIDDEN_SIZE, VOCAB_SIZE = 23, 8, 50
+NUM_POSITIONS, HIDDEN_SIZE, VOCAB_SIZE, RANK = 23, 8, 50, 3
+SCALING = 0.5
 
 
-def make(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, nn.Linear]:
+@pytest.fixture(autouse=True)
+def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    use_blocks(monkeypatch, BlockSizes(positions=7, vocabulary=11, kept_elements=4 * VOCAB_SIZE))
+
+
+def use_blocks(monkeypatch: pytest.MonkeyPatch, sizes: BlockSizes) -> None:
+    monkeypatch.setattr(BlockSizes, "on", lambda device: sizes)
+
+
+def make_head(
+    *,
+    lora: bool = False,
+    bias: bool = False,
+    full: bool = False,
+    dtype: torch.dtype = torch.float32,
+    **rest: Any,
+) -> Head:
     generator = torch.Generator().manual_seed(0)
-    hidden_SD = torch.randn(NUM_POSITIONS, HIDDEN_SIZE, generator=generator).to(dtype).requires_grad_()
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    adapter = LoraOnHead(
+        draw(RANK, HIDDEN_SIZE).requires_grad_(), draw(VOCAB_SIZE, RANK).requires_grad_(), SCALING
+    )
+    return Head(
+        draw(VOCAB_SIZE, HIDDEN_SIZE).to(dtype).requires_grad_(full),
+        draw(VOCAB_SIZE).to(dtype).requires_grad_(full) if bias else None,
+        adapter if lora else None,
+        **rest,
+    )
+
+
+def make_positions(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    hidden_SD = torch.randn(NUM_POSITIONS, HIDDEN_SIZE, generator=generator).to(dtype)
     targets_S = torch.randint(VOCAB_SIZE, (NUM_POSITIONS,), generator=generator)
-    project = nn.Linear(HIDDEN_SIZE, VOCAB_SIZE)
-    with torch.no_grad():
-        project.weight.copy_(torch.randn(VOCAB_SIZE, HIDDEN_SIZE, generator=generator))
-    return hidden_SD, targets_S, project.to(dtype)
+    return hidden_SD, targets_S, torch.linspace(-1, 2, NUM_POSITIONS)
 
 
-@pytest.mark.parametrize("chunk_positions", [1, 7, 22, 23, 1000])
-def test_chunks_give_the_log_softmax_and_its_gradients(
-    monkeypatch: pytest.MonkeyPatch, chunk_positions: int
+def by_autograd(head: Head, hidden_SD: Tensor, targets_S: Tensor, weights_S: Tensor) -> dict[str, Tensor]:
+    """All logits at once, in double precision, differentiated by torch."""
+    leaves = {"hidden": hidden_SD, "weight": head.weight_VD}
+    if head.bias_V is not None:
+        leaves["bias"] = head.bias_V
+    if head.lora is not None:
+        leaves |= {"a": head.lora.a_RD, "b": head.lora.b_VR}
+    leaves = {name: leaf.detach().double().requires_grad_() for name, leaf in leaves.items()}
+    logits_SV = leaves["hidden"] @ leaves["weight"].T
+    if head.lora is not None:
+        logits_SV = logits_SV + SCALING * leaves["hidden"] @ leaves["a"].T @ leaves["b"].T
+    if head.bias_V is not None:
+        logits_SV = logits_SV + leaves["bias"]
+    logits_SV = logits_SV * head.scale
+    if head.softcap is not None:
+        logits_SV = head.softcap * torch.tanh(logits_SV / head.softcap)
+    logprobs_S = logits_SV.log_softmax(-1)[torch.arange(len(targets_S)), targets_S]
+    loss = -(weights_S * logprobs_S).sum()
+    gradients = torch.autograd.grad(loss, list(leaves.values()))
+    return {
+        "logprobs": logprobs_S.detach(),
+        "loss": loss.detach(),
+        **dict(zip(leaves, gradients, strict=True)),
+    }
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("scale", [1.0, 0.25])
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("full", [False, True])
+def test_blocks_give_the_log_softmax_and_every_gradient(
+    softcap: float | None, scale: float, lora: bool, bias: bool, full: bool
 ) -> None:
-    hidden_SD, targets_S, project = make()
-    logits_SV = hidden_SD.double() @ project.weight.double().T + project.bias.double()
-    expected_S = logits_SV.log_softmax(-1)[torch.arange(NUM_POSITIONS), targets_S]
-    weights_S = torch.linspace(-1, 2, NUM_POSITIONS)
-    expected = torch.autograd.grad((weights_S * expected_S).sum(), [hidden_SD, project.weight, project.bias])
+    head = make_head(lora=lora, bias=bias, full=full, scale=scale, softcap=softcap)
+    hidden_SD, targets_S, weights_S = make_positions()
+    expected = by_autograd(head, hidden_SD, targets_S, weights_S)
 
-    monkeypatch.setattr(projection, "MAX_CHUNK_ELEMENTS", chunk_positions * VOCAB_SIZE)
-    found_S = token_logprobs(hidden_SD, targets_S, project, VOCAB_SIZE)
-    found = torch.autograd.grad((weights_S * found_S).sum(), [hidden_SD, project.weight, project.bias])
+    logprobs_S, loss, grad_SD = score_and_backpropagate(
+        head, hidden_SD, targets_S, lambda logprobs_C, part: -(weights_S[part] * logprobs_C).sum()
+    )
 
-    torch.testing.assert_close(found_S, expected_S.float())
-    for one, other in zip(found, expected, strict=True):
-        torch.testing.assert_close(one, other.float())
+    found = {"logprobs": logprobs_S, "loss": loss, "hidden": grad_SD}
+    if full:
+        found["weight"] = head.weight_VD.grad
+        if head.bias_V is not None:
+            found["bias"] = head.bias_V.grad
+    else:
+        assert head.weight_VD.grad is None
+    if head.lora is not None:
+        found |= {"a": head.lora.a_RD.grad, "b": head.lora.b_VR.grad}
+    for name, value in found.items():
+        torch.testing.assert_close(value.double(), expected[name].double(), rtol=1e-5, atol=1e-5, msg=name)
+    torch.testing.assert_close(score(head, hidden_SD, targets_S), logprobs_S)
 
 
-def test_no_more_logits_exist_at_once_than_a_chunk_holds(monkeypatch: pytest.MonkeyPatch) -> None:
-    hidden_SD, targets_S, project = make()
-    sizes: list[int] = []
+@settings(deadline=None, max_examples=40)
+@given(st.integers(1, 40), st.integers(1, 60), st.integers(1, 2000))
+def test_no_size_of_block_changes_anything(positions: int, vocabulary: int, kept: int) -> None:
+    head = make_head(lora=True)
+    hidden_SD, targets_S, weights_S = make_positions()
+    expected = by_autograd(head, hidden_SD, targets_S, weights_S)
+    with pytest.MonkeyPatch.context() as patch:
+        use_blocks(patch, BlockSizes(positions, vocabulary, kept))
+        logprobs_S, _, grad_SD = score_and_backpropagate(
+            head, hidden_SD, targets_S, lambda logprobs_C, part: -(weights_S[part] * logprobs_C).sum()
+        )
+    assert head.lora is not None
+    found = {"logprobs": logprobs_S, "hidden": grad_SD, "a": head.lora.a_RD.grad, "b": head.lora.b_VR.grad}
+    for name, value in found.items():
+        assert value is not None
+        torch.testing.assert_close(value.double(), expected[name], rtol=1e-5, atol=1e-5, msg=name)
 
-    def watched(hidden_CD: Tensor) -> Tensor:
-        sizes.append(hidden_CD.shape[0])
-        return project(hidden_CD)
 
-    monkeypatch.setattr(projection, "MAX_CHUNK_ELEMENTS", 5 * VOCAB_SIZE)
-    with torch.no_grad():
-        token_logprobs(hidden_SD, targets_S, watched, VOCAB_SIZE)
-    assert sizes == [5, 5, 5, 5, 3]
+def test_a_loss_that_is_not_linear_is_differentiated_at_the_log_probabilities_found() -> None:
+    head = make_head(lora=True)
+    hidden_SD, targets_S, weights_S = make_positions()
+    leaf_SD = hidden_SD.clone().requires_grad_()
+    assert head.lora is not None
+    weight_VD = head.weight_VD + SCALING * head.lora.b_VR @ head.lora.a_RD
+    logprobs_S = (leaf_SD @ weight_VD.T).log_softmax(-1)[torch.arange(NUM_POSITIONS), targets_S]
+    expected = torch.autograd.grad((weights_S * logprobs_S.exp()).sum(), [leaf_SD, head.lora.b_VR])
+
+    _, _, grad_SD = score_and_backpropagate(
+        head, hidden_SD, targets_S, lambda logprobs_C, part: (weights_S[part] * logprobs_C.exp()).sum()
+    )
+    torch.testing.assert_close(grad_SD, expected[0])
+    torch.testing.assert_close(head.lora.b_VR.grad, expected[1])
+
+
+def test_gradients_add_to_those_that_are_there() -> None:
+    head = make_head(lora=True)
+    hidden_SD, targets_S, _ = make_positions()
+    assert head.lora is not None
+    for _ in range(2):
+        score_and_backpropagate(head, hidden_SD, targets_S, lambda logprobs_C, part: -logprobs_C.sum())
+    twice = head.lora.b_VR.grad
+    head.lora.b_VR.grad = None
+    score_and_backpropagate(head, hidden_SD, targets_S, lambda logprobs_C, part: -logprobs_C.sum())
+    assert twice is not None
+    assert head.lora.b_VR.grad is not None
+    torch.testing.assert_close(twice, 2 * head.lora.b_VR.grad)
+
+
+def test_no_more_logits_exist_at_once_than_a_block_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[tuple[int, ...]] = []
+    product = projection._product
+
+    def watched(a: Tensor, b: Tensor) -> Tensor:
+        made = product(a, b)
+        sizes.append(tuple(made.shape))
+        return made
+
+    monkeypatch.setattr(projection, "_product", watched)
+    hidden_SD, targets_S, _ = make_positions()
+    score_and_backpropagate(make_head(), hidden_SD, targets_S, lambda logprobs_C, part: logprobs_C.sum())
+    assert max(positions for positions, _ in sizes) <= 7
+    assert max(width for _, width in sizes) <= 11
 
 
 def test_log_probabilities_are_fp32_whatever_the_model_is() -> None:
-    hidden_SD, targets_S, project = make(torch.bfloat16)
-    found_S = token_logprobs(hidden_SD, targets_S, project, VOCAB_SIZE)
+    head = make_head(dtype=torch.bfloat16)
+    hidden_SD, targets_S, _ = make_positions(torch.bfloat16)
+    found_S = score(head, hidden_SD, targets_S)
     assert found_S.dtype == torch.float32
-    expected_S = project(hidden_SD).float().log_softmax(-1)[torch.arange(NUM_POSITIONS), targets_S]
-    torch.testing.assert_close(found_S, expected_S)
+    expected_S = (hidden_SD.float() @ head.weight_VD.float().T).log_softmax(-1)[
+        torch.arange(NUM_POSITIONS), targets_S
+    ]
+    torch.testing.assert_close(found_S, expected_S, rtol=0.02, atol=0.02)
 
 
-def test_a_chunk_has_one_position_at_least(monkeypatch: pytest.MonkeyPatch) -> None:
-    hidden_SD, targets_S, project = make()
-    whole_S = token_logprobs(hidden_SD, targets_S, project, VOCAB_SIZE)
-    monkeypatch.setattr(projection, "MAX_CHUNK_ELEMENTS", VOCAB_SIZE - 1)
-    torch.testing.assert_close(token_logprobs(hidden_SD, targets_S, project, VOCAB_SIZE), whole_S)
+def test_scores_far_apart_neither_overflow_nor_vanish() -> None:
+    head = make_head()
+    hidden_SD, targets_S, weights_S = make_positions()
+    far = Head(head.weight_VD * 300)
+    expected = by_autograd(far, hidden_SD, targets_S, weights_S)
+    logprobs_S, _, grad_SD = score_and_backpropagate(
+        far, hidden_SD, targets_S, lambda logprobs_C, part: -(weights_S[part] * logprobs_C).sum()
+    )
+    torch.testing.assert_close(logprobs_S.double(), expected["logprobs"], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(grad_SD.double(), expected["hidden"], rtol=1e-4, atol=1e-3)
+
+
+def test_no_positions_have_no_log_probabilities() -> None:
+    assert score(make_head(), torch.zeros(0, HIDDEN_SIZE), torch.zeros(0, dtype=torch.int64)).shape == (0,)

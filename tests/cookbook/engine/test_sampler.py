@@ -10,7 +10,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from cookbook.engine.base_model import Adapter, BaseModel
+from cookbook.engine.adapters import Adapter
+from cookbook.engine.base_model import BaseModel
 from cookbook.engine.sampler import compute_logprobs, sample
 from cookbook.errors import RequestError
 from cookbook.types import LoraConfig, SampleResponse, SamplingParams
@@ -38,7 +39,7 @@ def adapter(base: BaseModel) -> Adapter:
 
 
 def moved(base: BaseModel) -> Adapter:
-    made = base.add_adapter(LoraConfig(rank=4, seed=0))
+    made = base.adapters.add(LoraConfig(rank=4, seed=0))
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in made.weights.values():
@@ -64,7 +65,7 @@ def run(
 @torch.no_grad()
 def plain_logprobs(base: BaseModel, adapter: Adapter | None, tokens: list[int]) -> torch.Tensor:
     """[T, V]: what the model says after each token, by its own forward without a cache."""
-    with base.using(adapter):
+    with base.adapters.using(adapter):
         return base.model(torch.tensor([tokens]), use_cache=False).logits[0].log_softmax(-1)
 
 

@@ -18,7 +18,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from cookbook.engine import state
-from cookbook.engine.base_model import Adapter, BaseModel
+from cookbook.engine.adapters import Adapter
+from cookbook.engine.base_model import BaseModel
 from cookbook.engine.trainer import Trainer
 from cookbook.errors import CheckpointError
 from cookbook.types import AdamParams, Datum, LoraConfig, ModelInput
@@ -35,8 +36,8 @@ def base(tiny_qwen3: str) -> BaseModel:
 def _free_adapters(base: BaseModel) -> Iterator[None]:
     """Every adapter makes the next one slower to add."""
     yield
-    for name in list(base._peft.peft_config if base._peft else ())[1:]:
-        base.remove_adapter(Adapter(name, LoraConfig(), {}))
+    for name in list(base.adapters._peft.peft_config if base.adapters._peft else ())[1:]:
+        base.adapters.remove(Adapter(name, LoraConfig(), {}))
 
 
 def make_data(seed: int = 0) -> list[Datum]:

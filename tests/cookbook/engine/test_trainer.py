@@ -12,8 +12,10 @@ import torch.nn.functional as F
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from cookbook.engine import packing, projection, trainer
+from cookbook.engine import packing
 from cookbook.engine.base_model import BaseModel
+from cookbook.engine.memory import MicrobatchLimits
+from cookbook.engine.projection import BlockSizes
 from cookbook.engine.trainer import Trainer
 from cookbook.errors import TrainingError
 from cookbook.types import AdamParams, Datum, LoraConfig, ModelInput
@@ -131,16 +133,15 @@ def test_loss_and_gradients_equal_plain_transformers_and_peft(
 def test_models_that_packing_would_change_run_one_sequence_at_a_time(
     family_folder: Any, make_model_folder: Any, tmp_path: Path
 ) -> None:
-    """Gemma 2 caps its attention scores; Mamba carries its state from one token to the next."""
-    packed = {family for family in FAMILIES if BaseModel(family_folder(family)).is_packed}
-    assert packed == set(FAMILIES) - {"gemma2"}
+    """Mamba carries its state from one token to the next."""
+    assert all(BaseModel(family_folder(family)).is_packed for family in FAMILIES)
     assert not BaseModel(str(make_model_folder(tmp_path / "mamba", "mamba", state_size=4))).is_packed
 
 
 @pytest.mark.parametrize("max_tokens", [1, 20, 64, 10_000])
 @pytest.mark.parametrize("order_seed", [0, 1])
 def test_packing_order_and_microbatches_leave_every_gradient_as_it_was(
-    tiny_qwen3: str, monkeypatch: pytest.MonkeyPatch, max_tokens: int, order_seed: int
+    tiny_qwen3: str, max_tokens: int, order_seed: int
 ) -> None:
     made = make_trainer(tiny_qwen3)
     data = make_data(made.base.vocab_size, [40, 3, 3, 25, 1, 60, 9])
@@ -149,7 +150,7 @@ def test_packing_order_and_microbatches_leave_every_gradient_as_it_was(
     one_at_a_time = {name: gradient.clone() for name, gradient in gradients_of(made).items()}
     made.discard_gradients()
 
-    monkeypatch.setattr(trainer, "MAX_TOKENS_PER_MICROBATCH", max_tokens)
+    made._limits = MicrobatchLimits(max_tokens, max_tokens_without_checkpointing=2**62)
     order = np.random.default_rng(order_seed).permutation(len(data))
     made.forward_backward(made.check([data[i] for i in order], "cross_entropy", None))
 
@@ -165,7 +166,7 @@ def test_chunks_of_the_projection_leave_every_gradient_as_it_was(
     whole = made.forward_backward(request).output()
     expected = {name: gradient.clone() for name, gradient in gradients_of(made).items()}
     made.discard_gradients()
-    monkeypatch.setattr(projection, "MAX_CHUNK_ELEMENTS", 7 * made.base.vocab_size)
+    monkeypatch.setattr(BlockSizes, "on", lambda device: BlockSizes(7, 33, 5 * made.base.vocab_size))
     chunked = made.forward_backward(request).output()
     assert chunked.loss == pytest.approx(whole.loss, rel=1e-6)
     for name, gradient in gradients_of(made).items():
@@ -266,9 +267,9 @@ def test_a_custom_loss_gives_the_gradient_of_the_function(tiny_qwen3: str) -> No
         assert_close(gradient, expected[name])
 
 
-def test_a_pass_that_fails_midway_adds_no_gradient(tiny_qwen3: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pass_that_fails_midway_adds_no_gradient(tiny_qwen3: str) -> None:
     made = make_trainer(tiny_qwen3)
-    monkeypatch.setattr(trainer, "MAX_TOKENS_PER_MICROBATCH", 1)
+    made._limits = MicrobatchLimits(1, max_tokens_without_checkpointing=2**62)
     data = make_data(made.base.vocab_size, [10, 20, 15])
     made.forward_backward(made.check(data[:1], "cross_entropy", None))
     before = {name: gradient.clone() for name, gradient in gradients_of(made).items()}

@@ -1,0 +1,77 @@
+"""A model's weights from disk to the device."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from cookbook import models
+from cookbook.errors import ConfigError
+
+
+def load_model(model_name: str, device: torch.device, dtype: torch.dtype) -> Any:
+    """The causal language model on `device`, in evaluation mode, with nothing to train.
+
+    Raises ModelError for files that are missing, damaged, or lack a weight.
+    """
+    from transformers import AutoModelForCausalLM
+
+    with _no_progress_bar():
+        model = models.load_from_hub_or_disk(
+            "weights", model_name, _whole(AutoModelForCausalLM.from_pretrained), dtype=dtype
+        )
+    return model.to(device).eval().requires_grad_(False)
+
+
+@contextlib.contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    """Loading from disk is quick; a download has the hub's own progress bar."""
+    from transformers.utils import logging as transformers_logging
+
+    was_enabled = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            transformers_logging.enable_progress_bar()
+
+
+def _whole(from_pretrained: Callable[..., Any]) -> Callable[..., Any]:
+    """Refuses files that lack a weight, for which transformers would draw random numbers."""
+
+    def load(location: str, **options: Any) -> Any:
+        model, report = from_pretrained(location, output_loading_info=True, **options)
+        if missing := sorted(report["missing_keys"]):
+            raise ValueError(f"{len(missing)} of its weights are missing from its files, first {missing[0]}.")
+        return model
+
+    return load
+
+
+def resolve_device(device: str) -> torch.device:
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        resolved = torch.device(device)
+    except RuntimeError as error:
+        raise ConfigError(f"device={device!r} is no torch device. Use auto, cpu, cuda or cuda:0.") from error
+    if resolved.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"device={device!r}, but this machine has no CUDA device. Use device=auto.")
+    if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(
+            f"device={device!r}, but this machine has {torch.cuda.device_count()} CUDA devices."
+        )
+    return resolved
+
+
+def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    if dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if dtype not in dtypes:
+        raise ConfigError(f"dtype={dtype!r} is not supported. Use auto, {', '.join(dtypes)}.")
+    return dtypes[dtype]

@@ -1,0 +1,137 @@
+"""What a micro-batch costs in memory, and so how large it may be and when to checkpoint its layers.
+
+The estimate is measured once, on a short sequence: the bytes that autograd keeps for the backward
+pass. It depends on the model and the device alone, never on what happens to be free, so that a
+resumed run cuts its batches as before.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from cookbook.engine.options import EngineOptions
+
+USEFUL_TOKENS = {"cpu": 2048, "cuda": 16384}
+"""Micro-batches beyond this are no faster (`benchmarks/LOG.md`)."""
+FEWEST_TOKENS = 1024
+"""With less room than this, layers are checkpointed rather than micro-batches cut further."""
+
+_MARGIN = 1.25
+"""Kernels need room to work in beside what is kept."""
+_USABLE = {"cpu": 0.5, "cuda": 0.9}
+"""The share of the device's memory to count on: on a CPU others need some too."""
+
+
+@dataclass(frozen=True)
+class MicrobatchLimits:
+    """How many tokens a micro-batch may have, and with how many its layers are checkpointed."""
+
+    max_tokens: int
+    max_tokens_without_checkpointing: int
+
+    def checkpoints(self, num_tokens: int) -> bool:
+        return num_tokens > self.max_tokens_without_checkpointing
+
+
+@dataclass(frozen=True)
+class ActivationCost:
+    """Bytes kept for the backward pass, per token."""
+
+    whole: float
+    checkpointed: float
+
+
+def limits_for(
+    options: EngineOptions, device: torch.device, cost: Callable[[], ActivationCost], reserved_bytes: int
+) -> MicrobatchLimits:
+    """The limits that the options set, and for what they leave open those of the device's memory.
+
+    `reserved_bytes` are needed for other things: weights, gradients, optimizer state.
+    """
+    wanted, checkpointing = options.max_tokens_per_microbatch, options.gradient_checkpointing
+    if wanted is not None and checkpointing != "auto":
+        return MicrobatchLimits(wanted, 0 if checkpointing == "on" else 2**62)
+    found = cost()
+    room = max(0.0, _total_memory(device) * _USABLE[device.type] - reserved_bytes) / _MARGIN
+    tokens_without = 2**62 if checkpointing == "off" else _ratio(room, found.whole)
+    if checkpointing == "on":
+        tokens_without = 0
+    fits_without = tokens_without >= FEWEST_TOKENS
+    fitting = _ratio(room, found.whole if fits_without else found.checkpointed)
+    return MicrobatchLimits(wanted or max(1, min(USEFUL_TOKENS[device.type], fitting)), tokens_without)
+
+
+def _ratio(room: float, bytes_per_token: float) -> int:
+    """How many tokens fit. Where the projection alone is trained, a token costs nothing here."""
+    return int(room / max(bytes_per_token, 1))
+
+
+def measure_activations(
+    run: Callable[[], Tensor], num_tokens: int, num_layers: int, layer_bytes: int
+) -> ActivationCost:
+    """What the forward pass `run` keeps. `layer_bytes`: of the input of one layer, per token."""
+    storages: dict[int, int] = {}
+    kept: list[Tensor] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        if not isinstance(tensor, nn.Parameter):
+            storage = tensor.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+            kept.append(tensor)  # else its address could be given to another
+        return tensor
+
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        run()
+    whole = sum(storages.values()) / num_tokens
+    return ActivationCost(whole, layer_bytes * num_layers + whole / num_layers)
+
+
+def _total_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = Path("/sys/fs/cgroup/memory.max")
+    with contextlib.suppress(OSError, ValueError):
+        total = min(total, int(limit.read_text()))
+    return total
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
+        isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+    )
+
+
+@contextlib.contextmanager
+def checkpointed_layers(model: Any, enabled: bool) -> Iterator[None]:
+    """Keeps the inputs of the decoder's layers alone and runs each again in the backward pass.
+
+    Layers checkpoint themselves in training mode; nothing below them leaves evaluation mode.
+    """
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not enabled:
+        yield
+        return
+    for layer in layers:
+        layer.training = layer.gradient_checkpointing = True
+        layer._gradient_checkpointing_func = _checkpoint  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.training = layer.gradient_checkpointing = False
+
+
+def _checkpoint(function: Callable[..., Any], *inputs: Any) -> Any:
+    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)

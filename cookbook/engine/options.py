@@ -1,0 +1,38 @@
+"""How an engine runs: the device, the form of the weights, and what it spends memory on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from cookbook.errors import ConfigError
+
+GradientCheckpointing = Literal["auto", "on", "off"]
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """None of them changes what is computed, to rounding, but `dtype`.
+
+    `device` is "auto" (CUDA when there is one), or a torch device; `dtype` is "auto" (bfloat16 on
+    CUDA, float32 on CPU), "float32", "bfloat16" or "float16". Adapters are always float32.
+    """
+
+    device: str = "auto"
+    dtype: str = "auto"
+    max_tokens_per_microbatch: int | None = None
+    """None: as many as the memory holds, up to where more is no faster."""
+    gradient_checkpointing: GradientCheckpointing = "auto"
+    """"auto": where the activations of a micro-batch would not fit otherwise."""
+
+    def __post_init__(self) -> None:
+        if self.gradient_checkpointing not in get_args(GradientCheckpointing):
+            raise ConfigError(
+                f"gradient_checkpointing={self.gradient_checkpointing!r} is not known. "
+                f"Use {', '.join(get_args(GradientCheckpointing))}."
+            )
+        if self.max_tokens_per_microbatch is not None and self.max_tokens_per_microbatch < 1:
+            raise ConfigError(
+                f"max_tokens_per_microbatch={self.max_tokens_per_microbatch} is too small. "
+                "It must be at least 1; leave it out to have it chosen."
+            )
