@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
@@ -96,7 +95,7 @@ class Renderer(ABC):
         history, an earlier turn is trained as it stands there; `build_supervised_examples` trains
         each turn as the model meets it.
         """
-        with self._counting_from_the_system_prompt(messages):
+        try:
             plain, plain_tools, weights = self._prepare(messages, train_on_what, tools)
             rendering = self._render(plain, weights, plain_tools)
             if train_on_what == TrainOnWhat.ALL_TOKENS:
@@ -108,6 +107,9 @@ class Renderer(ABC):
                 for index in weights
             }
             return self._example(rendering, spans, weights)
+        except RendererError as error:
+            self._note_system_prompt(error, messages)
+            raise
 
     def build_supervised_examples(
         self,
@@ -119,7 +121,7 @@ class Renderer(ABC):
 
         Each message is trained once: in the first of the examples that holds it.
         """
-        with self._counting_from_the_system_prompt(messages):
+        try:
             plain, plain_tools, weights = self._prepare(messages, train_on_what, tools)
             rendering = self._render(plain, weights, plain_tools)
             if not rendering.rewritten:
@@ -135,6 +137,9 @@ class Renderer(ABC):
                 part = self._render(plain[: turn + 1], new, plain_tools)
                 examples.append(self._example(part, part.spans, new))
             return examples
+        except RendererError as error:
+            self._note_system_prompt(error, messages)
+            raise
 
     def build_text_example(self, text: str) -> tuple[ModelInput, np.ndarray]:
         """Plain text, no conversation: every token is trained, and the end-of-text token after it.
@@ -202,16 +207,11 @@ class Renderer(ABC):
             return [{**first, "content": f"{self.system_prompt}\n\n{first['content']}"}, *plain[1:]]
         return [{"role": "system", "content": self.system_prompt}, *plain]
 
-    @contextmanager
-    def _counting_from_the_system_prompt(self, messages: Sequence[Message]) -> Iterator[None]:
-        try:
-            yield
-        except RendererError as error:
-            first = messages[0] if isinstance(messages, (list, tuple)) and messages else None
-            has_no_system = isinstance(first, Mapping) and first.get("role") not in _SYSTEM_ROLES
-            if self.system_prompt and has_no_system:
-                error.add_note("(The system prompt may be counted as message 1.)")
-            raise
+    def _note_system_prompt(self, error: RendererError, messages: Sequence[Message]) -> None:
+        first = messages[0] if isinstance(messages, (list, tuple)) and messages else None
+        has_no_system = isinstance(first, Mapping) and first.get("role") not in _SYSTEM_ROLES
+        if self.system_prompt and has_no_system:
+            error.add_note("(The system prompt may be counted as message 1.)")
 
     def _check_tools(self, tools: Sequence[Tool] | None) -> None:
         check_tools(tools)
@@ -224,11 +224,11 @@ class Renderer(ABC):
     def _example(
         self, rendering: Rendering, spans: Mapping[int, Span], weights: Mapping[int, float]
     ) -> tuple[ModelInput, np.ndarray]:
-        trained = [(spans[index], weight) for index, weight in weights.items()]
-        positions = {position for span, _ in trained for position in span}
+        positions = [position for index in weights for position in spans[index]]
         tokens = self._encoder.encode(rendering.text, rendering.cuts, positions)
         weights_T = np.zeros(len(tokens.ids), dtype=np.float32)
-        for (start, end), weight in trained:
+        for index, weight in weights.items():
+            start, end = spans[index]
             weights_T[tokens.index(start) : tokens.index(end)] = weight
         return ModelInput((EncodedTextChunk(tokens.ids),)), weights_T
 
@@ -241,8 +241,11 @@ class Renderer(ABC):
         self, messages: Sequence[Message], role: str = "assistant", tools: Sequence[Tool] | None = None
     ) -> ModelInput:
         """The prompt for a message of `role`: a prefix of what that message is trained on."""
-        with self._counting_from_the_system_prompt(messages):
+        try:
             rendering = self._render_prompt(*self._guarded(messages, tools), role)
+        except RendererError as error:
+            self._note_system_prompt(error, messages)
+            raise
         return ModelInput.from_ints(self._encoder.encode(rendering.text, rendering.cuts).ids)
 
     @abstractmethod

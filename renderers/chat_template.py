@@ -61,6 +61,7 @@ class ChatTemplateRenderer(Renderer):
             raise RendererError("This tokenizer has no chat template. Use a renderer such as `role_colon`.")
         self.tokenizer = tokenizer
         self._template = Template(tokenizer)
+        self._latest: Chat | None = None
         text = self._template.text
         prompt = text([_USER], prompt=True)
         self._after_last = text([_USER, _REPLY]).partition(SENTINEL)[2]
@@ -118,10 +119,17 @@ class ChatTemplateRenderer(Renderer):
 
     # -- rendering ----------------------------------------------------------------------------
 
+    def _chat(self, messages: Sequence[PlainMessage], tools: Sequence[Tool] | None) -> Chat:
+        """The messages as a chat: a beginning of the latest one, where they are that."""
+        found = self._latest.beginning(messages, tools) if self._latest else None
+        if found is None:
+            found = self._latest = Chat(self._template, messages, tools)
+        return found
+
     def _render(
         self, messages: Sequence[PlainMessage], chosen: Collection[int], tools: Sequence[Tool] | None
     ) -> Rendering:
-        chat = Chat(self._template, messages, tools)
+        chat = self._chat(messages, tools)
         text = self._checked_text(chat)
         cuts: list[int] = []
         spans: dict[int, Span] = {}
@@ -146,7 +154,7 @@ class ChatTemplateRenderer(Renderer):
     ) -> Rendering:
         if role != "assistant":
             raise self._refuse_role(role, ["assistant"])
-        chat = Chat(self._template, messages, tools)
+        chat = self._chat(messages, tools)
         text = self._checked_text(chat, prompt=True)
         turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
         prompts = [chat.prompt_before(index) for index in turns]
@@ -268,7 +276,7 @@ class ChatTemplateRenderer(Renderer):
         index: int,
         tools: Sequence[Tool] | None,
     ) -> Span:
-        chat = Chat(self._template, messages, tools)
+        chat = self._chat(messages, tools)
         prompt = chat.prompt_before(index) or ""
         span = self._around(chat, index, _REPLY)
         end = self._end.match(rendering.text, span.end)

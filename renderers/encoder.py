@@ -15,10 +15,12 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache, partial
-from itertools import compress, count, pairwise, repeat
+from itertools import compress, count, groupby, pairwise, repeat
+from os.path import commonprefix
 from typing import TYPE_CHECKING, Any
 
 from cookbook.errors import RendererError
+from renderers.borders import BORDER, parts_at_border
 from renderers.messages import PlainMessage, Tool, map_strings
 
 if TYPE_CHECKING:
@@ -72,7 +74,7 @@ class Encoder:
         framing = [
             token.content for token in added.values() if token.content.strip() and token.content in frame
         ]
-        controls = sorted({*special, *framing}, key=lambda text: (-len(text), text))
+        controls = sorted({*special, *framing})
         self._tokenizer = tokenizer
         self._controls = controls
         self._escapes = {text: f"{ESCAPE}{index};" for index, text in enumerate(controls)}
@@ -83,7 +85,7 @@ class Encoder:
         reserved = f"{ESCAPE}(?:\\d+|cut|text);"
         self._foreign_to_a_reply = re.compile(f"{reserved}|{any_of([*special, *ends]).pattern}")
         self._foreign_elsewhere = re.compile(f"{reserved}|{self.control.pattern}")
-        self._encode_tail = lru_cache(maxsize=1024)(lambda tail: self._encode_joined(tail).ids)
+        self._encode_tail = lru_cache(maxsize=1024)(self._ids)
 
     # -- text that spells control tokens ------------------------------------------------------
 
@@ -132,56 +134,73 @@ class Encoder:
         """
         if ESCAPE in text:
             return self._encode_apart(text, cuts)
-        controls = list(self.control.finditer(text))
-        borders = {0, len(text), *cuts}
-        borders.update(control.start() for control in controls)
-        borders.update(control.end() for control in controls)
-        if borders.issuperset(positions):
+        edges: list[int] = []
+        controls: list[int] = []
+        for match in self.control.finditer(text):
+            edges += match.span()
+            controls.append(self.ids[match[0]])
+        borders = self._borders_in(text, cuts, positions)
+        if {0, len(text), *cuts, *edges, *borders}.issuperset(positions):
             # Tokens need not be found by their characters, which the tokenizer is slow to count.
-            tokens = Tokens(self._encode_joined(text, with_offsets=False).ids)
+            tokens = self._encode_parted(text, borders)
         else:
             encoding = self._encode_joined(text)
             tokens = Tokens(encoding.ids, [start for start, _ in encoding.offsets])
-        places = list(compress(count(), map(self._control_ids.__contains__, tokens.ids)))
-        if [tokens.ids[place] for place in places] != [self.ids[control[0]] for control in controls]:
+        ids, known = tokens.ids, tokens.known
+        places = list(compress(count(), map(self._control_ids.__contains__, ids)))
+        if [ids[place] for place in places] != controls:
             return self._encode_apart(text, cuts)
-        tokens.known.update({0: 0, len(text): len(tokens.ids)})
-        for control, place in zip(controls, places, strict=True):
-            tokens.known[control.start()] = place
-            tokens.known[control.end()] = place + 1
-        return (
-            tokens if self._cuts_are_clean(text, tokens, cuts, controls) else self._encode_apart(text, cuts)
-        )
+        known.update(zip(edges, [edge for place in places for edge in (place, place + 1)], strict=True))
+        known[0], known[len(text)] = 0, len(ids)
+        loose = [cut for cut in cuts if cut not in borders]
+        return tokens if self._cuts_are_clean(text, tokens, loose, edges) else self._encode_apart(text, cuts)
 
-    def _cuts_are_clean(
-        self, text: str, tokens: Tokens, cuts: Sequence[int], controls: Sequence[re.Match[str]]
-    ) -> bool:
+    def _borders_in(self, text: str, cuts: Sequence[int], positions: Collection[int]) -> list[int]:
+        """Those of the cuts and positions, ascending, at which the text is certain to part."""
+        if BORDER not in text or not self._parts_at_border:
+            return []
+        return sorted({place for place in (*cuts, *positions) if text[place - 1 : place + 1] == BORDER})
+
+    def _encode_parted(self, text: str, borders: Sequence[int]) -> Tokens:
+        """Encode without offsets; the tokens know the borders."""
+        tokens = Tokens(self._ids(text[: borders[0]] if borders else text))
+        for start, end in pairwise([*borders, len(text)]):
+            tokens.known[start] = len(tokens.ids)
+            tokens.ids.extend(self._ids(text[start:end]))
+        return tokens
+
+    def _cuts_are_clean(self, text: str, tokens: Tokens, cuts: Sequence[int], edges: Sequence[int]) -> bool:
         """Whether each cut parts the tokens; they know it then.
 
-        Control tokens part a text anyway, so only what follows the last one before the cut can differ.
+        Control tokens, whose ends are every other edge, part a text anyway, so only what follows the last
+        one before the cut can differ.
         """
-        ends = [control.end() for control in controls]
+        known, ids = tokens.known, tokens.ids
         for cut in cuts:
-            last = bisect_right(ends, cut) - 1
-            start = controls[last].start() if last >= 0 else 0
+            num_before = bisect_right(edges, cut) // 2 * 2
+            start = edges[num_before - 2] if num_before else 0
             tail = self._encode_tail(text[start:cut])
-            end = tokens.known[start] + len(tail)
-            if not tail or tokens.ids[tokens.known[start] : end] != tail:
-                return False
-            if tokens.known.setdefault(cut, end) != end:
+            end = known[start] + len(tail)
+            if not tail or ids[known[start] : end] != tail or known.setdefault(cut, end) != end:
                 return False
         return True
 
-    def _encode_joined(self, text: str, with_offsets: bool = True) -> Encoding:
+    def _ids(self, text: str) -> list[int]:
+        (encoding,) = self._ready_backend().encode_batch_fast([text], add_special_tokens=False)
+        ids: list[int] = encoding.ids
+        return ids
+
+    def _encode_joined(self, text: str) -> Encoding:
+        return self._ready_backend().encode(text, add_special_tokens=False)
+
+    def _ready_backend(self) -> Tokenizer:
+        """The backend, as no one left it who truncates or pads with it."""
         backend = self._backend
         if backend.truncation is not None or backend.padding is not None or backend.encode_special_tokens:
             backend.no_truncation()
             backend.no_padding()
             backend.encode_special_tokens = False
-        if with_offsets:
-            return backend.encode(text, add_special_tokens=False)
-        (encoding,) = backend.encode_batch_fast([text], add_special_tokens=False)
-        return encoding
+        return backend
 
     def _encode_apart(self, text: str, cuts: Sequence[int]) -> Tokens:
         """Encode with the copy: control tokens as their escapes, escapes as the text they stand for."""
@@ -233,6 +252,10 @@ class Encoder:
         return _rebuild(backend, str)
 
     @cached_property
+    def _parts_at_border(self) -> bool:
+        return parts_at_border(self._tokenizer.backend_tokenizer)
+
+    @cached_property
     def _copy(self) -> tuple[Tokenizer, dict[int | None, int | None]]:
         """The copy, and the tokenizer's own id for each added token of it (None for the cut)."""
         backend: Tokenizer = self._tokenizer.backend_tokenizer
@@ -251,8 +274,20 @@ class Encoder:
         return copy.decode(tokens, skip_special_tokens=True) == "aa"
 
 
-def any_of(texts: Iterable[str]) -> re.Pattern[str]:
-    return re.compile("|".join(map(re.escape, texts)) or "(?!)")
+def any_of(texts: Collection[str]) -> re.Pattern[str]:
+    """A pattern of any of the texts, the longest that fits."""
+    return re.compile(_source_of_any(sorted(set(texts))) if texts else "(?!)")
+
+
+def _source_of_any(texts: Sequence[str]) -> str:
+    """The texts share what they begin with: a tokenizer may have hundreds, and trying each takes long."""
+    start = commonprefix(texts)
+    rests = [text[len(start) :] for text in texts]
+    branches = [
+        _source_of_any(list(alike)) for first, alike in groupby(rests, lambda rest: rest[:1]) if first
+    ]
+    ends = "" if not branches else f"(?:{'|'.join(branches)})"
+    return re.escape(start) + ends + ("?" if branches and "" in rests else "")
 
 
 def _rebuild(backend: Tokenizer, rename: Callable[[str], str]) -> Tokenizer:

@@ -60,7 +60,14 @@ def normalize(messages: Sequence[Message], renderer: str, roles: Sequence[str]) 
         raise RendererError(f"`messages` must be a list of messages; it is a {type(messages).__name__}.")
     if not messages:
         raise RendererError(f"Renderer `{renderer}` was given no messages. Pass at least one.")
-    return [_normalize_one(message, number, renderer, roles) for number, message in enumerate(messages, 1)]
+    plain: list[PlainMessage] = []
+    for number, message in enumerate(messages, 1):
+        content = message.get("content") if type(message) is dict and len(message) == 2 else None
+        if type(content) is str and content.isascii() and message.get("role") in roles:
+            plain.append({**message})  # as most messages are: nothing is left to check
+        else:
+            plain.append(_normalize_one(message, number, renderer, roles))
+    return plain
 
 
 def _normalize_one(message: Message, number: int, renderer: str, roles: Sequence[str]) -> PlainMessage:

@@ -2,7 +2,7 @@
 
 The template runs in the sandbox that transformers compiles it for, and sees what
 `apply_chat_template` would show it, so it prints the same. It is called directly, because rendering
-a conversation takes many short calls.
+a conversation takes many short calls; what it was seen to do is not done again (`tracing`).
 """
 
 from __future__ import annotations
@@ -10,19 +10,19 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from functools import cached_property, lru_cache
+from copy import copy
+from functools import cached_property
+from operator import is_
 from typing import TYPE_CHECKING, Any
 
 import jinja2
 import numpy as np
-from jinja2.runtime import LoopContext
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-from jinja2.utils import Namespace
 
 from cookbook.errors import RendererError
 from renderers.encoder import SENTINEL
 from renderers.messages import PlainMessage, Tool, to_json
-from renderers.today import TODAY
+from renderers.sandbox import compiled
+from renderers.tracing import Traces
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -43,9 +43,10 @@ class Template:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._source = str(tokenizer.get_chat_template())
-        self._plain = _compiled(self._source)
-        self._with_tools = _compiled(tokenizer.get_chat_template(tools=[{}]))
+        self._plain = compiled(self._source)
+        self._with_tools = compiled(tokenizer.get_chat_template(tools=[{}]))
         self._variables = {**tokenizer.special_tokens_map, "documents": None}
+        self._traces = Traces(self._source, self._variables)
         self._printed_roles: dict[str, bool] = {}
 
     @cached_property
@@ -58,6 +59,8 @@ class Template:
         self, messages: Sequence[PlainMessage], tools: Sequence[Tool] | None = None, prompt: bool = False
     ) -> str:
         """What the template prints of the messages, with the generation prompt if asked for."""
+        if not tools and (known := self._traces.text(messages, prompt)) is not None:
+            return known
         template = self._with_tools if tools else self._plain
         try:
             return template.render(
@@ -130,6 +133,8 @@ class Template:
         Arguments of a tool call are written in JSON, and a content that is missing is empty, where the
         template would refuse the call or the reply otherwise.
         """
+        if len(message) == 2 and type(message["role"]) is type(message.get("content")) is str:
+            return message  # as most messages are
         adapted: PlainMessage = {key: _json_type(value) for key, value in message.items()}
         thought = next((adapted[key] for key in _REASONING if key in adapted), None)
         if thought is not None:
@@ -152,7 +157,17 @@ class Chat:
         self.messages = [template.adapted(message) for message in messages]
         self.tools = [_json_type(tool) for tool in tools] if tools else None
         self._template = template
+        self._given = messages, tools
         self._texts: dict[tuple[int, bool], str | RendererError] = {}
+
+    def beginning(self, messages: Sequence[PlainMessage], tools: Sequence[Tool] | None) -> Chat | None:
+        """The chat of these messages, if they are the very ones that this begins with, sharing what is kept."""
+        given, given_tools = self._given
+        if tools is not given_tools or len(messages) > len(given) or not all(map(is_, messages, given)):
+            return None
+        beginning = copy(self)
+        beginning.messages = self.messages[: len(messages)]
+        return beginning
 
     def text(self, num_messages: int, prompt: bool = False) -> str:
         """The text of the first messages."""
@@ -245,48 +260,3 @@ def _json_type(value: Any) -> Any:
         if isinstance(value, base):
             return base(value)
     return jinja2.StrictUndefined(f"a {kind.__name__} is no JSON")
-
-
-# -- the sandbox --------------------------------------------------------------------------------
-
-_NAMES_OF_DICTS = frozenset(dir(dict))
-_NAMES_OF_STRINGS = frozenset(name for name in dir(str) if not name.startswith(("_", "format")))
-_NAMES_OF_LOOPS = frozenset({"first", "last", "index", "index0", "revindex", "revindex0", "length"})
-
-
-class _QuickSandbox(ImmutableSandboxedEnvironment):
-    """The sandbox, quicker where its answer is known from the types alone.
-
-    An entry of a dict is always open; so are these attributes of strings and of loops, and plain values
-    that the template itself put into a namespace.
-    """
-
-    def getattr(self, obj: Any, attribute: str) -> Any:
-        kind = type(obj)
-        if kind is dict:
-            if attribute not in _NAMES_OF_DICTS:
-                return obj[attribute] if attribute in obj else self.undefined(obj=obj, name=attribute)
-        elif (kind is LoopContext and attribute in _NAMES_OF_LOOPS) or (
-            kind is str and attribute in _NAMES_OF_STRINGS
-        ):
-            return getattr(obj, attribute)
-        elif isinstance(obj, Namespace) and not attribute.startswith("_"):
-            value = getattr(obj, attribute, None)
-            if type(value) in (str, int, bool):
-                return value
-        return super().getattr(obj, attribute)
-
-
-@lru_cache(maxsize=64)
-def _compiled(source: str) -> jinja2.Template:
-    """The template in transformers' own environment, but for the speed and the date."""
-    from transformers.utils.chat_template_utils import _compile_jinja_template
-
-    theirs = _compile_jinja_template(source).environment
-    sandbox = _QuickSandbox.__new__(_QuickSandbox)
-    vars(sandbox).update(vars(theirs))
-    sandbox.globals = {**theirs.globals, "strftime_now": TODAY.strftime}
-    sandbox.extensions = {name: extension.bind(sandbox) for name, extension in theirs.extensions.items()}
-    template = sandbox.from_string(source)
-    template.globals = dict(template.globals)  # quicker to look up than jinja's chain of dicts
-    return template

@@ -46,7 +46,7 @@ _SMALLEST, _LARGEST = 2.0**-149, (2 - 2.0**-23) * 2.0**127
 
 def weight_of(message: Message) -> float:
     """The factor on the loss of the message's tokens."""
-    weight = message.get("weight", 1.0)
+    weight = message.get("weight")
     if weight is None:
         return 1.0
     is_number = isinstance(weight, (int, float)) and not isinstance(weight, bool)

@@ -13,7 +13,7 @@ from transformers.utils import chat_template_utils
 
 from cookbook.errors import RendererError
 from renderers import TrainOnWhat
-from renderers.template import TODAY
+from renderers.today import TODAY
 
 few = settings(max_examples=8, deadline=None)
 
