@@ -1,11 +1,12 @@
 # make demo    set up, then fine-tune the embedded model
 # make test    set up, then run the tests
 # make check   set up, then look at format, lint and types
-# make bench   set up, then measure
+# make bench   set up, with the peers that are measured against, then measure
 # make parity  set up, then compare the renderers with published templates, and write their table
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.is-set-up
+BENCH_STAMP := .venv/.is-set-up-to-bench
 
 .PHONY: setup demo test check format bench parity clean
 
@@ -33,7 +34,11 @@ format: setup
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: setup
+$(BENCH_STAMP): $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,bench]'
+	touch $(BENCH_STAMP)
+
+bench: $(BENCH_STAMP)
 	$(BIN)/python -m benchmarks.loop_overhead
 	$(BIN)/python -m benchmarks.rendering
 	$(BIN)/python -m benchmarks.data_pipeline

@@ -2,8 +2,9 @@
 
 A step's seconds run from the end of the step before to its own end, so that collating and logging fall
 into them. Losses are means in nats over the trained tokens of a whole batch. The first `WARM_UP_STEPS` are
-left out of the speed, not of the losses. Memory is the resident size of the process, its peak taken over
-the training alone.
+left out of the speed, not of the losses. CPU seconds, over all threads, are steadier than seconds where
+other work shares the cores; compare them with OMP_NUM_THREADS=1, since threads that wait spin. Memory is the
+resident size of the process, its peak taken over the training alone.
 """
 
 from __future__ import annotations
@@ -24,17 +25,19 @@ class StepClock:
 
     def __init__(self) -> None:
         self.step_seconds: list[float] = []
+        self.step_cpu_seconds: list[float] = []
         self.losses: list[float] = []
 
     def begin(self) -> None:
         self.resident_bytes_before = process_memory.resident_bytes()
         process_memory.begin_peak()
-        self._last = time.perf_counter()
+        self._last, self._last_cpu = time.perf_counter(), time.process_time()
 
     def end_step(self) -> None:
-        now = time.perf_counter()
+        now, now_cpu = time.perf_counter(), time.process_time()
         self.step_seconds.append(now - self._last)
-        self._last = now
+        self.step_cpu_seconds.append(now_cpu - self._last_cpu)
+        self._last, self._last_cpu = now, now_cpu
         self.peak_bytes = process_memory.peak_bytes()
 
     def report(self, set_name: str, batches: list[list[Example]], settings: Any) -> dict[str, Any]:
@@ -53,5 +56,6 @@ class StepClock:
             "peak_bytes": self.peak_bytes,
             "process_peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
             "step_seconds": self.step_seconds,
+            "step_cpu_seconds": self.step_cpu_seconds,
             "losses": self.losses,
         }
