@@ -47,7 +47,7 @@ STORED: Settings = {"gradient_checkpointing": False}
 """Activations are kept for the backward pass. TRL's own default computes them again."""
 
 FULL: Settings = {**STORED, "loss_type": "nll"}
-"""The logits of every position at once. TRL's own default makes those of 256 trained tokens at a time, twice."""
+"""The logits of every position at once. TRL's default makes them of 256 trained tokens at a time, twice."""
 
 CANDIDATES: dict[str, Settings] = {
     "defaults": micro_batches(8),
@@ -169,8 +169,9 @@ def search(set_name: str, num_steps: int, num_rounds: int, folder: Path, names: 
             )
             verdict = "" if error <= LOSS_TOLERANCE else ": refused"
             print(
-                f"| {name} | {seconds / num_timed:.2f} | {cpu_seconds / num_timed:.2f} | {trained / seconds:,.0f} "
-                f"| {peak / 2**20:,.0f} ({added / 2**20:,.0f}) | {error:.1e}{verdict} |",
+                f"| {name} | {seconds / num_timed:.2f} | {cpu_seconds / num_timed:.2f} "
+                f"| {trained / seconds:,.0f} | {peak / 2**20:,.0f} ({added / 2**20:,.0f}) "
+                f"| {error:.1e}{verdict} |",
                 flush=True,
             )
 
