@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cookbook.engine import state
-from cookbook.engine.base_model import Adapter
+from cookbook.engine.adapters import Adapter
 from cookbook.engine.sampler import check_prompt, check_sampling, compute_logprobs, sample
 from cookbook.engine.trainer import Trainer, check_weights_fit
 from cookbook.engine.worker import Engine
@@ -63,6 +63,11 @@ class SamplingClient:
     def of_checkpoint(cls, engine: Engine, path: str | os.PathLike[str]) -> SamplingClient:
         """Of saved weights. Raises CheckpointError where they are missing, damaged or do not fit."""
         info = state.read_info(path)
+        if info.lora.rank == 0:
+            raise CheckpointError(
+                f"Checkpoint {path} is a model of its own, not an adapter on {engine.base.name}. Sample from "
+                f"it with ServiceClient().create_sampling_client(model_path=...)."
+            )
         weights = state.read_weights(path)
 
         def prepare() -> tuple[Adapter, None]:

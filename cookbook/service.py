@@ -13,7 +13,7 @@ import torch
 
 from cookbook import embedded, models
 from cookbook.engine import state
-from cookbook.engine.options import EngineOptions, GradientCheckpointing
+from cookbook.engine.options import EngineOptions, GradientCheckpointing, Quantization
 from cookbook.engine.worker import Engine
 from cookbook.errors import ConfigError, RequestError
 from cookbook.sampling_client import SamplingClient
@@ -31,7 +31,8 @@ class ServiceClient:
     default each training client has a new folder under ~/.cookbook/checkpoints. Batches are cut into
     micro-batches of at most `max_tokens_per_microbatch` tokens (None: what fits and is fast), whose
     layers are run again in the backward pass by `gradient_checkpointing`: "auto" (where they would
-    not fit otherwise), "on" or "off".
+    not fit otherwise), "on" or "off". `quantization="nf4"` holds the frozen linear layers in 4 bits
+    (QLoRA; `pip install 'sft-cookbook[qlora]'`).
     """
 
     def __init__(
@@ -41,10 +42,15 @@ class ServiceClient:
         checkpoint_dir: str | os.PathLike[str] | None = None,
         max_tokens_per_microbatch: int | None = None,
         gradient_checkpointing: GradientCheckpointing = "auto",
+        quantization: Quantization | None = None,
     ) -> None:
-        self._options = EngineOptions(device, dtype, max_tokens_per_microbatch, gradient_checkpointing)
+        self._options = EngineOptions(
+            device, dtype, max_tokens_per_microbatch, gradient_checkpointing, quantization
+        )
         self._checkpoint_dir = None if checkpoint_dir is None else Path(checkpoint_dir).expanduser()
         self._engines: dict[str, Engine] = {}
+        self._unshared_engines: list[Engine] = []
+        """Of full fine-tunes: each trains a copy of its own."""
         self._lock = threading.Lock()
 
     def create_lora_training_client(
@@ -59,9 +65,17 @@ class ServiceClient:
         *,
         alpha: float = 32.0,
     ) -> TrainingClient:
-        """Loads `base_model` (a hub id, a folder, or the embedded model) and puts a new adapter on it."""
-        if rank < 1:
-            raise ConfigError(f"rank={rank}. A LoRA has a rank of at least 1.")
+        """Loads `base_model` (a hub id, a folder, or the embedded model) and puts a new adapter on it.
+
+        A rank of 0 trains all of the model's own weights instead, on a copy that no other client shares.
+        """
+        if rank < 0:
+            raise ConfigError(f"rank={rank}. A LoRA has a rank of at least 1; 0 trains the model itself.")
+        if rank == 0 and not (train_mlp and train_attn and train_unembed):
+            raise ConfigError(
+                "rank=0 trains every weight of the model. train_mlp, train_attn and train_unembed choose "
+                "where a LoRA goes: leave them True, or give a rank of at least 1."
+            )
         lora = LoraConfig(
             rank=rank,
             alpha=alpha,
@@ -93,7 +107,10 @@ class ServiceClient:
     ) -> SamplingClient:
         """A sampler of saved weights (`model_path`) or of an untouched `base_model`."""
         if model_path is not None:
-            base_model = base_model or state.read_info(model_path).base_model
+            info = state.read_info(model_path)
+            if info.lora.rank == 0:
+                return SamplingClient.of_base(self._engine(os.fspath(model_path)))
+            base_model = base_model or info.base_model
             return SamplingClient.of_checkpoint(self._engine(base_model), model_path)
         if base_model is None:
             raise RequestError("Give model_path (a saved checkpoint) or base_model (a model's name).")
@@ -105,7 +122,7 @@ class ServiceClient:
 
     def close(self) -> None:
         """Ends the engines after what is queued on them has run."""
-        for engine in self._engines.values():
+        for engine in (*self._engines.values(), *self._unshared_engines):
             engine.close()
 
     def _engine(self, base_model: str) -> Engine:
@@ -122,13 +139,19 @@ class ServiceClient:
         folder = self._checkpoint_dir
         if folder is None:
             folder = DEFAULT_CHECKPOINT_ROOT.expanduser() / secrets.token_hex(6)
-        return TrainingClient(self._engine(base_model), lora, folder, user_metadata)
+        if lora.rank == 0:
+            engine = Engine(base_model, self._options)
+            self._unshared_engines.append(engine)
+        else:
+            engine = self._engine(base_model)
+        return TrainingClient(engine, lora, folder, user_metadata)
 
     def _client_like(
         self, path: str | os.PathLike[str], user_metadata: Mapping[str, str] | None
     ) -> TrainingClient:
         info = state.read_info(path)
-        return self._training_client(info.base_model, info.lora, user_metadata or info.user_metadata)
+        base_model = os.fspath(path) if info.lora.rank == 0 else info.base_model
+        return self._training_client(base_model, info.lora, user_metadata or info.user_metadata)
 
     # -- async twins ------------------------------------------------------------------------
 

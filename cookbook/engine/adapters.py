@@ -1,4 +1,4 @@
-"""The LoRA adapters on one base model: PEFT puts them in and names what is saved."""
+"""What is trained on one base model: LoRA adapters, which PEFT puts in and names, or its own weights."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ import threading
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from cookbook import models
+from cookbook.engine import full_weights, state
 from cookbook.engine import lora as fused_lora
 from cookbook.errors import ConfigError
 from cookbook.types import LoraConfig
@@ -24,28 +26,42 @@ GLOBAL_STATE = threading.Lock()
 
 @dataclass(frozen=True)
 class Adapter:
-    """A LoRA on a base model. `weights` are its parameters under the names that PEFT saves."""
+    """A LoRA on a base model. `weights` are its parameters under the names that PEFT saves.
+
+    With a rank of 0 it is the base model itself, or a copy of it, and `weights` are all of its own.
+    """
 
     name: str
     lora: LoraConfig
     weights: dict[str, nn.Parameter]
 
+    @property
+    def is_full(self) -> bool:
+        return self.lora.rank == 0
+
 
 class Adapters:
     """Adds adapters to a model, takes them away, and says which one it runs with."""
 
-    def __init__(self, model: Any, model_name: str) -> None:
+    def __init__(self, model: Any, model_name: str, tokenizer: Any) -> None:
         self._model = model
+        self._tokenizer = tokenizer
         self._model_name = model_name
         self._peft: Any = None
         self._active: str | None = None
         self._numbers = itertools.count()
 
     def add(self, lora: LoraConfig) -> Adapter:
-        """A new adapter: A random in `lora.seed`, B zero, so the model is unchanged at first."""
+        """A new adapter: A random in `lora.seed`, B zero, so the model is unchanged at first.
+
+        With a rank of 0 every weight of the model is to be trained; then nothing else can be.
+        """
         from peft import LoraConfig as PeftLoraConfig
         from peft import PeftModel, TaskType
 
+        if lora.rank == 0:
+            assert self._peft is None, "a model that is trained itself is shared with no adapter"
+            return Adapter("", lora, full_weights.train_all(self._model))
         name = f"adapter{next(self._numbers)}"
         config = PeftLoraConfig(
             task_type=TaskType.CAUSAL_LM,
@@ -80,25 +96,46 @@ class Adapters:
 
     def remove(self, adapter: Adapter) -> None:
         """Frees an adapter. PEFT keeps at least one, so the last one stays."""
+        if adapter.is_full:
+            return  # a copy goes with the last name for it
         others = [name for name in self._peft.peft_config if name != adapter.name]
         if others:
             self._activate(others[0])
             self._peft.delete_adapter(adapter.name)
 
     def clone(self, adapter: Adapter) -> Adapter:
+        """A copy that stays as it is while the adapter is trained on."""
+        if adapter.is_full:
+            return Adapter("", adapter.lora, full_weights.copy_of(adapter.weights))
         clone = self.add(adapter.lora)
         with torch.no_grad():
             for name, weight in adapter.weights.items():
                 clone.weights[name].copy_(weight)
         return clone
 
-    def config(self, adapter: Adapter) -> Any:
-        """The adapter's configuration as PEFT saves it."""
-        return self._peft.peft_config[adapter.name]
+    def write(self, adapter: Adapter, folder: Path) -> None:
+        """Saves an adapter as PEFT does, the model's own weights as transformers does."""
+        if adapter.is_full:
+            with self.using(adapter):
+                full_weights.write(self._model, self._tokenizer, folder)
+        else:
+            self._peft.peft_config[adapter.name].save_pretrained(folder)
+            state.write_adapter(folder, adapter.weights)
+
+    def read(self, path: str, lora: LoraConfig) -> dict[str, Tensor]:
+        """The weights that `write` put into a checkpoint. Raises CheckpointError for a damaged one."""
+        if lora.rank == 0:
+            state.check_files(path)
+            return full_weights.read(path, self._model.dtype)
+        return state.read_weights(path)
 
     @contextlib.contextmanager
     def using(self, adapter: Adapter | None) -> Iterator[None]:
         """Runs the model with one adapter, or with none."""
+        if adapter is not None and adapter.is_full:
+            with full_weights.standing_in(self._model, adapter.weights):
+                yield
+            return
         if adapter is not None:
             self._activate(adapter.name)
         is_bare = adapter is None and self._peft is not None

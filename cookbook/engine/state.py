@@ -1,6 +1,6 @@
 """Checkpoint folders: written whole or not at all, checked when read, loadable with plain PEFT.
 
-adapter_config.json, adapter_model.safetensors    what PEFT saves
+adapter_config.json, adapter_model.safetensors    what PEFT saves; of a full fine-tune a model folder instead
 optimizer.safetensors                             Adam moments and step counts (training state only)
 state.json                                        what it is, and the SHA-256 of the other files
 """
@@ -13,7 +13,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -29,6 +29,7 @@ from cookbook.types import LoraConfig
 FORMAT = 1
 ADAPTER_FILE = "adapter_model.safetensors"
 ADAPTER_CONFIG_FILE = "adapter_config.json"
+MODEL_CONFIG_FILE = "config.json"
 OPTIMIZER_FILE = "optimizer.safetensors"
 STATE_FILE = "state.json"
 
@@ -43,6 +44,8 @@ class StateInfo:
     lora: LoraConfig
     optimizer_steps: int = 0
     rng_state: Mapping[str, Any] | None = None
+    microbatch_limits: Mapping[str, int] | None = None
+    """Where memory ran out: the limits since, so that a resumed run cuts its batches the same way."""
     user_metadata: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -59,8 +62,7 @@ def checkpoint_path(folder: Path, name: str) -> Path:
 def save(
     path: Path,
     info: StateInfo,
-    adapter_config: Any,
-    weights: Mapping[str, Tensor],
+    write_weights: Callable[[Path], None],
     optimizer: Mapping[str, Tensor] | None,
     overwrite: bool,
 ) -> None:
@@ -74,13 +76,14 @@ def save(
             f"Checkpoint {path} exists already. Choose another name, or pass overwrite=True."
         )
     with _writing_folder(path) as folder:
-        adapter_config.save_pretrained(folder)
-        _save_tensors(folder / ADAPTER_FILE, weights)
+        write_weights(folder)
         if optimizer is not None:
             _save_tensors(folder / OPTIMIZER_FILE, optimizer)
         checksums = {file.name: _sha256(file) for file in sorted(folder.iterdir())}
         text = json.dumps({"format": FORMAT, **asdict(info), "sha256": checksums}, indent=2)
         (folder / STATE_FILE).write_text(text + "\n")
+        for file in folder.glob("*.safetensors"):
+            shutil.copymode(folder / STATE_FILE, file)  # safetensors leaves it to its owner alone
         _sync_to_disk(folder)
 
 
@@ -136,7 +139,10 @@ def _advice(error: Exception, path: Path) -> str:
 
 def _save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
-    shutil.copymode(path.with_name(ADAPTER_CONFIG_FILE), path)  # safetensors leaves it to its owner alone
+
+
+def write_adapter(folder: Path, weights: Mapping[str, Tensor]) -> None:
+    _save_tensors(folder / ADAPTER_FILE, weights)
 
 
 def _sync_to_disk(folder: Path) -> None:
@@ -161,17 +167,21 @@ def _sha256(path: Path) -> str:
 
 
 def read_info(path: str | os.PathLike[str]) -> StateInfo:
-    """What a checkpoint folder holds; a plain PEFT adapter folder will do.
+    """What a checkpoint folder holds; a plain PEFT adapter folder or model folder will do.
 
-    Raises CheckpointError where the folder is missing or is no LoRA checkpoint.
+    Raises CheckpointError where the folder is missing or is neither.
     """
     folder = Path(path).expanduser()
     if not folder.is_dir():
         raise CheckpointError(f"Checkpoint {folder} does not exist. Give the path that save_state returned.")
-    if not (folder / ADAPTER_CONFIG_FILE).is_file():
-        raise CheckpointError(f"{folder} is no checkpoint: it has no {ADAPTER_CONFIG_FILE}.")
+    is_adapter = (folder / ADAPTER_CONFIG_FILE).is_file()
+    if not is_adapter and not (folder / MODEL_CONFIG_FILE).is_file():
+        raise CheckpointError(
+            f"{folder} is no checkpoint: it has no {ADAPTER_CONFIG_FILE} (a LoRA) and no {MODEL_CONFIG_FILE} "
+            f"(a full fine-tune)."
+        )
     if not (folder / STATE_FILE).is_file():
-        return _info_of_plain_adapter(folder)
+        return _info_of_plain_adapter(folder) if is_adapter else StateInfo(str(folder), LoraConfig(rank=0))
     state = _read_json(folder / STATE_FILE)
     if state.get("format") != FORMAT:
         raise CheckpointError(
@@ -183,6 +193,7 @@ def read_info(path: str | os.PathLike[str]) -> StateInfo:
             lora=LoraConfig(**state["lora"]),
             optimizer_steps=state["optimizer_steps"],
             rng_state=state["rng_state"],
+            microbatch_limits=state.get("microbatch_limits"),
             user_metadata=state["user_metadata"],
         )
     except (KeyError, TypeError) as error:
@@ -249,15 +260,29 @@ def _read_tensors(folder: Path, name: str) -> dict[str, Tensor]:
     if not path.is_file():
         raise CheckpointError(f"Checkpoint {folder} is incomplete: it has no {name}.")
     if (folder / STATE_FILE).is_file():
-        recorded = _read_json(folder / STATE_FILE).get("sha256", {}).get(name)
-        if recorded != _sha256(path):
-            raise CheckpointError(
-                f"Checkpoint {folder} is damaged: {name} is not what was saved (its SHA-256 differs). "
-                f"Load an earlier checkpoint."
-            )
+        _check_sum(path, _read_json(folder / STATE_FILE).get("sha256", {}).get(name))
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"Checkpoint {folder} is damaged: {name} cannot be read ({error}). Load an earlier checkpoint."
         ) from error
+
+
+def check_files(path: str | os.PathLike[str]) -> None:
+    """Raises CheckpointError unless every file is there as it was saved."""
+    folder = Path(path).expanduser()
+    if not (folder / STATE_FILE).is_file():
+        return
+    for name, recorded in _read_json(folder / STATE_FILE).get("sha256", {}).items():
+        if not (folder / name).is_file():
+            raise CheckpointError(f"Checkpoint {folder} is incomplete: it has no {name}.")
+        _check_sum(folder / name, recorded)
+
+
+def _check_sum(path: Path, recorded: str | None) -> None:
+    if recorded != _sha256(path):
+        raise CheckpointError(
+            f"Checkpoint {path.parent} is damaged: {path.name} is not what was saved (its SHA-256 differs). "
+            f"Load an earlier checkpoint."
+        )

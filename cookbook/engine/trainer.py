@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from cookbook.engine.adapters import Adapter
 from cookbook.engine.base_model import BaseModel
 from cookbook.engine.losses import Loss, get_loss
 from cookbook.engine.memory import MicrobatchLimits, is_out_of_memory
+from cookbook.engine.optimizer import Optimizer
 from cookbook.engine.packing import (
     Layout,
     PackedBatch,
@@ -42,14 +44,19 @@ logger = logging.getLogger(__name__)
 CustomLossFn = Callable[[list[Datum], list[Tensor]], tuple[Tensor, dict[str, float]]]
 
 
-class _DoesNotFit(Exception):
-    """A micro-batch ran out of memory."""
+@dataclass(frozen=True)
+class _TightMicrobatch:
+    """One that ran out of memory."""
 
-    def __init__(self, num_tokens: int, num_sequences: int, saves_activations: bool) -> None:
-        self.num_tokens = num_tokens
-        self.num_sequences = num_sequences
-        self.saves_activations = saves_activations
-        """Whether it kept no activations that it could do without."""
+    num_tokens: int
+    num_sequences: int
+    saves_activations: bool
+    """Whether it kept no activations that it could do without."""
+
+
+class _DoesNotFit(Exception):
+    def __init__(self, microbatch: _TightMicrobatch) -> None:
+        self.microbatch = microbatch
 
 
 @dataclass(frozen=True)
@@ -74,14 +81,10 @@ class Trainer:
         self.user_metadata = dict(user_metadata or {})
         self.rng = np.random.default_rng(lora.seed)
         """Seeds the unseeded samples of this adapter's snapshots; saved with the state."""
-        self._parameters = list(self.adapter.weights.values())
-        self._optimizer = self._new_optimizer()
-        self._num_steps = 0
+        self._optimizer = Optimizer(self.adapter.weights)
         self._has_gradient = False
         self._limits = base.limits(self.adapter)
-
-    def _new_optimizer(self) -> torch.optim.AdamW:
-        return torch.optim.AdamW(self._parameters, fused=True)
+        self._ran_out_of_memory = False
 
     # -- one training step ------------------------------------------------------------------
 
@@ -111,20 +114,14 @@ class Trainer:
 
     def forward_backward(self, request: Request) -> PassResult:
         """Adds the gradient of the summed loss to what is there; on failure adds nothing."""
-        earlier = [parameter.grad for parameter in self._parameters]
-        for parameter in self._parameters:
-            parameter.grad = None
+        earlier = self._optimizer.take_gradients()
         try:
             result = self._run(request, backward=True)
         except Exception as error:
-            for parameter, gradient in zip(self._parameters, earlier, strict=True):
-                parameter.grad = gradient
+            self._optimizer.discard_gradients()
             raise TrainingError(f"forward_backward failed: {type(error).__name__}: {error}") from error
-        for parameter, gradient in zip(self._parameters, earlier, strict=True):
-            if parameter.grad is None:
-                parameter.grad = gradient
-            elif gradient is not None:
-                parameter.grad += gradient
+        finally:
+            self._optimizer.add_gradients(earlier)
         self._has_gradient = True
         return result
 
@@ -159,24 +156,12 @@ class Trainer:
         """One AdamW step on the gradients so far, which are then cleared. Does not wait for the device."""
         if not self._has_gradient:
             raise TrainingError("optim_step has nothing to step on: no forward_backward since the last one.")
-        gradients = [p.grad for p in self._parameters if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients) if gradients else torch.zeros(())
-        if params.grad_clip_norm > 0:
-            torch.nn.utils.clip_grads_with_norm_(self._parameters, params.grad_clip_norm, norm)
-        for group in self._optimizer.param_groups:
-            group.update(
-                lr=params.learning_rate,
-                betas=(params.beta1, params.beta2),
-                eps=params.eps,
-                weight_decay=params.weight_decay,
-            )
-        self._optimizer.step()
-        self._num_steps += 1
+        norm = self._optimizer.step(params)
         self.discard_gradients()
         return StepResult(Readback([norm]))
 
     def discard_gradients(self) -> None:
-        self._optimizer.zero_grad(set_to_none=True)
+        self._optimizer.discard_gradients()
         self._has_gradient = False
 
     def _run(self, request: Request, backward: bool) -> PassResult:
@@ -186,10 +171,11 @@ class Trainer:
                 with self.base.adapters.using(self.adapter):
                     return self._run_microbatches(request, backward)
             except _DoesNotFit as failure:
-                tight = failure  # leaving the block frees what its traceback holds
-            for parameter in self._parameters:
-                parameter.grad = None
+                tight = failure.microbatch  # the exception goes, and with it what its traceback holds
+            if backward:
+                self._optimizer.discard_gradients()
             self._limits = self._smaller_limits(tight)
+            self._ran_out_of_memory = True
 
     def _run_microbatches(self, request: Request, backward: bool) -> PassResult:
         sequences = request.sequences
@@ -205,7 +191,8 @@ class Trainer:
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
-                raise _DoesNotFit(num_tokens, len(indices), is_checkpointed or not backward) from None
+                tight = _TightMicrobatch(num_tokens, len(indices), is_checkpointed or not backward)
+                raise _DoesNotFit(tight) from None
             layouts.append(batch.layout)
             logprobs.append(logprobs_S)
             losses.append(loss)
@@ -218,12 +205,15 @@ class Trainer:
             extras = {name: values_S[part] for name, values_S in batch.extras.items()}
             return request.loss.fn(logprobs_C, batch.weights_S[part], extras, request.loss_config)
 
-        if backward and batch.layout.num_trained:
-            return self.base.backpropagate(batch, token_loss, checkpoint_layers)
+        num_trained = batch.layout.num_trained
+        if backward and num_trained:
+            result = self.base.backpropagate(batch, token_loss, checkpoint_layers)
+            self._optimizer.collect_gradients()
+            return result
         logprobs_S = self.base.logprobs(batch)
-        return logprobs_S, token_loss(logprobs_S, slice(None))
+        return logprobs_S, token_loss(logprobs_S[:num_trained], slice(0, num_trained))
 
-    def _smaller_limits(self, tight: _DoesNotFit) -> MicrobatchLimits:
+    def _smaller_limits(self, tight: _TightMicrobatch) -> MicrobatchLimits:
         """Limits with which a pass is tried again. Raises TrainingError where there are none."""
         limits = self._limits
         if tight.num_sequences > 1:
@@ -252,13 +242,14 @@ class Trainer:
         info = state.StateInfo(
             base_model=models.canonical_name(self.base.name),
             lora=self.adapter.lora,
-            optimizer_steps=self._num_steps if with_optimizer else 0,
+            optimizer_steps=self._optimizer.num_steps if with_optimizer else 0,
             rng_state=self.rng.bit_generator.state if with_optimizer else None,
+            microbatch_limits=asdict(self._limits) if with_optimizer and self._ran_out_of_memory else None,
             user_metadata=self.user_metadata,
         )
-        optimizer = self._optimizer_tensors() if with_optimizer else None
-        config = self.base.adapters.config(self.adapter)
-        state.save(path, info, config, self.adapter.weights, optimizer, overwrite)
+        optimizer = self._optimizer.tensors() if with_optimizer else None
+        write_weights = functools.partial(self.base.adapters.write, self.adapter)
+        state.save(path, info, write_weights, optimizer, overwrite)
 
     def load(self, path: str, with_optimizer: bool) -> None:
         """Replaces weights (and optimizer) by a checkpoint's; gradients so far are dropped.
@@ -266,56 +257,35 @@ class Trainer:
         Everything is read and checked before anything is changed.
         """
         info = state.read_info(path)
-        weights = state.read_weights(path)
+        weights = self.base.adapters.read(path, info.lora)
         check_weights_fit(path, info, weights, self.adapter, self.base)
         optimizer = state.read_optimizer(path) if with_optimizer else None
         with torch.no_grad():
             for name, parameter in self.adapter.weights.items():
                 parameter.copy_(weights[name])
         self.discard_gradients()
-        self._optimizer = self._new_optimizer()
-        self._num_steps = 0
+        self._optimizer = Optimizer(self.adapter.weights)
         if optimizer is not None:
-            self._restore_optimizer(path, optimizer)
-            self._num_steps = info.optimizer_steps
+            self._optimizer.restore(path, optimizer, info.optimizer_steps)
             if info.rng_state is not None:
                 self.rng.bit_generator.state = dict(info.rng_state)
-
-    def _optimizer_tensors(self) -> dict[str, Tensor]:
-        return {
-            f"{name}.{key}": value
-            for name, parameter in self.adapter.weights.items()
-            for key, value in self._optimizer.state.get(parameter, {}).items()
-        }
-
-    def _restore_optimizer(self, path: str, tensors: Mapping[str, Tensor]) -> None:
-        for name, parameter in self.adapter.weights.items():
-            entry = {
-                key: tensors[f"{name}.{key}"]
-                for key in ("step", "exp_avg", "exp_avg_sq")
-                if f"{name}.{key}" in tensors
-            }
-            if entry and len(entry) != 3:
-                raise CheckpointError(
-                    f"Checkpoint {path} is damaged: the optimizer state of {name} is incomplete."
-                )
-            if entry:
-                self._optimizer.state[parameter] = {
-                    key: value.to(parameter.device, copy=True) for key, value in entry.items()
-                }
+            if info.microbatch_limits is not None:
+                self._limits = MicrobatchLimits(**info.microbatch_limits)
+                self._ran_out_of_memory = True
 
 
 def check_weights_fit(
     path: str, info: state.StateInfo, weights: Mapping[str, Tensor], adapter: Adapter, base: BaseModel
 ) -> None:
     """Raises CheckpointError, naming both, where a checkpoint has not this adapter's shape and scale."""
-    if info.base_model not in (models.canonical_name(base.name), models.model_location(base.name)):
+    location = models.model_location(base.name)
+    if info.base_model not in (models.canonical_name(base.name), location) and path != location:
         logger.warning(
             "Checkpoint %s was made on %s and is loaded onto %s.", path, info.base_model, base.name
         )
     expected = {name: list(weight.shape) for name, weight in adapter.weights.items()}
     found = {name: list(weight.shape) for name, weight in weights.items()}
-    if expected == found and info.lora.alpha == adapter.lora.alpha:
+    if expected == found and (adapter.is_full or info.lora.alpha == adapter.lora.alpha):
         return
     names = sorted(expected.keys() | found.keys())
     differing = [

@@ -189,7 +189,14 @@ async def _create_client(
     from cookbook.service import ServiceClient
 
     remove_unfinished(folder.checkpoint_dir)
-    service = ServiceClient(config.device, config.dtype, checkpoint_dir=folder.checkpoint_dir)
+    service = ServiceClient(
+        config.device,
+        config.dtype,
+        checkpoint_dir=folder.checkpoint_dir,
+        max_tokens_per_microbatch=config.max_tokens_per_microbatch,
+        gradient_checkpointing=config.gradient_checkpointing,
+        quantization=config.quantization,
+    )
     stack.callback(service.close)
     client = await service.create_lora_training_client_async(
         config.model_name,
@@ -240,7 +247,14 @@ def _announce(
     total_steps: int | None,
 ) -> None:
     info = client.get_info().model_data
-    logger.info("%s on %s in %s, LoRA rank %d.", config.model_name, info.device, info.dtype, config.lora_rank)
+    logger.info(
+        "%s on %s in %s%s, %s.",
+        config.model_name,
+        info.device,
+        info.dtype,
+        f" ({config.quantization} base)" if config.quantization else "",
+        f"LoRA rank {config.lora_rank}" if config.lora_rank else "all weights trained",
+    )
     logger.info(
         "Training on %s, evaluating on %s. %s%s.",
         _size(train_data),

@@ -11,6 +11,7 @@ import chz
 
 from cookbook import config_files, models
 from cookbook.checkpoints import CheckpointLog
+from cookbook.engine.options import GradientCheckpointing, Quantization
 from cookbook.errors import ConfigError
 from cookbook.eval.evaluators import EvaluatorBuilder
 from cookbook.loggers import logging_to, make_console
@@ -49,8 +50,10 @@ class Config:
     # optimization
     learning_rate: float | None = _field(
         default=None,
-        doc="peak learning rate; default: 2e-4, or what suits the embedded model",
-        munger=chz.mungers.if_none(lambda self: models.recommended_learning_rate(self.model_name)),
+        doc="peak learning rate; default: 2e-4 or what suits the embedded model; a tenth if lora_rank=0",
+        munger=chz.mungers.if_none(
+            lambda self: models.recommended_learning_rate(self.model_name, self.lora_rank == 0)
+        ),
     )
     lr_schedule: LRSchedule = _field(default="linear", doc="linear or cosine, both down to 0, or constant")
     warmup_steps: int = _field(default=0, doc="steps over which the learning rate rises to its peak")
@@ -66,7 +69,7 @@ class Config:
     seed: int = _field(default=0, doc="seed of the adapter's weights and of the order of the data")
 
     # adapter
-    lora_rank: int = _field(default=32, doc="rank of the adapter")
+    lora_rank: int = _field(default=32, doc="rank of the adapter; 0: train all of the model's own weights")
     lora_alpha: float = _field(default=32.0, doc="the adapter is scaled by lora_alpha / lora_rank")
     train_attn: bool = _field(default=True, doc="adapt the attention projections")
     train_mlp: bool = _field(default=True, doc="adapt the feed-forward layers")
@@ -95,6 +98,15 @@ class Config:
     dtype: str = _field(
         default="auto", doc="of the base model: auto (bfloat16 on CUDA, float32 on CPU) or a name"
     )
+    max_tokens_per_microbatch: int | None = _field(
+        default=None, doc="tokens computed at once; default: what fits in memory and is fast"
+    )
+    gradient_checkpointing: GradientCheckpointing = _field(
+        default="auto", doc="run layers again in the backward pass: auto (where memory needs it), on or off"
+    )
+    quantization: Quantization | None = _field(
+        default=None, doc="nf4: hold the frozen base weights in 4 bits (QLoRA; needs the extra qlora)"
+    )
     wandb_project: str | None = _field(default=None, doc="Weights & Biases project; default: do not use it")
     wandb_name: str | None = _field(default=None, doc="name of the run there")
 
@@ -108,8 +120,8 @@ class Config:
     def _check_values(self) -> None:
         at_least = {
             "warmup_steps": 0, "num_epochs": 1, "max_steps": 1, "weight_decay": 0, "grad_clip_norm": 0,
-            "seed": 0, "lora_rank": 1, "eval_every": 0, "infrequent_eval_every": 0, "save_every": 0,
-            "keep_checkpoints": 1, "submit_ahead": 0,
+            "seed": 0, "lora_rank": 0, "eval_every": 0, "infrequent_eval_every": 0, "save_every": 0,
+            "keep_checkpoints": 1, "submit_ahead": 0, "max_tokens_per_microbatch": 1,
         }  # fmt: skip
         above_zero = ("learning_rate", "adam_eps", "lora_alpha")
         for name, least in at_least.items():
@@ -126,6 +138,16 @@ class Config:
             raise ConfigError(f"seed={self.seed} is too large. It must be below 2**31.")
         if self.weight_decay == math.inf or self.grad_clip_norm == math.inf:
             raise ConfigError("weight_decay and grad_clip_norm must be finite.")
+        if self.lora_rank == 0 and not (self.train_attn and self.train_mlp and self.train_unembed):
+            raise ConfigError(
+                "lora_rank=0 trains every weight: train_attn, train_mlp and train_unembed say "
+                "where a LoRA goes. Leave them, or give a lora_rank of at least 1."
+            )
+        if self.lora_rank == 0 and self.quantization is not None:
+            raise ConfigError(
+                f"quantization={self.quantization} holds weights that stay as they are, and "
+                "lora_rank=0 trains them. Give a lora_rank of at least 1."
+            )
         if not (self.train_attn or self.train_mlp or self.train_unembed):
             raise ConfigError("Nothing to train: set train_attn, train_mlp or train_unembed.")
 

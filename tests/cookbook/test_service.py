@@ -193,10 +193,16 @@ def test_the_capabilities_name_the_embedded_model_and_the_devices(service: Servi
     assert capabilities.devices[0] == "cpu"
 
 
-@pytest.mark.parametrize("rank", [0, -1])
-def test_a_rank_below_one_is_refused(service: ServiceClient, tiny_qwen3: str, rank: int) -> None:
-    with pytest.raises(ConfigError, match=f"rank={rank}. A LoRA has a rank of at least 1"):
-        service.create_lora_training_client(tiny_qwen3, rank=rank)
+def test_a_rank_below_zero_is_refused(service: ServiceClient, tiny_qwen3: str) -> None:
+    with pytest.raises(ConfigError, match="rank=-1. A LoRA has a rank of at least 1; 0 trains the model"):
+        service.create_lora_training_client(tiny_qwen3, rank=-1)
+
+
+def test_where_a_lora_goes_is_no_question_for_a_full_fine_tune(
+    service: ServiceClient, tiny_qwen3: str
+) -> None:
+    with pytest.raises(ConfigError, match="rank=0 trains every weight"):
+        service.create_lora_training_client(tiny_qwen3, rank=0, train_mlp=False)
 
 
 @pytest.mark.parametrize(

@@ -225,13 +225,13 @@ def test_an_adapter_of_another_kind_is_refused(tmp_path: Path) -> None:
 def refused(base: BaseModel, path: Path) -> str:
     """The message of the refusal; nothing about the trainer has changed then."""
     trainer = trained(base, seed=4)
-    before, optimizer = bits(trainer), trainer._optimizer_tensors()
+    before, optimizer = bits(trainer), trainer._optimizer.tensors()
     optimizer = {name: tensor.clone() for name, tensor in optimizer.items()}
     with pytest.raises(CheckpointError) as caught:
         trainer.load(str(path), with_optimizer=True)
     assert bits(trainer) == before
     assert optimizer
-    assert all(torch.equal(tensor, optimizer[name]) for name, tensor in trainer._optimizer_tensors().items())
+    assert all(torch.equal(tensor, optimizer[name]) for name, tensor in trainer._optimizer.tensors().items())
     return str(caught.value)
 
 

@@ -81,7 +81,10 @@ def rows_of(config: train.Config) -> list[dict[str, float]]:
     [
         ({"learning_rate": -1.0}, "learning_rate=-1.0 is impossible"),
         ({"learning_rate": float("nan")}, "learning_rate=nan is impossible"),
-        ({"lora_rank": 0}, "lora_rank=0 is too small. It must be at least 1"),
+        ({"lora_rank": -1}, "lora_rank=-1 is too small. It must be at least 0"),
+        ({"lora_rank": 0, "train_mlp": False}, "lora_rank=0 trains every weight"),
+        ({"lora_rank": 0, "quantization": "nf4"}, "quantization=nf4 holds weights that stay as they are"),
+        ({"max_tokens_per_microbatch": 0}, "max_tokens_per_microbatch=0 is too small"),
         ({"num_epochs": 0}, "num_epochs=0 is too small"),
         ({"max_steps": 0}, "max_steps=0 is too small"),
         ({"save_every": -1}, "save_every=-1 is too small"),

@@ -1,0 +1,55 @@
+"""A base model's own weights as what is trained: full fine-tuning.
+
+They are saved as transformers saves a model, with the tokenizer, so that the folder is a model. A snapshot
+is a copy of every weight, which stands in for the live ones while it is in use.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cookbook.engine.loading import load_model, no_progress_bar
+
+
+def train_all(model: Any) -> dict[str, nn.Parameter]:
+    """Every weight of the model, to be trained; one that is tied to another has one name."""
+    model.requires_grad_(True)
+    return dict(model.named_parameters())
+
+
+def copy_of(weights: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+    return {
+        name: nn.Parameter(weight.detach().clone(), requires_grad=False) for name, weight in weights.items()
+    }
+
+
+@contextlib.contextmanager
+def standing_in(model: Any, weights: Mapping[str, nn.Parameter]) -> Iterator[None]:
+    """Runs the model with `weights` in place of its own."""
+    live = dict(model.named_parameters())
+    own = {name: parameter.data for name, parameter in live.items()}
+    try:
+        for name, parameter in live.items():
+            parameter.data = weights[name].data
+        yield
+    finally:
+        for name, parameter in live.items():
+            parameter.data = own[name]
+
+
+def write(model: Any, tokenizer: Any, folder: Path) -> None:
+    with no_progress_bar():
+        model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def read(path: str, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The weights of a model folder, on the CPU. Raises ModelError where it is damaged."""
+    model = load_model(path, torch.device("cpu"), dtype)
+    return {name: parameter.detach() for name, parameter in model.named_parameters()}
