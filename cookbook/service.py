@@ -139,6 +139,11 @@ class ServiceClient:
         folder = self._checkpoint_dir
         if folder is None:
             folder = DEFAULT_CHECKPOINT_ROOT.expanduser() / secrets.token_hex(6)
+        if lora.rank == 0 and self._options.quantization is not None:
+            raise ConfigError(
+                f"quantization={self._options.quantization} holds weights that stay as they are, and rank=0 "
+                f"trains them. Give a rank of at least 1, or leave quantization out."
+            )
         if lora.rank == 0:
             engine = Engine(base_model, self._options)
             self._unshared_engines.append(engine)

@@ -42,10 +42,10 @@ class BaseModel:
         self.dtype = resolve_dtype(self.options.dtype, self.device)
         self.tokenizer = models.get_tokenizer(model_name)
         with GLOBAL_STATE:
-            self.model: Any = load_model(model_name, self.device, self.dtype)
+            self.model: Any = load_model(model_name, self.device, self.dtype, self.options.quantization)
         self.vocab_size: int = self.model.get_input_embeddings().weight.shape[0]
         self.context_length: int = getattr(self.model.config, "max_position_embeddings", None) or 2**20
-        self.adapters = Adapters(self.model, model_name)
+        self.adapters = Adapters(self.model, model_name, self.tokenizer)
         self.is_packed = False
         self.has_plain_head = False
         self._find_what_is_safe()

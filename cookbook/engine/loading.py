@@ -9,25 +9,35 @@ from typing import Any
 import torch
 
 from cookbook import models
+from cookbook.engine import quantization as quantized
+from cookbook.engine.options import Quantization
 from cookbook.errors import ConfigError
 
 
-def load_model(model_name: str, device: torch.device, dtype: torch.dtype) -> Any:
+def load_model(
+    model_name: str, device: torch.device, dtype: torch.dtype, quantization: Quantization | None = None
+) -> Any:
     """The causal language model on `device`, in evaluation mode, with nothing to train.
 
     Raises ModelError for files that are missing, damaged, or lack a weight.
     """
     from transformers import AutoModelForCausalLM
 
-    with _no_progress_bar():
+    options: dict[str, Any] = {"dtype": dtype}
+    if quantization is not None:
+        options |= quantized.from_pretrained_options(quantization, device, dtype)
+    with no_progress_bar():
         model = models.load_from_hub_or_disk(
-            "weights", model_name, _whole(AutoModelForCausalLM.from_pretrained), dtype=dtype
+            "weights", model_name, _whole(AutoModelForCausalLM.from_pretrained), **options
         )
+    if quantization is not None:
+        quantized.check_reach(model, model_name)
+    quantized.compute_exactly(model, dtype)  # files may be in 4 bits already
     return model.to(device).eval().requires_grad_(False)
 
 
 @contextlib.contextmanager
-def _no_progress_bar() -> Iterator[None]:
+def no_progress_bar() -> Iterator[None]:
     """Loading from disk is quick; a download has the hub's own progress bar."""
     from transformers.utils import logging as transformers_logging
 

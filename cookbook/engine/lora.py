@@ -2,7 +2,8 @@
 
 PEFT computes `W x + s * B (A x)` as separate operations: on top of the two thin products that takes two
 passes over the result and, backward, a third over the gradient of the input. Here the thin products add
-to the wide ones in place, and the gradients of A and B come from the same two thin tensors.
+to the wide ones in place, and the gradients of A and B come from the same two thin tensors. A weight
+in 4 bits is unpacked for the forward product and again for the backward one, and not kept between.
 
 Shape suffixes: N tokens, I inputs, O outputs, R rank; X anything before the last axis.
 """
@@ -13,42 +14,43 @@ import types
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from cookbook.engine.quantization import weight_of
 
 
 class _LoraLinear(torch.autograd.Function):
-    """x W^T + bias + scaling * (x A^T) B^T, in the dtype of x; gradients in that of A and B."""
+    """base(x) + scaling * (x A^T) B^T, in the dtype of x; gradients in that of A and B."""
 
     @staticmethod
     def forward(
         ctx: Any,
         x_NI: Tensor,
-        weight_OI: Tensor,
-        bias_O: Tensor | None,
+        base: nn.Linear,
         a_RI: Tensor,
         b_OR: Tensor,
         scaling: float,
     ) -> Tensor:
         low_NR = x_NI @ a_RI.to(x_NI.dtype).T
-        out_NO = F.linear(x_NI, weight_OI, bias_O)
+        out_NO: Tensor = base(x_NI)
         out_NO.addmm_(low_NR, b_OR.to(x_NI.dtype).T, alpha=scaling)
-        ctx.save_for_backward(x_NI, weight_OI, a_RI, b_OR, low_NR)
-        ctx.scaling = scaling
+        ctx.save_for_backward(x_NI, a_RI, b_OR, low_NR)
+        ctx.base, ctx.scaling = base, scaling
         return out_NO
 
     @staticmethod
     def backward(ctx: Any, grad_NO: Tensor) -> Any:
-        x_NI, weight_OI, a_RI, b_OR, low_NR = ctx.saved_tensors
+        x_NI, a_RI, b_OR, low_NR = ctx.saved_tensors
         grad_low_NR = (grad_NO @ b_OR.to(grad_NO.dtype)).mul_(ctx.scaling)
         grad_x = grad_a = grad_b = None
         if ctx.needs_input_grad[0]:
-            grad_x = (grad_NO @ weight_OI).addmm_(grad_low_NR, a_RI.to(grad_NO.dtype))
-        if ctx.needs_input_grad[3]:
+            grad_x = grad_NO @ weight_of(ctx.base, grad_NO.dtype)
+            grad_x.addmm_(grad_low_NR, a_RI.to(grad_NO.dtype))
+        if ctx.needs_input_grad[2]:
             grad_a = (grad_low_NR.T @ x_NI).to(a_RI.dtype)
-        if ctx.needs_input_grad[4]:
+        if ctx.needs_input_grad[3]:
             grad_b = (grad_NO.T @ low_NR).mul_(ctx.scaling).to(b_OR.dtype)
-        return grad_x, None, None, grad_a, grad_b, None
+        return grad_x, None, grad_a, grad_b, None
 
 
 def _forward(self: Any, x_XI: Tensor) -> Tensor:
@@ -62,8 +64,7 @@ def _forward(self: Any, x_XI: Tensor) -> Tensor:
         return result
     out_NO = _LoraLinear.apply(
         x_XI.reshape(-1, x_XI.shape[-1]),
-        base.weight,
-        base.bias,
+        base,
         self.lora_A[active].weight,
         self.lora_B[active].weight,
         self.scaling[active],
@@ -72,9 +73,15 @@ def _forward(self: Any, x_XI: Tensor) -> Tensor:
 
 
 def fuse(model: nn.Module) -> None:
-    """Gives every LoRA layer of a PEFT model whose base is a plain linear layer the fused forward."""
-    from peft.tuners.lora import Linear
+    """Gives every LoRA layer of a PEFT model on a linear layer, plain or in 4 bits, the fused forward."""
+    from peft.import_utils import is_bnb_4bit_available
+    from peft.tuners import lora
 
+    fused: set[tuple[type, type]] = {(lora.Linear, nn.Linear)}
+    if is_bnb_4bit_available():
+        import bitsandbytes
+
+        fused.add((lora.Linear4bit, bitsandbytes.nn.Linear4bit))
     for module in model.modules():
-        if type(module) is Linear and type(module.base_layer) is nn.Linear:
-            module.forward = types.MethodType(_forward, module)  # type: ignore[method-assign]
+        if (type(module), type(getattr(module, "base_layer", None))) in fused:
+            module.forward = types.MethodType(_forward, module)

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 from cookbook.errors import ConfigError
 
 GradientCheckpointing = Literal["auto", "on", "off"]
+Quantization = Literal["nf4"]
 
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """None of them changes what is computed, to rounding, but `dtype`.
+    """None of them changes what is computed, to rounding, but `dtype` and `quantization`.
 
     `device` is "auto" (CUDA when there is one), or a torch device; `dtype` is "auto" (bfloat16 on
     CUDA, float32 on CPU), "float32", "bfloat16" or "float16". Adapters are always float32.
@@ -24,6 +26,8 @@ class EngineOptions:
     """None: as many as the memory holds, up to where more is no faster."""
     gradient_checkpointing: GradientCheckpointing = "auto"
     """"auto": where the activations of a micro-batch would not fit otherwise."""
+    quantization: Quantization | None = None
+    """"nf4": the frozen linear layers are held in 4 bits, and compute in `dtype`."""
 
     def __post_init__(self) -> None:
         if self.gradient_checkpointing not in get_args(GradientCheckpointing):
@@ -35,4 +39,16 @@ class EngineOptions:
             raise ConfigError(
                 f"max_tokens_per_microbatch={self.max_tokens_per_microbatch} is too small. "
                 "It must be at least 1; leave it out to have it chosen."
+            )
+        if self.quantization is None:
+            return
+        if self.quantization not in get_args(Quantization):
+            raise ConfigError(
+                f"quantization={self.quantization!r} is not known. Use {', '.join(get_args(Quantization))}, "
+                f"or leave it out for weights in dtype={self.dtype}."
+            )
+        if importlib.util.find_spec("bitsandbytes") is None:
+            raise ConfigError(
+                f"quantization={self.quantization} needs the package bitsandbytes, which is not installed. "
+                f"Run: pip install 'sft-cookbook[qlora]'"
             )

@@ -1,0 +1,76 @@
+"""The linear layers of a base model in 4 bits (QLoRA), by bitsandbytes.
+
+"nf4" rounds a weight to one of 16 values, times a scale that a block of 64 weights shares; the scales
+are held in 8 bits: 0.52 bytes a weight. A layer unpacks its weight to the engine's dtype for each product,
+and drops it again. The projection to the vocabulary and the embeddings stay as they are.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cookbook.engine.options import Quantization
+from cookbook.errors import ConfigError
+
+# It warns, whenever PEFT imports it, of a missing kernel for what `compute_exactly` switches off.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
+
+def from_pretrained_options(
+    quantization: Quantization, device: torch.device, dtype: torch.dtype
+) -> dict[str, Any]:
+    """What `from_pretrained` is given to load a model in 4 bits, each weight straight to `device`."""
+    from transformers import BitsAndBytesConfig
+
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=quantization,
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+    return {"quantization_config": config, "device_map": {"": device}}
+
+
+def compute_exactly(model: nn.Module, dtype: torch.dtype) -> None:
+    """Has every 4-bit layer compute in `dtype`, the engine's.
+
+    A CPU with bfloat16 instructions would otherwise run a layer whose input needs no gradient in
+    bfloat16, and repack its weight for good, in a form that no gradient passes.
+    """
+    for module in model.modules():
+        if is_quantized(module):
+            module.compute_dtype = dtype  # type: ignore[assignment]
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+
+
+def check_reach(model: Any, model_name: str) -> None:
+    """Raises ConfigError for a model most of whose weights are not those of linear layers."""
+    in_4_bits = sum(m.in_features * m.out_features for m in model.modules() if is_quantized(m))
+    ends = {id(m.weight) for m in (model.get_input_embeddings(), model.get_output_embeddings())}
+    as_before = sum(
+        p.numel() for p in model.parameters() if not hasattr(p, "quant_state") and id(p) not in ends
+    )
+    if in_4_bits < as_before:
+        raise ConfigError(
+            f"quantization holds the weights of linear layers in 4 bits. Those are {in_4_bits:,} of the "
+            f"{in_4_bits + as_before:,} weights in the layers of {model_name}: experts and convolutions are "
+            f"not among them. Leave quantization out."
+        )
+
+
+def is_quantized(module: nn.Module) -> bool:
+    return hasattr(getattr(module, "weight", None), "quant_state")
+
+
+def weight_of(linear: Any, dtype: torch.dtype) -> Tensor:
+    """The weight of a linear layer that computes in `dtype`: [O, I], unpacked where it is in 4 bits."""
+    if not is_quantized(linear):
+        weight_OI: Tensor = linear.weight
+        return weight_OI
+    from bitsandbytes.functional import dequantize_4bit
+
+    return dequantize_4bit(linear.weight, linear.weight.quant_state).to(dtype)

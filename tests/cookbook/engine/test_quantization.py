@@ -1,0 +1,236 @@
+"""A base in 4 bits against plain transformers + peft on the same 4 bits, and against what these unpack to."""
+
+from __future__ import annotations
+
+import gc
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+from cookbook.engine.base_model import BaseModel
+from cookbook.engine.options import EngineOptions
+from cookbook.engine.packing import TokenSequence, pack
+from cookbook.engine.sampler import compute_logprobs, sample
+from cookbook.engine.trainer import Trainer
+from cookbook.errors import ConfigError
+from cookbook.service import ServiceClient
+from cookbook.types import AdamParams, Datum, LoraConfig, ModelInput, SamplingParams
+
+NF4 = EngineOptions(device="cpu", quantization="nf4")
+SIZES = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16}
+"""Every linear layer has blocks of 64 weights, and no activation has the shape of a weight."""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, make_model_folder: Any) -> str:
+    return str(make_model_folder(tmp_path_factory.mktemp("quantized") / "qwen3", **SIZES))
+
+
+def in_4_bits(folder: str, compute_dtype: torch.dtype = torch.float32) -> Any:
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute_dtype,
+    )
+    return AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, dtype=torch.float32)
+
+
+def make_data(lengths: list[int]) -> list[Datum]:
+    rng = np.random.default_rng(0)
+    data = []
+    for length in lengths:
+        tokens = rng.integers(3, 300, length + 1)
+        weights = rng.choice([0.0, 0.5, 2.0], length).astype(np.float32)
+        data.append(
+            Datum(ModelInput.from_ints(tokens[:-1]), {"target_tokens": tokens[1:], "weights": weights})
+        )
+    return data
+
+
+DATA = make_data([5, 30, 1, 17, 12])
+
+
+def make_trainer(folder: str, options: EngineOptions = NF4, **lora: Any) -> Trainer:
+    """A trainer whose B matrices are not zero, so that every gradient is in play."""
+    made = Trainer(BaseModel(folder, options), LoraConfig(rank=4, seed=0, **lora))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in made.adapter.weights.values():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.05)
+    return made
+
+
+def gradients_after_a_pass(made: Trainer) -> dict[str, torch.Tensor]:
+    made.discard_gradients()
+    made.forward_backward(made.check(DATA, "cross_entropy", None))
+    return {name: weight.grad.clone() for name, weight in made.adapter.weights.items()}  # type: ignore[union-attr]
+
+
+def plain_gradients(model: Any, adapter_folder: Path) -> dict[str, torch.Tensor]:
+    """One sequence at a time, in training mode: there bitsandbytes computes in fp32 throughout."""
+    peft_model = PeftModel.from_pretrained(model, adapter_folder, is_trainable=True).train()
+    for datum in DATA:
+        logits = peft_model(input_ids=torch.tensor([datum.model_input.to_ints()]), use_cache=False).logits[0]
+        nll = F.cross_entropy(logits, datum.loss_fn_inputs["target_tokens"].to_torch(), reduction="none")
+        (datum.loss_fn_inputs["weights"].to_torch() * nll).sum().backward()
+    return {
+        name.replace(".default.", "."): parameter.grad
+        for name, parameter in peft_model.named_parameters()
+        if parameter.grad is not None
+    }
+
+
+def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        scale = gradient.abs().max().item()
+        torch.testing.assert_close(found[name], gradient, rtol=0, atol=1e-5 * scale, msg=name)
+
+
+@pytest.mark.parametrize("checkpointing", ["off", "on"])
+@pytest.mark.parametrize("lora", [{}, {"train_mlp": False, "train_unembed": False}])
+def test_gradients_equal_plain_transformers_and_peft_on_the_same_4_bits(
+    folder: str, tmp_path: Path, lora: dict[str, bool], checkpointing: Any
+) -> None:
+    options = EngineOptions(device="cpu", quantization="nf4", gradient_checkpointing=checkpointing)
+    made = make_trainer(folder, options, **lora)
+    made.save(tmp_path / "adapter", with_optimizer=False)
+
+    assert made.base.is_packed
+    assert_same(gradients_after_a_pass(made), plain_gradients(in_4_bits(folder), tmp_path / "adapter"))
+
+
+@pytest.mark.parametrize("family", ["qwen3", "qwen2", "llama"])
+def test_gradients_equal_those_of_a_model_of_the_unpacked_weights(
+    family: str, make_model_folder: Any, tmp_path: Path
+) -> None:
+    folder = str(make_model_folder(tmp_path / "model", family, **SIZES))
+    unpacked = in_4_bits(folder).dequantize()
+    made = make_trainer(folder)
+    made.save(tmp_path / "adapter", with_optimizer=False)
+
+    assert_same(gradients_after_a_pass(made), plain_gradients(unpacked, tmp_path / "adapter"))
+
+
+def test_linear_layers_take_half_a_byte_a_weight_and_the_ends_stay_as_they_are(folder: str) -> None:
+    model = BaseModel(folder, NF4).model
+    layers = [module for module in model.model.modules() if isinstance(module, torch.nn.Linear)]
+    assert len(layers) == 2 * 7
+    for layer in layers:
+        state = layer.weight.quant_state
+        num_bytes = layer.weight.nbytes + state.absmax.nbytes + state.state2.absmax.nbytes
+        assert num_bytes < 0.52 * layer.in_features * layer.out_features
+    for end in (model.get_input_embeddings(), model.get_output_embeddings()):
+        assert end.weight.dtype == torch.float32
+        assert end.weight.shape == (model.config.vocab_size, 64)
+
+
+def test_no_unpacked_weight_outlives_its_product(folder: str) -> None:
+    made = make_trainer(folder)
+    tokens_T = np.arange(13)
+    batch = pack([TokenSequence(tokens_T, tokens_T, np.ones(13, np.float32), {})], torch.device("cpu"), True)
+    layers = [m for m in made.base.model.model.modules() if hasattr(m, "quant_state")]
+    shapes = {(layer.out_features, layer.in_features) for layer in layers}
+    before = tensors_of(shapes)
+    with made.base.adapters.using(made.adapter):
+        hidden_ND = made.base.hidden(batch)  # with it lives all that the backward pass needs
+
+    assert hidden_ND.requires_grad
+    assert len(shapes) == 4
+    assert len(tensors_of(shapes)) == len(before)
+
+
+def tensors_of(shapes: set[tuple[int, int]]) -> list[torch.Tensor]:
+    return [x for x in gc.get_objects() if type(x) is torch.Tensor and tuple(x.shape) in shapes]
+
+
+def test_a_repeated_pass_gives_the_same_bits_whatever_was_sampled_between(folder: str) -> None:
+    made = make_trainer(folder)
+    once = gradients_after_a_pass(made)
+    sample(made.base, made.adapter, [5, 6, 7], 2, SamplingParams(max_tokens=5), seed=0)
+    sample(made.base, None, [5, 6, 7], 1, SamplingParams(max_tokens=5), seed=0)
+    again = gradients_after_a_pass(made)
+    for name, gradient in once.items():
+        assert torch.equal(gradient, again[name]), name
+
+
+@pytest.mark.parametrize("with_adapter", [True, False])
+def test_sampled_log_probabilities_equal_a_forward_pass(folder: str, with_adapter: bool) -> None:
+    made = make_trainer(folder)
+    adapter = made.adapter if with_adapter else None
+    prompt = [5, 6, 7]
+    for sequence in sample(made.base, adapter, prompt, 3, SamplingParams(max_tokens=8), seed=0).sequences:
+        scored = compute_logprobs(made.base, adapter, prompt + sequence.tokens)
+        np.testing.assert_allclose(sequence.logprobs, scored[len(prompt) :], rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_loss_goes_down(folder: str, dtype: str) -> None:
+    options = EngineOptions(device="cpu", dtype=dtype, quantization="nf4")
+    made = Trainer(BaseModel(folder, options), LoraConfig(rank=4, seed=0))
+    losses = []
+    for _ in range(20):
+        losses.append(made.forward_backward(made.check(DATA, "cross_entropy", None)).output().loss)
+        made.optim_step(AdamParams(learning_rate=1e-2))
+    assert np.isfinite(losses).all()
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_a_checkpoint_loads_onto_the_model_in_full(folder: str, tmp_path: Path) -> None:
+    made = make_trainer(folder)
+    made.save(tmp_path / "adapter", with_optimizer=True)
+
+    full = Trainer(BaseModel(folder, EngineOptions(device="cpu")), LoraConfig(rank=4, seed=1))
+    full.load(str(tmp_path / "adapter"), with_optimizer=True)
+
+    assert full.adapter.weights.keys() == made.adapter.weights.keys()
+    for name, weight in made.adapter.weights.items():
+        assert torch.equal(full.adapter.weights[name], weight), name
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == folder
+
+
+def test_files_that_are_in_4_bits_already_are_trained_on_in_the_dtype_of_the_engine(
+    folder: str, tmp_path: Path
+) -> None:
+    """Such files name a dtype to compute in; what they hold is the same."""
+    packed = tmp_path / "packed"
+    in_4_bits(folder, compute_dtype=torch.bfloat16).save_pretrained(packed)
+    for file in Path(folder).glob("tokenizer*"):
+        (packed / file.name).write_bytes(file.read_bytes())
+    found = gradients_after_a_pass(make_trainer(str(packed), EngineOptions(device="cpu")))
+    assert_same(found, gradients_after_a_pass(make_trainer(folder)))
+
+
+def test_without_the_package_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(ConfigError, match=r"not installed. Run: pip install 'sft-cookbook\[qlora\]'"):
+        ServiceClient(quantization="nf4")
+
+
+def test_an_unknown_kind_is_answered_with_those_there_are() -> None:
+    with pytest.raises(ConfigError, match=r"quantization='int4' is not known. Use nf4, or leave it out"):
+        ServiceClient(quantization="int4")  # type: ignore[arg-type]
+
+
+def test_a_model_whose_weights_are_mostly_experts_is_refused(make_model_folder: Any, tmp_path: Path) -> None:
+    folder = make_model_folder(
+        tmp_path / "moe", "qwen3_moe", **SIZES, moe_intermediate_size=64, num_experts=4, num_experts_per_tok=2
+    )
+    service = ServiceClient(device="cpu", quantization="nf4")
+    with pytest.raises(ConfigError, match=r"Those are 24,576 of the 123,776 weights in the layers of"):
+        service.create_lora_training_client(str(folder))
+
+
+def test_weights_in_4_bits_are_not_trained_themselves(folder: str) -> None:
+    with pytest.raises(ConfigError, match="quantization=nf4 holds weights that stay as they are, and rank=0"):
+        ServiceClient(quantization="nf4").create_lora_training_client(folder, rank=0)
