@@ -120,9 +120,10 @@ class BaseModel:
         batch = pack(
             [TokenSequence(tokens_T, tokens_T, np.ones(num_tokens, np.float32), {})], self.device, True
         )
+        run = self.hidden if self.has_plain_head else self._logprobs_of_whole_model
         with self.adapters.using(adapter):
             return measure_activations(
-                lambda: self.hidden(batch),
+                lambda: run(batch),
                 num_tokens,
                 config.num_hidden_layers,
                 config.hidden_size * self.dtype.itemsize,
@@ -190,9 +191,26 @@ class BaseModel:
         batch = pack(sequences, self.device, trained_only=False)
         windows: list[int | None] = []
         found = self.logprobs(replace(batch, attention=replace(batch.attention, windows_seen=windows)))
-        if (reason := _window_not_passed(self.model.config.get_text_config(), windows)) is not None:
+        config = self.model.config.get_text_config()
+        if (reason := _window_not_passed(config, windows) or _row_in_rotation(config)) is not None:
             raise ValueError(reason)
+        if self._reaches_beyond(batch, len(sequences[0])):
+            raise ValueError("what one sequence holds may reach another")
         return found
+
+    def _reaches_beyond(self, batch: PackedBatch, length: int) -> bool:
+        """Whether nan in the first sequence, of that length, shows in the others, however faintly they see it."""
+
+        def spoil(module: nn.Module, inputs: Any, embeddings_1ND: Tensor) -> Tensor:
+            spoilt_1ND = embeddings_1ND.clone()
+            spoilt_1ND[:, :length] = torch.nan
+            return spoilt_1ND
+
+        hook = self.model.get_input_embeddings().register_forward_hook(spoil)
+        try:
+            return bool(self.logprobs(batch)[length:].isnan().any())
+        finally:
+            hook.remove()
 
     def _why_not(self, compute: Callable[[], Tensor], expected: Tensor) -> str | None:
         try:
@@ -221,4 +239,16 @@ def _window_not_passed(config: Any, windows: list[int | None]) -> str | None:
     for kind, window in zip(kinds, windows, strict=True):
         if kind == "sliding_attention" and window is None:
             return "its sliding window is not handed to the attention"
+    return None
+
+
+def _row_in_rotation(config: Any) -> str | None:
+    """Why positions are encoded by more than themselves; None if they are not.
+
+    Short sequences do not tell: longrope changes its frequencies with the longest position of a row.
+    """
+    parameters = getattr(config, "rope_parameters", None) or {}
+    by_kind = [value for value in parameters.values() if isinstance(value, dict)] or [parameters]
+    if any(kind.get("rope_type") == "longrope" for kind in by_kind):
+        return "its rotation of positions (longrope) depends on the longest sequence of a row"
     return None

@@ -8,6 +8,7 @@ resumed run cuts its batches as before.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -115,7 +116,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 def checkpointed_layers(model: Any, enabled: bool) -> Iterator[None]:
     """Keeps the inputs of the decoder's layers alone and runs each again in the backward pass.
 
-    Layers checkpoint themselves in training mode; nothing below them leaves evaluation mode.
+    Layers checkpoint themselves in training mode, but run in evaluation mode both times: some ask
+    for their own mode where they drop out.
     """
     from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -125,7 +127,7 @@ def checkpointed_layers(model: Any, enabled: bool) -> Iterator[None]:
         return
     for layer in layers:
         layer.training = layer.gradient_checkpointing = True
-        layer._gradient_checkpointing_func = _checkpoint  # type: ignore[assignment]
+        layer._gradient_checkpointing_func = functools.partial(_checkpoint, layer)  # type: ignore[assignment]
     try:
         yield
     finally:
@@ -133,5 +135,12 @@ def checkpointed_layers(model: Any, enabled: bool) -> Iterator[None]:
             layer.training = layer.gradient_checkpointing = False
 
 
-def _checkpoint(function: Callable[..., Any], *inputs: Any) -> Any:
-    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
+def _checkpoint(layer: nn.Module, forward: Callable[..., Any], *inputs: Any) -> Any:
+    def evaluate(*inputs: Any) -> Any:
+        was_training, layer.training = layer.training, False
+        try:
+            return forward(*inputs)
+        finally:
+            layer.training = was_training
+
+    return checkpoint(evaluate, *inputs, use_reentrant=False, preserve_rng_state=False)

@@ -1,0 +1,487 @@
+"""Nothing about how a batch is run changes what it computes: against plain transformers and peft.
+
+Shape suffixes: T positions of a sequence, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from cookbook.engine.base_model import BaseModel
+from cookbook.engine.memory import MicrobatchLimits
+from cookbook.engine.options import EngineOptions
+from cookbook.engine.projection import BlockSizes
+from cookbook.engine.trainer import Trainer
+from cookbook.errors import ConfigError
+from cookbook.types import IGNORED_TARGET, Datum, ModelInput
+
+TOLERANCE = 1e-5
+NEVER = 2**62
+
+
+@dataclass(frozen=True)
+class Family:
+    model_type: str
+    config: dict[str, Any] = field(default_factory=dict)
+    lora: dict[str, Any] = field(default_factory=dict)
+
+
+_LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+_LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0, 1.0, 1.5, 2.0],
+    "long_factor": [1.0, 2.0, 4.0, 8.0],
+    "original_max_position_embeddings": 16,
+    "factor": 16.0,
+}
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+_LOCAL_EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
+_NO_MLP = {"train_mlp": False}
+_LINEAR_ATTENTION = {
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "shared_expert_intermediate_size": 16,
+    "layer_types": ["linear_attention", "full_attention"],
+}
+
+PACKED = {
+    "qwen2": Family("qwen2"),
+    "qwen2-window": Family(
+        "qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}
+    ),
+    "qwen3": Family("qwen3"),
+    "qwen3-tied": Family("qwen3", {"tie_word_embeddings": True}),
+    "llama": Family("llama", {"rope_parameters": _LLAMA3_ROPE}),
+    "mistral": Family("mistral", {"sliding_window": 8}),
+    # Caps so small that they bend what goes through them.
+    "gemma2": Family(
+        "gemma2",
+        {
+            "query_pre_attn_scalar": 8,
+            "sliding_window": 8,
+            "attn_logit_softcapping": 2.0,
+            "final_logit_softcapping": 3.0,
+        },
+    ),
+    "gemma3": Family("gemma3_text", {"query_pre_attn_scalar": 8, "sliding_window": 8}),
+    "phi": Family("phi", {"partial_rotary_factor": 0.5, "num_key_value_heads": 4}),
+    "phi3": Family("phi3"),
+    "gpt_neox": Family("gpt_neox", {"num_key_value_heads": 4}),
+    "granite": Family("granite", {"logits_scaling": 3.0, "embedding_multiplier": 2.0}),
+    "cohere": Family("cohere", {"logit_scale": 0.25}),
+    "opt": Family("opt", {"ffn_dim": 64, "word_embed_proj_dim": 32, "dropout": 0.5}),
+}
+EXPERTS = {
+    "qwen3_moe": Family("qwen3_moe", _EXPERTS, _NO_MLP),
+    "mixtral": Family("mixtral", _LOCAL_EXPERTS, _NO_MLP),
+    "gpt_oss": Family("gpt_oss", {**_LOCAL_EXPERTS, "sliding_window": 8}, _NO_MLP),
+}
+UNPACKED = {
+    "phi3-longrope": (Family("phi3", {"rope_parameters": _LONGROPE}), "longrope"),
+    "mamba": (
+        Family("mamba", {"state_size": 4}, {"train_attn": False, "train_mlp": False}),
+        "layers of linear_attention",
+    ),
+    "qwen3_next": (
+        Family("qwen3_next", {**_EXPERTS, **_LINEAR_ATTENTION}, _NO_MLP),
+        "layers of linear_attention",
+    ),
+    "lfm2": (Family("lfm2", {"layer_types": ["conv", "full_attention"]}), "layers of conv"),
+    "stablelm": (Family("stablelm"), "may reach another"),
+    "stablelm-faint": (Family("stablelm", {"initializer_range": 0.005}), "may reach another"),
+    "llama-window": (Family("llama", {"sliding_window": 8}), "window is not handed to the attention"),
+    "llama4": (
+        Family(
+            "llama4_text",
+            {
+                "num_local_experts": 2,
+                "attention_chunk_size": 8,
+                "intermediate_size_mlp": 64,
+                "moe_layers": [1],
+            },
+            _NO_MLP,
+        ),
+        "more than a projection",
+    ),
+}
+FAMILIES = PACKED | EXPERTS | {name: family for name, (family, _) in UNPACKED.items()}
+
+
+# -- what plain transformers and peft compute -------------------------------------------------
+
+
+def loss_terms(
+    loss_fn: str, logprobs_T: Tensor, weights_T: Tensor, sampled_T: Tensor, advantages_T: Tensor
+) -> Tensor:
+    """One term per token of the losses that the training API names, at their default settings."""
+    ratio_T = torch.exp(logprobs_T - sampled_T)
+    clipped_T = torch.minimum(torch.maximum(ratio_T, torch.tensor(0.8)), torch.tensor(1.2))
+    return (
+        weights_T
+        * {
+            "cross_entropy": -logprobs_T,
+            "importance_sampling": -ratio_T * advantages_T,
+            "ppo": -torch.minimum(ratio_T * advantages_T, clipped_T * advantages_T),
+            "cispo": -clipped_T.detach() * advantages_T * logprobs_T,
+            "dro": -advantages_T * logprobs_T + 0.025 * (logprobs_T - sampled_T) ** 2,
+        }[loss_fn]
+    )
+
+
+@dataclass
+class Outcome:
+    loss: float
+    logprobs: list[np.ndarray]
+    gradients: dict[str, Tensor]
+
+
+@dataclass
+class Truth(Outcome):
+    """With the size of what was added up, which is what rounding is relative to."""
+
+    data: list[Datum]
+    loss_size: float
+    gradient_sizes: dict[str, float]
+
+
+class Plain:
+    """transformers and peft, one sequence at a time."""
+
+    def __init__(self, base_folder: str, adapter_folder: Path) -> None:
+        model = AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.float32)
+        self.model = PeftModel.from_pretrained(model, adapter_folder, is_trainable=True).eval()
+        self.parameters = {
+            name.replace(".default.", "."): parameter
+            for name, parameter in self.model.named_parameters()
+            if parameter.requires_grad
+        }
+
+    def logprobs(self, tokens: Sequence[int], targets_T: Tensor) -> Tensor:
+        logits_TV = self.model(input_ids=torch.tensor([tokens]), use_cache=False).logits[0]
+        known_T1 = targets_T.clamp(min=0)[:, None]
+        return logits_TV.float().log_softmax(-1).gather(1, known_T1)[:, 0].where(targets_T >= 0, 0)
+
+    def run(self, sequences: Sequence[Tokens], loss_fn: str) -> Truth:
+        """Also makes the data: a policy's samples are those that it gives about this probability."""
+        truth = Truth(0.0, [], {}, [], 0.0, dict.fromkeys(self.parameters, 0.0))
+        truth.gradients = {name: torch.zeros_like(p) for name, p in self.parameters.items()}
+        for sequence in sequences:
+            targets_T, weights_T = torch.tensor(sequence.targets), torch.tensor(sequence.weights)
+            logprobs_T = self.logprobs(sequence.tokens, targets_T)
+            rng = np.random.default_rng(sequence.seed)
+            sampled_T = logprobs_T.detach() + torch.tensor(rng.normal(0, 0.3, len(targets_T))).float()
+            advantages_T = torch.tensor(rng.normal(0, 1, len(targets_T))).float()
+            inputs = {"target_tokens": targets_T, "weights": weights_T}
+            if loss_fn != "cross_entropy":
+                inputs |= {"logprobs": sampled_T, "advantages": advantages_T}
+            truth.data.append(Datum(ModelInput.from_ints(sequence.tokens), inputs))
+            terms_T = loss_terms(
+                loss_fn, logprobs_T, weights_T.where(targets_T >= 0, 0), sampled_T, advantages_T
+            )
+            gradients = torch.autograd.grad(terms_T.sum(), list(self.parameters.values()), allow_unused=True)
+            truth.loss += float(terms_T.detach().double().sum())
+            truth.loss_size += float(terms_T.detach().abs().sum())
+            truth.logprobs.append(logprobs_T.detach().numpy())
+            for name, gradient in zip(self.parameters, gradients, strict=True):
+                if gradient is not None:
+                    truth.gradients[name] += gradient
+                    truth.gradient_sizes[name] += float(gradient.abs().max())
+        return truth
+
+
+# -- what the engine computes -----------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """One sequence of a batch."""
+
+    tokens: list[int]
+    targets: list[int]
+    weights: list[float]
+    seed: int
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way to run a batch."""
+
+    order: Sequence[int]
+    max_tokens: int = 1
+    checkpoint_beyond: int = NEVER
+    blocks: BlockSizes | None = None
+    trained_only: bool = False
+
+
+def run(made: Trainer, data: Sequence[Datum], loss_fn: str, way: Way) -> Outcome:
+    made._limits = MicrobatchLimits(way.max_tokens, way.checkpoint_beyond)
+    with blocks_of(way.blocks):
+        request = made.check([data[i] for i in way.order], loss_fn, None, trained_only=way.trained_only)
+        result = made.forward_backward(request)
+    gradients = {
+        name: torch.zeros_like(p) if p.grad is None else p.grad.clone()
+        for name, p in made.adapter.weights.items()
+    }
+    made.discard_gradients()
+    logprobs = dict(zip(way.order, result.logprobs(), strict=True))
+    loss = result.output().metrics["loss:sum"]
+    return Outcome(loss, [logprobs[i] for i in range(len(data))], gradients)
+
+
+@contextlib.contextmanager
+def blocks_of(sizes: BlockSizes | None) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        if sizes is not None:
+            patch.setattr(BlockSizes, "on", lambda device: sizes)
+        yield
+
+
+def assert_same(found: Outcome, expected: Outcome, truth: Truth, trained_only: bool = False) -> None:
+    for name, gradient in expected.gradients.items():
+        error = float((found.gradients[name] - gradient).abs().max())
+        assert error <= TOLERANCE * truth.gradient_sizes[name], (name, error, truth.gradient_sizes[name])
+    assert abs(found.loss - expected.loss) <= TOLERANCE * truth.loss_size
+    for datum, found_T, expected_T in zip(truth.data, found.logprobs, expected.logprobs, strict=True):
+        targets_T = datum.loss_fn_inputs["target_tokens"].to_numpy()
+        scored_T = targets_T != IGNORED_TARGET
+        if trained_only:
+            scored_T = scored_T & (datum.loss_fn_inputs["weights"].to_numpy() != 0)
+        np.testing.assert_allclose(found_T[scored_T], expected_T[scored_T], rtol=TOLERANCE, atol=1e-6)
+        assert not found_T[~scored_T].any()
+
+
+# -- families ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trainer_of(
+    tmp_path_factory: pytest.TempPathFactory,
+    make_model_folder: Callable[..., Path],
+    make_trainer: Callable[..., Trainer],
+) -> Callable[[str], tuple[Trainer, Plain]]:
+    """The engine's trainer and its plain twin, with one adapter."""
+    made: dict[str, tuple[Trainer, Plain]] = {}
+
+    def get(name: str) -> tuple[Trainer, Plain]:
+        if name not in made:
+            folder = tmp_path_factory.mktemp("family")
+            family = FAMILIES[name]
+            base = str(make_model_folder(folder / name, family.model_type, **family.config))
+            draw_what_starts_constant(base)
+            trainer = make_trainer(base, **family.lora)
+            trainer.save(folder / "adapter", with_optimizer=False)
+            made[name] = trainer, Plain(base, folder / "adapter")
+        return made[name]
+
+    return get
+
+
+def draw_what_starts_constant(folder: str) -> None:
+    """Biases start as zeros and norms as ones, and would not show where they are left out."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+    model.save_pretrained(folder)
+
+
+VOCAB_SIZE = 373
+"""That of the tiny tokenizer."""
+
+
+@st.composite
+def sequences(draw: st.DrawFn, max_length: int = 32) -> Tokens:
+    """Weights of every kind, targets to ignore, and now and then nothing to train."""
+    length = draw(st.integers(1, max_length))
+    seed = draw(st.integers(0, 10**6))
+    weights = draw(st.sampled_from([[1.0], [0.0], [0.0, 1.0], [0.0, 0.25, 1.0, 3.0], [-1.0, 0.0, 0.5]]))
+    ignored = draw(st.sampled_from([0.0, 0.3]))
+    rng = np.random.default_rng(seed)
+    tokens_T = rng.integers(0, VOCAB_SIZE, length + 1)
+    targets_T = np.where(rng.random(length) < ignored, IGNORED_TARGET, tokens_T[1:])
+    return Tokens(
+        tokens_T[:-1].tolist(), targets_T.tolist(), rng.choice(weights, length).astype(np.float32), seed
+    )
+
+
+@st.composite
+def ways(draw: st.DrawFn, num_sequences: int) -> Way:
+    blocks = BlockSizes(
+        draw(st.integers(1, 60)), draw(st.integers(20, 500)), draw(st.integers(1, 20 * VOCAB_SIZE))
+    )
+    return Way(
+        order=draw(st.permutations(range(num_sequences))),
+        max_tokens=draw(st.sampled_from([1, 16, 40, 80, 1000])),
+        checkpoint_beyond=draw(st.sampled_from([0, 24, NEVER])),
+        blocks=draw(st.sampled_from([None, blocks])),
+        trained_only=draw(st.booleans()),
+    )
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@settings(deadline=None, derandomize=True, max_examples=6, phases=[Phase.generate])
+@given(
+    drawn=st.data(),
+    batch=st.lists(sequences(), min_size=1, max_size=5),
+    loss_fn=st.sampled_from(["cross_entropy", "importance_sampling", "ppo", "cispo", "dro"]),
+)
+def test_no_way_of_running_a_batch_changes_its_loss_logprobs_or_gradients(
+    name: str, drawn: st.DataObject, batch: list[Tokens], loss_fn: str, trainer_of: Any
+) -> None:
+    made, plain = trainer_of(name)
+    truth = plain.run(batch, loss_fn)
+    alone = run(made, truth.data, loss_fn, Way(range(len(batch))))
+    assert_same(alone, truth, truth)
+    for way in drawn.draw(st.lists(ways(len(batch)), min_size=2, max_size=2)):
+        found = run(made, truth.data, loss_fn, way)
+        assert_same(found, alone, truth, way.trained_only)
+        assert_same(found, truth, truth, way.trained_only)
+
+
+# -- segments do not see each other -----------------------------------------------------------
+
+
+def packed_logprobs(
+    made: Trainer, batch: Sequence[Tokens], trained_only: bool = False, backward: bool = False
+) -> list[np.ndarray]:
+    data = [
+        Datum(ModelInput.from_ints(s.tokens), {"target_tokens": s.targets, "weights": s.weights})
+        for s in batch
+    ]
+    made._limits = MicrobatchLimits(10_000, NEVER)
+    request = made.check(data, "cross_entropy", None, trained_only=trained_only)
+    result = made.forward_backward(request) if backward else made.forward(request)
+    made.discard_gradients()
+    assert len(result.plan) == 1
+    return result.logprobs()
+
+
+def other_tokens(sequence: Tokens, tokens: Sequence[int]) -> Tokens:
+    """Every token and target another one; as many are scored, and those are trained that were."""
+    length = len(sequence.tokens)
+    drawn = [tokens[t % len(tokens)] for t in range(length + 1)]
+    targets = [
+        IGNORED_TARGET if target == IGNORED_TARGET else token
+        for target, token in zip(sequence.targets, drawn[1:], strict=True)
+    ]
+    return replace(sequence, tokens=drawn[:-1], targets=targets)
+
+
+@pytest.mark.parametrize("name", PACKED | EXPERTS)
+@settings(deadline=None, derandomize=True, max_examples=20, phases=[Phase.generate])
+@given(
+    drawn=st.data(),
+    batch=st.lists(sequences(), min_size=2, max_size=5),
+    tokens=st.lists(st.integers(0, VOCAB_SIZE - 1), min_size=1, max_size=8),
+    trained_only=st.booleans(),
+    backward=st.booleans(),
+)
+def test_changing_one_packed_sequence_leaves_the_logprobs_of_the_others_bit_identical(
+    name: str,
+    drawn: st.DataObject,
+    batch: list[Tokens],
+    tokens: list[int],
+    trained_only: bool,
+    backward: bool,
+    trainer_of: Any,
+) -> None:
+    made, _ = trainer_of(name)
+    index = drawn.draw(st.integers(0, len(batch) - 1))
+    changed = [*batch]
+    changed[index] = other_tokens(batch[index], tokens)
+    before = packed_logprobs(made, batch, trained_only, backward)
+    after = packed_logprobs(made, changed, trained_only, backward)
+    assert_others_unchanged(name, index, before, after)
+
+
+@pytest.mark.parametrize("name", PACKED | EXPERTS)
+@pytest.mark.parametrize("index", [0, 1, 2])
+def test_nan_in_one_packed_sequence_stays_there(name: str, index: int, trainer_of: Any) -> None:
+    made, _ = trainer_of(name)
+    rng = np.random.default_rng(0)
+    batch = [
+        Tokens(*rng.integers(0, VOCAB_SIZE, (2, length)).tolist(), np.ones(length, np.float32), 0)
+        for length in (20, 11, 30)
+    ]
+    start, stop = [(0, 20), (20, 31), (31, 61)][index]
+
+    def spoil(module: nn.Module, inputs: Any, embeddings: Tensor) -> Tensor:
+        spoilt = embeddings.clone()
+        spoilt[:, start:stop] = torch.nan
+        return spoilt
+
+    before = packed_logprobs(made, batch)
+    hook = made.base.model.get_input_embeddings().register_forward_hook(spoil)
+    after = packed_logprobs(made, batch)
+    hook.remove()
+    assert np.isnan(after[index]).all()
+    assert_others_unchanged(name, index, before, after)
+
+
+def assert_others_unchanged(name: str, index: int, before: list[np.ndarray], after: list[np.ndarray]) -> None:
+    """To the bit; to rounding where experts are, for theirs goes by how many tokens each one gets."""
+    del before[index], after[index]
+    for one, other in zip(before, after, strict=True):
+        if name in EXPERTS:
+            np.testing.assert_allclose(other, one, rtol=1e-6)
+        else:
+            assert other.tobytes() == one.tobytes()
+
+
+# -- what cannot be packed --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", PACKED | EXPERTS)
+def test_a_model_that_can_be_packed_is(name: str, trainer_of: Any) -> None:
+    assert trainer_of(name)[0].base.is_packed
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"), [*((name, "float32") for name in UNPACKED), ("stablelm-faint", "bfloat16")]
+)
+def test_a_model_that_packing_would_change_runs_one_sequence_at_a_time_and_says_so(
+    name: str, dtype: str, trainer_of: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Also where what it sees of a neighbour drowns in the rounding of bfloat16."""
+    folder = trainer_of(name)[0].base.name
+    caplog.clear()
+    with caplog.at_level("INFO", logger="cookbook.engine.base_model"):
+        base = BaseModel(folder, EngineOptions(dtype=dtype))
+    assert not base.is_packed
+    (line,) = [r.message for r in caplog.records if r.name == "cookbook.engine.base_model"]
+    assert line.startswith(f"{folder} runs one sequence at a time")
+    assert UNPACKED[name][1] in line
+
+
+@pytest.mark.parametrize("name", EXPERTS)
+def test_an_adapter_on_experts_that_are_no_linear_layers_is_refused(
+    name: str, trainer_of: Any, make_trainer: Callable[..., Trainer]
+) -> None:
+    base = trainer_of(name)[0].base
+    with pytest.raises(ConfigError, match="train_mlp=True, but .* has no linear layer.*Pass train_mlp=False"):
+        make_trainer(base.name, train_mlp=True)
