@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -39,8 +39,7 @@ class Span(NamedTuple):
     end: int
 
 
-@dataclass(frozen=True)
-class Rendering:
+class Rendering(NamedTuple):
     """A conversation as text.
 
     `cuts` are the ends of the prompts in it, ascending: where the model took over. `spans` give
@@ -50,7 +49,7 @@ class Rendering:
 
     text: str
     cuts: Sequence[int] = ()
-    spans: Mapping[int, Span] = field(default_factory=dict)
+    spans: Mapping[int, Span] = MappingProxyType({})
     rewritten: Collection[int] = ()
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import re
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache, partial
 from itertools import compress, count, groupby, pairwise, repeat
@@ -24,7 +24,7 @@ from renderers.borders import BORDER, parts_at_border
 from renderers.messages import PlainMessage, Tool, map_strings
 
 if TYPE_CHECKING:
-    from tokenizers import Encoding, Tokenizer
+    from tokenizers import AddedToken, Encoding, Tokenizer
     from transformers import PreTrainedTokenizerBase
 
 ESCAPE = "\U000f5a3c"
@@ -38,7 +38,7 @@ _CUT = f"{ESCAPE}cut;"
 _ONLY_CONTENT = {"role", "content"}
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Tokens:
     """Token ids, and where in the text they begin: each of them, or at the `known` positions alone."""
 
@@ -85,7 +85,9 @@ class Encoder:
         reserved = f"{ESCAPE}(?:\\d+|cut|text);"
         self._foreign_to_a_reply = re.compile(f"{reserved}|{any_of([*special, *ends]).pattern}")
         self._foreign_elsewhere = re.compile(f"{reserved}|{self.control.pattern}")
+        self._controls_part = all(_parts(self.ids[text], added) for text in controls)
         self._encode_tail = lru_cache(maxsize=1024)(self._ids)
+        self._latest: tuple[str, tuple[int, ...], list[int]] = ("", (), [])
 
     # -- text that spells control tokens ------------------------------------------------------
 
@@ -142,7 +144,7 @@ class Encoder:
         borders = self._borders_in(text, cuts, positions)
         if {0, len(text), *cuts, *edges, *borders}.issuperset(positions):
             # Tokens need not be found by their characters, which the tokenizer is slow to count.
-            tokens = self._encode_parted(text, borders)
+            tokens = self._encode_parted(text, borders) if borders else self._encode_on(text, edges)
         else:
             encoding = self._encode_joined(text)
             tokens = Tokens(encoding.ids, [start for start, _ in encoding.offsets])
@@ -150,6 +152,7 @@ class Encoder:
         places = list(compress(count(), map(self._control_ids.__contains__, ids)))
         if [ids[place] for place in places] != controls:
             return self._encode_apart(text, cuts)
+        self._latest = text, tuple(ids), places
         known.update(zip(edges, [edge for place in places for edge in (place, place + 1)], strict=True))
         known[0], known[len(text)] = 0, len(ids)
         loose = [cut for cut in cuts if cut not in borders]
@@ -168,6 +171,18 @@ class Encoder:
             tokens.known[start] = len(tokens.ids)
             tokens.ids.extend(self._ids(text[start:end]))
         return tokens
+
+    def _encode_on(self, text: str, edges: Sequence[int]) -> Tokens:
+        """Encode without offsets; the ids of what the latest text began with too need not be found again.
+
+        A control token parts a text, so what stands from one on is encoded the same whatever stands before.
+        """
+        latest, ids, places = self._latest
+        num_shared = bisect_left(edges[1::2], True, key=lambda end: not latest.startswith(text[:end]))
+        if num_shared < 2 or not self._controls_part:
+            return Tokens(self._ids(text))
+        start, place = edges[2 * num_shared - 2], places[num_shared - 1]
+        return Tokens([*ids[:place], *self._ids(text[start:])])
 
     def _cuts_are_clean(self, text: str, tokens: Tokens, cuts: Sequence[int], edges: Sequence[int]) -> bool:
         """Whether each cut parts the tokens; they know it then.
@@ -274,6 +289,13 @@ class Encoder:
         return copy.decode(tokens, skip_special_tokens=True) == "aa"
 
 
+def _parts(control: int, added: Mapping[int, AddedToken]) -> bool:
+    """Whether a control token is found wherever it is spelled, whatever stands around it."""
+    token = added[control]
+    others = [other.content for index, other in added.items() if index != control]
+    return not (token.normalized or token.single_word or any(token.content in other for other in others))
+
+
 def any_of(texts: Collection[str]) -> re.Pattern[str]:
     """A pattern of any of the texts, the longest that fits."""
     return re.compile(_source_of_any(sorted(set(texts))) if texts else "(?!)")
@@ -281,7 +303,7 @@ def any_of(texts: Collection[str]) -> re.Pattern[str]:
 
 def _source_of_any(texts: Sequence[str]) -> str:
     """The texts share what they begin with: a tokenizer may have hundreds, and trying each takes long."""
-    start = commonprefix(texts)
+    start = commonprefix(texts)  # noqa: RUF071 - of characters, not of paths
     rests = [text[len(start) :] for text in texts]
     branches = [
         _source_of_any(list(alike)) for first, alike in groupby(rests, lambda rest: rest[:1]) if first

@@ -22,7 +22,7 @@ from cookbook.errors import RendererError
 from renderers.encoder import SENTINEL
 from renderers.messages import PlainMessage, Tool, to_json
 from renderers.sandbox import compiled
-from renderers.tracing import Traces
+from renderers.tracing import Outline, Traces
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -59,18 +59,32 @@ class Template:
         self, messages: Sequence[PlainMessage], tools: Sequence[Tool] | None = None, prompt: bool = False
     ) -> str:
         """What the template prints of the messages, with the generation prompt if asked for."""
-        if not tools and (known := self._traces.text(messages, prompt)) is not None:
-            return known
+        return self.text_of_first(len(messages), messages, Outline(messages), tools, prompt)
+
+    def text_of_first(
+        self,
+        num_messages: int,
+        messages: Sequence[PlainMessage],
+        outline: Outline,
+        tools: Sequence[Tool] | None,
+        prompt: bool,
+    ) -> str:
+        """The same for the first of the messages; the outline is that of all."""
+        if not tools:
+            known = self._traces.text(messages, outline, num_messages, prompt)
+            if known is not None:
+                return known
         template = self._with_tools if tools else self._plain
+        first = list(messages[:num_messages])
         try:
             return template.render(
                 self._variables,
-                messages=list(messages),
+                messages=first,
                 tools=list(tools) if tools else None,
                 add_generation_prompt=prompt,
             )
         except Exception as error:  # a template is foreign code, and whatever it raises is its refusal
-            roles = ", ".join(message["role"] for message in messages)
+            roles = ", ".join(message["role"] for message in first)
             raise RendererError(f"The chat template refuses messages of roles {roles}: {error}") from error
 
     # -- what it has places for ---------------------------------------------------------------
@@ -157,11 +171,12 @@ class Chat:
         self.messages = [template.adapted(message) for message in messages]
         self.tools = [_json_type(tool) for tool in tools] if tools else None
         self._template = template
+        self._outline = Outline(self.messages)
         self._given = messages, tools
         self._texts: dict[tuple[int, bool], str | RendererError] = {}
 
     def beginning(self, messages: Sequence[PlainMessage], tools: Sequence[Tool] | None) -> Chat | None:
-        """The chat of these messages, if they are the very ones that this begins with, sharing what is kept."""
+        """The chat of these messages, if this begins with the very same; it shares what is kept."""
         given, given_tools = self._given
         if tools is not given_tools or len(messages) > len(given) or not all(map(is_, messages, given)):
             return None
@@ -174,7 +189,9 @@ class Chat:
         key = (num_messages, prompt)
         if key not in self._texts:
             try:
-                self._texts[key] = self._template.text(self.messages[:num_messages], self.tools, prompt)
+                self._texts[key] = self._template.text_of_first(
+                    num_messages, self.messages, self._outline, self.tools, prompt
+                )
             except RendererError as error:
                 self._texts[key] = error
         found = self._texts[key]
@@ -186,9 +203,10 @@ class Chat:
         """The prompt for message `index`, or None where the template renders none."""
         if index == 0:
             return None
-        with suppress(RendererError):
+        try:
             return self.text(index, prompt=True)
-        return None
+        except RendererError:
+            return None
 
 
 # -- messages -----------------------------------------------------------------------------------

@@ -77,14 +77,17 @@ class Recorder:
     def act(self, name: str, pieces: Pieces, arguments: tuple[Any, ...] = ()) -> Any:
         """Call a method of strings on the text: the answer as a bool, or the changed text as a new value."""
         action: Action = (getattr(str, name), pieces, arguments)
-        if any(type(argument) is not str for argument in arguments) or self._step.action not in (None, action):
+        if any(type(argument) is not str for argument in arguments) or self._step.action not in (
+            None,
+            action,
+        ):
             self.refuse()
         self._step.action = action
         outcome = action[0](spelled(pieces, self._values), *arguments)
-        is_change = isinstance(outcome, str)
-        self._step = self._step.following.setdefault(None if is_change else bool(outcome), Step())
-        if not is_change:
-            return bool(outcome)
+        answer = None if isinstance(outcome, str) else bool(outcome)
+        self._step = self._step.following.setdefault(answer, Step())
+        if not isinstance(outcome, str):
+            return answer
         self._values.append(outcome)
         return Traced(self, (len(self._values) - 1,))
 
@@ -97,6 +100,13 @@ class Recorder:
             self._step.text = "".join(form), numbers
 
 
+def _refuse(closed: Any, *_: object) -> Any:
+    closed._recorder.refuse()
+
+
+_refusal: Any = _refuse
+
+
 class _Closed:
     """What tells nothing about itself."""
 
@@ -105,11 +115,8 @@ class _Closed:
     def __init__(self, recorder: Recorder) -> None:
         self._recorder = recorder
 
-    def _refuse(self, *_: object) -> NoReturn:
-        self._recorder.refuse()
-
-    __str__ = __repr__ = __format__ = __bool__ = __hash__ = __eq__ = __ne__ = _refuse  # type: ignore[assignment]
-    __len__ = __iter__ = __contains__ = __getitem__ = __call__ = __add__ = __radd__ = _refuse
+    __str__ = __repr__ = __format__ = __bool__ = __hash__ = __eq__ = __ne__ = _refusal
+    __len__ = __iter__ = __contains__ = __getitem__ = __call__ = __add__ = __radd__ = _refusal
 
 
 class Traced(_Closed):
@@ -123,7 +130,7 @@ class Traced(_Closed):
 
     def method(self, name: str) -> Method:
         if name not in _QUESTIONS | _CHANGES:
-            self._refuse()
+            self._recorder.refuse()
         return Method(self._recorder, name, self.pieces)
 
     def __bool__(self) -> bool:
@@ -149,7 +156,7 @@ class Traced(_Closed):
     def _pieces_of(self, text: object) -> Pieces:
         if isinstance(text, Traced):
             return text.pieces
-        return (text,) if type(text) is str else self._refuse()
+        return (text,) if type(text) is str else self._recorder.refuse()
 
 
 class Method(_Closed):

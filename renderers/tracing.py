@@ -17,7 +17,6 @@ import functools
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
 from itertools import chain, count
 from typing import Any, NoReturn
 
@@ -55,12 +54,33 @@ _FORWARDED = frozenset({"_loop_vars", "_block_vars"})
 """What jinja itself adds to the arguments of a call."""
 
 
-@dataclass
+class Outline:
+    """What sets conversations apart for a template: their shape, and their texts."""
+
+    __slots__ = ("num_texts", "shapes", "texts")
+
+    def __init__(self, messages: Sequence[PlainMessage]) -> None:
+        """Ends before the first message that holds more than texts."""
+        self.shapes: list[tuple[str, ...]] = []
+        self.texts: list[str] = []
+        self.num_texts = [0]
+        """The number of texts in the first messages, for each number of those."""
+        for message in messages:
+            if set(map(type, message.values())) != {str}:
+                return
+            self.shapes.append((message["role"], *message))
+            self.texts += [value for key, value in message.items() if key != "role"]
+            self.num_texts.append(len(self.texts))
+
+
 class _Shape:
     """What was recorded for conversations of one shape."""
 
-    first: Step = field(default_factory=Step)
-    num_paths: int = 0
+    __slots__ = ("first", "num_paths")
+
+    def __init__(self) -> None:
+        self.first = Step()
+        self.num_paths = 0
 
 
 class Traces:
@@ -71,34 +91,34 @@ class Traces:
         self._variables = variables
         self._shapes: dict[tuple[Any, ...], _Shape | None] = {}
 
-    def text(self, messages: Sequence[PlainMessage], prompt: bool) -> str | None:
-        """What the template prints without tools, or None where it has to be run for that.
+    def text(
+        self, messages: Sequence[PlainMessage], outline: Outline, num_messages: int, prompt: bool
+    ) -> str | None:
+        """What the template prints of the first messages, or None where it has to be run for that.
 
         A shape is recorded when it comes for the second time.
         """
-        values: list[str] = []
-        for message in messages:
-            for key, value in message.items():
-                if type(value) is not str:
-                    return None
-                if key != "role":
-                    values.append(value)
-        key = (prompt, *[(message["role"], *message) for message in messages])
+        if num_messages > len(outline.shapes):
+            return None
+        key = (prompt, *outline.shapes[:num_messages])
         shape = self._shapes.get(key)
         if shape is None:
             if key not in self._shapes:
-                self._shapes.update({key: None})
+                if len(self._shapes) >= _MOST_SHAPES:
+                    self._shapes.clear()
+                self._shapes[key] = None
                 return None
             shape = self._shapes[key] = _Shape()
-        last = shape.first.last_for(changed := list(values))
+        texts = outline.texts[: outline.num_texts[num_messages]]
+        last = shape.first.last_for(values := texts.copy())
         if last is None and shape.num_paths < _MOST_PATHS:
             shape.num_paths += 1
-            self._record(Recorder(shape.first, values), messages, prompt)
-            last = shape.first.last_for(changed := list(values))
+            self._record(Recorder(shape.first, texts), messages[:num_messages], prompt)
+            last = shape.first.last_for(values := texts.copy())
         if last is None or last.text is None:
             return None
         form, numbers = last.text
-        return form % tuple([changed[number] for number in numbers])
+        return form % tuple([values[number] for number in numbers])
 
     def _record(self, recorder: Recorder, messages: Sequence[PlainMessage], prompt: bool) -> None:
         numbers = count()
@@ -121,7 +141,8 @@ class Traces:
     def _template(self) -> jinja2.Template:
         sandbox = sandbox_like_theirs(self._source, _TracingSandbox)
         sandbox.filters = {name: _guarded_filter(name, found) for name, found in sandbox.filters.items()}
-        sandbox.tests = {name: _guarded_test(name, found) for name, found in sandbox.tests.items()}
+        tests: dict[str, Any] = sandbox.tests
+        sandbox.tests = {name: _guarded_test(name, found) for name, found in tests.items()}
         return sandbox.from_string(self._source)
 
 
@@ -173,7 +194,7 @@ class _TracingSandbox(QuickSandbox):
             raise Untraceable
         return super().getitem(obj, argument)
 
-    def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805
+    def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         if isinstance(__obj, Method):
             return __obj(*args)
         given = {name: value for name, value in kwargs.items() if name not in _FORWARDED}
@@ -182,7 +203,7 @@ class _TracingSandbox(QuickSandbox):
             raise Untraceable
         return super().call(__context, __obj, *args, **kwargs)
 
-    def joined(self, parts: tuple[Any, ...]) -> Traced | str:
+    def joined(self, parts: tuple[Any, ...]) -> Any:
         """What `~` makes of the parts."""
         printed = [part if isinstance(part, Traced) else _pieces_of(part)[0] for part in parts]
         return functools.reduce(operator.add, printed)

@@ -13,6 +13,7 @@ from transformers.utils import chat_template_utils
 
 from cookbook.errors import RendererError
 from renderers import TrainOnWhat
+from renderers.template import Chat, Template
 from renderers.today import TODAY
 
 few = settings(max_examples=8, deadline=None)
@@ -108,6 +109,55 @@ def test_gemma_says_that_it_has_no_system_role(renderer_of, published):
         renderer_of("chat_template", published("gemma")).build_generation_prompt(
             [{"role": "system", "content": "Be kind."}, *CHAT[:1]]
         )
+
+
+# What the templates ask for, and what could be confused with what they print.
+SNIPPETS = ["", "Hi.", " a\n", "\n\n", "</think>", "%s %", "天気", "<b>", "<tool_call>"]
+SNIPPETS += ["<think>\nHm.\n</think>\n\nYes.", "<tool_response>1</tool_response>"]
+SNIPPETS += ["<|channel|>analysis<|message|>"]
+texts = st.sampled_from(SNIPPETS) | st.text(max_size=4)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "deepseekv3",
+        "gemma",
+        "gemma3",
+        "gptoss",
+        "llama3",
+        "llama3_1",
+        "llama3_2",
+        "phi3",
+        "qwen2_5",
+        "qwen3",
+        "qwen3_instruct_2507",
+    ],
+)
+@settings(max_examples=12, deadline=None)
+@given(
+    roles=st.sampled_from(["u", "ua", "sua", "uaua", "suauau", "uu", "a", "uat", "uaauau"]),
+    thinks=st.booleans(),
+    prompt=st.booleans(),
+    data=st.data(),
+)
+def test_conversations_of_one_shape_are_each_printed_as_the_template_does(
+    published, name, roles, thinks, prompt, data
+):
+    tokenizer = published(name)
+    template = Template(tokenizer)
+    names = {"s": "system", "u": "user", "a": "assistant", "t": "tool"}
+    for _ in range(4):
+        chat = [{"role": names[role], "content": data.draw(texts)} for role in roles]
+        if thinks:
+            chat = [{**m, "thinking": data.draw(texts)} if m["role"] == "assistant" else m for m in chat]
+        try:
+            theirs = rendered(tokenizer, chat, prompt=prompt)
+        except Exception:
+            with pytest.raises(RendererError):
+                Chat(template, chat, None).text(len(chat), prompt)
+        else:
+            assert Chat(template, chat, None).text(len(chat), prompt) == theirs
 
 
 # -- tools and thinking -------------------------------------------------------------------------

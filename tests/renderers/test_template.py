@@ -87,14 +87,115 @@ def test_the_text_is_that_of_apply_chat_template(small_tokenizer, expression, ch
         assert conversation.text(len(chat), prompt) == theirs
 
 
+# Ways to learn something of a text, or to hide it.
+CURIOSITIES = [
+    "m.content | length ~ m.content | upper ~ m.content | first ~ (m.content | list) ~ m.content | reverse",
+    "m.content[0] ~ m.content[-1:] ~ (m.content > 'a') ~ m.content * 2 ~ (m.content | replace('a', 'b'))",
+    "(m.content == 'a') ~ (m.content != '') ~ ('a' == m.content) ~ ('a' in m.content) ~ (m.content in 'ab')",
+    "(m.content in ['a', 'b']) ~ {'a': 1}[m.content] ~ {'a': 1}.get(m.content) ~ {m.content: 1}",
+    "(m.content is iterable) ~ (m.content is sequence) ~ (m.content is none) ~ (m.content is sameas 'a')",
+    "(m.content is equalto 'a') ~ (m.content is in ['a']) ~ (m.content is lower) ~ (m.content is callable)",
+    "messages | map(attribute='content') | join ~ (messages | selectattr('content', 'equalto', 'a') | list)",
+    "messages.index(m) ~ (m == messages[0]) ~ messages.count(messages[-1]) ~ (m in messages[1:])",
+    "m.values() | list ~ (m | tojson) ~ (m | string) ~ m ~ (m.items() | list | length) ~ m | length",
+    "[m.content] | join ~ [m.content, 'b'] | max ~ ','.join([m.content]) ~ '%s' % m.content",
+    "m.content | default('x', true) ~ (m.content or 'x') ~ ('y' if m.content else 'z') ~ (not m.content)",
+    "namespace(x=m.content).x ~ (namespace(x=m.content).x == 'a') ~ namespace(x=m.content)",
+    "loop.changed(m.content) ~ loop.cycle(m.content, 'b') ~ joiner(m.content)() ~ cycler(m.content).next()",
+    "m.content.strip ~ m.content.strip.name ~ m.content.strip() ~ (m.content.strip is callable)",
+    "m.content.startswith('a') ~ m.content.endswith(m.content) ~ m.content.count('a')",
+    "m.content.split('a')[0] ~ m.content.replace('a', '') ~ m.content.find('a') ~ m.content.isspace()",
+    "m.content | trim ~ (m.content | trim('a')) ~ m.content.lower().title() ~ (m.content ~ 'b').strip()",
+    "m.content | escape ~ m.content | safe ~ ('<' | safe) ~ m.content ~ (m.content | string)",
+    "'100%' ~ m.content ~ '%s %(a)s' ~ 1 ~ none ~ 1.5 ~ true ~ missing",
+]
+CURIOUS_TEMPLATES = [
+    "{% for m in messages %}{% set x %}{{ m.content }}!{% endset %}{{ x }}{% endfor %}",
+    "{% macro f(x) %}[{{ x }}{{ missing }}{{ 1 }}]{% endmacro %}"
+    "{% for m in messages %}{{ f(m.content) }}{{ f(m.role) }}{% endfor %}",
+    "{% macro f() %}[{{ caller() }}]{% endmacro %}"
+    "{% for m in messages %}{% call f() %}{{ m.content }}{% endcall %}{% endfor %}",
+    "{% for m in messages %}{% filter upper %}{{ m.content }}{% endfilter %}{% endfor %}",
+    "{% for m in messages %}{% autoescape true %}{{ m.content ~ '<' }}{{ m.content }}{% endautoescape %}"
+    "{% endfor %}",
+    "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}",
+    "{% for m in messages if m.content %}{{ m.content }}{{ loop.length }}{% else %}none{% endfor %}",
+    "{% for m in messages %}{% if m.content == 'a' %}{% break %}{% endif %}{{ m.content }}{% endfor %}",
+    "{% for m in messages recursive %}{{ m.content }}{{ loop([]) }}{% endfor %}",
+    "{% for a in messages %}{% for b in messages %}{{ a.content in b.content }}{% endfor %}{% endfor %}",
+    "{% for m in messages %}{% for c in m.content %}{{ c }}-{% endfor %}{% endfor %}",
+    "{% set ns = namespace(last='') %}{% for m in messages %}{% set ns.last = ns.last + m.content %}"
+    "{{ ns.last | trim }}{% endfor %}",
+    "{% for m in messages %}{% if m.content %}{{ raise_exception(m.content) }}{% endif %}{% endfor %}",
+]
+short = st.sampled_from(["", "a", " a ", "b", "ab\n", "%s", "<b>", "</think>"]) | st.text(max_size=3)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [*CURIOUS_TEMPLATES, *(looped(one) for one in EXPRESSIONS), *(looped(one) for one in CURIOSITIES)],
+)
+@settings(max_examples=8, deadline=None)
+@given(
+    roles=st.lists(st.sampled_from(["system", "user", "assistant"]), min_size=1, max_size=3),
+    more=st.sampled_from([(), ("reasoning_content",), ("name", "items")]),
+    data=st.data(),
+)
+def test_each_of_many_conversations_of_one_shape_is_printed_as_the_first_would_be(
+    small_tokenizer, template, roles, more, data
+):
+    tokenizer = small_tokenizer(template)
+    ours = Template(tokenizer)
+    series = st.lists(
+        st.lists(st.tuples(*[short] * (1 + len(more))), min_size=3, max_size=3), min_size=3, max_size=5
+    )
+    for texts in data.draw(series):
+        chat = [
+            {"role": role, **dict(zip(("content", *more), given, strict=True))}
+            for role, given in zip(roles, texts, strict=False)
+        ]
+        try:
+            theirs = tokenizer.apply_chat_template(chat, tokenize=False)
+        except Exception:
+            with pytest.raises(RendererError):
+                Chat(ours, chat, None).text(len(chat))
+        else:
+            assert Chat(ours, chat, None).text(len(chat)) == theirs
+
+
+def test_a_shape_that_came_twice_is_printed_without_the_template(small_tokenizer, monkeypatch):
+    runs = []
+    for name in ("chatml", "forgetful", "trimming", "strict", "headers", "closing", "wordy"):
+        template = Template(small_tokenizer(name))
+        chats = [
+            [{"role": "user", "content": f" {i} "}, {"role": "assistant", "content": "%s"}] for i in range(3)
+        ]
+        for chat in chats[:2]:
+            template.text(chat)
+        expected = Template(small_tokenizer(name)).text(chats[2])
+        monkeypatch.setattr(template, "_plain", SimpleNamespace(render=runs.append))
+        assert template.text(chats[2]) == expected
+    assert runs == []
+
+
+def test_a_template_with_a_question_for_every_message_is_recorded_for_some_answers_alone(small_tokenizer):
+    tokenizer = small_tokenizer("{% for m in messages %}{{ 'y' if 'a' in m.content else 'n' }}{% endfor %}")
+    template = Template(tokenizer)
+    for number in range(2 * 2**6):
+        chat = [{"role": "user", "content": "a" if number >> bit & 1 else "b"} for bit in range(6)]
+        assert template.text(chat) == "".join("y" if m["content"] == "a" else "n" for m in chat)
+
+
 @pytest.mark.parametrize("attack", ATTACKS)
 def test_the_sandbox_stays_closed(small_tokenizer, attack):
     tokenizer = small_tokenizer(looped(attack))
     chat = [{"role": "user", "content": "x"}]
     with pytest.raises(Exception):  # noqa: B017, PT011 - it is closed to begin with
         tokenizer.apply_chat_template(chat, tokenize=False)
-    with pytest.raises(RendererError):
-        Template(tokenizer).text(chat)
+    template = Template(tokenizer)
+    for _ in range(3):
+        with pytest.raises(RendererError):
+            template.text(chat)
     assert chat == [{"role": "user", "content": "x"}]
 
 

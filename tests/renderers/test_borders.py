@@ -1,0 +1,90 @@
+"""Borders between words, against the tokenizers themselves."""
+
+import copy
+import re
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import AddedToken, Regex, normalizers, pre_tokenizers
+
+from cookbook import embedded
+from cookbook.models import get_tokenizer
+from renderers.borders import BORDER, parts_at_border
+
+pieces = st.sampled_from(
+    [
+        BORDER,
+        ": ",
+        ":",
+        " ",
+        "  ",
+        "\n",
+        "\r\n",
+        "\t",
+        "a",
+        "'s",
+        "'",
+        "1",
+        "234",
+        "é",
+        "e\u0301",
+        "\u0301",
+        "天",
+        "😀",
+    ]
+)
+texts = st.lists(pieces | st.text(max_size=3), max_size=12).map("".join)
+
+
+@pytest.fixture(params=["small", "tiny-chat", "qwen3", "llama3_1"], scope="module")
+def tokenizer(request: pytest.FixtureRequest, small_tokenizer: Any, real_tokenizer: Any) -> Any:
+    if request.param == "small":
+        return small_tokenizer()
+    if request.param == "tiny-chat":
+        return get_tokenizer(embedded.MODEL_NAME)
+    return real_tokenizer(request.param)
+
+
+def test_the_borders_of_well_known_tokenizers_are_known(tokenizer):
+    assert parts_at_border(tokenizer.backend_tokenizer)
+
+
+@settings(max_examples=200, deadline=None)
+@given(before=texts, after=texts)
+def test_both_sides_of_a_border_are_encoded_each_alone(tokenizer, before, after):
+    text = f"{before}{BORDER}{after}"
+
+    def encode(part: str) -> list[int]:
+        return tokenizer.backend_tokenizer.encode(part, add_special_tokens=False).ids
+
+    for border in re.finditer(BORDER, text):
+        middle = border.start() + 1
+        assert encode(text) == encode(text[:middle]) + encode(text[middle:])
+
+
+def with_words(pattern: str) -> Any:
+    words = pre_tokenizers.Split(Regex(pattern), "isolated")
+    return pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+
+
+@pytest.mark.parametrize(
+    ("part", "other"),
+    [
+        ("pre_tokenizer", pre_tokenizers.ByteLevel(add_prefix_space=True)),
+        ("pre_tokenizer", pre_tokenizers.Metaspace()),
+        ("pre_tokenizer", with_words(r": \p{L}+| ?[^\s\p{L}\p{N}]+|\s+")),
+        ("pre_tokenizer", with_words(r"\s+(?!\S)|\s+| ?\p{L}+")),
+        ("normalizer", normalizers.Replace(": ", ":")),
+        ("added", AddedToken("Note: ")),
+    ],
+)
+def test_a_tokenizer_that_may_join_the_two_sides_has_no_borders(small_tokenizer, part, other):
+    backend = copy.deepcopy(small_tokenizer().backend_tokenizer)
+    assert parts_at_border(backend)
+    if part == "added":
+        backend.add_tokens([other])
+    else:
+        setattr(backend, part, other)
+    assert not parts_at_border(backend)

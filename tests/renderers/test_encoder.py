@@ -1,0 +1,58 @@
+"""Texts to tokens, against the tokenizer itself."""
+
+import copy
+import re
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import AddedToken
+
+from renderers.encoder import Encoder, any_of
+
+pieces = st.sampled_from(["<|im_start|>", "<|im_end|>", "<|x|>", "user\n", "a", " ", "\n", "天", "Hi: ", "1"])
+texts = st.lists(pieces, max_size=8).map("".join)
+
+
+@pytest.mark.parametrize("flag", ["none", "lstrip", "rstrip", "single_word", "normalized"])
+@settings(max_examples=100, deadline=None)
+@given(series=st.lists(st.tuples(texts, texts), min_size=1, max_size=3), beginning=texts)
+def test_a_text_is_encoded_the_same_whatever_was_encoded_before(small_tokenizer, flag, series, beginning):
+    tokenizer = small_tokenizer() if flag == "none" else flagged(small_tokenizer(), flag)
+    encoder = Encoder(tokenizer)
+    for middle, end in series:
+        beginning += middle
+        text = beginning + end
+        assert encoder.encode(text).ids == Encoder(tokenizer).encode(text).ids
+        if flag == "none":
+            assert encoder.encode(text).ids == tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+_flagged: dict[str, Any] = {}
+
+
+def flagged(tokenizer: Any, flag: str) -> Any:
+    if flag not in _flagged:
+        _flagged[flag] = copy.deepcopy(tokenizer)
+        _flagged[flag].add_tokens([AddedToken("<|x|>", special=True, **{"normalized": False, flag: True})])
+    return _flagged[flag]
+
+
+def test_what_is_done_to_the_tokens_of_one_text_leaves_the_next_alone(small_tokenizer):
+    encoder = Encoder(small_tokenizer())
+    text = "<|im_start|>user\na<|im_end|>\n<|im_start|>"
+    first = encoder.encode(text).ids
+    expected = list(first)
+    first.clear()
+    assert encoder.encode(text).ids == expected
+
+
+words = st.text("ab|<", min_size=1, max_size=4)
+
+
+@given(options=st.lists(words, max_size=6), text=st.text("ab|<", max_size=12))
+def test_any_of_some_texts_is_the_longest_that_fits(options, text):
+    longest_first = sorted(options, key=len, reverse=True)
+    plain = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+    assert any_of(options).findall(text) == plain.findall(text)
