@@ -31,6 +31,11 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(CLIENTS[1:], (*BASE, *TOOLS, *CLIENTS, "cookbook.engine")),
     "cookbook.eval": (*BASE, *TOOLS, *RUN, *CLIENTS, *EVAL, "renderers"),
     "cookbook.supervised": (*BASE, *TOOLS, *RUN, *CLIENTS, *EVAL, *SUPERVISED, "renderers"),
+    # How the engine runs is said in a run's config.
+    "cookbook.supervised.train": (
+        *(*BASE, *TOOLS, *RUN, *CLIENTS, *EVAL, *SUPERVISED, "renderers"),
+        "cookbook.engine.options",
+    ),
     # A run looks at the folders of its checkpoints before anything is loaded.
     "cookbook.supervised.start": (
         *(*BASE, *TOOLS, *RUN, *CLIENTS, *EVAL, *SUPERVISED, "renderers"),

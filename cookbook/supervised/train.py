@@ -11,7 +11,7 @@ import chz
 
 from cookbook import config_files, models
 from cookbook.checkpoints import CheckpointLog
-from cookbook.engine.options import GradientCheckpointing, Quantization
+from cookbook.engine.options import EngineOptions, GradientCheckpointing, Quantization
 from cookbook.errors import ConfigError
 from cookbook.eval.evaluators import EvaluatorBuilder
 from cookbook.loggers import logging_to, make_console
@@ -121,7 +121,7 @@ class Config:
         at_least = {
             "warmup_steps": 0, "num_epochs": 1, "max_steps": 1, "weight_decay": 0, "grad_clip_norm": 0,
             "seed": 0, "lora_rank": 0, "eval_every": 0, "infrequent_eval_every": 0, "save_every": 0,
-            "keep_checkpoints": 1, "submit_ahead": 0, "max_tokens_per_microbatch": 1,
+            "keep_checkpoints": 1, "submit_ahead": 0,
         }  # fmt: skip
         above_zero = ("learning_rate", "adam_eps", "lora_alpha")
         for name, least in at_least.items():
@@ -134,6 +134,13 @@ class Config:
         for name in ("adam_beta1", "adam_beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)} is impossible. It must lie in [0, 1).")
+        EngineOptions(  # it refuses what cannot be had here
+            self.device,
+            self.dtype,
+            self.max_tokens_per_microbatch,
+            self.gradient_checkpointing,
+            self.quantization,
+        )
         if self.seed >= 2**31:
             raise ConfigError(f"seed={self.seed} is too large. It must be below 2**31.")
         if self.weight_decay == math.inf or self.grad_clip_norm == math.inf:
