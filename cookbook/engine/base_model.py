@@ -124,6 +124,7 @@ class BaseModel:
         with self.adapters.using(adapter):
             return measure_activations(
                 lambda: run(batch),
+                [*self.model.parameters(), *self.model.buffers()],
                 num_tokens,
                 config.num_hidden_layers,
                 config.hidden_size * self.dtype.itemsize,

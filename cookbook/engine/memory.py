@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,15 +77,19 @@ def _ratio(room: float, bytes_per_token: float) -> int:
 
 
 def measure_activations(
-    run: Callable[[], Tensor], num_tokens: int, num_layers: int, layer_bytes: int
+    run: Callable[[], Tensor], held: Iterable[Tensor], num_tokens: int, num_layers: int, layer_bytes: int
 ) -> ActivationCost:
-    """What the forward pass `run` keeps. `layer_bytes`: of the input of one layer, per token."""
+    """What the forward pass `run` keeps besides `held`, the weights, which are there anyway.
+
+    `layer_bytes`: of the input of one layer, per token.
+    """
+    held_storages = {tensor.untyped_storage().data_ptr() for tensor in held}
     storages: dict[int, int] = {}
     kept: list[Tensor] = []
 
     def pack(tensor: Tensor) -> Tensor:
-        if not isinstance(tensor, nn.Parameter):
-            storage = tensor.untyped_storage()
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in held_storages:  # a frozen layer keeps a view of its weight
             storages[storage.data_ptr()] = storage.nbytes()
             kept.append(tensor)  # else its address could be given to another
         return tensor

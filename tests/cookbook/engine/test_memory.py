@@ -1,0 +1,434 @@
+"""How large micro-batches may be, what checkpointing keeps, and what happens where memory ends."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+import weakref
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+
+from cookbook.engine import memory
+from cookbook.engine.base_model import BaseModel
+from cookbook.engine.memory import (
+    ActivationCost,
+    MicrobatchLimits,
+    checkpointed_layers,
+    is_out_of_memory,
+    limits_for,
+    measure_activations,
+)
+from cookbook.engine.options import EngineOptions
+from cookbook.engine.packing import PackedBatch, TokenSequence, pack
+from cookbook.engine.trainer import Trainer
+from cookbook.errors import TrainingError
+from cookbook.types import AdamParams
+
+CPU = torch.device("cpu")
+NEVER = 2**62
+LOGGER = "cookbook.engine.trainer"
+
+OUT_OF_MEMORY = {
+    "cuda": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+    "cpu": RuntimeError(
+        "[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: you tried "
+        "to allocate 8589934592 bytes. Error code 12 (Cannot allocate memory)"
+    ),
+    "numpy": MemoryError("Unable to allocate 8.00 GiB for an array"),
+}
+
+
+class TightModel(BaseModel):
+    """Runs out of memory at the end of a pass over more tokens than there is room for."""
+
+    room = room_checkpointed = NEVER
+    error: Exception = OUT_OF_MEMORY["cuda"]
+
+    def __init__(self, *arguments: Any) -> None:
+        self.passes: list[tuple[int, bool]] = []
+        self.held_when_tried_again = False
+        self._ballast: Callable[[], object] = lambda: None
+        super().__init__(*arguments)
+
+    def _use(self, batch: PackedBatch, is_checkpointed: bool) -> Tensor:
+        num_tokens = batch.tokens_1N.shape[1]
+        self.passes.append((num_tokens, is_checkpointed))
+        self.held_when_tried_again |= self._ballast() is not None
+        ballast = torch.zeros(1)
+        self._ballast = weakref.ref(ballast)
+        if num_tokens > (self.room_checkpointed if is_checkpointed else self.room):
+            raise type(self.error)(
+                *self.error.args
+            )  # a new one: an exception holds the frames it went through
+        return ballast
+
+    def backpropagate(self, batch: PackedBatch, *rest: Any) -> tuple[Tensor, Tensor]:
+        # The gradient of a pass that fails is there in part.
+        result = super().backpropagate(batch, *rest)
+        ballast = self._use(batch, rest[-1])
+        del ballast
+        return result
+
+    def logprobs(self, batch: PackedBatch) -> Tensor:
+        if self.room < NEVER:
+            self._use(batch, False)
+        return super().logprobs(batch)
+
+
+@pytest.fixture
+def make_tight(tiny_qwen3: str, make_trainer: Any) -> Callable[..., Trainer]:
+    def make(checkpointing: str = "auto", max_tokens: int = 1000, **attributes: Any) -> Trainer:
+        options = EngineOptions(gradient_checkpointing=checkpointing)  # type: ignore[arg-type]
+        base = TightModel(tiny_qwen3, options)
+        made: Trainer = make_trainer(base)
+        made._limits = MicrobatchLimits(max_tokens, 0 if checkpointing == "on" else NEVER)
+        for name, value in attributes.items():
+            setattr(base, name, value)
+        return made
+
+    return make
+
+
+@pytest.fixture
+def unfailed(tiny_qwen3: str, make_trainer: Any, gradients_of: Any) -> Callable[..., Any]:
+    """Log-probabilities and gradients of a run to which nothing happens."""
+
+    def run(*requests: list[Any]) -> tuple[list[np.ndarray], dict[str, Tensor]]:
+        made = make_trainer(tiny_qwen3)
+        for data in requests:
+            result = made.forward_backward(made.check(data, "cross_entropy", None))
+        return result.logprobs(), gradients_of(made)
+
+    return run
+
+
+@pytest.fixture
+def warnings(caplog: pytest.LogCaptureFixture) -> Iterator[Callable[[], list[str]]]:
+    with caplog.at_level(logging.WARNING, logger=LOGGER):
+        yield lambda: [record.message for record in caplog.records if record.name == LOGGER]
+
+
+# -- where memory ends ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("device", OUT_OF_MEMORY)
+def test_a_microbatch_that_does_not_fit_is_halved_and_the_pass_done_again(
+    device: str,
+    make_tight: Any,
+    make_data: Any,
+    gradients_of: Any,
+    assert_close: Any,
+    unfailed: Any,
+    warnings: Any,
+) -> None:
+    made = make_tight(room=70, error=OUT_OF_MEMORY[device])
+    data = make_data(made.base.vocab_size, [30] * 8)
+    expected_logprobs, expected_gradients = unfailed(data)
+    result = made.forward_backward(made.check(data, "cross_entropy", None))
+
+    assert made.base.passes == [(240, False), (120, False), *[(60, False)] * 4]
+    assert warnings() == [
+        "A micro-batch of 240 tokens does not fit in memory: going on with 120 at most.",
+        "A micro-batch of 120 tokens does not fit in memory: going on with 60 at most.",
+    ]
+    for found, expected in zip(result.logprobs(), expected_logprobs, strict=True):
+        assert_close(found, expected)
+    assert gradients_of(made).keys() == expected_gradients.keys()
+    for name, gradient in gradients_of(made).items():
+        assert_close(gradient, expected_gradients[name])
+
+    made.base.passes.clear()
+    made.forward_backward(made.check(data, "cross_entropy", None))
+    assert made.base.passes == [(60, False)] * 4, "what was learnt is kept"
+
+
+def test_nothing_of_a_pass_that_did_not_fit_is_held_while_it_is_tried_again(
+    make_tight: Any, make_data: Any
+) -> None:
+    made = make_tight(room=70)
+    made.forward_backward(made.check(make_data(made.base.vocab_size, [30] * 4), "cross_entropy", None))
+    assert [tokens for tokens, _ in made.base.passes] == [120, 60, 60]
+    assert not made.base.held_when_tried_again
+
+
+@pytest.mark.parametrize("backward", [True, False])
+def test_gradients_of_earlier_calls_outlive_a_pass_that_did_not_fit(
+    backward: bool, make_tight: Any, make_data: Any, gradients_of: Any, assert_close: Any, unfailed: Any
+) -> None:
+    made = make_tight(room=70)
+    first, second = (make_data(made.base.vocab_size, [30] * n, seed=n) for n in (2, 4))
+    _, expected = unfailed(first, second) if backward else unfailed(first)
+    made.forward_backward(made.check(first, "cross_entropy", None))
+    run = made.forward_backward if backward else made.forward
+    run(made.check(second, "cross_entropy", None))
+    assert (120, False) in made.base.passes
+    assert gradients_of(made).keys() == expected.keys()
+    for name, gradient in gradients_of(made).items():
+        assert_close(gradient, expected[name])
+
+
+def test_a_single_sequence_that_does_not_fit_has_its_layers_checkpointed(
+    make_tight: Any, make_data: Any, gradients_of: Any, assert_close: Any, unfailed: Any, warnings: Any
+) -> None:
+    made = make_tight(max_tokens=1, room=45)
+    data = make_data(made.base.vocab_size, [40, 60, 50])
+    _, expected = unfailed(data)
+    made.forward_backward(made.check(data, "cross_entropy", None))
+    assert made.base.passes[-3:] == [(40, False), (60, True), (50, True)]
+    assert warnings() == [
+        f"A sequence of {tokens} tokens does not fit in memory: its layers are checkpointed from now on."
+        for tokens in (60, 50)
+    ]
+    for name, gradient in gradients_of(made).items():
+        assert_close(gradient, expected[name])
+
+
+@pytest.mark.parametrize(
+    ("checkpointing", "advice"),
+    [
+        ("auto", "Use a smaller max_length"),
+        ("on", "Use a smaller max_length"),
+        ("off", "Use gradient_checkpointing=auto, a smaller max_length"),
+    ],
+)
+def test_a_single_sequence_that_never_fits_is_an_error_that_says_what_to_change(
+    checkpointing: str, advice: str, make_tight: Any, make_data: Any, gradients_of: Any
+) -> None:
+    made = make_tight(checkpointing, room=30, room_checkpointed=45)
+    short, long = (make_data(made.base.vocab_size, [length]) for length in (20, 60))
+    made.forward_backward(made.check(short, "cross_entropy", None))
+    before = gradients_of(made)
+
+    with pytest.raises(TrainingError, match=f"A sequence of 60 tokens does not fit.*even alone. {advice}"):
+        made.forward_backward(made.check([*short, *long], "cross_entropy", None))
+
+    after = gradients_of(made)
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    made.forward_backward(made.check(short, "cross_entropy", None))
+    made.optim_step(AdamParams(learning_rate=1e-3))
+
+
+def test_a_forward_pass_that_does_not_fit_is_halved_too_and_never_checkpointed(
+    make_tight: Any, make_data: Any, warnings: Any
+) -> None:
+    made = make_tight(room=70)
+    data = make_data(made.base.vocab_size, [30] * 4)
+    assert len(made.forward(made.check(data, "cross_entropy", None)).logprobs()) == 4
+    assert made.base.passes == [(120, False), (60, False), (60, False)]
+    assert len(warnings()) == 1
+    with pytest.raises(TrainingError, match="even alone. Use a smaller max_length"):
+        made.forward(made.check(make_data(made.base.vocab_size, [80]), "cross_entropy", None))
+
+
+def test_an_error_of_another_kind_is_not_tried_again(make_tight: Any, make_data: Any, warnings: Any) -> None:
+    made = make_tight(room=70, error=RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    with pytest.raises(TrainingError, match="shapes cannot be multiplied"):
+        made.forward_backward(made.check(make_data(made.base.vocab_size, [90]), "cross_entropy", None))
+    assert len(made.base.passes) == 1
+    assert not warnings()
+    assert not is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+
+
+REAL = """
+import resource, sys
+import numpy as np
+import torch
+from cookbook.engine.base_model import BaseModel
+from cookbook.engine.memory import MicrobatchLimits
+from cookbook.engine.trainer import Trainer
+from cookbook.types import Datum, LoraConfig, ModelInput
+
+made = Trainer(BaseModel(sys.argv[1]), LoraConfig(rank=4, seed=0))
+tokens = np.random.default_rng(0).integers(0, 300, (40, 101))
+data = [Datum(ModelInput.from_ints(row[:-1]), {"target_tokens": row[1:]}) for row in tokens]
+
+def run(max_tokens):
+    made._limits = MicrobatchLimits(max_tokens, 2**62)
+    made.forward_backward(made.check(data, "cross_entropy", None))
+    gradients = {name: p.grad.clone() for name, p in made.adapter.weights.items()}
+    made.discard_gradients()
+    return gradients
+
+expected = run(100)
+with open("/proc/self/statm") as file:
+    held = int(file.read().split()[0]) * resource.getpagesize()
+_, hard = resource.getrlimit(resource.RLIMIT_AS)
+resource.setrlimit(resource.RLIMIT_AS, (held + 100 * 2**20, hard))
+found = run(4000)
+assert made._limits.max_tokens in (2000, 1000, 500), made._limits
+for name, gradient in expected.items():
+    torch.testing.assert_close(found[name], gradient, rtol=0, atol=1e-5 * float(gradient.abs().max()))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the limit is set from /proc")
+def test_a_process_that_really_runs_out_of_memory_finishes_with_the_right_gradients(
+    make_model_folder: Any, tmp_path: Path
+) -> None:
+    """4,000 tokens at 110 kB each, with 100 MB left."""
+    folder = make_model_folder(
+        tmp_path / "model", hidden_size=256, intermediate_size=1024, num_hidden_layers=4, head_dim=64
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", REAL, str(folder)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+    )
+    assert ran.returncode == 0, ran.stderr
+    lines = [line for line in ran.stderr.splitlines() if "does not fit in memory" in line]
+    assert 1 <= len(lines) <= 3
+    assert lines[0] == "A micro-batch of 4000 tokens does not fit in memory: going on with 2000 at most."
+
+
+# -- limits -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("total", "reserved", "checkpointing", "wanted", "expected"),
+    [
+        # Half of the total is counted on, 1 / 1.25 of that for 1000 bytes a token, 100 if checkpointed.
+        (10_000_000, 0, "auto", None, (2048, 4000)),
+        (10_000_000, 0, "off", None, (2048, NEVER)),
+        (10_000_000, 0, "on", None, (2048, 0)),
+        (3_000_000, 0, "auto", None, (1200, 1200)),
+        (5_000_000, 1_000_000, "auto", None, (1200, 1200)),
+        (2_000_000, 0, "auto", None, (2048, 800)),
+        (400_000, 0, "auto", None, (1600, 160)),
+        (2_000_000, 0, "off", None, (800, NEVER)),
+        (200_000, 0, "on", None, (800, 0)),
+        (10_000_000, 0, "auto", 500, (500, 4000)),
+        (2_000_000, 0, "auto", 3000, (3000, 800)),
+        (1_000, 0, "on", 500, (500, 0)),
+        (1_000, 0, "off", 500, (500, NEVER)),
+        (1_000_000, 600_000, "auto", None, (1, 0)),
+        (1_000_000, 600_000, "off", None, (1, NEVER)),
+    ],
+)
+def test_limits_follow_from_the_memory_and_what_the_options_leave_open(
+    monkeypatch: pytest.MonkeyPatch,
+    total: int,
+    reserved: int,
+    checkpointing: Any,
+    wanted: int | None,
+    expected: tuple[int, int],
+) -> None:
+    monkeypatch.setattr(memory, "_total_memory", lambda device: total)
+    options = EngineOptions(max_tokens_per_microbatch=wanted, gradient_checkpointing=checkpointing)
+    cost = ActivationCost(whole=1000, checkpointed=100)
+    if wanted and checkpointing != "auto":
+        limits = limits_for(options, CPU, pytest.fail, reserved)  # nothing is measured
+    else:
+        limits = limits_for(options, CPU, lambda: cost, reserved)
+    assert (limits.max_tokens, limits.max_tokens_without_checkpointing) == expected
+    assert not limits.checkpoints(expected[1])
+    assert limits.checkpoints(expected[1] + 1)
+
+
+def test_activations_that_cost_nothing_set_no_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "_total_memory", lambda device: 10_000_000)
+    limits = limits_for(EngineOptions(), CPU, lambda: ActivationCost(0, 0), 0)
+    assert limits.max_tokens == 2048
+
+
+def test_what_a_toy_model_keeps_is_counted_once_and_without_its_weights() -> None:
+    """x for the weight of the first layer, what the sigmoid gives for that of the second and for itself."""
+    model = nn.Sequential(nn.Linear(8, 16), nn.Sigmoid(), nn.Linear(16, 4))
+    cost = measure_activations(
+        lambda: model(torch.zeros(10, 8)), model.parameters(), num_tokens=10, num_layers=2, layer_bytes=32
+    )
+    assert cost == ActivationCost(whole=4 * (8 + 16), checkpointed=2 * 32 + 4 * (8 + 16) / 2)
+    frozen = model.requires_grad_(False)
+    x = torch.zeros(10, 8, requires_grad=True)
+    cost = measure_activations(lambda: frozen(x), frozen.parameters(), 10, 2, 32)
+    assert cost.whole == 4 * 16
+
+
+def kept_bytes(made: Trainer, num_tokens: int, is_checkpointed: bool) -> float:
+    """Per token, by the profiler: what a forward pass allocated and did not free."""
+    ids_T = np.zeros(num_tokens, np.int64)
+    batch = pack([TokenSequence(ids_T, ids_T, np.ones(num_tokens, np.float32), {})], CPU, trained_only=True)
+    with (
+        made.base.adapters.using(made.adapter),
+        torch.enable_grad(),
+        checkpointed_layers(made.base.model, is_checkpointed),
+    ):
+        made.base.hidden(batch)
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+            hidden_ND = made.base.hidden(batch)
+        assert hidden_ND.requires_grad
+    return sum(event.self_cpu_memory_usage for event in profiled.key_averages()) / num_tokens
+
+
+@pytest.mark.parametrize("train_mlp", [True, False])
+@pytest.mark.parametrize("model_type", ["qwen3", "gemma3_text"])
+def test_the_measured_cost_is_what_the_allocator_says(
+    model_type: str, train_mlp: bool, make_model_folder: Any, make_trainer: Any, tmp_path: Path
+) -> None:
+    folder = make_model_folder(
+        tmp_path / "model", model_type, hidden_size=64, intermediate_size=128, num_hidden_layers=6
+    )
+    made = make_trainer(str(folder), train_mlp=train_mlp)
+    cost = made.base._activation_cost(made.adapter)
+    whole, checkpointed = (kept_bytes(made, 200, is_checkpointed) for is_checkpointed in (False, True))
+    assert cost.whole == pytest.approx(whole, rel=0.1)
+    one_layer = whole / 6
+    assert checkpointed < 1.5 * one_layer
+    assert cost.checkpointed == pytest.approx(checkpointed + one_layer, rel=0.25)
+
+
+# -- checkpointed layers ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_checkpointed_layers_are_left_as_they_were(fails: bool, tiny_qwen3: str) -> None:
+    model = BaseModel(tiny_qwen3).model
+    with pytest.raises(ZeroDivisionError) if fails else checkpointed_layers(model, False):  # noqa: SIM117
+        with checkpointed_layers(model, True):
+            assert sum(module.training for module in model.modules()) == 2, "its two layers, nothing below"
+            if fails:
+                raise ZeroDivisionError
+    assert not any(module.training for module in model.modules())
+    assert not any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+
+
+@pytest.mark.parametrize(
+    ("model_type", "config"),
+    [
+        ("opt", {"dropout": 0.9, "attention_dropout": 0.9, "ffn_dim": 64, "word_embed_proj_dim": 32}),
+        ("phi", {"resid_pdrop": 0.9, "embd_pdrop": 0.9, "attention_dropout": 0.9}),
+        ("qwen3", {"attention_dropout": 0.9}),
+    ],
+)
+def test_nothing_drops_out_in_a_checkpointed_layer(
+    model_type: str,
+    config: dict[str, Any],
+    make_model_folder: Any,
+    make_trainer: Any,
+    make_data: Any,
+    gradients_of: Any,
+    tmp_path: Path,
+) -> None:
+    made = make_trainer(str(make_model_folder(tmp_path / "model", model_type, **config)))
+    request = made.check(make_data(made.base.vocab_size, [30, 20]), "cross_entropy", None)
+    found = []
+    for checkpoint_beyond in (NEVER, 0):
+        made._limits = MicrobatchLimits(1000, checkpoint_beyond)
+        logprobs = made.forward_backward(request).logprobs()
+        found.append((logprobs, gradients_of(made)))
+        made.discard_gradients()
+    (logprobs, gradients), (logprobs_checkpointed, gradients_checkpointed) = found
+    for one, other in zip(logprobs, logprobs_checkpointed, strict=True):
+        np.testing.assert_array_equal(one, other)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradients_checkpointed[name], gradient)
