@@ -200,7 +200,7 @@ class BaseModel:
         return found
 
     def _reaches_beyond(self, batch: PackedBatch, length: int) -> bool:
-        """Whether nan in the first sequence, of that length, shows in the others, however faintly they see it."""
+        """Whether nan in the first sequence, of that length, shows in the others: they may see it faintly."""
 
         def spoil(module: nn.Module, inputs: Any, embeddings_1ND: Tensor) -> Tensor:
             spoilt_1ND = embeddings_1ND.clone()

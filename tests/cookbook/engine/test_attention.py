@@ -6,6 +6,7 @@ Shape suffixes: B rows, H heads, T tokens, D head size.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -37,6 +38,8 @@ def dense(
     segments: list[Segment],
     sliding_window: int | None = None,
     scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
 ) -> Tensor:
     """[B, T, H, D]: position t sees position s of its own segment if t - window < s <= t."""
     num_heads, num_tokens = query_BHTD.shape[1:3]
@@ -59,7 +62,11 @@ def dense(
         kv_head = head * key_BHTD.shape[1] // num_heads
         scores = query_BHTD[:, head] @ key_BHTD[:, kv_head].transpose(1, 2)
         scores = scores * (1 / math.sqrt(query_BHTD.shape[-1]) if scaling is None else scaling)
-        outs.append(scores.masked_fill(~sees, -torch.inf).softmax(-1) @ value_BHTD[:, kv_head])
+        if softcap is not None:
+            scores = softcap * (scores / softcap).tanh()
+        weights = scores.exp() * sees
+        sink = 0 if s_aux is None else s_aux[head].exp()
+        outs.append(weights @ value_BHTD[:, kv_head] / (weights.sum(-1, keepdim=True) + sink))
     return torch.stack(outs, dim=2)
 
 
@@ -88,6 +95,53 @@ def test_packed_attention_equals_a_dense_block_diagonal_mask(
         torch.testing.assert_close(one, other)
 
 
+SINKS = torch.tensor([-1.0, 0.5, 2.0, 4.0], dtype=torch.float64)
+
+
+@pytest.mark.parametrize("sliding_window", [None, 1, 4, 100])
+@pytest.mark.parametrize(
+    "options", [{"softcap": 0.7}, {"s_aux": SINKS}, {"softcap": 0.7, "s_aux": SINKS, "scaling": 0.9}]
+)
+def test_soft_caps_and_sinks_equal_the_formula_written_out(
+    options: dict[str, Any], sliding_window: int | None
+) -> None:
+    """In fp32 whatever the tensors are."""
+    tensors = make(4, 2)
+    if "s_aux" in options:
+        options = {**options, "s_aux": SINKS.clone().requires_grad_()}
+        leaves = (*tensors, options["s_aux"])
+    else:
+        leaves = tensors
+    expected = dense(*tensors, SEGMENTS, sliding_window, **options)
+    found = attend(*tensors, layout=LAYOUT, sliding_window=sliding_window, **options)
+    assert found.dtype == expected.dtype
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+    weights = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    for one, other in zip(
+        torch.autograd.grad((weights * found).sum(), leaves),
+        torch.autograd.grad((weights * expected).sum(), leaves),
+        strict=True,
+    ):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("options", [{"softcap": 0.7}, {"s_aux": SINKS}])
+@pytest.mark.parametrize("sliding_window", [None, 5, 50])
+def test_soft_caps_and_sinks_after_a_cache_equal_the_last_row_of_the_whole(
+    sliding_window: int | None, options: dict[str, Any]
+) -> None:
+    query_BHTD, key_BHTD, value_BHTD = make(4, 2, num_rows=3)
+    whole = dense(query_BHTD, key_BHTD, value_BHTD, [(0, NUM_TOKENS)], sliding_window, **options)
+    last = attend(query_BHTD[:, :, -1:], key_BHTD, value_BHTD, sliding_window=sliding_window, **options)
+    torch.testing.assert_close(last, whole[:, -1:], rtol=1e-6, atol=1e-6)
+
+
+def test_a_large_sink_takes_all_and_overflows_nothing() -> None:
+    tensors = make(4, 4)
+    found = attend(*tensors, layout=LAYOUT, s_aux=torch.full((4,), 1e4))
+    assert not found.any()
+
+
 def test_the_scaling_of_the_model_is_used() -> None:
     tensors = make(2, 2)
     torch.testing.assert_close(
@@ -108,13 +162,14 @@ def test_a_query_after_a_cache_equals_the_last_row_of_the_whole(sliding_window: 
     torch.testing.assert_close(last, whole[:, -1:])
 
 
-def test_nothing_of_a_segment_reaches_another_to_the_bit() -> None:
+@pytest.mark.parametrize("options", [{}, {"sliding_window": 4}, {"softcap": 0.7}, {"s_aux": SINKS}])
+def test_nothing_of_a_segment_reaches_another_to_the_bit(options: dict[str, Any]) -> None:
     query_BHTD, key_BHTD, value_BHTD = (tensor.detach() for tensor in make(4, 2))
-    before = attend(query_BHTD, key_BHTD, value_BHTD, layout=LAYOUT)
+    before = attend(query_BHTD, key_BHTD, value_BHTD, layout=LAYOUT, **options)
     changed = [tensor.clone() for tensor in (query_BHTD, key_BHTD, value_BHTD)]
     for tensor in changed:
         tensor[:, :, 6:7] = torch.nan
-    after = attend(*changed, layout=LAYOUT)
+    after = attend(*changed, layout=LAYOUT, **options)
     assert torch.equal(after[:, :6], before[:, :6])
     assert torch.equal(after[:, 7:], before[:, 7:])
     assert after[:, 6:7].isnan().all()

@@ -171,6 +171,7 @@ class Plain:
     """transformers and peft, one sequence at a time."""
 
     def __init__(self, base_folder: str, adapter_folder: Path) -> None:
+        self.adapter_folder = adapter_folder
         model = AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.float32)
         self.model = PeftModel.from_pretrained(model, adapter_folder, is_trainable=True).eval()
         self.parameters = {
@@ -485,3 +486,35 @@ def test_an_adapter_on_experts_that_are_no_linear_layers_is_refused(
     base = trainer_of(name)[0].base
     with pytest.raises(ConfigError, match="train_mlp=True, but .* has no linear layer.*Pass train_mlp=False"):
         make_trainer(base.name, train_mlp=True)
+
+
+# -- in half precision ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gemma2", "phi"])
+def test_in_bfloat16_gradients_are_as_near_to_the_truth_as_those_of_peft(
+    name: str, trainer_of: Any, make_trainer: Callable[..., Trainer], make_data: Any
+) -> None:
+    """The truth: the same rounded weights, computed in float64."""
+    base, plain = trainer_of(name)[0].base.name, trainer_of(name)[1]
+    data = make_data(VOCAB_SIZE, [40, 30, 50])
+
+    def plain_gradients(dtype: torch.dtype) -> Tensor:
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16).to(dtype)
+        peft_model = PeftModel.from_pretrained(model, plain.adapter_folder, is_trainable=True).eval()
+        if dtype == torch.float64:
+            peft_model = peft_model.double()
+        for datum in data:
+            logits_TV = peft_model(torch.tensor([datum.model_input.to_ints()]), use_cache=False).logits[0]
+            targets_T1 = datum.loss_fn_inputs["target_tokens"].to_torch()[:, None]
+            logprobs_T = logits_TV.to(torch.promote_types(dtype, torch.float32)).log_softmax(-1)
+            weights_T = datum.loss_fn_inputs["weights"].to_torch()
+            (-(weights_T * logprobs_T.gather(1, targets_T1)[:, 0]).sum()).backward()
+        parameters = {n.replace(".default.", "."): p for n, p in peft_model.named_parameters()}
+        return torch.cat([parameters[n].grad.double().flatten() for n in made.adapter.weights])
+
+    made = make_trainer(base, options={"dtype": "bfloat16"})
+    truth, of_peft = plain_gradients(torch.float64), plain_gradients(torch.bfloat16)
+    made.forward_backward(made.check(data, "cross_entropy", None))
+    found = torch.cat([p.grad.double().flatten() for p in made.adapter.weights.values()])
+    assert (found - truth).norm() < 1.5 * (of_peft - truth).norm()
