@@ -32,7 +32,7 @@ class ServiceClient:
     micro-batches of at most `max_tokens_per_microbatch` tokens (None: what fits and is fast), whose
     layers are run again in the backward pass by `gradient_checkpointing`: "auto" (where they would
     not fit otherwise), "on" or "off". `quantization="nf4"` holds the frozen linear layers in 4 bits
-    (QLoRA; `pip install 'sft-cookbook[qlora]'`).
+    (QLoRA; `pip install 'sft-cookbook[qlora]'`). `compile` compiles the decoder's layers.
     """
 
     def __init__(
@@ -43,9 +43,10 @@ class ServiceClient:
         max_tokens_per_microbatch: int | None = None,
         gradient_checkpointing: GradientCheckpointing = "auto",
         quantization: Quantization | None = None,
+        compile: bool = False,
     ) -> None:
         self._options = EngineOptions(
-            device, dtype, max_tokens_per_microbatch, gradient_checkpointing, quantization
+            device, dtype, max_tokens_per_microbatch, gradient_checkpointing, quantization, compile
         )
         self._checkpoint_dir = None if checkpoint_dir is None else Path(checkpoint_dir).expanduser()
         self._engines: dict[str, Engine] = {}

@@ -32,6 +32,7 @@ class AttentionLayout:
     """Where given, each call adds the sliding window that it was called with."""
 
 
+@torch.compiler.disable  # it goes by the layout of each row: a compiled layer would be compiled anew for each
 def packed_attention(
     module: torch.nn.Module,
     query_BHTD: Tensor,

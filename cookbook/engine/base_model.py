@@ -22,12 +22,14 @@ from cookbook.engine.memory import (
     ActivationCost,
     MicrobatchLimits,
     checkpointed_layers,
+    decoder_layers,
     limits_for,
     measure_activations,
 )
 from cookbook.engine.options import EngineOptions
 from cookbook.engine.packing import PackedBatch, TokenSequence, pack
 from cookbook.engine.projection import Head, LoraOnHead, TokenLoss
+from cookbook.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +51,18 @@ class BaseModel:
         self.is_packed = False
         self.has_plain_head = False
         self._find_what_is_safe()
+        self._prepare_layers()
+
+    def _prepare_layers(self) -> None:
+        layers = decoder_layers(self.model)
+        if not layers and (self.options.compile or self.options.gradient_checkpointing == "on"):
+            raise ConfigError(
+                f"{self.name} has no layers that transformers knows how to run again or compile. Leave out "
+                f"compile and gradient_checkpointing=on."
+            )
+        if self.options.compile:
+            for layer in layers:
+                layer.compile(dynamic=True)
 
     # -- one micro-batch --------------------------------------------------------------------
 

@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from cookbook.engine.options import EngineOptions
 
-USEFUL_TOKENS = {"cpu": 2048, "cuda": 16384}
+USEFUL_TOKENS = {"cpu": 1024, "cuda": 16384}
 """Micro-batches beyond this are no faster (`benchmarks/LOG.md`)."""
 FEWEST_TOKENS = 1024
 """With less room than this, layers are checkpointed rather than micro-batches cut further."""
@@ -116,6 +116,13 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
+def decoder_layers(model: Any) -> list[Any]:
+    """The layers that transformers can checkpoint."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
 @contextlib.contextmanager
 def checkpointed_layers(model: Any, enabled: bool) -> Iterator[None]:
     """Keeps the inputs of the decoder's layers alone and runs each again in the backward pass.
@@ -123,12 +130,10 @@ def checkpointed_layers(model: Any, enabled: bool) -> Iterator[None]:
     Layers checkpoint themselves in training mode, but run in evaluation mode both times: some ask
     for their own mode where they drop out.
     """
-    from transformers.modeling_layers import GradientCheckpointingLayer
-
-    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     if not enabled:
         yield
         return
+    layers = decoder_layers(model)
     for layer in layers:
         layer.training = layer.gradient_checkpointing = True
         layer._gradient_checkpointing_func = functools.partial(_checkpoint, layer)  # type: ignore[assignment]

@@ -28,6 +28,8 @@ class EngineOptions:
     """"auto": where the activations of a micro-batch would not fit otherwise."""
     quantization: Quantization | None = None
     """"nf4": the frozen linear layers are held in 4 bits, and compute in `dtype`."""
+    compile: bool = False
+    """Compile the decoder's layers: the first steps take a minute longer, later ones have fewer kernels."""
 
     def __post_init__(self) -> None:
         if self.gradient_checkpointing not in get_args(GradientCheckpointing):

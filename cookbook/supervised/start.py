@@ -196,6 +196,7 @@ async def _create_client(
         max_tokens_per_microbatch=config.max_tokens_per_microbatch,
         gradient_checkpointing=config.gradient_checkpointing,
         quantization=config.quantization,
+        compile=config.compile,
     )
     stack.callback(service.close)
     client = await service.create_lora_training_client_async(

@@ -107,6 +107,7 @@ class Config:
     quantization: Quantization | None = _field(
         default=None, doc="nf4: hold the frozen base weights in 4 bits (QLoRA; needs the extra qlora)"
     )
+    compile: bool = _field(default=False, doc="compile the layers: slow first steps, then fewer kernels")
     wandb_project: str | None = _field(default=None, doc="Weights & Biases project; default: do not use it")
     wandb_name: str | None = _field(default=None, doc="name of the run there")
 
@@ -140,6 +141,7 @@ class Config:
             self.max_tokens_per_microbatch,
             self.gradient_checkpointing,
             self.quantization,
+            self.compile,
         )
         if self.seed >= 2**31:
             raise ConfigError(f"seed={self.seed} is too large. It must be below 2**31.")

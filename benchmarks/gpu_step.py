@@ -1,0 +1,214 @@
+"""A LoRA step on one CUDA device: tokens/s and the share of the chip's matrix rate that they use (MFU).
+
+    python -m benchmarks.gpu_step [--models 0.6B 1.7B 4B 8B] [--steps 20] [--compile] [--real] [--trl]
+
+Qwen3 of published sizes with random weights in bfloat16, an adapter of rank 16 on all linear layers, 16,384
+tokens a step in sequences of 2,048, every token trained. MFU counts 4 operations for each parameter of the
+linear layers and each token (two forward, two for the gradient of what a layer was given; frozen weights need
+no gradient) over the rate of a large bfloat16 product, measured in the same run. `--real` trains on sequences
+of 20 to 2,000 tokens instead, two thirds trained. `--trl` measures TRL too, with packing and Liger-Kernel,
+which that takes to be installed along with a flash attention.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.side_cookbook import make_datums
+from benchmarks.step_data import NUM_TEXT_TOKENS, SEED, VOCAB_SIZE, Example, batches, num_tokens
+from cookbook.service import ServiceClient
+from cookbook.types import AdamParams
+
+LORA_RANK = 16
+LENGTH, TOKENS_A_STEP = 2048, 16_384
+WARM_UP_STEPS = 5
+
+SIZES: dict[str, dict[str, Any]] = {
+    "0.6B": {
+        "hidden_size": 1024,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 16,
+    },
+    "1.7B": {
+        "hidden_size": 2048,
+        "intermediate_size": 6144,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 16,
+    },
+    "4B": {
+        "hidden_size": 2560,
+        "intermediate_size": 9728,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 32,
+    },
+    "8B": {
+        "hidden_size": 4096,
+        "intermediate_size": 12288,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 32,
+    },
+}
+
+
+def make_model_folder(size: str, folder: Path) -> Path:
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    from cookbook import embedded
+    from cookbook.models import get_tokenizer
+
+    config = Qwen3Config(
+        vocab_size=VOCAB_SIZE,
+        num_key_value_heads=8,
+        head_dim=128,
+        max_position_embeddings=40_960,
+        tie_word_embeddings=size != "8B",
+        dtype="bfloat16",
+        **SIZES[size],
+    )
+    torch.manual_seed(SEED)
+    with torch.device("cuda"):
+        model = Qwen3ForCausalLM(config).to(torch.bfloat16)
+    model.save_pretrained(folder)
+    get_tokenizer(embedded.MODEL_NAME).save_pretrained(folder)  # the examples are tokens already
+    return folder
+
+
+def make_batches(num_steps: int, real: bool) -> list[list[Example]]:
+    if real:
+        return batches("mixed", num_steps)
+    rng = np.random.default_rng(SEED)
+    return [
+        [
+            (rng.integers(NUM_TEXT_TOKENS, size=LENGTH + 1).tolist(), [1] * (LENGTH + 1))
+            for _ in range(TOKENS_A_STEP // LENGTH)
+        ]
+        for _ in range(num_steps)
+    ]
+
+
+def matrix_rate(size: int = 8192, repeats: int = 20) -> float:
+    a = torch.randn(size, size, device="cuda", dtype=torch.bfloat16)
+    for _ in range(3):
+        a @ a
+    torch.cuda.synchronize()
+    started = time.perf_counter()
+    for _ in range(repeats):
+        a @ a
+    torch.cuda.synchronize()
+    return 2 * size**3 * repeats / (time.perf_counter() - started)
+
+
+def linear_parameters(folder: Path) -> int:
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    return sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear))
+
+
+def measure_engine(folder: Path, data: list[list[Example]], compile_layers: bool) -> float:
+    """Seconds of the timed steps."""
+    service = ServiceClient(device="cuda", compile=compile_layers)
+    client = service.create_lora_training_client(str(folder), rank=LORA_RANK, seed=0, train_unembed=False)
+    pending = []
+    for step, batch in enumerate(map(make_datums, data)):
+        if step == WARM_UP_STEPS:
+            while pending:
+                pending.pop().result()
+            torch.cuda.synchronize()
+            started = time.perf_counter()
+        client.forward_backward(batch, return_logprobs="trained")
+        pending.append(client.optim_step(AdamParams(learning_rate=1e-4)))
+        if len(pending) > 2:
+            pending.pop(0).result()
+    for optim_step in pending:
+        optim_step.result()
+    torch.cuda.synchronize()
+    seconds = time.perf_counter() - started
+    service.close()
+    return seconds
+
+
+def measure_trl(folder: Path, data: list[list[Example]]) -> float:
+    """The same of `SFTTrainer`, from which it takes the tokens of each step in rows of `LENGTH`."""
+    from datasets import Dataset
+    from peft import LoraConfig
+    from transformers import TrainerCallback
+    from trl import SFTConfig, SFTTrainer
+
+    marks: list[float] = []
+
+    class Clock(TrainerCallback):
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            torch.cuda.synchronize()
+            marks.append(time.perf_counter())
+
+    rows = [
+        {"input_ids": tokens, "labels": [token if m else -100 for token, m in zip(tokens, mask, strict=True)]}
+        for batch in data
+        for tokens, mask in batch
+    ]
+    config = SFTConfig(
+        output_dir=str(folder / "trl"),
+        per_device_train_batch_size=TOKENS_A_STEP // LENGTH,
+        max_steps=len(data),
+        max_length=LENGTH,
+        packing=True,
+        use_liger_kernel=True,
+        bf16=True,
+        gradient_checkpointing=False,
+        learning_rate=1e-4,
+        report_to="none",
+        save_strategy="no",
+        model_init_kwargs={"dtype": "bfloat16", "attn_implementation": "flash_attention_2"},
+    )
+    lora = LoraConfig(r=LORA_RANK, target_modules="all-linear", task_type="CAUSAL_LM")
+    SFTTrainer(
+        str(folder), config, train_dataset=Dataset.from_list(rows), peft_config=lora, callbacks=[Clock()]
+    ).train()
+    return marks[-1] - marks[WARM_UP_STEPS - 1]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--models", nargs="*", choices=SIZES, default=list(SIZES))
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--compile", action="store_true", help="compile the layers")
+    parser.add_argument("--real", action="store_true", help="sequences of 20 to 2,000 tokens")
+    parser.add_argument("--trl", action="store_true", help="measure TRL too")
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        raise SystemExit("This benchmark needs a CUDA device; `benchmarks.train_step` runs on a CPU.")
+    rate = matrix_rate()
+    print(f"{torch.cuda.get_device_name()}: {rate / 1e12:.0f} TFLOP/s in an 8,192-cubed bfloat16 product")
+    data = make_batches(WARM_UP_STEPS + arguments.steps, arguments.real)
+    tokens = sum(map(num_tokens, data[WARM_UP_STEPS:]))
+    print("| model | side | tokens/s | MFU | peak GiB |\n|---|---|---|---|---|")
+    for size in arguments.models:
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = make_model_folder(size, Path(temporary, "model"))
+            flops = 4 * linear_parameters(folder) * tokens
+            sides = {"this engine": lambda f: measure_engine(f, data, arguments.compile)}
+            if arguments.trl:
+                sides["TRL, packing and Liger"] = lambda f: measure_trl(f, data)
+            for side, measure in sides.items():
+                torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats()
+                seconds = measure(folder)
+                peak = torch.cuda.max_memory_allocated() / 2**30
+                mfu = flops / seconds / rate
+                print(f"| {size} | {side} | {tokens / seconds:,.0f} | {mfu:.0%} | {peak:.1f} |")
+
+
+if __name__ == "__main__":
+    main()
