@@ -136,7 +136,7 @@ def checkpointed_layers(model: Any, enabled: bool) -> Iterator[None]:
     layers = decoder_layers(model)
     for layer in layers:
         layer.training = layer.gradient_checkpointing = True
-        layer._gradient_checkpointing_func = functools.partial(_checkpoint, layer)  # type: ignore[assignment]
+        layer._gradient_checkpointing_func = functools.partial(_checkpoint, layer)
     try:
         yield
     finally:

@@ -324,6 +324,7 @@ def test_limits_follow_from_the_memory_and_what_the_options_leave_open(
     expected: tuple[int, int],
 ) -> None:
     monkeypatch.setattr(memory, "_total_memory", lambda device: total)
+    monkeypatch.setitem(memory.USEFUL_TOKENS, "cpu", 2048)
     options = EngineOptions(max_tokens_per_microbatch=wanted, gradient_checkpointing=checkpointing)
     cost = ActivationCost(whole=1000, checkpointed=100)
     if wanted and checkpointing != "auto":
@@ -338,7 +339,7 @@ def test_limits_follow_from_the_memory_and_what_the_options_leave_open(
 def test_activations_that_cost_nothing_set_no_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "_total_memory", lambda device: 10_000_000)
     limits = limits_for(EngineOptions(), CPU, lambda: ActivationCost(0, 0), 0)
-    assert limits.max_tokens == 2048
+    assert limits.max_tokens == memory.USEFUL_TOKENS["cpu"]
 
 
 def test_what_a_toy_model_keeps_is_counted_once_and_without_its_weights() -> None:
