@@ -261,9 +261,11 @@ def blocks_of(sizes: BlockSizes | None) -> Iterator[None]:
 
 
 def assert_same(found: Outcome, expected: Outcome, truth: Truth, trained_only: bool = False) -> None:
+    # A gradient that is zero on paper, like that of a query with one key to choose from, is all rounding.
+    smallest = 1e-7 * max(truth.gradient_sizes.values())
     for name, gradient in expected.gradients.items():
         error = float((found.gradients[name] - gradient).abs().max())
-        assert error <= TOLERANCE * truth.gradient_sizes[name], (name, error, truth.gradient_sizes[name])
+        assert error <= TOLERANCE * truth.gradient_sizes[name] + smallest, (name, error)
     assert abs(found.loss - expected.loss) <= TOLERANCE * truth.loss_size
     for datum, found_T, expected_T in zip(truth.data, found.logprobs, expected.logprobs, strict=True):
         targets_T = datum.loss_fn_inputs["target_tokens"].to_numpy()
@@ -345,7 +347,7 @@ def ways(draw: st.DrawFn, num_sequences: int) -> Way:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-@settings(deadline=None, derandomize=True, max_examples=6, phases=[Phase.generate])
+@settings(deadline=None, derandomize=True, max_examples=8, phases=[Phase.generate])
 @given(
     drawn=st.data(),
     batch=st.lists(sequences(), min_size=1, max_size=5),
