@@ -39,6 +39,9 @@ $(BENCH_STAMP): $(STAMP)
 	touch $(BENCH_STAMP)
 
 bench: $(BENCH_STAMP)
+	$(BIN)/python -m benchmarks.train_step
+	$(BIN)/python -m benchmarks.train_step --set mixed
+	$(BIN)/python -m benchmarks.cost_of_size
 	$(BIN)/python -m benchmarks.loop_overhead
 	$(BIN)/python -m benchmarks.rendering
 	$(BIN)/python -m benchmarks.data_pipeline

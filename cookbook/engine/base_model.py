@@ -5,9 +5,6 @@ Shape suffixes: N tokens of a packed row, S scored positions, D hidden size, V v
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from cookbook import models
-from cookbook.engine import attention, projection
+from cookbook.engine import architecture, projection
 from cookbook.engine.adapters import GLOBAL_STATE, Adapter, Adapters
 from cookbook.engine.loading import load_model, resolve_device, resolve_dtype
 from cookbook.engine.memory import (
@@ -30,8 +27,6 @@ from cookbook.engine.options import EngineOptions
 from cookbook.engine.packing import PackedBatch, TokenSequence, pack
 from cookbook.engine.projection import Head, LoraOnHead, TokenLoss
 from cookbook.errors import ConfigError
-
-logger = logging.getLogger(__name__)
 
 
 class BaseModel:
@@ -50,7 +45,8 @@ class BaseModel:
         self.adapters = Adapters(self.model, model_name, self.tokenizer)
         self.is_packed = False
         self.has_plain_head = False
-        self._find_what_is_safe()
+        """Whether sequences share a row, and whether logits are made by blocks: see `architecture`."""
+        architecture.find_what_is_safe(self)
         self._prepare_layers()
 
     def _prepare_layers(self) -> None:
@@ -70,7 +66,7 @@ class BaseModel:
     def logprobs(self, batch: PackedBatch) -> Tensor:
         """The log-probability of the target at every scored position: [S], fp32."""
         if not self.has_plain_head:
-            return self._logprobs_of_whole_model(batch)
+            return self.logprobs_of_whole_model(batch)
         hidden_SD = self.hidden(batch).index_select(0, batch.scored_S)
         return projection.score(self._head(), hidden_SD, batch.targets_S)
 
@@ -84,7 +80,7 @@ class BaseModel:
         num_trained = batch.layout.num_trained
         with torch.enable_grad(), checkpointed_layers(self.model, checkpoint_layers):
             if not self.has_plain_head:
-                logprobs_S = self._logprobs_of_whole_model(batch)
+                logprobs_S = self.logprobs_of_whole_model(batch)
                 loss = token_loss(logprobs_S[:num_trained], slice(0, num_trained))
                 loss.backward()
                 return logprobs_S.detach(), loss.detach()
@@ -112,7 +108,7 @@ class BaseModel:
         hidden_1ND: Tensor = out.last_hidden_state
         return hidden_1ND[0]
 
-    def _logprobs_of_whole_model(self, batch: PackedBatch) -> Tensor:
+    def logprobs_of_whole_model(self, batch: PackedBatch) -> Tensor:
         """For models whose logits are more than a projection, one sequence at a time."""
         assert len(batch.layout.segments) == 1
         logits_NV = self.model(input_ids=batch.tokens_1N, use_cache=False).logits[0]
@@ -134,7 +130,7 @@ class BaseModel:
         batch = pack(
             [TokenSequence(tokens_T, tokens_T, np.ones(num_tokens, np.float32), {})], self.device, True
         )
-        run = self.hidden if self.has_plain_head else self._logprobs_of_whole_model
+        run = self.hidden if self.has_plain_head else self.logprobs_of_whole_model
         with self.adapters.using(adapter):
             return measure_activations(
                 lambda: run(batch),
@@ -163,107 +159,3 @@ class BaseModel:
             / (getattr(config, "logits_scaling", None) or 1.0),
             softcap=getattr(config, "final_logit_softcapping", None),
         )
-
-    # -- what an architecture allows --------------------------------------------------------
-
-    @torch.no_grad()
-    def _find_what_is_safe(self) -> None:
-        """Packs, and projects by blocks, if on short sequences that gives what the model itself gives.
-
-        Architectures differ in more than a config tells (sinks, recurrent layers, scaled logits), so
-        this is tried, not guessed.
-        """
-        generator = torch.Generator().manual_seed(0)
-        sequences = []
-        for length in (7, 5):
-            ids_T = torch.randint(self.vocab_size, (length,), generator=generator).numpy()
-            sequences.append(TokenSequence(ids_T, ids_T, np.ones(length, np.float32), {}))
-        alone = [pack([sequence], self.device, trained_only=False) for sequence in sequences]
-        expected = torch.cat([self._logprobs_of_whole_model(batch) for batch in alone])
-
-        self.has_plain_head = True
-        why_no_head = self._why_not(lambda: torch.cat([self.logprobs(batch) for batch in alone]), expected)
-        self.has_plain_head = why_no_head is None
-        if why_no_head is not None:
-            logger.info(
-                "%s runs one sequence at a time, with all its logits: they are more than a projection (%s).",
-                self.name,
-                why_no_head,
-            )
-            return
-        own_attention = self.model.config._attn_implementation
-        self.is_packed = True
-        why_not_packed = self._why_not(lambda: self._packed_logprobs(sequences), expected)
-        if why_not_packed is not None:
-            self.is_packed = False
-            self.model.set_attn_implementation(own_attention)
-            logger.info(
-                "%s runs one sequence at a time: it cannot be packed (%s).", self.name, why_not_packed
-            )
-
-    def _packed_logprobs(self, sequences: list[TokenSequence]) -> Tensor:
-        self.model.set_attn_implementation(attention.NAME)
-        batch = pack(sequences, self.device, trained_only=False)
-        windows: list[int | None] = []
-        found = self.logprobs(replace(batch, attention=replace(batch.attention, windows_seen=windows)))
-        config = self.model.config.get_text_config()
-        if (reason := _window_not_passed(config, windows) or _row_in_rotation(config)) is not None:
-            raise ValueError(reason)
-        if self._reaches_beyond(batch, len(sequences[0])):
-            raise ValueError("what one sequence holds may reach another")
-        return found
-
-    def _reaches_beyond(self, batch: PackedBatch, length: int) -> bool:
-        """Whether nan in the first sequence, of that length, shows in the others: they may see it faintly."""
-
-        def spoil(module: nn.Module, inputs: Any, embeddings_1ND: Tensor) -> Tensor:
-            spoilt_1ND = embeddings_1ND.clone()
-            spoilt_1ND[:, :length] = torch.nan
-            return spoilt_1ND
-
-        hook = self.model.get_input_embeddings().register_forward_hook(spoil)
-        try:
-            return bool(self.logprobs(batch)[length:].isnan().any())
-        finally:
-            hook.remove()
-
-    def _why_not(self, compute: Callable[[], Tensor], expected: Tensor) -> str | None:
-        try:
-            found = compute()
-        except (AssertionError, AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
-            return f"{type(error).__name__}: {error}"
-        difference = ((found - expected).abs() / expected.abs()).max().item()
-        tolerance = 1e-4 if self.dtype == torch.float32 else 0.05
-        return None if difference <= tolerance else f"its log-probabilities would move by {difference:.1%}"
-
-
-def _window_not_passed(config: Any, windows: list[int | None]) -> str | None:
-    """Why a model whose attention is local would see too much when packed; None if it would not.
-
-    Short sequences do not tell: such a model has to hand its window to the attention of each local layer.
-    """
-    kinds = getattr(config, "layer_types", None)
-    if kinds is None:
-        kinds = ["sliding_attention" if getattr(config, "sliding_window", None) else "full_attention"] * len(
-            windows
-        )
-    if unknown := set(kinds) - {"sliding_attention", "full_attention"}:
-        return f"it has layers of {', '.join(sorted(unknown))}"
-    if len(kinds) != len(windows):
-        return f"{len(windows)} of its {len(kinds)} layers have attention"
-    for kind, window in zip(kinds, windows, strict=True):
-        if kind == "sliding_attention" and window is None:
-            return "its sliding window is not handed to the attention"
-    return None
-
-
-def _row_in_rotation(config: Any) -> str | None:
-    """Why positions are encoded by more than themselves; None if they are not.
-
-    Short sequences do not tell: longrope changes its frequencies with the longest position of a row.
-    """
-    parameters = getattr(config, "rope_parameters", None) or {}
-    by_kind = [value for value in parameters.values() if isinstance(value, dict)] or [parameters]
-    if any(kind.get("rope_type") == "longrope" for kind in by_kind):
-        return "its rotation of positions (longrope) depends on the longest sequence of a row"
-    return None

@@ -473,10 +473,10 @@ def test_a_model_that_packing_would_change_runs_one_sequence_at_a_time_and_says_
     """Also where what it sees of a neighbour drowns in the rounding of bfloat16."""
     folder = trainer_of(name)[0].base.name
     caplog.clear()
-    with caplog.at_level("INFO", logger="cookbook.engine.base_model"):
+    with caplog.at_level("INFO", logger="cookbook.engine.architecture"):
         base = BaseModel(folder, EngineOptions(dtype=dtype))
     assert not base.is_packed
-    (line,) = [r.message for r in caplog.records if r.name == "cookbook.engine.base_model"]
+    (line,) = [r.message for r in caplog.records if r.name == "cookbook.engine.architecture"]
     assert line.startswith(f"{folder} runs one sequence at a time")
     assert UNPACKED[name][1] in line
 
