@@ -1,5 +1,6 @@
 # make demo    set up, then fine-tune the embedded model
 # make test    set up, then run the tests
+# make test-slow  set up, then run the tests that take a minute or more each
 # make check   set up, then look at format, lint and types
 # make bench   set up, with the peers that are measured against, then measure
 # make parity  set up, then compare the renderers with published templates, and write their table
@@ -8,7 +9,7 @@ BIN := .venv/bin
 STAMP := .venv/.is-set-up
 BENCH_STAMP := .venv/.is-set-up-to-bench
 
-.PHONY: setup demo test check format bench parity clean
+.PHONY: setup demo test test-slow check format bench parity clean
 
 setup: $(STAMP)
 
@@ -23,6 +24,9 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest
+
+test-slow: setup
+	$(BIN)/python -m pytest -m slow --timeout 900
 
 check: setup
 	$(BIN)/ruff format --check .

@@ -54,14 +54,15 @@ def flops_of_step(batch: list[Example], model_folder: Path, trains_head: bool) -
     return per_token * num_tokens + per_trained * num_trained_tokens(batch) + per_pair * pairs
 
 
-def matrix_rate(size: int = 2048, repeats: int = 5) -> float:
-    """Operations a second of the fastest of some fp32 products."""
-    a, fastest = torch.randn(size, size), float("inf")
-    for _ in range(repeats):
-        started = time.perf_counter()
+def matrix_rate(size: int = 2048, seconds: float = 2.0) -> float:
+    """Operations a second of fp32 products, kept up for about as long as a step takes."""
+    a, repeats = torch.randn(size, size), 0
+    a @ a
+    started = time.perf_counter()
+    while (elapsed := time.perf_counter() - started) < seconds:
         a @ a
-        fastest = min(fastest, time.perf_counter() - started)
-    return 2 * size**3 / fastest
+        repeats += 1
+    return 2 * size**3 * repeats / elapsed
 
 
 def run(side: str, set_name: str, num_steps: int, folder: Path) -> dict[str, Any]:

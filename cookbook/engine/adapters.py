@@ -81,10 +81,16 @@ class Adapters:
             warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
             if lora.seed is not None:
                 torch.manual_seed(lora.seed)
-            if self._peft is None:
-                self._peft = PeftModel(self._model, config, adapter_name=name)
-            else:
-                self._peft.add_adapter(name, config)
+            try:
+                if self._peft is None:
+                    self._peft = PeftModel(self._model, config, adapter_name=name)
+                else:
+                    self._peft.add_adapter(name, config)
+            except ValueError as error:  # layers that PEFT knows an adapter would not work on
+                raise ConfigError(
+                    f"PEFT puts no such adapter on {self._model_name}: {error} Leave those layers out with "
+                    f"train_attn=False, train_mlp=False or train_unembed=False."
+                ) from error
         fused_lora.fuse(self._model)
         self._active = None
         weights = {

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from cookbook import models
 from cookbook.engine import architecture, projection
 from cookbook.engine.adapters import GLOBAL_STATE, Adapter, Adapters
-from cookbook.engine.loading import load_model, resolve_device, resolve_dtype
+from cookbook.engine.loading import load_model, resolve_device, resolve_dtype, return_freed_memory
 from cookbook.engine.memory import (
     ActivationCost,
     MicrobatchLimits,
@@ -48,6 +48,7 @@ class BaseModel:
         """Whether sequences share a row, and whether logits are made by blocks: see `architecture`."""
         architecture.find_what_is_safe(self)
         self._prepare_layers()
+        return_freed_memory()
 
     def _prepare_layers(self) -> None:
         layers = decoder_layers(self.model)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cookbook.engine.projection import product
 from cookbook.engine.quantization import weight_of
 
 
@@ -47,9 +48,9 @@ class _LoraLinear(torch.autograd.Function):
             grad_x = grad_NO @ weight_of(ctx.base, grad_NO.dtype)
             grad_x.addmm_(grad_low_NR, a_RI.to(grad_NO.dtype))
         if ctx.needs_input_grad[2]:
-            grad_a = (grad_low_NR.T @ x_NI).to(a_RI.dtype)
+            grad_a = product(grad_low_NR.T, x_NI).to(a_RI.dtype)
         if ctx.needs_input_grad[3]:
-            grad_b = (grad_NO.T @ low_NR).mul_(ctx.scaling).to(b_OR.dtype)
+            grad_b = product(grad_NO.T, low_NR).mul_(ctx.scaling).to(b_OR.dtype)
         return grad_x, None, grad_a, grad_b, None
 
 

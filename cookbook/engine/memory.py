@@ -21,8 +21,8 @@ from torch.utils.checkpoint import checkpoint
 
 from cookbook.engine.options import EngineOptions
 
-USEFUL_TOKENS = {"cpu": 1024, "cuda": 16384}
-"""Micro-batches beyond this are no faster (`benchmarks/LOG.md`)."""
+_USEFUL_TOKENS = {"cpu": 1024, "cuda": 16384}
+"""Micro-batches beyond this are no faster (`benchmarks/LOG.md`). Other devices are treated as a CPU."""
 FEWEST_TOKENS = 1024
 """With less room than this, layers are checkpointed rather than micro-batches cut further."""
 
@@ -62,13 +62,14 @@ def limits_for(
     if wanted is not None and checkpointing != "auto":
         return MicrobatchLimits(wanted, 0 if checkpointing == "on" else 2**62)
     found = cost()
-    room = max(0.0, _total_memory(device) * _USABLE[device.type] - reserved_bytes) / _MARGIN
+    kind = "cuda" if device.type == "cuda" else "cpu"
+    room = max(0.0, _total_memory(device) * _USABLE[kind] - reserved_bytes) / _MARGIN
     tokens_without = 2**62 if checkpointing == "off" else _ratio(room, found.whole)
     if checkpointing == "on":
         tokens_without = 0
     fits_without = tokens_without >= FEWEST_TOKENS
     fitting = _ratio(room, found.whole if fits_without else found.checkpointed)
-    return MicrobatchLimits(wanted or max(1, min(USEFUL_TOKENS[device.type], fitting)), tokens_without)
+    return MicrobatchLimits(wanted or max(1, min(_USEFUL_TOKENS[kind], fitting)), tokens_without)
 
 
 def _ratio(room: float, bytes_per_token: float) -> int:

@@ -42,7 +42,7 @@ class BlockSizes:
         """On a CPU a block stays in the cache; on CUDA it is large enough to fill the device."""
         if device.type == "cuda":
             return BlockSizes(positions=2048, vocabulary=32768, kept_elements=2**28)
-        return BlockSizes(positions=512, vocabulary=2048, kept_elements=2**25)
+        return BlockSizes(positions=1024, vocabulary=2048, kept_elements=2**25)
 
 
 @dataclass(frozen=True)
@@ -128,14 +128,15 @@ def score_and_backpropagate(
     sum over positions, each term of one position's log-probability.
     """
     sizes = BlockSizes.on(hidden_SD.device)
-    num_positions = sizes.positions
+    num_positions, kept = sizes.positions, None
     if head.trained_keys():
-        num_positions = max(1, min(num_positions, sizes.kept_elements // head.vocab_size))
+        num_positions = max(1, min(num_positions, len(targets_S), sizes.kept_elements // head.vocab_size))
+        kept = hidden_SD.new_empty(num_positions * head.vocab_size)
     logprobs_S = torch.empty(len(targets_S), device=hidden_SD.device)
     grad_SD = torch.empty_like(hidden_SD)
     loss = torch.zeros((), device=hidden_SD.device)
     for part in _chunks(len(targets_S), num_positions):
-        chunk = _Chunk(head, hidden_SD[part], targets_S[part], with_gradient=True)
+        chunk = _Chunk(head, hidden_SD[part], targets_S[part], with_gradient=True, kept=kept)
         with torch.enable_grad():
             logprobs_C = chunk.log_probabilities().requires_grad_()
             chunk_loss = token_loss(logprobs_C, part)
@@ -149,14 +150,22 @@ def score_and_backpropagate(
 class _Chunk:
     """Some positions on their way over the vocabulary, block by block."""
 
-    def __init__(self, head: Head, hidden_CD: Tensor, targets_C: Tensor, with_gradient: bool = False) -> None:
+    def __init__(
+        self,
+        head: Head,
+        hidden_CD: Tensor,
+        targets_C: Tensor,
+        with_gradient: bool = False,
+        kept: Tensor | None = None,
+    ) -> None:
+        """`kept` has room for the softmax terms of all the vocabulary, which trained keys need."""
         self.head = head
         self.hidden_CD = hidden_CD
         self.targets_C1 = targets_C[:, None]
         self.queries_CQ = head.queries(hidden_CD)
         self.with_gradient = with_gradient
-        self.trained_keys = head.trained_keys() if with_gradient else []
-        self.kept: list[tuple[slice, Tensor, Tensor]] = []
+        self.kept = kept
+        self.kept_blocks: list[tuple[slice, Tensor, Tensor]] = []
         self._run_over_the_vocabulary()
 
     def _run_over_the_vocabulary(self) -> None:
@@ -171,7 +180,8 @@ class _Chunk:
         for first in range(0, vocab_size, block_size):
             rows = slice(first, min(first + block_size, vocab_size))
             keys_KQ = self.head.keys(rows)
-            logits_CK = _product(queries_CQ, keys_KQ.T)
+            room_CK = self._room(rows)
+            logits_CK = product(queries_CQ, keys_KQ.T, out=room_CK)
             if softcap is not None:
                 logits_CK.div_(softcap).tanh_().mul_(softcap)
             here_C1 = self.targets_C1 - first
@@ -191,11 +201,17 @@ class _Chunk:
                 terms_CK.mul_(slope_CK)
             terms_CK = terms_CK.to(keys_KQ.dtype)
             _add_product(mean_CQ.mul_(shrink_C1), terms_CK, keys_KQ)
-            if self.trained_keys:
-                self.kept.append((rows, terms_CK, higher_C1))
+            if room_CK is not None:
+                self.kept_blocks.append((rows, room_CK.copy_(terms_CK), higher_C1))
         self.log_total_C1 = total_C1.log().add_(highest_C1)
         self.target_C1 = target_C1
         self.mean_CQ = mean_CQ.div_(total_C1)
+
+    def _room(self, rows: slice) -> Tensor | None:
+        if self.kept is None:
+            return None
+        num_positions = len(self.queries_CQ)
+        return self.kept[rows.start * num_positions : rows.stop * num_positions].view(num_positions, -1)
 
     def log_probabilities(self) -> Tensor:
         return (self.target_C1 - self.log_total_C1)[:, 0]
@@ -211,12 +227,12 @@ class _Chunk:
         return self.head.backward_queries(grad_CQ, self.hidden_CD)
 
     def _backward_keys(self, grad_C1: Tensor, grad_of_target_C1: Tensor) -> None:
-        for columns, parameter in self.trained_keys:
+        for columns, parameter in self.head.trained_keys():
             gradient = _gradient(parameter)
             gradient = gradient if gradient.ndim == 2 else gradient[:, None]
             queries_CQ = self.queries_CQ[:, columns].float()
             gradient.index_add_(0, self.targets_C1[:, 0], (queries_CQ * grad_of_target_C1).to(gradient.dtype))
-            for rows, terms_CK, highest_C1 in self.kept:
+            for rows, terms_CK, highest_C1 in self.kept_blocks:
                 weighted_CQ = queries_CQ * (grad_C1 * (highest_C1 - self.log_total_C1).exp())
                 _add_product(gradient[rows], terms_CK.T, -weighted_CQ.to(terms_CK.dtype))
 
@@ -227,8 +243,13 @@ def _chunks(length: int, at_most: int) -> list[slice]:
     return [slice(i * length // num_chunks, (i + 1) * length // num_chunks) for i in range(num_chunks)]
 
 
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b with a result in fp32; CUDA keeps the fp32 that it accumulates halves in."""
+def product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+    """a @ b with a result in fp32; CUDA keeps the fp32 that it accumulates halves in.
+
+    The result is `out` where that is fp32 and there is nothing to convert.
+    """
+    if out is not None and out.dtype == a.dtype == torch.float32:
+        return torch.mm(a, b, out=out)
     if a.is_cuda and a.dtype != torch.float32:
         return torch.mm(a, b, out_dtype=torch.float32)
     return (a @ b).float()
@@ -239,7 +260,7 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     if total.dtype == a.dtype:
         total.addmm_(a, b)
     else:
-        total.add_(_product(a, b))
+        total.add_(product(a, b))
 
 
 def _gradient(parameter: Tensor) -> Tensor:

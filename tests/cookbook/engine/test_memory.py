@@ -230,6 +230,22 @@ def test_a_forward_pass_that_does_not_fit_is_halved_too_and_never_checkpointed(
         made.forward(made.check(make_data(made.base.vocab_size, [80]), "cross_entropy", None))
 
 
+def test_a_run_that_ran_out_of_memory_cuts_its_batches_the_same_way_once_resumed(
+    make_tight: Any, make_data: Any, tmp_path: Path
+) -> None:
+    made, ample = make_tight(room=70), make_tight()
+    request = made.check(make_data(made.base.vocab_size, [30] * 8), "cross_entropy", None)
+    made.forward_backward(request)
+    ample.forward_backward(request)
+    made.save(tmp_path / "tight", with_optimizer=True)
+    ample.save(tmp_path / "ample", with_optimizer=True)
+    ample.load(str(tmp_path / "ample"), with_optimizer=True)
+    assert ample._limits.max_tokens == 1000
+    ample.load(str(tmp_path / "tight"), with_optimizer=True)
+    assert ample._limits == made._limits
+    assert ample._limits.max_tokens == 60
+
+
 def test_an_error_of_another_kind_is_not_tried_again(make_tight: Any, make_data: Any, warnings: Any) -> None:
     made = make_tight(room=70, error=RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
     with pytest.raises(TrainingError, match="shapes cannot be multiplied"):
@@ -324,7 +340,7 @@ def test_limits_follow_from_the_memory_and_what_the_options_leave_open(
     expected: tuple[int, int],
 ) -> None:
     monkeypatch.setattr(memory, "_total_memory", lambda device: total)
-    monkeypatch.setitem(memory.USEFUL_TOKENS, "cpu", 2048)
+    monkeypatch.setitem(memory._USEFUL_TOKENS, "cpu", 2048)
     options = EngineOptions(max_tokens_per_microbatch=wanted, gradient_checkpointing=checkpointing)
     cost = ActivationCost(whole=1000, checkpointed=100)
     if wanted and checkpointing != "auto":
@@ -339,7 +355,7 @@ def test_limits_follow_from_the_memory_and_what_the_options_leave_open(
 def test_activations_that_cost_nothing_set_no_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "_total_memory", lambda device: 10_000_000)
     limits = limits_for(EngineOptions(), CPU, lambda: ActivationCost(0, 0), 0)
-    assert limits.max_tokens == memory.USEFUL_TOKENS["cpu"]
+    assert limits.max_tokens == memory._USEFUL_TOKENS["cpu"]
 
 
 def test_what_a_toy_model_keeps_is_counted_once_and_without_its_weights() -> None:

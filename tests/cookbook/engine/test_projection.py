@@ -163,14 +163,14 @@ def test_gradients_add_to_those_that_are_there() -> None:
 
 def test_no_more_logits_exist_at_once_than_a_block_holds(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[tuple[int, ...]] = []
-    product = projection._product
+    product = projection.product
 
-    def watched(a: Tensor, b: Tensor) -> Tensor:
-        made = product(a, b)
+    def watched(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+        made = product(a, b, out)
         sizes.append(tuple(made.shape))
         return made
 
-    monkeypatch.setattr(projection, "_product", watched)
+    monkeypatch.setattr(projection, "product", watched)
     hidden_SD, targets_S, _ = make_positions()
     score_and_backpropagate(make_head(), hidden_SD, targets_S, lambda logprobs_C, part: logprobs_C.sum())
     assert max(positions for positions, _ in sizes) <= 7
