@@ -42,7 +42,7 @@ class BlockSizes:
         """On a CPU a block stays in the cache; on CUDA it is large enough to fill the device."""
         if device.type == "cuda":
             return BlockSizes(positions=2048, vocabulary=32768, kept_elements=2**28)
-        return BlockSizes(positions=1024, vocabulary=2048, kept_elements=2**25)
+        return BlockSizes(positions=1024, vocabulary=2048, kept_elements=2**26)
 
 
 @dataclass(frozen=True)
