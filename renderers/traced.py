@@ -82,8 +82,8 @@ class Recorder:
             action,
         ):
             self.refuse()
-        self._step.action = action
         outcome = action[0](spelled(pieces, self._values), *arguments)
+        self._step.action = action
         answer = None if isinstance(outcome, str) else bool(outcome)
         self._step = self._step.following.setdefault(answer, Step())
         if not isinstance(outcome, str):
@@ -116,7 +116,8 @@ class _Closed:
         self._recorder = recorder
 
     __str__ = __repr__ = __format__ = __bool__ = __hash__ = __eq__ = __ne__ = _refusal
-    __len__ = __iter__ = __contains__ = __getitem__ = __call__ = __add__ = __radd__ = _refusal
+    __len__ = __iter__ = __contains__ = __call__ = __add__ = __radd__ = _refusal
+    # No `__getitem__`: `%` takes what has one for a mapping, and is content to use nothing of it.
 
 
 class Traced(_Closed):

@@ -66,7 +66,7 @@ class Outline:
         self.num_texts = [0]
         """The number of texts in the first messages, for each number of those."""
         for message in messages:
-            if set(map(type, message.values())) != {str}:
+            if {*map(type, message), *map(type, message.values())} != {str}:
                 return
             self.shapes.append((message["role"], *message))
             self.texts += [value for key, value in message.items() if key != "role"]
@@ -146,12 +146,11 @@ class Traces:
         return sandbox.from_string(self._source)
 
 
-def _pieces_of(printed: Any) -> Pieces:
-    """What `{{ printed }}` prints."""
-    if isinstance(printed, Traced):
-        return printed.pieces
-    if isinstance(printed, Undefined) or type(printed) in _SCALARS:
-        return (str(printed),)
+def _pieces_of(text: Any) -> Pieces:
+    if isinstance(text, Traced):
+        return text.pieces
+    if type(text) is str:
+        return (text,)
     raise Untraceable
 
 
@@ -159,11 +158,12 @@ def _pieces_of(printed: Any) -> Pieces:
 
 
 class _CodeGenerator(CodeGenerator):
-    """Has a template print values as they are, for the recording to spell."""
+    """Has a template print traced texts as they are, for the recording to spell."""
 
     def _output_child_pre(self, node: nodes.Expr, frame: Frame, finalize: Any) -> None:
         escapes = frame.eval_ctx.volatile or frame.eval_ctx.autoescape
-        self.write("environment.refuse(" if escapes else "(" if frame.buffer is None else "str(")
+        plain = "environment.printed(" if frame.buffer is None else "str("
+        self.write("environment.refuse(" if escapes else plain)
 
     def _output_child_post(self, node: nodes.Expr, frame: Frame, finalize: Any) -> None:
         self.write(")")
@@ -195,20 +195,31 @@ class _TracingSandbox(QuickSandbox):
         return super().getitem(obj, argument)
 
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
-        if isinstance(__obj, Method):
-            return __obj(*args)
         given = {name: value for name, value in kwargs.items() if name not in _FORWARDED}
+        if isinstance(__obj, Method):
+            return __obj(*args, **given)
         only_holds = isinstance(__obj, type) and issubclass(__obj, Namespace)
         if __obj is generate_lorem_ipsum or not (only_holds or (_is_plain(args) and _is_plain(given))):
             raise Untraceable
         return super().call(__context, __obj, *args, **kwargs)
 
+    def printed(self, value: Any) -> Any:
+        """What `{{ value }}` prints."""
+        if isinstance(value, Traced):
+            return value
+        if isinstance(value, Undefined) or type(value) in _SCALARS:
+            return str(value)
+        raise Untraceable
+
     def joined(self, parts: tuple[Any, ...]) -> Any:
         """What `~` makes of the parts."""
-        printed = [part if isinstance(part, Traced) else _pieces_of(part)[0] for part in parts]
-        return functools.reduce(operator.add, printed)
+        return functools.reduce(operator.add, map(self.printed, parts))
 
     def refuse(self, _: object) -> NoReturn:
+        raise Untraceable
+
+    def get_or_select_template(self, *_: Any, **__: Any) -> NoReturn:
+        """What `{% include %}` does with its value, not always by the means of a string."""
         raise Untraceable
 
 

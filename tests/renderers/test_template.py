@@ -163,6 +163,42 @@ def test_each_of_many_conversations_of_one_shape_is_printed_as_the_first_would_b
             assert Chat(ours, chat, None).text(len(chat)) == theirs
 
 
+@pytest.mark.parametrize(
+    "expression",
+    [
+        "{{ 'abc' % m.content }}",
+        "{{ 'abc' % m.content.strip }}",
+        "{{ ('<' | e) % m.content }}",
+        "{{ m.content.strip(chars='a') }}",
+        "{{ m.content.strip('a', 'b') }}",
+        "{{ m.content.lower('a') }}",
+        "{{ m.content.startswith() }}",
+        "{{ m.content | trim('a', 'b') }}",
+        "{% call m.content.strip() %}{% endcall %}",
+        "{% filter length %}a{% endfilter %}",
+        "{% include m.content ignore missing %}",
+    ],
+)
+@pytest.mark.parametrize("content", ["", "a"])
+def test_what_a_template_may_not_do_is_refused_however_often_it_comes(small_tokenizer, expression, content):
+    tokenizer = small_tokenizer("{% for m in messages %}" + expression + "{% endfor %}")
+    chat = [{"role": "user", "content": content}]
+    with pytest.raises(TypeError):
+        tokenizer.apply_chat_template(chat, tokenize=False)
+    template = Template(tokenizer)
+    for _ in range(3):
+        with pytest.raises(RendererError, match="refuses"):
+            template.text(chat)
+
+
+def test_keys_that_are_equal_but_print_otherwise_are_told_apart(small_tokenizer):
+    tokenizer = small_tokenizer("{% for key in messages[0] %}{{ key }} {% endfor %}")
+    template = Template(tokenizer)
+    for key in (1, 1, 1, True, 1.0):
+        message: Any = {"role": "user", "content": "x", key: "y"}
+        assert template.text([message]) == f"role content {key} "
+
+
 def test_a_shape_that_came_twice_is_printed_without_the_template(small_tokenizer, monkeypatch):
     runs = []
     for name in ("chatml", "forgetful", "trimming", "strict", "headers", "closing", "wordy"):
