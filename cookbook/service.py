@@ -51,7 +51,7 @@ class ServiceClient:
         self._checkpoint_dir = None if checkpoint_dir is None else Path(checkpoint_dir).expanduser()
         self._engines: dict[str, Engine] = {}
         self._unshared_engines: list[Engine] = []
-        """Of full fine-tunes: each trains a copy of its own."""
+        """Of full fine-tunes: each trains a copy of its own, and a checkpoint may be written anew."""
         self._lock = threading.Lock()
 
     def create_lora_training_client(
@@ -110,7 +110,7 @@ class ServiceClient:
         if model_path is not None:
             info = state.read_info(model_path)
             if info.lora.rank == 0:
-                return SamplingClient.of_base(self._engine(os.fspath(model_path)))
+                return SamplingClient.of_base(self._unshared_engine(os.fspath(model_path)))
             base_model = base_model or info.base_model
             return SamplingClient.of_checkpoint(self._engine(base_model), model_path)
         if base_model is None:
@@ -145,12 +145,13 @@ class ServiceClient:
                 f"quantization={self._options.quantization} holds weights that stay as they are, and rank=0 "
                 f"trains them. Give a rank of at least 1, or leave quantization out."
             )
-        if lora.rank == 0:
-            engine = Engine(base_model, self._options)
-            self._unshared_engines.append(engine)
-        else:
-            engine = self._engine(base_model)
+        engine = self._unshared_engine(base_model) if lora.rank == 0 else self._engine(base_model)
         return TrainingClient(engine, lora, folder, user_metadata)
+
+    def _unshared_engine(self, model: str) -> Engine:
+        engine = Engine(model, self._options)
+        self._unshared_engines.append(engine)
+        return engine
 
     def _client_like(
         self, path: str | os.PathLike[str], user_metadata: Mapping[str, str] | None

@@ -153,6 +153,20 @@ def test_a_full_fine_tune_leaves_the_shared_base_alone(model_folder: str, tmp_pa
     assert base.compute_logprobs(prompt).result() == before
 
 
+def test_a_checkpoint_that_was_written_anew_is_sampled_from_as_it_is_now(
+    model_folder: str, tmp_path: Path
+) -> None:
+    service = ServiceClient(checkpoint_dir=tmp_path / "checkpoints")
+    client = service.create_lora_training_client(model_folder, rank=0)
+    prompt = make_data()[0].model_input
+    found = []
+    for seed in range(2):
+        train(client, range(seed, seed + 1))
+        path = client.save_weights_for_sampler("x", overwrite=True).result().path
+        found.append(service.create_sampling_client(model_path=path).compute_logprobs(prompt).result())
+    assert found[0] != found[1]
+
+
 def test_a_full_checkpoint_is_no_adapter(model_folder: str, tmp_path: Path) -> None:
     service = ServiceClient(checkpoint_dir=tmp_path / "checkpoints")
     path = service.create_lora_training_client(model_folder, rank=0).save_state("x").result().path
