@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from cookbook import jsonl
 from cookbook.errors import ConfigError
+from cookbook.tables import Table
 
 Metrics = Mapping[str, float]
 
@@ -25,20 +26,28 @@ class MetricLogger(ABC):
     def log(self, step: int, metrics: Metrics) -> None:
         """`step` optimizer steps had been taken when these metrics were measured."""
 
+    def log_table(self, step: int, name: str, table: Table) -> None:
+        """A table of the weights after `step` steps. By default it is not shown."""
+
     def close(self) -> None:
         """Writes out what is buffered."""
 
 
 class JsonlLogger(MetricLogger):
-    """One row a step in metrics.jsonl."""
+    """One row a step in metrics.jsonl, one row of a table in tables.jsonl."""
 
-    def __init__(self, path: Path, first_step: int) -> None:
+    def __init__(self, folder: Path, first_step: int) -> None:
         """Rows from `first_step` on are dropped: a resumed run measures them again."""
-        self._path = path
-        jsonl.rewrite(path, [row for row in jsonl.read(path) if row["step"] < first_step])
+        self._metrics, self._tables = folder / "metrics.jsonl", folder / "tables.jsonl"
+        for path in (self._metrics, self._tables):
+            jsonl.rewrite(path, [row for row in jsonl.read(path) if row["step"] < first_step])
 
     def log(self, step: int, metrics: Metrics) -> None:
-        jsonl.append(self._path, {"step": step, **metrics})
+        jsonl.append(self._metrics, {"step": step, **metrics})
+
+    def log_table(self, step: int, name: str, table: Table) -> None:
+        for record in table.records():
+            jsonl.append(self._tables, {"step": step, "table": name, "row": record})
 
 
 class ConsoleLogger(MetricLogger):
@@ -110,6 +119,12 @@ class WandbLogger(MetricLogger):
 
     def log(self, step: int, metrics: Metrics) -> None:
         self._run.log(dict(metrics), step=step)
+
+    def log_table(self, step: int, name: str, table: Table) -> None:
+        import wandb
+
+        shown = wandb.Table(columns=list(table.columns), data=[list(row) for row in table.rows])
+        self._run.log({name: shown}, step=step)
 
     def close(self) -> None:
         self._run.finish()

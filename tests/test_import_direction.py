@@ -16,7 +16,14 @@ ROOT = Path(__file__).parent.parent
 PACKAGES = ("cookbook", "renderers", "recipes")
 
 BASE = ("cookbook.errors", "cookbook.types")
-TOOLS = ("cookbook.embedded", "cookbook.hub", "cookbook.jsonl", "cookbook.models", "cookbook.schedules")
+TOOLS = (
+    "cookbook.embedded",
+    "cookbook.hub",
+    "cookbook.jsonl",
+    "cookbook.models",
+    "cookbook.schedules",
+    "cookbook.tables",
+)
 CLIENTS = ("cookbook.futures", "cookbook.sampling_client", "cookbook.service", "cookbook.training_client")
 RUN = ("cookbook.checkpoints", "cookbook.cli", "cookbook.config_files", "cookbook.loggers")
 EVAL = ("cookbook.eval",)

@@ -3,32 +3,38 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeAlias
 
 import chz
 
 from cookbook.errors import TrainingError
+from cookbook.tables import Table
 
 if TYPE_CHECKING:
     from cookbook.sampling_client import SamplingClient
     from cookbook.training_client import TrainingClient
 
 
+EvalValue: TypeAlias = float | Table
+"""A number, or a table to look at."""
+
+
 class TrainingClientEvaluator(ABC):
     """Measures with forward passes of the model in training."""
 
     @abstractmethod
-    async def __call__(self, training_client: TrainingClient) -> dict[str, float]:
-        """Metrics by path, such as `test/nll`."""
+    async def __call__(self, training_client: TrainingClient) -> Mapping[str, EvalValue]:
+        """Metrics by path, such as `test/nll`, and tables by name."""
 
 
 class SamplingClientEvaluator(ABC):
     """Measures by sampling from a snapshot of the model. Evaluators of one step share one."""
 
     @abstractmethod
-    async def __call__(self, sampling_client: SamplingClient) -> dict[str, float]:
-        """Metrics by path, such as `test/exact_match`."""
+    async def __call__(self, sampling_client: SamplingClient) -> Mapping[str, EvalValue]:
+        """Metrics by path, such as `test/exact_match`, and tables by name."""
 
 
 Evaluator: TypeAlias = TrainingClientEvaluator | SamplingClientEvaluator
@@ -45,9 +51,17 @@ class EvaluatorBuilder:
 AnyEvaluatorBuilder: TypeAlias = EvaluatorBuilder | Callable[[], Evaluator]
 
 
-async def evaluate(training_client: TrainingClient, evaluators: list[Evaluator]) -> dict[str, float]:
-    """All metrics of the weights as they are when everything queued before has run."""
-    metrics: dict[str, float] = {}
+@dataclass(frozen=True)
+class Evaluation:
+    """What the evaluators of one step found."""
+
+    metrics: dict[str, float] = field(default_factory=dict)
+    tables: dict[str, Table] = field(default_factory=dict)
+
+
+async def evaluate(training_client: TrainingClient, evaluators: list[Evaluator]) -> Evaluation:
+    """All that is to be known of the weights as they are when everything queued before has run."""
+    found = Evaluation()
     sampling_client = None
     for evaluator in evaluators:
         if isinstance(evaluator, TrainingClientEvaluator):
@@ -56,15 +70,19 @@ async def evaluate(training_client: TrainingClient, evaluators: list[Evaluator])
             if sampling_client is None:
                 sampling_client = await training_client.save_weights_and_get_sampling_client_async()
             result = await evaluator(sampling_client)
-        metrics |= _checked(evaluator, result)
-    return metrics
+        _add(found, evaluator, result)
+    return found
 
 
-def _checked(evaluator: Evaluator, result: object) -> dict[str, float]:
-    """The result as plain floats: numpy and torch scalars are welcome, anything else is named."""
+def _add(found: Evaluation, evaluator: Evaluator, result: object) -> None:
+    """Adds a result; numpy and torch scalars are welcome as numbers, anything else is named."""
     try:
-        return {str(name): float(value) for name, value in result.items()}  # type: ignore[attr-defined]
+        for name, value in result.items():  # type: ignore[attr-defined]
+            if isinstance(value, Table):
+                found.tables[str(name)] = value
+            else:
+                found.metrics[str(name)] = float(value)
     except (AttributeError, TypeError, ValueError) as error:
         raise TrainingError(
-            f"{type(evaluator).__name__} returned {result!r}. An evaluator returns numbers by name."
+            f"{type(evaluator).__name__} returned {result!r}. An evaluator returns numbers or tables by name."
         ) from error

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from cookbook.checkpoints import FINAL, CheckpointLog
 from cookbook.errors import TrainingError
-from cookbook.eval.evaluators import Evaluator, evaluate
+from cookbook.eval.evaluators import Evaluation, Evaluator, evaluate
 from cookbook.futures import APIFuture
 from cookbook.loggers import MetricLogger
 from cookbook.schedules import learning_rate_at
@@ -51,7 +51,7 @@ class _Step:
     step: int
     placed: PlacedBatch
     learning_rate: float
-    eval_metrics: dict[str, float]
+    evaluation: Evaluation
     forward_backward: APIFuture[ForwardBackwardOutput] | None
     optim_step: APIFuture[OptimStepResponse] | None
     save: APIFuture[SaveWeightsResponse] | None
@@ -90,7 +90,7 @@ class Run:
         self._next: PlacedBatch | None = None
         self._position = first_position
         self._pending: deque[_Step] = deque()
-        self._eval_metrics: dict[str, float] = {}
+        self._evaluation = Evaluation()
         self._last_done = time.perf_counter()
         self._recent_seconds: deque[float] = deque(maxlen=20)
 
@@ -125,10 +125,10 @@ class Run:
             if every and (step % every == 0 or step == self._total_steps)
             for evaluator in evaluators
         ]
-        self._eval_metrics = {}
+        self._evaluation = Evaluation()
         if due:
             logger.info("After %d steps:", step)
-            self._eval_metrics = await evaluate(self._client, due)
+            self._evaluation = await evaluate(self._client, due)
 
     async def submit(self, step: int) -> None:
         """Queues a step and, when it is due, the checkpoint of the state it leaves."""
@@ -154,7 +154,7 @@ class Run:
                 step=step,
                 placed=placed,
                 learning_rate=learning_rate,
-                eval_metrics=self._eval_metrics,
+                evaluation=self._evaluation,
                 forward_backward=forward_backward,
                 optim_step=optim_step,
                 save=save,
@@ -189,10 +189,11 @@ class Run:
         else:
             path = await self._save(FINAL, step)
         await self.evaluate_if_due(step)
-        self._log_metrics(step, self._eval_metrics)
+        self._log_tables(step, self._evaluation)
+        self._log_metrics(step, self._evaluation.metrics)
         self._report_what_was_left_out()
         logger.info("Finished after %d steps. Saved %s.", step, path)
-        return RunSummary(self._log_path, True, step, path, self._eval_metrics)
+        return RunSummary(self._log_path, True, step, path, self._evaluation.metrics)
 
     # -- their parts ------------------------------------------------------------------------
 
@@ -209,7 +210,7 @@ class Run:
 
     async def _log(self, done: _Step) -> None:
         batch = done.placed.batch
-        metrics: dict[str, float] = {"epoch": done.placed.epoch, **done.eval_metrics}
+        metrics: dict[str, float] = {"epoch": done.placed.epoch, **done.evaluation.metrics}
         if done.forward_backward is not None and done.optim_step is not None:
             output = await done.forward_backward
             grad_norm = (await done.optim_step).metrics["grad_norm"]
@@ -234,6 +235,7 @@ class Run:
         }
         if self._total_steps is not None:
             metrics["perf/seconds_left"] = median(self._recent_seconds) * (self._total_steps - done.step - 1)
+        self._log_tables(done.step, done.evaluation)
         self._log_metrics(done.step, metrics)
         if done.save is not None:
             name = _checkpoint_name(done.step + 1)
@@ -250,6 +252,11 @@ class Run:
     def _log_metrics(self, step: int, metrics: dict[str, float]) -> None:
         for metric_logger in self._metric_loggers:
             metric_logger.log(step, metrics)
+
+    def _log_tables(self, step: int, evaluation: Evaluation) -> None:
+        for metric_logger in self._metric_loggers:
+            for name, table in evaluation.tables.items():
+                metric_logger.log_table(step, name, table)
 
     async def _save(self, name: str, step: int) -> Path:
         """Saves the state after the last submitted step."""

@@ -2,6 +2,7 @@
 
 config.json         the resolved config; `config=<this file>` runs it again
 metrics.jsonl       one row a step
+tables.jsonl        what evaluators showed beside numbers, such as samples: one row of a table a line
 data.json           what was read and left out, and a fingerprint of it
 checkpoints.jsonl   the checkpoints there are, and where each one continues
 checkpoints/<name>/ weights and optimizer; loads with plain PEFT
@@ -28,8 +29,8 @@ logger = logging.getLogger(__name__)
 IfLogPathExists: TypeAlias = Literal["resume", "raise", "delete", "ask"]
 
 RUN_FILES = (
-    "config.json", "data.json", "metrics.jsonl", "checkpoints.jsonl", "checkpoints", "train.log", "wandb",
-    "wandb_run_id.txt",
+    "config.json", "data.json", "metrics.jsonl", "tables.jsonl", "checkpoints.jsonl", "checkpoints",
+    "train.log", "wandb", "wandb_run_id.txt",
 )  # fmt: skip
 """What a run writes, and so all that `if_log_path_exists=delete` removes."""
 

@@ -231,7 +231,7 @@ def _make_loggers(
         made.append(metric_logger)
         stack.callback(metric_logger.close)
 
-    keep(JsonlLogger(folder.path / "metrics.jsonl", first_step=first_step))
+    keep(JsonlLogger(folder.path, first_step=first_step))
     if config.wandb_project is not None:
         keep(WandbLogger(folder.path, config.wandb_project, config.wandb_name, folder.config))
     keep(ConsoleLogger(console, total_steps=total_steps, first_step=first_step))

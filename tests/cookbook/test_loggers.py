@@ -10,6 +10,7 @@ import pytest
 from rich.console import Console
 
 from cookbook.loggers import ConsoleLogger, JsonlLogger, WandbLogger
+from cookbook.tables import Table
 
 STEP = {"train/nll": 1.25, "perf/tokens_per_second": 1234.0, "perf/seconds_left": 60.0}
 
@@ -17,11 +18,23 @@ STEP = {"train/nll": 1.25, "perf/tokens_per_second": 1234.0, "perf/seconds_left"
 def test_a_resumed_file_drops_the_rows_that_will_be_measured_again(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 0, "a": 1}\n{"step": 1, "a": 2}\n{"step": 2, "a": 3}\n{"step": 3, "a')
-    JsonlLogger(path, first_step=2).log(2, {"a": 4})
+    JsonlLogger(tmp_path, first_step=2).log(2, {"a": 4})
     assert [json.loads(line) for line in path.read_text().splitlines()] == [
         {"step": 0, "a": 1},
         {"step": 1, "a": 2},
         {"step": 2, "a": 4},
+    ]
+
+
+def test_the_rows_of_tables_are_dropped_as_those_of_metrics_are(tmp_path: Path) -> None:
+    for first_step in (0, 1):
+        logger = JsonlLogger(tmp_path, first_step=first_step)
+        for step in (0, 1):
+            logger.log_table(step, "samples", Table(["prompt", "reply"], [["Hi", f"{first_step}"]]))
+    assert [json.loads(line) for line in (tmp_path / "tables.jsonl").read_text().splitlines()] == [
+        {"step": 0, "table": "samples", "row": {"prompt": "Hi", "reply": "0"}},
+        {"step": 0, "table": "samples", "row": {"prompt": "Hi", "reply": "1"}},
+        {"step": 1, "table": "samples", "row": {"prompt": "Hi", "reply": "1"}},
     ]
 
 
