@@ -72,13 +72,22 @@ class TrainingClient:
         loss_fn: LossFnType = "cross_entropy",
         loss_fn_config: Mapping[str, float] | None = None,
         return_logprobs: Literal["all", "trained"] = "all",
+        return_likeliest: bool = False,
     ) -> APIFuture[ForwardBackwardOutput]:
         """Loss and log-probabilities, without gradients.
 
         `return_logprobs="trained"` leaves out positions of weight 0 (they read 0.0), which saves
-        their share of the vocabulary projection.
+        their share of the vocabulary projection. With `return_likeliest` the outputs say also
+        which targets are the model's likeliest token: `["is_likeliest"]`, 1 where no other token
+        has a higher probability, at the positions that have a log-probability.
         """
-        request = self._trainer.check(data, loss_fn, loss_fn_config, return_logprobs == "trained")
+        request = self._trainer.check(
+            data,
+            loss_fn,
+            loss_fn_config,
+            return_logprobs == "trained",
+            with_likeliest=return_likeliest,
+        )
         return APIFuture(self._engine.submit(self._trainer.forward, request), PassResult.output)
 
     def forward_backward(
@@ -207,8 +216,9 @@ class TrainingClient:
         loss_fn: LossFnType = "cross_entropy",
         loss_fn_config: Mapping[str, float] | None = None,
         return_logprobs: Literal["all", "trained"] = "all",
+        return_likeliest: bool = False,
     ) -> APIFuture[ForwardBackwardOutput]:
-        return self.forward(data, loss_fn, loss_fn_config, return_logprobs)
+        return self.forward(data, loss_fn, loss_fn_config, return_logprobs, return_likeliest)
 
     async def forward_backward_async(
         self,

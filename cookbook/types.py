@@ -239,7 +239,8 @@ class AdamParams:
 class ForwardBackwardOutput:
     """What a forward (and backward) pass found.
 
-    `loss_fn_outputs[i]["logprobs"]` has one natural logarithm for each target of datum i.
+    `loss_fn_outputs[i]["logprobs"]` has one natural logarithm for each target of datum i;
+    where they were asked for, `["is_likeliest"]` has a 1 for each target that no token beats.
     `metrics` are sums over the batch (`loss:sum`, `weights:sum`). `loss` is the weighted mean
     negative log-likelihood in nats per trained token; for a custom loss, its value.
     """

@@ -25,7 +25,7 @@ from cookbook.engine.memory import (
 )
 from cookbook.engine.options import EngineOptions
 from cookbook.engine.packing import PackedBatch, TokenSequence, pack
-from cookbook.engine.projection import Head, LoraOnHead, TokenLoss
+from cookbook.engine.projection import Head, LoraOnHead, Scores, TokenLoss
 from cookbook.errors import ConfigError
 
 
@@ -71,6 +71,16 @@ class BaseModel:
         hidden_SD = self.hidden(batch).index_select(0, batch.scored_S)
         return projection.score(self._head(), hidden_SD, batch.targets_S)
 
+    @torch.no_grad()
+    def scores(self, batch: PackedBatch) -> Scores:
+        """`logprobs`, and whether each target is the likeliest token at its position."""
+        if not self.has_plain_head:
+            logits_SV, targets_S = self._logits_of_whole_model(batch), batch.targets_S
+            target_S = logits_SV.gather(1, targets_S[:, None])[:, 0]
+            return Scores(_log_probabilities(logits_SV, targets_S), target_S == logits_SV.amax(1))
+        hidden_SD = self.hidden(batch).index_select(0, batch.scored_S)
+        return projection.score_and_compare(self._head(), hidden_SD, batch.targets_S)
+
     def backpropagate(
         self, batch: PackedBatch, token_loss: TokenLoss, checkpoint_layers: bool
     ) -> tuple[Tensor, Tensor]:
@@ -111,10 +121,12 @@ class BaseModel:
 
     def logprobs_of_whole_model(self, batch: PackedBatch) -> Tensor:
         """For models whose logits are more than a projection, one sequence at a time."""
+        return _log_probabilities(self._logits_of_whole_model(batch), batch.targets_S)
+
+    def _logits_of_whole_model(self, batch: PackedBatch) -> Tensor:
         assert len(batch.layout.segments) == 1
         logits_NV = self.model(input_ids=batch.tokens_1N, use_cache=False).logits[0]
-        logits_SV = logits_NV.index_select(0, batch.scored_S)
-        return -nn.functional.cross_entropy(logits_SV.float(), batch.targets_S, reduction="none")
+        return logits_NV.index_select(0, batch.scored_S)
 
     def limits(self, adapter: Adapter) -> MicrobatchLimits:
         """How large micro-batches may be with one more adapter in training."""
@@ -160,3 +172,7 @@ class BaseModel:
             / (getattr(config, "logits_scaling", None) or 1.0),
             softcap=getattr(config, "final_logit_softcapping", None),
         )
+
+
+def _log_probabilities(logits_SV: Tensor, targets_S: Tensor) -> Tensor:
+    return -nn.functional.cross_entropy(logits_SV.float(), targets_S, reduction="none")

@@ -132,10 +132,10 @@ class Layout:
     scored_S: np.ndarray
     num_trained: int
 
-    def split(self, logprobs_S: np.ndarray) -> list[np.ndarray]:
-        """One array per sequence; positions that were not scored read 0.0."""
+    def split(self, values_S: np.ndarray) -> list[np.ndarray]:
+        """One float32 array per sequence; positions that were not scored read 0.0."""
         row_N = np.zeros(self.segments[-1][1], np.float32)
-        row_N[self.scored_S] = logprobs_S
+        row_N[self.scored_S] = values_S
         return [row_N[start:stop] for start, stop in self.segments]
 
 

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -110,12 +111,31 @@ class Head:
         return torch.addmm(grad_CD, grad_CR, a_RD.to(grad_CR.dtype))
 
 
-@torch.no_grad()
+class Scores(NamedTuple):
+    """What is known of targets without a gradient."""
+
+    logprobs_S: Tensor
+    """fp32"""
+    is_likeliest_S: Tensor
+    """bool: whether no token is likelier. The same logits are compared, so a tie is exact, and it counts."""
+
+
 def score(head: Head, hidden_SD: Tensor, targets_S: Tensor) -> Tensor:
     """log p(targets_S | hidden_SD): [S], fp32."""
-    chunks = _chunks(len(targets_S), BlockSizes.on(hidden_SD.device).positions)
-    parts = [_Chunk(head, hidden_SD[part], targets_S[part]).log_probabilities() for part in chunks]
-    return torch.cat(parts) if parts else torch.zeros(0, device=hidden_SD.device)
+    return score_and_compare(head, hidden_SD, targets_S).logprobs_S
+
+
+@torch.no_grad()
+def score_and_compare(head: Head, hidden_SD: Tensor, targets_S: Tensor) -> Scores:
+    """`score`, and whether each target is the likeliest token: the running maximum is there anyway."""
+    parts = _chunks(len(targets_S), BlockSizes.on(hidden_SD.device).positions)
+    logprobs_S = torch.empty(len(targets_S), device=hidden_SD.device)
+    is_likeliest_S = torch.empty(len(targets_S), dtype=torch.bool, device=hidden_SD.device)
+    for part in parts:
+        chunk = _Chunk(head, hidden_SD[part], targets_S[part])
+        logprobs_S[part] = chunk.log_probabilities()
+        is_likeliest_S[part] = chunk.is_likeliest()
+    return Scores(logprobs_S, is_likeliest_S)
 
 
 @torch.no_grad()
@@ -205,6 +225,7 @@ class _Chunk:
                 self.kept_blocks.append((rows, room_CK.copy_(terms_CK), higher_C1))
         self.log_total_C1 = total_C1.log().add_(highest_C1)
         self.target_C1 = target_C1
+        self.highest_C1 = highest_C1
         self.mean_CQ = mean_CQ.div_(total_C1)
 
     def _room(self, rows: slice) -> Tensor | None:
@@ -215,6 +236,9 @@ class _Chunk:
 
     def log_probabilities(self) -> Tensor:
         return (self.target_C1 - self.log_total_C1)[:, 0]
+
+    def is_likeliest(self) -> Tensor:
+        return (self.target_C1 == self.highest_C1)[:, 0]
 
     def backward(self, grad_C: Tensor) -> Tensor:
         """The gradient by the hidden states, given that by the log-probabilities."""

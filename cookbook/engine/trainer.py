@@ -68,6 +68,8 @@ class Request:
     loss_config: Mapping[str, float]
     trained_only: bool
     """Score only positions of weight other than 0; the others read 0.0."""
+    with_likeliest: bool = False
+    """Tell also whether each scored target is the likeliest token. Not while gradients are formed."""
 
 
 class Trainer:
@@ -95,6 +97,7 @@ class Trainer:
         loss_fn_config: Mapping[str, float] | None,
         trained_only: bool = False,
         refuse_unknown_inputs: bool = True,
+        with_likeliest: bool = False,
     ) -> Request:
         """Raises RequestError for anything that cannot be run. Safe from any thread."""
         loss, config = get_loss(loss_fn, loss_fn_config)
@@ -107,7 +110,7 @@ class Trainer:
                 f"A sequence of {longest} tokens exceeds the context length of {self.base.context_length} "
                 f"of {self.base.name}. Truncate it: max_length={self.base.context_length}."
             )
-        return Request(sequences, loss, config, trained_only)
+        return Request(sequences, loss, config, trained_only, with_likeliest)
 
     def forward(self, request: Request) -> PassResult:
         return self._run(request, backward=False)
@@ -182,36 +185,42 @@ class Trainer:
         lengths = [len(sequence) for sequence in sequences]
         plan = plan_microbatches(lengths, self._limits.max_tokens if self.base.is_packed else 1)
         layouts, logprobs, losses = [], [], []
+        likeliest: list[Tensor] = []
         for indices in plan:
             num_tokens = sum(lengths[index] for index in indices)
             is_checkpointed = backward and self._limits.checkpoints(num_tokens)
             try:
                 batch = pack([sequences[i] for i in indices], self.base.device, request.trained_only)
-                logprobs_S, loss = self._run_microbatch(batch, request, backward, is_checkpointed)
+                scores, loss = self._run_microbatch(batch, request, backward, is_checkpointed)
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
                 tight = _TightMicrobatch(num_tokens, len(indices), is_checkpointed or not backward)
                 raise _DoesNotFit(tight) from None
             layouts.append(batch.layout)
-            logprobs.append(logprobs_S)
+            logprobs.append(scores[0])
+            likeliest += scores[1:]
             losses.append(loss)
-        return PassResult(sequences, plan, layouts, Readback(logprobs), Readback(losses))
+        return PassResult(
+            sequences, plan, layouts, Readback(logprobs), Readback(losses), likeliest=Readback(likeliest)
+        )
 
     def _run_microbatch(
         self, batch: PackedBatch, request: Request, backward: bool, checkpoint_layers: bool
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[tuple[Tensor, ...], Tensor]:
+        """The log-probabilities and, where they are asked for, who is likeliest; and the loss."""
+
         def token_loss(logprobs_C: Tensor, part: slice) -> Tensor:
             extras = {name: values_S[part] for name, values_S in batch.extras.items()}
             return request.loss.fn(logprobs_C, batch.weights_S[part], extras, request.loss_config)
 
         num_trained = batch.layout.num_trained
         if backward and num_trained:
-            result = self.base.backpropagate(batch, token_loss, checkpoint_layers)
+            logprobs_S, loss = self.base.backpropagate(batch, token_loss, checkpoint_layers)
             self._optimizer.collect_gradients()
-            return result
-        logprobs_S = self.base.logprobs(batch)
-        return logprobs_S, token_loss(logprobs_S[:num_trained], slice(0, num_trained))
+            return (logprobs_S,), loss
+        scores = self.base.scores(batch) if request.with_likeliest else (self.base.logprobs(batch),)
+        return scores, token_loss(scores[0][:num_trained], slice(0, num_trained))
 
     def _smaller_limits(self, tight: _TightMicrobatch) -> MicrobatchLimits:
         """Limits with which a pass is tried again. Raises TrainingError where there are none."""
@@ -313,14 +322,17 @@ class PassResult:
     losses: Readback
     custom_loss: float | None = None
     custom_metrics: Mapping[str, float] = field(default_factory=dict)
+    likeliest: Readback = field(default_factory=lambda: Readback([]))
+    """Of each micro-batch, where the request asked for it."""
 
     def logprobs(self) -> list[np.ndarray]:
         """One float32 array per datum; positions that were not scored read 0.0."""
+        return self._by_datum(self.scored_logprobs.arrays())
+
+    def _by_datum(self, scored: list[np.ndarray]) -> list[np.ndarray]:
         found: dict[int, np.ndarray] = {}
-        for indices, layout, logprobs_S in zip(
-            self.plan, self.layouts, self.scored_logprobs.arrays(), strict=True
-        ):
-            found.update(zip(indices, layout.split(logprobs_S), strict=True))
+        for indices, layout, values_S in zip(self.plan, self.layouts, scored, strict=True):
+            found.update(zip(indices, layout.split(values_S), strict=True))
         return [found[index] for index in range(len(self.sequences))]
 
     def output(self) -> ForwardBackwardOutput:
@@ -332,9 +344,13 @@ class PassResult:
         loss = nll_sum / weight_sum if weight_sum else 0.0
         if self.custom_loss is not None:
             loss = loss_sum = self.custom_loss
+        outputs = [{"logprobs": TensorData(lp_T)} for lp_T in logprobs]
+        if likeliest := self.likeliest.arrays():
+            for found, is_likeliest_T in zip(outputs, self._by_datum(likeliest), strict=True):
+                found["is_likeliest"] = TensorData(is_likeliest_T, dtype="int64")
         return ForwardBackwardOutput(
             loss=loss,
-            loss_fn_outputs=[{"logprobs": TensorData(lp_T)} for lp_T in logprobs],
+            loss_fn_outputs=[*outputs],
             metrics={"loss:sum": loss_sum, "weights:sum": weight_sum, **self.custom_metrics},
         )
 

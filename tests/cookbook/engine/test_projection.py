@@ -11,7 +11,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from cookbook.engine import projection
-from cookbook.engine.projection import BlockSizes, Head, LoraOnHead, score, score_and_backpropagate
+from cookbook.engine.projection import (
+    BlockSizes,
+    Head,
+    LoraOnHead,
+    score,
+    score_and_backpropagate,
+    score_and_compare,
+)
 
 NUM_POSITIONS, HIDDEN_SIZE, VOCAB_SIZE, RANK = 23, 8, 50, 3
 SCALING = 0.5
@@ -202,3 +209,31 @@ def test_scores_far_apart_neither_overflow_nor_vanish() -> None:
 
 def test_no_positions_have_no_log_probabilities() -> None:
     assert score(make_head(), torch.zeros(0, HIDDEN_SIZE), torch.zeros(0, dtype=torch.int64)).shape == (0,)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("lora", [False, True])
+def test_a_target_is_likeliest_where_argmax_over_all_logits_finds_it(
+    lora: bool, softcap: float | None, dtype: torch.dtype
+) -> None:
+    head = make_head(lora=lora, softcap=softcap, dtype=dtype)
+    hidden_SD, targets_S, _ = make_positions(dtype)
+    logits_SV = head.queries(hidden_SD) @ head.keys(slice(None)).T
+    argmax_S = logits_SV.argmax(1)
+    mixed_S = torch.where(torch.arange(NUM_POSITIONS) % 2 == 0, argmax_S, targets_S)
+    logprobs_S, is_likeliest_S = score_and_compare(head, hidden_SD, mixed_S)
+    assert is_likeliest_S.tolist() == (mixed_S == argmax_S).tolist()
+    assert 0 < int(is_likeliest_S.sum()) < NUM_POSITIONS
+    torch.testing.assert_close(logprobs_S, score(head, hidden_SD, mixed_S), rtol=0, atol=0)
+
+
+def test_tokens_that_tie_for_the_first_place_are_all_likeliest_in_whatever_block_they_are() -> None:
+    head = make_head()
+    hidden_SD, _, _ = make_positions()
+    weight_VD = head.weight_VD.clone()
+    weight_VD[[3, 25, 49]] = 20 * hidden_SD[0]
+    tied = Head(weight_VD)
+    targets = torch.tensor([3, 25, 49, 4])
+    _, is_likeliest = score_and_compare(tied, hidden_SD[:1].expand(4, -1), targets)
+    assert is_likeliest.tolist() == [True, True, True, False]

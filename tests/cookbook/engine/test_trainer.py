@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from cookbook.engine import packing
 from cookbook.engine.memory import MicrobatchLimits
 from cookbook.errors import TrainingError
-from cookbook.types import AdamParams, Datum
+from cookbook.types import AdamParams, Datum, ModelInput
 
 
 def test_gradients_add_up_over_calls_until_the_step(
@@ -118,3 +119,30 @@ def test_what_a_forward_pass_does_not_train_has_no_say_in_its_loss(
     )
     forward = made.forward(request).output().metrics["loss:sum"]
     assert forward == pytest.approx(made.forward_backward(request).output().metrics["loss:sum"], rel=1e-6)
+
+
+@pytest.mark.parametrize("has_plain_head", [True, False])
+def test_a_forward_pass_tells_which_targets_the_model_itself_would_choose(
+    tiny_qwen3: str, make_trainer: Any, make_data: Any, has_plain_head: bool
+) -> None:
+    made = make_trainer(tiny_qwen3)
+    made.base.has_plain_head = has_plain_head
+    made.base.is_packed = has_plain_head
+    tokens = np.random.default_rng(0).integers(3, made.base.vocab_size, (3, 12))
+    with made.base.adapters.using(made.adapter), torch.no_grad():
+        logits = made.base.model(torch.from_numpy(tokens)).logits
+    targets = logits.argmax(-1).numpy()
+    targets[:, ::3] = 5
+    expected = (logits.argmax(-1).numpy() == targets).astype(int)
+    weights = np.ones_like(targets)
+    weights[:, 7:] = 0
+    data = [
+        Datum(ModelInput.from_ints(row), {"target_tokens": target, "weights": weight})
+        for row, target, weight in zip(tokens, targets, weights, strict=True)
+    ]
+    for trained_only, shown in ((False, expected), (True, expected * weights)):
+        request = made.check(data, "cross_entropy", None, trained_only, with_likeliest=True)
+        outputs = made.forward(request).output().loss_fn_outputs
+        assert [output["is_likeliest"].tolist() for output in outputs] == shown.tolist()
+    request = made.check(data, "cross_entropy", None)
+    assert "is_likeliest" not in made.forward(request).output().loss_fn_outputs[0]
