@@ -139,7 +139,8 @@ def _explain(blueprint: Blueprint[Any], error: EntrypointException) -> str:
 
 def _describe_type(kind: Any) -> str:
     if get_origin(kind) is Literal:
-        return f"one of {', '.join(map(str, get_args(kind)))}"
+        values = [str(value) for value in get_args(kind)]
+        return f"one of {', '.join(values)}" if len(values) > 1 else values[0]
     if isinstance(kind, type) and issubclass(kind, enum.Enum):
         return f"one of {', '.join(str(member.value) for member in kind)}"
     if get_origin(kind) is list:

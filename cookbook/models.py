@@ -15,7 +15,7 @@ from cookbook import embedded, hub
 from cookbook.errors import ModelError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 _RENDERER_BY_NAME = tuple(
     (re.compile(pattern, re.IGNORECASE), renderer_name)
@@ -99,13 +99,17 @@ def get_tokenizer(model_name: str) -> PreTrainedTokenizerBase:
     return load_from_hub_or_disk("tokenizer", model_name, AutoTokenizer.from_pretrained)
 
 
-def context_length(model_name: str) -> int | None:
-    """How many tokens the model reads at most; None where its config does not say."""
+def text_config(model_name: str) -> PretrainedConfig:
+    """The config of the part of the model that reads and writes text."""
     from transformers import AutoConfig
 
-    config = load_from_hub_or_disk("config", model_name, AutoConfig.from_pretrained)
-    length: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return length
+    config: PretrainedConfig = load_from_hub_or_disk("config", model_name, AutoConfig.from_pretrained)
+    return config.get_text_config()
+
+
+def context_length(model_name: str) -> int | None:
+    """How many tokens the model reads at most; None where its config does not say."""
+    return getattr(text_config(model_name), "max_position_embeddings", None)
 
 
 def recommended_renderer(model_name: str) -> str:
@@ -115,12 +119,3 @@ def recommended_renderer(model_name: str) -> str:
         if pattern.search(model_name):
             return renderer_name
     return "chat_template" if get_tokenizer(model_name).chat_template else "role_colon"
-
-
-def recommended_learning_rate(model_name: str, is_full: bool = False) -> float:
-    """A peak learning rate to start from: for LoRA on models of many sizes, or the embedded model's.
-
-    Full fine-tuning wants about a tenth of it (Schulman et al., "LoRA Without Regret", 2025).
-    """
-    rate = embedded.LEARNING_RATE if model_name == embedded.MODEL_NAME else 2e-4
-    return rate / 10 if is_full else rate

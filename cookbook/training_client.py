@@ -199,6 +199,7 @@ class TrainingClient:
             model_name=base.name,
             lora_rank=lora.rank,
             lora_alpha=lora.alpha,
+            num_trained_parameters=sum(weight.numel() for weight in self._trainer.adapter.weights.values()),
             arch=base.model.config.model_type,
             device=str(base.device),
             dtype=str(base.dtype).removeprefix("torch."),

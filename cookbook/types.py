@@ -324,6 +324,7 @@ class ModelData:
     model_name: str
     lora_rank: int
     lora_alpha: float
+    num_trained_parameters: int
     arch: str
     device: str
     dtype: str

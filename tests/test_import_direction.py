@@ -19,6 +19,7 @@ BASE = ("cookbook.errors", "cookbook.types")
 TOOLS = (
     "cookbook.embedded",
     "cookbook.hub",
+    "cookbook.hyperparameters",
     "cookbook.jsonl",
     "cookbook.models",
     "cookbook.schedules",

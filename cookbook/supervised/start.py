@@ -13,6 +13,7 @@ from cookbook import models
 from cookbook.checkpoints import CheckpointLog
 from cookbook.errors import ConfigError, DataError
 from cookbook.eval.evaluators import Evaluator
+from cookbook.hyperparameters import fitting_rank
 from cookbook.loggers import ConsoleLogger, JsonlLogger, MetricLogger, WandbLogger
 from cookbook.supervised.batches import BEGINNING, BatchQueue, Position
 from cookbook.supervised.nll_evaluator import NLLEvaluator
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from cookbook.training_client import TrainingClient
 
 logger = logging.getLogger(__name__)
+
+MAX_ADVISED_RANK = 512
 
 
 async def start_run(config: Config, folder: RunFolder, checkpoints: CheckpointLog, console: Console) -> Run:
@@ -256,6 +259,8 @@ def _announce(
         f" ({config.quantization} base)" if config.quantization else "",
         f"LoRA rank {config.lora_rank}" if config.lora_rank else "all weights trained",
     )
+    _announce_learning_rate(config)
+    _advise_rank(config, info.num_trained_parameters, train_data)
     logger.info(
         "Training on %s, evaluating on %s. %s%s.",
         _size(train_data),
@@ -264,6 +269,31 @@ def _announce(
         f", {first_step:,} of them done" if first_step else "",
     )
     logger.info("Everything goes to %s.", folder.path)
+
+
+def _announce_learning_rate(config: Config) -> None:
+    recommended = config.recommended_learning_rate
+    if config.learning_rate == recommended.value:
+        logger.info("Learning rate %g, %s.", recommended.value, recommended.reason)
+        if config.lora_rank and config.lora_alpha != 32:
+            logger.info("  It suits lora_alpha=32, and this run has %g.", config.lora_alpha)
+    else:
+        logger.info("Learning rate %g (auto would be %g).", config.learning_rate, recommended.value)
+
+
+def _advise_rank(config: Config, num_parameters: int, train_data: SupervisedDataset) -> None:
+    """Tells of an adapter with fewer parameters than the data have trained tokens."""
+    num_tokens = sum(report.trained_tokens for report in train_data.reports())
+    if config.lora_rank == 0 or num_parameters >= num_tokens:
+        return
+    rank = fitting_rank(num_tokens, num_parameters, config.lora_rank)
+    logger.info(
+        "The adapter has %s parameters for %s trained tokens. A parameter a token is a rough rule for LoRA "
+        "to learn like full fine-tuning: that would be %s.",
+        f"{num_parameters:,}",
+        f"{num_tokens:,}",
+        f"lora_rank={rank}" if rank <= MAX_ADVISED_RANK else "full fine-tuning itself, lora_rank=0",
+    )
 
 
 def _size(dataset: SupervisedDataset) -> str:

@@ -6,6 +6,7 @@ import functools
 import logging
 import math
 from pathlib import Path
+from typing import Literal, Self
 
 import chz
 
@@ -48,12 +49,9 @@ class Config:
     )
 
     # optimization
-    learning_rate: float | None = _field(
-        default=None,
-        doc="peak learning rate; default: 2e-4 or what suits the embedded model; a tenth if lora_rank=0",
-        munger=chz.mungers.if_none(
-            lambda self: models.recommended_learning_rate(self.model_name, self.lora_rank == 0)
-        ),
+    learning_rate: float | Literal["auto"] = _field(
+        default="auto",
+        doc="peak learning rate; auto: by a published rule, from the model's family and hidden size",
     )
     lr_schedule: LRSchedule = _field(default="linear", doc="linear or cosine, both down to 0, or constant")
     warmup_steps: int = _field(default=0, doc="steps over which the learning rate rises to its peak")
@@ -113,9 +111,19 @@ class Config:
 
     @property
     def peak_learning_rate(self) -> float:
-        """`learning_rate`, which is never None: its munger chose one."""
-        assert self.learning_rate is not None
+        """`learning_rate` of a config that is resolved."""
+        assert not isinstance(self.learning_rate, str)
         return self.learning_rate
+
+    @property
+    def recommended_learning_rate(self) -> LearningRate:
+        return recommend_learning_rate(self.model_name, is_full=self.lora_rank == 0)
+
+    def resolved(self) -> Self:
+        """With a number for `learning_rate=auto`, which takes the model's config to be at hand."""
+        if self.learning_rate != "auto":
+            return self
+        return chz.replace(self, learning_rate=self.recommended_learning_rate.value)
 
     @chz.validate
     def _check_values(self) -> None:
@@ -130,8 +138,9 @@ class Config:
             if value is not None and not value >= least:
                 raise ConfigError(f"{name}={value} is too small. It must be at least {least}.")
         for name in above_zero:
-            if not 0 < getattr(self, name) < math.inf:
-                raise ConfigError(f"{name}={getattr(self, name)} is impossible. It must be above 0.")
+            value = getattr(self, name)
+            if value != "auto" and not 0 < value < math.inf:
+                raise ConfigError(f"{name}={value} is impossible. It must be above 0.")
         for name in ("adam_beta1", "adam_beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)} is impossible. It must lie in [0, 1).")
@@ -168,9 +177,9 @@ async def main(config: Config) -> RunSummary:
     then what belongs to the state they made (save, evaluate), and only then the next step.
     """
     console = make_console()
-    resolved = config_files.to_json(config)
+    config = config.resolved()
     with (
-        RunFolder(config.log_path, resolved, config.if_log_path_exists) as folder,
+        RunFolder(config.log_path, config_files.to_json(config), config.if_log_path_exists) as folder,
         logging_to(console, folder.path / "train.log"),
     ):
         checkpoints = CheckpointLog(folder.path, config.keep_checkpoints)

@@ -70,7 +70,7 @@ def test_later_wins_defaults_then_the_file_then_the_command_line(tmp_path: Path)
         ("learning_rat=1", "There is no key 'learning_rat'. Did you mean learning_rate?"),
         ("batch_sise=1", "There is no key 'batch_sise'. Did you mean batch_size?"),
         ("dataset_builder.datset=x", "There is no key 'dataset_builder.datset'. Did you mean"),
-        ("learning_rate=fast", "learning_rate=fast is impossible. It takes a number"),
+        ("learning_rate=fast", "learning_rate=fast is impossible. It takes a number or auto."),
         ("max_steps=2.5", "max_steps=2.5 is impossible. It takes a whole number or None."),
         ("lr_schedule=saw", "lr_schedule=saw is impossible. It takes one of linear, cosine, constant."),
         ("train_mlp=maybe", "train_mlp=maybe is impossible. It takes True or False."),

@@ -13,7 +13,7 @@ from cookbook.supervised import train
 from recipes.sft import DEFAULTS
 
 REPOSITORY = Path(__file__).parents[2]
-SHIPPED = sorted((REPOSITORY / "configs").rglob("*.yaml"))
+SHIPPED = sorted((REPOSITORY / "configs").glob("*.yaml"))
 
 
 def test_there_are_shipped_configs_for_the_demo_no_robots_and_tulu3() -> None:
@@ -41,12 +41,12 @@ def test_a_recorded_config_can_be_run_again(tmp_path: Path) -> None:
     assert again == config
 
 
-def test_every_derived_value_is_resolved_in_the_record() -> None:
-    config = cli.make_config(train.Config, DEFAULTS, ["model_name=Qwen/Qwen3-0.6B"])
+def test_every_derived_value_is_resolved_in_the_record(tiny_qwen3: str) -> None:
+    config = cli.make_config(train.Config, DEFAULTS, [f"model_name={tiny_qwen3}"]).resolved()
     recorded = config_files.to_json(config)
-    assert recorded["renderer_name"] == "qwen3"
-    assert recorded["learning_rate"] == 2e-4
-    assert recorded["dataset_builder"]["common_config"]["renderer_name"] == "qwen3"
+    assert recorded["renderer_name"] == "chat_template"
+    assert recorded["learning_rate"] == pytest.approx(5e-4 * (2000 / 32) ** 0.0775, rel=1e-3)
+    assert recorded["dataset_builder"]["common_config"]["renderer_name"] == "chat_template"
 
 
 def test_no_secret_of_the_environment_reaches_the_record(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 import cookbook
 from cookbook import AdamParams, Datum, ModelInput, ServiceClient, TensorData, TrainingClient
@@ -172,6 +173,11 @@ def test_the_info_of_a_client(service: ServiceClient, tiny_qwen3: str) -> None:
     assert info.model_data.lora_rank == info.lora_rank == 3
     assert info.model_data.lora_alpha == 6.0
     assert info.model_data.model_name == info.model_name == tiny_qwen3
+    plain = AutoModelForCausalLM.from_pretrained(tiny_qwen3)
+    linears = [module for module in plain.modules() if isinstance(module, torch.nn.Linear)]
+    assert info.model_data.num_trained_parameters == 3 * sum(
+        linear.in_features + linear.out_features for linear in linears
+    )
     assert (info.model_data.arch, info.model_data.device, info.model_data.dtype) == (
         "qwen3",
         "cpu",

@@ -1,0 +1,79 @@
+"""What is known of the learning rate and the rank that suit a model, and where it is known from.
+
+[Regret] Schulman et al., "LoRA Without Regret", Thinking Machines Lab, 2025,
+         https://thinkingmachines.ai/blog/lora/
+[Tinker] Thinking Machines Lab, tinker-cookbook, `hyperparam_utils.get_lr` and the LoRA primer, 2025,
+         https://github.com/thinking-machines-lab/tinker-cookbook
+[QLoRA]  Dettmers et al., "QLoRA: Efficient Finetuning of Quantized LLMs", 2023,
+         https://arxiv.org/abs/2305.14314
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from cookbook import embedded, models
+
+FULL_LEARNING_RATE = 5e-5
+"""[Tinker] Of all weights of a model whose hidden size is 2,000."""
+LORA_OVER_FULL = 10
+"""[Regret] The best rate for LoRA is this many times the one for all weights (9.8 was fitted)."""
+REFERENCE_HIDDEN_SIZE = 2000
+HIDDEN_SIZE_EXPONENTS = {"llama": 0.781, "qwen": 0.0775}
+"""[Tinker] By the beginning of transformers' `model_type`: how the best rate falls with the hidden size."""
+OTHER_LEARNING_RATE = 2e-4
+"""[QLoRA] For LoRA on models of 7 to 13 billion weights, where no rule was fitted."""
+
+
+@dataclass(frozen=True)
+class LearningRate:
+    value: float
+    reason: str
+    """How the value came about, as an end of "Learning rate 1e-4, ..."."""
+
+
+def recommend_learning_rate(model_name: str, is_full: bool = False) -> LearningRate:
+    """A peak learning rate to start from, in Adam with a LoRA of any rank and lora_alpha=32.
+
+        5e-5 x 10 (LoRA; x 1 for all weights) x (2000 / hidden size) ^ (0.781 Llama, 0.0775 Qwen)
+
+    was fitted to sweeps of 14 Llama and Qwen models on Tulu 3: the exponents are those of [Tinker], the
+    form is that of [Regret], which also found that the rank does not matter. Very short runs, of 100
+    steps or fewer, bear half as much again. For other models it is 2e-4 [QLoRA], and for the embedded
+    model a value tuned on it. Three digits are kept. Reads the model's config, none of its weights.
+    """
+    kind = "all weights" if is_full else "LoRA"
+    if model_name == embedded.MODEL_NAME:
+        return LearningRate(
+            _rounded(embedded.LEARNING_RATE / (LORA_OVER_FULL if is_full else 1)),
+            f"tuned on {model_name}" + (f", a tenth of it for {kind}" if is_full else ""),
+        )
+    config = models.text_config(model_name)
+    family = next((name for name in HIDDEN_SIZE_EXPONENTS if config.model_type.startswith(name)), None)
+    if family is None:
+        return LearningRate(
+            _rounded(OTHER_LEARNING_RATE / (LORA_OVER_FULL if is_full else 1)),
+            f"customary for {kind}: no rule was fitted to {config.model_type} models",
+        )
+    base = FULL_LEARNING_RATE * (1 if is_full else LORA_OVER_FULL)
+    exponent = HIDDEN_SIZE_EXPONENTS[family]
+    return LearningRate(
+        _rounded(base * (REFERENCE_HIDDEN_SIZE / config.hidden_size) ** exponent),
+        f"by the rule for {kind} on {family.capitalize()} models: "
+        f"{base:g} x ({REFERENCE_HIDDEN_SIZE} / {config.hidden_size})^{exponent}",
+    )
+
+
+def fitting_rank(num_trained_tokens: int, num_parameters: int, rank: int) -> int:
+    """The least power of two whose adapter has a parameter for every trained token.
+
+    As a rough rule LoRA learns like full fine-tuning as long as its adapter has at least as many
+    parameters as the data have trained tokens [Tinker]. `num_parameters` are those of `rank`.
+    """
+    least = num_trained_tokens * rank / num_parameters
+    return 2 ** max(0, math.ceil(math.log2(least)))
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.3g}")
