@@ -72,9 +72,8 @@ class ConsoleLogger(MetricLogger):
             self._progress.start()
 
     def log(self, step: int, metrics: Metrics) -> None:
-        for path, value in metrics.items():
-            if path.startswith("test/"):
-                self._console.print(f"step {step}: {path} {value:.4f}", highlight=False)
+        for line in _evaluation_lines(step, metrics):
+            self._console.print(line, highlight=False)
         if "train/nll" not in metrics:
             return
         status = f"nll {metrics['train/nll']:.3f}  {metrics['perf/tokens_per_second']:,.0f} tokens/s"
@@ -90,6 +89,21 @@ class ConsoleLogger(MetricLogger):
     def close(self) -> None:
         if self._progress is not None:
             self._progress.stop()
+
+
+_OF_EVERY_STEP = ("epoch", "train", "optim", "data", "perf")
+"""What the paths of metrics begin with that no evaluator measured."""
+
+
+def _evaluation_lines(step: int, metrics: Metrics) -> list[str]:
+    """What evaluators found, a line for each beginning of a path. Turns and sources of a metric stay out."""
+    shown: dict[str, list[str]] = {}
+    for path, value in metrics.items():
+        first, last = path.split("/")[0], path.split("/")[-1]
+        is_part = path.count("/") > 1 and f"{first}/{last}" in metrics
+        if first not in _OF_EVERY_STEP and not is_part:
+            shown.setdefault(first, []).append(f"{path} {value:.4f}")
+    return [f"step {step}: {'  '.join(parts)}" for parts in shown.values()]
 
 
 class WandbLogger(MetricLogger):
@@ -136,7 +150,7 @@ def make_console() -> Console:
 
 
 class _ConsoleHandler(logging.Handler):
-    """Log records as plain text above the progress bar."""
+    """Log records as plain text above the progress bar; tracebacks are left to train.log."""
 
     def __init__(self, console: Console) -> None:
         super().__init__()
@@ -144,7 +158,7 @@ class _ConsoleHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         style = "yellow" if record.levelno >= logging.WARNING else None
-        self._console.print(self.format(record), style=style, markup=False, highlight=False)
+        self._console.print(record.getMessage(), style=style, markup=False, highlight=False)
 
 
 @contextlib.contextmanager

@@ -33,9 +33,6 @@ DEFAULTS: dict[str, Any] = {
     "dataset_builder.common_config.batch_size": 8,
     "dataset_builder.shuffle_seed": Reference("seed"),
     "infrequent_evaluator_builders.0": SamplesEvaluatorBuilder,
-    "infrequent_evaluator_builders.0.model_name": Reference("model_name"),
-    "infrequent_evaluator_builders.0.renderer_name": Reference("renderer_name"),
-    "infrequent_evaluator_builders.0.system_prompt": Reference("system_prompt"),
 }
 
 

@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import chz
 
-from cookbook.errors import TrainingError
+from cookbook.errors import TrainingError, describe
 from cookbook.tables import Table
 
 if TYPE_CHECKING:
     from cookbook.sampling_client import SamplingClient
     from cookbook.training_client import TrainingClient
 
+logger = logging.getLogger(__name__)
 
 EvalValue: TypeAlias = float | Table
 """A number, or a table to look at."""
+
+OnEvaluatorError: TypeAlias = Literal["warn", "raise"]
+"""Whether an evaluator that fails is told of and left out of its step, or ends the run."""
+
+FAILURES = "eval/failures"
+"""The metric that counts evaluators which failed in a step. It is there where one did."""
 
 
 class TrainingClientEvaluator(ABC):
@@ -45,6 +53,7 @@ class EvaluatorBuilder:
     """A config that makes an evaluator."""
 
     def __call__(self) -> Evaluator:
+        """Called before a model is loaded: whatever can be refused is refused here."""
         raise NotImplementedError(f"{type(self).__name__} does not define __call__.")
 
 
@@ -59,30 +68,72 @@ class Evaluation:
     tables: dict[str, Table] = field(default_factory=dict)
 
 
-async def evaluate(training_client: TrainingClient, evaluators: list[Evaluator]) -> Evaluation:
-    """All that is to be known of the weights as they are when everything queued before has run."""
+async def evaluate(
+    training_client: TrainingClient, evaluators: Iterable[Evaluator], on_error: OnEvaluatorError = "raise"
+) -> Evaluation:
+    """All that is to be known of the weights as they are when everything queued before has run.
+
+    With `on_error="warn"` an evaluator that fails adds nothing but to `eval/failures`, and the
+    others run. A cancellation or a KeyboardInterrupt is not a failure.
+    """
     found = Evaluation()
-    sampling_client = None
+    snapshot = _Snapshot(training_client)
+    num_failures = 0
     for evaluator in evaluators:
-        if isinstance(evaluator, TrainingClientEvaluator):
-            result = await evaluator(training_client)
-        else:
-            if sampling_client is None:
-                sampling_client = await training_client.save_weights_and_get_sampling_client_async()
-            result = await evaluator(sampling_client)
-        _add(found, evaluator, result)
+        try:
+            if isinstance(evaluator, TrainingClientEvaluator):
+                result = await evaluator(training_client)
+            else:
+                result = await evaluator(await snapshot.get())
+            _add(found, evaluator, result)
+        except Exception as error:
+            if on_error == "raise":
+                raise
+            num_failures += 1
+            logger.warning(
+                "%s failed and is left out of this step: %s",
+                type(evaluator).__name__,
+                describe(error),
+                exc_info=True,
+            )
+    if num_failures:
+        found.metrics[FAILURES] = num_failures
     return found
 
 
+class _Snapshot:
+    """A sampling client that is made when the first evaluator asks, and is then everybody's."""
+
+    def __init__(self, training_client: TrainingClient) -> None:
+        self._training_client = training_client
+        self._sampling_client: SamplingClient | None = None
+
+    async def get(self) -> SamplingClient:
+        if self._sampling_client is None:
+            self._sampling_client = await self._training_client.save_weights_and_get_sampling_client_async()
+        return self._sampling_client
+
+
 def _add(found: Evaluation, evaluator: Evaluator, result: object) -> None:
-    """Adds a result; numpy and torch scalars are welcome as numbers, anything else is named."""
+    """Adds a whole result or nothing; numpy and torch scalars are welcome as numbers."""
+    name = type(evaluator).__name__
+    metrics: dict[str, float] = {}
+    tables: dict[str, Table] = {}
     try:
-        for name, value in result.items():  # type: ignore[attr-defined]
+        for path, value in result.items():  # type: ignore[attr-defined]
             if isinstance(value, Table):
-                found.tables[str(name)] = value
+                tables[str(path)] = value
             else:
-                found.metrics[str(name)] = float(value)
+                metrics[str(path)] = float(value)
     except (AttributeError, TypeError, ValueError) as error:
         raise TrainingError(
-            f"{type(evaluator).__name__} returned {result!r}. An evaluator returns numbers or tables by name."
+            f"{name} returned {result!r}. An evaluator returns numbers or tables by name."
         ) from error
+    twice = sorted((metrics.keys() & found.metrics.keys()) | (tables.keys() & found.tables.keys()))
+    if twice:
+        raise TrainingError(
+            f"{name} returned `{twice[0]}`, and so did another evaluator of this step. Give one of them "
+            f"another name."
+        )
+    found.metrics.update(metrics)
+    found.tables.update(tables)

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import asyncio
-import json
+import dataclasses
 import logging
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import chz
 
-from cookbook import models
 from cookbook.errors import ConfigError
-from cookbook.eval.evaluators import EvaluatorBuilder, SamplingClientEvaluator
-from cookbook.types import SamplingParams
-from renderers import Renderer, get_renderer
+from cookbook.eval.chat import SamplingEvaluatorBuilder, replies_to
+from cookbook.eval.evaluators import SamplingClientEvaluator
+from cookbook.tables import Table
+from cookbook.types import ModelInput, SamplingParams
+from renderers import Renderer
 
 if TYPE_CHECKING:
     from cookbook.sampling_client import SamplingClient
@@ -23,54 +23,49 @@ logger = logging.getLogger(__name__)
 
 
 class SamplesEvaluator(SamplingClientEvaluator):
-    """Logs one reply to each prompt."""
+    """One reply to each prompt: a table, and a few lines in the log."""
 
-    def __init__(self, renderer: Renderer, prompts: Sequence[str], params: SamplingParams) -> None:
+    def __init__(
+        self, renderer: Renderer, prompts: Sequence[str], params: SamplingParams, name: str = "samples"
+    ) -> None:
         self._renderer = renderer
         self._prompts = prompts
         self._params = params
+        self._name = name
 
-    async def __call__(self, sampling_client: SamplingClient) -> dict[str, float]:
-        replies = await asyncio.gather(*(self._reply(sampling_client, prompt) for prompt in self._prompts))
-        for prompt, reply in zip(self._prompts, replies, strict=True):
-            logger.info("  user: %s\n  assistant: %s", prompt, reply)
-        return {}
+    async def __call__(self, sampling_client: SamplingClient) -> dict[str, Table]:
+        inputs = [self._input(prompt) for prompt in self._prompts]
+        params = [dataclasses.replace(self._params, seed=_seed(self._params, i)) for i in range(len(inputs))]
+        replies = await replies_to(sampling_client, self._renderer, inputs, params)
+        rows = []
+        for prompt, (reply,) in zip(self._prompts, replies, strict=True):
+            logger.info("  user: %s\n  assistant: %s", prompt, reply.text)
+            rows.append((prompt, reply.text, reply.stop_reason, reply.num_tokens))
+        return {self._name: Table(("prompt", "reply", "stop_reason", "tokens"), rows)}
 
-    async def _reply(self, sampling_client: SamplingClient, prompt: str) -> str:
-        model_input = self._renderer.build_generation_prompt([{"role": "user", "content": prompt}])
-        response = await sampling_client.sample_async(model_input, 1, self._params)
-        message, _ = self._renderer.parse_response(response.sequences[0].tokens)
-        calls = [
-            json.dumps(call.get("function"), ensure_ascii=False) for call in message.get("tool_calls") or []
-        ]
-        return "\n".join([str(message.get("content") or ""), *calls]).strip()
+    def _input(self, prompt: str) -> ModelInput:
+        return self._renderer.build_generation_prompt([{"role": "user", "content": prompt}])
+
+
+def _seed(params: SamplingParams, index: int) -> int | None:
+    return None if params.seed is None else params.seed + index
 
 
 @chz.chz
-class SamplesEvaluatorBuilder(EvaluatorBuilder):
+class SamplesEvaluatorBuilder(SamplingEvaluatorBuilder):
     """Shows the model's replies to fixed prompts."""
 
-    model_name: str = chz.field(doc="model whose tokenizer is used")
-    renderer_name: str | None = chz.field(default=None, doc="chat format; default: chosen from the model")
-    system_prompt: str | None = chz.field(default=None, doc="put before every prompt")
+    name: str = chz.field(default="samples", doc="name of the table")
     prompts: list[str] = chz.field(
         default_factory=lambda: ["What is the capital of Japan?", "How do I make a cup of tea?"],
         doc="what the user says",
     )
-    max_tokens: int = chz.field(default=64, doc="tokens of a reply at most")
-    temperature: float = chz.field(default=0.0, doc="0 takes the likeliest token")
 
     @chz.validate
-    def _check(self) -> None:
-        if self.max_tokens < 1 or self.temperature < 0:
-            raise ConfigError(
-                f"max_tokens={self.max_tokens} and temperature={self.temperature} cannot be sampled with. "
-                f"Use max_tokens >= 1 and temperature >= 0."
-            )
+    def _check_prompts(self) -> None:
+        if not self.prompts:
+            raise ConfigError("prompts is empty. Give at least one, or leave the evaluator out.")
 
     def __call__(self) -> SamplesEvaluator:
-        renderer_name = self.renderer_name or models.recommended_renderer(self.model_name)
-        renderer = get_renderer(renderer_name, models.get_tokenizer(self.model_name), self.system_prompt)
-        stop: list[Any] = list(renderer.get_stop_sequences())
-        params = SamplingParams(max_tokens=self.max_tokens, temperature=self.temperature, stop=stop)
-        return SamplesEvaluator(renderer, self.prompts, params)
+        renderer = self.make_renderer()
+        return SamplesEvaluator(renderer, self.prompts, self.sampling_params(renderer), self.name)

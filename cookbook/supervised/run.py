@@ -128,7 +128,7 @@ class Run:
         self._evaluation = Evaluation()
         if due:
             logger.info("After %d steps:", step)
-            self._evaluation = await evaluate(self._client, due)
+            self._evaluation = await evaluate(self._client, due, self._config.on_evaluator_error)
 
     async def submit(self, step: int) -> None:
         """Queues a step and, when it is due, the checkpoint of the state it leaves."""

@@ -34,7 +34,9 @@ RUN_FILES = (
 )  # fmt: skip
 """What a run writes, and so all that `if_log_path_exists=delete` removes."""
 
-HARMLESS_KEYS = {"log_path", "if_log_path_exists", "submit_ahead", "wandb_project", "wandb_name"}
+HARMLESS_KEYS = {
+    "log_path", "if_log_path_exists", "submit_ahead", "on_evaluator_error", "wandb_project", "wandb_name",
+}  # fmt: skip
 """What may change between the first run in a folder and a resumed one: it moves no weight and no metric."""
 
 

@@ -14,7 +14,8 @@ from cookbook import config_files, models
 from cookbook.checkpoints import CheckpointLog
 from cookbook.engine.options import EngineOptions, GradientCheckpointing, Quantization
 from cookbook.errors import ConfigError
-from cookbook.eval.evaluators import EvaluatorBuilder
+from cookbook.eval.chat import in_chat_format
+from cookbook.eval.evaluators import EvaluatorBuilder, OnEvaluatorError
 from cookbook.loggers import logging_to, make_console
 from cookbook.schedules import LRSchedule
 from cookbook.supervised.run import RunSummary
@@ -26,6 +27,10 @@ from cookbook.supervised.types import SupervisedDatasetBuilder
 logger = logging.getLogger(__name__)
 
 _field = functools.partial(chz.field, validator=chz.validators.typecheck)
+
+
+def _in_chat_format(config: Config, builders: list[EvaluatorBuilder]) -> list[EvaluatorBuilder]:
+    return in_chat_format(builders, config.model_name, config.renderer_name, config.system_prompt)
 
 
 @chz.chz
@@ -75,13 +80,18 @@ class Config:
 
     # evaluation: at step 0, every so many steps, and on the finished model
     evaluator_builders: list[EvaluatorBuilder] = chz.field(
-        default_factory=list, doc="evaluators to run every eval_every steps"
+        default_factory=list, doc="evaluators to run every eval_every steps", munger=_in_chat_format
     )
     infrequent_evaluator_builders: list[EvaluatorBuilder] = chz.field(
-        default_factory=list, doc="evaluators to run every infrequent_eval_every steps"
+        default_factory=list,
+        doc="evaluators to run every infrequent_eval_every steps",
+        munger=_in_chat_format,
     )
     eval_every: int = _field(default=50, doc="steps between evaluations; 0: off")
     infrequent_eval_every: int = _field(default=200, doc="steps between infrequent evaluations; 0: off")
+    on_evaluator_error: OnEvaluatorError = _field(
+        default="warn", doc="what an evaluator that fails does: warn (the run goes on without it) or raise"
+    )
 
     # checkpoints
     save_every: int = _field(default=100, doc="steps between checkpoints; 0: only the last")

@@ -350,10 +350,17 @@ def test_a_cadence_of_zero_is_off(make_config: MakeConfig) -> None:
 def test_samples_are_shown_before_and_after(
     make_config: MakeConfig, tiny_qwen3: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    builder = SamplesEvaluatorBuilder(model_name=tiny_qwen3, prompts=["How many legs?"], max_tokens=5)
+    builder = SamplesEvaluatorBuilder(prompts=["How many legs?"], max_tokens=5)
+    config = make_config(infrequent_evaluator_builders=[builder])
     with caplog.at_level(logging.INFO, "cookbook"):
-        asyncio.run(train.main(make_config(infrequent_evaluator_builders=[builder])))
+        asyncio.run(train.main(config))
     assert caplog.text.count("user: How many legs?") == 2
+    rows = jsonl.read(Path(config.log_path, "tables.jsonl"))
+    assert [(row["step"], row["table"], row["row"]["prompt"]) for row in rows] == [
+        (0, "samples", "How many legs?"),
+        (2, "samples", "How many legs?"),
+    ]
+    assert rows[0]["row"].keys() == {"prompt", "reply", "stop_reason", "tokens"}
 
 
 class Returning(TrainingClientEvaluator):
@@ -369,7 +376,9 @@ def test_an_evaluator_may_return_numpy_numbers_and_anything_else_is_named(make_c
     assert asyncio.run(train.main(config)).metrics["test/x"] == 1.5
     for result in (None, {"test/x": "high"}):
         config = make_config(
-            evaluator_builders=[lambda result=result: Returning(result)], if_log_path_exists="delete"
+            evaluator_builders=[lambda result=result: Returning(result)],
+            if_log_path_exists="delete",
+            on_evaluator_error="raise",
         )
         with pytest.raises(TrainingError, match="Returning returned"):
             asyncio.run(train.main(config))
@@ -387,7 +396,7 @@ class FailsAtTheEnd(TrainingClientEvaluator):
 
 def test_a_final_evaluation_that_fails_costs_no_training(make_config: MakeConfig) -> None:
     FailsAtTheEnd.num_calls = 0
-    config = make_config(evaluator_builders=[FailsAtTheEnd])
+    config = make_config(evaluator_builders=[FailsAtTheEnd], on_evaluator_error="raise")
     with pytest.raises(ValueError, match="no such metric"):
         asyncio.run(train.main(config))
     assert Path(config.log_path, "checkpoints", "final").is_dir()
@@ -395,6 +404,52 @@ def test_a_final_evaluation_that_fails_costs_no_training(make_config: MakeConfig
     assert summary.is_finished
     assert [row["step"] for row in rows_of(config)] == [0, 1, 2]
     assert "test/nll" in summary.metrics
+
+
+def test_an_evaluator_that_fails_is_told_of_and_the_run_goes_on(
+    make_config: MakeConfig, capsys: pytest.CaptureFixture
+) -> None:
+    FailsAtTheEnd.num_calls = 0
+    calls: list[str] = []
+    config = make_config(evaluator_builders=[FailsAtTheEnd, lambda: StepCounter(calls, "after")])
+    summary = asyncio.run(train.main(config))
+    assert summary.is_finished
+    first, *_, last = rows_of(config)
+    assert "eval/failures" not in first
+    assert last["eval/failures"] == summary.metrics["eval/failures"] == 1
+    assert {"test/nll", "test/after"} <= last.keys(), "the others of the step still run"
+    printed = capsys.readouterr().out
+    assert "FailsAtTheEnd failed and is left out of this step: ValueError: no such metric" in printed
+    assert "Traceback" not in printed
+    log = Path(config.log_path, "train.log").read_text()
+    assert "Traceback" in log.partition("FailsAtTheEnd failed")[2]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, asyncio.CancelledError])
+def test_an_interruption_is_no_failure_of_an_evaluator(make_config: MakeConfig, error: Any) -> None:
+    class Interrupted(TrainingClientEvaluator):
+        async def __call__(self, training_client: Any) -> dict[str, float]:
+            raise error
+
+    with pytest.raises(error):
+        asyncio.run(train.main(make_config(evaluator_builders=[Interrupted])))
+
+
+def test_an_evaluator_that_failed_does_not_bind_its_folder_to_failing(make_config: MakeConfig) -> None:
+    FailsAtTheEnd.num_calls = 0
+    with pytest.raises(ValueError, match="no such metric"):
+        asyncio.run(train.main(make_config(evaluator_builders=[FailsAtTheEnd], on_evaluator_error="raise")))
+    FailsAtTheEnd.num_calls = 1
+    summary = asyncio.run(train.main(make_config(evaluator_builders=[FailsAtTheEnd])))
+    assert summary.is_finished
+    assert summary.metrics["eval/failures"] == 1
+
+
+def test_two_evaluators_do_not_overwrite_each_other(make_config: MakeConfig) -> None:
+    twice = [lambda: Returning({"test/x": 1.0}), lambda: Returning({"test/x": 2.0})]
+    config = make_config(evaluator_builders=twice, on_evaluator_error="raise")
+    with pytest.raises(TrainingError, match="`test/x`, and so did another evaluator"):
+        asyncio.run(train.main(config))
 
 
 def test_data_that_changed_under_a_run_are_refused(make_config: MakeConfig) -> None:

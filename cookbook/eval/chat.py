@@ -1,0 +1,144 @@
+"""What evaluators that talk to the model have in common: its chat format, and its replies."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import chz
+
+from cookbook import models
+from cookbook.errors import ConfigError
+from cookbook.eval.evaluators import EvaluatorBuilder
+from cookbook.types import ModelInput, SamplingParams, StopReason
+from renderers import Message, Renderer, get_renderer
+
+if TYPE_CHECKING:
+    from cookbook.sampling_client import SamplingClient
+
+
+@chz.chz
+class ChatEvaluatorBuilder(EvaluatorBuilder):
+    """Base of builders whose evaluators talk to the model. What they leave open, a run fills in."""
+
+    model_name: str | None = chz.field(
+        default=None, doc="model whose tokenizer is used; default: the one in training"
+    )
+    renderer_name: str | None = chz.field(default=None, doc="chat format; default: that of the run")
+    system_prompt: str | None = chz.field(
+        default=None, doc="put before every prompt; default: that of the run"
+    )
+
+    def make_renderer(self) -> Renderer:
+        if self.model_name is None:
+            raise ConfigError(
+                f"{type(self).__name__} does not know the model. A train.Config tells it; elsewhere say "
+                f"model_name=."
+            )
+        name = self.renderer_name or models.recommended_renderer(self.model_name)
+        return get_renderer(name, models.get_tokenizer(self.model_name), self.system_prompt)
+
+
+@chz.chz
+class SamplingEvaluatorBuilder(ChatEvaluatorBuilder):
+    """Adds how replies are drawn."""
+
+    max_tokens: int = chz.field(default=64, doc="tokens of a reply at most")
+    temperature: float = chz.field(default=0.0, doc="0 takes the likeliest token")
+    top_p: float = chz.field(default=1.0, doc="draw from the likeliest tokens that make up so much")
+    seed: int = chz.field(default=0, doc="seed of replies drawn with a temperature")
+
+    @chz.validate
+    def _check_sampling(self) -> None:
+        if self.max_tokens < 1 or not 0 <= self.temperature < math.inf or not 0 < self.top_p <= 1:
+            raise ConfigError(
+                f"max_tokens={self.max_tokens}, temperature={self.temperature} and top_p={self.top_p} cannot "
+                f"be sampled with. Use max_tokens >= 1, temperature >= 0 and 0 < top_p <= 1."
+            )
+        if self.seed < 0:
+            raise ConfigError(f"seed={self.seed}. Give 0 or more.")
+
+    def sampling_params(self, renderer: Renderer) -> SamplingParams:
+        stop: list[Any] = list(renderer.get_stop_sequences())
+        return SamplingParams(self.max_tokens, self.seed, stop, self.temperature, top_p=self.top_p)
+
+
+def in_chat_format(
+    builders: Iterable[Any], model_name: str, renderer_name: str | None, system_prompt: str | None
+) -> list[Any]:
+    """Builders that know no model are told of this one, and those that do of its chat format."""
+    told = []
+    for builder in builders:
+        if isinstance(builder, ChatEvaluatorBuilder) and builder.model_name in (None, model_name):
+            own_prompt = builder.system_prompt
+            builder = chz.replace(
+                builder,
+                model_name=model_name,
+                renderer_name=builder.renderer_name or renderer_name,
+                system_prompt=system_prompt if own_prompt is None else own_prompt,
+            )
+        told.append(builder)
+    return told
+
+
+# -- replies ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What the model answered."""
+
+    message: Message
+    stop_reason: StopReason
+    """`length` where `max_tokens` cut it off."""
+    num_tokens: int
+    """The one that ended it included."""
+
+    @property
+    def text(self) -> str:
+        return text_of(self.message)
+
+
+async def replies_to(
+    sampling_client: SamplingClient,
+    renderer: Renderer,
+    prompts: Sequence[ModelInput],
+    params: Sequence[SamplingParams],
+    num_samples: int = 1,
+) -> list[list[Reply]]:
+    """`num_samples` replies to each prompt. All are asked for at once, so that they share batches."""
+    responses = await asyncio.gather(
+        *(
+            sampling_client.sample_async(prompt, num_samples, own)
+            for prompt, own in zip(prompts, params, strict=True)
+        )
+    )
+    return [
+        [
+            Reply(renderer.parse_response(sequence.tokens)[0], sequence.stop_reason, len(sequence.tokens))
+            for sequence in response.sequences
+        ]
+        for response in responses
+    ]
+
+
+def text_of(message: Mapping[str, Any]) -> str:
+    """A message as one text: what it says, then its calls as JSON, a line each."""
+    content = message.get("content") or ""
+    if not isinstance(content, str):
+        content = "".join(part.get("text", "") for part in content)
+    calls = [_call_text(call.get("function") or {}) for call in message.get("tool_calls") or []]
+    return "\n".join([part for part in (content.strip(), *calls) if part])
+
+
+def _call_text(function: Mapping[str, Any]) -> str:
+    arguments = function.get("arguments")
+    if isinstance(arguments, str):
+        with contextlib.suppress(ValueError):  # a malformed call is shown as it was written
+            arguments = json.loads(arguments)
+    return json.dumps({"name": function.get("name"), "arguments": arguments}, ensure_ascii=False)
