@@ -28,6 +28,7 @@ TOOLS = (
 CLIENTS = ("cookbook.futures", "cookbook.sampling_client", "cookbook.service", "cookbook.training_client")
 RUN = ("cookbook.checkpoints", "cookbook.cli", "cookbook.config_files", "cookbook.loggers")
 EVAL = ("cookbook.eval",)
+REPORT = ("cookbook.report",)
 SUPERVISED = ("cookbook.supervised",)
 
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
@@ -38,15 +39,17 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "cookbook.engine": (*BASE, "cookbook.engine", "cookbook.models"),
     **dict.fromkeys(CLIENTS[1:], (*BASE, *TOOLS, *CLIENTS, "cookbook.engine")),
     "cookbook.eval": (*BASE, *TOOLS, *RUN, *CLIENTS, *EVAL, "renderers"),
-    "cookbook.supervised": (*BASE, *TOOLS, *RUN, *CLIENTS, *EVAL, *SUPERVISED, "renderers"),
+    # A report reads what a run wrote, whatever wrote it.
+    "cookbook.report": (*BASE, *TOOLS, *RUN, *REPORT),
+    "cookbook.supervised": (*BASE, *TOOLS, *RUN, *CLIENTS, *EVAL, *REPORT, *SUPERVISED, "renderers"),
     # How the engine runs is said in a run's config.
     "cookbook.supervised.train": (
-        *(*BASE, *TOOLS, *RUN, *CLIENTS, *EVAL, *SUPERVISED, "renderers"),
+        *(*BASE, *TOOLS, *RUN, *CLIENTS, *EVAL, *REPORT, *SUPERVISED, "renderers"),
         "cookbook.engine.options",
     ),
     # A run looks at the folders of its checkpoints before anything is loaded.
     "cookbook.supervised.start": (
-        *(*BASE, *TOOLS, *RUN, *CLIENTS, *EVAL, *SUPERVISED, "renderers"),
+        *(*BASE, *TOOLS, *RUN, *CLIENTS, *EVAL, *REPORT, *SUPERVISED, "renderers"),
         "cookbook.engine.state",
     ),
     "renderers": (*BASE, "renderers"),

@@ -1,0 +1,53 @@
+"""Fewer points that draw the same curve."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+
+
+def keep_extremes(steps: np.ndarray, values: np.ndarray, max_points: int) -> tuple[np.ndarray, np.ndarray]:
+    """At most `max_points` of the points, which must be finite, with every spike among them.
+
+    The points are cut into stretches; of each stretch its least and its greatest stay, and of the
+    whole curve its ends.
+    """
+    if len(values) <= max_points:
+        return steps, values
+    num_stretches = max(1, (max_points - 2) // 2)
+    edges = np.linspace(0, len(values), num_stretches + 1).astype(int)
+    kept = {0, len(values) - 1}
+    for start, end in pairwise(edges.tolist()):
+        stretch = values[start:end]
+        kept |= {start + int(stretch.argmin()), start + int(stretch.argmax())}
+    chosen = np.asarray(sorted(kept))
+    return steps[chosen], values[chosen]
+
+
+def keep_evenly(steps: np.ndarray, values: np.ndarray, max_points: int) -> tuple[np.ndarray, np.ndarray]:
+    """At most `max_points` of the points, evenly spread, the ends among them: for a curve without spikes."""
+    if len(values) <= max_points:
+        return steps, values
+    chosen = np.linspace(0, len(values) - 1, max_points).round().astype(int)
+    return steps[chosen], values[chosen]
+
+
+def smoothing_span(num_points: int) -> int:
+    """Over how many points to average a curve of so many."""
+    return max(1, num_points // 25) if num_points < 2500 else 100
+
+
+def smooth(values: np.ndarray, span: int) -> np.ndarray:
+    """The mean of the values so far with weights that fall to 1/e over half of `span` steps.
+
+    The first values are not pulled towards zero: the weights are normalised.
+    """
+    decay = 1 - 2 / (span + 1)
+    smoothed = np.empty(len(values))
+    total = weight = 0.0
+    for index, value in enumerate(values.tolist()):
+        total = decay * total + value
+        weight = decay * weight + 1
+        smoothed[index] = total / weight
+    return smoothed

@@ -1,0 +1,128 @@
+"""What a run left in its folder, read for a report."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cookbook import jsonl
+from cookbook.checkpoints import CheckpointLog
+from cookbook.config_files import TYPE_KEY
+from cookbook.errors import ConfigError, DataError
+
+OF_EVERY_STEP = ("train", "optim", "data", "perf")
+"""What the paths of metrics begin with that no evaluator measured."""
+
+
+@dataclass(frozen=True, eq=False)
+class Series:
+    """A metric over the steps at which it was measured. Values that are no finite numbers are left out."""
+
+    steps: np.ndarray
+    values: np.ndarray
+    num_left_out: int = 0
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    @property
+    def last(self) -> float:
+        return float(self.values[-1])
+
+
+@dataclass(frozen=True, eq=False)
+class RunRecord:
+    folder: Path
+    name: str
+    config: Mapping[str, Any]
+    metrics: Mapping[str, Series]
+    num_steps: int
+    """Optimizer steps that were taken and logged."""
+    is_finished: bool = False
+    data: Mapping[str, Any] = field(default_factory=dict)
+    environment: Mapping[str, Any] = field(default_factory=dict)
+    tables: list[dict[str, Any]] = field(default_factory=list)
+    checkpoints: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def evals(self) -> dict[str, Series]:
+        """The metrics that evaluators measured."""
+        return {name: series for name, series in self.metrics.items() if is_eval(name)}
+
+    def total(self, metric: str) -> float:
+        """The sum of a metric over all steps."""
+        series = self.metrics.get(metric)
+        return 0.0 if series is None else float(series.values.sum())
+
+
+def is_eval(metric: str) -> bool:
+    return metric != "epoch" and metric.split("/")[0] not in OF_EVERY_STEP
+
+
+def read_run(folder: str | Path) -> RunRecord:
+    """Everything there is to show of a run, in progress or over. Raises ConfigError where there is none."""
+    path = Path(folder).expanduser()
+    config = _read_config(path)
+    rows = jsonl.read(path / "metrics.jsonl")
+    return RunRecord(
+        folder=path,
+        name=path.resolve().name,
+        config=config,
+        metrics=series_of(rows),
+        num_steps=sum("optim/learning_rate" in row for row in rows),
+        is_finished=CheckpointLog(path).is_finished if (path / "checkpoints.jsonl").exists() else False,
+        data=_read_object(path / "data.json"),
+        environment=_read_object(path / "environment.json"),
+        tables=jsonl.read(path / "tables.jsonl"),
+        checkpoints=jsonl.read(path / "checkpoints.jsonl"),
+    )
+
+
+def series_of(rows: Iterable[Mapping[str, Any]]) -> dict[str, Series]:
+    """The columns of metrics.jsonl."""
+    steps: dict[str, list[int]] = {}
+    values: dict[str, list[float]] = {}
+    left_out: dict[str, int] = {}
+    for row in rows:
+        step = row["step"]
+        for name, value in row.items():
+            if name == "step":
+                continue
+            if isinstance(value, (int, float)) and math.isfinite(value):
+                steps.setdefault(name, []).append(step)
+                values.setdefault(name, []).append(value)
+            else:
+                left_out[name] = left_out.get(name, 0) + 1
+    return {
+        name: Series(np.asarray(steps[name]), np.asarray(values[name], float), left_out.get(name, 0))
+        for name in steps
+    }
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    if not folder.is_dir():
+        raise ConfigError(f"There is no folder {folder}. Give the folder of a run, its log_path.")
+    path = folder / "config.json"
+    config = _read_object(path) if path.is_file() else {}
+    if TYPE_KEY not in config:
+        inside = sorted(str(found.parent) for found in folder.glob("*/metrics.jsonl"))
+        hint = f" Runs in it: {', '.join(inside)}." if inside else ""
+        raise ConfigError(f"{folder} is no run's folder: it has no config.json of a run.{hint}")
+    return config
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    """A JSON file of the run's folder; {} where there is none."""
+    if not path.exists():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"{path} is damaged: {error}. Restore or remove it.") from error
+    return value if isinstance(value, dict) else {}
