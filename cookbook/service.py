@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 
 from cookbook import embedded, models
-from cookbook.engine import state
-from cookbook.engine.options import EngineOptions, GradientCheckpointing, Quantization
+from cookbook.engine import mesh, state
+from cookbook.engine.options import EngineOptions, GradientCheckpointing, Quantization, Shard
 from cookbook.engine.worker import Engine
 from cookbook.errors import ConfigError, RequestError
 from cookbook.sampling_client import SamplingClient
@@ -33,6 +33,10 @@ class ServiceClient:
     layers are run again in the backward pass by `gradient_checkpointing`: "auto" (where they would
     not fit otherwise), "on" or "off". `quantization="nf4"` holds the frozen linear layers in 4 bits
     (QLoRA; `pip install 'sft-cookbook[qlora]'`). `compile` compiles the decoder's layers.
+
+    In several processes (`torchrun`), each runs the same program and makes the same calls in the same order
+    with the whole of the data; every call then computes a share on each and returns the same everywhere.
+    `shard` says whether each holds all base weights ("none"), a part ("full"), or what fits ("auto").
     """
 
     def __init__(
@@ -44,9 +48,10 @@ class ServiceClient:
         gradient_checkpointing: GradientCheckpointing = "auto",
         quantization: Quantization | None = None,
         compile: bool = False,
+        shard: Shard = "auto",
     ) -> None:
         self._options = EngineOptions(
-            device, dtype, max_tokens_per_microbatch, gradient_checkpointing, quantization, compile
+            device, dtype, max_tokens_per_microbatch, gradient_checkpointing, quantization, compile, shard
         )
         self._checkpoint_dir = None if checkpoint_dir is None else Path(checkpoint_dir).expanduser()
         self._engines: dict[str, Engine] = {}
@@ -80,7 +85,7 @@ class ServiceClient:
         lora = LoraConfig(
             rank=rank,
             alpha=alpha,
-            seed=secrets.randbelow(2**31) if seed is None else seed,
+            seed=mesh.current().of_main(secrets.randbelow(2**31)) if seed is None else seed,
             train_unembed=train_unembed,
             train_mlp=train_mlp,
             train_attn=train_attn,
@@ -139,7 +144,7 @@ class ServiceClient:
     ) -> TrainingClient:
         folder = self._checkpoint_dir
         if folder is None:
-            folder = DEFAULT_CHECKPOINT_ROOT.expanduser() / secrets.token_hex(6)
+            folder = DEFAULT_CHECKPOINT_ROOT.expanduser() / mesh.current().of_main(secrets.token_hex(6))
         if lora.rank == 0 and self._options.quantization is not None:
             raise ConfigError(
                 f"quantization={self._options.quantization} holds weights that stay as they are, and rank=0 "

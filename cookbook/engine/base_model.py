@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from cookbook import models
-from cookbook.engine import architecture, projection
+from cookbook.engine import architecture, mesh, projection
 from cookbook.engine.adapters import GLOBAL_STATE, Adapter, Adapters
 from cookbook.engine.loading import load_model, resolve_device, resolve_dtype, return_freed_memory
 from cookbook.engine.memory import (
@@ -35,6 +35,7 @@ class BaseModel:
     def __init__(self, model_name: str, options: EngineOptions | None = None) -> None:
         self.name = model_name
         self.options = options or EngineOptions()
+        self.mesh = mesh.current().lane()
         self.device = resolve_device(self.options.device)
         self.dtype = resolve_dtype(self.options.dtype, self.device)
         self.tokenizer = models.get_tokenizer(model_name)

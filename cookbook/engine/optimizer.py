@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from cookbook.engine.mesh import Mesh
 from cookbook.errors import CheckpointError
 from cookbook.types import AdamParams
 
@@ -53,6 +54,18 @@ class Optimizer:
     def discard_gradients(self) -> None:
         for weight in (*self._weights.values(), *self.masters.values()):
             weight.grad = None
+
+    def add_up_gradients(self, mesh: Mesh) -> None:
+        """Sums the gradients over the processes: every one then takes the step that one alone would take."""
+        if mesh.is_alone:
+            return
+        masters = list(self.masters.values())
+        is_trained = mesh.agree_max(*(master.grad is not None for master in masters))
+        trained = [master for master, counts in zip(masters, is_trained, strict=True) if counts]
+        for master in trained:
+            if master.grad is None:  # none of this process's sequences reached it
+                master.grad = torch.zeros_like(master)
+        mesh.add_up([master.grad for master in trained if master.grad is not None])
 
     def step(self, params: AdamParams) -> Tensor:
         """One step on the gradients, which stay; their norm before it was clipped. Waits for no device."""

@@ -10,6 +10,7 @@ from cookbook.errors import ConfigError
 
 GradientCheckpointing = Literal["auto", "on", "off"]
 Quantization = Literal["nf4"]
+Shard = Literal["auto", "none", "full"]
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,18 @@ class EngineOptions:
     compile: bool = False
     """Compile the decoder's layers: the first steps take a minute longer, later ones have fewer kernels."""
 
+    shard: Shard = "auto"
+    """Whether each of several processes holds a part of the base weights, or all of them. "auto": a part where
+    the whole, with what training adds, does not fit in the memory of one device."""
+
     def __post_init__(self) -> None:
+        if self.shard not in get_args(Shard):
+            raise ConfigError(f"shard={self.shard!r} is not known. Use {', '.join(get_args(Shard))}.")
+        if self.shard == "full" and self.quantization is not None:
+            raise ConfigError(
+                f"quantization={self.quantization} cannot be had with shard=full: weights in 4 bits are not "
+                f"dealt out. Leave one of them out."
+            )
         if self.gradient_checkpointing not in get_args(GradientCheckpointing):
             raise ConfigError(
                 f"gradient_checkpointing={self.gradient_checkpointing!r} is not known. "

@@ -13,12 +13,13 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -139,6 +140,16 @@ def _advice(error: Exception, path: Path) -> str:
 
 def _save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
+
+
+def checksum(tensors: Iterable[Tensor]) -> int:
+    """The same for the same bits, made on the device: a sum of the words that hold them, each tensor's
+    weighted by its place."""
+    total = 0
+    for place, tensor in enumerate(tensors, 1):
+        words = tensor.detach().contiguous().view(torch.int32 if tensor.element_size() == 4 else torch.int16)
+        total += place * int(words.sum(dtype=torch.int64))
+    return total
 
 
 def write_adapter(folder: Path, weights: Mapping[str, Tensor]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,11 +16,11 @@ from cookbook import models
 from cookbook.engine import state
 from cookbook.engine.adapters import Adapter
 from cookbook.engine.base_model import BaseModel
+from cookbook.engine.dealing import deal_out, put_together
 from cookbook.engine.losses import Loss, get_loss
 from cookbook.engine.memory import MicrobatchLimits, is_out_of_memory
 from cookbook.engine.optimizer import Optimizer
 from cookbook.engine.packing import (
-    Layout,
     PackedBatch,
     TokenSequence,
     check_data,
@@ -29,14 +29,12 @@ from cookbook.engine.packing import (
     refuse_unknown,
 )
 from cookbook.engine.readback import Readback
+from cookbook.engine.results import PassResult, Scored, StepResult
 from cookbook.errors import CheckpointError, RequestError, TrainingError
 from cookbook.types import (
     AdamParams,
     Datum,
-    ForwardBackwardOutput,
     LoraConfig,
-    OptimStepResponse,
-    TensorData,
 )
 
 logger = logging.getLogger(__name__)
@@ -87,6 +85,8 @@ class Trainer:
         self._has_gradient = False
         self._limits = base.limits(self.adapter)
         self._ran_out_of_memory = False
+        self._mesh = base.mesh
+        self._agree_on_limits()
 
     # -- one training step ------------------------------------------------------------------
 
@@ -135,12 +135,13 @@ class Trainer:
         """
         first = self.forward(request)
         logprobs = [torch.from_numpy(array).requires_grad_() for array in first.logprobs()]
-        try:
-            value, metrics = fn(data, logprobs)
-            gradients = torch.autograd.grad(value, logprobs, allow_unused=True)
-            result = replace(first, custom_loss=float(value.detach()), custom_metrics=dict(metrics))
-        except Exception as error:
-            raise TrainingError(f"The custom loss failed: {type(error).__name__}: {error}") from error
+        with self._mesh.failing_together():
+            try:
+                value, metrics = fn(data, logprobs)
+                gradients = torch.autograd.grad(value, logprobs, allow_unused=True)
+                result = replace(first, custom_loss=float(value.detach()), custom_metrics=dict(metrics))
+            except Exception as error:
+                raise TrainingError(f"The custom loss failed: {type(error).__name__}: {error}") from error
         # d value = sum(gradient * d logprob): a cross-entropy whose weights are minus the gradient.
         weighted = [
             TokenSequence(
@@ -159,6 +160,7 @@ class Trainer:
         """One AdamW step on the gradients so far, which are then cleared. Does not wait for the device."""
         if not self._has_gradient:
             raise TrainingError("optim_step has nothing to step on: no forward_backward since the last one.")
+        self._optimizer.add_up_gradients(self._mesh)
         norm = self._optimizer.step(params)
         self.discard_gradients()
         return StepResult(Readback([norm]))
@@ -168,11 +170,23 @@ class Trainer:
         self._has_gradient = False
 
     def _run(self, request: Request, backward: bool) -> PassResult:
+        """This process's share of the sequences, and the results of all shares."""
+        lengths = [len(sequence) for sequence in request.sequences]
+        share = deal_out(lengths, self._mesh.size)[self._mesh.rank]
+        with self._mesh.failing_together():
+            scored = self._run_share(request, share, backward)
+        self._agree_on_limits()
+        return PassResult.of(
+            request.sequences,
+            put_together(self._mesh, scored, lengths, self.base.device, request.with_likeliest),
+        )
+
+    def _run_share(self, request: Request, share: list[int], backward: bool) -> Scored:
         """Every micro-batch once; where memory does not suffice, all again in smaller ones."""
         while True:
             try:
                 with self.base.adapters.using(self.adapter):
-                    return self._run_microbatches(request, backward)
+                    return self._run_microbatches(request, share, backward)
             except _DoesNotFit as failure:
                 tight = failure.microbatch  # the exception goes, and with it what its traceback holds
             if backward:
@@ -180,30 +194,27 @@ class Trainer:
             self._limits = self._smaller_limits(tight)
             self._ran_out_of_memory = True
 
-    def _run_microbatches(self, request: Request, backward: bool) -> PassResult:
-        sequences = request.sequences
-        lengths = [len(sequence) for sequence in sequences]
+    def _run_microbatches(self, request: Request, share: list[int], backward: bool) -> Scored:
+        lengths = [len(request.sequences[index]) for index in share]
         plan = plan_microbatches(lengths, self._limits.max_tokens if self.base.is_packed else 1)
-        layouts, logprobs, losses = [], [], []
-        likeliest: list[Tensor] = []
-        for indices in plan:
-            num_tokens = sum(lengths[index] for index in indices)
+        done = Scored([[share[place] for place in places] for places in plan], [], [], [], [])
+        for indices in done.plan:
+            sequences = [request.sequences[index] for index in indices]
+            num_tokens = sum(len(sequence) for sequence in sequences)
             is_checkpointed = backward and self._limits.checkpoints(num_tokens)
             try:
-                batch = pack([sequences[i] for i in indices], self.base.device, request.trained_only)
+                batch = pack(sequences, self.base.device, request.trained_only)
                 scores, loss = self._run_microbatch(batch, request, backward, is_checkpointed)
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
                 tight = _TightMicrobatch(num_tokens, len(indices), is_checkpointed or not backward)
                 raise _DoesNotFit(tight) from None
-            layouts.append(batch.layout)
-            logprobs.append(scores[0])
-            likeliest += scores[1:]
-            losses.append(loss)
-        return PassResult(
-            sequences, plan, layouts, Readback(logprobs), Readback(losses), likeliest=Readback(likeliest)
-        )
+            done.layouts.append(batch.layout)
+            done.logprobs.append(scores[0])
+            done.likeliest.extend(scores[1:])
+            done.losses.append(loss)
+        return done
 
     def _run_microbatch(
         self, batch: PackedBatch, request: Request, backward: bool, checkpoint_layers: bool
@@ -245,6 +256,16 @@ class Trainer:
             f"alone. Use{checkpointing} a smaller max_length, a dtype of fewer bytes, or a smaller model."
         )
 
+    def _agree_on_limits(self) -> None:
+        """Takes the tightest that any process has found, so that one checkpoint has the limits of all."""
+        tokens, tokens_without, has_memory = self._mesh.agree_min(
+            self._limits.max_tokens,
+            self._limits.max_tokens_without_checkpointing,
+            not self._ran_out_of_memory,
+        )
+        self._limits = MicrobatchLimits(tokens, tokens_without)
+        self._ran_out_of_memory = not has_memory
+
     # -- state ------------------------------------------------------------------------------
 
     def save(self, path: Path, with_optimizer: bool, overwrite: bool = False) -> None:
@@ -258,17 +279,30 @@ class Trainer:
         )
         optimizer = self._optimizer.tensors() if with_optimizer else None
         write_weights = functools.partial(self.base.adapters.write, self.adapter)
-        state.save(path, info, write_weights, optimizer, overwrite)
+        self._check_alike()
+        self._mesh.by_main(lambda: state.save(path, info, write_weights, optimizer, overwrite))
+
+    def _check_alike(self) -> None:
+        """Raises TrainingError where a process has come to other weights than the main one."""
+        weights = list(self.adapter.weights.values())
+        checksums = self._mesh.gather(None if self._mesh.is_alone else state.checksum(weights))
+        for rank, checksum in enumerate(checksums):
+            if checksum != checksums[0]:
+                raise TrainingError(
+                    f"Process {rank} of {self._mesh.size} has come to other weights than process 0. Do all "
+                    f"run on devices of one kind, with the same packages? Nothing was saved."
+                )
 
     def load(self, path: str, with_optimizer: bool) -> None:
         """Replaces weights (and optimizer) by a checkpoint's; gradients so far are dropped.
 
         Everything is read and checked before anything is changed.
         """
-        info = state.read_info(path)
-        weights = self.base.adapters.read(path, info.lora)
-        check_weights_fit(path, info, weights, self.adapter, self.base)
-        optimizer = state.read_optimizer(path) if with_optimizer else None
+        with self._mesh.failing_together():
+            info = state.read_info(path)
+            weights = self.base.adapters.read(path, info.lora)
+            check_weights_fit(path, info, weights, self.adapter, self.base)
+            optimizer = state.read_optimizer(path) if with_optimizer else None
         with torch.no_grad():
             for name, parameter in self.adapter.weights.items():
                 parameter.copy_(weights[name])
@@ -308,56 +342,3 @@ def check_weights_fit(
         f"{base.name}{': ' + differing[0] if differing else ''}. "
         f"Create the client with the checkpoint's own model and LoRA settings."
     )
-
-
-@dataclass(frozen=True)
-class PassResult:
-    """A pass whose numbers may still be on the device; `output` waits for them."""
-
-    sequences: list[TokenSequence]
-    plan: list[list[int]]
-    """Which sequences are in each micro-batch."""
-    layouts: list[Layout]
-    scored_logprobs: Readback
-    losses: Readback
-    custom_loss: float | None = None
-    custom_metrics: Mapping[str, float] = field(default_factory=dict)
-    likeliest: Readback = field(default_factory=lambda: Readback([]))
-    """Of each micro-batch, where the request asked for it."""
-
-    def logprobs(self) -> list[np.ndarray]:
-        """One float32 array per datum; positions that were not scored read 0.0."""
-        return self._by_datum(self.scored_logprobs.arrays())
-
-    def _by_datum(self, scored: list[np.ndarray]) -> list[np.ndarray]:
-        found: dict[int, np.ndarray] = {}
-        for indices, layout, values_S in zip(self.plan, self.layouts, scored, strict=True):
-            found.update(zip(indices, layout.split(values_S), strict=True))
-        return [found[index] for index in range(len(self.sequences))]
-
-    def output(self) -> ForwardBackwardOutput:
-        logprobs = self.logprobs()
-        weights = [sequence.weights_T.astype(np.float64) for sequence in self.sequences]
-        weight_sum = float(sum(weights_T.sum() for weights_T in weights))
-        nll_sum = -sum(float(weights_T @ lp_T) for weights_T, lp_T in zip(weights, logprobs, strict=True))
-        loss_sum = sum(float(loss) for loss in self.losses.arrays())
-        loss = nll_sum / weight_sum if weight_sum else 0.0
-        if self.custom_loss is not None:
-            loss = loss_sum = self.custom_loss
-        outputs = [{"logprobs": TensorData(lp_T)} for lp_T in logprobs]
-        if likeliest := self.likeliest.arrays():
-            for found, is_likeliest_T in zip(outputs, self._by_datum(likeliest), strict=True):
-                found["is_likeliest"] = TensorData(is_likeliest_T, dtype="int64")
-        return ForwardBackwardOutput(
-            loss=loss,
-            loss_fn_outputs=[*outputs],
-            metrics={"loss:sum": loss_sum, "weights:sum": weight_sum, **self.custom_metrics},
-        )
-
-
-@dataclass(frozen=True)
-class StepResult:
-    grad_norm: Readback
-
-    def output(self) -> OptimStepResponse:
-        return OptimStepResponse(metrics={"grad_norm": float(self.grad_norm.arrays()[0])})

@@ -1,0 +1,327 @@
+"""The processes that train together, one a device: who they are, and how they agree.
+
+`torchrun` starts them; each runs the same program and asks for the same things in the same order. Two kinds
+of exchange are kept apart. What the host decides (has anyone failed, how large may a micro-batch be) goes
+through sockets, and comes first; only when every process has come to the same point are tensors reduced
+on the devices. So a process that fails or falls behind is waited for, or found to be gone, by the host, and
+no device waits for a partner that never comes.
+
+A process alone has the same verbs, which then do nothing; torch.distributed is not even imported.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import datetime
+import os
+import socket
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from cookbook.errors import ConfigError, CookbookError, TrainingError, describe
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.distributed import ProcessGroup, Store
+
+T = TypeVar("T")
+
+PATIENCE = datetime.timedelta(hours=12)
+"""How long a process waits for one that is alive but elsewhere: the first may be evaluating for hours.
+One that has died is noticed at once, because its sockets close."""
+
+_BUCKET_ELEMENTS = 2**25
+_LAST_WORDS = "cookbook/last_words"
+_SPEAKERS = "cookbook/speakers"
+
+
+class Mesh:
+    """The processes of a run, as one thread of each of them sees it.
+
+    Every process calls the same methods in the same order. A method that needs all of them raises
+    TrainingError where one is gone.
+    """
+
+    def __init__(
+        self,
+        rank: int = 0,
+        size: int = 1,
+        host: ProcessGroup | None = None,
+        device: ProcessGroup | None = None,
+    ) -> None:
+        self.rank = rank
+        self.size = size
+        self.device_group = device
+        """For tensors, and for what shards weights over the processes."""
+        self._host = host
+        self._is_broken = False
+
+    @property
+    def is_alone(self) -> bool:
+        return self.size == 1
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process is the one that logs and writes."""
+        return self.rank == 0
+
+    def lane(self) -> Mesh:
+        """The same processes, for another thread: what two threads exchange is kept apart."""
+        if self.is_alone:
+            return self
+        with self._reaching_all():
+            return Mesh(self.rank, self.size, _host_group(), _device_group())
+
+    # -- agreement of the hosts -------------------------------------------------------------
+
+    def gather(self, value: T) -> list[T]:
+        """Everyone's value, by rank."""
+        if self.is_alone:
+            return [value]
+        import torch.distributed as dist
+
+        found: list[Any] = [None] * self.size
+        with self._reaching_all():
+            dist.all_gather_object(found, value, group=self._host)
+        return found
+
+    def of_main(self, value: T) -> T:
+        """The main process's value. What the others bring is ignored."""
+        if self.is_alone:
+            return value
+        import torch.distributed as dist
+
+        box: list[Any] = [value if self.is_main else None]
+        with self._reaching_all():
+            dist.broadcast_object_list(box, src=0, group=self._host)
+        found: T = box[0]
+        return found
+
+    def agree_min(self, *numbers: int) -> tuple[int, ...]:
+        """The smallest that anyone brings, number by number. The cheapest way to agree."""
+        if self.is_alone:
+            return numbers
+        import torch
+        import torch.distributed as dist
+
+        smallest = torch.tensor(numbers, dtype=torch.int64)
+        with self._reaching_all():
+            dist.all_reduce(smallest, dist.ReduceOp.MIN, group=self._host)
+        return tuple(smallest.tolist())
+
+    def agree_max(self, *numbers: int) -> tuple[int, ...]:
+        return tuple(-number for number in self.agree_min(*(-number for number in numbers)))
+
+    def wait_for_all(self) -> None:
+        self.agree_min(0)
+
+    @contextlib.contextmanager
+    def failing_together(self) -> Iterator[None]:
+        """Where the body fails on one process, it fails on all: with its error, or one that names it."""
+        error: Exception | None = None
+        try:
+            yield
+        except Exception as raised:
+            if self.is_alone or self._is_broken:
+                raise
+            error = raised
+        if self.is_alone:
+            return
+        (is_well,) = self.agree_min(error is None)
+        if not is_well:
+            self._raise_first_of(self.gather(None if error is None else describe(error)), error)
+
+    def _raise_first_of(self, failures: Sequence[str | None], own: Exception | None) -> None:
+        if own is not None:
+            raise own
+        rank = next(rank for rank, failure in enumerate(failures) if failure is not None)
+        raise TrainingError(f"Process {rank} of {self.size} failed: {failures[rank]}")
+
+    def by_main(self, work: Callable[[], T]) -> T:
+        """What `work` gives on the main process, which alone does it; its failure is everyone's."""
+        with self.failing_together():
+            result = work() if self.is_main else None
+        return self.of_main(result)  # type: ignore[return-value]
+
+    @contextlib.contextmanager
+    def one_after_another(self) -> Iterator[None]:
+        """The body runs on one process of a machine at a time, in the order of their ranks."""
+        place, num_here = local_rank(), local_size()
+        most_here = max(self.gather(num_here))
+        for turn in range(most_here):
+            with self.failing_together():
+                if turn == place:
+                    yield
+                    # A generator is resumed once: the other turns are only waited for.
+
+    # -- sums on the devices ----------------------------------------------------------------
+
+    def add_up(self, tensors: Sequence[Tensor]) -> None:
+        """Replaces each tensor by its sum over all processes: bit for bit the same on every one."""
+        if self.is_alone:
+            return
+        import torch
+        import torch.distributed as dist
+        from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
+
+        with self._reaching_all(), torch.no_grad():
+            for bucket in _buckets(tensors):
+                flat = _flatten_dense_tensors(bucket)
+                dist.all_reduce(flat, group=self.device_group)
+                for tensor, total in zip(bucket, _unflatten_dense_tensors(flat, bucket), strict=True):
+                    tensor.copy_(total)
+
+    # -- failures ---------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def _reaching_all(self) -> Iterator[None]:
+        """Turns the failure of an exchange into an error that says who is gone."""
+        if self._is_broken:
+            raise TrainingError("The processes of this run have lost each other.")
+        try:
+            yield
+        except (RuntimeError, ValueError) as error:
+            self._is_broken = True
+            raise TrainingError(_why_unreachable(self.size)) from error
+
+
+ALONE = Mesh()
+
+_current: Mesh | None = None
+_store: Store | None = None
+_joining = threading.Lock()
+
+
+def is_one_of_many() -> bool:
+    """Whether a launcher started this process as one of several."""
+    return os.environ.keys() >= {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} and _world_size() > 1
+
+
+def _world_size() -> int:
+    return int(os.environ["WORLD_SIZE"])
+
+
+def local_rank() -> int:
+    """The place of this process among those of its machine."""
+    return int(os.environ.get("LOCAL_RANK", "0")) if is_one_of_many() else 0
+
+
+def local_size() -> int:
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if is_one_of_many() else 1
+
+
+def current() -> Mesh:
+    """The processes that this one was started with; it joins them when first asked.
+
+    This one belongs to the thread of the program. An engine has a `lane` of its own.
+    """
+    global _current
+    with _joining:
+        if _current is None:
+            _current = _join() if is_one_of_many() else ALONE
+        return _current
+
+
+def _join() -> Mesh:
+    import torch
+    import torch.distributed as dist
+
+    rank, size = int(os.environ["RANK"]), _world_size()
+    if not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, store=_meeting_point(), rank=rank, world_size=size)
+        atexit.register(_part)
+    return Mesh(rank, size, _host_group(), _device_group())
+
+
+def _meeting_point() -> Store:
+    """A few values that every process can read and write, before they have joined and while one is gone."""
+    global _store
+    if _store is None:
+        from torch.distributed import rendezvous
+
+        try:
+            _store, _, _ = next(rendezvous("env://"))
+        except (RuntimeError, ValueError) as error:
+            raise ConfigError(
+                f"Process {os.environ['RANK']} of {os.environ['WORLD_SIZE']} cannot reach the others at "
+                f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}: {error} Start them with torchrun."
+            ) from error
+    return _store
+
+
+def _part() -> None:
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def joined() -> Iterator[Mesh]:
+    """The processes of this run. The last words of one that fails are left for the others to find."""
+    mesh = current()
+    try:
+        yield mesh
+    except Exception as error:
+        if not mesh.is_alone:
+            leave_last_words(error)
+        raise
+    mesh.wait_for_all()
+
+
+def leave_last_words(error: BaseException) -> None:
+    """Says why this process is about to go; the first to say so is heard."""
+    with contextlib.suppress(RuntimeError, CookbookError):  # who keeps the words may be gone first
+        words = f"process {os.environ['RANK']} ({socket.gethostname()}) failed: {describe(error)}"
+        _meeting_point().compare_set(_LAST_WORDS, "", words)
+
+
+def speaks_for_all() -> bool:
+    """Whether this process shall tell the user of a failure: the first that asks, so that it is told once."""
+    if not is_one_of_many():
+        return True
+    try:
+        return _meeting_point().add(_SPEAKERS, 1) == 1
+    except (RuntimeError, CookbookError):
+        return True
+
+
+def _why_unreachable(size: int) -> str:
+    reason = "one was killed, or its machine or the network is gone"
+    with contextlib.suppress(RuntimeError, CookbookError):
+        if _meeting_point().check([_LAST_WORDS]):
+            reason = _meeting_point().get(_LAST_WORDS).decode()
+    return (
+        f"The {size} processes of this run have lost each other: {reason}. Run the same command again to "
+        f"resume from the last checkpoint."
+    )
+
+
+def _host_group() -> ProcessGroup:
+    import torch.distributed as dist
+
+    return dist.new_group(backend="gloo", timeout=PATIENCE)
+
+
+def _device_group() -> ProcessGroup | None:
+    """None is the group that every process was born into."""
+    import torch.distributed as dist
+
+    return dist.new_group()
+
+
+def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Parts of so many elements, each of one dtype, in order."""
+    bucket: list[Tensor] = []
+    held = 0
+    for tensor in tensors:
+        if bucket and (held + tensor.numel() > _BUCKET_ELEMENTS or tensor.dtype != bucket[0].dtype):
+            yield bucket
+            bucket, held = [], 0
+        bucket.append(tensor)
+        held += tensor.numel()
+    if bucket:
+        yield bucket

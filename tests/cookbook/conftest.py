@@ -1,0 +1,92 @@
+"""Several processes that train together, for the tests of all that they do."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How some processes ended: one entry for each."""
+
+    codes: list[int]
+    printed: list[str]
+    results: list[Any]
+    """What the function returned; None where it did not."""
+
+
+class Ranks:
+    """`ranks/server.py` as a process; see there."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._num_jobs = 0
+        self._process = subprocess.Popen(
+            [sys.executable, str(Path(__file__).parent / "ranks" / "server.py")],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+
+    def run(
+        self,
+        work: str,
+        size: int,
+        meanwhile: Callable[[list[int]], None] | None = None,
+        environment: dict[str, str] | None = None,
+        **arguments: Any,
+    ) -> Ended:
+        """Calls `work` (module:function) in so many processes; `meanwhile` is given their ids."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._num_jobs += 1
+        folder = self._folder / str(self._num_jobs)
+        folder.mkdir()
+        job = {
+            "work": work,
+            "size": size,
+            "folder": str(folder),
+            "environment": environment or {},
+            "arguments": arguments,
+        }
+        self._process.stdin.write(json.dumps(job) + "\n")
+        self._process.stdin.flush()
+        children = json.loads(self._process.stdout.readline())
+        if meanwhile is not None:
+            meanwhile(children)
+        codes = json.loads(self._process.stdout.readline())
+        pickles = [folder / f"{rank}.pickle" for rank in range(size)]
+        return Ended(
+            codes,
+            [(folder / f"{rank}.out").read_text() for rank in range(size)],
+            [pickle.loads(path.read_bytes()) if path.exists() else None for path in pickles],
+        )
+
+    def results(self, work: str, size: int, **arguments: Any) -> list[Any]:
+        """What each process returned; fails with what they printed where one failed."""
+        ended = self.run(work, size, **arguments)
+        assert ended.codes == [0] * size, "\n".join(ended.printed)
+        return ended.results
+
+    def close(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
+
+
+@pytest.fixture(scope="session")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
+    server = Ranks(tmp_path_factory.mktemp("ranks"))
+    yield server
+    server.close()

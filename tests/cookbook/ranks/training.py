@@ -1,0 +1,103 @@
+"""What processes do together: some training steps of every kind, told as plain arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from cookbook.service import ServiceClient
+from cookbook.types import AdamParams, Datum, ModelInput
+
+ADAM = AdamParams(learning_rate=1e-2, weight_decay=0.1, grad_clip_norm=0.5, eps=1e-3)
+"""The epsilon keeps steps smooth in gradients near zero, of which Adam otherwise takes the sign alone."""
+
+
+def make_data(lengths: list[int], seed: int = 0) -> list[Datum]:
+    """Sequences of which some tokens are not trained, with all that any loss asks for."""
+    rng = np.random.default_rng(seed)
+    data = []
+    for length in lengths:
+        ids = rng.integers(3, 300, length + 1)
+        weights = rng.random(length).astype(np.float32) * (rng.random(length) > 0.3)
+        data.append(
+            Datum(
+                ModelInput.from_ints(ids[:-1]),
+                {
+                    "target_tokens": ids[1:],
+                    "weights": weights / length,
+                    "logprobs": -rng.random(length).astype(np.float32),
+                    "advantages": rng.normal(size=length).astype(np.float32),
+                },
+            )
+        )
+    return data
+
+
+def plain(data: list[Datum]) -> list[Datum]:
+    """Without what only some losses take."""
+    return [
+        Datum(datum.model_input, {name: datum.loss_fn_inputs[name] for name in ("target_tokens", "weights")})
+        for datum in data
+    ]
+
+
+def spread(data: list[Datum], logprobs: list[torch.Tensor]) -> tuple[torch.Tensor, dict[str, float]]:
+    """A loss that couples all sequences."""
+    means = torch.stack([logprobs_T.mean() for logprobs_T in logprobs])
+    return means.var(), {"mean": float(means.mean())}
+
+
+def told(output: Any) -> dict[str, Any]:
+    return {
+        "loss": output.loss,
+        "metrics": dict(output.metrics),
+        "logprobs": [found["logprobs"].to_numpy() for found in output.loss_fn_outputs],
+        "likeliest": [
+            found["is_likeliest"].to_numpy() for found in output.loss_fn_outputs if "is_likeliest" in found
+        ],
+    }
+
+
+def numpy_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, np.ndarray]:
+    return {
+        name: (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach().numpy().copy()
+        for name, tensor in tensors.items()
+    }
+
+
+def steps(
+    model: str, folder: str, rank: int, shard: str = "none", max_tokens: int = 64, **options: Any
+) -> dict[str, Any]:
+    """Passes of every kind and three steps: all that came of them, and what was saved."""
+    service = ServiceClient(
+        "cpu", "float32", checkpoint_dir=folder, max_tokens_per_microbatch=max_tokens, shard=shard, **options
+    )
+    client = service.create_lora_training_client(model, rank=rank, seed=0)
+    found: dict[str, Any] = {"passes": [], "gradients": [], "norms": []}
+    data = make_data([40, 3, 17, 60, 5, 33, 21])
+    found["passes"].append(told(client.forward(plain(data), return_likeliest=True).result()))
+    found["passes"].append(told(client.forward(plain(data), return_logprobs="trained").result()))
+    requests = [
+        (plain(data), "cross_entropy"),
+        (data[:3], "importance_sampling"),
+        (data[:1], "ppo"),  # fewer sequences than processes
+        (plain(data[2:]), spread),
+    ]
+    for batch, loss in requests:
+        if callable(loss):
+            queued = client.forward_backward_custom(batch, loss)
+        else:
+            queued = client.forward_backward(batch, loss)
+        found["passes"].append(told(queued.result()))
+        found["norms"].append(client.optim_step(ADAM).result().metrics["grad_norm"])
+    # Gradients of several passes add up.
+    client.forward_backward(plain(data[:4]))
+    client.forward_backward(plain(data[4:]))
+    found["norms"].append(client.optim_step(ADAM).result().metrics["grad_norm"])
+    found["saved"] = client.save_state("saved").result().path
+    found["weights"] = numpy_of(client._trainer.adapter.weights)
+    service.close()
+    return found
