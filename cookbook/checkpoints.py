@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from cookbook import jsonl
 from cookbook.errors import CheckpointError
 
 FINAL = "final"
 """The name of the checkpoint of a finished run."""
+
+
+def checkpoint_name(step: int) -> str:
+    """Of the checkpoint of a run that goes on."""
+    return f"{step:06d}"
 
 
 @dataclass(frozen=True)
@@ -26,13 +32,19 @@ class Checkpoint:
     step: int
     epoch: int
     batch: int
+    metric: str | None = None
+    """Of the best checkpoint and of no other: what it is best by."""
+    value: float | None = None
+    """What `metric` came to, measured on these weights."""
+    is_extra: bool = False
+    """Saved out of turn, for being the best: it goes when a better one comes."""
 
 
 class CheckpointLog:
     """The checkpoints of one run, oldest first. Only complete ones are recorded."""
 
     def __init__(self, folder: Path, keep: int | None = None) -> None:
-        """`keep` newest checkpoints stay on disk (None: all)."""
+        """`keep` newest checkpoints stay on disk (None: all), and the best one beside them."""
         self._folder = folder
         self._file = folder / "checkpoints.jsonl"
         self._keep = keep
@@ -65,17 +77,61 @@ class CheckpointLog:
     def path_of(self, checkpoint: Checkpoint) -> Path:
         return self._folder / checkpoint.path
 
+    def best(self) -> Checkpoint | None:
+        """The checkpoint of the best evaluation so far; None where there is none, or its folder is gone."""
+        best = next((record for record in self._records if record.metric is not None), None)
+        return best if best is not None and self.path_of(best).is_dir() else None
+
+    def has_step(self, step: int) -> bool:
+        """Whether the state after `step` steps is there."""
+        return any(record.step == step and self.path_of(record).is_dir() for record in self._records)
+
     def add(self, name: str, path: str, step: int, epoch: int, batch: int) -> Checkpoint:
-        """Records a checkpoint that lies at `path`, then removes those past `keep`.
+        """Records a checkpoint that lies at `path`, then removes those past `keep`."""
+        added = Checkpoint(name, str(Path(path).relative_to(self._folder)), step, epoch, batch)
+        self._replace([*self._all_but(name), added])
+        return added
+
+    def add_best(
+        self, name: str, path: str, step: int, epoch: int, batch: int, metric: str, value: float
+    ) -> None:
+        """Records a checkpoint that was saved for being the best."""
+        relative = str(Path(path).relative_to(self._folder))
+        added = Checkpoint(name, relative, step, epoch, batch, metric, value, is_extra=True)
+        self._replace([*map(_no_longer_best, self._all_but(name)), added])
+
+    def mark_best(self, step: int, metric: str, value: float) -> None:
+        """Makes the checkpoint of `step`, which is recorded, the best one."""
+        records = [_no_longer_best(record) for record in self._records]
+        newest = max(index for index, record in enumerate(records) if record.step == step)
+        records[newest] = replace(records[newest], metric=metric, value=value)
+        self._replace(records)
+
+    def _all_but(self, name: str) -> list[Checkpoint]:
+        return [record for record in self._records if record.name != name]
+
+    def _replace(self, records: list[Checkpoint]) -> None:
+        """Writes the records that stay, then removes the folders of the others.
 
         The record goes before the folder: a kill in between leaves an unlisted folder, never
         a listed one that is gone.
         """
-        added = Checkpoint(name, str(Path(path).relative_to(self._folder)), step, epoch, batch)
-        records = [*(record for record in self._records if record.name != name), added]
-        dropped = [] if self._keep is None else records[: -self._keep]
-        self._records = records[len(dropped) :]
-        jsonl.rewrite(self._file, [asdict(record) for record in self._records])
+        in_turn = [record for record in records if not record.is_extra]
+        past_keep = [] if self._keep is None else in_turn[: -self._keep]
+        dropped = [
+            record for record in records if record.metric is None and (record.is_extra or record in past_keep)
+        ]
+        self._records = [record for record in records if record not in dropped]
+        jsonl.rewrite(self._file, [_row(record) for record in self._records])
         for record in dropped:
             shutil.rmtree(self.path_of(record), ignore_errors=True)
-        return added
+
+
+def _no_longer_best(record: Checkpoint) -> Checkpoint:
+    return replace(record, metric=None, value=None)
+
+
+def _row(record: Checkpoint) -> dict[str, Any]:
+    """Without what is as it is for most checkpoints."""
+    row = asdict(record)
+    return {key: value for key, value in row.items() if value is not None and value is not False}

@@ -12,15 +12,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from cookbook.checkpoints import FINAL, CheckpointLog
+from cookbook.checkpoints import FINAL, Checkpoint, CheckpointLog, checkpoint_name
 from cookbook.errors import TrainingError
 from cookbook.eval.evaluators import Evaluation, Evaluator, evaluate
 from cookbook.futures import APIFuture
 from cookbook.loggers import MetricLogger
 from cookbook.schedules import learning_rate_at
 from cookbook.supervised.batches import BatchQueue, PlacedBatch, Position
+from cookbook.supervised.best import BestKeeper, NewBest
 from cookbook.supervised.types import LEFT_OUT, SupervisedDataset
 from cookbook.types import AdamParams, ForwardBackwardOutput, OptimStepResponse, SaveWeightsResponse
 
@@ -42,6 +43,10 @@ class RunSummary:
     metrics: dict[str, float] = field(default_factory=dict)
     stopped_by: int | None = None
     """The number of the signal that stopped the run."""
+    stopped_early: bool = False
+    """Whether the run finished because patience was at an end."""
+    best: Checkpoint | None = None
+    """The checkpoint of the best evaluation, at `log_path / best.path`; None where none is kept."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +57,7 @@ class _Step:
     placed: PlacedBatch
     learning_rate: float
     evaluation: Evaluation
+    new_best: NewBest | None
     forward_backward: APIFuture[ForwardBackwardOutput] | None
     optim_step: APIFuture[OptimStepResponse] | None
     save: APIFuture[SaveWeightsResponse] | None
@@ -71,6 +77,7 @@ class Run:
         batches: BatchQueue,
         checkpoints: CheckpointLog,
         evaluators: Sequence[tuple[int, Sequence[Evaluator]]],
+        best: BestKeeper,
         metric_loggers: Sequence[MetricLogger],
         resources: ExitStack,
         first_position: Position,
@@ -84,6 +91,7 @@ class Run:
         self._batches = batches
         self._checkpoints = checkpoints
         self._evaluators = evaluators
+        self._best = best
         self._metric_loggers = metric_loggers
         self._resources = resources
         self._num_submitted = first_step
@@ -91,6 +99,7 @@ class Run:
         self._position = first_position
         self._pending: deque[_Step] = deque()
         self._evaluation = Evaluation()
+        self._new_best: NewBest | None = None
         self._last_done = time.perf_counter()
         self._recent_seconds: deque[float] = deque(maxlen=20)
 
@@ -118,17 +127,15 @@ class Run:
         self._total_steps = self._num_submitted
 
     async def evaluate_if_due(self, step: int) -> None:
-        """Evaluates the model as it is after `step` steps."""
-        due = [
-            evaluator
-            for every, evaluators in self._evaluators
-            if every and (step % every == 0 or step == self._total_steps)
-            for evaluator in evaluators
-        ]
+        """Evaluates the model as it is after `step` steps, and has it saved if it is the best so far."""
         self._evaluation = Evaluation()
-        if due:
-            logger.info("After %d steps:", step)
-            self._evaluation = await evaluate(self._client, due, self._config.on_evaluator_error)
+        self._new_best = None
+        await self._evaluate(step, self._due(step, is_last=step == self._total_steps))
+
+    @property
+    def is_out_of_patience(self) -> bool:
+        """Whether the last evaluation was the last that early stopping waited for."""
+        return self._best.is_out_of_patience
 
     async def submit(self, step: int) -> None:
         """Queues a step and, when it is due, the checkpoint of the state it leaves."""
@@ -147,14 +154,15 @@ class Run:
             logger.warning("Step %d is left out: no example of its batch kept a trained token.", step)
         self._num_submitted = step + 1
         self._position = placed.next_position
-        if config.save_every and (step + 1) % config.save_every == 0 and step + 1 != self._total_steps:
-            save = self._client.save_state(_checkpoint_name(step + 1), overwrite=True)
+        if self._is_save_due(step + 1):
+            save = self._client.save_state(checkpoint_name(step + 1), overwrite=True)
         self._pending.append(
             _Step(
                 step=step,
                 placed=placed,
                 learning_rate=learning_rate,
                 evaluation=self._evaluation,
+                new_best=self._new_best,
                 forward_backward=forward_backward,
                 optim_step=optim_step,
                 save=save,
@@ -173,29 +181,69 @@ class Run:
         if last is not None and last.step == step:
             path = self._checkpoints.path_of(last)
         else:
-            path = await self._save(_checkpoint_name(step), step)
+            path = await self._save(checkpoint_name(step), step)
         self._report_what_was_left_out()
         of_all = "" if self._total_steps is None else f" of {self._total_steps}"
-        logger.info("Stopped after step %d%s. Saved %s.", step, of_all, path)
+        logger.info("Stopped after step %d%s. Saved %s.%s", step, of_all, path, self._best.in_words())
         logger.info("Run the same command again to resume.")
-        return RunSummary(self._log_path, False, step, path, stopped_by=signal_number)
+        return self._summary(path, is_finished=False, stopped_by=signal_number)
 
     async def evaluate_and_finish(self) -> RunSummary:
         """Saves first: an evaluation that fails, or a kill in the middle of it, costs no training."""
         step = self._num_submitted
+        stopped_early = self.is_out_of_patience
+        due = self._due(step, is_last=True)
+        if stopped_early:  # which some of them have found out at this very step
+            done = self._due(step, is_last=False)
+            due = [evaluator for evaluator in due if evaluator not in done]
+            await self._record_new_best()
+        else:
+            self._evaluation, self._new_best = Evaluation(), None
         last = self._checkpoints.last()
-        if last is not None and last.name == FINAL:
+        if last is not None and last.name == FINAL and last.step == step:
             path = self._checkpoints.path_of(last)
         else:
             path = await self._save(FINAL, step)
-        await self.evaluate_if_due(step)
+        await self._evaluate(step, due)
+        await self._record_new_best()
         self._log_tables(step, self._evaluation)
         self._log_metrics(step, self._evaluation.metrics)
         self._report_what_was_left_out()
-        logger.info("Finished after %d steps. Saved %s.", step, path)
-        return RunSummary(self._log_path, True, step, path, self._evaluation.metrics)
+        how = self._best.why_stopped(step) if stopped_early else f"Finished after {step} steps"
+        logger.info("%s. Saved %s.%s", how, path, self._best.in_words())
+        self._best.warn_of_a_better_start()
+        return self._summary(path, metrics=self._evaluation.metrics, stopped_early=stopped_early)
 
     # -- their parts ------------------------------------------------------------------------
+
+    def _due(self, step: int, is_last: bool) -> list[Evaluator]:
+        return [
+            evaluator
+            for every, evaluators in self._evaluators
+            if every and (step % every == 0 or is_last)
+            for evaluator in evaluators
+        ]
+
+    async def _evaluate(self, step: int, due: list[Evaluator]) -> None:
+        """Adds to what is known of the state after `step` steps."""
+        if not due:
+            return
+        logger.info("After %d steps:", step)
+        found = await evaluate(self._client, due, self._config.on_evaluator_error)
+        self._new_best = self._best.observe(step, found.metrics, self._position, self._is_save_due(step))
+        self._evaluation = Evaluation(
+            {**self._evaluation.metrics, **found.metrics}, {**self._evaluation.tables, **found.tables}
+        )
+
+    async def _record_new_best(self) -> None:
+        """Of an evaluation that no step comes after."""
+        if self._new_best is not None:
+            await self._new_best.record()
+            self._new_best = None
+
+    def _is_save_due(self, step: int) -> bool:
+        every = self._config.save_every
+        return bool(every) and step % every == 0 and step != self._total_steps
 
     def _adam_params(self, learning_rate: float) -> AdamParams:
         config = self._config
@@ -210,6 +258,8 @@ class Run:
 
     async def _log(self, done: _Step) -> None:
         batch = done.placed.batch
+        if done.new_best is not None:  # the steps before it are logged, so a resume may begin here
+            await done.new_best.record()
         metrics: dict[str, float] = {"epoch": done.placed.epoch, **done.evaluation.metrics}
         if done.forward_backward is not None and done.optim_step is not None:
             output = await done.forward_backward
@@ -238,7 +288,7 @@ class Run:
         self._log_tables(done.step, done.evaluation)
         self._log_metrics(done.step, metrics)
         if done.save is not None:
-            name = _checkpoint_name(done.step + 1)
+            name = checkpoint_name(done.step + 1)
             self._record(name, await done.save, done.step + 1, done.placed.next_position)
 
     def _report_what_was_left_out(self) -> None:
@@ -266,6 +316,6 @@ class Run:
     def _record(self, name: str, saved: SaveWeightsResponse, step: int, position: Position) -> Path:
         return self._checkpoints.path_of(self._checkpoints.add(name, saved.path, step, *position))
 
-
-def _checkpoint_name(step: int) -> str:
-    return f"{step:06d}"
+    def _summary(self, path: Path, is_finished: bool = True, **more: Any) -> RunSummary:
+        best = self._checkpoints.best()
+        return RunSummary(self._log_path, is_finished, self._num_submitted, path, best=best, **more)

@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from cookbook import models
+from cookbook import jsonl, models
 from cookbook.checkpoints import CheckpointLog
 from cookbook.errors import ConfigError, DataError
 from cookbook.eval.evaluators import Evaluator
 from cookbook.hyperparameters import fitting_rank
 from cookbook.loggers import ConsoleLogger, JsonlLogger, MetricLogger, WandbLogger
 from cookbook.supervised.batches import BEGINNING, BatchQueue, Position
+from cookbook.supervised.best import BestKeeper, BestTracker
 from cookbook.supervised.nll_evaluator import NLLEvaluator
 from cookbook.supervised.run import Run
 from cookbook.supervised.run_folder import RunFolder
@@ -52,6 +53,7 @@ async def start_run(config: Config, folder: RunFolder, checkpoints: CheckpointLo
         )
         await batches.check()
         evaluators = _make_evaluators(config, eval_data)
+        tracker = _track_best(config, folder, first_step, evaluators)
         client = await _create_client(config, folder, checkpoints, stack)
         _announce(config, folder, client, train_data, eval_data, first_step, total_steps)
         metric_loggers = _make_loggers(config, folder, first_step, total_steps, console, stack)
@@ -67,6 +69,7 @@ async def start_run(config: Config, folder: RunFolder, checkpoints: CheckpointLo
         batches=batches,
         checkpoints=checkpoints,
         evaluators=evaluators,
+        best=BestKeeper(tracker, checkpoints, client),
         metric_loggers=metric_loggers,
         resources=resources,
     )
@@ -183,6 +186,25 @@ def _make_evaluators(
     frequent += [build() for build in config.evaluator_builders]
     infrequent = [build() for build in config.infrequent_evaluator_builders]
     return [(config.eval_every, frequent), (config.infrequent_eval_every, infrequent)]
+
+
+def _track_best(
+    config: Config, folder: RunFolder, first_step: int, evaluators: list[tuple[int, list[Evaluator]]]
+) -> BestTracker:
+    if config.early_stopping_patience is not None and not any(
+        every and members for every, members in evaluators
+    ):
+        raise ConfigError(
+            f"early_stopping_patience={config.early_stopping_patience} counts evaluations, and this run has "
+            f"none. Give data to evaluate on or an evaluator, or leave early stopping out."
+        )
+    return BestTracker(
+        config.best_metric,
+        config.best_mode,
+        config.early_stopping_patience,
+        config.early_stopping_min_delta,
+        history=[row for row in jsonl.read(folder.path / "metrics.jsonl") if row["step"] < first_step],
+    )
 
 
 async def _create_client(

@@ -16,8 +16,10 @@ from cookbook.engine.options import EngineOptions, GradientCheckpointing, Quanti
 from cookbook.errors import ConfigError
 from cookbook.eval.chat import in_chat_format
 from cookbook.eval.evaluators import EvaluatorBuilder, OnEvaluatorError
+from cookbook.hyperparameters import LearningRate, recommend_learning_rate
 from cookbook.loggers import logging_to, make_console
 from cookbook.schedules import LRSchedule
+from cookbook.supervised.best import DEFAULT_METRIC, BestMode, direction
 from cookbook.supervised.run import RunSummary
 from cookbook.supervised.run_folder import IfLogPathExists, RunFolder
 from cookbook.supervised.start import start_run
@@ -93,9 +95,25 @@ class Config:
         default="warn", doc="what an evaluator that fails does: warn (the run goes on without it) or raise"
     )
 
+    # the best evaluation: its checkpoint is kept, and recorded in checkpoints.jsonl
+    best_metric: str | None = _field(
+        default=DEFAULT_METRIC, doc="metric of an evaluator that says which checkpoint is the best; None: off"
+    )
+    best_mode: BestMode = _field(
+        default="auto", doc="min or max is better; auto: by the metric's name (nll: min, accuracy: max)"
+    )
+    early_stopping_patience: int | None = _field(
+        default=None, doc="evaluations without a better best_metric after which a run finishes; default: off"
+    )
+    early_stopping_min_delta: float = _field(
+        default=0.0, doc="an improvement of best_metric by no more than this uses up patience"
+    )
+
     # checkpoints
     save_every: int = _field(default=100, doc="steps between checkpoints; 0: only the last")
-    keep_checkpoints: int | None = _field(default=None, doc="newest checkpoints to keep; default: all")
+    keep_checkpoints: int | None = _field(
+        default=None, doc="newest checkpoints to keep, beside the best; default: all"
+    )
     if_log_path_exists: IfLogPathExists = _field(
         default="resume", doc="what to do with an earlier run in log_path: resume, raise, delete or ask"
     )
@@ -140,7 +158,8 @@ class Config:
         at_least = {
             "warmup_steps": 0, "num_epochs": 1, "max_steps": 1, "weight_decay": 0, "grad_clip_norm": 0,
             "seed": 0, "lora_rank": 0, "eval_every": 0, "infrequent_eval_every": 0, "save_every": 0,
-            "keep_checkpoints": 1, "submit_ahead": 0,
+            "keep_checkpoints": 1, "submit_ahead": 0, "early_stopping_patience": 1,
+            "early_stopping_min_delta": 0,
         }  # fmt: skip
         above_zero = ("learning_rate", "adam_eps", "lora_alpha")
         for name, least in at_least.items():
@@ -178,6 +197,19 @@ class Config:
             )
         if not (self.train_attn or self.train_mlp or self.train_unembed):
             raise ConfigError("Nothing to train: set train_attn, train_mlp or train_unembed.")
+        self._check_best()
+
+    def _check_best(self) -> None:
+        if self.best_metric is not None:
+            direction(self.best_metric, self.best_mode)  # it refuses a name that does not tell
+        if self.early_stopping_patience is None:
+            return
+        if self.best_metric is None:
+            raise ConfigError("early_stopping_patience waits for a better best_metric. Name one.")
+        if not (self.eval_every or self.infrequent_eval_every):
+            raise ConfigError(
+                "early_stopping_patience counts evaluations, and there are none: set eval_every."
+            )
 
 
 async def main(config: Config) -> RunSummary:
@@ -198,6 +230,8 @@ async def main(config: Config) -> RunSummary:
         with await start_run(config, folder, checkpoints, console) as run, StopSignal() as stop:
             async for step in run.remaining_steps():
                 await run.evaluate_if_due(step)
+                if run.is_out_of_patience:
+                    break
                 await run.submit(step)
                 await run.log_all_but(config.submit_ahead)
                 if stop.received:
@@ -216,4 +250,4 @@ def _report_finished(folder: RunFolder, checkpoints: CheckpointLog) -> RunSummar
         "if_log_path_exists=delete.",
         checkpoints.path_of(last),
     )
-    return RunSummary(folder.path, True, last.step, checkpoints.path_of(last))
+    return RunSummary(folder.path, True, last.step, checkpoints.path_of(last), best=checkpoints.best())
