@@ -17,6 +17,7 @@ from cookbook.errors import ConfigError
 from cookbook.eval.chat import in_chat_format
 from cookbook.eval.evaluators import EvaluatorBuilder, OnEvaluatorError
 from cookbook.hyperparameters import LearningRate, recommend_learning_rate
+from cookbook.hyperparameters import LearningRate, recommend_learning_rate
 from cookbook.loggers import logging_to, make_console
 from cookbook.schedules import LRSchedule
 from cookbook.supervised.best import DEFAULT_METRIC, BestMode, direction
