@@ -1,10 +1,11 @@
-"""APIFuture: the one place where asynchrony lives."""
+"""Futures and streams of results: the one place where asynchrony lives."""
 
 from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Generator
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Generator, Iterator
 from concurrent.futures import Future
 from typing import Any, Generic, TypeVar, cast
 
@@ -75,3 +76,62 @@ class APIFuture(Generic[T]):
     def failure_was_seen(self) -> bool:
         """Whether a reader of this future has been told that the work failed."""
         return self._failure_was_seen
+
+
+class TokenStream(APIFuture[T]):
+    """A result that can be watched while it comes: `for token in stream` or `async for token in stream`.
+
+    Tokens are there to be read once. Leaving the loop early does not stop the work; `close` does.
+    """
+
+    def __init__(self, job: Future[Any], read: Callable[[Any], T], abandon: Callable[[], None]) -> None:
+        """The worker hands tokens to `put`; `abandon` tells it that nobody reads on."""
+        super().__init__(job, read)
+        self._abandon = abandon
+        self._arrived: deque[int] = deque()
+        self._changed = threading.Condition()
+        self._readers: list[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = []
+        self._is_over = False
+        job.add_done_callback(lambda _: self._notify(over=True))
+
+    def put(self, token: int) -> None:
+        self._arrived.append(token)
+        self._notify()
+
+    def close(self) -> None:
+        """Ends the work after the token that it is at. Its result is what there is by then."""
+        self._abandon()
+
+    def __iter__(self) -> Iterator[int]:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._arrived or self._is_over)
+            if not self._arrived:
+                self.result()  # raises the error that ended it
+                return
+            yield self._arrived.popleft()
+
+    async def __aiter__(self) -> AsyncIterator[int]:
+        changed = asyncio.Event()
+        reader = (asyncio.get_running_loop(), changed)
+        with self._changed:
+            self._readers.append(reader)
+        try:
+            while True:
+                while self._arrived:
+                    yield self._arrived.popleft()
+                if self._is_over and not self._arrived:
+                    await self.result_async()
+                    return
+                await changed.wait()
+                changed.clear()
+        finally:
+            with self._changed:
+                self._readers.remove(reader)
+
+    def _notify(self, over: bool = False) -> None:
+        with self._changed:
+            self._is_over |= over
+            self._changed.notify_all()
+            for loop, event in self._readers:
+                loop.call_soon_threadsafe(event.set)

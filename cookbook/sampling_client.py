@@ -6,18 +6,16 @@ import os
 import threading
 import weakref
 from collections.abc import Callable
-from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 from cookbook.engine import state
 from cookbook.engine.adapters import Adapter
-from cookbook.engine.sampler import check_prompt, check_sampling, compute_logprobs, sample
+from cookbook.engine.sampling.requests import SampleRequest, sample_request, score_request
+from cookbook.engine.sampling.sampler import Prepared, Sampler
 from cookbook.engine.trainer import Trainer, check_weights_fit
 from cookbook.engine.worker import Engine
 from cookbook.errors import CheckpointError
-from cookbook.futures import APIFuture
+from cookbook.futures import APIFuture, TokenStream
 from cookbook.types import ModelInput, SampledSequence, SampleResponse, SamplingParams
 
 if TYPE_CHECKING:
@@ -41,10 +39,12 @@ class SamplingClient:
         """`prepare` runs on the engine, in order with what was queued before. It returns the
         adapter, which this client owns, and the seed of samples that bring none."""
         self._engine = engine
-        self._prepared: Future[tuple[Adapter | None, int | None]] = engine.submit(prepare)
+        self._prepared: Prepared = engine.submit(prepare)
+        self._sampler = Sampler(engine.base, self._prepared)
         self._num_unseeded = 0
         self._lock = threading.Lock()
-        weakref.finalize(self, _release, engine, self._prepared).atexit = False
+        # What is queued holds the sampler, and so the weights, when this client is gone.
+        weakref.finalize(self._sampler, _release, engine, self._prepared).atexit = False
 
     @classmethod
     def of_base(cls, engine: Engine) -> SamplingClient:
@@ -92,33 +92,41 @@ class SamplingClient:
         sampling_params: SamplingParams | None = None,
         include_prompt_logprobs: bool = False,
     ) -> SampleFuture:
-        """`num_samples` continuations of `prompt`. With a seed they are the same every time."""
-        params = sampling_params or SamplingParams()
-        tokens = prompt.to_ints()
-        base = self._engine.base
-        check_sampling(base, tokens, num_samples, params)
-        with self._lock:
-            index_of_unseeded = self._num_unseeded
-            self._num_unseeded += params.seed is None
+        """`num_samples` continuations of `prompt`.
 
-        def run() -> SampleResponse:
-            adapter, base_seed = self._prepared.result()
-            seed = params.seed
-            if seed is None:
-                entropy = None if base_seed is None else [base_seed, index_of_unseeded]
-                seed = int(np.random.default_rng(entropy).integers(2**31))
-            return sample(base, adapter, tokens, num_samples, params, seed, include_prompt_logprobs)
+        With a seed they are the same every time, to rounding, whatever else is sampled meanwhile.
+        """
+        request = sample_request(
+            self._engine.base, prompt.to_ints(), num_samples, sampling_params, include_prompt_logprobs
+        )
+        self._submit(request)
+        return SampleFuture(request.future)
 
-        return SampleFuture(self._engine.submit(run))
+    def stream(
+        self, prompt: ModelInput, sampling_params: SamplingParams | None = None
+    ) -> TokenStream[SampledSequence]:
+        """One continuation, token by token as it is sampled; `.result()` is all of it."""
+        request = sample_request(
+            self._engine.base,
+            prompt.to_ints(),
+            params=sampling_params,
+            on_token=lambda _, token: stream.put(token),
+        )
+        stream = TokenStream(request.future, lambda response: response.sequences[0], request.abandon)
+        self._submit(request)
+        return stream
 
     def compute_logprobs(self, prompt: ModelInput) -> APIFuture[list[float | None]]:
         """The log-probability of every token given those before it; None for the first."""
-        tokens = prompt.to_ints()
-        base = self._engine.base
-        check_prompt(base, tokens)
-        return APIFuture(
-            self._engine.submit(lambda: compute_logprobs(base, self._prepared.result()[0], tokens))
-        )
+        request = score_request(self._engine.base, prompt.to_ints())
+        self._engine.submit_to(self._sampler, request)
+        return APIFuture(request.future)
+
+    def _submit(self, request: SampleRequest) -> None:
+        with self._lock:
+            request.index_of_unseeded = self._num_unseeded
+            self._num_unseeded += request.params.seed is None
+            self._engine.submit_to(self._sampler, request)
 
     def get_tokenizer(self) -> PreTrainedTokenizerBase:
         return self._engine.base.tokenizer
@@ -139,7 +147,7 @@ class SamplingClient:
         return self.get_tokenizer()
 
 
-def _release(engine: Engine, prepared: Future[tuple[Adapter | None, int | None]]) -> None:
+def _release(engine: Engine, prepared: Prepared) -> None:
     """Frees a snapshot's adapter once its client is gone and what it queued has run."""
 
     def remove() -> None:

@@ -1,13 +1,14 @@
 """Causal attention over packed sequences, registered with transformers under one name.
 
-Shape suffixes: B rows, H heads, T tokens, D head size.
+Shape suffixes: B rows, H heads, T tokens, D head size. Over a cache: R rows, H heads of keys and values,
+G query heads that share one of them, C positions there is room for.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,27 @@ from transformers import AttentionInterface
 NAME = "cookbook_packed"
 
 Segment = tuple[int, int]
+
+
+class Cache(Protocol):
+    """Keys and values of earlier positions: see `sampling.kv_cache`, which has the meaning of each part."""
+
+    @property
+    def is_filling(self) -> bool: ...
+
+    def keep(
+        self, layer: torch.nn.Module, segments: Sequence[Segment], key_1HTD: Tensor, value_1HTD: Tensor
+    ) -> None: ...
+
+    def attend(
+        self,
+        layer: torch.nn.Module,
+        query_1HTD: Tensor,
+        key_1HTD: Tensor,
+        value_1HTD: Tensor,
+        sliding_window: int | None,
+        attend: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor],
+    ) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -30,6 +52,8 @@ class AttentionLayout:
     longest: int
     windows_seen: list[int | None] | None = None
     """Where given, each call adds the sliding window that it was called with."""
+    cache: Cache | None = None
+    """Where given, the sequences are prompts that it keeps, or each is the next token behind what it kept."""
 
 
 @torch.compiler.disable  # it goes by the layout of each row: a compiled layer would be compiled anew for each
@@ -48,8 +72,8 @@ def packed_attention(
 ) -> tuple[Tensor, None]:
     """Attention in which position t of a sequence sees positions 0 to t of that sequence: [B, T, H, D].
 
-    Without a `layout` each row is one sequence. With a key-value cache the queries are the newest
-    position of each row and see all of it. `softcap` bounds the scores (Gemma 2), `s_aux` is one
+    Without a `layout` each row is one sequence. With a cache that is not filling, each sequence is one
+    token, which sees what the cache has of its row. `softcap` bounds the scores (Gemma 2), `s_aux` is one
     score per head that nothing stands behind (the sinks of gpt-oss).
 
     On CUDA one kernel of variable length takes all sequences of a row; elsewhere, and where the
@@ -60,6 +84,22 @@ def packed_attention(
         layout.windows_seen.append(sliding_window)
     assert attention_mask is None, "packed attention takes a layout, never a mask"
     is_plain = softcap is None and s_aux is None
+    if layout is not None and layout.cache is not None:
+        if not layout.cache.is_filling:
+
+            def attend(
+                query_RHGD: Tensor, key_RHCD: Tensor, value_RHCD: Tensor, visible_RC: Tensor
+            ) -> Tensor:
+                visible_R11C = visible_RC[:, None, None]
+                if is_plain:
+                    return F.scaled_dot_product_attention(
+                        query_RHGD, key_RHCD, value_RHCD, attn_mask=visible_R11C, scale=scaling
+                    )
+                return _by_hand(query_RHGD, key_RHCD, value_RHCD, visible_R11C, scaling, softcap, s_aux)
+
+            out = layout.cache.attend(module, query_BHTD, key_BHTD, value_BHTD, sliding_window, attend)
+            return out, None
+        layout.cache.keep(module, layout.segments, key_BHTD, value_BHTD)
     if is_plain and layout is not None and _has_varlen_kernel(query_BHTD):
         return _varlen(query_BHTD, key_BHTD, value_BHTD, layout, scaling, sliding_window), None
 
@@ -70,15 +110,12 @@ def packed_attention(
     segments: Sequence[Segment] = layout.segments if layout else [(0, key_BHTD.shape[2])]
     outs = []
     for start, stop in segments:
-        # With a cache there is one segment, and its only query is the last of its positions.
-        query, key, value = (
-            tensor if len(segments) == 1 else tensor[:, :, start:stop]
-            for tensor in (query_BHTD, key_BHTD, value_BHTD)
-        )
+        query, key, value = (tensor[:, :, start:stop] for tensor in (query_BHTD, key_BHTD, value_BHTD))
         if is_plain:
             outs.append(_causal(query, key, value, scaling, sliding_window))
         else:
-            outs.append(_causal_by_hand(query, key, value, scaling, sliding_window, softcap, s_aux))
+            visible_TT = _visible(stop - start, sliding_window, query.device)
+            outs.append(_by_hand(query, key, value, visible_TT, scaling, softcap, s_aux))
     return torch.cat(outs, dim=2).transpose(1, 2), None
 
 
@@ -89,46 +126,49 @@ def _causal(
     scaling: float | None,
     sliding_window: int | None,
 ) -> Tensor:
-    num_queries, num_keys = query_BHTD.shape[2], key_BHTD.shape[2]
-    is_windowed = sliding_window is not None and num_keys > sliding_window
+    num_tokens = query_BHTD.shape[2]
+    is_windowed = sliding_window is not None and num_tokens > sliding_window
     return F.scaled_dot_product_attention(
         query_BHTD,
         key_BHTD,
         value_BHTD,
-        attn_mask=_visible(query_BHTD, key_BHTD, sliding_window) if is_windowed else None,
-        is_causal=num_queries > 1 and not is_windowed,
+        attn_mask=_visible(num_tokens, sliding_window, query_BHTD.device) if is_windowed else None,
+        is_causal=num_tokens > 1 and not is_windowed,
         scale=scaling,
     )
 
 
-def _causal_by_hand(
+def _by_hand(
     query_BHTD: Tensor,
-    key_BHTD: Tensor,
-    value_BHTD: Tensor,
+    key_BHCD: Tensor,
+    value_BHCD: Tensor,
+    visible: Tensor,
     scaling: float | None,
-    sliding_window: int | None,
     softcap: float | None,
     s_aux: Tensor | None,
 ) -> Tensor:
-    """For scores that are more than a scaled product: all of them at once, in fp32."""
+    """For scores that are more than a scaled product: all of them at once, in fp32.
+
+    `s_aux` has one score for each query head, which lie in H and, over a cache, in T.
+    """
     scale = query_BHTD.shape[-1] ** -0.5 if scaling is None else scaling
-    scores_BHTT = (query_BHTD @ key_BHTD.transpose(2, 3) * scale).float()
+    scores_BHTC = (query_BHTD @ key_BHCD.transpose(2, 3) * scale).float()
     if softcap is not None:
-        scores_BHTT = softcap * torch.tanh(scores_BHTT / softcap)
-    scores_BHTT = scores_BHTT.masked_fill(~_visible(query_BHTD, key_BHTD, sliding_window), -torch.inf)
-    num_keys = scores_BHTT.shape[-1]
+        scores_BHTC = softcap * torch.tanh(scores_BHTC / softcap)
+    scores_BHTC = scores_BHTC.masked_fill(~visible, -torch.inf)
+    num_keys = scores_BHTC.shape[-1]
     if s_aux is not None:
-        sink_BHT1 = s_aux.float().view(1, -1, 1, 1).expand(*scores_BHTT.shape[:3], 1)
-        scores_BHTT = torch.cat([scores_BHTT, sink_BHT1], dim=-1)
-    return scores_BHTT.softmax(-1)[..., :num_keys].to(value_BHTD.dtype) @ value_BHTD
+        sinks_1HT1 = s_aux.float().view(1, query_BHTD.shape[1], -1, 1)
+        sinks_BHT1 = sinks_1HT1.expand(*scores_BHTC.shape[:3], 1)
+        scores_BHTC = torch.cat([scores_BHTC, sinks_BHT1], dim=-1)
+    return scores_BHTC.softmax(-1)[..., :num_keys].to(value_BHCD.dtype) @ value_BHCD
 
 
-def _visible(query_BHTD: Tensor, key_BHTD: Tensor, sliding_window: int | None) -> Tensor:
-    """Which keys each query sees; the queries are the last of the positions that there are keys for."""
-    num_queries, num_keys = query_BHTD.shape[2], key_BHTD.shape[2]
-    position = torch.arange(num_keys, device=query_BHTD.device)
-    distance = position[num_keys - num_queries :, None] - position[None, :]
-    return (distance >= 0) & (distance < (sliding_window or num_keys))
+def _visible(num_tokens: int, sliding_window: int | None, device: torch.device) -> Tensor:
+    """Which positions each position sees: [T, T]."""
+    position = torch.arange(num_tokens, device=device)
+    distance = position[:, None] - position[None, :]
+    return (distance >= 0) & (distance < (sliding_window or num_tokens))
 
 
 def _has_varlen_kernel(query_BHTD: Tensor) -> bool:

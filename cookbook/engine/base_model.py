@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from cookbook import models
 from cookbook.engine import architecture, mesh, projection
 from cookbook.engine.adapters import GLOBAL_STATE, Adapter, Adapters
+from cookbook.engine.attention import AttentionLayout
 from cookbook.engine.loading import load_model, resolve_device, resolve_dtype, return_freed_memory
 from cookbook.engine.memory import (
     ActivationCost,
@@ -47,6 +48,10 @@ class BaseModel:
         self.is_packed = False
         self.has_plain_head = False
         """Whether sequences share a row, and whether logits are made by blocks: see `architecture`."""
+        self.is_sharded = False
+        """Whether each of several processes holds a part of the weights."""
+        self.decodes_packed: bool | None = None
+        """Whether continuations share a row too; found out when the first is sampled."""
         architecture.find_what_is_safe(self)
         self._prepare_layers()
         return_freed_memory()
@@ -70,7 +75,7 @@ class BaseModel:
         if not self.has_plain_head:
             return self.logprobs_of_whole_model(batch)
         hidden_SD = self.hidden(batch).index_select(0, batch.scored_S)
-        return projection.score(self._head(), hidden_SD, batch.targets_S)
+        return projection.score(self.head(), hidden_SD, batch.targets_S)
 
     @torch.no_grad()
     def scores(self, batch: PackedBatch) -> Scores:
@@ -80,7 +85,7 @@ class BaseModel:
             target_S = logits_SV.gather(1, targets_S[:, None])[:, 0]
             return Scores(_log_probabilities(logits_SV, targets_S), target_S == logits_SV.amax(1))
         hidden_SD = self.hidden(batch).index_select(0, batch.scored_S)
-        return projection.score_and_compare(self._head(), hidden_SD, batch.targets_S)
+        return projection.score_and_compare(self.head(), hidden_SD, batch.targets_S)
 
     def backpropagate(
         self, batch: PackedBatch, token_loss: TokenLoss, checkpoint_layers: bool
@@ -99,7 +104,7 @@ class BaseModel:
             hidden_ND = self.hidden(batch)
         # The projection forms its own gradient, so it stays out of autograd's graph.
         hidden_SD = hidden_ND.detach().index_select(0, batch.scored_S)
-        head = self._head()
+        head = self.head()
         trained_logprobs, loss, grad_SD = projection.score_and_backpropagate(
             head, hidden_SD[:num_trained], batch.targets_S[:num_trained], token_loss
         )
@@ -114,11 +119,34 @@ class BaseModel:
 
     def hidden(self, batch: PackedBatch) -> Tensor:
         """What goes into the projection to the vocabulary: [N, D]."""
-        packed = {"position_ids": batch.positions_1N, "layout": batch.attention} if self.is_packed else {}
-        assert self.is_packed or len(batch.layout.segments) == 1
-        out = self.model.get_decoder()(input_ids=batch.tokens_1N, use_cache=False, **packed)
+        return self.hidden_of(batch.tokens_1N, batch.positions_1N, batch.attention)
+
+    def hidden_of(self, tokens_1N: Tensor, positions_1N: Tensor, layout: AttentionLayout) -> Tensor:
+        packed = {"position_ids": positions_1N, "layout": layout} if self.is_packed else {}
+        assert self.is_packed or len(layout.segments) == 1
+        out = self.model.get_decoder()(input_ids=tokens_1N, use_cache=False, **packed)
         hidden_1ND: Tensor = out.last_hidden_state
         return hidden_1ND[0]
+
+    def head(self) -> Head:
+        """The projection to the vocabulary, with the adapter that is in use."""
+        module: Any = self.model.get_output_embeddings()
+        base = getattr(module, "base_layer", module)
+        lora = None
+        if base is not module and not module.disable_adapters:
+            active = [name for name in module.active_adapters if name in module.lora_A]
+            if active:
+                a, b = module.lora_A[active[0]].weight, module.lora_B[active[0]].weight
+                lora = LoraOnHead(a, b, module.scaling[active[0]])
+        config = self.model.config.get_text_config()
+        return Head(
+            base.weight,
+            base.bias,
+            lora,
+            scale=(getattr(config, "logit_scale", None) or 1.0)
+            / (getattr(config, "logits_scaling", None) or 1.0),
+            softcap=getattr(config, "final_logit_softcapping", None),
+        )
 
     def logprobs_of_whole_model(self, batch: PackedBatch) -> Tensor:
         """For models whose logits are more than a projection, one sequence at a time."""
@@ -153,26 +181,6 @@ class BaseModel:
                 config.num_hidden_layers,
                 config.hidden_size * self.dtype.itemsize,
             )
-
-    def _head(self) -> Head:
-        """The projection to the vocabulary, with the adapter that is in use."""
-        module: Any = self.model.get_output_embeddings()
-        base = getattr(module, "base_layer", module)
-        lora = None
-        if base is not module and not module.disable_adapters:
-            active = [name for name in module.active_adapters if name in module.lora_A]
-            if active:
-                a, b = module.lora_A[active[0]].weight, module.lora_B[active[0]].weight
-                lora = LoraOnHead(a, b, module.scaling[active[0]])
-        config = self.model.config.get_text_config()
-        return Head(
-            base.weight,
-            base.bias,
-            lora,
-            scale=(getattr(config, "logit_scale", None) or 1.0)
-            / (getattr(config, "logits_scaling", None) or 1.0),
-            softcap=getattr(config, "final_logit_softcapping", None),
-        )
 
 
 def _log_probabilities(logits_SV: Tensor, targets_S: Tensor) -> Tensor:

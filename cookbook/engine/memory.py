@@ -101,6 +101,15 @@ def measure_activations(
     return ActivationCost(whole, layer_bytes * num_layers + whole / num_layers)
 
 
+def bytes_for_sampling(device: torch.device) -> int:
+    """How much may hold keys and values; what is sampled does not depend on it."""
+    if device.type != "cuda":
+        return _total_memory(device) // 4
+    free, _ = torch.cuda.mem_get_info(device)
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(0.8 * (free + unused))
+
+
 def _total_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory

@@ -85,6 +85,20 @@ class Head:
             columns.append(self.bias_V[rows, None])
         return torch.cat(columns, dim=1) if len(columns) > 1 else weight_KD
 
+    def logits(self, hidden_SD: Tensor) -> Tensor:
+        """All of them, for a few positions: [S, V], fp32."""
+        logits_SV = product(hidden_SD, self.weight_VD.T)
+        if self.bias_V is not None:
+            logits_SV += self.bias_V
+        if self.lora is not None:
+            a_SR = hidden_SD @ self.lora.a_RD.to(hidden_SD.dtype).T * self.lora.scaling
+            logits_SV += product(a_SR, self.lora.b_VR.to(a_SR.dtype).T)
+        if self.scale != 1:
+            logits_SV *= self.scale
+        if self.softcap is not None:
+            logits_SV.div_(self.softcap).tanh_().mul_(self.softcap)
+        return logits_SV
+
     def trained_keys(self) -> list[tuple[slice, Tensor]]:
         """Columns of the keys that are trained, and the parameter that holds each: [V] or [V, columns]."""
         size = self.weight_VD.shape[1]

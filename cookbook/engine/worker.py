@@ -2,16 +2,51 @@
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import ParamSpec, TypeVar
+from dataclasses import dataclass
+from typing import Any, Generic, ParamSpec, Protocol, TypeVar
 
 from cookbook.engine.base_model import BaseModel
 from cookbook.engine.options import EngineOptions
 
 P = ParamSpec("P")
 R = TypeVar("R")
+Item = TypeVar("Item")
+
+
+class Batcher(Protocol[Item]):
+    """Works on several submitted items at once, and answers each by the future it brings."""
+
+    def run(self, first: Item, take_waiting: Callable[[], list[Item]]) -> None:
+        """Answers `first` and whatever `take_waiting` gives, which may be asked as often as one likes.
+
+        What waits behind a job of another kind is not given: the order of the queue holds.
+        """
+
+
+@dataclass(frozen=True)
+class _Job:
+    work: Callable[[], Any]
+    future: Future[Any]
+
+    def run(self) -> None:
+        if not self.future.set_running_or_notify_cancel():
+            return
+        try:
+            result = self.work()
+        except BaseException as error:
+            self.future.set_exception(error)
+        else:
+            self.future.set_result(result)
+
+
+@dataclass(frozen=True)
+class _Item(Generic[Item]):
+    batcher: Batcher[Item]
+    item: Item
 
 
 class Engine:
@@ -19,11 +54,19 @@ class Engine:
 
     def __init__(self, model_name: str, options: EngineOptions | None = None) -> None:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine")
+        self._queue: deque[_Job | _Item[Any]] = deque()
+        self._lock = threading.Lock()
         self._clean_ups: deque[Callable[[], None]] = deque()
         self.base: BaseModel = self.submit(BaseModel, model_name, options).result()
 
     def submit(self, work: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> Future[R]:
-        return self._thread.submit(self._run, lambda: work(*args, **kwargs))
+        future: Future[R] = Future()
+        self._enqueue(_Job(lambda: work(*args, **kwargs), future))
+        return future
+
+    def submit_to(self, batcher: Batcher[Item], item: Item) -> None:
+        """Queues an item that the batcher may take together with those behind it."""
+        self._enqueue(_Item(batcher, item))
 
     def clean_up_later(self, work: Callable[[], None]) -> None:
         """Runs `work` on the thread before the next job.
@@ -32,10 +75,34 @@ class Engine:
         """
         self._clean_ups.append(work)
 
-    def _run(self, work: Callable[[], R]) -> R:
+    def _enqueue(self, job: _Job | _Item[Any]) -> None:
+        with self._lock:
+            self._queue.append(job)
+            self._thread.submit(self._run_next)
+
+    def _run_next(self) -> None:
         while self._clean_ups:
             self._clean_ups.popleft()()
-        return work()
+        with self._lock:
+            if not self._queue:
+                return  # a batcher took what this call was for
+            job = self._queue.popleft()
+        if isinstance(job, _Job):
+            job.run()
+        else:
+            batcher = job.batcher
+            batcher.run(job.item, lambda: self._take_waiting(batcher))
+
+    def _take_waiting(self, batcher: Batcher[Item]) -> list[Item]:
+        taken: list[Item] = []
+        with self._lock:
+            while self._queue:
+                job = self._queue[0]
+                if not isinstance(job, _Item) or job.batcher is not batcher:
+                    break
+                taken.append(job.item)
+                self._queue.popleft()
+        return taken
 
     def close(self) -> None:
         """Runs what is queued, then ends the thread."""

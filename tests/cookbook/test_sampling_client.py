@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import time
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +20,8 @@ from cookbook import (
     ServiceClient,
     TrainingClient,
 )
+from cookbook.engine.sampling.decoders import PackedDecoder
+from cookbook.engine.sampling.kv_cache import Row
 from cookbook.errors import RequestError
 
 PROMPT = ModelInput.from_ints([5, 17, 31, 8])
@@ -55,7 +59,9 @@ def test_sequences_are_read_straight_off_the_future(client: TrainingClient) -> N
     response = future.result(timeout=60)
     assert future.sequences == response.sequences
     assert len(response.sequences) == 2
-    assert response.prompt_logprobs == sampling_client.compute_logprobs(PROMPT).result()
+    logprobs = sampling_client.compute_logprobs(PROMPT).result()
+    assert response.prompt_logprobs is not None
+    assert response.prompt_logprobs[1:] == pytest.approx(logprobs[1:], rel=1e-5)
 
 
 def test_stops_may_be_strings_or_tokens(client: TrainingClient) -> None:
@@ -181,6 +187,81 @@ def test_freeing_a_snapshot_leaves_gradients_and_training_alone(
         for each in (client, twin)
     )
     assert found == expected
+
+
+def test_a_stream_gives_each_token_as_it_is_sampled(client: TrainingClient) -> None:
+    sampling_client = client.save_weights_and_get_sampling_client()
+    params = SamplingParams(max_tokens=8, seed=3, stop_token_ids=[10**6])
+    (expected,) = sampling_client.sample(PROMPT, 1, params).sequences
+    stream = sampling_client.stream(PROMPT, params)
+    assert list(stream) == stream.result().tokens == expected.tokens
+
+    async def read() -> list[int]:
+        return [token async for token in sampling_client.stream(PROMPT, params)]
+
+    assert asyncio.run(read()) == expected.tokens
+
+
+def test_a_stream_that_nobody_reads_on_ends(client: TrainingClient) -> None:
+    sampling_client = client.save_weights_and_get_sampling_client()
+    stream = sampling_client.stream(PROMPT, SamplingParams(max_tokens=250, stop_token_ids=[10**6]))
+    tokens = iter(stream)
+    next(tokens)
+    stream.close()
+    assert 1 <= len(stream.result(timeout=60).tokens) < 250
+
+
+def test_an_error_while_sampling_reaches_whoever_reads_the_stream(
+    client: TrainingClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sampling_client = client.save_weights_and_get_sampling_client()
+
+    def fail(*_: object) -> None:
+        raise ZeroDivisionError("in the middle")
+
+    monkeypatch.setattr("cookbook.engine.sampling.sampler.choose", fail)
+    with pytest.raises(ZeroDivisionError):
+        list(sampling_client.stream(PROMPT, PARAMS))
+    monkeypatch.undo()
+    assert list(sampling_client.stream(PROMPT, PARAMS))
+
+
+def test_requests_that_wait_together_share_the_passes_of_the_model(
+    client: TrainingClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sixteen requests of eight tokens take seven passes behind that of their prompts."""
+    sampling_client = client.save_weights_and_get_sampling_client()
+    steps: list[int] = []
+    step = PackedDecoder.step
+
+    def counted(self: PackedDecoder, handles: list[Row], tokens: list[int]) -> object:
+        steps.append(len(handles))
+        return step(self, handles, tokens)
+
+    monkeypatch.setattr(PackedDecoder, "step", counted)
+    params = [SamplingParams(max_tokens=8, seed=seed, stop_token_ids=[10**6]) for seed in range(16)]
+    client._engine.submit(time.sleep, 0.2)  # until all are there
+    futures = [sampling_client.sample(PROMPT, 1, each) for each in params]
+    assert all(len(future.sequences[0].tokens) == 8 for future in futures)
+    assert steps == [16] * 7
+
+
+def test_the_order_of_the_queue_holds_between_samples_and_steps(client: TrainingClient) -> None:
+    """A request behind a training step is not worked on before it, though it could share a batch."""
+    snapshot = client.save_weights_and_get_sampling_client()
+    done: list[str] = []
+
+    def note(name: str, future: Any) -> None:
+        future._job.add_done_callback(lambda _: done.append(name))
+
+    client._engine.submit(time.sleep, 0.2)
+    note("first", snapshot.sample(PROMPT, 1, PARAMS))
+    note("step", client.forward_backward([Datum(PROMPT, {"target_tokens": [17, 31, 8, 9]})]))
+    last = snapshot.sample(PROMPT, 1, PARAMS)
+    note("last", last)
+    last.result()
+    client.optim_step(AdamParams(learning_rate=1e-3)).result()
+    assert done == ["first", "step", "last"]
 
 
 def test_what_cannot_be_sampled_is_refused_by_the_call_itself(client: TrainingClient) -> None:

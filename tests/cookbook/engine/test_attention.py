@@ -125,17 +125,6 @@ def test_soft_caps_and_sinks_equal_the_formula_written_out(
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("options", [{"softcap": 0.7}, {"s_aux": SINKS}])
-@pytest.mark.parametrize("sliding_window", [None, 5, 50])
-def test_soft_caps_and_sinks_after_a_cache_equal_the_last_row_of_the_whole(
-    sliding_window: int | None, options: dict[str, Any]
-) -> None:
-    query_BHTD, key_BHTD, value_BHTD = make(4, 2, num_rows=3)
-    whole = dense(query_BHTD, key_BHTD, value_BHTD, [(0, NUM_TOKENS)], sliding_window, **options)
-    last = attend(query_BHTD[:, :, -1:], key_BHTD, value_BHTD, sliding_window=sliding_window, **options)
-    torch.testing.assert_close(last, whole[:, -1:], rtol=1e-6, atol=1e-6)
-
-
 def test_a_large_sink_takes_all_and_overflows_nothing() -> None:
     tensors = make(4, 4)
     found = attend(*tensors, layout=LAYOUT, s_aux=torch.full((4,), 1e4))
@@ -152,14 +141,6 @@ def test_the_scaling_of_the_model_is_used() -> None:
 def test_without_segments_a_row_is_one_sequence() -> None:
     tensors = make(4, 2, num_rows=3)
     torch.testing.assert_close(attend(*tensors), dense(*tensors, [(0, NUM_TOKENS)]))
-
-
-@pytest.mark.parametrize("sliding_window", [None, 5, 50])
-def test_a_query_after_a_cache_equals_the_last_row_of_the_whole(sliding_window: int | None) -> None:
-    query_BHTD, key_BHTD, value_BHTD = make(4, 2, num_rows=3)
-    whole = dense(query_BHTD, key_BHTD, value_BHTD, [(0, NUM_TOKENS)], sliding_window)
-    last = attend(query_BHTD[:, :, -1:], key_BHTD, value_BHTD, sliding_window=sliding_window)
-    torch.testing.assert_close(last, whole[:, -1:])
 
 
 @pytest.mark.parametrize("options", [{}, {"sliding_window": 4}, {"softcap": 0.7}, {"s_aux": SINKS}])

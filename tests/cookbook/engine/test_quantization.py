@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import sys
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,12 @@ import torch.nn.functional as F
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+from cookbook.engine.adapters import Adapter
 from cookbook.engine.base_model import BaseModel
 from cookbook.engine.options import EngineOptions
 from cookbook.engine.packing import TokenSequence, pack
-from cookbook.engine.sampler import compute_logprobs, sample
+from cookbook.engine.sampling.requests import Request, sample_request, score_request
+from cookbook.engine.sampling.sampler import Sampler
 from cookbook.engine.trainer import Trainer
 from cookbook.errors import ConfigError
 from cookbook.service import ServiceClient
@@ -96,6 +99,13 @@ def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor
         torch.testing.assert_close(found[name], gradient, rtol=0, atol=1e-5 * scale, msg=name)
 
 
+def answer(base: BaseModel, adapter: Adapter | None, request: Request) -> Any:
+    prepared: Future[tuple[Adapter | None, int | None]] = Future()
+    prepared.set_result((adapter, 0))
+    Sampler(base, prepared).run(request, list)
+    return request.future.result(timeout=0)
+
+
 @pytest.mark.parametrize("checkpointing", ["off", "on"])
 @pytest.mark.parametrize("lora", [{}, {"train_mlp": False, "train_unembed": False}])
 def test_gradients_equal_plain_transformers_and_peft_on_the_same_4_bits(
@@ -156,8 +166,9 @@ def tensors_of(shapes: set[tuple[int, int]]) -> list[torch.Tensor]:
 def test_a_repeated_pass_gives_the_same_bits_whatever_was_sampled_between(folder: str) -> None:
     made = make_trainer(folder)
     once = gradients_after_a_pass(made)
-    sample(made.base, made.adapter, [5, 6, 7], 2, SamplingParams(max_tokens=5), seed=0)
-    sample(made.base, None, [5, 6, 7], 1, SamplingParams(max_tokens=5), seed=0)
+    for adapter in (made.adapter, None):
+        request = sample_request(made.base, [5, 6, 7], 2, SamplingParams(max_tokens=5))
+        answer(made.base, adapter, request)
     again = gradients_after_a_pass(made)
     for name, gradient in once.items():
         assert torch.equal(gradient, again[name]), name
@@ -168,8 +179,9 @@ def test_sampled_log_probabilities_equal_a_forward_pass(folder: str, with_adapte
     made = make_trainer(folder)
     adapter = made.adapter if with_adapter else None
     prompt = [5, 6, 7]
-    for sequence in sample(made.base, adapter, prompt, 3, SamplingParams(max_tokens=8), seed=0).sequences:
-        scored = compute_logprobs(made.base, adapter, prompt + sequence.tokens)
+    request = sample_request(made.base, prompt, 3, SamplingParams(max_tokens=8, seed=0))
+    for sequence in answer(made.base, adapter, request).sequences:
+        scored = answer(made.base, adapter, score_request(made.base, prompt + sequence.tokens))
         np.testing.assert_allclose(sequence.logprobs, scored[len(prompt) :], rtol=1e-5)
 
 

@@ -1,0 +1,1 @@
+"""Continuations of prompts: many at once, one token of each at a time."""

@@ -1,0 +1,98 @@
+"""The cache of continuations against attention over each of them whole."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from cookbook.engine.attention import AttentionLayout, packed_attention
+from cookbook.engine.sampling.kv_cache import KVCache, Row, capacity_for
+
+NUM_HEADS, NUM_QUERY_HEADS, HEAD_SIZE = 2, 4, 8
+SINKS = torch.tensor([0.5, -1.0, 2.0, 0.0])
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"sliding_window": 5},
+    {"softcap": 0.7},
+    {"s_aux": SINKS, "scaling": 0.3},
+]
+
+
+class Continuation:
+    """What it would take to do without a cache: queries, keys and values of all positions, [H, T, D]."""
+
+    def __init__(self, length: int) -> None:
+        self.row = Row(length)
+        self.tensors = [torch.randn(heads, length, HEAD_SIZE) for heads in (NUM_QUERY_HEADS, 2, 2)]
+
+    def grow(self) -> None:
+        for number, tensor in enumerate(self.tensors):
+            self.tensors[number] = torch.cat([tensor, torch.randn(len(tensor), 1, HEAD_SIZE)], dim=1)
+
+    def copy(self) -> Continuation:
+        other = Continuation(self.row.length)
+        other.tensors = list(self.tensors)
+        return other
+
+    def attend(self, options: dict[str, Any]) -> Tensor:
+        """At every position: [T, query heads, D]."""
+        out, _ = packed_attention(nn.Module(), *(tensor[None] for tensor in self.tensors), None, **options)
+        return out[0]
+
+
+def run_pass(layer: nn.Module, cache: KVCache, parts: list[list[Tensor]], options: dict[str, Any]) -> Tensor:
+    """A row of query, key and value parts, with one position of padding behind them."""
+    parts = [*parts, [torch.full((heads, 1, HEAD_SIZE), 9.0) for heads in (NUM_QUERY_HEADS, 2, 2)]]
+    ends = torch.tensor([part[0].shape[1] for part in parts]).cumsum(0).tolist()
+    segments = list(zip([0, *ends[:-1]], ends, strict=True))
+    layout = AttentionLayout(segments, torch.tensor([0, *ends], dtype=torch.int32), max(ends), cache=cache)
+    query, key, value = (torch.cat(tensors, dim=1)[None] for tensors in zip(*parts, strict=True))
+    return packed_attention(layer, query, key, value, None, layout=layout, **options)[0][0]
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_every_new_position_sees_all_that_went_before_it_in_its_row_alone(options: dict[str, Any]) -> None:
+    """Rows come, are copied, outgrow their slab, and go, in a random order, in two layers."""
+    torch.manual_seed(0)
+    rng = random.Random(0)
+    cache, layers = KVCache(), [nn.Module(), nn.Module()]
+    there: list[Continuation] = []
+    most_slabs = 0
+    for number in range(60):
+        if number % 5 == 0:
+            arriving = []
+            for length in (rng.randint(1, 10), rng.choice([60, 63, 64, 65, 95, 120])):
+                first = Continuation(length)
+                arriving.append([first, *(first.copy() for _ in range(rng.randint(0, 2)))])
+            cache.expect_prompts([[each.row for each in copies] for copies in arriving])
+            for layer in layers:
+                found = run_pass(layer, cache, [copies[0].tensors for copies in arriving], options)
+                expected = torch.cat([copies[0].attend(options) for copies in arriving])
+                torch.testing.assert_close(found[: len(expected)], expected, rtol=1e-5, atol=1e-6)
+            there += [each for copies in arriving for each in copies]
+        rng.shuffle(there)
+        for each in there:
+            each.grow()
+        order = cache.expect_tokens([each.row for each in there])
+        for layer in layers:
+            last = [[tensor[:, -1:] for tensor in there[index].tensors] for index in order]
+            found = run_pass(layer, cache, last, options)
+            for place, index in enumerate(order):
+                expected = there[index].attend(options)[-1]
+                torch.testing.assert_close(found[place], expected, rtol=1e-5, atol=1e-6)
+        most_slabs = max(most_slabs, len(cache._slabs))
+        while len(there) > rng.randint(3, 12):
+            cache.remove(there.pop().row)
+    assert most_slabs >= 3
+    for each in there:
+        cache.remove(each.row)
+    assert not cache._slabs, "what is empty is freed"
+
+
+def test_no_row_is_padded_by_more_than_half() -> None:
+    for length in range(1, 20_000):
+        assert length <= capacity_for(length) <= max(64, 1.5 * length)

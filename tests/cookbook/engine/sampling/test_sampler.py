@@ -1,0 +1,491 @@
+"""Sampling against transformers' own generate, and against a plain forward pass."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from cookbook.engine.adapters import Adapter
+from cookbook.engine.base_model import BaseModel
+from cookbook.engine.sampling import sampler
+from cookbook.engine.sampling.decoders import PackedDecoder
+from cookbook.engine.sampling.requests import Request, sample_request, score_request
+from cookbook.engine.sampling.sampler import Prepared, Sampler
+from cookbook.errors import RequestError, TrainingError
+from cookbook.types import LoraConfig, SampleResponse, SamplingParams
+
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+NO_MLP = {"train_mlp": False}
+PACKED: dict[str, tuple[str, dict[str, Any], dict[str, bool]]] = {
+    "qwen3": ("qwen3", {"tie_word_embeddings": True}, {}),
+    "llama": ("llama", {"rope_parameters": LLAMA3_ROPE}, {}),
+    "mistral": ("mistral", {"sliding_window": 8}, {}),
+    "gemma3": ("gemma3_text", {"query_pre_attn_scalar": 8, "sliding_window": 8}, {}),
+    "gemma2": (
+        "gemma2",
+        {
+            "query_pre_attn_scalar": 8,
+            "sliding_window": 8,
+            "attn_logit_softcapping": 2.0,
+            "final_logit_softcapping": 3.0,
+        },
+        {},
+    ),
+    "opt": ("opt", {"ffn_dim": 64, "word_embed_proj_dim": 32, "dropout": 0.5}, {}),
+    "cohere": ("cohere", {"logit_scale": 0.25}, {}),
+    "gpt_oss": ("gpt_oss", {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 8}, NO_MLP),
+}
+UNPACKED: dict[str, tuple[str, dict[str, Any], dict[str, bool]]] = {
+    "stablelm": ("stablelm", {}, {}),
+    "llama-window": ("llama", {"sliding_window": 8}, {}),
+    "lfm2": ("lfm2", {"layer_types": ["conv", "full_attention"]}, {}),
+    "qwen3_next": (
+        "qwen3_next",
+        {
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 16,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 8,
+            "shared_expert_intermediate_size": 16,
+            "layer_types": ["linear_attention", "full_attention"],
+        },
+        NO_MLP,
+    ),
+}
+FAMILIES = PACKED | UNPACKED
+PROMPT = [5, 17, 200, 31, 8]
+
+
+@pytest.fixture(scope="module")
+def base(tiny_qwen3: str) -> BaseModel:
+    return BaseModel(tiny_qwen3)
+
+
+@pytest.fixture(scope="module")
+def adapter(base: BaseModel) -> Adapter:
+    """One that moves the model: its B matrices are not zero."""
+    return moved(base)
+
+
+def moved(base: BaseModel, **lora: Any) -> Adapter:
+    made = base.adapters.add(LoraConfig(rank=4, seed=0, **lora))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in made.weights.values():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    return made
+
+
+def prepared_with(adapter: Adapter | None) -> Prepared:
+    prepared: Prepared = Future()
+    prepared.set_result((adapter, 0))
+    return prepared
+
+
+def answer(base: BaseModel, adapter: Adapter | None, requests: Sequence[Request]) -> list[Any]:
+    """Of requests that wait at the same time."""
+    waiting = list(requests[1:])
+
+    def take_waiting() -> list[Request]:
+        taken = waiting[:]
+        waiting.clear()
+        return taken
+
+    Sampler(base, prepared_with(adapter)).run(requests[0], take_waiting)
+    return [request.future.result(timeout=0) for request in requests]
+
+
+def make_request(
+    base: BaseModel,
+    num_samples: int = 1,
+    prompt: list[int] | None = None,
+    include_prompt_logprobs: bool = False,
+    **params: Any,
+) -> Request:
+    params = {"max_tokens": 12, "stop_token_ids": [10**6], "seed": 0, **params}
+    return sample_request(
+        base,
+        PROMPT if prompt is None else prompt,
+        num_samples,
+        SamplingParams(**params),
+        include_prompt_logprobs,
+    )
+
+
+def run(base: BaseModel, adapter: Adapter | None = None, **request: Any) -> SampleResponse:
+    return answer(base, adapter, [make_request(base, **request)])[0]
+
+
+def compute_logprobs(base: BaseModel, adapter: Adapter | None, tokens: list[int]) -> list[float | None]:
+    return answer(base, adapter, [score_request(base, tokens)])[0]
+
+
+@torch.no_grad()
+def plain_logprobs(base: BaseModel, adapter: Adapter | None, tokens: list[int]) -> torch.Tensor:
+    """[T, V]: what the model says after each token, by its own forward without a cache."""
+    with base.adapters.using(adapter):
+        return base.model(torch.tensor([tokens]), use_cache=False).logits[0].float().log_softmax(-1)
+
+
+# transformers' own generate goes by a window that its Llama does not have.
+@pytest.mark.parametrize("family", FAMILIES.keys() - {"llama-window"})
+def test_greedy_equals_generate_of_transformers(family: str, make_model_folder: Any, tmp_path: Path) -> None:
+    """Past the sliding window of 8 too."""
+    model_type, config, _ = FAMILIES[family]
+    folder = str(make_model_folder(tmp_path / family, model_type, **config))
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    base = BaseModel(folder)
+    for prompt in ([7], PROMPT, list(range(20, 40))):
+        expected = model.generate(
+            torch.tensor([prompt]), do_sample=False, max_new_tokens=20, eos_token_id=None, pad_token_id=0
+        )
+        (sequence,) = run(base, prompt=prompt, max_tokens=20, temperature=0).sequences
+        assert sequence.tokens == expected[0, len(prompt) :].tolist()
+        assert sequence.stop_reason == "length"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_reported_logprobs_equal_a_forward_pass_over_the_same_tokens(
+    family: str, make_model_folder: Any, tmp_path: Path
+) -> None:
+    """Of several prompts at once, past the sliding window."""
+    model_type, config, lora = FAMILIES[family]
+    base = BaseModel(str(make_model_folder(tmp_path / family, model_type, **config)))
+    adapter = moved(base, **lora)
+    prompts = [PROMPT, [7], list(range(20, 40))]
+    settings = {"num_samples": 3, "max_tokens": 20, "temperature": 1.7, "top_k": 50, "top_p": 0.9}
+    requests = [make_request(base, prompt=prompt, **settings) for prompt in prompts]
+    for prompt, response in zip(prompts, answer(base, adapter, requests), strict=True):
+        for sequence in response.sequences:
+            whole = prompt + sequence.tokens
+            plain = plain_logprobs(base, adapter, whole)
+            expected = [plain[t - 1, whole[t]].item() for t in range(len(prompt), len(whole))]
+            assert sequence.logprobs == pytest.approx(expected, abs=2e-4)
+            assert compute_logprobs(base, adapter, whole)[len(prompt) :] == pytest.approx(expected, abs=2e-4)
+    assert base.decodes_packed == (family in PACKED)
+
+
+def test_an_adapter_changes_what_is_sampled_and_the_base_stays_as_it_was(
+    base: BaseModel, adapter: Adapter
+) -> None:
+    before = run(base, None)
+    assert run(base, adapter) != before
+    assert run(base, None) == before
+
+
+def test_a_seed_gives_the_same_samples_again(base: BaseModel, adapter: Adapter) -> None:
+    torch.manual_seed(1)
+    first = run(base, adapter, num_samples=3, seed=11)
+    torch.manual_seed(2)
+    assert run(base, adapter, num_samples=3, seed=11) == first
+    assert run(base, adapter, num_samples=3, seed=12).sequences[0].tokens != first.sequences[0].tokens
+
+
+def test_sampling_leaves_the_random_state_of_torch_alone(base: BaseModel, adapter: Adapter) -> None:
+    before = torch.get_rng_state()
+    run(base, adapter, num_samples=2)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def mixed_requests(base: BaseModel) -> list[Request]:
+    """Of many lengths and settings, some of which stop early."""
+    rng = random.Random(0)
+    settings: list[dict[str, Any]] = [
+        {"temperature": 0.8}, {"temperature": 0}, {"top_k": 7}, {"top_p": 0.5, "temperature": 1.4}, {},
+    ]  # fmt: skip
+    return [
+        make_request(
+            base,
+            num_samples=rng.choice([1, 1, 2, 3]),
+            prompt=[rng.randrange(base.vocab_size) for _ in range(length)],
+            max_tokens=rng.choice([1, 5, 30, 80]),
+            seed=index,
+            stop_token_ids=list(range(0, base.vocab_size, 60)),
+            include_prompt_logprobs=rng.random() < 0.5,
+            **settings[index % len(settings)],
+        )
+        for index, length in enumerate([1, 2, 60, 64, 65, 100, 3, 7, 8, 9, 30, 150, 20, 5])
+    ]
+
+
+def assert_same(found: Any, expected: Any) -> None:
+    assert [each.tokens for each in found.sequences] == [each.tokens for each in expected.sequences]
+    assert [each.stop_reason for each in found.sequences] == [each.stop_reason for each in expected.sequences]
+    for each, other in zip(found.sequences, expected.sequences, strict=True):
+        assert each.logprobs == pytest.approx(other.logprobs, abs=1e-4)
+    if expected.prompt_logprobs is not None:
+        assert found.prompt_logprobs[1:] == pytest.approx(expected.prompt_logprobs[1:], abs=1e-4)
+
+
+def test_what_is_sampled_does_not_depend_on_what_it_shares_a_batch_with(
+    base: BaseModel, adapter: Adapter
+) -> None:
+    alone = [run_request(base, adapter, request) for request in mixed_requests(base)]
+    together = answer(base, adapter, mixed_requests(base))
+    backwards = answer(base, adapter, mixed_requests(base)[::-1])[::-1]
+    assert len({len(each.tokens) for response in alone for each in response.sequences}) > 4
+    for one, other, third in zip(alone, together, backwards, strict=True):
+        assert_same(other, one)
+        assert_same(third, one)
+
+
+def run_request(base: BaseModel, adapter: Adapter | None, request: Request) -> Any:
+    return answer(base, adapter, [request])[0]
+
+
+def test_what_arrives_while_others_are_sampled_joins_them(base: BaseModel, adapter: Adapter) -> None:
+    """One request every other token; each is as it would be alone."""
+    expected = [run_request(base, adapter, request) for request in mixed_requests(base)]
+    requests = mixed_requests(base)
+    waiting = requests[1:]
+    asked = 0
+
+    def take_waiting() -> list[Request]:
+        nonlocal asked
+        asked += 1
+        return [waiting.pop(0)] if waiting and asked % 2 else []
+
+    Sampler(base, prepared_with(adapter)).run(requests[0], take_waiting)
+    while waiting:  # those that came after a pause
+        Sampler(base, prepared_with(adapter)).run(waiting.pop(0), list)
+    for request, response in zip(requests, expected, strict=True):
+        assert_same(request.future.result(timeout=0), response)
+
+
+def test_scores_and_samples_that_wait_together_are_each_as_alone(base: BaseModel, adapter: Adapter) -> None:
+    texts = [list(range(3, 3 + length)) for length in (1, 2, 30, 5, 100, 1)]
+    requests: list[Request] = []
+    for text, sampled in zip(texts, mixed_requests(base), strict=False):
+        requests += [score_request(base, text), sampled]
+    found = answer(base, adapter, requests)
+    for text, scores, sampled, response in zip(
+        texts, found[::2], mixed_requests(base), found[1::2], strict=False
+    ):
+        assert scores[0] is None
+        assert scores[1:] == pytest.approx(compute_logprobs(base, adapter, text)[1:], abs=1e-4)
+        assert_same(response, run_request(base, adapter, sampled))
+
+
+@pytest.mark.parametrize(
+    "limits",
+    [{"_max_rows": 3}, {"_max_cached_tokens": 400}, {"_max_prompt_tokens": 20}, {"_max_cached_tokens": 1}],
+)
+def test_little_room_changes_nothing_but_the_order(
+    base: BaseModel, adapter: Adapter, limits: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Continuations wait, and those that no longer fit read their tokens again later."""
+    expected = answer(base, adapter, mixed_requests(base))
+    initialise = sampler._Batch.__init__
+
+    def with_less(self: Any, *args: Any) -> None:
+        initialise(self, *args)
+        for name, value in limits.items():
+            setattr(self, name, value)
+
+    monkeypatch.setattr(sampler._Batch, "__init__", with_less)
+    for found, response in zip(answer(base, adapter, mixed_requests(base)), expected, strict=True):
+        assert_same(found, response)
+
+
+@pytest.mark.parametrize("max_rows", [5, 1])
+def test_out_of_memory_is_met_with_fewer_at_a_time(
+    base: BaseModel, adapter: Adapter, max_rows: int, monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    expected = answer(base, adapter, mixed_requests(base))
+    step = PackedDecoder.step
+
+    def with_little_memory(self: Any, handles: Any, tokens: Any) -> Any:
+        if len(handles) > max_rows:
+            raise torch.OutOfMemoryError("no room")
+        return step(self, handles, tokens)
+
+    monkeypatch.setattr(PackedDecoder, "step", with_little_memory)
+    for found, response in zip(answer(base, adapter, mixed_requests(base)), expected, strict=True):
+        assert_same(found, response)
+    assert "Sampling does not fit in memory" in caplog.text
+
+
+def test_only_the_request_that_does_not_fit_alone_fails(
+    base: BaseModel, adapter: Adapter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = PackedDecoder.start
+
+    def with_little_memory(self: Any, prompts: Any) -> Any:
+        if sum(len(prompt.tokens_T) for prompt in prompts) > 50:
+            raise torch.OutOfMemoryError("no room")
+        return start(self, prompts)
+
+    monkeypatch.setattr(PackedDecoder, "start", with_little_memory)
+    requests = [make_request(base, prompt=[5] * length, max_tokens=4) for length in (10, 120, 20)]
+    waiting = requests[1:]
+    Sampler(base, prepared_with(adapter)).run(requests[0], lambda: [waiting.pop(0)] if waiting else [])
+    with pytest.raises(TrainingError, match="120 tokens do not fit in the memory of cpu even alone"):
+        requests[1].future.result(timeout=0)
+    for request in (requests[0], requests[2]):
+        assert len(request.future.result(timeout=0).sequences[0].tokens) == 4
+
+
+def test_top_k_of_one_is_greedy(base: BaseModel, adapter: Adapter) -> None:
+    greedy = run(base, adapter, temperature=0).sequences[0].tokens
+    assert run(base, adapter, top_k=1, temperature=2.0).sequences[0].tokens == greedy
+    assert run(base, adapter, top_p=1e-6, temperature=2.0).sequences[0].tokens == greedy
+    assert run(base, adapter, temperature=1e-4).sequences[0].tokens == greedy
+
+
+def kept_after(base: BaseModel, temperature: float, top_k: int, top_p: float) -> set[int]:
+    """The tokens that may follow PROMPT, by a loop over the sorted probabilities."""
+    probs = (plain_logprobs(base, None, PROMPT)[-1] / temperature).softmax(-1).tolist()
+    ranked = sorted(range(len(probs)), key=lambda token: -probs[token])
+    if top_k > 0:
+        ranked = ranked[:top_k]
+    total = sum(probs[token] for token in ranked)
+    kept, mass = set(), 0.0
+    for token in ranked:
+        if mass >= top_p:
+            break
+        kept.add(token)
+        mass += probs[token] / total
+    return kept
+
+
+@pytest.mark.parametrize(
+    ("temperature", "top_k", "top_p"), [(1.0, 5, 1.0), (1.0, -1, 0.3), (0.7, 20, 0.6), (2.0, 3, 0.99)]
+)
+def test_only_the_likeliest_tokens_are_drawn_and_each_of_them_is(
+    base: BaseModel, temperature: float, top_k: int, top_p: float
+) -> None:
+    expected = kept_after(base, temperature, top_k, top_p)
+    response = run(base, num_samples=1500, max_tokens=1, temperature=temperature, top_k=top_k, top_p=top_p)
+    drawn = {sequence.tokens[0] for sequence in response.sequences}
+    assert drawn <= expected
+    assert len(drawn) >= 0.8 * len(expected)
+
+
+def test_tokens_are_drawn_as_often_as_their_probability_says(base: BaseModel) -> None:
+    num_samples = 4000
+    response = run(base, num_samples=num_samples, max_tokens=1, temperature=1.5)
+    counts = torch.zeros(base.vocab_size)
+    for sequence in response.sequences:
+        counts[sequence.tokens[0]] += 1
+    probs = (plain_logprobs(base, None, PROMPT)[-1] / 1.5).softmax(-1)
+    for token in probs.topk(10).indices.tolist():
+        spread = math.sqrt(num_samples * probs[token] * (1 - probs[token]))
+        assert abs(counts[token] - num_samples * probs[token]) < 4.5 * spread
+
+
+@pytest.mark.parametrize("given", ["stop_token_ids", "stop"])
+def test_a_stop_token_ends_a_continuation_and_is_part_of_it(
+    base: BaseModel, adapter: Adapter, given: str
+) -> None:
+    greedy = run(base, adapter, temperature=0).sequences[0].tokens
+    end = greedy[3]
+    stop = {"stop_token_ids": None, given: [end]}
+    (sequence,) = run(base, adapter, temperature=0, **stop).sequences
+    first = greedy.index(end)
+    assert sequence.tokens == greedy[: first + 1]
+    assert sequence.stop_reason == "stop"
+
+
+def test_a_stop_string_ends_a_continuation_wherever_its_pieces_fall(
+    base: BaseModel, adapter: Adapter
+) -> None:
+    """The string lies across two tokens; the first token with which the text holds it is the last."""
+    decode = base.tokenizer.decode
+    for seed in range(20):
+        tokens = run(base, adapter, seed=seed).sequences[0].tokens
+        one, other = decode(tokens[4:5]), decode(tokens[5:6])
+        if decode(tokens[4:6]) == one + other and "\ufffd" not in one + other:
+            break
+    string = one[-1] + other[0]
+    length = next(n for n in range(1, len(tokens) + 1) if string in decode(tokens[:n]))
+    for stop in (string, [string], ["never this", string]):
+        (sequence,) = run(base, adapter, seed=seed, stop=stop, stop_token_ids=None).sequences
+        assert sequence.tokens == tokens[:length]
+        assert sequence.stop_reason == "stop"
+
+
+def test_stop_strings_and_stop_tokens_add_up(base: BaseModel, adapter: Adapter) -> None:
+    tokens = run(base, adapter, temperature=0).sequences[0].tokens
+    early, late = tokens[1], base.tokenizer.decode(tokens[6:7])
+    (sequence,) = run(base, adapter, temperature=0, stop=[late], stop_token_ids=[early]).sequences
+    assert sequence.tokens == tokens[: tokens.index(early) + 1]
+
+
+def test_without_stops_the_end_of_sequence_of_the_model_stops(
+    base: BaseModel, make_model_folder: Any, tmp_path: Path
+) -> None:
+    greedy = run(base, temperature=0).sequences[0].tokens
+    folder = make_model_folder(tmp_path / "model", eos_token_id=[0, greedy[2]])
+    (sequence,) = run(BaseModel(str(folder)), temperature=0, stop_token_ids=None).sequences
+    assert sequence.tokens == greedy[: greedy.index(greedy[2]) + 1]
+    assert sequence.stop_reason == "stop"
+
+
+def test_without_a_length_a_continuation_fills_the_context(base: BaseModel) -> None:
+    (sequence,) = run(base, prompt=list(range(3, 253)), max_tokens=None).sequences
+    assert base.context_length == 256
+    assert len(sequence.tokens) == 6
+    assert sequence.stop_reason == "length"
+
+
+def test_prompt_logprobs_are_those_of_a_plain_forward(base: BaseModel, adapter: Adapter) -> None:
+    response = run(base, adapter, num_samples=2, include_prompt_logprobs=True)
+    plain = plain_logprobs(base, adapter, PROMPT)
+    expected = [plain[t - 1, PROMPT[t]].item() for t in range(1, len(PROMPT))]
+    for found in (response.prompt_logprobs, compute_logprobs(base, adapter, PROMPT)):
+        assert found is not None
+        assert found[0] is None
+        assert found[1:] == pytest.approx(expected, abs=1e-4)
+    assert compute_logprobs(base, adapter, [7]) == [None]
+    assert run(base, adapter).prompt_logprobs is None
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"num_samples": 0}, "num_samples=0"),
+        ({"max_tokens": 0}, r"max_tokens=0 .* Use 1 to 251"),
+        ({"max_tokens": 252}, r"max_tokens=252 after a prompt of 5 tokens .* context length of 256"),
+        ({"temperature": -1.0}, "temperature=-1.0"),
+        ({"temperature": float("nan")}, "temperature=nan"),
+        ({"top_p": 0.0}, "top_p=0.0"),
+        ({"top_p": 1.5}, "top_p=1.5"),
+        ({"top_k": 0}, "top_k=0"),
+        ({"top_k": -2}, "top_k=-2"),
+        ({"stop": ""}, "empty stop string"),
+        ({"stop": ["x", ""]}, "empty stop string"),
+        ({"prompt": [10**6]}, "token 1000000, outside the vocabulary of"),
+        ({"prompt": [-1]}, "token -1, outside"),
+        ({"prompt": [1] * 257}, "257 tokens, more than the context length of 256"),
+        ({"prompt": [1] * 256}, "does not fit"),
+    ],
+)
+def test_what_cannot_be_sampled_is_refused(base: BaseModel, given: dict[str, Any], message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        run(base, **given)
+
+
+def test_an_empty_prompt_is_refused(base: BaseModel) -> None:
+    with pytest.raises(RequestError, match="The prompt is empty"):
+        run(base, prompt=[])
+    with pytest.raises(RequestError, match="The prompt is empty"):
+        compute_logprobs(base, None, [])
