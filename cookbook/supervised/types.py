@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
 import chz
 
@@ -25,6 +25,15 @@ LEFT_OUT = ("truncated_examples", "too_long_examples", "untrained_examples", "ba
 """The keys of `SupervisedDataset.summary` that are reported when a run ends."""
 
 
+class Origin(NamedTuple):
+    """Where a Datum comes from."""
+
+    source: str
+    """The dataset it was read from."""
+    row: int
+    """Tells rows apart. The Datums of a row follow one another: they are one conversation."""
+
+
 class SupervisedDataset(ABC):
     """Batches of Datums by index. The same index gives the same batch until `set_epoch`."""
 
@@ -39,6 +48,10 @@ class SupervisedDataset(ABC):
     @abstractmethod
     def __len__(self) -> int:
         """The number of batches in an epoch. Raises TypeError where nobody knows it."""
+
+    def origins(self, index: int) -> Sequence[Origin] | None:
+        """Where each Datum of batch `index` comes from; None where nobody knows."""
+        return None
 
     def set_epoch(self, seed: int = 0) -> None:
         """Puts the examples into the order of `seed`. By default the order never changes."""

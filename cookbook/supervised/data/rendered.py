@@ -17,7 +17,7 @@ from cookbook.supervised.data.mixing import StopWhen, order_of_epoch, rows_per_e
 from cookbook.supervised.data.report import DataReport
 from cookbook.supervised.data.sources.base import digest_of
 from cookbook.supervised.data.store import ExampleStore
-from cookbook.supervised.types import OnLong, SupervisedDataset
+from cookbook.supervised.types import OnLong, Origin, SupervisedDataset
 from cookbook.types import Datum
 
 
@@ -66,9 +66,12 @@ class TrainableRows:
         """What a row of the store is trained on."""
         return [
             datum_from_tokens(*self.store[example], self._max_length)  # type: ignore[arg-type]
-            for example in self.store.examples_of_row(row)
-            if self._is_kept_E[example]
+            for example in self.kept_examples_of(row)
         ]
+
+    def kept_examples_of(self, row: int) -> list[int]:
+        """The examples of a row that can be trained on."""
+        return [example for example in self.store.examples_of_row(row) if self._is_kept_E[example]]
 
 
 def check_that_something_is_left(parts: Sequence[TrainableRows]) -> None:
@@ -119,15 +122,29 @@ class RenderedDataset(SupervisedDataset):
         return -(-sum(self._counts) // self._batch_size)
 
     def get_batch(self, index: int) -> list[Datum]:
+        return [datum for number in self._numbers(index) for datum in self._datums_of(number)]
+
+    def origins(self, index: int) -> list[Origin]:
+        found = []
+        for number in self._numbers(index):
+            source, row = self._place_of(number)
+            found += [Origin(source.store.name, number)] * len(source.kept_examples_of(row))
+        return found
+
+    def _numbers(self, index: int) -> list[int]:
+        """The rows of a batch; those of all parts are numbered through."""
         if not 0 <= index < len(self):
             raise IndexError(f"batch {index} of {len(self)}")
-        numbers = self._order[index * self._batch_size : (index + 1) * self._batch_size]
-        return [datum for number in numbers for datum in self._datums_of(int(number))]
+        return self._order[index * self._batch_size : (index + 1) * self._batch_size].tolist()
 
     def _datums_of(self, number: int) -> list[Datum]:
+        source, row = self._place_of(number)
+        return source.datums_of(row)
+
+    def _place_of(self, number: int) -> tuple[TrainableRows, int]:
         which = int(np.searchsorted(self._first_of_part, number, side="right")) - 1
         part = self._parts[which]
-        return part.source.datums_of(int(part.rows[number - self._first_of_part[which]]))
+        return part.source, int(part.rows[number - self._first_of_part[which]])
 
     def summary(self) -> dict[str, int]:
         return {"rows": sum(self._counts), "batches": len(self)}

@@ -1,0 +1,58 @@
+"""How many bytes of text a token stands for, which makes models of different vocabularies comparable."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_ONE_BYTE = re.compile("<0x[0-9A-F]{2}>")
+
+
+class TokenBytes:
+    """UTF-8 bytes by token id.
+
+    A token that holds a part of a character counts that part, so the sum over a text is the text's
+    length wherever it is cut. A special token ends or frames a text and has no byte of it.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+        self._added = tokenizer.added_tokens_decoder
+        decoder = json.loads(tokenizer.backend_tokenizer.to_str())["decoder"]
+        self._is_byte_level = '"ByteLevel"' in json.dumps(decoder)
+        self._before = tokenizer("a", add_special_tokens=False)["input_ids"]
+        self._known: dict[int, int] = {}
+
+    def __call__(self, ids_T: np.ndarray) -> np.ndarray:
+        """[T], int64."""
+        ids_U, places_T = np.unique(ids_T, return_inverse=True)
+        return np.asarray([self._of(int(token)) for token in ids_U], np.int64)[places_T]
+
+    def _of(self, token: int) -> int:
+        if token not in self._known:
+            self._known[token] = self._count(token)
+        return self._known[token]
+
+    def _count(self, token: int) -> int:
+        if token in self._added:
+            added = self._added[token]
+            return 0 if added.special else len(added.content.encode())
+        spelling = self._tokenizer.backend_tokenizer.id_to_token(token)
+        if spelling is None:
+            return 0  # the rest of a vocabulary that was rounded up
+        if self._is_byte_level:
+            return len(spelling)  # every character of it stands for a byte
+        if _ONE_BYTE.fullmatch(spelling):
+            return 1
+        # Behind another token, for a space before the first word of a text is dropped.
+        return len(self._decode([*self._before, token])) - len(self._decode(self._before))
+
+    def _decode(self, tokens: list[int]) -> bytes:
+        text = self._tokenizer.decode(tokens, clean_up_tokenization_spaces=False)
+        return str(text).encode()
