@@ -91,7 +91,7 @@ class ConsoleLogger(MetricLogger):
             self._progress.stop()
 
 
-_OF_EVERY_STEP = ("epoch", "train", "optim", "data", "perf")
+OF_EVERY_STEP = ("epoch", "train", "optim", "data", "perf")
 """What the paths of metrics begin with that no evaluator measured."""
 
 
@@ -101,7 +101,7 @@ def _evaluation_lines(step: int, metrics: Metrics) -> list[str]:
     for path, value in metrics.items():
         first, last = path.split("/")[0], path.split("/")[-1]
         is_part = path.count("/") > 1 and f"{first}/{last}" in metrics
-        if first not in _OF_EVERY_STEP and not is_part:
+        if first not in OF_EVERY_STEP and not is_part:
             shown.setdefault(first, []).append(f"{path} {value:.4f}")
     return [f"step {step}: {'  '.join(parts)}" for parts in shown.values()]
 
@@ -144,9 +144,9 @@ class WandbLogger(MetricLogger):
         self._run.finish()
 
 
-def make_console() -> Console:
+def make_console(is_quiet: bool = False) -> Console:
     """Writes to standard output; lines are wrapped for a terminal and left whole for anything else."""
-    return Console(soft_wrap=not sys.stdout.isatty())
+    return Console(soft_wrap=not sys.stdout.isatty(), quiet=is_quiet)
 
 
 class _ConsoleHandler(logging.Handler):

@@ -15,9 +15,7 @@ from cookbook import jsonl
 from cookbook.checkpoints import CheckpointLog
 from cookbook.config_files import TYPE_KEY
 from cookbook.errors import ConfigError, DataError
-
-OF_EVERY_STEP = ("train", "optim", "data", "perf")
-"""What the paths of metrics begin with that no evaluator measured."""
+from cookbook.loggers import OF_EVERY_STEP
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,7 +60,7 @@ class RunRecord:
 
 
 def is_eval(metric: str) -> bool:
-    return metric != "epoch" and metric.split("/")[0] not in OF_EVERY_STEP
+    return metric.split("/")[0] not in OF_EVERY_STEP
 
 
 def read_run(folder: str | Path) -> RunRecord:

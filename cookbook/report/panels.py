@@ -1,0 +1,222 @@
+"""What the charts of a page show: series of points, few enough for a page of any run.
+
+A chart is a dict that page/charts.js draws. Colours are CSS classes, c0 to c7.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from cookbook.report.downsampling import keep_evenly, keep_extremes, smooth, smoothing_span
+from cookbook.report.record import RunRecord, Series, is_eval
+
+Chart: TypeAlias = dict[str, Any]
+
+NUM_COLOURS = 8
+MAX_POINTS_OF_A_PAGE = 100_000
+MAX_POINTS_OF_A_SERIES = 1_600
+MAX_SERIES_OF_A_CHART = NUM_COLOURS
+MAX_STRETCHES = 300
+"""Of stacked times: more could not be told apart."""
+
+WIDE = 8
+
+SPAN_PREFIX = "perf/seconds_"
+NO_SPANS = ("perf/seconds_left",)
+"""What begins like a span and is none."""
+
+_TRAINING = ("optim/learning_rate", "optim/grad_norm", "perf/tokens_per_second", "data/trained_tokens")
+_NOISY = ("train/nll", "optim/grad_norm", "perf/tokens_per_second", "data/trained_tokens")
+_TITLES = {
+    "optim/learning_rate": "Learning rate",
+    "optim/grad_norm": "Gradient norm, before clipping",
+    "perf/tokens_per_second": "Throughput, tokens per second",
+    "data/trained_tokens": "Trained tokens of a batch",
+}
+
+
+def max_points(num_series: int) -> int:
+    """How many points each of so many series may have."""
+    return max(60, min(MAX_POINTS_OF_A_SERIES, MAX_POINTS_OF_A_PAGE // max(1, num_series)))
+
+
+def line(
+    name: str, series: Series, colour: int, most: int, style: str = "line", label: str | None = None
+) -> dict[str, Any]:
+    """A series as it was measured, or what draws the same curve."""
+    steps, values = keep_extremes(series.steps, series.values, most)
+    return {
+        "name": name, "label": label or name, "colour": f"c{colour % NUM_COLOURS}", "style": style,
+        "x": steps.tolist(), "y": rounded(values),
+    }  # fmt: skip
+
+
+def noisy_lines(name: str, series: Series, colour: int, most: int) -> list[dict[str, Any]]:
+    """A series that jumps from step to step: faint as it was measured, and its running mean over it."""
+    span = smoothing_span(len(series))
+    if span == 1:
+        return [line(name, series, colour, most)]
+    steps, values = keep_evenly(series.steps, smooth(series.values, span), most // 2)
+    mean = {
+        "name": name, "label": f"{name}, mean of about {span} steps", "colour": f"c{colour % NUM_COLOURS}",
+        "style": "smooth", "x": steps.tolist(), "y": rounded(values),
+    }  # fmt: skip
+    return [line(name, series, colour, most // 2, style="raw", label=f"{name}, of the step"), mean]
+
+
+def chart(title: str, series: Sequence[dict[str, Any]], **options: Any) -> Chart:
+    can_be_log = all(value > 0 for one in series for value in one["y"])
+    return {"title": title, "series": list(series), "canBeLog": can_be_log, **options}
+
+
+# -- the charts of one run --------------------------------------------------------------------------
+
+
+def loss_chart(run: RunRecord, most: int) -> Chart | None:
+    """The NLL that is trained on and those that are measured."""
+    series: list[dict[str, Any]] = []
+    if (trained := run.metrics.get("train/nll")) is not None:
+        series += noisy_lines("train/nll", trained, 0, most)
+    for colour, name in enumerate(_nlls(run.evals), 1):
+        series.append(line(name, run.evals[name], colour, most))
+    if not series:
+        return None
+    values = [value for one in series for value in one["y"]]
+    return chart(
+        "Loss, nats per trained token", series, height=340, note=_note(run, ["train/nll"]),
+        log=is_wide(min(values), max(values)),
+    )  # fmt: skip
+
+
+def is_wide(least: float, greatest: float) -> bool:
+    """Whether a curve between these values is a line along the floor, unless its axis is logarithmic."""
+    return least > 0 and greatest / least > WIDE
+
+
+def _nlls(names: Iterable[str]) -> list[str]:
+    return [name for name in names if name.endswith("/nll") and name.count("/") == 1][: NUM_COLOURS - 1]
+
+
+def eval_charts(run: RunRecord, most: int) -> list[Chart]:
+    """Everything else that evaluators measured. Parts of a metric (sources, turns) share a chart."""
+    shown = set(_nlls(run.evals))
+    parts: dict[tuple[str, str], list[str]] = {}
+    charts = []
+    for name in run.evals:
+        first, *middle, last = name.split("/")
+        if middle:
+            parts.setdefault((first, last), []).append(name)
+        elif name not in shown:
+            charts.append(chart(name, [line(name, run.evals[name], 1, most)], note=_note(run, [name])))
+    for (first, last), names in parts.items():
+        for start in range(0, len(names), MAX_SERIES_OF_A_CHART):
+            some = names[start : start + MAX_SERIES_OF_A_CHART]
+            title = f"{first}/…/{last}" + (f" ({start + 1} to {start + len(some)})" if start else "")
+            series = [
+                line(name, run.evals[name], colour, most, label=name[len(first) + 1 : -len(last) - 1])
+                for colour, name in enumerate(some)
+            ]
+            charts.append(chart(title, series, note=_note(run, some)))
+    return charts
+
+
+def training_charts(run: RunRecord, most: int) -> list[Chart]:
+    return [_chart_of(run, name, most) for name in _TRAINING if name in run.metrics]
+
+
+def other_charts(run: RunRecord, most: int) -> list[Chart]:
+    """What has no place of its own."""
+    shown = {"train/nll", "perf/seconds", *_TRAINING, *spans_of(run)}
+    return [_chart_of(run, name, most) for name in run.metrics if name not in shown and not is_eval(name)]
+
+
+def _chart_of(run: RunRecord, name: str, most: int) -> Chart:
+    series = run.metrics[name]
+    lines = noisy_lines(name, series, 0, most) if name in _NOISY else [line(name, series, 0, most)]
+    from_zero = name == "perf/tokens_per_second"
+    return chart(_TITLES.get(name, name), lines, legend=False, fromZero=from_zero, note=_note(run, [name]))
+
+
+def spans_of(run: RunRecord) -> list[str]:
+    return [name for name in run.metrics if name.startswith(SPAN_PREFIX) and name not in NO_SPANS]
+
+
+def time_chart(run: RunRecord) -> Chart | None:
+    """Where the seconds of a step went: spans, stacked, under the step as a whole.
+
+    Spans that overlap, as waiting and rendering in another thread do, may reach above the step.
+    """
+    whole = run.metrics.get("perf/seconds")
+    if whole is None:
+        return None
+    starts = np.linspace(0, len(whole), min(len(whole), MAX_STRETCHES) + 1).astype(int)
+    edges = np.append(whole.steps, whole.steps[-1] + 1)[starts]
+    first, last = edges[:-1].tolist(), (edges[1:] - 1).tolist()
+    counts = np.diff(starts)
+    layers = []
+    for colour, name in enumerate(sorted(spans_of(run), key=run.total, reverse=True), 2):
+        span = run.metrics[name]
+        sums = np.histogram(span.steps, bins=edges, weights=span.values)[0]
+        layers.append(
+            {
+                "name": name, "label": name.removeprefix(SPAN_PREFIX).replace("_", " "), "unit": " s",
+                "colour": f"c{colour % NUM_COLOURS}", "x": first, "ends": last, "y": rounded(sums / counts),
+            }
+        )  # fmt: skip
+    means = np.histogram(whole.steps, bins=edges, weights=whole.values)[0] / counts
+    series = [_seconds("whole step", 0, first, rounded(means))]
+    note = "the mean of each stretch" if counts.max() > 1 else None
+    if counts.max() > 1:
+        slowest = np.maximum.reduceat(whole.values, starts[:-1])
+        series.append(_seconds("slowest step of a stretch", 1, first, rounded(slowest)) | {"dash": "dotted"})
+    return chart("Seconds of a step", series, layers=layers, fromZero=True, height=280, note=note)
+
+
+def _seconds(label: str, colour: int, x: list[int], y: list[float]) -> dict[str, Any]:
+    return {
+        "name": f"perf/seconds {label}", "label": label, "unit": " s", "colour": f"c{colour}",
+        "style": "line thin", "x": x, "y": y,
+    }  # fmt: skip
+
+
+def _note(run: RunRecord, names: Sequence[str]) -> str | None:
+    left_out = sum(run.metrics[name].num_left_out for name in names if name in run.metrics)
+    return f"{left_out:,} values that are no numbers are left out" if left_out else None
+
+
+# -- the charts of several runs -----------------------------------------------------------------------
+
+
+def charts_of_several(runs: Mapping[str, RunRecord]) -> list[Chart]:
+    """A chart for each metric that a run was measured by, with a curve for each run."""
+    names = dict.fromkeys(name for run in runs.values() for name in run.metrics)
+    wanted = [name for name in names if name == "train/nll" or is_eval(name)]
+    wanted.sort(key=lambda name: (name.count("/") > 1, name != "test/nll", name != "train/nll"))
+    wanted += [name for name in _TRAINING[:3] if name in names]
+    most = max_points(len(wanted) * len(runs))
+    charts = []
+    for name in wanted:
+        series = []
+        for index, (run_name, run) in enumerate(runs.items()):
+            if (found := run.metrics.get(name)) is None:
+                continue
+            if name in _NOISY:
+                values = smooth(found.values, smoothing_span(len(found)))
+                found = Series(found.steps, values)
+            series.append(line(run_name, found, index, most) | {"dash": dash(index)})
+        smoothed = "running means" if name in _NOISY else None
+        charts.append(chart(_TITLES.get(name, name), series, legend=False, note=smoothed, height=260))
+    return charts
+
+
+def dash(index: int) -> str:
+    """Runs that share a colour differ in their strokes."""
+    return ("", "dashed", "dotted")[index // NUM_COLOURS % 3]
+
+
+def rounded(values: np.ndarray) -> list[float]:
+    """Six digits are more than a chart can show."""
+    return [float(f"{value:.6g}") for value in values.tolist()]

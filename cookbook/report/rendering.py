@@ -1,0 +1,78 @@
+"""A page as one file: the template with its style, its program and its charts inside of it."""
+
+from __future__ import annotations
+
+import base64
+import datetime
+import functools
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import jinja2
+from markupsafe import Markup
+
+from cookbook.report.panels import Chart
+from cookbook.report.summary import duration, number
+
+PAGE_DIR = Path(__file__).parent / "page"
+
+
+def render(template: str, charts: Sequence[Chart], **values: Any) -> str:
+    """A page that needs nothing else. Every value is escaped, and the page runs its own program alone.
+
+    The second holds should the first ever fail: the content security policy names the program and the
+    style by their hashes, and allows no connection.
+    """
+    style = _read("style.css")
+    program = _read("charts.js") + _read("page.js")
+    return (
+        _environment()
+        .get_template(template)
+        .render(
+            style=Markup(style),
+            program=Markup(program),
+            policy=f"default-src 'none'; img-src data:; base-uri 'none'; form-action 'none'; "
+            f"style-src '{_hash(style)}'; script-src '{_hash(program)}'",
+            charts=Markup(_json_for_html(charts)),
+            written=datetime.datetime.now().astimezone().strftime("%d %B %Y, %H:%M"),
+            **values,
+        )
+    )
+
+
+@functools.cache
+def _environment() -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(PAGE_DIR),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.filters |= {"number": number, "duration": duration, "link": link}
+    return environment
+
+
+def link(path: str) -> str:
+    """A relative address, whatever the name is."""
+    return "./" + quote(path)
+
+
+@functools.cache
+def _read(name: str) -> str:
+    return (PAGE_DIR / name).read_text(encoding="utf-8")
+
+
+@functools.cache
+def _hash(text: str) -> str:
+    return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"
+
+
+def _json_for_html(value: Any) -> str:
+    """JSON that ends no script element, whatever is in it."""
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return text.replace("<", "\\u003c")

@@ -1,0 +1,95 @@
+"""report.html: everything there is to see of one run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from cookbook import jsonl
+from cookbook.report import curves, panels
+from cookbook.report.record import RunRecord, read_run
+from cookbook.report.rendering import render
+from cookbook.report.settings import settings_of
+from cookbook.report.summary import facts_of, outcomes_of, status_of
+from cookbook.report.table_views import views_of
+
+REPORT_FILE = "report.html"
+CURVES_FILE = "curves.png"
+
+
+def write_report(run_folder: str | Path, with_curves: bool = True) -> Path:
+    """Writes report.html, and the picture curves.png, into a run's folder. Returns the page's path.
+
+    The run may be in progress, over, or without a step yet. Raises ConfigError for what is no run's folder.
+    """
+    run = read_run(run_folder)
+    if with_curves:
+        curves.draw(run.metrics, run.folder / CURVES_FILE)
+    path = run.folder / REPORT_FILE
+    jsonl.write_atomically(path, page_of(run).encode())
+    return path
+
+
+def page_of(run: RunRecord) -> str:
+    charts: list[panels.Chart] = []
+
+    def places(some: list[panels.Chart]) -> list[int]:
+        charts.extend(some)
+        return list(range(len(charts) - len(some), len(charts)))
+
+    most = panels.max_points(len(run.metrics) + 8)
+    loss = panels.loss_chart(run, most)
+    time = panels.time_chart(run)
+    return render(
+        "report.html",
+        charts,
+        run=run,
+        status=status_of(run),
+        facts=facts_of(run),
+        outcomes=outcomes_of(run),
+        loss_charts=places([loss] if loss else []),
+        eval_charts=places(panels.eval_charts(run, most)),
+        training_charts=places(panels.training_charts(run, most)),
+        time_charts=places([time] if time else []),
+        other_charts=places(panels.other_charts(run, most)),
+        tables=views_of(run.tables),
+        sources=[_source(source) for source in run.data.get("sources", [])],
+        settings=settings_of(run.config),
+        checkpoints=[_checkpoint(run, record) for record in run.checkpoints],
+        files=[name for name in _FILES if (run.folder / name).exists()],
+    )
+
+
+_FILES = ("train.log", "metrics.jsonl", "tables.jsonl", "config.json", "data.json", CURVES_FILE)
+
+
+def _checkpoint(run: RunRecord, record: Mapping[str, Any]) -> dict[str, Any]:
+    return {**record, "is_there": (run.folder / record["path"]).is_dir()}
+
+
+_WIDTH, _HEIGHT = 600, 90
+
+
+def _source(source: Mapping[str, Any]) -> dict[str, Any]:
+    """A data report with the bars of its histogram, in the units of an SVG."""
+    histogram = source.get("length_histogram") or {}
+    counts, edges = histogram.get("counts", []), histogram.get("edges", [])
+    tallest, width = max(counts, default=0), _WIDTH / max(1, len(counts))
+    bars = [
+        {
+            "x": f"{index * width:.2f}", "width": f"{width * 0.88:.2f}",
+            "y": f"{_HEIGHT * (1 - number / tallest):.2f}", "height": f"{_HEIGHT * number / tallest:.2f}",
+            "title": f"{number:,} examples of {edges[index]:,} to {edges[index + 1] - 1:,} tokens",
+        }
+        for index, number in enumerate(counts)
+        if number
+    ]  # fmt: skip
+    longest = edges[-1] - 1 if edges else 0
+    return {
+        **source,
+        "bars": bars,
+        "shortest": edges[0] if edges else 0,
+        "longest_bar": longest,
+        "tallest": tallest,
+    }
