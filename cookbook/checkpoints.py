@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -40,15 +41,26 @@ class Checkpoint:
     """Saved out of turn, for being the best: it goes when a better one comes."""
 
 
+def _itself(work: Callable[[], Any]) -> Any:
+    return work()
+
+
 class CheckpointLog:
     """The checkpoints of one run, oldest first. Only complete ones are recorded."""
 
-    def __init__(self, folder: Path, keep: int | None = None) -> None:
-        """`keep` newest checkpoints stay on disk (None: all), and the best one beside them."""
+    def __init__(
+        self, folder: Path, keep: int | None = None, by_main: Callable[[Callable[[], Any]], Any] = _itself
+    ) -> None:
+        """`keep` newest checkpoints stay on disk (None: all), and the best one beside them.
+
+        `by_main` does something on one of several processes, and gives its result to all: they have
+        one view of the folder, and one of them writes to it.
+        """
         self._folder = folder
+        self._by_main = by_main
         self._file = folder / "checkpoints.jsonl"
         self._keep = keep
-        self._records = [Checkpoint(**row) for row in jsonl.read(self._file)]
+        self._records = [Checkpoint(**row) for row in by_main(lambda: jsonl.read(self._file))]
 
     @property
     def is_finished(self) -> bool:
@@ -56,7 +68,9 @@ class CheckpointLog:
         last = self.last()
         if last is None or last.name != FINAL:
             return False
-        return any(row["step"] == last.step for row in jsonl.read(self._folder / "metrics.jsonl"))
+        metrics = self._folder / "metrics.jsonl"
+        is_logged: bool = self._by_main(lambda: any(row["step"] == last.step for row in jsonl.read(metrics)))
+        return is_logged
 
     def last(self) -> Checkpoint | None:
         """The newest checkpoint that is still there; None before the first.
@@ -67,7 +81,7 @@ class CheckpointLog:
         if not self._records:
             return None
         for record in reversed(self._records):
-            if self.path_of(record).is_dir():
+            if self._is_there(record):
                 return record
         raise CheckpointError(
             f"{self._file} lists {len(self._records)} checkpoints, but not one is there. Put one back, or "
@@ -80,11 +94,15 @@ class CheckpointLog:
     def best(self) -> Checkpoint | None:
         """The checkpoint of the best evaluation so far; None where there is none, or its folder is gone."""
         best = next((record for record in self._records if record.metric is not None), None)
-        return best if best is not None and self.path_of(best).is_dir() else None
+        return best if best is not None and self._is_there(best) else None
 
     def has_step(self, step: int) -> bool:
         """Whether the state after `step` steps is there."""
-        return any(record.step == step and self.path_of(record).is_dir() for record in self._records)
+        return any(record.step == step and self._is_there(record) for record in self._records)
+
+    def _is_there(self, record: Checkpoint) -> bool:
+        is_there: bool = self._by_main(self.path_of(record).is_dir)
+        return is_there
 
     def add(self, name: str, path: str, step: int, epoch: int, batch: int) -> Checkpoint:
         """Records a checkpoint that lies at `path`, then removes those past `keep`."""
@@ -122,9 +140,13 @@ class CheckpointLog:
             record for record in records if record.metric is None and (record.is_extra or record in past_keep)
         ]
         self._records = [record for record in records if record not in dropped]
-        jsonl.rewrite(self._file, [_row(record) for record in self._records])
-        for record in dropped:
-            shutil.rmtree(self.path_of(record), ignore_errors=True)
+
+        def write() -> None:
+            jsonl.rewrite(self._file, [_row(record) for record in self._records])
+            for record in dropped:
+                shutil.rmtree(self.path_of(record), ignore_errors=True)
+
+        self._by_main(write)
 
 
 def _no_longer_best(record: Checkpoint) -> Checkpoint:

@@ -66,17 +66,26 @@ def run(
         _print_help(str(help_text))
         sys.exit(0)
     except CookbookError as error:
-        print(_describe(error), file=sys.stderr)
+        _tell(_describe(error))
         if os.environ.get("COOKBOOK_TRACEBACK"):
             raise
         sys.exit(1)
     except OSError as error:  # a disk that is full or a file that may not be read: the message has the path
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        _tell(f"{type(error).__name__}: {error}")
         if os.environ.get("COOKBOOK_TRACEBACK"):
             raise
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _tell(failure: str) -> None:
+    """Prints what ended a run; one of several processes does, so that it is told once."""
+    from cookbook.engine import mesh
+
+    if mesh.speaks_for_all():
+        where = f"[process {os.environ['RANK']}] " if mesh.is_one_of_many() else ""
+        print(where + failure, file=sys.stderr, flush=True)
 
 
 def _print_help(text: str) -> None:

@@ -190,6 +190,11 @@ class TrainingClient:
         """A sampler of saved weights, on this client's base model."""
         return SamplingClient.of_checkpoint(self._engine, model_path)
 
+    @property
+    def samples_together(self) -> bool:
+        """Whether samples take all processes of a run, because each holds a part of the weights."""
+        return self._engine.base.is_sharded
+
     # -- information ------------------------------------------------------------------------
 
     def get_info(self) -> GetInfoResponse:

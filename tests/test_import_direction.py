@@ -30,6 +30,8 @@ RUN = ("cookbook.checkpoints", "cookbook.cli", "cookbook.config_files", "cookboo
 EVAL = ("cookbook.eval",)
 REPORT = ("cookbook.report",)
 SUPERVISED = ("cookbook.supervised",)
+WORLD = ("cookbook.engine.mesh",)
+"""The other processes of a run, with which a loop agrees as an engine does. It loads no torch by itself."""
 
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "cookbook.errors": (),
@@ -41,15 +43,17 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "cookbook.eval": (*BASE, *TOOLS, *RUN, *CLIENTS, *EVAL, "renderers"),
     # A report reads what a run wrote, whatever wrote it.
     "cookbook.report": (*BASE, *TOOLS, *RUN, *REPORT),
-    "cookbook.supervised": (*BASE, *TOOLS, *RUN, *CLIENTS, *EVAL, *REPORT, *SUPERVISED, "renderers"),
+    # One of several processes tells of a failure.
+    "cookbook.cli": (*BASE, *TOOLS, *RUN, *WORLD),
+    "cookbook.supervised": (*BASE, *TOOLS, *RUN, *CLIENTS, *EVAL, *REPORT, *SUPERVISED, *WORLD, "renderers"),
     # How the engine runs is said in a run's config.
     "cookbook.supervised.train": (
-        *(*BASE, *TOOLS, *RUN, *CLIENTS, *EVAL, *REPORT, *SUPERVISED, "renderers"),
+        *(*BASE, *TOOLS, *RUN, *CLIENTS, *EVAL, *REPORT, *SUPERVISED, *WORLD, "renderers"),
         "cookbook.engine.options",
     ),
     # A run looks at the folders of its checkpoints before anything is loaded.
     "cookbook.supervised.start": (
-        *(*BASE, *TOOLS, *RUN, *CLIENTS, *EVAL, *REPORT, *SUPERVISED, "renderers"),
+        *(*BASE, *TOOLS, *RUN, *CLIENTS, *EVAL, *REPORT, *SUPERVISED, *WORLD, "renderers"),
         "cookbook.engine.state",
     ),
     "renderers": (*BASE, "renderers"),

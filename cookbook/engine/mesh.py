@@ -146,6 +146,17 @@ class Mesh:
         return self.of_main(result)  # type: ignore[return-value]
 
     @contextlib.contextmanager
+    def first_on_each_machine(self) -> Iterator[None]:
+        """The body runs on one process of a machine, then on the others, which find cached what it left."""
+        if local_rank() == 0:
+            with self.failing_together():
+                yield
+            return
+        with self.failing_together():
+            pass
+        yield
+
+    @contextlib.contextmanager
     def one_after_another(self) -> Iterator[None]:
         """The body runs on one process of a machine at a time, in the order of their ranks."""
         place, num_here = local_rank(), local_size()
@@ -205,11 +216,11 @@ def _world_size() -> int:
 
 def local_rank() -> int:
     """The place of this process among those of its machine."""
-    return int(os.environ.get("LOCAL_RANK", "0")) if is_one_of_many() else 0
+    return int(os.environ["LOCAL_RANK"]) if is_one_of_many() else 0
 
 
 def local_size() -> int:
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if is_one_of_many() else 1
+    return int(os.environ["LOCAL_WORLD_SIZE"]) if is_one_of_many() else 1
 
 
 def current() -> Mesh:
@@ -229,6 +240,11 @@ def _join() -> Mesh:
     import torch.distributed as dist
 
     rank, size = int(os.environ["RANK"]), _world_size()
+    if not os.environ.keys() >= {"LOCAL_RANK", "LOCAL_WORLD_SIZE"}:
+        raise ConfigError(
+            f"RANK={rank} and WORLD_SIZE={size} are set, but not LOCAL_RANK and LOCAL_WORLD_SIZE, which say "
+            f"which device of a machine is whose. Start with torchrun, which sets all of them."
+        )
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, store=_meeting_point(), rank=rank, world_size=size)

@@ -33,8 +33,8 @@ class EngineOptions:
     """Compile the decoder's layers: the first steps take a minute longer, later ones have fewer kernels."""
 
     shard: Shard = "auto"
-    """Whether each of several processes holds a part of the base weights, or all of them. "auto": a part where
-    the whole, with what training adds, does not fit in the memory of one device."""
+    """Whether each of several processes holds all base weights ("none") or a part ("full"). "auto": a part
+    where the whole, with what training adds, does not fit in the memory of one device."""
 
     def __post_init__(self) -> None:
         if self.shard not in get_args(Shard):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import math
 import time
@@ -15,8 +16,9 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from cookbook.checkpoints import FINAL, Checkpoint, CheckpointLog, checkpoint_name
+from cookbook.engine.mesh import Mesh
 from cookbook.errors import TrainingError
-from cookbook.eval.evaluators import Evaluation, Evaluator, evaluate
+from cookbook.eval.evaluators import Evaluation, Evaluator, TrainingClientEvaluator, evaluate
 from cookbook.futures import APIFuture
 from cookbook.loggers import MetricLogger
 from cookbook.schedules import learning_rate_at
@@ -70,6 +72,7 @@ class Run:
         self,
         config: Config,
         log_path: Path,
+        world: Mesh,
         first_step: int,
         total_steps: int | None,
         train_data: SupervisedDataset,
@@ -85,6 +88,7 @@ class Run:
         """Evaluators come with their cadence in steps. `total_steps` of None: until the data end."""
         self._config = config
         self._log_path = log_path
+        self._world = world
         self._total_steps = total_steps
         self._train_data = train_data
         self._client = client
@@ -229,11 +233,24 @@ class Run:
         if not due:
             return
         logger.info("After %d steps:", step)
-        found = await evaluate(self._client, due, self._config.on_evaluator_error)
+        here = [evaluator for evaluator in due if self._runs_here(evaluator)]
+        found = await evaluate(self._client, here, self._config.on_evaluator_error)
+        found = await self._of_main(found)
         self._new_best = self._best.observe(step, found.metrics, self._position, self._is_save_due(step))
         self._evaluation = Evaluation(
             {**self._evaluation.metrics, **found.metrics}, {**self._evaluation.tables, **found.tables}
         )
+
+    def _runs_here(self, evaluator: Evaluator) -> bool:
+        """Whether this process has a part in it. Samples are drawn by the main process alone, if it can."""
+        needs_all = isinstance(evaluator, TrainingClientEvaluator) or self._client.samples_together
+        return needs_all or self._world.is_main
+
+    async def _of_main(self, found: Evaluation) -> Evaluation:
+        """What all go by: two processes that sample, or ask a judge, need not hear the same."""
+        if self._world.is_alone:
+            return found
+        return await asyncio.to_thread(self._world.of_main, found)
 
     async def _record_new_best(self) -> None:
         """Of an evaluation that no step comes after."""

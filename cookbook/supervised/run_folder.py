@@ -7,6 +7,7 @@ data.json           what was read and left out, and a fingerprint of it
 checkpoints.jsonl   the checkpoints there are, and where each one continues
 checkpoints/<name>/ weights and optimizer; loads with plain PEFT
 train.log           what was printed, with times
+ranks/<n>.log       the same of the other processes, where several train together
 """
 
 from __future__ import annotations
@@ -14,7 +15,10 @@ from __future__ import annotations
 import fcntl
 import json
 import logging
+import os
+import secrets
 import shutil
+import socket
 import sys
 from pathlib import Path
 from types import TracebackType
@@ -22,6 +26,7 @@ from typing import IO, Any, Literal, TypeAlias
 
 from cookbook import jsonl
 from cookbook.config_files import TYPE_KEY, differences
+from cookbook.engine.mesh import ALONE, Mesh
 from cookbook.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -30,7 +35,7 @@ IfLogPathExists: TypeAlias = Literal["resume", "raise", "delete", "ask"]
 
 RUN_FILES = (
     "config.json", "data.json", "metrics.jsonl", "tables.jsonl", "checkpoints.jsonl", "checkpoints",
-    "train.log", "wandb", "wandb_run_id.txt",
+    "train.log", "ranks", "wandb", "wandb_run_id.txt",
 )  # fmt: skip
 """What a run writes, and so all that `if_log_path_exists=delete` removes."""
 
@@ -41,13 +46,21 @@ HARMLESS_KEYS = {
 
 
 class RunFolder:
-    """Holds the folder for one process at a time."""
+    """Holds the folder for one run at a time. Of several processes the main one alone writes to it."""
 
-    def __init__(self, path: str, config: dict[str, Any], if_exists: IfLogPathExists) -> None:
+    def __init__(
+        self, path: str, config: dict[str, Any], if_exists: IfLogPathExists, world: Mesh = ALONE
+    ) -> None:
         """Raises ConfigError where the folder holds a run that this config does not continue."""
         self.path = Path(path)
         self.config = config
+        self.world = world
         self._lock: IO[str] | None = None
+        world.by_main(lambda: self._open(if_exists))
+        self._check_that_all_see_it(world)
+
+    def _open(self, if_exists: IfLogPathExists) -> None:
+        path, config = self.path, self.config
         if (self.path / "config.json").exists() and not _is_untouched(self.path):
             self._settle_with_earlier_run(config, if_exists)
         elif self.path.exists() and not self.path.is_dir():
@@ -61,19 +74,49 @@ class RunFolder:
                 f"log_path={path} cannot be written: {error}. Choose another folder."
             ) from error
 
+    def _check_that_all_see_it(self, world: Mesh) -> None:
+        """Raises ConfigError where a process has another folder under this name, or none: each reads it."""
+        if world.is_alone:
+            return
+        mark = self.path / world.of_main(f".seen-by-all-{secrets.token_hex(8)}")
+        world.by_main(mark.touch)
+        hosts = world.gather(None if mark.exists() else socket.gethostname())
+        world.by_main(mark.unlink)
+        for rank, host in enumerate(hosts):
+            if host is not None:
+                raise ConfigError(
+                    f"log_path={self.path} is not one folder for all processes: what process 0 writes there "
+                    f"process {rank}, on {host}, does not see. Choose a folder on a file system they share."
+                )
+
+    @property
+    def log_file(self) -> Path:
+        """Where this process writes down what it has to say."""
+        if self.world.is_main:
+            return self.path / "train.log"
+        folder = self.path / "ranks"
+        folder.mkdir(exist_ok=True)
+        return folder / f"{os.environ['RANK']}.log"
+
     @property
     def checkpoint_dir(self) -> Path:
         return self.path / "checkpoints"
 
     def write_data_report(self, fingerprint: str | None, reports: list[dict[str, Any]]) -> None:
-        jsonl.write_atomically(
-            self.path / "data.json", _text({"fingerprint": fingerprint, "sources": reports}).encode()
-        )
+        if self.world.is_main:
+            jsonl.write_atomically(
+                self.path / "data.json", _text({"fingerprint": fingerprint, "sources": reports}).encode()
+            )
 
     def read_data_fingerprint(self) -> str | None:
         """Of the data that the run began with."""
         path = self.path / "data.json"
         return json.loads(path.read_text())["fingerprint"] if path.exists() else None
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """The rows of metrics.jsonl so far, as the main process sees them."""
+        rows: list[dict[str, Any]] = self.world.by_main(lambda: jsonl.read(self.path / "metrics.jsonl"))
+        return rows
 
     def _settle_with_earlier_run(self, config: dict[str, Any], if_exists: IfLogPathExists) -> None:
         earlier = _read_run_config(self.path / "config.json")

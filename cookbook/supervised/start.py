@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from cookbook import jsonl, models
+from cookbook import models
 from cookbook.checkpoints import CheckpointLog
 from cookbook.errors import ConfigError, DataError
 from cookbook.eval.evaluators import Evaluator
 from cookbook.hyperparameters import fitting_rank
 from cookbook.loggers import ConsoleLogger, JsonlLogger, MetricLogger, WandbLogger
+from cookbook.supervised.agreement import check_same_data
 from cookbook.supervised.batches import BEGINNING, BatchQueue, Position
 from cookbook.supervised.best import BestKeeper, BestTracker
 from cookbook.supervised.nll_evaluator import NLLEvaluator
@@ -36,7 +37,9 @@ async def start_run(config: Config, folder: RunFolder, checkpoints: CheckpointLo
     with ExitStack() as stack:
         _check_start_weights(config)
         _check_tokenizer(config)
-        train_data, eval_data = config.dataset_builder()
+        with folder.world.first_on_each_machine():
+            train_data, eval_data = config.dataset_builder()
+        check_same_data(folder.world, train_data, eval_data)
         _report_data(train_data, eval_data)
         _check_lengths(config, train_data, eval_data)
         total_steps = _total_steps(config, train_data)
@@ -61,6 +64,7 @@ async def start_run(config: Config, folder: RunFolder, checkpoints: CheckpointLo
     return Run(
         config=config,
         log_path=folder.path,
+        world=folder.world,
         first_step=first_step,
         total_steps=total_steps,
         first_position=position,
@@ -203,7 +207,7 @@ def _track_best(
         config.best_mode,
         config.early_stopping_patience,
         config.early_stopping_min_delta,
-        history=[row for row in jsonl.read(folder.path / "metrics.jsonl") if row["step"] < first_step],
+        history=[row for row in folder.read_metrics() if row["step"] < first_step],
     )
 
 
@@ -213,7 +217,7 @@ async def _create_client(
     from cookbook.engine.state import remove_unfinished
     from cookbook.service import ServiceClient
 
-    remove_unfinished(folder.checkpoint_dir)
+    folder.world.by_main(lambda: remove_unfinished(folder.checkpoint_dir))
     service = ServiceClient(
         config.device,
         config.dtype,
@@ -222,6 +226,7 @@ async def _create_client(
         gradient_checkpointing=config.gradient_checkpointing,
         quantization=config.quantization,
         compile=config.compile,
+        shard=config.shard,
     )
     stack.callback(service.close)
     client = await service.create_lora_training_client_async(
@@ -251,6 +256,8 @@ def _make_loggers(
     stack: ExitStack,
 ) -> list[MetricLogger]:
     made: list[MetricLogger] = []
+    if not folder.world.is_main:
+        return made
 
     def keep(metric_logger: MetricLogger) -> None:
         made.append(metric_logger)

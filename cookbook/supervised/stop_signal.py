@@ -9,6 +9,8 @@ import threading
 from types import TracebackType
 from typing import Any
 
+from cookbook.engine.mesh import ALONE, Mesh
+
 logger = logging.getLogger(__name__)
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -17,11 +19,13 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 class StopSignal:
     """While entered, the first signal sets `received`; a second one does what it did before.
 
-    Outside the main thread signals are left to whoever owns them.
+    Outside the main thread signals are left to whoever owns them. Of several processes one that
+    gets a signal is enough: `is_given` has the same answer on all of them.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, world: Mesh = ALONE) -> None:
         self.received: signal.Signals | None = None
+        self._world = world
         self._earlier: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopSignal:
@@ -35,6 +39,20 @@ class StopSignal:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._let_go()
+
+    @property
+    def number(self) -> signal.Signals:
+        """Of the signal, where it `is_given`."""
+        assert self.received is not None
+        return self.received
+
+    async def is_given(self) -> bool:
+        """Whether to stop here. The others are asked by sockets, while the device is busy."""
+        number = self.received or 0
+        if not self._world.is_alone:
+            (number,) = await asyncio.to_thread(self._world.agree_max, number)
+        self.received = signal.Signals(number) if number else None
+        return number != 0
 
     def _receive(self, number: signal.Signals) -> None:
         self.received = number

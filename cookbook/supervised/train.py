@@ -12,14 +12,15 @@ import chz
 
 from cookbook import config_files, models
 from cookbook.checkpoints import CheckpointLog
-from cookbook.engine.options import EngineOptions, GradientCheckpointing, Quantization
+from cookbook.engine import mesh
+from cookbook.engine.options import EngineOptions, GradientCheckpointing, Quantization, Shard
 from cookbook.errors import ConfigError
 from cookbook.eval.chat import in_chat_format
 from cookbook.eval.evaluators import EvaluatorBuilder, OnEvaluatorError
 from cookbook.hyperparameters import LearningRate, recommend_learning_rate
-from cookbook.hyperparameters import LearningRate, recommend_learning_rate
 from cookbook.loggers import logging_to, make_console
 from cookbook.schedules import LRSchedule
+from cookbook.supervised.agreement import joined_alike
 from cookbook.supervised.best import DEFAULT_METRIC, BestMode, direction
 from cookbook.supervised.run import RunSummary
 from cookbook.supervised.run_folder import IfLogPathExists, RunFolder
@@ -135,6 +136,11 @@ class Config:
         default=None, doc="nf4: hold the frozen base weights in 4 bits (QLoRA; needs the extra qlora)"
     )
     compile: bool = _field(default=False, doc="compile the layers: slow first steps, then fewer kernels")
+    shard: Shard = _field(
+        default="auto",
+        doc="of several processes (torchrun) each holds all base weights (none), a part of them (full), "
+        "or what fits (auto)",
+    )
     wandb_project: str | None = _field(default=None, doc="Weights & Biases project; default: do not use it")
     wandb_name: str | None = _field(default=None, doc="name of the run there")
 
@@ -181,6 +187,7 @@ class Config:
             self.gradient_checkpointing,
             self.quantization,
             self.compile,
+            self.shard,
         )
         if self.seed >= 2**31:
             raise ConfigError(f"seed={self.seed} is too large. It must be below 2**31.")
@@ -219,27 +226,29 @@ async def main(config: Config) -> RunSummary:
     The order of the engine's queue is the meaning of the loop: forward_backward, optim_step,
     then what belongs to the state they made (save, evaluate), and only then the next step.
     """
-    console = make_console()
+    console = make_console(is_quiet=not mesh.current().is_main)
     config = config.resolved()
+    resolved = config_files.to_json(config)
     with (
-        RunFolder(config.log_path, config_files.to_json(config), config.if_log_path_exists) as folder,
-        logging_to(console, folder.path / "train.log"),
+        joined_alike(resolved) as world,
+        RunFolder(config.log_path, resolved, config.if_log_path_exists, world) as folder,
+        logging_to(console, folder.log_file),
     ):
-        checkpoints = CheckpointLog(folder.path, config.keep_checkpoints)
+        checkpoints = CheckpointLog(folder.path, config.keep_checkpoints, world.by_main)
         if checkpoints.is_finished:
             return _report_finished(folder, checkpoints)
-        with await start_run(config, folder, checkpoints, console) as run, StopSignal() as stop:
+        with await start_run(config, folder, checkpoints, console) as run, StopSignal(world) as stop:
             async for step in run.remaining_steps():
                 await run.evaluate_if_due(step)
                 if run.is_out_of_patience:
                     break
                 await run.submit(step)
                 await run.log_all_but(config.submit_ahead)
-                if stop.received:
+                if await stop.is_given():
                     break
             await run.log_all_but(0)
-            if stop.received:
-                return await run.save_and_stop(stop.received)
+            if await stop.is_given():
+                return await run.save_and_stop(stop.number)
             return await run.evaluate_and_finish()
 
 
