@@ -1,8 +1,9 @@
 """Runs training in forked processes that can be killed, without importing torch for each.
 
-Reads one JSON job a line: {"config": {...}, "kill_at_event": N or null}. Answers with the child's
-process id, then with its wait status. With `kill_at_event` the child kills itself with SIGKILL just
-before its N-th operation (open, rename, remove, mkdir) on a file under its log_path.
+Reads one JSON job a line: {"config": {...}, "kill_at_event": N or null, "on_files": "part of a name"}.
+Answers with the child's process id, then with its wait status. With `kill_at_event` the child kills
+itself with SIGKILL just before its N-th operation (open, rename, remove, mkdir) on a file under its
+log_path, or on such a file whose path has `on_files` in it.
 """
 
 import asyncio
@@ -18,13 +19,15 @@ from cookbook.config_files import flatten
 from cookbook.supervised import train
 
 
-def kill_before_event(number: int, folder: str) -> None:
+def kill_before_event(number: int, folder: str, on_files: str) -> None:
     seen = 0
 
     def hook(event: str, arguments: tuple) -> None:
         nonlocal seen
         if event in ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir") and any(
-            isinstance(argument, (str, bytes, os.PathLike)) and os.fsdecode(argument).startswith(folder)
+            isinstance(argument, (str, bytes, os.PathLike))
+            and os.fsdecode(argument).startswith(folder)
+            and on_files in os.fsdecode(argument)
             for argument in arguments
         ):
             seen += 1
@@ -41,7 +44,7 @@ def run(job: dict) -> None:
     sys.stdout = sys.stderr = open(f"{folder}.out", "a")  # noqa: SIM115
     config = chz.Blueprint(train.Config).apply(flatten(job["config"])).make()
     if job.get("kill_at_event"):
-        kill_before_event(job["kill_at_event"], folder)
+        kill_before_event(job["kill_at_event"], folder, job.get("on_files") or "")
     asyncio.run(train.main(config))
 
 

@@ -34,11 +34,13 @@ class ForkServer:
         config: dict[str, Any],
         kill_at_event: int | None = None,
         meanwhile: Callable[[int], None] | None = None,
+        on_files: str = "",
     ) -> int:
         """The exit code of a run; minus the signal's number if one ended it."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        self._process.stdin.write(json.dumps({"config": config, "kill_at_event": kill_at_event}) + "\n")
+        job = {"config": config, "kill_at_event": kill_at_event, "on_files": on_files}
+        self._process.stdin.write(json.dumps(job) + "\n")
         self._process.stdin.flush()
         child = int(self._process.stdout.readline())
         if meanwhile is not None:
@@ -260,3 +262,125 @@ def test_a_checkpoint_of_step_k_holds_nothing_of_step_k_plus_1(
         assert {name: tensor.tobytes() for name, tensor in ended.items()} == {
             name: tensor.tobytes() for name, tensor in passed.items()
         }
+
+
+# -- the best checkpoint, and early stopping ---------------------------------------------------
+
+BEST, STOPPED_AT = 17, 21
+
+
+@pytest.fixture(scope="module")
+def make_stopping_config(make_config: Callable) -> Callable[[str], dict[str, Any]]:
+    """It overfits: the best evaluation is that of step 17, and patience ends four steps later.
+
+    Checkpoints fall on every third step, so some of the best so far are saved in turn, and some are not.
+    """
+
+    def config(name: str, **overrides: Any) -> dict[str, Any]:
+        values = {"learning_rate": 3e-2, "num_epochs": 6, "eval_every": 1, "early_stopping_patience": 4}
+        return make_config(name, **values | overrides)
+
+    return config
+
+
+@pytest.fixture(scope="module")
+def stopped_early(server: ForkServer, make_stopping_config: Callable) -> Path:
+    config = make_stopping_config("stopped-early")
+    assert server.run(config) == 0, Path(config["log_path"] + ".out").read_text()
+    return Path(config["log_path"])
+
+
+def tensors_of(checkpoint: Path) -> dict[str, bytes]:
+    files = ("adapter_model.safetensors", "optimizer.safetensors")
+    return {
+        f"{file}: {name}": tensor.tobytes()
+        for file in files
+        for name, tensor in load_file(checkpoint / file).items()
+    }
+
+
+def assert_same_best(folder: Path, other: Path) -> None:
+    assert_same_run(folder, other)
+    records = (folder / "checkpoints.jsonl").read_text()
+    assert records == (other / "checkpoints.jsonl").read_text()
+    for record in map(json.loads, records.splitlines()):
+        assert tensors_of(folder / record["path"]) == tensors_of(other / record["path"])
+
+
+def test_patience_ends_a_run_and_the_best_outlives_keep_checkpoints(stopped_early: Path) -> None:
+    """The truth: the least of all logged values, and four evaluations after it."""
+    nlls = {row["step"]: row["test/nll"] for row in metrics_of(stopped_early)}
+    assert min((step for step in nlls if step), key=nlls.__getitem__) == BEST
+    assert max(nlls) == STOPPED_AT == BEST + 4
+    records = [json.loads(line) for line in (stopped_early / "checkpoints.jsonl").read_text().splitlines()]
+    assert [(record["name"], record.get("value")) for record in records] == [
+        ("000017", nlls[BEST]),
+        ("000021", None),
+        ("final", None),
+    ]
+    assert {path.name for path in (stopped_early / "checkpoints").iterdir()} == {"000017", "000021", "final"}
+    out = Path(f"{stopped_early}.out").read_text()
+    assert "Stopped early after 21 steps: no better test/nll in 4 evaluations. Saved" in out
+    assert f"The best is {stopped_early}/checkpoints/000017: test/nll {nlls[BEST]:.4f} after 17 steps." in out
+
+
+def test_the_best_checkpoint_is_the_state_after_the_steps_that_were_measured(
+    server: ForkServer, make_stopping_config: Callable, stopped_early: Path
+) -> None:
+    """The truth: a run that tracks nothing and saves every state, at another depth of pipelining."""
+    all_saved = make_stopping_config(
+        "all-saved",
+        best_metric=None,
+        early_stopping_patience=None,
+        save_every=1,
+        keep_checkpoints=None,
+        submit_ahead=3,
+    )
+    assert server.run(all_saved) == 0, Path(all_saved["log_path"] + ".out").read_text()
+    saved = Path(all_saved["log_path"], "checkpoints")
+    for name, step in (("000017", BEST), ("000021", 21), ("final", STOPPED_AT)):
+        assert tensors_of(stopped_early / "checkpoints" / name) == tensors_of(saved / f"{step:06d}")
+    assert metrics_of(Path(all_saved["log_path"]))[:STOPPED_AT] == metrics_of(stopped_early)[:STOPPED_AT]
+
+
+def test_the_depth_of_pipelining_changes_neither_the_best_nor_the_stop(
+    server: ForkServer, make_stopping_config: Callable, stopped_early: Path
+) -> None:
+    for depth in (0, 4):
+        config = make_stopping_config(f"stopping-depth{depth}", submit_ahead=depth)
+        assert server.run(config) == 0
+        assert_same_best(Path(config["log_path"]), stopped_early)
+
+
+def test_a_run_killed_before_any_file_operation_keeps_the_same_best_and_stops_at_the_same_step(
+    server: ForkServer, make_stopping_config: Callable, stopped_early: Path
+) -> None:
+    rng = random.Random(0)
+    config = make_stopping_config("stopping-killed")
+    num_kills = 0
+    while (code := server.run(config, kill_at_event=rng.randint(15, 90))) != 0:
+        assert code == -signal.SIGKILL, Path(config["log_path"] + ".out").read_text()
+        num_kills += 1
+        assert num_kills < 100
+    assert num_kills >= 4
+    assert_same_best(Path(config["log_path"]), stopped_early)
+
+
+@pytest.mark.parametrize(
+    ("on_files", "events"),
+    [
+        (".checkpoints.jsonl.writing", (8, 33, 34)),  # saved and not recorded
+        ("metrics.jsonl", (19, 20)),  # evaluated and not recorded; recorded and not logged
+        ("000017", (1, 13)),  # evaluated and not saved; almost saved
+        ("000016", (15,)),  # the best that was beaten is half removed
+        ("final", (1,)),  # patience is at its end, and nothing says so yet
+    ],
+)
+def test_a_run_killed_around_its_best_keeps_the_same_best_and_stops_at_the_same_step(
+    server: ForkServer, make_stopping_config: Callable, stopped_early: Path, on_files: str, events: tuple
+) -> None:
+    for event in events:
+        config = make_stopping_config(f"stopping-killed-{on_files}-{event}")
+        assert server.run(config, event, on_files=on_files) == -signal.SIGKILL
+        assert server.run(config) == 0, Path(config["log_path"] + ".out").read_text()
+        assert_same_best(Path(config["log_path"]), stopped_early)
