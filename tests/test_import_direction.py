@@ -18,6 +18,7 @@ PACKAGES = ("cookbook", "renderers", "recipes")
 BASE = ("cookbook.errors", "cookbook.types")
 TOOLS = (
     "cookbook.embedded",
+    "cookbook.environment",
     "cookbook.hub",
     "cookbook.hyperparameters",
     "cookbook.jsonl",
@@ -43,6 +44,8 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "cookbook.eval": (*BASE, *TOOLS, *RUN, *CLIENTS, *EVAL, "renderers"),
     # A report reads what a run wrote, whatever wrote it.
     "cookbook.report": (*BASE, *TOOLS, *RUN, *REPORT),
+    # Which way a metric is better is the same in a report as for the best checkpoint.
+    "cookbook.report.summary": (*BASE, *TOOLS, *RUN, *REPORT, "cookbook.supervised.best"),
     # One of several processes tells of a failure.
     "cookbook.cli": (*BASE, *TOOLS, *RUN, *WORLD),
     "cookbook.supervised": (*BASE, *TOOLS, *RUN, *CLIENTS, *EVAL, *REPORT, *SUPERVISED, *WORLD, "renderers"),

@@ -6,6 +6,8 @@ tables.jsonl        what evaluators showed beside numbers, such as samples: one 
 data.json           what was read and left out, and a fingerprint of it
 checkpoints.jsonl   the checkpoints there are, and where each one continues
 checkpoints/<name>/ weights and optimizer; loads with plain PEFT
+environment.json    the machine and the versions it was last started with
+report.html         all of it to look at, and curves.png
 train.log           what was printed, with times
 ranks/<n>.log       the same of the other processes, where several train together
 """
@@ -35,7 +37,7 @@ IfLogPathExists: TypeAlias = Literal["resume", "raise", "delete", "ask"]
 
 RUN_FILES = (
     "config.json", "data.json", "metrics.jsonl", "tables.jsonl", "checkpoints.jsonl", "checkpoints",
-    "train.log", "ranks", "wandb", "wandb_run_id.txt",
+    "train.log", "ranks", "wandb", "wandb_run_id.txt", "environment.json", "report.html", "curves.png",
 )  # fmt: skip
 """What a run writes, and so all that `if_log_path_exists=delete` removes."""
 

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from cookbook import models
+from cookbook import environment, models
 from cookbook.checkpoints import CheckpointLog
 from cookbook.errors import ConfigError, DataError
 from cookbook.eval.evaluators import Evaluator
 from cookbook.hyperparameters import fitting_rank
 from cookbook.loggers import ConsoleLogger, JsonlLogger, MetricLogger, WandbLogger
+from cookbook.report.live import ReportLogger
 from cookbook.supervised.agreement import check_same_data
 from cookbook.supervised.batches import BEGINNING, BatchQueue, Position
 from cookbook.supervised.best import BestKeeper, BestTracker
@@ -59,6 +60,8 @@ async def start_run(config: Config, folder: RunFolder, checkpoints: CheckpointLo
         tracker = _track_best(config, folder, first_step, evaluators)
         client = await _create_client(config, folder, checkpoints, stack)
         _announce(config, folder, client, train_data, eval_data, first_step, total_steps)
+        if folder.world.is_main:
+            environment.record(folder.path, client.get_info().model_data)
         metric_loggers = _make_loggers(config, folder, first_step, total_steps, console, stack)
         resources = stack.pop_all()
     return Run(
@@ -267,6 +270,7 @@ def _make_loggers(
     if config.wandb_project is not None:
         keep(WandbLogger(folder.path, config.wandb_project, config.wandb_name, folder.config))
     keep(ConsoleLogger(console, total_steps=total_steps, first_step=first_step))
+    keep(ReportLogger(folder.path))  # after those whose files it reads
     return made
 
 

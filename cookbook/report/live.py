@@ -1,0 +1,54 @@
+"""A run's page, kept up to date while the run goes on."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from pathlib import Path
+
+from cookbook.loggers import MetricLogger, Metrics
+from cookbook.report.run_page import write_report
+
+logger = logging.getLogger(__name__)
+
+MIN_PAUSE_SECONDS = 2.0
+MAX_SHARE = 0.01
+"""Of the time of a run that goes into its page."""
+
+
+class ReportLogger(MetricLogger):
+    """Writes report.html from what the other loggers wrote: come after them.
+
+    A thread writes it, so no step waits, and it rests until what it took is a hundredth of the time
+    that went by. The last page, and the picture of the curves, are written on closing: when the run ends, is
+    stopped or fails. A page that cannot be written is a warning.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._thread: threading.Thread | None = None
+        self._next_time = time.monotonic()
+        self._has_warned = False
+
+    def log(self, step: int, metrics: Metrics) -> None:
+        is_writing = self._thread is not None and self._thread.is_alive()
+        if not is_writing and time.monotonic() >= self._next_time:
+            self._thread = threading.Thread(target=self._write, name="report", daemon=True)
+            self._thread.start()
+
+    def close(self) -> None:
+        if self._thread is not None:
+            self._thread.join()
+        self._write(with_curves=True)
+
+    def _write(self, with_curves: bool = False) -> None:
+        start = time.monotonic()
+        try:
+            write_report(self._folder, with_curves)
+        except Exception as error:  # whatever is wrong with a page, the training is worth more
+            if not self._has_warned:
+                logger.warning("report.html could not be written: %s: %s", type(error).__name__, error)
+            self._has_warned = True
+        now = time.monotonic()
+        self._next_time = now + max(MIN_PAUSE_SECONDS, (now - start) / MAX_SHARE)
