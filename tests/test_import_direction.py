@@ -42,6 +42,11 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "cookbook.engine": (*BASE, "cookbook.engine", "cookbook.models"),
     **dict.fromkeys(CLIENTS[1:], (*BASE, *TOOLS, *CLIENTS, "cookbook.engine")),
     "cookbook.eval": (*BASE, *TOOLS, *RUN, *CLIENTS, *EVAL, "renderers"),
+    # Prompts with references are read as training data are.
+    **dict.fromkeys(
+        ("cookbook.eval.generation", "cookbook.eval.questions"),
+        (*BASE, *TOOLS, *RUN, *CLIENTS, *EVAL, "cookbook.supervised.data", "renderers"),
+    ),
     # A report reads what a run wrote, whatever wrote it.
     "cookbook.report": (*BASE, *TOOLS, *RUN, *REPORT),
     # Which way a metric is better is the same in a report as for the best checkpoint.

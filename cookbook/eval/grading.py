@@ -1,0 +1,117 @@
+"""Graders: how good a reply is beside its reference, from 0 to 1."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeAlias
+
+from cookbook.errors import ConfigError
+from cookbook.eval.chat import text_of
+from renderers import Message
+
+Grader: TypeAlias = Callable[[Message, str], float]
+"""(the reply, the reference) -> 0 to 1."""
+
+TextGrader: TypeAlias = Callable[[str, str], float]
+
+
+def exact_match(reply: str, reference: str) -> float:
+    """1 for the same text, white space around it aside."""
+    return reply.strip() == reference.strip()
+
+
+def contains(reply: str, reference: str) -> float:
+    """1 where the reference stands somewhere in the reply."""
+    return reference.strip() in reply
+
+
+def f1(reply: str, reference: str) -> float:
+    """The harmonic mean of precision and recall over words, whatever their order and case."""
+    said, expected = (Counter(re.findall(r"\w+", text.lower())) for text in (reply, reference))
+    in_both = (said & expected).total()
+    if said.total() + expected.total() == 0:
+        return 1.0
+    return 2 * in_both / (said.total() + expected.total())
+
+
+BUILT_IN: Mapping[str, TextGrader] = {"exact_match": exact_match, "contains": contains, "f1": f1}
+NAMES = (*BUILT_IN, "regex")
+
+
+def by_regex(pattern: re.Pattern[str]) -> TextGrader:
+    """Without a group: 1 where the pattern is found in the reply. With one: 1 where its first group
+    is in the reply what it is in the reference; a reference without the pattern is the answer itself.
+    """
+
+    def regex(reply: str, reference: str) -> float:
+        found = pattern.search(reply)
+        if found is None or not pattern.groups:
+            return found is not None
+        expected = pattern.search(reference)
+        answer = reference if expected is None else expected[1] or ""
+        return (found[1] or "").strip() == answer.strip()
+
+    return regex
+
+
+def make_graders(names: Sequence[str], regex: str | None, ignore_case: bool) -> dict[str, Grader]:
+    """Graders by the name of their metric. Raises ConfigError for what is unknown or cannot be imported."""
+    if (regex is not None) != ("regex" in names):
+        raise ConfigError(f"regex={regex!r} goes with `regex` in scores ({', '.join(names) or 'none'}).")
+    graders: dict[str, Grader] = {}
+    for name in names:
+        short = name.rpartition(":")[2]
+        if short in graders:
+            raise ConfigError(f"scores has `{short}` twice. Name each once.")
+        if ":" in name:
+            graders[short] = _imported(name)
+        elif name == "regex":
+            assert regex is not None
+            graders[short] = _over_text(by_regex(_compiled(regex, ignore_case)), ignore_case=False)
+        elif name in BUILT_IN:
+            graders[short] = _over_text(BUILT_IN[name], ignore_case)
+        else:
+            near = difflib.get_close_matches(name, NAMES, n=1)
+            hint = f" Did you mean {near[0]}?" if near else ""
+            raise ConfigError(
+                f"scores has {name!r}, which is no score.{hint} Scores: {', '.join(NAMES)}, or a function of "
+                "yours as module:function."
+            )
+    if not graders:
+        raise ConfigError(f"scores is empty. Give some of {', '.join(NAMES)}, or module:function.")
+    return graders
+
+
+def _over_text(grade: TextGrader, ignore_case: bool) -> Grader:
+    def grader(reply: Message, reference: str) -> float:
+        said = text_of(reply)
+        return grade(said.lower(), reference.lower()) if ignore_case else grade(said, reference)
+
+    return grader
+
+
+def _compiled(regex: str, ignore_case: bool) -> re.Pattern[str]:
+    try:
+        return re.compile(regex, re.MULTILINE | (re.IGNORECASE if ignore_case else re.NOFLAG))
+    except re.error as error:
+        raise ConfigError(f"regex={regex!r} is no regular expression: {error}.") from error
+
+
+def _imported(name: str) -> Grader:
+    module, _, attribute = name.partition(":")
+    try:
+        grader = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(
+            f"scores has {name!r}, which cannot be imported ({error}). Python looks in the folder that the "
+            "command runs in and among what is installed."
+        ) from error
+    if not callable(grader):
+        raise ConfigError(
+            f"scores has {name!r}, which is a {type(grader).__name__}, not a function of (reply, reference)."
+        )
+    return grader

@@ -1,0 +1,120 @@
+"""Prompts with references, from whatever chat data can be read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+from cookbook.errors import CookbookError, DataError
+from cookbook.eval.chat import text_of
+from cookbook.supervised.data import formats
+from cookbook.supervised.data.builders import open_sources
+from cookbook.supervised.data.conversation import Conversation
+from cookbook.supervised.data.rendering import reason_of
+from cookbook.supervised.data.sources import BadRow, Row
+from cookbook.types import ModelInput
+from renderers import Message, Renderer
+from renderers.messages import Tool
+
+
+@dataclass(frozen=True)
+class Question:
+    """What the model is asked, and what it should answer."""
+
+    prompt: ModelInput
+    asked: str
+    """The last message of the prompt, to show."""
+    reference: str
+    place: str
+    """Where it stands, for messages: line 7 of chats.jsonl."""
+
+
+def read_questions(
+    path: str,
+    renderer: Renderer,
+    *,
+    format: str | None = None,
+    prompt_column: str | None = None,
+    reference_column: str | None = None,
+    limit: int | None = None,
+) -> list[Question]:
+    """The first `limit` questions. Raises DataError, with its place, for a row that is none.
+
+    Without columns the last assistant message of a conversation is the reference, and the prompt is
+    what stands before it. `reference_column` is the reference instead, to the conversation without
+    the reply it may end with, or to `prompt_column`, which is text or messages.
+    """
+    found = []
+    for row in islice(_rows(path), limit):
+        try:
+            for conversation, reference in _pairs(row, format, prompt_column, reference_column):
+                found.append(_question(renderer, conversation, reference, row.place))
+        except CookbookError as error:
+            raise DataError(f"{row.place}: {reason_of(error)}") from error
+    if not found:
+        raise DataError(f"{path} has no questions.")
+    return found[:limit]
+
+
+def _rows(path: str) -> Iterator[Row]:
+    for source in open_sources(path, streaming=True):
+        for row in source.rows():
+            if isinstance(row, BadRow):
+                raise DataError(f"{row.place}: {row.reason}")
+            yield row
+
+
+def _pairs(
+    row: Row, format: str | None, prompt_column: str | None, reference_column: str | None
+) -> Iterator[tuple[Conversation, str]]:
+    if prompt_column is not None:
+        around = {key: row[key] for key in ("system", "system_prompt", "tools", "functions") if key in row}
+        asked = {**around, "prompt": _column(row, prompt_column), "completion": ""}
+        conversations = formats.conversations_of(asked, "prompt_completion")
+    else:
+        conversations = formats.conversations_of(row, format)
+    for conversation in conversations:
+        asked_messages, reply = _at_last_reply(conversation, must_be=reference_column is None)
+        if reference_column is None:
+            assert reply is not None
+            reference = text_of(reply)
+        else:
+            reference = _text(row, reference_column)
+        yield Conversation(asked_messages, conversation.tools), reference
+
+
+def _at_last_reply(conversation: Conversation, must_be: bool) -> tuple[list[Message], Message | None]:
+    """The messages before the last reply, and that; all of them where none need be and none ends them."""
+    messages = conversation.messages
+    if not must_be:
+        ends_in_reply = bool(messages) and messages[-1].get("role") == "assistant"
+        return (messages[:-1], messages[-1]) if ends_in_reply else (messages, None)
+    replies = [index for index, message in enumerate(messages) if message.get("role") == "assistant"]
+    if not replies:
+        roles = ", ".join(str(message.get("role")) for message in messages) or "none"
+        raise DataError(f"no assistant message, which would be the reference (roles: {roles}).")
+    return messages[: replies[-1]], messages[replies[-1]]
+
+
+def _question(renderer: Renderer, conversation: Conversation, reference: str, place: str) -> Question:
+    messages = conversation.messages
+    if not messages:
+        raise DataError("nothing stands before the reply, so there is no prompt.")
+    tools: list[Tool] | None = list(conversation.tools) if conversation.tools else None
+    prompt = renderer.build_generation_prompt(messages, tools=tools)
+    return Question(prompt, text_of(messages[-1]), reference, place)
+
+
+def _column(row: Row, name: str) -> Any:
+    if row.get(name) is None:
+        raise DataError(f"no column `{name}` (columns: {', '.join(row)}).")
+    return row[name]
+
+
+def _text(row: Row, name: str) -> str:
+    value = _column(row, name)
+    if not isinstance(value, str | int | float):
+        raise DataError(f"`{name}` is a {type(value).__name__}. A reference is text or a number.")
+    return str(value)
