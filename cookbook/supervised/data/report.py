@@ -10,6 +10,9 @@ import numpy as np
 
 from cookbook.supervised.data.store import BadRowNote
 
+MAX_BARS = 60
+"""Of the histogram of lengths."""
+
 
 @dataclass(frozen=True, eq=False)
 class DataReport:
@@ -48,11 +51,20 @@ class DataReport:
         return longest if self.max_length is None else min(longest, self.max_length)
 
     def to_json(self) -> dict[str, Any]:
-        """Everything but the lengths."""
+        """Everything, with the lengths as a histogram."""
         values = asdict(self)
         del values["lengths"]
+        if len(self.lengths):
+            values["length_histogram"] = self._histogram()
         values["bad_rows"] = [note._asdict() for note in self.bad_rows]
         return values
+
+    def _histogram(self) -> dict[str, list[int]]:
+        """How many examples have `edges[i]` to `edges[i + 1] - 1` tokens, in bars of equal width."""
+        shortest, longest = int(self.lengths.min()), int(self.lengths.max())
+        width = -(-(longest - shortest + 1) // MAX_BARS)
+        edges = np.arange(shortest, longest + width + 1, width)
+        return {"edges": edges.tolist(), "counts": np.histogram(self.lengths, edges)[0].tolist()}
 
     def lines(self) -> list[str]:
         """The report as it is printed, in 80 columns where names and reasons allow."""

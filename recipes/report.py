@@ -1,0 +1,56 @@
+"""Pages to look at runs with.
+
+    python -m recipes.report runs/sft                            # writes runs/sft/report.html anew
+    python -m recipes.report runs/a runs/b runs/c to=compare.html    # lays several runs over each other
+
+Every run writes its own page while it goes on; this one is for runs from elsewhere or from before. Prints
+the path of the page.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import chz
+
+from cookbook import cli
+from cookbook.errors import ConfigError
+from cookbook.report import compare, write_report
+
+
+@chz.chz
+class ReportConfig:
+    runs: list[str] = chz.field(
+        default_factory=list, doc="folders of runs, given as they are: recipes.report runs/a runs/b"
+    )
+    to: str | None = chz.field(
+        default=None, doc="the page that compares runs; default: compare.html, and none for a single run"
+    )
+    title: str = chz.field(default="Comparison of runs", doc="title of the page that compares runs")
+
+
+async def run(config: ReportConfig) -> Path:
+    if not config.runs:
+        raise ConfigError("Which run? Give its folder: python -m recipes.report runs/sft")
+    if len(config.runs) == 1 and config.to is None:
+        path = write_report(config.runs[0])
+    else:
+        path = compare(config.runs, config.to or "compare.html", config.title)
+    print(path)
+    return path
+
+
+def main(argv: list[str] | None = None) -> Path:
+    argv = sys.argv[1:] if argv is None else argv
+    folders = [argument for argument in argv if _is_folder(argument)]
+    keys = [argument for argument in argv if not _is_folder(argument)]
+    return cli.run(ReportConfig, run, {"runs": folders}, prog="recipes.report", argv=keys)
+
+
+def _is_folder(argument: str) -> bool:
+    return Path(argument).exists() or not ("=" in argument or argument.startswith("-") or argument == "help")
+
+
+if __name__ == "__main__":
+    main()
