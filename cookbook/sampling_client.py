@@ -51,11 +51,12 @@ class SamplingClient:
         return cls(engine, lambda: (None, None))
 
     @classmethod
-    def of_snapshot(cls, engine: Engine, trainer: Trainer) -> SamplingClient:
+    def of_snapshot(cls, engine: Engine, trainer: Trainer, seed: int | None = None) -> SamplingClient:
         """Of the weights that `trainer` has when everything queued before has run."""
 
         def prepare() -> tuple[Adapter, int]:
-            return engine.base.adapters.clone(trainer.adapter), int(trainer.rng.integers(2**31))
+            drawn = int(trainer.rng.integers(2**31)) if seed is None else seed
+            return engine.base.adapters.clone(trainer.adapter), drawn
 
         return cls(engine, prepare)
 

@@ -177,14 +177,18 @@ class TrainingClient:
 
     # -- sampling ---------------------------------------------------------------------------
 
-    def save_weights_and_get_sampling_client(self, name: str | None = None) -> SamplingClient:
+    def save_weights_and_get_sampling_client(
+        self, name: str | None = None, seed: int | None = None
+    ) -> SamplingClient:
         """A sampler of the weights as they are now; later steps do not change it.
 
-        With a name the weights are also saved under it, as by `save_weights_for_sampler`.
+        With a name the weights are also saved under it, as by `save_weights_for_sampler`. Samples
+        that bring no seed are drawn from `seed`, or else from this client's random numbers, which
+        are part of its state.
         """
         if name is not None:
             self.save_weights_for_sampler(name).result()
-        return SamplingClient.of_snapshot(self._engine, self._trainer)
+        return SamplingClient.of_snapshot(self._engine, self._trainer, seed)
 
     def create_sampling_client(self, model_path: str | os.PathLike[str]) -> SamplingClient:
         """A sampler of saved weights, on this client's base model."""
@@ -259,10 +263,12 @@ class TrainingClient:
     ) -> APIFuture[LoadWeightsResponse]:
         return self.load_state_with_optimizer(path)
 
-    async def save_weights_and_get_sampling_client_async(self, name: str | None = None) -> SamplingClient:
+    async def save_weights_and_get_sampling_client_async(
+        self, name: str | None = None, seed: int | None = None
+    ) -> SamplingClient:
         if name is not None:
             await self.save_weights_for_sampler(name)
-        return SamplingClient.of_snapshot(self._engine, self._trainer)
+        return SamplingClient.of_snapshot(self._engine, self._trainer, seed)
 
     async def create_sampling_client_async(self, model_path: str | os.PathLike[str]) -> SamplingClient:
         return self.create_sampling_client(model_path)

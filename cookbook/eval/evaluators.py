@@ -69,15 +69,20 @@ class Evaluation:
 
 
 async def evaluate(
-    training_client: TrainingClient, evaluators: Iterable[Evaluator], on_error: OnEvaluatorError = "raise"
+    training_client: TrainingClient,
+    evaluators: Iterable[Evaluator],
+    on_error: OnEvaluatorError = "raise",
+    seed: int | None = None,
 ) -> Evaluation:
     """All that is to be known of the weights as they are when everything queued before has run.
 
+    With a `seed`, of which samples that bring none are drawn, it leaves the client's state as it
+    was: a checkpoint saved after it is the one that would have been saved before.
     With `on_error="warn"` an evaluator that fails adds nothing but to `eval/failures`, and the
     others run. A cancellation or a KeyboardInterrupt is not a failure.
     """
     found = Evaluation()
-    snapshot = _Snapshot(training_client)
+    snapshot = _Snapshot(training_client, seed)
     num_failures = 0
     for evaluator in evaluators:
         try:
@@ -104,13 +109,16 @@ async def evaluate(
 class _Snapshot:
     """A sampling client that is made when the first evaluator asks, and is then everybody's."""
 
-    def __init__(self, training_client: TrainingClient) -> None:
+    def __init__(self, training_client: TrainingClient, seed: int | None) -> None:
         self._training_client = training_client
+        self._seed = seed
         self._sampling_client: SamplingClient | None = None
 
     async def get(self) -> SamplingClient:
         if self._sampling_client is None:
-            self._sampling_client = await self._training_client.save_weights_and_get_sampling_client_async()
+            self._sampling_client = await self._training_client.save_weights_and_get_sampling_client_async(
+                seed=self._seed
+            )
         return self._sampling_client
 
 

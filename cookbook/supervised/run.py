@@ -234,7 +234,7 @@ class Run:
             return
         logger.info("After %d steps:", step)
         here = [evaluator for evaluator in due if self._runs_here(evaluator)]
-        found = await evaluate(self._client, here, self._config.on_evaluator_error)
+        found = await evaluate(self._client, here, self._config.on_evaluator_error, self._config.seed)
         found = await self._of_main(found)
         self._new_best = self._best.observe(step, found.metrics, self._position, self._is_save_due(step))
         self._evaluation = Evaluation(

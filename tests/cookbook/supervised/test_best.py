@@ -1,0 +1,350 @@
+"""Which evaluation is the best, how long a better one is waited for, and which checkpoint is kept."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cookbook import ServiceClient
+from cookbook.checkpoints import CheckpointLog
+from cookbook.errors import ConfigError, TrainingError
+from cookbook.eval.evaluators import SamplingClientEvaluator, TrainingClientEvaluator
+from cookbook.supervised import train
+from cookbook.supervised.best import BestTracker, direction
+from cookbook.supervised.data import FromConversationFileBuilder
+from cookbook.supervised.nll_evaluator import NLLEvaluator
+from cookbook.supervised.types import ChatDatasetBuilderCommonConfig
+from cookbook.types import ModelInput, SamplingParams
+
+# -- which way is better ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("metric", "better"),
+    [
+        ("test/nll", "min"),
+        ("test/loss", "min"),
+        ("lm_eval/wikitext/word_perplexity", "min"),
+        ("test/bits_per_byte", "min"),
+        ("test/nll/source_accuracy", "max"),
+        ("inspect/arithmetic/accuracy", "max"),
+        ("test/exact_match", "max"),
+        ("lm_eval/hellaswag/acc_norm", "max"),
+        ("test/f1", "max"),
+    ],
+)
+def test_the_name_of_a_metric_says_which_way_is_better(metric: str, better: str) -> None:
+    assert direction(metric, "auto") == better
+    assert direction(metric, "max") == "max"
+
+
+def test_a_name_that_does_not_say_it_asks_for_best_mode() -> None:
+    with pytest.raises(ConfigError, match="test/length: its name does not say .* best_mode=min or"):
+        direction("test/length", "auto")
+    assert direction("test/length", "min") == "min"
+
+
+# -- the fold over evaluations ----------------------------------------------------------------
+
+VALUES = st.one_of(st.integers(0, 5).map(float), st.just(math.nan), st.none())
+
+
+@given(values=st.lists(VALUES, max_size=20), patience=st.integers(1, 4), mode=st.sampled_from(["min", "max"]))
+def test_the_best_and_the_stop_are_those_of_brute_force(
+    values: list[float | None], patience: int, mode: Any
+) -> None:
+    """Values of one evaluation a step, from step 1; None is an evaluation without the metric."""
+    tracker = BestTracker("m", mode, patience)
+    seen: list[float] = []
+    for step, value in enumerate(values, 1):
+        better = {"min": lambda a, b: a < b, "max": lambda a, b: a > b}[mode]
+        is_best = (
+            value is not None
+            and not math.isnan(value)
+            and all(math.isnan(old) or better(value, old) for old in seen)
+        )
+        assert tracker.observe(step, {} if value is None else {"m": value}) == is_best
+        if value is not None:
+            seen.append(value)
+        since = 0
+        for index in range(len(seen)):
+            earlier = [old for old in seen[:index] if not math.isnan(old)]
+            improved = not math.isnan(seen[index]) and all(better(seen[index], old) for old in earlier)
+            since = 0 if improved else since + 1
+        assert tracker.is_out_of_patience == (since >= patience)
+
+
+@given(values=st.lists(VALUES, min_size=1, max_size=20), cut=st.integers(0, 20))
+def test_a_tracker_that_reads_back_its_history_goes_on_where_it_was(
+    values: list[float | None], cut: int
+) -> None:
+    rows = [{"step": step, **({} if value is None else {"m": value})} for step, value in enumerate(values)]
+    whole = BestTracker("m", "min", 3, 0.5)
+    told = [whole.observe(row["step"], row) for row in rows]  # type: ignore[arg-type]
+    resumed = BestTracker("m", "min", 3, 0.5, history=json.loads(json.dumps(rows[:cut])))
+    assert [resumed.observe(row["step"], row) for row in rows[cut:]] == told[cut:]  # type: ignore[arg-type]
+    assert resumed.is_out_of_patience == whole.is_out_of_patience
+
+
+def test_an_improvement_within_min_delta_is_kept_and_uses_up_patience() -> None:
+    tracker = BestTracker("m", "min", patience=2, min_delta=0.1)
+    assert tracker.observe(1, {"m": 1.0})
+    assert tracker.observe(2, {"m": 0.95})
+    assert not tracker.is_out_of_patience
+    assert tracker.observe(3, {"m": 0.92})
+    assert tracker.is_out_of_patience
+
+
+# -- in a run ---------------------------------------------------------------------------------
+
+
+class Scripted(TrainingClientEvaluator):
+    """Returns what a list says of each evaluation; an exception in it is raised."""
+
+    def __init__(self, results: list[Any]) -> None:
+        self._results = iter(results)
+
+    async def __call__(self, training_client: Any) -> Any:
+        result = next(self._results)
+        if isinstance(result, Exception):
+            raise result
+        return result if isinstance(result, dict) else {"test/accuracy": result}
+
+
+MakeConfig = Callable[..., train.Config]
+
+
+@pytest.fixture
+def make_config(tmp_path: Path, tiny_qwen3: str, chats: list) -> MakeConfig:
+    data = tmp_path / "chats.jsonl"
+    data.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in chats))
+    common = ChatDatasetBuilderCommonConfig(model_name_for_tokenizer=tiny_qwen3, batch_size=4)
+
+    def make(results: list[Any] | None = None, test_size: int = 4, **overrides: Any) -> train.Config:
+        values: dict[str, Any] = {
+            "log_path": str(tmp_path / "run"),
+            "model_name": tiny_qwen3,
+            "dataset_builder": FromConversationFileBuilder(
+                file_path=str(data), test_size=test_size, common_config=common
+            ),
+            "learning_rate": 1e-2,
+            "lora_rank": 4,
+            "max_steps": 4,
+            "eval_every": 1,
+            "save_every": 0,
+        }
+        if results is not None:
+            values |= {"evaluator_builders": [lambda: Scripted(results)], "best_metric": "test/accuracy"}
+        return train.Config(**(values | overrides))
+
+    return make
+
+
+def run(config: train.Config) -> train.RunSummary:
+    return asyncio.run(train.main(config))
+
+
+def checkpoints_on_disk(config: train.Config) -> list[str]:
+    return sorted(path.name for path in Path(config.log_path, "checkpoints").iterdir())
+
+
+def test_the_best_checkpoint_measures_what_is_recorded_of_it(make_config: MakeConfig) -> None:
+    config = make_config(learning_rate=3e-2, max_steps=None, num_epochs=5, keep_checkpoints=1, submit_ahead=2)
+    summary = run(config)
+    assert summary.best is not None
+    assert 0 < summary.best.step < summary.num_steps
+    assert summary.best == CheckpointLog(Path(config.log_path)).best()
+    _, held_out = config.dataset_builder()
+    assert held_out is not None
+    client = ServiceClient().create_training_client_from_state(summary.log_path / summary.best.path)
+    measured = asyncio.run(NLLEvaluator(held_out)(client))
+    assert measured["test/nll"] == pytest.approx(summary.best.value, rel=1e-6)
+    assert checkpoints_on_disk(config) == [summary.best.name, "final"]
+
+
+def test_a_best_that_was_beaten_goes_unless_it_was_saved_in_turn(
+    make_config: MakeConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = make_config([0.9, 0.1, 0.2, 0.3, 0.0], save_every=2)
+    with caplog.at_level(logging.INFO, "cookbook"):
+        summary = run(config)
+    assert (summary.best.name, summary.best.value) == ("000003", 0.3)  # type: ignore[union-attr]
+    assert checkpoints_on_disk(config) == ["000002", "000003", "final"]
+    assert "Finished after 4 steps. Saved" in caplog.text
+    assert "checkpoints/000003: test/accuracy 0.3000 after 3 steps." in caplog.text
+    assert "test/accuracy was better before training than in any evaluation since" in caplog.text
+
+
+def test_a_best_that_is_saved_in_turn_is_saved_once(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from cookbook.training_client import TrainingClient
+
+    saved: list[str] = []
+    save_state = TrainingClient.save_state
+
+    def counting(self: TrainingClient, name: str, overwrite: bool = False) -> Any:
+        saved.append(name)
+        return save_state(self, name, overwrite)
+
+    monkeypatch.setattr(TrainingClient, "save_state", counting)
+    run(make_config([0.0, 0.1, 0.5, 0.4, 0.5], save_every=2))
+    assert saved == ["000001", "000002", "final"]
+
+
+def test_the_finished_model_may_be_the_best(
+    make_config: MakeConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = make_config([0.0, 0.1, 0.1, 0.1, 0.2])
+    with caplog.at_level(logging.INFO, "cookbook"):
+        summary = run(config)
+    assert (summary.best.name, summary.best.value) == ("final", 0.2)  # type: ignore[union-attr]
+    assert summary.log_path / summary.best.path == summary.checkpoint_path  # type: ignore[union-attr]
+    assert checkpoints_on_disk(config) == ["final"]
+    assert "It is the best: test/accuracy 0.2000." in caplog.text
+    assert run(config).best == summary.best, "a finished run says it again"
+
+
+def test_an_evaluator_that_fails_costs_neither_the_run_nor_patience(make_config: MakeConfig) -> None:
+    broken = ValueError("no judge today")
+    config = make_config(
+        [broken, 0.5, broken, 0.4, math.nan, 0.9], early_stopping_patience=2, max_steps=5, num_epochs=2
+    )
+    summary = run(config)
+    assert (summary.stopped_early, summary.num_steps) == (True, 4)
+    assert (summary.best.step, summary.best.value) == (1, 0.5)  # type: ignore[union-attr]
+
+
+def test_a_run_that_stops_early_is_finished_and_evaluates_with_everything_once(
+    make_config: MakeConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    seldom = [{"test/seldom": float(i)} for i in range(9)]
+    config = make_config(
+        [0.0, 0.5, 0.4, 0.3, 0.9],
+        early_stopping_patience=1,
+        infrequent_eval_every=3,
+        infrequent_evaluator_builders=[lambda: Scripted(seldom)],
+    )
+    with caplog.at_level(logging.INFO, "cookbook"):
+        summary = run(config)
+    assert summary.is_finished
+    assert (summary.stopped_early, summary.num_steps) == (True, 2)
+    assert (summary.metrics["test/accuracy"], summary.metrics["test/seldom"]) == (0.4, 1.0)
+    assert "Stopped early after 2 steps: no better test/accuracy in 1 evaluations." in caplog.text
+    rows = [json.loads(line) for line in Path(config.log_path, "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [0, 1, 2]
+    again = run(config)
+    assert (again.is_finished, again.num_steps, again.best) == (True, 2, summary.best)
+
+
+def test_a_small_improvement_at_the_last_evaluation_of_patience_is_kept_and_the_run_is_finished(
+    make_config: MakeConfig,
+) -> None:
+    config = make_config([0.0, 0.5, 0.51, 0.9], early_stopping_patience=1, early_stopping_min_delta=0.1)
+    summary = run(config)
+    assert (summary.best.step, summary.checkpoint_path.name) == (2, "final")  # type: ignore[union-attr]
+    assert (run(config).is_finished, run(config).num_steps) == (True, 2)
+
+
+def test_a_metric_that_nothing_measures_is_an_error_before_training_and_names_those_there_are(
+    make_config: MakeConfig,
+) -> None:
+    config = make_config(best_metric="test/acuracy", best_mode="max")
+    with pytest.raises(TrainingError, match="best_metric=test/acuracy .*: test/.*nll.*Name one of those"):
+        run(config)
+    assert not Path(config.log_path, "metrics.jsonl").read_text()
+
+
+def test_the_default_metric_needs_held_out_data_and_says_so(
+    make_config: MakeConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = make_config([0.1] * 9, test_size=0, best_metric="test/nll")
+    with caplog.at_level(logging.INFO, "cookbook"):
+        assert run(config).best is None
+    assert "No best checkpoint is kept: nothing measures test/nll (found: test/accuracy)." in caplog.text
+    assert checkpoints_on_disk(config) == ["final"]
+
+
+def test_where_nothing_is_evaluated_nothing_is_tracked(make_config: MakeConfig) -> None:
+    assert run(make_config(eval_every=0, infrequent_eval_every=0)).best is None
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"best_metric": "test/length"}, "its name does not say"),
+        ({"early_stopping_patience": 0}, "early_stopping_patience=0 is too small"),
+        ({"early_stopping_patience": 1, "best_metric": None}, "waits for a better best_metric"),
+        ({"early_stopping_patience": 1, "eval_every": 0, "infrequent_eval_every": 0}, "set eval_every"),
+        ({"early_stopping_min_delta": -1.0}, "early_stopping_min_delta=-1.0 is too small"),
+    ],
+)
+def test_what_cannot_be_tracked_is_an_error_before_anything_is_loaded(
+    make_config: MakeConfig, values: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make_config(model_name="owner/nowhere", renderer_name="x", **values)
+
+
+def test_early_stopping_without_an_evaluator_is_refused(make_config: MakeConfig) -> None:
+    with pytest.raises(ConfigError, match="counts evaluations, and this run has none"):
+        run(make_config(test_size=0, early_stopping_patience=1))
+
+
+class Dice(SamplingClientEvaluator):
+    """A metric of samples that bring no seed. `fails_at` is the evaluation that raises."""
+
+    def __init__(self, fails_at: int | None) -> None:
+        self._fails_at = fails_at
+
+    async def __call__(self, sampling_client: Any) -> dict[str, float]:
+        if self._fails_at == 0:
+            raise KeyboardInterrupt
+        self._fails_at = None if self._fails_at is None else self._fails_at - 1
+        sampled = await sampling_client.sample_async(
+            ModelInput.from_ints([5, 6]), 8, SamplingParams(max_tokens=4)
+        )
+        tokens = [token for sequence in sampled.sequences for token in sequence.tokens]
+        return {"test/score": sum(tokens) / len(tokens)}
+
+
+def test_a_run_that_goes_on_from_its_best_draws_the_samples_it_would_have_drawn(
+    make_config: MakeConfig, tmp_path: Path
+) -> None:
+    """The checkpoint of the best is written after the evaluation that drew samples."""
+
+    def config(name: str, fails_at: int | None) -> train.Config:
+        return make_config(
+            log_path=str(tmp_path / name),
+            max_steps=5,
+            evaluator_builders=[lambda: Dice(fails_at)],
+            best_metric="test/score",
+            best_mode="min" if better == "min" else "max",
+            submit_ahead=0,
+        )
+
+    for better in ("min", "max"):
+        whole = run(config(f"whole-{better}", None))
+        for fails_at in (2, 3, 4):
+            name = f"stopped-{better}-{fails_at}"
+            with pytest.raises(KeyboardInterrupt):
+                run(config(name, fails_at))
+            resumed = run(config(name, None))
+            scores = [
+                [
+                    json.loads(line)["test/score"]
+                    for line in (folder / "metrics.jsonl").read_text().splitlines()
+                ]
+                for folder in (whole.log_path, resumed.log_path)
+            ]
+            assert scores[0] == scores[1]
+            assert whole.best == resumed.best
