@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ import chz
 
 from cookbook import models
 from cookbook.errors import ConfigError
-from cookbook.eval.evaluators import EvaluatorBuilder
+from cookbook.eval.evaluators import EvaluatorBuilder, RunContext
 from cookbook.types import ModelInput, SamplingParams, StopReason
 from renderers import Message, Renderer, get_renderer
 
@@ -34,11 +34,20 @@ class ChatEvaluatorBuilder(EvaluatorBuilder):
         default=None, doc="put before every prompt; default: that of the run"
     )
 
+    def in_run(self, run: RunContext) -> ChatEvaluatorBuilder:
+        if self.model_name not in (None, run.model_name):
+            return self
+        return chz.replace(
+            self,
+            model_name=run.model_name,
+            renderer_name=self.renderer_name or run.renderer_name,
+            system_prompt=run.system_prompt if self.system_prompt is None else self.system_prompt,
+        )
+
     def make_renderer(self) -> Renderer:
         if self.model_name is None:
             raise ConfigError(
-                f"{type(self).__name__} does not know the model. A train.Config tells it; elsewhere say "
-                f"model_name=."
+                f"{type(self).__name__} does not know the model. A run tells it; elsewhere say model_name=."
             )
         name = self.renderer_name or models.recommended_renderer(self.model_name)
         return get_renderer(name, models.get_tokenizer(self.model_name), self.system_prompt)
@@ -66,24 +75,6 @@ class SamplingEvaluatorBuilder(ChatEvaluatorBuilder):
     def sampling_params(self, renderer: Renderer) -> SamplingParams:
         stop: list[Any] = list(renderer.get_stop_sequences())
         return SamplingParams(self.max_tokens, self.seed, stop, self.temperature, top_p=self.top_p)
-
-
-def in_chat_format(
-    builders: Iterable[Any], model_name: str, renderer_name: str | None, system_prompt: str | None
-) -> list[Any]:
-    """Builders that know no model are told of this one, and those that do of its chat format."""
-    told = []
-    for builder in builders:
-        if isinstance(builder, ChatEvaluatorBuilder) and builder.model_name in (None, model_name):
-            own_prompt = builder.system_prompt
-            builder = chz.replace(
-                builder,
-                model_name=model_name,
-                renderer_name=builder.renderer_name or renderer_name,
-                system_prompt=system_prompt if own_prompt is None else own_prompt,
-            )
-        told.append(builder)
-    return told
 
 
 # -- replies ----------------------------------------------------------------------------------

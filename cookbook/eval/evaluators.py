@@ -6,6 +6,7 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import chz
@@ -48,9 +49,23 @@ class SamplingClientEvaluator(ABC):
 Evaluator: TypeAlias = TrainingClientEvaluator | SamplingClientEvaluator
 
 
+@dataclass(frozen=True)
+class RunContext:
+    """What a run tells the builders of its evaluators."""
+
+    log_path: Path
+    model_name: str
+    renderer_name: str | None
+    system_prompt: str | None
+
+
 @chz.chz
 class EvaluatorBuilder:
     """A config that makes an evaluator."""
+
+    def in_run(self, run: RunContext) -> EvaluatorBuilder:
+        """This config with what it leaves open taken from a run. It is called before `__call__`."""
+        return self
 
     def __call__(self) -> Evaluator:
         """Called before a model is loaded: whatever can be refused is refused here."""

@@ -12,7 +12,7 @@ from rich.console import Console
 from cookbook import environment, models
 from cookbook.checkpoints import CheckpointLog
 from cookbook.errors import ConfigError, DataError
-from cookbook.eval.evaluators import Evaluator
+from cookbook.eval.evaluators import AnyEvaluatorBuilder, Evaluator, EvaluatorBuilder, RunContext
 from cookbook.hyperparameters import fitting_rank
 from cookbook.loggers import ConsoleLogger, JsonlLogger, MetricLogger, WandbLogger
 from cookbook.report.live import ReportLogger
@@ -56,7 +56,7 @@ async def start_run(config: Config, folder: RunFolder, checkpoints: CheckpointLo
             )
         )
         await batches.check()
-        evaluators = _make_evaluators(config, eval_data)
+        evaluators = _make_evaluators(config, folder, eval_data)
         tracker = _track_best(config, folder, first_step, evaluators)
         client = await _create_client(config, folder, checkpoints, stack)
         _announce(config, folder, client, train_data, eval_data, first_step, total_steps)
@@ -187,11 +187,16 @@ def _where_to_go_on(
 
 
 def _make_evaluators(
-    config: Config, eval_data: SupervisedDataset | None
+    config: Config, folder: RunFolder, eval_data: SupervisedDataset | None
 ) -> list[tuple[int, list[Evaluator]]]:
+    run = RunContext(folder.path, config.model_name, config.renderer_name, config.system_prompt)
+
+    def make(builder: AnyEvaluatorBuilder) -> Evaluator:
+        return builder.in_run(run)() if isinstance(builder, EvaluatorBuilder) else builder()
+
     frequent: list[Evaluator] = [] if eval_data is None else [NLLEvaluator(eval_data)]
-    frequent += [build() for build in config.evaluator_builders]
-    infrequent = [build() for build in config.infrequent_evaluator_builders]
+    frequent += map(make, config.evaluator_builders)
+    infrequent = list(map(make, config.infrequent_evaluator_builders))
     return [(config.eval_every, frequent), (config.infrequent_eval_every, infrequent)]
 
 

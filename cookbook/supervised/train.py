@@ -15,7 +15,6 @@ from cookbook.checkpoints import CheckpointLog
 from cookbook.engine import mesh
 from cookbook.engine.options import EngineOptions, GradientCheckpointing, Quantization, Shard
 from cookbook.errors import ConfigError
-from cookbook.eval.chat import in_chat_format
 from cookbook.eval.evaluators import EvaluatorBuilder, OnEvaluatorError
 from cookbook.hyperparameters import LearningRate, recommend_learning_rate
 from cookbook.loggers import logging_to, make_console
@@ -31,10 +30,6 @@ from cookbook.supervised.types import SupervisedDatasetBuilder
 logger = logging.getLogger(__name__)
 
 _field = functools.partial(chz.field, validator=chz.validators.typecheck)
-
-
-def _in_chat_format(config: Config, builders: list[EvaluatorBuilder]) -> list[EvaluatorBuilder]:
-    return in_chat_format(builders, config.model_name, config.renderer_name, config.system_prompt)
 
 
 @chz.chz
@@ -84,12 +79,10 @@ class Config:
 
     # evaluation: at step 0, every so many steps, and on the finished model
     evaluator_builders: list[EvaluatorBuilder] = chz.field(
-        default_factory=list, doc="evaluators to run every eval_every steps", munger=_in_chat_format
+        default_factory=list, doc="evaluators to run every eval_every steps"
     )
     infrequent_evaluator_builders: list[EvaluatorBuilder] = chz.field(
-        default_factory=list,
-        doc="evaluators to run every infrequent_eval_every steps",
-        munger=_in_chat_format,
+        default_factory=list, doc="evaluators to run every infrequent_eval_every steps"
     )
     eval_every: int = _field(default=50, doc="steps between evaluations; 0: off")
     infrequent_eval_every: int = _field(default=200, doc="steps between infrequent evaluations; 0: off")
