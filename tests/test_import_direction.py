@@ -64,6 +64,13 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         *(*BASE, *TOOLS, *RUN, *CLIENTS, *EVAL, *REPORT, *SUPERVISED, *WORLD, "renderers"),
         "cookbook.engine.state",
     ),
+    # An export reads what an engine saved and what a run wrote; it runs neither.
+    "cookbook.export": (
+        *(*BASE, *TOOLS, *RUN, *REPORT, "cookbook.export", "renderers"),
+        "cookbook.engine.loading",
+        "cookbook.engine.state",
+        "cookbook.supervised.data.sources",
+    ),
     "renderers": (*BASE, "renderers"),
     "recipes": ("cookbook", "renderers", "recipes"),
     # The public names, imported lazily.

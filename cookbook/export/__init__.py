@@ -1,0 +1,1 @@
+"""Takes a fine-tuned model away: adapters, merged weights, GGUF, Ollama, the hub."""

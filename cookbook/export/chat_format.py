@@ -1,0 +1,215 @@
+"""The chat format that leaves with a model: a Jinja template that prints what the model was trained on.
+
+It is the tokenizer's own wherever that prints what the renderer does, with what the run fixed written
+into it: a mode (thinking or not), today's date, the system prompt. Nothing is believed: whatever leaves
+was compared with the renderer's own prompts.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cookbook import models
+from cookbook.errors import ConfigError, RendererError
+from cookbook.export.source import Source
+from renderers import Message, Renderer, get_renderer
+from renderers.messages import Tool
+from renderers.today import TODAY
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+ROLE_COLON = r"""
+{{- bos_token if bos_token is defined and bos_token else '' }}
+{%- set labels = {'system': 'System:', 'user': 'User:', 'assistant': 'Assistant:'} %}
+{%- set last = namespace(role='') %}
+{%- for message in messages %}
+{%- if message['role'] not in labels or (last.role == 'assistant' and message['role'] != 'user') %}
+{{- raise_exception('No place for a message of role ' + message['role'] + '.') }}
+{%- endif %}
+{%- if last.role != 'assistant' %}
+{{- ('\n\n' if last.role else '') + labels[message['role']] }}
+{%- endif %}
+{{- ' ' + message['content'] + ('\n\nUser:' if message['role'] == 'assistant' else '') }}
+{%- set last.role = message['role'] %}
+{%- endfor %}
+{%- if add_generation_prompt and last.role != 'assistant' %}
+{{- '\n\nAssistant:' }}
+{%- endif %}
+""".strip()
+"""What the renderer `role_colon` prints, for tokenizers that have no template."""
+
+_MODES = (
+    "",
+    "{%- set enable_thinking = false %}",
+    '{%- set reasoning_effort = "low" %}',
+    '{%- set reasoning_effort = "high" %}',
+)
+_DATE = re.compile(r"""strftime_now\(\s*(["'])([^"']*)\1\s*\)""")
+
+_SYSTEM_PROMPT = (
+    "{%%- set system_prompt = %s %%}"
+    "{%%- if messages and messages[0]['role'] in ['system', 'developer'] %%}"
+    "{%%- set messages = [{'role': messages[0]['role'], "
+    "'content': system_prompt + '\\n\\n' + messages[0]['content']}] + messages[1:] %%}"
+    "{%%- else %%}"
+    "{%%- set messages = [{'role': 'system', 'content': system_prompt}] + messages %%}"
+    "{%%- endif %%}"
+)
+
+_USER: Message = {"role": "user", "content": "Who are you, and what is 17 + 4?"}
+_REPLY: Message = {
+    "role": "assistant",
+    "content": "A spoon. That is 21; “twenty-one”, in words: 二十一.\n\nIs it?",
+}
+_NEXT: Message = {"role": "user", "content": "  Two lines,\nand spaces around them. "}
+_SYSTEM: Message = {"role": "system", "content": "You are brief."}
+PROBES: tuple[list[Message], ...] = (
+    [_USER],
+    [_SYSTEM, _USER],
+    [_USER, _REPLY, _NEXT],
+    [_SYSTEM, _USER, _REPLY, _NEXT, _REPLY, _USER],
+)
+"""Conversations that a template has to render as the renderer does."""
+
+_TOOL: Tool = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "description": "Tells the weather.",
+        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
+    },
+}
+
+
+@dataclass(frozen=True)
+class ChatFormat:
+    """How a model is talked to: its tokenizer with a template, and what ends a reply."""
+
+    renderer: Renderer
+    tokenizer: PreTrainedTokenizerBase
+    template: str
+    stop_token_ids: tuple[int, ...]
+    stop_strings: tuple[str, ...]
+
+    @property
+    def stop_texts(self) -> list[str]:
+        """What ends a reply, as text."""
+        return [
+            *(str(self.tokenizer.convert_ids_to_tokens(i)) for i in self.stop_token_ids),
+            *self.stop_strings,
+        ]
+
+    def write_tokenizer(self, folder: Path) -> None:
+        """The tokenizer's files with this template, and nothing of where the tokenizer was loaded from."""
+        self.tokenizer.save_pretrained(folder)
+        shutil.rmtree(folder / "additional_chat_templates", ignore_errors=True)
+        (folder / "chat_template.jinja").write_text(self.template, encoding="utf-8")
+        path = folder / "tokenizer_config.json"
+        config = json.loads(path.read_text(encoding="utf-8"))
+        for key in ("chat_template", "is_local", "local_files_only", "name_or_path"):
+            config.pop(key, None)
+        path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def find_chat_format(source: Source, chat_template: str | None = None) -> ChatFormat:
+    """The format that was recorded with a checkpoint; without a record, the one that suits its model.
+
+    `chat_template` is a file to take instead of what is found; it is compared all the same. Raises
+    ConfigError where no template prints what the renderer does.
+    """
+    tokenizer = models.get_tokenizer(source.base_model)
+    metadata = source.info.user_metadata
+    name = metadata.get("renderer_name") or models.recommended_renderer(source.base_model)
+    system_prompt = metadata.get("system_prompt")
+    renderer = get_renderer(name, tokenizer, system_prompt)
+    plain = get_renderer(name, tokenizer)
+    if chat_template is not None:
+        path = Path(chat_template).expanduser()
+        if not path.is_file():
+            raise ConfigError(f"chat_template={chat_template}: there is no such file.")
+        candidates = iter([path.read_text(encoding="utf-8")])
+    else:
+        candidates = _candidates(tokenizer)
+    differences = []
+    for candidate in candidates:
+        difference = _difference(plain, tokenizer, candidate)
+        if difference is None:
+            template = with_system_prompt(candidate, system_prompt) if system_prompt else candidate
+            difference = _difference(renderer, tokenizer, template)
+        if difference is None:
+            stops = renderer.get_stop_sequences()
+            return ChatFormat(
+                renderer,
+                tokenizer,
+                template,
+                tuple(stop for stop in stops if isinstance(stop, int)),
+                tuple(stop for stop in stops if isinstance(stop, str)),
+            )
+        differences.append(difference)
+    raise ConfigError(
+        f"No chat template is known that prints what renderer `{name}` does with this tokenizer.\n"
+        f"{differences[0]}\nGive one: chat_template=file.jinja"
+    )
+
+
+def with_system_prompt(template: str, system_prompt: str) -> str:
+    """A template that puts a system prompt where renderers do: before all, or ahead of a system message."""
+    return _SYSTEM_PROMPT % json.dumps(system_prompt, ensure_ascii=False) + template
+
+
+def _candidates(tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
+    if tokenizer.chat_template:
+        own = _DATE.sub(lambda match: json.dumps(TODAY.strftime(match[2])), tokenizer.get_chat_template())
+        yield from (mode + own for mode in _MODES)
+    yield ROLE_COLON
+
+
+def _difference(renderer: Renderer, tokenizer: PreTrainedTokenizerBase, template: str) -> str | None:
+    """Where a template prints another prompt than the renderer makes; None where it prints the same."""
+    for messages in PROBES:
+        for tools in (None, [_TOOL]) if renderer.takes_tools else (None,):
+            try:
+                expected = _decode(
+                    tokenizer, renderer.build_generation_prompt(messages, tools=tools).to_ints()
+                )
+            except RendererError:
+                continue  # the format has no place for it
+            found = _rendered(tokenizer, template, messages, tools)
+            if found != expected:
+                return f"It should print {_excerpt(expected, found)} and prints {_excerpt(found, expected)}."
+    return None
+
+
+def _rendered(
+    tokenizer: PreTrainedTokenizerBase, template: str, messages: Sequence[Message], tools: Any
+) -> str:
+    try:
+        text = tokenizer.apply_chat_template(
+            [dict(message) for message in messages],
+            tools=tools,
+            chat_template=template,
+            add_generation_prompt=True,
+            tokenize=False,
+        )
+    except Exception as error:  # a template is foreign code, and whatever it raises is its refusal
+        return f"nothing but an error: {error}"
+    return _decode(tokenizer, tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    return str(tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+
+def _excerpt(text: str, other: str) -> str:
+    """The part of a text around its first difference from another, quoted."""
+    start = next(
+        (i for i, (a, b) in enumerate(zip(text, other, strict=False)) if a != b), min(len(text), len(other))
+    )
+    return json.dumps(text[max(0, start - 20) : start + 20], ensure_ascii=False)

@@ -1,0 +1,239 @@
+"""What a checkpoint can leave as: one function a format, each filling a folder."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from cookbook import models
+from cookbook.engine import state
+from cookbook.errors import CheckpointError, ConfigError
+from cookbook.export import gguf_weights, ollama, serving
+from cookbook.export.chat_format import ChatFormat
+from cookbook.export.merge import base_model_folder, merged_weights, read_adapter, tied_weights
+from cookbook.export.merged_folder import Merged, write_merged
+from cookbook.export.model_card import Usage, python_usage
+from cookbook.export.source import Source, path_elsewhere, public_name
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+    from cookbook.export.export import Config
+
+
+@dataclass(frozen=True)
+class Job:
+    """One export: what, as what, into which folder, and what that will be called when it is done."""
+
+    config: Config
+    source: Source
+    chat_format: ChatFormat
+    folder: Path
+    shown_folder: str
+    name: str
+    repository: str | None
+
+    @property
+    def slug(self) -> str:
+        """The name as servers take it."""
+        return re.sub(r"[^a-z0-9._-]+", "-", self.name.lower()).strip("-._") or "model"
+
+    @property
+    def place(self) -> str:
+        """Where others find it."""
+        return self.repository or "."
+
+
+class Written(NamedTuple):
+    """What became of an export: for its card, and for the terminal."""
+
+    usage: Usage
+    facts: list[str]
+    commands: list[str]
+
+
+def write_adapter(job: Job) -> Written:
+    """The adapter as PEFT saves it, with the tokenizer, and without what only a resumed run needs."""
+    source = job.source
+    if source.is_full:
+        raise CheckpointError(
+            f"{source.folder} is a full fine-tune: there is no adapter in it. Export format=merged."
+        )
+    base = public_name(source.base_model)
+    info = state.StateInfo(base, source.info.lora, user_metadata=source.info.user_metadata)
+
+    def write(folder: Path) -> None:
+        state.read_weights(source.folder)  # refuses a damaged file
+        shutil.copyfile(source.folder / state.ADAPTER_FILE, folder / state.ADAPTER_FILE)
+        config = json.loads((source.folder / state.ADAPTER_CONFIG_FILE).read_text(encoding="utf-8"))
+        config["base_model_name_or_path"] = base
+        if isinstance(config.get("target_modules"), list):
+            config["target_modules"] = sorted(config["target_modules"])
+        text = json.dumps(config, indent=2) + "\n"
+        (folder / state.ADAPTER_CONFIG_FILE).write_text(text, encoding="utf-8")
+        job.chat_format.write_tokenizer(folder)
+
+    state.save(job.folder, info, write, optimizer=None, overwrite=True)
+    notes = serving.vllm_notes(source, job.chat_format, is_adapter=True)
+    here = serving.vllm_adapter(source, models.model_location(source.base_model), job.shown_folder, job.slug)
+    elsewhere = serving.vllm_adapter(source, path_elsewhere(source.base_model), job.place, job.slug)
+    code = python_usage(source, job.chat_format, job.repository, is_adapter=True)
+    usage = Usage(code, "python", "peft", "LoRA adapter", [*_shell(elsewhere), *notes])
+    return Written(usage, notes, [here] if here else [])
+
+
+def write_merged_weights(job: Job) -> Written:
+    """A model folder for plain transformers, vLLM and whatever reads such folders."""
+    source, chat_format = job.source, job.chat_format
+    merged = write_merged(source, chat_format, job.folder, job.config.dtype, job.config.max_shard_size)
+    notes = serving.vllm_notes(source, chat_format, is_adapter=False)
+    code = python_usage(source, chat_format, job.repository, is_adapter=False)
+    card = [*_shell(serving.vllm_merged(job.place)), *notes]
+    usage = Usage(code, "python", "transformers", "Merged weights" if not source.is_full else "Weights", card)
+    facts = [_describe(merged), *_quantization_note(source), *notes]
+    return Written(usage, facts, [serving.vllm_merged(job.shown_folder)])
+
+
+def write_gguf(job: Job) -> Written:
+    """One file for llama.cpp, where this architecture is written here."""
+    file_name = _write_gguf_model(job)
+    command = ["llama-server", "-m", f"{job.shown_folder}/{file_name}", "--jinja"]
+    code = serving.command(["llama-server", "-m", file_name, "--jinja"])
+    usage = Usage(code, "bash", "gguf", "GGUF file for llama.cpp")
+    return Written(usage, _quantization_note(job.source), [serving.command(command)])
+
+
+def write_ollama(job: Job) -> Written:
+    """A Modelfile, with what it is made from: a GGUF file, merged weights, or the adapter alone."""
+    facts = _quantization_note(job.source)
+    base, adapter = job.config.ollama_base, None
+    ollama.frames_of(job.chat_format)  # refuses a format that Ollama has no words for, before the weights
+    if base is not None:
+        adapter = f"./{_write_gguf_adapter(job)}"
+        facts = [
+            f"{base} has to be the very model that {public_name(job.source.base_model)} is: nobody checks it."
+        ]
+    elif _why_no_gguf(job) is None:
+        base = f"./{_write_gguf_model(job)}"
+    else:
+        write_merged(job.source, job.chat_format, job.folder, job.config.dtype, job.config.max_shard_size)
+        base = "."
+        facts.append("Ollama makes its own file of the merged weights, if it knows their architecture.")
+    text = ollama.modelfile(job.chat_format, base, adapter)
+    (job.folder / "Modelfile").write_text(text, encoding="utf-8")
+    run = serving.command(["ollama", "run", job.slug])
+    commands = [
+        f"{serving.command(['ollama', 'create', job.slug, '-f', f'{where}Modelfile'])}\n{run}"
+        for where in ("", f"{job.shown_folder}/")
+    ]
+    usage = Usage(commands[0], "bash", "gguf", "Model for Ollama")
+    return Written(usage, facts, [commands[1]])
+
+
+FORMATS: Mapping[str, Callable[[Job], Written]] = {
+    "adapter": write_adapter,
+    "merged": write_merged_weights,
+    "gguf": write_gguf,
+    "ollama": write_ollama,
+}
+
+
+# -- their parts --------------------------------------------------------------------------------
+
+
+def _model_config(job: Job) -> PretrainedConfig:
+    from transformers import AutoConfig
+
+    config: Any = models.load_from_hub_or_disk("config", job.source.base_model, AutoConfig.from_pretrained)
+    return config
+
+
+def _why_no_gguf(job: Job) -> str | None:
+    return gguf_weights.why_not(_model_config(job), job.chat_format.tokenizer)
+
+
+def _write_gguf_model(job: Job) -> str:
+    """Raises ConfigError, with the commands that do it, for a model that is not written here."""
+    gguf_weights.package()
+    config = _model_config(job)
+    weights = None
+    reason = gguf_weights.why_not(config, job.chat_format.tokenizer)
+    if reason is None:
+        weights = merged_weights(job.source, base_model_folder(job.source))
+        reason = "its files name its weights in another way" if weights is None else None
+    if weights is None:
+        raise ConfigError(
+            f"This model is not written as GGUF here: {reason}. Merge it, and let llama.cpp convert it:\n"
+            f"{_commands_of_llama_cpp(job)}"
+        )
+    path = job.folder / "model.gguf"
+    kind = gguf_weights.write_model(weights, config, job.chat_format, path, job.config.gguf_type, job.name)
+    return path.rename(path.with_name(f"model-{kind}.gguf")).name
+
+
+def _commands_of_llama_cpp(job: Job) -> str:
+    folder = f"{job.shown_folder}-merged"
+    kind = "auto" if job.config.gguf_type == "auto" else job.config.gguf_type
+    merge = [
+        "python",
+        "-m",
+        "recipes.export",
+        f"checkpoint={job.config.checkpoint}",
+        f"to={folder}",
+        "format=merged",
+    ]
+    convert = ["python", "llama.cpp/convert_hf_to_gguf.py", folder]
+    convert += ["--outfile", f"{job.shown_folder}/model.gguf", "--outtype", kind]
+    return f"{serving.command(merge)}\n{serving.command(convert)}"
+
+
+def _write_gguf_adapter(job: Job) -> str:
+    gguf_weights.package()
+    source = job.source
+    reason = "it is a full fine-tune" if source.is_full else _why_no_gguf(job)
+    adapter = {} if reason else read_adapter(source)
+    if reason is None and tied_weights(base_model_folder(source))[0] in {
+        f"{name}.weight" for name in adapter
+    }:
+        reason = "it is on lm_head, which here is tied to the embeddings, and llama.cpp has no place for that"
+    if reason is not None:
+        raise ConfigError(
+            f"This adapter cannot be put on a model of Ollama's: {reason}. Leave ollama_base= out."
+        )
+    path = job.folder / "adapter.gguf"
+    gguf_weights.write_adapter(adapter, _model_config(job), path, source.info.lora.alpha, job.name)
+    return path.name
+
+
+def _quantization_note(source: Source) -> list[str]:
+    if not source.trained_in_4_bits:
+        return []
+    return [
+        "Trained on a base in 4 bits, merged into the weights that those were made from: its "
+        "probabilities are close to those it was trained with, not equal."
+    ]
+
+
+def _describe(merged: Merged) -> str:
+    how = (
+        "one file at a time"
+        if merged.is_shard_by_shard
+        else "the whole model, whose files name weights otherwise"
+    )
+    return (
+        f"{_size(merged.num_bytes)} in {merged.num_files} file{'s' * (merged.num_files != 1)}; at most "
+        f"{_size(merged.held_bytes)} in memory at once ({how})."
+    )
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.1f} MB"
+
+
+def _shell(command: str | None) -> list[str]:
+    return [f"```bash\n{command}\n```"] if command else []

@@ -1,0 +1,190 @@
+"""Merged weights: a base model's with an adapter's added, one tensor at a time.
+
+W + (alpha / rank) * B A is formed in float32 for the tensor at hand, straight from the base model's files.
+An adapter on a head that is tied to the embeddings is no change of the embeddings: the merged model has
+both, and its config says so.
+
+Shape suffixes: I inputs, O outputs, R rank.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from cookbook import models
+from cookbook.engine import state
+from cookbook.errors import CheckpointError, ModelError
+from cookbook.export.source import Source
+
+INDEX_FILE = "model.safetensors.index.json"
+WEIGHTS_FILE = "model.safetensors"
+
+_LORA = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
+_FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """What an adapter adds to one weight: scaling * B A."""
+
+    a_RI: Tensor
+    b_OR: Tensor
+    scaling: float
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.b_OR.shape[0], self.a_RI.shape[1]
+
+    def added_to(self, weight_OI: Tensor) -> Tensor:
+        """In float32."""
+        return torch.addmm(weight_OI.float(), self.b_OR.float(), self.a_RI.float(), alpha=self.scaling)
+
+
+def read_adapter(source: Source) -> dict[str, LowRank]:
+    """By the name of the module that it is on; nothing of a full fine-tune.
+
+    Raises CheckpointError for files that are damaged, or that hold more than LoRA on linear layers.
+    """
+    if source.is_full:
+        state.check_files(source.folder)
+        return {}
+    halves: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in state.read_weights(source.folder).items():
+        match = _LORA.fullmatch(key)
+        if match is None:
+            raise CheckpointError(
+                f"{source.folder} holds {key}, which is no LoRA on a linear layer. Merge it with PEFT itself "
+                f"(merge_and_unload)."
+            )
+        halves.setdefault(match[1], {})[match[2]] = tensor
+    if torn := [module for module, pair in halves.items() if len(pair) != 2]:
+        raise CheckpointError(f"Checkpoint {source.folder} is damaged: it has half of the LoRA of {torn[0]}.")
+    scaling = source.info.lora.alpha / source.info.lora.rank
+    return {module: LowRank(pair["A"], pair["B"], scaling) for module, pair in halves.items()}
+
+
+@dataclass
+class MergedWeights:
+    """The weights of a merged model by their names in its files, each one made when it is asked for."""
+
+    files: dict[str, Path]
+    """Where each weight of the base model lies."""
+    adapter: dict[str, LowRank]
+    """By the name of the weight."""
+    untied: dict[str, str] = field(default_factory=dict)
+    """A head made from the embeddings: its name, and theirs."""
+
+    def __post_init__(self) -> None:
+        self._open_files: dict[Path, Any] = {}
+        self.names = sorted({*self.files, *self.untied})
+        for name, low_rank in self.adapter.items():
+            if self.shape_of(name) != low_rank.shape:
+                raise CheckpointError(
+                    f"The adapter does not fit its base model: {name} is {self.shape_of(name)} there, and "
+                    f"{low_rank.shape} in the adapter. Say base_model= with the one that it was trained on."
+                )
+
+    def shape_of(self, name: str) -> tuple[int, ...]:
+        return tuple(self._stored(name).get_shape())
+
+    def dtype_of(self, name: str) -> torch.dtype:
+        """As the base model's files hold it."""
+        kind = self._stored(name).get_dtype()
+        return _FLOATS[kind] if kind in _FLOATS else self.read(name).dtype
+
+    def read(self, name: str) -> Tensor:
+        """One weight as it is stored, or in float32 where an adapter was added to it."""
+        origin = self.untied.get(name, name)
+        weight: Tensor = self._file_of(origin).get_tensor(origin)
+        return self.adapter[name].added_to(weight) if name in self.adapter else weight
+
+    def _stored(self, name: str) -> Any:
+        origin = self.untied.get(name, name)
+        return self._file_of(origin).get_slice(origin)
+
+    def _file_of(self, origin: str) -> Any:
+        path = self.files[origin]
+        if path not in self._open_files:
+            self._open_files[path] = safe_open(path, "pt")
+        return self._open_files[path]
+
+
+def merged_weights(source: Source, base_folder: Path) -> MergedWeights | None:
+    """Reads through the files of a base model; None where their names are not those of its modules.
+
+    transformers renames the weights of some architectures while it loads them, and reads files that
+    are no safetensors.
+    """
+    adapter = read_adapter(source)
+    files = weight_files(base_folder)
+    by_weight = {f"{module}.weight": low_rank for module, low_rank in adapter.items()}
+    head, embeddings = tied_weights(base_folder)
+    untied = {head: embeddings} if head in by_weight and embeddings in files else {}
+    if not files or by_weight.keys() - files.keys() - untied.keys():
+        return None
+    return MergedWeights(files, by_weight, {str(head): str(name) for head, name in untied.items()})
+
+
+def weight_files(folder: Path) -> dict[str, Path]:
+    """Which safetensors file of a model folder holds each weight; nothing where there is none."""
+    if (folder / INDEX_FILE).is_file():
+        weight_map = json.loads((folder / INDEX_FILE).read_text())["weight_map"]
+        return {name: folder / file for name, file in weight_map.items()}
+    if not (folder / WEIGHTS_FILE).is_file():
+        return {}
+    with safe_open(folder / WEIGHTS_FILE, "pt") as file:
+        return dict.fromkeys(file.keys(), folder / WEIGHTS_FILE)
+
+
+def tied_weights(folder: Path) -> tuple[str | None, str | None]:
+    """The names of a head and of the embeddings that it is tied to; None twice where it is not."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    if not config.get_text_config().tie_word_embeddings:
+        return None, None
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    names = {id(module): name for name, module in model.named_modules()}
+    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    return f"{names[id(head)]}.weight", f"{names[id(embeddings)]}.weight"
+
+
+def base_model_folder(source: Source) -> Path:
+    """The folder of the base model's own files, fetched from the hub if need be.
+
+    Raises ModelError where it is not to be had, or where its weights are stored quantized.
+    """
+    folder: Path = models.load_from_hub_or_disk("weights", source.base_model, _folder_of)
+    config = json.loads((folder / "config.json").read_text())
+    if (quantized := config.get("quantization_config")) is not None:
+        raise ModelError(
+            f"The weights of {source.base_model!r} are stored quantized ({quantized.get('quant_method')}); "
+            f"nothing can be added to those. Say base_model= with the model that they were made from."
+        )
+    return folder
+
+
+def _folder_of(location: str, trust_remote_code: bool, local_files_only: bool) -> Path:
+    """The folder itself, or the hub's cache of a model with all its files."""
+    if Path(location).is_dir():
+        return Path(location)
+    from huggingface_hub import snapshot_download
+
+    folder = Path(
+        snapshot_download(
+            location, allow_patterns=["*.safetensors", "*.json"], local_files_only=local_files_only
+        )
+    )
+    lacking = {path for path in weight_files(folder).values() if not path.is_file()}
+    if not (folder / "config.json").is_file() or lacking or not weight_files(folder):
+        raise FileNotFoundError(f"{folder} lacks weights of {location}.")
+    return folder

@@ -1,0 +1,154 @@
+"""A merged model as transformers loads it: sharded safetensors, config, generation config, tokenizer."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors.torch import save_file
+
+from cookbook.engine.loading import load_model, no_progress_bar
+from cookbook.errors import CheckpointError
+from cookbook.export.chat_format import ChatFormat
+from cookbook.export.merge import (
+    INDEX_FILE,
+    MergedWeights,
+    base_model_folder,
+    merged_weights,
+    read_adapter,
+    tied_weights,
+)
+from cookbook.export.source import Source
+
+Dtype: TypeAlias = Literal["auto", "bfloat16", "float16", "float32"]
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What was written. `held_bytes` is the most that was in memory at once."""
+
+    num_files: int
+    num_bytes: int
+    held_bytes: int
+    is_shard_by_shard: bool
+
+
+def write_merged(
+    source: Source, chat_format: ChatFormat, folder: Path, dtype: Dtype, max_shard_size: str
+) -> Merged:
+    """Fills a folder that plain transformers loads, with the logits of base model and adapter.
+
+    `dtype` auto keeps every weight in the type that the base model stores it in.
+    """
+    base_folder = base_model_folder(source)
+    config = _read_json(base_folder / "config.json")
+    config.pop("_name_or_path", None)
+    chosen = None if dtype == "auto" else getattr(torch, dtype)
+    if chosen is not None:
+        _set(config, "dtype", dtype)
+        config.pop("torch_dtype", None)
+    weights = merged_weights(source, base_folder)
+    if weights is not None:
+        merged = _write_shards(weights, folder, chosen, max_shard_size)
+        if weights.untied:
+            _set(config, "tie_word_embeddings", False)
+        _write_json(folder / "config.json", config)
+    else:
+        merged = _write_whole_model(source, base_folder, folder, chosen, max_shard_size)
+    write_generation_config(base_folder, chat_format, folder)
+    chat_format.write_tokenizer(folder)
+    return merged
+
+
+def _write_shards(
+    weights: MergedWeights, folder: Path, dtype: torch.dtype | None, max_shard_size: str
+) -> Merged:
+    shapes = {
+        name: torch.empty(weights.shape_of(name), dtype=_output_dtype(weights, name, dtype), device="meta")
+        for name in weights.names
+    }
+    plan = split_torch_state_dict_into_shards(shapes, max_shard_size=max_shard_size)
+    held = 0
+    for file_name, names in plan.filename_to_tensors.items():
+        shard = {name: weights.read(name).to(shapes[name].dtype).contiguous() for name in names}
+        save_file(shard, folder / file_name, metadata={"format": "pt"})
+        in_float32 = max((4 * tensor.numel() for tensor in shard.values()), default=0)
+        held = max(held, sum(tensor.nbytes for tensor in shard.values()) + 2 * in_float32)
+        (folder / file_name).chmod(0o644)  # safetensors leaves it to its owner alone
+    num_bytes = sum(tensor.nbytes for tensor in shapes.values())
+    if plan.is_sharded:
+        index = {"metadata": {"total_size": num_bytes}, "weight_map": plan.tensor_to_filename}
+        _write_json(folder / INDEX_FILE, index)
+    return Merged(len(plan.filename_to_tensors), num_bytes, held, True)
+
+
+def _output_dtype(weights: MergedWeights, name: str, dtype: torch.dtype | None) -> torch.dtype:
+    stored = weights.dtype_of(name)
+    return stored if dtype is None or not stored.is_floating_point else dtype
+
+
+def _write_whole_model(
+    source: Source, base_folder: Path, folder: Path, dtype: torch.dtype | None, max_shard_size: str
+) -> Merged:
+    """Merges in memory, and lets transformers give the weights the names that its files have."""
+    from transformers import AutoConfig
+
+    stored = AutoConfig.from_pretrained(base_folder, local_files_only=True).dtype or torch.float32
+    model = load_model(source.base_model, torch.device("cpu"), dtype or stored)
+    modules = dict(model.named_modules())
+    head, _ = tied_weights(base_folder)
+    with torch.no_grad():
+        for name, low_rank in read_adapter(source).items():
+            weight = modules[name].weight if name in modules else None
+            if weight is None or tuple(weight.shape) != low_rank.shape:
+                raise CheckpointError(
+                    f"The adapter does not fit its base model {source.base_model!r}: it is on {name}, "
+                    f"{low_rank.shape}. Say base_model= with the one that it was trained on."
+                )
+            merged = low_rank.added_to(weight).to(weight.dtype)
+            modules[name].weight = torch.nn.Parameter(merged, requires_grad=False)
+            if f"{name}.weight" == head:
+                for part in (model.config, model.config.get_text_config()):
+                    part.tie_word_embeddings = False
+    with no_progress_bar():
+        model.save_pretrained(folder, max_shard_size=max_shard_size)
+    num_bytes = sum(parameter.nbytes for parameter in model.parameters())
+    return Merged(len(list(folder.glob("*.safetensors"))), num_bytes, num_bytes, False)
+
+
+def write_generation_config(base_folder: Path, chat_format: ChatFormat, folder: Path) -> None:
+    """The base model's own, which stops where replies were trained to end."""
+    config = _read_json(base_folder / "generation_config.json")
+    ends = config.get("eos_token_id")
+    earlier = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    stops = [*chat_format.stop_token_ids, *(i for i in earlier if i not in chat_format.stop_token_ids)]
+    config["eos_token_id"] = stops if len(stops) != 1 else stops[0]
+    if not stops:
+        del config["eos_token_id"]
+    if chat_format.stop_strings:
+        config["stop_strings"] = list(chat_format.stop_strings)
+    if config.get("pad_token_id") is None and stops:
+        pad = chat_format.tokenizer.pad_token_id
+        config["pad_token_id"] = stops[0] if pad is None else pad
+    _write_json(folder / "generation_config.json", config)
+
+
+def _set(config: dict[str, Any], key: str, value: Any) -> None:
+    """Of the model, and of its text part where that has a config of its own."""
+    config[key] = value
+    if isinstance(part := config.get("text_config"), dict):
+        part[key] = value
+        part.pop("torch_dtype", None)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return content
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,203 @@
+"""README.md of an export: what the model is, how it is used, what it was trained on, how well it does.
+
+It says what a stranger may know: no path of this machine, no setting that is not listed here.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCardData
+
+from cookbook import embedded
+from cookbook.export.chat_format import ChatFormat
+from cookbook.export.source import Source, is_on_hub, path_elsewhere, public_name
+from cookbook.report import curves
+from cookbook.report.settings import texts_of
+from cookbook.report.summary import number, outcomes_of
+from cookbook.supervised.data.sources import KNOWN_DATASETS
+
+CURVES_FILE = "curves.png"
+SHOWN_SETTINGS = (
+    "learning_rate", "lr_schedule", "warmup_steps", "num_epochs", "max_steps", "lora_rank", "lora_alpha",
+    "train_attn", "train_mlp", "train_unembed", "quantization", "weight_decay", "seed",
+    "dataset_builder.common_config.batch_size", "dataset_builder.common_config.max_length",
+    "dataset_builder.common_config.train_on_what",
+)  # fmt: skip
+"""Numbers and words. No other setting leaves the machine."""
+
+
+@dataclass(frozen=True)
+class Usage:
+    """How an export is used: commands or a program, and which library of the hub's it is for."""
+
+    code: str
+    language: str
+    library: str | None
+    kind: str
+    """What it is, as a noun: `LoRA adapter`."""
+    notes: Sequence[str] = ()
+
+
+def write_model_card(source: Source, chat_format: ChatFormat, usage: Usage, name: str, folder: Path) -> None:
+    """Writes README.md, and the picture of the run's curves where there is a run."""
+    has_curves = source.run is not None and curves.draw(source.run.metrics, folder / CURVES_FILE) is not None
+    parts = [
+        _front_matter(source, usage, name),
+        f"# {name}",
+        _introduction(source, usage),
+        f"## How to use it\n\n```{usage.language}\n{usage.code}\n```",
+        *usage.notes,
+        _results(source),
+        f"![What the run measured]({CURVES_FILE})" if has_curves else "",
+        _data(source),
+        _settings(source),
+        _chat_format(chat_format),
+    ]
+    text = "\n\n".join(part for part in parts if part)
+    (folder / "README.md").write_text(text + "\n", encoding="utf-8")
+
+
+def python_usage(source: Source, chat_format: ChatFormat, repository: str | None, is_adapter: bool) -> str:
+    """A program that talks to the model, from the folder it lies in or from the hub."""
+    where = f'"{repository}"' if repository else '"."  # the folder that this file lies in'
+    load = "model = AutoModelForCausalLM.from_pretrained(path)"
+    imports = "from transformers import AutoModelForCausalLM, AutoTokenizer"
+    if is_adapter:
+        imports = f"from peft import PeftModel\n{imports}"
+        base = json.dumps(path_elsewhere(source.base_model))
+        if source.base_model == embedded.MODEL_NAME:
+            imports = f"from cookbook import embedded  # pip install sft-cookbook\n{imports}"
+            base = "embedded.MODEL_PATH"
+        load = f"model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({base}), path)"
+    ends = ""
+    if is_adapter and chat_format.stop_token_ids:
+        ends = f", eos_token_id={list(chat_format.stop_token_ids)}"
+    if chat_format.stop_strings:
+        stops = f", stop_strings={json.dumps(list(chat_format.stop_strings))}" if is_adapter else ""
+        ends += f"{stops}, tokenizer=tokenizer"
+    return "\n".join(
+        [
+            imports,
+            "",
+            f"path = {where}",
+            load,
+            "tokenizer = AutoTokenizer.from_pretrained(path)",
+            'messages = [{"role": "user", "content": "Who are you?"}]',
+            "prompt = tokenizer.apply_chat_template(",
+            '    messages, add_generation_prompt=True, return_tensors="pt", return_dict=True',
+            ")",
+            f"reply = model.generate(**prompt, max_new_tokens=200{ends})",
+            'print(tokenizer.decode(reply[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True))',
+        ]
+    )
+
+
+def _front_matter(source: Source, usage: Usage, name: str) -> str:
+    facts: dict[str, Any] = {
+        "model_name": name,
+        "library_name": usage.library,
+        "pipeline_tag": "text-generation",
+        "tags": ["sft", "sft-cookbook", *([] if source.is_full else ["lora"])],
+    }
+    if is_on_hub(source.origin):
+        facts["base_model"] = source.origin
+        facts["base_model_relation"] = "finetune" if usage.library != "peft" else "adapter"
+    if ids := _hub_datasets(source):
+        facts["datasets"] = ids
+    return f"---\n{ModelCardData(**facts).to_yaml()}\n---"
+
+
+def _introduction(source: Source, usage: Usage) -> str:
+    origin = public_name(source.origin)
+    if origin == embedded.MODEL_NAME:
+        origin = f"{origin}, the model that comes with sft-cookbook"
+    elif is_on_hub(source.origin):
+        origin = f"[{origin}](https://huggingface.co/{origin})"
+    lora = source.info.lora
+    how = (
+        "all of its weights trained"
+        if source.is_full
+        else f"a LoRA of rank {lora.rank}, alpha {lora.alpha:g}"
+    )
+    steps = f" The weights are those after {source.step:,} steps." if source.step is not None else ""
+    quantized = ""
+    if source.trained_in_4_bits and usage.library != "peft":
+        quantized = (
+            " It was trained on a base model in 4 bits; here its adapter is merged into the weights that "
+            "those were made from, so its probabilities are close to those it was trained with, not equal."
+        )
+    return f"{usage.kind[0].upper()}{usage.kind[1:]}: {origin}, fine-tuned with {how}.{steps}{quantized}"
+
+
+def _results(source: Source) -> str:
+    if source.run is None or not (outcomes := outcomes_of(source.run)):
+        return ""
+    rows = [
+        [f"`{o.metric}`", number(o.first), number(o.last)]
+        + (["", ""] if o.best is None else [number(o.best), f"{o.best_step:,}"])
+        for o in outcomes
+    ]
+    table = _table(["metric", "first", "last", "best", "at step"], rows)
+    return f"## Results\n\nOf the whole run. Losses (`nll`) are nats per trained token.\n\n{table}"
+
+
+def _data(source: Source) -> str:
+    sources = source.run.data.get("sources", []) if source.run else []
+    if not sources:
+        return ""
+    columns = ["rows", "examples", "tokens", "trained_tokens", "longest", "truncated"]
+    rows = [
+        [_dataset_name(str(part["name"])), *(f"{part[key]:,}" if key in part else "" for key in columns)]
+        for part in sources
+    ]
+    return "## Data\n\n" + _table(["source", *(key.replace("_", " ") for key in columns)], rows)
+
+
+def _settings(source: Source) -> str:
+    settings = texts_of(source.run.config) if source.run else {}
+    rows = [
+        [f"`{key.rsplit('.', 1)[-1]}`", settings[key]]
+        for key in SHOWN_SETTINGS
+        if settings.get(key, "none") != "none"
+    ]
+    return "## Training\n\n" + _table(["setting", "value"], rows) if rows else ""
+
+
+def _chat_format(chat_format: ChatFormat) -> str:
+    ends = ", ".join(f"`{json.dumps(stop, ensure_ascii=False)}`" for stop in chat_format.stop_texts)
+    text = (
+        f"## Chat format\n\nTrained with the renderer `{chat_format.renderer.name}` of sft-cookbook, which "
+        f"`chat_template.jinja` prints too. A reply ends with {ends}."
+    )
+    if prompt := chat_format.renderer.system_prompt:
+        quoted = "\n".join(f"> {line}" for line in prompt.splitlines())
+        text += (
+            f" Every conversation began with this system prompt, which the template puts there:\n\n{quoted}"
+        )
+    return text
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(cell.replace('|', '&#124;') for cell in line)} |" for line in lines)
+
+
+def _hub_datasets(source: Source) -> list[str]:
+    builder: Mapping[str, Any] = source.run.config.get("dataset_builder") or {} if source.run else {}
+    named = builder.get("dataset") or []
+    specs = [named] if isinstance(named, str) else list(named)
+    parts = [part for spec in specs for part in str(spec).split(",")]
+    names = [KNOWN_DATASETS[part].hub_id if part in KNOWN_DATASETS else part.split(":")[0] for part in parts]
+    return [name for name in names if _dataset_name(name) == name and "/" in name]
+
+
+def _dataset_name(name: str) -> str:
+    """A hub id with its config and split, or the last part of a path."""
+    repository = name.split(":")[0]
+    is_path = Path(repository).suffix or Path(repository).exists() or not is_on_hub(repository)
+    return Path(name).name if is_path else name

@@ -1,0 +1,84 @@
+"""To the Hugging Face hub, with its own client."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from cookbook import hub
+from cookbook.errors import CheckpointError, ConfigError
+
+SCHEME = "hf://"
+
+
+def repository_of(name: str) -> str:
+    """owner/name of `hf://owner/name` or `owner/name`. Raises ConfigError for what is neither."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    repository = name.removeprefix(SCHEME)
+    try:
+        validate_repo_id(repository)
+    except HFValidationError as error:
+        raise ConfigError(f"{name!r} is no repository's name. Use hf://owner/name. ({error})") from None
+    if repository.count("/") != 1:
+        raise ConfigError(f"{name!r} is no repository's name: it has no owner. Use hf://owner/name.")
+    return repository
+
+
+def check_access(repository: str) -> None:
+    """Raises CheckpointError where the hub is not to be reached, or knows no such user: before the work."""
+    from huggingface_hub import HfApi
+
+    if (reason := hub.why_unreachable()) is not None:
+        raise CheckpointError(f"Cannot push to {repository}: {reason}. Export to a folder: to=<folder>.")
+    with _explained(repository):
+        HfApi().whoami()
+
+
+def push(folder: Path, repository: str, private: bool, message: str) -> str:
+    """Uploads a folder in one commit, into a repository that is made if need be; its address.
+
+    Raises CheckpointError where the hub refuses, and for a repository that is public already where
+    a private one was asked for.
+    """
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    with _explained(repository):
+        url = api.create_repo(repository, private=private, exist_ok=True)
+        if private and not api.model_info(repository).private:
+            raise CheckpointError(
+                f"The repository {repository} exists and is public. Say private=False to push to it, or "
+                f"give another name."
+            )
+        api.upload_folder(repo_id=repository, folder_path=folder, commit_message=message)
+    return str(url)
+
+
+@contextmanager
+def _explained(repository: str) -> Iterator[None]:
+    """Says what to do about what the hub answered. The token is in no message."""
+    import httpx
+    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+
+    cannot = f"Cannot push to {repository}"
+    try:
+        yield
+    except LocalTokenNotFoundError:
+        raise CheckpointError(
+            f"{cannot}: nobody is logged in. Run `hf auth login`, or set HF_TOKEN: a token that may write."
+        ) from None
+    except HfHubHTTPError as error:
+        status = error.response.status_code
+        reason = {
+            401: "the hub does not know this token. Run `hf auth login` again, or set another HF_TOKEN.",
+            403: "this token may not write there. Check the owner's name, and that the token may write.",
+            404: "the hub knows no such owner. Check the name.",
+        }.get(status, f"the hub answered {status}: {error.server_message or error}.")
+        raise CheckpointError(f"{cannot}: {reason}") from None
+    except (httpx.HTTPError, OSError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{cannot}: {type(error).__name__}: {error}. Run the command again.") from error

@@ -1,0 +1,65 @@
+"""The commands that serve an export, as a terminal of 80 columns shows them."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+
+from cookbook.export.chat_format import ChatFormat
+from cookbook.export.source import Source
+
+_VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""The values that vLLM's --max-lora-rank takes."""
+
+WIDTH = 79
+
+
+def command(words: Sequence[str]) -> str:
+    """A shell command; its lines are joined by backslashes where it is long."""
+    parts: list[str] = []
+    for word in map(shlex.quote, words):
+        if parts and parts[-1].startswith("--") and " " not in parts[-1] and not word.startswith("--"):
+            parts[-1] += f" {word}"  # an option with its value
+        else:
+            parts.append(word)
+    lines = [""]
+    for word in parts:
+        if lines[-1] and len(lines[-1]) + len(word) + 3 > WIDTH:
+            lines.append(f"    {word}")
+        else:
+            lines[-1] += f" {word}" if lines[-1] else word
+    return " \\\n".join(lines)
+
+
+def vllm_merged(folder: str) -> str:
+    return command(["vllm", "serve", folder, "--chat-template", f"{folder}/chat_template.jinja"])
+
+
+def vllm_adapter(source: Source, base: str, folder: str, name: str) -> str | None:
+    """None for a rank that vLLM does not serve."""
+    rank = source.info.lora.rank
+    served = next((limit for limit in _VLLM_RANKS if limit >= rank), None)
+    if served is None:
+        return None
+    return command(
+        [
+            *("vllm", "serve", base, "--enable-lora", "--lora-modules", f"{name}={folder}"),
+            *("--max-lora-rank", str(served), "--chat-template", f"{folder}/chat_template.jinja"),
+        ]
+    )
+
+
+def vllm_notes(source: Source, chat_format: ChatFormat, is_adapter: bool) -> list[str]:
+    """What a user of vLLM would otherwise find out by an error, or by replies that do not end."""
+    notes = []
+    if is_adapter and source.info.lora.rank > _VLLM_RANKS[-1]:
+        notes.append(f"vLLM serves adapters of rank {_VLLM_RANKS[-1]} at most: export format=merged for it.")
+    elif is_adapter and source.info.lora.train_unembed:
+        notes.append(
+            "This adapter is on the projection to the vocabulary (lm_head) too. vLLM takes that for a few "
+            "architectures, Llama among them, and refuses it for others: export format=merged for those."
+        )
+    if chat_format.stop_strings:
+        stops = ", ".join(repr(stop) for stop in chat_format.stop_strings)
+        notes.append(f"vLLM has to be told with every request what ends a reply: stop=[{stops}].")
+    return notes
