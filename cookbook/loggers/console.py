@@ -1,53 +1,17 @@
-"""Where the metrics of a run go: a file, the terminal, Weights & Biases."""
+"""The terminal: metrics, and what the log has to say."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
-import secrets
 import sys
-from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from cookbook import jsonl
-from cookbook.errors import ConfigError
-from cookbook.tables import Table
-
-Metrics = Mapping[str, float]
-
-
-class MetricLogger(ABC):
-    @abstractmethod
-    def log(self, step: int, metrics: Metrics) -> None:
-        """`step` optimizer steps had been taken when these metrics were measured."""
-
-    def log_table(self, step: int, name: str, table: Table) -> None:
-        """A table of the weights after `step` steps. By default it is not shown."""
-
-    def close(self) -> None:
-        """Writes out what is buffered."""
-
-
-class JsonlLogger(MetricLogger):
-    """One row a step in metrics.jsonl, one row of a table in tables.jsonl."""
-
-    def __init__(self, folder: Path, first_step: int) -> None:
-        """Rows from `first_step` on are dropped: a resumed run measures them again."""
-        self._metrics, self._tables = folder / "metrics.jsonl", folder / "tables.jsonl"
-        for path in (self._metrics, self._tables):
-            jsonl.rewrite(path, [row for row in jsonl.read(path) if row["step"] < first_step])
-
-    def log(self, step: int, metrics: Metrics) -> None:
-        jsonl.append(self._metrics, {"step": step, **metrics})
-
-    def log_table(self, step: int, name: str, table: Table) -> None:
-        for record in table.records():
-            jsonl.append(self._tables, {"step": step, "table": name, "row": record})
+from cookbook.loggers.base import OF_EVERY_STEP, MetricLogger, Metrics
 
 
 class ConsoleLogger(MetricLogger):
@@ -91,10 +55,6 @@ class ConsoleLogger(MetricLogger):
             self._progress.stop()
 
 
-OF_EVERY_STEP = ("epoch", "train", "optim", "data", "perf")
-"""What the paths of metrics begin with that no evaluator measured."""
-
-
 def _evaluation_lines(step: int, metrics: Metrics) -> list[str]:
     """What evaluators found, a line for each beginning of a path. Turns and sources of a metric stay out."""
     shown: dict[str, list[str]] = {}
@@ -104,44 +64,6 @@ def _evaluation_lines(step: int, metrics: Metrics) -> list[str]:
         if first not in OF_EVERY_STEP and not is_part:
             shown.setdefault(first, []).append(f"{path} {value:.4f}")
     return [f"step {step}: {'  '.join(parts)}" for parts in shown.values()]
-
-
-class WandbLogger(MetricLogger):
-    """Weights & Biases, with its own client. A resumed run goes on under the same run id."""
-
-    def __init__(self, folder: Path, project: str, name: str | None, config: Mapping[str, Any]) -> None:
-        import wandb
-
-        id_file = folder / "wandb_run_id.txt"
-        if not id_file.exists():
-            id_file.write_text(secrets.token_hex(4))
-        try:
-            self._run = wandb.init(
-                project=project,
-                name=name,
-                id=id_file.read_text().strip(),
-                resume="allow",
-                config=dict(config),
-                dir=str(folder),
-            )
-        except wandb.errors.Error as error:
-            raise ConfigError(
-                f"wandb_project={project!r}, but Weights & Biases cannot start: {error}\n"
-                f"Log in with `wandb login`, work without a network with WANDB_MODE=offline, or leave "
-                f"wandb_project out."
-            ) from error
-
-    def log(self, step: int, metrics: Metrics) -> None:
-        self._run.log(dict(metrics), step=step)
-
-    def log_table(self, step: int, name: str, table: Table) -> None:
-        import wandb
-
-        shown = wandb.Table(columns=list(table.columns), data=[list(row) for row in table.rows])
-        self._run.log({name: shown}, step=step)
-
-    def close(self) -> None:
-        self._run.finish()
 
 
 def make_console(is_quiet: bool = False) -> Console:
