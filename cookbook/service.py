@@ -154,7 +154,7 @@ class ServiceClient:
         return TrainingClient(engine, lora, folder, user_metadata)
 
     def _unshared_engine(self, model: str) -> Engine:
-        engine = Engine(model, self._options)
+        engine = Engine(model, self._options, is_trained=True)
         self._unshared_engines.append(engine)
         return engine
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from cookbook import models
-from cookbook.engine import full_weights, state
+from cookbook.engine import full_weights, sharding, state
 from cookbook.engine import lora as fused_lora
 from cookbook.errors import ConfigError
 from cookbook.types import LoraConfig
@@ -129,15 +129,29 @@ class Adapters:
             state.write_adapter(folder, adapter.weights)
 
     def read(self, path: str, lora: LoraConfig) -> dict[str, Tensor]:
-        """The weights that `write` put into a checkpoint. Raises CheckpointError for a damaged one."""
+        """The weights that `write` put into a checkpoint. Raises CheckpointError for a damaged one.
+
+        Where the model's own are dealt out over processes, this process's part of each.
+        """
         if lora.rank == 0:
             state.check_files(path)
-            return full_weights.read(path, self._model.dtype)
+            weights = full_weights.read(path, self._model.dtype)
+            live = dict(self._model.named_parameters())
+            return {
+                name: sharding.part_like(weight, live[name]) if name in live else weight
+                for name, weight in weights.items()
+            }
         return state.read_weights(path)
 
     @contextlib.contextmanager
     def using(self, adapter: Adapter | None) -> Iterator[None]:
         """Runs the model with one adapter, or with none."""
+        with self._in_place(adapter):
+            yield
+            sharding.let_go(self._model)
+
+    @contextlib.contextmanager
+    def _in_place(self, adapter: Adapter | None) -> Iterator[None]:
         if adapter is not None and adapter.is_full:
             with full_weights.standing_in(self._model, adapter.weights):
                 yield

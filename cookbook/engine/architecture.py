@@ -42,6 +42,7 @@ def find_what_is_safe(base: BaseModel) -> None:
         try:
             found_S = compute()
         except (AssertionError, AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
+            base.give_pass_up()
             return f"{type(error).__name__}: {error}"
         difference = ((found_S - expected_S).abs() / expected_S.abs()).max().item()
         tolerance = 1e-4 if base.dtype == torch.float32 else 0.05

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from cookbook import models
-from cookbook.engine import architecture, mesh, projection
+from cookbook.engine import architecture, mesh, projection, sharding
 from cookbook.engine.adapters import GLOBAL_STATE, Adapter, Adapters
 from cookbook.engine.attention import AttentionLayout
 from cookbook.engine.loading import load_model, resolve_device, resolve_dtype, return_freed_memory
 from cookbook.engine.memory import (
     ActivationCost,
     MicrobatchLimits,
+    addresses,
     checkpointed_layers,
     decoder_layers,
     limits_for,
@@ -33,7 +34,10 @@ from cookbook.errors import ConfigError
 class BaseModel:
     """Loads one model once; every training and sampling client on it shares the weights."""
 
-    def __init__(self, model_name: str, options: EngineOptions | None = None) -> None:
+    def __init__(
+        self, model_name: str, options: EngineOptions | None = None, is_trained: bool = False
+    ) -> None:
+        """`is_trained`: all of its own weights are to be, which takes memory too."""
         self.name = model_name
         self.options = options or EngineOptions()
         self.mesh = mesh.current().lane()
@@ -41,20 +45,32 @@ class BaseModel:
         self.dtype = resolve_dtype(self.options.dtype, self.device)
         self.tokenizer = models.get_tokenizer(model_name)
         with GLOBAL_STATE:
-            self.model: Any = load_model(model_name, self.device, self.dtype, self.options.quantization)
+            self.is_sharded = sharding.is_called_for(
+                self.options, self.mesh, model_name, self.device, self.dtype, is_trained
+            )
+            """Whether each of several processes holds a part of the weights."""
+            self.model: Any = self._load(is_trained)
         self.vocab_size: int = self.model.get_input_embeddings().weight.shape[0]
         self.context_length: int = getattr(self.model.config, "max_position_embeddings", None) or 2**20
         self.adapters = Adapters(self.model, model_name, self.tokenizer)
         self.is_packed = False
         self.has_plain_head = False
         """Whether sequences share a row, and whether logits are made by blocks: see `architecture`."""
-        self.is_sharded = False
-        """Whether each of several processes holds a part of the weights."""
         self.decodes_packed: bool | None = None
         """Whether continuations share a row too; found out when the first is sampled."""
         architecture.find_what_is_safe(self)
+        sharding.let_go(self.model)
         self._prepare_layers()
         return_freed_memory()
+
+    def _load(self, is_trained: bool) -> Any:
+        if not self.is_sharded:
+            return load_model(self.name, self.device, self.dtype, self.options.quantization)
+        with self.mesh.one_after_another():  # each holds the whole model in its machine's memory for a while
+            model = load_model(self.name, torch.device("cpu"), self.dtype)
+            model.requires_grad_(is_trained)
+            sharding.shard(model, self.mesh, self.device, self.name)
+        return model
 
     def _prepare_layers(self) -> None:
         layers = decoder_layers(self.model)
@@ -124,7 +140,8 @@ class BaseModel:
     def hidden_of(self, tokens_1N: Tensor, positions_1N: Tensor, layout: AttentionLayout) -> Tensor:
         packed = {"position_ids": positions_1N, "layout": layout} if self.is_packed else {}
         assert self.is_packed or len(layout.segments) == 1
-        out = self.model.get_decoder()(input_ids=tokens_1N, use_cache=False, **packed)
+        decode = self.model.decode if self.is_sharded else self.model.get_decoder()
+        out = decode(input_ids=tokens_1N, use_cache=False, **packed)
         hidden_1ND: Tensor = out.last_hidden_state
         return hidden_1ND[0]
 
@@ -159,8 +176,11 @@ class BaseModel:
 
     def limits(self, adapter: Adapter) -> MicrobatchLimits:
         """How large micro-batches may be with one more adapter in training."""
-        trained_bytes = 4 * sum(weight.nbytes for weight in adapter.weights.values())  # gradient, moments
+        trained = [sharding.local_part(weight) for weight in adapter.weights.values()]
+        trained_bytes = 4 * sum(weight.nbytes for weight in trained)  # gradient, moments
         weight_bytes = sum(parameter.nbytes for parameter in self.model.parameters())
+        if self.is_sharded:
+            weight_bytes = sharding.bytes_held(self.model)
         return limits_for(
             self.options, self.device, lambda: self._activation_cost(adapter), weight_bytes + trained_bytes
         )
@@ -173,14 +193,23 @@ class BaseModel:
             [TokenSequence(tokens_T, tokens_T, np.ones(num_tokens, np.float32), {})], self.device, True
         )
         run = self.hidden if self.has_plain_head else self.logprobs_of_whole_model
-        with self.adapters.using(adapter):
-            return measure_activations(
+        weights = [sharding.local_part(parameter) for parameter in self.model.parameters()]
+        held = addresses([*weights, *self.model.buffers()])
+        with self.adapters.using(adapter), sharding.noting_whole_weights(self.model, held):
+            cost = measure_activations(
                 lambda: run(batch),
-                [*self.model.parameters(), *self.model.buffers()],
+                held,
                 num_tokens,
                 config.num_hidden_layers,
                 config.hidden_size * self.dtype.itemsize,
             )
+        self.give_pass_up()
+        return cost
+
+    def give_pass_up(self) -> None:
+        """To be called after a pass that has no end: one that failed, or whose backward part is not run."""
+        if self.is_sharded:
+            sharding.start_over(self.model)
 
 
 def _log_probabilities(logits_SV: Tensor, targets_S: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cookbook.engine import sharding
 from cookbook.engine.loading import load_model, no_progress_bar
 
 
@@ -33,6 +34,10 @@ def copy_of(weights: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
 def standing_in(model: Any, weights: Mapping[str, nn.Parameter]) -> Iterator[None]:
     """Runs the model with `weights` in place of its own."""
     live = dict(model.named_parameters())
+    if sharding.is_sharded(model):
+        with _copied_in(live, weights):
+            yield
+        return
     own = {name: parameter.data for name, parameter in live.items()}
     try:
         for name, parameter in live.items():
@@ -43,10 +48,36 @@ def standing_in(model: Any, weights: Mapping[str, nn.Parameter]) -> Iterator[Non
             parameter.data = own[name]
 
 
-def write(model: Any, tokenizer: Any, folder: Path) -> None:
+@contextlib.contextmanager
+@torch.no_grad()
+def _copied_in(live: Mapping[str, nn.Parameter], weights: Mapping[str, nn.Parameter]) -> Iterator[None]:
+    """FSDP has its own names for the memory of a part, so other values go into it, not other memory."""
+    others = {name: parameter for name, parameter in live.items() if weights[name] is not parameter}
+    own = {name: parameter.detach().clone() for name, parameter in others.items()}
+    for name, parameter in others.items():
+        parameter.copy_(weights[name])
+    try:
+        yield
+    finally:
+        for name, parameter in others.items():
+            parameter.copy_(own[name])
+
+
+def write(model: Any, tokenizer: Any, folder: Path, weights: Mapping[str, Tensor] | None = None) -> None:
+    """`weights`: those to write in place of the model's own, of which a process may hold a part."""
     with no_progress_bar():
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, state_dict=None if weights is None else dict(weights))
     tokenizer.save_pretrained(folder)
+
+
+def whole_weights(weights: Mapping[str, nn.Parameter], is_kept: bool) -> dict[str, Tensor]:
+    """Weights that are dealt out, one after another put together, and kept on the CPU of those that want."""
+    kept = {}
+    for name, weight in weights.items():
+        whole = sharding.whole(weight.detach())
+        if is_kept:
+            kept[name] = whole.cpu()
+    return kept
 
 
 def read(path: str, dtype: torch.dtype) -> dict[str, Tensor]:

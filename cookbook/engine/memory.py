@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from cookbook.engine import mesh
 from cookbook.engine.options import EngineOptions
 
 _USEFUL_TOKENS = {"cpu": 1024, "cuda": 16384}
@@ -63,7 +64,7 @@ def limits_for(
         return MicrobatchLimits(wanted, 0 if checkpointing == "on" else 2**62)
     found = cost()
     kind = "cuda" if device.type == "cuda" else "cpu"
-    room = max(0.0, _total_memory(device) * _USABLE[kind] - reserved_bytes) / _MARGIN
+    room = max(0.0, usable_memory(device) - reserved_bytes) / _MARGIN
     tokens_without = 2**62 if checkpointing == "off" else _ratio(room, found.whole)
     if checkpointing == "on":
         tokens_without = 0
@@ -78,19 +79,19 @@ def _ratio(room: float, bytes_per_token: float) -> int:
 
 
 def measure_activations(
-    run: Callable[[], Tensor], held: Iterable[Tensor], num_tokens: int, num_layers: int, layer_bytes: int
+    run: Callable[[], Tensor], held: Collection[int], num_tokens: int, num_layers: int, layer_bytes: int
 ) -> ActivationCost:
     """What the forward pass `run` keeps besides `held`, the weights, which are there anyway.
 
-    `layer_bytes`: of the input of one layer, per token.
+    `held`: the `addresses` of them, which may change on the way. `layer_bytes`: of the input of one
+    layer, per token.
     """
-    held_storages = {tensor.untyped_storage().data_ptr() for tensor in held}
     storages: dict[int, int] = {}
     kept: list[Tensor] = []
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in held_storages:  # a frozen layer keeps a view of its weight
+        if storage.data_ptr() not in held:  # a frozen layer keeps a view of its weight
             storages[storage.data_ptr()] = storage.nbytes()
             kept.append(tensor)  # else its address could be given to another
         return tensor
@@ -101,6 +102,11 @@ def measure_activations(
     return ActivationCost(whole, layer_bytes * num_layers + whole / num_layers)
 
 
+def addresses(tensors: Iterable[Tensor]) -> set[int]:
+    """Of what holds them: a view has that of what it views."""
+    return {tensor.untyped_storage().data_ptr() for tensor in tensors}
+
+
 def bytes_for_sampling(device: torch.device) -> int:
     """How much may hold keys and values; what is sampled does not depend on it."""
     if device.type != "cuda":
@@ -108,6 +114,13 @@ def bytes_for_sampling(device: torch.device) -> int:
     free, _ = torch.cuda.mem_get_info(device)
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return int(0.8 * (free + unused))
+
+
+def usable_memory(device: torch.device) -> float:
+    """The bytes to count on. Processes of one machine share its memory, and have a GPU each."""
+    if device.type == "cuda":
+        return _total_memory(device) * _USABLE["cuda"]
+    return _total_memory(device) * _USABLE["cpu"] / mesh.local_size()
 
 
 def _total_memory(device: torch.device) -> int:

@@ -55,7 +55,8 @@ class Mesh:
         self.size = size
         self.device_group = device
         """For tensors, and for what shards weights over the processes."""
-        self._host = host
+        self.host_group = host
+        """For what the hosts tell one another."""
         self._is_broken = False
 
     @property
@@ -84,7 +85,7 @@ class Mesh:
 
         found: list[Any] = [None] * self.size
         with self._reaching_all():
-            dist.all_gather_object(found, value, group=self._host)
+            dist.all_gather_object(found, value, group=self.host_group)
         return found
 
     def of_main(self, value: T) -> T:
@@ -95,7 +96,7 @@ class Mesh:
 
         box: list[Any] = [value if self.is_main else None]
         with self._reaching_all():
-            dist.broadcast_object_list(box, src=0, group=self._host)
+            dist.broadcast_object_list(box, src=0, group=self.host_group)
         found: T = box[0]
         return found
 
@@ -108,7 +109,7 @@ class Mesh:
 
         smallest = torch.tensor(numbers, dtype=torch.int64)
         with self._reaching_all():
-            dist.all_reduce(smallest, dist.ReduceOp.MIN, group=self._host)
+            dist.all_reduce(smallest, dist.ReduceOp.MIN, group=self.host_group)
         return tuple(smallest.tolist())
 
     def agree_max(self, *numbers: int) -> tuple[int, ...]:
@@ -184,6 +185,17 @@ class Mesh:
                 for tensor, total in zip(bucket, _unflatten_dense_tensors(flat, bucket), strict=True):
                     tensor.copy_(total)
 
+    def break_off(self, error: Exception) -> TrainingError:
+        """After a failure that leaves the others waiting for this process: it takes part in nothing more.
+
+        Gives what is to be raised, which says who failed first.
+        """
+        self._is_broken = True
+        if not _is_loss(error):
+            leave_last_words(error)
+            return TrainingError(str(error))
+        return TrainingError(_why_unreachable(self.size))
+
     # -- failures ---------------------------------------------------------------------------
 
     @contextlib.contextmanager
@@ -196,6 +208,11 @@ class Mesh:
         except (RuntimeError, ValueError) as error:
             self._is_broken = True
             raise TrainingError(_why_unreachable(self.size)) from error
+
+
+def _is_loss(error: Exception) -> bool:
+    """Whether it tells of another process rather than of this one."""
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in ("gloo", "NCCL"))
 
 
 ALONE = Mesh()

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from cookbook.engine import sharding
 from cookbook.engine.mesh import Mesh
 from cookbook.errors import CheckpointError
 from cookbook.types import AdamParams
@@ -59,7 +60,9 @@ class Optimizer:
         """Sums the gradients over the processes: every one then takes the step that one alone would take."""
         if mesh.is_alone:
             return
-        masters = list(self.masters.values())
+        masters = [master for master in self.masters.values() if not sharding.is_dealt_out(master)]
+        if not masters:
+            return  # their gradients were added up in the backward pass
         is_trained = mesh.agree_max(*(master.grad is not None for master in masters))
         trained = [master for master, counts in zip(masters, is_trained, strict=True) if counts]
         for master in trained:
@@ -71,6 +74,7 @@ class Optimizer:
         """One step on the gradients, which stay; their norm before it was clipped. Waits for no device."""
         gradients = [master.grad for master in self.masters.values() if master.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients) if gradients else torch.zeros(())
+        norm = sharding.whole(norm)
         if params.grad_clip_norm > 0:
             torch.nn.utils.clip_grads_with_norm_(self.masters.values(), params.grad_clip_norm, norm)
         for group in self._adamw.param_groups:

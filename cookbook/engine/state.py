@@ -2,6 +2,7 @@
 
 adapter_config.json, adapter_model.safetensors    what PEFT saves; of a full fine-tune a model folder instead
 optimizer.safetensors                             Adam moments and step counts (training state only)
+optimizer/                                        the same in parts, of weights that were dealt out
 state.json                                        what it is, and the SHA-256 of the other files
 """
 
@@ -32,6 +33,7 @@ ADAPTER_FILE = "adapter_model.safetensors"
 ADAPTER_CONFIG_FILE = "adapter_config.json"
 MODEL_CONFIG_FILE = "config.json"
 OPTIMIZER_FILE = "optimizer.safetensors"
+OPTIMIZER_FOLDER = "optimizer"
 STATE_FILE = "state.json"
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
@@ -47,6 +49,8 @@ class StateInfo:
     rng_state: Mapping[str, Any] | None = None
     microbatch_limits: Mapping[str, int] | None = None
     """Where memory ran out: the limits since, so that a resumed run cuts its batches the same way."""
+    world_size: int = 1
+    """How many processes trained together: another number goes on to rounding, not to the bit."""
     user_metadata: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -80,10 +84,11 @@ def save(
         write_weights(folder)
         if optimizer is not None:
             _save_tensors(folder / OPTIMIZER_FILE, optimizer)
-        checksums = {file.name: _sha256(file) for file in sorted(folder.iterdir())}
+        files = sorted(file for file in folder.rglob("*") if file.is_file())
+        checksums = {file.relative_to(folder).as_posix(): _sha256(file) for file in files}
         text = json.dumps({"format": FORMAT, **asdict(info), "sha256": checksums}, indent=2)
         (folder / STATE_FILE).write_text(text + "\n")
-        for file in folder.glob("*.safetensors"):
+        for file in folder.rglob("*.safetensors"):
             shutil.copymode(folder / STATE_FILE, file)  # safetensors leaves it to its owner alone
         _sync_to_disk(folder)
 
@@ -157,7 +162,7 @@ def write_adapter(folder: Path, weights: Mapping[str, Tensor]) -> None:
 
 
 def _sync_to_disk(folder: Path) -> None:
-    for path in [*folder.iterdir(), folder]:
+    for path in [*folder.rglob("*"), folder]:
         _sync(path)
 
 
@@ -205,6 +210,7 @@ def read_info(path: str | os.PathLike[str]) -> StateInfo:
             optimizer_steps=state["optimizer_steps"],
             rng_state=state["rng_state"],
             microbatch_limits=state.get("microbatch_limits"),
+            world_size=state.get("world_size", 1),
             user_metadata=state["user_metadata"],
         )
     except (KeyError, TypeError) as error:
@@ -251,6 +257,24 @@ def _read_json(path: Path) -> dict[str, Any]:
 def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """The adapter's tensors. Raises CheckpointError where the file is missing or damaged."""
     return _read_tensors(Path(path).expanduser(), ADAPTER_FILE)
+
+
+def beside(path: Path) -> Path:
+    """A folder for what goes into a checkpoint that is being written; a later run clears it up."""
+    return path.with_name(f".{path.name}.writing-parts")
+
+
+def optimizer_folder(path: str | os.PathLike[str]) -> Path | None:
+    """Where the optimizer's tensors lie in parts, checked; None where they lie in one file."""
+    folder = Path(path).expanduser()
+    if not (folder / OPTIMIZER_FOLDER).is_dir():
+        return None
+    for name, recorded in _read_json(folder / STATE_FILE).get("sha256", {}).items():
+        if name.startswith(f"{OPTIMIZER_FOLDER}/"):
+            if not (folder / name).is_file():
+                raise CheckpointError(f"Checkpoint {folder} is incomplete: it has no {name}.")
+            _check_sum(folder / name, recorded)
+    return folder / OPTIMIZER_FOLDER
 
 
 def read_optimizer(path: str | os.PathLike[str]) -> dict[str, Tensor]:

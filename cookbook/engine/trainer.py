@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from cookbook import models
-from cookbook.engine import state
+from cookbook.engine import full_weights, sharded_state, sharding, state
 from cookbook.engine.adapters import Adapter
 from cookbook.engine.base_model import BaseModel
 from cookbook.engine.dealing import deal_out, put_together
@@ -32,6 +33,7 @@ from cookbook.engine.readback import Readback
 from cookbook.engine.results import PassResult, Scored, StepResult
 from cookbook.errors import CheckpointError, RequestError, TrainingError
 from cookbook.types import (
+    IGNORED_TARGET,
     AdamParams,
     Datum,
     LoraConfig,
@@ -173,13 +175,34 @@ class Trainer:
         """This process's share of the sequences, and the results of all shares."""
         lengths = [len(sequence) for sequence in request.sequences]
         share = deal_out(lengths, self._mesh.size)[self._mesh.rank]
-        with self._mesh.failing_together():
-            scored = self._run_share(request, share, backward)
+        if self.base.is_sharded:
+            scored = self._run_share_in_step(request, share, backward)
+        else:
+            with self._mesh.failing_together():
+                scored = self._run_share(request, share, backward)
         self._agree_on_limits()
         return PassResult.of(
             request.sequences,
             put_together(self._mesh, scored, lengths, self.base.device, request.with_likeliest),
         )
+
+    def _run_share_in_step(self, request: Request, share: list[int], backward: bool) -> Scored:
+        """With weights that all processes put together: where one fails, the others cannot go on."""
+        is_trained = any((sequence.weights_T != 0).any() for sequence in request.sequences)
+        try:
+            with self.base.adapters.using(self.adapter):
+                return self._run_microbatches(request, share, backward and is_trained)
+        except _DoesNotFit as failure:
+            num_tokens = failure.microbatch.num_tokens
+            error: Exception = TrainingError(
+                f"A micro-batch of {num_tokens} tokens does not fit in the memory of {self.base.device}, and "
+                f"with shard=full it cannot be tried again in smaller ones: the other processes wait for it. "
+                f"Start again in another log_path with max_tokens_per_microbatch={max(1, num_tokens // 2)} "
+                f"or gradient_checkpointing=on."
+            )
+        except Exception as raised:
+            error = raised
+        raise self._mesh.break_off(error) from error
 
     def _run_share(self, request: Request, share: list[int], backward: bool) -> Scored:
         """Every micro-batch once; where memory does not suffice, all again in smaller ones."""
@@ -198,8 +221,8 @@ class Trainer:
         lengths = [len(request.sequences[index]) for index in share]
         plan = plan_microbatches(lengths, self._limits.max_tokens if self.base.is_packed else 1)
         done = Scored([[share[place] for place in places] for places in plan], [], [], [], [])
-        for indices in done.plan:
-            sequences = [request.sequences[index] for index in indices]
+        for indices in self._in_step(done.plan):
+            sequences = [request.sequences[index] for index in indices] or [_nothing(request)]
             num_tokens = sum(len(sequence) for sequence in sequences)
             is_checkpointed = backward and self._limits.checkpoints(num_tokens)
             try:
@@ -210,11 +233,20 @@ class Trainer:
                     raise
                 tight = _TightMicrobatch(num_tokens, len(indices), is_checkpointed or not backward)
                 raise _DoesNotFit(tight) from None
+            if not indices:
+                continue
             done.layouts.append(batch.layout)
             done.logprobs.append(scores[0])
             done.likeliest.extend(scores[1:])
             done.losses.append(loss)
         return done
+
+    def _in_step(self, plan: list[list[int]]) -> list[list[int]]:
+        """As many micro-batches on every process where weights are put together for each: some are empty."""
+        if not self.base.is_sharded:
+            return plan
+        (most,) = self._mesh.agree_max(len(plan))
+        return [*plan, *([] for _ in range(most - len(plan)))]
 
     def _run_microbatch(
         self, batch: PackedBatch, request: Request, backward: bool, checkpoint_layers: bool
@@ -226,7 +258,7 @@ class Trainer:
             return request.loss.fn(logprobs_C, batch.weights_S[part], extras, request.loss_config)
 
         num_trained = batch.layout.num_trained
-        if backward and num_trained:
+        if backward and (num_trained or self.base.is_sharded):
             logprobs_S, loss = self.base.backpropagate(batch, token_loss, checkpoint_layers)
             self._optimizer.collect_gradients()
             return (logprobs_S,), loss
@@ -275,16 +307,55 @@ class Trainer:
             optimizer_steps=self._optimizer.num_steps if with_optimizer else 0,
             rng_state=self.rng.bit_generator.state if with_optimizer else None,
             microbatch_limits=asdict(self._limits) if with_optimizer and self._ran_out_of_memory else None,
+            world_size=self._mesh.size,
             user_metadata=self.user_metadata,
         )
         optimizer = self._optimizer.tensors() if with_optimizer else None
-        write_weights = functools.partial(self.base.adapters.write, self.adapter)
         self._check_alike()
+        if self.base.is_sharded and self.adapter.is_full:
+            self._save_parts(path, info, optimizer, overwrite)
+            return
+        write_weights = functools.partial(self.base.adapters.write, self.adapter)
         self._mesh.by_main(lambda: state.save(path, info, write_weights, optimizer, overwrite))
+
+    def _save_parts(
+        self, path: Path, info: state.StateInfo, optimizer: dict[str, Tensor] | None, overwrite: bool
+    ) -> None:
+        """The weights as one process would save them; of the optimizer each process writes its part."""
+        parts = state.beside(path)
+        weights = full_weights.whole_weights(self.adapter.weights, is_kept=self._mesh.is_main)
+        self._mesh.by_main(lambda: shutil.rmtree(parts, ignore_errors=True))
+        with self._mesh.failing_together():
+            if optimizer is not None:
+                sharded_state.write(parts, optimizer, self._mesh)
+
+        def write(folder: Path) -> None:
+            full_weights.write(self.base.model, self.base.tokenizer, folder, weights)
+            if optimizer is not None:
+                parts.rename(folder / state.OPTIMIZER_FOLDER)
+
+        self._mesh.by_main(lambda: state.save(path, info, write, None, overwrite))
+
+    def _read_weights(self, path: str, info: state.StateInfo) -> dict[str, Tensor]:
+        if not (self.base.is_sharded and self.adapter.is_full):
+            return self.base.adapters.read(path, info.lora)
+        with self._mesh.one_after_another():  # each has all of them in memory for a while
+            return self.base.adapters.read(path, info.lora)
+
+    def _read_optimizer(self, path: str) -> dict[str, Tensor]:
+        folder = state.optimizer_folder(path)
+        if folder is not None:
+            return sharded_state.read(folder, self._optimizer.masters)
+        tensors = state.read_optimizer(path)
+        for key in tensors:
+            master = self._optimizer.masters.get(key.rpartition(".")[0])
+            if master is not None and master.shape == tensors[key].shape:
+                tensors[key] = sharding.part_like(tensors[key], master)
+        return tensors
 
     def _check_alike(self) -> None:
         """Raises TrainingError where a process has come to other weights than the main one."""
-        weights = list(self.adapter.weights.values())
+        weights = [weight for weight in self.adapter.weights.values() if not sharding.is_dealt_out(weight)]
         checksums = self._mesh.gather(None if self._mesh.is_alone else state.checksum(weights))
         for rank, checksum in enumerate(checksums):
             if checksum != checksums[0]:
@@ -300,9 +371,17 @@ class Trainer:
         """
         with self._mesh.failing_together():
             info = state.read_info(path)
-            weights = self.base.adapters.read(path, info.lora)
+            weights = self._read_weights(path, info)
             check_weights_fit(path, info, weights, self.adapter, self.base)
-            optimizer = state.read_optimizer(path) if with_optimizer else None
+            optimizer = self._read_optimizer(path) if with_optimizer else None
+        if with_optimizer and info.world_size != self._mesh.size:
+            logger.info(
+                "%s was saved by a run of %d processes; this one has %d. It goes on to rounding, not "
+                "to the bit.",
+                path,
+                info.world_size,
+                self._mesh.size,
+            )
         with torch.no_grad():
             for name, parameter in self.adapter.weights.items():
                 parameter.copy_(weights[name])
@@ -315,6 +394,12 @@ class Trainer:
             if info.microbatch_limits is not None:
                 self._limits = MicrobatchLimits(**info.microbatch_limits)
                 self._ran_out_of_memory = True
+
+
+def _nothing(request: Request) -> TokenSequence:
+    """A sequence from which nothing is learned."""
+    extras = dict.fromkeys(request.sequences[0].extras, np.zeros(1, np.float32))
+    return TokenSequence(np.zeros(1, np.int64), np.full(1, IGNORED_TARGET), np.zeros(1, np.float32), extras)
 
 
 def check_weights_fit(

@@ -52,12 +52,15 @@ class _Item(Generic[Item]):
 class Engine:
     """A base model and the thread that everything on it runs on."""
 
-    def __init__(self, model_name: str, options: EngineOptions | None = None) -> None:
+    def __init__(
+        self, model_name: str, options: EngineOptions | None = None, is_trained: bool = False
+    ) -> None:
+        """`is_trained`: the model's own weights are to be."""
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine")
         self._queue: deque[_Job | _Item[Any]] = deque()
         self._lock = threading.Lock()
         self._clean_ups: deque[Callable[[], None]] = deque()
-        self.base: BaseModel = self.submit(BaseModel, model_name, options).result()
+        self.base: BaseModel = self.submit(BaseModel, model_name, options, is_trained).result()
 
     def submit(self, work: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> Future[R]:
         future: Future[R] = Future()

@@ -22,6 +22,7 @@ from cookbook.engine.base_model import BaseModel
 from cookbook.engine.memory import (
     ActivationCost,
     MicrobatchLimits,
+    addresses,
     checkpointed_layers,
     is_out_of_memory,
     limits_for,
@@ -362,12 +363,12 @@ def test_what_a_toy_model_keeps_is_counted_once_and_without_its_weights() -> Non
     """x for the weight of the first layer, what the sigmoid gives for that of the second and for itself."""
     model = nn.Sequential(nn.Linear(8, 16), nn.Sigmoid(), nn.Linear(16, 4))
     cost = measure_activations(
-        lambda: model(torch.zeros(10, 8)), model.parameters(), num_tokens=10, num_layers=2, layer_bytes=32
+        lambda: model(torch.zeros(10, 8)), addresses(model.parameters()), 10, num_layers=2, layer_bytes=32
     )
     assert cost == ActivationCost(whole=4 * (8 + 16), checkpointed=2 * 32 + 4 * (8 + 16) / 2)
     frozen = model.requires_grad_(False)
     x = torch.zeros(10, 8, requires_grad=True)
-    cost = measure_activations(lambda: frozen(x), frozen.parameters(), 10, 2, 32)
+    cost = measure_activations(lambda: frozen(x), addresses(frozen.parameters()), 10, 2, 32)
     assert cost.whole == 4 * 16
 
 

@@ -41,12 +41,21 @@ def of_one(ranks: Any, tiny_qwen3: str, tmp_path_factory: pytest.TempPathFactory
     return of_rank
 
 
-@pytest.mark.parametrize("rank", [4])
+@pytest.mark.parametrize("rank", [4, 0], ids=["lora", "full-fine-tuning"])
+@pytest.mark.parametrize("shard", ["none", "full"])
 @pytest.mark.parametrize("size", [2, 4])
 def test_several_processes_come_to_what_one_comes_to(
-    ranks: Any, tiny_qwen3: str, tmp_path: Path, of_one: Callable[[int], Any], size: int, rank: int
+    ranks: Any,
+    tiny_qwen3: str,
+    tmp_path: Path,
+    of_one: Callable[[int], Any],
+    size: int,
+    shard: str,
+    rank: int,
 ) -> None:
-    found = ranks.results("training:steps", size, model=tiny_qwen3, folder=str(tmp_path), rank=rank)
+    found = ranks.results(
+        "training:steps", size, model=tiny_qwen3, folder=str(tmp_path), rank=rank, shard=shard
+    )
     for others in found[1:]:
         assert_same(found[0], others, tolerance=0)
     assert_same(of_one(rank), found[0])
