@@ -21,7 +21,7 @@ from cookbook import (
     TrainingClient,
 )
 from cookbook.engine.sampling.decoders import PackedDecoder
-from cookbook.engine.sampling.kv_cache import Row
+from cookbook.engine.sampling.kv_cache import KVCache, Row, Slab
 from cookbook.errors import RequestError
 
 PROMPT = ModelInput.from_ints([5, 17, 31, 8])
@@ -244,6 +244,16 @@ def test_requests_that_wait_together_share_the_passes_of_the_model(
     futures = [sampling_client.sample(PROMPT, 1, each) for each in params]
     assert all(len(future.sequences[0].tokens) == 8 for future in futures)
     assert steps == [16] * 7
+
+
+def test_sampling_leaves_nothing_behind_but_the_answer(client: TrainingClient) -> None:
+    """No keys and values, and the weights that it samples with are the trainer's own."""
+    snapshot = client.save_weights_and_get_sampling_client()
+    futures = [snapshot.sample(PROMPT, 2, SamplingParams(max_tokens=length)) for length in (3, 30, 200)]
+    assert all(future.sequences for future in futures)
+    client._engine.submit(gc.collect).result()
+    assert not [thing for thing in gc.get_objects() if isinstance(thing, (KVCache, Slab))]
+    assert snapshot._engine.base is client._engine.base
 
 
 def test_the_order_of_the_queue_holds_between_samples_and_steps(client: TrainingClient) -> None:

@@ -1,9 +1,10 @@
 """From logits to the next token of every continuation.
 
 Each row has its own temperature, top-k, top-p and uniform number, and what is chosen for it depends on
-nothing else, so that a continuation is the same whatever it shares a batch with.
+nothing else, so that a continuation is the same whatever it shares a batch with. The vocabulary is never
+sorted.
 
-Shape suffixes: R rows, V vocabulary, B blocks of the vocabulary, K candidates.
+Shape suffixes: R rows, V vocabulary, B blocks of the vocabulary, K tokens of a block.
 """
 
 from __future__ import annotations
@@ -12,14 +13,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from cookbook.types import SamplingParams
 
 _BLOCK = 1024
-"""A draw from the whole vocabulary goes by blocks first, then within one."""
-_FIRST_CANDIDATES = 512
-"""Of a truncated distribution, before it is known how many tokens it has."""
+"""A draw goes by blocks of the vocabulary first, then within one."""
+_NUM_BUCKETS = (0x3F80_0000 >> 16) + 1
+"""Of floats in [0, 1] by their first 16 bits: 1.0 is alone in the last."""
+_ELEMENTS_AT_A_TIME = {"cpu": 2**20, "cuda": 2**27}
+"""Of logits: on a CPU what stays in the cache."""
 
 
 @dataclass(frozen=True)
@@ -36,96 +40,94 @@ def choose(logits_RV: Tensor, params: Sequence[SamplingParams], uniforms: Sequen
     Top-k keeps every token as likely as the k-th; top-p keeps, of those, the likeliest until their
     share reaches p. Equal logits rank by token id.
     """
-    tokens_R = torch.empty(len(params), dtype=torch.long, device=logits_RV.device)
-    uniforms_R = torch.tensor(uniforms, dtype=torch.float64, device=logits_RV.device)
-    for rows, kind in _by_kind(params):
-        index_R = torch.tensor(rows, device=logits_RV.device)
-        part_RV = logits_RV if len(rows) == len(params) else logits_RV[index_R]
-        if kind == "greedy":
-            chosen_R = part_RV.argmax(-1)
-        else:
-            temperature_R1 = torch.tensor([[params[row].temperature] for row in rows])
-            scaled_RV = part_RV
-            if not bool((temperature_R1 == 1).all()):
-                scaled_RV = part_RV / temperature_R1.to(logits_RV.device)
-            if kind == "whole":
-                chosen_R = _draw(scaled_RV, uniforms_R[index_R])
-            else:
-                chosen_R = _draw_truncated(scaled_RV, [params[row] for row in rows], uniforms_R[index_R])
-        tokens_R[index_R] = chosen_R
-    logits_R = logits_RV.gather(1, tokens_R[:, None])[:, 0]
-    return Choice(tokens_R, logits_R - logits_RV.logsumexp(-1))
+    kind = "cuda" if logits_RV.is_cuda else "cpu"
+    num_rows = max(1, _ELEMENTS_AT_A_TIME[kind] // logits_RV.shape[1])
+    parts = [
+        _choose(logits_RV[first : first + num_rows], params[first:][:num_rows], uniforms[first:][:num_rows])
+        for first in range(0, len(params), num_rows)
+    ]
+    return Choice(
+        torch.cat([part.tokens_R for part in parts]), torch.cat([part.logprobs_R for part in parts])
+    )
 
 
-def _by_kind(params: Sequence[SamplingParams]) -> list[tuple[list[int], str]]:
-    """Rows that are treated alike."""
-    kinds: dict[str, list[int]] = {}
-    for row, each in enumerate(params):
-        is_truncated = each.top_k > 0 or each.top_p < 1
-        kind = "greedy" if each.temperature == 0 else "truncated" if is_truncated else "whole"
-        kinds.setdefault(kind, []).append(row)
-    return [(rows, kind) for kind, rows in kinds.items()]
+def _choose(logits_RV: Tensor, params: Sequence[SamplingParams], uniforms: Sequence[float]) -> Choice:
+    def column(values: Sequence[float], dtype: torch.dtype = torch.float64) -> Tensor:
+        return torch.tensor(values, dtype=dtype, device=logits_RV.device)[:, None]
+
+    highest_R1, tokens_R1 = logits_RV.max(-1, keepdim=True)
+    terms_RV = (logits_RV - highest_R1).exp_()
+    log_total_R1 = terms_RV.sum(-1, keepdim=True).log_() + highest_R1
+    drawn = [row for row, each in enumerate(params) if each.temperature > 0]
+    if drawn:
+        rows_R = torch.tensor(drawn, device=logits_RV.device)
+        if len(drawn) < len(params):
+            terms_RV = terms_RV[rows_R]
+        temperature_R1 = column([params[row].temperature for row in drawn], torch.float32)
+        if any(params[row].temperature != 1 for row in drawn):
+            terms_RV = ((logits_RV[rows_R] - highest_R1[rows_R]) / temperature_R1).exp_()
+        terms_RV = _keep_top_k(terms_RV, [params[row].top_k for row in drawn])
+        if any(params[row].top_p < 1 for row in drawn):
+            terms_RV = _keep_top_p(terms_RV, column([params[row].top_p for row in drawn]))
+        tokens_R1[rows_R] = _draw(terms_RV, column([uniforms[row] for row in drawn]))
+    return Choice(tokens_R1[:, 0], (logits_RV.gather(1, tokens_R1) - log_total_R1)[:, 0])
 
 
-def _draw(scaled_RV: Tensor, uniforms_R: Tensor) -> Tensor:
-    """By the softmax of each row: the token at which the running sum passes the uniform number."""
-    num_rows, vocab_size = scaled_RV.shape
-    terms_RV = (scaled_RV - scaled_RV.amax(-1, keepdim=True)).exp_()
-    padding = -vocab_size % _BLOCK
-    if padding:
-        terms_RV = torch.nn.functional.pad(terms_RV, (0, padding))
-    terms_RBK = terms_RV.view(num_rows, -1, _BLOCK)
-    sums_RB = terms_RBK.sum(-1, dtype=torch.float32).double()
-    block_R, left_R = _find(sums_RB, uniforms_R * sums_RB.sum(-1))
-    within_RK = terms_RBK[torch.arange(num_rows, device=scaled_RV.device), block_R].double()
-    # Rounding may leave a little more than the block holds: then its last token with any share is meant.
-    within_R, _ = _find(within_RK, torch.minimum(left_R, within_RK.sum(-1)))
-    return block_R * _BLOCK + within_R
+def _keep_top_k(terms_RV: Tensor, top_k: Sequence[int]) -> Tensor:
+    """Zeros where a term is smaller than the k-th of its row; terms are exp(logit), up to a factor."""
+    vocab_size = terms_RV.shape[1]
+    k = [each if 0 < each < vocab_size else vocab_size for each in top_k]
+    if min(k) == vocab_size:
+        return terms_RV
+    most = max(each for each in k if each < vocab_size)
+    ranked_RK = terms_RV.topk(most).values
+    kth_R = ranked_RK.gather(1, torch.tensor([[min(each, most) - 1] for each in k], device=terms_RV.device))
+    unlimited_R1 = torch.tensor([[each == vocab_size] for each in k], device=terms_RV.device)
+    return terms_RV * ((terms_RV >= kth_R) | unlimited_R1)
 
 
-def _find(shares_RK: Tensor, wanted_R: Tensor) -> tuple[Tensor, Tensor]:
-    """Where the running sum of the shares passes `wanted`, and what is wanted behind that place's begin."""
-    ends_RK = shares_RK.cumsum(-1)
-    is_passed_RK = (ends_RK > wanted_R[:, None]) & (shares_RK > 0)
-    last_R = shares_RK.shape[-1] - 1 - (shares_RK > 0).flip(-1).int().argmax(-1)
-    place_R = torch.where(is_passed_RK.any(-1), is_passed_RK.int().argmax(-1), last_R)
-    begin_R = (ends_RK - shares_RK).gather(1, place_R[:, None])[:, 0]
-    return place_R, (wanted_R - begin_R).clamp_min(0)
+def _keep_top_p(terms_RV: Tensor, top_p_R1: Tensor) -> Tensor:
+    """Zeros behind the likeliest terms whose sum reaches a share of p of their row's.
+
+    Terms lie in (0, 1], where floats are in the order of their bits. So their first 16 bits put them into
+    buckets, the bucket at the border is found by the buckets' sums, and only what is in it is sorted.
+    """
+    bucket_RV = (terms_RV.view(torch.int32) >> 16).long()
+    sums_RB = terms_RV.new_zeros(len(terms_RV), _NUM_BUCKETS).scatter_add_(1, bucket_RV, terms_RV).double()
+    above_RB = sums_RB.flip(-1).cumsum(-1).flip(-1) - sums_RB  # of the buckets above each
+    wanted_R1 = top_p_R1 * sums_RB.sum(-1, keepdim=True)
+    # The lowest bucket with less than is wanted above it, of those that hold anything.
+    border_R1 = ((above_RB < wanted_R1) & (sums_RB > 0)).int().argmax(-1, keepdim=True)
+    kept_RV = bucket_RV > border_R1
+    missing_R1 = wanted_R1 - above_RB.gather(1, border_R1)
+    for row, at_border_V in enumerate(bucket_RV == border_R1):
+        ids_K = at_border_V.nonzero()[:, 0]
+        ranked_K, order_K = terms_RV[row, ids_K].sort(descending=True, stable=True)
+        before_K = ranked_K.double().cumsum(0) - ranked_K.double()
+        num_kept = (before_K < missing_R1[row]).sum().clamp_min(1)
+        kept_RV[row, ids_K[order_K[:num_kept]]] = True
+    return terms_RV * kept_RV
 
 
-def _draw_truncated(scaled_RV: Tensor, params: Sequence[SamplingParams], uniforms_R: Tensor) -> Tensor:
-    """As `_draw`, among the tokens that top-k and top-p keep."""
-    device, vocab_size = scaled_RV.device, scaled_RV.shape[-1]
-    top_p_R1 = torch.tensor([[each.top_p] for each in params], dtype=torch.float64, device=device)
-    top_k = [each.top_k if 0 < each.top_k < vocab_size else vocab_size for each in params]
-    kth_R1 = torch.tensor([[k - 1] for k in top_k], device=device)
-    has_top_k_R1 = kth_R1 < vocab_size - 1
-    log_total_R1 = scaled_RV.logsumexp(-1, keepdim=True).double()
-    num_candidates = min(vocab_size, max(_FIRST_CANDIDATES, *(k + 1 for k in top_k if k < vocab_size), 1))
-    while True:
-        logits_RK, ids_RK = _ranked(scaled_RV, num_candidates)
-        kth_logit_R1 = logits_RK.gather(1, kth_R1.clamp_max(num_candidates - 1))
-        in_top_k_RK = ~has_top_k_R1 | (logits_RK >= kth_logit_R1)
-        shares_RK = (logits_RK.double() - log_total_R1).exp()
-        # Of the top k their own sum is the whole; without them it is 1.
-        top_k_sum_R1 = (shares_RK * in_top_k_RK).sum(-1, keepdim=True)
-        shares_RK = shares_RK / torch.where(has_top_k_R1, top_k_sum_R1, torch.ones_like(top_k_sum_R1))
-        kept_RK = in_top_k_RK & (shares_RK.cumsum(-1) - shares_RK < top_p_R1)
-        # All that are kept were ranked if every one is likelier than the last that was.
-        if num_candidates == vocab_size or not bool((kept_RK & (logits_RK == logits_RK[:, -1:])).any()):
-            break
-        num_candidates = min(vocab_size, 8 * num_candidates)
-    shares_RK = shares_RK * kept_RK
-    place_R, _ = _find(shares_RK, uniforms_R * shares_RK.sum(-1))
-    return ids_RK.gather(1, place_R[:, None])[:, 0]
+def _draw(terms_RV: Tensor, uniforms_R1: Tensor) -> Tensor:
+    """[R, 1]: the token of each row at which the running sum of its terms passes a share of the whole."""
+    terms_RBK = F.pad(terms_RV, (0, -terms_RV.shape[1] % _BLOCK)).view(len(terms_RV), -1, _BLOCK)
+    sums_RB = terms_RBK.sum(-1).double()
+    block_R1, left_R1 = _find(sums_RB, uniforms_R1 * sums_RB.sum(-1, keepdim=True))
+    terms_RK = terms_RBK.take_along_dim(block_R1[:, :, None], dim=1)[:, 0].double()
+    place_R1, _ = _find(terms_RK, left_R1)
+    return block_R1 * _BLOCK + place_R1
 
 
-def _ranked(scaled_RV: Tensor, num_candidates: int) -> tuple[Tensor, Tensor]:
-    """The likeliest tokens of each row, likeliest first, equal ones by id: logits [R, K] and ids [R, K]."""
-    if num_candidates == scaled_RV.shape[-1]:
-        logits_RK, ids_RK = scaled_RV.sort(dim=-1, descending=True, stable=True)
-        return logits_RK, ids_RK
-    logits_RK, ids_RK = scaled_RV.topk(num_candidates, sorted=False)
-    ids_RK, order_RK = ids_RK.sort(-1)
-    logits_RK, order_RK = logits_RK.gather(1, order_RK).sort(dim=-1, descending=True, stable=True)
-    return logits_RK, ids_RK.gather(1, order_RK)
+def _find(terms_RK: Tensor, wanted_R1: Tensor) -> tuple[Tensor, Tensor]:
+    """Where the running sum of a row passes `wanted`, and what of it is behind that place's begin.
+
+    Where rounding leaves more to find than there is, the last place that has anything is meant.
+    """
+    ends_RK = terms_RK.cumsum(-1)
+    has_term_RK = terms_RK > 0
+    is_passed_RK = (ends_RK > wanted_R1) & has_term_RK
+    last_R1 = terms_RK.shape[1] - 1 - has_term_RK.flip(-1).int().argmax(-1, keepdim=True)
+    first_R1 = is_passed_RK.int().argmax(-1, keepdim=True)
+    place_R1 = torch.where(is_passed_RK.any(-1, keepdim=True), first_R1, last_R1)
+    return place_R1, (wanted_R1 - (ends_RK - terms_RK).gather(1, place_R1)).clamp_min_(0)
