@@ -68,7 +68,8 @@ def noisy_lines(name: str, series: Series, colour: int, most: int) -> list[dict[
 
 
 def chart(title: str, series: Sequence[dict[str, Any]], **options: Any) -> Chart:
-    can_be_log = all(value > 0 for one in series for value in one["y"])
+    values = [value for one in series for value in one["y"]]
+    can_be_log = min(values) > 0 and max(values) > 3 * min(values)
     return {"title": title, "series": list(series), "canBeLog": can_be_log, **options}
 
 
@@ -168,11 +169,21 @@ def time_chart(run: RunRecord) -> Chart | None:
         )  # fmt: skip
     means = np.histogram(whole.steps, bins=edges, weights=whole.values)[0] / counts
     series = [_seconds("whole step", 0, first, rounded(means))]
-    note = "the mean of each stretch" if counts.max() > 1 else None
+    note = f"means of {counts.max():,} steps" if counts.max() > 1 else None
     if counts.max() > 1:
         slowest = np.maximum.reduceat(whole.values, starts[:-1])
         series.append(_seconds("slowest step of a stretch", 1, first, rounded(slowest)) | {"dash": "dotted"})
-    return chart("Seconds of a step", series, layers=layers, fromZero=True, height=280, note=note)
+    cut = _ceiling(whole.values)
+    options = {"ceiling": cut, "highest": float(whole.values.max())} if cut else {}
+    return chart("Seconds of a step", series, layers=layers, fromZero=True, height=280, note=note) | {
+        "canBeLog": False, **options,
+    }  # fmt: skip
+
+
+def _ceiling(values: np.ndarray) -> float | None:
+    """Where to cut what would flatten everything else, as the first step of a run does; None for nowhere."""
+    usual = float(np.quantile(values, 0.95))
+    return 2.5 * usual if values.max() > 6 * usual else None
 
 
 def _seconds(label: str, colour: int, x: list[int], y: list[float]) -> dict[str, Any]:
@@ -208,7 +219,13 @@ def charts_of_several(runs: Mapping[str, RunRecord]) -> list[Chart]:
                 found = Series(found.steps, values)
             series.append(line(run_name, found, index, most) | {"dash": dash(index)})
         smoothed = "running means" if name in _NOISY else None
-        charts.append(chart(_TITLES.get(name, name), series, legend=False, note=smoothed, height=260))
+        values = [value for one in series for value in one["y"]]
+        charts.append(
+            chart(
+                _TITLES.get(name, name), series, legend=False, note=smoothed, height=260,
+                log=name.endswith("/nll") and is_wide(min(values), max(values)),
+            )
+        )  # fmt: skip
     return charts
 
 

@@ -69,12 +69,14 @@ class Chart {
     this.figure = figure;
     this.spec = spec;
     this.isLog = Boolean(spec.log);
+    this.isWhole = false;
     this.all = [...(spec.layers || []), ...spec.series];
     this.bounds = this.steps();
     this.heading = element("figcaption", {}, figure);
     element("span", { class: "title" }, this.heading, spec.title);
     if (spec.note) element("span", { class: "note" }, this.heading, spec.note);
-    if (spec.canBeLog) this.addLogButton();
+    if (spec.canBeLog) this.addSwitch("log", "Logarithmic axis", "isLog");
+    if (spec.ceiling) this.addSwitch("spikes", `Show all of it, up to ${formatted(spec.highest)}`, "isWhole");
     if (this.all.length > 1 && spec.legend !== false) this.addLegend();
     this.plot = element("div", { class: "plot" }, figure);
     this.svg = element("svg:svg", { role: "img", tabindex: "0", "aria-label": this.summary() }, this.plot);
@@ -100,12 +102,12 @@ class Chart {
     return `${this.spec.title}: ${parts.join("; ")}. Arrow keys read the values.`;
   }
 
-  addLogButton() {
-    const button = element("button", { type: "button", class: "log", "aria-pressed": this.isLog }, this.heading, "log");
-    button.title = "Logarithmic axis";
+  addSwitch(name, title, property) {
+    const state = { type: "button", class: "switch", "aria-pressed": this[property], title };
+    const button = element("button", state, this.heading, name);
     button.onclick = () => {
-      this.isLog = !this.isLog;
-      button.setAttribute("aria-pressed", this.isLog);
+      this[property] = !this[property];
+      button.setAttribute("aria-pressed", this[property]);
       this.draw();
     };
   }
@@ -161,6 +163,7 @@ class Chart {
     for (const { x, top } of this.stacked) for (let i = 0; i < x.length; i++) take(x, top, i);
     if (low > high) return this.isLog ? [0.1, 1] : [0, 1];
     if (this.spec.fromZero && !this.isLog) low = Math.min(0, low);
+    if (this.spec.ceiling && !this.isWhole && !shared.zoom) high = Math.min(high, this.spec.ceiling);
     if (low === high) return this.isLog ? [low / 2, high * 2] : [low - Math.abs(low || 1) * 0.1, high + Math.abs(high || 1) * 0.1];
     if (this.isLog) return [low / 1.08, high * 1.08];
     const margin = (high - low) * 0.05;

@@ -1,0 +1,81 @@
+"""The page of a run that is going on."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import time
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from cookbook import cli
+from cookbook.report import live
+from cookbook.report.live import ReportLogger
+from cookbook.supervised import train
+from recipes.sft import DEFAULTS
+
+
+def test_a_run_leaves_its_page_its_picture_and_its_machine(tmp_path: Path) -> None:
+    argv = [f"log_path={tmp_path / 'run'}", "max_steps=3", "infrequent_eval_every=0", "test_size=8"]
+    summary = asyncio.run(train.main(cli.make_config(train.Config, DEFAULTS, argv)))
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "finished" in page
+    assert f"{summary.metrics['test/nll']:.4f}" in page or f"{summary.metrics['test/nll']:.4g}" in page
+    assert "Tokens of an example" in page, "the histogram of lengths"
+    assert (tmp_path / "run" / "curves.png").stat().st_size > 5_000
+    machine = json.loads((tmp_path / "run" / "environment.json").read_text())
+    assert machine["device"] == "cpu"
+    assert machine["torch"]
+    assert machine["torch"] in page
+
+
+def test_a_page_is_there_before_the_run_is_over(make_run: Callable[..., Path]) -> None:
+    run = make_run()
+    logger = ReportLogger(run)
+    logger.log(0, {})
+    deadline = time.monotonic() + 60
+    while not (run / "report.html").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert "<h1>run</h1>" in (run / "report.html").read_text()
+    logger.close()
+
+
+def test_pages_are_written_for_a_hundredth_of_the_time_at_most(
+    make_run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 0.0
+    written = []
+
+    def write(folder: Path, with_curves: bool) -> None:
+        nonlocal now
+        written.append(now)
+        now += 1.0  # a slow page: of a long run
+
+    monkeypatch.setattr(live, "write_report", write)
+    monkeypatch.setattr(live, "time", SimpleNamespace(monotonic=lambda: now))
+    logger = ReportLogger(make_run())
+    for step in range(1_000):
+        logger.log(step, {})
+        assert logger._thread is not None
+        logger._thread.join()
+        now += 1.0
+    assert 9 <= len(written) <= 11
+    assert all(later - earlier >= 100 for earlier, later in pairwise(written))
+
+
+def test_a_page_that_cannot_be_written_is_one_warning(
+    make_run: Callable[..., Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    run = make_run()
+    (run / "data.json").write_text("{")
+    logger = ReportLogger(run)
+    with caplog.at_level(logging.WARNING):
+        logger._write()
+        logger.close()
+    assert len(caplog.records) == 1
+    assert "report.html could not be written: DataError" in caplog.text

@@ -1,0 +1,387 @@
+"""report.html, as a browser shows it."""
+
+from __future__ import annotations
+
+import http.server
+import json
+import math
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from cookbook.errors import ConfigError, DataError
+from cookbook.report import write_report
+
+MakeRun = Callable[..., Path]
+
+CURVES_OF = """(() => {
+  const found = {};
+  for (const group of document.querySelectorAll("figure g[data-series]")) {
+    const title = group.closest("figure").querySelector(".title").textContent;
+    const kind = group.classList.contains("raw") ? " raw" : "";
+    const points = group.querySelector("path").getAttribute("d").slice(1).split("L");
+    found[title + ": " + group.dataset.series + kind] = points.map(point => point.split(" ").map(Number));
+  }
+  return found;
+})()"""
+
+
+def rows_of(run: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def is_drawn_to_scale(points: list[list[float]], steps: list[float], values: list[float]) -> bool:
+    """Whether pixels are a linear function of the data, upwards and to the right."""
+    assert len(points) == len(steps)
+    x, y = np.asarray(points).T
+    (right, x_offset), (up, y_offset) = np.polyfit(steps, x, 1), np.polyfit(values, y, 1)
+    is_exact = np.allclose(x, right * np.asarray(steps) + x_offset, atol=0.02) and np.allclose(
+        y, up * np.asarray(values) + y_offset, atol=0.02
+    )
+    return is_exact and right > 0 and up < 0
+
+
+# -- what is on it ------------------------------------------------------------------------------------
+
+
+def test_the_curves_have_the_points_of_the_metrics(make_run: MakeRun, browser: Any) -> None:
+    run = make_run()
+    browser.open(write_report(run))
+    assert browser.errors == []
+    curves = browser.evaluate(CURVES_OF)
+    rows = rows_of(run)
+
+    def check(curve: str, metric: str, change: Callable[[float], float] = float) -> None:
+        measured = [(row["step"], change(row[metric])) for row in rows if metric in row]
+        steps, values = zip(*measured, strict=True)
+        assert is_drawn_to_scale(curves[curve], steps, values), curve
+
+    check("Loss, nats per trained token: train/nll raw", "train/nll")
+    check("Loss, nats per trained token: test/nll", "test/nll")
+    check("test/exact_match: test/exact_match", "test/exact_match")
+    check("test/…/nll: test/turn_2/nll", "test/turn_2/nll")
+    check("Learning rate: optim/learning_rate", "optim/learning_rate")
+    check("Throughput, tokens per second: perf/tokens_per_second raw", "perf/tokens_per_second")
+    browser.evaluate('[...document.querySelectorAll(".switch")].find(b => b.textContent == "log").click()')
+    curves = browser.evaluate(CURVES_OF)
+    check("Loss, nats per trained token: train/nll raw", "train/nll", math.log)
+    assert browser.errors == []
+
+
+def test_times_are_stacked_to_the_height_of_their_sum(make_run: MakeRun, browser: Any) -> None:
+    browser.open(write_report(make_run()))
+    tops = browser.evaluate(
+        """Object.fromEntries([...document.querySelectorAll("path.layer")].map(path => [
+             path.dataset.series,
+             path.getAttribute("d").slice(1, -1).split("L").map(p => +p.split(" ")[1])]))"""
+    )
+    assert set(tops) == {"perf/seconds_forward_backward", "perf/seconds_waited_for_batch"}, "not seconds_left"
+    floor = max(max(heights) for heights in tops.values())
+    first, second = tops["perf/seconds_forward_backward"][0], tops["perf/seconds_waited_for_batch"][0]
+    assert (floor - second) / (floor - first) == pytest.approx((0.06 + 0.02) / 0.06, rel=1e-3)
+    # Two edges a step, there and back.
+    assert all(len(heights) == 2 * 2 * 200 for heights in tops.values())
+
+
+def test_a_step_that_towers_over_the_others_does_not_flatten_them(make_run: MakeRun, browser: Any) -> None:
+    browser.open(write_report(make_run()))
+    highest = """[...document.querySelectorAll("figure")].find(f => f.innerText.startsWith("Seconds"))
+                   .querySelector("path.curve").getBBox().y"""
+    assert browser.evaluate(highest) < 0, "beyond the top"
+    browser.evaluate('[...document.querySelectorAll(".switch")].find(b => b.textContent == "spikes").click()')
+    assert browser.evaluate(highest) >= 0
+
+
+def test_the_figures_at_the_top_are_those_of_the_run(make_run: MakeRun, browser: Any) -> None:
+    run = make_run()
+    (run / "environment.json").write_text('{"device": "NVIDIA H100", "dtype": "bfloat16", "torch": "2.13"}')
+    browser.open(write_report(run))
+    facts = browser.evaluate(
+        """Object.fromEntries([...document.querySelectorAll("main > .facts > div")].map(
+             div => [div.querySelector("dt").innerText, div.querySelector("dd").innerText.split("\\n")]))"""
+    )
+    last = rows_of(run)[-1]
+    assert facts["Steps"] == ["200", "finished"]
+    assert facts["test/nll"][0] == f"{last['test/nll']:.4f}"
+    assert facts["Time"] == ["22 s", "18.2% of it waiting for data"]
+    assert facts["Tokens"] == ["80,000", "36,000 of them trained"]
+    assert facts["Tokens per second"][0] == f"{80_000 / 22:,.0f}"
+    assert facts["Device"] == ["NVIDIA H100", "bfloat16"]
+    text = browser.evaluate("document.body.innerText")
+    for words in ("1,392", "757", "98", "chats.jsonl:7: no assistant message <b>", "torch"):
+        assert words in text, words
+
+
+def test_checkpoints_are_links_and_the_best_is_marked(make_run: MakeRun, browser: Any) -> None:
+    run = make_run()
+    browser.open(write_report(run))
+    rows = browser.evaluate(
+        """[...document.querySelectorAll("#checkpoints tbody tr")].map(
+             row => [row.innerText, row.querySelector("a")?.getAttribute("href") ?? null])"""
+    )
+    assert "is gone" in rows[0][0]
+    assert rows[0][1] is None
+    assert "best" in rows[1][0]
+    assert "0.4" in rows[1][0]
+    assert (run / rows[1][1]).is_dir()
+
+
+def test_what_was_set_comes_before_what_was_left_alone(make_run: MakeRun, browser: Any) -> None:
+    browser.open(write_report(make_run(lora_rank=8, num_epochs=1)))
+    listed = """[...document.querySelectorAll("#config %s .settings dt")].map(key => key.textContent)"""
+    changed = browser.evaluate(listed % "h2 ~")
+    left = browser.evaluate(listed % "details")
+    assert {"model_name", "lora_rank", "learning_rate"} <= set(changed) - set(left)
+    assert "num_epochs" in left
+
+
+def test_a_prompt_is_picked_and_its_reply_at_each_evaluation_read(make_run: MakeRun, browser: Any) -> None:
+    browser.open(write_report(make_run()))
+    shown = 'document.querySelector("#samples .group:not(.left-out)").innerText'
+    assert "Who are you?" in browser.evaluate(shown)
+    steps = browser.evaluate(
+        """[...document.querySelectorAll("#samples .group:not(.left-out) td:first-child")]
+             .map(cell => cell.innerText)"""
+    )
+    assert steps == ["0", "50", "100", "150", "200"]
+    browser.evaluate("""document.querySelector("#samples .picker button:nth-of-type(2)").click()""")
+    assert "window.forged" in browser.evaluate(shown)
+    assert "Who are you?" not in browser.evaluate(shown)
+
+
+# -- using it -----------------------------------------------------------------------------------------
+
+
+def test_pointing_reads_the_values_dragging_zooms_and_a_double_click_goes_back(
+    make_run: MakeRun, browser: Any
+) -> None:
+    run = make_run()
+    browser.open(write_report(run))
+    box = browser.evaluate(
+        """(() => { const box = document.querySelector("figure svg").getBoundingClientRect();
+                    return [box.x, box.y, box.width, box.height]; })()"""
+    )
+    x, y, width, height = box
+    browser.mouse("mouseMoved", x + width / 2, y + height / 2)
+    readout = browser.evaluate('document.querySelector("figure .readout").innerText')
+    step = int(readout.split("\n")[0].removeprefix("step "))
+    assert 90 < step < 110
+    assert f"{rows_of(run)[step]['train/nll']:.4g}" in readout
+    assert browser.evaluate('document.querySelectorAll("line.cursor").length') > 4, "in every chart"
+
+    browser.mouse("mousePressed", x + width / 2, y + height / 2, held=True)
+    browser.mouse("mouseMoved", x + width * 0.75, y + height / 2, held=True)
+    browser.mouse("mouseReleased", x + width * 0.75, y + height / 2)
+    ticks = """[...document.querySelectorAll("figure")].slice(0, 2).map(figure => Math.min(
+                 ...[...figure.querySelectorAll(".grid text:not([text-anchor=end])")]
+                   .map(text => +text.textContent)))"""
+    assert min(browser.evaluate(ticks)) >= 90
+    assert browser.evaluate('document.querySelector(".all-steps").hidden') is False
+    for clicks in (1, 2):
+        browser.mouse("mousePressed", x + width / 2, y + height / 2, held=True, clicks=clicks)
+        browser.mouse("mouseReleased", x + width / 2, y + height / 2, clicks=clicks)
+    assert browser.evaluate(ticks) == [0, 0]
+
+    browser.evaluate('document.querySelector("figure svg").focus()')
+    browser.press("Home")
+    browser.press("ArrowRight")
+    assert browser.evaluate('document.querySelector("figure [aria-live]").textContent').startswith("step 1 ")
+    browser.evaluate("""document.querySelector('.legend [data-series="test/nll"]').click()""")
+    assert not [curve for curve in browser.evaluate(CURVES_OF) if curve.endswith(": test/nll")]
+    assert browser.errors == []
+
+
+@pytest.mark.parametrize("width", [400, 1400])
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+def test_nothing_hangs_over_the_edge_and_text_stands_out(
+    width: int, dark: bool, make_run: MakeRun, browser: Any
+) -> None:
+    browser.open(write_report(make_run()), width=width, dark=dark)
+    assert browser.evaluate("document.documentElement.scrollWidth") <= width
+    assert browser.evaluate(CONTRAST) >= 4.5
+
+
+CONTRAST = """(() => {
+  const parts = colour => colour.match(/[\\d.]+/g).map(Number);
+  const linear = v => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4;
+  const light = colour => {
+    const [r, g, b] = parts(colour).map(v => linear(v / 255));
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+  };
+  const behind = element => {
+    for (let at = element; at; at = at.parentElement) {
+      const colour = getComputedStyle(at).backgroundColor;
+      if (parts(colour)[3] !== 0) return light(colour);
+    }
+    return 1;
+  };
+  const ratios = [];
+  for (const element of document.querySelectorAll("body *")) {
+    const hasText = [...element.childNodes].some(node => node.nodeType === 3 && node.data.trim());
+    if (!hasText || !element.checkVisibility() || element.disabled) continue;
+    const style = getComputedStyle(element);
+    const text = light(element instanceof SVGElement ? style.fill : style.color), paper = behind(element);
+    ratios.push((Math.max(text, paper) + 0.05) / (Math.min(text, paper) + 0.05));
+  }
+  return Math.min(...ratios);
+})()"""
+
+
+def test_controls_and_charts_have_names(make_run: MakeRun, browser: Any) -> None:
+    browser.open(write_report(make_run()))
+    nameless = browser.evaluate(
+        """[...document.querySelectorAll("button, select, svg")].filter(element => !(
+             element.innerText || element.getAttribute("aria-label") || element.closest("label"))).length"""
+    )
+    assert nameless == 0
+    label = browser.evaluate('document.querySelector("figure svg").getAttribute("aria-label")')
+    assert label.startswith("Loss, nats per trained token: train/nll")
+    assert "step 200" in label
+
+
+# -- what must not happen -----------------------------------------------------------------------------
+
+
+def test_hostile_text_is_text(make_run: MakeRun, browser: Any) -> None:
+    hostile = "</title></script><script>window.forged=1</script><img src=x onerror='window.forged=2'>"
+    run = make_run(model_name=hostile, system_prompt=hostile)
+    rows = rows_of(run)
+    (run / "metrics.jsonl").write_text(
+        "".join(json.dumps({**row, f"test/{hostile}": 1.5}) + "\n" for row in rows)
+    )
+    browser.open(write_report(run))
+    assert browser.evaluate("window.forged ?? null") is None
+    assert browser.evaluate('document.querySelectorAll("img").length') == 0
+    assert browser.evaluate("document.body.innerText").count(hostile) >= 3
+    assert browser.errors == []
+
+
+def test_nothing_is_asked_of_the_network_even_by_forged_markup(make_run: MakeRun, browser: Any) -> None:
+    asked = []
+
+    class Server(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        page = write_report(make_run())
+        browser.open(page)
+        assert browser.requests == [page.as_uri()]
+        # Were the escaping ever to fail, the page's own policy would still stop it.
+        forged = f"<img src='{address}/img'><script>fetch('{address}/fetch'); window.forged = 1</script>"
+        text = page.read_text()
+        assert address not in text
+        page.write_text(text.replace("<h1>", f"{forged}<h1>"))
+        browser.open(page)
+        assert browser.evaluate("window.forged ?? null") is None
+        server.shutdown()
+    assert asked == []
+
+
+def test_a_page_needs_no_other_file() -> None:
+    page_dir = Path(write_report.__code__.co_filename).parent / "page"
+    for file in page_dir.iterdir():
+        text = file.read_text().replace("http://www.w3.org/2000/svg", "")
+        for outside in ("http:", "https:", "//cdn", "@import", "src=", 'rel="stylesheet"'):
+            assert outside not in text, (file.name, outside)
+
+
+# -- runs of every size -------------------------------------------------------------------------------
+
+
+def test_a_run_of_100_000_steps_makes_a_small_page_that_keeps_its_spike(
+    make_run: MakeRun, browser: Any
+) -> None:
+    run = make_run(num_steps=2)
+    rng = np.random.default_rng(0)
+    with (run / "metrics.jsonl").open("w") as file:
+        for step in range(100_000):
+            row: dict[str, float] = {f"optim/norm_{i}": rng.random() for i in range(12)}
+            row |= {
+                "step": step,
+                "train/nll": 1 + rng.random(),
+                "optim/learning_rate": 1e-4,
+                "perf/seconds": 0.1,
+            }
+            if step == 70_707:
+                row["train/nll"] = 50.0
+            if step % 100 == 0:
+                row |= {f"test/source_{i}/nll": rng.random() for i in range(40)}
+            file.write(json.dumps(row) + "\n")
+    with (run / "tables.jsonl").open("w") as file:
+        for step in range(0, 100_000, 500):
+            for prompt in range(20):
+                row = {"prompt": f"prompt {prompt}", "reply": f"{step} " + "word " * 2_000}
+                file.write(json.dumps({"step": step, "table": "samples", "row": row}) + "\n")
+    page = write_report(run)
+    assert page.stat().st_size < 3_000_000
+    browser.open(page)
+    assert browser.errors == []
+    highest, lowest = browser.evaluate(
+        """(() => {
+             const points = document.querySelector("figure .raw path").getAttribute("d").slice(1).split("L");
+             const heights = points.map(point => +point.split(" ")[1]);
+             return [Math.min(...heights), Math.max(...heights)];
+           })()"""
+    )
+    assert lowest - highest > 250, "the spike spans the chart"
+    assert "evaluations are shown" in browser.evaluate("document.body.innerText")
+
+
+def test_a_run_without_a_step_says_so(make_run: MakeRun, browser: Any) -> None:
+    run = make_run()
+    for name in ("metrics.jsonl", "tables.jsonl", "checkpoints.jsonl", "data.json"):
+        (run / name).unlink()
+    browser.open(write_report(run))
+    assert browser.errors == []
+    assert "No step has been logged yet" in browser.evaluate("document.body.innerText")
+    assert not (run / "curves.png").exists()
+
+
+def test_a_run_of_one_step_is_drawn(make_run: MakeRun, browser: Any) -> None:
+    run = make_run(num_steps=1)
+    (run / "metrics.jsonl").write_text(json.dumps(rows_of(run)[0]) + "\n")
+    browser.open(write_report(run))
+    assert browser.errors == []
+    assert browser.evaluate('document.querySelectorAll("figure circle.dot").length') >= 2
+    assert "NaN" not in browser.evaluate('document.querySelector("main").innerHTML')
+
+
+def test_values_that_are_no_numbers_are_left_out_and_counted(make_run: MakeRun, browser: Any) -> None:
+    run = make_run()
+    rows = rows_of(run)
+    rows[50]["test/exact_match"] = math.nan
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    browser.open(write_report(run))
+    assert browser.errors == []
+    assert len(browser.evaluate(CURVES_OF)["test/exact_match: test/exact_match"]) == 4
+    assert "1 values that are no numbers are left out" in browser.evaluate("document.body.innerText")
+
+
+def test_what_is_no_run_is_said(tmp_path: Path, make_run: MakeRun) -> None:
+    with pytest.raises(ConfigError, match=r"There is no folder .*nowhere\. Give the folder of a run"):
+        write_report(tmp_path / "nowhere")
+    run = make_run("a")
+    with pytest.raises(ConfigError, match=r"no run's folder.*Runs in it: .*/a"):
+        write_report(tmp_path)
+    (run / "data.json").write_text("{")
+    with pytest.raises(DataError, match=r"data\.json is damaged"):
+        write_report(run)
+
+
+def test_the_time_of_a_page_is_told(make_run: MakeRun) -> None:
+    page = write_report(make_run(), with_curves=False)
+    assert time.strftime("%Y") in page.read_text()
+    assert not (page.parent / "curves.png").exists()
