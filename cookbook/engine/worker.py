@@ -97,15 +97,22 @@ class Engine:
             batcher.run(job.item, lambda: self._take_waiting(batcher))
 
     def _take_waiting(self, batcher: Batcher[Item]) -> list[Item]:
-        taken: list[Item] = []
+        num_items = self._num_waiting_for(batcher)
+        if self.base.is_sharded:  # the processes go through their model in step, so with the same items
+            (num_items,) = self.base.mesh.agree_min(num_items)
         with self._lock:
-            while self._queue:
-                job = self._queue[0]
-                if not isinstance(job, _Item) or job.batcher is not batcher:
-                    break
-                taken.append(job.item)
-                self._queue.popleft()
-        return taken
+            jobs = [self._queue.popleft() for _ in range(num_items)]
+        return [job.item for job in jobs if isinstance(job, _Item)]
+
+    def _num_waiting_for(self, batcher: Batcher[Item]) -> int:
+        """At the head of the queue."""
+        with self._lock:
+            is_other = (
+                number
+                for number, job in enumerate(self._queue)
+                if not isinstance(job, _Item) or job.batcher is not batcher
+            )
+            return next(is_other, len(self._queue))
 
     def close(self) -> None:
         """Runs what is queued, then ends the thread."""
