@@ -16,15 +16,15 @@ FOLDER = "tensorboard"
 class TensorBoardLogger(MetricLogger):
     """Scalars, and tables as text, in `folder`/tensorboard.
 
-    A resumed run adds a file that begins by taking back the steps it measures again, so a reader
-    shows each step once. Every step is written out at once: what a kill left unwritten below the
-    step it resumes at would never be measured again.
+    Every step is written out at once: what a kill left unwritten below the step it resumes at
+    would never be measured again.
     """
 
     def __init__(self, folder: Path, first_step: int, config: Mapping[str, Any]) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(folder / FOLDER), purge_step=first_step)
+        _drop_from(first_step, folder / FOLDER)
+        self._writer = SummaryWriter(str(folder / FOLDER))
         if first_step == 0:
             indented = json.dumps(config, indent=2, ensure_ascii=False).replace("\n", "\n    ")
             self._writer.add_text("config", f"    {indented}", 0)
@@ -41,6 +41,31 @@ class TensorBoardLogger(MetricLogger):
         self._writer.close()
 
 
+def _drop_from(first_step: int, folder: Path) -> None:
+    """Writes the events of earlier steps anew, into one file, and removes the files they were in.
+
+    The writer's own `purge_step` would hide the others from some readers, and tables from none. A
+    kill in between leaves events twice, of which the next call keeps one.
+    """
+    from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
+    from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+    earlier = sorted(folder.glob("events.out.tfevents.*"))
+    if not earlier:
+        return
+    writer = EventFileWriter(str(folder))
+    copied = set()
+    for path in earlier:
+        for event in LegacyEventFileLoader(str(path)).Load():
+            content = event.SerializeToString()
+            if event.HasField("summary") and event.step < first_step and content not in copied:
+                copied.add(content)
+                writer.add_event(event)
+    writer.close()
+    for path in earlier:
+        path.unlink()
+
+
 def in_markdown(table: Table) -> str:
     lines = [table.columns, ["---"] * len(table.columns), *table.rows]
     return "\n".join(f"| {' | '.join(map(_in_a_cell, line))} |" for line in lines)
@@ -49,6 +74,6 @@ def in_markdown(table: Table) -> str:
 def _in_a_cell(cell: Cell) -> str:
     """Text as it is: TensorBoard shows Markdown, and drops HTML it does not know."""
     text = "" if cell is None else str(cell)
-    for character in "\\`*_[]|<>":
-        text = text.replace(character, f"&#{ord(character)};")
+    for character in "&\\`*_[]|<>":  # & first: the others become some
+        text = text.replace(character, f"&#x{ord(character):x};")
     return text.replace("\n", "<br>")

@@ -4,10 +4,12 @@ config.json         the resolved config; `config=<this file>` runs it again
 metrics.jsonl       one row a step
 tables.jsonl        what evaluators showed beside numbers, such as samples: one row of a table a line
 data.json           what was read and left out, and a fingerprint of it
-checkpoints.jsonl   the checkpoints there are, and where each one continues
+checkpoints.jsonl   the checkpoints there are, where each one continues, and which is the best
 checkpoints/<name>/ weights and optimizer; loads with plain PEFT
 environment.json    the machine and the versions it was last started with
 report.html         all of it to look at, and curves.png
+trace.json          with trace=True: what ran when; open it at https://ui.perfetto.dev
+tensorboard/        with tensorboard=True: event files
 train.log           what was printed, with times
 ranks/<n>.log       the same of the other processes, where several train together
 """
@@ -38,11 +40,13 @@ IfLogPathExists: TypeAlias = Literal["resume", "raise", "delete", "ask"]
 RUN_FILES = (
     "config.json", "data.json", "metrics.jsonl", "tables.jsonl", "checkpoints.jsonl", "checkpoints",
     "train.log", "ranks", "wandb", "wandb_run_id.txt", "environment.json", "report.html", "curves.png",
+    "tensorboard", "trackio_run_name.txt", "trace.json",
 )  # fmt: skip
 """What a run writes, and so all that `if_log_path_exists=delete` removes."""
 
 HARMLESS_KEYS = {
     "log_path", "if_log_path_exists", "submit_ahead", "on_evaluator_error", "wandb_project", "wandb_name",
+    "tensorboard", "trackio_project", "trackio_name", "trace",
 }  # fmt: skip
 """What may change between the first run in a folder and a resumed one: it moves no weight and no metric."""
 

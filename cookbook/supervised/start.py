@@ -14,7 +14,15 @@ from cookbook.checkpoints import CheckpointLog
 from cookbook.errors import ConfigError, DataError
 from cookbook.eval.evaluators import AnyEvaluatorBuilder, Evaluator, EvaluatorBuilder, RunContext
 from cookbook.hyperparameters import fitting_rank
-from cookbook.loggers import ConsoleLogger, JsonlLogger, MetricLogger, WandbLogger
+from cookbook.loggers import (
+    ConsoleLogger,
+    JsonlLogger,
+    MetricLogger,
+    TensorBoardLogger,
+    TrackioLogger,
+    WandbLogger,
+    check_installed,
+)
 from cookbook.report.live import ReportLogger
 from cookbook.supervised.agreement import check_same_data
 from cookbook.supervised.batches import BEGINNING, BatchQueue, Position
@@ -36,6 +44,7 @@ MAX_ADVISED_RANK = 512
 async def start_run(config: Config, folder: RunFolder, checkpoints: CheckpointLog, console: Console) -> Run:
     """Puts a run together. Whatever can be refused is refused before a model is loaded."""
     with ExitStack() as stack:
+        _check_loggers(config)
         _check_start_weights(config)
         _check_tokenizer(config)
         with folder.world.first_on_each_machine():
@@ -80,6 +89,13 @@ async def start_run(config: Config, folder: RunFolder, checkpoints: CheckpointLo
         metric_loggers=metric_loggers,
         resources=resources,
     )
+
+
+def _check_loggers(config: Config) -> None:
+    if config.tensorboard:
+        check_installed("tensorboard", "tensorboard=True")
+    if config.trackio_project is not None:
+        check_installed("trackio", f"trackio_project={config.trackio_project}")
 
 
 def _chat_format(config: Config) -> dict[str, str]:
@@ -274,6 +290,12 @@ def _make_loggers(
     keep(JsonlLogger(folder.path, first_step=first_step))
     if config.wandb_project is not None:
         keep(WandbLogger(folder.path, config.wandb_project, config.wandb_name, folder.config))
+    if config.tensorboard:
+        keep(TensorBoardLogger(folder.path, first_step, folder.config))
+    if config.trackio_project is not None:
+        keep(
+            TrackioLogger(folder.path, config.trackio_project, config.trackio_name, folder.config, first_step)
+        )
     keep(ConsoleLogger(console, total_steps=total_steps, first_step=first_step))
     keep(ReportLogger(folder.path))  # after those whose files it reads
     return made

@@ -136,6 +136,13 @@ class Config:
     )
     wandb_project: str | None = _field(default=None, doc="Weights & Biases project; default: do not use it")
     wandb_name: str | None = _field(default=None, doc="name of the run there")
+    tensorboard: bool = _field(
+        default=False, doc="write TensorBoard event files to the run's folder (needs the extra tensorboard)"
+    )
+    trackio_project: str | None = _field(
+        default=None, doc="trackio project, kept on this machine (needs the extra trackio); default: none"
+    )
+    trackio_name: str | None = _field(default=None, doc="name of the run there; default: that of its folder")
 
     @property
     def peak_learning_rate(self) -> float:

@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM
 
 from cookbook import ServiceClient, jsonl
@@ -531,6 +533,33 @@ def test_a_decaying_rate_needs_to_know_where_a_stream_ends(
     summary = asyncio.run(train.main(make_config(streaming=True, max_steps=5)))
     assert summary.num_steps == 3
     assert "The data ended after 3 of 5 steps" in caplog.text
+
+
+# -- loggers ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("values", "package"),
+    [({"tensorboard": True}, "tensorboard"), ({"trackio_project": "pirates"}, "trackio")],
+)
+def test_a_logger_that_is_not_installed_names_its_extra_before_anything_is_loaded(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, values: dict[str, Any], package: str
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    config = make_config(**values)
+    Path(config.dataset_builder.file_path).unlink()  # type: ignore[attr-defined]
+    with pytest.raises(ConfigError, match=rf"pip install 'sft-cookbook\[{package}\]'"):
+        asyncio.run(train.main(config))
+
+
+def test_tensorboard_has_the_metrics_of_a_run(make_config: MakeConfig) -> None:
+    config = make_config(tensorboard=True)
+    asyncio.run(train.main(config))
+    events = EventAccumulator(str(Path(config.log_path, "tensorboard"))).Reload()
+    for metric in ("train/nll", "test/nll"):
+        logged = [(row["step"], row[metric]) for row in rows_of(config) if metric in row]
+        shown = [(event.step, pytest.approx(event.value)) for event in events.Scalars(metric)]
+        assert logged == shown
 
 
 # -- the chat format --------------------------------------------------------------------------
