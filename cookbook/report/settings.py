@@ -53,6 +53,8 @@ def _settings(value: Any, prefix: str, default: Any) -> Iterator[Setting]:
 def _text(value: Any) -> str:
     if isinstance(value, list):
         return ", ".join(map(_text, value)) or "none"
+    if isinstance(value, float):
+        return f"{value:.12g}"
     return "none" if value is None else str(value)
 
 

@@ -25,16 +25,16 @@ class Outcome:
     first: float
     last: float
     best: float | None
-    """None where nobody knows which way is better."""
+    """None where nobody knows which way is better, and before the first evaluation of trained weights."""
     best_step: int | None
 
 
 def outcome_of(metric: str, series: Series) -> Outcome:
     first, better = float(series.values[0]), better_of(metric)
-    if better is None:
-        return Outcome(metric, first, series.last, None, None)
-    after_training = int(len(series) > 1 and series.steps[0] == 0)
+    after_training = int(series.steps[0] == 0)
     values = series.values[after_training:]
+    if better is None or not len(values):
+        return Outcome(metric, first, series.last, None, None)
     index = int(values.argmin() if better == "min" else values.argmax())
     return Outcome(
         metric, first, series.last, float(values[index]), int(series.steps[after_training + index])

@@ -139,7 +139,7 @@ class Chart {
     if (this.xRange[0] === this.xRange[1]) this.xRange = [this.xRange[0] - 1, this.xRange[1] + 1];
     this.stacked = stack(this.visible(this.spec.layers));
     this.yRange = this.valueRange();
-    const most = Math.max(2, Math.floor(this.height / 44));
+    const most = Math.max(2, Math.floor(this.height / 38));
     this.yTicks = this.isLog ? logTicks(...this.yRange, most) : linearTicks(...this.yRange, most);
     const longest = Math.max(...this.yTicks.map((tick) => formatted(tick).length));
     this.left = 12 + 6.6 * longest;
@@ -211,8 +211,8 @@ class Chart {
       element("svg:text", { x: this.left - 8, y: Number(y) + 3.5, "text-anchor": "end" }, grid, formatted(tick));
     }
     element("svg:line", { class: "base", x1: this.left, x2: this.right, y1: this.bottom, y2: this.bottom }, grid);
-    const ticks = linearTicks(...this.xRange, Math.max(2, Math.floor((this.right - this.left) / 80)));
-    for (const tick of ticks.filter(Number.isInteger)) {
+    const ticks = linearTicks(...this.xRange, Math.max(2, Math.floor((this.right - this.left) / 66)));
+    for (const tick of ticks.filter((tick) => Number.isInteger(tick) && tick >= 0)) {
       const x = this.px(tick);
       const anchor = x > this.right - 16 ? "end" : x < this.left + 8 ? "start" : "middle";
       element("svg:text", { x: x.toFixed(1), y: this.bottom + 18, "text-anchor": anchor }, grid, tick.toLocaleString("en"));
