@@ -7,6 +7,7 @@ data.json           what was read and left out, and a fingerprint of it
 checkpoints.jsonl   the checkpoints there are, where each one continues, and which is the best
 checkpoints/<name>/ weights and optimizer; loads with plain PEFT
 environment.json    the machine and the versions it was last started with
+inspect/            logs of Inspect AI, where its tasks were run
 report.html         all of it to look at, and curves.png
 trace.json          with trace=True: what ran when; open it at https://ui.perfetto.dev
 tensorboard/        with tensorboard=True: event files
@@ -39,7 +40,7 @@ IfLogPathExists: TypeAlias = Literal["resume", "raise", "delete", "ask"]
 
 RUN_FILES = (
     "config.json", "data.json", "metrics.jsonl", "tables.jsonl", "checkpoints.jsonl", "checkpoints",
-    "train.log", "ranks", "wandb", "wandb_run_id.txt", "environment.json", "report.html", "curves.png",
+    "train.log", "ranks", "inspect", "wandb", "wandb_run_id.txt", "environment.json", "report.html", "curves.png",
     "tensorboard", "trackio_run_name.txt", "trace.json",
 )  # fmt: skip
 """What a run writes, and so all that `if_log_path_exists=delete` removes."""

@@ -1,0 +1,175 @@
+"""Tasks of Inspect AI, run by the package itself. Needs the extra `inspect`."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import chz
+
+from cookbook import models
+from cookbook.errors import ConfigError, TrainingError
+from cookbook.eval.chat import SamplingEvaluatorBuilder
+from cookbook.eval.evaluators import RunContext, SamplingClientEvaluator
+from cookbook.eval.extras import require
+from renderers import Renderer
+
+if TYPE_CHECKING:
+    from inspect_ai import Task
+    from inspect_ai.log import EvalLog
+    from inspect_ai.model import GenerateConfigArgs
+
+    from cookbook.sampling_client import SamplingClient
+
+
+class InspectEvaluator(SamplingClientEvaluator):
+    """Runs tasks and reports what their scorers found: inspect/<task>/<scorer>/<metric>.
+
+    A slash within a name becomes a dot. Inspect's own logs go to a folder, for `inspect view`.
+    """
+
+    def __init__(
+        self,
+        tasks: Sequence[str | Task],
+        renderer: Renderer,
+        model_name: str,
+        log_dir: str | Path,
+        defaults: GenerateConfigArgs,
+        task_args: str | dict[str, Any] | None = None,
+        limit: int | None = None,
+        name: str = "inspect",
+        context_length: int | None = None,
+    ) -> None:
+        """`defaults` hold where a task does not say otherwise."""
+        self._tasks: Any = list(tasks)
+        self._renderer = renderer
+        self._model_name = model_name
+        self._log_dir = log_dir
+        self._defaults = defaults
+        self._task_args = task_args or {}
+        self._limit = limit
+        self._name = name
+        self._context_length = context_length
+
+    async def __call__(self, sampling_client: SamplingClient) -> dict[str, float]:
+        from inspect_ai import eval_async
+        from inspect_ai.model import GenerateConfig
+
+        from cookbook.eval.inspect_model import make_model
+
+        model = make_model(
+            sampling_client,
+            self._renderer,
+            self._model_name,
+            self._context_length,
+            GenerateConfig(**self._defaults),
+        )
+        with _quietly():
+            logs = await eval_async(
+                self._tasks,
+                model,
+                task_args=self._task_args,
+                limit=self._limit,
+                log_dir=str(self._log_dir),
+                log_level="critical",
+                log_realtime=False,
+                score_display=False,
+                acp_server=False,
+                ctl_server=False,
+            )
+        found: dict[str, float] = {}
+        for log in logs:
+            found |= self._metrics_of(log)
+        return found
+
+    def _metrics_of(self, log: EvalLog) -> dict[str, float]:
+        task = log.eval.task
+        if log.status == "cancelled":
+            raise asyncio.CancelledError  # Inspect ends its run in good order and says nothing
+        if log.error is not None or log.results is None:
+            reason = log.error.message if log.error is not None else f"its status is {log.status}"
+            raise TrainingError(f"Inspect task {task} failed: {reason}. Its log is {log.location}.")
+        found = {}
+        for score in log.results.scores:
+            scorer = score.name if score.reducer is None else f"{score.name}_{score.reducer}"
+            for metric in score.metrics.values():
+                path = [part.replace("/", ".") for part in (task, scorer, metric.name)]
+                found["/".join([self._name, *path])] = float(metric.value)
+        return found
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """Inspect's display is off, and what it does to logging and to uncaught errors is undone."""
+    from inspect_ai.util._display import init_display_type
+
+    init_display_type("none")
+    root = logging.getLogger()
+    handlers, level, hook = root.handlers[:], root.level, sys.excepthook
+    try:
+        yield
+    finally:
+        root.handlers[:] = handlers
+        root.setLevel(level)
+        sys.excepthook = hook
+
+
+@chz.chz
+class InspectEvaluatorBuilder(SamplingEvaluatorBuilder):
+    """Runs tasks of Inspect AI. How replies are drawn is said here where a task does not say it."""
+
+    tasks: list[str] = chz.field(
+        doc="names of installed tasks (inspect_evals/gsm8k), or files of yours (evals.py, evals.py@my_task)"
+    )
+    task_args: str | None = chz.field(default=None, doc="file with the arguments of the tasks: JSON or YAML")
+    limit: int | None = chz.field(default=None, doc="samples of a task at most, the first ones; default: all")
+    name: str = chz.field(default="inspect", doc="what the paths of its metrics begin with")
+    log_dir: str | None = chz.field(
+        default=None, doc="folder of Inspect's logs; default: inspect in the run's folder"
+    )
+    max_tokens: int = chz.field(default=512, doc="tokens of a reply at most")
+    max_connections: int = chz.field(default=64, doc="replies asked for at once, which share batches")
+
+    @chz.validate
+    def _check(self) -> None:
+        if not self.tasks:
+            raise ConfigError("tasks is empty. Name at least one, or leave the evaluator out.")
+        for name, value in (("limit", self.limit), ("max_connections", self.max_connections)):
+            if value is not None and value < 1:
+                raise ConfigError(f"{name}={value} is too small. It must be at least 1.")
+
+    def in_run(self, run: RunContext) -> InspectEvaluatorBuilder:
+        told = super().in_run(run)
+        assert isinstance(told, InspectEvaluatorBuilder)
+        return told if told.log_dir is not None else chz.replace(told, log_dir=str(run.log_path / "inspect"))
+
+    def __call__(self) -> InspectEvaluator:
+        require("inspect_ai", "inspect", type(self).__name__)
+        for task in self.tasks:
+            file = task.partition("@")[0]
+            if file.endswith((".py", ".ipynb")) and not Path(file).is_file():
+                raise ConfigError(f"tasks has {task!r}: there is no file {Path(file).absolute()}.")
+        renderer = self.make_renderer()
+        assert self.model_name is not None  # make_renderer saw to it
+        return InspectEvaluator(
+            self.tasks,
+            renderer,
+            self.model_name,
+            self.log_dir or "logs",
+            {
+                "max_tokens": self.max_tokens,
+                "temperature": self.temperature,
+                "top_p": self.top_p,
+                "seed": self.seed,
+                "max_connections": self.max_connections,
+            },
+            self.task_args,
+            self.limit,
+            self.name,
+            models.context_length(self.model_name),
+        )
