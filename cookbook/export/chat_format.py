@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from cookbook import models
 from cookbook.errors import ConfigError, RendererError
@@ -121,41 +121,53 @@ class ChatFormat:
 def find_chat_format(source: Source, chat_template: str | None = None) -> ChatFormat:
     """The format that was recorded with a checkpoint; without a record, the one that suits its model.
 
-    `chat_template` is a file to take instead of what is found; it is compared all the same. Raises
-    ConfigError where no template prints what the renderer does.
+    `chat_template` is a file to take instead of what is found; it is compared all the same.
     """
-    tokenizer = models.get_tokenizer(source.base_model)
     metadata = source.info.user_metadata
     name = metadata.get("renderer_name") or models.recommended_renderer(source.base_model)
-    system_prompt = metadata.get("system_prompt")
-    renderer = get_renderer(name, tokenizer, system_prompt)
-    plain = get_renderer(name, tokenizer)
+    tokenizer = models.get_tokenizer(source.base_model)
+    template = None
     if chat_template is not None:
         path = Path(chat_template).expanduser()
         if not path.is_file():
             raise ConfigError(f"chat_template={chat_template}: there is no such file.")
-        candidates = iter([path.read_text(encoding="utf-8")])
-    else:
-        candidates = _candidates(tokenizer)
+        template = path.read_text(encoding="utf-8")
+    return chat_format_of(name, tokenizer, metadata.get("system_prompt"), template)
+
+
+def chat_format_of(
+    renderer_name: str,
+    tokenizer: PreTrainedTokenizerBase,
+    system_prompt: str | None = None,
+    template: str | None = None,
+) -> ChatFormat:
+    """The format of a renderer, with a template that prints what it does: `template`, or one that is found.
+
+    Raises ConfigError where there is none.
+    """
+    plain = get_renderer(renderer_name, tokenizer)
+    renderer = get_renderer(renderer_name, tokenizer, system_prompt)
     differences = []
-    for candidate in candidates:
-        difference = _difference(plain, tokenizer, candidate)
+    for candidate in [template] if template is not None else _candidates(tokenizer):
+        difference = _difference(plain, candidate)
         if difference is None:
-            template = with_system_prompt(candidate, system_prompt) if system_prompt else candidate
-            difference = _difference(renderer, tokenizer, template)
+            whole = with_system_prompt(candidate, system_prompt) if system_prompt else candidate
+            difference = _difference(renderer, whole)
         if difference is None:
             stops = renderer.get_stop_sequences()
             return ChatFormat(
                 renderer,
                 tokenizer,
-                template,
+                whole,
                 tuple(stop for stop in stops if isinstance(stop, int)),
                 tuple(stop for stop in stops if isinstance(stop, str)),
             )
         differences.append(difference)
     raise ConfigError(
-        f"No chat template is known that prints what renderer `{name}` does with this tokenizer.\n"
+        f"No chat template is known that prints what renderer `{renderer_name}` does with this tokenizer.\n"
         f"{differences[0]}\nGive one: chat_template=file.jinja"
+        if template is None
+        else f"chat_template= does not print what renderer `{renderer_name}` does. {differences[0]}"
     )
 
 
@@ -168,11 +180,13 @@ def _candidates(tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
     if tokenizer.chat_template:
         own = _DATE.sub(lambda match: json.dumps(TODAY.strftime(match[2])), tokenizer.get_chat_template())
         yield from (mode + own for mode in _MODES)
+        yield own.replace("<think>\\n'", "'")  # DeepSeek's, prompting for a reply that does not think
     yield ROLE_COLON
 
 
-def _difference(renderer: Renderer, tokenizer: PreTrainedTokenizerBase, template: str) -> str | None:
+def _difference(renderer: Renderer, template: str) -> str | None:
     """Where a template prints another prompt than the renderer makes; None where it prints the same."""
+    tokenizer = renderer.tokenizer
     for messages in PROBES:
         for tools in (None, [_TOOL]) if renderer.takes_tools else (None,):
             try:
@@ -192,7 +206,7 @@ def _rendered(
 ) -> str:
     try:
         text = tokenizer.apply_chat_template(
-            [dict(message) for message in messages],
+            cast(Any, list(messages)),
             tools=tools,
             chat_template=template,
             add_generation_prompt=True,

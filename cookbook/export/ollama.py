@@ -155,11 +155,14 @@ def _common_start(chat_format: ChatFormat, one: str, other: str) -> str:
 
 
 def _common_end(chat_format: ChatFormat, one: str, other: str) -> str:
+    """What both texts end with, after the end of a reply if that is in it."""
     common = ""
     pairs = zip(reversed(_pieces(chat_format, one)), reversed(_pieces(chat_format, other)), strict=False)
     for a, b in pairs:
         if a != b:
             break
+        if a in chat_format.stop_texts:
+            return common.lstrip("\n")
         common = a + common
     return common
 
