@@ -37,6 +37,7 @@ _TYPES = (
     "ModelInput",
     "ModelInputChunk",
     "OptimStepResponse",
+    "PromptScores",
     "SampleResponse",
     "SampledSequence",
     "SamplingParams",

@@ -16,7 +16,7 @@ from cookbook.engine.trainer import Trainer, check_weights_fit
 from cookbook.engine.worker import Engine
 from cookbook.errors import CheckpointError
 from cookbook.futures import APIFuture, TokenStream
-from cookbook.types import ModelInput, SampledSequence, SampleResponse, SamplingParams
+from cookbook.types import ModelInput, PromptScores, SampledSequence, SampleResponse, SamplingParams
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -123,6 +123,14 @@ class SamplingClient:
         self._engine.submit_to(self._sampler, request)
         return APIFuture(request.future)
 
+    def score(self, prompt: ModelInput) -> APIFuture[PromptScores]:
+        """`compute_logprobs`, and whether each token is one that no other is likelier than."""
+        request = score_request(self._engine.base, prompt.to_ints())
+        self._engine.submit_to(self._sampler, request)
+        return APIFuture(
+            request.future, lambda logprobs: PromptScores(logprobs, list(request.is_likeliest_T))
+        )
+
     def _submit(self, request: SampleRequest) -> None:
         with self._lock:
             request.index_of_unseeded = self._num_unseeded
@@ -143,6 +151,9 @@ class SamplingClient:
 
     async def compute_logprobs_async(self, prompt: ModelInput) -> list[float | None]:
         return await self.compute_logprobs(prompt)
+
+    async def score_async(self, prompt: ModelInput) -> PromptScores:
+        return await self.score(prompt)
 
     async def get_tokenizer_async(self) -> Any:
         return self.get_tokenizer()

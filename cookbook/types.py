@@ -315,6 +315,15 @@ class SampleResponse:
     prompt_logprobs: list[float | None] | None = None
 
 
+@dataclass(frozen=True)
+class PromptScores:
+    """What a model makes of given tokens. The first entries are None: nothing precedes the first token."""
+
+    logprobs: list[float | None]
+    is_likeliest: list[bool | None]
+    """Whether no token has a higher probability in its place. Tokens that tie for the first all count."""
+
+
 # -- information ------------------------------------------------------------------------------
 
 

@@ -40,8 +40,8 @@ IfLogPathExists: TypeAlias = Literal["resume", "raise", "delete", "ask"]
 
 RUN_FILES = (
     "config.json", "data.json", "metrics.jsonl", "tables.jsonl", "checkpoints.jsonl", "checkpoints",
-    "train.log", "ranks", "inspect", "wandb", "wandb_run_id.txt", "environment.json", "report.html", "curves.png",
-    "tensorboard", "trackio_run_name.txt", "trace.json",
+    "train.log", "ranks", "wandb", "wandb_run_id.txt", "environment.json", "report.html", "curves.png",
+    "inspect", "tensorboard", "trackio_run_name.txt", "trace.json",
 )  # fmt: skip
 """What a run writes, and so all that `if_log_path_exists=delete` removes."""
 

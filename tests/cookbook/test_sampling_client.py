@@ -83,6 +83,24 @@ def test_stops_may_be_strings_or_tokens(client: TrainingClient) -> None:
         assert sequence.stop_reason == "stop"
 
 
+def test_scores_tell_which_tokens_the_model_itself_would_choose(client: TrainingClient) -> None:
+    step(client)
+    sampling_client = client.save_weights_and_get_sampling_client()
+    greedy = SamplingParams(max_tokens=6, temperature=0, stop_token_ids=[0])
+    chosen = sampling_client.sample(PROMPT, 1, greedy).sequences[0].tokens
+    other = [token + 1 for token in chosen]
+    texts = [ModelInput.from_ints([*PROMPT.to_ints(), *chosen]), ModelInput.from_ints(other)]
+    futures = [sampling_client.score(text) for text in (*texts, ModelInput.from_ints([7]))]
+    first, second, single = [future.result() for future in futures]
+    assert first.is_likeliest[len(PROMPT) :] == [True] * len(chosen)
+    assert first.is_likeliest[0] is None
+    assert not all(second.is_likeliest[1:])
+    assert first.logprobs[1:] == pytest.approx(
+        sampling_client.compute_logprobs(texts[0]).result()[1:], rel=1e-5
+    )
+    assert (single.logprobs, single.is_likeliest) == ([None], [None])
+
+
 def test_awaiting_and_async_twins_give_the_same(client: TrainingClient) -> None:
     sampling_client = client.save_weights_and_get_sampling_client()
     params = SamplingParams(max_tokens=6, seed=4, stop_token_ids=[0])

@@ -41,6 +41,8 @@ class ScoreRequest:
     """The log-probability of every token of a sequence."""
 
     tokens_T: Sequence[int]
+    is_likeliest_T: Sequence[bool | None] = ()
+    """Whether no token is likelier, in its place: there when the future is done."""
     future: Future[list[float | None]] = field(default_factory=Future)
 
 

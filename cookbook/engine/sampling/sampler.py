@@ -176,15 +176,20 @@ class _Batch:
         most = self._max_prompt_tokens if self._base.is_packed else 1
         for indices in plan_microbatches(lengths, most) if requests else []:
             sequences = [_to_score(requests[index].tokens_T) for index in indices if lengths[index]]
-            logprobs = iter(self._logprobs(sequences) if sequences else [])
+            scores = iter(self._scores_of(sequences) if sequences else [])
             for index in indices:
-                found = next(logprobs).tolist() if lengths[index] else []
-                requests[index].future.set_result([None, *found])
+                logprobs, is_likeliest = next(scores) if lengths[index] else ([], [])
+                requests[index].is_likeliest_T = [None, *is_likeliest]
+                requests[index].future.set_result([None, *logprobs])
         self._scores = []
 
-    def _logprobs(self, sequences: Sequence[TokenSequence]) -> list[np.ndarray]:
+    def _scores_of(self, sequences: Sequence[TokenSequence]) -> list[tuple[list[float], list[bool]]]:
         batch = pack(sequences, self._base.device, trained_only=False)
-        return batch.layout.split(self._base.logprobs(batch).cpu().numpy())
+        logprobs, is_likeliest = (batch.layout.split(of_S.cpu().numpy()) for of_S in self._base.scores(batch))
+        return [
+            (logprobs_T.tolist(), (likeliest_T != 0).tolist())
+            for logprobs_T, likeliest_T in zip(logprobs, is_likeliest, strict=True)
+        ]
 
     def _let_in(self) -> None:
         while self._waiting:
