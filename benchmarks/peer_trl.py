@@ -1,6 +1,6 @@
 """A step of TRL's `SFTTrainer` on the benchmark's model and tokens.
 
-    python -m benchmarks.peer_trl [--settings best] [--set alpaca|mixed] [--steps 10] --folder FOLDER
+    python -m benchmarks.peer_trl [--settings best] [--set alpaca|mixed] [--train-unembed] --folder FOLDER
     python -m benchmarks.peer_trl --search [--set alpaca|mixed] [--steps 6] [--rounds 2] --folder FOLDER
 
 Prints one line of JSON (`step_report`). Fixed by the task, whatever the settings: the model and the
@@ -74,7 +74,9 @@ CANDIDATES: dict[str, Settings] = {
 BEST = {"alpaca": "4, padding-free, full logits", "mixed": "1, full logits"}
 
 
-def measure(set_name: str, settings: Settings, num_steps: int, folder: Path) -> dict[str, Any]:
+def measure(
+    set_name: str, settings: Settings, num_steps: int, folder: Path, train_unembed: bool = False
+) -> dict[str, Any]:
     from transformers import PrinterCallback, TrainerCallback
     from trl import SFTConfig, SFTTrainer
 
@@ -96,7 +98,7 @@ def measure(set_name: str, settings: Settings, num_steps: int, folder: Path) -> 
 
     with tempfile.TemporaryDirectory() as output:
         trainer = SFTTrainer(
-            model=step_model.load_adapted_model(folder, attn_implementation=attention),
+            model=step_model.load_adapted_model(folder, train_unembed, attn_implementation=attention),
             args=SFTConfig(**(fixed_options(output, num_steps) | options)),
             train_dataset=as_dataset(data),
             processing_class=step_model.load_tokenizer(folder),
@@ -186,13 +188,17 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2, help="runs of each settings in a search")
     parser.add_argument("--folder", type=Path, required=True, help="where model and adapter are, or are put")
     parser.add_argument("--search", nargs="*", metavar="SETTINGS", help="measure these, or all, and compare")
+    parser.add_argument("--train-unembed", action="store_true", help="adapt the output head too")
     arguments = parser.parse_args()
     if arguments.search is not None:
         names = arguments.search or list(CANDIDATES)
         search(arguments.set, arguments.steps, arguments.rounds, arguments.folder, names)
         return
     name = BEST[arguments.set] if arguments.settings == "best" else arguments.settings
-    print(json.dumps(measure(arguments.set, CANDIDATES[name], arguments.steps, arguments.folder)))
+    report = measure(
+        arguments.set, CANDIDATES[name], arguments.steps, arguments.folder, arguments.train_unembed
+    )
+    print(json.dumps(report))
 
 
 if __name__ == "__main__":

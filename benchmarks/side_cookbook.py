@@ -3,8 +3,7 @@
     python -m benchmarks.side_cookbook [--set alpaca|mixed] [--steps 10] [--train-unembed] --folder FOLDER
 
 Prints one line of JSON (`step_report`). The next step is queued before the running one is done, as
-`train.main` does. With `--train-unembed` the projection to the vocabulary has an adapter too, which no peer
-trains here.
+`train.main` does. With `--train-unembed` the projection to the vocabulary has an adapter too.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ def measure(
     set_name: str, num_steps: int, folder: Path, train_unembed: bool, **options: Any
 ) -> dict[str, Any]:
     data = batches(set_name, num_steps)
-    model_folder, adapter_folder = step_model.make_folders(folder)
+    model_folder, adapter_folder = step_model.make_folders(folder, train_unembed)
     service = ServiceClient(device="cpu", dtype="float32", **options)
     client = service.create_lora_training_client(
         str(model_folder),
@@ -34,8 +33,7 @@ def measure(
         seed=0,
         train_unembed=train_unembed,
     )
-    if not train_unembed:
-        client.load_state(adapter_folder).result()
+    client.load_state(adapter_folder).result()
     adam = AdamParams(
         learning_rate=step_model.LEARNING_RATE,
         beta1=step_model.ADAM_BETA1,

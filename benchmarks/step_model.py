@@ -2,8 +2,8 @@
 
 A small Qwen3 with its real vocabulary of 151,936 rows, so that the logits weigh as much as they do in a
 real one, and a LoRA of rank 32 on all linear layers of its decoder (not on the output head, as PEFT's
-"all-linear" means it), drawn from a seed. The adapter's B is not zero, so that every weight takes part in the
-loss from the first step.
+"all-linear" means it, unless that is asked for), drawn from a seed. The adapter's B is not zero, so that
+every weight takes part in the loss from the first step.
 """
 
 from __future__ import annotations
@@ -27,10 +27,11 @@ ADAM_EPS = 1e-8
 GRAD_CLIP_NORM = 1.0
 
 
-def make_folders(folder: Path) -> tuple[Path, Path]:
+def make_folders(folder: Path, adapts_head: bool = False) -> tuple[Path, Path]:
     """The folders of model and adapter within `folder`, made where they are absent."""
     model_folder = make_model_folder(folder / "model")
-    return model_folder, make_adapter_folder(folder / "adapter", model_folder)
+    adapter_folder = folder / ("adapter-with-head" if adapts_head else "adapter")
+    return model_folder, make_adapter_folder(adapter_folder, model_folder, adapts_head)
 
 
 def make_model_folder(folder: Path) -> Path:
@@ -65,7 +66,7 @@ def make_model_folder(folder: Path) -> Path:
     return folder
 
 
-def make_adapter_folder(folder: Path, model_folder: Path) -> Path:
+def make_adapter_folder(folder: Path, model_folder: Path, adapts_head: bool = False) -> Path:
     """Writes the adapter with which training begins to `folder`, as PEFT does, unless it is there."""
     from peft import LoraConfig, PeftModel, TaskType
 
@@ -76,7 +77,7 @@ def make_adapter_folder(folder: Path, model_folder: Path) -> Path:
         r=LORA_RANK,
         lora_alpha=LORA_ALPHA,
         lora_dropout=0.0,
-        target_modules=LINEAR_LAYERS,
+        target_modules=[*LINEAR_LAYERS, *(["lm_head"] if adapts_head else [])],
         base_model_name_or_path=str(model_folder),
     )
     with torch.random.fork_rng(devices=[]):
@@ -85,7 +86,7 @@ def make_adapter_folder(folder: Path, model_folder: Path) -> Path:
         for name, weight in model.named_parameters():
             if ".lora_B." in name:
                 torch.nn.init.normal_(weight, std=0.02)
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, save_embedding_layers=False)
     return folder
 
 
@@ -95,11 +96,11 @@ def load_model(model_folder: Path, **options: Any) -> Any:
     return AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32, **options)
 
 
-def load_adapted_model(folder: Path, **options: Any) -> Any:
+def load_adapted_model(folder: Path, adapts_head: bool = False, **options: Any) -> Any:
     """The model of `folder`/model with its adapter, to be trained; makes what is absent."""
     from peft import PeftModel
 
-    model_folder, adapter_folder = make_folders(folder)
+    model_folder, adapter_folder = make_folders(folder, adapts_head)
     return PeftModel.from_pretrained(load_model(model_folder, **options), adapter_folder, is_trainable=True)
 
 

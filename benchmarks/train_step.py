@@ -30,8 +30,13 @@ SIDES = {
     "this engine, head adapted too": ["side_cookbook", "--train-unembed"],
     "TRL, best settings": ["peer_trl", "--settings", "best"],
     "TRL, defaults": ["peer_trl", "--settings", "defaults"],
+    "TRL, best settings, head adapted too": ["peer_trl", "--settings", "best", "--train-unembed"],
 }
-OURS, PEERS = "this engine", ("TRL, best settings", "TRL, defaults")
+COMPARED = [
+    ("this engine", "TRL, best settings"),
+    ("this engine", "TRL, defaults"),
+    ("this engine, head adapted too", "TRL, best settings, head adapted too"),
+]
 
 
 def flops_of_step(batch: list[Example], model_folder: Path, trains_head: bool) -> float:
@@ -122,13 +127,13 @@ def print_table(
             f"| {side} | {spent / len(data):.3f} | {trained / spent:,.0f} | {tokens / spent:,.0f} "
             f"| {peaks[side] / 2**20:,.0f} | {spent / least:.2f} |"
         )
-    for peer in PEERS:
-        if {OURS, peer} <= reports.keys():
-            losses = zip(reports[OURS][0]["losses"], reports[peer][0]["losses"], strict=True)
+    for ours, peer in COMPARED:
+        if {ours, peer} <= reports.keys():
+            losses = zip(reports[ours][0]["losses"], reports[peer][0]["losses"], strict=True)
             print(
-                f"\n{peer}: {seconds[peer] / seconds[OURS]:.1f} times the seconds; this engine has "
-                f"{peaks[OURS] / peaks[peer]:.2f} of its peak memory; losses differ by at most "
-                f"{max(abs(ours - theirs) for ours, theirs in losses):.1e}"
+                f"\n{peer}: {seconds[peer] / seconds[ours]:.1f} times the seconds; this engine has "
+                f"{peaks[ours] / peaks[peer]:.2f} of its peak memory; losses differ by at most "
+                f"{max(abs(our_loss - their_loss) for our_loss, their_loss in losses):.1e}"
             )
 
 
