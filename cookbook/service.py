@@ -17,6 +17,7 @@ from cookbook.engine.options import EngineOptions, GradientCheckpointing, Quanti
 from cookbook.engine.worker import Engine
 from cookbook.errors import ConfigError, RequestError
 from cookbook.sampling_client import SamplingClient
+from cookbook.trace import Recorder
 from cookbook.training_client import TrainingClient
 from cookbook.types import GetServerCapabilitiesResponse, LoraConfig, SupportedModel
 
@@ -37,6 +38,8 @@ class ServiceClient:
     In several processes (`torchrun`), each runs the same program and makes the same calls in the same order
     with the whole of the data; every call then computes a share on each and returns the same everywhere.
     `shard` says whether each holds all base weights ("none"), a part ("full"), or what fits ("auto").
+
+    A `recorder` is told what the engine's thread and the device do when.
     """
 
     def __init__(
@@ -49,10 +52,12 @@ class ServiceClient:
         quantization: Quantization | None = None,
         compile: bool = False,
         shard: Shard = "auto",
+        recorder: Recorder | None = None,
     ) -> None:
         self._options = EngineOptions(
             device, dtype, max_tokens_per_microbatch, gradient_checkpointing, quantization, compile, shard
         )
+        self._recorder = recorder
         self._checkpoint_dir = None if checkpoint_dir is None else Path(checkpoint_dir).expanduser()
         self._engines: dict[str, Engine] = {}
         self._unshared_engines: list[Engine] = []
@@ -136,7 +141,7 @@ class ServiceClient:
         key = os.path.realpath(location) if os.path.isdir(location) else location
         with self._lock:
             if key not in self._engines:
-                self._engines[key] = Engine(base_model, self._options)
+                self._engines[key] = Engine(base_model, self._options, recorder=self._recorder)
             return self._engines[key]
 
     def _training_client(
@@ -154,7 +159,7 @@ class ServiceClient:
         return TrainingClient(engine, lora, folder, user_metadata)
 
     def _unshared_engine(self, model: str) -> Engine:
-        engine = Engine(model, self._options, is_trained=True)
+        engine = Engine(model, self._options, is_trained=True, recorder=self._recorder)
         self._unshared_engines.append(engine)
         return engine
 

@@ -25,6 +25,7 @@ TOOLS = (
     "cookbook.models",
     "cookbook.schedules",
     "cookbook.tables",
+    "cookbook.trace",
 )
 CLIENTS = ("cookbook.futures", "cookbook.sampling_client", "cookbook.service", "cookbook.training_client")
 RUN = ("cookbook.checkpoints", "cookbook.cli", "cookbook.config_files", "cookbook.loggers")
@@ -39,7 +40,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "cookbook.types": ("cookbook.errors",),
     "cookbook.futures": (),
     **dict.fromkeys((*TOOLS, *RUN), (*BASE, *TOOLS, *RUN)),
-    "cookbook.engine": (*BASE, "cookbook.engine", "cookbook.models"),
+    "cookbook.engine": (*BASE, "cookbook.engine", "cookbook.models", "cookbook.trace"),
     **dict.fromkeys(CLIENTS[1:], (*BASE, *TOOLS, *CLIENTS, "cookbook.engine")),
     "cookbook.eval": (*BASE, *TOOLS, *RUN, *CLIENTS, *EVAL, "renderers"),
     # Prompts with references are read as training data are.

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Generic, ParamSpec, Protocol, TypeVar
 
 from cookbook.engine.base_model import BaseModel
+from cookbook.engine.device_clock import DeviceClock
 from cookbook.engine.options import EngineOptions
+from cookbook.trace import Recorder
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -47,29 +50,45 @@ class _Job:
 class _Item(Generic[Item]):
     batcher: Batcher[Item]
     item: Item
+    step: int | None
+    """That it is for, where somebody counts steps."""
 
 
 class Engine:
     """A base model and the thread that everything on it runs on."""
 
     def __init__(
-        self, model_name: str, options: EngineOptions | None = None, is_trained: bool = False
+        self,
+        model_name: str,
+        options: EngineOptions | None = None,
+        is_trained: bool = False,
+        recorder: Recorder | None = None,
     ) -> None:
-        """`is_trained`: the model's own weights are to be."""
+        """`is_trained`: the model's own weights are to be. `recorder` is told of every job."""
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine")
         self._queue: deque[_Job | _Item[Any]] = deque()
         self._lock = threading.Lock()
         self._clean_ups: deque[Callable[[], None]] = deque()
+        self._recorder = recorder
+        self._device_clock: DeviceClock | None = None
         self.base: BaseModel = self.submit(BaseModel, model_name, options, is_trained).result()
+        if recorder is not None and self.base.device.type == "cuda":
+            self._device_clock = self.submit(DeviceClock, self.base.device).result()
 
     def submit(self, work: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> Future[R]:
         future: Future[R] = Future()
-        self._enqueue(_Job(lambda: work(*args, **kwargs), future))
+        name, step = _name_of(work), self._step()
+
+        def run() -> R:
+            with self._recorded(name, step):
+                return work(*args, **kwargs)
+
+        self._enqueue(_Job(run, future))
         return future
 
     def submit_to(self, batcher: Batcher[Item], item: Item) -> None:
         """Queues an item that the batcher may take together with those behind it."""
-        self._enqueue(_Item(batcher, item))
+        self._enqueue(_Item(batcher, item, self._step()))
 
     def clean_up_later(self, work: Callable[[], None]) -> None:
         """Runs `work` on the thread before the next job.
@@ -94,7 +113,8 @@ class Engine:
             job.run()
         else:
             batcher = job.batcher
-            batcher.run(job.item, lambda: self._take_waiting(batcher))
+            with self._recorded("sample", job.step):
+                batcher.run(job.item, lambda: self._take_waiting(batcher))
 
     def _take_waiting(self, batcher: Batcher[Item]) -> list[Item]:
         num_items = self._num_waiting_for(batcher)
@@ -114,6 +134,30 @@ class Engine:
             )
             return next(is_other, len(self._queue))
 
+    def _step(self) -> int | None:
+        return None if self._recorder is None else self._recorder.step
+
+    @contextmanager
+    def _recorded(self, name: str, step: int | None) -> Iterator[None]:
+        """The times of a job on this thread, which on CUDA only queues, and then those on the device."""
+        if self._recorder is None:
+            yield
+            return
+        clock = self._device_clock
+        device_start = None if clock is None else clock.mark()
+        try:
+            with self._recorder.span("engine", name, step):
+                yield
+        finally:
+            if clock is not None and device_start is not None:
+                self._recorder.add_later("device", name, device_start, clock.mark(), step)
+
     def close(self) -> None:
         """Runs what is queued, then ends the thread."""
         self._thread.shutdown(wait=True)
+
+
+def _name_of(work: Callable[..., Any]) -> str:
+    """Of the method that was submitted, or that the submitted function was made in."""
+    qualified: str = getattr(work, "__qualname__", type(work).__qualname__)
+    return qualified.split(".<locals>")[0].split(".")[-1]

@@ -13,6 +13,7 @@ import chz
 
 from cookbook.errors import TrainingError, describe
 from cookbook.tables import Table
+from cookbook.trace import Recorder
 
 if TYPE_CHECKING:
     from cookbook.sampling_client import SamplingClient
@@ -88,6 +89,7 @@ async def evaluate(
     evaluators: Iterable[Evaluator],
     on_error: OnEvaluatorError = "raise",
     seed: int | None = None,
+    recorder: Recorder | None = None,
 ) -> Evaluation:
     """All that is to be known of the weights as they are when everything queued before has run.
 
@@ -101,10 +103,11 @@ async def evaluate(
     num_failures = 0
     for evaluator in evaluators:
         try:
-            if isinstance(evaluator, TrainingClientEvaluator):
-                result = await evaluator(training_client)
-            else:
-                result = await evaluator(await snapshot.get())
+            with (recorder or Recorder()).span("evaluation", type(evaluator).__name__):
+                if isinstance(evaluator, TrainingClientEvaluator):
+                    result = await evaluator(training_client)
+                else:
+                    result = await evaluator(await snapshot.get())
             _add(found, evaluator, result)
         except Exception as error:
             if on_error == "raise":

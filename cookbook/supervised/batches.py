@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import TracebackType
 from typing import NamedTuple
 
@@ -43,7 +43,8 @@ class PlacedBatch:
     batch: Batch
     epoch: int
     next_position: Position
-    seconds_waited: float = 0.0
+    rendering: tuple[float, float] = (0.0, 0.0)
+    """When it was begun and when it was ready, by `time.perf_counter`."""
 
 
 def make_batch(data: list[Datum]) -> Batch:
@@ -120,11 +121,9 @@ class BatchQueue:
 
     async def next(self) -> PlacedBatch | None:
         """The next batch; None when there are no more."""
-        started = time.perf_counter()
         future = self._queue.popleft()
         self._enqueue()
-        placed = future.result() if future.done() else await asyncio.wrap_future(future)
-        return None if placed is None else replace(placed, seconds_waited=time.perf_counter() - started)
+        return future.result() if future.done() else await asyncio.wrap_future(future)
 
     def _enqueue(self) -> None:
         self._queue.append(self._thread.submit(self._make_next))
@@ -132,6 +131,7 @@ class BatchQueue:
     def _make_next(self) -> PlacedBatch | None:
         if self._steps_left == 0 or self._position.epoch >= self._num_epochs:
             return None
+        started = time.perf_counter()
         epoch, index = self._position
         if epoch != self._epoch:
             self._dataset.set_epoch(self._seed + epoch)
@@ -149,7 +149,7 @@ class BatchQueue:
         self._position = self._behind(self._position)
         if self._steps_left is not None:
             self._steps_left -= 1
-        return PlacedBatch(batch, epoch, next_position=self._position)
+        return PlacedBatch(batch, epoch, self._position, (started, time.perf_counter()))
 
     def _behind(self, position: Position) -> Position:
         if position.batch + 1 == self._num_batches:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-import time
 from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from contextlib import ExitStack
@@ -24,7 +23,9 @@ from cookbook.loggers import MetricLogger
 from cookbook.schedules import learning_rate_at
 from cookbook.supervised.batches import BatchQueue, PlacedBatch, Position
 from cookbook.supervised.best import BestKeeper, NewBest
+from cookbook.supervised.step_times import EVALUATING, StepTimes
 from cookbook.supervised.types import LEFT_OUT, SupervisedDataset
+from cookbook.trace import Recorder
 from cookbook.types import AdamParams, ForwardBackwardOutput, OptimStepResponse, SaveWeightsResponse
 
 if TYPE_CHECKING:
@@ -64,6 +65,12 @@ class _Step:
     optim_step: APIFuture[OptimStepResponse] | None
     save: APIFuture[SaveWeightsResponse] | None
 
+    async def is_done(self) -> None:
+        """Returns when it is; `optim_step` fails where `forward_backward` did."""
+        for future in (self.forward_backward, self.optim_step):
+            if future is not None:
+                await future
+
 
 class Run:
     """What `start.start_run` puts together. A context manager: leaving it closes everything."""
@@ -82,6 +89,8 @@ class Run:
         evaluators: Sequence[tuple[int, Sequence[Evaluator]]],
         best: BestKeeper,
         metric_loggers: Sequence[MetricLogger],
+        recorder: Recorder,
+        times: StepTimes,
         resources: ExitStack,
         first_position: Position,
     ) -> None:
@@ -97,6 +106,8 @@ class Run:
         self._evaluators = evaluators
         self._best = best
         self._metric_loggers = metric_loggers
+        self._recorder = recorder
+        self._times = times
         self._resources = resources
         self._num_submitted = first_step
         self._next: PlacedBatch | None = None
@@ -104,7 +115,6 @@ class Run:
         self._pending: deque[_Step] = deque()
         self._evaluation = Evaluation()
         self._new_best: NewBest | None = None
-        self._last_done = time.perf_counter()
         self._recent_seconds: deque[float] = deque(maxlen=20)
 
     def __enter__(self) -> Run:
@@ -119,7 +129,7 @@ class Run:
 
     async def remaining_steps(self) -> AsyncIterator[int]:
         """The steps still to be taken: as many as there are batches."""
-        while (placed := await self._batches.next()) is not None:
+        while (placed := await self._next_batch()) is not None:
             self._next = placed
             yield self._num_submitted
         if self._total_steps is not None and self._num_submitted < self._total_steps:
@@ -152,14 +162,15 @@ class Run:
         )
         forward_backward = optim_step = save = None
         if batch.num_trained_tokens:
-            forward_backward = self._client.forward_backward(batch.data, return_logprobs="trained")
-            optim_step = self._client.optim_step(self._adam_params(learning_rate))
+            with self._recorder.at_step(step), self._recorder.span("loop", "queue"):
+                forward_backward = self._client.forward_backward(batch.data, return_logprobs="trained")
+                optim_step = self._client.optim_step(self._adam_params(learning_rate))
         else:
             logger.warning("Step %d is left out: no example of its batch kept a trained token.", step)
         self._num_submitted = step + 1
         self._position = placed.next_position
         if self._is_save_due(step + 1):
-            save = self._client.save_state(checkpoint_name(step + 1), overwrite=True)
+            save = self._queue_save(checkpoint_name(step + 1), step + 1)
         self._pending.append(
             _Step(
                 step=step,
@@ -176,7 +187,11 @@ class Run:
     async def log_all_but(self, num_steps: int) -> None:
         """Waits for the oldest steps until only `num_steps` are pending, and logs them."""
         while len(self._pending) > num_steps:
-            await self._log(self._pending.popleft())
+            done = self._pending.popleft()
+            with self._recorder.span("loop", "wait for step", done.step):
+                await done.is_done()
+            with self._recorder.span("loop", "log", done.step):
+                await self._log(done)
 
     async def save_and_stop(self, signal_number: int) -> RunSummary:
         """Saves the state after the last submitted step, unless that is saved already."""
@@ -211,7 +226,7 @@ class Run:
         await self._evaluate(step, due)
         await self._record_new_best()
         self._log_tables(step, self._evaluation)
-        self._log_metrics(step, self._evaluation.metrics)
+        self._log_metrics(step, {**self._evaluation.metrics, **self._times.of(step)})
         self._report_what_was_left_out()
         how = self._best.why_stopped(step) if stopped_early else f"Finished after {step} steps"
         logger.info("%s. Saved %s.%s", how, path, self._best.in_words())
@@ -234,9 +249,14 @@ class Run:
             return
         logger.info("After %d steps:", step)
         here = [evaluator for evaluator in due if self._runs_here(evaluator)]
-        found = await evaluate(self._client, here, self._config.on_evaluator_error, self._config.seed)
-        found = await self._of_main(found)
-        self._new_best = self._best.observe(step, found.metrics, self._position, self._is_save_due(step))
+        with self._recorder.at_step(step):
+            with self._recorder.span("evaluation", EVALUATING):
+                found = await evaluate(
+                    self._client, here, self._config.on_evaluator_error, self._config.seed, self._recorder
+                )
+                found = await self._of_main(found)
+            is_save_due = self._is_save_due(step)
+            self._new_best = self._best.observe(step, found.metrics, self._position, is_save_due)
         self._evaluation = Evaluation(
             {**self._evaluation.metrics, **found.metrics}, {**self._evaluation.tables, **found.tables}
         )
@@ -251,6 +271,18 @@ class Run:
         if self._world.is_alone:
             return found
         return await asyncio.to_thread(self._world.of_main, found)
+
+    def _queue_save(self, name: str, step: int) -> APIFuture[SaveWeightsResponse]:
+        with self._recorder.at_step(step):
+            return self._client.save_state(name, overwrite=True)
+
+    async def _next_batch(self) -> PlacedBatch | None:
+        step = self._num_submitted
+        with self._recorder.span("loop", "wait for batch", step):
+            placed = await self._batches.next()
+        if placed is not None:
+            self._recorder.add("render", "render", *placed.rendering, step)
+        return placed
 
     async def _record_new_best(self) -> None:
         """Of an evaluation that no step comes after."""
@@ -288,18 +320,17 @@ class Run:
                     f"another log_path, from an earlier checkpoint with load_checkpoint_path=."
                 )
             metrics |= {"train/nll": output.loss, "optim/grad_norm": grad_norm}
-        seconds = time.perf_counter() - self._last_done
-        self._last_done += seconds
-        self._recent_seconds.append(seconds)
+        times = self._times.of(done.step)
+        self._recent_seconds.append(times["perf/seconds"])
         metrics |= {
             "optim/learning_rate": done.learning_rate,
             "data/sequences": len(batch.data),
             "data/tokens": batch.num_tokens,
             "data/trained_tokens": batch.num_trained_tokens,
-            "perf/seconds": seconds,
-            "perf/seconds_waited_for_batch": done.placed.seconds_waited,
-            "perf/tokens_per_second": batch.num_tokens / seconds,
+            **times,
         }
+        if done.forward_backward is not None:
+            metrics["perf/tokens_per_second"] = batch.num_tokens / times["perf/seconds"]
         if self._total_steps is not None:
             metrics["perf/seconds_left"] = median(self._recent_seconds) * (self._total_steps - done.step - 1)
         self._log_tables(done.step, done.evaluation)
@@ -327,7 +358,7 @@ class Run:
 
     async def _save(self, name: str, step: int) -> Path:
         """Saves the state after the last submitted step."""
-        saved = await self._client.save_state(name, overwrite=True)
+        saved = await self._queue_save(name, step)
         return self._record(name, saved, step, self._position)
 
     def _record(self, name: str, saved: SaveWeightsResponse, step: int, position: Position) -> Path:

@@ -30,7 +30,9 @@ from cookbook.supervised.best import BestKeeper, BestTracker
 from cookbook.supervised.nll_evaluator import NLLEvaluator
 from cookbook.supervised.run import Run
 from cookbook.supervised.run_folder import RunFolder
+from cookbook.supervised.step_times import StepTimes
 from cookbook.supervised.types import ChatDatasetBuilder, SupervisedDataset, num_batches_of
+from cookbook.trace import Recorder
 
 if TYPE_CHECKING:
     from cookbook.supervised.train import Config
@@ -67,11 +69,15 @@ async def start_run(config: Config, folder: RunFolder, checkpoints: CheckpointLo
         await batches.check()
         evaluators = _make_evaluators(config, folder, eval_data)
         tracker = _track_best(config, folder, first_step, evaluators)
-        client = await _create_client(config, folder, checkpoints, stack)
+        recorder = Recorder()
+        client = await _create_client(config, folder, checkpoints, recorder, stack)
         _announce(config, folder, client, train_data, eval_data, first_step, total_steps)
         if folder.world.is_main:
             environment.record(folder.path, client.get_info().model_data)
         metric_loggers = _make_loggers(config, folder, first_step, total_steps, console, stack)
+        trace_path = folder.path / "trace.json" if config.trace and folder.world.is_main else None
+        times = StepTimes(recorder, trace_path)
+        stack.callback(times.close)
         resources = stack.pop_all()
     return Run(
         config=config,
@@ -87,6 +93,8 @@ async def start_run(config: Config, folder: RunFolder, checkpoints: CheckpointLo
         evaluators=evaluators,
         best=BestKeeper(tracker, checkpoints, client),
         metric_loggers=metric_loggers,
+        recorder=recorder,
+        times=times,
         resources=resources,
     )
 
@@ -236,7 +244,7 @@ def _track_best(
 
 
 async def _create_client(
-    config: Config, folder: RunFolder, checkpoints: CheckpointLog, stack: ExitStack
+    config: Config, folder: RunFolder, checkpoints: CheckpointLog, recorder: Recorder, stack: ExitStack
 ) -> TrainingClient:
     from cookbook.engine.state import remove_unfinished
     from cookbook.service import ServiceClient
@@ -251,6 +259,7 @@ async def _create_client(
         quantization=config.quantization,
         compile=config.compile,
         shard=config.shard,
+        recorder=recorder,
     )
     stack.callback(service.close)
     client = await service.create_lora_training_client_async(

@@ -134,6 +134,7 @@ class Config:
         doc="of several processes (torchrun) each holds all base weights (none), a part of them (full), "
         "or what fits (auto)",
     )
+    trace: bool = _field(default=False, doc="write trace.json: what ran when, for https://ui.perfetto.dev")
     wandb_project: str | None = _field(default=None, doc="Weights & Biases project; default: do not use it")
     wandb_name: str | None = _field(default=None, doc="name of the run there")
     tensorboard: bool = _field(

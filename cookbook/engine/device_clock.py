@@ -1,0 +1,40 @@
+"""When the device got to a point of its queue, by the host's clock."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+
+
+class DeviceClock:
+    """Marks points in the queue of a CUDA device without making host or device wait.
+
+    Marks are read in the order they were made, when the device is done with them; a mark that is
+    read earlier waits for it.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._last = self._event()
+        self._last.synchronize()
+        self._seconds = time.perf_counter()
+
+    def mark(self) -> Callable[[], float]:
+        """Called later, it says when the device was here, in seconds of `time.perf_counter`."""
+        event = self._event()
+
+        def seconds() -> float:
+            event.synchronize()
+            # From mark to mark: an event counts milliseconds in a float32.
+            self._seconds += self._last.elapsed_time(event) / 1000
+            self._last = event
+            return self._seconds
+
+        return seconds
+
+    def _event(self) -> torch.cuda.Event:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self._device))
+        return event

@@ -1,0 +1,87 @@
+"""What the seconds of each step went to."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+from cookbook.trace import Recorder, Span, TraceFile
+
+TRAINING = {"forward_backward": "perf/seconds_forward_backward", "optim_step": "perf/seconds_optim_step"}
+SAVING, EVALUATING = "save", "evaluate"
+
+
+class StepTimes:
+    """Reads the spans of a run as it goes, and writes them to trace.json where that is asked for.
+
+    A step begins where the one before it ended, and ends with its `optim_step`. So it begins with
+    what belongs to the state it finds, which is saved and evaluated, and the seconds of all steps
+    are those of the run, at any depth of pipelining:
+
+        perf/seconds = seconds_saving + seconds_evaluating + seconds_forward_backward
+                       + seconds_optim_step + seconds_idle
+
+    The first four are times of the device: the engine's thread where the model is on the CPU, the
+    CUDA stream otherwise. `seconds_idle` is when it had nothing to do. Beside it stand, from other
+    threads and so in parallel, `seconds_rendering`, in which the batch of the step was made, and
+    `seconds_waited_for_batch`, in which the loop had no batch to queue.
+    """
+
+    def __init__(self, recorder: Recorder, trace_path: Path | None) -> None:
+        self._recorder = recorder
+        self._trace = None if trace_path is None else TraceFile(trace_path)
+        self._end = time.perf_counter()
+
+    def of(self, step: int) -> dict[str, float]:
+        """The metrics of `step`, which is done. Steps are asked for in order."""
+        spans = self._take(step)
+        mine = [span for span in spans if span.step == step]
+        work = _on_device(mine)
+        of_training = [span for span in work if span.name in TRAINING]
+        start = self._end
+        self._end = max(start, *(span.end for span in of_training or mine)) if mine else start
+        found = {TRAINING[span.name]: 0.0 for span in of_training}
+        for span in of_training:
+            found[TRAINING[span.name]] += span.seconds
+        saves = [span for span in work if span.name == SAVING]
+        if saves:
+            found["perf/seconds_saving"] = sum(span.seconds for span in saves)
+        evaluations = [span for span in mine if span.name == EVALUATING]
+        if evaluations:
+            found["perf/seconds_evaluating"] = sum(
+                _seconds_without(saves, max(span.start, start), span.end) for span in evaluations
+            )
+        seconds = self._end - start
+        idle = max(0.0, seconds - sum(found.values()))
+        outside = {
+            "perf/seconds_rendering": [span for span in mine if span.track == "render"],
+            "perf/seconds_waited_for_batch": [span for span in mine if span.name == "wait for batch"],
+        }
+        for key, others in outside.items():
+            if others:
+                found[key] = sum(span.seconds for span in others)
+        return {"perf/seconds": seconds, **found, "perf/seconds_idle": idle}
+
+    def close(self) -> None:
+        self._take(None)
+        if self._trace is not None:
+            self._trace.close()
+
+    def _take(self, step: int | None) -> list[Span]:
+        spans = self._recorder.take(step)
+        if self._trace is not None:
+            self._trace.write(spans)
+        return spans
+
+
+def _on_device(spans: list[Span]) -> list[Span]:
+    return [span for span in spans if span.track == "device"] or [
+        span for span in spans if span.track == "engine"
+    ]
+
+
+def _seconds_without(others: Iterable[Span], start: float, end: float) -> float:
+    """Of an interval, less what `others` take of it."""
+    shared = sum(max(0.0, min(end, other.end) - max(start, other.start)) for other in others)
+    return max(0.0, end - start - shared)
