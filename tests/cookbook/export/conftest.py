@@ -1,16 +1,19 @@
-"""Small models with adapters on them, made by PEFT itself, and a run of the embedded model."""
+"""Small models with adapters, made by PEFT itself; a run; every renderer with its published template."""
 
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from cookbook.supervised import train
 from cookbook.supervised.data import NamedChatDatasetBuilder
@@ -63,3 +66,87 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     asyncio.run(train.main(config))
     return folder
+
+
+# -- chat formats -------------------------------------------------------------------------------
+
+SHARED = Path(__file__).parents[4] / "shared"
+TEMPLATES = Path(os.environ.get("COOKBOOK_TOKENIZERS") or SHARED / "tokenizers").parent / "chat_templates"
+
+_LLAMA = ("<|begin_of_text|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>", "<|eom_id|>")
+_CHATML = ("", "<|im_end|>", "<|im_start|>", "<|endoftext|>")
+_GPT_OSS = (
+    "<|startoftext|>",
+    "<|return|>",
+    "<|start|>",
+    "<|channel|>",
+    "<|message|>",
+    "<|end|>",
+    "<|call|>",
+    "<|constrain|>",
+)
+_DEEPSEEK = ("<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>")
+
+FORMATS: dict[str, tuple[str, str, tuple[str, ...]]] = {
+    "qwen3": ("qwen3", "qwen3", _CHATML),
+    "qwen3_disable_thinking": ("qwen3_disable_thinking", "qwen3", _CHATML),
+    "qwen3_instruct": ("qwen3_instruct", "qwen3_instruct_2507", _CHATML),
+    "qwen2_5": ("qwen2_5", "qwen2_5", _CHATML),
+    "llama3": ("llama3", "llama3", _LLAMA),
+    "llama3_1": ("llama3", "llama3_1", _LLAMA),
+    "llama3_2 by its template": ("chat_template", "llama3_2", _LLAMA),
+    "gemma3": ("gemma3", "gemma3", ("<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>")),
+    "phi3": ("phi3", "phi3", ("<s>", "<|endoftext|>", "<|user|>", "<|assistant|>", "<|system|>", "<|end|>")),
+    "gpt_oss": ("gpt_oss", "gptoss", _GPT_OSS),
+    "gpt_oss_low": ("gpt_oss_low", "gptoss", _GPT_OSS),
+    "gpt_oss_high": ("gpt_oss_high", "gptoss", _GPT_OSS),
+    "deepseekv3": ("deepseekv3", "deepseekv3", _DEEPSEEK),
+    "deepseekv3_thinking": ("deepseekv3_thinking", "deepseekv3", _DEEPSEEK),
+    "role_colon": ("role_colon", "", ("<s>", "</s>")),
+    "role_colon over a template": ("role_colon", "qwen3", _CHATML),
+}
+"""By what a test is called: the renderer, the published template, and BOS, EOS and other control tokens."""
+_OTHERS = {
+    "gemma3 under another template": (
+        *("gemma3", "phi3"),
+        ("<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>"),
+    )
+}
+
+
+@cache
+def _tokenizer_of(name: str) -> Any:
+    """Bytes, and the control tokens of the format. Skips where the template is not there."""
+    _, template, (bos, eos, *others) = (FORMATS | _OTHERS)[name]
+    path = TEMPLATES / f"{template}.jinja"
+    if template and not path.is_file():
+        pytest.skip(f"no template {path}; set COOKBOOK_TOKENIZERS")
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE({character: i for i, character in enumerate(alphabet)}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([token for token in (bos, eos, *others) if token])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=bos or None, eos_token=eos)
+    tokenizer.chat_template = path.read_text() if template else None
+    return tokenizer
+
+
+@pytest.fixture(scope="session")
+def tokenizer_of() -> Callable[[str], Any]:
+    """(name in FORMATS): a tokenizer with the published template of that format."""
+    return _tokenizer_of
+
+
+@pytest.fixture(params=FORMATS, scope="session")
+def published(request: pytest.FixtureRequest) -> tuple[str, Any]:
+    """The name of a renderer and a tokenizer for it: all there are, by turns."""
+    return FORMATS[request.param][0], _tokenizer_of(request.param)
+
+
+@pytest.fixture
+def go_render(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, dict[str, Any]], str]:
+    """(template, data): what Go's text/template prints."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    import go_template
+
+    return go_template.render

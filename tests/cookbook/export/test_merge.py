@@ -58,7 +58,7 @@ def family(
 def test_plain_transformers_loads_merged_weights_with_the_logits_of_the_adapter(
     family: tuple[Path, Path, Any], tmp_path: Path
 ) -> None:
-    base, adapter, adapted = family
+    _, adapter, adapted = family
     merge(adapter, tmp_path / "merged")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     torch.testing.assert_close(logits_of(merged), logits_of(adapted), rtol=1e-5, atol=1e-5)

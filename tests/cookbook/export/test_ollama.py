@@ -1,0 +1,115 @@
+"""Modelfiles, read as Ollama reads them, with templates run by a small Go."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from cookbook.errors import ConfigError
+from cookbook.export.chat_format import chat_format_of
+from cookbook.export.ollama import frames_of, modelfile
+from renderers import Message, get_renderer, register_renderer
+from renderers.registry import renderer_names
+from renderers.role_colon import RoleColonRenderer
+
+TURNS = [
+    ("user", "Hi {{ there }}"),
+    ("assistant", "Yes?\n\nWell."),
+    ("user", "“2 + 2”?"),
+    ("assistant", "4"),
+    ("user", "🙂 ok"),
+]
+CONVERSATIONS = [TURNS[:1], TURNS[:3], TURNS, [("system", "Be brief.\nAlways."), *TURNS]]
+
+
+def commands(text: str) -> list[tuple[str, str]]:
+    """By Ollama's rules: a quoted value ends with a line that ends in its quotes."""
+    found: list[tuple[str, str]] = []
+    lines = text.split("\n")
+    while lines:
+        line = lines.pop(0)
+        if not line:
+            continue
+        word, _, value = line.partition(" ")
+        if word == "PARAMETER":
+            name, _, value = value.partition(" ")
+            word = f"PARAMETER {name}"
+        for quotes in ('"""', '"'):
+            if value.startswith(quotes):
+                while len(value) < 2 * len(quotes) or not value.endswith(quotes):
+                    value += "\n" + lines.pop(0)
+                value = value[len(quotes) : -len(quotes)]
+                break
+        found.append((word, value))
+    return found
+
+
+def test_ollamas_template_prints_the_prompts_of_the_renderer(
+    published: tuple[str, Any], go_render: Callable[..., str]
+) -> None:
+    name, tokenizer = published
+    chat_format = chat_format_of(name, tokenizer)
+    template = dict(commands(modelfile(chat_format, ".")))["TEMPLATE"]
+    for turns in CONVERSATIONS:
+        messages = [Message(role=role, content=content) for role, content in turns]
+        expected = tokenizer.decode(chat_format.renderer.build_generation_prompt(messages).to_ints())
+        found = go_render(template, {"Messages": [{"Role": role, "Content": text} for role, text in turns]})
+        assert found == expected
+
+
+def test_a_reply_that_was_begun_is_gone_on_with(
+    tokenizer_of: Callable[[str], Any], go_render: Callable[..., str]
+) -> None:
+    template = frames_of(chat_format_of("qwen3", tokenizer_of("qwen3"))).go_template()
+    messages = [{"Role": "user", "Content": "Hi"}, {"Role": "assistant", "Content": "We"}]
+    assert go_render(template, {"Messages": messages}).endswith("<|im_start|>assistant\nWe")
+
+
+def test_the_system_prompt_of_the_run_is_one_that_a_conversation_may_replace(
+    tokenizer_of: Callable[[str], Any],
+) -> None:
+    chat_format = chat_format_of("qwen3", tokenizer_of("qwen3"), 'Say "arr".\nTwice.')
+    found = dict(commands(modelfile(chat_format, "./model.gguf")))
+    assert found["FROM"] == "./model.gguf"
+    assert found["SYSTEM"] == 'Say "arr".\nTwice.'
+    assert "arr" not in found["TEMPLATE"]
+
+
+def test_generation_stops_at_what_the_renderer_stops_at(published: tuple[str, Any]) -> None:
+    chat_format = chat_format_of(*published)
+    found = [value for word, value in commands(modelfile(chat_format, ".")) if word == "PARAMETER stop"]
+    assert found == chat_format.stop_texts
+
+
+def test_nothing_is_said_of_temperature(tokenizer_of: Callable[[str], Any]) -> None:
+    chat_format = chat_format_of("qwen3", tokenizer_of("qwen3"))
+    words = [word for word, _ in commands(modelfile(chat_format, "llama3.2", "./adapter.gguf"))]
+    assert words == ["FROM", "ADAPTER", "TEMPLATE", "PARAMETER stop"]
+
+
+def test_a_system_prompt_that_no_modelfile_can_hold_is_refused(tokenizer_of: Callable[[str], Any]) -> None:
+    chat_format = chat_format_of("qwen3", tokenizer_of("qwen3"), 'Quote """ it.')
+    with pytest.raises(ConfigError, match="three double quotes"):
+        modelfile(chat_format, ".")
+
+
+class Counting(RoleColonRenderer):
+    """Numbers its turns."""
+
+    name = "counting"
+
+    def _draft(self, messages):  # type: ignore[no-untyped-def]
+        numbered = [{**message, "content": f"{i} {message['content']}"} for i, message in enumerate(messages)]
+        return super()._draft(numbered)
+
+
+def test_a_format_that_depends_on_more_than_roles_is_refused(tokenizer_of: Callable[[str], Any]) -> None:
+    if "counting" not in renderer_names():
+        register_renderer("counting", Counting)
+    tokenizer = tokenizer_of("role_colon")
+    chat_format = chat_format_of("role_colon", tokenizer)
+    object.__setattr__(chat_format, "renderer", get_renderer("counting", tokenizer))
+    with pytest.raises(ConfigError, match="`counting`.*more than their roles"):
+        frames_of(chat_format)
