@@ -255,8 +255,12 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """The adapter's tensors. Raises CheckpointError where the file is missing or damaged."""
-    return _read_tensors(Path(path).expanduser(), ADAPTER_FILE)
+    """The adapter's tensors. Raises CheckpointError where the file is missing or damaged.
+
+    PEFT by itself saves a copy of the frozen projection to the vocabulary beside an adapter on it.
+    """
+    tensors = _read_tensors(Path(path).expanduser(), ADAPTER_FILE)
+    return {name: tensor for name, tensor in tensors.items() if ".base_layer." not in name}
 
 
 def beside(path: Path) -> Path:

@@ -127,12 +127,13 @@ def test_one_model_under_two_names_is_loaded_once(
         assert by_name._engine is by_path._engine
 
 
+@pytest.mark.parametrize("head", [[], ["lm_head"]])
 def test_a_plain_peft_adapter_can_be_trained_on_and_sampled_from(
-    service: ServiceClient, tiny_qwen3: str, tmp_path: Path
+    service: ServiceClient, tiny_qwen3: str, tmp_path: Path, head: list[str]
 ) -> None:
     model = get_peft_model(
         AutoModelForCausalLM.from_pretrained(tiny_qwen3),
-        PeftLoraConfig(r=2, lora_alpha=4, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"]),
+        PeftLoraConfig(r=2, lora_alpha=4, target_modules=["q_proj", "k_proj", "v_proj", "o_proj", *head]),
     )
     model.save_pretrained(tmp_path / "plain")
     client = service.create_training_client_from_state(tmp_path / "plain")
