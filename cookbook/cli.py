@@ -66,12 +66,12 @@ def run(
         _print_help(str(help_text))
         sys.exit(0)
     except CookbookError as error:
-        _tell(_describe(error))
+        _tell(_describe(error), error)
         if os.environ.get("COOKBOOK_TRACEBACK"):
             raise
         sys.exit(1)
     except OSError as error:  # a disk that is full or a file that may not be read: the message has the path
-        _tell(f"{type(error).__name__}: {error}")
+        _tell(f"{type(error).__name__}: {error}", error)
         if os.environ.get("COOKBOOK_TRACEBACK"):
             raise
         sys.exit(1)
@@ -79,11 +79,11 @@ def run(
         sys.exit(130)
 
 
-def _tell(failure: str) -> None:
+def _tell(failure: str, error: Exception) -> None:
     """Prints what ended a run; one of several processes does, so that it is told once."""
     from cookbook.engine import mesh
 
-    if mesh.speaks_for_all():
+    if mesh.speaks_for_all(error):
         where = f"[process {os.environ['RANK']}] " if mesh.is_one_of_many() else ""
         print(where + failure, file=sys.stderr, flush=True)
 

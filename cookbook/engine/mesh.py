@@ -15,6 +15,7 @@ import atexit
 import contextlib
 import datetime
 import os
+import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -34,7 +35,6 @@ One that has died is noticed at once, because its sockets close."""
 
 _BUCKET_ELEMENTS = 2**25
 _LAST_WORDS = "cookbook/last_words"
-_SPEAKERS = "cookbook/speakers"
 
 
 class Mesh:
@@ -57,7 +57,8 @@ class Mesh:
         """For tensors, and for what shards weights over the processes."""
         self.host_group = host
         """For what the hosts tell one another."""
-        self._is_broken = False
+        self.is_broken = False
+        """Whether a process is gone, or this one takes part in nothing more."""
 
     @property
     def is_alone(self) -> bool:
@@ -125,7 +126,7 @@ class Mesh:
         try:
             yield
         except Exception as raised:
-            if self.is_alone or self._is_broken:
+            if self.is_alone or self.is_broken:
                 raise
             error = raised
         if self.is_alone:
@@ -135,8 +136,10 @@ class Mesh:
             self._raise_first_of(self.gather(None if error is None else describe(error)), error)
 
     def _raise_first_of(self, failures: Sequence[str | None], own: Exception | None) -> None:
+        global _others_tell
         if own is not None:
             raise own
+        _others_tell = True
         rank = next(rank for rank, failure in enumerate(failures) if failure is not None)
         raise TrainingError(f"Process {rank} of {self.size} failed: {failures[rank]}")
 
@@ -190,7 +193,7 @@ class Mesh:
 
         Gives what is to be raised, which says who failed first.
         """
-        self._is_broken = True
+        self.is_broken = True
         if not _is_loss(error):
             leave_last_words(error)
             return TrainingError(str(error))
@@ -201,12 +204,12 @@ class Mesh:
     @contextlib.contextmanager
     def _reaching_all(self) -> Iterator[None]:
         """Turns the failure of an exchange into an error that says who is gone."""
-        if self._is_broken:
+        if self.is_broken:
             raise TrainingError("The processes of this run have lost each other.")
         try:
             yield
         except (RuntimeError, ValueError) as error:
-            self._is_broken = True
+            self.is_broken = True
             raise TrainingError(_why_unreachable(self.size)) from error
 
 
@@ -266,6 +269,8 @@ def _join() -> Mesh:
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, store=_meeting_point(), rank=rank, world_size=size)
         atexit.register(_part)
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, _end_unless_telling)
     return Mesh(rank, size, _host_group(), _device_group())
 
 
@@ -283,6 +288,18 @@ def _meeting_point() -> Store:
                 f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}: {error} Start them with torchrun."
             ) from error
     return _store
+
+
+_has_lost_others = False
+_others_tell = False
+"""Whether the user hears from another process what happened."""
+
+
+def _end_unless_telling(number: int, frame: object) -> None:
+    """A launcher ends those that outlive a process. One that is about to say what happened says it first."""
+    if not _has_lost_others:
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
 
 
 def _part() -> None:
@@ -305,28 +322,29 @@ def joined() -> Iterator[Mesh]:
     mesh.wait_for_all()
 
 
-def leave_last_words(error: BaseException) -> None:
-    """Says why this process is about to go; the first to say so is heard."""
-    with contextlib.suppress(RuntimeError, CookbookError):  # who keeps the words may be gone first
-        words = f"process {os.environ['RANK']} ({socket.gethostname()}) failed: {describe(error)}"
-        _meeting_point().compare_set(_LAST_WORDS, "", words)
-
-
-def speaks_for_all() -> bool:
-    """Whether this process shall tell the user of a failure: the first that asks, so that it is told once."""
-    if not is_one_of_many():
-        return True
+def leave_last_words(error: BaseException) -> bool:
+    """Says why this process is about to go. Whether it is the first to say so: the others are not heard."""
+    words = f"process {os.environ['RANK']} ({socket.gethostname()}) failed: {describe(error)}"
     try:
-        return _meeting_point().add(_SPEAKERS, 1) == 1
-    except (RuntimeError, CookbookError):
-        return True
+        heard = _meeting_point().compare_set(_LAST_WORDS, "", words).decode()
+    except (RuntimeError, CookbookError):  # who keeps the words is gone already
+        return not _others_tell
+    return heard == words
+
+
+def speaks_for_all(error: BaseException) -> bool:
+    """Whether this process shall tell the user of a failure, so that it is told once."""
+    return not is_one_of_many() or leave_last_words(error)
 
 
 def _why_unreachable(size: int) -> str:
+    global _has_lost_others, _others_tell
+    _has_lost_others = True
     reason = "one was killed, or its machine or the network is gone"
     with contextlib.suppress(RuntimeError, CookbookError):
         if _meeting_point().check([_LAST_WORDS]):
             reason = _meeting_point().get(_LAST_WORDS).decode()
+            _others_tell = True
     return (
         f"The {size} processes of this run have lost each other: {reason}. Run the same command again to "
         f"resume from the last checkpoint."

@@ -124,6 +124,8 @@ class Trainer:
             result = self._run(request, backward=True)
         except Exception as error:
             self._optimizer.discard_gradients()
+            if self._mesh.is_broken:
+                raise
             raise TrainingError(f"forward_backward failed: {type(error).__name__}: {error}") from error
         finally:
             self._optimizer.add_gradients(earlier)

@@ -52,6 +52,8 @@ def run(job: dict, rank: int, port: int) -> int:
     module, _, function = job["work"].partition(":")
     try:
         result = getattr(importlib.import_module(module), function)(**job["arguments"])
+    except SystemExit as ending:
+        return int(ending.code or 0)
     except BaseException:
         traceback.print_exc()
         return 1

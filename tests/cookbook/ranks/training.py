@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from cookbook.service import ServiceClient
-from cookbook.types import AdamParams, Datum, ModelInput
+from cookbook.types import AdamParams, Datum, ModelInput, SamplingParams
 
 ADAM = AdamParams(learning_rate=1e-2, weight_decay=0.1, grad_clip_norm=0.5, eps=1e-3)
 """The epsilon keeps steps smooth in gradients near zero, of which Adam otherwise takes the sign alone."""
@@ -101,3 +101,58 @@ def steps(
     found["weights"] = numpy_of(client._trainer.adapter.weights)
     service.close()
     return found
+
+
+def goes_on(path: str, folder: str, shard: str = "none") -> dict[str, Any]:
+    """One step on from a checkpoint: what was loaded, and what came of the step."""
+    service = ServiceClient("cpu", "float32", folder, max_tokens_per_microbatch=64, shard=shard)
+    client = service.create_training_client_from_state_with_optimizer(path)
+    trainer = client._trainer
+    found = {
+        "weights": numpy_of(trainer.adapter.weights),
+        "optimizer": numpy_of(trainer._optimizer.tensors()),
+    }
+    client.forward_backward(plain(make_data([30, 9, 50, 4], seed=1)))
+    found["norm"] = client.optim_step(ADAM).result().metrics["grad_norm"]
+    found["weights afterwards"] = numpy_of(trainer.adapter.weights)
+    service.close()
+    return found
+
+
+def samples(model: str, folder: str, rank: int, shard: str) -> dict[str, Any]:
+    """What is sampled after a step, what is scored, and that a snapshot stays as it is."""
+    service = ServiceClient("cpu", "float32", folder, max_tokens_per_microbatch=64, shard=shard)
+    client = service.create_lora_training_client(model, rank=rank, seed=0)
+    client.forward_backward(plain(make_data([30, 9, 50, 4])))
+    client.optim_step(ADAM)
+    snapshot = client.save_weights_and_get_sampling_client()
+    prompts = [ModelInput.from_ints(list(range(5, 5 + length))) for length in (3, 7, 4)]
+    params = SamplingParams(max_tokens=12, temperature=1.0, seed=3)
+
+    def draw() -> list[Any]:
+        queued = [snapshot.sample(prompt, 2, params) for prompt in prompts]
+        return [sequence for future in queued for sequence in future.result().sequences]
+
+    before, scored = draw(), snapshot.compute_logprobs(prompts[1]).result()
+    client.forward_backward(plain(make_data([30, 9, 50, 4])))
+    client.optim_step(ADAM).result()
+    after = draw()
+    trained = client.forward(plain(make_data([20]))).result().loss
+    service.close()
+    return {
+        "tokens": [list(sequence.tokens) for sequence in before],
+        "logprobs": [list(sequence.logprobs) for sequence in before],
+        "tokens of the snapshot afterwards": [list(sequence.tokens) for sequence in after],
+        "scored": scored[1:],
+        "trained": trained,
+    }
+
+
+def limits(model: str, folder: str, shard: str) -> dict[str, Any]:
+    """What activations are found to cost, and how large micro-batches may be."""
+    service = ServiceClient("cpu", "float32", folder, shard=shard)
+    client = service.create_lora_training_client(model, rank=4, seed=0)
+    trainer = client._trainer
+    cost = client._engine.submit(trainer.base._activation_cost, trainer.adapter).result()
+    service.close()
+    return {"whole": cost.whole, "checkpointed": cost.checkpointed, "limits": trainer._limits.max_tokens}

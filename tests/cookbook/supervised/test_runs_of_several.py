@@ -1,0 +1,281 @@
+"""Runs of several processes: the same run, stopped and resumed as one, and told once what is wrong."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.numpy import load_file
+
+NUM_STEPS = 8
+
+MakeConfig = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def make_config(tiny_qwen3: str, chats: list, tmp_path_factory: pytest.TempPathFactory) -> MakeConfig:
+    folder = tmp_path_factory.mktemp("runs")
+    data = folder / "chats.jsonl"
+    data.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in chats))
+
+    def config(name: str, **overrides: Any) -> dict[str, Any]:
+        return {
+            "log_path": str(folder / name),
+            "model_name": tiny_qwen3,
+            "dataset_builder": {
+                "_type": "cookbook.supervised.data:FromConversationFileBuilder",
+                "file_path": str(data),
+                "test_size": 4,
+                "common_config": {"model_name_for_tokenizer": tiny_qwen3, "batch_size": 5},
+            },
+            "learning_rate": 1e-2,
+            "adam_eps": 1e-3,
+            "num_epochs": 2,
+            "lora_rank": 4,
+            "save_every": 3,
+            "eval_every": 4,
+            "evaluator_builders": [
+                {"_type": "cookbook.eval.samples:SamplesEvaluatorBuilder", "model_name": tiny_qwen3}
+            ],
+            "infrequent_evaluator_builders": [{"_type": "runs:PauseBuilder"}],
+            "infrequent_eval_every": 5,
+            **overrides,
+        }
+
+    return config
+
+
+@pytest.fixture(scope="module")
+def of_two(ranks: Any, make_config: MakeConfig, work_in: str) -> Path:
+    """A run of two processes that nobody disturbed."""
+    config = make_config("of-two")
+    ended = ranks.run("runs:run", 2, config=config, work_in=work_in)
+    assert ended.codes == [0, 0], "\n".join(ended.printed)
+    assert ended.results[0] == ended.results[1]
+    assert ended.results[0]["is_finished"]
+    assert ended.printed[1] == ""
+    assert f"Finished after {NUM_STEPS} steps" in ended.printed[0]
+    return Path(config["log_path"])
+
+
+@pytest.fixture(scope="module")
+def work_in(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(tmp_path_factory.mktemp("work"))
+
+
+def metrics_of(folder: Path) -> list[dict[str, float]]:
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if not key.startswith("perf/")} for row in rows]
+
+
+def assert_same_run(folder: Path, other: Path) -> None:
+    """Bit for bit."""
+    assert metrics_of(folder) == metrics_of(other)
+    for file in ("adapter_model.safetensors", "optimizer.safetensors"):
+        tensors, others = (load_file(run / "checkpoints" / "final" / file) for run in (folder, other))
+        assert {name: tensor.tobytes() for name, tensor in tensors.items()} == {
+            name: tensor.tobytes() for name, tensor in others.items()
+        }
+
+
+def assert_nearly_same_run(folder: Path, other: Path) -> None:
+    rows, others = metrics_of(folder), metrics_of(other)
+    assert len(rows) == len(others) == NUM_STEPS + 1
+    for row, expected in zip(rows, others, strict=True):
+        assert row == pytest.approx(expected, rel=1e-4)
+
+
+def wait_for_rows(folder: Path, num_rows: int) -> None:
+    deadline = time.monotonic() + 120
+    path = folder / "metrics.jsonl"
+    while time.monotonic() < deadline:
+        if path.exists() and path.read_bytes().count(b"\n") >= num_rows:
+            return
+        time.sleep(0.005)
+    raise AssertionError(f"{path} never had {num_rows} rows")
+
+
+@pytest.mark.parametrize(("size", "shard"), [(1, "auto"), (2, "full"), (4, "auto")])
+def test_a_run_is_the_same_run_in_any_number_of_processes(
+    ranks: Any, make_config: MakeConfig, of_two: Path, work_in: str, size: int, shard: str
+) -> None:
+    config = make_config(f"of-{size}-{shard}", shard=shard)
+    ranks.results("runs:run", size, config=config, work_in=work_in)
+    assert_nearly_same_run(Path(config["log_path"]), of_two)
+
+
+def disturbed(ranks: Any, config: dict[str, Any], work_in: str, disturb: Callable[[list[int]], None]) -> Any:
+    """A run of two processes, disturbed while it evaluates what five steps came to."""
+    folder = Path(config["log_path"])
+    go_on = folder.with_name(f"{folder.name}.go-on")
+
+    def meanwhile(processes: list[int]) -> None:
+        wait_for_rows(folder, 4)
+        disturb(processes)
+        go_on.touch()
+
+    return ranks.run("runs:run", 2, meanwhile, {"PAUSE_UNTIL": str(go_on)}, config=config, work_in=work_in)
+
+
+def send(number: signal.Signals, rank: int, folder: Path) -> Callable[[list[int]], None]:
+    """Sends a signal to one process, and waits until it says so."""
+
+    def disturb(processes: list[int]) -> None:
+        os.kill(processes[rank], number)
+        log = folder / f"ranks/{rank}.log" if rank else folder / "train.log"
+        deadline = time.monotonic() + 60
+        while f"{number.name}: stopping" not in log.read_text():
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+
+    return disturb
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_process_that_is_killed_ends_the_others_and_the_same_command_resumes(
+    ranks: Any, make_config: MakeConfig, of_two: Path, work_in: str, victim: int
+) -> None:
+    config = make_config(f"killed-{victim}")
+    ended = disturbed(ranks, config, work_in, lambda processes: os.kill(processes[victim], signal.SIGKILL))
+    assert ended.codes[victim] == -signal.SIGKILL
+    assert ended.codes[1 - victim] == 1
+    message = ended.printed[1 - victim]
+    assert message.count("TrainingError") == 1, message
+    assert "The 2 processes of this run have lost each other: one was killed" in message
+    assert "Run the same command again to resume" in message
+    ranks.results("runs:run", 2, config=config, work_in=work_in)
+    assert_same_run(Path(config["log_path"]), of_two)
+
+
+def test_a_signal_to_one_process_stops_all_at_the_same_step(
+    ranks: Any, make_config: MakeConfig, of_two: Path, work_in: str
+) -> None:
+    config = make_config("stopped")
+    folder = Path(config["log_path"])
+    ended = disturbed(ranks, config, work_in, send(signal.SIGTERM, 1, folder))
+    assert ended.codes == [0, 0], "\n".join(ended.printed)
+    assert ended.results[0] == ended.results[1]
+    assert ended.results[0]["stopped_by"] == signal.SIGTERM
+    assert ended.results[0]["num_steps"] == 6
+    assert "Run the same command again to resume" in ended.printed[0]
+    ranks.results("runs:run", 2, config=config, work_in=work_in)
+    assert_same_run(folder, of_two)
+
+
+def test_a_run_goes_on_in_another_number_of_processes_and_says_so(
+    ranks: Any, make_config: MakeConfig, of_two: Path, work_in: str
+) -> None:
+    config = make_config("moved")
+    folder = Path(config["log_path"])
+    disturbed(ranks, config, work_in, send(signal.SIGINT, 0, folder))
+    ended = ranks.run("runs:run", 1, config=config, work_in=work_in)
+    assert "was saved by a run of 2 processes; this one has 1" in ended.printed[0]
+    assert_nearly_same_run(folder, of_two)
+
+
+def told(ended: Any) -> str:
+    """What was said of a failure, by the one process that said anything."""
+    assert ended.codes == [1] * len(ended.codes)
+    said = [printed for printed in ended.printed if "Error" in printed]
+    assert len(said) == 1, ended.printed
+    return str(said[0])
+
+
+def test_a_process_with_another_config_is_named_and_so_is_the_key(
+    ranks: Any, make_config: MakeConfig, work_in: str
+) -> None:
+    config = make_config("other-config")
+    ended = ranks.run("runs:run", 2, config=config, of_rank={"1": {"learning_rate": 0.5}}, work_in=work_in)
+    message = told(ended)
+    assert re.search(r"ConfigError: Process 1 of 2, on \S+, has another config than process 0", message)
+    assert "learning_rate: process 0 has 0.01, process 1 0.5" in message
+    assert not Path(config["log_path"]).exists()
+
+
+def test_a_process_that_sees_other_data_is_named(ranks: Any, make_config: MakeConfig, tmp_path: Path) -> None:
+    config = make_config("other-data")
+    lines = Path(config["dataset_builder"]["file_path"]).read_text().splitlines(keepends=True)
+    for rank in (0, 1):
+        (tmp_path / str(rank)).mkdir()
+        (tmp_path / str(rank) / "data.jsonl").write_text("".join(lines[rank:]))
+    config["dataset_builder"]["file_path"] = "data.jsonl"
+    message = told(ranks.run("runs:run", 2, config=config, work_in=str(tmp_path / "{rank}")))
+    assert re.search(r"DataError: Process 1 of 2, on \S+, sees other data than process 0", message)
+    assert "training data.fingerprint" in message
+
+
+def test_a_folder_that_not_all_processes_see_is_refused(
+    ranks: Any, make_config: MakeConfig, tmp_path: Path
+) -> None:
+    config = make_config("elsewhere", log_path="run")
+    for rank in (0, 1):
+        (tmp_path / str(rank)).mkdir()
+    message = told(ranks.run("runs:run", 2, config=config, work_in=str(tmp_path / "{rank}")))
+    assert "ConfigError: log_path=run is not one folder for all processes" in message
+
+
+def test_a_failure_of_one_process_is_told_once_with_its_reason(
+    ranks: Any, make_config: MakeConfig, work_in: str, tmp_path: Path
+) -> None:
+    config = make_config("no-data")
+    config["dataset_builder"]["file_path"] = str(tmp_path / "nowhere.jsonl")
+    message = told(ranks.run("runs:run", 2, config=config, work_in=work_in))
+    assert "nowhere.jsonl" in message
+
+
+@contextlib.contextmanager
+def torchrun(*arguments: str) -> Iterator[subprocess.Popen[str]]:
+    launcher = "torch.distributed.run"
+    process = subprocess.Popen(
+        [
+            sys.executable,
+            "-m",
+            launcher,
+            "--standalone",
+            "--nproc-per-node=2",
+            "-m",
+            "recipes.sft",
+            *arguments,
+        ],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    try:
+        yield process
+    finally:
+        process.terminate()  # it ends its own first
+        process.wait(60)
+
+
+def children_of(process: subprocess.Popen[str]) -> list[int]:
+    listed = ["ps", "--ppid", str(process.pid), "-o", "pid="]
+    return [
+        int(pid) for pid in subprocess.run(listed, capture_output=True, text=True, check=True).stdout.split()
+    ]
+
+
+def test_torchrun_of_the_recipe_ends_when_a_process_is_killed_and_resumes(tmp_path: Path) -> None:
+    arguments = [f"log_path={tmp_path / 'run'}", "max_steps=20", "save_every=2", "infrequent_eval_every=0"]
+    with torchrun(*arguments) as first:
+        wait_for_rows(tmp_path / "run", 4)
+        os.kill(children_of(first)[-1], signal.SIGKILL)
+        printed, _ = first.communicate(timeout=60)
+    assert first.returncode == 1
+    assert printed.count("have lost each other") == 1, printed
+    with torchrun(*arguments) as again:
+        printed, _ = again.communicate(timeout=120)
+    assert again.returncode == 0, printed
+    assert "of them done" in printed
+    assert [row["step"] for row in metrics_of(tmp_path / "run")] == list(range(21))
