@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 import chz
 
 from cookbook.errors import TrainingError, describe
+from cookbook.eval.random_state import keeping_random_state
 from cookbook.tables import Table
 from cookbook.trace import Recorder
 
@@ -103,7 +104,8 @@ async def evaluate(
     num_failures = 0
     for evaluator in evaluators:
         try:
-            with (recorder or Recorder()).span("evaluation", type(evaluator).__name__):
+            span = (recorder or Recorder()).span("evaluation", type(evaluator).__name__)
+            with span, keeping_random_state():
                 if isinstance(evaluator, TrainingClientEvaluator):
                     result = await evaluator(training_client)
                 else:
