@@ -356,7 +356,7 @@ def test_a_run_killed_before_any_file_operation_keeps_the_same_best_and_stops_at
     server: ForkServer, make_stopping_config: Callable, stopped_early: Path
 ) -> None:
     rng = random.Random(0)
-    config = make_stopping_config("stopping-killed")
+    config = make_stopping_config("stopping-killed", trace=True)
     num_kills = 0
     while (code := server.run(config, kill_at_event=rng.randint(15, 90))) != 0:
         assert code == -signal.SIGKILL, Path(config["log_path"] + ".out").read_text()
@@ -364,6 +364,8 @@ def test_a_run_killed_before_any_file_operation_keeps_the_same_best_and_stops_at
         assert num_kills < 100
     assert num_kills >= 4
     assert_same_best(Path(config["log_path"]), stopped_early)
+    trace = json.loads(Path(config["log_path"], "trace.json").read_text())
+    assert len({event["pid"] for event in trace}) > 1, "every life that had a model is in the trace"
 
 
 @pytest.mark.parametrize(
