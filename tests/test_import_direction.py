@@ -17,6 +17,7 @@ PACKAGES = ("cookbook", "renderers", "recipes")
 
 BASE = ("cookbook.errors", "cookbook.types")
 TOOLS = (
+    "cookbook.control_characters",
     "cookbook.embedded",
     "cookbook.environment",
     "cookbook.hub",
@@ -27,7 +28,13 @@ TOOLS = (
     "cookbook.tables",
     "cookbook.trace",
 )
-CLIENTS = ("cookbook.futures", "cookbook.sampling_client", "cookbook.service", "cookbook.training_client")
+CLIENTS = (
+    "cookbook.futures",
+    "cookbook.sampling_client",
+    "cookbook.service",
+    "cookbook.training_client",
+    "cookbook.vllm_client",
+)
 RUN = ("cookbook.checkpoints", "cookbook.cli", "cookbook.config_files", "cookbook.loggers")
 EVAL = ("cookbook.eval",)
 REPORT = ("cookbook.report",)
@@ -48,6 +55,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         ("cookbook.eval.generation", "cookbook.eval.questions"),
         (*BASE, *TOOLS, *RUN, *CLIENTS, *EVAL, "cookbook.supervised.data", "renderers"),
     ),
+    "cookbook.chat": (*BASE, *TOOLS, *CLIENTS, *EVAL, "cookbook.chat", "renderers"),
     # A report reads what a run wrote, whatever wrote it.
     "cookbook.report": (*BASE, *TOOLS, *RUN, *REPORT),
     # Which way a metric is better is the same in a report as for the best checkpoint.

@@ -1,0 +1,94 @@
+"""The choice of tokens against a loop over the sorted vocabulary, in Python's own arithmetic."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import pytest
+import torch
+
+from cookbook.engine.sampling.choice import choose
+from cookbook.types import SamplingParams
+
+VOCAB_SIZE = 3000
+UNIFORMS = [0.0, 1e-9, 0.1, 0.25, 0.5, 0.73, 0.9, 0.999, 1 - 2**-53]
+
+
+def kept_terms(logits: list[float], params: SamplingParams) -> dict[int, float]:
+    """The tokens that may be drawn, with their terms of the softmax, by id."""
+    highest = max(logits)
+    terms = [math.exp((logit - highest) / params.temperature) for logit in logits]
+    ranked = sorted(range(len(logits)), key=lambda token: (-logits[token], token))
+    if params.top_k > 0:
+        kth = logits[ranked[min(params.top_k, len(ranked)) - 1]]
+        ranked = [token for token in ranked if logits[token] >= kth]
+    total, mass, kept = sum(terms[token] for token in ranked), 0.0, {}
+    for token in ranked:
+        if params.top_p < 1 and mass >= params.top_p * total:
+            break
+        kept[token] = terms[token]
+        mass += terms[token]
+    return dict(sorted(kept.items()))
+
+
+def drawn(terms: dict[int, float], uniform: float) -> set[int]:
+    """The token that the number falls to; two where it falls between them to rounding."""
+    total, end, found = sum(terms.values()), 0.0, set()
+    for token, term in terms.items():
+        begin, end = end, end + term
+        if begin - 1e-5 * total <= uniform * total <= end + 1e-5 * total:
+            found.add(token)
+    return found
+
+
+@pytest.mark.parametrize("spread", [0.01, 1.0, 6.0])
+@pytest.mark.parametrize("step", [None, 0.25])
+@pytest.mark.parametrize("top_p", [1.0, 0.999, 0.6, 1e-6])
+@pytest.mark.parametrize("top_k", [-1, 1, 40, 2999, 10**6])
+def test_what_is_drawn_is_what_a_loop_draws(
+    spread: float, step: float | None, top_p: float, top_k: int
+) -> None:
+    """With steps of a quarter nearly every logit has its equals, as in bfloat16."""
+    logits_V = torch.randn(VOCAB_SIZE, generator=torch.Generator().manual_seed(0)) * spread
+    if step is not None:
+        logits_V = (logits_V / step).round() * step
+    temperatures = [0.6, 1.0, 1.7]
+    params = [SamplingParams(temperature=t, top_p=top_p, top_k=top_k) for t in temperatures for _ in UNIFORMS]
+    choice = choose(logits_V.expand(len(params), -1), params, UNIFORMS * len(temperatures))
+    logprobs = logits_V.double().log_softmax(-1)
+    terms = {each: kept_terms(logits_V.tolist(), each) for each in set(params)}
+    for each, uniform, token, logprob in zip(
+        params, UNIFORMS * 3, choice.tokens_R.tolist(), choice.logprobs_R.tolist(), strict=True
+    ):
+        assert token in drawn(terms[each], uniform)
+        assert logprob == pytest.approx(logprobs[token].item(), abs=1e-5)
+
+
+def test_each_row_has_its_own_settings() -> None:
+    """All kinds in one call, more rows than are looked at together, each as it is alone."""
+    rng = random.Random(0)
+    logits_RV = torch.randn(900, VOCAB_SIZE, generator=torch.Generator().manual_seed(1)) * 2
+    params = [
+        SamplingParams(
+            temperature=rng.choice([0, 0.5, 1, 2]),
+            top_k=rng.choice([-1, 5, 100]),
+            top_p=rng.choice([1.0, 0.9, 0.3]),
+        )
+        for _ in range(len(logits_RV))
+    ]
+    uniforms = [rng.random() for _ in params]
+    together = choose(logits_RV, params, uniforms)
+    for row in range(0, len(params), 7):
+        alone = choose(logits_RV[row : row + 1], params[row : row + 1], uniforms[row : row + 1])
+        assert together.tokens_R[row] == alone.tokens_R[0]
+        assert together.logprobs_R[row] == alone.logprobs_R[0]
+
+
+def test_a_token_that_is_out_of_the_question_is_never_drawn() -> None:
+    logits_RV = torch.full((3, 2048), -torch.inf)
+    logits_RV[:, 1500] = 0.0
+    uniforms = [0.0, 0.5, 1 - 2**-53]
+    choice = choose(logits_RV, [SamplingParams(top_p=p) for p in (1.0, 0.5, 1.0)], uniforms)
+    assert choice.tokens_R.tolist() == [1500] * 3
+    assert choice.logprobs_R.tolist() == [0.0] * 3
