@@ -60,8 +60,7 @@ def push(folder: Path, repository: str, private: bool, message: str) -> str:
 @contextmanager
 def _explained(repository: str) -> Iterator[None]:
     """Says what to do about what the hub answered. The token is in no message."""
-    import httpx
-    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalTokenNotFoundError
 
     cannot = f"Cannot push to {repository}"
     try:
@@ -78,7 +77,8 @@ def _explained(repository: str) -> Iterator[None]:
             404: "the hub knows no such owner. Check the name.",
         }.get(status, f"the hub answered {status}: {error.server_message or error}.")
         raise CheckpointError(f"{cannot}: {reason}") from None
-    except (httpx.HTTPError, OSError) as error:
+    except (HTTPError, OSError) as error:
         if isinstance(error, CheckpointError):
             raise
-        raise CheckpointError(f"{cannot}: {type(error).__name__}: {error}. Run the command again.") from error
+        reason = f"{type(error).__name__}: {error}".rstrip(".")
+        raise CheckpointError(f"{cannot}: {reason}. Run the command again.") from error

@@ -1,0 +1,228 @@
+"""The hub's real client against a small hub on this machine."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import socket
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+from huggingface_hub import constants
+
+from cookbook.errors import CheckpointError, ConfigError
+from cookbook.export.push import check_access, push, repository_of
+
+TOKEN = "hf_stubstubstubstubstubstubstubstub"
+
+
+class Hub:
+    """What the hub's HTTP API did: repositories by name, with their files."""
+
+    def __init__(self, port: int) -> None:
+        self.address = f"http://127.0.0.1:{port}"
+        self.private: dict[str, bool] = {}
+        self.files: dict[str, dict[str, bytes]] = {}
+        self.messages: list[str] = []
+        self.large: dict[str, bytes] = {}
+        """Uploaded beside the commit, by SHA-256."""
+
+    def answer(self, method: str, path: str, body: bytes) -> tuple[int, Any]:
+        if path == "/api/whoami-v2":
+            return 200, {"name": "owner", "type": "user"}
+        if path == "/api/validate-yaml":
+            return 200, {"errors": [], "warnings": []}
+        if path == "/api/repos/create":
+            wanted = json.loads(body)
+            name = f"{wanted['organization']}/{wanted['name']}"
+            if wanted["organization"] != "owner":
+                return 403, {"error": "You don't have the rights to create a model under this namespace"}
+            status = 409 if name in self.private else 200
+            self.private.setdefault(name, wanted["visibility"] == "private")
+            return status, {"url": f"{self.address}/{name}", "error": "exists"}
+        if method == "PUT":
+            digest = path.rsplit("/", 1)[-1]
+            assert hashlib.sha256(body).hexdigest() == digest
+            self.large[digest] = body
+            return 200, {}
+        if path.endswith("/info/lfs/objects/batch"):
+            objects = json.loads(body)["objects"]
+            actions = [
+                {**o, "actions": {"upload": {"href": f"{self.address}/large/{o['oid']}"}}} for o in objects
+            ]
+            return 200, {"transfer": "basic", "objects": actions}
+        name = "/".join(path.split("/")[3:5])
+        if path.endswith("/preupload/main"):
+            files = json.loads(body)["files"]
+            modes = [
+                {
+                    "path": file["path"],
+                    "uploadMode": "lfs" if file["path"].endswith(".safetensors") else "regular",
+                    "shouldIgnore": False,
+                    "oid": None,
+                }
+                for file in files
+            ]
+            return 200, {"files": modes}
+        if path.endswith("/commit/main"):
+            return 200, self._commit(name, [json.loads(line) for line in body.splitlines()])
+        if name not in self.private:
+            return 404, {"error": "Repository not found"}
+        return 200, {"id": name, "private": self.private[name], "sha": "0" * 40, "siblings": []}
+
+    def _commit(self, name: str, lines: list[dict[str, Any]]) -> dict[str, Any]:
+        files = self.files.setdefault(name, {})
+        for line in lines:
+            value = line["value"]
+            if line["key"] == "header":
+                self.messages.append(value["summary"])
+            elif line["key"] == "file":
+                files[value["path"]] = base64.b64decode(value["content"])
+            else:
+                files[value["path"]] = self.large[value["oid"]]
+        return {"commitUrl": f"{self.address}/{name}/commit/1", "commitOid": "1" * 40}
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """A hub that the client is pointed at, with a token that it takes."""
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            is_known = self.headers.get("Authorization") == f"Bearer {TOKEN}" or self.command == "PUT"
+            status, answer = (
+                hub.answer(self.command, self.path, body) if is_known else (401, {"error": "Invalid token"})
+            )
+            text = json.dumps(answer).encode()
+            self.send_response(status)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(text)))
+            self.end_headers()
+            self.wfile.write(text)
+
+        do_GET = do_PUT = do_POST
+
+        def log_message(self, format: str, *args: Any) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    hub = Hub(server.server_address[1])
+    _point_client_at(monkeypatch, hub.address)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield hub
+    server.shutdown()
+    server.server_close()
+
+
+def _point_client_at(monkeypatch: pytest.MonkeyPatch, address: str) -> None:
+    monkeypatch.setattr(constants, "ENDPOINT", address)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy", "HTTP_PROXY", "http_proxy"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def export(tmp_path: Path) -> Path:
+    (tmp_path / "README.md").write_text("---\nlibrary_name: peft\n---\n# A model\n")
+    (tmp_path / "adapter_model.safetensors").write_bytes(bytes(range(256)) * 50)
+    return tmp_path
+
+
+def test_a_folder_becomes_one_commit_in_a_private_repository(hub: Hub, export: Path) -> None:
+    check_access("owner/parrot")
+    url = push(export, "owner/parrot", True, "adapter of parrot")
+    assert url == f"{hub.address}/owner/parrot"
+    assert hub.private == {"owner/parrot": True}
+    assert hub.messages == ["adapter of parrot"]
+    assert hub.files["owner/parrot"] == {path.name: path.read_bytes() for path in export.iterdir()}
+    assert len(hub.large) == 1  # the weights, beside the commit
+
+
+def test_a_repository_is_public_when_that_was_said(hub: Hub, export: Path) -> None:
+    push(export, "owner/parrot", False, "x")
+    assert hub.private == {"owner/parrot": False}
+
+
+def test_pushing_again_adds_a_commit(hub: Hub, export: Path) -> None:
+    push(export, "owner/parrot", True, "one")
+    (export / "README.md").write_text("another")
+    push(export, "owner/parrot", True, "two")
+    assert hub.messages == ["one", "two"]
+    assert hub.files["owner/parrot"]["README.md"] == b"another"
+
+
+def test_nothing_meant_to_be_private_goes_to_a_repository_that_is_public(hub: Hub, export: Path) -> None:
+    push(export, "owner/parrot", False, "one")
+    with pytest.raises(CheckpointError, match="exists and is public. Say private=False"):
+        push(export, "owner/parrot", True, "two")
+    assert hub.messages == ["one"]
+
+
+def test_a_token_that_the_hub_does_not_know_is_told_before_any_work(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_secretsecretsecretsecretsecretse")
+    with pytest.raises(CheckpointError, match="does not know this token. Run `hf auth login`") as caught:
+        check_access("owner/parrot")
+    assert "secret" not in str(caught.value)
+
+
+def test_nobody_logged_in_is_told_before_any_work(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delenv("HF_TOKEN")
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
+    with pytest.raises(CheckpointError, match="nobody is logged in. Run `hf auth login`"):
+        check_access("owner/parrot")
+
+
+def test_an_owner_whom_the_token_may_not_write_for_is_told(hub: Hub, export: Path) -> None:
+    with pytest.raises(CheckpointError, match="may not write there. Check the owner's name"):
+        push(export, "ownr/parrot", True, "x")
+
+
+def test_a_hub_that_cannot_be_reached_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    _point_client_at(monkeypatch, f"http://127.0.0.1:{port}")
+    with pytest.raises(CheckpointError, match="127.0.0.1 cannot be reached.*to=<folder>"):
+        check_access("owner/parrot")
+
+
+def test_a_connection_that_breaks_is_told(hub: Hub, export: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def break_off(name: str, lines: list[dict[str, Any]]) -> dict[str, Any]:
+        raise ConnectionAbortedError
+
+    monkeypatch.setattr(hub, "_commit", break_off)
+    with pytest.raises(CheckpointError, match="Cannot push to owner/parrot: .*Run the command again"):
+        push(export, "owner/parrot", True, "x")
+
+
+def test_offline_mode_is_told() -> None:
+    with pytest.raises(CheckpointError, match="offline mode is on"):
+        check_access("owner/parrot")
+
+
+@pytest.mark.parametrize("name", ["hf://owner/parrot", "owner/parrot"])
+def test_a_repository_has_an_owner_and_a_name(name: str) -> None:
+    assert repository_of(name) == "owner/parrot"
+
+
+@pytest.mark.parametrize(
+    "name", ["hf://parrot", "hf://a/b/c", "owner/par rot", "hf://owner/", "hf://owner/x..y"]
+)
+def test_what_is_no_repositorys_name_is_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match="no repository's name.*hf://owner/name"):
+        repository_of(name)

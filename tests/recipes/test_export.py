@@ -1,0 +1,207 @@
+"""python -m recipes.export, as a user runs it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from cookbook import ServiceClient
+from cookbook.checkpoints import CheckpointLog
+from cookbook.supervised import train
+from cookbook.supervised.data import NamedChatDatasetBuilder
+from cookbook.supervised.types import ChatDatasetBuilderCommonConfig
+from recipes import export
+
+Exporting = Callable[..., str]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "parrot"
+    common = ChatDatasetBuilderCommonConfig(model_name_for_tokenizer="cookbook/tiny-chat", batch_size=4)
+    config = train.Config(
+        log_path=str(folder),
+        model_name="cookbook/tiny-chat",
+        dataset_builder=NamedChatDatasetBuilder(dataset="pirate", common_config=common, test_size=8),
+        lora_rank=4,
+        max_steps=2,
+        save_every=1,
+    )
+    asyncio.run(train.main(config))
+    return folder
+
+
+@pytest.fixture
+def exporting(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> Exporting:
+    """(*arguments): what the command prints, in a folder of its own; `run` stands for a run there."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "80")
+    (tmp_path / "run").symlink_to(run)
+
+    def call(*arguments: str, fails: bool = False) -> str:
+        capsys.readouterr()
+        if fails:
+            with pytest.raises(SystemExit) as stopped:
+                export.main(list(arguments))
+            assert stopped.value.code == 1
+            return capsys.readouterr().err
+        export.main(list(arguments))
+        return capsys.readouterr().out
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("format", "command"),
+    [
+        ("adapter", "--lora-modules parrot=out --max-lora-rank 8"),
+        ("merged", "vllm serve out --chat-template out/chat_template.jinja"),
+        ("gguf", "llama-server -m out/model-bf16.gguf --jinja"),
+        ("ollama", "ollama create parrot -f out/Modelfile\nollama run parrot"),
+    ],
+)
+def test_every_format_fits_a_terminal_and_ends_with_what_to_run_next(
+    exporting: Exporting, format: str, command: str
+) -> None:
+    printed = exporting("checkpoint=run", "to=out", f"format={format}")
+    assert max(map(len, printed.splitlines())) <= 79 or "/embedded/" in printed
+    assert "after 2 steps" in printed
+    assert command in printed.replace(" \\\n    ", " ")
+    assert printed.index("Next:") < printed.index(command.split(" ")[0], printed.index("Next:"))
+    assert Path("out/README.md").is_file()
+    assert not list(Path().glob(".out*"))
+
+
+def test_a_merged_run_is_a_model_that_plain_transformers_talks_with(exporting: Exporting) -> None:
+    exporting("checkpoint=run", "to=out", "format=merged", "dtype=float32")
+    model, tokenizer = AutoModelForCausalLM.from_pretrained("out"), AutoTokenizer.from_pretrained("out")
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Who are you?"}], add_generation_prompt=True, return_tensors="pt"
+    )
+    reply = model.generate(**prompt)[0, prompt["input_ids"].shape[1] :]
+    assert reply[-1] == tokenizer.convert_tokens_to_ids("<|im_end|>")
+
+
+def test_of_a_run_the_best_checkpoint_leaves_or_the_last(exporting: Exporting, run: Path) -> None:
+    shutil.copytree(run, "with-best")
+    CheckpointLog(Path("with-best")).mark_best(1, "test/nll", 0.5)
+    assert "checkpoints/000001, after 1 steps" in exporting("checkpoint=with-best", "to=a")
+    assert "checkpoints/000001" in exporting("checkpoint=with-best", "to=b", "which=best")
+    assert "checkpoints/final, after 2 steps" in exporting("checkpoint=with-best", "to=c", "which=last")
+
+
+def test_a_run_that_keeps_track_of_no_best_gives_its_last(exporting: Exporting, run: Path) -> None:
+    shutil.copytree(run, "without")
+    rows = [json.loads(line) for line in Path("without/checkpoints.jsonl").read_text().splitlines()]
+    kept = ["name", "path", "step", "epoch", "batch"]
+    lines = [json.dumps({key: row[key] for key in kept}) + "\n" for row in rows]
+    Path("without/checkpoints.jsonl").write_text("".join(lines))
+    assert "checkpoints/final, after 2 steps" in exporting("checkpoint=without", "to=a")
+    assert "has no best checkpoint" in exporting("checkpoint=without", "to=b", "which=best", fails=True)
+
+
+def test_a_checkpoint_of_a_run_leaves_by_its_own_folder(exporting: Exporting) -> None:
+    assert "after 1 steps" in exporting("checkpoint=run/checkpoints/000001", "to=out")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["checkpoint=rnu", "to=out"], "There is no checkpoint rnu. Give the folder of a run"),
+        (["checkpoint=run/checkpoints/fnal", "to=out"], "has: 000001, final"),
+        (["checkpoint=run", "to=out", "format=gguff"], "Use one of adapter, merged, gguf, ollama"),
+        (["checkpoint=run", "to=out", "fromat=gguf"], "Did you mean format?"),
+        (["checkpoint=run", "to=out", "dtype=float8"], "dtype=float8 is impossible"),
+        (["checkpoint=run", "to=out", "ollama_base=x"], "ollama_base= is for format=ollama"),
+        (["checkpoint=run", "to=hf://parrot"], "Use hf://owner/name"),
+        (["checkpoint=run", "to=hf://owner/parrot"], "offline mode is on"),
+        (["checkpoint=run", "to=out", "push_to=owner/parrot"], "offline mode is on"),
+        (
+            ["checkpoint=run", "to=out", "base_model=./nowhere"],
+            "neither a folder on this machine nor a hub id",
+        ),
+        (["checkpoint=run", "to=out", "base_model=owner/nowhere"], "not on this machine"),
+        (["checkpoint=run", "to=out", "chat_template=x.jinja"], "there is no such file"),
+        (["checkpoint=run", "to=out", "format=ollama", "ollama_base=qwen3"], "tied to the embeddings"),
+    ],
+)
+def test_a_mistake_is_one_error_and_leaves_nothing(
+    exporting: Exporting, arguments: list[str], message: str
+) -> None:
+    printed = exporting(*arguments, fails=True)
+    assert message in " ".join(printed.split())
+    assert "Traceback" not in printed
+    assert not Path("out").exists()
+    assert not list(Path().glob(".out*"))
+
+
+def test_a_folder_that_holds_something_is_kept(exporting: Exporting) -> None:
+    exporting("checkpoint=run", "to=out")
+    assert "is not empty" in exporting("checkpoint=run", "to=out", fails=True)
+    exporting("checkpoint=run", "to=out", "format=merged", "overwrite=True")
+    assert not Path("out/adapter_config.json").exists()
+    Path("out/thesis.tex").write_text("mine")
+    printed = exporting("checkpoint=run", "to=out", "overwrite=True", fails=True)
+    assert "holds thesis.tex, which no export wrote" in printed
+    assert Path("out/config.json").exists()
+
+
+def test_a_checkpoint_is_no_place_to_export_to(exporting: Exporting, tiny_qwen3: str) -> None:
+    exporting(f"checkpoint={tiny_qwen3}", "to=model", "format=merged")  # a model folder is a full fine-tune
+    printed = exporting("checkpoint=model", "to=model", "format=merged", "overwrite=True", fails=True)
+    assert "is the checkpoint itself" in printed
+    assert Path("model/model.safetensors").exists()
+
+
+def test_a_full_fine_tune_has_no_adapter(exporting: Exporting, tiny_qwen3: str) -> None:
+    assert "Export format=merged" in exporting(f"checkpoint={tiny_qwen3}", "to=out", fails=True)
+
+
+def test_what_is_not_written_as_gguf_here_names_the_commands_that_do_it(
+    exporting: Exporting, make_model_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    make_model_folder(tmp_path / "gemma", "gemma2", query_pre_attn_scalar=8)
+    printed = exporting("checkpoint=gemma", "to=out", "format=gguf", fails=True)
+    assert "it is a Gemma2ForCausalLM" in printed
+    assert "python -m recipes.export checkpoint=gemma to=out-merged format=merged\n" in printed
+    command = "python llama.cpp/convert_hf_to_gguf.py out-merged --outfile out/model.gguf --outtype auto"
+    assert command in printed.replace(" \\\n    ", " ")
+
+
+def test_ollama_takes_merged_weights_of_what_is_not_written_as_gguf_here(
+    exporting: Exporting, make_model_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    make_model_folder(tmp_path / "gemma", "gemma2", query_pre_attn_scalar=8)
+    exporting("checkpoint=gemma", "to=out", "format=ollama")
+    assert Path("out/Modelfile").read_text().startswith("FROM .\n")
+    assert Path("out/model.safetensors").is_file()
+
+
+def test_an_adapter_goes_on_a_model_of_ollamas(
+    exporting: Exporting, make_model_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    base = make_model_folder(tmp_path / "mine", tie_word_embeddings=False)
+    service = ServiceClient(checkpoint_dir=tmp_path)
+    training = service.create_lora_training_client(str(base), rank=2)
+    path = training.save_weights_for_sampler("tuned").result().path
+    service.close()
+    exporting(f"checkpoint={path}", "to=out", "format=ollama", "ollama_base=mine:1b")
+    assert Path("out/Modelfile").read_text().startswith("FROM mine:1b\nADAPTER ./adapter.gguf\n")
+    assert not list(Path("out").glob("model*"))
+
+
+def test_a_run_in_4_bits_says_what_it_is_merged_into(exporting: Exporting, run: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "nf4"
+    shutil.copytree(run, copy)
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**config, "quantization": "nf4"}))
+    printed = " ".join(exporting("checkpoint=nf4", "to=out", "format=merged").split())
+    assert "Trained on a base in 4 bits" in printed
+    assert "trained on a base model in 4 bits" in Path("out/README.md").read_text()
