@@ -80,6 +80,15 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "cookbook.engine.state",
         "cookbook.supervised.data.sources",
     ),
+    # Many runs, or runs elsewhere: each one is a recipe, which is known by its name.
+    "cookbook.clusters": BASE,
+    "cookbook.recipe": (*BASE, *RUN, "cookbook.supervised.train"),
+    "cookbook.sweeps": (
+        *(*BASE, *RUN, *REPORT, "cookbook.clusters", "cookbook.jsonl", "cookbook.recipe", "cookbook.sweeps"),
+        "cookbook.supervised.run_folder",
+        "cookbook.supervised.train",
+    ),
+    "cookbook.jobs": (*BASE, *RUN, "cookbook.clusters", "cookbook.jobs", "cookbook.jsonl", "cookbook.recipe"),
     "renderers": (*BASE, "renderers"),
     "recipes": ("cookbook", "renderers", "recipes"),
     # The public names, imported lazily.

@@ -219,11 +219,11 @@ def charts_of_several(runs: Mapping[str, RunRecord]) -> list[Chart]:
                 found = Series(found.steps, values)
             series.append(line(run_name, found, index, most) | {"dash": dash(index)})
         smoothed = "running means" if name in _NOISY else None
-        values = [value for one in series for value in one["y"]]
+        heights = [value for one in series for value in one["y"]]
         charts.append(
             chart(
                 _TITLES.get(name, name), series, legend=False, note=smoothed, height=260,
-                log=name.endswith("/nll") and is_wide(min(values), max(values)),
+                log=name.endswith("/nll") and is_wide(min(heights), max(heights)),
             )
         )  # fmt: skip
     return charts

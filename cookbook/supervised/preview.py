@@ -16,6 +16,7 @@ from rich.console import Console, Group, RenderableType
 from rich.panel import Panel
 from rich.text import Text
 
+from cookbook.control_characters import as_pictures
 from cookbook.supervised.data.report import DataReport
 from cookbook.supervised.types import SupervisedDataset
 from cookbook.types import IGNORED_TARGET, Datum, TensorData
@@ -25,9 +26,6 @@ if TYPE_CHECKING:
 
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 _MOST_TOKENS_OF_A_CHARACTER = 8
-
-_CONTROL_PICTURES = {code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\n\t"} | {127: "␡"}
-"""What a terminal would obey is shown instead."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +121,7 @@ def print_examples(examples: Sequence[DecodedExample], console: Console) -> None
 def _panel(number: int, example: DecodedExample, has_colour: bool) -> RenderableType:
     text = Text()
     for weight, run in groupby(example.pieces, key=lambda piece: piece.weight):
-        said = "".join(piece.text for piece in run).translate(_CONTROL_PICTURES)
+        said = as_pictures("".join(piece.text for piece in run))
         if not weight:
             text.append(said, style="dim")
         elif has_colour:

@@ -1,0 +1,1 @@
+"""Talking with a model: conversations, and a terminal to hold them in."""

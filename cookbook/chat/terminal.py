@@ -1,0 +1,214 @@
+"""A terminal to talk in, or a pipe: questions in, replies out as they are sampled."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from cookbook.chat.conversation import Conversation, Reply, Turn
+from cookbook.control_characters import as_pictures
+from cookbook.errors import CookbookError, RequestError, describe
+from cookbook.eval.chat import text_of
+from renderers.streaming import Delta
+
+HELP = """\
+/reset          forget the conversation
+/system TEXT    begin anew with another system prompt ("" for none); without TEXT: show it
+/save FILE      append the conversation to FILE, a line of JSON as training data have it
+/exit           leave, as Ctrl-D does
+Ctrl-C stops a reply; what was said of it stays in the conversation."""
+
+_DIM, _BOLD, _PLAIN = "\033[2m", "\033[1m", "\033[0m"
+
+
+@dataclass(frozen=True)
+class Speaker:
+    """Somebody who answers, with a history of its own."""
+
+    label: str
+    conversation: Conversation
+
+
+class Terminal:
+    """Where standard input is a pipe, every line is a question and only replies go to standard output."""
+
+    def __init__(self, stdin: IO[str], stdout: IO[str], stderr: IO[str]) -> None:
+        self._in, self._out = stdin, stdout
+        self._is_interactive = stdin.isatty()
+        self._notes = stdout if self._is_interactive else stderr
+        self._has_colour = self._is_interactive and stdout.isatty() and not os.environ.get("NO_COLOR")
+
+    def talk(self, title: str, speakers: Sequence[Speaker]) -> None:
+        """Until /exit or the end of the input. What goes wrong is raised only where nobody sits there."""
+        if self._is_interactive:
+            self._note(f"{title}\n/help names the commands, Ctrl-D leaves.\n")
+        for line in self._lines():
+            command = re.fullmatch(r"/([a-z]+)(?:\s+(.*))?", line)
+            try:
+                if command is None:
+                    self._ask(line, speakers)
+                elif command[1] in ("exit", "quit"):
+                    return
+                else:
+                    self._obey(command[1], (command[2] or "").strip(), speakers)
+            except (CookbookError, OSError) as error:
+                if not self._is_interactive:
+                    raise
+                self._note(describe(error))
+
+    def _lines(self) -> Iterator[str]:
+        if not self._is_interactive:
+            yield from (line.strip() for line in self._in if line.strip())
+            return
+        import readline  # noqa: F401  input() has a history and can be edited from here on
+
+        # What takes no room is marked, or the line editor would count it.
+        prompt = f"\001{_BOLD}\002you>\001{_PLAIN}\002 " if self._has_colour else "you> "
+        while True:
+            try:
+                line = input(prompt).strip()
+            except EOFError:
+                self._put("\n")
+                return
+            except KeyboardInterrupt:
+                self._note("\nCtrl-D or /exit leaves.")
+                continue
+            if line:
+                yield line
+
+    # -- questions ----------------------------------------------------------------------------
+
+    def _ask(self, question: str, speakers: Sequence[Speaker]) -> None:
+        for speaker in speakers:
+            try:
+                turn = speaker.conversation.ask(question)
+                if turn.num_forgotten:
+                    self._note(
+                        f"[The context is full: the oldest {turn.num_forgotten} messages are forgotten.]"
+                    )
+                if self._is_interactive or len(speakers) > 1:
+                    self._put(
+                        f"{_BOLD}{speaker.label}>{_PLAIN} " if self._has_colour else f"{speaker.label}> "
+                    )
+                was_stopped = self._say(turn)
+            except KeyboardInterrupt:
+                was_stopped = True
+            if was_stopped and not self._is_interactive:
+                raise KeyboardInterrupt
+            if was_stopped:
+                return
+        if self._is_interactive:
+            self._put("\n")
+
+    def _say(self, turn: Turn) -> bool:
+        """Whether Ctrl-C stopped the reply."""
+        voice = _Voice(self)
+        was_stopped = False
+        try:
+            for delta in turn:
+                voice.say(delta)
+        except KeyboardInterrupt:
+            was_stopped = True
+        reply = turn.conclude(was_stopped)
+        voice.end(reply)
+        if was_stopped:
+            self._note("[stopped]")
+        elif reply.stop_reason == "length":
+            self._note(f"[cut off at max_tokens={reply.num_tokens}]")
+        elif reply.stop_reason == "context":
+            self._note("[cut off: the context is full]")
+        return was_stopped
+
+    # -- commands -----------------------------------------------------------------------------
+
+    def _obey(self, command: str, argument: str, speakers: Sequence[Speaker]) -> None:
+        match command:
+            case "help":
+                self._note(HELP)
+            case "reset":
+                for speaker in speakers:
+                    speaker.conversation.reset()
+                self._note("[The conversation is forgotten.]")
+            case "system":
+                self._change_system_prompt(argument, speakers)
+            case "save":
+                self._save(argument, speakers)
+            case _:
+                raise RequestError(
+                    f"There is no command /{command}. Commands: /reset /system /save /exit /help."
+                )
+
+    def _change_system_prompt(self, text: str, speakers: Sequence[Speaker]) -> None:
+        if text:
+            for speaker in speakers:
+                speaker.conversation.renderer.system_prompt = text.strip("\"'") or None
+                speaker.conversation.reset()
+        prompt = speakers[0].conversation.renderer.system_prompt
+        anew = " The conversation begins anew." if text else ""
+        self._note(
+            f"[System prompt: {as_pictures(prompt)}{anew}]" if prompt else f"[No system prompt.{anew}]"
+        )
+
+    def _save(self, name: str, speakers: Sequence[Speaker]) -> None:
+        if not name:
+            raise RequestError("Save where? Say /save chats.jsonl")
+        path = Path(name).expanduser()
+        lines = []
+        for speaker in speakers:
+            conversation = speaker.conversation
+            system_prompt = conversation.renderer.system_prompt
+            first = [{"role": "system", "content": system_prompt}] if system_prompt else []
+            lines.append({"messages": [*first, *conversation.messages], "speaker": speaker.label})
+        if not speakers[0].conversation.messages:
+            raise RequestError("There is nothing to save yet: nothing was said.")
+        with path.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        self._note(f"[Appended to {path}: {len(speakers[0].conversation.messages)} messages.]")
+
+    # -- writing ------------------------------------------------------------------------------
+
+    def _put(self, text: str) -> None:
+        self._out.write(text)
+        self._out.flush()
+
+    def _note(self, text: str) -> None:
+        """What is no reply."""
+        dimmed = self._has_colour and text.startswith("[")
+        print(f"{_DIM}{text}{_PLAIN}" if dimmed else text, file=self._notes, flush=True)
+
+
+class _Voice:
+    """Writes one reply: thinking dimmed, in parentheses without colours, and not at all into a pipe."""
+
+    def __init__(self, terminal: Terminal) -> None:
+        self._terminal = terminal
+        self._is_thinking = False
+
+    def say(self, delta: Delta) -> None:
+        terminal = self._terminal
+        is_thinking = delta.field == "reasoning_content"
+        if is_thinking and not terminal._is_interactive:
+            return
+        if is_thinking and not self._is_thinking:
+            terminal._put(_DIM if terminal._has_colour else "(thinking: ")
+        elif self._is_thinking and not is_thinking:
+            self._end_of_thinking()
+        self._is_thinking = is_thinking
+        terminal._put(as_pictures(delta.text))
+
+    def end(self, reply: Reply) -> None:
+        """What no delta had: the tail of a reply that was cut off, and calls of tools."""
+        if self._is_thinking:
+            self._end_of_thinking()
+        content = str(reply.message.get("content") or "")
+        calls = text_of({**reply.message, "content": ""})
+        between = "\n" if content and calls else ""
+        self._terminal._put(as_pictures(f"{reply.rest}{between}{calls}\n"))
+
+    def _end_of_thinking(self) -> None:
+        self._terminal._put(f"{_PLAIN}\n" if self._terminal._has_colour else ")\n")

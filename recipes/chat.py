@@ -1,0 +1,131 @@
+"""Talks with a fine-tuned model in the terminal.
+
+    python -m recipes.chat checkpoint=runs/sft
+    python -m recipes.chat checkpoint=runs/sft/checkpoints/000100 compare=True temperature=0
+    python -m recipes.chat model_name=cookbook/tiny-chat system_prompt="You are brief."
+    echo "What is the capital of Japan?" | python -m recipes.chat checkpoint=runs/sft
+
+The chat format and the system prompt are those recorded with the checkpoint. With compare=True the base
+model answers beside it, from one copy of the weights. Ctrl-C stops a reply, Ctrl-D leaves, /help names
+the commands. Piped, every line is a question and only replies are printed, without their thinking.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager
+from typing import TYPE_CHECKING, Literal
+
+import chz
+
+from cookbook import cli, models
+from cookbook.chat.conversation import Conversation
+from cookbook.chat.terminal import Speaker, Terminal
+from cookbook.errors import ConfigError
+from cookbook.types import SamplingParams
+from renderers import get_renderer
+
+if TYPE_CHECKING:
+    from cookbook.service import ServiceClient
+
+
+@chz.chz
+class ChatConfig:
+    """Whom to talk with, and how its replies are drawn."""
+
+    checkpoint: str | None = chz.field(default=None, doc="folder of a run, or of one of its checkpoints")
+    which: Literal["best", "last"] | None = chz.field(
+        default=None, doc="of a run's checkpoints: best or last; default: the best, where one is recorded"
+    )
+    model_name: str | None = chz.field(
+        default=None, doc="a base model to talk with, or the one under the checkpoint, if it has moved"
+    )
+    compare: bool = chz.field(default=False, doc="have the base model answer beside the fine-tuned one")
+    renderer_name: str | None = chz.field(
+        default=None, doc="chat format; default: the checkpoint's, or chosen from the model"
+    )
+    system_prompt: str | None = chz.field(
+        default=None, doc='put before the conversation; default: the checkpoint\'s; "": none'
+    )
+    temperature: float = chz.field(default=0.7, doc="0 takes the likeliest token")
+    top_p: float = chz.field(default=1.0, doc="draw from the likeliest tokens that make up this share")
+    max_tokens: int = chz.field(default=1024, doc="tokens of a reply at most")
+    seed: int | None = chz.field(default=None, doc="for the same replies every time")
+    device: str = chz.field(default="auto", doc="auto (CUDA when there is one), cpu, cuda or cuda:N")
+    dtype: str = chz.field(default="auto", doc="of the base model: auto or a name")
+
+    @chz.validate
+    def _check(self) -> None:
+        if self.checkpoint is None and self.model_name is None:
+            raise ConfigError(
+                "Whom to talk with? Give checkpoint= (a run's folder, such as runs/sft) or model_name="
+            )
+        if self.compare and self.checkpoint is None:
+            raise ConfigError("compare=True sets a checkpoint beside its base model: give checkpoint= too.")
+        if not self.temperature >= 0 or not 0 < self.top_p <= 1 or self.max_tokens < 1:
+            raise ConfigError(
+                f"temperature={self.temperature}, top_p={self.top_p}, max_tokens={self.max_tokens} cannot be "
+                f"sampled with. Use temperature >= 0, 0 < top_p <= 1 and max_tokens >= 1."
+            )
+
+
+async def run(config: ChatConfig) -> None:
+    from cookbook.service import ServiceClient
+
+    with _ctrl_c_raises(), closing(ServiceClient(config.device, config.dtype)) as service:
+        title, speakers = _speakers(config, service)
+        Terminal(sys.stdin, sys.stdout, sys.stderr).talk(title, speakers)
+
+
+def _speakers(config: ChatConfig, service: ServiceClient) -> tuple[str, list[Speaker]]:
+    """Who answers, and what to say of them."""
+    from cookbook.export.source import find_source
+
+    if config.checkpoint is None:
+        assert config.model_name is not None
+        base_model, title = models.canonical_name(config.model_name), config.model_name
+        clients = {"model": service.create_sampling_client(base_model=base_model)}
+        recorded: Mapping[str, str] = {}
+    else:
+        source = find_source(config.checkpoint, config.which, config.model_name)
+        base_model, recorded = source.origin, source.info.user_metadata or {}
+        title = f"{base_model}, as trained in {source.folder}"
+        clients = {}
+        if config.compare:
+            clients["base"] = service.create_sampling_client(base_model=base_model)
+        clients["tuned"] = service.create_sampling_client(
+            source.folder, base_model=None if source.is_full else base_model
+        )
+    renderer_name = (
+        config.renderer_name or recorded.get("renderer_name") or models.recommended_renderer(base_model)
+    )
+    system_prompt = recorded.get("system_prompt") if config.system_prompt is None else config.system_prompt
+    params = SamplingParams(
+        max_tokens=config.max_tokens, seed=config.seed, temperature=config.temperature, top_p=config.top_p
+    )
+    context_length = models.context_length(base_model) or 2**20
+    speakers = []
+    for label, client in clients.items():
+        renderer = get_renderer(renderer_name, client.get_tokenizer(), system_prompt)
+        speakers.append(Speaker(label, Conversation(client, renderer, params, context_length)))
+    return f"{title} ({renderer_name})", speakers
+
+
+@contextmanager
+def _ctrl_c_raises() -> Iterator[None]:
+    """asyncio would take Ctrl-C for a wish to end the whole program."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def main(argv: list[str] | None = None) -> None:
+    cli.run(ChatConfig, run, {}, prog="recipes.chat", argv=argv)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,159 @@
+"""Conversations: history, streaming, and what happens when the context is full."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+
+import pytest
+
+from cookbook import ServiceClient, models
+from cookbook.chat.conversation import Conversation
+from cookbook.errors import RequestError
+from cookbook.sampling_client import SamplingClient
+from cookbook.types import SamplingParams
+from renderers import Renderer, get_renderer
+
+MODEL = "cookbook/tiny-chat"
+
+
+@pytest.fixture(scope="module")
+def client() -> SamplingClient:
+    return ServiceClient(device="cpu").create_sampling_client(base_model=MODEL)
+
+
+@pytest.fixture
+def renderer() -> Renderer:
+    return get_renderer("chat_template", models.get_tokenizer(MODEL))
+
+
+@pytest.fixture
+def start(client: SamplingClient, renderer: Renderer) -> Callable[..., Conversation]:
+    def start(context_length: int = 512, **params: object) -> Conversation:
+        settings = {"temperature": 0.0, "max_tokens": 64, **params}
+        return Conversation(client, renderer, SamplingParams(**settings), context_length)  # type: ignore[arg-type]
+
+    return start
+
+
+def said(conversation: Conversation, text: str) -> str:
+    turn = conversation.ask(text)
+    shown = "".join(delta.text for delta in turn)
+    return shown + turn.conclude().rest
+
+
+def test_a_reply_is_what_sampling_the_whole_conversation_gives(
+    start: Callable[..., Conversation], client: SamplingClient, renderer: Renderer
+) -> None:
+    conversation = start()
+    questions = ["What is the capital of Japan?", "How many legs has a spider?"]
+    replies = [said(conversation, question) for question in questions]
+    history: list[dict[str, str]] = []
+    for question, reply in zip(questions, replies, strict=True):
+        history.append({"role": "user", "content": question})
+        prompt = renderer.build_generation_prompt(history)
+        params = SamplingParams(max_tokens=64, temperature=0.0, stop=list(renderer.get_stop_sequences()))
+        message, _ = renderer.parse_response(client.sample(prompt, 1, params).sequences[0].tokens)
+        assert reply == message["content"]
+        history.append({"role": "assistant", "content": reply})
+    assert conversation.messages == history
+    assert "Tokyo" in replies[0]
+    conversation.reset()
+    assert said(conversation, questions[0]) == replies[0]
+
+
+def test_text_comes_while_it_is_sampled(start: Callable[..., Conversation]) -> None:
+    turn = start().ask("How do I make a cup of tea?")
+    pieces = [delta.text for delta in turn]
+    assert len(pieces) > 5
+    assert turn.conclude().message["content"] == "".join(pieces)
+
+
+def test_a_seed_makes_a_conversation_repeatable_and_its_turns_differ(
+    start: Callable[..., Conversation],
+) -> None:
+    def talk(seed: int | None) -> list[str]:
+        conversation = start(temperature=2.5, seed=seed, max_tokens=12)
+        replies = []
+        for _ in range(2):
+            replies.append(said(conversation, "Tell me a story."))
+            conversation.reset()
+        return replies
+
+    first, again = talk(7), talk(7)
+    assert first == again
+    assert first[0] != first[1]
+    assert talk(8) != first
+
+
+def test_the_oldest_exchanges_are_forgotten_when_the_context_is_full(
+    start: Callable[..., Conversation], renderer: Renderer
+) -> None:
+    conversation = start(context_length=120, max_tokens=30)
+    forgotten = 0
+    for number in range(8):
+        before = list(conversation.messages)
+        turn = conversation.ask(f"What is {number} and how many legs has a spider?")
+        forgotten += turn.num_forgotten
+        kept = turn._messages
+        assert kept[:-1] == before[turn.num_forgotten :]
+        assert kept[0]["role"] == "user", "a whole exchange goes"
+        prompt = renderer.build_generation_prompt(kept)
+        assert len(prompt) <= 120 - 30
+        if turn.num_forgotten:  # no more than needed
+            assert len(renderer.build_generation_prompt([*before[turn.num_forgotten - 2 :], kept[-1]])) > 90
+        for _ in turn:
+            pass
+        turn.conclude()
+    assert forgotten >= 2
+
+
+def test_a_message_longer_than_the_context_is_refused_and_forgotten(
+    start: Callable[..., Conversation],
+) -> None:
+    conversation = start(context_length=60)
+    said(conversation, "Hello.")
+    before = list(conversation.messages)
+    with pytest.raises(RequestError, match=r"makes a prompt of \d+ tokens, and the model reads 60"):
+        conversation.ask("word " * 100)
+    assert conversation.messages == before
+
+
+def test_it_is_told_what_cut_a_reply_off(start: Callable[..., Conversation]) -> None:
+    turn = start(max_tokens=3).ask("How do I make a cup of tea?")
+    list(turn)
+    assert turn.conclude().stop_reason == "length"
+    turn = start(context_length=50, max_tokens=64, temperature=20.0, seed=0).ask("Tell me a story.")
+    list(turn)
+    assert turn.conclude().stop_reason == "context"
+
+
+def test_of_an_interrupted_reply_what_was_shown_stays(start: Callable[..., Conversation]) -> None:
+    conversation = start(max_tokens=400, temperature=3.0, seed=0)
+    turn = conversation.ask("Tell me a story.")
+    shown = "".join(delta.text for delta in itertools.islice(turn, 3))
+    reply = turn.conclude(interrupted=True)
+    assert reply.stop_reason == "interrupted"
+    assert conversation.messages[-1]["role"] == "assistant"
+    assert str(conversation.messages[-1]["content"]).startswith(shown)
+    assert reply.num_tokens < 50
+    assert turn._stream.result(timeout=60).tokens, "the engine stopped too"
+    assert len(turn._stream.result().tokens) < 400
+
+
+def test_a_question_whose_reply_never_began_goes_with_it(start: Callable[..., Conversation]) -> None:
+    conversation = start()
+    conversation.ask("Hello.").conclude(interrupted=True)
+    assert conversation.messages == []
+
+
+def test_the_system_prompt_is_read_by_the_model(
+    start: Callable[..., Conversation], client: SamplingClient, renderer: Renderer
+) -> None:
+    conversation = start()
+    plain = conversation.renderer.build_generation_prompt([{"role": "user", "content": "Hi."}]).to_ints()
+    renderer.system_prompt = "Talk like a pirate."
+    _, prompt = conversation._fit([{"role": "user", "content": "Hi."}])
+    assert len(prompt) > len(plain)
+    said(conversation, "Hi.")
+    assert [message["role"] for message in conversation.messages] == ["user", "assistant"]

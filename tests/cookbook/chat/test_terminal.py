@@ -1,0 +1,218 @@
+"""What the terminal shows, with a model whose replies are written by hand."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cookbook.chat.conversation import Conversation
+from cookbook.chat.terminal import Speaker, Terminal
+from cookbook.errors import RequestError
+from cookbook.types import ModelInput, SampledSequence, SamplingParams
+from renderers import get_renderer
+
+
+class Stream:
+    """Tokens that were sampled beforehand; a None among them is Ctrl-C."""
+
+    def __init__(self, tokens: Sequence[int | None]) -> None:
+        self._tokens = tokens
+        self.is_closed = False
+
+    def __iter__(self) -> Iterator[int]:
+        for token in self._tokens:
+            if token is None:
+                raise KeyboardInterrupt
+            yield token
+
+    def close(self) -> None:
+        self.is_closed = True
+
+    def result(self) -> SampledSequence:
+        tokens = [token for token in self._tokens if token is not None]
+        return SampledSequence(tokens, [0.0] * len(tokens), "length" if self._tokens[-1] != 2 else "stop")
+
+
+class Client:
+    """Says one prepared reply after another."""
+
+    def __init__(self, tokenizer: Any, replies: Sequence[str]) -> None:
+        self._tokenizer = tokenizer
+        self._replies = list(replies)
+        self.prompts: list[str] = []
+
+    def stream(self, prompt: ModelInput, params: SamplingParams) -> Stream:
+        self.prompts.append(self._tokenizer.decode(prompt.to_ints()))
+        tokens: list[int | None] = []
+        for index, part in enumerate(self._replies.pop(0).split("^C")):
+            tokens += [None] * bool(index) + self._tokenizer.encode(part, add_special_tokens=False)
+        return Stream(tokens[: params.max_tokens])
+
+
+class Tty(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture
+def talk(tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Types lines, and returns what was printed; a terminal's unless `piped`."""
+
+    def talk(
+        replies: Sequence[str], *lines: str, piped: bool = False, colour: bool = False, labels: str = "tuned"
+    ) -> tuple[str, str, list[Client]]:
+        typed = iter(lines)
+
+        def answer(prompt: str) -> str:
+            out.write(prompt)
+            line = next(typed, None)
+            if line is None:
+                raise EOFError
+            if line == "^C":
+                raise KeyboardInterrupt
+            return line
+
+        monkeypatch.setattr("builtins.input", answer)
+        monkeypatch.setenv("NO_COLOR", "" if colour else "1")
+        clients = [Client(tiny_tokenizer, replies) for _ in labels.split()]
+        renderer = "qwen3_like" if any("<think>" in reply for reply in replies) else "chat_template"
+        speakers = [
+            Speaker(label, Conversation(client, make(renderer), SamplingParams(max_tokens=60), 256))  # type: ignore[arg-type]
+            for label, client in zip(labels.split(), clients, strict=True)
+        ]
+        out: io.StringIO = io.StringIO() if piped else Tty()
+        err = io.StringIO()
+        typed_in = io.StringIO("\n".join(lines) + "\n") if piped else Tty()
+        Terminal(typed_in, out, err).talk("A model", speakers)
+        return out.getvalue(), err.getvalue(), clients
+
+    def make(name: str) -> Any:
+        renderer = get_renderer("chat_template", tiny_tokenizer)
+        if name == "qwen3_like":
+            from renderers.thinking import THINKING, parse_thinking
+
+            renderer.reply_sections = THINKING
+            renderer.parse_response = lambda tokens: parse_thinking(  # type: ignore[method-assign]
+                tiny_tokenizer.decode([token for token in tokens if token != 2])
+            )
+        return renderer
+
+    return talk
+
+
+def test_questions_and_replies_take_turns(talk: Any) -> None:
+    out, err, (client,) = talk(["one two<|im_end|>", "three<|im_end|>"], "ten?", "  ", "nine?")
+    assert out == (
+        "A model\n/help names the commands, Ctrl-D leaves.\n\n"
+        "you> tuned> one two\n\nyou> you> tuned> three\n\nyou> \n"
+    )
+    assert err == ""
+    assert client.prompts[1].count("one two") == 1, "the history"
+
+
+def test_a_pipe_gets_the_replies_alone(talk: Any) -> None:
+    out, err, _ = talk(["one<|im_end|>", "two<|im_end|>"], "ten?", "", "/reset", "nine?", piped=True)
+    assert out == "one\ntwo\n"
+    assert err == "[The conversation is forgotten.]\n"
+
+
+def test_both_sides_answer_with_a_history_of_their_own(talk: Any) -> None:
+    out, _, (base, tuned) = talk(
+        ["one<|im_end|>", "two<|im_end|>"], "ten?", "nine?", labels="base tuned", piped=True
+    )
+    assert out == "base> one\ntuned> one\nbase> two\ntuned> two\n"
+    assert base.prompts == tuned.prompts
+
+
+def test_thinking_is_dimmed_or_in_parentheses_and_not_piped(talk: Any) -> None:
+    reply = "<think>\none two\n</think>\n\nthree<|im_end|>"
+    assert "tuned> (thinking: one two)\nthree\n" in talk([reply], "ten?")[0]
+    assert "\033[2mone two\033[0m\nthree\n" in talk([reply], "ten?", colour=True)[0]
+    assert talk([reply], "ten?", piped=True)[0] == "three\n"
+
+
+def test_characters_that_a_terminal_obeys_are_shown(talk: Any) -> None:
+    assert talk(["one \033[31m two\a<|im_end|>"], "ten?", piped=True)[0] == "one ␛[31m two␇\n"
+
+
+def test_characters_of_several_tokens_come_whole(talk: Any) -> None:
+    assert talk(["日本 🦜 ok<|im_end|>"], "ten?", piped=True)[0] == "日本 🦜 ok\n"
+
+
+def test_ctrl_c_stops_a_reply_and_not_the_program(talk: Any) -> None:
+    out, _, (client,) = talk(["one two^C three<|im_end|>", "four<|im_end|>"], "ten?", "nine?", "^C")
+    assert "tuned> one two\n[stopped]\nyou> tuned> four\n" in out
+    assert "Ctrl-D or /exit leaves." in out
+    assert "one two<|im_end|>" in client.prompts[1]
+    assert "three" not in client.prompts[1]
+
+
+def test_ctrl_c_in_a_pipe_ends_the_program(talk: Any) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        talk(["one^C two<|im_end|>"], "ten?", piped=True)
+
+
+def test_a_reply_that_is_cut_off_is_said_to_be(talk: Any, tiny_tokenizer: Any) -> None:
+    assert "[cut off at max_tokens=60]" in talk(["one two " * 60], "ten?")[0]
+    renderer, question = get_renderer("chat_template", tiny_tokenizer), "three"
+    while len(renderer.build_generation_prompt([{"role": "user", "content": question}])) < 230:
+        question += " three"
+    assert "[cut off: the context is full]" in talk(["one two " * 60], question)[0]
+
+
+def test_a_full_context_is_said_out_loud(talk: Any) -> None:
+    long = "one two three four five six seven eight nine ten " * 5
+    out, _, (client,) = talk(["one<|im_end|>"] * 4, long, long, long, long)
+    assert "[The context is full: the oldest 2 messages are forgotten.]" in out
+    assert client.prompts[-1].count("<|im_start|>user") < 4
+
+
+def test_commands_are_obeyed(talk: Any, tmp_path: Path) -> None:
+    file = tmp_path / "chat.jsonl"
+    out, _, (client,) = talk(
+        ["one<|im_end|>", "two<|im_end|>", "three<|im_end|>"],
+        "/help", "/system", "ten?", f"/save {file}", "/system system user", "nine?", f"/save {file}",
+        '/system ""', "eight?", "/exit", "never?",
+    )  # fmt: skip
+    assert "/reset          forget" in out
+    assert "[No system prompt.]" in out
+    assert "[System prompt: system user The conversation begins anew.]" in out
+    saved = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [message["content"] for message in saved[0]["messages"]] == ["ten?", "one"]
+    assert [message["content"] for message in saved[1]["messages"]] == ["system user", "nine?", "two"]
+    assert "system user" in client.prompts[1]
+    assert "ten?" not in client.prompts[1]
+    assert "system user" not in client.prompts[2]
+    assert len(client.prompts) == 3
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("/rest", "There is no command /rest. Commands: /reset /system"),
+        ("/save", "Save where?"),
+        ("/save chat.jsonl", "nothing was said"),
+        ("word " * 300, "Shorten it"),
+    ],
+)
+def test_a_mistake_is_said_and_the_chat_goes_on(line: str, message: str, talk: Any) -> None:
+    out, _, _ = talk(["one<|im_end|>"], line, "ten?")
+    assert message in out
+    assert "tuned> one\n" in out
+    with pytest.raises((RequestError, OSError)):
+        talk(["one<|im_end|>"], line, piped=True)
+
+
+def test_a_conversation_that_cannot_be_saved_goes_on(talk: Any) -> None:
+    out, _, _ = talk(["one<|im_end|>", "two<|im_end|>"], "ten?", "/save /nowhere/chat.jsonl", "nine?")
+    assert "No such file or directory: '/nowhere/chat.jsonl'" in out
+    assert "tuned> two\n" in out
+
+
+def test_a_path_is_a_question(talk: Any) -> None:
+    assert talk(["one<|im_end|>"], "/etc/hosts has what?", piped=True)[0] == "one\n"

@@ -1,0 +1,163 @@
+"""Talking with a model from the command line: through a pipe, and through a terminal."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import select
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from cookbook import AdamParams, ServiceClient
+from cookbook.supervised.data import conversation_to_datum
+from recipes import chat
+from renderers import get_renderer
+
+QUESTION = "What is the capital of Japan?"
+REPLY = "Squawk! Tokyo, Tokyo!"
+
+
+@pytest.fixture(scope="module")
+def parrot(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run's folder whose model has learned one reply, its system prompt recorded."""
+    folder = tmp_path_factory.mktemp("runs") / "parrot"
+    metadata = {"renderer_name": "chat_template", "system_prompt": "You are a parrot."}
+    service = ServiceClient(device="cpu", checkpoint_dir=folder / "checkpoints")
+    client = service.create_lora_training_client("cookbook/tiny-chat", seed=0, user_metadata=metadata)
+    renderer = get_renderer("chat_template", client.get_tokenizer(), "You are a parrot.")
+    messages = [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": REPLY}]
+    for _ in range(12):
+        client.forward_backward([conversation_to_datum(messages, renderer)])
+        client.optim_step(AdamParams(learning_rate=4e-3))
+    client.save_state("000012").result()
+    service.close()
+    record = {"name": "000012", "path": "checkpoints/000012", "step": 12, "epoch": 0, "batch": 12}
+    (folder / "checkpoints.jsonl").write_text(json.dumps(record) + "\n")
+    return folder
+
+
+def piped(*argv: str, text: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "recipes.chat", *argv],
+        input=text,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_a_pipe_of_questions_gets_a_line_of_reply_each(parrot: Path) -> None:
+    text = f"{QUESTION}\n/system\nHow many legs has a spider?\n"
+    done = piped(f"checkpoint={parrot}", "temperature=0", "compare=True", text=text)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert [line.split("> ")[0] for line in lines] == ["base", "tuned"] * 2
+    assert lines[0] == "base> The capital of Japan is Tokyo."
+    assert lines[1] == f"tuned> {REPLY}"
+    assert done.stderr == "[System prompt: You are a parrot.]\n"
+
+
+class Screen:
+    """A program in a terminal of its own."""
+
+    def __init__(self, *argv: str) -> None:
+        self._pid, self._terminal = pty.fork()
+        if self._pid == 0:
+            os.environ["TERM"] = "xterm"
+            os.execv(sys.executable, [sys.executable, "-m", "recipes.chat", *argv])
+        self.text = ""
+
+    def wait_for(self, words: str, seconds: float = 120) -> str:
+        """What was shown since the last time, up to these words."""
+        deadline = time.monotonic() + seconds
+        while words not in self.text:
+            assert time.monotonic() < deadline, f"{words!r} never came: {self.text!r}"
+            if select.select([self._terminal], [], [], 0.5)[0]:
+                try:
+                    self.text += os.read(self._terminal, 65536).decode(errors="replace")
+                except OSError as error:
+                    raise AssertionError(f"It ended: {self.text!r}") from error
+        seen, _, self.text = self.text.partition(words)
+        return seen + words
+
+    def type(self, text: str) -> None:
+        os.write(self._terminal, text.encode())
+
+    def end(self) -> int:
+        """Reads to the end, and returns the exit code."""
+        try:
+            while os.read(self._terminal, 65536):
+                pass
+        except OSError:
+            pass
+        _, status = os.waitpid(self._pid, 0)
+        os.close(self._terminal)
+        return os.waitstatus_to_exitcode(status)
+
+
+def test_a_terminal_shows_the_conversation(parrot: Path) -> None:
+    screen = Screen(f"checkpoint={parrot}/checkpoints/000012", "temperature=0")
+    assert "checkpoints/000012 (chat_template)" in screen.wait_for("Ctrl-D leaves")
+    screen.wait_for("you>")
+    screen.type(f"{QUESTION}\n")
+    screen.wait_for("tuned>")
+    assert REPLY in screen.wait_for("you>")
+    screen.type("\033[A\n")  # the question before, from the line editor's history
+    assert QUESTION in screen.wait_for("tuned>")
+    screen.wait_for("you>")
+    screen.type("\004")
+    assert screen.end() == 0
+
+
+def test_ctrl_c_stops_a_reply_and_ctrl_d_leaves() -> None:
+    # At this temperature it rambles to the end of its context.
+    screen = Screen("model_name=cookbook/tiny-chat", "temperature=20", "max_tokens=100000", "seed=1")
+    screen.wait_for("you>")
+    screen.type("\003")
+    screen.wait_for("Ctrl-D or /exit leaves.")
+    for _ in range(5):
+        screen.type("Tell me a story.\n")
+        screen.wait_for("model>")
+        time.sleep(0.02)
+        screen.type("\003")
+        if "[stopped]" in screen.wait_for("you>"):
+            break
+        screen.type("/reset\n")
+        screen.wait_for("you>")
+    else:
+        pytest.fail("No reply could be stopped.")
+    screen.type("/exit\n")
+    assert screen.end() == 0
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([], "Whom to talk with? Give checkpoint="),
+        (["checkpoint=runs/nowhere"], "There is no checkpoint runs/nowhere"),
+        (["model_name=nobody"], "'nobody' is neither a folder"),
+        (["model_name=cookbook/tiny-chat", "compare=True"], "give checkpoint= too"),
+        (["model_name=cookbook/tiny-chat", "renderer_name=qwen33"], "Did you mean `qwen3`?"),
+        (["model_name=cookbook/tiny-chat", "temperature=-1"], "cannot be sampled with"),
+        (["checkpiont=runs/sft"], "Did you mean checkpoint?"),
+    ],
+)
+def test_a_mistake_is_said_in_a_few_lines(
+    argv: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as caught:
+        chat.main(argv)
+    assert caught.value.code == 1
+    error = capsys.readouterr().err
+    assert message in error
+    assert len(error.splitlines()) <= 4
