@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import difflib
 import enum
 import os
@@ -10,7 +11,7 @@ import re
 import sys
 import textwrap
 import types
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 from chz.blueprint import Blueprint, Castable, Reference
@@ -21,6 +22,8 @@ from cookbook.errors import ConfigError, CookbookError, describe
 T = TypeVar("T")
 R = TypeVar("R")
 
+HELP = ("--help", "-h", "help")
+
 
 def make_config(target: type[T], defaults: Mapping[str, Any], argv: Sequence[str], prog: str = "recipe") -> T:
     """The config that `argv` asks for. Later wins: `defaults`, then `config=<file>`, then the other keys.
@@ -29,26 +32,35 @@ def make_config(target: type[T], defaults: Mapping[str, Any], argv: Sequence[str
     `batch_size=8` reaches `dataset_builder.common_config.batch_size`. Raises ConfigError for an
     unknown key or an impossible value, and EntrypointHelpException where help is asked for.
     """
-    blueprint = Blueprint(target).apply(dict(defaults), layer_name=f"{prog}'s defaults")
-    values: dict[str, str] = {}
-    for argument in argv:
-        if argument in ("--help", "-h", "help"):
-            raise EntrypointHelpException(_help(blueprint, prog))
-        key, separator, value = argument.partition("=")
-        if not separator or not key:
-            raise ConfigError(f"{argument!r} is no setting. Write key=value, or --help for the keys.")
-        values[key.removeprefix("--")] = value
-    if (path := values.pop("config", None)) is not None:
-        from cookbook import config_files
-
-        blueprint.apply(_full_keys(blueprint, config_files.load(path)), layer_name=path)
-    arguments = {key: Castable(value) for key, value in values.items()}
+    blueprint, arguments = _layers(target, defaults, argv, prog)
     before = blueprint.clone()
     blueprint.apply(_full_keys(blueprint, arguments), layer_name="command line")
     try:
         return blueprint.make()
     except EntrypointException as error:
         raise ConfigError(_explain(before, error)) from error
+
+
+def type_of_key(target: type[Any], defaults: Mapping[str, Any], argv: Sequence[str], key: str) -> Any:
+    """The type of the field that `key` names, beside the settings in `argv`.
+
+    Raises ConfigError, which names the nearest key, where there is no such field.
+    """
+    blueprint, arguments = _layers(target, defaults, argv, "recipe")
+    blueprint.apply(_full_keys(blueprint, arguments))
+    full = next(iter(_full_keys(blueprint, {key: None})))
+    return _params(blueprint)[full].type
+
+
+def settings(argv: Sequence[str]) -> dict[str, str]:
+    """The `key=value` arguments as a mapping. Raises ConfigError for an argument that is none."""
+    values: dict[str, str] = {}
+    for argument in argv:
+        key, separator, value = argument.partition("=")
+        if not separator or not key:
+            raise ConfigError(f"{argument!r} is no setting. Write key=value, or --help for the keys.")
+        values[key.removeprefix("--")] = value
+    return values
 
 
 def run(
@@ -60,8 +72,16 @@ def run(
 ) -> R:
     """A recipe's whole command line. Errors raised on purpose end it in a few lines and exit code 1."""
     argv = sys.argv[1:] if argv is None else argv
-    try:
+    with ending_in_a_line():
         return asyncio.run(main(make_config(target, defaults, argv, prog)))
+
+
+@contextlib.contextmanager
+def ending_in_a_line() -> Iterator[None]:
+    """Ends the program where help is asked for (exit code 0), where an error is raised on purpose
+    (a few lines, exit code 1) and where Ctrl-C is pressed (130)."""
+    try:
+        yield
     except EntrypointHelpException as help_text:
         _print_help(str(help_text))
         sys.exit(0)
@@ -77,6 +97,21 @@ def run(
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _layers(
+    target: type[Any], defaults: Mapping[str, Any], argv: Sequence[str], prog: str
+) -> tuple[Blueprint[Any], dict[str, Castable]]:
+    """The blueprint under the command line, and what the command line lays over it."""
+    blueprint = Blueprint(target).apply(dict(defaults), layer_name=f"{prog}'s defaults")
+    if any(argument in HELP for argument in argv):
+        raise EntrypointHelpException(_help(blueprint, prog))
+    values = settings(argv)
+    if (path := values.pop("config", None)) is not None:
+        from cookbook import config_files
+
+        blueprint.apply(_full_keys(blueprint, config_files.load(path)), layer_name=path)
+    return blueprint, {key: Castable(value) for key, value in values.items()}
 
 
 def _tell(failure: str, error: Exception) -> None:

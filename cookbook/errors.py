@@ -7,7 +7,8 @@
     ├── DataError         (ValueError)    a dataset, a file or a row
     ├── ModelError        (OSError)       a model or tokenizer that is missing or cannot be loaded
     ├── CheckpointError   (OSError)       a checkpoint that is missing, damaged, foreign or not writable
-    └── TrainingError     (RuntimeError)  a step that failed while it ran
+    ├── TrainingError     (RuntimeError)  a step that failed while it ran
+    └── ClusterError      (RuntimeError)  a Ray cluster that cannot be reached, or a job that is not on it
 
 A message says what was asked, what was found and what to do. Context gathered on the way up
 (the row, the file, the step) is attached with `add_note`, and `describe` prints both.
@@ -44,6 +45,10 @@ class CheckpointError(CookbookError, OSError):
 
 class TrainingError(CookbookError, RuntimeError):
     """A step failed while it ran."""
+
+
+class ClusterError(CookbookError, RuntimeError):
+    """A Ray cluster cannot be reached or cannot do what is asked, or has no such job."""
 
 
 def describe(error: BaseException) -> str:

@@ -1,0 +1,12 @@
+"""Runs as jobs of Ray, from Python: `jobs.wait(jobs.submit("sft", ["max_steps=100"]).id)`."""
+
+from __future__ import annotations
+
+from cookbook.jobs.head import Head, find_head, start_head, stop_head
+from cookbook.jobs.jobs import Job, cancel, get, logs, retry, submit, wait
+from cookbook.jobs.jobs import list_jobs as list
+
+__all__ = [
+    "Head", "Job", "cancel", "find_head", "get", "list", "logs", "retry", "start_head", "stop_head",
+    "submit", "wait",
+]  # fmt: skip

@@ -1,0 +1,27 @@
+"""A connection to the cluster that takes the jobs, with Ray's own client."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from cookbook import clusters
+from cookbook.errors import ClusterError
+
+DASHBOARD_PORT = 8265
+
+
+def connect(address: str) -> Any:
+    """Ray's JobSubmissionClient. Raises ClusterError for a cluster that cannot be reached or refuses."""
+    clusters.import_ray()
+    from ray.job_submission import JobSubmissionClient
+
+    address = address if "://" in address else f"http://{address}"
+    clusters.check_reachable(address, DASHBOARD_PORT)
+    try:
+        client = JobSubmissionClient(address)
+    except Exception as error:  # Ray raises ConnectionError, RuntimeError and its own for the same
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise ClusterError(f"The Ray cluster at {address} takes no jobs: {lines[0]}") from error
+    logging.getLogger("ray").setLevel(logging.ERROR)  # the client has turned it up
+    return client

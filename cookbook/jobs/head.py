@@ -1,0 +1,169 @@
+"""The Ray head on this machine that jobs go to where no cluster is named: started once, found again, stopped.
+
+It takes jobs from this machine alone, and from those who have the user's Ray token. Its ports were free and
+its files have a folder of their own, so that it disturbs no other Ray here. A note in $COOKBOOK_HOME
+(~/.cookbook) says where it is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from cookbook import clusters, jsonl
+from cookbook.errors import ClusterError
+
+LOCALHOST = "127.0.0.1"
+RAY = (sys.executable, "-m", "ray.scripts.scripts")
+START_SECONDS = 240
+STOP_SECONDS = 60
+NO_TIMEOUT_SECONDS = 10 * 365 * 24 * 3600
+"""A job waits for its devices until the jobs before it are done; Ray gives up after 15 minutes."""
+
+
+@dataclass(frozen=True)
+class Head:
+    address: str
+    """Of its dashboard, which takes the jobs."""
+    pid: int
+    folder: str
+    """Of Ray's own files."""
+
+    def is_alive(self) -> bool:
+        try:
+            clusters.check_reachable(self.address, 8265)
+            os.kill(self.pid, 0)
+        except (ClusterError, OSError):
+            return False
+        return True
+
+
+def find_head() -> Head | None:
+    """The head that runs on this machine; None where there is none."""
+    note = _note()
+    if not note.exists():
+        return None
+    head = Head(**json.loads(note.read_text()))
+    return head if head.is_alive() else None
+
+
+def start_head() -> Head:
+    """The head that runs on this machine, started where there is none. Raises ClusterError if it will not."""
+    if (head := find_head()) is not None:
+        return head
+    if not clusters.has_token():
+        _ray("get-auth-token", "--generate")
+    clusters.import_ray()
+    # sockets have short paths: a folder deep below home would be too long
+    folder = tempfile.mkdtemp(prefix="cookbook-ray-")
+    options = {name: _free_port() for name in PORTS}
+    command = [
+        *(*RAY, "start", "--head", "--block", "--temp-dir", folder, "--disable-usage-stats"),
+        *("--include-dashboard", "true", "--dashboard-host", LOCALHOST),
+        *(f"--{name}={port}" for name, port in options.items()),
+    ]
+    log = Path(folder) / "start.log"
+    with log.open("w") as out:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # it outlives the command that needed it first
+            env=os.environ
+            | {"RAY_JOB_START_TIMEOUT_SECONDS": str(NO_TIMEOUT_SECONDS), "RAY_AUTH_MODE": "token"},
+        )
+    head = Head(f"http://{LOCALHOST}:{options['dashboard-port']}", process.pid, folder)
+    _wait_until_it_takes_jobs(head, process, log)
+    note = _note()
+    note.parent.mkdir(parents=True, exist_ok=True)
+    jsonl.write_atomically(note, json.dumps(asdict(head)).encode())
+    return head
+
+
+PORTS = (
+    "port",
+    "dashboard-port",
+    "dashboard-agent-listen-port",
+    "dashboard-agent-grpc-port",
+    "runtime-env-agent-port",
+    "metrics-export-port",
+    "ray-client-server-port",
+)
+
+
+def stop_head(head: Head) -> None:
+    """Ends the head and all its processes. What still runs is cancelled first, so it has saved."""
+    from cookbook.jobs import jobs
+
+    going_on = [job for job in jobs.list_jobs(address=head.address) if not job.has_ended]
+    for job in sorted(going_on, key=lambda job: job.status == "RUNNING"):  # else a waiting one would start
+        jobs.cancel(job.id, address=head.address)
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(head.pid, signal.SIGTERM)
+    deadline = time.monotonic() + STOP_SECONDS
+    while _exists(head.pid) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    if _exists(head.pid):
+        raise ClusterError(
+            f"The Ray head (process {head.pid}) does not end. Kill it, or restart the machine."
+        )
+    shutil.rmtree(head.folder, ignore_errors=True)
+    _note().unlink(missing_ok=True)
+
+
+def _wait_until_it_takes_jobs(head: Head, process: subprocess.Popen[bytes], log: Path) -> None:
+    from cookbook.jobs.connection import connect
+
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            break
+        with contextlib.suppress(ClusterError):
+            connect(head.address).list_jobs()
+            return
+        time.sleep(0.5)
+    with contextlib.suppress(ProcessLookupError):
+        process.terminate()
+    last = [line for line in log.read_text().splitlines() if line.strip()][-1:] or ["it said nothing"]
+    raise ClusterError(f"A Ray head cannot be started on this machine: {last[0].strip()} (all of it: {log})")
+
+
+def _ray(*arguments: str) -> None:
+    """A command of Ray's. Raises ClusterError where it fails; what it prints may be a secret."""
+    done = subprocess.run([*RAY, *arguments], capture_output=True, text=True, env=os.environ | clusters.QUIET)
+    if done.returncode:
+        last = done.stderr.strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
+        raise ClusterError(f"`ray {' '.join(arguments)}` failed: {last[0]}")
+
+
+def _exists(pid: int) -> bool:
+    with contextlib.suppress(ChildProcessError):
+        os.waitpid(pid, os.WNOHANG)  # one that this process started would stay a zombie
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind((LOCALHOST, 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def _note() -> Path:
+    home = os.environ.get("COOKBOOK_HOME")
+    return (Path(home).expanduser() if home else Path.home() / ".cookbook") / "ray-head.json"

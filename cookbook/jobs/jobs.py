@@ -1,0 +1,234 @@
+"""Runs as jobs of a Ray cluster: submitted, queued for its devices, watched, cancelled, tried again."""
+
+from __future__ import annotations
+
+import asyncio
+import builtins
+import difflib
+import json
+import os
+import secrets
+import shlex
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cookbook import config_files, jsonl
+from cookbook.errors import ClusterError
+from cookbook.jobs.connection import connect
+from cookbook.jobs.head import START_SECONDS, find_head, start_head
+from cookbook.recipe import Recipe, find_recipe
+
+STOP_SECONDS = 24 * 3600
+"""How long a cancelled job may take to save. Ray's own 3 seconds would kill most runs in the middle of it."""
+POLL_SECONDS = 0.5
+ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
+
+
+@dataclass(frozen=True)
+class Job:
+    """A job as the cluster knows it."""
+
+    id: str
+    status: str
+    """PENDING (it waits for devices), RUNNING, SUCCEEDED, FAILED or STOPPED (it was cancelled)."""
+    recipe: str
+    log_path: str
+    config: dict[str, Any]
+    """The resolved config, as it was at submission."""
+    message: str
+    submitted: float
+    """In seconds since 1970, as the next."""
+    ended: float | None
+
+    @property
+    def has_ended(self) -> bool:
+        return self.status in ENDED
+
+    @property
+    def has_succeeded(self) -> bool:
+        return self.status == "SUCCEEDED"
+
+
+def submit(
+    recipe: str,
+    argv: Sequence[str] = (),
+    *,
+    address: str | None = None,
+    num_gpus: float | None = None,
+    num_cpus: float | None = None,
+) -> Job:
+    """Submits `python -m recipes.<recipe> <argv>` with all that is left open in it resolved now.
+
+    Without an address the job goes to the head on this machine, which is started where there is none.
+    By default it takes one GPU, or where the cluster has none all the cores of a machine, so that jobs
+    queue. Raises ConfigError for what the recipe would refuse, before anything is submitted.
+    """
+    found = find_recipe(recipe)
+    config = found.make_config(argv)
+    config = found.make_config([*argv, f"log_path={Path(config.log_path).absolute()}"])
+    return _submit(found, config_files.to_json(config), address or start_head().address, num_gpus, num_cpus)
+
+
+def list_jobs(*, address: str | None = None) -> builtins.list[Job]:
+    """All jobs that the cluster remembers, the newest first."""
+    jobs = [_job(details) for details in _client(address).list_jobs() if details.submission_id]
+    return sorted(jobs, key=lambda job: -job.submitted)
+
+
+def get(job_id: str, *, address: str | None = None) -> Job:
+    """Raises ClusterError for an id that no job has, naming the nearest."""
+    jobs = {job.id: job for job in list_jobs(address=address)}
+    if job_id in jobs:
+        return jobs[job_id]
+    near = difflib.get_close_matches(job_id, jobs, n=3)
+    hint = f"Did you mean {' or '.join(near)}?" if near else f"There are {len(jobs)} jobs: see `list`."
+    raise ClusterError(f"There is no job {job_id!r}. {hint}")
+
+
+def wait(job_id: str, *, address: str | None = None, timeout: float | None = None) -> Job:
+    """Waits until a job has ended, however it did. Raises TimeoutError after `timeout` seconds."""
+    deadline = None if timeout is None else time.monotonic() + timeout
+    while not (job := get(job_id, address=address)).has_ended:
+        if deadline is not None and time.monotonic() > deadline:
+            raise TimeoutError(f"Job {job_id} is {job.status} still after {timeout:g} seconds.")
+        time.sleep(POLL_SECONDS)
+    return job
+
+
+def logs(job_id: str, *, follow: bool = False, address: str | None = None) -> Iterator[str]:
+    """What a job printed, piece by piece; with `follow` what it prints from now on, until it ends."""
+    job = get(job_id, address=address)
+    client = _client(address)
+    if not follow:
+        yield client.get_job_logs(job_id)
+        return
+    while job.status == "PENDING":
+        time.sleep(POLL_SECONDS)
+        job = get(job_id, address=address)
+    pieces = client.tail_job_logs(job_id)
+    with asyncio.Runner() as runner:
+        while True:
+            try:
+                yield runner.run(anext(pieces))
+            except StopAsyncIteration:
+                return
+
+
+def cancel(job_id: str, *, address: str | None = None) -> Job:
+    """Has a job save and end, and waits until it has. One that has ended already is left as it is.
+
+    One that waits for devices is not waited for: it will not run, and is STOPPED when its turn comes.
+    """
+    job = get(job_id, address=address)
+    if not job.has_ended:
+        _client(address).stop_job(job_id)
+    return job if job.status == "PENDING" else wait(job_id, address=address)
+
+
+def retry(job_id: str, *, address: str | None = None) -> Job:
+    """A new job with the config of one that has ended; in the same folder, so it resumes.
+
+    Raises ClusterError while the job has not ended.
+    """
+    job = get(job_id, address=address)
+    if not job.has_ended:
+        raise ClusterError(f"Job {job_id} is {job.status} still. Wait for it, or cancel it first.")
+    details = _client(address).get_job_info(job_id)
+    gpus, cpus = (json.loads(details.metadata[key]) for key in ("num_gpus", "num_cpus"))
+    config = job.config | {"if_log_path_exists": "resume"}
+    return _submit(find_recipe(job.recipe), config, _address(address), gpus, cpus)
+
+
+def _submit(
+    recipe: Recipe, config: dict[str, Any], address: str, num_gpus: float | None, num_cpus: float | None
+) -> Job:
+    client = connect(address)
+    if num_gpus is None and num_cpus is None:
+        num_gpus, num_cpus = _devices_per_job(address)
+    job_id = f"{recipe.name}-{secrets.token_hex(3)}"
+    # pinned: a file of the job's own, in the one folder that it must be able to reach
+    file = Path(config["log_path"]) / "jobs" / f"{job_id}.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    jsonl.write_atomically(file, json.dumps(config, indent=2, ensure_ascii=False).encode())
+    command = [_python(address), "-m", recipe.module, f"config={file}"]
+    _when_there_is_an_agent(
+        client.submit_job,
+        # `exec`: signals reach the run itself. `cd`: paths of data files mean what they mean here.
+        entrypoint=f"cd {shlex.quote(os.getcwd())} && exec {shlex.join(command)}",
+        submission_id=job_id,
+        runtime_env={"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS)}},
+        metadata={
+            "recipe": recipe.module,
+            "config": json.dumps(config),
+            "num_gpus": json.dumps(num_gpus),
+            "num_cpus": json.dumps(num_cpus),
+        },
+        entrypoint_num_gpus=num_gpus,
+        entrypoint_num_cpus=num_cpus,
+    )
+    return get(job_id, address=address)
+
+
+def _when_there_is_an_agent(submit_job: Callable[..., Any], **asked: Any) -> None:
+    """Submits; a cluster that has just started has nobody to run a job for some seconds."""
+    deadline = time.monotonic() + START_SECONDS
+    while True:
+        try:
+            submit_job(**asked)
+            return
+        except RuntimeError as error:  # Ray has no narrower one
+            if "No available agent" not in str(error) or time.monotonic() > deadline:
+                raise ClusterError(f"The Ray cluster does not take the job: {error}") from error
+        time.sleep(POLL_SECONDS)
+
+
+def _devices_per_job(address: str) -> tuple[float, float]:
+    """GPUs and CPU cores: a GPU where there is one, else all the cores of the largest machine."""
+    from ray.util.state import list_nodes
+
+    totals = [node.resources_total for node in list_nodes(address=address)]
+    if any(total.get("GPU", 0) for total in totals):
+        return 1, 1
+    return 0, max((total.get("CPU", 1) for total in totals), default=1)
+
+
+def _python(address: str) -> str:
+    """On the head that this environment started it is this Python; elsewhere the one on the path."""
+    head = find_head()
+    return sys.executable if head is not None and head.address == address else "python"
+
+
+def _job(details: Any) -> Job:
+    metadata = details.metadata or {}
+    config = json.loads(metadata.get("config", "{}"))
+    return Job(
+        id=details.submission_id,
+        status=str(getattr(details.status, "value", details.status)),
+        recipe=metadata.get("recipe", ""),
+        log_path=config.get("log_path", ""),
+        config=config,
+        message=details.message or "",
+        submitted=details.start_time / 1000,
+        ended=None if details.end_time is None else details.end_time / 1000,
+    )
+
+
+def _client(address: str | None) -> Any:
+    return connect(_address(address))
+
+
+def _address(address: str | None) -> str:
+    """Raises ClusterError where none is given and no head runs here."""
+    if address is not None:
+        return address
+    head = find_head()
+    if head is None:
+        raise ClusterError(
+            "No Ray head runs on this machine, so there are no jobs. `submit` starts one; a cluster "
+            "elsewhere is named by its address."
+        )
+    return head.address

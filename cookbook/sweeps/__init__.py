@@ -1,0 +1,8 @@
+"""Many runs of one recipe: a grid or a random search, on this machine or a Ray cluster."""
+
+from __future__ import annotations
+
+from cookbook.sweeps.plan import Config, Plan, PlannedRun, make_plan
+from cookbook.sweeps.sweep import run_sweep
+
+__all__ = ["Config", "Plan", "PlannedRun", "make_plan", "run_sweep"]

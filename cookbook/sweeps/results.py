@@ -1,0 +1,154 @@
+"""What a sweep came to: a record of ended runs, a table, a CSV, and the best settings as a config file."""
+
+from __future__ import annotations
+
+import csv
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import yaml
+from chz.blueprint import Castable
+from rich.console import Console
+from rich.table import Table
+
+from cookbook import config_files, jsonl
+from cookbook.checkpoints import CheckpointLog
+from cookbook.sweeps.plan import Plan, PlannedRun
+from cookbook.sweeps.run_process import Progress, read_values
+from cookbook.sweeps.space import SEED
+
+RECORD = "sweep.jsonl"
+CSV = "results.csv"
+BEST = "best.yaml"
+REPORT = "report.html"
+ORDER = ("finished", "stopped", "running", "failed")
+"""A run that was stopped early, or goes on later, has fewer steps: its value is no finished one's."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """The runs of one point, which differ in their seeds alone."""
+
+    runs: Sequence[PlannedRun]
+    progress: Sequence[Progress]
+
+    @property
+    def state(self) -> str:
+        """The furthest from finished that any of its runs is."""
+        return max((one.state for one in self.progress), key=ORDER.index)
+
+    @property
+    def values(self) -> list[float]:
+        return [one.value for one in self.progress if not math.isnan(one.value)]
+
+    @property
+    def value(self) -> float:
+        return mean(self.values) if self.values else math.nan
+
+
+def record(plan: Plan, run: PlannedRun, progress: Progress) -> None:
+    jsonl.append(plan.folder / RECORD, {"name": run.name, **progress.to_json()})
+
+
+def progress_of(plan: Plan) -> dict[str, Progress]:
+    """Where every run stands, by its folder; only that one was stopped or failed is the sweep's to know."""
+    recorded = {row.pop("name"): Progress(**row) for row in jsonl.read(plan.folder / RECORD)}
+    return {run.name: _progress_of(run, plan.config.metric, recorded.get(run.name)) for run in plan.runs}
+
+
+def _progress_of(run: PlannedRun, metric: str, recorded: Progress | None) -> Progress:
+    values = read_values(run.folder, metric)
+    step, value = values[-1] if values else (0, math.nan)
+    if CheckpointLog(run.folder).is_finished:
+        return Progress("finished", step, value) if values else (recorded or Progress("finished"))
+    if recorded is not None and recorded.state in ("stopped", "failed"):
+        return Progress(recorded.state, step, value, recorded.error)
+    return Progress("running", step, value)
+
+
+def ranked(plan: Plan, progress: Mapping[str, Progress]) -> list[Result]:
+    """The points of the sweep, the best first; over their seeds it is the mean that counts."""
+    groups: dict[tuple[tuple[str, str], ...], list[PlannedRun]] = {}
+    for run in plan.runs:
+        point = tuple((key, value) for key, value in run.point.items() if key != SEED)
+        groups.setdefault(point, []).append(run)
+    results = [Result(runs, [progress[run.name] for run in runs]) for runs in groups.values()]
+    sign = 1 if plan.config.mode == "min" else -1
+
+    def rank(result: Result) -> tuple[int, bool, float]:
+        is_unknown = math.isnan(result.value)
+        return ORDER.index(result.state), is_unknown, 0.0 if is_unknown else sign * result.value
+
+    return sorted(results, key=rank)
+
+
+def print_table(plan: Plan, results: Sequence[Result], console: Console) -> None:
+    keys = [key for key in plan.varied_keys if key != SEED]
+    has_seeds = any(len(result.runs) > 1 for result in results)
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for key in keys:
+        table.add_column(key.rsplit(".", 1)[-1], overflow="fold")
+    table.add_column(plan.config.metric, justify="right", no_wrap=True)
+    if has_seeds:
+        table.add_column("seeds", justify="right")
+    table.add_column("steps", justify="right")
+    table.add_column("state")
+    for result in results:
+        point = result.runs[0].point
+        seeds = [f"{len(result.values)}/{len(result.runs)}"] if has_seeds else []
+        steps = str(max(one.step for one in result.progress))
+        table.add_row(*(point[key] for key in keys), _value_text(result), *seeds, steps, result.state)
+    console.print(table)
+
+
+def _value_text(result: Result) -> str:
+    if not result.values:
+        return "-"
+    spread = f" ± {stdev(result.values):.4f}" if len(result.values) > 1 else ""
+    return f"{result.value:.4f}{spread}"
+
+
+def write_csv(plan: Plan, results: Sequence[Result]) -> Path:
+    """One row a run, the best point first."""
+    path = plan.folder / CSV
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["run", *plan.varied_keys, plan.config.metric, "steps", "state", "error", "log_path"])
+        for result in results:
+            for run, progress in zip(result.runs, result.progress, strict=True):
+                value = "" if math.isnan(progress.value) else progress.value
+                settings = [run.point[key] for key in plan.varied_keys]
+                writer.writerow(
+                    [run.name, *settings, value, progress.step, progress.state, progress.error, run.folder]
+                )
+    return path
+
+
+def write_best(plan: Plan, best: Result) -> Path:
+    """The settings of the best point, for `config=`: a new run of them goes to a folder of its own."""
+    path = plan.folder / BEST
+    values: dict[str, object] = {}
+    for argument in best.runs[0].argv:
+        key, _, value = argument.partition("=")
+        if key == "config":
+            values |= config_files.load(value)
+        else:
+            values[key] = value
+    values["log_path"] = str(plan.folder / "best")
+    path.write_text(
+        f"# The best of {len(plan.runs)} runs: {plan.config.metric} {_value_text(best)}\n"
+        f"#   python -m {plan.recipe.module} config={path}\n"
+        + yaml.safe_dump({key: _plain(value) for key, value in values.items()}, sort_keys=False)
+    )
+    return path
+
+
+def _plain(value: Any) -> Any:
+    """A setting as one would write it in YAML, without quotes around whole numbers."""
+    value = value.value if isinstance(value, Castable) else value
+    return int(value) if isinstance(value, str) and re.fullmatch(r"-?\d+", value) else value

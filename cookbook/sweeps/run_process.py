@@ -1,0 +1,133 @@
+"""One run of a sweep: the command that a user would type, in a process of its own, watched by its metrics.
+
+A process of its own is what makes it an ordinary run: signals save it, running out of memory ends it alone,
+and its GPU memory goes back when it ends.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from cookbook import jsonl
+from cookbook.checkpoints import CheckpointLog
+
+State = Literal["running", "finished", "stopped", "failed"]
+POLL_SECONDS = 0.2
+ERROR_LINES = 4
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What is known of a run: an evaluation of it, or that it ended."""
+
+    state: State
+    step: int = 0
+    value: float = math.nan
+    """Of the metric, measured after `step` steps; not a number before the first evaluation."""
+    error: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class RunProcess:
+    """A run of the config.json in `folder`. Nothing is started where it is finished: it is only told of."""
+
+    def __init__(self, module: str, folder: Path, metric: str, cwd: str) -> None:
+        self._folder = folder
+        self._metric = metric
+        self._last = Progress("running", step=-1)
+        self._size = -1
+        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed by stop)
+        self._process: subprocess.Popen[bytes] | None = None
+        if not CheckpointLog(folder).is_finished:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", module, f"config={folder / 'config.json'}"],
+                cwd=cwd,
+                stdout=subprocess.DEVNULL,  # the run has a log
+                stderr=self._errors,
+                start_new_session=True,
+                preexec_fn=_end_with_parent(),
+            )
+
+    def next_progress(self, patience_seconds: float) -> Progress:
+        """The next evaluation or the end; what was told last, when there is no news for so long."""
+        deadline = time.monotonic() + patience_seconds
+        while True:
+            has_ended = self._process is None or self._process.poll() is not None
+            if (new := self._new_value()) is not None:
+                self._last = Progress("running", *new)
+                if not CheckpointLog(self._folder).is_finished:
+                    return self._last
+                has_ended = self._wait()  # that was the last; what remains is to write the report
+            if has_ended:
+                return self._end()
+            if time.monotonic() > deadline:
+                return self._last
+            time.sleep(POLL_SECONDS)
+
+    def stop(self) -> None:
+        """Has the run save and end."""
+        if self._process is not None:
+            if self._process.poll() is None:
+                self._process.send_signal(signal.SIGTERM)
+            self._process.wait()
+        self._errors.close()
+
+    def _wait(self) -> bool:
+        if self._process is not None:
+            self._process.wait()
+        return True
+
+    def _new_value(self) -> tuple[int, float] | None:
+        """The evaluation after the one told last. A resumed run writes its file anew: all of it is read."""
+        path = self._folder / "metrics.jsonl"
+        size = path.stat().st_size if path.exists() else 0
+        if size == self._size:
+            return None
+        new = [one for one in read_values(self._folder, self._metric) if one[0] > self._last.step]
+        if len(new) < 2:
+            self._size = size
+        return new[0] if new else None
+
+    def _end(self) -> Progress:
+        if not CheckpointLog(self._folder).is_finished:
+            return Progress("failed", self._last.step, self._last.value, self._why())
+        if math.isnan(self._last.value):
+            found = sorted(
+                {key for row in jsonl.read(self._folder / "metrics.jsonl") for key in row} - {"step"}
+            )
+            near = [key for key in found if not key.startswith(("perf/", "data/", "optim/"))]
+            return Progress("failed", error=f"It logged no {self._metric}, only {', '.join(near)}.")
+        return Progress("finished", self._last.step, self._last.value)
+
+    def _why(self) -> str:
+        assert self._process is not None
+        self._errors.seek(0)
+        lines = [line.strip() for line in self._errors.read().splitlines() if line.strip()]
+        code = self._process.returncode
+        ended = f"signal {-code}" if code < 0 else f"exit code {code}"
+        return "\n".join(lines[-ERROR_LINES:]) or f"It ended with {ended}."
+
+
+def read_values(folder: Path, metric: str) -> list[tuple[int, float]]:
+    """Step and value of every evaluation of `metric` in a run's folder."""
+    return [(row["step"], row[metric]) for row in jsonl.read(folder / "metrics.jsonl") if metric in row]
+
+
+def _end_with_parent() -> Callable[[], None] | None:
+    """On Linux the kernel sends SIGTERM to a run whose parent was killed, so that it saves."""
+    if not sys.platform.startswith("linux"):
+        return None
+    set_death_signal = ctypes.CDLL(None).prctl
+    return lambda: set_death_signal(1, signal.SIGTERM)  # 1 is PR_SET_PDEATHSIG

@@ -1,0 +1,179 @@
+"""What a sweep varies, and the settings of each of its runs.
+
+A grid is every combination of the alternatives; a random search draws a number of them. Either is run
+with every seed, so that the runs of one point differ in nothing else.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from cookbook.errors import ConfigError
+
+SEED = "seed"
+Point = dict[str, str]
+"""The value of every varied key, as text, as it stands on a command line."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    values: tuple[str, ...]
+
+    def draw(self, rng: np.random.Generator) -> str:
+        return self.values[rng.integers(len(self.values))]
+
+
+@dataclass(frozen=True)
+class Uniform:
+    """Numbers from `low` to `high`, evenly spread: themselves, or their logarithms."""
+
+    low: float
+    high: float
+    is_log: bool
+    is_whole: bool
+
+    def draw(self, rng: np.random.Generator) -> str:
+        if self.is_log:
+            value = math.exp(rng.uniform(math.log(self.low), math.log(self.high)))
+        else:
+            value = rng.uniform(self.low, self.high)
+        return str(round(value)) if self.is_whole else f"{value:.3g}"
+
+
+Axis = Choice | Uniform
+DISTRIBUTIONS = ("choice", "uniform", "loguniform")
+
+
+def parse_axis(key: str, value: Any, kind: Any) -> Axis:
+    """The axis that a sweep file's `key: value` stands for; `kind` is the type of the key's field.
+
+    One value is an axis of one. Where the field itself takes a list, a list is its value and a list of
+    lists is alternatives. Raises ConfigError for what is neither a list, a value nor a distribution.
+    """
+    if isinstance(value, Mapping):
+        return _parse_distribution(key, value, kind)
+    is_list = takes_list(kind)
+    if isinstance(value, list) and (not is_list or all(isinstance(one, list) for one in value)):
+        if not value:
+            raise ConfigError(f"{key}: an empty list leaves nothing to run. Give it a value.")
+        texts = [_text(key, one) for one in value]
+        if len(set(texts)) < len(texts):
+            raise ConfigError(f"{key}: {', '.join(texts)} has a value twice. Each would be the same run.")
+        return Choice(tuple(texts))
+    return Choice((_text(key, value),))
+
+
+def parse_argument(key: str, text: str, kind: Any) -> Axis:
+    r"""The axis that `key=a,b` stands for on the command line.
+
+    A comma parts alternatives, `\,` is a comma. Where the field itself takes a list, commas belong to
+    its value: such a key is varied in a sweep file.
+    """
+    if takes_list(kind):
+        return Choice((text,))
+    values = [value.replace("\\,", ",") for value in re.split(r"(?<!\\),", text)]
+    if "" in values and len(values) > 1:
+        raise ConfigError(f"{key}={text} has an empty value between commas. Write a comma of a text as \\,")
+    return parse_axis(key, values, kind)
+
+
+def takes_list(kind: Any) -> bool:
+    return "list[" in str(kind)
+
+
+def _parse_distribution(key: str, value: Mapping[str, Any], kind: Any) -> Axis:
+    if len(value) != 1 or next(iter(value)) not in DISTRIBUTIONS:
+        raise ConfigError(
+            f"{key}: {dict(value)} is no distribution. Write one of "
+            "{choice: [a, b]}, {uniform: [low, high]} or {loguniform: [low, high]}."
+        )
+    ((name, numbers),) = value.items()
+    if name == "choice":
+        return parse_axis(key, numbers if isinstance(numbers, list) else [numbers], kind)
+    try:
+        low, high = (float(number) for number in numbers)
+    except (TypeError, ValueError):
+        low, high = math.nan, math.nan
+    if not (low < high < math.inf and (name == "uniform" or low > 0)):
+        above = ", above 0" if name == "loguniform" else ""
+        raise ConfigError(f"{key}: {name}: {numbers} is impossible. It takes [low, high]{above}.")
+    return Uniform(low, high, name == "loguniform", is_whole=kind is int or kind == int | None)
+
+
+def _text(key: str, value: Any) -> str:
+    """A value as it would stand on the command line."""
+    if isinstance(value, list):
+        if any("," in str(one) for one in value):
+            raise ConfigError(
+                f"{key}: {value} has a comma in a value, which is how a list's values are parted."
+            )
+        return ",".join(str(one) for one in value)
+    if isinstance(value, Mapping):
+        raise ConfigError(f"{key}: {dict(value)} is no value. A nested key is written a.b: value.")
+    return str(value)
+
+
+def points(axes: Mapping[str, Axis], num_samples: int | None, sample_seed: int) -> list[Point]:
+    """The settings of every run, in an order that is the same every time.
+
+    Without `num_samples` they are the grid. With it they are so many different draws, or as many as
+    there are, and of the seeds every one for every draw. Raises ConfigError for a distribution in a grid.
+    """
+    seeds = axes.get(SEED)
+    searched = {key: axis for key, axis in axes.items() if key != SEED}
+    if isinstance(seeds, Uniform):
+        raise ConfigError("seed: seeds are listed, as in seed: [0, 1, 2].")
+    found = _grid(searched) if num_samples is None else _draws(searched, num_samples, sample_seed)
+    if seeds is None:
+        return found
+    return [{**point, SEED: seed} for point in found for seed in seeds.values]
+
+
+def _grid(axes: Mapping[str, Axis]) -> list[Point]:
+    alternatives = []
+    for key, axis in axes.items():
+        if isinstance(axis, Uniform):
+            raise ConfigError(f"{key} is drawn from a distribution: say how often, as in num_samples: 8.")
+        alternatives.append(axis.values)
+    return [dict(zip(axes, values, strict=True)) for values in itertools.product(*alternatives)]
+
+
+def _draws(axes: Mapping[str, Axis], num_samples: int, sample_seed: int) -> list[Point]:
+    rng = np.random.default_rng(sample_seed)
+    found: list[Point] = []
+    for _ in range(100 * num_samples):  # a small grid runs out of new points
+        point = {key: axis.draw(rng) for key, axis in axes.items()}
+        if point not in found:
+            found.append(point)
+        if len(found) == num_samples:
+            break
+    return found
+
+
+def varied_keys(axes: Mapping[str, Axis]) -> list[str]:
+    """The keys in which the runs differ."""
+    return [key for key, axis in axes.items() if isinstance(axis, Uniform) or len(axis.values) > 1]
+
+
+def name_of(point: Point, keys: Sequence[str]) -> str:
+    """A folder's name from the varied keys: learning_rate=0.0001,lora_rank=8."""
+    last_parts = [key.rsplit(".", 1)[-1] for key in keys]
+    short = {
+        key: part if last_parts.count(part) == 1 else key for key, part in zip(keys, last_parts, strict=True)
+    }
+    return ",".join(f"{short[key]}={_in_a_name(point[key])}" for key in keys) or "run"
+
+
+def _in_a_name(text: str) -> str:
+    """Numbers in their shortest form; of other texts what a folder may be called."""
+    try:
+        return f"{float(text):g}"
+    except ValueError:
+        return re.sub(r"[^\w.+-]+", "-", text)[-40:].strip("-.") or "empty"

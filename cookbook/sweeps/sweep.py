@@ -1,0 +1,96 @@
+"""A sweep from its plan to its table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from rich.console import Console
+
+from cookbook import config_files, report
+from cookbook.errors import ConfigError
+from cookbook.loggers import make_console
+from cookbook.supervised.run_folder import RunFolder
+from cookbook.sweeps import results
+from cookbook.sweeps.plan import Plan, PlannedRun
+from cookbook.sweeps.results import Result
+from cookbook.sweeps.run_process import Progress
+
+Execute = Callable[[Plan, Sequence[PlannedRun], Callable[[PlannedRun, Progress], None]], bool]
+
+
+def run_sweep(plan: Plan, execute: Execute | None = None) -> list[Result]:
+    """Runs what is left of a sweep, then writes and prints what all of it came to, the best first.
+
+    A run that finished or was stopped early by an earlier call is left as it is; one that was
+    interrupted goes on; one that failed is tried again. Raises ConfigError, before any run starts, for
+    a folder that holds another config's run. `execute` runs them, by default `execution.execute` on Ray.
+    """
+    console = make_console()
+    plan.folder.mkdir(parents=True, exist_ok=True)
+    _claim_folders(plan.runs)
+    before = results.progress_of(plan)
+    left = [run for run in plan.runs if before[run.name].state not in ("finished", "stopped")]
+    done = len(plan.runs) - len(left)
+    of_them = f", {done} of them done" if done else ""
+    console.print(f"{len(plan.runs)} runs of {plan.recipe.name}{of_them}, in {plan.folder}.", highlight=False)
+    is_complete = _run(plan, left, done, execute, console) if left else True
+    ranked = results.ranked(plan, results.progress_of(plan))
+    _show(plan, ranked, console)
+    if not is_complete:
+        console.print("Interrupted. Run the same command again to go on.", highlight=False)
+        raise KeyboardInterrupt
+    return ranked
+
+
+def _claim_folders(runs: Sequence[PlannedRun]) -> None:
+    """Leaves its config in every run's folder, from which it is started."""
+    for run in runs:
+        config = config_files.to_json(run.config)
+        try:
+            with RunFolder(run.config.log_path, config, run.config.if_log_path_exists):
+                pass
+        except ConfigError as error:
+            error.add_note("A sweep that is asked for differently goes to another log_path.")
+            raise
+
+
+def _run(
+    plan: Plan, left: Sequence[PlannedRun], done: int, execute: Execute | None, console: Console
+) -> bool:
+    from cookbook.sweeps import execution
+
+    ended = 0
+
+    def tell(run: PlannedRun, progress: Progress) -> None:
+        nonlocal ended
+        ended += 1
+        results.record(plan, run, progress)
+        console.print(_line(plan, run, progress, f"{done + ended}/{len(plan.runs)}"), highlight=False)
+
+    return (execute or execution.execute)(plan, left, tell)
+
+
+def _line(plan: Plan, run: PlannedRun, progress: Progress, count: str) -> str:
+    if progress.state == "failed":
+        return f"{count}  {run.name}: failed.\n  " + progress.error.replace("\n", "\n  ")
+    value = f"{plan.config.metric} {progress.value:.4f}"
+    return f"{count}  {run.name}: {value}, {progress.state} at step {progress.step}"
+
+
+def _show(plan: Plan, ranked: Sequence[Result], console: Console) -> None:
+    console.print()
+    results.print_table(plan, ranked, console)
+    console.print()
+    console.print(f"Table: {results.write_csv(plan, ranked)}", highlight=False)
+    begun = [
+        run.folder
+        for result in ranked
+        for run, one in zip(result.runs, result.progress, strict=True)
+        if one.step
+    ]
+    if begun:
+        page = report.compare(begun, plan.folder / results.REPORT, title=f"Sweep {plan.folder.name}")
+        console.print(f"Report: {page}", highlight=False)
+    if ranked[0].state == "finished":
+        best = results.write_best(plan, ranked[0])
+        console.print(f"Best: python -m {plan.recipe.module} config={best}", highlight=False)

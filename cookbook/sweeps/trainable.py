@@ -1,0 +1,62 @@
+"""A run as Ray Tune drives it. Imported only where Ray is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ray import tune
+
+from cookbook.sweeps.run_process import Progress, RunProcess
+
+PATIENCE_SECONDS = 2.0
+"""Between two results, so that an actor never keeps Tune waiting for a long step."""
+
+
+class RunTrainable(tune.Trainable):
+    """Reports a run evaluation by evaluation; a run that Tune stops saves and ends."""
+
+    def setup(self, config: dict[str, Any]) -> None:
+        run = config["run"]
+        self._run = RunProcess(run["module"], Path(run["folder"]), run["metric"], run["cwd"])
+
+    def step(self) -> dict[str, Any]:
+        progress = self._run.next_progress(PATIENCE_SECONDS)
+        return {"run": progress.to_json(), "done": progress.state != "running"} | (
+            {"value": progress.value, "num_steps": progress.step} if progress.step >= 0 else {}
+        )
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        """For the next run: starting an actor takes longer than many a small run."""
+        self._run.stop()
+        self.setup(new_config)
+        return True
+
+    def cleanup(self) -> None:
+        self._run.stop()
+
+    def save_checkpoint(self, checkpoint_dir: str) -> dict[str, Any]:
+        """Nothing: the run's own folder is what it resumes from."""
+        return {}
+
+
+class TellOfEnds(tune.Callback):
+    """Calls `on_end(name, progress)` for every run that ends, whatever ended it."""
+
+    def __init__(self, on_end: Callable[[str, Progress], None]) -> None:
+        self._on_end = on_end
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Nothing: Tune writes itself to disk so as to be restored, and a sweep resumes by its folders."""
+        return {}
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        progress = Progress(**trial.last_result["run"])
+        if progress.state == "running":
+            progress = Progress("stopped", progress.step, progress.value)
+        self._on_end(trial.config["run"]["name"], progress)
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        told = str(trial.get_error() or "").strip().splitlines() or ["Its Ray worker died."]
+        self._on_end(trial.config["run"]["name"], Progress("failed", error=told[-1]))

@@ -1,0 +1,197 @@
+"""Runs as jobs: queued for the devices of this machine or of a Ray cluster, and gone on with when they stop.
+
+    python -m recipes.jobs submit sft model_name=Qwen/Qwen3-0.6B dataset=chats.jsonl log_path=runs/mine --wait
+    python -m recipes.jobs list
+    python -m recipes.jobs logs sft-2a6019 --follow
+    python -m recipes.jobs cancel sft-2a6019
+    python -m recipes.jobs retry sft-2a6019
+
+Needs Ray: pip install 'sft-cookbook[ray]'. Without --address jobs go to a Ray head on this machine, which
+`submit` starts and `stop-head` ends. See cookbook/jobs/README.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from cookbook import cli, jobs
+from cookbook.jobs import Job
+
+PROG = "python -m recipes.jobs"
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Exits with 0 where what was asked for was done; `wait` and `--wait` only if the job succeeded."""
+    arguments = _parse(sys.argv[1:] if argv is None else argv)
+    with cli.ending_in_a_line():
+        try:
+            code = COMMANDS[arguments.command](arguments)
+        except BrokenPipeError:  # a reader such as `head` has seen enough
+            code = 0
+    if code:
+        sys.exit(code)
+
+
+def _submit(arguments: argparse.Namespace) -> int:
+    keys = arguments.keys
+    job = jobs.submit(
+        arguments.recipe,
+        keys,
+        address=arguments.address,
+        num_gpus=arguments.gpus,
+        num_cpus=arguments.cpus,
+    )
+    return _told(job, arguments)
+
+
+def _retry(arguments: argparse.Namespace) -> int:
+    return _told(jobs.retry(arguments.id, address=arguments.address), arguments)
+
+
+def _told(job: Job, arguments: argparse.Namespace) -> int:
+    print(f"Job {job.id}, in {job.log_path}.")
+    if arguments.wait:
+        return _follow_to_its_end(job.id, arguments)
+    print(f"{PROG} logs {job.id} --follow")
+    return 0
+
+
+def _wait(arguments: argparse.Namespace) -> int:
+    return _ended(jobs.wait(arguments.id, address=arguments.address))
+
+
+def _follow_to_its_end(job_id: str, arguments: argparse.Namespace) -> int:
+    for piece in jobs.logs(job_id, follow=True, address=arguments.address):
+        print(piece, end="", flush=True)
+    return _ended(jobs.wait(job_id, address=arguments.address))
+
+
+def _ended(job: Job) -> int:
+    print(f"Job {job.id}: {job.status}. {job.message}".strip())
+    return 0 if job.has_succeeded else 1
+
+
+def _list(arguments: argparse.Namespace) -> int:
+    found = jobs.list(address=arguments.address)
+    if not found:
+        print("No jobs.")
+        return 0
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for name in ("job", "status", "submitted", "folder"):
+        table.add_column(name, overflow="fold", no_wrap=name != "folder")
+    for job in found:
+        table.add_row(job.id, job.status, _time(job.submitted), job.log_path)
+    Console().print(table, highlight=False)
+    return 0
+
+
+def _get(arguments: argparse.Namespace) -> int:
+    job = jobs.get(arguments.id, address=arguments.address)
+    print(f"{job.id}: {job.status}. {job.message}".strip())
+    print(f"python -m {job.recipe}, submitted {_time(job.submitted)}", end="")
+    print("" if job.ended is None else f", ended {_time(job.ended)}", end=", with this config:\n\n")
+    print(yaml.safe_dump(job.config, sort_keys=False, allow_unicode=True), end="")
+    return 0
+
+
+def _logs(arguments: argparse.Namespace) -> int:
+    for piece in jobs.logs(arguments.id, follow=arguments.follow, address=arguments.address):
+        print(piece, end="", flush=True)
+    return 0
+
+
+def _cancel(arguments: argparse.Namespace) -> int:
+    job = jobs.get(arguments.id, address=arguments.address)
+    if job.has_ended:
+        print(f"Job {job.id} had ended already: {job.status}.")
+        return 0
+    if job.status == "RUNNING":
+        print("The job saves, then ends.", flush=True)
+    job = jobs.cancel(arguments.id, address=arguments.address)
+    if not job.has_ended:
+        print(f"Job {job.id} waits for devices. It will not run, and is STOPPED when its turn comes.")
+        return 0
+    print(f"Job {job.id}: {job.status}. `{PROG} retry {job.id}` goes on with it.")
+    return 0
+
+
+def _stop_head(arguments: argparse.Namespace) -> int:
+    head = jobs.find_head()
+    if head is None:
+        print("No Ray head runs on this machine.")
+    else:
+        jobs.stop_head(head)
+        print("The Ray head is stopped. What ran has saved; submit it again to go on.")
+    return 0
+
+
+COMMANDS = {
+    "submit": _submit,
+    "list": _list,
+    "get": _get,
+    "wait": _wait,
+    "logs": _logs,
+    "cancel": _cancel,
+    "retry": _retry,
+    "stop-head": _stop_head,
+}
+HELP = {
+    "submit": "run a recipe as a job: submit <recipe> key=value ...",
+    "list": "all jobs, the newest first",
+    "get": "a job, with the config that was pinned when it was submitted",
+    "wait": "wait until a job has ended; exit code 0 only if it succeeded",
+    "logs": "what a job printed",
+    "cancel": "have a job save and end",
+    "retry": "run a job that ended again, in the same folder: it resumes",
+    "stop-head": "end the Ray head on this machine, after its jobs have saved",
+}
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog=PROG, description="Runs as jobs of Ray.", allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    for name, text in HELP.items():
+        command = commands.add_parser(
+            name, help=text, description=text.capitalize() + ".", allow_abbrev=False
+        )
+        if name != "stop-head":
+            command.add_argument(
+                "--address", help="a Ray cluster's dashboard, host:port; default: this machine's"
+            )
+        if name == "submit":
+            command.add_argument("recipe", help="recipes.<recipe>, or a module with dots")
+            command.add_argument("keys", nargs="*", metavar="key=value", help="as the recipe takes them")
+            command.add_argument(
+                "--gpus", type=float, help="GPUs to queue for; default: 1 where there are any"
+            )
+            command.add_argument(
+                "--cpus", type=float, help="CPU cores to queue for; default: 1, or all without GPUs"
+            )
+        elif name not in ("list", "stop-head"):
+            command.add_argument("id", help="of the job, as `list` shows it")
+        if name in ("submit", "retry"):
+            command.add_argument(
+                "--wait", action="store_true", help="show the log; exit 0 only if it succeeds"
+            )
+        if name == "logs":
+            command.add_argument("--follow", action="store_true", help="until the job has ended")
+    arguments, rest = parser.parse_known_args(argv)
+    if arguments.command == "submit":  # a key may stand anywhere, also as --key=value
+        arguments.keys += rest
+    elif rest:
+        parser.error(f"{arguments.command} takes no {rest[0]}")
+    return arguments
+
+
+def _time(seconds: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,324 @@
+"""Sweeps: what they vary, what they refuse before anything starts, and six runs on a real Ray."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from cookbook import jsonl
+from cookbook.checkpoints import CheckpointLog
+from cookbook.errors import ConfigError
+from cookbook.sweeps import Plan, make_plan, run_sweep, space
+from cookbook.sweeps.plan import PlannedRun
+from cookbook.sweeps.run_process import Progress, RunProcess
+from recipes import sft
+
+REPOSITORY = Path(__file__).parents[2]
+SHIPPED = sorted((REPOSITORY / "configs" / "sweeps").glob("*.yaml"))
+QUICK = ["test_size=16", "infrequent_eval_every=0"]
+
+
+def plan_of(tmp_path: Path, text: str, *argv: str) -> Plan:
+    file = tmp_path / "sweep.yaml"
+    file.write_text(text)
+    return make_plan([f"sweep={file}", f"log_path={tmp_path / 'out'}", *argv])
+
+
+# -- what is varied ---------------------------------------------------------------------------
+
+
+def test_a_grid_is_every_combination_with_every_seed(tmp_path: Path) -> None:
+    plan = make_plan(
+        [f"log_path={tmp_path}", "learning_rate=1e-3,4e-3", "lora_rank=8,32", "seed=0,1", "max_steps=9"]
+    )
+    assert [run.name for run in plan.runs] == [
+        f"learning_rate={rate},lora_rank={rank},seed={seed}"
+        for rate in ("0.001", "0.004")
+        for rank in (8, 32)
+        for seed in (0, 1)
+    ]
+    settings = {(run.config.learning_rate, run.config.lora_rank, run.config.seed) for run in plan.runs}
+    assert settings == {(rate, rank, seed) for rate in (1e-3, 4e-3) for rank in (8, 32) for seed in (0, 1)}
+    assert {run.config.max_steps for run in plan.runs} == {9}
+    assert [run.folder for run in plan.runs] == [tmp_path / run.name for run in plan.runs]
+
+
+def test_draws_are_the_same_every_time_lie_where_they_should_and_have_every_seed(tmp_path: Path) -> None:
+    text = """
+    num_samples: 20
+    runs:
+      learning_rate: {loguniform: [1e-5, 1e-3]}
+      warmup_steps: {uniform: [0, 10]}
+      lora_rank: [8, 16]
+      seed: [0, 1]
+    """
+    plan = plan_of(tmp_path, text)
+    assert plan == plan_of(tmp_path, text)
+    assert [run.point for run in plan.runs] != [
+        run.point for run in plan_of(tmp_path, text, "sample_seed=1").runs
+    ]
+    assert len(plan.runs) == 40
+    rates = np.array([float(run.point["learning_rate"]) for run in plan.runs])
+    assert ((rates >= 1e-5) & (rates <= 1e-3)).all()
+    assert 0.2 < (rates < 1e-4).mean() < 0.8, "half of the logarithms, a tenth of the numbers"
+    assert {run.point["lora_rank"] for run in plan.runs} == {"8", "16"}
+    assert all(0 <= run.config.warmup_steps <= 10 for run in plan.runs)
+    assert len({run.name for run in plan.runs}) == 40
+
+
+def test_a_small_space_is_drawn_without_repeats(tmp_path: Path) -> None:
+    plan = make_plan([f"log_path={tmp_path}", "lora_rank=8,16,32", "num_samples=50"])
+    assert sorted(run.point["lora_rank"] for run in plan.runs) == ["16", "32", "8"]
+
+
+def test_a_comma_parts_alternatives_unless_it_is_escaped_or_the_key_takes_a_list(tmp_path: Path) -> None:
+    plan = make_plan([f"log_path={tmp_path}", r"system_prompt=Well\, hello,Bye", "prompts=a,b"])
+    assert [run.config.system_prompt for run in plan.runs] == ["Well, hello", "Bye"]
+    builder = plan.runs[0].config.infrequent_evaluator_builders[0]
+    assert builder.prompts == ["a", "b"]  # type: ignore[attr-defined]
+
+
+def test_a_list_key_is_varied_by_a_list_of_lists(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path, "runs: {prompts: [[a, b], [c]]}")
+    prompts = [run.config.infrequent_evaluator_builders[0].prompts for run in plan.runs]  # type: ignore[attr-defined]
+    assert prompts == [["a", "b"], ["c"]]
+    assert len(plan_of(tmp_path, "runs: {prompts: [a, b]}").runs) == 1
+
+
+def test_the_command_line_replaces_the_file(tmp_path: Path) -> None:
+    plan = plan_of(
+        tmp_path, "metric: train/nll\nruns: {lora_rank: [8, 16], seed: [0, 1]}", "lora_rank=4", "mode=max"
+    )
+    assert [run.name for run in plan.runs] == ["seed=0", "seed=1"]
+    assert {run.config.lora_rank for run in plan.runs} == {4}
+    assert (plan.config.metric, plan.config.mode) == ("train/nll", "max")
+
+
+def test_names_are_stable_and_can_be_folders() -> None:
+    keys = ["a.learning_rate", "b.path"]
+    name = space.name_of({"a.learning_rate": "1e-4", "b.path": "/data/my chats.jsonl"}, keys)
+    assert name == space.name_of({"a.learning_rate": "0.0001", "b.path": "/data/my chats.jsonl"}, keys)
+    assert name == "learning_rate=0.0001,path=data-my-chats.jsonl"
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_every_shipped_sweep_can_be_planned(path: Path, tmp_path: Path, tiny_qwen3: str) -> None:
+    plan = make_plan([f"sweep={path}", f"log_path={tmp_path}", f"model_name={tiny_qwen3}"])
+    assert len(plan.runs) > 1
+
+
+@pytest.mark.parametrize(
+    ("text", "argv", "message"),
+    [
+        ("runs: {learning_rat: [1, 2]}", [], "There is no key 'learning_rat'. Did you mean learning_rate?"),
+        ("", ["lora_rnk=1,2"], "Did you mean lora_rank?"),
+        ("", ["num_sample=3"], "There is no key 'num_sample'. Did you mean num_samples?"),
+        ("num_sampels: 3", [], "has the key 'num_sampels', which a sweep has not. Did you mean num_samples?"),
+        ("learning_rate: [1, 2]", [], "Keys of the recipe go below `runs:`"),
+        ("runs: {lora_rank: []}", [], "lora_rank: an empty list leaves nothing to run"),
+        ("runs: {lora_rank: [8, 8]}", [], "has a value twice"),
+        ("runs: {lora_rank: [eight, 8]}", [], "lora_rank=eight is impossible. It takes a whole number."),
+        ("runs: {learning_rate: {loguniform: [0, 1]}}", [], "It takes [low, high], above 0."),
+        ("runs: {learning_rate: {uniform: [2, 1]}}", ["num_samples=2"], "It takes [low, high]."),
+        ("runs: {learning_rate: {gauss: [2, 1]}}", [], "is no distribution. Write one of"),
+        ("runs: {learning_rate: {uniform: [1, 2]}}", [], "say how often, as in num_samples: 8"),
+        ("runs: [1", [], "cannot be read"),
+        ("- a", [], "is no sweep. Write `runs:`"),
+        ("runs: {log_path: a}", [], "each run has a folder of its own"),
+        ("", ["lora_rank=8,,16"], "has an empty value between commas"),
+        ("recipe: sfx", [], "There is no recipe 'sfx'. Did you mean sft?"),
+        ("recipe: sft_loop", [], "trains nothing that is resumed by its config"),
+        ("gpus_per_run: 1.5", [], "A run has a part of one GPU or whole ones"),
+        ("cpus_per_run: 0", [], "It must be above 0"),
+        ("num_samples: 0", [], "It must be at least 1"),
+        ("mode: less", [], "It takes one of min, max."),
+    ],
+)
+def test_what_no_sweep_can_be_made_of_is_one_error_before_anything_starts(
+    tmp_path: Path, text: str, argv: list[str], message: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        plan_of(tmp_path, text or "runs: {}", *argv)
+    assert message in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_ray_that_is_not_installed_is_named_with_its_extra(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ConfigError, match=r"pip install 'sft-cookbook\[ray\]'"):
+        run_sweep(make_plan([f"log_path={tmp_path}", "lora_rank=1,2"]))
+
+
+# -- what is run, and what is left ------------------------------------------------------------
+
+
+class FakeRay:
+    """Ends runs without running them: finished as `train` leaves them, or as it is told."""
+
+    def __init__(
+        self, values: dict[str, float], states: dict[str, str] | None = None, stop_after: int = 99
+    ) -> None:
+        self.values, self.states, self.stop_after = values, states or {}, stop_after
+        self.ran: list[str] = []
+
+    def __call__(self, plan: Plan, runs: Sequence[PlannedRun], on_end: object) -> bool:
+        for run in runs[: self.stop_after]:
+            self.ran.append(run.name)
+            state = self.states.get(run.name, "finished")
+            value = self.values.get(run.name, math.nan)
+            if state != "failed":
+                jsonl.append(run.folder / "metrics.jsonl", {"step": 5, "train/nll": 2.0, "test/nll": value})
+            if state == "finished":
+                log = CheckpointLog(run.folder)
+                (run.folder / "checkpoints" / "final").mkdir(parents=True)
+                log.add("final", str(run.folder / "checkpoints" / "final"), 5, 0, 5)
+            on_end(run, Progress(state, 5, value, "TrainingError: it broke" if state == "failed" else ""))  # type: ignore[operator, arg-type]
+        return len(runs) <= self.stop_after
+
+
+def test_finished_and_stopped_runs_are_left_failed_ones_tried_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    plan = make_plan([f"log_path={tmp_path}", "lora_rank=1,2,4"])
+    first = FakeRay(
+        {"lora_rank=1": 2.0, "lora_rank=2": 1.0}, {"lora_rank=2": "stopped", "lora_rank=4": "failed"}
+    )
+    results = run_sweep(plan, first)
+    assert [result.state for result in results] == ["finished", "stopped", "failed"]
+    out = capsys.readouterr().out
+    assert "lora_rank=4: failed.\n  TrainingError: it broke" in out
+    assert yaml.safe_load((tmp_path / "best.yaml").read_text())["lora_rank"] == 1, "the only finished one"
+    second = FakeRay({"lora_rank=4": 0.5})
+    results = run_sweep(plan, second)
+    assert second.ran == ["lora_rank=4"]
+    assert [result.runs[0].name for result in results] == ["lora_rank=4", "lora_rank=1", "lora_rank=2"]
+    assert yaml.safe_load((tmp_path / "best.yaml").read_text())["lora_rank"] == 4
+    assert run_sweep(plan, FakeRay({})) == results
+
+
+def test_an_interrupted_sweep_shows_what_there_is_and_goes_on_with_the_rest(tmp_path: Path) -> None:
+    plan = make_plan([f"log_path={tmp_path}", "lora_rank=1,2,4"])
+    values = {"lora_rank=1": 1.0, "lora_rank=2": 2.0, "lora_rank=4": 3.0}
+    with pytest.raises(KeyboardInterrupt):
+        run_sweep(plan, FakeRay(values, stop_after=1))
+    rest = FakeRay(values)
+    run_sweep(plan, rest)
+    assert rest.ran == ["lora_rank=2", "lora_rank=4"]
+
+
+def test_seeds_are_averaged_and_the_best_mean_wins(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    plan = make_plan([f"log_path={tmp_path}", "lora_rank=1,2", "seed=0,1"])
+    values = dict(zip([run.name for run in plan.runs], [1.0, 4.0, 2.0, 2.5], strict=True))
+    results = run_sweep(plan, FakeRay(values))
+    assert [result.value for result in results] == [2.25, 2.5]
+    assert yaml.safe_load((tmp_path / "best.yaml").read_text())["lora_rank"] == 2
+    assert "2.2500 ± 0.3536" in capsys.readouterr().out
+    assert (
+        run_sweep(make_plan([*[f"log_path={tmp_path}", "lora_rank=1,2", "seed=0,1"], "mode=max"]))[0].value
+        == 2.5
+    )
+
+
+def test_a_folder_of_another_sweep_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    run_sweep(
+        make_plan([f"log_path={tmp_path}", "lora_rank=1,2"]),
+        FakeRay({"lora_rank=1": 1.0, "lora_rank=2": 1.0}),
+    )
+    with pytest.raises(ConfigError, match="holds a run with another config:\n  adam_beta1: was 0.9, now 0.5"):
+        run_sweep(make_plan([f"log_path={tmp_path}", "lora_rank=1,2", "adam_beta1=0.5"]), FakeRay({}))
+
+
+def test_a_run_that_fails_tells_why(tmp_path: Path) -> None:
+    (plan,) = [make_plan([f"log_path={tmp_path}", "lora_rank=8", "dataset=missing.jsonl"])]
+    run_sweep(plan, lambda *_: True)
+    process = RunProcess("recipes.sft", plan.runs[0].folder, "test/nll", str(tmp_path))
+    progress = process.next_progress(60)
+    process.stop()
+    assert progress.state == "failed"
+    assert "Dataset file missing.jsonl does not exist" in progress.error
+
+
+# -- on a real Ray ----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("sweep")
+
+
+ARGV = ["learning_rate=4e-3,1e-7", "lora_rank=4,8,16", "max_steps=60", "eval_every=20", *QUICK]
+
+
+@pytest.fixture(scope="module")
+def swept(folder: Path) -> str:
+    """Six runs from the command line, two at a time: three that learn, then three that cannot."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as temporary:
+        done = subprocess.run(
+            [
+                *(sys.executable, "-m", "recipes.sweep", *ARGV, f"log_path={folder / 'out'}"),
+                *("asha=True", "asha_grace_steps=20", "cpus_per_run=1"),
+            ],
+            capture_output=True,
+            text=True,
+            timeout=280,
+            cwd=folder,
+            env=_environment(temporary),
+        )
+        left = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
+        assert temporary not in left, "Ray's processes have ended"
+        assert list(Path(temporary).glob("ray-*")) == []
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    return done.stdout
+
+
+def _environment(temporary: str) -> dict[str, str]:
+    return {**os.environ, "TMPDIR": temporary, "COLUMNS": "80", "OMP_NUM_THREADS": "1"}
+
+
+def test_six_runs_end_in_a_sorted_table_a_csv_and_a_report(swept: str, folder: Path) -> None:
+    rows = list(csv.DictReader((folder / "out" / "results.csv").open()))
+    assert len(rows) == 6
+    finished = [row for row in rows if row["state"] == "finished"]
+    assert finished
+    assert rows[: len(finished)] == sorted(finished, key=lambda row: float(row["test/nll"]))
+    table = [line for line in swept.splitlines() if line.endswith(("finished", "stopped"))]
+    assert [line.split()[:2] for line in table] == [[row["learning_rate"], row["lora_rank"]] for row in rows]
+    assert max(len(line) for line in table) <= 80
+    page = (folder / "out" / "report.html").read_text()
+    assert all(f"lora_rank={rank}" in page for rank in (4, 8, 16))
+
+
+def test_runs_that_are_worse_are_stopped_early_with_a_checkpoint(swept: str, folder: Path) -> None:
+    rows = list(csv.DictReader((folder / "out" / "results.csv").open()))
+    stopped = [row for row in rows if row["state"] == "stopped"]
+    assert {row["run"] for row in rows if row["learning_rate"] == "1e-7"} <= {row["run"] for row in stopped}
+    for row in stopped:
+        last = CheckpointLog(Path(row["log_path"])).last()
+        assert last is not None
+        assert 20 <= last.step < 60
+        assert (Path(row["log_path"]) / last.path / "adapter_model.safetensors").exists()
+
+
+def test_the_best_config_runs_and_does_what_the_run_of_the_sweep_did(
+    swept: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    best = next(csv.DictReader((folder / "out" / "results.csv").open()))
+    summary = sft.main([f"config={folder / 'out' / 'best.yaml'}"])
+    assert summary.log_path == folder / "out" / "best"
+    assert summary.metrics["test/nll"] == float(best["test/nll"])
+    recorded = json.loads((Path(best["log_path"]) / "config.json").read_text())
+    assert f"{recorded['learning_rate']:g}" == "0.004"
