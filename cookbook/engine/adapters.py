@@ -135,12 +135,7 @@ class Adapters:
         """
         if lora.rank == 0:
             state.check_files(path)
-            weights = full_weights.read(path, self._model.dtype)
-            live = dict(self._model.named_parameters())
-            return {
-                name: sharding.part_like(weight, live[name]) if name in live else weight
-                for name, weight in weights.items()
-            }
+            return full_weights.read(path, self._model)
         return state.read_weights(path)
 
     @contextlib.contextmanager

@@ -5,6 +5,8 @@ Shape suffixes: N tokens of a packed row, S scored positions, D hidden size, V v
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -66,11 +68,17 @@ class BaseModel:
     def _load(self, is_trained: bool) -> Any:
         if not self.is_sharded:
             return load_model(self.name, self.device, self.dtype, self.options.quantization)
-        with self.mesh.one_after_another():  # each holds the whole model in its machine's memory for a while
+        with self.room_to_load():
             model = load_model(self.name, torch.device("cpu"), self.dtype)
             model.requires_grad_(is_trained)
             sharding.shard(model, self.mesh, self.device, self.name)
         return model
+
+    @contextlib.contextmanager
+    def room_to_load(self) -> Iterator[None]:
+        """For a model whose parts fit: one process of a machine at a time has all of it in memory."""
+        with self.mesh.one_after_another() if self.is_sharded else contextlib.nullcontext():
+            yield
 
     def _prepare_layers(self) -> None:
         layers = decoder_layers(self.model)

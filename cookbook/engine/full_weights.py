@@ -80,7 +80,14 @@ def whole_weights(weights: Mapping[str, nn.Parameter], is_kept: bool) -> dict[st
     return kept
 
 
-def read(path: str, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The weights of a model folder, on the CPU. Raises ModelError where it is damaged."""
-    model = load_model(path, torch.device("cpu"), dtype)
-    return {name: parameter.detach() for name, parameter in model.named_parameters()}
+def read(path: str, model: Any) -> dict[str, Tensor]:
+    """The weights of a model folder that are to go into `model`, on the CPU, or where its parts lie.
+
+    Raises ModelError where the folder is damaged.
+    """
+    live = dict(model.named_parameters())
+    found = load_model(path, torch.device("cpu"), model.dtype)
+    return {
+        name: sharding.part_like(parameter.detach(), live[name]) if name in live else parameter.detach()
+        for name, parameter in found.named_parameters()
+    }

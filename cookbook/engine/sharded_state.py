@@ -1,24 +1,78 @@
-"""Optimizer state of which each process holds a part: torch.distributed.checkpoint, in safetensors.
+"""Checkpoints of weights that are dealt out over processes, which any number of processes read, one included.
 
-Every process writes a file with its parts and where they lie in the whole, and reads back what it needs of
-all files. So a checkpoint may be read by another number of processes, one included. Nothing is unpickled.
+The weights are put together and saved by the main process, so that the folder is a model. Of the optimizer
+every process writes its part and where that lies in the whole, and reads back what it needs of all parts:
+torch.distributed.checkpoint, in safetensors. Nothing is unpickled.
 """
 
 from __future__ import annotations
 
+import shutil
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from cookbook.engine import sharding
+from cookbook.engine import full_weights, sharding, state
 from cookbook.engine.mesh import Mesh
 from cookbook.errors import CheckpointError
 
+if TYPE_CHECKING:
+    from cookbook.engine.base_model import BaseModel
 
-def write(folder: Path, tensors: Mapping[str, Tensor], mesh: Mesh) -> None:
+
+def save(
+    path: Path,
+    info: state.StateInfo,
+    base: BaseModel,
+    weights: Mapping[str, nn.Parameter],
+    optimizer: Mapping[str, Tensor] | None,
+    overwrite: bool,
+) -> None:
+    """`state.save` by all processes of `base.mesh`. The main one puts everything into place, or nothing."""
+    mesh, parts = base.mesh, state.beside(path)
+
+    def make_room() -> None:
+        state.check_name_is_free(path, overwrite)
+        shutil.rmtree(parts, ignore_errors=True)
+
+    def write(folder: Path) -> None:
+        full_weights.write(base.model, base.tokenizer, folder, whole)
+        if optimizer is not None:
+            parts.rename(folder / state.OPTIMIZER_FOLDER)
+
+    mesh.by_main(make_room)
+    whole = full_weights.whole_weights(weights, is_kept=mesh.is_main)
+    with mesh.failing_together():
+        if optimizer is not None:
+            _write(parts, optimizer, mesh)
+    mesh.by_main(lambda: state.save(path, info, write, None, overwrite))
+
+
+def read_optimizer(path: str, masters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The optimizer's tensors of a checkpoint, each dealt out as the weight is that it belongs to."""
+    folder = state.optimizer_folder(path)
+    if folder is not None:
+        return _read(folder, masters)
+    return {
+        key: sharding.part_like(tensor, master)
+        if (master := _master_of(key, tensor, masters)) is not None
+        else tensor
+        for key, tensor in state.read_optimizer(path).items()
+    }
+
+
+def _master_of(key: str, tensor: Tensor | torch.Size, masters: Mapping[str, Tensor]) -> Tensor | None:
+    """The weight that a tensor of its shape belongs to."""
+    master = masters.get(key.rpartition(".")[0])
+    shape = tensor if isinstance(tensor, torch.Size) else tensor.shape
+    return master if master is not None and master.shape == shape else None
+
+
+def _write(folder: Path, tensors: Mapping[str, Tensor], mesh: Mesh) -> None:
     """Every process takes part. `folder` is new, and theirs."""
     from torch.distributed import checkpoint
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
@@ -30,8 +84,8 @@ def write(folder: Path, tensors: Mapping[str, Tensor], mesh: Mesh) -> None:
     )
 
 
-def read(folder: Path, masters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What `write` wrote, each tensor dealt out as the master is that it belongs to."""
+def _read(folder: Path, masters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What `_write` wrote, each tensor dealt out as the master is that it belongs to."""
     from torch.distributed import checkpoint
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
@@ -39,7 +93,7 @@ def read(folder: Path, masters: Mapping[str, Tensor]) -> dict[str, Tensor]:
     try:
         found = reader.read_metadata().state_dict_metadata
         tensors = {
-            key: _room_for(meta.size, meta.properties.dtype, masters.get(key.rpartition(".")[0]))  # type: ignore[union-attr]
+            key: _room_for(key, meta.size, meta.properties.dtype, masters)  # type: ignore[union-attr]
             for key, meta in found.items()
         }
         with warnings.catch_warnings():
@@ -53,7 +107,8 @@ def read(folder: Path, masters: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return tensors
 
 
-def _room_for(size: torch.Size, dtype: torch.dtype, master: Tensor | None) -> Tensor:
-    if master is not None and sharding.is_dealt_out(master) and master.shape == size:
-        return torch.empty_like(master.detach(), dtype=dtype)
-    return torch.empty(size, dtype=dtype)
+def _room_for(key: str, size: torch.Size, dtype: torch.dtype, masters: Mapping[str, Tensor]) -> Tensor:
+    master = _master_of(key, size, masters)
+    return (
+        torch.empty(size, dtype=dtype) if master is None else torch.empty_like(master.detach(), dtype=dtype)
+    )

@@ -76,10 +76,7 @@ def save(
     Raises CheckpointError when the name is taken or the disk refuses; then nothing is left
     behind, and a checkpoint that was there before stays as it was.
     """
-    if path.exists() and not overwrite:
-        raise CheckpointError(
-            f"Checkpoint {path} exists already. Choose another name, or pass overwrite=True."
-        )
+    check_name_is_free(path, overwrite)
     with _writing_folder(path) as folder:
         write_weights(folder)
         if optimizer is not None:
@@ -91,6 +88,13 @@ def save(
         for file in folder.rglob("*.safetensors"):
             shutil.copymode(folder / STATE_FILE, file)  # safetensors leaves it to its owner alone
         _sync_to_disk(folder)
+
+
+def check_name_is_free(path: Path, overwrite: bool) -> None:
+    if path.exists() and not overwrite:
+        raise CheckpointError(
+            f"Checkpoint {path} exists already. Choose another name, or pass overwrite=True."
+        )
 
 
 @contextmanager

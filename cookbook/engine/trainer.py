@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 
 from cookbook import models
-from cookbook.engine import full_weights, sharded_state, sharding, state
+from cookbook.engine import sharded_state, sharding, state
 from cookbook.engine.adapters import Adapter
 from cookbook.engine.base_model import BaseModel
 from cookbook.engine.dealing import deal_out, put_together
@@ -315,45 +314,10 @@ class Trainer:
         optimizer = self._optimizer.tensors() if with_optimizer else None
         self._check_alike()
         if self.base.is_sharded and self.adapter.is_full:
-            self._save_parts(path, info, optimizer, overwrite)
+            sharded_state.save(path, info, self.base, self.adapter.weights, optimizer, overwrite)
             return
         write_weights = functools.partial(self.base.adapters.write, self.adapter)
         self._mesh.by_main(lambda: state.save(path, info, write_weights, optimizer, overwrite))
-
-    def _save_parts(
-        self, path: Path, info: state.StateInfo, optimizer: dict[str, Tensor] | None, overwrite: bool
-    ) -> None:
-        """The weights as one process would save them; of the optimizer each process writes its part."""
-        parts = state.beside(path)
-        weights = full_weights.whole_weights(self.adapter.weights, is_kept=self._mesh.is_main)
-        self._mesh.by_main(lambda: shutil.rmtree(parts, ignore_errors=True))
-        with self._mesh.failing_together():
-            if optimizer is not None:
-                sharded_state.write(parts, optimizer, self._mesh)
-
-        def write(folder: Path) -> None:
-            full_weights.write(self.base.model, self.base.tokenizer, folder, weights)
-            if optimizer is not None:
-                parts.rename(folder / state.OPTIMIZER_FOLDER)
-
-        self._mesh.by_main(lambda: state.save(path, info, write, None, overwrite))
-
-    def _read_weights(self, path: str, info: state.StateInfo) -> dict[str, Tensor]:
-        if not (self.base.is_sharded and self.adapter.is_full):
-            return self.base.adapters.read(path, info.lora)
-        with self._mesh.one_after_another():  # each has all of them in memory for a while
-            return self.base.adapters.read(path, info.lora)
-
-    def _read_optimizer(self, path: str) -> dict[str, Tensor]:
-        folder = state.optimizer_folder(path)
-        if folder is not None:
-            return sharded_state.read(folder, self._optimizer.masters)
-        tensors = state.read_optimizer(path)
-        for key in tensors:
-            master = self._optimizer.masters.get(key.rpartition(".")[0])
-            if master is not None and master.shape == tensors[key].shape:
-                tensors[key] = sharding.part_like(tensors[key], master)
-        return tensors
 
     def _check_alike(self) -> None:
         """Raises TrainingError where a process has come to other weights than the main one."""
@@ -371,11 +335,13 @@ class Trainer:
 
         Everything is read and checked before anything is changed.
         """
-        with self._mesh.failing_together():
+        with self._mesh.failing_together(), self.base.room_to_load():
             info = state.read_info(path)
-            weights = self._read_weights(path, info)
+            weights = self.base.adapters.read(path, info.lora)
             check_weights_fit(path, info, weights, self.adapter, self.base)
-            optimizer = self._read_optimizer(path) if with_optimizer else None
+            optimizer = (
+                sharded_state.read_optimizer(path, self._optimizer.masters) if with_optimizer else None
+            )
         if with_optimizer and info.world_size != self._mesh.size:
             logger.info(
                 "%s was saved by a run of %d processes; this one has %d. It goes on to rounding, not "

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -81,3 +83,19 @@ def test_the_kernel_of_variable_length_equals_one_sequence_at_a_time(sliding_win
         part = (tensor[:, :, start:stop].float() for tensor in (query, key, value))
         expected, _ = packed_attention(torch.nn.Module(), *part, None, sliding_window=sliding_window)
         torch.testing.assert_close(found[:, start:stop].float(), expected, rtol=0.02, atol=0.02)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize("shard", ["none", "full"])
+@pytest.mark.parametrize("rank", [4, 0], ids=["lora", "full-fine-tuning"])
+def test_two_devices_come_to_what_one_comes_to(
+    ranks: Any, tiny_qwen3: str, tmp_path: Path, shard: str, rank: int
+) -> None:
+    """By nccl, each process on a device of its own."""
+    arguments = {"model": tiny_qwen3, "rank": rank, "device": "cuda"}
+    (one,) = ranks.results("training:steps", 1, folder=str(tmp_path / "one"), **arguments)
+    two = ranks.results("training:steps", 2, folder=str(tmp_path / "two"), shard=shard, **arguments)
+    for name, weight in one["weights"].items():
+        np.testing.assert_allclose(two[0]["weights"][name], weight, atol=1e-4 * np.abs(weight).max())
+        np.testing.assert_array_equal(two[0]["weights"][name], two[1]["weights"][name])
+    assert two[0]["norms"] == pytest.approx(one["norms"], rel=1e-4)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from cookbook.engine import mesh, sharding
+from cookbook.errors import CheckpointError
 from cookbook.service import ServiceClient
 from cookbook.types import AdamParams, Datum, ModelInput, SamplingParams
 
@@ -63,17 +68,27 @@ def told(output: Any) -> dict[str, Any]:
 
 def numpy_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, np.ndarray]:
     return {
-        name: (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach().numpy().copy()
+        name: (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor)
+        .detach()
+        .cpu()
+        .numpy()
+        .copy()
         for name, tensor in tensors.items()
     }
 
 
 def steps(
-    model: str, folder: str, rank: int, shard: str = "none", max_tokens: int = 64, **options: Any
+    model: str,
+    folder: str,
+    rank: int,
+    shard: str = "none",
+    max_tokens: int | None = 64,
+    device: str = "cpu",
+    **options: Any,
 ) -> dict[str, Any]:
-    """Passes of every kind and three steps: all that came of them, and what was saved."""
+    """Passes of every kind and five steps: all that came of them, and what was saved."""
     service = ServiceClient(
-        "cpu", "float32", checkpoint_dir=folder, max_tokens_per_microbatch=max_tokens, shard=shard, **options
+        device, "float32", checkpoint_dir=folder, max_tokens_per_microbatch=max_tokens, shard=shard, **options
     )
     client = service.create_lora_training_client(model, rank=rank, seed=0)
     found: dict[str, Any] = {"passes": [], "gradients": [], "norms": []}
@@ -156,3 +171,98 @@ def limits(model: str, folder: str, shard: str) -> dict[str, Any]:
     cost = client._engine.submit(trainer.base._activation_cost, trainer.adapter).result()
     service.close()
     return {"whole": cost.whole, "checkpointed": cost.checkpointed, "limits": trainer._limits.max_tokens}
+
+
+def scarce(
+    model: str, folder: str, shard: str, most_tokens: dict[str, int], passes: int = 2
+) -> dict[str, Any]:
+    """Passes with memory for so many tokens at once, process by process."""
+    service = ServiceClient("cpu", "float32", folder, max_tokens_per_microbatch=64, shard=shard)
+    client = service.create_lora_training_client(model, rank=4, seed=0)
+    trainer = client._trainer
+    most = most_tokens.get(os.environ.get("RANK", "0"), 10**6)
+    backpropagate = trainer.base.backpropagate
+
+    def with_little_memory(batch: Any, *arguments: Any) -> Any:
+        result = backpropagate(batch, *arguments)
+        if batch.tokens_1N.numel() > most:
+            raise torch.OutOfMemoryError("pretended")
+        return result
+
+    trainer.base.backpropagate = with_little_memory  # type: ignore[method-assign]
+    losses = []
+    for _ in range(passes):
+        losses.append(client.forward_backward(plain(make_data([30, 9, 50, 4, 21]))).result().loss)
+        client.optim_step(ADAM).result()
+    path = client.save_state("saved").result().path
+    service.close()
+    return {
+        "losses": losses,
+        "weights": numpy_of(trainer.adapter.weights),
+        "limit": trainer._limits.max_tokens,
+        "saved": json.loads((Path(path) / "state.json").read_text())["microbatch_limits"],
+    }
+
+
+def decided(model: str, folder: str, memory: dict[str, float], rank: int) -> bool:
+    """Whether weights are dealt out on devices of so many bytes, which differ."""
+    memory_here = memory[os.environ["RANK"]]
+    sharding.usable_memory = lambda device: memory_here  # type: ignore[assignment]
+    service = ServiceClient("cpu", "bfloat16", folder, max_tokens_per_microbatch=64)
+    client = service.create_lora_training_client(model, rank=rank, seed=0)
+    is_sharded = client.samples_together
+    client.forward_backward(plain(make_data([30, 9, 50, 4, 21])))
+    client.optim_step(ADAM).result()
+    service.close()
+    return is_sharded
+
+
+def in_bfloat16(model: str, folder: str, shard: str) -> dict[str, Any]:
+    """Losses of a full fine-tune whose weights are rounded and whose masters are not."""
+    service = ServiceClient("cpu", "bfloat16", folder, max_tokens_per_microbatch=64, shard=shard)
+    client = service.create_lora_training_client(model, rank=0, seed=0)
+    losses = []
+    for _ in range(4):
+        losses.append(client.forward_backward(plain(make_data([30, 9, 50, 4, 21]))).result().loss)
+        client.optim_step(ADAM).result()
+    masters = {name: str(master.dtype) for name, master in client._trainer._optimizer.masters.items()}
+    path = client.save_state("saved").result().path
+    service.close()
+    return {"losses": losses, "masters": sorted(set(masters.values())), "saved": path}
+
+
+def exchanged() -> dict[str, Any]:
+    """What the verbs of a mesh give, one after another."""
+    world = mesh.current()
+    rank, found = world.rank, {}
+    found["gather"] = world.gather(rank * 10)
+    found["of_main"] = world.of_main(f"from {rank}")
+    found["agree_min"], found["agree_max"] = world.agree_min(rank, -rank), world.agree_max(rank, -rank)
+    found["by_main"] = world.by_main(lambda: f"done by {rank}")
+    tensors = [torch.full((3,), float(rank)), torch.ones(2, 2), torch.ones(1, dtype=torch.float64)]
+    world.lane().add_up(tensors)
+    found["sums"] = [tensor.tolist() for tensor in tensors]
+    found["failures"] = [fails(world, who) for who in (0, 1)]
+    found["main's failure"] = fails_by_main(world)
+    return found
+
+
+def fails(world: mesh.Mesh, who: int) -> str:
+    try:
+        with world.failing_together():
+            if world.rank == who:
+                raise ValueError("no")
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing"
+
+
+def fails_by_main(world: mesh.Mesh) -> str:
+    def fail() -> None:
+        raise CheckpointError(f"full disk on {world.rank}")
+
+    try:
+        world.by_main(fail)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing"
