@@ -19,8 +19,6 @@ NUM_COLOURS = 8
 MAX_POINTS_OF_A_PAGE = 100_000
 MAX_POINTS_OF_A_SERIES = 1_600
 MAX_SERIES_OF_A_CHART = NUM_COLOURS
-MAX_STRETCHES = 300
-"""Of stacked times: more could not be told apart."""
 
 WIDE = 8
 
@@ -134,63 +132,15 @@ def other_charts(run: RunRecord, most: int) -> list[Chart]:
     return [_chart_of(run, name, most) for name in run.metrics if name not in shown and not is_eval(name)]
 
 
+def spans_of(run: RunRecord) -> list[str]:
+    return [name for name in run.metrics if name.startswith(SPAN_PREFIX) and name not in NO_SPANS]
+
+
 def _chart_of(run: RunRecord, name: str, most: int) -> Chart:
     series = run.metrics[name]
     lines = noisy_lines(name, series, 0, most) if name in _NOISY else [line(name, series, 0, most)]
     from_zero = name == "perf/tokens_per_second"
     return chart(_TITLES.get(name, name), lines, legend=False, fromZero=from_zero, note=_note(run, [name]))
-
-
-def spans_of(run: RunRecord) -> list[str]:
-    return [name for name in run.metrics if name.startswith(SPAN_PREFIX) and name not in NO_SPANS]
-
-
-def time_chart(run: RunRecord) -> Chart | None:
-    """Where the seconds of a step went: spans, stacked, under the step as a whole.
-
-    Spans that overlap, as waiting and rendering in another thread do, may reach above the step.
-    """
-    whole = run.metrics.get("perf/seconds")
-    if whole is None:
-        return None
-    starts = np.linspace(0, len(whole), min(len(whole), MAX_STRETCHES) + 1).astype(int)
-    edges = np.append(whole.steps, whole.steps[-1] + 1)[starts]
-    first, last = edges[:-1].tolist(), (edges[1:] - 1).tolist()
-    counts = np.diff(starts)
-    layers = []
-    for colour, name in enumerate(sorted(spans_of(run), key=run.total, reverse=True), 2):
-        span = run.metrics[name]
-        sums = np.histogram(span.steps, bins=edges, weights=span.values)[0]
-        layers.append(
-            {
-                "name": name, "label": name.removeprefix(SPAN_PREFIX).replace("_", " "), "unit": " s",
-                "colour": f"c{colour % NUM_COLOURS}", "x": first, "ends": last, "y": rounded(sums / counts),
-            }
-        )  # fmt: skip
-    means = np.histogram(whole.steps, bins=edges, weights=whole.values)[0] / counts
-    series = [_seconds("whole step", 0, first, rounded(means))]
-    note = f"means of {counts.max():,} steps" if counts.max() > 1 else None
-    if counts.max() > 1:
-        slowest = np.maximum.reduceat(whole.values, starts[:-1])
-        series.append(_seconds("slowest step of a stretch", 1, first, rounded(slowest)) | {"dash": "dotted"})
-    cut = _ceiling(whole.values)
-    options = {"ceiling": cut, "highest": float(whole.values.max())} if cut else {}
-    return chart("Seconds of a step", series, layers=layers, fromZero=True, height=280, note=note) | {
-        "canBeLog": False, **options,
-    }  # fmt: skip
-
-
-def _ceiling(values: np.ndarray) -> float | None:
-    """Where to cut what would flatten everything else, as the first step of a run does; None for nowhere."""
-    usual = float(np.quantile(values, 0.95))
-    return 2.5 * usual if values.max() > 6 * usual else None
-
-
-def _seconds(label: str, colour: int, x: list[int], y: list[float]) -> dict[str, Any]:
-    return {
-        "name": f"perf/seconds {label}", "label": label, "unit": " s", "colour": f"c{colour}",
-        "style": "line thin", "x": x, "y": y,
-    }  # fmt: skip
 
 
 def _note(run: RunRecord, names: Sequence[str]) -> str | None:

@@ -13,6 +13,7 @@ from cookbook.report.rendering import render
 from cookbook.report.settings import settings_of
 from cookbook.report.summary import facts_of, outcomes_of, status_of
 from cookbook.report.table_views import views_of
+from cookbook.report.time_chart import time_chart
 
 REPORT_FILE = "report.html"
 CURVES_FILE = "curves.png"
@@ -40,7 +41,7 @@ def page_of(run: RunRecord) -> str:
 
     most = panels.max_points(len(run.metrics) + 8)
     loss = panels.loss_chart(run, most)
-    time = panels.time_chart(run)
+    time = time_chart(run)
     return render(
         "report.html",
         charts,

@@ -80,9 +80,11 @@ def _costs(run: RunRecord) -> list[Fact]:
     if not seconds:
         return []
     trained = run.total("data/trained_tokens")
-    waited = run.total("perf/seconds_waited_for_batch")
+    lost, how = run.total("perf/seconds_idle"), "with the device idle"
+    if "perf/seconds_idle" not in run.metrics:
+        lost, how = run.total("perf/seconds_waited_for_batch"), "waiting for data"
     return [
-        Fact("Time", duration(seconds), f"{waited / seconds:.1%} of it waiting for data"),
+        Fact("Time", duration(seconds), f"{lost / seconds:.1%} of it {how}"),
         Fact("Tokens", count(tokens), f"{count(trained)} of them trained"),
         Fact("Tokens per second", count(tokens / seconds), "evaluations and saving included"),
     ]

@@ -212,6 +212,7 @@ def write_run(folder: Path, num_steps: int, quality: float = 1.0, **settings: An
                 "optim/learning_rate": 0.004 * (1 - step / num_steps), "optim/grad_norm": 1 + rng.random(),
                 "data/tokens": 400, "data/trained_tokens": 180, "perf/seconds": 0.1 + (step == 0) * 2,
                 "perf/seconds_waited_for_batch": 0.02, "perf/seconds_forward_backward": 0.06,
+                "perf/seconds_optim_step": 0.01, "perf/seconds_idle": 0.03 + (step == 0) * 2,
                 "perf/seconds_left": 1.0, "perf/tokens_per_second": 4000 + 100 * rng.random(),
             }  # fmt: skip
         rows.append(row)

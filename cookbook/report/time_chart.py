@@ -1,0 +1,76 @@
+"""Where the seconds of the steps went, as a chart."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from cookbook.report.panels import NUM_COLOURS, SPAN_PREFIX, Chart, chart, rounded, spans_of
+from cookbook.report.record import RunRecord, Series
+
+MAX_STRETCHES = 300
+"""Of steps: more could not be told apart."""
+
+BESIDE = ("rendering", "waited_for_batch")
+"""Spans of other threads: they go on while a step does, so no stack of them adds up to it."""
+
+_COLOURS = {
+    "forward_backward": 0, "optim_step": 6, "evaluating": 4, "saving": 3, "idle": 1,
+    "rendering": 2, "waited_for_batch": 5,
+}  # fmt: skip
+
+
+def time_chart(run: RunRecord) -> Chart | None:
+    """The spans of the device, stacked, under the step as a whole, and beside them those of other threads."""
+    whole = run.metrics.get("perf/seconds")
+    if whole is None:
+        return None
+    starts = np.linspace(0, len(whole), min(len(whole), MAX_STRETCHES) + 1).astype(int)
+    edges = np.append(whole.steps, whole.steps[-1] + 1)[starts]
+    counts = np.diff(starts)
+    first, last = edges[:-1].tolist(), (edges[1:] - 1).tolist()
+
+    def means(series: Series) -> list[float]:
+        is_inside = series.steps < edges[-1]  # an evaluation at the end belongs to no step
+        sums = np.histogram(series.steps[is_inside], edges, weights=series.values[is_inside])[0]
+        return rounded(sums / counts)
+
+    layers, lines = [], [_line("whole step", 7, first, means(whole))]
+    for index, name in enumerate(sorted(spans_of(run), key=run.total, reverse=True)):
+        span = name.removeprefix(SPAN_PREFIX)
+        label, colour = span.replace("_", " "), _COLOURS.get(span, index) % NUM_COLOURS
+        if span in BESIDE:
+            lines.append(
+                _line(f"{label}, beside it", colour, first, means(run.metrics[name])) | {"dash": "dashed"}
+            )
+        else:
+            layers.append(
+                {
+                    "name": name, "label": label, "unit": " s", "colour": f"c{colour}",
+                    "x": first, "ends": last, "y": means(run.metrics[name]),
+                }
+            )  # fmt: skip
+    note = None
+    if counts.max() > 1:
+        note = f"means of {counts.max():,} steps"
+        slowest = rounded(np.maximum.reduceat(whole.values, starts[:-1]))
+        lines.append(_line("slowest step", 7, first, slowest) | {"dash": "dotted"})
+    options: dict[str, Any] = {"layers": layers, "fromZero": True, "height": 280, "note": note}
+    cut = _ceiling(whole.values)
+    if cut is not None:
+        options |= {"ceiling": cut, "highest": float(whole.values.max())}
+    return chart("Seconds of a step", lines, **options) | {"canBeLog": False}
+
+
+def _ceiling(values: np.ndarray) -> float | None:
+    """Where to cut what would flatten everything else, as the first step of a run does; None for nowhere."""
+    usual = float(np.quantile(values, 0.95))
+    return 2.5 * usual if values.max() > 6 * usual else None
+
+
+def _line(label: str, colour: int, x: list[int], y: list[float]) -> dict[str, Any]:
+    return {
+        "name": f"perf/seconds, {label}", "label": label, "unit": " s", "colour": f"c{colour}",
+        "style": "line thin", "x": x, "y": y,
+    }  # fmt: skip
