@@ -157,11 +157,19 @@ def _add(found: Evaluation, evaluator: Evaluator, result: object) -> None:
         raise TrainingError(
             f"{name} returned {result!r}. An evaluator returns numbers or tables by name."
         ) from error
-    twice = sorted((metrics.keys() & found.metrics.keys()) | (tables.keys() & found.tables.keys()))
+    twice = sorted(metrics.keys() & found.metrics.keys())
+    twice += [path for path in tables if not _continues(found.tables.get(path), tables[path])]
     if twice:
         raise TrainingError(
             f"{name} returned `{twice[0]}`, and so did another evaluator of this step. Give one of them "
             f"another name."
         )
     found.metrics.update(metrics)
-    found.tables.update(tables)
+    for path, table in tables.items():
+        earlier = found.tables.get(path)
+        found.tables[path] = table if earlier is None else Table(table.columns, [*earlier.rows, *table.rows])
+
+
+def _continues(earlier: Table | None, table: Table) -> bool:
+    """Whether two tables of one name are one: two evaluators of samples are a longer one."""
+    return earlier is None or list(earlier.columns) == list(table.columns)

@@ -176,8 +176,8 @@ class GenerationEvaluatorBuilder(SamplingEvaluatorBuilder):
     )
     regex: str | None = chz.field(
         default=None,
-        doc="for the score regex: what a reply must hold; with a group, what the group finds must be what "
-        "it finds in the reference",
+        doc="for the score regex: what a reply must hold; what a group (?P<answer>...) finds must also be "
+        "what it finds in the reference",
     )
     ignore_case: bool = chz.field(default=False, doc="compare without regard to case")
     limit: int | None = chz.field(default=100, doc="prompts at most, the first ones; None: all")

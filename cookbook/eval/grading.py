@@ -43,17 +43,19 @@ NAMES = (*BUILT_IN, "regex")
 
 
 def by_regex(pattern: re.Pattern[str]) -> TextGrader:
-    """Without a group: 1 where the pattern is found in the reply. With one: 1 where its first group
-    is in the reply what it is in the reference; a reference without the pattern is the answer itself.
+    """1 where the pattern is found in the reply.
+
+    With a group named `answer`, 1 where that is in the reply what it is in the reference; a
+    reference without the pattern is the answer itself.
     """
 
     def regex(reply: str, reference: str) -> float:
         found = pattern.search(reply)
-        if found is None or not pattern.groups:
+        if found is None or "answer" not in pattern.groupindex:
             return found is not None
         expected = pattern.search(reference)
-        answer = reference if expected is None else expected[1] or ""
-        return (found[1] or "").strip() == answer.strip()
+        answer = reference if expected is None else expected["answer"] or ""
+        return (found["answer"] or "").strip() == answer.strip()
 
     return regex
 

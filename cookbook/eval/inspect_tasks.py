@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -150,14 +151,10 @@ class InspectEvaluatorBuilder(SamplingEvaluatorBuilder):
 
     def __call__(self) -> InspectEvaluator:
         require("inspect_ai", "inspect", type(self).__name__)
-        for task in self.tasks:
-            file = task.partition("@")[0]
-            if file.endswith((".py", ".ipynb")) and not Path(file).is_file():
-                raise ConfigError(f"tasks has {task!r}: there is no file {Path(file).absolute()}.")
         renderer = self.make_renderer()
         assert self.model_name is not None  # make_renderer saw to it
         return InspectEvaluator(
-            self.tasks,
+            [_as_inspect_finds_it(task) for task in self.tasks],
             renderer,
             self.model_name,
             self.log_dir or "logs",
@@ -173,3 +170,14 @@ class InspectEvaluatorBuilder(SamplingEvaluatorBuilder):
             self.name,
             models.context_length(self.model_name),
         )
+
+
+def _as_inspect_finds_it(task: str) -> str:
+    """Inspect looks for a file that stands for all its tasks by a pattern, which may not be absolute."""
+    name, _, which = task.partition("@")
+    file = Path(name).expanduser()
+    if file.suffix not in (".py", ".ipynb"):
+        return task
+    if not file.is_file():
+        raise ConfigError(f"tasks has {task!r}: there is no file {file.absolute()}.")
+    return f"{file}@{which}" if which else os.path.relpath(file)

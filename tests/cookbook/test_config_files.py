@@ -28,7 +28,7 @@ def test_every_shipped_config_loads_and_the_command_line_overrides_it(path: Path
     assert config.learning_rate == 3e-4
     assert config.log_path != DEFAULTS["log_path"]
     for key in config_files.load(str(path)):
-        assert key in path.read_text()
+        assert all(part in path.read_text() for part in key.split(".") if not part.isdigit())
 
 
 def test_a_recorded_config_can_be_run_again(tmp_path: Path) -> None:

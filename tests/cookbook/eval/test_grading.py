@@ -49,14 +49,12 @@ def test_case_is_disregarded_where_that_is_asked_for() -> None:
         ("it is 4", "#### 4", 0),
     ],
 )
-def test_a_pattern_with_a_group_finds_the_answer_on_both_sides(
-    reply: str, reference: str, score: float
-) -> None:
-    assert grade("regex", reply, reference, regex=r"#### (\d+)") == score
+def test_a_pattern_with_an_answer_finds_it_on_both_sides(reply: str, reference: str, score: float) -> None:
+    assert grade("regex", reply, reference, regex=r"#### (?P<answer>\d+)") == score
 
 
-def test_a_pattern_without_a_group_is_to_be_found_in_the_reply() -> None:
-    assert grade("regex", "Ahoy.\nArr, matey!", "Paris", regex="^Arr") == 1
+def test_a_pattern_without_an_answer_is_to_be_found_in_the_reply() -> None:
+    assert grade("regex", "Ahoy.\nArr, matey!", "Paris", regex="^(Arr|Yo)") == 1
     assert grade("regex", "Hello", "Arr", regex="^Arr") == 0
 
 

@@ -34,6 +34,7 @@ from cookbook.supervised.types import (
     SupervisedDataset,
     SupervisedDatasetBuilder,
 )
+from cookbook.tables import Table
 from cookbook.types import Datum, ModelInput, SamplingParams
 
 MakeConfig = Callable[..., train.Config]
@@ -452,6 +453,23 @@ def test_two_evaluators_do_not_overwrite_each_other(make_config: MakeConfig) -> 
     twice = [lambda: Returning({"test/x": 1.0}), lambda: Returning({"test/x": 2.0})]
     config = make_config(evaluator_builders=twice, on_evaluator_error="raise")
     with pytest.raises(TrainingError, match="`test/x`, and so did another evaluator"):
+        asyncio.run(train.main(config))
+
+
+def test_tables_of_one_name_are_one_table_where_their_columns_agree(make_config: MakeConfig) -> None:
+    first, second, other = Table(["a"], [["1"]]), Table(["a"], [["2"]]), Table(["b"], [["3"]])
+    config = make_config(
+        evaluator_builders=[lambda: Returning({"x": first}), lambda: Returning({"x": second})], max_steps=1
+    )
+    asyncio.run(train.main(config))
+    rows = jsonl.read(Path(config.log_path, "tables.jsonl"))
+    assert [row["row"] for row in rows if row["step"] == 0] == [{"a": "1"}, {"a": "2"}]
+    config = make_config(
+        evaluator_builders=[lambda: Returning({"x": first}), lambda: Returning({"x": other})],
+        if_log_path_exists="delete",
+        on_evaluator_error="raise",
+    )
+    with pytest.raises(TrainingError, match="`x`, and so did another evaluator"):
         asyncio.run(train.main(config))
 
 
