@@ -28,7 +28,7 @@ PROG = "python -m recipes.jobs"
 
 def main(argv: list[str] | None = None) -> None:
     """Exits with 0 where what was asked for was done; `wait` and `--wait` only if the job succeeded."""
-    arguments = _parse(sys.argv[1:] if argv is None else argv)
+    arguments = parse(sys.argv[1:] if argv is None else argv)
     with cli.ending_in_a_line():
         try:
             code = COMMANDS[arguments.command](arguments)
@@ -39,10 +39,9 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _submit(arguments: argparse.Namespace) -> int:
-    keys = arguments.keys
     job = jobs.submit(
         arguments.recipe,
-        keys,
+        arguments.keys,
         address=arguments.address,
         num_gpus=arguments.gpus,
         num_cpus=arguments.cpus,
@@ -153,7 +152,7 @@ HELP = {
 }
 
 
-def _parse(argv: list[str]) -> argparse.Namespace:
+def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog=PROG, description="Runs as jobs of Ray.", allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     for name, text in HELP.items():

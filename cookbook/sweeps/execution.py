@@ -22,14 +22,16 @@ NO_LIMIT = 10**9
 OnEnd = Callable[[PlannedRun, Progress], None]
 
 
-def execute(plan: Plan, runs: Sequence[PlannedRun], on_end: OnEnd) -> bool:
+def execute(plan: Plan, runs: Sequence[PlannedRun], over: Sequence[PlannedRun], on_end: OnEnd) -> bool:
     """Runs `runs` to their ends, and tells of each one as it ends. False where it was interrupted.
+
+    Those that were `over` before are what early stopping measures the others by.
 
     Raises ClusterError for a cluster that cannot be reached, or has not the devices of one run.
     """
     with _connected(plan.config) as ray:
         resources = _resources_per_run(plan.config, ray.cluster_resources())
-        return _tune(plan, runs, resources, on_end)
+        return _tune(plan, runs, over if plan.config.asha else (), resources, on_end)
 
 
 @contextlib.contextmanager
@@ -69,7 +71,13 @@ def _resources_per_run(config: Config, of_cluster: dict[str, float]) -> dict[str
     return {"cpu": config.cpus_per_run, "gpu": gpus}
 
 
-def _tune(plan: Plan, runs: Sequence[PlannedRun], resources: dict[str, float], on_end: OnEnd) -> bool:
+def _tune(
+    plan: Plan,
+    runs: Sequence[PlannedRun],
+    over: Sequence[PlannedRun],
+    resources: dict[str, float],
+    on_end: OnEnd,
+) -> bool:
     from ray import tune
 
     from cookbook.sweeps.trainable import RunTrainable, TellOfEnds
@@ -83,9 +91,14 @@ def _tune(plan: Plan, runs: Sequence[PlannedRun], resources: dict[str, float], o
             "folder": str(run.folder),
             "metric": plan.config.metric,
             "cwd": os.getcwd(),
+            "is_over": run in over,
         }
-        for run in runs
+        for run in (*over, *runs)
     ]
+
+    def tell(name: str, progress: Progress) -> None:
+        if name in by_name:
+            on_end(by_name[name], progress)
 
     with tempfile.TemporaryDirectory(prefix=".tune-", dir=plan.folder) as storage:
         results = tune.Tuner(
@@ -96,10 +109,10 @@ def _tune(plan: Plan, runs: Sequence[PlannedRun], resources: dict[str, float], o
                 name="sweep",
                 storage_path=str(Path(storage)),
                 verbose=0,
-                callbacks=[TellOfEnds(lambda name, progress: on_end(by_name[name], progress))],
+                callbacks=[TellOfEnds(tell)],
             ),
         ).fit()
-    return results.num_terminated + results.num_errors == len(runs)
+    return results.num_terminated + results.num_errors == len(tasks)
 
 
 def _scheduler(plan: Plan) -> Any:

@@ -41,16 +41,16 @@ class Progress:
 
 
 class RunProcess:
-    """A run of the config.json in `folder`. Nothing is started where it is finished: it is only told of."""
+    """A run of the config.json in `folder`. One that `is_over` is not started: it is only told of again."""
 
-    def __init__(self, module: str, folder: Path, metric: str, cwd: str) -> None:
+    def __init__(self, module: str, folder: Path, metric: str, cwd: str, is_over: bool = False) -> None:
         self._folder = folder
         self._metric = metric
         self._last = Progress("running", step=-1)
         self._size = -1
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed by stop)
         self._process: subprocess.Popen[bytes] | None = None
-        if not CheckpointLog(folder).is_finished:
+        if not is_over:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", module, f"config={folder / 'config.json'}"],
                 cwd=cwd,
@@ -102,7 +102,9 @@ class RunProcess:
 
     def _end(self) -> Progress:
         if not CheckpointLog(self._folder).is_finished:
-            return Progress("failed", self._last.step, self._last.value, self._why())
+            if self._process is None:
+                return Progress("stopped", self._last.step, self._last.value)
+            return Progress("failed", self._last.step, self._last.value, self._why(self._process.returncode))
         if math.isnan(self._last.value):
             found = sorted(
                 {key for row in jsonl.read(self._folder / "metrics.jsonl") for key in row} - {"step"}
@@ -111,11 +113,9 @@ class RunProcess:
             return Progress("failed", error=f"It logged no {self._metric}, only {', '.join(near)}.")
         return Progress("finished", self._last.step, self._last.value)
 
-    def _why(self) -> str:
-        assert self._process is not None
+    def _why(self, code: int) -> str:
         self._errors.seek(0)
         lines = [line.strip() for line in self._errors.read().splitlines() if line.strip()]
-        code = self._process.returncode
         ended = f"signal {-code}" if code < 0 else f"exit code {code}"
         return "\n".join(lines[-ERROR_LINES:]) or f"It ended with {ended}."
 

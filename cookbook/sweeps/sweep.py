@@ -15,7 +15,8 @@ from cookbook.sweeps.plan import Plan, PlannedRun
 from cookbook.sweeps.results import Result
 from cookbook.sweeps.run_process import Progress
 
-Execute = Callable[[Plan, Sequence[PlannedRun], Callable[[PlannedRun, Progress], None]], bool]
+OnEnd = Callable[[PlannedRun, Progress], None]
+Execute = Callable[[Plan, Sequence[PlannedRun], Sequence[PlannedRun], OnEnd], bool]
 
 
 def run_sweep(plan: Plan, execute: Execute | None = None) -> list[Result]:
@@ -29,11 +30,11 @@ def run_sweep(plan: Plan, execute: Execute | None = None) -> list[Result]:
     plan.folder.mkdir(parents=True, exist_ok=True)
     _claim_folders(plan.runs)
     before = results.progress_of(plan)
-    left = [run for run in plan.runs if before[run.name].state not in ("finished", "stopped")]
-    done = len(plan.runs) - len(left)
-    of_them = f", {done} of them done" if done else ""
+    over = [run for run in plan.runs if before[run.name].state in ("finished", "stopped")]
+    left = [run for run in plan.runs if run not in over]
+    of_them = f", {len(over)} of them done" if over else ""
     console.print(f"{len(plan.runs)} runs of {plan.recipe.name}{of_them}, in {plan.folder}.", highlight=False)
-    is_complete = _run(plan, left, done, execute, console) if left else True
+    is_complete = _run(plan, left, over, execute, console) if left else True
     ranked = results.ranked(plan, results.progress_of(plan))
     _show(plan, ranked, console)
     if not is_complete:
@@ -55,19 +56,23 @@ def _claim_folders(runs: Sequence[PlannedRun]) -> None:
 
 
 def _run(
-    plan: Plan, left: Sequence[PlannedRun], done: int, execute: Execute | None, console: Console
+    plan: Plan,
+    left: Sequence[PlannedRun],
+    over: Sequence[PlannedRun],
+    execute: Execute | None,
+    console: Console,
 ) -> bool:
     from cookbook.sweeps import execution
 
-    ended = 0
+    ended = len(over)
 
     def tell(run: PlannedRun, progress: Progress) -> None:
         nonlocal ended
         ended += 1
         results.record(plan, run, progress)
-        console.print(_line(plan, run, progress, f"{done + ended}/{len(plan.runs)}"), highlight=False)
+        console.print(_line(plan, run, progress, f"{ended}/{len(plan.runs)}"), highlight=False)
 
-    return (execute or execution.execute)(plan, left, tell)
+    return (execute or execution.execute)(plan, left, over, tell)
 
 
 def _line(plan: Plan, run: PlannedRun, progress: Progress, count: str) -> str:

@@ -19,7 +19,9 @@ class RunTrainable(tune.Trainable):
 
     def setup(self, config: dict[str, Any]) -> None:
         run = config["run"]
-        self._run = RunProcess(run["module"], Path(run["folder"]), run["metric"], run["cwd"])
+        self._run = RunProcess(
+            run["module"], Path(run["folder"]), run["metric"], run["cwd"], is_over=run["is_over"]
+        )
 
     def step(self) -> dict[str, Any]:
         progress = self._run.next_progress(PATIENCE_SECONDS)

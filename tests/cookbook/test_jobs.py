@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -19,6 +20,7 @@ from cookbook.errors import ClusterError, ConfigError
 from recipes import jobs as jobs_recipe
 from recipes import sft
 
+REPOSITORY = Path(__file__).parents[2]
 KEYS = ["max_steps=150", "test_size=16", "eval_every=0", "infrequent_eval_every=0", "save_every=0"]
 PATIENCE_SECONDS = 200
 
@@ -89,6 +91,17 @@ def test_what_cannot_be_submitted_is_refused_before_a_head_is_started(
     assert message in capsys.readouterr().err
     assert jobs.find_head() is None
     assert not (tmp_path / "run").exists()
+
+
+COMMANDS = re.findall(
+    r"^python -m recipes\.jobs ([^#\n]*)", (REPOSITORY / "cookbook/jobs/README.md").read_text(), re.MULTILINE
+)
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_every_documented_command_is_understood(line: str) -> None:
+    arguments = jobs_recipe.parse(line.split())
+    assert arguments.command == line.split()[0]
 
 
 def test_importing_the_library_does_not_import_ray() -> None:

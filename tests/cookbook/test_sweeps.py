@@ -6,6 +6,7 @@ import csv
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -112,6 +113,21 @@ def test_names_are_stable_and_can_be_folders() -> None:
     assert name == "learning_rate=0.0001,path=data-my-chats.jsonl"
 
 
+COMMANDS = re.findall(
+    r"^python -m recipes\.sweep ([^#\n]*)",
+    (REPOSITORY / "cookbook/sweeps/README.md").read_text(),
+    re.MULTILINE,
+)
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_every_documented_command_can_be_planned(
+    line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(REPOSITORY)
+    assert len(make_plan([*line.split(), f"log_path={tmp_path}"]).runs) > 1
+
+
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_every_shipped_sweep_can_be_planned(path: Path, tmp_path: Path, tiny_qwen3: str) -> None:
     plan = make_plan([f"sweep={path}", f"log_path={tmp_path}", f"model_name={tiny_qwen3}"])
@@ -174,7 +190,7 @@ class FakeRay:
         self.values, self.states, self.stop_after = values, states or {}, stop_after
         self.ran: list[str] = []
 
-    def __call__(self, plan: Plan, runs: Sequence[PlannedRun], on_end: object) -> bool:
+    def __call__(self, plan: Plan, runs: Sequence[PlannedRun], over: object, on_end: object) -> bool:
         for run in runs[: self.stop_after]:
             self.ran.append(run.name)
             state = self.states.get(run.name, "finished")
