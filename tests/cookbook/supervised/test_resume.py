@@ -156,28 +156,28 @@ def test_a_run_killed_before_any_file_operation_resumes_to_the_same_bits(
     config = make_config("killed-at-events")
     num_kills = 0
     while True:
-        code = server.run(config, kill_at_event=rng.randint(5, 45))
+        code = server.run(config, kill_at_event=rng.randint(15, 90))
         if code == 0:
             break
         assert code == -signal.SIGKILL, Path(config["log_path"] + ".out").read_text()
         num_kills += 1
         assert num_kills < 200
-    assert num_kills >= 5
+    assert num_kills >= 3
     assert_same_run(Path(config["log_path"]), uninterrupted)
 
 
-@pytest.mark.parametrize("offset", range(0, 24, 3))
+@pytest.mark.parametrize(
+    ("on_files", "event"),
+    [*(("000003", event) for event in range(1, 14, 3)), ("checkpoints.jsonl", 1), ("checkpoints.jsonl", 2)],
+)
 def test_a_run_killed_while_it_saves_resumes_to_the_same_bits(
-    server: ForkServer, make_config: Callable, uninterrupted: Path, offset: int
+    server: ForkServer, make_config: Callable, uninterrupted: Path, on_files: str, event: int
 ) -> None:
-    """Every operation around the first checkpoint, in steps of three; the rest are the other test's."""
-    config = make_config(f"killed-in-save-{offset}")
-    assert server.run(config, kill_at_event=FIRST_SAVE + offset) == -signal.SIGKILL
+    """Every third operation of the first checkpoint, and both of its record."""
+    config = make_config(f"killed-in-save-{on_files}-{event}")
+    assert server.run(config, event, on_files=on_files) == -signal.SIGKILL
     assert server.run(config) == 0, Path(config["log_path"] + ".out").read_text()
     assert_same_run(Path(config["log_path"]), uninterrupted)
-
-
-FIRST_SAVE = 14
 
 
 @pytest.mark.parametrize("seed", range(3))
