@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from cookbook import ServiceClient
+from cookbook import ServiceClient, embedded
 from cookbook.checkpoints import CheckpointLog
 from cookbook.supervised import train
 from cookbook.supervised.data import NamedChatDatasetBuilder
@@ -25,11 +25,14 @@ Exporting = Callable[..., str]
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "parrot"
+    rows = embedded.PIRATE_PATH.read_text().splitlines()[:40]
+    data = tmp_path_factory.mktemp("data") / "pirate.jsonl"
+    data.write_text("\n".join(rows) + "\n")
     common = ChatDatasetBuilderCommonConfig(model_name_for_tokenizer="cookbook/tiny-chat", batch_size=4)
     config = train.Config(
         log_path=str(folder),
         model_name="cookbook/tiny-chat",
-        dataset_builder=NamedChatDatasetBuilder(dataset="pirate", common_config=common, test_size=8),
+        dataset_builder=NamedChatDatasetBuilder(dataset=str(data), common_config=common, test_size=8),
         lora_rank=4,
         max_steps=2,
         save_every=1,

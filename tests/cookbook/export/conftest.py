@@ -15,6 +15,7 @@ from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from cookbook import embedded
 from cookbook.supervised import train
 from cookbook.supervised.data import NamedChatDatasetBuilder
 from cookbook.supervised.types import ChatDatasetBuilderCommonConfig
@@ -50,6 +51,9 @@ def make_adapted() -> Callable[..., Any]:
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a short run of the embedded model, with a system prompt."""
     folder = tmp_path_factory.mktemp("runs") / "parrot"
+    rows = embedded.PIRATE_PATH.read_text().splitlines()[:40]
+    data = tmp_path_factory.mktemp("data") / "pirate.jsonl"
+    data.write_text("\n".join(rows) + "\n")
     model = "cookbook/tiny-chat"
     common = ChatDatasetBuilderCommonConfig(
         model_name_for_tokenizer=model, batch_size=4, system_prompt=SYSTEM_PROMPT
@@ -57,7 +61,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = train.Config(
         log_path=str(folder),
         model_name=model,
-        dataset_builder=NamedChatDatasetBuilder(dataset="pirate", common_config=common, test_size=8),
+        dataset_builder=NamedChatDatasetBuilder(dataset=str(data), common_config=common, test_size=8),
         system_prompt=SYSTEM_PROMPT,
         lora_rank=4,
         max_steps=4,
