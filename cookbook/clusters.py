@@ -34,7 +34,8 @@ def import_ray() -> Any:
         raise ConfigError(
             "Sweeps and jobs are run by Ray, which is not installed: pip install 'sft-cookbook[ray]'"
         ) from None
-    logging.getLogger("ray").setLevel(logging.ERROR)
+    for handler in logging.getLogger("ray").handlers:  # some of its loggers turn themselves up
+        handler.setLevel(logging.ERROR)
     return ray
 
 

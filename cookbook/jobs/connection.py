@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 from cookbook import clusters
@@ -19,9 +18,7 @@ def connect(address: str) -> Any:
     address = address if "://" in address else f"http://{address}"
     clusters.check_reachable(address, DASHBOARD_PORT)
     try:
-        client = JobSubmissionClient(address)
+        return JobSubmissionClient(address)
     except Exception as error:  # Ray raises ConnectionError, RuntimeError and its own for the same
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise ClusterError(f"The Ray cluster at {address} takes no jobs: {lines[0]}") from error
-    logging.getLogger("ray").setLevel(logging.ERROR)  # the client has turned it up
-    return client
