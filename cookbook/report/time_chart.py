@@ -36,14 +36,18 @@ def time_chart(run: RunRecord) -> Chart | None:
         sums = np.histogram(series.steps[is_inside], edges, weights=series.values[is_inside])[0]
         return rounded(sums / counts)
 
-    layers, lines = [], [_line("whole step", 7, first, means(whole))]
+    def line(label: str, colour: int, y: list[float], dash: str = "") -> dict[str, Any]:
+        return {
+            "name": f"perf/seconds, {label}", "label": label, "unit": " s", "colour": f"c{colour}",
+            "style": "line thin", "dash": dash, "x": first, "ends": last, "y": y,
+        }  # fmt: skip
+
+    layers, lines = [], [line("whole step", 7, means(whole))]
     for index, name in enumerate(sorted(spans_of(run), key=run.total, reverse=True)):
         span = name.removeprefix(SPAN_PREFIX)
         label, colour = span.replace("_", " "), _COLOURS.get(span, index) % NUM_COLOURS
         if span in BESIDE:
-            lines.append(
-                _line(f"{label}, beside it", colour, first, means(run.metrics[name])) | {"dash": "dashed"}
-            )
+            lines.append(line(f"{label}, beside it", colour, means(run.metrics[name]), "dashed"))
         else:
             layers.append(
                 {
@@ -55,7 +59,7 @@ def time_chart(run: RunRecord) -> Chart | None:
     if counts.max() > 1:
         note = f"means of {counts.max():,} steps"
         slowest = rounded(np.maximum.reduceat(whole.values, starts[:-1]))
-        lines.append(_line("slowest step", 7, first, slowest) | {"dash": "dotted"})
+        lines.append(line("slowest step", 7, slowest, "dotted"))
     options: dict[str, Any] = {"layers": layers, "fromZero": True, "height": 280, "note": note}
     cut = _ceiling(whole.values)
     if cut is not None:
@@ -67,10 +71,3 @@ def _ceiling(values: np.ndarray) -> float | None:
     """Where to cut what would flatten everything else, as the first step of a run does; None for nowhere."""
     usual = float(np.quantile(values, 0.95))
     return 2.5 * usual if values.max() > 6 * usual else None
-
-
-def _line(label: str, colour: int, x: list[int], y: list[float]) -> dict[str, Any]:
-    return {
-        "name": f"perf/seconds, {label}", "label": label, "unit": " s", "colour": f"c{colour}",
-        "style": "line thin", "x": x, "y": y,
-    }  # fmt: skip

@@ -221,8 +221,8 @@ class Chart {
 
   drawLine(series, parent) {
     const { x, y, colour, style, name } = series;
-    const points = [];
-    for (let i = 0; i < x.length; i++)
+    const points = series.ends ? this.outline(series, y) : [];
+    for (let i = 0; i < x.length && !series.ends; i++)
       if (!this.isLog || y[i] > 0) points.push(`${this.px(x[i]).toFixed(2)} ${this.py(y[i]).toFixed(2)}`);
     const group = element("svg:g", { class: `${colour} ${style} ${series.dash || ""}` }, parent);
     group.dataset.series = name;
@@ -236,16 +236,15 @@ class Chart {
   }
 
   // A stretch of steps is as wide as what it stands for.
-  drawLayer({ series, x, ends, base, top }, parent) {
-    const outline = (values) => {
-      const points = [];
-      for (let i = 0; i < x.length; i++) {
-        const y = this.py(values[i]).toFixed(2);
-        points.push(`${this.px(x[i] - 0.5).toFixed(2)} ${y}`, `${this.px(ends[i] + 0.5).toFixed(2)} ${y}`);
-      }
-      return points;
-    };
-    const points = [...outline(top), ...outline(base).reverse()];
+  outline({ x, ends }, values) {
+    return x.flatMap((step, i) => {
+      const y = this.py(values[i]).toFixed(2);
+      return [`${this.px(step - 0.5).toFixed(2)} ${y}`, `${this.px(ends[i] + 0.5).toFixed(2)} ${y}`];
+    });
+  }
+
+  drawLayer({ series, base, top }, parent) {
+    const points = [...this.outline(series, top), ...this.outline(series, base).reverse()];
     const path = element("svg:path", { class: `layer ${series.colour}`, d: `M${points.join("L")}Z` }, parent);
     path.dataset.series = series.name;
   }
@@ -313,7 +312,7 @@ class Chart {
   found(step) {
     const found = this.visible(this.spec.series).map((series) => {
       const i = nearest(series.x, step);
-      return { series, step: series.x[i], end: series.x[i], value: series.y[i], height: series.y[i] };
+      return { series, step: series.x[i], end: (series.ends || series.x)[i], value: series.y[i], height: series.y[i] };
     });
     const layers = this.stacked.map(({ series, x, ends, top }) => {
       const i = nearest(x, step);
@@ -386,4 +385,6 @@ function drawCharts(specs) {
     width = window.innerWidth;
     for (const chart of shared.charts) chart.draw();
   });
+  // On paper columns are as wide as the paper has them.
+  matchMedia("print").addEventListener("change", () => shared.charts.forEach((chart) => chart.draw()));
 }
