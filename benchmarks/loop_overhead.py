@@ -24,7 +24,6 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import chz
 import torch
@@ -32,7 +31,6 @@ import torch
 from cookbook import embedded
 from cookbook.engine.base_model import BaseModel
 from cookbook.engine.packing import check_data, pack
-from cookbook.engine.worker import Engine
 from cookbook.schedules import learning_rate_at
 from cookbook.supervised import train
 from cookbook.supervised.batches import make_batch
@@ -100,30 +98,12 @@ def seconds_of_main_on_rendered_batches(num_steps: int) -> Measurement:
 
 
 def seconds_of(make: Callable[[str], train.Config]) -> Measurement:
-    busy = record_engine_spans()
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         asyncio.run(train.main(make(f"{folder}/run")))
         rows = [json.loads(line) for line in Path(folder, "run", "metrics.jsonl").read_text().splitlines()]
-    rows = [row for row in rows if "train/nll" in row]
-    timed = busy[-2 * len(rows[WARM_UP_STEPS:]) - 1 : -1]  # two jobs a step; the last job is the final save
-    idle = 1 - sum(end - start for start, end in timed) / (timed[-1][1] - timed[0][0])
-    return sum(row["perf/seconds"] for row in rows[WARM_UP_STEPS:]), rows[-1]["train/nll"], idle
-
-
-def record_engine_spans() -> list[tuple[float, float]]:
-    """Start and end of every job that an engine runs from now on."""
-    spans: list[tuple[float, float]] = []
-    run = Engine._run
-
-    def timed_run(self: Engine, work: Callable[[], Any]) -> Any:
-        started = time.perf_counter()
-        try:
-            return run(self, work)
-        finally:
-            spans.append((started, time.perf_counter()))
-
-    Engine._run = timed_run  # type: ignore[method-assign]
-    return spans
+    timed = [row for row in rows if "train/nll" in row][WARM_UP_STEPS:]
+    seconds = sum(row["perf/seconds"] for row in timed)
+    return seconds, timed[-1]["train/nll"], sum(row["perf/seconds_idle"] for row in timed) / seconds
 
 
 def seconds_of_bare_loop(num_steps: int) -> Measurement:

@@ -1,7 +1,7 @@
 """The folder of a run: its config, its lock, and whether a run may go on in it.
 
 config.json         the resolved config; `config=<this file>` runs it again
-metrics.jsonl       one row a step
+metrics.jsonl       one row a step; perf/seconds_... say what its time went to (see step_times.py)
 tables.jsonl        what evaluators showed beside numbers, such as samples: one row of a table a line
 data.json           what was read and left out, and a fingerprint of it
 checkpoints.jsonl   the checkpoints there are, where each one continues, and which is the best

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 
 from cookbook.engine.attention import AttentionLayout, packed_attention
 from cookbook.engine.base_model import BaseModel
+from cookbook.engine.device_clock import DeviceClock
 from cookbook.engine.options import EngineOptions
 from cookbook.engine.trainer import Trainer
 from cookbook.types import AdamParams, Datum, LoraConfig, ModelInput
@@ -52,6 +54,26 @@ def test_a_step_never_waits_for_the_device(tiny_qwen3: str) -> None:
         step = trainer.optim_step(AdamParams(grad_clip_norm=1.0))
     assert np.isfinite(result.output().loss)
     assert np.isfinite(step.output().metrics["grad_norm"])
+
+
+def test_marks_tell_when_the_device_got_there_and_make_nobody_wait() -> None:
+    clock = DeviceClock(torch.device("cuda"))
+    matrix = torch.randn(4096, 4096, device="cuda")
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    with waiting_for_the_device_is_an_error():
+        marks = [clock.mark()]
+        for _ in range(3):
+            for _ in range(20):
+                matrix @ matrix
+            marks.append(clock.mark())
+    queued = time.perf_counter()
+    torch.cuda.synchronize()
+    ended = time.perf_counter()
+    times = [mark() for mark in marks]
+    assert times == sorted(times)
+    assert began - 1e-3 <= times[0] <= times[-1] <= ended + 1e-3
+    assert times[-1] > queued, "the host went on while the device worked"
 
 
 def test_fp32_gradients_equal_those_of_the_cpu(tiny_qwen3: str) -> None:
