@@ -12,7 +12,9 @@ import pytest
 from cookbook import cli, embedded
 from cookbook.supervised import train
 from cookbook.supervised.data.formats import FORMATS, recognise
-from recipes import preview, sft
+from cookbook.recipe import find_recipe
+from cookbook.sweeps import make_plan
+from recipes import chat, export, jobs, preview, report, sft
 
 REPOSITORY = Path(__file__).parents[1]
 README = (REPOSITORY / "README.md").read_text()
@@ -26,7 +28,12 @@ def blocks(language: str, text: str = README) -> list[str]:
 COMMANDS = [line.split("#")[0].strip() for block in blocks("bash") for line in block.splitlines()]
 MAKE_TARGETS = sorted({command.split()[1] for command in COMMANDS if command.startswith("make ")})
 RECIPE_COMMANDS = [command for command in COMMANDS if command.startswith("python -m recipes.")]
-CONFIGS = {"recipes.sft": (train.Config, sft), "recipes.preview": (preview.PreviewConfig, preview)}
+TRAINING_CONFIGS = {"recipes.sft": (train.Config, sft), "recipes.preview": (preview.PreviewConfig, preview)}
+OTHER_CONFIGS = {
+    "recipes.chat": chat.ChatConfig,
+    "recipes.export": export.Config,
+    "recipes.report": report.ReportConfig,
+}
 
 
 def test_every_command_is_one_that_is_tested() -> None:
@@ -47,7 +54,19 @@ def test_every_recipe_command_is_understood(
     """Those for models of the hub as far as their config; the embedded default runs in test_sft."""
     monkeypatch.chdir(REPOSITORY)
     _, _, recipe, *argv = shlex.split(command)
-    target, module = CONFIGS[recipe]
+    if recipe == "recipes.sweep":
+        assert len(make_plan(argv).runs) > 1
+        return
+    if recipe == "recipes.jobs":
+        arguments = jobs.parse(argv)
+        assert find_recipe(arguments.recipe).make_config(arguments.keys)
+        return
+    if recipe in OTHER_CONFIGS:
+        given = [argument for argument in argv if "=" in argument]
+        assert len(given) == len(argv) or recipe == "recipes.report"
+        assert cli.make_config(OTHER_CONFIGS[recipe], {}, given)
+        return
+    target, module = TRAINING_CONFIGS[recipe]
     if argv == ["--help"]:
         with pytest.raises(SystemExit) as caught:
             module.main(argv)
