@@ -30,11 +30,14 @@ def make_config(target: type[T], defaults: Mapping[str, Any], argv: Sequence[str
 
     A key that is no field of the config itself names a nested field by its last part, so
     `batch_size=8` reaches `dataset_builder.common_config.batch_size`. Raises ConfigError for an
-    unknown key or an impossible value, and EntrypointHelpException where help is asked for.
+    unknown key or an impossible value, and EntrypointHelpException where help is asked for: it has
+    the keys that there are with the other arguments, such as those of a class that one of them names.
     """
     blueprint, arguments = _layers(target, defaults, argv, prog)
     before = blueprint.clone()
     blueprint.apply(_full_keys(blueprint, arguments), layer_name="command line")
+    if any(argument in HELP for argument in argv):
+        raise EntrypointHelpException(_help(blueprint, prog))
     try:
         return blueprint.make()
     except EntrypointException as error:
@@ -104,9 +107,7 @@ def _layers(
 ) -> tuple[Blueprint[Any], dict[str, Castable]]:
     """The blueprint under the command line, and what the command line lays over it."""
     blueprint = Blueprint(target).apply(dict(defaults), layer_name=f"{prog}'s defaults")
-    if any(argument in HELP for argument in argv):
-        raise EntrypointHelpException(_help(blueprint, prog))
-    values = settings(argv)
+    values = settings([argument for argument in argv if argument not in HELP])
     if (path := values.pop("config", None)) is not None:
         from cookbook import config_files
 

@@ -12,6 +12,7 @@ import pytest
 
 from cookbook import cli
 from cookbook.errors import ConfigError, DataError
+from cookbook.eval.evaluators import RunContext
 from cookbook.supervised import train
 from recipes.sft import DEFAULTS
 
@@ -53,7 +54,8 @@ def test_the_model_the_renderer_and_the_seed_reach_the_data() -> None:
     common = config.dataset_builder.common_config
     assert (common.model_name_for_tokenizer, common.renderer_name) == (MODEL, "role_colon")
     assert config.dataset_builder.shuffle_seed == 9
-    assert config.infrequent_evaluator_builders[0].renderer_name == "role_colon"
+    run = RunContext(Path("runs"), config.model_name, config.renderer_name, config.system_prompt)
+    assert config.infrequent_evaluator_builders[0].in_run(run).renderer_name == "role_colon"
 
 
 def test_later_wins_defaults_then_the_file_then_the_command_line(tmp_path: Path) -> None:
