@@ -76,8 +76,8 @@ def _write_shards(
     for file_name, names in plan.filename_to_tensors.items():
         shard = {name: weights.read(name).to(shapes[name].dtype).contiguous() for name in names}
         save_file(shard, folder / file_name, metadata={"format": "pt"})
-        in_float32 = max((4 * tensor.numel() for tensor in shard.values()), default=0)
-        held = max(held, sum(tensor.nbytes for tensor in shard.values()) + 2 * in_float32)
+        merging = max((2 * 4 * shapes[name].numel() for name in names if name in weights.adapter), default=0)
+        held = max(held, sum(tensor.nbytes for tensor in shard.values()) + merging)
         (folder / file_name).chmod(0o644)  # safetensors leaves it to its owner alone
     num_bytes = sum(tensor.nbytes for tensor in shapes.values())
     if plan.is_sharded:
