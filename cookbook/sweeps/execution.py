@@ -17,6 +17,7 @@ from cookbook.sweeps.plan import Config, Plan, PlannedRun
 from cookbook.sweeps.run_process import Progress
 
 GCS_PORT = 6379
+START_ATTEMPTS = 4
 NO_LIMIT = 10**9
 """Of steps: a run ends by itself."""
 OnEnd = Callable[[PlannedRun, Progress], None]
@@ -41,7 +42,7 @@ def _connected(config: Config) -> Iterator[Any]:
     temporary = None
     if config.address is None:
         temporary = tempfile.mkdtemp(prefix="ray-")  # so that no other Ray on this machine is disturbed
-        ray.init(address="local", include_dashboard=False, _temp_dir=temporary, **quiet)
+        _start_here(ray, include_dashboard=False, _temp_dir=temporary, **quiet)
     else:
         clusters.check_reachable(config.address, GCS_PORT)
         try:
@@ -54,6 +55,18 @@ def _connected(config: Config) -> Iterator[Any]:
         ray.shutdown()
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _start_here(ray: Any, **options: Any) -> None:
+    """Starts a Ray on this machine. Ray gives it 30 seconds, which are few where all cores are busy."""
+    for attempt in range(START_ATTEMPTS):
+        try:
+            ray.init(address="local", **options)
+            return
+        except Exception as error:  # Ray raises a bare one
+            ray.shutdown()
+            if attempt + 1 == START_ATTEMPTS:
+                raise ClusterError(f"Ray cannot be started on this machine: {error}") from error
 
 
 def _resources_per_run(config: Config, of_cluster: dict[str, float]) -> dict[str, float]:

@@ -109,10 +109,10 @@ def make_plan(argv: Sequence[str]) -> Plan:
     own = {key: str(value) for key, value in sections.items() if value is not None}
     own |= {key: value for key, value in given.items() if key in own_keys}
     own.setdefault("log_path", f"runs/sweeps/{_default_name(argv, own)}")
+    if any(argument in cli.HELP for argument in argv):
+        cli.make_config(Config, {"log_path": "runs/sweeps/<sweep>"}, ["--help"], "recipes.sweep")
     own["log_path"] = str(Path(own["log_path"]).expanduser().absolute())
-    config = cli.make_config(
-        Config, {}, [f"{key}={value}" for key, value in own.items()] + _help(argv), "recipes.sweep"
-    )
+    config = cli.make_config(Config, {}, [f"{key}={value}" for key, value in own.items()], "recipes.sweep")
     recipe = find_recipe(config.recipe)
     of_runs = {key: value for key, value in given.items() if key not in own_keys}
     file = of_runs.pop("config", in_file.pop("config", None))
@@ -131,6 +131,8 @@ def make_plan(argv: Sequence[str]) -> Plan:
         key: space.parse_axis(key, value, kind(key)) for key, value in in_file.items() if key not in of_runs
     }
     axes |= {key: space.parse_argument(key, value, kind(key)) for key, value in of_runs.items()}
+    if not space.varied_keys(axes):
+        raise ConfigError("Nothing is varied. Give a key several values, as in learning_rate=1e-4,3e-4.")
     return Plan(config, recipe, axes, _plan_runs(config, recipe, axes, base))
 
 
@@ -199,7 +201,3 @@ def _default_name(argv: Sequence[str], own: Mapping[str, str]) -> str:
             return Path(argument.partition("=")[2]).stem
     varied = [argument.partition("=")[0] for argument in argv if "," in argument]
     return re.sub(r"[^\w.-]+", "-", "-".join([own.get("recipe", "sft"), *varied]))
-
-
-def _help(argv: Sequence[str]) -> list[str]:
-    return [argument for argument in argv if argument in cli.HELP]

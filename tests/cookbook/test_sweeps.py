@@ -94,7 +94,7 @@ def test_a_list_key_is_varied_by_a_list_of_lists(tmp_path: Path) -> None:
     plan = plan_of(tmp_path, "runs: {prompts: [[a, b], [c]]}")
     prompts = [run.config.infrequent_evaluator_builders[0].prompts for run in plan.runs]  # type: ignore[attr-defined]
     assert prompts == [["a", "b"], ["c"]]
-    assert len(plan_of(tmp_path, "runs: {prompts: [a, b]}").runs) == 1
+    assert len(plan_of(tmp_path, "runs: {prompts: [a, b], lora_rank: [1, 2]}").runs) == 2
 
 
 def test_the_command_line_replaces_the_file(tmp_path: Path) -> None:
@@ -155,6 +155,8 @@ def test_every_shipped_sweep_can_be_planned(path: Path, tmp_path: Path, tiny_qwe
         ("", ["lora_rank=8,,16"], "has an empty value between commas"),
         ("recipe: sfx", [], "There is no recipe 'sfx'. Did you mean sft?"),
         ("recipe: sft_loop", [], "trains nothing that is resumed by its config"),
+        ("runs: {lora_rank: 8}", [], "Nothing is varied. Give a key several values"),
+        ("runs: {prompts: [a, b]}", ["lora_rank=8"], "Nothing is varied"),
         ("gpus_per_run: 1.5", [], "A run has a part of one GPU or whole ones"),
         ("cpus_per_run: 0", [], "It must be above 0"),
         ("num_samples: 0", [], "It must be at least 1"),
@@ -258,7 +260,7 @@ def test_a_folder_of_another_sweep_is_refused_before_anything_starts(tmp_path: P
 
 
 def test_a_run_that_fails_tells_why(tmp_path: Path) -> None:
-    (plan,) = [make_plan([f"log_path={tmp_path}", "lora_rank=8", "dataset=missing.jsonl"])]
+    plan = make_plan([f"log_path={tmp_path}", "lora_rank=8,16", "dataset=missing.jsonl"])
     run_sweep(plan, lambda *_: True)
     process = RunProcess("recipes.sft", plan.runs[0].folder, "test/nll", str(tmp_path))
     progress = process.next_progress(60)
