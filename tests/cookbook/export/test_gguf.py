@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from cookbook.errors import ConfigError
 from cookbook.export import gguf_weights
 from cookbook.export.chat_format import chat_format_of, find_chat_format
 from cookbook.export.gguf_vocabulary import pre_tokenizer_name
@@ -264,6 +266,12 @@ def test_a_tokenizer_that_splits_in_another_way_is_not_written(tiny_tokenizer: A
     assert pre_tokenizer_name(tiny_tokenizer) == "gpt-2"
     tiny_tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     assert pre_tokenizer_name(tiny_tokenizer) is None
+
+
+def test_without_the_package_the_command_that_installs_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(ConfigError, match=r"pip install 'sft-cookbook\[gguf\]'"):
+        gguf_weights.package()
 
 
 def test_several_ends_of_a_reply_are_all_named(tokenizer_of: Callable[[str], Any], tmp_path: Path) -> None:

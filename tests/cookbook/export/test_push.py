@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import hashlib
 import json
@@ -15,7 +16,9 @@ from typing import Any
 import pytest
 from huggingface_hub import constants
 
+from cookbook.cli import make_config
 from cookbook.errors import CheckpointError, ConfigError
+from cookbook.export.export import Config, main
 from cookbook.export.push import check_access, push, repository_of
 
 TOKEN = "hf_stubstubstubstubstubstubstubstub"
@@ -208,6 +211,20 @@ def test_a_connection_that_breaks_is_told(hub: Hub, export: Path, monkeypatch: p
     monkeypatch.setattr(hub, "_commit", break_off)
     with pytest.raises(CheckpointError, match="Cannot push to owner/parrot: .*Run the command again"):
         push(export, "owner/parrot", True, "x")
+
+
+@pytest.mark.parametrize("keeps_folder", [False, True], ids=["to", "push_to"])
+def test_a_run_goes_to_the_hub_with_a_card_that_names_where_it_is(
+    hub: Hub, run: Path, tmp_path: Path, keeps_folder: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    where = [f"to={tmp_path}/out", "push_to=owner/parrot"] if keeps_folder else ["to=hf://owner/parrot"]
+    asyncio.run(main(make_config(Config, {}, [f"checkpoint={run}", *where])))
+    files = hub.files["owner/parrot"]
+    assert {"README.md", "adapter_model.safetensors", "chat_template.jinja", "curves.png"} <= files.keys()
+    assert b'path = "owner/parrot"' in files["README.md"]
+    assert hub.messages == ["adapter of parrot"]
+    assert f"Pushed to {hub.address}/owner/parrot" in capsys.readouterr().out
+    assert (tmp_path / "out").exists() == keeps_folder
 
 
 def test_offline_mode_is_told() -> None:
