@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import shutil
 import tempfile
 import textwrap
@@ -69,11 +70,13 @@ class Config:
     commit_message: str | None = _field(default=None, doc="of the commit on the hub; default: what it is")
 
     @chz.validate
-    def _check_format(self) -> None:
+    def _check_values(self) -> None:
         if self.format not in FORMATS:
             raise ConfigError(f"format={self.format} is unknown. Use one of {', '.join(FORMATS)}.")
         if self.ollama_base is not None and self.format != "ollama":
             raise ConfigError("ollama_base= is for format=ollama.")
+        if not re.fullmatch(r"\d+(\.\d+)?[TGMK]B", self.max_shard_size.upper()):
+            raise ConfigError(f"max_shard_size={self.max_shard_size} is no size. Write 4GB, or 500MB.")
 
     @property
     def repository(self) -> str | None:

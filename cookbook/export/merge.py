@@ -184,7 +184,8 @@ def _folder_of(location: str, trust_remote_code: bool, local_files_only: bool) -
             location, allow_patterns=["*.safetensors", "*.json"], local_files_only=local_files_only
         )
     )
-    lacking = {path for path in weight_files(folder).values() if not path.is_file()}
-    if not (folder / "config.json").is_file() or lacking or not weight_files(folder):
+    files = weight_files(folder)
+    is_whole = (folder / "config.json").is_file() and all(path.is_file() for path in files.values())
+    if not is_whole or (local_files_only and not files):
         raise FileNotFoundError(f"{folder} lacks weights of {location}.")
-    return folder
+    return folder  # without safetensors on the hub, the whole model is loaded from what there is
