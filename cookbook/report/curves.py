@@ -7,9 +7,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from cookbook import jsonl
 from cookbook.report.downsampling import keep_extremes, smooth, smoothing_span
-from cookbook.report.record import Series, is_eval, series_of
+from cookbook.report.record import Series, is_eval, is_wide, series_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -71,6 +73,11 @@ def _draw_panel(axes: Axes, title: str, lines: Mapping[str, Series], is_large: b
             *keep_extremes(series.steps, series.values, _MOST_POINTS),
             color=colour, linewidth=1.6, marker=marker, markersize=3.5, label=name,
         )  # fmt: skip
+    values = [series.values for series in lines.values()]
+    if is_large and is_wide(min(map(np.min, values)), max(map(np.max, values))):
+        _make_logarithmic(axes)
+    else:
+        axes.locator_params(axis="y", nbins=6 if is_large else 4)
     axes.set_title(title, loc="left", fontsize=10 if is_large else 8.5, color=_INK, pad=8)
     axes.tick_params(colors=_SOFT, labelsize=8 if is_large else 7, length=0)
     axes.grid(axis="y", color=_LINE, linewidth=0.7)
@@ -79,7 +86,6 @@ def _draw_panel(axes: Axes, title: str, lines: Mapping[str, Series], is_large: b
         axes.spines[side].set_visible(False)
     axes.spines["bottom"].set_color(_LINE)
     axes.locator_params(axis="x", nbins=8 if is_large else 4, integer=True)
-    axes.locator_params(axis="y", nbins=6 if is_large else 4)
     axes.margins(x=0.01)
     if all(len(series) == 1 for series in lines.values()):
         (step, *_) = (int(series.steps[0]) for series in lines.values())
@@ -88,6 +94,16 @@ def _draw_panel(axes: Axes, title: str, lines: Mapping[str, Series], is_large: b
         axes.set_xlabel("step", fontsize=8, color=_SOFT)
     if len(lines) > 1:
         axes.legend(frameon=False, fontsize=8.5, labelcolor=_INK)
+
+
+def _make_logarithmic(axes: Axes) -> None:
+    from matplotlib.ticker import LogLocator, NullFormatter, NullLocator, StrMethodFormatter
+
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _draw_noisy(axes: Axes, name: str, series: Series, colour: str) -> None:

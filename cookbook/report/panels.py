@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from cookbook.report.downsampling import keep_evenly, keep_extremes, smooth, smoothing_span
-from cookbook.report.record import RunRecord, Series, is_eval
+from cookbook.report.record import RunRecord, Series, is_eval, is_wide
 
 Chart: TypeAlias = dict[str, Any]
 
@@ -19,8 +19,6 @@ NUM_COLOURS = 8
 MAX_POINTS_OF_A_PAGE = 100_000
 MAX_POINTS_OF_A_SERIES = 1_600
 MAX_SERIES_OF_A_CHART = NUM_COLOURS
-
-WIDE = 8
 
 SPAN_PREFIX = "perf/seconds_"
 NO_SPANS = ("perf/seconds_left",)
@@ -88,11 +86,6 @@ def loss_chart(run: RunRecord, most: int) -> Chart | None:
         "Loss, nats per trained token", series, height=340, note=_note(run, ["train/nll"]),
         log=is_wide(min(values), max(values)),
     )  # fmt: skip
-
-
-def is_wide(least: float, greatest: float) -> bool:
-    """Whether a curve between these values is a line along the floor, unless its axis is logarithmic."""
-    return least > 0 and greatest / least > WIDE
 
 
 def _nlls(names: Iterable[str]) -> list[str]:

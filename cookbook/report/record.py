@@ -17,6 +17,9 @@ from cookbook.config_files import TYPE_KEY
 from cookbook.errors import ConfigError, DataError
 from cookbook.loggers import OF_EVERY_STEP
 
+WIDE = 8
+"""Where the greatest value is so many times the least, a logarithmic axis shows more of a curve."""
+
 
 @dataclass(frozen=True, eq=False)
 class Series:
@@ -57,6 +60,11 @@ class RunRecord:
         """The sum of a metric over all steps."""
         series = self.metrics.get(metric)
         return 0.0 if series is None else float(series.values.sum())
+
+
+def is_wide(least: float, greatest: float) -> bool:
+    """Whether a curve between these values is a line along the floor, unless its axis is logarithmic."""
+    return least > 0 and greatest / least > WIDE
 
 
 def is_eval(metric: str) -> bool:
