@@ -81,7 +81,7 @@ def make_config(num_steps: int, log_path: str) -> train.Config:
         max_steps=num_steps,
         eval_every=0,
         save_every=0,
-    )
+    ).resolved()
 
 
 def seconds_of_main(num_steps: int) -> Measurement:
