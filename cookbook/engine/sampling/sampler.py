@@ -131,7 +131,10 @@ class _Batch:
         self._decoder: Decoder = make_decoder(base)
         self._max_rows = _MOST_ROWS[kind]
         self._max_prompt_tokens = _PROMPT_TOKENS[kind]
-        self._max_cached_tokens = bytes_for_sampling(base.device) // _cache_bytes_per_token(base)
+        room = bytes_for_sampling(base.device)
+        if base.is_sharded:  # what runs together is the same on all processes
+            (room,) = base.mesh.agree_min(room)
+        self._max_cached_tokens = room // _cache_bytes_per_token(base)
         self._scores: list[ScoreRequest] = []
         self._waiting: deque[_Continuation] = deque()
         self._running: list[_Continuation] = []
@@ -164,6 +167,8 @@ class _Batch:
             self._let_in()
             self._step()
         except (RuntimeError, MemoryError) as error:
+            if self._base.is_sharded:  # the other processes are still at what failed here
+                raise self._base.mesh.break_off(error) from error
             if not is_out_of_memory(error):
                 raise
             self._start_over_with_less()
