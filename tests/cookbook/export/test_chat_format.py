@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoTokenizer
 
 from cookbook.errors import ConfigError
-from cookbook.export.chat_format import ChatFormat, chat_format_of
+from cookbook.export.chat_format import ChatFormat, chat_format_of, find_chat_format
+from cookbook.export.source import find_source
 from renderers import Message
 
 SYSTEM_PROMPT = 'Talk like a "pirate" {{ x }} {% y %}.\n\nUse \\n, \t and 🦜 — “rarely”.'
@@ -65,6 +68,16 @@ def test_a_template_that_asks_for_the_date_is_told_the_day_it_was_trained_with(
     template = chat_format_of("chat_template", tokenizer_of("llama3_2 by its template")).template
     assert "strftime_now(" not in template
     assert '"26 Jul 2024"' in template
+
+
+def test_whoever_loads_the_tokenizer_renders_as_the_run_did(run: Path, tmp_path: Path) -> None:
+    chat_format = find_chat_format(find_source(str(run)))
+    chat_format.write_tokenizer(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    assert chat_format.renderer.system_prompt
+    for messages in CONVERSATIONS:
+        found = tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+        assert found == chat_format.renderer.build_generation_prompt(messages).to_ints()
 
 
 def test_tools_are_rendered_as_they_were_trained(tokenizer_of: Callable[[str], Any]) -> None:
