@@ -72,3 +72,40 @@ def test_a_name_recorded_twice_stands_once(tmp_path: Path) -> None:
         add(log, tmp_path, step)
     assert names_on_disk(tmp_path) == ["000003", "000006"]
     assert (tmp_path / "checkpoints.jsonl").read_text().count("\n") == 2
+
+
+def test_the_best_stays_beside_the_newest_until_a_better_one_is_marked(tmp_path: Path) -> None:
+    log = CheckpointLog(tmp_path, keep=2)
+    add(log, tmp_path, 3)
+    log.mark_best(3, "test/nll", 1.5)
+    for step in (6, 9, 12):
+        add(log, tmp_path, step)
+    assert names_on_disk(tmp_path) == ["000003", "000009", "000012"]
+    best = CheckpointLog(tmp_path).best()
+    assert best is not None
+    assert (best.step, best.metric, best.value) == (3, "test/nll", 1.5)
+    log.mark_best(12, "test/nll", 1.0)
+    assert names_on_disk(tmp_path) == ["000009", "000012"]
+
+
+def test_a_checkpoint_saved_for_being_the_best_goes_with_the_title(tmp_path: Path) -> None:
+    log = CheckpointLog(tmp_path)
+    for step, value in ((4, 1.5), (5, 1.0)):
+        path = tmp_path / "checkpoints" / f"{step:06d}"
+        path.mkdir(parents=True)
+        log.add_best(path.name, str(path), step, 0, step, "test/nll", value)
+    assert names_on_disk(tmp_path) == ["000005"]
+    add(log, tmp_path, 6)
+    last = log.last()
+    assert last is not None
+    assert last.step == 6
+    log.mark_best(6, "test/nll", 0.5)
+    assert names_on_disk(tmp_path) == ["000006"]
+
+
+def test_a_best_whose_folder_is_gone_is_none(tmp_path: Path) -> None:
+    log = CheckpointLog(tmp_path)
+    add(log, tmp_path, 3)
+    log.mark_best(3, "test/nll", 1.5)
+    shutil.rmtree(tmp_path / "checkpoints" / "000003")
+    assert log.best() is None
