@@ -70,19 +70,23 @@ class InspectEvaluator(SamplingClientEvaluator):
             self._context_length,
             GenerateConfig(**self._defaults),
         )
-        with _quietly():
-            logs = await eval_async(
-                self._tasks,
-                model,
-                task_args=self._task_args,
-                limit=self._limit,
-                log_dir=str(self._log_dir),
-                log_level="critical",
-                log_realtime=False,
-                score_display=False,
-                acp_server=False,
-                ctl_server=False,
-            )
+        try:
+            with _quietly():
+                logs = await eval_async(
+                    self._tasks,
+                    model,
+                    task_args=self._task_args,
+                    limit=self._limit,
+                    log_dir=str(self._log_dir),
+                    log_level="critical",
+                    log_realtime=False,
+                    score_display=False,
+                    acp_server=False,
+                    ctl_server=False,
+                )
+        except Exception as error:
+            error.add_note(f"in Inspect tasks: {', '.join(map(str, self._tasks))}")
+            raise
         found: dict[str, float] = {}
         for log in logs:
             found |= self._metrics_of(log)

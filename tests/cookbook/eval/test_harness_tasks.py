@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 from collections.abc import Callable, Iterator
+from concurrent.futures import CancelledError
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.evaluator import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
+from tokenizers.processors import TemplateProcessing
 
 from cookbook import ModelInput, SamplingClient, SamplingParams, ServiceClient
 from cookbook.errors import ConfigError, RequestError
@@ -194,6 +196,27 @@ def test_a_seed_draws_the_same_replies_again(make_model: MakeModel) -> None:
 def test_what_cannot_be_had_is_refused(make_model: MakeModel, options: dict, message: str) -> None:
     with pytest.raises(RequestError, match=message):
         make_model().generate_until(instances("generate_until", ("one", options)))
+
+
+def test_a_text_that_spells_its_beginning_gets_no_second_one(
+    make_model: MakeModel, tiny_tokenizer: Any
+) -> None:
+    begin = "<|endoftext|>"
+    tiny_tokenizer.bos_token = begin
+    tiny_tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{begin} $A", special_tokens=[(begin, 0)]
+    )
+    model = make_model()
+    model.tokenizer = tiny_tokenizer
+    assert model.tok_encode("one") == model.tok_encode(f"{begin}one") == [0, *model.tok_encode("one", False)]
+    assert model.prefix_token_id == 0
+
+
+def test_nobody_waits_for_what_was_cancelled(make_model: MakeModel) -> None:
+    model = make_model()
+    model.cancel()
+    with pytest.raises(CancelledError):
+        model.loglikelihood(instances("loglikelihood", ("one", " two")))
 
 
 # -- in the chat format -----------------------------------------------------------------------

@@ -15,6 +15,7 @@ import pytest
 pytest.importorskip("inspect_ai")
 
 from inspect_ai import Task, task
+from inspect_ai._util import logger as inspect_logger
 from inspect_ai.dataset import Sample
 from inspect_ai.log import list_eval_logs, read_eval_log
 from inspect_ai.model import ChatMessageAssistant, ChatMessageSystem, ChatMessageUser, ContentImage
@@ -221,13 +222,25 @@ def test_a_thought_goes_where_inspect_keeps_thoughts(
 
 
 def test_nothing_is_printed_and_logging_stays_as_it_was(
-    make_evaluator: MakeEvaluator, scripted: Any, capfd: pytest.CaptureFixture
+    make_evaluator: MakeEvaluator,
+    scripted: Any,
+    capfd: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """As in a process that has not run Inspect before."""
+    monkeypatch.setitem(inspect_logger._logHandler, "handler", None)
+    monkeypatch.setattr(sys, "excepthook", sys.__excepthook__)
     root = logging.getLogger()
     before = (root.handlers[:], root.level, sys.excepthook)
     run(make_evaluator(capitals()), scripted(lambda prompt, sample: "Paris"))
     assert (root.handlers, root.level, sys.excepthook) == before
     assert capfd.readouterr() == ("", "")
+
+
+def test_tasks_that_are_not_found_are_named(make_evaluator: MakeEvaluator, scripted: Any) -> None:
+    with pytest.raises(Exception, match="No inspect tasks were found") as caught:
+        run(make_evaluator("gsm8kk"), scripted(lambda prompt, sample: ""))
+    assert caught.value.__notes__ == ["in Inspect tasks: gsm8kk"]
 
 
 # -- the builder ------------------------------------------------------------------------------
