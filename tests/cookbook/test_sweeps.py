@@ -318,7 +318,7 @@ def test_six_runs_end_in_a_sorted_table_a_csv_and_a_report(swept: str, folder: P
     finished = [row for row in rows if row["state"] == "finished"]
     assert finished
     assert rows[: len(finished)] == sorted(finished, key=lambda row: float(row["test/nll"]))
-    table = [line for line in swept.splitlines() if line.endswith(("finished", "stopped"))]
+    table = [line for line in swept.splitlines() if line.rstrip().endswith(("finished", "stopped"))]
     assert [line.split()[:2] for line in table] == [[row["learning_rate"], row["lora_rank"]] for row in rows]
     assert max(len(line) for line in table) <= 80
     page = (folder / "out" / "report.html").read_text()
