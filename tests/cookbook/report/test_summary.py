@@ -1,0 +1,40 @@
+"""What a metric came to, and figures in words."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from cookbook.report.record import Series
+from cookbook.report.summary import Outcome, duration, number, outcome_of
+
+
+def series(steps: list[int], values: list[float]) -> Series:
+    return Series(np.asarray(steps), np.asarray(values))
+
+
+def test_the_best_is_the_lowest_or_the_highest_by_the_name() -> None:
+    steps, values = [10, 20, 30], [0.5, 0.2, 0.4]
+    assert outcome_of("test/nll", series(steps, values)) == Outcome("test/nll", 0.5, 0.4, 0.2, 20)
+    assert outcome_of("qa/accuracy", series(steps, values)) == Outcome("qa/accuracy", 0.5, 0.4, 0.5, 10)
+    assert outcome_of("my/thing", series(steps, values)) == Outcome("my/thing", 0.5, 0.4, None, None)
+
+
+def test_the_weights_that_a_run_was_given_are_not_its_best() -> None:
+    assert outcome_of("test/nll", series([0, 10, 20], [0.1, 0.3, 0.2])).best_step == 20
+    assert outcome_of("test/nll", series([0], [0.1])).best is None
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(0.34711, "0.3471"), (5.8834, "5.883"), (1234.5, "1,234"), (2e-5, "2.00e-05")]
+)
+def test_numbers_keep_four_digits(value: float, text: str) -> None:
+    assert number(value) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(18.44, "18.4 s"), (61, "1 min 01 s"), (7500, "2 h 05 min"), (4e6, "1,111 h 06 min")],
+)
+def test_durations_are_said_in_two_units(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
