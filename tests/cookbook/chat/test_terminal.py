@@ -45,13 +45,15 @@ class Client:
         self._tokenizer = tokenizer
         self._replies = list(replies)
         self.prompts: list[str] = []
+        self.streams: list[Stream] = []
 
     def stream(self, prompt: ModelInput, params: SamplingParams) -> Stream:
         self.prompts.append(self._tokenizer.decode(prompt.to_ints()))
         tokens: list[int | None] = []
         for index, part in enumerate(self._replies.pop(0).split("^C")):
             tokens += [None] * bool(index) + self._tokenizer.encode(part, add_special_tokens=False)
-        return Stream(tokens[: params.max_tokens])
+        self.streams.append(Stream(tokens[: params.max_tokens]))
+        return self.streams[-1]
 
 
 class Tty(io.StringIO):
@@ -150,6 +152,7 @@ def test_ctrl_c_stops_a_reply_and_not_the_program(talk: Any) -> None:
     assert "Ctrl-D or /exit leaves." in out
     assert "one two<|im_end|>" in client.prompts[1]
     assert "three" not in client.prompts[1]
+    assert [stream.is_closed for stream in client.streams] == [True, False], "the engine samples no further"
 
 
 def test_ctrl_c_in_a_pipe_ends_the_program(talk: Any) -> None:
