@@ -69,6 +69,7 @@ def test_a_format_that_ends_replies_with_text_stops_in_the_program_too(
     service.close()
     folder = export(tmp_path / "out", checkpoint=path, format=format)
     code = code_of((folder / "README.md").read_text()).replace("/path/to/tiny-qwen3", tiny_qwen3)
+    assert ('stop_strings=["\\n\\nUser:"]' in code) == (format == "adapter")  # merged weights bring theirs
     monkeypatch.chdir(folder)
     exec(compile(code.replace("max_new_tokens=200", "max_new_tokens=3"), "README.md", "exec"), {})
 
