@@ -39,22 +39,24 @@ def execute(plan: Plan, runs: Sequence[PlannedRun], over: Sequence[PlannedRun], 
 def _connected(config: Config) -> Iterator[Any]:
     ray = clusters.import_ray()
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
-    temporary = None
-    if config.address is None:
-        temporary = tempfile.mkdtemp(prefix="ray-")  # so that no other Ray on this machine is disturbed
-        _start_here(ray, include_dashboard=False, _temp_dir=temporary, **quiet)
-    else:
-        clusters.check_reachable(config.address, GCS_PORT)
-        try:
-            ray.init(address=config.address, **quiet)
-        except Exception as error:  # Ray raises many kinds for a cluster of another version or token
-            raise ClusterError(f"address={config.address}: {str(error).strip().splitlines()[0]}") from error
+    temporary = tempfile.mkdtemp(prefix="ray-")  # so that no other Ray on this machine is disturbed
     try:
+        if config.address is None:
+            _start_here(ray, include_dashboard=False, _temp_dir=temporary, **quiet)
+        else:
+            _join(ray, config.address, **quiet)
         yield ray
     finally:
         ray.shutdown()
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _join(ray: Any, address: str, **options: Any) -> None:
+    clusters.check_reachable(address, GCS_PORT)
+    try:
+        ray.init(address=address, **options)
+    except Exception as error:  # Ray raises many kinds for a cluster of another version or token
+        raise ClusterError(f"address={address}: {str(error).strip().splitlines()[0]}") from error
 
 
 def _start_here(ray: Any, **options: Any) -> None:
