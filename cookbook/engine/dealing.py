@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from cookbook.engine.mesh import Mesh
-from cookbook.engine.packing import Layout
+from cookbook.engine.packing import Layout, copy_to
 from cookbook.engine.results import Scored
 
 
@@ -48,7 +48,7 @@ def put_together(
     likeliest_N = torch.zeros(num_tokens if with_likeliest else 0, device=device)
     for number, (indices, layout) in enumerate(zip(scored.plan, scored.layouts, strict=True)):
         row = np.concatenate([np.arange(starts[index], ends[index]) for index in indices])
-        places_S = torch.from_numpy(row[layout.scored_S]).to(device, non_blocking=True)
+        places_S = copy_to(device, row[layout.scored_S])
         logprobs_N.index_copy_(0, places_S, scored.logprobs[number])
         if with_likeliest:
             likeliest_N.index_copy_(0, places_S, scored.likeliest[number].float())

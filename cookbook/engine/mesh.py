@@ -18,6 +18,7 @@ import os
 import signal
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -35,6 +36,7 @@ One that has died is noticed at once, because its sockets close."""
 
 _BUCKET_ELEMENTS = 2**25
 _LAST_WORDS = "cookbook/last_words"
+_LEAVING = "cookbook/leaving"
 
 
 class Mesh:
@@ -291,6 +293,7 @@ def _meeting_point() -> Store:
 
 
 _has_lost_others = False
+_has_left = False
 _others_tell = False
 """Whether the user hears from another process what happened."""
 
@@ -327,9 +330,22 @@ def leave_last_words(error: BaseException) -> bool:
     words = f"process {os.environ['RANK']} ({socket.gethostname()}) failed: {describe(error)}"
     try:
         heard = _meeting_point().compare_set(_LAST_WORDS, "", words).decode()
+        _let_others_leave(_meeting_point())
     except (RuntimeError, CookbookError):  # who keeps the words is gone already
         return not _others_tell
     return heard == words
+
+
+def _let_others_leave(store: Store) -> None:
+    """Where no launcher does, the main process keeps the words: it stays while others leave theirs."""
+    global _has_left
+    if not _has_left:
+        _has_left = True
+        store.add(_LEAVING, 1)
+    if os.environ["RANK"] == "0" and "TORCHELASTIC_RUN_ID" not in os.environ:
+        deadline = time.monotonic() + 2
+        while store.add(_LEAVING, 0) < _world_size() and time.monotonic() < deadline:
+            time.sleep(0.02)
 
 
 def speaks_for_all(error: BaseException) -> bool:

@@ -155,14 +155,19 @@ class PackedBatch:
     attention: AttentionLayout
 
 
+def copy_to(device: torch.device, array: np.ndarray) -> Tensor:
+    """Without waiting for the device."""
+    host = torch.from_numpy(array)
+    if device.type == "cuda":
+        return host.pin_memory().to(device, non_blocking=True)
+    return host.to(device)
+
+
 def pack(sequences: Sequence[TokenSequence], device: torch.device, trained_only: bool) -> PackedBatch:
     """Scores every position that has a target; with `trained_only` those of weight other than 0."""
 
     def to_device(array: np.ndarray) -> Tensor:
-        host = torch.from_numpy(array)
-        if device.type == "cuda":
-            return host.pin_memory().to(device, non_blocking=True)
-        return host.to(device)
+        return copy_to(device, array)
 
     def join(arrays: Iterable[np.ndarray]) -> np.ndarray:
         return np.concatenate(list(arrays))

@@ -328,6 +328,14 @@ def _announce(
         f" ({config.quantization} base)" if config.quantization else "",
         f"LoRA rank {config.lora_rank}" if config.lora_rank else "all weights trained",
     )
+    if not folder.world.is_alone:
+        logger.info(
+            "%d processes train together; %s.",
+            folder.world.size,
+            "each holds a part of the base weights"
+            if client.samples_together
+            else "each holds all base weights",
+        )
     _announce_learning_rate(config)
     _advise_rank(config, info.num_trained_parameters, train_data)
     logger.info(

@@ -51,7 +51,8 @@ class StopSignal:
         number = self.received or 0
         if not self._world.is_alone:
             (number,) = await asyncio.to_thread(self._world.agree_max, number)
-        self.received = signal.Signals(number) if number else None
+        if number:  # one that came here while the others were asked is for the next time
+            self.received = signal.Signals(number)
         return number != 0
 
     def _receive(self, number: signal.Signals) -> None:

@@ -164,9 +164,12 @@ def samples(model: str, folder: str, rank: int, shard: str) -> dict[str, Any]:
 
 
 def limits(model: str, folder: str, shard: str) -> dict[str, Any]:
-    """What activations are found to cost, and how large micro-batches may be."""
+    """What activations are found to cost, and how large micro-batches may be.
+
+    Layers without an adapter keep their weights for the backward pass.
+    """
     service = ServiceClient("cpu", "float32", folder, shard=shard)
-    client = service.create_lora_training_client(model, rank=4, seed=0)
+    client = service.create_lora_training_client(model, rank=4, seed=0, train_mlp=False)
     trainer = client._trainer
     cost = client._engine.submit(trainer.base._activation_cost, trainer.adapter).result()
     service.close()

@@ -110,8 +110,10 @@ def test_a_run_is_the_same_run_in_any_number_of_processes(
     ranks: Any, make_config: MakeConfig, of_two: Path, work_in: str, size: int, shard: str
 ) -> None:
     config = make_config(f"of-{size}-{shard}", shard=shard)
-    ranks.results("runs:run", size, config=config, work_in=work_in)
+    ended = ranks.run("runs:run", size, config=config, work_in=work_in)
     assert_nearly_same_run(Path(config["log_path"]), of_two)
+    assert (f"{size} processes train together" in ended.printed[0]) == (size > 1)
+    assert ("each holds a part of the base weights" in ended.printed[0]) == (shard == "full")
 
 
 def disturbed(ranks: Any, config: dict[str, Any], work_in: str, disturb: Callable[[list[int]], None]) -> Any:
@@ -166,7 +168,7 @@ def test_a_signal_to_one_process_stops_all_at_the_same_step(
     assert ended.codes == [0, 0], "\n".join(ended.printed)
     assert ended.results[0] == ended.results[1]
     assert ended.results[0]["stopped_by"] == signal.SIGTERM
-    assert ended.results[0]["num_steps"] == 6
+    assert ended.results[0]["num_steps"] in (5, 6)  # where the others were when they were asked
     assert "Run the same command again to resume" in ended.printed[0]
     ranks.results("runs:run", 2, config=config, work_in=work_in)
     assert_same_run(folder, of_two)
