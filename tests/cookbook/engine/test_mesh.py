@@ -209,8 +209,12 @@ def test_rounded_weights_that_are_dealt_out_have_masters_too(
     work, folders = "training:in_bfloat16", [str(tmp_path / name) for name in ("one", "two")]
     (one,) = ranks.results(work, 1, model=tiny_qwen3, shard="none", folder=folders[0])
     found = ranks.results(work, 2, model=tiny_qwen3, shard="full", folder=folders[1])
-    assert found[0] == found[1]
-    assert found[0]["masters"] == ["torch.float32"]
+    assert_same(found[0], found[1], tolerance=0)
+    assert {array.dtype for array in found[0]["optimizer"].values()} == {np.dtype(np.float32)}
+    for size, shard in ((1, "none"), (2, "full")):
+        arguments = {"path": found[0]["saved"], "folder": folders[0], "dtype": "bfloat16"}
+        on = ranks.results("training:goes_on", size, shard=shard, **arguments)
+        assert_same(found[0]["optimizer"], on[0]["optimizer"], tolerance=0)
     assert found[0]["losses"] == pytest.approx(one["losses"], rel=0.01)
     model = AutoModelForCausalLM.from_pretrained(found[0]["saved"])
     assert model.dtype == torch.bfloat16
