@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from cookbook import cli, embedded
+from cookbook.recipe import find_recipe
 from cookbook.supervised import train
 from cookbook.supervised.data.formats import FORMATS, recognise
-from cookbook.recipe import find_recipe
 from cookbook.sweeps import make_plan
 from recipes import chat, export, jobs, preview, report, sft
 
