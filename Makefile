@@ -51,6 +51,7 @@ bench: $(BENCH_STAMP)
 	$(BIN)/python -m benchmarks.sampling
 	$(BIN)/python -m benchmarks.rendering
 	$(BIN)/python -m benchmarks.data_pipeline
+	$(BIN)/python -m benchmarks.scaling
 
 parity: setup
 	$(BIN)/python tests/renderers/parity.py --write

@@ -43,7 +43,9 @@ class WandbLogger(MetricLogger):
     def log_table(self, step: int, name: str, table: Table) -> None:
         import wandb
 
-        shown = wandb.Table(columns=list(table.columns), data=[list(row) for row in table.rows])
+        rows = [list(row) for row in table.rows]
+        # A cell may be empty, which wandb takes for another type.
+        shown = wandb.Table(columns=list(table.columns), data=rows, allow_mixed_types=True)
         self._run.log({name: shown}, step=step)
 
     def close(self) -> None:

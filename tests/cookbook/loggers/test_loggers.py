@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from cookbook.loggers import ConsoleLogger, JsonlLogger, WandbLogger
-from cookbook.tables import Table
+from cookbook.tables import Cell, Table
 
 STEP = {"train/nll": 1.25, "perf/tokens_per_second": 1234.0, "perf/seconds_left": 60.0}
 
@@ -74,3 +74,17 @@ def test_wandb_runs_offline_and_resumes_under_the_same_id(
     run_id = (tmp_path / "wandb_run_id.txt").read_text()
     written = {path.name for path in (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")}
     assert written == {f"run-{run_id}.wandb"}
+
+
+def test_wandb_gets_tables_with_all_their_cells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    logger = WandbLogger(tmp_path, "project", None, {})
+    rows: list[list[Cell]] = [["What?", "That.", None], ["Who?", "He.", 0.5]]
+    logger.log_table(3, "samples", Table(["prompt", "reply", "score"], rows))
+    logger.log(3, {"test/nll": 1.0})
+    logger.close()
+    (file,) = tmp_path.glob("wandb/offline-run-*/files/media/table/samples_*.table.json")
+    content = json.loads(file.read_text())
+    assert content["columns"] == ["prompt", "reply", "score"]
+    assert content["data"] == rows
