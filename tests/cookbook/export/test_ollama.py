@@ -10,8 +10,7 @@ import pytest
 from cookbook.errors import ConfigError
 from cookbook.export.chat_format import chat_format_of
 from cookbook.export.ollama import frames_of, modelfile
-from renderers import Message, get_renderer, register_renderer
-from renderers.registry import renderer_names
+from renderers import Message, get_renderer, registry
 from renderers.role_colon import RoleColonRenderer
 
 TURNS = [
@@ -105,9 +104,10 @@ class Counting(RoleColonRenderer):
         return super()._draft(numbered)
 
 
-def test_a_format_that_depends_on_more_than_roles_is_refused(tokenizer_of: Callable[[str], Any]) -> None:
-    if "counting" not in renderer_names():
-        register_renderer("counting", Counting)
+def test_a_format_that_depends_on_more_than_roles_is_refused(
+    tokenizer_of: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(registry._factories, "counting", Counting)
     tokenizer = tokenizer_of("role_colon")
     chat_format = chat_format_of("role_colon", tokenizer)
     object.__setattr__(chat_format, "renderer", get_renderer("counting", tokenizer))
