@@ -55,14 +55,19 @@ class Tokens:
 class Encoder:
     """Encodes rendered text for one tokenizer.
 
-    Control tokens are the tokenizer's special tokens and those of its other added tokens that
-    stand in `frame`, what the format prints around a plain message. An added token that is
-    neither (Qwen's `<tool_call>`) is vocabulary like any other. No text of a reply reads as one of
-    the `ends`, which end turns.
+    Control tokens are the special tokens that the format uses, and those of the tokenizer's other added
+    tokens that stand in `frame`, what the format prints around a plain message. The format uses a special
+    token that stands in the frame or in `template`, or that the tokenizer names (`eos_token`, `image_token`);
+    without a `template` it uses them all. Any other added token, Qwen's `<tool_call>` or one that the user
+    added, is vocabulary like any word. No text of a reply reads as one of the `ends`, which end turns.
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, frame: str = "", ends: Collection[str] = ()
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        frame: str = "",
+        ends: Collection[str] = (),
+        template: str | None = None,
     ) -> None:
         if not tokenizer.is_fast:
             raise RendererError(
@@ -70,7 +75,12 @@ class Encoder:
                 "Load a fast tokenizer (one with a tokenizer.json)."
             )
         added = tokenizer.added_tokens_decoder
-        special = [token.content for token in added.values() if token.special]
+        named = {str(name) for name in tokenizer.special_tokens_map.values() if not isinstance(name, list)}
+        special = [
+            token.content
+            for token in added.values()
+            if token.special and (template is None or token.content in named or token.content in frame + template)
+        ]
         framing = [
             token.content for token in added.values() if token.content.strip() and token.content in frame
         ]
@@ -81,6 +91,8 @@ class Encoder:
         self.ids = {token.content: index for index, token in added.items()}
         self._control_ids = frozenset(self.ids[text] for text in controls)
         self.control = any_of(controls)
+        self.end_tokens = frozenset(ends)
+        self._trailing_ends = re.compile(rf"(?:\s*{any_of(ends).pattern})+\s*\Z") if ends else None
         self._marks = re.compile(f"{ESCAPE}(?P<index>\\d+);|(?P<control>{self.control.pattern})")
         reserved = f"{ESCAPE}(?:\\d+|cut|text);"
         self._foreign_to_a_reply = re.compile(f"{reserved}|{any_of([*special, *ends]).pattern}")
