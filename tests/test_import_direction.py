@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("cookbook", "renderers", "recipes")
 
-BASE = ("cookbook.errors", "cookbook.types")
+BASE = ("cookbook.errors", "cookbook.notes", "cookbook.types")
 TOOLS = (
     "cookbook.control_characters",
     "cookbook.embedded",
@@ -44,6 +44,7 @@ WORLD = ("cookbook.engine.mesh",)
 
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "cookbook.errors": (),
+    "cookbook.notes": (),
     "cookbook.types": ("cookbook.errors",),
     "cookbook.futures": (),
     **dict.fromkeys((*TOOLS, *RUN), (*BASE, *TOOLS, *RUN)),

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from cookbook import jsonl
+from cookbook import jsonl, notes
 from cookbook.report import curves, panels
 from cookbook.report.record import RunRecord, read_run
 from cookbook.report.rendering import render
@@ -69,6 +69,13 @@ def _checkpoint(run: RunRecord, record: Mapping[str, Any]) -> dict[str, Any]:
     return {**record, "is_there": (run.folder / record["path"]).is_dir()}
 
 
+def _notes_of(source: Mapping[str, Any]) -> dict[notes.Note, int]:
+    return {
+        notes.Note(note["noun"], note["what"], note["item"]): note["count"]
+        for note in source.get("notes", [])
+    }
+
+
 _WIDTH, _HEIGHT = 600, 90
 
 
@@ -89,6 +96,7 @@ def _source(source: Mapping[str, Any]) -> dict[str, Any]:
     longest = edges[-1] - 1 if edges else 0
     return {
         **source,
+        "note_lines": notes.lines(_notes_of(source)),
         "bars": bars,
         "shortest": edges[0] if edges else 0,
         "longest_bar": longest,

@@ -23,6 +23,7 @@ from cookbook.loggers import MetricLogger
 from cookbook.schedules import learning_rate_at
 from cookbook.supervised.batches import BatchQueue, PlacedBatch, Position
 from cookbook.supervised.best import BestKeeper, NewBest
+from cookbook.supervised.data.report import note_lines
 from cookbook.supervised.step_times import EVALUATING, StepTimes
 from cookbook.supervised.types import LEFT_OUT, SupervisedDataset
 from cookbook.trace import Recorder
@@ -346,6 +347,8 @@ class Run:
         ]
         if counts:
             logger.warning("Of the training data: %s.", ", ".join(counts))
+        if lines := note_lines(self._train_data.notes()):
+            logger.info("%s", "\n".join(["While the training data were read:", *lines]))
 
     def _log_metrics(self, step: int, metrics: dict[str, float]) -> None:
         for metric_logger in self._metric_loggers:

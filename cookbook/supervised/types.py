@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
 import chz
 
 from cookbook import models
 from cookbook.errors import ConfigError
+from cookbook.notes import Note
 from cookbook.types import Datum
 from renderers import Renderer, TrainOnWhat, get_renderer
 
@@ -58,6 +59,10 @@ class SupervisedDataset(ABC):
 
     def summary(self) -> dict[str, int]:
         """Counts to report: rows, and whatever was left out of the batches so far."""
+        return {}
+
+    def notes(self) -> Mapping[Note, int]:
+        """What was counted while the batches so far were made; nothing where `reports` has it already."""
         return {}
 
     def reports(self) -> Sequence[DataReport]:

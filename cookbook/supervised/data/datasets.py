@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from cookbook import notes
 from cookbook.errors import ConfigError, CookbookError
+from cookbook.notes import Note
 from cookbook.supervised.data.rendering import OnBadRow, bad_row_error, reason_of
 from cookbook.supervised.data.sources import Row
 from cookbook.supervised.types import SupervisedDataset
@@ -46,6 +48,8 @@ class SupervisedDatasetFromRows(SupervisedDataset):
         self._on_bad_row = on_bad_row
         self._order: np.ndarray = np.arange(len(rows))
         self._places: defaultdict[str, set[str]] = defaultdict(set)
+        self._notes: Counter[Note] = Counter()
+        self._noted: set[int] = set()
 
     def set_epoch(self, seed: int = 0) -> None:
         self._order = np.random.default_rng(seed).permutation(len(self._rows))
@@ -66,6 +70,9 @@ class SupervisedDatasetFromRows(SupervisedDataset):
         left_out = {name: len(places) for name, places in self._places.items()}
         return {"rows": len(self._rows), "batches": len(self), **left_out}
 
+    def notes(self) -> Counter[Note]:
+        return self._notes
+
     def note(self, name: str, place: str, message: str) -> None:
         """Counts a row under one of `LEFT_OUT`, once however often it is met; warns of the first."""
         if not self._places[name]:
@@ -78,12 +85,16 @@ class SupervisedDatasetFromRows(SupervisedDataset):
     def _datums_of(self, number: int, row: Any) -> list[Datum]:
         place = row.place if isinstance(row, Row) else f"row {number}"
         try:
-            datums = self._to_datums(row)
+            with notes.collected() as found:
+                datums = self._to_datums(row)
         except CookbookError as error:
             if self._on_bad_row == "skip":
                 self.note("bad_rows", place, f"left out. {error}")
                 return []
             raise bad_row_error(place, reason_of(error)) from error
+        if found and number not in self._noted:
+            self._noted.add(number)
+            self._notes.update(found)
         trained = [datum for datum in datums if is_trained(datum)]
         if len(trained) < len(datums):
             self.note("untrained_examples", place, "left out, no trained token is left.")

@@ -60,6 +60,7 @@ class TrainableRows:
             untrained=int(((trained_E == 0) & ~too_long_E).sum()),
             bad_rows=meta.bad_rows,
             lengths=lengths_E[kept_E],
+            notes=meta.notes,
         )
 
     def datums_of(self, row: int) -> list[Datum]:

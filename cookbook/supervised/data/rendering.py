@@ -15,6 +15,7 @@ from typing import Literal, TypeAlias
 import numpy as np
 
 import renderers
+from cookbook import notes
 from cookbook.errors import CookbookError, DataError, describe
 from cookbook.supervised.data import processes
 from cookbook.supervised.data.cache import cache_folder
@@ -65,16 +66,22 @@ class RowRenderer:
         self._conversations_key = conversations_key
 
     def __call__(self, row: Row) -> list[Example] | None:
-        """The examples of a row; None where the row is not wanted. Raises CookbookError."""
-        try:
-            conversations = self._conversations_of(row)
-        except CookbookError:
-            raise
-        except Exception as error:  # a user's code, which may raise anything
-            raise DataError(f"conversations_of raised {type(error).__name__}: {error}") from error
-        if not conversations:
-            return None
-        return list(chain.from_iterable(map(self._examples_of, conversations)))
+        """The examples of a row; None where the row is not wanted. Raises CookbookError.
+
+        What is counted on the way (`cookbook.notes`) counts only where examples are the result.
+        """
+        with notes.collected() as found:
+            try:
+                conversations = self._conversations_of(row)
+            except CookbookError:
+                raise
+            except Exception as error:  # a user's code, which may raise anything
+                raise DataError(f"conversations_of raised {type(error).__name__}: {error}") from error
+            if not conversations:
+                return None
+            examples = list(chain.from_iterable(map(self._examples_of, conversations)))
+        notes.add(found)
+        return examples
 
     def _examples_of(self, conversation: Conversation) -> list[Example]:
         if conversation.text is not None:
@@ -94,20 +101,21 @@ class RowRenderer:
         good: list[tuple[str, list[Example]]] = []
         bad: list[BadRowNote] = []
         num_filtered = 0
-        for row in chunk.rows():
-            if isinstance(row, BadRow):
-                bad.append(BadRowNote(*row))
-                continue
-            try:
-                examples = self(row)
-            except CookbookError as error:
-                bad.append(BadRowNote(row.place, reason_of(error)))
-                continue
-            if examples is None:
-                num_filtered += 1
-            else:
-                good.append((row.place, examples))
-        return make_block(good, bad, num_filtered)
+        with notes.collected() as found:
+            for row in chunk.rows():
+                if isinstance(row, BadRow):
+                    bad.append(BadRowNote(*row))
+                    continue
+                try:
+                    examples = self(row)
+                except CookbookError as error:
+                    bad.append(BadRowNote(row.place, reason_of(error)))
+                    continue
+                if examples is None:
+                    num_filtered += 1
+                else:
+                    good.append((row.place, examples))
+        return make_block(good, bad, num_filtered, found)
 
     def fingerprint(self) -> str | None:
         """Changes whenever the examples of a row may; None where that cannot be told."""
@@ -217,4 +225,4 @@ def _code_of_this_project() -> str:
     """A digest of the code that rows go through, so that a new version renders afresh."""
     folders = [Path(__file__).parent, Path(str(renderers.__file__)).parent]
     files = sorted(file for folder in folders for file in folder.rglob("*.py"))
-    return digest_of(*(file.read_text() for file in files))
+    return digest_of(*(file.read_text() for file in [*files, Path(notes.__file__)]))

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
 
+from cookbook import notes
+from cookbook.notes import Note, counted_noun
 from cookbook.supervised.data.store import BadRowNote
 
 MAX_BARS = 60
@@ -43,6 +46,8 @@ class DataReport:
     """The first of the bad rows."""
     lengths: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     """Tokens of every example that is trained on, before it was cut."""
+    notes: Mapping[Note, int] = field(default_factory=dict)
+    """What was counted while the rows were read and rendered."""
 
     @property
     def longest_kept(self) -> int:
@@ -52,8 +57,8 @@ class DataReport:
 
     def to_json(self) -> dict[str, Any]:
         """Everything, with the lengths as a histogram."""
-        values = asdict(self)
-        del values["lengths"]
+        values = {key.name: getattr(self, key.name) for key in fields(self) if key.name != "lengths"}
+        values["notes"] = [{**note._asdict(), "count": number} for note, number in self.notes.items()]
         if len(self.lengths):
             values["length_histogram"] = self._histogram()
         values["bad_rows"] = [note._asdict() for note in self.bad_rows]
@@ -70,7 +75,8 @@ class DataReport:
         """The report as it is printed, in 80 columns where names and reasons allow."""
         share = f" ({self.trained_tokens / self.tokens:.0%})" if self.tokens else ""
         lines = [
-            f"{self.name}: {_count(self.rows, 'row')} read, {_count(self.examples, 'example')} made.",
+            f"{self.name}: {counted_noun(self.rows, 'row')} read, "
+            f"{counted_noun(self.examples, 'example')} made.",
             f"  {self.tokens:,} tokens, {self.trained_tokens:,} of them trained{share}; "
             f"the longest example has {self.longest:,}.",
         ]
@@ -81,12 +87,19 @@ class DataReport:
             (self.filtered, "row", "left out by min_reward"),
             (self.bad, "bad row", "left out:"),
         ]
-        lines += [f"  {_count(count, noun)} {what}" for count, noun, what in left_out if count]
+        lines += [f"  {counted_noun(count, noun)} {what}" for count, noun, what in left_out if count]
         lines += [f"    {place}: {reason}" for place, reason in self.bad_rows]
         if self.bad > len(self.bad_rows):
             lines.append(f"    and {self.bad - len(self.bad_rows):,} more")
-        return lines
+        return lines + note_lines(self.notes)
 
 
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+def note_lines(found: Mapping[Note, int]) -> list[str]:
+    """What was counted, as a report prints it: in 80 columns where names allow."""
+    return [
+        line
+        for text in notes.lines(found)
+        for line in textwrap.wrap(
+            text, 80, initial_indent="  ", subsequent_indent="    ", break_long_words=False
+        )
+    ]

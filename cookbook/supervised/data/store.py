@@ -21,14 +21,17 @@ import json
 import os
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, NamedTuple
 
 import numpy as np
+
+from cookbook.notes import Note
 
 TOKEN_DTYPE = np.dtype("<i4")
 NUM_NAMED_BAD_ROWS = 5
@@ -62,10 +65,14 @@ class Block:
     places: list[str]
     bad_rows: list[BadRowNote]
     num_filtered: int = 0
+    notes: Counter[Note] = field(default_factory=Counter)
 
 
 def make_block(
-    rows: Iterable[tuple[str, Sequence[Example]]], bad_rows: list[BadRowNote], num_filtered: int
+    rows: Iterable[tuple[str, Sequence[Example]]],
+    bad_rows: list[BadRowNote],
+    num_filtered: int,
+    notes: Counter[Note] | None = None,
 ) -> Block:
     """Packs (place, examples) of some rows."""
     places: list[str] = []
@@ -86,6 +93,7 @@ def make_block(
         places=places,
         bad_rows=bad_rows,
         num_filtered=num_filtered,
+        notes=notes or Counter(),
     )
 
 
@@ -111,6 +119,17 @@ class StoreMeta:
     num_bad_rows: int = 0
     bad_rows: list[BadRowNote] = field(default_factory=list)
     digest: str = ""
+    notes: Counter[Note] = field(default_factory=Counter)
+
+    def to_json(self) -> dict[str, Any]:
+        """What `from_json` reads."""
+        return {**vars(self), "notes": [[*note, number] for note, number in self.notes.items()]}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> StoreMeta:
+        bad_rows = [BadRowNote(*note) for note in values["bad_rows"]]
+        notes = Counter({Note(*note): number for *note, number in values["notes"]})
+        return cls(**{**values, "bad_rows": bad_rows, "notes": notes})
 
 
 class StoreWriter:
@@ -139,6 +158,7 @@ class StoreWriter:
         meta.num_filtered += block.num_filtered
         meta.num_bad_rows += len(block.bad_rows)
         meta.bad_rows += block.bad_rows[: NUM_NAMED_BAD_ROWS - len(meta.bad_rows)]
+        meta.notes.update(block.notes)
         block.tokens, block.places, block.bad_rows = block.tokens[:0], [], []
         self._blocks.append(block)
 
@@ -166,7 +186,7 @@ class StoreWriter:
         self._save("rows", _starts(per_row))
         self.meta.digest = self._digest.hexdigest()
         with (self._folder / "meta.json").open("w") as file:
-            json.dump(asdict(self.meta), file)
+            json.dump(self.meta.to_json(), file)
             _sync(file)
         (self._folder / "lock").unlink()
         self._lock.close()
@@ -213,8 +233,7 @@ class ExampleStore:
         self.name = name
         self._path = path
         self._folder = folder
-        meta = json.loads((path / "meta.json").read_text())
-        self.meta = StoreMeta(**{**meta, "bad_rows": [BadRowNote(*note) for note in meta["bad_rows"]]})
+        self.meta = StoreMeta.from_json(json.loads((path / "meta.json").read_text()))
         examples = np.load(path / "examples.npy")
         self._starts_E, self._run_starts_E = examples[:, 0], examples[:, 1]
         self._runs_R = np.load(path / "runs.npy")

@@ -7,14 +7,16 @@ rows, so a resumed run goes on with exactly the rows it would have read.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from cookbook import notes
 from cookbook.errors import ConfigError, CookbookError, DataError
+from cookbook.notes import Note
 from cookbook.supervised.data.datasets import is_trained
 from cookbook.supervised.data.examples import datum_from_tokens
 from cookbook.supervised.data.mixing import StopWhen
@@ -49,6 +51,7 @@ class StreamedDataset(SupervisedDataset):
         self._shuffled: Iterator[Any] = iter(())
         self._next_index: int | None = None
         self._counts: defaultdict[str, int] = defaultdict(int)
+        self._notes: Counter[Note] = Counter()
         self._num_counted: defaultdict[int | None, int] = defaultdict(int)
         self._is_counting = True
 
@@ -89,9 +92,12 @@ class StreamedDataset(SupervisedDataset):
         self._num_counted[self._seed] = max(index + 1, self._num_counted[self._seed])
         self._note("rows", len(rows))
         try:
-            datums = [datum for row in rows for datum in self._datums_of(row)]
+            with notes.collected() as found:
+                datums = [datum for row in rows for datum in self._datums_of(row)]
         except IndexError as error:  # a user's code; of get_batch it would mean the end of the data
             raise DataError(f"A row of batch {index} cannot be turned into Datums: {error!r}") from error
+        if self._is_counting:
+            self._notes.update(found)
         trained = [datum for datum in datums if is_trained(datum)]
         self._note("untrained_examples", len(datums) - len(trained))
         return trained
@@ -99,6 +105,9 @@ class StreamedDataset(SupervisedDataset):
     def summary(self) -> dict[str, int]:
         """What was read so far."""
         return dict(self._counts)
+
+    def notes(self) -> Counter[Note]:
+        return self._notes
 
     def _note(self, name: str, count: int = 1) -> None:
         if count and self._is_counting:

@@ -237,4 +237,5 @@ SOURCE = {
     "tokens": 52_000, "trained_tokens": 20_800, "longest": 1_392, "truncated": 757, "too_long": 0,
     "untrained": 98, "bad_rows": [{"place": "chats.jsonl:7", "reason": "no assistant message <b>"}],
     "length_histogram": {"edges": [3, 7, 11, 15], "counts": [100, 700, 100]},
+    "notes": [{"noun": "row", "what": "Columns not read", "item": "<id>", "count": 1_000}],
 }  # fmt: skip

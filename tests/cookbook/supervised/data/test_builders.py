@@ -13,8 +13,9 @@ import datasets
 import numpy as np
 import pytest
 
-from cookbook import models
+from cookbook import models, notes
 from cookbook.errors import ConfigError, DataError
+from cookbook.notes import Note
 from cookbook.supervised.data import (
     Conversation,
     FromConversationFileBuilder,
@@ -603,3 +604,65 @@ def test_a_hub_dataset_is_trained_on_like_a_file_of_its_rows(
         )
 
     assert trained(train) == trained(of_file)
+
+
+# -- what is counted on the way ---------------------------------------------------------------
+
+
+class CountingBuilder(FromConversationFileBuilder):
+    def conversations_of(self, row: Row) -> list[Conversation]:
+        if row.get("is_unwanted"):
+            notes.count("row", "were unwanted")
+            return []
+        notes.count("row", "Colours", row["colour"])
+        if row["colour"] == "bad":
+            raise DataError("is bad.")
+        return [Conversation(CHAT)]  # type: ignore[list-item]
+
+
+def counting_builder(path: Path, model: str, **options: Any) -> CountingBuilder:
+    common = ChatDatasetBuilderCommonConfig(model_name_for_tokenizer=model, batch_size=100)
+    return CountingBuilder(file_path=str(path), common_config=common, **{"test_size": 0, **options})
+
+
+@pytest.mark.parametrize("num_proc", [1, 2])
+def test_counts_of_reading_stand_in_the_report_whatever_process_reads(
+    tiny_qwen3: str, tmp_path: Path, num_proc: int
+) -> None:
+    rows = [{"colour": "red"}] * 600 + [{"colour": "blue"}] * 3 + [{"colour": "bad"}, {"is_unwanted": True}]
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    train, _ = counting_builder(path, tiny_qwen3, num_proc=num_proc, on_bad_row="skip")()
+    (report,) = train.reports()
+    assert report.notes == {Note("row", "Colours", "red"): 600, Note("row", "Colours", "blue"): 3}
+    assert "  Colours: red (600 rows), blue (3 rows)" in report.lines()
+    assert report.to_json()["notes"] == [
+        {"noun": "row", "what": "Colours", "item": "red", "count": 600},
+        {"noun": "row", "what": "Colours", "item": "blue", "count": 3},
+    ]
+    assert json.loads(json.dumps(report.to_json())) == report.to_json()
+    assert train.notes() == {}
+
+
+def test_a_stream_counts_what_it_reads_once(tiny_qwen3: str, tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "rows.jsonl", [{"colour": "red"}] * 1_000 + [{"colour": "blue"}] * 150)
+    train, _ = counting_builder(path, tiny_qwen3, streaming=True, buffer_size=1)()
+    (report,) = train.reports()
+    assert report.notes == {Note("row", "Colours", "red"): 1_000}, "the first rows are looked at"
+    train.get_batch(0)
+    for _ in all_tokens(train):
+        pass
+    assert train.notes() == {Note("row", "Colours", "red"): 1_000, Note("row", "Colours", "blue"): 150}
+
+
+def test_rows_of_a_function_of_the_users_are_counted_once() -> None:
+    def to_datum(row: dict[str, Any]) -> Datum:
+        notes.count("row", "were seen")
+        return row_datum(row)
+
+    dataset = SupervisedDatasetFromHFDataset(
+        datasets.Dataset.from_list([{"id": 1}, {"id": 2}]), 2, map_fn=to_datum
+    )
+    for epoch in range(2):
+        dataset.set_epoch(epoch)
+        dataset.get_batch(0)
+    assert dataset.notes() == {Note("row", "were seen"): 2}

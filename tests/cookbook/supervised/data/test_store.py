@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cookbook.notes import Note
 from cookbook.supervised.data.store import BadRowNote, Example, ExampleStore, StoreWriter, make_block
 
 Rows = list[list[Example]]
@@ -61,6 +63,14 @@ def test_bad_rows_are_counted_and_the_first_are_named(tmp_path: Path) -> None:
     meta = ExampleStore(tmp_path / "store", "some").meta
     assert (meta.num_rows_read, meta.num_bad_rows, meta.num_filtered) == (18, 9, 9)
     assert [note.place for note in meta.bad_rows] == [f"row {number}" for number in range(5)]
+
+
+def test_notes_of_all_blocks_are_added_up_and_come_back(tmp_path: Path) -> None:
+    colours = Note("row", "Colours", "red"), Note("message", "held an image")
+    with StoreWriter(tmp_path / "store") as writer:
+        writer.append(make_block([], [], 0, Counter({colours[0]: 2})))
+        writer.append(make_block([], [], 0, Counter({colours[0]: 3, colours[1]: 1})))
+    assert ExampleStore(tmp_path / "store", "some").meta.notes == {colours[0]: 5, colours[1]: 1}
 
 
 def test_a_store_that_was_not_finished_leaves_nothing(tmp_path: Path) -> None:
