@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
+from functools import cached_property
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
 
+from cookbook import notes
 from cookbook.errors import RendererError
 from cookbook.types import EncodedTextChunk, ModelInput
-from renderers.encoder import Encoder
+from renderers.encoder import SENTINEL, Encoder
 from renderers.messages import (
     Message,
     PlainMessage,
@@ -22,12 +26,15 @@ from renderers.messages import (
     check_tools,
     normalize,
 )
+from renderers.other_formats import note_tokens_of_other_formats
 from renderers.streaming import PLAIN, ResponseStream, Sections
 from renderers.train_on_what import TrainOnWhat, chosen_messages, weight_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+
+_MARKUP = re.compile(r"[<\[|#]")
 
 _SYSTEM_ROLES = ("system", "developer")
 
@@ -73,7 +80,7 @@ class Renderer(ABC):
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
-        self._encoder = Encoder(tokenizer, self.frame)
+        self._encoder = Encoder(tokenizer, self.frame, template=str(tokenizer.chat_template or ""))
 
     def check_messages(self, messages: Sequence[Message], tools: Sequence[Tool] | None = None) -> None:
         """Raises RendererError for messages of a shape or role that cannot be rendered; tokenizes nothing."""
@@ -143,26 +150,100 @@ class Renderer(ABC):
     def build_text_example(self, text: str) -> tuple[ModelInput, np.ndarray]:
         """Plain text, no conversation: every token is trained, and the end-of-text token after it.
 
-        A BOS token, where the tokenizer begins texts with one, is not trained.
+        Control tokens that the text spells are encoded as those tokens: it may be a conversation that was
+        rendered already. Such a text is not given a second BOS token, nor another token behind the one
+        that ends it. A BOS token that the tokenizer puts before a text is not trained.
         """
         if not isinstance(text, str):
             raise RendererError(f"The text is a {type(text).__name__}. Use a string.")
+        self._check_verbatim(text)
+        before = self._bos_before(text)
+        whole = f"{before}{text}{self._end_of_text_behind(text)}"
+        return self._example(Rendering(whole), {0: Span(len(before), len(whole))}, {0: 1.0})
+
+    def is_rendered(self, prompt: str) -> bool:
+        """Whether a prompt begins as this format prints one, so that it is text and no user's message."""
+        begun = prompt.lstrip()
+        return self._encoder.control.match(begun) is not None or bool(
+            self._opening and begun.startswith(self._opening)
+        )
+
+    def build_completion_example(self, prompt: str, completion: str) -> tuple[ModelInput, np.ndarray]:
+        """A prompt that is rendered already (`is_rendered`) and what the model writes behind it.
+
+        Control tokens that the two spell are encoded as those tokens. The completion is trained to its
+        end-of-turn token, which is added if it is missing; the header of a reply is not, wherever it stands.
+        """
+        if self._reply_header and completion.startswith(self._reply_header):
+            prompt, completion = prompt + self._reply_header, completion.removeprefix(self._reply_header)
+        self._check_verbatim(prompt + completion)
+        before = self._bos_before(prompt) + prompt
+        if not completion.rstrip().endswith(self._end_tokens):
+            completion += self._end_of_turn
+        text = before + completion
+        span = Span(len(before), len(text.rstrip()))
+        return self._example(Rendering(text, cuts=[len(before)]), {0: span}, {0: 1.0})
+
+    def _check_verbatim(self, text: str) -> None:
+        """Checks text whose control tokens are meant, and counts it."""
         check_characters(text, "The text")
-        tokenizer = self.tokenizer
-        if tokenizer.eos_token is None:
+        self._encoder.check_verbatim(text)
+        if self._encoder.control.search(text):
+            notes.count("text", "held control tokens, encoded as those tokens")
+        note_tokens_of_other_formats("text", text, self._encoder.ids)
+
+    def _bos_before(self, text: str) -> str:
+        return "" if text.lstrip().startswith(self._bos) else self._bos
+
+    @cached_property
+    def _bos(self) -> str:
+        """The token that the tokenizer begins texts with, or nothing."""
+        bos = self.tokenizer.bos_token_id
+        begins_with_it = bos is not None and self.tokenizer("a")["input_ids"][:1] == [bos]
+        return str(self.tokenizer.bos_token) if begins_with_it else ""
+
+    def _end_of_text_behind(self, text: str) -> str:
+        if text.rstrip().endswith(self._end_tokens):
+            return ""
+        if self.tokenizer.eos_token is None:
             raise RendererError(
                 "This tokenizer has no end-of-text token, so the model could not learn to stop."
             )
-        before = str(tokenizer.bos_token) if self._begins_with_bos else ""
-        (guarded,) = self._encoder.guard([{"role": "user", "content": text}])
-        rendering = Rendering(f"{before}{guarded['content']}{tokenizer.eos_token}")
-        span = Span(len(before), len(rendering.text))
-        return self._example(rendering, {0: span}, {0: 1.0})
+        return str(self.tokenizer.eos_token)
 
-    @property
-    def _begins_with_bos(self) -> bool:
-        bos = self.tokenizer.bos_token_id
-        return bos is not None and self.tokenizer("a")["input_ids"][:1] == [bos]
+    @cached_property
+    def _end_tokens(self) -> tuple[str, ...]:
+        """The spellings of the tokens that end a reply or a text."""
+        stops = [stop for stop in self.get_stop_sequences() if isinstance(stop, int)]
+        spelled = [str(self.tokenizer.convert_ids_to_tokens(stop)) for stop in stops]
+        return tuple(dict.fromkeys(filter(None, [*spelled, str(self.tokenizer.eos_token or "")])))
+
+    @cached_property
+    def _end_of_turn(self) -> str:
+        """What ends a reply."""
+        stop = self.get_stop_sequences()[0]
+        return stop if isinstance(stop, str) else str(self.tokenizer.convert_ids_to_tokens(stop))
+
+    @cached_property
+    def _opening(self) -> str:
+        """The markup that opens a conversation, without control tokens; empty if that is words alone."""
+        with suppress(RendererError):
+            before = self._render([{"role": "user", "content": SENTINEL}], (), None).text.partition(SENTINEL)[
+                0
+            ]
+            opening = self._encoder.control.sub("", before).strip()
+            return opening if _MARKUP.search(opening) else ""
+        return ""
+
+    @cached_property
+    def _reply_header(self) -> str:
+        """What the generation prompt prints behind a user's message."""
+        user: PlainMessage = {"role": "user", "content": "x"}
+        with suppress(RendererError):
+            prompt = self._render_prompt([user], None, "assistant").text
+            said = self._render([user], (), None).text
+            return prompt.removeprefix(said) if prompt.startswith(said) else ""
+        return ""
 
     def _prepare(
         self, messages: Sequence[Message], train_on_what: TrainOnWhat, tools: Sequence[Tool] | None
@@ -190,9 +271,28 @@ class Renderer(ABC):
         self, messages: Sequence[Message], tools: Sequence[Tool] | None
     ) -> tuple[list[PlainMessage], list[Tool] | None]:
         """What the format renders: checked messages with the system prompt before them, and the tools."""
-        plain = self._with_system_prompt(normalize(messages, self.name, self.roles))
+        plain = self._plain(messages)
         self._check_tools(tools)
         return self._encoder.guard(plain), self._encoder.guard_tools(tools) if tools else None
+
+    def _plain(self, messages: Sequence[Message]) -> list[PlainMessage]:
+        """Checked messages with the system prompt before them, their replies without end tokens."""
+        plain = self._with_system_prompt(normalize(messages, self.name, self.roles))
+        for message in plain:
+            note_tokens_of_other_formats("message", message.get("content", ""), self._encoder.ids)
+        return self._without_end_tokens(plain)
+
+    def _without_end_tokens(self, plain: list[PlainMessage]) -> list[PlainMessage]:
+        """Replies without the end token that their author wrote at their end: the format prints it there."""
+        ends = self._end_tokens
+        for index, message in enumerate(plain):
+            text = message.get("content", "")
+            if message["role"] == "assistant" and text.rstrip().endswith(ends):
+                while (kept := text.rstrip()).endswith(ends):
+                    text = kept.removesuffix(next(end for end in ends if kept.endswith(end)))
+                notes.count("message", "ended with the format's own end token, which was dropped")
+                plain[index] = {**message, "content": text}
+        return plain
 
     def _with_system_prompt(self, plain: list[PlainMessage]) -> list[PlainMessage]:
         if not self.system_prompt:

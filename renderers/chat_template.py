@@ -19,6 +19,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Sequence
 from contextlib import suppress
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from cookbook.errors import RendererError
@@ -68,11 +69,12 @@ class ChatTemplateRenderer(Renderer):
         self._after_last = text([_USER, _REPLY]).partition(SENTINEL)[2]
         after_earlier = text([_USER, _REPLY, _USER]).partition(SENTINEL)[2]
         frame = prompt + self._after_last + after_earlier
-        self._encoder = Encoder(tokenizer, frame)
+        used = self._template.all_text()
+        self._encoder = Encoder(tokenizer, frame, template=used)
         self._length_of_end = self._end_after(self._after_last).end()
         stops = [self._end_after(self._after_last)[1], *self._end_of_a_tool_call()]
         self._ends = {*stops, self._end_after(after_earlier)[1]}
-        self._encoder = Encoder(tokenizer, frame, self._ends)
+        self._encoder = Encoder(tokenizer, frame, self._ends, used)
         self._stops = {end: self._encoder.ids[end] for end in stops}
         self._end = re.compile(rf"\s*({any_of(self._ends).pattern})")
         controls = [control for control in self._encoder.ids if self._encoder.control.fullmatch(control)]
@@ -309,6 +311,10 @@ class ChatTemplateRenderer(Renderer):
             f"The chat template does not print the text of message {index + 1} in one piece, so it cannot be "
             "told from the rest. Train on assistant messages, with build_supervised_examples."
         )
+
+    @cached_property
+    def _end_tokens(self) -> tuple[str, ...]:
+        return tuple({*super()._end_tokens, *self._ends})
 
     # -- sampling -----------------------------------------------------------------------------
 

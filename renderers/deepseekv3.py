@@ -29,7 +29,7 @@ from cookbook.errors import RendererError
 from renderers.base import Renderer, Rendering, Span
 from renderers.deepseek_tools import CALL_TOKENS, CALLS, END_CALLS, parse_calls, print_calls
 from renderers.draft import Draft
-from renderers.messages import Message, PlainMessage, Tool, normalize
+from renderers.messages import Message, PlainMessage, Tool
 from renderers.reply_text import marked_text
 from renderers.streaming import START, Section, Sections
 from renderers.thinking import END_THINK, THINK, THINKING_BEGUN, parse_thinking
@@ -75,7 +75,7 @@ class DeepSeekV3Renderer(Renderer):
         self, messages: Sequence[Message], tools: Sequence[Tool] | None
     ) -> tuple[list[PlainMessage], list[Tool] | None]:
         """As the base does, but with replies guarded like the rest: DeepSeek's tokens are not special."""
-        plain = self._with_system_prompt(normalize(messages, self.name, self.roles))
+        plain = self._plain(messages)
         self._check_tools(tools)
         guarded = self._encoder.guard([{**message, "role": "user"} for message in plain])
         return [{**new, "role": old["role"]} for new, old in zip(guarded, plain, strict=True)], None

@@ -19,6 +19,7 @@ from itertools import compress, count, groupby, pairwise, repeat
 from os.path import commonprefix
 from typing import TYPE_CHECKING, Any
 
+from cookbook import notes
 from cookbook.errors import RendererError
 from renderers.borders import BORDER, parts_at_border
 from renderers.messages import PlainMessage, Tool, map_strings
@@ -79,7 +80,8 @@ class Encoder:
         special = [
             token.content
             for token in added.values()
-            if token.special and (template is None or token.content in named or token.content in frame + template)
+            if token.special
+            and (template is None or token.content in named or token.content in frame + template)
         ]
         framing = [
             token.content for token in added.values() if token.content.strip() and token.content in frame
@@ -91,10 +93,9 @@ class Encoder:
         self.ids = {token.content: index for index, token in added.items()}
         self._control_ids = frozenset(self.ids[text] for text in controls)
         self.control = any_of(controls)
-        self.end_tokens = frozenset(ends)
-        self._trailing_ends = re.compile(rf"(?:\s*{any_of(ends).pattern})+\s*\Z") if ends else None
         self._marks = re.compile(f"{ESCAPE}(?P<index>\\d+);|(?P<control>{self.control.pattern})")
         reserved = f"{ESCAPE}(?:\\d+|cut|text);"
+        self._reserved = re.compile(reserved)
         self._foreign_to_a_reply = re.compile(f"{reserved}|{any_of([*special, *ends]).pattern}")
         self._foreign_elsewhere = re.compile(f"{reserved}|{self.control.pattern}")
         self._controls_part = all(_parts(self.ids[text], added) for text in controls)
@@ -104,7 +105,7 @@ class Encoder:
     # -- text that spells control tokens ------------------------------------------------------
 
     def guard(self, messages: Sequence[PlainMessage]) -> list[PlainMessage]:
-        """Escape what would read as a control token.
+        """Escape what would read as a control token, and count the messages in which that was so.
 
         An assistant's text may hold the tokens of the frame that are not special: some formats
         have the model itself write them (`<think>`).
@@ -115,8 +116,16 @@ class Encoder:
             if message.keys() == _ONLY_CONTENT and pattern.search(message["content"]) is None:
                 guarded.append(message)
                 continue
-            guarded.append(map_strings(partial(pattern.sub, partial(self._escape, number)), message))
+            escaped = map_strings(partial(pattern.sub, partial(self._escape, number)), message)
+            if escaped != message:
+                notes.count("message", "spelled a control token, trained as text")
+            guarded.append(escaped)
         return guarded
+
+    def check_verbatim(self, text: str) -> None:
+        """Raises RendererError for text that cannot be encoded as it is: it holds what renderers reserve."""
+        if (found := self._reserved.search(text)) is not None:
+            raise RendererError(f"The text contains {found[0]!r}, which renderers reserve. Remove it.")
 
     def guard_tools(self, tools: Sequence[Tool]) -> list[Tool]:
         """The same for the descriptions of tools."""

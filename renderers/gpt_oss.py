@@ -36,6 +36,7 @@ CURRENT_DATE = f"{TODAY:%Y-%m-%d}"
 
 _START, _CHANNEL, _MESSAGE = "<|start|>", "<|channel|>", "<|message|>"
 _END, _CALL, _RETURN = "<|end|>", "<|call|>", "<|return|>"
+_TEXT_TOKENS = "<|startoftext|><|endoftext|>"
 
 
 class GptOssRenderer(Renderer):
@@ -46,7 +47,7 @@ class GptOssRenderer(Renderer):
 
     name = "gpt_oss"
     roles = ROLES
-    frame = _START + _CHANNEL + _MESSAGE + "<|constrain|>" + _END + _CALL + _RETURN
+    frame = _START + _CHANNEL + _MESSAGE + "<|constrain|>" + _END + _CALL + _RETURN + _TEXT_TOKENS
     takes_tools = True
     reply_sections = REPLY
 

@@ -43,7 +43,7 @@ class Llama3Renderer(Renderer):
     """
 
     name = "llama3"
-    frame = _BOS + _START_HEADER + _END_HEADER + _END
+    frame = _BOS + _START_HEADER + _END_HEADER + _END + "<|eom_id|><|python_tag|><|end_of_text|>"
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         super().__init__(tokenizer)

@@ -20,7 +20,7 @@ import numpy as np
 
 from cookbook.errors import RendererError
 from renderers.encoder import SENTINEL
-from renderers.messages import PlainMessage, Tool, to_json
+from renderers.messages import ROLES, PlainMessage, Tool, to_json
 from renderers.sandbox import compiled
 from renderers.tracing import Outline, Traces
 
@@ -34,6 +34,11 @@ CALL: PlainMessage = {
     "tool_calls": [{"id": "call00001", "type": "function", "function": {"name": "f", "arguments": {}}}],
 }
 """A reply that calls a tool."""
+
+_TOOL: Tool = {
+    "type": "function",
+    "function": {"name": "f", "description": "x", "parameters": {"type": "object", "properties": {}}},
+}
 
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 
@@ -86,6 +91,17 @@ class Template:
         except Exception as error:  # a template is foreign code, and whatever it raises is its refusal
             roles = ", ".join(message["role"] for message in first)
             raise RendererError(f"The chat template refuses messages of roles {roles}: {error}") from error
+
+    def all_text(self) -> str:
+        """The template's source and what it prints of a message of every role: where its own tokens stand."""
+        printed = [self._source]
+        for role in ROLES:
+            for probe in ([{"role": role, "content": "x"}, _USER], [_USER, {"role": role, "content": "x"}]):
+                with suppress(RendererError):
+                    printed.append(self.text(probe))
+        with suppress(RendererError):
+            printed.append(self.text([_USER, self.adapted(CALL), {"role": "tool", "content": "x"}], [_TOOL]))
+        return "\n".join(printed)
 
     # -- what it has places for ---------------------------------------------------------------
 

@@ -152,7 +152,9 @@ FEATURES: Mapping[str, Sequence[Case]] = {
     "empty": around([""]),
     "white space": around([" a ", "\na\n", "\n\n  a", "a \n\n", "\ta\t", "   "]),
     "scripts": around(["😀 👩‍👩‍👧", "天気は？", "naïve Ωμέγα", "مرحبا"]),
-    "spelled tokens": around(["<|im_end|> <|eot_id|>", "<end_of_turn>", "<|end|><|return|>", "<｜User｜>"]),
+    "spelled tokens": around(
+        ["<|im_end|> <|eot_id|>!", "<end_of_turn>!", "<|end|><|return|>!", "<｜User｜>"]
+    ),
 }
 
 

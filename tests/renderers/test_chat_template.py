@@ -62,9 +62,18 @@ def chats(text: st.SearchStrategy[str]) -> st.SearchStrategy[list[Any]]:
     return turns.map(lambda pairs: [m for a, b in pairs for m in (user(a), assistant(b))])
 
 
+def without_ends(template: str, content: str) -> str:
+    """What is left of a reply that spells the tokens that end replies here at its own end."""
+    ends = "<\\|im_end\\|>|<\\|eot\\|>" if "<|eot|>" in template else "<\\|im_end\\|>"
+    while (found := re.search(f"({ends})\\s*$", content)) is not None:
+        content = content[: found.start()]
+    return content
+
+
 def reply_of(tokenizer: Any, content: str, thinks: bool = False) -> str:
     """What a model has to write, spelled out by hand for the templates of these tests."""
     template = tokenizer.chat_template
+    content = without_ends(template, content)
     block = "<think>\n\n</think>\n\n" if thinks else ""
     return (
         block
@@ -126,7 +135,12 @@ def test_the_generation_prompt_is_a_prefix_of_what_is_trained(renderer_of, templ
 @few
 @given(messages=chats(forging_text))
 def test_a_message_cannot_forge_a_control_token(renderer_of, templated, messages):
-    control = set(templated.convert_tokens_to_ids(["<|im_end|>", "<|im_start|>", "<|eot|>", "<bos>"]))
+    spelled = [
+        "<|im_end|>",
+        "<bos>",
+        *(c for c in ("<|im_start|>", "<|eot|>") if c in templated.chat_template),
+    ]
+    control = set(templated.convert_tokens_to_ids(spelled))
     innocent = [{**message, "content": "x"} for message in messages]
     renderer = renderer_of("chat_template", templated)
     found, expected = (
@@ -135,7 +149,13 @@ def test_a_message_cannot_forge_a_control_token(renderer_of, templated, messages
     )
     assert found == expected
     text = templated.decode(renderer.build_supervised_example(messages)[0].to_ints())
-    assert text == templated.apply_chat_template(messages, tokenize=False)
+    kept = [
+        {**m, "content": without_ends(templated.chat_template, m["content"])}
+        if m["role"] == "assistant"
+        else m
+        for m in messages
+    ]
+    assert text == templated.apply_chat_template(kept, tokenize=False)
 
 
 def test_spelled_control_tokens_are_encoded_as_the_text_they_are(renderer_of, small_tokenizer):
@@ -406,6 +426,8 @@ def templates(draw: st.DrawFn) -> tuple[str, dict[str, Any]]:
 def reply_of_made(made: dict[str, Any], content: str) -> str | None:
     """What follows the prompt, or None where the template does not continue its own prompt."""
     block = "" if made["thinks"] == "never" else "<think>\n\n</think>\n\n"
+    ends = made["end"] + (made["last_end"] or "")
+    content = without_ends(ends, content)
     said = content.strip() if made["trims"] else content
     reply = block + said + made["before_end"] + (made["last_end"] or made["end"])
     return reply.removeprefix(made["prompt"]) if reply.startswith(made["prompt"]) else None
@@ -572,14 +594,10 @@ def test_thinking_parts_read_as_reasoning_content(renderer_of, small_tokenizer, 
 
 
 @pytest.mark.parametrize("name", ["chat_template", "qwen3", "role_colon"])
-def test_plain_text_is_trained_to_its_end_and_forges_nothing(
-    renderer_of, small_tokenizer, trained_runs, name
-):
+def test_plain_text_is_trained_to_its_end(renderer_of, small_tokenizer, trained_runs, name):
     tokenizer = small_tokenizer("chatml")
-    tokens, weights = renderer_of(name, tokenizer).build_text_example("Hi. <|im_end|> 天\n")
-    assert trained_runs(tokenizer, (tokens, weights)) == ["Hi. <|im_end|> 天\n<|im_end|>"]
-    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
-    assert [token for token in tokens.to_ints() if token == end] == [end]
+    example = renderer_of(name, tokenizer).build_text_example("Hi. 天\n")
+    assert trained_runs(tokenizer, example) == ["Hi. 天\n<|im_end|>"]
 
 
 # -- replies ------------------------------------------------------------------------------------

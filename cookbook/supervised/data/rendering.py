@@ -31,6 +31,7 @@ from cookbook.supervised.data.store import (
     make_block,
     open_store,
 )
+from cookbook.types import ModelInput
 from renderers import Renderer, TrainOnWhat
 
 logger = logging.getLogger(__name__)
@@ -86,6 +87,8 @@ class RowRenderer:
     def _examples_of(self, conversation: Conversation) -> list[Example]:
         if conversation.text is not None:
             built = [self._renderer.build_text_example(conversation.text)]
+        elif conversation.pair is not None and self._renderer.is_rendered(conversation.pair[0]):
+            built = [self._completion_example(*conversation.pair)]
         else:
             roles = [str(message.get("role")) for message in conversation.messages]
             if "assistant" not in roles and self._train_on_what in _NEEDS_ASSISTANT:
@@ -96,6 +99,16 @@ class RowRenderer:
         return [
             Example(np.asarray(model_input.to_ints(), np.int32), weights) for model_input, weights in built
         ]
+
+    def _completion_example(self, prompt: str, completion: str) -> tuple[ModelInput, np.ndarray]:
+        """A pair whose prompt a chat template has printed already."""
+        if self._train_on_what not in _NEEDS_ASSISTANT:
+            raise DataError(
+                "its prompt is already rendered, so it has no messages to choose by "
+                f"train_on_what={self._train_on_what}. Its completion is trained with all_assistant_messages."
+            )
+        notes.count("row", "had a prompt that is already rendered; its completion is trained as it stands")
+        return self._renderer.build_completion_example(prompt, completion)
 
     def render(self, chunk: Chunk) -> Block:
         good: list[tuple[str, list[Example]]] = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from cookbook.errors import DataError
@@ -37,13 +38,17 @@ def read_prompt_completion(row: Mapping[str, Any]) -> Conversation:
     """A string is one message, of the user or of the assistant; a list is messages.
 
     A completion that repeats the messages of its prompt, as `chosen` does in sets of
-    preferences, goes on from them.
+    preferences, goes on from them. Two strings may also be text that a chat template has printed already,
+    which the renderer can tell.
     """
     prompt = _side(row, PROMPTS, "user")
     completion = _side(row, COMPLETIONS, "assistant")
     if completion[: len(prompt)] == prompt:
         completion = completion[len(prompt) :]
-    return Conversation(linked(with_system(row, prompt + completion)), tools_of(row))
+    conversation = Conversation(linked(with_system(row, prompt + completion)), tools_of(row))
+    strings = first(row, PROMPTS), first(row, COMPLETIONS)
+    is_pair = all(isinstance(side, str) for side in strings) and len(conversation.messages) == 2
+    return replace(conversation, pair=strings) if is_pair else conversation
 
 
 def _side(row: Mapping[str, Any], keys: Sequence[str], role: str) -> list[Message]:

@@ -1,0 +1,68 @@
+"""Control tokens of well-known chat formats, to notice data that were rendered for another model."""
+
+from __future__ import annotations
+
+from collections.abc import Container
+
+from cookbook import notes
+from renderers.encoder import any_of
+
+_TOKENS = any_of(
+    [
+        "<|im_start|>",
+        "<|im_end|>",
+        "<|im_sep|>",
+        "<|endoftext|>",
+        "<|begin_of_text|>",
+        "<|end_of_text|>",
+        "<|start_header_id|>",
+        "<|end_header_id|>",
+        "<|eot_id|>",
+        "<|eom_id|>",
+        "<|header_start|>",
+        "<|header_end|>",
+        "<|eot|>",
+        "<start_of_turn>",
+        "<end_of_turn>",
+        "<|turn>",
+        "<turn|>",
+        "<bos>",
+        "<eos>",
+        "<s>",
+        "</s>",
+        "[INST]",
+        "[/INST]",
+        "<<SYS>>",
+        "<</SYS>>",
+        "[SYSTEM_PROMPT]",
+        "[/SYSTEM_PROMPT]",
+        "[TOOL_CALLS]",
+        "<|user|>",
+        "<|assistant|>",
+        "<|system|>",
+        "<|end|>",
+        "<|observation|>",
+        "[gMASK]",
+        "<|start|>",
+        "<|channel|>",
+        "<|message|>",
+        "<|return|>",
+        "<|call|>",
+        "<｜User｜>",
+        "<｜Assistant｜>",
+        "<｜begin▁of▁sentence｜>",
+        "<｜end▁of▁sentence｜>",
+        "<|START_OF_TURN_TOKEN|>",
+        "<|END_OF_TURN_TOKEN|>",
+        "<|start_of_role|>",
+        "<|end_of_role|>",
+    ]
+)
+
+
+def note_tokens_of_other_formats(noun: str, text: str, own: Container[str]) -> None:
+    """Counts a text, which is a `noun`, for each such token in it that is none of this tokenizer's own."""
+    if "<" not in text and "[" not in text:
+        return
+    for token in sorted({token for token in _TOKENS.findall(text) if token not in own}):
+        notes.count(noun, "Control tokens of other chat formats, which are plain text here", token)
