@@ -87,6 +87,18 @@ class Renderer(ABC):
         normalize(messages, self.name, self.roles)
         self._check_tools(tools)
 
+    def with_template_kwargs(self, template_kwargs: Mapping[str, Any]) -> Renderer:
+        """This renderer with values for the variables of its chat template, such as `enable_thinking`.
+
+        Raises RendererError for a format that is spelled out in code: it has no such variables.
+        """
+        if not template_kwargs:
+            return self
+        raise RendererError(
+            f"Renderer `{self.name}` has no chat template to give chat_template_kwargs to (given: "
+            f"{', '.join(map(str, template_kwargs))}). Use renderer_name=chat_template, or remove them."
+        )
+
     # -- for training -------------------------------------------------------------------------
 
     def build_supervised_example(

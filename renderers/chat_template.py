@@ -16,12 +16,14 @@ print whole.
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from cookbook import notes
 from cookbook.errors import RendererError
 from renderers.base import Renderer, Rendering, Span
 from renderers.encoder import ESCAPE, SENTINEL, Encoder, any_of
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
 _USER: PlainMessage = {"role": "user", "content": "x"}
 _REPLY: PlainMessage = {"role": "assistant", "content": SENTINEL}
 _ONLY_CONTENT = {"role", "content"}
+_MOST_KEPT_KWARGS = 16
 _JOINERS = "_-./\u2581 "
 _TAG = re.compile(f"{THINK}|{END_THINK}")
 
@@ -49,7 +52,7 @@ class ChatTemplateRenderer(Renderer):
     begins with a newline, say), the two are encoded apart, as they are when sampling. A template
     that asks for the date is always told the same one, `renderers.today.TODAY`. And where it would
     refuse arguments of a tool call that are no string, or a reply without content, it is given
-    them in JSON, or an empty content.
+    them in JSON, or an empty content. Arguments in JSON that it could not print are given as a mapping.
 
     Tool calls between `<tool_call>` tags are parsed, and thinking between `<think>` tags, where the
     template prints them so; calls in any other markup stay in the content, as text.
@@ -58,11 +61,15 @@ class ChatTemplateRenderer(Renderer):
     name = "chat_template"
     roles = ROLES
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, template_kwargs: Mapping[str, Any] | None = None
+    ) -> None:
+        """`template_kwargs` are values for variables of the template, such as `enable_thinking`."""
         if not tokenizer.chat_template:
             raise RendererError("This tokenizer has no chat template. Use a renderer such as `role_colon`.")
         self.tokenizer = tokenizer
-        self._template = Template(tokenizer)
+        self._template = Template(tokenizer, template_kwargs or {})
+        self._with_kwargs: dict[str, ChatTemplateRenderer] = {}
         self._latest: Chat | None = None
         text = self._template.text
         prompt = text([_USER], prompt=True)
@@ -121,7 +128,42 @@ class ChatTemplateRenderer(Renderer):
             )
         return False
 
+    def with_template_kwargs(self, template_kwargs: Mapping[str, Any]) -> Renderer:
+        if not template_kwargs:
+            return self
+        for name in sorted(set(template_kwargs) - self._template.variables_read):
+            notes.count("row", "chat_template_kwargs that the chat template does not read", name)
+        kwargs = {**self._template.kwargs, **template_kwargs}
+        key = json.dumps(kwargs, sort_keys=True, default=str)
+        if key not in self._with_kwargs:
+            if len(self._with_kwargs) >= _MOST_KEPT_KWARGS:
+                self._with_kwargs.clear()
+            self._with_kwargs[key] = ChatTemplateRenderer(self.tokenizer, kwargs)
+        renderer = self._with_kwargs[key]
+        renderer.system_prompt = self.system_prompt
+        return renderer
+
     # -- rendering ----------------------------------------------------------------------------
+
+    def _guarded(
+        self, messages: Sequence[Message], tools: Sequence[Tool] | None
+    ) -> tuple[list[PlainMessage], list[Tool] | None]:
+        """As the base does; arguments in JSON become mappings where the template cannot print JSON."""
+        plain, plain_tools = super()._guarded(messages, tools)
+        if self._template.prints_calls and not self._template.prints_json_arguments:
+            for index, message in enumerate(plain):
+                if message.get("tool_calls"):
+                    calls = [self._with_mapping(call, index + 1) for call in message["tool_calls"]]
+                    plain[index] = {**message, "tool_calls": calls}
+        return plain, plain_tools
+
+    def _with_mapping(self, call: Mapping[str, Any], number: int) -> dict[str, Any]:
+        """A call whose arguments, if they are JSON, are the mapping that it spells."""
+        function = call.get("function") or call
+        if not isinstance(function.get("arguments"), str):
+            return dict(call)
+        parsed = {**function, "arguments": self._arguments(function, number)}
+        return {**call, "function": parsed} if "function" in call else parsed
 
     def _chat(self, messages: Sequence[PlainMessage], tools: Sequence[Tool] | None) -> Chat:
         """The messages as a chat: a beginning of the latest one, where they are that."""

@@ -13,6 +13,7 @@ from contextlib import suppress
 from copy import copy
 from functools import cached_property
 from operator import is_
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import jinja2
@@ -40,19 +41,36 @@ _TOOL: Tool = {
     "function": {"name": "f", "description": "x", "parameters": {"type": "object", "properties": {}}},
 }
 
+_RESERVED = frozenset({"messages", "tools", "add_generation_prompt"})
+
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 
 
 class Template:
     """The chat template of one tokenizer, as it is when this is made."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, kwargs: Mapping[str, Any] = MappingProxyType({})
+    ) -> None:
+        """`kwargs` are values for variables of the template."""
+        if taken := _RESERVED.intersection(kwargs):
+            raise RendererError(
+                f"chat_template_kwargs cannot set {', '.join(sorted(taken))}: a conversation has its own."
+            )
+        self.kwargs = kwargs
         self._source = str(tokenizer.get_chat_template())
         self._plain = compiled(self._source)
         self._with_tools = compiled(tokenizer.get_chat_template(tools=[{}]))
-        self._variables = {**tokenizer.special_tokens_map, "documents": None}
+        self._variables = {**tokenizer.special_tokens_map, "documents": None, **_json_type(kwargs)}
         self._traces = Traces(self._source, self._variables)
         self._printed_roles: dict[str, bool] = {}
+
+    @cached_property
+    def variables_read(self) -> frozenset[str]:
+        """The variables that the template reads and does not set itself."""
+        from jinja2 import meta
+
+        return frozenset(meta.find_undeclared_variables(self._plain.environment.parse(self._source)))
 
     @cached_property
     def _reads_reasoning(self) -> bool:
@@ -143,6 +161,17 @@ class Template:
                 if all(sentinel in text for sentinel in sentinels.values()):
                     return as_json, with_content
         return None
+
+    @cached_property
+    def prints_json_arguments(self) -> bool:
+        """Whether the template prints the arguments of a call that are given as a string of JSON."""
+        as_json, with_content = self._call_form or (False, False)
+        call = _in_form(CALL, as_json, with_content)
+        function = {"name": "f", "arguments": to_json({SENTINEL: 0})}
+        call["tool_calls"] = [{**call["tool_calls"][0], "function": function}]
+        with suppress(RendererError):
+            return SENTINEL in self.text([_USER, call])
+        return False
 
     @property
     def prints_calls(self) -> bool:

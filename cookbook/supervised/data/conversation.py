@@ -25,6 +25,8 @@ class Conversation:
     """OpenAI function schemas."""
     text: str | None = None
     """Plain text; `messages` is empty then."""
+    template_kwargs: dict[str, Any] | None = None
+    """Values for variables of the chat template, such as `enable_thinking`."""
     pair: tuple[str, str] | None = None
     """The prompt and the completion of a row that has them as two strings: what `messages` says, unless
     the prompt turns out to be text that a chat template has printed already."""

@@ -85,15 +85,16 @@ class RowRenderer:
         return examples
 
     def _examples_of(self, conversation: Conversation) -> list[Example]:
+        renderer = self._renderer.with_template_kwargs(conversation.template_kwargs or {})
         if conversation.text is not None:
-            built = [self._renderer.build_text_example(conversation.text)]
-        elif conversation.pair is not None and self._renderer.is_rendered(conversation.pair[0]):
+            built = [renderer.build_text_example(conversation.text)]
+        elif conversation.pair is not None and renderer.is_rendered(conversation.pair[0]):
             built = [self._completion_example(*conversation.pair)]
         else:
             roles = [str(message.get("role")) for message in conversation.messages]
             if "assistant" not in roles and self._train_on_what in _NEEDS_ASSISTANT:
                 raise DataError(f"no assistant message (roles: {', '.join(roles)}).")
-            built = self._renderer.build_supervised_examples(
+            built = renderer.build_supervised_examples(
                 conversation.messages, self._train_on_what, conversation.tools
             )
         return [
