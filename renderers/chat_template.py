@@ -119,6 +119,9 @@ class ChatTemplateRenderer(Renderer):
             )
         return False
 
+    def reads_key(self, key: str) -> bool:
+        return key in self._template.words
+
     # -- rendering ----------------------------------------------------------------------------
 
     def _chat(self, messages: Sequence[PlainMessage], tools: Sequence[Tool] | None) -> Chat:
