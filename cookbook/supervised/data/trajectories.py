@@ -124,7 +124,8 @@ def _read(
     value: Any, levels: Levels, where: str, min_reward: float | None, order: ObservationOrder | None
 ) -> Conversation | None:
     try:
-        steps, inner = _steps_of(value)
+        found, inner = _steps_of(value)
+        steps = [Recorded(step) if isinstance(step, Mapping) else step for step in found]
         levels = [*inner, *levels]
         if min_reward is not None:
             reward = reward_of(levels, steps)
@@ -200,15 +201,15 @@ def _conversation_of(
     for number, step in enumerate(steps, 1):
         if not isinstance(step, Mapping):
             raise DataError(f"step {number} is a {type(step).__name__}, not an object.")
-        check_no_media(step, f"step {number}")
+        check_no_media(unrecorded(step), f"step {number}")
     opening = _opening(context)
-    is_opened = bool(opening or first(context, SYSTEM_KEYS)) or _opens_with_message(steps)
-    obs_first = observation_comes_first(steps, is_opened, _order_of(context) or order)
+    looked_at = [unrecorded(step) for step in steps]
+    is_opened = bool(opening or first(context, SYSTEM_KEYS)) or _opens_with_message(looked_at)
+    obs_first = observation_comes_first(looked_at, is_opened, _order_of(context) or order)
     said: list[Message] = []
     for number, step in enumerate(steps, 1):
-        recorded = Recorded(step)
-        _extend(said, recorded, f"step {number}", obs_first)
-        recorded.count_unread("step", "Keys of steps not read")
+        _extend(said, step, f"step {number}", obs_first)
+        step.count_unread("step", "Keys of steps not read")
     while said and said[-1]["role"] != "assistant":
         said.pop()
     if not said:
