@@ -69,8 +69,10 @@ def chosen_messages(messages: Sequence[Message], train_on_what: TrainOnWhat) -> 
             )
         return []
     chosen = [index for index in _chosen_by_mode(messages, train_on_what) if weights[index] > 0]
-    for index in {*range(len(messages))} - {*chosen}:
-        if _asks(messages[index]):
+    for index, message in enumerate(messages):
+        if index in chosen:
+            continue
+        if _asks(message):
             notes.count("message", f"asked to be trained, which train_on_what={train_on_what} does not do")
         elif weights[index] not in (0, 1):
             notes.count("message", f"had a weight and no part in train_on_what={train_on_what}")

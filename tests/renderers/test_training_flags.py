@@ -71,11 +71,9 @@ def test_null_counts_as_absent() -> None:
 
 
 @pytest.mark.parametrize("name", ["weight", "loss_weight"])
-def test_both_names_of_a_weight_weigh(
-    renderer_of: Any, small_tokenizer: Any, trained_runs: Any, name: str
-) -> None:
-    tokenizer = small_tokenizer("chatml")
-    tokens, weights = renderer_of("chat_template", tokenizer).build_supervised_example(chat(**{name: 0.5}))
+def test_both_names_of_a_weight_weigh(renderer_of: Any, small_tokenizer: Any, name: str) -> None:
+    renderer = renderer_of("chat_template", small_tokenizer("chatml"))
+    _, weights = renderer.build_supervised_example(chat(**{name: 0.5}))
     assert set(weights.tolist()) == {0.0, 0.5}
 
 

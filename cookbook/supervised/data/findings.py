@@ -24,8 +24,8 @@ def count_findings(conversation: Conversation, renderer: Renderer) -> None:
     for message in conversation.messages:
         # The name of a tool finds the call that a result answers.
         known = {*_KEYS, "name"} if message["role"] == "tool" else _KEYS
-        for key in message.keys() - known:
-            if message.get(key) not in EMPTY and not renderer.reads_key(key):
+        for key, value in message.items():
+            if key not in known and value not in EMPTY and not renderer.reads_key(key):
                 notes.count("message", UNREAD_MESSAGE_KEYS, str(key))
         num_calls += len(message.get("tool_calls") or ())
     if num_calls and not conversation.tools:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeAlias
 
 import pytest
 
 from cookbook.errors import DataError
 from cookbook.supervised.data.formats import conversations_of
-from tests.cookbook.supervised.data.test_builders import make_builder, write_rows
+from cookbook.supervised.data.report import DataReport
+
+ReportOf: TypeAlias = Callable[..., DataReport]
 
 CHAT = [{"role": "user", "content": "<image>What is it?"}, {"role": "assistant", "content": "A dog."}]
 ROWS: dict[str, dict[str, Any]] = {
@@ -83,19 +85,17 @@ def test_other_columns_may_be_called_alike(key: str) -> None:
     assert conversations_of({**ROWS["messages"], key: "x"}) == conversations_of(ROWS["messages"])
 
 
-def test_the_refusal_names_the_row_and_what_to_do(tmp_path: Path, tiny_qwen3: str) -> None:
-    path = write_rows(tmp_path / "chats.jsonl", [{"messages": CHAT, "images": ["a.jpg"]}, {"messages": CHAT}])
+def test_the_refusal_names_the_row_and_what_to_do(report_of: ReportOf) -> None:
+    rows = [{"messages": CHAT, "images": ["a.jpg"]}, {"messages": CHAT}]
     with pytest.raises(DataError, match=r"line 1 of chats.jsonl: `images` is not empty \(\['a.jpg'\]\)"):
-        make_builder(path, tiny_qwen3)()
-    (report,) = make_builder(path, tiny_qwen3, on_bad_row="skip")()[0].reports()
+        report_of(rows)
+    report = report_of(rows, on_bad_row="skip")
     assert (report.bad, report.examples) == (1, 1)
 
 
 @pytest.mark.parametrize("format", ROWS)
-def test_a_placeholder_without_a_picture_is_counted(format: str, tmp_path: Path, tiny_qwen3: str) -> None:
-    path = write_rows(tmp_path / "chats.jsonl", [ROWS[format]] * 3)
-    (report,) = make_builder(path, tiny_qwen3)()[0].reports()
-    text = " ".join(" ".join(report.lines()).split())
+def test_a_placeholder_without_a_picture_is_counted(format: str, report_of: ReportOf) -> None:
+    text = " ".join(" ".join(report_of([ROWS[format]] * 3).lines()).split())
     assert "Placeholders with nothing beside them, read as text: <image> (3 messages)" in text
 
 
@@ -113,9 +113,8 @@ def test_a_placeholder_without_a_picture_is_counted(format: str, tmp_path: Path,
     ],
 )
 def test_placeholders_are_told_from_other_text(
-    text: str, placeholders: list[str], tmp_path: Path, tiny_qwen3: str
+    text: str, placeholders: list[str], report_of: ReportOf
 ) -> None:
     chat = [{"role": "user", "content": text}, {"role": "assistant", "content": "<image> of mine"}]
-    path = write_rows(tmp_path / "chats.jsonl", [{"messages": chat}])
-    (report,) = make_builder(path, tiny_qwen3)()[0].reports()
-    assert [note.item for note in report.notes if note.what.startswith("Placeholders")] == placeholders
+    notes = report_of([{"messages": chat}]).notes
+    assert [note.item for note in notes if note.what.startswith("Placeholders")] == placeholders
