@@ -112,6 +112,35 @@ def context_length(model_name: str) -> int | None:
     return getattr(text_config(model_name), "max_position_embeddings", None)
 
 
+def check_vocabulary(model_name: str) -> None:
+    """Raises ModelError where the tokenizer makes tokens that the model's embedding has no row for.
+
+    A token that the tokenizer keeps for pictures or sound (Gemma 3's `image_token`) may lie beyond it:
+    no text becomes that token.
+    """
+    size = getattr(text_config(model_name), "vocab_size", None)
+    tokenizer = get_tokenizer(model_name)
+    if size is None or len(tokenizer) <= size:
+        return
+    named = tokenizer.special_tokens_map
+    of_media = {str(named[key]) for key in named if key not in tokenizer.SPECIAL_TOKENS_ATTRIBUTES}
+    beyond = sorted(
+        (index, token) for token, index in tokenizer.get_vocab().items() if index >= size and token not in of_media
+    )
+    if not beyond:
+        return
+    shown = ", ".join(f"{token!r} (id {index:,})" for index, token in beyond[:3])
+    more = f" and {len(beyond) - 3:,} more" if len(beyond) > 3 else ""
+    raise ModelError(
+        f"The tokenizer of {model_name!r} has {len(tokenizer):,} tokens and the model's embedding {size:,} rows: "
+        f"there is none for {shown}{more}.\nResize the embedding once, save model and tokenizer, and train what "
+        "was saved:\n"
+        "  model.resize_token_embeddings(len(tokenizer))\n"
+        "  model.save_pretrained(folder); tokenizer.save_pretrained(folder)\n"
+        "A LoRA leaves the new rows of the embedding as they are; lora_rank=0 trains them."
+    )
+
+
 def recommended_renderer(model_name: str) -> str:
     """The renderer for a model: hand-written where there is one for exactly this model,
     `chat_template` where the tokenizer has a template, and `role_colon` for a base model."""

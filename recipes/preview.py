@@ -43,6 +43,7 @@ class PreviewConfig(train.Config):
 
 async def run(config: PreviewConfig) -> None:
     builder = config.dataset_builder
+    models.check_vocabulary(config.model_name)
     train_data, _ = builder()
     name, facts = config.model_name, []
     if isinstance(builder, ChatDatasetBuilder):

@@ -28,7 +28,7 @@ from renderers.messages import (
 )
 from renderers.other_formats import note_tokens_of_other_formats
 from renderers.streaming import PLAIN, ResponseStream, Sections
-from renderers.train_on_what import TrainOnWhat, chosen_messages, weight_of
+from renderers.train_on_what import TrainOnWhat, chosen_messages, untrained_messages, weight_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -99,6 +99,11 @@ class Renderer(ABC):
             f"{', '.join(map(str, template_kwargs))}). Use renderer_name=chat_template, or remove them."
         )
 
+    def reads_key(self, key: str) -> bool:
+        """Whether the format prints or looks at a key of messages of its own, beside those of `Message`
+        that all formats know: the content, the thinking, the calls and what they are linked by."""
+        return False
+
     # -- for training -------------------------------------------------------------------------
 
     def build_supervised_example(
@@ -117,7 +122,7 @@ class Renderer(ABC):
             plain, plain_tools, weights = self._prepare(messages, train_on_what, tools)
             rendering = self._render(plain, weights, plain_tools)
             if train_on_what == TrainOnWhat.ALL_TOKENS:
-                return self._whole_example(rendering)
+                return self._whole_example(rendering, plain, messages, plain_tools)
             spans = {
                 index: self._span_in_history(plain, rendering, index, plain_tools)
                 if index in rendering.rewritten
@@ -144,7 +149,7 @@ class Renderer(ABC):
             rendering = self._render(plain, weights, plain_tools)
             if not rendering.rewritten:
                 if train_on_what == TrainOnWhat.ALL_TOKENS:
-                    return [self._whole_example(rendering)]
+                    return [self._whole_example(rendering, plain, messages, plain_tools)]
                 return [self._example(rendering, rendering.spans, weights)]
             turns = [index for index in weights if plain[index]["role"] == "assistant"]
             if max(weights) > turns[-1]:
@@ -266,7 +271,8 @@ class Renderer(ABC):
         train_on_what = TrainOnWhat(train_on_what)
         chosen = chosen_messages(messages, train_on_what)
         whole = train_on_what == TrainOnWhat.ALL_TOKENS
-        for index in range(len(messages)) if whole else chosen:
+        trained = {*range(len(messages))} - {*untrained_messages(messages)} if whole else chosen
+        for index in sorted(trained):
             self._check_holds_no_more(plain[index + shift], index + 1)
         return plain, plain_tools, {index + shift: weight_of(messages[index]) for index in chosen}
 
@@ -343,8 +349,54 @@ class Renderer(ABC):
             weights_T[tokens.index(start) : tokens.index(end)] = weight
         return ModelInput((EncodedTextChunk(tokens.ids),)), weights_T
 
-    def _whole_example(self, rendering: Rendering) -> tuple[ModelInput, np.ndarray]:
-        return self._example(rendering, {0: Span(0, len(rendering.text))}, {0: 1.0})
+    def _whole_example(
+        self,
+        rendering: Rendering,
+        plain: Sequence[PlainMessage],
+        messages: Sequence[Message],
+        tools: Sequence[Tool] | None,
+    ) -> tuple[ModelInput, np.ndarray]:
+        """Every token trained but those of the messages that say they are not."""
+        shift = len(plain) - len(messages)
+        spans, start = [], 0
+        for index in [index + shift for index in untrained_messages(messages)]:
+            spans.append(Span(start, self._start_of(index, plain, rendering, tools)))
+            start = self._start_of(index + 1, plain, rendering, tools)
+        spans.append(Span(start, len(rendering.text)))
+        return self._example(rendering, dict(enumerate(spans)), dict.fromkeys(range(len(spans)), 1.0))
+
+    def _start_of(
+        self,
+        index: int,
+        messages: Sequence[PlainMessage],
+        rendering: Rendering,
+        tools: Sequence[Tool] | None,
+    ) -> int:
+        """Where a message with its header begins in the rendering: where the messages before it end.
+
+        The first one begins with the text; what the format says of itself there belongs to it.
+        """
+        if index in (0, len(messages)):
+            return len(rendering.text) if index else 0
+        before, error = messages[:index], None
+        try:
+            text = self._render(before, (), tools).text
+            if rendering.text.startswith(text):
+                return len(text)
+            if before[-1]["role"] == "assistant":
+                # The format shows it otherwise where it is the last one.
+                whole = self._render(messages, [index - 1], tools)
+                is_rewritten = index - 1 in whole.rewritten
+                history = self._span_in_history(messages, whole, index - 1, tools) if is_rewritten else None
+                end = (history or whole.spans[index - 1]).end
+                rest = rendering.text[end:]
+                return end + len(rest) - len(rest.lstrip())
+        except RendererError as refused:
+            error = refused
+        raise RendererError(
+            f"Renderer `{self.name}` cannot tell where message {index + 1} begins, and it or the one before "
+            "is not to be trained. Choose train_on_what=all_messages."
+        ) from error
 
     # -- for sampling -------------------------------------------------------------------------
 

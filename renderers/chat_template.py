@@ -143,6 +143,9 @@ class ChatTemplateRenderer(Renderer):
         renderer.system_prompt = self.system_prompt
         return renderer
 
+    def reads_key(self, key: str) -> bool:
+        return key in self._template.words
+
     # -- rendering ----------------------------------------------------------------------------
 
     def _guarded(

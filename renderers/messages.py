@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Required, TypeAlias, TypedDict
 
 from cookbook.errors import RendererError
+from renderers.training_flags import TRAINING_KEYS, refuse_on_part, training_of
 
 
 class ContentPart(TypedDict, total=False):
@@ -24,9 +25,11 @@ class Message(TypedDict, total=False):
     """One turn of a conversation.
 
     A list of parts reads as the concatenation of its texts, its thinking as `reasoning_content`, for
-    which `thinking` and `reasoning` are other names. `trainable` is read by `TrainOnWhat.CUSTOMIZED` alone.
-    `weight`, 1 where it is missing, scales the loss of the message's tokens; at 0 it is not trained.
-    Other keys reach the chat template as they are.
+    which `thinking` and `reasoning` are other names. `trainable`, of which `train`, `training` and `loss` are
+    other names, is obeyed in every mode where it is false, and true asks for training under
+    `TrainOnWhat.CUSTOMIZED`; `mask` says the opposite. `weight` (or `loss_weight`), 1 where it is missing,
+    scales the loss of the message's tokens; at 0 it is not trained. Other keys reach the chat template as
+    they are.
     """
 
     role: Required[str]
@@ -37,19 +40,24 @@ class Message(TypedDict, total=False):
     tool_calls: list[dict[str, Any]] | None
     tool_call_id: str
     name: str
-    trainable: bool
-    weight: float
+    trainable: bool | None
+    train: bool | None
+    training: bool | None
+    loss: bool | None
+    mask: bool | None
+    weight: float | None
+    loss_weight: float | None
 
 
 PlainMessage: TypeAlias = dict[str, Any]
 """A checked message: `content` is a string or absent, no value is None, and none of `thinking`,
-`reasoning`, `trainable` and `weight` is left."""
+`reasoning` and what a message says of its training is left."""
 
 Tool: TypeAlias = Mapping[str, Any]
 """A tool as OpenAI describes it: `type` is `function`, `function` has `name`, `description`, `parameters`."""
 
 _THINKING = ("reasoning_content", "thinking", "reasoning")
-_OURS = (*_THINKING, "trainable", "weight")
+_OURS = frozenset((*_THINKING, *TRAINING_KEYS))
 _DEEPEST = 100
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
@@ -82,9 +90,7 @@ def _normalize_one(message: Message, number: int, renderer: str, roles: Sequence
             f"Supported: {', '.join(roles)}."
         )
     plain = {key: value for key, value in message.items() if value is not None and key not in _OURS}
-    trainable = message.get("trainable")
-    if not (trainable is None or isinstance(trainable, bool)):
-        raise RendererError(f"`trainable` of message {number} is {trainable!r}. Use true or false.")
+    training_of(message, f"message {number}")
     thoughts = [item for item in map(dict[str, Any](message).get, _THINKING) if item is not None]
     if "content" in plain:
         content, thought = _text_of(plain["content"], number, renderer)
@@ -154,6 +160,7 @@ def _text_of(content: object, number: int, renderer: str) -> tuple[str, str]:
                 f"Renderer `{renderer}` cannot render a part of type `{kind}` (message {number}). "
                 "Supported: text, with a string under `text` (and thinking likewise)."
             )
+        refuse_on_part(part, f"message {number}")
         texts[kind].append(part[kind])
     return "".join(texts["text"]), "".join(texts["thinking"])
 

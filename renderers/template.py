@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import jinja2
 import numpy as np
+from jinja2 import nodes
 
 from cookbook.errors import RendererError
 from renderers.encoder import SENTINEL
@@ -59,8 +60,9 @@ class Template:
             )
         self.kwargs = kwargs
         self._source = str(tokenizer.get_chat_template())
+        self._source_with_tools = str(tokenizer.get_chat_template(tools=[{}]))
         self._plain = compiled(self._source)
-        self._with_tools = compiled(tokenizer.get_chat_template(tools=[{}]))
+        self._with_tools = compiled(self._source_with_tools)
         self._variables = {**tokenizer.special_tokens_map, "documents": None, **_json_type(kwargs)}
         self._traces = Traces(self._source, self._variables)
         self._printed_roles: dict[str, bool] = {}
@@ -77,6 +79,16 @@ class Template:
         """Whether the template knows thinking by a third name alone."""
         words = set(re.findall(r"\w+", self._source))
         return "reasoning" in words and not words & {"thinking", "reasoning_content"}
+
+    @cached_property
+    def words(self) -> frozenset[str]:
+        """The attributes and the strings that the template's code names: all keys it can look for."""
+        found: set[str] = set()
+        for source in {self._source, self._source_with_tools}:
+            tree = self._plain.environment.parse(source)
+            found.update(node.attr for node in tree.find_all(nodes.Getattr))
+            found.update(node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str))
+        return frozenset(found)
 
     def text(
         self, messages: Sequence[PlainMessage], tools: Sequence[Tool] | None = None, prompt: bool = False

@@ -5,12 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from enum import StrEnum
 
+from cookbook import notes
 from cookbook.errors import RendererError
 from renderers.messages import Message
+from renderers.training_flags import training_of
 
 
 class TrainOnWhat(StrEnum):
     """What is trained; everything else carries weight 0.
+
+    A message that says it is not trained (`renderers.training_flags`: `train: false`, `weight: 0`,
+    `mask: true` and more) is not, in any of the modes.
 
     Training a message means its text and the end-of-turn token that closes it. For an assistant
     the text is all that follows the generation prompt (thinking and tool calls included); for
@@ -31,43 +36,56 @@ class TrainOnWhat(StrEnum):
     """Every message of every role; the headers between them are not trained."""
 
     ALL_TOKENS = "all_tokens"
-    """Every token of the sequence, headers and special tokens included."""
+    """Every token of the sequence, headers and special tokens included; but of a message that is not
+    trained none, from its header on."""
 
     ALL_USER_AND_SYSTEM_MESSAGES = "all_user_and_system_messages"
     """Every user and system message."""
 
     CUSTOMIZED = "customized"
-    """The messages whose `trainable` is true; without the key a message is not trained."""
+    """The messages that ask for it: `trainable: true`, or `train`, `training` or `loss`."""
 
 
-_SMALLEST, _LARGEST = 2.0**-149, (2 - 2.0**-23) * 2.0**127
-"""The bounds of what float32 holds above 0."""
-
-
-def weight_of(message: Message) -> float:
-    """The factor on the loss of the message's tokens."""
-    weight = message.get("weight")
-    if weight is None:
-        return 1.0
-    is_number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
-    if not is_number or not (weight == 0 or _SMALLEST <= weight <= _LARGEST):
-        raise RendererError(
-            f"The weight of a message is {str(weight)[:40]}. Give a number of 0 or more that fits float32."
-        )
-    return float(weight)
+def weight_of(message: Message, where: str = "a message") -> float:
+    """The factor on the loss of the message's tokens; 0 if it says that it is not trained."""
+    training = training_of(message, where)
+    if training.is_wanted is False:
+        return 0.0
+    return 1.0 if training.weight is None else float(training.weight)
 
 
 def chosen_messages(messages: Sequence[Message], train_on_what: TrainOnWhat) -> list[int]:
     """The positions of the messages to train, ascending: those of the mode that do not weigh 0.
 
-    ALL_TOKENS chooses tokens, so no messages; it has no place for their weights.
+    ALL_TOKENS chooses tokens, so no messages; it has no place for weights other than 0 and 1. Messages
+    that ask for what the mode does not do are counted.
     """
-    if train_on_what == TrainOnWhat.ALL_TOKENS and any(weight_of(message) != 1 for message in messages):
-        raise RendererError(
-            "A message has a weight, but all_tokens trains headers and messages alike. Remove the weight, or "
-            "choose all_messages."
-        )
-    return [index for index in _chosen_by_mode(messages, train_on_what) if weight_of(messages[index]) > 0]
+    weights = [weight_of(message, f"message {number}") for number, message in enumerate(messages, 1)]
+    if train_on_what == TrainOnWhat.ALL_TOKENS:
+        if not {0.0, 1.0}.issuperset(weights):
+            raise RendererError(
+                "A message has a weight, but all_tokens trains headers and messages alike. Remove the "
+                "weight, or choose all_messages."
+            )
+        return []
+    chosen = [index for index in _chosen_by_mode(messages, train_on_what) if weights[index] > 0]
+    for index, message in enumerate(messages):
+        if index in chosen:
+            continue
+        if _asks(message):
+            notes.count("message", f"asked to be trained, which train_on_what={train_on_what} does not do")
+        elif weights[index] not in (0, 1):
+            notes.count("message", f"had a weight and no part in train_on_what={train_on_what}")
+    return chosen
+
+
+def untrained_messages(messages: Sequence[Message]) -> list[int]:
+    """The positions of the messages that say they are not trained."""
+    return [index for index, message in enumerate(messages) if weight_of(message) == 0]
+
+
+def _asks(message: Message) -> bool:
+    return training_of(message, "a message").is_wanted is True
 
 
 def _chosen_by_mode(messages: Sequence[Message], train_on_what: TrainOnWhat) -> list[int]:
@@ -86,6 +104,6 @@ def _chosen_by_mode(messages: Sequence[Message], train_on_what: TrainOnWhat) -> 
         case TrainOnWhat.ALL_USER_AND_SYSTEM_MESSAGES:
             return [i for i, role in enumerate(roles) if role in ("user", "system")]
         case TrainOnWhat.CUSTOMIZED:
-            return [i for i, message in enumerate(messages) if message.get("trainable", False)]
+            return [i for i, message in enumerate(messages) if _asks(message)]
         case TrainOnWhat.ALL_TOKENS:
             return []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
@@ -11,7 +11,8 @@ from cookbook.errors import CookbookError, DataError
 from cookbook.eval.chat import text_of
 from cookbook.supervised.data import formats
 from cookbook.supervised.data.builders import open_sources
-from cookbook.supervised.data.conversation import Conversation
+from cookbook.supervised.data.conversation import SYSTEM_KEYS, TEMPLATE_KWARGS, TOOL_KEYS, Conversation
+from cookbook.supervised.data.media import check_no_media
 from cookbook.supervised.data.rendering import reason_of
 from cookbook.supervised.data.sources import BadRow, Row
 from cookbook.types import ModelInput
@@ -70,7 +71,8 @@ def _pairs(
     row: Row, format: str | None, prompt_column: str | None, reference_column: str | None
 ) -> Iterator[tuple[Conversation, str]]:
     if prompt_column is not None:
-        around = {key: row[key] for key in ("system", "system_prompt", "tools", "functions") if key in row}
+        check_no_media(row)
+        around = {key: row[key] for key in (*SYSTEM_KEYS, *TOOL_KEYS, TEMPLATE_KWARGS) if key in row}
         asked = {**around, "prompt": _column(row, prompt_column), "completion": ""}
         conversations = formats.conversations_of(asked, "prompt_completion")
     else:
@@ -82,7 +84,7 @@ def _pairs(
             reference = text_of(reply)
         else:
             reference = _text(row, reference_column)
-        yield Conversation(asked_messages, conversation.tools), reference
+        yield replace(conversation, messages=asked_messages), reference
 
 
 def _at_last_reply(conversation: Conversation, must_be: bool) -> tuple[list[Message], Message | None]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import html
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby, islice
 from typing import TYPE_CHECKING
 
@@ -20,6 +20,7 @@ from cookbook.control_characters import as_pictures
 from cookbook.supervised.data.report import DataReport
 from cookbook.supervised.types import SupervisedDataset
 from cookbook.types import IGNORED_TARGET, Datum, TensorData
+from renderers.encoder import any_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -35,6 +36,8 @@ class Piece:
     text: str
     ids: tuple[int, ...]
     weight: float
+    is_spelled: bool = False
+    """Whether this is text of a message that reads as a control token and is none."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,7 @@ def decode_datum(datum: Datum, tokenizer: PreTrainedTokenizerBase) -> DecodedExa
     tokens = [*inputs, int(targets_T[-1])] if targets_T[-1] != IGNORED_TARGET else inputs
     weight_of_token = [0.0, *weights_T.tolist()][: len(tokens)]
     return DecodedExample(
-        pieces=list(_pieces(tokens, weight_of_token, tokenizer)),
+        pieces=_with_spelled_marked(list(_pieces(tokens, weight_of_token, tokenizer)), tokenizer),
         num_tokens=len(tokens),
         num_trained_tokens=int(np.count_nonzero(weights_T)),
     )
@@ -105,6 +108,19 @@ def _pieces(
         start = end
 
 
+def _with_spelled_marked(pieces: list[Piece], tokenizer: PreTrainedTokenizerBase) -> list[Piece]:
+    special = {
+        token.content: index for index, token in tokenizer.added_tokens_decoder.items() if token.special
+    }
+    starts = np.cumsum([0, *(len(piece.text) for piece in pieces)])
+    for match in any_of(special).finditer("".join(piece.text for piece in pieces)):
+        first = int(np.searchsorted(starts, match.start(), side="right")) - 1
+        last = int(np.searchsorted(starts, match.end(), side="left"))
+        if pieces[first].ids != (special[match[0]],):
+            pieces[first:last] = [replace(piece, is_spelled=True) for piece in pieces[first:last]]
+    return pieces
+
+
 def _decode(tokens: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> str:
     return str(tokenizer.decode(list(tokens), skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
@@ -113,16 +129,29 @@ def _decode(tokens: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def print_examples(examples: Sequence[DecodedExample], console: Console) -> None:
-    """Trained text in colour; between ⟦ and ⟧ where there are no colours."""
+    """Trained text in colour; between ⟦ and ⟧ where there are no colours.
+
+    Text that spells a control token is red, or between ⁅ and ⁆, and the last line says so.
+    """
+    has_colour = console.color_system is not None
     for number, example in enumerate(examples, 1):
-        console.print(_panel(number, example, console.color_system is not None))
+        console.print(_panel(number, example, has_colour))
+    if any(piece.is_spelled for example in examples for piece in example.pieces):
+        mark = "Red text" if has_colour else "What stands between ⁅ and ⁆"
+        console.print(f"{mark} spells a control token and is plain text to the model.", highlight=False)
 
 
 def _panel(number: int, example: DecodedExample, has_colour: bool) -> RenderableType:
     text = Text()
-    for weight, run in groupby(example.pieces, key=lambda piece: piece.weight):
+    for (weight, is_spelled), run in groupby(
+        example.pieces, key=lambda piece: (piece.weight, piece.is_spelled)
+    ):
         said = as_pictures("".join(piece.text for piece in run))
-        if not weight:
+        if is_spelled:
+            said = said if has_colour else f"⁅{said}⁆"
+        if is_spelled and has_colour:
+            text.append(said, style="bold red" if weight else "red")
+        elif not weight:
             text.append(said, style="dim")
         elif has_colour:
             text.append(said, style="bold green" if weight == 1 else "bold yellow")
@@ -161,13 +190,15 @@ def _section(number: int, example: DecodedExample) -> str:
 
 def _span(piece: Piece) -> str:
     ids = ", ".join(map(str, piece.ids))
-    hint = html.escape(f"{piece.text!r}  id {ids}  weight {piece.weight:g}", quote=True)
+    said = "  plain text that spells a control token" if piece.is_spelled else ""
+    hint = html.escape(f"{piece.text!r}  id {ids}  weight {piece.weight:g}{said}", quote=True)
     text = html.escape(piece.text)
     if not piece.weight:
-        return f'<span title="{hint}">{text}</span>'
+        mark = ' class="s"' if piece.is_spelled else ""
+        return f'<span{mark} title="{hint}">{text}</span>'
     # A trained line break is a token like any other: it is shown, and still breaks the line.
     text = text.replace("\n", "<i>↵</i>\n")
-    kind = "t" if piece.weight == 1 else "t w"
+    kind = ("t" if piece.weight == 1 else "t w") + (" s" if piece.is_spelled else "")
     return f'<span class="{kind}" title="{hint}">{text}</span>'
 
 
@@ -226,6 +257,7 @@ pre { font: 13px/1.55 ui-monospace, "DejaVu Sans Mono", monospace; white-space: 
   padding: .7rem .9rem; margin: 0; }
 section pre { color: var(--soft); }
 .t { background: var(--t); color: var(--t-ink); } .w { background: var(--w); }
+.s { text-decoration: underline wavy #c0392b; text-underline-offset: 3px; }
 .t i { font-style: normal; opacity: .45; }
 section span:hover { outline: 1px solid currentColor; }
 figure { margin: 1.2rem 0; } svg { width: 100%; height: auto; } rect { fill: var(--bar); }
@@ -243,7 +275,8 @@ _PAGE = """<!doctype html>
 <pre>{report}</pre>
 <figure>{histogram}</figure>
 <p class="soft"><span class="t">Trained text</span> counts in the loss (<span class="t w">so</span> with a
-weight other than 1); the rest is what the model reads. Point at a token to see its id.</p>
+weight other than 1); the rest is what the model reads. <span class="s">Underlined</span> text spells a
+control token and is plain text to the model. Point at a token to see its id.</p>
 {examples}
 </body>
 </html>

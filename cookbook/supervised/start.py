@@ -133,6 +133,7 @@ def _check_start_weights(config: Config) -> None:
 
 def _check_tokenizer(config: Config) -> None:
     """Tokens of another vocabulary would train another model than the one that is meant."""
+    models.check_vocabulary(config.model_name)
     builder = config.dataset_builder
     if not isinstance(builder, ChatDatasetBuilder):
         return

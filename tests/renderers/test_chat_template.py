@@ -270,7 +270,7 @@ any_chat = st.lists(
         {
             "role": st.sampled_from(["system", "user", "assistant"]),
             "content": plain_text,
-            "trainable": st.booleans(),
+            "trainable": st.booleans() | st.none(),
         }
     ),
     max_size=6,
@@ -310,7 +310,10 @@ def test_the_weights_of_each_mode_are_those_counted_by_hand(renderer_of, small_t
             trained = [float(start >= len(header)) for start, _ in offsets]
         expected_tokens += [*body, *encode("<|im_end|>\n")["input_ids"]]
         weights = [*trained, 1.0, 0.0]
-        expected += [1.0] * len(weights) if mode == "all_tokens" else [w * (i in chosen) for w in weights]
+        if mode == "all_tokens":
+            weights = [1.0] * len(weights)
+        is_trained = i in chosen and message.get("trainable") is not False
+        expected += [weight * is_trained for weight in weights]
 
     tokens, weights = renderer_of("chat_template", tokenizer).build_supervised_example(chat, mode)
     assert tokens.to_ints() == expected_tokens
@@ -530,15 +533,21 @@ def test_a_template_that_cuts_the_thinking_out_of_the_content_is_refused(rendere
 def test_the_weight_of_a_message_scales_its_tokens(renderer_of, small_tokenizer, name, mode):
     renderer = renderer_of(name, small_tokenizer("chatml"))
     chat = [{"role": "system", "content": "s"}, user("a"), assistant("b"), user("c"), assistant("d")]
-    chat = [{**message, "trainable": True} for message in chat]
-    tokens, plain = renderer.build_supervised_example(chat, mode)
+
+    def with_weights(factors: list[float]) -> list[Any]:
+        return [
+            {**message, "weight": factor, "trainable": True if factor else None}
+            for message, factor in zip(chat, factors, strict=True)
+        ]
+
+    tokens, plain = renderer.build_supervised_example(with_weights([1.0] * 5), mode)
     factors = [0.5, 2.0, 0.25, 1.0, 0.0]
-    weighted_chat = [{**message, "weight": factor} for message, factor in zip(chat, factors, strict=True)]
+    weighted_chat = with_weights(factors)
     same, weighted = renderer.build_supervised_example(weighted_chat, mode)
     assert same == tokens
     expected = np.zeros_like(plain)
     for i, factor in enumerate(factors):
-        only = [{**message, "weight": float(i == j)} for j, message in enumerate(chat)]
+        only = with_weights([float(i == j) for j in range(5)])
         expected += factor * renderer.build_supervised_example(only, mode)[1]
     assert weighted.tolist() == expected.tolist()
     assert "all_tokens" in refusal(renderer.build_supervised_example, weighted_chat, TrainOnWhat.ALL_TOKENS)

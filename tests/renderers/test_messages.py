@@ -145,7 +145,7 @@ def test_thinking_has_one_name(message):
         ({"content": "a", "name": "\ud800"}, "Message 1 has half a character"),
         ({"content": "a", "extra": nested(5000)}, "Message 1 is nested"),
         ({"content": "a", "trainable": "yes"}, "`trainable` of message 1 is 'yes'"),
-        ({"content": "a", "trainable": 1}, "`trainable` of message 1 is 1"),
+        ({"content": "a", "trainable": 2}, "`trainable` of message 1 is 2"),
     ],
 )
 def test_what_is_no_message_is_refused(message, error):

@@ -24,6 +24,7 @@ from cookbook.supervised.data.rendered import (
 from cookbook.supervised.data.rendering import OnBadRow, RowRenderer, render_source
 from cookbook.supervised.data.sources import KNOWN_DATASETS, Row, Source, known_test_source, open_source
 from cookbook.supervised.data.streaming import Slice, StreamedConversations, StreamMixture
+from cookbook.supervised.data.trajectories import ObservationOrder
 from cookbook.supervised.types import ChatDatasetBuilder, SupervisedDataset
 
 logger = logging.getLogger(__name__)
@@ -46,6 +47,11 @@ class ConversationBuilder(ChatDatasetBuilder):
     )
     min_reward: float | None = chz.field(
         default=None, doc="leave out rows and rollouts whose reward is lower; default: rewards are ignored"
+    )
+    observation_order: ObservationOrder | None = chz.field(
+        default=None,
+        doc="for steps of rollouts that do not tell it: before (the action of a step answers its "
+        "observation) or after (the observation came of the action); default: such a row is refused",
     )
     weights: list[float] | None = chz.field(
         default=None,
@@ -107,7 +113,7 @@ class ConversationBuilder(ChatDatasetBuilder):
 
     def conversations_of(self, row: Row) -> list[Conversation]:
         """The conversations of a row; none where it is not wanted. Raises DataError for a bad row."""
-        return formats.conversations_of(row, self.format, self.min_reward)
+        return formats.conversations_of(row, self.format, self.min_reward, self.observation_order)
 
     # -- the datasets -----------------------------------------------------------------------
 
@@ -130,7 +136,7 @@ class ConversationBuilder(ChatDatasetBuilder):
 
     def _row_renderer(self) -> RowRenderer:
         is_ours = type(self).conversations_of is ConversationBuilder.conversations_of
-        key = json.dumps([self.format, self.min_reward]) if is_ours else None
+        key = json.dumps([self.format, self.min_reward, self.observation_order]) if is_ours else None
         return RowRenderer(self.renderer, self.common_config.train_on_what, self.conversations_of, key)
 
     def _trainable_rows(self, source: Source, row_renderer: RowRenderer) -> TrainableRows:

@@ -6,14 +6,18 @@ What is refused raises DataError with the end of a sentence; whoever knows the r
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
-from cookbook.errors import DataError
+from cookbook.errors import DataError, RendererError
+from cookbook.supervised.data.columns import unrecorded
+from cookbook.supervised.data.media import check_no_media
 from renderers import Message
+from renderers.training_flags import FINER_KEYS, TRAINING_KEYS, refuse_on_part, training_of
 
 ToolCall: TypeAlias = dict[str, Any]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,13 @@ ROLES: Mapping[str, str] = {
 }
 """What roles are called elsewhere. One that is not listed stays as it is; the renderer knows its own."""
 
+TOOL_KEYS = (
+    *("tools", "functions", "tool_defs", "tool_definitions", "tool_schemas"),
+    *("available_tools", "available_functions", "function_definitions", "function_schemas"),
+)
+UNREAD_MESSAGE_KEYS = "Message keys not read"
+"""What the report calls them."""
+TEMPLATE_KWARGS = "chat_template_kwargs"
 SYSTEM_KEYS = ("system", "system_prompt")
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 CALL_NAMES = ("name", "tool", "tool_name")
@@ -59,7 +70,8 @@ def message_of(value: Any, where: str) -> Message:
     `content` becomes a string: text parts are put together, what a tool answered is printed as
     JSON unless it is text. Reasoning, also that of a `thinking` part, stands under
     `reasoning_content`. Calls have arguments as a dict; they also stand under the legacy
-    `function_call`, or in the content of a role of that name. Keys without a value and an empty
+    `function_call`, or in the content of a role of that name. Whether it is trained stands under
+    `trainable` and `weight` alone, where the message says it. Keys without a value and an empty
     list of calls are dropped; other keys stay.
     """
     if not isinstance(value, Mapping):
@@ -68,6 +80,7 @@ def message_of(value: Any, where: str) -> Message:
     if not isinstance(message.get("role"), str):
         raise DataError(f"{where} has no `role` (keys: {names(message)}).")
     message["role"] = role_of(message["role"])
+    check_no_media(message, where)
     calls = calls_of(message.pop("tool_calls", None), where)
     calls += calls_of(message.pop("function_call", None), where)
     if message["role"] == "function_call":
@@ -80,7 +93,7 @@ def message_of(value: Any, where: str) -> Message:
         message["content"], thought = content_of(message["content"], where, message["role"] == "tool")
         if thought:
             message.setdefault("reasoning_content", thought)
-    _check_training_keys(message, where)
+    _rename_training_keys(message, where)
     return message  # type: ignore[return-value]
 
 
@@ -115,6 +128,8 @@ def content_of(value: Any, where: str, from_tool: bool = False) -> tuple[str, st
         if not isinstance(found, str):
             raise DataError(f"{where} has a part of type `{kind}` without text.")
         into.append(found)
+        if isinstance(part, Mapping):
+            _as_data_error(refuse_on_part, part, where)
     return "".join(texts), "".join(thoughts)
 
 
@@ -143,13 +158,29 @@ def _rename_reasoning(message: dict[str, Any], where: str) -> None:
         message["reasoning_content"] = held[0] if held else ""
 
 
-def _check_training_keys(message: dict[str, Any], where: str) -> None:
-    if not isinstance(message.get("trainable", True), bool):
-        raise DataError(f"`trainable` of {where} is {message['trainable']!r}, not true or false.")
-    if "weight" in message:
-        weight = message["weight"]
-        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight <= 1e6:
-            raise DataError(f"`weight` of {where} is {repr(weight)[:20]}, not a number from 0 to a million.")
+def _rename_training_keys(message: dict[str, Any], where: str) -> None:
+    """Puts what the message says of its training under `trainable` and `weight`."""
+    if (TRAINING_KEYS | FINER_KEYS).isdisjoint(message):
+        return
+    training = _as_data_error(training_of, message, where)
+    if training.weight is not None and training.weight > MAX_WEIGHT:
+        raise DataError(f"the weight of {where} is {training.weight}, more than a million.")
+    for key in TRAINING_KEYS | FINER_KEYS:
+        message.pop(key, None)
+    if training.weight is not None:
+        message["weight"] = training.weight
+    if training.is_wanted is not None and training.weight != 0:
+        message["trainable"] = training.is_wanted
+
+
+MAX_WEIGHT = 1e6
+
+
+def _as_data_error(check: Callable[[Mapping[str, Any], str], T], value: Mapping[str, Any], where: str) -> T:
+    try:
+        return check(value, where)
+    except RendererError as error:
+        raise DataError(str(error)) from error
 
 
 # -- calls and tools --------------------------------------------------------------------------
@@ -196,8 +227,14 @@ def _arguments_of(value: Any, where: str) -> dict[str, Any]:
 
 
 def tools_of(row: Mapping[str, Any]) -> list[dict[str, Any]] | None:
-    """The tools of a row, a list or JSON of one: OpenAI's schemas, or bare functions, which are wrapped."""
-    for key in ("tools", "functions"):
+    """The tools of a row, a list or JSON of one: OpenAI's schemas, or bare functions, which are wrapped.
+
+    The first of `TOOL_KEYS` that has any counts. Names alone are no schemas: under a key other than
+    `tools` and `functions` they are left unread.
+    """
+    for key in TOOL_KEYS:
+        if key not in TOOL_KEYS[:2] and not _are_schemas(unrecorded(row).get(key)):
+            continue
         tools = row.get(key)
         if isinstance(tools, str):
             tools = decoded(tools, f"`{key}`") if tools.strip() else None
@@ -206,6 +243,29 @@ def tools_of(row: Mapping[str, Any]) -> list[dict[str, Any]] | None:
         if tools:
             return [_tool_of(tool, f"tool {number}") for number, tool in enumerate(tools, 1)]
     return None
+
+
+def _are_schemas(value: Any) -> bool:
+    items = listed(value)
+    return bool(items) and all(
+        isinstance(item, Mapping) or (isinstance(item, str) and item.lstrip().startswith("{"))
+        for item in items or ()
+    )
+
+
+def template_kwargs_of(row: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What a row sets of the chat template: an object, or JSON of one; None where that is nothing."""
+    value = row.get(TEMPLATE_KWARGS)
+    if isinstance(value, str):
+        value = decoded(value, f"`{TEMPLATE_KWARGS}`") if value.strip() else None
+    if value is None:
+        return None
+    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+        raise DataError(
+            f"`{TEMPLATE_KWARGS}` is a {type(value).__name__}, not an object of the template's variables."
+        )
+    printed(value, f"`{TEMPLATE_KWARGS}`")
+    return {key: item for key, item in value.items() if item is not None} or None
 
 
 def _tool_of(value: Any, where: str) -> dict[str, Any]:
@@ -228,14 +288,94 @@ def _tool_of(value: Any, where: str) -> dict[str, Any]:
 # -- whole conversations ----------------------------------------------------------------------
 
 
+def conversation_of(row: Mapping[str, Any], messages: Sequence[Message]) -> Conversation:
+    """The messages with all that a row of any format says beside them."""
+    whole = with_system(row, join_assistants(messages))
+    return Conversation(linked(whole), tools_of(row), template_kwargs=template_kwargs_of(row))
+
+
 def with_system(row: Mapping[str, Any], messages: list[Message]) -> list[Message]:
     """The messages after the system prompt of the row, unless they bring their own or it is empty."""
+    if messages and messages[0]["role"] in ("system", "developer"):
+        return messages
     system = first(row, SYSTEM_KEYS)
     if system is not None and not isinstance(system, str):
         raise DataError(f"the system prompt is a {type(system).__name__}, not a string.")
-    if not system or (messages and messages[0]["role"] in ("system", "developer")):
-        return messages
-    return [{"role": "system", "content": system}, *messages]
+    return [{"role": "system", "content": system}, *messages] if system else messages
+
+
+def join_assistants(messages: Sequence[Message]) -> list[Message]:
+    """Successive messages of the assistant as the one that they are: calls after a text or after calls,
+    and what follows a thought alone.
+
+    Raises DataError, naming both, for any others, and where what they say of their training differs.
+    """
+    joined: list[Message] = []
+    for number, message in enumerate(messages, 1):
+        if joined and joined[-1].get("role") == message.get("role") == "assistant":
+            joined[-1] = _join(joined[-1], message, number)
+        else:
+            joined.append(message)
+    return joined
+
+
+def _join(one: Message, two: Message, number: int) -> Message:
+    """Message `number` and what stands before it as one message."""
+    both = f"messages {number - 1} and {number} are both the assistant's"
+    says, calls = bool(two.get("content")), bool(two.get("tool_calls"))
+    has_thought_alone = bool(_thought(one)) and not one.get("content") and not one.get("tool_calls")
+    if not has_thought_alone and (says or not calls):
+        if one.get("tool_calls"):
+            raise DataError(
+                f"{both}, and no result stands between the call and {_excerpt(two)}. Put the result there, "
+                "or remove the call."
+            )
+        raise DataError(
+            f"{both} ({_excerpt(one)}, {_excerpt(two)}). Join them, or put what was said between them there."
+        )
+    thoughts = [_thought(one), _thought(two)]
+    if thoughts[1] and thoughts[0] != thoughts[1]:
+        raise DataError(
+            f"{both}, and make one with a thought in the middle, for which no format has a place. Join the "
+            "thoughts before the first, or remove the second."
+        )
+    trainings = [_as_data_error(training_of, message, "it") for message in (one, two)]
+    if len({(training.is_wanted, _factor(training.weight)) for training in trainings}) > 1:
+        raise DataError(
+            f"{both}, and make one, but differ in what is trained ({_flags(one)}; {_flags(two)}). Say the "
+            "same of both."
+        )
+    if one.get("name") != two.get("name"):
+        raise DataError(f"{both}, under different names ({one.get('name')}, {two.get('name')}).")
+    kept = {key: value for key, value in two.items() if value not in (None, "") and key not in REASONING_KEYS}
+    joined: dict[str, Any] = {**kept, **one}
+    if calls or one.get("tool_calls"):
+        joined["tool_calls"] = [*(one.get("tool_calls") or ()), *(two.get("tool_calls") or ())]
+    if says:
+        joined["content"] = two.get("content")
+    return joined  # type: ignore[return-value]
+
+
+def _thought(message: Message) -> Any:
+    return next((message[key] for key in REASONING_KEYS if message.get(key)), "")  # type: ignore[literal-required]
+
+
+def _factor(weight: float | None) -> float:
+    return 1.0 if weight is None else weight
+
+
+def _flags(message: Message) -> str:
+    said = {key: value for key, value in message.items() if key in TRAINING_KEYS and value is not None}
+    return ", ".join(f"{key}: {str(value).lower()}" for key, value in said.items()) or "nothing said"
+
+
+def _excerpt(message: Message) -> str:
+    text = message.get("content") or ""
+    if not isinstance(text, str):
+        return "parts"
+    if not text and message.get("tool_calls"):
+        return "a call"
+    return repr(text if len(text) <= 30 else f"{text[:27]}...")
 
 
 def linked(messages: Sequence[Message]) -> list[Message]:

@@ -19,7 +19,8 @@ from cookbook import notes
 from cookbook.errors import CookbookError, DataError, describe
 from cookbook.supervised.data import processes
 from cookbook.supervised.data.cache import cache_folder
-from cookbook.supervised.data.conversation import Conversation
+from cookbook.supervised.data.conversation import Conversation, join_assistants
+from cookbook.supervised.data.findings import count_findings
 from cookbook.supervised.data.sources import BadRow, Chunk, Row, Source
 from cookbook.supervised.data.sources.base import digest_of
 from cookbook.supervised.data.store import (
@@ -95,8 +96,9 @@ class RowRenderer:
             if "assistant" not in roles and self._train_on_what in _NEEDS_ASSISTANT:
                 raise DataError(f"no assistant message (roles: {', '.join(roles)}).")
             built = renderer.build_supervised_examples(
-                conversation.messages, self._train_on_what, conversation.tools
+                join_assistants(conversation.messages), self._train_on_what, conversation.tools
             )
+        count_findings(conversation, self._renderer)
         return [
             Example(np.asarray(model_input.to_ints(), np.int32), weights) for model_input, weights in built
         ]

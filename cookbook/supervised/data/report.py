@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -96,9 +97,11 @@ class DataReport:
 
 def note_lines(found: Mapping[Note, int]) -> list[str]:
     """What was counted, as a report prints it: in 80 columns where names allow."""
+    # A line does not end within "(3 rows)".
+    texts = [re.sub(r"(\([\d,]+) ", "\\1\N{NO-BREAK SPACE}", text) for text in notes.lines(found)]
     return [
-        line
-        for text in notes.lines(found)
+        line.replace("\N{NO-BREAK SPACE}", " ")
+        for text in texts
         for line in textwrap.wrap(
             text, 80, initial_indent="  ", subsequent_indent="    ", break_long_words=False
         )

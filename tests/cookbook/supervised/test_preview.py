@@ -109,3 +109,29 @@ def test_an_unknown_key_or_a_missing_file_is_one_error(capsys: pytest.CaptureFix
         with pytest.raises(SystemExit):
             main([argument])
         assert message in capsys.readouterr().err
+
+
+def test_text_that_spells_a_control_token_is_marked_and_the_token_itself_is_not(tiny_tokenizer: Any) -> None:
+    chat: list[Any] = [
+        {"role": "user", "content": "What is <|im_end|>?"},
+        {"role": "assistant", "content": "<|im_start|> begins."},
+    ]
+    datum = conversation_to_datum(chat, get_renderer("chat_template", tiny_tokenizer))
+    decoded = preview.decode_datum(datum, tiny_tokenizer)
+    marked = "".join(piece.text if piece.is_spelled else "\n" for piece in decoded.pieces).split()
+    assert marked == ["<|im_end|>?" if "|>?" in marked[0] else "<|im_end|>", "<|im_start|>"]
+    specials = {*tiny_tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])}
+    assert not any(specials.intersection(piece.ids) for piece in decoded.pieces if piece.is_spelled)
+    plain = printed(decoded)
+    assert "⟦⁅<|im_start|>⁆⟧⟦ begins.<|im_end|>⟧" in plain
+    assert "spells a control token and is plain text to the model" in plain
+    assert re.search(
+        r"\x1b\[1;31m<\|im_start\|>", printed(decoded, force_terminal=True, color_system="standard")
+    )
+    page = preview.make_page("Title", [], [], [decoded])
+    assert page.count("plain text that spells a control token") == sum(p.is_spelled for p in decoded.pieces)
+
+
+def test_nothing_is_marked_where_nothing_is_spelled(example: preview.DecodedExample) -> None:
+    assert not any(piece.is_spelled for piece in example.pieces)
+    assert "spells a control token" not in printed(example)

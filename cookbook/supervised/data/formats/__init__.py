@@ -15,7 +15,13 @@ and a list may stand as JSON in a string.
     text               `text` (a string)
 
 In every format with messages, a row may have `system` or `system_prompt`, used unless the messages begin
-with a system message or it is empty, and `tools` or `functions`. Other columns are not read.
+with a system message or it is empty, `chat_template_kwargs`, and the tools that may be called, under
+`tools`, `functions`, `tool_defs`, `tool_definitions`, `tool_schemas`, `available_tools`,
+`available_functions`, `function_definitions` or `function_schemas`. Other columns are not read, which the
+report says; those that hold pictures, sounds or films are refused in every format.
+
+A message may say that it is not trained: `train`, `training`, `trainable` or `loss` false, `mask` true,
+`weight` or `loss_weight` 0. Calls after a text of the assistant, or after calls, are one message with it.
 """
 
 from __future__ import annotations
@@ -25,12 +31,25 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from cookbook import notes
 from cookbook.errors import ConfigError, DataError
 from cookbook.supervised.data import trajectories
+from cookbook.supervised.data.columns import Recorded
 from cookbook.supervised.data.conversation import Conversation, names
 from cookbook.supervised.data.formats import chats, pairs
+from cookbook.supervised.data.media import check_no_media
+from cookbook.supervised.data.trajectories import ObservationOrder
 
 __all__ = ["FORMATS", "Format", "check_format", "conversations_of", "recognise"]
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a config says of how rows are read."""
+
+    min_reward: float | None = None
+    """Rows and rollouts of a lower reward are not wanted."""
+    observation_order: ObservationOrder | None = None
 
 
 @dataclass(frozen=True)
@@ -39,8 +58,7 @@ class Format:
 
     keys: str
     fits: Callable[[Mapping[str, Any]], bool]
-    read: Callable[[Mapping[str, Any], float | None], list[Conversation]]
-    """The conversations of a row whose reward is not below the second argument."""
+    read: Callable[[Mapping[str, Any], Wanted], list[Conversation]]
 
 
 def _is_text(row: Mapping[str, Any]) -> bool:
@@ -55,15 +73,19 @@ def _read_text(row: Mapping[str, Any]) -> Conversation:
 
 def _one(
     read: Callable[[Mapping[str, Any]], Conversation],
-) -> Callable[[Mapping[str, Any], float | None], list[Conversation]]:
-    def read_one(row: Mapping[str, Any], min_reward: float | None) -> list[Conversation]:
-        if min_reward is not None:
+) -> Callable[[Mapping[str, Any], Wanted], list[Conversation]]:
+    def read_one(row: Mapping[str, Any], wanted: Wanted) -> list[Conversation]:
+        if wanted.min_reward is not None:
             reward = trajectories.reward_of([row])
-            if reward is not None and reward < min_reward:
+            if reward is not None and reward < wanted.min_reward:
                 return []
         return [read(row)]
 
     return read_one
+
+
+def _read_trajectories(row: Mapping[str, Any], wanted: Wanted) -> list[Conversation]:
+    return trajectories.read_trajectories(row, wanted.min_reward, wanted.observation_order)
 
 
 FORMATS: Mapping[str, Format] = {
@@ -72,7 +94,7 @@ FORMATS: Mapping[str, Format] = {
     ),
     "sharegpt": Format("`conversations`, items with `from`", chats.is_sharegpt, _one(chats.read_sharegpt)),
     "trajectory": Format(
-        "`steps`, `trajectory` or `rollouts`", trajectories.is_trajectory, trajectories.read_trajectories
+        "`steps`, `trajectory` or `rollouts`", trajectories.is_trajectory, _read_trajectories
     ),
     "alpaca": Format("`instruction`, `output`", pairs.is_alpaca, _one(pairs.read_alpaca)),
     "prompt_completion": Format(
@@ -105,11 +127,21 @@ def check_format(format: str | None) -> None:
 
 
 def conversations_of(
-    row: Mapping[str, Any], format: str | None = None, min_reward: float | None = None
+    row: Mapping[str, Any],
+    format: str | None = None,
+    min_reward: float | None = None,
+    observation_order: ObservationOrder | None = None,
 ) -> list[Conversation]:
     """The conversations of a row: one, several where it holds rollouts, none where its reward is too low.
 
-    Raises DataError, with the end of a sentence, for a row that cannot be understood.
+    The format and the columns that were not read are counted (`cookbook.notes`). Raises DataError, with
+    the end of a sentence, for a row that cannot be understood.
     """
     check_format(format)
-    return FORMATS[recognise(row) if format is None else format].read(row, min_reward)
+    name = recognise(row) if format is None else format
+    check_no_media(row)
+    notes.count("row", "Read as", name)
+    columns = Recorded(row)
+    found = FORMATS[name].read(columns, Wanted(min_reward, observation_order))
+    columns.count_unread("row", "Columns not read")
+    return found

@@ -9,14 +9,12 @@ from typing import Any
 from cookbook.errors import DataError
 from cookbook.supervised.data.conversation import (
     Conversation,
+    conversation_of,
     first,
-    linked,
     listed,
     message_of,
     messages_of,
     names,
-    tools_of,
-    with_system,
 )
 from renderers import Message
 
@@ -45,7 +43,7 @@ def read_prompt_completion(row: Mapping[str, Any]) -> Conversation:
     completion = _side(row, COMPLETIONS, "assistant")
     if completion[: len(prompt)] == prompt:
         completion = completion[len(prompt) :]
-    conversation = Conversation(linked(with_system(row, prompt + completion)), tools_of(row))
+    conversation = conversation_of(row, prompt + completion)
     strings = first(row, PROMPTS), first(row, COMPLETIONS)
     is_pair = all(isinstance(side, str) for side in strings) and len(conversation.messages) == 2
     return replace(conversation, pair=strings) if is_pair else conversation
@@ -68,7 +66,8 @@ def _side(row: Mapping[str, Any], keys: Sequence[str], role: str) -> list[Messag
 
 def read_alpaca(row: Mapping[str, Any]) -> Conversation:
     """The user says the instruction, then on a new line the input if there is one."""
-    asked = [_text(row, "instruction"), *(_text(row, key) for key in INPUTS if row.get(key))][:2]
+    given = next((key for key in INPUTS if row.get(key)), None)
+    asked = [_text(row, "instruction"), *([_text(row, given)] if given else [])]
     output = next((key for key in OUTPUTS if row.get(key) is not None), None)
     if output is None:
         raise DataError(f"no `output` (keys: {names(row)}).")
@@ -77,7 +76,7 @@ def read_alpaca(row: Mapping[str, Any]) -> Conversation:
         {"role": "user", "content": "\n".join(part for part in asked if part)},
         {"role": "assistant", "content": _text(row, output)},
     ]
-    return Conversation(with_system(row, messages), tools_of(row))
+    return conversation_of(row, messages)
 
 
 def _text(row: Mapping[str, Any], key: str) -> str:

@@ -44,7 +44,7 @@ def test_an_observation_ahead_of_the_action_is_what_the_agent_saw() -> None:
 
 def test_an_observation_behind_the_action_is_what_came_of_it() -> None:
     steps = [{"action": "open", "observation": "a room"}, {"action": "enter", "observation": "done"}]
-    assert said({"task": "go in", "steps": steps}) == [
+    assert said({"task": "go in", "steps": steps, "observation_order": "after"}) == [
         user("go in"),
         agent("open"),
         user("a room"),
@@ -86,28 +86,70 @@ def test_a_last_step_that_only_observes_means_that_observations_come_first() -> 
     assert said({"task": "go in", "steps": steps}) == [user("go in\n\na door"), agent("open")]
 
 
-def test_signs_that_speak_against_each_other_leave_it_to_the_order_of_keys() -> None:
+def in_every_order_of_keys(value: Any) -> Any:
+    """The same value with the keys of its objects in their order, sorted, and both turned round."""
+    for order in (list, sorted):
+        for turn in (list, reversed):
+            yield with_keys(value, lambda keys, order=order, turn=turn: turn(order(keys)))
+
+
+def with_keys(value: Any, order: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: with_keys(value[key], order) for key in order(value)}
+    return [with_keys(item, order) for item in value] if isinstance(value, list) else value
+
+
+FULL = [
+    {"thought": "hm", "action": "open", "observation": "a door"},
+    {"thought": "so", "action": "enter", "observation": "a room"},
+]
+OPENINGS: list[dict[str, Any]] = [
+    {"task": "go in"},
+    {"system": "You are to go in."},
+    {"steps": [{"role": "user", "content": "go in"}, *FULL]},
+    {"steps": [{"role": "system", "content": "You are to go in."}, *FULL]},
+]
+
+
+@pytest.mark.parametrize("opening", OPENINGS)
+def test_steps_that_do_not_tell_are_refused_in_any_order_of_their_keys(opening: dict[str, Any]) -> None:
+    for row in in_every_order_of_keys({"steps": FULL, **opening}):
+        with pytest.raises(DataError, match="Say observation_order=before .* or observation_order=after"):
+            conversations_of(row)
+
+
+@pytest.mark.parametrize("opening", OPENINGS)
+def test_the_order_of_observations_can_be_said_in_the_row_or_for_all_rows(opening: dict[str, Any]) -> None:
+    for row in in_every_order_of_keys({"steps": FULL, **opening}):
+        for order, expected in {
+            "before": ["a door", "open", "a room", "enter"],
+            "after": ["open", "a door", "enter"],
+        }.items():
+            in_the_row = conversations_of({**row, "observation_order": order})
+            for_all: Any = conversations_of(row, observation_order=order)  # type: ignore[arg-type]
+            assert in_the_row == for_all
+            texts = [message["content"].split("\n\n")[-1] for message in for_all[0].messages]
+            assert texts[-len(expected) :] == expected
+    nested = {"rollouts": [{**row, "observation_order": "after"}], "observation_order": "before"}
+    (conversation,) = conversations_of(nested, observation_order="before")
+    assert [message["content"] for message in conversation.messages][-3:] == ["open", "a door", "enter"]
+
+
+def test_an_unknown_order_of_observations_is_refused() -> None:
+    with pytest.raises(DataError, match="`observation_order` is 'first', not `before` or `after`"):
+        conversations_of({"task": "t", "steps": FULL, "observation_order": "first"})
+
+
+def test_signs_that_speak_against_each_other_are_refused() -> None:
     steps = [{"action": "a"}, {"action": "b", "observation": "of b"}, {"action": "c"}]
-    assert said({"task": "t", "steps": steps}) == [
-        user("t"),
-        agent("a"),
-        agent("b"),
-        user("of b"),
-        agent("c"),
-    ]
-    turned = [steps[0], {"observation": "before b", "action": "b"}, steps[2]]
-    assert said({"task": "t", "steps": turned})[1:4] == [agent("a"), user("before b"), agent("b")]
+    for row in in_every_order_of_keys({"task": "t", "steps": steps}):
+        with pytest.raises(DataError, match="nothing tells whether the `observation`"):
+            conversations_of(row)
 
 
-def test_sorted_keys_leave_it_to_whether_something_opens_the_rollout() -> None:
-    steps = [{"action": "open", "observation": "a door"}, {"action": "enter", "observation": "a room"}]
-    assert said({"steps": steps})[:2] == [user("a door"), agent("open")]
-    assert said({"task": "go in", "steps": steps})[:3] == [user("go in"), agent("open"), user("a door")]
-    opened = [{"role": "user", "content": "go in"}, *steps]
-    assert said({"steps": opened})[:3] == [user("go in"), agent("open"), user("a door")]
-    # Keys in an order of their own do say it.
-    thinking = [{"thought": "hm", **step} for step in steps]
-    assert said({"steps": thinking})[:2] == [agent("open"), user("a door")]
+def test_an_observation_that_nothing_stands_before_is_what_the_first_action_answers() -> None:
+    for row in in_every_order_of_keys({"steps": FULL}):
+        assert said(row) == [user("a door"), agent("open"), user("a room"), agent("enter")]
 
 
 def test_a_next_observation_comes_of_the_action() -> None:
@@ -121,6 +163,16 @@ def test_a_next_observation_comes_of_the_action() -> None:
     assert said({"transitions": both}) == [user("a door"), agent("open"), user("a room"), agent("enter")]
 
 
+def test_a_next_observation_beside_an_observation_speaks_for_all_orders_of_keys() -> None:
+    steps = [
+        {"action": "open", "next_state": "a room", "state": "a door"},
+        {"action": "enter", "next_state": "end", "state": "a room"},
+    ]
+    for row in in_every_order_of_keys({"task": "go in", "transitions": steps}):
+        read = conversations_of(row, observation_order="after")[0].messages
+        assert [message["content"] for message in read] == ["go in\n\na door", "open", "a room", "enter"]
+
+
 def test_steps_that_alternate_stay_in_their_order() -> None:
     steps = [{"obs": "a"}, {"act": "b"}, {"obs": "c"}, {"obs": "d"}, {"act": "e"}, {"obs": "f"}]
     assert said({"steps": steps}) == [user("a"), agent("b"), user("c\n\nd"), agent("e")]
@@ -128,7 +180,10 @@ def test_steps_that_alternate_stay_in_their_order() -> None:
 
 def test_steps_that_alternate_say_nothing_of_those_that_have_both() -> None:
     steps = [{"obs": "a", "act": "b"}, {"obs": "c"}, {"act": "d"}]
-    assert said({"task": "t", "steps": steps}) == [user("t\n\na"), agent("b"), user("c"), agent("d")]
+    with pytest.raises(DataError, match="nothing tells whether the `obs`"):
+        said({"task": "t", "steps": steps})
+    read = said({"task": "t", "steps": steps, "observation_order": "before"})
+    assert read == [user("t\n\na"), agent("b"), user("c"), agent("d")]
 
 
 @given(st.lists(st.tuples(st.text(), st.text()), min_size=1, max_size=6))
@@ -181,7 +236,8 @@ def test_a_task_may_be_messages() -> None:
 
 def test_a_task_that_is_observed_first_is_not_said_twice() -> None:
     steps = [{"observation": "You are in a room. Your task: find the key.", "action": "look"}]
-    assert said({"task": "find the key.", "steps": steps}) == [user(steps[0]["observation"]), agent("look")]
+    row = {"task": "find the key.", "steps": steps, "observation_order": "before"}
+    assert said(row) == [user(steps[0]["observation"]), agent("look")]
     chat = [
         {"role": "system", "content": "s"},
         {"role": "user", "content": "go"},
@@ -345,7 +401,7 @@ def test_an_observation_that_is_no_text_is_printed_and_one_that_is_messages_is_k
 
 def test_rollouts_with_too_low_a_reward_are_not_given_out() -> None:
     def rollout(name: str, *rewards: float | None, **own: Any) -> dict[str, Any]:
-        return {"steps": [{"action": name, "reward": reward} for reward in rewards], **own}
+        return {"steps": [{"obs": "?", "action": name, "reward": reward} for reward in rewards], **own}
 
     rollouts = [
         rollout("sum of 1", 0.5, None, 0.5),
@@ -354,7 +410,7 @@ def test_rollouts_with_too_low_a_reward_are_not_given_out() -> None:
     ]
 
     def kept(row: dict[str, Any], min_reward: float | None) -> list[str]:
-        return [str(found.messages[0]["content"]) for found in conversations_of(row, min_reward=min_reward)]
+        return [str(found.messages[1]["content"]) for found in conversations_of(row, min_reward=min_reward)]
 
     row = {"rollouts": rollouts}
     assert kept(row, None) == ["sum of 1"] * 1 + ["own of 2", "own of 0"]
@@ -425,5 +481,5 @@ def test_a_question_of_each_step_is_what_it_answers() -> None:
 
 def test_a_task_that_is_only_part_of_a_word_is_told() -> None:
     steps = [{"observation": "Good morning.", "action": "Hello."}]
-    (conversation,) = read_trajectories({"task": "Go", "steps": steps})
+    (conversation,) = read_trajectories({"task": "Go", "steps": steps}, observation_order="before")
     assert conversation.messages[0]["content"] == "Go\n\nGood morning."

@@ -1,0 +1,38 @@
+"""What the report of a source should tell of a conversation that can be rendered all the same."""
+
+from __future__ import annotations
+
+import json
+
+from cookbook import notes
+from cookbook.supervised.data.columns import EMPTY
+from cookbook.supervised.data.conversation import (
+    REASONING_KEYS,
+    UNREAD_MESSAGE_KEYS,
+    Conversation,
+)
+from cookbook.supervised.data.media import count_placeholders
+from renderers import Renderer
+from renderers.training_flags import TRAINING_KEYS
+
+_KEYS = {"role", "content", "tool_calls", "tool_call_id", *REASONING_KEYS, *TRAINING_KEYS}
+"""Keys of a message that are read whatever the renderer is."""
+
+
+def count_findings(conversation: Conversation, renderer: Renderer) -> None:
+    """Counts message keys that nothing reads, calls without a schema, and placeholders of pictures."""
+    num_calls = 0
+    for message in conversation.messages:
+        # The name of a tool finds the call that a result answers.
+        known = {*_KEYS, "name"} if message["role"] == "tool" else _KEYS
+        for key, value in message.items():
+            if key not in known and value not in EMPTY and not renderer.reads_key(key):
+                notes.count("message", UNREAD_MESSAGE_KEYS, str(key))
+        num_calls += len(message.get("tool_calls") or ())
+    if num_calls and not conversation.tools:
+        notes.count("call", "stood in a row without tool schemas", number=num_calls)
+    if conversation.template_kwargs:
+        given = json.dumps(conversation.template_kwargs, ensure_ascii=False, sort_keys=True, default=str)
+        notes.count("row", "Given to the chat template", given)
+    heard = [message.get("content") for message in conversation.messages if message["role"] != "assistant"]
+    count_placeholders(text for text in (*heard, conversation.text) if isinstance(text, str))

@@ -1,0 +1,116 @@
+"""What a message says of its own training: the keys it may say it with, and what they mean together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from cookbook.errors import RendererError
+
+TRAINED = ("trainable", "train", "training", "loss")
+"""Keys that are true for a message to train and false for one that is not trained."""
+
+MASKED = "mask"
+"""True for a message that is not trained; false asks for nothing but on an assistant's message."""
+
+WEIGHTS = ("weight", "loss_weight")
+"""Two names of the factor on the loss of the message's tokens; 0 is not trained."""
+
+TRAINING_KEYS = frozenset((*TRAINED, MASKED, *WEIGHTS))
+
+FINER_KEYS = frozenset(
+    (
+        *("train_detail", "train_details", "training_detail", "training_details"),
+        *("loss_mask", "step_loss_mask", "token_mask", "train_mask", "loss_scale"),
+        *("loss_weights", "token_weights", "token_loss_weights"),
+    )
+)
+"""What other projects set finer or otherwise, by parts of a message; refused, for it is not obeyed."""
+
+_KEYS = TRAINING_KEYS | FINER_KEYS
+_SMALLEST, _LARGEST = 2.0**-149, (2 - 2.0**-23) * 2.0**127
+"""The bounds of what float32 holds above 0."""
+
+
+class Training(NamedTuple):
+    """`is_wanted` is None, and `weight` too, where the message says nothing of it. A weight of 0 is
+    also not wanted."""
+
+    is_wanted: bool | None = None
+    weight: float | None = None
+
+
+_NOTHING = Training()
+
+
+def training_of(message: Mapping[str, Any], where: str) -> Training:
+    """What all these keys of a message say together; null counts as absent.
+
+    Raises RendererError, naming the keys and `where` the message stands, for values that are not of
+    their kind, for keys that contradict each other, and for finer settings.
+    """
+    if _KEYS.isdisjoint(message):
+        return _NOTHING
+    said = {key: value for key in sorted(_KEYS & message.keys()) if (value := message[key]) is not None}
+    _refuse_finer(said, where)
+    weight = _weight_of(said, where)
+    wishes: dict[str, bool] = {}
+    for key in (*TRAINED, MASKED):
+        if key in said:
+            wishes[key] = _flag(key, said[key], where) != (key == MASKED)
+    for key in WEIGHTS:
+        if key in said and weight == 0:
+            wishes[key] = False
+    if len(set(wishes.values())) > 1:
+        one, other = (next(key for key in wishes if wishes[key] is wish) for wish in (True, False))
+        raise RendererError(
+            f"`{one}: {_json(said[one])}` and `{other}: {_json(said[other])}` of {where} contradict each "
+            "other. Keep one of them."
+        )
+    if wishes == {MASKED: True} and message.get("role") != "assistant":
+        wishes = {}
+    return Training(next(iter(wishes.values()), None), weight)
+
+
+def refuse_on_part(part: Mapping[str, Any], where: str) -> None:
+    """Raises RendererError for a part of a content that says whether it is trained."""
+    if found := [key for key in sorted(_KEYS & part.keys()) if part[key] is not None]:
+        raise RendererError(
+            f"a part of {where} has `{found[0]}`, and only whole messages are trained or not. Remove it, or "
+            "say it of the message."
+        )
+
+
+def _refuse_finer(said: Mapping[str, Any], where: str) -> None:
+    for key in said.keys() & FINER_KEYS:
+        if said[key] not in ("", [], {}):
+            raise RendererError(
+                f"`{key}` of {where} is not supported: only whole messages are trained or not. Remove it, or "
+                "say `train: true`, `train: false` or `weight` instead."
+            )
+
+
+def _flag(key: str, value: Any, where: str) -> bool:
+    if isinstance(value, (bool, int, float)) and value in (0, 1):
+        return bool(value)
+    raise RendererError(f"`{key}` of {where} is {repr(value)[:20]}, not true or false.")
+
+
+def _weight_of(said: Mapping[str, Any], where: str) -> float | None:
+    found = {key: said[key] for key in WEIGHTS if key in said}
+    for key, value in found.items():
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not is_number or not (value == 0 or _SMALLEST <= value <= _LARGEST):
+            raise RendererError(
+                f"`{key}` of {where} is {repr(value)[:20]}, not a number of 0 or more that fits float32."
+            )
+    if len(set(found.values())) > 1:
+        raise RendererError(
+            f"`weight: {found['weight']}` and `loss_weight: {found['loss_weight']}` of {where} contradict "
+            "each other. Keep one of them."
+        )
+    return next(iter(found.values()), None)
+
+
+def _json(value: Any) -> str:
+    return str(value).lower()

@@ -1,0 +1,206 @@
+"""What the report says of the columns and keys of rows: what they were read as, and what was not read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import pytest
+
+from cookbook import notes
+from cookbook.errors import DataError
+from cookbook.supervised.data.formats import conversations_of
+from cookbook.supervised.data.report import DataReport
+from renderers import TrainOnWhat
+
+ReportOf: TypeAlias = Callable[..., DataReport]
+
+USER = {"role": "user", "content": "Hi"}
+REPLY = {"role": "assistant", "content": "Hello."}
+CHAT = [USER, REPLY]
+TURNS = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello."}]
+SCHEMA = {"name": "f", "description": "d", "parameters": {"type": "object", "properties": {}}}
+CALL = {"id": "x", "type": "function", "function": {"name": "f", "arguments": {}}}
+CALLS = [USER, {"role": "assistant", "tool_calls": [CALL, {**CALL, "id": "y"}]}]
+
+
+def noted(row: dict[str, Any], what: str, **options: Any) -> dict[str, int]:
+    """The items under one heading that reading a row counts."""
+    with notes.collected() as found:
+        conversations_of(row, **options)
+    return {note.item: number for note, number in found.items() if note.what == what}
+
+
+@pytest.mark.parametrize(
+    ("row", "unread"),
+    [
+        ({"messages": CHAT, "id": 1, "meta": {"a": 1}, "lang": "en"}, ["id", "lang", "meta"]),
+        ({"messages": CHAT, "id": None, "tags": [], "note": "", "meta": {}}, []),
+        ({"messages": CHAT, "zero": 0, "no": False}, ["no", "zero"]),
+        ({"messages": CHAT, "conversations": TURNS}, ["conversations"]),
+        ({"messages": CHAT, "tools": [SCHEMA], "functions": [SCHEMA]}, ["functions"]),
+        ({"messages": CHAT, "system": "s"}, []),
+        ({"messages": [{"role": "system", "content": "own"}, *CHAT], "system": "s"}, ["system"]),
+        ({"messages": CHAT, "available_tools": ["f", "g"]}, ["available_tools"]),
+        ({"messages": CHAT, "reward": 1.0}, ["reward"]),
+        ({"conversations": TURNS, "source": "x"}, ["source"]),
+        ({"instruction": "a", "input": "b", "context": "c", "output": "d", "x": "e"}, ["context", "x"]),
+        ({"instruction": "a", "output": "d", "history": [["a", "b"]]}, []),
+        ({"prompt": "a", "chosen": "b", "rejected": "c"}, ["rejected"]),
+        ({"prompt": "a", "completion": "b", "question": "c"}, ["question"]),
+        ({"text": "a", "url": "b", "tools": [SCHEMA]}, ["tools", "url"]),
+        ({"steps": [{"obs": "a", "act": "b"}], "task": "t", "goal": "g", "seed": 1,
+          "observation_order": "before"}, ["goal", "seed"]),
+        ({"rollouts": [{"steps": [{"obs": "a", "act": "b"}], "task": "t"}], "task": "of the row",
+          "observation_order": "before"}, ["task"]),
+    ],
+)  # fmt: skip
+def test_columns_that_are_not_read_are_counted(row: dict[str, Any], unread: list[str]) -> None:
+    assert sorted(noted(row, "Columns not read")) == unread
+
+
+def test_a_reward_is_read_where_it_matters() -> None:
+    row = {"messages": CHAT, "reward": 1.0}
+    assert noted(row, "Columns not read", min_reward=0.5) == {}
+    steps = {"steps": [{"obs": "a", "act": "b", "reward": 1.0}] * 2}
+    assert noted(steps, "Keys of steps not read", min_reward=0.5) == {}
+    assert noted(steps, "Keys of steps not read") == {"reward": 2}
+
+
+def test_keys_of_steps_and_rollouts_and_actions_are_counted() -> None:
+    step = {"obs": "a", "act": {"content": "b", "logprob": -1.0}, "done": True, "info": {}}
+    row = {"rollouts": [{"steps": [step, step], "seed": 1}, {"trajectory": {"steps": [step], "env": "x"}}]}
+    assert noted(row, "Keys of steps not read") == {"done": 3}
+    assert noted(row, "Keys of rollouts not read") == {"seed": 1, "env": 1}
+    assert noted(row, "Message keys not read") == {"logprob": 3}
+    beside = {"steps": [{"state": "a", "action": "b", "next_state": "c"}]}
+    assert noted(beside, "Keys of steps not read") == {"next_state": 1}
+
+
+def test_the_report_says_of_each_source_what_was_recognised_and_what_was_not_read(
+    report_of: ReportOf,
+) -> None:
+    chats = [{"messages": CHAT, "id": number, "lang": "en"} for number in range(3)]
+    rows = [*chats, {"conversations": TURNS, "id": 3}, {"text": "a"}]
+    report = report_of(rows)
+    assert report.lines()[2:] == [
+        "  Read as: messages (3 rows), sharegpt (1 row), text (1 row)",
+        "  Columns not read: id (4 rows), lang (3 rows)",
+    ]
+    assert {"noun": "row", "what": "Columns not read", "item": "id", "count": 4} in report.to_json()["notes"]
+
+
+def test_rows_that_are_left_out_are_not_counted(report_of: ReportOf) -> None:
+    rows = [{"messages": CHAT}, {"messages": [USER], "id": 1}, {"messages": CHAT, "reward": 0, "id": 1}]
+    report = report_of(rows, on_bad_row="skip", min_reward=0.5)
+    assert (report.bad, report.filtered) == (1, 1)
+    assert report.lines()[-1] == "  Read as: messages (1 row)"
+
+
+def test_the_report_keeps_to_80_columns(report_of: ReportOf) -> None:
+    rows = [{"messages": CHAT, **{f"a_column_with_a_name_{i}": 1 for i in range(30)}}]
+    lines = report_of(rows).lines()
+    assert max(map(len, lines)) <= 80
+    assert " ".join(" ".join(lines).split()).endswith("and 18 more")
+
+
+def test_keys_of_messages_that_no_one_reads_are_counted(report_of: ReportOf) -> None:
+    chat = [{**USER, "name": "ann", "id": 7, "refusal": None}, {**REPLY, "annotations": [], "logprobs": [1]}]
+    rows = [{"messages": chat}] * 2
+    report = report_of(rows, renderer_name="qwen3")
+    assert report.lines()[-2:] == [
+        "  Message keys not read: name (2 messages), id (2 messages), logprobs",
+        "    (2 messages)",
+    ]
+    turns = [{**TURNS[0], "name": "ann"}, TURNS[1]]
+    assert "  Message keys not read: name (1 message)" in report_of([{"conversations": turns}]).lines()
+
+
+def test_keys_of_messages_that_are_read_are_not_counted(report_of: ReportOf) -> None:
+    call = {"id": "x", "type": "function", "function": {"name": "f", "arguments": {}}}
+    chat = [
+        USER,
+        {"role": "assistant", "content": "", "tool_calls": [call], "reasoning_content": "hm", "weight": 1},
+        {"role": "tool", "content": "r", "tool_call_id": "x", "name": "f"},
+        {**REPLY, "thinking": "hm", "train": True},
+    ]
+    report = report_of([{"messages": chat, "tools": [SCHEMA]}], renderer_name="qwen3")
+    assert report.lines()[-1] == "  Read as: messages (1 row)"
+
+
+def test_calls_without_a_schema_in_their_row_are_counted(report_of: ReportOf) -> None:
+    rows = [{"messages": CALLS}, {"messages": CALLS}, {"messages": CALLS, "tools": [SCHEMA]}]
+    report = report_of(rows, renderer_name="qwen3")
+    assert "  4 calls stood in a row without tool schemas" in report.lines()
+
+
+TOOL_COLUMNS = ["tools", "functions", "tool_defs", "tool_definitions", "tool_schemas", "available_tools"]
+
+
+@pytest.mark.parametrize("key", TOOL_COLUMNS)
+@pytest.mark.parametrize(
+    "value",
+    [[SCHEMA], [{"type": "function", "function": SCHEMA}], json.dumps([SCHEMA]), [json.dumps(SCHEMA)]],
+)
+def test_tool_schemas_are_read_under_each_of_their_names(key: str, value: Any) -> None:
+    tool = {"type": "function", "function": SCHEMA}
+    for row in (
+        {"messages": CHAT},
+        {"conversations": TURNS},
+        {"prompt": "a", "completion": "b"},
+        {"instruction": "a", "output": "b"},
+        {"steps": [{"obs": "a", "act": "b"}]},
+        {"rollouts": [[{"obs": "a", "act": "b"}]]},
+    ):
+        (conversation,) = conversations_of({**row, key: value})
+        assert conversation.tools == [tool]
+        assert noted({**row, key: value}, "Columns not read") == {}
+    (conversation,) = conversations_of({"rollouts": [{"steps": [{"obs": "a", "act": "b"}], key: value}]})
+    assert conversation.tools == [tool]
+
+
+def test_schemas_beside_an_empty_list_of_tools_are_read() -> None:
+    (conversation,) = conversations_of({"messages": CHAT, "tools": [], "tool_defs": [SCHEMA]})
+    assert conversation.tools == [{"type": "function", "function": SCHEMA}]
+
+
+@pytest.mark.parametrize(
+    "value", [{"enable_thinking": False, "k": [1]}, '{"enable_thinking": false, "k": [1]}']
+)
+def test_what_a_row_sets_of_the_template_is_carried_with_its_conversation(value: Any) -> None:
+    for row in (
+        {"messages": CHAT},
+        {"conversations": TURNS},
+        {"prompt": "a", "completion": "b"},
+        {"instruction": "a", "output": "b"},
+        {"steps": [{"obs": "a", "act": "b"}]},
+        {"rollouts": [[{"obs": "a", "act": "b"}]]},
+    ):
+        (conversation,) = conversations_of({**row, "chat_template_kwargs": value})
+        assert conversation.template_kwargs == {"enable_thinking": False, "k": [1]}
+        for nothing in (None, "", {}, "{}", {"enable_thinking": None}):
+            (conversation,) = conversations_of({**row, "chat_template_kwargs": nothing})
+            assert conversation.template_kwargs is None
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        ([1], "`chat_template_kwargs` is a list, not an object"),
+        ("3", "`chat_template_kwargs` is a int, not an object"),
+        ("{", "`chat_template_kwargs` is not JSON"),
+        ({"a": b"x"}, "`chat_template_kwargs` cannot be printed as JSON"),
+    ],
+)
+def test_what_a_row_sets_of_the_template_is_an_object(value: Any, reason: str) -> None:
+    with pytest.raises(DataError, match=reason):
+        conversations_of({"messages": CHAT, "chat_template_kwargs": value})
+
+
+def test_messages_that_ask_to_be_trained_and_are_not_are_in_the_report(report_of: ReportOf) -> None:
+    rows = [{"messages": [{**USER, "train": True}, REPLY]}] * 2
+    text = " ".join(" ".join(report_of(rows).lines()).split())
+    mode = "train_on_what=all_assistant_messages"
+    assert f"2 messages asked to be trained, which {mode} does not do" in text
+    assert "asked" not in " ".join(report_of(rows, train_on_what=TrainOnWhat.ALL_MESSAGES).lines())

@@ -1,0 +1,120 @@
+"""Pictures, sounds and films beside a text are refused; what only looks like a place for one is counted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import pytest
+
+from cookbook.errors import DataError
+from cookbook.supervised.data.formats import conversations_of
+from cookbook.supervised.data.report import DataReport
+
+ReportOf: TypeAlias = Callable[..., DataReport]
+
+CHAT = [{"role": "user", "content": "<image>What is it?"}, {"role": "assistant", "content": "A dog."}]
+ROWS: dict[str, dict[str, Any]] = {
+    "messages": {"messages": CHAT},
+    "sharegpt": {
+        "conversations": [{"from": "human", "value": "<image>?"}, {"from": "gpt", "value": "A dog."}]
+    },
+    "trajectory": {"steps": [{"observation": "<image>?", "action": "A dog."}]},
+    "alpaca": {"instruction": "<image>?", "output": "A dog."},
+    "prompt_completion": {"prompt": "<image>?", "completion": "A dog."},
+    "text": {"text": "<image> A dog."},
+}
+HELD = [
+    ("images", ["a.jpg"]),
+    ("image", "a.jpg"),
+    ("image", {"bytes": b"x", "path": None}),
+    ("videos", ["a.mp4"]),
+    ("video", "a.mp4"),
+    ("audios", [{"path": "a.wav"}]),
+    ("audio", {"array": [0.5], "sampling_rate": 16_000}),
+    ("image_path", "a.jpg"),
+    ("image_paths", ["a.jpg"]),
+    ("image_url", "https://x/a.jpg"),
+    ("image_urls", ["https://x/a.jpg"]),
+    ("imageUrl", "https://x/a.jpg"),
+    ("Images", ["a.jpg"]),
+    ("image_1", "a.jpg"),
+    ("video_path", "a.mp4"),
+    ("audio_paths", ["a.wav"]),
+    ("audio_url", "https://x/a.wav"),
+    ("pixel_values", [[0.5]]),
+]
+EMPTY = [None, "", [], {}, [None], [[]], [""], {"bytes": None, "path": None}, "[]"]
+
+
+@pytest.mark.parametrize("format", ROWS)
+@pytest.mark.parametrize(("key", "value"), HELD)
+def test_a_column_of_pictures_is_refused_in_every_format(format: str, key: str, value: Any) -> None:
+    with pytest.raises(DataError, match=f"`{key}` is not empty .*only text can be trained on. Remove it"):
+        conversations_of({**ROWS[format], key: value})
+
+
+@pytest.mark.parametrize("format", ROWS)
+@pytest.mark.parametrize("value", EMPTY, ids=str)
+def test_an_empty_column_of_pictures_is_nothing(format: str, value: Any) -> None:
+    row = ROWS[format]
+    assert conversations_of({**row, "images": value, "audio_path": value}) == conversations_of(row)
+
+
+@pytest.mark.parametrize(
+    ("row", "where"),
+    [
+        ({"messages": [{**CHAT[0], "images": ["a.jpg"]}, CHAT[1]]}, "`images` of message 1"),
+        ({"conversations": [{"from": "human", "value": "?", "image": "a.jpg"}]}, "`image` of message 1"),
+        ({"prompt": [{**CHAT[0], "audio": "a.wav"}], "completion": "b"}, "`audio` of message 1 of `prompt`"),
+        ({"steps": [{"observation": "?", "image": "a.jpg", "action": "b"}]}, "`image` of step 1"),
+        (
+            {"steps": [{"observation": {"text": "?", "screenshot": "a.png"}, "action": "b"}]},
+            "`screenshot` of the observation of step 1",
+        ),
+        ({"rollouts": [{"steps": [{"obs": "?", "act": "b"}], "videos": ["a.mp4"]}]}, "rollout 1: `videos`"),
+    ],
+)
+def test_pictures_deeper_in_a_row_are_refused_too(row: dict[str, Any], where: str) -> None:
+    with pytest.raises(DataError, match=f"{where} is not empty"):
+        conversations_of(row)
+
+
+@pytest.mark.parametrize("key", ["image_name", "imagery", "audience", "video_game", "picturesque"])
+def test_other_columns_may_be_called_alike(key: str) -> None:
+    assert conversations_of({**ROWS["messages"], key: "x"}) == conversations_of(ROWS["messages"])
+
+
+def test_the_refusal_names_the_row_and_what_to_do(report_of: ReportOf) -> None:
+    rows = [{"messages": CHAT, "images": ["a.jpg"]}, {"messages": CHAT}]
+    with pytest.raises(DataError, match=r"line 1 of chats.jsonl: `images` is not empty \(\['a.jpg'\]\)"):
+        report_of(rows)
+    report = report_of(rows, on_bad_row="skip")
+    assert (report.bad, report.examples) == (1, 1)
+
+
+@pytest.mark.parametrize("format", ROWS)
+def test_a_placeholder_without_a_picture_is_counted(format: str, report_of: ReportOf) -> None:
+    text = " ".join(" ".join(report_of([ROWS[format]] * 3).lines()).split())
+    assert "Placeholders with nothing beside them, read as text: <image> (3 messages)" in text
+
+
+@pytest.mark.parametrize(
+    ("text", "placeholders"),
+    [
+        ("<video> and <audio>", ["<video>", "<audio>"]),
+        ("<image_1> <image><image>", ["<image_1>", "<image>"]),
+        (
+            "<|vision_start|><|image_pad|><|vision_end|>",
+            ["<|vision_start|>", "<|image_pad|>", "<|vision_end|>"],
+        ),
+        ('an HTML <img src="a.jpg"> and <b>bold</b>', []),
+        ("an image", []),
+    ],
+)
+def test_placeholders_are_told_from_other_text(
+    text: str, placeholders: list[str], report_of: ReportOf
+) -> None:
+    chat = [{"role": "user", "content": text}, {"role": "assistant", "content": "<image> of mine"}]
+    notes = report_of([{"messages": chat}]).notes
+    assert [note.item for note in notes if note.what.startswith("Placeholders")] == placeholders
