@@ -120,21 +120,22 @@ def check_vocabulary(model_name: str) -> None:
     """
     size = getattr(text_config(model_name), "vocab_size", None)
     tokenizer = get_tokenizer(model_name)
-    if size is None or len(tokenizer) <= size:
+    vocabulary = tokenizer.get_vocab()
+    if size is None or max(vocabulary.values(), default=0) < size:
         return
     named = tokenizer.special_tokens_map
     of_media = {str(named[key]) for key in named if key not in tokenizer.SPECIAL_TOKENS_ATTRIBUTES}
     beyond = sorted(
-        (index, token) for token, index in tokenizer.get_vocab().items() if index >= size and token not in of_media
+        (index, token) for token, index in vocabulary.items() if index >= size and token not in of_media
     )
     if not beyond:
         return
     shown = ", ".join(f"{token!r} (id {index:,})" for index, token in beyond[:3])
     more = f" and {len(beyond) - 3:,} more" if len(beyond) > 3 else ""
     raise ModelError(
-        f"The tokenizer of {model_name!r} has {len(tokenizer):,} tokens and the model's embedding {size:,} rows: "
-        f"there is none for {shown}{more}.\nResize the embedding once, save model and tokenizer, and train what "
-        "was saved:\n"
+        f"The embedding of {model_name!r} has {size:,} rows and its tokenizer {len(vocabulary):,} tokens: "
+        f"there is no row for {shown}{more}.\n"
+        "Resize the embedding once, save model and tokenizer, and train what was saved:\n"
         "  model.resize_token_embeddings(len(tokenizer))\n"
         "  model.save_pretrained(folder); tokenizer.save_pretrained(folder)\n"
         "A LoRA leaves the new rows of the embedding as they are; lora_rank=0 trains them."

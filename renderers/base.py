@@ -28,6 +28,7 @@ from renderers.messages import (
 )
 from renderers.other_formats import note_tokens_of_other_formats
 from renderers.streaming import PLAIN, ResponseStream, Sections
+from renderers.tools_in_system import with_tools_in_system
 from renderers.train_on_what import TrainOnWhat, chosen_messages, untrained_messages, weight_of
 
 if TYPE_CHECKING:
@@ -78,14 +79,26 @@ class Renderer(ABC):
     system_prompt: str | None = None
     """Put before every conversation: as its system message, or ahead of the one that it begins with."""
 
+    tools_in_system: bool = False
+    """Whether tools are described in the system message and called in tags of text (`tools_in_system`)."""
+
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
         self._encoder = Encoder(tokenizer, self.frame, template=str(tokenizer.chat_template or ""))
 
     def check_messages(self, messages: Sequence[Message], tools: Sequence[Tool] | None = None) -> None:
         """Raises RendererError for messages of a shape or role that cannot be rendered; tokenizes nothing."""
+        messages, tools = self._described(messages, tools)
         normalize(messages, self.name, self.roles)
         self._check_tools(tools)
+
+    def _described(
+        self, messages: Sequence[Message], tools: Sequence[Tool] | None
+    ) -> tuple[Sequence[Message], Sequence[Tool] | None]:
+        """The messages and tools that the format is given: with `tools_in_system`, no tools but more text."""
+        if not self.tools_in_system:
+            return messages, tools
+        return with_tools_in_system(messages, tools, self.name), None
 
     def with_template_kwargs(self, template_kwargs: Mapping[str, Any]) -> Renderer:
         """This renderer with values for the variables of its chat template, such as `enable_thinking`.
@@ -119,6 +132,7 @@ class Renderer(ABC):
         each turn as the model meets it.
         """
         try:
+            messages, tools = self._described(messages, tools)
             plain, plain_tools, weights = self._prepare(messages, train_on_what, tools)
             rendering = self._render(plain, weights, plain_tools)
             if train_on_what == TrainOnWhat.ALL_TOKENS:
@@ -145,6 +159,7 @@ class Renderer(ABC):
         Each message is trained once: in the first of the examples that holds it.
         """
         try:
+            messages, tools = self._described(messages, tools)
             plain, plain_tools, weights = self._prepare(messages, train_on_what, tools)
             rendering = self._render(plain, weights, plain_tools)
             if not rendering.rewritten:
@@ -335,7 +350,7 @@ class Renderer(ABC):
         if tools and not self.takes_tools:
             raise RendererError(
                 f"Renderer `{self.name}` has no place for tools ({len(tools)} given). Describe them in a "
-                "system message, or leave them out."
+                "system message, as tools_in_system=True does, or leave them out."
             )
 
     def _example(
@@ -405,6 +420,7 @@ class Renderer(ABC):
     ) -> ModelInput:
         """The prompt for a message of `role`: a prefix of what that message is trained on."""
         try:
+            messages, tools = self._described(messages, tools)
             rendering = self._render_prompt(*self._guarded(messages, tools), role)
         except RendererError as error:
             self._note_system_prompt(error, messages)

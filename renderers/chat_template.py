@@ -140,7 +140,7 @@ class ChatTemplateRenderer(Renderer):
                 self._with_kwargs.clear()
             self._with_kwargs[key] = ChatTemplateRenderer(self.tokenizer, kwargs)
         renderer = self._with_kwargs[key]
-        renderer.system_prompt = self.system_prompt
+        renderer.system_prompt, renderer.tools_in_system = self.system_prompt, self.tools_in_system
         return renderer
 
     def reads_key(self, key: str) -> bool:
@@ -222,7 +222,7 @@ class ChatTemplateRenderer(Renderer):
             if message.get("tool_calls") and not self._template.prints_calls:
                 raise RendererError(
                     f"The chat template does not print tool calls (message {number}). Write them into the "
-                    "content, or use the renderer of a format that has them."
+                    "content, as tools_in_system=True does, or use the renderer of a format that has them."
                 )
         text = chat.text(len(chat.messages), prompt)
         unguard = self._encoder.unguard

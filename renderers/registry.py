@@ -28,8 +28,17 @@ def renderer_names() -> list[str]:
     return sorted(_factories)
 
 
-def get_renderer(name: str, tokenizer: PreTrainedTokenizerBase, system_prompt: str | None = None) -> Renderer:
-    """A new renderer for the tokenizer. `system_prompt` is put before every conversation."""
+def get_renderer(
+    name: str,
+    tokenizer: PreTrainedTokenizerBase,
+    system_prompt: str | None = None,
+    tools_in_system: bool = False,
+) -> Renderer:
+    """A new renderer for the tokenizer. `system_prompt` is put before every conversation.
+
+    With `tools_in_system` a format without a place for tools has them described in the system message,
+    their calls and results written as text (`renderers/tools_in_system.py`); any other format is refused.
+    """
     if name not in _factories:
         near = get_close_matches(name, _factories, n=1)
         hint = f" Did you mean `{near[0]}`?" if near else ""
@@ -38,4 +47,11 @@ def get_renderer(name: str, tokenizer: PreTrainedTokenizerBase, system_prompt: s
     renderer = _factories[name](tokenizer)
     if system_prompt:
         renderer.system_prompt = system_prompt
+    if tools_in_system and renderer.takes_tools:
+        raise RendererError(
+            f"Renderer `{name}` has a place for tools in its format, so tools_in_system=True would put them "
+            "where the model does not look for them. Remove it."
+        )
+    if tools_in_system:
+        renderer.tools_in_system = True
     return renderer

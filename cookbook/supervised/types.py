@@ -126,6 +126,11 @@ class ChatDatasetBuilderCommonConfig:
         default=TrainOnWhat.ALL_ASSISTANT_MESSAGES, doc="which messages' tokens count in the loss"
     )
     system_prompt: str | None = chz.field(default=None, doc="put before every conversation")
+    tools_in_system: bool = chz.field(
+        default=False,
+        doc="describe tools in the system message and write calls and results as text, for a chat template "
+        "without a place for them",
+    )
 
     @chz.validate
     def _check(self) -> None:
@@ -151,4 +156,5 @@ class ChatDatasetBuilder(SupervisedDatasetBuilder):
     def renderer(self) -> Renderer:
         renderer_name = self.common_config.renderer_name
         assert renderer_name is not None  # the munger chose one
-        return get_renderer(renderer_name, self.tokenizer, self.common_config.system_prompt)
+        config = self.common_config
+        return get_renderer(renderer_name, self.tokenizer, config.system_prompt, config.tools_in_system)

@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 
 from cookbook import embedded, models
 from cookbook.engine.base_model import BaseModel
 from cookbook.errors import ModelError
+from renderers import get_renderer
 
 
 @pytest.fixture
@@ -156,3 +159,38 @@ def test_code_that_comes_with_a_model_is_never_run(model_folder: Path) -> None:
     (model_folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(ModelError):
         BaseModel(str(model_folder))
+
+
+def test_a_token_beyond_the_embedding_is_refused_with_the_repair(
+    make_model_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = make_model_folder(tmp_path / "model")
+    models.check_vocabulary(str(folder))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["<|ticket|>", "<|order|>"], special_tokens=True)
+    longer = make_model_folder(tmp_path / "longer")
+    tokenizer.save_pretrained(longer)
+    with pytest.raises(ModelError, match="no row for '<|ticket|>'") as caught:
+        models.check_vocabulary(str(longer))
+    assert "resize_token_embeddings" in str(caught.value)
+    assert "lora_rank=0" in str(caught.value)
+    resized = make_model_folder(tmp_path / "resized", vocab_size=len(tokenizer))
+    tokenizer.save_pretrained(resized)
+    models.check_vocabulary(str(resized))
+
+
+def test_a_token_for_pictures_may_lie_beyond_the_embedding(
+    make_model_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = make_model_folder(tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["<image_soft_token>"], special_tokens=True)
+    tokenizer.save_pretrained(folder)
+    settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    settings["extra_special_tokens"] = {"image_token": "<image_soft_token>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    models.check_vocabulary(str(folder))
+    renderer = get_renderer("chat_template", AutoTokenizer.from_pretrained(folder))
+    beyond = renderer.tokenizer.convert_tokens_to_ids("<image_soft_token>")
+    prompt = renderer.build_generation_prompt([{"role": "user", "content": "<image_soft_token>"}])
+    assert beyond not in prompt.to_ints()

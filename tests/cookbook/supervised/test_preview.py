@@ -124,7 +124,7 @@ def test_text_that_spells_a_control_token_is_marked_and_the_token_itself_is_not(
     assert not any(specials.intersection(piece.ids) for piece in decoded.pieces if piece.is_spelled)
     plain = printed(decoded)
     assert "⟦⁅<|im_start|>⁆⟧⟦ begins.<|im_end|>⟧" in plain
-    assert "spells a control token and is plain text to the model" in plain
+    assert "spells a control token and is plain text to the model" in " ".join(plain.split())
     assert re.search(
         r"\x1b\[1;31m<\|im_start\|>", printed(decoded, force_terminal=True, color_system="standard")
     )
