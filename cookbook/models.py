@@ -124,7 +124,7 @@ def check_vocabulary(model_name: str) -> None:
     if size is None or max(vocabulary.values(), default=0) < size:
         return
     named = tokenizer.special_tokens_map
-    of_media = {str(named[key]) for key in named if key not in tokenizer.SPECIAL_TOKENS_ATTRIBUTES}
+    of_media = {str(named[key]) for key in named if key not in type(tokenizer).SPECIAL_TOKENS_ATTRIBUTES}
     beyond = sorted(
         (index, token) for token, index in vocabulary.items() if index >= size and token not in of_media
     )
