@@ -80,9 +80,9 @@ class Renderer(ABC):
         normalize(messages, self.name, self.roles)
         self._check_tools(tools)
 
-    def reads_key(self, key: str) -> bool:
-        """Whether the format prints or looks at a key of messages of its own, beside those of `Message`
-        that all formats know: the content, the thinking, the calls and what they are linked by."""
+    def reads_key(self, role: str, key: str, value: Any) -> bool:
+        """Whether the format prints or looks at this key of a message, beside those of `Message` that all
+        formats know: the content, the thinking, the calls and what they are linked by."""
         return False
 
     # -- for training -------------------------------------------------------------------------

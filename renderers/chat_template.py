@@ -119,8 +119,8 @@ class ChatTemplateRenderer(Renderer):
             )
         return False
 
-    def reads_key(self, key: str) -> bool:
-        return key in self._template.words
+    def reads_key(self, role: str, key: str, value: Any) -> bool:
+        return self._template.reads(role, key, value)
 
     # -- rendering ----------------------------------------------------------------------------
 
