@@ -112,9 +112,9 @@ class Renderer(ABC):
             f"{', '.join(map(str, template_kwargs))}). Use renderer_name=chat_template, or remove them."
         )
 
-    def reads_key(self, key: str) -> bool:
-        """Whether the format prints or looks at a key of messages of its own, beside those of `Message`
-        that all formats know: the content, the thinking, the calls and what they are linked by."""
+    def reads_key(self, role: str, key: str, value: Any) -> bool:
+        """Whether the format prints or looks at this key of a message, beside those of `Message` that all
+        formats know: the content, the thinking, the calls and what they are linked by."""
         return False
 
     # -- for training -------------------------------------------------------------------------

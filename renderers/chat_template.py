@@ -143,8 +143,8 @@ class ChatTemplateRenderer(Renderer):
         renderer.system_prompt, renderer.tools_in_system = self.system_prompt, self.tools_in_system
         return renderer
 
-    def reads_key(self, key: str) -> bool:
-        return key in self._template.words
+    def reads_key(self, role: str, key: str, value: Any) -> bool:
+        return self._template.reads(role, key, value)
 
     # -- rendering ----------------------------------------------------------------------------
 

@@ -66,6 +66,7 @@ class Template:
         self._variables = {**tokenizer.special_tokens_map, "documents": None, **_json_type(kwargs)}
         self._traces = Traces(self._source, self._variables)
         self._printed_roles: dict[str, bool] = {}
+        self._read_keys: dict[tuple[str, str], bool] = {}
 
     @cached_property
     def variables_read(self) -> frozenset[str]:
@@ -80,8 +81,26 @@ class Template:
         words = set(re.findall(r"\w+", self._source))
         return "reasoning" in words and not words & {"thinking", "reasoning_content"}
 
+    def reads(self, role: str, key: str, value: Any) -> bool:
+        """Whether this key changes what the template prints of a message, as far as it can be tried out."""
+        if key not in self._words:
+            return False
+        if (role, key) not in self._read_keys:
+            message: PlainMessage = {"role": role, "content": "x"}
+            before: list[PlainMessage] = [] if role in ("system", "developer", "user") else [_USER]
+            if role == "tool":
+                before.append(self.adapted(CALL))
+                message["tool_call_id"] = "call00001"
+            after = [_USER] if role in ("system", "developer") else []
+            try:
+                with_key = self.text([*before, {**message, key: value}, *after])
+                self._read_keys[role, key] = with_key != self.text([*before, message, *after])
+            except RendererError:  # what it refuses it has looked at
+                self._read_keys[role, key] = True
+        return self._read_keys[role, key]
+
     @cached_property
-    def words(self) -> frozenset[str]:
+    def _words(self) -> frozenset[str]:
         """The attributes and the strings that the template's code names: all keys it can look for."""
         found: set[str] = set()
         for source in {self._source, self._source_with_tools}:

@@ -67,16 +67,25 @@ def chosen_messages(messages: Sequence[Message], train_on_what: TrainOnWhat) -> 
                 "A message has a weight, but all_tokens trains headers and messages alike. Remove the "
                 "weight, or choose all_messages."
             )
+        _count_kept_out(weights.count(0))
         return []
-    chosen = [index for index in _chosen_by_mode(messages, train_on_what) if weights[index] > 0]
+    of_mode = _chosen_by_mode(messages, train_on_what)
+    chosen = [index for index in of_mode if weights[index] > 0]
     for index, message in enumerate(messages):
         if index in chosen:
             continue
-        if _asks(message):
+        if weights[index] == 0 and index in of_mode:
+            _count_kept_out()
+        elif _asks(message):
             notes.count("message", f"asked to be trained, which train_on_what={train_on_what} does not do")
         elif weights[index] not in (0, 1):
             notes.count("message", f"had a weight and no part in train_on_what={train_on_what}")
     return chosen
+
+
+def _count_kept_out(number: int = 1) -> None:
+    if number:
+        notes.count("message", "kept out of training by a key such as `train: false`", number=number)
 
 
 def untrained_messages(messages: Sequence[Message]) -> list[int]:

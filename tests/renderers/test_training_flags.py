@@ -134,7 +134,7 @@ def test_what_asks_to_be_trained_and_is_not_is_counted() -> None:
     ]
     for mode in (TrainOnWhat.ALL_MESSAGES, TrainOnWhat.CUSTOMIZED):
         with notes.collected() as found:
-            chosen_messages(messages[:2], mode)
+            chosen_messages(messages[1:3], mode)
         assert not found
 
 

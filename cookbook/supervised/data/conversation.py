@@ -232,10 +232,11 @@ def tools_of(row: Mapping[str, Any]) -> list[dict[str, Any]] | None:
     The first of `TOOL_KEYS` that has any counts. Names alone are no schemas: under a key other than
     `tools` and `functions` they are left unread.
     """
+    values = unrecorded(row)
     for key in TOOL_KEYS:
-        if key not in TOOL_KEYS[:2] and not _are_schemas(unrecorded(row).get(key)):
+        if not values.get(key) or (key not in TOOL_KEYS[:2] and not _are_schemas(values[key])):
             continue
-        tools = row.get(key)
+        tools = row[key]
         if isinstance(tools, str):
             tools = decoded(tools, f"`{key}`") if tools.strip() else None
         if tools is not None and not isinstance(tools, (list, tuple)):

@@ -26,7 +26,11 @@ def count_findings(conversation: Conversation, renderer: Renderer) -> None:
         # The name of a tool finds the call that a result answers.
         known = {*_KEYS, "name"} if message["role"] == "tool" else _KEYS
         for key, value in message.items():
-            if key not in known and value not in EMPTY and not renderer.reads_key(key):
+            if (
+                key not in known
+                and value not in EMPTY
+                and not renderer.reads_key(message["role"], key, value)
+            ):
                 notes.count("message", UNREAD_MESSAGE_KEYS, str(key))
         num_calls += len(message.get("tool_calls") or ())
     if num_calls and not conversation.tools:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from typing import Any
 
 from cookbook import notes
@@ -26,7 +27,7 @@ _PLACEHOLDER = re.compile(
 def check_no_media(values: Mapping[Any, Any], where: str = "") -> None:
     """Raises DataError for a key of pictures, sounds or films that is not empty. `where` names the object."""
     for key, value in values.items():
-        if isinstance(key, str) and _KEY.fullmatch(_snake_case(key)) and _holds_something(value):
+        if isinstance(key, str) and _is_of_media(key) and _holds_something(value):
             of = f" of {where}" if where else ""
             raise DataError(
                 f"`{key}`{of} is not empty ({_excerpt(value)}), and only text can be trained on. Remove it "
@@ -41,8 +42,10 @@ def count_placeholders(texts: Iterable[str]) -> None:
             notes.count("message", "Placeholders with nothing beside them, read as text", placeholder)
 
 
-def _snake_case(key: str) -> str:
-    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", key.strip()).replace("-", "_").lower()
+@lru_cache(maxsize=4096)
+def _is_of_media(key: str) -> bool:
+    snake_case = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", key.strip()).replace("-", "_").lower()
+    return _KEY.fullmatch(snake_case) is not None
 
 
 def _holds_something(value: Any) -> bool:

@@ -453,8 +453,7 @@ def _action_of(step: Step, flags: Mapping[str, Any], where: str) -> Message:
         )
     if action is not None and step.get("tool_calls"):
         said["tool_calls"] = [*calls_of(said.get("tool_calls"), where), *calls_of(step["tool_calls"], where)]
-    thought = first(step, THOUGHTS)
-    if thought is not None and first(said, REASONING_KEYS) is None:
+    if first(said, REASONING_KEYS) is None and (thought := first(step, THOUGHTS)) is not None:
         said["reasoning_content"] = thought
     role = said.get("role") or "assistant"
     if not isinstance(role, str) or role_of(role) not in ("assistant", "function_call"):

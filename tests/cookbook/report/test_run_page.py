@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import http.server
 import json
 import math
@@ -345,6 +346,10 @@ def test_a_run_of_100_000_steps_makes_a_small_page_that_keeps_its_spike(
     )
     assert lowest - highest > 250, "the spike spans the chart"
     assert "evaluations are shown" in browser.evaluate("document.body.innerText")
+
+
+def test_what_was_counted_while_rows_were_read_is_on_the_page(make_run: MakeRun) -> None:
+    assert html.escape(NOTE) in write_report(make_run(), with_curves=False).read_text()
 
 
 def test_a_run_without_a_step_says_so(make_run: MakeRun, browser: Any) -> None:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import pytest
 
-from cookbook import notes
+from cookbook import models, notes
 from cookbook.errors import DataError
+from cookbook.supervised.data import Conversation
+from cookbook.supervised.data.findings import count_findings
 from cookbook.supervised.data.formats import conversations_of
 from cookbook.supervised.data.report import DataReport
-from renderers import TrainOnWhat
+from renderers import TrainOnWhat, get_renderer
 
 ReportOf: TypeAlias = Callable[..., DataReport]
 
@@ -204,3 +207,43 @@ def test_messages_that_ask_to_be_trained_and_are_not_are_in_the_report(report_of
     mode = "train_on_what=all_assistant_messages"
     assert f"2 messages asked to be trained, which {mode} does not do" in text
     assert "asked" not in " ".join(report_of(rows, train_on_what=TrainOnWhat.ALL_MESSAGES).lines())
+
+
+NAMED = "<|im_start|>{{ m.role }}{% if m.name %} {{ m.name }}{% endif %}"
+CALLED = "<|im_start|>{{ m.role }}{% if m.tool_calls %} {{ m.tool_calls[0].function.name }}{% endif %}"
+
+
+@pytest.mark.parametrize(
+    ("header", "unread"), [(NAMED, {"lang": 1}), (CALLED, {"name": 1, "lang": 1})], ids=["named", "called"]
+)
+def test_a_key_that_the_chat_template_prints_is_not_counted(
+    tiny_qwen3: str, header: str, unread: dict[str, int]
+) -> None:
+    """`name` is a word of both templates: one prints it of messages, the other of calls alone."""
+    tokenizer = copy.deepcopy(models.get_tokenizer(tiny_qwen3))
+    tokenizer.chat_template = (
+        "{% for m in messages %}" + header + "\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    conversation = Conversation([{**USER, "name": "ann", "lang": "en"}, REPLY])  # type: ignore[list-item]
+    with notes.collected() as found:
+        count_findings(conversation, get_renderer("chat_template", tokenizer))
+    assert {note.item: number for note, number in found.items()} == unread
+
+
+@pytest.mark.parametrize(
+    ("mode", "is_kept_out"),
+    [
+        (TrainOnWhat.ALL_ASSISTANT_MESSAGES, True),
+        (TrainOnWhat.ALL_MESSAGES, True),
+        (TrainOnWhat.ALL_TOKENS, True),
+        (TrainOnWhat.LAST_ASSISTANT_MESSAGE, False),
+        (TrainOnWhat.ALL_USER_AND_SYSTEM_MESSAGES, False),
+    ],
+)
+def test_messages_that_are_kept_out_of_training_are_counted(
+    report_of: ReportOf, mode: TrainOnWhat, is_kept_out: bool
+) -> None:
+    rows = [{"messages": [USER, {**REPLY, "loss": False}, *CHAT]}] * 2
+    line = "  2 messages kept out of training by a key such as `train: false`"
+    assert (line in report_of(rows, train_on_what=mode).lines()) == is_kept_out
