@@ -118,7 +118,7 @@ class RunFolder:
     def read_data_fingerprint(self) -> str | None:
         """Of the data that the run began with."""
         path = self.path / "data.json"
-        return json.loads(path.read_text())["fingerprint"] if path.exists() else None
+        return json.loads(path.read_text(encoding="utf-8"))["fingerprint"] if path.exists() else None
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """The rows of metrics.jsonl so far, as the main process sees them."""
@@ -153,7 +153,7 @@ class RunFolder:
     def _take_lock(self) -> None:
         if self._lock is not None:
             self._lock.close()
-        self._lock = (self.path / ".lock").open("w")
+        self._lock = (self.path / ".lock").open("w", encoding="utf-8")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -184,7 +184,7 @@ def _is_untouched(folder: Path) -> bool:
 
 def _read_run_config(path: Path) -> dict[str, Any]:
     try:
-        config = json.loads(path.read_text())
+        config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         config = None
     if not isinstance(config, dict) or TYPE_KEY not in config:

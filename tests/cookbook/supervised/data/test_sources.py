@@ -83,7 +83,7 @@ def write_gzip(path: Path, rows: list[Any]) -> Path:
 
 
 def write_json(path: Path, rows: list[Any]) -> Path:
-    path.write_text(json.dumps(rows))
+    path.write_text(json.dumps(rows), encoding="utf-8")
     return path
 
 
@@ -266,7 +266,7 @@ def test_a_byte_order_mark_is_no_part_of_the_data(tmp_path: Path, name: str) -> 
 
 def test_a_json_list_numbers_its_rows_and_keeps_true_nulls(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
-    path.write_text(json.dumps([{"a": {"b": None}}, 3], indent=1))
+    path.write_text(json.dumps([{"a": {"b": None}}, 3], indent=1), encoding="utf-8")
     row, bad = open_source(str(path)).rows()
     assert row == {"a": {"b": None}}
     assert place(row) == "row 0 of a.json"
@@ -319,7 +319,7 @@ def test_a_missing_file_is_an_error_before_it_is_read(tmp_path: Path) -> None:
 def test_cells_of_json_are_decoded_and_empty_ones_are_absent(tmp_path: Path) -> None:
     messages = [{"role": "user", "content": 'a "b"\nc' + "d" * 200_000}]
     cells = [json.dumps(messages), "", "[not json", "[1]", ""]
-    with (tmp_path / "a.csv").open("w", newline="") as file:
+    with (tmp_path / "a.csv").open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows(
             [["messages", "system", "tools", "text", "empty"], cells, [], ["x"], list("123456")]
         )
@@ -331,7 +331,7 @@ def test_cells_of_json_are_decoded_and_empty_ones_are_absent(tmp_path: Path) -> 
 
 
 def test_a_cell_of_several_lines_does_not_confuse_the_line_numbers(tmp_path: Path) -> None:
-    (tmp_path / "a.csv").write_text('text\n"one\ntwo"\nthree\n')
+    (tmp_path / "a.csv").write_text('text\n"one\ntwo"\nthree\n', encoding="utf-8")
     rows = list(open_source(str(tmp_path / "a.csv")).rows())
     assert [(row["text"], place(row)) for row in rows if isinstance(row, Row)] == [
         ("one\ntwo", "line 2 of a.csv"),
@@ -387,7 +387,7 @@ def test_a_pickled_slice_does_not_carry_the_rest_of_its_table(tmp_path: Path) ->
 def test_a_folder_is_its_files_in_the_order_of_their_names(tmp_path: Path) -> None:
     for name in ("b.jsonl", "a.ndjson", "c.jsonl.gz"):
         WRITERS[f"a{name[1:]}"](tmp_path / name, [{"text": name}])
-    (tmp_path / ".hidden").write_text("not data")
+    (tmp_path / ".hidden").write_text("not data", encoding="utf-8")
     rows = list(open_source(str(tmp_path)).rows())
     assert rows == [{"text": name} for name in ("a.ndjson", "b.jsonl", "c.jsonl.gz")]
     assert place(rows[1]) == f"line 1 of {tmp_path.name}/b.jsonl"
@@ -406,14 +406,14 @@ def test_any_other_folder_is_an_error_that_says_what_is_there(
     tmp_path: Path, names: list[str], found: str
 ) -> None:
     for name in names:
-        (tmp_path / name).write_text("")
+        (tmp_path / name).write_text("", encoding="utf-8")
     with pytest.raises(DataError, match=f"is a folder, .*{found}"):
         open_source(str(tmp_path))
 
 
 def test_an_empty_file_in_a_folder_is_named(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "a.jsonl", number_rows(2))
-    (tmp_path / "b.jsonl").write_text("")
+    (tmp_path / "b.jsonl").write_text("", encoding="utf-8")
     with pytest.raises(DataError, match=r"b.jsonl has no rows"):
         list(open_source(str(tmp_path)).rows())
 
@@ -436,9 +436,9 @@ def test_a_digest_is_remembered_until_the_file_changes(tmp_path: Path, cache_of_
     path = settle(write_jsonl(tmp_path / "a.jsonl", number_rows(3)))
     digest = cache.file_digest(path)
     (note,) = (cache_of_the_test / "fingerprints").iterdir()
-    values = json.loads(note.read_text())
+    values = json.loads(note.read_text(encoding="utf-8"))
     assert values["digest"] == digest
-    note.write_text(json.dumps({**values, "digest": "remembered"}))
+    note.write_text(json.dumps({**values, "digest": "remembered"}), encoding="utf-8")
     assert cache.file_digest(path) == "remembered"
     os.utime(path, (1_000_000_001, 1_000_000_001))
     assert cache.file_digest(path) == digest
@@ -462,7 +462,7 @@ def test_a_damaged_note_is_ignored(tmp_path: Path, cache_of_the_test: Path, note
 
 def test_a_cache_that_cannot_be_written_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     in_the_way = tmp_path / "file"
-    in_the_way.write_text("")
+    in_the_way.write_text("", encoding="utf-8")
     monkeypatch.setenv("COOKBOOK_CACHE", str(in_the_way / "cache"))
     path = settle(write_jsonl(tmp_path / "a.jsonl", number_rows(3)))
     assert cache.file_digest(path) == cache.file_digest(path)
@@ -658,7 +658,7 @@ def test_real_files_are_read_whole(name: str) -> None:
 
 def test_an_unclosed_quote_in_a_table_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
-    path.write_text('prompt,completion\nq1,a1\nq2,"a2 unclosed\n' + "q3,a3\n" * 5)
+    path.write_text('prompt,completion\nq1,a1\nq2,"a2 unclosed\n' + "q3,a3\n" * 5, encoding="utf-8")
     rows = []
     with contextlib.suppress(DataError):
         rows = list(open_source(str(path)).rows())
@@ -675,6 +675,6 @@ def test_a_value_of_a_table_that_cannot_be_read_makes_one_bad_row(tmp_path: Path
 
 def test_a_number_that_python_will_not_read_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
-    path.write_text('[{"text": "a", "n": ' + "9" * 5000 + "}]")
+    path.write_text('[{"text": "a", "n": ' + "9" * 5000 + "}]", encoding="utf-8")
     with pytest.raises(DataError, match="a.json"):
         list(open_source(str(path)).rows())
