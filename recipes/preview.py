@@ -64,7 +64,7 @@ async def run(config: PreviewConfig) -> None:
             examples[: config.num_html_examples],
         )
         path = Path(config.html).expanduser()
-        path.write_text(page, encoding="utf-8")
+        path.write_text(page, encoding="utf-8", errors="backslashreplace")
         console.print(f"Wrote {path}.", highlight=False)
 
 

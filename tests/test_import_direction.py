@@ -17,6 +17,7 @@ PACKAGES = ("cookbook", "renderers", "recipes")
 
 BASE = ("cookbook.errors", "cookbook.types")
 TOOLS = (
+    "cookbook.consoles",
     "cookbook.control_characters",
     "cookbook.embedded",
     "cookbook.environment",

@@ -28,7 +28,7 @@ def write_report(run_folder: str | Path, with_curves: bool = True) -> Path:
     if with_curves:
         curves.draw(run.metrics, run.folder / CURVES_FILE)
     path = run.folder / REPORT_FILE
-    jsonl.write_atomically(path, page_of(run).encode())
+    jsonl.write_atomically(path, page_of(run).encode(errors="backslashreplace"))
     return path
 
 

@@ -113,12 +113,15 @@ def _decode(tokens: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def print_examples(examples: Sequence[DecodedExample], console: Console) -> None:
-    """Trained text in colour; between ⟦ and ⟧ where there are no colours."""
+    """Trained text in colour; between ⟦ and ⟧ where there are no colours, or [[ and ]] in ASCII."""
+    brackets = ("⟦", "⟧") if console.encoding.startswith("utf") else ("[[", "]]")
     for number, example in enumerate(examples, 1):
-        console.print(_panel(number, example, console.color_system is not None))
+        console.print(_panel(number, example, console.color_system is not None, brackets))
 
 
-def _panel(number: int, example: DecodedExample, has_colour: bool) -> RenderableType:
+def _panel(
+    number: int, example: DecodedExample, has_colour: bool, brackets: tuple[str, str]
+) -> RenderableType:
     text = Text()
     for weight, run in groupby(example.pieces, key=lambda piece: piece.weight):
         said = as_pictures("".join(piece.text for piece in run))
@@ -127,7 +130,7 @@ def _panel(number: int, example: DecodedExample, has_colour: bool) -> Renderable
         elif has_colour:
             text.append(said, style="bold green" if weight == 1 else "bold yellow")
         else:
-            text.append(f"⟦{said}⟧")
+            text.append(said.join(brackets))
     title = Text(f"Example {number}: {example.title}")
     return Panel(text, title=title, title_align="left") if has_colour else Group(title, text, Text(""))
 

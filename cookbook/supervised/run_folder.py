@@ -75,7 +75,7 @@ class RunFolder:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._take_lock()
-            jsonl.write_atomically(self.path / "config.json", _text(config).encode())
+            jsonl.write_atomically(self.path / "config.json", jsonl.encoded(_text(config)))
         except OSError as error:
             raise ConfigError(
                 f"log_path={path} cannot be written: {error}. Choose another folder."
@@ -112,7 +112,8 @@ class RunFolder:
     def write_data_report(self, fingerprint: str | None, reports: list[dict[str, Any]]) -> None:
         if self.world.is_main:
             jsonl.write_atomically(
-                self.path / "data.json", _text({"fingerprint": fingerprint, "sources": reports}).encode()
+                self.path / "data.json",
+                jsonl.encoded(_text({"fingerprint": fingerprint, "sources": reports})),
             )
 
     def read_data_fingerprint(self) -> str | None:
