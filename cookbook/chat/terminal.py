@@ -87,7 +87,7 @@ class Terminal:
         if (found := undecodable_byte(line)) is not None:
             byte, index = found
             raise RequestError(
-                f"Question {number} is not {self._in.encoding} text: byte 0x{byte:02x} at character "
+                f"Question {number} is not UTF-8 text: byte 0x{byte:02x} at character "
                 f"{index + 1}. Convert it, as with: iconv -f LATIN1 -t UTF-8"
             )
 

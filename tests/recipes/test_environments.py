@@ -97,7 +97,7 @@ def test_a_piped_question_that_is_not_utf8_is_named(tmp_path: Path) -> None:
     )
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1] == (
-        b"RequestError: Question 2 is not utf-8 text: byte 0xe9 at character 4. "
+        b"RequestError: Question 2 is not UTF-8 text: byte 0xe9 at character 4. "
         b"Convert it, as with: iconv -f LATIN1 -t UTF-8"
     )
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
@@ -12,6 +13,9 @@ from cookbook.supervised.data.store import BadRowNote
 
 MAX_BARS = 60
 """Of the histogram of lengths."""
+NUM_NAMED_FILES = 8
+
+Role: TypeAlias = Literal["training", "evaluation"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,6 +47,12 @@ class DataReport:
     """The first of the bad rows."""
     lengths: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     """Tokens of every example that is trained on, before it was cut."""
+    role: Role = "training"
+    """What the source is read for."""
+    files: Sequence[str] = ()
+    """The files of a folder that were read; none where `name` says it all."""
+    unread: Sequence[str] = ()
+    """The other files of that folder."""
 
     @property
     def longest_kept(self) -> int:
@@ -74,6 +84,7 @@ class DataReport:
             f"  {self.tokens:,} tokens, {self.trained_tokens:,} of them trained{share}; "
             f"the longest example has {self.longest:,}.",
         ]
+        lines += _file_lines(f"{self.role} files", self.files) + _file_lines("not read", self.unread)
         left_out = [
             (self.truncated, "example", f"cut to max_length={self.max_length}"),
             (self.too_long, "example", f"left out: longer than max_length={self.max_length}"),
@@ -86,6 +97,20 @@ class DataReport:
         if self.bad > len(self.bad_rows):
             lines.append(f"    and {self.bad - len(self.bad_rows):,} more")
         return lines
+
+
+def _file_lines(what: str, files: Sequence[str]) -> list[str]:
+    if not files:
+        return []
+    more = f" and {len(files) - NUM_NAMED_FILES:,} more" if len(files) > NUM_NAMED_FILES else ""
+    text = f"{what}: {', '.join(files[:NUM_NAMED_FILES])}{more}"
+    return textwrap.wrap(
+        *(text, 80),
+        initial_indent="  ",
+        subsequent_indent="    ",
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
 
 
 def _count(number: int, noun: str) -> str:
