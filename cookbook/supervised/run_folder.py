@@ -25,6 +25,7 @@ import secrets
 import shutil
 import socket
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Literal, TypeAlias
@@ -109,12 +110,16 @@ class RunFolder:
     def checkpoint_dir(self) -> Path:
         return self.path / "checkpoints"
 
-    def write_data_report(self, fingerprint: str | None, reports: list[dict[str, Any]]) -> None:
+    def write_data_report(
+        self,
+        fingerprint: str | None,
+        reports: list[dict[str, Any]],
+        evaluation_reports: Sequence[dict[str, Any]] = (),
+    ) -> None:
         if self.world.is_main:
-            jsonl.write_atomically(
-                self.path / "data.json",
-                jsonl.encoded(_text({"fingerprint": fingerprint, "sources": reports})),
-            )
+            values = {"fingerprint": fingerprint, "sources": reports}
+            values |= {"evaluation_sources": list(evaluation_reports)}
+            jsonl.write_atomically(self.path / "data.json", jsonl.encoded(_text(values)))
 
     def read_data_fingerprint(self) -> str | None:
         """Of the data that the run began with."""

@@ -398,7 +398,7 @@ def test_a_folder_is_its_files_in_the_order_of_their_names(tmp_path: Path) -> No
     [
         ([], "it has nothing"),
         (["a.jsonl", "b.parquet"], "it has a.jsonl, b.parquet"),
-        (["a.jsonl", "README.md"], "it has README.md, a.jsonl"),
+        (["a.txt", "README.md"], "it has README.md, a.txt"),
         ([f"{number}.txt" for number in range(10)], "7.txt and 2 more"),
     ],
 )
