@@ -78,7 +78,7 @@ def main() -> None:
         for num_tokens, length in cases:
             command = [sys.executable, "-m", "benchmarks.cost_of_size", "--folder", str(folder)]
             command += ["--rounds", str(arguments.rounds), "--one", str(num_tokens), str(length)]
-            done = subprocess.run(command, capture_output=True, text=True, check=True)
+            done = subprocess.run(command, capture_output=True, text=True, check=True, encoding="utf-8")
             seconds, added = json.loads(done.stdout.splitlines()[-1])
             print(
                 f"| {num_tokens:,} | {length:,} | {seconds:.2f} | {seconds / num_tokens * 1e6:,.0f} "

@@ -31,7 +31,7 @@ COMMON = (
 def write_conversations(path: Path, number: int, seed: int = 0) -> None:
     rng = np.random.default_rng(seed)
     words = _words(rng)
-    with path.open("w") as file:
+    with path.open("w", encoding="utf-8") as file:
         for _ in range(number):
             messages = []
             for _ in range(1 + int(rng.geometric(0.75) - 1)):

@@ -100,7 +100,10 @@ def seconds_of_main_on_rendered_batches(num_steps: int) -> Measurement:
 def seconds_of(make: Callable[[str], train.Config]) -> Measurement:
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         asyncio.run(train.main(make(f"{folder}/run")))
-        rows = [json.loads(line) for line in Path(folder, "run", "metrics.jsonl").read_text().splitlines()]
+        rows = [
+            json.loads(line)
+            for line in Path(folder, "run", "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        ]
     timed = [row for row in rows if "train/nll" in row][WARM_UP_STEPS:]
     seconds = sum(row["perf/seconds"] for row in timed)
     return seconds, timed[-1]["train/nll"], sum(row["perf/seconds_idle"] for row in timed) / seconds
@@ -155,7 +158,7 @@ SIDES = {
 def measure(side: str, num_steps: int) -> Measurement:
     """One side in a fresh process."""
     command = [sys.executable, "-m", "benchmarks.loop_overhead", "--side", side, "--steps", str(num_steps)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    done = subprocess.run(command, capture_output=True, text=True, check=True, encoding="utf-8")
     seconds, nll, idle = map(float, done.stdout.split()[-3:])
     return seconds, nll, idle
 

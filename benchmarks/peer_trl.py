@@ -151,7 +151,7 @@ def search(set_name: str, num_steps: int, num_rounds: int, folder: Path, names: 
         for _ in range(num_rounds):
             command = [sys.executable, "-m", "benchmarks.peer_trl", "--settings", name, "--set", set_name]
             command += ["--steps", str(num_steps), "--folder", str(folder)]
-            done = subprocess.run(command, capture_output=True, text=True)
+            done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8")
             if done.returncode:
                 print(f"| {name} | {done.stderr.strip().splitlines()[-1]} | | | | |", flush=True)
                 break

@@ -13,7 +13,7 @@ def resident_bytes() -> int:
 def begin_peak() -> None:
     """Forgets the highest resident size so far, where the kernel lets us."""
     try:
-        Path("/proc/self/clear_refs").write_text("5")
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
     except OSError:
         return
 
@@ -24,7 +24,7 @@ def peak_bytes() -> int:
 
 
 def _status(field: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
+    for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
         if line.startswith(f"{field}:"):
             return int(line.split()[1]) * 1024
     return 0

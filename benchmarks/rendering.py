@@ -76,7 +76,9 @@ def made_up_conversations(num_conversations: int) -> list[list[dict[str, Any]]]:
 
 def conversations_of(path: Path, num_conversations: int) -> list[list[dict[str, Any]]]:
     """The file's conversations, from the start again until there are enough."""
-    rows = [json.loads(line)["messages"] for line in path.read_text().splitlines() if line.strip()]
+    rows = [
+        json.loads(line)["messages"] for line in path.read_text(encoding="utf-8").splitlines() if line.strip()
+    ]
     return list(itertools.islice(itertools.cycle(rows), num_conversations))
 
 

@@ -136,6 +136,7 @@ def measure(kind: Kind, size: int, num_tokens: int, rounds: int, folder: Path) -
                 env={**os.environ, **environment, "MASTER_ADDR": "127.0.0.1"},
                 stdout=subprocess.PIPE,
                 text=True,
+                encoding="utf-8",
             )
         )
     found = [json.loads(worker.communicate()[0].splitlines()[-1]) for worker in workers]

@@ -45,7 +45,7 @@ def flops_of_step(batch: list[Example], model_folder: Path, trains_head: bool) -
     The projection to the vocabulary counts for trained tokens alone, attention for the pairs it sees, an
     adapter's weight six times. Norms, exponentials and copies count nothing.
     """
-    config = json.loads((model_folder / "config.json").read_text())
+    config = json.loads((model_folder / "config.json").read_text(encoding="utf-8"))
     hidden, layers, vocab = config["hidden_size"], config["num_hidden_layers"], config["vocab_size"]
     query = config["num_attention_heads"] * config["head_dim"]
     key = config["num_key_value_heads"] * config["head_dim"]
@@ -74,7 +74,7 @@ def run(side: str, set_name: str, num_steps: int, folder: Path) -> dict[str, Any
     module, *options = SIDES[side]
     command = [sys.executable, "-m", f"benchmarks.{module}", *options, "--set", set_name]
     command += ["--steps", str(num_steps), "--folder", str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8")
     if done.returncode:
         raise SystemExit(f"{side} failed:\n{done.stderr[-2000:]}")
     report: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])

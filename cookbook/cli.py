@@ -17,12 +17,15 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 from chz.blueprint import Blueprint, Castable, Reference
 from chz.blueprint._entrypoint import EntrypointException, EntrypointHelpException
 
+from cookbook import consoles
 from cookbook.errors import ConfigError, CookbookError, describe
 
 T = TypeVar("T")
 R = TypeVar("R")
 
 HELP = ("--help", "-h", "help")
+TEXT_KEYS = ("system_prompt", "prompt", "title")
+"""Keys whose values are text for people and models. Any other value may name a file, and stays as it is."""
 
 
 def make_config(target: type[T], defaults: Mapping[str, Any], argv: Sequence[str], prog: str = "recipe") -> T:
@@ -62,7 +65,9 @@ def settings(argv: Sequence[str]) -> dict[str, str]:
         key, separator, value = argument.partition("=")
         if not separator or not key:
             raise ConfigError(f"{argument!r} is no setting. Write key=value, or --help for the keys.")
-        values[key.removeprefix("--")] = value
+        key = key.removeprefix("--")
+        is_text = key.rsplit(".", 1)[-1] in TEXT_KEYS
+        values[key] = consoles.decoded_argument(value) if is_text else value
     return values
 
 
@@ -83,6 +88,7 @@ def run(
 def ending_in_a_line() -> Iterator[None]:
     """Ends the program where help is asked for (exit code 0), where an error is raised on purpose
     (a few lines, exit code 1) and where Ctrl-C is pressed (130)."""
+    consoles.replace_unprintable()
     try:
         yield
     except EntrypointHelpException as help_text:

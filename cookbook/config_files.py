@@ -50,7 +50,10 @@ def load(path: str) -> dict[str, Any]:
     if not file.is_file():
         raise ConfigError(f"config={path!r}: there is no such file.")
     try:
-        values = json.loads(file.read_text()) if file.suffix == ".json" else yaml.safe_load(file.read_text())
+        text = file.read_text(encoding="utf-8-sig")
+        values = json.loads(text) if file.suffix == ".json" else yaml.safe_load(text)
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"config={path!r} is not UTF-8 text: {error}. Save it as UTF-8.") from error
     except (json.JSONDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"config={path!r} cannot be read: {error}") from error
     if not isinstance(values, dict):

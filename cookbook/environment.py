@@ -29,7 +29,7 @@ def describe(model: ModelData) -> dict[str, str]:
 
 def record(folder: Path, model: ModelData) -> None:
     text = json.dumps(describe(model), indent=2, ensure_ascii=False) + "\n"
-    jsonl.write_atomically(folder / "environment.json", text.encode())
+    jsonl.write_atomically(folder / "environment.json", jsonl.encoded(text))
 
 
 def _device_name(device: str) -> str:

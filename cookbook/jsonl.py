@@ -50,5 +50,10 @@ def write_atomically(path: Path, content: bytes) -> None:
     temporary.replace(path)
 
 
+def encoded(text: str) -> bytes:
+    """JSON in UTF-8. Halves of characters, as in a file name that is no UTF-8, are written as `\\udc80`."""
+    return text.encode(errors="backslashreplace")
+
+
 def _line(row: Mapping[str, Any]) -> bytes:
-    return (json.dumps(row, ensure_ascii=False) + "\n").encode()
+    return encoded(json.dumps(row, ensure_ascii=False) + "\n")

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Literal
 
 import chz
 
-from cookbook import cli, models
+from cookbook import cli, consoles, models
 from cookbook.chat.conversation import Conversation
 from cookbook.chat.terminal import Speaker, Terminal
 from cookbook.errors import ConfigError
@@ -74,6 +74,7 @@ class ChatConfig:
 async def run(config: ChatConfig) -> None:
     from cookbook.service import ServiceClient
 
+    consoles.keep_undecodable_input()
     with _ctrl_c_raises(), closing(ServiceClient(config.device, config.dtype)) as service:
         title, speakers = _speakers(config, service)
         Terminal(sys.stdin, sys.stdout, sys.stderr).talk(title, speakers)

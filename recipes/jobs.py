@@ -20,7 +20,7 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from cookbook import cli, jobs
+from cookbook import cli, consoles, jobs
 from cookbook.jobs import Job
 
 PROG = "python -m recipes.jobs"
@@ -28,6 +28,7 @@ PROG = "python -m recipes.jobs"
 
 def main(argv: list[str] | None = None) -> None:
     """Exits with 0 where what was asked for was done; `wait` and `--wait` only if the job succeeded."""
+    consoles.replace_unprintable()
     arguments = parse(sys.argv[1:] if argv is None else argv)
     with cli.ending_in_a_line():
         try:

@@ -44,7 +44,7 @@ class PreviewConfig(train.Config):
 async def run(config: PreviewConfig) -> None:
     builder = config.dataset_builder
     models.check_vocabulary(config.model_name)
-    train_data, _ = builder()
+    train_data, eval_data = builder()
     name, facts = config.model_name, []
     if isinstance(builder, ChatDatasetBuilder):
         common = builder.common_config
@@ -54,7 +54,8 @@ async def run(config: PreviewConfig) -> None:
     number = max(config.num_examples, config.num_html_examples if config.html else 0)
     examples = preview.first_examples(train_data, number, tokenizer)
     console = make_console()
-    for report in train_data.reports():
+    eval_reports = [] if eval_data is None else eval_data.reports()
+    for report in dict.fromkeys([*train_data.reports(), *eval_reports]):
         console.print("\n".join(report.lines()), highlight=False, markup=False)
     preview.print_examples(examples[: config.num_examples], console)
     if config.html is not None:
@@ -65,7 +66,7 @@ async def run(config: PreviewConfig) -> None:
             examples[: config.num_html_examples],
         )
         path = Path(config.html).expanduser()
-        path.write_text(page, encoding="utf-8")
+        path.write_text(page, encoding="utf-8", errors="backslashreplace")
         console.print(f"Wrote {path}.", highlight=False)
 
 

@@ -14,7 +14,7 @@ import sys
 import chz
 
 import cookbook
-from cookbook import embedded
+from cookbook import consoles, embedded
 from cookbook.errors import CookbookError, DataError, describe
 from cookbook.models import recommended_renderer
 from cookbook.supervised.data import conversation_to_datum
@@ -106,6 +106,7 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
+    consoles.replace_unprintable()
     try:
         chz.nested_entrypoint(main)
     except CookbookError as error:

@@ -18,9 +18,9 @@ from cookbook.sweeps.results import Result
 
 def main(argv: list[str] | None = None) -> list[Result]:
     argv = sys.argv[1:] if argv is None else argv
-    if any(argument in cli.HELP for argument in argv):
-        print(__doc__)
     with cli.ending_in_a_line():
+        if any(argument in cli.HELP for argument in argv):
+            print(__doc__)
         results = run_sweep(make_plan(argv))
     if any(result.state == "failed" for result in results):
         sys.exit(1)

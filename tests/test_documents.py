@@ -22,10 +22,14 @@ def test_a_guide_that_trains_on_a_dataset_runs_as_it_is_written(
     tiny_qwen3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     """Its fenced Python, with another import, model and dataset, and nothing else changed."""
-    guides = [path for path in DOCUMENTS.glob("*.txt") if "train_dataset.py" in path.read_text()]
+    guides = [
+        path for path in DOCUMENTS.glob("*.txt") if "train_dataset.py" in path.read_text(encoding="utf-8")
+    ]
     if not guides:
         pytest.skip(f"no guide in {DOCUMENTS}; set COOKBOOK_DOCUMENTS to a folder that has it")
-    program = "\n".join(re.findall(r"```python[^\n]*\n(.*?)```", guides[0].read_text(), re.DOTALL))
+    program = "\n".join(
+        re.findall(r"```python[^\n]*\n(.*?)```", guides[0].read_text(encoding="utf-8"), re.DOTALL)
+    )
     changes = {
         "import tinker": "import cookbook as tinker",
         '"Qwen/Qwen3.5-2B"': repr(tiny_qwen3),

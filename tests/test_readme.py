@@ -17,8 +17,8 @@ from cookbook.sweeps import make_plan
 from recipes import chat, export, jobs, preview, report, sft
 
 REPOSITORY = Path(__file__).parents[1]
-README = (REPOSITORY / "README.md").read_text()
-RENDERERS = (REPOSITORY / "renderers" / "README.md").read_text()
+README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+RENDERERS = (REPOSITORY / "renderers" / "README.md").read_text(encoding="utf-8")
 
 
 def blocks(language: str, text: str = README) -> list[str]:
@@ -44,7 +44,7 @@ def test_every_command_is_one_that_is_tested() -> None:
 
 @pytest.mark.parametrize("target", MAKE_TARGETS)
 def test_every_make_target_exists(target: str) -> None:
-    assert re.search(rf"^{target}:", (REPOSITORY / "Makefile").read_text(), re.MULTILINE)
+    assert re.search(rf"^{target}:", (REPOSITORY / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
 
 
 @pytest.mark.parametrize("command", RECIPE_COMMANDS)
@@ -104,7 +104,7 @@ def test_a_row_of_the_data_format_is_one_that_can_be_trained(tmp_path: Path) -> 
     """One row of every format, in one file."""
     (block,) = blocks("json")
     assert [recognise(json.loads(row)) for row in block.splitlines()] == list(FORMATS)
-    (tmp_path / "chats.jsonl").write_text(block * 5)
+    (tmp_path / "chats.jsonl").write_text(block * 5, encoding="utf-8")
     argv = [f"dataset={tmp_path / 'chats.jsonl'}", f"log_path={tmp_path / 'run'}", "max_steps=1"]
     assert sft.main(argv).is_finished
 

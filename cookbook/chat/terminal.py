@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import IO
 
 from cookbook.chat.conversation import Conversation, Reply, Turn
+from cookbook.consoles import undecodable_byte
 from cookbook.control_characters import as_pictures
 from cookbook.errors import CookbookError, RequestError, describe
 from cookbook.eval.chat import text_of
@@ -47,9 +48,10 @@ class Terminal:
         """Until /exit or the end of the input. What goes wrong is raised only where nobody sits there."""
         if self._is_interactive:
             self._note(f"{title}\n/help names the commands, Ctrl-D leaves.\n")
-        for line in self._lines():
+        for number, line in enumerate(self._lines(), 1):
             command = re.fullmatch(r"/([a-z]+)(?:\s+(.*))?", line)
             try:
+                self._check_encoding(line, number)
                 if command is None:
                     self._ask(line, speakers)
                 elif command[1] in ("exit", "quit"):
@@ -80,6 +82,14 @@ class Terminal:
                 continue
             if line:
                 yield line
+
+    def _check_encoding(self, line: str, number: int) -> None:
+        if (found := undecodable_byte(line)) is not None:
+            byte, index = found
+            raise RequestError(
+                f"Question {number} is not UTF-8 text: byte 0x{byte:02x} at character "
+                f"{index + 1}. Convert it, as with: iconv -f LATIN1 -t UTF-8"
+            )
 
     # -- questions ----------------------------------------------------------------------------
 
@@ -166,7 +176,7 @@ class Terminal:
             lines.append({"messages": [*first, *conversation.messages], "speaker": speaker.label})
         if not speakers[0].conversation.messages:
             raise RequestError("There is nothing to save yet: nothing was said.")
-        with path.open("a", encoding="utf-8") as file:
+        with path.open("a", encoding="utf-8", errors="backslashreplace") as file:
             file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         self._note(f"[Appended to {path}: {len(speakers[0].conversation.messages)} messages.]")
 

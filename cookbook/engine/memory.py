@@ -129,7 +129,7 @@ def _total_memory(device: torch.device) -> int:
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     limit = Path("/sys/fs/cgroup/memory.max")
     with contextlib.suppress(OSError, ValueError):
-        total = min(total, int(limit.read_text()))
+        total = min(total, int(limit.read_text(encoding="utf-8")))
     return total
 
 

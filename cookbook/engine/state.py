@@ -84,7 +84,7 @@ def save(
         files = sorted(file for file in folder.rglob("*") if file.is_file())
         checksums = {file.relative_to(folder).as_posix(): _sha256(file) for file in files}
         text = json.dumps({"format": FORMAT, **asdict(info), "sha256": checksums}, indent=2)
-        (folder / STATE_FILE).write_text(text + "\n")
+        (folder / STATE_FILE).write_text(text + "\n", encoding="utf-8")
         for file in folder.rglob("*.safetensors"):
             shutil.copymode(folder / STATE_FILE, file)  # safetensors leaves it to its owner alone
         _sync_to_disk(folder)
@@ -248,7 +248,7 @@ def _info_of_plain_adapter(folder: Path) -> StateInfo:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise CheckpointError(
             f"Checkpoint {path.parent} is damaged: {path.name} cannot be read ({error})."

@@ -60,7 +60,7 @@ def read_questions(
 
 
 def _rows(path: str) -> Iterator[Row]:
-    for source in open_sources(path, streaming=True):
+    for source in open_sources(path, streaming=True, is_for_evaluation=True):
         for row in source.rows():
             if isinstance(row, BadRow):
                 raise DataError(f"{row.place}: {row.reason}")

@@ -136,7 +136,7 @@ def merged_weights(source: Source, base_folder: Path) -> MergedWeights | None:
 def weight_files(folder: Path) -> dict[str, Path]:
     """Which safetensors file of a model folder holds each weight; nothing where there is none."""
     if (folder / INDEX_FILE).is_file():
-        weight_map = json.loads((folder / INDEX_FILE).read_text())["weight_map"]
+        weight_map = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))["weight_map"]
         return {name: folder / file for name, file in weight_map.items()}
     if not (folder / WEIGHTS_FILE).is_file():
         return {}
@@ -164,7 +164,7 @@ def base_model_folder(source: Source) -> Path:
     Raises ModelError where it is not to be had, or where its weights are stored quantized.
     """
     folder: Path = models.load_from_hub_or_disk("weights", source.base_model, _folder_of)
-    config = json.loads((folder / "config.json").read_text())
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     if (quantized := config.get("quantization_config")) is not None:
         raise ModelError(
             f"The weights of {source.base_model!r} are stored quantized ({quantized.get('quant_method')}); "

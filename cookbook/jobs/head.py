@@ -53,7 +53,7 @@ def find_head() -> Head | None:
     note = _note()
     if not note.exists():
         return None
-    head = Head(**json.loads(note.read_text()))
+    head = Head(**json.loads(note.read_text(encoding="utf-8")))
     return head if head.is_alive() else None
 
 
@@ -73,7 +73,7 @@ def start_head() -> Head:
         *(f"--{name}={port}" for name, port in options.items()),
     ]
     log = Path(folder) / "start.log"
-    with log.open("w") as out:
+    with log.open("w", encoding="utf-8") as out:
         process = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
@@ -135,13 +135,21 @@ def _wait_until_it_takes_jobs(head: Head, process: subprocess.Popen[bytes], log:
         time.sleep(0.5)
     with contextlib.suppress(ProcessLookupError):
         process.terminate()
-    last = [line for line in log.read_text().splitlines() if line.strip()][-1:] or ["it said nothing"]
+    last = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()][
+        -1:
+    ] or ["it said nothing"]
     raise ClusterError(f"A Ray head cannot be started on this machine: {last[0].strip()} (all of it: {log})")
 
 
 def _ray(*arguments: str) -> None:
     """A command of Ray's. Raises ClusterError where it fails; what it prints may be a secret."""
-    done = subprocess.run([*RAY, *arguments], capture_output=True, text=True, env=os.environ | clusters.QUIET)
+    done = subprocess.run(
+        [*RAY, *arguments],
+        capture_output=True,
+        encoding="utf-8",
+        errors="replace",
+        env=os.environ | clusters.QUIET,
+    )
     if done.returncode:
         last = done.stderr.strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
         raise ClusterError(f"`ray {' '.join(arguments)}` failed: {last[0]}")

@@ -153,7 +153,7 @@ def _submit(
     # pinned: a file of the job's own, in the one folder that it must be able to reach
     file = Path(config["log_path"]) / "jobs" / f"{job_id}.json"
     file.parent.mkdir(parents=True, exist_ok=True)
-    jsonl.write_atomically(file, json.dumps(config, indent=2, ensure_ascii=False).encode())
+    jsonl.write_atomically(file, jsonl.encoded(json.dumps(config, indent=2, ensure_ascii=False)))
     command = [_python(address), "-m", recipe.module, f"config={file}"]
     _when_there_is_an_agent(
         client.submit_job,

@@ -11,6 +11,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from cookbook import consoles
 from cookbook.loggers.base import OF_EVERY_STEP, MetricLogger, Metrics
 
 
@@ -67,7 +68,11 @@ def _evaluation_lines(step: int, metrics: Metrics) -> list[str]:
 
 
 def make_console(is_quiet: bool = False) -> Console:
-    """Writes to standard output; lines are wrapped for a terminal and left whole for anything else."""
+    """Writes to standard output; lines are wrapped for a terminal and left whole for anything else.
+
+    Characters that standard output cannot encode are replaced.
+    """
+    consoles.replace_unprintable()
     return Console(soft_wrap=not sys.stdout.isatty(), quiet=is_quiet)
 
 
@@ -86,7 +91,7 @@ class _ConsoleHandler(logging.Handler):
 @contextlib.contextmanager
 def logging_to(console: Console, path: Path) -> Iterator[None]:
     """Sends this project's log to the console and to a file."""
-    in_file = logging.FileHandler(path, encoding="utf-8")
+    in_file = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
     in_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     handlers: list[logging.Handler] = [_ConsoleHandler(console), in_file]
     root = logging.getLogger("cookbook")

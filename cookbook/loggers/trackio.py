@@ -34,8 +34,10 @@ class TrackioLogger(MetricLogger):
         try:
             name_file = folder / NAME_FILE
             if not name_file.exists():
-                name_file.write_text(_free_name(SQLiteStorage.get_runs(project), name or folder.name))
-            run_name = name_file.read_text()
+                name_file.write_text(
+                    _free_name(SQLiteStorage.get_runs(project), name or folder.name), encoding="utf-8"
+                )
+            run_name = name_file.read_text(encoding="utf-8")
             self._run = trackio.init(
                 project=project,
                 name=run_name,

@@ -20,12 +20,12 @@ class WandbLogger(MetricLogger):
 
         id_file = folder / "wandb_run_id.txt"
         if not id_file.exists():
-            id_file.write_text(secrets.token_hex(4))
+            id_file.write_text(secrets.token_hex(4), encoding="utf-8")
         try:
             self._run = wandb.init(
                 project=project,
                 name=name,
-                id=id_file.read_text().strip(),
+                id=id_file.read_text(encoding="utf-8").strip(),
                 resume="allow",
                 config=dict(config),
                 dir=str(folder),

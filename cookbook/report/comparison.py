@@ -65,7 +65,7 @@ def compare(
         differences=_differences(runs),
         num_charts=len(charts),
     )
-    jsonl.write_atomically(path, page.encode())
+    jsonl.write_atomically(path, page.encode(errors="backslashreplace"))
     return path
 
 

@@ -28,7 +28,7 @@ def write_report(run_folder: str | Path, with_curves: bool = True) -> Path:
     if with_curves:
         curves.draw(run.metrics, run.folder / CURVES_FILE)
     path = run.folder / REPORT_FILE
-    jsonl.write_atomically(path, page_of(run).encode())
+    jsonl.write_atomically(path, page_of(run).encode(errors="backslashreplace"))
     return path
 
 
@@ -56,6 +56,7 @@ def page_of(run: RunRecord) -> str:
         other_charts=places(panels.other_charts(run, most)),
         tables=views_of(run.tables),
         sources=[_source(source) for source in run.data.get("sources", [])],
+        evaluation_sources=[_source(source) for source in run.data.get("evaluation_sources", [])],
         settings=settings_of(run.config),
         checkpoints=[_checkpoint(run, record) for record in run.checkpoints],
         files=[name for name in _FILES if (run.folder / name).exists()],

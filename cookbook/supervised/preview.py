@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 _MOST_TOKENS_OF_A_CHARACTER = 8
+_ASCII_BRACKETS = (("[[", "]]"), ("<!", "!>"))
 
 
 @dataclass(frozen=True)
@@ -129,26 +130,34 @@ def _decode(tokens: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def print_examples(examples: Sequence[DecodedExample], console: Console) -> None:
-    """Trained text in colour; between ⟦ and ⟧ where there are no colours.
+    """Trained text in colour; between ⟦ and ⟧ where there are no colours, or [[ and ]] in ASCII.
 
-    Text that spells a control token is red, or between ⁅ and ⁆, and the last line says so.
+    Text that spells a control token is red, or between ⁅ and ⁆ (<! and !>), and the last line says so.
     """
     has_colour = console.color_system is not None
+    brackets, spelled = (("⟦", "⟧"), ("⁅", "⁆")) if console.encoding.startswith("utf") else _ASCII_BRACKETS
     for number, example in enumerate(examples, 1):
-        console.print(_panel(number, example, has_colour))
+        console.print(_panel(number, example, has_colour, brackets, spelled))
     if any(piece.is_spelled for example in examples for piece in example.pieces):
-        mark = "Red text" if has_colour else "What stands between ⁅ and ⁆"
-        console.print(f"{mark} spells a control token and is plain text to the model.", highlight=False)
+        mark = "Red text" if has_colour else f"What stands between {spelled[0]} and {spelled[1]}"
+        text = f"{mark} spells a control token and is plain text to the model."
+        console.print(text, highlight=False, markup=False)
 
 
-def _panel(number: int, example: DecodedExample, has_colour: bool) -> RenderableType:
+def _panel(
+    number: int,
+    example: DecodedExample,
+    has_colour: bool,
+    brackets: tuple[str, str],
+    spelled: tuple[str, str],
+) -> RenderableType:
     text = Text()
     for (weight, is_spelled), run in groupby(
         example.pieces, key=lambda piece: (piece.weight, piece.is_spelled)
     ):
         said = as_pictures("".join(piece.text for piece in run))
         if is_spelled:
-            said = said if has_colour else f"⁅{said}⁆"
+            said = said if has_colour else f"{spelled[0]}{said}{spelled[1]}"
         if is_spelled and has_colour:
             text.append(said, style="bold red" if weight else "red")
         elif not weight:
@@ -156,7 +165,7 @@ def _panel(number: int, example: DecodedExample, has_colour: bool) -> Renderable
         elif has_colour:
             text.append(said, style="bold green" if weight == 1 else "bold yellow")
         else:
-            text.append(f"⟦{said}⟧")
+            text.append(said.join(brackets))
     title = Text(f"Example {number}: {example.title}")
     return Panel(text, title=title, title_align="left") if has_colour else Group(title, text, Text(""))
 

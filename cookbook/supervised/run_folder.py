@@ -25,6 +25,7 @@ import secrets
 import shutil
 import socket
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Literal, TypeAlias
@@ -75,7 +76,7 @@ class RunFolder:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._take_lock()
-            jsonl.write_atomically(self.path / "config.json", _text(config).encode())
+            jsonl.write_atomically(self.path / "config.json", jsonl.encoded(_text(config)))
         except OSError as error:
             raise ConfigError(
                 f"log_path={path} cannot be written: {error}. Choose another folder."
@@ -109,16 +110,21 @@ class RunFolder:
     def checkpoint_dir(self) -> Path:
         return self.path / "checkpoints"
 
-    def write_data_report(self, fingerprint: str | None, reports: list[dict[str, Any]]) -> None:
+    def write_data_report(
+        self,
+        fingerprint: str | None,
+        reports: list[dict[str, Any]],
+        evaluation_reports: Sequence[dict[str, Any]] = (),
+    ) -> None:
         if self.world.is_main:
-            jsonl.write_atomically(
-                self.path / "data.json", _text({"fingerprint": fingerprint, "sources": reports}).encode()
-            )
+            values = {"fingerprint": fingerprint, "sources": reports}
+            values |= {"evaluation_sources": list(evaluation_reports)}
+            jsonl.write_atomically(self.path / "data.json", jsonl.encoded(_text(values)))
 
     def read_data_fingerprint(self) -> str | None:
         """Of the data that the run began with."""
         path = self.path / "data.json"
-        return json.loads(path.read_text())["fingerprint"] if path.exists() else None
+        return json.loads(path.read_text(encoding="utf-8"))["fingerprint"] if path.exists() else None
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """The rows of metrics.jsonl so far, as the main process sees them."""
@@ -153,7 +159,7 @@ class RunFolder:
     def _take_lock(self) -> None:
         if self._lock is not None:
             self._lock.close()
-        self._lock = (self.path / ".lock").open("w")
+        self._lock = (self.path / ".lock").open("w", encoding="utf-8")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -184,7 +190,7 @@ def _is_untouched(folder: Path) -> bool:
 
 def _read_run_config(path: Path) -> dict[str, Any]:
     try:
-        config = json.loads(path.read_text())
+        config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         config = None
     if not isinstance(config, dict) or TYPE_KEY not in config:

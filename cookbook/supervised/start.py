@@ -55,7 +55,7 @@ async def start_run(config: Config, folder: RunFolder, checkpoints: CheckpointLo
         _report_data(train_data, eval_data)
         _check_lengths(config, train_data, eval_data)
         total_steps = _total_steps(config, train_data)
-        first_step, position = _where_to_go_on(config, folder, checkpoints, train_data)
+        first_step, position = _where_to_go_on(config, folder, checkpoints, train_data, eval_data)
         batches = stack.enter_context(
             BatchQueue(
                 train_data,
@@ -192,14 +192,22 @@ def _total_steps(config: Config, train_data: SupervisedDataset) -> int | None:
 
 
 def _where_to_go_on(
-    config: Config, folder: RunFolder, checkpoints: CheckpointLog, train_data: SupervisedDataset
+    config: Config,
+    folder: RunFolder,
+    checkpoints: CheckpointLog,
+    train_data: SupervisedDataset,
+    eval_data: SupervisedDataset | None,
 ) -> tuple[int, Position]:
     """The step a run begins with, and the batch; refuses data that are not what they were."""
     fingerprint = train_data.fingerprint()
     last = checkpoints.last()
     num_batches = num_batches_of(train_data)
     if last is None:
-        folder.write_data_report(fingerprint, [report.to_json() for report in train_data.reports()])
+        reports = list(train_data.reports())
+        others = [] if eval_data is None else [one for one in eval_data.reports() if one not in reports]
+        folder.write_data_report(
+            fingerprint, [one.to_json() for one in reports], [one.to_json() for one in others]
+        )
         return 0, BEGINNING
     position = Position(last.epoch, last.batch)
     has_moved = num_batches is not None and divmod(last.step, num_batches) != position

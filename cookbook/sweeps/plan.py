@@ -175,7 +175,9 @@ def load(path: str) -> dict[str, Any]:
     if not file.is_file():
         raise ConfigError(f"sweep={path}: there is no such file.")
     try:
-        sections = yaml.safe_load(file.read_text())
+        sections = yaml.safe_load(file.read_text(encoding="utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"sweep={path} is not UTF-8 text: {error}. Save it as UTF-8.") from error
     except yaml.YAMLError as error:
         raise ConfigError(f"sweep={path} cannot be read: {error}") from error
     if not isinstance(sections, dict) or not isinstance(sections.get(RUNS, {}), dict | None):

@@ -116,7 +116,7 @@ def _value_text(result: Result) -> str:
 def write_csv(plan: Plan, results: Sequence[Result]) -> Path:
     """One row a run, the best point first."""
     path = plan.folder / CSV
-    with path.open("w", newline="") as file:
+    with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["run", *plan.varied_keys, plan.config.metric, "steps", "state", "error", "log_path"])
         for result in results:
@@ -143,7 +143,8 @@ def write_best(plan: Plan, best: Result) -> Path:
     path.write_text(
         f"# The best of {len(plan.runs)} runs: {plan.config.metric} {_value_text(best)}\n"
         f"#   python -m {plan.recipe.module} config={path}\n"
-        + yaml.safe_dump({key: _plain(value) for key, value in values.items()}, sort_keys=False)
+        + yaml.safe_dump({key: _plain(value) for key, value in values.items()}, sort_keys=False),
+        encoding="utf-8",
     )
     return path
 

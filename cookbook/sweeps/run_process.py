@@ -48,7 +48,7 @@ class RunProcess:
         self._metric = metric
         self._last = Progress("running", step=-1)
         self._size = -1
-        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed by stop)
+        self._errors = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115
         self._process: subprocess.Popen[bytes] | None = None
         if not is_over:
             self._process = subprocess.Popen(

@@ -69,7 +69,7 @@ class Ranks:
         pickles = [folder / f"{rank}.pickle" for rank in range(size)]
         return Ended(
             codes,
-            [(folder / f"{rank}.out").read_text() for rank in range(size)],
+            [(folder / f"{rank}.out").read_text(encoding="utf-8") for rank in range(size)],
             [pickle.loads(path.read_bytes()) if path.exists() else None for path in pickles],
         )
 

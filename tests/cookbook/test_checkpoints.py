@@ -63,7 +63,7 @@ def test_only_the_newest_are_kept(tmp_path: Path) -> None:
     for step in (3, 6, 9):
         add(log, tmp_path, step)
     assert names_on_disk(tmp_path) == ["000006", "000009"]
-    assert (tmp_path / "checkpoints.jsonl").read_text().count("\n") == 2
+    assert (tmp_path / "checkpoints.jsonl").read_text(encoding="utf-8").count("\n") == 2
 
 
 def test_a_name_recorded_twice_stands_once(tmp_path: Path) -> None:
@@ -71,7 +71,7 @@ def test_a_name_recorded_twice_stands_once(tmp_path: Path) -> None:
     for step in (3, 6, 3):
         add(log, tmp_path, step)
     assert names_on_disk(tmp_path) == ["000003", "000006"]
-    assert (tmp_path / "checkpoints.jsonl").read_text().count("\n") == 2
+    assert (tmp_path / "checkpoints.jsonl").read_text(encoding="utf-8").count("\n") == 2
 
 
 def test_the_best_stays_beside_the_newest_until_a_better_one_is_marked(tmp_path: Path) -> None:

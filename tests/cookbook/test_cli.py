@@ -60,7 +60,7 @@ def test_the_model_the_renderer_and_the_seed_reach_the_data() -> None:
 
 def test_later_wins_defaults_then_the_file_then_the_command_line(tmp_path: Path) -> None:
     file = tmp_path / "config.yaml"
-    file.write_text("learning_rate: 1e-3\nbatch_size: 64\nmax_steps: 10\n")
+    file.write_text("learning_rate: 1e-3\nbatch_size: 64\nmax_steps: 10\n", encoding="utf-8")
     config = make(f"config={file}", "max_steps=20")
     assert (config.learning_rate, config.max_steps) == (1e-3, 20)
     assert config.dataset_builder.common_config.batch_size == 64
@@ -93,13 +93,13 @@ def test_a_wrong_argument_is_one_error_that_says_what_to_change(argument: str, m
 
 def test_a_file_that_is_no_config_is_an_error(tmp_path: Path) -> None:
     for content, message in {"- a\n- b\n": "holds no keys", "a: [\n": "cannot be read"}.items():
-        (tmp_path / "bad.yaml").write_text(content)
+        (tmp_path / "bad.yaml").write_text(content, encoding="utf-8")
         with pytest.raises(ConfigError, match=message):
             make(f"config={tmp_path / 'bad.yaml'}")
 
 
 def test_an_unknown_key_in_a_file_is_an_error_too(tmp_path: Path) -> None:
-    (tmp_path / "bad.yaml").write_text("learning_rat: 1\n")
+    (tmp_path / "bad.yaml").write_text("learning_rat: 1\n", encoding="utf-8")
     with pytest.raises(ConfigError, match="Did you mean learning_rate"):
         make(f"config={tmp_path / 'bad.yaml'}")
 

@@ -31,8 +31,10 @@ def test_the_rule_gives_the_published_rates(
 ) -> None:
     # a config is all that is read, so the model may be as wide as the real one
     folder = make_model_folder(tmp_path, model_type)
-    config = (folder / "config.json").read_text()
-    (folder / "config.json").write_text(config.replace('"hidden_size": 32', f'"hidden_size": {hidden_size}'))
+    config = (folder / "config.json").read_text(encoding="utf-8")
+    (folder / "config.json").write_text(
+        config.replace('"hidden_size": 32', f'"hidden_size": {hidden_size}'), encoding="utf-8"
+    )
     rate = recommend_learning_rate(str(folder))
     assert rate.value == pytest.approx(published, rel=2e-3)
     assert f"2000 / {hidden_size}" in rate.reason
@@ -83,8 +85,8 @@ def test_a_run_says_where_its_learning_rate_is_from_and_when_its_rank_is_small(
 ) -> None:
     keys = ["max_steps=1", "test_size=8", "eval_every=0", "infrequent_eval_every=0"]
     sft.main([f"log_path={tmp_path}", *keys, *argv])
-    log = (tmp_path / "train.log").read_text()
-    recorded = json.loads((tmp_path / "config.json").read_text())["learning_rate"]
+    log = (tmp_path / "train.log").read_text(encoding="utf-8")
+    recorded = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))["learning_rate"]
     assert recorded == (1e-3 if "learning_rate=1e-3" in argv else 4e-3)
     assert line in log
     assert ("rough rule" in log) == ("lora_rank=1" in argv)

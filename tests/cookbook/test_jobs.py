@@ -98,7 +98,9 @@ def test_what_cannot_be_submitted_is_refused_before_a_head_is_started(
 
 
 COMMANDS = re.findall(
-    r"^python -m recipes\.jobs ([^#\n]*)", (REPOSITORY / "cookbook/jobs/README.md").read_text(), re.MULTILINE
+    r"^python -m recipes\.jobs ([^#\n]*)",
+    (REPOSITORY / "cookbook/jobs/README.md").read_text(encoding="utf-8"),
+    re.MULTILINE,
 )
 
 
@@ -186,7 +188,7 @@ def test_a_retry_ends_as_if_nothing_had_been(cancelled: Cancelled, tmp_path: Pat
     plain = load_file(tmp_path / "plain" / "checkpoints" / "final" / "adapter_model.safetensors")
     assert ours.keys() == plain.keys()
     assert all(ours[name].equal(plain[name]) for name in plain)
-    recorded = json.loads((folder / "config.json").read_text())
+    recorded = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     assert {**recorded, "if_log_path_exists": "delete"} == cancelled.job.config
 
 

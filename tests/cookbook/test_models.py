@@ -52,7 +52,7 @@ def test_what_is_neither_a_folder_nor_a_hub_id_is_refused(
 
 
 def test_a_file_and_a_folder_without_a_config_are_no_models(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
+    (tmp_path / "file").write_text("", encoding="utf-8")
     with pytest.raises(ModelError, match="neither a folder on this machine nor a hub id"):
         models.model_location(str(tmp_path / "file"))
     with pytest.raises(ModelError, match=r"is no model folder: it has no config\.json"):
@@ -81,9 +81,9 @@ def test_the_renderer_of_a_known_model_is_told_without_loading_it(model_name: st
 def test_the_renderer_of_another_model_follows_its_template(tiny_qwen3: str, model_folder: Path) -> None:
     assert models.recommended_renderer(tiny_qwen3) == "chat_template"
     (model_folder / "chat_template.jinja").unlink(missing_ok=True)
-    config = json.loads((model_folder / "tokenizer_config.json").read_text())
+    config = json.loads((model_folder / "tokenizer_config.json").read_text(encoding="utf-8"))
     config.pop("chat_template", None)
-    (model_folder / "tokenizer_config.json").write_text(json.dumps(config))
+    (model_folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
     assert models.recommended_renderer(str(model_folder)) == "role_colon"
 
 
@@ -114,14 +114,17 @@ def drop_a_tensor(path: Path) -> None:
 
 
 def widen(path: Path) -> None:
-    path.write_text(json.dumps({**json.loads(path.read_text()), "intermediate_size": 128}))
+    path.write_text(
+        json.dumps({**json.loads(path.read_text(encoding="utf-8")), "intermediate_size": 128}),
+        encoding="utf-8",
+    )
 
 
 @pytest.mark.parametrize(
     ("file", "damage", "what"),
     [
-        ("config.json", lambda path: path.write_text("{"), "tokenizer|weights"),
-        ("config.json", lambda path: path.write_text("{}"), "tokenizer|weights"),
+        ("config.json", lambda path: path.write_text("{", encoding="utf-8"), "tokenizer|weights"),
+        ("config.json", lambda path: path.write_text("{}", encoding="utf-8"), "tokenizer|weights"),
         ("config.json", widen, "weights"),
         ("model.safetensors", cut, "weights"),
         ("model.safetensors", lambda path: path.write_bytes(b""), "weights"),
@@ -150,13 +153,13 @@ def test_a_damaged_model_folder_is_refused(model_folder: Path, file: str, damage
 
 
 def test_code_that_comes_with_a_model_is_never_run(model_folder: Path) -> None:
-    (model_folder / "modeling.py").write_text("raise SystemExit('it ran')\n")
-    config = json.loads((model_folder / "config.json").read_text())
+    (model_folder / "modeling.py").write_text("raise SystemExit('it ran')\n", encoding="utf-8")
+    config = json.loads((model_folder / "config.json").read_text(encoding="utf-8"))
     config |= {
         "model_type": "of_its_own",
         "auto_map": {"AutoConfig": "modeling.Config", "AutoModelForCausalLM": "modeling.Model"},
     }
-    (model_folder / "config.json").write_text(json.dumps(config))
+    (model_folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     with pytest.raises(ModelError):
         BaseModel(str(model_folder))
 

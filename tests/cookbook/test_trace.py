@@ -35,7 +35,7 @@ def as_a_viewer_reads(text: str) -> list[dict[str, Any]]:
 def test_a_span_is_an_event_with_its_times_its_thread_and_its_step(tmp_path: Path) -> None:
     now, of_day = time.perf_counter(), time.time()
     write(tmp_path / "trace.json", Span("engine", "save", now, now + 0.25, 3), Span("loop", "log", now, now))
-    events = json.loads((tmp_path / "trace.json").read_text())
+    events = json.loads((tmp_path / "trace.json").read_text(encoding="utf-8"))
     named = {event["tid"]: event["args"]["name"] for event in events if event["name"] == "thread_name"}
     assert set(named.values()) == set(TRACKS.values())
     save, log = (event for event in events if event["ph"] == "X")
@@ -52,7 +52,7 @@ def test_spans_that_touch_do_not_overlap_in_the_file(tmp_path: Path) -> None:
         tmp_path / "trace.json",
         *(Span("engine", "x", a, b) for a, b in itertools.pairwise(times)),
     )
-    events = as_a_viewer_reads((tmp_path / "trace.json").read_text())
+    events = as_a_viewer_reads((tmp_path / "trace.json").read_text(encoding="utf-8"))
     for one, other in itertools.pairwise(events):
         assert one["ts"] + one["dur"] <= other["ts"]
 
@@ -68,7 +68,9 @@ def test_what_a_kill_leaves_at_any_byte_is_read_and_gone_on_with(tmp_path: Path)
         assert names == all_names[: len(names)]
         path.write_bytes(whole[:length])
         write(path, Span("engine", "resumed", 5, 6, 5))
-        events = [event["name"] for event in json.loads(path.read_text()) if event["ph"] == "X"]
+        events = [
+            event["name"] for event in json.loads(path.read_text(encoding="utf-8")) if event["ph"] == "X"
+        ]
         assert events[-1] == "resumed"
         assert events[:-1] == all_names[: len(events) - 1]
         assert len(events) - 1 >= len(names) - 1, "a whole line is not lost"

@@ -37,7 +37,7 @@ def parrot(tmp_path_factory: pytest.TempPathFactory) -> Path:
     client.save_state("000012").result()
     service.close()
     record = {"name": "000012", "path": "checkpoints/000012", "step": 12, "epoch": 0, "batch": 12}
-    (folder / "checkpoints.jsonl").write_text(json.dumps(record) + "\n")
+    (folder / "checkpoints.jsonl").write_text(json.dumps(record) + "\n", encoding="utf-8")
     return folder
 
 

@@ -25,9 +25,9 @@ Exporting = Callable[..., str]
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "parrot"
-    rows = embedded.PIRATE_PATH.read_text().splitlines()[:40]
+    rows = embedded.PIRATE_PATH.read_text(encoding="utf-8").splitlines()[:40]
     data = tmp_path_factory.mktemp("data") / "pirate.jsonl"
-    data.write_text("\n".join(rows) + "\n")
+    data.write_text("\n".join(rows) + "\n", encoding="utf-8")
     common = ChatDatasetBuilderCommonConfig(model_name_for_tokenizer="cookbook/tiny-chat", batch_size=4)
     config = train.Config(
         log_path=str(folder),
@@ -102,10 +102,13 @@ def test_of_a_run_the_best_checkpoint_leaves_or_the_last(exporting: Exporting, r
 
 def test_a_run_that_keeps_track_of_no_best_gives_its_last(exporting: Exporting, run: Path) -> None:
     shutil.copytree(run, "without")
-    rows = [json.loads(line) for line in Path("without/checkpoints.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line)
+        for line in Path("without/checkpoints.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     kept = ["name", "path", "step", "epoch", "batch"]
     lines = [json.dumps({key: row[key] for key in kept}) + "\n" for row in rows]
-    Path("without/checkpoints.jsonl").write_text("".join(lines))
+    Path("without/checkpoints.jsonl").write_text("".join(lines), encoding="utf-8")
     assert "checkpoints/final, after 2 steps" in exporting("checkpoint=without", "to=a")
     assert "has no best checkpoint" in exporting("checkpoint=without", "to=b", "which=best", fails=True)
 
@@ -151,7 +154,7 @@ def test_a_folder_that_holds_something_is_kept(exporting: Exporting) -> None:
     assert "is not empty" in exporting("checkpoint=run", "to=out", fails=True)
     exporting("checkpoint=run", "to=out", "format=merged", "overwrite=True")
     assert not Path("out/adapter_config.json").exists()
-    Path("out/thesis.tex").write_text("mine")
+    Path("out/thesis.tex").write_text("mine", encoding="utf-8")
     printed = exporting("checkpoint=run", "to=out", "overwrite=True", fails=True)
     assert "holds thesis.tex, which no export wrote" in printed
     assert Path("out/config.json").exists()
@@ -184,7 +187,7 @@ def test_ollama_takes_merged_weights_of_what_is_not_written_as_gguf_here(
 ) -> None:
     make_model_folder(tmp_path / "gemma", "gemma2", query_pre_attn_scalar=8)
     exporting("checkpoint=gemma", "to=out", "format=ollama")
-    assert Path("out/Modelfile").read_text().startswith("FROM .\n")
+    assert Path("out/Modelfile").read_text(encoding="utf-8").startswith("FROM .\n")
     assert Path("out/model.safetensors").is_file()
 
 
@@ -197,15 +200,17 @@ def test_an_adapter_goes_on_a_model_of_ollamas(
     path = training.save_weights_for_sampler("tuned").result().path
     service.close()
     exporting(f"checkpoint={path}", "to=out", "format=ollama", "ollama_base=mine:1b")
-    assert Path("out/Modelfile").read_text().startswith("FROM mine:1b\nADAPTER ./adapter.gguf\n")
+    assert (
+        Path("out/Modelfile").read_text(encoding="utf-8").startswith("FROM mine:1b\nADAPTER ./adapter.gguf\n")
+    )
     assert not list(Path("out").glob("model*"))
 
 
 def test_a_run_in_4_bits_says_what_it_is_merged_into(exporting: Exporting, run: Path, tmp_path: Path) -> None:
     copy = tmp_path / "nf4"
     shutil.copytree(run, copy)
-    config = json.loads((copy / "config.json").read_text())
-    (copy / "config.json").write_text(json.dumps({**config, "quantization": "nf4"}))
+    config = json.loads((copy / "config.json").read_text(encoding="utf-8"))
+    (copy / "config.json").write_text(json.dumps({**config, "quantization": "nf4"}), encoding="utf-8")
     printed = " ".join(exporting("checkpoint=nf4", "to=out", "format=merged").split())
     assert "Trained on a base in 4 bits" in printed
-    assert "trained on a base model in 4 bits" in Path("out/README.md").read_text()
+    assert "trained on a base model in 4 bits" in Path("out/README.md").read_text(encoding="utf-8")

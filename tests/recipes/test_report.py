@@ -17,9 +17,11 @@ def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         folder = tmp_path / name
         folder.mkdir()
         (folder / "config.json").write_text(
-            json.dumps({"_type": "my:Config", "model_name": "m", "seed": name})
+            json.dumps({"_type": "my:Config", "model_name": "m", "seed": name}), encoding="utf-8"
         )
-        (folder / "metrics.jsonl").write_text('{"step": 0, "train/nll": 1.5, "optim/learning_rate": 0.1}\n')
+        (folder / "metrics.jsonl").write_text(
+            '{"step": 0, "train/nll": 1.5, "optim/learning_rate": 0.1}\n', encoding="utf-8"
+        )
 
 
 def test_one_run_gets_its_page(capsys: pytest.CaptureFixture[str]) -> None:
@@ -32,8 +34,8 @@ def test_several_runs_get_one(capsys: pytest.CaptureFixture[str]) -> None:
     report.main(["a", "b", "c=d"])
     report.main(["a", "to=only_a.html", "title=Mine"])
     assert capsys.readouterr().out == "compare.html\nonly_a.html\n"
-    assert "<title>Mine</title>" in Path("only_a.html").read_text()
-    assert "c=d" in Path("compare.html").read_text()
+    assert "<title>Mine</title>" in Path("only_a.html").read_text(encoding="utf-8")
+    assert "c=d" in Path("compare.html").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(

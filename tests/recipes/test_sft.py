@@ -24,7 +24,7 @@ def run_recipe(*argv: str, cwd: Path) -> subprocess.CompletedProcess[str]:
 
 
 def rows_of(folder: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 def test_without_arguments_the_embedded_model_learns_to_talk_like_a_pirate(tmp_path: Path) -> None:
@@ -42,7 +42,7 @@ def test_without_arguments_the_embedded_model_learns_to_talk_like_a_pirate(tmp_p
     assert "Tokyo" in after
     assert not PIRATE_WORDS & words_of(before)
     assert PIRATE_WORDS & words_of(after)
-    assert after in (folder / "train.log").read_text()
+    assert after in (folder / "train.log").read_text(encoding="utf-8")
 
     again = run_recipe(cwd=tmp_path)
     assert again.returncode == 0
@@ -108,8 +108,8 @@ def test_what_cannot_be_run_says_what_to_do_without_a_traceback(
 
 
 def test_a_dataset_of_ones_own_is_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = embedded.PIRATE_PATH.read_text().splitlines()[:40]
-    (tmp_path / "chats.jsonl").write_text("\n".join(rows))
+    rows = embedded.PIRATE_PATH.read_text(encoding="utf-8").splitlines()[:40]
+    (tmp_path / "chats.jsonl").write_text("\n".join(rows), encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     summary = sft.main(["dataset=chats.jsonl", "max_steps=1", "batch_size=4", "test_size=4", "log_path=mine"])
     assert summary.is_finished

@@ -28,6 +28,6 @@ def test_the_flat_loop_learns(tmp_path: Path) -> None:
 
 
 def test_the_flat_loop_is_short_enough_to_copy() -> None:
-    lines = Path(sft_loop.__file__).read_text().splitlines()
+    lines = Path(sft_loop.__file__).read_text(encoding="utf-8").splitlines()
     assert len(lines) < 150
     assert sum(line.startswith(("def ", "class ", "async ")) for line in lines) <= 2

@@ -167,7 +167,7 @@ def published_template() -> Callable[[str], str]:
         path = TOKENIZERS.parent / "chat_templates" / f"{name}.jinja"
         if not path.is_file():
             pytest.skip(f"no template {path}; set COOKBOOK_TOKENIZERS")
-        return path.read_text()
+        return path.read_text(encoding="utf-8")
 
     return load
 

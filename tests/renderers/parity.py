@@ -167,7 +167,7 @@ class Reference:
     def __init__(self, family: Family) -> None:
         self._family = family
         folder = conftest.TOKENIZERS.parent / "chat_templates"
-        self._source = (folder / f"{family.template}.jinja").read_text()
+        self._source = (folder / f"{family.template}.jinja").read_text(encoding="utf-8")
         if family.tokenizer is not None:
             self.tokenizer = conftest._real_tokenizer(family.tokenizer)
             self.tokenizer.chat_template = self._source
@@ -321,9 +321,9 @@ def main() -> None:
     table = make_table()
     print(table)
     if options.write:
-        before, _, rest = README.read_text().partition(BEGIN)
+        before, _, rest = README.read_text(encoding="utf-8").partition(BEGIN)
         _, _, after = rest.partition(END)
-        README.write_text(f"{before}{BEGIN}\n{table}\n{END}{after}")
+        README.write_text(f"{before}{BEGIN}\n{table}\n{END}{after}", encoding="utf-8")
     sys.exit(WRONG in table)
 
 

@@ -17,7 +17,9 @@ def test_the_table_is_what_the_comparison_finds(published_template, real_tokeniz
     done = subprocess.run([sys.executable, str(SCRIPT)], capture_output=True, text=True, timeout=250)
     assert done.returncode == 0, done.stderr
     assert "WRONG" not in done.stdout
-    assert done.stdout.strip() in README.read_text(), "renderers/README.md is out of date: make parity"
+    assert done.stdout.strip() in README.read_text(encoding="utf-8"), (
+        "renderers/README.md is out of date: make parity"
+    )
 
 
 def test_a_difference_is_found(monkeypatch, small_tokenizer):

@@ -7,6 +7,7 @@ import logging
 import math
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 
 import chz
 import numpy as np
@@ -22,6 +23,7 @@ from cookbook.supervised.data.rendered import (
     check_that_something_is_left,
 )
 from cookbook.supervised.data.rendering import OnBadRow, RowRenderer, render_source
+from cookbook.supervised.data.report import Role
 from cookbook.supervised.data.sources import KNOWN_DATASETS, Row, Source, known_test_source, open_source
 from cookbook.supervised.data.streaming import Slice, StreamedConversations, StreamMixture
 from cookbook.supervised.data.trajectories import ObservationOrder
@@ -63,12 +65,14 @@ class ConversationBuilder(ChatDatasetBuilder):
         "was there (all_exhausted)",
     )
     eval_dataset: str | None = chz.field(
-        default=None, doc="data to evaluate on, named as dataset is; default: see test_size"
+        default=None,
+        doc="data to evaluate on, named as dataset is; default: other splits of a folder, or see test_size",
     )
     test_size: int | None = chz.field(
         default=None,
-        doc="rows held out for evaluation, or the first rows of the evaluation data; default: all of "
-        f"those, or of the training data 1 in 20, at most {_DEFAULT_TEST_ROWS}",
+        doc="rows held out of the training data for evaluation, or the first rows of eval_dataset; default: "
+        "all of that, the other splits of a folder, or of the training data 1 in 20, at most "
+        f"{_DEFAULT_TEST_ROWS}",
     )
     shuffle_seed: int = chz.field(default=0, doc="seed of the split and of the order of rows")
     on_bad_row: OnBadRow = chz.field(
@@ -109,7 +113,9 @@ class ConversationBuilder(ChatDatasetBuilder):
 
     def test_sources(self) -> list[Source] | None:
         """Where the rows to evaluate on are; None where they are held out from the training rows."""
-        return None if self.eval_dataset is None else open_sources(self.eval_dataset)
+        if self.eval_dataset is None:
+            return None
+        return open_sources(self.eval_dataset, is_for_evaluation=True)
 
     def conversations_of(self, row: Row) -> list[Conversation]:
         """The conversations of a row; none where it is not wanted. Raises DataError for a bad row."""
@@ -122,6 +128,11 @@ class ConversationBuilder(ChatDatasetBuilder):
         check_weights(self.weights, len(sources))
         row_renderer = self._row_renderer()
         test_sources = None if self.test_size == 0 else self.test_sources()
+        if test_sources is None and self.test_size is None:
+            test_sources = [source.evaluation for source in sources if source.evaluation is not None] or None
+        for source in sources:
+            if source.evaluation is not None and source.evaluation not in (test_sources or []):
+                source.unread = list(dict.fromkeys([*source.unread, *source.evaluation.files]))
         test_data = None if test_sources is None else self._test_data(test_sources, row_renderer)
         if self.streaming:
             return self._stream(sources, row_renderer, test_data)
@@ -139,12 +150,16 @@ class ConversationBuilder(ChatDatasetBuilder):
         key = json.dumps([self.format, self.min_reward, self.observation_order]) if is_ours else None
         return RowRenderer(self.renderer, self.common_config.train_on_what, self.conversations_of, key)
 
-    def _trainable_rows(self, source: Source, row_renderer: RowRenderer) -> TrainableRows:
+    def _trainable_rows(
+        self, source: Source, row_renderer: RowRenderer, role: Role = "training"
+    ) -> TrainableRows:
         store = render_source(source, row_renderer, self.on_bad_row, self.num_proc, self.use_cache)
-        return TrainableRows(store, self.common_config.max_length, self.common_config.on_long)
+        rows = TrainableRows(store, self.common_config.max_length, self.common_config.on_long)
+        rows.report = replace(rows.report, role=role, files=source.files, unread=source.unread)
+        return rows
 
     def _test_data(self, sources: Sequence[Source], row_renderer: RowRenderer) -> RenderedDataset | None:
-        trainable = [self._trainable_rows(source, row_renderer) for source in sources]
+        trainable = [self._trainable_rows(source, row_renderer, "evaluation") for source in sources]
         check_that_something_is_left(trainable)
         left = self.test_size
         parts = []
@@ -199,7 +214,7 @@ class ConversationBuilder(ChatDatasetBuilder):
             total = self.test_size or _DEFAULT_TEST_ROWS
             sizes = [total // len(sources) + (i < total % len(sources)) for i in range(len(sources))]
             held_out = [Slice(source, 0, size) for source, size in zip(sources, sizes, strict=True)]
-            trainable = [self._trainable_rows(source, row_renderer) for source in held_out]
+            trainable = [self._trainable_rows(source, row_renderer, "evaluation") for source in held_out]
             test_data = self._dataset([Part(rows, rows.rows) for rows in trainable])
             sources = [Slice(source, size) for source, size in zip(sources, sizes, strict=True)]
             for source, size in zip(sources, sizes, strict=True):
@@ -233,19 +248,19 @@ def _size(part: Part) -> int:
     return len(part.rows)
 
 
-def open_sources(names: str, streaming: bool = False) -> list[Source]:
+def open_sources(names: str, streaming: bool = False, is_for_evaluation: bool = False) -> list[Source]:
     """The sources of one name, or of several with commas between them."""
     if os.path.exists(os.path.expanduser(names)):
-        return [open_source(names, streaming=streaming)]
+        return [open_source(names, None, streaming, is_for_evaluation)]
     found = [name.strip() for name in names.split(",") if name.strip()]
     if not found:
         raise ConfigError(f"{names!r} names no data. Give a file, a folder, a short name or a hub id.")
-    return [open_source(name, streaming=streaming) for name in found]
+    return [open_source(name, None, streaming, is_for_evaluation) for name in found]
 
 
 @chz.chz
 class FromConversationFileBuilder(ConversationBuilder):
-    """Conversations from a file: JSONL, JSON, Parquet or CSV."""
+    """Conversations from a file or a folder of files: JSONL, JSON, Parquet, Arrow or CSV."""
 
     file_path: str = chz.field(doc="the file, or several with commas between them")
 
@@ -260,8 +275,9 @@ class NamedChatDatasetBuilder(ConversationBuilder):
     dataset: str = chz.field(
         default="pirate",
         doc=f"pirate (embedded), {', '.join(KNOWN_DATASETS)}, a file "
-        "(.jsonl, .json, .parquet, .csv), a folder of such files, or a hub id (owner/name, "
-        "owner/name:config, owner/name:config:split); several with commas between them",
+        "(.jsonl, .json, .parquet, .arrow, .csv), a folder of such files, or a hub id (owner/name); both "
+        "take a split or config behind them (name::split, name:config, name:config:split); several with "
+        "commas between them",
     )
 
     def sources(self) -> list[Source]:

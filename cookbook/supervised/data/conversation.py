@@ -120,9 +120,9 @@ def content_of(value: Any, where: str, from_tool: bool = False) -> tuple[str, st
     for part in value:
         kind = part.get("type", "text") if isinstance(part, Mapping) else "text"
         if kind in _TEXT_PARTS:
-            found, into = (part.get("text") if isinstance(part, Mapping) else part), texts
+            found, into = _text_of_part(part), texts
         elif kind in _THINKING_PARTS:
-            found, into = first(part, (*_THINKING_PARTS, "text")), thoughts
+            found, into = first(part, (*_THINKING_PARTS, "text", "value")), thoughts
         else:
             raise DataError(f"{where} has a part of type `{kind}`, and only text can be trained on.")
         if not isinstance(found, str):
@@ -131,6 +131,12 @@ def content_of(value: Any, where: str, from_tool: bool = False) -> tuple[str, st
         if isinstance(part, Mapping):
             _as_data_error(refuse_on_part, part, where)
     return "".join(texts), "".join(thoughts)
+
+
+def _text_of_part(part: Any) -> Any:
+    """A part's text: itself, or under `text` or `value`, or `{"value": ...}` under `text`."""
+    found = first(part, ("text", "value")) if isinstance(part, Mapping) else part
+    return found.get("value") if isinstance(found, Mapping) else found
 
 
 def is_parts(value: Any) -> bool:

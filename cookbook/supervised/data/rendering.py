@@ -241,4 +241,4 @@ def _code_of_this_project() -> str:
     """A digest of the code that rows go through, so that a new version renders afresh."""
     folders = [Path(__file__).parent, Path(str(renderers.__file__)).parent]
     files = sorted(file for folder in folders for file in folder.rglob("*.py"))
-    return digest_of(*(file.read_text() for file in [*files, Path(notes.__file__)]))
+    return digest_of(*(file.read_text(encoding="utf-8") for file in [*files, Path(notes.__file__)]))

@@ -6,7 +6,7 @@ import re
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
@@ -16,6 +16,9 @@ from cookbook.supervised.data.store import BadRowNote
 
 MAX_BARS = 60
 """Of the histogram of lengths."""
+NUM_NAMED_FILES = 8
+
+Role: TypeAlias = Literal["training", "evaluation"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,6 +52,12 @@ class DataReport:
     """Tokens of every example that is trained on, before it was cut."""
     notes: Mapping[Note, int] = field(default_factory=dict)
     """What was counted while the rows were read and rendered."""
+    role: Role = "training"
+    """What the source is read for."""
+    files: Sequence[str] = ()
+    """The files of a folder that were read; none where `name` says it all."""
+    unread: Sequence[str] = ()
+    """The other files of that folder."""
 
     @property
     def longest_kept(self) -> int:
@@ -81,6 +90,7 @@ class DataReport:
             f"  {self.tokens:,} tokens, {self.trained_tokens:,} of them trained{share}; "
             f"the longest example has {self.longest:,}.",
         ]
+        lines += _file_lines(f"{self.role} files", self.files) + _file_lines("not read", self.unread)
         left_out = [
             (self.truncated, "example", f"cut to max_length={self.max_length}"),
             (self.too_long, "example", f"left out: longer than max_length={self.max_length}"),
@@ -106,3 +116,17 @@ def note_lines(found: Mapping[Note, int]) -> list[str]:
             text, 80, initial_indent="  ", subsequent_indent="    ", break_long_words=False
         )
     ]
+
+
+def _file_lines(what: str, files: Sequence[str]) -> list[str]:
+    if not files:
+        return []
+    more = f" and {len(files) - NUM_NAMED_FILES:,} more" if len(files) > NUM_NAMED_FILES else ""
+    text = f"{what}: {', '.join(files[:NUM_NAMED_FILES])}{more}"
+    return textwrap.wrap(
+        *(text, 80),
+        initial_indent="  ",
+        subsequent_indent="    ",
+        break_long_words=False,
+        break_on_hyphens=False,
+    )

@@ -140,7 +140,7 @@ class StoreWriter:
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove_abandoned(path)
         self._folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-        self._lock = (self._folder / "lock").open("w")
+        self._lock = (self._folder / "lock").open("w", encoding="utf-8")
         fcntl.flock(self._lock, fcntl.LOCK_EX)
         self._tokens = (self._folder / "tokens.bin").open("wb")
         self._places = (self._folder / "places.txt").open("w", encoding="utf-8", errors="surrogateescape")
@@ -185,7 +185,7 @@ class StoreWriter:
         self._save("run_weights", _join([b.run_weights for b in blocks], np.dtype(np.float32), (0,)))
         self._save("rows", _starts(per_row))
         self.meta.digest = self._digest.hexdigest()
-        with (self._folder / "meta.json").open("w") as file:
+        with (self._folder / "meta.json").open("w", encoding="utf-8") as file:
             json.dump(self.meta.to_json(), file)
             _sync(file)
         (self._folder / "lock").unlink()
@@ -214,7 +214,7 @@ def _remove_abandoned(path: Path) -> None:
     """Removes what a writer of this store left behind when it was killed."""
     for folder in path.parent.glob(f".{path.name}.*"):
         try:
-            with (folder / "lock").open("r+") as lock:
+            with (folder / "lock").open("r+", encoding="utf-8") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 shutil.rmtree(folder, ignore_errors=True)
         except OSError:  # still being written, or just finished
@@ -233,7 +233,7 @@ class ExampleStore:
         self.name = name
         self._path = path
         self._folder = folder
-        self.meta = StoreMeta.from_json(json.loads((path / "meta.json").read_text()))
+        self.meta = StoreMeta.from_json(json.loads((path / "meta.json").read_text(encoding="utf-8")))
         examples = np.load(path / "examples.npy")
         self._starts_E, self._run_starts_E = examples[:, 0], examples[:, 1]
         self._runs_R = np.load(path / "runs.npy")

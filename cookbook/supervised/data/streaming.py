@@ -309,6 +309,7 @@ class Slice(Source):
 
     def __init__(self, source: Source, first: int, stop: int | None = None, name: str | None = None) -> None:
         self.name = name or source.name
+        self.files, self.unread = source.files, source.unread
         self._source = source
         self._first = first
         self._stop = stop

@@ -185,7 +185,7 @@ def test_commands_are_obeyed(talk: Any, tmp_path: Path) -> None:
     assert "/reset          forget" in out
     assert "[No system prompt.]" in out
     assert "[System prompt: system user The conversation begins anew.]" in out
-    saved = [json.loads(line) for line in file.read_text().splitlines()]
+    saved = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
     assert [message["content"] for message in saved[0]["messages"]] == ["ten?", "one"]
     assert [message["content"] for message in saved[1]["messages"]] == ["system user", "nine?", "two"]
     assert "system user" in client.prompts[1]

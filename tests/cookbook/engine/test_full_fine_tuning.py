@@ -209,9 +209,13 @@ def test_a_run_with_rank_zero_resumes_to_the_same_weights(tmp_path: Path) -> Non
             )
             folder = tmp_path / name / "checkpoints"
             if (folder / "final").exists():  # as if the run had been killed after its last periodic save
-                rows = (tmp_path / name / "checkpoints.jsonl").read_text().splitlines(keepends=True)
+                rows = (
+                    (tmp_path / name / "checkpoints.jsonl")
+                    .read_text(encoding="utf-8")
+                    .splitlines(keepends=True)
+                )
                 kept = [row for row in rows if json.loads(row)["name"] != "final"]
-                (tmp_path / name / "checkpoints.jsonl").write_text("".join(kept))
+                (tmp_path / name / "checkpoints.jsonl").write_text("".join(kept), encoding="utf-8")
             asyncio.run(training.main(config))
         return folder / "final"
 

@@ -207,7 +207,7 @@ def test_a_checkpoint_loads_onto_the_model_in_full(folder: str, tmp_path: Path) 
     assert full.adapter.weights.keys() == made.adapter.weights.keys()
     for name, weight in made.adapter.weights.items():
         assert torch.equal(full.adapter.weights[name], weight), name
-    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text(encoding="utf-8"))
     assert config["base_model_name_or_path"] == folder
 
 

@@ -214,7 +214,7 @@ def test_a_peft_adapter_that_would_compute_something_else_here_is_refused(
 
 
 def test_an_adapter_of_another_kind_is_refused(tmp_path: Path) -> None:
-    (tmp_path / state.ADAPTER_CONFIG_FILE).write_text('{"peft_type": "IA3"}')
+    (tmp_path / state.ADAPTER_CONFIG_FILE).write_text('{"peft_type": "IA3"}', encoding="utf-8")
     with pytest.raises(CheckpointError, match="holds a IA3 adapter"):
         state.read_info(tmp_path)
 
@@ -269,7 +269,7 @@ def test_a_missing_file_is_found(base: BaseModel, saved: Path, name: str, messag
 def test_a_folder_that_is_not_there_is_said_to_be_missing(base: BaseModel, tmp_path: Path) -> None:
     assert f"{tmp_path / 'none'} does not exist" in refused(base, tmp_path / "none")
     file = tmp_path / "file"
-    file.write_text("x")
+    file.write_text("x", encoding="utf-8")
     assert "does not exist" in refused(base, file)
 
 
@@ -277,20 +277,20 @@ def test_a_folder_that_is_not_there_is_said_to_be_missing(base: BaseModel, tmp_p
     "text", ["[]", "null", "1", '{"format": 1}', '{"format": 1, "base_model": "x", "lora": 3}']
 )
 def test_a_state_file_of_another_form_is_found(base: BaseModel, saved: Path, text: str) -> None:
-    (saved / state.STATE_FILE).write_text(text)
+    (saved / state.STATE_FILE).write_text(text, encoding="utf-8")
     assert "is damaged" in refused(base, saved)
 
 
 @pytest.mark.parametrize("text", ["[]", '{"peft_type": "LORA"}', "{"])
 def test_an_adapter_config_of_another_form_is_found(tmp_path: Path, text: str) -> None:
-    (tmp_path / state.ADAPTER_CONFIG_FILE).write_text(text)
+    (tmp_path / state.ADAPTER_CONFIG_FILE).write_text(text, encoding="utf-8")
     with pytest.raises(CheckpointError, match="is damaged"):
         state.read_info(tmp_path)
 
 
 def test_a_format_of_the_future_is_refused(base: BaseModel, saved: Path) -> None:
-    content = json.loads((saved / state.STATE_FILE).read_text())
-    (saved / state.STATE_FILE).write_text(json.dumps({**content, "format": 2}))
+    content = json.loads((saved / state.STATE_FILE).read_text(encoding="utf-8"))
+    (saved / state.STATE_FILE).write_text(json.dumps({**content, "format": 2}), encoding="utf-8")
     assert "has format 2; this version reads 1" in refused(base, saved)
 
 
@@ -365,7 +365,7 @@ def test_a_name_that_is_taken_is_refused_unless_it_is_to_be_replaced(base: BaseM
 
 
 def test_a_folder_that_cannot_be_made_is_one_clear_error(base: BaseModel, tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
+    (tmp_path / "file").write_text("", encoding="utf-8")
     with pytest.raises(CheckpointError, match=r"Cannot save checkpoint .*file/name"):
         trained(base).save(tmp_path / "file" / "name", with_optimizer=True)
     assert [file.name for file in tmp_path.iterdir()] == ["file"]

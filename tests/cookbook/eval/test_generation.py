@@ -19,12 +19,15 @@ FACTS = {"the capital of France": "Paris", "legs has a spider": "eight", "one tw
 @pytest.fixture
 def build(tmp_path: Path, tiny_qwen3: str, monkeypatch: pytest.MonkeyPatch) -> Any:
     path = tmp_path / "facts.jsonl"
-    path.write_text("".join(json.dumps({"prompt": q, "completion": a}) + "\n" for q, a in FACTS.items()))
+    path.write_text(
+        "".join(json.dumps({"prompt": q, "completion": a}) + "\n" for q, a in FACTS.items()), encoding="utf-8"
+    )
     (tmp_path / "my_scores.py").write_text(
         "def picky(reply, reference):\n"
         "    if reference == 'eight':\n        raise KeyError('no spiders')\n"
         "    return 0.5\n"
-        "def hopeless(reply, reference):\n    return 7\n"
+        "def hopeless(reply, reference):\n    return 7\n",
+        encoding="utf-8",
     )
     monkeypatch.syspath_prepend(tmp_path)
 
@@ -97,7 +100,9 @@ def test_a_prompt_without_room_for_a_reply_is_left_out_and_said_so(
     """The tiny model reads 256 tokens."""
     path = tmp_path / "long.jsonl"
     asked = ["one", "one " * 115, "one " * 300]
-    path.write_text("".join(json.dumps({"prompt": q, "completion": "two"}) + "\n" for q in asked))
+    path.write_text(
+        "".join(json.dumps({"prompt": q, "completion": "two"}) + "\n" for q in asked), encoding="utf-8"
+    )
     client = scripted(lambda prompt, sample: "two")
     evaluator = build(path=str(path), max_tokens=64)
     asyncio.run(evaluator(client))
@@ -105,7 +110,7 @@ def test_a_prompt_without_room_for_a_reply_is_left_out_and_said_so(
     room = [params.max_tokens for _, _, params in client.asked]
     assert room[0] == 64
     assert 0 < room[1] < 64
-    path.write_text(json.dumps({"prompt": asked[2], "completion": "two"}) + "\n")
+    path.write_text(json.dumps({"prompt": asked[2], "completion": "two"}) + "\n", encoding="utf-8")
     with pytest.raises(DataError, match="leave no room"):
         build(path=str(path))
 

@@ -67,7 +67,7 @@ def test_a_call_is_compared_as_what_it_says_and_not_as_it_is_spelled() -> None:
 
 def test_a_function_of_ones_own_gets_the_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "my_graders.py").write_text(
-        "def short(reply, reference):\n    return len(reply['content']) <= len(reference)\n"
+        "def short(reply, reference):\n    return len(reply['content']) <= len(reference)\n", encoding="utf-8"
     )
     monkeypatch.syspath_prepend(tmp_path)
     (short,) = make_graders(["my_graders:short"], None, False).values()

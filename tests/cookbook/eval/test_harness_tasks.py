@@ -64,11 +64,11 @@ filter_list:
 def task_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tasks")
     rows = [{"text": text, "number": number % 3} for number, text in enumerate(TEXTS)]
-    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     data = {"data_files": {"test": str(folder / "data.jsonl")}, "cache_dir": str(folder / "cache")}
     for name, body in TASKS.items():
         head = f"task: {name}\ndataset_path: json\ntest_split: test\ndataset_kwargs: {json.dumps(data)}\n"
-        (folder / f"{name}.yaml").write_text(head + body)
+        (folder / f"{name}.yaml").write_text(head + body, encoding="utf-8")
     return folder
 
 

@@ -264,10 +264,13 @@ def test_a_task_in_a_file_on_local_data_runs_with_the_model_itself(tmp_path: Pat
     greedy = client.sample(prompt, 1, SamplingParams(max_tokens=6, temperature=0)).sequences[0]
     said = str(renderer.parse_response(greedy.tokens)[0]["content"])
     data = tmp_path / "facts.jsonl"
-    data.write_text("".join(json.dumps({"input": "one two", "target": t}) + "\n" for t in (said, "~no~")))
-    (tmp_path / "evals.py").write_text(TASK_FILE)
+    data.write_text(
+        "".join(json.dumps({"input": "one two", "target": t}) + "\n" for t in (said, "~no~")),
+        encoding="utf-8",
+    )
+    (tmp_path / "evals.py").write_text(TASK_FILE, encoding="utf-8")
     arguments = tmp_path / "arguments.yaml"
-    arguments.write_text(f"path: {data}\n")
+    arguments.write_text(f"path: {data}\n", encoding="utf-8")
     builder = InspectEvaluatorBuilder(
         tasks=[f"{tmp_path / 'evals.py'}@facts"],
         task_args=str(arguments),

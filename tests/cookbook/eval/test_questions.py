@@ -17,7 +17,7 @@ from renderers import get_renderer
 def read(tmp_path: Path, tiny_tokenizer: Any) -> Any:
     def of(*rows: dict, **options: Any) -> list[Question]:
         path = tmp_path / "rows.jsonl"
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         return read_questions(str(path), get_renderer("chat_template", tiny_tokenizer), **options)
 
     return of

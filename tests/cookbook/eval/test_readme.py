@@ -16,7 +16,7 @@ from cookbook.eval.evaluators import RunContext, evaluate
 from cookbook.supervised import train
 from recipes import sft
 
-README = Path(inspect_tasks.__file__).with_name("README.md").read_text()
+README = Path(inspect_tasks.__file__).with_name("README.md").read_text(encoding="utf-8")
 
 
 def blocks(language: str) -> list[str]:

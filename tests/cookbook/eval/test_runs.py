@@ -48,16 +48,20 @@ metric_list: [{{metric: exact_match}}]
 def facts(tmp_path: Path) -> Path:
     path = tmp_path / "facts.jsonl"
     rows = [{"input": "one", "target": "two", "prompt": "one", "completion": "two"}] * 3
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (tmp_path / "evals.py").write_text(TASK_FILE.format(path=str(path)))
-    (tmp_path / "tiny_facts.yaml").write_text(HARNESS_TASK.format(path=path, cache=tmp_path / "cache"))
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    (tmp_path / "evals.py").write_text(TASK_FILE.format(path=str(path)), encoding="utf-8")
+    (tmp_path / "tiny_facts.yaml").write_text(
+        HARNESS_TASK.format(path=path, cache=tmp_path / "cache"), encoding="utf-8"
+    )
     return path
 
 
 @pytest.fixture
 def make_config(tmp_path: Path, tiny_qwen3: str, chats: list) -> Callable[..., train.Config]:
     data = tmp_path / "chats.jsonl"
-    data.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in chats))
+    data.write_text(
+        "".join(json.dumps({"messages": messages}) + "\n" for messages in chats), encoding="utf-8"
+    )
 
     def make(name: str, *argv: str, **more: Any) -> train.Config:
         keys = [f"log_path={tmp_path / name}", f"model_name={tiny_qwen3}", f"dataset={data}", "lora_rank=4"]
@@ -131,7 +135,9 @@ def test_builders_are_chosen_on_the_command_line(
     assert {"generation/exact_match", "generation/f1"} <= summary.metrics.keys()
     tables = {row["table"] for row in jsonl.read(tmp_path / "cli" / "tables.jsonl")}
     assert tables == {"generation", "shown"}
-    recorded = json.loads((tmp_path / "cli" / "config.json").read_text())["evaluator_builders"][0]
+    recorded = json.loads((tmp_path / "cli" / "config.json").read_text(encoding="utf-8"))[
+        "evaluator_builders"
+    ][0]
     assert recorded["model_name"] is None, "another model's run of this config asks in that model's tokens"
 
 

@@ -51,9 +51,9 @@ def make_adapted() -> Callable[..., Any]:
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a short run of the embedded model, with a system prompt."""
     folder = tmp_path_factory.mktemp("runs") / "parrot"
-    rows = embedded.PIRATE_PATH.read_text().splitlines()[:40]
+    rows = embedded.PIRATE_PATH.read_text(encoding="utf-8").splitlines()[:40]
     data = tmp_path_factory.mktemp("data") / "pirate.jsonl"
-    data.write_text("\n".join(rows) + "\n")
+    data.write_text("\n".join(rows) + "\n", encoding="utf-8")
     model = "cookbook/tiny-chat"
     common = ChatDatasetBuilderCommonConfig(
         model_name_for_tokenizer=model, batch_size=4, system_prompt=SYSTEM_PROMPT
@@ -131,7 +131,7 @@ def _tokenizer_of(name: str) -> Any:
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens([token for token in (bos, eos, *others) if token])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=bos or None, eos_token=eos)
-    tokenizer.chat_template = path.read_text() if template else None
+    tokenizer.chat_template = path.read_text(encoding="utf-8") if template else None
     return tokenizer
 
 

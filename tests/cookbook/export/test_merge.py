@@ -115,7 +115,7 @@ def test_shards_hold_what_one_file_does_and_no_more_is_in_memory(
     assert len(files) == sharded.num_files > 3
     assert whole.num_files == 1
     assert sharded.held_bytes < whole.num_bytes == sharded.num_bytes
-    index = json.loads((tmp_path / "sharded" / "model.safetensors.index.json").read_text())
+    index = json.loads((tmp_path / "sharded" / "model.safetensors.index.json").read_text(encoding="utf-8"))
     weights = load_file(tmp_path / "whole" / "model.safetensors")
     assert index["weight_map"].keys() == weights.keys()
     for name, file in index["weight_map"].items():
@@ -133,7 +133,7 @@ def test_weights_are_rounded_once_to_the_type_that_was_asked_for(
     truth = adapted.merge_and_unload().state_dict()
     weights = load_file(tmp_path / "merged" / "model.safetensors")
     assert {weight.dtype for weight in weights.values()} == {getattr(torch, dtype)}
-    assert json.loads((tmp_path / "merged" / "config.json").read_text())["dtype"] == dtype
+    assert json.loads((tmp_path / "merged" / "config.json").read_text(encoding="utf-8"))["dtype"] == dtype
     for name, weight in weights.items():
         step = torch.finfo(weight.dtype).eps
         torch.testing.assert_close(weight.float(), truth[name].float(), rtol=step, atol=1e-6)
@@ -206,9 +206,9 @@ def test_weights_that_are_stored_quantized_are_refused(
 ) -> None:
     base = make_model_folder(tmp_path / "base")
     make_adapted(base, tmp_path / "adapter")
-    config = json.loads((base / "config.json").read_text())
+    config = json.loads((base / "config.json").read_text(encoding="utf-8"))
     config["quantization_config"] = {"quant_method": "bitsandbytes"}
-    (base / "config.json").write_text(json.dumps(config))
+    (base / "config.json").write_text(json.dumps(config), encoding="utf-8")
     with pytest.raises(ModelError, match=r"stored quantized \(bitsandbytes\).*base_model="):
         merge(tmp_path / "adapter", tmp_path / "merged")
 

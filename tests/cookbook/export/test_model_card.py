@@ -50,7 +50,7 @@ def test_the_program_of_the_card_runs_and_is_short(
 ) -> None:
     folder = export(tmp_path / "out", checkpoint=run, format=format)
     capsys.readouterr()
-    code = code_of((folder / "README.md").read_text())
+    code = code_of((folder / "README.md").read_text(encoding="utf-8"))
     assert len([line for line in code.splitlines() if line]) <= 14
     monkeypatch.chdir(folder)
     exec(compile(code, "README.md", "exec"), {})
@@ -68,7 +68,9 @@ def test_a_format_that_ends_replies_with_text_stops_in_the_program_too(
     path = training.save_weights_for_sampler("tuned").result().path
     service.close()
     folder = export(tmp_path / "out", checkpoint=path, format=format)
-    code = code_of((folder / "README.md").read_text()).replace("/path/to/tiny-qwen3", tiny_qwen3)
+    code = code_of((folder / "README.md").read_text(encoding="utf-8")).replace(
+        "/path/to/tiny-qwen3", tiny_qwen3
+    )
     assert ('stop_strings=["\\n\\nUser:"]' in code) == (format == "adapter")  # merged weights bring theirs
     monkeypatch.chdir(folder)
     exec(compile(code.replace("max_new_tokens=200", "max_new_tokens=3"), "README.md", "exec"), {})
@@ -104,11 +106,11 @@ def test_a_base_model_and_data_of_the_hub_are_named(run: Path) -> None:
 
 def test_data_settings_results_and_curves_are_those_of_the_run(run: Path, tmp_path: Path) -> None:
     folder = export(tmp_path / "out", checkpoint=run)
-    card = (folder / "README.md").read_text()
-    (data,) = json.loads((run / "data.json").read_text())["sources"]
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    (data,) = json.loads((run / "data.json").read_text(encoding="utf-8"))["sources"]
     assert f"| {data['name']} | {data['rows']:,} | {data['examples']:,} | {data['tokens']:,} |" in card
     assert "| `lora_rank` | 4 |" in card
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     measured = [row["test/nll"] for row in rows if "test/nll" in row]
     assert f"| `test/nll` | {measured[0]:.4g} | {measured[-1]:.4g} |" in card
     assert "after 4 steps" in card
@@ -125,17 +127,17 @@ def test_no_path_of_this_machine_and_no_secret_leaves_it(
 ) -> None:
     copy = tmp_path / "private-place" / "parrot"
     shutil.copytree(run, copy)
-    config = (copy / "config.json").read_text()
+    config = (copy / "config.json").read_text(encoding="utf-8")
     config = config.replace('"wandb_project": null', f'"wandb_project": "{SECRET}"')
     config = config.replace('"dataset": "pirate"', f'"dataset": "{tmp_path}/private-place/data/chats.jsonl"')
-    (copy / "config.json").write_text(config)
-    data = (copy / "data.json").read_text()
+    (copy / "config.json").write_text(config, encoding="utf-8")
+    data = (copy / "data.json").read_text(encoding="utf-8")
     (copy / "data.json").write_text(
-        data.replace("pirate.jsonl", f"{tmp_path}/private-place/data/chats.jsonl")
+        data.replace("pirate.jsonl", f"{tmp_path}/private-place/data/chats.jsonl"), encoding="utf-8"
     )
     folder = export(tmp_path / "out", checkpoint=copy, format=format)
     names = [path.name for path in folder.iterdir()]
-    assert "chats.jsonl" in (folder / "README.md").read_text()
+    assert "chats.jsonl" in (folder / "README.md").read_text(encoding="utf-8")
     for path in folder.iterdir():
         content = path.read_bytes()
         for word in (SECRET, "private-place", str(Path(__file__).parents[3])):
@@ -149,9 +151,9 @@ def test_a_base_model_in_a_folder_is_named_so_that_nobody_takes_it_for_one_of_th
     base = make_model_folder(tmp_path / "somewhere" / "mine")
     make_adapted(base, tmp_path / "adapter")
     folder = export(tmp_path / "out", checkpoint=tmp_path / "adapter")
-    config = json.loads((folder / "adapter_config.json").read_text())
+    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     assert config["base_model_name_or_path"] == "mine (a folder of the machine it was trained on)"
-    card = (folder / "README.md").read_text()
+    card = (folder / "README.md").read_text(encoding="utf-8")
     assert '"/path/to/mine"' in card
     assert "somewhere" not in card
 

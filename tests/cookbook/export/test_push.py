@@ -137,7 +137,7 @@ def _point_client_at(monkeypatch: pytest.MonkeyPatch, address: str) -> None:
 
 @pytest.fixture
 def export(tmp_path: Path) -> Path:
-    (tmp_path / "README.md").write_text("---\nlibrary_name: peft\n---\n# A model\n")
+    (tmp_path / "README.md").write_text("---\nlibrary_name: peft\n---\n# A model\n", encoding="utf-8")
     (tmp_path / "adapter_model.safetensors").write_bytes(bytes(range(256)) * 50)
     return tmp_path
 
@@ -159,7 +159,7 @@ def test_a_repository_is_public_when_that_was_said(hub: Hub, export: Path) -> No
 
 def test_pushing_again_adds_a_commit(hub: Hub, export: Path) -> None:
     push(export, "owner/parrot", True, "one")
-    (export / "README.md").write_text("another")
+    (export / "README.md").write_text("another", encoding="utf-8")
     push(export, "owner/parrot", True, "two")
     assert hub.messages == ["one", "two"]
     assert hub.files["owner/parrot"]["README.md"] == b"another"

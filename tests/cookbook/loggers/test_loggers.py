@@ -17,9 +17,11 @@ STEP = {"train/nll": 1.25, "perf/tokens_per_second": 1234.0, "perf/seconds_left"
 
 def test_a_resumed_file_drops_the_rows_that_will_be_measured_again(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 0, "a": 1}\n{"step": 1, "a": 2}\n{"step": 2, "a": 3}\n{"step": 3, "a')
+    path.write_text(
+        '{"step": 0, "a": 1}\n{"step": 1, "a": 2}\n{"step": 2, "a": 3}\n{"step": 3, "a', encoding="utf-8"
+    )
     JsonlLogger(tmp_path, first_step=2).log(2, {"a": 4})
-    assert [json.loads(line) for line in path.read_text().splitlines()] == [
+    assert [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] == [
         {"step": 0, "a": 1},
         {"step": 1, "a": 2},
         {"step": 2, "a": 4},
@@ -31,7 +33,9 @@ def test_the_rows_of_tables_are_dropped_as_those_of_metrics_are(tmp_path: Path) 
         logger = JsonlLogger(tmp_path, first_step=first_step)
         for step in (0, 1):
             logger.log_table(step, "samples", Table(["prompt", "reply"], [["Hi", f"{first_step}"]]))
-    assert [json.loads(line) for line in (tmp_path / "tables.jsonl").read_text().splitlines()] == [
+    assert [
+        json.loads(line) for line in (tmp_path / "tables.jsonl").read_text(encoding="utf-8").splitlines()
+    ] == [
         {"step": 0, "table": "samples", "row": {"prompt": "Hi", "reply": "0"}},
         {"step": 0, "table": "samples", "row": {"prompt": "Hi", "reply": "1"}},
         {"step": 1, "table": "samples", "row": {"prompt": "Hi", "reply": "1"}},
@@ -71,7 +75,7 @@ def test_wandb_runs_offline_and_resumes_under_the_same_id(
         logger = WandbLogger(tmp_path, "project", "name", {"learning_rate": 1.0})
         logger.log(0, {"train/nll": 1.0})
         logger.close()
-    run_id = (tmp_path / "wandb_run_id.txt").read_text()
+    run_id = (tmp_path / "wandb_run_id.txt").read_text(encoding="utf-8")
     written = {path.name for path in (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")}
     assert written == {f"run-{run_id}.wandb"}
 
@@ -85,6 +89,6 @@ def test_wandb_gets_tables_with_all_their_cells(tmp_path: Path, monkeypatch: pyt
     logger.log(3, {"test/nll": 1.0})
     logger.close()
     (file,) = tmp_path.glob("wandb/offline-run-*/files/media/table/samples_*.table.json")
-    content = json.loads(file.read_text())
+    content = json.loads(file.read_text(encoding="utf-8"))
     assert content["columns"] == ["prompt", "reply", "score"]
     assert content["data"] == rows

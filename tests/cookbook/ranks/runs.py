@@ -41,7 +41,7 @@ def run(config: dict[str, Any], of_rank: dict[str, dict[str, Any]] | None = None
     if work_in:
         os.chdir(work_in.format(rank=rank))
     file = Path(f"config-{os.getpid()}.json").absolute()
-    file.write_text(json.dumps(config | (of_rank or {}).get(rank, {})))
+    file.write_text(json.dumps(config | (of_rank or {}).get(rank, {})), encoding="utf-8")
     summary = cli.run(train.Config, train.main, {}, prog="recipes.sft", argv=[f"config={file}"])
     return {
         **asdict(summary),

@@ -38,7 +38,7 @@ def free_port() -> int:
 
 def run(job: dict, rank: int, port: int) -> int:
     folder = Path(job["folder"])
-    sys.stdout = sys.stderr = open(folder / f"{rank}.out", "w", buffering=1)  # noqa: SIM115
+    sys.stdout = sys.stderr = open(folder / f"{rank}.out", "w", buffering=1, encoding="utf-8")  # noqa: SIM115
     if job["size"] > 1:
         os.environ |= {
             "RANK": str(rank),

@@ -204,7 +204,7 @@ def scarce(
         "losses": losses,
         "weights": numpy_of(trainer.adapter.weights),
         "limit": trainer._limits.max_tokens,
-        "saved": json.loads((Path(path) / "state.json").read_text())["microbatch_limits"],
+        "saved": json.loads((Path(path) / "state.json").read_text(encoding="utf-8"))["microbatch_limits"],
     }
 
 

@@ -186,8 +186,8 @@ def write_run(folder: Path, num_steps: int, quality: float = 1.0, **settings: An
         "model_name": "cookbook/tiny-chat", "learning_rate": 0.004, "lora_rank": 32, "num_epochs": 1,
         **settings,
     }  # fmt: skip
-    (folder / "config.json").write_text(json.dumps(config))
-    (folder / "data.json").write_text(json.dumps({"fingerprint": "f", "sources": [SOURCE]}))
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    (folder / "data.json").write_text(json.dumps({"fingerprint": "f", "sources": [SOURCE]}), encoding="utf-8")
     rng = np.random.default_rng(0)
     rows, tables = [], []
     for step in range(num_steps + 1):
@@ -229,7 +229,7 @@ def write_run(folder: Path, num_steps: int, quality: float = 1.0, **settings: An
 
 
 def write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 SOURCE = {

@@ -30,7 +30,10 @@ def test_runs_come_best_first_with_a_curve_each(make_run: MakeRun, tmp_path: Pat
     rows = browser.evaluate(TABLE % ".runs tbody")
     assert [row[0].split("\n")[0] for row in rows] == ["q8", "q4", "q2"]
     best = [
-        min(json.loads(line).get("test/nll", 9) for line in (run / "metrics.jsonl").read_text().splitlines())
+        min(
+            json.loads(line).get("test/nll", 9)
+            for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        )
         for run in runs
     ]
     assert [float(row[1].split("\n")[0]) for row in rows] == pytest.approx(
@@ -99,7 +102,7 @@ def test_a_run_that_took_no_step_is_listed_without_curves(
     make_run: MakeRun, tmp_path: Path, browser: Any
 ) -> None:
     runs = [make_run("a"), make_run("b")]
-    (runs[0] / "metrics.jsonl").write_text("")
+    (runs[0] / "metrics.jsonl").write_text("", encoding="utf-8")
     browser.open(compare(runs, tmp_path / "compare.html"))
     rows = browser.evaluate(TABLE % ".runs tbody")
     assert rows[1][0] == "a\nno step logged yet"
@@ -114,7 +117,7 @@ def test_what_cannot_be_compared_is_said(make_run: MakeRun, tmp_path: Path) -> N
         compare([run, tmp_path / "nowhere"], page)
     with pytest.raises(ConfigError, match=r"there is no folder .*missing"):
         compare([run], tmp_path / "missing" / "compare.html")
-    (run / "metrics.jsonl").write_text("")
+    (run / "metrics.jsonl").write_text("", encoding="utf-8")
     with pytest.raises(ConfigError, match=r"Nothing to compare: no step was logged yet in .*/a"):
         compare([run], page)
     assert not page.exists()

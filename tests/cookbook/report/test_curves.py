@@ -13,7 +13,9 @@ from cookbook.report import curves
 
 
 def test_a_picture_is_drawn_from_the_rows_of_a_run(make_run: Callable[..., Path], tmp_path: Path) -> None:
-    rows = [json.loads(line) for line in (make_run() / "metrics.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line) for line in (make_run() / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     path = curves.draw(rows, tmp_path / "curves.png")
     assert path == tmp_path / "curves.png"
     picture = matplotlib.image.imread(path)

@@ -23,12 +23,12 @@ from recipes.sft import DEFAULTS
 def test_a_run_leaves_its_page_its_picture_and_its_machine(tmp_path: Path) -> None:
     argv = [f"log_path={tmp_path / 'run'}", "max_steps=3", "infrequent_eval_every=0", "test_size=8"]
     summary = asyncio.run(train.main(cli.make_config(train.Config, DEFAULTS, argv)))
-    page = (tmp_path / "run" / "report.html").read_text()
+    page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
     assert "finished" in page
     assert f"{summary.metrics['test/nll']:.4f}" in page or f"{summary.metrics['test/nll']:.4g}" in page
     assert "Tokens of an example" in page, "the histogram of lengths"
     assert (tmp_path / "run" / "curves.png").stat().st_size > 5_000
-    machine = json.loads((tmp_path / "run" / "environment.json").read_text())
+    machine = json.loads((tmp_path / "run" / "environment.json").read_text(encoding="utf-8"))
     assert machine["device"] == "cpu"
     assert machine["torch"]
     assert machine["torch"] in page
@@ -41,7 +41,7 @@ def test_a_page_is_there_before_the_run_is_over(make_run: Callable[..., Path]) -
     deadline = time.monotonic() + 60
     while not (run / "report.html").exists() and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert "<h1>run</h1>" in (run / "report.html").read_text()
+    assert "<h1>run</h1>" in (run / "report.html").read_text(encoding="utf-8")
     logger.close()
 
 
@@ -72,7 +72,7 @@ def test_a_page_that_cannot_be_written_is_one_warning(
     make_run: Callable[..., Path], caplog: pytest.LogCaptureFixture
 ) -> None:
     run = make_run()
-    (run / "data.json").write_text("{")
+    (run / "data.json").write_text("{", encoding="utf-8")
     logger = ReportLogger(run)
     with caplog.at_level(logging.WARNING):
         logger._write()

@@ -35,7 +35,7 @@ CURVES_OF = """(() => {
 
 
 def rows_of(run: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 def is_drawn_to_scale(points: list[list[float]], steps: list[float], values: list[float]) -> bool:
@@ -106,7 +106,9 @@ def test_a_step_that_towers_over_the_others_does_not_flatten_them(make_run: Make
 
 def test_the_figures_at_the_top_are_those_of_the_run(make_run: MakeRun, browser: Any) -> None:
     run = make_run()
-    (run / "environment.json").write_text('{"device": "NVIDIA H100", "dtype": "bfloat16", "torch": "2.13"}')
+    (run / "environment.json").write_text(
+        '{"device": "NVIDIA H100", "dtype": "bfloat16", "torch": "2.13"}', encoding="utf-8"
+    )
     browser.open(write_report(run))
     facts = browser.evaluate(
         """Object.fromEntries([...document.querySelectorAll("main > .facts > div")].map(
@@ -260,7 +262,7 @@ def test_hostile_text_is_text(make_run: MakeRun, browser: Any) -> None:
     run = make_run(model_name=hostile, system_prompt=hostile)
     rows = rows_of(run)
     (run / "metrics.jsonl").write_text(
-        "".join(json.dumps({**row, f"test/{hostile}": 1.5}) + "\n" for row in rows)
+        "".join(json.dumps({**row, f"test/{hostile}": 1.5}) + "\n" for row in rows), encoding="utf-8"
     )
     browser.open(write_report(run))
     assert browser.evaluate("window.forged ?? null") is None
@@ -289,9 +291,9 @@ def test_nothing_is_asked_of_the_network_even_by_forged_markup(make_run: MakeRun
         assert browser.requests == [page.as_uri()]
         # Were the escaping ever to fail, the page's own policy would still stop it.
         forged = f"<img src='{address}/img'><script>fetch('{address}/fetch'); window.forged = 1</script>"
-        text = page.read_text()
+        text = page.read_text(encoding="utf-8")
         assert address not in text
-        page.write_text(text.replace("<h1>", f"{forged}<h1>"))
+        page.write_text(text.replace("<h1>", f"{forged}<h1>"), encoding="utf-8")
         browser.open(page)
         assert browser.evaluate("window.forged ?? null") is None
         server.shutdown()
@@ -301,7 +303,7 @@ def test_nothing_is_asked_of_the_network_even_by_forged_markup(make_run: MakeRun
 def test_a_page_needs_no_other_file() -> None:
     page_dir = Path(write_report.__code__.co_filename).parent / "page"
     for file in page_dir.iterdir():
-        text = file.read_text().replace("http://www.w3.org/2000/svg", "")
+        text = file.read_text(encoding="utf-8").replace("http://www.w3.org/2000/svg", "")
         for outside in ("http:", "https:", "//cdn", "@import", "src=", 'rel="stylesheet"'):
             assert outside not in text, (file.name, outside)
 
@@ -314,7 +316,7 @@ def test_a_run_of_100_000_steps_makes_a_small_page_that_keeps_its_spike(
 ) -> None:
     run = make_run(num_steps=2)
     rng = np.random.default_rng(0)
-    with (run / "metrics.jsonl").open("w") as file:
+    with (run / "metrics.jsonl").open("w", encoding="utf-8") as file:
         for step in range(100_000):
             row: dict[str, float] = {f"optim/norm_{i}": rng.random() for i in range(12)}
             row |= {
@@ -328,7 +330,7 @@ def test_a_run_of_100_000_steps_makes_a_small_page_that_keeps_its_spike(
             if step % 100 == 0:
                 row |= {f"test/source_{i}/nll": rng.random() for i in range(40)}
             file.write(json.dumps(row) + "\n")
-    with (run / "tables.jsonl").open("w") as file:
+    with (run / "tables.jsonl").open("w", encoding="utf-8") as file:
         for step in range(0, 100_000, 500):
             for prompt in range(20):
                 row = {"prompt": f"prompt {prompt}", "reply": f"{step} " + "word " * 2_000}
@@ -364,7 +366,7 @@ def test_a_run_without_a_step_says_so(make_run: MakeRun, browser: Any) -> None:
 
 def test_a_run_of_one_step_is_drawn(make_run: MakeRun, browser: Any) -> None:
     run = make_run(num_steps=1)
-    (run / "metrics.jsonl").write_text(json.dumps(rows_of(run)[0]) + "\n")
+    (run / "metrics.jsonl").write_text(json.dumps(rows_of(run)[0]) + "\n", encoding="utf-8")
     browser.open(write_report(run))
     assert browser.errors == []
     assert browser.evaluate('document.querySelectorAll("figure circle.dot").length') >= 2
@@ -375,7 +377,7 @@ def test_values_that_are_no_numbers_are_left_out_and_counted(make_run: MakeRun, 
     run = make_run()
     rows = rows_of(run)
     rows[50]["test/exact_match"] = math.nan
-    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     browser.open(write_report(run))
     assert browser.errors == []
     assert len(browser.evaluate(CURVES_OF)["test/exact_match: test/exact_match"]) == 4
@@ -388,12 +390,12 @@ def test_what_is_no_run_is_said(tmp_path: Path, make_run: MakeRun) -> None:
     run = make_run("a")
     with pytest.raises(ConfigError, match=r"no run's folder.*Runs in it: .*/a"):
         write_report(tmp_path)
-    (run / "data.json").write_text("{")
+    (run / "data.json").write_text("{", encoding="utf-8")
     with pytest.raises(DataError, match=r"data\.json is damaged"):
         write_report(run)
 
 
 def test_the_time_of_a_page_is_told(make_run: MakeRun) -> None:
     page = write_report(make_run(), with_curves=False)
-    assert time.strftime("%Y") in page.read_text()
+    assert time.strftime("%Y") in page.read_text(encoding="utf-8")
     assert not (page.parent / "curves.png").exists()

@@ -41,7 +41,7 @@ def run(job: dict) -> None:
     import chz
 
     folder = job["config"]["log_path"]
-    sys.stdout = sys.stderr = open(f"{folder}.out", "a")  # noqa: SIM115
+    sys.stdout = sys.stderr = open(f"{folder}.out", "a", encoding="utf-8")  # noqa: SIM115
     config = chz.Blueprint(train.Config).apply(flatten(job["config"])).make()
     if job.get("kill_at_event"):
         kill_before_event(job["kill_at_event"], folder, job.get("on_files") or "")

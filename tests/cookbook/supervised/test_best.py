@@ -126,7 +126,9 @@ MakeConfig = Callable[..., train.Config]
 @pytest.fixture
 def make_config(tmp_path: Path, tiny_qwen3: str, chats: list) -> MakeConfig:
     data = tmp_path / "chats.jsonl"
-    data.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in chats))
+    data.write_text(
+        "".join(json.dumps({"messages": messages}) + "\n" for messages in chats), encoding="utf-8"
+    )
     common = ChatDatasetBuilderCommonConfig(model_name_for_tokenizer=tiny_qwen3, batch_size=4)
 
     def make(results: list[Any] | None = None, test_size: int = 4, **overrides: Any) -> train.Config:
@@ -240,7 +242,10 @@ def test_a_run_that_stops_early_is_finished_and_evaluates_with_everything_once(
     assert (summary.stopped_early, summary.num_steps) == (True, 2)
     assert (summary.metrics["test/accuracy"], summary.metrics["test/seldom"]) == (0.4, 1.0)
     assert "Stopped early after 2 steps: no better test/accuracy in 1 evaluations." in caplog.text
-    rows = [json.loads(line) for line in Path(config.log_path, "metrics.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line)
+        for line in Path(config.log_path, "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     assert [row["step"] for row in rows] == [0, 1, 2]
     again = run(config)
     assert (again.is_finished, again.num_steps, again.best) == (True, 2, summary.best)
@@ -261,7 +266,7 @@ def test_a_metric_that_nothing_measures_is_an_error_before_training_and_names_th
     config = make_config(best_metric="test/acuracy", best_mode="max")
     with pytest.raises(TrainingError, match="best_metric=test/acuracy .*: test/.*nll.*Name one of those"):
         run(config)
-    assert not Path(config.log_path, "metrics.jsonl").read_text()
+    assert not Path(config.log_path, "metrics.jsonl").read_text(encoding="utf-8")
 
 
 def test_the_default_metric_needs_held_out_data_and_says_so(
@@ -342,7 +347,7 @@ def test_a_run_that_goes_on_from_its_best_draws_the_samples_it_would_have_drawn(
             scores = [
                 [
                     json.loads(line)["test/score"]
-                    for line in (folder / "metrics.jsonl").read_text().splitlines()
+                    for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
                 ]
                 for folder in (whole.log_path, resumed.log_path)
             ]

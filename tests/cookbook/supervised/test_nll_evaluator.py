@@ -37,7 +37,9 @@ def held_out(tmp_path: Path, tiny_qwen3: str) -> Callable[..., SupervisedDataset
         paths = []
         for name, chats in zip(names, sources, strict=False):
             paths.append(tmp_path / name)
-            paths[-1].write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
+            paths[-1].write_text(
+                "".join(json.dumps({"messages": chat}) + "\n" for chat in chats), encoding="utf-8"
+            )
         builder = FromConversationFileBuilder(
             file_path=",".join(map(str, paths)),
             eval_dataset=",".join(map(str, paths)),

@@ -95,7 +95,7 @@ def test_the_recipe_prints_examples_and_writes_the_page(
     assert "pirate.jsonl: 1,600 rows read" in output
     assert output.count("tokens, ") >= 2
     assert output.count("Be kind.") == 2
-    text = page.read_text()
+    text = page.read_text(encoding="utf-8")
     assert text.count("<section>") == 4
     shown = sum(int(re.sub(",", "", count)) for count in re.findall(r"<title>([\d,]+) examples of", text))
     assert shown == 1600

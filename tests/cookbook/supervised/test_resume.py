@@ -66,7 +66,9 @@ def make_config(
     """A run of two epochs of five steps; checkpoints and evaluations fall on different steps."""
     folder = tmp_path_factory.mktemp("runs")
     data = folder / "chats.jsonl"
-    data.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in chats))
+    data.write_text(
+        "".join(json.dumps({"messages": messages}) + "\n" for messages in chats), encoding="utf-8"
+    )
 
     def config(name: str, **overrides: Any) -> dict[str, Any]:
         return {
@@ -93,7 +95,7 @@ def make_config(
 @pytest.fixture(scope="module")
 def uninterrupted(server: ForkServer, make_config: Callable) -> Path:
     config = make_config("uninterrupted")
-    assert server.run(config) == 0, Path(config["log_path"] + ".out").read_text()
+    assert server.run(config) == 0, Path(config["log_path"] + ".out").read_text(encoding="utf-8")
     return Path(config["log_path"])
 
 
@@ -107,7 +109,7 @@ def assert_same_run(folder: Path, other: Path) -> None:
 
 
 def metrics_of(folder: Path) -> list[dict[str, float]]:
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     return [
         {key: value for key, value in row.items() if not key.startswith(METRICS_THAT_ARE_TIMES)}
         for row in rows
@@ -159,7 +161,7 @@ def test_a_run_killed_before_any_file_operation_resumes_to_the_same_bits(
         code = server.run(config, kill_at_event=rng.randint(15, 90))
         if code == 0:
             break
-        assert code == -signal.SIGKILL, Path(config["log_path"] + ".out").read_text()
+        assert code == -signal.SIGKILL, Path(config["log_path"] + ".out").read_text(encoding="utf-8")
         num_kills += 1
         assert num_kills < 200
     assert num_kills >= 3
@@ -176,7 +178,7 @@ def test_a_run_killed_while_it_saves_resumes_to_the_same_bits(
     """Every third operation of the first checkpoint, and both of its record."""
     config = make_config(f"killed-in-save-{on_files}-{event}")
     assert server.run(config, event, on_files=on_files) == -signal.SIGKILL
-    assert server.run(config) == 0, Path(config["log_path"] + ".out").read_text()
+    assert server.run(config) == 0, Path(config["log_path"] + ".out").read_text(encoding="utf-8")
     assert_same_run(Path(config["log_path"]), uninterrupted)
 
 
@@ -207,7 +209,7 @@ def test_a_run_on_a_stream_that_is_killed_resumes_to_the_same_bits(
         return config
 
     whole, killed = streamed(f"streamed-{seed}"), streamed(f"streamed-killed-{seed}")
-    assert server.run(whole) == 0, Path(whole["log_path"] + ".out").read_text()
+    assert server.run(whole) == 0, Path(whole["log_path"] + ".out").read_text(encoding="utf-8")
     rng = random.Random(seed)
 
     def kill(child: int) -> None:
@@ -215,7 +217,7 @@ def test_a_run_on_a_stream_that_is_killed_resumes_to_the_same_bits(
         os.kill(child, signal.SIGKILL)
 
     assert server.run(killed, meanwhile=kill) == -signal.SIGKILL
-    assert server.run(killed) == 0, Path(killed["log_path"] + ".out").read_text()
+    assert server.run(killed) == 0, Path(killed["log_path"] + ".out").read_text(encoding="utf-8")
     assert_same_run(Path(killed["log_path"]), Path(whole["log_path"]))
 
 
@@ -231,10 +233,10 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_resume(
         os.kill(child, number)
 
     assert server.run(config, meanwhile=stop) == 0
-    last = json.loads((folder / "checkpoints.jsonl").read_text().splitlines()[-1])
+    last = json.loads((folder / "checkpoints.jsonl").read_text(encoding="utf-8").splitlines()[-1])
     assert 2 <= last["step"] < NUM_STEPS
     assert (folder / last["path"]).is_dir()
-    assert "Run the same command again to resume" in Path(f"{folder}.out").read_text()
+    assert "Run the same command again to resume" in Path(f"{folder}.out").read_text(encoding="utf-8")
     assert len(metrics_of(folder)) == last["step"]
     assert server.run(config) == 0
     assert_same_run(folder, uninterrupted)
@@ -246,7 +248,7 @@ def test_a_finished_run_is_left_as_it_is(server: ForkServer, make_config: Callab
     before = (Path(config["log_path"]) / "metrics.jsonl").read_bytes()
     assert server.run(config) == 0
     assert (Path(config["log_path"]) / "metrics.jsonl").read_bytes() == before
-    assert "This run is finished" in Path(config["log_path"] + ".out").read_text()
+    assert "This run is finished" in Path(config["log_path"] + ".out").read_text(encoding="utf-8")
 
 
 def test_a_checkpoint_of_step_k_holds_nothing_of_step_k_plus_1(
@@ -286,7 +288,7 @@ def make_stopping_config(make_config: Callable) -> Callable[[str], dict[str, Any
 @pytest.fixture(scope="module")
 def stopped_early(server: ForkServer, make_stopping_config: Callable) -> Path:
     config = make_stopping_config("stopped-early")
-    assert server.run(config) == 0, Path(config["log_path"] + ".out").read_text()
+    assert server.run(config) == 0, Path(config["log_path"] + ".out").read_text(encoding="utf-8")
     return Path(config["log_path"])
 
 
@@ -301,8 +303,8 @@ def tensors_of(checkpoint: Path) -> dict[str, bytes]:
 
 def assert_same_best(folder: Path, other: Path) -> None:
     assert_same_run(folder, other)
-    records = (folder / "checkpoints.jsonl").read_text()
-    assert records == (other / "checkpoints.jsonl").read_text()
+    records = (folder / "checkpoints.jsonl").read_text(encoding="utf-8")
+    assert records == (other / "checkpoints.jsonl").read_text(encoding="utf-8")
     for record in map(json.loads, records.splitlines()):
         assert tensors_of(folder / record["path"]) == tensors_of(other / record["path"])
 
@@ -312,14 +314,17 @@ def test_patience_ends_a_run_and_the_best_outlives_keep_checkpoints(stopped_earl
     nlls = {row["step"]: row["test/nll"] for row in metrics_of(stopped_early)}
     assert min((step for step in nlls if step), key=nlls.__getitem__) == BEST
     assert max(nlls) == STOPPED_AT == BEST + 4
-    records = [json.loads(line) for line in (stopped_early / "checkpoints.jsonl").read_text().splitlines()]
+    records = [
+        json.loads(line)
+        for line in (stopped_early / "checkpoints.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     assert [(record["name"], record.get("value")) for record in records] == [
         ("000017", nlls[BEST]),
         ("000021", None),
         ("final", None),
     ]
     assert {path.name for path in (stopped_early / "checkpoints").iterdir()} == {"000017", "000021", "final"}
-    out = Path(f"{stopped_early}.out").read_text()
+    out = Path(f"{stopped_early}.out").read_text(encoding="utf-8")
     assert "Stopped early after 21 steps: no better test/nll in 4 evaluations. Saved" in out
     assert f"The best is {stopped_early}/checkpoints/000017: test/nll {nlls[BEST]:.4f} after 17 steps." in out
 
@@ -336,7 +341,7 @@ def test_the_best_checkpoint_is_the_state_after_the_steps_that_were_measured(
         keep_checkpoints=None,
         submit_ahead=3,
     )
-    assert server.run(all_saved) == 0, Path(all_saved["log_path"] + ".out").read_text()
+    assert server.run(all_saved) == 0, Path(all_saved["log_path"] + ".out").read_text(encoding="utf-8")
     saved = Path(all_saved["log_path"], "checkpoints")
     for name, step in (("000017", BEST), ("000021", 21), ("final", STOPPED_AT)):
         assert tensors_of(stopped_early / "checkpoints" / name) == tensors_of(saved / f"{step:06d}")
@@ -359,12 +364,12 @@ def test_a_run_killed_before_any_file_operation_keeps_the_same_best_and_stops_at
     config = make_stopping_config("stopping-killed", trace=True)
     num_kills = 0
     while (code := server.run(config, kill_at_event=rng.randint(15, 90))) != 0:
-        assert code == -signal.SIGKILL, Path(config["log_path"] + ".out").read_text()
+        assert code == -signal.SIGKILL, Path(config["log_path"] + ".out").read_text(encoding="utf-8")
         num_kills += 1
         assert num_kills < 100
     assert num_kills >= 4
     assert_same_best(Path(config["log_path"]), stopped_early)
-    trace = Path(config["log_path"], "trace.json").read_text()
+    trace = Path(config["log_path"], "trace.json").read_text(encoding="utf-8")
     events = json.loads(trace.removesuffix("]\n") + "]")  # a life killed at its very end leaves no end of it
     assert len({event["pid"] for event in events}) > 1, "every life that had a model is in the trace"
 
@@ -385,5 +390,5 @@ def test_a_run_killed_around_its_best_keeps_the_same_best_and_stops_at_the_same_
     for event in events:
         config = make_stopping_config(f"stopping-killed-{on_files}-{event}")
         assert server.run(config, event, on_files=on_files) == -signal.SIGKILL
-        assert server.run(config) == 0, Path(config["log_path"] + ".out").read_text()
+        assert server.run(config) == 0, Path(config["log_path"] + ".out").read_text(encoding="utf-8")
         assert_same_best(Path(config["log_path"]), stopped_early)

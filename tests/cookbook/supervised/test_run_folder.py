@@ -24,11 +24,11 @@ CONFIG = {
 
 def test_a_new_folder_records_the_config(tmp_path: Path) -> None:
     with RunFolder(str(tmp_path / "a" / "run"), CONFIG, "resume") as folder:
-        assert json.loads((folder.path / "config.json").read_text()) == CONFIG
+        assert json.loads((folder.path / "config.json").read_text(encoding="utf-8")) == CONFIG
 
 
 def take_a_step(folder: Path) -> None:
-    (folder / "metrics.jsonl").write_text('{"step": 0}\n')
+    (folder / "metrics.jsonl").write_text('{"step": 0}\n', encoding="utf-8")
 
 
 def test_the_same_config_goes_on(tmp_path: Path) -> None:
@@ -44,7 +44,7 @@ def test_another_config_is_refused_with_the_changed_keys_named(tmp_path: Path) -
     with pytest.raises(ConfigError, match="another config") as caught:
         RunFolder(str(tmp_path), changed, "resume")
     assert "dataset_builder.batch_size: was 4, now 8\n  learning_rate: was 1.0, now 2.0" in str(caught.value)
-    assert json.loads((tmp_path / "config.json").read_text()) == CONFIG
+    assert json.loads((tmp_path / "config.json").read_text(encoding="utf-8")) == CONFIG
 
 
 def test_raise_refuses_and_delete_starts_over(tmp_path: Path) -> None:
@@ -59,15 +59,15 @@ def test_raise_refuses_and_delete_starts_over(tmp_path: Path) -> None:
 def test_delete_removes_what_a_run_wrote_and_nothing_else(tmp_path: Path) -> None:
     with RunFolder(str(tmp_path), CONFIG, "resume"):
         take_a_step(tmp_path)
-        (tmp_path / "thesis.tex").write_text("precious")
+        (tmp_path / "thesis.tex").write_text("precious", encoding="utf-8")
         (tmp_path / "checkpoints" / "final").mkdir(parents=True)
     with RunFolder(str(tmp_path), CONFIG, "delete"):
-        assert (tmp_path / "thesis.tex").read_text() == "precious"
+        assert (tmp_path / "thesis.tex").read_text(encoding="utf-8") == "precious"
         assert not (tmp_path / "checkpoints").exists()
 
 
 def test_a_folder_with_the_config_of_something_else_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text('{"model_type": "qwen3"}')
+    (tmp_path / "config.json").write_text('{"model_type": "qwen3"}', encoding="utf-8")
     for if_exists in ("resume", "delete", "raise"):
         with pytest.raises(ConfigError, match="that is no run's"):
             RunFolder(str(tmp_path), CONFIG, if_exists)  # type: ignore[arg-type]
@@ -104,7 +104,7 @@ def test_a_folder_in_use_by_another_process_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_path_that_is_a_file_or_cannot_be_written_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
+    (tmp_path / "file").write_text("", encoding="utf-8")
     with pytest.raises(ConfigError, match="is a file"):
         RunFolder(str(tmp_path / "file"), CONFIG, "resume")
     with pytest.raises(ConfigError, match="cannot be written"):

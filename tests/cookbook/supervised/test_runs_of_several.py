@@ -26,7 +26,9 @@ MakeConfig = Callable[..., dict[str, Any]]
 def make_config(tiny_qwen3: str, chats: list, tmp_path_factory: pytest.TempPathFactory) -> MakeConfig:
     folder = tmp_path_factory.mktemp("runs")
     data = folder / "chats.jsonl"
-    data.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in chats))
+    data.write_text(
+        "".join(json.dumps({"messages": messages}) + "\n" for messages in chats), encoding="utf-8"
+    )
 
     def config(name: str, **overrides: Any) -> dict[str, Any]:
         return {
@@ -74,7 +76,7 @@ def work_in(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def metrics_of(folder: Path) -> list[dict[str, float]]:
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     return [{key: value for key, value in row.items() if not key.startswith("perf/")} for row in rows]
 
 
@@ -136,7 +138,7 @@ def send(number: signal.Signals, rank: int, folder: Path) -> Callable[[list[int]
         os.kill(processes[rank], number)
         log = folder / f"ranks/{rank}.log" if rank else folder / "train.log"
         deadline = time.monotonic() + 60
-        while f"{number.name}: stopping" not in log.read_text():
+        while f"{number.name}: stopping" not in log.read_text(encoding="utf-8"):
             assert time.monotonic() < deadline
             time.sleep(0.005)
 
@@ -206,10 +208,10 @@ def test_a_process_with_another_config_is_named_and_so_is_the_key(
 
 def test_a_process_that_sees_other_data_is_named(ranks: Any, make_config: MakeConfig, tmp_path: Path) -> None:
     config = make_config("other-data")
-    lines = Path(config["dataset_builder"]["file_path"]).read_text().splitlines(keepends=True)
+    lines = Path(config["dataset_builder"]["file_path"]).read_text(encoding="utf-8").splitlines(keepends=True)
     for rank in (0, 1):
         (tmp_path / str(rank)).mkdir()
-        (tmp_path / str(rank) / "data.jsonl").write_text("".join(lines[rank:]))
+        (tmp_path / str(rank) / "data.jsonl").write_text("".join(lines[rank:]), encoding="utf-8")
     config["dataset_builder"]["file_path"] = "data.jsonl"
     message = told(ranks.run("runs:run", 2, config=config, work_in=str(tmp_path / "{rank}")))
     assert re.search(r"DataError: Process 1 of 2, on \S+, sees other data than process 0", message)

@@ -87,12 +87,15 @@ def make_config(tmp_path: Path, tiny_qwen3: str) -> MakeConfig:
 
 
 def rows_of(config: train.Config) -> list[dict[str, float]]:
-    return [json.loads(line) for line in Path(config.log_path, "metrics.jsonl").read_text().splitlines()]
+    return [
+        json.loads(line)
+        for line in Path(config.log_path, "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
 
 
 def spans_of(config: train.Config) -> dict[str, list[dict[str, Any]]]:
     """The events of each track, in order of time."""
-    events = json.loads(Path(config.log_path, "trace.json").read_text())
+    events = json.loads(Path(config.log_path, "trace.json").read_text(encoding="utf-8"))
     tracks: dict[str, list[dict[str, Any]]] = {}
     for event in sorted((event for event in events if event["ph"] == "X"), key=lambda event: event["ts"]):
         tracks.setdefault(event["cat"], []).append(event)

@@ -43,7 +43,9 @@ MakeConfig = Callable[..., train.Config]
 @pytest.fixture
 def make_config(tmp_path: Path, tiny_qwen3: str, chats: list) -> MakeConfig:
     data = tmp_path / "chats.jsonl"
-    data.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in chats))
+    data.write_text(
+        "".join(json.dumps({"messages": messages}) + "\n" for messages in chats), encoding="utf-8"
+    )
 
     def make(**overrides: Any) -> train.Config:
         common = ChatDatasetBuilderCommonConfig(
@@ -73,7 +75,10 @@ def make_config(tmp_path: Path, tiny_qwen3: str, chats: list) -> MakeConfig:
 
 
 def rows_of(config: train.Config) -> list[dict[str, float]]:
-    return [json.loads(line) for line in Path(config.log_path, "metrics.jsonl").read_text().splitlines()]
+    return [
+        json.loads(line)
+        for line in Path(config.log_path, "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
 
 
 # -- config -----------------------------------------------------------------------------------
@@ -158,10 +163,14 @@ def test_a_run_leaves_behind_what_the_documentation_lists(make_config: MakeConfi
     evaluated = ("test/nll", "test/bits_per_byte", "test/token_accuracy")
     assert {path: summary.metrics[path] for path in evaluated} == {path: rows[-1][path] for path in evaluated}
     assert rows[-1]["test/nll"] < rows[0]["test/nll"]
-    checkpoints = [json.loads(line) for line in (folder / "checkpoints.jsonl").read_text().splitlines()]
+    checkpoints = [
+        json.loads(line) for line in (folder / "checkpoints.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     assert [(row["name"], row["step"]) for row in checkpoints] == [("000001", 1), ("000002", 2), ("final", 3)]
-    assert "Finished after 3 steps" in (folder / "train.log").read_text()
-    assert json.loads((folder / "config.json").read_text())["renderer_name"] == "chat_template"
+    assert "Finished after 3 steps" in (folder / "train.log").read_text(encoding="utf-8")
+    assert (
+        json.loads((folder / "config.json").read_text(encoding="utf-8"))["renderer_name"] == "chat_template"
+    )
     assert not list((folder / "checkpoints").glob(".*"))
 
     base = AutoModelForCausalLM.from_pretrained(tiny_qwen3)
@@ -425,7 +434,7 @@ def test_an_evaluator_that_fails_is_told_of_and_the_run_goes_on(
     printed = capsys.readouterr().out
     assert "FailsAtTheEnd failed and is left out of this step: ValueError: no such metric" in printed
     assert "Traceback" not in printed
-    log = Path(config.log_path, "train.log").read_text()
+    log = Path(config.log_path, "train.log").read_text(encoding="utf-8")
     assert "Traceback" in log.partition("FailsAtTheEnd failed")[2]
 
 
@@ -478,7 +487,9 @@ def test_data_that_changed_under_a_run_are_refused(make_config: MakeConfig) -> N
     asyncio.run(train.main(config))
     shutil.rmtree(Path(config.log_path, "checkpoints", "final"))
     data = Path(config.dataset_builder.file_path)  # type: ignore[attr-defined]
-    data.write_text("".join(data.read_text().splitlines(keepends=True)[:12]))
+    data.write_text(
+        "".join(data.read_text(encoding="utf-8").splitlines(keepends=True)[:12]), encoding="utf-8"
+    )
     with pytest.raises(DataError, match="The data have changed"):
         asyncio.run(train.main(config))
 
@@ -488,7 +499,7 @@ def test_data_whose_content_changed_under_a_run_are_refused(make_config: MakeCon
     asyncio.run(train.main(config))
     shutil.rmtree(Path(config.log_path, "checkpoints", "final"))
     data = Path(config.dataset_builder.file_path)  # type: ignore[attr-defined]
-    data.write_text(data.read_text().replace("spider", "beetle"))
+    data.write_text(data.read_text(encoding="utf-8").replace("spider", "beetle"), encoding="utf-8")
     with pytest.raises(DataError, match="The data have changed"):
         asyncio.run(train.main(config))
 
@@ -501,7 +512,7 @@ def test_what_was_cut_or_left_out_is_reported_before_training(
     before, training, _ = caplog.text.partition("Training on")
     assert "cut to max_length=40" in before
     assert training
-    report = json.loads(Path(config.log_path, "data.json").read_text())["sources"][0]
+    report = json.loads(Path(config.log_path, "data.json").read_text(encoding="utf-8"))["sources"][0]
     assert report["name"] == "chats.jsonl"
     assert report["rows"] == 24
     assert report["truncated"] > 0
@@ -511,7 +522,9 @@ def test_examples_that_the_model_cannot_read_are_refused_before_training(make_co
     long = [{"role": "user", "content": "legs?"}, {"role": "assistant", "content": "eight " * 300}]
     config = make_config(max_length=None)
     data = Path(config.dataset_builder.file_path)  # type: ignore[attr-defined]
-    data.write_text(data.read_text() + json.dumps({"messages": long}) + "\n")
+    data.write_text(
+        data.read_text(encoding="utf-8") + json.dumps({"messages": long}) + "\n", encoding="utf-8"
+    )
     with pytest.raises(ConfigError, match="reads 256 at most. Say max_length=256"):
         asyncio.run(train.main(config))
     assert asyncio.run(train.main(make_config(max_length=256))).is_finished
@@ -538,7 +551,7 @@ def test_a_stream_that_changed_under_a_run_is_refused(make_config: MakeConfig) -
     asyncio.run(train.main(config))
     shutil.rmtree(Path(config.log_path, "checkpoints", "final"))
     data = Path(config.dataset_builder.file_path)  # type: ignore[attr-defined]
-    data.write_text(data.read_text().replace("spider", "beetle"))
+    data.write_text(data.read_text(encoding="utf-8").replace("spider", "beetle"), encoding="utf-8")
     with pytest.raises(DataError, match="The data have changed"):
         asyncio.run(train.main(config))
 

@@ -14,9 +14,9 @@ from pathlib import Path
 
 from cookbook import embedded
 from cookbook.errors import DataError
-from cookbook.supervised.data.sources.arrow import ParquetSource
+from cookbook.supervised.data.sources.arrow import ArrowSource, ParquetSource
 from cookbook.supervised.data.sources.base import BadRow, Chunk, Row, Source, without_nulls
-from cookbook.supervised.data.sources.folder import FolderSource
+from cookbook.supervised.data.sources.folder import FolderReader
 from cookbook.supervised.data.sources.hub import HubName, HubSource, HubStream, open_hub
 from cookbook.supervised.data.sources.text_files import (
     CsvSource,
@@ -60,26 +60,40 @@ KNOWN_DATASETS: Mapping[str, HubDataset] = {
 FILE_KINDS: Mapping[str, type[FileSource]] = {
     ".jsonl": JsonLinesSource,
     ".ndjson": JsonLinesSource,
-    ".jsonl.gz": JsonLinesSource,
     ".json": JsonSource,
-    ".parquet": ParquetSource,
     ".csv": CsvSource,
     ".tsv": TsvSource,
+    ".jsonl.gz": JsonLinesSource,
+    ".ndjson.gz": JsonLinesSource,
+    ".json.gz": JsonSource,
+    ".csv.gz": CsvSource,
+    ".tsv.gz": TsvSource,
+    ".parquet": ParquetSource,
+    ".arrow": ArrowSource,
 }
 
 
-def open_source(spec: str, split: str | None = None, streaming: bool = False) -> Source:
+def open_source(
+    spec: str, split: str | None = None, streaming: bool = False, is_for_evaluation: bool = False
+) -> Source:
     """The source of a short name, a file, a folder of files, or a dataset on the hub.
 
-    `split` takes the place of the one a hub name says. With `streaming` a dataset on the hub is
-    read over the network as it is needed; files always are read as they are needed.
+    A folder with splits is its `train` split, or with `is_for_evaluation` those to evaluate on. `split`
+    takes the place of the one that a folder's or a hub name says. With `streaming` a dataset on the hub
+    is read over the network as it is needed; files always are read as they are needed.
     """
-    path = Path(spec).expanduser()
     known = KNOWN_DATASETS.get(spec)
-    if known is None and (spec == "pirate" or os.path.exists(path) or _kind_of(path) is not None):
-        if split is not None:
-            raise DataError(f"{spec} has no splits, and split={split!r} was asked for. Leave it out.")
-        return JsonLinesSource(embedded.PIRATE_PATH) if spec == "pirate" else _open_path(path)
+    if known is None and (found := _path_and_parts(spec)) is not None:
+        path, parts = found
+        if path.is_dir():
+            wanted = parts if split is None else [parts[0] if parts else "", split]
+            return FolderReader(_kind_of, _known_kinds()).open(path, wanted, is_for_evaluation)
+        if split is not None or parts:
+            asked = split if split is not None else parts[-1]
+            raise DataError(
+                f"{spec.split(':')[0]} has no splits, and split={asked!r} was asked for. Leave it out."
+            )
+        return JsonLinesSource(embedded.PIRATE_PATH) if spec == "pirate" else _open_file(path)
     name = HubName.parse(spec) if known is None else HubName(known.hub_id, split=known.train_split)
     if name is None:
         names = ["pirate", *KNOWN_DATASETS]
@@ -98,9 +112,18 @@ def known_test_source(spec: str) -> Source | None:
     return None if known is None or known.test_split is None else open_source(spec, known.test_split)
 
 
-def _open_path(path: Path) -> Source:
-    if path.is_dir():
-        return FolderSource(path, _kind_of, _known_kinds())
+def _path_and_parts(spec: str) -> tuple[Path, list[str]] | None:
+    """A file or folder on this machine, and the config and split named behind it; None for no such name."""
+    names = spec.split(":")
+    for end in range(len(names), max(0, len(names) - 3), -1):
+        path = Path(":".join(names[:end])).expanduser()
+        is_here = os.path.exists(path) if str(path) != "." or names[0] == "." else False
+        if is_here or _kind_of(path) is not None or names[:end] == ["pirate"]:
+            return path, names[end:]
+    return None
+
+
+def _open_file(path: Path) -> Source:
     kind = _kind_of(path)
     if kind is None:
         raise DataError(f"{path} is not of a known kind. Give a {_known_kinds()} file.")

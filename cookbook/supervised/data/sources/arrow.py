@@ -1,4 +1,4 @@
-"""Rows in Arrow tables, and in Parquet files."""
+"""Rows in Arrow tables, and in Parquet and Arrow files."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from cookbook.errors import DataError
-from cookbook.supervised.data.sources.base import AnyRow, BadRow, Chunk, Row, without_nulls
-from cookbook.supervised.data.sources.text_files import FileSource
+from cookbook.supervised.data.sources.base import AnyRow, BadRow, Chunk, row_of, without_nulls
+from cookbook.supervised.data.sources.text_files import FileSource, why_no_text
 
 if TYPE_CHECKING:
     import pyarrow
@@ -78,7 +78,7 @@ def _row_of(values: dict[str, Any] | Exception, decoders: dict[str, Decoder], pl
                 row[name] = decode(row[name])
     except (ValueError, RecursionError) as error:
         return BadRow(place, f"has a JSON column that cannot be read: {error}.")
-    return Row(row, place)
+    return row_of(row, place)
 
 
 def _decoder_of(kind: pyarrow.DataType) -> Decoder | None:
@@ -129,8 +129,26 @@ def _as_one(pyarrow: Any, tables: list[pyarrow.Table]) -> pyarrow.Table:
     return tables[0] if len(tables) == 1 else pyarrow.concat_tables(tables, promote_options="permissive")
 
 
-class ParquetSource(FileSource):
+class _ArrowLikeSource(FileSource):
+    """A file that pyarrow reads. `format_name` is what people call it."""
+
+    format_name: str
+
+    def _unreadable(self, error: Exception | str) -> DataError:
+        with self.path.open("rb") as file:
+            head = file.read(64)
+        problem = why_no_text(head)
+        is_another_format = problem is not None and not head.startswith((b"PAR1", b"ARROW1"))
+        return DataError(
+            f"{self.path} {problem}"
+            if is_another_format
+            else f"{self.path} is no readable {self.format_name} file: {str(error).strip()}"
+        )
+
+
+class ParquetSource(_ArrowLikeSource):
     kind = "parquet"
+    format_name = "Parquet"
 
     def __init__(self, path: Path, name: str | None = None) -> None:
         super().__init__(path, name)
@@ -160,8 +178,58 @@ class ParquetSource(FileSource):
         except (pyarrow.ArrowException, OSError) as error:
             raise self._unreadable(error) from error
 
-    def _unreadable(self, error: Exception) -> DataError:
-        return DataError(f"{self.path} is no readable Parquet file: {error}")
+
+class ArrowSource(_ArrowLikeSource):
+    """Record batches, as a stream or as a file with an index: `datasets` saves the one, Feather is the other.
+
+    They are mapped into memory, and a batch is read when its rows are.
+    """
+
+    kind = "arrow"
+    format_name = "Arrow"
+
+    def num_rows(self) -> int:
+        return sum(table.num_rows for table in self._tables())
+
+    def _chunks(self, start: int, size: int) -> Iterator[Chunk]:
+        return arrow_chunks(_without_first(self._tables(), start), start, size, self.name)
+
+    def _tables(self) -> Iterator[pyarrow.Table]:
+        import pyarrow
+
+        try:
+            with pyarrow.memory_map(str(self.path)) as file:
+                if file.read(len(_FEATHER_MARK)) == _FEATHER_MARK:
+                    reader = pyarrow.ipc.open_file(file)
+                    batches = map(reader.get_batch, range(reader.num_record_batches))
+                else:
+                    self._check_end_of_stream(file)
+                    batches = iter(pyarrow.ipc.open_stream(file))
+                for batch in batches:
+                    yield pyarrow.Table.from_batches([batch])
+        except (pyarrow.ArrowException, OSError) as error:
+            raise self._unreadable(error) from error
+
+    def _check_end_of_stream(self, file: Any) -> None:
+        """A stream that was cut off between two batches reads like a shorter one."""
+        file.seek(max(0, file.size() - len(_END_OF_STREAM)))
+        if file.read() != _END_OF_STREAM:
+            raise self._unreadable(
+                "it has no end-of-stream mark, so it was cut off or never closed. Write or copy it again."
+            )
+        file.seek(0)
+
+
+_FEATHER_MARK = b"ARROW1"
+_END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
+
+
+def _without_first(tables: Iterable[pyarrow.Table], number: int) -> Iterator[pyarrow.Table]:
+    """The rows of all tables behind the first `number`."""
+    for table in tables:
+        if number < table.num_rows:
+            yield table.slice(number)
+        number = max(0, number - table.num_rows)
 
 
 def _tables(file: Any, start: int, size: int) -> Iterator[pyarrow.Table]:

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 T = TypeVar("T")
+
+JSON_COLUMNS = ("messages", "conversations", "conversation", "tools", "steps", "trajectory", "history")
+"""Columns of lists, which a table of text holds as JSON."""
+
+_PYTHON_REPR = re.compile(r"\s*(array\()?[\s\[(]*\{\s*'")
 
 
 class Row(dict[str, Any]):
@@ -51,6 +57,12 @@ class Source(ABC):
 
     name: str
     """For messages, short."""
+    files: Sequence[str] = ()
+    """The files of a folder that the rows are in; none where `name` says it all."""
+    unread: Sequence[str] = ()
+    """The files of that folder that are in no split, or are no data."""
+    evaluation: Source | None = None
+    """The splits of the same folder that are there to evaluate on."""
 
     @abstractmethod
     def fingerprint(self) -> str:
@@ -86,9 +98,25 @@ class ListChunk(Chunk):
 
 
 def row_of(value: Any, place: str) -> AnyRow:
+    """An object as a row. A bad one is anything else, and one whose list is Python's repr of a list."""
     if not isinstance(value, dict):
-        return BadRow(place, f"is a JSON {type(value).__name__}, not an object.")
+        return BadRow(place, f"is a JSON {type(value).__name__}, not an object.{_how_to_write_a_list(value)}")
+    for column in JSON_COLUMNS:
+        if isinstance(text := value.get(column), str) and _PYTHON_REPR.match(text):
+            return BadRow(
+                place,
+                f"`{column}` is Python's repr of its value (single quotes), not JSON. Write it with "
+                f"json.dumps(value), or save the table as Parquet.",
+            )
     return Row(value, place)
+
+
+def _how_to_write_a_list(value: Any) -> str:
+    if not isinstance(value, list) or not value or not isinstance(value[0], dict):
+        return ""
+    if "role" in value[0] or "from" in value[0]:
+        return ' Write {"messages": [...]}.'
+    return " Write one object a line; a file that is one list is named .json."
 
 
 def without_nulls(value: Any) -> Any:

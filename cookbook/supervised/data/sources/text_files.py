@@ -1,4 +1,4 @@
-"""Rows in text files: JSON lines, a JSON list, and tables of cells. All are UTF-8."""
+"""Rows in text files: JSON lines, a JSON list, and tables of cells. All are UTF-8, and may be gzipped."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import csv
 import gzip
 import io
 import json
+import re
 import zlib
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator
@@ -17,6 +18,7 @@ from typing import Any, BinaryIO, TextIO
 from cookbook.errors import DataError
 from cookbook.supervised.data.cache import file_digest
 from cookbook.supervised.data.sources.base import (
+    JSON_COLUMNS,
     AnyRow,
     BadRow,
     Chunk,
@@ -30,8 +32,8 @@ from cookbook.supervised.data.sources.base import (
 
 _BOM = b"\xef\xbb\xbf"
 
-JSON_COLUMNS = ("messages", "conversations", "conversation", "tools", "steps", "trajectory", "history")
-"""Cells of these columns are decoded where they hold JSON."""
+_HEAD_BYTES = 2**20
+"""So much of a file is looked at to say what is wrong with it."""
 
 
 class FileSource(Source):
@@ -74,9 +76,69 @@ class FileSource(Source):
         try:
             yield
         except UnicodeDecodeError as error:
-            raise DataError(f"{self.path} is not UTF-8 text: {error}.") from error
-        except (OSError, EOFError, zlib.error) as error:
+            raise DataError(self._where_not_utf8(error)) from error
+        except gzip.BadGzipFile as error:
+            raise DataError(
+                f"{self.path} cannot be read: {error}. Take .gz out of its name if it is not compressed."
+            ) from error
+        except EOFError as error:
+            raise DataError(f"{self.path} cannot be read: it was cut off. Copy it again.") from error
+        except (OSError, zlib.error) as error:
             raise DataError(f"{self.path} cannot be read: {error}") from error
+
+    def open_bytes(self) -> BinaryIO:
+        """The file, decompressed where its name ends in .gz. Raises DataError for what is no UTF-8 text."""
+        is_gzip = self.path.name.lower().endswith(".gz")
+        file: Any = gzip.open(self.path) if is_gzip else self.path.open("rb")  # noqa: SIM115
+        try:
+            if (problem := why_no_text(file.peek(64))) is not None:
+                raise DataError(f"{self.path} {problem}")
+        except BaseException:
+            file.close()
+            raise
+        return file
+
+    def _where_not_utf8(self, error: UnicodeDecodeError) -> str:
+        with self.open_bytes() as file:
+            for number, line in enumerate(file, 1):
+                try:
+                    line.decode()
+                except UnicodeDecodeError as first:
+                    return f"line {number} of {self.path} {why_not_utf8(first)}"
+        return f"{self.path} {why_not_utf8(error)}"
+
+
+def why_not_utf8(error: UnicodeDecodeError) -> str:
+    byte = error.object[error.start]
+    return (
+        f"is not UTF-8 text: byte 0x{byte:02x} in position {error.start} of the line. Convert the file, as "
+        "with: iconv -f LATIN1 -t UTF-8"
+    )
+
+
+def why_no_text(head: bytes) -> str | None:
+    """What a file is that begins so, and what to do, where it is anything but UTF-8 text."""
+    for begins, problem in _NO_TEXT.items():
+        if head.startswith(begins):
+            return problem
+    if b"\0" in head[:4] and (encoding := json.detect_encoding(head)) not in ("utf-8", "utf-8-sig"):
+        name = encoding.upper()
+        return f"is {name} text, not UTF-8. Convert it, as with: iconv -f {name} -t UTF-8"
+    return None
+
+
+_NO_TEXT = {
+    b"\xff\xfe\0\0": "is UTF-32 text, not UTF-8. Convert it, as with: iconv -f UTF-32 -t UTF-8",
+    b"\0\0\xfe\xff": "is UTF-32 text, not UTF-8. Convert it, as with: iconv -f UTF-32 -t UTF-8",
+    b"\xff\xfe": "is UTF-16 text, not UTF-8. Convert it, as with: iconv -f UTF-16 -t UTF-8",
+    b"\xfe\xff": "is UTF-16 text, not UTF-8. Convert it, as with: iconv -f UTF-16 -t UTF-8",
+    b"\x1f\x8b": "is compressed with gzip. Let its name end in .gz.",
+    b"PAR1": "is a Parquet file. Let its name end in .parquet.",
+    b"ARROW1": "is an Arrow file. Let its name end in .arrow.",
+    b"PK\x03\x04": "is a zip archive. Unpack it.",
+    b"\x28\xb5\x2f\xfd": "is compressed with zstd. Unpack it.",
+    b"version https://git-lfs": "is a pointer of Git LFS, not the data. Run: git lfs pull",
+}
 
 
 # -- JSON lines -------------------------------------------------------------------------------
@@ -99,16 +161,17 @@ def _row_of_line(line: bytes, place: str) -> AnyRow:
     try:
         return row_of(json.loads(line.decode()), place)
     except (ValueError, RecursionError) as error:
-        return BadRow(place, _why_not_json(error))
+        return BadRow(place, _why_not_json(error, is_line=True))
 
 
 class JsonLinesSource(FileSource):
-    """One JSON object in each line that is not blank. The file may be gzipped."""
+    """One JSON object in each line that is not blank."""
 
     kind = "jsonl"
 
     def _chunks(self, start: int, size: int) -> Iterator[Chunk]:
-        with self._open() as file:
+        with self.open_bytes() as file:
+            self._check_first_line(_first_line(file.peek(1)))  # type: ignore[attr-defined]
             lines = _lines(file)
             for _ in range(start):
                 if next(lines, None) is None:
@@ -116,10 +179,38 @@ class JsonLinesSource(FileSource):
             for batch in batched(lines, size):
                 yield LinesChunk(self.name, batch)
 
-    def _open(self) -> BinaryIO:
-        if self.path.suffix == ".gz":
-            return gzip.open(self.path)  # type: ignore[return-value]
-        return self.path.open("rb")
+    def _check_first_line(self, line: bytes) -> None:
+        """Raises DataError where the first line is the beginning of a value that goes on below it."""
+        if line[:1] not in (b"{", b"[") or _is_json(line):
+            return
+        with self.open_bytes() as file:
+            text = file.read(_HEAD_BYTES).removeprefix(_BOM).decode(errors="replace")
+        blank = len(text) - len(text.lstrip())
+        try:
+            value, end = json.JSONDecoder().raw_decode(text, blank)
+        except (ValueError, RecursionError):
+            return
+        first, last = text[:blank].count("\n") + 1, text[:end].count("\n") + 1
+        if last == first:
+            return
+        kind, query = ("a list", "'.[]'") if isinstance(value, list) else ("an object", ".")
+        raise DataError(
+            f"{self.path} has {kind} over lines {first} to {last}, and JSON lines have one object a line. "
+            f"Let its name end in .json, or write lines: jq -c {query} {self.path.name}"
+        )
+
+
+def _first_line(head: bytes) -> bytes:
+    """The first line that is not blank, as far as it is in the head of a file."""
+    return head.removeprefix(_BOM).lstrip().partition(b"\n")[0].strip()
+
+
+def _is_json(line: bytes) -> bool:
+    try:
+        json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def _lines(file: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
@@ -129,39 +220,103 @@ def _lines(file: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
             yield number, text
 
 
-def _why_not_json(error: Exception) -> str:
+def _why_not_json(error: Exception, is_line: bool = False) -> str:
     if isinstance(error, UnicodeDecodeError):
-        return f"is not UTF-8 text: {error}."
+        return why_not_utf8(error)
     if not isinstance(error, json.JSONDecodeError):
         return f"is JSON that cannot be read: {error}."
     where = f"line {error.lineno}, column {error.colno}" if error.lineno > 1 else f"column {error.colno}"
-    return f"is not JSON: {error.msg} at {where}."
+    return f"is not JSON: {error.msg} at {where}.{_what_to_write(error, is_line)}"
+
+
+def _what_to_write(error: json.JSONDecodeError, is_line: bool) -> str:
+    """What to do about the commonest ways of not being JSON; empty for any other."""
+    before, after = error.doc[: error.pos].rstrip(), error.doc[error.pos :].lstrip()
+    if before.endswith(",") and after[:1] in ("}", "]"):
+        return f" Remove the comma before `{after[0]}`."
+    if after[:1] == "," and after[1:].lstrip()[:1] in ("}", "]"):
+        return f" Remove the comma before `{after[1:].lstrip()[0]}`."
+    if after[:1] == "'":
+        return " Quotes are double in JSON: write Python's values with json.dumps."
+    if is_line and error.msg == "Extra data":
+        return " JSON lines have one object a line" + (", without commas." if after[:1] == "," else ".")
+    if is_line and not after and before.endswith(("{", "[", ",")):
+        return " The line ends within a value: JSON lines have one object a line."
+    return ""
 
 
 # -- a JSON list ------------------------------------------------------------------------------
 
 
 class JsonSource(FileSource):
-    """A list of objects. JSON lines under this suffix are read as such."""
+    """A list of objects, or objects one after another. JSON lines under this suffix are read as such."""
 
     kind = "json"
 
     def _chunks(self, start: int, size: int) -> Iterator[Chunk]:
-        content = self.path.read_bytes().removeprefix(_BOM)
+        with self.open_bytes() as file:
+            content = file.read().removeprefix(_BOM)
         if _is_json_lines(content):
             yield from JsonLinesSource(self.path, self.name)._chunks(start, size)
             return
         try:
-            values = json.loads(content.decode()) if content.strip() else []
+            values = _values_of(content.decode())
         except UnicodeDecodeError:
             raise
         except (ValueError, RecursionError) as error:
             raise DataError(f"{self.path} {_why_not_json(error)}") from error
         if not isinstance(values, list):
-            raise DataError(f"{self.path} holds a JSON {type(values).__name__}. Give a list of objects.")
+            raise DataError(
+                f"{self.path} holds a JSON {type(values).__name__}. {_how_to_list(values, self.path.name)}"
+            )
         rows = [row_of(value, f"row {number} of {self.name}") for number, value in enumerate(values)]
         for batch in batched(rows[start:], size):
             yield ListChunk(batch)
+
+
+def _values_of(text: str) -> Any:
+    """The one value of a JSON text; a list of the objects where it has several, one after another."""
+    if not text.strip():
+        return []
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        if error.msg != "Extra data" or not text[error.pos :].startswith("{"):
+            raise
+    values = []
+    end = _end_of_blanks(text, 0)
+    while end < len(text):
+        value, end = json.JSONDecoder().raw_decode(text, end)
+        values.append(value)
+        end = _end_of_blanks(text, end)
+    return values
+
+
+def _end_of_blanks(text: str, start: int) -> int:
+    found = _BLANKS.match(text, start)
+    assert found is not None
+    return found.end()
+
+
+_BLANKS = re.compile(r"\s*")
+
+
+def _how_to_list(value: Any, name: str) -> str:
+    """What to do about a file that holds something else than a list."""
+    lists = [
+        key
+        for key, items in (value.items() if isinstance(value, dict) else ())
+        if key not in JSON_COLUMNS and isinstance(items, list) and items and isinstance(items[0], dict)
+    ]
+    if len(lists) == 1:
+        return f"Give a list of objects, such as the one under `{lists[0]}`: jq '.[\"{lists[0]}\"]' {name}"
+    if (
+        isinstance(value, dict)
+        and value
+        and all(isinstance(cells, dict) and "0" in cells for cells in value.values())
+    ):
+        return 'Give a list of objects; pandas writes one with to_json(path, orient="records").'
+    return "Give a list of objects."
 
 
 def _is_json_lines(content: bytes) -> bool:
@@ -192,16 +347,19 @@ class CellsChunk(Chunk):
         if len(cells) > len(self.header):
             return BadRow(place, f"has {len(cells)} cells, and the header names {len(self.header)}.")
         named = zip(self.header, cells, strict=False)
-        return Row({key: _value_of(key, cell) for key, cell in named if cell}, place)
+        values: dict[str, Any] = {key: cell for key, cell in named if cell}
+        for key in JSON_COLUMNS:
+            cell = values.get(key, "").lstrip()
+            if cell.startswith(("[", "{")):
+                try:
+                    values[key] = json.loads(cell)
+                except (ValueError, RecursionError) as error:
+                    if _IS_MEANT_AS_JSON.match(cell):
+                        return BadRow(place, f"`{key}` {_why_not_json(error)}")
+        return row_of(values, place)
 
 
-def _value_of(column: str, cell: str) -> Any:
-    if column in JSON_COLUMNS and cell.lstrip()[:1] in ("[", "{"):
-        try:
-            return json.loads(cell)
-        except (ValueError, RecursionError):
-            return cell
-    return cell
+_IS_MEANT_AS_JSON = re.compile(r'\[?\s*\{\s*"')
 
 
 class CsvSource(FileSource):
@@ -212,7 +370,7 @@ class CsvSource(FileSource):
 
     def _chunks(self, start: int, size: int) -> Iterator[Chunk]:
         csv.field_size_limit(2**31 - 1)  # of the whole process; the default refuses a cell of 128 KiB
-        with self.path.open(encoding="utf-8-sig", newline="") as file:
+        with self.open_bytes() as content, io.TextIOWrapper(content, "utf-8-sig", newline="") as file:
             records = self._records(file)
             header = next(records, (1, []))[1]
             if doubled := [name for name in header if header.count(name) > 1]:

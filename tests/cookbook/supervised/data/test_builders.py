@@ -61,7 +61,7 @@ def all_tokens(dataset: SupervisedDataset) -> list[tuple[int, ...]]:
 
 
 def write_rows(path: Path, rows: list[Any]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
 
 
@@ -119,7 +119,7 @@ def test_json_and_parquet_files_hold_the_same_rows_as_jsonl(
 ) -> None:
     rows = [{"messages": messages} for messages in chats]
     paths = [write_rows(tmp_path / "chats.jsonl", rows), tmp_path / "chats.json", tmp_path / "chats.parquet"]
-    paths[1].write_text(json.dumps(rows))
+    paths[1].write_text(json.dumps(rows), encoding="utf-8")
     datasets.Dataset.from_list(rows).to_parquet(paths[2])
     batches = [ids_of(make_builder(path, tiny_qwen3)()[0].get_batch(3)) for path in paths]
     assert batches[0] == batches[1] == batches[2]
@@ -199,7 +199,7 @@ def test_bad_rows_in_the_cache_are_still_an_error(tmp_path: Path, tiny_qwen3: st
 def test_a_cache_that_cannot_be_written_is_done_without(
     tmp_path: Path, tiny_qwen3: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    (tmp_path / "file").write_text("")
+    (tmp_path / "file").write_text("", encoding="utf-8")
     monkeypatch.setenv("COOKBOOK_CACHE", str(tmp_path / "file"))
     path = write_rows(tmp_path / "chats.jsonl", [{"messages": CHAT}] * 3)
     train, _ = make_builder(path, tiny_qwen3)()
@@ -228,7 +228,7 @@ def test_a_damaged_cache_is_rendered_again(
     (store,) = (tmp_path / "cache" / "rendered").iterdir()
     damages: list[Callable[[], Any]] = [
         (store / "meta.json").unlink,
-        lambda: (store / "meta.json").write_text("{"),
+        lambda: (store / "meta.json").write_text("{", encoding="utf-8"),
         lambda: (store / "tokens.bin").write_bytes((store / "tokens.bin").read_bytes()[:-4]),
         (store / "runs.npy").unlink,
     ]
@@ -476,7 +476,7 @@ def test_a_bad_file_is_one_error_that_names_the_place(
     tmp_path: Path, tiny_qwen3: str, content: str, message: str
 ) -> None:
     path = tmp_path / "chats.jsonl"
-    path.write_text(content)
+    path.write_text(content, encoding="utf-8")
     with pytest.raises(DataError, match=message):
         make_builder(path, tiny_qwen3)()
 
@@ -496,7 +496,7 @@ def test_bad_rows_can_be_skipped_and_are_counted(tmp_path: Path, tiny_qwen3: str
         json.dumps({"messages": NO_REPLY}),
         json.dumps({"messages": CHAT}),
     ]
-    path.write_text("\n".join(lines))
+    path.write_text("\n".join(lines), encoding="utf-8")
     train, _ = make_builder(path, tiny_qwen3, on_bad_row="skip")()
     assert len(train.get_batch(0)) == 2
     (report,) = train.reports()
@@ -525,7 +525,7 @@ def test_a_row_that_cannot_be_rendered_is_named_before_training(
 
 def test_a_row_of_a_json_list_that_is_no_object_is_named(tmp_path: Path, tiny_qwen3: str) -> None:
     path = tmp_path / "chats.json"
-    path.write_text(json.dumps([{"messages": CHAT}, 3]))
+    path.write_text(json.dumps([{"messages": CHAT}, 3]), encoding="utf-8")
     with pytest.raises(DataError, match="row 1 of chats.json: is a JSON int"):
         make_builder(path, tiny_qwen3)()
     train, _ = make_builder(path, tiny_qwen3, on_bad_row="skip")()

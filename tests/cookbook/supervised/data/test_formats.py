@@ -685,3 +685,23 @@ def test_the_alpaca_data_is_read_to_the_last_character() -> None:
 def test_the_conversations_are_read_as_they_are() -> None:
     for row in read_data("conversations.jsonl"):
         assert messages(row) == row["messages"]
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"type": "text", "value": "eight"},
+        {"type": "text", "text": None, "value": "eight"},
+        {"type": "text", "text": {"value": "eight", "annotations": []}},
+        {"type": "output_text", "text": "eight"},
+    ],
+)
+def test_the_text_of_a_part_may_stand_under_value(part: dict[str, Any]) -> None:
+    row = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": [part]}]}
+    assert conversations_of(row)[0].messages[1] == {"role": "assistant", "content": "eight"}
+
+
+def test_a_part_without_text_is_refused() -> None:
+    row = {"messages": [{"role": "user", "content": [{"type": "text", "value": 3}]}]}
+    with pytest.raises(DataError, match="message 1 has a part of type `text` without text"):
+        conversations_of(row)

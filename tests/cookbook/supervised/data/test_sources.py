@@ -83,7 +83,7 @@ def write_gzip(path: Path, rows: list[Any]) -> Path:
 
 
 def write_json(path: Path, rows: list[Any]) -> Path:
-    path.write_text(json.dumps(rows))
+    path.write_text(json.dumps(rows), encoding="utf-8")
     return path
 
 
@@ -266,7 +266,7 @@ def test_a_byte_order_mark_is_no_part_of_the_data(tmp_path: Path, name: str) -> 
 
 def test_a_json_list_numbers_its_rows_and_keeps_true_nulls(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
-    path.write_text(json.dumps([{"a": {"b": None}}, 3], indent=1))
+    path.write_text(json.dumps([{"a": {"b": None}}, 3], indent=1), encoding="utf-8")
     row, bad = open_source(str(path)).rows()
     assert row == {"a": {"b": None}}
     assert place(row) == "row 0 of a.json"
@@ -319,7 +319,7 @@ def test_a_missing_file_is_an_error_before_it_is_read(tmp_path: Path) -> None:
 def test_cells_of_json_are_decoded_and_empty_ones_are_absent(tmp_path: Path) -> None:
     messages = [{"role": "user", "content": 'a "b"\nc' + "d" * 200_000}]
     cells = [json.dumps(messages), "", "[not json", "[1]", ""]
-    with (tmp_path / "a.csv").open("w", newline="") as file:
+    with (tmp_path / "a.csv").open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows(
             [["messages", "system", "tools", "text", "empty"], cells, [], ["x"], list("123456")]
         )
@@ -331,7 +331,7 @@ def test_cells_of_json_are_decoded_and_empty_ones_are_absent(tmp_path: Path) -> 
 
 
 def test_a_cell_of_several_lines_does_not_confuse_the_line_numbers(tmp_path: Path) -> None:
-    (tmp_path / "a.csv").write_text('text\n"one\ntwo"\nthree\n')
+    (tmp_path / "a.csv").write_text('text\n"one\ntwo"\nthree\n', encoding="utf-8")
     rows = list(open_source(str(tmp_path / "a.csv")).rows())
     assert [(row["text"], place(row)) for row in rows if isinstance(row, Row)] == [
         ("one\ntwo", "line 2 of a.csv"),
@@ -387,7 +387,7 @@ def test_a_pickled_slice_does_not_carry_the_rest_of_its_table(tmp_path: Path) ->
 def test_a_folder_is_its_files_in_the_order_of_their_names(tmp_path: Path) -> None:
     for name in ("b.jsonl", "a.ndjson", "c.jsonl.gz"):
         WRITERS[f"a{name[1:]}"](tmp_path / name, [{"text": name}])
-    (tmp_path / ".hidden").write_text("not data")
+    (tmp_path / ".hidden").write_text("not data", encoding="utf-8")
     rows = list(open_source(str(tmp_path)).rows())
     assert rows == [{"text": name} for name in ("a.ndjson", "b.jsonl", "c.jsonl.gz")]
     assert place(rows[1]) == f"line 1 of {tmp_path.name}/b.jsonl"
@@ -398,7 +398,7 @@ def test_a_folder_is_its_files_in_the_order_of_their_names(tmp_path: Path) -> No
     [
         ([], "it has nothing"),
         (["a.jsonl", "b.parquet"], "it has a.jsonl, b.parquet"),
-        (["a.jsonl", "README.md"], "it has README.md, a.jsonl"),
+        (["a.txt", "README.md"], "it has README.md, a.txt"),
         ([f"{number}.txt" for number in range(10)], "7.txt and 2 more"),
     ],
 )
@@ -406,14 +406,14 @@ def test_any_other_folder_is_an_error_that_says_what_is_there(
     tmp_path: Path, names: list[str], found: str
 ) -> None:
     for name in names:
-        (tmp_path / name).write_text("")
+        (tmp_path / name).write_text("", encoding="utf-8")
     with pytest.raises(DataError, match=f"is a folder, .*{found}"):
         open_source(str(tmp_path))
 
 
 def test_an_empty_file_in_a_folder_is_named(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "a.jsonl", number_rows(2))
-    (tmp_path / "b.jsonl").write_text("")
+    (tmp_path / "b.jsonl").write_text("", encoding="utf-8")
     with pytest.raises(DataError, match=r"b.jsonl has no rows"):
         list(open_source(str(tmp_path)).rows())
 
@@ -436,9 +436,9 @@ def test_a_digest_is_remembered_until_the_file_changes(tmp_path: Path, cache_of_
     path = settle(write_jsonl(tmp_path / "a.jsonl", number_rows(3)))
     digest = cache.file_digest(path)
     (note,) = (cache_of_the_test / "fingerprints").iterdir()
-    values = json.loads(note.read_text())
+    values = json.loads(note.read_text(encoding="utf-8"))
     assert values["digest"] == digest
-    note.write_text(json.dumps({**values, "digest": "remembered"}))
+    note.write_text(json.dumps({**values, "digest": "remembered"}), encoding="utf-8")
     assert cache.file_digest(path) == "remembered"
     os.utime(path, (1_000_000_001, 1_000_000_001))
     assert cache.file_digest(path) == digest
@@ -462,7 +462,7 @@ def test_a_damaged_note_is_ignored(tmp_path: Path, cache_of_the_test: Path, note
 
 def test_a_cache_that_cannot_be_written_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     in_the_way = tmp_path / "file"
-    in_the_way.write_text("")
+    in_the_way.write_text("", encoding="utf-8")
     monkeypatch.setenv("COOKBOOK_CACHE", str(in_the_way / "cache"))
     path = settle(write_jsonl(tmp_path / "a.jsonl", number_rows(3)))
     assert cache.file_digest(path) == cache.file_digest(path)
@@ -658,7 +658,7 @@ def test_real_files_are_read_whole(name: str) -> None:
 
 def test_an_unclosed_quote_in_a_table_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
-    path.write_text('prompt,completion\nq1,a1\nq2,"a2 unclosed\n' + "q3,a3\n" * 5)
+    path.write_text('prompt,completion\nq1,a1\nq2,"a2 unclosed\n' + "q3,a3\n" * 5, encoding="utf-8")
     rows = []
     with contextlib.suppress(DataError):
         rows = list(open_source(str(path)).rows())
@@ -675,6 +675,205 @@ def test_a_value_of_a_table_that_cannot_be_read_makes_one_bad_row(tmp_path: Path
 
 def test_a_number_that_python_will_not_read_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
-    path.write_text('[{"text": "a", "n": ' + "9" * 5000 + "}]")
+    path.write_text('[{"text": "a", "n": ' + "9" * 5000 + "}]", encoding="utf-8")
     with pytest.raises(DataError, match="a.json"):
         list(open_source(str(path)).rows())
+
+
+# -- what is nearly right ---------------------------------------------------------------------
+
+OBJECT = {"prompt": "Grüße ☕", "completion": "x"}
+PRETTY = json.dumps(OBJECT, indent=2, ensure_ascii=False)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (f"{PRETTY}\n{PRETTY}\n", r"has an object over lines 1 to 4, and JSON lines have one object a line"),
+        (f"\n{PRETTY}", r"has an object over lines 2 to 5.*jq -c \. a.jsonl"),
+        (
+            json.dumps([OBJECT, OBJECT], indent=1),
+            r"has a list over lines 1 to 10.*name end in .json.*jq -c '.\[\]'",
+        ),
+        ("[\n" + json.dumps(OBJECT) + ",\n" + json.dumps(OBJECT) + "\n]\n", r"has a list over lines 1 to 4"),
+    ],
+)
+@pytest.mark.parametrize("on_gzip", [False, True])
+def test_pretty_printed_json_lines_are_refused_and_read_as_json(
+    tmp_path: Path, text: str, said: str, on_gzip: bool
+) -> None:
+    content = b"\xef\xbb\xbf" + text.encode()
+    suffix = ".gz" if on_gzip else ""
+    for ending in ("jsonl", "json"):
+        (tmp_path / f"a.{ending}{suffix}").write_bytes(gzip.compress(content) if on_gzip else content)
+    with pytest.raises(DataError, match=said) as caught:
+        list(open_source(str(tmp_path / f"a.jsonl{suffix}")).rows())
+    assert "\n" not in str(caught.value)
+    rows = (
+        list(open_source(str(tmp_path / f"a.json{suffix}")).rows()) if text.count("prompt") > 1 else [OBJECT]
+    )
+    assert rows[0] == OBJECT
+
+
+def test_long_first_lines_are_lines(tmp_path: Path) -> None:
+    rows = [{"text": "x" * 100_000}, {"text": "[" * 2_000_000}]
+    for names in (rows, rows[::-1]):
+        assert list(open_source(str(write_jsonl(tmp_path / "a.jsonl", names))).rows()) == names
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ('{"a": 1,}', "Remove the comma before `}`."),
+        ('{"a": [1, ]}', "Remove the comma before `]`."),
+        ('{"a": 1},', "JSON lines have one object a line, without commas."),
+        ('{"a": 1} {"a": 2}', "JSON lines have one object a line."),
+        ("{'a': 1}", "Quotes are double in JSON: write Python's values with json.dumps."),
+        ('{"a": [', "The line ends within a value: JSON lines have one object a line."),
+        ('[{"a": 1}]', "Write one object a line; a file that is one list is named .json."),
+        ('[{"role": "user", "content": "a"}]', 'Write {"messages": [...]}.'),
+        (
+            "{\"messages\": \"[{'role': 'user'}]\"}",
+            "is Python's repr of its value (single quotes), not JSON.",
+        ),
+    ],
+)
+def test_a_line_that_is_nearly_json_says_what_to_write(tmp_path: Path, line: str, said: str) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(f'{{"text": "a"}}\n{line}\n', encoding="utf-8")
+    _, bad = open_source(str(path)).rows()
+    assert isinstance(bad, BadRow)
+    assert bad.place == "line 2 of a.jsonl"
+    assert said in bad.reason
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (
+            '{"data": [{"a": 1}]}',
+            "holds a JSON dict. Give a list of objects, such as the one under `data`: jq ",
+        ),
+        ('{"version": 1, "rows": [{"a": 1}]}', "such as the one under `rows`"),
+        ('{"prompt": {"0": "a"}, "completion": {"0": "b"}}', 'to_json(path, orient="records")'),
+        ('[{"a": 1},]', "Remove the comma before `]`."),
+        ("[{'a': 1}]", "write Python's values with json.dumps"),
+        ('"text"', "holds a JSON str. Give a list of objects."),
+    ],
+)
+def test_a_json_file_that_is_nearly_a_list_says_what_to_write(
+    tmp_path: Path, content: str, said: str
+) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(content, encoding="utf-8")
+    with pytest.raises(DataError) as caught:
+        list(open_source(str(path)).rows())
+    assert str(path) in str(caught.value)
+    assert said in str(caught.value)
+
+
+def test_not_a_number_is_read_as_python_writes_it(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"prompt": "a", "completion": "b", "score": NaN}\n', encoding="utf-8")
+    (row,) = open_source(str(path)).rows()
+    assert isinstance(row, Row)
+    assert len(conversations_of(row)) == 1
+    with pytest.raises(DataError, match="`score` is nan|`reward` is nan"):
+        conversations_of({**row, "reward": float("nan")}, min_reward=0.5)
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv"])
+@pytest.mark.parametrize(
+    "cell",
+    [
+        repr(CALLS[0]["messages"]),
+        "[{'content': 'a', 'role': 'user'}\n {'content': \"it's\", 'role': 'assistant'}]",  # str of an array
+        f"array({CALLS[0]['messages']!r}, dtype=object)",
+    ],
+)
+def test_cells_of_pythons_repr_are_refused_with_their_line(tmp_path: Path, suffix: str, cell: str) -> None:
+    path = tmp_path / f"a{suffix}"
+    good = json.dumps(CALLS[0]["messages"])
+    write_table(path, [{"messages": good}, {"messages": cell}])
+    first, bad = open_source(str(path)).rows()
+    assert first == {"messages": CALLS[0]["messages"]}
+    assert isinstance(bad, BadRow)
+    assert bad.place == f"line 3 of a{suffix}"
+    assert bad.reason.startswith(
+        "`messages` is Python's repr of its value (single quotes), not JSON. Write it with"
+    )
+    assert "json.dumps" in bad.reason
+    assert "Parquet" in bad.reason
+
+
+def test_a_cell_of_broken_json_says_where_it_breaks(tmp_path: Path) -> None:
+    write_table(tmp_path / "a.csv", [{"messages": '[{"role": "user"'}])
+    (bad,) = open_source(str(tmp_path / "a.csv")).rows()
+    assert bad == BadRow("line 2 of a.csv", "`messages` is not JSON: Expecting ',' delimiter at column 17.")
+
+
+LATIN1 = "text\nok\ncafé\n".encode("latin-1")
+JSON_LATIN1 = '{"text": "ok"}\n{"text": "café"}\n'.encode("latin-1")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("a.csv", LATIN1, r"line 3 of .*a.csv is not UTF-8 text: byte 0xe9 in position 3 of the line.*iconv"),
+        ("a.tsv.gz", gzip.compress(LATIN1), r"line 3 of .*a.tsv.gz is not UTF-8 text"),
+        (
+            "a.json",
+            b'[\n{"text": "caf\xe9"}\n]',
+            r"line 2 of .*a.json is not UTF-8 text: byte 0xe9 in position 13",
+        ),
+        *[
+            (f"a.{kind}", text.encode(encoding), rf"a.{kind} is UTF-16.* text, not UTF-8.*iconv -f UTF-16")
+            for kind, text in (
+                ("jsonl", '{"text": "a"}\n'),
+                ("json", '[{"text": "a"}]'),
+                ("csv", "text\na\n"),
+            )
+            for encoding in ("utf-16", "utf-16-le", "utf-16-be")
+        ],
+        ("a.jsonl", gzip.compress(b"{}"), "is compressed with gzip. Let its name end in .gz"),
+        ("a.json", b"PAR1....", "is a Parquet file. Let its name end in .parquet"),
+        ("a.parquet", gzip.compress(b"x"), "is compressed with gzip"),
+        ("a.csv.gz", b"text\na\n", r"Not a gzipped file.*Take .gz out of its name"),
+        ("a.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 99)[:-9], "it was cut off. Copy it again"),
+    ],
+)
+def test_a_file_in_another_encoding_or_format_is_one_line_with_the_place(
+    tmp_path: Path, name: str, content: bytes, said: str
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=said) as caught:
+        list(open_source(str(tmp_path / name)).rows())
+    assert str(tmp_path / name) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_line_in_another_encoding_is_a_bad_row(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(JSON_LATIN1)
+    first, bad = open_source(str(tmp_path / "a.jsonl")).rows()
+    assert first == {"text": "ok"}
+    assert isinstance(bad, BadRow)
+    assert bad.place == "line 2 of a.jsonl"
+    assert bad.reason.startswith("is not UTF-8 text: byte 0xe9 in position 13 of the line. Convert the file")
+
+
+def test_a_parquet_file_that_was_cut_off_is_an_error(tmp_path: Path) -> None:
+    path = write_parquet(tmp_path / "a.parquet", number_rows(50))
+    content = path.read_bytes()
+    for length in (len(content) // 2, len(content) - 1):
+        path.write_bytes(content[:length])
+        with pytest.raises(DataError, match=r"a.parquet is no readable Parquet file"):
+            list(open_source(str(path)).rows())
+
+
+@pytest.mark.parametrize(
+    "name", [f"a{suffix}.gz" for suffix in (".jsonl", ".ndjson", ".json", ".csv", ".tsv")]
+)
+def test_text_files_may_be_gzipped(tmp_path: Path, name: str) -> None:
+    plain = WRITERS[name.removesuffix(".gz")](tmp_path / name.removesuffix(".gz"), number_rows(3))
+    (tmp_path / name).write_bytes(gzip.compress(plain.read_bytes()))
+    assert list(open_source(str(tmp_path / name)).rows()) == number_rows(3)

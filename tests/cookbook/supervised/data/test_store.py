@@ -96,7 +96,7 @@ def test_two_writers_of_one_store_leave_one(tmp_path: Path) -> None:
 def test_what_a_killed_writer_left_is_removed_by_the_next(tmp_path: Path) -> None:
     abandoned = tmp_path / ".store.abandoned"
     abandoned.mkdir()
-    (abandoned / "lock").write_text("")
+    (abandoned / "lock").write_text("", encoding="utf-8")
     with StoreWriter(tmp_path / "store") as running:
         running.append(make_block([], [], 0))
         assert not abandoned.exists()

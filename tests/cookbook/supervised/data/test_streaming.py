@@ -130,7 +130,9 @@ def mixed(folder: Path, sizes: Sequence[int], weights: list[float] | None, stop_
     sources = []
     for which, size in enumerate(sizes):
         path = folder / f"{which}.jsonl"
-        path.write_text("".join(json.dumps({"n": [which, number]}) + "\n" for number in range(size)))
+        path.write_text(
+            "".join(json.dumps({"n": [which, number]}) + "\n" for number in range(size)), encoding="utf-8"
+        )
         sources.append(open_source(str(path)))
     return StreamMixture(sources, weights, stop_when)
 

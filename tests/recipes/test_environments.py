@@ -1,0 +1,139 @@
+"""Every recipe runs where the environment is ASCII: files are UTF-8, consoles replace what they lack."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ASCII_OUTPUT = {"PYTHONIOENCODING": "ascii"}
+ASCII_LOCALE = {"PYTHONUTF8": "0", "LC_ALL": "C"}
+ENVIRONMENTS = pytest.mark.parametrize(
+    "environment", [ASCII_OUTPUT, ASCII_LOCALE], ids=["ascii output", "ascii locale"]
+)
+ROWS = [
+    {
+        "messages": [
+            {"role": "user", "content": f"Wie grüßt man auf Russisch? ☕ {number}"},
+            {"role": "assistant", "content": "Привет, мир 天"},
+        ]
+    }
+    for number in range(6)
+]
+
+
+def run(
+    recipe: str, *argv: str, cwd: Path, environment: dict[str, str], stdin: bytes = b""
+) -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run(
+        [sys.executable, "-m", f"recipes.{recipe}", *argv],
+        cwd=cwd,
+        env={**os.environ, **environment},
+        input=stdin,
+        capture_output=True,
+        timeout=200,
+    )
+
+
+def write_rows(path: Path) -> Path:
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS)
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+@ENVIRONMENTS
+def test_a_run_on_text_of_any_script_trains_resumes_and_is_reported(
+    tmp_path: Path, environment: dict[str, str]
+) -> None:
+    write_rows(tmp_path / "grüße.jsonl")
+    argv = ["dataset=grüße.jsonl", "log_path=läufe", "system_prompt=Sé amable ☕", "test_size=2"]
+    argv += ["batch_size=2", "max_steps=1", "infrequent_eval_every=0"]
+    done = run("sft", *argv, cwd=tmp_path, environment=environment)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert done.stdout.isascii()
+    # What the run wrote is UTF-8, with the text as it was given.
+    folder = tmp_path / "läufe"
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    assert config["system_prompt"] == "Sé amable ☕"
+    for name in ("train.log", "data.json", "report.html"):
+        (folder / name).read_text(encoding="utf-8")
+
+    again = run("sft", *argv, cwd=tmp_path, environment=environment)
+    assert again.returncode == 0, again.stderr
+    assert b"This run is finished" in again.stdout
+    reported = run("report", "läufe", cwd=tmp_path, environment=environment)
+    assert reported.returncode == 0, reported.stderr
+
+
+@ENVIRONMENTS
+def test_a_preview_replaces_what_cannot_be_printed(tmp_path: Path, environment: dict[str, str]) -> None:
+    write_rows(tmp_path / "chats.jsonl")
+    done = run("preview", "dataset=chats.jsonl", "num_examples=1", cwd=tmp_path, environment=environment)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert b"[[??????, ??? ?" in done.stdout
+    assert ">天<" in (tmp_path / "preview.html").read_text(encoding="utf-8")
+
+
+@ENVIRONMENTS
+def test_piped_questions_are_utf8(tmp_path: Path, environment: dict[str, str]) -> None:
+    argv = ["model_name=cookbook/tiny-chat", "max_tokens=4", "temperature=0"]
+    text = "Qué es un café? ☕\n".encode()
+    done = run("chat", *argv, cwd=tmp_path, environment=environment, stdin=text)
+    assert done.returncode == 0, done.stderr
+    elsewhere = run("chat", *argv, cwd=tmp_path, environment={"PYTHONUTF8": "1"}, stdin=text)
+    assert done.stdout == elsewhere.stdout.decode().encode("ascii", "replace")
+
+
+def test_a_piped_question_that_is_not_utf8_is_named(tmp_path: Path) -> None:
+    done = run(
+        *("chat", "model_name=cookbook/tiny-chat", "max_tokens=4"),
+        cwd=tmp_path,
+        environment={"PYTHONUTF8": "1"},
+        stdin=b"Hello\ncaf\xe9\n",
+    )
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == (
+        b"RequestError: Question 2 is not UTF-8 text: byte 0xe9 at character 4. "
+        b"Convert it, as with: iconv -f LATIN1 -t UTF-8"
+    )
+
+
+@pytest.mark.parametrize(
+    ("argv", "code", "message"),
+    [
+        (("sft", "system_prompt=ñ", "--help"), 0, b"system_prompt=?"),
+        (("sft", "dataset=größe.jsonl"), 1, b"DataError: Dataset file gr"),
+        (("report", "läufe"), 1, b"ConfigError: There is no folder l"),
+        (("export", "checkpoint=läufe", "to=anderswohin"), 1, b"is no checkpoint"),
+        (("jobs", "list", "größe"), 2, b"list takes no gr"),
+        (("sweep", "größe=1,2"), 1, b"no key 'gr"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_help_and_errors_are_printed_without_a_traceback(
+    tmp_path: Path, argv: tuple[str, ...], code: int, message: bytes
+) -> None:
+    done = run(*argv, cwd=tmp_path, environment=ASCII_LOCALE)
+    printed = done.stdout + done.stderr
+    assert done.returncode == code, printed
+    assert message in printed
+    assert b"Traceback" not in printed
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"\xef\xbb\xbfmax_steps: 1\n", b"max_steps=1"),
+        (b"system_prompt: caf\xe9\n", b"config='run.yaml' is not UTF-8 text"),
+    ],
+)
+def test_a_config_file_is_utf8_with_or_without_a_byte_order_mark(
+    tmp_path: Path, content: bytes, message: bytes
+) -> None:
+    (tmp_path / "run.yaml").write_bytes(content)
+    done = run("sft", "config=run.yaml", "--help", cwd=tmp_path, environment=ASCII_LOCALE)
+    assert message in done.stdout + done.stderr
