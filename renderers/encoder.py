@@ -99,7 +99,9 @@ class Encoder:
         self._foreign_to_a_reply = re.compile(f"{reserved}|{any_of([*special, *ends]).pattern}")
         self._foreign_elsewhere = re.compile(f"{reserved}|{self.control.pattern}")
         self._controls_part = all(_parts(self.ids[text], added) for text in controls)
+        self._controls_take_space = any(added[self.ids[text]].lstrip for text in controls)
         self._encode_tail = lru_cache(maxsize=1024)(self._ids)
+        self._encode_stretch = lru_cache(maxsize=4096)(self._stretch)
         self._latest: tuple[str, tuple[int, ...], list[int]] = ("", (), [])
 
     # -- text that spells control tokens ------------------------------------------------------
@@ -239,7 +241,33 @@ class Encoder:
         return backend
 
     def _encode_apart(self, text: str, cuts: Sequence[int]) -> Tokens:
-        """Encode with the copy: control tokens as their escapes, escapes as the text they stand for."""
+        """Encode with the copy: control tokens as their escapes, escapes as the text they stand for.
+
+        A control token parts a text, so what lies between two of them is encoded by itself, and once: a
+        conversation whose history is rewritten comes many times with the same beginning.
+        """
+        if cuts and not self._copy_parts_cleanly:
+            raise RendererError(
+                "A message begins with text that this tokenizer joins to the end of the prompt, "
+                "and it cannot part the two without adding a space. Strip the white space around the message."
+            )
+        edges = [0, len(text)]
+        if self._controls_part and not self._controls_take_space:
+            edges = [*sorted({0, *(match.start() for match in self.control.finditer(text))}), len(text)]
+        tokens = Tokens([], [])
+        next_cut = 0
+        for start, end in pairwise(edges):
+            first_cut = next_cut
+            while next_cut < len(cuts) and cuts[next_cut] < end:
+                next_cut += 1
+            inner = tuple(cut - start for cut in cuts[first_cut:next_cut])
+            ids, starts = self._encode_stretch(text[start:end], inner)
+            tokens.ids.extend(ids)
+            tokens.starts.extend([start + position for position in starts])
+        return tokens
+
+    def _stretch(self, text: str, cuts: tuple[int, ...]) -> tuple[Sequence[int], Sequence[int]]:
+        """The ids of a text that the copy encodes at once, and where in the text each begins."""
         pieces: list[str] = []
         origins: list[int] = []  # for each character of the pieces, where in the text it comes from
 
@@ -258,22 +286,18 @@ class Encoder:
             put(text[start:end], range(start, end))
         origins.append(len(text))
 
-        copy, ids = self._copy
-        if cuts and not self._copy_parts_cleanly:
-            raise RendererError(
-                "A message begins with text that this tokenizer joins to the end of the prompt, "
-                "and it cannot part the two without adding a space. Strip the white space around the message."
-            )
+        copy, originals = self._copy
         encoding = copy.encode("".join(pieces), add_special_tokens=False)
-        tokens = Tokens([], [])
+        ids: list[int] = []
+        starts: list[int] = []
         for token, (start, _) in zip(encoding.ids, encoding.offsets, strict=True):
-            if token in self._control_ids and token not in ids:
+            if token in self._control_ids and token not in originals:
                 spelling = self._tokenizer.convert_ids_to_tokens(token)
                 raise RendererError(f"This tokenizer makes {spelling!r} of ordinary text. Remove it.")
-            if (original := ids.get(token, token)) is not None:
-                tokens.ids.append(original)
-                tokens.starts.append(origins[start])
-        return tokens
+            if (original := originals.get(token, token)) is not None:
+                ids.append(original)
+                starts.append(origins[start])
+        return ids, starts
 
     # -- the tokenizers behind it ---------------------------------------------------------------
 

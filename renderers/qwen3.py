@@ -28,6 +28,9 @@ class Qwen3Renderer(ChatMLRenderer):
     name = "qwen3"
     reply_sections = with_call_sections(THINKING)
 
+    _queries: tuple[Sequence[PlainMessage] | None, Sequence[int]] = (None, ())
+    """The latest messages, and the last query among the first n of them, for each n."""
+
     def _render(
         self, messages: Sequence[PlainMessage], chosen: Collection[int], tools: Sequence[Tool] | None
     ) -> Rendering:
@@ -35,37 +38,48 @@ class Qwen3Renderer(ChatMLRenderer):
         for index in chosen:
             if messages[index]["role"] != "assistant":
                 continue
-            turn = messages[: index + 1]
-            self._check_reply(turn)
-            if _prints_thinking(messages, index) != _prints_thinking(turn, index):
+            self._check_reply(messages, index)
+            if self._prints_thinking(messages, index) != self._prints_thinking(messages, index, index + 1):
                 rewritten.append(index)
         return self._draft(messages, tools).finish(rewritten)
 
-    def _check_reply(self, turn: Sequence[PlainMessage]) -> None:
-        """Raises RendererError if the last message cannot be trained."""
-        index = len(turn) - 1
-        if index > 0 and _prints_thinking(turn[:-1], index - 1) != _prints_thinking(turn, index - 1):
+    def _prints_thinking(self, messages: Sequence[PlainMessage], index: int, num: int | None = None) -> bool:
+        """Whether message `index` is a reply with a think block among the first `num` messages alone."""
+        if self._queries[0] is not messages:
+            self._queries = (messages, _last_queries(messages))
+        num = len(messages) if num is None else num
+        if messages[index]["role"] != "assistant" or index <= self._queries[1][num]:
+            return False
+        return index == num - 1 or bool(_thought_and_said(messages[index])[0])
+
+    def _check_reply(self, messages: Sequence[PlainMessage], index: int) -> None:
+        """Raises RendererError if message `index` cannot be trained."""
+        message = messages[index]
+        in_prompt, behind = (
+            index > 0 and self._prints_thinking(messages, index - 1, num) for num in (index, index + 1)
+        )
+        if in_prompt != behind:
             raise RendererError(
                 f"Renderer `{self.name}` cannot train message {index + 1}, a reply right after a reply: "
                 "Qwen3 shows the first differently in the prompt and afterwards. Join the two."
             )
-        if _thought_and_said(turn[-1])[0] and not _prints_thinking(turn, index):
+        if _thought_and_said(message)[0] and not self._prints_thinking(messages, index, index + 1):
             raise RendererError(
                 f"Renderer `{self.name}` has no place for the thinking of message {index + 1}, which no "
                 "user's message precedes. Remove it, or leave the message out of the training."
             )
-        if _loses_text(turn[-1]):
+        if _loses_text(message):
             raise RendererError(
                 f"Renderer `{self.name}` cannot train message {index + 1}: Qwen3 would lose text "
                 f"around the {THINK} and {END_THINK} of its content. Give the thinking as "
                 '`reasoning_content`, "" if there is none.'
             )
-        check_calls(self.name, turn[-1], index + 1)
+        check_calls(self.name, message, index + 1)
 
     def _put_reply(self, draft: Draft, messages: Sequence[PlainMessage], index: int) -> None:
         thought, said = _thought_and_said(messages[index])
         calls = print_calls(messages[index], index + 1, said)
-        if not _prints_thinking(messages, index):
+        if not self._prints_thinking(messages, index):
             # History that no prompt's end stands in is one text with its header, as the template has it.
             put = draft.put_text if self.reply_opening else draft.put_reply
             put(index, said + calls + END)
@@ -96,12 +110,11 @@ class Qwen3DisableThinkingRenderer(Qwen3Renderer):
     reply_opening = _EMPTY_BLOCK
     reply_sections = with_call_sections(PLAIN)
 
-    def _check_reply(self, turn: Sequence[PlainMessage]) -> None:
-        index = len(turn) - 1
-        if _thought_and_said(turn[-1])[0].strip("\n"):
+    def _check_reply(self, messages: Sequence[PlainMessage], index: int) -> None:
+        if _thought_and_said(messages[index])[0].strip("\n"):
             raise no_place(self.name, "thinking", index + 1)
-        super()._check_reply(turn)
-        if not _prints_thinking(turn, index):
+        super()._check_reply(messages, index)
+        if not self._prints_thinking(messages, index, index + 1):
             raise RendererError(
                 f"Renderer `{self.name}` cannot train message {index + 1}, which no user's message precedes: "
                 "Qwen3 prints no think block there, but its prompt ends with one. Put a user's message first."
@@ -113,22 +126,18 @@ class Qwen3DisableThinkingRenderer(Qwen3Renderer):
         return message, ended and well_formed
 
 
-def _last_query(messages: Sequence[PlainMessage]) -> int:
-    """The last user message that is not a tool's result in disguise; without one, the last message."""
-    for index in range(len(messages) - 1, -1, -1):
-        content = messages[index].get("content", "")
+def _last_queries(messages: Sequence[PlainMessage]) -> list[int]:
+    """For each number n of first messages, the last user message among them that is not a tool's result in
+    disguise; without one, their last message."""
+    last: int | None = None
+    found = [-1]
+    for index, message in enumerate(messages):
+        content = message.get("content", "")
         wrapped = content.startswith("<tool_response>") and content.endswith("</tool_response>")
-        if messages[index]["role"] == "user" and not wrapped:
-            return index
-    return len(messages) - 1
-
-
-def _prints_thinking(messages: Sequence[PlainMessage], index: int) -> bool:
-    """Whether message `index` is a reply with a think block."""
-    message = messages[index]
-    if message["role"] != "assistant" or index <= _last_query(messages):
-        return False
-    return index == len(messages) - 1 or bool(_thought_and_said(message)[0])
+        if message["role"] == "user" and not wrapped:
+            last = index
+        found.append(index if last is None else last)
+    return found
 
 
 def _thought_and_said(message: PlainMessage) -> tuple[str, str]:

@@ -14,7 +14,9 @@ from renderers.today import TODAY
 
 _NAMES_OF_DICTS = frozenset(dir(dict))
 _NAMES_OF_STRINGS = frozenset(name for name in dir(str) if not name.startswith(("_", "format")))
-_NAMES_OF_LOOPS = frozenset({"first", "last", "index", "index0", "revindex", "revindex0", "length"})
+_NAMES_OF_LOOPS = frozenset(
+    {"first", "last", "index", "index0", "revindex", "revindex0", "length", "previtem", "nextitem"}
+)
 
 
 class QuickSandbox(ImmutableSandboxedEnvironment):

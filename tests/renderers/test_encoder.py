@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken
 
-from renderers.encoder import Encoder, any_of
+from renderers.encoder import ESCAPE, Encoder, any_of
 
 pieces = st.sampled_from(["<|im_start|>", "<|im_end|>", "<|x|>", "user\n", "a", " ", "\n", "天", "Hi: ", "1"])
 texts = st.lists(pieces, max_size=8).map("".join)
@@ -56,3 +56,33 @@ def test_any_of_some_texts_is_the_longest_that_fits(options, text):
     longest_first = sorted(options, key=len, reverse=True)
     plain = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
     assert any_of(options).findall(text) == plain.findall(text)
+
+
+@pytest.mark.parametrize("lstrip", [False, True])
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_a_text_encoded_in_stretches_has_the_tokens_of_the_whole(small_tokenizer, lstrip, data):
+    tokenizer = small_tokenizer("chatml")
+    if lstrip:
+        tokenizer = copy.deepcopy(tokenizer)
+        tokenizer.add_tokens([AddedToken("<|x|>", special=True, lstrip=True, normalized=False)])
+    encoder, whole = Encoder(tokenizer), Encoder(tokenizer)
+    whole._controls_part = False  # then the copy encodes the text at once
+    scraps = [
+        "<|im_start|>",
+        "<|im_end|>",
+        "<|x|>",
+        "\n",
+        " ",
+        "user",
+        "hello",
+        ESCAPE + "1;",
+        "<think>",
+        "天",
+    ]
+    pieces = data.draw(st.lists(st.sampled_from(scraps), min_size=1, max_size=12))
+    text = "".join(pieces)
+    cuts = sorted({len("".join(pieces[:n])) for n in data.draw(st.sets(st.integers(1, len(pieces))))})
+    ours, theirs = encoder._encode_apart(text, cuts), whole._encode_apart(text, cuts)
+    assert ours.ids == theirs.ids
+    assert ours.starts == theirs.starts

@@ -71,6 +71,7 @@ class DataReport:
         values["notes"] = [{**note._asdict(), "count": number} for note, number in self.notes.items()]
         if len(self.lengths):
             values["length_histogram"] = self._histogram()
+        values["files"], values["unread"] = list(self.files), list(self.unread)
         values["bad_rows"] = [note._asdict() for note in self.bad_rows]
         return values
 

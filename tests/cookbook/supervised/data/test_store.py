@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cookbook.notes import Note
@@ -31,6 +31,7 @@ def write(path: Path, rows: Rows, rows_per_block: int) -> ExampleStore:
     return ExampleStore(path, "some")
 
 
+@settings(deadline=None)
 @given(rows=rows_of_examples, rows_per_block=st.integers(1, 4))
 def test_every_example_of_every_row_comes_back(rows: Rows, rows_per_block: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
@@ -46,6 +47,7 @@ def test_every_example_of_every_row_comes_back(rows: Rows, rows_per_block: int) 
         assert store.meta.digest == whole.meta.digest
 
 
+@settings(deadline=None)
 @given(rows=rows_of_examples, max_length=st.none() | st.integers(1, 10))
 def test_trained_tokens_are_counted_behind_the_first_token_and_before_the_cut(
     rows: Rows, max_length: int | None
