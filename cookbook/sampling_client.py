@@ -14,7 +14,7 @@ from cookbook.engine.sampling.requests import SampleRequest, sample_request, sco
 from cookbook.engine.sampling.sampler import Prepared, Sampler
 from cookbook.engine.trainer import Trainer, check_weights_fit
 from cookbook.engine.worker import Engine
-from cookbook.errors import CheckpointError
+from cookbook.errors import CheckpointError, ClosedError
 from cookbook.futures import APIFuture, TokenStream
 from cookbook.types import ModelInput, PromptScores, SampledSequence, SampleResponse, SamplingParams
 
@@ -33,18 +33,57 @@ class SampleFuture(APIFuture[SampleResponse]):
 class SamplingClient:
     """Samples from a base model, or from the weights of one moment. Get one from a service or
     training client. Calls return at once; training that goes on meanwhile changes nothing here.
+
+    After `close`, or `close` of the service, every call raises ClosedError.
     """
 
     def __init__(self, engine: Engine, prepare: Callable[[], tuple[Adapter | None, int | None]]) -> None:
         """`prepare` runs on the engine, in order with what was queued before. It returns the
         adapter, which this client owns, and the seed of samples that bring none."""
-        self._engine = engine
-        self._prepared: Prepared = engine.submit(prepare)
-        self._sampler = Sampler(engine.base, self._prepared)
+        prepared: Prepared = engine.submit(prepare)
+        sampler = Sampler(engine.base, prepared)
+        self._parts: tuple[Engine, Sampler, Prepared] | None = (engine, sampler, prepared)
+        """None once this client is closed: it holds no memory then, whoever holds it."""
         self._num_unseeded = 0
         self._lock = threading.Lock()
         # What is queued holds the sampler, and so the weights, when this client is gone.
-        weakref.finalize(self._sampler, _release, engine, self._prepared).atexit = False
+        weakref.finalize(sampler, _release, engine, prepared).atexit = False
+        engine.clients.add(self)
+
+    @property
+    def _engine(self) -> Engine:
+        engine = self._open_parts()[0]
+        if engine.is_closed:
+            raise ClosedError("This client's service was closed. Create a new ServiceClient.")
+        return engine
+
+    @property
+    def _sampler(self) -> Sampler:
+        return self._open_parts()[1]
+
+    @property
+    def _prepared(self) -> Prepared:
+        return self._open_parts()[2]
+
+    def _open_parts(self) -> tuple[Engine, Sampler, Prepared]:
+        if self._parts is None:
+            raise ClosedError("This sampling client was closed. Create a new one.")
+        return self._parts
+
+    def close(self) -> None:
+        """Frees the snapshot, after all that was asked for has run.
+
+        A future that is pending completes as it would have otherwise: with its result, or its own error.
+        A second call does nothing.
+        """
+        with self._lock:
+            parts, self._parts = self._parts, None
+        if parts is None:
+            return
+        engine = parts[0]
+        engine.wait()
+        del parts  # which has the engine clean up
+        engine.wait()
 
     @classmethod
     def of_base(cls, engine: Engine) -> SamplingClient:
@@ -73,13 +112,10 @@ class SamplingClient:
 
         def prepare() -> tuple[Adapter, None]:
             adapter = engine.base.adapters.add(info.lora)
-            try:
+            with engine.base.adapters.removing_on_failure(adapter):
                 check_weights_fit(os.fspath(path), info, weights, adapter, engine.base)
-            except CheckpointError:
-                engine.base.adapters.remove(adapter)
-                raise
-            for name, parameter in adapter.weights.items():
-                parameter.data.copy_(weights[name])
+                for name, parameter in adapter.weights.items():
+                    parameter.data.copy_(weights[name])
             return adapter, None
 
         client = cls(engine, prepare)

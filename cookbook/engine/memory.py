@@ -90,11 +90,13 @@ def measure_activations(
     kept: list[Tensor] = []
 
     def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
+        # The tensor itself would hold the graph that is to hold it: a cycle that no garbage collector sees.
+        values = tensor.detach()
+        storage = values.untyped_storage()
         if storage.data_ptr() not in held:  # a frozen layer keeps a view of its weight
             storages[storage.data_ptr()] = storage.nbytes()
-            kept.append(tensor)  # else its address could be given to another
-        return tensor
+            kept.append(values)  # else its address could be given to another
+        return values
 
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         run()
@@ -165,6 +167,7 @@ def checkpointed_layers(model: Any, enabled: bool) -> Iterator[None]:
     finally:
         for layer in layers:
             layer.training = layer.gradient_checkpointing = False
+            del layer._gradient_checkpointing_func  # which holds the layer
 
 
 def _checkpoint(layer: nn.Module, forward: Callable[..., Any], *inputs: Any) -> Any:

@@ -82,9 +82,10 @@ class Trainer:
         self.user_metadata = dict(user_metadata or {})
         self.rng = np.random.default_rng(lora.seed)
         """Seeds the unseeded samples of this adapter's snapshots; saved with the state."""
-        self._optimizer = Optimizer(self.adapter.weights)
+        with base.adapters.removing_on_failure(self.adapter):
+            self._optimizer = Optimizer(self.adapter.weights)
+            self._limits = base.limits(self.adapter)
         self._has_gradient = False
-        self._limits = base.limits(self.adapter)
         self._ran_out_of_memory = False
         self._mesh = base.mesh
         self._agree_on_limits()
