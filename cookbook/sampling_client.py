@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from cookbook.engine import state
 from cookbook.engine.adapters import Adapter
+from cookbook.engine.base_model import BaseModel
 from cookbook.engine.sampling.requests import SampleRequest, sample_request, score_request
 from cookbook.engine.sampling.sampler import Prepared, Sampler
 from cookbook.engine.trainer import Trainer, check_weights_fit
@@ -19,6 +21,7 @@ from cookbook.futures import APIFuture, TokenStream
 from cookbook.types import ModelInput, PromptScores, SampledSequence, SampleResponse, SamplingParams
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
 
@@ -87,17 +90,13 @@ class SamplingClient:
 
     @classmethod
     def of_base(cls, engine: Engine) -> SamplingClient:
-        return cls(engine, lambda: (None, None))
+        return cls(engine, _of_base)
 
     @classmethod
     def of_snapshot(cls, engine: Engine, trainer: Trainer, seed: int | None = None) -> SamplingClient:
         """Of the weights that `trainer` has when everything queued before has run."""
 
-        def prepare() -> tuple[Adapter, int]:
-            drawn = int(trainer.rng.integers(2**31)) if seed is None else seed
-            return engine.base.adapters.clone(trainer.adapter), drawn
-
-        return cls(engine, prepare)
+        return cls(engine, functools.partial(_of_snapshot, trainer, seed))
 
     @classmethod
     def of_checkpoint(cls, engine: Engine, path: str | os.PathLike[str]) -> SamplingClient:
@@ -109,17 +108,12 @@ class SamplingClient:
                 f"it with ServiceClient().create_sampling_client(model_path=...)."
             )
         weights = state.read_weights(path)
-
-        def prepare() -> tuple[Adapter, None]:
-            adapter = engine.base.adapters.add(info.lora)
-            with engine.base.adapters.removing_on_failure(adapter):
-                check_weights_fit(os.fspath(path), info, weights, adapter, engine.base)
-                for name, parameter in adapter.weights.items():
-                    parameter.data.copy_(weights[name])
-            return adapter, None
-
-        client = cls(engine, prepare)
-        client._prepared.result()
+        client = cls(engine, functools.partial(_of_checkpoint, engine.base, os.fspath(path), info, weights))
+        try:
+            client._prepared.result()
+        except BaseException:
+            client.close()
+            raise
         return client
 
     def sample(
@@ -193,6 +187,26 @@ class SamplingClient:
 
     async def get_tokenizer_async(self) -> Any:
         return self.get_tokenizer()
+
+
+def _of_base() -> tuple[None, None]:
+    return None, None
+
+
+def _of_snapshot(trainer: Trainer, seed: int | None) -> tuple[Adapter, int]:
+    drawn = int(trainer.rng.integers(2**31)) if seed is None else seed
+    return trainer.base.adapters.clone(trainer.adapter), drawn
+
+
+def _of_checkpoint(
+    base: BaseModel, path: str, info: state.StateInfo, weights: Mapping[str, Tensor]
+) -> tuple[Adapter, None]:
+    adapter = base.adapters.add(info.lora)
+    with base.adapters.removing_on_failure(adapter):
+        check_weights_fit(path, info, weights, adapter, base)
+        for name, parameter in adapter.weights.items():
+            parameter.data.copy_(weights[name])
+    return adapter, None
 
 
 def _release(engine: Engine, prepared: Prepared) -> None:

@@ -154,22 +154,11 @@ class TrainingClient:
         Fails, and drops those gradients, if one of the passes it would step on failed and
         nobody has read that failure: half a batch is not stepped on by accident.
         """
-        passes: list[APIFuture[ForwardBackwardOutput]] = []
-        trainer = self._trainer
-
-        def step() -> StepResult:
-            for future in passes:
-                if (error := future.exception()) is not None:
-                    trainer.discard_gradients()
-                    raise TrainingError(
-                        f"optim_step was not taken: a forward_backward before it failed. {error}"
-                    ) from error
-            return trainer.optim_step(adam_params)
-
         with self._lock:
-            passes += [future for future in self._passes_to_step_on if not future.failure_was_seen]
+            passes = [future for future in self._passes_to_step_on if not future.failure_was_seen]
+            job = self._engine.submit(_optim_step, self._trainer, passes, adam_params)
             self._passes_to_step_on.clear()
-            return APIFuture(self._engine.submit(step), StepResult.output)
+            return APIFuture(job, StepResult.output)
 
     def _queue_pass(
         self, run: Callable[P, PassResult], *args: P.args, **kwargs: P.kwargs
@@ -315,3 +304,16 @@ class TrainingClient:
 
     async def get_tokenizer_async(self) -> Any:
         return self.get_tokenizer()
+
+
+def _optim_step(
+    trainer: Trainer, passes: Sequence[APIFuture[ForwardBackwardOutput]], adam_params: AdamParams
+) -> StepResult:
+    """Steps on the gradients of `passes`, unless one of them failed."""
+    for future in passes:
+        if (error := future.exception()) is not None:
+            trainer.discard_gradients()
+            raise TrainingError(
+                f"optim_step was not taken: a forward_backward before it failed. {error}"
+            ) from error
+    return trainer.optim_step(adam_params)

@@ -255,10 +255,7 @@ class Trainer:
     ) -> tuple[tuple[Tensor, ...], Tensor]:
         """The log-probabilities and, where they are asked for, who is likeliest; and the loss."""
 
-        def token_loss(logprobs_C: Tensor, part: slice) -> Tensor:
-            extras = {name: values_S[part] for name, values_S in batch.extras.items()}
-            return request.loss.fn(logprobs_C, batch.weights_S[part], extras, request.loss_config)
-
+        token_loss = functools.partial(_token_loss, request, batch)
         num_trained = batch.layout.num_trained
         if backward and (num_trained or self.base.is_sharded):
             logprobs_S, loss = self.base.backpropagate(batch, token_loss, checkpoint_layers)
@@ -363,6 +360,11 @@ class Trainer:
             if info.microbatch_limits is not None:
                 self._limits = MicrobatchLimits(**info.microbatch_limits)
                 self._ran_out_of_memory = True
+
+
+def _token_loss(request: Request, batch: PackedBatch, logprobs_C: Tensor, part: slice) -> Tensor:
+    extras = {name: values_S[part] for name, values_S in batch.extras.items()}
+    return request.loss.fn(logprobs_C, batch.weights_S[part], extras, request.loss_config)
 
 
 def _nothing(request: Request) -> TokenSequence:

@@ -7,6 +7,7 @@ garbage or when the interpreter exits still runs.
 from __future__ import annotations
 
 import atexit
+import functools
 import logging
 import queue
 import threading
@@ -59,59 +60,72 @@ class Batcher(Protocol[Item]):
     def run(self, first: Item, take_waiting: Callable[[], list[Item]]) -> None:
         """Answers `first` and whatever `take_waiting` gives, which may be asked as often as one likes.
 
+        Where it raises, or leaves something without an answer, the engine fails what is left.
+
         What waits behind a job of another kind is not given: the order of the queue holds.
         """
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Job:
     """One piece of work with a future of its own."""
 
-    work: Callable[[], Any]
+    work: functools.partial[Any]
     future: Future[Any]
+    recorded: AbstractContextManager[None] = field(default_factory=nullcontext)
 
     def run(self, worker: _Worker) -> None:
         if not self.future.set_running_or_notify_cancel():
             return
-        try:
+        with self.recorded:
             result = self.work()
-        except BaseException as error:
-            self.future.set_exception(error)
-        else:
-            self.future.set_result(result)
+        self.future.set_result(result)
 
-    def fail(self, error: BaseException) -> None:
-        _fail(self.future, error)
+    def fail(self, error: BaseException) -> bool:
+        """Completes what has not completed. Whether there was anything."""
+        return _fail(self.future, error)
+
+    def release(self) -> None:
+        """Once it has run. An error's frames hold the frame that called them, and so this."""
+        del self.work
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Item(Generic[Item]):
     """A part of what a batcher works on. One that is run takes those waiting behind it along."""
 
     batcher: Batcher[Item]
     item: Item
-    run_batch: Callable[[Item, Callable[[], list[Item]]], None]
+    recorded: AbstractContextManager[None]
     agree_on_number: Callable[[int], int]
     """How many of the waiting items all processes take."""
     taken: list[Item] = field(default_factory=list)
 
     def run(self, worker: _Worker) -> None:
-        self.run_batch(self.item, lambda: self._take_waiting(worker))
+        with self.recorded:
+            self.batcher.run(self.item, functools.partial(self._take_waiting, worker))
 
     def _take_waiting(self, worker: _Worker) -> list[Item]:
         items = worker.take_items(self.batcher, self.agree_on_number)
         self.taken.extend(items)
         return items
 
-    def fail(self, error: BaseException) -> None:
-        for item in (self.item, *self.taken):
-            _fail(item.future, error)
+    def fail(self, error: BaseException) -> bool:
+        """Completes what has not completed. Whether there was anything."""
+        completed = [_fail(item.future, error) for item in (self.item, *self.taken)]
+        return any(completed)
+
+    def release(self) -> None:
+        """Once it has run."""
+        del self.batcher, self.item, self.taken
 
 
-def _fail(future: Future[Any], error: BaseException) -> None:
-    """Completes a future that nothing else has completed."""
-    if not future.done() and (future.running() or future.set_running_or_notify_cancel()):
-        future.set_exception(error)
+def _fail(future: Future[Any], error: BaseException) -> bool:
+    """Completes a future, unless it has completed."""
+    if future.done() or not (future.running() or future.set_running_or_notify_cancel()):
+        return False
+    future.set_exception(error)
+    return True
 
 
 class _Worker:
@@ -164,7 +178,7 @@ class _Worker:
             return
         reached: Future[None] = JobFuture()
         try:
-            self.enqueue(_Job(lambda: None, reached))
+            self.enqueue(_Job(functools.partial(_do_nothing), reached))
         except ClosedError:
             self._thread.join()
         else:
@@ -192,7 +206,6 @@ class _Worker:
                 try:
                     self._run_next()
                 except BaseException:
-                    # An error of a job is in its future. Jobs do not suffer from others.
                     logger.exception("The engine's thread goes on after an error outside of any job.")
         finally:
             self._fail_what_is_left()
@@ -211,14 +224,14 @@ class _Worker:
             if not self._is_ending:
                 self._signal.get()
             return
-        error: BaseException = TrainingError("The work ended without an answer.")
         try:
             job.run(self)
-        except BaseException as raised:
-            error = raised
-            raise
+        except BaseException as error:
+            if not job.fail(error):
+                raise
         finally:
-            job.fail(error)
+            job.fail(TrainingError("The work ended without an answer."))
+            job.release()
 
     def _fail_what_is_left(self) -> None:
         with self._lock:
@@ -236,6 +249,10 @@ def _finish_all() -> None:
     """At the interpreter's exit: what is queued runs, as other threads finish too."""
     for worker in list(_running):
         worker.end()
+
+
+def _do_nothing() -> None:
+    pass
 
 
 def _clean_up(work: Callable[[], None]) -> None:
@@ -274,28 +291,13 @@ class Engine:
         """Raises ClosedError after `close`."""
         future: Future[R] = JobFuture()
         recorded = self._recorded(_name_of(work), self._step())
-
-        def run() -> R:
-            with recorded:
-                return work(*args, **kwargs)
-
-        self._worker.enqueue(_Job(run, future))
+        self._worker.enqueue(_Job(functools.partial(work, *args, **kwargs), future, recorded))
         return future
 
     def submit_to(self, batcher: Batcher[Item], item: Item) -> None:
         """Queues an item that the batcher may take together with those behind it."""
-        recorded, base = self._recorded("sample", self._step()), self.base
-
-        def run(first: Item, take_waiting: Callable[[], list[Item]]) -> None:
-            with recorded:
-                batcher.run(first, take_waiting)
-
-        def agree_on_number(number: int) -> int:
-            if base.is_sharded:  # the processes go through their model in step, so with the same items
-                (number,) = base.mesh.agree_min(number)
-            return number
-
-        self._worker.enqueue(_Item(batcher, item, run, agree_on_number))
+        recorded = self._recorded("sample", self._step())
+        self._worker.enqueue(_Item(batcher, item, recorded, functools.partial(_agree_on_number, self.base)))
 
     def clean_up_later(self, work: Callable[[], None]) -> None:
         """Runs `work` on the thread before the next job. May be called while garbage is collected."""
@@ -321,6 +323,13 @@ class Engine:
         return _recorded(self._recorder, self._device_clock, name, step)
 
 
+def _agree_on_number(base: BaseModel, number: int) -> int:
+    """The processes go through sharded weights in step, so with the same items."""
+    if base.is_sharded:
+        (number,) = base.mesh.agree_min(number)
+    return number
+
+
 @contextmanager
 def _recorded(recorder: Recorder, clock: DeviceClock | None, name: str, step: int | None) -> Iterator[None]:
     """The times of a job on this thread, which on CUDA only queues, and then those on the device."""
@@ -334,6 +343,7 @@ def _recorded(recorder: Recorder, clock: DeviceClock | None, name: str, step: in
 
 
 def _name_of(work: Callable[..., Any]) -> str:
-    """Of the method that was submitted, or that the submitted function was made in."""
+    """The method that was submitted, or that the submitted function was made in."""
+    work = work.func if isinstance(work, functools.partial) else work
     qualified: str = getattr(work, "__qualname__", type(work).__qualname__)
-    return qualified.split(".<locals>")[0].split(".")[-1]
+    return qualified.split(".<locals>")[0].split(".")[-1].lstrip("_")
