@@ -57,10 +57,12 @@ class MicrobatchLimits:
         """What a sequence counts as against `max_tokens`."""
         return max(length, math.ceil(self.share * (length + self.growth_planned * length**2)))
 
-    def checkpoints(self, lengths: Iterable[int]) -> bool:
-        return self.size_without_checkpointing(lengths) > self.max_tokens_without_checkpointing
+    def checkpoints(self, num_tokens: int) -> bool:
+        """Whether the layers of a micro-batch are, which has so many by `size_without_checkpointing`."""
+        return num_tokens > self.max_tokens_without_checkpointing
 
     def size_without_checkpointing(self, lengths: Iterable[int]) -> int:
+        """What sequences count as against `max_tokens_without_checkpointing`."""
         return sum(length + math.ceil(self.growth * length**2) for length in lengths)
 
 

@@ -258,7 +258,9 @@ class Trainer:
         for indices in self._in_step(done.plan):
             sequences = [request.sequences[index] for index in indices] or [_nothing(request)]
             lengths_here = [len(sequence) for sequence in sequences]
-            is_checkpointed = backward and self._limits.checkpoints(lengths_here)
+            is_checkpointed = backward and self._limits.checkpoints(
+                self._limits.size_without_checkpointing(lengths_here)
+            )
             try:
                 batch = pack(sequences, self.base.device, request.trained_only)
                 scores, loss = self._run_microbatch(batch, request, backward, is_checkpointed)
