@@ -152,7 +152,8 @@ class TrainingClient:
         """One AdamW step on the gradients so far, which it clears.
 
         Fails, and drops those gradients, if one of the passes it would step on failed and
-        nobody has read that failure: half a batch is not stepped on by accident.
+        nobody has read that failure: half a batch is not stepped on by accident. A step that fails
+        itself changes neither weights nor optimizer; its gradients are dropped too.
         """
         with self._lock:
             passes = [future for future in self._passes_to_step_on if not future.failure_was_seen]
