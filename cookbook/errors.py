@@ -8,6 +8,7 @@
     ├── ModelError        (OSError)       a model or tokenizer that is missing or cannot be loaded
     ├── CheckpointError   (OSError)       a checkpoint that is missing, damaged, foreign or not writable
     ├── TrainingError     (RuntimeError)  a step that failed while it ran
+    ├── ClosedError       (RuntimeError)  a call on a client after it, or its service, was closed
     └── ClusterError      (RuntimeError)  a Ray cluster that cannot be reached, or a job that is not on it
 
 A message says what was asked, what was found and what to do. Context gathered on the way up
@@ -45,6 +46,10 @@ class CheckpointError(CookbookError, OSError):
 
 class TrainingError(CookbookError, RuntimeError):
     """A step failed while it ran."""
+
+
+class ClosedError(CookbookError, RuntimeError):
+    """A client was used after it, or the service that it came from, was closed."""
 
 
 class ClusterError(CookbookError, RuntimeError):

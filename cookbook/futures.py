@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Generator, Iterator
@@ -134,4 +135,5 @@ class TokenStream(APIFuture[T]):
             self._is_over |= over
             self._changed.notify_all()
             for loop, event in self._readers:
-                loop.call_soon_threadsafe(event.set)
+                with contextlib.suppress(RuntimeError):  # its loop is closed, so nobody reads there any more
+                    loop.call_soon_threadsafe(event.set)

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from cookbook.engine import state
 from cookbook.engine.adapters import Adapter
+from cookbook.engine.base_model import BaseModel
 from cookbook.engine.sampling.requests import SampleRequest, sample_request, score_request
 from cookbook.engine.sampling.sampler import Prepared, Sampler
 from cookbook.engine.trainer import Trainer, check_weights_fit
 from cookbook.engine.worker import Engine
-from cookbook.errors import CheckpointError
+from cookbook.errors import CheckpointError, ClosedError
 from cookbook.futures import APIFuture, TokenStream
 from cookbook.types import ModelInput, PromptScores, SampledSequence, SampleResponse, SamplingParams
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
 
@@ -33,32 +36,67 @@ class SampleFuture(APIFuture[SampleResponse]):
 class SamplingClient:
     """Samples from a base model, or from the weights of one moment. Get one from a service or
     training client. Calls return at once; training that goes on meanwhile changes nothing here.
+
+    After `close`, or `close` of the service, every call raises ClosedError.
     """
 
     def __init__(self, engine: Engine, prepare: Callable[[], tuple[Adapter | None, int | None]]) -> None:
         """`prepare` runs on the engine, in order with what was queued before. It returns the
         adapter, which this client owns, and the seed of samples that bring none."""
-        self._engine = engine
-        self._prepared: Prepared = engine.submit(prepare)
-        self._sampler = Sampler(engine.base, self._prepared)
+        prepared: Prepared = engine.submit(prepare)
+        sampler = Sampler(engine.base, prepared)
+        self._parts: tuple[Engine, Sampler, Prepared] | None = (engine, sampler, prepared)
+        """None once this client is closed: it holds no memory then, whoever holds it."""
         self._num_unseeded = 0
         self._lock = threading.Lock()
         # What is queued holds the sampler, and so the weights, when this client is gone.
-        weakref.finalize(self._sampler, _release, engine, self._prepared).atexit = False
+        weakref.finalize(sampler, _release, engine, prepared).atexit = False
+        engine.clients.add(self)
+
+    @property
+    def _engine(self) -> Engine:
+        engine = self._open_parts()[0]
+        if engine.is_closed:
+            raise ClosedError("This client's service was closed. Create a new ServiceClient.")
+        return engine
+
+    @property
+    def _sampler(self) -> Sampler:
+        return self._open_parts()[1]
+
+    @property
+    def _prepared(self) -> Prepared:
+        return self._open_parts()[2]
+
+    def _open_parts(self) -> tuple[Engine, Sampler, Prepared]:
+        if self._parts is None:
+            raise ClosedError("This sampling client was closed. Create a new one.")
+        return self._parts
+
+    def close(self) -> None:
+        """Frees the snapshot, after all that was asked for has run.
+
+        A future that is pending completes as it would have otherwise: with its result, or its own error.
+        A second call does nothing.
+        """
+        with self._lock:
+            parts, self._parts = self._parts, None
+        if parts is None:
+            return
+        engine = parts[0]
+        engine.wait()
+        del parts  # which has the engine clean up
+        engine.wait()
 
     @classmethod
     def of_base(cls, engine: Engine) -> SamplingClient:
-        return cls(engine, lambda: (None, None))
+        return cls(engine, _of_base)
 
     @classmethod
     def of_snapshot(cls, engine: Engine, trainer: Trainer, seed: int | None = None) -> SamplingClient:
         """Of the weights that `trainer` has when everything queued before has run."""
 
-        def prepare() -> tuple[Adapter, int]:
-            drawn = int(trainer.rng.integers(2**31)) if seed is None else seed
-            return engine.base.adapters.clone(trainer.adapter), drawn
-
-        return cls(engine, prepare)
+        return cls(engine, functools.partial(_of_snapshot, trainer, seed))
 
     @classmethod
     def of_checkpoint(cls, engine: Engine, path: str | os.PathLike[str]) -> SamplingClient:
@@ -70,20 +108,12 @@ class SamplingClient:
                 f"it with ServiceClient().create_sampling_client(model_path=...)."
             )
         weights = state.read_weights(path)
-
-        def prepare() -> tuple[Adapter, None]:
-            adapter = engine.base.adapters.add(info.lora)
-            try:
-                check_weights_fit(os.fspath(path), info, weights, adapter, engine.base)
-            except CheckpointError:
-                engine.base.adapters.remove(adapter)
-                raise
-            for name, parameter in adapter.weights.items():
-                parameter.data.copy_(weights[name])
-            return adapter, None
-
-        client = cls(engine, prepare)
-        client._prepared.result()
+        client = cls(engine, functools.partial(_of_checkpoint, engine.base, os.fspath(path), info, weights))
+        try:
+            client._prepared.result()
+        except BaseException:
+            client.close()
+            raise
         return client
 
     def sample(
@@ -157,6 +187,26 @@ class SamplingClient:
 
     async def get_tokenizer_async(self) -> Any:
         return self.get_tokenizer()
+
+
+def _of_base() -> tuple[None, None]:
+    return None, None
+
+
+def _of_snapshot(trainer: Trainer, seed: int | None) -> tuple[Adapter, int]:
+    drawn = int(trainer.rng.integers(2**31)) if seed is None else seed
+    return trainer.base.adapters.clone(trainer.adapter), drawn
+
+
+def _of_checkpoint(
+    base: BaseModel, path: str, info: state.StateInfo, weights: Mapping[str, Tensor]
+) -> tuple[Adapter, None]:
+    adapter = base.adapters.add(info.lora)
+    with base.adapters.removing_on_failure(adapter):
+        check_weights_fit(path, info, weights, adapter, base)
+        for name, parameter in adapter.weights.items():
+            parameter.data.copy_(weights[name])
+    return adapter, None
 
 
 def _release(engine: Engine, prepared: Prepared) -> None:

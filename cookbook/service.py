@@ -6,6 +6,7 @@ import asyncio
 import os
 import secrets
 import threading
+import weakref
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -15,11 +16,12 @@ from cookbook import embedded, models
 from cookbook.engine import mesh, state
 from cookbook.engine.options import EngineOptions, GradientCheckpointing, Quantization, Shard
 from cookbook.engine.worker import Engine
-from cookbook.errors import ConfigError, RequestError
+from cookbook.errors import ClosedError, ConfigError, RequestError
+from cookbook.futures import APIFuture
 from cookbook.sampling_client import SamplingClient
 from cookbook.trace import Recorder
 from cookbook.training_client import TrainingClient
-from cookbook.types import GetServerCapabilitiesResponse, LoraConfig, SupportedModel
+from cookbook.types import GetServerCapabilitiesResponse, LoadWeightsResponse, LoraConfig, SupportedModel
 
 DEFAULT_CHECKPOINT_ROOT = Path("~/.cookbook/checkpoints")
 
@@ -40,6 +42,8 @@ class ServiceClient:
     `shard` says whether each holds all base weights ("none"), a part ("full"), or what fits ("auto").
 
     A `recorder` is told what the engine's thread and the device do when.
+
+    After `close` every call raises ClosedError, and so does every call of a client that came from here.
     """
 
     def __init__(
@@ -60,8 +64,10 @@ class ServiceClient:
         self._recorder = recorder
         self._checkpoint_dir = None if checkpoint_dir is None else Path(checkpoint_dir).expanduser()
         self._engines: dict[str, Engine] = {}
-        self._unshared_engines: list[Engine] = []
-        """Of full fine-tunes: each trains a copy of its own, and a checkpoint may be written anew."""
+        self._unshared_engines: weakref.WeakSet[Engine] = weakref.WeakSet()
+        """Of full fine-tunes: each trains a copy of its own, which is gone when its clients are. A checkpoint
+        may be written anew."""
+        self._is_closed = False
         self._lock = threading.Lock()
 
     def create_lora_training_client(
@@ -80,6 +86,7 @@ class ServiceClient:
 
         A rank of 0 trains all of the model's own weights instead, on a copy that no other client shares.
         """
+        self._check_open()
         if rank < 0:
             raise ConfigError(f"rank={rank}. A LoRA has a rank of at least 1; 0 trains the model itself.")
         if rank == 0 and not (train_mlp and train_attn and train_unembed):
@@ -102,21 +109,20 @@ class ServiceClient:
     ) -> TrainingClient:
         """A client with a checkpoint's model, LoRA settings and weights; the optimizer starts afresh."""
         client = self._client_like(path, user_metadata)
-        client.load_state(path).result()
-        return client
+        return _loaded(client, client.load_state(path))
 
     def create_training_client_from_state_with_optimizer(
         self, path: str | os.PathLike[str], user_metadata: Mapping[str, str] | None = None
     ) -> TrainingClient:
         """A client that continues a checkpoint of `save_state` exactly where it stopped."""
         client = self._client_like(path, user_metadata)
-        client.load_state_with_optimizer(path).result()
-        return client
+        return _loaded(client, client.load_state_with_optimizer(path))
 
     def create_sampling_client(
         self, model_path: str | os.PathLike[str] | None = None, base_model: str | None = None
     ) -> SamplingClient:
         """A sampler of saved weights (`model_path`) or of an untouched `base_model`."""
+        self._check_open()
         if model_path is not None:
             info = state.read_info(model_path)
             if info.lora.rank == 0:
@@ -128,18 +134,32 @@ class ServiceClient:
         return SamplingClient.of_base(self._engine(base_model))
 
     def get_server_capabilities(self) -> GetServerCapabilitiesResponse:
+        self._check_open()
         devices = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
         return GetServerCapabilitiesResponse(_models_on_this_machine(), devices)
 
     def close(self) -> None:
-        """Ends the engines after what is queued on them has run."""
-        for engine in (*self._engines.values(), *self._unshared_engines):
+        """Ends the engines after what is queued on them has run, and closes every client.
+
+        A future that is pending completes as it would have otherwise: with its result, or its own error.
+        A second call does nothing.
+        """
+        with self._lock:
+            self._is_closed = True
+            engines = [*self._engines.values(), *self._unshared_engines]
+            self._engines.clear()
+        for engine in engines:
             engine.close()
+
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise ClosedError("This ServiceClient was closed. Create a new one.")
 
     def _engine(self, base_model: str) -> Engine:
         location = models.model_location(base_model)
         key = os.path.realpath(location) if os.path.isdir(location) else location
         with self._lock:
+            self._check_open()
             if key not in self._engines:
                 self._engines[key] = Engine(base_model, self._options, recorder=self._recorder)
             return self._engines[key]
@@ -159,13 +179,19 @@ class ServiceClient:
         return TrainingClient(engine, lora, folder, user_metadata)
 
     def _unshared_engine(self, model: str) -> Engine:
+        self._check_open()
         engine = Engine(model, self._options, is_trained=True, recorder=self._recorder)
-        self._unshared_engines.append(engine)
+        with self._lock:
+            self._unshared_engines.add(engine)
+            is_closed = self._is_closed  # meanwhile
+        if is_closed:
+            engine.close()
         return engine
 
     def _client_like(
         self, path: str | os.PathLike[str], user_metadata: Mapping[str, str] | None
     ) -> TrainingClient:
+        self._check_open()
         info = state.read_info(path)
         base_model = os.fspath(path) if info.lora.rank == 0 else info.base_model
         return self._training_client(base_model, info.lora, user_metadata or info.user_metadata)
@@ -215,6 +241,16 @@ class ServiceClient:
 
     async def get_server_capabilities_async(self) -> GetServerCapabilitiesResponse:
         return self.get_server_capabilities()
+
+
+def _loaded(client: TrainingClient, loading: APIFuture[LoadWeightsResponse]) -> TrainingClient:
+    """The client once it has loaded. One that could not is closed, and leaves nothing."""
+    try:
+        loading.result()
+    except BaseException:
+        client.close()
+        raise
+    return client
 
 
 def _models_on_this_machine() -> list[SupportedModel]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, ParamSpec
 from cookbook.engine import state
 from cookbook.engine.trainer import CustomLossFn, PassResult, StepResult, Trainer
 from cookbook.engine.worker import Engine
-from cookbook.errors import CheckpointError, TrainingError
+from cookbook.errors import CheckpointError, ClosedError, TrainingError
 from cookbook.futures import APIFuture
 from cookbook.sampling_client import SamplingClient
 from cookbook.types import (
@@ -44,6 +44,8 @@ class TrainingClient:
 
     Calls return at once and run in the order they were made. A bad argument is raised by the
     call itself, a failure while it runs by its future. Every method has an `_async` twin.
+
+    After `close`, or `close` of the service, every call raises ClosedError.
     """
 
     def __init__(
@@ -54,15 +56,49 @@ class TrainingClient:
         user_metadata: Mapping[str, str] | None = None,
     ) -> None:
         self.model_id = uuid.uuid4().hex[:12]
-        self._engine = engine
         self._checkpoint_dir = checkpoint_dir
-        self._trainer: Trainer = engine.submit(Trainer, engine.base, lora, user_metadata).result()
+        trainer: Trainer = engine.submit(Trainer, engine.base, lora, user_metadata).result()
+        self._parts: tuple[Engine, Trainer] | None = (engine, trainer)
+        """None once this client is closed: it holds no memory then, whoever holds it."""
         self._passes_to_step_on: list[APIFuture[ForwardBackwardOutput]] = []
         self._lock = threading.Lock()
         """Held while a pass or a step is queued, so that a step knows every pass before it."""
         # Queued work holds the trainer, not this client, and may outlive it.
-        release = functools.partial(engine.base.adapters.remove, self._trainer.adapter)
-        weakref.finalize(self._trainer, engine.clean_up_later, release).atexit = False
+        release = functools.partial(engine.base.adapters.remove, trainer.adapter)
+        weakref.finalize(trainer, engine.clean_up_later, release).atexit = False
+        engine.clients.add(self)
+
+    @property
+    def _engine(self) -> Engine:
+        engine, _ = self._open_parts()
+        if engine.is_closed:
+            raise ClosedError("This client's service was closed. Create a new ServiceClient.")
+        return engine
+
+    @property
+    def _trainer(self) -> Trainer:
+        return self._open_parts()[1]
+
+    def _open_parts(self) -> tuple[Engine, Trainer]:
+        if self._parts is None:
+            raise ClosedError("This training client was closed. Create a new one with the ServiceClient.")
+        return self._parts
+
+    def close(self) -> None:
+        """Frees the weights, the gradients and the optimizer, after all that was asked for has run.
+
+        A future that is pending completes as it would have otherwise: with its result, or its own error.
+        Sampling clients that were created by this one can still be used. A second call does nothing.
+        """
+        with self._lock:
+            parts, self._parts = self._parts, None
+            self._passes_to_step_on.clear()
+        if parts is None:
+            return
+        engine = parts[0]
+        engine.wait()
+        del parts  # which has the engine clean up
+        engine.wait()
 
     # -- training ---------------------------------------------------------------------------
 
@@ -116,23 +152,14 @@ class TrainingClient:
         """One AdamW step on the gradients so far, which it clears.
 
         Fails, and drops those gradients, if one of the passes it would step on failed and
-        nobody has read that failure: half a batch is not stepped on by accident.
+        nobody has read that failure: half a batch is not stepped on by accident. A step that fails
+        itself changes neither weights nor optimizer; its gradients are dropped too.
         """
-        passes: list[APIFuture[ForwardBackwardOutput]] = []
-
-        def step() -> StepResult:
-            for future in passes:
-                if (error := future.exception()) is not None:
-                    self._trainer.discard_gradients()
-                    raise TrainingError(
-                        f"optim_step was not taken: a forward_backward before it failed. {error}"
-                    ) from error
-            return self._trainer.optim_step(adam_params)
-
         with self._lock:
-            passes += [future for future in self._passes_to_step_on if not future.failure_was_seen]
+            passes = [future for future in self._passes_to_step_on if not future.failure_was_seen]
+            job = self._engine.submit(_optim_step, self._trainer, passes, adam_params)
             self._passes_to_step_on.clear()
-            return APIFuture(self._engine.submit(step), StepResult.output)
+            return APIFuture(job, StepResult.output)
 
     def _queue_pass(
         self, run: Callable[P, PassResult], *args: P.args, **kwargs: P.kwargs
@@ -278,3 +305,16 @@ class TrainingClient:
 
     async def get_tokenizer_async(self) -> Any:
         return self.get_tokenizer()
+
+
+def _optim_step(
+    trainer: Trainer, passes: Sequence[APIFuture[ForwardBackwardOutput]], adam_params: AdamParams
+) -> StepResult:
+    """Steps on the gradients of `passes`, unless one of them failed."""
+    for future in passes:
+        if (error := future.exception()) is not None:
+            trainer.discard_gradients()
+            raise TrainingError(
+                f"optim_step was not taken: a forward_backward before it failed. {error}"
+            ) from error
+    return trainer.optim_step(adam_params)

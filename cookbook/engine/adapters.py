@@ -101,23 +101,35 @@ class Adapters:
         return Adapter(name, lora, weights)
 
     def remove(self, adapter: Adapter) -> None:
-        """Frees an adapter. PEFT keeps at least one, so the last one stays."""
+        """Frees an adapter. With the last one PEFT's layers are taken out of the model too."""
         if adapter.is_full:
             return  # a copy goes with the last name for it
         others = [name for name in self._peft.peft_config if name != adapter.name]
         if others:
             self._activate(others[0])
-            self._peft.delete_adapter(adapter.name)
+        self._peft.delete_adapter(adapter.name)  # its tensors go now; PEFT's layers hold themselves
+        if not others:
+            self._peft.base_model.unload()
+            self._peft = self._active = None
 
     def clone(self, adapter: Adapter) -> Adapter:
         """A copy that stays as it is while the adapter is trained on."""
         if adapter.is_full:
             return Adapter("", adapter.lora, full_weights.copy_of(adapter.weights))
         clone = self.add(adapter.lora)
-        with torch.no_grad():
+        with torch.no_grad(), self.removing_on_failure(clone):
             for name, weight in adapter.weights.items():
                 clone.weights[name].copy_(weight)
         return clone
+
+    @contextlib.contextmanager
+    def removing_on_failure(self, adapter: Adapter) -> Iterator[None]:
+        """Nothing stays of a new adapter where the body fails."""
+        try:
+            yield
+        except BaseException:
+            self.remove(adapter)
+            raise
 
     def write(self, adapter: Adapter, folder: Path) -> None:
         """Saves an adapter as PEFT does, the model's own weights as transformers does."""

@@ -26,7 +26,9 @@ from cookbook.engine.memory import (
     decoder_layers,
     limits_for,
     measure_activations,
+    usable_memory,
 )
+from cookbook.engine.optimizer import bytes_to_train, bytes_to_undo
 from cookbook.engine.options import EngineOptions
 from cookbook.engine.packing import PackedBatch, TokenSequence, pack
 from cookbook.engine.projection import Head, LoraOnHead, Scores, TokenLoss
@@ -184,18 +186,29 @@ class BaseModel:
 
     def limits(self, adapter: Adapter) -> MicrobatchLimits:
         """How large micro-batches may be with one more adapter in training."""
-        trained = [sharding.local_part(weight) for weight in adapter.weights.values()]
-        trained_bytes = 4 * sum(weight.nbytes for weight in trained)  # gradient, moments
+        return limits_for(
+            self.options, self.device, lambda: self._activation_cost(adapter), self._reserved_bytes(adapter)
+        )
+
+    def can_undo_steps(self, adapter: Adapter) -> bool:
+        """Whether there is memory for what takes back a step that fails, while no activations are held."""
+        needed = self._reserved_bytes(adapter) + bytes_to_undo(_local_parts(adapter))
+        return needed <= usable_memory(self.device)
+
+    def _reserved_bytes(self, adapter: Adapter) -> int:
+        """What is held beside activations: the weights, and what training those of `adapter` takes."""
         weight_bytes = sum(parameter.nbytes for parameter in self.model.parameters())
         if self.is_sharded:
             weight_bytes = sharding.bytes_held(self.model)
-        return limits_for(
-            self.options, self.device, lambda: self._activation_cost(adapter), weight_bytes + trained_bytes
-        )
+        return weight_bytes + bytes_to_train(_local_parts(adapter))
 
     def _activation_cost(self, adapter: Adapter) -> ActivationCost:
+        lengths = (min(64, self.context_length), min(128, self.context_length))
+        short, long = (self._activation_cost_at(adapter, num_tokens) for num_tokens in lengths)
+        return short.with_growth(long, lengths)
+
+    def _activation_cost_at(self, adapter: Adapter, num_tokens: int) -> ActivationCost:
         config = self.model.config.get_text_config()
-        num_tokens = min(64, self.context_length)
         tokens_T = np.zeros(num_tokens, np.int64)
         batch = pack(
             [TokenSequence(tokens_T, tokens_T, np.ones(num_tokens, np.float32), {})], self.device, True
@@ -218,6 +231,10 @@ class BaseModel:
         """To be called after a pass that has no end: one that failed, or whose backward part is not run."""
         if self.is_sharded:
             sharding.start_over(self.model)
+
+
+def _local_parts(adapter: Adapter) -> list[Tensor]:
+    return [sharding.local_part(weight) for weight in adapter.weights.values()]
 
 
 def _log_probabilities(logits_SV: Tensor, targets_S: Tensor) -> Tensor:

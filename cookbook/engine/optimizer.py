@@ -1,13 +1,19 @@
-"""AdamW on named weights, with fp32 masters of those that are held in fewer bits."""
+"""AdamW on named weights, with fp32 masters of those that are held in fewer bits.
+
+All that it holds is allocated when it is made, so that a step needs no memory that lasts. A step is taken
+as a whole or not at all.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from cookbook.engine import sharding
+from cookbook.engine.memory import is_out_of_memory
 from cookbook.engine.mesh import Mesh
 from cookbook.errors import CheckpointError
 from cookbook.types import AdamParams
@@ -16,17 +22,47 @@ _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 _MASTER = "master"
 
 
+def bytes_to_train(weights: Iterable[Tensor]) -> int:
+    """The most that training `weights` takes beside them: what `Optimizer` and a pass allocate.
+
+    Of each weight in fp32: its gradient, that of the passes before the one that is running, and two moments.
+    Of one in fewer bits also its fp32 master, while the gradient comes in its own dtype first.
+    """
+    fp32 = torch.float32.itemsize
+    return sum(
+        weight.numel() * (4 * fp32 + (0 if weight.dtype == torch.float32 else fp32 + weight.itemsize))
+        for weight in weights
+    )
+
+
+def bytes_to_undo(weights: Iterable[Tensor]) -> int:
+    """What `Optimizer.step` takes for a moment in order to be undone: masters and moments once more."""
+    return sum(3 * weight.numel() * torch.float32.itemsize for weight in weights)
+
+
 class Optimizer:
     """Gradients add up on the masters, which are the weights themselves where those are fp32."""
 
-    def __init__(self, weights: Mapping[str, nn.Parameter]) -> None:
+    def __init__(self, weights: Mapping[str, nn.Parameter], can_undo: bool = True) -> None:
+        """`can_undo`: whether there is memory for a copy of masters and moments while a step is taken."""
         self._weights = weights
+        self._can_undo = can_undo
         self.masters: dict[str, nn.Parameter] = {
             name: weight if weight.dtype == torch.float32 else nn.Parameter(weight.detach().float())
             for name, weight in weights.items()
         }
         self._adamw = torch.optim.AdamW(self.masters.values(), fused=True)
+        for master in self.masters.values():
+            self._adamw.state[master] = {
+                "step": torch.zeros((), dtype=torch.float32, device=master.device),
+                "exp_avg": torch.zeros_like(master, memory_format=torch.preserve_format),
+                "exp_avg_sq": torch.zeros_like(master, memory_format=torch.preserve_format),
+            }
+        self._stepped: set[str] = set()
+        """The weights whose moments a step has changed: others had no gradient so far."""
         self.num_steps = 0
+        self.is_half_stepped = False
+        """Whether a step failed on the way and could not be undone."""
 
     def collect_gradients(self) -> None:
         """Adds what a backward pass left on weights of fewer bits to their masters."""
@@ -86,8 +122,45 @@ class Optimizer:
             )
         self._adamw.step()
         self._copy_masters()
+        self._stepped |= {name for name, master in self.masters.items() if master.grad is not None}
         self.num_steps += 1
         return norm
+
+    @contextlib.contextmanager
+    def all_or_nothing(self) -> Iterator[None]:
+        """Where the body fails, weights, moments and step counts are those from before."""
+        before, stepped, num_steps = self._copies(), set(self._stepped), self.num_steps
+        try:
+            yield
+        except BaseException:
+            if before is None:
+                self.is_half_stepped = True
+            else:
+                if before:
+                    torch._foreach_copy_(self._changed_by_a_step(), before)
+                self._copy_masters()
+            self._stepped, self.num_steps = stepped, num_steps
+            raise
+
+    def _copies(self) -> list[Tensor] | None:
+        if not self._can_undo:
+            return None
+        tensors = self._changed_by_a_step()
+        try:
+            copies = [torch.empty_like(tensor) for tensor in tensors]
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            return None  # a step itself needs less
+        if copies:
+            torch._foreach_copy_(copies, tensors)
+        return copies
+
+    def _changed_by_a_step(self) -> list[Tensor]:
+        """This process's parts of the masters that have a gradient, their moments and step counts."""
+        trained = [master for master in self.masters.values() if master.grad is not None]
+        moments = [value for master in trained for value in self._adamw.state[master].values()]
+        return [sharding.local_part(tensor.detach()) for tensor in (*trained, *moments)]
 
     @torch.no_grad()
     def _copy_masters(self) -> None:
@@ -102,7 +175,8 @@ class Optimizer:
         tensors = {
             f"{name}.{key}": value
             for name, master in self.masters.items()
-            for key, value in self._adamw.state.get(master, {}).items()
+            if name in self._stepped
+            for key, value in self._adamw.state[master].items()
         }
         for name, master in self.masters.items():
             if master is not self._weights[name]:
@@ -110,18 +184,40 @@ class Optimizer:
         return tensors
 
     @torch.no_grad()
-    def restore(self, path: str, tensors: Mapping[str, Tensor], num_steps: int) -> None:
-        """Takes over what `tensors` gave. Raises CheckpointError, naming `path`, where a part is missing."""
+    def start_over(self) -> None:
+        """Forgets the past: masters are those of the weights as they are, moments are zero."""
+        self.discard_gradients()
         for name, master in self.masters.items():
-            entry = {key: tensors[f"{name}.{key}"] for key in _MOMENTS if f"{name}.{key}" in tensors}
+            if master is not self._weights[name]:
+                master.copy_(self._weights[name])
+            for value in self._adamw.state[master].values():
+                value.zero_()
+        self._stepped, self.num_steps, self.is_half_stepped = set(), 0, False
+
+    def check(self, path: str, tensors: Mapping[str, Tensor]) -> None:
+        """Raises CheckpointError, naming `path`, where a part of `tensors` is missing or does not fit."""
+        for name, master in self.masters.items():
+            entry = [key for key in _MOMENTS if f"{name}.{key}" in tensors]
             if entry and len(entry) != len(_MOMENTS):
                 raise CheckpointError(
                     f"Checkpoint {path} is damaged: the optimizer state of {name} is incomplete."
                 )
-            if entry:
-                self._adamw.state[master] = {
-                    key: value.to(master.device, copy=True) for key, value in entry.items()
-                }
+            for key in (*entry, _MASTER):
+                found = tensors.get(f"{name}.{key}")
+                if found is not None and key != "step" and found.shape != master.shape:
+                    raise CheckpointError(
+                        f"Checkpoint {path} is damaged: {name}.{key} has shape {list(found.shape)}, its "
+                        f"weight {list(master.shape)}."
+                    )
+
+    @torch.no_grad()
+    def restore(self, tensors: Mapping[str, Tensor], num_steps: int) -> None:
+        """Takes over what `tensors` gave, after `check` and `start_over`."""
+        for name, master in self.masters.items():
+            if f"{name}.{_MOMENTS[0]}" in tensors:
+                self._stepped.add(name)
+                for key, value in self._adamw.state[master].items():
+                    value.copy_(tensors[f"{name}.{key}"])
             if f"{name}.{_MASTER}" in tensors and master is not self._weights[name]:
                 master.copy_(tensors[f"{name}.{_MASTER}"])
         self.num_steps = num_steps

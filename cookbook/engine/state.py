@@ -49,6 +49,8 @@ class StateInfo:
     rng_state: Mapping[str, Any] | None = None
     microbatch_limits: Mapping[str, int] | None = None
     """Where memory ran out: the limits since, so that a resumed run cuts its batches the same way."""
+    microbatch_recovery: Mapping[str, int] | None = None
+    """When they are raised again."""
     world_size: int = 1
     """How many processes trained together: another number goes on to rounding, not to the bit."""
     user_metadata: Mapping[str, str] = field(default_factory=dict)
@@ -214,6 +216,7 @@ def read_info(path: str | os.PathLike[str]) -> StateInfo:
             optimizer_steps=state["optimizer_steps"],
             rng_state=state["rng_state"],
             microbatch_limits=state.get("microbatch_limits"),
+            microbatch_recovery=state.get("microbatch_recovery"),
             world_size=state.get("world_size", 1),
             user_metadata=state["user_metadata"],
         )

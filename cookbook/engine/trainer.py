@@ -18,7 +18,7 @@ from cookbook.engine.adapters import Adapter
 from cookbook.engine.base_model import BaseModel
 from cookbook.engine.dealing import deal_out, put_together
 from cookbook.engine.losses import Loss, get_loss
-from cookbook.engine.memory import MicrobatchLimits, is_out_of_memory
+from cookbook.engine.memory import MicrobatchLimits, Recovery, is_out_of_memory
 from cookbook.engine.optimizer import Optimizer
 from cookbook.engine.packing import (
     PackedBatch,
@@ -47,10 +47,13 @@ CustomLossFn = Callable[[list[Datum], list[Tensor]], tuple[Tensor, dict[str, flo
 class _TightMicrobatch:
     """One that ran out of memory."""
 
-    num_tokens: int
-    num_sequences: int
+    lengths: list[int]
     saves_activations: bool
     """Whether it kept no activations that it could do without."""
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(self.lengths)
 
 
 class _DoesNotFit(Exception):
@@ -82,12 +85,16 @@ class Trainer:
         self.user_metadata = dict(user_metadata or {})
         self.rng = np.random.default_rng(lora.seed)
         """Seeds the unseeded samples of this adapter's snapshots; saved with the state."""
-        self._optimizer = Optimizer(self.adapter.weights)
+        with base.adapters.removing_on_failure(self.adapter):
+            self._optimizer = Optimizer(self.adapter.weights, base.can_undo_steps(self.adapter))
+            self._limits = base.limits(self.adapter)
         self._has_gradient = False
-        self._limits = base.limits(self.adapter)
         self._ran_out_of_memory = False
+        """In the pass that is running."""
+        self._recovery = Recovery()
         self._mesh = base.mesh
         self._agree_on_limits()
+        self._full_limits = self._limits
 
     # -- one training step ------------------------------------------------------------------
 
@@ -114,10 +121,12 @@ class Trainer:
         return Request(sequences, loss, config, trained_only, with_likeliest)
 
     def forward(self, request: Request) -> PassResult:
+        self._check_not_half_stepped()
         return self._run(request, backward=False)
 
     def forward_backward(self, request: Request) -> PassResult:
         """Adds the gradient of the summed loss to what is there; on failure adds nothing."""
+        self._check_not_half_stepped()
         earlier = self._optimizer.take_gradients()
         try:
             result = self._run(request, backward=True)
@@ -160,13 +169,36 @@ class Trainer:
         return result
 
     def optim_step(self, params: AdamParams) -> StepResult:
-        """One AdamW step on the gradients so far, which are then cleared. Does not wait for the device."""
+        """One AdamW step on the gradients so far, which are then cleared. Does not wait for the device.
+
+        A step that fails changes nothing; its gradients are cleared too, so that the next one does not step
+        on two batches.
+        """
+        self._check_not_half_stepped()
         if not self._has_gradient:
             raise TrainingError("optim_step has nothing to step on: no forward_backward since the last one.")
-        self._optimizer.add_up_gradients(self._mesh)
-        norm = self._optimizer.step(params)
-        self.discard_gradients()
+        try:
+            self._optimizer.add_up_gradients(self._mesh)
+            with self._optimizer.all_or_nothing(), self._mesh.failing_together():
+                norm = self._optimizer.step(params)
+        except Exception as error:
+            if self._mesh.is_broken:
+                raise
+            self._check_not_half_stepped(error)
+            raise TrainingError(
+                f"optim_step failed: {type(error).__name__}: {error}. Weights and optimizer are as "
+                f"before it, its gradients are dropped."
+            ) from error
+        finally:
+            self.discard_gradients()
         return StepResult(Readback([norm]))
+
+    def _check_not_half_stepped(self, error: Exception | None = None) -> None:
+        if self._optimizer.is_half_stepped:
+            raise TrainingError(
+                "An optim_step failed half-way, and there was no memory to undo it: some weights are a step "
+                "ahead of others. Load a checkpoint with load_state_with_optimizer."
+            ) from error
 
     def discard_gradients(self) -> None:
         self._optimizer.discard_gradients()
@@ -181,7 +213,7 @@ class Trainer:
         else:
             with self._mesh.failing_together():
                 scored = self._run_share(request, share, backward)
-        self._agree_on_limits()
+        self._end_pass(backward)
         return PassResult.of(
             request.sequences,
             put_together(self._mesh, scored, lengths, self.base.device, request.with_likeliest),
@@ -220,19 +252,22 @@ class Trainer:
 
     def _run_microbatches(self, request: Request, share: list[int], backward: bool) -> Scored:
         lengths = [len(request.sequences[index]) for index in share]
-        plan = plan_microbatches(lengths, self._limits.max_tokens if self.base.is_packed else 1)
+        sizes = [self._limits.size(length) for length in lengths]
+        plan = plan_microbatches(sizes, self._limits.max_tokens if self.base.is_packed else 1)
         done = Scored([[share[place] for place in places] for places in plan], [], [], [], [])
         for indices in self._in_step(done.plan):
             sequences = [request.sequences[index] for index in indices] or [_nothing(request)]
-            num_tokens = sum(len(sequence) for sequence in sequences)
-            is_checkpointed = backward and self._limits.checkpoints(num_tokens)
+            lengths_here = [len(sequence) for sequence in sequences]
+            is_checkpointed = backward and self._limits.checkpoints(
+                self._limits.size_without_checkpointing(lengths_here)
+            )
             try:
                 batch = pack(sequences, self.base.device, request.trained_only)
                 scores, loss = self._run_microbatch(batch, request, backward, is_checkpointed)
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
-                tight = _TightMicrobatch(num_tokens, len(indices), is_checkpointed or not backward)
+                tight = _TightMicrobatch(lengths_here, is_checkpointed or not backward)
                 raise _DoesNotFit(tight) from None
             if not indices:
                 continue
@@ -254,10 +289,7 @@ class Trainer:
     ) -> tuple[tuple[Tensor, ...], Tensor]:
         """The log-probabilities and, where they are asked for, who is likeliest; and the loss."""
 
-        def token_loss(logprobs_C: Tensor, part: slice) -> Tensor:
-            extras = {name: values_S[part] for name, values_S in batch.extras.items()}
-            return request.loss.fn(logprobs_C, batch.weights_S[part], extras, request.loss_config)
-
+        token_loss = functools.partial(_token_loss, request, batch)
         num_trained = batch.layout.num_trained
         if backward and (num_trained or self.base.is_sharded):
             logprobs_S, loss = self.base.backpropagate(batch, token_loss, checkpoint_layers)
@@ -269,25 +301,40 @@ class Trainer:
     def _smaller_limits(self, tight: _TightMicrobatch) -> MicrobatchLimits:
         """Limits with which a pass is tried again. Raises TrainingError where there are none."""
         limits = self._limits
-        if tight.num_sequences > 1:
-            max_tokens = tight.num_tokens // 2
+        if len(tight.lengths) > 1:
             logger.warning(
                 "A micro-batch of %d tokens does not fit in memory: going on with %d at most.",
                 tight.num_tokens,
-                max_tokens,
+                tight.num_tokens // 2,
             )
-            return replace(limits, max_tokens=max_tokens)
+            return replace(limits, max_tokens=sum(limits.size(length) for length in tight.lengths) // 2)
         if self.base.options.gradient_checkpointing == "auto" and not tight.saves_activations:
             logger.warning(
                 "A sequence of %d tokens does not fit in memory: its layers are checkpointed from now on.",
                 tight.num_tokens,
             )
-            return replace(limits, max_tokens_without_checkpointing=tight.num_tokens - 1)
+            size = limits.size_without_checkpointing(tight.lengths)
+            return replace(limits, max_tokens_without_checkpointing=size - 1)
         checkpointing = "" if tight.saves_activations else " gradient_checkpointing=auto,"
         raise TrainingError(
             f"A sequence of {tight.num_tokens} tokens does not fit in the memory of {self.base.device}, even "
             f"alone. Use{checkpointing} a smaller max_length, a dtype of fewer bytes, or a smaller model."
         )
+
+    def _end_pass(self, backward: bool) -> None:
+        """Remembers for the next pass whether memory ran out in this one.
+
+        Limits are raised by the number of training passes alone: a resumed run may evaluate less often.
+        """
+        self._agree_on_limits()
+        if self._ran_out_of_memory:
+            self._recovery = self._recovery.after_failure()
+            self._ran_out_of_memory = False
+        elif backward:
+            self._recovery, limits = self._recovery.after_pass(self._limits, self._full_limits)
+            if limits != self._limits:
+                logger.info("Micro-batches of up to %d tokens are tried again.", limits.max_tokens)
+            self._limits = limits
 
     def _agree_on_limits(self) -> None:
         """Takes the tightest that any process has found, so that one checkpoint has the limits of all."""
@@ -296,7 +343,9 @@ class Trainer:
             self._limits.max_tokens_without_checkpointing,
             not self._ran_out_of_memory,
         )
-        self._limits = MicrobatchLimits(tokens, tokens_without)
+        self._limits = replace(
+            self._limits, max_tokens=tokens, max_tokens_without_checkpointing=tokens_without
+        )
         self._ran_out_of_memory = not has_memory
 
     # -- state ------------------------------------------------------------------------------
@@ -307,10 +356,14 @@ class Trainer:
             lora=self.adapter.lora,
             optimizer_steps=self._optimizer.num_steps if with_optimizer else 0,
             rng_state=self.rng.bit_generator.state if with_optimizer else None,
-            microbatch_limits=asdict(self._limits) if with_optimizer and self._ran_out_of_memory else None,
+            microbatch_limits=self._lowered_limits() if with_optimizer else None,
+            microbatch_recovery=asdict(self._recovery)
+            if with_optimizer and self._recovery.is_needed
+            else None,
             world_size=self._mesh.size,
             user_metadata=self.user_metadata,
         )
+        self._check_not_half_stepped()
         optimizer = self._optimizer.tensors() if with_optimizer else None
         self._check_alike()
         if self.base.is_sharded and self.adapter.is_full:
@@ -318,6 +371,15 @@ class Trainer:
             return
         write_weights = functools.partial(self.base.adapters.write, self.adapter)
         self._mesh.by_main(lambda: state.save(path, info, write_weights, optimizer, overwrite))
+
+    def _lowered_limits(self) -> dict[str, int] | None:
+        """Where memory ran out: what a resumed run has to know in order to cut its batches the same way."""
+        if not self._recovery.is_needed:
+            return None
+        return {
+            "max_tokens": self._limits.max_tokens,
+            "max_tokens_without_checkpointing": self._limits.max_tokens_without_checkpointing,
+        }
 
     def _check_alike(self) -> None:
         """Raises TrainingError where a process has come to other weights than the main one."""
@@ -342,6 +404,8 @@ class Trainer:
             optimizer = (
                 sharded_state.read_optimizer(path, self._optimizer.masters) if with_optimizer else None
             )
+            if optimizer is not None:
+                self._optimizer.check(path, optimizer)
         if with_optimizer and info.world_size != self._mesh.size:
             logger.info(
                 "%s was saved by a run of %d processes; this one has %d. It goes on to rounding, not "
@@ -354,14 +418,22 @@ class Trainer:
             for name, parameter in self.adapter.weights.items():
                 parameter.copy_(weights[name])
         self.discard_gradients()
-        self._optimizer = Optimizer(self.adapter.weights)
+        self._optimizer.start_over()
         if optimizer is not None:
-            self._optimizer.restore(path, optimizer, info.optimizer_steps)
+            self._optimizer.restore(optimizer, info.optimizer_steps)
             if info.rng_state is not None:
                 self.rng.bit_generator.state = dict(info.rng_state)
             if info.microbatch_limits is not None:
-                self._limits = MicrobatchLimits(**info.microbatch_limits)
-                self._ran_out_of_memory = True
+                self._limits = replace(self._limits, **info.microbatch_limits)
+                saved = info.microbatch_recovery  # runs of before had limits that stayed
+                self._recovery = Recovery(**saved) if saved else Recovery().after_failure()
+            elif self._recovery.is_needed:
+                self._limits, self._recovery = self._full_limits, Recovery()
+
+
+def _token_loss(request: Request, batch: PackedBatch, logprobs_C: Tensor, part: slice) -> Tensor:
+    extras = {name: values_S[part] for name, values_S in batch.extras.items()}
+    return request.loss.fn(logprobs_C, batch.weights_S[part], extras, request.loss_config)
 
 
 def _nothing(request: Request) -> TokenSequence:

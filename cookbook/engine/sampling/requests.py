@@ -7,6 +7,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 from cookbook.engine.base_model import BaseModel
+from cookbook.engine.job_future import JobFuture
 from cookbook.engine.sampling.stop_rule import StopRule, stop_items
 from cookbook.errors import RequestError
 from cookbook.types import SampleResponse, SamplingParams
@@ -29,7 +30,7 @@ class SampleRequest:
     """Among the requests of a snapshot that bring no seed."""
     on_token: OnToken | None = None
     is_abandoned: bool = False
-    future: Future[SampleResponse] = field(default_factory=Future)
+    future: Future[SampleResponse] = field(default_factory=JobFuture)
 
     def abandon(self) -> None:
         """Nobody waits for more: what there is by the next token is the answer. From any thread."""
@@ -43,7 +44,7 @@ class ScoreRequest:
     tokens_T: Sequence[int]
     is_likeliest_T: Sequence[bool | None] = ()
     """Whether no token is likelier, in its place: there when the future is done."""
-    future: Future[list[float | None]] = field(default_factory=Future)
+    future: Future[list[float | None]] = field(default_factory=JobFuture)
 
 
 Request = SampleRequest | ScoreRequest

@@ -88,7 +88,8 @@ class _Answer:
 
 
 class Sampler:
-    """Answers requests on one snapshot. Runs on the engine's thread: a `worker.Batcher`."""
+    """Answers requests on one snapshot. Runs on the engine's thread: a `worker.Batcher`, which fails what an
+    error leaves without an answer."""
 
     def __init__(self, base: BaseModel, prepared: Prepared) -> None:
         self._base = base
@@ -96,26 +97,15 @@ class Sampler:
 
     def run(self, first: Request, take_waiting: Callable[[], list[Request]]) -> None:
         batch = None
-        taken: list[Request] = []
-
-        def take(requests: Iterable[Request]) -> list[Request]:
-            alive = [request for request in requests if request.future.set_running_or_notify_cancel()]
-            taken.extend(alive)
-            return alive
-
         try:
-            arrived = take([first, *take_waiting()])
+            arrived = _not_cancelled([first, *take_waiting()])
             adapter, seed = self._prepared.result()
             with torch.no_grad(), self._base.adapters.using(adapter):
                 batch = _Batch(self._base, seed)
                 while arrived or batch.is_busy:
                     batch.add(arrived)
                     batch.advance()
-                    arrived = take(take_waiting())
-        except BaseException as error:
-            for request in taken:
-                if not request.future.done():
-                    request.future.set_exception(error)
+                    arrived = _not_cancelled(take_waiting())
         finally:
             del batch
             return_freed_memory()
@@ -319,6 +309,10 @@ class _Batch:
                 f"shorter prompt, a smaller max_tokens, or a smaller model."
             )
         )
+
+
+def _not_cancelled(requests: Iterable[Request]) -> list[Request]:
+    return [request for request in requests if request.future.set_running_or_notify_cancel()]
 
 
 def _to_score(tokens_T: Sequence[int]) -> TokenSequence:

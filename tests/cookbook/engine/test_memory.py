@@ -22,6 +22,7 @@ from cookbook.engine.base_model import BaseModel
 from cookbook.engine.memory import (
     ActivationCost,
     MicrobatchLimits,
+    Recovery,
     addresses,
     checkpointed_layers,
     is_out_of_memory,
@@ -29,10 +30,10 @@ from cookbook.engine.memory import (
     measure_activations,
 )
 from cookbook.engine.options import EngineOptions
-from cookbook.engine.packing import PackedBatch, TokenSequence, pack
+from cookbook.engine.packing import PackedBatch, TokenSequence, pack, plan_microbatches
 from cookbook.engine.trainer import Trainer
 from cookbook.errors import TrainingError
-from cookbook.types import AdamParams
+from cookbook.types import AdamParams, LoraConfig
 
 CPU = torch.device("cpu")
 NEVER = 2**62
@@ -256,6 +257,176 @@ def test_an_error_of_another_kind_is_not_tried_again(make_tight: Any, make_data:
     assert not is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
 
 
+# -- what is out of memory --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        MemoryError(),
+        MemoryError("std::bad_alloc"),
+        OSError(12, "Cannot allocate memory"),
+        *map(
+            RuntimeError,
+            [
+                "CUDA out of memory. Tried to allocate 20.00 MiB (GPU 0; 7.93 GiB total capacity)",
+                "CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported",
+                "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+                "CUDA driver error: CUDA_ERROR_OUT_OF_MEMORY",
+                "cudaErrorMemoryAllocation",
+                "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+                "cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",
+                "CUDA error: CUSPARSE_STATUS_ALLOC_FAILED when calling `cusparseCreate(handle)`",
+                "CUDA error: CUSPARSE_STATUS_INSUFFICIENT_RESOURCES when calling `cusparseSpMM(...)`",
+                "cusolver error: CUSOLVER_STATUS_ALLOC_FAILED, when calling `cusolverDnCreate(handle)`",
+                "cuFFT error: CUFFT_ALLOC_FAILED",
+                "HIP out of memory. Tried to allocate 2.00 GiB.",
+                "HIP error: out of memory",
+                "CUDA error: HIPBLAS_STATUS_ALLOC_FAILED when calling `hipblasCreate(handle)`",
+                "rocblas_status_memory_error",
+                "MPS backend out of memory (MPS allocated: 17.94 GB, other allocations: 160.02 MB)",
+                "XPU out of memory. Tried to allocate 2.00 GiB",
+                "NCCL error in: ProcessGroupNCCL.cpp:1970, unhandled cuda error, NCCL version 2.21.5\n"
+                "ncclUnhandledCudaError: Call to CUDA function failed.\nLast error:\n"
+                "Cuda failure 2 'out of memory'",
+                "ncclUnhandledCudaError: Call to CUDA function failed.\nLast error:\n"
+                "Cuda failure 'out of memory'",
+                "ncclSystemError: System call failed. NCCL version 2.27.3\n"
+                "Failed to CUDA calloc async 608 bytes",
+                "ncclUnhandledCudaError\nLast error:\nFailed to CUDA malloc 4194304 bytes",
+                "[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: "
+                "you tried to allocate 8589934592 bytes. Error code 12 (Cannot allocate memory)",
+                "[enforce fail at alloc_cpu.cpp:80] data. DefaultCPUAllocator: not enough memory: you tried "
+                "to allocate 8589934592 bytes.",
+                "std::bad_alloc",
+                "unable to mmap 17179869184 bytes from file </tmp/x>: Cannot allocate memory (12)",
+            ],
+        ),
+    ],
+    ids=lambda error: str(error)[:40] or type(error).__name__,
+)
+def test_running_out_of_memory_is_known_by_all_its_names(error: BaseException) -> None:
+    assert is_out_of_memory(error)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ValueError("CUDA out of memory"),
+        KeyError("out of memory"),
+        OSError(28, "No space left on device"),
+        *map(
+            RuntimeError,
+            [
+                "mat1 and mat2 shapes cannot be multiplied (3x4 and 5x6)",
+                "CUDA error: device-side assert triggered",
+                "CUDA error: an illegal memory access was encountered",
+                "CUDA error: misaligned address",
+                "CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasGemmEx(...)`",
+                "CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`",
+                "CUDA error: CUBLAS_STATUS_INVALID_VALUE when calling `cublasGemmEx(...)`",
+                "cuDNN error: CUDNN_STATUS_NOT_SUPPORTED",
+                "cuDNN error: CUDNN_STATUS_EXECUTION_FAILED",
+                "NCCL error in: ProcessGroupNCCL.cpp:1970, unhandled system error. Connection refused",
+                "Cuda failure 719 'unspecified launch failure'",
+                "Expected all tensors to be on the same device, but found at least two devices",
+                "out of resource: shared memory, Required: 131072, Hardware limit: 101376",
+                "The size of tensor a (3) must match the size of tensor b (4) at non-singleton dimension 0",
+                "index out of range in self",
+                "one of the variables needed for gradient computation has been modified by an inplace op",
+            ],
+        ),
+    ],
+    ids=lambda error: str(error)[:40],
+)
+def test_other_errors_are_not_taken_for_it(error: BaseException) -> None:
+    assert not is_out_of_memory(error)
+
+
+# -- limits that recover ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After three passes larger limits are tried."""
+    monkeypatch.setattr(memory, "FIRST_PATIENCE", 3)
+
+
+def run_passes(made: Trainer, request: Any, number: int) -> list[int]:
+    """The limit of each pass."""
+    found = []
+    for _ in range(number):
+        found.append(made._limits.max_tokens)
+        made.forward_backward(request)
+        made.discard_gradients()
+    return found
+
+
+def test_limits_recover_after_passes_without_a_failure(
+    make_tight: Any, make_data: Any, patient: None
+) -> None:
+    made = make_tight(room=70)
+    made._full_limits = made._limits
+    request = made.check(make_data(made.base.vocab_size, [30] * 8), "cross_entropy", None)
+    assert run_passes(made, request, 1) == [1000]
+    made.base.room = NEVER  # what was in the way is gone
+    assert run_passes(made, request, 16) == [60] * 3 + [120] * 3 + [240] * 3 + [480] * 3 + [960] * 3 + [1000]
+    run_passes(made, request, 3)
+    assert not made._recovery.is_needed, "and it is forgotten"
+
+
+def test_limits_that_are_really_too_large_are_tried_ever_more_rarely(
+    make_tight: Any, make_data: Any, patient: None
+) -> None:
+    made = make_tight(room=70)
+    made._full_limits = made._limits
+    request = made.check(make_data(made.base.vocab_size, [30] * 8), "cross_entropy", None)
+    found = run_passes(made, request, 40)
+    tried = [number for number, limit in enumerate(found) if limit > 60]
+    assert tried == [0, 4, 11, 24], "3, then 6, then 12 passes apart"
+    assert Recovery(patience=memory._MOST_PATIENCE).after_failure().patience == memory._MOST_PATIENCE
+
+
+def test_a_sequence_whose_layers_were_checkpointed_is_tried_without_again(
+    make_tight: Any, make_data: Any, patient: None
+) -> None:
+    made = make_tight(max_tokens=1, room=45)
+    request = made.check(make_data(made.base.vocab_size, [60]), "cross_entropy", None)
+    made.forward_backward(request)
+    assert made._limits.max_tokens_without_checkpointing == 59
+    made.base.room = NEVER
+    run_passes(made, request, 3)
+    made.base.passes.clear()
+    run_passes(made, request, 1)
+    assert made.base.passes == [(60, False)]
+
+
+def test_forward_passes_raise_no_limits(make_tight: Any, make_data: Any, patient: None) -> None:
+    """How many there are may differ in a run that is resumed."""
+    made = make_tight(room=70)
+    request = made.check(make_data(made.base.vocab_size, [30] * 8), "cross_entropy", None)
+    made.forward_backward(request)
+    for _ in range(5):
+        made.forward(request)
+    assert made._limits.max_tokens == 60
+
+
+@pytest.mark.parametrize("saved_after", range(1, 9))
+def test_a_resumed_run_raises_its_limits_at_the_same_passes(
+    saved_after: int, make_tight: Any, make_data: Any, tmp_path: Path, patient: None
+) -> None:
+    made, resumed = make_tight(room=70), make_tight(room=70)
+    for each in (made, resumed):
+        each._full_limits = each._limits
+    request = made.check(make_data(made.base.vocab_size, [30] * 8), "cross_entropy", None)
+    run_passes(made, request, saved_after)
+    made.save(tmp_path / "state", with_optimizer=True)
+    resumed.load(str(tmp_path / "state"), with_optimizer=True)
+    assert run_passes(resumed, request, 20) == run_passes(made, request, 20)
+    assert resumed._recovery == made._recovery
+
+
 REAL = """
 import resource, sys
 import numpy as np
@@ -403,6 +574,72 @@ def test_the_measured_cost_is_what_the_allocator_says(
     one_layer = whole / 6
     assert checkpointed < 1.5 * one_layer
     assert cost.checkpointed == pytest.approx(checkpointed + one_layer, rel=0.25)
+
+
+BY_HAND = {
+    "gemma2": {"sliding_window": 4096},
+    "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 128},
+    "llama": {},
+}
+
+
+@pytest.mark.parametrize("model_type", BY_HAND)
+def test_the_estimate_holds_at_lengths_beyond_those_measured(
+    model_type: str, make_model_folder: Any, make_trainer: Any, tmp_path: Path
+) -> None:
+    """Where attention is by hand memory grows with the square of a sequence."""
+    folder = make_model_folder(
+        tmp_path / "model", model_type, max_position_embeddings=4096, **BY_HAND[model_type]
+    )
+    made = make_trainer(str(folder), train_mlp=model_type != "gpt_oss")
+    cost = made.base._activation_cost(made.adapter)
+    assert (cost.whole_squared > 1) == (model_type != "llama")
+    for num_tokens in (256, 1024):
+        for is_checkpointed in (False, True):
+            kept = kept_bytes(made, num_tokens, is_checkpointed) * num_tokens
+            found = cost.bytes_of(num_tokens, is_checkpointed)
+            one_layer = cost.bytes_of(num_tokens) / 2  # which checkpointing keeps once more, backward
+            assert found == pytest.approx(kept + one_layer * is_checkpointed, rel=0.25)
+
+
+def test_micro_batches_are_planned_by_the_memory_that_they_take(
+    monkeypatch: pytest.MonkeyPatch, make_model_folder: Any, make_trainer: Any, tmp_path: Path
+) -> None:
+    folder = make_model_folder(
+        tmp_path / "model", "gemma2", max_position_embeddings=4096, **BY_HAND["gemma2"]
+    )
+    made = make_trainer(str(folder))
+    cost = made.base._activation_cost(made.adapter)
+    room = cost.bytes_of(1024) * 1.5
+    monkeypatch.setattr(memory, "usable_memory", lambda device: room * memory._MARGIN)
+    limits = limits_for(EngineOptions(), CPU, lambda: cost, 0)
+
+    def is_checkpointed(*lengths: int) -> bool:
+        return limits.checkpoints(limits.size_without_checkpointing(lengths))
+
+    assert not is_checkpointed(1024)
+    assert is_checkpointed(2048), "twice the tokens, four times the memory"
+    assert is_checkpointed(1024, 1024)
+    assert not is_checkpointed(*[128] * 16), "as many tokens, in short sequences"
+    for lengths in ([1024] * 4, [300] * 12, [32] * 64, [700, 20, 20, 900, 33]):
+        for indices in plan_microbatches([limits.size(length) for length in lengths], limits.max_tokens):
+            here = [lengths[index] for index in indices]
+            assert sum(map(cost.bytes_of, here)) <= room or len(here) == 1
+            assert sum(here) <= 1024 or len(here) == 1
+    plain = limits_for(EngineOptions(), CPU, lambda: ActivationCost(1000, 100), 0)
+    assert [plain.size(length) for length in (1, 17, 4096)] == [1, 17, 4096]
+    wanted = limits_for(EngineOptions(max_tokens_per_microbatch=500), CPU, lambda: cost, 0)
+    assert [wanted.size(length) for length in (1, 17, 4096)] == [1, 17, 4096], "tokens, as asked for"
+
+
+@pytest.mark.parametrize(("dtype", "per_weight"), [("float32", 20), ("bfloat16", 24)])
+def test_a_full_fine_tune_reserves_what_it_takes(
+    dtype: str, per_weight: int, tiny_qwen3: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = BaseModel(tiny_qwen3, EngineOptions(dtype=dtype), True)
+    made = Trainer(base, LoraConfig(rank=0))
+    num_weights = sum(weight.numel() for weight in made.adapter.weights.values())
+    assert base._reserved_bytes(made.adapter) == per_weight * num_weights
 
 
 # -- checkpointed layers ----------------------------------------------------------------------

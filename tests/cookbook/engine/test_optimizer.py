@@ -1,0 +1,254 @@
+"""A step is taken as a whole or not at all, and what it needs is reserved."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from cookbook.engine import optimizer as optimizer_module
+from cookbook.engine.optimizer import Optimizer, bytes_to_train, bytes_to_undo
+from cookbook.engine.trainer import Trainer
+from cookbook.errors import TrainingError
+from cookbook.types import AdamParams
+
+ADAM = AdamParams(learning_rate=1e-2, weight_decay=0.1, grad_clip_norm=0.5)
+OUT_OF_MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+
+def make_weights(dtype: torch.dtype, number: int = 3) -> dict[str, nn.Parameter]:
+    generator = torch.Generator().manual_seed(0)
+    return {
+        f"w{index}": nn.Parameter(torch.randn(7, 5, generator=generator).to(dtype)) for index in range(number)
+    }
+
+
+def pass_over(made: Optimizer, seed: int) -> None:
+    """What a backward pass leaves. The last weight is not reached by it."""
+    generator = torch.Generator().manual_seed(seed)
+    for weight in list(made._weights.values())[:-1]:
+        weight.grad = torch.randn(weight.shape, generator=generator).to(weight.dtype)
+    made.collect_gradients()
+
+
+def state_of(made: Optimizer) -> dict[str, Tensor]:
+    everything = {name: weight.detach() for name, weight in made._weights.items()} | made.tensors()
+    return {name: tensor.clone() for name, tensor in everything.items()} | {
+        "num": torch.tensor(made.num_steps)
+    }
+
+
+def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name in expected:
+        assert torch.equal(found[name], expected[name]), name
+
+
+def half_a_step(adamw: torch.optim.Optimizer) -> Callable[..., Any]:
+    """Changes one weight, its moments and its step count, then fails."""
+
+    def step(*_: object) -> None:
+        (group,) = adamw.param_groups
+        kept = group["params"]
+        group["params"] = kept[:1]
+        try:
+            type(adamw).step(adamw)
+        finally:
+            group["params"] = kept
+        raise OUT_OF_MEMORY
+
+    return step
+
+
+def break_clipping(made: Optimizer, patch: pytest.MonkeyPatch) -> None:
+    def clip(parameters: Any, *_: object) -> None:
+        next(iter(parameters)).grad.mul_(0.1)
+        raise OUT_OF_MEMORY
+
+    patch.setattr(torch.nn.utils, "clip_grads_with_norm_", clip)
+
+
+def break_norm(made: Optimizer, patch: pytest.MonkeyPatch) -> None:
+    def norm(gradients: Any) -> Tensor:
+        raise OUT_OF_MEMORY
+
+    patch.setattr(torch.nn.utils, "get_total_norm", norm)
+
+
+def break_half_way(made: Optimizer, patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(made._adamw, "step", half_a_step(made._adamw))
+
+
+def break_copying(made: Optimizer, patch: pytest.MonkeyPatch) -> None:
+    """Once: what undoes a step copies too."""
+    copy, calls = made._copy_masters, []
+
+    def copy_and_fail() -> None:
+        copy()
+        calls.append(1)
+        if len(calls) == 1:
+            raise SystemExit
+
+    patch.setattr(made, "_copy_masters", copy_and_fail)
+
+
+BREAKS = [break_norm, break_clipping, break_half_way, break_copying]
+
+
+@pytest.mark.parametrize("num_steps_before", [0, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("break_it", BREAKS, ids=lambda each: each.__name__)
+def test_a_step_that_fails_leaves_everything_as_it_was(
+    break_it: Any, dtype: torch.dtype, num_steps_before: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, unfailed = (Optimizer(make_weights(dtype)) for _ in range(2))
+    for seed in range(num_steps_before):
+        for each in (made, unfailed):
+            pass_over(each, seed)
+            each.step(ADAM)
+            each.discard_gradients()
+    before = state_of(made)
+    pass_over(made, 7)
+    with monkeypatch.context() as patch:
+        break_it(made, patch)
+        with pytest.raises((torch.OutOfMemoryError, SystemExit)), made.all_or_nothing():
+            made.step(ADAM)
+    assert_same(state_of(made), before)
+    assert not made.is_half_stepped
+    made.discard_gradients()
+    for each in (made, unfailed):
+        pass_over(each, 8)
+        with each.all_or_nothing():
+            each.step(ADAM)
+    assert_same(state_of(made), state_of(unfailed))
+
+
+@pytest.mark.parametrize("rank", [4, 0])
+def test_a_client_goes_on_after_a_step_that_failed(
+    rank: int, tiny_qwen3: str, make_trainer: Any, make_data: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On its next batch alone: the gradients of the step that failed are dropped."""
+    made, unfailed = (_trainer(tiny_qwen3, rank) for _ in range(2))
+    batches = [make_data(made.base.vocab_size, [9, 5], seed=seed) for seed in range(2)]
+    before = {name: weight.detach().clone() for name, weight in made.adapter.weights.items()}
+    made.forward_backward(made.check(batches[0], "cross_entropy", None))
+    with monkeypatch.context() as patch:
+        break_half_way(made._optimizer, patch)
+        with pytest.raises(TrainingError, match="optim_step failed: OutOfMemoryError.*as before it"):
+            made.optim_step(ADAM)
+    for name, weight in made.adapter.weights.items():
+        assert torch.equal(weight, before[name])
+    with pytest.raises(TrainingError, match="nothing to step on"):
+        made.optim_step(ADAM)
+    for each in (made, unfailed):
+        each.forward_backward(each.check(batches[1], "cross_entropy", None))
+        each.optim_step(ADAM)
+    assert_same(state_of(made._optimizer), state_of(unfailed._optimizer))
+
+
+def _trainer(model: str, rank: int) -> Trainer:
+    from cookbook.engine.base_model import BaseModel
+    from cookbook.types import LoraConfig
+
+    return Trainer(BaseModel(model), LoraConfig(rank=rank, seed=0))
+
+
+def test_where_there_is_no_memory_to_undo_a_step_nothing_goes_on_until_a_state_is_loaded(
+    tiny_qwen3: str, make_data: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Any
+) -> None:
+    made = _trainer(tiny_qwen3, 4)
+    made.save(tmp_path / "good", with_optimizer=True)
+    request = made.check(make_data(made.base.vocab_size, [9]), "cross_entropy", None)
+    made.forward_backward(request)
+    made._optimizer._can_undo = False
+    with monkeypatch.context() as patch:
+        break_half_way(made._optimizer, patch)
+        with pytest.raises(TrainingError, match="half-way.*load_state_with_optimizer"):
+            made.optim_step(ADAM)
+    for call in (
+        lambda: made.forward(request),
+        lambda: made.forward_backward(request),
+        lambda: made.optim_step(ADAM),
+        lambda: made.save(tmp_path / "bad", with_optimizer=True),
+    ):
+        with pytest.raises(TrainingError, match="half-way"):
+            call()
+    made.load(str(tmp_path / "good"), with_optimizer=True)
+    made.forward_backward(request)
+    made.optim_step(ADAM)
+
+
+def test_a_copy_that_does_not_fit_is_done_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = Optimizer(make_weights(torch.float32))
+    pass_over(made, 0)
+
+    def empty_like(tensor: Tensor) -> Tensor:
+        raise OUT_OF_MEMORY
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "empty_like", empty_like)
+        with made.all_or_nothing():
+            made.step(ADAM)
+    assert made.num_steps == 1
+
+
+def test_moments_are_allocated_with_the_optimizer_and_saved_once_they_are_used() -> None:
+    made = Optimizer(make_weights(torch.float32))
+    assert made.tensors() == {}
+    moments = {id(value) for state in made._adamw.state.values() for value in state.values()}
+    assert len(moments) == 9
+    pass_over(made, 0)
+    made.step(ADAM)
+    assert {id(value) for state in made._adamw.state.values() for value in state.values()} == moments
+    assert {name.split(".")[0] for name in made.tensors()} == {"w0", "w1"}, "the third had no gradient"
+
+
+def test_steps_with_weights_that_come_late_are_those_of_plain_adamw() -> None:
+    weights = make_weights(torch.float32)
+    plain = {name: nn.Parameter(weight.detach().clone()) for name, weight in weights.items()}
+    made = Optimizer(weights)
+    adamw = torch.optim.AdamW(plain.values(), lr=1e-2, betas=(0.9, 0.95), eps=1e-12, weight_decay=0.1)
+    for seed in range(3):
+        pass_over(made, seed)
+        if seed == 2:
+            weights["w2"].grad = torch.ones_like(weights["w2"])
+        for name, weight in weights.items():
+            plain[name].grad = None if weight.grad is None else weight.grad.clone()
+        made.step(AdamParams(learning_rate=1e-2, weight_decay=0.1))
+        adamw.step()
+        made.discard_gradients()
+    for name, weight in weights.items():
+        torch.testing.assert_close(weight, plain[name], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_what_training_is_said_to_take_is_what_it_allocates(dtype: torch.dtype) -> None:
+    """Of large weights, so that what is not theirs is nothing beside it."""
+    weights = {name: nn.Parameter(torch.zeros(256, 1024, dtype=dtype)) for name in "abcd"}
+    made = Optimizer(weights)
+    made.collect_gradients()
+    for weight in weights.values():
+        weight.grad = torch.zeros_like(weight)
+    made.collect_gradients()
+    earlier = made.take_gradients()
+    for weight in weights.values():
+        weight.grad = torch.zeros_like(weight)
+    held = {
+        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
+        for tensor in (
+            *(weight.grad for weight in weights.values()),
+            *earlier.values(),
+            *(value for state in made._adamw.state.values() for value in state.values()),
+            *(master.detach() for name, master in made.masters.items() if master is not weights[name]),
+        )
+        if tensor is not None
+    }
+    of_masters = 0 if dtype == torch.float32 else 4 * 4 * 256 * 1024  # gradients that are added to now
+    assert bytes_to_train(weights.values()) == pytest.approx(sum(held.values()) + of_masters, rel=1e-3)
+    per_weight = dtype.itemsize + bytes_to_train(weights.values()) / (4 * 256 * 1024)
+    assert per_weight == (20 if dtype == torch.float32 else 24)
+    assert bytes_to_undo(weights.values()) == 12 * 4 * 256 * 1024
+    assert optimizer_module.bytes_to_train([]) == 0
