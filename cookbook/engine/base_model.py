@@ -6,7 +6,7 @@ Shape suffixes: N tokens of a packed row, S scored positions, D hidden size, V v
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -59,7 +59,9 @@ class BaseModel:
         self.has_plain_head = False
         """Whether sequences share a row, and whether logits are made by blocks: see `architecture`."""
         self.decodes_packed: bool | None = None
-        """Whether continuations share a row too; found out when the first is sampled."""
+        self.make_decoder: Callable[[BaseModel], Any] | None = None
+        """Whether continuations share a row too, and what decodes them: see `sampling.decoders`, which finds
+        both out when the first one is sampled."""
         architecture.find_what_is_safe(self)
         sharding.let_go(self.model)
         self._prepare_layers()
