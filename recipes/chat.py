@@ -74,7 +74,7 @@ class ChatConfig:
 async def run(config: ChatConfig) -> None:
     from cookbook.service import ServiceClient
 
-    with _ctrl_c_raises(), closing(ServiceClient(config.device, config.dtype)) as service:
+    with _ctrl_c_raises(), closing(ServiceClient(device=config.device, dtype=config.dtype)) as service:
         title, speakers = _speakers(config, service)
         Terminal(sys.stdin, sys.stdout, sys.stderr).talk(title, speakers)
 

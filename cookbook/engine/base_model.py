@@ -53,6 +53,7 @@ class BaseModel:
             """Whether each of several processes holds a part of the weights."""
             self.model: Any = self._load(is_trained)
         self.vocab_size: int = self.model.get_input_embeddings().weight.shape[0]
+        self.num_logits: int = getattr(self.model.get_output_embeddings(), "out_features", self.vocab_size)
         self.context_length: int = getattr(self.model.config, "max_position_embeddings", None) or 2**20
         self.adapters = Adapters(self.model, model_name, self.tokenizer)
         self.is_packed = False
@@ -105,11 +106,12 @@ class BaseModel:
 
     @torch.no_grad()
     def scores(self, batch: PackedBatch) -> Scores:
-        """`logprobs`, and whether each target is the likeliest token at its position."""
+        """`logprobs`, and whether each target is the most likely token at its position: see `Scores`."""
         if not self.has_plain_head:
-            logits_SV, targets_S = self._logits_of_whole_model(batch), batch.targets_S
-            target_S = logits_SV.gather(1, targets_S[:, None])[:, 0]
-            return Scores(_log_probabilities(logits_SV, targets_S), target_S == logits_SV.amax(1))
+            logits_SV, targets_S1 = self._logits_of_whole_model(batch), batch.targets_S[:, None]
+            others_SV = logits_SV.scatter(1, targets_S1, -torch.inf)
+            is_likeliest_S = logits_SV.gather(1, targets_S1)[:, 0] > others_SV.amax(1)
+            return Scores(_log_probabilities(logits_SV, batch.targets_S), is_likeliest_S)
         hidden_SD = self.hidden(batch).index_select(0, batch.scored_S)
         return projection.score_and_compare(self.head(), hidden_SD, batch.targets_S)
 

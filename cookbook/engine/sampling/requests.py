@@ -43,7 +43,7 @@ class ScoreRequest:
 
     tokens_T: Sequence[int]
     is_likeliest_T: Sequence[bool | None] = ()
-    """Whether no token is likelier, in its place: there when the future is done."""
+    """Whether each token is the most likely one in its place: there when the future is done."""
     future: Future[list[float | None]] = field(default_factory=Future)
 
 
@@ -95,7 +95,7 @@ def sample_request(
 
 def _with_numbers(params: SamplingParams) -> SamplingParams:
     """The same with plain numbers: what is none would fail in the midst of other requests."""
-    whole = {
+    whole: dict[str, Any] = {
         name: _whole(name, value)
         for name in ("max_tokens", "seed", "top_k")
         if (value := getattr(params, name)) is not None
