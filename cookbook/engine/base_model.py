@@ -17,6 +17,7 @@ from cookbook import models
 from cookbook.engine import architecture, mesh, projection, sharding
 from cookbook.engine.adapters import GLOBAL_STATE, Adapter, Adapters
 from cookbook.engine.attention import AttentionLayout
+from cookbook.engine.compiling import compile_layers
 from cookbook.engine.loading import load_model, resolve_device, resolve_dtype, return_freed_memory
 from cookbook.engine.memory import (
     ActivationCost,
@@ -91,8 +92,7 @@ class BaseModel:
                 f"compile and gradient_checkpointing=on."
             )
         if self.options.compile:
-            for layer in layers:
-                layer.compile(dynamic=True)
+            compile_layers(layers)
 
     # -- one micro-batch --------------------------------------------------------------------
 
