@@ -25,7 +25,7 @@ def _warn_at_the_limit(record: logging.LogRecord) -> bool:
     if "recompile_limit" in str(record.args):
         logger.warning(
             "compile=True: torch has compiled a part of a layer for as many kinds of passes as it keeps. "
-            "Others run without compilation from now on: the same results, more slowly. Use one LoRA rank for "
+            "Others run without compilation from now on: same results, more slowly. Use one LoRA rank for "
             "each ServiceClient, or raise torch._dynamo.config.recompile_limit."
         )
     return True
