@@ -97,5 +97,5 @@ def fuse(model: nn.Module) -> None:
     for module in model.modules():
         if (type(module), type(getattr(module, "base_layer", None))) in fused:
             module.forward = types.MethodType(_forward, module)
-            module.set_adapter = types.MethodType(_set_adapter, module)
+            module.set_adapter = types.MethodType(_set_adapter, module)  # type: ignore[assignment]
             _find_lora_in_use(module)

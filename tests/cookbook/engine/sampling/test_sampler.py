@@ -609,7 +609,6 @@ def test_scores_that_are_nan_fail_alone(broken_base: BaseModel, value: float) ->
         )
         weight[BROKEN] = torch.nan
     assert isinstance(outcome(requests[1]), TrainingError)
-    assert "behind the first 2" in str(outcome(requests[1]))
     for index in (0, 2, 3, 4):  # nothing is asked of what follows the last token
         assert outcome(requests[index])[1:] == pytest.approx(
             compute_logprobs(broken_base, None, texts[index])[1:], abs=1e-4
