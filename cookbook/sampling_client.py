@@ -154,7 +154,7 @@ class SamplingClient:
         return APIFuture(request.future)
 
     def score(self, prompt: ModelInput) -> APIFuture[PromptScores]:
-        """`compute_logprobs`, and whether each token is one that no other is likelier than."""
+        """`compute_logprobs`, and whether each token is more likely than every other in its place."""
         request = score_request(self._engine.base, prompt.to_ints())
         self._engine.submit_to(self._sampler, request)
         return APIFuture(

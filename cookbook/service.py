@@ -43,11 +43,17 @@ class ServiceClient:
 
     A `recorder` is told what the engine's thread and the device do when.
 
+    `user_metadata` and `project_id` stand where Tinker has them; both are written, the latter under its name,
+    into the metadata of every training client and its checkpoints. All other options go by their names.
+
     After `close` every call raises ClosedError, and so does every call of a client that came from here.
     """
 
     def __init__(
         self,
+        user_metadata: Mapping[str, str] | None = None,
+        project_id: str | None = None,
+        *,
         device: str = "auto",
         dtype: str = "auto",
         checkpoint_dir: str | os.PathLike[str] | None = None,
@@ -58,6 +64,9 @@ class ServiceClient:
         shard: Shard = "auto",
         recorder: Recorder | None = None,
     ) -> None:
+        self._user_metadata = _checked_metadata(user_metadata)
+        if project_id is not None:
+            self._user_metadata["project_id"] = project_id
         self._options = EngineOptions(
             device, dtype, max_tokens_per_microbatch, gradient_checkpointing, quantization, compile, shard
         )
@@ -105,17 +114,26 @@ class ServiceClient:
         return self._training_client(base_model, lora, user_metadata)
 
     def create_training_client_from_state(
-        self, path: str | os.PathLike[str], user_metadata: Mapping[str, str] | None = None
+        self,
+        path: str | os.PathLike[str],
+        base_model: str | None = None,
+        user_metadata: Mapping[str, str] | None = None,
     ) -> TrainingClient:
-        """A client with a checkpoint's model, LoRA settings and weights; the optimizer starts afresh."""
-        client = self._client_like(path, user_metadata)
+        """A client with a checkpoint's model, LoRA settings and weights; the optimizer starts afresh.
+
+        `base_model` takes the place of the model that the checkpoint names, whose shapes it has to have.
+        """
+        client = self._client_like(path, base_model, user_metadata)
         return _loaded(client, client.load_state(path))
 
     def create_training_client_from_state_with_optimizer(
-        self, path: str | os.PathLike[str], user_metadata: Mapping[str, str] | None = None
+        self,
+        path: str | os.PathLike[str],
+        base_model: str | None = None,
+        user_metadata: Mapping[str, str] | None = None,
     ) -> TrainingClient:
         """A client that continues a checkpoint of `save_state` exactly where it stopped."""
-        client = self._client_like(path, user_metadata)
+        client = self._client_like(path, base_model, user_metadata)
         return _loaded(client, client.load_state_with_optimizer(path))
 
     def create_sampling_client(
@@ -175,8 +193,9 @@ class ServiceClient:
                 f"quantization={self._options.quantization} holds weights that stay as they are, and rank=0 "
                 f"trains them. Give a rank of at least 1, or leave quantization out."
             )
+        metadata = self._user_metadata | _checked_metadata(user_metadata)
         engine = self._unshared_engine(base_model) if lora.rank == 0 else self._engine(base_model)
-        return TrainingClient(engine, lora, folder, user_metadata)
+        return TrainingClient(engine, lora, folder, metadata)
 
     def _unshared_engine(self, model: str) -> Engine:
         self._check_open()
@@ -189,11 +208,23 @@ class ServiceClient:
         return engine
 
     def _client_like(
-        self, path: str | os.PathLike[str], user_metadata: Mapping[str, str] | None
+        self,
+        path: str | os.PathLike[str],
+        base_model: str | None,
+        user_metadata: Mapping[str, str] | None,
     ) -> TrainingClient:
         self._check_open()
+        if isinstance(base_model, Mapping):  # which stood in this place, and is no name of a model
+            base_model, user_metadata = None, base_model
         info = state.read_info(path)
-        base_model = os.fspath(path) if info.lora.rank == 0 else info.base_model
+        if info.lora.rank == 0:
+            if base_model is not None:
+                raise RequestError(
+                    f"base_model={base_model!r} was given for {os.fspath(path)}, which is a full fine-tune "
+                    f"and has no base. Leave base_model out."
+                )
+            base_model = os.fspath(path)
+        base_model = base_model or info.base_model
         return self._training_client(base_model, info.lora, user_metadata or info.user_metadata)
 
     # -- async twins ------------------------------------------------------------------------
@@ -223,15 +254,23 @@ class ServiceClient:
         )
 
     async def create_training_client_from_state_async(
-        self, path: str | os.PathLike[str], user_metadata: Mapping[str, str] | None = None
-    ) -> TrainingClient:
-        return await asyncio.to_thread(self.create_training_client_from_state, path, user_metadata)
-
-    async def create_training_client_from_state_with_optimizer_async(
-        self, path: str | os.PathLike[str], user_metadata: Mapping[str, str] | None = None
+        self,
+        path: str | os.PathLike[str],
+        base_model: str | None = None,
+        user_metadata: Mapping[str, str] | None = None,
     ) -> TrainingClient:
         return await asyncio.to_thread(
-            self.create_training_client_from_state_with_optimizer, path, user_metadata
+            self.create_training_client_from_state, path, base_model, user_metadata
+        )
+
+    async def create_training_client_from_state_with_optimizer_async(
+        self,
+        path: str | os.PathLike[str],
+        base_model: str | None = None,
+        user_metadata: Mapping[str, str] | None = None,
+    ) -> TrainingClient:
+        return await asyncio.to_thread(
+            self.create_training_client_from_state_with_optimizer, path, base_model, user_metadata
         )
 
     async def create_sampling_client_async(
@@ -251,6 +290,16 @@ def _loaded(client: TrainingClient, loading: APIFuture[LoadWeightsResponse]) -> 
         client.close()
         raise
     return client
+
+
+def _checked_metadata(user_metadata: Mapping[str, str] | None) -> dict[str, str]:
+    """A copy. Raises RequestError for what is no mapping, such as a device from before it had its name."""
+    if user_metadata is not None and not isinstance(user_metadata, Mapping):
+        raise RequestError(
+            f"user_metadata={user_metadata!r} is no mapping of names to strings. Options of the engine go by "
+            f"their names: device=, dtype=, checkpoint_dir=."
+        )
+    return dict(user_metadata or {})
 
 
 def _models_on_this_machine() -> list[SupportedModel]:

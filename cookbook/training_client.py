@@ -8,13 +8,14 @@ import threading
 import uuid
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, ParamSpec
 
 from cookbook.engine import state
 from cookbook.engine.trainer import CustomLossFn, PassResult, StepResult, Trainer
 from cookbook.engine.worker import Engine
-from cookbook.errors import CheckpointError, ClosedError, TrainingError
+from cookbook.errors import CheckpointError, ClosedError, RequestError, TrainingError
 from cookbook.futures import APIFuture
 from cookbook.sampling_client import SamplingClient
 from cookbook.types import (
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 P = ParamSpec("P")
 
 SAMPLER_FOLDER = "sampler_weights"
+_TEN_YEARS = 10 * 365 * 24 * 3600
 
 
 class TrainingClient:
@@ -107,6 +109,7 @@ class TrainingClient:
         data: Sequence[Datum],
         loss_fn: LossFnType = "cross_entropy",
         loss_fn_config: Mapping[str, float] | None = None,
+        *,
         return_logprobs: Literal["all", "trained"] = "all",
         return_likeliest: bool = False,
     ) -> APIFuture[ForwardBackwardOutput]:
@@ -114,8 +117,9 @@ class TrainingClient:
 
         `return_logprobs="trained"` leaves out positions of weight 0 (they read 0.0), which saves
         their share of the vocabulary projection. With `return_likeliest` the outputs say also
-        which targets are the model's likeliest token: `["is_likeliest"]`, 1 where no other token
-        has a higher probability, at the positions that have a log-probability.
+        which targets are the model's most likely token: `["is_likeliest"]`, 1 where every other entry of
+        the vocabulary has a lower probability, at the positions that have a log-probability. A target that
+        ties with another entry reads 0.
         """
         request = self._trainer.check(
             data,
@@ -131,6 +135,7 @@ class TrainingClient:
         data: Sequence[Datum],
         loss_fn: LossFnType = "cross_entropy",
         loss_fn_config: Mapping[str, float] | None = None,
+        *,
         return_logprobs: Literal["all", "trained"] = "all",
     ) -> APIFuture[ForwardBackwardOutput]:
         """Adds the gradient of the loss, a sum over tokens, to what is there since the last `optim_step`."""
@@ -172,21 +177,48 @@ class TrainingClient:
 
     # -- checkpoints ------------------------------------------------------------------------
 
-    def save_state(self, name: str, overwrite: bool = False) -> APIFuture[SaveWeightsResponse]:
-        """Saves weights and optimizer under `name`: a folder that plain PEFT loads as well."""
+    def save_state(
+        self, name: str, ttl_seconds: int | None = None, *, overwrite: bool = False
+    ) -> APIFuture[SaveWeightsResponse]:
+        """Saves weights and optimizer under `name`: a folder that plain PEFT loads as well.
+
+        A name that is taken is refused unless `overwrite` is set, and so are weights or optimizer values
+        that are not finite. `ttl_seconds` is recorded as the time until which the checkpoint is wanted
+        (`expires_at` in its `state.json`); nothing removes it then.
+        """
         if name == SAMPLER_FOLDER:
             raise CheckpointError(f"{name!r} is the folder of the sampler's weights. Choose another name.")
         path = state.checkpoint_path(self._checkpoint_dir, name)
-        job = self._engine.submit(self._trainer.save, path, with_optimizer=True, overwrite=overwrite)
+        job = self._submit_save(path, True, ttl_seconds, overwrite)
         return APIFuture(job, lambda _: SaveWeightsResponse(str(path)))
 
     def save_weights_for_sampler(
-        self, name: str, overwrite: bool = False
+        self, name: str, ttl_seconds: int | None = None, *, overwrite: bool = False
     ) -> APIFuture[SaveWeightsForSamplerResponse]:
-        """Saves the weights alone."""
+        """Saves the weights alone. The arguments are those of `save_state`."""
         path = state.checkpoint_path(self._checkpoint_dir / SAMPLER_FOLDER, name)
-        job = self._engine.submit(self._trainer.save, path, with_optimizer=False, overwrite=overwrite)
+        job = self._submit_save(path, False, ttl_seconds, overwrite)
         return APIFuture(job, lambda _: SaveWeightsForSamplerResponse(str(path)))
+
+    def _submit_save(
+        self, path: Path, with_optimizer: bool, ttl_seconds: int | None, overwrite: bool
+    ) -> Future[None]:
+        if ttl_seconds is not None and (
+            isinstance(ttl_seconds, bool)
+            or not isinstance(ttl_seconds, int)
+            or not 1 <= ttl_seconds <= _TEN_YEARS
+        ):
+            raise RequestError(
+                f"ttl_seconds={ttl_seconds!r} is no number of seconds that a checkpoint is kept. Use a whole "
+                f"number from 1 to {_TEN_YEARS} (ten years), or None to keep it; overwrite= goes by its name."
+            )
+        return self._engine.submit(
+            self._trainer.save,
+            path,
+            with_optimizer=with_optimizer,
+            overwrite=overwrite,
+            ttl_seconds=ttl_seconds,
+        )
 
     def load_state(self, path: str | os.PathLike[str]) -> APIFuture[LoadWeightsResponse]:
         """Loads weights from a checkpoint or any PEFT LoRA folder; the optimizer starts afresh."""
@@ -205,7 +237,7 @@ class TrainingClient:
     # -- sampling ---------------------------------------------------------------------------
 
     def save_weights_and_get_sampling_client(
-        self, name: str | None = None, seed: int | None = None
+        self, name: str | None = None, *, seed: int | None = None
     ) -> SamplingClient:
         """A sampler of the weights as they are now; later steps do not change it.
 
@@ -239,6 +271,7 @@ class TrainingClient:
             arch=base.model.config.model_type,
             device=str(base.device),
             dtype=str(base.dtype).removeprefix("torch."),
+            num_logits=base.num_logits,
         )
         return GetInfoResponse(self.model_id, model_data, dict(self._trainer.user_metadata))
 
@@ -252,19 +285,27 @@ class TrainingClient:
         data: Sequence[Datum],
         loss_fn: LossFnType = "cross_entropy",
         loss_fn_config: Mapping[str, float] | None = None,
+        *,
         return_logprobs: Literal["all", "trained"] = "all",
         return_likeliest: bool = False,
     ) -> APIFuture[ForwardBackwardOutput]:
-        return self.forward(data, loss_fn, loss_fn_config, return_logprobs, return_likeliest)
+        return self.forward(
+            data,
+            loss_fn,
+            loss_fn_config,
+            return_logprobs=return_logprobs,
+            return_likeliest=return_likeliest,
+        )
 
     async def forward_backward_async(
         self,
         data: Sequence[Datum],
         loss_fn: LossFnType = "cross_entropy",
         loss_fn_config: Mapping[str, float] | None = None,
+        *,
         return_logprobs: Literal["all", "trained"] = "all",
     ) -> APIFuture[ForwardBackwardOutput]:
-        return self.forward_backward(data, loss_fn, loss_fn_config, return_logprobs)
+        return self.forward_backward(data, loss_fn, loss_fn_config, return_logprobs=return_logprobs)
 
     async def forward_backward_custom_async(
         self, data: Sequence[Datum], loss_fn: CustomLossFn
@@ -274,13 +315,15 @@ class TrainingClient:
     async def optim_step_async(self, adam_params: AdamParams) -> APIFuture[OptimStepResponse]:
         return self.optim_step(adam_params)
 
-    async def save_state_async(self, name: str, overwrite: bool = False) -> APIFuture[SaveWeightsResponse]:
-        return self.save_state(name, overwrite)
+    async def save_state_async(
+        self, name: str, ttl_seconds: int | None = None, *, overwrite: bool = False
+    ) -> APIFuture[SaveWeightsResponse]:
+        return self.save_state(name, ttl_seconds, overwrite=overwrite)
 
     async def save_weights_for_sampler_async(
-        self, name: str, overwrite: bool = False
+        self, name: str, ttl_seconds: int | None = None, *, overwrite: bool = False
     ) -> APIFuture[SaveWeightsForSamplerResponse]:
-        return self.save_weights_for_sampler(name, overwrite)
+        return self.save_weights_for_sampler(name, ttl_seconds, overwrite=overwrite)
 
     async def load_state_async(self, path: str | os.PathLike[str]) -> APIFuture[LoadWeightsResponse]:
         return self.load_state(path)
@@ -291,7 +334,7 @@ class TrainingClient:
         return self.load_state_with_optimizer(path)
 
     async def save_weights_and_get_sampling_client_async(
-        self, name: str | None = None, seed: int | None = None
+        self, name: str | None = None, *, seed: int | None = None
     ) -> SamplingClient:
         if name is not None:
             await self.save_weights_for_sampler(name)

@@ -5,8 +5,8 @@ Shape suffixes: T tokens of one sequence.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
 
 import numpy as np
@@ -24,15 +24,23 @@ IGNORED_TARGET = -100
 """A target token that is neither scored nor trained."""
 
 
+def _list_of(values: Iterable[Any]) -> list[Any]:
+    """A new list of plain numbers, or of whatever the values are."""
+    return [*values.tolist()] if hasattr(values, "tolist") else [*values]
+
+
 # -- sequences of tokens ----------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class EncodedTextChunk:
-    """A run of token ids."""
+    """A run of token ids: a copy of what is given, as a list."""
 
     tokens: Sequence[int]
     type: Literal["encoded_text"] = "encoded_text"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "tokens", _list_of(self.tokens))
 
     @property
     def length(self) -> int:
@@ -44,13 +52,16 @@ ModelInputChunk: TypeAlias = EncodedTextChunk
 
 @dataclass(frozen=True)
 class ModelInput:
-    """What a model reads: chunks of token ids, in order."""
+    """What a model reads: chunks of token ids, in order. They are copies of what is given, in a list."""
 
     chunks: Sequence[ModelInputChunk] = ()
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "chunks", [replace(chunk) for chunk in self.chunks])
+
     @classmethod
     def from_ints(cls, tokens: Sequence[int]) -> ModelInput:
-        return cls(chunks=(EncodedTextChunk(tokens=[int(token) for token in tokens]),))
+        return cls(chunks=(EncodedTextChunk(tokens=[int(token) for token in _list_of(tokens)]),))
 
     @classmethod
     def empty(cls) -> ModelInput:
@@ -60,7 +71,9 @@ class ModelInput:
         return [token for chunk in self.chunks for token in chunk.tokens]
 
     def append(self, chunk: ModelInputChunk) -> ModelInput:
-        return ModelInput(chunks=(*self.chunks, chunk))
+        longer = ModelInput(chunks=(chunk,))
+        object.__setattr__(longer, "chunks", [*self.chunks, *longer.chunks])  # its own are copies already
+        return longer
 
     def append_int(self, token: int) -> ModelInput:
         return self.append(EncodedTextChunk(tokens=[int(token)]))
@@ -173,14 +186,14 @@ _DTYPE_OF_INPUT: dict[str, TensorDtype] = {
 
 
 def _to_tensor_data(name: str, value: LossFnInput) -> TensorData:
-    """A tensor in the dtype that the API gives to an input of this name."""
+    """A copy of the value, in the dtype that the API gives to an input of this name."""
     dtype = _DTYPE_OF_INPUT.get(name)
     if isinstance(value, ModelInput):
         return TensorData(value.to_ints(), dtype=dtype or "int64")
     if hasattr(value, "detach"):
         value = TensorData.from_torch(cast("torch.Tensor", value))
     if isinstance(value, TensorData):
-        return value if dtype in (None, value.dtype) else TensorData(value.to_numpy(), dtype)
+        return TensorData(value.to_numpy(), dtype)
     return TensorData(value, dtype)
 
 
@@ -193,8 +206,8 @@ class Datum:
 
     `loss_fn_inputs["target_tokens"][t]` is the token that position t of `model_input` should
     predict, so inputs and targets have one length and the caller has already shifted them.
-    Values become `TensorData`. A target of -100 is ignored; without `weights`, every other
-    target counts 1.
+    Values become `TensorData`, and all of it is copied: what the caller gave may change afterwards.
+    A target of -100 is ignored; without `weights`, every other target counts 1.
     """
 
     model_input: ModelInput
@@ -208,6 +221,7 @@ class Datum:
             except RequestError as error:
                 error.add_note(f"in loss_fn_inputs[{name!r}]")
                 raise
+        object.__setattr__(self, "model_input", ModelInput(self.model_input.chunks))
         object.__setattr__(self, "loss_fn_inputs", inputs)
 
 
@@ -240,7 +254,7 @@ class ForwardBackwardOutput:
     """What a forward (and backward) pass found.
 
     `loss_fn_outputs[i]["logprobs"]` has one natural logarithm for each target of datum i;
-    where they were asked for, `["is_likeliest"]` has a 1 for each target that no token beats.
+    where they were asked for, `["is_likeliest"]` has a 1 for each target that beats every other token.
     `metrics` are sums over the batch (`loss:sum`, `weights:sum`). `loss` is the weighted mean
     negative log-likelihood in nats per trained token; for a custom loss, its value.
     """
@@ -281,8 +295,10 @@ class SamplingParams:
     """How to continue a prompt.
 
     `stop` (strings or token ids) and `stop_token_ids` add up; with neither, the model's own
-    end-of-sequence tokens stop it. `max_tokens` of None runs to the model's context length,
-    `top_k` of -1 keeps the whole vocabulary, `temperature` of 0 takes the likeliest token.
+    end-of-sequence tokens stop it. A `stop` without an entry, `[]`, is not the same as None: nothing
+    stops a continuation before `max_tokens`, as in Tinker. `max_tokens` of None runs to the model's
+    context length, `top_k` of -1 keeps the whole vocabulary, `temperature` of 0 takes the most likely
+    token.
     """
 
     max_tokens: int | None = None
@@ -292,6 +308,12 @@ class SamplingParams:
     top_k: int = -1
     top_p: float = 1.0
     stop_token_ids: Sequence[int] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("stop", "stop_token_ids"):
+            value = getattr(self, name)
+            if not (value is None or isinstance(value, (str, tuple))):
+                object.__setattr__(self, name, _list_of(value))
 
 
 @dataclass(frozen=True)
@@ -321,7 +343,8 @@ class PromptScores:
 
     logprobs: list[float | None]
     is_likeliest: list[bool | None]
-    """Whether no token has a higher probability in its place. Tokens that tie for the first all count."""
+    """Whether every other token has a lower probability in its place. Tokens that tie for the first place
+    are not: a model that holds all tokens equally likely has guessed none."""
 
 
 # -- information ------------------------------------------------------------------------------
@@ -337,6 +360,8 @@ class ModelData:
     arch: str
     device: str
     dtype: str
+    num_logits: int
+    """Entries of the vocabulary that the model has logits for, with those that only pad it."""
 
 
 @dataclass(frozen=True)

@@ -143,7 +143,7 @@ class VLLMSamplingClient(SamplingClient):
             "seed": params.seed,
             "stop": strings,
             "stop_token_ids": token_ids,
-            "ignore_eos": bool(strings or token_ids),
+            "ignore_eos": params.stop is not None or bool(token_ids),
             "include_stop_str_in_output": True,
             "skip_special_tokens": False,  # a stop string may be one
             "return_token_ids": True,

@@ -75,7 +75,7 @@ async def run(config: ChatConfig) -> None:
     from cookbook.service import ServiceClient
 
     consoles.keep_undecodable_input()
-    with _ctrl_c_raises(), closing(ServiceClient(config.device, config.dtype)) as service:
+    with _ctrl_c_raises(), closing(ServiceClient(device=config.device, dtype=config.dtype)) as service:
         title, speakers = _speakers(config, service)
         Terminal(sys.stdin, sys.stdout, sys.stderr).talk(title, speakers)
 

@@ -76,7 +76,7 @@ def main(config: Config) -> None:
             prompt=renderer.build_generation_prompt([{"role": "user", "content": config.prompt}]),
             num_samples=1,
             sampling_params=cookbook.SamplingParams(
-                max_tokens=64, temperature=0.0, stop=renderer.get_stop_sequences()
+                max_tokens=64, temperature=0.0, stop=renderer.get_stop_sequences() or None
             ),
         )
         message, _ = renderer.parse_response(sampled.sequences[0].tokens)

@@ -46,7 +46,7 @@ class Conversation:
         self.messages: list[Message] = []
         self._context_length = context_length
         self.max_tokens = params.max_tokens or context_length
-        self._params = replace(params, stop=list(renderer.get_stop_sequences()))  # type: ignore[arg-type]
+        self._params = replace(params, stop=renderer.get_stop_sequences() or None)
         self._num_turns = 0
 
     def ask(self, text: str) -> Turn:

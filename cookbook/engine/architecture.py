@@ -120,8 +120,21 @@ def _row_in_rotation(config: Any) -> str | None:
 
     longrope changes its frequencies with the longest position of a row.
     """
-    parameters = getattr(config, "rope_parameters", None) or {}
-    by_kind = [value for value in parameters.values() if isinstance(value, dict)] or [parameters]
-    if any(kind.get("rope_type") == "longrope" for kind in by_kind):
+    if _long_rotations(config):
         return "its rotation of positions (longrope) depends on the longest sequence of a row"
     return None
+
+
+def last_length_of_short_rotation(config: Any) -> int | None:
+    """The length beyond which longrope rotates all positions of a sequence anew; None without longrope."""
+    lengths = [
+        kind.get("original_max_position_embeddings") or config.original_max_position_embeddings
+        for kind in _long_rotations(config)
+    ]
+    return min(lengths, default=None)
+
+
+def _long_rotations(config: Any) -> list[dict[str, Any]]:
+    parameters = getattr(config, "rope_parameters", None) or {}
+    by_kind = [value for value in parameters.values() if isinstance(value, dict)] or [parameters]
+    return [kind for kind in by_kind if kind.get("rope_type") == "longrope"]

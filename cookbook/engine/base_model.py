@@ -6,7 +6,7 @@ Shape suffixes: N tokens of a packed row, S scored positions, D hidden size, V v
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from cookbook import models
 from cookbook.engine import architecture, mesh, projection, sharding
 from cookbook.engine.adapters import GLOBAL_STATE, Adapter, Adapters
 from cookbook.engine.attention import AttentionLayout
+from cookbook.engine.compiling import compile_layers
 from cookbook.engine.loading import load_model, resolve_device, resolve_dtype, return_freed_memory
 from cookbook.engine.memory import (
     ActivationCost,
@@ -55,13 +56,16 @@ class BaseModel:
             """Whether each of several processes holds a part of the weights."""
             self.model: Any = self._load(is_trained)
         self.vocab_size: int = self.model.get_input_embeddings().weight.shape[0]
+        self.num_logits: int = getattr(self.model.get_output_embeddings(), "out_features", self.vocab_size)
         self.context_length: int = getattr(self.model.config, "max_position_embeddings", None) or 2**20
         self.adapters = Adapters(self.model, model_name, self.tokenizer)
         self.is_packed = False
         self.has_plain_head = False
         """Whether sequences share a row, and whether logits are made by blocks: see `architecture`."""
         self.decodes_packed: bool | None = None
-        """Whether continuations share a row too; found out when the first is sampled."""
+        self.make_decoder: Callable[[BaseModel], Any] | None = None
+        """Whether continuations share a row too, and what decodes them: see `sampling.decoders`, which finds
+        both out when the first one is sampled."""
         architecture.find_what_is_safe(self)
         sharding.let_go(self.model)
         self._prepare_layers()
@@ -90,8 +94,7 @@ class BaseModel:
                 f"compile and gradient_checkpointing=on."
             )
         if self.options.compile:
-            for layer in layers:
-                layer.compile(dynamic=True)
+            compile_layers(layers)
 
     # -- one micro-batch --------------------------------------------------------------------
 
@@ -105,11 +108,12 @@ class BaseModel:
 
     @torch.no_grad()
     def scores(self, batch: PackedBatch) -> Scores:
-        """`logprobs`, and whether each target is the likeliest token at its position."""
+        """`logprobs`, and whether each target is the most likely token at its position: see `Scores`."""
         if not self.has_plain_head:
-            logits_SV, targets_S = self._logits_of_whole_model(batch), batch.targets_S
-            target_S = logits_SV.gather(1, targets_S[:, None])[:, 0]
-            return Scores(_log_probabilities(logits_SV, targets_S), target_S == logits_SV.amax(1))
+            logits_SV, targets_S1 = self._logits_of_whole_model(batch), batch.targets_S[:, None]
+            others_SV = logits_SV.scatter(1, targets_S1, -torch.inf)
+            is_likeliest_S = logits_SV.gather(1, targets_S1)[:, 0] > others_SV.amax(1)
+            return Scores(_log_probabilities(logits_SV, batch.targets_S), is_likeliest_S)
         hidden_SD = self.hidden(batch).index_select(0, batch.scored_S)
         return projection.score_and_compare(self.head(), hidden_SD, batch.targets_S)
 

@@ -56,21 +56,32 @@ class _LoraLinear(torch.autograd.Function):
 
 def _forward(self: Any, x_XI: Tensor) -> Tensor:
     """Takes the place of `peft.tuners.lora.Linear.forward` for one adapter without dropout."""
-    active = (
-        None if self.disable_adapters else next((n for n in self.active_adapters if n in self.lora_A), None)
-    )
     base = self.base_layer
-    if active is None:
+    if self.disable_adapters or self.lora_in_use is None:
         result: Tensor = base(x_XI)
         return result
-    out_NO = _LoraLinear.apply(
-        x_XI.reshape(-1, x_XI.shape[-1]),
-        base,
-        self.lora_A[active].weight,
-        self.lora_B[active].weight,
-        self.scaling[active],
-    )
+    a_RI, b_OR, scaling = self.lora_in_use
+    out_NO = _LoraLinear.apply(x_XI.reshape(-1, x_XI.shape[-1]), base, a_RI, b_OR, scaling)
     return out_NO.view(*x_XI.shape[:-1], -1)
+
+
+def _set_adapter(self: Any, *args: Any, **kwargs: Any) -> None:
+    """Takes the place of `peft.tuners.lora.Linear.set_adapter`."""
+    type(self).set_adapter(self, *args, **kwargs)
+    _find_lora_in_use(self)
+
+
+def _find_lora_in_use(layer: Any) -> None:
+    """Sets `lora_in_use` to A, B and scaling of the active adapter, or to None where it is not on this layer.
+
+    The forward pass reads them there and not under the adapter's name, because compiled code is compiled anew
+    for every name that it reads, and every snapshot has one.
+    """
+    active = next((name for name in layer.active_adapters if name in layer.lora_A), None)
+    layer.lora_in_use = None
+    if active is not None:
+        parts = (layer.lora_A[active].weight, layer.lora_B[active].weight, layer.scaling[active])
+        layer.lora_in_use = parts
 
 
 def fuse(model: nn.Module) -> None:
@@ -86,3 +97,5 @@ def fuse(model: nn.Module) -> None:
     for module in model.modules():
         if (type(module), type(getattr(module, "base_layer", None))) in fused:
             module.forward = types.MethodType(_forward, module)
+            module.set_adapter = types.MethodType(_set_adapter, module)  # type: ignore[assignment]
+            _find_lora_in_use(module)

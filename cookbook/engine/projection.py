@@ -131,7 +131,8 @@ class Scores(NamedTuple):
     logprobs_S: Tensor
     """fp32"""
     is_likeliest_S: Tensor
-    """bool: whether no token is likelier. The same logits are compared, so a tie is exact, and it counts."""
+    """bool: whether the target's logit is above that of every other entry of the vocabulary, with those that
+    only pad it. The same logits are compared, so a tie is exact, and it does not count."""
 
 
 def score(head: Head, hidden_SD: Tensor, targets_S: Tensor) -> Tensor:
@@ -141,7 +142,8 @@ def score(head: Head, hidden_SD: Tensor, targets_S: Tensor) -> Tensor:
 
 @torch.no_grad()
 def score_and_compare(head: Head, hidden_SD: Tensor, targets_S: Tensor) -> Scores:
-    """`score`, and whether each target is the likeliest token: the running maximum is there anyway."""
+    """`score`, and whether each target is the most likely token: beside the running maximum runs another one,
+    of all tokens but the target."""
     parts = _chunks(len(targets_S), BlockSizes.on(hidden_SD.device).positions)
     logprobs_S = torch.empty(len(targets_S), device=hidden_SD.device)
     is_likeliest_S = torch.empty(len(targets_S), dtype=torch.bool, device=hidden_SD.device)
@@ -206,6 +208,7 @@ class _Chunk:
         queries_CQ, softcap = self.queries_CQ, self.head.softcap
         num_positions, device = len(queries_CQ), queries_CQ.device
         highest_C1 = torch.full((num_positions, 1), -torch.inf, device=device)
+        highest_other_C1 = highest_C1
         total_C1 = torch.zeros(num_positions, 1, device=device)
         target_C1 = torch.zeros(num_positions, 1, device=device)
         mean_CQ = torch.zeros(queries_CQ.shape, device=device)
@@ -220,10 +223,17 @@ class _Chunk:
                 logits_CK.div_(softcap).tanh_().mul_(softcap)
             here_C1 = self.targets_C1 - first
             is_here_C1 = (here_C1 >= 0) & (here_C1 < len(keys_KQ))
-            found_C1 = logits_CK.gather(1, here_C1.clamp(0, len(keys_KQ) - 1))
+            place_C1 = here_C1.clamp(0, len(keys_KQ) - 1)
+            found_C1 = logits_CK.gather(1, place_C1)
             target_C1 = torch.where(is_here_C1, found_C1, target_C1)
 
-            higher_C1 = torch.maximum(highest_C1, logits_CK.amax(1, keepdim=True))
+            logits_CK.scatter_(1, place_C1, found_C1.masked_fill(is_here_C1, -torch.inf))
+            others_C1 = logits_CK.amax(1, keepdim=True)
+            logits_CK.scatter_(1, place_C1, found_C1)
+            highest_other_C1 = torch.maximum(highest_other_C1, others_C1)
+
+            found_here_C1 = found_C1.masked_fill(~is_here_C1, -torch.inf)
+            higher_C1 = torch.maximum(highest_C1, torch.maximum(others_C1, found_here_C1))
             shrink_C1 = (highest_C1 - higher_C1).exp_()
             highest_C1 = higher_C1
             slope_CK = None if softcap is None else 1 - (logits_CK / softcap).square_()
@@ -239,7 +249,7 @@ class _Chunk:
                 self.kept_blocks.append((rows, room_CK.copy_(terms_CK), higher_C1))
         self.log_total_C1 = total_C1.log().add_(highest_C1)
         self.target_C1 = target_C1
-        self.highest_C1 = highest_C1
+        self.highest_other_C1 = highest_other_C1
         self.mean_CQ = mean_CQ.div_(total_C1)
 
     def _room(self, rows: slice) -> Tensor | None:
@@ -252,7 +262,7 @@ class _Chunk:
         return (self.target_C1 - self.log_total_C1)[:, 0]
 
     def is_likeliest(self) -> Tensor:
-        return (self.target_C1 == self.highest_C1)[:, 0]
+        return (self.target_C1 > self.highest_other_C1)[:, 0]
 
     def backward(self, grad_C: Tensor) -> Tensor:
         """The gradient by the hidden states, given that by the log-probabilities."""

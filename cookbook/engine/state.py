@@ -54,6 +54,15 @@ class StateInfo:
     world_size: int = 1
     """How many processes trained together: another number goes on to rounding, not to the bit."""
     user_metadata: Mapping[str, str] = field(default_factory=dict)
+    expires_at: str | None = None
+    """Until when it is wanted, in ISO 8601; None: for good. Recorded, and not acted on."""
+
+    def as_json(self) -> dict[str, Any]:
+        """`expires_at` is there only where it says something."""
+        values = asdict(self)
+        if self.expires_at is None:
+            del values["expires_at"]
+        return values
 
 
 def checkpoint_path(folder: Path, name: str) -> Path:
@@ -85,7 +94,7 @@ def save(
             _save_tensors(folder / OPTIMIZER_FILE, optimizer)
         files = sorted(file for file in folder.rglob("*") if file.is_file())
         checksums = {file.relative_to(folder).as_posix(): _sha256(file) for file in files}
-        text = json.dumps({"format": FORMAT, **asdict(info), "sha256": checksums}, indent=2)
+        text = json.dumps({"format": FORMAT, **info.as_json(), "sha256": checksums}, indent=2)
         (folder / STATE_FILE).write_text(text + "\n", encoding="utf-8")
         for file in folder.rglob("*.safetensors"):
             shutil.copymode(folder / STATE_FILE, file)  # safetensors leaves it to its owner alone
@@ -219,6 +228,7 @@ def read_info(path: str | os.PathLike[str]) -> StateInfo:
             microbatch_recovery=state.get("microbatch_recovery"),
             world_size=state.get("world_size", 1),
             user_metadata=state["user_metadata"],
+            expires_at=state.get("expires_at"),
         )
     except (KeyError, TypeError) as error:
         raise CheckpointError(f"Checkpoint {folder} is damaged: {STATE_FILE} lacks {error}.") from error

@@ -6,6 +6,7 @@ import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import numpy as np
@@ -71,7 +72,7 @@ class Request:
     trained_only: bool
     """Score only positions of weight other than 0; the others read 0.0."""
     with_likeliest: bool = False
-    """Tell also whether each scored target is the likeliest token. Not while gradients are formed."""
+    """Tell also whether each scored target is the most likely token. Not while gradients are formed."""
 
 
 class Trainer:
@@ -350,7 +351,10 @@ class Trainer:
 
     # -- state ------------------------------------------------------------------------------
 
-    def save(self, path: Path, with_optimizer: bool, overwrite: bool = False) -> None:
+    def save(
+        self, path: Path, with_optimizer: bool, overwrite: bool = False, ttl_seconds: int | None = None
+    ) -> None:
+        """Writes a checkpoint, or raises TrainingError where a number in it is not finite."""
         info = state.StateInfo(
             base_model=models.canonical_name(self.base.name),
             lora=self.adapter.lora,
@@ -362,9 +366,11 @@ class Trainer:
             else None,
             world_size=self._mesh.size,
             user_metadata=self.user_metadata,
+            expires_at=None if ttl_seconds is None else _seconds_from_now(ttl_seconds),
         )
         self._check_not_half_stepped()
         optimizer = self._optimizer.tensors() if with_optimizer else None
+        self._check_finite(path, optimizer or {})
         self._check_alike()
         if self.base.is_sharded and self.adapter.is_full:
             sharded_state.save(path, info, self.base, self.adapter.weights, optimizer, overwrite)
@@ -380,6 +386,22 @@ class Trainer:
             "max_tokens": self._limits.max_tokens,
             "max_tokens_without_checkpointing": self._limits.max_tokens_without_checkpointing,
         }
+
+    def _check_finite(self, path: Path, optimizer: Mapping[str, Tensor]) -> None:
+        """Raises TrainingError, on all processes, for weights or optimizer values of nan or infinity."""
+        tensors = {**self.adapter.weights, **{f"{name} (optimizer)": of for name, of in optimizer.items()}}
+        wrong = [
+            name
+            for name, tensor in tensors.items()
+            if not sharding.local_part(tensor.detach()).isfinite().all()
+        ]
+        with self._mesh.failing_together():
+            if wrong:
+                raise TrainingError(
+                    f"Training diverged: {len(wrong)} of the {len(tensors)} tensors to save have values that "
+                    f"are nan or infinite ({wrong[0]} is one). Nothing was saved as {path}. Start again from "
+                    f"an earlier checkpoint with a lower learning_rate."
+                )
 
     def _check_alike(self) -> None:
         """Raises TrainingError where a process has come to other weights than the main one."""
@@ -434,6 +456,10 @@ class Trainer:
 def _token_loss(request: Request, batch: PackedBatch, logprobs_C: Tensor, part: slice) -> Tensor:
     extras = {name: values_S[part] for name, values_S in batch.extras.items()}
     return request.loss.fn(logprobs_C, batch.weights_S[part], extras, request.loss_config)
+
+
+def _seconds_from_now(seconds: int) -> str:
+    return (datetime.now(UTC) + timedelta(seconds=seconds)).isoformat(timespec="seconds")
 
 
 def _nothing(request: Request) -> TokenSequence:

@@ -73,7 +73,7 @@ class SamplingEvaluatorBuilder(ChatEvaluatorBuilder):
             raise ConfigError(f"seed={self.seed}. Give 0 or more.")
 
     def sampling_params(self, renderer: Renderer) -> SamplingParams:
-        stop: list[Any] = list(renderer.get_stop_sequences())
+        stop: Any = renderer.get_stop_sequences() or None
         return SamplingParams(self.max_tokens, self.seed, stop, self.temperature, top_p=self.top_p)
 
 

@@ -165,7 +165,7 @@ class SamplingClientLM(TemplateLM):
         params = SamplingParams(
             max_tokens=asked["max_gen_toks"],
             seed=seed,
-            stop=[text for text in (*asked["until"], *ends) if text and isinstance(text, str)],
+            stop=[text for text in (*asked["until"], *ends) if text and isinstance(text, str)] or None,
             stop_token_ids=[self.eot_token_id, *(end for end in ends if isinstance(end, int))],
             temperature=asked.get("temperature", 1.0) if asked["do_sample"] else 0.0,
             top_p=asked.get("top_p", 1.0),

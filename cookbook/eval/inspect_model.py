@@ -103,7 +103,7 @@ class SamplingClientAPI(ModelAPI):
         return SamplingParams(
             max_tokens=min(limits, default=None),
             seed=self._seed(prompt, config.seed, num_samples),
-            stop=[*(end for end in ends if isinstance(end, str)), *(config.stop_seqs or ())],
+            stop=[*(end for end in ends if isinstance(end, str)), *(config.stop_seqs or ())] or None,
             stop_token_ids=[end for end in ends if isinstance(end, int)],
             temperature=1.0 if config.temperature is None else config.temperature,
             top_k=-1 if config.top_k is None else config.top_k,

@@ -33,7 +33,8 @@ class NLLEvaluator(TrainingClientEvaluator):
 
     <name>/nll                      negative log-likelihood of a token, in nats, weighted as in training
     <name>/bits_per_byte            the same in bits per UTF-8 byte of the trained text
-    <name>/token_accuracy           share of tokens than which the model held none likelier
+    <name>/token_accuracy           share of tokens that the model held more likely than every other entry of
+                                    its vocabulary; one that ties with another is a miss
     <name>/turn_<n>/token_accuracy  of the n-th trained turn of conversations, up to MAX_TURNS; where there
                                     are several
     <name>/<source>/...             the first three for each source, where there are several

@@ -14,6 +14,8 @@ from statistics import median
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from cookbook.checkpoints import FINAL, Checkpoint, CheckpointLog, checkpoint_name
 from cookbook.engine.mesh import Mesh
 from cookbook.errors import TrainingError
@@ -117,6 +119,8 @@ class Run:
         self._evaluation = Evaluation()
         self._new_best: NewBest | None = None
         self._recent_seconds: deque[float] = deque(maxlen=20)
+        self._num_logits = client.get_info().model_data.num_logits
+        self._was_uniform = False
 
     def __enter__(self) -> Run:
         return self
@@ -315,11 +319,8 @@ class Run:
             output = await done.forward_backward
             grad_norm = (await done.optim_step).metrics["grad_norm"]
             if not (math.isfinite(output.loss) and math.isfinite(grad_norm)):
-                raise TrainingError(
-                    f"Training diverged at step {done.step}: train/nll is {output.loss}, the gradient norm "
-                    f"{grad_norm}. Lower learning_rate={self._config.learning_rate} and start again in "
-                    f"another log_path, from an earlier checkpoint with load_checkpoint_path=."
-                )
+                raise self._diverged(done, f"train/nll is {output.loss}, the gradient norm {grad_norm}")
+            self._refuse_to_stay_uniform(done, output)
             metrics |= {"train/nll": output.loss, "optim/grad_norm": grad_norm}
         times = self._times.of(done.step)
         self._recent_seconds.append(times["perf/seconds"])
@@ -339,6 +340,27 @@ class Run:
         if done.save is not None:
             name = checkpoint_name(done.step + 1)
             self._record(name, await done.save, done.step + 1, done.placed.next_position)
+
+    def _refuse_to_stay_uniform(self, done: _Step, output: ForwardBackwardOutput) -> None:
+        """Raises TrainingError where two batches in succession find the model uniform.
+
+        A new model may be, before its first step; one that a step does not change has no gradient either.
+        """
+        num_logits = self._num_logits
+        was_uniform, self._was_uniform = self._was_uniform, _is_uniform(output, num_logits)
+        if was_uniform and self._was_uniform:
+            raise self._diverged(
+                done,
+                f"train/nll stays at {output.loss:.4f}, the logarithm of {num_logits:,}: all tokens of the "
+                f"vocabulary are equally likely",
+            )
+
+    def _diverged(self, done: _Step, how: str) -> TrainingError:
+        return TrainingError(
+            f"Training diverged at step {done.step}: {how}. Lower learning_rate="
+            f"{self._config.learning_rate} and start again in another log_path, from an earlier checkpoint "
+            f"with load_checkpoint_path=."
+        )
 
     def _report_what_was_left_out(self) -> None:
         summary = self._train_data.summary()
@@ -370,3 +392,13 @@ class Run:
     def _summary(self, path: Path, is_finished: bool = True, **more: Any) -> RunSummary:
         best = self._checkpoints.best()
         return RunSummary(self._log_path, is_finished, self._num_submitted, path, best=best, **more)
+
+
+def _is_uniform(output: ForwardBackwardOutput, num_logits: int) -> bool:
+    """Whether every trained target has the probability 1 / num_logits, to rounding.
+
+    Only logits that are all equal give that to all of them. Targets that are not trained read 0.0.
+    """
+    logprobs = np.concatenate([each["logprobs"].to_numpy() for each in output.loss_fn_outputs])
+    trained = logprobs[logprobs != 0]
+    return bool(len(trained)) and bool(np.allclose(trained, -math.log(num_logits), rtol=1e-5, atol=0))

@@ -260,8 +260,8 @@ async def _create_client(
 
     folder.world.by_main(lambda: remove_unfinished(folder.checkpoint_dir))
     service = ServiceClient(
-        config.device,
-        config.dtype,
+        device=config.device,
+        dtype=config.dtype,
         checkpoint_dir=folder.checkpoint_dir,
         max_tokens_per_microbatch=config.max_tokens_per_microbatch,
         gradient_checkpointing=config.gradient_checkpointing,

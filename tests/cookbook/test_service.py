@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import inspect
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +17,17 @@ from peft import get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from cookbook import AdamParams, Datum, ModelInput, SamplingParams, ServiceClient, TrainingClient, embedded
+from cookbook import (
+    AdamParams,
+    Datum,
+    ModelInput,
+    SamplingClient,
+    SamplingParams,
+    ServiceClient,
+    TrainingClient,
+    embedded,
+)
+from cookbook.engine import state
 from cookbook.errors import CheckpointError, ConfigError, ModelError, RequestError
 
 ADAM = AdamParams(learning_rate=1e-2)
@@ -72,7 +83,7 @@ def test_a_client_from_a_state_alone_has_the_weights_and_a_fresh_optimizer(
     client = service.create_lora_training_client(tiny_qwen3, rank=4, seed=3)
     steps(client, range(3))
     path = client.save_state("weights", overwrite=True).result().path
-    fresh = asyncio.run(service.create_training_client_from_state_async(path, {"owner": "you"}))
+    fresh = asyncio.run(service.create_training_client_from_state_async(path, user_metadata={"owner": "you"}))
     assert fresh.get_info().user_metadata == {"owner": "you"}
     before = files(fresh.save_state("fresh", overwrite=True).result().path)
     assert before["adapter_model.safetensors"] == files(path)["adapter_model.safetensors"]
@@ -233,3 +244,81 @@ def test_a_model_that_is_not_there_is_refused_and_may_come_later(
         service.create_lora_training_client(str(tmp_path / "model"))
     shutil.copytree(tiny_qwen3, tmp_path / "model")
     service.create_lora_training_client(str(tmp_path / "model"), rank=1)
+
+
+# -- positions of arguments ----------------------------------------------------------------------
+
+POSITIONS: list[tuple[type, str, list[str]]] = [
+    (ServiceClient, "__init__", ["user_metadata", "project_id"]),
+    (
+        ServiceClient,
+        "create_lora_training_client",
+        ["base_model", "rank", "seed", "train_mlp", "train_attn", "train_unembed", "user_metadata"],
+    ),
+    (ServiceClient, "create_training_client_from_state", ["path", "base_model", "user_metadata"]),
+    (
+        ServiceClient,
+        "create_training_client_from_state_with_optimizer",
+        ["path", "base_model", "user_metadata"],
+    ),
+    (ServiceClient, "create_sampling_client", ["model_path", "base_model"]),
+    (TrainingClient, "forward", ["data", "loss_fn", "loss_fn_config"]),
+    (TrainingClient, "forward_backward", ["data", "loss_fn", "loss_fn_config"]),
+    (TrainingClient, "forward_backward_custom", ["data", "loss_fn"]),
+    (TrainingClient, "save_state", ["name", "ttl_seconds"]),
+    (TrainingClient, "save_weights_for_sampler", ["name", "ttl_seconds"]),
+    (TrainingClient, "load_state", ["path"]),
+    (TrainingClient, "load_state_with_optimizer", ["path"]),
+    (TrainingClient, "create_sampling_client", ["model_path"]),
+    (TrainingClient, "save_weights_and_get_sampling_client", ["name"]),
+    (SamplingClient, "sample", ["prompt", "num_samples", "sampling_params", "include_prompt_logprobs"]),
+    (SamplingClient, "compute_logprobs", ["prompt"]),
+]
+"""The first parameters that the SDK (tinker 0.38.0) takes by position, under the names it gives them."""
+
+
+@pytest.mark.parametrize(("owner", "name", "expected"), POSITIONS, ids=lambda value: str(value))
+def test_what_is_given_by_position_is_what_the_sdk_has_there(
+    owner: type, name: str, expected: list[str]
+) -> None:
+    """Whatever else there is here goes by its name, so that no value is read as another one."""
+    for each in (name, f"{name}_async"):
+        if (method := getattr(owner, each, None)) is not None:
+            parameters = inspect.signature(method).parameters.values()
+            by_position = [each.name for each in parameters if each.kind is each.POSITIONAL_OR_KEYWORD]
+            assert by_position[1:] == expected
+
+
+def test_metadata_of_a_service_is_that_of_its_clients_and_their_checkpoints(
+    tiny_qwen3: str, tmp_path: Path
+) -> None:
+    given = {"a": "b", "c": "d"}
+    service = ServiceClient(given, "project", device="cpu", checkpoint_dir=tmp_path)
+    given.clear()
+    client = service.create_lora_training_client(tiny_qwen3, rank=1, user_metadata={"c": "e"})
+    expected = {"a": "b", "c": "e", "project_id": "project"}
+    assert client.get_info().user_metadata == expected
+    path = client.save_state("saved").result().path
+    assert state.read_info(path).user_metadata == expected
+    again = service.create_training_client_from_state(path, tiny_qwen3, {"c": "f"})
+    assert again.get_info().user_metadata == {**expected, "c": "f"}
+    service.close()
+
+
+def test_options_of_the_engine_are_not_taken_by_position() -> None:
+    with pytest.raises(RequestError, match=r"user_metadata='cpu' is no mapping .* device="):
+        ServiceClient("cpu")  # type: ignore[arg-type]
+    with pytest.raises(TypeError):
+        ServiceClient({}, "project", "cpu")  # type: ignore[misc]
+
+
+def test_another_base_may_be_named_for_an_adapter_and_none_for_a_full_fine_tune(
+    service: ServiceClient, tiny_qwen3: str, make_model_folder: Any, tmp_path: Path
+) -> None:
+    client = service.create_lora_training_client(tiny_qwen3, rank=2, seed=0)
+    path = client.save_state("for-another-base").result().path
+    other = str(make_model_folder(tmp_path / "longer", max_position_embeddings=512))
+    assert service.create_training_client_from_state(path, other).get_info().model_name == other
+    full = service.create_lora_training_client(tiny_qwen3, rank=0).save_state("full-of-its-own").result().path
+    with pytest.raises(RequestError, match="which is a full fine-tune and has no base"):
+        service.create_training_client_from_state(full, other)

@@ -7,6 +7,7 @@ import gc
 import inspect
 import threading
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from transformers import AutoModelForCausalLM
 
 import cookbook
 from cookbook import AdamParams, Datum, ModelInput, ServiceClient, TensorData, TrainingClient
+from cookbook.engine import state
 from cookbook.errors import CheckpointError, ConfigError, RequestError, TrainingError
 
 ADAM = AdamParams(learning_rate=1e-2)
@@ -543,3 +545,74 @@ def test_loading_a_state_forgets_the_passes_before_it(tiny_qwen3: str, tmp_path:
     client.load_state(path)
     client.forward_backward([datum])
     client.optim_step(AdamParams(learning_rate=1e-3)).result()
+
+
+# -- what a checkpoint may hold, and how long it is wanted ------------------------------------------
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("rank", [2, 0])
+def test_weights_that_are_not_finite_are_not_saved(
+    tiny_qwen3: str, tmp_path: Path, rank: int, value: float
+) -> None:
+    """And what is there under the name stays."""
+    service = ServiceClient(device="cpu", checkpoint_dir=tmp_path)
+    client = service.create_lora_training_client(tiny_qwen3, rank=rank, seed=0)
+    sound = Path(client.save_state("sound").result().path)
+    before = {file.name: file.read_bytes() for file in sound.iterdir()}
+    weight = [*client._trainer.adapter.weights.values()][-1]
+    kept = weight.detach().flatten()[-1].clone()
+    with torch.no_grad():
+        weight.view(-1)[-1] = value
+    for save in (
+        lambda: client.save_state("sound", overwrite=True),
+        lambda: client.save_state("new"),
+        lambda: client.save_weights_for_sampler("new"),
+    ):
+        with pytest.raises(
+            TrainingError, match="Training diverged: 1 of the .* nan or infinite .* Nothing was"
+        ):
+            save().result()
+    with pytest.raises(TrainingError, match="Training diverged"):
+        client.save_weights_and_get_sampling_client("named")
+    assert {file.name: file.read_bytes() for file in sound.iterdir()} == before
+    assert [path.name for path in tmp_path.rglob("new*")] == []
+    with torch.no_grad():
+        weight.view(-1)[-1] = kept
+    client.save_state("sound", overwrite=True).result()
+    assert (sound / "state.json").read_bytes() == before["state.json"]
+    service.close()
+
+
+def test_an_optimizer_that_is_not_finite_is_not_saved_with_a_state(make_client: Any) -> None:
+    client = make_client()
+    client.forward_backward(batch()).result()
+    client.optim_step(AdamParams(learning_rate=0.0)).result()
+    moments = next(iter(client._trainer._optimizer.tensors().items()))
+    moments[1].fill_(float("inf"))
+    with pytest.raises(TrainingError, match=r"\(optimizer\) is one\)"):
+        client.save_state("of-an-overflow").result()
+    client.save_weights_for_sampler("of-an-overflow").result()
+
+
+def test_a_time_to_live_is_recorded_and_overwrites_nothing(make_client: Any) -> None:
+    client = make_client()
+    for save in (client.save_state, client.save_weights_for_sampler):
+        path = Path(save("short-lived", 3600, overwrite=True).result().path)
+        recorded = state.read_info(path).expires_at
+        assert recorded is not None
+        left = datetime.fromisoformat(recorded) - datetime.now(UTC)
+        assert 3500 < left.total_seconds() <= 3600
+        with pytest.raises(CheckpointError, match="exists already"):
+            save("short-lived", 3600).result()
+        kept = Path(save("kept", overwrite=True).result().path)
+        assert "expires_at" not in (kept / "state.json").read_text()
+    client.load_state_with_optimizer(Path(path.parents[1]) / "short-lived").result()
+
+
+@pytest.mark.parametrize("ttl_seconds", [True, False, 0, -1, 2.5, "3600", 10**12])
+def test_what_is_no_time_to_live_is_refused(make_client: Any, ttl_seconds: Any) -> None:
+    client = make_client()
+    for save in (client.save_state, client.save_weights_for_sampler):
+        with pytest.raises(RequestError, match=f"ttl_seconds={ttl_seconds!r} is no number of seconds"):
+            save("never", ttl_seconds)

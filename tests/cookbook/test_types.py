@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from cookbook.errors import RequestError
-from cookbook.types import Datum, EncodedTextChunk, ModelInput, TensorData
+from cookbook.types import Datum, EncodedTextChunk, ModelInput, SamplingParams, TensorData
 
 TARGETS = [5, 6, -100, 7]
 WEIGHTS = [0.0, 1.0, 0.5, 2.0]
@@ -163,3 +163,78 @@ def test_appending_leaves_the_input_as_it_was() -> None:
     tokens.append(9)
     prompt.append_int(3)
     assert prompt.to_ints() == [1, 2]
+
+
+LENDERS = {
+    "list": lambda values: list(values),
+    "numpy": lambda values: np.array(values),
+    "torch": lambda values: torch.tensor(values),
+    "tensor data": lambda values: TensorData(values),
+}
+
+
+def spoil(lent: Any) -> None:
+    """Changes what was given, in every way its kind allows."""
+    if isinstance(lent, TensorData):
+        lent.to_numpy()[:] = 9
+    elif isinstance(lent, list):
+        lent.clear()
+    else:
+        lent[:] = 9
+
+
+@pytest.mark.parametrize("kind", LENDERS)
+def test_a_chunk_and_a_prompt_keep_their_tokens_whatever_becomes_of_what_they_were_given(kind: str) -> None:
+    tokens = LENDERS[kind]([1, 2, 3])
+    chunk, from_ints = EncodedTextChunk(tokens=tokens), ModelInput.from_ints(tokens)
+    chunks = [chunk]
+    prompt = ModelInput(chunks=chunks)
+    longer = ModelInput.empty().append(chunk)
+    spoil(tokens)
+    chunks.clear()
+    for found in (ModelInput(chunks=(chunk,)), from_ints, prompt, longer):
+        assert found.to_ints() == [1, 2, 3]
+        assert all(type(token) is int for token in found.to_ints())
+    chunk.tokens.clear()  # type: ignore[attr-defined]
+    assert prompt.to_ints() == longer.to_ints() == [1, 2, 3]
+    assert isinstance(prompt.chunks, list)
+    assert prompt == from_ints
+
+
+def test_an_appended_input_shares_no_chunks_with_what_it_was_made_of() -> None:
+    prompt = ModelInput.from_ints([1])
+    longer = prompt.append_int(2)
+    longer.chunks.append(EncodedTextChunk([3]))  # type: ignore[attr-defined]
+    assert (prompt.to_ints(), longer.to_ints()) == ([1], [1, 2, 3])
+
+
+@pytest.mark.parametrize("kind", LENDERS)
+def test_a_datum_keeps_its_values_whatever_becomes_of_what_it_was_given(kind: str) -> None:
+    targets, weights = LENDERS[kind]([1, 2, 3]), LENDERS[kind]([0.5, 1.0, 0.0])
+    tokens = [4, 5, 6]
+    prompt = ModelInput(chunks=[EncodedTextChunk(tokens=tokens)])
+    inputs = {"target_tokens": targets, "weights": weights, "advantages": prompt}
+    datum = Datum(model_input=prompt, loss_fn_inputs=inputs)
+    spoil(targets)
+    spoil(weights)
+    tokens.clear()
+    prompt.chunks[0].tokens.clear()  # type: ignore[attr-defined]
+    prompt.chunks.clear()  # type: ignore[attr-defined]
+    inputs.clear()
+    assert datum.model_input.to_ints() == [4, 5, 6]
+    assert datum.loss_fn_inputs["target_tokens"].tolist() == [1, 2, 3]  # type: ignore[union-attr]
+    assert datum.loss_fn_inputs["weights"].tolist() == [0.5, 1.0, 0.0]  # type: ignore[union-attr]
+    assert datum.loss_fn_inputs["advantages"].tolist() == [4.0, 5.0, 6.0]  # type: ignore[union-attr]
+
+
+def test_sampling_params_keep_their_stops_whatever_becomes_of_what_they_were_given() -> None:
+    strings, ids = ["a", "b"], [1, 2]
+    params = SamplingParams(stop=strings, stop_token_ids=ids)
+    arrays = SamplingParams(stop=np.array([1, 2]), stop_token_ids=torch.tensor([3]))  # type: ignore[arg-type]
+    strings.clear()
+    ids.append(3)
+    assert (params.stop, params.stop_token_ids) == (["a", "b"], [1, 2])
+    assert (arrays.stop, arrays.stop_token_ids) == ([1, 2], [3])
+    assert SamplingParams(stop="a").stop == "a"
+    assert SamplingParams(stop=[]).stop == []
+    assert {SamplingParams(stop=("a",)), SamplingParams(stop=("a",))} == {SamplingParams(stop=("a",))}

@@ -77,14 +77,14 @@ class Handler(BaseHTTPRequestHandler):
 
     def complete(self, body: dict[str, Any]) -> None:
         client = self.server.clients[body["model"]]
-        assert body["ignore_eos"] == bool(body["stop"] or body["stop_token_ids"])
+        assert body["ignore_eos"] or not (body["stop"] or body["stop_token_ids"])
         params = SamplingParams(
             max_tokens=body["max_tokens"],
             temperature=body["temperature"],
             top_p=body["top_p"],
             top_k=body["top_k"] or -1,
             seed=body["seed"],
-            stop=body["stop"] or None,
+            stop=body["stop"] or ([] if body["ignore_eos"] else None),
             stop_token_ids=body["stop_token_ids"] or None,
         )
         prompt = ModelInput.from_ints(body["prompt"])
@@ -167,6 +167,7 @@ def test_it_answers_as_the_client_here_does(
     for params in (
         SamplingParams(max_tokens=9, seed=3, temperature=0.8, top_k=40, top_p=0.9, stop_token_ids=[7]),
         SamplingParams(max_tokens=9, temperature=0, **NO_STOP),
+        SamplingParams(max_tokens=9, seed=1, stop=[]),
         SamplingParams(seed=1, stop=["a", "e"]),
         SamplingParams(seed=1, stop=[40, 41, 42, 43, 44, 45]),
     ):

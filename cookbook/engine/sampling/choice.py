@@ -28,10 +28,15 @@ _ELEMENTS_AT_A_TIME = {"cpu": 2**20, "cuda": 2**27}
 
 @dataclass(frozen=True)
 class Choice:
-    """What was chosen: token ids [R], and the model's own log-probability of each, before temperature."""
+    """What was chosen: token ids [R], and the model's own log-probability of each, before temperature.
+
+    Where a row has no distribution (`has_none_R`: a logit of nan or +inf, or none above -inf), its token is a
+    token of the vocabulary and means nothing.
+    """
 
     tokens_R: Tensor
     logprobs_R: Tensor
+    has_none_R: Tensor
 
 
 def choose(logits_RV: Tensor, params: Sequence[SamplingParams], uniforms: Sequence[float]) -> Choice:
@@ -47,7 +52,9 @@ def choose(logits_RV: Tensor, params: Sequence[SamplingParams], uniforms: Sequen
         for first in range(0, len(params), num_rows)
     ]
     return Choice(
-        torch.cat([part.tokens_R for part in parts]), torch.cat([part.logprobs_R for part in parts])
+        torch.cat([part.tokens_R for part in parts]),
+        torch.cat([part.logprobs_R for part in parts]),
+        torch.cat([part.has_none_R for part in parts]),
     )
 
 
@@ -56,6 +63,10 @@ def _choose(logits_RV: Tensor, params: Sequence[SamplingParams], uniforms: Seque
         return torch.tensor(values, dtype=dtype, device=logits_RV.device)[:, None]
 
     highest_R1, tokens_R1 = logits_RV.max(-1, keepdim=True)
+    has_none_R1 = ~highest_R1.isfinite()  # the maximum of anything and nan is nan
+    if has_none_R1.any():  # nan indexes outside the vocabulary below, so these rows become a plain one
+        logits_RV = logits_RV.masked_fill(has_none_R1, 0.0)
+        highest_R1, tokens_R1 = logits_RV.max(-1, keepdim=True)
     terms_RV = (logits_RV - highest_R1).exp_()
     log_total_R1 = terms_RV.sum(-1, keepdim=True).log_() + highest_R1
     drawn = [row for row, each in enumerate(params) if each.temperature > 0]
@@ -63,14 +74,21 @@ def _choose(logits_RV: Tensor, params: Sequence[SamplingParams], uniforms: Seque
         rows_R = torch.tensor(drawn, device=logits_RV.device)
         if len(drawn) < len(params):
             terms_RV = terms_RV[rows_R]
-        temperature_R1 = column([params[row].temperature for row in drawn], torch.float32)
+        temperature_R1 = column([_temperature(params[row]) for row in drawn], torch.float32)
         if any(params[row].temperature != 1 for row in drawn):
             terms_RV = ((logits_RV[rows_R] - highest_R1[rows_R]) / temperature_R1).exp_()
         terms_RV = _keep_top_k(terms_RV, [params[row].top_k for row in drawn])
         if any(params[row].top_p < 1 for row in drawn):
             terms_RV = _keep_top_p(terms_RV, column([params[row].top_p for row in drawn]))
         tokens_R1[rows_R] = _draw(terms_RV, column([uniforms[row] for row in drawn]))
-    return Choice(tokens_R1[:, 0], (logits_RV.gather(1, tokens_R1) - log_total_R1)[:, 0])
+    logprobs_R1 = logits_RV.gather(1, tokens_R1) - log_total_R1
+    return Choice(tokens_R1[:, 0], logprobs_R1[:, 0], has_none_R1[:, 0])
+
+
+def _temperature(params: SamplingParams) -> float:
+    """In the range of fp32: 0 would divide 0 by 0, and infinity divides -inf to nan."""
+    limits = torch.finfo(torch.float32)
+    return min(max(params.temperature, limits.tiny), limits.max)
 
 
 def _keep_top_k(terms_RV: Tensor, top_k: Sequence[int]) -> Tensor:

@@ -35,7 +35,11 @@ class Row:
 
 @dataclass(eq=False)
 class Slab:
-    """The rows of one capacity; `keys` and `values` are [rows there is room for, H, C, D] by layer."""
+    """The rows of one capacity; `keys` and `values` are [rows there is room for, H, C, D] by layer.
+
+    Behind its length a row has zeros, not what an earlier row in its place left: attention gives those
+    positions no weight, but no weight times nan is nan.
+    """
 
     capacity: int
     rows: list[Row] = field(default_factory=list)
@@ -52,7 +56,7 @@ class Slab:
         if place == len(self.rows):
             return
         for tensor in (*self.keys.values(), *self.values.values()):
-            tensor[place, :, : last.length] = tensor[last.place, :, : last.length]
+            tensor[place] = tensor[last.place]
         self.rows[place], last.place = last, place
 
     def with_room(self, tensor: Tensor | None, like_HTD: Tensor) -> Tensor:
@@ -121,6 +125,7 @@ class KVCache:
             for layer, tensor in origin.items():
                 target[layer] = to.with_room(target.get(layer), tensor[place])
                 target[layer][row.place, :, : source.capacity] = tensor[place]
+                target[layer][row.place, :, source.capacity :] = 0
         self._leave(source, place)
 
     def _leave(self, slab: Slab, place: int) -> None:
@@ -146,6 +151,7 @@ class KVCache:
                 new_HTD = new_1HTD[0, :, start:stop]
                 kept[layer] = slab.with_room(kept.get(layer), new_HTD)
                 kept[layer][places, :, : stop - start] = new_HTD
+                kept[layer][places, :, stop - start :] = 0
 
     def attend(
         self,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from cookbook.engine.base_model import BaseModel
 from cookbook.engine.job_future import JobFuture
@@ -43,7 +44,7 @@ class ScoreRequest:
 
     tokens_T: Sequence[int]
     is_likeliest_T: Sequence[bool | None] = ()
-    """Whether no token is likelier, in its place: there when the future is done."""
+    """Whether each token is the most likely one in its place: there when the future is done."""
     future: Future[list[float | None]] = field(default_factory=JobFuture)
 
 
@@ -59,7 +60,8 @@ def sample_request(
     on_token: OnToken | None = None,
 ) -> SampleRequest:
     """Raises RequestError for what cannot be sampled."""
-    params = params or SamplingParams()
+    params = _with_numbers(params or SamplingParams())
+    num_samples = _whole("num_samples", num_samples)
     _check_prompt(base, prompt_T)
     if num_samples < 1:
         raise RequestError(f"num_samples={num_samples}. Ask for at least one sample.")
@@ -90,6 +92,39 @@ def sample_request(
         include_prompt_logprobs,
         on_token=on_token,
     )
+
+
+def _with_numbers(params: SamplingParams) -> SamplingParams:
+    """The same with plain numbers: what is none would fail in the midst of other requests."""
+    whole: dict[str, Any] = {
+        name: _whole(name, value)
+        for name in ("max_tokens", "seed", "top_k")
+        if (value := getattr(params, name)) is not None
+    }
+    return replace(
+        params,
+        **whole,
+        temperature=_real("temperature", params.temperature),
+        top_p=_real("top_p", params.top_p),
+    )
+
+
+def _whole(name: str, value: Any) -> int:
+    try:
+        whole = int(value)
+        is_whole = bool(whole == value)
+    except (TypeError, ValueError, OverflowError):
+        is_whole = False
+    if not is_whole:
+        raise RequestError(f"{name}={value!r} cannot be sampled with. Use a whole number.")
+    return whole
+
+
+def _real(name: str, value: Any) -> float:
+    try:
+        return float(value + 0.0)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise RequestError(f"{name}={value!r} cannot be sampled with. Use a number.") from error
 
 
 def score_request(base: BaseModel, tokens_T: Sequence[int]) -> ScoreRequest:

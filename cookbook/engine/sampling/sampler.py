@@ -7,6 +7,7 @@ no long ones. What is sampled does not depend on the company: each continuation 
 from __future__ import annotations
 
 import logging
+import math
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
@@ -174,6 +175,9 @@ class _Batch:
             scores = iter(self._scores_of(sequences) if sequences else [])
             for index in indices:
                 logprobs, is_likeliest = next(scores) if lengths[index] else ([], [])
+                if (error := self._error_of_scores([None, *logprobs])) is not None:
+                    requests[index].future.set_exception(error)
+                    continue
                 requests[index].is_likeliest_T = [None, *is_likeliest]
                 requests[index].future.set_result([None, *logprobs])
         self._scores = []
@@ -204,8 +208,11 @@ class _Batch:
                 for continuation, handle in zip(copies, handles, strict=True):
                     continuation.handle = handle
                     self._running.append(continuation)
-                if logprobs is not None:
-                    self._answers[copies[0].request].prompt_logprobs = logprobs
+                if logprobs is None:
+                    continue
+                self._answers[copies[0].request].prompt_logprobs = logprobs
+                if (error := self._error_of_scores(logprobs)) is not None:
+                    self._fail(copies[0].request, error)
             copies_P = torch.tensor([len(copies) for copies in arriving], device=self._base.device)
             self._take_tokens(
                 [continuation for copies in arriving for continuation in copies],
@@ -253,11 +260,37 @@ class _Batch:
             [continuation.request.params for continuation in continuations],
             [continuation.uniform() for continuation in continuations],
         )
-        tokens, logprobs = choice.tokens_R.tolist(), choice.logprobs_R.tolist()
-        for continuation, token, logprob in zip(continuations, tokens, logprobs, strict=True):
-            continuation.add(token, logprob)
+        chosen = (of_R.tolist() for of_R in (choice.tokens_R, choice.logprobs_R, choice.has_none_R))
+        for continuation, token, logprob, has_none in zip(continuations, *chosen, strict=True):
+            if continuation.request not in self._answers:
+                continue  # it failed by its prompt, or by another of its samples
+            if has_none:
+                self._fail(continuation.request, _no_distribution(self._base, continuation.length))
+                continue
+            try:
+                continuation.add(token, logprob)
+            except Exception as error:  # of what came with the request: its stop rule, or whom it tells
+                if self._base.is_sharded:
+                    raise
+                self._fail(continuation.request, error)
+                continue
             if continuation.stop_reason is not None:
                 self._leave(continuation)
+
+    def _fail(self, request: SampleRequest, error: Exception) -> None:
+        """Answers one request with an error; the others go on."""
+        for continuation in self._answers.pop(request).continuations:
+            if continuation in self._running:
+                self._decoder.remove(continuation.handle)
+                self._running.remove(continuation)
+        self._waiting = deque(each for each in self._waiting if each.request is not request)
+        request.future.set_exception(error)
+
+    def _error_of_scores(self, logprobs: Sequence[float | None]) -> TrainingError | None:
+        """What a request is to be told for whose tokens the model has no probabilities."""
+        is_missing = (place for place, each in enumerate(logprobs) if each is not None and math.isnan(each))
+        first = next(is_missing, None)
+        return None if first is None else _no_distribution(self._base, first)
 
     def _leave(self, continuation: _Continuation) -> None:
         self._decoder.remove(continuation.handle)
@@ -313,6 +346,16 @@ class _Batch:
 
 def _not_cancelled(requests: Iterable[Request]) -> list[Request]:
     return [request for request in requests if request.future.set_running_or_notify_cancel()]
+
+
+def _no_distribution(base: BaseModel, num_tokens: int) -> TrainingError:
+    dtype = str(base.dtype).removeprefix("torch.")
+    return TrainingError(
+        f"{base.name} has no probabilities for the token behind the first {num_tokens}: its logits there are "
+        f"nan or infinite. The weights that are sampled from have diverged, or a number is too large for "
+        f"dtype={dtype}. Sample from an earlier checkpoint, train with a lower learning_rate, or use "
+        f"dtype=float32."
+    )
 
 
 def _to_score(tokens_T: Sequence[int]) -> TokenSequence:

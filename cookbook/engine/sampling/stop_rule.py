@@ -16,7 +16,7 @@ class StopRule:
         self._strings = [item for item in stop if isinstance(item, str)]
         self._token_ids = {int(item) for item in stop if not isinstance(item, str)}
         self._token_ids.update(params.stop_token_ids or ())
-        if not self._strings and not self._token_ids:
+        if params.stop is None and not self._token_ids:
             self._token_ids = _end_of_sequence_ids(base)
         self._decode = base.tokenizer.decode
         self._tail_tokens = max((len(string.encode()) for string in self._strings), default=0) + 4
@@ -32,7 +32,7 @@ class StopRule:
 
 
 def stop_items(params: SamplingParams) -> list[str | int]:
-    return [params.stop] if isinstance(params.stop, str) else list(params.stop or [])
+    return [params.stop] if isinstance(params.stop, str) else list(params.stop or ())
 
 
 def _end_of_sequence_ids(base: BaseModel) -> set[int]:

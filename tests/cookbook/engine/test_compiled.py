@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
+from cookbook import AdamParams, SamplingParams, ServiceClient
 from cookbook.engine.base_model import BaseModel
+from cookbook.engine.compiling import compile_layers
 from cookbook.engine.options import EngineOptions
 from cookbook.engine.trainer import Trainer
 from cookbook.errors import ConfigError
@@ -38,6 +42,53 @@ def test_compiled_layers_give_the_same_losses_and_gradients(
     assert gradients[0]
     for one, other in zip(*gradients, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-5 * float(one.abs().max()))
+
+
+@pytest.mark.slow
+def test_snapshots_evaluations_and_other_clients_compile_nothing_anew(
+    tiny_qwen3: str, tmp_path: Path
+) -> None:
+    """Twelve of each in turn: more than the eight variants of a layer that torch keeps."""
+    service = ServiceClient(device="cpu", compile=True, checkpoint_dir=tmp_path)
+    client = service.create_lora_training_client(tiny_qwen3, rank=4, seed=0)
+    prompt, params = ModelInput.from_ints([5, 17, 31]), SamplingParams(max_tokens=4, seed=0)
+    snapshots, compiled, clients = [], [], [client]
+    counters.clear()
+    for number in range(12):
+        for each in clients:
+            each.forward_backward(make_data()).result()
+            each.optim_step(AdamParams()).result()
+        client.forward(make_data()[: 1 + number % 3]).result()
+        path = client.save_weights_for_sampler(f"step-{number}").result().path
+        for snapshot in (
+            client.save_weights_and_get_sampling_client(),
+            service.create_sampling_client(path),
+            service.create_sampling_client(base_model=tiny_qwen3),
+        ):
+            snapshot.sample(prompt, 2, params).result()
+            snapshot.compute_logprobs(prompt).result()
+            snapshots.append(snapshot)
+        compiled.append((counters["stats"]["unique_graphs"], counters["frames"]["total"]))
+        if number:
+            clients.append(service.create_lora_training_client(tiny_qwen3, rank=4, seed=number))
+    assert compiled[0][0] > 0
+    assert set(compiled) == {compiled[0]}
+    service.close()
+
+
+def test_torch_reaching_its_limit_of_variants_is_warned_about(caplog: pytest.LogCaptureFixture) -> None:
+    compile_layers([])
+
+    @torch.compile(backend="eager")
+    def add_length(x: torch.Tensor, name: str) -> torch.Tensor:
+        return x + len(name)  # compiled anew for every name, as a layer was for every adapter's
+
+    with torch._dynamo.config.patch(recompile_limit=2), caplog.at_level(logging.WARNING, "cookbook"):
+        for number, is_warned in ((1, False), (2, False), (3, True)):
+            assert add_length(torch.zeros(2), "a" * number).tolist() == [number, number]
+            assert ("compile=True" in caplog.text) == is_warned
+    assert "compile=True: torch has compiled a part of a layer for as many kinds of passes" in caplog.text
+    assert "run without compilation from now on" in caplog.text
 
 
 @pytest.mark.parametrize("options", [{"compile": True}, {"gradient_checkpointing": "on"}])

@@ -228,12 +228,24 @@ def test_a_target_is_likeliest_where_argmax_over_all_logits_finds_it(
     torch.testing.assert_close(logprobs_S, score(head, hidden_SD, mixed_S), rtol=0, atol=0)
 
 
-def test_tokens_that_tie_for_the_first_place_are_all_likeliest_in_whatever_block_they_are() -> None:
+def test_a_target_that_ties_for_the_first_place_is_not_the_most_likely_in_whatever_block_they_are() -> None:
     head = make_head()
     hidden_SD, _, _ = make_positions()
     weight_VD = head.weight_VD.clone()
     weight_VD[[3, 25, 49]] = 20 * hidden_SD[0]
-    tied = Head(weight_VD)
     targets = torch.tensor([3, 25, 49, 4])
-    _, is_likeliest = score_and_compare(tied, hidden_SD[:1].expand(4, -1), targets)
-    assert is_likeliest.tolist() == [True, True, True, False]
+    hidden_SD = hidden_SD[:1].expand(4, -1)
+    assert score_and_compare(Head(weight_VD), hidden_SD, targets).is_likeliest_S.tolist() == [False] * 4
+    weight_VD[25] *= 1.01
+    _, is_likeliest = score_and_compare(Head(weight_VD), hidden_SD, targets)
+    assert is_likeliest.tolist() == [False, True, False, False]
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_a_model_of_equal_logits_or_nan_has_guessed_no_token(softcap: float | None) -> None:
+    """Neither the first nor the last entry of the vocabulary, and none of one of a single token's lead."""
+    head = make_head(softcap=softcap)
+    targets = torch.arange(head.vocab_size)
+    for value in (0.0, torch.nan):
+        hidden_SD = torch.full((head.vocab_size, HIDDEN_SIZE), value)
+        assert not score_and_compare(head, hidden_SD, targets).is_likeliest_S.any()

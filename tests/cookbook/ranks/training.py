@@ -120,7 +120,9 @@ def steps(
 
 def goes_on(path: str, folder: str, shard: str = "none", dtype: str = "float32") -> dict[str, Any]:
     """One step on from a checkpoint: what was loaded, and what came of the step."""
-    service = ServiceClient("cpu", dtype, folder, max_tokens_per_microbatch=64, shard=shard)
+    service = ServiceClient(
+        device="cpu", dtype=dtype, checkpoint_dir=folder, max_tokens_per_microbatch=64, shard=shard
+    )
     client = service.create_training_client_from_state_with_optimizer(path)
     trainer = client._trainer
 
@@ -137,7 +139,9 @@ def goes_on(path: str, folder: str, shard: str = "none", dtype: str = "float32")
 
 def samples(model: str, folder: str, rank: int, shard: str) -> dict[str, Any]:
     """What is sampled after a step, what is scored, and that a snapshot stays as it is."""
-    service = ServiceClient("cpu", "float32", folder, max_tokens_per_microbatch=64, shard=shard)
+    service = ServiceClient(
+        device="cpu", dtype="float32", checkpoint_dir=folder, max_tokens_per_microbatch=64, shard=shard
+    )
     client = service.create_lora_training_client(model, rank=rank, seed=0)
     client.forward_backward(plain(make_data([30, 9, 50, 4])))
     client.optim_step(ADAM)
@@ -169,7 +173,7 @@ def limits(model: str, folder: str, shard: str) -> dict[str, Any]:
 
     Layers without an adapter keep their weights for the backward pass.
     """
-    service = ServiceClient("cpu", "float32", folder, shard=shard)
+    service = ServiceClient(device="cpu", dtype="float32", checkpoint_dir=folder, shard=shard)
     client = service.create_lora_training_client(model, rank=4, seed=0, train_mlp=False)
     trainer = client._trainer
     cost = client._engine.submit(trainer.base._activation_cost, trainer.adapter).result()
@@ -181,7 +185,9 @@ def scarce(
     model: str, folder: str, shard: str, most_tokens: dict[str, int], passes: int = 2
 ) -> dict[str, Any]:
     """Passes with memory for so many tokens at once, process by process."""
-    service = ServiceClient("cpu", "float32", folder, max_tokens_per_microbatch=64, shard=shard)
+    service = ServiceClient(
+        device="cpu", dtype="float32", checkpoint_dir=folder, max_tokens_per_microbatch=64, shard=shard
+    )
     client = service.create_lora_training_client(model, rank=4, seed=0)
     trainer = client._trainer
     most = most_tokens.get(os.environ.get("RANK", "0"), 10**6)
@@ -212,7 +218,9 @@ def decided(model: str, folder: str, memory: dict[str, float], rank: int) -> boo
     """Whether weights are dealt out on devices of so many bytes, which differ."""
     memory_here = memory[os.environ["RANK"]]
     sharding.usable_memory = lambda device: memory_here  # type: ignore[assignment]
-    service = ServiceClient("cpu", "bfloat16", folder, max_tokens_per_microbatch=64)
+    service = ServiceClient(
+        device="cpu", dtype="bfloat16", checkpoint_dir=folder, max_tokens_per_microbatch=64
+    )
     client = service.create_lora_training_client(model, rank=rank, seed=0)
     is_sharded = client.samples_together
     client.forward_backward(plain(make_data([30, 9, 50, 4, 21])))
@@ -223,7 +231,9 @@ def decided(model: str, folder: str, memory: dict[str, float], rank: int) -> boo
 
 def in_bfloat16(model: str, folder: str, shard: str) -> dict[str, Any]:
     """Losses of a full fine-tune whose weights are rounded and whose masters are not."""
-    service = ServiceClient("cpu", "bfloat16", folder, max_tokens_per_microbatch=64, shard=shard)
+    service = ServiceClient(
+        device="cpu", dtype="bfloat16", checkpoint_dir=folder, max_tokens_per_microbatch=64, shard=shard
+    )
     client = service.create_lora_training_client(model, rank=0, seed=0)
     losses = []
     for _ in range(4):

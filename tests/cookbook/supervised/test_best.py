@@ -196,7 +196,7 @@ def test_a_best_that_is_saved_in_turn_is_saved_once(
 
     def counting(self: TrainingClient, name: str, overwrite: bool = False) -> Any:
         saved.append(name)
-        return save_state(self, name, overwrite)
+        return save_state(self, name, overwrite=overwrite)
 
     monkeypatch.setattr(TrainingClient, "save_state", counting)
     run(make_config([0.0, 0.1, 0.5, 0.4, 0.5], save_every=2))

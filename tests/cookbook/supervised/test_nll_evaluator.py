@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cookbook import Datum, ModelInput, ServiceClient, TrainingClient
 from cookbook.errors import DataError
@@ -197,3 +197,20 @@ def test_data_without_a_trained_token_are_refused(client: TrainingClient) -> Non
 
     with pytest.raises(DataError, match="no trained token"):
         evaluate(client, Empty(Datum(ModelInput.from_ints([1]))))
+
+
+def test_a_model_of_equal_logits_has_guessed_no_token(
+    tiny_qwen3: str, held_out: Callable[..., SupervisedDataset], chats: list, tmp_path: Path
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_qwen3)
+    model.get_output_embeddings().weight.data.zero_()
+    model.save_pretrained(tmp_path / "model")
+    AutoTokenizer.from_pretrained(tiny_qwen3).save_pretrained(tmp_path / "model")
+    service = ServiceClient(device="cpu")
+    uniform = service.create_lora_training_client(str(tmp_path / "model"), rank=2, seed=0)
+    found = asyncio.run(NLLEvaluator(held_out(chats[:9]))(uniform))
+    assert found["test/nll"] == pytest.approx(math.log(uniform.get_info().model_data.num_logits), rel=1e-6)
+    assert {path: value for path, value in found.items() if path.endswith("token_accuracy")} == {
+        path: 0.0 for path in found if path.endswith("token_accuracy")
+    }
+    service.close()

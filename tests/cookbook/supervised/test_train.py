@@ -279,6 +279,44 @@ def test_a_run_that_diverges_stops_with_advice(make_config: MakeConfig) -> None:
         )
 
 
+def test_a_run_whose_logits_become_equal_and_stay_so_has_diverged(make_config: MakeConfig) -> None:
+    """Squares overflow, so norms give zeros, and every number that is looked at is finite."""
+    with pytest.raises(
+        TrainingError, match=r"diverged at step \d: train/nll stays at 5.9\d*, the logarithm of"
+    ):
+        asyncio.run(train.main(make_config(learning_rate=1e3, lora_rank=0, max_steps=9, num_epochs=9)))
+
+
+@pytest.fixture
+def without_a_head(tiny_qwen3: str, tmp_path: Path) -> str:
+    """A model whose projection to the vocabulary is zero, as some are before they are trained."""
+    shutil.copytree(tiny_qwen3, tmp_path / "model")
+    model = AutoModelForCausalLM.from_pretrained(tiny_qwen3)
+    model.get_output_embeddings().weight.data.zero_()
+    model.save_pretrained(tmp_path / "model")
+    return str(tmp_path / "model")
+
+
+def test_a_model_that_begins_with_equal_logits_and_leaves_them_has_not_diverged(
+    make_config: MakeConfig, without_a_head: str
+) -> None:
+    config = make_config(model_name=without_a_head, max_steps=3, num_epochs=9)
+    assert asyncio.run(train.main(config)).is_finished
+    first, *later = [row["train/nll"] for row in rows_of(config) if "train/nll" in row]
+    num_logits = ServiceClient(device="cpu").create_lora_training_client(without_a_head, rank=1)
+    uniform = np.log(num_logits.get_info().model_data.num_logits)
+    assert first == pytest.approx(uniform, rel=1e-6)
+    assert all(abs(nll - uniform) > 1e-3 for nll in later)
+
+
+def test_a_model_that_cannot_leave_equal_logits_is_called_diverged(
+    make_config: MakeConfig, without_a_head: str
+) -> None:
+    config = make_config(model_name=without_a_head, train_unembed=False, max_steps=9, num_epochs=9)
+    with pytest.raises(TrainingError, match="Training diverged at step 1: train/nll stays at"):
+        asyncio.run(train.main(config))
+
+
 # -- datasets and evaluators of one's own -----------------------------------------------------
 
 

@@ -92,3 +92,46 @@ def test_a_token_that_is_out_of_the_question_is_never_drawn() -> None:
     choice = choose(logits_RV, [SamplingParams(top_p=p) for p in (1.0, 0.5, 1.0)], uniforms)
     assert choice.tokens_R.tolist() == [1500] * 3
     assert choice.logprobs_R.tolist() == [0.0] * 3
+
+
+BAD_LOGITS = [(place, value) for value in (math.nan, math.inf) for place in (0, 1500, VOCAB_SIZE - 1)]
+TEMPERATURES = [0, 1e-320, 1e-46, 1e-30, 1.0, 1e30, 1e39, math.inf]
+
+
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+@pytest.mark.parametrize("top_p", [1.0, 0.9, 1e-6])
+@pytest.mark.parametrize("top_k", [-1, 1, 40])
+def test_a_row_without_a_distribution_is_marked_and_leaves_the_others_as_they_are(
+    top_k: int, top_p: float, temperature: float
+) -> None:
+    """Its token lies in the vocabulary: outside of it, CUDA would end the process."""
+    logits_V = torch.randn(VOCAB_SIZE, generator=torch.Generator().manual_seed(3))
+    rows = [logits_V, torch.full_like(logits_V, -torch.inf), torch.full_like(logits_V, torch.nan)]
+    for place, value in BAD_LOGITS:
+        rows.append(logits_V.clone())
+        rows[-1][place] = value
+    rows.append(logits_V)
+    params = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p)
+    for uniform in (0.0, 0.4, 1 - 2**-53):
+        found = choose(torch.stack(rows), [params] * len(rows), [uniform] * len(rows))
+        alone = choose(logits_V[None], [params], [uniform])
+        assert found.has_none_R.tolist() == [False, *[True] * (len(rows) - 2), False]
+        assert ((found.tokens_R >= 0) & (found.tokens_R < VOCAB_SIZE)).all()
+        for row in (0, -1):
+            assert found.tokens_R[row] == alone.tokens_R[0]
+            assert found.logprobs_R[row] == alone.logprobs_R[0]
+        assert not alone.has_none_R[0]
+
+
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+def test_no_temperature_draws_what_is_masked_and_the_smallest_are_greedy(temperature: float) -> None:
+    logits_V = torch.randn(VOCAB_SIZE, generator=torch.Generator().manual_seed(4))
+    logits_V[::2] = -torch.inf
+    params = [SamplingParams(temperature=temperature)] * len(UNIFORMS)
+    choice = choose(logits_V.expand(len(UNIFORMS), -1), params, UNIFORMS)
+    assert (choice.tokens_R % 2 == 1).all()
+    assert choice.logprobs_R.isfinite().all()
+    if temperature < 1e-20:
+        assert set(choice.tokens_R.tolist()) == {int(logits_V.argmax())}
+    if temperature > 1e20:
+        assert len(set(choice.tokens_R.tolist())) == len(UNIFORMS) - 1  # 0 and 1e-9 find the first

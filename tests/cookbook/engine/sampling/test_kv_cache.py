@@ -96,3 +96,40 @@ def test_every_new_position_sees_all_that_went_before_it_in_its_row_alone(option
 def test_no_row_is_padded_by_more_than_half() -> None:
     for length in range(1, 20_000):
         assert length <= capacity_for(length) <= max(64, 1.5 * length)
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_nan_that_a_row_leaves_behind_reaches_none_that_comes_after_it(options: dict[str, Any]) -> None:
+    """In its place, in the place that the last row gave up, and in a slab that a row grows into."""
+    torch.manual_seed(0)
+    cache, layer = KVCache(), nn.Module()
+
+    def arrive(*arriving: Continuation) -> None:
+        cache.expect_prompts([[each.row] for each in arriving])
+        run_pass(layer, cache, [each.tensors for each in arriving], options)
+
+    def step(there: list[Continuation]) -> None:
+        for each in there:
+            each.grow()
+        order = cache.expect_tokens([each.row for each in there])
+        last = [[tensor[:, -1:] for tensor in there[index].tensors] for index in order]
+        found = run_pass(layer, cache, last, options)
+        for place, index in enumerate(order):
+            torch.testing.assert_close(found[place], there[index].attend(options)[-1], rtol=1e-5, atol=1e-6)
+
+    def spoilt(length: int) -> Continuation:
+        made = Continuation(length)
+        made.tensors = [tensor * torch.nan for tensor in made.tensors]
+        return made
+
+    broken, long, grown = spoilt(60), spoilt(90), Continuation(62)
+    first = [broken, Continuation(20), long, Continuation(70), grown]
+    arrive(*first)
+    for each in (broken, long):
+        cache.remove(each.row)
+    there = [first[1], first[3], grown]
+    for _ in range(4):  # `grown` moves to the slab where `long` was
+        step(there)
+    there += [Continuation(5), Continuation(66)]
+    arrive(*there[-2:])
+    step(there)

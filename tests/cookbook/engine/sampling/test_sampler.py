@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM
 
 from cookbook.engine.adapters import Adapter
 from cookbook.engine.base_model import BaseModel
-from cookbook.engine.sampling import sampler
+from cookbook.engine.sampling import decoders, sampler
 from cookbook.engine.sampling.decoders import PackedDecoder
-from cookbook.engine.sampling.requests import Request, sample_request, score_request
+from cookbook.engine.sampling.requests import Request, ScoreRequest, sample_request, score_request
 from cookbook.engine.sampling.sampler import Prepared, Sampler
 from cookbook.errors import RequestError, TrainingError
 from cookbook.types import LoraConfig, SampleResponse, SamplingParams
@@ -489,3 +489,382 @@ def test_an_empty_prompt_is_refused(base: BaseModel) -> None:
         run(base, prompt=[])
     with pytest.raises(RequestError, match="The prompt is empty"):
         compute_logprobs(base, None, [])
+
+
+# -- logits that are not finite -------------------------------------------------------------------
+
+BROKEN = 200
+"""A token whose embedding is nan in `broken_base`: whatever reads it has no distribution from there on."""
+SOUND_PROMPTS = [[5, 17, 31, 8], [7], list(range(20, 40)), [9] * 70]
+
+
+@pytest.fixture(scope="module", params=["packed", "whole", "rereading"])
+def broken_base(request: pytest.FixtureRequest, make_model_folder: Any, tmp_path_factory: Any) -> BaseModel:
+    folder = tmp_path_factory.mktemp("models") / request.param
+    family = {"packed": "qwen3", "whole": "stablelm", "rereading": "qwen3"}[request.param]
+    base = BaseModel(str(make_model_folder(folder, family)))
+    with torch.no_grad():
+        base.model.get_input_embeddings().weight[BROKEN] = torch.nan
+        if request.param == "rereading":
+            base.make_decoder = decoders.RereadingDecoder
+        else:
+            decoders.make_decoder(base)
+    assert base.decodes_packed == (True if request.param == "packed" else None if base.is_packed else False)
+    return base
+
+
+def outcome(request: Request) -> Any:
+    error = request.future.exception(timeout=0)
+    return request.future.result() if error is None else error
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"temperature": 0},
+        {},
+        {"top_k": 5},
+        {"top_p": 0.8},
+        {"temperature": 1e-30},
+        {"temperature": 1e38, "top_p": 0.5, "top_k": 3},
+        {"include_prompt_logprobs": True, "num_samples": 3},
+    ],
+)
+def test_a_prompt_that_leads_to_nan_fails_alone(broken_base: BaseModel, settings: dict[str, Any]) -> None:
+    """With others that wait at the same time, and with those that join later. One that draws the broken token
+    itself, and reads it, fails too."""
+    prompts = [SOUND_PROMPTS[0], [5, BROKEN, 3], SOUND_PROMPTS[1], [BROKEN] * 70, *SOUND_PROMPTS[2:]]
+    expected = []
+    for prompt in prompts:
+        request = make_request(broken_base, prompt=prompt, **settings)
+        Sampler(broken_base, prepared_with(None)).run(request, list)
+        expected.append(outcome(request))
+        assert isinstance(expected[-1], TrainingError) or BROKEN not in prompt
+    assert sum(isinstance(each, SampleResponse) for each in expected) > 1
+    requests = [make_request(broken_base, prompt=prompt, **settings) for prompt in prompts]
+    together, later = requests[:3], requests[3:]
+    asked = 0
+
+    def take_waiting() -> list[Request]:
+        nonlocal asked
+        asked += 1
+        if asked == 1:
+            return together[1:]
+        return [later.pop(0)] if later and asked % 2 else []
+
+    Sampler(broken_base, prepared_with(None)).run(together[0], take_waiting)
+    for request, response in zip(requests, expected, strict=True):
+        found = outcome(request)
+        if isinstance(response, TrainingError):
+            assert isinstance(found, TrainingError)
+            assert "nan or infinite" in str(found)
+            assert str(found) == str(response)
+        else:
+            assert_same(found, response)
+
+
+def test_nan_behind_a_sampled_token_fails_that_request_alone(base: BaseModel, adapter: Adapter) -> None:
+    """One of its samples reads the token; the others of that request end with it."""
+    prompts = [[5, 17, 31, 8], *([7 + number, 40 - number] for number in range(6))]
+    settings = {"num_samples": 3, "max_tokens": 30, "temperature": 1.3}
+    expected = [run(base, adapter, prompt=prompt, **settings) for prompt in prompts]
+    counts = [
+        {token for sequence in response.sequences for token in sequence.tokens[:-1]} for response in expected
+    ]
+    chosen = next(
+        token
+        for token in expected[0].sequences[1].tokens[3:]
+        if 0 < sum(token in others for others in counts) < len(prompts)
+        and not any(token in prompt for prompt in prompts)
+    )
+    weight = base.model.get_input_embeddings().weight
+    before = weight[chosen].clone()
+    requests = [make_request(base, prompt=prompt, **settings) for prompt in prompts]
+    waiting = requests[1:]
+    with torch.no_grad():
+        weight[chosen] = torch.nan
+        try:
+            Sampler(base, prepared_with(adapter)).run(
+                requests[0], lambda: [waiting.pop(0)] if waiting else []
+            )
+        finally:
+            weight[chosen] = before
+    for request, response, tokens in zip(requests, expected, counts, strict=True):
+        if chosen in tokens:
+            assert isinstance(outcome(request), TrainingError)
+        else:
+            assert_same(outcome(request), response)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_scores_that_are_nan_fail_alone(broken_base: BaseModel, value: float) -> None:
+    texts = [[5, 17, 31, 8], [5, BROKEN, 3, 4], [7], [3, 4, BROKEN], [9] * 70]
+    requests: list[Request] = [score_request(broken_base, text) for text in texts]
+    weight = broken_base.model.get_input_embeddings().weight
+    with torch.no_grad():
+        weight[BROKEN] = value
+        waiting = requests[1:]
+        Sampler(broken_base, prepared_with(None)).run(
+            requests[0], lambda: [waiting.pop() for _ in requests[1:] if waiting]
+        )
+        weight[BROKEN] = torch.nan
+    assert isinstance(outcome(requests[1]), TrainingError)
+    for index in (0, 2, 3, 4):  # nothing is asked of what follows the last token
+        assert outcome(requests[index])[1:] == pytest.approx(
+            compute_logprobs(broken_base, None, texts[index])[1:], abs=1e-4
+        )
+
+
+def test_weights_of_nan_fail_every_request_and_no_other_model(base: BaseModel, adapter: Adapter) -> None:
+    """Also before anything was sampled from the model, when its decoders are still to be compared."""
+    other = BaseModel(base.name)
+    diverged = moved(other)
+    with torch.no_grad():
+        next(iter(diverged.weights.values())).fill_(torch.nan)
+    for _ in range(2):
+        request = make_request(other, prompt=PROMPT)
+        Sampler(other, prepared_with(diverged)).run(request, list)
+        assert isinstance(outcome(request), TrainingError)
+    assert_same(run(other), run(base))
+    assert other.decodes_packed
+
+
+def test_a_request_whose_listener_fails_fails_alone(base: BaseModel, adapter: Adapter) -> None:
+    def refuse(index: int, token: int) -> None:
+        raise RuntimeError("nobody is there")
+
+    requests = [make_request(base, prompt=prompt, seed=1) for prompt in SOUND_PROMPTS]
+    assert not isinstance(requests[1], ScoreRequest)
+    requests[1].on_token = refuse
+    waiting = requests[1:]
+    Sampler(base, prepared_with(adapter)).run(requests[0], lambda: [waiting.pop(0)] if waiting else [])
+    assert "nobody is there" in str(outcome(requests[1]))
+    for index in (0, 2, 3):
+        assert_same(outcome(requests[index]), run(base, adapter, prompt=SOUND_PROMPTS[index], seed=1))
+
+
+# -- what stops, and what is asked for in other numbers ---------------------------------------------
+
+
+@pytest.mark.parametrize("stop", [[], ()])
+def test_a_stop_without_an_entry_stops_at_nothing(
+    base: BaseModel, make_model_folder: Any, tmp_path: Path, stop: Any
+) -> None:
+    greedy = run(base, temperature=0).sequences[0].tokens
+    stopping = BaseModel(str(make_model_folder(tmp_path / "model", eos_token_id=[0, greedy[2]])))
+    settings = {"temperature": 0, "stop_token_ids": None}
+    assert run(stopping, **settings).sequences[0].stop_reason == "stop"
+    (sequence,) = run(stopping, stop=stop, **settings).sequences
+    assert (sequence.tokens, sequence.stop_reason) == (greedy, "length")
+    (sequence,) = run(stopping, stop=stop, temperature=0, stop_token_ids=[greedy[4]]).sequences
+    assert sequence.tokens == greedy[: greedy.index(greedy[4]) + 1]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"top_k": 2.5}, "top_k=2.5"),
+        ({"top_k": "5"}, "top_k='5'"),
+        ({"max_tokens": 2.5}, "max_tokens=2.5"),
+        ({"seed": 0.5}, "seed=0.5"),
+        ({"num_samples": 1.5}, "num_samples=1.5"),
+        ({"temperature": "1"}, "temperature='1'"),
+        ({"temperature": 10**400}, "temperature=1000"),
+        ({"top_p": None}, "top_p=None"),
+    ],
+)
+def test_what_is_no_number_is_refused_before_it_meets_other_requests(
+    base: BaseModel, given: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(RequestError, match=message):
+        make_request(base, **given)
+
+
+# -- decoders ------------------------------------------------------------------------------------
+
+MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_n_groups": 1, "mamba_d_state": 8}
+LONG_ROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "short_factor": [1.0] * 4,
+    "long_factor": [4.0] * 4,
+    "original_max_position_embeddings": 12,
+}
+DECODED: dict[str, tuple[str, dict[str, Any], type[decoders.Decoder]]] = {
+    "bamba": ("bamba", {**MAMBA, "attn_layer_indices": [1]}, decoders.WholeModelDecoder),
+    "mamba": ("mamba", {}, decoders.WholeModelDecoder),
+    "mamba2": (
+        "mamba2",
+        {"num_heads": 4, "head_dim": 16, "n_groups": 1, "state_size": 8},
+        decoders.WholeModelDecoder,
+    ),
+    "jamba": (
+        "jamba",
+        {
+            "attn_layer_period": 2,
+            "attn_layer_offset": 1,
+            "expert_layer_period": 2,
+            "expert_layer_offset": 1,
+            "num_experts": 4,
+            "mamba_d_state": 8,
+            "mamba_dt_rank": 4,
+            "use_mamba_kernels": False,
+        },
+        decoders.WholeModelDecoder,
+    ),
+    "zamba2": (
+        "zamba2",
+        {
+            "num_key_value_heads": 4,
+            "attention_head_dim": 16,
+            "attention_hidden_size": 64,
+            "mamba_d_state": 8,
+            "n_mamba_heads": 4,
+            "mamba_headdim": 16,
+            "mamba_ngroups": 1,
+            "num_hidden_layers": 4,
+            "hybrid_layer_ids": [1, 3],
+            "layers_block_type": ["mamba", "hybrid"] * 2,
+            "use_mem_rope": True,
+            "adapter_rank": 4,
+        },
+        decoders.RereadingDecoder,
+    ),
+    "falcon_h1": ("falcon_h1", {**MAMBA, "mamba_d_ssm": 64}, decoders.WholeModelDecoder),
+    "recurrent_gemma": (
+        "recurrent_gemma",
+        {
+            "lru_width": 32,
+            "attention_window_size": 8,
+            "block_types": ["recurrent", "attention"],
+            "conv1d_width": 4,
+        },
+        decoders.RereadingDecoder,
+    ),
+    "granitemoehybrid": (
+        "granitemoehybrid",
+        {
+            **MAMBA,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "shared_intermediate_size": 16,
+            "layer_types": ["mamba", "attention"],
+            "position_embedding_type": "rope",
+        },
+        decoders.WholeModelDecoder,
+    ),
+    "minimax": (
+        "minimax",
+        {
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "layer_types": ["linear_attention", "full_attention"],
+            "block_size": 8,
+        },
+        decoders.RereadingDecoder,
+    ),
+    "rwkv": ("rwkv", {"attention_hidden_size": 32, "context_length": 256}, decoders.RereadingDecoder),
+    "mpt": (
+        "mpt",
+        {"d_model": 32, "n_heads": 4, "n_layers": 2, "expansion_ratio": 2, "max_seq_len": 256},
+        decoders.WholeModelDecoder,
+    ),
+    "longrope": (
+        "phi3",
+        {"rope_parameters": LONG_ROPE, "original_max_position_embeddings": 12},
+        decoders.WholeModelDecoder,
+    ),
+}
+
+
+def greedy_without_a_cache(base: BaseModel, prompt: list[int], num_tokens: int) -> list[int]:
+    tokens = list(prompt)
+    for _ in range(num_tokens):
+        with torch.no_grad():
+            tokens.append(int(base.model(torch.tensor([tokens]), use_cache=False).logits[0, -1].argmax()))
+    return tokens[len(prompt) :]
+
+
+@pytest.mark.parametrize("family", DECODED)
+def test_every_family_is_sampled_from_as_its_own_forward_pass_without_a_cache(
+    family: str, make_model_folder: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Prompts of different lengths sampled together, two copies of each; longrope past its border."""
+    model_type, config, decoder = DECODED[family]
+    base = BaseModel(str(make_model_folder(tmp_path / family, model_type, **config)))
+    prompts = [[7], PROMPT, list(range(20, 31))]
+    settings = {"temperature": 0, "max_tokens": 8, "num_samples": 2}
+    found = answer(base, None, [make_request(base, prompt=prompt, **settings) for prompt in prompts])
+    for prompt, response in zip(prompts, found, strict=True):
+        expected = greedy_without_a_cache(base, prompt, 8)
+        assert [sequence.tokens for sequence in response.sequences] == [expected, expected]
+        if family == "longrope" and len(prompt) < 12 <= len(prompt) + 8:
+            continue  # a pass over all of it rotates the first positions in another way than they had
+        plain = plain_logprobs(base, None, prompt + expected)
+        reported = [plain[len(prompt) - 1 + t, token].item() for t, token in enumerate(expected)]
+        assert response.sequences[0].logprobs == pytest.approx(reported, abs=1e-4)
+    assert base.make_decoder is decoder
+    assert ("falls back to RereadingDecoder" in caplog.text) == (decoder is decoders.RereadingDecoder)
+
+
+class WithoutPositions(decoders.WholeModelDecoder):
+    """Wrong for a model that does not count what is in its cache."""
+
+    def __init__(self, base: BaseModel) -> None:
+        super().__init__(base)
+        self._takes_positions = False
+
+
+class AlwaysAtTheBegin(PackedDecoder):
+    """Wrong for any model that has positions."""
+
+    def step(self, handles: Any, tokens: Any) -> Any:
+        lengths = [handle.length for handle in handles]
+        hidden_of = self._base.hidden_of
+        try:
+            self._base.hidden_of = lambda ids, positions, layout: hidden_of(ids, 0 * positions, layout)  # type: ignore[method-assign]
+            return super().step(handles, tokens)
+        finally:
+            del self._base.hidden_of
+            assert [handle.length for handle in handles] == [length + 1 for length in lengths]
+
+
+class MixesCopies(PackedDecoder):
+    """Wrong once there are several."""
+
+    def step(self, handles: Any, tokens: Any) -> Any:
+        return super().step(handles, tokens).flip(0)
+
+
+class Raises(PackedDecoder):
+    def start(self, prompts: Any) -> Any:
+        raise IndexError("no such position")
+
+
+@pytest.mark.parametrize(
+    ("model_type", "config", "wrong"),
+    [
+        ("bamba", DECODED["bamba"][1], WithoutPositions),
+        ("qwen3", {}, AlwaysAtTheBegin),
+        ("qwen3", {}, MixesCopies),
+        ("qwen3", {}, Raises),
+    ],
+)
+def test_a_decoder_that_is_wrong_for_a_model_is_found_and_said(
+    model_type: str,
+    config: dict[str, Any],
+    wrong: type[decoders.Decoder],
+    make_model_folder: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    base = BaseModel(str(make_model_folder(tmp_path / "model", model_type, **config)))
+    monkeypatch.setattr(decoders, "_DECODERS", (wrong, wrong, decoders.RereadingDecoder))
+    (sequence,) = run(base, temperature=0, max_tokens=6).sequences
+    assert sequence.tokens == greedy_without_a_cache(base, PROMPT, 6)
+    assert base.make_decoder is decoders.RereadingDecoder
+    assert f"is not sampled from with {wrong.__name__}" in caplog.text
+    run(base, temperature=0, max_tokens=2)
+    warnings = [record for record in caplog.records if "falls back" in record.getMessage()]
+    assert len(warnings) == (2 if base.is_packed else 1), "a model is tried once"
