@@ -28,7 +28,8 @@ class HubName:
     def parse(cls, spec: str) -> HubName | None:
         """None where `spec` is no name of a dataset on the hub."""
         hub_id, *rest = spec.split(":")
-        if hub_id.count("/") != 1 or not all(hub_id.split("/")) or len(rest) > 2:
+        is_path = hub_id.startswith((".", "~"))
+        if is_path or hub_id.count("/") != 1 or not all(hub_id.split("/")) or len(rest) > 2:
             return None
         config, split = [*rest, "", ""][:2]
         return cls(hub_id, config or None, split or "train")

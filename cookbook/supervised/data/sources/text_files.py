@@ -194,9 +194,11 @@ class JsonLinesSource(FileSource):
         if last == first:
             return
         kind, query = ("a list", "'.[]'") if isinstance(value, list) else ("an object", ".")
+        has_more = isinstance(value, list) or text[end:].strip()
+        in_json = "Let its name end in .json, or write" if has_more else "Write"
         raise DataError(
             f"{self.path} has {kind} over lines {first} to {last}, and JSON lines have one object a line. "
-            f"Let its name end in .json, or write lines: jq -c {query} {self.path.name}"
+            f"{in_json} lines: jq -c {query} {self.path.name}"
         )
 
 

@@ -608,7 +608,7 @@ def test_known_test_splits_are_those_of_the_table(local_hub: list[dict[str, Any]
     assert set(KNOWN_DATASETS) == {"no_robots", "tulu3", "pirate_ultrachat"}
 
 
-@pytest.mark.parametrize("spec", ["no_robot", "a/b/c", "/a", "a/", "squad", "a/b:c:d:e"])
+@pytest.mark.parametrize("spec", ["no_robot", "a/b/c", "/a", "a/", "squad", "a/b:c:d:e", "./a", "~/a:test"])
 def test_any_other_name_is_an_error_that_lists_the_names(spec: str) -> None:
     with pytest.raises(DataError) as caught:
         open_source(spec)
@@ -709,10 +709,9 @@ def test_pretty_printed_json_lines_are_refused_and_read_as_json(
     with pytest.raises(DataError, match=said) as caught:
         list(open_source(str(tmp_path / f"a.jsonl{suffix}")).rows())
     assert "\n" not in str(caught.value)
-    rows = (
-        list(open_source(str(tmp_path / f"a.json{suffix}")).rows()) if text.count("prompt") > 1 else [OBJECT]
-    )
-    assert rows[0] == OBJECT
+    if text.count("prompt") > 1:
+        assert list(open_source(str(tmp_path / f"a.json{suffix}")).rows()) == [OBJECT, OBJECT]
+    assert ("Let its name end in .json" in str(caught.value)) == (text.count("prompt") > 1)
 
 
 def test_long_first_lines_are_lines(tmp_path: Path) -> None:

@@ -413,3 +413,25 @@ def test_a_stream_of_a_folder_trains_on_its_train_files(tmp_path: Path, tiny_qwe
     assert num_rows(test) == 3
     assert "  training files: train.jsonl" in stream.reports()[0].lines()
     assert "  evaluation files: test.jsonl" in test.reports()[0].lines()
+
+
+def test_the_training_data_of_a_folder_are_the_same_whatever_happens_to_the_other_splits(
+    tmp_path: Path, tiny_qwen3: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COOKBOOK_CACHE", str(tmp_path / "cache"))
+    folder = write(tmp_path / "set", "train.jsonl", "test.jsonl")
+
+    def fingerprint() -> str:
+        found = built(tiny_qwen3, str(folder))[0].fingerprint()
+        assert found is not None
+        return str(found)
+
+    def num_rendered() -> int:
+        return len(list((tmp_path / "cache" / "rendered").iterdir()))
+
+    first = fingerprint()
+    assert (fingerprint(), num_rendered()) == (first, 2)
+    write(folder, "test.jsonl", rows=5)
+    assert (fingerprint(), num_rendered()) == (first, 3)
+    write(folder, "train.jsonl", rows=5)
+    assert fingerprint() != first
