@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import logging
-import math
 from contextlib import ExitStack
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
 from cookbook import environment, models
 from cookbook.checkpoints import CheckpointLog
-from cookbook.errors import ConfigError, DataError
-from cookbook.eval.evaluators import AnyEvaluatorBuilder, Evaluator, EvaluatorBuilder, RunContext
+from cookbook.errors import ConfigError
+from cookbook.eval.evaluators import AnyEvaluatorBuilder, Evaluation, Evaluator, EvaluatorBuilder, RunContext
 from cookbook.hyperparameters import fitting_rank
 from cookbook.loggers import (
+    OF_EVERY_STEP,
     ConsoleLogger,
     JsonlLogger,
     MetricLogger,
@@ -25,13 +25,15 @@ from cookbook.loggers import (
 )
 from cookbook.report.live import ReportLogger
 from cookbook.supervised.agreement import check_same_data
-from cookbook.supervised.batches import BEGINNING, BatchQueue, Position
+from cookbook.supervised.batches import BatchQueue
 from cookbook.supervised.best import BestKeeper, BestTracker
+from cookbook.supervised.continuation import Start, announce, find_start
 from cookbook.supervised.nll_evaluator import NLLEvaluator
 from cookbook.supervised.run import Run
 from cookbook.supervised.run_folder import RunFolder
 from cookbook.supervised.step_times import StepTimes
 from cookbook.supervised.types import ChatDatasetBuilder, SupervisedDataset, num_batches_of
+from cookbook.tables import Table
 from cookbook.trace import Recorder
 
 if TYPE_CHECKING:
@@ -54,8 +56,8 @@ async def start_run(config: Config, folder: RunFolder, checkpoints: CheckpointLo
         check_same_data(folder.world, train_data, eval_data)
         _report_data(train_data, eval_data)
         _check_lengths(config, train_data, eval_data)
-        total_steps = _total_steps(config, train_data)
-        first_step, position = _where_to_go_on(config, folder, checkpoints, train_data)
+        start = find_start(config, folder, checkpoints, train_data)
+        first_step, total_steps = start.step, start.total_steps
         batches = stack.enter_context(
             BatchQueue(
                 train_data,
@@ -63,18 +65,22 @@ async def start_run(config: Config, folder: RunFolder, checkpoints: CheckpointLo
                 ahead=config.submit_ahead + 2,
                 num_epochs=config.num_epochs,
                 num_steps=None if total_steps is None else total_steps - first_step,
-                start=position,
+                start=start.position,
             )
         )
         await batches.check()
         evaluators = _make_evaluators(config, folder, eval_data)
-        tracker = _track_best(config, folder, first_step, evaluators)
+        known = _known_evaluation(folder, first_step)
+        restarts = _patience_restarts(config, folder, checkpoints, first_step)
+        tracker = _track_best(config, folder, first_step, evaluators, restarts)
         recorder = Recorder()
         client = await _create_client(config, folder, checkpoints, recorder, stack)
+        announce(config, folder, checkpoints, start, train_data)
+        _continue(folder, checkpoints, start, has_restarted=first_step in restarts)
         _announce(config, folder, client, train_data, eval_data, first_step, total_steps)
         if folder.world.is_main:
             environment.record(folder.path, client.get_info().model_data)
-        metric_loggers = _make_loggers(config, folder, first_step, total_steps, console, stack)
+        metric_loggers = _make_loggers(config, folder, start, known, console, stack)
         trace_path = folder.path / "trace.json" if config.trace and folder.world.is_main else None
         times = StepTimes(recorder, trace_path)
         stack.callback(times.close)
@@ -85,7 +91,8 @@ async def start_run(config: Config, folder: RunFolder, checkpoints: CheckpointLo
         world=folder.world,
         first_step=first_step,
         total_steps=total_steps,
-        first_position=position,
+        first_position=start.position,
+        known=known,
         train_data=train_data,
         client=client,
         batches=batches,
@@ -177,37 +184,16 @@ def _check_lengths(
         )
 
 
-def _total_steps(config: Config, train_data: SupervisedDataset) -> int | None:
-    """None where the run goes on until the data end, whenever that is."""
-    num_batches = num_batches_of(train_data)
-    if num_batches is not None:
-        return min(config.num_epochs * num_batches, config.max_steps or math.inf)  # type: ignore[return-value]
-    if config.max_steps is None and config.lr_schedule != "constant":
-        raise ConfigError(
-            f"lr_schedule={config.lr_schedule} comes down to 0 at the last step, and nobody knows how long "
-            f"the streamed data are. Say max_steps=, or choose lr_schedule=constant."
-        )
-    return config.max_steps
+def _continue(folder: RunFolder, checkpoints: CheckpointLog, start: Start, has_restarted: bool) -> None:
+    """Makes the folder that of this run. Until here it is as the earlier run left it.
 
-
-def _where_to_go_on(
-    config: Config, folder: RunFolder, checkpoints: CheckpointLog, train_data: SupervisedDataset
-) -> tuple[int, Position]:
-    """The step a run begins with, and the batch; refuses data that are not what they were."""
-    fingerprint = train_data.fingerprint()
-    last = checkpoints.last()
-    num_batches = num_batches_of(train_data)
-    if last is None:
-        folder.write_data_report(fingerprint, [report.to_json() for report in train_data.reports()])
-        return 0, BEGINNING
-    position = Position(last.epoch, last.batch)
-    has_moved = num_batches is not None and divmod(last.step, num_batches) != position
-    if has_moved or folder.read_data_fingerprint() != fingerprint:
-        raise DataError(
-            f"The data have changed since this run began: step {last.step} would go on with other batches "
-            f"than it would have. Restore them, or choose another log_path."
-        )
-    return last.step, position
+    The config comes last: a kill before it leaves a run that is continued by the same command.
+    """
+    if start.rows_per_batch_before is not None:
+        checkpoints.count_rows(start.rows_per_batch_before)
+    if folder.length_changes or folder.patience_changes:
+        checkpoints.continue_from_final()
+    folder.record_config(start.step, has_restarted)
 
 
 def _make_evaluators(
@@ -224,8 +210,71 @@ def _make_evaluators(
     return [(config.eval_every, frequent), (config.infrequent_eval_every, infrequent)]
 
 
+def _known_evaluation(folder: RunFolder, step: int) -> Evaluation:
+    """What an earlier life of the run measured of the state after `step` steps.
+
+    The last evaluation of a run that is continued need not be due there, and is kept all the same.
+    """
+    row = next((row for row in folder.read_metrics() if row["step"] == step), {})
+    metrics = {
+        name: value
+        for name, value in row.items()
+        if name != "step" and name.split("/")[0] not in OF_EVERY_STEP
+    }
+    tables: dict[str, Table] = {}
+    for record in folder.read_tables():
+        if record["step"] == step:
+            shown = tables.setdefault(record["table"], Table(list(record["row"]), []))
+            tables[record["table"]] = Table(shown.columns, [*shown.rows, list(record["row"].values())])
+    return Evaluation(metrics, tables)
+
+
+def _patience_restarts(
+    config: Config, folder: RunFolder, checkpoints: CheckpointLog, first_step: int
+) -> set[int]:
+    """The steps from which patience counts anew: where a run that was out of it is made longer.
+
+    Raises ConfigError where a finished run is not made longer, and is still out of patience.
+    """
+    restarts = folder.patience_restarts()
+    rows = [row for row in folder.read_metrics() if row["step"] <= first_step]
+    if not _tracker(config, rows, restarts).is_out_of_patience:
+        return restarts
+    if folder.length_changes:
+        logger.info(
+            "The run was out of patience after %d steps; patience counts anew from here, and the best %s so "
+            "far is still the one to beat.",
+            first_step,
+            config.best_metric,
+        )
+        return restarts | {first_step}
+    if checkpoints.is_finished:
+        raise ConfigError(
+            f"The run in log_path={folder.path} stopped early after {first_step} steps, and "
+            f"early_stopping_patience={config.early_stopping_patience} with early_stopping_min_delta="
+            f"{config.early_stopping_min_delta:g} is used up by then. To continue it raise "
+            f"early_stopping_patience, or give more max_steps or num_epochs."
+        )
+    return restarts
+
+
+def _tracker(config: Config, rows: list[dict[str, Any]], restarts: set[int]) -> BestTracker:
+    return BestTracker(
+        config.best_metric,
+        config.best_mode,
+        config.early_stopping_patience,
+        config.early_stopping_min_delta,
+        history=rows,
+        restarts=restarts,
+    )
+
+
 def _track_best(
-    config: Config, folder: RunFolder, first_step: int, evaluators: list[tuple[int, list[Evaluator]]]
+    config: Config,
+    folder: RunFolder,
+    first_step: int,
+    evaluators: list[tuple[int, list[Evaluator]]],
+    restarts: set[int],
 ) -> BestTracker:
     if config.early_stopping_patience is not None and not any(
         every and members for every, members in evaluators
@@ -234,13 +283,7 @@ def _track_best(
             f"early_stopping_patience={config.early_stopping_patience} counts evaluations, and this run has "
             f"none. Give data to evaluate on or an evaluator, or leave early stopping out."
         )
-    return BestTracker(
-        config.best_metric,
-        config.best_mode,
-        config.early_stopping_patience,
-        config.early_stopping_min_delta,
-        history=[row for row in folder.read_metrics() if row["step"] < first_step],
-    )
+    return _tracker(config, [row for row in folder.read_metrics() if row["step"] < first_step], restarts)
 
 
 async def _create_client(
@@ -283,8 +326,8 @@ async def _create_client(
 def _make_loggers(
     config: Config,
     folder: RunFolder,
-    first_step: int,
-    total_steps: int | None,
+    start: Start,
+    known: Evaluation,
     console: Console,
     stack: ExitStack,
 ) -> list[MetricLogger]:
@@ -296,7 +339,8 @@ def _make_loggers(
         made.append(metric_logger)
         stack.callback(metric_logger.close)
 
-    keep(JsonlLogger(folder.path, first_step=first_step))
+    first_step = start.step
+    keep(JsonlLogger(folder.path, first_step, known.metrics, known.tables))
     if config.wandb_project is not None:
         keep(WandbLogger(folder.path, config.wandb_project, config.wandb_name, folder.config))
     if config.tensorboard:
@@ -305,7 +349,7 @@ def _make_loggers(
         keep(
             TrackioLogger(folder.path, config.trackio_project, config.trackio_name, folder.config, first_step)
         )
-    keep(ConsoleLogger(console, total_steps=total_steps, first_step=first_step))
+    keep(ConsoleLogger(console, total_steps=start.total_steps, first_step=first_step))
     keep(ReportLogger(folder.path))  # after those whose files it reads
     return made
 

@@ -21,6 +21,7 @@ from cookbook.loggers import logging_to, make_console
 from cookbook.schedules import LRSchedule
 from cookbook.supervised.agreement import joined_alike
 from cookbook.supervised.best import DEFAULT_METRIC, BestMode, direction
+from cookbook.supervised.continuation import check_length
 from cookbook.supervised.run import RunSummary
 from cookbook.supervised.run_folder import IfLogPathExists, RunFolder
 from cookbook.supervised.start import start_run
@@ -236,7 +237,9 @@ async def main(config: Config) -> RunSummary:
         logging_to(console, folder.log_file),
     ):
         checkpoints = CheckpointLog(folder.path, config.keep_checkpoints, world.by_main)
-        if checkpoints.is_finished:
+        check_length(config, folder, checkpoints)
+        is_longer = bool(folder.length_changes or folder.patience_changes)
+        if checkpoints.is_finished and not is_longer:
             return _report_finished(folder, checkpoints)
         with await start_run(config, folder, checkpoints, console) as run, StopSignal(world) as stop:
             async for step in run.remaining_steps():
@@ -257,8 +260,9 @@ def _report_finished(folder: RunFolder, checkpoints: CheckpointLog) -> RunSummar
     last = checkpoints.last()
     assert last is not None
     logger.info(
-        "This run is finished: %s. To run it again choose another log_path, or say "
-        "if_log_path_exists=delete.",
+        "This run is finished after %d steps: %s. To continue it give a larger max_steps or num_epochs; to "
+        "run it again choose another log_path, or say if_log_path_exists=delete.",
+        last.step,
         checkpoints.path_of(last),
     )
     return RunSummary(folder.path, True, last.step, checkpoints.path_of(last), best=checkpoints.best())
