@@ -214,16 +214,18 @@ class RunFolder:
                 f"log_path={self.path} holds a run already. Choose another folder, or say "
                 f"if_log_path_exists=resume or if_log_path_exists=delete."
             )
-        refused = {
-            key: values for key, values in _changes(earlier, self.config).items() if not _may_change(key)
+        changed = {
+            key: values for key, values in _changes(earlier, self.config).items() if not _is_harmless(key)
         }
+        refused = [key for key in changed if not _may_change(key)]
         if refused:
-            lines = [f"  {key}: was {old!r}, now {new!r}" for key, (old, new) in sorted(refused.items())]
+            lines = [f"  {key}: was {old!r}, now {new!r}" for key, (old, new) in sorted(changed.items())]
+            others = sorted(key.split(".")[-1] for key in changed.keys() - set(refused))
+            alone = f"It would continue with another {', '.join(others)} alone. " if others else ""
             raise ConfigError(
                 f"log_path={self.path} holds a run with another config:\n"
                 + "\n".join(lines)
-                + "\n"
-                + how_to_train_on(self.path, refused)
+                + f"\n{alone}{how_to_train_on(self.path, refused)}"
             )
         return earlier
 
@@ -253,9 +255,12 @@ def _changes(earlier: dict[str, Any], config: dict[str, Any]) -> dict[str, tuple
     return {key: values for key, values in found.items() if key not in ("log_path", "if_log_path_exists")}
 
 
+def _is_harmless(key: str) -> bool:
+    return bool(HARMLESS_KEYS & {key.split(".")[0], key.split(".")[-1]})
+
+
 def _may_change(key: str) -> bool:
-    is_harmless = bool(HARMLESS_KEYS & {key.split(".")[0], key.split(".")[-1]})
-    return is_harmless or key in ROUNDING_KEYS | PATIENCE_KEYS or _is_length(key)
+    return _is_harmless(key) or key in ROUNDING_KEYS | PATIENCE_KEYS or _is_length(key)
 
 
 def _is_length(key: str) -> bool:
