@@ -30,12 +30,17 @@ def renderer_names() -> list[str]:
 
 def get_renderer(name: str, tokenizer: PreTrainedTokenizerBase, system_prompt: str | None = None) -> Renderer:
     """A new renderer for the tokenizer. `system_prompt` is put before every conversation."""
+    check_renderer_name(name)
+    renderer = _factories[name](tokenizer)
+    if system_prompt:
+        renderer.system_prompt = system_prompt
+    return renderer
+
+
+def check_renderer_name(name: str) -> None:
+    """Raises RendererError for a name that no renderer has."""
     if name not in _factories:
         near = get_close_matches(name, _factories, n=1)
         hint = f" Did you mean `{near[0]}`?" if near else ""
         names = ", ".join(renderer_names())
         raise RendererError(f"There is no renderer named `{name}`.{hint} Renderers: {names}.")
-    renderer = _factories[name](tokenizer)
-    if system_prompt:
-        renderer.system_prompt = system_prompt
-    return renderer

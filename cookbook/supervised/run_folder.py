@@ -90,8 +90,11 @@ class RunFolder:
     def _open(self, if_exists: IfLogPathExists) -> dict[str, Any] | None:
         """The config of the run which continues: its file stays until `record_config`."""
         path = self.path
-        if path.exists() and not path.is_dir():
-            raise ConfigError(f"log_path={path} is a file. Give a folder, which need not exist.")
+        for folder in (path, self.checkpoint_dir):
+            if folder.exists() and not folder.is_dir():
+                raise ConfigError(
+                    f"log_path={path}: {folder} is a file. Give a folder, which need not exist."
+                )
         try:
             earlier = None
             if (path / "config.json").exists() and not _is_untouched(path):
@@ -274,11 +277,17 @@ def how_to_train_on(folder: Path, refused: Collection[str] = ()) -> str:
     if last is None:
         return "Choose another log_path, or start over with if_log_path_exists=delete."
     shapes = sorted(SHAPE_KEYS & set(refused))
-    fits = f" (whose weights fit no other {', '.join(shapes)})" if shapes else ""
+    fits = f", which fit no other {', '.join(shapes)}," if shapes else ""
     return (
         f"To start from its weights{fits} give another log_path and load_checkpoint_path={last}; "
         f"to start over say if_log_path_exists=delete."
     )
+
+
+def holds_run(path: str) -> bool:
+    """Whether a run in this folder has recorded a checkpoint, from which it can be resumed."""
+    checkpoints = Path(path) / "checkpoints.jsonl"
+    return checkpoints.is_file() and checkpoints.stat().st_size > 0
 
 
 def _text(config: dict[str, Any]) -> str:

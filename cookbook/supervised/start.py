@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,6 @@ from cookbook.loggers import (
     TensorBoardLogger,
     TrackioLogger,
     WandbLogger,
-    check_installed,
 )
 from cookbook.report.live import ReportLogger
 from cookbook.supervised.agreement import check_same_data
@@ -29,6 +29,7 @@ from cookbook.supervised.batches import BatchQueue
 from cookbook.supervised.best import BestKeeper, BestTracker
 from cookbook.supervised.continuation import Start, announce, find_start
 from cookbook.supervised.nll_evaluator import NLLEvaluator
+from cookbook.supervised.preflight import check_evaluations, check_space
 from cookbook.supervised.run import Run
 from cookbook.supervised.run_folder import RunFolder
 from cookbook.supervised.step_times import StepTimes
@@ -48,13 +49,13 @@ MAX_ADVISED_RANK = 512
 async def start_run(config: Config, folder: RunFolder, checkpoints: CheckpointLog, console: Console) -> Run:
     """Puts a run together. Whatever can be refused is refused before a model is loaded."""
     with ExitStack() as stack:
-        _check_loggers(config)
-        _check_start_weights(config)
-        _check_tokenizer(config)
+        _warn_of_other_formats(config, is_resumed=checkpoints.last() is not None)
+        evaluators = _make_evaluators(config, folder)
         with folder.world.first_on_each_machine():
             train_data, eval_data = config.dataset_builder()
         check_same_data(folder.world, train_data, eval_data)
         _report_data(train_data, eval_data)
+        check_evaluations(config, has_eval_data=eval_data is not None)
         _check_lengths(config, train_data, eval_data)
         start = find_start(config, folder, checkpoints, train_data)
         first_step, total_steps = start.step, start.total_steps
@@ -69,12 +70,17 @@ async def start_run(config: Config, folder: RunFolder, checkpoints: CheckpointLo
             )
         )
         await batches.check()
-        evaluators = _make_evaluators(config, folder, eval_data)
+        if eval_data is not None:
+            evaluators[0][1].insert(0, NLLEvaluator(eval_data))
         known = _known_evaluation(folder, first_step)
         restarts = _patience_restarts(config, folder, checkpoints, first_step)
         tracker = _track_best(config, folder, first_step, evaluators, restarts)
         recorder = Recorder()
         client = await _create_client(config, folder, checkpoints, recorder, stack)
+        if not client.samples_together:
+            check_space(
+                config.log_path, folder.path, client.get_info().model_data.num_trained_parameters * 10
+            )
         announce(config, folder, checkpoints, start, train_data)
         _continue(folder, checkpoints, start, has_restarted=first_step in restarts)
         _announce(config, folder, client, train_data, eval_data, first_step, total_steps)
@@ -106,60 +112,39 @@ async def start_run(config: Config, folder: RunFolder, checkpoints: CheckpointLo
     )
 
 
-def _check_loggers(config: Config) -> None:
-    if config.tensorboard:
-        check_installed("tensorboard", "tensorboard=True")
-    if config.trackio_project is not None:
-        check_installed("trackio", f"trackio_project={config.trackio_project}")
-
-
 def _chat_format(config: Config) -> dict[str, str]:
     """What a checkpoint must say for its model to be prompted as it was trained."""
     metadata = {"renderer_name": str(config.renderer_name)}
     return metadata | ({"system_prompt": config.system_prompt} if config.system_prompt else {})
 
 
-def _check_start_weights(config: Config) -> None:
-    """Raises CheckpointError for weights that are not there; tells of another chat format."""
-    if config.load_checkpoint_path is None:
-        return
-    from cookbook.engine import state
+def _warn_of_other_formats(config: Config, is_resumed: bool) -> None:
+    """Warns where the weights to start from, or the data, have another chat format than is recorded."""
+    ours = _chat_format(config)
+    recorded: Mapping[str, str] = {}
+    if config.load_checkpoint_path is not None and not is_resumed:
+        from cookbook.engine import state
 
-    recorded = state.read_info(config.load_checkpoint_path).user_metadata or {}
+        recorded = state.read_info(config.load_checkpoint_path).user_metadata or {}
+    builder = config.dataset_builder
     for key in ("renderer_name", "system_prompt"):
-        ours, theirs = _chat_format(config).get(key), recorded.get(key)
-        if recorded and ours != theirs:
+        if recorded and ours.get(key) != recorded.get(key):
             logger.warning(
-                "%s was trained with %s=%s, this run goes on with %s.",
+                "%s was trained with %s=%s, this run continues with %s.",
                 config.load_checkpoint_path,
                 key,
-                theirs,
-                ours,
+                recorded.get(key),
+                ours.get(key),
             )
-
-
-def _check_tokenizer(config: Config) -> None:
-    """Tokens of another vocabulary would train another model than the one that is meant."""
-    builder = config.dataset_builder
-    if not isinstance(builder, ChatDatasetBuilder):
-        return
-    common = builder.common_config
-    for key in ("renderer_name", "system_prompt"):
-        if getattr(common, key) != getattr(config, key):
-            logger.warning(
-                "The data are rendered with %s=%s, but checkpoints will record %s.",
-                key,
-                getattr(common, key),
-                getattr(config, key),
-            )
-    name = common.model_name_for_tokenizer
-    if name != config.model_name:
-        theirs, ours = models.get_tokenizer(name), models.get_tokenizer(config.model_name)
-        if theirs.get_vocab() != ours.get_vocab():
-            raise ConfigError(
-                f"The data are tokenized for {name!r}, whose vocabulary is not that of "
-                f"model_name={config.model_name!r}. Give both the same name."
-            )
+        if isinstance(builder, ChatDatasetBuilder):
+            of_data = getattr(builder.common_config, key)
+            if of_data != getattr(config, key):
+                logger.warning(
+                    "The data are rendered with %s=%s, but checkpoints will record %s.",
+                    key,
+                    of_data,
+                    getattr(config, key),
+                )
 
 
 def _report_data(train_data: SupervisedDataset, eval_data: SupervisedDataset | None) -> None:
@@ -196,18 +181,17 @@ def _continue(folder: RunFolder, checkpoints: CheckpointLog, start: Start, has_r
     folder.record_config(start.step, has_restarted)
 
 
-def _make_evaluators(
-    config: Config, folder: RunFolder, eval_data: SupervisedDataset | None
-) -> list[tuple[int, list[Evaluator]]]:
+def _make_evaluators(config: Config, folder: RunFolder) -> list[tuple[int, list[Evaluator]]]:
+    """With their cadence, the frequent ones first. What one refuses it refuses before the data are read."""
     run = RunContext(folder.path, config.model_name, config.renderer_name, config.system_prompt)
 
     def make(builder: AnyEvaluatorBuilder) -> Evaluator:
         return builder.in_run(run)() if isinstance(builder, EvaluatorBuilder) else builder()
 
-    frequent: list[Evaluator] = [] if eval_data is None else [NLLEvaluator(eval_data)]
-    frequent += map(make, config.evaluator_builders)
-    infrequent = list(map(make, config.infrequent_evaluator_builders))
-    return [(config.eval_every, frequent), (config.infrequent_eval_every, infrequent)]
+    return [
+        (config.eval_every, list(map(make, config.evaluator_builders))),
+        (config.infrequent_eval_every, list(map(make, config.infrequent_evaluator_builders))),
+    ]
 
 
 def _known_evaluation(folder: RunFolder, step: int) -> Evaluation:

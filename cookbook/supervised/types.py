@@ -125,6 +125,10 @@ class _DeclaresItself:
 class SupervisedDatasetBuilder(_DeclaresItself):
     """A config that makes datasets."""
 
+    def has_eval_data(self) -> bool | None:
+        """Whether there will be data to evaluate on; None where that is known when they are read."""
+        return None
+
     def __call__(self) -> tuple[SupervisedDataset, SupervisedDataset | None]:
         """The training dataset, and one to evaluate on (or None)."""
         raise NotImplementedError(f"{type(self).__name__} does not define __call__.")
