@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import chz
 
 from cookbook import models
+from cookbook.checkpoints import CheckpointLog
 from cookbook.engine import mesh
 from cookbook.engine.options import check_device
 from cookbook.errors import CheckpointError, ConfigError
@@ -35,7 +36,10 @@ def check_before_work(config: Config, is_resumed: bool = False) -> None:
 
     A run that is resumed starts from its own checkpoint, and no longer from `load_checkpoint_path`.
     """
+    _check_log_path(Path(config.log_path).absolute())
     check_device(config.device)
+    if config.load_checkpoint_path is not None and not is_resumed:
+        _check_is_checkpoint(Path(config.load_checkpoint_path).expanduser())
     if config.tensorboard:
         check_installed("tensorboard", "tensorboard=True")
     if config.trackio_project is not None:
@@ -51,6 +55,16 @@ def check_before_work(config: Config, is_resumed: bool = False) -> None:
     models.check_files(config.model_name)
     check_chat_format(config)
     _check_space(config)
+
+
+def _check_log_path(folder: Path) -> None:
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    if not existing.is_dir():
+        raise ConfigError(f"log_path={folder}: {existing} is a file. Give a folder, which need not exist.")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise ConfigError(
+            f"log_path={folder} cannot be written: {existing} is not yours. Choose another folder."
+        )
 
 
 # -- evaluations ------------------------------------------------------------------------------
@@ -94,16 +108,32 @@ def _check_best_metric(config: Config, has_eval_data: bool | None) -> None:
         measured += patterns
     if any(fnmatch.fnmatchcase(metric, pattern) for pattern in measured):
         return
-    found = f"They measure {', '.join(measured)}" if measured else "There are none that measure anything"
     patience = config.early_stopping_patience
-    waits = "" if patience is None else f" early_stopping_patience={patience} waits for it."
+    if not measured and patience is not None:
+        raise ConfigError(
+            f"early_stopping_patience={patience} counts evaluations, and this run has none. Give data to "
+            f"evaluate on or an evaluator, or leave early stopping out."
+        )
     raise ConfigError(
-        f"best_metric={metric} is not among the metrics of this run's evaluations.{waits} {found}. "
-        f"Name one that is measured, or add data or the evaluator that measures it."
+        f"best_metric={metric} is not among the metrics of this run's evaluations: "
+        f"{', '.join(measured) or 'there are none'}. Name one of those, or add the evaluator that measures it."
     )
 
 
 # -- weights ----------------------------------------------------------------------------------
+
+
+def _check_is_checkpoint(folder: Path) -> None:
+    """Looks at names alone, which takes no time."""
+    if not folder.is_dir():
+        raise CheckpointError(
+            f"Checkpoint {folder} does not exist (load_checkpoint_path). Give the path of a saved checkpoint."
+        )
+    if (folder / "checkpoints.jsonl").is_file():
+        raise CheckpointError(
+            f"load_checkpoint_path={folder} is the folder of a run. Give one of its checkpoints: "
+            f"{CheckpointLog(folder).last_path() or 'it has none'}."
+        )
 
 
 def _check_start_weights(config: Config, path: str) -> None:
@@ -216,8 +246,8 @@ def _check_space(config: Config) -> None:
 
 
 def check_space(log_path: str, folder: Path, num_bytes: int) -> None:
-    free = shutil.disk_usage(folder).free
-    if free < num_bytes:
+    total, _, free = shutil.disk_usage(folder)
+    if total and free < num_bytes:  # a file system that counts nothing has a total of 0
         raise ConfigError(
             f"log_path={log_path} lies on a disk with {free / 2**20:,.0f} MiB free, and a checkpoint of this "
             f"run takes at least {num_bytes / 2**20:,.1f} MiB. Make room, or choose another log_path."
