@@ -63,7 +63,7 @@ def _check_log_path(folder: Path) -> None:
         raise ConfigError(f"log_path={folder}: {existing} is a file. Give a folder, which need not exist.")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise ConfigError(
-            f"log_path={folder} cannot be written: {existing} is not yours. Choose another folder."
+            f"log_path={folder} cannot be written: {existing} may not be written. Choose another."
         )
 
 
@@ -75,6 +75,7 @@ def check_evaluations(config: Config, has_eval_data: bool | None) -> None:
 
     `has_eval_data` of None: that is known when the data are read.
     """
+    _check_best_metric(config, has_eval_data)
     nothing_at = {
         "eval_every": has_eval_data is False and not config.evaluator_builders,
         "infrequent_eval_every": not config.infrequent_evaluator_builders,
@@ -88,7 +89,6 @@ def check_evaluations(config: Config, has_eval_data: bool | None) -> None:
                 f"{key}={every}, but there is nothing to evaluate. Give {data}{builders}=, or leave "
                 f"{key} out."
             )
-    _check_best_metric(config, has_eval_data)
 
 
 def _check_best_metric(config: Config, has_eval_data: bool | None) -> None:
@@ -116,7 +116,8 @@ def _check_best_metric(config: Config, has_eval_data: bool | None) -> None:
         )
     raise ConfigError(
         f"best_metric={metric} is not among the metrics of this run's evaluations: "
-        f"{', '.join(measured) or 'there are none'}. Name one of those, or add the evaluator that measures it."
+        f"{', '.join(measured) or 'there are none'}. Name one of those, or add the evaluator that "
+        f"measures it."
     )
 
 
