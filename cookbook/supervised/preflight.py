@@ -247,8 +247,8 @@ def _check_space(config: Config) -> None:
 
 
 def check_space(log_path: str, folder: Path, num_bytes: int) -> None:
-    total, _, free = shutil.disk_usage(folder)
-    if total and free < num_bytes:  # a file system that counts nothing has a total of 0
+    free = shutil.disk_usage(folder).free
+    if free < num_bytes:
         raise ConfigError(
             f"log_path={log_path} lies on a disk with {free / 2**20:,.0f} MiB free, and a checkpoint of this "
             f"run takes at least {num_bytes / 2**20:,.1f} MiB. Make room, or choose another log_path."

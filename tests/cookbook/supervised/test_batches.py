@@ -119,7 +119,7 @@ def test_a_run_that_goes_on_behind_any_batch_sees_what_it_would_have_seen(
 @pytest.mark.parametrize("kind", ["rows", "stream", "stream of known length"])
 def test_whatever_the_sizes_of_its_batches_an_epoch_has_every_row_once_in_its_own_order(kind: str) -> None:
     """The truth: the order of each epoch, read in one batch."""
-    num_rows, seed = 23, 5
+    num_rows = 23
 
     def dataset(batch_size: int) -> SupervisedDataset:
         def to_datum(row: Any) -> Datum:
