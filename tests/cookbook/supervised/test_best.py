@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import chz
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -273,7 +274,7 @@ def test_a_metric_that_no_evaluator_declares_is_an_error_before_the_data_are_rea
     graded = GenerationEvaluatorBuilder(path="questions.jsonl", name="facts", scores=["exact_match"])
     for metric, builders, known in (
         ("test/acuracy", [], "test/nll, .*test/token_accuracy"),
-        ("facts/f1", [graded], "facts/exact_match, .*facts/cut_off"),
+        ("facts/f1", [graded], "test/nll, .*facts/exact_match, .*facts/cut_off"),
         ("facts/exact_match", [], "test/nll"),
     ):
         config = make_config(best_metric=metric, best_mode="max", evaluator_builders=builders)
@@ -283,6 +284,7 @@ def test_a_metric_that_no_evaluator_declares_is_an_error_before_the_data_are_rea
 
 
 def test_a_metric_that_an_evaluator_declares_is_let_through(make_config: MakeConfig) -> None:
+    @chz.chz
     class Other(GenerationEvaluatorBuilder):
         def __call__(self) -> Any:
             return Scripted([0.1] * 9)
