@@ -130,7 +130,7 @@ def _warn_of_other_formats(config: Config, is_resumed: bool) -> None:
     for key in ("renderer_name", "system_prompt"):
         if recorded and ours.get(key) != recorded.get(key):
             logger.warning(
-                "%s was trained with %s=%s, this run continues with %s.",
+                "%s was trained with %s=%s, this run goes on with %s.",
                 config.load_checkpoint_path,
                 key,
                 recorded.get(key),
