@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -24,8 +25,8 @@ def checkpoint_name(step: int) -> str:
 class Checkpoint:
     """A saved state after `step` optimizer steps, so `step` is also the next step to take.
 
-    `batch` of `epoch` is what that next step trains on. `path` is relative to the run's folder,
-    which may be moved.
+    That next step trains on the batch behind `batch` others of `epoch`. `path` is relative to the
+    run's folder, which may be moved.
     """
 
     name: str
@@ -39,6 +40,9 @@ class Checkpoint:
     """What `metric` came to, measured on these weights."""
     is_extra: bool = False
     """Saved out of turn, for being the best: it goes when a better one comes."""
+    row: int | None = None
+    """The rows of `epoch` that were trained on, whatever the sizes of their batches; None where the dataset
+    does not count them, and in folders of an earlier version."""
 
 
 def _itself(work: Callable[[], Any]) -> Any:
@@ -88,6 +92,11 @@ class CheckpointLog:
             f"start over with if_log_path_exists=delete."
         )
 
+    def last_path(self) -> Path | None:
+        """Where the newest checkpoint lies; None where none is there."""
+        there = (self.path_of(record) for record in reversed(self._records) if self._is_there(record))
+        return next(there, None)
+
     def path_of(self, checkpoint: Checkpoint) -> Path:
         return self._folder / checkpoint.path
 
@@ -104,18 +113,29 @@ class CheckpointLog:
         is_there: bool = self._by_main(self.path_of(record).is_dir)
         return is_there
 
-    def add(self, name: str, path: str, step: int, epoch: int, batch: int) -> Checkpoint:
+    def add(
+        self, name: str, path: str, step: int, epoch: int, batch: int, row: int | None = None
+    ) -> Checkpoint:
         """Records a checkpoint that lies at `path`, then removes those past `keep`."""
-        added = Checkpoint(name, str(Path(path).relative_to(self._folder)), step, epoch, batch)
+        added = Checkpoint(name, self._relative(path), step, epoch, batch, row=row)
         self._replace([*self._all_but(name), added])
         return added
 
     def add_best(
-        self, name: str, path: str, step: int, epoch: int, batch: int, metric: str, value: float
+        self,
+        name: str,
+        path: str,
+        step: int,
+        epoch: int,
+        batch: int,
+        metric: str,
+        value: float,
+        row: int | None = None,
     ) -> None:
         """Records a checkpoint that was saved for being the best."""
-        relative = str(Path(path).relative_to(self._folder))
-        added = Checkpoint(name, relative, step, epoch, batch, metric, value, is_extra=True)
+        added = Checkpoint(
+            name, self._relative(path), step, epoch, batch, metric, value, is_extra=True, row=row
+        )
         self._replace([*map(_no_longer_best, self._all_but(name)), added])
 
     def mark_best(self, step: int, metric: str, value: float) -> None:
@@ -124,6 +144,43 @@ class CheckpointLog:
         newest = max(index for index, record in enumerate(records) if record.step == step)
         records[newest] = replace(records[newest], metric=metric, value=value)
         self._replace(records)
+
+    def continue_from_final(self) -> None:
+        """Makes the final checkpoint one of a run that continues, so that another can become final.
+
+        Its files are linked under the name of its step before the record changes, and removed under the
+        old name after: a kill in between leaves a folder that is not listed.
+        """
+        final = next((record for record in self._records if record.name == FINAL), None)
+        if final is None:
+            return
+        name = checkpoint_name(final.step)
+        same = next((record for record in self._records if record.name == name), None)
+        if same is None or not self._is_there(same):
+            renamed = replace(final, name=name, path=str(Path(final.path).with_name(name)))
+            self._by_main(lambda: _link_folder(self.path_of(final), self.path_of(renamed)))
+        else:  # the best of all, or the state that a run out of patience had saved
+            renamed = replace(same, metric=same.metric or final.metric, is_extra=False)
+            renamed = replace(renamed, value=same.value if same.metric is not None else final.value)
+        self._records = [*(r for r in self._records if r.name not in (FINAL, name)), renamed]
+
+        def write() -> None:
+            jsonl.rewrite(self._file, [_row(record) for record in self._records])
+            shutil.rmtree(self.path_of(final), ignore_errors=True)
+
+        self._by_main(write)
+
+    def count_rows(self, per_batch: int) -> None:
+        """Records the rows before each checkpoint of an earlier version, which counted batches alone."""
+        self._replace(
+            [
+                record if record.row is not None else replace(record, row=record.batch * per_batch)
+                for record in self._records
+            ]
+        )
+
+    def _relative(self, path: str) -> str:
+        return str(Path(path).relative_to(self._folder))
 
     def _all_but(self, name: str) -> list[Checkpoint]:
         return [record for record in self._records if record.name != name]
@@ -151,6 +208,22 @@ class CheckpointLog:
 
 def _no_longer_best(record: Checkpoint) -> Checkpoint:
     return replace(record, metric=None, value=None)
+
+
+def _link_folder(folder: Path, other: Path) -> None:
+    """A second name for the files of a folder, or a copy where the file system has no such links."""
+
+    def link(source: str, target: str) -> None:
+        try:
+            os.link(source, target)
+        except OSError:
+            shutil.copy2(source, target)
+
+    unfinished = other.with_name(f".{other.name}.writing-link")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    shutil.copytree(folder, unfinished, copy_function=link)
+    shutil.rmtree(other, ignore_errors=True)  # of a step that was taken in vain: it is not listed
+    unfinished.rename(other)
 
 
 def _row(record: Checkpoint) -> dict[str, Any]:

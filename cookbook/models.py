@@ -73,12 +73,7 @@ def load_from_hub_or_disk(what: str, model_name: str, load: Any, **options: Any)
             if is_folder:
                 raise
             if (reason := hub.why_unreachable()) is not None:
-                raise ModelError(
-                    f"Cannot load the {what} of {model_name!r}: it is not on this machine, and {reason}.\n"
-                    f"On a machine with network access run `hf download {model_name}`, or give a folder that "
-                    f"holds the model: model_name=/path/to/model. The embedded model works offline: "
-                    f"model_name={embedded.MODEL_NAME}"
-                ) from None
+                raise _not_here(what, model_name, reason) from None
             return load(location, trust_remote_code=False, **options)
     except ModelError:
         raise
@@ -90,6 +85,42 @@ def load_from_hub_or_disk(what: str, model_name: str, load: Any, **options: Any)
             else "Check the name on the hub; for a gated model run `hf auth login` first."
         )
         raise ModelError(f"Cannot load the {what} of {model_name!r}: {reason}\n{repair}") from error
+
+
+WEIGHT_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+
+
+def check_files(model_name: str) -> None:
+    """Raises ModelError for weights that are not on this machine and cannot be downloaded. Reads none."""
+    location = model_location(model_name)
+    if Path(location).is_dir():
+        folder = Path(location)
+        if not any(next(folder.glob(pattern), None) for pattern in ("*.safetensors", "*.bin")):
+            raise ModelError(
+                f"{folder} has no weights: no .safetensors file. Copy or download the model again, or give "
+                f"another folder as model_name."
+            )
+        return
+    from huggingface_hub import try_to_load_from_cache
+
+    if any(isinstance(try_to_load_from_cache(location, name), str) for name in WEIGHT_FILES):
+        return
+    if (reason := hub.why_unreachable()) is not None:
+        raise _not_here("weights", model_name, reason)
+
+
+def _not_here(what: str, model_name: str, reason: str) -> ModelError:
+    return ModelError(
+        f"Cannot load the {what} of {model_name!r}: it is not on this machine, and {reason}.\n"
+        f"On a machine with network access run `hf download {model_name}`, or give a folder that "
+        f"holds the model: model_name=/path/to/model. The embedded model works offline: "
+        f"model_name={embedded.MODEL_NAME}"
+    )
 
 
 @functools.lru_cache(maxsize=8)

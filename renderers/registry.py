@@ -39,11 +39,7 @@ def get_renderer(
     With `tools_in_system` a format without a place for tools has them described in the system message,
     their calls and results written as text (`renderers/tools_in_system.py`); any other format is refused.
     """
-    if name not in _factories:
-        near = get_close_matches(name, _factories, n=1)
-        hint = f" Did you mean `{near[0]}`?" if near else ""
-        names = ", ".join(renderer_names())
-        raise RendererError(f"There is no renderer named `{name}`.{hint} Renderers: {names}.")
+    check_renderer_name(name)
     renderer = _factories[name](tokenizer)
     if system_prompt:
         renderer.system_prompt = system_prompt
@@ -55,3 +51,12 @@ def get_renderer(
     if tools_in_system:
         renderer.tools_in_system = True
     return renderer
+
+
+def check_renderer_name(name: str) -> None:
+    """Raises RendererError for a name that no renderer has."""
+    if name not in _factories:
+        near = get_close_matches(name, _factories, n=1)
+        hint = f" Did you mean `{near[0]}`?" if near else ""
+        names = ", ".join(renderer_names())
+        raise RendererError(f"There is no renderer named `{name}`.{hint} Renderers: {names}.")

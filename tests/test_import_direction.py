@@ -70,6 +70,12 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         *(*BASE, *TOOLS, *RUN, *CLIENTS, *EVAL, *REPORT, *SUPERVISED, *WORLD, "renderers"),
         "cookbook.engine.options",
     ),
+    # What the engine would refuse later is refused first.
+    "cookbook.supervised.preflight": (
+        *(*BASE, *TOOLS, *RUN, *CLIENTS, *EVAL, *REPORT, *SUPERVISED, *WORLD, "renderers"),
+        "cookbook.engine.options",
+        "cookbook.engine.state",
+    ),
     # A run looks at the folders of its checkpoints before anything is loaded.
     "cookbook.supervised.start": (
         *(*BASE, *TOOLS, *RUN, *CLIENTS, *EVAL, *REPORT, *SUPERVISED, *WORLD, "renderers"),

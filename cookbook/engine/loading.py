@@ -12,8 +12,7 @@ import torch
 from cookbook import models
 from cookbook.engine import mesh
 from cookbook.engine import quantization as quantized
-from cookbook.engine.options import Quantization
-from cookbook.errors import ConfigError
+from cookbook.engine.options import Quantization, check_device
 
 
 def load_model(
@@ -73,41 +72,17 @@ def return_freed_memory() -> None:
 
 def resolve_device(device: str) -> torch.device:
     """The device that is meant. Of several processes on a machine each has its own CUDA device."""
+    check_device(device)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        resolved = torch.device(device)
-    except RuntimeError as error:
-        raise ConfigError(f"device={device!r} is no torch device. Use auto, cpu, cuda or cuda:0.") from error
-    if resolved.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"device={device!r}, but this machine has no CUDA device. Use device=auto.")
+    resolved = torch.device(device)
     if resolved.type == "cuda" and mesh.is_one_of_many():
-        return _own_cuda_device(resolved)
-    if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(
-            f"device={device!r}, but this machine has {torch.cuda.device_count()} CUDA devices."
-        )
+        resolved = torch.device("cuda", mesh.local_rank())
+        torch.cuda.set_device(resolved)  # of this thread, which is the engine's
     return resolved
-
-
-def _own_cuda_device(asked: torch.device) -> torch.device:
-    if asked.index is not None:
-        raise ConfigError(f"device={asked}, but each process has a device of its own. Use device=cuda.")
-    num_devices = torch.cuda.device_count()
-    if mesh.local_rank() >= num_devices:
-        raise ConfigError(
-            f"{mesh.local_size()} processes on a machine of {num_devices} CUDA devices: each needs one. "
-            f"Start with --nproc-per-node={num_devices}, or use device=cpu."
-        )
-    own = torch.device("cuda", mesh.local_rank())
-    torch.cuda.set_device(own)  # of this thread, which is the engine's
-    return own
 
 
 def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
     if dtype == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
-    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if dtype not in dtypes:
-        raise ConfigError(f"dtype={dtype!r} is not supported. Use auto, {', '.join(dtypes)}.")
-    return dtypes[dtype]
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[dtype]

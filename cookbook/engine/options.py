@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from cookbook.engine import mesh
 from cookbook.errors import ConfigError
 
 GradientCheckpointing = Literal["auto", "on", "off"]
 Quantization = Literal["nf4"]
 Shard = Literal["auto", "none", "full"]
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,10 @@ class EngineOptions:
     where the whole, with what training adds, does not fit in the memory of one device."""
 
     def __post_init__(self) -> None:
+        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
+            raise ConfigError(f"device={self.device!r} is no torch device. Use auto, cpu, cuda or cuda:0.")
+        if self.dtype not in DTYPES:
+            raise ConfigError(f"dtype={self.dtype!r} is not supported. Use {', '.join(DTYPES)}.")
         if self.shard not in get_args(Shard):
             raise ConfigError(f"shard={self.shard!r} is not known. Use {', '.join(get_args(Shard))}.")
         if self.shard == "full" and self.quantization is not None:
@@ -66,3 +73,27 @@ class EngineOptions:
                 f"quantization={self.quantization} needs the package bitsandbytes, which is not installed. "
                 f"Run: pip install 'sft-cookbook[qlora]'"
             )
+
+
+def check_device(device: str) -> None:
+    """Raises ConfigError where this machine has not the device. Loads torch for CUDA alone."""
+    if device == "cpu" or (device == "auto" and not mesh.is_one_of_many()):
+        return
+    import torch
+
+    num_devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device == "auto" and not num_devices:
+        return
+    if not num_devices:
+        raise ConfigError(f"device={device!r}, but this machine has no CUDA device. Use device=auto.")
+    _, _, index = device.partition(":")
+    if not mesh.is_one_of_many():
+        if int(index or 0) >= num_devices:
+            raise ConfigError(f"device={device!r}, but this machine has {num_devices} CUDA devices.")
+    elif index:
+        raise ConfigError(f"device={device}, but each process has a device of its own. Use device=cuda.")
+    elif mesh.local_rank() >= num_devices:
+        raise ConfigError(
+            f"{mesh.local_size()} processes on a machine of {num_devices} CUDA devices: each needs one. "
+            f"Start with --nproc-per-node={num_devices}, or use device=cpu."
+        )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias
@@ -69,12 +69,28 @@ class EvaluatorBuilder:
         """This config with what it leaves open taken from a run. It is called before `__call__`."""
         return self
 
+    def metric_patterns(self) -> Sequence[str] | None:
+        """Which metrics its evaluator returns, with * for what is not known before it ran; None: any."""
+        return None
+
     def __call__(self) -> Evaluator:
         """Called before a model is loaded: whatever can be refused is refused here."""
         raise NotImplementedError(f"{type(self).__name__} does not define __call__.")
 
 
 AnyEvaluatorBuilder: TypeAlias = EvaluatorBuilder | Callable[[], Evaluator]
+
+
+def metric_patterns_of(builder: AnyEvaluatorBuilder) -> Sequence[str] | None:
+    """What `builder` declares; None where a subclass makes another evaluator and declares nothing."""
+    if not isinstance(builder, EvaluatorBuilder):
+        return None
+    for kind in type(builder).__mro__:
+        if "metric_patterns" in vars(kind):
+            return builder.metric_patterns()
+        if "__call__" in vars(kind):
+            return None
+    raise AssertionError("EvaluatorBuilder has both")
 
 
 @dataclass(frozen=True)

@@ -200,6 +200,12 @@ class GenerationEvaluatorBuilder(SamplingEvaluatorBuilder):
             raise ConfigError(f"prompt_column={self.prompt_column} needs a reference_column beside it.")
         make_graders(self.scores, self.regex, self.ignore_case)
 
+    def metric_patterns(self) -> list[str]:
+        scores = make_graders(self.scores, self.regex, self.ignore_case)
+        kinds = ["", "_errors", *([f"_best_of_{self.num_samples}"] if self.num_samples > 1 else [])]
+        paths = [f"{score}{kind}" for score in scores for kind in kinds]
+        return [f"{self.name}/{path}" for path in (*paths, "reply_tokens", "cut_off")]
+
     def __call__(self) -> GenerationEvaluator:
         renderer = self.make_renderer()
         questions = read_questions(

@@ -156,6 +156,9 @@ class HarnessEvaluatorBuilder(ChatEvaluatorBuilder):
             if value is not None and value < least:
                 raise ConfigError(f"{name}={value} is too small. It must be at least {least}.")
 
+    def metric_patterns(self) -> list[str]:
+        return [f"{self.name}/*"]
+
     def __call__(self) -> HarnessEvaluator:
         require("lm_eval", "lm-eval", type(self).__name__)
         renderer = self.make_renderer()

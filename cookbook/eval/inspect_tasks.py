@@ -153,6 +153,9 @@ class InspectEvaluatorBuilder(SamplingEvaluatorBuilder):
         assert isinstance(told, InspectEvaluatorBuilder)
         return told if told.log_dir is not None else chz.replace(told, log_dir=str(run.log_path / "inspect"))
 
+    def metric_patterns(self) -> list[str]:
+        return [f"{self.name}/*"]
+
     def __call__(self) -> InspectEvaluator:
         require("inspect_ai", "inspect", type(self).__name__)
         renderer = self.make_renderer()

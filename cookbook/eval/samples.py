@@ -66,6 +66,9 @@ class SamplesEvaluatorBuilder(SamplingEvaluatorBuilder):
         if not self.prompts:
             raise ConfigError("prompts is empty. Give at least one, or leave the evaluator out.")
 
+    def metric_patterns(self) -> list[str]:
+        return []  # a table alone
+
     def __call__(self) -> SamplesEvaluator:
         renderer = self.make_renderer()
         return SamplesEvaluator(renderer, self.prompts, self.sampling_params(renderer), self.name)

@@ -5,7 +5,7 @@ from cookbook.loggers.console import ConsoleLogger, logging_to, make_console
 from cookbook.loggers.files import JsonlLogger
 from cookbook.loggers.tensorboard import TensorBoardLogger
 from cookbook.loggers.trackio import TrackioLogger
-from cookbook.loggers.wandb import WandbLogger
+from cookbook.loggers.wandb import WandbLogger, check_wandb_login
 
 __all__ = [
     "ConsoleLogger",
@@ -17,6 +17,7 @@ __all__ = [
     "TrackioLogger",
     "WandbLogger",
     "check_installed",
+    "check_wandb_login",
     "logging_to",
     "make_console",
 ]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from cookbook import jsonl
 from cookbook.loggers.base import MetricLogger, Metrics
@@ -12,15 +14,46 @@ from cookbook.tables import Table
 class JsonlLogger(MetricLogger):
     """One row a step in metrics.jsonl, one row of a table in tables.jsonl."""
 
-    def __init__(self, folder: Path, first_step: int) -> None:
-        """Rows from `first_step` on are dropped: a resumed run measures them again."""
+    def __init__(
+        self,
+        folder: Path,
+        first_step: int,
+        known_metrics: Metrics | None = None,
+        known_tables: Iterable[str] = (),
+    ) -> None:
+        """Rows from `first_step` on are dropped: a resumed run measures them again.
+
+        What is known of the state after `first_step` steps stays until that step is logged, so that a
+        kill before loses nothing: its metrics as a row of their own, and the tables of these names.
+        """
         self._metrics, self._tables = folder / "metrics.jsonl", folder / "tables.jsonl"
-        for path in (self._metrics, self._tables):
-            jsonl.rewrite(path, [row for row in jsonl.read(path) if row["step"] < first_step])
+        self._first_step = first_step
+        self._held_tables = set(known_tables)
+        self._is_row_held = bool(known_metrics)
+        held = [{"step": first_step, **known_metrics}] if known_metrics else []
+        jsonl.rewrite(self._metrics, [*self._earlier(self._metrics), *held])
+        of_first_step = (row for row in jsonl.read(self._tables) if row["step"] == first_step)
+        held = [row for row in of_first_step if row["table"] in self._held_tables]
+        jsonl.rewrite(self._tables, [*self._earlier(self._tables), *held])
+
+    def _earlier(self, path: Path) -> list[dict[str, Any]]:
+        return [row for row in jsonl.read(path) if row["step"] < self._first_step]
 
     def log(self, step: int, metrics: Metrics) -> None:
-        jsonl.append(self._metrics, {"step": step, **metrics})
+        row = {"step": step, **metrics}
+        if self._is_row_held and step == self._first_step:
+            jsonl.rewrite(self._metrics, [*self._earlier(self._metrics), row])
+        else:
+            jsonl.append(self._metrics, row)
 
     def log_table(self, step: int, name: str, table: Table) -> None:
-        for record in table.records():
-            jsonl.append(self._tables, {"step": step, "table": name, "row": record})
+        rows: list[Mapping[str, Any]] = [
+            {"step": step, "table": name, "row": record} for record in table.records()
+        ]
+        if step == self._first_step and name in self._held_tables:
+            self._held_tables.remove(name)
+            others = [row for row in jsonl.read(self._tables) if (row["step"], row["table"]) != (step, name)]
+            jsonl.rewrite(self._tables, [*others, *rows])
+            return
+        for row in rows:
+            jsonl.append(self._tables, row)

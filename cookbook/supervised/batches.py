@@ -13,18 +13,20 @@ from typing import NamedTuple
 import numpy as np
 
 from cookbook.errors import CookbookError, DataError
-from cookbook.supervised.types import SupervisedDataset, num_batches_of
+from cookbook.supervised.types import SupervisedDataset, num_batches_of, row_counts_of
 from cookbook.types import IGNORED_TARGET, Datum, TensorData
 
 
 class Position(NamedTuple):
-    """Batch `batch` of epoch `epoch`, both from 0."""
+    """The batch behind `batch` others of epoch `epoch`, which is counted from 0."""
 
     epoch: int
     batch: int
+    row: int | None = None
+    """The rows of the epoch that lie before it; None where the dataset has no `row_counts`."""
 
 
-BEGINNING = Position(0, 0)
+BEGINNING = Position(0, 0, 0)
 
 
 @dataclass(frozen=True)
@@ -81,8 +83,9 @@ class BatchQueue:
     """The batches of a run from `start` on, in order, made up to `ahead` steps early.
 
     The order of epoch e is that of `seed` + e, so a batch depends on its position alone and a
-    resumed run sees what it would have seen. It ends after `num_epochs` or `num_steps`, whichever
-    comes first.
+    resumed run sees what it would have seen, also one that continues with another batch size: its
+    batches then begin at the row behind the last that was trained on. It ends after `num_epochs` or
+    `num_steps`, whichever comes first.
     """
 
     def __init__(
@@ -96,6 +99,7 @@ class BatchQueue:
     ) -> None:
         self._dataset = dataset
         self._num_batches = num_batches_of(dataset)
+        self._row_counts = row_counts_of(dataset)
         self._seed = seed
         self._num_epochs = num_epochs
         self._steps_left = num_steps
@@ -132,29 +136,49 @@ class BatchQueue:
         if self._steps_left == 0 or self._position.epoch >= self._num_epochs:
             return None
         started = time.perf_counter()
-        epoch, index = self._position
-        if epoch != self._epoch:
-            self._dataset.set_epoch(self._seed + epoch)
-            self._epoch = epoch
+        position = self._position
+        if position.epoch != self._epoch:
+            self._dataset.set_epoch(self._seed + position.epoch)
+            self._epoch = position.epoch
+            self._skip_rows_before(position)
         try:
-            batch = make_batch(self._dataset.get_batch(index))
+            batch = make_batch(self._dataset.get_batch(self._index_of(position)))
         except CookbookError as error:
-            error.add_note(f"(batch {index} of epoch {epoch})")
+            error.add_note(f"(batch {position.batch} of epoch {position.epoch})")
             raise
         except IndexError:
-            if self._num_batches is not None or index == 0:
+            if self._num_batches is not None or position.batch == 0:
                 raise
-            self._position = Position(epoch + 1, 0)
+            self._position = self._first_of(position.epoch + 1)
             return self._make_next()
-        self._position = self._behind(self._position)
+        self._position = self._behind(position)
         if self._steps_left is not None:
             self._steps_left -= 1
-        return PlacedBatch(batch, epoch, self._position, (started, time.perf_counter()))
+        return PlacedBatch(batch, position.epoch, self._position, (started, time.perf_counter()))
+
+    def _skip_rows_before(self, position: Position) -> None:
+        """Shifts the batches of an epoch that was begun in batches of another size."""
+        if self._row_counts is not None and position.row is not None:
+            self._dataset.skip_rows(position.row % self._row_counts.per_batch)
+
+    def _index_of(self, position: Position) -> int:
+        if self._row_counts is None or position.row is None:
+            return position.batch
+        return position.row // self._row_counts.per_batch
+
+    def _first_of(self, epoch: int) -> Position:
+        return Position(epoch, 0, None if self._row_counts is None else 0)
 
     def _behind(self, position: Position) -> Position:
-        if position.batch + 1 == self._num_batches:
-            return Position(position.epoch + 1, 0)
-        return Position(position.epoch, position.batch + 1)
+        counts = self._row_counts
+        if counts is None or position.row is None:
+            is_last, row = position.batch + 1 == self._num_batches, None
+        else:
+            row = position.row + counts.per_batch
+            is_last = counts.per_epoch is not None and row >= counts.per_epoch
+        if is_last:
+            return self._first_of(position.epoch + 1)
+        return Position(position.epoch, position.batch + 1, row)
 
     def _check_that_something_is_trained(self) -> None:
         self._dataset.set_epoch(self._seed)

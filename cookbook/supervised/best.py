@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
@@ -76,8 +76,12 @@ class BestTracker:
         patience: int | None = None,
         min_delta: float = 0.0,
         history: Iterable[Mapping[str, Any]] = (),
+        restarts: Collection[int] = (),
     ) -> None:
-        """`history`: the rows of metrics.jsonl so far. A `metric` of None: nothing is tracked."""
+        """`history`: the rows of metrics.jsonl so far. A `metric` of None: nothing is tracked.
+
+        Behind the evaluation after each number of steps in `restarts` patience counts anew.
+        """
         self.metric = metric
         self.patience = patience
         self._min_delta = min_delta
@@ -86,8 +90,10 @@ class BestTracker:
         self._best = math.inf
         self._to_beat = math.inf
         self._num_without_improvement = 0
+        self._restarts = restarts
         for row in history:
             self.observe(row["step"], row)
+            self.pass_step(row["step"])
 
     def observe(self, step: int, metrics: Mapping[str, float]) -> bool:
         """Takes in an evaluation of the weights after `step` steps. Whether it is the best so far."""
@@ -106,6 +112,11 @@ class BestTracker:
             return False
         self._best = value
         return True
+
+    def pass_step(self, step: int) -> None:
+        """Called for every step, after its evaluation if it has one."""
+        if step in self._restarts:
+            self._num_without_improvement = 0
 
     @property
     def is_out_of_patience(self) -> bool:
@@ -135,7 +146,8 @@ class NewBest:
         else:
             path = (await self.save).path
             name = checkpoint_name(self.step)
-            self.checkpoints.add_best(name, path, self.step, *self.position, self.metric, self.value)
+            epoch, batch, row = self.position
+            self.checkpoints.add_best(name, path, self.step, epoch, batch, self.metric, self.value, row)
 
 
 class BestKeeper:
@@ -164,6 +176,9 @@ class BestKeeper:
         if not is_save_due and not self._checkpoints.has_step(step):
             save = self._client.save_state(checkpoint_name(step), overwrite=True)
         return NewBest(step, metric, metrics[metric], position, self._checkpoints, save)
+
+    def pass_step(self, step: int) -> None:
+        self._tracker.pass_step(step)
 
     @property
     def is_out_of_patience(self) -> bool:

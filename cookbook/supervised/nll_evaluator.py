@@ -27,6 +27,17 @@ if TYPE_CHECKING:
 MAX_TURNS = 8
 """So many turns have a metric of their own."""
 
+METRIC_PATTERNS = [
+    "test/nll",
+    "test/bits_per_byte",
+    "test/token_accuracy",
+    "test/turn_*/token_accuracy",
+    "test/*/nll",
+    "test/*/bits_per_byte",
+    "test/*/token_accuracy",
+]
+"""What is measured on the evaluation data of a run, whose sources are known when they are read."""
+
 
 class NLLEvaluator(TrainingClientEvaluator):
     """Means over the trained tokens of a dataset.

@@ -19,7 +19,7 @@ import numpy as np
 from cookbook.checkpoints import FINAL, Checkpoint, CheckpointLog, checkpoint_name
 from cookbook.engine.mesh import Mesh
 from cookbook.errors import TrainingError
-from cookbook.eval.evaluators import Evaluation, Evaluator, TrainingClientEvaluator, evaluate
+from cookbook.eval.evaluators import FAILURES, Evaluation, Evaluator, TrainingClientEvaluator, evaluate
 from cookbook.futures import APIFuture
 from cookbook.loggers import MetricLogger
 from cookbook.schedules import learning_rate_at
@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from cookbook.training_client import TrainingClient
 
 logger = logging.getLogger(__name__)
+
+NOTHING = Evaluation()
 
 
 @dataclass(frozen=True)
@@ -96,8 +98,12 @@ class Run:
         times: StepTimes,
         resources: ExitStack,
         first_position: Position,
+        known: Evaluation,
     ) -> None:
-        """Evaluators come with their cadence in steps. `total_steps` of None: until the data end."""
+        """Evaluators come with their cadence in steps. `total_steps` of None: until the data end.
+
+        `known` is what an earlier life of the run measured of the state after `first_step` steps.
+        """
         self._config = config
         self._log_path = log_path
         self._world = world
@@ -112,6 +118,8 @@ class Run:
         self._recorder = recorder
         self._times = times
         self._resources = resources
+        self._first_step = first_step
+        self._known = known
         self._num_submitted = first_step
         self._next: PlacedBatch | None = None
         self._position = first_position
@@ -149,7 +157,9 @@ class Run:
         """Evaluates the model as it is after `step` steps, and has it saved if it is the best so far."""
         self._evaluation = Evaluation()
         self._new_best = None
-        await self._evaluate(step, self._due(step, is_last=step == self._total_steps))
+        known = self._known if step == self._first_step else NOTHING
+        await self._evaluate(step, self._due(step, is_last=step == self._total_steps), known)
+        self._best.pass_step(step)
 
     @property
     def is_out_of_patience(self) -> bool:
@@ -248,23 +258,28 @@ class Run:
             for evaluator in evaluators
         ]
 
-    async def _evaluate(self, step: int, due: list[Evaluator]) -> None:
-        """Adds to what is known of the state after `step` steps."""
-        if not due:
+    async def _evaluate(self, step: int, due: list[Evaluator], known: Evaluation = NOTHING) -> None:
+        """Adds to the evaluation of the state after `step` steps. `known` was measured in an earlier life."""
+        if not due and known == NOTHING:
             return
-        logger.info("After %d steps:", step)
-        here = [evaluator for evaluator in due if self._runs_here(evaluator)]
+        found = await self._measure(step, due) if due else NOTHING
+        earlier = {name: value for name, value in known.metrics.items() if not (due and name == FAILURES)}
+        found = Evaluation({**earlier, **found.metrics}, {**known.tables, **found.tables})
         with self._recorder.at_step(step):
-            with self._recorder.span("evaluation", EVALUATING):
-                found = await evaluate(
-                    self._client, here, self._config.on_evaluator_error, self._config.seed, self._recorder
-                )
-                found = await self._of_main(found)
             is_save_due = self._is_save_due(step)
             self._new_best = self._best.observe(step, found.metrics, self._position, is_save_due)
         self._evaluation = Evaluation(
             {**self._evaluation.metrics, **found.metrics}, {**self._evaluation.tables, **found.tables}
         )
+
+    async def _measure(self, step: int, due: list[Evaluator]) -> Evaluation:
+        logger.info("After %d steps:", step)
+        here = [evaluator for evaluator in due if self._runs_here(evaluator)]
+        with self._recorder.at_step(step), self._recorder.span("evaluation", EVALUATING):
+            found = await evaluate(
+                self._client, here, self._config.on_evaluator_error, self._config.seed, self._recorder
+            )
+            return await self._of_main(found)
 
     def _runs_here(self, evaluator: Evaluator) -> bool:
         """Whether this process has a part in it. Samples are drawn by the main process alone, if it can."""

@@ -1,6 +1,7 @@
-"""The folder of a run: its config, its lock, and whether a run may go on in it.
+"""The folder of a run: its config, its lock, and whether a run may continue in it.
 
 config.json         the resolved config; `config=<this file>` runs it again
+config_changes.jsonl  what it was before, where a run continued with other values: at which step, and which
 metrics.jsonl       one row a step; perf/seconds_... say what its time went to (see step_times.py)
 tables.jsonl        what evaluators showed beside numbers, such as samples: one row of a table a line
 data.json           what was read and left out, and a fingerprint of it
@@ -25,22 +26,26 @@ import secrets
 import shutil
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Literal, TypeAlias
 
 from cookbook import jsonl
+from cookbook.checkpoints import CheckpointLog
 from cookbook.config_files import TYPE_KEY, differences
 from cookbook.engine.mesh import ALONE, Mesh
 from cookbook.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
+CHANGES_FILE = "config_changes.jsonl"
+
 IfLogPathExists: TypeAlias = Literal["resume", "raise", "delete", "ask"]
 
 RUN_FILES = (
-    "config.json", "data.json", "metrics.jsonl", "tables.jsonl", "checkpoints.jsonl", "checkpoints",
+    "config.json", "config_changes.jsonl", "data.json", "metrics.jsonl", "tables.jsonl", "checkpoints.jsonl",
+    "checkpoints",
     "train.log", "ranks", "wandb", "wandb_run_id.txt", "environment.json", "report.html", "curves.png",
     "inspect", "tensorboard", "trackio_run_name.txt", "trace.json",
 )  # fmt: skip
@@ -48,9 +53,23 @@ RUN_FILES = (
 
 HARMLESS_KEYS = {
     "log_path", "if_log_path_exists", "submit_ahead", "on_evaluator_error", "wandb_project", "wandb_name",
-    "tensorboard", "trackio_project", "trackio_name", "trace",
+    "tensorboard", "trackio_project", "trackio_name", "trace", "save_every", "keep_checkpoints", "eval_every",
+    "infrequent_eval_every", "evaluator_builders", "infrequent_evaluator_builders", "num_proc", "use_cache",
+    "on_bad_row",
 }  # fmt: skip
-"""What may change between the first run in a folder and a resumed one: it moves no weight and no metric."""
+"""What may change between the first run in a folder and a resumed one: it moves no weight."""
+
+ROUNDING_KEYS = {
+    "device", "max_tokens_per_microbatch", "gradient_checkpointing", "compile", "shard",
+}  # fmt: skip
+"""What changes results to rounding alone: a run continues, and says so."""
+
+PATIENCE_KEYS = {"early_stopping_patience", "early_stopping_min_delta"}
+
+SHAPE_KEYS = {
+    "model_name", "lora_rank", "lora_alpha", "train_attn", "train_mlp", "train_unembed",
+}  # fmt: skip
+"""What a checkpoint fits as it was trained, or not at all."""
 
 
 class RunFolder:
@@ -64,23 +83,74 @@ class RunFolder:
         self.config = config
         self.world = world
         self._lock: IO[str] | None = None
-        world.by_main(lambda: self._open(if_exists))
+        self.earlier_config: dict[str, Any] | None = world.by_main(lambda: self._open(if_exists))
+        """That of the run which continues here; None where one begins."""
         self._check_that_all_see_it(world)
 
-    def _open(self, if_exists: IfLogPathExists) -> None:
-        path, config = self.path, self.config
-        if (self.path / "config.json").exists() and not _is_untouched(self.path):
-            self._settle_with_earlier_run(config, if_exists)
-        elif self.path.exists() and not self.path.is_dir():
-            raise ConfigError(f"log_path={path} is a file. Give a folder, which need not exist.")
+    def _open(self, if_exists: IfLogPathExists) -> dict[str, Any] | None:
+        """The config of the run which continues: its file stays until `record_config`."""
+        path = self.path
+        for folder in (path, self.checkpoint_dir):
+            if folder.exists() and not folder.is_dir():
+                raise ConfigError(
+                    f"log_path={path}: {folder} is a file. Give a folder, which need not exist."
+                )
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
+            earlier = None
+            if (path / "config.json").exists() and not _is_untouched(path):
+                earlier = self._settle_with_earlier_run(if_exists)
+            path.mkdir(parents=True, exist_ok=True)
             self._take_lock()
-            jsonl.write_atomically(self.path / "config.json", jsonl.encoded(_text(config)))
+            if earlier is None:
+                self._write_config()
+            else:
+                (path / ".writable").touch()
+                (path / ".writable").unlink()
         except OSError as error:
             raise ConfigError(
                 f"log_path={path} cannot be written: {error}. Choose another folder."
             ) from error
+        return earlier
+
+    def _write_config(self) -> None:
+        jsonl.write_atomically(self.path / "config.json", _text(self.config).encode())
+
+    @property
+    def changes(self) -> dict[str, tuple[Any, Any]]:
+        """The keys, dotted, with which a run continues otherwise than before: was, now."""
+        return {} if self.earlier_config is None else _changes(self.earlier_config, self.config)
+
+    @property
+    def length_changes(self) -> dict[str, tuple[Any, Any]]:
+        """Those that say how long the run is, and with it what the steps to come learn."""
+        return {key: values for key, values in self.changes.items() if _is_length(key)}
+
+    @property
+    def patience_changes(self) -> dict[str, tuple[Any, Any]]:
+        return {key: values for key, values in self.changes.items() if key in PATIENCE_KEYS}
+
+    def record_config(self, step: int, ended_by_patience: bool) -> None:
+        """Makes this config the folder's, after the one that it continues at `step` is noted down."""
+        if not self.world.is_main:
+            return
+        if self.changes:
+            path = self.path / CHANGES_FILE
+            row = {
+                "step": step,
+                "ended_by_patience": ended_by_patience,
+                "changes": {
+                    key: {"was": was, "now": now} for key, (was, now) in sorted(self.changes.items())
+                },
+            }
+            rows = jsonl.read(path)
+            if row not in rows[-1:]:
+                jsonl.rewrite(path, [*rows, row])
+        self._write_config()
+
+    def patience_restarts(self) -> set[int]:
+        """The steps at which a run that was out of patience was continued."""
+        rows: list[dict[str, Any]] = self.world.by_main(lambda: jsonl.read(self.path / CHANGES_FILE))
+        return {row["step"] for row in rows if row["ended_by_patience"]}
 
     def _check_that_all_see_it(self, world: Mesh) -> None:
         """Raises ConfigError where a process has another folder under this name, or none: each reads it."""
@@ -113,48 +183,59 @@ class RunFolder:
     def write_data_report(
         self,
         fingerprint: str | None,
+        num_rows: int | None,
         reports: list[dict[str, Any]],
         evaluation_reports: Sequence[dict[str, Any]] = (),
     ) -> None:
+        """`num_rows`: those of an epoch, where they are known."""
         if self.world.is_main:
-            values = {"fingerprint": fingerprint, "sources": reports}
+            values = {"fingerprint": fingerprint, "rows": num_rows, "sources": reports}
             values |= {"evaluation_sources": list(evaluation_reports)}
             jsonl.write_atomically(self.path / "data.json", jsonl.encoded(_text(values)))
 
-    def read_data_fingerprint(self) -> str | None:
-        """Of the data that the run began with."""
+    def read_data_report(self) -> dict[str, Any]:
+        """What was recorded of the data that the run began with; {} where nothing was."""
         path = self.path / "data.json"
-        return json.loads(path.read_text(encoding="utf-8"))["fingerprint"] if path.exists() else None
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """The rows of metrics.jsonl so far, as the main process sees them."""
         rows: list[dict[str, Any]] = self.world.by_main(lambda: jsonl.read(self.path / "metrics.jsonl"))
         return rows
 
-    def _settle_with_earlier_run(self, config: dict[str, Any], if_exists: IfLogPathExists) -> None:
+    def read_tables(self) -> list[dict[str, Any]]:
+        """The rows of tables.jsonl so far, as the main process sees them."""
+        rows: list[dict[str, Any]] = self.world.by_main(lambda: jsonl.read(self.path / "tables.jsonl"))
+        return rows
+
+    def _settle_with_earlier_run(self, if_exists: IfLogPathExists) -> dict[str, Any] | None:
+        """The config of the earlier run, if it is one that this config continues."""
         earlier = _read_run_config(self.path / "config.json")
         if if_exists == "ask":
             if_exists = _ask(self.path)
         if if_exists == "delete":
             self._take_lock()
             _remove_run(self.path)
-            return
+            return None
         if if_exists == "raise":
             raise ConfigError(
                 f"log_path={self.path} holds a run already. Choose another folder, or say "
                 f"if_log_path_exists=resume or if_log_path_exists=delete."
             )
         changed = {
-            key: values
-            for key, values in differences(earlier, config).items()
-            if not HARMLESS_KEYS & {key.split(".")[0], key.split(".")[-1]}
+            key: values for key, values in _changes(earlier, self.config).items() if not _is_harmless(key)
         }
-        if changed:
+        refused = [key for key in changed if not _may_change(key)]
+        if refused:
             lines = [f"  {key}: was {old!r}, now {new!r}" for key, (old, new) in sorted(changed.items())]
+            others = sorted(key.split(".")[-1] for key in changed.keys() - set(refused))
+            alone = f"It would continue with another {', '.join(others)} alone. " if others else ""
             raise ConfigError(
-                f"log_path={self.path} holds a run with another config:\n" + "\n".join(lines) + "\n"
-                "Choose another log_path, or start over with if_log_path_exists=delete."
+                f"log_path={self.path} holds a run with another config:\n"
+                + "\n".join(lines)
+                + f"\n{alone}{how_to_train_on(self.path, refused)}"
             )
+        return earlier
 
     def _take_lock(self) -> None:
         if self._lock is not None:
@@ -175,6 +256,43 @@ class RunFolder:
     ) -> None:
         if self._lock is not None:
             self._lock.close()
+
+
+def _changes(earlier: dict[str, Any], config: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    found = differences(earlier, config)
+    return {key: values for key, values in found.items() if key not in ("log_path", "if_log_path_exists")}
+
+
+def _is_harmless(key: str) -> bool:
+    return bool(HARMLESS_KEYS & {key.split(".")[0], key.split(".")[-1]})
+
+
+def _may_change(key: str) -> bool:
+    return _is_harmless(key) or key in ROUNDING_KEYS | PATIENCE_KEYS or _is_length(key)
+
+
+def _is_length(key: str) -> bool:
+    is_batch_size = key.startswith("dataset_builder.") and key.endswith(".batch_size")
+    return is_batch_size or key in ("max_steps", "num_epochs")
+
+
+def how_to_train_on(folder: Path, refused: Collection[str] = ()) -> str:
+    """What to say instead, where the run in `folder` cannot continue with other values of `refused`."""
+    last = CheckpointLog(folder).last_path()
+    if last is None:
+        return "Choose another log_path, or start over with if_log_path_exists=delete."
+    shapes = sorted(SHAPE_KEYS & set(refused))
+    fits = f", which fit no other {', '.join(shapes)}," if shapes else ""
+    return (
+        f"To start from its weights{fits} give another log_path and load_checkpoint_path={last}; "
+        f"to start over say if_log_path_exists=delete."
+    )
+
+
+def holds_run(path: str) -> bool:
+    """Whether a run in this folder has recorded a checkpoint, from which it can be resumed."""
+    checkpoints = Path(path) / "checkpoints.jsonl"
+    return checkpoints.is_file() and checkpoints.stat().st_size > 0
 
 
 def _text(config: dict[str, Any]) -> str:

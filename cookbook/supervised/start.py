@@ -3,35 +3,38 @@
 from __future__ import annotations
 
 import logging
-import math
+from collections.abc import Mapping
 from contextlib import ExitStack
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
 from cookbook import environment, models
 from cookbook.checkpoints import CheckpointLog
-from cookbook.errors import ConfigError, DataError
-from cookbook.eval.evaluators import AnyEvaluatorBuilder, Evaluator, EvaluatorBuilder, RunContext
+from cookbook.errors import ConfigError
+from cookbook.eval.evaluators import AnyEvaluatorBuilder, Evaluation, Evaluator, EvaluatorBuilder, RunContext
 from cookbook.hyperparameters import fitting_rank
 from cookbook.loggers import (
+    OF_EVERY_STEP,
     ConsoleLogger,
     JsonlLogger,
     MetricLogger,
     TensorBoardLogger,
     TrackioLogger,
     WandbLogger,
-    check_installed,
 )
 from cookbook.report.live import ReportLogger
 from cookbook.supervised.agreement import check_same_data
-from cookbook.supervised.batches import BEGINNING, BatchQueue, Position
+from cookbook.supervised.batches import BatchQueue
 from cookbook.supervised.best import BestKeeper, BestTracker
+from cookbook.supervised.continuation import Start, announce, find_start
 from cookbook.supervised.nll_evaluator import NLLEvaluator
+from cookbook.supervised.preflight import check_evaluations, check_space
 from cookbook.supervised.run import Run
 from cookbook.supervised.run_folder import RunFolder
 from cookbook.supervised.step_times import StepTimes
 from cookbook.supervised.types import ChatDatasetBuilder, SupervisedDataset, num_batches_of
+from cookbook.tables import Table
 from cookbook.trace import Recorder
 
 if TYPE_CHECKING:
@@ -46,16 +49,16 @@ MAX_ADVISED_RANK = 512
 async def start_run(config: Config, folder: RunFolder, checkpoints: CheckpointLog, console: Console) -> Run:
     """Puts a run together. Whatever can be refused is refused before a model is loaded."""
     with ExitStack() as stack:
-        _check_loggers(config)
-        _check_start_weights(config)
-        _check_tokenizer(config)
+        _warn_of_other_formats(config, is_resumed=checkpoints.last() is not None)
+        evaluators = _make_evaluators(config, folder)
         with folder.world.first_on_each_machine():
             train_data, eval_data = config.dataset_builder()
         check_same_data(folder.world, train_data, eval_data)
         _report_data(train_data, eval_data)
+        check_evaluations(config, has_eval_data=eval_data is not None)
         _check_lengths(config, train_data, eval_data)
-        total_steps = _total_steps(config, train_data)
-        first_step, position = _where_to_go_on(config, folder, checkpoints, train_data, eval_data)
+        start = find_start(config, folder, checkpoints, train_data, eval_data)
+        first_step, total_steps = start.step, start.total_steps
         batches = stack.enter_context(
             BatchQueue(
                 train_data,
@@ -63,18 +66,27 @@ async def start_run(config: Config, folder: RunFolder, checkpoints: CheckpointLo
                 ahead=config.submit_ahead + 2,
                 num_epochs=config.num_epochs,
                 num_steps=None if total_steps is None else total_steps - first_step,
-                start=position,
+                start=start.position,
             )
         )
         await batches.check()
-        evaluators = _make_evaluators(config, folder, eval_data)
-        tracker = _track_best(config, folder, first_step, evaluators)
+        if eval_data is not None:
+            evaluators[0][1].insert(0, NLLEvaluator(eval_data))
+        known = _known_evaluation(folder, first_step)
+        restarts = _patience_restarts(config, folder, checkpoints, first_step)
+        tracker = _track_best(config, folder, first_step, evaluators, restarts)
         recorder = Recorder()
         client = await _create_client(config, folder, checkpoints, recorder, stack)
+        if not client.samples_together:
+            check_space(
+                config.log_path, folder.path, client.get_info().model_data.num_trained_parameters * 10
+            )
+        announce(config, folder, checkpoints, start, train_data)
+        _continue(folder, checkpoints, start, has_restarted=first_step in restarts)
         _announce(config, folder, client, train_data, eval_data, first_step, total_steps)
         if folder.world.is_main:
             environment.record(folder.path, client.get_info().model_data)
-        metric_loggers = _make_loggers(config, folder, first_step, total_steps, console, stack)
+        metric_loggers = _make_loggers(config, folder, start, known, console, stack)
         trace_path = folder.path / "trace.json" if config.trace and folder.world.is_main else None
         times = StepTimes(recorder, trace_path)
         stack.callback(times.close)
@@ -85,7 +97,8 @@ async def start_run(config: Config, folder: RunFolder, checkpoints: CheckpointLo
         world=folder.world,
         first_step=first_step,
         total_steps=total_steps,
-        first_position=position,
+        first_position=start.position,
+        known=known,
         train_data=train_data,
         client=client,
         batches=batches,
@@ -99,61 +112,39 @@ async def start_run(config: Config, folder: RunFolder, checkpoints: CheckpointLo
     )
 
 
-def _check_loggers(config: Config) -> None:
-    if config.tensorboard:
-        check_installed("tensorboard", "tensorboard=True")
-    if config.trackio_project is not None:
-        check_installed("trackio", f"trackio_project={config.trackio_project}")
-
-
 def _chat_format(config: Config) -> dict[str, str]:
     """What a checkpoint must say for its model to be prompted as it was trained."""
     metadata = {"renderer_name": str(config.renderer_name)}
     return metadata | ({"system_prompt": config.system_prompt} if config.system_prompt else {})
 
 
-def _check_start_weights(config: Config) -> None:
-    """Raises CheckpointError for weights that are not there; tells of another chat format."""
-    if config.load_checkpoint_path is None:
-        return
-    from cookbook.engine import state
+def _warn_of_other_formats(config: Config, is_resumed: bool) -> None:
+    """Warns where the weights to start from, or the data, have another chat format than is recorded."""
+    ours = _chat_format(config)
+    recorded: Mapping[str, str] = {}
+    if config.load_checkpoint_path is not None and not is_resumed:
+        from cookbook.engine import state
 
-    recorded = state.read_info(config.load_checkpoint_path).user_metadata or {}
+        recorded = state.read_info(config.load_checkpoint_path).user_metadata or {}
+    builder = config.dataset_builder
     for key in ("renderer_name", "system_prompt"):
-        ours, theirs = _chat_format(config).get(key), recorded.get(key)
-        if recorded and ours != theirs:
+        if recorded and ours.get(key) != recorded.get(key):
             logger.warning(
                 "%s was trained with %s=%s, this run goes on with %s.",
                 config.load_checkpoint_path,
                 key,
-                theirs,
-                ours,
+                recorded.get(key),
+                ours.get(key),
             )
-
-
-def _check_tokenizer(config: Config) -> None:
-    """Tokens of another vocabulary would train another model than the one that is meant."""
-    models.check_vocabulary(config.model_name)
-    builder = config.dataset_builder
-    if not isinstance(builder, ChatDatasetBuilder):
-        return
-    common = builder.common_config
-    for key in ("renderer_name", "system_prompt"):
-        if getattr(common, key) != getattr(config, key):
-            logger.warning(
-                "The data are rendered with %s=%s, but checkpoints will record %s.",
-                key,
-                getattr(common, key),
-                getattr(config, key),
-            )
-    name = common.model_name_for_tokenizer
-    if name != config.model_name:
-        theirs, ours = models.get_tokenizer(name), models.get_tokenizer(config.model_name)
-        if theirs.get_vocab() != ours.get_vocab():
-            raise ConfigError(
-                f"The data are tokenized for {name!r}, whose vocabulary is not that of "
-                f"model_name={config.model_name!r}. Give both the same name."
-            )
+        if isinstance(builder, ChatDatasetBuilder):
+            of_data = getattr(builder.common_config, key)
+            if of_data != getattr(config, key):
+                logger.warning(
+                    "The data are rendered with %s=%s, but checkpoints will record %s.",
+                    key,
+                    of_data,
+                    getattr(config, key),
+                )
 
 
 def _report_data(train_data: SupervisedDataset, eval_data: SupervisedDataset | None) -> None:
@@ -178,63 +169,96 @@ def _check_lengths(
         )
 
 
-def _total_steps(config: Config, train_data: SupervisedDataset) -> int | None:
-    """None where the run goes on until the data end, whenever that is."""
-    num_batches = num_batches_of(train_data)
-    if num_batches is not None:
-        return min(config.num_epochs * num_batches, config.max_steps or math.inf)  # type: ignore[return-value]
-    if config.max_steps is None and config.lr_schedule != "constant":
-        raise ConfigError(
-            f"lr_schedule={config.lr_schedule} comes down to 0 at the last step, and nobody knows how long "
-            f"the streamed data are. Say max_steps=, or choose lr_schedule=constant."
-        )
-    return config.max_steps
+def _continue(folder: RunFolder, checkpoints: CheckpointLog, start: Start, has_restarted: bool) -> None:
+    """Makes the folder that of this run. Until here it is as the earlier run left it.
+
+    The config comes last: a kill before it leaves a run that is continued by the same command.
+    """
+    if start.rows_per_batch_before is not None:
+        checkpoints.count_rows(start.rows_per_batch_before)
+    if folder.length_changes or folder.patience_changes:
+        checkpoints.continue_from_final()
+    folder.record_config(start.step, has_restarted)
 
 
-def _where_to_go_on(
-    config: Config,
-    folder: RunFolder,
-    checkpoints: CheckpointLog,
-    train_data: SupervisedDataset,
-    eval_data: SupervisedDataset | None,
-) -> tuple[int, Position]:
-    """The step a run begins with, and the batch; refuses data that are not what they were."""
-    fingerprint = train_data.fingerprint()
-    last = checkpoints.last()
-    num_batches = num_batches_of(train_data)
-    if last is None:
-        reports = list(train_data.reports())
-        others = [] if eval_data is None else [one for one in eval_data.reports() if one not in reports]
-        folder.write_data_report(
-            fingerprint, [one.to_json() for one in reports], [one.to_json() for one in others]
-        )
-        return 0, BEGINNING
-    position = Position(last.epoch, last.batch)
-    has_moved = num_batches is not None and divmod(last.step, num_batches) != position
-    if has_moved or folder.read_data_fingerprint() != fingerprint:
-        raise DataError(
-            f"The data have changed since this run began: step {last.step} would go on with other batches "
-            f"than it would have. Restore them, or choose another log_path."
-        )
-    return last.step, position
-
-
-def _make_evaluators(
-    config: Config, folder: RunFolder, eval_data: SupervisedDataset | None
-) -> list[tuple[int, list[Evaluator]]]:
+def _make_evaluators(config: Config, folder: RunFolder) -> list[tuple[int, list[Evaluator]]]:
+    """With their cadence, the frequent ones first. What one refuses it refuses before the data are read."""
     run = RunContext(folder.path, config.model_name, config.renderer_name, config.system_prompt)
 
     def make(builder: AnyEvaluatorBuilder) -> Evaluator:
         return builder.in_run(run)() if isinstance(builder, EvaluatorBuilder) else builder()
 
-    frequent: list[Evaluator] = [] if eval_data is None else [NLLEvaluator(eval_data)]
-    frequent += map(make, config.evaluator_builders)
-    infrequent = list(map(make, config.infrequent_evaluator_builders))
-    return [(config.eval_every, frequent), (config.infrequent_eval_every, infrequent)]
+    return [
+        (config.eval_every, list(map(make, config.evaluator_builders))),
+        (config.infrequent_eval_every, list(map(make, config.infrequent_evaluator_builders))),
+    ]
+
+
+def _known_evaluation(folder: RunFolder, step: int) -> Evaluation:
+    """What an earlier life of the run measured of the state after `step` steps.
+
+    The last evaluation of a run that is continued need not be due there, and is kept all the same.
+    """
+    row = next((row for row in folder.read_metrics() if row["step"] == step), {})
+    metrics = {
+        name: value
+        for name, value in row.items()
+        if name != "step" and name.split("/")[0] not in OF_EVERY_STEP
+    }
+    tables: dict[str, Table] = {}
+    for record in folder.read_tables():
+        if record["step"] == step:
+            shown = tables.setdefault(record["table"], Table(list(record["row"]), []))
+            tables[record["table"]] = Table(shown.columns, [*shown.rows, list(record["row"].values())])
+    return Evaluation(metrics, tables)
+
+
+def _patience_restarts(
+    config: Config, folder: RunFolder, checkpoints: CheckpointLog, first_step: int
+) -> set[int]:
+    """The steps from which patience counts anew: where a run that was out of it is made longer.
+
+    Raises ConfigError where a finished run is not made longer, and is still out of patience.
+    """
+    restarts = folder.patience_restarts()
+    rows = [row for row in folder.read_metrics() if row["step"] <= first_step]
+    if not _tracker(config, rows, restarts).is_out_of_patience:
+        return restarts
+    if folder.length_changes:
+        logger.info(
+            "The run was out of patience after %d steps; patience counts anew from here, and the best %s so "
+            "far is still the one to beat.",
+            first_step,
+            config.best_metric,
+        )
+        return restarts | {first_step}
+    if checkpoints.is_finished:
+        raise ConfigError(
+            f"The run in log_path={folder.path} stopped early after {first_step} steps, and "
+            f"early_stopping_patience={config.early_stopping_patience} with early_stopping_min_delta="
+            f"{config.early_stopping_min_delta:g} is used up by then. To continue it raise "
+            f"early_stopping_patience, or give more max_steps or num_epochs."
+        )
+    return restarts
+
+
+def _tracker(config: Config, rows: list[dict[str, Any]], restarts: set[int]) -> BestTracker:
+    return BestTracker(
+        config.best_metric,
+        config.best_mode,
+        config.early_stopping_patience,
+        config.early_stopping_min_delta,
+        history=rows,
+        restarts=restarts,
+    )
 
 
 def _track_best(
-    config: Config, folder: RunFolder, first_step: int, evaluators: list[tuple[int, list[Evaluator]]]
+    config: Config,
+    folder: RunFolder,
+    first_step: int,
+    evaluators: list[tuple[int, list[Evaluator]]],
+    restarts: set[int],
 ) -> BestTracker:
     if config.early_stopping_patience is not None and not any(
         every and members for every, members in evaluators
@@ -243,13 +267,7 @@ def _track_best(
             f"early_stopping_patience={config.early_stopping_patience} counts evaluations, and this run has "
             f"none. Give data to evaluate on or an evaluator, or leave early stopping out."
         )
-    return BestTracker(
-        config.best_metric,
-        config.best_mode,
-        config.early_stopping_patience,
-        config.early_stopping_min_delta,
-        history=[row for row in folder.read_metrics() if row["step"] < first_step],
-    )
+    return _tracker(config, [row for row in folder.read_metrics() if row["step"] < first_step], restarts)
 
 
 async def _create_client(
@@ -292,8 +310,8 @@ async def _create_client(
 def _make_loggers(
     config: Config,
     folder: RunFolder,
-    first_step: int,
-    total_steps: int | None,
+    start: Start,
+    known: Evaluation,
     console: Console,
     stack: ExitStack,
 ) -> list[MetricLogger]:
@@ -305,7 +323,8 @@ def _make_loggers(
         made.append(metric_logger)
         stack.callback(metric_logger.close)
 
-    keep(JsonlLogger(folder.path, first_step=first_step))
+    first_step = start.step
+    keep(JsonlLogger(folder.path, first_step, known.metrics, known.tables))
     if config.wandb_project is not None:
         keep(WandbLogger(folder.path, config.wandb_project, config.wandb_name, folder.config))
     if config.tensorboard:
@@ -314,7 +333,7 @@ def _make_loggers(
         keep(
             TrackioLogger(folder.path, config.trackio_project, config.trackio_name, folder.config, first_step)
         )
-    keep(ConsoleLogger(console, total_steps=total_steps, first_step=first_step))
+    keep(ConsoleLogger(console, total_steps=start.total_steps, first_step=first_step))
     keep(ReportLogger(folder.path))  # after those whose files it reads
     return made
 

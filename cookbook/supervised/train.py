@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal, Self
 
 import chz
+from rich.console import Console
 
 from cookbook import config_files, models
 from cookbook.checkpoints import CheckpointLog
@@ -21,8 +22,10 @@ from cookbook.loggers import logging_to, make_console
 from cookbook.schedules import LRSchedule
 from cookbook.supervised.agreement import joined_alike
 from cookbook.supervised.best import DEFAULT_METRIC, BestMode, direction
+from cookbook.supervised.continuation import check_length
+from cookbook.supervised.preflight import check_before_work
 from cookbook.supervised.run import RunSummary
-from cookbook.supervised.run_folder import IfLogPathExists, RunFolder
+from cookbook.supervised.run_folder import IfLogPathExists, RunFolder, holds_run
 from cookbook.supervised.start import start_run
 from cookbook.supervised.stop_signal import StopSignal
 from cookbook.supervised.types import SupervisedDatasetBuilder
@@ -230,35 +233,52 @@ async def main(config: Config) -> RunSummary:
     console = make_console(is_quiet=not mesh.current().is_main)
     config = config.resolved()
     resolved = config_files.to_json(config)
+    with joined_alike(resolved) as world:
+        is_resumed = config.if_log_path_exists == "resume" and world.by_main(
+            lambda: holds_run(config.log_path)
+        )
+        if not is_resumed:  # before a folder is made, or an earlier run in it is deleted
+            check_before_work(config)
+        with (
+            RunFolder(config.log_path, resolved, config.if_log_path_exists, world) as folder,
+            logging_to(console, folder.log_file),
+        ):
+            checkpoints = CheckpointLog(folder.path, config.keep_checkpoints, world.by_main)
+            check_length(config, folder, checkpoints)
+            is_longer = bool(folder.length_changes or folder.patience_changes)
+            if checkpoints.is_finished and not is_longer:
+                return _report_finished(folder, checkpoints)
+            if is_resumed:
+                check_before_work(config, is_resumed)
+            return await _run(config, folder, checkpoints, console)
+
+
+async def _run(config: Config, folder: RunFolder, checkpoints: CheckpointLog, console: Console) -> RunSummary:
     with (
-        joined_alike(resolved) as world,
-        RunFolder(config.log_path, resolved, config.if_log_path_exists, world) as folder,
-        logging_to(console, folder.log_file),
+        await start_run(config, folder, checkpoints, console) as run,
+        StopSignal(folder.world) as stop,
     ):
-        checkpoints = CheckpointLog(folder.path, config.keep_checkpoints, world.by_main)
-        if checkpoints.is_finished:
-            return _report_finished(folder, checkpoints)
-        with await start_run(config, folder, checkpoints, console) as run, StopSignal(world) as stop:
-            async for step in run.remaining_steps():
-                await run.evaluate_if_due(step)
-                if run.is_out_of_patience:
-                    break
-                await run.submit(step)
-                await run.log_all_but(config.submit_ahead)
-                if await stop.is_given():
-                    break
-            await run.log_all_but(0)
+        async for step in run.remaining_steps():
+            await run.evaluate_if_due(step)
+            if run.is_out_of_patience:
+                break
+            await run.submit(step)
+            await run.log_all_but(config.submit_ahead)
             if await stop.is_given():
-                return await run.save_and_stop(stop.number)
-            return await run.evaluate_and_finish()
+                break
+        await run.log_all_but(0)
+        if await stop.is_given():
+            return await run.save_and_stop(stop.number)
+        return await run.evaluate_and_finish()
 
 
 def _report_finished(folder: RunFolder, checkpoints: CheckpointLog) -> RunSummary:
     last = checkpoints.last()
     assert last is not None
     logger.info(
-        "This run is finished: %s. To run it again choose another log_path, or say "
-        "if_log_path_exists=delete.",
+        "This run is finished after %d steps: %s. To continue it give a larger max_steps or num_epochs; to "
+        "run it again choose another log_path, or say if_log_path_exists=delete.",
+        last.step,
         checkpoints.path_of(last),
     )
     return RunSummary(folder.path, True, last.step, checkpoints.path_of(last), best=checkpoints.best())

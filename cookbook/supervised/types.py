@@ -35,6 +35,14 @@ class Origin(NamedTuple):
     """Tells rows apart. The Datums of a row follow one another: they are one conversation."""
 
 
+class RowCounts(NamedTuple):
+    """How the batches of an epoch are cut from its rows, one behind the other."""
+
+    per_batch: int
+    per_epoch: int | None
+    """None where it is not known."""
+
+
 class SupervisedDataset(ABC):
     """Batches of Datums by index. The same index gives the same batch until `set_epoch`."""
 
@@ -56,6 +64,17 @@ class SupervisedDataset(ABC):
 
     def set_epoch(self, seed: int = 0) -> None:
         """Puts the examples into the order of `seed`. By default the order never changes."""
+
+    def row_counts(self) -> RowCounts | None:
+        """How an epoch is cut into batches, which does not change its order; None where that is not known."""
+        return None
+
+    def skip_rows(self, num_rows: int) -> None:
+        """Makes batch 0 begin behind so many rows of the epoch, until the next `set_epoch`.
+
+        Called where `row_counts` is known and an epoch continues in batches of another size.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has row_counts, but no skip_rows.")
 
     def summary(self) -> dict[str, int]:
         """Counts to report: rows, and whatever was left out of the batches so far."""
@@ -82,6 +101,15 @@ def num_batches_of(dataset: SupervisedDataset) -> int | None:
         return None
 
 
+def row_counts_of(dataset: SupervisedDataset) -> RowCounts | None:
+    """The dataset's `row_counts`; None where its length says that not every row comes in an epoch."""
+    counts = dataset.row_counts()
+    if counts is not None and counts.per_epoch is not None:
+        is_whole = num_batches_of(dataset) == -(-counts.per_epoch // counts.per_batch)
+        return counts if is_whole else None
+    return counts
+
+
 class _DeclaresItself:
     """Lets a subclass of a chz class go without `@chz.chz`, and override a field by plain assignment.
 
@@ -101,6 +129,10 @@ class _DeclaresItself:
 @chz.chz
 class SupervisedDatasetBuilder(_DeclaresItself):
     """A config that makes datasets."""
+
+    def has_eval_data(self) -> bool | None:
+        """Whether there will be data to evaluate on; None where that is known when they are read."""
+        return None
 
     def __call__(self) -> tuple[SupervisedDataset, SupervisedDataset | None]:
         """The training dataset, and one to evaluate on (or None)."""

@@ -109,3 +109,42 @@ def test_a_best_whose_folder_is_gone_is_none(tmp_path: Path) -> None:
     log.mark_best(3, "test/nll", 1.5)
     shutil.rmtree(tmp_path / "checkpoints" / "000003")
     assert log.best() is None
+
+
+def test_a_final_checkpoint_of_a_run_that_continues_goes_by_its_step_and_stays_the_best(
+    tmp_path: Path,
+) -> None:
+    log = CheckpointLog(tmp_path)
+    add(log, tmp_path, 3)
+    final = tmp_path / "checkpoints" / "final"
+    final.mkdir()
+    (final / "weights").write_text("of step 6")
+    log.add("final", str(final), 6, 1, 2, 8)
+    log.mark_best(6, "test/nll", 1.5)
+    for _ in range(2):  # the second time there is none
+        log.continue_from_final()
+    assert names_on_disk(tmp_path) == ["000003", "000006"]
+    log = CheckpointLog(tmp_path)
+    best = log.best()
+    assert best == log.last()
+    assert best is not None
+    assert (best.name, best.step, best.row, best.value) == ("000006", 6, 8, 1.5)
+    assert (log.path_of(best) / "weights").read_text() == "of step 6"
+
+
+def test_a_final_checkpoint_whose_state_was_saved_before_leaves_that_one(tmp_path: Path) -> None:
+    """As a run that was out of patience has saved it, and as a kill before the record changed leaves it."""
+    for is_recorded in (True, False):
+        folder = tmp_path / str(is_recorded)
+        log = CheckpointLog(folder)
+        (folder / "checkpoints" / "000006").mkdir(parents=True)
+        if is_recorded:
+            add(log, folder, 6)
+        (folder / "checkpoints" / "final").mkdir()
+        log.add("final", str(folder / "checkpoints" / "final"), 6, 1, 2)
+        log.mark_best(6, "test/nll", 1.5)
+        log.continue_from_final()
+        assert names_on_disk(folder) == ["000006"]
+        best = CheckpointLog(folder).best()
+        assert best is not None
+        assert (best.name, best.value) == ("000006", 1.5)

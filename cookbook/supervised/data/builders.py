@@ -123,6 +123,10 @@ class ConversationBuilder(ChatDatasetBuilder):
 
     # -- the datasets -----------------------------------------------------------------------
 
+    def has_eval_data(self) -> bool | None:
+        is_ours = type(self).__call__ is ConversationBuilder.__call__
+        return False if is_ours and self.test_size == 0 else None
+
     def __call__(self) -> tuple[SupervisedDataset, SupervisedDataset | None]:
         sources = self.sources()
         check_weights(self.weights, len(sources))

@@ -14,7 +14,7 @@ from cookbook.errors import ConfigError, CookbookError
 from cookbook.notes import Note
 from cookbook.supervised.data.rendering import OnBadRow, bad_row_error, reason_of
 from cookbook.supervised.data.sources import Row
-from cookbook.supervised.types import SupervisedDataset
+from cookbook.supervised.types import RowCounts, SupervisedDataset
 from cookbook.types import Datum, TensorData
 
 if TYPE_CHECKING:
@@ -47,12 +47,20 @@ class SupervisedDatasetFromRows(SupervisedDataset):
         self._to_datums = flatmap_fn or (lambda row: [map_fn(row)])  # type: ignore[misc]
         self._on_bad_row = on_bad_row
         self._order: np.ndarray = np.arange(len(rows))
+        self._num_skipped = 0
         self._places: defaultdict[str, set[str]] = defaultdict(set)
         self._notes: Counter[Note] = Counter()
         self._noted: set[int] = set()
 
     def set_epoch(self, seed: int = 0) -> None:
         self._order = np.random.default_rng(seed).permutation(len(self._rows))
+        self._num_skipped = 0
+
+    def row_counts(self) -> RowCounts:
+        return RowCounts(self._batch_size, len(self._rows))
+
+    def skip_rows(self, num_rows: int) -> None:
+        self._num_skipped = num_rows
 
     def __len__(self) -> int:
         return -(-len(self._rows) // self._batch_size)
@@ -60,7 +68,8 @@ class SupervisedDatasetFromRows(SupervisedDataset):
     def get_batch(self, index: int) -> list[Datum]:
         if not 0 <= index < len(self):
             raise IndexError(f"batch {index} of {len(self)}")
-        numbers = self._order[index * self._batch_size : (index + 1) * self._batch_size].tolist()
+        start = self._num_skipped + index * self._batch_size
+        numbers = self._order[start : start + self._batch_size].tolist()
         batch: list[Datum] = []
         for number, row in zip(numbers, self._read(numbers), strict=True):
             batch += self._datums_of(number, row)

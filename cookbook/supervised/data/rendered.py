@@ -17,7 +17,7 @@ from cookbook.supervised.data.mixing import StopWhen, order_of_epoch, rows_per_e
 from cookbook.supervised.data.report import DataReport
 from cookbook.supervised.data.sources.base import digest_of
 from cookbook.supervised.data.store import ExampleStore
-from cookbook.supervised.types import OnLong, Origin, SupervisedDataset
+from cookbook.supervised.types import OnLong, Origin, RowCounts, SupervisedDataset
 from cookbook.types import Datum
 
 
@@ -109,6 +109,7 @@ class RenderedDataset(SupervisedDataset):
         self._counts = rows_per_epoch(self._sizes, weights, stop_when)
         self._first_of_part = np.concatenate([[0], np.cumsum(self._sizes)])
         self._order = np.arange(sum(self._sizes))
+        self._num_skipped = 0
         self.set_epoch()
 
     @property
@@ -118,6 +119,13 @@ class RenderedDataset(SupervisedDataset):
 
     def set_epoch(self, seed: int = 0) -> None:
         self._order = order_of_epoch(self._sizes, self._counts, seed)
+        self._num_skipped = 0
+
+    def row_counts(self) -> RowCounts:
+        return RowCounts(self._batch_size, sum(self._counts))
+
+    def skip_rows(self, num_rows: int) -> None:
+        self._num_skipped = num_rows
 
     def __len__(self) -> int:
         return -(-sum(self._counts) // self._batch_size)
@@ -136,7 +144,8 @@ class RenderedDataset(SupervisedDataset):
         """The rows of a batch; those of all parts are numbered through."""
         if not 0 <= index < len(self):
             raise IndexError(f"batch {index} of {len(self)}")
-        return self._order[index * self._batch_size : (index + 1) * self._batch_size].tolist()
+        start = self._num_skipped + index * self._batch_size
+        return self._order[start : start + self._batch_size].tolist()
 
     def _datums_of(self, number: int) -> list[Datum]:
         source, row = self._place_of(number)

@@ -24,7 +24,7 @@ from cookbook.supervised.data.rendering import OnBadRow, RowRenderer, bad_row_er
 from cookbook.supervised.data.report import DataReport
 from cookbook.supervised.data.sources import BadRow, Chunk, Row, Source
 from cookbook.supervised.data.sources.base import ListChunk, digest_of
-from cookbook.supervised.types import OnLong, SupervisedDataset
+from cookbook.supervised.types import OnLong, RowCounts, SupervisedDataset
 from cookbook.types import Datum
 
 if TYPE_CHECKING:
@@ -49,7 +49,8 @@ class StreamedDataset(SupervisedDataset):
         self._length = length
         self._seed: int | None = None
         self._shuffled: Iterator[Any] = iter(())
-        self._next_index: int | None = None
+        self._next_row: int | None = None
+        self._num_skipped = 0
         self._counts: defaultdict[str, int] = defaultdict(int)
         self._notes: Counter[Note] = Counter()
         self._num_counted: defaultdict[int | None, int] = defaultdict(int)
@@ -65,7 +66,14 @@ class StreamedDataset(SupervisedDataset):
 
     def set_epoch(self, seed: int = 0) -> None:
         self._seed = seed
-        self._next_index = None
+        self._next_row = None
+        self._num_skipped = 0
+
+    def row_counts(self) -> RowCounts:
+        return RowCounts(self._batch_size, self._length)
+
+    def skip_rows(self, num_rows: int) -> None:
+        self._num_skipped = num_rows
 
     def __len__(self) -> int:
         if self._length is None:
@@ -73,11 +81,12 @@ class StreamedDataset(SupervisedDataset):
         return -(-self._length // self._batch_size)
 
     def get_batch(self, index: int) -> list[Datum]:
-        if index != self._next_index:
-            self._seek(index)
+        start = self._num_skipped + index * self._batch_size
+        if start != self._next_row:
+            self._seek(start)
         wanted = self._batch_size
         if self._length is not None:
-            wanted = max(0, min(wanted, self._length - index * self._batch_size))
+            wanted = max(0, min(wanted, self._length - start))
         rows = list(islice(self._shuffled, wanted))
         if self._length is not None and len(rows) < wanted:
             raise DataError(
@@ -86,10 +95,10 @@ class StreamedDataset(SupervisedDataset):
             )
         if not rows:
             raise IndexError(f"The stream has no batch {index}.")
-        self._next_index = index + 1
+        self._next_row = start + self._batch_size
         # A batch that is made again, as the first is that was looked at before training, counts once.
-        self._is_counting = index >= self._num_counted[self._seed]
-        self._num_counted[self._seed] = max(index + 1, self._num_counted[self._seed])
+        self._is_counting = start >= self._num_counted[self._seed]
+        self._num_counted[self._seed] = max(self._next_row, self._num_counted[self._seed])
         self._note("rows", len(rows))
         try:
             with notes.collected() as found:
@@ -113,10 +122,10 @@ class StreamedDataset(SupervisedDataset):
         if count and self._is_counting:
             self._counts[name] += count
 
-    def _seek(self, index: int) -> None:
-        buffer, offset = divmod(index * self._batch_size, self._buffer_size)
+    def _seek(self, row: int) -> None:
+        buffer, offset = divmod(row, self._buffer_size)
         self._shuffled = self._read(buffer)
-        self._next_index = index
+        self._next_row = row
         next(islice(self._shuffled, offset, offset), None)
 
     def _read(self, buffer: int) -> Iterator[Any]:

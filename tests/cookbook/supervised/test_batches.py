@@ -6,11 +6,13 @@ import asyncio
 import threading
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 
 from cookbook.errors import DataError
-from cookbook.supervised.batches import Batch, BatchQueue, PlacedBatch, make_batch
+from cookbook.supervised.batches import BEGINNING, Batch, BatchQueue, PlacedBatch, Position, make_batch
+from cookbook.supervised.data import StreamingSupervisedDatasetFromHFDataset, SupervisedDatasetFromRows
 from cookbook.supervised.types import SupervisedDataset
 from cookbook.types import Datum, ModelInput
 
@@ -52,7 +54,7 @@ class Stream(Numbers):
         return super().get_batch(index)
 
 
-def placed_batches(dataset: Numbers, ahead: int = 2, **options: Any) -> list[PlacedBatch]:
+def placed_batches(dataset: SupervisedDataset, ahead: int = 2, **options: Any) -> list[PlacedBatch]:
     async def collect() -> list[PlacedBatch]:
         batches = []
         with BatchQueue(dataset, seed=5, ahead=ahead, **options) as queue:
@@ -112,6 +114,41 @@ def test_a_run_that_goes_on_behind_any_batch_sees_what_it_would_have_seen(
     for taken, one in enumerate(whole, 1):
         rest = placed_batches(kind(3), ahead, num_epochs=3, start=one.next_position)
         assert numbers_in(rest) == numbers_in(whole[taken:])
+
+
+@pytest.mark.parametrize("kind", ["rows", "stream", "stream of known length"])
+def test_whatever_the_sizes_of_its_batches_an_epoch_has_every_row_once_in_its_own_order(kind: str) -> None:
+    """The truth: the order of each epoch, read in one batch."""
+    num_rows = 23
+
+    def dataset(batch_size: int) -> SupervisedDataset:
+        def to_datum(row: Any) -> Datum:
+            return make_datum(row["number"] if isinstance(row, dict) else row, [1.0])
+
+        if kind == "rows":
+            return SupervisedDatasetFromRows(range(num_rows), batch_size, map_fn=to_datum)
+        stream = datasets.Dataset.from_dict({"number": list(range(num_rows))}).to_iterable_dataset()
+        length = None if kind == "stream" else num_rows
+        return StreamingSupervisedDatasetFromHFDataset(
+            stream, batch_size, length=length, map_fn=to_datum, buffer_size=6
+        )
+
+    read: dict[int, list[int]] = {}
+    start = BEGINNING
+    for batch_size, num_steps in ((4, 2), (3, 1), (7, 3), (5, 6), (30, 1), (2, 20)):
+        placed = placed_batches(dataset(batch_size), num_epochs=9, num_steps=num_steps, start=start)
+        assert len(placed) == num_steps
+        for one in placed:
+            read.setdefault(one.epoch, []).extend(datum.model_input.to_ints()[0] for datum in one.batch.data)
+        start = placed[-1].next_position
+    assert max(read) >= 3
+    for epoch, numbers in read.items():
+        (whole,) = placed_batches(
+            dataset(num_rows), num_epochs=epoch + 1, num_steps=1, start=Position(epoch, 0, 0)
+        )
+        truth = [datum.model_input.to_ints()[0] for datum in whole.batch.data]
+        assert numbers == truth[: len(numbers)]
+        assert len(numbers) == num_rows or epoch == max(read)
 
 
 def test_batches_are_made_on_a_thread_of_their_own_before_they_are_asked_for() -> None:

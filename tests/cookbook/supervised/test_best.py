@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import chz
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -18,10 +19,13 @@ from cookbook import ServiceClient
 from cookbook.checkpoints import CheckpointLog
 from cookbook.errors import ConfigError, TrainingError
 from cookbook.eval.evaluators import SamplingClientEvaluator, TrainingClientEvaluator
+from cookbook.eval.generation import GenerationEvaluatorBuilder
+from cookbook.eval.harness_tasks import HarnessEvaluatorBuilder
 from cookbook.supervised import train
 from cookbook.supervised.best import BestTracker, direction
 from cookbook.supervised.data import FromConversationFileBuilder
 from cookbook.supervised.nll_evaluator import NLLEvaluator
+from cookbook.supervised.preflight import check_evaluations
 from cookbook.supervised.types import ChatDatasetBuilderCommonConfig
 from cookbook.types import ModelInput, SamplingParams
 
@@ -263,10 +267,55 @@ def test_a_small_improvement_at_the_last_evaluation_of_patience_is_kept_and_the_
 def test_a_metric_that_nothing_measures_is_an_error_before_training_and_names_those_there_are(
     make_config: MakeConfig,
 ) -> None:
-    config = make_config(best_metric="test/acuracy", best_mode="max")
+    config = make_config([0.1] * 9, best_metric="test/acuracy", best_mode="max")
     with pytest.raises(TrainingError, match="best_metric=test/acuracy .*: test/.*nll.*Name one of those"):
-        run(config)
+        run(config)  # what a function makes is known when it has run
     assert not Path(config.log_path, "metrics.jsonl").read_text(encoding="utf-8")
+
+
+def test_a_metric_that_no_evaluator_declares_is_an_error_before_the_data_are_read(
+    make_config: MakeConfig,
+) -> None:
+    graded = GenerationEvaluatorBuilder(path="questions.jsonl", name="facts", scores=["exact_match"])
+    for metric, builders, known in (
+        ("test/acuracy", [], "test/nll, .*test/token_accuracy"),
+        ("facts/f1", [graded], "test/nll, .*facts/exact_match, .*facts/cut_off"),
+        ("facts/exact_match", [], "test/nll"),
+    ):
+        config = make_config(best_metric=metric, best_mode="max", evaluator_builders=builders)
+        with pytest.raises(ConfigError, match=f"best_metric={metric} is not among .*: {known}"):
+            run(config)
+        assert not Path(config.log_path).exists()
+
+
+def test_a_metric_that_an_evaluator_declares_is_let_through(make_config: MakeConfig) -> None:
+    @chz.chz
+    class Other(GenerationEvaluatorBuilder):
+        def __call__(self) -> Any:
+            return Scripted([0.1] * 9)
+
+    graded = GenerationEvaluatorBuilder(path="questions.jsonl", name="facts", scores=["exact_match"])
+    harness = HarnessEvaluatorBuilder(tasks=["arc_easy"])
+    for metric, builder in (
+        ("facts/exact_match", graded),
+        ("lm_eval/arc_easy/acc", harness),
+        ("test/pirate/nll", graded),
+        ("test/acuracy", Other(path="questions.jsonl")),
+    ):
+        config = make_config(best_metric=metric, best_mode="max", evaluator_builders=[builder])
+        check_evaluations(config, has_eval_data=None)
+    config = make_config(best_metric="test/nll", early_stopping_patience=1, evaluator_builders=[graded])
+    with pytest.raises(ConfigError, match="best_metric=test/nll is not among"):
+        check_evaluations(config, has_eval_data=False)
+
+
+def test_a_cadence_with_nothing_to_evaluate_is_refused(make_config: MakeConfig) -> None:
+    default = make_config(test_size=0, eval_every=50)
+    check_evaluations(default, has_eval_data=False)
+    with pytest.raises(ConfigError, match="eval_every=3, but there is nothing to evaluate. Give data"):
+        run(make_config(test_size=0, eval_every=3))
+    with pytest.raises(ConfigError, match="infrequent_eval_every=3, but .* infrequent_evaluator_builders="):
+        run(make_config(infrequent_eval_every=3))
 
 
 def test_the_default_metric_needs_held_out_data_and_says_so(

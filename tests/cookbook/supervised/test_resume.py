@@ -6,10 +6,8 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,45 +16,6 @@ from safetensors.numpy import load_file
 
 METRICS_THAT_ARE_TIMES = "perf/"
 NUM_STEPS = 10
-
-
-class ForkServer:
-    """`fork_runs.py` as a process; see there."""
-
-    def __init__(self) -> None:
-        script = Path(__file__).with_name("fork_runs.py")
-        self._process = subprocess.Popen(
-            [sys.executable, str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-
-    def run(
-        self,
-        config: dict[str, Any],
-        kill_at_event: int | None = None,
-        meanwhile: Callable[[int], None] | None = None,
-        on_files: str = "",
-    ) -> int:
-        """The exit code of a run; minus the signal's number if one ended it."""
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        job = {"config": config, "kill_at_event": kill_at_event, "on_files": on_files}
-        self._process.stdin.write(json.dumps(job) + "\n")
-        self._process.stdin.flush()
-        child = int(self._process.stdout.readline())
-        if meanwhile is not None:
-            meanwhile(child)
-        return os.waitstatus_to_exitcode(int(self._process.stdout.readline()))
-
-    def close(self) -> None:
-        self._process.stdin.close()  # type: ignore[union-attr]
-        self._process.wait()
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[ForkServer]:
-    server = ForkServer()
-    yield server
-    server.close()
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +52,7 @@ def make_config(
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(server: ForkServer, make_config: Callable) -> Path:
+def uninterrupted(server: Any, make_config: Callable) -> Path:
     config = make_config("uninterrupted")
     assert server.run(config) == 0, Path(config["log_path"] + ".out").read_text(encoding="utf-8")
     return Path(config["log_path"])
@@ -134,7 +93,7 @@ def test_the_uninterrupted_run_has_a_row_a_step_and_learns(uninterrupted: Path) 
 
 
 def test_two_uninterrupted_runs_are_bit_identical(
-    server: ForkServer, make_config: Callable, uninterrupted: Path
+    server: Any, make_config: Callable, uninterrupted: Path
 ) -> None:
     config = make_config("again")
     assert server.run(config) == 0
@@ -142,7 +101,7 @@ def test_two_uninterrupted_runs_are_bit_identical(
 
 
 def test_the_depth_of_pipelining_changes_nothing(
-    server: ForkServer, make_config: Callable, uninterrupted: Path
+    server: Any, make_config: Callable, uninterrupted: Path
 ) -> None:
     for depth in (0, 4):
         config = make_config(f"depth{depth}", submit_ahead=depth)
@@ -151,7 +110,7 @@ def test_the_depth_of_pipelining_changes_nothing(
 
 
 def test_a_run_killed_before_any_file_operation_resumes_to_the_same_bits(
-    server: ForkServer, make_config: Callable, uninterrupted: Path
+    server: Any, make_config: Callable, uninterrupted: Path
 ) -> None:
     """Walks through a run's file operations, a few at a time: kill, resume, kill again."""
     rng = random.Random(0)
@@ -173,7 +132,7 @@ def test_a_run_killed_before_any_file_operation_resumes_to_the_same_bits(
     [*(("000003", event) for event in range(1, 14, 3)), ("checkpoints.jsonl", 1), ("checkpoints.jsonl", 2)],
 )
 def test_a_run_killed_while_it_saves_resumes_to_the_same_bits(
-    server: ForkServer, make_config: Callable, uninterrupted: Path, on_files: str, event: int
+    server: Any, make_config: Callable, uninterrupted: Path, on_files: str, event: int
 ) -> None:
     """Every third operation of the first checkpoint, and both of its record."""
     config = make_config(f"killed-in-save-{on_files}-{event}")
@@ -184,7 +143,7 @@ def test_a_run_killed_while_it_saves_resumes_to_the_same_bits(
 
 @pytest.mark.parametrize("seed", range(3))
 def test_a_run_killed_at_a_random_moment_resumes_to_the_same_bits(
-    server: ForkServer, make_config: Callable, uninterrupted: Path, seed: int
+    server: Any, make_config: Callable, uninterrupted: Path, seed: int
 ) -> None:
     config = make_config(f"killed-at-random-{seed}")
     rng = random.Random(seed)
@@ -201,7 +160,7 @@ def test_a_run_killed_at_a_random_moment_resumes_to_the_same_bits(
 
 @pytest.mark.parametrize("seed", range(3))
 def test_a_run_on_a_stream_that_is_killed_resumes_to_the_same_bits(
-    server: ForkServer, make_config: Callable, seed: int
+    server: Any, make_config: Callable, seed: int
 ) -> None:
     def streamed(name: str) -> dict[str, Any]:
         config = make_config(name, max_steps=NUM_STEPS)
@@ -223,7 +182,7 @@ def test_a_run_on_a_stream_that_is_killed_resumes_to_the_same_bits(
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_finishes_the_step_saves_and_says_how_to_resume(
-    server: ForkServer, make_config: Callable, uninterrupted: Path, number: signal.Signals
+    server: Any, make_config: Callable, uninterrupted: Path, number: signal.Signals
 ) -> None:
     config = make_config(f"stopped-by-{number.name}")
     folder = Path(config["log_path"])
@@ -242,7 +201,7 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_resume(
     assert_same_run(folder, uninterrupted)
 
 
-def test_a_finished_run_is_left_as_it_is(server: ForkServer, make_config: Callable) -> None:
+def test_a_finished_run_is_left_as_it_is(server: Any, make_config: Callable) -> None:
     config = make_config("finished", max_steps=2)
     assert server.run(config) == 0
     before = (Path(config["log_path"]) / "metrics.jsonl").read_bytes()
@@ -252,7 +211,7 @@ def test_a_finished_run_is_left_as_it_is(server: ForkServer, make_config: Callab
 
 
 def test_a_checkpoint_of_step_k_holds_nothing_of_step_k_plus_1(
-    server: ForkServer, make_config: Callable, uninterrupted: Path
+    server: Any, make_config: Callable, uninterrupted: Path
 ) -> None:
     """A run of three steps that never heard of a fourth has the same weights after three."""
     ends = make_config("three", max_steps=3, lr_schedule="constant")
@@ -286,7 +245,7 @@ def make_stopping_config(make_config: Callable) -> Callable[[str], dict[str, Any
 
 
 @pytest.fixture(scope="module")
-def stopped_early(server: ForkServer, make_stopping_config: Callable) -> Path:
+def stopped_early(server: Any, make_stopping_config: Callable) -> Path:
     config = make_stopping_config("stopped-early")
     assert server.run(config) == 0, Path(config["log_path"] + ".out").read_text(encoding="utf-8")
     return Path(config["log_path"])
@@ -330,7 +289,7 @@ def test_patience_ends_a_run_and_the_best_outlives_keep_checkpoints(stopped_earl
 
 
 def test_the_best_checkpoint_is_the_state_after_the_steps_that_were_measured(
-    server: ForkServer, make_stopping_config: Callable, stopped_early: Path
+    server: Any, make_stopping_config: Callable, stopped_early: Path
 ) -> None:
     """The truth: a run that tracks nothing and saves every state, at another depth of pipelining."""
     all_saved = make_stopping_config(
@@ -349,7 +308,7 @@ def test_the_best_checkpoint_is_the_state_after_the_steps_that_were_measured(
 
 
 def test_the_depth_of_pipelining_changes_neither_the_best_nor_the_stop(
-    server: ForkServer, make_stopping_config: Callable, stopped_early: Path
+    server: Any, make_stopping_config: Callable, stopped_early: Path
 ) -> None:
     for depth in (0, 4):
         config = make_stopping_config(f"stopping-depth{depth}", submit_ahead=depth)
@@ -358,7 +317,7 @@ def test_the_depth_of_pipelining_changes_neither_the_best_nor_the_stop(
 
 
 def test_a_run_killed_before_any_file_operation_keeps_the_same_best_and_stops_at_the_same_step(
-    server: ForkServer, make_stopping_config: Callable, stopped_early: Path
+    server: Any, make_stopping_config: Callable, stopped_early: Path
 ) -> None:
     rng = random.Random(0)
     config = make_stopping_config("stopping-killed", trace=True)
@@ -385,7 +344,7 @@ def test_a_run_killed_before_any_file_operation_keeps_the_same_best_and_stops_at
     ],
 )
 def test_a_run_killed_around_its_best_keeps_the_same_best_and_stops_at_the_same_step(
-    server: ForkServer, make_stopping_config: Callable, stopped_early: Path, on_files: str, events: tuple
+    server: Any, make_stopping_config: Callable, stopped_early: Path, on_files: str, events: tuple
 ) -> None:
     for event in events:
         config = make_stopping_config(f"stopping-killed-{on_files}-{event}")

@@ -1,0 +1,246 @@
+"""Where a run begins or continues: the step, the place in the data, and how many steps there will be."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from cookbook.checkpoints import FINAL, Checkpoint, CheckpointLog
+from cookbook.errors import ConfigError, DataError
+from cookbook.schedules import learning_rate_at
+from cookbook.supervised.batches import BEGINNING, Position
+from cookbook.supervised.run_folder import ROUNDING_KEYS, RunFolder, how_to_train_on
+from cookbook.supervised.types import RowCounts, SupervisedDataset, num_batches_of, row_counts_of
+
+if TYPE_CHECKING:
+    from cookbook.supervised.train import Config
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Start:
+    """What the next step is, and how many there will be in all."""
+
+    step: int
+    position: Position
+    total_steps: int | None
+    """None where the run continues until the data end, and it is not known when."""
+    rows_per_batch_before: int | None = None
+    """Set where the batch size was another one until now."""
+
+
+def check_length(config: Config, folder: RunFolder, checkpoints: CheckpointLog) -> None:
+    """Raises ConfigError for a run that is to be shorter than it already is. Looks at no data."""
+    last = checkpoints.last()
+    if last is None:
+        return
+    longer = f"Give a larger one. Checkpoints of earlier steps lie in {folder.checkpoint_dir}."
+    if config.max_steps is not None and config.max_steps < last.step:
+        raise ConfigError(
+            f"max_steps={config.max_steps}, but the run in log_path={folder.path} has taken {last.step} "
+            f"steps. {longer}"
+        )
+    if (last.epoch, last.batch) > (config.num_epochs, 0):
+        raise ConfigError(
+            f"num_epochs={config.num_epochs}, but the run in log_path={folder.path} is in epoch "
+            f"{last.epoch + 1} of its data. {longer}"
+        )
+
+
+def find_start(
+    config: Config,
+    folder: RunFolder,
+    checkpoints: CheckpointLog,
+    train_data: SupervisedDataset,
+    eval_data: SupervisedDataset | None,
+) -> Start:
+    """Where the run begins or continues. What was read is recorded.
+
+    Raises DataError for data that are not what they were, and ConfigError where nothing is left to do.
+    """
+    last = checkpoints.last()
+    before = _batch_size_before(folder)
+    position = BEGINNING
+    if last is not None:
+        _check_same_data(folder, last, train_data, before)
+        position = _position_of(folder, last, train_data, before)
+    _record_data(folder, train_data, eval_data)
+    step = 0 if last is None else last.step
+    total = _total_steps(config.num_epochs, config.max_steps, step, position, train_data)
+    if total is None and config.lr_schedule != "constant":
+        raise ConfigError(
+            f"lr_schedule={config.lr_schedule} comes down to 0 at the last step, and the length of the "
+            f"streamed data is not known. Set max_steps=, or choose lr_schedule=constant."
+        )
+    if last is not None and last.name == FINAL and checkpoints.is_finished:
+        _check_that_steps_are_left(config, folder, step, total)
+    return Start(step, position, total, before if last is not None else None)
+
+
+def announce(
+    config: Config, folder: RunFolder, checkpoints: CheckpointLog, start: Start, train_data: SupervisedDataset
+) -> None:
+    """Logs what changes for the steps to come, where a run continues with other values."""
+    for key, (was, now) in sorted(folder.changes.items()):
+        if key in ROUNDING_KEYS:
+            logger.info("%s was %s and is %s: the run continues to rounding, not to the bit.", key, was, now)
+    if not folder.length_changes or start.step == 0:
+        return
+    assert folder.earlier_config is not None
+    kind = "a finished run" if checkpoints.is_finished else "an unfinished run"
+    end = "the end of the data" if start.total_steps is None else f"step {start.total_steps}"
+    before = _total_steps(
+        folder.earlier_config["num_epochs"],
+        folder.earlier_config["max_steps"],
+        start.step,
+        start.position,
+        train_data,
+        start.rows_per_batch_before,
+    )
+    was, now = (_learning_rate_at(config, start.step, total) for total in (before, start.total_steps))
+    rate = f"the learning rate stays at {now:.3g}" if was == now else _rate_change(was, now)
+    if config.lr_schedule == "constant":
+        schedule = rate
+    else:
+        schedule = f"the {config.lr_schedule} schedule now ends at {start.total_steps}: {rate}"
+    logger.info("Continuing from step %d of %s to %s; %s.", start.step, kind, end, schedule)
+    if start.rows_per_batch_before is not None:
+        logger.info("%s.", _batch_size_in_words(start, train_data))
+
+
+def _batch_size_in_words(start: Start, train_data: SupervisedDataset) -> str:
+    counts = row_counts_of(train_data)
+    if counts is None:
+        return f"Batches have another size from epoch {start.position.epoch} on"
+    of_all = "" if counts.per_epoch is None else f" of {counts.per_epoch:,}"
+    return (
+        f"Batches have {counts.per_batch} rows from here on, {start.rows_per_batch_before} before: the next "
+        f"is row {start.position.row:,}{of_all} of epoch {start.position.epoch}"
+    )
+
+
+def _rate_change(was: float, now: float) -> str:
+    return f"the learning rate goes from {was:.3g} to {now:.3g}"
+
+
+def _learning_rate_at(config: Config, step: int, total_steps: int | None) -> float:
+    peak = config.peak_learning_rate
+    return learning_rate_at(step, total_steps, peak, config.lr_schedule, config.warmup_steps)
+
+
+def _batch_size_before(folder: RunFolder) -> int | None:
+    """The batch size of the run that continues, where it changes."""
+    sizes: list[Any] = [
+        was for key, (was, _) in folder.length_changes.items() if key.split(".")[-1] == "batch_size"
+    ]
+    return sizes[0] if sizes else None
+
+
+def _position_of(
+    folder: RunFolder, last: Checkpoint, train_data: SupervisedDataset, before: int | None
+) -> Position:
+    """The place in the data behind a checkpoint, whatever the sizes of the batches before it."""
+    counts = row_counts_of(train_data)
+    if counts is not None:
+        row = last.batch * (before or counts.per_batch) if last.row is None else last.row
+        return Position(last.epoch, last.batch, row)
+    if before is not None and last.batch > 0:
+        raise ConfigError(
+            f"batch_size was {before} and is another now, in the middle of an epoch: a "
+            f"{type(train_data).__name__} gives batches by number alone, and cannot begin at the next row. "
+            f"{how_to_train_on(folder.path)}"
+        )
+    return Position(last.epoch, last.batch)
+
+
+def _check_same_data(
+    folder: RunFolder, last: Checkpoint, train_data: SupervisedDataset, before: int | None
+) -> None:
+    """Raises DataError unless the data, as far as they are known, are those the run began with."""
+    recorded = folder.read_data_report()
+    counts = row_counts_of(train_data)
+    has_moved = recorded.get("fingerprint") != train_data.fingerprint()
+    if recorded.get("rows") is not None:
+        has_moved |= counts is None or counts.per_epoch != recorded["rows"]
+    elif last.row is None and (num_batches := _num_batches(train_data, before)) is not None:
+        has_moved |= divmod(last.step, num_batches) != (last.epoch, last.batch)
+    if has_moved:
+        raise DataError(
+            f"The data have changed since this run began: step {last.step} would continue with other "
+            f"batches than it would have. Restore them. {how_to_train_on(folder.path)}"
+        )
+
+
+def _num_batches(train_data: SupervisedDataset, batch_size: int | None) -> int | None:
+    """Those of an epoch in batches of this size (None: of the dataset's own); None where it is not known."""
+    if batch_size is None:
+        return num_batches_of(train_data)
+    counts = row_counts_of(train_data)
+    if counts is None or counts.per_epoch is None:
+        return None
+    return -(-counts.per_epoch // batch_size)
+
+
+def _record_data(
+    folder: RunFolder, train_data: SupervisedDataset, eval_data: SupervisedDataset | None
+) -> None:
+    counts = row_counts_of(train_data)
+    reports = list(train_data.reports())
+    others = [] if eval_data is None else [one for one in eval_data.reports() if one not in reports]
+    folder.write_data_report(
+        train_data.fingerprint(),
+        None if counts is None else counts.per_epoch,
+        [report.to_json() for report in reports],
+        [report.to_json() for report in others],
+    )
+
+
+def _total_steps(
+    num_epochs: int,
+    max_steps: int | None,
+    step: int,
+    position: Position,
+    train_data: SupervisedDataset,
+    batch_size: int | None = None,
+) -> int | None:
+    """The number of steps after which a run ends that stands at `position` after `step` steps.
+
+    `batch_size` of None is the dataset's own. None where it depends on data of unknown length alone.
+    """
+    left = _num_batches_left(num_epochs, position, train_data, batch_size)
+    if left is None:
+        return max_steps
+    return step + left if max_steps is None else min(step + left, max_steps)
+
+
+def _num_batches_left(
+    num_epochs: int, position: Position, train_data: SupervisedDataset, batch_size: int | None
+) -> int | None:
+    num_batches = _num_batches(train_data, batch_size)
+    if num_batches is None or position.epoch >= num_epochs:
+        return None if num_batches is None else 0
+    counts = row_counts_of(train_data)
+    if counts is None or position.row is None:
+        return (num_epochs - position.epoch) * num_batches - position.batch
+    in_epoch = _num_batches_behind(position.row, counts, batch_size)
+    return in_epoch + (num_epochs - position.epoch - 1) * num_batches
+
+
+def _num_batches_behind(row: int, counts: RowCounts, batch_size: int | None) -> int:
+    assert counts.per_epoch is not None  # or the number of batches would not be known
+    return -(-(counts.per_epoch - row) // (batch_size or counts.per_batch))
+
+
+def _check_that_steps_are_left(config: Config, folder: RunFolder, step: int, total: int | None) -> None:
+    """Raises ConfigError where a finished run would be no longer."""
+    if total is None or total > step:
+        return
+    now = ", ".join(f"{key.split('.')[-1]}={value}" for key, (_, value) in sorted(folder.changes.items()))
+    by_steps = config.max_steps is not None and config.max_steps <= step
+    raise ConfigError(
+        f"The run in log_path={folder.path} is finished after {step} steps, and {now} adds none: "
+        + (f"max_steps={config.max_steps}." if by_steps else f"num_epochs={config.num_epochs} is done.")
+        + f" To continue it give a larger {'max_steps' if by_steps else 'num_epochs'}."
+    )

@@ -1,0 +1,267 @@
+"""What can be refused before anything is read, loaded, removed or written."""
+
+from __future__ import annotations
+
+import fnmatch
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import chz
+
+from cookbook import models
+from cookbook.checkpoints import CheckpointLog
+from cookbook.engine import mesh
+from cookbook.engine.options import check_device
+from cookbook.errors import CheckpointError, ConfigError
+from cookbook.eval.evaluators import AnyEvaluatorBuilder, metric_patterns_of
+from cookbook.loggers import check_installed, check_wandb_login
+from cookbook.supervised.best import DEFAULT_METRIC
+from cookbook.supervised.nll_evaluator import METRIC_PATTERNS
+from cookbook.supervised.types import ChatDatasetBuilder
+from renderers.registry import check_renderer_name
+
+if TYPE_CHECKING:
+    from cookbook.engine.state import StateInfo
+    from cookbook.supervised.train import Config
+
+BYTES_OF_ADAM = 8
+"""The two moments of a weight, in float32."""
+
+
+def check_before_work(config: Config, is_resumed: bool = False) -> None:
+    """Raises a CookbookError for what this machine or this config cannot do. Takes a second or two.
+
+    A run that is resumed starts from its own checkpoint, and no longer from `load_checkpoint_path`.
+    """
+    _check_log_path(Path(config.log_path).absolute())
+    check_device(config.device)
+    if config.load_checkpoint_path is not None and not is_resumed:
+        _check_is_checkpoint(Path(config.load_checkpoint_path).expanduser())
+    if config.tensorboard:
+        check_installed("tensorboard", "tensorboard=True")
+    if config.trackio_project is not None:
+        check_installed("trackio", f"trackio_project={config.trackio_project}")
+    if config.wandb_project is not None and mesh.current().is_main:
+        check_wandb_login(config.wandb_project)
+    if config.compile:
+        _check_compiler()
+    has_eval_data = config.dataset_builder.has_eval_data()
+    check_evaluations(config, has_eval_data)
+    if config.load_checkpoint_path is not None and not is_resumed:
+        _check_start_weights(config, config.load_checkpoint_path)
+    models.check_files(config.model_name)
+    check_chat_format(config)
+    _check_space(config)
+
+
+def _check_log_path(folder: Path) -> None:
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    if not existing.is_dir():
+        raise ConfigError(f"log_path={folder}: {existing} is a file. Give a folder, which need not exist.")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise ConfigError(
+            f"log_path={folder} cannot be written: {existing} may not be written. Choose another."
+        )
+
+
+# -- evaluations ------------------------------------------------------------------------------
+
+
+def check_evaluations(config: Config, has_eval_data: bool | None) -> None:
+    """Raises ConfigError for a cadence with nothing to evaluate, or a `best_metric` that nothing measures.
+
+    `has_eval_data` of None: that is known when the data are read.
+    """
+    _check_best_metric(config, has_eval_data)
+    nothing_at = {
+        "eval_every": has_eval_data is False and not config.evaluator_builders,
+        "infrequent_eval_every": not config.infrequent_evaluator_builders,
+    }
+    for key, has_nothing in nothing_at.items():
+        every = getattr(config, key)
+        if has_nothing and every and every != chz.chz_fields(type(config))[key]._default:
+            builders = key.replace("eval_every", "evaluator_builders")
+            data = "data to evaluate on (test_size= or eval_dataset=) or " if key == "eval_every" else ""
+            raise ConfigError(
+                f"{key}={every}, but there is nothing to evaluate. Give {data}{builders}=, or leave "
+                f"{key} out."
+            )
+
+
+def _check_best_metric(config: Config, has_eval_data: bool | None) -> None:
+    """Where a metric cannot be checked here, it is at the first evaluation."""
+    metric = config.best_metric
+    if metric is None or (metric == DEFAULT_METRIC and config.early_stopping_patience is None):
+        return
+    measured = list(METRIC_PATTERNS) if has_eval_data is not False and config.eval_every else []
+    due: list[AnyEvaluatorBuilder] = [
+        *(config.evaluator_builders if config.eval_every else ()),
+        *(config.infrequent_evaluator_builders if config.infrequent_eval_every else ()),
+    ]
+    for builder in due:
+        patterns = metric_patterns_of(builder)
+        if patterns is None:
+            return
+        measured += patterns
+    if any(fnmatch.fnmatchcase(metric, pattern) for pattern in measured):
+        return
+    patience = config.early_stopping_patience
+    if not measured and patience is not None:
+        raise ConfigError(
+            f"early_stopping_patience={patience} counts evaluations, and this run has none. Give data to "
+            f"evaluate on or an evaluator, or leave early stopping out."
+        )
+    raise ConfigError(
+        f"best_metric={metric} is not among the metrics of this run's evaluations: "
+        f"{', '.join(measured) or 'there are none'}. Name one of those, or add the evaluator that "
+        f"measures it."
+    )
+
+
+# -- weights ----------------------------------------------------------------------------------
+
+
+def _check_is_checkpoint(folder: Path) -> None:
+    """Looks at names alone, which takes no time."""
+    if not folder.is_dir():
+        raise CheckpointError(
+            f"Checkpoint {folder} does not exist (load_checkpoint_path). Give the path of a saved checkpoint."
+        )
+    if (folder / "checkpoints.jsonl").is_file():
+        raise CheckpointError(
+            f"load_checkpoint_path={folder} is the folder of a run. Give one of its checkpoints: "
+            f"{CheckpointLog(folder).last_path() or 'it has none'}."
+        )
+
+
+def _check_start_weights(config: Config, path: str) -> None:
+    """Raises CheckpointError for weights that are not there, or that fit another model or adapter."""
+    from cookbook.engine import state
+
+    info = state.read_info(path)
+    folder = Path(path).expanduser()
+    _check_settings_fit(config, path, info, is_own=(folder / state.STATE_FILE).is_file())
+    if info.lora.rank == 0:
+        models.check_files(str(folder))
+        theirs = _sizes_of_model(str(folder))
+    else:
+        theirs = _sizes_of_adapter(folder / state.ADAPTER_FILE)
+    ours = _sizes_of_model(config.model_name)
+    differing = [
+        f"{name} {value} there, {ours[name]} here"
+        for name, value in theirs.items()
+        if ours[name] is not None and value != ours[name]
+    ]
+    if differing:
+        raise CheckpointError(
+            f"load_checkpoint_path={path}, made on {info.base_model}, does not fit "
+            f"model_name={config.model_name}: {', '.join(differing)}. Give the model it was made on."
+        )
+
+
+def _check_settings_fit(config: Config, path: str, info: StateInfo, is_own: bool) -> None:
+    """Of an adapter that another program saved, which kinds of layers it is on is a guess."""
+    keys = ["lora_rank"]
+    if info.lora.rank and config.lora_rank:
+        keys += ["lora_alpha", *(("train_attn", "train_mlp", "train_unembed") if is_own else ())]
+    theirs = {key: getattr(info.lora, key.removeprefix("lora_")) for key in keys}
+    differing = [key for key in keys if theirs[key] != getattr(config, key)]
+    if differing:
+        there = ", ".join(f"{key}={theirs[key]}" for key in differing)
+        here = ", ".join(f"{key}={getattr(config, key)}" for key in differing)
+        raise CheckpointError(
+            f"load_checkpoint_path={path} (rank {info.lora.rank} and alpha {info.lora.alpha:g}) does not fit "
+            f"rank {config.lora_rank} and alpha {config.lora_alpha:g}: it was trained with {there}, and this "
+            f"run has {here}. Give {there}; or merge it into its model with recipes.export, and start from "
+            f"that as model_name."
+        )
+
+
+def _sizes_of_model(model_name: str) -> dict[str, int | None]:
+    config = models.text_config(model_name)
+    return {name: getattr(config, name, None) for name in ("hidden_size", "num_hidden_layers", "vocab_size")}
+
+
+def _sizes_of_adapter(file: Path) -> dict[str, int | None]:
+    """Those of the model that a LoRA was made on, as far as the shapes of its tensors tell."""
+    from safetensors import SafetensorError, safe_open
+
+    if not file.is_file():
+        raise CheckpointError(f"Checkpoint {file.parent} is incomplete: it has no {file.name}.")
+    found: dict[str, int | None] = {}
+    try:
+        with safe_open(str(file), "numpy") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 (it is no mapping)
+                if (layer := re.search(r"\.layers\.(\d+)\.", name)) is not None:
+                    found["num_hidden_layers"] = max(found.get("num_hidden_layers") or 0, int(layer[1]) + 1)
+                if re.search(r"\.(q_proj|gate_proj|lm_head)\.lora_A\.", name):
+                    found["hidden_size"] = tensors.get_slice(name).get_shape()[1]
+                if ".lm_head.lora_B." in name:
+                    found["vocab_size"] = tensors.get_slice(name).get_shape()[0]
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"Checkpoint {file.parent} is damaged: {file.name} cannot be read ({error})."
+        ) from error
+    return found
+
+
+# -- model, chat format, compiler, disk -------------------------------------------------------
+
+
+def check_chat_format(config: Config) -> None:
+    """Raises for an unknown renderer, and for data tokenized for a model of another vocabulary."""
+    assert config.renderer_name is not None  # the munger chose one
+    check_renderer_name(config.renderer_name)
+    models.check_vocabulary(config.model_name)
+    builder = config.dataset_builder
+    if not isinstance(builder, ChatDatasetBuilder):
+        return
+    common = builder.common_config
+    assert common.renderer_name is not None
+    check_renderer_name(common.renderer_name)
+    name = common.model_name_for_tokenizer
+    theirs, ours = models.get_tokenizer(name), models.get_tokenizer(config.model_name)
+    if name != config.model_name and theirs.get_vocab() != ours.get_vocab():
+        raise ConfigError(
+            f"The data are tokenized for {name!r}, whose vocabulary is not that of "
+            f"model_name={config.model_name!r}. Give both the same name."
+        )
+
+
+def _check_compiler() -> None:
+    names = [os.environ.get("CXX"), os.environ.get("CC"), "g++", "clang++", "gcc", "clang", "cc"]
+    if not any(name is not None and shutil.which(name) for name in names):
+        raise ConfigError(
+            "compile=True needs a C++ compiler, and none is on the PATH (g++, clang++). Install one, name it "
+            "in CXX, or leave compile out."
+        )
+
+
+def _check_space(config: Config) -> None:
+    """Raises ConfigError where the disk cannot hold one checkpoint, of which only the least size is known."""
+    folder = Path(config.log_path).absolute()
+    existing = next(path for path in (folder, *folder.parents) if path.is_dir())
+    check_space(config.log_path, existing, _least_bytes(config))
+
+
+def check_space(log_path: str, folder: Path, num_bytes: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < num_bytes:
+        raise ConfigError(
+            f"log_path={log_path} lies on a disk with {free / 2**20:,.0f} MiB free, and a checkpoint of this "
+            f"run takes at least {num_bytes / 2**20:,.1f} MiB. Make room, or choose another log_path."
+        )
+
+
+def _least_bytes(config: Config) -> int:
+    """A bound from below of a checkpoint's size: of the layers that nearly every model has, their widths."""
+    sizes = _sizes_of_model(config.model_name)
+    hidden, layers, vocab = (sizes[name] or 0 for name in ("hidden_size", "num_hidden_layers", "vocab_size"))
+    if config.lora_rank == 0:
+        return vocab * hidden * (2 + BYTES_OF_ADAM)
+    per_layer = 2 * hidden * (config.train_attn + config.train_mlp)
+    num_weights = config.lora_rank * (layers * per_layer + (hidden + vocab) * config.train_unembed)
+    return num_weights * (4 + BYTES_OF_ADAM)
