@@ -46,10 +46,10 @@ def nearest(name: str, candidates: Iterable[str]) -> str | None:
     return best[1] if best[0] >= LEAST_SIMILARITY else None
 
 
-def did_you_mean(name: str, candidates: Iterable[str]) -> str:
+def did_you_mean(name: str, candidates: Iterable[str], quote: str = "") -> str:
     """` Did you mean x?`, to stand behind a sentence; empty where no candidate is near."""
     near = nearest(name, candidates)
-    return "" if near is None else f" Did you mean {near}?"
+    return "" if near is None else f" Did you mean {quote}{near}{quote}?"
 
 
 def _similarity(name: str, candidate: str) -> float:

@@ -7,6 +7,7 @@ project stands in backticks, with a value where only that value does the same.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 _MODEL = "Use `model_name`"
@@ -30,7 +31,7 @@ _FORMAT = "`format` says how rows are read, where their keys do not tell; rename
 _TEST = "`eval_dataset` names data to evaluate on, `test_size` holds out so many rows of `dataset`"
 _NUM_TEST = "Use `test_size`, a number of rows"
 _PROC = "Use `num_proc`"
-_RENDERED = "Rendered data are kept in $COOKBOOK_CACHE, found by a fingerprint; `use_cache=False` keeps none"
+_RENDERED = "Rendered data are kept in $COOKBOOK_CACHE by a fingerprint; `use_cache=False` keeps none"
 _WEIGHTS = "`weights` are the proportions of several datasets, `stop_when` says when an epoch of them ends"
 _SHUFFLED = "Rows are shuffled anew in every epoch, from `seed`. Leave it out"
 _LOADER = "Batches are made ahead in a thread. Leave it out"
@@ -45,8 +46,10 @@ _SAVE = "`save_every` counts steps between checkpoints; 0 saves only the last"
 _KEEP = "Use `keep_checkpoints`"
 _LOGGED = "Every step is logged. Leave it out"
 _REPORT_TO = "`wandb_project`, `trackio_project` and `tensorboard`; metrics.jsonl is always written"
-_WANDB = "wandb reads it from the environment (WANDB_ENTITY, ...); the keys are `wandb_project` and `wandb_name`"
-_RESUME = "The same command in the same `log_path` resumes. `load_checkpoint_path` starts a new run from weights"
+_WANDB = "wandb reads it from the environment, as WANDB_ENTITY; keys are `wandb_project` and `wandb_name`"
+_RESUME = (
+    "The same command in the same `log_path` resumes. `load_checkpoint_path` starts a new run from weights"
+)
 _PUSH = "A run is pushed afterwards: python -m recipes.export checkpoint=... to=hf://owner/name"
 _EXPORT = "Weights are merged and exported afterwards: python -m recipes.export"
 _BEST = "`best_metric` and `best_mode` say which checkpoint is kept as the best"
@@ -359,7 +362,7 @@ ANSWERS: Mapping[str, str] = {
     "label_smoothing_factor": "Labels are not smoothed. Leave it out",
     "neftune_noise_alpha": _NO_NOISE,
     "noisy_embedding_alpha": _NO_NOISE,
-    "average_tokens_across_devices": "The loss is always one sum over the trained tokens of a step. Leave it out",
+    "average_tokens_across_devices": "Gradients are summed over all tokens of a step. Leave it out",
     # -- several devices
     "deepspeed": _SHARD,
     "deepspeed_config": _SHARD,
@@ -483,3 +486,8 @@ def answer(key: str) -> str | None:
         if part in ANSWERS:
             return ANSWERS[part]
     return None
+
+
+def keys_in(answer: str) -> list[str]:
+    """The keys of this project that an answer names."""
+    return re.findall(r"`([a-z_0-9]+)(?:=[^`]*)?`", answer)
