@@ -71,7 +71,8 @@ def make_resolver(
 
     `other_names` are keys of somebody else, which an unknown key may have meant.
     """
-    in_file, repeated = [], []
+    in_file: list[Setting] = []
+    repeated: list[str] = []
     if arguments.config is not None:
         in_file, repeated = config_files.read_settings(arguments.config)
     above = [Setting(key, Castable(value), COMMAND_LINE) for key, value in overrides.items()]
@@ -134,7 +135,7 @@ _KEY_AND_VALUE = re.compile(rf"(?:--)?{_KEY}=")
 
 
 def _read_argument(argument: str, rest: list[str], found: list[Setting]) -> str | None:
-    """Adds a setting to `found`, taking its value from `rest` where it stands there; or says what to write."""
+    """Adds a setting to `found`, with its value from `rest` if it stands there; or says what to write."""
     key, has_value, value = argument.partition("=")
     dashed = key.startswith("--")
     key = key.removeprefix("--").replace("-", "_") if dashed else key
@@ -159,7 +160,7 @@ def _read_argument(argument: str, rest: list[str], found: list[Setting]) -> str 
     if re.fullmatch(_KEY, argument) and rest and _is_a_value(next_one) and not _names_a_file(next_one):
         return f"unrecognised argument {argument!r}. Write {argument}={rest.pop(0)}"
     if re.fullmatch(rf"-{_KEY}", argument) and rest and _is_a_value(next_one):
-        return f"unrecognised argument {argument!r}. Write key={rest.pop(0)}, or --help for the keys."
+        return f"unrecognised argument {argument!r}. Write {argument[1:]}={rest.pop(0)}"
     return f"unrecognised argument {argument!r}. Write key=value, or --help for the keys."
 
 
@@ -240,8 +241,8 @@ def _help(blueprint: Blueprint[Any], prog: str) -> str:
     intro = (
         f"python -m {prog} [config=<file.yaml>] [key=value ...]\n\n"
         "Later wins: the values below, then the config file, then the other keys.\n"
-        "A nested key may be given by its last part where only one ends so: batch_size=8.\n"
-        "--key value is key=value. A key is given once.\n"
+        "A nested key may be given by its last part, if one alone ends so: batch_size=8.\n"
+        "--key value is the same as key=value. A key is given once.\n"
     )
     lines = [intro]
     params = params_of(blueprint)

@@ -49,7 +49,7 @@ class Setting:
 
     key: str
     value: Any
-    """Text to cast by the type of its field (Castable), None, True or False; of a list [], before its items."""
+    """Text to cast by the type of its field (Castable), None, True or False; [] before a list's items."""
     place: str
     """Where it was written: `command line`, or a file and its line."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -91,7 +91,7 @@ def _read_json(name: str, text: str) -> Document:
     return document
 
 
-def _json_offsets(text: str) -> Iterator[tuple[KeyPath, int]]:
+def _json_offsets(text: str) -> Generator[tuple[KeyPath, int], None, None]:
     """Where each key and each item begins, in text that is known to be JSON."""
     decode = json.JSONDecoder().raw_decode
     skip_space = re.compile(r"[ \t\n\r]*").match
@@ -101,7 +101,7 @@ def _json_offsets(text: str) -> Iterator[tuple[KeyPath, int]]:
         assert match is not None
         return match.end()
 
-    def walk(offset: int, path: KeyPath) -> Iterator[tuple[KeyPath, int]]:
+    def walk(offset: int, path: KeyPath) -> Generator[tuple[KeyPath, int], None, int]:
         """Returns where the value ends."""
         if text[offset] not in "{[":
             return decode(text, offset)[1]

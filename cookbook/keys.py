@@ -86,7 +86,7 @@ class Resolver:
 
     def blueprint(self, name_of_defaults: str) -> Blueprint[Any]:
         """All settings in one blueprint. Raises ConfigError with every problem there is."""
-        given = self._merged()
+        given = self.merged()
         for key, setting in given.items():
             if setting.value is not UNKNOWN and (problem := self.refusal(key, setting)):
                 self.problems.append(problem)
@@ -195,7 +195,7 @@ class Resolver:
 
         return {key: setting for key, setting in layer.items() if not repeats(key)}
 
-    def _merged(self) -> dict[str, Setting]:
+    def merged(self) -> dict[str, Setting]:
         """The last setting of every key. A list that is given whole replaces the one below it."""
         merged: dict[str, Setting] = {}
         for layer in self.layers:
@@ -204,7 +204,8 @@ class Resolver:
                 if _list_type(self.type_of(key)) and setting.value is not UNKNOWN:
                     merged = {k: v for k, v in merged.items() if not k.startswith(f"{key}.")}
                     self._defaults = {k: v for k, v in self._defaults.items() if not k.startswith(f"{key}.")}
-                if isinstance(setting.value, list | dict) and any(k.startswith(f"{key}.") for k in layer):
+                has_items = any(k.startswith(f"{key}.") for k in layer)
+                if isinstance(setting.value, list | dict) and (has_items or setting.value == {}):
                     merged.pop(key, None)  # its items follow
                     continue
                 whole = merged.get(key.rpartition(".")[0])
@@ -254,7 +255,11 @@ class Resolver:
             self.problems.append(f"{setting.place}: There is no key {key!r}. {above}")
         else:
             names = [*(whole.rpartition(".")[2] for whole in self.params), *self.params, *self._other_names]
-            hint = did_you_mean(key, names)
+            scalars = [
+                name for name in names if not any(map(self._holds_classes, self._find(name, self.params)))
+            ]
+            hint = did_you_mean(key, scalars, short_forms=not self._refused)
+            hint = hint or did_you_mean(key, names, short_forms=False)
             if self._refused and not hint:
                 return  # it may be a key of the class that cannot be used
             self.problems.append(
@@ -266,6 +271,9 @@ class Resolver:
             if key in self._refused or self._refused.intersection(self._find(key, self.params)):
                 return True
         return False
+
+    def _holds_classes(self, key: str) -> bool:
+        return _holds_classes(self.type_of(key))
 
     def _other_trainers_answer(self, key: str) -> str | None:
         """Only for a config that trains on data, and where every key is there that the answer names."""
@@ -290,7 +298,7 @@ class Resolver:
                 hint = did_you_mean(
                     ".".join([above, *parts[end:]]), [f"{above}.{child}" for child in children]
                 )
-                return f"{above} has no {'.'.join(parts[end:])}.{hint} Its keys: {', '.join(children)}."
+                return hint.lstrip() or f"{above} takes {', '.join(children)}."
             if _holds_classes(kind):
                 return f"{above} has no class yet. Write {above}=module:Class, {_a_class_of(kind)}."
             return f"{above} takes {describe_type(kind)}, and has no keys below it."
@@ -306,13 +314,9 @@ class Resolver:
         if _holds_classes(kind):
             if ":" in text:
                 return f"{_why_not_a_class(text, kind)} It takes module:Class, {_a_class_of(kind)}."
-            children = ", ".join(f"{key}.{child}" for child in _children(key, self.params))
-            has = (
-                f"it has keys of its own ({children}). Write one of them"
-                if children
-                else "it takes a class. Write"
-            )
-            return f"{has}{', or' if children else ''} {key}=module:Class, {_a_class_of(kind)}."
+            children = ", ".join(_children(key, self.params))
+            either = f"{key}.<key>=value for one of its keys ({children}), or " if children else ""
+            return f"write {either}{key}=module:Class, {_a_class_of(kind)}."
         if isinstance(value, list):
             return f"it takes {describe_type(kind)}, not a list" + (f": {param.doc}." if param.doc else ".")
         if isinstance(value, bool) and str in _alternatives(kind):
@@ -455,4 +459,4 @@ def missing_keys(blueprint: Blueprint[Any]) -> Iterator[str]:
     for key in found.missing_params:
         param = found.all_params[key]
         kind = "module:Class" if _holds_classes(param.type) else describe_type(param.type)
-        yield f"{key}= is required: {kind}" + (f", {param.doc}." if param.doc else ".")
+        yield f"{key}=<{kind}> is required" + (f": {param.doc}." if param.doc else ".")

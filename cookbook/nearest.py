@@ -35,24 +35,25 @@ OPPOSITES = [
 ]
 
 
-def nearest(name: str, candidates: Iterable[str]) -> str | None:
-    """The candidate that `name` is most likely a typo or a short form of; None where none is near.
+def nearest(name: str, candidates: Iterable[str], short_forms: bool = True) -> str | None:
+    """The candidate that `name` is most likely a typo of, or with `short_forms` some of its words; or None.
 
     Never one that differs in a number (`qwen3_5`, `qwen2_5`) or means the opposite
     (`deepseekv3_disable_thinking`, `deepseekv3_thinking`).
     """
-    scored = [(_similarity(name, one), one) for one in dict.fromkeys(candidates)]
-    best = max(scored, default=(0.0, ""), key=lambda pair: pair[0])
-    return best[1] if best[0] >= LEAST_SIMILARITY else None
+    scored = [(_similarity(name, one, short_forms), one) for one in dict.fromkeys(candidates)]
+    similarity, best = max(scored, default=(0.0, ""), key=lambda pair: pair[0])
+    is_one_letter_off = len(name) <= 4 and similarity >= 0.65 and name[0] == best[0]
+    return best if similarity >= LEAST_SIMILARITY or is_one_letter_off else None
 
 
-def did_you_mean(name: str, candidates: Iterable[str], quote: str = "") -> str:
+def did_you_mean(name: str, candidates: Iterable[str], quote: str = "", short_forms: bool = True) -> str:
     """` Did you mean x?`, to stand behind a sentence; empty where no candidate is near."""
-    near = nearest(name, candidates)
+    near = nearest(name, candidates, short_forms)
     return "" if near is None else f" Did you mean {quote}{near}{quote}?"
 
 
-def _similarity(name: str, candidate: str) -> float:
+def _similarity(name: str, candidate: str, short_forms: bool) -> float:
     ours, theirs = _words(name), _words(candidate)
     joined = "".join(ours)
     if not ours or not theirs or joined == "".join(theirs):
@@ -60,7 +61,7 @@ def _similarity(name: str, candidate: str) -> float:
     if _differ_in_a_number(name, candidate) or _are_opposites(ours, theirs):
         return 0.0
     ratio = SequenceMatcher(None, joined, "".join(theirs), autojunk=False).ratio()
-    is_short_form = set(ours) < set(theirs) and len(joined) >= 4  # `epochs` for `num_epochs`
+    is_short_form = short_forms and set(ours) < set(theirs) and len(joined) >= 4  # `epochs` for `num_epochs`
     return 0.9 + ratio / 10 if is_short_form else ratio
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, get_type_hints
 
 from cookbook import cli
+from cookbook.config_files import Setting
 from cookbook.errors import ConfigError
 from cookbook.nearest import did_you_mean
 from cookbook.supervised import train
@@ -37,6 +38,10 @@ class Recipe:
         overrides = {} if log_path is None else {"log_path": log_path}
         made = cli.make_config(self.target, self.defaults, argv, prog=self.module, overrides=overrides)
         return made.resolved()
+
+    def settings(self, argv: Sequence[str]) -> dict[str, Setting]:
+        """What `argv` sets, in a config file or itself, by whole keys. Later wins."""
+        return cli.make_resolver(self.target, self.defaults, cli.read_arguments(argv)).merged()
 
 
 def find_recipe(name: str) -> Recipe:
@@ -65,5 +70,5 @@ def _known(name: str) -> str:
     package = importlib.import_module("recipes")  # by name: nothing here depends on a recipe
     names = [module.name for module in pkgutil.iter_modules(package.__path__)]
     trained = [one for one in names if is_trained_by(importlib.import_module(f"recipes.{one}"))]
-    hint = did_you_mean(name, trained).lstrip()
-    return f"{hint}{' ' if hint else ''}Recipes: {', '.join(trained)}; your own goes by its module, as in mine.recipe."
+    hint = did_you_mean(name, trained)
+    return f"{hint} Recipes: {', '.join(trained)}; your own goes by its module, as in mine.recipe.".lstrip()

@@ -109,12 +109,12 @@ def make_plan(argv: Sequence[str]) -> Plan:
     given = cli.read_arguments(argv)
     own_keys = chz.chz_fields(Config)
     path = given.take("sweep")
-    file = Document("") if path is None else load(path)
-    in_file = dict(file.values.pop(RUNS, None) or {}) if file.values else {}
+    file = Document("", {}) if path is None else load(path)
+    in_file = dict(file.values.get(RUNS) or {})
     own = [
         Setting(key, Castable(str(value)), file.place((key,)))
-        for key, value in (file.values or {}).items()
-        if value is not None
+        for key, value in file.values.items()
+        if key in own_keys and value is not None
     ]
     own_given = [setting for setting in given.settings if setting.key in own_keys]
     of_runs = [setting for setting in given.settings if setting.key not in own_keys]
@@ -130,10 +130,13 @@ def make_plan(argv: Sequence[str]) -> Plan:
         (Setting(str(key), _representative(value), file.place((RUNS, str(key)))), value)
         for key, value in in_file.items()
     ]
-    axes = _axes(recipe, base, values, of_runs, [*given.problems, *file.repeated])
+    problems = [*given.problems, *file.repeated, *_unknown_sections(file)]
+    axes = _axes(recipe, base, values, of_runs, problems)
     if not space.varied_keys(axes):
         raise ConfigError("Nothing is varied. Give a key several values, as in learning_rate=1e-4,3e-4.")
-    return Plan(config, recipe, axes, _plan_runs(config, recipe, axes, [] if base is None else [f"config={base}"]))
+    return Plan(
+        config, recipe, axes, _plan_runs(config, recipe, axes, [] if base is None else [f"config={base}"])
+    )
 
 
 def _own_config(
@@ -154,7 +157,7 @@ def _axes(
     given: Sequence[Setting],
     problems: Sequence[str],
 ) -> dict[str, Axis]:
-    """What is varied, by the keys as they are written. A class that is chosen decides which keys there are."""
+    """What is varied, by the keys as they are written. A chosen class decides which keys there are."""
     resolver = cli.make_resolver(
         recipe.target,
         recipe.defaults,
@@ -216,22 +219,24 @@ def _plan_runs(
 
 
 def load(path: str) -> Document:
-    """A sweep file. Raises ConfigError where it is none, or has keys that a sweep has not."""
+    """A sweep file. Raises ConfigError where it is none."""
     document = read_document(path, argument="sweep")
     sections = document.values
     if not isinstance(sections, dict) or not isinstance(sections.get(RUNS, {}), dict | None):
         raise ConfigError(
             f"sweep={path} is no sweep. Write `runs:`, and below it `key: [value, value]` lines."
         )
-    known = [*chz.chz_fields(Config), RUNS]
-    if unknown := [
-        f"sweep={path} has the key {str(key)!r} in line {document.lines[(str(key),)]}, which a sweep has not."
-        f"{did_you_mean(str(key), known)} Keys of the recipe go below `runs:`."
-        for key in sections
-        if key not in known
-    ]:
-        raise ConfigError("\n".join(unknown))
     return document
+
+
+def _unknown_sections(file: Document) -> list[str]:
+    known = [*chz.chz_fields(Config), RUNS]
+    return [
+        f"{file.place((str(key),))}: has the key {str(key)!r}, which a sweep has not."
+        f"{did_you_mean(str(key), known)} Keys of the recipe go below `runs:`."
+        for key in file.values
+        if key not in known
+    ]
 
 
 def _default_name(path: str | None, own: Sequence[Setting], of_runs: Sequence[Setting]) -> str:

@@ -132,14 +132,9 @@ def write_csv(plan: Plan, results: Sequence[Result]) -> Path:
 def write_best(plan: Plan, best: Result) -> Path:
     """The settings of the best point, for `config=`: a new run of them goes to a folder of its own."""
     path = plan.folder / BEST
-    values: dict[str, object] = {}
-    for argument in best.runs[0].argv:
-        key, _, value = argument.partition("=")
-        if key == "config":
-            values |= config_files.load(value)
-        else:
-            values[key] = value
-    values["log_path"] = str(plan.folder / "best")
+    values = {setting.key: setting.value for setting in plan.recipe.settings(best.runs[0].argv).values()} | {
+        "log_path": str(plan.folder / "best")
+    }
     path.write_text(
         f"# The best of {len(plan.runs)} runs: {plan.config.metric} {_value_text(best)}\n"
         f"#   python -m {plan.recipe.module} config={path}\n"

@@ -85,7 +85,8 @@ def open_source(spec: str, split: str | None = None, streaming: bool = False) ->
         names = ["pirate", *KNOWN_DATASETS]
         hint = did_you_mean(spec, names)
         raise DataError(
-            f"dataset={spec!r} is no known name, file or hub id (owner/name).{hint} Names: {', '.join(names)}."
+            f"dataset={spec!r} is no known name, file or hub id (owner/name).{hint} "
+            f"Names: {', '.join(names)}."
         )
     return open_hub(name if split is None else replace(name, split=split), streaming)
 
