@@ -74,7 +74,10 @@ def make_resolver(
     in_file: list[Setting] = []
     repeated: list[str] = []
     if arguments.config is not None:
-        in_file, repeated = config_files.read_settings(arguments.config)
+        try:
+            in_file, repeated = config_files.read_settings(arguments.config)
+        except ConfigError as error:
+            raise ConfigError("\n".join([*arguments.problems, str(error)])) from error
     above = [Setting(key, Castable(value), COMMAND_LINE) for key, value in overrides.items()]
     layers = [in_file, arguments.settings, *more, above]
     resolver = Resolver(target, defaults, layers, other_names)

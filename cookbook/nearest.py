@@ -61,8 +61,10 @@ def _similarity(name: str, candidate: str, short_forms: bool) -> float:
     if _differ_in_a_number(name, candidate) or _are_opposites(ours, theirs):
         return 0.0
     ratio = SequenceMatcher(None, joined, "".join(theirs), autojunk=False).ratio()
-    is_short_form = short_forms and set(ours) < set(theirs) and len(joined) >= 4  # `epochs` for `num_epochs`
-    return 0.9 + ratio / 10 if is_short_form else ratio
+    is_short_form = set(ours) < set(theirs) and len(joined) >= 4  # `epochs` for `num_epochs`
+    if short_forms and is_short_form and name.count(".") >= candidate.count("."):
+        return 0.9 + ratio / 10
+    return ratio
 
 
 def _words(name: str) -> list[str]:

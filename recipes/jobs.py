@@ -188,7 +188,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def _split_off_keys(argv: list[str]) -> tuple[list[str], list[str]]:
-    """The arguments of `submit` itself, and those of its recipe in their order: `key=value`, `--key value`."""
+    """The arguments of `submit` itself, and those of its recipe: `key=value`, `--key value`."""
     own, keys, rest = argv[:1], [], argv[1:]
     has_recipe = False
     while rest:

@@ -21,7 +21,7 @@ ANSWERS: Mapping[str, str] = {
     "qwen3_8_medium_reasoning": _OWN,
     "qwen3_8_low_reasoning": _OWN,
     "qwen3_8_disable_thinking": _SWITCH,
-    "deepseekv3_disable_thinking": "Here it is `deepseekv3`, for V3 and V3-0324; for later models use `chat_template`",
+    "deepseekv3_disable_thinking": "Here it is `deepseekv3` for V3; for V3.1 and later use `chat_template`",
     "deepseekv4_1": _OWN,
     "deepseekv4_1_low_reasoning": _OWN,
     "deepseekv4_1_max_reasoning": _OWN,

@@ -16,7 +16,7 @@ from chz.blueprint import Castable
 from rich.console import Console
 from rich.table import Table
 
-from cookbook import config_files, jsonl
+from cookbook import jsonl
 from cookbook.checkpoints import CheckpointLog
 from cookbook.sweeps.plan import Plan, PlannedRun
 from cookbook.sweeps.run_process import Progress, read_values
@@ -132,9 +132,8 @@ def write_csv(plan: Plan, results: Sequence[Result]) -> Path:
 def write_best(plan: Plan, best: Result) -> Path:
     """The settings of the best point, for `config=`: a new run of them goes to a folder of its own."""
     path = plan.folder / BEST
-    values = {setting.key: setting.value for setting in plan.recipe.settings(best.runs[0].argv).values()} | {
-        "log_path": str(plan.folder / "best")
-    }
+    values = {key: setting.value for key, setting in plan.recipe.settings(best.runs[0].argv).items()}
+    values["log_path"] = str(plan.folder / "best")
     path.write_text(
         f"# The best of {len(plan.runs)} runs: {plan.config.metric} {_value_text(best)}\n"
         f"#   python -m {plan.recipe.module} config={path}\n"
