@@ -10,17 +10,17 @@ import dataclasses
 import enum
 import re
 import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, Union, get_args, get_origin
 
 import chz
 from chz.blueprint import Blueprint, Castable, Reference
 from chz.blueprint._entrypoint import EntrypointException
 from chz.factories import MetaFromString
-from chz.tiepin import CastError
+from chz.tiepin import CastError, is_subtype_instance
 
 from cookbook import other_trainers
-from cookbook.config_files import ClassName, Setting, importable
+from cookbook.config_files import Setting, importable
 from cookbook.errors import ConfigError
 from cookbook.nearest import did_you_mean
 
@@ -62,14 +62,9 @@ class Resolver:
         scopes = [self._take_structure(layer) for layer in layers]
         self.layers = [self._resolve_layer(layer, scope) for layer, scope in zip(layers, scopes, strict=True)]
 
-    def key_of(self, setting: Setting) -> str:
-        """The whole key of a setting that has been resolved."""
-        return next(key for layer in self.layers for key, one in layer.items() if one is setting)
-
     def type_of(self, key: str) -> Any:
-        if key in self.params:
-            return self.params[key].type
-        return get_args(_list_type(self.params[key.rpartition(".")[0]].type))[0]
+        """The type of the field, or of the item of a list or a mapping, that a whole key names."""
+        return _type_of(key, self.params)
 
     def refusal(self, key: str, setting: Setting) -> str | None:
         """Why the value of a setting cannot stand at a whole key; None if it can."""
@@ -80,7 +75,7 @@ class Resolver:
 
     def _param_of_an_item(self, key: str) -> Any:
         kind = self.type_of(key)
-        above = self.params[key.rpartition(".")[0]]
+        above = next(self.params[one] for one in _keys_above(key) if one in self.params)
         factory = chz.factories.standard(annotation=kind)
         return dataclasses.replace(above, name=key, type=kind, meta_factory=factory, default=None)
 
@@ -88,9 +83,9 @@ class Resolver:
         """All settings in one blueprint. Raises ConfigError with every problem there is."""
         given = self.merged()
         for key, setting in given.items():
-            if setting.value is not UNKNOWN and (problem := self.refusal(key, setting)):
+            refusal = None if setting.value is UNKNOWN else self.refusal(key, setting)
+            if problem := refusal or self._gap_before(key, setting, [*given, *self._defaults]):
                 self.problems.append(problem)
-        self._check_numbers(given)
         self.raise_problems()
         values = {key: _as_chz_takes_it(setting.value, self.type_of(key)) for key, setting in given.items()}
         defaults = {key: value for key, value in self._defaults.items() if self._stays(key, given)}
@@ -120,12 +115,12 @@ class Resolver:
                 continue
             (key,) = found
             value = _as_chz_takes_it(setting.value, self.type_of(key))
-            if problem := self.refusal(key, setting):
+            if problem := self.refusal(key, setting) or self._gap_before(key, setting, self._structure):
                 self._refuse(key, problem)
-            elif value == []:
+            elif isinstance(value, list):
                 self._structure = {k: v for k, v in self._structure.items() if not k.startswith(f"{key}.")}
                 self.params = self._params_with({})
-            elif value != {}:
+            elif not isinstance(value, dict):
                 try:
                     self.params = self._params_with({key: value})
                     self._structure[key] = value
@@ -143,11 +138,9 @@ class Resolver:
             return [key]
         if ends := [whole for whole in params if whole.endswith(f".{key}")]:
             return [whole for whole in ends if not self._refers_to_one_of(whole, ends)]
-        head, _, index = key.rpartition(".")
-        if not index.isdecimal():
-            return []
-        lists = [whole for whole in self._find(head, params) if _list_type(params[whole].type)]
-        return [f"{whole}.{index}" for whole in lists]
+        head, _, item = key.rpartition(".")
+        above = self._find(head, params) if head else []
+        return [f"{whole}.{item}" for whole in above if _takes_item(_type_of(whole, params), item)]
 
     def _refers_to_one_of(self, key: str, others: Sequence[str]) -> bool:
         """Whether a key takes its value from another one unless it is set by itself."""
@@ -201,7 +194,7 @@ class Resolver:
         for layer in self.layers:
             for key in sorted(layer, key=_depth_and_number):
                 setting = layer[key]
-                if _list_type(self.type_of(key)) and setting.value is not UNKNOWN:
+                if _is_list(self.type_of(key)) and setting.value is not UNKNOWN:
                     merged = {k: v for k, v in merged.items() if not k.startswith(f"{key}.")}
                     self._defaults = {k: v for k, v in self._defaults.items() if not k.startswith(f"{key}.")}
                 has_items = any(k.startswith(f"{key}.") for k in layer)
@@ -209,7 +202,7 @@ class Resolver:
                     merged.pop(key, None)  # its items follow
                     continue
                 whole = merged.get(key.rpartition(".")[0])
-                if whole is not None and _list_type(self.type_of(key.rpartition(".")[0])):
+                if whole is not None and _is_list(self.type_of(key.rpartition(".")[0])):
                     self.problems.append(
                         f"{setting.place}: {setting.key} changes one item of a list that {_written(whole)} "
                         f"({whole.place}) gives whole. Give it whole here too, with commas between its items."
@@ -217,23 +210,19 @@ class Resolver:
                 merged[key] = setting
         return merged
 
-    def _check_numbers(self, given: Mapping[str, Setting]) -> None:
-        """The items of a list are numbered from 0 without a gap."""
-        for key in given:
-            head, _, index = key.rpartition(".")
-            if not index.isdecimal() or not _list_type(self.type_of(head)):
-                continue
-            there = {
-                k.removeprefix(f"{head}.").split(".")[0]
-                for k in [*given, *self._defaults]
-                if k.startswith(f"{head}.")
-            }
-            missing = next((n for n in range(int(index)) if str(n) not in there), None)
-            if missing is not None:
-                self.problems.append(
-                    f"{given[key].place}: {given[key].key} has no {head}.{missing} before it. The items of a "
-                    "list are numbered from 0."
-                )
+    def _gap_before(self, key: str, setting: Setting, keys: Iterable[str]) -> str | None:
+        """What to say of an item of a list with a number that skips one."""
+        head, _, index = key.rpartition(".")
+        if not head or not _is_list(self.type_of(head)):
+            return None
+        there = {one.removeprefix(f"{head}.").split(".")[0] for one in keys if one.startswith(f"{head}.")}
+        missing = next((number for number in range(int(index)) if str(number) not in there), None)
+        if missing is None:
+            return None
+        return (
+            f"{setting.place}: {setting.key} has no {head}.{missing} before it. The items of a list are "
+            "numbered from 0."
+        )
 
     def _stays(self, default: str, given: Mapping[str, Setting]) -> bool:
         """A recipe's default goes where another class was chosen that has no such key."""
@@ -267,10 +256,10 @@ class Resolver:
             )
 
     def _is_below_a_refused_one(self, key: str) -> bool:
-        while key := key.rpartition(".")[0]:
-            if key in self._refused or self._refused.intersection(self._find(key, self.params)):
-                return True
-        return False
+        return any(
+            one in self._refused or self._refused.intersection(self._find(one, self.params))
+            for one in _keys_above(key)
+        )
 
     def _holds_classes(self, key: str) -> bool:
         return _holds_classes(self.type_of(key))
@@ -291,7 +280,7 @@ class Resolver:
                 continue
             (above,) = found
             kind = self.type_of(above)
-            if _list_type(kind):
+            if _is_list(kind):
                 return f"{above} is a list, whose items are {above}.0, {above}.1 and so on."
             children = _children(above, self.params)
             if children:
@@ -307,13 +296,13 @@ class Resolver:
     def _what_it_takes(self, key: str, param: Any, setting: Setting) -> str:
         value, kind = setting.value, param.type
         text = value.value if isinstance(value, Castable) else ""
-        if (list_type := _list_type(kind)) and _holds_classes(kind):
-            (item,) = get_args(list_type)
+        if _is_list(kind) and _holds_classes(kind):
             name = text if ":" in text else "module:Class"
-            return f"it is a list. Write {key}.0={name}, {_a_class_of(item)}, then {key}.0.<key>=value."
+            item = _a_class_of(_item_type(kind))
+            return f"it is a list. Write {key}.0={name}, {item}, then {key}.0.<key>=value."
         if _holds_classes(kind):
-            if ":" in text:
-                return f"{_why_not_a_class(text, kind)} It takes module:Class, {_a_class_of(kind)}."
+            if _CLASS_NAME.fullmatch(text) and ":" in text:
+                return _why_not_a_class(text, _a_class_of(kind))
             children = ", ".join(_children(key, self.params))
             either = f"{key}.<key>=value for one of its keys ({children}), or " if children else ""
             return f"write {either}{key}=module:Class, {_a_class_of(kind)}."
@@ -354,15 +343,44 @@ def _alternatives(kind: Any) -> Sequence[Any]:
     return get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
 
 
-def _list_type(kind: Any) -> Any | None:
-    """`list[X]` of a field that takes one, also beside None."""
-    return next((one for one in _alternatives(kind) if get_origin(one) is list), None)
+def _item_type(kind: Any) -> Any | None:
+    """The type of the items of a list or of the values of a mapping, also beside None."""
+    for one in _alternatives(kind):
+        container = get_origin(one) or one
+        if container in _LISTS or container in _MAPPINGS:
+            return (get_args(one) or (Any,))[0 if container in _LISTS else -1]
+    return None
+
+
+def _is_list(kind: Any) -> bool:
+    return any((get_origin(one) or one) in _LISTS for one in _alternatives(kind))
+
+
+def _is_mapping(kind: Any) -> bool:
+    return any((get_origin(one) or one) in _MAPPINGS for one in _alternatives(kind))
+
+
+_LISTS = (list, tuple, Sequence)
+_MAPPINGS = (dict, Mapping)
+
+
+def _takes_item(kind: Any, item: str) -> bool:
+    return _is_mapping(kind) or (_is_list(kind) and re.fullmatch("0|[1-9][0-9]{0,4}", item) is not None)
+
+
+def _keys_above(key: str) -> Iterator[str]:
+    while key := key.rpartition(".")[0]:
+        yield key
+
+
+def _type_of(key: str, params: Params) -> Any:
+    return params[key].type if key in params else _item_type(_type_of(key.rpartition(".")[0], params))
 
 
 def _holds_classes(kind: Any) -> bool:
     """Whether a field takes objects with fields of their own, or a list of them."""
-    if (list_type := _list_type(kind)) is not None:
-        return _holds_classes(get_args(list_type)[0])
+    if (item := _item_type(kind)) is not None:
+        return _holds_classes(item)
     return any(isinstance(one, type) and chz.is_chz(one) for one in _alternatives(kind))
 
 
@@ -379,19 +397,17 @@ def _choices(kind: Any) -> list[Any]:
 def _fits(param: Any, value: Any) -> bool:
     alternatives = _alternatives(param.type)
     value = _as_chz_takes_it(value, param.type)
-    if value is None:
-        return type(None) in alternatives or param.type is Any
-    if isinstance(value, bool):
-        return bool in alternatives or param.type is Any
-    if isinstance(value, list):
-        return _list_type(param.type) is not None
+    if value is None or isinstance(value, bool):
+        is_no_number = value is None or bool in alternatives or not {int, float}.intersection(alternatives)
+        return is_no_number and is_subtype_instance(value, param.type)
+    if isinstance(value, list | tuple):
+        return _is_list(param.type)
     if isinstance(value, dict):
-        return not _list_type(param.type) and (_holds_classes(param.type) or get_origin(param.type) is dict)
-    if not _holds_classes(param.type) or _list_type(param.type):
-        return _can_be_cast(param, value.value)
-    if not isinstance(value, ClassName) and ":" not in value.value:
-        return type(None) in alternatives and value.value == "None"
-    return _class_of(param, value.value) is not None
+        return _is_mapping(param.type) or (_holds_classes(param.type) and not _is_list(param.type))
+    if not _holds_classes(param.type) or _is_list(param.type):
+        return _can_be_cast(param, value.value) or (":" in value.value and _names_a_class(param, value.value))
+    is_none = value.value == "None" and type(None) in alternatives
+    return is_none or _names_a_class(param, value.value)
 
 
 def _can_be_cast(param: Any, text: str) -> bool:
@@ -402,20 +418,28 @@ def _can_be_cast(param: Any, text: str) -> bool:
     return True
 
 
-def _class_of(param: Any, name: str) -> Any | None:
-    if not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*", name):
-        return None
+_CLASS_NAME = re.compile(r"[A-Za-z_][\w.]*(:[A-Za-z_][\w.]*)?")
+
+
+def _names_a_class(param: Any, name: str) -> bool:
+    """Whether a name, `module:Class` or a known class, is of something that makes what a field takes."""
+    if param.meta_factory is None or not _CLASS_NAME.fullmatch(name):
+        return False
     try:
-        return param.meta_factory.from_string(name)
+        param.meta_factory.from_string(name)
     except MetaFromString:
-        return None
+        return False
+    return True
 
 
 def _as_chz_takes_it(value: Any, kind: Any) -> Any:
-    """`[]` for an empty list, and for `on` and `off` the texts that YAML reads as True and False."""
+    """A list or a tuple of nothing, and for `on` and `off` the texts that YAML reads as True and False."""
     if isinstance(value, bool) and bool not in _alternatives(kind) and {"on", "off"} <= set(_choices(kind)):
         return Castable("on" if value else "off")
-    if isinstance(value, Castable) and value.value.strip() == "[]" and _list_type(kind):
+    is_empty = isinstance(value, Castable) and value.value.strip() == "[]"
+    if isinstance(value, list) or (is_empty and _is_list(kind)):
+        return () if any((get_origin(one) or one) is tuple for one in _alternatives(kind)) else []
+    if isinstance(value, Castable) and not value.value.strip() and _is_list(kind) and _holds_classes(kind):
         return []
     return value
 
@@ -425,12 +449,12 @@ def _children(key: str, params: Params) -> list[str]:
     return [name for name in below if "." not in name]
 
 
-def _why_not_a_class(name: str, kind: Any) -> str:
+def _why_not_a_class(name: str, needed: str) -> str:
     try:
         importable(name)
     except ConfigError as error:
-        return f"{error}".removeprefix("_type: ")
-    return f"{name} is none."
+        return f"{error}".removeprefix("_type: ") + f" It takes module:Class, {needed}."
+    return f"it takes module:Class, {needed}, and this is none."
 
 
 def _a_class_of(kind: Any) -> str:
@@ -445,8 +469,8 @@ def describe_type(kind: Any) -> str:
         return f"one of {', '.join(values)}" if len(values) > 1 else values[0]
     if isinstance(kind, type) and issubclass(kind, enum.Enum):
         return f"one of {', '.join(str(member.value) for member in kind)}"
-    if get_origin(kind) is list:
-        return f"{describe_type(get_args(kind)[0]).removeprefix('a ')}s with commas between them"
+    if (get_origin(kind) or kind) in _LISTS:
+        return f"{describe_type(_item_type(kind)).removeprefix('a ')}s with commas between them"
     if get_origin(kind) in (Union, types.UnionType):
         return " or ".join(describe_type(part) for part in get_args(kind))
     names = {int: "a whole number", float: "a number", bool: "True or False", str: "text", type(None): "None"}

@@ -475,7 +475,7 @@ ANSWERS: Mapping[str, str] = {
     "pref_beta": _SFT,
     "pref_loss": _SFT,
     "strict": "Unknown keys are always refused. Leave it out",
-    "_component_": "A class is named as `dataset_builder=module:Class`",
+    "_component_": "Name a class as module:Class, for `dataset_builder` or an item of `evaluator_builders`",
 }
 
 

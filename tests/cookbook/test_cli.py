@@ -91,8 +91,14 @@ def test_later_wins_defaults_then_the_file_then_the_command_line(tmp_path: Path)
         ("verbose", "unrecognised argument 'verbose'. Write key=value"),
         ("config=none.yaml", "there is no such file"),
         ("dataset_builder=nowhere:Builder", "nowhere:Builder cannot be imported"),
-        ("dataset_builder=Builder", "write dataset_builder.<key>=value for one of its keys (common_config, "),
-        ("dataset_builder=" + SAMPLES, "It takes module:Class, a class of SupervisedDatasetBuilder"),
+        (
+            "dataset_builder=NoBuilder",
+            "write dataset_builder.<key>=value for one of its keys (common_config, ",
+        ),
+        (
+            "dataset_builder=" + SAMPLES,
+            "it takes module:Class, a class of SupervisedDatasetBuilder, and this is none.",
+        ),
         ("dataset_builder.common_config=8", "write dataset_builder.common_config.<key>=value"),
         ("evaluator_builders=foo", "it is a list. Write evaluator_builders.0=module:Class"),
         ("evaluator_builders=" + SAMPLES, f"it is a list. Write evaluator_builders.0={SAMPLES}"),

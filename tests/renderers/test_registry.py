@@ -91,7 +91,7 @@ def test_every_answer_names_a_renderer_that_is_registered_and_stands_for_one_tha
 
 
 def test_neither_another_version_nor_the_opposite_is_suggested():
-    for name in ("deepseekv3_no_thinking", "qwen25", "qwen4", "gemma2", "phi4", "llama4"):
+    for name in ("deepseekv3_no_thinking", "qwen2", "qwen4", "gemma2", "phi4", "llama4"):
         assert said_of(name) == f"There is no renderer named `{name}`."
 
 
