@@ -26,6 +26,7 @@ class Document:
     """The line of each key and of each item of a list, from 1."""
     repeated: list[str] = field(default_factory=list)
     """One sentence for each key that stands twice in one mapping, which both formats forbid."""
+    _repeated: set[KeyPath] = field(default_factory=set)
 
     def place(self, path: KeyPath) -> str:
         """Where a key stands: `configs/x.yaml line 3`. The nearest key above it, if it has no line."""
@@ -34,7 +35,8 @@ class Document:
         return f"{self.name} line {self.lines[path]}" if path else self.name
 
     def _add(self, path: KeyPath, line: int) -> None:
-        if path in self.lines:
+        if path in self.lines and not any(path[:end] in self._repeated for end in range(len(path))):
+            self._repeated.add(path)
             key = ".".join(path)
             self.repeated.append(f"{self.name} line {line}: {key} stands in line {self.lines[path]} already.")
         self.lines[path] = line

@@ -66,6 +66,7 @@ def test_what_is_merged_into_a_mapping_of_yaml_is_no_repetition(tmp_path: Path) 
     [
         ("a.yaml", "a: 1\nb:\n  c: 1\n  d: 2\n  c: 1\n", "line 5: b.c stands in line 3 already."),
         ("a.yaml", "a:\n  - {b: 1, b: 2}\n", "line 2: a.0.b stands in line 2 already."),
+        ("a.yaml", "a: [1, {b: 1}]\na: [2, {b: 2}]\n", "line 2: a stands in line 1 already."),
         ("a.json", '{"a": [{"b": 1,\n"b": 1}]}', "line 2: a.0.b stands in line 1 already."),
     ],
 )
