@@ -18,7 +18,7 @@ from chz.blueprint import Blueprint, Castable, Reference
 from chz.blueprint._entrypoint import EntrypointException, EntrypointHelpException
 
 from cookbook import config_files
-from cookbook.config_files import Setting
+from cookbook.config_files import NoValue, Setting
 from cookbook.errors import ConfigError, CookbookError, describe
 from cookbook.keys import Resolver, missing_keys, params_of
 
@@ -105,6 +105,9 @@ class Arguments:
         """The value of a key that is not the config's own, which then is no setting any more."""
         found = [setting for setting in self.settings if setting.key == key]
         self.settings = [setting for setting in self.settings if setting.key != key]
+        if any(isinstance(setting.value, NoValue) for setting in found):
+            self.problems.append(f"{COMMAND_LINE}: --{key} has no value. Write {key}=<value>.")
+            return None
         if len(found) > 1:
             values = " and ".join(f"{key}={setting.value.value}" for setting in found)
             self.problems.append(f"{COMMAND_LINE}: {key} is given twice, as {values}. Give it once.")
@@ -123,14 +126,6 @@ def read_arguments(argv: Sequence[str]) -> Arguments:
             arguments.problems.append(f"{COMMAND_LINE}: {problem}")
     arguments.config = arguments.take("config")
     return arguments
-
-
-def settings(argv: Sequence[str]) -> dict[str, str]:
-    """The `key=value` arguments as a mapping. Raises ConfigError for an argument that is none."""
-    arguments = read_arguments(argv)
-    if arguments.problems:
-        raise ConfigError("\n".join(arguments.problems))
-    return {setting.key: setting.value.value for setting in arguments.settings}
 
 
 _KEY = r"[A-Za-z_][\w.-]*"
@@ -152,9 +147,8 @@ def _read_argument(argument: str, rest: list[str], found: list[Setting]) -> str 
         value = rest.pop(0)[1:] or (rest.pop(0) if rest and _is_a_value(rest[0]) else "<value>")
         return f"write {key}={value} without spaces around the =."
     if dashed and re.fullmatch(_KEY, key):
-        if not rest or not _is_a_value(next_one):
-            return f"{argument} has no value. For a flag write {key}=True, else {key}=<value>."
-        found.append(Setting(key, Castable(rest.pop(0)), COMMAND_LINE))
+        value_follows = bool(rest) and _is_a_value(next_one)
+        found.append(Setting(key, Castable(rest.pop(0)) if value_follows else NoValue(""), COMMAND_LINE))
         return None
     if _names_a_file(argument):
         return f"unrecognised argument {argument!r}. For a config file write config={argument}"
@@ -251,7 +245,10 @@ def _help(blueprint: Blueprint[Any], prog: str) -> str:
     params = params_of(blueprint)
     for path, param in params.items():
         given = blueprint._arg_map.get_kv(path)
-        value = _value_text(given.value) if given is not None else _default_text(param.default)
+        refers_to_itself = given and isinstance(given.value, Reference) and given.value.ref == path
+        value = (
+            _default_text(param.default) if given is None or refers_to_itself else _value_text(given.value)
+        )
         if value is None and any(other.startswith(f"{path}.") for other in params):
             continue  # made of the keys below it
         line = f"{path}={value or '(required)'}"

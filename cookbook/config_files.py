@@ -91,6 +91,10 @@ def _without_marks(flat: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+class NoValue(Castable):
+    """What stands for the value of a `--key` that has none."""
+
+
 class ClassName(Castable):
     """`module:Class`, the value of a `_type`."""
 

@@ -20,7 +20,7 @@ from chz.factories import MetaFromString
 from chz.tiepin import CastError, is_subtype_instance
 
 from cookbook import other_trainers
-from cookbook.config_files import Setting, importable
+from cookbook.config_files import NoValue, Setting, importable
 from cookbook.errors import ConfigError
 from cookbook.nearest import did_you_mean
 
@@ -89,6 +89,9 @@ class Resolver:
         self.raise_problems()
         values = {key: _as_chz_takes_it(setting.value, self.type_of(key)) for key, setting in given.items()}
         defaults = {key: value for key, value in self._defaults.items() if self._stays(key, given)}
+        for value in list(defaults.values()):
+            if isinstance(value, Reference) and value.ref not in {*defaults, *given}:
+                defaults[value.ref] = Reference(value.ref)  # chz then takes the field's own default
         return (
             Blueprint(self._target)
             .apply(defaults, layer_name=name_of_defaults)
@@ -111,7 +114,9 @@ class Resolver:
         """The keys there are with the classes and the lists of a layer, from the outermost inwards."""
         for setting in sorted(layer, key=lambda setting: _depth_and_number(setting.key)):
             found = self._find(setting.key, self.params)
-            if len(found) != 1 or setting.value is UNKNOWN or not _holds_classes(self.type_of(found[0])):
+            if len(found) != 1 or not _holds_classes(self.type_of(found[0])):
+                continue
+            if setting.value is UNKNOWN or isinstance(setting.value, NoValue):
                 continue
             (key,) = found
             value = _as_chz_takes_it(setting.value, self.type_of(key))
@@ -168,6 +173,8 @@ class Resolver:
                     unknown_roots.add(root)
             elif found[0] in self._refused:
                 continue
+            elif isinstance(setting.value, NoValue):
+                self._refuse(found[0], self._no_value(found[0], setting))
             elif isinstance(setting.value, list | dict) and (refusal := self.refusal(found[0], setting)):
                 self._refuse(found[0], refusal)
             elif (earlier := resolved.get(found[0])) is not None:
@@ -242,6 +249,10 @@ class Resolver:
             self.problems.append(f"{setting.place}: There is no key {key!r}. {answer}.")
         elif above:
             self.problems.append(f"{setting.place}: There is no key {key!r}. {above}")
+        elif key.startswith("no_") and [self.type_of(one) for one in self._find(key[3:], self.params)] == [
+            bool
+        ]:
+            self.problems.append(f"{setting.place}: There is no key {key!r}. Write {key[3:]}=False.")
         else:
             names = [*(whole.rpartition(".")[2] for whole in self.params), *self.params, *self._other_names]
             scalars = [
@@ -254,6 +265,12 @@ class Resolver:
             self.problems.append(
                 f"{setting.place}: There is no key {key!r}.{hint} Run with --help to see the keys."
             )
+
+    def _no_value(self, key: str, setting: Setting) -> str:
+        kind = self.type_of(key)
+        example = "True" if kind is bool else "module:Class" if _holds_classes(kind) else "<value>"
+        takes = "" if kind is bool or _holds_classes(kind) else f": it takes {describe_type(kind)}"
+        return f"{setting.place}: --{setting.key} has no value. Write {setting.key}={example}{takes}."
 
     def _is_below_a_refused_one(self, key: str) -> bool:
         return any(

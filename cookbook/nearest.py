@@ -74,8 +74,8 @@ def _words(name: str) -> list[str]:
 
 
 def _differ_in_a_number(name: str, candidate: str) -> bool:
-    """A name without any number may be short for one that has some."""
-    ours, theirs = (re.findall(r"\d+", text) for text in (name, candidate))
+    """A name without any number may be short for one that has some; a digit may be typed twice."""
+    ours, theirs = (re.findall(r"\d+", re.sub(r"(\d)\1+", r"\1", text)) for text in (name, candidate))
     return bool(ours) and ours != theirs
 
 

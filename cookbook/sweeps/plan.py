@@ -13,7 +13,7 @@ import chz
 from chz.blueprint import Castable
 
 from cookbook import cli
-from cookbook.config_files import Setting
+from cookbook.config_files import NoValue, Setting
 from cookbook.documents import Document, read_document
 from cookbook.errors import ConfigError
 from cookbook.keys import UNKNOWN, Resolver
@@ -190,6 +190,8 @@ def _text_of(given: Sequence[Setting], setting: Setting) -> str:
 
 
 def _representing(setting: Setting) -> Setting:
+    if isinstance(setting.value, NoValue):
+        return setting
     return replace(setting, value=_representative(setting.value.value))
 
 

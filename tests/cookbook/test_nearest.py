@@ -46,6 +46,7 @@ def test_a_key_that_is_not_near_or_the_opposite_is_not_suggested(name: str) -> N
     [
         ("qwen_3", "qwen3"),
         ("Qwen3", "qwen3"),
+        ("qwen33", "qwen3"),
         ("gpt-oss", "gpt_oss"),
         ("gpt_oss_hihg", "gpt_oss_high"),
         ("deepseek_v3", "deepseekv3"),
