@@ -60,7 +60,9 @@ class Resolver:
         self._structure = dict(defaults)
         self.params: Params = self._params_with({})
         scopes = [self._take_structure(layer) for layer in layers]
+        self._lost: list[dict[str, Setting]] = []  # of each layer, what later layers leave no place for
         self.layers = [self._resolve_layer(layer, scope) for layer, scope in zip(layers, scopes, strict=True)]
+        self._add_lost()
 
     def type_of(self, key: str) -> Any:
         """The type of the field, or of the item of a list or a mapping, that a whole key names."""
@@ -158,6 +160,7 @@ class Resolver:
 
     def _resolve_layer(self, layer: Sequence[Setting], scope: Params) -> dict[str, Setting]:
         resolved: dict[str, Setting] = {}
+        self._lost.append(lost := {})
         unknown_roots: set[str] = set()
         for setting in layer:
             found = self._find(setting.key, scope) or self._find(setting.key, self.params)
@@ -173,6 +176,8 @@ class Resolver:
                     unknown_roots.add(root)
             elif found[0] in self._refused:
                 continue
+            elif self._find(found[0], self.params) != found:
+                lost[found[0]] = setting
             elif isinstance(setting.value, NoValue):
                 self._refuse(found[0], self._no_value(found[0], setting))
             elif isinstance(setting.value, list | dict) and (refusal := self.refusal(found[0], setting)):
@@ -265,6 +270,26 @@ class Resolver:
             self.problems.append(
                 f"{setting.place}: There is no key {key!r}.{hint} Run with --help to see the keys."
             )
+
+    def _add_lost(self) -> None:
+        """Names the keys of a class that a later layer replaces by one that has them not.
+
+        Those of a list that a later layer replaces whole go with it.
+        """
+        for number, lost in enumerate(self._lost):
+            later = {key: one for layer in self.layers[number + 1 :] for key, one in layer.items()}
+            by_class: dict[str, list[str]] = {}
+            for key in lost:
+                above = next((one for one in _keys_above(key) if one in later), None)
+                is_replaced_whole = above is not None and _is_list(self.type_of(above))
+                if above is not None and not is_replaced_whole and lost.keys().isdisjoint(_keys_above(key)):
+                    by_class.setdefault(above, []).append(key)
+            for above, keys in by_class.items():
+                listed = ", ".join(f"{key.removeprefix(f'{above}.')} ({lost[key].place})" for key in keys)
+                self.problems.append(
+                    f"{later[above].place}: {_written(later[above])} has no {listed}. Take them out there, "
+                    "or choose another class."
+                )
 
     def _no_value(self, key: str, setting: Setting) -> str:
         kind = self.type_of(key)

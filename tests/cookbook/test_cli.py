@@ -268,6 +268,27 @@ def test_defaults_of_keys_that_a_chosen_class_has_not_are_dropped() -> None:
     assert "dataset_builder.dataset" in refusal(f"dataset_builder={name}", "dataset_builder.dataset=pirate")
 
 
+def test_keys_of_a_class_that_the_command_line_replaces_are_named_with_their_lines(tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text(
+        "dataset: pirate\ndataset_builder:\n  weights: [1, 2]\n  common_config: {batch_size: 3}\n"
+    )
+    name = f"{BareBuilder.__module__}:BareBuilder"
+    said = refusal(f"config={file}", f"dataset_builder={name}")
+    assert said == (
+        f"command line: dataset_builder={name} has no dataset ({file} line 1), weights ({file} line 3), "
+        f"common_config.batch_size ({file} line 4). Take them out there, or choose another class."
+    )
+
+
+def test_a_list_of_evaluators_can_be_taken_out_of_a_recorded_config(tmp_path: Path) -> None:
+    file = tmp_path / "config.json"
+    recorded = make(f"evaluator_builders.0={SAMPLES}", "evaluator_builders.0.max_tokens=3")
+    file.write_text(json.dumps(config_files.to_json(recorded)))
+    config = cli.make_config(train.Config, DEFAULTS, [f"config={file}", "evaluator_builders=[]"])
+    assert config == chz.replace(recorded, evaluator_builders=[])
+
+
 # -- lists ---------------------------------------------------------------------------------------
 
 
