@@ -18,7 +18,7 @@ from chz.blueprint import Blueprint, Castable, Reference
 from chz.blueprint._entrypoint import EntrypointException, EntrypointHelpException
 
 from cookbook import config_files
-from cookbook.config_files import NoValue, Setting
+from cookbook.config_files import COMMAND_LINE, NoValue, Setting
 from cookbook.errors import ConfigError, CookbookError, describe
 from cookbook.keys import Resolver, missing_keys, params_of
 
@@ -38,8 +38,8 @@ def make_config(
     """The config that `argv` asks for. Later wins: `defaults`, then `config=<file>`, then the other keys.
 
     A key that is no field of the config itself names a nested field by its last part, so `batch_size=8`
-    reaches `dataset_builder.common_config.batch_size`. A key is given once in a file and once on the
-    command line. `overrides` win over all of them.
+    reaches `dataset_builder.common_config.batch_size`. A key stands once in a file; of one that is given
+    twice on the command line the last counts, with a warning. `overrides` win over all of them.
 
     Raises ConfigError with every setting that cannot be used and where it stands: unknown keys, those that
     may be several, those given twice, and impossible values. Raises EntrypointHelpException where help is
@@ -86,8 +86,6 @@ def make_resolver(
 
 
 # -- arguments -----------------------------------------------------------------------------------
-
-COMMAND_LINE = "command line"
 
 
 @dataclasses.dataclass
@@ -239,7 +237,7 @@ def _help(blueprint: Blueprint[Any], prog: str) -> str:
         f"python -m {prog} [config=<file.yaml>] [key=value ...]\n\n"
         "Later wins: the values below, then the config file, then the other keys.\n"
         "A nested key may be given by its last part, if one alone ends so: batch_size=8.\n"
-        "--key value is the same as key=value. A key is given once.\n"
+        "--key value is the same as key=value. Of a key given twice the last one counts.\n"
     )
     lines = [intro]
     params = params_of(blueprint)

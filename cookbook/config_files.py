@@ -43,6 +43,9 @@ def _qualified_name(value: Any) -> str:
     return f"{value.__module__}:{getattr(value, '__qualname__', type(value).__qualname__)}"
 
 
+COMMAND_LINE = "command line"
+
+
 @dataclass(frozen=True)
 class Setting:
     """One key as it was written: whole, or the last part of one."""
@@ -51,7 +54,7 @@ class Setting:
     value: Any
     """Text to cast by the type of its field (Castable), None, True or False; [] before a list's items."""
     place: str
-    """Where it was written: `command line`, or a file and its line."""
+    """Where it was written: COMMAND_LINE, or a file and its line."""
 
 
 def read_settings(path: str) -> tuple[list[Setting], list[str]]:

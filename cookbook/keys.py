@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import logging
 import re
 import types
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -20,9 +21,11 @@ from chz.factories import MetaFromString
 from chz.tiepin import CastError, is_subtype_instance
 
 from cookbook import other_trainers
-from cookbook.config_files import NoValue, Setting, importable
+from cookbook.config_files import COMMAND_LINE, NoValue, Setting, importable
 from cookbook.errors import ConfigError
 from cookbook.nearest import did_you_mean
+
+logger = logging.getLogger(__name__)
 
 Params = Mapping[str, Any]
 """chz's parameters by their dotted keys."""
@@ -39,8 +42,9 @@ def params_of(blueprint: Blueprint[Any]) -> dict[str, Any]:
 class Resolver:
     """The settings of a config by their whole keys. Later layers win.
 
-    `problems` has one sentence for every setting that cannot be used; `layers` the others by their whole
-    keys. A short key means what it means in its own layer and those below, so that `max_tokens` in a file
+    `problems` has one sentence for every setting that cannot be used, `warnings` one for every key that the
+    command line gives twice, where the last counts; `layers` has the settings that count by their whole keys.
+    A short key means what it means in its own layer and those below, so that `max_tokens` in a file
     keeps its meaning where the command line adds an evaluator that has one too; only a key that nothing
     there has is looked up among the keys that later layers bring.
     """
@@ -53,6 +57,7 @@ class Resolver:
         other_names: Sequence[str] = (),
     ) -> None:
         self.problems: list[str] = []
+        self.warnings: list[str] = []
         self._target = target
         self._defaults = dict(defaults)
         self._other_names = other_names
@@ -101,11 +106,14 @@ class Resolver:
         )
 
     def raise_problems(self) -> None:
+        """Raises ConfigError with every problem there is; where there is none, logs the warnings."""
         if problems := list(dict.fromkeys(self.problems)):
             if len(problems) == 1:
                 raise ConfigError(problems[0])
             listed = "\n".join(f"  {problem}" for problem in problems)
             raise ConfigError(f"{len(problems)} settings cannot be used.\n{listed}")
+        for warning in self.warnings:
+            logger.warning(warning)
 
     # -- which keys there are --------------------------------------------------------------------
 
@@ -182,9 +190,14 @@ class Resolver:
                 self._refuse(found[0], self._no_value(found[0], setting))
             elif isinstance(setting.value, list | dict) and (refusal := self.refusal(found[0], setting)):
                 self._refuse(found[0], refusal)
-            elif (earlier := resolved.get(found[0])) is not None:
+            elif (earlier := resolved.get(found[0])) is not None and setting.place != COMMAND_LINE:
                 self.problems.append(_given_twice(found[0], earlier, setting))
             else:
+                if earlier is not None:
+                    written = (
+                        "" if setting.value is UNKNOWN else f" ({_written(earlier)}, {_written(setting)})"
+                    )
+                    self.warnings.append(f"{found[0]} is given twice{written}. The last one counts.")
                 resolved[found[0]] = setting
         return self._without_repeated_references(resolved)
 
@@ -363,9 +376,6 @@ def _depth_and_number(key: str) -> tuple[int, list[tuple[int, str]]]:
 
 
 def _given_twice(key: str, earlier: Setting, later: Setting) -> str:
-    if earlier.place == later.place:
-        written = f"{_written(earlier)} and {_written(later)}"
-        return f"{later.place}: {key} is given twice, as {written}. Give it once."
     return f"{later.place}: {later.key} is {key}, which {earlier.place} gives already. Give it once."
 
 

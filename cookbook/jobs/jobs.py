@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import chz
+
 from cookbook import config_files, jsonl
 from cookbook.errors import ClusterError
 from cookbook.jobs.connection import connect
@@ -69,7 +71,7 @@ def submit(
     """
     found = find_recipe(recipe)
     config = found.make_config(argv)
-    config = found.make_config(argv, log_path=str(Path(config.log_path).absolute()))
+    config = chz.replace(config, log_path=str(Path(config.log_path).absolute()))
     return _submit(found, config_files.to_json(config), address or start_head().address, num_gpus, num_cpus)
 
 

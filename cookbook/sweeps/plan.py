@@ -186,7 +186,8 @@ def _axes(
 
 
 def _text_of(given: Sequence[Setting], setting: Setting) -> str:
-    return str(next(one.value.value for one in given if (one.key, one.place) == (setting.key, setting.place)))
+    """The text of a setting that is given: of those with one key the last one counts."""
+    return str(next(one.value.value for one in reversed(given) if one.key == setting.key))
 
 
 def _representing(setting: Setting) -> Setting:

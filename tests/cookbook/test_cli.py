@@ -366,14 +366,16 @@ def test_a_key_is_given_once_in_a_file_whatever_it_is_written_as(tmp_path: Path)
     ]
 
 
-def test_a_key_is_given_once_on_the_command_line() -> None:
-    assert (
-        refusal("seed=1", "seed=2")
-        == "command line: seed is given twice, as seed=1 and seed=2. Give it once."
-    )
-    assert "is given twice, as batch_size=1 and dataset_builder.common_config.batch_size=2" in refusal(
-        "batch_size=1", "dataset_builder.common_config.batch_size=2"
-    )
+def test_of_a_key_that_the_command_line_gives_twice_the_last_counts_and_a_line_says_so(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    whole = "dataset_builder.common_config.batch_size"
+    config = make("seed=1", "--seed", "2", "batch_size=1", f"{whole}=2", "max_steps=7")
+    assert (config.seed, config.dataset_builder.common_config.batch_size, config.max_steps) == (2, 2, 7)
+    assert caplog.messages == [
+        "seed is given twice (seed=1, seed=2). The last one counts.",
+        f"{whole} is given twice (batch_size=1, {whole}=2). The last one counts.",
+    ]
     assert "config is given twice" in refusal("config=a.yaml", "config=b.yaml")
 
 
