@@ -78,7 +78,7 @@ def make_resolver(
             in_file, repeated = config_files.read_settings(arguments.config)
         except ConfigError as error:
             raise ConfigError("\n".join([*arguments.problems, str(error)])) from error
-    above = [Setting(key, Castable(value), COMMAND_LINE) for key, value in overrides.items()]
+    above = [_setting(key, value) for key, value in overrides.items()]
     layers = [in_file, arguments.settings, *more, above]
     resolver = Resolver(target, defaults, layers, other_names)
     resolver.problems[:0] = [*arguments.problems, *repeated]
@@ -139,14 +139,15 @@ def _read_argument(argument: str, rest: list[str], found: list[Setting]) -> str 
     if has_value and key.strip() and (_KEY_AND_VALUE.match(argument) or not _names_a_file(argument)):
         if key != key.strip() or (not value and rest and _is_a_value(next_one)):
             return f"write {key.strip()}={value.strip() or rest.pop(0)} without spaces around the =."
-        found.append(Setting(key, Castable(value), COMMAND_LINE))
+        found.append(_setting(key, value))
         return None
     if rest and next_one.startswith("=") and key:
         value = rest.pop(0)[1:] or (rest.pop(0) if rest and _is_a_value(rest[0]) else "<value>")
         return f"write {key}={value} without spaces around the =."
     if dashed and re.fullmatch(_KEY, key):
         value_follows = bool(rest) and _is_a_value(next_one)
-        found.append(Setting(key, Castable(rest.pop(0)) if value_follows else NoValue(""), COMMAND_LINE))
+        without = Setting(key, NoValue(""), COMMAND_LINE)
+        found.append(_setting(key, rest.pop(0)) if value_follows else without)
         return None
     if _names_a_file(argument):
         return f"unrecognised argument {argument!r}. For a config file write config={argument}"
@@ -157,6 +158,10 @@ def _read_argument(argument: str, rest: list[str], found: list[Setting]) -> str 
     if re.fullmatch(rf"-{_KEY}", argument) and rest and _is_a_value(next_one):
         return f"unrecognised argument {argument!r}. Write {argument[1:]}={rest.pop(0)}"
     return f"unrecognised argument {argument!r}. Write key=value, or --help for the keys."
+
+
+def _setting(key: str, value: str) -> Setting:
+    return Setting(key, Castable(value), COMMAND_LINE)
 
 
 def _is_a_value(argument: str) -> bool:

@@ -53,7 +53,9 @@ def read_document(path: str, argument: str = "config") -> Document:
     try:
         text = file.read_text(encoding="utf-8-sig")
         return _read_json(path, text) if file.suffix == ".json" else _read_yaml(path, text)
-    except (json.JSONDecodeError, yaml.YAMLError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{argument}={path} is not UTF-8 text: {error}. Save it as UTF-8.") from error
+    except (json.JSONDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"{argument}={path} cannot be read: {error}") from error
 
 
