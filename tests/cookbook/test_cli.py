@@ -70,7 +70,7 @@ def test_the_model_the_renderer_and_the_seed_reach_the_data() -> None:
 
 def test_later_wins_defaults_then_the_file_then_the_command_line(tmp_path: Path) -> None:
     file = tmp_path / "config.yaml"
-    file.write_text("learning_rate: 1e-3\nbatch_size: 64\nmax_steps: 10\n")
+    file.write_text("learning_rate: 1e-3\nbatch_size: 64\nmax_steps: 10\n", encoding="utf-8")
     config = make(f"config={file}", "max_steps=20")
     assert (config.learning_rate, config.max_steps) == (1e-3, 20)
     assert config.dataset_builder.common_config.batch_size == 64
@@ -126,13 +126,13 @@ def test_a_wrong_argument_is_one_error_that_says_what_to_change(argument: str, m
 
 def test_a_file_that_is_no_config_is_an_error(tmp_path: Path) -> None:
     for content, message in {"- a\n- b\n": "holds no keys", "a: [\n": "cannot be read"}.items():
-        (tmp_path / "bad.yaml").write_text(content)
+        (tmp_path / "bad.yaml").write_text(content, encoding="utf-8")
         with pytest.raises(ConfigError, match=message):
             make(f"config={tmp_path / 'bad.yaml'}")
 
 
 def test_an_unknown_key_in_a_file_is_an_error_too(tmp_path: Path) -> None:
-    (tmp_path / "bad.yaml").write_text("learning_rat: 1\n")
+    (tmp_path / "bad.yaml").write_text("learning_rat: 1\n", encoding="utf-8")
     with pytest.raises(ConfigError, match="Did you mean learning_rate"):
         make(f"config={tmp_path / 'bad.yaml'}")
 
@@ -212,13 +212,13 @@ def test_a_short_key_of_a_file_keeps_its_meaning_where_the_command_line_adds_an_
     tmp_path: Path,
 ) -> None:
     file = tmp_path / "config.yaml"
-    file.write_text("max_tokens: 7\n")
+    file.write_text("max_tokens: 7\n", encoding="utf-8")
     config = make(f"config={file}", f"evaluator_builders.0={SAMPLES}")
     assert [config.evaluator_builders[0].max_tokens, config.infrequent_evaluator_builders[0].max_tokens] == [
         64,
         7,
     ]
-    file.write_text(f"max_tokens: 7\nevaluator_builders:\n  - _type: {SAMPLES}\n")
+    file.write_text(f"max_tokens: 7\nevaluator_builders:\n  - _type: {SAMPLES}\n", encoding="utf-8")
     assert refusal(f"config={file}").startswith(
         f"{file} line 1: 'max_tokens' is ambiguous. Write one of evaluator_"
     )
@@ -226,7 +226,7 @@ def test_a_short_key_of_a_file_keeps_its_meaning_where_the_command_line_adds_an_
 
 def test_a_file_may_have_keys_of_a_class_that_the_command_line_chooses(tmp_path: Path) -> None:
     file = tmp_path / "config.yaml"
-    file.write_text("file_path: chats.jsonl\n")
+    file.write_text("file_path: chats.jsonl\n", encoding="utf-8")
     assert (
         make(f"config={file}", f"dataset_builder={FILE_BUILDER}").dataset_builder.file_path == "chats.jsonl"
     )
@@ -234,7 +234,7 @@ def test_a_file_may_have_keys_of_a_class_that_the_command_line_chooses(tmp_path:
 
 def test_another_model_or_seed_reaches_all_of_a_recorded_config(tmp_path: Path) -> None:
     file = tmp_path / "config.json"
-    file.write_text(json.dumps(config_files.to_json(make("seed=1", "system_prompt=Hi"))))
+    file.write_text(json.dumps(config_files.to_json(make("seed=1", "system_prompt=Hi"))), encoding="utf-8")
     config = cli.make_config(
         train.Config, DEFAULTS, [f"config={file}", "model_name=Qwen/Qwen3-4B", "seed=9", "system_prompt=Ho"]
     )
@@ -271,7 +271,8 @@ def test_defaults_of_keys_that_a_chosen_class_has_not_are_dropped() -> None:
 def test_keys_of_a_class_that_the_command_line_replaces_are_named_with_their_lines(tmp_path: Path) -> None:
     file = tmp_path / "config.yaml"
     file.write_text(
-        "dataset: pirate\ndataset_builder:\n  weights: [1, 2]\n  common_config: {batch_size: 3}\n"
+        "dataset: pirate\ndataset_builder:\n  weights: [1, 2]\n  common_config: {batch_size: 3}\n",
+        encoding="utf-8",
     )
     name = f"{BareBuilder.__module__}:BareBuilder"
     said = refusal(f"config={file}", f"dataset_builder={name}")
@@ -284,7 +285,7 @@ def test_keys_of_a_class_that_the_command_line_replaces_are_named_with_their_lin
 def test_a_list_of_evaluators_can_be_taken_out_of_a_recorded_config(tmp_path: Path) -> None:
     file = tmp_path / "config.json"
     recorded = make(f"evaluator_builders.0={SAMPLES}", "evaluator_builders.0.max_tokens=3")
-    file.write_text(json.dumps(config_files.to_json(recorded)))
+    file.write_text(json.dumps(config_files.to_json(recorded)), encoding="utf-8")
     config = cli.make_config(train.Config, DEFAULTS, [f"config={file}", "evaluator_builders=[]"])
     assert config == chz.replace(recorded, evaluator_builders=[])
 
@@ -294,14 +295,14 @@ def test_a_list_of_evaluators_can_be_taken_out_of_a_recorded_config(tmp_path: Pa
 
 def test_a_list_that_is_given_whole_replaces_the_one_below_it(tmp_path: Path) -> None:
     file = tmp_path / "config.yaml"
-    file.write_text("prompts: [a, b, c]\n")
+    file.write_text("prompts: [a, b, c]\n", encoding="utf-8")
     (builder,) = make(f"config={file}").infrequent_evaluator_builders
     assert builder.prompts == ["a", "b", "c"]
     assert make(f"config={file}", "prompts=x").infrequent_evaluator_builders[0].prompts == ["x"]
     assert make(f"config={file}", "prompts.1=x").infrequent_evaluator_builders[0].prompts == ["a", "x", "c"]
-    file.write_text("prompts: a,b\n")
+    file.write_text("prompts: a,b\n", encoding="utf-8")
     assert "changes one item of a list that prompts=a,b" in refusal(f"config={file}", "prompts.1=x")
-    file.write_text("infrequent_evaluator_builders: []\n")
+    file.write_text("infrequent_evaluator_builders: []\n", encoding="utf-8")
     assert make(f"config={file}").infrequent_evaluator_builders == []
     assert make("infrequent_evaluator_builders=[]").infrequent_evaluator_builders == []
 
@@ -318,11 +319,13 @@ def test_values_of_yaml_that_a_field_does_not_take_are_refused_with_their_line(t
         f"evaluator_builders: {{_type: '{SAMPLES}'}}": f"it is a list. Write evaluator_builders.0={SAMPLES}",
         "dataset_builder: [a]": "Invalid dataset_builder",
     }.items():
-        file.write_text(f"seed: 1\n\n{line}\n")
+        file.write_text(f"seed: 1\n\n{line}\n", encoding="utf-8")
         said = refusal(f"config={file}")
         assert said.startswith(f"{file} line 3: ")
         assert message in said
-    file.write_text("gradient_checkpointing: on\ntrain_mlp: no\nmax_steps: null\ndataset_builder: {}\n")
+    file.write_text(
+        "gradient_checkpointing: on\ntrain_mlp: no\nmax_steps: null\ndataset_builder: {}\n", encoding="utf-8"
+    )
     config = make(f"config={file}")
     assert (config.gradient_checkpointing, config.train_mlp, config.max_steps) == ("on", False, None)
 
@@ -334,7 +337,8 @@ def test_everything_that_is_wrong_is_said_at_once_with_its_place(tmp_path: Path)
     file = tmp_path / "config.yaml"
     file.write_text(
         "# a comment\nlearning_rat: 1\nmax_steps: many\n"
-        "dataset_builder:\n  common_config:\n    batch_sise: 8\nseed: 1\nseed: 2\n"
+        "dataset_builder:\n  common_config:\n    batch_sise: 8\nseed: 1\nseed: 2\n",
+        encoding="utf-8",
     )
     said = refusal(f"config={file}", "lora_rnk=8", "train_mlp=maybe", "verbose").splitlines()
     assert said[0] == "7 settings cannot be used."
@@ -350,15 +354,18 @@ def test_everything_that_is_wrong_is_said_at_once_with_its_place(tmp_path: Path)
 def test_a_key_is_given_once_in_a_file_whatever_it_is_written_as(tmp_path: Path) -> None:
     whole = "dataset_builder.common_config.batch_size"
     file = tmp_path / "config.yaml"
-    file.write_text(f"batch_size: 8\n{whole}: 8\n")
+    file.write_text(f"batch_size: 8\n{whole}: 8\n", encoding="utf-8")
     assert refusal(f"config={file}") == (
         f"{file} line 2: {whole} is {whole}, which {file} line 1 gives already. Give it once."
     )
-    file.write_text("base: &base\n  a: 1\nlora_rank: 8\n")  # an anchor is a key like any other
+    file.write_text(
+        "base: &base\n  a: 1\nlora_rank: 8\n", encoding="utf-8"
+    )  # an anchor is a key like any other
     assert "There is no key" in refusal(f"config={file}")
     file = tmp_path / "config.json"
     file.write_text(
-        '{\n\t"lora_rank": 8,\n\t"dataset_builder": {\n"format": null, "format": "alpaca"},\n"lora_rank": 8}'
+        '{\n\t"lora_rank": 8,\n\t"dataset_builder": {\n"format": null, "format": "alpaca"},\n"lora_rank": 8}',
+        encoding="utf-8",
     )
     assert refusal(f"config={file}").splitlines()[1:] == [
         f"  {file} line 4: dataset_builder.format stands in line 4 already.",

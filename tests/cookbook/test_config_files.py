@@ -17,7 +17,7 @@ SHIPPED = sorted((REPOSITORY / "configs").glob("*.yaml"))
 
 
 def test_there_are_shipped_configs_for_the_demo_no_robots_and_tulu3() -> None:
-    text = "\n".join(path.read_text() for path in SHIPPED)
+    text = "\n".join(path.read_text(encoding="utf-8") for path in SHIPPED)
     for dataset in ("pirate", "no_robots", "tulu3"):
         assert f"dataset: {dataset}\n" in text
 
@@ -28,14 +28,14 @@ def test_every_shipped_config_loads_and_the_command_line_overrides_it(path: Path
     assert config.learning_rate == 3e-4
     assert config.log_path != DEFAULTS["log_path"]
     for key in config_files.load(str(path)):
-        assert all(part in path.read_text() for part in key.split(".") if not part.isdigit())
+        assert all(part in path.read_text(encoding="utf-8") for part in key.split(".") if not part.isdigit())
 
 
 def test_a_recorded_config_can_be_run_again(tmp_path: Path) -> None:
     argv = ["model_name=Qwen/Qwen3-0.6B", "dataset=tulu3", "batch_size=3", "max_steps=5", "prompts=a,b"]
     config = cli.make_config(train.Config, DEFAULTS, argv)
     recorded = config_files.to_json(config)
-    (tmp_path / "config.json").write_text(json.dumps(recorded))
+    (tmp_path / "config.json").write_text(json.dumps(recorded), encoding="utf-8")
     again = cli.make_config(train.Config, DEFAULTS, [f"config={tmp_path / 'config.json'}"])
     assert config_files.to_json(again) == recorded
     assert again == config

@@ -24,7 +24,7 @@ b:
 
 
 def test_every_key_and_item_of_yaml_has_its_line(tmp_path: Path) -> None:
-    (tmp_path / "a.yaml").write_text(YAML)
+    (tmp_path / "a.yaml").write_text(YAML, encoding="utf-8")
     document = read_document(str(tmp_path / "a.yaml"))
     assert document.values == {"a": 1, "b": {"c": {"d": 1, "e": 2}, "f": ["x", {"g": "y", "h": "z"}]}}
     lines = {".".join(path): line for path, line in document.lines.items()}
@@ -45,7 +45,7 @@ def test_every_key_and_item_of_json_has_its_line_whatever_its_values_hold(
         "é\n": {"": "empty"},
         "z": "last",
     }
-    (tmp_path / "a.json").write_text(text := json.dumps(values, indent=indent))
+    (tmp_path / "a.json").write_text(text := json.dumps(values, indent=indent), encoding="utf-8")
     document = read_document(str(tmp_path / "a.json"))
     assert document.values == values
     lines = {path[-1]: line for path, line in document.lines.items() if not path[-1].isdecimal()}
@@ -55,7 +55,9 @@ def test_every_key_and_item_of_json_has_its_line_whatever_its_values_hold(
 
 
 def test_what_is_merged_into_a_mapping_of_yaml_is_no_repetition(tmp_path: Path) -> None:
-    (tmp_path / "a.yaml").write_text("base: &base {a: 1, b: 2}\nmine:\n  <<: *base\n  a: 3\n")
+    (tmp_path / "a.yaml").write_text(
+        "base: &base {a: 1, b: 2}\nmine:\n  <<: *base\n  a: 3\n", encoding="utf-8"
+    )
     document = read_document(str(tmp_path / "a.yaml"))
     assert (document.values["mine"], document.repeated) == ({"a": 3, "b": 2}, [])
     assert (document.lines["mine", "a"], document.lines["mine", "b"]) == (4, 1)
@@ -73,7 +75,7 @@ def test_what_is_merged_into_a_mapping_of_yaml_is_no_repetition(tmp_path: Path) 
 def test_a_key_that_stands_twice_in_a_file_is_an_error(
     tmp_path: Path, name: str, text: str, line: str
 ) -> None:
-    (tmp_path / name).write_text(text)
+    (tmp_path / name).write_text(text, encoding="utf-8")
     assert read_document(str(tmp_path / name)).repeated == [f"{tmp_path / name} {line}"]
     with pytest.raises(ConfigError, match="stands in line"):
         config_files.load(str(tmp_path / name))

@@ -88,7 +88,8 @@ def test_a_nested_section_of_another_trainer_is_answered_once(tmp_path) -> None:
     file = tmp_path / "axolotl.yaml"
     file.write_text(
         "base_model: Qwen/Qwen3-0.6B\ndatasets:\n  - path: a.jsonl\n    type: alpaca\n"
-        "tokenizer:\n  _component_: torchtune.models\n  path: x\nlearning_rate: 1e-4\n"
+        "tokenizer:\n  _component_: torchtune.models\n  path: x\nlearning_rate: 1e-4\n",
+        encoding="utf-8",
     )
     said = refusal(f"config={file}").splitlines()
     assert len(said) == 4

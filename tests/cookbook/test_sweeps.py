@@ -32,7 +32,7 @@ QUICK = ["test_size=16", "infrequent_eval_every=0"]
 
 def plan_of(tmp_path: Path, text: str, *argv: str) -> Plan:
     file = tmp_path / "sweep.yaml"
-    file.write_text(text)
+    file.write_text(text, encoding="utf-8")
     return make_plan([f"sweep={file}", f"log_path={tmp_path / 'out'}", *argv])
 
 
@@ -115,7 +115,7 @@ def test_names_are_stable_and_can_be_folders() -> None:
 
 COMMANDS = re.findall(
     r"^python -m recipes\.sweep ([^#\n]*)",
-    (REPOSITORY / "cookbook/sweeps/README.md").read_text(),
+    (REPOSITORY / "cookbook/sweeps/README.md").read_text(encoding="utf-8"),
     re.MULTILINE,
 )
 
@@ -217,7 +217,7 @@ def test_the_command_line_replaces_a_key_of_the_file_that_is_written_otherwise(t
 
 def test_the_best_settings_can_be_read_where_a_run_replaced_a_key_of_its_config_file(tmp_path: Path) -> None:
     base = tmp_path / "base.yaml"
-    base.write_text("batch_size: 32\nprompts: [a, b]\nseed: 4\n")
+    base.write_text("batch_size: 32\nprompts: [a, b]\nseed: 4\n", encoding="utf-8")
     plan = make_plan(
         [
             f"log_path={tmp_path / 'out'}",
@@ -279,12 +279,14 @@ def test_finished_and_stopped_runs_are_left_failed_ones_tried_again(
     assert [result.state for result in results] == ["finished", "stopped", "failed"]
     out = capsys.readouterr().out
     assert "lora_rank=4: failed.\n  TrainingError: it broke" in out
-    assert yaml.safe_load((tmp_path / "best.yaml").read_text())["lora_rank"] == 1, "the only finished one"
+    assert yaml.safe_load((tmp_path / "best.yaml").read_text(encoding="utf-8"))["lora_rank"] == 1, (
+        "the only finished one"
+    )
     second = FakeRay({"lora_rank=4": 0.5})
     results = run_sweep(plan, second)
     assert second.ran == ["lora_rank=4"]
     assert [result.runs[0].name for result in results] == ["lora_rank=4", "lora_rank=1", "lora_rank=2"]
-    assert yaml.safe_load((tmp_path / "best.yaml").read_text())["lora_rank"] == 4
+    assert yaml.safe_load((tmp_path / "best.yaml").read_text(encoding="utf-8"))["lora_rank"] == 4
     assert run_sweep(plan, FakeRay({})) == results
 
 
@@ -303,7 +305,7 @@ def test_seeds_are_averaged_and_the_best_mean_wins(tmp_path: Path, capsys: pytes
     values = dict(zip([run.name for run in plan.runs], [1.0, 4.0, 2.0, 2.5], strict=True))
     results = run_sweep(plan, FakeRay(values))
     assert [result.value for result in results] == [2.25, 2.5]
-    assert yaml.safe_load((tmp_path / "best.yaml").read_text())["lora_rank"] == 2
+    assert yaml.safe_load((tmp_path / "best.yaml").read_text(encoding="utf-8"))["lora_rank"] == 2
     assert "2.2500 ± 0.3536" in capsys.readouterr().out
     assert (
         run_sweep(make_plan([*[f"log_path={tmp_path}", "lora_rank=1,2", "seed=0,1"], "mode=max"]))[0].value
@@ -382,7 +384,7 @@ def test_six_runs_end_in_a_sorted_table_a_csv_and_a_report(swept: str, folder: P
     table = [line for line in swept.splitlines() if line.rstrip().endswith(("finished", "stopped"))]
     assert [line.split()[:2] for line in table] == [[row["learning_rate"], row["lora_rank"]] for row in rows]
     assert max(len(line) for line in table) <= 80
-    page = (folder / "out" / "report.html").read_text()
+    page = (folder / "out" / "report.html").read_text(encoding="utf-8")
     assert all(f"lora_rank={rank}" in page for rank in (4, 8, 16))
 
 
@@ -406,5 +408,5 @@ def test_the_best_config_runs_and_does_what_the_run_of_the_sweep_did(
     summary = sft.main([f"config={folder / 'out' / 'best.yaml'}"])
     assert summary.log_path == folder / "out" / "best"
     assert summary.metrics["test/nll"] == float(best["test/nll"])
-    recorded = json.loads((Path(best["log_path"]) / "config.json").read_text())
+    recorded = json.loads((Path(best["log_path"]) / "config.json").read_text(encoding="utf-8"))
     assert f"{recorded['learning_rate']:g}" == "0.004"
