@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import difflib
+import dataclasses
 import enum
 import os
 import re
 import sys
 import textwrap
-import types
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin
+from types import MappingProxyType
+from typing import Any, TypeVar
 
 from chz.blueprint import Blueprint, Castable, Reference
 from chz.blueprint._entrypoint import EntrypointException, EntrypointHelpException
 
-from cookbook import consoles
+from cookbook import config_files, consoles
+from cookbook.config_files import COMMAND_LINE, NoValue, Setting
 from cookbook.errors import ConfigError, CookbookError, describe
+from cookbook.keys import Resolver, missing_keys, params_of
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -28,47 +30,153 @@ TEXT_KEYS = ("system_prompt", "prompt", "title")
 """Keys whose values are text for people and models. Any other value may name a file, and stays as it is."""
 
 
-def make_config(target: type[T], defaults: Mapping[str, Any], argv: Sequence[str], prog: str = "recipe") -> T:
+def make_config(
+    target: type[T],
+    defaults: Mapping[str, Any],
+    argv: Sequence[str],
+    prog: str = "recipe",
+    overrides: Mapping[str, str] = MappingProxyType({}),
+) -> T:
     """The config that `argv` asks for. Later wins: `defaults`, then `config=<file>`, then the other keys.
 
-    A key that is no field of the config itself names a nested field by its last part, so
-    `batch_size=8` reaches `dataset_builder.common_config.batch_size`. Raises ConfigError for an
-    unknown key or an impossible value, and EntrypointHelpException where help is asked for: it has
-    the keys that there are with the other arguments, such as those of a class that one of them names.
+    A key that is no field of the config itself names a nested field by its last part, so `batch_size=8`
+    reaches `dataset_builder.common_config.batch_size`. A key stands once in a file; of one that is given
+    twice on the command line the last counts, with a warning. `overrides` win over all of them.
+
+    Raises ConfigError with every setting that cannot be used and where it stands: unknown keys, those that
+    may be several, those given twice, and impossible values. Raises EntrypointHelpException where help is
+    asked for: it has the keys that there are with the other arguments, such as those of a class that one
+    of them names.
     """
-    blueprint, arguments = _layers(target, defaults, argv, prog)
-    before = blueprint.clone()
-    blueprint.apply(_full_keys(blueprint, arguments), layer_name="command line")
-    if any(argument in HELP for argument in argv):
+    arguments = read_arguments(argv)
+    resolver = make_resolver(target, defaults, arguments, overrides=overrides)
+    blueprint = resolver.blueprint(f"{prog}'s defaults")
+    if arguments.wants_help:
         raise EntrypointHelpException(_help(blueprint, prog))
+    if missing := list(missing_keys(blueprint)):
+        raise ConfigError("\n".join(missing))
     try:
         return blueprint.make()
     except EntrypointException as error:
-        raise ConfigError(_explain(before, error)) from error
+        raise ConfigError(str(error).strip()) from error
 
 
-def type_of_key(target: type[Any], defaults: Mapping[str, Any], argv: Sequence[str], key: str) -> Any:
-    """The type of the field that `key` names, beside the settings in `argv`.
+def make_resolver(
+    target: type[Any],
+    defaults: Mapping[str, Any],
+    arguments: Arguments,
+    more: Sequence[Sequence[Setting]] = (),
+    overrides: Mapping[str, str] = MappingProxyType({}),
+    other_names: Sequence[str] = (),
+) -> Resolver:
+    """What the arguments of a command line set, and above them the settings in `more` and `overrides`.
 
-    Raises ConfigError, which names the nearest key, where there is no such field.
+    `other_names` are keys of somebody else, which an unknown key may have meant.
     """
-    blueprint, arguments = _layers(target, defaults, argv, "recipe")
-    blueprint.apply(_full_keys(blueprint, arguments))
-    full = next(iter(_full_keys(blueprint, {key: None})))
-    return _params(blueprint)[full].type
+    in_file: list[Setting] = []
+    repeated: list[str] = []
+    if arguments.config is not None:
+        try:
+            in_file, repeated = config_files.read_settings(arguments.config)
+        except ConfigError as error:
+            raise ConfigError("\n".join([*arguments.problems, str(error)])) from error
+    above = [_setting(key, value) for key, value in overrides.items()]
+    layers = [in_file, arguments.settings, *more, above]
+    resolver = Resolver(target, defaults, layers, other_names)
+    resolver.problems[:0] = [*arguments.problems, *repeated]
+    return resolver
 
 
-def settings(argv: Sequence[str]) -> dict[str, str]:
-    """The `key=value` arguments as a mapping. Raises ConfigError for an argument that is none."""
-    values: dict[str, str] = {}
-    for argument in argv:
-        key, separator, value = argument.partition("=")
-        if not separator or not key:
-            raise ConfigError(f"{argument!r} is no setting. Write key=value, or --help for the keys.")
-        key = key.removeprefix("--")
-        is_text = key.rsplit(".", 1)[-1] in TEXT_KEYS
-        values[key] = consoles.decoded_argument(value) if is_text else value
-    return values
+# -- arguments -----------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Arguments:
+    """A command line, read: `key=value`, `--key=value` and `--key value` are the same."""
+
+    settings: list[Setting] = dataclasses.field(default_factory=list)
+    config: str | None = None
+    """The file that `config=` names."""
+    problems: list[str] = dataclasses.field(default_factory=list)
+    """One sentence for each argument that is no setting."""
+    wants_help: bool = False
+
+    def take(self, key: str) -> str | None:
+        """The value of a key that is not the config's own, which then is no setting any more."""
+        found = [setting for setting in self.settings if setting.key == key]
+        self.settings = [setting for setting in self.settings if setting.key != key]
+        if any(isinstance(setting.value, NoValue) for setting in found):
+            self.problems.append(f"{COMMAND_LINE}: --{key} has no value. Write {key}=<value>.")
+            return None
+        if len(found) > 1:
+            values = " and ".join(f"{key}={setting.value.value}" for setting in found)
+            self.problems.append(f"{COMMAND_LINE}: {key} is given twice, as {values}. Give it once.")
+        return found[-1].value.value if found else None
+
+
+def read_arguments(argv: Sequence[str]) -> Arguments:
+    """The settings on a command line, and what cannot be one."""
+    arguments = Arguments()
+    rest = list(argv)
+    while rest:
+        argument = rest.pop(0)
+        if argument in HELP:
+            arguments.wants_help = True
+        elif (problem := _read_argument(argument, rest, arguments.settings)) is not None:
+            arguments.problems.append(f"{COMMAND_LINE}: {problem}")
+    arguments.config = arguments.take("config")
+    return arguments
+
+
+_KEY = r"[A-Za-z_][\w.-]*"
+_KEY_AND_VALUE = re.compile(rf"(?:--)?{_KEY}=")
+
+
+def _read_argument(argument: str, rest: list[str], found: list[Setting]) -> str | None:
+    """Adds a setting to `found`, with its value from `rest` if it stands there; or says what to write."""
+    key, has_value, value = argument.partition("=")
+    dashed = key.startswith("--")
+    key = key.removeprefix("--").replace("-", "_") if dashed else key
+    next_one = rest[0] if rest else ""
+    if has_value and key.strip() and (_KEY_AND_VALUE.match(argument) or not _names_a_file(argument)):
+        if key != key.strip() or (not value and rest and _is_a_value(next_one)):
+            return f"write {key.strip()}={value.strip() or rest.pop(0)} without spaces around the =."
+        found.append(_setting(key, value))
+        return None
+    if rest and next_one.startswith("=") and key:
+        value = rest.pop(0)[1:] or (rest.pop(0) if rest and _is_a_value(rest[0]) else "<value>")
+        return f"write {key}={value} without spaces around the =."
+    if dashed and re.fullmatch(_KEY, key):
+        value_follows = bool(rest) and _is_a_value(next_one)
+        without = Setting(key, NoValue(""), COMMAND_LINE)
+        found.append(_setting(key, rest.pop(0)) if value_follows else without)
+        return None
+    if _names_a_file(argument):
+        return f"unrecognised argument {argument!r}. For a config file write config={argument}"
+    if (pair := re.fullmatch(rf"({_KEY}):(.+)", argument, re.DOTALL)) is not None:
+        return f"unrecognised argument {argument!r}. Write {pair[1]}={pair[2].strip()}"
+    if re.fullmatch(_KEY, argument) and rest and _is_a_value(next_one) and not _names_a_file(next_one):
+        return f"unrecognised argument {argument!r}. Write {argument}={rest.pop(0)}"
+    if re.fullmatch(rf"-{_KEY}", argument) and rest and _is_a_value(next_one):
+        return f"unrecognised argument {argument!r}. Write {argument[1:]}={rest.pop(0)}"
+    return f"unrecognised argument {argument!r}. Write key=value, or --help for the keys."
+
+
+def _setting(key: str, value: str) -> Setting:
+    is_text = key.rsplit(".", 1)[-1] in TEXT_KEYS
+    return Setting(key, Castable(consoles.decoded_argument(value) if is_text else value), COMMAND_LINE)
+
+
+def _is_a_value(argument: str) -> bool:
+    """Whether an argument can be the value of `--key` before it: not if it is a key itself."""
+    return not (argument.startswith(("--", "=")) or argument in HELP[:2] or _KEY_AND_VALUE.match(argument))
+
+
+def _names_a_file(argument: str) -> bool:
+    return argument.endswith((".yaml", ".yml", ".json")) or os.path.isfile(os.path.expanduser(argument))
+
+
+# -- the program ---------------------------------------------------------------------------------
 
 
 def run(
@@ -108,19 +216,6 @@ def ending_in_a_line() -> Iterator[None]:
         sys.exit(130)
 
 
-def _layers(
-    target: type[Any], defaults: Mapping[str, Any], argv: Sequence[str], prog: str
-) -> tuple[Blueprint[Any], dict[str, Castable]]:
-    """The blueprint under the command line, and what the command line lays over it."""
-    blueprint = Blueprint(target).apply(dict(defaults), layer_name=f"{prog}'s defaults")
-    values = settings([argument for argument in argv if argument not in HELP])
-    if (path := values.pop("config", None)) is not None:
-        from cookbook import config_files
-
-        blueprint.apply(_full_keys(blueprint, config_files.load(path)), layer_name=path)
-    return blueprint, {key: Castable(value) for key, value in values.items()}
-
-
 def _tell(failure: str, error: Exception) -> None:
     """Prints what ended a run; one of several processes does, so that it is told once."""
     from cookbook.engine import mesh
@@ -145,75 +240,22 @@ def _describe(error: CookbookError) -> str:
     return describe(error)
 
 
-def _params(blueprint: Blueprint[Any]) -> dict[str, Any]:
-    """Every parameter there is to set, by its dotted path, as this blueprint stands."""
-    return {path: param for path, param in blueprint._make_lazy().all_params.items() if path}
-
-
-def _full_keys(blueprint: Blueprint[Any], values: Mapping[str, Any]) -> dict[str, Any]:
-    """Completes short keys. A class chosen by one key decides which fields the others may name."""
-    if not values:
-        return {}
-    dotted = {key: value for key, value in values.items() if "." in key or _names_a_class(value)}
-    try:
-        paths = list(_params(blueprint.clone().apply(dotted)))
-    except EntrypointException as error:
-        raise ConfigError(_explain(blueprint, error)) from error
-    full: dict[str, Any] = {}
-    for key, value in values.items():
-        matches = [key] if key in paths else [path for path in paths if path.endswith(f".{key}")]
-        if not matches:
-            raise ConfigError(_unknown_key(key, paths))
-        full |= dict.fromkeys(matches, value)
-    return full
-
-
-def _names_a_class(value: Any) -> bool:
-    return isinstance(value, Castable) and ":" in value.value
-
-
-def _unknown_key(key: str, paths: Sequence[str]) -> str:
-    names = [*(path.rsplit(".", 1)[-1] for path in paths), *paths]
-    near = difflib.get_close_matches(key, names, n=1, cutoff=0.5)
-    hint = f" Did you mean {near[0]}?" if near else ""
-    return f"There is no key {key!r}.{hint} Run with --help to see the keys."
-
-
-def _explain(blueprint: Blueprint[Any], error: EntrypointException) -> str:
-    message = str(error).strip()
-    found = re.match(r"Could not interpret argument '(.*)' provided for param '([^']+)'", message)
-    param = None if found is None else _params(blueprint).get(found[2])
-    if found is None or param is None:
-        return message
-    return f"{found[2]}={found[1]} is impossible. It takes {_describe_type(param.type)}."
-
-
-def _describe_type(kind: Any) -> str:
-    if get_origin(kind) is Literal:
-        values = [str(value) for value in get_args(kind)]
-        return f"one of {', '.join(values)}" if len(values) > 1 else values[0]
-    if isinstance(kind, type) and issubclass(kind, enum.Enum):
-        return f"one of {', '.join(str(member.value) for member in kind)}"
-    if get_origin(kind) is list:
-        return f"{_describe_type(get_args(kind)[0]).removeprefix('a ')}s with commas between them"
-    if get_origin(kind) in (Union, types.UnionType):
-        return " or ".join(_describe_type(part) for part in get_args(kind))
-    names = {int: "a whole number", float: "a number", bool: "True or False", str: "text", type(None): "None"}
-    return names.get(kind) or f"module:Class, a {getattr(kind, '__name__', kind)}"
-
-
 def _help(blueprint: Blueprint[Any], prog: str) -> str:
     """Every key with its value and, below it, what it is for: readable in 80 columns."""
     intro = (
         f"python -m {prog} [config=<file.yaml>] [key=value ...]\n\n"
         "Later wins: the values below, then the config file, then the other keys.\n"
-        "A nested key may be given by its last part: batch_size=8.\n"
+        "A nested key may be given by its last part, if one alone ends so: batch_size=8.\n"
+        "--key value is the same as key=value. Of a key given twice the last one counts.\n"
     )
     lines = [intro]
-    params = _params(blueprint)
+    params = params_of(blueprint)
     for path, param in params.items():
         given = blueprint._arg_map.get_kv(path)
-        value = _value_text(given.value) if given is not None else _default_text(param.default)
+        refers_to_itself = given and isinstance(given.value, Reference) and given.value.ref == path
+        value = (
+            _default_text(param.default) if given is None or refers_to_itself else _value_text(given.value)
+        )
         if value is None and any(other.startswith(f"{path}.") for other in params):
             continue  # made of the keys below it
         line = f"{path}={value or '(required)'}"

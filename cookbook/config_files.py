@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import enum
 import importlib
-import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import chz
 from chz.blueprint import Castable
 
+from cookbook.documents import KeyPath, read_document
 from cookbook.errors import ConfigError
 
 TYPE_KEY = "_type"
@@ -42,43 +43,82 @@ def _qualified_name(value: Any) -> str:
     return f"{value.__module__}:{getattr(value, '__qualname__', type(value).__qualname__)}"
 
 
+COMMAND_LINE = "command line"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One key as it was written: whole, or the last part of one."""
+
+    key: str
+    value: Any
+    """Text to cast by the type of its field (Castable), None, True or False; [] before a list's items."""
+    place: str
+    """Where it was written: COMMAND_LINE, or a file and its line."""
+
+
+def read_settings(path: str) -> tuple[list[Setting], list[str]]:
+    """The settings of a YAML or JSON config file, and one sentence for each key that is repeated in it."""
+    document = read_document(path)
+    if not isinstance(document.values, dict):
+        raise ConfigError(f"config={path} holds no keys. Write one `key: value` a line.")
+    leaves = _leaves(document.values)
+    return [Setting(".".join(at), value, document.place(at)) for at, value in leaves], document.repeated
+
+
 def load(path: str) -> dict[str, Any]:
     """The keys of a YAML or JSON config file, dotted, as a blueprint takes them."""
-    import yaml
-
-    file = Path(path).expanduser()
-    if not file.is_file():
-        raise ConfigError(f"config={path!r}: there is no such file.")
-    try:
-        text = file.read_text(encoding="utf-8-sig")
-        values = json.loads(text) if file.suffix == ".json" else yaml.safe_load(text)
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"config={path!r} is not UTF-8 text: {error}. Save it as UTF-8.") from error
-    except (json.JSONDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"config={path!r} cannot be read: {error}") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"config={path!r} holds no keys. Write one `key: value` a line.")
-    values.pop(TYPE_KEY, None)
-    return flatten(values)
+    settings, repeated = read_settings(path)
+    if repeated:
+        raise ConfigError("\n".join(repeated))
+    return _without_marks({setting.key: setting.value for setting in settings})
 
 
-def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(values: Mapping[str, Any]) -> dict[str, Any]:
     """Nested values as dotted keys. Scalars are cast by the field they are for, as on the command line."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        path = f"{prefix}{key}"
-        if isinstance(value, Mapping):
-            value = dict(value)
-            if TYPE_KEY in value:
-                flat[path] = Castable(importable(value.pop(TYPE_KEY)))
-            flat |= flatten(value, f"{path}.")
-        elif isinstance(value, list):
-            if not value:
-                flat[path] = []
-            flat |= flatten({str(index): item for index, item in enumerate(value)}, f"{path}.")
-        else:
-            flat[path] = value if value is None or isinstance(value, bool) else Castable(str(value))
-    return flat
+    flat = {".".join(path): value for path, value in _leaves(values)}
+    for value in flat.values():
+        if isinstance(value, ClassName):
+            importable(value.value)
+    return _without_marks(flat)
+
+
+def _without_marks(flat: dict[str, Any]) -> dict[str, Any]:
+    """Without the [] and {} that stand before the items of a list or a mapping that has some."""
+
+    def has_items(key: str) -> bool:
+        return any(other.startswith(f"{key}.") for other in flat)
+
+    return {
+        key: value for key, value in flat.items() if not isinstance(value, list | dict) or not has_items(key)
+    }
+
+
+class NoValue(Castable):
+    """What stands for the value of a `--key` that has none."""
+
+
+class ClassName(Castable):
+    """`module:Class`, the value of a `_type`."""
+
+
+def _leaves(values: Any, path: KeyPath = ()) -> Iterator[tuple[KeyPath, Any]]:
+    """What stands at each path: text to cast, None, True or False; [] before the items of a list."""
+    if isinstance(values, Mapping):
+        for key, value in values.items():
+            if key == TYPE_KEY:
+                if path:
+                    yield path, ClassName(str(value))
+            else:
+                yield from _leaves(value, (*path, str(key)))
+        if path and not values:
+            yield path, {}
+    elif isinstance(values, list):
+        yield path, []
+        for index, value in enumerate(values):
+            yield from _leaves(value, (*path, str(index)))
+    else:
+        yield path, values if values is None or isinstance(values, bool) else Castable(str(values))
 
 
 def importable(name: str) -> str:

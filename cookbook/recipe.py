@@ -6,7 +6,6 @@ its config is its `Config`, or else `train.Config`.
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import pkgutil
 from collections.abc import Mapping, Sequence
@@ -14,7 +13,9 @@ from dataclasses import dataclass
 from typing import Any, get_type_hints
 
 from cookbook import cli
+from cookbook.config_files import Setting
 from cookbook.errors import ConfigError
+from cookbook.nearest import did_you_mean
 from cookbook.supervised import train
 
 
@@ -29,12 +30,18 @@ class Recipe:
     def name(self) -> str:
         return self.module.rsplit(".", 1)[-1]
 
-    def make_config(self, argv: Sequence[str]) -> train.Config:
-        """The config of a run with nothing left open: a learning rate of `auto` is a number."""
-        return cli.make_config(self.target, self.defaults, argv, prog=self.module).resolved()
+    def make_config(self, argv: Sequence[str], log_path: str | None = None) -> train.Config:
+        """The config of a run with nothing left open: a learning rate of `auto` is a number.
 
-    def type_of_key(self, argv: Sequence[str], key: str) -> Any:
-        return cli.type_of_key(self.target, self.defaults, argv, key)
+        A `log_path` takes the place of the one in `argv`.
+        """
+        overrides = {} if log_path is None else {"log_path": log_path}
+        made = cli.make_config(self.target, self.defaults, argv, prog=self.module, overrides=overrides)
+        return made.resolved()
+
+    def settings(self, argv: Sequence[str]) -> dict[str, Setting]:
+        """What `argv` sets, in a config file or itself, by whole keys. Later wins."""
+        return cli.make_resolver(self.target, self.defaults, cli.read_arguments(argv)).merged()
 
 
 def find_recipe(name: str) -> Recipe:
@@ -63,6 +70,5 @@ def _known(name: str) -> str:
     package = importlib.import_module("recipes")  # by name: nothing here depends on a recipe
     names = [module.name for module in pkgutil.iter_modules(package.__path__)]
     trained = [one for one in names if is_trained_by(importlib.import_module(f"recipes.{one}"))]
-    near = difflib.get_close_matches(name, trained, n=1)
-    hint = f"Did you mean {near[0]}? " if near else ""
-    return f"{hint}Recipes: {', '.join(trained)}; your own goes by its module, as in mine.recipe."
+    hint = did_you_mean(name, trained)
+    return f"{hint} Recipes: {', '.join(trained)}; your own goes by its module, as in mine.recipe.".lstrip()

@@ -181,12 +181,34 @@ def parse(argv: list[str]) -> argparse.Namespace:
             )
         if name == "logs":
             command.add_argument("--follow", action="store_true", help="until the job has ended")
-    arguments, rest = parser.parse_known_args(argv)
-    if arguments.command == "submit":  # a key may stand anywhere, also as --key=value
-        arguments.keys += rest
-    elif rest:
-        parser.error(f"{arguments.command} takes no {rest[0]}")
+    own, keys = _split_off_keys(argv) if argv[:1] == ["submit"] else (argv, [])
+    arguments = parser.parse_args(own)
+    if arguments.command == "submit":
+        arguments.keys = keys
     return arguments
+
+
+def _split_off_keys(argv: list[str]) -> tuple[list[str], list[str]]:
+    """The arguments of `submit` itself, and those of its recipe: `key=value`, `--key value`."""
+    own, keys, rest = argv[:1], [], argv[1:]
+    has_recipe = False
+    while rest:
+        argument = rest.pop(0)
+        name, is_whole, _ = argument.partition("=")
+        if name in ("--address", "--gpus", "--cpus"):
+            own += [argument] if is_whole else [argument, *rest[:1]]
+            del rest[: 0 if is_whole else 1]
+        elif argument in ("--wait", "-h", "--help"):
+            own.append(argument)
+        elif not has_recipe and not is_whole and not argument.startswith("-"):
+            own.append(argument)
+            has_recipe = True
+        else:
+            keys.append(argument)
+            if name.startswith("--") and not is_whole:
+                keys += rest[:1]
+                del rest[:1]
+    return own, keys
 
 
 def _time(seconds: float) -> str:

@@ -43,8 +43,15 @@ async def run(config: ReportConfig) -> Path:
 
 def main(argv: list[str] | None = None) -> Path:
     argv = sys.argv[1:] if argv is None else argv
-    folders = [argument for argument in argv if _is_folder(argument)]
-    keys = [argument for argument in argv if not _is_folder(argument)]
+    folders: list[str] = []
+    keys: list[str] = []
+    rest = list(argv)
+    while rest:
+        argument = rest.pop(0)
+        (folders if _is_folder(argument) else keys).append(argument)
+        if argument.startswith("--") and "=" not in argument and argument not in cli.HELP:
+            keys += rest[:1]  # the value of --key
+            del rest[:1]
     return cli.run(ReportConfig, run, {"runs": folders}, prog="recipes.report", argv=keys)
 
 

@@ -14,8 +14,8 @@ import sys
 import chz
 
 import cookbook
-from cookbook import consoles, embedded
-from cookbook.errors import CookbookError, DataError, describe
+from cookbook import cli, embedded
+from cookbook.errors import DataError
 from cookbook.models import recommended_renderer
 from cookbook.supervised.data import conversation_to_datum
 from cookbook.supervised.data.formats import conversations_of
@@ -106,8 +106,5 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    consoles.replace_unprintable()
-    try:
-        chz.nested_entrypoint(main)
-    except CookbookError as error:
-        sys.exit(describe(error))
+    with cli.ending_in_a_line():
+        main(cli.make_config(Config, {}, sys.argv[1:], "recipes.sft_loop"))

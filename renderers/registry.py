@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from difflib import get_close_matches
 from typing import TYPE_CHECKING, TypeAlias
 
 from cookbook.errors import RendererError
+from cookbook.nearest import did_you_mean
+from renderers import other_names
 from renderers.base import Renderer
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ def get_renderer(
 def check_renderer_name(name: str) -> None:
     """Raises RendererError for a name that no renderer has."""
     if name not in _factories:
-        near = get_close_matches(name, _factories, n=1)
-        hint = f" Did you mean `{near[0]}`?" if near else ""
+        known = other_names.ANSWERS.get(name.rpartition("/")[2].lower().replace("-", "_"))
+        hint = did_you_mean(name, _factories, quote="`") if known is None else f" {known}."
         names = ", ".join(renderer_names())
         raise RendererError(f"There is no renderer named `{name}`.{hint} Renderers: {names}.")

@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("cookbook", "renderers", "recipes")
 
-BASE = ("cookbook.errors", "cookbook.notes", "cookbook.types")
+BASE = ("cookbook.errors", "cookbook.nearest", "cookbook.notes", "cookbook.types")
 TOOLS = (
     "cookbook.consoles",
     "cookbook.control_characters",
@@ -36,7 +36,15 @@ CLIENTS = (
     "cookbook.training_client",
     "cookbook.vllm_client",
 )
-RUN = ("cookbook.checkpoints", "cookbook.cli", "cookbook.config_files", "cookbook.loggers")
+RUN = (
+    "cookbook.checkpoints",
+    "cookbook.cli",
+    "cookbook.config_files",
+    "cookbook.documents",
+    "cookbook.keys",
+    "cookbook.loggers",
+    "cookbook.other_trainers",
+)
 EVAL = ("cookbook.eval",)
 REPORT = ("cookbook.report",)
 SUPERVISED = ("cookbook.supervised",)
@@ -45,6 +53,7 @@ WORLD = ("cookbook.engine.mesh",)
 
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "cookbook.errors": (),
+    "cookbook.nearest": (),
     "cookbook.notes": (),
     "cookbook.types": ("cookbook.errors",),
     "cookbook.futures": (),

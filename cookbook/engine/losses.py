@@ -6,7 +6,6 @@ Every function takes the log-probabilities of S scored tokens and what the Datum
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import get_args
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from cookbook.errors import RequestError
+from cookbook.nearest import did_you_mean
 from cookbook.types import LossFnType
 
 LossFn = Callable[[Tensor, Tensor, Mapping[str, Tensor], Mapping[str, float]], Tensor]
@@ -85,8 +85,7 @@ assert set(LOSSES) == set(get_args(LossFnType))
 def get_loss(name: str, config: Mapping[str, float] | None) -> tuple[Loss, dict[str, float]]:
     """The loss of that name and its settings: defaults overridden by `config`."""
     if name not in LOSSES:
-        near = difflib.get_close_matches(name, LOSSES, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
+        hint = did_you_mean(name, LOSSES, quote="'")
         raise RequestError(f"Loss {name!r} is not known.{hint} Losses: {', '.join(LOSSES)}.")
     loss = LOSSES[name]
     unknown = set(config or {}) - set(loss.defaults)

@@ -5,7 +5,6 @@ Shape suffixes: T tokens of one sequence, N tokens of a packed row, S scored pos
 
 from __future__ import annotations
 
-import difflib
 import heapq
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from cookbook.engine.attention import AttentionLayout, Segment
 from cookbook.errors import RequestError
+from cookbook.nearest import did_you_mean
 from cookbook.types import IGNORED_TARGET, Datum, TensorData
 
 
@@ -55,8 +55,7 @@ def refuse_unknown(data: Sequence[Datum]) -> None:
     for index, datum in enumerate(data):
         for name in datum.loss_fn_inputs:
             if name not in KNOWN_INPUTS:
-                near = difflib.get_close_matches(name, KNOWN_INPUTS, n=1)
-                hint = f" Did you mean {near[0]!r}?" if near else ""
+                hint = did_you_mean(name, KNOWN_INPUTS, quote="'")
                 raise RequestError(
                     f"loss_fn_inputs of datum {index} has {name!r}, which no built-in loss reads.{hint} "
                     f"They read {', '.join(KNOWN_INPUTS)}; forward_backward_custom takes anything."

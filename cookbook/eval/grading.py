@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import re
 from collections import Counter
@@ -11,6 +10,7 @@ from typing import TypeAlias
 
 from cookbook.errors import ConfigError
 from cookbook.eval.chat import text_of
+from cookbook.nearest import did_you_mean
 from renderers import Message
 
 Grader: TypeAlias = Callable[[Message, str], float]
@@ -77,8 +77,7 @@ def make_graders(names: Sequence[str], regex: str | None, ignore_case: bool) -> 
         elif name in BUILT_IN:
             graders[short] = _over_text(BUILT_IN[name], ignore_case)
         else:
-            near = difflib.get_close_matches(name, NAMES, n=1)
-            hint = f" Did you mean {near[0]}?" if near else ""
+            hint = did_you_mean(name, NAMES)
             raise ConfigError(
                 f"scores has {name!r}, which is no score.{hint} Scores: {', '.join(NAMES)}, or a function of "
                 "yours as module:function."

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import difflib
 import io
 import logging
 from collections.abc import Iterator, Sequence
@@ -18,6 +17,7 @@ from cookbook.errors import ConfigError
 from cookbook.eval.chat import ChatEvaluatorBuilder
 from cookbook.eval.evaluators import SamplingClientEvaluator
 from cookbook.eval.extras import require
+from cookbook.nearest import did_you_mean
 from renderers import Renderer
 
 if TYPE_CHECKING:
@@ -196,8 +196,7 @@ def _find(tasks: Sequence[str], include_path: str | None) -> TaskManager:
                 return manager
         manager = TaskManager(include_path=include_path)
     if unknown := _unknown(tasks, manager):
-        near = difflib.get_close_matches(unknown[0], manager.all_tasks, n=1)
-        hint = f" Did you mean {near[0]}?" if near else ""
+        hint = did_you_mean(unknown[0], manager.all_tasks)
         raise ConfigError(
             f"tasks has {unknown[0]!r}, which the harness does not know.{hint} `lm_eval ls tasks` lists its "
             "own; include_path= names a folder of yours."

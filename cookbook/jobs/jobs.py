@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import builtins
-import difflib
 import json
 import os
 import secrets
@@ -16,10 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import chz
+
 from cookbook import config_files, jsonl
 from cookbook.errors import ClusterError
 from cookbook.jobs.connection import connect
 from cookbook.jobs.head import START_SECONDS, find_head, start_head
+from cookbook.nearest import did_you_mean
 from cookbook.recipe import Recipe, find_recipe
 
 STOP_SECONDS = 24 * 3600
@@ -69,7 +71,7 @@ def submit(
     """
     found = find_recipe(recipe)
     config = found.make_config(argv)
-    config = found.make_config([*argv, f"log_path={Path(config.log_path).absolute()}"])
+    config = chz.replace(config, log_path=str(Path(config.log_path).absolute()))
     return _submit(found, config_files.to_json(config), address or start_head().address, num_gpus, num_cpus)
 
 
@@ -84,9 +86,8 @@ def get(job_id: str, *, address: str | None = None) -> Job:
     jobs = {job.id: job for job in list_jobs(address=address)}
     if job_id in jobs:
         return jobs[job_id]
-    near = difflib.get_close_matches(job_id, jobs, n=3)
-    hint = f"Did you mean {' or '.join(near)}?" if near else f"There are {len(jobs)} jobs: see `list`."
-    raise ClusterError(f"There is no job {job_id!r}. {hint}")
+    hint = did_you_mean(job_id, jobs) or f" There are {len(jobs)} jobs: see `list`."
+    raise ClusterError(f"There is no job {job_id!r}.{hint}")
 
 
 def wait(job_id: str, *, address: str | None = None, timeout: float | None = None) -> Job:

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import chz
-import yaml
+from chz.blueprint import Castable
 
 from cookbook import cli
+from cookbook.config_files import NoValue, Setting
+from cookbook.documents import Document, read_document
 from cookbook.errors import ConfigError
+from cookbook.keys import UNKNOWN, Resolver
+from cookbook.nearest import did_you_mean
 from cookbook.recipe import Recipe, find_recipe
 from cookbook.supervised import train
 from cookbook.sweeps import space
-from cookbook.sweeps.space import Axis, Point
+from cookbook.sweeps.space import Axis, Choice, Point
 
 RUNS = "runs"
 """The section of a sweep file that holds the recipe's keys."""
@@ -99,55 +102,104 @@ class Plan:
 def make_plan(argv: Sequence[str]) -> Plan:
     """What `argv` asks for: `sweep=<file.yaml>`, the sweep's own keys, and those of its recipe.
 
-    Later wins, so a key on the command line replaces the file's. Raises ConfigError for a key of neither,
-    a value that no run could have, and settings that no run could be made of.
+    Later wins, so a key on the command line replaces the file's, whether it is whole or short there. Raises
+    ConfigError for keys of neither, keys that may be several, values that no run could have, and settings
+    that no run could be made of: all of them at once, each with the place where it stands.
     """
-    given = cli.settings([argument for argument in argv if argument not in cli.HELP])
-    sections = load(given.pop("sweep")) if "sweep" in given else {}
-    in_file = dict(sections.pop(RUNS, None) or {})
+    given = cli.read_arguments(argv)
     own_keys = chz.chz_fields(Config)
-    own = {key: str(value) for key, value in sections.items() if value is not None}
-    own |= {key: value for key, value in given.items() if key in own_keys}
-    own.setdefault("log_path", f"runs/sweeps/{_default_name(argv, own)}")
-    if any(argument in cli.HELP for argument in argv):
-        cli.make_config(Config, {"log_path": "runs/sweeps/<sweep>"}, ["--help"], "recipes.sweep")
-    own["log_path"] = str(Path(own["log_path"]).expanduser().absolute())
-    config = cli.make_config(Config, {}, [f"{key}={value}" for key, value in own.items()], "recipes.sweep")
+    path = given.take("sweep")
+    file = Document("", {}) if path is None else load(path)
+    in_file = dict(file.values.get(RUNS) or {})
+    own = [
+        Setting(key, Castable(str(value)), file.place((key,)))
+        for key, value in file.values.items()
+        if key in own_keys and value is not None
+    ]
+    own_given = [setting for setting in given.settings if setting.key in own_keys]
+    of_runs = [setting for setting in given.settings if setting.key not in own_keys]
+    config = _own_config(own, own_given, _default_name(path, [*own, *own_given], of_runs), given)
     recipe = find_recipe(config.recipe)
-    of_runs = {key: value for key, value in given.items() if key not in own_keys}
-    file = of_runs.pop("config", in_file.pop("config", None))
-    base = [] if file is None else [f"config={file}"]
+    base = given.config or in_file.pop("config", None)
+    in_file.pop("config", None)
     if "log_path" in in_file:
         raise ConfigError(
             "log_path: each run has a folder of its own in that of the sweep. Write it above runs."
         )
-    # a class that is chosen decides which keys there are
-    classes = [f"{key}={value}" for key, value in {**in_file, **of_runs}.items() if _is_class(value)]
-
-    def kind(key: str) -> Any:
-        return _type_of_key(recipe, [*base, *classes], key)
-
-    axes = {
-        key: space.parse_axis(key, value, kind(key)) for key, value in in_file.items() if key not in of_runs
-    }
-    axes |= {key: space.parse_argument(key, value, kind(key)) for key, value in of_runs.items()}
+    values = [
+        (Setting(str(key), _representative(value), file.place((RUNS, str(key)))), value)
+        for key, value in in_file.items()
+    ]
+    problems = [*given.problems, *file.repeated, *_unknown_sections(file)]
+    axes = _axes(recipe, base, values, of_runs, problems)
     if not space.varied_keys(axes):
         raise ConfigError("Nothing is varied. Give a key several values, as in learning_rate=1e-4,3e-4.")
-    return Plan(config, recipe, axes, _plan_runs(config, recipe, axes, base))
+    return Plan(
+        config, recipe, axes, _plan_runs(config, recipe, axes, [] if base is None else [f"config={base}"])
+    )
 
 
-def _is_class(value: Any) -> bool:
-    return isinstance(value, str) and re.fullmatch(r"[\w.]+:\w+", value) is not None
+def _own_config(
+    in_file: Sequence[Setting], given: Sequence[Setting], name: str, arguments: cli.Arguments
+) -> Config:
+    """The sweep's own settings. Raises EntrypointHelpException where help is asked for."""
+    defaults = {"log_path": f"runs/sweeps/{name}"}
+    if arguments.wants_help:
+        cli.make_config(Config, {"log_path": "runs/sweeps/<sweep>"}, ["--help"], "recipes.sweep")
+    config: Config = Resolver(Config, defaults, [in_file, given]).blueprint("recipes.sweep's defaults").make()
+    return chz.replace(config, log_path=str(Path(config.log_path).expanduser().absolute()))
 
 
-def _type_of_key(recipe: Recipe, argv: Sequence[str], key: str) -> Any:
-    near = difflib.get_close_matches(key, chz.chz_fields(Config), n=1, cutoff=0.8)
-    try:
-        return recipe.type_of_key(argv, key)
-    except ConfigError as error:
-        if near:
-            raise ConfigError(f"There is no key {key!r}. Did you mean {near[0]}?") from error
-        raise
+def _axes(
+    recipe: Recipe,
+    base: str | None,
+    in_file: Sequence[tuple[Setting, Any]],
+    given: Sequence[Setting],
+    problems: Sequence[str],
+) -> dict[str, Axis]:
+    """What is varied, by the keys as they are written. A chosen class decides which keys there are."""
+    resolver = cli.make_resolver(
+        recipe.target,
+        recipe.defaults,
+        cli.Arguments(config=base, problems=list(problems)),
+        more=[[setting for setting, _ in in_file], [_representing(setting) for setting in given]],
+        other_names=tuple(chz.chz_fields(Config)),
+    )
+    in_a_file = {id(setting): value for setting, value in in_file}
+    *_, of_file, of_command_line, _ = resolver.layers
+    axes: dict[str, Axis] = {}
+    for key, setting in {**of_file, **of_command_line}.items():
+        try:
+            if key in of_command_line:
+                axis = space.parse_argument(setting.key, _text_of(given, setting), resolver.type_of(key))
+            else:
+                axis = space.parse_axis(setting.key, in_a_file[id(setting)], resolver.type_of(key))
+        except ConfigError as error:
+            resolver.problems.append(f"{setting.place}: {error}")
+            continue
+        axes[setting.key] = axis
+        for value in axis.values if isinstance(axis, Choice) else ():
+            if problem := resolver.refusal(key, replace(setting, value=Castable(value))):
+                resolver.problems.append(problem)
+    resolver.raise_problems()
+    return axes
+
+
+def _text_of(given: Sequence[Setting], setting: Setting) -> str:
+    """The text of a setting that is given: of those with one key the last one counts."""
+    return str(next(one.value.value for one in reversed(given) if one.key == setting.key))
+
+
+def _representing(setting: Setting) -> Setting:
+    if isinstance(setting.value, NoValue):
+        return setting
+    return replace(setting, value=_representative(setting.value.value))
+
+
+def _representative(value: Any) -> Any:
+    """The value where it is one class, which decides which keys there are."""
+    is_class = isinstance(value, str) and re.fullmatch(r"[\w.]+:\w+", value) is not None
+    return Castable(value) if is_class else UNKNOWN
 
 
 def _plan_runs(
@@ -164,42 +216,36 @@ def _plan_runs(
             seen[name] += 1
             name = f"{name}-{seen[name]}"
         argv = [*base, *(f"{key}={value}" for key, value in point.items())]
-        made = recipe.make_config([*argv, f"log_path={Path(config.log_path) / name}"])
+        made = recipe.make_config(argv, log_path=str(Path(config.log_path) / name))
         runs.append(PlannedRun(name, point, argv, made))
     return runs
 
 
-def load(path: str) -> dict[str, Any]:
-    """A sweep file. Raises ConfigError where it is none, or has a key that a sweep has not."""
-    file = Path(path).expanduser()
-    if not file.is_file():
-        raise ConfigError(f"sweep={path}: there is no such file.")
-    try:
-        sections = yaml.safe_load(file.read_text(encoding="utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"sweep={path} is not UTF-8 text: {error}. Save it as UTF-8.") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"sweep={path} cannot be read: {error}") from error
+def load(path: str) -> Document:
+    """A sweep file. Raises ConfigError where it is none."""
+    document = read_document(path, argument="sweep")
+    sections = document.values
     if not isinstance(sections, dict) or not isinstance(sections.get(RUNS, {}), dict | None):
         raise ConfigError(
             f"sweep={path} is no sweep. Write `runs:`, and below it `key: [value, value]` lines."
         )
+    return document
+
+
+def _unknown_sections(file: Document) -> list[str]:
     known = [*chz.chz_fields(Config), RUNS]
-    for key in sections:
-        if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1)
-            hint = f" Did you mean {near[0]}?" if near else ""
-            raise ConfigError(
-                f"sweep={path} has the key {str(key)!r}, which a sweep has not.{hint} "
-                f"Keys of the recipe go below `runs:`."
-            )
-    return sections
+    return [
+        f"{file.place((str(key),))}: has the key {str(key)!r}, which a sweep has not."
+        f"{did_you_mean(str(key), known)} Keys of the recipe go below `runs:`."
+        for key in file.values
+        if key not in known
+    ]
 
 
-def _default_name(argv: Sequence[str], own: Mapping[str, str]) -> str:
+def _default_name(path: str | None, own: Sequence[Setting], of_runs: Sequence[Setting]) -> str:
     """The name of the sweep's file, or else of what is varied."""
-    for argument in argv:
-        if argument.startswith("sweep="):
-            return Path(argument.partition("=")[2]).stem
-    varied = [argument.partition("=")[0] for argument in argv if "," in argument]
-    return re.sub(r"[^\w.-]+", "-", "-".join([own.get("recipe", "sft"), *varied]))
+    if path is not None:
+        return Path(path).stem
+    recipes = [str(setting.value.value) for setting in own if setting.key == "recipe"]
+    varied = [setting.key for setting in of_runs if "," in setting.value.value]
+    return re.sub(r"[^\w.-]+", "-", "-".join([recipes[-1] if recipes else "sft", *varied]))

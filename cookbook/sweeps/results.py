@@ -16,7 +16,7 @@ from chz.blueprint import Castable
 from rich.console import Console
 from rich.table import Table
 
-from cookbook import config_files, jsonl
+from cookbook import jsonl
 from cookbook.checkpoints import CheckpointLog
 from cookbook.sweeps.plan import Plan, PlannedRun
 from cookbook.sweeps.run_process import Progress, read_values
@@ -132,13 +132,7 @@ def write_csv(plan: Plan, results: Sequence[Result]) -> Path:
 def write_best(plan: Plan, best: Result) -> Path:
     """The settings of the best point, for `config=`: a new run of them goes to a folder of its own."""
     path = plan.folder / BEST
-    values: dict[str, object] = {}
-    for argument in best.runs[0].argv:
-        key, _, value = argument.partition("=")
-        if key == "config":
-            values |= config_files.load(value)
-        else:
-            values[key] = value
+    values = {key: setting.value for key, setting in plan.recipe.settings(best.runs[0].argv).items()}
     values["log_path"] = str(plan.folder / "best")
     path.write_text(
         f"# The best of {len(plan.runs)} runs: {plan.config.metric} {_value_text(best)}\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -9,14 +10,23 @@ from typing import Any
 
 import chz
 import pytest
+from chz.blueprint import Reference
+from chz.blueprint._entrypoint import EntrypointHelpException
 
-from cookbook import cli
+from cookbook import cli, config_files
 from cookbook.errors import ConfigError, DataError
 from cookbook.eval.evaluators import RunContext
 from cookbook.supervised import train
+from cookbook.supervised.data import FromConversationFileBuilder
+from cookbook.supervised.types import SupervisedDatasetBuilder
 from recipes.sft import DEFAULTS
 
 MODEL = "Qwen/Qwen3-0.6B"  # its renderer is known by name, so no tokenizer is loaded
+
+
+SAMPLES = "cookbook.eval.samples:SamplesEvaluatorBuilder"
+GENERATION = "cookbook.eval.generation:GenerationEvaluatorBuilder"
+FILE_BUILDER = "cookbook.supervised.data:FromConversationFileBuilder"
 
 
 def make(*argv: str) -> Any:
@@ -72,16 +82,39 @@ def test_later_wins_defaults_then_the_file_then_the_command_line(tmp_path: Path)
         ("learning_rat=1", "There is no key 'learning_rat'. Did you mean learning_rate?"),
         ("batch_sise=1", "There is no key 'batch_sise'. Did you mean batch_size?"),
         ("dataset_builder.datset=x", "There is no key 'dataset_builder.datset'. Did you mean"),
-        ("learning_rate=fast", "learning_rate=fast is impossible. It takes a number or auto."),
-        ("max_steps=2.5", "max_steps=2.5 is impossible. It takes a whole number or None."),
-        ("lr_schedule=saw", "lr_schedule=saw is impossible. It takes one of linear, cosine, constant."),
-        ("train_mlp=maybe", "train_mlp=maybe is impossible. It takes True or False."),
-        ("train_on_what=all", "It takes one of last_assistant_message, last_assistant_turn"),
+        ("learning_rate=fast", "Invalid learning_rate=fast: it takes a number or auto."),
+        ("max_steps=2.5", "Invalid max_steps=2.5: it takes a whole number or None."),
+        ("lr_schedule=saw", "Invalid lr_schedule=saw: it takes one of linear, cosine, constant."),
+        ("train_mlp=maybe", "Invalid train_mlp=maybe: it takes True or False."),
+        ("train_on_what=all", "it takes one of last_assistant_message, last_assistant_turn"),
         ("learning_rate=0", "learning_rate=0.0 is impossible. It must be above 0."),
         ("batch_size=0", "batch_size=0. A step needs at least one conversation."),
-        ("verbose", "'verbose' is no setting. Write key=value"),
+        ("verbose", "unrecognised argument 'verbose'. Write key=value"),
         ("config=none.yaml", "there is no such file"),
-        ("dataset_builder=nowhere:Builder", "dataset_builder=nowhere:Builder is impossible"),
+        ("dataset_builder=nowhere:Builder", "nowhere:Builder cannot be imported"),
+        (
+            "dataset_builder=NoBuilder",
+            "write dataset_builder.<key>=value for one of its keys (common_config, ",
+        ),
+        (
+            "dataset_builder=" + SAMPLES,
+            "it takes module:Class, a class of SupervisedDatasetBuilder, and this is none.",
+        ),
+        ("dataset_builder.common_config=8", "write dataset_builder.common_config.<key>=value"),
+        ("evaluator_builders=foo", "it is a list. Write evaluator_builders.0=module:Class"),
+        ("evaluator_builders=" + SAMPLES, f"it is a list. Write evaluator_builders.0={SAMPLES}"),
+        ("evaluator_builders.x=" + SAMPLES, "is a list, whose items are evaluator_builders.0"),
+        ("evaluator_builders.first.max_tokens=3", "is a list, whose items are evaluator_builders.0"),
+        ("evaluator_builders.0=foo", "write evaluator_builders.0=module:Class"),
+        ("evaluator_builders.1=" + SAMPLES, "has no evaluator_builders.0 before it"),
+        ("evaluator_builders.0.max_tokens=3", "evaluator_builders.0 has no class yet. Write"),
+        ("learning_rate.max=3", "learning_rate takes a number or auto, and has no keys below it."),
+        ("train_on_what=everything", "all_tokens, all_user_and_system_messages, customized."),
+        ("on_bad_row=drop", "Invalid on_bad_row=drop: it takes one of raise, skip."),
+        ("if_log_path_exists=resum", "resume, raise, delete, ask. Did you mean resume?"),
+        ("quantization=int4", "Invalid quantization=int4: it takes nf4 or None."),
+        ("prompts.1=a", "prompts.0 before it"),
+        (f"dataset_builder={FILE_BUILDER}", "dataset_builder.file_path=<text> is required: the file"),
     ],
 )
 def test_a_wrong_argument_is_one_error_that_says_what_to_change(argument: str, message: str) -> None:
@@ -102,6 +135,314 @@ def test_an_unknown_key_in_a_file_is_an_error_too(tmp_path: Path) -> None:
     (tmp_path / "bad.yaml").write_text("learning_rat: 1\n", encoding="utf-8")
     with pytest.raises(ConfigError, match="Did you mean learning_rate"):
         make(f"config={tmp_path / 'bad.yaml'}")
+
+
+def refusal(*argv: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        make(*argv)
+    return str(caught.value)
+
+
+# -- one key, one field --------------------------------------------------------------------------
+
+
+def test_a_short_key_that_fits_several_fields_is_refused_with_all_of_them() -> None:
+    two = [f"evaluator_builders.0={GENERATION}", "evaluator_builders.0.path=questions.jsonl"]
+    for key, fields in {
+        "max_tokens=7": ("evaluator_builders.0.max_tokens", "infrequent_evaluator_builders.0.max_tokens"),
+        "0.max_tokens=7": ("evaluator_builders.0.max_tokens", "infrequent_evaluator_builders.0.max_tokens"),
+        "format=alpaca": ("dataset_builder.format", "evaluator_builders.0.format"),
+    }.items():
+        said = refusal(*two, key)
+        assert said.startswith(f"command line: {key.partition('=')[0]!r} is ambiguous.")
+        assert all(field in said for field in fields)
+    config = make(*two, "infrequent_evaluator_builders.0.max_tokens=7", "dataset_builder.format=alpaca")
+    assert [config.evaluator_builders[0].max_tokens, config.infrequent_evaluator_builders[0].max_tokens] == [
+        64,
+        7,
+    ]
+    assert [config.evaluator_builders[0].format, config.dataset_builder.format] == [None, "alpaca"]
+
+
+def test_a_field_of_the_config_itself_wins_for_its_own_name() -> None:
+    config = make("seed=5", "renderer_name=qwen3", "system_prompt=Hi", f"evaluator_builders.0={SAMPLES}")
+    assert (config.seed, config.renderer_name, config.system_prompt) == (5, "qwen3", "Hi")
+    common = config.dataset_builder.common_config
+    assert (common.renderer_name, common.system_prompt, config.dataset_builder.shuffle_seed) == (
+        "qwen3",
+        "Hi",
+        5,
+    )
+    evaluator = config.evaluator_builders[0]
+    assert (evaluator.seed, evaluator.renderer_name, evaluator.system_prompt) == (0, None, None)
+
+
+@chz.chz
+class TwoSidedBuilder(FromConversationFileBuilder):
+    """Evaluates on data that another builder reads, with fields of the same names."""
+
+    eval_builder: FromConversationFileBuilder
+
+
+TWO_SIDED = {
+    **DEFAULTS,
+    "dataset_builder": TwoSidedBuilder,
+    "dataset_builder.eval_builder.common_config.model_name_for_tokenizer": Reference("model_name"),
+    "dataset_builder.eval_builder.common_config.batch_size": Reference(
+        "dataset_builder.common_config.batch_size"
+    ),
+}
+
+
+def test_a_key_that_the_builder_of_evaluation_data_has_too_is_ambiguous_unless_it_refers_to_the_other() -> (
+    None
+):
+    paths = ["dataset_builder.file_path=a.jsonl", "dataset_builder.eval_builder.file_path=b.jsonl"]
+    builder = cli.make_config(
+        train.Config, TWO_SIDED, [f"model_name={MODEL}", *paths, "batch_size=3"]
+    ).dataset_builder
+    assert (builder.common_config.batch_size, builder.eval_builder.common_config.batch_size) == (3, 3)
+    assert (builder.file_path, builder.eval_builder.file_path) == ("a.jsonl", "b.jsonl")
+    for key in ("file_path=c.jsonl", "max_length=9", "common_config.max_length=9", "format=alpaca"):
+        with pytest.raises(ConfigError, match=r"is ambiguous. Write one of dataset_builder\."):
+            cli.make_config(train.Config, TWO_SIDED, [f"model_name={MODEL}", *paths, key])
+
+
+def test_a_short_key_of_a_file_keeps_its_meaning_where_the_command_line_adds_an_evaluator(
+    tmp_path: Path,
+) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text("max_tokens: 7\n", encoding="utf-8")
+    config = make(f"config={file}", f"evaluator_builders.0={SAMPLES}")
+    assert [config.evaluator_builders[0].max_tokens, config.infrequent_evaluator_builders[0].max_tokens] == [
+        64,
+        7,
+    ]
+    file.write_text(f"max_tokens: 7\nevaluator_builders:\n  - _type: {SAMPLES}\n", encoding="utf-8")
+    assert refusal(f"config={file}").startswith(
+        f"{file} line 1: 'max_tokens' is ambiguous. Write one of evaluator_"
+    )
+
+
+def test_a_file_may_have_keys_of_a_class_that_the_command_line_chooses(tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text("file_path: chats.jsonl\n", encoding="utf-8")
+    assert (
+        make(f"config={file}", f"dataset_builder={FILE_BUILDER}").dataset_builder.file_path == "chats.jsonl"
+    )
+
+
+def test_another_model_or_seed_reaches_all_of_a_recorded_config(tmp_path: Path) -> None:
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(config_files.to_json(make("seed=1", "system_prompt=Hi"))), encoding="utf-8")
+    config = cli.make_config(
+        train.Config, DEFAULTS, [f"config={file}", "model_name=Qwen/Qwen3-4B", "seed=9", "system_prompt=Ho"]
+    )
+    common = config.dataset_builder.common_config
+    assert (common.model_name_for_tokenizer, common.system_prompt) == ("Qwen/Qwen3-4B", "Ho")
+    assert config.dataset_builder.shuffle_seed == 9
+
+
+def test_a_recipe_may_refer_to_a_field_that_has_a_default() -> None:
+    defaults = {key: value for key, value in DEFAULTS.items() if key not in ("seed", "renderer_name")}
+    argv = [f"model_name={MODEL}", "--seed", "4"]
+    config = cli.make_config(train.Config, defaults, argv)
+    assert (config.seed, config.dataset_builder.shuffle_seed) == (4, 4)
+    assert config.dataset_builder.common_config.renderer_name == config.renderer_name == "qwen3"
+    assert cli.make_config(train.Config, defaults, argv[:1]).dataset_builder.shuffle_seed == 0
+    with pytest.raises(EntrypointHelpException, match="\nseed=0\n"):
+        cli.make_config(train.Config, defaults, ["--help"])
+
+
+@chz.chz
+class BareBuilder(SupervisedDatasetBuilder):
+    """A dataset of any kind, with none of the keys that a recipe has defaults for."""
+
+    size: int = 3
+
+
+def test_defaults_of_keys_that_a_chosen_class_has_not_are_dropped() -> None:
+    name = f"{BareBuilder.__module__}:BareBuilder"
+    assert make(f"dataset_builder={name}", "size=4").dataset_builder == BareBuilder(size=4)
+    assert "There is no key 'dataset'." in refusal(f"dataset_builder={name}", "dataset=pirate")
+    assert "dataset_builder.dataset" in refusal(f"dataset_builder={name}", "dataset_builder.dataset=pirate")
+
+
+def test_keys_of_a_class_that_the_command_line_replaces_are_named_with_their_lines(tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text(
+        "dataset: pirate\ndataset_builder:\n  weights: [1, 2]\n  common_config: {batch_size: 3}\n",
+        encoding="utf-8",
+    )
+    name = f"{BareBuilder.__module__}:BareBuilder"
+    said = refusal(f"config={file}", f"dataset_builder={name}")
+    assert said == (
+        f"command line: dataset_builder={name} has no dataset ({file} line 1), weights ({file} line 3), "
+        f"common_config.batch_size ({file} line 4). Take them out there, or choose another class."
+    )
+
+
+def test_a_list_of_evaluators_can_be_taken_out_of_a_recorded_config(tmp_path: Path) -> None:
+    file = tmp_path / "config.json"
+    recorded = make(f"evaluator_builders.0={SAMPLES}", "evaluator_builders.0.max_tokens=3")
+    file.write_text(json.dumps(config_files.to_json(recorded)), encoding="utf-8")
+    config = cli.make_config(train.Config, DEFAULTS, [f"config={file}", "evaluator_builders=[]"])
+    assert config == chz.replace(recorded, evaluator_builders=[])
+
+
+# -- lists ---------------------------------------------------------------------------------------
+
+
+def test_a_list_that_is_given_whole_replaces_the_one_below_it(tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text("prompts: [a, b, c]\n", encoding="utf-8")
+    (builder,) = make(f"config={file}").infrequent_evaluator_builders
+    assert builder.prompts == ["a", "b", "c"]
+    assert make(f"config={file}", "prompts=x").infrequent_evaluator_builders[0].prompts == ["x"]
+    assert make(f"config={file}", "prompts.1=x").infrequent_evaluator_builders[0].prompts == ["a", "x", "c"]
+    file.write_text("prompts: a,b\n", encoding="utf-8")
+    assert "changes one item of a list that prompts=a,b" in refusal(f"config={file}", "prompts.1=x")
+    file.write_text("infrequent_evaluator_builders: []\n", encoding="utf-8")
+    assert make(f"config={file}").infrequent_evaluator_builders == []
+    assert make("infrequent_evaluator_builders=[]").infrequent_evaluator_builders == []
+
+
+def test_values_of_yaml_that_a_field_does_not_take_are_refused_with_their_line(tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    for line, message in {
+        "lora_rank: null": "Invalid lora_rank=None: it takes a whole number.",
+        "lora_rank: true": "Invalid lora_rank=True: it takes a whole number.",
+        "lora_rank: [8, 16]": "Invalid lora_rank: it takes a whole number, not a list",
+        "learning_rate: {max: 1}": "learning_rate takes a number or auto, and has no keys below it.",
+        "best_metric: off": "Invalid best_metric=False: it takes text or None. Put it in quotes.",
+        "evaluator_builders: {}": "it is a list. Write evaluator_builders.0=module:Class",
+        f"evaluator_builders: {{_type: '{SAMPLES}'}}": f"it is a list. Write evaluator_builders.0={SAMPLES}",
+        "dataset_builder: [a]": "Invalid dataset_builder",
+    }.items():
+        file.write_text(f"seed: 1\n\n{line}\n", encoding="utf-8")
+        said = refusal(f"config={file}")
+        assert said.startswith(f"{file} line 3: ")
+        assert message in said
+    file.write_text(
+        "gradient_checkpointing: on\ntrain_mlp: no\nmax_steps: null\ndataset_builder: {}\n", encoding="utf-8"
+    )
+    config = make(f"config={file}")
+    assert (config.gradient_checkpointing, config.train_mlp, config.max_steps) == ("on", False, None)
+
+
+# -- all that is wrong, and where ----------------------------------------------------------------
+
+
+def test_everything_that_is_wrong_is_said_at_once_with_its_place(tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text(
+        "# a comment\nlearning_rat: 1\nmax_steps: many\n"
+        "dataset_builder:\n  common_config:\n    batch_sise: 8\nseed: 1\nseed: 2\n",
+        encoding="utf-8",
+    )
+    said = refusal(f"config={file}", "lora_rnk=8", "train_mlp=maybe", "verbose").splitlines()
+    assert said[0] == "7 settings cannot be used."
+    assert {line.strip().partition(": ")[0] for line in said[1:]} == {
+        "command line",
+        *(f"{file} line {number}" for number in (2, 3, 6, 8)),
+    }
+    assert sum(line.startswith("  command line: ") for line in said) == 3
+    assert f"  {file} line 6: There is no key 'dataset_builder.common_config.batch_sise'." in "\n".join(said)
+    assert f"  {file} line 8: seed stands in line 7 already." in said
+
+
+def test_a_key_is_given_once_in_a_file_whatever_it_is_written_as(tmp_path: Path) -> None:
+    whole = "dataset_builder.common_config.batch_size"
+    file = tmp_path / "config.yaml"
+    file.write_text(f"batch_size: 8\n{whole}: 8\n", encoding="utf-8")
+    assert refusal(f"config={file}") == (
+        f"{file} line 2: {whole} is {whole}, which {file} line 1 gives already. Give it once."
+    )
+    file.write_text(
+        "base: &base\n  a: 1\nlora_rank: 8\n", encoding="utf-8"
+    )  # an anchor is a key like any other
+    assert "There is no key" in refusal(f"config={file}")
+    file = tmp_path / "config.json"
+    file.write_text(
+        '{\n\t"lora_rank": 8,\n\t"dataset_builder": {\n"format": null, "format": "alpaca"},\n"lora_rank": 8}',
+        encoding="utf-8",
+    )
+    assert refusal(f"config={file}").splitlines()[1:] == [
+        f"  {file} line 4: dataset_builder.format stands in line 4 already.",
+        f"  {file} line 5: lora_rank stands in line 2 already.",
+    ]
+
+
+def test_of_a_key_that_the_command_line_gives_twice_the_last_counts_and_a_line_says_so(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    whole = "dataset_builder.common_config.batch_size"
+    config = make("seed=1", "--seed", "2", "batch_size=1", f"{whole}=2", "max_steps=7")
+    assert (config.seed, config.dataset_builder.common_config.batch_size, config.max_steps) == (2, 2, 7)
+    assert caplog.messages == [
+        "seed is given twice (seed=1, seed=2). The last one counts.",
+        f"{whole} is given twice (batch_size=1, {whole}=2). The last one counts.",
+    ]
+    assert "config is given twice" in refusal("config=a.yaml", "config=b.yaml")
+
+
+# -- the forms of an argument --------------------------------------------------------------------
+
+
+def test_a_value_may_stand_behind_its_key() -> None:
+    config = make(
+        *(
+            "--log_path",
+            "/tmp/x",
+            "--learning-rate",
+            "1e-3",
+            "--max-steps=7",
+            "--early_stopping_min_delta",
+            "-0",
+        ),
+        *("--system_prompt", "Be brief: yes", "--batch_size", "4", "--train_mlp", "False", "seed=3"),
+    )
+    assert (config.log_path, config.learning_rate, config.max_steps, config.seed) == ("/tmp/x", 1e-3, 7, 3)
+    assert (config.system_prompt, config.train_mlp) == ("Be brief: yes", False)
+    assert config.dataset_builder.common_config.batch_size == 4
+    assert make("--system_prompt=a=b").system_prompt == "a=b"
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--trace"], "--trace has no value. Write trace=True."),
+        (["--trace", "--compile", "True"], "--trace has no value. Write trace=True."),
+        (["--trace", "seed=1"], "--trace has no value. Write trace=True."),
+        (["--no-train-mlp"], "There is no key 'no_train_mlp'. Write train_mlp=False."),
+        (
+            ["--max-steps"],
+            "--max_steps has no value. Write max_steps=<value>: it takes a whole number or None.",
+        ),
+        (["--dataset-builder"], "--dataset_builder has no value. Write dataset_builder=module:Class."),
+        (["--bf16"], "There is no key 'bf16'. `dtype` is the base model's"),
+        (["--packing", "--load-in-4bit"], "There is no key 'load_in_4bit'. `quantization=nf4` holds"),
+        (["--config"], "--config has no value. Write config=<value>."),
+        (["--tarce", "True"], "There is no key 'tarce'. Did you mean trace?"),
+        (["learning_rate", "=", "3e-4"], "write learning_rate=3e-4 without spaces"),
+        (["learning_rate=", "3e-4"], "write learning_rate=3e-4 without spaces"),
+        (["learning_rate", "=3e-4"], "write learning_rate=3e-4 without spaces"),
+        (["learning_rate = 3e-4"], "write learning_rate=3e-4 without spaces"),
+        (["--learning-rate", "=", "3e-4"], "write learning_rate=3e-4 without spaces"),
+        (["learning_rate:3e-4"], "Write learning_rate=3e-4"),
+        (["learning_rate", "3e-4"], "Write learning_rate=3e-4"),
+        (["-lora_rank", "8"], "Write lora_rank=8"),
+        (["configs/pirate_tiny.yaml"], "For a config file write config=configs/pirate_tiny.yaml"),
+        (["run.json"], "For a config file write config=run.json"),
+        ([__file__], f"For a config file write config={__file__}"),
+        (["=3"], "unrecognised argument '=3'. Write key=value"),
+        (["-v"], "unrecognised argument '-v'. Write key=value"),
+    ],
+)
+def test_other_forms_are_answered_with_the_right_one(argv: list[str], message: str) -> None:
+    said = refusal(*argv)
+    assert said.replace("2 settings cannot be used.\n  ", "").startswith("command line: ")
+    assert message in said
 
 
 @chz.chz

@@ -79,6 +79,9 @@ def test_without_a_head_there_are_no_jobs_and_the_error_says_how_to_have_one(
     [
         (["sft", "learning_rat=1"], "There is no key 'learning_rat'. Did you mean learning_rate?"),
         (["sft", "--learning_rat=1"], "Did you mean learning_rate?"),
+        (["sft", "--learning_rat", "1"], "Did you mean learning_rate?"),
+        (["sft", "--base-model", "x"], "There is no key 'base_model'. Use `model_name`."),
+        (["sft", "--trace"], "--trace has no value. Write trace=True."),
         (["sft", "max_steps=0"], "max_steps=0 is too small"),
         (["sft", "model_name=./nowhere"], "is neither a folder on this machine nor a hub id"),
         (["sfx"], "There is no recipe 'sfx'. Did you mean sft?"),

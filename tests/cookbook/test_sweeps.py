@@ -144,7 +144,7 @@ def test_every_shipped_sweep_can_be_planned(path: Path, tmp_path: Path, tiny_qwe
         ("learning_rate: [1, 2]", [], "Keys of the recipe go below `runs:`"),
         ("runs: {lora_rank: []}", [], "lora_rank: an empty list leaves nothing to run"),
         ("runs: {lora_rank: [8, 8]}", [], "has a value twice"),
-        ("runs: {lora_rank: [eight, 8]}", [], "lora_rank=eight is impossible. It takes a whole number."),
+        ("runs: {lora_rank: [eight, 8]}", [], "Invalid lora_rank=eight: it takes a whole number."),
         ("runs: {learning_rate: {loguniform: [0, 1]}}", [], "It takes [low, high], above 0."),
         ("runs: {learning_rate: {uniform: [2, 1]}}", ["num_samples=2"], "It takes [low, high]."),
         ("runs: {learning_rate: {gauss: [2, 1]}}", [], "is no distribution. Write one of"),
@@ -160,7 +160,7 @@ def test_every_shipped_sweep_can_be_planned(path: Path, tmp_path: Path, tiny_qwe
         ("gpus_per_run: 1.5", [], "A run has a part of one GPU or whole ones"),
         ("cpus_per_run: 0", [], "It must be above 0"),
         ("num_samples: 0", [], "It must be at least 1"),
-        ("mode: less", [], "It takes one of min, max."),
+        ("mode: less", [], "Invalid mode=less: it takes one of min, max."),
     ],
 )
 def test_what_no_sweep_can_be_made_of_is_one_error_before_anything_starts(
@@ -170,6 +170,67 @@ def test_what_no_sweep_can_be_made_of_is_one_error_before_anything_starts(
         plan_of(tmp_path, text or "runs: {}", *argv)
     assert message in str(caught.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_everything_that_is_wrong_with_a_sweep_is_said_at_once_with_its_line(tmp_path: Path) -> None:
+    text = """
+num_sampels: 3
+runs:
+  learning_rat: [1, 2]
+  batch_size: [8, eight]
+  learning_rate: {gauss: [1, 2]}
+  base_model: x
+  lora_rank: [1, 2]
+  lora_rank: [3, 4]
+  evaluator_builders.0: cookbook.eval.samples:SamplesEvaluatorBuilder
+  max_tokens: [7, 8]
+"""
+    with pytest.raises(ConfigError) as caught:
+        plan_of(tmp_path, text, "train_mlp=maybe,True", "verbose")
+    said = str(caught.value).splitlines()
+    file = tmp_path / "sweep.yaml"
+    assert said[0] == "9 settings cannot be used."
+    for line, message in {
+        f"{file} line 2": "has the key 'num_sampels', which a sweep has not. Did you mean num_samples?",
+        f"{file} line 4": "There is no key 'learning_rat'. Did you mean learning_rate?",
+        f"{file} line 5": "Invalid batch_size=eight: it takes a whole number.",
+        f"{file} line 6": "learning_rate: {'gauss': [1, 2]} is no distribution.",
+        f"{file} line 7": "There is no key 'base_model'. Use `model_name`.",
+        f"{file} line 9": "runs.lora_rank stands in line 8 already.",
+        f"{file} line 11": "'max_tokens' is ambiguous. Write one of evaluator_builders.0.max_tokens",
+        "command line": "Invalid train_mlp=maybe: it takes True or False.",
+    }.items():
+        assert any(one.startswith(f"  {line}: {message}") for one in said), message
+
+
+def test_the_command_line_replaces_a_key_of_the_file_that_is_written_otherwise(tmp_path: Path) -> None:
+    plan = plan_of(
+        tmp_path,
+        "runs: {batch_size: [8, 16], lora_rank: [1, 2]}",
+        "--dataset_builder.common_config.batch_size",
+        "4",
+    )
+    assert [run.name for run in plan.runs] == ["lora_rank=1", "lora_rank=2"]
+    sizes = {run.config.dataset_builder.common_config.batch_size for run in plan.runs}  # type: ignore[attr-defined]
+    assert sizes == {4}
+
+
+def test_the_best_settings_can_be_read_where_a_run_replaced_a_key_of_its_config_file(tmp_path: Path) -> None:
+    base = tmp_path / "base.yaml"
+    base.write_text("batch_size: 32\nprompts: [a, b]\nseed: 4\n", encoding="utf-8")
+    plan = make_plan(
+        [
+            f"log_path={tmp_path / 'out'}",
+            f"config={base}",
+            "lora_rank=1,2",
+            "dataset_builder.common_config.batch_size=4",
+        ]
+    )
+    run_sweep(plan, FakeRay({"lora_rank=1": 1.0, "lora_rank=2": 2.0}))
+    config = plan.recipe.make_config([f"config={tmp_path / 'out' / 'best.yaml'}"])
+    assert (config.lora_rank, config.seed) == (1, 4)
+    assert config.dataset_builder.common_config.batch_size == 4  # type: ignore[attr-defined]
+    assert config.infrequent_evaluator_builders[0].prompts == ["a", "b"]  # type: ignore[attr-defined]
 
 
 def test_ray_that_is_not_installed_is_named_with_its_extra(

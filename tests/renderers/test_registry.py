@@ -1,5 +1,6 @@
 """Renderers by name, and what the package shows."""
 
+import re
 import subprocess
 import sys
 
@@ -7,7 +8,7 @@ import pytest
 
 import renderers
 from cookbook.errors import RendererError
-from renderers import get_renderer, register_renderer, registry, renderer_names
+from renderers import get_renderer, other_names, register_renderer, registry, renderer_names
 
 NAMES = [
     "chat_template",
@@ -57,6 +58,41 @@ def test_an_unknown_name_is_answered_with_the_nearest_one():
     assert str(caught.value) == (
         "There is no renderer named `qwen_3`. Did you mean `qwen3`? " + f"Renderers: {', '.join(NAMES)}."
     )
+
+
+def said_of(name):
+    with pytest.raises(RendererError) as caught:
+        get_renderer(name, None)
+    return str(caught.value).removesuffix(f" Renderers: {', '.join(NAMES)}.")
+
+
+def test_a_name_of_tinker_cookbook_is_answered_with_the_renderer_here_or_the_models_own_template():
+    for name, answer in {
+        "deepseekv3_disable_thinking": "Here it is `deepseekv3` for V3",
+        "DeepSeekV3-disable-thinking": "Here it is `deepseekv3` for V3",
+        "gpt_oss_medium_reasoning": "Here it is `gpt_oss`.",
+        "gpt_oss_high_reasoning": "Here it is `gpt_oss_high`.",
+        "qwen3_5": "It is not supported here. Use `chat_template`",
+        "qwen3_5_disable_thinking": "It is not supported here. `chat_template`",
+        "qwen3_vl_instruct": "Images are not supported here.",
+        "kimi_k2": "It is not supported here. Use `chat_template`",
+    }.items():
+        assert said_of(name).startswith(f"There is no renderer named `{name}`. {answer}")
+        assert "_thinking`" not in said_of(name).removeprefix(f"There is no renderer named `{name}`.")
+        assert "qwen2_5" not in said_of(name)
+
+
+def test_every_answer_names_a_renderer_that_is_registered_and_stands_for_one_that_is_not():
+    for name, answer in other_names.ANSWERS.items():
+        assert name not in NAMES
+        named = re.findall("`([^`]+)`", answer)
+        assert named
+        assert set(named) <= set(NAMES)
+
+
+def test_neither_another_version_nor_the_opposite_is_suggested():
+    for name in ("deepseekv3_no_thinking", "qwen2", "qwen4", "gemma2", "phi4", "llama4"):
+        assert said_of(name) == f"There is no renderer named `{name}`."
 
 
 def test_a_name_is_registered_once(small_tokenizer):

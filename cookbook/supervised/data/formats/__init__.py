@@ -26,13 +26,13 @@ A message may say that it is not trained: `train`, `training`, `trainable` or `l
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from cookbook import notes
 from cookbook.errors import ConfigError, DataError
+from cookbook.nearest import nearest
 from cookbook.supervised.data import trajectories
 from cookbook.supervised.data.columns import Recorded
 from cookbook.supervised.data.conversation import Conversation, names
@@ -120,10 +120,9 @@ def recognise(row: Mapping[str, Any]) -> str:
 def check_format(format: str | None) -> None:
     """Raises ConfigError, naming the nearest, for the name of no format. None means to recognise it."""
     if format is not None and format not in FORMATS:
-        near = difflib.get_close_matches(format, FORMATS, n=1, cutoff=0)
-        raise ConfigError(
-            f"format={format!r} is unknown. The nearest is `{near[0]}`. Formats: {', '.join(FORMATS)}."
-        )
+        near = nearest(format, FORMATS)
+        hint = "" if near is None else f" The nearest is `{near}`."
+        raise ConfigError(f"format={format!r} is unknown.{hint} Formats: {', '.join(FORMATS)}.")
 
 
 def conversations_of(

@@ -6,7 +6,6 @@ fingerprint, and chunks of rows are decoded where they are used, which may be an
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -14,6 +13,7 @@ from pathlib import Path
 
 from cookbook import embedded
 from cookbook.errors import DataError
+from cookbook.nearest import did_you_mean
 from cookbook.supervised.data.sources.arrow import ArrowSource, ParquetSource
 from cookbook.supervised.data.sources.base import BadRow, Chunk, Row, Source, without_nulls
 from cookbook.supervised.data.sources.folder import FolderReader
@@ -97,11 +97,10 @@ def open_source(
     name = HubName.parse(spec) if known is None else HubName(known.hub_id, split=known.train_split)
     if name is None:
         names = ["pirate", *KNOWN_DATASETS]
-        near = difflib.get_close_matches(spec, names, n=1)
+        hint = did_you_mean(spec, names)
         raise DataError(
-            f"dataset={spec!r} is no known name, file or hub id (owner/name). "
-            + (f"Did you mean {near[0]}? " if near else "")
-            + f"Names: {', '.join(names)}."
+            f"dataset={spec!r} is no known name, file or hub id (owner/name).{hint} "
+            f"Names: {', '.join(names)}."
         )
     return open_hub(name if split is None else replace(name, split=split), streaming)
 

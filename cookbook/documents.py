@@ -1,0 +1,127 @@
+"""YAML and JSON files with the line of every key, so that an error can say where it came from."""
+
+from __future__ import annotations
+
+import json
+import re
+from bisect import bisect_right
+from collections.abc import Generator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import yaml
+
+from cookbook.errors import ConfigError
+
+KeyPath: TypeAlias = tuple[str, ...]
+"""The keys and the indices of lists that lead to a value."""
+
+
+@dataclass
+class Document:
+    name: str
+    values: Any = None
+    lines: dict[KeyPath, int] = field(default_factory=dict)
+    """The line of each key and of each item of a list, from 1."""
+    repeated: list[str] = field(default_factory=list)
+    """One sentence for each key that stands twice in one mapping, which both formats forbid."""
+    _repeated: set[KeyPath] = field(default_factory=set)
+
+    def place(self, path: KeyPath) -> str:
+        """Where a key stands: `configs/x.yaml line 3`. The nearest key above it, if it has no line."""
+        while path and path not in self.lines:
+            path = path[:-1]
+        return f"{self.name} line {self.lines[path]}" if path else self.name
+
+    def _add(self, path: KeyPath, line: int) -> None:
+        if path in self.lines and not any(path[:end] in self._repeated for end in range(len(path))):
+            self._repeated.add(path)
+            key = ".".join(path)
+            self.repeated.append(f"{self.name} line {line}: {key} stands in line {self.lines[path]} already.")
+        self.lines[path] = line
+
+
+def read_document(path: str, argument: str = "config") -> Document:
+    """The document in a file: JSON by its ending, else YAML. `argument` is the key that named the file.
+
+    Raises ConfigError where there is no such file, or none that can be read.
+    """
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise ConfigError(f"{argument}={path}: there is no such file.")
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+        return _read_json(path, text) if file.suffix == ".json" else _read_yaml(path, text)
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{argument}={path} is not UTF-8 text: {error}. Save it as UTF-8.") from error
+    except (json.JSONDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{argument}={path} cannot be read: {error}") from error
+
+
+def _read_yaml(name: str, text: str) -> Document:
+    document = Document(name)
+    loader = yaml.SafeLoader(text)
+    node = loader.get_single_node()
+    if node is not None:
+        _add_yaml_lines(document, node, ())
+        document.values = loader.construct_document(node)
+    return document
+
+
+def _add_yaml_lines(document: Document, node: yaml.Node, path: KeyPath) -> None:
+    if isinstance(node, yaml.SequenceNode):
+        for index, item in enumerate(node.value):
+            document._add((*path, str(index)), item.start_mark.line + 1)
+            _add_yaml_lines(document, item, (*path, str(index)))
+    elif isinstance(node, yaml.MappingNode):
+        merged = [value for key, value in node.value if key.tag == "tag:yaml.org,2002:merge"]
+        for key, value in node.value:
+            if key.tag != "tag:yaml.org,2002:merge":
+                document._add((*path, str(key.value)), key.start_mark.line + 1)
+                _add_yaml_lines(document, value, (*path, str(key.value)))
+        for one in merged:  # `<<: *anchor`, whose keys count where the mapping itself has not got them
+            for mapping in one.value if isinstance(one, yaml.SequenceNode) else [one]:
+                below = Document(document.name)
+                _add_yaml_lines(below, mapping, path)
+                document.lines = {**below.lines, **document.lines}
+
+
+def _read_json(name: str, text: str) -> Document:
+    document = Document(name, json.loads(text))
+    starts = [match.end() for match in re.finditer("\n", text)]
+    for path, offset in _json_offsets(text):
+        document._add(path, bisect_right(starts, offset) + 1)
+    return document
+
+
+def _json_offsets(text: str) -> Generator[tuple[KeyPath, int], None, None]:
+    """Where each key and each item begins, in text that is known to be JSON."""
+    decode = json.JSONDecoder().raw_decode
+    skip_space = re.compile(r"[ \t\n\r]*").match
+
+    def after_space(offset: int) -> int:
+        match = skip_space(text, offset)
+        assert match is not None
+        return match.end()
+
+    def walk(offset: int, path: KeyPath) -> Generator[tuple[KeyPath, int], None, int]:
+        """Returns where the value ends."""
+        if text[offset] not in "{[":
+            return decode(text, offset)[1]
+        is_mapping, index = text[offset] == "{", 0
+        offset = after_space(offset + 1)
+        while text[offset] not in "}]":
+            begins, below = offset, (*path, str(index))
+            if is_mapping:
+                key, offset = decode(text, offset)
+                below = (*path, key)
+                offset = after_space(after_space(offset) + 1)
+            yield below, begins
+            offset = after_space((yield from walk(offset, below)))
+            if text[offset] == ",":
+                offset = after_space(offset + 1)
+            index += 1
+        return offset + 1
+
+    yield from walk(after_space(0), ())

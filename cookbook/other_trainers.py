@@ -1,0 +1,493 @@
+"""The keys of other trainers, and what stands for each one here.
+
+Of TRL (SFTConfig, ModelConfig, ScriptArguments and transformers' TrainingArguments), Unsloth, axolotl,
+LLaMA-Factory and torchtune. Keys that mean the same here under the same name are left out. A key of this
+project stands in backticks, with a value where only that value does the same.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+_MODEL = "Use `model_name`"
+_FULL = "`lora_rank=0` trains all of the model's weights; any other `lora_rank` trains a LoRA"
+_WHERE = "`train_attn`, `train_mlp` and `train_unembed` say which layers are adapted"
+_BATCH = "`batch_size` counts the conversations of an optimizer step; `max_tokens_per_microbatch` cuts it up"
+_PACKED = "Sequences always share rows without seeing each other. Leave it out"
+_PRECISION = "`dtype` is the base model's: auto takes bfloat16 on CUDA and float32 on the CPU"
+_TF32 = "How float32 products are computed is not changed here. Leave it out"
+_QLORA = "`quantization=nf4` holds the base model in 4 bits"
+_NO_8BIT = "8-bit weights are not supported. `quantization=nf4` holds them in 4 bits"
+_NF4 = "`quantization=nf4` has its settings fixed: nf4 with double quantization. Leave it out"
+_ATTENTION = "Attention over packed sequences is chosen by the device. Leave it out"
+_KERNELS = "Losses are computed without holding all logits; no kernel is chosen by a key. Leave it out"
+_SHARD = "`shard` says how the processes that torchrun starts hold the base model"
+_TEMPLATE = "`renderer_name` names the chat format; chat_template is the tokenizer's own template"
+_TRAINED = "`train_on_what` says which messages are trained"
+_LENGTH = "Use `max_length`"
+_DATASET = "`dataset` is a short name, a hub id or a file, several with commas between them"
+_FORMAT = "`format` says how rows are read, where their keys do not tell; rename the columns of other rows"
+_TEST = "`eval_dataset` names data to evaluate on, `test_size` holds out so many rows of `dataset`"
+_NUM_TEST = "Use `test_size`, a number of rows"
+_PROC = "Use `num_proc`"
+_RENDERED = "Rendered data are kept in $COOKBOOK_CACHE by a fingerprint; `use_cache=False` keeps none"
+_WEIGHTS = "`weights` are the proportions of several datasets, `stop_when` says when an epoch of them ends"
+_SHUFFLED = "Rows are shuffled anew in every epoch, from `seed`. Leave it out"
+_LOADER = "Batches are made ahead in a thread. Leave it out"
+_WARMUP = "Use `warmup_steps`, a number of steps"
+_SCHEDULE = "Use `lr_schedule`: linear, cosine or constant"
+_ADAMW = "AdamW is the only optimizer: `adam_beta1`, `adam_beta2`, `adam_eps`, `weight_decay`"
+_ACTIVATIONS = "Use `gradient_checkpointing`: auto, on or off"
+_OFFLOAD = "Nothing is offloaded to the CPU. `gradient_checkpointing`, `quantization` and `shard` save memory"
+_EVAL = "`eval_every` and `infrequent_eval_every` count steps between evaluations; 0 is off"
+_EVAL_BATCH = "Evaluation is cut up by `max_tokens_per_microbatch`. Leave it out"
+_SAVE = "`save_every` counts steps between checkpoints; 0 saves only the last"
+_KEEP = "Use `keep_checkpoints`"
+_LOGGED = "Every step is logged. Leave it out"
+_REPORT_TO = "`wandb_project`, `trackio_project` and `tensorboard`; metrics.jsonl is always written"
+_WANDB = "wandb reads it from the environment, as WANDB_ENTITY; keys are `wandb_project` and `wandb_name`"
+_RESUME = (
+    "The same command in the same `log_path` resumes. `load_checkpoint_path` starts a new run from weights"
+)
+_PUSH = "A run is pushed afterwards: python -m recipes.export checkpoint=... to=hf://owner/name"
+_EXPORT = "Weights are merged and exported afterwards: python -m recipes.export"
+_BEST = "`best_metric` and `best_mode` say which checkpoint is kept as the best"
+_DDP = "Processes are started by torchrun, which sets it. Leave it out"
+_SEED = "Use `seed`"
+_SFT = "Only supervised fine-tuning is done. Leave it out"
+_TRUST = "Code from a model's repository is not run. Leave it out"
+_LORA_ONLY = "Only plain LoRA is supported, scaled by `lora_alpha` / `lora_rank`. Leave it out"
+_NO_DROPOUT = "LoRA has no dropout here. Leave it out"
+_NO_BIAS = "Biases are not trained beside a LoRA. Leave it out"
+_TOKENS = "The tokenizer stays as it is: tokens are neither added nor renamed. Leave it out"
+_NO_GALORE = "Not supported. `lora_rank` and `quantization=nf4` save memory"
+_SAMPLES = "`infrequent_evaluator_builders` hold what is sampled while a model trains"
+_NO_NOISE = "Noise on the embeddings is not supported. Leave it out"
+_COMPILE = "Use `compile`"
+_TRACE = "`trace` writes a timeline of the run"
+_PREVIEW = "python -m recipes.preview shows what would be trained"
+
+ANSWERS: Mapping[str, str] = {
+    # -- the model
+    "base_model": _MODEL,
+    "base_model_config": _MODEL,
+    "base_model_id": _MODEL,
+    "model_id": _MODEL,
+    "model_name_or_path": _MODEL,
+    "model_path": _MODEL,
+    "pretrained_model_name_or_path": _MODEL,
+    "model": _MODEL,
+    "checkpointer": _MODEL,
+    "checkpoint_dir": _MODEL,
+    "model_type": "The class follows from `model_name`. Leave it out",
+    "tokenizer_type": "The tokenizer is that of `model_name`. Leave it out",
+    "tokenizer": "The tokenizer is that of `model_name`. Leave it out",
+    "tokenizer_name": "The tokenizer is that of `model_name`. Leave it out",
+    "tokenizer_config": "The tokenizer is that of `model_name`. Leave it out",
+    "tokenizer_use_fast": "The tokenizer is that of `model_name`. Leave it out",
+    "use_fast_tokenizer": "The tokenizer is that of `model_name`. Leave it out",
+    "model_revision": "A revision is pinned by its folder: give that as `model_name`",
+    "revision": "A revision is pinned by its folder: give that as `model_name`",
+    "trust_remote_code": _TRUST,
+    "token": "The hub's token is read from HF_TOKEN, never from a config. Leave it out",
+    "hub_token": "The hub's token is read from HF_TOKEN, never from a config. Leave it out",
+    "hf_hub_token": "The hub's token is read from HF_TOKEN, never from a config. Leave it out",
+    "cache_dir": "The hub's cache is where HF_HOME says. Leave it out",
+    "rope_scaling": "Positions are the model's own. `max_length` cuts longer examples",
+    "special_tokens": _TOKENS,
+    "tokens": _TOKENS,
+    "eos_token": _TOKENS,
+    "pad_token": _TOKENS,
+    "resize_vocab": _TOKENS,
+    "add_special_tokens": _TOKENS,
+    "model_init_kwargs": "`dtype`, `device` and `quantization` say how a model is loaded",
+    # -- precision, memory, kernels
+    "bf16": _PRECISION,
+    "fp16": _PRECISION,
+    "bfloat16": _PRECISION,
+    "float16": _PRECISION,
+    "torch_dtype": _PRECISION,
+    "pure_bf16": _PRECISION,
+    "bf16_full_eval": _PRECISION,
+    "fp16_full_eval": _PRECISION,
+    "fp16_opt_level": _PRECISION,
+    "half_precision_backend": _PRECISION,
+    "upcast_layernorm": _PRECISION,
+    "upcast_lmhead_output": _PRECISION,
+    "fp8": "`dtype` is of the base model; training in 8 bits is not supported",
+    "tf32": _TF32,
+    "load_in_4bit": _QLORA,
+    "quantization_bit": _QLORA,
+    "quantization_method": _NF4,
+    "quantization_type": _NF4,
+    "bnb_4bit_quant_type": _NF4,
+    "bnb_4bit_compute_dtype": _NF4,
+    "bnb_4bit_use_double_quant": _NF4,
+    "use_bnb_nested_quant": _NF4,
+    "double_quantization": _NF4,
+    "load_in_8bit": _NO_8BIT,
+    "load_in_16bit": _PRECISION,
+    "attn_implementation": _ATTENTION,
+    "flash_attention": _ATTENTION,
+    "flash_attn": _ATTENTION,
+    "use_flash_attention_2": _ATTENTION,
+    "sdp_attention": _ATTENTION,
+    "flex_attention": _ATTENTION,
+    "xformers_attention": _ATTENTION,
+    "eager_attention": _ATTENTION,
+    "shift_attn": _ATTENTION,
+    "use_liger_kernel": _KERNELS,
+    "use_liger": _KERNELS,
+    "enable_liger_kernel": _KERNELS,
+    "liger_kernel_config": _KERNELS,
+    "liger_fused_linear_cross_entropy": _KERNELS,
+    "liger_cross_entropy": _KERNELS,
+    "liger_rope": _KERNELS,
+    "liger_rms_norm": _KERNELS,
+    "liger_glu_activation": _KERNELS,
+    "cut_cross_entropy": _KERNELS,
+    "lora_mlp_kernel": _KERNELS,
+    "lora_qkv_kernel": _KERNELS,
+    "lora_o_kernel": _KERNELS,
+    "use_unsloth": _KERNELS,
+    "plugins": _KERNELS,
+    "loss": "The loss is the cross-entropy of the trained tokens. Leave it out",
+    "loss_type": "The loss is the cross-entropy of the trained tokens. Leave it out",
+    "gradient_checkpointing_kwargs": _ACTIVATIONS,
+    "use_gradient_checkpointing": _ACTIVATIONS,
+    "disable_gradient_checkpointing": _ACTIVATIONS,
+    "enable_activation_checkpointing": _ACTIVATIONS,
+    "activation_checkpointing": _ACTIVATIONS,
+    "activation_offloading": _OFFLOAD,
+    "enable_activation_offloading": _OFFLOAD,
+    "optimizer_in_bwd": _OFFLOAD,
+    "fsdp_cpu_offload": _OFFLOAD,
+    "torch_compile": _COMPILE,
+    "torch_compile_backend": _COMPILE,
+    "torch_compile_mode": _COMPILE,
+    "torch_empty_cache_steps": "The device's cache is managed. Leave it out",
+    "max_memory": "`max_tokens_per_microbatch` bounds what is computed at once",
+    "gpu_memory_utilization": "`max_tokens_per_microbatch` bounds what is computed at once",
+    "auto_find_batch_size": "`max_tokens_per_microbatch` is found by itself. Leave it out",
+    "device_map": "Use `device`",
+    "use_cpu": "Use `device=cpu`",
+    "no_cuda": "Use `device=cpu`",
+    # -- what is trained
+    "adapter": f"{_FULL}. For qlora: `quantization=nf4`",
+    "finetuning_type": _FULL,
+    "full_finetuning": _FULL,
+    "use_peft": _FULL,
+    "use_lora": _FULL,
+    "peft_config": _FULL,
+    "peft_type": _FULL,
+    "lora_r": "Use `lora_rank`",
+    "lora_dim": "Use `lora_rank`",
+    "r": "Use `lora_rank`",
+    "lora_dropout": _NO_DROPOUT,
+    "bias": _NO_BIAS,
+    "lora_bias": _NO_BIAS,
+    "lora_target": _WHERE,
+    "lora_target_modules": _WHERE,
+    "lora_target_linear": _WHERE,
+    "lora_target_parameters": _WHERE,
+    "target_modules": _WHERE,
+    "target_parameters": _WHERE,
+    "lora_attn_modules": _WHERE,
+    "apply_lora_to_mlp": "Use `train_mlp`",
+    "apply_lora_to_output": "Use `train_unembed`",
+    "additional_target": "Layers other than those of a LoRA are not trained beside it: " + _WHERE,
+    "modules_to_save": "Layers other than those of a LoRA are not trained beside it: " + _WHERE,
+    "lora_modules_to_save": "Layers other than those of a LoRA are not trained beside it: " + _WHERE,
+    "layers_to_transform": f"All layers are adapted. {_WHERE}",
+    "lora_layers_to_transform": f"All layers are adapted. {_WHERE}",
+    "freeze_trainable_layers": f"Layers are not frozen one by one. {_FULL}",
+    "unfrozen_parameters": f"Layers are not frozen one by one. {_FULL}",
+    "lora_fan_in_fan_out": _LORA_ONLY,
+    "lora_task_type": _LORA_ONLY,
+    "task_type": _LORA_ONLY,
+    "use_rslora": _LORA_ONLY,
+    "peft_use_rslora": _LORA_ONLY,
+    "use_dora": _LORA_ONLY,
+    "peft_use_dora": _LORA_ONLY,
+    "pissa_init": _LORA_ONLY,
+    "loftq_config": _LORA_ONLY,
+    "init_lora_weights": _LORA_ONLY,
+    "loraplus_lr_ratio": _LORA_ONLY,
+    "use_galore": _NO_GALORE,
+    "use_apollo": _NO_GALORE,
+    "use_badam": _NO_GALORE,
+    "create_new_adapter": "`load_checkpoint_path` starts from an adapter's weights",
+    "adapter_name_or_path": "Use `load_checkpoint_path`",
+    "lora_model_dir": "Use `load_checkpoint_path`",
+    "lora_path": "Use `load_checkpoint_path`",
+    "train_on_inputs": f"`train_on_what=all_tokens` trains everything; {_TRAINED}",
+    "train_on_input": f"`train_on_what=all_tokens` trains everything; {_TRAINED}",
+    "train_on_prompt": f"`train_on_what=all_tokens` trains everything; {_TRAINED}",
+    "train_on_responses_only": "That is `train_on_what=all_assistant_messages`, the default",
+    "assistant_only_loss": "That is `train_on_what=all_assistant_messages`, the default",
+    "completion_only_loss": "`train_on_what=last_assistant_message` trains only the last reply",
+    "mask_history": "`train_on_what=last_assistant_message` trains only the last reply",
+    "roles_to_train": _TRAINED,
+    "train_on_eos": "The end of a trained turn is always trained. Leave it out",
+    "train_on_eot": "The end of a trained turn is always trained. Leave it out",
+    "instruction_part": "`train_on_what` finds the replies by the chat format. Leave it out",
+    "response_part": "`train_on_what` finds the replies by the chat format. Leave it out",
+    "response_template": "`train_on_what` finds the replies by the chat format. Leave it out",
+    # -- the chat format
+    "template": _TEMPLATE,
+    "chat_template": _TEMPLATE,
+    "chat_template_path": _TEMPLATE,
+    "chat_template_jinja": _TEMPLATE,
+    "prompt_template": _TEMPLATE,
+    "conversation_template": _TEMPLATE,
+    "tool_format": _TEMPLATE,
+    "enable_thinking": "`renderer_name`: qwen3_disable_thinking and others say it in their name",
+    "efficient_eos": _TEMPLATE,
+    "default_system": "Use `system_prompt`",
+    "default_system_message": "Use `system_prompt`",
+    "system_message": "Use `system_prompt`",
+    "new_system_prompt": "Use `system_prompt`",
+    # -- data
+    "datasets": _DATASET,
+    "dataset_name": _DATASET,
+    "dataset_path": _DATASET,
+    "data_path": _DATASET,
+    "train_file": _DATASET,
+    "train_dataset": _DATASET,
+    "train_data": _DATASET,
+    "data_files": _DATASET,
+    "dataset_dir": f"{_DATASET}; a file is named by its path",
+    "dataset_config": "`dataset=owner/name:config` names a configuration",
+    "dataset_config_name": "`dataset=owner/name:config` names a configuration",
+    "dataset_split": "`dataset=owner/name:config:split` names a split",
+    "dataset_train_split": "`dataset=owner/name:config:split` names a split",
+    "dataset_test_split": "`eval_dataset=owner/name:config:split` names a split",
+    "dataset_text_field": _FORMAT,
+    "dataset_kwargs": _FORMAT,
+    "dataset_type": _FORMAT,
+    "column_map": _FORMAT,
+    "field_messages": _FORMAT,
+    "message_property_mappings": _FORMAT,
+    "formatting_func": _FORMAT,
+    "remove_unused_columns": "Columns that are not read are left alone. Leave it out",
+    "test_datasets": _TEST,
+    "test_dataset": _TEST,
+    "validation_file": _TEST,
+    "val_size": _NUM_TEST,
+    "val_set_size": _NUM_TEST,
+    "eval_split_ratio": _NUM_TEST,
+    "max_samples": "`max_steps` bounds a run; a file may be cut beforehand",
+    "max_train_samples": "`max_steps` bounds a run; a file may be cut beforehand",
+    "max_eval_samples": _NUM_TEST,
+    "dataset_streaming": "Use `streaming`",
+    "dataset_num_proc": _PROC,
+    "dataset_processes": _PROC,
+    "preprocessing_num_workers": _PROC,
+    "preprocessing_batch_size": _PROC,
+    "dataset_prepared_path": _RENDERED,
+    "tokenized_path": _RENDERED,
+    "overwrite_cache": _RENDERED,
+    "skip_prepare_dataset": _RENDERED,
+    "mix_strategy": _WEIGHTS,
+    "interleave_probs": _WEIGHTS,
+    "shuffle": _SHUFFLED,
+    "shuffle_dataset": _SHUFFLED,
+    "shuffle_merged_datasets": _SHUFFLED,
+    "disable_shuffling": _SHUFFLED,
+    "curriculum_sampling": _SHUFFLED,
+    "group_by_length": "Sequences are packed, whatever their lengths. Leave it out",
+    "length_column_name": "Sequences are packed, whatever their lengths. Leave it out",
+    "max_seq_length": _LENGTH,
+    "max_seq_len": _LENGTH,
+    "model_max_length": _LENGTH,
+    "sequence_len": _LENGTH,
+    "cutoff_len": _LENGTH,
+    "block_size": _LENGTH,
+    "max_sequence_length": _LENGTH,
+    "max_tokens_per_batch": "Use `max_tokens_per_microbatch`",
+    "excess_length_strategy": "Use `on_long`: truncate, drop or raise",
+    "truncation_side": "Use `on_long`: truncate (from the right), drop or raise",
+    "packing": _PACKED,
+    "packed": _PACKED,
+    "neat_packing": _PACKED,
+    "sample_packing": _PACKED,
+    "eval_sample_packing": _PACKED,
+    "eval_packing": _PACKED,
+    "packing_strategy": _PACKED,
+    "padding_free": _PACKED,
+    "pad_to_sequence_len": _PACKED,
+    "pad_to_multiple_of": _PACKED,
+    "dataloader_num_workers": _LOADER,
+    "dataloader_pin_memory": _LOADER,
+    "dataloader_prefetch_factor": _LOADER,
+    "dataloader_persistent_workers": _LOADER,
+    "dataloader_drop_last": _LOADER,
+    # -- batches and steps
+    "per_device_train_batch_size": _BATCH,
+    "per_gpu_train_batch_size": _BATCH,
+    "train_batch_size": _BATCH,
+    "global_batch_size": _BATCH,
+    "micro_batch_size": _BATCH,
+    "gradient_accumulation_steps": _BATCH,
+    "per_device_eval_batch_size": _EVAL_BATCH,
+    "per_gpu_eval_batch_size": _EVAL_BATCH,
+    "eval_batch_size": _EVAL_BATCH,
+    "eval_accumulation_steps": _EVAL_BATCH,
+    "num_train_epochs": "Use `num_epochs`",
+    "epochs": "Use `num_epochs`",
+    "max_steps_per_epoch": "`max_steps` counts the steps of the whole run",
+    "max_train_steps": "Use `max_steps`",
+    # -- the optimizer
+    "lr": "Use `learning_rate`",
+    "lr_scheduler_type": _SCHEDULE,
+    "lr_scheduler": _SCHEDULE,
+    "lr_scheduler_kwargs": _SCHEDULE,
+    "scheduler": _SCHEDULE,
+    "cosine_min_lr_ratio": "`lr_schedule=cosine` and linear end at 0. Leave it out",
+    "warmup_ratio": _WARMUP,
+    "num_warmup_steps": _WARMUP,
+    "optim": _ADAMW,
+    "optimizer": _ADAMW,
+    "optim_args": _ADAMW,
+    "adafactor": _ADAMW,
+    "adam_epsilon": "Use `adam_eps`",
+    "adam_beta_1": "Use `adam_beta1`",
+    "adam_beta_2": "Use `adam_beta2`",
+    "beta1": "Use `adam_beta1`",
+    "beta2": "Use `adam_beta2`",
+    "max_grad_norm": "Use `grad_clip_norm`",
+    "clip_grad_norm": "Use `grad_clip_norm`",
+    "gradient_clipping": "Use `grad_clip_norm`",
+    "label_smoothing_factor": "Labels are not smoothed. Leave it out",
+    "neftune_noise_alpha": _NO_NOISE,
+    "noisy_embedding_alpha": _NO_NOISE,
+    "average_tokens_across_devices": "Gradients are summed over all tokens of a step. Leave it out",
+    # -- several devices
+    "deepspeed": _SHARD,
+    "deepspeed_config": _SHARD,
+    "fsdp": _SHARD,
+    "fsdp_config": _SHARD,
+    "fsdp_transformer_layer_cls_to_wrap": _SHARD,
+    "fsdp_version": _SHARD,
+    "custom_sharded_layers": _SHARD,
+    "tensor_parallel_size": _SHARD,
+    "context_parallel_size": _SHARD,
+    "parallelism_config": _SHARD,
+    "accelerator_config": _SHARD,
+    "local_rank": _DDP,
+    "ddp_backend": _DDP,
+    "ddp_timeout": _DDP,
+    "ddp_find_unused_parameters": _DDP,
+    "ddp_bucket_cap_mb": _DDP,
+    "world_size": _DDP,
+    "num_processes": _DDP,
+    # -- evaluation
+    "do_eval": _EVAL,
+    "eval_strategy": _EVAL,
+    "evaluation_strategy": _EVAL,
+    "eval_steps": "Use `eval_every`, in steps",
+    "evals_per_epoch": "Use `eval_every`, in steps",
+    "eval_delay": _EVAL,
+    "eval_on_start": "A run is always evaluated at step 0. Leave it out",
+    "run_val_every_n_steps": "Use `eval_every`, in steps",
+    "predict_with_generate": _SAMPLES,
+    "eval_table_size": _SAMPLES,
+    "eval_max_new_tokens": _SAMPLES,
+    "generation_max_length": _SAMPLES,
+    "generation_num_beams": _SAMPLES,
+    "compute_metrics": "`evaluator_builders` hold the evaluators of a run",
+    "metric_for_best_model": "Use `best_metric`",
+    "greater_is_better": "Use `best_mode`: min, max or auto",
+    "load_best_model_at_end": _BEST,
+    "early_stopping_threshold": "Use `early_stopping_min_delta`",
+    # -- saving, resuming, pushing
+    "output_dir": "Use `log_path`",
+    "logging_dir": "Use `log_path`",
+    "save_dir": "Use `log_path`",
+    "out_dir": "Use `log_path`",
+    "overwrite_output_dir": "Use `if_log_path_exists=delete`",
+    "save_strategy": _SAVE,
+    "save_steps": "Use `save_every`, in steps",
+    "saves_per_epoch": "Use `save_every`, in steps",
+    "save_every_n_steps": "Use `save_every`, in steps",
+    "save_every_epoch": "Use `save_every`, in steps",
+    "save_total_limit": _KEEP,
+    "keep_last_n_checkpoints": _KEEP,
+    "save_only_model": "Checkpoints hold the optimizer, which a resume needs; recipes.export leaves it out",
+    "save_adapter_weights_only": "Checkpoints of a LoRA hold the adapter alone; recipes.export merges it",
+    "save_safetensors": "Weights are always saved as safetensors. Leave it out",
+    "save_on_each_node": "The first process saves. Leave it out",
+    "save_compressed": "Weights are always saved as safetensors. Leave it out",
+    "resume_from_checkpoint": _RESUME,
+    "auto_resume_from_checkpoints": _RESUME,
+    "ignore_data_skip": _RESUME,
+    "restore_callback_states_from_checkpoint": _RESUME,
+    "push_to_hub": _PUSH,
+    "hub_model_id": _PUSH,
+    "hub_strategy": _PUSH,
+    "hub_private_repo": _PUSH,
+    "hub_always_push": _PUSH,
+    "push_dataset_to_hub": "Data are not pushed. Leave it out",
+    "export_dir": _EXPORT,
+    "merge_lora": _EXPORT,
+    # -- logging
+    "report_to": _REPORT_TO,
+    "metric_logger": _REPORT_TO,
+    "use_wandb": "Use `wandb_project`",
+    "use_tensorboard": "Use `tensorboard`",
+    "use_swanlab": _REPORT_TO,
+    "use_mlflow": _REPORT_TO,
+    "use_comet": _REPORT_TO,
+    "run_name": "`wandb_name` and `trackio_name`; a run's own name is its folder, `log_path`",
+    "wandb_entity": _WANDB,
+    "wandb_run_id": _WANDB,
+    "wandb_watch": _WANDB,
+    "wandb_log_model": _WANDB,
+    "wandb_mode": _WANDB,
+    "wandb_run_name": "Use `wandb_name`",
+    "trackio_space_id": "`trackio_project` keeps metrics on this machine",
+    "logging_steps": _LOGGED,
+    "logging_strategy": _LOGGED,
+    "logging_first_step": _LOGGED,
+    "log_every_n_steps": _LOGGED,
+    "log_level": _LOGGED,
+    "log_peak_memory_stats": _LOGGED,
+    "disable_tqdm": _LOGGED,
+    "include_num_input_tokens_seen": _LOGGED,
+    "include_tokens_per_second": _LOGGED,
+    "plot_loss": "Every run has its page, report.html, and curves.png. Leave it out",
+    "profiler": _TRACE,
+    "profile": _TRACE,
+    "debug": _PREVIEW,
+    # -- seeds, and what is no setting of a run here
+    "data_seed": _SEED,
+    "random_state": _SEED,
+    "random_seed": _SEED,
+    "full_determinism": _SEED,
+    "cudnn_deterministic_mode": _SEED,
+    "do_train": _SFT,
+    "do_predict": _SFT,
+    "stage": _SFT,
+    "rl": _SFT,
+    "trainer": _SFT,
+    "ref_model": _SFT,
+    "pref_beta": _SFT,
+    "pref_loss": _SFT,
+    "strict": "Unknown keys are always refused. Leave it out",
+    "_component_": "Name a class as module:Class, for `dataset_builder` or an item of `evaluator_builders`",
+}
+
+
+def answer(key: str) -> str | None:
+    """What stands here for another trainer's key: by all of it, its first part or its last."""
+    name = key.lower().replace("-", "_")
+    for part in (name, name.split(".")[0], name.rsplit(".", 1)[-1]):
+        if part in ANSWERS:
+            return ANSWERS[part]
+    return None
+
+
+def keys_in(answer: str) -> list[str]:
+    """The keys of this project that an answer names."""
+    return re.findall(r"`([a-z_0-9]+)(?:=[^`]*)?`", answer)

@@ -1,0 +1,57 @@
+"""Names of renderers that tinker-cookbook has (0.6), and what stands for each one here.
+
+A renderer of this package stands in backticks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+_IMAGES = "Images are not supported here. For text alone use `chat_template`, the model's own template"
+_OWN = "It is not supported here. Use `chat_template`, the model's own template"
+_SWITCH = "It is not supported here. `chat_template` is the model's own template, in its default mode"
+
+ANSWERS: Mapping[str, str] = {
+    "qwen3_vl": _IMAGES,
+    "qwen3_vl_instruct": _IMAGES,
+    "qwen3_5": _OWN,
+    "qwen3_5_disable_thinking": _SWITCH,
+    "qwen3_5_preserve_thinking": _OWN,
+    "qwen3_8_xhigh_reasoning": _OWN,
+    "qwen3_8_medium_reasoning": _OWN,
+    "qwen3_8_low_reasoning": _OWN,
+    "qwen3_8_disable_thinking": _SWITCH,
+    "deepseekv3_disable_thinking": "Here it is `deepseekv3` for V3; for V3.1 and later use `chat_template`",
+    "deepseekv4_1": _OWN,
+    "deepseekv4_1_low_reasoning": _OWN,
+    "deepseekv4_1_max_reasoning": _OWN,
+    "deepseekv4_1_disable_thinking": _SWITCH,
+    "deepseekv4_1_preserve_thinking": _OWN,
+    "glm5_3_max_reasoning": _OWN,
+    "glm5_3_low_reasoning": _OWN,
+    "glm5_3_high_reasoning": _OWN,
+    "kimi_k2": _OWN,
+    "kimi_k25": _OWN,
+    "kimi_k25_disable_thinking": _SWITCH,
+    "kimi_k26": _OWN,
+    "kimi_k26_disable_thinking": _SWITCH,
+    "kimi_k26_preserve_thinking": _OWN,
+    "kimi_k31_pro_max_reasoning": _OWN,
+    "kimi_k31_pro_high_reasoning": _OWN,
+    "kimi_k31_pro_low_reasoning": _OWN,
+    "kimi_k31_pro_disable_thinking": _SWITCH,
+    "kimi_k31_pro_no_reasoning_effort": _OWN,
+    "nemotron3": _OWN,
+    "nemotron3_low_thinking": _OWN,
+    "nemotron3_disable_thinking": _SWITCH,
+    "nemotron3_preserve_thinking": _OWN,
+    "nemotron3_ultra": _OWN,
+    "nemotron3_ultra_disable_thinking": _SWITCH,
+    "nemotron3_ultra_medium_thinking": _OWN,
+    "nemotron3_ultra_preserve_thinking": _OWN,
+    "gpt_oss_no_sysprompt": "Here is none without the system message, which `gpt_oss` always prints",
+    "gpt_oss_low_reasoning": "Here it is `gpt_oss_low`",
+    "gpt_oss_medium_reasoning": "Here it is `gpt_oss`",
+    "gpt_oss_high_reasoning": "Here it is `gpt_oss_high`",
+    "tml_v0": _OWN,
+}

@@ -1,0 +1,98 @@
+"""Lines of keys in YAML and JSON."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from cookbook import config_files
+from cookbook.documents import read_document
+from cookbook.errors import ConfigError
+
+YAML = """# settings
+a: 1
+b:
+  c: {d: 1,
+      e: 2}
+  f:
+    - x
+    - g: y
+      h: z
+"""
+
+
+def test_every_key_and_item_of_yaml_has_its_line(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text(YAML, encoding="utf-8")
+    document = read_document(str(tmp_path / "a.yaml"))
+    assert document.values == {"a": 1, "b": {"c": {"d": 1, "e": 2}, "f": ["x", {"g": "y", "h": "z"}]}}
+    lines = {".".join(path): line for path, line in document.lines.items()}
+    keys = ["a", "b", "b.c", "b.c.d", "b.c.e", "b.f", "b.f.0", "b.f.1", "b.f.1.g", "b.f.1.h"]
+    assert lines == dict(zip(keys, [2, 3, 4, 4, 5, 6, 7, 8, 8, 9], strict=True))
+    assert document.repeated == []
+
+
+@pytest.mark.parametrize("indent", [None, 0, 2, "\t"])
+def test_every_key_and_item_of_json_has_its_line_whatever_its_values_hold(
+    tmp_path: Path, indent: int | str | None
+) -> None:
+    values = {
+        "a": -1.5e-7,
+        "b": [],
+        "c": {},
+        "d": [True, None, [[1], {"x": 'a "quoted" {brace}, [bracket] \\ \n end \x7f é 😀'}]],
+        "é\n": {"": "empty"},
+        "z": "last",
+    }
+    (tmp_path / "a.json").write_text(text := json.dumps(values, indent=indent), encoding="utf-8")
+    document = read_document(str(tmp_path / "a.json"))
+    assert document.values == values
+    lines = {path[-1]: line for path, line in document.lines.items() if not path[-1].isdecimal()}
+    assert lines == {
+        key: text[: text.index(f"{json.dumps(key)}:")].count("\n") + 1 for key in [*values, "x", ""]
+    }
+
+
+def test_what_is_merged_into_a_mapping_of_yaml_is_no_repetition(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text(
+        "base: &base {a: 1, b: 2}\nmine:\n  <<: *base\n  a: 3\n", encoding="utf-8"
+    )
+    document = read_document(str(tmp_path / "a.yaml"))
+    assert (document.values["mine"], document.repeated) == ({"a": 3, "b": 2}, [])
+    assert (document.lines["mine", "a"], document.lines["mine", "b"]) == (4, 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "line"),
+    [
+        ("a.yaml", "a: 1\nb:\n  c: 1\n  d: 2\n  c: 1\n", "line 5: b.c stands in line 3 already."),
+        ("a.yaml", "a:\n  - {b: 1, b: 2}\n", "line 2: a.0.b stands in line 2 already."),
+        ("a.yaml", "a: [1, {b: 1}]\na: [2, {b: 2}]\n", "line 2: a stands in line 1 already."),
+        ("a.json", '{"a": [{"b": 1,\n"b": 1}]}', "line 2: a.0.b stands in line 1 already."),
+    ],
+)
+def test_a_key_that_stands_twice_in_a_file_is_an_error(
+    tmp_path: Path, name: str, text: str, line: str
+) -> None:
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    assert read_document(str(tmp_path / name)).repeated == [f"{tmp_path / name} {line}"]
+    with pytest.raises(ConfigError, match="stands in line"):
+        config_files.load(str(tmp_path / name))
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.yaml", b"a: [\n"),
+        ("a.json", b"{'a': 1}"),
+        ("a.yaml", b"a: \xff\n"),
+        ("a.yaml", b"a: 1\n---\nb: 2\n"),
+    ],
+)
+def test_a_file_that_is_none_is_an_error_with_its_name(tmp_path: Path, name: str, content: bytes) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ConfigError, match=r"cannot be read|is not UTF-8 text: .* Save it as UTF-8\."):
+        read_document(str(tmp_path / name))
+    with pytest.raises(ConfigError, match=r"sweep=missing.yaml: there is no such file"):
+        read_document("missing.yaml", argument="sweep")

@@ -1,0 +1,92 @@
+"""What an unknown name is answered with, and what it is not."""
+
+from __future__ import annotations
+
+import pytest
+
+from cookbook import cli, embedded
+from cookbook.nearest import did_you_mean, nearest
+from cookbook.supervised import train
+from recipes.sft import DEFAULTS
+from renderers import renderer_names
+
+PARAMS = cli.make_resolver(train.Config, DEFAULTS, cli.Arguments()).params
+KEYS = [*(key.rpartition(".")[2] for key in PARAMS), *PARAMS]
+
+
+@pytest.mark.parametrize(
+    ("typo", "meant"),
+    [
+        ("learning_rat", "learning_rate"),
+        ("batch_sise", "batch_size"),
+        ("lora-rank", "lora_rank"),
+        ("logPath", "log_path"),
+        ("trainmlp", "train_mlp"),
+        ("evl_every", "eval_every"),
+        ("epochs", "num_epochs"),
+        ("warmup", "warmup_steps"),
+        ("load_path", "load_checkpoint_path"),
+        ("dataset_builder.datset", "dataset_builder.dataset"),
+    ],
+)
+def test_a_typo_and_a_short_form_are_answered_with_the_key(typo: str, meant: str) -> None:
+    assert nearest(typo, KEYS) == meant
+
+
+@pytest.mark.parametrize(
+    "name", ["base_model", "min_steps", "no_train_mlp", "eval_batch_size", "unfreeze_layers", "zzz", "", "_"]
+)
+def test_a_key_that_is_not_near_or_the_opposite_is_not_suggested(name: str) -> None:
+    assert nearest(name, KEYS) is None
+    assert did_you_mean(name, KEYS) == ""
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("qwen_3", "qwen3"),
+        ("Qwen3", "qwen3"),
+        ("qwen33", "qwen3"),
+        ("gpt-oss", "gpt_oss"),
+        ("gpt_oss_hihg", "gpt_oss_high"),
+        ("deepseek_v3", "deepseekv3"),
+        ("qwen3_instuct", "qwen3_instruct"),
+        ("deepseekv3_disable_thinking", None),
+        ("deepseekv3_nothinking", None),
+        ("qwen3_5", None),
+        ("qwen25_instruct", None),
+        ("gemma2", None),
+        ("phi4", None),
+        ("llama4", None),
+    ],
+)
+def test_of_renderers_neither_another_version_nor_the_opposite_is_suggested(
+    name: str, meant: str | None
+) -> None:
+    assert nearest(name, renderer_names()) == meant
+
+
+@pytest.mark.parametrize(
+    ("name", "opposite"),
+    [
+        ("max_steps", "min_steps"),
+        ("disable_shuffle", "enable_shuffle"),
+        ("train_loss", "test_loss"),
+        ("shuffle_off", "shuffle"),
+        ("unfreeze", "freeze"),
+        ("push_model", "pull_model"),
+        ("low_memory", "high_memory"),
+    ],
+)
+def test_an_opposite_is_never_near_in_either_direction(name: str, opposite: str) -> None:
+    assert nearest(name, [opposite]) is None
+    assert nearest(opposite, [name]) is None
+
+
+def test_a_name_of_three_letters_may_have_one_wrong() -> None:
+    assert nearest("sfx", ["sft", "sft_loop", "preview"]) == "sft"
+    assert nearest("rft", ["sft"]) is None
+
+
+def test_the_embedded_model_has_no_near_name_among_keys() -> None:
+    assert nearest(embedded.MODEL_NAME, KEYS) is None
