@@ -17,14 +17,21 @@ import os
 import secrets
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, ParamSpec, TypeVar
 
 from cookbook import models
 from cookbook.engine import state
-from cookbook.errors import CheckpointError, CookbookError, ModelError, RequestError, TrainingError
+from cookbook.errors import (
+    CheckpointError,
+    ClosedError,
+    CookbookError,
+    ModelError,
+    RequestError,
+    TrainingError,
+)
 from cookbook.futures import APIFuture, TokenStream
 from cookbook.sampling_client import SampleFuture, SamplingClient
 from cookbook.types import ModelInput, PromptScores, SampledSequence, SampleResponse, SamplingParams
@@ -32,6 +39,9 @@ from cookbook.types import ModelInput, PromptScores, SampledSequence, SampleResp
 if TYPE_CHECKING:
     import httpx
     from transformers import PreTrainedTokenizerBase
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 _REQUESTS_AT_A_TIME = 256
 """The server batches them; more would wait there."""
@@ -56,6 +66,7 @@ class VLLMSamplingClient(SamplingClient):
 
         limits = httpx.Limits(max_connections=_REQUESTS_AT_A_TIME)
         self._server = httpx.Client(base_url=server_url.rstrip("/"), timeout=None, limits=limits)
+        self._is_closed = False
         self._threads = ThreadPoolExecutor(_REQUESTS_AT_A_TIME, thread_name_prefix="vllm")
         served = _checked(self._server, "GET", "/v1/models").json()["data"][0]
         self._context_length: int = served["max_model_len"]
@@ -67,9 +78,21 @@ class VLLMSamplingClient(SamplingClient):
         self._finalizer = weakref.finalize(self, _release, self._server, self._threads, adapter)
 
     def close(self) -> None:
-        """Waits for what was asked, then has the server let the adapter go."""
+        """Waits for what was asked, then has the server let the adapter go. Later calls raise ClosedError."""
+        self._is_closed = True
         self._threads.shutdown(wait=True)
         self._finalizer()
+
+    def _submit_call(self, work: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> Future[R]:
+        self._check_open()
+        try:
+            return self._threads.submit(work, *args, **kwargs)
+        except RuntimeError as error:  # closed meanwhile, or the interpreter is exiting
+            raise ClosedError(f"This sampling client takes no more requests: {error}.") from error
+
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise ClosedError("This sampling client was closed. Create a new one.")
 
     def sample(
         self,
@@ -89,7 +112,7 @@ class VLLMSamplingClient(SamplingClient):
                 logprobs = _scores(prompt.to_ints(), choices[0]["prompt_logprobs"]).logprobs
             return SampleResponse([_sequence(choice) for choice in choices], logprobs)
 
-        return SampleFuture(self._threads.submit(work))
+        return SampleFuture(self._submit_call(work))
 
     def stream(
         self, prompt: ModelInput, sampling_params: SamplingParams | None = None
@@ -105,16 +128,17 @@ class VLLMSamplingClient(SamplingClient):
             except BaseException as error:
                 job.set_exception(error)
 
-        self._threads.submit(work)
+        self._submit_call(work)
         return stream
 
     def compute_logprobs(self, prompt: ModelInput) -> APIFuture[list[float | None]]:
-        return APIFuture(self._threads.submit(lambda: self._score(prompt).logprobs))
+        return APIFuture(self._submit_call(lambda: self._score(prompt).logprobs))
 
     def score(self, prompt: ModelInput) -> APIFuture[PromptScores]:
-        return APIFuture(self._threads.submit(self._score, prompt))
+        return APIFuture(self._submit_call(self._score, prompt))
 
     def get_tokenizer(self) -> PreTrainedTokenizerBase:
+        self._check_open()
         return models.get_tokenizer(self._tokenizer_name)
 
     # -- requests ---------------------------------------------------------------------------

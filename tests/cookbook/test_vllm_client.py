@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from cookbook import ModelInput, SamplingClient, SamplingParams, ServiceClient
-from cookbook.errors import CheckpointError, ModelError, RequestError
+from cookbook.errors import CheckpointError, ClosedError, ModelError, RequestError
 from cookbook.vllm_client import VLLMSamplingClient
 
 PROMPT = ModelInput.from_ints([5, 17, 31, 8])
@@ -226,6 +226,20 @@ def test_what_goes_wrong_is_said(
     with pytest.raises(RequestError, match="256 tokens, and the server's model reads 256"):
         client.sample(ModelInput.from_ints([5] * 256))
     client.close()
+
+
+def test_every_verb_of_a_closed_client_is_refused(server: Server) -> None:
+    client = VLLMSamplingClient(server.url)
+    client.close()
+    client.close()
+    for call in (client.sample, client.stream, client.compute_logprobs, client.score):
+        with pytest.raises(ClosedError):
+            call(PROMPT)
+    for coroutine in (client.sample_async(PROMPT), client.score_async(PROMPT), client.get_tokenizer_async()):
+        with pytest.raises(ClosedError):
+            asyncio.run(coroutine)
+    with pytest.raises(ClosedError):
+        client.get_tokenizer()
 
 
 @pytest.mark.parametrize("name", ["sample", "stream", "compute_logprobs", "score", "get_tokenizer"])
