@@ -118,7 +118,7 @@ def test_a_final_checkpoint_of_a_run_that_continues_goes_by_its_step_and_stays_t
     add(log, tmp_path, 3)
     final = tmp_path / "checkpoints" / "final"
     final.mkdir()
-    (final / "weights").write_text("of step 6")
+    (final / "weights").write_text("of step 6", encoding="utf-8")
     log.add("final", str(final), 6, 1, 2, 8)
     log.mark_best(6, "test/nll", 1.5)
     for _ in range(2):  # the second time there is none
@@ -129,7 +129,7 @@ def test_a_final_checkpoint_of_a_run_that_continues_goes_by_its_step_and_stays_t
     assert best == log.last()
     assert best is not None
     assert (best.name, best.step, best.row, best.value) == ("000006", 6, 8, 1.5)
-    assert (log.path_of(best) / "weights").read_text() == "of step 6"
+    assert (log.path_of(best) / "weights").read_text(encoding="utf-8") == "of step 6"
 
 
 def test_a_final_checkpoint_whose_state_was_saved_before_leaves_that_one(tmp_path: Path) -> None:

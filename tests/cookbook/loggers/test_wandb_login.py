@@ -34,16 +34,16 @@ def test_a_mode_without_a_server_needs_no_login(mode: str, monkeypatch: pytest.M
 
 
 def test_a_login_is_found_wherever_wandb_looks_for_it(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (home / ".netrc").write_text(f"machine api.wandb.ai\n  login user\n  password {KEY}\n")
+    (home / ".netrc").write_text(f"machine api.wandb.ai\n  login user\n  password {KEY}\n", encoding="utf-8")
     check_wandb_login("project")
-    (home / ".netrc").write_text(f"machine github.com\n  login user\n  password {KEY}\n")
+    (home / ".netrc").write_text(f"machine github.com\n  login user\n  password {KEY}\n", encoding="utf-8")
     with pytest.raises(ConfigError, match="no login"):
         check_wandb_login("project")
     settings = home / ".config" / "wandb" / "settings"
     settings.parent.mkdir(parents=True)
-    settings.write_text("[default]\nmode = offline\n")
+    settings.write_text("[default]\nmode = offline\n", encoding="utf-8")
     check_wandb_login("project")
-    settings.write_text(f"[default]\napi_key = {KEY}\n")
+    settings.write_text(f"[default]\napi_key = {KEY}\n", encoding="utf-8")
     check_wandb_login("project")
     settings.unlink()
     monkeypatch.setenv("WANDB_API_KEY", f"local-{KEY}")

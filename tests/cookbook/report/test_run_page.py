@@ -351,7 +351,7 @@ def test_a_run_of_100_000_steps_makes_a_small_page_that_keeps_its_spike(
 
 
 def test_what_was_counted_while_rows_were_read_is_on_the_page(make_run: MakeRun) -> None:
-    assert html.escape(NOTE) in write_report(make_run(), with_curves=False).read_text()
+    assert html.escape(NOTE) in write_report(make_run(), with_curves=False).read_text(encoding="utf-8")
 
 
 def test_a_run_without_a_step_says_so(make_run: MakeRun, browser: Any) -> None:

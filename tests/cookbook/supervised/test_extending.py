@@ -85,7 +85,9 @@ def _kill(child: int, folder: Path, num_rows: int) -> None:
 @pytest.fixture
 def runs(server: Any, tmp_path: Path, tiny_qwen3: str, chats: list) -> Runs:
     data = tmp_path / "chats.jsonl"
-    data.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in chats))
+    data.write_text(
+        "".join(json.dumps({"messages": messages}) + "\n" for messages in chats), encoding="utf-8"
+    )
     return Runs(server, tmp_path, tiny_qwen3, data)
 
 
@@ -138,7 +140,7 @@ def test_the_schedule_ends_at_the_new_last_step_and_what_was_logged_before_stays
     )
     (change,) = jsonl.read(folder / "config_changes.jsonl")
     assert (change["step"], change["changes"]) == (4, {"max_steps": {"was": 4, "now": 7}})
-    assert json.loads((folder / "config.json").read_text())["max_steps"] == 7
+    assert json.loads((folder / "config.json").read_text(encoding="utf-8"))["max_steps"] == 7
     assert {row["name"] for row in jsonl.read(folder / "checkpoints.jsonl")} >= {"000004", "final"}
     runs("run", max_steps=7)
     assert rows_of(folder) == after
@@ -174,7 +176,7 @@ def test_a_run_that_is_extended_again_and_again_and_killed_ends_as_one_that_was_
     elif kind == "mixed":
         other = runs.folder / "others.jsonl"
         lines = [json.dumps({"messages": messages}) + "\n" for messages in chats]
-        other.write_text("".join(lines[:9]))
+        other.write_text("".join(lines[:9]), encoding="utf-8")
         data = {"dataset": f"{runs.folder / 'chats.jsonl'},{other}", "weights": [2, 1]}
     for stage in STAGES:
         whole = runs("whole", data=data, **stage)
@@ -209,9 +211,9 @@ def test_a_folder_of_an_earlier_version_is_extended_too(runs: Runs) -> None:
     records = jsonl.read(old / "checkpoints.jsonl")
     assert all(record.pop("row") == 4 * record["batch"] for record in records)
     jsonl.rewrite(old / "checkpoints.jsonl", records)
-    report = json.loads((old / "data.json").read_text())
+    report = json.loads((old / "data.json").read_text(encoding="utf-8"))
     assert report.pop("rows") == NUM_ROWS
-    (old / "data.json").write_text(json.dumps(report))
+    (old / "data.json").write_text(json.dumps(report), encoding="utf-8")
     runs("old", killed_after_rows=4, max_steps=9, batch_size=3, save_every=0)
     for name in ("old", "new"):
         folder = runs(name, max_steps=9, batch_size=3, save_every=0)
@@ -307,6 +309,8 @@ def test_what_cannot_continue_names_the_key_both_values_and_what_to_say_instead(
     assert "max_steps=2, but the run in log_path" in runs.refused("run", max_steps=2)
     assert "batch_size=8 adds none: max_steps=3" in runs.refused("run", max_steps=3, batch_size=8)
     assert {path: path.read_bytes() for path in folder.glob("*.json*")} == before
-    (runs.folder / "chats.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": "a"}]}))
+    (runs.folder / "chats.jsonl").write_text(
+        json.dumps({"messages": [{"role": "user", "content": "a"}]}), encoding="utf-8"
+    )
     runs.refused("run", max_steps=6)
     assert {path: path.read_bytes() for path in folder.glob("*.json*")} == before

@@ -117,20 +117,20 @@ def test_a_run_that_is_refused_leaves_no_folder_and_deletes_none(
     folder = tmp_path / "run"
     assert not folder.exists()
     folder.mkdir()
-    (folder / "config.json").write_text('{"_type": "cookbook.supervised.train:Config"}')
-    (folder / "metrics.jsonl").write_text('{"step": 0}\n')
+    (folder / "config.json").write_text('{"_type": "cookbook.supervised.train:Config"}', encoding="utf-8")
+    (folder / "metrics.jsonl").write_text('{"step": 0}\n', encoding="utf-8")
     with pytest.raises(ConfigError):
         run(make_config(best_metric="test/acuracy", if_log_path_exists="delete"))
-    assert (folder / "metrics.jsonl").read_text() == '{"step": 0}\n'
+    assert (folder / "metrics.jsonl").read_text(encoding="utf-8") == '{"step": 0}\n'
 
 
 def test_a_log_path_that_cannot_be_a_folder_is_refused(make_config: MakeConfig, tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
+    (tmp_path / "file").write_text("", encoding="utf-8")
     for log_path in (tmp_path / "file", tmp_path / "file" / "run"):
         with pytest.raises(ConfigError, match="file is a file. Give a folder"):
             run(make_config(log_path=str(log_path)))
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "checkpoints").write_text("")
+    (tmp_path / "run" / "checkpoints").write_text("", encoding="utf-8")
     with pytest.raises(ConfigError, match="checkpoints is a file"):
         run(make_config())
 
@@ -164,7 +164,7 @@ def test_start_weights_that_are_not_there_or_do_not_fit_are_refused(
     with pytest.raises(CheckpointError, match="is damaged: adapter_model.safetensors"):
         run(make_config(load_checkpoint_path=str(incomplete)))
     (tmp_path / "a-run").mkdir()
-    (tmp_path / "a-run" / "checkpoints.jsonl").write_text("")
+    (tmp_path / "a-run" / "checkpoints.jsonl").write_text("", encoding="utf-8")
     with pytest.raises(CheckpointError, match="is the folder of a run. Give one of its checkpoints"):
         run(make_config(load_checkpoint_path=str(tmp_path / "a-run")))
 

@@ -23,7 +23,7 @@ def report_of(tmp_path: Path, tiny_qwen3: str) -> Callable[..., DataReport]:
 
     def report(rows: list[dict[str, Any]], **options: Any) -> DataReport:
         path = tmp_path / "chats.jsonl"
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         common = {key: options.pop(key) for key in ("renderer_name", "train_on_what") if key in options}
         config = ChatDatasetBuilderCommonConfig(model_name_for_tokenizer=tiny_qwen3, **common)
         builder = FromConversationFileBuilder(

@@ -181,9 +181,9 @@ def test_conversations_of_a_users_own_reader_are_joined_and_refused_too(
 
     common = ChatDatasetBuilderCommonConfig(model_name_for_tokenizer=tiny_qwen3, renderer_name="qwen3")
     path = tmp_path / "chats.jsonl"
-    path.write_text(json.dumps({"said": [USER, says("One."), calls("f")]}) + "\n")
+    path.write_text(json.dumps({"said": [USER, says("One."), calls("f")]}) + "\n", encoding="utf-8")
     train, _ = Own(file_path=str(path), common_config=common, test_size=0)()
     assert train.reports()[0].examples == 1
-    path.write_text(json.dumps({"said": [USER, says("One."), says("Two.")]}) + "\n")
+    path.write_text(json.dumps({"said": [USER, says("One."), says("Two.")]}) + "\n", encoding="utf-8")
     with pytest.raises(DataError, match="messages 2 and 3 are both the assistant's"):
         Own(file_path=str(path), common_config=common, test_size=0)()
