@@ -1,0 +1,356 @@
+"""Rows and files with something wrong with them: each is read, or refused by an error that names its place."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import itertools
+import json
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+from fuzzing import Mutator, check_each, dumped, seeds
+
+from cookbook import embedded, models
+from cookbook.errors import ConfigError, CookbookError
+from cookbook.supervised import preview
+from cookbook.supervised.data import FromConversationFileBuilder
+from cookbook.supervised.data.formats import FORMATS
+from cookbook.supervised.types import ChatDatasetBuilderCommonConfig, SupervisedDataset
+from cookbook.types import Datum
+from renderers import Renderer, TrainOnWhat
+
+CALL = {"id": "c1", "type": "function", "function": {"name": "add", "arguments": '{"a": 1, "b": [2, null]}'}}
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "add",
+        "description": "Adds two numbers.",
+        "parameters": {
+            "type": "object",
+            "properties": {"a": {"type": "integer"}, "b": {"type": "array", "items": {"type": "integer"}}},
+            "required": ["a"],
+        },
+    },
+}
+GOOD_ROWS: tuple[dict[str, Any], ...] = (
+    {
+        "messages": [
+            {"role": "system", "content": "MARKA be brief"},
+            {"role": "user", "content": "MARKB how many legs"},
+            {"role": "assistant", "content": "MARKC eight"},
+        ],
+    },
+    {
+        "messages": [
+            {"role": "user", "content": "MARKA one"},
+            {"role": "assistant", "content": "MARKB two", "train": False},
+            {"role": "user", "content": "MARKC three"},
+            {"role": "assistant", "content": "MARKD four", "weight": 0.5},
+            {"role": "user", "content": "MARKE five"},
+            {"role": "assistant", "content": "MARKF six", "trainable": True},
+        ],
+    },
+    {
+        "messages": [
+            {"role": "user", "content": "MARKA add them"},
+            {"role": "assistant", "content": None, "tool_calls": [CALL]},
+            {"role": "tool", "tool_call_id": "c1", "name": "add", "content": {"sum": 3}},
+            {"role": "assistant", "content": "MARKB three", "train": False},
+        ],
+        "tools": [TOOL],
+    },
+    {
+        "messages": [
+            {"role": "user", "content": [{"type": "text", "text": "MARKA why"}]},
+            {"role": "assistant", "reasoning_content": "MARKB because", "content": "MARKC so"},
+            {"role": "user", "content": "MARKD and"},
+            {
+                "role": "assistant",
+                "content": [{"type": "thinking", "thinking": "MARKE hm"}, {"type": "text", "text": "MARKF it is"}],
+            },
+        ],
+        "chat_template_kwargs": {"enable_thinking": False},
+    },
+    {
+        "conversations": [
+            {"from": "system", "value": "be brief"},
+            {"from": "human", "value": "hello"},
+            {"from": "function_call", "value": '{"name": "add", "arguments": {"a": 1}}'},
+            {"from": "observation", "value": "3"},
+            {"from": "gpt", "value": "three", "weight": 1},
+        ],
+        "tools": json.dumps([TOOL]),
+    },
+    {
+        "system": "go in",
+        "steps": [
+            {"observation": "a door", "thought": "hm", "action": "open", "reward": 0.0},
+            {"observation": "a room", "action": {"name": "enter", "arguments": {}}, "reward": 1.0, "done": True},
+        ],
+        "observation_order": "before",
+        "reward": 1.0,
+    },
+    {
+        "task": "go in",
+        "rollouts": [
+            {"steps": [{"action": "open", "observation": "a room"}, {"action": "finish"}], "reward": 1},
+            [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}],
+        ],
+    },
+    {"instruction": "translate", "input": "hello", "output": "bonjour", "history": [["a", "b"]], "system": "s"},
+    {"prompt": "how many legs", "completion": "eight"},
+    {"prompt": "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n", "completion": "yo<|im_end|>\n"},
+    {
+        "prompt": [{"role": "user", "content": "a"}],
+        "chosen": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}],
+    },
+    {"text": "plain text with no roles"},
+    {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "images": []},
+)
+WHOLE = {"messages": [{"role": "user", "content": "before"}, {"role": "assistant", "content": "after"}]}
+NOT_OF_ONE_ROW = ("Nothing is left", "leaves nothing", "held out", "longer than max_length")
+SUFFIXES = (".jsonl", ".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".jsonl.gz", ".JSONL", ".txt", "")
+MODES = tuple(TrainOnWhat)
+OF_ASSISTANTS = ("last_assistant_message", "last_assistant_turn", "all_assistant_messages")
+
+
+def make_builder(random: Any, path: Path) -> FromConversationFileBuilder:
+    renderer_name = random.choice(("chat_template", "chat_template", "qwen3", "role_colon"))
+    common = ChatDatasetBuilderCommonConfig(
+        model_name_for_tokenizer=embedded.MODEL_NAME,
+        renderer_name=renderer_name,
+        batch_size=2,
+        max_length=random.choice((None, None, None, 2048, 12)),
+        on_long=random.choice(("truncate", "truncate", "drop", "raise")),
+        train_on_what=random.choice(MODES),
+        system_prompt=random.choice((None, None, None, "You are.")),
+        tools_in_system=renderer_name == "chat_template" and random.random() < 0.6,
+    )
+    return FromConversationFileBuilder(
+        file_path=str(path),
+        common_config=common,
+        format=random.choice((None, None, None, *FORMATS)),
+        min_reward=random.choice((None, None, None, 0.5)),
+        observation_order=random.choice((None, None, "before", "after")),
+        on_bad_row=random.choice(("raise", "skip")),
+        test_size=random.choice((0, 0, 0, None, 1)),
+        streaming=random.random() < 0.2,
+        use_cache=False,
+        num_proc=1,
+    )
+
+
+def check_lines(seed: int) -> None:
+    """A changed row between two good ones, each in a line of its own, which stays one."""
+    mutate = Mutator(seed)
+    good = mutate.rng.choice(GOOD_ROWS)
+    row = good if mutate.chance(0.05) else mutate.changed(good)
+    line = dumped(row)
+    if mutate.chance(0.15):
+        line = mutate.text(line.replace("\n", " ")).replace("\n", " ")
+    if mutate.chance(0.05):
+        key = mutate.rng.choice(["role", "content", *good])
+        line = line.replace("{", f'{{"{key}": {dumped(mutate.changed("x"))}, ', 1)
+    lines = [dumped(WHOLE), line, dumped(WHOLE)]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "rows.jsonl"
+        path.write_bytes("\n".join(lines).encode("utf-8", "surrogatepass") + b"\n")
+        builder = make_builder(mutate.rng, path)
+        try:
+            train, test = builder()
+            examples = read(train) + ([] if test is None else read(test))
+        except ConfigError:
+            return
+        except CookbookError as error:
+            said = str(error)
+            assert "rows.jsonl" in said, f"No file in {said!r}"
+            is_of_good_rows = any(part in said for part in NOT_OF_ONE_ROW) or builder.format is not None
+            assert is_of_good_rows or "line 2 of rows.jsonl" in said, said
+            return
+        check_examples(examples, builder.renderer)
+        check_marks(line, examples, builder)
+        check_is_shown(train, builder)
+
+
+def check_file(seed: int) -> None:
+    """A file of changed rows, in any kind of file, or under a name that says another."""
+    mutate = Mutator(seed)
+    rng = mutate.rng
+    rows = [rng.choice(GOOD_ROWS) for _ in range(rng.choice((1, 2, 3)))]
+    if mutate.chance(0.5):
+        rows[-1] = mutate.changed(rows[-1])
+    suffix = rng.choice(SUFFIXES)
+    content = content_of(rows, suffix if mutate.chance(0.8) else rng.choice(SUFFIXES), mutate)
+    if mutate.chance(0.5) and not content.startswith((b"PAR1", b"ARROW1", b"\x1f\x8b", b"\xff\xff\xff\xff")):
+        content = mutate.bytes(content)
+    elif mutate.chance(0.3):
+        content = content[: rng.randrange(len(content) + 1)]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / f"rows{suffix}"
+        path.write_bytes(content)
+        builder = make_builder(rng, path)
+        try:
+            train, test = builder()
+            examples = read(train) + ([] if test is None else read(test))
+        except ConfigError:
+            return
+        except CookbookError as error:
+            assert path.name in str(error), f"No file in {str(error)!r}"
+            return
+        check_examples(examples, builder.renderer)
+        check_is_shown(train, builder)
+
+
+def content_of(rows: list[Any], suffix: str, mutate: Mutator) -> bytes:
+    lines = "".join(f"{dumped(row)}\n" for row in rows).encode("utf-8", "surrogatepass")
+    match suffix.lower():
+        case ".json":
+            as_list = f"[{', '.join(map(dumped, rows))}]".encode("utf-8", "surrogatepass")
+            return as_list if mutate.chance(0.7) else dumped(rows[0]).encode("utf-8", "surrogatepass")
+        case ".csv" | ".tsv":
+            return cells_of([row if isinstance(row, dict) else {"a": row} for row in rows], suffix, mutate)
+        case ".parquet" | ".arrow":
+            return table_of(rows, suffix) or lines
+        case ".jsonl.gz":
+            return gzip.compress(lines)
+    return lines
+
+
+def cells_of(rows: list[dict[str, Any]], suffix: str, mutate: Mutator) -> bytes:
+    out = io.StringIO()
+    header = list(dict.fromkeys(key for row in rows for key in row))
+    writer = csv.writer(out, delimiter="\t" if suffix == ".tsv" else ",")
+    writer.writerow(header)
+    for row in rows:
+        cells = [value if isinstance(value, str) else dumped(value) for value in map(row.get, header)]
+        if mutate.chance(0.2):
+            cells = mutate.changed(cells)
+        writer.writerow(cells if isinstance(cells, list) else [cells])
+    text = mutate.text(out.getvalue()) if mutate.chance(0.3) else out.getvalue()
+    return text.encode("utf-8", "surrogatepass")
+
+
+def table_of(rows: list[Any], suffix: str) -> bytes | None:
+    """The rows in columns; None where they have not the same types, which columns need."""
+    try:
+        table = pa.Table.from_pylist([json.loads(json.dumps(row)) for row in rows])
+        out = pa.BufferOutputStream()
+        if suffix == ".parquet":
+            pyarrow.parquet.write_table(table, out)
+        else:
+            with pa.ipc.new_stream(out, table.schema) as writer:
+                writer.write_table(table)
+    except (pa.ArrowException, TypeError, ValueError, AttributeError, OverflowError):
+        return None
+    return out.getvalue().to_pybytes()
+
+
+# -- what holds for every example -----------------------------------------------------------------
+
+
+def read(dataset: SupervisedDataset) -> list[Datum]:
+    examples: list[Datum] = []
+    for index in itertools.count():
+        try:
+            if index == num_batches(dataset):
+                return examples
+            examples += dataset.get_batch(index)
+        except IndexError:
+            return examples
+    raise AssertionError
+
+
+def num_batches(dataset: SupervisedDataset) -> int | None:
+    try:
+        return len(dataset)
+    except TypeError:
+        return None
+
+
+def check_examples(examples: list[Datum], renderer: Renderer) -> None:
+    size = len(renderer.tokenizer)
+    for datum in examples:
+        tokens, targets, weights = arrays_of(datum)
+        assert len(tokens) == len(targets) == len(weights)
+        assert np.isfinite(weights).all()
+        assert (weights >= 0).all()
+        for ids in (tokens, targets):
+            assert ids.min() >= 0
+            assert ids.max() < size
+
+
+def arrays_of(datum: Datum) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    inputs = datum.loss_fn_inputs
+    tokens = np.asarray(datum.model_input.to_ints())
+    return tokens, inputs["target_tokens"].to_numpy(), inputs["weights"].to_numpy()
+
+
+def check_marks(line: str, examples: list[Datum], builder: FromConversationFileBuilder) -> None:
+    """No control token is trained but what ends a turn, and no mark of a message that is not to be."""
+    renderer, mode = builder.renderer, builder.common_config.train_on_what
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return  # skipped
+    trained = [targets[weights > 0] for _, targets, weights in map(arrays_of, examples)]
+    spelled = "".join(renderer.tokenizer.decode(tokens) for tokens in trained)
+    is_of_messages = isinstance(row, Mapping) and isinstance(row.get("messages"), list)
+    if mode != "all_tokens" and is_of_messages and builder.format in (None, "messages"):
+        ends = set(renderer.get_stop_sequences())
+        control = set(renderer.tokenizer.all_special_ids) - ends
+        assert not control & {int(token) for tokens in trained for token in tokens}, spelled
+    for mark, message in messages_with_marks(row, line):
+        if message.get("train") is False:
+            assert mark not in spelled, f"{mark} is trained: {spelled!r}"
+        if mode in OF_ASSISTANTS and message.get("role") in ("user", "system", "tool"):
+            assert mark not in spelled, f"{mark} is trained: {spelled!r}"
+
+
+def messages_with_marks(row: Any, line: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Marks that stand once in a row, in the content of a message of its list."""
+    for message in row.get("messages") or () if isinstance(row, Mapping) else ():
+        content = message.get("content") if isinstance(message, dict) else None
+        mark = content[:5] if isinstance(content, str) else ""
+        if mark.startswith("MARK") and line.count(mark) == 1:
+            yield mark, message
+
+
+def check_is_shown(dataset: SupervisedDataset, builder: FromConversationFileBuilder) -> None:
+    """What the preview prints of the data can be made, and is text."""
+    examples = preview.first_examples(dataset, 3, models.get_tokenizer(embedded.MODEL_NAME))
+    reports = list(dataset.reports())
+    page = preview.make_page("x", [], reports, examples)
+    assert page.encode("utf-8", "backslashreplace")
+    assert all(isinstance(line, str) for report in reports for line in report.lines())
+    json.dumps([report.to_json() for report in reports])
+
+
+NUM_LINES, NUM_FILES, SLICE = 700, 300, 100
+
+
+def test_a_few_changed_rows_are_read_or_refused_in_their_place() -> None:
+    check_each(check_lines, seeds(0, 30))
+
+
+def test_a_few_changed_files_are_read_or_refused_by_their_name() -> None:
+    check_each(check_file, seeds(0, 20))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first", range(0, NUM_LINES, SLICE))
+def test_changed_rows_are_read_or_refused_in_their_place(first: int) -> None:
+    check_each(check_lines, seeds(first, SLICE))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first", range(0, NUM_FILES, SLICE))
+def test_changed_files_are_read_or_refused_by_their_name(first: int) -> None:
+    check_each(check_file, seeds(first, SLICE))
