@@ -369,10 +369,10 @@ class Resolver:
         return f"it takes {describe_type(kind)}.{did_you_mean(text, choices) if text else ''}"
 
 
-def _depth_and_number(key: str) -> tuple[int, list[tuple[int, str]]]:
+def _depth_and_number(key: str) -> tuple[int, list[int]]:
     """Sorts keys after those above them, and items by their numbers."""
     parts = key.split(".")
-    return len(parts), [(int(part), "") if part.isdecimal() else (-1, "") for part in parts]
+    return len(parts), [int(part) if _INDEX.fullmatch(part) else -1 for part in parts]
 
 
 def _given_twice(key: str, earlier: Setting, later: Setting) -> str:
@@ -412,12 +412,14 @@ def _is_mapping(kind: Any) -> bool:
     return any((get_origin(one) or one) in _MAPPINGS for one in _alternatives(kind))
 
 
+_INDEX = re.compile("0|[1-9][0-9]{0,4}")
+"""The number of an item of a list."""
 _LISTS = (list, tuple, Sequence)
 _MAPPINGS = (dict, Mapping)
 
 
 def _takes_item(kind: Any, item: str) -> bool:
-    return _is_mapping(kind) or (_is_list(kind) and re.fullmatch("0|[1-9][0-9]{0,4}", item) is not None)
+    return _is_mapping(kind) or (_is_list(kind) and _INDEX.fullmatch(item) is not None)
 
 
 def _keys_above(key: str) -> Iterator[str]:
