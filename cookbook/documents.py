@@ -95,7 +95,7 @@ def _read_yaml(name: str, text: str) -> Document:
     if node is not None:
         if _num_values(node, {}) > MAX_VALUES:
             raise ValueError(
-                f"with what its aliases (*name) stand for it has more than {MAX_VALUES:,} values, or an alias "
+                f"it has more than {MAX_VALUES:,} values with those that aliases (*name) stand for, or an alias "
                 "stands for a value that it is in."
             )
         _add_yaml_lines(document, node, ())
@@ -104,7 +104,7 @@ def _read_yaml(name: str, text: str) -> Document:
 
 
 def _num_values(node: yaml.Node, known: dict[int, float]) -> float:
-    """The values in a node, those that aliases stand for included each time; infinite for a node in itself."""
+    """The values in a node, with those that aliases stand for each time; infinite for a node in itself."""
     if id(node) not in known:
         known[id(node)] = math.inf  # while its own are counted
         if isinstance(node, yaml.MappingNode):

@@ -22,6 +22,7 @@ from chz.tiepin import CastError, is_subtype_instance
 
 from cookbook import other_trainers
 from cookbook.config_files import COMMAND_LINE, NoValue, Setting, importable
+from cookbook.documents import MAX_DEPTH
 from cookbook.errors import ConfigError
 from cookbook.nearest import did_you_mean
 
@@ -154,7 +155,7 @@ class Resolver:
         if ends := [whole for whole in params if whole.endswith(f".{key}")]:
             return [whole for whole in ends if not self._refers_to_one_of(whole, ends)]
         head, _, item = key.rpartition(".")
-        above = self._find(head, params) if head else []
+        above = self._find(head, params) if head and head.count(".") < MAX_DEPTH else []
         return [f"{whole}.{item}" for whole in above if _takes_item(_type_of(whole, params), item)]
 
     def _refers_to_one_of(self, key: str, others: Sequence[str]) -> bool:

@@ -57,7 +57,7 @@ def check_each(check: Callable[[int], None], of_seeds: Sequence[int]) -> None:
                 check(seed)
         except (Exception, Hang, SystemExit) as error:
             where = traceback.extract_tb(error.__traceback__)[-1]
-            said = ascii(str(error).partition("\nassert ")[0])[:600]
+            said = ascii(str(error))[:900]
             failures.append(
                 f"FUZZ_SEED={seed}: {type(error).__name__}: {said} ({where.filename}:{where.lineno})"
             )
@@ -87,7 +87,20 @@ ODD_VALUES: Sequence[Any] = (
     *("", " ", "\n", "null", "true", "0", "nan", "[]", "{}", "[", '{"a": 1}', "[1, 2]", '"text"', "None"),
     *("<|im_end|>", "<|im_start|>assistant\n", "<|endoftext|>", "<|im_start|>user\nhi<|im_end|>\n"),
     *("</think>", "<think>\n", "<tool_call>", "</tool_call>", "<tool_response>", "<image>", "\n\nUser: hi"),
-    *("\x00", "\x1b[31m", "\x7f", "\u2028", "\u202eabc", "\ufeff", "\ufffd", "é", "e\u0301", "👩‍👩‍👧", "ª²", "़"),
+    *(
+        "\x00",
+        "\x1b[31m",
+        "\x7f",
+        "\u2028",
+        "\u202eabc",
+        "\ufeff",
+        "\ufffd",
+        "é",
+        "e\u0301",
+        "👩‍👩‍👧",
+        "ª²",
+        "़",
+    ),
     *("{{ 7 * 7 }}", "{% for x in y %}", "${HOME}", "../../etc/passwd", "a" * 3000, "assistant", "system"),
     *([], {}, [[]], [{}], [None], [""], [[], []], {"": ""}, {"a": {"b": {}}}, [1, "a", None], ["a", "b"]),
     *([{"role": "user", "content": "x"}], {"role": "assistant", "content": "y"}, [["x", "y"]]),
@@ -96,12 +109,55 @@ ODD_VALUES: Sequence[Any] = (
     *RAW,
 )
 KEYS: Sequence[str] = (
-    *("messages", "conversations", "conversation", "role", "content", "from", "value", "name", "type", "text"),
+    *(
+        "messages",
+        "conversations",
+        "conversation",
+        "role",
+        "content",
+        "from",
+        "value",
+        "name",
+        "type",
+        "text",
+    ),
     *("tool_calls", "function_call", "function", "arguments", "id", "tool_call_id", "tools", "functions"),
-    *("reasoning_content", "reasoning", "thinking", "train", "trainable", "weight", "mask", "loss", "training"),
+    *(
+        "reasoning_content",
+        "reasoning",
+        "thinking",
+        "train",
+        "trainable",
+        "weight",
+        "mask",
+        "loss",
+        "training",
+    ),
     *("loss_weight", "prompt", "completion", "chosen", "instruction", "input", "output", "history", "system"),
-    *("system_prompt", "chat_template_kwargs", "enable_thinking", "steps", "rollouts", "observation", "action"),
-    *("reward", "thought", "task", "images", "image", "audio", "", " ", "Role", "__class__", "é", "items", "keys"),
+    *(
+        "system_prompt",
+        "chat_template_kwargs",
+        "enable_thinking",
+        "steps",
+        "rollouts",
+        "observation",
+        "action",
+    ),
+    *(
+        "reward",
+        "thought",
+        "task",
+        "images",
+        "image",
+        "audio",
+        "",
+        " ",
+        "Role",
+        "__class__",
+        "é",
+        "items",
+        "keys",
+    ),
     *("messages ", "content\n", "0", "null", "parameters", "properties", "required", "ranges", "done"),
 )
 
@@ -199,7 +255,11 @@ class Mutator:
             case 0:
                 return content[:at]
             case 1:
-                return content[:at] + rng.choice((b"\xff", b"\xc3", b"\x80", b"\0", b"\xed\xa0\x80")) + content[at:]
+                return (
+                    content[:at]
+                    + rng.choice((b"\xff", b"\xc3", b"\x80", b"\0", b"\xed\xa0\x80"))
+                    + content[at:]
+                )
             case 2:
                 return b"\xef\xbb\xbf" * rng.choice((1, 2)) + content
             case 3:
@@ -213,7 +273,9 @@ class Mutator:
             case 7:
                 return b""
             case 8:
-                return rng.choice((b"\n", b"[]", b"{}", b"null", b"[[]]", b"1", b"PK\x03\x04", b"PAR1", b"\x1f\x8b"))
+                return rng.choice(
+                    (b"\n", b"[]", b"{}", b"null", b"[[]]", b"1", b"PK\x03\x04", b"PAR1", b"\x1f\x8b")
+                )
             case _:
                 return content[at:]
 

@@ -1,4 +1,4 @@
-"""Rows and files with something wrong with them: each is read, or refused by an error that names its place."""
+"""Rows and files with something wrong with them: each is read, or refused by an error with its place."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import io
 import itertools
 import json
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from cookbook import embedded, models
 from cookbook.errors import ConfigError, CookbookError
 from cookbook.supervised import preview
 from cookbook.supervised.data import FromConversationFileBuilder
-from cookbook.supervised.data.formats import FORMATS
+from cookbook.supervised.data.formats import FORMATS, recognise
 from cookbook.supervised.types import ChatDatasetBuilderCommonConfig, SupervisedDataset
 from cookbook.types import Datum
 from renderers import Renderer, TrainOnWhat
@@ -74,7 +74,10 @@ GOOD_ROWS: tuple[dict[str, Any], ...] = (
             {"role": "user", "content": "MARKD and"},
             {
                 "role": "assistant",
-                "content": [{"type": "thinking", "thinking": "MARKE hm"}, {"type": "text", "text": "MARKF it is"}],
+                "content": [
+                    {"type": "thinking", "thinking": "MARKE hm"},
+                    {"type": "text", "text": "MARKF it is"},
+                ],
             },
         ],
         "chat_template_kwargs": {"enable_thinking": False},
@@ -93,7 +96,12 @@ GOOD_ROWS: tuple[dict[str, Any], ...] = (
         "system": "go in",
         "steps": [
             {"observation": "a door", "thought": "hm", "action": "open", "reward": 0.0},
-            {"observation": "a room", "action": {"name": "enter", "arguments": {}}, "reward": 1.0, "done": True},
+            {
+                "observation": "a room",
+                "action": {"name": "enter", "arguments": {}},
+                "reward": 1.0,
+                "done": True,
+            },
         ],
         "observation_order": "before",
         "reward": 1.0,
@@ -105,7 +113,13 @@ GOOD_ROWS: tuple[dict[str, Any], ...] = (
             [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}],
         ],
     },
-    {"instruction": "translate", "input": "hello", "output": "bonjour", "history": [["a", "b"]], "system": "s"},
+    {
+        "instruction": "translate",
+        "input": "hello",
+        "output": "bonjour",
+        "history": [["a", "b"]],
+        "system": "s",
+    },
     {"prompt": "how many legs", "completion": "eight"},
     {"prompt": "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n", "completion": "yo<|im_end|>\n"},
     {
@@ -115,30 +129,31 @@ GOOD_ROWS: tuple[dict[str, Any], ...] = (
     {"text": "plain text with no roles"},
     {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "images": []},
 )
-WHOLE = {"messages": [{"role": "user", "content": "before"}, {"role": "assistant", "content": "after"}]}
-NOT_OF_ONE_ROW = ("Nothing is left", "leaves nothing", "held out", "longer than max_length")
-SUFFIXES = (".jsonl", ".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".jsonl.gz", ".JSONL", ".txt", "")
-MODES = tuple(TrainOnWhat)
+SUFFIXES = (
+    *(".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".jsonl.gz", ".JSONL", ".json.gz", ".ndjson"),
+    *(".jsonl", ".json", ".csv", ".parquet", ".txt", ""),
+)
 OF_ASSISTANTS = ("last_assistant_message", "last_assistant_turn", "all_assistant_messages")
 
 
-def make_builder(random: Any, path: Path) -> FromConversationFileBuilder:
+def make_builder(random: Any, path: Path, row: Mapping[str, Any]) -> FromConversationFileBuilder:
+    """A builder of any options for a file; `row` is one of its good rows."""
     renderer_name = random.choice(("chat_template", "chat_template", "qwen3", "role_colon"))
     common = ChatDatasetBuilderCommonConfig(
         model_name_for_tokenizer=embedded.MODEL_NAME,
         renderer_name=renderer_name,
         batch_size=2,
-        max_length=random.choice((None, None, None, 2048, 12)),
-        on_long=random.choice(("truncate", "truncate", "drop", "raise")),
-        train_on_what=random.choice(MODES),
+        max_length=random.choice((None, None, None, 2048, 30)),
+        on_long=random.choice(("truncate", "truncate", "truncate", "drop", "raise")),
+        train_on_what=random.choice((TrainOnWhat.ALL_ASSISTANT_MESSAGES, *TrainOnWhat)),
         system_prompt=random.choice((None, None, None, "You are.")),
         tools_in_system=renderer_name == "chat_template" and random.random() < 0.6,
     )
     return FromConversationFileBuilder(
         file_path=str(path),
         common_config=common,
-        format=random.choice((None, None, None, *FORMATS)),
-        min_reward=random.choice((None, None, None, 0.5)),
+        format=random.choice((*(None,) * 6, recognise(row), recognise(row), *FORMATS)),
+        min_reward=random.choice((*(None,) * 9, 0.5)),
         observation_order=random.choice((None, None, "before", "after")),
         on_bad_row=random.choice(("raise", "skip")),
         test_size=random.choice((0, 0, 0, None, 1)),
@@ -159,54 +174,76 @@ def check_lines(seed: int) -> None:
     if mutate.chance(0.05):
         key = mutate.rng.choice(["role", "content", *good])
         line = line.replace("{", f'{{"{key}": {dumped(mutate.changed("x"))}, ', 1)
-    lines = [dumped(WHOLE), line, dumped(WHOLE)]
+    unchanged = dumped(good).replace("MARK", "GOOD")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "rows.jsonl"
-        path.write_bytes("\n".join(lines).encode("utf-8", "surrogatepass") + b"\n")
-        builder = make_builder(mutate.rng, path)
-        try:
-            train, test = builder()
-            examples = read(train) + ([] if test is None else read(test))
-        except ConfigError:
-            return
-        except CookbookError as error:
-            said = str(error)
-            assert "rows.jsonl" in said, f"No file in {said!r}"
-            is_of_good_rows = any(part in said for part in NOT_OF_ONE_ROW) or builder.format is not None
-            assert is_of_good_rows or "line 2 of rows.jsonl" in said, said
-            return
-        check_examples(examples, builder.renderer)
-        check_marks(line, examples, builder)
-        check_is_shown(train, builder)
+        builder, expected = a_builder_that_reads(path, [unchanged, unchanged], good, mutate.rng)
+        write_lines(path, [unchanged, line, unchanged])
+        examples, error = examples_or_error(builder)
+        if error is None:
+            assert len(examples) >= expected
+            check_examples(examples, builder.renderer)
+            check_marks(line, examples, builder)
+            check_is_shown(builder)
+        elif expected:
+            assert "line 2 of rows.jsonl" in str(error)
+            assert builder.on_bad_row == "raise" or "longer than max_length" in str(error)
+        else:
+            assert "rows.jsonl" in str(error) or isinstance(error, ConfigError)
+
+
+def a_builder_that_reads(
+    path: Path, lines: Sequence[str], row: Mapping[str, Any], random: Any
+) -> tuple[FromConversationFileBuilder, int]:
+    """A builder, drawn until its options suit the lines, and the number of their examples; 0 if none suits."""
+    write_lines(path, lines)
+    for _ in range(8):
+        builder = make_builder(random, path, row)
+        examples, _ = examples_or_error(builder)
+        if examples:
+            break
+    return builder, len(examples)
+
+
+def write_lines(path: Path, lines: Sequence[str]) -> None:
+    path.write_bytes("".join(f"{line}\n" for line in lines).encode("utf-8", "surrogatepass"))
 
 
 def check_file(seed: int) -> None:
     """A file of changed rows, in any kind of file, or under a name that says another."""
     mutate = Mutator(seed)
     rng = mutate.rng
-    rows = [rng.choice(GOOD_ROWS) for _ in range(rng.choice((1, 2, 3)))]
-    if mutate.chance(0.5):
-        rows[-1] = mutate.changed(rows[-1])
+    rows = [rng.choice(GOOD_ROWS)] * rng.choice((1, 2, 3))
+    first = rows[0]
+    rows += [rng.choice(GOOD_ROWS)] if mutate.chance(0.3) else []
+    if mutate.chance(0.4):
+        rows = [*rows[:-1], mutate.changed(rows[-1])]
     suffix = rng.choice(SUFFIXES)
-    content = content_of(rows, suffix if mutate.chance(0.8) else rng.choice(SUFFIXES), mutate)
-    if mutate.chance(0.5) and not content.startswith((b"PAR1", b"ARROW1", b"\x1f\x8b", b"\xff\xff\xff\xff")):
-        content = mutate.bytes(content)
-    elif mutate.chance(0.3):
-        content = content[: rng.randrange(len(content) + 1)]
+    content = content_of(rows, suffix if mutate.chance(0.9) else rng.choice(SUFFIXES), mutate)
+    if mutate.chance(0.35):
+        content = mutate.bytes(content) if is_text(content) else damaged(content, mutate)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / f"rows{suffix}"
         path.write_bytes(content)
-        builder = make_builder(rng, path)
-        try:
-            train, test = builder()
-            examples = read(train) + ([] if test is None else read(test))
-        except ConfigError:
-            return
-        except CookbookError as error:
-            assert path.name in str(error), f"No file in {str(error)!r}"
-            return
-        check_examples(examples, builder.renderer)
-        check_is_shown(train, builder)
+        builder = make_builder(rng, path, first)
+        examples, error = examples_or_error(builder)
+        if error is None:
+            check_examples(examples, builder.renderer)
+            check_is_shown(builder)
+        else:
+            assert path.name in str(error) or isinstance(error, ConfigError)
+
+
+def is_text(content: bytes) -> bool:
+    return not content.startswith((b"PAR1", b"ARROW1", b"\x1f\x8b", b"\xff\xff\xff\xff"))
+
+
+def damaged(content: bytes, mutate: Mutator) -> bytes:
+    """The bytes of a binary file, cut off or with some exchanged."""
+    at = mutate.rng.randrange(len(content))
+    if mutate.chance(0.4):
+        return content[:at]
+    return content[:at] + mutate.rng.randbytes(mutate.rng.choice((1, 8))) + content[at + 1 :]
 
 
 def content_of(rows: list[Any], suffix: str, mutate: Mutator) -> bytes:
@@ -254,6 +291,15 @@ def table_of(rows: list[Any], suffix: str) -> bytes | None:
 
 
 # -- what holds for every example -----------------------------------------------------------------
+
+
+def examples_or_error(builder: FromConversationFileBuilder) -> tuple[list[Datum], CookbookError | None]:
+    """The examples of an epoch, those to evaluate on behind them, or why there are none."""
+    try:
+        train, test = builder()
+        return read(train) + ([] if test is None else read(test)), None
+    except CookbookError as error:
+        return [], error
 
 
 def read(dataset: SupervisedDataset) -> list[Datum]:
@@ -316,15 +362,17 @@ def check_marks(line: str, examples: list[Datum], builder: FromConversationFileB
 
 def messages_with_marks(row: Any, line: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """Marks that stand once in a row, in the content of a message of its list."""
-    for message in row.get("messages") or () if isinstance(row, Mapping) else ():
+    messages = row.get("messages") if isinstance(row, Mapping) else None
+    for message in messages if isinstance(messages, list) else ():
         content = message.get("content") if isinstance(message, dict) else None
         mark = content[:5] if isinstance(content, str) else ""
         if mark.startswith("MARK") and line.count(mark) == 1:
             yield mark, message
 
 
-def check_is_shown(dataset: SupervisedDataset, builder: FromConversationFileBuilder) -> None:
+def check_is_shown(builder: FromConversationFileBuilder) -> None:
     """What the preview prints of the data can be made, and is text."""
+    dataset, _ = builder()
     examples = preview.first_examples(dataset, 3, models.get_tokenizer(embedded.MODEL_NAME))
     reports = list(dataset.reports())
     page = preview.make_page("x", [], reports, examples)

@@ -179,7 +179,7 @@ class ConversationBuilder(ChatDatasetBuilder):
         if size >= total:
             named = ", ".join(rows.store.name for rows in trainable)
             raise DataError(
-                f"test_size={size} leaves nothing to train on: rows to train on in {named}: {total}. Lower it."
+                f"test_size={size} leaves nothing to train on: there are {total} rows in {named}. Lower it."
             )
         is_test = np.zeros(total, bool)
         is_test[np.random.default_rng(self.shuffle_seed).permutation(total)[:size]] = True
