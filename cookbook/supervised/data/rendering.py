@@ -7,7 +7,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterable
-from functools import cache
+from functools import cache, cached_property
 from itertools import chain
 from pathlib import Path
 from typing import Literal, TypeAlias
@@ -143,7 +143,10 @@ class RowRenderer:
         if not is_ours or self._conversations_key is None:
             return None
         options = {
-            key: value for key, value in vars(renderer).items() if isinstance(value, str | int | float)
+            key: value
+            for key, value in vars(renderer).items()
+            if isinstance(value, str | int | float)
+            and not isinstance(getattr(type(renderer), key, None), cached_property)
         }
         return digest_of(
             tokenizer.backend_tokenizer.to_str(),

@@ -11,10 +11,13 @@ import pytest
 
 from cookbook.errors import DataError
 from cookbook.supervised.data import FromConversationFileBuilder
+from cookbook.supervised.data.formats import conversations_of
+from cookbook.supervised.data.rendering import RowRenderer
 from cookbook.supervised.data.report import DataReport
+from cookbook.supervised.data.sources import Row
 from cookbook.supervised.types import ChatDatasetBuilderCommonConfig
 from cookbook.types import Datum
-from renderers import TrainOnWhat
+from renderers import TrainOnWhat, get_renderer
 
 PROMPT = "<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n"
 REPLY = "thank you<|im_end|>"
@@ -110,6 +113,15 @@ def test_a_message_that_spells_a_control_token_is_text_and_counted(read, tiny_to
 def test_a_rendered_prompt_has_no_messages_to_choose(read):
     with pytest.raises(DataError, match=r"already rendered.*all_messages"):
         read({"prompt": PROMPT, "completion": REPLY}, train_on_what=TrainOnWhat.ALL_MESSAGES)
+
+
+def test_pairs_are_rendered_once_whatever_was_rendered_before_them(tiny_tokenizer):
+    renderer = get_renderer("chat_template", tiny_tokenizer)
+    rows = RowRenderer(renderer, TrainOnWhat.ALL_ASSISTANT_MESSAGES, conversations_of, "key")
+    before = rows.fingerprint()
+    for row in ({"prompt": PROMPT, "completion": REPLY}, {"prompt": "Hello", "completion": "thank you"}):
+        rows(Row(row, "row 1"))
+        assert rows.fingerprint() == before
 
 
 SYSTEM = "<|im_start|>system\nthank you<|im_end|>\n"
