@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from bisect import bisect_right
 from collections.abc import Generator
@@ -52,21 +53,66 @@ def read_document(path: str, argument: str = "config") -> Document:
         raise ConfigError(f"{argument}={path}: there is no such file.")
     try:
         text = file.read_text(encoding="utf-8-sig")
-        return _read_json(path, text) if file.suffix == ".json" else _read_yaml(path, text)
+        document = _read_json(path, text) if file.suffix == ".json" else _read_yaml(path, text)
     except UnicodeDecodeError as error:
         raise ConfigError(f"{argument}={path} is not UTF-8 text: {error}. Save it as UTF-8.") from error
-    except (json.JSONDecodeError, yaml.YAMLError) as error:
+    except RecursionError:
+        raise ConfigError(f"{argument}={path} cannot be read: {_TOO_DEEP}") from None
+    except (ValueError, yaml.YAMLError) as error:
         raise ConfigError(f"{argument}={path} cannot be read: {error}") from error
+    deepest = max(document.lines, key=len, default=())
+    if len(deepest) > MAX_DEPTH:
+        raise ConfigError(f"{document.place(deepest)} cannot be read: {_TOO_DEEP}")
+    return document
+
+
+MAX_DEPTH = 100
+MAX_VALUES = 100_000
+_TOO_DEEP = f"its values are nested in more than {MAX_DEPTH} levels, and a config has a few."
+
+
+class _Loader(yaml.SafeLoader):
+    """Names the line of a value that is not what its tag or its form says, such as the date 2026-02-30."""
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)  # type: ignore[no-untyped-call]
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
+            kind = node.tag.removeprefix("tag:yaml.org,2002:")
+            problem = f"{_excerpt(node.value)} cannot be read as {kind} ({error}). Put text in quotes."
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark) from error
+
+
+def _excerpt(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _read_yaml(name: str, text: str) -> Document:
     document = Document(name)
-    loader = yaml.SafeLoader(text)
+    loader = _Loader(text)
     node = loader.get_single_node()
     if node is not None:
+        if _num_values(node, {}) > MAX_VALUES:
+            raise ValueError(
+                f"it has more than {MAX_VALUES:,} values with those that aliases (*name) stand for, or an alias "
+                "stands for a value that it is in."
+            )
         _add_yaml_lines(document, node, ())
         document.values = loader.construct_document(node)
     return document
+
+
+def _num_values(node: yaml.Node, known: dict[int, float]) -> float:
+    """The values in a node, with those that aliases stand for each time; infinite for a node in itself."""
+    if id(node) not in known:
+        known[id(node)] = math.inf  # while its own are counted
+        if isinstance(node, yaml.MappingNode):
+            below = [one for pair in node.value for one in pair]
+        else:
+            below = node.value if isinstance(node, yaml.SequenceNode) else []
+        known[id(node)] = 1 + sum(_num_values(one, known) for one in below)
+    return known[id(node)]
 
 
 def _add_yaml_lines(document: Document, node: yaml.Node, path: KeyPath) -> None:

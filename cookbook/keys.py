@@ -22,6 +22,7 @@ from chz.tiepin import CastError, is_subtype_instance
 
 from cookbook import other_trainers
 from cookbook.config_files import COMMAND_LINE, NoValue, Setting, importable
+from cookbook.documents import MAX_DEPTH
 from cookbook.errors import ConfigError
 from cookbook.nearest import did_you_mean
 
@@ -154,7 +155,7 @@ class Resolver:
         if ends := [whole for whole in params if whole.endswith(f".{key}")]:
             return [whole for whole in ends if not self._refers_to_one_of(whole, ends)]
         head, _, item = key.rpartition(".")
-        above = self._find(head, params) if head else []
+        above = self._find(head, params) if head and head.count(".") < MAX_DEPTH else []
         return [f"{whole}.{item}" for whole in above if _takes_item(_type_of(whole, params), item)]
 
     def _refers_to_one_of(self, key: str, others: Sequence[str]) -> bool:
@@ -369,10 +370,10 @@ class Resolver:
         return f"it takes {describe_type(kind)}.{did_you_mean(text, choices) if text else ''}"
 
 
-def _depth_and_number(key: str) -> tuple[int, list[tuple[int, str]]]:
+def _depth_and_number(key: str) -> tuple[int, list[int]]:
     """Sorts keys after those above them, and items by their numbers."""
     parts = key.split(".")
-    return len(parts), [(int(part), "") if part.isdecimal() else (-1, "") for part in parts]
+    return len(parts), [int(part) if _INDEX.fullmatch(part) else -1 for part in parts]
 
 
 def _given_twice(key: str, earlier: Setting, later: Setting) -> str:
@@ -412,12 +413,14 @@ def _is_mapping(kind: Any) -> bool:
     return any((get_origin(one) or one) in _MAPPINGS for one in _alternatives(kind))
 
 
+_INDEX = re.compile("0|[1-9][0-9]{0,4}")
+"""The number of an item of a list."""
 _LISTS = (list, tuple, Sequence)
 _MAPPINGS = (dict, Mapping)
 
 
 def _takes_item(kind: Any, item: str) -> bool:
-    return _is_mapping(kind) or (_is_list(kind) and re.fullmatch("0|[1-9][0-9]{0,4}", item) is not None)
+    return _is_mapping(kind) or (_is_list(kind) and _INDEX.fullmatch(item) is not None)
 
 
 def _keys_above(key: str) -> Iterator[str]:

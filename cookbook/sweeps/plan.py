@@ -120,8 +120,10 @@ def make_plan(argv: Sequence[str]) -> Plan:
     of_runs = [setting for setting in given.settings if setting.key not in own_keys]
     config = _own_config(own, own_given, _default_name(path, [*own, *own_given], of_runs), given)
     recipe = find_recipe(config.recipe)
-    base = given.config or in_file.pop("config", None)
-    in_file.pop("config", None)
+    named = in_file.pop("config", None)
+    if not isinstance(named, str | None):
+        raise ConfigError(f"{file.place((RUNS, 'config'))}: config: {named} is not the name of a file.")
+    base = given.config or named
     if "log_path" in in_file:
         raise ConfigError(
             "log_path: each run has a folder of its own in that of the sweep. Write it above runs."

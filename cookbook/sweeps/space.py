@@ -49,6 +49,8 @@ class Uniform:
 
 Axis = Choice | Uniform
 DISTRIBUTIONS = ("choice", "uniform", "loguniform")
+MAX_RUNS = 10_000
+"""More points are a mistake: each is a run, planned before the first one starts."""
 
 
 def parse_axis(key: str, value: Any, kind: Any) -> Axis:
@@ -130,7 +132,17 @@ def points(axes: Mapping[str, Axis], num_samples: int | None, sample_seed: int) 
     searched = {key: axis for key, axis in axes.items() if key != SEED}
     if isinstance(seeds, Uniform):
         raise ConfigError("seed: seeds are listed, as in seed: [0, 1, 2].")
-    found = _grid(searched) if num_samples is None else _draws(searched, num_samples, sample_seed)
+    grid_size = math.prod(
+        len(axis.values) if isinstance(axis, Choice) else math.inf for axis in searched.values()
+    )
+    num_points = grid_size if num_samples is None else min(grid_size, num_samples)
+    if MAX_RUNS < num_points < math.inf:
+        of_what = "The grid" if num_samples is None else f"num_samples={num_samples}"
+        raise ConfigError(
+            f"{of_what} asks for {num_points:,} runs, and a sweep has at most {MAX_RUNS:,}. Vary less, or "
+            "draw fewer with num_samples."
+        )
+    found = _grid(searched) if num_samples is None else _draws(searched, num_samples, grid_size, sample_seed)
     if seeds is None:
         return found
     return [{**point, SEED: seed} for point in found for seed in seeds.values]
@@ -145,16 +157,15 @@ def _grid(axes: Mapping[str, Axis]) -> list[Point]:
     return [dict(zip(axes, values, strict=True)) for values in itertools.product(*alternatives)]
 
 
-def _draws(axes: Mapping[str, Axis], num_samples: int, sample_seed: int) -> list[Point]:
+def _draws(axes: Mapping[str, Axis], num_samples: int, grid_size: float, sample_seed: int) -> list[Point]:
     rng = np.random.default_rng(sample_seed)
-    found: list[Point] = []
-    for _ in range(100 * num_samples):  # a small grid runs out of new points
-        point = {key: axis.draw(rng) for key, axis in axes.items()}
-        if point not in found:
-            found.append(point)
-        if len(found) == num_samples:
+    wanted = min(num_samples, grid_size)
+    found: dict[tuple[str, ...], None] = {}  # in the order in which they were drawn
+    for _ in range(100 * num_samples):  # whole numbers between two ends may run out of new points
+        found.setdefault(tuple(axis.draw(rng) for axis in axes.values()))
+        if len(found) == wanted:
             break
-    return found
+    return [dict(zip(axes, values, strict=True)) for values in found]
 
 
 def varied_keys(axes: Mapping[str, Axis]) -> list[str]:

@@ -177,7 +177,10 @@ class ConversationBuilder(ChatDatasetBuilder):
         total = sum(len(rows.rows) for rows in trainable)
         size = min(_DEFAULT_TEST_ROWS, total // 20) if self.test_size is None else self.test_size
         if size >= total:
-            raise DataError(f"test_size={size} leaves nothing to train on: there are {total} rows. Lower it.")
+            named = ", ".join(rows.store.name for rows in trainable)
+            raise DataError(
+                f"test_size={size} leaves nothing to train on: there are {total} rows in {named}. Lower it."
+            )
         is_test = np.zeros(total, bool)
         is_test[np.random.default_rng(self.shuffle_seed).permutation(total)[:size]] = True
         train, test, first = [], [], 0

@@ -11,10 +11,13 @@ import pytest
 
 from cookbook.errors import DataError
 from cookbook.supervised.data import FromConversationFileBuilder
+from cookbook.supervised.data.formats import conversations_of
+from cookbook.supervised.data.rendering import RowRenderer
 from cookbook.supervised.data.report import DataReport
+from cookbook.supervised.data.sources import Row
 from cookbook.supervised.types import ChatDatasetBuilderCommonConfig
 from cookbook.types import Datum
-from renderers import TrainOnWhat
+from renderers import TrainOnWhat, get_renderer
 
 PROMPT = "<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n"
 REPLY = "thank you<|im_end|>"
@@ -65,6 +68,7 @@ def ids(tokenizer: Any, text: str) -> list[int]:
             "completion": f"<|im_start|>assistant\n{REPLY}",
         },
         {"question": PROMPT, "answer": REPLY},
+        {"instruction": PROMPT, "output": REPLY},
     ],
 )
 def test_a_pair_that_is_already_rendered_is_trained_on_its_completion(read, tiny_tokenizer, row):
@@ -109,6 +113,39 @@ def test_a_message_that_spells_a_control_token_is_text_and_counted(read, tiny_to
 def test_a_rendered_prompt_has_no_messages_to_choose(read):
     with pytest.raises(DataError, match=r"already rendered.*all_messages"):
         read({"prompt": PROMPT, "completion": REPLY}, train_on_what=TrainOnWhat.ALL_MESSAGES)
+
+
+def test_pairs_are_rendered_once_whatever_was_rendered_before_them(tiny_tokenizer):
+    renderer = get_renderer("chat_template", tiny_tokenizer)
+    rows = RowRenderer(renderer, TrainOnWhat.ALL_ASSISTANT_MESSAGES, conversations_of, "key")
+    before = rows.fingerprint()
+    for row in ({"prompt": PROMPT, "completion": REPLY}, {"prompt": "Hello", "completion": "thank you"}):
+        rows(Row(row, "row 1"))
+        assert rows.fingerprint() == before
+
+
+SYSTEM = "<|im_start|>system\nthank you<|im_end|>\n"
+TOOL = {"name": "find", "description": "d", "parameters": {}}
+
+
+@pytest.mark.parametrize(
+    ("beside", "named"),
+    [
+        ({"system": "Be kind."}, "system prompt"),
+        ({"tools": [TOOL]}, "tool `find`"),
+        ({"chat_template_kwargs": {"enable_thinking": False}}, "chat_template_kwargs"),
+    ],
+)
+def test_what_stands_beside_a_rendered_prompt_and_not_in_it_is_refused(read, beside, named):
+    with pytest.raises(DataError, match=f"already rendered, and the {named} of the row is not in it"):
+        read({"prompt": PROMPT, "completion": REPLY, **beside})
+
+
+def test_a_rendered_prompt_may_have_its_system_prompt_and_tools_beside_it(read, tiny_tokenizer):
+    prompt = f"{SYSTEM.replace('you', 'find')}{PROMPT}"
+    row = {"prompt": prompt, "completion": REPLY, "system": "thank find", "tools": [TOOL]}
+    datum, _ = read(row)
+    assert tokens_and_trained(datum, tiny_tokenizer) == (ids(tiny_tokenizer, prompt + REPLY), REPLY)
 
 
 def test_variables_of_a_row_reach_the_chat_template(read, tiny_qwen3, tmp_path, monkeypatch):
