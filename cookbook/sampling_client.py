@@ -210,10 +210,17 @@ def _of_checkpoint(
 
 
 def _release(engine: Engine, prepared: Prepared) -> None:
-    """Frees a snapshot's adapter once its client is gone and what it queued has run."""
+    """Frees a snapshot's adapter once its client is gone and what it queued has run.
 
-    def remove() -> None:
-        if prepared.exception() is None and (adapter := prepared.result()[0]) is not None:
-            engine.base.adapters.remove(adapter)
+    That may be before the adapter is there: then the client is gone before the engine came to its snapshot.
+    """
+    prepared.add_done_callback(functools.partial(_remove_later, engine))
 
-    engine.clean_up_later(remove)
+
+def _remove_later(engine: Engine, prepared: Prepared) -> None:
+    engine.clean_up_later(functools.partial(_remove, engine.base, prepared))
+
+
+def _remove(base: BaseModel, prepared: Prepared) -> None:
+    if prepared.exception() is None and (adapter := prepared.result()[0]) is not None:
+        base.adapters.remove(adapter)

@@ -5,6 +5,7 @@ Shape suffixes: T tokens of one sequence.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
@@ -239,7 +240,10 @@ class LoraConfig:
 
 @dataclass(frozen=True)
 class AdamParams:
-    """One step of AdamW. `weight_decay` is decoupled; `grad_clip_norm` of 0 does not clip."""
+    """One step of AdamW. `weight_decay` is decoupled; `grad_clip_norm` of 0 does not clip.
+
+    Raises RequestError for what is no number of 0 or more, and for a beta that is not below 1.
+    """
 
     learning_rate: float = 1e-4
     beta1: float = 0.9
@@ -247,6 +251,18 @@ class AdamParams:
     eps: float = 1e-12
     weight_decay: float = 0.0
     grad_clip_norm: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).copy().items():
+            try:
+                number = float(value + 0.0)  # a string is refused, and an array of one number is copied
+            except (TypeError, ValueError) as error:
+                raise RequestError(f"Invalid {name}={value!r}: must be a number.") from error
+            below = 1 if name.startswith("beta") else math.inf
+            if not 0 <= number < below:
+                must = "at least 0 and below 1" if below == 1 else "finite and at least 0"
+                raise RequestError(f"Invalid {name}={value!r}: must be {must}.")
+            object.__setattr__(self, name, number)
 
 
 @dataclass(frozen=True)

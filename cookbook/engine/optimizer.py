@@ -61,6 +61,8 @@ class Optimizer:
         self._stepped: set[str] = set()
         """The weights whose moments a step has changed: others had no gradient so far."""
         self.num_steps = 0
+        self._has_changed_weights = False
+        """Whether the step that is being taken has got as far as that."""
         self.is_half_stepped = False
         """Whether a step failed on the way and could not be undone."""
 
@@ -120,6 +122,7 @@ class Optimizer:
                 eps=params.eps,
                 weight_decay=params.weight_decay,
             )
+        self._has_changed_weights = True
         self._adamw.step()
         self._copy_masters()
         self._stepped |= {name for name, master in self.masters.items() if master.grad is not None}
@@ -130,12 +133,13 @@ class Optimizer:
     def all_or_nothing(self) -> Iterator[None]:
         """Where the body fails, weights, moments and step counts are those from before."""
         before, stepped, num_steps = self._copies(), set(self._stepped), self.num_steps
+        self._has_changed_weights = False
         try:
             yield
         except BaseException:
-            if before is None:
+            if self._has_changed_weights and before is None:
                 self.is_half_stepped = True
-            else:
+            elif self._has_changed_weights:
                 if before:
                     torch._foreach_copy_(self._changed_by_a_step(), before)
                 self._copy_masters()

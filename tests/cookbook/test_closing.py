@@ -251,6 +251,22 @@ def test_sampling_clients_leave_nothing(way: str, service: ServiceClient, tiny_q
     assert len(kept) == 5
 
 
+def test_a_sampler_that_is_dropped_before_its_snapshot_is_taken_holds_up_nothing(
+    service: ServiceClient, tiny_qwen3: str
+) -> None:
+    client = service.create_lora_training_client(tiny_qwen3, rank=4, seed=0)
+    engine, may_go_on = client._engine, threading.Event()
+    engine.submit(may_go_on.wait, 20)
+    for _ in range(2):
+        client.save_weights_and_get_sampling_client()  # nobody keeps it
+    gc.collect()
+    passed = client.forward_backward(DATA)
+    may_go_on.set()
+    passed.result(timeout=20)
+    engine.wait()
+    assert list(engine.base.model.peft_config) == [client._trainer.adapter.name]
+
+
 def test_the_last_adapter_leaves_the_model_as_it_was(service: ServiceClient, tiny_qwen3: str) -> None:
     of_base = service.create_sampling_client(base_model=tiny_qwen3)
     model = of_base._engine.base.model

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from cookbook.errors import RequestError
-from cookbook.types import Datum, EncodedTextChunk, ModelInput, SamplingParams, TensorData
+from cookbook.types import AdamParams, Datum, EncodedTextChunk, ModelInput, SamplingParams, TensorData
 
 TARGETS = [5, 6, -100, 7]
 WEIGHTS = [0.0, 1.0, 0.5, 2.0]
@@ -238,3 +238,33 @@ def test_sampling_params_keep_their_stops_whatever_becomes_of_what_they_were_giv
     assert SamplingParams(stop="a").stop == "a"
     assert SamplingParams(stop=[]).stop == []
     assert {SamplingParams(stop=("a",)), SamplingParams(stop=("a",))} == {SamplingParams(stop=("a",))}
+
+
+def test_adam_params_keep_their_numbers_whatever_becomes_of_what_they_were_given() -> None:
+    rate, decay = np.array(0.1), torch.tensor(0.25)
+    params = AdamParams(learning_rate=rate, weight_decay=decay)  # type: ignore[arg-type]
+    rate[...] = 99
+    decay.fill_(99)
+    assert (params.learning_rate, params.weight_decay) == (0.1, 0.25)
+    assert type(params.learning_rate) is float
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("learning_rate", float("nan")),
+        ("learning_rate", -1e-4),
+        ("learning_rate", "1e-4"),
+        ("learning_rate", None),
+        ("learning_rate", [1e-4]),
+        ("beta1", 1.0),
+        ("beta2", 1.5),
+        ("eps", -1e-8),
+        ("weight_decay", float("inf")),
+        ("grad_clip_norm", float("nan")),
+        ("grad_clip_norm", -1.0),
+    ],
+)
+def test_a_step_that_would_ruin_the_weights_is_refused(name: str, value: Any) -> None:
+    with pytest.raises(RequestError, match=f"Invalid {name}="):
+        AdamParams(**{name: value})

@@ -181,6 +181,24 @@ def test_where_there_is_no_memory_to_undo_a_step_nothing_goes_on_until_a_state_i
     made.optim_step(ADAM)
 
 
+@pytest.mark.parametrize("break_it", [break_norm, break_clipping], ids=lambda each: each.__name__)
+def test_a_step_that_fails_before_it_changes_anything_needs_no_undoing(
+    break_it: Any, tiny_qwen3: str, make_data: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, unfailed = (_trainer(tiny_qwen3, 4) for _ in range(2))
+    made._optimizer._can_undo = False
+    request = made.check(make_data(made.base.vocab_size, [9]), "cross_entropy", None)
+    made.forward_backward(request)
+    with monkeypatch.context() as patch:
+        break_it(made._optimizer, patch)
+        with pytest.raises(TrainingError, match="optim_step failed: OutOfMemoryError.*as before it"):
+            made.optim_step(ADAM)
+    for each in (made, unfailed):
+        each.forward_backward(request)
+        each.optim_step(ADAM)
+    assert_same(state_of(made._optimizer), state_of(unfailed._optimizer))
+
+
 def test_a_copy_that_does_not_fit_is_done_without(monkeypatch: pytest.MonkeyPatch) -> None:
     made = Optimizer(make_weights(torch.float32))
     pass_over(made, 0)
