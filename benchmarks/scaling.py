@@ -65,7 +65,11 @@ def work(kind: Kind, num_tokens: int, rounds: int, folder: Path) -> dict[str, An
 
     before_weights = process_memory.resident_bytes()
     service = ServiceClient(
-        "cpu", "float32", folder / "checkpoints", max_tokens_per_microbatch=MICROBATCH, shard=kind.shard
+        device="cpu",
+        dtype="float32",
+        checkpoint_dir=folder / "checkpoints",
+        max_tokens_per_microbatch=MICROBATCH,
+        shard=kind.shard,
     )
     client = service.create_lora_training_client(
         str(step_model.make_model_folder(folder / "model")),

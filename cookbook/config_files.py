@@ -123,14 +123,37 @@ def _leaves(values: Any, path: KeyPath = ()) -> Iterator[tuple[KeyPath, Any]]:
 
 def importable(name: str) -> str:
     """`module:Class`, checked, so that a config from elsewhere fails with the name that is missing."""
+    _imported(name)
+    return name
+
+
+def _imported(name: str) -> Any:
     module, _, attribute = name.partition(":")
     try:
-        value = importlib.import_module(module)
+        value: Any = importlib.import_module(module)
         for part in attribute.split("."):
             value = getattr(value, part)
     except (ImportError, AttributeError) as error:
         raise ConfigError(f"{TYPE_KEY}: {name} cannot be imported ({error}).") from error
-    return name
+    return value
+
+
+def with_defaults(old: Any, new: Any) -> Any:
+    """A recorded config with the fields that its classes have got since, at their defaults.
+
+    `new` is the config it is compared with: a field that only this one has, at its default, is no difference.
+    """
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        return [with_defaults(one, other) for one, other in zip(old, new, strict=True)]
+    if not (isinstance(old, dict) and isinstance(new, dict)):
+        return old
+    filled = {key: with_defaults(value, new.get(key)) for key, value in old.items()}
+    if TYPE_KEY in old and old[TYPE_KEY] == new.get(TYPE_KEY):
+        for key in new.keys() - old.keys():
+            field = chz.chz_fields(_imported(old[TYPE_KEY])).get(key)
+            if field is not None and field._default == new[key]:
+                filled[key] = new[key]
+    return filled
 
 
 def differences(old: Any, new: Any, prefix: str = "") -> dict[str, tuple[Any, Any]]:

@@ -103,13 +103,16 @@ def _speakers(config: ChatConfig, service: ServiceClient) -> tuple[str, list[Spe
         config.renderer_name or recorded.get("renderer_name") or models.recommended_renderer(base_model)
     )
     system_prompt = recorded.get("system_prompt") if config.system_prompt is None else config.system_prompt
+    tools_in_system = recorded.get("tools_in_system") == "True" and renderer_name == recorded.get(
+        "renderer_name"
+    )
     params = SamplingParams(
         max_tokens=config.max_tokens, seed=config.seed, temperature=config.temperature, top_p=config.top_p
     )
     context_length = models.context_length(base_model) or 2**20
     speakers = []
     for label, client in clients.items():
-        renderer = get_renderer(renderer_name, client.get_tokenizer(), system_prompt)
+        renderer = get_renderer(renderer_name, client.get_tokenizer(), system_prompt, tools_in_system)
         speakers.append(Speaker(label, Conversation(client, renderer, params, context_length)))
     return f"{title} ({renderer_name})", speakers
 

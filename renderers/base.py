@@ -26,7 +26,7 @@ from renderers.messages import (
     check_tools,
     normalize,
 )
-from renderers.other_formats import note_tokens_of_other_formats
+from renderers.other_formats import ENDS, note_tokens_of_other_formats
 from renderers.streaming import PLAIN, ResponseStream, Sections
 from renderers.tools_in_system import with_tools_in_system
 from renderers.train_on_what import TrainOnWhat, chosen_messages, untrained_messages, weight_of
@@ -206,8 +206,7 @@ class Renderer(ABC):
         Control tokens that the two spell are encoded as those tokens. The completion is trained to its
         end-of-turn token, which is added if it is missing; the header of a reply is not, wherever it stands.
         """
-        if self._reply_header and completion.startswith(self._reply_header):
-            prompt, completion = prompt + self._reply_header, completion.removeprefix(self._reply_header)
+        prompt, completion = self._parted_behind_header(prompt, completion)
         self._check_verbatim(prompt + completion)
         before = self._bos_before(prompt) + prompt
         if not completion.rstrip().endswith(self._end_tokens):
@@ -216,12 +215,23 @@ class Renderer(ABC):
         span = Span(len(before), len(text.rstrip()))
         return self._example(Rendering(text, cuts=[len(before)]), {0: span}, {0: 1.0})
 
+    def _parted_behind_header(self, prompt: str, completion: str) -> tuple[str, str]:
+        """The two, with what the completion has of the header of a reply moved to the prompt."""
+        for header in self._reply_headers:
+            for num_there in range(len(header)):
+                missing = header[num_there:]
+                if completion.startswith(missing) and prompt.endswith(header[:num_there]):
+                    return prompt + missing, completion.removeprefix(missing)
+        return prompt, completion
+
     def _check_verbatim(self, text: str) -> None:
         """Checks text whose control tokens are meant, and counts it."""
         check_characters(text, "The text")
         self._encoder.check_verbatim(text)
         if self._encoder.control.search(text):
             notes.count("text", "held control tokens, encoded as those tokens")
+        if self.system_prompt:
+            notes.count("text", "stood without the system_prompt: what is no message is given none")
         note_tokens_of_other_formats("text", text, self._encoder.ids)
 
     def _bos_before(self, text: str) -> str:
@@ -245,10 +255,13 @@ class Renderer(ABC):
 
     @cached_property
     def _end_tokens(self) -> tuple[str, ...]:
-        """The spellings of the tokens that end a reply or a text."""
+        """The spellings of the tokens that end a reply or a text: the format's, and any other that the
+        tokenizer has for it, such as the one that its base model ends texts with."""
         stops = [stop for stop in self.get_stop_sequences() if isinstance(stop, int)]
         spelled = [str(self.tokenizer.convert_ids_to_tokens(stop)) for stop in stops]
-        return tuple(dict.fromkeys(filter(None, [*spelled, str(self.tokenizer.eos_token or "")])))
+        added = self.tokenizer.added_tokens_decoder.values()
+        others = [token.content for token in added if token.special and token.content in ENDS]
+        return tuple(dict.fromkeys(filter(None, [*spelled, str(self.tokenizer.eos_token or ""), *others])))
 
     @cached_property
     def _end_of_turn(self) -> str:
@@ -268,14 +281,18 @@ class Renderer(ABC):
         return ""
 
     @cached_property
-    def _reply_header(self) -> str:
-        """What the generation prompt prints behind a user's message."""
+    def _reply_headers(self) -> list[str]:
+        """What stands before a reply: the generation prompt behind a user's message, and the header of a
+        reply in the history, which may be shorter."""
         user: PlainMessage = {"role": "user", "content": "x"}
+        reply: PlainMessage = {"role": "assistant", "content": SENTINEL}
         with suppress(RendererError):
-            prompt = self._render_prompt([user], None, "assistant").text
             said = self._render([user], (), None).text
-            return prompt.removeprefix(said) if prompt.startswith(said) else ""
-        return ""
+            prompt = self._render_prompt([user], None, "assistant").text
+            in_history = self._render([user, reply, user], (), None).text.partition(SENTINEL)[0]
+            begun = [text.removeprefix(said) for text in (prompt, in_history) if text.startswith(said)]
+            return list(dict.fromkeys(filter(None, begun)))
+        return []
 
     def _prepare(
         self, messages: Sequence[Message], train_on_what: TrainOnWhat, tools: Sequence[Tool] | None
@@ -316,15 +333,25 @@ class Renderer(ABC):
         return self._without_end_tokens(plain)
 
     def _without_end_tokens(self, plain: list[PlainMessage]) -> list[PlainMessage]:
-        """Replies without the end token that their author wrote at their end: the format prints it there."""
-        ends = self._end_tokens
+        """Replies without the end token that their author wrote at their end: the format prints it there.
+
+        One that the format does not use is the author's word and stays, counted.
+        """
+        ends = tuple(filter(self._encoder.control.fullmatch, self._end_tokens))
         for index, message in enumerate(plain):
+            if message["role"] != "assistant":
+                continue
             text = message.get("content", "")
-            if message["role"] == "assistant" and text.rstrip().endswith(ends):
+            if text.rstrip().endswith(ends):
                 while (kept := text.rstrip()).endswith(ends):
                     text = kept.removesuffix(next(end for end in ends if kept.endswith(end)))
                 notes.count("message", "ended with the format's own end token, which was dropped")
                 plain[index] = {**message, "content": text}
+            for end in self._end_tokens:
+                if text.endswith(end):
+                    notes.count(
+                        "message", "End tokens that the format does not use, kept before its own", end
+                    )
         return plain
 
     def _with_system_prompt(self, plain: list[PlainMessage]) -> list[PlainMessage]:

@@ -38,6 +38,9 @@ _CUT = f"{ESCAPE}cut;"
 
 _ONLY_CONTENT = {"role", "content"}
 
+_NAMED_FOR_THE_USER = ("sep_token", "cls_token", "mask_token")
+"""Names that transformers has for tokens which no chat model uses unless its template does."""
+
 
 @dataclass(slots=True)
 class Tokens:
@@ -58,9 +61,10 @@ class Encoder:
 
     Control tokens are the special tokens that the format uses, and those of the tokenizer's other added
     tokens that stand in `frame`, what the format prints around a plain message. The format uses a special
-    token that stands in the frame or in `template`, or that the tokenizer names (`eos_token`, `image_token`);
-    without a `template` it uses them all. Any other added token, Qwen's `<tool_call>` or one that the user
-    added, is vocabulary like any word. No text of a reply reads as one of the `ends`, which end turns.
+    token that stands in the frame or in `template`, or that the tokenizer names (`eos_token`, `image_token`,
+    but not `sep_token` and the like, which are the user's); without a `template` it uses them all. Any other
+    added token, Qwen's `<tool_call>` or one that the user added, is vocabulary like any word. No text of a
+    reply reads as one of the `ends`, which end turns.
     """
 
     def __init__(
@@ -76,7 +80,11 @@ class Encoder:
                 "Load a fast tokenizer (one with a tokenizer.json)."
             )
         added = tokenizer.added_tokens_decoder
-        named = {str(name) for name in tokenizer.special_tokens_map.values() if not isinstance(name, list)}
+        named = {
+            str(token)
+            for name, token in tokenizer.special_tokens_map.items()
+            if not isinstance(token, list) and name not in _NAMED_FOR_THE_USER
+        }
         special = [
             token.content
             for token in added.values()

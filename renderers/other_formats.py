@@ -60,6 +60,27 @@ _TOKENS = any_of(
 )
 
 
+ENDS = frozenset(
+    {
+        "<|im_end|>",
+        "<|endoftext|>",
+        "<|end_of_text|>",
+        "<|eot_id|>",
+        "<|eom_id|>",
+        "<|eot|>",
+        "<end_of_turn>",
+        "<turn|>",
+        "<eos>",
+        "</s>",
+        "<|end|>",
+        "<|return|>",
+        "<｜end▁of▁sentence｜>",
+        "<|END_OF_TURN_TOKEN|>",
+    }
+)
+"""Those that end a turn or a text, whatever the format: a base model's own end token may stand behind it."""
+
+
 def note_tokens_of_other_formats(noun: str, text: str, own: Container[str]) -> None:
     """Counts a text, which is a `noun`, for each such token in it that is none of this tokenizer's own."""
     if "<" not in text and "[" not in text:

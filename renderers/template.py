@@ -22,6 +22,7 @@ from jinja2 import nodes
 
 from cookbook.errors import RendererError
 from renderers.encoder import SENTINEL
+from renderers.locality import Beginnings, LocalTemplate, local_template
 from renderers.messages import ROLES, PlainMessage, Tool, to_json
 from renderers.sandbox import compiled
 from renderers.tracing import Outline, Traces
@@ -41,6 +42,9 @@ _TOOL: Tool = {
     "type": "function",
     "function": {"name": "f", "description": "x", "parameters": {"type": "object", "properties": {}}},
 }
+
+_LONG = 24
+"""Messages from which on a conversation's beginnings are looked at together."""
 
 _RESERVED = frozenset({"messages", "tools", "add_generation_prompt"})
 
@@ -152,6 +156,32 @@ class Template:
             printed.append(self.text([_USER, self.adapted(CALL), {"role": "tool", "content": "x"}], [_TOOL]))
         return "\n".join(printed)
 
+    def beginnings(
+        self, messages: Sequence[PlainMessage], tools: Sequence[Tool] | None, prompt: bool
+    ) -> Beginnings | None:
+        """The text of all first messages; None where the template has to be run for each number of them."""
+        template = self._local_with_tools if tools else self._local
+        if template is None or len(messages) <= template.num_first:
+            return None
+        variables = {
+            **self._variables,
+            "tools": list(tools) if tools else None,
+            "add_generation_prompt": prompt,
+        }
+        with suppress(
+            Exception
+        ):  # a template is foreign code; what it raises it raises again where it is run
+            return template.beginnings(messages, variables)
+        return None
+
+    @cached_property
+    def _local(self) -> LocalTemplate | None:
+        return local_template(self._source, self._plain.environment)
+
+    @cached_property
+    def _local_with_tools(self) -> LocalTemplate | None:
+        return local_template(self._source_with_tools, self._with_tools.environment)
+
     # -- what it has places for ---------------------------------------------------------------
 
     def prints(self, role: str) -> bool:
@@ -250,6 +280,8 @@ class Chat:
         self._outline = Outline(self.messages)
         self._given = messages, tools
         self._texts: dict[tuple[int, bool], str | RendererError] = {}
+        self._all_messages = self.messages
+        self._beginnings: dict[bool, Beginnings | None] = {}
 
     def beginning(self, messages: Sequence[PlainMessage], tools: Sequence[Tool] | None) -> Chat | None:
         """The chat of these messages, if this begins with the very same; it shares what is kept."""
@@ -263,6 +295,9 @@ class Chat:
     def text(self, num_messages: int, prompt: bool = False) -> str:
         """The text of the first messages."""
         key = (num_messages, prompt)
+        beginnings = None if key in self._texts else self._beginnings_of_long(prompt)
+        if beginnings is not None and num_messages >= beginnings.least:
+            return beginnings.text(num_messages)
         if key not in self._texts:
             try:
                 self._texts[key] = self._template.text_of_first(
@@ -274,6 +309,14 @@ class Chat:
         if isinstance(found, RendererError):
             raise found
         return found
+
+    def _beginnings_of_long(self, prompt: bool) -> Beginnings | None:
+        """Those of a conversation that is long enough to be worth it."""
+        if len(self._all_messages) < _LONG:
+            return None
+        if prompt not in self._beginnings:
+            self._beginnings[prompt] = self._template.beginnings(self._all_messages, self.tools, prompt)
+        return self._beginnings[prompt]
 
     def prompt_before(self, index: int) -> str | None:
         """The prompt for message `index`, or None where the template renders none."""

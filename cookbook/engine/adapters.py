@@ -107,8 +107,9 @@ class Adapters:
         others = [name for name in self._peft.peft_config if name != adapter.name]
         if others:
             self._activate(others[0])
-        self._peft.delete_adapter(adapter.name)  # its tensors go now; PEFT's layers hold themselves
+        self._peft.delete_adapter(adapter.name)  # its tensors go now, whoever holds the layer
         if not others:
+            fused_lora.unfuse(self._model)
             self._peft.base_model.unload()
             self._peft = self._active = None
 

@@ -99,3 +99,11 @@ def fuse(model: nn.Module) -> None:
             module.forward = types.MethodType(_forward, module)
             module.set_adapter = types.MethodType(_set_adapter, module)  # type: ignore[assignment]
             _find_lora_in_use(module)
+
+
+def unfuse(model: nn.Module) -> None:
+    """Takes back what `fuse` did: methods of its own make a layer hold itself, and its weights, until garbage
+    is collected."""
+    for module in model.modules():
+        if "lora_in_use" in vars(module):
+            del module.forward, module.set_adapter, module.lora_in_use

@@ -7,6 +7,7 @@ torch.distributed.checkpoint, in safetensors. Nothing is unpickled.
 
 from __future__ import annotations
 
+import functools
 import shutil
 import warnings
 from collections.abc import Mapping
@@ -39,17 +40,20 @@ def save(
         state.check_name_is_free(path, overwrite)
         shutil.rmtree(parts, ignore_errors=True)
 
-    def write(folder: Path) -> None:
-        full_weights.write(base.model, base.tokenizer, folder, whole)
-        if optimizer is not None:
-            parts.rename(folder / state.OPTIMIZER_FOLDER)
-
     mesh.by_main(make_room)
     whole = full_weights.whole_weights(weights, is_kept=mesh.is_main)
     with mesh.failing_together():
         if optimizer is not None:
             _write(parts, optimizer, mesh)
-    mesh.by_main(lambda: state.save(path, info, write, None, overwrite))
+    write = functools.partial(_put_together, base, whole, None if optimizer is None else parts)
+    mesh.by_main(functools.partial(state.save, path, info, write, None, overwrite))
+
+
+def _put_together(base: BaseModel, whole: Mapping[str, Tensor], parts: Path | None, folder: Path) -> None:
+    """Writes the weights into `folder` and moves the optimizer's parts there."""
+    full_weights.write(base.model, base.tokenizer, folder, whole)
+    if parts is not None:
+        parts.rename(folder / state.OPTIMIZER_FOLDER)
 
 
 def read_optimizer(path: str, masters: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -376,7 +376,8 @@ class Trainer:
             sharded_state.save(path, info, self.base, self.adapter.weights, optimizer, overwrite)
             return
         write_weights = functools.partial(self.base.adapters.write, self.adapter)
-        self._mesh.by_main(lambda: state.save(path, info, write_weights, optimizer, overwrite))
+        # What a failed save is told with holds no weights: a lambda would, in its scope.
+        self._mesh.by_main(functools.partial(state.save, path, info, write_weights, optimizer, overwrite))
 
     def _lowered_limits(self) -> dict[str, int] | None:
         """Where memory ran out: what a resumed run has to know in order to cut its batches the same way."""

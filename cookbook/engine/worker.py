@@ -155,8 +155,14 @@ class _Worker:
         self._signal.put(None)
 
     def clean_up_later(self, work: Callable[[], None]) -> None:
-        """Takes no lock: the garbage collector calls this, perhaps in the middle of `enqueue`."""
+        """Takes no lock: the garbage collector calls this, perhaps in the middle of `enqueue`.
+
+        Once the thread has ended it does nothing: what there was to free goes with the model, which `work`
+        may hold.
+        """
         self._clean_ups.append(work)
+        if self._has_ended:
+            self._clean_ups.clear()
         self._signal.put(None)
 
     def end_later(self) -> None:
@@ -238,6 +244,7 @@ class _Worker:
             self._has_ended = True
             left = [*self._queue]
             self._queue.clear()
+        self._clean_ups.clear()
         for job in left:
             job.fail(ClosedError(_CLOSED))
 
@@ -308,11 +315,11 @@ class Engine:
         self._worker.wait()
 
     def close(self) -> None:
-        """Runs what is queued, ends the thread, and closes the clients. A second time it does nothing."""
+        """Runs what is queued, closes the clients, and ends the thread. A second time it does nothing."""
         self.is_closed = True
-        self._worker.end()
         for client in list(self.clients):
-            client.close()
+            client.close()  # while the thread can still take their adapters out of the model
+        self._worker.end()
 
     def _step(self) -> int | None:
         return None if self._recorder is None else self._recorder.step

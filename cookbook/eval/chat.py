@@ -34,6 +34,10 @@ class ChatEvaluatorBuilder(EvaluatorBuilder):
         default=None, doc="put before every prompt; default: that of the run"
     )
 
+    tools_in_system: bool | None = chz.field(
+        default=None, doc="describe tools in the system message; default: as the run does"
+    )
+
     def in_run(self, run: RunContext) -> ChatEvaluatorBuilder:
         if self.model_name not in (None, run.model_name):
             return self
@@ -42,6 +46,7 @@ class ChatEvaluatorBuilder(EvaluatorBuilder):
             model_name=run.model_name,
             renderer_name=self.renderer_name or run.renderer_name,
             system_prompt=run.system_prompt if self.system_prompt is None else self.system_prompt,
+            tools_in_system=run.tools_in_system if self.tools_in_system is None else self.tools_in_system,
         )
 
     def make_renderer(self) -> Renderer:
@@ -50,7 +55,8 @@ class ChatEvaluatorBuilder(EvaluatorBuilder):
                 f"{type(self).__name__} does not know the model. A run tells it; elsewhere say model_name=."
             )
         name = self.renderer_name or models.recommended_renderer(self.model_name)
-        return get_renderer(name, models.get_tokenizer(self.model_name), self.system_prompt)
+        tokenizer = models.get_tokenizer(self.model_name)
+        return get_renderer(name, tokenizer, self.system_prompt, bool(self.tools_in_system))
 
 
 @chz.chz

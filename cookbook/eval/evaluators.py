@@ -59,6 +59,7 @@ class RunContext:
     model_name: str
     renderer_name: str | None
     system_prompt: str | None
+    tools_in_system: bool = False
 
 
 @chz.chz

@@ -56,7 +56,7 @@ def write_model_card(source: Source, chat_format: ChatFormat, usage: Usage, name
         f"![What the run measured]({CURVES_FILE})" if has_curves else "",
         _data(source),
         _settings(source),
-        _chat_format(chat_format),
+        _chat_format(chat_format, source),
     ]
     text = "\n\n".join(part for part in parts if part)
     (folder / "README.md").write_text(text + "\n", encoding="utf-8")
@@ -168,7 +168,7 @@ def _settings(source: Source) -> str:
     return "## Training\n\n" + _table(["setting", "value"], rows) if rows else ""
 
 
-def _chat_format(chat_format: ChatFormat) -> str:
+def _chat_format(chat_format: ChatFormat, source: Source) -> str:
     ends = ", ".join(f"`{json.dumps(stop, ensure_ascii=False)}`" for stop in chat_format.stop_texts)
     text = (
         f"## Chat format\n\nTrained with the renderer `{chat_format.renderer.name}` of sft-cookbook, which "
@@ -178,6 +178,11 @@ def _chat_format(chat_format: ChatFormat) -> str:
         quoted = "\n".join(f"> {line}" for line in prompt.splitlines())
         text += (
             f" Every conversation began with this system prompt, which the template puts there:\n\n{quoted}"
+        )
+    if source.info.user_metadata.get("tools_in_system") == "True":
+        text += (
+            " The template has no place for tools: in training they were described in the system message, "
+            "called in `<tool_call>` tags and answered by a user's message in `<tool_response>` tags."
         )
     return text
 

@@ -33,7 +33,7 @@ from typing import IO, Any, Literal, TypeAlias
 
 from cookbook import jsonl
 from cookbook.checkpoints import CheckpointLog
-from cookbook.config_files import TYPE_KEY, differences
+from cookbook.config_files import TYPE_KEY, differences, with_defaults
 from cookbook.engine.mesh import ALONE, Mesh
 from cookbook.errors import ConfigError
 
@@ -113,7 +113,7 @@ class RunFolder:
         return earlier
 
     def _write_config(self) -> None:
-        jsonl.write_atomically(self.path / "config.json", _text(self.config).encode())
+        jsonl.write_atomically(self.path / "config.json", jsonl.encoded(_text(self.config)))
 
     @property
     def changes(self) -> dict[str, tuple[Any, Any]]:
@@ -259,7 +259,7 @@ class RunFolder:
 
 
 def _changes(earlier: dict[str, Any], config: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    found = differences(earlier, config)
+    found = differences(with_defaults(earlier, config), config)
     return {key: values for key, values in found.items() if key not in ("log_path", "if_log_path_exists")}
 
 

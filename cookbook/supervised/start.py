@@ -115,7 +115,11 @@ async def start_run(config: Config, folder: RunFolder, checkpoints: CheckpointLo
 def _chat_format(config: Config) -> dict[str, str]:
     """What a checkpoint must say for its model to be prompted as it was trained."""
     metadata = {"renderer_name": str(config.renderer_name)}
-    return metadata | ({"system_prompt": config.system_prompt} if config.system_prompt else {})
+    if config.system_prompt:
+        metadata["system_prompt"] = config.system_prompt
+    if config.tools_in_system:
+        metadata["tools_in_system"] = "True"
+    return metadata
 
 
 def _warn_of_other_formats(config: Config, is_resumed: bool) -> None:
@@ -127,7 +131,7 @@ def _warn_of_other_formats(config: Config, is_resumed: bool) -> None:
 
         recorded = state.read_info(config.load_checkpoint_path).user_metadata or {}
     builder = config.dataset_builder
-    for key in ("renderer_name", "system_prompt"):
+    for key in ("renderer_name", "system_prompt", "tools_in_system"):
         if recorded and ours.get(key) != recorded.get(key):
             logger.warning(
                 "%s was trained with %s=%s, this run goes on with %s.",
@@ -183,7 +187,9 @@ def _continue(folder: RunFolder, checkpoints: CheckpointLog, start: Start, has_r
 
 def _make_evaluators(config: Config, folder: RunFolder) -> list[tuple[int, list[Evaluator]]]:
     """With their cadence, the frequent ones first. What one refuses it refuses before the data are read."""
-    run = RunContext(folder.path, config.model_name, config.renderer_name, config.system_prompt)
+    run = RunContext(
+        folder.path, config.model_name, config.renderer_name, config.system_prompt, config.tools_in_system
+    )
 
     def make(builder: AnyEvaluatorBuilder) -> Evaluator:
         return builder.in_run(run)() if isinstance(builder, EvaluatorBuilder) else builder()

@@ -51,6 +51,11 @@ class Config:
     system_prompt: str | None = _field(
         default=None, doc="put before every conversation, recorded with every checkpoint"
     )
+    tools_in_system: bool = _field(
+        default=False,
+        doc="describe tools in the system message and write calls and results as text, for a chat template "
+        "without a place for them; recorded with every checkpoint",
+    )
     load_checkpoint_path: str | None = _field(
         default=None, doc="start from these weights, with a new optimizer"
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import gc
 import inspect
 import threading
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from cookbook import SamplingClient, ServiceClient, TrainingClient
+from cookbook.engine.worker import Engine
 from cookbook.errors import ClosedError, CookbookError
 from cookbook.types import AdamParams, Datum, ModelInput, SamplingParams
 
@@ -138,6 +140,87 @@ def test_a_closed_client_is_freed_without_a_garbage_collection(
             assert not [reference for reference in weights if reference() is not None]
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("rank", [4, 0])
+def test_a_closed_service_frees_its_models_without_a_garbage_collection(
+    rank: int, tiny_qwen3: str, tmp_path: Path
+) -> None:
+    """Its clients are still open when it is closed, and kept."""
+    service = ServiceClient(checkpoint_dir=tmp_path)
+    client = service.create_lora_training_client(tiny_qwen3, rank=rank, seed=0)
+    client.forward_backward(DATA)
+    client.optim_step(ADAM).result()
+    sampler = client.save_weights_and_get_sampling_client()
+    sampler.sample(PROMPT, 1, GREEDY).result()
+    model = client._engine.base.model
+    storages = [weakref.ref(weight.untyped_storage()) for weight in model.parameters()]
+    del model
+    gc.collect()
+    gc.disable()
+    try:
+        service.close()
+        assert not [reference for reference in storages if reference() is not None]
+    finally:
+        gc.enable()
+    for closed in (client, sampler):
+        with pytest.raises(ClosedError):
+            closed.get_tokenizer()
+
+
+@pytest.mark.parametrize("way", ["service first", "client later", "dropped"])
+def test_services_leave_nothing_in_whatever_order_things_end(
+    way: str, tiny_qwen3: str, tmp_path: Path
+) -> None:
+    def one() -> None:
+        service = ServiceClient(checkpoint_dir=tmp_path)
+        client = service.create_lora_training_client(tiny_qwen3, rank=4, seed=0)
+        client.forward_backward(DATA)
+        sampler = client.save_weights_and_get_sampling_client()
+        future = sampler.sample(PROMPT, 1, GREEDY)
+        engine = client._engine
+        if way != "dropped":
+            service.close()
+        if way == "client later":
+            sampler.close()
+            client.close()
+        future.result()
+        del service, client, sampler, future
+        engine.wait()
+
+    one()
+    before = len(live_tensors())
+    for _ in range(3):
+        one()
+    assert len(live_tensors()) == before
+
+
+def test_what_is_to_be_freed_once_an_engine_has_ended_goes_with_it(tiny_qwen3: str) -> None:
+    """Whatever holds the engine itself would otherwise keep it, and its model, for good."""
+    engine = Engine(tiny_qwen3)
+    engine.close()
+    engine.clean_up_later(functools.partial(print, engine))
+    reference = weakref.ref(engine.base.model)
+    del engine
+    gc.collect()
+    assert reference() is None
+
+
+@pytest.mark.parametrize("rank", [4, 0])
+def test_the_error_of_a_save_holds_no_weights(rank: int, service: ServiceClient, tiny_qwen3: str) -> None:
+    storages, errors = Storages(), []
+    for name in ("one", "two"):
+        client = service.create_lora_training_client(tiny_qwen3, rank=rank, seed=0)
+        client.forward_backward(DATA)
+        client.optim_step(ADAM)
+        client.save_state(name).result()
+        errors.append(client.save_state(name).exception())
+        errors.append(client.save_weights_for_sampler("taken").exception())
+        storages.add_all_of(client)
+        client.close()
+    assert [error is None for error in errors] == [False, True, False, False]
+    del client
+    assert storages.num_alive() == 0
 
 
 @pytest.mark.parametrize("way", ["closed", "dropped"])

@@ -65,3 +65,14 @@ def test_differences_are_named_by_their_dotted_keys() -> None:
     old = {"a": 1, "b": {"c": [1, 2], "d": None}}
     new = {"a": 1, "b": {"c": [1, 3], "e": 4}}
     assert config_files.differences(old, new) == {"b.c.1": (2, 3), "b.e": (None, 4)}
+
+
+def test_a_field_that_came_since_a_config_was_recorded_is_no_difference_at_its_default() -> None:
+    recorded = config_files.to_json(cli.make_config(train.Config, DEFAULTS, []))
+    older = json.loads(json.dumps(recorded))
+    del older["tools_in_system"]
+    del older["dataset_builder"]["common_config"]["tools_in_system"]
+    assert config_files.differences(config_files.with_defaults(older, recorded), recorded) == {}
+    recorded["dataset_builder"]["common_config"]["tools_in_system"] = True
+    found = config_files.differences(config_files.with_defaults(older, recorded), recorded)
+    assert found == {"dataset_builder.common_config.tools_in_system": (None, True)}

@@ -109,7 +109,7 @@ def test_a_piped_question_that_is_not_utf8_is_named(tmp_path: Path) -> None:
         (("sft", "dataset=größe.jsonl"), 1, b"DataError: Dataset file gr"),
         (("report", "läufe"), 1, b"ConfigError: There is no folder l"),
         (("export", "checkpoint=läufe", "to=anderswohin"), 1, b"is no checkpoint"),
-        (("jobs", "list", "größe"), 2, b"list takes no gr"),
+        (("jobs", "list", "größe"), 2, b"unrecognized arguments: gr"),
         (("sweep", "größe=1,2"), 1, b"no key 'gr"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
@@ -128,7 +128,7 @@ def test_help_and_errors_are_printed_without_a_traceback(
     ("content", "message"),
     [
         (b"\xef\xbb\xbfmax_steps: 1\n", b"max_steps=1"),
-        (b"system_prompt: caf\xe9\n", b"config='run.yaml' is not UTF-8 text"),
+        (b"system_prompt: caf\xe9\n", b"config=run.yaml is not UTF-8 text"),
     ],
 )
 def test_a_config_file_is_utf8_with_or_without_a_byte_order_mark(

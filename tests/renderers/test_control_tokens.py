@@ -51,6 +51,27 @@ def test_text_that_does_not_end_itself_is_ended_once(small_tokenizer):
     assert renderer.build_text_example(text)[0].to_ints() == plain_ids(tokenizer, f"{text}<|im_end|>")
 
 
+@pytest.mark.parametrize("behind", ["<|endoftext|>", "\n<|endoftext|>", "\n<|endoftext|>\n"])
+def test_the_end_token_of_the_base_model_ends_a_text_too(small_tokenizer, trained_runs, behind):
+    tokenizer = small_tokenizer("chatml")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|endoftext|>"]})
+    renderer = get_renderer("chat_template", tokenizer)
+    text = RENDERED.rstrip() + behind
+    assert renderer.build_text_example(text)[0].to_ints() == plain_ids(tokenizer, text)
+    tokens, weights = renderer.build_completion_example(PROMPT, f"Hello.<|im_end|>{behind}")
+    assert tokens.to_ints() == plain_ids(tokenizer, text)
+    assert trained_runs(tokenizer, (tokens, weights)) == [f"Hello.<|im_end|>{behind.rstrip()}"]
+
+
+def test_text_is_counted_where_it_is_given_no_system_prompt(small_tokenizer):
+    renderer = get_renderer("chat_template", small_tokenizer("chatml"))
+    renderer.system_prompt = "Be brief."
+    with notes.collected() as found:
+        renderer.build_text_example(RENDERED)
+        renderer.build_completion_example(PROMPT, "Hello.")
+    assert "2 texts stood without the system_prompt: what is no message is given none" in noted(found)
+
+
 def test_text_that_begins_with_bos_is_not_given_another(small_tokenizer):
     tokenizer = small_tokenizer("trimming")
     tokenizer.add_bos_token = True
@@ -102,6 +123,22 @@ def test_a_completion_behind_a_rendered_prompt_is_trained_to_its_end_token(
     assert trained_runs(tokenizer, (tokens, weights)) == ["Hello.<|im_end|>"]
 
 
+@pytest.mark.parametrize("num_in_prompt", [0, 5, 21, 22])
+@pytest.mark.parametrize("thinks", [True, False])
+def test_no_part_of_the_header_of_a_reply_is_trained(small_tokenizer, trained_runs, num_in_prompt, thinks):
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
+    )
+    tokenizer = small_tokenizer(template)
+    header = "<|im_start|>assistant\n"
+    prompt, said = RENDERED.partition(header)[0], header + ("<think>\nHm." if thinks else "Hello.")
+    tokens, weights = get_renderer("chat_template", tokenizer).build_completion_example(
+        prompt + said[:num_in_prompt], said[num_in_prompt:]
+    )
+    assert trained_runs(tokenizer, (tokens, weights)) == ["Hm.<|im_end|>" if thinks else "Hello.<|im_end|>"]
+
+
 def test_a_rendered_prompt_is_a_prefix_of_what_is_trained(small_tokenizer):
     tokenizer = small_tokenizer("wordy")
     renderer = get_renderer("chat_template", tokenizer)
@@ -150,6 +187,32 @@ def test_the_end_token_at_the_end_of_a_reply_is_the_formats_own(small_tokenizer,
     assert noted(found) == ["2 messages ended with the format's own end token, which was dropped"]
     prompt = renderer.build_generation_prompt(chat[:3]).to_ints()
     assert tokens.to_ints()[: len(prompt)] == prompt
+
+
+def test_the_end_token_of_the_base_model_is_dropped_from_a_reply_too(small_tokenizer):
+    tokenizer = small_tokenizer("chatml")
+    tokenizer.add_special_tokens({"pad_token": "<|endoftext|>"})
+    for name in ("chat_template", "qwen3_instruct"):
+        renderer = get_renderer(name, tokenizer)
+        for ending in ("<|endoftext|>", "<|im_end|>\n<|endoftext|>"):
+            tokens, weights = renderer.build_supervised_example([user("Hi"), assistant(f"Hello.{ending}")])
+            expected = renderer.build_supervised_example([user("Hi"), assistant("Hello.")])
+            assert tokens == expected[0]
+            assert weights.tolist() == expected[1].tolist()
+
+
+def test_an_end_token_that_the_format_does_not_use_stays_in_a_reply_and_is_counted(
+    small_tokenizer, trained_runs
+):
+    tokenizer = small_tokenizer("chatml")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|end_of_text|>"]})
+    renderer = get_renderer("chat_template", tokenizer)
+    with notes.collected() as found:
+        example = renderer.build_supervised_example([user("Hi"), assistant("Hello.<|end_of_text|>")])
+    assert trained_runs(tokenizer, example) == ["Hello.<|end_of_text|><|im_end|>"]
+    assert noted(found) == [
+        "End tokens that the format does not use, kept before its own: <|end_of_text|> (1 message)"
+    ]
 
 
 def test_a_control_token_within_a_message_is_text_and_counted(small_tokenizer):
@@ -226,6 +289,15 @@ def test_a_token_that_the_tokenizer_names_is_guarded(small_tokenizer):
     tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
     tokens = get_renderer("chat_template", tokenizer).build_generation_prompt([user("<|pad|>")]).to_ints()
     assert tokenizer.pad_token_id not in tokens
+
+
+@pytest.mark.parametrize("named", ["sep_token", "cls_token", "mask_token"])
+def test_a_token_that_the_user_named_stays_one_token(small_tokenizer, named):
+    tokenizer = small_tokenizer("chatml")
+    tokenizer.add_special_tokens({named: "<|mine|>"})
+    renderer = get_renderer("chat_template", tokenizer)
+    tokens = renderer.build_supervised_example([user("a <|mine|> b"), assistant("<|mine|>")])[0].to_ints()
+    assert tokens.count(tokenizer.convert_tokens_to_ids("<|mine|>")) == 2
 
 
 def test_every_token_of_rewritten_history_is_counted_once(small_tokenizer):

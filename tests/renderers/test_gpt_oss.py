@@ -566,7 +566,7 @@ def test_the_length_of_a_type_is_that_of_what_it_spells(renderer, tokenizer, tem
 
 def test_spelled_control_tokens_in_a_reply_parse_back(renderer):
     for reply in (
-        message("assistant", "<|return|><|end|>", reasoning_content="<|end|><|start|>assistant"),
+        message("assistant", "<|return|><|end|> x", reasoning_content="<|end|><|start|>assistant"),
         message("assistant", "", tool_calls=[call("f", {"x": "<|call|>"})]),
     ):
         trained = trained_tokens(renderer.build_supervised_example([message("user", "a"), reply]))

@@ -7,7 +7,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterable
-from functools import cache
+from functools import cache, cached_property
 from itertools import chain
 from pathlib import Path
 from typing import Literal, TypeAlias
@@ -19,7 +19,7 @@ from cookbook import notes
 from cookbook.errors import CookbookError, DataError, describe
 from cookbook.supervised.data import processes
 from cookbook.supervised.data.cache import cache_folder
-from cookbook.supervised.data.conversation import Conversation, join_assistants
+from cookbook.supervised.data.conversation import TEMPLATE_KWARGS, Conversation, join_assistants
 from cookbook.supervised.data.findings import count_findings
 from cookbook.supervised.data.sources import BadRow, Chunk, Row, Source
 from cookbook.supervised.data.sources.base import digest_of
@@ -33,7 +33,7 @@ from cookbook.supervised.data.store import (
     open_store,
 )
 from cookbook.types import ModelInput
-from renderers import Renderer, TrainOnWhat
+from renderers import Message, Renderer, TrainOnWhat
 
 logger = logging.getLogger(__name__)
 
@@ -90,7 +90,7 @@ class RowRenderer:
         if conversation.text is not None:
             built = [renderer.build_text_example(conversation.text)]
         elif conversation.pair is not None and renderer.is_rendered(conversation.pair[0]):
-            built = [self._completion_example(*conversation.pair)]
+            built = [self._completion_example(conversation, *conversation.pair)]
         else:
             roles = [str(message.get("role")) for message in conversation.messages]
             if "assistant" not in roles and self._train_on_what in _NEEDS_ASSISTANT:
@@ -103,13 +103,16 @@ class RowRenderer:
             Example(np.asarray(model_input.to_ints(), np.int32), weights) for model_input, weights in built
         ]
 
-    def _completion_example(self, prompt: str, completion: str) -> tuple[ModelInput, np.ndarray]:
+    def _completion_example(
+        self, conversation: Conversation, prompt: str, completion: str
+    ) -> tuple[ModelInput, np.ndarray]:
         """A pair whose prompt a chat template has printed already."""
         if self._train_on_what not in _NEEDS_ASSISTANT:
             raise DataError(
                 "its prompt is already rendered, so it has no messages to choose by "
                 f"train_on_what={self._train_on_what}. Its completion is trained with all_assistant_messages."
             )
+        _check_prompt_holds_all(prompt, conversation)
         notes.count("row", "had a prompt that is already rendered; its completion is trained as it stands")
         return self._renderer.build_completion_example(prompt, completion)
 
@@ -140,7 +143,10 @@ class RowRenderer:
         if not is_ours or self._conversations_key is None:
             return None
         options = {
-            key: value for key, value in vars(renderer).items() if isinstance(value, str | int | float)
+            key: value
+            for key, value in vars(renderer).items()
+            if isinstance(value, str | int | float)
+            and not isinstance(getattr(type(renderer), key, None), cached_property)
         }
         return digest_of(
             tokenizer.backend_tokenizer.to_str(),
@@ -152,6 +158,25 @@ class RowRenderer:
             self._conversations_key,
             _code_of_this_project(),
         )
+
+
+def _check_prompt_holds_all(prompt: str, conversation: Conversation) -> None:
+    """Raises DataError where a row says more beside a rendered prompt than that prompt does."""
+    tools = conversation.tools or ()
+    missing = [
+        *("system prompt" for message in conversation.messages[:-2] if _text_of(message) not in prompt),
+        *(f"tool `{tool['function']['name']}`" for tool in tools if tool["function"]["name"] not in prompt),
+        *([TEMPLATE_KWARGS] if conversation.template_kwargs else ()),
+    ]
+    if missing:
+        raise DataError(
+            f"its prompt is already rendered, and the {missing[0]} of the row is not in it. Render the "
+            f"prompt with it, or remove it from the row."
+        )
+
+
+def _text_of(message: Message) -> str:
+    return str(message.get("content") or "").strip()
 
 
 def render_source(

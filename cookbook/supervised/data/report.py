@@ -91,7 +91,9 @@ class DataReport:
             f"  {self.tokens:,} tokens, {self.trained_tokens:,} of them trained{share}; "
             f"the longest example has {self.longest:,}.",
         ]
-        lines += _file_lines(f"{self.role} files", self.files) + _file_lines("not read", self.unread)
+        lines += _file_lines(f"{self.role} files", self.files) + _file_lines(
+            f"not read for {self.role}", self.unread
+        )
         left_out = [
             (self.truncated, "example", f"cut to max_length={self.max_length}"),
             (self.too_long, "example", f"left out: longer than max_length={self.max_length}"),

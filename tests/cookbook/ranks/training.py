@@ -88,7 +88,12 @@ def steps(
 ) -> dict[str, Any]:
     """Passes of every kind and five steps: all that came of them, and what was saved."""
     service = ServiceClient(
-        device, "float32", checkpoint_dir=folder, max_tokens_per_microbatch=max_tokens, shard=shard, **options
+        device=device,
+        dtype="float32",
+        checkpoint_dir=folder,
+        max_tokens_per_microbatch=max_tokens,
+        shard=shard,
+        **options,
     )
     client = service.create_lora_training_client(model, rank=rank, seed=0)
     found: dict[str, Any] = {"passes": [], "gradients": [], "norms": []}

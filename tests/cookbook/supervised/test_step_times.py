@@ -183,7 +183,7 @@ def test_the_queue_is_worked_off_in_the_order_of_the_loop(make_config: MakeConfi
 def test_a_trace_changes_no_weight_and_without_it_there_is_none(make_config: MakeConfig) -> None:
     weights = []
     for trace in (True, False):
-        config = make_config(f"trace-{trace}", trace=trace)
+        config = make_config(f"trace-{trace}", trace=trace, eval_every=0)
         folder = asyncio.run(train.main(config)).checkpoint_path
         weights.append(load_file(folder / "adapter_model.safetensors"))
         assert Path(config.log_path, "trace.json").exists() == trace

@@ -241,8 +241,8 @@ def test_a_start_checkpoint_that_is_missing_is_an_error_before_a_model_is_loaded
 def test_data_tokenized_for_another_model_are_refused(
     make_config: MakeConfig, make_model_folder: Any, tmp_path: Path, tiny_tokenizer: Any
 ) -> None:
-    other = make_model_folder(tmp_path / "other")
     tiny_tokenizer.add_tokens(["<|other|>"])
+    other = make_model_folder(tmp_path / "other", vocab_size=len(tiny_tokenizer))
     tiny_tokenizer.save_pretrained(other)
     with pytest.raises(ConfigError, match="whose vocabulary is not that of"):
         asyncio.run(train.main(make_config(model_name=str(other))))

@@ -45,7 +45,7 @@ def read_prompt_completion(row: Mapping[str, Any]) -> Conversation:
         completion = completion[len(prompt) :]
     conversation = conversation_of(row, prompt + completion)
     strings = first(row, PROMPTS), first(row, COMPLETIONS)
-    is_pair = all(isinstance(side, str) for side in strings) and len(conversation.messages) == 2
+    is_pair = all(isinstance(side, str) for side in strings) and len(prompt + completion) == 2
     return replace(conversation, pair=strings) if is_pair else conversation
 
 
@@ -65,7 +65,10 @@ def _side(row: Mapping[str, Any], keys: Sequence[str], role: str) -> list[Messag
 
 
 def read_alpaca(row: Mapping[str, Any]) -> Conversation:
-    """The user says the instruction, then on a new line the input if there is one."""
+    """The user says the instruction, then on a new line the input if there is one.
+
+    Where that is all, it may also be text that a chat template has printed already.
+    """
     given = next((key for key in INPUTS if row.get(key)), None)
     asked = [_text(row, "instruction"), *([_text(row, given)] if given else [])]
     output = next((key for key in OUTPUTS if row.get(key) is not None), None)
@@ -76,7 +79,8 @@ def read_alpaca(row: Mapping[str, Any]) -> Conversation:
         {"role": "user", "content": "\n".join(part for part in asked if part)},
         {"role": "assistant", "content": _text(row, output)},
     ]
-    return conversation_of(row, messages)
+    pair = tuple(str(message["content"]) for message in messages) if len(messages) == 2 else None
+    return replace(conversation_of(row, messages), pair=pair)
 
 
 def _text(row: Mapping[str, Any], key: str) -> str:

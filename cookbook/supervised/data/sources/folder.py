@@ -101,8 +101,7 @@ class FolderReader:
             return self._source_of(layout, evaluation or list(layout.splits), [])
         if TRAIN not in layout.splits:
             raise DataError(
-                f"{folder} has no split 'train': it has {layout.describe()}. Name the split to train on, as "
-                f"in {folder}:{next(iter(layout.splits))}"
+                f"{folder} has no split 'train': it has {layout.describe()}. {self._how_to_train(layout)}"
             )
         if both := sorted(set(layout.files([TRAIN])) & set(layout.files(evaluation))):
             raise DataError(
@@ -110,6 +109,17 @@ class FolderReader:
                 f"name the split to train on, as in {folder}:{TRAIN}"
             )
         return self._source_of(layout, [TRAIN], evaluation)
+
+    def _how_to_train(self, layout: Layout) -> str:
+        """What to do where no file is called as those to train on are."""
+        in_splits = set(layout.files(layout.splits))
+        others = [path for path in layout.paths if path not in in_splits and self.kind_of(Path(path))]
+        if not others:
+            return f"Name the split to train on, as in {layout.folder}:{next(iter(layout.splits))}"
+        return (
+            f"The names of {some(others)} say no split. Rename them, as to train-{others[0]}, or give the "
+            f"files themselves: {layout.folder / others[0]}"
+        )
 
     def _config_and_split(self, folder: Path, wanted: Sequence[str]) -> tuple[str | None, str | None]:
         if len(wanted) == 2:

@@ -43,7 +43,9 @@ class FileSource(Source):
 
     def __init__(self, path: Path, name: str | None = None) -> None:
         if not path.is_file():
-            raise DataError(f"Dataset file {path} does not exist.")
+            is_pattern = any(mark in path.name for mark in "*?[")
+            hint = " Patterns are not read: give the folder, or several files with commas between them."
+            raise DataError(f"Dataset file {path} does not exist.{hint if is_pattern else ''}")
         self.path = path
         self.name = name or path.name
 

@@ -548,6 +548,7 @@ def test_a_missing_or_unknown_dataset_says_what_there_is(tmp_path: Path, tiny_qw
     for name, message in {
         "no_robot": "no known name, file or hub id",
         str(tmp_path / "none.jsonl"): "does not exist",
+        str(tmp_path / "*.jsonl"): "does not exist. Patterns are not read: give the folder",
         "owner/name": "offline mode is on.*On a machine with network access run `hf download",
     }.items():
         with pytest.raises(DataError, match=f"(?s){message}"):

@@ -423,7 +423,8 @@ def test_a_prompt_and_its_completion_may_be_texts_or_messages(prompt: Any, compl
 
 def test_a_prompt_has_a_system_prompt_and_tools_beside_it() -> None:
     row = {"system_prompt": "s", "question": "How many legs?", "response": "eight", "tools": [SCHEMA]}
-    assert only(row) == Conversation([{"role": "system", "content": "s"}, *CHAT], [TOOL])
+    chat = [{"role": "system", "content": "s"}, *CHAT]
+    assert only(row) == Conversation(chat, [TOOL], pair=("How many legs?", "eight"))
 
 
 def test_a_prompt_that_looks_like_a_list_is_text_all_the_same() -> None:

@@ -78,7 +78,7 @@ def write_jsonl(path: Path, rows: list[Any]) -> Path:
 
 
 def write_gzip(path: Path, rows: list[Any]) -> Path:
-    path.write_bytes(gzip.compress(lines_of(rows).encode()))
+    path.write_bytes(gzip.compress(lines_of(rows).encode(), mtime=0))
     return path
 
 
@@ -258,7 +258,7 @@ def test_a_byte_order_mark_is_no_part_of_the_data(tmp_path: Path, name: str) -> 
     path = WRITERS[name](tmp_path / name, number_rows(3))
     content = path.read_bytes()
     if name.endswith(".gz"):
-        path.write_bytes(gzip.compress(b"\xef\xbb\xbf" + gzip.decompress(content)))
+        path.write_bytes(gzip.compress(b"\xef\xbb\xbf" + gzip.decompress(content), mtime=0))
     elif not name.endswith(".parquet"):
         path.write_bytes(b"\xef\xbb\xbf" + content)
     assert list(open_source(str(path)).rows()) == number_rows(3)
@@ -277,7 +277,7 @@ def test_a_json_list_numbers_its_rows_and_keeps_true_nulls(tmp_path: Path) -> No
     ("name", "content", "message"),
     [
         *[(name, b"", "has no rows") for name in WRITERS if not name.endswith((".gz", ".parquet"))],
-        ("a.jsonl.gz", gzip.compress(b"\n\n"), "has no rows"),
+        ("a.jsonl.gz", gzip.compress(b"\n\n", mtime=0), "has no rows"),
         ("a.jsonl", b"\n \n", "has no rows"),
         ("a.json", b"[]", "has no rows"),
         ("a.csv", b"text,number\n", "has no rows"),
@@ -289,7 +289,7 @@ def test_a_json_list_numbers_its_rows_and_keeps_true_nulls(tmp_path: Path) -> No
         ("a.csv", b"text\n\xff\n", "is not UTF-8 text"),
         ("a.csv", b"text,text\na,b\n", "has two columns `text`"),
         ("a.jsonl.gz", b"no gzip", "cannot be read: Not a gzipped file"),
-        ("a.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 9)[:-9], "cannot be read"),
+        ("a.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 9, mtime=0)[:-9], "cannot be read"),
         ("a.parquet", b"no parquet", "is no readable Parquet file"),
         ("a.parquet", b"", "is no readable Parquet file"),
         ("a.txt", b"words", "is not of a known kind. Give a .jsonl"),
@@ -705,7 +705,9 @@ def test_pretty_printed_json_lines_are_refused_and_read_as_json(
     content = b"\xef\xbb\xbf" + text.encode()
     suffix = ".gz" if on_gzip else ""
     for ending in ("jsonl", "json"):
-        (tmp_path / f"a.{ending}{suffix}").write_bytes(gzip.compress(content) if on_gzip else content)
+        (tmp_path / f"a.{ending}{suffix}").write_bytes(
+            gzip.compress(content, mtime=0) if on_gzip else content
+        )
     with pytest.raises(DataError, match=said) as caught:
         list(open_source(str(tmp_path / f"a.jsonl{suffix}")).rows())
     assert "\n" not in str(caught.value)
@@ -819,7 +821,7 @@ JSON_LATIN1 = '{"text": "ok"}\n{"text": "café"}\n'.encode("latin-1")
     ("name", "content", "said"),
     [
         ("a.csv", LATIN1, r"line 3 of .*a.csv is not UTF-8 text: byte 0xe9 in position 3 of the line.*iconv"),
-        ("a.tsv.gz", gzip.compress(LATIN1), r"line 3 of .*a.tsv.gz is not UTF-8 text"),
+        ("a.tsv.gz", gzip.compress(LATIN1, mtime=0), r"line 3 of .*a.tsv.gz is not UTF-8 text"),
         (
             "a.json",
             b'[\n{"text": "caf\xe9"}\n]',
@@ -834,11 +836,11 @@ JSON_LATIN1 = '{"text": "ok"}\n{"text": "café"}\n'.encode("latin-1")
             )
             for encoding in ("utf-16", "utf-16-le", "utf-16-be")
         ],
-        ("a.jsonl", gzip.compress(b"{}"), "is compressed with gzip. Let its name end in .gz"),
+        ("a.jsonl", gzip.compress(b"{}", mtime=0), "is compressed with gzip. Let its name end in .gz"),
         ("a.json", b"PAR1....", "is a Parquet file. Let its name end in .parquet"),
-        ("a.parquet", gzip.compress(b"x"), "is compressed with gzip"),
+        ("a.parquet", gzip.compress(b"x", mtime=0), "is compressed with gzip"),
         ("a.csv.gz", b"text\na\n", r"Not a gzipped file.*Take .gz out of its name"),
-        ("a.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 99)[:-9], "it was cut off. Copy it again"),
+        ("a.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 99, mtime=0)[:-9], "it was cut off. Copy it again"),
     ],
 )
 def test_a_file_in_another_encoding_or_format_is_one_line_with_the_place(
@@ -874,5 +876,5 @@ def test_a_parquet_file_that_was_cut_off_is_an_error(tmp_path: Path) -> None:
 )
 def test_text_files_may_be_gzipped(tmp_path: Path, name: str) -> None:
     plain = WRITERS[name.removesuffix(".gz")](tmp_path / name.removesuffix(".gz"), number_rows(3))
-    (tmp_path / name).write_bytes(gzip.compress(plain.read_bytes()))
+    (tmp_path / name).write_bytes(gzip.compress(plain.read_bytes(), mtime=0))
     assert list(open_source(str(tmp_path / name)).rows()) == number_rows(3)

@@ -120,7 +120,11 @@ def test_splits_are_those_that_the_datasets_library_finds(
     ("names", "spec", "said"),
     [
         (["test.jsonl"], "", "has no split 'train': it has test (test.jsonl). Name the split"),
-        (["dev.jsonl", "chats.jsonl"], "", "has no split 'train': it has validation (dev.jsonl)"),
+        (
+            ["dev.jsonl", "chats.jsonl"],
+            "",
+            "The names of chats.jsonl say no split. Rename them, as to train-chats.jsonl",
+        ),
         (
             ["train.jsonl", "test.jsonl"],
             ":dev",
@@ -399,11 +403,11 @@ def test_the_report_lists_the_files_of_each_role(tmp_path: Path, tiny_qwen3: str
     folder = write(tmp_path / "set", "train.jsonl", "test.jsonl", "other.jsonl")
     train, test = built(tiny_qwen3, str(folder))
     assert "  training files: train.jsonl" in train.reports()[0].lines()
-    assert "  not read: other.jsonl" in train.reports()[0].lines()
+    assert "  not read for training: other.jsonl" in train.reports()[0].lines()
     assert "  evaluation files: test.jsonl" in test.reports()[0].lines()
     assert train.reports()[0].to_json()["files"] == ["train.jsonl"]
     held_out, _ = built(tiny_qwen3, str(folder), test_size=1)
-    assert "  not read: other.jsonl, test.jsonl" in held_out.reports()[0].lines()
+    assert "  not read for training: other.jsonl, test.jsonl" in held_out.reports()[0].lines()
 
 
 def test_a_stream_of_a_folder_trains_on_its_train_files(tmp_path: Path, tiny_qwen3: str) -> None:

@@ -1,0 +1,198 @@
+"""Rows that spell control tokens, from the file to the tokens that are trained."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cookbook.errors import DataError
+from cookbook.supervised.data import FromConversationFileBuilder
+from cookbook.supervised.data.formats import conversations_of
+from cookbook.supervised.data.rendering import RowRenderer
+from cookbook.supervised.data.report import DataReport
+from cookbook.supervised.data.sources import Row
+from cookbook.supervised.types import ChatDatasetBuilderCommonConfig
+from cookbook.types import Datum
+from renderers import TrainOnWhat, get_renderer
+
+PROMPT = "<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n"
+REPLY = "thank you<|im_end|>"
+CHAT = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "thank you"}]
+TEMPLATE_WITH_MODES = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if quiet and m.role == 'assistant' %}one {% endif %}{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% if quiet %}one {% endif %}{% endif %}"
+)
+CASES = Path(__file__).parents[5] / "shared" / "cases"
+
+
+@pytest.fixture
+def read(tmp_path: Path, tiny_qwen3: str) -> Callable[..., tuple[Datum, DataReport]]:
+    """(row, **options of the common config) -> its one example and the report."""
+
+    def read_row(row: dict[str, Any], **common: Any) -> tuple[Datum, DataReport]:
+        path = tmp_path / "rows.jsonl"
+        path.write_text(json.dumps(row) + "\n", encoding="utf-8")
+        config = ChatDatasetBuilderCommonConfig(model_name_for_tokenizer=tiny_qwen3, batch_size=1, **common)
+        data, _ = FromConversationFileBuilder(file_path=str(path), common_config=config, test_size=0)()
+        ((datum,),) = [data.get_batch(index) for index in range(len(data))]
+        return datum, data.reports()[0]
+
+    return read_row
+
+
+def tokens_and_trained(datum: Datum, tokenizer: Any) -> tuple[list[int], str]:
+    """All tokens of an example, and what of them is trained, as text."""
+    targets = datum.loss_fn_inputs["target_tokens"].to_numpy()
+    weights = datum.loss_fn_inputs["weights"].to_numpy()
+    tokens = [*datum.model_input.to_ints(), int(targets[-1])]
+    return tokens, tokenizer.decode(targets[weights != 0])
+
+
+def ids(tokenizer: Any, text: str) -> list[int]:
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": PROMPT, "completion": REPLY},
+        {"prompt": PROMPT, "completion": f"{REPLY}\n"},
+        {"prompt": PROMPT, "completion": "thank you"},
+        {
+            "prompt": PROMPT[: -len("<|im_start|>assistant\n")],
+            "completion": f"<|im_start|>assistant\n{REPLY}",
+        },
+        {"question": PROMPT, "answer": REPLY},
+        {"instruction": PROMPT, "output": REPLY},
+    ],
+)
+def test_a_pair_that_is_already_rendered_is_trained_on_its_completion(read, tiny_tokenizer, row):
+    datum, report = read(row)
+    tokens, trained = tokens_and_trained(datum, tiny_tokenizer)
+    given = "".join(row.values())
+    assert tokens == ids(tiny_tokenizer, given if "thank you<" in given else given + "<|im_end|>")
+    assert trained == REPLY
+    assert any("a prompt that is already rendered" in line for line in report.lines())
+
+
+def test_a_text_that_is_already_rendered_is_trained_whole(read, tiny_tokenizer):
+    datum, report = read({"text": PROMPT + REPLY + "\n"})
+    tokens, trained = tokens_and_trained(datum, tiny_tokenizer)
+    assert tokens == ids(tiny_tokenizer, PROMPT + REPLY + "\n")
+    assert trained == (PROMPT + REPLY + "\n").removeprefix("<|im_start|>")
+    assert "  1 text held control tokens, encoded as those tokens" in report.lines()
+
+
+def test_the_end_token_of_a_reply_is_dropped_and_counted(read, tiny_tokenizer):
+    rows = [
+        {"messages": [CHAT[0], {"role": "assistant", "content": REPLY}]},
+        {"instruction": "Hello", "output": REPLY},
+        {"prompt": "Hello", "completion": REPLY},
+        {"conversations": [{"from": "human", "value": "Hello"}, {"from": "gpt", "value": REPLY}]},
+    ]
+    expected = ids(tiny_tokenizer, tiny_tokenizer.apply_chat_template(CHAT, tokenize=False))
+    for row in rows:
+        datum, report = read(row)
+        tokens, trained = tokens_and_trained(datum, tiny_tokenizer)
+        assert (tokens, trained) == (expected, REPLY)
+        assert "  1 message ended with the format's own end token, which was dropped" in report.lines()
+
+
+def test_a_message_that_spells_a_control_token_is_text_and_counted(read, tiny_tokenizer):
+    datum, report = read({"messages": [{"role": "user", "content": PROMPT}, CHAT[1]]})
+    tokens, _ = tokens_and_trained(datum, tiny_tokenizer)
+    assert tokens.count(tiny_tokenizer.convert_tokens_to_ids("<|im_start|>")) == 2
+    assert "  1 message spelled a control token, trained as text" in report.lines()
+
+
+def test_a_rendered_prompt_has_no_messages_to_choose(read):
+    with pytest.raises(DataError, match=r"already rendered.*all_messages"):
+        read({"prompt": PROMPT, "completion": REPLY}, train_on_what=TrainOnWhat.ALL_MESSAGES)
+
+
+def test_pairs_are_rendered_once_whatever_was_rendered_before_them(tiny_tokenizer):
+    renderer = get_renderer("chat_template", tiny_tokenizer)
+    rows = RowRenderer(renderer, TrainOnWhat.ALL_ASSISTANT_MESSAGES, conversations_of, "key")
+    before = rows.fingerprint()
+    for row in ({"prompt": PROMPT, "completion": REPLY}, {"prompt": "Hello", "completion": "thank you"}):
+        rows(Row(row, "row 1"))
+        assert rows.fingerprint() == before
+
+
+SYSTEM = "<|im_start|>system\nthank you<|im_end|>\n"
+TOOL = {"name": "find", "description": "d", "parameters": {}}
+
+
+@pytest.mark.parametrize(
+    ("beside", "named"),
+    [
+        ({"system": "Be kind."}, "system prompt"),
+        ({"tools": [TOOL]}, "tool `find`"),
+        ({"chat_template_kwargs": {"enable_thinking": False}}, "chat_template_kwargs"),
+    ],
+)
+def test_what_stands_beside_a_rendered_prompt_and_not_in_it_is_refused(read, beside, named):
+    with pytest.raises(DataError, match=f"already rendered, and the {named} of the row is not in it"):
+        read({"prompt": PROMPT, "completion": REPLY, **beside})
+
+
+def test_a_rendered_prompt_may_have_its_system_prompt_and_tools_beside_it(read, tiny_tokenizer):
+    prompt = f"{SYSTEM.replace('you', 'find')}{PROMPT}"
+    row = {"prompt": prompt, "completion": REPLY, "system": "thank find", "tools": [TOOL]}
+    datum, _ = read(row)
+    assert tokens_and_trained(datum, tiny_tokenizer) == (ids(tiny_tokenizer, prompt + REPLY), REPLY)
+
+
+def test_variables_of_a_row_reach_the_chat_template(read, tiny_qwen3, tmp_path, monkeypatch):
+    from cookbook import models
+
+    tokenizer = models.get_tokenizer(tiny_qwen3)
+    monkeypatch.setattr(tokenizer, "chat_template", TEMPLATE_WITH_MODES)
+    chat = [CHAT[0], {"role": "assistant", "content": "two"}]
+    for kwargs in ({"quiet": True}, json.dumps({"quiet": True})):
+        datum, report = read({"messages": chat, "chat_template_kwargs": kwargs})
+        tokens, trained = tokens_and_trained(datum, tokenizer)
+        assert trained == "two<|im_end|>"
+        assert tokenizer.decode(tokens) == tokenizer.apply_chat_template(chat, tokenize=False, quiet=True)
+        assert '  Given to the chat template: {"quiet": true} (1 row)' in report.lines()
+    datum, _ = read({"messages": chat})
+    assert tokens_and_trained(datum, tokenizer)[1] == "two<|im_end|>"
+
+
+def test_tools_are_written_into_the_messages_where_that_is_asked_for(read, tiny_tokenizer):
+    tool = {"type": "function", "function": {"name": "find", "description": "d", "parameters": {}}}
+    call = {"id": "1", "type": "function", "function": {"name": "find", "arguments": {"to": "Ulm"}}}
+    chat = [
+        CHAT[0],
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "1", "content": "ok"},
+        {"role": "assistant", "content": "thank you"},
+    ]
+    row = {"tool_defs": [tool], "messages": chat}
+    with pytest.raises(DataError, match="tools_in_system=True"):
+        read(row)
+    datum, report = read(row, tools_in_system=True)
+    tokens, trained = tokens_and_trained(datum, tiny_tokenizer)
+    called = '<tool_call>\n{"name": "find", "arguments": {"to": "Ulm"}}\n</tool_call><|im_end|>'
+    assert trained == called + REPLY
+    assert '"name": "find", "description": "d"' in tiny_tokenizer.decode(tokens)
+    assert any("(tools_in_system=True)" in line for line in report.lines())
+
+
+@pytest.mark.skipif(not CASES.is_dir(), reason="the shared cases are not here")
+@pytest.mark.parametrize(
+    ("name", "trained"),
+    [
+        ("prerendered_text", "user\nHi<|im_end|>\n<|im_start|>assistant\nHello.<|im_end|>\n"),
+        ("reply_with_its_end_token", "Hello.<|im_end|>"),
+        ("message_not_trained_loss_false", "good answer<|im_end|>"),
+    ],
+)
+def test_shared_cases_are_trained_as_they_are_meant(read, tiny_tokenizer, name, trained):
+    row = json.loads((CASES / f"{name}.jsonl").read_text(encoding="utf-8"))
+    assert tokens_and_trained(read(row)[0], tiny_tokenizer)[1] == trained
