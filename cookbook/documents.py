@@ -76,7 +76,10 @@ class _Loader(yaml.SafeLoader):
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         try:
-            return super().construct_object(node, deep)  # type: ignore[no-untyped-call]
+            value = super().construct_object(node, deep)  # type: ignore[no-untyped-call]
+            if isinstance(value, int):
+                str(value)  # settings are text; Python prints no number of more than 4,300 digits
+            return value
         except (AttributeError, LookupError, TypeError, ValueError) as error:
             kind = node.tag.removeprefix("tag:yaml.org,2002:")
             problem = f"{_excerpt(node.value)} cannot be read as {kind} ({error}). Put text in quotes."
@@ -95,8 +98,8 @@ def _read_yaml(name: str, text: str) -> Document:
     if node is not None:
         if _num_values(node, {}) > MAX_VALUES:
             raise ValueError(
-                f"it has more than {MAX_VALUES:,} values with those that aliases (*name) stand for, or an alias "
-                "stands for a value that it is in."
+                f"it has more than {MAX_VALUES:,} values with those that aliases (*name) stand for, or an "
+                "alias stands for a value that it is in."
             )
         _add_yaml_lines(document, node, ())
         document.values = loader.construct_document(node)

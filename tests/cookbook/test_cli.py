@@ -473,3 +473,67 @@ def test_help_fits_80_columns_and_imports_neither_torch_nor_transformers() -> No
     assert "learning_rate=" in done.stdout
     assert "peak learning rate" in done.stdout
     assert max(map(len, done.stdout.splitlines())) <= 80
+
+
+# -- files that cannot be read --------------------------------------------------------------------
+
+EIGHTFOLD = "\n".join(f"a{n + 1}: &a{n + 1} [{', '.join([f'*a{n}'] * 8)}]" for n in range(9))
+MERGED = "\n".join(f"a{n + 1}: &a{n + 1} {{<<: [*a{n}, *a{n}]}}" for n in range(40))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("lora_rank: 8\nmax_steps: !!int x\n", "x cannot be read as int.*line 2"),
+        ("lora_rank: 8\nmax_steps: !!float x\n", "x cannot be read as float.*line 2"),
+        (
+            "lora_rank: 8\nsystem_prompt: 2026-02-30\n",
+            "2026-02-30 cannot be read as timestamp.*quotes.*line 2",
+        ),
+        ("train_mlp: !!bool x\n", "x cannot be read as bool.*line 1"),
+        ("system_prompt: !!timestamp x\n", "x cannot be read as timestamp.*line 1"),
+        ("max_steps: 0b_\n", "0b_ cannot be read as int.*line 1"),
+        (f"max_steps: {'9' * 5000}\n", "999[.]{3} cannot be read as int.*line 1"),
+        (f"max_steps: 0x{'f' * 5000}\n", "fff[.]{3} cannot be read as int.*line 1"),
+        (f"max_steps: {'[' * 3000}{']' * 3000}\n", "nested in more than 100 levels"),
+        (f"max_steps: {'[' * 150}{']' * 150}\n", "line 1 cannot be read: .*nested in more than 100 levels"),
+        ("a: &a [*a]\n", "an alias stands for a value that it is in"),
+        ("a: &a {b: {c: *a}}\n", "an alias stands for a value that it is in"),
+        (f"a0: &a0 [x, x]\n{EIGHTFOLD}\n", "more than 100,000 values"),
+        (f"a0: &a0 {{b: x}}\n{MERGED}\n", "more than 100,000 values"),
+    ],
+)
+def test_yaml_that_cannot_be_read_is_refused_with_its_file_and_its_line(
+    tmp_path: Path, text: str, message: str
+) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigError, match=f"(?s){message}") as raised:
+        make(f"config={file}")
+    assert str(file) in str(raised.value)
+
+
+@pytest.mark.parametrize("value", ["[" * 3000 + "]" * 3000, "[" * 150 + "]" * 150, "9" * 5000])
+def test_json_that_python_cannot_read_is_refused_with_its_file(tmp_path: Path, value: str) -> None:
+    file = tmp_path / "config.json"
+    file.write_text(f'{{"max_steps": {value}}}', encoding="utf-8")
+    with pytest.raises(ConfigError, match="cannot be read: ") as raised:
+        make(f"config={file}")
+    assert str(file) in str(raised.value)
+
+
+def test_a_value_that_aliases_repeat_is_read_each_time(tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text("batch_size: &n 4\nmax_steps: *n\n", encoding="utf-8")
+    config = make(f"config={file}")
+    assert (config.dataset_builder.common_config.batch_size, config.max_steps) == (4, 4)
+
+
+@pytest.mark.parametrize("key", ["a." * 2000 + "b", f"prompts.{'9' * 5000}", "prompts.²"])
+def test_a_key_of_any_length_is_unknown(tmp_path: Path, key: str) -> None:
+    with pytest.raises(ConfigError, match="There is no key"):
+        make(f"{key}=1")
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({key: 1}), encoding="utf-8")
+    with pytest.raises(ConfigError, match="There is no key"):
+        make(f"config={file}")

@@ -27,6 +27,7 @@ from recipes import sft
 
 REPOSITORY = Path(__file__).parents[2]
 SHIPPED = sorted((REPOSITORY / "configs" / "sweeps").glob("*.yaml"))
+KEYS_OF_NUMBERS = ("lora_rank", "max_steps", "batch_size", "eval_every")
 QUICK = ["test_size=16", "infrequent_eval_every=0"]
 
 
@@ -53,6 +54,40 @@ def test_a_grid_is_every_combination_with_every_seed(tmp_path: Path) -> None:
     assert settings == {(rate, rank, seed) for rate in (1e-3, 4e-3) for rank in (8, 32) for seed in (0, 1)}
     assert {run.config.max_steps for run in plan.runs} == {9}
     assert [run.folder for run in plan.runs] == [tmp_path / run.name for run in plan.runs]
+
+
+def test_more_draws_than_there_are_points_are_all_the_points(tmp_path: Path) -> None:
+    plan = make_plan([f"log_path={tmp_path}", "lora_rank=8,16,32", "num_samples=999999999"])
+    assert sorted(run.config.lora_rank for run in plan.runs) == [8, 16, 32]
+
+
+@pytest.mark.parametrize(
+    ("runs", "argv", "asked"),
+    [
+        (
+            "{learning_rate: {uniform: [1, 2]}}",
+            ["num_samples=2000000"],
+            "num_samples=2000000 asks for 2,000,000",
+        ),
+        (
+            f"{{seed: [0, 1], {', '.join(f'{key}: {list(range(1, 31))}' for key in KEYS_OF_NUMBERS)}}}",
+            [],
+            "810,000",
+        ),
+    ],
+)
+def test_more_runs_than_a_sweep_can_have_are_refused_at_once(
+    tmp_path: Path, runs: str, argv: list[str], asked: str
+) -> None:
+    with pytest.raises(ConfigError, match=f"{asked} runs, and a sweep has at most 10,000"):
+        plan_of(tmp_path, f"runs: {runs}", *argv)
+
+
+def test_a_config_below_runs_that_names_no_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(
+        ConfigError, match=r"sweep.yaml line 1: config: \['a', 'b'\] is not the name of a file"
+    ):
+        plan_of(tmp_path, "runs: {config: [a, b], lora_rank: [8, 16]}")
 
 
 def test_draws_are_the_same_every_time_lie_where_they_should_and_have_every_seed(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import chz
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
@@ -195,7 +196,7 @@ def check_lines(seed: int) -> None:
 def a_builder_that_reads(
     path: Path, lines: Sequence[str], row: Mapping[str, Any], random: Any
 ) -> tuple[FromConversationFileBuilder, int]:
-    """A builder, drawn until its options suit the lines, and the number of their examples; 0 if none suits."""
+    """A builder, drawn until its options suit the lines, and the number of their examples; 0 if none does."""
     write_lines(path, lines)
     for _ in range(8):
         builder = make_builder(random, path, row)
@@ -225,7 +226,8 @@ def check_file(seed: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / f"rows{suffix}"
         path.write_bytes(content)
-        builder = make_builder(rng, path, first)
+        builder, _ = a_builder_that_reads(Path(folder) / "good.jsonl", [dumped(first)], first, rng)
+        builder = chz.replace(builder, file_path=str(path))
         examples, error = examples_or_error(builder)
         if error is None:
             check_examples(examples, builder.renderer)

@@ -107,6 +107,12 @@ def test_held_out_rows_are_never_trained_on(tmp_path: Path, tiny_qwen3: str, cha
     assert not set(examples(test)) & set(examples(train))
 
 
+def test_a_test_size_that_leaves_nothing_names_the_data(tmp_path: Path, tiny_qwen3: str) -> None:
+    path = write_rows(tmp_path / "chats.jsonl", [{"messages": CHAT}] * 2)
+    with pytest.raises(DataError, match="test_size=2 leaves nothing .* there are 2 rows in chats.jsonl"):
+        make_builder(path, tiny_qwen3, test_size=2)()
+
+
 def test_by_default_one_row_in_twenty_is_held_out(tmp_path: Path, tiny_qwen3: str) -> None:
     path = write_rows(tmp_path / "chats.jsonl", [{"messages": CHAT}] * 40)
     train, test = make_builder(path, tiny_qwen3, test_size=None)()
