@@ -50,6 +50,7 @@ bench: $(BENCH_STAMP)
 	$(BIN)/python -m benchmarks.loop_overhead
 	$(BIN)/python -m benchmarks.sampling
 	$(BIN)/python -m benchmarks.rendering
+	$(BIN)/python -m benchmarks.long_conversations
 	$(BIN)/python -m benchmarks.data_pipeline
 	$(BIN)/python -m benchmarks.scaling
 

@@ -328,31 +328,37 @@ class Renderer(ABC):
     def _plain(self, messages: Sequence[Message]) -> list[PlainMessage]:
         """Checked messages with the system prompt before them, their replies without end tokens."""
         plain = self._with_system_prompt(normalize(messages, self.name, self.roles))
-        for message in plain:
-            note_tokens_of_other_formats("message", message.get("content", ""), self._encoder.ids)
-        return self._without_end_tokens(plain)
+        for index, message in enumerate(plain):
+            text = message.get("content", "")
+            note_tokens_of_other_formats("message", text, self._encoder.ids)
+            if message["role"] == "assistant" and text.rstrip()[-1:] in self._last_of_ends:
+                plain[index] = self._without_end_tokens(message)
+        return plain
 
-    def _without_end_tokens(self, plain: list[PlainMessage]) -> list[PlainMessage]:
-        """Replies without the end token that their author wrote at their end: the format prints it there.
+    def _without_end_tokens(self, reply: PlainMessage) -> PlainMessage:
+        """A reply without the end token that its author wrote at its end: the format prints it there.
 
         One that the format does not use is the author's word and stays, counted.
         """
-        ends = tuple(filter(self._encoder.control.fullmatch, self._end_tokens))
-        for index, message in enumerate(plain):
-            if message["role"] != "assistant":
-                continue
-            text = message.get("content", "")
-            if text.rstrip().endswith(ends):
-                while (kept := text.rstrip()).endswith(ends):
-                    text = kept.removesuffix(next(end for end in ends if kept.endswith(end)))
-                notes.count("message", "ended with the format's own end token, which was dropped")
-                plain[index] = {**message, "content": text}
-            for end in self._end_tokens:
-                if text.endswith(end):
-                    notes.count(
-                        "message", "End tokens that the format does not use, kept before its own", end
-                    )
-        return plain
+        text = reply["content"]
+        while (kept := text.rstrip()).endswith(self._ends_of_the_format):
+            text = kept.removesuffix(next(end for end in self._ends_of_the_format if kept.endswith(end)))
+        for end in self._end_tokens:
+            if text.endswith(end):
+                notes.count("message", "End tokens that the format does not use, kept before its own", end)
+        if text == reply["content"]:
+            return reply
+        notes.count("message", "ended with the format's own end token, which was dropped")
+        return {**reply, "content": text}
+
+    @cached_property
+    def _ends_of_the_format(self) -> tuple[str, ...]:
+        return tuple(filter(self._encoder.control.fullmatch, self._end_tokens))
+
+    @cached_property
+    def _last_of_ends(self) -> frozenset[str]:
+        """The characters that end tokens end with: what ends otherwise need not be looked at."""
+        return frozenset(end[-1] for end in self._end_tokens)
 
     def _with_system_prompt(self, plain: list[PlainMessage]) -> list[PlainMessage]:
         if not self.system_prompt:

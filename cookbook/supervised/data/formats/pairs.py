@@ -79,8 +79,11 @@ def read_alpaca(row: Mapping[str, Any]) -> Conversation:
         {"role": "user", "content": "\n".join(part for part in asked if part)},
         {"role": "assistant", "content": _text(row, output)},
     ]
-    pair = tuple(str(message["content"]) for message in messages) if len(messages) == 2 else None
-    return replace(conversation_of(row, messages), pair=pair)
+    conversation = conversation_of(row, messages)
+    if len(messages) != 2:
+        return conversation
+    asked_text, answer = (str(message["content"]) for message in messages)
+    return replace(conversation, pair=(asked_text, answer))
 
 
 def _text(row: Mapping[str, Any], key: str) -> str:
