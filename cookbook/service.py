@@ -74,8 +74,8 @@ class ServiceClient:
         self._checkpoint_dir = None if checkpoint_dir is None else Path(checkpoint_dir).expanduser()
         self._engines: dict[str, Engine] = {}
         self._unshared_engines: weakref.WeakSet[Engine] = weakref.WeakSet()
-        """Of full fine-tunes: each trains a copy of its own, which is gone when its clients are. A checkpoint
-        may be written anew."""
+        """Those of full fine-tunes: each trains a copy of its own, which is gone when its clients are. A
+        checkpoint may be written anew."""
         self._is_closed = False
         self._lock = threading.Lock()
 

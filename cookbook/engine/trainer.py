@@ -376,7 +376,7 @@ class Trainer:
             sharded_state.save(path, info, self.base, self.adapter.weights, optimizer, overwrite)
             return
         write_weights = functools.partial(self.base.adapters.write, self.adapter)
-        # What a failed save is told with holds no weights: a lambda would, in its scope.
+        # Not a lambda: the error of a failed save would keep its scope, and the weights in it.
         self._mesh.by_main(functools.partial(state.save, path, info, write_weights, optimizer, overwrite))
 
     def _lowered_limits(self) -> dict[str, int] | None:
