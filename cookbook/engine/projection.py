@@ -137,7 +137,11 @@ class Scores(NamedTuple):
 
 def score(head: Head, hidden_SD: Tensor, targets_S: Tensor) -> Tensor:
     """log p(targets_S | hidden_SD): [S], fp32."""
-    return score_and_compare(head, hidden_SD, targets_S).logprobs_S
+    logprobs_S = torch.empty(len(targets_S), device=hidden_SD.device)
+    with torch.no_grad():
+        for part in _chunks(len(targets_S), BlockSizes.on(hidden_SD.device).positions):
+            logprobs_S[part] = _Chunk(head, hidden_SD[part], targets_S[part]).log_probabilities()
+    return logprobs_S
 
 
 @torch.no_grad()
@@ -148,7 +152,7 @@ def score_and_compare(head: Head, hidden_SD: Tensor, targets_S: Tensor) -> Score
     logprobs_S = torch.empty(len(targets_S), device=hidden_SD.device)
     is_likeliest_S = torch.empty(len(targets_S), dtype=torch.bool, device=hidden_SD.device)
     for part in parts:
-        chunk = _Chunk(head, hidden_SD[part], targets_S[part])
+        chunk = _Chunk(head, hidden_SD[part], targets_S[part], compares=True)
         logprobs_S[part] = chunk.log_probabilities()
         is_likeliest_S[part] = chunk.is_likeliest()
     return Scores(logprobs_S, is_likeliest_S)
@@ -193,13 +197,18 @@ class _Chunk:
         targets_C: Tensor,
         with_gradient: bool = False,
         kept: Tensor | None = None,
+        compares: bool = False,
     ) -> None:
-        """`kept` has room for the softmax terms of all the vocabulary, which trained keys need."""
+        """`kept` has room for the softmax terms of all the vocabulary, which trained keys need.
+
+        One that `compares` also finds the highest logit beside each target's.
+        """
         self.head = head
         self.hidden_CD = hidden_CD
         self.targets_C1 = targets_C[:, None]
         self.queries_CQ = head.queries(hidden_CD)
         self.with_gradient = with_gradient
+        self.compares = compares
         self.kept = kept
         self.kept_blocks: list[tuple[slice, Tensor, Tensor]] = []
         self._run_over_the_vocabulary()
@@ -227,13 +236,15 @@ class _Chunk:
             found_C1 = logits_CK.gather(1, place_C1)
             target_C1 = torch.where(is_here_C1, found_C1, target_C1)
 
-            logits_CK.scatter_(1, place_C1, found_C1.masked_fill(is_here_C1, -torch.inf))
-            others_C1 = logits_CK.amax(1, keepdim=True)
-            logits_CK.scatter_(1, place_C1, found_C1)
-            highest_other_C1 = torch.maximum(highest_other_C1, others_C1)
-
-            found_here_C1 = found_C1.masked_fill(~is_here_C1, -torch.inf)
-            higher_C1 = torch.maximum(highest_C1, torch.maximum(others_C1, found_here_C1))
+            if self.compares:
+                logits_CK.scatter_(1, place_C1, found_C1.masked_fill(is_here_C1, -torch.inf))
+                others_C1 = logits_CK.amax(1, keepdim=True)
+                logits_CK.scatter_(1, place_C1, found_C1)
+                highest_other_C1 = torch.maximum(highest_other_C1, others_C1)
+                highest_here_C1 = torch.maximum(others_C1, found_C1)
+            else:
+                highest_here_C1 = logits_CK.amax(1, keepdim=True)
+            higher_C1 = torch.maximum(highest_C1, highest_here_C1)
             shrink_C1 = (highest_C1 - higher_C1).exp_()
             highest_C1 = higher_C1
             slope_CK = None if softcap is None else 1 - (logits_CK / softcap).square_()
@@ -262,6 +273,7 @@ class _Chunk:
         return (self.target_C1 - self.log_total_C1)[:, 0]
 
     def is_likeliest(self) -> Tensor:
+        """Whether each target's logit is above all others; for a chunk that `compares`."""
         return (self.target_C1 > self.highest_other_C1)[:, 0]
 
     def backward(self, grad_C: Tensor) -> Tensor:
