@@ -17,7 +17,7 @@ FINAL = "final"
 
 
 def checkpoint_name(step: int) -> str:
-    """Of the checkpoint of a run that goes on."""
+    """The name of the checkpoint of a run that continues."""
     return f"{step:06d}"
 
 

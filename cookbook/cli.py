@@ -98,11 +98,11 @@ class Arguments:
     config: str | None = None
     """The file that `config=` names."""
     problems: list[str] = dataclasses.field(default_factory=list)
-    """One sentence for each argument that is no setting."""
+    """One sentence for each argument that cannot be read as a setting."""
     wants_help: bool = False
 
     def take(self, key: str) -> str | None:
-        """The value of a key that is not the config's own, which then is no setting any more."""
+        """The value of a key that is not the config's own, which is removed from the settings."""
         found = [setting for setting in self.settings if setting.key == key]
         self.settings = [setting for setting in self.settings if setting.key != key]
         if any(isinstance(setting.value, NoValue) for setting in found):

@@ -268,6 +268,11 @@ class Resolver:
             self.problems.append(f"{setting.place}: There is no key {key!r}. {answer}.")
         elif above:
             self.problems.append(f"{setting.place}: There is no key {key!r}. {above}")
+        elif key in self._other_names:
+            self.problems.append(
+                f"{setting.place}: There is no key {key!r} of a run: it is this command's own. Write "
+                f"{key}=<value> on the command line."
+            )
         elif key.startswith("no_") and [self.type_of(one) for one in self._find(key[3:], self.params)] == [
             bool
         ]:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from difflib import SequenceMatcher
 
 LEAST_SIMILARITY = 0.8
-"""Of difflib's ratio, which is 0.74 for `base_model` and `best_mode`."""
+"""The least ratio of difflib; it is 0.74 for `base_model` and `best_mode`."""
 
 NEGATIONS = {"disable", "disabled", "exclude", "never", "no", "non", "not", "off", "skip", "without"}
 NEGATING_PREFIXES = ("no", "non", "not", "un", "dis", "in", "anti", "de")

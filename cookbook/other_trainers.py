@@ -1,8 +1,8 @@
 """The keys of other trainers, and what stands for each one here.
 
-Of TRL (SFTConfig, ModelConfig, ScriptArguments and transformers' TrainingArguments), Unsloth, axolotl,
-LLaMA-Factory and torchtune. Keys that mean the same here under the same name are left out. A key of this
-project stands in backticks, with a value where only that value does the same.
+The keys are those of TRL (SFTConfig, ModelConfig, ScriptArguments and transformers' TrainingArguments),
+Unsloth, axolotl, LLaMA-Factory and torchtune. Keys that mean the same here under the same name are absent.
+A key of this project stands in backticks, with a value where only that value does the same.
 """
 
 from __future__ import annotations

@@ -13,7 +13,9 @@ from cookbook.checkpoints import FINAL, CheckpointLog, checkpoint_name
 from cookbook.errors import ConfigError, TrainingError
 from cookbook.eval.evaluators import FAILURES
 from cookbook.futures import APIFuture
+from cookbook.nearest import did_you_mean
 from cookbook.supervised.batches import Position
+from cookbook.supervised.nll_evaluator import METRIC_PATTERNS
 from cookbook.types import SaveWeightsResponse
 
 if TYPE_CHECKING:
@@ -53,8 +55,9 @@ def direction(metric: str, mode: BestMode) -> Literal["min", "max"]:
             return "min"
         if word in HIGHER_IS_BETTER:
             return "max"
+    hint = did_you_mean(metric, METRIC_PATTERNS)
     raise ConfigError(
-        f"best_metric={metric}: its name does not say whether lower or higher is better. "
+        f"best_metric={metric}: its name does not say whether lower or higher is better.{hint} "
         f"Say best_mode=min or best_mode=max."
     )
 

@@ -113,11 +113,12 @@ def announce(
 def _batch_size_in_words(start: Start, train_data: SupervisedDataset) -> str:
     counts = row_counts_of(train_data)
     if counts is None:
-        return f"Batches have another size from epoch {start.position.epoch} on"
+        return f"Batches have another size from epoch {start.position.epoch + 1} on"
+    assert start.position.row is not None  # where rows are counted a position has one
     of_all = "" if counts.per_epoch is None else f" of {counts.per_epoch:,}"
     return (
         f"Batches have {counts.per_batch} rows from here on, {start.rows_per_batch_before} before: the next "
-        f"is row {start.position.row:,}{of_all} of epoch {start.position.epoch}"
+        f"is row {start.position.row + 1:,}{of_all} of epoch {start.position.epoch + 1}"
     )
 
 

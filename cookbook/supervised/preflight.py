@@ -163,7 +163,10 @@ def _check_start_weights(config: Config, path: str) -> None:
 
 
 def _check_settings_fit(config: Config, path: str, info: StateInfo, is_own: bool) -> None:
-    """Of an adapter that another program saved, which kinds of layers it is on is a guess."""
+    """Raises CheckpointError where the weights were trained with other settings of the adapter.
+
+    Which kinds of layers an adapter of another program is on is a guess, so that is not compared.
+    """
     keys = ["lora_rank"]
     if info.lora.rank and config.lora_rank:
         keys += ["lora_alpha", *(("train_attn", "train_mlp", "train_unembed") if is_own else ())]

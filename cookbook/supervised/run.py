@@ -305,7 +305,7 @@ class Run:
         return placed
 
     async def _record_new_best(self) -> None:
-        """Of an evaluation that no step comes after."""
+        """Records the best checkpoint of an evaluation that no step follows."""
         if self._new_best is not None:
             await self._new_best.record()
             self._new_best = None

@@ -82,6 +82,6 @@ def _on_device(spans: list[Span]) -> list[Span]:
 
 
 def _seconds_without(others: Iterable[Span], start: float, end: float) -> float:
-    """Of an interval, less what `others` take of it."""
+    """The seconds of an interval, less those that the `others` take of it."""
     shared = sum(max(0.0, min(end, other.end) - max(start, other.start)) for other in others)
     return max(0.0, end - start - shared)

@@ -42,7 +42,7 @@ class StopSignal:
 
     @property
     def number(self) -> signal.Signals:
-        """Of the signal, where it `is_given`."""
+        """The number of the signal, where it `is_given`."""
         assert self.received is not None
         return self.received
 

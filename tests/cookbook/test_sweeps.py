@@ -174,6 +174,7 @@ def test_every_shipped_sweep_can_be_planned(path: Path, tmp_path: Path, tiny_qwe
     [
         ("runs: {learning_rat: [1, 2]}", [], "There is no key 'learning_rat'. Did you mean learning_rate?"),
         ("", ["lora_rnk=1,2"], "Did you mean lora_rank?"),
+        ("runs: {recipe: [1, 2]}", [], "There is no key 'recipe' of a run: it is this command's own."),
         ("", ["num_sample=3"], "There is no key 'num_sample'. Did you mean num_samples?"),
         ("num_sampels: 3", [], "has the key 'num_sampels', which a sweep has not. Did you mean num_samples?"),
         ("learning_rate: [1, 2]", [], "Keys of the recipe go below `runs:`"),

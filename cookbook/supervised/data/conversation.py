@@ -119,6 +119,8 @@ def content_of(value: Any, where: str, from_tool: bool = False) -> tuple[str, st
     thoughts: list[str] = []
     for part in value:
         kind = part.get("type", "text") if isinstance(part, Mapping) else "text"
+        if isinstance(part, Mapping) and kind not in _OTHER_PARTS:
+            check_no_media(part, f"a part of {where}")
         if kind in _TEXT_PARTS:
             found, into = _text_of_part(part), texts
         elif kind in _THINKING_PARTS:

@@ -114,7 +114,7 @@ class RenderedDataset(SupervisedDataset):
 
     @property
     def rows_per_epoch(self) -> list[int]:
-        """Of each part."""
+        """The rows that an epoch takes of each part."""
         return self._counts
 
     def set_epoch(self, seed: int = 0) -> None:

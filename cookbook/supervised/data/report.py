@@ -15,7 +15,7 @@ from cookbook.notes import Note, counted_noun
 from cookbook.supervised.data.store import BadRowNote
 
 MAX_BARS = 60
-"""Of the histogram of lengths."""
+"""The most bars that the histogram of lengths has."""
 NUM_NAMED_FILES = 8
 
 Role: TypeAlias = Literal["training", "evaluation"]

@@ -191,7 +191,7 @@ def test_a_run_that_is_extended_again_and_again_and_killed_ends_as_one_that_was_
     positions = [(row["epoch"], row["row"]) for row in jsonl.read(whole / "checkpoints.jsonl")]
     if kind == "rendered":
         assert positions == [(0, 8), (0, 12), (0, 15), (1, 0), (1, 16), (2, 0)]
-    assert "Batches have 3 rows from here on, 4 before: the next is row 12" in runs.printed("whole")
+    assert "Batches have 3 rows from here on, 4 before: the next is row 13" in runs.printed("whole")
 
 
 def test_more_epochs_extend_a_run_and_its_end_is_counted_in_rows(runs: Runs) -> None:

@@ -36,7 +36,7 @@ def read_prompt_completion(row: Mapping[str, Any]) -> Conversation:
     """A string is one message, of the user or of the assistant; a list is messages.
 
     A completion that repeats the messages of its prompt, as `chosen` does in sets of
-    preferences, goes on from them. Two strings may also be text that a chat template has printed already,
+    preferences, continues them. Two strings may also be text that a chat template has printed already,
     which the renderer can tell.
     """
     prompt = _side(row, PROMPTS, "user")
@@ -80,10 +80,9 @@ def read_alpaca(row: Mapping[str, Any]) -> Conversation:
         {"role": "assistant", "content": _text(row, output)},
     ]
     conversation = conversation_of(row, messages)
-    if len(messages) != 2:
+    if len(messages) > 2:
         return conversation
-    asked_text, answer = (str(message["content"]) for message in messages)
-    return replace(conversation, pair=(asked_text, answer))
+    return replace(conversation, pair=(str(messages[0]["content"]), str(messages[1]["content"])))
 
 
 def _text(row: Mapping[str, Any], key: str) -> str:

@@ -80,6 +80,13 @@ def test_pictures_deeper_in_a_row_are_refused_too(row: dict[str, Any], where: st
         conversations_of(row)
 
 
+@pytest.mark.parametrize("part", [{"image": "a.png"}, {"text": "Look.", "image": "a.png"}])
+def test_a_picture_in_a_part_without_a_type_is_refused(part: dict[str, Any]) -> None:
+    chat = [{"role": "user", "content": [part, {"text": "What is it?"}]}, CHAT[1]]
+    with pytest.raises(DataError, match=r"`image` of a part of message 1 is not empty \('a.png'\)"):
+        conversations_of({"messages": chat})
+
+
 @pytest.mark.parametrize("key", ["image_name", "imagery", "audience", "video_game", "picturesque"])
 def test_other_columns_may_be_called_alike(key: str) -> None:
     assert conversations_of({**ROWS["messages"], key: "x"}) == conversations_of(ROWS["messages"])
