@@ -91,7 +91,13 @@ def _excerpt(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def _read_yaml(name: str, text: str) -> Document:
+def read_yaml(text: str) -> Any:
+    """The value of a YAML text. Raises YAMLError or ValueError for what is none, RecursionError for one
+    that is nested too deeply."""
+    return _read_yaml("", text, with_lines=False).values
+
+
+def _read_yaml(name: str, text: str, with_lines: bool = True) -> Document:
     document = Document(name)
     loader = _Loader(text)
     node = loader.get_single_node()
@@ -101,7 +107,8 @@ def _read_yaml(name: str, text: str) -> Document:
                 f"it has more than {MAX_VALUES:,} values with those that aliases (*name) stand for, or an "
                 "alias stands for a value that it is in."
             )
-        _add_yaml_lines(document, node, ())
+        if with_lines:
+            _add_yaml_lines(document, node, ())
         document.values = loader.construct_document(node)
     return document
 

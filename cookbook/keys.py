@@ -150,12 +150,14 @@ class Resolver:
 
     def _find(self, key: str, params: Params) -> list[str]:
         """The whole keys that a key may stand for: itself, or all that end with it."""
+        if key.count(".") > MAX_DEPTH:
+            return []
         if key in params:
             return [key]
         if ends := [whole for whole in params if whole.endswith(f".{key}")]:
             return [whole for whole in ends if not self._refers_to_one_of(whole, ends)]
         head, _, item = key.rpartition(".")
-        above = self._find(head, params) if head and head.count(".") < MAX_DEPTH else []
+        above = self._find(head, params) if head else []
         return [f"{whole}.{item}" for whole in above if _takes_item(_type_of(whole, params), item)]
 
     def _refers_to_one_of(self, key: str, others: Sequence[str]) -> bool:

@@ -9,6 +9,9 @@ from difflib import SequenceMatcher
 LEAST_SIMILARITY = 0.8
 """The least ratio of difflib; it is 0.74 for `base_model` and `best_mode`."""
 
+MAX_LENGTH = 500
+"""What is longer is no name with a typing error, and takes seconds to compare."""
+
 NEGATIONS = {"disable", "disabled", "exclude", "never", "no", "non", "not", "off", "skip", "without"}
 NEGATING_PREFIXES = ("no", "non", "not", "un", "dis", "in", "anti", "de")
 PURPOSES = {"eval", "evaluation", "infer", "predict", "test", "train", "training", "val", "validation"}
@@ -41,6 +44,8 @@ def nearest(name: str, candidates: Iterable[str], short_forms: bool = True) -> s
     Never one that differs in a number (`qwen3_5`, `qwen2_5`) or means the opposite
     (`deepseekv3_disable_thinking`, `deepseekv3_thinking`).
     """
+    if len(name) > MAX_LENGTH:
+        return None
     scored = [(_similarity(name, one, short_forms), one) for one in dict.fromkeys(candidates)]
     similarity, best = max(scored, default=(0.0, ""), key=lambda pair: pair[0])
     is_one_letter_off = len(name) <= 4 and similarity >= 0.65 and name[0] == best[0]

@@ -23,6 +23,7 @@ from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from cookbook.documents import read_yaml
 from cookbook.errors import DataError
 
 TRAIN = "train"
@@ -191,14 +192,14 @@ def read_configs(folder: Path) -> dict[str, dict[str, Any]]:
             found = re.match(r"---[ \t]*\n(.*?)\n---[ \t]*(\n|$)", text, re.DOTALL)
             text = "" if found is None else found[1]
         try:
-            values = yaml.safe_load(text)
+            values = read_yaml(text)
             card |= values if isinstance(values, dict) else {}
             card["configs"] = [
                 {key: value for key, value in config.items() if key != "features"}
                 for config in card.get("configs") or []
             ]
             configs = MetadataConfigs.from_dataset_card_data(card)
-        except (yaml.YAMLError, ValueError, TypeError, KeyError, AttributeError) as error:
+        except (yaml.YAMLError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             said = " ".join(str(error).split())
             raise DataError(
                 f"The YAML of {folder / name} cannot be read: {said[:300]}. Correct it, or give the files "

@@ -252,6 +252,9 @@ def test_the_forms_of_data_files(
         ),
         (README.format(configs="- config_name: a\n  sep: ';'"), "has `sep`, which is not supported"),
         ("---\nconfigs: [\n---\n", "cannot be read"),
+        (f"---\nconfigs: {'[' * 3000}\n---\n", "cannot be read"),
+        ("---\nconfigs: !!int ''\n---\n", "cannot be read as int"),
+        ("---\na: &a {b: *a}\n---\n", "an alias stands for a value that it is in"),
     ],
 )
 def test_a_readme_that_cannot_be_followed_is_one_line(tmp_path: Path, readme: str, said: str) -> None:
