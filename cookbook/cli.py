@@ -212,6 +212,12 @@ def ending_in_a_line() -> Iterator[None]:
         if os.environ.get("COOKBOOK_TRACEBACK"):
             raise
         sys.exit(1)
+    except UnicodeEncodeError as error:  # a library was given a name that this locale cannot decode
+        name = os.fsencode(error.object).decode(errors="replace")
+        _tell(f"{name!r} cannot be used in this locale. Set PYTHONUTF8=1, or LC_ALL=C.UTF-8.", error)
+        if os.environ.get("COOKBOOK_TRACEBACK"):
+            raise
+        sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
 

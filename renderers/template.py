@@ -43,6 +43,9 @@ _TOOL: Tool = {
     "function": {"name": "f", "description": "x", "parameters": {"type": "object", "properties": {}}},
 }
 
+_MOST_TRACED = 128
+"""Messages up to which it is recorded what the template does: each number of them is recorded by itself."""
+
 _LONG = 24
 """Messages from which on a conversation's beginnings are looked at together."""
 
@@ -128,7 +131,7 @@ class Template:
         prompt: bool,
     ) -> str:
         """The same for the first of the messages; the outline is that of all."""
-        if not tools:
+        if not tools and num_messages <= _MOST_TRACED:
             known = self._traces.text(messages, outline, num_messages, prompt)
             if known is not None:
                 return known

@@ -67,5 +67,9 @@ def check_weights(weights: Sequence[float] | None, num_sources: int) -> None:
         return
     if len(weights) != num_sources:
         raise ConfigError(f"{len(weights)} weights for {num_sources} datasets. Give one for each.")
+    if num_sources == 1:
+        raise ConfigError(
+            f"weights={weights[0]:g} is given for one dataset alone, which has no proportion. Leave it out."
+        )
     if not all(0 < weight < math.inf for weight in weights) or math.isinf(sum(weights)):
         raise ConfigError(f"weights={','.join(map(str, weights))}. Each must be above 0.")

@@ -69,6 +69,8 @@ def test_weights_that_make_no_sense_are_refused():
     check_weights([1, 2], 2)
     with pytest.raises(ConfigError, match="1 weights for 2 datasets"):
         check_weights([1.0], 2)
+    with pytest.raises(ConfigError, match="one dataset alone"):
+        check_weights([3.0], 1)
     with pytest.raises(ConfigError, match="above 0"):
         check_weights([1.0, 0.0], 2)
     with pytest.raises(ConfigError, match="above 0"):
