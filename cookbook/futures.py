@@ -135,5 +135,5 @@ class TokenStream(APIFuture[T]):
             self._is_over |= over
             self._changed.notify_all()
             for loop, event in self._readers:
-                with contextlib.suppress(RuntimeError):  # its loop is closed, so nobody reads there any more
+                with contextlib.suppress(RuntimeError):  # its loop is closed, so there is no reader any more
                     loop.call_soon_threadsafe(event.set)

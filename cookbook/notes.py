@@ -6,7 +6,7 @@ Whoever meets something that the user should know of calls `count`; whoever read
         examples = row_renderer(row)        # somewhere below: notes.count("message", "held an <image>")
 
 Readers of rows and renderers have signatures that users implement, so the counter does not travel
-through them: it belongs to the context (a thread, a process) that collects. Where nobody collects, as
+through them: it belongs to the context (a thread, a process) that collects. Where nothing collects, as
 when a prompt is sampled, a count is dropped.
 """
 

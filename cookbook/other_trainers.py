@@ -460,7 +460,7 @@ ANSWERS: Mapping[str, str] = {
     "profiler": _TRACE,
     "profile": _TRACE,
     "debug": _PREVIEW,
-    # -- seeds, and what is no setting of a run here
+    # -- seeds, and what is not set here
     "data_seed": _SEED,
     "random_state": _SEED,
     "random_seed": _SEED,

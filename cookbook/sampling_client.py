@@ -212,7 +212,7 @@ def _of_checkpoint(
 def _release(engine: Engine, prepared: Prepared) -> None:
     """Frees a snapshot's adapter once its client is gone and what it queued has run.
 
-    That may be before the adapter is there: then the client is gone before the engine came to its snapshot.
+    That may be before the adapter is there: then the client is gone before the engine takes its snapshot.
     """
     prepared.add_done_callback(functools.partial(_remove_later, engine))
 

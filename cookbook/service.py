@@ -214,7 +214,7 @@ class ServiceClient:
         user_metadata: Mapping[str, str] | None,
     ) -> TrainingClient:
         self._check_open()
-        if isinstance(base_model, Mapping):  # which stood in this place, and is no name of a model
+        if isinstance(base_model, Mapping):  # which stood in this place, and names no model
             base_model, user_metadata = None, base_model
         info = state.read_info(path)
         if info.lora.rank == 0:

@@ -97,7 +97,7 @@ class _Reading:
     def __init__(self, tree: nodes.Template) -> None:
         self.num_first = 1
         self._names = {"messages"}
-        """Of the list of messages, or of that without the first one."""
+        """The names of the list of messages, or of that without the first one."""
         self._naming: list[nodes.Node] = []
         """The assignments that give it another name, or drop the first message."""
         loops = list(self._loops(tree.body))

@@ -129,7 +129,7 @@ def _fail(future: Future[Any], error: BaseException) -> bool:
 
 
 class _Worker:
-    """The thread of an engine and its queue. It holds no engine, so that one nobody has a name for can go."""
+    """The thread of an engine and its queue. It holds no engine, so that one without references is freed."""
 
     def __init__(self) -> None:
         self._queue: deque[_Job | _Item[Any]] = deque()
@@ -212,7 +212,7 @@ class _Worker:
                 try:
                     self._run_next()
                 except BaseException:
-                    logger.exception("The engine's thread goes on after an error outside of any job.")
+                    logger.exception("The engine's thread continues after an error outside of any job.")
         finally:
             self._fail_what_is_left()
 

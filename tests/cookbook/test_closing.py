@@ -89,7 +89,9 @@ def use(client: TrainingClient, storages: Storages) -> list[Any]:
     return futures
 
 
-@pytest.mark.parametrize("way", ["closed and kept", "closed", "dropped"])
+@pytest.mark.parametrize(
+    "way", [pytest.param("closed and kept", marks=pytest.mark.slow), "closed", "dropped"]
+)
 @pytest.mark.parametrize("rank", [4, 0])
 def test_fifty_clients_leave_nothing(way: str, rank: int, service: ServiceClient, tiny_qwen3: str) -> None:
     storages, kept = Storages(), []

@@ -15,6 +15,13 @@ ASCII_LOCALE = {"PYTHONUTF8": "0", "LC_ALL": "C"}
 ENVIRONMENTS = pytest.mark.parametrize(
     "environment", [ASCII_OUTPUT, ASCII_LOCALE], ids=["ascii output", "ascii locale"]
 )
+ENVIRONMENTS_OF_LONG_TESTS = pytest.mark.parametrize(
+    "environment",
+    [
+        pytest.param(ASCII_OUTPUT, id="ascii output", marks=pytest.mark.slow),
+        pytest.param(ASCII_LOCALE, id="ascii locale"),
+    ],
+)
 ROWS = [
     {
         "messages": [
@@ -45,7 +52,7 @@ def write_rows(path: Path) -> Path:
     return path
 
 
-@ENVIRONMENTS
+@ENVIRONMENTS_OF_LONG_TESTS
 def test_a_run_on_text_of_any_script_trains_resumes_and_is_reported(
     tmp_path: Path, environment: dict[str, str]
 ) -> None:
@@ -78,7 +85,7 @@ def test_a_preview_replaces_what_cannot_be_printed(tmp_path: Path, environment: 
     assert ">天<" in (tmp_path / "preview.html").read_text(encoding="utf-8")
 
 
-@ENVIRONMENTS
+@ENVIRONMENTS_OF_LONG_TESTS
 def test_piped_questions_are_utf8(tmp_path: Path, environment: dict[str, str]) -> None:
     argv = ["model_name=cookbook/tiny-chat", "max_tokens=4", "temperature=0"]
     text = "Qué es un café? ☕\n".encode()

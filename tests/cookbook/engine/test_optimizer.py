@@ -244,7 +244,7 @@ def test_steps_with_weights_that_come_late_are_those_of_plain_adamw() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_what_training_is_said_to_take_is_what_it_allocates(dtype: torch.dtype) -> None:
-    """Of large weights, so that what is not theirs is nothing beside it."""
+    """A model of large weights, so that what is not theirs is nothing beside it."""
     weights = {name: nn.Parameter(torch.zeros(256, 1024, dtype=dtype)) for name in "abcd"}
     made = Optimizer(weights)
     made.collect_gradients()

@@ -166,7 +166,9 @@ STAGES: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("kind", ["rendered", "mixed", "streamed"])
+@pytest.mark.parametrize(
+    "kind", ["rendered", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("mixed", "streamed"))]
+)
 def test_a_run_that_is_extended_again_and_again_and_killed_ends_as_one_that_was_not_killed(
     runs: Runs, chats: list, kind: str
 ) -> None:

@@ -182,7 +182,7 @@ class JsonLinesSource(FileSource):
                 yield LinesChunk(self.name, batch)
 
     def _check_first_line(self, line: bytes) -> None:
-        """Raises DataError where the first line is the beginning of a value that goes on below it."""
+        """Raises DataError where the first line is the beginning of a value that continues below it."""
         if line[:1] not in (b"{", b"[") or _is_json(line):
             return
         with self.open_bytes() as file:
