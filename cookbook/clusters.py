@@ -35,7 +35,8 @@ def import_ray() -> Any:
             "Sweeps and jobs are run by Ray, which is not installed: pip install 'sft-cookbook[ray]'"
         ) from None
     for handler in logging.getLogger("ray").handlers:  # some of its loggers turn themselves up
-        handler.setLevel(logging.ERROR)
+        if type(handler).__module__.partition(".")[0] == ray.__name__:  # others have put theirs there too
+            handler.setLevel(logging.ERROR)
     return ray
 
 

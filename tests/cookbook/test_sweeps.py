@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import logging
 import math
 import os
 import re
@@ -17,7 +18,7 @@ import numpy as np
 import pytest
 import yaml
 
-from cookbook import jsonl
+from cookbook import clusters, jsonl
 from cookbook.checkpoints import CheckpointLog
 from cookbook.errors import ConfigError
 from cookbook.sweeps import Plan, make_plan, run_sweep, space
@@ -446,3 +447,15 @@ def test_the_best_config_runs_and_does_what_the_run_of_the_sweep_did(
     assert summary.metrics["test/nll"] == float(best["test/nll"])
     recorded = json.loads((Path(best["log_path"]) / "config.json").read_text(encoding="utf-8"))
     assert f"{recorded['learning_rate']:g}" == "0.004"
+
+
+def test_only_the_handlers_of_ray_itself_are_made_quiet() -> None:
+    pytest.importorskip("ray")
+    ours = logging.StreamHandler()
+    ray_logger = logging.getLogger("ray")
+    ray_logger.addHandler(ours)
+    try:
+        clusters.import_ray()
+    finally:
+        ray_logger.removeHandler(ours)
+    assert ours.level == logging.NOTSET
