@@ -8,7 +8,7 @@ from enum import StrEnum
 from cookbook import notes
 from cookbook.errors import RendererError
 from renderers.messages import Message
-from renderers.training_flags import training_of
+from renderers.training_flags import say_nothing, training_of
 
 
 class TrainOnWhat(StrEnum):
@@ -60,6 +60,8 @@ def chosen_messages(messages: Sequence[Message], train_on_what: TrainOnWhat) -> 
     ALL_TOKENS chooses tokens, so no messages; it has no place for weights other than 0 and 1. Messages
     that ask for what the mode does not do are counted.
     """
+    if say_nothing(messages):
+        return _chosen_by_mode(messages, train_on_what)
     weights = [weight_of(message, f"message {number}") for number, message in enumerate(messages, 1)]
     if train_on_what == TrainOnWhat.ALL_TOKENS:
         if not {0.0, 1.0}.issuperset(weights):
@@ -69,10 +71,10 @@ def chosen_messages(messages: Sequence[Message], train_on_what: TrainOnWhat) -> 
             )
         _count_kept_out(weights.count(0))
         return []
-    of_mode = _chosen_by_mode(messages, train_on_what)
-    chosen = [index for index in of_mode if weights[index] > 0]
+    of_mode = set(_chosen_by_mode(messages, train_on_what))
+    chosen = sorted(index for index in of_mode if weights[index] > 0)
     for index, message in enumerate(messages):
-        if index in chosen:
+        if index in of_mode and weights[index] > 0:
             continue
         if weights[index] == 0 and index in of_mode:
             _count_kept_out()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from cookbook.errors import RendererError
@@ -41,6 +41,11 @@ class Training(NamedTuple):
 
 
 _NOTHING = Training()
+
+
+def say_nothing(messages: Iterable[Mapping[str, Any]]) -> bool:
+    """Whether no message says anything of its training, as it is in most conversations."""
+    return all(map(_KEYS.isdisjoint, messages))
 
 
 def training_of(message: Mapping[str, Any], where: str) -> Training:
