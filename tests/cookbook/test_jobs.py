@@ -41,7 +41,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.fixture(scope="module")
-def head(home: Path) -> Iterator[jobs.Head]:
+def head(home: Path, one_ray_at_a_time: None) -> Iterator[jobs.Head]:
     head = jobs.start_head()
     yield head
     jobs.stop_head(head)

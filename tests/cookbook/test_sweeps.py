@@ -385,7 +385,7 @@ ARGV = ["learning_rate=4e-3,1e-7", "lora_rank=4,8,16", "max_steps=60", "eval_eve
 
 
 @pytest.fixture(scope="module")
-def swept(folder: Path) -> str:
+def swept(folder: Path, one_ray_at_a_time: None) -> str:
     """Six runs from the command line, two at a time: three that learn, then three that cannot."""
     with tempfile.TemporaryDirectory(dir="/tmp") as temporary:
         done = subprocess.run(
