@@ -10,7 +10,7 @@ LEAST_SIMILARITY = 0.8
 """The least ratio of difflib; it is 0.74 for `base_model` and `best_mode`."""
 
 MAX_LENGTH = 500
-"""What is longer is no name with a typing error, and takes seconds to compare."""
+"""A longer text is not a mistyped name, and takes seconds to compare."""
 
 NEGATIONS = {"disable", "disabled", "exclude", "never", "no", "non", "not", "off", "skip", "without"}
 NEGATING_PREFIXES = ("no", "non", "not", "un", "dis", "in", "anti", "de")

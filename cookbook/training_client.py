@@ -157,7 +157,7 @@ class TrainingClient:
         """One AdamW step on the gradients so far, which it clears.
 
         Fails, and drops those gradients, if one of the passes it would step on failed and
-        nobody has read that failure: half a batch is not stepped on by accident. A step that fails
+        that failure was not read: half a batch is not stepped on by accident. A step that fails
         itself changes neither weights nor optimizer; its gradients are dropped too.
         """
         with self._lock:

@@ -242,7 +242,7 @@ class LoraConfig:
 class AdamParams:
     """One step of AdamW. `weight_decay` is decoupled; `grad_clip_norm` of 0 does not clip.
 
-    Raises RequestError for what is no number of 0 or more, and for a beta that is not below 1.
+    Raises RequestError for a value that is not a number of 0 or more, and for a beta of 1 or more.
     """
 
     learning_rate: float = 1e-4
