@@ -225,9 +225,9 @@ class ChatTemplateRenderer(Renderer):
                     "content, as tools_in_system=True does, or use the renderer of a format that has them."
                 )
         text = chat.text(len(chat.messages), prompt)
-        unguard = self._encoder.unguard
-        if ESCAPE in text and unguard(text) != self._template.text(
-            unguard(chat.messages), unguard(chat.tools), prompt
+        unguarded = chat.changed(self._encoder.unguard) if ESCAPE in text else chat
+        if unguarded is not chat and self._encoder.unguard(text) != unguarded.text(
+            len(chat.messages), prompt
         ):
             raise RendererError(
                 "A message spells control tokens that the chat template itself looks for. Remove them."
@@ -242,22 +242,23 @@ class ChatTemplateRenderer(Renderer):
             message.keys() != _ONLY_CONTENT or marks.search(message["content"]) for message in chat.messages
         ):
             return
-
-        def part(string: str) -> str:
-            apart, found = marks.subn(rf"\g<0>{SENTINEL}", string)
-            return f"{SENTINEL}{apart}{SENTINEL}" if found else string
-
-        def parted(value: Any) -> Any:
-            return map_strings(part, value)
-
-        messages, tools = parted(chat.messages), parted(chat.tools)
-        if (messages, tools) == (chat.messages, chat.tools):
+        parted = chat.changed(self._parted)
+        if (parted.messages, parted.tools) == (chat.messages, chat.tools):
             return
         find = self._encoder.control.findall
-        if find(self._template.text(messages, tools, prompt)) != find(text):
+        if find(parted.text(len(chat.messages), prompt)) != find(text):
             raise RendererError(
                 "The chat template makes a control token of parts that a message spells. Remove them."
             )
+
+    def _parted(self, value: Any) -> Any:
+        """The value with a sentinel behind everything in it that may be part of a control token."""
+
+        def part(string: str) -> str:
+            apart, found = self._part_of_control.subn(rf"\g<0>{SENTINEL}", string)
+            return f"{SENTINEL}{apart}{SENTINEL}" if found else string
+
+        return map_strings(part, value)
 
     # -- spans --------------------------------------------------------------------------------
 
@@ -300,7 +301,7 @@ class ChatTemplateRenderer(Renderer):
         ]
         if not lost and (thought or message.get("tool_calls")):
             stand_in, sentinels = stand_in_for(message)
-            text = self._template.text([*chat.messages[:index], stand_in], chat.tools)
+            text = chat.text_with(index, stand_in, index + 1)
             lost = [what for what, sentinel in sentinels.items() if sentinel not in text]
         if lost:
             raise RendererError(
@@ -345,9 +346,7 @@ class ChatTemplateRenderer(Renderer):
     def _around(self, chat: Chat, index: int, stand_in: PlainMessage) -> Span:
         """The part of the text that gives way when a message with the sentinel replaces message `index`."""
         text = chat.text(len(chat.messages))
-        changed = self._template.text(
-            [*chat.messages[:index], stand_in, *chat.messages[index + 1 :]], chat.tools
-        )
+        changed = chat.text_with(index, stand_in, len(chat.messages))
         before, _, after = changed.partition(SENTINEL)
         start, end = len(before), len(text) - len(after)
         if changed.count(SENTINEL) == 1 and text.startswith(before) and text.endswith(after) and start <= end:

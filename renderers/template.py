@@ -8,7 +8,7 @@ a conversation takes many short calls; what it was seen to do is not done again 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from copy import copy
 from functools import cached_property
@@ -22,7 +22,8 @@ from jinja2 import nodes
 
 from cookbook.errors import RendererError
 from renderers.encoder import SENTINEL
-from renderers.locality import Beginnings, LocalTemplate, local_template
+from renderers.incremental import IncrementalTemplate, Memory
+from renderers.loop_counts import NotFollowed
 from renderers.messages import ROLES, PlainMessage, Tool, to_json
 from renderers.sandbox import compiled
 from renderers.tracing import Outline, Traces
@@ -48,6 +49,9 @@ _MOST_TRACED = 128
 
 _LONG = 24
 """Messages from which on a conversation's beginnings are looked at together."""
+
+_MOST_CHARACTERS = 1 << 25
+"""Characters of texts that are kept of one conversation."""
 
 _RESERVED = frozenset({"messages", "tools", "add_generation_prompt"})
 
@@ -145,8 +149,7 @@ class Template:
                 add_generation_prompt=prompt,
             )
         except Exception as error:  # a template is foreign code, and whatever it raises is its refusal
-            roles = ", ".join(message["role"] for message in first)
-            raise RendererError(f"The chat template refuses messages of roles {roles}: {error}") from error
+            raise _refusal(first, error) from error
 
     def all_text(self) -> str:
         """The template's source and what it prints of a message of every role: where its own tokens stand."""
@@ -159,31 +162,28 @@ class Template:
             printed.append(self.text([_USER, self.adapted(CALL), {"role": "tool", "content": "x"}], [_TOOL]))
         return "\n".join(printed)
 
-    def beginnings(
-        self, messages: Sequence[PlainMessage], tools: Sequence[Tool] | None, prompt: bool
-    ) -> Beginnings | None:
-        """The text of all first messages; None where the template has to be run for each number of them."""
-        template = self._local_with_tools if tools else self._local
-        if template is None or len(messages) <= template.num_first:
+    def followed_text(
+        self, messages: Sequence[PlainMessage], tools: Sequence[Tool] | None, prompt: bool, memory: Memory
+    ) -> str | None:
+        """The same as `text`, with the help of earlier runs for the same conversation; None without that."""
+        template = self._incremental_with_tools if tools else self._incremental
+        if template is None or not template.is_followed or not memory.is_of_use:
             return None
-        variables = {
-            **self._variables,
-            "tools": list(tools) if tools else None,
-            "add_generation_prompt": prompt,
-        }
-        with suppress(
-            Exception
-        ):  # a template is foreign code; what it raises it raises again where it is run
-            return template.beginnings(messages, variables)
-        return None
+        variables = {**self._variables, "tools": tools or None, "add_generation_prompt": prompt}
+        try:
+            return template.text(messages, variables, memory)
+        except NotFollowed:
+            return None
+        except Exception as error:  # a template is foreign code, and whatever it raises is its refusal
+            raise _refusal(messages, error) from error
 
     @cached_property
-    def _local(self) -> LocalTemplate | None:
-        return local_template(self._source, self._plain.environment)
+    def _incremental(self) -> IncrementalTemplate | None:
+        return IncrementalTemplate.of(self._source)
 
     @cached_property
-    def _local_with_tools(self) -> LocalTemplate | None:
-        return local_template(self._source_with_tools, self._with_tools.environment)
+    def _incremental_with_tools(self) -> IncrementalTemplate | None:
+        return IncrementalTemplate.of(self._source_with_tools)
 
     # -- what it has places for ---------------------------------------------------------------
 
@@ -271,6 +271,11 @@ class Template:
         return adapted
 
 
+def _refusal(messages: Sequence[PlainMessage], error: Exception) -> RendererError:
+    roles = ", ".join(message["role"] for message in messages)
+    return RendererError(f"The chat template refuses messages of roles {roles}: {error}")
+
+
 class Chat:
     """One conversation under a template. What was rendered once is kept."""
 
@@ -280,11 +285,16 @@ class Chat:
         self.messages = [template.adapted(message) for message in messages]
         self.tools = [_json_type(tool) for tool in tools] if tools else None
         self._template = template
-        self._outline = Outline(self.messages)
         self._given = messages, tools
-        self._texts: dict[tuple[int, bool], str | RendererError] = {}
+        self._is_long = len(self.messages) >= _LONG
+        self._start_anew()
+
+    def _start_anew(self) -> None:
         self._all_messages = self.messages
-        self._beginnings: dict[bool, Beginnings | None] = {}
+        self._outline = Outline(self.messages)
+        self._texts = _Texts()
+        self._memory = Memory()
+        self._changed: dict[Callable[[Any], Any], Chat] = {}
 
     def beginning(self, messages: Sequence[PlainMessage], tools: Sequence[Tool] | None) -> Chat | None:
         """The chat of these messages, if this begins with the very same; it shares what is kept."""
@@ -295,31 +305,48 @@ class Chat:
         beginning.messages = self.messages[: len(messages)]
         return beginning
 
+    def changed(self, change: Callable[[Any], Any]) -> Chat:
+        """This chat with every message, and the tools, changed; what stays equal stays the same object."""
+        if change not in self._changed:
+            changed = copy(self)
+            new = [change(message) for message in self._all_messages]
+            changed.messages = [b if a != b else a for a, b in zip(self._all_messages, new, strict=True)]
+            changed.tools = change(self.tools)
+            changed._start_anew()
+            self._changed[change] = changed
+        changed = copy(self._changed[change])
+        changed.messages = changed.messages[: len(self.messages)]
+        return changed
+
     def text(self, num_messages: int, prompt: bool = False) -> str:
         """The text of the first messages."""
         key = (num_messages, prompt)
-        beginnings = None if key in self._texts else self._beginnings_of_long(prompt)
-        if beginnings is not None and num_messages >= beginnings.least:
-            return beginnings.text(num_messages)
-        if key not in self._texts:
+        found = self._texts.get(key)
+        if found is None:
             try:
-                self._texts[key] = self._template.text_of_first(
-                    num_messages, self.messages, self._outline, self.tools, prompt
-                )
+                found = self._rendered(num_messages, prompt)
             except RendererError as error:
-                self._texts[key] = error
-        found = self._texts[key]
+                found = error
+            self._texts.keep(key, found)
         if isinstance(found, RendererError):
             raise found
         return found
 
-    def _beginnings_of_long(self, prompt: bool) -> Beginnings | None:
-        """Those of a conversation that is long enough to be worth it."""
-        if len(self._all_messages) < _LONG:
-            return None
-        if prompt not in self._beginnings:
-            self._beginnings[prompt] = self._template.beginnings(self._all_messages, self.tools, prompt)
-        return self._beginnings[prompt]
+    def _rendered(self, num_messages: int, prompt: bool) -> str:
+        if self._is_long:
+            text = self._followed_text(self.messages[:num_messages], prompt)
+            if text is not None:
+                return text
+        return self._template.text_of_first(num_messages, self.messages, self._outline, self.tools, prompt)
+
+    def text_with(self, index: int, stand_in: PlainMessage, num_messages: int) -> str:
+        """The text of the first messages, with another message in place of one of them."""
+        messages = [*self.messages[:index], stand_in, *self.messages[index + 1 : num_messages]]
+        text = self._followed_text(messages, prompt=False) if self._is_long else None
+        return self._template.text(messages, self.tools) if text is None else text
+
+    def _followed_text(self, messages: Sequence[PlainMessage], prompt: bool) -> str | None:
+        return self._template.followed_text(messages, self.tools, prompt, self._memory)
 
     def prompt_before(self, index: int) -> str | None:
         """The prompt for message `index`, or None where the template renders none."""
@@ -329,6 +356,24 @@ class Chat:
             return self.text(index, prompt=True)
         except RendererError:
             return None
+
+
+class _Texts:
+    """Texts, or why there is none, by number of messages and whether with the prompt; the latest ones."""
+
+    def __init__(self) -> None:
+        self._kept: dict[tuple[int, bool], str | RendererError] = {}
+        self._num_characters = 0
+
+    def get(self, key: tuple[int, bool]) -> str | RendererError | None:
+        return self._kept.get(key)
+
+    def keep(self, key: tuple[int, bool], text: str | RendererError) -> None:
+        if self._num_characters > _MOST_CHARACTERS:
+            self._kept.clear()
+            self._num_characters = 0
+        self._kept[key] = text
+        self._num_characters += len(text) if isinstance(text, str) else 0
 
 
 # -- messages -----------------------------------------------------------------------------------

@@ -1,0 +1,292 @@
+"""Rewrites the loops of a chat template so that `loop_records` can follow and shorten them.
+
+A loop that stands in no other loop, macro or block is rewritten, whatever it runs over:
+
+    {% for message in messages %} ... {% endfor %}
+
+becomes, in the words of a template,
+
+    {% for message in messages | enter(run, 0, <the outer values that the body reads>) %} ... {% endfor %}
+    {{ run | leave }}
+
+and in its body, where `messages` and `ns.last` are read in no other way,
+
+    messages[i]         becomes   messages | item(run, i)
+    messages | length   becomes   messages | size(run)
+    i > ns.last         becomes   i | compare(run, ns.last, 'gt', 'ns', 'last')
+    {% for k in range(i, messages | length) %}
+                        becomes   {% for k in i | numbers(run, messages) %}
+
+so that it is seen which of the messages, and what of their number, one iteration depends on. A loop in that
+body which does nothing more once `ns.found` is set, as its only `if` says, is ended there with a `break`: it
+may have found what it looks for long before the last message.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import cast
+
+import jinja2
+from jinja2 import nodes
+
+RUN = "run_of_a_template"
+"""The variable that holds the run; a template that has a variable of this name is not rewritten."""
+
+FOLLOW = "follow:"
+"""How the names of the filters begin that a rewritten template calls."""
+
+_OPAQUE = (nodes.Include, nodes.Import, nodes.FromImport, nodes.Extends, nodes.Block)
+"""What is defined elsewhere."""
+
+_ITEM, _WHOLE = "[]", ""
+"""How a variable is read that is read by none of its attributes."""
+
+_OPERATORS = {"eq", "ne", "gt", "gteq", "lt", "lteq"}
+
+
+@dataclass(frozen=True)
+class Loop:
+    """One loop that was rewritten."""
+
+    names: tuple[str, ...]
+    """The variables from outside of the loop that its body may read."""
+    indexed: frozenset[str]
+    """Those of them that are lists, if at all, whose items and length alone are read."""
+    compared: frozenset[tuple[str, str]]
+    """The names and attributes of namespaces that the body only compares, and does not set."""
+    is_reversed: bool
+    """Whether it runs over a list from its end."""
+
+
+def rewritten(source: str, environment: jinja2.Environment) -> tuple[nodes.Template, list[Loop]]:
+    """The syntax tree of the template with its loops rewritten, and the loops; none where it cannot be."""
+    tree = environment.parse(source)
+    is_plain = next(tree.find_all(_OPAQUE), None) is None
+    if not is_plain or any(name.name == RUN for name in tree.find_all(nodes.Name)):
+        return tree, []
+    macros = {macro.name: macro for macro in tree.find_all(nodes.Macro)}
+    loops: list[Loop] = []
+    _rewrite_loops(tree.body, macros, loops)
+    return tree, loops
+
+
+def _rewrite_loops(body: list[nodes.Node], macros: dict[str, nodes.Macro], loops: list[Loop]) -> None:
+    for place in reversed(range(len(body))):
+        node = body[place]
+        if isinstance(node, nodes.If):
+            for part in (node.body, node.else_, *(branch.body for branch in node.elif_)):
+                _rewrite_loops(part, macros, loops)
+        elif isinstance(node, nodes.For) and not (node.test or node.else_ or node.recursive):
+            loop = _reads_of(node, macros)
+            _Rewriting(loop).rewrite(node.body)
+            values: list[nodes.Expr] = [nodes.Name(name, "load", lineno=node.lineno) for name in loop.names]
+            number = nodes.Const(len(loops), lineno=node.lineno)
+            node.iter = _filter("enter", node.iter, [number, *values])
+            left = _filter("leave", nodes.Const("", lineno=node.lineno), [])
+            body.insert(place + 1, nodes.Output([left], lineno=node.lineno))
+            loops.append(loop)
+
+
+def _filter(name: str, value: nodes.Node, arguments: list[nodes.Expr]) -> nodes.Filter:
+    run = nodes.Name(RUN, "load", lineno=value.lineno)
+    return nodes.Filter(
+        cast(nodes.Expr, value), f"{FOLLOW}{name}", [run, *arguments], [], None, None, lineno=value.lineno
+    )
+
+
+def _reads_of(loop: nodes.For, macros: dict[str, nodes.Macro]) -> Loop:
+    """What the body, and the macros that it may call, read of the variables from outside."""
+    targets = {name.name for name in _with_descendants([loop.target]) if isinstance(name, nodes.Name)}
+    called = _called_macros(loop.body, macros)
+    everything: list[nodes.Node] = [*loop.body, *called]
+    names = {
+        node.name
+        for node in _with_descendants(everything)
+        if isinstance(node, (nodes.Name, nodes.NSRef)) and getattr(node, "ctx", "load") != "store"
+    }
+    compared: set[tuple[str, str]] = set()
+    others = {*_other_reads(called, None), *_other_reads(loop.body, compared)}
+    return Loop(
+        names=tuple(sorted(names - targets - {"loop", "namespace", *macros})),
+        indexed=frozenset(name for name in names if not _kinds_of(name, others) - {_ITEM}),
+        compared=frozenset(
+            (name, attribute)
+            for name, attribute in compared
+            if not _kinds_of(name, others) & {_WHOLE, _ITEM, attribute}
+        ),
+        is_reversed=_is_reversed(loop.iter),
+    )
+
+
+def _kinds_of(name: str, reads: set[tuple[str, str]]) -> set[str]:
+    return {kind for read, kind in reads if read == name}
+
+
+def _with_descendants(found: Iterable[nodes.Node]) -> Iterator[nodes.Node]:
+    for node in found:
+        yield node
+        yield from node.find_all(nodes.Node)
+
+
+def _called_macros(body: list[nodes.Node], macros: dict[str, nodes.Macro]) -> list[nodes.Node]:
+    called: dict[str, nodes.Node] = {}
+    waiting: list[nodes.Node] = list(body)
+    while waiting:
+        for node in list(_with_descendants([waiting.pop()])):
+            if isinstance(node, nodes.Name) and node.name in macros and node.name not in called:
+                called[node.name] = macros[node.name]
+                waiting.append(macros[node.name])
+    return list(called.values())
+
+
+def _is_reversed(iterated: nodes.Node) -> bool:
+    if not isinstance(iterated, nodes.Getitem) or not isinstance(iterated.arg, nodes.Slice):
+        return False
+    bounds = iterated.arg
+    return bounds.start is None and bounds.stop is None and _constant(bounds.step) == -1
+
+
+def _constant(node: nodes.Node | None) -> object:
+    if isinstance(node, nodes.Neg) and isinstance(node.node, nodes.Const):
+        return -node.node.value
+    return node.value if isinstance(node, nodes.Const) else None
+
+
+def _item_of(node: nodes.Node) -> nodes.Name | None:
+    """The variable of which this reads an item by a number that is not counted from the end."""
+    if isinstance(node, nodes.Getitem) and isinstance(node.node, nodes.Name):
+        position = _constant(node.arg)
+        from_end = isinstance(position, int) and position < 0
+        return None if from_end or isinstance(node.arg, nodes.Slice) else node.node
+    return None
+
+
+def _size_of(node: nodes.Node) -> nodes.Name | None:
+    """The variable of which this is the length."""
+    if not isinstance(node, nodes.Filter) or node.name not in ("length", "count") or node.args:
+        return None
+    return node.node if isinstance(node.node, nodes.Name) else None
+
+
+def _numbers_up_to(node: nodes.Node) -> tuple[nodes.Expr, nodes.Name] | None:
+    """The start of a range that ends at the length of a variable, and that variable."""
+    if not isinstance(node, nodes.Call) or node.kwargs or node.dyn_args or node.dyn_kwargs:
+        return None
+    if not isinstance(node.node, nodes.Name) or node.node.name != "range" or len(node.args) != 2:
+        return None
+    listed = _size_of(node.args[1])
+    return None if listed is None else (node.args[0], listed)
+
+
+def _done(loop: nodes.For) -> nodes.Getattr | None:
+    """The attribute of a namespace with which the body of this loop does nothing."""
+    body = [node for node in loop.body if not _is_empty(node)]
+    if len(body) != 1 or not isinstance(body[0], nodes.If) or loop.else_ or loop.recursive:
+        return None
+    condition = body[0]
+    test = condition.test
+    if not condition.elif_ and not condition.else_:
+        while isinstance(test, nodes.And):
+            test = test.left
+        if isinstance(test, nodes.Not):
+            return _attribute(test.node)
+    return _attribute(condition.test) if all(map(_is_empty, condition.body)) else None
+
+
+def _attribute(node: nodes.Node) -> nodes.Getattr | None:
+    """An attribute of a variable other than the loop."""
+    if isinstance(node, nodes.Getattr) and isinstance(node.node, nodes.Name) and node.node.name != "loop":
+        return node
+    return None
+
+
+def _is_empty(node: nodes.Node) -> bool:
+    """Whether it prints an empty text, and nothing else."""
+    if not isinstance(node, nodes.Output):
+        return False
+    return all(isinstance(part, nodes.TemplateData) and not part.data for part in node.nodes)
+
+
+def _compared(node: nodes.Node) -> tuple[nodes.Expr, str, nodes.Getattr] | None:
+    """What this compares with an attribute of a variable: `(other side, operator, attribute)`."""
+    if not isinstance(node, nodes.Compare) or len(node.ops) != 1 or node.ops[0].op not in _OPERATORS:
+        return None
+    right = _attribute(node.ops[0].expr)
+    return None if right is None else (node.expr, node.ops[0].op, right)
+
+
+def _other_reads(
+    body: Iterable[nodes.Node], compared: set[tuple[str, str]] | None
+) -> Iterator[tuple[str, str]]:
+    """How variables are read and set: `(name, attribute)`, `_ITEM` for an item, `_WHOLE` for any other way.
+
+    Reads of the length are left out. Attributes that are compared are added to `compared` instead. In macros
+    (`compared` is None) nothing is rewritten, so all that is no attribute is any other way.
+    """
+    for node in body:
+        children = list(node.iter_child_nodes())
+        if isinstance(node, nodes.NSRef):
+            yield node.name, node.attr
+        elif isinstance(node, nodes.Name):
+            if node.ctx == "load":
+                yield node.name, _WHOLE
+        elif isinstance(node, nodes.Getattr) and isinstance(node.node, nodes.Name):
+            yield node.node.name, node.attr
+            children = []
+        elif compared is not None and (comparison := _compared(node)) is not None:
+            left, _, attribute = comparison
+            assert isinstance(attribute.node, nodes.Name)
+            compared.add((attribute.node.name, attribute.attr))
+            children = [left]
+        elif compared is not None and (listed := _item_of(node) or _size_of(node)) is not None:
+            children.remove(listed)
+            if isinstance(node, nodes.Getitem):
+                position = _constant(node.arg)
+                yield listed.name, position if isinstance(position, str) else _ITEM
+        yield from _other_reads(children, compared)
+
+
+class _Rewriting:
+    """Puts the filters that follow what is read into the body of one loop."""
+
+    def __init__(self, loop: Loop) -> None:
+        self._loop = loop
+
+    def rewrite(self, body: list[nodes.Node]) -> None:
+        for node in body:
+            self._rewrite_children(node)
+            for loop in _with_descendants([node]):
+                if isinstance(loop, nodes.For) and (done := _done(loop)) is not None:
+                    end = nodes.If(done, [nodes.Break(lineno=loop.lineno)], [], [], lineno=loop.lineno)
+                    loop.body.insert(0, end)
+
+    def _rewrite_children(self, node: nodes.Node) -> None:
+        for name, value in node.iter_fields():
+            if isinstance(value, list):
+                setattr(node, name, [self._new(child) for child in value])
+            else:
+                setattr(node, name, self._new(value))
+
+    def _new(self, node: object) -> object:
+        if not isinstance(node, nodes.Node):
+            return node
+        if (numbers := _numbers_up_to(node)) is not None and numbers[1].name in self._loop.indexed:
+            return _filter("numbers", cast(nodes.Node, self._new(numbers[0])), [numbers[1]])
+        self._rewrite_children(node)
+        if (listed := _item_of(node)) is not None and listed.name in self._loop.indexed:
+            assert isinstance(node, nodes.Getitem)
+            return _filter("item", listed, [node.arg])
+        if (listed := _size_of(node)) is not None and listed.name in self._loop.indexed:
+            return _filter("size", listed, [])
+        if (comparison := _compared(node)) is not None:
+            left, operator, attribute = comparison
+            assert isinstance(attribute.node, nodes.Name)
+            key = (attribute.node.name, attribute.attr)
+            if key in self._loop.compared:
+                constants: list[nodes.Expr] = [
+                    nodes.Const(part, lineno=node.lineno) for part in (operator, *key)
+                ]
+                return _filter("compare", left, [attribute, *constants])
+        return node

@@ -1,0 +1,340 @@
+"""The text of a long conversation's beginnings, against a run of the template for each of them."""
+
+from __future__ import annotations
+
+import os
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cookbook.errors import RendererError
+from renderers.incremental import IncrementalTemplate, Memory
+from renderers.template import Chat, Template
+
+PUBLISHED = Path(
+    os.environ.get("COOKBOOK_TEMPLATES") or Path(__file__).parents[2].parent / "shared" / "chat_templates"
+)
+LOOP = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+PROMPT = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+
+
+def body(added: str) -> str:
+    return LOOP.replace("{{ m.content", added + "{{ m.content")
+
+
+LAST_USER_BACKWARDS = (
+    "{% set ns = namespace(searches=true, last=messages|length - 1) %}{% for m in messages[::-1] %}"
+    "{% set index = (messages|length - 1) - loop.index0 %}"
+    "{% if ns.searches and m.role == 'user' %}"
+    "{% set ns.searches = false %}{% set ns.last = index %}{% endif %}"
+    "{% endfor %}"
+)
+LAST_USER_FORWARDS = (
+    "{% set ns = namespace(last=-1) %}{% for m in messages %}{% if m.role == 'user' %}"
+    "{% set ns.last = loop.index0 %}{% endif %}{% endfor %}"
+)
+NEXT_ASSISTANT = (
+    "{% set found = namespace(at=-1) %}{% for k in range(loop.index0 + 1, messages|length) %}"
+    "{% if found.at < 0 %}"
+    "{% if messages[k].role == 'assistant' %}{% set found.at = k %}{% endif %}{% endif %}"
+    "{% endfor %}{{ found.at }}"
+)
+NEXT_ASSISTANT_WITH_FLAG = NEXT_ASSISTANT.replace("namespace(at=-1)", "namespace(at=-1, done=false)").replace(
+    "{% if found.at < 0 %}", "{% if not found.done %}"
+)
+FOLLOWED = {
+    "chatml": LOOP,
+    "first": body("{{ loop.index }}{% if loop.first %}!{% endif %}"),
+    "system": "{% if messages[0].role == 'system' %}{{ messages[0].content }}{% set rest = messages[1:] %}"
+    "{% else %}{% set rest = messages %}{% endif %}" + LOOP.replace("in messages", "in rest"),
+    "same name": "{% if messages[0].role == 'system' %}{% set messages = messages[1:] %}{% endif %}"
+    + body("{{ messages[0].content }}"),
+    "nested": body("{% for c in m.content[:3] %}{{ c }}{{ loop.last }}{% endfor %}"),
+    "macro": "{% macro say(m) %}[{{ m.content }}]{% endmacro %}" + LOOP.replace("m.content }}", "say(m) }}"),
+    "alternating": body(
+        "{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('No.') }}{% endif %}"
+    ),
+    "last": body("{% if loop.last %}!{% endif %}"),
+    "next": body("{{ (loop.nextitem or m).role }}{{ (loop.previtem or m).content }}"),
+    "length outside of the loop": "{{ messages | length }}" + LOOP,
+    "length": body("{% if loop.index == messages | length %}!{% endif %}"),
+    "length of the loop": body("{% if loop.length - 2 > loop.index0 %}!{% endif %}{{ loop.revindex < 3 }}"),
+    "neighbours": body(
+        "{% if loop.first or messages[loop.index0 - 1].role != m.role %}[{% endif %}"
+        "{% if loop.last or messages[loop.index0 + 1].role != m.role %}]{% endif %}"
+    ),
+    "a range": "{% for i in range(messages|length) %}{% set m = messages[i] %}{{ m.role }}"
+    "{% if not loop.last and messages[i + 1].role == m.role %}={% endif %}{{ m.content }}\n{% endfor %}",
+    "remembers": "{% set ns = namespace(n=0) %}" + body("{% set ns.n = ns.n + 1 %}{{ ns.n }}"),
+    "remembers in a macro": "{% set ns = namespace(n=0) %}"
+    "{% macro count() %}{% set ns.n = ns.n + 1 %}{% endmacro %}" + body("{{ count() }}{{ ns.n }}"),
+    "two loops": LOOP + LOOP,
+    "continues": body("{% if m.role == 'tool' %}{% continue %}{% endif %}"),
+    "last user, backwards": LAST_USER_BACKWARDS + body("{% if loop.index0 > ns.last %}!{% endif %}"),
+    "last user, forwards": LAST_USER_FORWARDS + body("{% if loop.index0 >= ns.last %}!{% endif %}"),
+    "the last user only": LAST_USER_FORWARDS + body("{% if loop.index0 == ns.last %}!{% endif %}"),
+    "not the last user": LAST_USER_BACKWARDS
+    + body("{{ loop.index0 != ns.last }}{{ loop.index0 < ns.last }}"),
+    "with a flag": body(
+        NEXT_ASSISTANT_WITH_FLAG.replace("found.at = k", "found.at = k %}{% set found.done = true")
+    ),
+    "generation": "{% for m in messages %}{{ m.role }}"
+    "{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}",
+}
+"""Templates whose every message is run about once."""
+
+RUN_OFTEN = {
+    "from the end": body("{{ messages[-1].role }}"),
+    "an unguarded neighbour": body("{{ messages[loop.index0 - 1].role }}"),
+    "the last user's number": LAST_USER_FORWARDS + body("{{ ns.last }}"),
+    "backwards": LOOP.replace("in messages", "in messages[::-1]"),
+    "filtered": LOOP.replace("in messages", "in messages if m.role == 'user'"),
+    "all at once": LOOP + "{{ messages }}",
+    "prints the length": body("{{ messages | length }}"),
+    "asks what the length is": body("{% if (messages | length - 1) is number %}!{% endif %}"),
+    "remainder of the length": body("{{ messages | length % 3 }}{{ loop.length % 2 }}"),
+    "breaks": body("{% if m.content == 'word 7' %}{% break %}{% endif %}"),
+    "the loop is passed on": "{% macro f(l) %}{{ l.last }}{% endmacro %}" + body("{{ f(loop) }}"),
+    "the loop is printed": body("{{ loop | string | length > 0 }}"),
+    "in a nested loop": body("{% for n in messages %}{{ n.role }}{% endfor %}"),
+    "otherwise": LOOP.replace("{% endfor", "{% else %}x{% endfor"),
+    "captured": "{% set text %}" + LOOP + "{% endset %}{{ text | upper }}",
+    "renamed in the loop": body("{% set all = messages %}{{ all | length }}"),
+    "changed": body("{% if loop.changed(m.role) %}!{% endif %}"),
+    "cycle": body("{{ loop.cycle('a', 'b', 'c') }}"),
+    "joiner": "{% set comma = joiner(', ') %}" + body("{{ comma() }}"),
+    "a namespace in a namespace": "{% set ns = namespace(inner=none) %}"
+    + body(
+        "{% if loop.index0 % 5 == 0 %}{% set ns.inner = namespace(n=0) %}{% endif %}"
+        "{% set inner = ns.inner %}{% set inner.n = inner.n + 1 %}{{ inner.n }}"
+    ),
+    "a list in a namespace": "{% set ns = namespace(seen=[]) %}"
+    + body("{% set ns.seen = ns.seen + [m.role] %}{{ ns.seen | length }}"),
+    "looks for the next": body(NEXT_ASSISTANT),
+    "the same name twice": "{% set run_of_a_template = 1 %}" + LOOP,
+    "the number of users": "{% set users = messages | selectattr('role', 'equalto', 'user') | list %}"
+    + body("{{ users | length }}"),
+    "prints backwards": "{% for m in messages[::-1] %}{{ m.role }}{% if loop.first %}!{% endif %}{% endfor %}"
+    + LOOP,
+    "reverse": "{% set ns = namespace(n=0) %}{% for m in messages | reverse %}"
+    "{% if m.role == 'user' and loop.index0 < 5 %}{% set ns.n = ns.n + loop.index %}{% endif %}"
+    "{% endfor %}{{ ns.n }}" + LOOP,
+}
+
+
+def conversation(num_messages: int, system: bool = False) -> list[dict[str, Any]]:
+    roles = ["user", "assistant"]
+    messages: list[dict[str, Any]] = [
+        {"role": roles[number % 2], "content": f"word {number}"} for number in range(num_messages)
+    ]
+    return [{"role": "system", "content": "Be brief."}, *messages] if system else messages
+
+
+def rollout(num_messages: int) -> list[dict[str, Any]]:
+    """Two questions, and calls and their results behind each; half of the calls are thought about."""
+    messages: list[dict[str, Any]] = []
+    while len(messages) < num_messages:
+        number = len(messages)
+        if number in (0, num_messages // 2):
+            messages.append({"role": "user", "content": f"Question {number}"})
+        call = {
+            "type": "function",
+            "id": f"call{number:05d}",
+            "function": {"name": "f", "arguments": {"at": number}},
+        }
+        thought = {"reasoning_content": f"thought {number}"} if number % 4 == 1 else {}
+        messages.append({"role": "assistant", "content": "", "tool_calls": [call], **thought})
+        messages.append({"role": "tool", "content": f"Result {number}", "tool_call_id": f"call{number:05d}"})
+    return messages[:num_messages]
+
+
+def printed(render: Any, *arguments: Any) -> str:
+    try:
+        return str(render(*arguments))
+    except RendererError as error:
+        return f"refused: {error}"
+
+
+def check_every_beginning(template: Template, messages: list[dict[str, Any]], tools: Any = None) -> Chat:
+    chat = Chat(template, messages, tools)
+    order = [len(messages), *range(1, len(messages) + 1)]
+    for number in order:
+        for prompt in (False, True):
+            expected = printed(template.text, chat.messages[:number], chat.tools, prompt)
+            assert printed(chat.text, number, prompt) == expected
+    for index in range(0, len(messages), 5):
+        stand_in = {**chat.messages[index], "content": "another word"}
+        for number in (index + 1, len(messages)):
+            changed = [*chat.messages[:index], stand_in, *chat.messages[index + 1 : number]]
+            expected = printed(template.text, changed, chat.tools)
+            assert printed(chat.text_with, index, stand_in, number) == expected
+    return chat
+
+
+@pytest.mark.parametrize("name", [*FOLLOWED, *RUN_OFTEN])
+@pytest.mark.parametrize("kind", ["plain", "system", "calls"])
+def test_every_beginning_is_what_the_template_prints_of_it(small_tokenizer, name, kind):
+    template = Template(small_tokenizer({**FOLLOWED, **RUN_OFTEN}[name] + PROMPT))
+    messages = rollout(40) if kind == "calls" else conversation(40, kind == "system")
+    check_every_beginning(template, messages)
+
+
+@pytest.mark.parametrize("name", FOLLOWED)
+def test_every_message_is_run_about_once(name):
+    template = IncrementalTemplate.of(FOLLOWED[name])
+    assert template is not None
+    memory = Memory()
+    messages = conversation(200)
+    for number in (200, *range(1, 201)):
+        template.text(messages[:number], {"add_generation_prompt": False}, memory)
+    assert memory.num_runs == 201
+    assert memory.num_iterations <= 9 * 200 < memory.num_reused / 4
+
+
+@pytest.mark.parametrize("order", ["backwards", "mixed"])
+@pytest.mark.parametrize("name", [*FOLLOWED, *RUN_OFTEN])
+def test_beginnings_may_be_asked_for_in_any_order(small_tokenizer, name, order):
+    template = Template(small_tokenizer({**FOLLOWED, **RUN_OFTEN}[name] + PROMPT))
+    messages = conversation(30)
+    chat = Chat(template, messages, None)
+    numbers = list(range(1, 31))
+    numbers.reverse() if order == "backwards" else random.Random(7).shuffle(numbers)
+    for number in numbers:
+        expected = printed(template.text, messages[:number])
+        assert printed(chat.text, number) == expected
+
+
+CONDITIONS = [
+    "loop.first",
+    "loop.last",
+    "not loop.last",
+    "m.role == 'user'",
+    "m.role != 'tool'",
+    "loop.index0 % 3 == 0",
+    "loop.index0 > ns.last",
+    "loop.index <= ns.last",
+    "loop.index0 == ns.last",
+    "ns.flag",
+    "not ns.flag and m.role == 'assistant'",
+    "ns.count > 3",
+    "messages[0].role == 'system'",
+    "loop.last or messages[loop.index0 + 1].role == 'tool'",
+    "loop.first or messages[loop.index0 - 1].role != 'tool'",
+    "messages[loop.index0 + 2].role == 'user'",
+    "loop.nextitem.role == 'assistant'",
+    "loop.previtem is defined and loop.previtem.role == m.role",
+    "loop.index == messages | length",
+    "loop.index0 < messages | length - 3",
+    "loop.length > 9",
+    "loop.revindex0 == 2",
+    "messages[-1].role == 'user'",
+    "'1' in m.content",
+    "m.tool_calls",
+    "add_generation_prompt",
+]
+EFFECTS = [
+    "{{ m.role }}:{{ m.content }};",
+    "{{ loop.index0 }}",
+    "!",
+    "{{ ns.count }}",
+    "{{ ns.last }}",
+    "{% set ns.count = ns.count + 1 %}",
+    "{% set ns.flag = true %}",
+    "{% set ns.flag = false %}",
+    "{% set ns.word = m.content %}{{ ns.word }}",
+    "{{ ns.word }}",
+    "{{ say(m) }}",
+    "{{ loop.nextitem.content }}",
+    "{{ messages[loop.index0 + 1].content }}",
+    "{% set found = namespace(done=false, at=0) %}{% for k in range(loop.index0 + 1, messages | length) %}"
+    "{% if not found.done and messages[k].role == 'user' %}{% set found.done = true %}{% set found.at = k %}"
+    "{% endif %}{% endfor %}{{ found.at }}",
+    "{% if ns.count > 30 %}{{ raise_exception('Too many.') }}{% endif %}",
+    "{% if m.content == 'word 17' %}{% continue %}{% endif %}",
+    "{% if m.content == 'word 19' %}{% break %}{% endif %}",
+]
+BEFORE = [
+    "{% for m in messages %}{% if CONDITION %}{% set ns.last = loop.index0 %}{% endif %}{% endfor %}",
+    "{% for m in messages[::-1] %}{% set index = (messages | length - 1) - loop.index0 %}"
+    "{% if not ns.flag and m.role == 'user' %}{% set ns.flag = true %}{% set ns.last = index %}{% endif %}"
+    "{% endfor %}",
+    "{% for m in messages | reverse %}"
+    "{% if CONDITION %}{% set ns.count = ns.count + 1 %}{% endif %}{% endfor %}",
+    "{% for m in messages %}"
+    "{% set ns.count = ns.count + 1 %}{% if CONDITION %}{% break %}{% endif %}{% endfor %}",
+    "{% if messages[0].role == 'system' %}{% set messages = messages[1:] %}{% endif %}",
+    "{{ messages | length }}",
+    "",
+]
+
+
+def random_template(choose: random.Random) -> str:
+    def effects() -> str:
+        parts = []
+        for effect in choose.sample(EFFECTS, choose.randint(1, 4)):
+            condition = choose.choice(CONDITIONS)
+            other = choose.choice(["", "{% else %}" + choose.choice(EFFECTS)])
+            parts.append(choose.choice([effect, f"{{% if {condition} %}}{effect}{other}{{% endif %}}"]))
+        return "".join(parts)
+
+    before = "".join(
+        part.replace("CONDITION", choose.choice(CONDITIONS))
+        for part in choose.sample(BEFORE, choose.randint(0, 3))
+    )
+    loops = [f"{{% for m in messages %}}{effects()}{{% endfor %}}" for _ in range(choose.randint(1, 2))]
+    return (
+        "{% set ns = namespace(count=0, flag=false, last=-1, word='') %}"
+        "{% macro say(m) %}[{{ m.role }}"
+        "{% if ns.flag %}{% set ns.count = ns.count + 1 %}{% endif %}]{% endmacro %}"
+        + before
+        + "|".join(loops)
+        + choose.choice(["", "{{ ns.count }}{{ ns.flag }}{{ ns.last }}{{ ns.word }}"])
+    )
+
+
+def check_random_template(small_tokenizer: Any, seed: int) -> None:
+    choose = random.Random(seed)
+    source = random_template(choose)
+    template = Template(small_tokenizer(source + PROMPT))
+    messages = choose.choice([conversation(26), conversation(26, system=True), rollout(27)])
+    check_every_beginning(template, messages)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_random_templates_print_every_beginning_the_same(small_tokenizer, seed):
+    check_random_template(small_tokenizer, seed)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_many_more_random_templates_print_every_beginning_the_same(small_tokenizer):
+    for seed in range(1000, 1600):
+        check_random_template(small_tokenizer, seed)
+
+
+@pytest.mark.skipif(not PUBLISHED.is_dir(), reason="the published templates are not here")
+@pytest.mark.parametrize("path", sorted(PUBLISHED.glob("*.jinja")), ids=lambda path: path.stem)
+def test_published_templates_print_every_beginning_the_same(small_tokenizer, path):
+    template = Template(small_tokenizer(path.read_text(encoding="utf-8")))
+    tool = {
+        "type": "function",
+        "function": {"name": "f", "description": "x", "parameters": {"type": "object"}},
+    }
+    for messages, tools in (
+        (conversation(26), None),
+        (conversation(26, system=True), None),
+        (rollout(26), [tool]),
+    ):
+        check_every_beginning(template, messages, tools)
+
+
+def test_a_long_conversation_has_the_examples_of_its_turns(small_tokenizer, trained_runs):
+    from renderers import get_renderer
+
+    tokenizer = small_tokenizer("chatml")
+    messages: list[Any] = conversation(60)
+    example = get_renderer("chat_template", tokenizer).build_supervised_example(messages)
+    assert tokenizer.decode(example[0].to_ints()) == tokenizer.apply_chat_template(messages, tokenize=False)
+    assert trained_runs(tokenizer, example) == [f"{m['content']}<|im_end|>" for m in messages[1::2]]
