@@ -17,7 +17,6 @@ import operator
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
 from operator import is_
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -148,16 +147,22 @@ class Record:
         self._lows: dict[tuple[str, str], list[float]] = {key: [] for key in loop.compared}
         self._negative_highs: dict[tuple[str, str], list[float]] = {key: [] for key in loop.compared}
         self._last_readers: dict[int, int] = {}
+        self._text = ""
+        self._ends = [0]
+        """Where the text of the iterations before each one ends."""
         self.entry: Entry
         self.final: list[dict[str, Any]] | None = None
         """The attributes of the namespaces after the loop."""
 
     def replace_from(self, start: int, iterations: Sequence[Iteration], entry: Entry) -> None:
         del self.iterations[start:]
+        del self._ends[start + 1 :]
+        self._text = "".join((self._text[: self._ends[-1]], *(iteration.text for iteration in iterations)))
         for numbers in (self._needs, *self._lows.values(), *self._negative_highs.values()):
             del numbers[start:]
         for number, iteration in enumerate(iterations, start):
             self.iterations.append(iteration)
+            self._ends.append(self._ends[-1] + len(iteration.text))
             self._needs.append(max(iteration.need, self._needs[-1] if self._needs else 0))
             for key in self._loop.compared:
                 low, high = iteration.bounds.get(key, (-END, END))
@@ -166,6 +171,10 @@ class Record:
             for index in iteration.read:
                 self._last_readers[index] = number
         self.entry = entry
+
+    def text(self, start: int, stop: int | None = None) -> str:
+        """What the iterations printed."""
+        return self._text[self._ends[start] : None if stop is None else self._ends[stop]]
 
     def beginning(self, num_iterations: int) -> Record:
         copied = Record(self._loop)
@@ -412,9 +421,9 @@ class ForwardVisit(Visit):
 
     def __iter__(self) -> Iterator[Any]:
         if self._reuse is not None and self._start:
-            old = self._reuse.record.iterations
-            self.run.pieces += [iteration.text for iteration in islice(old, self._start)]
-            self._set_namespaces(old[self._start].states)
+            record = self._reuse.record
+            self.run.pieces.append(record.text(0, self._start))
+            self._set_namespaces(record.iterations[self._start].states)
             self.run.num_reused += self._start
         rest_from = END if self._reuse is None or self._reuse.rest_from is None else self._reuse.rest_from
         for index in range(self._start, len(self.items)):
@@ -439,7 +448,7 @@ class ForwardVisit(Visit):
             return False
         self._close()
         self._is_shortened = True
-        self.run.pieces += [iteration.text for iteration in record.iterations[index:]]
+        self.run.pieces.append(record.text(index))
         self._set_namespaces(record.final)
         return True
 

@@ -53,6 +53,9 @@ _LONG = 24
 _MOST_CHARACTERS = 1 << 25
 """Characters of texts that are kept of one conversation."""
 
+_LONG_TEXT = 4096
+"""Characters from which on a text is kept as what it adds to another one."""
+
 _RESERVED = frozenset({"messages", "tools", "add_generation_prompt"})
 
 _REASONING = ("reasoning_content", "thinking", "reasoning")
@@ -359,21 +362,47 @@ class Chat:
 
 
 class _Texts:
-    """Texts, or why there is none, by number of messages and whether with the prompt; the latest ones."""
+    """Texts, or why there is none, by number of messages and whether with the prompt.
+
+    A long one is kept as what it adds to the beginning of the first one, mostly that of all messages.
+    """
 
     def __init__(self) -> None:
-        self._kept: dict[tuple[int, bool], str | RendererError] = {}
+        self._first = ""
+        self._kept: dict[tuple[int, bool], tuple[int, str] | RendererError] = {}
         self._num_characters = 0
 
     def get(self, key: tuple[int, bool]) -> str | RendererError | None:
-        return self._kept.get(key)
+        found = self._kept.get(key)
+        if not isinstance(found, tuple):
+            return found
+        num_common, rest = found
+        return f"{self._first[:num_common]}{rest}" if num_common else rest
 
     def keep(self, key: tuple[int, bool], text: str | RendererError) -> None:
+        if isinstance(text, RendererError):
+            self._kept[key] = text
+            return
         if self._num_characters > _MOST_CHARACTERS:
             self._kept.clear()
             self._num_characters = 0
-        self._kept[key] = text
-        self._num_characters += len(text) if isinstance(text, str) else 0
+        num_common = 0
+        if len(text) > _LONG_TEXT:
+            self._first = self._first or text
+            num_common = _length_of_common_start(self._first, text)
+        self._kept[key] = num_common, text[num_common:]
+        self._num_characters += len(text) - num_common
+
+
+def _length_of_common_start(one: str, other: str) -> int:
+    least, most = 0, min(len(one), len(other))
+    while least < most:
+        middle = (least + most + 1) // 2
+        if one.startswith(other[least:middle], least):
+            least = middle
+        else:
+            most = middle - 1
+    return least
 
 
 # -- messages -----------------------------------------------------------------------------------
