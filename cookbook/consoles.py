@@ -19,6 +19,7 @@ from rich.text import Text
 
 from cookbook.control_characters import visible, visible_entry, visible_line
 
+_COLOUR = re.compile("\x1b\\[[0-9;]*m")
 _ESCAPED_BYTE = re.compile("[\udc80-\udcff]")
 
 
@@ -30,6 +31,11 @@ def replace_unprintable() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
             stream.reconfigure(errors="replace")
+
+
+def discard_output() -> None:
+    """For when the reader of standard output is gone: what is printed from here on is no error."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def keep_undecodable_input() -> None:
@@ -69,12 +75,20 @@ def make_console(is_quiet: bool = False) -> Console:
     """Writes to standard output; lines are wrapped for a terminal and left whole for anything else.
 
     Characters that standard output cannot encode are replaced. Text is text: neither markup nor the names
-    of emoji in it are interpreted, and nothing in it is highlighted.
+    of emoji in it are interpreted, and nothing in it is highlighted. Where its reader closes the pipe, as
+    `head` does, a run or a sweep goes on, and prints no more.
     """
     replace_unprintable()
-    return Console(
+    return _PlainConsole(
         soft_wrap=not sys.stdout.isatty(), quiet=is_quiet, markup=False, emoji=False, highlight=False
     )
+
+
+class _PlainConsole(Console):
+    def on_broken_pipe(self) -> None:
+        """Rich would end the program here, in the middle of whatever it does."""
+        self.quiet = True
+        discard_output()
 
 
 def plain(text: object, style: str = "") -> Text:
@@ -98,12 +112,16 @@ class VisibleFormatter(logging.Formatter):
 
 
 class _VisibleRecord(logging.LogRecord):
-    """A record whose message and traceback every handler, also of another library, writes visibly."""
+    """A record whose message and traceback every handler, also of another library, writes visibly.
+
+    Colours that a library gives its messages are dropped: they cannot be told from those of text in them.
+    """
 
     def getMessage(self) -> str:
         if self.exc_info and self.exc_info[0] is not None and not self.exc_text:
             self.exc_text = visible("".join(traceback.format_exception(*self.exc_info))).rstrip("\n")
-        return visible(super().getMessage())
+        message = super().getMessage()
+        return visible(message if self.name.startswith("cookbook.") else _COLOUR.sub("", message))
 
 
 @contextlib.contextmanager

@@ -78,7 +78,7 @@ def _run(
         ended += 1
         results.record(plan, run, progress)
         line = _line(plan, run, progress, f"{ended}/{len(plan.runs)}")
-        # Where nobody reads any more, the other runs go on: the table at the end fails to be printed too.
+        # The run is recorded. A terminal that fails here fails for the table at the end too.
         with contextlib.suppress(OSError):
             console.print(plain(visible_entry(line)))
 
