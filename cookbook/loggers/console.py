@@ -38,7 +38,7 @@ class ConsoleLogger(MetricLogger):
 
     def log(self, step: int, metrics: Metrics) -> None:
         for line in _evaluation_lines(step, metrics):
-            self._console.print(plain_line(line))
+            self._print(line)
         if "train/nll" not in metrics:
             return
         status = f"nll {metrics['train/nll']:.3f}  {metrics['perf/tokens_per_second']:,.0f} tokens/s"
@@ -49,6 +49,11 @@ class ConsoleLogger(MetricLogger):
             if self._total_steps is not None:
                 of_all, left = f"/{self._total_steps}", f"  {metrics['perf/seconds_left']:,.0f} s left"
             line = f"step {step + 1}{of_all}  {status}{left}"
+            self._print(line)
+
+    def _print(self, line: str) -> None:
+        # A terminal that fails ends no run: other loggers have the metrics.
+        with contextlib.suppress(OSError):
             self._console.print(plain_line(line))
 
     def close(self) -> None:
@@ -76,7 +81,10 @@ class _ConsoleHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         style = "yellow" if record.levelno >= logging.WARNING else ""
-        self._console.print(plain(visible_entry(record.getMessage()), style))
+        try:
+            self._console.print(plain(visible_entry(record.getMessage()), style))
+        except OSError:  # a terminal that fails ends no run, as logging has it for every handler
+            self.handleError(record)
 
 
 @contextlib.contextmanager
