@@ -19,7 +19,7 @@ from chz.blueprint._entrypoint import EntrypointException, EntrypointHelpExcepti
 
 from cookbook import config_files, consoles
 from cookbook.config_files import COMMAND_LINE, NoValue, Setting
-from cookbook.control_characters import visible, visible_entry, visible_line
+from cookbook.control_characters import visible, visible_line
 from cookbook.errors import ConfigError, CookbookError, describe
 from cookbook.keys import Resolver, missing_keys, params_of
 
@@ -230,7 +230,7 @@ def _tell(failure: str, error: Exception) -> None:
 
     if mesh.speaks_for_all(error):
         where = f"[process {os.environ['RANK']}] " if mesh.is_one_of_many() else ""
-        print(visible_entry(where + failure), file=sys.stderr, flush=True)
+        print(visible(where + failure), file=sys.stderr, flush=True)
 
 
 def _print_help(text: str) -> None:
