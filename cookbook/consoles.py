@@ -13,6 +13,7 @@ import traceback
 import warnings
 from collections.abc import Iterator
 from types import TracebackType
+from typing import Any
 
 from rich.console import Console
 from rich.text import Text
@@ -117,9 +118,12 @@ class _VisibleRecord(logging.LogRecord):
     Colours that a library gives its messages are dropped: they cannot be told from those of text in them.
     """
 
-    def getMessage(self) -> str:
-        if self.exc_info and self.exc_info[0] is not None and not self.exc_text:
+    def __init__(self, *values: Any, **more: Any) -> None:
+        super().__init__(*values, **more)
+        if self.exc_info is not None and self.exc_info[0] is not None:
             self.exc_text = visible("".join(traceback.format_exception(*self.exc_info))).rstrip("\n")
+
+    def getMessage(self) -> str:
         message = super().getMessage()
         return visible(message if self.name.startswith("cookbook.") else _COLOUR.sub("", message))
 
