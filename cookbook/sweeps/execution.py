@@ -120,7 +120,7 @@ def _tune(
                 name="sweep",
                 storage_path=str(Path(storage)),
                 verbose=0,
-                callbacks=[TellOfEnds(ends.tell)],
+                callbacks=[TellOfEnds(ends.report)],
             ),
         ).fit()
     ends.raise_failure()
@@ -128,14 +128,14 @@ def _tune(
 
 
 class Ends:
-    """The runs that ended, each told of once.
+    """The runs that have ended. Each is reported once.
 
-    What goes wrong while one is told of is kept until all have ended: Tune would take it for a failure of
-    that run, stop it and tell of it once more.
+    An error raised by `on_end` is kept until all runs have ended: Tune would take it for a failure of that
+    run, stop the run and report it again.
     """
 
     def __init__(self, runs: Mapping[str, PlannedRun], on_end: OnEnd) -> None:
-        """Runs that are not among `runs` are counted, and not told of: they were over before."""
+        """Runs that are not among `runs` had ended before: they are counted, and not reported."""
         self._runs = runs
         self._on_end = on_end
         self._ended: set[str] = set()
@@ -145,7 +145,7 @@ class Ends:
     def count(self) -> int:
         return len(self._ended)
 
-    def tell(self, name: str, progress: Progress) -> None:
+    def report(self, name: str, progress: Progress) -> None:
         if name in self._ended:
             return
         self._ended.add(name)
@@ -157,7 +157,7 @@ class Ends:
             self._failure = self._failure or error
 
     def raise_failure(self) -> None:
-        """Raises the first of what went wrong."""
+        """Raises the first error that `on_end` raised."""
         if self._failure is not None:
             raise self._failure
 

@@ -520,45 +520,45 @@ def test_the_best_config_runs_and_does_what_the_run_of_the_sweep_did(
     assert f"{recorded['learning_rate']:g}" == "0.004"
 
 
-def test_every_run_is_told_of_once_and_what_fails_while_it_is_told_of_is_raised_at_the_end(
+def test_every_run_is_reported_once_and_an_error_in_a_report_is_raised_at_the_end(
     tmp_path: Path,
 ) -> None:
     runs = {run.name: run for run in make_plan([f"log_path={tmp_path}", "lora_rank=1,2,4"]).runs}
-    told: list[tuple[str, str]] = []
+    reported: list[tuple[str, str]] = []
 
     def on_end(run: PlannedRun, progress: Progress) -> None:
-        told.append((run.name, progress.state))
+        reported.append((run.name, progress.state))
         if run.name == "lora_rank=1":
-            raise ValueError("it cannot be told of")
+            raise ValueError("it cannot be reported")
 
     ends = execution.Ends({name: runs[name] for name in ("lora_rank=1", "lora_rank=2")}, on_end)
-    ends.tell("lora_rank=4", Progress("finished"))  # over before
-    ends.tell("lora_rank=1", Progress("finished"))
-    ends.tell("lora_rank=1", Progress("failed"))
-    ends.tell("lora_rank=2", Progress("finished"))
-    assert told == [("lora_rank=1", "finished"), ("lora_rank=2", "finished")]
+    ends.report("lora_rank=4", Progress("finished"))  # over before
+    ends.report("lora_rank=1", Progress("finished"))
+    ends.report("lora_rank=1", Progress("failed"))
+    ends.report("lora_rank=2", Progress("finished"))
+    assert reported == [("lora_rank=1", "finished"), ("lora_rank=2", "finished")]
     assert ends.count == 3
-    with pytest.raises(ValueError, match="it cannot be told of"):
+    with pytest.raises(ValueError, match="it cannot be reported"):
         ends.raise_failure()
 
 
 @A_WHILE
 @pytest.mark.slow
-def test_a_failure_while_an_end_is_told_ends_no_run_twice_and_no_other_run(
+def test_an_error_while_an_end_is_reported_ends_no_run_twice_and_no_other_run(
     tmp_path: Path, one_ray_at_a_time: None
 ) -> None:
     plan = make_plan([f"log_path={tmp_path / 'out'}", "lora_rank=1,2", "dataset=/nowhere.jsonl"])
     run_sweep(plan, lambda *_: True)  # each run has its folder
-    told: list[tuple[str, str]] = []
+    reported: list[tuple[str, str]] = []
 
     def on_end(run: PlannedRun, progress: Progress) -> None:
-        told.append((run.name, progress.error))
-        raise ValueError(f"{run.name} cannot be told of")
+        reported.append((run.name, progress.error))
+        raise ValueError(f"{run.name} cannot be reported")
 
-    with pytest.raises(ValueError, match="cannot be told of"):
+    with pytest.raises(ValueError, match="cannot be reported"):
         execution.execute(plan, plan.runs, [], on_end)
     error = "DataError: Dataset file /nowhere.jsonl does not exist."
-    assert sorted(told) == [("lora_rank=1", error), ("lora_rank=2", error)]
+    assert sorted(reported) == [("lora_rank=1", error), ("lora_rank=2", error)]
 
 
 def test_only_the_handlers_of_ray_itself_are_made_quiet() -> None:
