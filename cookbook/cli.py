@@ -19,6 +19,7 @@ from chz.blueprint._entrypoint import EntrypointException, EntrypointHelpExcepti
 
 from cookbook import config_files, consoles
 from cookbook.config_files import COMMAND_LINE, NoValue, Setting
+from cookbook.control_characters import visible, visible_line
 from cookbook.errors import ConfigError, CookbookError, describe
 from cookbook.keys import Resolver, missing_keys, params_of
 
@@ -198,7 +199,8 @@ def ending_in_a_line() -> Iterator[None]:
     (a few lines, exit code 1) and where Ctrl-C is pressed (130)."""
     consoles.replace_unprintable()
     try:
-        yield
+        with consoles.visible_output():
+            yield
     except EntrypointHelpException as help_text:
         _print_help(str(help_text))
         sys.exit(0)
@@ -228,15 +230,15 @@ def _tell(failure: str, error: Exception) -> None:
 
     if mesh.speaks_for_all(error):
         where = f"[process {os.environ['RANK']}] " if mesh.is_one_of_many() else ""
-        print(where + failure, file=sys.stderr, flush=True)
+        print(visible(where + failure), file=sys.stderr, flush=True)
 
 
 def _print_help(text: str) -> None:
     """Prints; a reader that closes the pipe early, as `head` does, is no error."""
     try:
-        print(text, flush=True)
+        print(visible(text), flush=True)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        consoles.discard_output()
 
 
 def _describe(error: CookbookError) -> str:
@@ -264,7 +266,7 @@ def _help(blueprint: Blueprint[Any], prog: str) -> str:
         )
         if value is None and any(other.startswith(f"{path}.") for other in params):
             continue  # made of the keys below it
-        line = f"{path}={value or '(required)'}"
+        line = visible_line(f"{path}={value or '(required)'}")
         lines.append(line if len(line) <= 79 else f"{line[:76]}...")
         lines += textwrap.wrap(param.doc, 76, initial_indent="    ", subsequent_indent="    ")
     return "\n".join(lines)

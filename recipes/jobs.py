@@ -15,12 +15,14 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from typing import NoReturn
 
 import yaml
-from rich.console import Console
 from rich.table import Table
 
 from cookbook import cli, consoles, jobs
+from cookbook.consoles import make_console, plain_line
+from cookbook.control_characters import visible, visible_line
 from cookbook.jobs import Job
 
 PROG = "python -m recipes.jobs"
@@ -55,10 +57,10 @@ def _retry(arguments: argparse.Namespace) -> int:
 
 
 def _told(job: Job, arguments: argparse.Namespace) -> int:
-    print(f"Job {job.id}, in {job.log_path}.")
+    print(visible_line(f"Job {job.id}, in {job.log_path}."))
     if arguments.wait:
         return _follow_to_its_end(job.id, arguments)
-    print(f"{PROG} logs {job.id} --follow")
+    print(visible_line(f"{PROG} logs {job.id} --follow"))
     return 0
 
 
@@ -68,12 +70,12 @@ def _wait(arguments: argparse.Namespace) -> int:
 
 def _follow_to_its_end(job_id: str, arguments: argparse.Namespace) -> int:
     for piece in jobs.logs(job_id, follow=True, address=arguments.address):
-        print(piece, end="", flush=True)
+        print(visible(piece), end="", flush=True)
     return _ended(jobs.wait(job_id, address=arguments.address))
 
 
 def _ended(job: Job) -> int:
-    print(f"Job {job.id}: {job.status}. {job.message}".strip())
+    print(visible(f"Job {job.id}: {job.status}. {job.message}".strip()))
     return 0 if job.has_succeeded else 1
 
 
@@ -84,40 +86,42 @@ def _list(arguments: argparse.Namespace) -> int:
         return 0
     table = Table(box=None, header_style="bold", pad_edge=False)
     for name in ("job", "status", "submitted", "folder"):
-        table.add_column(name, overflow="fold", no_wrap=name != "folder")
+        table.add_column(plain_line(name), overflow="fold", no_wrap=name != "folder")
     for job in found:
-        table.add_row(job.id, job.status, _time(job.submitted), job.log_path)
-    Console().print(table, highlight=False)
+        table.add_row(*map(plain_line, (job.id, job.status, _time(job.submitted), job.log_path)))
+    make_console().print(table)
     return 0
 
 
 def _get(arguments: argparse.Namespace) -> int:
     job = jobs.get(arguments.id, address=arguments.address)
-    print(f"{job.id}: {job.status}. {job.message}".strip())
-    print(f"python -m {job.recipe}, submitted {_time(job.submitted)}", end="")
-    print("" if job.ended is None else f", ended {_time(job.ended)}", end=", with this config:\n\n")
-    print(yaml.safe_dump(job.config, sort_keys=False, allow_unicode=True), end="")
+    print(visible(f"{job.id}: {job.status}. {job.message}".strip()))
+    ended = "" if job.ended is None else f", ended {_time(job.ended)}"
+    submitted = f"python -m {job.recipe}, submitted {_time(job.submitted)}{ended}"
+    print(visible_line(f"{submitted}, with this config:"), end="\n\n")
+    print(visible(yaml.safe_dump(job.config, sort_keys=False, allow_unicode=True)), end="")
     return 0
 
 
 def _logs(arguments: argparse.Namespace) -> int:
     for piece in jobs.logs(arguments.id, follow=arguments.follow, address=arguments.address):
-        print(piece, end="", flush=True)
+        print(visible(piece), end="", flush=True)
     return 0
 
 
 def _cancel(arguments: argparse.Namespace) -> int:
     job = jobs.get(arguments.id, address=arguments.address)
     if job.has_ended:
-        print(f"Job {job.id} had ended already: {job.status}.")
+        print(visible_line(f"Job {job.id} had ended already: {job.status}."))
         return 0
     if job.status == "RUNNING":
         print("The job saves, then ends.", flush=True)
     job = jobs.cancel(arguments.id, address=arguments.address)
     if not job.has_ended:
-        print(f"Job {job.id} waits for devices. It will not run, and is STOPPED when its turn comes.")
+        waits = "waits for devices. It will not run, and is STOPPED when its turn comes."
+        print(visible_line(f"Job {job.id} {waits}"))
         return 0
-    print(f"Job {job.id}: {job.status}. `{PROG} retry {job.id}` goes on with it.")
+    print(visible_line(f"Job {job.id}: {job.status}. `{PROG} retry {job.id}` goes on with it."))
     return 0
 
 
@@ -153,8 +157,13 @@ HELP = {
 }
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        super().error(visible_line(message))
+
+
 def parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog=PROG, description="Runs as jobs of Ray.", allow_abbrev=False)
+    parser = _Parser(prog=PROG, description="Runs as jobs of Ray.", allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     for name, text in HELP.items():
         command = commands.add_parser(

@@ -15,8 +15,8 @@ from pathlib import Path
 import chz
 
 from cookbook import cli, models
+from cookbook.consoles import make_console, plain, plain_line
 from cookbook.errors import ConfigError
-from cookbook.loggers import make_console
 from cookbook.supervised import preview, train
 from cookbook.supervised.types import ChatDatasetBuilder
 from recipes.sft import DEFAULTS
@@ -56,7 +56,7 @@ async def run(config: PreviewConfig) -> None:
     console = make_console()
     eval_reports = [] if eval_data is None else eval_data.reports()
     for report in dict.fromkeys([*train_data.reports(), *eval_reports]):
-        console.print("\n".join(report.lines()), highlight=False, markup=False)
+        console.print(plain("\n".join(report.lines())))
     preview.print_examples(examples[: config.num_examples], console)
     if config.html is not None:
         page = preview.make_page(
@@ -67,7 +67,7 @@ async def run(config: PreviewConfig) -> None:
         )
         path = Path(config.html).expanduser()
         path.write_text(page, encoding="utf-8", errors="backslashreplace")
-        console.print(f"Wrote {path}.", highlight=False)
+        console.print(plain_line(f"Wrote {path}."))
 
 
 def main(argv: list[str] | None = None) -> None:

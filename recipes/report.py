@@ -15,6 +15,7 @@ from pathlib import Path
 import chz
 
 from cookbook import cli
+from cookbook.control_characters import visible_line
 from cookbook.errors import ConfigError
 from cookbook.report import compare, write_report
 
@@ -37,7 +38,7 @@ async def run(config: ReportConfig) -> Path:
         path = write_report(config.runs[0])
     else:
         path = compare(config.runs, config.to or "compare.html", config.title)
-    print(path)
+    print(visible_line(path))
     return path
 
 

@@ -15,6 +15,7 @@ import chz
 
 import cookbook
 from cookbook import cli, embedded
+from cookbook.control_characters import visible
 from cookbook.errors import DataError
 from cookbook.models import recommended_renderer
 from cookbook.supervised.data import conversation_to_datum
@@ -82,7 +83,7 @@ def main(config: Config) -> None:
         message, _ = renderer.parse_response(sampled.sequences[0].tokens)
         return str(message["content"])
 
-    print(f"before: held-out NLL {held_out_nll():.4f}\n  {config.prompt}\n  {reply()}")
+    print(visible(f"before: held-out NLL {held_out_nll():.4f}\n  {config.prompt}\n  {reply()}"))
 
     # ---------------------------------------------------------------------------------------
     # train: the gradient of the summed loss, scaled by Adam; linear decay of the learning rate
@@ -96,13 +97,13 @@ def main(config: Config) -> None:
         loss = forward_backward.result().loss
         optim_step.result()
         if step % 20 == 0 or step == config.num_steps - 1:
-            print(f"step {step}: train NLL {loss:.4f}")
+            print(visible(f"step {step}: train NLL {loss:.4f}"))
 
     # ---------------------------------------------------------------------------------------
     # after
-    print(f"after: held-out NLL {held_out_nll():.4f}\n  {config.prompt}\n  {reply()}")
+    print(visible(f"after: held-out NLL {held_out_nll():.4f}\n  {config.prompt}\n  {reply()}"))
     saved = training_client.save_state("sft-loop").result()
-    print(f"saved {saved.path}")
+    print(visible(f"saved {saved.path}"))
 
 
 if __name__ == "__main__":

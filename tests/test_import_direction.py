@@ -102,6 +102,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "cookbook.recipe": (*BASE, *RUN, "cookbook.supervised.train"),
     "cookbook.sweeps": (
         *(*BASE, *RUN, *REPORT, "cookbook.clusters", "cookbook.jsonl", "cookbook.recipe", "cookbook.sweeps"),
+        *("cookbook.consoles", "cookbook.control_characters"),
         "cookbook.supervised.run_folder",
         "cookbook.supervised.train",
     ),

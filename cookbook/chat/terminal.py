@@ -12,7 +12,7 @@ from typing import IO
 
 from cookbook.chat.conversation import Conversation, Reply, Turn
 from cookbook.consoles import undecodable_byte
-from cookbook.control_characters import as_pictures
+from cookbook.control_characters import visible, visible_line
 from cookbook.errors import CookbookError, RequestError, describe
 from cookbook.eval.chat import text_of
 from renderers.streaming import Delta
@@ -47,7 +47,7 @@ class Terminal:
     def talk(self, title: str, speakers: Sequence[Speaker]) -> None:
         """Until /exit or the end of the input. What goes wrong is raised only where nobody sits there."""
         if self._is_interactive:
-            self._note(f"{title}\n/help names the commands, Ctrl-D leaves.\n")
+            self._note(f"{visible_line(title)}\n/help names the commands, Ctrl-D leaves.\n")
         for number, line in enumerate(self._lines(), 1):
             command = re.fullmatch(r"/([a-z]+)(?:\s+(.*))?", line)
             try:
@@ -160,9 +160,7 @@ class Terminal:
                 speaker.conversation.reset()
         prompt = speakers[0].conversation.renderer.system_prompt
         anew = " The conversation begins anew." if text else ""
-        self._note(
-            f"[System prompt: {as_pictures(prompt)}{anew}]" if prompt else f"[No system prompt.{anew}]"
-        )
+        self._note(f"[System prompt: {prompt}{anew}]" if prompt else f"[No system prompt.{anew}]")
 
     def _save(self, name: str, speakers: Sequence[Speaker]) -> None:
         if not name:
@@ -178,7 +176,7 @@ class Terminal:
             raise RequestError("There is nothing to save yet: nothing was said.")
         with path.open("a", encoding="utf-8", errors="backslashreplace") as file:
             file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-        self._note(f"[Appended to {path}: {len(speakers[0].conversation.messages)} messages.]")
+        self._note(f"[Appended to {visible_line(path)}: {len(speakers[0].conversation.messages)} messages.]")
 
     # -- writing ------------------------------------------------------------------------------
 
@@ -188,8 +186,10 @@ class Terminal:
 
     def _note(self, text: str) -> None:
         """What is no reply."""
-        dimmed = self._has_colour and text.startswith("[")
-        print(f"{_DIM}{text}{_PLAIN}" if dimmed else text, file=self._notes, flush=True)
+        shown = visible(text)
+        dimmed = self._has_colour and shown.startswith("[")
+        self._notes.write(f"{_DIM}{shown}{_PLAIN}\n" if dimmed else f"{shown}\n")
+        self._notes.flush()
 
 
 class _Voice:
@@ -209,7 +209,7 @@ class _Voice:
         elif self._is_thinking and not is_thinking:
             self._end_of_thinking()
         self._is_thinking = is_thinking
-        terminal._put(as_pictures(delta.text))
+        terminal._put(visible(delta.text))
 
     def end(self, reply: Reply) -> None:
         """What no delta had: the tail of a reply that was cut off, and calls of tools."""
@@ -218,7 +218,7 @@ class _Voice:
         content = str(reply.message.get("content") or "")
         calls = text_of({**reply.message, "content": ""})
         between = "\n" if content and calls else ""
-        self._terminal._put(as_pictures(f"{reply.rest}{between}{calls}\n"))
+        self._terminal._put(visible(f"{reply.rest}{between}{calls}\n"))
 
     def _end_of_thinking(self) -> None:
         self._terminal._put(f"{_PLAIN}\n" if self._terminal._has_colour else ")\n")

@@ -20,6 +20,7 @@ from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
+from cookbook.control_characters import visible
 from cookbook.embedded import MODEL_PATH
 from cookbook.embedded.chatter import Conversation, conversations
 from cookbook.embedded.questions import SAILORS_TOPICS, TOPICS
@@ -150,7 +151,7 @@ def train(
         optimizer.zero_grad()
         schedule.step()
         if step % 50 == 0 or step == steps - 1:
-            print(f"step {step:5d}  nll {loss.item():.3f}")
+            print(visible(f"step {step:5d}  nll {loss.item():.3f}"))
 
 
 @torch.no_grad()
@@ -214,7 +215,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         nll=reply_nll(model.float(), tokenizer, held_out),
     )
     (args.out / "README.md").write_text(card, encoding="utf-8")
-    print(card)
+    print(visible(card))
 
 
 if __name__ == "__main__":

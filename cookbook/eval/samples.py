@@ -39,12 +39,17 @@ class SamplesEvaluator(SamplingClientEvaluator):
         replies = await replies_to(sampling_client, self._renderer, inputs, params)
         rows = []
         for prompt, (reply,) in zip(self._prompts, replies, strict=True):
-            logger.info("  user: %s\n  assistant: %s", prompt, reply.text)
+            logger.info("  user: %s\n  assistant: %s", _indented(prompt), _indented(reply.text))
             rows.append((prompt, reply.text, reply.stop_reason, reply.num_tokens))
         return {self._name: Table(("prompt", "reply", "stop_reason", "tokens"), rows)}
 
     def _input(self, prompt: str) -> ModelInput:
         return self._renderer.build_generation_prompt([{"role": "user", "content": prompt}])
+
+
+def _indented(text: str) -> str:
+    """Further lines stand deeper than the names of the roles, so that none looks like another message."""
+    return text.replace("\n", "\n    ")
 
 
 def _seed(params: SamplingParams, index: int) -> int | None:

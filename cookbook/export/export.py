@@ -15,6 +15,7 @@ from pathlib import Path
 
 import chz
 
+from cookbook.consoles import make_console, plain, plain_line
 from cookbook.errors import CheckpointError, ConfigError, CookbookError
 from cookbook.export import push
 from cookbook.export.chat_format import ChatFormat, find_chat_format
@@ -23,7 +24,6 @@ from cookbook.export.gguf_weights import GgufType
 from cookbook.export.merged_folder import Dtype
 from cookbook.export.model_card import write_model_card
 from cookbook.export.source import Source, Which, find_source
-from cookbook.loggers import make_console
 
 _field = functools.partial(chz.field, validator=chz.validators.typecheck)
 
@@ -102,11 +102,11 @@ async def main(config: Config) -> str:
             result = push.push(written, repository, config.private, _message(config, source))
     console = make_console()
     for line in lines:
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+        console.print(plain(line), soft_wrap=True)
     if folder is not None and repository is not None:
         result = push.push(folder, repository, config.private, _message(config, source))
     if repository is not None:
-        console.print(f"Pushed to {result}", highlight=False, markup=False, soft_wrap=True)
+        console.print(plain_line(f"Pushed to {result}"), soft_wrap=True)
     return result
 
 

@@ -1,7 +1,8 @@
 """Where the metrics of a run go: files, the terminal, and trackers of experiments by their own clients."""
 
+from cookbook.consoles import make_console
 from cookbook.loggers.base import OF_EVERY_STEP, MetricLogger, Metrics, check_installed
-from cookbook.loggers.console import ConsoleLogger, logging_to, make_console
+from cookbook.loggers.console import ConsoleLogger, logging_to
 from cookbook.loggers.files import JsonlLogger
 from cookbook.loggers.tensorboard import TensorBoardLogger
 from cookbook.loggers.trackio import TrackioLogger

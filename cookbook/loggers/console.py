@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from cookbook import consoles
+from cookbook.consoles import VisibleFormatter, plain, plain_line
+from cookbook.control_characters import visible_entry
 from cookbook.loggers.base import OF_EVERY_STEP, MetricLogger, Metrics
 
 
@@ -29,7 +29,7 @@ class ConsoleLogger(MetricLogger):
                 TextColumn("step"),
                 MofNCompleteColumn(),
                 BarColumn(bar_width=None),
-                TextColumn("{task.fields[status]}"),
+                TextColumn("{task.fields[status]}", markup=False),
                 TimeRemainingColumn(),
                 console=console,
             )
@@ -38,7 +38,7 @@ class ConsoleLogger(MetricLogger):
 
     def log(self, step: int, metrics: Metrics) -> None:
         for line in _evaluation_lines(step, metrics):
-            self._console.print(line, highlight=False)
+            self._print(line)
         if "train/nll" not in metrics:
             return
         status = f"nll {metrics['train/nll']:.3f}  {metrics['perf/tokens_per_second']:,.0f} tokens/s"
@@ -49,7 +49,12 @@ class ConsoleLogger(MetricLogger):
             if self._total_steps is not None:
                 of_all, left = f"/{self._total_steps}", f"  {metrics['perf/seconds_left']:,.0f} s left"
             line = f"step {step + 1}{of_all}  {status}{left}"
-            self._console.print(line, highlight=False)
+            self._print(line)
+
+    def _print(self, line: str) -> None:
+        # A terminal that fails ends no run: other loggers have the metrics.
+        with contextlib.suppress(OSError):
+            self._console.print(plain_line(line))
 
     def close(self) -> None:
         if self._progress is not None:
@@ -67,15 +72,6 @@ def _evaluation_lines(step: int, metrics: Metrics) -> list[str]:
     return [f"step {step}: {'  '.join(parts)}" for parts in shown.values()]
 
 
-def make_console(is_quiet: bool = False) -> Console:
-    """Writes to standard output; lines are wrapped for a terminal and left whole for anything else.
-
-    Characters that standard output cannot encode are replaced.
-    """
-    consoles.replace_unprintable()
-    return Console(soft_wrap=not sys.stdout.isatty(), quiet=is_quiet)
-
-
 class _ConsoleHandler(logging.Handler):
     """Log records as plain text above the progress bar; tracebacks are left to train.log."""
 
@@ -84,15 +80,18 @@ class _ConsoleHandler(logging.Handler):
         self._console = console
 
     def emit(self, record: logging.LogRecord) -> None:
-        style = "yellow" if record.levelno >= logging.WARNING else None
-        self._console.print(record.getMessage(), style=style, markup=False, highlight=False)
+        style = "yellow" if record.levelno >= logging.WARNING else ""
+        try:
+            self._console.print(plain(visible_entry(record.getMessage()), style))
+        except OSError:  # a terminal that fails ends no run, as logging has it for every handler
+            self.handleError(record)
 
 
 @contextlib.contextmanager
 def logging_to(console: Console, path: Path) -> Iterator[None]:
     """Sends this project's log to the console and to a file."""
     in_file = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
-    in_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    in_file.setFormatter(VisibleFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     handlers: list[logging.Handler] = [_ConsoleHandler(console), in_file]
     root = logging.getLogger("cookbook")
     root.setLevel(logging.INFO)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cookbook import jsonl
+from cookbook.control_characters import visible_line
 from cookbook.report.downsampling import keep_extremes, smooth, smoothing_span
 from cookbook.report.record import Series, is_eval, is_wide, series_of
 
@@ -71,14 +72,14 @@ def _draw_panel(axes: Axes, title: str, lines: Mapping[str, Series], is_large: b
         marker = "o" if len(series) <= 60 else ""
         axes.plot(
             *keep_extremes(series.steps, series.values, _MOST_POINTS),
-            color=colour, linewidth=1.6, marker=marker, markersize=3.5, label=name,
+            color=colour, linewidth=1.6, marker=marker, markersize=3.5, label=_label(name),
         )  # fmt: skip
     values = [series.values for series in lines.values()]
     if is_large and is_wide(min(map(np.min, values)), max(map(np.max, values))):
         _make_logarithmic(axes)
     else:
         axes.locator_params(axis="y", nbins=6 if is_large else 4)
-    axes.set_title(title, loc="left", fontsize=10 if is_large else 8.5, color=_INK, pad=8)
+    axes.set_title(_label(title), loc="left", fontsize=10 if is_large else 8.5, color=_INK, pad=8)
     axes.tick_params(colors=_SOFT, labelsize=8 if is_large else 7, length=0)
     axes.grid(axis="y", color=_LINE, linewidth=0.7)
     axes.set_axisbelow(True)
@@ -94,6 +95,11 @@ def _draw_panel(axes: Axes, title: str, lines: Mapping[str, Series], is_large: b
         axes.set_xlabel("step", fontsize=8, color=_SOFT)
     if len(lines) > 1:
         axes.legend(frameon=False, fontsize=8.5, labelcolor=_INK)
+
+
+def _label(name: str) -> str:
+    """A name to draw: matplotlib would read formulas between dollars."""
+    return visible_line(name).replace("$", r"\$")
 
 
 def _make_logarithmic(axes: Axes) -> None:

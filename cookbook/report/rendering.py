@@ -15,6 +15,7 @@ from urllib.parse import quote
 import jinja2
 from markupsafe import Markup
 
+from cookbook.control_characters import visible
 from cookbook.report.panels import Chart
 from cookbook.report.summary import duration, number
 
@@ -25,7 +26,8 @@ def render(template: str, charts: Sequence[Chart], **values: Any) -> str:
     """A page that needs nothing else. Every value is escaped, and the page runs its own program alone.
 
     The second holds should the first ever fail: the content security policy names the program and the
-    style by their hashes, and allows no connection.
+    style by their hashes, and allows no connection. Characters that are not seen, or that would turn the
+    direction of the text around them, are shown.
     """
     style = _read("style.css")
     program = _read("charts.js") + _read("page.js")
@@ -49,12 +51,18 @@ def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(PAGE_DIR),
         autoescape=True,
+        finalize=_visible_value,
         trim_blocks=True,
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
     environment.filters |= {"number": number, "duration": duration, "link": link}
     return environment
+
+
+def _visible_value(value: Any) -> Any:
+    """What a template prints. What is `Markup` was made here."""
+    return visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
 def link(path: str) -> str:
@@ -74,5 +82,14 @@ def _hash(text: str) -> str:
 
 def _json_for_html(value: Any) -> str:
     """JSON that ends no script element, whatever is in it."""
-    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    text = json.dumps(_visible_texts(value), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     return text.replace("<", "\\u003c")
+
+
+def _visible_texts(value: Any) -> Any:
+    """The value with every text in it as the page shows that text elsewhere."""
+    if isinstance(value, dict):
+        return {key: _visible_texts(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_visible_texts(item) for item in value]
+    return visible(value) if isinstance(value, str) else value

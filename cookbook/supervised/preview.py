@@ -16,7 +16,8 @@ from rich.console import Console, Group, RenderableType
 from rich.panel import Panel
 from rich.text import Text
 
-from cookbook.control_characters import as_pictures
+from cookbook.consoles import plain_line
+from cookbook.control_characters import visible
 from cookbook.supervised.data.report import DataReport
 from cookbook.supervised.types import SupervisedDataset
 from cookbook.types import IGNORED_TARGET, Datum, TensorData
@@ -141,7 +142,7 @@ def print_examples(examples: Sequence[DecodedExample], console: Console) -> None
     if any(piece.is_spelled for example in examples for piece in example.pieces):
         mark = "Red text" if has_colour else f"What stands between {spelled[0]} and {spelled[1]}"
         text = f"{mark} spells a control token and is plain text to the model."
-        console.print(text, highlight=False, markup=False)
+        console.print(plain_line(text))
 
 
 def _panel(
@@ -155,7 +156,7 @@ def _panel(
     for (weight, is_spelled), run in groupby(
         example.pieces, key=lambda piece: (piece.weight, piece.is_spelled)
     ):
-        said = as_pictures("".join(piece.text for piece in run))
+        said = visible("".join(piece.text for piece in run))
         if is_spelled:
             said = said if has_colour else f"{spelled[0]}{said}{spelled[1]}"
         if is_spelled and has_colour:
@@ -166,7 +167,7 @@ def _panel(
             text.append(said, style="bold green" if weight == 1 else "bold yellow")
         else:
             text.append(said.join(brackets))
-    title = Text(f"Example {number}: {example.title}")
+    title = plain_line(f"Example {number}: {example.title}")
     return Panel(text, title=title, title_align="left") if has_colour else Group(title, text, Text(""))
 
 
@@ -183,13 +184,18 @@ def make_page(
     report_text = "\n".join(line for report in reports for line in report.lines())
     sections = "\n".join(_section(number, example) for number, example in enumerate(examples, 1))
     return _PAGE.format(
-        title=html.escape(title),
+        title=_escaped(title),
         style=_STYLE,
-        facts="".join(f"<li>{html.escape(fact)}</li>" for fact in facts),
-        report=html.escape(report_text),
+        facts="".join(f"<li>{_escaped(fact)}</li>" for fact in facts),
+        report=_escaped(report_text),
         histogram=_histogram(lengths, max((report.max_length or 0 for report in reports), default=0)),
         examples=sections,
     )
+
+
+def _escaped(text: str) -> str:
+    """Text as HTML. What turns the direction of the text around it, or is not seen, is shown."""
+    return html.escape(visible(text))
 
 
 def _section(number: int, example: DecodedExample) -> str:
@@ -201,7 +207,7 @@ def _span(piece: Piece) -> str:
     ids = ", ".join(map(str, piece.ids))
     said = "  plain text that spells a control token" if piece.is_spelled else ""
     hint = html.escape(f"{piece.text!r}  id {ids}  weight {piece.weight:g}{said}", quote=True)
-    text = html.escape(piece.text)
+    text = _escaped(piece.text)
     if not piece.weight:
         mark = ' class="s"' if piece.is_spelled else ""
         return f'<span{mark} title="{hint}">{text}</span>'

@@ -34,6 +34,7 @@ from typing import IO, Any, Literal, TypeAlias
 from cookbook import jsonl
 from cookbook.checkpoints import CheckpointLog
 from cookbook.config_files import TYPE_KEY, differences, with_defaults
+from cookbook.control_characters import visible_line
 from cookbook.engine.mesh import ALONE, Mesh
 from cookbook.errors import ConfigError
 
@@ -333,5 +334,6 @@ def _ask(path: Path) -> IfLogPathExists:
             f"log_path={path} holds a run already, and nobody can be asked what to do: standard input is no "
             f"terminal. Say if_log_path_exists=resume, delete or raise."
         )
-    answer = input(f"{path} holds a run already. [r]esume it, [d]elete it, or stop? ").strip().lower()
+    question = f"{path} holds a run already. [r]esume it, [d]elete it, or stop? "
+    answer = input(visible_line(question)).strip().lower()
     return {"r": "resume", "resume": "resume", "d": "delete", "delete": "delete"}.get(answer, "raise")  # type: ignore[return-value]

@@ -7,7 +7,7 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +98,6 @@ def _tune(
     from cookbook.sweeps.trainable import RunTrainable, TellOfEnds
 
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # a run that fails is told of by `on_end`
-    by_name = {run.name: run for run in runs}
     tasks = [
         {
             "name": run.name,
@@ -111,13 +110,7 @@ def _tune(
         for run in (*over, *runs)
     ]
 
-    ended: set[str] = set()
-
-    def tell(name: str, progress: Progress) -> None:
-        ended.add(name)
-        if name in by_name:
-            on_end(by_name[name], progress)
-
+    ends = Ends({run.name: run for run in runs}, on_end)
     with tempfile.TemporaryDirectory(prefix=".tune-", dir=plan.folder) as storage:
         tune.Tuner(
             tune.with_resources(RunTrainable, resources),
@@ -127,10 +120,46 @@ def _tune(
                 name="sweep",
                 storage_path=str(Path(storage)),
                 verbose=0,
-                callbacks=[TellOfEnds(tell)],
+                callbacks=[TellOfEnds(ends.report)],
             ),
         ).fit()
-    return len(ended) == len(tasks)  # after Ctrl-C, Tune returns as if all were well
+    ends.raise_failure()
+    return ends.count == len(tasks)  # after Ctrl-C, Tune returns as if all were well
+
+
+class Ends:
+    """The runs that have ended. Each is reported once.
+
+    An error raised by `on_end` is kept until all runs have ended: Tune would take it for a failure of that
+    run, stop the run and report it again.
+    """
+
+    def __init__(self, runs: Mapping[str, PlannedRun], on_end: OnEnd) -> None:
+        """Runs that are not among `runs` had ended before: they are counted, and not reported."""
+        self._runs = runs
+        self._on_end = on_end
+        self._ended: set[str] = set()
+        self._failure: Exception | None = None
+
+    @property
+    def count(self) -> int:
+        return len(self._ended)
+
+    def report(self, name: str, progress: Progress) -> None:
+        if name in self._ended:
+            return
+        self._ended.add(name)
+        if name not in self._runs:
+            return
+        try:
+            self._on_end(self._runs[name], progress)
+        except Exception as error:
+            self._failure = self._failure or error
+
+    def raise_failure(self) -> None:
+        """Raises the first error that `on_end` raised."""
+        if self._failure is not None:
+            raise self._failure
 
 
 def _scheduler(plan: Plan) -> Any:

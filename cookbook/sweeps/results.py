@@ -18,6 +18,8 @@ from rich.table import Table
 
 from cookbook import jsonl
 from cookbook.checkpoints import CheckpointLog
+from cookbook.consoles import plain_line
+from cookbook.control_characters import visible_line
 from cookbook.sweeps.plan import Plan, PlannedRun
 from cookbook.sweeps.run_process import Progress, read_values
 from cookbook.sweeps.space import SEED
@@ -92,8 +94,8 @@ def print_table(plan: Plan, results: Sequence[Result], console: Console) -> None
     has_seeds = any(len(result.runs) > 1 for result in results)
     table = Table(box=None, header_style="bold", pad_edge=False)
     for key in keys:
-        table.add_column(key.rsplit(".", 1)[-1], overflow="fold")
-    table.add_column(plan.config.metric, justify="right", no_wrap=True)
+        table.add_column(plain_line(key.rsplit(".", 1)[-1]), overflow="fold")
+    table.add_column(plain_line(plan.config.metric), justify="right", no_wrap=True)
     if has_seeds:
         table.add_column("seeds", justify="right")
     table.add_column("steps", justify="right")
@@ -101,8 +103,9 @@ def print_table(plan: Plan, results: Sequence[Result], console: Console) -> None
     for result in results:
         point = result.runs[0].point
         seeds = [f"{len(result.values)}/{len(result.runs)}"] if has_seeds else []
-        steps = str(max(one.step for one in result.progress))
-        table.add_row(*(point[key] for key in keys), _value_text(result), *seeds, steps, result.state)
+        steps = max(one.step for one in result.progress)
+        cells = [*(point[key] for key in keys), _value_text(result), *seeds, steps, result.state]
+        table.add_row(*map(plain_line, cells))
     console.print(table)
 
 
@@ -135,8 +138,8 @@ def write_best(plan: Plan, best: Result) -> Path:
     values = {key: setting.value for key, setting in plan.recipe.settings(best.runs[0].argv).items()}
     values["log_path"] = str(plan.folder / "best")
     path.write_text(
-        f"# The best of {len(plan.runs)} runs: {plan.config.metric} {_value_text(best)}\n"
-        f"#   python -m {plan.recipe.module} config={path}\n"
+        f"# The best of {len(plan.runs)} runs: {visible_line(plan.config.metric)} {_value_text(best)}\n"
+        f"#   python -m {plan.recipe.module} config={visible_line(path)}\n"
         + yaml.safe_dump({key: _plain(value) for key, value in values.items()}, sort_keys=False),
         encoding="utf-8",
     )

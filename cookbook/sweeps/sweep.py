@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 
 from rich.console import Console
 
 from cookbook import config_files, report
+from cookbook.consoles import make_console, plain, plain_line
+from cookbook.control_characters import visible_entry
 from cookbook.errors import ConfigError
-from cookbook.loggers import make_console
 from cookbook.supervised.run_folder import RunFolder
 from cookbook.sweeps import results
 from cookbook.sweeps.plan import Plan, PlannedRun
@@ -33,12 +35,17 @@ def run_sweep(plan: Plan, execute: Execute | None = None) -> list[Result]:
     over = [run for run in plan.runs if before[run.name].state in ("finished", "stopped")]
     left = [run for run in plan.runs if run not in over]
     of_them = f", {len(over)} of them done" if over else ""
-    console.print(f"{len(plan.runs)} runs of {plan.recipe.name}{of_them}, in {plan.folder}.", highlight=False)
+    console.print(plain_line(f"{len(plan.runs)} runs of {plan.recipe.name}{of_them}, in {plan.folder}."))
     is_complete = _run(plan, left, over, execute, console) if left else True
     ranked = results.ranked(plan, results.progress_of(plan))
-    _show(plan, ranked, console)
+    files = _write_files(plan, ranked)
+    console.print()
+    results.print_table(plan, ranked, console)
+    console.print()
+    for line in files:
+        console.print(plain_line(line))
     if not is_complete:
-        console.print("Interrupted. Run the same command again to go on.", highlight=False)
+        console.print(plain_line("Interrupted. Run the same command again to go on."))
         raise KeyboardInterrupt
     return ranked
 
@@ -70,7 +77,10 @@ def _run(
         nonlocal ended
         ended += 1
         results.record(plan, run, progress)
-        console.print(_line(plan, run, progress, f"{ended}/{len(plan.runs)}"), highlight=False)
+        line = _line(plan, run, progress, f"{ended}/{len(plan.runs)}")
+        # The run is recorded. A terminal that fails here fails for the table at the end too.
+        with contextlib.suppress(OSError):
+            console.print(plain(visible_entry(line)))
 
     return (execute or execution.execute)(plan, left, over, tell)
 
@@ -82,11 +92,9 @@ def _line(plan: Plan, run: PlannedRun, progress: Progress, count: str) -> str:
     return f"{count}  {run.name}: {value}, {progress.state} at step {progress.step}"
 
 
-def _show(plan: Plan, ranked: Sequence[Result], console: Console) -> None:
-    console.print()
-    results.print_table(plan, ranked, console)
-    console.print()
-    console.print(f"Table: {results.write_csv(plan, ranked)}", highlight=False)
+def _write_files(plan: Plan, ranked: Sequence[Result]) -> list[str]:
+    """Writes the table, the page and the best settings; what to print of them, a line each."""
+    lines = [f"Table: {results.write_csv(plan, ranked)}"]
     begun = [
         run.folder
         for result in ranked
@@ -95,7 +103,8 @@ def _show(plan: Plan, ranked: Sequence[Result], console: Console) -> None:
     ]
     if begun:
         page = report.compare(begun, plan.folder / results.REPORT, title=f"Sweep {plan.folder.name}")
-        console.print(f"Report: {page}", highlight=False)
+        lines.append(f"Report: {page}")
     if ranked[0].state == "finished":
         best = results.write_best(plan, ranked[0])
-        console.print(f"Best: python -m {plan.recipe.module} config={best}", highlight=False)
+        lines.append(f"Best: python -m {plan.recipe.module} config={best}")
+    return lines

@@ -113,6 +113,42 @@ def test_every_documented_command_is_understood(line: str) -> None:
     assert arguments.command == line.split()[0]
 
 
+def test_whatever_a_job_is_called_or_prints_is_shown_as_it_is(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On a cluster anybody may submit: the ids, the configs and the logs are others' text."""
+    job = jobs.Job(
+        id="[/INST]\x1b[2J\nsft-1",
+        status="[red]FAILED[/red]",
+        recipe="recipes.sft\u202e",
+        log_path="runs/[b]\x9b2J:smile:",
+        config={"dataset": "a\u202eb\x1b"},
+        message="It ended.\nlast lines: \x1b]0;owned\x07",
+        submitted=0.0,
+        ended=1.0,
+    )
+    printed = iter(["a line\n\x1b", "[2J\u202e", "second\n"])
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(jobs, "list", lambda **_: [job])
+    monkeypatch.setattr(jobs, "get", lambda *_, **__: job)
+    monkeypatch.setattr(jobs, "logs", lambda *_, **__: printed)
+    jobs_recipe.main(["list"])
+    table = capsys.readouterr().out
+    assert "[/INST]␛[2J␊sft-1  [red]FAILED[/red]" in table
+    assert "runs/[b]<U+009B>2J:smile:" in table
+    jobs_recipe.main(["get", "x"])
+    shown = capsys.readouterr().out
+    assert "It ended.\nlast lines: ␛]0;owned␇\n" in shown
+    assert "python -m recipes.sft<U+202E>, submitted" in shown
+    jobs_recipe.main(["logs", "x"])
+    logs = capsys.readouterr().out
+    assert logs == "a line\n␛[2J<U+202E>second\n"
+    assert not set("\x1b\x9b\x07\u202e") & set(table + shown + logs)
+    with pytest.raises(SystemExit):
+        jobs_recipe.main(["get", "x", "\x1b[2J\u202e"])
+    assert "unrecognized arguments: ␛[2J<U+202E>\n" in capsys.readouterr().err
+
+
 def test_importing_the_library_does_not_import_ray() -> None:
     program = "import sys, cookbook, cookbook.jobs, cookbook.sweeps; sys.exit('ray' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program]).returncode == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import logging
 import math
@@ -21,7 +22,7 @@ import yaml
 from cookbook import clusters, jsonl
 from cookbook.checkpoints import CheckpointLog
 from cookbook.errors import ConfigError
-from cookbook.sweeps import Plan, make_plan, run_sweep, space
+from cookbook.sweeps import Plan, execution, make_plan, run_sweep, space
 from cookbook.sweeps.plan import PlannedRun
 from cookbook.sweeps.run_process import Progress, RunProcess
 from recipes import sft
@@ -284,6 +285,8 @@ def test_ray_that_is_not_installed_is_named_with_its_extra(
 class FakeRay:
     """Ends runs without running them: finished as `train` leaves them, or as it is told."""
 
+    error = "TrainingError: it broke"
+
     def __init__(
         self, values: dict[str, float], states: dict[str, str] | None = None, stop_after: int = 99
     ) -> None:
@@ -296,12 +299,13 @@ class FakeRay:
             state = self.states.get(run.name, "finished")
             value = self.values.get(run.name, math.nan)
             if state != "failed":
-                jsonl.append(run.folder / "metrics.jsonl", {"step": 5, "train/nll": 2.0, "test/nll": value})
+                row = {"step": 5, "train/nll": 2.0, plan.config.metric: value}
+                jsonl.append(run.folder / "metrics.jsonl", row)
             if state == "finished":
                 log = CheckpointLog(run.folder)
                 (run.folder / "checkpoints" / "final").mkdir(parents=True)
                 log.add("final", str(run.folder / "checkpoints" / "final"), 5, 0, 5)
-            on_end(run, Progress(state, 5, value, "TrainingError: it broke" if state == "failed" else ""))  # type: ignore[operator, arg-type]
+            on_end(run, Progress(state, 5, value, self.error if state == "failed" else ""))  # type: ignore[operator, arg-type]
         return len(runs) <= self.stop_after
 
 
@@ -357,6 +361,73 @@ def test_a_folder_of_another_sweep_is_refused_before_anything_starts(tmp_path: P
     )
     with pytest.raises(ConfigError, match="holds a run with another config:\n  adam_beta1: was 0.9, now 0.5"):
         run_sweep(make_plan([f"log_path={tmp_path}", "lora_rank=1,2", "adam_beta1=0.5"]), FakeRay({}))
+
+
+def test_no_text_of_a_sweep_is_read_as_markup_or_obeyed_by_a_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    metric = "[/INST]/nll"
+    argv = ["system_prompt=[/INST] :smile:,[red]b\x1b[2J\nc,d", f"metric={metric}"]
+    plan = make_plan([f"log_path={tmp_path / '[b]out[/INST]'}", *argv])
+    first, second, third = (run.name for run in plan.runs)
+    ray = FakeRay({first: 1.0, second: 2.0}, {third: "failed"})
+    ray.error = "RuntimeError: no closing tag [/INST]\x1b]0;owned\x07\n3/3  all.well"
+    results = run_sweep(plan, ray)
+    assert [(result.state, result.value) for result in results[:2]] == [("finished", 1.0), ("finished", 2.0)]
+    assert results[2].state == "failed"
+    lines = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
+    assert lines[0] == f"3 runs of sft, in {plan.folder}."
+    assert lines[1] == f"1/3  {first}: {metric} 1.0000, finished at step 5"
+    assert lines[3:6] == [
+        f"3/3  {third}: failed.",
+        "  RuntimeError: no closing tag [/INST]␛]0;owned␇",
+        "  3/3  all.well",
+    ]
+    table = lines[7:11]
+    assert table[0].split() == ["system_prompt", metric, "steps", "state"]
+    assert table[1].startswith("[/INST] :smile: ")
+    assert table[2].startswith("[red]b␛[2J␊c ")
+    assert f"Best: python -m recipes.sft config={plan.folder / 'best.yaml'}" in lines
+    rows = list(csv.DictReader((plan.folder / "results.csv").open(encoding="utf-8", newline="")))
+    assert [row["system_prompt"] for row in rows] == ["[/INST] :smile:", "[red]b\x1b[2J\nc", "d"]
+    assert yaml.safe_load((plan.folder / "best.yaml").read_text(encoding="utf-8"))["system_prompt"] == (
+        "[/INST] :smile:"
+    )
+
+
+def test_no_name_adds_a_setting_to_the_file_of_the_best(tmp_path: Path) -> None:
+    plan = make_plan([f"log_path={tmp_path}/a\nmax_steps: 7", "lora_rank=1,2", "metric=a\nbatch_size: 3"])
+    run_sweep(plan, FakeRay({"lora_rank=1": 1.0, "lora_rank=2": 2.0}))
+    best = yaml.safe_load((plan.folder / "best.yaml").read_text(encoding="utf-8"))
+    assert not {"max_steps", "batch_size"} & set(best)
+
+
+class FullDisk(io.StringIO):
+    """Standard output that goes to a disk without room, once it has taken the first line."""
+
+    def write(self, text: str) -> int:
+        if "in " not in text:
+            raise OSError(28, "No space left on device")
+        return super().write(text)
+
+
+def test_an_end_that_cannot_be_printed_is_an_end_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = make_plan([f"log_path={tmp_path}", "lora_rank=1,2,4"])
+    values = {"lora_rank=1": 3.0, "lora_rank=2": 1.0, "lora_rank=4": 2.0}
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", FullDisk())
+        with pytest.raises(OSError, match="No space left"):
+            run_sweep(plan, FakeRay(values))
+    recorded = jsonl.read(tmp_path / "sweep.jsonl")
+    assert [(row["name"], row["state"]) for row in recorded] == [(name, "finished") for name in values]
+    assert len(list(csv.DictReader((tmp_path / "results.csv").open(encoding="utf-8")))) == 3
+    assert yaml.safe_load((tmp_path / "best.yaml").read_text(encoding="utf-8"))["lora_rank"] == 2
+    again = FakeRay({})
+    assert [result.value for result in run_sweep(plan, again)] == [1.0, 2.0, 3.0]
+    assert again.ran == []
 
 
 def test_a_run_that_fails_tells_why(tmp_path: Path) -> None:
@@ -447,6 +518,47 @@ def test_the_best_config_runs_and_does_what_the_run_of_the_sweep_did(
     assert summary.metrics["test/nll"] == float(best["test/nll"])
     recorded = json.loads((Path(best["log_path"]) / "config.json").read_text(encoding="utf-8"))
     assert f"{recorded['learning_rate']:g}" == "0.004"
+
+
+def test_every_run_is_reported_once_and_an_error_in_a_report_is_raised_at_the_end(
+    tmp_path: Path,
+) -> None:
+    runs = {run.name: run for run in make_plan([f"log_path={tmp_path}", "lora_rank=1,2,4"]).runs}
+    reported: list[tuple[str, str]] = []
+
+    def on_end(run: PlannedRun, progress: Progress) -> None:
+        reported.append((run.name, progress.state))
+        if run.name == "lora_rank=1":
+            raise ValueError("it cannot be reported")
+
+    ends = execution.Ends({name: runs[name] for name in ("lora_rank=1", "lora_rank=2")}, on_end)
+    ends.report("lora_rank=4", Progress("finished"))  # over before
+    ends.report("lora_rank=1", Progress("finished"))
+    ends.report("lora_rank=1", Progress("failed"))
+    ends.report("lora_rank=2", Progress("finished"))
+    assert reported == [("lora_rank=1", "finished"), ("lora_rank=2", "finished")]
+    assert ends.count == 3
+    with pytest.raises(ValueError, match="it cannot be reported"):
+        ends.raise_failure()
+
+
+@A_WHILE
+@pytest.mark.slow
+def test_an_error_while_an_end_is_reported_ends_no_run_twice_and_no_other_run(
+    tmp_path: Path, one_ray_at_a_time: None
+) -> None:
+    plan = make_plan([f"log_path={tmp_path / 'out'}", "lora_rank=1,2", "dataset=/nowhere.jsonl"])
+    run_sweep(plan, lambda *_: True)  # each run has its folder
+    reported: list[tuple[str, str]] = []
+
+    def on_end(run: PlannedRun, progress: Progress) -> None:
+        reported.append((run.name, progress.error))
+        raise ValueError(f"{run.name} cannot be reported")
+
+    with pytest.raises(ValueError, match="cannot be reported"):
+        execution.execute(plan, plan.runs, [], on_end)
+    error = "DataError: Dataset file /nowhere.jsonl does not exist."
+    assert sorted(reported) == [("lora_rank=1", error), ("lora_rank=2", error)]
 
 
 def test_only_the_handlers_of_ray_itself_are_made_quiet() -> None:

@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 
 from cookbook import notes
+from cookbook.control_characters import visible, visible_line
 from cookbook.notes import Note, counted_noun
 from cookbook.supervised.data.store import BadRowNote
 
@@ -86,7 +87,7 @@ class DataReport:
         """The report as it is printed, in 80 columns where names and reasons allow."""
         share = f" ({self.trained_tokens / self.tokens:.0%})" if self.tokens else ""
         lines = [
-            f"{self.name}: {counted_noun(self.rows, 'row')} read, "
+            f"{visible_line(self.name)}: {counted_noun(self.rows, 'row')} read, "
             f"{counted_noun(self.examples, 'example')} made.",
             f"  {self.tokens:,} tokens, {self.trained_tokens:,} of them trained{share}; "
             f"the longest example has {self.longest:,}.",
@@ -102,7 +103,9 @@ class DataReport:
             (self.bad, "bad row", "left out:"),
         ]
         lines += [f"  {counted_noun(count, noun)} {what}" for count, noun, what in left_out if count]
-        lines += [f"    {place}: {reason}" for place, reason in self.bad_rows]
+        for place, reason in self.bad_rows:
+            reason = visible(reason).replace("\n", "\n      ")
+            lines.append(f"    {visible_line(place)}: {reason}")
         if self.bad > len(self.bad_rows):
             lines.append(f"    and {self.bad - len(self.bad_rows):,} more")
         return lines + note_lines(self.notes)

@@ -142,6 +142,28 @@ def test_characters_that_a_terminal_obeys_are_shown(talk: Any) -> None:
     assert talk(["one \033[31m two\a<|im_end|>"], "ten?", piped=True)[0] == "one ␛[31m two␇\n"
 
 
+def test_no_character_that_is_obeyed_or_unseen_reaches_a_terminal_from_a_model_or_a_user(talk: Any) -> None:
+    reply = "a\x9b2J\u202eb\u200b\U000e0041\r [/INST] سلام می\u200cخواهم"
+    shown = "a<U+009B>2J<U+202E>b<U+200B><U+E0041>␍ [/INST] سلام می\u200cخواهم"
+    out, _, _ = talk([f"{reply}<|im_end|>"], f"/system {reply}", "ten?", "/save /nowhere/\u202e")
+    assert out.count(shown) == 2
+    assert not set("\x9b\u202e\u200b\U000e0041\r") & set(out)
+    assert talk([f"{reply}<|im_end|>"], "ten?", piped=True)[0] == f"{shown}\n"
+
+
+def test_thinking_is_shown_as_visibly_as_the_answer(talk: Any) -> None:
+    out, _, _ = talk(["<think>\na\x9bb\n</think>\n\nthree\u202e<|im_end|>"], "ten?")
+    assert "(thinking: a<U+009B>b)\nthree<U+202E>\n" in out
+
+
+def test_a_title_is_one_visible_line(tmp_path: Path) -> None:
+    out = Tty()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("builtins.input", lambda prompt: "/exit")
+        Terminal(Tty(), out, io.StringIO()).talk("runs/\x1b]0;a\x07\nyou> hm", [])
+    assert out.getvalue().splitlines()[0] == "runs/␛]0;a␇␊you> hm"
+
+
 def test_characters_of_several_tokens_come_whole(talk: Any) -> None:
     assert talk(["日本 🦜 ok<|im_end|>"], "ten?", piped=True)[0] == "日本 🦜 ok\n"
 

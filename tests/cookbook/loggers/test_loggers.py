@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import io
 import json
+import logging
+import re
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
-from cookbook.loggers import ConsoleLogger, JsonlLogger, WandbLogger
+from cookbook.loggers import ConsoleLogger, JsonlLogger, WandbLogger, logging_to
 from cookbook.tables import Cell, Table
 
 STEP = {"train/nll": 1.25, "perf/tokens_per_second": 1234.0, "perf/seconds_left": 60.0}
@@ -64,6 +66,66 @@ def test_on_a_terminal_of_80_columns_the_progress_bar_fits_a_line() -> None:
     assert "nll 1.250  1,234 tokens/s" in text
     assert "11002/12000" in text
     assert "step 11001: test/nll 0.5000" in text
+
+
+@pytest.mark.parametrize("is_terminal", [False, True])
+def test_a_metric_of_any_name_is_printed_by_that_name(is_terminal: bool) -> None:
+    out = io.StringIO()
+    console = Console(file=out, width=200, force_terminal=is_terminal, color_system=None)
+    logger = ConsoleLogger(console, total_steps=10, first_step=0)
+    logger.log(0, {**STEP, "[/INST]/[red]x :smile:": 0.5, "bleu\x1b[2J\nstep 9: test/nll 0.0/a": 0.25})
+    logger.close()
+    lines = [line.rstrip() for line in re.sub(r"\x1b\[[0-9?]*[A-Za-z]", "", out.getvalue()).splitlines()]
+    assert "step 0: [/INST]/[red]x :smile: 0.5000" in lines
+    assert "step 0: bleu␛[2J␊step 9: test/nll 0.0/a 0.2500" in lines
+
+
+MESSAGES = [
+    ("%s rows", ("[/INST] [red]five[/red] :smile:",), "[/INST] [red]five[/red] :smile: rows"),
+    ("row %s", ("\x1b]0;owned\x07\x9b2J\u202e",), "row ␛]0;owned␇<U+009B>2J<U+202E>"),
+    (
+        "role %s",
+        ("a\n2026-01-01 00:00:00,000 ERROR x: forged\r\nFinished",),
+        "role a\n  2026-01-01 00:00:00,000 ERROR x: forged␍\n  Finished",
+    ),
+    ("  user: a\n  assistant: b", (), "  user: a\n  assistant: b"),
+    ("שלום %s", ("می\u200cخواهم",), "שלום می\u200cخواهم"),
+    ("lone \ud800", (), "lone <U+D800>"),
+]
+
+
+@pytest.mark.parametrize(("message", "values", "shown"), MESSAGES)
+def test_a_message_is_one_entry_of_text_on_the_console_and_in_the_file(
+    message: str, values: tuple[str, ...], shown: str, tmp_path: Path
+) -> None:
+    out, path = io.StringIO(), tmp_path / "train.log"
+    console = Console(file=out, width=200, force_terminal=True, color_system="standard")
+    logger = logging.getLogger("cookbook.test")
+    with logging_to(console, path):
+        logger.info(message, *values)
+        logger.warning(message, *values)
+    plain, coloured = out.getvalue().split("\x1b[33m", 1)
+    assert plain == f"{shown}\n"
+    assert coloured.replace("\x1b[33m", "").replace("\x1b[0m", "") == f"{shown}\n"
+    stamp = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3}"
+    written = path.read_bytes().decode()
+    assert re.fullmatch(
+        "".join(f"{stamp} {level} cookbook.test: {re.escape(shown)}\n" for level in ("INFO", "WARNING")),
+        written,
+    )
+
+
+def test_a_traceback_in_the_log_is_part_of_its_entry(tmp_path: Path) -> None:
+    with logging_to(Console(file=io.StringIO()), tmp_path / "train.log"):
+        try:
+            raise ValueError("bad\x1b[2J\n2026-01-01 00:00:00,000 ERROR x: forged")
+        except ValueError:
+            logging.getLogger("cookbook.test").exception("It failed.")
+    first, *others = (tmp_path / "train.log").read_text(encoding="utf-8").splitlines()
+    assert first.endswith("ERROR cookbook.test: It failed.")
+    assert others[0] == "  Traceback (most recent call last):"
+    assert others[-2:] == ["  ValueError: bad␛[2J", "  2026-01-01 00:00:00,000 ERROR x: forged"]
+    assert all(line.startswith("  ") for line in others)
 
 
 def test_wandb_runs_offline_and_resumes_under_the_same_id(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import html
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -121,3 +123,16 @@ def test_what_cannot_be_compared_is_said(make_run: MakeRun, tmp_path: Path) -> N
     with pytest.raises(ConfigError, match=r"Nothing to compare: no step was logged yet in .*/a"):
         compare([run], page)
     assert not page.exists()
+
+
+def test_a_run_of_any_name_is_called_the_same_in_the_table_and_in_the_charts(
+    make_run: MakeRun, tmp_path: Path
+) -> None:
+    runs = [make_run("a\u202eb\x1b"), make_run("c")]
+    page = compare(runs, tmp_path / "compare.html", title="t\u2067").read_text(encoding="utf-8")
+    charts = json.loads(page.split('<script type="application/json" id="charts">')[1].split("</script>")[0])
+    names = {series["name"] for chart in charts for series in chart["series"]}
+    buttons = {html.unescape(name) for name in re.findall(r'data-series="([^"]*)"', page)}
+    assert buttons == {"a<U+202E>b␛", "c"}
+    assert buttons <= names
+    assert not set("\u202e\u2067\x1b") & set(page)

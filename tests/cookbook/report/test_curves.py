@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -46,3 +47,24 @@ def test_a_single_step_is_a_dot(tmp_path: Path) -> None:
     assert path is not None
     picture = matplotlib.image.imread(path)[..., :3]
     assert (np.abs(picture - np.array([0x17, 0x69, 0xAA]) / 255).max(-1) < 0.02).sum() > 5
+
+
+def test_no_name_of_a_metric_is_read_as_a_formula(tmp_path: Path) -> None:
+    """A formula that cannot be parsed would be an error, and one that can would be drawn as another name."""
+    rows = [
+        {
+            "step": step,
+            "train/nll": 1.0,
+            "test/nll": 1.0,
+            r"qa/$\frac$": 0.5,
+            "qa/$x_1$": 0.5,
+            "qa/\x1b[2J": 1.0,
+        }
+        for step in range(3)
+    ]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of pictures that a font lacks
+        path = curves.draw(rows, tmp_path / "curves.png")
+    assert path is not None
+    assert matplotlib.image.imread(path).size
+    assert [curves._label(name) for name in ("qa/$x_1$", "qa/\x1b[2J")] == [r"qa/\$x_1\$", "qa/␛[2J"]

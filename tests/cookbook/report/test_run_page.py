@@ -271,6 +271,24 @@ def test_hostile_text_is_text(make_run: MakeRun, browser: Any) -> None:
     assert browser.errors == []
 
 
+def test_no_text_on_a_page_turns_the_direction_of_what_stands_around_it(make_run: MakeRun) -> None:
+    turned = "\u202eevil\u2066\u200f\x1b\x9b\u200b שלום"
+    shown = "&lt;U+202E&gt;evil&lt;U+2066&gt;&lt;U+200F&gt;␛&lt;U+009B&gt;&lt;U+200B&gt; שלום"
+    in_chart = "\\u003cU+202E>evil\\u003cU+2066>\\u003cU+200F>␛\\u003cU+009B>\\u003cU+200B> שלום"
+    run = make_run(model_name=turned, system_prompt=turned)
+    for name, key in (("metrics.jsonl", f"test/{turned}"), ("tables.jsonl", "table")):
+        rows = [json.loads(line) for line in (run / name).read_text(encoding="utf-8").splitlines()]
+        more = 1.5 if name == "metrics.jsonl" else turned
+        (run / name).write_text(
+            "".join(json.dumps({**row, key: more}) + "\n" for row in rows), encoding="utf-8"
+        )
+    page = write_report(run, with_curves=False).read_text(encoding="utf-8")
+    assert page.count(shown) >= 4, "the model, the prompt, the metric and the name of the table"
+    assert in_chart in page
+    assert not set("\u202e\u2066\u200f\x1b\x9b\u200b") & set(page)
+    assert "\\u001b" not in page
+
+
 def test_nothing_is_asked_of_the_network_even_by_forged_markup(make_run: MakeRun, browser: Any) -> None:
     asked = []
 

@@ -75,6 +75,22 @@ def test_a_terminal_is_not_told_what_to_do_by_the_data(tiny_tokenizer: Any) -> N
     assert "a␛[2Jb␇" in text
 
 
+def test_no_text_in_a_preview_is_hidden_turned_or_read_as_markup(tiny_tokenizer: Any) -> None:
+    reply = "[/INST] [red]a[/red] :smile:\u202eb\u2066\x9b\u200b\U000e0041 سلام می\u200cخواهم"
+    chat = [CHAT[0], {"role": "assistant", "content": reply}]
+    decoded = preview.decode_datum(
+        conversation_to_datum(chat, get_renderer("chat_template", tiny_tokenizer)), tiny_tokenizer
+    )
+    shown = "[/INST] [red]a[/red] :smile:<U+202E>b<U+2066><U+009B><U+200B><U+E0041> سلام می\u200cخواهم"
+    assert f"⟦{shown}<|im_end|>⟧" in printed(decoded).replace("\n", "")
+    page = preview.make_page("t\u202e", ["Model: \u202ea"], [], [decoded])
+    assert "<h1>t&lt;U+202E&gt;</h1>" in page
+    assert "Model: &lt;U+202E&gt;a" in page
+    pre = re.findall(r"<pre>(.*?)</pre>", page, re.DOTALL)[-1]
+    assert shown in html.unescape(re.sub("<[^>]*>", "", pre))
+    assert not set("\u202e\u2066\x9b\u200b\U000e0041") & set(page)
+
+
 def test_the_page_holds_all_of_itself_and_escapes_the_data(example: preview.DecodedExample) -> None:
     page = preview.make_page("Title", ["Model: a<b"], [], [example])
     assert not re.search(r"(src|href)=|@import|url\(", page)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 import logging
 import shutil
@@ -668,3 +669,35 @@ def test_an_evaluator_builder_may_be_a_chz_class(make_config: MakeConfig) -> Non
 
     asyncio.run(train.main(make_config(evaluator_builders=[CounterBuilder()])))
     assert calls == ["counted"] * 2
+
+
+class FailingTerminal(io.StringIO):
+    """Standard output without room on its disk from the time on when a text is printed."""
+
+    def __init__(self, last: str) -> None:
+        super().__init__()
+        self._last = last
+
+    def write(self, text: str) -> int:
+        if self._last in text or self._last in self.getvalue():
+            super().write(text)
+            raise OSError(28, "No space left on device")
+        return super().write(text)
+
+
+@pytest.mark.parametrize("last", ["step 1/2", "After 2 steps", "Finished"])
+def test_a_run_whose_end_cannot_be_printed_ends_all_the_same(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, last: str
+) -> None:
+    config = make_config(eval_every=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", FailingTerminal(last))
+        summary = asyncio.run(train.main(config))
+    assert summary.is_finished
+    assert [row["step"] for row in rows_of(config)] == [0, 1, 2]
+    assert summary.metrics["test/nll"] == rows_of(config)[-1]["test/nll"]
+    log = Path(config.log_path, "train.log").read_text(encoding="utf-8")
+    assert log.count("Finished after 2 steps") == 1
+    assert Path(config.log_path, "report.html").exists()
+    asyncio.run(train.main(config))  # it says that it is finished
+    assert len(rows_of(config)) == 3
