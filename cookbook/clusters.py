@@ -1,8 +1,7 @@
-"""Ray as this project uses it: an extra, imported when it is needed, quiet, unreachable in one line; and what
-keeps a Ray that is started on this machine to this machine and to its user.
+"""Ray as this project uses it: an extra, imported when it is needed, quiet, and unreachable in one line.
 
-Such a Ray listens on the loopback interface, asks for the user's token, and has its files in a folder that nobody
-else can enter.
+A Ray that is started on this machine listens on the loopback interface, asks for the user's token, and has its
+files in a folder that nobody else can enter.
 """
 
 from __future__ import annotations
@@ -77,7 +76,7 @@ def _token_file() -> Path:
 
 
 def _make_token() -> None:
-    """Leaves the user a token that nobody else can read; Ray's own command would write one for all to read."""
+    """Leaves the user a token that nobody else can read: Ray's own command writes one by the umask."""
     file = _token_file()
     if has_token():
         if not os.environ.get("RAY_AUTH_TOKEN"):
@@ -93,13 +92,13 @@ def _make_token() -> None:
 
 
 def _close_to_others(file: Path) -> None:
-    """Takes other users' access from a token of this user. One that is another's, as of an administrator, stays."""
+    """Takes other users' access from a token of this user. One that belongs to another user stays as it is."""
     found = file.stat()
     if found.st_uid == os.getuid() and stat.S_IMODE(found.st_mode) & 0o077:
         file.chmod(0o600)
         logger.warning(
-            "Ray's token in %s had mode %s; it has 0600 now. If another user may have read it, remove the file: "
-            "the next run makes a new one.",
+            "Ray's token in %s had mode %s; it has 0600 now. If another user may have read it, remove the "
+            "file: the next run makes a new one.",
             file,
             f"{stat.S_IMODE(found.st_mode):04o}",
         )
@@ -108,8 +107,8 @@ def _close_to_others(file: Path) -> None:
 def private_folder(prefix: str) -> Path:
     """A new folder for a Ray, which is to be given `FOLDER_FOR_RAY` in it.
 
-    Ray opens the folder it is given to all users; nobody else can enter the one around it. Paths of sockets are
-    short, so it is in /tmp where the usual place for temporary files is too deep.
+    Ray opens the folder it is given to all users; nobody else can enter the one around it. Paths of sockets
+    are short, so it is in /tmp where the usual place for temporary files is too deep.
     """
     base = tempfile.gettempdir()
     if len(f"{base}/{prefix}12345678{SOCKET_IN_FOLDER}") > MAX_SOCKET_PATH:
