@@ -1,7 +1,7 @@
 """Ray as this project uses it: an extra, imported when it is needed, quiet, and unreachable in one line.
 
-A Ray that is started on this machine listens on the loopback interface, asks for the user's token, and has its
-files in a folder that nobody else can enter.
+A Ray that is started on this machine listens on the loopback interface, asks for the user's token, and keeps
+its files in a folder that nobody else can enter.
 """
 
 from __future__ import annotations
@@ -49,8 +49,9 @@ def import_ray(to_start: bool = False) -> Any:
     """
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
-    if "ray" not in sys.modules and (to_start or has_token()):
-        os.environ.setdefault("RAY_AUTH_MODE", "token")  # read once, when Ray is imported
+    was_imported = "ray" in sys.modules
+    if to_start or has_token():
+        os.environ.setdefault("RAY_AUTH_MODE", "token")  # read when Ray is imported
     try:
         import ray
     except ImportError:
@@ -62,7 +63,16 @@ def import_ray(to_start: bool = False) -> Any:
             handler.setLevel(logging.ERROR)
     if to_start:
         _make_token()
+    if was_imported and not ray.is_initialized():
+        _read_authentication_again(ray._raylet)
     return ray
+
+
+def _read_authentication_again(raylet: Any) -> None:
+    """A Ray that was imported before there was a token would go without one. Ray's `init` does the same."""
+    if hasattr(raylet, "AuthenticationTokenLoader"):  # earlier versions have no tokens
+        raylet.Config.initialize("")
+        raylet.AuthenticationTokenLoader.instance().reset_cache()
 
 
 def has_token() -> bool:
@@ -92,7 +102,7 @@ def _make_token() -> None:
 
 
 def _close_to_others(file: Path) -> None:
-    """Takes other users' access from a token of this user. One that belongs to another user stays as it is."""
+    """Takes other users' access from a token of this user. That of another user stays as it is."""
     found = file.stat()
     if found.st_uid == os.getuid() and stat.S_IMODE(found.st_mode) & 0o077:
         file.chmod(0o600)

@@ -58,6 +58,24 @@ def test_a_cluster_of_ones_own_is_given_no_token(tmp_path: Path, monkeypatch: py
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_ray_that_was_imported_before_there_was_a_token_uses_it(tmp_path: Path) -> None:
+    program = (
+        "import ray\n"
+        "from ray._private.authentication import authentication_utils as utils\n"
+        "from cookbook import clusters\n"
+        "was = utils.is_token_auth_enabled()\n"
+        "clusters.import_ray(to_start=True)\n"
+        "token = clusters._token_file().read_text()\n"
+        "print(was, utils.is_token_auth_enabled(), utils.validate_request_token(f'Bearer {token}'))"
+    )
+    environment = {**os.environ, "RAY_AUTH_TOKEN_PATH": str(tmp_path / "token")}
+    environment.pop("RAY_AUTH_MODE", None)
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == ["False", "True", "True"]
+
+
 @pytest.mark.parametrize("depth", [0, 60])
 def test_the_folder_of_a_ray_is_private_and_short_enough_for_its_sockets(
     depth: int, monkeypatch: pytest.MonkeyPatch
