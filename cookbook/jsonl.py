@@ -53,7 +53,7 @@ def parsed(line: bytes, place: str) -> dict[str, Any]:
             f"{place} is damaged: {error}. "
             f"Remove that line and those after it; a resumed run measures them again."
         ) from error
-    return row  # type: ignore[no-any-return]
+    return row
 
 
 class Lines(NamedTuple):
@@ -127,7 +127,7 @@ class Follower:
         self._file, self._seen, self._offset, self._tail, self._num_lines = None, None, 0, b"", 0
 
 
-BLOCK = 1 << 24
+BLOCK = 1 << 22
 BACKWARDS_BLOCK = 1 << 16
 TAIL = 1 << 10
 

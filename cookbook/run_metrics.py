@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from array import array
 from bisect import bisect_right
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,9 +44,9 @@ class Series:
 class Column:
     """What was logged of a metric; a value that is no number is nan."""
 
-    def __init__(self) -> None:
-        self.steps = array("q")
-        self.values = array("d")
+    def __init__(self, steps: Iterable[int] = (), values: Iterable[float] = ()) -> None:
+        self.steps = array("q", steps)
+        self.values = array("d", values)
 
     def series(self) -> Series:
         steps, values = np.array(self.steps), np.array(self.values)
@@ -76,7 +76,7 @@ class MetricsReader:
             if not lines.content:
                 continue
             found = _columns_by_arrow(lines.content) if len(lines.content) >= WORTH_ARROW else None
-            self._add(_columns(lines, self.path) if found is None else found)
+            self._add(_columns(_rows(lines, self.path)) if found is None else found)
 
     def _add(self, found: dict[str, tuple[Any, Any]]) -> None:
         for name, (steps, values) in found.items():
@@ -87,8 +87,7 @@ class MetricsReader:
 
     def series(self) -> dict[str, Series]:
         """Every metric of which a finite number was logged."""
-        found = {name: column.series() for name, column in self.columns.items()}
-        return {name: series for name, series in found.items() if len(series)}
+        return _with_numbers(self.columns)
 
     def after(self, step: int, metric: str) -> tuple[int, float] | None:
         """The first value of a metric that was measured after `step` steps or later: its step, and it."""
@@ -99,22 +98,40 @@ class MetricsReader:
         return (column.steps[index], column.values[index]) if index < len(column.steps) else None
 
 
-def _columns(lines: jsonl.Lines, path: Path) -> dict[str, tuple[list[int], list[float]]]:
-    """Steps and values of each metric in some rows."""
-    found: dict[str, tuple[list[int], list[float]]] = {}
+def series_of(rows: Iterable[Mapping[str, Any]]) -> dict[str, Series]:
+    """The same of rows at hand."""
+    found: dict[str, Column] = {}
+    for name, (steps, values) in _columns((f"row {number}", row) for number, row in enumerate(rows)).items():
+        found[name] = Column(steps, values)
+    return _with_numbers(found)
+
+
+def _with_numbers(columns: Mapping[str, Column]) -> dict[str, Series]:
+    found = {name: column.series() for name, column in columns.items()}
+    return {name: series for name, series in found.items() if len(series)}
+
+
+def _rows(lines: jsonl.Lines, path: Path) -> Iterator[tuple[str, Any]]:
     for number, line in enumerate(lines.content.split(b"\n")[:-1], lines.first):
         place = f"line {number} of {path}"
-        row: Any = jsonl.parsed(line, place)
-        step = row.pop("step", None) if isinstance(row, dict) else None
+        yield place, jsonl.parsed(line, place)
+
+
+def _columns(rows: Iterable[tuple[str, Any]]) -> dict[str, tuple[list[int], list[float]]]:
+    """Steps and values of each metric in some rows, each with its place."""
+    found: dict[str, tuple[list[int], list[float]]] = {}
+    for place, row in rows:
+        step = row.get("step") if isinstance(row, Mapping) else None
         if not isinstance(step, int) or not 0 <= step < MAX_STEP:
             raise DataError(
                 f"{place} is no row of metrics: it needs a `step`, a whole number of at least 0. "
                 f"Remove that line."
             )
         for name, value in row.items():
-            steps, values = found.setdefault(name, ([], []))
-            steps.append(step)
-            values.append(_number(value))
+            if name != "step":
+                steps, values = found.setdefault(name, ([], []))
+                steps.append(step)
+                values.append(_number(value))
     return found
 
 

@@ -14,17 +14,21 @@ from cookbook.report.settings import settings_of
 from cookbook.report.summary import facts_of, outcomes_of, status_of
 from cookbook.report.table_views import views_of
 from cookbook.report.time_chart import time_chart
+from cookbook.run_metrics import MetricsReader
 
 REPORT_FILE = "report.html"
 CURVES_FILE = "curves.png"
 
 
-def write_report(run_folder: str | Path, with_curves: bool = True) -> Path:
+def write_report(
+    run_folder: str | Path, with_curves: bool = True, metrics: MetricsReader | None = None
+) -> Path:
     """Writes report.html, and the picture curves.png, into a run's folder. Returns the page's path.
 
     The run may be in progress, over, or without a step yet. Raises ConfigError for what is no run's folder.
+    Who writes the page again and again gives the reader of the run's `metrics`.
     """
-    run = read_run(run_folder)
+    run = read_run(run_folder, metrics)
     if with_curves:
         curves.draw(run.metrics, run.folder / CURVES_FILE)
     path = run.folder / REPORT_FILE

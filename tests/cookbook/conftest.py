@@ -105,6 +105,12 @@ def _a_ray_token_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iterato
 
 
 @pytest.fixture(scope="session")
+def bytes_read() -> Callable[[], int]:
+    """Gives the bytes that this process has read so far, as the kernel counts them."""
+    return lambda: psutil.Process().io_counters().read_chars
+
+
+@pytest.fixture(scope="session")
 def listeners() -> Callable[[int], dict[tuple[str, int], str]]:
     """Gives the addresses at which a process and those below it take TCP connections, each with who does."""
     return _listeners

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -41,13 +42,7 @@ def truth(path: Path) -> dict[str, list[tuple[int, float]]]:
     return found
 
 
-def bytes_read() -> int:
-    """By this process so far, as the kernel counts them."""
-    line = Path("/proc/self/io").read_text(encoding="utf-8").splitlines()[0]
-    return int(line.removeprefix("rchar: "))
-
-
-def test_a_look_at_a_long_run_reads_what_is_new(tmp_path: Path) -> None:
+def test_a_look_at_a_long_run_reads_what_is_new(tmp_path: Path, bytes_read: Callable[[], int]) -> None:
     path = tmp_path / "metrics.jsonl"
     write(path, [row(step) for step in range(50_000)])
     reader = MetricsReader(tmp_path)

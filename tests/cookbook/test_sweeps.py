@@ -372,6 +372,40 @@ def test_a_run_that_fails_tells_why(tmp_path: Path) -> None:
     assert "Dataset file missing.jsonl does not exist" in progress.error
 
 
+def test_polling_a_long_run_reads_what_is_new_and_tells_every_evaluation(
+    tmp_path: Path, bytes_read: Callable[[], int]
+) -> None:
+    path = tmp_path / "metrics.jsonl"
+    rows = [{"step": step, "train/nll": 1 / (1 + step), "perf/seconds": 0.1} for step in range(20_000)]
+    jsonl.rewrite(
+        path, [row | ({"test/nll": row["step"] / 7} if row["step"] % 5_000 == 0 else {}) for row in rows]
+    )
+    watched = RunProcess("recipes.sft", tmp_path, "test/nll", str(tmp_path), is_over=True)
+    told = [watched.next_progress(0.0) for _ in range(4)]
+    assert [(one.step, one.value) for one in told] == [(step, step / 7) for step in range(0, 20_000, 5_000)]
+    before = bytes_read()
+    for step in range(20_000, 20_050):
+        jsonl.append(path, {"step": step, "train/nll": 0.5, "test/nll": step / 7})
+        assert watched.next_progress(0.0).step == step
+    assert bytes_read() - before < path.stat().st_size / 4
+    watched.stop()
+
+
+def test_a_run_that_was_resumed_while_it_is_watched_is_told_from_where_it_was(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    jsonl.rewrite(path, [{"step": step, "test/nll": 1.0} for step in range(4)])
+    watched = RunProcess("recipes.sft", tmp_path, "test/nll", str(tmp_path), is_over=True)
+    assert [watched.next_progress(0.0).step for _ in range(4)] == [0, 1, 2, 3]
+    jsonl.rewrite(
+        path, [{"step": step, "test/nll": 1.0} for step in range(2)]
+    )  # steps 2 and 3 are to come again
+    jsonl.append(path, {"step": 2, "test/nll": 2.0})
+    jsonl.append(path, {"step": 4, "test/nll": 4.0})
+    progress = watched.next_progress(0.0)
+    assert (progress.step, progress.value) == (4, 4.0)
+    watched.stop()
+
+
 # -- on a real Ray ----------------------------------------------------------------------------
 
 
