@@ -2,8 +2,8 @@
 
     python -m benchmarks.scale [--rows 1000000] [--steps 100000] [--runs 100] [--num-proc 2]
 
-Each line is a command in a process of its own, as a user types it, with its seconds, its CPU seconds with those
-of its children, the memory of its largest process and the size of what it wrote. The data are short
+Each line is a command in a process of its own, as a user types it, with its seconds, its CPU seconds with
+those of its children, the memory of its largest process and the size of what it wrote. The data are short
 conversations that differ; the runs of the page share five files of metrics.
 """
 
