@@ -55,7 +55,7 @@ def compare(
     if not path.parent.is_dir():
         raise ConfigError(f"to={to}: there is no folder {path.parent}. Make it, or write elsewhere.")
     runs = _named(_read_all(folders))
-    if not any(run.outcomes for run in runs.values()):
+    if all(run.headline is None for run in runs.values()):
         raise ConfigError(f"Nothing to compare: no step was logged yet in {', '.join(map(str, folders))}.")
     metrics = _metrics(runs)
     runs = _best_first(runs, metrics[0])

@@ -181,7 +181,7 @@ def charts_of_several(runs: Mapping[str, RunRecord]) -> tuple[list[Chart], int]:
     least = _least_points(len(runs))
     room = max(1, MAX_POINTS_OF_A_COMPARISON // (least * len(runs)) - len(training))
     drawn = wanted[:room] + training
-    most = max(least, min(MAX_POINTS_OF_A_SERIES, MAX_POINTS_OF_A_PAGE // (len(drawn) * len(runs))))
+    most = max(least, min(MAX_POINTS_OF_A_SERIES, MAX_POINTS_OF_A_PAGE // max(1, len(drawn) * len(runs))))
     charts = []
     for name in drawn:
         series = [

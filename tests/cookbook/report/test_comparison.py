@@ -188,7 +188,8 @@ def test_what_cannot_be_compared_is_said(make_run: MakeRun, tmp_path: Path) -> N
         compare([run, tmp_path / "nowhere"], page)
     with pytest.raises(ConfigError, match=r"there is no folder .*missing"):
         compare([run], tmp_path / "missing" / "compare.html")
-    (run / "metrics.jsonl").write_text("", encoding="utf-8")
-    with pytest.raises(ConfigError, match=r"Nothing to compare: no step was logged yet in .*/a"):
-        compare([run], page)
+    for rows in ("", '{"step": 0, "perf/seconds": 1.5}\n'):
+        (run / "metrics.jsonl").write_text(rows, encoding="utf-8")
+        with pytest.raises(ConfigError, match=r"Nothing to compare: no step was logged yet in .*/a"):
+            compare([run], page)
     assert not page.exists()
