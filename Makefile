@@ -3,13 +3,14 @@
 # make test-slow  set up, then run the tests that take a minute or more each
 # make check   set up, then look at format, lint and types
 # make bench   set up, with the peers that are measured against, then measure
+# make scale   set up, then run the commands once on a million rows, 100,000 steps and 100 runs (ten minutes)
 # make parity  set up, then compare the renderers with published templates, and write their table
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.is-set-up
 BENCH_STAMP := .venv/.is-set-up-to-bench
 
-.PHONY: setup demo test test-slow check format bench parity clean
+.PHONY: setup demo test test-slow check format bench scale parity clean
 
 setup: $(STAMP)
 
@@ -53,6 +54,10 @@ bench: $(BENCH_STAMP)
 	$(BIN)/python -m benchmarks.long_conversations
 	$(BIN)/python -m benchmarks.data_pipeline
 	$(BIN)/python -m benchmarks.scaling
+	$(BIN)/python -m benchmarks.watching
+
+scale: setup
+	$(BIN)/python -m benchmarks.scale
 
 parity: setup
 	$(BIN)/python tests/renderers/parity.py --write

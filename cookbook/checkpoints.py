@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -72,9 +73,13 @@ class CheckpointLog:
         last = self.last()
         if last is None or last.name != FINAL:
             return False
-        metrics = self._folder / "metrics.jsonl"
-        is_logged: bool = self._by_main(lambda: any(row["step"] == last.step for row in jsonl.read(metrics)))
+        is_logged: bool = self._by_main(lambda: self._is_logged(last.step))
         return is_logged
+
+    def _is_logged(self, step: int) -> bool:
+        """Whether there is a row of metrics of the state after `step` steps. Rows are in order of steps."""
+        rows = jsonl.read_backwards(self._folder / "metrics.jsonl")
+        return any(row["step"] == step for row in takewhile(lambda row: row["step"] >= step, rows))
 
     def last(self) -> Checkpoint | None:
         """The newest checkpoint that is still there; None before the first.

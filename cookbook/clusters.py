@@ -1,10 +1,20 @@
-"""Ray as this project uses it: an extra, imported when it is needed, quiet, and out of reach in one line."""
+"""Ray as this project uses it: an extra, imported when it is needed, quiet, and unreachable in one line.
+
+A Ray that is started on this machine listens on the loopback interface, asks for the user's token, and keeps
+its files in a folder that nobody else can enter.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import secrets
 import socket
+import stat
+import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -20,14 +30,28 @@ QUIET = {
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
 }
+LOCALHOST = "127.0.0.1"
+NO_CLUSTER = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
+"""Where it is 0, as by default on macOS, a Ray takes no other machines, and all its processes listen on the
+loopback interface alone; anywhere else they listen on every interface, whatever address they are given."""
+FOLDER_FOR_RAY = "r"
+MAX_SOCKET_PATH = 107
+SOCKET_IN_FOLDER = "/r/session_2026-01-01_00-00-00_000000_4194304/sockets/dash_TaskEventsHead"
+"""The longest name of a socket in a private folder."""
+
+logger = logging.getLogger(__name__)
 
 
-def import_ray() -> Any:
-    """Ray, told to keep quiet and to send nothing home. Raises ConfigError where it is not installed."""
+def import_ray(to_start: bool = False) -> Any:
+    """Ray, told to keep quiet and to send nothing home. Raises ConfigError where it is not installed.
+
+    With `to_start` there is a token after it, which a Ray that is started then asks for.
+    """
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
-    if has_token():
-        os.environ.setdefault("RAY_AUTH_MODE", "token")  # read once, when Ray is imported
+    was_imported = "ray" in sys.modules
+    if to_start or has_token():
+        os.environ.setdefault("RAY_AUTH_MODE", "token")  # read when Ray is imported
     try:
         import ray
     except ImportError:
@@ -37,14 +61,94 @@ def import_ray() -> Any:
     for handler in logging.getLogger("ray").handlers:  # some of its loggers turn themselves up
         if type(handler).__module__.partition(".")[0] == ray.__name__:  # others have put theirs there too
             handler.setLevel(logging.ERROR)
+    if to_start:
+        _make_token()
+    if was_imported and not ray.is_initialized():
+        _read_authentication_again(ray._raylet)
     return ray
+
+
+def _read_authentication_again(raylet: Any) -> None:
+    """A Ray that was imported before there was a token would go without one. Ray's `init` does the same."""
+    if hasattr(raylet, "AuthenticationTokenLoader"):  # earlier versions have no tokens
+        raylet.Config.initialize("")
+        raylet.AuthenticationTokenLoader.instance().reset_cache()
 
 
 def has_token() -> bool:
     """Whether this user has the token with which Ray's clusters know their own."""
+    return bool(os.environ.get("RAY_AUTH_TOKEN")) or _token_file().is_file()
+
+
+def _token_file() -> Path:
     named = os.environ.get("RAY_AUTH_TOKEN_PATH")
-    file = Path(named) if named else Path.home() / ".ray" / "auth_token"
-    return bool(os.environ.get("RAY_AUTH_TOKEN")) or file.is_file()
+    return Path(named) if named else Path.home() / ".ray" / "auth_token"
+
+
+def _make_token() -> None:
+    """Leaves the user a token that nobody else can read: Ray's own command writes one by the umask."""
+    file = _token_file()
+    if has_token():
+        if not os.environ.get("RAY_AUTH_TOKEN"):
+            _close_to_others(file)
+        return
+    file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    descriptor, unfinished = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}-")  # mode 0600
+    with open(descriptor, "w", encoding="utf-8") as opened:
+        opened.write(secrets.token_hex(32))
+    with contextlib.suppress(FileExistsError):  # another process was first: its token is the user's
+        os.link(unfinished, file)
+    os.unlink(unfinished)
+
+
+def _close_to_others(file: Path) -> None:
+    """Takes other users' access from a token of this user. That of another user stays as it is."""
+    found = file.stat()
+    if found.st_uid == os.getuid() and stat.S_IMODE(found.st_mode) & 0o077:
+        file.chmod(0o600)
+        logger.warning(
+            "Ray's token in %s had mode %s; it has 0600 now. If another user may have read it, remove the "
+            "file: the next run makes a new one.",
+            file,
+            f"{stat.S_IMODE(found.st_mode):04o}",
+        )
+
+
+def private_folder(prefix: str) -> Path:
+    """A new folder for a Ray, which is to be given `FOLDER_FOR_RAY` in it.
+
+    Ray opens the folder it is given to all users; nobody else can enter the one around it. Paths of sockets
+    are short, so it is in /tmp where the usual place for temporary files is too deep.
+    """
+    base = tempfile.gettempdir()
+    if len(f"{base}/{prefix}12345678{SOCKET_IN_FOLDER}") > MAX_SOCKET_PATH:
+        base = "/tmp"
+    return Path(tempfile.mkdtemp(prefix=prefix, dir=base))
+
+
+@contextlib.contextmanager
+def on_loopback(ray: Any) -> Iterator[None]:
+    """The Ray that is started in the body listens on the loopback interface alone, with all its processes.
+
+    Raises ClusterError for a version of Ray that would not.
+    """
+    from ray._private import ray_constants
+
+    variable, constant = os.environ.get(NO_CLUSTER), ray_constants.ENABLE_RAY_CLUSTER
+    os.environ[NO_CLUSTER] = "0"  # for the processes that are started
+    ray_constants.ENABLE_RAY_CLUSTER = False  # here it was read when Ray was imported
+    try:
+        if (found := ray.util.get_node_ip_address()) != LOCALHOST:
+            raise ClusterError(
+                f"Ray {ray.__version__} would listen on {found}, where other machines reach it, instead of "
+                f"{LOCALHOST}. Use another version of Ray, or a cluster of your own with its address."
+            )
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = constant
+        os.environ.pop(NO_CLUSTER)
+        if variable is not None:
+            os.environ[NO_CLUSTER] = variable
 
 
 def check_reachable(address: str, default_port: int) -> None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, NamedTuple
 
 from cookbook.errors import DataError
 
@@ -18,16 +18,124 @@ def read(path: Path) -> list[dict[str, Any]]:
     """
     if not path.exists():
         return []
-    rows = []
-    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
+    lines = path.read_bytes().split(b"\n")[:-1]
+    return [parsed(line, f"line {number} of {path}") for number, line in enumerate(lines, 1)]
+
+
+def read_backwards(path: Path) -> Iterator[dict[str, Any]]:
+    """The same rows, the last one first. What lies before the rows that are taken is not read."""
+    if not path.exists():
+        return
+    with path.open("rb") as file:
+        start = file.seek(0, os.SEEK_END)
+        begun: bytes | None = None
+        """The line that the block behind this one began in; None behind the last end of a line."""
+        while start:
+            end, start = start, max(0, start - BACKWARDS_BLOCK)
+            file.seek(start)
+            lines = (file.read(end - start) + (begun or b"")).split(b"\n")
+            if begun is None and not lines[1:]:
+                continue
+            if begun is None:
+                lines.pop()
+            if start:
+                begun = lines.pop(0)
+            for line in reversed(lines):
+                yield parsed(line, f"The line {line[:60]!r} of {path}")
+
+
+def parsed(line: bytes, place: str) -> dict[str, Any]:
+    """The row in a line. Raises DataError, which names the `place`, for a line that holds none."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise DataError(
+            f"{place} is damaged: {error}. "
+            f"Remove that line and those after it; a resumed run measures them again."
+        ) from error
+    return row
+
+
+class Lines(NamedTuple):
+    """Whole lines of a file, each with its end."""
+
+    content: bytes
+    first: int
+    """The number of the first of them, from 1. Where it is 1, all that was read before is void."""
+
+
+class Follower:
+    """The whole lines of a file that somebody else writes, each of them once.
+
+    Such a file grows at its end, or is replaced: by another of its name, or in place by a shorter one or one
+    that differs. Then all of it is read again. A line without its end is read when it has one.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file: tuple[int, int] | None = None
+        """That was read: its device and its inode."""
+        self._seen: os.stat_result | None = None
+        """The file when all of it had been read."""
+        self._offset = 0
+        """Behind the last whole line that was given."""
+        self._tail = b""
+        """The last bytes before the offset."""
+        self._num_lines = 0
+
+    def new(self) -> Iterator[Lines]:
+        """What is new since the last call, in blocks. Of a file that is gone, no lines, the first of them 1.
+
+        A block counts as given when the next one is asked for.
+        """
         try:
-            rows.append(json.loads(line))
-        except ValueError as error:
-            raise DataError(
-                f"line {number} of {path} is damaged: {error}. "
-                f"Remove that line and those after it; a resumed run measures them again."
-            ) from error
-    return rows
+            if self._seen is not None and _is_same(self._path.stat(), self._seen):
+                return
+            with self._path.open("rb") as file:
+                yield from self._new(file)
+        except FileNotFoundError:
+            if self._file is not None:
+                self._forget()
+                yield Lines(b"", 1)
+
+    def _new(self, file: IO[bytes]) -> Iterator[Lines]:
+        found = os.fstat(file.fileno())
+        self._seen = None
+        if self._file is not None and not self._is_continued_by(file, found):
+            self._forget()
+            yield Lines(b"", 1)
+        self._file = found.st_dev, found.st_ino
+        file.seek(self._offset)
+        left, rest = found.st_size - self._offset, b""
+        while left > 0 and (read := file.read(min(left, BLOCK))):
+            left -= len(read)
+            whole, end, rest = (rest + read).rpartition(b"\n")
+            if end:
+                yield Lines(whole + end, self._num_lines + 1)
+                self._num_lines += whole.count(b"\n") + 1
+                self._offset += len(whole) + 1
+                self._tail = (self._tail + whole[-TAIL:] + end)[-TAIL:]
+        self._seen = found
+
+    def _is_continued_by(self, file: IO[bytes], found: os.stat_result) -> bool:
+        if (found.st_dev, found.st_ino) != self._file or found.st_size < self._offset:
+            return False
+        file.seek(self._offset - len(self._tail))
+        return file.read(len(self._tail)) == self._tail
+
+    def _forget(self) -> None:
+        self._file, self._seen, self._offset, self._tail, self._num_lines = None, None, 0, b"", 0
+
+
+BLOCK = 1 << 22
+BACKWARDS_BLOCK = 1 << 16
+TAIL = 1 << 10
+
+
+def _is_same(now: os.stat_result, then: os.stat_result) -> bool:
+    return all(
+        getattr(now, name) == getattr(then, name) for name in ("st_dev", "st_ino", "st_size", "st_mtime_ns")
+    )
 
 
 def append(path: Path, row: Mapping[str, Any]) -> None:

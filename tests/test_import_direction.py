@@ -44,6 +44,7 @@ RUN = (
     "cookbook.keys",
     "cookbook.loggers",
     "cookbook.other_trainers",
+    "cookbook.run_metrics",
 )
 EVAL = ("cookbook.eval",)
 REPORT = ("cookbook.report",)

@@ -34,6 +34,7 @@ PATIENCE = datetime.timedelta(hours=12)
 """How long a process waits for one that is alive but elsewhere: the first may be evaluating for hours.
 One that has died is noticed at once, because its sockets close."""
 
+_LOOPBACK = "127.0.0.1"
 _BUCKET_ELEMENTS = 2**25
 _LAST_WORDS = "cookbook/last_words"
 _LEAVING = "cookbook/leaving"
@@ -268,6 +269,8 @@ def _join() -> Mesh:
             f"which device of a machine is whose. Start with torchrun, which sets all of them."
         )
     if not dist.is_initialized():
+        if _are_all_here():
+            _keep_to_loopback()
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, store=_meeting_point(), rank=rank, world_size=size)
         atexit.register(_part)
@@ -283,13 +286,53 @@ def _meeting_point() -> Store:
         from torch.distributed import rendezvous
 
         try:
-            _store, _, _ = next(rendezvous("env://"))
-        except (RuntimeError, ValueError) as error:
+            if _are_all_here() and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+                _store = _store_on_loopback()
+            else:
+                _store, _, _ = next(rendezvous("env://"))
+        except (RuntimeError, ValueError, OSError) as error:
             raise ConfigError(
                 f"Process {os.environ['RANK']} of {os.environ['WORLD_SIZE']} cannot reach the others at "
                 f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}: {error} Start them with torchrun."
             ) from error
     return _store
+
+
+def _are_all_here() -> bool:
+    """Whether all processes of the run are on this machine."""
+    return local_size() == _world_size()
+
+
+def _keep_to_loopback() -> None:
+    """Has gloo and NCCL listen where no other machine reaches them, unless the user has said where."""
+    names = {name for _, name in socket.if_nameindex()}
+    for name in ("lo", "lo0"):
+        if name in names:
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+            os.environ.setdefault("NCCL_SOCKET_IFNAME", name)
+
+
+def _store_on_loopback() -> Store:
+    """The store of `rendezvous("env://")`, which would listen on every interface."""
+    from torch.distributed import TCPStore
+    from torch.distributed.constants import default_pg_timeout
+
+    port, is_server = int(os.environ["MASTER_PORT"]), os.environ["RANK"] == "0"
+    listener = None
+    if is_server:
+        with socket.socket() as bound:
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            bound.bind((_LOOPBACK, port))
+            listener = bound.detach()
+    return TCPStore(
+        _LOOPBACK,
+        port,
+        _world_size(),
+        is_server,
+        default_pg_timeout,
+        multi_tenant=True,
+        master_listen_fd=listener,
+    )
 
 
 _has_lost_others = False

@@ -1,8 +1,8 @@
 """The Ray head on this machine that jobs go to where no cluster is named: started once, found again, stopped.
 
-It takes jobs from this machine alone, and from those who have the user's Ray token. Its ports were free and
-its files have a folder of their own, so that it disturbs no other Ray here. A note in $COOKBOOK_HOME
-(~/.cookbook) says where it is.
+It listens on the loopback interface alone and takes jobs from those who have the user's Ray token. Its ports
+were free and its files are in a folder that nobody else can enter, so that it disturbs no other Ray here. A
+note in $COOKBOOK_HOME (~/.cookbook) says where it is.
 """
 
 from __future__ import annotations
@@ -15,15 +15,14 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from cookbook import clusters, jsonl
+from cookbook.clusters import LOCALHOST
 from cookbook.errors import ClusterError
 
-LOCALHOST = "127.0.0.1"
 RAY = (sys.executable, "-m", "ray.scripts.scripts")
 START_SECONDS = 240
 STOP_SECONDS = 60
@@ -37,7 +36,7 @@ class Head:
     """Of its dashboard, which takes the jobs."""
     pid: int
     folder: str
-    """Of Ray's own files."""
+    """The private folder around Ray's own files."""
 
     def is_alive(self) -> bool:
         try:
@@ -61,18 +60,16 @@ def start_head() -> Head:
     """The head that runs on this machine, started where there is none. Raises ClusterError if it will not."""
     if (head := find_head()) is not None:
         return head
-    if not clusters.has_token():
-        _ray("get-auth-token", "--generate")
-    clusters.import_ray()
-    # sockets have short paths: a folder deep below home would be too long
-    folder = tempfile.mkdtemp(prefix="cookbook-ray-")
+    clusters.import_ray(to_start=True)
+    folder = clusters.private_folder("cookbook-ray-")
     options = {name: _free_port() for name in PORTS}
     command = [
-        *(*RAY, "start", "--head", "--block", "--temp-dir", folder, "--disable-usage-stats"),
+        *(*RAY, "start", "--head", "--block", "--disable-usage-stats"),
+        *("--temp-dir", str(folder / clusters.FOLDER_FOR_RAY)),
         *("--include-dashboard", "true", "--dashboard-host", LOCALHOST),
         *(f"--{name}={port}" for name, port in options.items()),
     ]
-    log = Path(folder) / "start.log"
+    log = folder / "start.log"
     with log.open("w", encoding="utf-8") as out:
         process = subprocess.Popen(
             command,
@@ -81,9 +78,13 @@ def start_head() -> Head:
             stderr=subprocess.STDOUT,
             start_new_session=True,  # it outlives the command that needed it first
             env=os.environ
-            | {"RAY_JOB_START_TIMEOUT_SECONDS": str(NO_TIMEOUT_SECONDS), "RAY_AUTH_MODE": "token"},
+            | {
+                "RAY_JOB_START_TIMEOUT_SECONDS": str(NO_TIMEOUT_SECONDS),
+                "RAY_AUTH_MODE": "token",
+                clusters.NO_CLUSTER: "0",
+            },
         )
-    head = Head(f"http://{LOCALHOST}:{options['dashboard-port']}", process.pid, folder)
+    head = Head(f"http://{LOCALHOST}:{options['dashboard-port']}", process.pid, str(folder))
     _wait_until_it_takes_jobs(head, process, log)
     note = _note()
     note.parent.mkdir(parents=True, exist_ok=True)
@@ -139,20 +140,6 @@ def _wait_until_it_takes_jobs(head: Head, process: subprocess.Popen[bytes], log:
         -1:
     ] or ["it said nothing"]
     raise ClusterError(f"A Ray head cannot be started on this machine: {last[0].strip()} (all of it: {log})")
-
-
-def _ray(*arguments: str) -> None:
-    """A command of Ray's. Raises ClusterError where it fails; what it prints may be a secret."""
-    done = subprocess.run(
-        [*RAY, *arguments],
-        capture_output=True,
-        encoding="utf-8",
-        errors="replace",
-        env=os.environ | clusters.QUIET,
-    )
-    if done.returncode:
-        last = done.stderr.strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
-        raise ClusterError(f"`ray {' '.join(arguments)}` failed: {last[0]}")
 
 
 def _exists(pid: int) -> bool:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cookbook import jsonl
@@ -16,9 +17,13 @@ from cookbook.report.rendering import render
 from cookbook.report.run_page import REPORT_FILE
 from cookbook.report.settings import texts_of
 from cookbook.report.summary import Outcome, better_of, headline_metric, outcome_of, status_of
+from cookbook.report.table_views import shortened
 
 MAX_METRICS = 6
 """Columns of metrics in the table of runs; the charts have all of them."""
+MAX_READERS = 8
+MAX_SETTING = 300
+"""Characters of a setting that are shown."""
 NAMES = {"log_path", "wandb_name", "if_log_path_exists"}
 """Settings that every run has its own of, and that change nothing."""
 
@@ -49,12 +54,12 @@ def compare(
     path = Path(to).expanduser()
     if not path.parent.is_dir():
         raise ConfigError(f"to={to}: there is no folder {path.parent}. Make it, or write elsewhere.")
-    runs = _named([read_run(folder) for folder in folders])
-    if not any(run.metrics for run in runs.values()):
+    runs = _named(_read_all(folders))
+    if all(run.headline is None for run in runs.values()):
         raise ConfigError(f"Nothing to compare: no step was logged yet in {', '.join(map(str, folders))}.")
     metrics = _metrics(runs)
     runs = _best_first(runs, metrics[0])
-    charts = panels.charts_of_several(runs)
+    charts, num_not_drawn = panels.charts_of_several({name: run.record for name, run in runs.items()})
     page = render(
         "compare.html",
         charts,
@@ -64,14 +69,45 @@ def compare(
         rows=[_row(index, name, run, metrics, path) for index, (name, run) in enumerate(runs.items())],
         differences=_differences(runs),
         num_charts=len(charts),
+        num_not_drawn=num_not_drawn,
     )
     jsonl.write_atomically(path, page.encode(errors="backslashreplace"))
     return path
 
 
-def _named(runs: Sequence[RunRecord]) -> dict[str, RunRecord]:
+@dataclass(frozen=True)
+class Compared:
+    """What the page shows of a run. The rest is dropped when it was read: of many runs it is too much."""
+
+    record: RunRecord
+    """With no more points of its curves than the page has room for."""
+    outcomes: Mapping[str, Outcome]
+    """Of every metric."""
+    headline: str | None
+    seconds: float
+    tokens: float
+
+
+def _read_all(folders: Sequence[str | Path]) -> list[Compared]:
+    """Each run is read once; several at a time, where there are cores for them."""
+    with ThreadPoolExecutor(max_workers=min(MAX_READERS, os.cpu_count() or 1)) as readers:
+        return list(readers.map(lambda folder: _read(folder, len(folders)), folders))
+
+
+def _read(folder: str | Path, num_runs: int) -> Compared:
+    run = read_run(folder, with_tables=False)
+    return Compared(
+        record=replace(run, metrics=panels.compared_curves(run, num_runs)),
+        outcomes={metric: outcome_of(metric, series) for metric, series in run.metrics.items()},
+        headline=headline_metric(run),
+        seconds=run.total("perf/seconds"),
+        tokens=run.total("data/tokens"),
+    )
+
+
+def _named(runs: Sequence[Compared]) -> dict[str, Compared]:
     """The runs by their folders' names, with as much of the path as tells them apart."""
-    parts = [run.folder.resolve().parts for run in runs]
+    parts = [run.record.folder.resolve().parts for run in runs]
     twice = next((path for path, number in Counter(parts).items() if number > 1), None)
     if twice is not None:
         raise ConfigError(f"{Path(*twice)} is given twice. Give every run once.")
@@ -81,48 +117,48 @@ def _named(runs: Sequence[RunRecord]) -> dict[str, RunRecord]:
     return {str(Path(*path[-length:])): run for path, run in zip(parts, runs, strict=True)}
 
 
-def _metrics(runs: Mapping[str, RunRecord]) -> list[str]:
+def _metrics(runs: Mapping[str, Compared]) -> list[str]:
     """What the table shows, the metric that most runs are judged by first."""
-    headlines = Counter(metric for run in runs.values() if (metric := headline_metric(run)) is not None)
-    counts = Counter(metric for run in runs.values() for metric in run.evals if metric.count("/") == 1)
+    headlines = Counter(run.headline for run in runs.values() if run.headline is not None)
+    counts = Counter(metric for run in runs.values() for metric in run.record.evals if metric.count("/") == 1)
     first = headlines.most_common(1)[0][0]
     others = [metric for metric, _ in counts.most_common() if metric != first]
     return [first, *others][:MAX_METRICS]
 
 
-def _best_first(runs: Mapping[str, RunRecord], metric: str) -> dict[str, RunRecord]:
-    def rank(item: tuple[str, RunRecord]) -> tuple[bool, float]:
-        series = item[1].metrics.get(metric)
-        if series is None:
+def _best_first(runs: Mapping[str, Compared], metric: str) -> dict[str, Compared]:
+    def rank(item: tuple[str, Compared]) -> tuple[bool, float]:
+        outcome = item[1].outcomes.get(metric)
+        if outcome is None:
             return True, 0
-        outcome = outcome_of(metric, series)
         value = outcome.last if outcome.best is None else outcome.best
         return False, -value if better_of(metric) == "max" else value
 
     return dict(sorted(runs.items(), key=rank))
 
 
-def _row(index: int, name: str, run: RunRecord, metrics: Sequence[str], page: Path) -> Row:
-    seconds = run.total("perf/seconds")
-    report = run.folder / REPORT_FILE
+def _row(index: int, name: str, run: Compared, metrics: Sequence[str], page: Path) -> Row:
+    report = run.record.folder / REPORT_FILE
     return Row(
         name=name,
         colour=f"c{index % panels.NUM_COLOURS}",
         dash=panels.dash(index),
-        status=status_of(run) if run.metrics else "no step logged yet",
-        num_steps=run.num_steps,
-        outcomes=[
-            outcome_of(metric, run.metrics[metric]) if metric in run.metrics else None for metric in metrics
-        ],
-        seconds=seconds,
-        tokens_per_second=run.total("data/tokens") / seconds if seconds else 0,
+        status=status_of(run.record) if run.outcomes else "no step logged yet",
+        num_steps=run.record.num_steps,
+        outcomes=[run.outcomes.get(metric) for metric in metrics],
+        seconds=run.seconds,
+        tokens_per_second=run.tokens / run.seconds if run.seconds else 0,
         link=os.path.relpath(report, page.parent) if report.exists() else None,
     )
 
 
-def _differences(runs: Mapping[str, RunRecord]) -> list[tuple[str, list[str]]]:
+def _differences(runs: Mapping[str, Compared]) -> list[tuple[str, list[str]]]:
     """The settings in which the runs differ, each with its value in every run."""
-    texts = {name: texts_of(run.config) for name, run in runs.items()}
+    texts = {name: texts_of(run.record.config) for name, run in runs.items()}
     keys = dict.fromkeys(key for settings in texts.values() for key in settings)
     rows = [(key, [settings.get(key, "") for settings in texts.values()]) for key in keys]
-    return [(key, values) for key, values in rows if key not in NAMES and len(set(values)) > 1]
+    return [
+        (key, [shortened(value, MAX_SETTING) for value in values])
+        for key, values in rows
+        if key not in NAMES and len(set(values)) > 1
+    ]

@@ -11,8 +11,9 @@ import numpy as np
 
 from cookbook import jsonl
 from cookbook.control_characters import visible_line
-from cookbook.report.downsampling import keep_extremes, smooth, smoothing_span
-from cookbook.report.record import Series, is_eval, is_wide, series_of
+from cookbook.report.downsampling import keep_evenly, keep_extremes, smooth, smoothing_span
+from cookbook.report.record import is_eval, is_wide
+from cookbook.run_metrics import Series, series_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -28,7 +29,7 @@ _MOST_POINTS = 2000
 def draw(metrics: Iterable[Mapping[str, Any]] | Mapping[str, Series], path: str | Path) -> Path | None:
     """Draws the losses and below them the other metrics of evaluators, as a PNG at `path`.
 
-    `metrics` are the rows of metrics.jsonl, or what `record.series_of` makes of them. Returns None,
+    `metrics` are the rows of metrics.jsonl, or what `series_of` makes of them. Returns None,
     and writes nothing, where there is no curve to draw.
     """
     series = dict(metrics) if isinstance(metrics, Mapping) else series_of(metrics)
@@ -121,5 +122,5 @@ def _draw_noisy(axes: Axes, name: str, series: Series, colour: str) -> None:
         axes.plot(*raw, color=colour, linewidth=1.6, marker=dot, label=name)
         return
     axes.plot(*raw, color=colour, linewidth=0.7, alpha=0.35)
-    mean = smooth(series.values, span)
-    axes.plot(series.steps, mean, color=colour, linewidth=1.6, label=f"{name}, mean of about {span} steps")
+    mean = keep_evenly(series.steps, smooth(series.values, span), _MOST_POINTS)
+    axes.plot(*mean, color=colour, linewidth=1.6, label=f"{name}, mean of about {span} steps")

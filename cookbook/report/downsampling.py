@@ -6,6 +6,8 @@ from itertools import pairwise
 
 import numpy as np
 
+_BLOCK = 128
+
 
 def keep_extremes(steps: np.ndarray, values: np.ndarray, max_points: int) -> tuple[np.ndarray, np.ndarray]:
     """At most `max_points` of the points, which must be finite, with every spike among them.
@@ -44,10 +46,15 @@ def smooth(values: np.ndarray, span: int) -> np.ndarray:
     The first values are not pulled towards zero: the weights are normalised.
     """
     decay = 1 - 2 / (span + 1)
-    smoothed = np.empty(len(values))
-    total = weight = 0.0
-    for index, value in enumerate(values.tolist()):
-        total = decay * total + value
-        weight = decay * weight + 1
-        smoothed[index] = total / weight
-    return smoothed
+    powers = decay ** np.arange(_BLOCK + 1)
+    ages = np.arange(_BLOCK)[:, None] - np.arange(_BLOCK)
+    weights = np.where(ages >= 0, powers[np.maximum(ages, 0)], 0)
+    """Of a value of a block (column) in the sum at another (row)."""
+    totals = np.empty(len(values))
+    before = 0.0
+    for start in range(0, len(values), _BLOCK):
+        block = values[start : start + _BLOCK]
+        num = len(block)
+        totals[start : start + num] = weights[:num, :num] @ block + powers[1 : num + 1] * before
+        before = totals[start + num - 1]
+    return totals / np.cumsum(decay ** np.arange(len(values)))

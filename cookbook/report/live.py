@@ -9,6 +9,7 @@ from pathlib import Path
 
 from cookbook.loggers import MetricLogger, Metrics
 from cookbook.report.run_page import write_report
+from cookbook.run_metrics import MetricsReader
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +28,7 @@ class ReportLogger(MetricLogger):
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
+        self._metrics = MetricsReader(folder)
         self._thread: threading.Thread | None = None
         self._next_time = time.monotonic()
         self._has_warned = False
@@ -45,7 +47,7 @@ class ReportLogger(MetricLogger):
     def _write(self, with_curves: bool = False) -> None:
         start = time.monotonic()
         try:
-            write_report(self._folder, with_curves)
+            write_report(self._folder, with_curves, self._metrics)
         except Exception as error:  # whatever is wrong with a page, the training is worth more
             if not self._has_warned:
                 logger.warning("report.html could not be written: %s: %s", type(error).__name__, error)

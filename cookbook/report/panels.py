@@ -11,12 +11,14 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from cookbook.report.downsampling import keep_evenly, keep_extremes, smooth, smoothing_span
-from cookbook.report.record import RunRecord, Series, is_eval, is_wide
+from cookbook.report.record import RunRecord, is_eval, is_wide
+from cookbook.run_metrics import Series
 
 Chart: TypeAlias = dict[str, Any]
 
 NUM_COLOURS = 8
 MAX_POINTS_OF_A_PAGE = 100_000
+MAX_POINTS_OF_A_COMPARISON = 300_000
 MAX_POINTS_OF_A_SERIES = 1_600
 MAX_SERIES_OF_A_CHART = NUM_COLOURS
 
@@ -144,23 +146,49 @@ def _note(run: RunRecord, names: Sequence[str]) -> str | None:
 # -- the charts of several runs -----------------------------------------------------------------------
 
 
-def charts_of_several(runs: Mapping[str, RunRecord]) -> list[Chart]:
-    """A chart for each metric that a run was measured by, with a curve for each run."""
+def is_compared(metric: str) -> bool:
+    """Whether runs are laid over each other by a metric."""
+    return metric == "train/nll" or metric in _TRAINING[:3] or is_eval(metric)
+
+
+def compared_curves(run: RunRecord, num_runs: int) -> dict[str, Series]:
+    """The curves by which a run is compared, of no more points than a page of so many runs has room for."""
+    most = min(MAX_POINTS_OF_A_SERIES, max(_least_points(num_runs), MAX_POINTS_OF_A_PAGE // num_runs))
+    curves = {}
+    for name, series in run.metrics.items():
+        if is_compared(name):
+            is_noisy = name in _NOISY
+            values = smooth(series.values, smoothing_span(len(series))) if is_noisy else series.values
+            curves[name] = Series(*keep_extremes(series.steps, values, most))
+    return curves
+
+
+def _least_points(num_runs: int) -> int:
+    """Of a curve that is still one: fewer where there are thousands of runs."""
+    return max(8, min(60, MAX_POINTS_OF_A_COMPARISON // num_runs))
+
+
+def charts_of_several(runs: Mapping[str, RunRecord]) -> tuple[list[Chart], int]:
+    """A chart for each metric that a run was measured by, with a curve for each run.
+
+    The metrics of the runs are their `compared_curves`. The second value is the number of metrics, the last
+    ones, that are not drawn because the page would be too large.
+    """
     names = dict.fromkeys(name for run in runs.values() for name in run.metrics)
     wanted = [name for name in names if name == "train/nll" or is_eval(name)]
     wanted.sort(key=lambda name: (name.count("/") > 1, name != "test/nll", name != "train/nll"))
-    wanted += [name for name in _TRAINING[:3] if name in names]
-    most = max_points(len(wanted) * len(runs))
+    training = [name for name in _TRAINING[:3] if name in names]
+    least = _least_points(len(runs))
+    room = max(1, MAX_POINTS_OF_A_COMPARISON // (least * len(runs)) - len(training))
+    drawn = wanted[:room] + training
+    most = max(least, min(MAX_POINTS_OF_A_SERIES, MAX_POINTS_OF_A_PAGE // max(1, len(drawn) * len(runs))))
     charts = []
-    for name in wanted:
-        series = []
-        for index, (run_name, run) in enumerate(runs.items()):
-            if (found := run.metrics.get(name)) is None:
-                continue
-            if name in _NOISY:
-                values = smooth(found.values, smoothing_span(len(found)))
-                found = Series(found.steps, values)
-            series.append(line(run_name, found, index, most) | {"dash": dash(index)})
+    for name in drawn:
+        series = [
+            line(run_name, run.metrics[name], index, most) | {"dash": dash(index)}
+            for index, (run_name, run) in enumerate(runs.items())
+            if name in run.metrics
+        ]
         smoothed = "running means" if name in _NOISY else None
         heights = [value for one in series for value in one["y"]]
         charts.append(
@@ -169,7 +197,7 @@ def charts_of_several(runs: Mapping[str, RunRecord]) -> list[Chart]:
                 log=name.endswith("/nll") and is_wide(min(heights), max(heights)),
             )
         )  # fmt: skip
-    return charts
+    return charts, len(wanted) - len(wanted[:room])
 
 
 def dash(index: int) -> str:

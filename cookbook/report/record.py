@@ -3,38 +3,20 @@
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from cookbook import jsonl
 from cookbook.checkpoints import CheckpointLog
 from cookbook.config_files import TYPE_KEY
 from cookbook.errors import ConfigError, DataError
 from cookbook.loggers import OF_EVERY_STEP
+from cookbook.run_metrics import METRICS_FILE, MetricsReader, Series
 
 WIDE = 8
 """Where the greatest value is so many times the least, a logarithmic axis shows more of a curve."""
-
-
-@dataclass(frozen=True, eq=False)
-class Series:
-    """A metric over the steps at which it was measured. Values that are no finite numbers are left out."""
-
-    steps: np.ndarray
-    values: np.ndarray
-    num_left_out: int = 0
-
-    def __len__(self) -> int:
-        return len(self.steps)
-
-    @property
-    def last(self) -> float:
-        return float(self.values[-1])
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,44 +53,28 @@ def is_eval(metric: str) -> bool:
     return metric.split("/")[0] not in OF_EVERY_STEP
 
 
-def read_run(folder: str | Path) -> RunRecord:
-    """Everything there is to show of a run, in progress or over. Raises ConfigError where there is none."""
+def read_run(folder: str | Path, metrics: MetricsReader | None = None, with_tables: bool = True) -> RunRecord:
+    """Everything there is to show of a run, in progress or over. Raises ConfigError where there is none.
+
+    `metrics` is a reader of that run's, which has read some of them before. Tables may be left unread.
+    """
     path = Path(folder).expanduser()
     config = _read_config(path)
-    rows = jsonl.read(path / "metrics.jsonl")
+    metrics = metrics or MetricsReader(path)
+    metrics.update()
+    steps = metrics.columns.get("optim/learning_rate")
     return RunRecord(
         folder=path,
         name=path.resolve().name,
         config=config,
-        metrics=series_of(rows),
-        num_steps=sum("optim/learning_rate" in row for row in rows),
+        metrics=metrics.series(),
+        num_steps=0 if steps is None else len(steps.steps),
         is_finished=CheckpointLog(path).is_finished if (path / "checkpoints.jsonl").exists() else False,
         data=_read_object(path / "data.json"),
         environment=_read_object(path / "environment.json"),
-        tables=jsonl.read(path / "tables.jsonl"),
+        tables=jsonl.read(path / "tables.jsonl") if with_tables else [],
         checkpoints=jsonl.read(path / "checkpoints.jsonl"),
     )
-
-
-def series_of(rows: Iterable[Mapping[str, Any]]) -> dict[str, Series]:
-    """The columns of metrics.jsonl."""
-    steps: dict[str, list[int]] = {}
-    values: dict[str, list[float]] = {}
-    left_out: dict[str, int] = {}
-    for row in rows:
-        step = row["step"]
-        for name, value in row.items():
-            if name == "step":
-                continue
-            if isinstance(value, (int, float)) and math.isfinite(value):
-                steps.setdefault(name, []).append(step)
-                values.setdefault(name, []).append(value)
-            else:
-                left_out[name] = left_out.get(name, 0) + 1
-    return {
-        name: Series(np.asarray(steps[name]), np.asarray(values[name], float), left_out.get(name, 0))
-        for name in steps
-    }
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -117,7 +83,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     config = _read_object(path) if path.is_file() else {}
     if TYPE_KEY not in config:
-        inside = sorted(str(found.parent) for found in folder.glob("*/metrics.jsonl"))
+        inside = sorted(str(found.parent) for found in folder.glob(f"*/{METRICS_FILE}"))
         hint = f" Runs in it: {', '.join(inside)}." if inside else ""
         raise ConfigError(f"{folder} is no run's folder: it has no config.json of a run.{hint}")
     return config

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +16,24 @@ from cookbook.report.settings import settings_of
 from cookbook.report.summary import facts_of, outcomes_of, status_of
 from cookbook.report.table_views import views_of
 from cookbook.report.time_chart import time_chart
+from cookbook.run_metrics import MetricsReader
 
 REPORT_FILE = "report.html"
 CURVES_FILE = "curves.png"
+MAX_METRICS = 1_000
+MAX_CHECKPOINTS = 200
+"""The newest, and the best one."""
 
 
-def write_report(run_folder: str | Path, with_curves: bool = True) -> Path:
+def write_report(
+    run_folder: str | Path, with_curves: bool = True, metrics: MetricsReader | None = None
+) -> Path:
     """Writes report.html, and the picture curves.png, into a run's folder. Returns the page's path.
 
     The run may be in progress, over, or without a step yet. Raises ConfigError for what is no run's folder.
+    Who writes the page again and again gives the reader of the run's `metrics`.
     """
-    run = read_run(run_folder)
+    run = read_run(run_folder, metrics)
     if with_curves:
         curves.draw(run.metrics, run.folder / CURVES_FILE)
     path = run.folder / REPORT_FILE
@@ -39,7 +48,13 @@ def page_of(run: RunRecord) -> str:
         charts.extend(some)
         return list(range(len(charts) - len(some), len(charts)))
 
-    most = panels.max_points(len(run.metrics) + 8)
+    drawn = replace(run, metrics=dict(islice(run.metrics.items(), MAX_METRICS)))
+    most = panels.max_points(len(drawn.metrics) + 8)
+    checkpoints = [
+        record
+        for index, record in enumerate(run.checkpoints)
+        if record.get("metric") or index >= len(run.checkpoints) - MAX_CHECKPOINTS
+    ]
     loss = panels.loss_chart(run, most)
     time = time_chart(run)
     return render(
@@ -48,17 +63,19 @@ def page_of(run: RunRecord) -> str:
         run=run,
         status=status_of(run),
         facts=facts_of(run),
-        outcomes=outcomes_of(run),
+        outcomes=outcomes_of(drawn),
         loss_charts=places([loss] if loss else []),
-        eval_charts=places(panels.eval_charts(run, most)),
+        eval_charts=places(panels.eval_charts(drawn, most)),
         training_charts=places(panels.training_charts(run, most)),
         time_charts=places([time] if time else []),
-        other_charts=places(panels.other_charts(run, most)),
+        other_charts=places(panels.other_charts(drawn, most)),
         tables=views_of(run.tables),
         sources=[_source(source) for source in run.data.get("sources", [])],
         evaluation_sources=[_source(source) for source in run.data.get("evaluation_sources", [])],
         settings=settings_of(run.config),
-        checkpoints=[_checkpoint(run, record) for record in run.checkpoints],
+        num_metrics_left_out=len(run.metrics) - len(drawn.metrics),
+        checkpoints=[_checkpoint(run, record) for record in checkpoints],
+        num_checkpoints_left_out=len(run.checkpoints) - len(checkpoints),
         files=[name for name in _FILES if (run.folder / name).exists()],
     )
 

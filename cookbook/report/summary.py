@@ -7,7 +7,8 @@ from typing import Literal, NamedTuple
 
 from cookbook.errors import ConfigError
 from cookbook.report.downsampling import smooth, smoothing_span
-from cookbook.report.record import RunRecord, Series
+from cookbook.report.record import RunRecord
+from cookbook.run_metrics import Series
 from cookbook.supervised.best import DEFAULT_METRIC, direction
 
 

@@ -99,7 +99,8 @@ def cell_text(cell: Any) -> str:
         return ""
     if isinstance(cell, float):
         return f"{cell:.4g}"
-    text = str(cell)
-    return (
-        text if len(text) <= MAX_CELL else f"{text[:MAX_CELL]} … and {len(text) - MAX_CELL:,} characters more"
-    )
+    return shortened(str(cell), MAX_CELL)
+
+
+def shortened(text: str, most: int) -> str:
+    return text if len(text) <= most else f"{text[:most]} … and {len(text) - most:,} characters more"

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 
 from cookbook.report.panels import NUM_COLOURS, SPAN_PREFIX, Chart, chart, rounded, spans_of
-from cookbook.report.record import RunRecord, Series
+from cookbook.report.record import RunRecord
+from cookbook.run_metrics import Series
 
 MAX_STRETCHES = 300
 """Of steps: more could not be told apart."""

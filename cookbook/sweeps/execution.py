@@ -37,18 +37,34 @@ def execute(plan: Plan, runs: Sequence[PlannedRun], over: Sequence[PlannedRun], 
 
 @contextlib.contextmanager
 def _connected(config: Config) -> Iterator[Any]:
-    ray = clusters.import_ray()
-    quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
-    temporary = tempfile.mkdtemp(prefix="ray-")  # so that no other Ray on this machine is disturbed
-    try:
-        if config.address is None:
-            _start_here(ray, include_dashboard=False, _temp_dir=temporary, **quiet)
-        else:
-            _join(ray, config.address, **quiet)
+    ray = clusters.import_ray(to_start=config.address is None)
+    with _started_here(ray) if config.address is None else _joined(ray, config.address):
         yield ray
+
+
+QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+
+
+@contextlib.contextmanager
+def _started_here(ray: Any) -> Iterator[None]:
+    """A Ray of this sweep's own, which disturbs no other on this machine and is reached by nobody else."""
+    folder = clusters.private_folder("ray-")
+    try:
+        with clusters.on_loopback(ray):
+            _start(ray, include_dashboard=False, _temp_dir=str(folder / clusters.FOLDER_FOR_RAY), **QUIET)
+            yield
     finally:
         ray.shutdown()
-        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _joined(ray: Any, address: str) -> Iterator[None]:
+    try:
+        _join(ray, address, **QUIET)
+        yield
+    finally:
+        ray.shutdown()
 
 
 def _join(ray: Any, address: str, **options: Any) -> None:
@@ -59,7 +75,7 @@ def _join(ray: Any, address: str, **options: Any) -> None:
         raise ClusterError(f"address={address}: {str(error).strip().splitlines()[0]}") from error
 
 
-def _start_here(ray: Any, **options: Any) -> None:
+def _start(ray: Any, **options: Any) -> None:
     """Starts a Ray on this machine. Ray gives it 30 seconds, which are few where all cores are busy."""
     for attempt in range(START_ATTEMPTS):
         try:

@@ -20,8 +20,9 @@ from cookbook import jsonl
 from cookbook.checkpoints import CheckpointLog
 from cookbook.consoles import plain_line
 from cookbook.control_characters import visible_line
+from cookbook.run_metrics import METRICS_FILE
 from cookbook.sweeps.plan import Plan, PlannedRun
-from cookbook.sweeps.run_process import Progress, read_values
+from cookbook.sweeps.run_process import Progress
 from cookbook.sweeps.space import SEED
 
 RECORD = "sweep.jsonl"
@@ -64,10 +65,11 @@ def progress_of(plan: Plan) -> dict[str, Progress]:
 
 
 def _progress_of(run: PlannedRun, metric: str, recorded: Progress | None) -> Progress:
-    values = read_values(run.folder, metric)
-    step, value = values[-1] if values else (0, math.nan)
+    rows = jsonl.read_backwards(run.folder / METRICS_FILE)
+    last = next((row for row in rows if metric in row), None)
+    step, value = (0, math.nan) if last is None else (last["step"], last[metric])
     if CheckpointLog(run.folder).is_finished:
-        return Progress("finished", step, value) if values else (recorded or Progress("finished"))
+        return (recorded or Progress("finished")) if last is None else Progress("finished", step, value)
     if recorded is not None and recorded.state in ("stopped", "failed"):
         return Progress(recorded.state, step, value, recorded.error)
     return Progress("running", step, value)

@@ -18,8 +18,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from cookbook import jsonl
 from cookbook.checkpoints import CheckpointLog
+from cookbook.run_metrics import MetricsReader
 
 State = Literal["running", "finished", "stopped", "failed"]
 POLL_SECONDS = 0.2
@@ -47,7 +47,7 @@ class RunProcess:
         self._folder = folder
         self._metric = metric
         self._last = Progress("running", step=-1)
-        self._size = -1
+        self._metrics = MetricsReader(folder, keep={metric})
         self._errors = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115
         self._process: subprocess.Popen[bytes] | None = None
         if not is_over:
@@ -90,15 +90,9 @@ class RunProcess:
         return True
 
     def _new_value(self) -> tuple[int, float] | None:
-        """The evaluation after the one told last. A resumed run writes its file anew: all of it is read."""
-        path = self._folder / "metrics.jsonl"
-        size = path.stat().st_size if path.exists() else 0
-        if size == self._size:
-            return None
-        new = [one for one in read_values(self._folder, self._metric) if one[0] > self._last.step]
-        if len(new) < 2:
-            self._size = size
-        return new[0] if new else None
+        """The evaluation after the one told last; of a resumed run, which measures some again, too."""
+        self._metrics.update()
+        return self._metrics.after(self._last.step, self._metric)
 
     def _end(self) -> Progress:
         if not CheckpointLog(self._folder).is_finished:
@@ -106,10 +100,11 @@ class RunProcess:
                 return Progress("stopped", self._last.step, self._last.value)
             return Progress("failed", self._last.step, self._last.value, self._why(self._process.returncode))
         if math.isnan(self._last.value):
-            found = sorted(
-                {key for row in jsonl.read(self._folder / "metrics.jsonl") for key in row} - {"step"}
-            )
-            near = [key for key in found if not key.startswith(("perf/", "data/", "optim/"))]
+            near = [
+                key
+                for key in sorted(self._metrics.columns)
+                if not key.startswith(("perf/", "data/", "optim/"))
+            ]
             return Progress("failed", error=f"It logged no {self._metric}, only {', '.join(near)}.")
         return Progress("finished", self._last.step, self._last.value)
 
@@ -118,11 +113,6 @@ class RunProcess:
         lines = [line.strip() for line in self._errors.read().splitlines() if line.strip()]
         ended = f"signal {-code}" if code < 0 else f"exit code {code}"
         return "\n".join(lines[-ERROR_LINES:]) or f"It ended with {ended}."
-
-
-def read_values(folder: Path, metric: str) -> list[tuple[int, float]]:
-    """Step and value of every evaluation of `metric` in a run's folder."""
-    return [(row["step"], row[metric]) for row in jsonl.read(folder / "metrics.jsonl") if metric in row]
 
 
 def _end_with_parent() -> Callable[[], None] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 
@@ -91,6 +93,45 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
     server = Ranks(tmp_path_factory.mktemp("ranks"))
     yield server
     server.close()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _a_ray_token_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The user's token is neither read nor changed."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path_factory.mktemp("ray") / "private" / "auth_token"))
+        patch.delenv("RAY_AUTH_TOKEN", raising=False)
+        yield
+
+
+@pytest.fixture(scope="session")
+def bytes_read() -> Callable[[], int]:
+    """Gives the bytes that this process has read so far, as the kernel counts them."""
+    return lambda: psutil.Process().io_counters().read_chars
+
+
+@pytest.fixture(scope="session")
+def listeners() -> Callable[[int], dict[tuple[str, int], str]]:
+    """Gives the addresses at which a process and those below it take TCP connections, each with who does."""
+    return _listeners
+
+
+def _listeners(root: int) -> dict[tuple[str, int], str]:
+    found = {}
+    for process in _with_children(root):
+        with contextlib.suppress(psutil.NoSuchProcess):  # it has just ended
+            for one in process.net_connections("tcp"):
+                if one.status == psutil.CONN_LISTEN:
+                    found[one.laddr.ip.removeprefix("::ffff:"), one.laddr.port] = " ".join(process.cmdline())
+    return found
+
+
+def _with_children(root: int) -> list[psutil.Process]:
+    try:
+        process = psutil.Process(root)
+        return [process, *process.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return []
 
 
 @pytest.fixture(scope="module")

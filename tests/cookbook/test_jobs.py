@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import os
 import re
+import stat
 import subprocess
 import sys
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -189,6 +192,30 @@ def cancelled(head: jobs.Head, tmp_path_factory: pytest.TempPathFactory) -> Canc
     assert last is not None, "it has saved"
     assert 0 < last.step < 150
     return Cancelled(job, waiting, last.step)
+
+
+def test_a_head_listens_on_this_machine_alone_and_asks_for_a_token(
+    head: jobs.Head, cancelled: Cancelled, listeners: Callable[[int], dict[tuple[str, int], str]]
+) -> None:
+    found = listeners(head.pid)
+    for part in (
+        "gcs_server",
+        "raylet",
+        "dashboard.py",
+        "DashboardAgent",
+        "RuntimeEnvAgent",
+        "client.server",
+    ):
+        assert any(part in who for who in found.values()), part
+    assert {address: who for address, who in found.items() if address[0] != "127.0.0.1"} == {}
+    with pytest.raises(urllib.error.HTTPError, match="401"):
+        urllib.request.urlopen(f"{head.address}/api/jobs/")
+
+
+def test_nobody_else_can_enter_the_folder_of_a_head_or_read_its_token(head: jobs.Head) -> None:
+    token = Path(os.environ["RAY_AUTH_TOKEN_PATH"])
+    modes = [stat.S_IMODE(path.stat().st_mode) for path in (Path(head.folder), token.parent, token)]
+    assert modes == [0o700, 0o700, 0o600]
 
 
 def test_a_job_is_found_by_its_id_with_what_auto_came_to(cancelled: Cancelled) -> None:

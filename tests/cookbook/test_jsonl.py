@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from cookbook import jsonl
+from cookbook.errors import DataError
 
 
 def test_a_file_torn_at_any_byte_reads_as_the_rows_that_are_whole(tmp_path: Path) -> None:
@@ -28,3 +31,27 @@ def test_rewriting_replaces_the_file_and_leaves_nothing_else(tmp_path: Path) -> 
     jsonl.rewrite(path, [{"step": 1}, {"step": 2}])
     assert jsonl.read(path) == [{"step": 1}, {"step": 2}]
     assert [file.name for file in tmp_path.iterdir()] == ["rows.jsonl"]
+
+
+def test_backwards_is_the_other_way_around_wherever_blocks_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    rows = [{"step": step, "text": "é\n" * step} for step in range(9)]
+    jsonl.rewrite(path, rows)
+    content = path.read_bytes()
+    for block in (1, 2, 7, 60, 1 << 16):
+        monkeypatch.setattr(jsonl, "BACKWARDS_BLOCK", block)
+        for length in {*range(0, len(content) + 1, 11), len(content)}:
+            path.write_bytes(content[:length])
+            assert list(jsonl.read_backwards(path)) == jsonl.read(path)[::-1]
+    assert list(jsonl.read_backwards(tmp_path / "none.jsonl")) == []
+
+
+def test_the_last_rows_of_a_long_file_are_read_alone(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("damaged\n" * 100_000 + '{"step": 7}\n', encoding="utf-8")
+    rows = jsonl.read_backwards(path)
+    assert next(rows) == {"step": 7}
+    with pytest.raises(DataError, match="The line b'damaged' of .*rows.jsonl is damaged"):
+        next(rows)

@@ -9,10 +9,13 @@ import logging
 import math
 import os
 import re
+import stat
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -440,6 +443,40 @@ def test_a_run_that_fails_tells_why(tmp_path: Path) -> None:
     assert "Dataset file missing.jsonl does not exist" in progress.error
 
 
+def test_polling_a_long_run_reads_what_is_new_and_tells_every_evaluation(
+    tmp_path: Path, bytes_read: Callable[[], int]
+) -> None:
+    path = tmp_path / "metrics.jsonl"
+    rows = [{"step": step, "train/nll": 1 / (1 + step), "perf/seconds": 0.1} for step in range(20_000)]
+    jsonl.rewrite(
+        path, [row | ({"test/nll": row["step"] / 7} if row["step"] % 5_000 == 0 else {}) for row in rows]
+    )
+    watched = RunProcess("recipes.sft", tmp_path, "test/nll", str(tmp_path), is_over=True)
+    told = [watched.next_progress(0.0) for _ in range(4)]
+    assert [(one.step, one.value) for one in told] == [(step, step / 7) for step in range(0, 20_000, 5_000)]
+    before = bytes_read()
+    for step in range(20_000, 20_050):
+        jsonl.append(path, {"step": step, "train/nll": 0.5, "test/nll": step / 7})
+        assert watched.next_progress(0.0).step == step
+    assert bytes_read() - before < path.stat().st_size / 4
+    watched.stop()
+
+
+def test_a_run_that_was_resumed_while_it_is_watched_is_told_from_where_it_was(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    jsonl.rewrite(path, [{"step": step, "test/nll": 1.0} for step in range(4)])
+    watched = RunProcess("recipes.sft", tmp_path, "test/nll", str(tmp_path), is_over=True)
+    assert [watched.next_progress(0.0).step for _ in range(4)] == [0, 1, 2, 3]
+    jsonl.rewrite(
+        path, [{"step": step, "test/nll": 1.0} for step in range(2)]
+    )  # steps 2 and 3 are to come again
+    jsonl.append(path, {"step": 2, "test/nll": 2.0})
+    jsonl.append(path, {"step": 4, "test/nll": 4.0})
+    progress = watched.next_progress(0.0)
+    assert (progress.step, progress.value) == (4, 4.0)
+    watched.stop()
+
+
 # -- on a real Ray ----------------------------------------------------------------------------
 
 
@@ -455,27 +492,45 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 ARGV = ["learning_rate=4e-3,1e-7", "lora_rank=4,8,16", "max_steps=60", "eval_every=20", *QUICK]
 
 
+@dataclass(frozen=True)
+class Swept:
+    printed: str
+    listeners: dict[tuple[str, int], str]
+    """Of the sweep and all below it: where it took connections, and who did."""
+    modes: set[int]
+    """Of the folder in which its Ray's files were."""
+
+
 @pytest.fixture(scope="module")
-def swept(folder: Path, one_ray_at_a_time: None) -> str:
+def swept(
+    folder: Path, one_ray_at_a_time: None, listeners: Callable[[int], dict[tuple[str, int], str]]
+) -> Swept:
     """Six runs from the command line, two at a time: three that learn, then three that cannot."""
+    found: dict[tuple[str, int], str] = {}
+    modes: set[int] = set()
     with tempfile.TemporaryDirectory(dir="/tmp") as temporary:
-        done = subprocess.run(
+        process = subprocess.Popen(
             [
                 *(sys.executable, "-m", "recipes.sweep", *ARGV, f"log_path={folder / 'out'}"),
                 *("asha=True", "asha_grace_steps=20", "cpus_per_run=1"),
             ],
-            capture_output=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             text=True,
-            timeout=800,
             cwd=folder,
             env=_environment(temporary),
         )
+        while process.poll() is None:
+            found |= listeners(process.pid)
+            modes |= {stat.S_IMODE(path.stat().st_mode) for path in Path(temporary).glob("ray-*")}
+            time.sleep(1)
+        printed, errors = process.communicate()
         left = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
         assert temporary not in left, "Ray's processes have ended"
         assert list(Path(temporary).glob("ray-*")) == []
-    assert done.returncode == 0, done.stderr
-    assert done.stderr == ""
-    return done.stdout
+    assert process.returncode == 0, errors
+    assert errors == ""
+    return Swept(printed, found, modes)
 
 
 def _environment(temporary: str) -> dict[str, str]:
@@ -483,13 +538,25 @@ def _environment(temporary: str) -> dict[str, str]:
 
 
 @A_WHILE
-def test_six_runs_end_in_a_sorted_table_a_csv_and_a_report(swept: str, folder: Path) -> None:
+def test_the_ray_of_a_sweep_listens_on_this_machine_alone(swept: Swept) -> None:
+    for part in ("recipes.sweep", "gcs_server", "raylet", "DashboardAgent", "RuntimeEnvAgent", "ray::"):
+        assert any(part in who for who in swept.listeners.values()), part
+    assert {address: who for address, who in swept.listeners.items() if address[0] != "127.0.0.1"} == {}
+
+
+@A_WHILE
+def test_nobody_else_can_enter_the_folder_of_a_sweeps_ray(swept: Swept) -> None:
+    assert swept.modes == {0o700}
+
+
+@A_WHILE
+def test_six_runs_end_in_a_sorted_table_a_csv_and_a_report(swept: Swept, folder: Path) -> None:
     rows = list(csv.DictReader((folder / "out" / "results.csv").open(encoding="utf-8")))
     assert len(rows) == 6
     finished = [row for row in rows if row["state"] == "finished"]
     assert finished
     assert rows[: len(finished)] == sorted(finished, key=lambda row: float(row["test/nll"]))
-    table = [line for line in swept.splitlines() if line.rstrip().endswith(("finished", "stopped"))]
+    table = [line for line in swept.printed.splitlines() if line.rstrip().endswith(("finished", "stopped"))]
     assert [line.split()[:2] for line in table] == [[row["learning_rate"], row["lora_rank"]] for row in rows]
     assert max(len(line) for line in table) <= 80
     page = (folder / "out" / "report.html").read_text(encoding="utf-8")
@@ -497,7 +564,7 @@ def test_six_runs_end_in_a_sorted_table_a_csv_and_a_report(swept: str, folder: P
 
 
 @A_WHILE
-def test_runs_that_are_worse_are_stopped_early_with_a_checkpoint(swept: str, folder: Path) -> None:
+def test_runs_that_are_worse_are_stopped_early_with_a_checkpoint(swept: Swept, folder: Path) -> None:
     rows = list(csv.DictReader((folder / "out" / "results.csv").open(encoding="utf-8")))
     stopped = [row for row in rows if row["state"] == "stopped"]
     assert {row["run"] for row in rows if row["learning_rate"] == "1e-7"} <= {row["run"] for row in stopped}
@@ -510,7 +577,7 @@ def test_runs_that_are_worse_are_stopped_early_with_a_checkpoint(swept: str, fol
 
 @A_WHILE
 def test_the_best_config_runs_and_does_what_the_run_of_the_sweep_did(
-    swept: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+    swept: Swept, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     best = next(csv.DictReader((folder / "out" / "results.csv").open(encoding="utf-8")))
     summary = sft.main([f"config={folder / 'out' / 'best.yaml'}"])

@@ -149,6 +149,25 @@ def test_the_verbs_of_a_mesh(ranks: Any) -> None:
         assert told["main's failure"].endswith("CheckpointError: full disk on 0")
 
 
+def test_processes_of_one_machine_listen_to_that_machine_alone(ranks: Any) -> None:
+    main, other = ranks.results("training:addresses", 2)
+    assert ("127.0.0.1", main["store"]) in main["listens"]
+    assert other["listens"]
+    assert {ip for ip, _ in (*main["listens"], *other["listens"])} == {"127.0.0.1"}
+    assert {main[name] for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")} == {"lo"}
+
+
+def test_processes_of_several_machines_can_be_reached_and_an_interface_that_is_named_is_kept(
+    ranks: Any,
+) -> None:
+    ended = ranks.run("training:addresses", 2, environment={"LOCAL_WORLD_SIZE": "1", "LOCAL_RANK": "0"})
+    main = ended.results[0]
+    assert ("::", main["store"]) in main["listens"]
+    assert main["GLOO_SOCKET_IFNAME"] is None
+    ended = ranks.run("training:addresses", 2, environment={"NCCL_SOCKET_IFNAME": "eth0"})
+    assert ended.results[0]["NCCL_SOCKET_IFNAME"] == "eth0"
+
+
 def test_a_process_short_of_memory_halves_its_own_batches_and_all_keep_the_limit(
     ranks: Any, tiny_qwen3: str, tmp_path: Path
 ) -> None:

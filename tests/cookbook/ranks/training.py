@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 
 from cookbook.engine import mesh, sharding
@@ -53,6 +54,17 @@ def spread(data: list[Datum], logprobs: list[torch.Tensor]) -> tuple[torch.Tenso
     """A loss that couples all sequences."""
     means = torch.stack([logprobs_T.mean() for logprobs_T in logprobs])
     return means.var(), {"mean": float(means.mean())}
+
+
+def addresses() -> dict[str, Any]:
+    """Where this process listens once it has joined the others."""
+    world = mesh.current()
+    world.lane().wait_for_all()
+    open_sockets = psutil.Process().net_connections("tcp")
+    found = [(one.laddr.ip, one.laddr.port) for one in open_sockets if one.status == psutil.CONN_LISTEN]
+    world.wait_for_all()
+    interfaces = {name: os.environ.get(name) for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")}
+    return {"listens": found, "store": int(os.environ["MASTER_PORT"]), **interfaces}
 
 
 def told(output: Any) -> dict[str, Any]:

@@ -9,10 +9,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from cookbook.errors import ConfigError
-from cookbook.report import compare, write_report
+from cookbook.report import compare, panels, write_report
+from cookbook.report.downsampling import smooth, smoothing_span
 
 MakeRun = Callable[..., Path]
 
@@ -111,6 +113,74 @@ def test_a_run_that_took_no_step_is_listed_without_curves(
     assert browser.errors == []
 
 
+def charts_in(page: Path) -> list[dict[str, Any]]:
+    text = page.read_text(encoding="utf-8")
+    found: list[dict[str, Any]] = json.loads(
+        re.findall(r'id="charts"[^>]*>(.*?)</script>', text, re.DOTALL)[0]
+    )
+    return found
+
+
+def test_a_run_is_read_once(make_run: MakeRun, tmp_path: Path, bytes_read: Callable[[], int]) -> None:
+    runs = [make_run(f"r{index}", num_steps=4_000) for index in range(3)]
+    compare(runs, tmp_path / "compare.html")  # what is imported for it is
+    before = bytes_read()
+    compare(runs, tmp_path / "compare.html")
+    size = sum((run / "metrics.jsonl").stat().st_size for run in runs)
+    assert bytes_read() - before < 1.2 * size
+
+
+def test_curves_of_many_long_runs_are_few_points_with_their_extremes_and_ends(
+    make_run: MakeRun, tmp_path: Path
+) -> None:
+    runs = [make_run(f"r{index:02d}", num_steps=3_000) for index in range(60)]
+    spike = {"step": 1_234, "test/nll": 99.0, "train/nll": 50.0, "optim/learning_rate": 9.0}
+    path = runs[7] / "metrics.jsonl"
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    rows[1_234] |= spike
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    page = compare(runs, tmp_path / "compare.html")
+    charts = {chart["title"]: chart for chart in charts_in(page)}
+    assert sum(len(line["x"]) for chart in charts.values() for line in chart["series"]) <= 100_000
+    assert page.stat().st_size < 2_500_000
+    for title, name in {
+        "test/nll": "test/nll",
+        "train/nll": "train/nll",
+        "Learning rate": "optim/learning_rate",
+    }.items():
+        (line,) = [line for line in charts[title]["series"] if line["name"] == "r07"]
+        steps = np.array([row["step"] for row in rows if name in row])
+        values = np.array([row[name] for row in rows if name in row])
+        if name == "train/nll":
+            values = smooth(values, smoothing_span(len(values)))
+        ends = [(steps[index], values[index]) for index in (0, -1, values.argmin(), values.argmax())]
+        drawn = dict(zip(line["x"], line["y"], strict=True))
+        assert [drawn[step] for step, _ in ends] == pytest.approx([value for _, value in ends], rel=1e-5)
+
+
+def test_metrics_that_a_page_has_no_room_for_are_counted(
+    make_run: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(panels, "MAX_POINTS_OF_A_COMPARISON", 1_200)
+    runs = [make_run(name) for name in ("a", "b")]
+    page = compare(runs, tmp_path / "compare.html")
+    titles = [chart["title"] for chart in charts_in(page)]
+    assert titles[:3] == ["test/nll", "train/nll", "test/exact_match"]
+    assert len(titles) == 8
+    assert "more metrics are not drawn" not in page.read_text(encoding="utf-8")
+    monkeypatch.setattr(panels, "MAX_POINTS_OF_A_COMPARISON", 600)
+    page = compare(runs, tmp_path / "compare.html")
+    assert [chart["title"] for chart in charts_in(page)][:2] == ["test/nll", "train/nll"]
+    assert "3 more metrics are not drawn" in page.read_text(encoding="utf-8")
+
+
+def test_a_long_setting_is_cut_on_the_page_and_compared_whole(make_run: MakeRun, tmp_path: Path) -> None:
+    runs = [make_run(name, system_prompt="x" * 10_000 + name) for name in ("a", "b")]
+    text = compare(runs, tmp_path / "compare.html").read_text(encoding="utf-8")
+    assert text.count("x" * 300 + " … and 9,701 characters more") == 2
+    assert "x" * 301 not in text
+
+
 def test_what_cannot_be_compared_is_said(make_run: MakeRun, tmp_path: Path) -> None:
     run, page = make_run("a"), tmp_path / "compare.html"
     with pytest.raises(ConfigError, match=r"/a is given twice\. Give every run once"):
@@ -119,9 +189,10 @@ def test_what_cannot_be_compared_is_said(make_run: MakeRun, tmp_path: Path) -> N
         compare([run, tmp_path / "nowhere"], page)
     with pytest.raises(ConfigError, match=r"there is no folder .*missing"):
         compare([run], tmp_path / "missing" / "compare.html")
-    (run / "metrics.jsonl").write_text("", encoding="utf-8")
-    with pytest.raises(ConfigError, match=r"Nothing to compare: no step was logged yet in .*/a"):
-        compare([run], page)
+    for rows in ("", '{"step": 0, "perf/seconds": 1.5}\n'):
+        (run / "metrics.jsonl").write_text(rows, encoding="utf-8")
+        with pytest.raises(ConfigError, match=r"Nothing to compare: no step was logged yet in .*/a"):
+            compare([run], page)
     assert not page.exists()
 
 

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from cookbook import cli
+from cookbook import cli, jsonl
 from cookbook.report import live
 from cookbook.report.live import ReportLogger
 from cookbook.supervised import train
@@ -51,7 +51,7 @@ def test_pages_are_written_for_a_hundredth_of_the_time_at_most(
     now = 0.0
     written = []
 
-    def write(folder: Path, with_curves: bool) -> None:
+    def write(folder: Path, with_curves: bool, metrics: object) -> None:
         nonlocal now
         written.append(now)
         now += 1.0  # a slow page: of a long run
@@ -79,3 +79,18 @@ def test_a_page_that_cannot_be_written_is_one_warning(
         logger.close()
     assert len(caplog.records) == 1
     assert "report.html could not be written: DataError" in caplog.text
+
+
+def test_a_page_that_is_written_again_reads_the_metrics_that_are_new(
+    make_run: Callable[..., Path], bytes_read: Callable[[], int]
+) -> None:
+    run = make_run(num_steps=5_000)
+    (run / "tables.jsonl").unlink()
+    logger = ReportLogger(run)
+    logger._write()
+    for step in range(5_001, 5_004):
+        jsonl.append(run / "metrics.jsonl", {"step": step, "test/nll": 7.25})
+    before = bytes_read()
+    logger._write()
+    assert bytes_read() - before < (run / "metrics.jsonl").stat().st_size / 5
+    assert "7.25" in (run / "report.html").read_text(encoding="utf-8")

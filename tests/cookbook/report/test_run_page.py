@@ -417,3 +417,28 @@ def test_the_time_of_a_page_is_told(make_run: MakeRun) -> None:
     page = write_report(make_run(), with_curves=False)
     assert time.strftime("%Y") in page.read_text(encoding="utf-8")
     assert not (page.parent / "curves.png").exists()
+
+
+def test_a_page_of_very_many_metrics_and_checkpoints_shows_a_part_and_says_so(make_run: MakeRun) -> None:
+    run = make_run(num_steps=3)
+    many = {"step": 3, **{f"test/source_{index}/nll": 1.0 + index for index in range(1_500)}}
+    with (run / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps(many) + "\n")
+    record = {"epoch": 0, "batch": 0}
+    records = [
+        {"name": f"{step:06d}", "path": f"checkpoints/{step:06d}", "step": step, **record}
+        | ({"metric": "test/nll", "value": 0.5} if step == 7 else {})
+        for step in range(2_000)
+    ]
+    (run / "checkpoints.jsonl").write_text(
+        "".join(json.dumps(one) + "\n" for one in records), encoding="utf-8"
+    )
+    (run / "checkpoints" / "001999").mkdir()
+    text = write_report(run, with_curves=False).read_text(encoding="utf-8")
+    num_metrics = len({name for row in rows_of(run) for name in row} - {"step"})
+    assert f"{num_metrics - 1_000:,} more metrics are not drawn" in text
+    assert "1,799 earlier ones are in" in text
+    assert [name in text for name in ("checkpoints/000007", "checkpoints/001799", "checkpoints/001800")] == [
+        True, False, True,
+    ]  # fmt: skip
+    assert len(text) < 1_500_000

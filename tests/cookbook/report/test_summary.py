@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from cookbook.report.record import Series
 from cookbook.report.summary import Outcome, duration, number, outcome_of
+from cookbook.run_metrics import Series
 
 
 def series(steps: list[int], values: list[float]) -> Series:

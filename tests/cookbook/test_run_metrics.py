@@ -1,0 +1,211 @@
+"""The metrics of a run, of which each row is read once."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from cookbook import jsonl, run_metrics
+from cookbook.errors import DataError
+from cookbook.run_metrics import MetricsReader
+
+
+def row(step: int, **more: Any) -> dict[str, Any]:
+    return {"step": step, "train/nll": 2.0 / (1 + step), "perf/seconds": 0.1 + step * 1e-7, **more}
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(one) + "\n" for one in rows), encoding="utf-8")
+
+
+def told(reader: MetricsReader) -> dict[str, list[tuple[int, float]]]:
+    reader.update()
+    return {
+        name: list(zip(column.steps, column.values, strict=True)) for name, column in reader.columns.items()
+    }
+
+
+def truth(path: Path) -> dict[str, list[tuple[int, float]]]:
+    """The slow way: all rows, each time."""
+    found: dict[str, list[tuple[int, float]]] = {}
+    for one in jsonl.read(path):
+        for name, value in one.items():
+            if name != "step":
+                found.setdefault(name, []).append((one["step"], value))
+    return found
+
+
+def test_a_look_at_a_long_run_reads_what_is_new(tmp_path: Path, bytes_read: Callable[[], int]) -> None:
+    path = tmp_path / "metrics.jsonl"
+    write(path, [row(step) for step in range(50_000)])
+    reader = MetricsReader(tmp_path)
+    reader.update()
+    whole = path.stat().st_size
+    before = bytes_read()
+    for step in range(50_000, 50_100):
+        jsonl.append(path, row(step))
+        reader.update()
+        reader.update()
+    read = bytes_read() - before
+    assert read < 100 * 3_000, "a row and the bytes before it, a hundred times"
+    assert read < whole / 10
+    assert told(reader) == truth(path)
+
+
+def test_a_line_that_is_not_finished_is_read_when_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    content = "".join(json.dumps(row(step)) + "\n" for step in range(4)).encode()
+    reader = MetricsReader(tmp_path)
+    for length in range(len(content) + 1):
+        path.write_bytes(content[:length]) if length == 0 else path.open("ab").write(
+            content[length - 1 : length]
+        )
+        assert told(reader) == truth(path)
+
+
+CHANGES = {
+    "resumed: the last rows are measured again": lambda path: jsonl.rewrite(
+        path, [row(step) for step in range(5)] + [row(step, again=1) for step in range(5, 12)]
+    ),
+    "resumed twice between two looks": lambda path: [
+        jsonl.rewrite(path, [row(step, life=life) for step in range(12)]) for life in (1, 2)
+    ],
+    "cut": lambda path: os.truncate(path, path.read_bytes().index(b'{"step": 5')),
+    "cut and written on beyond where it was": lambda path: (
+        os.truncate(path, path.stat().st_size // 2 + 1),
+        write_over(path, [row(step, other=step) for step in range(30)]),
+    ),
+    "emptied": lambda path: os.truncate(path, 0),
+    "gone": lambda path: path.unlink(),
+    "another run in its place": lambda path: (path.unlink(), write(path, [row(step) for step in range(3)])),
+    "written anew and as it was": lambda path: jsonl.rewrite(path, jsonl.read(path)),
+}
+
+
+def write_over(path: Path, rows: list[dict[str, Any]]) -> None:
+    """In place: the file stays the one that it is."""
+    with path.open("r+b") as file:
+        file.write("".join(json.dumps(one) + "\n" for one in rows).encode())
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
+def test_a_file_that_was_replaced_is_read_anew(change: Any, tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    write(path, [row(step) for step in range(10)])
+    reader = MetricsReader(tmp_path)
+    assert told(reader) == truth(path)
+    change(path)
+    assert told(reader) == truth(path)
+    jsonl.append(path, row(12, late=1.5))
+    assert told(reader) == truth(path)
+
+
+def test_any_changes_between_any_looks_leave_what_reading_all_of_it_finds(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    path = tmp_path / "metrics.jsonl"
+    write(path, [])
+    readers = [MetricsReader(tmp_path) for _ in range(2)]
+    for turn in range(300):
+        kind = rng.integers(6)
+        rows = jsonl.read(path)
+        if kind == 0:
+            jsonl.rewrite(path, rows[: rng.integers(len(rows) + 1)])
+        elif kind == 1:
+            os.truncate(path, rng.integers(path.stat().st_size + 1))
+            rows = jsonl.read(path)
+            jsonl.rewrite(path, rows) if rng.random() < 0.5 else os.truncate(
+                path, sum(len(json.dumps(one)) + 1 for one in rows)
+            )
+        else:
+            jsonl.append(path, row(len(jsonl.read(path)), turn=turn))
+        for reader in readers[: rng.integers(3)]:
+            assert told(reader) == truth(path)
+
+
+def test_large_files_are_read_as_small_ones_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bit for bit, in the same order of metrics, by both ways of reading, whatever the size of a block."""
+    rng = np.random.default_rng(0)
+    rows = []
+    for step in range(3_000):
+        one: dict[str, Any] = {"step": step, "epoch": 0, "train/nll": float(rng.normal())}
+        one |= {"data/tokens": int(rng.integers(2**40)), "mixed": step if step % 3 else step / 7}
+        one |= {"test/nll": float(rng.random()), "late": 2**63 + step} if step % 500 == 0 else {}
+        one |= {"tiny": 5e-324, "huge": 1e308, "below": -0.0} if step > 2_000 else {}
+        rows.append(one)
+    write(tmp_path / "metrics.jsonl", rows)
+    slow = MetricsReader(tmp_path)
+    monkeypatch.setattr(run_metrics, "WORTH_ARROW", 1 << 60)
+    expected = told(slow)
+    monkeypatch.setattr(run_metrics, "WORTH_ARROW", 1)
+    for block in (1 << 10, 1 << 16, 1 << 24):
+        monkeypatch.setattr(jsonl, "BLOCK", block)
+        fast = told(MetricsReader(tmp_path))
+        assert list(fast) == list(expected)
+        assert repr(fast) == repr(expected)
+    content = (tmp_path / "metrics.jsonl").read_bytes()
+    assert run_metrics._columns_by_arrow(content) is not None, "the way that is meant was taken"
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"step": 7, "a": null}', '{"step": 7, "a": "x"}', '{"step": 7, "a": [1]}',
+        '{"step": 7, "a": {"b": 1}}', '{"step": 7, "a": NaN}', '{"step": 7, "a": -Infinity}',
+        '{"step": 7, "a": true}', '{"step": 7, "a": 1e400}',
+        '{"step": 7, "\\u00e9": 1}', '{"step": 7, "a": 1, "a": 2}', f'{{"step": 7, "a": {10**400}}}',
+    ],
+)  # fmt: skip
+def test_what_a_run_does_not_log_is_read_alike_and_left_out_where_it_is_no_number(
+    line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(f"{json.dumps(row(6))}\n{line}\n{json.dumps(row(8))}\n", encoding="utf-8")
+    found = {}
+    for limit in (1 << 60, 1):
+        monkeypatch.setattr(run_metrics, "WORTH_ARROW", limit)
+        reader = MetricsReader(tmp_path)
+        found[limit] = repr(told(reader))
+        (value,) = [value for key, value in json.loads(line).items() if key != "step"]
+        is_number = isinstance(value, (int, float)) and not (isinstance(value, int) and value > 10**308)
+        assert ("a" in reader.series() or "é" in reader.series()) == (is_number and math.isfinite(value))
+    assert found[1] == found[1 << 60]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "", "{", "7", "[]", '{"train/nll": 1}', '{"step": "a"}', '{"step": 1.5}', '{"step": -1}',
+        f'{{"step": {2**70}}}', '{"step": null}', '{"step": 1}{"step": 2}', "\ufeff", "[" * 100_000,
+    ],
+)  # fmt: skip
+def test_what_is_no_row_is_an_error_with_its_line_at_every_look(
+    line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(f"{json.dumps(row(6))}\n{line}\n{json.dumps(row(8))}\n", encoding="utf-8")
+    for limit in (1 << 60, 1):
+        monkeypatch.setattr(run_metrics, "WORTH_ARROW", limit)
+        reader = MetricsReader(tmp_path)
+        for _ in range(2):
+            with pytest.raises(DataError, match=r"line 2 of .*metrics\.jsonl"):
+                reader.update()
+        write(path, [row(6)])
+        assert told(reader) == truth(path)
+        path.write_text(f"{json.dumps(row(6))}\n{line}\n{json.dumps(row(8))}\n", encoding="utf-8")
+
+
+def test_only_the_metrics_that_are_asked_for_are_kept(tmp_path: Path) -> None:
+    write(tmp_path / "metrics.jsonl", [row(step) for step in range(10)])
+    reader = MetricsReader(tmp_path, keep={"train/nll"})
+    reader.update()
+    assert {name: len(column.steps) for name, column in reader.columns.items()} == {
+        "train/nll": 10,
+        "perf/seconds": 0,
+    }
