@@ -14,7 +14,7 @@ from pathlib import Path
 
 import chz
 
-from cookbook import cli, models
+from cookbook import cli, files, models
 from cookbook.errors import ConfigError
 from cookbook.loggers import make_console
 from cookbook.supervised import preview, train
@@ -66,7 +66,7 @@ async def run(config: PreviewConfig) -> None:
             examples[: config.num_html_examples],
         )
         path = Path(config.html).expanduser()
-        path.write_text(page, encoding="utf-8", errors="backslashreplace")
+        files.write(path, page)
         console.print(f"Wrote {path}.", highlight=False)
 
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cookbook import jsonl
+from cookbook import files
 from cookbook.errors import ConfigError
 from cookbook.report import panels
 from cookbook.report.record import RunRecord, read_run
@@ -65,7 +65,7 @@ def compare(
         differences=_differences(runs),
         num_charts=len(charts),
     )
-    jsonl.write_atomically(path, page.encode(errors="backslashreplace"))
+    files.write(path, page)
     return path
 
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from cookbook import clusters
+from cookbook import clusters, files
 from cookbook.errors import ClusterError
 from cookbook.sweeps.plan import Config, Plan, PlannedRun
 from cookbook.sweeps.run_process import Progress
@@ -48,7 +47,7 @@ def _connected(config: Config) -> Iterator[Any]:
         yield ray
     finally:
         ray.shutdown()
-        shutil.rmtree(temporary, ignore_errors=True)
+        files.remove(Path(temporary))
 
 
 def _join(ray: Any, address: str, **options: Any) -> None:
@@ -118,14 +117,14 @@ def _tune(
         if name in by_name:
             on_end(by_name[name], progress)
 
-    with tempfile.TemporaryDirectory(prefix=".tune-", dir=plan.folder) as storage:
+    with files.temporary_folder(plan.folder / "tune") as storage:
         tune.Tuner(
             tune.with_resources(RunTrainable, resources),
             param_space={"run": tune.grid_search(tasks)},
             tune_config=tune.TuneConfig(scheduler=_scheduler(plan), reuse_actors=True),
             run_config=tune.RunConfig(
                 name="sweep",
-                storage_path=str(Path(storage)),
+                storage_path=str(storage),
                 verbose=0,
                 callbacks=[TellOfEnds(tell)],
             ),

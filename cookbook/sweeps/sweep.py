@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from rich.console import Console
 
-from cookbook import config_files, report
+from cookbook import config_files, files, report
 from cookbook.errors import ConfigError
 from cookbook.loggers import make_console
 from cookbook.supervised.run_folder import RunFolder
@@ -27,7 +27,8 @@ def run_sweep(plan: Plan, execute: Execute | None = None) -> list[Result]:
     a folder that holds another config's run. `execute` runs them, by default `execution.execute` on Ray.
     """
     console = make_console()
-    plan.folder.mkdir(parents=True, exist_ok=True)
+    files.make_folder(plan.folder, may_be_link=True)
+    files.remove_abandoned(plan.folder)
     _claim_folders(plan.runs)
     before = results.progress_of(plan)
     over = [run for run in plan.runs if before[run.name].state in ("finished", "stopped")]
@@ -47,6 +48,7 @@ def _claim_folders(runs: Sequence[PlannedRun]) -> None:
     """Leaves its config in every run's folder, from which it is started."""
     for run in runs:
         config = config_files.to_json(run.config)
+        files.refuse_link(run.folder)
         try:
             with RunFolder(run.config.log_path, config, run.config.if_log_path_exists):
                 pass
