@@ -6,7 +6,8 @@ follows it. Files that are appended to and locks are opened only where they are 
 Removing a link removes the link. The path that the user names may itself be a link; what lies in the folder
 may not. The mode of a file is what the umask gives, also where a library wrote it.
 
-Work in progress is called `.<name>.writing-<machine>-<random>`: a file, or a folder of these:
+A folder is called `.<name>.removing-<machine>-<random>` while it is removed. Work in progress is called
+`.<name>.writing-<machine>-<random>`: a file, or a folder of these:
 
     lock            locked by the process at work, so that others see whether it still lives
     new             what will take the place of <name>
@@ -36,7 +37,7 @@ from cookbook.errors import FileError
 PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 """A name that cannot lead out of its folder, nor be hidden in it."""
 
-_WORK = re.compile(r"\..+\.writing-(?P<machine>[0-9a-f]{8})-[0-9a-f]{16}", re.DOTALL)
+_WORK = re.compile(r"\..+\.(?P<what>writing|removing)-(?P<machine>[0-9a-f]{8})-[0-9a-f]{16}", re.DOTALL)
 _LOCK, _NEW, _OLD = "lock", "new", "old-"
 _SECONDS_OF_OTHER_MACHINES = 24 * 3600
 """Locks of another machine cannot be seen on every file system: its work is left alone for this long."""
@@ -51,6 +52,12 @@ def write(path: Path, content: bytes | str) -> None:
     Text is written in UTF-8; halves of characters, as in a file name that is no UTF-8, as `\\udc80`.
     """
     with replacing(path) as file:
+        file.write(content if isinstance(content, bytes) else content.encode(errors="backslashreplace"))
+
+
+def create(path: Path, content: bytes | str) -> None:
+    """Writes a file that does not exist yet, in a folder that is not in its place yet (`writing_folder`)."""
+    with os.fdopen(_open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL), "wb") as file:
         file.write(content if isinstance(content, bytes) else content.encode(errors="backslashreplace"))
 
 
@@ -71,12 +78,12 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
 
 
 def _check_replaceable(path: Path) -> None:
-    """Raises FileError for a device, a pipe or a folder, and for a link to one, such as /dev/stdout."""
+    """Raises FileError for a folder, and for a device or a pipe or a link to one, such as /dev/stdout."""
     try:
         status = path.stat()
     except OSError:  # there is nothing, or a link to nothing
         return
-    if not stat.S_ISREG(status.st_mode):
+    if not stat.S_ISREG(status.st_mode) and not (stat.S_ISDIR(status.st_mode) and path.is_symlink()):
         raise FileError(
             f"Cannot write {path}: it is {_kind(status)}. Remove it, or choose another name for the file."
         )
@@ -254,10 +261,9 @@ def remove(path: Path, must_hold: Sequence[str] = ()) -> None:
         path.unlink(missing_ok=True)
         return
     _check_holds(path, must_hold)
-    with _work_on(path) as work:
-        removed = work / "removed"
-        os.rename(path, removed)
-        shutil.rmtree(removed)
+    removed = path.with_name(_name_of_work(path, "removing"))
+    os.rename(path, removed)
+    shutil.rmtree(removed)
 
 
 def rename(path: Path, new: Path) -> None:
@@ -343,9 +349,9 @@ def _is_ours(file: IO[Any]) -> bool:
     return os.fstat(file.fileno()).st_nlink > 0
 
 
-def _name_of_work(path: Path) -> str:
+def _name_of_work(path: Path, what: str = "writing") -> str:
     shortened = os.fsdecode(os.fsencode(path.name)[:150])  # a name has 255 bytes at most
-    return f".{shortened}.writing-{_machine()}-{secrets.token_hex(8)}"
+    return f".{shortened}.{what}-{_machine()}-{secrets.token_hex(8)}"
 
 
 def _machine() -> str:
@@ -355,18 +361,22 @@ def _machine() -> str:
 def remove_abandoned(folder: Path, name: str | None = None, earlier: str | None = None) -> None:
     """Removes what killed processes left half written in a folder: for `name` alone, or for any.
 
-    What a live process holds locked stays, and so does what another machine changed within a day. A folder
-    that was about to be replaced is put back. `earlier` is a pattern of the folders that earlier versions
-    left, in which a file `lock` tells the same. What cannot be removed stays.
+    What was being removed is removed. What a live process holds locked stays, and so does what another
+    machine changed within a day. A folder that was about to be replaced is put back. `earlier` is a pattern
+    of the folders that earlier versions left, in which a file `lock` tells the same. What cannot be removed
+    stays.
     """
-    start = "." if name is None else f".{name}.writing-"
+    starts = (".",) if name is None else (f".{name}.writing-", f".{name}.removing-")
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
         match = _WORK.fullmatch(path.name)
-        is_work = match is not None and path.name.startswith(start)
+        is_work = match is not None and path.name.startswith(starts)
         is_earlier = earlier is not None and path.match(earlier) and (path / _LOCK).is_file()
         if is_work or is_earlier:
             with contextlib.suppress(OSError):  # it is done meanwhile, or another user's
-                _remove_if_abandoned(path, match is not None and match["machine"] != _machine())
+                if match is not None and match["what"] == "removing":
+                    shutil.rmtree(path)
+                else:
+                    _remove_if_abandoned(path, match is not None and match["machine"] != _machine())
 
 
 def _remove_if_abandoned(path: Path, is_other_machine: bool) -> None:

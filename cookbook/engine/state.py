@@ -105,7 +105,7 @@ def save(
         written = sorted(file for file in folder.rglob("*") if file.is_file())
         checksums = {file.relative_to(folder).as_posix(): _sha256(file) for file in written}
         text = json.dumps({"format": FORMAT, **info.as_json(), "sha256": checksums}, indent=2)
-        files.write(folder / STATE_FILE, text + "\n")
+        files.create(folder / STATE_FILE, text + "\n")
 
 
 def check_name_is_free(path: Path, overwrite: bool) -> None:
