@@ -95,10 +95,10 @@ class RunFolder:
                     f"log_path={path}: {folder} is a file. Give a folder, which need not exist."
                 )
         try:
-            _refuse_links(path)
             earlier = None
             if (path / "config.json").exists() and not _is_untouched(path):
                 earlier = self._settle_with_earlier_run(if_exists)
+            _refuse_links(path)
             files.make_folder(path, may_be_link=True)
             self._take_lock()
             files.remove_abandoned(path)
