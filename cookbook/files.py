@@ -6,20 +6,20 @@ follows it. Files that are appended to and locks are opened only where they are 
 Removing a link removes the link. The path that the user names may itself be a link; what lies in the folder
 may not. The mode of a file is what the umask gives, also where a library wrote it.
 
-A folder is called `.<name>.removing-<machine>-<random>` while it is removed. Work in progress is called
-`.<name>.writing-<machine>-<random>`: a file, or a folder of these:
+Work in progress is called `.<name>.<what>-<machine>-<process>-<its start>-<random>`, where <what> is
 
-    lock            locked by the process at work, so that others see whether it still lives
-    new             what will take the place of <name>
-    old-<name>      what was there before, between two renames
+    writing     a file or folder that will take the place of <name>
+    replaced    a folder that was there before, between two renames
+    removing    a folder that is being removed
 
-`remove_abandoned` removes what no live process holds. On file systems without locks nothing is removed.
+`remove_abandoned` removes what no live process is at work on, and needs no locks for that.
 """
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import hashlib
 import os
 import re
@@ -30,17 +30,20 @@ import stat
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 from cookbook.errors import FileError
 
 PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 """A name that cannot lead out of its folder, nor be hidden in it."""
 
-_WORK = re.compile(r"\..+\.(?P<what>writing|removing)-(?P<machine>[0-9a-f]{8})-[0-9a-f]{16}", re.DOTALL)
-_LOCK, _NEW, _OLD = "lock", "new", "old-"
+_WORK = re.compile(
+    r"\.(?P<name>.+)\.(?P<what>writing|replaced|removing)"
+    r"-(?P<machine>[0-9a-f]{8})-(?P<process>\d+)-(?P<start>\d+)-[0-9a-f]{16}",
+    re.DOTALL,
+)
 _SECONDS_OF_OTHER_MACHINES = 24 * 3600
-"""Locks of another machine cannot be seen on every file system: its work is left alone for this long."""
+"""Whether a process of another machine lives cannot be seen: its work is left alone for this long."""
 
 
 # -- files ------------------------------------------------------------------------------------
@@ -90,13 +93,9 @@ def _check_replaceable(path: Path) -> None:
 
 
 def _new_file(path: Path) -> tuple[Path, IO[bytes]]:
-    """A new file beside `path`, locked."""
-    while True:
-        temporary = path.with_name(_name_of_work(path))
-        file = os.fdopen(_open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL), "w+b")
-        if _is_ours(file):
-            return temporary, file
-        file.close()
+    """A new file beside `path`."""
+    temporary = _place_of_work(path, "writing")
+    return temporary, os.fdopen(_open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL), "wb")
 
 
 def copy(path: Path, new: Path) -> None:
@@ -113,9 +112,10 @@ def appending(path: Path) -> IO[bytes]:
     return os.fdopen(_open_own(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, is_changed=True), "ab")
 
 
-def locked(path: Path) -> IO[bytes]:
+def locked(path: Path, must_exist: bool = False) -> IO[bytes]:
     """A lock file, locked until it is closed. Raises BlockingIOError where another process holds it."""
-    file = os.fdopen(_open_own(path, os.O_RDWR | os.O_CREAT, is_changed=False), "r+b")
+    flags = os.O_RDWR if must_exist else os.O_RDWR | os.O_CREAT
+    file = os.fdopen(_open_own(path, flags, is_changed=False), "r+b")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
@@ -221,15 +221,13 @@ def writing_folder(
     allows that there is a folder already. If that is not empty and holds none of the files `must_hold`, it
     is not what was meant, and FileError is raised.
     """
-    with _work_on(path) as work:
-        new = work / _NEW
-        new.mkdir()
+    with temporary_folder(path) as new:
         yield new
-        _set_modes(new, of=work)
+        _set_modes(new)
         if sync:
             for found in [*new.rglob("*"), new]:
                 _sync(found)
-        _put_into_place(work, path, replace, must_hold)
+        _put_into_place(new, path, replace, must_hold)
         if sync:
             _sync(path.parent)
 
@@ -237,18 +235,27 @@ def writing_folder(
 @contextlib.contextmanager
 def temporary_folder(path: Path) -> Iterator[Path]:
     """A folder beside `path` that goes again with the body."""
-    with _work_on(path) as work:
-        (work / _NEW).mkdir()
-        yield work / _NEW
+    folder = _place_of_work(path, "writing")
+    folder.mkdir(parents=True)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
-def _put_into_place(work: Path, path: Path, replace: bool, must_hold: Sequence[str]) -> None:
+def _put_into_place(new: Path, path: Path, replace: bool, must_hold: Sequence[str]) -> None:
     if not (replace and os.path.lexists(path)):
-        os.rename(work / _NEW, path)
+        os.rename(new, path)
         return
     _check_holds(path, must_hold)
-    os.rename(path, work / f"{_OLD}{path.name}")  # where the next rename fails, `_clear` puts it back
-    os.rename(work / _NEW, path)
+    replaced = _place_of_work(path, "replaced")
+    os.rename(path, replaced)
+    try:
+        os.rename(new, path)
+    except OSError:
+        os.rename(replaced, path)
+        raise
+    _remove_all(replaced)
 
 
 def remove(path: Path, must_hold: Sequence[str] = ()) -> None:
@@ -261,9 +268,16 @@ def remove(path: Path, must_hold: Sequence[str] = ()) -> None:
         path.unlink(missing_ok=True)
         return
     _check_holds(path, must_hold)
-    removed = path.with_name(_name_of_work(path, "removing"))
+    removed = _place_of_work(path, "removing")
     os.rename(path, removed)
     shutil.rmtree(removed)
+
+
+def _remove_all(path: Path) -> None:
+    if path.is_symlink() or not path.is_dir():
+        path.unlink(missing_ok=True)
+    else:
+        shutil.rmtree(path)
 
 
 def rename(path: Path, new: Path) -> None:
@@ -280,18 +294,15 @@ def _check_holds(path: Path, names: Sequence[str]) -> None:
         raise FileError(f"{path} is left as it is: it holds no {' or '.join(names)}. Move it elsewhere.")
 
 
-def _set_modes(folder: Path, of: Path) -> None:
-    """Gives files and folders the modes of the folder `of` and of its lock, which the umask gave those.
-
-    Some libraries leave what they write to its owner alone.
-    """
-    for_folders, for_files = (stat.S_IMODE(path.lstat().st_mode) for path in (of, of / _LOCK))
+def _set_modes(folder: Path) -> None:
+    """Gives all in a folder the mode that the umask gave itself: some libraries write for the owner alone."""
+    for_folders = stat.S_IMODE(folder.stat().st_mode)
     for path in folder.rglob("*"):
         status = path.lstat()
         if stat.S_ISDIR(status.st_mode):
             path.chmod(for_folders)
         elif stat.S_ISREG(status.st_mode) and status.st_nlink == 1:
-            path.chmod(for_files)
+            path.chmod(for_folders & 0o666)
 
 
 def _sync(path: Path) -> None:
@@ -305,95 +316,69 @@ def _sync(path: Path) -> None:
 # -- work in progress -------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def _work_on(path: Path) -> Iterator[Path]:
-    """A new folder beside `path`, locked, which goes again with the body."""
-    work, lock = _new_work(path)
-    with lock:
-        try:
-            yield work
-        finally:
-            _clear(work)
-
-
-def _clear(work: Path) -> None:
-    """Puts back what was to be replaced and was not, and removes the rest."""
-    for old in work.glob(f"{_OLD}*"):
-        target = os.path.join(work.parent, old.name.removeprefix(_OLD))
-        if not os.path.lexists(target):
-            os.rename(old, target)
-    shutil.rmtree(work, ignore_errors=True)
-
-
-def _new_work(path: Path) -> tuple[Path, IO[bytes]]:
-    while True:
-        work = path.with_name(_name_of_work(path))
-        work.mkdir(parents=True)
-        try:
-            lock = os.fdopen(_open(work / _LOCK, os.O_RDWR | os.O_CREAT | os.O_EXCL), "r+b")
-        except (FileExistsError, FileNotFoundError):  # somebody took it for abandoned between two calls
-            continue
-        if _is_ours(lock):
-            return work, lock
-        lock.close()
-
-
-def _is_ours(file: IO[Any]) -> bool:
-    """Locks a file just created. False where somebody took it for abandoned and removed it meanwhile."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:  # a file system without locks, where nothing is taken for abandoned
-        return True
-    return os.fstat(file.fileno()).st_nlink > 0
-
-
-def _name_of_work(path: Path, what: str = "writing") -> str:
+def _place_of_work(path: Path, what: str) -> Path:
     shortened = os.fsdecode(os.fsencode(path.name)[:150])  # a name has 255 bytes at most
-    return f".{shortened}.{what}-{_machine()}-{secrets.token_hex(8)}"
-
-
-def _machine() -> str:
-    return hashlib.blake2b(os.fsencode(socket.gethostname()), digest_size=4).hexdigest()
+    process = os.getpid()
+    return path.with_name(
+        f".{shortened}.{what}-{_machine()}-{process}-{_start_of(process) or 0}-{secrets.token_hex(8)}"
+    )
 
 
 def remove_abandoned(folder: Path, name: str | None = None, earlier: str | None = None) -> None:
-    """Removes what killed processes left half written in a folder: for `name` alone, or for any.
+    """Removes what killed processes left half done in a folder: for `name` alone, or for any.
 
-    What was being removed is removed. What a live process holds locked stays, and so does what another
-    machine changed within a day. A folder that was about to be replaced is put back. `earlier` is a pattern
-    of the folders that earlier versions left, in which a file `lock` tells the same. What cannot be removed
-    stays.
+    What a live process is at work on stays, and so does what another machine changed within a day. A folder
+    that was about to be replaced is put back. `earlier` is a pattern of the folders that earlier versions
+    left, in which a file `lock` tells the same. What cannot be removed stays.
     """
-    starts = (".",) if name is None else (f".{name}.writing-", f".{name}.removing-")
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
         match = _WORK.fullmatch(path.name)
-        is_work = match is not None and path.name.startswith(starts)
-        is_earlier = earlier is not None and path.match(earlier) and (path / _LOCK).is_file()
-        if is_work or is_earlier:
-            with contextlib.suppress(OSError):  # it is done meanwhile, or another user's
-                if match is not None and match["what"] == "removing":
+        with contextlib.suppress(OSError):  # it is done meanwhile, or another user's
+            if match is not None and name in (None, match["name"]) and not _is_at_work(match, path):
+                target = path.with_name(match["name"])
+                if match["what"] == "replaced" and not os.path.lexists(target):
+                    os.rename(path, target)
+                elif not path.is_symlink():
+                    _remove_all(path)
+            elif match is None and earlier is not None and path.match(earlier):
+                with locked(path / "lock", must_exist=True):
                     shutil.rmtree(path)
-                else:
-                    _remove_if_abandoned(path, match is not None and match["machine"] != _machine())
 
 
-def _remove_if_abandoned(path: Path, is_other_machine: bool) -> None:
-    if is_other_machine and time.time() - _last_change(path) < _SECONDS_OF_OTHER_MACHINES:
-        return
-    is_folder = stat.S_ISDIR(path.lstat().st_mode)
-    # Without a lock file a folder was left, or made, at this very moment: its process sees that it is gone.
-    descriptor = _open(path / _LOCK, os.O_RDWR | os.O_CREAT) if is_folder else _open(path, os.O_RDWR)
-    with os.fdopen(descriptor, "r+b") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if os.fstat(descriptor).st_nlink == 0:
-            return
-        if is_folder:
-            _clear(path)
-        else:
-            path.unlink()
+def _is_at_work(work: re.Match[str], path: Path) -> bool:
+    if work["machine"] != _machine():
+        last = max(found.lstat().st_mtime for found in [path, *path.rglob("*")])
+        return time.time() - last < _SECONDS_OF_OTHER_MACHINES
+    process = int(work["process"])
+    start = _start_of(process)
+    if start is not None:
+        return start == work["start"]
+    try:  # there is none, or this system tells no more of it
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
-def _last_change(path: Path) -> float:
-    return max(found.lstat().st_mtime for found in [path, *path.rglob("*")])
+def _start_of(process: int) -> str | None:
+    """When a process of this machine started, in ticks of the kernel's; None where that is not known.
+
+    A process that has ended, and whose parent has not asked how, started at "ended".
+    """
+    try:
+        state, *values = Path(f"/proc/{process}/stat").read_bytes().rpartition(b")")[2].split()
+    except OSError:
+        return None
+    return "ended" if state in (b"Z", b"X") else values[18].decode()
+
+
+@functools.cache
+def _machine() -> str:
+    """Changes with all that makes the number of a process mean another: machine, container, restart."""
+    parts = [socket.gethostname()]
+    with contextlib.suppress(OSError):  # not Linux
+        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8"))
+        parts.append(os.readlink("/proc/self/ns/pid"))
+    return hashlib.blake2b("\n".join(parts).encode(errors="surrogateescape"), digest_size=4).hexdigest()

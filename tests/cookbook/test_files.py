@@ -289,17 +289,19 @@ def test_what_a_live_process_is_at_work_on_stays_and_what_a_killed_one_left_goes
     assert names_in(folder) == []
 
 
+def name_of_killed(folder: Path, name: str, what: str = "writing") -> str:
+    """As a process left it that is no more, and whose number another one has now: this one."""
+    with files.temporary_folder(folder / name) as temporary:
+        parts = temporary.name.replace(".writing-", f".{what}-").split("-")
+    return "-".join([*parts[:-2], "1", parts[-1]])
+
+
 def test_what_was_about_to_be_replaced_is_put_back(folder: Path) -> None:
     """As a kill between the two renames leaves it, and a kill right after them."""
     for is_replaced in (False, True):
-        with files.writing_folder(folder / "made", replace=True) as made:
-            (made / "old").touch()
-        with files.temporary_folder(folder / "made") as temporary:
-            work = temporary.parent
-            left = folder / work.name.replace(work.name[-16:], "0" * 16)
-        left.mkdir()
-        (left / "lock").touch()
-        (folder / "made").rename(left / "old-made")
+        (folder / "made").mkdir()
+        (folder / "made" / "old").touch()
+        (folder / "made").rename(folder / name_of_killed(folder, "made", "replaced"))
         if is_replaced:
             (folder / "made").mkdir()
         files.remove_abandoned(folder)
@@ -308,15 +310,24 @@ def test_what_was_about_to_be_replaced_is_put_back(folder: Path) -> None:
         files.remove(folder / "made")
 
 
+def test_a_folder_that_was_half_removed_is_removed(folder: Path) -> None:
+    half = folder / name_of_killed(folder, "made", "removing")
+    half.mkdir()
+    (half / "file").touch()
+    files.remove_abandoned(folder)
+    assert names_in(folder) == []
+
+
 def test_what_another_machine_changed_within_a_day_stays(folder: Path) -> None:
-    """Its lock may not be seen from here."""
-    work = folder / f".made.writing-{'0' * 8}-{'0' * 16}"
+    """Whether its process lives cannot be seen from here."""
+    machine, process, start, number = name_of_killed(folder, "made").split("-")[-4:]
+    work = folder / f".made.writing-{'0' * 8}-{process}-{start}-{number}"
+    assert machine != "0" * 8
     work.mkdir()
-    (work / "lock").touch()
-    (work / "new").mkdir()
+    (work / "file").touch()
     files.remove_abandoned(folder)
     assert names_in(folder) == [work.name]
-    for path in [*work.rglob("*"), work]:
+    for path in (work / "file", work):
         os.utime(path, (time.time() - 2 * 86_400,) * 2)
     files.remove_abandoned(folder)
     assert names_in(folder) == []
@@ -326,9 +337,7 @@ def test_no_other_hidden_file_or_folder_is_taken_for_abandoned(folder: Path, vic
     for name in (".git", ".made.writing-mine", "made.writing-00000000-0000000000000000"):
         (folder / name).mkdir()
         (folder / name / "lock").touch()
-    with files.temporary_folder(folder / "made") as temporary:
-        name = temporary.parent.name
-    (folder / name).symlink_to(victim.parent)
+    (folder / name_of_killed(folder, "made")).symlink_to(victim.parent)
     before = names_in(folder)
     files.remove_abandoned(folder)
     assert names_in(folder) == before

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from cookbook import files, jsonl
+from cookbook import jsonl
 from cookbook.errors import ConfigError, FileError
 from cookbook.supervised.run_folder import RUN_FILES, RunFolder
 
@@ -197,10 +197,9 @@ def test_a_pipe_in_place_of_a_file_is_refused_and_waited_for_by_nobody(tmp_path:
 
 
 def test_what_a_killed_run_left_half_written_goes_at_the_next_start(tmp_path: Path) -> None:
-    with files.replacing(tmp_path / "metrics.jsonl") as file:
-        name = next(path.name for path in tmp_path.iterdir())
-        file.write(b"")
-    abandoned = tmp_path / name.replace(name[-16:], "0" * 16)
-    abandoned.touch()
+    script = "import os, sys; from pathlib import Path; from cookbook import files\n"
+    script += "with files.replacing(Path(sys.argv[1])) as file: os.kill(os.getpid(), 9)"
+    subprocess.run([sys.executable, "-c", script, str(tmp_path / "metrics.jsonl")], check=False)
+    (abandoned,) = tmp_path.iterdir()
     with RunFolder(str(tmp_path), CONFIG, "resume"):
         assert not abandoned.exists()

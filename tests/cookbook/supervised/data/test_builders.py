@@ -683,7 +683,8 @@ def test_what_killed_runs_left_in_the_cache_goes_at_any_start_and_what_live_ones
     path = write_rows(tmp_path / "chats.jsonl", [{"messages": messages} for messages in chats])
     rendered = tmp_path / "cache" / "rendered"
     with files.temporary_folder(rendered / ("a" * 32)) as live:
-        killed = live.parent.with_name(live.parent.name[:-16] + "0" * 16)
+        *parts, _, number = live.name.split("-")
+        killed = live.with_name("-".join([*parts, "1", number]))  # the number of a process is used again
         for folder in (killed, rendered / f".{'b' * 32}.k1ll3d"):
             folder.mkdir()
             (folder / "lock").touch()
@@ -691,5 +692,5 @@ def test_what_killed_runs_left_in_the_cache_goes_at_any_start_and_what_live_ones
         for _ in range(2):
             make_builder(path, tiny_qwen3)()
             hidden = [found for found in rendered.iterdir() if found.name.startswith(".")]
-            assert hidden == [live.parent]
+            assert hidden == [live]
             killed.mkdir()
