@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from cookbook import jsonl
+from cookbook import files, jsonl
 from cookbook.errors import CheckpointError
 
+logger = logging.getLogger(__name__)
+
+FOLDER = "checkpoints"
+"""Of a run's folder: all its checkpoints lie there, each under its name."""
+MARK = "state.json"
+"""The file that tells a checkpoint from a folder of the user's, which is never removed."""
 FINAL = "final"
 """The name of the checkpoint of a finished run."""
 
@@ -46,6 +54,66 @@ class Checkpoint:
     does not count them, and in folders of an earlier version."""
 
 
+def read_records(file: Path) -> list[Checkpoint]:
+    """The records of a checkpoints.jsonl, oldest first; none where there is no file.
+
+    Raises CheckpointError for a record that is none, or that leads out of the run's folder: the file may be
+    somebody else's, and what it names is loaded and removed.
+    """
+    return [_checked(row, f"{file}, line {number}") for number, row in enumerate(jsonl.read(file), 1)]
+
+
+_TYPES: dict[str, tuple[tuple[type, ...], str]] = {
+    "name": ((str,), "a text"),
+    "path": ((str,), "a text"),
+    "step": ((int,), "a whole number"),
+    "epoch": ((int,), "a whole number"),
+    "batch": ((int,), "a whole number"),
+    "metric": ((str, type(None)), "a text"),
+    "value": ((int, float, type(None)), "a number"),
+    "is_extra": ((bool,), "true or false"),
+    "row": ((int, type(None)), "a whole number"),
+}
+_TOO_LARGE = 2**63
+_REQUIRED = ("name", "path", "step", "epoch", "batch")
+
+
+def _checked(row: Any, place: str) -> Checkpoint:
+    repair = "Correct the line, or remove it."
+    if not isinstance(row, dict):
+        raise CheckpointError(f"{place}: {_shown(row)} is no record of a checkpoint. {repair}")
+    for key, value in row.items():
+        if key not in _TYPES:
+            raise CheckpointError(f"{place}: {_shown(key)} is no key of a checkpoint's record. {repair}")
+        types, what = _TYPES[key]
+        if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
+            raise CheckpointError(f"{place}: {key} is {_shown(value)}, not {what}. {repair}")
+        if isinstance(value, int) and not (0 if key != "value" else -_TOO_LARGE) <= value < _TOO_LARGE:
+            raise CheckpointError(f"{place}: {key} is {_shown(value)}, which cannot be. {repair}")
+    if missing := [key for key in _REQUIRED if key not in row]:
+        raise CheckpointError(f"{place}: the record has no {missing[0]}. {repair}")
+    if (row.get("metric") is None) != (row.get("value") is None):
+        raise CheckpointError(f"{place}: metric and value belong together, and one is missing. {repair}")
+    name, path = row["name"], row["path"]
+    if not files.PLAIN_NAME.fullmatch(name):
+        raise CheckpointError(
+            f"{place}: name is {_shown(name)}, which is no name of a checkpoint: up to 128 letters, digits, "
+            f"'.', '_' and '-', beginning with a letter or digit. {repair}"
+        )
+    if path != f"{FOLDER}/{name}":
+        raise CheckpointError(
+            f"{place}: path is {_shown(path)}, and the checkpoint {name} of a run lies in {FOLDER}/{name}. "
+            f"{repair}"
+        )
+    return Checkpoint(**row)
+
+
+def _shown(value: Any) -> str:
+    """As JSON has it, on one line, and not at any length."""
+    text = json.dumps(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
 def _itself(work: Callable[[], Any]) -> Any:
     return work()
 
@@ -65,7 +133,7 @@ class CheckpointLog:
         self._by_main = by_main
         self._file = folder / "checkpoints.jsonl"
         self._keep = keep
-        self._records = [Checkpoint(**row) for row in by_main(lambda: jsonl.read(self._file))]
+        self._records: list[Checkpoint] = by_main(lambda: read_records(self._file))
 
     @property
     def is_finished(self) -> bool:
@@ -159,21 +227,17 @@ class CheckpointLog:
         final = next((record for record in self._records if record.name == FINAL), None)
         if final is None:
             return
-        name = checkpoint_name(final.step)
+        name, must_hold = checkpoint_name(final.step), [MARK]
         same = next((record for record in self._records if record.name == name), None)
         if same is None or not self._is_there(same):
-            renamed = replace(final, name=name, path=str(Path(final.path).with_name(name)))
+            renamed = replace(final, name=name, path=f"{FOLDER}/{name}")
             self._by_main(lambda: _link_folder(self.path_of(final), self.path_of(renamed)))
+            must_hold = []  # whatever it holds has a second name now
         else:  # the best of all, or the state that a run out of patience had saved
             renamed = replace(same, metric=same.metric or final.metric, is_extra=False)
             renamed = replace(renamed, value=same.value if same.metric is not None else final.value)
         self._records = [*(r for r in self._records if r.name not in (FINAL, name)), renamed]
-
-        def write() -> None:
-            jsonl.rewrite(self._file, [_row(record) for record in self._records])
-            shutil.rmtree(self.path_of(final), ignore_errors=True)
-
-        self._by_main(write)
+        self._by_main(lambda: self._write([final], must_hold))
 
     def count_rows(self, per_batch: int) -> None:
         """Records the rows before each checkpoint of an earlier version, which counted batches alone."""
@@ -202,13 +266,16 @@ class CheckpointLog:
             record for record in records if record.metric is None and (record.is_extra or record in past_keep)
         ]
         self._records = [record for record in records if record not in dropped]
+        self._by_main(lambda: self._write(dropped))
 
-        def write() -> None:
-            jsonl.rewrite(self._file, [_row(record) for record in self._records])
-            for record in dropped:
-                shutil.rmtree(self.path_of(record), ignore_errors=True)
-
-        self._by_main(write)
+    def _write(self, dropped: Sequence[Checkpoint], must_hold: Sequence[str] = (MARK,)) -> None:
+        jsonl.rewrite(self._file, [_row(record) for record in self._records])
+        listed = {record.path for record in self._records}
+        for path in [self.path_of(record) for record in dropped if record.path not in listed]:
+            try:
+                files.remove(path, must_hold)
+            except OSError as error:  # it is not listed any more, and the run is worth more than the room
+                logger.warning("The checkpoint %s is not removed: %s", path, error)
 
 
 def _no_longer_best(record: Checkpoint) -> Checkpoint:
@@ -224,11 +291,9 @@ def _link_folder(folder: Path, other: Path) -> None:
         except OSError:
             shutil.copy2(source, target)
 
-    unfinished = other.with_name(f".{other.name}.writing-link")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    shutil.copytree(folder, unfinished, copy_function=link)
-    shutil.rmtree(other, ignore_errors=True)  # of a step that was taken in vain: it is not listed
-    unfinished.rename(other)
+    # What is there is of a step that was taken in vain: it is not listed.
+    with files.writing_folder(other, replace=True, must_hold=[MARK]) as unfinished:
+        shutil.copytree(folder, unfinished, copy_function=link, dirs_exist_ok=True)
 
 
 def _row(record: Checkpoint) -> dict[str, Any]:

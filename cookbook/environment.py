@@ -8,7 +8,7 @@ import os
 import platform
 from pathlib import Path
 
-from cookbook import jsonl
+from cookbook import files
 from cookbook.types import ModelData
 
 PACKAGES = ("sft-cookbook", "torch", "transformers", "peft", "datasets", "numpy", "bitsandbytes")
@@ -29,7 +29,7 @@ def describe(model: ModelData) -> dict[str, str]:
 
 def record(folder: Path, model: ModelData) -> None:
     text = json.dumps(describe(model), indent=2, ensure_ascii=False) + "\n"
-    jsonl.write_atomically(folder / "environment.json", jsonl.encoded(text))
+    files.write(folder / "environment.json", text)
 
 
 def _device_name(device: str) -> str:

@@ -7,6 +7,7 @@
     ├── DataError         (ValueError)    a dataset, a file or a row
     ├── ModelError        (OSError)       a model or tokenizer that is missing or cannot be loaded
     ├── CheckpointError   (OSError)       a checkpoint that is missing, damaged, foreign or not writable
+    ├── FileError         (OSError)       a file that is not written, read or removed: a link, a device
     ├── TrainingError     (RuntimeError)  a step that failed while it ran
     ├── ClosedError       (RuntimeError)  a call on a client after it, or its service, was closed
     └── ClusterError      (RuntimeError)  a Ray cluster that cannot be reached, or a job that is not on it
@@ -42,6 +43,10 @@ class ModelError(CookbookError, OSError):
 
 class CheckpointError(CookbookError, OSError):
     """A checkpoint is missing, damaged, made for another model, or cannot be written."""
+
+
+class FileError(CookbookError, OSError):
+    """A file or folder is not written, read or removed: it is a link, no file, or not what was meant."""
 
 
 class TrainingError(CookbookError, RuntimeError):

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
+from cookbook import files
 from cookbook.errors import DataError
 
 
@@ -18,7 +19,7 @@ def read(path: Path) -> list[dict[str, Any]]:
     """
     if not path.exists():
         return []
-    lines = path.read_bytes().split(b"\n")[:-1]
+    lines = files.read(path).split(b"\n")[:-1]
     return [parsed(line, f"line {number} of {path}") for number, line in enumerate(lines, 1)]
 
 
@@ -139,29 +140,15 @@ def _is_same(now: os.stat_result, then: os.stat_result) -> bool:
 
 
 def append(path: Path, row: Mapping[str, Any]) -> None:
-    with path.open("ab") as file:
+    with files.appending(path) as file:
         file.write(_line(row))
 
 
 def rewrite(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Replaces the file by these rows, at once."""
-    write_atomically(path, b"".join(_line(row) for row in rows))
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """A reader sees the old file or the new one, also after a crash."""
-    temporary = path.with_name(f".{path.name}.writing")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
-def encoded(text: str) -> bytes:
-    """JSON in UTF-8. Halves of characters, as in a file name that is no UTF-8, are written as `\\udc80`."""
-    return text.encode(errors="backslashreplace")
+    files.write(path, b"".join(_line(row) for row in rows))
 
 
 def _line(row: Mapping[str, Any]) -> bytes:
-    return encoded(json.dumps(row, ensure_ascii=False) + "\n")
+    """JSON in UTF-8. Halves of characters, as in a file name that is no UTF-8, are written as `\\udc80`."""
+    return (json.dumps(row, ensure_ascii=False) + "\n").encode(errors="backslashreplace")

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeAlias
 
+from cookbook import files
+
 Track: TypeAlias = Literal["render", "loop", "evaluation", "engine", "device"]
 
 TRACKS: dict[Track, str] = {
@@ -109,9 +111,9 @@ class TraceFile:
     """
 
     def __init__(self, path: Path) -> None:
-        content = path.read_bytes() if path.exists() else b""
+        self._file = files.appending(path)
+        content = files.read(path)
         whole = content[: content.rfind(b"\n") + 1].removesuffix(b"]\n")  # no torn event, no end of the array
-        self._file = path.open("ab")
         self._file.truncate(len(whole))
         self._separator = "," if whole else "["
         self._seconds_of_day = time.time() - time.perf_counter()

@@ -12,6 +12,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, ParamSpec
 
+from cookbook import files
 from cookbook.engine import state
 from cookbook.engine.trainer import CustomLossFn, PassResult, StepResult, Trainer
 from cookbook.engine.worker import Engine
@@ -196,6 +197,7 @@ class TrainingClient:
         self, name: str, ttl_seconds: int | None = None, *, overwrite: bool = False
     ) -> APIFuture[SaveWeightsForSamplerResponse]:
         """Saves the weights alone. The arguments are those of `save_state`."""
+        files.refuse_link(self._checkpoint_dir / SAMPLER_FOLDER)
         path = state.checkpoint_path(self._checkpoint_dir / SAMPLER_FOLDER, name)
         job = self._submit_save(path, False, ttl_seconds, overwrite)
         return APIFuture(job, lambda _: SaveWeightsForSamplerResponse(str(path)))

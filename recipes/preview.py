@@ -14,7 +14,7 @@ from pathlib import Path
 
 import chz
 
-from cookbook import cli, models
+from cookbook import cli, files, models
 from cookbook.consoles import make_console, plain, plain_line
 from cookbook.errors import ConfigError
 from cookbook.supervised import preview, train
@@ -66,7 +66,7 @@ async def run(config: PreviewConfig) -> None:
             examples[: config.num_html_examples],
         )
         path = Path(config.html).expanduser()
-        path.write_text(page, encoding="utf-8", errors="backslashreplace")
+        files.write(path, page)
         console.print(plain_line(f"Wrote {path}."))
 
 

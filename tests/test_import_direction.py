@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("cookbook", "renderers", "recipes")
 
-BASE = ("cookbook.errors", "cookbook.nearest", "cookbook.notes", "cookbook.types")
+BASE = ("cookbook.errors", "cookbook.files", "cookbook.nearest", "cookbook.notes", "cookbook.types")
 TOOLS = (
     "cookbook.consoles",
     "cookbook.control_characters",
@@ -54,6 +54,7 @@ WORLD = ("cookbook.engine.mesh",)
 
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "cookbook.errors": (),
+    "cookbook.files": ("cookbook.errors",),
     "cookbook.nearest": (),
     "cookbook.notes": (),
     "cookbook.types": ("cookbook.errors",),

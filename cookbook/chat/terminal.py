@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -10,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+from cookbook import jsonl
 from cookbook.chat.conversation import Conversation, Reply, Turn
 from cookbook.consoles import undecodable_byte
 from cookbook.control_characters import visible, visible_line
@@ -174,8 +174,8 @@ class Terminal:
             lines.append({"messages": [*first, *conversation.messages], "speaker": speaker.label})
         if not speakers[0].conversation.messages:
             raise RequestError("There is nothing to save yet: nothing was said.")
-        with path.open("a", encoding="utf-8", errors="backslashreplace") as file:
-            file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        for line in lines:
+            jsonl.append(path, line)
         self._note(f"[Appended to {visible_line(path)}: {len(speakers[0].conversation.messages)} messages.]")
 
     # -- writing ------------------------------------------------------------------------------

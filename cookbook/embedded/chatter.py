@@ -10,6 +10,7 @@ from pathlib import Path
 from random import Random
 from typing import Literal
 
+from cookbook import files
 from cookbook.embedded import PIRATE_PATH
 from cookbook.embedded.dialect import pirate_reply, plain_reply
 from cookbook.embedded.questions import (
@@ -111,9 +112,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--size", type=int, default=1_600, help="number of conversations")
     parser.add_argument("--seed", type=int, default=7)
     args = parser.parse_args(argv)
-    with args.out.open("w", encoding="utf-8", newline="\n") as file:
+    with files.replacing(args.out) as file:
         for messages in pirate_dataset(args.size, args.seed):
-            file.write(json.dumps({"messages": messages}) + "\n")
+            file.write(json.dumps({"messages": messages}).encode() + b"\n")
 
 
 if __name__ == "__main__":

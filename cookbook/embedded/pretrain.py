@@ -20,6 +20,7 @@ from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
+from cookbook import files
 from cookbook.control_characters import visible
 from cookbook.embedded import MODEL_PATH
 from cookbook.embedded.chatter import Conversation, conversations
@@ -214,7 +215,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         num_held_out=len(held_out),
         nll=reply_nll(model.float(), tokenizer, held_out),
     )
-    (args.out / "README.md").write_text(card, encoding="utf-8")
+    files.write(args.out / "README.md", card)
     print(visible(card))
 
 

@@ -7,8 +7,8 @@ torch.distributed.checkpoint, in safetensors. Nothing is unpickled.
 
 from __future__ import annotations
 
+import contextlib
 import functools
-import shutil
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from cookbook import files
 from cookbook.engine import full_weights, sharding, state
 from cookbook.engine.mesh import Mesh
 from cookbook.errors import CheckpointError
@@ -34,26 +35,30 @@ def save(
     overwrite: bool,
 ) -> None:
     """`state.save` by all processes of `base.mesh`. The main one puts everything into place, or nothing."""
-    mesh, parts = base.mesh, state.beside(path)
+    mesh = base.mesh
+    with contextlib.ExitStack() as stack:
 
-    def make_room() -> None:
-        state.check_name_is_free(path, overwrite)
-        shutil.rmtree(parts, ignore_errors=True)
+        def make_room() -> Path | None:
+            state.check_name_is_free(path, overwrite)
+            if optimizer is None:
+                return None
+            return stack.enter_context(files.temporary_folder(path)) / state.OPTIMIZER_FOLDER
 
-    mesh.by_main(make_room)
-    whole = full_weights.whole_weights(weights, is_kept=mesh.is_main)
-    with mesh.failing_together():
-        if optimizer is not None:
-            _write(parts, optimizer, mesh)
-    write = functools.partial(_put_together, base, whole, None if optimizer is None else parts)
-    mesh.by_main(functools.partial(state.save, path, info, write, None, overwrite))
+        parts = mesh.by_main(make_room)
+        whole = full_weights.whole_weights(weights, is_kept=mesh.is_main)
+        with mesh.failing_together():
+            if optimizer is not None:
+                assert parts is not None
+                _write(parts, optimizer, mesh)
+        write = functools.partial(_put_together, base, whole, parts)
+        mesh.by_main(functools.partial(state.save, path, info, write, None, overwrite))
 
 
 def _put_together(base: BaseModel, whole: Mapping[str, Tensor], parts: Path | None, folder: Path) -> None:
     """Writes the weights into `folder` and moves the optimizer's parts there."""
     full_weights.write(base.model, base.tokenizer, folder, whole)
     if parts is not None:
-        parts.rename(folder / state.OPTIMIZER_FOLDER)
+        files.rename(parts, folder / state.OPTIMIZER_FOLDER)
 
 
 def read_optimizer(path: str, masters: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -25,6 +25,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from cookbook import files
 from cookbook.errors import CheckpointError
 from cookbook.types import LoraConfig
 
@@ -36,7 +37,13 @@ OPTIMIZER_FILE = "optimizer.safetensors"
 OPTIMIZER_FOLDER = "optimizer"
 STATE_FILE = "state.json"
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+CHECKPOINT_FILES = (STATE_FILE, ADAPTER_CONFIG_FILE)
+"""A folder that has none of these is no checkpoint, and is not replaced by one."""
+
+_OF_EARLIER_VERSIONS = re.compile(
+    r"\.(?P<name>[A-Za-z0-9].*)\.(?P<kind>writing|replaced)-(\d+|parts|link)", re.DOTALL
+)
+"""What those called a folder that they were at work on."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +74,7 @@ class StateInfo:
 
 def checkpoint_path(folder: Path, name: str) -> Path:
     """`folder/name`, or CheckpointError where the name could lead out of the folder."""
-    if not _NAME.fullmatch(name):
+    if not files.PLAIN_NAME.fullmatch(name):
         raise CheckpointError(
             f"{name!r} is no name for a checkpoint. Use up to 128 letters, digits, '.', '_' and '-', "
             f"beginning with a letter or digit."
@@ -88,17 +95,17 @@ def save(
     behind, and a checkpoint that was there before stays as it was.
     """
     check_name_is_free(path, overwrite)
-    with _writing_folder(path) as folder:
+    with (
+        _explained(path),
+        files.writing_folder(path, overwrite, sync=True, must_hold=CHECKPOINT_FILES) as folder,
+    ):
         write_weights(folder)
         if optimizer is not None:
             _save_tensors(folder / OPTIMIZER_FILE, optimizer)
-        files = sorted(file for file in folder.rglob("*") if file.is_file())
-        checksums = {file.relative_to(folder).as_posix(): _sha256(file) for file in files}
+        written = sorted(file for file in folder.rglob("*") if file.is_file())
+        checksums = {file.relative_to(folder).as_posix(): _sha256(file) for file in written}
         text = json.dumps({"format": FORMAT, **info.as_json(), "sha256": checksums}, indent=2)
-        (folder / STATE_FILE).write_text(text + "\n", encoding="utf-8")
-        for file in folder.rglob("*.safetensors"):
-            shutil.copymode(folder / STATE_FILE, file)  # safetensors leaves it to its owner alone
-        _sync_to_disk(folder)
+        files.create(folder / STATE_FILE, text + "\n")
 
 
 def check_name_is_free(path: Path, overwrite: bool) -> None:
@@ -109,42 +116,24 @@ def check_name_is_free(path: Path, overwrite: bool) -> None:
 
 
 @contextmanager
-def _writing_folder(path: Path) -> Iterator[Path]:
-    folder = path.with_name(f".{path.name}.writing-{os.getpid()}")
+def _explained(path: Path) -> Iterator[None]:
     try:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        yield folder
-        _put_into_place(folder, path)
+        yield
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"Cannot save checkpoint {path}: {error}.{_advice(error, path)}") from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _put_into_place(folder: Path, path: Path) -> None:
-    if not path.exists():
-        folder.rename(path)
-    else:
-        replaced = path.with_name(f".{path.name}.replaced-{os.getpid()}")
-        path.rename(replaced)
-        try:
-            folder.rename(path)
-        except OSError:
-            replaced.rename(path)
-            raise
-        shutil.rmtree(replaced)
-    _sync(path.parent)
+        reason = str(error).rstrip(".")
+        raise CheckpointError(f"Cannot save checkpoint {path}: {reason}.{_advice(error, path)}") from error
 
 
 def remove_unfinished(folder: Path) -> None:
     """Clears up after a process that was killed while it saved. Nobody else may be writing to `folder`."""
-    for replaced in folder.glob(".*.replaced-*"):
-        path = folder / replaced.name[1:].rsplit(".replaced-", 1)[0]
-        if not path.exists():
-            replaced.rename(path)
-    for path in [*folder.glob(".*.writing-*"), *folder.glob(".*.replaced-*")]:
-        shutil.rmtree(path, ignore_errors=True)
+    files.remove_abandoned(folder)
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if (match := _OF_EARLIER_VERSIONS.fullmatch(path.name)) is None:
+            continue
+        if match["kind"] == "replaced" and not (folder / match["name"]).exists():
+            files.rename(path, folder / match["name"])
+        else:
+            files.remove(path)
 
 
 def _advice(error: Exception, path: Path) -> str:
@@ -174,19 +163,6 @@ def checksum(tensors: Iterable[Tensor]) -> int:
 
 def write_adapter(folder: Path, weights: Mapping[str, Tensor]) -> None:
     _save_tensors(folder / ADAPTER_FILE, weights)
-
-
-def _sync_to_disk(folder: Path) -> None:
-    for path in [*folder.rglob("*"), folder]:
-        _sync(path)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _sha256(path: Path) -> str:
@@ -261,7 +237,7 @@ def _info_of_plain_adapter(folder: Path) -> StateInfo:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(files.read(path))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise CheckpointError(
             f"Checkpoint {path.parent} is damaged: {path.name} cannot be read ({error})."
@@ -278,11 +254,6 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """
     tensors = _read_tensors(Path(path).expanduser(), ADAPTER_FILE)
     return {name: tensor for name, tensor in tensors.items() if ".base_layer." not in name}
-
-
-def beside(path: Path) -> Path:
-    """A folder for what goes into a checkpoint that is being written; a later run clears it up."""
-    return path.with_name(f".{path.name}.writing-parts")
 
 
 def optimizer_folder(path: str | os.PathLike[str]) -> Path | None:

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from cookbook import models
+from cookbook import files, models
 from cookbook.errors import ConfigError, RendererError
 from cookbook.export.source import Source
 from renderers import Message, Renderer, get_renderer
@@ -109,13 +108,13 @@ class ChatFormat:
     def write_tokenizer(self, folder: Path) -> None:
         """The tokenizer's files with this template, and nothing of where the tokenizer was loaded from."""
         self.tokenizer.save_pretrained(folder)
-        shutil.rmtree(folder / "additional_chat_templates", ignore_errors=True)
-        (folder / "chat_template.jinja").write_text(self.template, encoding="utf-8")
+        files.remove(folder / "additional_chat_templates")
+        files.write(folder / "chat_template.jinja", self.template)
         path = folder / "tokenizer_config.json"
         config = json.loads(path.read_text(encoding="utf-8"))
         for key in ("chat_template", "is_local", "local_files_only", "name_or_path"):
             config.pop(key, None)
-        path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        files.write(path, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
 
 
 def find_chat_format(source: Source, chat_template: str | None = None) -> ChatFormat:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import functools
-import os
 import re
-import shutil
 import tempfile
 import textwrap
 from collections.abc import Iterator
@@ -15,6 +13,7 @@ from pathlib import Path
 
 import chz
 
+from cookbook import files
 from cookbook.consoles import make_console, plain, plain_line
 from cookbook.errors import CheckpointError, ConfigError, CookbookError
 from cookbook.export import push
@@ -142,7 +141,11 @@ def _check_empty(folder: Path, overwrite: bool) -> None:
     names = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
     if names and not overwrite:
         raise ConfigError(f"to={folder} is not empty. Choose another folder, or say overwrite=True.")
-    foreign = [name for name in names if not any(fnmatch(name, pattern) for pattern in WRITTEN_FILES)]
+    foreign = [
+        name
+        for name in names
+        if not any(fnmatch(name, pattern) for pattern in WRITTEN_FILES) or not (folder / name).is_file()
+    ]
     if foreign:
         raise ConfigError(
             f"to={folder} holds {foreign[0]}, which no export wrote, so nothing there is replaced. Choose "
@@ -155,19 +158,14 @@ def _finished_folder(folder: Path | None) -> Iterator[Path]:
     """A folder to fill, which takes the place of `folder` when it is whole; None: it goes again."""
     if folder is None:
         with tempfile.TemporaryDirectory() as temporary:
-            (inside := Path(temporary) / "export").mkdir()
-            yield inside
+            yield files.make_folder(Path(temporary) / "export")
         return
-    unfinished = folder.absolute().with_name(f".{folder.absolute().name}.writing-{os.getpid()}")
+    place = folder.resolve()
     try:
-        unfinished.mkdir(parents=True)
-        yield unfinished
-        if folder.exists():
-            shutil.rmtree(folder)
-        unfinished.rename(folder)
+        files.remove_abandoned(place.parent, place.name)
+        with files.writing_folder(place, replace=True) as unfinished:
+            yield unfinished
     except OSError as error:
         if isinstance(error, CookbookError):
             raise
         raise CheckpointError(f"Cannot write to={folder}: {error}.") from error
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)

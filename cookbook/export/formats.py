@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from cookbook import models
+from cookbook import files, models
 from cookbook.engine import state
 from cookbook.errors import CheckpointError, ConfigError
 from cookbook.export import gguf_weights, ollama, serving
@@ -69,13 +68,13 @@ def write_adapter(job: Job) -> Written:
 
     def write(folder: Path) -> None:
         state.read_weights(source.folder)  # refuses a damaged file
-        shutil.copyfile(source.folder / state.ADAPTER_FILE, folder / state.ADAPTER_FILE)
+        files.copy(source.folder / state.ADAPTER_FILE, folder / state.ADAPTER_FILE)
         config = json.loads((source.folder / state.ADAPTER_CONFIG_FILE).read_text(encoding="utf-8"))
         config["base_model_name_or_path"] = base
         if isinstance(config.get("target_modules"), list):
             config["target_modules"] = sorted(config["target_modules"])
         text = json.dumps(config, indent=2) + "\n"
-        (folder / state.ADAPTER_CONFIG_FILE).write_text(text, encoding="utf-8")
+        files.write(folder / state.ADAPTER_CONFIG_FILE, text)
         job.chat_format.write_tokenizer(folder)
 
     state.save(job.folder, info, write, optimizer=None, overwrite=True)
@@ -125,7 +124,7 @@ def write_ollama(job: Job) -> Written:
         base = "."
         facts.append("Ollama makes its own file of the merged weights, if it knows their architecture.")
     text = ollama.modelfile(job.chat_format, base, adapter)
-    (job.folder / "Modelfile").write_text(text, encoding="utf-8")
+    files.write(job.folder / "Modelfile", text)
     run = serving.command(["ollama", "run", job.slug])
     commands = [
         f"{serving.command(['ollama', 'create', job.slug, '-f', f'{where}Modelfile'])}\n{run}"
@@ -173,7 +172,9 @@ def _write_gguf_model(job: Job) -> str:
         )
     path = job.folder / "model.gguf"
     kind = gguf_weights.write_model(weights, config, job.chat_format, path, job.config.gguf_type, job.name)
-    return path.rename(path.with_name(f"model-{kind}.gguf")).name
+    named = path.with_name(f"model-{kind}.gguf")
+    files.rename(path, named)
+    return named.name
 
 
 def _commands_of_llama_cpp(job: Job) -> str:

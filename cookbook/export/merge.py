@@ -134,9 +134,18 @@ def merged_weights(source: Source, base_folder: Path) -> MergedWeights | None:
 
 
 def weight_files(folder: Path) -> dict[str, Path]:
-    """Which safetensors file of a model folder holds each weight; nothing where there is none."""
+    """Which safetensors file of a model folder holds each weight; nothing where there is none.
+
+    Raises ModelError for an index that names a file elsewhere.
+    """
     if (folder / INDEX_FILE).is_file():
         weight_map = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))["weight_map"]
+        for name, file in weight_map.items():
+            if not isinstance(file, str) or Path(file).name != file:
+                raise ModelError(
+                    f"{folder / INDEX_FILE} says that {name} lies in {file!r}, which is no file there. "
+                    f"Fetch the model again."
+                )
         return {name: folder / file for name, file in weight_map.items()}
     if not (folder / WEIGHTS_FILE).is_file():
         return {}

@@ -11,6 +11,7 @@ import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 
+from cookbook import files
 from cookbook.engine.loading import load_model, no_progress_bar
 from cookbook.errors import CheckpointError
 from cookbook.export.chat_format import ChatFormat
@@ -78,7 +79,6 @@ def _write_shards(
         save_file(shard, folder / file_name, metadata={"format": "pt"})
         merging = max((2 * 4 * shapes[name].numel() for name in names if name in weights.adapter), default=0)
         held = max(held, sum(tensor.nbytes for tensor in shard.values()) + merging)
-        (folder / file_name).chmod(0o644)  # safetensors leaves it to its owner alone
     num_bytes = sum(tensor.nbytes for tensor in shapes.values())
     if plan.is_sharded:
         index = {"metadata": {"total_size": num_bytes}, "weight_map": plan.tensor_to_filename}
@@ -151,4 +151,4 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    files.write(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")

@@ -13,7 +13,7 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
-from cookbook import embedded
+from cookbook import embedded, files
 from cookbook.export.chat_format import ChatFormat
 from cookbook.export.source import Source, is_on_hub, path_elsewhere, public_name
 from cookbook.report import curves
@@ -59,7 +59,7 @@ def write_model_card(source: Source, chat_format: ChatFormat, usage: Usage, name
         _chat_format(chat_format, source),
     ]
     text = "\n\n".join(part for part in parts if part)
-    (folder / "README.md").write_text(text + "\n", encoding="utf-8")
+    files.write(folder / "README.md", text + "\n")
 
 
 def python_usage(source: Source, chat_format: ChatFormat, repository: str | None, is_adapter: bool) -> str:

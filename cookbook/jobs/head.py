@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -19,13 +18,14 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from cookbook import clusters, jsonl
+from cookbook import clusters, files
 from cookbook.clusters import LOCALHOST
 from cookbook.errors import ClusterError
 
 RAY = (sys.executable, "-m", "ray.scripts.scripts")
 START_SECONDS = 240
 STOP_SECONDS = 60
+FOLDER_PREFIX = "cookbook-ray-"
 NO_TIMEOUT_SECONDS = 10 * 365 * 24 * 3600
 """A job waits for its devices until the jobs before it are done; Ray gives up after 15 minutes."""
 
@@ -61,7 +61,7 @@ def start_head() -> Head:
     if (head := find_head()) is not None:
         return head
     clusters.import_ray(to_start=True)
-    folder = clusters.private_folder("cookbook-ray-")
+    folder = clusters.private_folder(FOLDER_PREFIX)
     options = {name: _free_port() for name in PORTS}
     command = [
         *(*RAY, "start", "--head", "--block", "--disable-usage-stats"),
@@ -70,7 +70,7 @@ def start_head() -> Head:
         *(f"--{name}={port}" for name, port in options.items()),
     ]
     log = folder / "start.log"
-    with log.open("w", encoding="utf-8") as out:
+    with files.appending(log) as out:
         process = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
@@ -87,8 +87,8 @@ def start_head() -> Head:
     head = Head(f"http://{LOCALHOST}:{options['dashboard-port']}", process.pid, str(folder))
     _wait_until_it_takes_jobs(head, process, log)
     note = _note()
-    note.parent.mkdir(parents=True, exist_ok=True)
-    jsonl.write_atomically(note, json.dumps(asdict(head)).encode())
+    files.make_folder(note.parent, may_be_link=True)
+    files.write(note, json.dumps(asdict(head)))
     return head
 
 
@@ -119,8 +119,10 @@ def stop_head(head: Head) -> None:
         raise ClusterError(
             f"The Ray head (process {head.pid}) does not end. Kill it, or restart the machine."
         )
-    shutil.rmtree(head.folder, ignore_errors=True)
-    _note().unlink(missing_ok=True)
+    folder = Path(head.folder)
+    if folder.name.startswith(FOLDER_PREFIX):  # whatever the note says, no other folder is removed
+        files.remove(folder)
+    files.remove(_note())
 
 
 def _wait_until_it_takes_jobs(head: Head, process: subprocess.Popen[bytes], log: Path) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 
 import chz
 
-from cookbook import config_files, jsonl
+from cookbook import config_files, files
 from cookbook.errors import ClusterError
 from cookbook.jobs.connection import connect
 from cookbook.jobs.head import START_SECONDS, find_head, start_head
@@ -152,9 +152,8 @@ def _submit(
         num_gpus, num_cpus = _devices_per_job(address)
     job_id = f"{recipe.name}-{secrets.token_hex(3)}"
     # pinned: a file of the job's own, in the one folder that it must be able to reach
-    file = Path(config["log_path"]) / "jobs" / f"{job_id}.json"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    jsonl.write_atomically(file, jsonl.encoded(json.dumps(config, indent=2, ensure_ascii=False)))
+    file = files.make_folder(Path(config["log_path"]) / "jobs") / f"{job_id}.json"
+    files.write(file, json.dumps(config, indent=2, ensure_ascii=False))
     command = [_python(address), "-m", recipe.module, f"config={file}"]
     _when_there_is_an_agent(
         client.submit_job,

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from cookbook import files
 from cookbook.consoles import VisibleFormatter, plain, plain_line
 from cookbook.control_characters import visible_entry
 from cookbook.loggers.base import OF_EVERY_STEP, MetricLogger, Metrics
@@ -87,10 +90,21 @@ class _ConsoleHandler(logging.Handler):
             self.handleError(record)
 
 
+class _FileHandler(logging.StreamHandler[TextIO]):
+    """Log records at the end of a file."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(io.TextIOWrapper(files.appending(path), encoding="utf-8", errors="backslashreplace"))
+
+    def close(self) -> None:
+        self.stream.close()
+        super().close()
+
+
 @contextlib.contextmanager
 def logging_to(console: Console, path: Path) -> Iterator[None]:
     """Sends this project's log to the console and to a file."""
-    in_file = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
+    in_file = _FileHandler(path)
     in_file.setFormatter(VisibleFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     handlers: list[logging.Handler] = [_ConsoleHandler(console), in_file]
     root = logging.getLogger("cookbook")

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from cookbook import files
 from cookbook.loggers.base import MetricLogger, Metrics
 from cookbook.tables import Cell, Table
 
@@ -63,7 +64,7 @@ def _drop_from(first_step: int, folder: Path) -> None:
                 writer.add_event(event)
     writer.close()
     for path in earlier:
-        path.unlink()
+        files.remove(path)
 
 
 def in_markdown(table: Table) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from cookbook import jsonl
+from cookbook import files, jsonl
 from cookbook.errors import ConfigError
 from cookbook.loggers.base import MetricLogger, Metrics
 from cookbook.tables import Table
@@ -34,10 +34,8 @@ class TrackioLogger(MetricLogger):
         try:
             name_file = folder / NAME_FILE
             if not name_file.exists():
-                name_file.write_text(
-                    _free_name(SQLiteStorage.get_runs(project), name or folder.name), encoding="utf-8"
-                )
-            run_name = name_file.read_text(encoding="utf-8")
+                files.write(name_file, _free_name(SQLiteStorage.get_runs(project), name or folder.name))
+            run_name = files.read(name_file).decode()
             self._run = trackio.init(
                 project=project,
                 name=run_name,

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from cookbook import files
 from cookbook.errors import ConfigError
 from cookbook.loggers.base import MetricLogger, Metrics
 from cookbook.tables import Table
@@ -91,12 +92,12 @@ class WandbLogger(MetricLogger):
 
         id_file = folder / "wandb_run_id.txt"
         if not id_file.exists():
-            id_file.write_text(secrets.token_hex(4), encoding="utf-8")
+            files.write(id_file, secrets.token_hex(4))
         try:
             self._run = wandb.init(
                 project=project,
                 name=name,
-                id=id_file.read_text(encoding="utf-8").strip(),
+                id=files.read(id_file).decode().strip(),
                 resume="allow",
                 config=dict(config),
                 dir=str(folder),

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from cookbook import jsonl
+from cookbook import files
 from cookbook.errors import ConfigError
 from cookbook.report import panels
 from cookbook.report.record import RunRecord, read_run
@@ -71,7 +71,7 @@ def compare(
         num_charts=len(charts),
         num_not_drawn=num_not_drawn,
     )
-    jsonl.write_atomically(path, page.encode(errors="backslashreplace"))
+    files.write(path, page)
     return path
 
 

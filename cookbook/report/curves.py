@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cookbook import jsonl
+from cookbook import files
 from cookbook.control_characters import visible_line
 from cookbook.report.downsampling import keep_evenly, keep_extremes, smooth, smoothing_span
 from cookbook.report.record import is_eval, is_wide
@@ -61,7 +61,7 @@ def _draw(panels: list[tuple[str, dict[str, Series]]], path: Path) -> None:
         _draw_panel(figure.add_subplot(place), title, lines, is_large=index == 0)
     picture = io.BytesIO()
     figure.savefig(picture, format="png", metadata={"Software": "sft-cookbook"}, pad_inches=0.1)
-    jsonl.write_atomically(path, picture.getvalue())
+    files.write(path, picture.getvalue())
 
 
 def _draw_panel(axes: Axes, title: str, lines: Mapping[str, Series], is_large: bool) -> None:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cookbook import jsonl
-from cookbook.checkpoints import CheckpointLog
+from cookbook import files, jsonl
+from cookbook.checkpoints import CheckpointLog, read_records
 from cookbook.config_files import TYPE_KEY
 from cookbook.errors import ConfigError, DataError
 from cookbook.loggers import OF_EVERY_STEP
@@ -73,7 +73,7 @@ def read_run(folder: str | Path, metrics: MetricsReader | None = None, with_tabl
         data=_read_object(path / "data.json"),
         environment=_read_object(path / "environment.json"),
         tables=jsonl.read(path / "tables.jsonl") if with_tables else [],
-        checkpoints=jsonl.read(path / "checkpoints.jsonl"),
+        checkpoints=[asdict(record) for record in read_records(path / "checkpoints.jsonl")],
     )
 
 
@@ -94,7 +94,7 @@ def _read_object(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(files.read(path))
     except ValueError as error:
         raise DataError(f"{path} is damaged: {error}. Restore or remove it.") from error
     return value if isinstance(value, dict) else {}

@@ -8,7 +8,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from cookbook import jsonl, notes
+from cookbook import files, notes
 from cookbook.report import curves, panels
 from cookbook.report.record import RunRecord, read_run
 from cookbook.report.rendering import render
@@ -37,7 +37,7 @@ def write_report(
     if with_curves:
         curves.draw(run.metrics, run.folder / CURVES_FILE)
     path = run.folder / REPORT_FILE
-    jsonl.write_atomically(path, page_of(run).encode(errors="backslashreplace"))
+    files.write(path, page_of(run))
     return path
 
 

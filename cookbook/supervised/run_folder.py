@@ -18,12 +18,10 @@ ranks/<n>.log       the same of the other processes, where several train togethe
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
 import os
 import secrets
-import shutil
 import socket
 import sys
 from collections.abc import Collection, Sequence
@@ -31,16 +29,17 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Literal, TypeAlias
 
-from cookbook import jsonl
-from cookbook.checkpoints import CheckpointLog
+from cookbook import files, jsonl
+from cookbook.checkpoints import FOLDER, CheckpointLog
 from cookbook.config_files import TYPE_KEY, differences, with_defaults
 from cookbook.control_characters import visible_line
 from cookbook.engine.mesh import ALONE, Mesh
-from cookbook.errors import ConfigError
+from cookbook.errors import ConfigError, CookbookError
 
 logger = logging.getLogger(__name__)
 
 CHANGES_FILE = "config_changes.jsonl"
+LOCK_FILE = ".lock"
 
 IfLogPathExists: TypeAlias = Literal["resume", "raise", "delete", "ask"]
 
@@ -83,7 +82,7 @@ class RunFolder:
         self.path = Path(path)
         self.config = config
         self.world = world
-        self._lock: IO[str] | None = None
+        self._lock: IO[bytes] | None = None
         self.earlier_config: dict[str, Any] | None = world.by_main(lambda: self._open(if_exists))
         """That of the run which continues here; None where one begins."""
         self._check_that_all_see_it(world)
@@ -100,21 +99,24 @@ class RunFolder:
             earlier = None
             if (path / "config.json").exists() and not _is_untouched(path):
                 earlier = self._settle_with_earlier_run(if_exists)
-            path.mkdir(parents=True, exist_ok=True)
+            _refuse_links(path)
+            files.make_folder(path, may_be_link=True)
             self._take_lock()
+            files.remove_abandoned(path)
             if earlier is None:
                 self._write_config()
             else:
-                (path / ".writable").touch()
-                (path / ".writable").unlink()
+                files.check_writable(path)
         except OSError as error:
+            if isinstance(error, CookbookError):
+                raise
             raise ConfigError(
                 f"log_path={path} cannot be written: {error}. Choose another folder."
             ) from error
         return earlier
 
     def _write_config(self) -> None:
-        jsonl.write_atomically(self.path / "config.json", jsonl.encoded(_text(self.config)))
+        files.write(self.path / "config.json", _text(self.config))
 
     @property
     def changes(self) -> dict[str, tuple[Any, Any]]:
@@ -158,9 +160,9 @@ class RunFolder:
         if world.is_alone:
             return
         mark = self.path / world.of_main(f".seen-by-all-{secrets.token_hex(8)}")
-        world.by_main(mark.touch)
+        world.by_main(lambda: files.write(mark, ""))
         hosts = world.gather(None if mark.exists() else socket.gethostname())
-        world.by_main(mark.unlink)
+        world.by_main(lambda: files.remove(mark))
         for rank, host in enumerate(hosts):
             if host is not None:
                 raise ConfigError(
@@ -173,13 +175,12 @@ class RunFolder:
         """Where this process writes down what it has to say."""
         if self.world.is_main:
             return self.path / "train.log"
-        folder = self.path / "ranks"
-        folder.mkdir(exist_ok=True)
+        folder = files.make_folder(self.path / "ranks")
         return folder / f"{os.environ['RANK']}.log"
 
     @property
     def checkpoint_dir(self) -> Path:
-        return self.path / "checkpoints"
+        return self.path / FOLDER
 
     def write_data_report(
         self,
@@ -192,12 +193,12 @@ class RunFolder:
         if self.world.is_main:
             values = {"fingerprint": fingerprint, "rows": num_rows, "sources": reports}
             values |= {"evaluation_sources": list(evaluation_reports)}
-            jsonl.write_atomically(self.path / "data.json", jsonl.encoded(_text(values)))
+            files.write(self.path / "data.json", _text(values))
 
     def read_data_report(self) -> dict[str, Any]:
         """What was recorded of the data that the run began with; {} where nothing was."""
         path = self.path / "data.json"
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        return json.loads(files.read(path)) if path.exists() else {}
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """The rows of metrics.jsonl so far, as the main process sees them."""
@@ -241,9 +242,8 @@ class RunFolder:
     def _take_lock(self) -> None:
         if self._lock is not None:
             self._lock.close()
-        self._lock = (self.path / ".lock").open("w", encoding="utf-8")
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._lock = files.locked(self.path / LOCK_FILE)
         except BlockingIOError as error:
             raise ConfigError(
                 f"log_path={self.path} is in use by another process. Wait for it, or choose another folder."
@@ -309,7 +309,7 @@ def _is_untouched(folder: Path) -> bool:
 
 def _read_run_config(path: Path) -> dict[str, Any]:
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(files.read(path))
     except (OSError, ValueError):
         config = None
     if not isinstance(config, dict) or TYPE_KEY not in config:
@@ -321,11 +321,16 @@ def _read_run_config(path: Path) -> dict[str, Any]:
 
 def _remove_run(folder: Path) -> None:
     for name in RUN_FILES:
-        path = folder / name
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
+        files.remove(folder / name)
+
+
+def _refuse_links(folder: Path) -> None:
+    """Raises FileError for a link inside of a run's folder, which may be somebody else's."""
+    for name in (*RUN_FILES, LOCK_FILE):
+        files.refuse_link(folder / name)
+    checkpoints = folder / FOLDER
+    for path in sorted(checkpoints.iterdir()) if checkpoints.is_dir() else ():
+        files.refuse_link(path)
 
 
 def _ask(path: Path) -> IfLogPathExists:

@@ -5,13 +5,10 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from cookbook import clusters
+from cookbook import clusters, files
 from cookbook.errors import ClusterError
 from cookbook.sweeps.plan import Config, Plan, PlannedRun
 from cookbook.sweeps.run_process import Progress
@@ -55,7 +52,7 @@ def _started_here(ray: Any) -> Iterator[None]:
             yield
     finally:
         ray.shutdown()
-        shutil.rmtree(folder, ignore_errors=True)
+        files.remove(folder)
 
 
 @contextlib.contextmanager
@@ -127,14 +124,14 @@ def _tune(
     ]
 
     ends = Ends({run.name: run for run in runs}, on_end)
-    with tempfile.TemporaryDirectory(prefix=".tune-", dir=plan.folder) as storage:
+    with files.temporary_folder(plan.folder / "tune") as storage:
         tune.Tuner(
             tune.with_resources(RunTrainable, resources),
             param_space={"run": tune.grid_search(tasks)},
             tune_config=tune.TuneConfig(scheduler=_scheduler(plan), reuse_actors=True),
             run_config=tune.RunConfig(
                 name="sweep",
-                storage_path=str(Path(storage)),
+                storage_path=str(storage),
                 verbose=0,
                 callbacks=[TellOfEnds(ends.report)],
             ),

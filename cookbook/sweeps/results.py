@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -16,7 +17,7 @@ from chz.blueprint import Castable
 from rich.console import Console
 from rich.table import Table
 
-from cookbook import jsonl
+from cookbook import files, jsonl
 from cookbook.checkpoints import CheckpointLog
 from cookbook.consoles import plain_line
 from cookbook.control_characters import visible_line
@@ -121,16 +122,17 @@ def _value_text(result: Result) -> str:
 def write_csv(plan: Plan, results: Sequence[Result]) -> Path:
     """One row a run, the best point first."""
     path = plan.folder / CSV
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["run", *plan.varied_keys, plan.config.metric, "steps", "state", "error", "log_path"])
-        for result in results:
-            for run, progress in zip(result.runs, result.progress, strict=True):
-                value = "" if math.isnan(progress.value) else progress.value
-                settings = [run.point[key] for key in plan.varied_keys]
-                writer.writerow(
-                    [run.name, *settings, value, progress.step, progress.state, progress.error, run.folder]
-                )
+    table = io.StringIO()
+    writer = csv.writer(table)
+    writer.writerow(["run", *plan.varied_keys, plan.config.metric, "steps", "state", "error", "log_path"])
+    for result in results:
+        for run, progress in zip(result.runs, result.progress, strict=True):
+            value = "" if math.isnan(progress.value) else progress.value
+            settings = [run.point[key] for key in plan.varied_keys]
+            writer.writerow(
+                [run.name, *settings, value, progress.step, progress.state, progress.error, run.folder]
+            )
+    files.write(path, table.getvalue())
     return path
 
 
@@ -139,11 +141,11 @@ def write_best(plan: Plan, best: Result) -> Path:
     path = plan.folder / BEST
     values = {key: setting.value for key, setting in plan.recipe.settings(best.runs[0].argv).items()}
     values["log_path"] = str(plan.folder / "best")
-    path.write_text(
+    files.write(
+        path,
         f"# The best of {len(plan.runs)} runs: {visible_line(plan.config.metric)} {_value_text(best)}\n"
         f"#   python -m {plan.recipe.module} config={visible_line(path)}\n"
         + yaml.safe_dump({key: _plain(value) for key, value in values.items()}, sort_keys=False),
-        encoding="utf-8",
     )
     return path
 

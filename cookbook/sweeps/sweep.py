@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 from rich.console import Console
 
-from cookbook import config_files, report
+from cookbook import config_files, files, report
 from cookbook.consoles import make_console, plain, plain_line
 from cookbook.control_characters import visible_entry
 from cookbook.errors import ConfigError
@@ -29,7 +29,8 @@ def run_sweep(plan: Plan, execute: Execute | None = None) -> list[Result]:
     a folder that holds another config's run. `execute` runs them, by default `execution.execute` on Ray.
     """
     console = make_console()
-    plan.folder.mkdir(parents=True, exist_ok=True)
+    files.make_folder(plan.folder, may_be_link=True)
+    files.remove_abandoned(plan.folder)
     _claim_folders(plan.runs)
     before = results.progress_of(plan)
     over = [run for run in plan.runs if before[run.name].state in ("finished", "stopped")]
@@ -38,11 +39,11 @@ def run_sweep(plan: Plan, execute: Execute | None = None) -> list[Result]:
     console.print(plain_line(f"{len(plan.runs)} runs of {plan.recipe.name}{of_them}, in {plan.folder}."))
     is_complete = _run(plan, left, over, execute, console) if left else True
     ranked = results.ranked(plan, results.progress_of(plan))
-    files = _write_files(plan, ranked)
+    written = _write_files(plan, ranked)
     console.print()
     results.print_table(plan, ranked, console)
     console.print()
-    for line in files:
+    for line in written:
         console.print(plain_line(line))
     if not is_complete:
         console.print(plain_line("Interrupted. Run the same command again to go on."))
@@ -54,6 +55,7 @@ def _claim_folders(runs: Sequence[PlannedRun]) -> None:
     """Leaves its config in every run's folder, from which it is started."""
     for run in runs:
         config = config_files.to_json(run.config)
+        files.refuse_link(run.folder)
         try:
             with RunFolder(run.config.log_path, config, run.config.if_log_path_exists):
                 pass

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
 import pytest
 
-from cookbook.checkpoints import CheckpointLog
+from cookbook.checkpoints import CheckpointLog, read_records
 from cookbook.errors import CheckpointError
 
 
@@ -148,3 +149,112 @@ def test_a_final_checkpoint_whose_state_was_saved_before_leaves_that_one(tmp_pat
         best = CheckpointLog(folder).best()
         assert best is not None
         assert (best.name, best.value) == ("000006", 1.5)
+
+
+# -- a record that somebody else wrote ---------------------------------------------------------
+
+RECORD = {"name": "000003", "path": "checkpoints/000003", "step": 3, "epoch": 0, "batch": 3}
+
+
+def write_records(folder: Path, *records: object) -> None:
+    text = "".join(json.dumps(record) + "\n" for record in records)
+    (folder / "checkpoints.jsonl").write_text(text, encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("changes", "found"),
+    [
+        ({"path": "/home/user/thesis"}, 'path is "/home/user/thesis"'),
+        ({"path": "../thesis"}, 'path is "../thesis"'),
+        ({"path": "checkpoints/../../thesis"}, 'path is "checkpoints/../../thesis"'),
+        ({"path": "checkpoints"}, 'path is "checkpoints"'),
+        ({"path": "checkpoints/"}, 'path is "checkpoints/"'),
+        ({"path": ""}, 'path is ""'),
+        ({"path": "."}, 'path is "."'),
+        ({"path": "~/thesis"}, 'path is "~/thesis"'),
+        ({"path": "checkpoints/000006"}, 'path is "checkpoints/000006"'),  # another one's
+        ({"path": "checkpoints//000003"}, 'path is "checkpoints//000003"'),
+        ({"path": "checkpoints\\000003"}, 'path is "checkpoints'),
+        ({"path": "checkpoints/000003\n"}, r'path is "checkpoints/000003\\n"'),
+        ({"path": None}, "path is null, not a text"),
+        ({"path": ["checkpoints/000003"]}, r"path is \[.*\], not a text"),
+        ({"path": 3}, "path is 3, not a text"),
+        ({"name": "..", "path": "checkpoints/.."}, 'name is ".."'),
+        ({"name": ".", "path": "checkpoints/."}, 'name is "."'),
+        ({"name": "", "path": "checkpoints/"}, 'name is ""'),
+        ({"name": "a/b", "path": "checkpoints/a/b"}, 'name is "a/b"'),
+        ({"name": ".hidden", "path": "checkpoints/.hidden"}, 'name is ".hidden"'),
+        ({"name": "-rf", "path": "checkpoints/-rf"}, 'name is "-rf"'),
+        ({"name": "a b", "path": "checkpoints/a b"}, 'name is "a b"'),
+        ({"name": "\x1b[31m", "path": "checkpoints/\x1b[31m"}, r'name is "\\u001b\[31m"'),
+        ({"name": "n" * 129, "path": "checkpoints/" + "n" * 129}, 'name is "nnn'),
+        ({"name": 3, "path": "checkpoints/3"}, "name is 3, not a text"),
+        ({"step": "3"}, 'step is "3", not a whole number'),
+        ({"step": True}, "step is true, not a whole number"),
+        ({"step": 3.0}, "step is 3.0, not a whole number"),
+        ({"step": -1}, "step is -1, which cannot be"),
+        ({"step": 10**30}, "step is 1000.*, which cannot be"),
+        ({"epoch": None}, "epoch is null, not a whole number"),
+        ({"batch": {}}, r"batch is \{\}, not a whole number"),
+        ({"metric": 1, "value": 1.0}, "metric is 1, not a text"),
+        ({"metric": "test/nll", "value": "low"}, 'value is "low", not a number'),
+        ({"metric": "test/nll"}, "metric and value belong together"),
+        ({"is_extra": "yes"}, 'is_extra is "yes", not true or false'),
+        ({"owner": "me"}, '"owner" is no key of a checkpoint'),
+    ],
+)
+def test_a_record_that_is_no_checkpoint_of_the_run_is_refused_with_its_line_and_value(
+    tmp_path: Path, changes: dict, found: str
+) -> None:
+    write_records(tmp_path, RECORD, RECORD | {"name": "000003", **changes})
+    with pytest.raises(CheckpointError, match=f"{tmp_path}/checkpoints.jsonl, line 2: {found}"):
+        CheckpointLog(tmp_path, keep=1)
+    with pytest.raises(CheckpointError, match="line 2: "):
+        read_records(tmp_path / "checkpoints.jsonl")
+
+
+@pytest.mark.parametrize("row", [[], "final", 3, None, {}, {"name": "000003"}])
+def test_a_row_that_is_no_record_is_refused(tmp_path: Path, row: object) -> None:
+    write_records(tmp_path, row)
+    with pytest.raises(CheckpointError, match="line 1: .* Correct the line, or remove it."):
+        CheckpointLog(tmp_path)
+
+
+def test_nothing_outside_of_the_checkpoints_is_removed_whatever_is_recorded(tmp_path: Path) -> None:
+    precious = tmp_path / "precious"
+    (precious / "checkpoints").mkdir(parents=True)
+    (precious / "thesis.tex").touch()
+    run = tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    for path in (str(precious), "../precious", "checkpoints/../../precious"):
+        write_records(run, RECORD | {"path": path})
+        with pytest.raises(CheckpointError):
+            add(CheckpointLog(run, keep=1), run, 6)
+        assert (precious / "thesis.tex").exists()
+
+
+def test_of_a_checkpoint_that_is_a_link_the_link_alone_is_removed(tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "state.json").touch()
+    run = tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "checkpoints" / "000003").symlink_to(elsewhere)
+    write_records(run, RECORD)
+    add(CheckpointLog(run, keep=1), run, 6)
+    assert names_on_disk(run) == ["000006"]
+    assert (elsewhere / "state.json").exists()
+
+
+def test_a_folder_that_is_no_checkpoint_is_never_removed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    mine = tmp_path / "checkpoints" / "000003"
+    mine.mkdir(parents=True)
+    (mine / "thesis.tex").touch()
+    write_records(tmp_path, RECORD)
+    log = CheckpointLog(tmp_path, keep=1)
+    add(log, tmp_path, 6)
+    assert names_on_disk(tmp_path) == ["000003", "000006"]
+    assert (mine / "thesis.tex").exists()
+    assert "holds no state.json" in caplog.text

@@ -24,7 +24,7 @@ import yaml
 
 from cookbook import clusters, jsonl
 from cookbook.checkpoints import CheckpointLog
-from cookbook.errors import ConfigError
+from cookbook.errors import ConfigError, FileError
 from cookbook.sweeps import Plan, execution, make_plan, run_sweep, space
 from cookbook.sweeps.plan import PlannedRun
 from cookbook.sweeps.run_process import Progress, RunProcess
@@ -59,6 +59,16 @@ def test_a_grid_is_every_combination_with_every_seed(tmp_path: Path) -> None:
     assert settings == {(rate, rank, seed) for rate in (1e-3, 4e-3) for rank in (8, 32) for seed in (0, 1)}
     assert {run.config.max_steps for run in plan.runs} == {9}
     assert [run.folder for run in plan.runs] == [tmp_path / run.name for run in plan.runs]
+
+
+def test_a_run_of_a_sweep_is_not_written_through_a_link_in_its_folder(tmp_path: Path) -> None:
+    plan = make_plan([f"log_path={tmp_path / 'sweep'}", "lora_rank=1,2"])
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "sweep").mkdir()
+    (tmp_path / "sweep" / "lora_rank=2").symlink_to(tmp_path / "mine")
+    with pytest.raises(FileError, match="lora_rank=2 is a link to"):
+        run_sweep(plan, lambda *_: True)
+    assert list((tmp_path / "mine").iterdir()) == []
 
 
 def test_more_draws_than_there_are_points_are_all_the_points(tmp_path: Path) -> None:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import shutil
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cookbook import ServiceClient, embedded
@@ -214,3 +217,48 @@ def test_a_run_in_4_bits_says_what_it_is_merged_into(exporting: Exporting, run: 
     printed = " ".join(exporting("checkpoint=nf4", "to=out", "format=merged").split())
     assert "Trained on a base in 4 bits" in printed
     assert "trained on a base model in 4 bits" in Path("out/README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("umask", [0o077, 0o002])
+@pytest.mark.parametrize("format", ["adapter", "merged", "gguf"])
+def test_what_is_exported_has_the_modes_of_the_umask(exporting: Exporting, format: str, umask: int) -> None:
+    earlier = os.umask(umask)
+    try:
+        exporting("checkpoint=run", "to=out", f"format={format}")
+    finally:
+        os.umask(earlier)
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in Path("out").iterdir()}
+    assert len(modes) > 2
+    assert modes == dict.fromkeys(modes, 0o666 & ~umask)
+    assert stat.S_IMODE(Path("out").stat().st_mode) == 0o777 & ~umask
+
+
+def test_overwriting_an_export_leaves_folders_and_links_of_the_user_alone(exporting: Exporting) -> None:
+    Path("mine").mkdir()
+    Path("mine/notes.txt").write_text("dear", encoding="utf-8")
+    for place in ("tokenizer-data", "model-x.safetensors"):
+        Path("out").mkdir()
+        if place == "tokenizer-data":
+            shutil.copytree("mine", f"out/{place}")
+        else:
+            Path("out", place).symlink_to(Path("mine").absolute())
+        printed = exporting("checkpoint=run", "to=out", "overwrite=True", fails=True)
+        assert f"holds {place}, which no export wrote" in printed
+        assert Path("out", place, "notes.txt").exists()
+        shutil.rmtree("out")
+
+
+def test_an_index_of_a_base_model_that_names_a_file_elsewhere_is_refused(
+    exporting: Exporting, tmp_path: Path
+) -> None:
+    shutil.copytree(embedded.MODEL_PATH, "base")
+    elsewhere = tmp_path / "elsewhere.safetensors"
+    Path("base/model.safetensors").rename(elsewhere)
+    with safe_open(elsewhere, "pt") as file:
+        weights = list(file.keys())
+    for name in (str(elsewhere), "../elsewhere.safetensors", 3):
+        index = {"metadata": {}, "weight_map": dict.fromkeys(weights, name)}
+        Path("base/model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+        printed = exporting("checkpoint=run", "to=out", "format=merged", "base_model=base", fails=True)
+        assert f"lies in {name!r}, which is no file there" in printed
+        assert not Path("out").exists()

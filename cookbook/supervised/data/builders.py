@@ -13,7 +13,7 @@ import chz
 import numpy as np
 
 from cookbook.errors import ConfigError, DataError
-from cookbook.supervised.data import formats
+from cookbook.supervised.data import cache, formats
 from cookbook.supervised.data.conversation import Conversation
 from cookbook.supervised.data.mixing import StopWhen, check_weights
 from cookbook.supervised.data.rendered import (
@@ -128,6 +128,8 @@ class ConversationBuilder(ChatDatasetBuilder):
         return False if is_ours and self.test_size == 0 else None
 
     def __call__(self) -> tuple[SupervisedDataset, SupervisedDataset | None]:
+        if self.use_cache:
+            cache.remove_abandoned()
         sources = self.sources()
         check_weights(self.weights, len(sources))
         row_renderer = self._row_renderer()

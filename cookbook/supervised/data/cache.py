@@ -9,8 +9,9 @@ import os
 import time
 from pathlib import Path
 
-from cookbook import jsonl
+from cookbook import files
 
+RENDERED, FINGERPRINTS = "rendered", "fingerprints"
 _SETTLED_SECONDS = 2.0
 """A file system's clock is coarse: a file changed later than this may change again unseen."""
 
@@ -21,13 +22,17 @@ def cache_folder() -> Path:
     return Path(named).expanduser() if named else Path.home() / ".cookbook" / "cache"
 
 
+def remove_abandoned() -> None:
+    """Removes what killed runs left half written in the cache; what live ones are at work on stays."""
+    for name in (RENDERED, FINGERPRINTS):
+        files.remove_abandoned(cache_folder() / name, earlier=".*.*")
+
+
 def file_digest(path: Path) -> str:
     """A digest of a file's content, remembered for as long as its size and time of change stay."""
     path = path.resolve()
     before = _signature(path)
-    note = (
-        cache_folder() / "fingerprints" / f"{hashlib.blake2b(bytes(path), digest_size=16).hexdigest()}.json"
-    )
+    note = cache_folder() / FINGERPRINTS / f"{hashlib.blake2b(bytes(path), digest_size=16).hexdigest()}.json"
     known = _read_note(note)
     if known is not None and known[0] == before:
         return known[1]
@@ -37,8 +42,8 @@ def file_digest(path: Path) -> str:
     if is_settled and _signature(path) == before:
         values = {"path": str(path), "size": before[0], "mtime_ns": before[1], "digest": digest}
         with contextlib.suppress(OSError, UnicodeEncodeError):  # the next run computes it again
-            note.parent.mkdir(parents=True, exist_ok=True)
-            jsonl.write_atomically(note, json.dumps(values).encode())
+            files.make_folder(note.parent)
+            files.write(note, json.dumps(values))
     return digest
 
 
@@ -50,7 +55,7 @@ def _signature(path: Path) -> tuple[int, int]:
 def _read_note(note: Path) -> tuple[tuple[int, int], str] | None:
     """None for a note that is missing or damaged."""
     try:
-        values = json.loads(note.read_bytes())
+        values = json.loads(files.read(note))
         digest = values["digest"]
         return ((values["size"], values["mtime_ns"]), digest) if isinstance(digest, str) else None
     except (OSError, ValueError, TypeError, KeyError):

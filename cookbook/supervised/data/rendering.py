@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterable
@@ -15,10 +14,10 @@ from typing import Literal, TypeAlias
 import numpy as np
 
 import renderers
-from cookbook import notes
+from cookbook import files, notes
 from cookbook.errors import CookbookError, DataError, describe
 from cookbook.supervised.data import processes
-from cookbook.supervised.data.cache import cache_folder
+from cookbook.supervised.data.cache import RENDERED, cache_folder
 from cookbook.supervised.data.conversation import TEMPLATE_KWARGS, Conversation, join_assistants
 from cookbook.supervised.data.findings import count_findings
 from cookbook.supervised.data.sources import BadRow, Chunk, Row, Source
@@ -194,12 +193,12 @@ def render_source(
     fingerprint = row_renderer.fingerprint() if use_cache else None
     if fingerprint is None:
         return _render_to_temporary_folder(source, row_renderer, on_bad_row, num_proc)
-    path = cache_folder() / "rendered" / digest_of(source.name, source.fingerprint(), fingerprint)
+    path = cache_folder() / RENDERED / digest_of(source.name, source.fingerprint(), fingerprint)
     store = open_store(path, source.name)
     if store is None:
         try:
-            shutil.rmtree(path, ignore_errors=True)
-            path.parent.mkdir(parents=True, exist_ok=True)
+            files.make_folder(path.parent)
+            files.remove(path)
         except OSError as error:
             logger.warning("Rendered data cannot be kept for the next run: %s.", error)
             return _render_to_temporary_folder(source, row_renderer, on_bad_row, num_proc)

@@ -15,22 +15,21 @@ Shape suffixes: E examples, N rows, R runs, T tokens of one example.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
-import os
-import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from cookbook import files
 from cookbook.notes import Note
 
 TOKEN_DTYPE = np.dtype("<i4")
@@ -137,13 +136,13 @@ class StoreWriter:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _remove_abandoned(path)
-        self._folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-        self._lock = (self._folder / "lock").open("w", encoding="utf-8")
-        fcntl.flock(self._lock, fcntl.LOCK_EX)
-        self._tokens = (self._folder / "tokens.bin").open("wb")
-        self._places = (self._folder / "places.txt").open("w", encoding="utf-8", errors="surrogateescape")
+        files.make_folder(path.parent)
+        files.remove_abandoned(path.parent, path.name, earlier=f".{path.name}.*")
+        self._work = ExitStack()
+        self._folder = self._work.enter_context(files.writing_folder(path))
+        self._open_files = self._work.enter_context(ExitStack())
+        self._tokens = self._open_files.enter_context(files.replacing(self._folder / "tokens.bin"))
+        self._places = self._open_files.enter_context(files.replacing(self._folder / "places.txt"))
         self._digest = hashlib.blake2b(digest_size=16)
         self._blocks: list[Block] = []
         self.meta = StoreMeta()
@@ -152,7 +151,8 @@ class StoreWriter:
         tokens = block.tokens.tobytes()
         self._tokens.write(tokens)
         self._digest.update(tokens)
-        self._places.writelines(" ".join(place.split("\n")) + "\n" for place in block.places)
+        places = "".join(" ".join(place.split("\n")) + "\n" for place in block.places)
+        self._places.write(places.encode(errors="surrogateescape"))
         meta = self.meta
         meta.num_rows_read += len(block.places) + len(block.bad_rows) + block.num_filtered
         meta.num_filtered += block.num_filtered
@@ -169,13 +169,17 @@ class StoreWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if error is not None:
-            for file in (self._tokens, self._places, self._lock):
-                file.close()
-            shutil.rmtree(self._folder, ignore_errors=True)
+            self._work.__exit__(kind, error, trace)
             return
-        for file in (self._tokens, self._places):
-            _sync(file)
-            file.close()
+        try:
+            with self._work:
+                self._finish()
+        except OSError:  # somebody else was faster, with the same content
+            if not (self._path / "meta.json").is_file():
+                raise
+
+    def _finish(self) -> None:
+        self._open_files.close()
         blocks = self._blocks
         lengths = _join([b.example_lengths for b in blocks], np.dtype(np.int64), (0,))
         counts = _join([b.run_counts for b in blocks], np.dtype(np.int64), (0,))
@@ -185,40 +189,12 @@ class StoreWriter:
         self._save("run_weights", _join([b.run_weights for b in blocks], np.dtype(np.float32), (0,)))
         self._save("rows", _starts(per_row))
         self.meta.digest = self._digest.hexdigest()
-        with (self._folder / "meta.json").open("w", encoding="utf-8") as file:
-            json.dump(self.meta.to_json(), file)
-            _sync(file)
-        (self._folder / "lock").unlink()
-        self._lock.close()
-        try:
-            self._folder.rename(self._path)
-        except OSError:  # somebody else was faster, with the same content
-            shutil.rmtree(self._folder, ignore_errors=True)
-            if not (self._path / "meta.json").is_file():
-                raise
+        files.write(self._folder / "meta.json", json.dumps(self.meta.to_json()))
 
     def _save(self, name: str, array: np.ndarray) -> None:
-        with (self._folder / f"{name}.npy").open("wb") as file:
+        with files.replacing(self._folder / f"{name}.npy") as file:
             np.save(file, array)
-            _sync(file)
         self._digest.update(array.tobytes())
-
-
-def _sync(file: IO[Any]) -> None:
-    """A folder that is renamed into place has its files on disk, also after a power cut."""
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def _remove_abandoned(path: Path) -> None:
-    """Removes what a writer of this store left behind when it was killed."""
-    for folder in path.parent.glob(f".{path.name}.*"):
-        try:
-            with (folder / "lock").open("r+", encoding="utf-8") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(folder, ignore_errors=True)
-        except OSError:  # still being written, or just finished
-            continue
 
 
 def _starts(sizes: np.ndarray) -> np.ndarray:

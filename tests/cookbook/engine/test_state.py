@@ -431,3 +431,21 @@ def test_what_a_killed_process_left_half_written_is_cleared(base: BaseModel, sav
 
 def test_a_checkpoint_can_be_read_by_whoever_may_read_its_folder(saved: Path) -> None:
     assert len({file.stat().st_mode for file in saved.iterdir()}) == 1
+
+
+def test_a_folder_that_is_no_checkpoint_is_not_overwritten_by_one(tmp_path: Path) -> None:
+    (tmp_path / "src").mkdir()
+    (tmp_path / "src" / "thesis.tex").touch()
+
+    def write(folder: Path) -> None:
+        (folder / state.ADAPTER_CONFIG_FILE).touch()
+
+    info = state.StateInfo("some/model", LoraConfig(rank=1))
+    with pytest.raises(
+        CheckpointError, match="src is left as it is: it holds no state.json or adapter_config"
+    ):
+        state.save(tmp_path / "src", info, write, None, overwrite=True)
+    assert [path.name for path in tmp_path.rglob("*")] == ["src", "thesis.tex"]
+    for _ in range(2):
+        state.save(tmp_path / "mine", info, write, None, overwrite=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "src"]

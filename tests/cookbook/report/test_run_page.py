@@ -6,6 +6,8 @@ import html
 import http.server
 import json
 import math
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -15,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cookbook.errors import ConfigError, DataError
+from cookbook.errors import CheckpointError, ConfigError, DataError
 from cookbook.report import write_report
 
 MakeRun = Callable[..., Path]
@@ -442,3 +444,54 @@ def test_a_page_of_very_many_metrics_and_checkpoints_shows_a_part_and_says_so(ma
         True, False, True,
     ]  # fmt: skip
     assert len(text) < 1_500_000
+
+
+WRITER = """
+import sys
+from cookbook.report import write_report
+print("ready", flush=True)
+sys.stdin.readline()
+for _ in range(40):
+    write_report(sys.argv[1], with_curves=False)
+"""
+
+
+def test_a_page_that_two_processes_write_is_written_by_both(make_run: MakeRun) -> None:
+    """As a run does, and `recipes.report` meanwhile: 80 pages, none of which fails or is torn."""
+    run = make_run(num_steps=5)
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    writers = [
+        subprocess.Popen([sys.executable, "-c", WRITER, str(run)], text=True, **pipes)  # type: ignore[call-overload]
+        for _ in range(2)
+    ]
+    for writer in writers:
+        assert writer.stdout.readline() == "ready\n"
+    for writer in writers:
+        writer.stdin.write("go\n")
+        writer.stdin.flush()
+    while any(writer.poll() is None for writer in writers):
+        if (run / "report.html").exists():
+            assert (run / "report.html").read_text(encoding="utf-8").rstrip().endswith("</html>")
+    for writer in writers:
+        assert writer.wait() == 0, writer.stderr.read()
+    assert not [path.name for path in run.iterdir() if path.name.startswith(".")]
+
+
+def test_looking_at_a_run_writes_through_no_link(make_run: MakeRun, tmp_path: Path) -> None:
+    victim = tmp_path / "victim"
+    victim.write_text("dear to its user", encoding="utf-8")
+    run = make_run(num_steps=5)
+    names = ("report.html", "curves.png", ".report.html.writing", ".curves.png.writing")
+    for name in names:
+        (run / name).symlink_to(victim)
+    write_report(run)
+    assert victim.read_text(encoding="utf-8") == "dear to its user"
+    assert [(run / name).is_symlink() for name in names] == [False, False, True, True]
+
+
+def test_a_page_is_not_made_of_checkpoints_elsewhere(make_run: MakeRun) -> None:
+    run = make_run(num_steps=5)
+    record = {"name": "final", "path": "../../other", "step": 5, "epoch": 0, "batch": 5}
+    (run / "checkpoints.jsonl").write_text(json.dumps(record) + "\n", encoding="utf-8")
+    with pytest.raises(CheckpointError, match=r'checkpoints.jsonl, line 1: path is "../../other"'):
+        write_report(run)

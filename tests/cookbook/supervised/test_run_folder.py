@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from cookbook.errors import ConfigError
-from cookbook.supervised.run_folder import RunFolder
+from cookbook import jsonl
+from cookbook.errors import ConfigError, FileError
+from cookbook.supervised.run_folder import RUN_FILES, RunFolder
 
 CONFIG = {
     "_type": "cookbook.supervised.train:Config",
@@ -109,3 +111,95 @@ def test_a_path_that_is_a_file_or_cannot_be_written_is_refused(tmp_path: Path) -
         RunFolder(str(tmp_path / "file"), CONFIG, "resume")
     with pytest.raises(ConfigError, match="cannot be written"):
         RunFolder(str(tmp_path / "file" / "run"), CONFIG, "resume")
+
+
+# -- a folder that somebody else filled ---------------------------------------------------------
+
+
+@pytest.fixture
+def victim(tmp_path: Path) -> Path:
+    path = tmp_path / "victim"
+    path.write_text("dear to its user", encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("name", [*RUN_FILES, ".lock", "checkpoints/000001", "checkpoints/sampler"])
+@pytest.mark.parametrize("begun", [True, False])
+def test_a_link_in_the_folder_of_a_run_is_refused_by_its_name(
+    tmp_path: Path, victim: Path, name: str, begun: bool
+) -> None:
+    run, outside = tmp_path / "run", tmp_path / "outside"
+    outside.mkdir()
+    if begun:
+        with RunFolder(str(run), CONFIG, "resume"):
+            take_a_step(run)
+    (run / name).parent.mkdir(parents=True, exist_ok=True)
+    (run / name).unlink(missing_ok=True)
+    if name == "config.json":
+        victim.write_text(json.dumps(CONFIG), encoding="utf-8")
+    content = victim.read_bytes()
+    (run / name).symlink_to(victim if "." in name else outside)
+    with pytest.raises(FileError, match=f"{run / name} is a link to .* nothing is written through a link"):
+        RunFolder(str(run), CONFIG, "resume")
+    assert victim.read_bytes() == content
+    assert list(outside.iterdir()) == []
+
+
+def test_files_of_earlier_fixed_names_that_are_links_are_not_followed(tmp_path: Path, victim: Path) -> None:
+    run = tmp_path / "run"
+    with RunFolder(str(run), CONFIG, "resume"):
+        take_a_step(run)
+    for name in (".config.json.writing", ".data.json.writing", ".metrics.jsonl.writing", ".writable"):
+        (run / name).symlink_to(victim)
+    before = victim.stat().st_mtime_ns
+    with RunFolder(str(run), CONFIG, "resume") as folder:
+        folder.record_config(0, ended_by_patience=False)
+        folder.write_data_report(None, 1, [])
+        jsonl.rewrite(run / "metrics.jsonl", [{"step": 0}])
+    assert victim.read_text(encoding="utf-8") == "dear to its user"
+    assert victim.stat().st_mtime_ns == before
+
+
+def test_the_folder_of_a_run_may_itself_be_a_link(tmp_path: Path) -> None:
+    (tmp_path / "scratch").mkdir()
+    (tmp_path / "run").symlink_to(tmp_path / "scratch")
+    with RunFolder(str(tmp_path / "run"), CONFIG, "resume"):
+        assert (tmp_path / "scratch" / "config.json").exists()
+
+
+def test_delete_removes_links_and_nothing_behind_them(tmp_path: Path, victim: Path) -> None:
+    run, outside = tmp_path / "run", tmp_path / "outside"
+    (outside / "final").mkdir(parents=True)
+    with RunFolder(str(run), CONFIG, "resume"):
+        take_a_step(run)
+    (run / "checkpoints").symlink_to(outside)
+    (run / "report.html").symlink_to(victim)
+    (run / "ranks").mkdir()
+    (run / "ranks" / "1.log").symlink_to(victim)
+    with RunFolder(str(run), CONFIG, "delete"):
+        pass
+    assert sorted(path.name for path in run.iterdir()) == [".lock", "config.json"]
+    assert victim.read_text(encoding="utf-8") == "dear to its user"
+    assert (outside / "final").is_dir()
+
+
+def test_a_pipe_in_place_of_a_file_is_refused_and_waited_for_by_nobody(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    for name in ("config.json", ".lock", "checkpoints.jsonl"):
+        with RunFolder(str(run), CONFIG, "delete"):
+            take_a_step(run)
+        (run / name).unlink(missing_ok=True)
+        os.mkfifo(run / name)
+        with pytest.raises((ConfigError, FileError)):
+            RunFolder(str(run), CONFIG | {"learning_rate": 2.0}, "resume")
+        (run / name).unlink()
+        (run / "config.json").unlink(missing_ok=True)
+
+
+def test_what_a_killed_run_left_half_written_goes_at_the_next_start(tmp_path: Path) -> None:
+    script = "import os, sys; from pathlib import Path; from cookbook import files\n"
+    script += "with files.replacing(Path(sys.argv[1])) as file: os.kill(os.getpid(), 9)"
+    subprocess.run([sys.executable, "-c", script, str(tmp_path / "metrics.jsonl")], check=False)
+    (abandoned,) = tmp_path.iterdir()
+    with RunFolder(str(tmp_path), CONFIG, "resume"):
+        assert not abandoned.exists()

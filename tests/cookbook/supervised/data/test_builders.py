@@ -13,7 +13,7 @@ import datasets
 import numpy as np
 import pytest
 
-from cookbook import models, notes
+from cookbook import files, models, notes
 from cookbook.errors import ConfigError, DataError
 from cookbook.notes import Note
 from cookbook.supervised.data import (
@@ -673,3 +673,24 @@ def test_rows_of_a_function_of_the_users_are_counted_once() -> None:
         dataset.set_epoch(epoch)
         dataset.get_batch(0)
     assert dataset.notes() == {Note("row", "were seen"): 2}
+
+
+def test_what_killed_runs_left_in_the_cache_goes_at_any_start_and_what_live_ones_do_stays(
+    tmp_path: Path, tiny_qwen3: str, chats: list, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of other data than this run's, also where its own are rendered already, and of an earlier version."""
+    monkeypatch.setenv("COOKBOOK_CACHE", str(tmp_path / "cache"))
+    path = write_rows(tmp_path / "chats.jsonl", [{"messages": messages} for messages in chats])
+    rendered = tmp_path / "cache" / "rendered"
+    with files.temporary_folder(rendered / ("a" * 32)) as live:
+        *parts, _, number = live.name.split("-")
+        killed = live.with_name("-".join([*parts, "1", number]))  # the number of a process is used again
+        for folder in (killed, rendered / f".{'b' * 32}.k1ll3d"):
+            folder.mkdir()
+            (folder / "lock").touch()
+            (folder / "tokens.bin").write_bytes(b"half")
+        for _ in range(2):
+            make_builder(path, tiny_qwen3)()
+            hidden = [found for found in rendered.iterdir() if found.name.startswith(".")]
+            assert hidden == [live]
+            killed.mkdir()

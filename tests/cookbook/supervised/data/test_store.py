@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import stat
 import tempfile
 from collections import Counter
 from pathlib import Path
@@ -115,3 +117,14 @@ def test_places_may_have_any_name(tmp_path: Path) -> None:
         example = Example(np.asarray([1, 2], np.int32), np.asarray([0, 1], np.float32))
         writer.append(make_block([("row 0 of a\nb\udcff", [example]), ("row 1", [example])], [], 0))
     assert ExampleStore(tmp_path / "store", "some").place_of_row(1) == "row 1"
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+def test_a_store_can_be_read_by_whom_the_umask_allows(tmp_path: Path, umask: int) -> None:
+    earlier = os.umask(umask)
+    try:
+        write(tmp_path / "cache" / "store", [[Example(np.asarray([1], np.int32), np.ones(1, np.float32))]], 1)
+    finally:
+        os.umask(earlier)
+    for path in (tmp_path / "cache").rglob("*"):
+        assert stat.S_IMODE(path.stat().st_mode) == (0o777 if path.is_dir() else 0o666) & ~umask, path

@@ -1,0 +1,344 @@
+"""The one way in which files are written and removed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from cookbook import files, jsonl
+from cookbook.errors import FileError
+
+
+@pytest.fixture(params=[0o022, 0o002, 0o077])
+def umask(request: pytest.FixtureRequest) -> Iterator[int]:
+    earlier = os.umask(request.param)
+    yield request.param
+    os.umask(earlier)
+
+
+def mode_of(path: Path) -> int:
+    return stat.S_IMODE(path.lstat().st_mode)
+
+
+def names_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.fixture
+def victim(tmp_path: Path) -> Path:
+    """A file of the user's, outside of the folder that somebody filled with links to it."""
+    path = tmp_path / "victim"
+    path.write_text("dear to its user", encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    return folder
+
+
+# -- files ------------------------------------------------------------------------------------
+
+
+def test_a_link_is_replaced_and_what_it_leads_to_stays(folder: Path, victim: Path) -> None:
+    for target in (victim, folder.parent / "missing", folder):
+        (folder / "page").symlink_to(target)
+        files.write(folder / "page", "new")
+        assert not (folder / "page").is_symlink()
+        assert (folder / "page").read_bytes() == b"new"
+        (folder / "page").unlink()
+    assert victim.read_text(encoding="utf-8") == "dear to its user"
+    assert not (folder.parent / "missing").exists()
+
+
+def test_another_name_of_a_file_is_replaced_and_the_first_stays(folder: Path, victim: Path) -> None:
+    (folder / "page").hardlink_to(victim)
+    files.write(folder / "page", "new")
+    assert victim.read_text(encoding="utf-8") == "dear to its user"
+
+
+def test_a_device_or_a_pipe_is_not_replaced(folder: Path) -> None:
+    os.mkfifo(folder / "pipe")
+    (folder / "null").symlink_to("/dev/null")
+    for name in ("pipe", "null"):
+        with pytest.raises(FileError, match=f"Cannot write {folder / name}: it is a (pipe|device)"):
+            files.write(folder / name, "new")
+    assert names_in(folder) == ["null", "pipe"]
+
+
+def test_a_write_that_fails_leaves_the_file_as_it_was_and_nothing_beside_it(folder: Path) -> None:
+    files.write(folder / "page", "old")
+
+    def fill() -> None:
+        with files.replacing(folder / "page") as file:
+            file.write(b"half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fill()
+    assert names_in(folder) == ["page"]
+    assert (folder / "page").read_bytes() == b"old"
+
+
+def test_the_name_of_a_file_may_have_all_the_bytes_a_name_can_have(folder: Path) -> None:
+    for name in ("n" * 255, "é" * 127):
+        files.write(folder / name, "text")
+        assert (folder / name).read_bytes() == b"text"
+
+
+def test_files_and_folders_have_the_modes_of_the_umask(folder: Path, umask: int) -> None:
+    files.write(folder / "written", "text")
+    files.appending(folder / "appended").close()
+    files.locked(folder / "lock").close()
+    with files.writing_folder(folder / "made") as made:
+        (made / "inner").mkdir(mode=0o700)
+        for path in (made / "of a library", made / "inner" / "of a library"):
+            path.touch(mode=0o600)
+    for path in folder.rglob("*"):
+        assert mode_of(path) == (0o777 if path.is_dir() else 0o666) & ~umask, path
+
+
+def test_nothing_is_appended_through_a_link(folder: Path, victim: Path) -> None:
+    (folder / "link").symlink_to(victim)
+    (folder / "dangling").symlink_to(folder.parent / "missing")
+    for name, target in (("link", victim), ("dangling", folder.parent / "missing")):
+        with pytest.raises(FileError) as refused:
+            jsonl.append(folder / name, {"step": 1})
+        assert f"{folder / name} is a link to {str(target)!r}" in str(refused.value)
+        with pytest.raises(FileError, match="is a link to"):
+            files.locked(folder / name)
+    assert victim.read_text(encoding="utf-8") == "dear to its user"
+    assert not (folder.parent / "missing").exists()
+
+
+def test_nothing_is_appended_to_a_file_that_has_another_name(folder: Path, victim: Path) -> None:
+    (folder / "rows").hardlink_to(victim)
+    with pytest.raises(FileError, match=r"one of 2 names of a file \(hard links\)"):
+        files.appending(folder / "rows")
+
+
+def test_a_pipe_a_device_or_a_folder_is_neither_appended_to_nor_read(folder: Path) -> None:
+    """Opened in the plain way a pipe waits for ever, and /dev/zero has no end."""
+    os.mkfifo(folder / "pipe")
+    (folder / "inner").mkdir()
+    (folder / "zero").symlink_to("/dev/zero")
+    for name in ("pipe", "inner"):
+        for refusing in (files.appending, files.locked, files.read):
+            with pytest.raises(FileError, match="it is a (pipe|folder), not a file"):
+                refusing(folder / name)
+    with pytest.raises(FileError, match="it is a device, not a file"):
+        jsonl.read(folder / "zero")
+
+
+def test_a_file_is_read_through_a_link(folder: Path, victim: Path) -> None:
+    (folder / "link").symlink_to(victim)
+    assert files.read(folder / "link") == b"dear to its user"
+
+
+def test_a_lock_keeps_others_out_and_leaves_the_file_as_it_is(folder: Path) -> None:
+    (folder / "lock").write_text("kept", encoding="utf-8")
+    with files.locked(folder / "lock"), pytest.raises(BlockingIOError):
+        files.locked(folder / "lock")
+    files.locked(folder / "lock").close()
+    assert (folder / "lock").read_text(encoding="utf-8") == "kept"
+
+
+WRITER = """
+import sys
+from pathlib import Path
+from cookbook import files
+print("ready", flush=True)
+sys.stdin.readline()
+for number in range(400):
+    files.write(Path(sys.argv[1]), sys.argv[2] * 200_000)
+"""
+
+
+def test_two_processes_that_write_one_file_never_collide(folder: Path) -> None:
+    page = folder / "page"
+    writers = [
+        subprocess.Popen(
+            [sys.executable, "-c", WRITER, str(page), letter],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for letter in "ab"
+    ]  # fmt: skip
+    for writer in writers:
+        assert writer.stdout is not None
+        assert writer.stdout.readline() == "ready\n"
+    for writer in writers:
+        assert writer.stdin is not None
+        writer.stdin.write("go\n")
+        writer.stdin.flush()
+    while any(writer.poll() is None for writer in writers):
+        files.remove_abandoned(folder)  # as a run that starts meanwhile
+        if page.exists():
+            assert page.read_bytes() in (b"a" * 200_000, b"b" * 200_000)
+    for writer in writers:
+        assert writer.wait() == 0, writer.stderr.read() if writer.stderr else ""
+    assert names_in(folder) == ["page"]
+
+
+# -- folders ----------------------------------------------------------------------------------
+
+
+def test_a_folder_appears_whole_or_not_at_all(folder: Path) -> None:
+    def fill(content: str, fails: bool, replace: bool) -> None:
+        with files.writing_folder(folder / "made", replace=replace, sync=True) as made:
+            (made / "file").write_text(content, encoding="utf-8")
+            if fails:
+                raise OSError("the disk is full")
+
+    with pytest.raises(OSError, match="the disk is full"):
+        fill("first", fails=True, replace=False)
+    assert names_in(folder) == []
+    fill("second", fails=False, replace=False)
+    with pytest.raises(OSError, match="not empty"):
+        fill("third", fails=False, replace=False)
+    with pytest.raises(OSError, match="the disk is full"):
+        fill("fourth", fails=True, replace=True)
+    assert (folder / "made" / "file").read_text(encoding="utf-8") == "second"
+    fill("fifth", fails=False, replace=True)
+    assert (folder / "made" / "file").read_text(encoding="utf-8") == "fifth"
+    assert names_in(folder) == ["made"]
+
+
+def test_removing_follows_no_link(folder: Path, victim: Path) -> None:
+    outside = folder.parent / "outside"
+    outside.mkdir()
+    (outside / "file").write_text("dear", encoding="utf-8")
+    (folder / "to a folder").symlink_to(outside)
+    (folder / "to a file").symlink_to(victim)
+    (folder / "inner").mkdir()
+    (folder / "inner" / "to a folder").symlink_to(outside)
+    for name in (*names_in(folder), "missing"):
+        files.remove(folder / name)
+    assert names_in(folder) == []
+    assert victim.exists()
+    assert (outside / "file").read_text(encoding="utf-8") == "dear"
+
+
+def test_a_folder_that_does_not_hold_what_it_should_is_neither_removed_nor_replaced(folder: Path) -> None:
+    (folder / "mine").mkdir()
+    (folder / "mine" / "notes").touch()
+    with pytest.raises(FileError, match=r"mine is left as it is: it holds no state.json"):
+        files.remove(folder / "mine", must_hold=["state.json"])
+    with (
+        pytest.raises(FileError, match=r"it holds no state.json"),
+        files.writing_folder(folder / "mine", replace=True, must_hold=["state.json"]),
+    ):
+        pass
+    assert names_in(folder / "mine") == ["notes"]
+    (folder / "mine" / "state.json").touch()
+    files.remove(folder / "mine", must_hold=["state.json"])
+    assert names_in(folder) == []
+
+
+def test_no_folder_is_made_where_a_link_is(folder: Path) -> None:
+    (folder / "link").symlink_to(folder.parent)
+    with pytest.raises(FileError, match="is a link to"):
+        files.make_folder(folder / "link")
+    assert files.make_folder(folder / "link", may_be_link=True) == folder / "link"
+
+
+# -- what killed processes leave --------------------------------------------------------------
+
+WORKERS = {
+    "file": "with files.replacing(path) as file:\n    file.write(b'half')\n    wait()",
+    "folder": "with files.writing_folder(path) as made:\n    (made / 'file').touch()\n    wait()",
+    "temporary": "with files.temporary_folder(path) as made:\n    (made / 'file').touch()\n    wait()",
+}
+WAIT = """
+import sys, time
+from pathlib import Path
+from cookbook import files
+path = Path(sys.argv[1])
+def wait():
+    print("working", flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("kind", WORKERS)
+def test_what_a_live_process_is_at_work_on_stays_and_what_a_killed_one_left_goes(
+    folder: Path, kind: str
+) -> None:
+    command = [sys.executable, "-c", WAIT + WORKERS[kind], str(folder / "made")]
+    worker = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        assert worker.stdout is not None
+        assert worker.stdout.readline() == "working\n"
+        files.remove_abandoned(folder)
+        assert len(names_in(folder)) == 1
+    finally:
+        worker.send_signal(signal.SIGKILL)
+        worker.wait()
+    files.remove_abandoned(folder, "other")
+    assert len(names_in(folder)) == 1
+    files.remove_abandoned(folder)
+    assert names_in(folder) == []
+
+
+def name_of_killed(folder: Path, name: str, what: str = "writing") -> str:
+    """As a process left it that is no more, and whose number another one has now: this one."""
+    with files.temporary_folder(folder / name) as temporary:
+        parts = temporary.name.replace(".writing-", f".{what}-").split("-")
+    return "-".join([*parts[:-2], "1", parts[-1]])
+
+
+def test_what_was_about_to_be_replaced_is_put_back(folder: Path) -> None:
+    """As a kill between the two renames leaves it, and a kill right after them."""
+    for is_replaced in (False, True):
+        (folder / "made").mkdir()
+        (folder / "made" / "old").touch()
+        (folder / "made").rename(folder / name_of_killed(folder, "made", "replaced"))
+        if is_replaced:
+            (folder / "made").mkdir()
+        files.remove_abandoned(folder)
+        assert names_in(folder) == ["made"]
+        assert names_in(folder / "made") == ([] if is_replaced else ["old"])
+        files.remove(folder / "made")
+
+
+def test_a_folder_that_was_half_removed_is_removed(folder: Path) -> None:
+    half = folder / name_of_killed(folder, "made", "removing")
+    half.mkdir()
+    (half / "file").touch()
+    files.remove_abandoned(folder)
+    assert names_in(folder) == []
+
+
+def test_what_another_machine_changed_within_a_day_stays(folder: Path) -> None:
+    """Whether its process lives cannot be seen from here."""
+    machine, process, start, number = name_of_killed(folder, "made").split("-")[-4:]
+    work = folder / f".made.writing-{'0' * 8}-{process}-{start}-{number}"
+    assert machine != "0" * 8
+    work.mkdir()
+    (work / "file").touch()
+    files.remove_abandoned(folder)
+    assert names_in(folder) == [work.name]
+    for path in (work / "file", work):
+        os.utime(path, (time.time() - 2 * 86_400,) * 2)
+    files.remove_abandoned(folder)
+    assert names_in(folder) == []
+
+
+def test_no_other_hidden_file_or_folder_is_taken_for_abandoned(folder: Path, victim: Path) -> None:
+    for name in (".git", ".made.writing-mine", "made.writing-00000000-0000000000000000"):
+        (folder / name).mkdir()
+        (folder / name / "lock").touch()
+    (folder / name_of_killed(folder, "made")).symlink_to(victim.parent)
+    before = names_in(folder)
+    files.remove_abandoned(folder)
+    assert names_in(folder) == before
+    assert victim.exists()

@@ -1,0 +1,144 @@
+"""Files are written, renamed and removed by `cookbook.files` alone; any other way is listed here."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FOLDERS = ("cookbook", "renderers", "recipes")
+THE_MODULE = "cookbook/files.py"
+
+EXCEPTIONS = {
+    "cookbook/consoles.py": {"os.open(os.devnull, os.O_WRONLY)"},
+    "cookbook/clusters.py": {  # Ray's token and its folder are this user's alone, whatever the umask is
+        "file.parent.mkdir(mode=448, parents=True, exist_ok=True)",
+        "tempfile.mkstemp(dir=file.parent, prefix=f'.{file.name}-')",
+        "open(descriptor, 'w', encoding='utf-8')",
+        "os.link(unfinished, file)",
+        "os.unlink(unfinished)",
+        "file.chmod(384)",
+        "tempfile.mkdtemp(prefix=prefix, dir=base)",
+    },
+    "cookbook/supervised/data/store.py": {"np.save(file, array)"},  # a file of `files.replacing`
+    "cookbook/checkpoints.py": {  # a second name for a checkpoint's files, in a folder of `writing_folder`
+        "os.link(source, target)",
+        "shutil.copy2(source, target)",
+        "shutil.copytree(folder, unfinished, copy_function=link, dirs_exist_ok=True)",
+    },
+}
+"""Calls that write nothing that is kept, or into a folder that is not in its place yet."""
+
+IN_NEW_FOLDERS = {
+    "cookbook/engine/adapters.py", "cookbook/engine/full_weights.py", "cookbook/engine/state.py",
+    "cookbook/export/chat_format.py", "cookbook/export/merged_folder.py",
+    "cookbook/embedded/pretrain.py",  # the developer's own tool
+}  # fmt: skip
+"""Where a library writes by itself: into a folder of `files.writing_folder`."""
+
+MODULES = {
+    "os": {
+        "chmod", "fdopen", "link", "makedirs", "mkdir", "open", "remove", "removedirs", "rename", "renames",
+        "replace", "rmdir", "symlink", "truncate", "unlink",
+    },
+    "shutil": {"copy", "copy2", "copyfile", "copymode", "copytree", "move", "rmtree"},
+    "fcntl": {"flock", "lockf"},
+    "np": {"save", "savez", "savetxt"},
+    "torch": {"save"},
+    "logging": {"FileHandler"},
+}  # fmt: skip
+METHODS = {
+    "chmod", "hardlink_to", "mkdir", "rename", "rmdir", "symlink_to", "touch", "unlink", "write_bytes",
+    "write_text", "FileHandler",
+}  # fmt: skip
+LIBRARIES = {"save_file", "save_pretrained", "to_csv", "to_parquet", "write_parquet", "sink_parquet"}
+TEMPORARY = {"NamedTemporaryFile", "TemporaryDirectory", "mkdtemp", "mkstemp"}
+
+
+def direct_writes(code: str) -> Iterator[ast.Call]:
+    """The calls that write, rename or remove what another path may lead to."""
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.Call) and _is_direct(node):
+            yield node
+
+
+def _name(call: ast.Call) -> str:
+    function = call.func
+    return function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
+
+
+def _is_direct(call: ast.Call) -> bool:
+    function, name = call.func, _name(call)
+    owner = ast.unparse(function.value) if isinstance(function, ast.Attribute) else ""
+    if owner == "files":
+        return False
+    if owner in MODULES:
+        return name in MODULES[owner]
+    if name == "open":
+        position = 0 if owner else 1
+        named = [keyword.value for keyword in call.keywords if keyword.arg == "mode"]
+        modes = [*named, *call.args[position : position + 1]]
+        return any(_writes(mode) for mode in modes)
+    if name in TEMPORARY:  # those of the system's own folder for them are exclusive and private
+        return name == "NamedTemporaryFile" or any(keyword.arg == "dir" for keyword in call.keywords)
+    if name == "replace":  # Path.replace takes one argument, str.replace two, chz.replace keywords
+        is_of_path = len(call.args) == 1 and not isinstance(call.args[0], ast.Starred)
+        return bool(owner) and is_of_path and not call.keywords
+    return (bool(owner) and name in METHODS) or name in LIBRARIES
+
+
+def _writes(mode: ast.expr) -> bool:
+    text = str(mode.value) if isinstance(mode, ast.Constant) else ""
+    return set(text) <= set("rwxabt+") and bool(set(text) & set("wxa+"))
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_no_file_is_written_or_removed_but_by_the_one_module(folder: str) -> None:
+    found = []
+    for path in sorted((ROOT / folder).rglob("*.py")):
+        place = path.relative_to(ROOT).as_posix()
+        for call in direct_writes(path.read_text(encoding="utf-8")) if place != THE_MODULE else ():
+            text = ast.unparse(call)
+            by_library = place in IN_NEW_FOLDERS and _name(call) in LIBRARIES
+            if not by_library and text not in EXCEPTIONS.get(place, ()):
+                found.append(f"{place}:{call.lineno}: {text}")
+    assert not found, "\n".join(found)
+
+
+def test_every_exception_is_about_something() -> None:
+    for place, texts in EXCEPTIONS.items():
+        calls = direct_writes((ROOT / place).read_text(encoding="utf-8"))
+        assert texts <= {ast.unparse(call) for call in calls}
+    for place in IN_NEW_FOLDERS:
+        assert list(direct_writes((ROOT / place).read_text(encoding="utf-8"))), place
+
+
+@pytest.mark.parametrize(
+    ("code", "is_found"),
+    [
+        ("open(path, 'w')", True),
+        ("open(path, mode='ab')", True),
+        ("path.open('r+')", True),
+        ("path.open('rb')", False),
+        ("open(path)", False),
+        ("path.write_text(text)", True),
+        ("path.unlink()", True),
+        ("path.replace(other)", True),
+        ("text.replace('a', 'b')", False),
+        ("chz.replace(config, log_path=path)", False),
+        ("os.replace(a, b)", True),
+        ("os.open(path, os.O_RDONLY)", True),
+        ("shutil.rmtree(path)", True),
+        ("shutil.which('ray')", False),
+        ("files.rename(a, b)", False),
+        ("tempfile.mkdtemp(prefix='ray-')", False),
+        ("tempfile.mkdtemp(dir=folder)", True),
+        ("logging.FileHandler(path)", True),
+        ("model.save_pretrained(folder)", True),
+    ],
+)
+def test_the_check_tells_writing_from_reading(code: str, is_found: bool) -> None:
+    assert bool(list(direct_writes(code))) == is_found
