@@ -32,6 +32,7 @@ class QuickSandbox(ImmutableSandboxedEnvironment):
     code_generator_class = limits.LimitedCodeGenerator
     context_class = limits.RunContext
     concat = staticmethod(limits.concat)  # type: ignore[assignment]
+    source: str
     num_timeouts: int
     """The runs that were ended for their time."""
 
@@ -59,15 +60,16 @@ class QuickSandbox(ImmutableSandboxedEnvironment):
         return super().getattr(obj, attribute)
 
 
-def sandbox_like_theirs(kind: type[QuickSandbox]) -> QuickSandbox:
-    """A sandbox of this kind with all that transformers gives the template, but for the date."""
+def sandbox_like_theirs(source: str, kind: type[QuickSandbox]) -> QuickSandbox:
+    """A sandbox of this kind with all that transformers gives the template, but for the date. An error quotes
+    the line of the source that was at work."""
     from transformers.utils.chat_template_utils import _compile_jinja_template
 
     theirs = _compile_jinja_template("").environment  # to compile it there would compute its constants
     sandbox = kind.__new__(kind)
     vars(sandbox).update(vars(theirs))
     sandbox.optimized = False
-    sandbox.num_timeouts = 0
+    sandbox.source, sandbox.num_timeouts = source, 0
     sandbox.filters = {name: limits.limited_filter(name, found) for name, found in theirs.filters.items()}
     sandbox.globals = {**theirs.globals, "strftime_now": TODAY.strftime}
     sandbox.extensions = {name: extension.bind(sandbox) for name, extension in theirs.extensions.items()}
@@ -78,7 +80,7 @@ def sandbox_like_theirs(kind: type[QuickSandbox]) -> QuickSandbox:
 def compiled(source: str) -> jinja2.Template:
     """The template in a sandbox like transformers' own."""
     try:
-        template = sandbox_like_theirs(QuickSandbox).from_string(source)
+        template = sandbox_like_theirs(source, QuickSandbox).from_string(source)
     except (RecursionError, MemoryError, SyntaxError) as error:  # of Python's compiler, for what jinja makes of it
         raise RendererError(f"The chat template cannot be compiled: it is nested too deeply ({error}).") from error
     template.globals = dict(template.globals)  # quicker to look up than jinja's chain of dicts

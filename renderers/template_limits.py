@@ -149,7 +149,8 @@ def counted(value: Any) -> Any:
 
 def _refuse(what: str) -> NoReturn:
     raise TemplateLimitError(
-        f"{what}{_place()}. Such a template loops or doubles a text; take one that does not."
+        f"{what}{_place()}. A template that loops or doubles a text is not run to its end; give another "
+        "one, or correct this."
     )
 
 
@@ -159,7 +160,9 @@ def _place() -> str:
     while frame is not None:
         template = frame.f_globals.get("__jinja_template__")
         if template is not None:
-            return f" (at line {template.get_corresponding_lineno(frame.f_lineno)} of the template)"
+            number = template.get_corresponding_lineno(frame.f_lineno)
+            line = template.environment.source.splitlines()[number - 1].strip()
+            return f" in line {number} of the template: {line[:80]!r}"
         frame = frame.f_back
     return ""
 

@@ -141,7 +141,7 @@ class Traces:
 
     @functools.cached_property
     def _template(self) -> jinja2.Template:
-        sandbox = sandbox_like_theirs(_TracingSandbox)
+        sandbox = sandbox_like_theirs(self._source, _TracingSandbox)
         sandbox.filters = {name: _guarded_filter(name, found) for name, found in sandbox.filters.items()}
         tests: dict[str, Any] = sandbox.tests
         sandbox.tests = {name: _guarded_test(name, found) for name, found in tests.items()}
