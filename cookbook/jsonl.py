@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cookbook.errors import DataError
+from cookbook.lines import limited_lines, max_line_bytes, why_too_long
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -19,10 +20,17 @@ def read(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     rows = []
-    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
+    most_bytes = max_line_bytes()
+    with path.open("rb") as file:
+        lines = list(limited_lines(file, most_bytes))
+    if lines and lines[-1] is not None and not lines[-1].endswith(b"\n"):
+        del lines[-1]
+    for number, line in enumerate(lines, 1):
+        if line is None:
+            raise DataError(f"line {number} of {path} {why_too_long(most_bytes)}")
         try:
             rows.append(json.loads(line))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(
                 f"line {number} of {path} is damaged: {error}. "
                 f"Remove that line and those after it; a resumed run measures them again."

@@ -146,7 +146,7 @@ def test_a_renderer_says_which_limit_a_template_met(
     monkeypatch.setattr(template_limits, "LEAST_SECONDS", 0.02)
     tokenizer = copy.deepcopy(tiny_tokenizer)
     tokenizer.chat_template = (
-        "{% for message in messages %}{{ message.role + message.content }}\n"
+        "{% for message in messages %}{{ '<|im_start|>' + message.role + message.content + '<|im_end|>' }}\n"
         "{% if message.content == 'bomb' %}{{ 'a' * 10**10 }}{% endif %}{% endfor %}"
     )
     renderer = get_renderer("chat_template", tokenizer)

@@ -81,7 +81,10 @@ class RowRenderer:
                 raise DataError(f"conversations_of raised {type(error).__name__}: {error}") from error
             if not conversations:
                 return None
-            examples = list(chain.from_iterable(map(self._examples_of, conversations)))
+            try:
+                examples = list(chain.from_iterable(map(self._examples_of, conversations)))
+            except RecursionError as error:
+                raise DataError("its values are nested too deeply to be rendered.") from error
         notes.add(found)
         return examples
 
