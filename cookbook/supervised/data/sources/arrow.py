@@ -176,7 +176,7 @@ class ParquetSource(_ArrowLikeSource):
 
         with self._open() as file:
             try:
-                yield from arrow_chunks(_tables(file, start, size), start, size, self.name)
+                yield from arrow_chunks(_tables(self.path, file, start, size), start, size, self.name)
             except (pyarrow.ArrowException, OSError) as error:
                 raise self._unreadable(error) from error
 
@@ -243,7 +243,7 @@ def _without_first(tables: Iterable[pyarrow.Table], number: int) -> Iterator[pya
         number = max(0, number - table.num_rows)
 
 
-def _tables(file: Any, start: int, size: int) -> Iterator[pyarrow.Table]:
+def _tables(path: Path, file: Any, start: int, size: int) -> Iterator[pyarrow.Table]:
     """The rows from `start` on. Row groups that end before it are not read."""
     import pyarrow
 
@@ -254,7 +254,7 @@ def _tables(file: Any, start: int, size: int) -> Iterator[pyarrow.Table]:
     if group == num_groups:
         return
     while group < num_groups:
-        num_rows, num_bytes = file.metadata.row_group(group).num_rows, _decoded_bytes(file, group)
+        num_rows, num_bytes = file.metadata.row_group(group).num_rows, _decoded_bytes(path, file, group)
         fitting = max(1, MAX_CHUNK_BYTES * num_rows // max(1, num_bytes))
         for batch in file.iter_batches(batch_size=min(size, fitting), row_groups=[group]):
             table = pyarrow.Table.from_batches([batch])
@@ -263,13 +263,13 @@ def _tables(file: Any, start: int, size: int) -> Iterator[pyarrow.Table]:
         group += 1
 
 
-def _decoded_bytes(file: Any, group: int) -> int:
+def _decoded_bytes(path: Path, file: Any, group: int) -> int:
     """The bytes of a row group, decompressed, as the file says. Raises DataError where a row has too many."""
     found = file.metadata.row_group(group)
     most_bytes = max_line_bytes()
     if found.total_byte_size > most_bytes * max(1, found.num_rows):
         raise DataError(
-            f"Row group {group} has {found.total_byte_size:,} bytes in {found.num_rows:,} rows, so that a row "
+            f"Row group {group} of {path} has {found.total_byte_size:,} bytes in {found.num_rows:,} rows, so that a row "
             f"{why_too_long(most_bytes)}"
         )
     return int(found.total_byte_size)
