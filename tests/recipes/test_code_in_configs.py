@@ -162,7 +162,7 @@ def _shared_run(folder: Path) -> Path:
     (run_folder / "config.json").write_text(json.dumps(recorded_config()), encoding="utf-8")
     row = {"step": 1, "train/nll": 1.0, "test/nll": 1.0, "optim/learning_rate": 1e-4}
     (run_folder / "metrics.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
-    checkpoint = {"name": "final", "path": "checkpoints/final", "step": 1, "kind": "both"}
+    checkpoint = {"name": "final", "path": "checkpoints/final", "step": 1, "epoch": 0, "batch": 1}
     (run_folder / "checkpoints.jsonl").write_text(json.dumps(checkpoint) + "\n", encoding="utf-8")
     return run_folder
 

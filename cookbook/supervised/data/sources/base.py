@@ -16,7 +16,7 @@ T = TypeVar("T")
 JSON_COLUMNS = ("messages", "conversations", "conversation", "tools", "steps", "trajectory", "history")
 """Columns of lists, which a table of text holds as JSON."""
 
-_PYTHON_REPR = re.compile(r"\s*(array\()?[\s\[(]*\{\s*'")
+_PYTHON_REPR = re.compile(r"\s*+(array\()?[\s\[(]*+\{\s*+'")
 
 
 class Row(dict[str, Any]):
