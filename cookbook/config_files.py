@@ -68,7 +68,9 @@ def read_settings(path: str) -> tuple[list[Setting], list[str]]:
         raise ConfigError(f"config={path} holds no keys. Write one `key: value` a line.")
     leaves = _leaves(document.values)
     if TYPE_KEY in document.values:  # a run wrote it down, and that may have been somebody else's
-        leaves = ((at, RecordedClassName(one.value) if isinstance(one, ClassName) else one) for at, one in leaves)
+        leaves = (
+            (at, RecordedClassName(one.value) if isinstance(one, ClassName) else one) for at, one in leaves
+        )
     return [Setting(".".join(at), value, document.place(at)) for at, value in leaves], document.repeated
 
 

@@ -81,7 +81,13 @@ def compiled(source: str) -> jinja2.Template:
     """The template in a sandbox like transformers' own."""
     try:
         template = sandbox_like_theirs(source, QuickSandbox).from_string(source)
-    except (RecursionError, MemoryError, SyntaxError) as error:  # of Python's compiler, for what jinja makes of it
-        raise RendererError(f"The chat template cannot be compiled: it is nested too deeply ({error}).") from error
+    except (
+        RecursionError,
+        MemoryError,
+        SyntaxError,
+    ) as error:  # of Python's compiler, for what jinja makes of it
+        raise RendererError(
+            f"The chat template cannot be compiled: it is nested too deeply ({error})."
+        ) from error
     template.globals = dict(template.globals)  # quicker to look up than jinja's chain of dicts
     return template

@@ -220,7 +220,9 @@ class RunContext(Context):
 
     def escaped(self, value: Any) -> str:
         """The same where the template may have asked for HTML."""
-        text = value if isinstance(value, (str, Undefined)) or hasattr(value, "__html__") else self.text(value)
+        text = (
+            value if isinstance(value, (str, Undefined)) or hasattr(value, "__html__") else self.text(value)
+        )
         return escape(text) if self.eval_ctx.autoescape else str(text)
 
     def add(self, left: Any, right: Any) -> Any:
@@ -276,7 +278,9 @@ def _check_bits(num_bits: int) -> None:
 
 def _check_width(width: Any, most: int = MAX_WIDTH) -> None:
     """A width may be text that is repeated as often."""
-    if (len(width) if isinstance(width, (str, bytes)) else abs(width) if isinstance(width, int) else 0) > most:
+    if (
+        len(width) if isinstance(width, (str, bytes)) else abs(width) if isinstance(width, int) else 0
+    ) > most:
         _refuse(f"It asks for a width of more than {most:,} characters")
 
 
@@ -503,7 +507,9 @@ class _LimitedEscapeFormatter(_LimitedFormatter, EscapeFormatter):
 
 # -- filters ------------------------------------------------------------------------------------
 
-_FREE = frozenset({"default", "d", "length", "count", "first", "last", "abs", "int", "float", "attr", "random"})
+_FREE = frozenset(
+    {"default", "d", "length", "count", "first", "last", "abs", "int", "float", "attr", "random"}
+)
 """Filters that make nothing new, or a number."""
 
 _SLOW = frozenset({"striptags", "urlize", "wordwrap", "pprint", "xmlattr", "wordcount", "title"})

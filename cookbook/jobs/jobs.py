@@ -72,7 +72,9 @@ def submit(
     found = find_recipe(recipe)
     config = found.make_config(argv)
     config = chz.replace(config, log_path=str(Path(config.log_path).absolute()))
-    return _submit(found.module, config_files.to_json(config), address or start_head().address, num_gpus, num_cpus)
+    return _submit(
+        found.module, config_files.to_json(config), address or start_head().address, num_gpus, num_cpus
+    )
 
 
 def list_jobs(*, address: str | None = None) -> builtins.list[Job]:

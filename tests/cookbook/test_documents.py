@@ -108,13 +108,21 @@ LAUGHS = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
     ("name", "text", "problem"),
     [
         ("laughs.yaml", LAUGHS, "more than 100,000 values with those that aliases"),
-        ("merged.yaml", "a: &a {x: *a}\n", "an alias stands for a value that it is in|undefined alias|more than"),
+        (
+            "merged.yaml",
+            "a: &a {x: *a}\n",
+            "an alias stands for a value that it is in|undefined alias|more than",
+        ),
         ("deep.yaml", "[" * 5000 + "]" * 5000, "nested in more than 100 levels"),
         ("deep.json", "[" * 200_000 + "]" * 200_000, "nested in more than 100 levels"),
         ("sixties.yaml", "a: " + "1:" * 100_000 + "1\n", "cannot be read as int"),
         ("digits.yaml", "a: " + "9" * 100_000 + "\n", "cannot be read as int"),
         ("floats.yaml", "a: " + "1:" * 1000 + "1.5\n", "cannot be read as float"),
-        ("huge.yaml", "a: " + "x" * 5_000_000 + "\n", "has 5,000,004 bytes, and a config has at most 4,194,304"),
+        (
+            "huge.yaml",
+            "a: " + "x" * 5_000_000 + "\n",
+            "has 5,000,004 bytes, and a config has at most 4,194,304",
+        ),
         ("huge.json", '{"a": "' + "x" * 5_000_000 + '"}', "a config has at most 4,194,304"),
     ],
 )

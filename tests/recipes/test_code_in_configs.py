@@ -62,7 +62,12 @@ def make(*argv: str) -> train.Config:
 def run(folder: Path, *argv: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     return subprocess.run(
-        [sys.executable, "-m", *argv], cwd=folder, env=environment, capture_output=True, text=True, timeout=300
+        [sys.executable, "-m", *argv],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
 
 
@@ -80,7 +85,9 @@ def run(folder: Path, *argv: str) -> subprocess.CompletedProcess[str]:
 )
 @pytest.mark.parametrize("recipe", ["recipes.sft", "recipes.preview"])
 def test_help_imports_nothing_that_a_config_names(recipe: str, argv: list[str], decoy: Path) -> None:
-    (decoy / "mine.yaml").write_text("dataset_builder:\n  _type: decoy:Builder\n  num_stars: 4\n", encoding="utf-8")
+    (decoy / "mine.yaml").write_text(
+        "dataset_builder:\n  _type: decoy:Builder\n  num_stars: 4\n", encoding="utf-8"
+    )
     (decoy / "recorded.json").write_text(json.dumps(recorded_config()), encoding="utf-8")
     done = run(decoy, recipe, *argv, "--help")
     assert not was_imported(decoy), done.stderr
@@ -94,7 +101,10 @@ def test_help_imports_nothing_that_a_config_names(recipe: str, argv: list[str], 
     ("argv", "problem"),
     {
         ("dataset_builder=decoy:Builder", "lora_rank=many"): "Invalid lora_rank=many",
-        ("dataset_builder=decoy:Builder", "log_path.deeper=1"): "log_path takes text, and has no keys below it",
+        (
+            "dataset_builder=decoy:Builder",
+            "log_path.deeper=1",
+        ): "log_path takes text, and has no keys below it",
         ("dataset_builder=decoy:Builder", "lr_schedule=cosin"): "Did you mean",
         ("dataset_builder=decoy:Builder", "--device"): "--device has no value",
         ("batch_size=decoy:Builder",): "Invalid batch_size=decoy:Builder",
@@ -115,10 +125,19 @@ def test_what_can_be_told_before_a_module_is_imported_is_told(
 
 
 def test_a_class_that_the_user_names_is_imported_with_its_keys(decoy: Path) -> None:
-    (decoy / "mine.yaml").write_text("dataset_builder:\n  _type: decoy:Builder\n  num_stars: 4\n", encoding="utf-8")
-    for argv in (["dataset_builder=decoy:Builder", "num_stars=4", "batch_size=2"], ["config=mine.yaml", "batch_size=2"]):
+    (decoy / "mine.yaml").write_text(
+        "dataset_builder:\n  _type: decoy:Builder\n  num_stars: 4\n", encoding="utf-8"
+    )
+    for argv in (
+        ["dataset_builder=decoy:Builder", "num_stars=4", "batch_size=2"],
+        ["config=mine.yaml", "batch_size=2"],
+    ):
         builder: Any = make(*argv).dataset_builder
-        assert (type(builder).__name__, builder.num_stars, builder.common_config.batch_size) == ("Builder", 4, 2)
+        assert (type(builder).__name__, builder.num_stars, builder.common_config.batch_size) == (
+            "Builder",
+            4,
+            2,
+        )
     with pytest.raises(ConfigError, match=r"There is no key 'num_star'.*Did you mean num_stars"):
         make("dataset_builder=decoy:Builder", "num_star=4")
 
@@ -138,7 +157,8 @@ def test_a_recorded_config_runs_no_code_of_others_unless_it_is_named_again(decoy
 
 
 @pytest.mark.parametrize(
-    "name", ["cookbook.jobs.head:subprocess.run", "cookbook.cli:run", "lambda:x", "subprocess:run", "os:system"]
+    "name",
+    ["cookbook.jobs.head:subprocess.run", "cookbook.cli:run", "lambda:x", "subprocess:run", "os:system"],
 )
 def test_a_recorded_config_calls_no_function(name: str, decoy: Path) -> None:
     config = recorded_config()

@@ -18,7 +18,9 @@ from renderers.template_limits import TemplateLimitError
 
 CHAT: list[dict[str, Any]] = [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Hello."}]
 
-DOUBLING = "{%% set ns = namespace(x=%s) %%}{%% for i in range(80) %%}{%% set ns.x = %s %%}{%% endfor %%}{{ %s }}"
+DOUBLING = (
+    "{%% set ns = namespace(x=%s) %%}{%% for i in range(80) %%}{%% set ns.x = %s %%}{%% endfor %%}{{ %s }}"
+)
 
 LARGE = {
     "a product": "{{ 'a' * 10**10 }}",
@@ -95,7 +97,9 @@ def test_a_template_that_makes_too_much_is_refused_before_it_does(source: str) -
 @pytest.mark.parametrize("source", ENDLESS.values(), ids=ENDLESS)
 def test_a_template_without_an_end_is_ended(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(template_limits, "SECONDS", 0.25)
-    with pytest.raises(TemplateLimitError, match=r"ran for more than 0\.27 s, the limit for 2 messages in line 1"):
+    with pytest.raises(
+        TemplateLimitError, match=r"ran for more than 0\.27 s, the limit for 2 messages in line 1"
+    ):
         compiled(source).render(messages=CHAT)
 
 
@@ -152,7 +156,9 @@ def test_a_renderer_says_which_limit_a_template_met(
     renderer = get_renderer("chat_template", tokenizer)
     bomb = [{"role": "user", "content": "bomb"}, {"role": "assistant", "content": "Hello."}]
     for _ in range(4):  # later ones are recorded, and then done without the template
-        with pytest.raises(RendererError, match=r"more than [\d,]+ characters of text.* line 2 of the template"):
+        with pytest.raises(
+            RendererError, match=r"more than [\d,]+ characters of text.* line 2 of the template"
+        ):
             renderer.build_supervised_examples(bomb)
     assert renderer.build_supervised_examples(CHAT)
 
@@ -172,7 +178,7 @@ def test_what_an_honest_template_does_is_done() -> None:
     )
     assert compiled(source).render(messages=CHAT) == (
         "a    |3     b|[1, 'x'] a1None 3 1024 ababab [1, 2, 3] user, assistant   x  | [[1, 2], [3]] "
-        '{\n  "a": [\n    1,\n    null\n  ]\n} X [\'a\', \'b\'] a--b-- 1.2'
+        "{\n  \"a\": [\n    1,\n    null\n  ]\n} X ['a', 'b'] a--b-- 1.2"
     )
 
 

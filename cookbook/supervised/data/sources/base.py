@@ -132,9 +132,7 @@ MAX_CHUNK_BYTES = 2**24
 """A chunk that has got so large takes no more rows."""
 
 
-def batched(
-    values: Iterable[T], size: int, bytes_of: Callable[[T], int] | None = None
-) -> Iterator[list[T]]:
+def batched(values: Iterable[T], size: int, bytes_of: Callable[[T], int] | None = None) -> Iterator[list[T]]:
     """Lists of `size` values; where their bytes are counted, of fewer once they are `MAX_CHUNK_BYTES`."""
     iterator = iter(values)
     if bytes_of is None:

@@ -298,7 +298,6 @@ class JsonSource(FileSource):
         for batch in batched(rows[start:], size):
             yield ListChunk(batch)
 
-
     def _whole(self) -> bytes:
         """The file. Raises DataError for a small one that has too much in it when it is decompressed."""
         with self.open_bytes() as file:

@@ -73,7 +73,9 @@ def test_the_limit_of_a_line_can_be_raised(tmp_path: Path, monkeypatch: pytest.M
         "c.csv.gz": 'text\nsmall\n"' + "a line\n" * (MIB // 4),
     }.items(),
 )
-def test_a_record_of_cells_above_the_limit_is_refused_by_its_line(name: str, text: str, tmp_path: Path) -> None:
+def test_a_record_of_cells_above_the_limit_is_refused_by_its_line(
+    name: str, text: str, tmp_path: Path
+) -> None:
     with pytest.raises(DataError, match=rf"row from line 3 of .*{name} on is longer than 1 MiB"):
         rows_of(write(tmp_path / name, text))
 

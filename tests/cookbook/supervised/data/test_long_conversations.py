@@ -43,7 +43,9 @@ def test_a_conversation_of_thousands_of_messages_says_what_it_costs(tiny_tokeniz
     assert "found (1 conversation)" in line
 
 
-def test_a_conversation_of_many_examples_says_so(tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_conversation_of_many_examples_says_so(
+    tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(findings, "MANY_EXAMPLES", 1)
     line, _ = lines_and_examples(tiny_tokenizer, "role_colon", 4)
     assert "read (4 messages)" in line

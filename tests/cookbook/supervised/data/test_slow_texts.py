@@ -38,7 +38,8 @@ TEXTS: dict[str, Callable[[], Any]] = {
     "blanks and brackets": lambda: row_of({"messages": "\n" * N + "[" * N}, "row 1"),
     "placeholders": lambda: count_placeholders(["<|image" * (N // 8), "<image_" + "1" * N, "<" * N]),
     "calls": lambda: parse_calls(
-        CALLS + "<｜tool▁call▁begin｜>" + _SEP * (N // 10) + "\n```json\n" + "x" * N + END_CALLS, _Encoder()  # type: ignore[arg-type]
+        CALLS + "<｜tool▁call▁begin｜>" + _SEP * (N // 10) + "\n```json\n" + "x" * N + END_CALLS,
+        _Encoder(),  # type: ignore[arg-type]
     ),
     "notes": lambda: notes.lines({notes.Note("row", "Columns not read", "(1" * N): 1}),
 }
