@@ -119,7 +119,7 @@ def is_own(module: str) -> bool:
 
 
 def is_foreign(name: str) -> bool:
-    """Whether the class of this name is in a module outside of this project that would have to be imported."""
+    """Whether this class is in a module outside of this project that would have to be imported."""
     module = name.partition(":")[0] if ":" in name else name.rpartition(".")[0]
     return bool(module) and not is_own(module) and module not in sys.modules
 

@@ -142,7 +142,7 @@ class Resolver:
         )
 
     def check(self) -> dict[str, Setting]:
-        """The settings that count, after a problem is noted for each value that cannot stand where it does."""
+        """The settings that count, after a problem is noted for each value that cannot be used."""
         given = self.merged()
         for key, setting in given.items():
             refusal = None if setting.value is UNKNOWN else self.refusal(key, setting)

@@ -17,7 +17,7 @@ _BLOCK = 2**20
 
 
 def max_line_bytes() -> int:
-    """`COOKBOOK_MAX_LINE_MIB`, or `MAX_LINE_MIB`, in bytes. Raises ConfigError for what is no whole number."""
+    """`COOKBOOK_MAX_LINE_MIB`, or `MAX_LINE_MIB`, in bytes. Raises ConfigError for no whole number."""
     text = os.environ.get(VARIABLE, str(MAX_LINE_MIB))
     if not text.isascii() or not text.isdigit() or not 0 < int(text[:9]) <= 2**20:
         raise ConfigError(f"{VARIABLE}={text}: give a whole number of MiB, such as {MAX_LINE_MIB}.")

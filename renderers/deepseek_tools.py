@@ -38,9 +38,14 @@ def parse_calls(marked: str, encoder: Encoder) -> list[dict[str, Any]] | None:
         between = "" if position == len(parts) else "\n"
         kind, is_call, rest = part.removesuffix(between).partition(_SEP)
         name, has_json, arguments = rest.partition(_JSON)
-        is_call = is_call and name and has_json and arguments.endswith(_END_JSON) and "\n" not in kind + name
+        is_whole = bool(is_call and name and has_json) and arguments.endswith(_END_JSON)
         found = (kind, name, arguments.removesuffix(_END_JSON))
-        if not is_call or not part.endswith(between) or any(map(encoder.control.search, found)):
+        if (
+            not is_whole
+            or "\n" in kind + name
+            or not part.endswith(between)
+            or any(map(encoder.control.search, found))
+        ):
             return None
         kind, name, arguments = encoder.unguard(found)
         try:

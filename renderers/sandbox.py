@@ -1,5 +1,5 @@
-"""The sandbox that chat templates run in: transformers' own, made quick, with limits on what a run may cost, on
-a day that is always the same."""
+"""The sandbox that chat templates run in: transformers' own, made quick, with limits on what a run may
+cost, on a day that is always the same."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class QuickSandbox(ImmutableSandboxedEnvironment):
 
     code_generator_class = limits.LimitedCodeGenerator
     context_class = limits.RunContext
-    concat = staticmethod(limits.concat)  # type: ignore[assignment]
+    concat = staticmethod(limits.concat)
     source: str
     num_timeouts: int
     """The runs that were ended for their time."""

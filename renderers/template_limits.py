@@ -1,10 +1,11 @@
 """What one run of a chat template may cost: a limit on its time, and one on all the text that it makes.
 
 A chat template comes with a model, so it is somebody else's program. The sandbox keeps it from reading and
-writing anything; this keeps it from running without end and from filling the memory. Its compiled code calls
-`tick` wherever it may repeat itself, and every operator, filter and method whose result may be much larger than
-what it is given is asked for that size before it runs. The time is that of the thread's own work, so neither a
-busy machine nor another thread counts, and no signals are needed. Both limits grow with the conversation.
+writing anything; this keeps it from running without end and from filling the memory. Its compiled code
+calls `tick` wherever it may repeat itself, and every operator, filter and method whose result may be much
+larger than what it is given is asked for that size before it runs. The time is that of the thread's own
+work, so neither a busy machine nor another thread counts, and no signals are needed. Both limits grow with
+the conversation.
 """
 
 from __future__ import annotations
@@ -55,6 +56,9 @@ _TICKS = 64
 _ITEM = 8
 """An item of a list counts as so many characters."""
 
+_TERMS = 6
+"""A sum of so many terms is counted when it is there: it is at most so many times what was counted before."""
+
 _NODE = 128
 """And a value in a list that is spelled with all that is in it."""
 
@@ -99,7 +103,7 @@ class Run:
         return len(messages) if isinstance(messages, list) else 0
 
     def spend(self, characters: int) -> None:
-        """Counts text that is there, or is about to be. Raises TemplateLimitError for more than a run may make."""
+        """Counts text that is there, or is about to be. Raises TemplateLimitError where that is too much."""
         self._made += characters
         if self._made > self._allowed:
             self._exceed()
@@ -184,12 +188,12 @@ def size_of(value: Any, limit: int) -> int:
             left.extend(one.pieces)
         elif isinstance(one, Namespace):
             left.append(object.__getattribute__(one, "_Namespace__attrs"))
-        elif isinstance(one, (list, tuple, set, frozenset, *_VIEWS)):
+        elif isinstance(one, _CONTAINERS):
             left.extend(one)
     return size
 
 
-_VIEWS = (type({}.keys()), type({}.values()), type({}.items()))
+_CONTAINERS: tuple[Any, ...] = (list, tuple, set, frozenset, *map(type, ({}.keys(), {}.values(), {}.items())))
 _SCALARS = frozenset({int, float, bool, type(None)})
 
 
@@ -225,8 +229,8 @@ class RunContext(Context):
         )
         return escape(text) if self.eval_ctx.autoescape else str(text)
 
-    def add(self, left: Any, right: Any) -> Any:
-        result = left + right
+    def added(self, result: Any) -> Any:
+        """The sum of a few values, counted."""
         if type(result) is str:
             self.run.spend(len(result))
         elif isinstance(result, (list, tuple)):
@@ -312,7 +316,7 @@ class LimitedCodeGenerator(CodeGenerator):
 
     def visit_Template(self, node: nodes.Template, frame: Frame | None = None) -> None:
         repeated = node.find_all((nodes.For, nodes.Macro, nodes.CallBlock, nodes.Block))
-        self._repeated_bodies = {id(one.body) for one in repeated}
+        self._repeated_bodies = {id(getattr(one, "body", None)) for one in repeated}
         super().visit_Template(node, frame)
 
     def blockvisit(self, nodes: Iterable[nodes.Node], frame: Frame) -> None:
@@ -346,16 +350,25 @@ class LimitedCodeGenerator(CodeGenerator):
         self.visit(node.right, frame)
         self.write(")")
 
-    def visit_Add(self, node: nodes.Add, frame: Frame) -> None:
-        self._counted("add", node, frame)
+    def visit_Add(self, node: nodes.BinExpr, frame: Frame) -> None:
+        terms, left = [node.right], node.left
+        while isinstance(left, nodes.Add) and len(terms) < _TERMS:
+            terms.append(left.right)
+            left = left.left
+        self.write("context.added(")
+        self.visit(left, frame)
+        for term in reversed(terms):
+            self.write(" + ")
+            self.visit(term, frame)
+        self.write(")")
 
-    def visit_Mul(self, node: nodes.Mul, frame: Frame) -> None:
+    def visit_Mul(self, node: nodes.BinExpr, frame: Frame) -> None:
         self._counted("mul", node, frame)
 
-    def visit_Mod(self, node: nodes.Mod, frame: Frame) -> None:
+    def visit_Mod(self, node: nodes.BinExpr, frame: Frame) -> None:
         self._counted("mod", node, frame)
 
-    def visit_Pow(self, node: nodes.Pow, frame: Frame) -> None:
+    def visit_Pow(self, node: nodes.BinExpr, frame: Frame) -> None:
         self._counted("pow", node, frame)
 
     def _nested(self, visit: Callable[..., None], node: nodes.Literal, frame: Frame) -> None:

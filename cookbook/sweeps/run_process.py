@@ -52,7 +52,7 @@ class RunProcess:
         is_over: bool = False,
         named: Sequence[str] = (),
     ) -> None:
-        """`named` are arguments with the classes outside of this project that the sweep's own config names."""
+        """`named` are arguments with the classes of others that the sweep's own config names."""
         self._folder = folder
         self._metric = metric
         self._last = Progress("running", step=-1)

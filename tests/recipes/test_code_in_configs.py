@@ -1,4 +1,4 @@
-"""A config names code. None of it is imported but what the user named himself, and that not before it is checked."""
+"""A config names code: none is imported but what the user named, and that not before it is checked."""
 
 from __future__ import annotations
 

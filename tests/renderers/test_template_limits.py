@@ -1,5 +1,7 @@
 """Templates that would run without end, or make more text than there is memory for."""
 
+# ruff: noqa: E501 - templates are one line each
+
 from __future__ import annotations
 
 import copy

@@ -52,8 +52,8 @@ MANY_EXAMPLES = 100
 """Examples of one conversation from which on it does: each has the whole history before it."""
 
 COST_OF_LONG = (
-    f"Conversations of {LONG_CONVERSATION:,} messages or {MANY_EXAMPLES} examples and more, whose tokens may grow "
-    "with the square of their messages (cut them to fewer turns, or choose a renderer that keeps its history)"
+    f"Conversations of {LONG_CONVERSATION:,} messages or {MANY_EXAMPLES} examples and more, whose tokens may "
+    "grow with the square of their messages (cut them to fewer turns, or choose a renderer that keeps its history)"
 )
 
 

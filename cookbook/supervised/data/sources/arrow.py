@@ -269,7 +269,7 @@ def _decoded_bytes(path: Path, file: Any, group: int) -> int:
     most_bytes = max_line_bytes()
     if found.total_byte_size > most_bytes * max(1, found.num_rows):
         raise DataError(
-            f"Row group {group} of {path} has {found.total_byte_size:,} bytes in {found.num_rows:,} rows, so that a row "
-            f"{why_too_long(most_bytes)}"
+            f"Row group {group} of {path} has {found.total_byte_size:,} bytes in {found.num_rows:,} rows, so "
+            f"that a row {why_too_long(most_bytes)}"
         )
     return int(found.total_byte_size)

@@ -311,7 +311,7 @@ class JsonSource(FileSource):
                     raise DataError(
                         f"{self.path} has more than {most_bytes // 2**20:,} MiB of text, and a JSON list is "
                         f"decoded whole. Unpack it, or write lines, which are read one by one: "
-                        f"zcat {self.path.name} | jq -c '.[]' | gzip > {self.path.stem.split('.')[0]}.jsonl.gz"
+                        f"zcat {self.path.name} | jq -c '.[]' | gzip > rows.jsonl.gz"
                     )
             return bytes(content)
 
