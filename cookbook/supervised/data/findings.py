@@ -53,7 +53,8 @@ MANY_EXAMPLES = 100
 
 COST_OF_LONG = (
     f"Conversations of {LONG_CONVERSATION:,} messages or {MANY_EXAMPLES} examples and more, whose tokens may "
-    "grow with the square of their messages (cut them to fewer turns, or choose a renderer that keeps its history)"
+    "grow with the square of their messages (cut them to fewer turns, or choose a renderer that keeps its "
+    "history)"
 )
 
 
