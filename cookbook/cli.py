@@ -46,14 +46,15 @@ def make_config(
 
     Raises ConfigError with every setting that cannot be used and where it stands: unknown keys, those that
     may be several, those given twice, and impossible values. Raises EntrypointHelpException where help is
-    asked for: it has the keys that there are with the other arguments, such as those of a class that one
-    of them names.
+    asked for: it has the keys that there are with the other arguments, such as those of a class of this
+    project that one of them names. No other module is imported for help, nor before all that can be told
+    without it is checked.
     """
     arguments = read_arguments(argv)
     resolver = make_resolver(target, defaults, arguments, overrides=overrides)
     blueprint = resolver.blueprint(f"{prog}'s defaults")
     if arguments.wants_help:
-        raise EntrypointHelpException(_help(blueprint, prog))
+        raise EntrypointHelpException(_help(blueprint, prog, resolver.deferred))
     if missing := list(missing_keys(blueprint)):
         raise ConfigError("\n".join(missing))
     try:
@@ -83,9 +84,19 @@ def make_resolver(
             raise ConfigError("\n".join([*arguments.problems, str(error)])) from error
     above = [_setting(key, value) for key, value in overrides.items()]
     layers = [in_file, arguments.settings, *more, above]
-    resolver = Resolver(target, defaults, layers, other_names)
-    resolver.problems[:0] = [*arguments.problems, *repeated]
-    return resolver
+
+    def resolver(imports: bool) -> Resolver:
+        made = Resolver(target, defaults, layers, other_names, imports)
+        made.problems[:0] = [*arguments.problems, *repeated]
+        return made
+
+    before_importing = resolver(imports=False)
+    if before_importing.deferred and not arguments.wants_help:
+        before_importing.check()
+        if before_importing.problems:
+            before_importing.raise_problems()
+        return resolver(imports=True)
+    return before_importing
 
 
 # -- arguments -----------------------------------------------------------------------------------
@@ -248,7 +259,7 @@ def _describe(error: CookbookError) -> str:
     return describe(error)
 
 
-def _help(blueprint: Blueprint[Any], prog: str) -> str:
+def _help(blueprint: Blueprint[Any], prog: str, deferred: Mapping[str, Setting]) -> str:
     """Every key with its value and, below it, what it is for: readable in 80 columns."""
     intro = (
         f"python -m {prog} [config=<file.yaml>] [key=value ...]\n\n"
@@ -264,6 +275,8 @@ def _help(blueprint: Blueprint[Any], prog: str) -> str:
         value = (
             _default_text(param.default) if given is None or refers_to_itself else _value_text(given.value)
         )
+        if path in deferred:
+            value = f"{deferred[path].value.value} (not imported for help, so its keys are not here)"
         if value is None and any(other.startswith(f"{path}.") for other in params):
             continue  # made of the keys below it
         line = visible_line(f"{path}={value or '(required)'}")

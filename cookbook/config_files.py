@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import enum
 import importlib
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,9 @@ from cookbook.documents import KeyPath, read_document
 from cookbook.errors import ConfigError
 
 TYPE_KEY = "_type"
+
+OWN_PACKAGES = ("cookbook", "recipes", "renderers")
+"""The packages of this project. Any other module is imported only where the user names it himself."""
 
 
 def to_json(value: Any) -> Any:
@@ -63,6 +67,10 @@ def read_settings(path: str) -> tuple[list[Setting], list[str]]:
     if not isinstance(document.values, dict):
         raise ConfigError(f"config={path} holds no keys. Write one `key: value` a line.")
     leaves = _leaves(document.values)
+    if TYPE_KEY in document.values:  # a run wrote it down, and that may have been somebody else's
+        leaves = (
+            (at, RecordedClassName(one.value) if isinstance(one, ClassName) else one) for at, one in leaves
+        )
     return [Setting(".".join(at), value, document.place(at)) for at, value in leaves], document.repeated
 
 
@@ -100,6 +108,35 @@ class NoValue(Castable):
 
 class ClassName(Castable):
     """`module:Class`, the value of a `_type`."""
+
+
+class RecordedClassName(ClassName):
+    """The value of a `_type` in a config that a run recorded: it names code, and is only data."""
+
+
+def is_own(module: str) -> bool:
+    return module.partition(".")[0] in OWN_PACKAGES
+
+
+def is_foreign(name: str) -> bool:
+    """Whether this class is in a module outside of this project that would have to be imported."""
+    module = name.partition(":")[0] if ":" in name else name.rpartition(".")[0]
+    return bool(module) and not is_own(module) and module not in sys.modules
+
+
+def foreign_classes(config: Any, key: str = "") -> dict[str, str]:
+    """The classes outside of this project in a config as JSON, by the dotted keys that take them."""
+    found: dict[str, str] = {}
+    if isinstance(config, Mapping):
+        name = config.get(TYPE_KEY)
+        if key and isinstance(name, str) and not is_own(name.partition(":")[0]):
+            found[key] = name
+        for below, value in config.items():
+            found |= foreign_classes(value, f"{key}.{below}" if key else str(below))
+    elif isinstance(config, list):
+        for index, value in enumerate(config):
+            found |= foreign_classes(value, f"{key}.{index}")
+    return found
 
 
 def _leaves(values: Any, path: KeyPath = ()) -> Iterator[tuple[KeyPath, Any]]:

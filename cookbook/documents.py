@@ -51,6 +51,8 @@ def read_document(path: str, argument: str = "config") -> Document:
     file = Path(path).expanduser()
     if not file.is_file():
         raise ConfigError(f"{argument}={path}: there is no such file.")
+    if (size := file.stat().st_size) > MAX_BYTES:
+        raise ConfigError(f"{argument}={path} has {size:,} bytes, and a config has at most {MAX_BYTES:,}.")
     try:
         text = file.read_text(encoding="utf-8-sig")
         document = _read_json(path, text) if file.suffix == ".json" else _read_yaml(path, text)
@@ -66,7 +68,10 @@ def read_document(path: str, argument: str = "config") -> Document:
     return document
 
 
+MAX_BYTES = 2**22
 MAX_DEPTH = 100
+MAX_DIGITS = 4300
+"""Of a whole number: as many as Python prints."""
 MAX_VALUES = 100_000
 _TOO_DEEP = f"its values are nested in more than {MAX_DEPTH} levels, and a config has a few."
 
@@ -76,11 +81,13 @@ class _Loader(yaml.SafeLoader):
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         try:
+            if node.tag == "tag:yaml.org,2002:int" and len(node.value) > MAX_DIGITS:
+                raise ValueError(f"it has more than {MAX_DIGITS:,} characters")
             value = super().construct_object(node, deep)
             if isinstance(value, int):
                 str(value)  # settings are text; Python prints no number of more than 4,300 digits
             return value
-        except (AttributeError, LookupError, TypeError, ValueError) as error:
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
             kind = node.tag.removeprefix("tag:yaml.org,2002:")
             problem = f"{_excerpt(node.value)} cannot be read as {kind} ({error}). Put text in quotes."
             raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark) from error
@@ -94,6 +101,8 @@ def _excerpt(value: Any) -> str:
 def read_yaml(text: str) -> Any:
     """The value of a YAML text. Raises YAMLError or ValueError for what is none, RecursionError for one
     that is nested too deeply."""
+    if len(text) > MAX_BYTES:
+        raise ValueError(f"it has {len(text):,} characters, and at most {MAX_BYTES:,} are read")
     return _read_yaml("", text, with_lines=False).values
 
 

@@ -126,13 +126,18 @@ def locked(path: Path, must_exist: bool = False) -> IO[bytes]:
 
 def read(path: Path) -> bytes:
     """The content of a file, wherever a link leads. Raises FileError for a pipe or a device."""
+    with reading(path) as file:
+        return file.read()
+
+
+def reading(path: Path) -> IO[bytes]:
+    """A file opened to be read, wherever a link leads. Raises FileError for a pipe or a device."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     status = os.fstat(descriptor)
     if not stat.S_ISREG(status.st_mode):
         os.close(descriptor)
         raise FileError(f"Cannot read {path}: it is {_kind(status)}, not a file. Remove it.")
-    with os.fdopen(descriptor, "rb") as file:
-        return file.read()
+    return os.fdopen(descriptor, "rb")
 
 
 def _open_own(path: Path, flags: int, is_changed: bool) -> int:

@@ -10,6 +10,7 @@ from typing import IO, Any, NamedTuple
 
 from cookbook import files
 from cookbook.errors import DataError
+from cookbook.lines import limited_lines, max_line_bytes, why_too_long
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -19,15 +20,26 @@ def read(path: Path) -> list[dict[str, Any]]:
     """
     if not path.exists():
         return []
-    lines = files.read(path).split(b"\n")[:-1]
-    return [parsed(line, f"line {number} of {path}") for number, line in enumerate(lines, 1)]
+    most_bytes = max_line_bytes()
+    with files.reading(path) as file:
+        lines = list(limited_lines(file, most_bytes))
+    if lines and lines[-1] is not None and not lines[-1].endswith(b"\n"):
+        del lines[-1]
+    rows = []
+    for number, line in enumerate(lines, 1):
+        place = f"line {number} of {path}"
+        if line is None:
+            raise DataError(f"{place} {why_too_long(most_bytes)}")
+        rows.append(parsed(line, place))
+    return rows
 
 
 def read_backwards(path: Path) -> Iterator[dict[str, Any]]:
     """The same rows, the last one first. What lies before the rows that are taken is not read."""
     if not path.exists():
         return
-    with path.open("rb") as file:
+    most_bytes = max_line_bytes()
+    with files.reading(path) as file:
         start = file.seek(0, os.SEEK_END)
         begun: bytes | None = None
         """The line that the block behind this one began in; None behind the last end of a line."""
@@ -36,11 +48,13 @@ def read_backwards(path: Path) -> Iterator[dict[str, Any]]:
             file.seek(start)
             lines = (file.read(end - start) + (begun or b"")).split(b"\n")
             if begun is None and not lines[1:]:
-                continue
+                continue  # of a line without its end, which is not read
             if begun is None:
                 lines.pop()
             if start:
                 begun = lines.pop(0)
+                if len(begun) > most_bytes:
+                    raise DataError(f"A line of {path} {why_too_long(most_bytes)}")
             for line in reversed(lines):
                 yield parsed(line, f"The line {line[:60]!r} of {path}")
 
@@ -92,7 +106,7 @@ class Follower:
         try:
             if self._seen is not None and _is_same(self._path.stat(), self._seen):
                 return
-            with self._path.open("rb") as file:
+            with files.reading(self._path) as file:
                 yield from self._new(file)
         except FileNotFoundError:
             if self._file is not None:
@@ -107,10 +121,12 @@ class Follower:
             yield Lines(b"", 1)
         self._file = found.st_dev, found.st_ino
         file.seek(self._offset)
-        left, rest = found.st_size - self._offset, b""
+        left, rest, most_bytes = found.st_size - self._offset, b"", max_line_bytes()
         while left > 0 and (read := file.read(min(left, BLOCK))):
             left -= len(read)
             whole, end, rest = (rest + read).rpartition(b"\n")
+            if len(rest) > most_bytes:
+                raise DataError(f"line {self._num_lines + 1} of {self._path} {why_too_long(most_bytes)}")
             if end:
                 yield Lines(whole + end, self._num_lines + 1)
                 self._num_lines += whole.count(b"\n") + 1

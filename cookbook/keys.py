@@ -21,7 +21,15 @@ from chz.factories import MetaFromString
 from chz.tiepin import CastError, is_subtype_instance
 
 from cookbook import other_trainers
-from cookbook.config_files import COMMAND_LINE, NoValue, Setting, importable
+from cookbook.config_files import (
+    COMMAND_LINE,
+    NoValue,
+    RecordedClassName,
+    Setting,
+    importable,
+    is_foreign,
+    is_own,
+)
 from cookbook.documents import MAX_DEPTH
 from cookbook.errors import ConfigError
 from cookbook.nearest import did_you_mean
@@ -56,8 +64,19 @@ class Resolver:
         defaults: Mapping[str, Any],
         layers: Sequence[Sequence[Setting]],
         other_names: Sequence[str] = (),
+        imports: bool = True,
     ) -> None:
+        """Without `imports`, modules outside of this project stay as they are: `deferred` has the classes in
+        them that settings name, and nothing is said of keys that may be those of such a class."""
         self.problems: list[str] = []
+        self.deferred: dict[str, Setting] = {}
+        self._imports = imports
+        self._named = {
+            setting.value.value
+            for layer in layers
+            for setting in layer
+            if isinstance(setting.value, Castable) and not isinstance(setting.value, RecordedClassName)
+        }
         self.warnings: list[str] = []
         self._target = target
         self._defaults = dict(defaults)
@@ -77,9 +96,29 @@ class Resolver:
     def refusal(self, key: str, setting: Setting) -> str | None:
         """Why the value of a setting cannot stand at a whole key; None if it can."""
         param = self.params.get(key) or self._param_of_an_item(key)
-        if _fits(param, setting.value):
+        if self._is_only_recorded(param, setting.value):
+            name = setting.value.value
+            return (
+                f"{setting.place}: {key} is {name}, which is code outside of this project, and what a run "
+                f"recorded is only data. If it is yours, name it too: {key}={name}"
+            )
+        if self._is_deferred(param, setting.value) or _fits(param, setting.value):
             return None
         return f"{setting.place}: Invalid {_written(setting)}: {self._what_it_takes(key, param, setting)}"
+
+    def _is_only_recorded(self, param: Any, value: Any) -> bool:
+        """Whether only the record of a run names this code: a class of somebody else, or no class."""
+        if not isinstance(value, RecordedClassName) or value.value in self._named:
+            return False
+        module, _, name = value.value.partition(":")
+        if not is_own(module) or "." in name:
+            return True
+        return _fits(param, value) and not _is_own_class(param, value.value)
+
+    def _is_deferred(self, param: Any, value: Any) -> bool:
+        if self._imports or not isinstance(value, Castable) or not _takes_objects(param.type):
+            return False
+        return _CLASS_NAME.fullmatch(value.value) is not None and is_foreign(value.value)
 
     def _param_of_an_item(self, key: str) -> Any:
         kind = self.type_of(key)
@@ -89,11 +128,7 @@ class Resolver:
 
     def blueprint(self, name_of_defaults: str) -> Blueprint[Any]:
         """All settings in one blueprint. Raises ConfigError with every problem there is."""
-        given = self.merged()
-        for key, setting in given.items():
-            refusal = None if setting.value is UNKNOWN else self.refusal(key, setting)
-            if problem := refusal or self._gap_before(key, setting, [*given, *self._defaults]):
-                self.problems.append(problem)
+        given = self.check()
         self.raise_problems()
         values = {key: _as_chz_takes_it(setting.value, self.type_of(key)) for key, setting in given.items()}
         defaults = {key: value for key, value in self._defaults.items() if self._stays(key, given)}
@@ -105,6 +140,15 @@ class Resolver:
             .apply(defaults, layer_name=name_of_defaults)
             .apply(values, layer_name="given")
         )
+
+    def check(self) -> dict[str, Setting]:
+        """The settings that count, after a problem is noted for each value that cannot be used."""
+        given = self.merged()
+        for key, setting in given.items():
+            refusal = None if setting.value is UNKNOWN else self.refusal(key, setting)
+            if problem := refusal or self._gap_before(key, setting, [*given, *self._defaults]):
+                self.problems.append(problem)
+        return given
 
     def raise_problems(self) -> None:
         """Raises ConfigError with every problem there is; where there is none, logs the warnings."""
@@ -131,7 +175,11 @@ class Resolver:
                 continue
             (key,) = found
             value = _as_chz_takes_it(setting.value, self.type_of(key))
-            if problem := self.refusal(key, setting) or self._gap_before(key, setting, self._structure):
+            if self._is_deferred(self.params.get(key) or self._param_of_an_item(key), value) and not (
+                self._is_only_recorded(self.params.get(key) or self._param_of_an_item(key), value)
+            ):
+                self._defer(key, setting)
+            elif problem := self.refusal(key, setting) or self._gap_before(key, setting, self._structure):
                 self._refuse(key, problem)
             elif isinstance(value, list):
                 self._structure = {k: v for k, v in self._structure.items() if not k.startswith(f"{key}.")}
@@ -143,6 +191,15 @@ class Resolver:
                 except (EntrypointException, TypeError, ValueError) as error:
                     self._refuse(key, f"{setting.place}: Invalid {_written(setting)}: {error}")
         return self.params
+
+    def _defer(self, key: str, setting: Setting) -> None:
+        """Takes out the class that a recipe has by default: which keys the other one has is not known yet."""
+        self.deferred[key] = setting
+        self._refused.add(key)
+        for values in (self._structure, self._defaults):
+            for one in [one for one in values if one == key or one.startswith(f"{key}.")]:
+                del values[one]
+        self.params = self._params_with({})
 
     def _refuse(self, key: str, problem: str) -> None:
         self._refused.add(key)
@@ -260,7 +317,7 @@ class Resolver:
 
     def _add_unknown(self, setting: Setting) -> None:
         key = setting.key
-        if self._is_below_a_refused_one(key):
+        if self._is_below_a_refused_one(key) or (self.deferred and not self._what_is_above(key)):
             return
         root = key.split(".")[0]
         if not self._find(root, self.params):
@@ -446,6 +503,23 @@ def _holds_classes(kind: Any) -> bool:
     return any(isinstance(one, type) and chz.is_chz(one) for one in _alternatives(kind))
 
 
+def _takes_objects(kind: Any) -> bool:
+    """Whether a field takes what only code can make: neither a scalar, nor a choice, nor a list of those."""
+    if (item := _item_type(kind)) is not None:
+        return _takes_objects(item)
+    return not all(
+        get_origin(one) is Literal
+        or one in (str, int, float, bool, type(None))
+        or (isinstance(one, type) and issubclass(one, enum.Enum))
+        for one in _alternatives(kind)
+    )
+
+
+def _is_own_class(param: Any, name: str) -> bool:
+    found = param.meta_factory.from_string(name)
+    return isinstance(found, type) and is_own(found.__module__)
+
+
 def _choices(kind: Any) -> list[Any]:
     found: list[Any] = []
     for one in _alternatives(kind):
@@ -467,7 +541,9 @@ def _fits(param: Any, value: Any) -> bool:
     if isinstance(value, dict):
         return _is_mapping(param.type) or (_holds_classes(param.type) and not _is_list(param.type))
     if not _holds_classes(param.type) or _is_list(param.type):
-        return _can_be_cast(param, value.value) or (":" in value.value and _names_a_class(param, value.value))
+        if _can_be_cast(param, value.value):
+            return True
+        return _takes_objects(param.type) and ":" in value.value and _names_a_class(param, value.value)
     is_none = value.value == "None" and type(None) in alternatives
     return is_none or _names_a_class(param, value.value)
 

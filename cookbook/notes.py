@@ -37,7 +37,8 @@ _collecting: ContextVar[Counter[Note] | None] = ContextVar("notes", default=None
 
 
 def count(noun: str, what: str, item: str = "", number: int = 1) -> None:
-    """Adds to what is being collected."""
+    """Adds to what is being collected. An item may be a key of the user's of any length: it is cut."""
+    item = item if len(item) <= MAX_ITEM_LENGTH else f"{item[: MAX_ITEM_LENGTH - 3]}..."
     add({Note(noun, what, item): number})
 
 
@@ -66,6 +67,9 @@ def lines(found: Mapping[Note, int]) -> list[str]:
         lists.setdefault(note.what, []).append((note, number))
     return [_line(what, counted) for what, counted in lists.items()]
 
+
+MAX_ITEM_LENGTH = 200
+"""Characters of an item that are kept."""
 
 MAX_ITEMS = 12
 """Items of a list that are printed."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from typing import Any
 
 from renderers.encoder import Encoder
@@ -13,7 +12,7 @@ CALLS, END_CALLS = "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"
 _CALL, _SEP, _END_CALL = "<｜tool▁call▁begin｜>", "<｜tool▁sep｜>", "<｜tool▁call▁end｜>"
 CALL_TOKENS = CALLS + END_CALLS + _CALL + _SEP + _END_CALL
 
-_PARSED_CALL = re.compile(f"([^\n]*?){_SEP}([^\n]+)\n```json\n(.*)\n```{_END_CALL}", re.DOTALL)
+_JSON, _END_JSON = "\n```json\n", f"\n```{_END_CALL}"
 
 
 def print_calls(message: PlainMessage, number: int) -> str:
@@ -30,17 +29,25 @@ def print_calls(message: PlainMessage, number: int) -> str:
 
 def parse_calls(marked: str, encoder: Encoder) -> list[dict[str, Any]] | None:
     """The calls in the marked text of a reply after CALLS; None if it is anything else."""
-    body, _, rest = marked.partition(END_CALLS)
+    body, _, behind = marked.partition(END_CALLS)
     before, *parts = body.split(_CALL)
-    if before or rest or not parts or not marked.endswith(END_CALLS):
+    if before or behind or not parts or not marked.endswith(END_CALLS):
         return None
     calls: list[dict[str, Any]] = []
     for position, part in enumerate(parts, 1):
         between = "" if position == len(parts) else "\n"
-        match = _PARSED_CALL.fullmatch(part.removesuffix(between))
-        if match is None or not part.endswith(between) or any(map(encoder.control.search, match.groups())):
+        kind, is_call, rest = part.removesuffix(between).partition(_SEP)
+        name, has_json, arguments = rest.partition(_JSON)
+        is_whole = bool(is_call and name and has_json) and arguments.endswith(_END_JSON)
+        found = (kind, name, arguments.removesuffix(_END_JSON))
+        if (
+            not is_whole
+            or "\n" in kind + name
+            or not part.endswith(between)
+            or any(map(encoder.control.search, found))
+        ):
             return None
-        kind, name, arguments = encoder.unguard(match.groups())
+        kind, name, arguments = encoder.unguard(found)
         try:
             parsed = json.loads(arguments)
         except (ValueError, RecursionError):

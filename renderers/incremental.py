@@ -29,6 +29,7 @@ from renderers.loop_records import (
 )
 from renderers.loop_rewriting import FOLLOW, RUN, Loop, rewritten
 from renderers.sandbox import QuickSandbox, sandbox_like_theirs
+from renderers.template_limits import spend
 
 _ENOUGH_RUNS = 16
 """Runs after which a conversation is not followed any more if not one iteration was saved."""
@@ -85,6 +86,7 @@ class IncrementalTemplate:
         context = self._template.new_context({**variables, "messages": messages, RUN: run})
         try:
             for piece in self._template.root_render_func(context):
+                spend(len(piece))
                 run.pieces.append(piece)
         except NotFollowed:
             self.is_followed = False

@@ -56,6 +56,9 @@ _MOST_CHARACTERS = 1 << 25
 _LONG_TEXT = 4096
 """Characters from which on a text is kept as what it adds to another one."""
 
+_MOST_ROLES = 12
+"""Roles that an error names."""
+
 _RESERVED = frozenset({"messages", "tools", "add_generation_prompt"})
 
 _REASONING = ("reasoning_content", "thinking", "reasoning")
@@ -275,7 +278,9 @@ class Template:
 
 
 def _refusal(messages: Sequence[PlainMessage], error: Exception) -> RendererError:
-    roles = ", ".join(message["role"] for message in messages)
+    roles = ", ".join(message["role"] for message in messages[:_MOST_ROLES])
+    if len(messages) > _MOST_ROLES:
+        roles += f", ... ({len(messages):,} messages)"
     return RendererError(f"The chat template refuses messages of roles {roles}: {error}")
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 import operator
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from itertools import chain, count
@@ -22,12 +23,13 @@ from typing import Any, NoReturn
 
 import jinja2
 from jinja2 import nodes
-from jinja2.compiler import CodeGenerator, Frame
+from jinja2.compiler import Frame
 from jinja2.runtime import Context, Undefined
 from jinja2.utils import Namespace, generate_lorem_ipsum
 
 from renderers.messages import PlainMessage
 from renderers.sandbox import QuickSandbox, sandbox_like_theirs
+from renderers.template_limits import LimitedCodeGenerator, size_of, spend
 from renderers.traced import Method, Pieces, Recorder, Step, Traced, Untraceable
 
 _MOST_SHAPES = 4096
@@ -147,6 +149,7 @@ class Traces:
 
 
 def _pieces_of(text: Any) -> Pieces:
+    spend(size_of(text, sys.maxsize))
     if isinstance(text, Traced):
         return text.pieces
     if type(text) is str:
@@ -157,12 +160,12 @@ def _pieces_of(text: Any) -> Pieces:
 # -- the sandbox of a recording -----------------------------------------------------------------
 
 
-class _CodeGenerator(CodeGenerator):
+class _CodeGenerator(LimitedCodeGenerator):
     """Has a template print traced texts as they are, for the recording to spell."""
 
     def _output_child_pre(self, node: nodes.Expr, frame: Frame, finalize: Any) -> None:
         escapes = frame.eval_ctx.volatile or frame.eval_ctx.autoescape
-        plain = "environment.printed(" if frame.buffer is None else "str("
+        plain = "environment.printed(" if frame.buffer is None else "context.text("
         self.write("environment.refuse(" if escapes else plain)
 
     def _output_child_post(self, node: nodes.Expr, frame: Frame, finalize: Any) -> None:
@@ -213,7 +216,9 @@ class _TracingSandbox(QuickSandbox):
 
     def joined(self, parts: tuple[Any, ...]) -> Any:
         """What `~` makes of the parts."""
-        return functools.reduce(operator.add, map(self.printed, parts))
+        joined = functools.reduce(operator.add, map(self.printed, parts))
+        spend(size_of(joined, sys.maxsize))
+        return joined
 
     def refuse(self, _: object) -> NoReturn:
         raise Untraceable

@@ -24,6 +24,7 @@ TOOLS = (
     "cookbook.hub",
     "cookbook.hyperparameters",
     "cookbook.jsonl",
+    "cookbook.lines",
     "cookbook.models",
     "cookbook.schedules",
     "cookbook.tables",

@@ -11,14 +11,16 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from cookbook import files, models
 from cookbook.errors import ConfigError, RendererError
 from cookbook.export.source import Source
 from renderers import Message, Renderer, get_renderer
 from renderers.messages import Tool
+from renderers.sandbox import compiled
 from renderers.today import TODAY
 
 if TYPE_CHECKING:
@@ -204,12 +206,13 @@ def _rendered(
     tokenizer: PreTrainedTokenizerBase, template: str, messages: Sequence[Message], tools: Any
 ) -> str:
     try:
-        text = tokenizer.apply_chat_template(
-            cast(Any, list(messages)),
+        text = compiled(template).render(
+            tokenizer.special_tokens_map,
+            messages=list(messages),
             tools=tools,
-            chat_template=template,
+            documents=None,
             add_generation_prompt=True,
-            tokenize=False,
+            strftime_now=lambda format: datetime.now().strftime(format),  # as it will print elsewhere
         )
     except Exception as error:  # a template is foreign code, and whatever it raises is its refusal
         return f"nothing but an error: {error}"

@@ -22,7 +22,7 @@ from cookbook.errors import ClusterError
 from cookbook.jobs.connection import connect
 from cookbook.jobs.head import START_SECONDS, find_head, start_head
 from cookbook.nearest import did_you_mean
-from cookbook.recipe import Recipe, find_recipe
+from cookbook.recipe import find_recipe
 
 STOP_SECONDS = 24 * 3600
 """How long a cancelled job may take to save. Ray's own 3 seconds would kill most runs in the middle of it."""
@@ -72,7 +72,9 @@ def submit(
     found = find_recipe(recipe)
     config = found.make_config(argv)
     config = chz.replace(config, log_path=str(Path(config.log_path).absolute()))
-    return _submit(found, config_files.to_json(config), address or start_head().address, num_gpus, num_cpus)
+    return _submit(
+        found.module, config_files.to_json(config), address or start_head().address, num_gpus, num_cpus
+    )
 
 
 def list_jobs(*, address: str | None = None) -> builtins.list[Job]:
@@ -141,20 +143,25 @@ def retry(job_id: str, *, address: str | None = None) -> Job:
     details = _client(address).get_job_info(job_id)
     gpus, cpus = (json.loads(details.metadata[key]) for key in ("num_gpus", "num_cpus"))
     config = job.config | {"if_log_path_exists": "resume"}
-    return _submit(find_recipe(job.recipe), config, _address(address), gpus, cpus)
+    return _submit(job.recipe, config, _address(address), gpus, cpus)
 
 
 def _submit(
-    recipe: Recipe, config: dict[str, Any], address: str, num_gpus: float | None, num_cpus: float | None
+    recipe_module: str,
+    config: dict[str, Any],
+    address: str,
+    num_gpus: float | None,
+    num_cpus: float | None,
 ) -> Job:
     client = connect(address)
     if num_gpus is None and num_cpus is None:
         num_gpus, num_cpus = _devices_per_job(address)
-    job_id = f"{recipe.name}-{secrets.token_hex(3)}"
+    job_id = f"{recipe_module.rsplit('.', 1)[-1]}-{secrets.token_hex(3)}"
     # pinned: a file of the job's own, in the one folder that it must be able to reach
     file = files.make_folder(Path(config["log_path"]) / "jobs") / f"{job_id}.json"
     files.write(file, json.dumps(config, indent=2, ensure_ascii=False))
-    command = [_python(address), "-m", recipe.module, f"config={file}"]
+    named = [f"{key}={name}" for key, name in config_files.foreign_classes(config).items()]
+    command = [_python(address), "-m", recipe_module, f"config={file}", *named]
     _when_there_is_an_agent(
         client.submit_job,
         # `exec`: signals reach the run itself. `cd`: paths of data files mean what they mean here.
@@ -162,7 +169,7 @@ def _submit(
         submission_id=job_id,
         runtime_env={"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS)}},
         metadata={
-            "recipe": recipe.module,
+            "recipe": recipe_module,
             "config": json.dumps(config),
             "num_gpus": json.dumps(num_gpus),
             "num_cpus": json.dumps(num_cpus),

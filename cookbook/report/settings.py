@@ -9,9 +9,7 @@ from typing import Any, NamedTuple
 
 import chz
 
-from cookbook.config_files import TYPE_KEY
-
-OWN_PACKAGES = ("cookbook", "recipes")
+from cookbook.config_files import TYPE_KEY, is_own
 
 _NONE = object()
 """The default of a field that has none."""
@@ -64,7 +62,7 @@ def _defaults(kind: str) -> dict[str, Any]:
     Only this project's modules are imported for it: a report runs no code that a config names.
     """
     module_name, _, name = kind.partition(":")
-    if module_name.split(".")[0] in OWN_PACKAGES:
+    if is_own(module_name):
         try:
             importlib.import_module(module_name)
         except ImportError:  # of another version of this project

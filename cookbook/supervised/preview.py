@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 _MOST_TOKENS_OF_A_CHARACTER = 8
+SHOWN_FIRST, SHOWN_LAST = 8000, 2000
+"""Tokens of one example that are shown: so many from its beginning, and from its end."""
 _ASCII_BRACKETS = (("[[", "]]"), ("<!", "!>"))
 
 
@@ -67,7 +69,7 @@ def decode_datum(datum: Datum, tokenizer: PreTrainedTokenizerBase) -> DecodedExa
     tokens = [*inputs, int(targets_T[-1])] if targets_T[-1] != IGNORED_TARGET else inputs
     weight_of_token = [0.0, *weights_T.tolist()][: len(tokens)]
     return DecodedExample(
-        pieces=_with_spelled_marked(list(_pieces(tokens, weight_of_token, tokenizer)), tokenizer),
+        pieces=_shown_pieces(tokens, weight_of_token, tokenizer),
         num_tokens=len(tokens),
         num_trained_tokens=int(np.count_nonzero(weights_T)),
     )
@@ -89,6 +91,20 @@ def first_examples(
             index += 1
 
     return [decode_datum(datum, tokenizer) for datum in islice(datums(), number)]
+
+
+def _shown_pieces(
+    tokens: Sequence[int], weights: Sequence[float], tokenizer: PreTrainedTokenizerBase
+) -> list[Piece]:
+    """All of a short example; of a long one its beginning and its end, with a note between them."""
+    num_cut = len(tokens) - SHOWN_FIRST - SHOWN_LAST
+    if num_cut <= 0:
+        return _with_spelled_marked(list(_pieces(tokens, weights, tokenizer)), tokenizer)
+    parts = [
+        _with_spelled_marked(list(_pieces(tokens[part], weights[part], tokenizer)), tokenizer)
+        for part in (slice(SHOWN_FIRST), slice(len(tokens) - SHOWN_LAST, None))
+    ]
+    return [*parts[0], Piece(f"\n[{num_cut:,} tokens are not shown]\n", (), 0.0), *parts[1]]
 
 
 def _pieces(

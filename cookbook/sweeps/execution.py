@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from cookbook import clusters, files
+from cookbook.config_files import foreign_classes, to_json
 from cookbook.errors import ClusterError
 from cookbook.sweeps.plan import Config, Plan, PlannedRun
 from cookbook.sweeps.run_process import Progress
@@ -116,6 +117,7 @@ def _tune(
             "name": run.name,
             "module": plan.recipe.module,
             "folder": str(run.folder),
+            "named": [f"{key}={name}" for key, name in foreign_classes(to_json(run.config)).items()],
             "metric": plan.config.metric,
             "cwd": os.getcwd(),
             "is_over": run in over,

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -43,7 +43,16 @@ class Progress:
 class RunProcess:
     """A run of the config.json in `folder`. One that `is_over` is not started: it is only told of again."""
 
-    def __init__(self, module: str, folder: Path, metric: str, cwd: str, is_over: bool = False) -> None:
+    def __init__(
+        self,
+        module: str,
+        folder: Path,
+        metric: str,
+        cwd: str,
+        is_over: bool = False,
+        named: Sequence[str] = (),
+    ) -> None:
+        """`named` are arguments with the classes of others that the sweep's own config names."""
         self._folder = folder
         self._metric = metric
         self._last = Progress("running", step=-1)
@@ -52,7 +61,7 @@ class RunProcess:
         self._process: subprocess.Popen[bytes] | None = None
         if not is_over:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", module, f"config={folder / 'config.json'}"],
+                [sys.executable, "-m", module, f"config={folder / 'config.json'}", *named],
                 cwd=cwd,
                 stdout=subprocess.DEVNULL,  # the run has a log
                 stderr=self._errors,

@@ -20,7 +20,12 @@ class RunTrainable(tune.Trainable):
     def setup(self, config: dict[str, Any]) -> None:
         run = config["run"]
         self._run = RunProcess(
-            run["module"], Path(run["folder"]), run["metric"], run["cwd"], is_over=run["is_over"]
+            run["module"],
+            Path(run["folder"]),
+            run["metric"],
+            run["cwd"],
+            is_over=run["is_over"],
+            named=run["named"],
         )
 
     def step(self) -> dict[str, Any]:

@@ -96,3 +96,41 @@ def test_a_file_that_is_none_is_an_error_with_its_name(tmp_path: Path, name: str
         read_document(str(tmp_path / name))
     with pytest.raises(ConfigError, match=r"sweep=missing.yaml: there is no such file"):
         read_document("missing.yaml", argument="sweep")
+
+
+LAUGHS = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{name}: &{name} [{', '.join([f'*{before}'] * 10)}]\n"
+    for before, name in zip("abcdefgh", "bcdefghi", strict=True)
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "problem"),
+    [
+        ("laughs.yaml", LAUGHS, "more than 100,000 values with those that aliases"),
+        (
+            "merged.yaml",
+            "a: &a {x: *a}\n",
+            "an alias stands for a value that it is in|undefined alias|more than",
+        ),
+        ("deep.yaml", "[" * 5000 + "]" * 5000, "nested in more than 100 levels"),
+        ("deep.json", "[" * 200_000 + "]" * 200_000, "nested in more than 100 levels"),
+        ("sixties.yaml", "a: " + "1:" * 100_000 + "1\n", "cannot be read as int"),
+        ("digits.yaml", "a: " + "9" * 100_000 + "\n", "cannot be read as int"),
+        ("floats.yaml", "a: " + "1:" * 1000 + "1.5\n", "cannot be read as float"),
+        (
+            "huge.yaml",
+            "a: " + "x" * 5_000_000 + "\n",
+            "has 5,000,004 bytes, and a config has at most 4,194,304",
+        ),
+        ("huge.json", '{"a": "' + "x" * 5_000_000 + '"}', "a config has at most 4,194,304"),
+    ],
+)
+def test_a_document_that_is_larger_than_it_looks_is_refused_by_name(
+    name: str, text: str, problem: str, tmp_path: Path
+) -> None:
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigError, match=problem) as error:
+        read_document(str(tmp_path / name))
+    assert name in str(error.value)
+    assert len(str(error.value)) < 2000

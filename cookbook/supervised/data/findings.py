@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 
 from cookbook import notes
 from cookbook.supervised.data.columns import EMPTY
@@ -42,3 +43,29 @@ def count_findings(conversation: Conversation, renderer: Renderer) -> None:
         notes.count("row", "Given to the chat template", given)
     heard = [message.get("content") for message in conversation.messages if message["role"] != "assistant"]
     count_placeholders(text for text in (*heard, conversation.text) if isinstance(text, str))
+
+
+LONG_CONVERSATION = 1000
+"""Messages from which on a report says what a conversation costs."""
+
+MANY_EXAMPLES = 100
+"""Examples of one conversation from which on it does: each has the whole history before it."""
+
+COST_OF_LONG = (
+    f"Conversations of {LONG_CONVERSATION:,} messages or {MANY_EXAMPLES} examples and more, whose tokens may "
+    "grow with the square of their messages (cut them to fewer turns, or choose a renderer that keeps its "
+    "history)"
+)
+
+
+def count_cost(num_messages: int, lengths: Sequence[int]) -> None:
+    """Counts what a long conversation became: `lengths` are the tokens of its examples."""
+    if num_messages < LONG_CONVERSATION and len(lengths) < MANY_EXAMPLES:
+        return
+    for noun, item, number in (
+        ("token", "made", sum(lengths)),
+        ("message", "read", num_messages),
+        ("example", "trained", len(lengths)),
+        ("conversation", "found", 1),
+    ):
+        notes.count(noun, COST_OF_LONG, item, number)

@@ -19,7 +19,7 @@ from cookbook.errors import CookbookError, DataError, describe
 from cookbook.supervised.data import processes
 from cookbook.supervised.data.cache import RENDERED, cache_folder
 from cookbook.supervised.data.conversation import TEMPLATE_KWARGS, Conversation, join_assistants
-from cookbook.supervised.data.findings import count_findings
+from cookbook.supervised.data.findings import count_cost, count_findings
 from cookbook.supervised.data.sources import BadRow, Chunk, Row, Source
 from cookbook.supervised.data.sources.base import digest_of
 from cookbook.supervised.data.store import (
@@ -80,7 +80,10 @@ class RowRenderer:
                 raise DataError(f"conversations_of raised {type(error).__name__}: {error}") from error
             if not conversations:
                 return None
-            examples = list(chain.from_iterable(map(self._examples_of, conversations)))
+            try:
+                examples = list(chain.from_iterable(map(self._examples_of, conversations)))
+            except RecursionError as error:
+                raise DataError("its values are nested too deeply to be rendered.") from error
         notes.add(found)
         return examples
 
@@ -98,6 +101,7 @@ class RowRenderer:
                 join_assistants(conversation.messages), self._train_on_what, conversation.tools
             )
         count_findings(conversation, self._renderer)
+        count_cost(len(conversation.messages), [len(weights) for _, weights in built])
         return [
             Example(np.asarray(model_input.to_ints(), np.int32), weights) for model_input, weights in built
         ]

@@ -337,8 +337,8 @@ class Slice(Source):
         if left is not None and left <= 0:
             return
         for chunk in self._source.chunks(self._first + start, size):
-            if left is not None and left <= size:
+            if left is not None and left <= len(chunk):
                 yield ListChunk(chunk.rows()[:left])
                 return
             yield chunk
-            left = None if left is None else left - size
+            left = None if left is None else left - len(chunk)

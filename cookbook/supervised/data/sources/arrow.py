@@ -8,7 +8,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from cookbook.errors import DataError
-from cookbook.supervised.data.sources.base import AnyRow, BadRow, Chunk, row_of, without_nulls
+from cookbook.lines import max_line_bytes, why_too_long
+from cookbook.supervised.data.sources.base import (
+    MAX_CHUNK_BYTES,
+    AnyRow,
+    BadRow,
+    Chunk,
+    row_of,
+    without_nulls,
+)
 from cookbook.supervised.data.sources.text_files import FileSource, why_no_text
 
 if TYPE_CHECKING:
@@ -71,8 +79,8 @@ def _values_of(table: pyarrow.Table, number: int) -> dict[str, Any] | Exception:
 def _row_of(values: dict[str, Any] | Exception, decoders: dict[str, Decoder], place: str) -> AnyRow:
     if isinstance(values, Exception):
         return BadRow(place, f"cannot be read: {values}.")
-    row = without_nulls(values)
     try:
+        row = without_nulls(values)
         for name, decode in decoders.items():
             if name in row:
                 row[name] = decode(row[name])
@@ -107,20 +115,23 @@ def _decoder_of(kind: pyarrow.DataType) -> Decoder | None:
 
 
 def arrow_chunks(tables: Iterable[pyarrow.Table], first: int, size: int, name: str) -> Iterator[Chunk]:
-    """Tables of any length, the first row of which is number `first`, as chunks of `size` rows."""
+    """Tables of any length, the first row of which is number `first`, as chunks of `size` rows, or of fewer
+    where they are large."""
     import pyarrow
 
     held: list[pyarrow.Table] = []
-    num_held = 0
+    num_held, num_bytes = 0, 0
     for table in tables:
+        num_that_fit = max(1, MAX_CHUNK_BYTES * table.num_rows // max(1, table.nbytes))
         while table.num_rows:
-            taken = table.slice(0, size - num_held)
+            taken = table.slice(0, min(size - num_held, num_that_fit))
             table = table.slice(taken.num_rows)
             held.append(taken)
             num_held += taken.num_rows
-            if num_held == size:
+            num_bytes += taken.nbytes
+            if num_held == size or num_bytes >= MAX_CHUNK_BYTES:
                 yield ArrowChunk(_as_one(pyarrow, held), first, name)
-                first, held, num_held = first + size, [], 0
+                first, held, num_held, num_bytes = first + num_held, [], 0, 0
     if held:
         yield ArrowChunk(_as_one(pyarrow, held), first, name)
 
@@ -165,7 +176,7 @@ class ParquetSource(_ArrowLikeSource):
 
         with self._open() as file:
             try:
-                yield from arrow_chunks(_tables(file, start, size), start, size, self.name)
+                yield from arrow_chunks(_tables(self.path, file, start, size), start, size, self.name)
             except (pyarrow.ArrowException, OSError) as error:
                 raise self._unreadable(error) from error
 
@@ -232,7 +243,7 @@ def _without_first(tables: Iterable[pyarrow.Table], number: int) -> Iterator[pya
         number = max(0, number - table.num_rows)
 
 
-def _tables(file: Any, start: int, size: int) -> Iterator[pyarrow.Table]:
+def _tables(path: Path, file: Any, start: int, size: int) -> Iterator[pyarrow.Table]:
     """The rows from `start` on. Row groups that end before it are not read."""
     import pyarrow
 
@@ -242,7 +253,23 @@ def _tables(file: Any, start: int, size: int) -> Iterator[pyarrow.Table]:
         group += 1
     if group == num_groups:
         return
-    for batch in file.iter_batches(batch_size=size, row_groups=range(group, num_groups)):
-        table = pyarrow.Table.from_batches([batch])
-        yield table.slice(start)
-        start = max(0, start - batch.num_rows)
+    while group < num_groups:
+        num_rows, num_bytes = file.metadata.row_group(group).num_rows, _decoded_bytes(path, file, group)
+        fitting = max(1, MAX_CHUNK_BYTES * num_rows // max(1, num_bytes))
+        for batch in file.iter_batches(batch_size=min(size, fitting), row_groups=[group]):
+            table = pyarrow.Table.from_batches([batch])
+            yield table.slice(start)
+            start = max(0, start - batch.num_rows)
+        group += 1
+
+
+def _decoded_bytes(path: Path, file: Any, group: int) -> int:
+    """The bytes of a row group, decompressed, as the file says. Raises DataError where a row has too many."""
+    found = file.metadata.row_group(group)
+    most_bytes = max_line_bytes()
+    if found.total_byte_size > most_bytes * max(1, found.num_rows):
+        raise DataError(
+            f"Row group {group} of {path} has {found.total_byte_size:,} bytes in {found.num_rows:,} rows, so "
+            f"that a row {why_too_long(most_bytes)}"
+        )
+    return int(found.total_byte_size)

@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, NamedTuple, TypeAlias, TypeVar
@@ -16,7 +16,7 @@ T = TypeVar("T")
 JSON_COLUMNS = ("messages", "conversations", "conversation", "tools", "steps", "trajectory", "history")
 """Columns of lists, which a table of text holds as JSON."""
 
-_PYTHON_REPR = re.compile(r"\s*(array\()?[\s\[(]*\{\s*'")
+_PYTHON_REPR = re.compile(r"\s*+(array\()?[\s\[(]*+\{\s*+'")
 
 
 class Row(dict[str, Any]):
@@ -74,7 +74,7 @@ class Source(ABC):
 
     @abstractmethod
     def chunks(self, start: int = 0, size: int = 256) -> Iterator[Chunk]:
-        """The rows from number `start` on, `size` in each chunk but the last.
+        """The rows from number `start` on, `size` in each chunk but the last, or fewer where they are large.
 
         Rows before `start` are not decoded. Raises DataError where there are none at all.
         """
@@ -128,9 +128,25 @@ def without_nulls(value: Any) -> Any:
     return value
 
 
-def batched(values: Iterable[T], size: int) -> Iterator[list[T]]:
+MAX_CHUNK_BYTES = 2**24
+"""A chunk that has got so large takes no more rows."""
+
+
+def batched(values: Iterable[T], size: int, bytes_of: Callable[[T], int] | None = None) -> Iterator[list[T]]:
+    """Lists of `size` values; where their bytes are counted, of fewer once they are `MAX_CHUNK_BYTES`."""
     iterator = iter(values)
-    while batch := list(islice(iterator, size)):
+    if bytes_of is None:
+        while batch := list(islice(iterator, size)):
+            yield batch
+        return
+    batch, num_bytes = [], 0
+    for value in iterator:
+        batch.append(value)
+        num_bytes += bytes_of(value)
+        if len(batch) == size or num_bytes >= MAX_CHUNK_BYTES:
+            yield batch
+            batch, num_bytes = [], 0
+    if batch:
         yield batch
 
 

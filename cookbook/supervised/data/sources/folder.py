@@ -57,9 +57,10 @@ class FolderSource(Source):
                 if missing == 0:
                     yield JoinedChunk(held)
                     held, missing = [], size
-                else:
-                    continue
             for chunk in file.chunks(start, size):
+                if held:  # its rows are large, so they were fewer than could be
+                    yield JoinedChunk(held)
+                    held, missing = [], size
                 if len(chunk) == size:
                     yield chunk
                 else:

@@ -158,10 +158,16 @@ def _matches_any(path: str, patterns: Iterable[str]) -> bool:
     return any(_translated(pattern).match(path) for pattern in patterns)
 
 
+MAX_STARS = 4
+"""The time to match a name grows with its length to the power of the stars in a pattern."""
+
+
 @cache
 def _translated(pattern: str) -> re.Pattern[str]:
     from fsspec.utils import glob_translate
 
+    if max(part.count("*") for part in pattern.split("/")) > MAX_STARS or pattern.count("**") > MAX_STARS:
+        raise ValueError(f"{pattern[:100]} has more than {MAX_STARS} stars in one part")
     return re.compile(glob_translate(pattern))
 
 

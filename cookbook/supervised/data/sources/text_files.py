@@ -9,16 +9,19 @@ import json
 import re
 import zlib
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
 from cookbook.errors import DataError
+from cookbook.lines import limited_lines, max_line_bytes, why_too_long
 from cookbook.supervised.data.cache import file_digest
 from cookbook.supervised.data.sources.base import (
     JSON_COLUMNS,
+    MAX_CHUNK_BYTES,
     AnyRow,
     BadRow,
     Chunk,
@@ -34,6 +37,9 @@ _BOM = b"\xef\xbb\xbf"
 
 _HEAD_BYTES = 2**20
 """So much of a file is looked at to say what is wrong with it."""
+
+LINES_OF_A_LIST = 16
+"""A compressed JSON list may have the text of so many of the longest lines."""
 
 
 class FileSource(Source):
@@ -102,9 +108,9 @@ class FileSource(Source):
 
     def _where_not_utf8(self, error: UnicodeDecodeError) -> str:
         with self.open_bytes() as file:
-            for number, line in enumerate(file, 1):
+            for number, line in enumerate(limited_lines(file, max_line_bytes()), 1):
                 try:
-                    line.decode()
+                    (line or b"").decode()
                 except UnicodeDecodeError as first:
                     return f"line {number} of {self.path} {why_not_utf8(first)}"
         return f"{self.path} {why_not_utf8(error)}"
@@ -149,8 +155,8 @@ _NO_TEXT = {
 @dataclass(frozen=True)
 class LinesChunk(Chunk):
     name: str
-    lines: list[tuple[int, bytes]]
-    """With their numbers in the file, from 1."""
+    lines: list[tuple[int, bytes | None]]
+    """With their numbers in the file, from 1. None is a line that is too long to be read."""
 
     def __len__(self) -> int:
         return len(self.lines)
@@ -159,7 +165,9 @@ class LinesChunk(Chunk):
         return [_row_of_line(line, f"line {number} of {self.name}") for number, line in self.lines]
 
 
-def _row_of_line(line: bytes, place: str) -> AnyRow:
+def _row_of_line(line: bytes | None, place: str) -> AnyRow:
+    if line is None:
+        return BadRow(place, why_too_long(max_line_bytes()))
     try:
         return row_of(json.loads(line.decode()), place)
     except (ValueError, RecursionError) as error:
@@ -178,7 +186,7 @@ class JsonLinesSource(FileSource):
             for _ in range(start):
                 if next(lines, None) is None:
                     return
-            for batch in batched(lines, size):
+            for batch in batched(lines, size, _bytes_of_line):
                 yield LinesChunk(self.name, batch)
 
     def _check_first_line(self, line: bytes) -> None:
@@ -217,11 +225,20 @@ def _is_json(line: bytes) -> bool:
     return True
 
 
-def _lines(file: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
-    for number, line in enumerate(file, 1):
+def _lines(file: BinaryIO) -> Iterator[tuple[int, bytes | None]]:
+    """The lines that are not blank, with their numbers; None for one that is too long."""
+    for number, line in enumerate(limited_lines(file, max_line_bytes()), 1):
+        if line is None:
+            yield number, None
+            continue
         text = (line.removeprefix(_BOM) if number == 1 else line).strip()
         if text:
             yield number, text
+
+
+def _bytes_of_line(line: tuple[int, bytes | None]) -> int:
+    """Its size; one that is too long ends a chunk, so that it is told of before its rest is skipped."""
+    return MAX_CHUNK_BYTES if line[1] is None else len(line[1])
 
 
 def _why_not_json(error: Exception, is_line: bool = False) -> str:
@@ -253,16 +270,20 @@ def _what_to_write(error: json.JSONDecodeError, is_line: bool) -> str:
 
 
 class JsonSource(FileSource):
-    """A list of objects, or objects one after another. JSON lines under this suffix are read as such."""
+    """A list of objects, or objects one after another. JSON lines under this suffix are read as such.
+
+    A list is decoded whole, which takes several times its size.
+    """
 
     kind = "json"
 
     def _chunks(self, start: int, size: int) -> Iterator[Chunk]:
         with self.open_bytes() as file:
-            content = file.read().removeprefix(_BOM)
-        if _is_json_lines(content):
+            is_lines = _is_json_lines(file)
+        if is_lines:
             yield from JsonLinesSource(self.path, self.name)._chunks(start, size)
             return
+        content = self._whole().removeprefix(_BOM)
         try:
             values = _values_of(content.decode())
         except UnicodeDecodeError:
@@ -276,6 +297,23 @@ class JsonSource(FileSource):
         rows = [row_of(value, f"row {number} of {self.name}") for number, value in enumerate(values)]
         for batch in batched(rows[start:], size):
             yield ListChunk(batch)
+
+    def _whole(self) -> bytes:
+        """The file. Raises DataError for a small one that has too much in it when it is decompressed."""
+        with self.open_bytes() as file:
+            if not isinstance(file, gzip.GzipFile):
+                return file.read()
+            most_bytes = LINES_OF_A_LIST * max_line_bytes()
+            content = bytearray()
+            while block := file.read(_HEAD_BYTES):
+                content += block
+                if len(content) > most_bytes:
+                    raise DataError(
+                        f"{self.path} has more than {most_bytes // 2**20:,} MiB of text, and a JSON list is "
+                        f"decoded whole. Unpack it, or write lines, which are read one by one: "
+                        f"zcat {self.path.name} | jq -c '.[]' | gzip > rows.jsonl.gz"
+                    )
+            return bytes(content)
 
 
 def _values_of(text: str) -> Any:
@@ -323,11 +361,9 @@ def _how_to_list(value: Any, name: str) -> str:
     return "Give a list of objects."
 
 
-def _is_json_lines(content: bytes) -> bool:
+def _is_json_lines(file: BinaryIO) -> bool:
     """Whether there are several lines, and the first two that are not blank are objects."""
-    found = [
-        line for _, line in zip(range(2), (line for _, line in _lines(io.BytesIO(content))), strict=False)
-    ]
+    found = [line for _, line in islice(_lines(file), 2)]
     return len(found) == 2 and all(isinstance(_row_of_line(line, ""), Row) for line in found)
 
 
@@ -373,7 +409,7 @@ class CsvSource(FileSource):
     _delimiter = ","
 
     def _chunks(self, start: int, size: int) -> Iterator[Chunk]:
-        csv.field_size_limit(2**31 - 1)  # of the whole process; the default refuses a cell of 128 KiB
+        csv.field_size_limit(2**31 - 1)  # of the whole process; the records below have a limit of their own
         with self.open_bytes() as content, io.TextIOWrapper(content, "utf-8-sig", newline="") as file:
             records = self._records(file)
             header = next(records, (1, []))[1]
@@ -382,21 +418,36 @@ class CsvSource(FileSource):
             for _ in range(start):
                 if next(records, None) is None:
                     return
-            for batch in batched(records, size):
+            for batch in batched(records, size, lambda record: sum(map(len, record[1]))):
                 yield CellsChunk(self.name, header, batch)
 
     def _records(self, file: TextIO) -> Iterator[tuple[int, list[str]]]:
-        reader = csv.reader(file, delimiter=self._delimiter, strict=True)
+        most_characters = max_line_bytes()
+        size_of_record = 0
+
+        def lines() -> Iterator[str]:
+            nonlocal size_of_record
+            while line := file.readline(most_characters + 1):
+                size_of_record += len(line)
+                if size_of_record > most_characters:
+                    raise DataError(
+                        f"The row from line {number} of {self.path} on {why_too_long(most_characters)}\n"
+                        "It may be a quote that is never closed."
+                    )
+                yield line
+
+        reader = csv.reader(lines(), delimiter=self._delimiter, strict=True)
         while True:
-            line = reader.line_num + 1
+            number = reader.line_num + 1
+            size_of_record = 0
             try:
                 cells = next(reader, None)
             except csv.Error as error:
-                raise DataError(f"line {line} of {self.path} is no row of cells: {error}.") from error
+                raise DataError(f"line {number} of {self.path} is no row of cells: {error}.") from error
             if cells is None:
                 return
             if cells:
-                yield line, cells
+                yield number, cells
 
 
 class TsvSource(CsvSource):

@@ -1,0 +1,56 @@
+"""What a report says of conversations of thousands of messages."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from cookbook import notes
+from cookbook.supervised.data import findings
+from cookbook.supervised.data.conversation import Conversation
+from cookbook.supervised.data.rendering import RowRenderer
+from cookbook.supervised.data.report import note_lines
+from cookbook.supervised.data.sources import Row
+from renderers import TrainOnWhat, get_renderer
+
+
+def chat(num_messages: int) -> list[Any]:
+    return [{"role": ("user", "assistant")[i % 2], "content": f"word {i}"} for i in range(num_messages)]
+
+
+def lines_and_examples(tokenizer: Any, renderer_name: str, num_messages: int) -> tuple[str, list[Any]]:
+    renderer = get_renderer(renderer_name, tokenizer)
+    rows = RowRenderer(
+        renderer,
+        TrainOnWhat.ALL_ASSISTANT_MESSAGES,
+        lambda row: [Conversation(row["messages"])],
+        None,
+    )
+    with notes.collected() as found:
+        examples = rows(Row({"messages": chat(num_messages)}, "row 1"))
+    assert examples is not None
+    return " ".join(" ".join(note_lines(found)).split()), examples
+
+
+def test_a_conversation_of_thousands_of_messages_says_what_it_costs(tiny_tokenizer: Any) -> None:
+    line, examples = lines_and_examples(tiny_tokenizer, "role_colon", 2000)
+    num_tokens = sum(len(example.tokens_T) for example in examples)
+    assert line.startswith("Conversations of 1,000 messages or 100 examples and more")
+    assert "cut them to fewer turns, or choose a renderer that keeps its history" in line
+    assert f"made ({num_tokens:,} tokens), read (2,000 messages)" in line
+    assert f"trained ({len(examples):,} example" in line
+    assert "found (1 conversation)" in line
+
+
+def test_a_conversation_of_many_examples_says_so(
+    tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(findings, "MANY_EXAMPLES", 1)
+    line, _ = lines_and_examples(tiny_tokenizer, "role_colon", 4)
+    assert "read (4 messages)" in line
+
+
+def test_short_conversations_say_nothing_of_their_cost(tiny_tokenizer: Any) -> None:
+    line, _ = lines_and_examples(tiny_tokenizer, "role_colon", 100)
+    assert line == ""

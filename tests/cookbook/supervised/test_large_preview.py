@@ -1,0 +1,37 @@
+"""A preview of one giant message: cut, with a note of how much."""
+
+from __future__ import annotations
+
+import io
+import time
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+
+from cookbook.supervised import preview
+from cookbook.supervised.data.examples import datum_from_tokens
+
+
+def test_a_giant_example_is_cut_with_a_note(tiny_tokenizer: Any) -> None:
+    num_tokens = 2_000_000
+    datum = datum_from_tokens([65] * num_tokens, np.ones(num_tokens, np.float32), None)
+    before = time.process_time()
+    example = preview.decode_datum(datum, tiny_tokenizer)
+    page = preview.make_page("What is trained", [], [], [example])
+    console = Console(record=True, width=80, file=io.StringIO())
+    preview.print_examples([example], console)
+    assert time.process_time() - before < 20
+    assert example.num_tokens == num_tokens
+    assert len(example.pieces) == preview.SHOWN_FIRST + preview.SHOWN_LAST + 1
+    assert len(page) < 3_000_000
+    for shown in (page, console.export_text()):
+        assert "[1,990,000 tokens are not shown]" in shown
+
+
+def test_an_example_that_is_not_cut_is_shown_whole(tiny_tokenizer: Any) -> None:
+    tokens = list(range(100, 200)) * 100
+    datum = datum_from_tokens(tokens, np.ones(len(tokens), np.float32), None)
+    example = preview.decode_datum(datum, tiny_tokenizer)
+    assert "".join(piece.text for piece in example.pieces) == tiny_tokenizer.decode(tokens)
+    assert sum(len(piece.ids) for piece in example.pieces) == len(tokens)
