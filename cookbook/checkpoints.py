@@ -9,8 +9,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from cookbook import jsonl
+from cookbook import json_files, jsonl
 from cookbook.errors import CheckpointError
+from cookbook.json_files import Count, Measured
+from cookbook.run_rows import read_metrics
 
 FINAL = "final"
 """The name of the checkpoint of a finished run."""
@@ -31,18 +33,29 @@ class Checkpoint:
 
     name: str
     path: str
-    step: int
-    epoch: int
-    batch: int
+    step: Count
+    epoch: Count
+    batch: Count
     metric: str | None = None
     """Of the best checkpoint and of no other: what it is best by."""
-    value: float | None = None
+    value: Measured | None = None
     """What `metric` came to, measured on these weights."""
     is_extra: bool = False
     """Saved out of turn, for being the best: it goes when a better one comes."""
-    row: int | None = None
+    row: Count | None = None
     """The rows of `epoch` that were trained on, whatever the sizes of their batches; None where the dataset
     does not count them, and in folders of an earlier version."""
+
+
+def read_rows(file: Path) -> list[dict[str, Any]]:
+    """The rows of a checkpoints.jsonl, each with the keys and types of a `Checkpoint`."""
+    rows = jsonl.read(file)
+    for number, row in enumerate(rows, 1):
+        origin = jsonl.origin_of(file, number)
+        record = json_files.record_of(Checkpoint, row, origin)
+        if (record.metric is None) != (record.value is None):
+            origin.refuse("`metric` and `value` go together, and one of them is missing")
+    return rows
 
 
 def _itself(work: Callable[[], Any]) -> Any:
@@ -64,7 +77,7 @@ class CheckpointLog:
         self._by_main = by_main
         self._file = folder / "checkpoints.jsonl"
         self._keep = keep
-        self._records = [Checkpoint(**row) for row in by_main(lambda: jsonl.read(self._file))]
+        self._records = [Checkpoint(**row) for row in by_main(lambda: read_rows(self._file))]
 
     @property
     def is_finished(self) -> bool:
@@ -73,7 +86,7 @@ class CheckpointLog:
         if last is None or last.name != FINAL:
             return False
         metrics = self._folder / "metrics.jsonl"
-        is_logged: bool = self._by_main(lambda: any(row["step"] == last.step for row in jsonl.read(metrics)))
+        is_logged: bool = self._by_main(lambda: any(row["step"] == last.step for row in read_metrics(metrics)))
         return is_logged
 
     def last(self) -> Checkpoint | None:

@@ -8,26 +8,38 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from cookbook import json_files
 from cookbook.errors import DataError
+from cookbook.json_files import Origin
+
+REPAIR = "Remove that line and those after it; a resumed run measures them again."
 
 
-def read(path: Path) -> list[dict[str, Any]]:
+def read(path: Path, shape: Mapping[str, Any] | None = None, rest: Any = Any) -> list[dict[str, Any]]:
     """The rows of a file this program wrote; none where there is no file.
 
-    Rows are appended whole, so only the last line can be torn; it is left out.
+    Rows are appended whole, so only the last line can be torn; it is left out. Each is an object with the
+    keys and types of `shape`, and `rest` under every other key (see `json_files`).
     """
     if not path.exists():
         return []
-    rows = []
-    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
-        try:
-            rows.append(json.loads(line))
-        except ValueError as error:
-            raise DataError(
-                f"line {number} of {path} is damaged: {error}. "
-                f"Remove that line and those after it; a resumed run measures them again."
-            ) from error
-    return rows
+    content = json_files.read_bytes(path, Origin(str(path), DataError, "Restore or remove it."))
+    return [
+        row_of(line, origin_of(path, number), shape, rest)
+        for number, line in enumerate(content.split(b"\n")[:-1], 1)
+    ]
+
+
+def origin_of(path: Path, line_number: int) -> Origin:
+    return Origin(f"line {line_number} of {path}", DataError, REPAIR)
+
+
+def row_of(
+    line: bytes, origin: Origin, shape: Mapping[str, Any] | None = None, rest: Any = Any
+) -> dict[str, Any]:
+    row = json_files.object_of(line, origin)
+    json_files.check(row, shape or {}, origin, rest)
+    return row
 
 
 def append(path: Path, row: Mapping[str, Any]) -> None:

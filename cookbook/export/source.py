@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeAlias
 
-from cookbook import embedded, jsonl
-from cookbook.checkpoints import Checkpoint, CheckpointLog
+from cookbook import embedded
+from cookbook.checkpoints import Checkpoint, CheckpointLog, read_rows
 from cookbook.engine import state
 from cookbook.errors import CheckpointError
 from cookbook.report.record import RunRecord, read_run
@@ -100,7 +100,7 @@ def _choose(folder: Path, log: CheckpointLog, which: Which | None) -> Checkpoint
 
 def _missing(folder: Path, run_folder: Path | None) -> CheckpointError:
     if run_folder is not None:
-        names = [row["name"] for row in jsonl.read(run_folder / "checkpoints.jsonl")]
+        names = [row["name"] for row in read_rows(run_folder / "checkpoints.jsonl")]
         return CheckpointError(
             f"There is no checkpoint {folder}. The run {run_folder} has: {', '.join(names) or 'none yet'}."
         )
@@ -113,7 +113,7 @@ def _missing(folder: Path, run_folder: Path | None) -> CheckpointError:
 def _record_of(folder: Path, run_folder: Path | None) -> Checkpoint | None:
     if run_folder is None:
         return None
-    for row in jsonl.read(run_folder / "checkpoints.jsonl"):
+    for row in read_rows(run_folder / "checkpoints.jsonl"):
         if (run_folder / row["path"]).resolve() == folder.resolve():
             return Checkpoint(**row)
     return None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -11,11 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from cookbook import jsonl
-from cookbook.checkpoints import CheckpointLog
+from cookbook import json_files
+from cookbook.checkpoints import CheckpointLog, read_rows
 from cookbook.config_files import TYPE_KEY
 from cookbook.errors import ConfigError, DataError
+from cookbook.json_files import Count, Origin
 from cookbook.loggers import OF_EVERY_STEP
+from cookbook.run_rows import read_metrics, read_tables
 
 WIDE = 8
 """Where the greatest value is so many times the least, a logarithmic axis shows more of a curve."""
@@ -75,7 +76,7 @@ def read_run(folder: str | Path) -> RunRecord:
     """Everything there is to show of a run, in progress or over. Raises ConfigError where there is none."""
     path = Path(folder).expanduser()
     config = _read_config(path)
-    rows = jsonl.read(path / "metrics.jsonl")
+    rows = read_metrics(path / "metrics.jsonl")
     return RunRecord(
         folder=path,
         name=path.resolve().name,
@@ -83,10 +84,10 @@ def read_run(folder: str | Path) -> RunRecord:
         metrics=series_of(rows),
         num_steps=sum("optim/learning_rate" in row for row in rows),
         is_finished=CheckpointLog(path).is_finished if (path / "checkpoints.jsonl").exists() else False,
-        data=_read_object(path / "data.json"),
+        data=_read_data(path / "data.json"),
         environment=_read_object(path / "environment.json"),
-        tables=jsonl.read(path / "tables.jsonl"),
-        checkpoints=jsonl.read(path / "checkpoints.jsonl"),
+        tables=read_tables(path / "tables.jsonl"),
+        checkpoints=read_rows(path / "checkpoints.jsonl"),
     )
 
 
@@ -127,8 +128,43 @@ def _read_object(path: Path) -> dict[str, Any]:
     """A JSON file of the run's folder; {} where there is none."""
     if not path.exists():
         return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise DataError(f"{path} is damaged: {error}. Restore or remove it.") from error
-    return value if isinstance(value, dict) else {}
+    return json_files.read_object(path, DataError, _REPAIR)
+
+
+_REPAIR = "Restore or remove it."
+_NOTE_SHAPE = {"noun": str, "what": str, "item": str, "count": Count}
+_COUNTS = (
+    "rows", "examples", "tokens", "trained_tokens", "longest", "truncated", "too_long", "untrained",
+    "filtered", "bad",
+)  # fmt: skip
+_SOURCE_SHAPE: Mapping[str, Any] = {
+    "name": str,
+    "role": str | None,
+    "files": list[str] | None,
+    "unread": list[str] | None,
+    "notes": list[Mapping[str, Any]] | None,
+    "bad_rows": list[Mapping[str, str]] | None,
+    "length_histogram": Mapping[str, list[Count]] | None,
+    **dict.fromkeys(_COUNTS, Count | None),
+}
+"""What a page shows of the report of a source."""
+
+
+def _read_data(path: Path) -> dict[str, Any]:
+    values = _read_object(path)
+    origin = Origin(str(path), DataError, _REPAIR)
+    lists = {"sources": list[Mapping[str, Any]] | None, "evaluation_sources": list[Mapping[str, Any]] | None}
+    json_files.check(values, lists, origin)
+    for name in lists:
+        for index, source in enumerate(values.get(name) or ()):
+            below = Origin(f"`{name}[{index}]` of {path}", DataError, _REPAIR)
+            json_files.check(source, _SOURCE_SHAPE, below)
+            for key in [key for key, value in source.items() if value is None]:
+                del source[key]
+            for note in source.get("notes") or ():
+                json_files.check(note, _NOTE_SHAPE, below)
+            histogram = source.get("length_histogram") or {}
+            edges, counts = histogram.get("edges", []), histogram.get("counts", [])
+            if len(edges) != len(counts) + bool(counts):
+                below.refuse("`length_histogram` has not one edge more than counts")
+    return {key: value for key, value in values.items() if value is not None}

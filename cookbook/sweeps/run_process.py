@@ -18,8 +18,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from cookbook import jsonl
 from cookbook.checkpoints import CheckpointLog
+from cookbook.json_files import Measured
+from cookbook.run_rows import read_metrics
 
 State = Literal["running", "finished", "stopped", "failed"]
 POLL_SECONDS = 0.2
@@ -32,7 +33,7 @@ class Progress:
 
     state: State
     step: int = 0
-    value: float = math.nan
+    value: Measured = math.nan
     """Of the metric, measured after `step` steps; not a number before the first evaluation."""
     error: str = ""
 
@@ -107,7 +108,7 @@ class RunProcess:
             return Progress("failed", self._last.step, self._last.value, self._why(self._process.returncode))
         if math.isnan(self._last.value):
             found = sorted(
-                {key for row in jsonl.read(self._folder / "metrics.jsonl") for key in row} - {"step"}
+                {key for row in read_metrics(self._folder / "metrics.jsonl") for key in row} - {"step"}
             )
             near = [key for key in found if not key.startswith(("perf/", "data/", "optim/"))]
             return Progress("failed", error=f"It logged no {self._metric}, only {', '.join(near)}.")
@@ -122,7 +123,7 @@ class RunProcess:
 
 def read_values(folder: Path, metric: str) -> list[tuple[int, float]]:
     """Step and value of every evaluation of `metric` in a run's folder."""
-    return [(row["step"], row[metric]) for row in jsonl.read(folder / "metrics.jsonl") if metric in row]
+    return [(row["step"], row[metric]) for row in read_metrics(folder / "metrics.jsonl") if metric in row]
 
 
 def _end_with_parent() -> Callable[[], None] | None:
