@@ -86,7 +86,9 @@ class CheckpointLog:
         if last is None or last.name != FINAL:
             return False
         metrics = self._folder / "metrics.jsonl"
-        is_logged: bool = self._by_main(lambda: any(row["step"] == last.step for row in read_metrics(metrics)))
+        is_logged: bool = self._by_main(
+            lambda: any(row["step"] == last.step for row in read_metrics(metrics))
+        )
         return is_logged
 
     def last(self) -> Checkpoint | None:

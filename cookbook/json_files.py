@@ -90,12 +90,12 @@ def object_of(content: bytes | str, origin: Origin) -> dict[str, Any]:
     """The JSON object that a file or a line holds."""
     value = value_of(content, origin)
     if not isinstance(value, dict):
-        origin.refuse(f"it holds {_shown(value)}, expected an object")
+        origin.refuse(f"it holds {shown(value)}, expected an object")
     return value
 
 
 def value_of(content: bytes | str, origin: Origin) -> Any:
-    """Any JSON value. Refuses what Python's reader takes or fails on: repeated keys, other encodings, depth."""
+    """Any JSON value. Refuses repeated keys, other encodings and depth, which Python takes or fails on."""
     try:
         text = content if isinstance(content, str) else content.decode("utf-8")
         if text.startswith("\ufeff"):
@@ -175,7 +175,7 @@ def record_of(kind: type[T], values: Mapping[str, Any], origin: Origin) -> T:
 def _build(hint: Any, value: Any) -> Any:
     """A value that was checked: a dataclass where the type is one, or one or None."""
     choices = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
-    kind = next((one for one in choices if is_dataclass(one)), None)
+    kind: Any = next((one for one in choices if is_dataclass(one)), None)
     if kind is None or value is None:
         return value
     hints = _hints(kind)
@@ -260,7 +260,7 @@ def _is_finite(value: float) -> bool:
 
 
 def _wrong(value: Any, hint: Any, key: str) -> str:
-    return f"`{key}` is {_shown(value)}, expected {_words(hint)}"
+    return f"`{key}` is {shown(value)}, expected {_words(hint)}"
 
 
 def _words(hint: Any) -> str:
@@ -278,7 +278,7 @@ def _words(hint: Any) -> str:
     return plain.get(hint, "null" if hint in (None, type(None)) else "an object")
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     """A value as JSON spells it, and what it is, in few characters."""
     if isinstance(value, dict | list):
         return f"{'an object' if isinstance(value, dict) else 'a list'} of {len(value)}"

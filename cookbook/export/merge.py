@@ -10,7 +10,6 @@ Shape suffixes: I inputs, O outputs, R rank.
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,13 +20,13 @@ from torch import Tensor
 
 from cookbook import models
 from cookbook.engine import state
+from cookbook.engine.peft_settings import TENSOR
 from cookbook.errors import CheckpointError, ModelError
 from cookbook.export.source import Source
 
 INDEX_FILE = "model.safetensors.index.json"
 WEIGHTS_FILE = "model.safetensors"
 
-_LORA = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -58,7 +57,7 @@ def read_adapter(source: Source) -> dict[str, LowRank]:
         return {}
     halves: dict[str, dict[str, Tensor]] = {}
     for key, tensor in state.read_weights(source.folder).items():
-        match = _LORA.fullmatch(key)
+        match = TENSOR.fullmatch(key)
         if match is None:
             raise CheckpointError(
                 f"{source.folder} holds {key}, which is no LoRA on a linear layer. Merge it with PEFT itself "

@@ -321,7 +321,9 @@ def _read_run_config(path: Path) -> dict[str, Any]:
         raise ConfigError(
             f"log_path={path.parent} holds a config.json that is no run's. Choose another folder."
         )
-    json_files.check(config, {TYPE_KEY: str, "num_epochs": Positive | None, "max_steps": Positive | None}, origin)
+    json_files.check(
+        config, {TYPE_KEY: str, "num_epochs": Positive | None, "max_steps": Positive | None}, origin
+    )
     return config
 
 
