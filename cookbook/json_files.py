@@ -86,15 +86,15 @@ def read_bytes(path: Path, origin: Origin, most: int | None = None) -> bytes:
         origin.refuse(f"it cannot be read ({reason})")
 
 
-def object_of(content: bytes | str, origin: Origin) -> dict[str, Any]:
+def object_of(content: bytes | str, origin: Origin, allow_repeats: bool = False) -> dict[str, Any]:
     """The JSON object that a file or a line holds."""
-    value = value_of(content, origin)
+    value = value_of(content, origin, allow_repeats)
     if not isinstance(value, dict):
         origin.refuse(f"it holds {shown(value)}, expected an object")
     return value
 
 
-def value_of(content: bytes | str, origin: Origin) -> Any:
+def value_of(content: bytes | str, origin: Origin, allow_repeats: bool = False) -> Any:
     """Any JSON value. Refuses repeated keys, other encodings and depth, which Python takes or fails on."""
     try:
         text = content if isinstance(content, str) else content.decode("utf-8")
@@ -102,7 +102,7 @@ def value_of(content: bytes | str, origin: Origin) -> Any:
             origin.refuse("it begins with a byte order mark; save it as UTF-8 without one")
         if not text.strip():
             origin.refuse("it is empty")
-        value = json.loads(text, object_pairs_hook=_without_repeats)
+        value = json.loads(text, object_pairs_hook=None if allow_repeats else _without_repeats)
         if _is_deeper(value, MAX_DEPTH):
             raise RecursionError
     except UnicodeDecodeError as reason:

@@ -104,7 +104,8 @@ class ServiceClient:
         self._check_open()
         if not 0 <= rank <= MAX_RANK:
             raise ConfigError(
-                f"rank={rank}. A LoRA has a rank of 1 to {MAX_RANK:,}; 0 trains the model itself."
+                f"rank={rank}. A LoRA has a rank of at least 1; 0 trains the model itself. The most is "
+                f"{MAX_RANK:,}."
             )
         if rank == 0 and not (train_mlp and train_attn and train_unembed):
             raise ConfigError(

@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from cookbook import json_files
+from cookbook import json_files, pretrained
 from cookbook.engine import peft_settings
 from cookbook.errors import CheckpointError
 from cookbook.json_files import Count, Origin, Positive
@@ -324,6 +324,8 @@ def read_optimizer(path: str | os.PathLike[str]) -> dict[str, Tensor]:
 
 def _read_tensors(folder: Path, name: str) -> dict[str, Tensor]:
     path = folder / name
+    if name == ADAPTER_FILE:
+        pretrained.refuse_pickled_adapter(folder)
     if not path.is_file():
         raise CheckpointError(f"Checkpoint {folder} is incomplete: it has no {name}.")
     if (folder / STATE_FILE).is_file():

@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from cookbook import models
 from cookbook.engine import state
@@ -147,10 +147,7 @@ FORMATS: Mapping[str, Callable[[Job], Written]] = {
 
 
 def _model_config(job: Job) -> PretrainedConfig:
-    from transformers import AutoConfig
-
-    config: Any = models.load_from_hub_or_disk("config", job.source.base_model, AutoConfig.from_pretrained)
-    return config
+    return models.load_config(job.source.base_model)
 
 
 def _why_no_gguf(job: Job) -> str | None:

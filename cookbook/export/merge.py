@@ -18,7 +18,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from cookbook import models
+from cookbook import models, pretrained
 from cookbook.engine import state
 from cookbook.engine.peft_settings import TENSOR
 from cookbook.errors import CheckpointError, ModelError
@@ -145,13 +145,10 @@ def weight_files(folder: Path) -> dict[str, Path]:
 
 def tied_weights(folder: Path) -> tuple[str | None, str | None]:
     """The names of a head and of the embeddings that it is tied to; None twice where it is not."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    config = models.load_config(str(folder))
     if not config.get_text_config().tie_word_embeddings:
         return None, None
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+    model = pretrained.empty_causal_lm(config)
     names = {id(module): name for name, module in model.named_modules()}
     head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
     return f"{names[id(head)]}.weight", f"{names[id(embeddings)]}.weight"
@@ -172,7 +169,7 @@ def base_model_folder(source: Source) -> Path:
     return folder
 
 
-def _folder_of(location: str, trust_remote_code: bool, local_files_only: bool) -> Path:
+def _folder_of(location: str, local_files_only: bool = False) -> Path:
     """The folder itself, or the hub's cache of a model with all its files."""
     if Path(location).is_dir():
         return Path(location)

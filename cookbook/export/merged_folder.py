@@ -11,6 +11,7 @@ import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 
+from cookbook import models
 from cookbook.engine.loading import load_model, no_progress_bar
 from cookbook.errors import CheckpointError
 from cookbook.export.chat_format import ChatFormat
@@ -95,9 +96,7 @@ def _write_whole_model(
     source: Source, base_folder: Path, folder: Path, dtype: torch.dtype | None, max_shard_size: str
 ) -> Merged:
     """Merges in memory, and lets transformers give the weights the names that its files have."""
-    from transformers import AutoConfig
-
-    stored = AutoConfig.from_pretrained(base_folder, local_files_only=True).dtype or torch.float32
+    stored: Any = models.load_config(str(base_folder)).dtype or torch.float32
     model = load_model(source.base_model, torch.device("cpu"), dtype or stored)
     modules = dict(model.named_modules())
     head, _ = tied_weights(base_folder)
