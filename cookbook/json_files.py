@@ -62,7 +62,7 @@ class Origin:
     repair: str
 
     def refuse(self, problem: str) -> NoReturn:
-        raise self.error(f"{self.place} is damaged: {problem}. {self.repair}")
+        raise self.error(f"{self.place} is damaged: {problem}. {self.repair}".rstrip())
 
 
 def read_object(path: Path, error: type[CookbookError], repair: str) -> dict[str, Any]:

@@ -14,13 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cookbook import json_files
-from cookbook.errors import CheckpointError, ModelError
+from cookbook.errors import CheckpointError, DataError, ModelError
 from cookbook.json_files import Origin
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-REPAIR = "Copy or download the model again."
 _NO_CODE: dict[str, Any] = {"trust_remote_code": False}
 """Not left out: transformers would ask at standard input."""
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
@@ -34,7 +33,8 @@ _MOST_WEIGHTS_PER_BYTE = 8
 
 
 def load_config(location: str | Path, local_files_only: bool = False) -> PretrainedConfig:
-    """The config of a model. Raises ModelError for one that names code, or sizes that no model has."""
+    """The config of a model. Raises ModelError for one that names code, DataError for one that is damaged or
+    has sizes that no model has."""
     from transformers import AutoConfig
 
     _check_config_file(location, local_files_only)
@@ -58,7 +58,7 @@ def load_tokenizer(location: str | Path, local_files_only: bool = False) -> PreT
 def load_causal_lm(location: str | Path, local_files_only: bool = False, **options: Any) -> Any:
     """The model with its weights. `options` are those of transformers.
 
-    Raises ModelError for pickles, and for a config that wants far more weights than the files have.
+    Raises ModelError for pickles, DataError for a config that wants far more weights than the files have.
     """
     from transformers import AutoModelForCausalLM
 
@@ -131,12 +131,15 @@ def _pickled(model: str, found: str) -> str:
 
 def _check_sizes_of_weights(folder: Path, config: PretrainedConfig) -> None:
     """transformers makes room for every weight of another shape than in the files, and says so afterwards."""
-    num_bytes = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    files = list(folder.glob("*.safetensors"))
+    if not files:
+        return  # transformers says so
+    num_bytes = sum(path.stat().st_size for path in files)
     num_weights = sum(math.prod(weight.shape) for weight in empty_causal_lm(config).parameters())
     if num_weights > _MOST_WEIGHTS_PER_BYTE * num_bytes:
-        raise ModelError(
+        raise DataError(
             f"{folder / 'config.json'} wants {num_weights:,} weights, and the files beside it have "
-            f"{num_bytes:,} bytes: they belong to another model. {REPAIR}"
+            f"{num_bytes:,} bytes: they belong to another model."
         )
 
 
@@ -162,7 +165,7 @@ def _check_config_file(location: str | Path, local_files_only: bool) -> None:
     path = _config_file(location, local_files_only)
     if path is None:
         return  # transformers says what is missing
-    origin = Origin(str(path), ModelError, REPAIR)
+    origin = Origin(str(path), DataError, "")
     content = json_files.read_bytes(path, origin, json_files.MAX_BYTES)
     values = json_files.object_of(content, origin, allow_repeats=True)
     json_files.check(values, {"model_type": str | None, "auto_map": dict[str, Any] | None}, origin)
