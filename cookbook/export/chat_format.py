@@ -113,7 +113,7 @@ class ChatFormat:
         (folder / "chat_template.jinja").write_text(self.template, encoding="utf-8")
         path = folder / "tokenizer_config.json"
         config = json.loads(path.read_text(encoding="utf-8"))
-        for key in ("chat_template", "is_local", "local_files_only", "name_or_path"):
+        for key in ("auto_map", "chat_template", "is_local", "local_files_only", "name_or_path"):
             config.pop(key, None)
         path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from cookbook import models
-from cookbook.engine import state
+from cookbook.engine import peft_settings, state
 from cookbook.errors import CheckpointError, ConfigError
 from cookbook.export import gguf_weights, ollama, serving
 from cookbook.export.chat_format import ChatFormat
@@ -70,7 +70,7 @@ def write_adapter(job: Job) -> Written:
     def write(folder: Path) -> None:
         state.read_weights(source.folder)  # refuses a damaged file
         shutil.copyfile(source.folder / state.ADAPTER_FILE, folder / state.ADAPTER_FILE)
-        config = json.loads((source.folder / state.ADAPTER_CONFIG_FILE).read_text(encoding="utf-8"))
+        config = peft_settings.read(source.folder)
         config["base_model_name_or_path"] = base
         if isinstance(config.get("target_modules"), list):
             config["target_modules"] = sorted(config["target_modules"])
