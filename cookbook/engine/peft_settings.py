@@ -166,7 +166,8 @@ def _is_target(module: str, config: Mapping[str, Any], folder: Path) -> bool:
         return module.rpartition(".")[2] not in ("lm_head", "embed_out", "output")
     if not targets or not _is_named(module, targets, "target_modules", folder):
         return False
-    return isinstance(targets, str) or _is_in_layers(module, config, folder)
+    is_whole_name = isinstance(targets, list) and module in targets
+    return isinstance(targets, str) or is_whole_name or _is_in_layers(module, config, folder)
 
 
 def _is_named(module: str, names: str | list[str], setting: str, folder: Path) -> bool:
