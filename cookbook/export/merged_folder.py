@@ -136,7 +136,8 @@ def write_generation_config(base_folder: Path, chat_format: ChatFormat, folder: 
     config["eos_token_id"] = stops if len(stops) != 1 else stops[0]
     if not stops:
         del config["eos_token_id"]
-    config.pop("custom_generate", None)  # code of the base model
+    for key in ("auto_map", "custom_generate"):  # code of the base model
+        config.pop(key, None)
     if chat_format.stop_strings:
         config["stop_strings"] = list(chat_format.stop_strings)
     if config.get("pad_token_id") is None and stops:
