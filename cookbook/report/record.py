@@ -121,6 +121,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
         inside = sorted(str(found.parent) for found in folder.glob("*/metrics.jsonl"))
         hint = f" Runs in it: {', '.join(inside)}." if inside else ""
         raise ConfigError(f"{folder} is no run's folder: it has no config.json of a run.{hint}")
+    shape = {TYPE_KEY: str, "best_metric": str | None}
+    json_files.check(config, shape, Origin(str(path), DataError, _REPAIR))
     return config
 
 
