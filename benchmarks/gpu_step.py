@@ -23,6 +23,7 @@ import torch
 
 from benchmarks.side_cookbook import make_datums
 from benchmarks.step_data import NUM_TEXT_TOKENS, SEED, VOCAB_SIZE, Example, batches, num_tokens
+from cookbook import pretrained
 from cookbook.service import ServiceClient
 from cookbook.types import AdamParams
 
@@ -107,10 +108,7 @@ def matrix_rate(size: int = 8192, repeats: int = 20) -> float:
 
 
 def linear_parameters(folder: Path) -> int:
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+    model = pretrained.empty_causal_lm(pretrained.load_config(folder))
     return sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear))
 
 

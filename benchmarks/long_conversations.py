@@ -16,9 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer
-
-from cookbook import embedded
+from cookbook import embedded, pretrained
 from cookbook.errors import RendererError
 from cookbook.models import get_tokenizer
 from renderers import Renderer, get_renderer
@@ -76,7 +74,7 @@ def main() -> None:
     parser.add_argument("--sizes", default="100,400,1600")
     arguments = parser.parse_args()
     is_folder = Path(arguments.tokenizer).is_dir()
-    load = AutoTokenizer.from_pretrained if is_folder else get_tokenizer
+    load = pretrained.load_tokenizer if is_folder else get_tokenizer
     makers = {
         name: lambda name=name: get_renderer(name, load(arguments.tokenizer))
         for name in ("chat_template", "qwen3", "qwen3_instruct", "role_colon")

@@ -28,9 +28,8 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"  # read by the tokenizers when th
 os.environ["RAYON_NUM_THREADS"] = "1"
 
 import numpy as np
-from transformers import AutoTokenizer
 
-from cookbook import embedded
+from cookbook import embedded, pretrained
 from cookbook.errors import RendererError
 from cookbook.models import get_tokenizer
 from renderers import Renderer, get_renderer, renderer_names
@@ -148,7 +147,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
     tokenizer: Any = (
-        AutoTokenizer.from_pretrained(arguments.tokenizer)
+        pretrained.load_tokenizer(arguments.tokenizer)
         if arguments.tokenizer
         else get_tokenizer(embedded.MODEL_NAME)
     )

@@ -16,8 +16,8 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
-from transformers import AutoTokenizer
 
+from cookbook import pretrained
 from cookbook.supervised.data.formats import conversations_of
 from renderers import get_renderer
 
@@ -73,7 +73,7 @@ def _has_alpaca() -> bool:
 def _alpaca() -> list[Example]:
     if not _has_alpaca():
         return _made_up_alpaca()
-    renderer = get_renderer("qwen3", AutoTokenizer.from_pretrained(TOKENIZER))
+    renderer = get_renderer("qwen3", pretrained.load_tokenizer(TOKENIZER))
     examples = []
     for row in json.loads(DATA.read_text(encoding="utf-8"))[: NUM_STEPS * BATCH_SIZE]:
         (conversation,) = conversations_of(row)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from benchmarks.step_data import SEED, TOKENIZER, VOCAB_SIZE
+from cookbook import pretrained
 
 LORA_RANK = 32
 LORA_ALPHA = 32
@@ -37,7 +38,7 @@ def make_folders(folder: Path, adapts_head: bool = False) -> tuple[Path, Path]:
 def make_model_folder(folder: Path) -> Path:
     """Writes model and tokenizer to `folder`, unless they are there; the tokenizer of the embedded model
     stands in where the real one is absent (the examples are tokens already)."""
-    from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
+    from transformers import Qwen3Config, Qwen3ForCausalLM
 
     from cookbook import embedded
     from cookbook.models import get_tokenizer
@@ -60,7 +61,7 @@ def make_model_folder(folder: Path) -> Path:
         torch.manual_seed(SEED)
         model = Qwen3ForCausalLM(config)
     real = TOKENIZER.is_dir()
-    tokenizer = AutoTokenizer.from_pretrained(TOKENIZER) if real else get_tokenizer(embedded.MODEL_NAME)
+    tokenizer = pretrained.load_tokenizer(TOKENIZER) if real else get_tokenizer(embedded.MODEL_NAME)
     tokenizer.save_pretrained(folder)
     model.save_pretrained(folder)
     return folder
@@ -91,20 +92,14 @@ def make_adapter_folder(folder: Path, model_folder: Path, adapts_head: bool = Fa
 
 
 def load_model(model_folder: Path, **options: Any) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32, **options)
+    return pretrained.load_causal_lm(model_folder, dtype=torch.float32, **options)
 
 
 def load_adapted_model(folder: Path, adapts_head: bool = False, **options: Any) -> Any:
     """The model of `folder`/model with its adapter, to be trained; makes what is absent."""
-    from peft import PeftModel
-
     model_folder, adapter_folder = make_folders(folder, adapts_head)
-    return PeftModel.from_pretrained(load_model(model_folder, **options), adapter_folder, is_trainable=True)
+    return pretrained.load_adapter(load_model(model_folder, **options), adapter_folder, is_trainable=True)
 
 
 def load_tokenizer(folder: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(make_folders(folder)[0])
+    return pretrained.load_tokenizer(make_folders(folder)[0])

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from cookbook import files, jsonl
+from cookbook import files, json_files, jsonl
 from cookbook.errors import CheckpointError
+from cookbook.json_files import Count, Measured, Origin
+from cookbook.run_rows import METRICS_SHAPE
 
 logger = logging.getLogger(__name__)
 
@@ -40,16 +41,16 @@ class Checkpoint:
 
     name: str
     path: str
-    step: int
-    epoch: int
-    batch: int
+    step: Count
+    epoch: Count
+    batch: Count
     metric: str | None = None
     """Of the best checkpoint and of no other: what it is best by."""
-    value: float | None = None
+    value: Measured | None = None
     """What `metric` came to, measured on these weights."""
     is_extra: bool = False
     """Saved out of turn, for being the best: it goes when a better one comes."""
-    row: int | None = None
+    row: Count | None = None
     """The rows of `epoch` that were trained on, whatever the sizes of their batches; None where the dataset
     does not count them, and in folders of an earlier version."""
 
@@ -60,58 +61,24 @@ def read_records(file: Path) -> list[Checkpoint]:
     Raises CheckpointError for a record that is none, or that leads out of the run's folder: the file may be
     somebody else's, and what it names is loaded and removed.
     """
-    return [_checked(row, f"{file}, line {number}") for number, row in enumerate(jsonl.read(file), 1)]
+    return [
+        _checked(row, Origin(f"line {number} of {file}", CheckpointError, "Correct the line, or remove it."))
+        for number, row in enumerate(jsonl.read(file), 1)
+    ]
 
 
-_TYPES: dict[str, tuple[tuple[type, ...], str]] = {
-    "name": ((str,), "a text"),
-    "path": ((str,), "a text"),
-    "step": ((int,), "a whole number"),
-    "epoch": ((int,), "a whole number"),
-    "batch": ((int,), "a whole number"),
-    "metric": ((str, type(None)), "a text"),
-    "value": ((int, float, type(None)), "a number"),
-    "is_extra": ((bool,), "true or false"),
-    "row": ((int, type(None)), "a whole number"),
-}
-_TOO_LARGE = 2**63
-_REQUIRED = ("name", "path", "step", "epoch", "batch")
-
-
-def _checked(row: Any, place: str) -> Checkpoint:
-    repair = "Correct the line, or remove it."
-    if not isinstance(row, dict):
-        raise CheckpointError(f"{place}: {_shown(row)} is no record of a checkpoint. {repair}")
-    for key, value in row.items():
-        if key not in _TYPES:
-            raise CheckpointError(f"{place}: {_shown(key)} is no key of a checkpoint's record. {repair}")
-        types, what = _TYPES[key]
-        if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
-            raise CheckpointError(f"{place}: {key} is {_shown(value)}, not {what}. {repair}")
-        if isinstance(value, int) and not (0 if key != "value" else -_TOO_LARGE) <= value < _TOO_LARGE:
-            raise CheckpointError(f"{place}: {key} is {_shown(value)}, which cannot be. {repair}")
-    if missing := [key for key in _REQUIRED if key not in row]:
-        raise CheckpointError(f"{place}: the record has no {missing[0]}. {repair}")
-    if (row.get("metric") is None) != (row.get("value") is None):
-        raise CheckpointError(f"{place}: metric and value belong together, and one is missing. {repair}")
-    name, path = row["name"], row["path"]
-    if not files.PLAIN_NAME.fullmatch(name):
-        raise CheckpointError(
-            f"{place}: name is {_shown(name)}, which is no name of a checkpoint: up to 128 letters, digits, "
-            f"'.', '_' and '-', beginning with a letter or digit. {repair}"
+def _checked(row: Mapping[str, Any], origin: Origin) -> Checkpoint:
+    record = json_files.record_of(Checkpoint, row, origin)
+    if (record.metric is None) != (record.value is None):
+        origin.refuse("`metric` and `value` go together, and one of them is missing")
+    if not files.PLAIN_NAME.fullmatch(record.name):
+        origin.refuse(
+            f"`name` is {json_files.shown(record.name)}, expected up to 128 letters, digits, '.', '_' and "
+            "'-', of which the first is a letter or digit"
         )
-    if path != f"{FOLDER}/{name}":
-        raise CheckpointError(
-            f"{place}: path is {_shown(path)}, and the checkpoint {name} of a run lies in {FOLDER}/{name}. "
-            f"{repair}"
-        )
-    return Checkpoint(**row)
-
-
-def _shown(value: Any) -> str:
-    """As JSON has it, on one line, and not at any length."""
-    text = json.dumps(value)
-    return text if len(text) <= 200 else f"{text[:200]}..."
+    if record.path != f"{FOLDER}/{record.name}":
+        origin.refuse(f"`path` is {json_files.shown(record.path)}, expected {FOLDER}/{record.name}")
+    return record
 
 
 def _itself(work: Callable[[], Any]) -> Any:
@@ -146,7 +113,7 @@ class CheckpointLog:
 
     def _is_logged(self, step: int) -> bool:
         """Whether there is a row of metrics of the state after `step` steps. Rows are in order of steps."""
-        rows = jsonl.read_backwards(self._folder / "metrics.jsonl")
+        rows = jsonl.read_backwards(self._folder / "metrics.jsonl", METRICS_SHAPE)
         return any(row["step"] == step for row in takewhile(lambda row: row["step"] >= step, rows))
 
     def last(self) -> Checkpoint | None:

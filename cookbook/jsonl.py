@@ -8,15 +8,19 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from cookbook import files
+from cookbook import files, json_files
 from cookbook.errors import DataError
+from cookbook.json_files import Origin
 from cookbook.lines import limited_lines, max_line_bytes, why_too_long
 
+REPAIR = "Remove that line and those after it; a resumed run measures them again."
 
-def read(path: Path) -> list[dict[str, Any]]:
+
+def read(path: Path, shape: Mapping[str, Any] | None = None, rest: Any = Any) -> list[dict[str, Any]]:
     """The rows of a file this program wrote; none where there is no file.
 
-    Rows are appended whole, so only the last line can be torn; it is left out.
+    Rows are appended whole, so only the last line can be torn; it is left out. Each is an object with the
+    keys and types of `shape`, and `rest` under every other key (see `json_files`).
     """
     if not path.exists():
         return []
@@ -27,14 +31,25 @@ def read(path: Path) -> list[dict[str, Any]]:
         del lines[-1]
     rows = []
     for number, line in enumerate(lines, 1):
-        place = f"line {number} of {path}"
         if line is None:
-            raise DataError(f"{place} {why_too_long(most_bytes)}")
-        rows.append(parsed(line, place))
+            raise DataError(f"line {number} of {path} {why_too_long(most_bytes)}")
+        rows.append(row_of(line, origin_of(path, number), shape, rest))
     return rows
 
 
-def read_backwards(path: Path) -> Iterator[dict[str, Any]]:
+def origin_of(path: Path, line_number: int) -> Origin:
+    return Origin(f"line {line_number} of {path}", DataError, REPAIR)
+
+
+def row_of(
+    line: bytes, origin: Origin, shape: Mapping[str, Any] | None = None, rest: Any = Any
+) -> dict[str, Any]:
+    row = json_files.object_of(line, origin)
+    json_files.check(row, shape or {}, origin, rest)
+    return row
+
+
+def read_backwards(path: Path, shape: Mapping[str, Any] | None = None) -> Iterator[dict[str, Any]]:
     """The same rows, the last one first. What lies before the rows that are taken is not read."""
     if not path.exists():
         return
@@ -56,19 +71,7 @@ def read_backwards(path: Path) -> Iterator[dict[str, Any]]:
                 if len(begun) > most_bytes:
                     raise DataError(f"A line of {path} {why_too_long(most_bytes)}")
             for line in reversed(lines):
-                yield parsed(line, f"The line {line[:60]!r} of {path}")
-
-
-def parsed(line: bytes, place: str) -> dict[str, Any]:
-    """The row in a line. Raises DataError, which names the `place`, for a line that holds none."""
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise DataError(
-            f"{place} is damaged: {error}. "
-            f"Remove that line and those after it; a resumed run measures them again."
-        ) from error
-    return row
+                yield row_of(line, Origin(f"The line {line[:60]!r} of {path}", DataError, REPAIR), shape)
 
 
 class Lines(NamedTuple):

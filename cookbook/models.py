@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cookbook import embedded, hub
+from cookbook import embedded, hub, pretrained
 from cookbook.errors import ModelError
 
 if TYPE_CHECKING:
@@ -62,22 +62,31 @@ def canonical_name(model_name: str) -> str:
 def load_from_hub_or_disk(what: str, model_name: str, load: Any, **options: Any) -> Any:
     """`load(location, **options)` from a folder, the hub's cache, or the hub, in this order.
 
-    Raises ModelError saying what to do. Code shipped with a model is never run.
+    `load` is one of `pretrained`, which runs no code that comes with a model.
+
+    Raises ModelError saying what to do.
     """
     location = model_location(model_name)
     is_folder = Path(location).is_dir()
     try:
         try:
-            return load(location, trust_remote_code=False, local_files_only=True, **options)
+            return load(location, local_files_only=True, **options)
+        except ModelError:
+            raise
         except OSError:
             if is_folder:
                 raise
             if (reason := hub.why_unreachable()) is not None:
                 raise _not_here(what, model_name, reason) from None
-            return load(location, trust_remote_code=False, **options)
+            return load(location, **options)
     except ModelError:
         raise
     except Exception as error:  # transformers and its backends raise many kinds for a bad folder
+        if "trust_remote_code" in str(error):
+            raise ModelError(
+                f"Cannot load the {what} of {model_name!r}: it needs code that comes with the model, "
+                f"which is never run. Give a model of an architecture that transformers itself has."
+            ) from error
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         repair = (
             "The folder is damaged or incomplete: copy or download it again."
@@ -87,12 +96,7 @@ def load_from_hub_or_disk(what: str, model_name: str, load: Any, **options: Any)
         raise ModelError(f"Cannot load the {what} of {model_name!r}: {reason}\n{repair}") from error
 
 
-WEIGHT_FILES = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-)
+WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
 
 
 def check_files(model_name: str) -> None:
@@ -100,7 +104,8 @@ def check_files(model_name: str) -> None:
     location = model_location(model_name)
     if Path(location).is_dir():
         folder = Path(location)
-        if not any(next(folder.glob(pattern), None) for pattern in ("*.safetensors", "*.bin")):
+        pretrained.refuse_pickles(folder)
+        if next(folder.glob("*.safetensors"), None) is None:
             raise ModelError(
                 f"{folder} has no weights: no .safetensors file. Copy or download the model again, or give "
                 f"another folder as model_name."
@@ -125,17 +130,20 @@ def _not_here(what: str, model_name: str, reason: str) -> ModelError:
 
 @functools.lru_cache(maxsize=8)
 def get_tokenizer(model_name: str) -> PreTrainedTokenizerBase:
-    from transformers import AutoTokenizer
+    tokenizer: PreTrainedTokenizerBase = load_from_hub_or_disk(
+        "tokenizer", model_name, pretrained.load_tokenizer
+    )
+    return tokenizer
 
-    return load_from_hub_or_disk("tokenizer", model_name, AutoTokenizer.from_pretrained)
+
+def load_config(model_name: str) -> PretrainedConfig:
+    config: PretrainedConfig = load_from_hub_or_disk("config", model_name, pretrained.load_config)
+    return config
 
 
 def text_config(model_name: str) -> PretrainedConfig:
     """The config of the part of the model that reads and writes text."""
-    from transformers import AutoConfig
-
-    config: PretrainedConfig = load_from_hub_or_disk("config", model_name, AutoConfig.from_pretrained)
-    return config.get_text_config()
+    return load_config(model_name).get_text_config()
 
 
 def context_length(model_name: str) -> int | None:

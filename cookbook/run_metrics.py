@@ -18,6 +18,7 @@ import numpy as np
 
 from cookbook import jsonl
 from cookbook.errors import DataError
+from cookbook.run_rows import METRICS_SHAPE, METRICS_VALUE
 
 METRICS_FILE = "metrics.jsonl"
 MAX_STEP = 2**62
@@ -113,8 +114,8 @@ def _with_numbers(columns: Mapping[str, Column]) -> dict[str, Series]:
 
 def _rows(lines: jsonl.Lines, path: Path) -> Iterator[tuple[str, Any]]:
     for number, line in enumerate(lines.content.split(b"\n")[:-1], lines.first):
-        place = f"line {number} of {path}"
-        yield place, jsonl.parsed(line, place)
+        origin = jsonl.origin_of(path, number)
+        yield origin.place, jsonl.row_of(line, origin, METRICS_SHAPE, METRICS_VALUE)
 
 
 def _columns(rows: Iterable[tuple[str, Any]]) -> dict[str, tuple[list[int], list[float]]]:
@@ -170,5 +171,8 @@ def _columns_by_arrow(content: bytes) -> dict[str, tuple[np.ndarray, np.ndarray]
         if not (pa.types.is_int64(column.type) or pa.types.is_float64(column.type)):
             return None
         is_there = column.is_valid().to_numpy()
-        found[name] = steps[is_there], column.drop_null().to_numpy().astype(np.float64)
+        values = column.drop_null().to_numpy().astype(np.float64)
+        if np.isinf(values).any():  # of a number that is too large: `json` tells what kind of one it is
+            return None
+        found[name] = steps[is_there], values
     return found

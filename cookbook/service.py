@@ -21,7 +21,13 @@ from cookbook.futures import APIFuture
 from cookbook.sampling_client import SamplingClient
 from cookbook.trace import Recorder
 from cookbook.training_client import TrainingClient
-from cookbook.types import GetServerCapabilitiesResponse, LoadWeightsResponse, LoraConfig, SupportedModel
+from cookbook.types import (
+    MAX_RANK,
+    GetServerCapabilitiesResponse,
+    LoadWeightsResponse,
+    LoraConfig,
+    SupportedModel,
+)
 
 DEFAULT_CHECKPOINT_ROOT = Path("~/.cookbook/checkpoints")
 
@@ -96,8 +102,11 @@ class ServiceClient:
         A rank of 0 trains all of the model's own weights instead, on a copy that no other client shares.
         """
         self._check_open()
-        if rank < 0:
-            raise ConfigError(f"rank={rank}. A LoRA has a rank of at least 1; 0 trains the model itself.")
+        if not 0 <= rank <= MAX_RANK:
+            raise ConfigError(
+                f"rank={rank}. A LoRA has a rank of at least 1; 0 trains the model itself. The most is "
+                f"{MAX_RANK:,}."
+            )
         if rank == 0 and not (train_mlp and train_attn and train_unembed):
             raise ConfigError(
                 "rank=0 trains every weight of the model. train_mlp, train_attn and train_unembed choose "

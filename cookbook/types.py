@@ -226,6 +226,10 @@ class Datum:
         object.__setattr__(self, "loss_fn_inputs", inputs)
 
 
+MAX_RANK = 16_384
+"""No published model has a layer that is wider on both sides: a larger rank adds nothing to any."""
+
+
 @dataclass(frozen=True)
 class LoraConfig:
     """The shape of an adapter. `alpha` scales it by alpha / rank."""

@@ -15,7 +15,14 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("cookbook", "renderers", "recipes")
 
-BASE = ("cookbook.errors", "cookbook.files", "cookbook.nearest", "cookbook.notes", "cookbook.types")
+BASE = (
+    "cookbook.errors",
+    "cookbook.files",
+    "cookbook.json_files",
+    "cookbook.nearest",
+    "cookbook.notes",
+    "cookbook.types",
+)
 TOOLS = (
     "cookbook.consoles",
     "cookbook.control_characters",
@@ -26,6 +33,8 @@ TOOLS = (
     "cookbook.jsonl",
     "cookbook.lines",
     "cookbook.models",
+    "cookbook.pretrained",
+    "cookbook.run_rows",
     "cookbook.schedules",
     "cookbook.tables",
     "cookbook.trace",
@@ -57,11 +66,12 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "cookbook.errors": (),
     "cookbook.files": ("cookbook.errors",),
     "cookbook.nearest": (),
+    "cookbook.json_files": ("cookbook.errors", "cookbook.nearest"),
     "cookbook.notes": (),
     "cookbook.types": ("cookbook.errors",),
     "cookbook.futures": (),
     **dict.fromkeys((*TOOLS, *RUN), (*BASE, *TOOLS, *RUN)),
-    "cookbook.engine": (*BASE, "cookbook.engine", "cookbook.models", "cookbook.trace"),
+    "cookbook.engine": (*BASE, "cookbook.engine", "cookbook.models", "cookbook.pretrained", "cookbook.trace"),
     **dict.fromkeys(CLIENTS[1:], (*BASE, *TOOLS, *CLIENTS, "cookbook.engine")),
     "cookbook.eval": (*BASE, *TOOLS, *RUN, *CLIENTS, *EVAL, "renderers"),
     # Prompts with references are read as training data are.
@@ -97,6 +107,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "cookbook.export": (
         *(*BASE, *TOOLS, *RUN, *REPORT, "cookbook.export", "renderers"),
         "cookbook.engine.loading",
+        "cookbook.engine.peft_settings",
         "cookbook.engine.state",
         "cookbook.supervised.data.sources",
     ),
@@ -105,7 +116,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "cookbook.recipe": (*BASE, *RUN, "cookbook.supervised.train"),
     "cookbook.sweeps": (
         *(*BASE, *RUN, *REPORT, "cookbook.clusters", "cookbook.jsonl", "cookbook.recipe", "cookbook.sweeps"),
-        *("cookbook.consoles", "cookbook.control_characters"),
+        *("cookbook.consoles", "cookbook.control_characters", "cookbook.run_rows"),
         "cookbook.supervised.run_folder",
         "cookbook.supervised.train",
     ),

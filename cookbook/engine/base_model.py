@@ -32,6 +32,7 @@ from cookbook.engine.memory import (
 from cookbook.engine.optimizer import bytes_to_train, bytes_to_undo
 from cookbook.engine.options import EngineOptions
 from cookbook.engine.packing import PackedBatch, TokenSequence, pack
+from cookbook.engine.peft_settings import is_same
 from cookbook.engine.projection import Head, LoraOnHead, Scores, TokenLoss
 from cookbook.errors import ConfigError
 
@@ -85,6 +86,15 @@ class BaseModel:
         """For a model whose parts fit: one process of a machine at a time has all of it in memory."""
         with self.mesh.one_after_another() if self.is_sharded else contextlib.nullcontext():
             yield
+
+    def has_weight(self, weight: Tensor, module: str) -> bool:
+        """Whether the module of this name has this weight, whatever adapters are on it."""
+        found = dict(self.model.named_modules()).get(module)
+        own = getattr(getattr(found, "base_layer", found), "weight", None)
+        if own is None or own.shape != weight.shape:
+            return False
+        part = sharding.local_part(sharding.part_like(weight, own))
+        return is_same(part, sharding.local_part(own))
 
     def _prepare_layers(self) -> None:
         layers = decoder_layers(self.model)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 
-from cookbook import models
+from cookbook import models, pretrained
 from cookbook.engine import mesh
 from cookbook.engine import quantization as quantized
 from cookbook.engine.options import Quantization, check_device
@@ -22,15 +22,11 @@ def load_model(
 
     Raises ModelError for files that are missing, damaged, or lack a weight.
     """
-    from transformers import AutoModelForCausalLM
-
     options: dict[str, Any] = {"dtype": dtype}
     if quantization is not None:
         options |= quantized.from_pretrained_options(quantization, device, dtype)
     with no_progress_bar():
-        model = models.load_from_hub_or_disk(
-            "weights", model_name, _whole(AutoModelForCausalLM.from_pretrained), **options
-        )
+        model = models.load_from_hub_or_disk("weights", model_name, _load_whole, **options)
     if quantization is not None:
         quantized.check_reach(model, model_name)
     quantized.compute_exactly(model, dtype)  # files may be in 4 bits already
@@ -51,16 +47,12 @@ def no_progress_bar() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def _whole(from_pretrained: Callable[..., Any]) -> Callable[..., Any]:
+def _load_whole(location: str, **options: Any) -> Any:
     """Refuses files that lack a weight, for which transformers would draw random numbers."""
-
-    def load(location: str, **options: Any) -> Any:
-        model, report = from_pretrained(location, output_loading_info=True, **options)
-        if missing := sorted(report["missing_keys"]):
-            raise ValueError(f"{len(missing)} of its weights are missing from its files, first {missing[0]}.")
-        return model
-
-    return load
+    model, report = pretrained.load_causal_lm(location, output_loading_info=True, **options)
+    if missing := sorted(report["missing_keys"]):
+        raise ValueError(f"{len(missing)} of its weights are missing from its files, first {missing[0]}.")
+    return model
 
 
 def return_freed_memory() -> None:

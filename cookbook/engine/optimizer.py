@@ -199,7 +199,14 @@ class Optimizer:
         self._stepped, self.num_steps, self.is_half_stepped = set(), 0, False
 
     def check(self, path: str, tensors: Mapping[str, Tensor]) -> None:
-        """Raises CheckpointError, naming `path`, where a part of `tensors` is missing or does not fit."""
+        """Raises CheckpointError, naming `path`, where a part of `tensors` is missing, does not fit, or
+        belongs to no weight."""
+        known = {f"{name}.{key}" for name in self.masters for key in (*_MOMENTS, _MASTER)}
+        if surplus := sorted(tensors.keys() - known):
+            raise CheckpointError(
+                f"Checkpoint {path} is damaged: its optimizer has {surplus[0]}, which belongs to no weight "
+                f"that is trained. Load an earlier checkpoint."
+            )
         for name, master in self.masters.items():
             entry = [key for key in _MOMENTS if f"{name}.{key}" in tensors]
             if entry and len(entry) != len(_MOMENTS):
@@ -208,10 +215,18 @@ class Optimizer:
                 )
             for key in (*entry, _MASTER):
                 found = tensors.get(f"{name}.{key}")
-                if found is not None and key != "step" and found.shape != master.shape:
+                expected = [] if key == "step" else list(master.shape)
+                if found is None:
+                    continue
+                if list(found.shape) != expected:
                     raise CheckpointError(
-                        f"Checkpoint {path} is damaged: {name}.{key} has shape {list(found.shape)}, its "
-                        f"weight {list(master.shape)}."
+                        f"Checkpoint {path} is damaged: {name}.{key} has shape {list(found.shape)}, expected "
+                        f"{expected}. Load an earlier checkpoint."
+                    )
+                if found.dtype != torch.float32:
+                    raise CheckpointError(
+                        f"Checkpoint {path} is damaged: {name}.{key} is {found.dtype}, expected "
+                        f"torch.float32. Load an earlier checkpoint."
                     )
 
     @torch.no_grad()

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cookbook import models
+from cookbook import models, pretrained
 from cookbook.engine.memory import addresses, decoder_layers, usable_memory
 from cookbook.engine.mesh import Mesh
 from cookbook.engine.options import EngineOptions
@@ -46,11 +46,7 @@ def is_called_for(
 
 def bytes_needed(model_name: str, dtype: torch.dtype, is_trained: bool) -> int:
     """Of the weights and, where they are trained, their gradients, fp32 masters and moments."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    config = models.load_from_hub_or_disk("config", model_name, AutoConfig.from_pretrained)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+    model = pretrained.empty_causal_lm(models.load_config(model_name))
     per_weight = dtype.itemsize
     if is_trained:
         per_weight += 12 if dtype == torch.float32 else dtype.itemsize + 16

@@ -17,7 +17,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
@@ -25,13 +25,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from cookbook import files
+from cookbook import files, json_files, pretrained
+from cookbook.engine import peft_settings
 from cookbook.errors import CheckpointError
+from cookbook.json_files import Count, Origin, Positive
 from cookbook.types import LoraConfig
 
 FORMAT = 1
-ADAPTER_FILE = "adapter_model.safetensors"
-ADAPTER_CONFIG_FILE = "adapter_config.json"
+ADAPTER_FILE = peft_settings.ADAPTER_FILE
+ADAPTER_CONFIG_FILE = peft_settings.CONFIG_FILE
 MODEL_CONFIG_FILE = "config.json"
 OPTIMIZER_FILE = "optimizer.safetensors"
 OPTIMIZER_FOLDER = "optimizer"
@@ -52,13 +54,13 @@ class StateInfo:
 
     base_model: str
     lora: LoraConfig
-    optimizer_steps: int = 0
+    optimizer_steps: Count = 0
     rng_state: Mapping[str, Any] | None = None
-    microbatch_limits: Mapping[str, int] | None = None
+    microbatch_limits: Mapping[str, Positive] | None = None
     """Where memory ran out: the limits since, so that a resumed run cuts its batches the same way."""
-    microbatch_recovery: Mapping[str, int] | None = None
+    microbatch_recovery: Mapping[str, Count] | None = None
     """When they are raised again."""
-    world_size: int = 1
+    world_size: Positive = 1
     """How many processes trained together: another number goes on to rounding, not to the bit."""
     user_metadata: Mapping[str, str] = field(default_factory=dict)
     expires_at: str | None = None
@@ -187,43 +189,33 @@ def read_info(path: str | os.PathLike[str]) -> StateInfo:
             f"{folder} is no checkpoint: it has no {ADAPTER_CONFIG_FILE} (a LoRA) and no {MODEL_CONFIG_FILE} "
             f"(a full fine-tune)."
         )
-    if not (folder / STATE_FILE).is_file():
-        return _info_of_plain_adapter(folder) if is_adapter else StateInfo(str(folder), LoraConfig(rank=0))
-    state = _read_json(folder / STATE_FILE)
+    adapter = peft_settings.read(folder) if is_adapter else None
+    if not (folder / STATE_FILE).exists():
+        return StateInfo(str(folder), LoraConfig(rank=0)) if adapter is None else _info_of(folder, adapter)
+    state = _read_state(folder)
     if state.get("format") != FORMAT:
         raise CheckpointError(
             f"Checkpoint {folder} has format {state.get('format')!r}; this version reads {FORMAT}."
         )
-    try:
-        return StateInfo(
-            base_model=state["base_model"],
-            lora=LoraConfig(**state["lora"]),
-            optimizer_steps=state["optimizer_steps"],
-            rng_state=state["rng_state"],
-            microbatch_limits=state.get("microbatch_limits"),
-            microbatch_recovery=state.get("microbatch_recovery"),
-            world_size=state.get("world_size", 1),
-            user_metadata=state["user_metadata"],
-            expires_at=state.get("expires_at"),
+    origin = _origin(folder / STATE_FILE)
+    needed = {"optimizer_steps": Count, "user_metadata": Mapping[str, str]}
+    json_files.check(state, needed, origin)
+    known = {key: value for key, value in state.items() if key not in ("format", "sha256")}
+    info = json_files.record_of(StateInfo, known, origin)
+    ours = (info.lora.rank, info.lora.alpha)
+    theirs = (0, ours[1]) if adapter is None else (adapter["r"], adapter["lora_alpha"])
+    if ours != theirs:
+        origin.refuse(
+            f"`lora` has rank {ours[0]} and alpha {ours[1]:g}, and the weights beside it have rank "
+            f"{theirs[0]} and alpha {theirs[1]:g}"
         )
-    except (KeyError, TypeError) as error:
-        raise CheckpointError(f"Checkpoint {folder} is damaged: {STATE_FILE} lacks {error}.") from error
+    return info
 
 
-def _info_of_plain_adapter(folder: Path) -> StateInfo:
-    config = _read_json(folder / ADAPTER_CONFIG_FILE)
-    if config.get("peft_type") != "LORA":
-        raise CheckpointError(f"{folder} holds a {config.get('peft_type')} adapter. Only LoRA can be loaded.")
-    if not {"r", "lora_alpha"} <= config.keys():
-        raise CheckpointError(f"Checkpoint {folder} is damaged: {ADAPTER_CONFIG_FILE} lacks r or lora_alpha.")
-    for setting in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern"):
-        if config.get(setting):
-            raise CheckpointError(
-                f"{folder} is a LoRA with {setting}={config[setting]}. Only a LoRA that scales every layer "
-                f"by alpha / rank can be loaded."
-            )
-    targets = config.get("target_modules") or []
-    leaves = {name.rsplit(".", 1)[-1] for name in targets}
+def _info_of(folder: Path, config: Mapping[str, Any]) -> StateInfo:
+    """What an adapter of another program is. Its tensors say which kinds of layers it is on."""
+    modules = peft_settings.modules_in(peft_settings.tensor_names(folder))
+    leaves = {name.rpartition(".")[2] for name in modules}
     attention_leaves = {"q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj", "out_proj"}
     lora = LoraConfig(
         rank=config["r"],
@@ -235,16 +227,34 @@ def _info_of_plain_adapter(folder: Path) -> StateInfo:
     return StateInfo(base_model=str(config.get("base_model_name_or_path")), lora=lora)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(files.read(path))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(
-            f"Checkpoint {path.parent} is damaged: {path.name} cannot be read ({error})."
-        ) from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"Checkpoint {path.parent} is damaged: {path.name} holds no object.")
-    return content
+def dropout_of(path: str | os.PathLike[str]) -> float:
+    """That an adapter was trained with; it changes no result of the adapter itself."""
+    folder = Path(path).expanduser()
+    if not (folder / ADAPTER_CONFIG_FILE).is_file():
+        return 0.0
+    return peft_settings.read(folder).get("lora_dropout") or 0.0
+
+
+def _origin(path: Path) -> Origin:
+    return Origin(str(path), CheckpointError, "Load an earlier checkpoint.")
+
+
+def _read_state(folder: Path) -> dict[str, Any]:
+    """state.json, with checksums of files that lie in the folder."""
+    origin = _origin(folder / STATE_FILE)
+    state = json_files.object_of(
+        json_files.read_bytes(folder / STATE_FILE, origin, json_files.MAX_BYTES), origin
+    )
+    json_files.check(state, {"sha256": Mapping[str, str] | None}, origin)
+    for name in state.get("sha256") or ():
+        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+            origin.refuse(f"`sha256` names {name!r}, which is no file of the checkpoint")
+    return state
+
+
+def _checksums(folder: Path) -> Mapping[str, str]:
+    found: Mapping[str, str] = _read_state(folder).get("sha256") or {}
+    return found
 
 
 def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
@@ -253,7 +263,7 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     PEFT by itself saves a copy of the frozen projection to the vocabulary beside an adapter on it.
     """
     tensors = _read_tensors(Path(path).expanduser(), ADAPTER_FILE)
-    return {name: tensor for name, tensor in tensors.items() if ".base_layer." not in name}
+    return {name: tensor for name, tensor in tensors.items() if peft_settings.FROZEN not in name}
 
 
 def optimizer_folder(path: str | os.PathLike[str]) -> Path | None:
@@ -261,7 +271,7 @@ def optimizer_folder(path: str | os.PathLike[str]) -> Path | None:
     folder = Path(path).expanduser()
     if not (folder / OPTIMIZER_FOLDER).is_dir():
         return None
-    for name, recorded in _read_json(folder / STATE_FILE).get("sha256", {}).items():
+    for name, recorded in _checksums(folder).items():
         if name.startswith(f"{OPTIMIZER_FOLDER}/"):
             if not (folder / name).is_file():
                 raise CheckpointError(f"Checkpoint {folder} is incomplete: it has no {name}.")
@@ -284,10 +294,12 @@ def read_optimizer(path: str | os.PathLike[str]) -> dict[str, Tensor]:
 
 def _read_tensors(folder: Path, name: str) -> dict[str, Tensor]:
     path = folder / name
+    if name == ADAPTER_FILE:
+        pretrained.refuse_pickled_adapter(folder)
     if not path.is_file():
         raise CheckpointError(f"Checkpoint {folder} is incomplete: it has no {name}.")
     if (folder / STATE_FILE).is_file():
-        _check_sum(path, _read_json(folder / STATE_FILE).get("sha256", {}).get(name))
+        _check_sum(path, _checksums(folder).get(name))
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
@@ -301,7 +313,7 @@ def check_files(path: str | os.PathLike[str]) -> None:
     folder = Path(path).expanduser()
     if not (folder / STATE_FILE).is_file():
         return
-    for name, recorded in _read_json(folder / STATE_FILE).get("sha256", {}).items():
+    for name, recorded in _checksums(folder).items():
         if not (folder / name).is_file():
             raise CheckpointError(f"Checkpoint {folder} is incomplete: it has no {name}.")
         _check_sum(folder / name, recorded)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from cookbook import models
-from cookbook.engine import sharded_state, sharding, state
+from cookbook.engine import peft_settings, sharded_state, sharding, state
 from cookbook.engine.adapters import Adapter
 from cookbook.engine.base_model import BaseModel
 from cookbook.engine.dealing import deal_out, put_together
@@ -429,6 +429,7 @@ class Trainer:
             )
             if optimizer is not None:
                 self._optimizer.check(path, optimizer)
+            rng, limits, recovery = self._saved_course(path, info)
         if with_optimizer and info.world_size != self._mesh.size:
             logger.info(
                 "%s was saved by a run of %d processes; this one has %d. It goes on to rounding, not "
@@ -437,6 +438,12 @@ class Trainer:
                 info.world_size,
                 self._mesh.size,
             )
+        if dropout := state.dropout_of(path):
+            logger.warning(
+                "%s was trained with lora_dropout=%g; here adapters are trained without dropout.",
+                path,
+                dropout,
+            )
         with torch.no_grad():
             for name, parameter in self.adapter.weights.items():
                 parameter.copy_(weights[name])
@@ -444,14 +451,31 @@ class Trainer:
         self._optimizer.start_over()
         if optimizer is not None:
             self._optimizer.restore(optimizer, info.optimizer_steps)
+            self.rng, self._limits, self._recovery = rng, limits, recovery
+
+    def _saved_course(
+        self, path: str, info: state.StateInfo
+    ) -> tuple[np.random.Generator, MicrobatchLimits, Recovery]:
+        """What else a resumed run continues with. Raises CheckpointError where its record is damaged."""
+        rng, limits, recovery = self.rng, self._limits, self._recovery
+        try:
             if info.rng_state is not None:
-                self.rng.bit_generator.state = dict(info.rng_state)
+                rng = np.random.default_rng(0)
+                rng.bit_generator.state = dict(info.rng_state)
+                rng.random()  # a state of wrong numbers fails here
+                rng.bit_generator.state = dict(info.rng_state)
             if info.microbatch_limits is not None:
-                self._limits = replace(self._limits, **info.microbatch_limits)
+                limits = replace(self._limits, **info.microbatch_limits)
                 saved = info.microbatch_recovery  # runs of before had limits that stayed
-                self._recovery = Recovery(**saved) if saved else Recovery().after_failure()
+                recovery = Recovery(**saved) if saved else Recovery().after_failure()
             elif self._recovery.is_needed:
-                self._limits, self._recovery = self._full_limits, Recovery()
+                limits, recovery = self._full_limits, Recovery()
+        except (ValueError, TypeError, KeyError, OverflowError) as error:
+            raise CheckpointError(
+                f"{Path(path) / state.STATE_FILE} is damaged: `rng_state`, `microbatch_limits` or "
+                f"`microbatch_recovery` cannot be used ({error}). Load an earlier checkpoint."
+            ) from error
+        return rng, limits, recovery
 
 
 def _token_loss(request: Request, batch: PackedBatch, logprobs_C: Tensor, part: slice) -> Tensor:
@@ -481,6 +505,8 @@ def check_weights_fit(
     expected = {name: list(weight.shape) for name, weight in adapter.weights.items()}
     found = {name: list(weight.shape) for name, weight in weights.items()}
     if expected == found and (adapter.is_full or info.lora.alpha == adapter.lora.alpha):
+        if not adapter.is_full:
+            peft_settings.check_frozen(Path(path).expanduser(), base.has_weight)
         return
     names = sorted(expected.keys() | found.keys())
     differing = [

@@ -114,7 +114,7 @@ class ChatFormat:
         files.write(folder / "chat_template.jinja", self.template)
         path = folder / "tokenizer_config.json"
         config = json.loads(path.read_text(encoding="utf-8"))
-        for key in ("chat_template", "is_local", "local_files_only", "name_or_path"):
+        for key in ("auto_map", "chat_template", "is_local", "local_files_only", "name_or_path"):
             config.pop(key, None)
         files.write(path, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
 

@@ -7,10 +7,10 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from cookbook import files, models
-from cookbook.engine import state
+from cookbook.engine import peft_settings, state
 from cookbook.errors import CheckpointError, ConfigError
 from cookbook.export import gguf_weights, ollama, serving
 from cookbook.export.chat_format import ChatFormat
@@ -69,7 +69,7 @@ def write_adapter(job: Job) -> Written:
     def write(folder: Path) -> None:
         state.read_weights(source.folder)  # refuses a damaged file
         files.copy(source.folder / state.ADAPTER_FILE, folder / state.ADAPTER_FILE)
-        config = json.loads((source.folder / state.ADAPTER_CONFIG_FILE).read_text(encoding="utf-8"))
+        config = peft_settings.read(source.folder)
         config["base_model_name_or_path"] = base
         if isinstance(config.get("target_modules"), list):
             config["target_modules"] = sorted(config["target_modules"])
@@ -146,10 +146,7 @@ FORMATS: Mapping[str, Callable[[Job], Written]] = {
 
 
 def _model_config(job: Job) -> PretrainedConfig:
-    from transformers import AutoConfig
-
-    config: Any = models.load_from_hub_or_disk("config", job.source.base_model, AutoConfig.from_pretrained)
-    return config
+    return models.load_config(job.source.base_model)
 
 
 def _why_no_gguf(job: Job) -> str | None:

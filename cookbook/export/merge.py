@@ -9,25 +9,25 @@ Shape suffixes: I inputs, O outputs, R rank.
 
 from __future__ import annotations
 
-import json
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from cookbook import models
+from cookbook import json_files, models, pretrained
 from cookbook.engine import state
+from cookbook.engine.peft_settings import TENSOR
 from cookbook.errors import CheckpointError, ModelError
 from cookbook.export.source import Source
+from cookbook.json_files import Origin
 
 INDEX_FILE = "model.safetensors.index.json"
 WEIGHTS_FILE = "model.safetensors"
+_REPAIR = "Copy or download the model again."
 
-_LORA = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -58,7 +58,7 @@ def read_adapter(source: Source) -> dict[str, LowRank]:
         return {}
     halves: dict[str, dict[str, Tensor]] = {}
     for key, tensor in state.read_weights(source.folder).items():
-        match = _LORA.fullmatch(key)
+        match = TENSOR.fullmatch(key)
         if match is None:
             raise CheckpointError(
                 f"{source.folder} holds {key}, which is no LoRA on a linear layer. Merge it with PEFT itself "
@@ -113,7 +113,7 @@ class MergedWeights:
     def _file_of(self, origin: str) -> Any:
         path = self.files[origin]
         if path not in self._open_files:
-            self._open_files[path] = safe_open(path, "pt")
+            self._open_files[path] = _open(path)
         return self._open_files[path]
 
 
@@ -139,29 +139,34 @@ def weight_files(folder: Path) -> dict[str, Path]:
     Raises ModelError for an index that names a file elsewhere.
     """
     if (folder / INDEX_FILE).is_file():
-        weight_map = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))["weight_map"]
-        for name, file in weight_map.items():
-            if not isinstance(file, str) or Path(file).name != file:
-                raise ModelError(
-                    f"{folder / INDEX_FILE} says that {name} lies in {file!r}, which is no file there. "
-                    f"Fetch the model again."
-                )
+        index = json_files.read_object(folder / INDEX_FILE, ModelError, _REPAIR)
+        origin = Origin(str(folder / INDEX_FILE), ModelError, _REPAIR)
+        json_files.check(index, {"weight_map": dict[str, str]}, origin)
+        weight_map = index["weight_map"]
+        if other := [name for name in weight_map.values() if Path(name).name != name or not name]:
+            origin.refuse(f"`weight_map` names {other[0]!r}, which is no file of the folder")
+        if missing := [name for name in weight_map.values() if not (folder / name).is_file()]:
+            origin.refuse(f"`weight_map` names {missing[0]}, which is not there")
         return {name: folder / file for name, file in weight_map.items()}
     if not (folder / WEIGHTS_FILE).is_file():
         return {}
-    with safe_open(folder / WEIGHTS_FILE, "pt") as file:
+    with _open(folder / WEIGHTS_FILE) as file:
         return dict.fromkeys(file.keys(), folder / WEIGHTS_FILE)
+
+
+def _open(path: Path) -> Any:
+    try:
+        return safe_open(path, "pt")
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"{path} is damaged: it cannot be read ({error}). {_REPAIR}") from error
 
 
 def tied_weights(folder: Path) -> tuple[str | None, str | None]:
     """The names of a head and of the embeddings that it is tied to; None twice where it is not."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    config = models.load_config(str(folder))
     if not config.get_text_config().tie_word_embeddings:
         return None, None
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+    model = pretrained.empty_causal_lm(config)
     names = {id(module): name for name, module in model.named_modules()}
     head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
     return f"{names[id(head)]}.weight", f"{names[id(embeddings)]}.weight"
@@ -173,16 +178,17 @@ def base_model_folder(source: Source) -> Path:
     Raises ModelError where it is not to be had, or where its weights are stored quantized.
     """
     folder: Path = models.load_from_hub_or_disk("weights", source.base_model, _folder_of)
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = json_files.read_object(folder / "config.json", ModelError, _REPAIR)
     if (quantized := config.get("quantization_config")) is not None:
+        method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
         raise ModelError(
-            f"The weights of {source.base_model!r} are stored quantized ({quantized.get('quant_method')}); "
+            f"The weights of {source.base_model!r} are stored quantized ({method}); "
             f"nothing can be added to those. Say base_model= with the model that they were made from."
         )
     return folder
 
 
-def _folder_of(location: str, trust_remote_code: bool, local_files_only: bool) -> Path:
+def _folder_of(location: str, local_files_only: bool = False) -> Path:
     """The folder itself, or the hub's cache of a model with all its files."""
     if Path(location).is_dir():
         return Path(location)

@@ -11,9 +11,9 @@ import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 
-from cookbook import files
+from cookbook import files, json_files, models
 from cookbook.engine.loading import load_model, no_progress_bar
-from cookbook.errors import CheckpointError
+from cookbook.errors import CheckpointError, ModelError
 from cookbook.export.chat_format import ChatFormat
 from cookbook.export.merge import (
     INDEX_FILE,
@@ -24,6 +24,7 @@ from cookbook.export.merge import (
     tied_weights,
 )
 from cookbook.export.source import Source
+from cookbook.json_files import Origin
 
 Dtype: TypeAlias = Literal["auto", "bfloat16", "float16", "float32"]
 
@@ -48,6 +49,7 @@ def write_merged(
     base_folder = base_model_folder(source)
     config = _read_json(base_folder / "config.json")
     config.pop("_name_or_path", None)
+    config.pop("auto_map", None)  # code of the base model, which is not what was trained here
     chosen = None if dtype == "auto" else getattr(torch, dtype)
     if chosen is not None:
         _set(config, "dtype", dtype)
@@ -60,6 +62,9 @@ def write_merged(
         _write_json(folder / "config.json", config)
     else:
         merged = _write_whole_model(source, base_folder, folder, chosen, max_shard_size)
+        written = _read_json(folder / "config.json")
+        written.pop("auto_map", None)
+        _write_json(folder / "config.json", written)
     write_generation_config(base_folder, chat_format, folder)
     chat_format.write_tokenizer(folder)
     return merged
@@ -95,9 +100,7 @@ def _write_whole_model(
     source: Source, base_folder: Path, folder: Path, dtype: torch.dtype | None, max_shard_size: str
 ) -> Merged:
     """Merges in memory, and lets transformers give the weights the names that its files have."""
-    from transformers import AutoConfig
-
-    stored = AutoConfig.from_pretrained(base_folder, local_files_only=True).dtype or torch.float32
+    stored: Any = models.load_config(str(base_folder)).dtype or torch.float32
     model = load_model(source.base_model, torch.device("cpu"), dtype or stored)
     modules = dict(model.named_modules())
     head, _ = tied_weights(base_folder)
@@ -123,12 +126,17 @@ def _write_whole_model(
 def write_generation_config(base_folder: Path, chat_format: ChatFormat, folder: Path) -> None:
     """The base model's own, which stops where replies were trained to end."""
     config = _read_json(base_folder / "generation_config.json")
+    shape = {"eos_token_id": int | list[int] | None, "pad_token_id": int | None}
+    repair = "Copy or download the model again."
+    json_files.check(config, shape, Origin(str(base_folder / "generation_config.json"), ModelError, repair))
     ends = config.get("eos_token_id")
     earlier = ends if isinstance(ends, list) else [] if ends is None else [ends]
     stops = [*chat_format.stop_token_ids, *(i for i in earlier if i not in chat_format.stop_token_ids)]
     config["eos_token_id"] = stops if len(stops) != 1 else stops[0]
     if not stops:
         del config["eos_token_id"]
+    for key in ("auto_map", "custom_generate"):  # code of the base model
+        config.pop(key, None)
     if chat_format.stop_strings:
         config["stop_strings"] = list(chat_format.stop_strings)
     if config.get("pad_token_id") is None and stops:
@@ -146,8 +154,9 @@ def _set(config: dict[str, Any], key: str, value: Any) -> None:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return content
+    if not path.exists():
+        return {}
+    return json_files.read_object(path, ModelError, "Copy or download the model again.")
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

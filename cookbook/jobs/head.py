@@ -18,9 +18,10 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from cookbook import clusters, files
+from cookbook import clusters, files, json_files
 from cookbook.clusters import LOCALHOST
 from cookbook.errors import ClusterError
+from cookbook.json_files import Origin, Positive
 
 RAY = (sys.executable, "-m", "ray.scripts.scripts")
 START_SECONDS = 240
@@ -34,7 +35,7 @@ NO_TIMEOUT_SECONDS = 10 * 365 * 24 * 3600
 class Head:
     address: str
     """Of its dashboard, which takes the jobs."""
-    pid: int
+    pid: Positive
     folder: str
     """The private folder around Ray's own files."""
 
@@ -52,7 +53,9 @@ def find_head() -> Head | None:
     note = _note()
     if not note.exists():
         return None
-    head = Head(**json.loads(note.read_text(encoding="utf-8")))
+    repair = "Remove it, and end the Ray head that it named by hand if one still runs."
+    values = json_files.read_object(note, ClusterError, repair)
+    head = json_files.record_of(Head, values, Origin(str(note), ClusterError, repair))
     return head if head.is_alive() else None
 
 

@@ -17,10 +17,11 @@ from typing import Any
 
 import chz
 
-from cookbook import config_files, files
+from cookbook import config_files, files, json_files
 from cookbook.errors import ClusterError
 from cookbook.jobs.connection import connect
 from cookbook.jobs.head import START_SECONDS, find_head, start_head
+from cookbook.json_files import Origin
 from cookbook.nearest import did_you_mean
 from cookbook.recipe import find_recipe
 
@@ -141,7 +142,7 @@ def retry(job_id: str, *, address: str | None = None) -> Job:
     if not job.has_ended:
         raise ClusterError(f"Job {job_id} is {job.status} still. Wait for it, or cancel it first.")
     details = _client(address).get_job_info(job_id)
-    gpus, cpus = (json.loads(details.metadata[key]) for key in ("num_gpus", "num_cpus"))
+    gpus, cpus = (_read_metadata(details, key, float | None) for key in ("num_gpus", "num_cpus"))
     config = job.config | {"if_log_path_exists": "resume"}
     return _submit(job.recipe, config, _address(address), gpus, cpus)
 
@@ -211,17 +212,31 @@ def _python(address: str) -> str:
 
 def _job(details: Any) -> Job:
     metadata = details.metadata or {}
-    config = json.loads(metadata.get("config", "{}"))
+    config = _read_metadata(details, "config", dict[str, Any]) if "config" in metadata else {}
     return Job(
         id=details.submission_id,
         status=str(getattr(details.status, "value", details.status)),
         recipe=metadata.get("recipe", ""),
-        log_path=config.get("log_path", ""),
+        log_path=config.get("log_path") or "",
         config=config,
         message=details.message or "",
         submitted=details.start_time / 1000,
         ended=None if details.end_time is None else details.end_time / 1000,
     )
+
+
+def _read_metadata(details: Any, key: str, kind: Any) -> Any:
+    """What `_submit` recorded with a job. Anybody who reaches the cluster can submit one."""
+    repair = "Submit the run again instead."
+    origin = Origin(f"The metadata of job {details.submission_id}", ClusterError, repair)
+    text = (details.metadata or {}).get(key)
+    if text is None:
+        origin.refuse(f"it lacks {key}")
+    values = {key: json_files.value_of(text, origin)}
+    json_files.check(values, {key: kind}, origin)
+    if key == "config":
+        json_files.check(values[key], {"log_path": str | None}, origin)
+    return values[key]
 
 
 def _client(address: str | None) -> Any:

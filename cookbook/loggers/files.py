@@ -8,6 +8,7 @@ from typing import Any
 
 from cookbook import jsonl
 from cookbook.loggers.base import MetricLogger, Metrics
+from cookbook.run_rows import read_metrics, read_tables
 from cookbook.tables import Table
 
 
@@ -32,12 +33,13 @@ class JsonlLogger(MetricLogger):
         self._is_row_held = bool(known_metrics)
         held = [{"step": first_step, **known_metrics}] if known_metrics else []
         jsonl.rewrite(self._metrics, [*self._earlier(self._metrics), *held])
-        of_first_step = (row for row in jsonl.read(self._tables) if row["step"] == first_step)
+        of_first_step = (row for row in read_tables(self._tables) if row["step"] == first_step)
         held = [row for row in of_first_step if row["table"] in self._held_tables]
         jsonl.rewrite(self._tables, [*self._earlier(self._tables), *held])
 
     def _earlier(self, path: Path) -> list[dict[str, Any]]:
-        return [row for row in jsonl.read(path) if row["step"] < self._first_step]
+        read = read_tables if path == self._tables else read_metrics
+        return [row for row in read(path) if row["step"] < self._first_step]
 
     def log(self, step: int, metrics: Metrics) -> None:
         row = {"step": step, **metrics}
@@ -52,7 +54,7 @@ class JsonlLogger(MetricLogger):
         ]
         if step == self._first_step and name in self._held_tables:
             self._held_tables.remove(name)
-            others = [row for row in jsonl.read(self._tables) if (row["step"], row["table"]) != (step, name)]
+            others = [row for row in read_tables(self._tables) if (row["step"], row["table"]) != (step, name)]
             jsonl.rewrite(self._tables, [*others, *rows])
             return
         for row in rows:

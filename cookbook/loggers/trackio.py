@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from cookbook import files, jsonl
+from cookbook import files
 from cookbook.errors import ConfigError
 from cookbook.loggers.base import MetricLogger, Metrics
+from cookbook.run_rows import read_metrics, read_tables
 from cookbook.tables import Table
 
 NAME_FILE = "trackio_run_name.txt"
@@ -51,9 +52,9 @@ class TrackioLogger(MetricLogger):
 
     def _catch_up(self, folder: Path, first_step: int) -> None:
         tables: dict[int, dict[str, list[dict[str, Any]]]] = {}
-        for row in jsonl.read(folder / "tables.jsonl"):
+        for row in read_tables(folder / "tables.jsonl"):
             tables.setdefault(row["step"], {}).setdefault(row["table"], []).append(row["row"])
-        for metrics in jsonl.read(folder / "metrics.jsonl"):
+        for metrics in read_metrics(folder / "metrics.jsonl"):
             step = metrics.pop("step")
             if step < first_step:
                 for name, rows in tables.get(step, {}).items():

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cookbook import files, jsonl
+from cookbook import json_files
 from cookbook.checkpoints import CheckpointLog, read_records
 from cookbook.config_files import TYPE_KEY
 from cookbook.errors import ConfigError, DataError
+from cookbook.json_files import Count, Origin
 from cookbook.loggers import OF_EVERY_STEP
 from cookbook.run_metrics import METRICS_FILE, MetricsReader, Series
+from cookbook.run_rows import read_tables
 
 WIDE = 8
 """Where the greatest value is so many times the least, a logarithmic axis shows more of a curve."""
@@ -70,9 +71,9 @@ def read_run(folder: str | Path, metrics: MetricsReader | None = None, with_tabl
         metrics=metrics.series(),
         num_steps=0 if steps is None else len(steps.steps),
         is_finished=CheckpointLog(path).is_finished if (path / "checkpoints.jsonl").exists() else False,
-        data=_read_object(path / "data.json"),
+        data=_read_data(path / "data.json"),
         environment=_read_object(path / "environment.json"),
-        tables=jsonl.read(path / "tables.jsonl") if with_tables else [],
+        tables=read_tables(path / "tables.jsonl") if with_tables else [],
         checkpoints=[asdict(record) for record in read_records(path / "checkpoints.jsonl")],
     )
 
@@ -86,6 +87,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
         inside = sorted(str(found.parent) for found in folder.glob(f"*/{METRICS_FILE}"))
         hint = f" Runs in it: {', '.join(inside)}." if inside else ""
         raise ConfigError(f"{folder} is no run's folder: it has no config.json of a run.{hint}")
+    shape = {TYPE_KEY: str, "best_metric": str | None}
+    json_files.check(config, shape, Origin(str(path), DataError, _REPAIR))
     return config
 
 
@@ -93,8 +96,43 @@ def _read_object(path: Path) -> dict[str, Any]:
     """A JSON file of the run's folder; {} where there is none."""
     if not path.exists():
         return {}
-    try:
-        value = json.loads(files.read(path))
-    except ValueError as error:
-        raise DataError(f"{path} is damaged: {error}. Restore or remove it.") from error
-    return value if isinstance(value, dict) else {}
+    return json_files.read_object(path, DataError, _REPAIR)
+
+
+_REPAIR = "Restore or remove it."
+_NOTE_SHAPE = {"noun": str, "what": str, "item": str, "count": Count}
+_COUNTS = (
+    "rows", "examples", "tokens", "trained_tokens", "longest", "truncated", "too_long", "untrained",
+    "filtered", "bad",
+)  # fmt: skip
+_SOURCE_SHAPE: Mapping[str, Any] = {
+    "name": str,
+    "role": str | None,
+    "files": list[str] | None,
+    "unread": list[str] | None,
+    "notes": list[Mapping[str, Any]] | None,
+    "bad_rows": list[Mapping[str, str]] | None,
+    "length_histogram": Mapping[str, list[Count]] | None,
+    **dict.fromkeys(_COUNTS, Count | None),
+}
+"""What a page shows of the report of a source."""
+
+
+def _read_data(path: Path) -> dict[str, Any]:
+    values = _read_object(path)
+    origin = Origin(str(path), DataError, _REPAIR)
+    lists = {"sources": list[Mapping[str, Any]] | None, "evaluation_sources": list[Mapping[str, Any]] | None}
+    json_files.check(values, lists, origin)
+    for name in lists:
+        for index, source in enumerate(values.get(name) or ()):
+            below = Origin(f"`{name}[{index}]` of {path}", DataError, _REPAIR)
+            json_files.check(source, _SOURCE_SHAPE, below)
+            for key in [key for key, value in source.items() if value is None]:
+                del source[key]
+            for note in source.get("notes") or ():
+                json_files.check(note, _NOTE_SHAPE, below)
+            histogram = source.get("length_histogram") or {}
+            edges, counts = histogram.get("edges", []), histogram.get("counts", [])
+            if len(edges) != len(counts) + bool(counts):
+                below.refuse("`length_histogram` has not one edge more than counts")
+    return {key: value for key, value in values.items() if value is not None}

@@ -116,7 +116,7 @@ def count(value: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    if seconds < 60:
+    if seconds < 60 or seconds > 1e12:
         return f"{seconds:.3g} s"
     minutes, rest = divmod(round(seconds), 60)
     if minutes < 60:

@@ -6,8 +6,10 @@ import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from cookbook import json_files
 from cookbook.checkpoints import FINAL, Checkpoint, CheckpointLog
 from cookbook.errors import ConfigError, DataError
+from cookbook.json_files import Origin, Positive
 from cookbook.schedules import learning_rate_at
 from cookbook.supervised.batches import BEGINNING, Position
 from cookbook.supervised.run_folder import ROUNDING_KEYS, RunFolder, how_to_train_on
@@ -92,8 +94,8 @@ def announce(
     kind = "a finished run" if checkpoints.is_finished else "an unfinished run"
     end = "the end of the data" if start.total_steps is None else f"step {start.total_steps}"
     before = _total_steps(
-        folder.earlier_config["num_epochs"],
-        folder.earlier_config["max_steps"],
+        folder.earlier_config.get("num_epochs", config.num_epochs),
+        folder.earlier_config.get("max_steps"),
         start.step,
         start.position,
         train_data,
@@ -136,7 +138,12 @@ def _batch_size_before(folder: RunFolder) -> int | None:
     sizes: list[Any] = [
         was for key, (was, _) in folder.length_changes.items() if key.split(".")[-1] == "batch_size"
     ]
-    return sizes[0] if sizes else None
+    if not sizes:
+        return None
+    path = folder.path / "config.json"
+    origin = Origin(str(path), ConfigError, f"Restore it. {how_to_train_on(folder.path)}")
+    json_files.check({"batch_size": sizes[0]}, {"batch_size": Positive | None}, origin)
+    return sizes[0]
 
 
 def _position_of(

@@ -29,12 +29,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Literal, TypeAlias
 
-from cookbook import files, jsonl
+from cookbook import files, json_files, jsonl
 from cookbook.checkpoints import FOLDER, CheckpointLog
 from cookbook.config_files import TYPE_KEY, differences, with_defaults
 from cookbook.control_characters import visible_line
 from cookbook.engine.mesh import ALONE, Mesh
-from cookbook.errors import ConfigError, CookbookError
+from cookbook.errors import ConfigError, CookbookError, DataError
+from cookbook.json_files import Origin, Positive
+from cookbook.run_rows import read_changes, read_metrics, read_tables
 
 logger = logging.getLogger(__name__)
 
@@ -145,14 +147,14 @@ class RunFolder:
                     key: {"was": was, "now": now} for key, (was, now) in sorted(self.changes.items())
                 },
             }
-            rows = jsonl.read(path)
+            rows = read_changes(path)
             if row not in rows[-1:]:
                 jsonl.rewrite(path, [*rows, row])
         self._write_config()
 
     def patience_restarts(self) -> set[int]:
         """The steps at which a run that was out of patience was continued."""
-        rows: list[dict[str, Any]] = self.world.by_main(lambda: jsonl.read(self.path / CHANGES_FILE))
+        rows: list[dict[str, Any]] = self.world.by_main(lambda: read_changes(self.path / CHANGES_FILE))
         return {row["step"] for row in rows if row["ended_by_patience"]}
 
     def _check_that_all_see_it(self, world: Mesh) -> None:
@@ -198,16 +200,21 @@ class RunFolder:
     def read_data_report(self) -> dict[str, Any]:
         """What was recorded of the data that the run began with; {} where nothing was."""
         path = self.path / "data.json"
-        return json.loads(files.read(path)) if path.exists() else {}
+        if not path.exists():
+            return {}
+        origin = Origin(str(path), DataError, f"Restore it. {how_to_train_on(self.path)}")
+        values = json_files.object_of(json_files.read_bytes(path, origin, json_files.MAX_BYTES), origin)
+        json_files.check(values, {"fingerprint": str | None, "rows": int | None}, origin)
+        return values
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """The rows of metrics.jsonl so far, as the main process sees them."""
-        rows: list[dict[str, Any]] = self.world.by_main(lambda: jsonl.read(self.path / "metrics.jsonl"))
+        rows: list[dict[str, Any]] = self.world.by_main(lambda: read_metrics(self.path / "metrics.jsonl"))
         return rows
 
     def read_tables(self) -> list[dict[str, Any]]:
         """The rows of tables.jsonl so far, as the main process sees them."""
-        rows: list[dict[str, Any]] = self.world.by_main(lambda: jsonl.read(self.path / "tables.jsonl"))
+        rows: list[dict[str, Any]] = self.world.by_main(lambda: read_tables(self.path / "tables.jsonl"))
         return rows
 
     def _settle_with_earlier_run(self, if_exists: IfLogPathExists) -> dict[str, Any] | None:
@@ -308,14 +315,16 @@ def _is_untouched(folder: Path) -> bool:
 
 
 def _read_run_config(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(files.read(path))
-    except (OSError, ValueError):
-        config = None
-    if not isinstance(config, dict) or TYPE_KEY not in config:
+    repair = f"Restore it, or choose another folder than log_path={path.parent}."
+    origin = Origin(str(path), ConfigError, repair)
+    config = json_files.object_of(json_files.read_bytes(path, origin, json_files.MAX_BYTES), origin)
+    if TYPE_KEY not in config:
         raise ConfigError(
             f"log_path={path.parent} holds a config.json that is no run's. Choose another folder."
         )
+    json_files.check(
+        config, {TYPE_KEY: str, "num_epochs": Positive | None, "max_steps": Positive | None}, origin
+    )
     return config
 
 

@@ -29,6 +29,7 @@ from cookbook.supervised.run_folder import IfLogPathExists, RunFolder, holds_run
 from cookbook.supervised.start import start_run
 from cookbook.supervised.stop_signal import StopSignal
 from cookbook.supervised.types import SupervisedDatasetBuilder
+from cookbook.types import MAX_RANK
 
 logger = logging.getLogger(__name__)
 
@@ -177,6 +178,8 @@ class Config:
             "keep_checkpoints": 1, "submit_ahead": 0, "early_stopping_patience": 1,
             "early_stopping_min_delta": 0,
         }  # fmt: skip
+        if self.lora_rank > MAX_RANK:
+            raise ConfigError(f"lora_rank={self.lora_rank} is too large. It must be at most {MAX_RANK}.")
         above_zero = ("learning_rate", "adam_eps", "lora_alpha")
         for name, least in at_least.items():
             value = getattr(self, name)

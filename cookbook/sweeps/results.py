@@ -17,11 +17,12 @@ from chz.blueprint import Castable
 from rich.console import Console
 from rich.table import Table
 
-from cookbook import files, jsonl
+from cookbook import files, json_files, jsonl
 from cookbook.checkpoints import CheckpointLog
 from cookbook.consoles import plain_line
 from cookbook.control_characters import visible_line
 from cookbook.run_metrics import METRICS_FILE
+from cookbook.run_rows import METRICS_SHAPE
 from cookbook.sweeps.plan import Plan, PlannedRun
 from cookbook.sweeps.run_process import Progress
 from cookbook.sweeps.space import SEED
@@ -61,12 +62,21 @@ def record(plan: Plan, run: PlannedRun, progress: Progress) -> None:
 
 def progress_of(plan: Plan) -> dict[str, Progress]:
     """Where every run stands, by its folder; only that one was stopped or failed is the sweep's to know."""
-    recorded = {row.pop("name"): Progress(**row) for row in jsonl.read(plan.folder / RECORD)}
+    recorded = _recorded(plan.folder / RECORD)
     return {run.name: _progress_of(run, plan.config.metric, recorded.get(run.name)) for run in plan.runs}
 
 
+def _recorded(file: Path) -> dict[str, Progress]:
+    """What the sweep wrote down of runs that ended, by their folders."""
+    rows = jsonl.read(file, {"name": str})
+    return {
+        row.pop("name"): json_files.record_of(Progress, row, jsonl.origin_of(file, number))
+        for number, row in enumerate(rows, 1)
+    }
+
+
 def _progress_of(run: PlannedRun, metric: str, recorded: Progress | None) -> Progress:
-    rows = jsonl.read_backwards(run.folder / METRICS_FILE)
+    rows = jsonl.read_backwards(run.folder / METRICS_FILE, METRICS_SHAPE)
     last = next((row for row in rows if metric in row), None)
     step, value = (0, math.nan) if last is None else (last["step"], last[metric])
     if CheckpointLog(run.folder).is_finished:

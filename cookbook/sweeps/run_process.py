@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cookbook.checkpoints import CheckpointLog
+from cookbook.json_files import Measured
 from cookbook.run_metrics import MetricsReader
 
 State = Literal["running", "finished", "stopped", "failed"]
@@ -32,7 +33,7 @@ class Progress:
 
     state: State
     step: int = 0
-    value: float = math.nan
+    value: Measured = math.nan
     """Of the metric, measured after `step` steps; not a number before the first evaluation."""
     error: str = ""
 

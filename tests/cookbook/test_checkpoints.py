@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from cookbook.checkpoints import CheckpointLog, read_records
-from cookbook.errors import CheckpointError
+from cookbook.errors import CheckpointError, DataError
 
 
 def add(log: CheckpointLog, folder: Path, step: int) -> None:
@@ -164,59 +164,59 @@ def write_records(folder: Path, *records: object) -> None:
 @pytest.mark.parametrize(
     ("changes", "found"),
     [
-        ({"path": "/home/user/thesis"}, 'path is "/home/user/thesis"'),
-        ({"path": "../thesis"}, 'path is "../thesis"'),
-        ({"path": "checkpoints/../../thesis"}, 'path is "checkpoints/../../thesis"'),
-        ({"path": "checkpoints"}, 'path is "checkpoints"'),
-        ({"path": "checkpoints/"}, 'path is "checkpoints/"'),
-        ({"path": ""}, 'path is ""'),
-        ({"path": "."}, 'path is "."'),
-        ({"path": "~/thesis"}, 'path is "~/thesis"'),
-        ({"path": "checkpoints/000006"}, 'path is "checkpoints/000006"'),  # another one's
-        ({"path": "checkpoints//000003"}, 'path is "checkpoints//000003"'),
-        ({"path": "checkpoints\\000003"}, 'path is "checkpoints'),
-        ({"path": "checkpoints/000003\n"}, r'path is "checkpoints/000003\\n"'),
-        ({"path": None}, "path is null, not a text"),
-        ({"path": ["checkpoints/000003"]}, r"path is \[.*\], not a text"),
-        ({"path": 3}, "path is 3, not a text"),
-        ({"name": "..", "path": "checkpoints/.."}, 'name is ".."'),
-        ({"name": ".", "path": "checkpoints/."}, 'name is "."'),
-        ({"name": "", "path": "checkpoints/"}, 'name is ""'),
-        ({"name": "a/b", "path": "checkpoints/a/b"}, 'name is "a/b"'),
-        ({"name": ".hidden", "path": "checkpoints/.hidden"}, 'name is ".hidden"'),
-        ({"name": "-rf", "path": "checkpoints/-rf"}, 'name is "-rf"'),
-        ({"name": "a b", "path": "checkpoints/a b"}, 'name is "a b"'),
-        ({"name": "\x1b[31m", "path": "checkpoints/\x1b[31m"}, r'name is "\\u001b\[31m"'),
-        ({"name": "n" * 129, "path": "checkpoints/" + "n" * 129}, 'name is "nnn'),
-        ({"name": 3, "path": "checkpoints/3"}, "name is 3, not a text"),
-        ({"step": "3"}, 'step is "3", not a whole number'),
-        ({"step": True}, "step is true, not a whole number"),
-        ({"step": 3.0}, "step is 3.0, not a whole number"),
-        ({"step": -1}, "step is -1, which cannot be"),
-        ({"step": 10**30}, "step is 1000.*, which cannot be"),
-        ({"epoch": None}, "epoch is null, not a whole number"),
-        ({"batch": {}}, r"batch is \{\}, not a whole number"),
-        ({"metric": 1, "value": 1.0}, "metric is 1, not a text"),
-        ({"metric": "test/nll", "value": "low"}, 'value is "low", not a number'),
-        ({"metric": "test/nll"}, "metric and value belong together"),
-        ({"is_extra": "yes"}, 'is_extra is "yes", not true or false'),
-        ({"owner": "me"}, '"owner" is no key of a checkpoint'),
+        ({"path": "/home/user/thesis"}, '`path` is "/home/user/thesis"'),
+        ({"path": "../thesis"}, '`path` is "../thesis"'),
+        ({"path": "checkpoints/../../thesis"}, '`path` is "checkpoints/../../thesis"'),
+        ({"path": "checkpoints"}, '`path` is "checkpoints"'),
+        ({"path": "checkpoints/"}, '`path` is "checkpoints/"'),
+        ({"path": ""}, '`path` is ""'),
+        ({"path": "."}, '`path` is "."'),
+        ({"path": "~/thesis"}, '`path` is "~/thesis"'),
+        ({"path": "checkpoints/000006"}, '`path` is "checkpoints/000006"'),  # another one's
+        ({"path": "checkpoints//000003"}, '`path` is "checkpoints//000003"'),
+        ({"path": "checkpoints\\000003"}, '`path` is "checkpoints'),
+        ({"path": "checkpoints/000003\n"}, r'`path` is "checkpoints/000003\\n"'),
+        ({"path": None}, "`path` is null, expected text"),
+        ({"path": ["checkpoints/000003"]}, r"`path` is a list of 1, expected text"),
+        ({"path": 3}, "`path` is 3, expected text"),
+        ({"name": "..", "path": "checkpoints/.."}, '`name` is ".."'),
+        ({"name": ".", "path": "checkpoints/."}, '`name` is "."'),
+        ({"name": "", "path": "checkpoints/"}, '`name` is ""'),
+        ({"name": "a/b", "path": "checkpoints/a/b"}, '`name` is "a/b"'),
+        ({"name": ".hidden", "path": "checkpoints/.hidden"}, '`name` is ".hidden"'),
+        ({"name": "-rf", "path": "checkpoints/-rf"}, '`name` is "-rf"'),
+        ({"name": "a b", "path": "checkpoints/a b"}, '`name` is "a b"'),
+        ({"name": "\x1b[31m", "path": "checkpoints/\x1b[31m"}, r'`name` is "\\u001b\[31m"'),
+        ({"name": "n" * 129, "path": "checkpoints/" + "n" * 129}, '`name` is "nnn'),
+        ({"name": 3, "path": "checkpoints/3"}, "`name` is 3, expected text"),
+        ({"step": "3"}, '`step` is "3", expected a whole number of at least 0'),
+        ({"step": True}, "`step` is true, expected a whole number"),
+        ({"step": 3.0}, "`step` is 3.0, expected a whole number of at least 0"),
+        ({"step": -1}, "`step` is -1, expected a whole number of at least 0"),
+        ({"step": 10**30}, "`step` is a whole number of more than 64 bits"),
+        ({"epoch": None}, "`epoch` is null, expected a whole number of at least 0"),
+        ({"batch": {}}, r"`batch` is an object of 0, expected a whole number of at least 0"),
+        ({"metric": 1, "value": 1.0}, "`metric` is 1, expected text"),
+        ({"metric": "test/nll", "value": "low"}, '`value` is "low", expected a number'),
+        ({"metric": "test/nll"}, "`metric` and `value` go together"),
+        ({"is_extra": "yes"}, '`is_extra` is "yes", expected true or false'),
+        ({"owner": "me"}, "`owner` is no key of it"),
     ],
 )
 def test_a_record_that_is_no_checkpoint_of_the_run_is_refused_with_its_line_and_value(
     tmp_path: Path, changes: dict, found: str
 ) -> None:
     write_records(tmp_path, RECORD, RECORD | {"name": "000003", **changes})
-    with pytest.raises(CheckpointError, match=f"{tmp_path}/checkpoints.jsonl, line 2: {found}"):
+    with pytest.raises(CheckpointError, match=f"line 2 of {tmp_path}/checkpoints.jsonl is damaged: {found}"):
         CheckpointLog(tmp_path, keep=1)
-    with pytest.raises(CheckpointError, match="line 2: "):
+    with pytest.raises(CheckpointError, match="line 2 of "):
         read_records(tmp_path / "checkpoints.jsonl")
 
 
 @pytest.mark.parametrize("row", [[], "final", 3, None, {}, {"name": "000003"}])
 def test_a_row_that_is_no_record_is_refused(tmp_path: Path, row: object) -> None:
     write_records(tmp_path, row)
-    with pytest.raises(CheckpointError, match="line 1: .* Correct the line, or remove it."):
+    with pytest.raises((CheckpointError, DataError), match="line 1 of .* is damaged: it "):
         CheckpointLog(tmp_path)
 
 

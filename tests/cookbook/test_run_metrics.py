@@ -156,13 +156,11 @@ def test_large_files_are_read_as_small_ones_are(tmp_path: Path, monkeypatch: pyt
 @pytest.mark.parametrize(
     "line",
     [
-        '{"step": 7, "a": null}', '{"step": 7, "a": "x"}', '{"step": 7, "a": [1]}',
-        '{"step": 7, "a": {"b": 1}}', '{"step": 7, "a": NaN}', '{"step": 7, "a": -Infinity}',
-        '{"step": 7, "a": true}', '{"step": 7, "a": 1e400}',
-        '{"step": 7, "\\u00e9": 1}', '{"step": 7, "a": 1, "a": 2}', f'{{"step": 7, "a": {10**400}}}',
+        '{"step": 7, "a": NaN}', '{"step": 7, "a": -Infinity}', '{"step": 7, "a": true}',
+        '{"step": 7, "a": 1e400}', '{"step": 7, "\\u00e9": 1}',
     ],
 )  # fmt: skip
-def test_what_a_run_does_not_log_is_read_alike_and_left_out_where_it_is_no_number(
+def test_a_number_that_is_not_finite_is_read_alike_and_left_out(
     line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "metrics.jsonl"
@@ -173,8 +171,7 @@ def test_what_a_run_does_not_log_is_read_alike_and_left_out_where_it_is_no_numbe
         reader = MetricsReader(tmp_path)
         found[limit] = repr(told(reader))
         (value,) = [value for key, value in json.loads(line).items() if key != "step"]
-        is_number = isinstance(value, (int, float)) and not (isinstance(value, int) and value > 10**308)
-        assert ("a" in reader.series() or "é" in reader.series()) == (is_number and math.isfinite(value))
+        assert ("a" in reader.series() or "é" in reader.series()) == math.isfinite(value)
     assert found[1] == found[1 << 60]
 
 
@@ -182,6 +179,8 @@ def test_what_a_run_does_not_log_is_read_alike_and_left_out_where_it_is_no_numbe
     "line",
     [
         "", "{", "7", "[]", '{"train/nll": 1}', '{"step": "a"}', '{"step": 1.5}', '{"step": -1}',
+        '{"step": 7, "a": null}', '{"step": 7, "a": "x"}', '{"step": 7, "a": [1]}',
+        '{"step": 7, "a": {"b": 1}}', '{"step": 7, "a": 1, "a": 2}', f'{{"step": 7, "a": {10**400}}}',
         f'{{"step": {2**70}}}', '{"step": null}', '{"step": 1}{"step": 2}', "\ufeff", "[" * 100_000,
     ],
 )  # fmt: skip

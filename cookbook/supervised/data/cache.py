@@ -9,7 +9,9 @@ import os
 import time
 from pathlib import Path
 
-from cookbook import files
+from cookbook import files, json_files
+from cookbook.errors import DataError
+from cookbook.json_files import Origin
 
 RENDERED, FINGERPRINTS = "rendered", "fingerprints"
 _SETTLED_SECONDS = 2.0
@@ -54,9 +56,12 @@ def _signature(path: Path) -> tuple[int, int]:
 
 def _read_note(note: Path) -> tuple[tuple[int, int], str] | None:
     """None for a note that is missing or damaged."""
-    try:
-        values = json.loads(files.read(note))
-        digest = values["digest"]
-        return ((values["size"], values["mtime_ns"]), digest) if isinstance(digest, str) else None
-    except (OSError, ValueError, TypeError, KeyError):
+    if not note.exists():
         return None
+    try:
+        values = json_files.read_object(note, DataError, "")
+        shape = {"size": int, "mtime_ns": int, "digest": str}
+        json_files.check(values, shape, Origin(str(note), DataError, ""))
+    except DataError:
+        return None
+    return (values["size"], values["mtime_ns"]), values["digest"]

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -29,7 +30,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cookbook import files
+from cookbook import files, json_files
+from cookbook.errors import DataError
+from cookbook.json_files import Count, Origin
 from cookbook.notes import Note
 
 TOKEN_DTYPE = np.dtype("<i4")
@@ -125,10 +128,23 @@ class StoreMeta:
         return {**vars(self), "notes": [[*note, number] for note, number in self.notes.items()]}
 
     @classmethod
-    def from_json(cls, values: dict[str, Any]) -> StoreMeta:
+    def from_json(cls, values: dict[str, Any], origin: Origin) -> StoreMeta:
+        """Raises `origin`'s error for values of other types."""
+        json_files.check(values, _META_SHAPE, origin)
+        for *note, number in values["notes"]:
+            json_files.check({"notes": note}, {"notes": list[str]}, origin)
+            json_files.check({"notes": number}, {"notes": Count}, origin)
         bad_rows = [BadRowNote(*note) for note in values["bad_rows"]]
         notes = Counter({Note(*note): number for *note, number in values["notes"]})
         return cls(**{**values, "bad_rows": bad_rows, "notes": notes})
+
+
+_META_SHAPE = {
+    **dict.fromkeys(("num_rows_read", "num_filtered", "num_bad_rows"), Count),
+    "bad_rows": list[list[str]],
+    "digest": str,
+    "notes": list[list[Any]],
+}
 
 
 class StoreWriter:
@@ -209,16 +225,25 @@ class ExampleStore:
         self.name = name
         self._path = path
         self._folder = folder
-        self.meta = StoreMeta.from_json(json.loads((path / "meta.json").read_text(encoding="utf-8")))
-        examples = np.load(path / "examples.npy")
+        meta = path / "meta.json"
+        self.meta = StoreMeta.from_json(
+            json_files.read_object(meta, DataError, ""), Origin(str(meta), DataError, "")
+        )
+        examples = _load(path / "examples.npy", np.int64, num_axes=2)
         self._starts_E, self._run_starts_E = examples[:, 0], examples[:, 1]
-        self._runs_R = np.load(path / "runs.npy")
-        self._run_weights_R = np.load(path / "run_weights.npy")
-        self._row_starts_N = np.load(path / "rows.npy")
+        self._runs_R = _load(path / "runs.npy", np.int32, num_axes=2)
+        self._run_weights_R = _load(path / "run_weights.npy", np.float32, num_axes=1)
+        self._row_starts_N = _load(path / "rows.npy", np.int64, num_axes=1)
         size = (path / "tokens.bin").stat().st_size
         self._tokens = np.memmap(path / "tokens.bin", TOKEN_DTYPE, "r") if size else np.zeros(0, TOKEN_DTYPE)
         sizes = (len(self._tokens), len(self._runs_R), self.num_examples)
-        if sizes != (self._starts_E[-1], self._run_starts_E[-1], self._row_starts_N[-1]):
+        starts = (self._starts_E, self._run_starts_E, self._row_starts_N)
+        are_in_order = all(each[0] == 0 and (np.diff(each) >= 0).all() for each in starts)
+        are_pairs = examples.shape[1] == 2 == self._runs_R.shape[1]
+        has_weights = len(self._run_weights_R) == len(self._runs_R)
+        if not (are_in_order and are_pairs and has_weights) or sizes != tuple(
+            int(each[-1]) for each in starts
+        ):
             raise ValueError(f"{path} does not hold what it says.")
 
     @property
@@ -263,12 +288,25 @@ class ExampleStore:
         return Example(tokens_T, weights_T)
 
     def place_of_row(self, row: int) -> str:
-        return self._places[row]
+        return self._places[row] if row < len(self._places) else f"row {row + 1}"
 
     @cached_property
     def _places(self) -> list[str]:
         places = self._path / "places.txt"
         return places.read_text(encoding="utf-8", errors="surrogateescape").split("\n")
+
+
+def _load(path: Path, dtype: type[np.generic], num_axes: int) -> np.ndarray:
+    """An array of a store. Raises ValueError for another kind of one: nothing is unpickled."""
+    with path.open("rb") as file:
+        if np.lib.format.read_magic(file) != (1, 0):
+            raise ValueError(f"{path} is no array of a store.")
+        shape, _, found = np.lib.format.read_array_header_1_0(file)
+        is_whole = math.prod(shape) * found.itemsize == path.stat().st_size - file.tell()
+    if found != dtype or len(shape) != num_axes or not is_whole:
+        raise ValueError(f"{path} is damaged.")
+    array: np.ndarray = np.load(path, allow_pickle=False)
+    return array
 
 
 def open_store(path: Path, name: str) -> ExampleStore | None:

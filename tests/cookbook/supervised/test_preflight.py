@@ -161,7 +161,7 @@ def test_start_weights_that_are_not_there_or_do_not_fit_are_refused(
     with pytest.raises(CheckpointError, match="is incomplete: it has no adapter_model.safetensors"):
         run(make_config(load_checkpoint_path=str(incomplete)))
     (incomplete / "adapter_model.safetensors").write_bytes(b"nothing")
-    with pytest.raises(CheckpointError, match="is damaged: adapter_model.safetensors"):
+    with pytest.raises(CheckpointError, match="adapter_model.safetensors is damaged: it cannot be read"):
         run(make_config(load_checkpoint_path=str(incomplete)))
     (tmp_path / "a-run").mkdir()
     (tmp_path / "a-run" / "checkpoints.jsonl").write_text("", encoding="utf-8")

@@ -14,7 +14,6 @@ Hidden files are not seen.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -23,8 +22,10 @@ from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from cookbook import json_files
 from cookbook.documents import read_yaml
 from cookbook.errors import DataError
+from cookbook.json_files import Origin
 
 TRAIN = "train"
 _SHARD = re.compile(r"data/([^/]+)-\d{5}-of-\d{5}[^/]*\.[^/]*")
@@ -261,7 +262,7 @@ def _is_dict(folder: Path) -> bool:
 def _saved_splits(folder: Path) -> dict[str, list[str]] | None:
     """The files of a dataset that `save_to_disk` wrote, by split; None for any other folder."""
     if _is_dict(folder):
-        splits = _read_note(folder / "dataset_dict.json", "splits")
+        splits = _read_note(folder / "dataset_dict.json", "splits", list[str])
         return {str(split): _saved_files(folder, f"{split}/") for split in splits}
     if (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file():
         return {TRAIN: _saved_files(folder, "")}
@@ -270,8 +271,8 @@ def _saved_splits(folder: Path) -> dict[str, list[str]] | None:
 
 def _saved_files(folder: Path, inner: str) -> list[str]:
     state = folder / inner / "state.json"
-    files = [inner + str(file["filename"]) for file in _read_note(state, "_data_files")]
-    if json.loads(state.read_text(encoding="utf-8")).get("_indices_data_files"):
+    files = [inner + file["filename"] for file in _read_note(state, "_data_files", list[Mapping[str, str]])]
+    if json_files.read_object(state, DataError, _COPY_AGAIN).get("_indices_data_files"):
         raise DataError(
             f"{state} selects rows by a file of indices. Save the dataset again with datasets 2 or newer."
         )
@@ -283,10 +284,10 @@ def _saved_files(folder: Path, inner: str) -> list[str]:
     return files
 
 
-def _read_note(path: Path, key: str) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))[key]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(
-            f"{path}, which save_to_disk writes, cannot be read ({error!r}). Copy the whole folder again."
-        ) from error
+_COPY_AGAIN = "It is written by save_to_disk: copy the whole folder again."
+
+
+def _read_note(path: Path, key: str, kind: Any) -> Any:
+    values = json_files.read_object(path, DataError, _COPY_AGAIN)
+    json_files.check(values, {key: kind}, Origin(str(path), DataError, _COPY_AGAIN))
+    return values[key]

@@ -1,0 +1,243 @@
+"""Code that comes with a model is not run by any command, whatever is answered at standard input."""
+
+from __future__ import annotations
+
+import importlib
+import io
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from cookbook import cli, models
+
+CODE = """
+import pathlib
+pathlib.Path({decoy!r}).touch()
+from transformers import AutoConfig, PreTrainedConfig, Qwen3ForCausalLM, PreTrainedTokenizerFast
+class Config(PreTrainedConfig):
+    model_type = "of_its_own"
+class Model(Qwen3ForCausalLM):
+    config_class = Config
+class Tokenizer(PreTrainedTokenizerFast):
+    pass
+"""
+AUTO_MAP = {
+    "AutoConfig": "modeling.Config",
+    "AutoModelForCausalLM": "modeling.Model",
+    "AutoTokenizer": ["modeling.Tokenizer", "modeling.Tokenizer"],
+    "AutoProcessor": "modeling.Tokenizer",
+}
+
+
+def rewrite(path: Path, **values: Any) -> None:
+    content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    path.write_text(json.dumps({**content, **values}), encoding="utf-8")
+
+
+@pytest.fixture
+def decoy(tmp_path: Path) -> Path:
+    return tmp_path / "the_code_ran"
+
+
+@pytest.fixture
+def base(tmp_path: Path, decoy: Path, make_model_folder: Callable[..., Path]) -> Path:
+    """A model that has code of its own for everything that transformers loads."""
+    folder = make_model_folder(tmp_path / "base")
+    (folder / "modeling.py").write_text(CODE.format(decoy=str(decoy)), encoding="utf-8")
+    (folder / "custom_generate").mkdir()
+    for name in ("generate.py", "__init__.py"):
+        (folder / "custom_generate" / name).write_text(CODE.format(decoy=str(decoy)), encoding="utf-8")
+    rewrite(folder / "config.json", auto_map=AUTO_MAP)
+    rewrite(folder / "tokenizer_config.json", auto_map=AUTO_MAP)
+    rewrite(folder / "generation_config.json", auto_map=AUTO_MAP, custom_generate="modeling")
+    return folder
+
+
+@pytest.fixture
+def adapter(tmp_path: Path, base: Path) -> Path:
+    torch.manual_seed(0)
+    config = peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "up_proj"])
+    model = AutoModelForCausalLM.from_pretrained(base, trust_remote_code=False)
+    peft.get_peft_model(model, config).save_pretrained(tmp_path / "adapter")
+    rewrite(tmp_path / "adapter" / "adapter_config.json", base_model_name_or_path=str(base))
+    return tmp_path / "adapter"
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    row = {"messages": [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}]}
+    (tmp_path / "rows.jsonl").write_text(f"{json.dumps(row)}\n" * 4, encoding="utf-8")
+    return tmp_path / "rows.jsonl"
+
+
+def run(recipe: str, argv: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
+    """Runs a recipe in this process with `y` for an answer to everything; its exit code."""
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 50))
+    models.get_tokenizer.cache_clear()
+    module = importlib.import_module(f"recipes.{recipe}")
+    try:
+        if recipe == "sft_loop":
+            monkeypatch.setenv("HOME", str(Path(argv.pop())))
+            with cli.ending_in_a_line():
+                module.main(cli.make_config(module.Config, {}, argv, recipe))
+        else:
+            module.main(argv)
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else 1 if end.code else 0
+    return 0
+
+
+def commands(base: Path, adapter: Path, rows: Path, folder: Path) -> dict[str, tuple[str, list[str]]]:
+    model, run_folder = f"model_name={base}", f"log_path={folder}"
+    train = [model, f"dataset={rows}", run_folder, "max_steps=1", "batch_size=2", "lora_rank=2"]
+    exports = {
+        f"export {kind}": ("export", [f"checkpoint={adapter}", f"format={kind}", f"to={folder}-{kind}"])
+        for kind in ("adapter", "merged", "gguf", "ollama")
+    }
+    return {
+        "sft": ("sft", train),
+        "sft full": ("sft", [*train[:2], f"{run_folder}-full", *train[3:5], "lora_rank=0"]),
+        "sft from an adapter": ("sft", [*train[:2], f"{run_folder}-on", f"load_checkpoint_path={adapter}"]),
+        "preview": ("preview", [model, f"dataset={rows}", f"html={folder}.html"]),
+        "chat": ("chat", [model, "max_tokens=2"]),
+        "chat with an adapter": ("chat", [f"checkpoint={adapter}", "max_tokens=2"]),
+        "sft_loop": (
+            "sft_loop",
+            [model, f"data_path={rows}", "num_steps=1", "batch_size=1", "num_test=1", str(folder)],
+        ),
+        **exports,
+    }
+
+
+NAMES = list(commands(*[Path()] * 4))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_model_of_an_unknown_architecture_is_refused_and_its_code_not_run(
+    name: str,
+    base: Path,
+    adapter: Path,
+    rows: Path,
+    decoy: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    rewrite(base / "config.json", model_type="of_its_own")
+    recipe, argv = commands(base, adapter, rows, tmp_path / "run")[name]
+    code = run(recipe, argv, monkeypatch)
+    assert not decoy.exists()
+    error = capsys.readouterr().err
+    if name == "export adapter":  # which takes the tokenizer alone, and that is known
+        assert code == 0, error
+        return
+    assert code != 0
+    assert "code that comes with the model, which is never run" in " ".join(error.split()), error
+    assert "Traceback" not in error
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_model_of_a_known_architecture_is_loaded_without_its_code(
+    name: str,
+    base: Path,
+    adapter: Path,
+    rows: Path,
+    decoy: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    recipe, argv = commands(base, adapter, rows, tmp_path / "run")[name]
+    run(recipe, argv, monkeypatch)
+    assert not decoy.exists()
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_what_is_exported_names_no_code(
+    base: Path, adapter: Path, rows: Path, decoy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for kind in ("adapter", "merged"):
+        assert run(*commands(base, adapter, rows, tmp_path / "run")[f"export {kind}"], monkeypatch) == 0
+        for path in Path(f"{tmp_path / 'run'}-{kind}").glob("*.json"):
+            assert "modeling" not in path.read_text(encoding="utf-8") or path.name == "tokenizer.json", path
+    assert not decoy.exists()
+
+
+def test_a_process_that_reads_yes_runs_no_code(
+    base: Path, adapter: Path, decoy: Path, tmp_path: Path
+) -> None:
+    rewrite(base / "config.json", model_type="of_its_own")
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "recipes.export",
+            f"checkpoint={adapter}",
+            "format=merged",
+            f"to={tmp_path / 'm'}",
+        ],
+        input=b"y\n" * 9,
+        capture_output=True,
+        timeout=200,
+        env=os.environ,
+    )
+    assert done.returncode != 0
+    assert not decoy.exists()
+    assert b"Do you wish to run" not in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation", "experts_implementation"])
+def test_a_config_that_names_code_on_the_hub_is_refused(
+    key: str, base: Path, rows: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rewrite(base / "config.json", **{key: "somebody/kernel"})
+    assert run("chat", [f"model_name={base}"], monkeypatch) != 0
+    assert f"names code on the hub: {key}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("hidden_size", 10**9),
+        ("hidden_size", 10**6),
+        ("vocab_size", 10**7),
+        ("num_hidden_layers", 10**9),
+        ("num_attention_heads", 10**7),
+        ("intermediate_size", 10**30),
+    ],
+)
+def test_sizes_that_no_model_has_are_refused_before_memory_is_taken(
+    key: str, value: int, base: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rewrite(base / "config.json", **{key: value})
+    assert run("chat", [f"model_name={base}"], monkeypatch) != 0
+    error = " ".join(capsys.readouterr().err.split())
+    assert f"`{key}` is" in error or "wants" in error, error
+    assert "Traceback" not in error
+
+
+def test_pickled_weights_are_refused_with_the_way_to_convert_them(
+    base: Path,
+    rows: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (base / "model.safetensors").rename(base / "pytorch_model.bin")
+    for recipe, argv in (
+        ("chat", [f"model_name={base}"]),
+        ("sft", [f"model_name={base}", f"dataset={rows}", f"log_path={tmp_path / 'run'}", "max_steps=1"]),
+    ):
+        assert run(recipe, argv, monkeypatch) != 0
+        error = " ".join(capsys.readouterr().err.split())
+        assert "Pickle files are never loaded" in error
+        assert "convert it once" in error

@@ -1,0 +1,93 @@
+"""What others published is loaded in one place, and JSON that others wrote is read in one."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+FILES = sorted(
+    path
+    for folder in ("cookbook", "recipes", "renderers", "benchmarks")
+    for path in (ROOT / folder).rglob("*.py")
+)
+LOADER = ROOT / "cookbook" / "pretrained.py"
+UNPICKLERS = {"pickle", "dill", "joblib", "torch", "cloudpickle"}
+READS_JSON = {
+    "cookbook/json_files.py",
+    "cookbook/documents.py",  # configs, with the lines of their keys
+    "cookbook/vllm_client.py",  # what a server answers
+    "cookbook/export/chat_format.py",  # what transformers wrote a moment before
+    "cookbook/export/gguf_vocabulary.py",  # a tokenizer in memory
+    "cookbook/eval/chat.py",
+    "cookbook/eval/inspect_model.py",
+    "cookbook/eval/token_bytes.py",
+}
+"""Beside readers of data (rows), of what models say, and benchmarks."""
+
+
+def _attributes(path: Path) -> Iterator[ast.Attribute]:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    return (node for node in ast.walk(tree) if isinstance(node, ast.Attribute))
+
+
+def _name(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if path != LOADER], ids=_name)
+def test_nothing_is_loaded_outside_the_loader(path: Path) -> None:
+    found = [
+        f"line {node.lineno}: {ast.unparse(node)}"
+        for node in _attributes(path)
+        if node.attr in ("from_pretrained", "from_config", "get_class_from_dynamic_module")
+    ]
+    assert not found, f"use cookbook.pretrained: {found}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=_name)
+def test_nothing_is_unpickled(path: Path) -> None:
+    found = [
+        f"line {node.lineno}: {ast.unparse(node)}"
+        for node in _attributes(path)
+        if node.attr in ("load", "loads") and isinstance(node.value, ast.Name) and node.value.id in UNPICKLERS
+    ]
+    assert not found
+
+
+def test_the_loader_trusts_no_code_in_any_of_its_calls() -> None:
+    tree = ast.parse(LOADER.read_text(encoding="utf-8"))
+    calls = [
+        node
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Attribute)
+        and node.func.attr in ("from_pretrained", "from_config")
+    ]
+    of_transformers = [call for call in calls if "PeftModel" not in ast.unparse(call.func)]
+    assert len(of_transformers) == 4
+    for call in of_transformers:
+        starred = [ast.unparse(word.value) for word in call.keywords if word.arg is None]
+        assert "_NO_CODE" in starred, ast.unparse(call)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        path
+        for path in FILES
+        if _name(path) not in READS_JSON
+        and not _name(path).startswith(("benchmarks/", "renderers/", "cookbook/supervised/data/"))
+    ],
+    ids=_name,
+)
+def test_json_is_read_by_the_reader_that_checks_it(path: Path) -> None:
+    found = [
+        f"line {node.lineno}"
+        for node in _attributes(path)
+        if ast.unparse(node) in ("json.load", "json.loads", "json.JSONDecoder")
+    ]
+    assert not found, f"use cookbook.json_files: {found}"
