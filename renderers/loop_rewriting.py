@@ -300,8 +300,8 @@ class _Rewriting:
             return node
         numbers = _numbers_up_to(node.iter) if isinstance(node, nodes.For) else None
         if isinstance(node, nodes.For) and numbers is not None and numbers[2].name in self._loop.indexed:
-            function, start, listed = numbers
-            node.iter = _filter("numbers", start, [listed, function])
+            function, start, growing = numbers
+            node.iter = _filter("numbers", start, [growing, function])
         self._rewrite_children(node)
         if (listed := _item_of(node)) is not None and listed.name in self._loop.indexed:
             assert isinstance(node, nodes.Getitem)

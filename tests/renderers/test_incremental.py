@@ -138,10 +138,10 @@ EASILY_MISTAKEN = {
     "a variable called namespace": "{% set namespace = messages | length %}" + body("{{ namespace }}"),
     "a variable called range": "{% macro range(a, b) %}x{{ b }}{% endmacro %}"
     + body("{% for k in range(3, messages | length) %}{{ k }}{{ messages[3].role }}{% endfor %}"),
-    "a variable instead of a macro": "{% macro f() %}{% endmacro %}{% if true %}{% set f = messages | length %}"
-    "{% endif %}" + body("{{ f }}"),
-    "a macro for long conversations": "{% if messages | length > 17 %}{% macro f() %}x{% endmacro %}{% endif %}"
-    + body("{{ f is defined }}"),
+    "a variable instead of a macro": "{% macro f() %}{% endmacro %}"
+    "{% if true %}{% set f = messages | length %}{% endif %}" + body("{{ f }}"),
+    "a macro for long conversations": "{% if messages | length > 17 %}"
+    "{% macro f() %}x{% endmacro %}{% endif %}" + body("{{ f is defined }}"),
     "one of two macros": "{% if messages | length > 17 %}{% macro f() %}x{% endmacro %}"
     "{% else %}{% macro f() %}y{% endmacro %}{% endif %}" + body("{{ f() }}"),
     "a loop of a constant length": "{% for i in [0, 1, 2, 3, 4, 5, 6, 7, 8, 9] %}{{ messages[i].content }}"
@@ -155,7 +155,8 @@ EASILY_MISTAKEN = {
         f"{{% for p in {HIDDEN_PARTS} %}}{{% if not p.hidden %}}{{{{ p.n }}}}{{% endif %}}{{% endfor %}}"
     ),
     "else for some items": body(
-        f"{{% for p in {HIDDEN_PARTS} %}}{{% if p.hidden %}}{{% else %}}{{{{ p.n }}}}{{% endif %}}{{% endfor %}}"
+        f"{{% for p in {HIDDEN_PARTS} %}}"
+        "{% if p.hidden %}{% else %}{{ p.n }}{% endif %}{% endfor %}"
     ),
     "what an iterator has left": body(
         "{% set ns = namespace(done=false) %}{% set parts = ['a', 'b', 'c'] | map('upper') %}"
@@ -186,13 +187,13 @@ EASILY_MISTAKEN = {
     "the next of the loop": body("{{ (loop | first)[0].content }}"),
     "a namespace as text, backwards": "{% set ns = namespace(n=messages | length, text='') %}"
     "{% for m in messages[::-1] %}{% set ns.text = ns | string %}{% endfor %}{{ ns.text }}",
-    "minus nothing": "{% set ns = namespace(n=0.0) %}{% if messages | length > 17 %}{% set ns.n = -0.0 %}{% endif %}"
-    + body("{{ ns.n }}"),
+    "minus nothing": "{% set ns = namespace(n=0.0) %}"
+    "{% if messages | length > 17 %}{% set ns.n = -0.0 %}{% endif %}" + body("{{ ns.n }}"),
     "what a loop does not have": body("{{ loop.other.more }}"),
 }
 """Templates that look as if they could be followed, or whose values may be taken for one another."""
 
-TEMPLATES = {**FOLLOWED, **RUN_OFTEN, **EASILY_MISTAKEN}
+TEMPLATES = {**FOLLOWED, **RUN_OFTEN}
 
 
 def conversation(num_messages: int, system: bool = False) -> list[dict[str, Any]]:
@@ -250,6 +251,14 @@ def test_every_beginning_is_what_the_template_prints_of_it(small_tokenizer, name
     template = Template(small_tokenizer(TEMPLATES[name] + PROMPT))
     messages = rollout(40) if kind == "calls" else conversation(40, kind == "system")
     check_every_beginning(template, messages)
+
+
+@pytest.mark.parametrize("name", EASILY_MISTAKEN)
+def test_what_is_easily_mistaken_prints_every_beginning_the_same(small_tokenizer, name):
+    template = Template(small_tokenizer(EASILY_MISTAKEN[name] + PROMPT))
+    two = conversation(2)
+    for messages in (conversation(26), [dict(two[number % 2]) for number in range(26)]):
+        check_every_beginning(template, messages)
 
 
 @pytest.mark.parametrize("name", FOLLOWED)
