@@ -123,8 +123,9 @@ class _Repeated(ValueError):
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise _Repeated(f"the key {next(key for key in keys if keys.count(key) > 1)!r} stands in it twice")
+        seen: set[str] = set()
+        repeated = next(key for key, _ in pairs if key in seen or seen.add(key))
+        raise _Repeated(f"the key {shown(repeated)} stands in it twice")
     return values
 
 
@@ -160,7 +161,7 @@ def check(values: Mapping[str, Any], shape: Mapping[str, Any], origin: Origin, r
     for key, value in values.items():
         if key in shape or (type(value) is float and accepts_any_float):
             continue
-        if (problem := _problem(value, rest, key)) is not None:
+        if (problem := _problem(value, rest, _join("", key))) is not None:
             origin.refuse(problem)
 
 
@@ -289,4 +290,5 @@ def shown(value: Any) -> str:
 
 
 def _join(key: str, name: str) -> str:
+    name = name if len(name) <= 100 else f"{name[:97]}..."
     return f"{key}.{name}" if key else name

@@ -70,8 +70,13 @@ def some(names: Sequence[str]) -> str:
 
 
 def list_files(folder: Path) -> list[str]:
-    """The paths of all files below a folder, in order; without hidden ones and those in `__folders__`."""
+    """The paths of all files below a folder, in order; without hidden ones and those in `__folders__`.
+
+    A link may lead to a file anywhere, as in the hub's cache, or to a folder within this one. Raises
+    DataError for one to a folder elsewhere, which may hold all of the disk.
+    """
     found: list[str] = []
+    whole = folder.resolve()
     seen = set()
     for parent, folders, names in os.walk(folder, followlinks=True):
         place = os.stat(parent)
@@ -79,6 +84,11 @@ def list_files(folder: Path) -> list[str]:
             folders.clear()
             continue
         seen.add((place.st_dev, place.st_ino))
+        if os.path.islink(parent) and parent != str(folder) and not Path(parent).resolve().is_relative_to(whole):
+            raise DataError(
+                f"{parent} is a link to the folder {os.readlink(parent)}, outside of {folder}. Give that folder "
+                "as a dataset of its own, or remove the link."
+            )
         folders[:] = sorted(name for name in folders if not name.startswith((".", "__")))
         inner = Path(parent).relative_to(folder)
         found += [(inner / name).as_posix() for name in names if not name.startswith(".")]
