@@ -172,7 +172,10 @@ def _data(source: Source) -> str:
         return ""
     columns = ["rows", "examples", "tokens", "trained_tokens", "longest", "truncated"]
     rows = [
-        [_text(_dataset_name(str(part["name"]))), *(f"{part[key]:,}" if key in part else "" for key in columns)]
+        [
+            _text(_dataset_name(str(part["name"]))),
+            *(f"{part[key]:,}" if key in part else "" for key in columns),
+        ]
         for part in sources
     ]
     return "## Data\n\n" + _table(["source", *(key.replace("_", " ") for key in columns)], rows)

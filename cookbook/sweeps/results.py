@@ -20,7 +20,7 @@ from rich.table import Table
 from cookbook import files, json_files, jsonl
 from cookbook.checkpoints import CheckpointLog
 from cookbook.consoles import plain_line
-from cookbook.control_characters import visible, visible_line
+from cookbook.control_characters import visible_line
 from cookbook.run_metrics import METRICS_FILE
 from cookbook.run_rows import METRICS_SHAPE
 from cookbook.sweeps.plan import Plan, PlannedRun
@@ -148,7 +148,7 @@ def write_csv(plan: Plan, results: Sequence[Result]) -> Path:
 
 def _cell(value: Any) -> str:
     """A text that a spreadsheet takes for text: one that begins as a formula does gets an apostrophe."""
-    text = visible(value)
+    text = str(value)
     return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t")) and not _is_number(text) else text
 
 

@@ -84,7 +84,11 @@ def list_files(folder: Path) -> list[str]:
             folders.clear()
             continue
         seen.add((place.st_dev, place.st_ino))
-        if os.path.islink(parent) and parent != str(folder) and not Path(parent).resolve().is_relative_to(whole):
+        if (
+            os.path.islink(parent)
+            and parent != str(folder)
+            and not Path(parent).resolve().is_relative_to(whole)
+        ):
             raise DataError(
                 f"{parent} is a link to the folder {os.readlink(parent)}, outside of {folder}. Give that folder "
                 "as a dataset of its own, or remove the link."

@@ -442,3 +442,15 @@ def test_the_training_data_of_a_folder_are_the_same_whatever_happens_to_the_othe
     assert (fingerprint(), num_rendered()) == (first, 3)
     write(folder, "train.jsonl", rows=5)
     assert fingerprint() != first
+
+
+def test_a_link_leads_to_a_file_or_to_a_folder_within(tmp_path: Path) -> None:
+    folder, other = write(tmp_path / "set", "a/one.jsonl"), write(tmp_path / "blobs", "two")
+    (folder / "two.jsonl").symlink_to(other / "two")
+    (folder / "b").symlink_to("a")
+    (tmp_path / "link").symlink_to(folder)
+    for place in (folder, tmp_path / "link"):
+        assert layout_of(place, lambda path: True).files(["train"]) == ["a/one.jsonl", "two.jsonl"]
+    (folder / "all").symlink_to("/")
+    with pytest.raises(DataError, match="all is a link to the folder /, outside of"):
+        layout_of(folder, lambda path: True)
