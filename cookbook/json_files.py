@@ -11,6 +11,7 @@ import json
 import math
 import stat
 import types
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from functools import cache
@@ -123,8 +124,8 @@ class _Repeated(ValueError):
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) < len(pairs):
-        seen: set[str] = set()
-        repeated = next(key for key, _ in pairs if key in seen or seen.add(key))
+        times = Counter(key for key, _ in pairs)
+        repeated = next(key for key in times if times[key] > 1)
         raise _Repeated(f"the key {shown(repeated)} stands in it twice")
     return values
 

@@ -68,7 +68,8 @@ def load_tokenizer(location: str | Path, local_files_only: bool = False) -> PreT
 def load_causal_lm(location: str | Path, local_files_only: bool = False, **options: Any) -> Any:
     """The model with its weights. `options` are those of transformers.
 
-    Raises ModelError for pickles and for an adapter in the model's folder, DataError for a config that wants far more weights than the files have.
+    Raises ModelError for pickles and for an adapter in the model's folder, DataError for a config that wants
+    far more weights than the files have.
     """
     from transformers import AutoModelForCausalLM
 
@@ -273,7 +274,7 @@ def _growth(step: Any) -> int:
 
 
 def _longest_replacement(charsmap: str) -> int:
-    """Of SentencePiece's map of characters: the size of its trie, the trie, then texts that end with a zero."""
+    """Of SentencePiece's map of characters: the size of its trie, that, then texts that end with a zero."""
     content = base64.b64decode(charsmap)
     texts = content[4 + int.from_bytes(content[:4], "little") :].split(b"\0")
     return max(1, *(len(text.decode(errors="replace")) for text in texts))

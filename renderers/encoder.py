@@ -100,7 +100,7 @@ class Encoder:
         self._tokenizer = tokenizer
         if piece := next((text for text in controls if text and any(text in key for key in _KEYS)), None):
             raise RendererError(
-                f"This tokenizer has the special token {piece!r}, which is a part of ordinary words. Remove it."
+                f"The tokenizer has the special token {piece!r}, a part of ordinary words. Remove it."
             )
         self._controls = controls
         self._escapes = {text: f"{ESCAPE}{index};" for index, text in enumerate(controls)}

@@ -74,7 +74,9 @@ def fenced(code: str, language: str) -> str:
 
 def _text(text: object) -> str:
     """One line of plain text, in Markdown."""
-    return re.sub(r"[\\`*\[\]<>|&$~]", lambda match: f"&#{ord(match[0])};", visible_line(text))
+    return re.sub(
+        r"\\(?=[!-/:-@\[-`{-~])|[`*\[\]<>|&$~]", lambda match: f"&#{ord(match[0])};", visible_line(text)
+    )
 
 
 def _code(text: str) -> str:

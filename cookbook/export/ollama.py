@@ -195,7 +195,7 @@ def _quoted(text: str) -> str:
     """In Ollama's quotes, which know no escapes, and which a single one or a line break does not end."""
     if '"""' in text:
         raise ConfigError(
-            'A Modelfile has no way to write three double quotes ("""), and the system prompt, the chat format '
-            "or what ends a reply has them."
+            'A Modelfile has no way to write three double quotes ("""), and the system prompt, the chat '
+            "format or what ends a reply has them."
         )
     return f'"""{text}"""'

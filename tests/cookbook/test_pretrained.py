@@ -1,4 +1,4 @@
-"""Files of a model that would fill the memory, or bring in what nobody named, are refused before they are used."""
+"""Files of a model that would fill the memory, or bring in what nobody named, are refused unused."""
 
 from __future__ import annotations
 
@@ -122,5 +122,5 @@ def test_a_special_token_that_is_a_part_of_every_message_is_refused(model: Path)
     content = json.loads((model / "tokenizer.json").read_text(encoding="utf-8"))
     added = {**content["added_tokens"][0], "id": 10**6, "content": "e", "special": True}
     change(model / "tokenizer.json", added_tokens=[*content["added_tokens"], added])
-    with pytest.raises(RendererError, match="the special token 'e', which is a part of ordinary words"):
+    with pytest.raises(RendererError, match="the special token 'e', a part of ordinary words"):
         Encoder(models.get_tokenizer(str(model)))
