@@ -152,7 +152,7 @@ def _refuse_transposed(base_folder: Path, adapter: Mapping[str, LowRank]) -> Non
     """
     if not adapter:
         return
-    model = pretrained.empty_causal_lm(pretrained.load_config(base_folder))
+    model = pretrained.empty_causal_lm(models.load_config(str(base_folder)))
     for name, module in model.named_modules():
         if name in adapter and isinstance(module, Conv1D):
             raise CheckpointError(

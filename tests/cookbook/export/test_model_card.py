@@ -186,7 +186,7 @@ def test_names_and_texts_of_others_are_text_on_the_card(run: Path, tmp_path: Pat
     config |= {"learning_rate": evil, "dataset_builder": 5}
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    lines = [json.dumps({**row, f"made/{evil}`": 1.0}) for row in rows]
+    lines = [json.dumps({**row, "made/` | Official <img src=x>": 1.0}) for row in rows]
     (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     source = find_source(str(folder))
     usage = Usage("cat <<end\n```\n# not a title\nend", "bash", None, "it")

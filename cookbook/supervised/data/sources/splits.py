@@ -279,8 +279,8 @@ def _saved_splits(folder: Path) -> dict[str, list[str]] | None:
         splits = _read_note(folder / "dataset_dict.json", "splits", list[str])
         if unclear := [split for split in splits if not _SPLIT_NAME.fullmatch(split)]:
             raise DataError(
-                f"{folder / 'dataset_dict.json'} has the split {json_files.shown(unclear[0])}, which names no "
-                f"folder. {_COPY_AGAIN}"
+                f"{folder / 'dataset_dict.json'} has the split {json_files.shown(unclear[0])}, which names "
+                f"no folder. {_COPY_AGAIN}"
             )
         return {str(split): _saved_files(folder, f"{split}/") for split in splits}
     if (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file():
