@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
 import pytest
 
 from cookbook.checkpoints import CheckpointLog, read_records
-from cookbook.errors import CheckpointError, DataError
+from cookbook.errors import CheckpointError, DataError, FileError
 
 
 def add(log: CheckpointLog, folder: Path, step: int) -> None:
@@ -258,3 +259,20 @@ def test_a_folder_that_is_no_checkpoint_is_never_removed(
     assert names_on_disk(tmp_path) == ["000003", "000006"]
     assert (mine / "thesis.tex").exists()
     assert "holds no state.json" in caplog.text
+
+
+def test_links_in_a_final_checkpoint_are_not_followed_where_the_run_continues(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints" / "final"
+    folder.mkdir(parents=True)
+    (folder / "state.json").write_text("{}", encoding="utf-8")
+    log = CheckpointLog(tmp_path)
+    log.add("final", str(folder), 3, 0, 3)
+    os.mkfifo(folder / "pipe")
+    for name in ("a", "b"):
+        (folder / name).symlink_to(".")  # each level would have twice as many as the one above
+    with pytest.raises(FileError, match="is a link to"):
+        log.continue_from_final()
+    for name in ("a", "b"):
+        (folder / name).unlink()
+    log.continue_from_final()
+    assert [path.name for path in (tmp_path / "checkpoints" / "000003").iterdir()] == ["state.json"]
