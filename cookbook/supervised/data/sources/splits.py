@@ -296,13 +296,10 @@ def _saved_files(folder: Path, inner: str) -> list[str]:
             f"{state} selects rows by a file of indices. Save the dataset again with datasets 2 or newer."
         )
     for path in files:
-        is_inside = (
-            len(path) <= 255 and "\0" not in path and PurePosixPath(inner) / Path(path).name == Path(path)
-        )
-        if not is_inside or not (folder / path).is_file():
-            raise DataError(
-                f"{state} names {json_files.shown(path)}, which is not there. Copy the whole folder again."
-            )
+        name = path.removeprefix(inner)
+        is_name = len(name.encode(errors="replace")) <= 255 and not set(name) & set("/\0")
+        if not is_name or not (folder / path).is_file():
+            raise DataError(f"{state} names {path[:300]}, which is not there. Copy the whole folder again.")
     if not files:
         raise DataError(f"{state} names no data files. Save the dataset again.")
     return files
