@@ -29,10 +29,11 @@ NUMBERS = (
     *(float("nan"), float("inf"), -float("inf"), -1, -(2**63), 2**63, 10**19, 10**25, 10**400),
     *(0.5, 1e308, 5e-324, "1", "NaN", 3, 1_000_000),
 )
+HUGE = 1 << 40
 NAMES = (
     *(".run.writing-00000000-1-1-0123456789abcdef", ".final.replaced-00000000-1-1-0123456789abcdef"),
     *(".final.writing-123", ".000001.replaced-123", "adapter_model.bin", "pytorch_model.bin", "optimizer.pt"),
-    *("modeling_x.py", "conftest.py", "sitecustomize.py", "[/INST]\x1b[2J", "a\nb", "\u202etxt", "\udcff"),
+    *("modeling_x.py", "conftest.py", "sitecustomize.py", "[INST]\x1b[2J", "a\nb", "\u202etxt", "\udcff"),
     *("000009", "model.safetensors.index.json", "tokenizer.json", "config.json", "adapter_config.json"),
     *("state.json", "sha256", "lock", "n" * 255),
 )
@@ -69,7 +70,7 @@ class Damage:
     def apply(self) -> None:
         for _ in range(self.rng.choice((1, 1, 1, 1, 2, 3))):
             paths = sorted(path for path in self.folder.rglob("*"))
-            files = [path for path in paths if not path.is_symlink() and path.is_file()]
+            files = [path for path in paths if not path.is_symlink() and _is_small_file(path)]
             folders = [path for path in paths if not path.is_symlink() and path.is_dir()]
             if self.mutate.chance(0.1) or not files:
                 self._damage_folder(self.rng.choice([self.folder, *folders]), folders)
@@ -99,7 +100,7 @@ class Damage:
             ("made a link to a device", lambda: path.symlink_to("/dev/zero")),
             ("made a second name", lambda: path.hardlink_to(self.outside / "dear.txt")),
             ("made a pipe", lambda: os.mkfifo(path)),
-            ("made huge", lambda: (path.touch(), os.truncate(path, 1 << 40))),
+            ("made huge", lambda: (path.touch(), os.truncate(path, HUGE))),
             ("emptied", lambda: path.touch()),
         )
         match rng.randrange(5):
@@ -108,7 +109,7 @@ class Damage:
                 path.rename(moved)
                 path.symlink_to(moved if self.mutate.chance(0.5) else os.path.relpath(moved, path.parent))
                 what = "moved outside, with a link to it"
-            case 1:
+            case 1 if other != path:
                 shutil.copyfile(path, path.with_name("swap"))
                 shutil.copyfile(other, path)
                 os.replace(path.with_name("swap"), other)
@@ -181,13 +182,13 @@ class Damage:
     def _record_sum(self, path: Path) -> None:
         """Makes the checkpoint that a file belongs to one that was saved with it."""
         for folder in path.parents:
-            state = folder / "state.json"
-            with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
-                record = json.loads(state.read_text(encoding="utf-8"))
-                name = path.relative_to(folder).as_posix()
-                if name in record["sha256"]:
-                    record["sha256"][name] = hashlib.sha256(path.read_bytes()).hexdigest()
-                    state.write_text(json.dumps(record), encoding="utf-8")
+            state, name = folder / "state.json", path.relative_to(folder).as_posix()
+            if _is_small_file(state) and not state.is_symlink():
+                with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
+                    record = json.loads(state.read_text(encoding="utf-8"))
+                    if name in record["sha256"]:
+                        record["sha256"][name] = hashlib.sha256(path.read_bytes()).hexdigest()
+                        state.write_text(json.dumps(record), encoding="utf-8")
             if folder == self.folder:
                 return
 
@@ -199,8 +200,10 @@ class Damage:
             with contextlib.suppress(ValueError, RecursionError):
                 return self._json(path, content.decode())
         if path.suffix in kinds and self.mutate.chance(0.7):
-            self._note(path, "another header or array")
-            return kinds[path.suffix](content)
+            with contextlib.suppress(ValueError, struct.error, AttributeError, TypeError, IndexError):
+                changed = kinds[path.suffix](content)  # of one that an earlier change left whole
+                self._note(path, "another header or array")
+                return changed
         try:
             content.decode()
         except UnicodeDecodeError:
@@ -262,7 +265,7 @@ class Damage:
 
     def _tensors(self, content: bytes) -> bytes:
         """Safetensors with another header, another size of it, or other values."""
-        (size,) = struct.unpack("<Q", content[:8])
+        (size,) = struct.unpack_from("<Q", content)
         values, rest = json.loads(content[8 : 8 + size]), content[8 + size :]
         match self.rng.randrange(6):
             case 0:
@@ -306,6 +309,11 @@ class Damage:
                     flat[self.rng.randrange(len(flat))] = self.rng.choice((-1, 0, 1, 5, 2**31 - 1))
                 np.save(out, flat.reshape(array.shape))
         return out.getvalue()
+
+
+def _is_small_file(path: Path) -> bool:
+    """Whether there is a file to change again; one that was made huge is not read here."""
+    return path.is_file() and path.stat().st_size < HUGE
 
 
 def _keys_of(value: Any) -> list[str]:

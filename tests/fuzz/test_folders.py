@@ -22,6 +22,7 @@ import shutil
 import stat
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -85,9 +86,10 @@ def _remove(folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory, make_model_folder: Any) -> Iterator[World]:
-    world = World(tmp_path_factory.mktemp("folders"))
-    with pytest.MonkeyPatch.context() as patch:
+def world(make_model_folder: Any) -> Iterator[World]:
+    in_memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # thousands of copies of a hundred files
+    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory(dir=in_memory) as base:
+        world = World(Path(base).resolve())
         (world.base / "cwd").mkdir()
         world.work.mkdir()
         patch.chdir(world.base / "cwd")
@@ -289,13 +291,9 @@ def watched_of(world: World, command: Command) -> dict[str, Any]:
             if is_owned and (path.name != KEPT or command.may_remove_kept):
                 continue
             status = path.lstat()
-            what: Any = [status.st_mode, status.st_ino, status.st_nlink, status.st_size]
-            if not stat.S_ISDIR(status.st_mode):
-                what += [status.st_mtime_ns, status.st_ctime_ns]
-            elif not any(path in one.parents for one in owned):
-                what += [status.st_mtime_ns]
-            else:
-                what[2:] = []
+            what: Any = [status.st_mode, status.st_ino]
+            if not stat.S_ISDIR(status.st_mode) or not any(path in one.parents for one in owned):
+                what += [status.st_size, status.st_mtime_ns]
             if path.is_symlink():
                 what.append(os.readlink(path))
             elif stat.S_ISREG(status.st_mode) and status.st_size < 2**20 and world.work in path.parents:
