@@ -194,6 +194,9 @@ class CheckpointLog:
         final = next((record for record in self._records if record.name == FINAL), None)
         if final is None:
             return
+        if not self._is_there(final):  # the run continues from an earlier one
+            self._replace(self._all_but(FINAL))
+            return
         name, must_hold = checkpoint_name(final.step), [MARK]
         same = next((record for record in self._records if record.name == name), None)
         if same is None or not self._is_there(same):
@@ -260,7 +263,7 @@ def _link_folder(folder: Path, other: Path) -> None:
 
     # What is there is of a step that was taken in vain: it is not listed.
     with files.writing_folder(other, replace=True, must_hold=[MARK]) as unfinished:
-        shutil.copytree(folder, unfinished, copy_function=link, dirs_exist_ok=True)
+        shutil.copytree(folder, unfinished, symlinks=True, copy_function=link, dirs_exist_ok=True)
 
 
 def _row(record: Checkpoint) -> dict[str, Any]:
