@@ -362,3 +362,61 @@ def test_a_few_damaged_folders_are_used_or_refused(world: World) -> None:
 @pytest.mark.parametrize("first", range(0, NUM_FOLDERS, SLICE))
 def test_damaged_folders_are_used_or_refused(world: World, first: int) -> None:
     check_each(lambda seed: check_folder(world, seed), seeds(first, SLICE))
+
+
+# -- in a terminal --------------------------------------------------------------------------------
+
+PROGRAM = """
+import sys
+sys.path[:0] = sys.argv[1:3]
+from pathlib import Path
+from test_folders import COMMANDS, World
+next(one for one in COMMANDS if one.name == sys.argv[4]).run(World(Path(sys.argv[3])))
+"""
+OURS = re.compile(r"\r?\x1b\[([0-9;]*m|2K|[0-9]+A|\?25[lh])")
+"""Colours and the lines of progress that Rich writes anew."""
+IN_A_TERMINAL = 16
+
+
+def in_a_terminal(world: World, command: Command) -> Outcome:
+    """What a command prints to a terminal, as a process of its own."""
+    here = Path(__file__).parent
+    argv = [sys.executable, "-c", PROGRAM, str(here), str(here.parents[1]), str(world.base), command.name]
+    terminal, its_end = pty.openpty()
+    process = subprocess.Popen(
+        argv, stdin=subprocess.DEVNULL, stdout=its_end, stderr=its_end, start_new_session=True
+    )
+    os.close(its_end)
+    printed, deadline = b"", time.monotonic() + WALL_SECONDS
+    while True:
+        if time.monotonic() > deadline:
+            process.kill()
+            raise AssertionError(f"no end after {WALL_SECONDS:g} seconds: {printed!r}")
+        if not select.select([terminal], [], [], 1)[0]:
+            continue
+        try:
+            read = os.read(terminal, 65536)
+        except OSError:  # its other end is closed
+            break
+        printed += read
+        if not read:
+            break
+    os.close(terminal)
+    text = OURS.sub("", printed.decode().replace("\r\n", "\n"))
+    return Outcome(process.wait(), "", text)
+
+
+def check_in_a_terminal(world: World, seed: int) -> None:
+    command, damage = damaged(world, seed)
+    before = watched_of(world, command)
+    outcome = in_a_terminal(world, command)
+    assert watched_of(world, command) == before, (command.name, damage.done)
+    try:
+        outcome.check()
+    except AssertionError as error:
+        raise AssertionError(f"{command.name}: {damage.done}: {error}") from error
+
+
+@pytest.mark.slow
+def test_damaged_folders_are_used_or_refused_in_a_terminal(world: World) -> None:
+    check_each(lambda seed: check_in_a_terminal(world, seed), seeds(NUM_FOLDERS, IN_A_TERMINAL))
