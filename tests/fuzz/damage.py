@@ -1,4 +1,4 @@
-"""Damage to folders that a command reads: what their files hold, what stands in their place, and where they lead.
+"""Damage to folders that a command reads: to what files hold, and to where they lead.
 
 `Damage(seed, folder, outside)` changes one to three things in a folder. What links and paths lead to lies in
 `outside`, which no command may change.
@@ -243,7 +243,7 @@ class Damage:
         if self.mutate.chance(0.08) and keys:
             key = self.rng.choice(keys)
             self._note(path, f"{key} twice")
-            return text.replace("{", f'{{{json.dumps(key)}: {dumped(self.rng.choice(self.odd))}, ', 1)
+            return text.replace("{", f"{{{json.dumps(key)}: {dumped(self.rng.choice(self.odd))}, ", 1)
         if self.mutate.chance(0.04):
             self._note(path, "another value")
             return RAW[self.rng.choice(list(RAW))]
@@ -269,7 +269,10 @@ class Damage:
         values, rest = json.loads(content[8 : 8 + size]), content[8 + size :]
         match self.rng.randrange(6):
             case 0:
-                return struct.pack("<Q", self.rng.choice((0, 1, size - 1, 2**32, 2**63, 2**64 - 1))) + content[8:]
+                return (
+                    struct.pack("<Q", self.rng.choice((0, 1, size - 1, 2**32, 2**63, 2**64 - 1)))
+                    + content[8:]
+                )
             case 1:  # not a number, in every tensor
                 rest = struct.pack("<f", float("nan")) * (len(rest) // 4)
             case 2:  # other shapes of the same number of bytes
@@ -332,4 +335,4 @@ def _difference(value: Any, changed: Any, place: str = "") -> str:
         for index, (one, other) in enumerate(zip(value, changed, strict=True)):
             if repr(one) != repr(other):
                 return _difference(one, other, f"{place}[{index}]")
-    return f"{place or 'all'} is {ascii(changed)}"
+    return f"{place or 'all'} is {changed!a}"

@@ -46,7 +46,7 @@ def limited(seconds: float = LIMIT_SECONDS) -> Iterator[None]:
 
 @contextmanager
 def within(seconds: float) -> Iterator[None]:
-    """Raises Hang where the block takes more time than this by the clock, as one does that waits for a pipe."""
+    """Raises Hang where the block takes more time than this by the clock: it may wait for a pipe."""
 
     def stop(_: int, frame: FrameType | None) -> None:
         raise Hang(f"More than {seconds:g} seconds, in {frame and frame.f_code.co_name}.")

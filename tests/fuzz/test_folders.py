@@ -1,8 +1,8 @@
 """Folders of somebody else with something wrong in them: each is used, or refused by a line that says why.
 
-A run, a sweep, a checkpoint, an adapter, a merged model, an export and the cache are damaged in one to three places
-(`damage.py`), and then a command reads them. Whatever it does, it takes no longer and no more memory than it
-should, obeys nothing that stands in them, and changes nothing outside the folders that it owns.
+A run, a sweep, an adapter, a merged model or the cache is damaged in one to three places (`damage.py`), and
+then a command reads it. Whatever it does, it takes no longer and no more memory than it should, obeys nothing
+that stands there, and changes nothing outside the folders that it owns.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import hashlib
 import importlib
 import io
 import json
-import math
 import os
 import pty
 import re
@@ -34,7 +33,7 @@ import pytest
 from damage import Damage
 from fuzzing import check_each, seeds, within
 
-from cookbook import cli, errors, jsonl
+from cookbook import cli, errors, jsonl, models
 from cookbook.checkpoints import CheckpointLog
 from cookbook.sweeps import Plan, make_plan, run_sweep
 from cookbook.sweeps.plan import PlannedRun
@@ -76,18 +75,17 @@ class World:
         return [f"model_name={self.model}", f"dataset={self.rows}.jsonl", *sizes, rank, *argv]
 
     def restore(self) -> None:
-        _remove(self.work)
+        models.get_tokenizer.cache_clear()  # as in a process of its own
+        if self.work.exists():
+            shutil.rmtree(self.work)
         shutil.copytree(self.base / "pristine", self.work, symlinks=True)
-
-
-def _remove(folder: Path) -> None:
-    if folder.exists():
-        shutil.rmtree(folder)
 
 
 @pytest.fixture(scope="module")
 def world(make_model_folder: Any) -> Iterator[World]:
-    in_memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # thousands of copies of a hundred files
+    in_memory = (
+        "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+    )  # thousands of copies of a hundred files
     with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory(dir=in_memory) as base:
         world = World(Path(base).resolve())
         (world.base / "cwd").mkdir()
@@ -112,7 +110,9 @@ def _fill(world: World) -> None:
     checked(lambda: _recipe("sft", *world.argv(f"log_path={world.full}", "max_steps=1", rank="lora_rank=0")))
     shutil.copytree(world.run, world.other)
     for form in ("adapter", "merged"):
-        checked(lambda: _recipe("export", f"checkpoint={world.run}", f"to={world.work / form}", f"format={form}"))
+        checked(
+            lambda: _recipe("export", f"checkpoint={world.run}", f"to={world.work / form}", f"format={form}")
+        )
     checked(lambda: _sweep(world))
     world.home.mkdir()
     head = {"address": "http://127.0.0.1:9", "pid": 2**22 + 1, "folder": str(world.outside)}
@@ -138,7 +138,7 @@ def _recipe(name: str, *argv: str, asked: str = "") -> None:
 
 
 def _sweep(world: World) -> None:
-    """A sweep of three runs, without the processes in which Ray has them: one finishes, one is stopped, one fails."""
+    """A sweep of three runs, without their processes: one finishes, one is stopped, one fails."""
     with cli.ending_in_a_line():
         plan = make_plan(world.argv(f"log_path={world.sweep}", "learning_rate=0.01,0.02,0.03", "max_steps=5"))
         run_sweep(plan, _run_or_watch)
@@ -204,7 +204,13 @@ COMMANDS = (
         *("start over", "run", lambda w: _train(w, "run", "max_steps=1", "if_log_path_exists=delete")),
         *(("run", "cache"), 4, True),
     ),
-    Command("resume all weights", "full", lambda w: _train(w, "full", "max_steps=2", rank="lora_rank=0"), ("full", "cache"), 6),
+    Command(
+        "resume all weights",
+        "full",
+        lambda w: _train(w, "full", "max_steps=2", rank="lora_rank=0"),
+        ("full", "cache"),
+        6,
+    ),
     Command(
         *("start from an adapter", "adapter"),
         lambda w: _train(w, "new", "max_steps=1", f"load_checkpoint_path={w.adapter}"),
@@ -215,9 +221,19 @@ COMMANDS = (
         lambda w: _train(w, "new", "max_steps=1", f"load_checkpoint_path={w.run}/checkpoints/final"),
         *(("new", "cache"), 4),
     ),
-    Command("report", "run", lambda w: _recipe("report", str(w.run)), ("run/report.html", "run/curves.png"), 40),
-    Command("report of a sweep's run", "sweep", lambda w: _recipe("report", f"{w.sweep}/learning_rate=0.01"), ("sweep/learning_rate=0.01",), 8),
-    Command("compare", "run", lambda w: _recipe("report", str(w.run), str(w.other), f"to={w.page}"), ("page",), 25),
+    Command(
+        "report", "run", lambda w: _recipe("report", str(w.run)), ("run/report.html", "run/curves.png"), 40
+    ),
+    Command(
+        "report of a sweep's run",
+        "sweep",
+        lambda w: _recipe("report", f"{w.sweep}/learning_rate=0.01"),
+        ("sweep/learning_rate=0.01",),
+        8,
+    ),
+    Command(
+        "compare", "run", lambda w: _recipe("report", str(w.run), str(w.other), f"to={w.page}"), ("page",), 25
+    ),
     Command("export an adapter", "run", lambda w: _export(w, "run", "adapter"), ("out",), 25),
     Command("export a plain adapter", "adapter", lambda w: _export(w, "adapter", "adapter"), ("out",), 15),
     Command("export an adapter merged", "adapter", lambda w: _export(w, "adapter", "merged"), ("out",), 15),
@@ -234,11 +250,17 @@ COMMANDS = (
     Command("chat with an adapter", "adapter", lambda w: _chat(w, "adapter"), share=20),
     Command("chat with a merged model", "merged", lambda w: _chat(w, "merged"), share=12),
     Command("chat with all weights", "full", lambda w: _chat(w, "full"), share=8),
-    Command("preview", "cache", lambda w: _recipe("preview", *w.argv(f"html={w.page}", "num_examples=2")), ("page", "cache"), 25),
+    Command(
+        "preview",
+        "cache",
+        lambda w: _recipe("preview", *w.argv(f"html={w.page}", "num_examples=2")),
+        ("page", "cache"),
+        25,
+    ),
     Command("train from the cache", "cache", lambda w: _train(w, "new", "max_steps=1"), ("new", "cache"), 8),
     Command("sweep", "sweep", _sweep, ("sweep", "cache"), 30),
     Command("jobs", "home", lambda w: _recipe("jobs", "list"), share=5),
-)  # fmt: skip
+)
 
 
 # -- what is checked ------------------------------------------------------------------------------
@@ -253,7 +275,7 @@ class Outcome:
     def check(self) -> None:
         said = self.out + self.err
         assert "Traceback" not in said, said[-3000:]
-        assert (unseen := UNSEEN.search(said)) is None, f"{unseen!r} in {ascii(said[-2000:])}"
+        assert (unseen := UNSEEN.search(said)) is None, f"{unseen!r} in {said[-2000:]!a}"
         if self.code not in (None, 0):
             assert self.code == 1, f"exit code {self.code}"
             assert REFUSAL.search(self.err), f"no error of this project: {self.err!r}"
