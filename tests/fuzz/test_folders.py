@@ -109,10 +109,8 @@ def _fill(world: World) -> None:
     checked(lambda: _recipe("sft", *world.argv(f"log_path={world.run}", "max_steps=3")))
     checked(lambda: _recipe("sft", *world.argv(f"log_path={world.full}", "max_steps=1", rank="lora_rank=0")))
     shutil.copytree(world.run, world.other)
-    for form in ("adapter", "merged"):
-        checked(
-            lambda: _recipe("export", f"checkpoint={world.run}", f"to={world.work / form}", f"format={form}")
-        )
+    checked(lambda: _recipe("export", f"checkpoint={world.run}", f"to={world.adapter}"))
+    checked(lambda: _recipe("export", f"checkpoint={world.run}", f"to={world.merged}", "format=merged"))
     checked(lambda: _sweep(world))
     world.home.mkdir()
     head = {"address": "http://127.0.0.1:9", "pid": 2**22 + 1, "folder": str(world.outside)}
