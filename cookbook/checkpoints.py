@@ -261,9 +261,16 @@ def _link_folder(folder: Path, other: Path) -> None:
         except OSError:
             shutil.copy2(source, target)
 
+    def others(parent: str, names: list[str]) -> list[str]:
+        """Pipes and the like. A link is refused: it may lead to all of the disk, or in a circle."""
+        paths = [Path(parent, name) for name in names]
+        for path in paths:
+            files.refuse_link(path)
+        return [path.name for path in paths if not (path.is_file() or path.is_dir())]
+
     # What is there is of a step that was taken in vain: it is not listed.
     with files.writing_folder(other, replace=True, must_hold=[MARK]) as unfinished:
-        shutil.copytree(folder, unfinished, symlinks=True, copy_function=link, dirs_exist_ok=True)
+        shutil.copytree(folder, unfinished, ignore=others, copy_function=link, dirs_exist_ok=True)
 
 
 def _row(record: Checkpoint) -> dict[str, Any]:

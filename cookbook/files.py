@@ -340,7 +340,7 @@ def remove_abandoned(folder: Path, name: str | None = None, earlier: str | None 
         match = _WORK.fullmatch(path.name)
         with contextlib.suppress(OSError):  # it is done meanwhile, or another user's
             if match is not None and name in (None, match["name"]) and not _is_at_work(match, path):
-                target = path.with_name(match["name"])
+                target = folder / match["name"]
                 if match["what"] == "replaced" and not os.path.lexists(target):
                     os.rename(path, target)
                 elif not path.is_symlink():

@@ -11,6 +11,7 @@ import json
 import math
 import stat
 import types
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from functools import cache
@@ -123,8 +124,9 @@ class _Repeated(ValueError):
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise _Repeated(f"the key {next(key for key in keys if keys.count(key) > 1)!r} stands in it twice")
+        times = Counter(key for key, _ in pairs)
+        repeated = next(key for key in times if times[key] > 1)
+        raise _Repeated(f"the key {shown(repeated)} stands in it twice")
     return values
 
 
@@ -160,7 +162,7 @@ def check(values: Mapping[str, Any], shape: Mapping[str, Any], origin: Origin, r
     for key, value in values.items():
         if key in shape or (type(value) is float and accepts_any_float):
             continue
-        if (problem := _problem(value, rest, key)) is not None:
+        if (problem := _problem(value, rest, _join("", key))) is not None:
             origin.refuse(problem)
 
 
@@ -289,4 +291,5 @@ def shown(value: Any) -> str:
 
 
 def _join(key: str, name: str) -> str:
+    name = name if len(name) <= 100 else f"{name[:97]}..."
     return f"{key}.{name}" if key else name

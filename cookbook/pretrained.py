@@ -7,14 +7,16 @@ is checked before anything is built of it: it may name code on the hub, or sizes
 
 from __future__ import annotations
 
+import base64
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cookbook import json_files
 from cookbook.errors import CheckpointError, DataError, ModelError
+from cookbook.files import PLAIN_NAME
 from cookbook.json_files import Origin
 
 if TYPE_CHECKING:
@@ -28,6 +30,13 @@ MAX_SIZE = 2**24
 MAX_COUNT = 2**20
 MAX_EXPERTS = 2**13
 MAX_LAYERS = 2_000
+MAX_LABELS = 2**16
+MAX_GROWTH = 1_000
+"""So many times as long a tokenizer may make a text, before it has its tokens or of them."""
+MAX_PADDING = 2**20
+_MOST_BYTES_OF_TOKENIZERS = 2**28
+MAX_POST_PROCESSOR = 2_000
+"""Values: each of its templates may have any of its special tokens, and each of those any ids."""
 _MOST_WEIGHTS_PER_BYTE = 8
 """4-bit files hold 2, and tied weights stand in them once."""
 
@@ -47,8 +56,9 @@ def load_config(location: str | Path, local_files_only: bool = False) -> Pretrai
 def load_tokenizer(location: str | Path, local_files_only: bool = False) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
-    if _config_file(location, local_files_only) is not None:
+    if _file_of(location, "config.json", local_files_only) is not None:
         _check_config_file(location, local_files_only)
+    _check_tokenizer_file(location, local_files_only)
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
         location, local_files_only=local_files_only, **_NO_CODE
     )
@@ -58,11 +68,17 @@ def load_tokenizer(location: str | Path, local_files_only: bool = False) -> PreT
 def load_causal_lm(location: str | Path, local_files_only: bool = False, **options: Any) -> Any:
     """The model with its weights. `options` are those of transformers.
 
-    Raises ModelError for pickles, DataError for a config that wants far more weights than the files have.
+    Raises ModelError for pickles and for an adapter in the model's folder, DataError for a config that wants
+    far more weights than the files have.
     """
     from transformers import AutoModelForCausalLM
 
     config = load_config(location, local_files_only)
+    if (path := _file_of(location, "adapter_config.json", local_files_only)) is not None:
+        raise ModelError(
+            f"{path} lies in the folder of a model, and transformers would put that adapter on it unasked. "
+            f"Remove it, or put the adapter in a folder of its own and give that as a checkpoint."
+        )
     if Path(location).is_dir():
         refuse_pickles(Path(location))
         _check_sizes_of_weights(Path(location), config)
@@ -146,32 +162,37 @@ def _check_sizes_of_weights(folder: Path, config: PretrainedConfig) -> None:
 # -- configs ------------------------------------------------------------------------------------
 
 
-def _config_file(location: str | Path, local_files_only: bool) -> Path | None:
+def _file_of(location: str | Path, name: str, local_files_only: bool) -> Path | None:
     from transformers.utils import cached_file
 
     if Path(location).is_dir():
-        path = Path(location) / "config.json"
+        path = Path(location) / name
         return path if path.exists() else None
     found = cached_file(
         str(location),
-        "config.json",
+        name,
         local_files_only=local_files_only,
         _raise_exceptions_for_missing_entries=False,
     )
     return None if found is None else Path(found)
 
 
+def _read(path: Path, most_bytes: int = json_files.MAX_BYTES) -> tuple[dict[str, Any], Origin]:
+    origin = Origin(str(path), DataError, "")
+    content = json_files.read_bytes(path, origin, most_bytes)
+    return json_files.object_of(content, origin, allow_repeats=True), origin
+
+
 def _check_config_file(location: str | Path, local_files_only: bool) -> None:
-    path = _config_file(location, local_files_only)
+    path = _file_of(location, "config.json", local_files_only)
     if path is None:
         return  # transformers says what is missing
-    origin = Origin(str(path), DataError, "")
-    content = json_files.read_bytes(path, origin, json_files.MAX_BYTES)
-    values = json_files.object_of(content, origin, allow_repeats=True)
+    values, origin = _read(path)
     json_files.check(values, {"model_type": str | None, "auto_map": dict[str, Any] | None}, origin)
     for key, value in _leaves(values, ""):
         name = key.rpartition(".")[2]
-        if name.endswith("implementation") and isinstance(value, str) and "/" in value:
+        is_choice = any(part.endswith("implementation") for part in key.split("."))  # one for each part, too
+        if is_choice and isinstance(value, str) and "/" in value:
             raise ModelError(
                 f"{path} names code on the hub: {key}={json_files.shown(value)}. Code that comes with a "
                 f"model is never run. Remove that key: the attention is chosen here."
@@ -185,11 +206,82 @@ def _most(name: str) -> int | None:
     is_count = name.startswith(("num_", "n_"))
     if re.search(r"(layers?|blocks?|depth)$", name):
         return MAX_LAYERS
+    if is_count and "label" in name:
+        return MAX_LABELS
     if is_count and "expert" in name:
         return MAX_EXPERTS
     if name.endswith(("_size", "_dim", "_rank")) or name.startswith("d_"):
         return MAX_SIZE
     return MAX_COUNT if is_count and not name.endswith(("positions", "ctx")) else None
+
+
+# -- tokenizers ---------------------------------------------------------------------------------
+
+
+def _check_tokenizer_file(location: str | Path, local_files_only: bool) -> None:
+    """Refuses a tokenizer that makes a short text so long that it fills the memory."""
+    config_path = _file_of(location, "tokenizer_config.json", local_files_only)
+    config, origin = ({}, None) if config_path is None else _read(config_path)
+    if origin is not None and config.get("fast_tokenizer_files"):
+        origin.refuse("`fast_tokenizer_files` names other files for other versions, which are not read here")
+    if origin is not None:
+        _check_template_names(config.get("chat_template"), origin)
+    path = _file_of(location, "tokenizer.json", local_files_only)
+    if path is None:
+        return
+    values, origin = _read(path, _MOST_BYTES_OF_TOKENIZERS)
+    for part in ("normalizer", "pre_tokenizer", "decoder"):
+        if (growth := _growth(values.get(part))) > MAX_GROWTH:
+            origin.refuse(f"its {part} makes a text up to {_in_words(growth)} times as long")
+    if (num_values := sum(1 for _ in _leaves(values.get("post_processor"), ""))) > MAX_POST_PROCESSOR:
+        origin.refuse(
+            f"its post_processor has {num_values:,} values, and {MAX_POST_PROCESSOR:,} are the most"
+        )
+    for key, value in _leaves(values.get("padding"), "padding"):
+        if type(value) is int and value > MAX_PADDING and not key.endswith("_id"):
+            origin.refuse(f"`{key}` is {json_files.shown(value)}, and {MAX_PADDING:,} is the most")
+
+
+def _check_template_names(templates: Any, origin: Origin) -> None:
+    """Each of several templates becomes a file where the tokenizer is saved."""
+    if isinstance(templates, list):
+        json_files.check({"chat_template": templates}, {"chat_template": list[Mapping[str, str]]}, origin)
+        templates = {template.get("name", ""): template for template in templates}
+    for name in templates if isinstance(templates, dict) else ():
+        if not PLAIN_NAME.fullmatch(name):
+            origin.refuse(f"`chat_template` has the name {json_files.shown(name)}, which names no file")
+
+
+def _growth(step: Any) -> int:
+    """How many times as long a text may be after a step, or a sequence of steps, of a tokenizer."""
+    if isinstance(step, list):
+        return math.prod(map(_growth, step))
+    if not isinstance(step, dict):
+        return 1
+    if step.get("type") == "ByteLevel":
+        return 2  # a letter beyond ASCII has as many characters as bytes, each time
+    own = 1
+    if isinstance(content := step.get("content"), str) and content:
+        pattern = step.get("pattern")
+        text = pattern.get("String") if isinstance(pattern, dict) else None
+        is_shorter = isinstance(text, str) and len(text) >= len(content)  # an expression may match nothing
+        own = 1 if is_shorter else 1 + len(content)
+    if isinstance(prepended := step.get("prepend"), str):
+        own = 1 + len(prepended)
+    if isinstance(charsmap := step.get("precompiled_charsmap"), str):
+        own = _longest_replacement(charsmap)
+    return own * math.prod(map(_growth, step.values()))
+
+
+def _longest_replacement(charsmap: str) -> int:
+    """Of SentencePiece's map of characters: the size of its trie, that, then texts that end with a zero."""
+    content = base64.b64decode(charsmap)
+    texts = content[4 + int.from_bytes(content[:4], "little") :].split(b"\0")
+    return max(1, *(len(text.decode(errors="replace")) for text in texts))
+
+
+def _in_words(growth: int) -> str:
+    return f"{growth:,}" if growth < 10**12 else "10^12 and more"
 
 
 def _leaves(value: Any, key: str) -> Iterator[tuple[str, Any]]:

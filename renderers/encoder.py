@@ -12,7 +12,8 @@ from __future__ import annotations
 import json
 import re
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache, partial
 from itertools import compress, count, groupby, pairwise, repeat
@@ -36,7 +37,8 @@ SENTINEL = f"{ESCAPE}text;"
 
 _CUT = f"{ESCAPE}cut;"
 
-_ONLY_CONTENT = {"role", "content"}
+_KEYS = ("role", "content")
+_ONLY_CONTENT = set(_KEYS)
 
 _NAMED_FOR_THE_USER = ("sep_token", "cls_token", "mask_token")
 """Names that transformers has for tokens which no chat model uses unless its template does."""
@@ -96,6 +98,10 @@ class Encoder:
         ]
         controls = sorted({*special, *framing})
         self._tokenizer = tokenizer
+        if piece := next((text for text in controls if text and any(text in key for key in _KEYS)), None):
+            raise RendererError(
+                f"The tokenizer has the special token {piece!r}, a part of ordinary words. Remove it."
+            )
         self._controls = controls
         self._escapes = {text: f"{ESCAPE}{index};" for index, text in enumerate(controls)}
         self.ids = {token.content: index for index, token in added.items()}
@@ -232,12 +238,14 @@ class Encoder:
         return True
 
     def _ids(self, text: str) -> list[int]:
-        (encoding,) = self._ready_backend().encode_batch_fast([text], add_special_tokens=False)
+        with _told_of_panics(text):
+            (encoding,) = self._ready_backend().encode_batch_fast([text], add_special_tokens=False)
         ids: list[int] = encoding.ids
         return ids
 
     def _encode_joined(self, text: str) -> Encoding:
-        return self._ready_backend().encode(text, add_special_tokens=False)
+        with _told_of_panics(text):
+            return self._ready_backend().encode(text, add_special_tokens=False)
 
     def _ready_backend(self) -> Tokenizer:
         """The backend, as no one left it who truncates or pads with it."""
@@ -295,7 +303,8 @@ class Encoder:
         origins.append(len(text))
 
         copy, originals = self._copy
-        encoding = copy.encode("".join(pieces), add_special_tokens=False)
+        with _told_of_panics(text):
+            encoding = copy.encode("".join(pieces), add_special_tokens=False)
         ids: list[int] = []
         starts: list[int] = []
         for token, (start, _) in zip(encoding.ids, encoding.offsets, strict=True):
@@ -340,6 +349,22 @@ class Encoder:
         copy, _ = self._copy
         tokens = copy.encode(f"a{_CUT}a", add_special_tokens=False).ids
         return copy.decode(tokens, skip_special_tokens=True) == "aa"
+
+
+@contextmanager
+def _told_of_panics(text: str) -> Iterator[None]:
+    """Raises RendererError where the tokenizers library gives up, as on an expression that takes too long.
+
+    Its error is no Exception, which ends threads and processes without a word of the text.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise RendererError(
+            f"The tokenizer cannot encode {text[:60]!r}: {error}. Give another text, or another tokenizer."
+        ) from None
 
 
 def _parts(control: int, added: Mapping[int, AddedToken]) -> bool:

@@ -15,12 +15,15 @@ from typing import Any
 
 import jinja2
 from jinja2.runtime import Context
+from jinja2.utils import Namespace
 
 from renderers.loop_counts import Count, NotFollowed
 from renderers.loop_records import (
     COMPARISONS,
+    NAMES_IN_LOOPS,
     BackwardRecord,
     BackwardVisit,
+    FollowedLoop,
     ForwardVisit,
     Record,
     Visit,
@@ -66,14 +69,16 @@ class IncrementalTemplate:
 
     @staticmethod
     def of(source: str) -> IncrementalTemplate | None:
-        """None where there is no loop to follow."""
+        """None where there is no loop to follow, or an expression is nested too deeply to be rewritten."""
         environment = _sandbox(source)
-        tree, loops = rewritten(source, environment)
+        try:
+            tree, loops = rewritten(source, environment)
+            code = environment.compile(tree)
+        except RecursionError:
+            return None
         if not loops:
             return None
-        template = jinja2.Template.from_code(
-            environment, environment.compile(tree), environment.make_globals(None)
-        )
+        template = jinja2.Template.from_code(environment, code, environment.make_globals(None))
         template.root_render_func.__globals__["LoopContext"] = loop_context
         return IncrementalTemplate(template, environment, loops)
 
@@ -115,12 +120,13 @@ class Run:
 
     def enter(self, iterable: Any, number: int, values: Sequence[Any]) -> Any:
         loop = self._loops[number]
-        is_reversed = loop.is_reversed
-        if isinstance(iterable, _REVERSE_ITERATOR):
-            iterable, is_reversed = list(iterable), True
-        if type(iterable) not in (list, range):
+        if loop.is_reversed and isinstance(iterable, _REVERSE_ITERATOR):
+            iterable = list(iterable)
+        namespaces = [id(value) for value in values if isinstance(value, Namespace)]
+        has_two_names_for_one = len(set(namespaces)) < len(namespaces)
+        if type(iterable) not in (list, range) or has_two_names_for_one:
             return iterable
-        if is_reversed:
+        if loop.is_reversed:
             backward = self._memory.backward_records.setdefault(number, BackwardRecord())
             self.visit = BackwardVisit(self, loop, iterable, values, backward)
         else:
@@ -169,8 +175,10 @@ def _size(listed: Any, run: Run) -> Any:
     return len(listed)
 
 
-def _numbers(start: Any, run: Run, listed: Any) -> Iterable[int]:
+def _numbers(start: Any, run: Run, listed: Any, function: Any) -> Iterable[int]:
     """The numbers from the start to the length of the list, each as it is asked for."""
+    if function is not run.environment.globals["range"]:
+        raise NotFollowed  # a variable of the template's own
     visit = run.visit
     if visit is None or not visit.is_followed(listed):
         return range(start, len(listed))
@@ -208,10 +216,14 @@ class _FollowingSandbox(QuickSandbox):
 
     def getattr(self, obj: Any, attribute: str) -> Any:
         _refuse_counts((obj,))
+        if type(obj) is FollowedLoop and attribute not in NAMES_IN_LOOPS:
+            raise NotFollowed
         return super().getattr(obj, attribute)
 
     def getitem(self, obj: Any, argument: Any) -> Any:
         _refuse_counts((obj, argument))
+        if type(obj) is FollowedLoop:
+            raise NotFollowed
         return super().getitem(obj, argument)
 
 
@@ -221,21 +233,44 @@ def _refuse_counts(values: Any) -> None:
             raise NotFollowed
 
 
-def _guarded(function: Callable[..., Any]) -> Callable[..., Any]:
+def _guarded(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    refuse = _refuse_counts_within if name in _TYPED else _refuse_counts
+
     @functools.wraps(function)
     def guarded(*args: Any, **kwargs: Any) -> Any:
-        _refuse_counts(args)
-        _refuse_counts(kwargs.values())
+        refuse(args)
+        refuse(kwargs.values())
         return function(*args, **kwargs)
 
     return guarded
 
 
+_TYPED = frozenset({"tojson"})
+"""Filters that look at the type of all that is in a value."""
+
+
+def _refuse_counts_within(values: Any) -> None:
+    _refuse_counts(values)
+    for value in values:
+        if isinstance(value, dict):
+            _refuse_counts_within(value.values())
+        elif isinstance(value, (list, tuple)):
+            _refuse_counts_within(value)
+
+
+def _is_same_constant(value: Any, other: Any) -> bool:
+    """The test `sameas`. Two texts that are equal may be one object in one run and two in another."""
+    if not (other is None or isinstance(other, bool)):
+        raise NotFollowed
+    return value is other
+
+
 def _sandbox(source: str) -> _FollowingSandbox:
     sandbox: Any = sandbox_like_theirs(source, _FollowingSandbox)
-    sandbox.filters = {name: _guarded(found) for name, found in sandbox.filters.items()}
+    sandbox.filters = {name: _guarded(name, found) for name, found in sandbox.filters.items()}
     sandbox.filters |= {f"{FOLLOW}{name}": found for name, found in _FILTERS.items()}
-    sandbox.tests = {name: _guarded(found) for name, found in sandbox.tests.items()}
+    sandbox.tests = {name: _guarded(name, found) for name, found in sandbox.tests.items()}
+    sandbox.tests["sameas"] = _is_same_constant
     kind = sandbox.globals["namespace"]
     sandbox.globals = {**sandbox.globals, "namespace": followed(kind)}
     return sandbox

@@ -59,6 +59,11 @@ class Attributes(dict[str, Any]):
             self.visit.set(self, name, value)
         super().__setitem__(name, value)
 
+    def __repr__(self) -> str:
+        if self.visit is not None:
+            raise NotFollowed  # it spells them all
+        return super().__repr__()
+
     def become(self, values: Mapping[str, Any]) -> None:
         self.clear()
         self.update(values)
@@ -87,6 +92,8 @@ def same(one: Any, other: Any) -> bool:
     kind = type(one)
     if kind is not type(other):
         return False
+    if kind is float:
+        return repr(one) == repr(other)  # 0.0 == -0.0
     if kind in _SCALARS:
         return bool(one == other)
     if kind in (list, tuple):
@@ -104,6 +111,10 @@ def is_frozen(value: Any) -> bool:
     if kind is dict:
         return all(map(is_frozen, value.values()))
     return kind in _SCALARS or kind is range or isinstance(value, Undefined)
+
+
+def _are_frozen(states: Sequence[Mapping[str, Any]]) -> bool:
+    return all(is_frozen(value) for state in states for value in state.values())
 
 
 def _length_of_common_start(one: Sequence[Any], other: Sequence[Any]) -> int:
@@ -152,7 +163,7 @@ class Record:
         """Where the text of the iterations before each one ends."""
         self.entry: Entry
         self.final: list[dict[str, Any]] | None = None
-        """The attributes of the namespaces after the loop."""
+        """The attributes of the namespaces after the loop, where nothing can change them."""
 
     def replace_from(self, start: int, iterations: Sequence[Iteration], entry: Entry) -> None:
         del self.iterations[start:]
@@ -204,7 +215,8 @@ class Record:
         start = min(as_long, in_bounds, last_iteration)
         rest = None
         is_whole = in_bounds == len(self.iterations) == entry.num_items and self.final is not None
-        if first is not None and is_whole and entry.num_items == self.entry.num_items:
+        is_as_long = (entry.num_items, entry.num_messages) == (self.entry.num_items, self.entry.num_messages)
+        if first is not None and is_whole and is_as_long:
             readers = [self._last_readers.get(index, -1) for index in range(first, last + 1)]
             rest = max(last - entry.num_before, *readers) + 1
         return Reuse(self, start, min(as_long, last_iteration) - start, rest)
@@ -247,8 +259,8 @@ class Entry:
         """The messages before those in the list."""
         self.values: dict[str, Any] = {}
         """Those of the variables from outside that hold no namespace."""
-        self.lists: list[Sequence[Any]] = []
-        """Those of which items and length alone are read."""
+        self.lists: dict[str, Sequence[Any]] = {}
+        """Those of which items and length alone are read, by the name that they are read by."""
         self.namespaces: dict[str, Attributes] = {}
         for name, value in zip(loop.names, values, strict=True):
             if isinstance(value, Namespace):
@@ -256,7 +268,7 @@ class Entry:
                 continue
             self.values[name] = value
             if name in loop.indexed and _may_grow(value, messages):
-                self.lists.append(value)
+                self.lists[name] = value
         self.initial = {name: dict(attributes) for name, attributes in self.namespaces.items()}
 
     def attribute(self, name: str, attribute: str) -> Any:
@@ -275,7 +287,7 @@ class Entry:
         pairs = [(self.items, other.items)] if self.grows else []
         for name, value in self.values.items():
             there = other.values[name]
-            if any(value is listed for listed in self.lists):
+            if name in self.lists:
                 if value is not self.items or there is not other.items:
                     pairs.append((value, there))
             elif not same(value, there):
@@ -326,7 +338,7 @@ class Visit:
         return self.entry.num_before + place + 1 if self.entry.grows else 0
 
     def is_followed(self, listed: Any) -> bool:
-        return any(listed is one for one in self.entry.lists)
+        return any(listed is one for one in self.entry.lists.values())
 
     def need(self, num_messages: float) -> None:
         """The present iteration is the same for any more messages than these, and maybe for no others."""
@@ -456,7 +468,7 @@ class ForwardVisit(Visit):
         self._close()
         self.index = index
         states = [dict(attributes) for attributes in self.entry.namespaces.values()]
-        if self._iterations and not all(is_frozen(value) for state in states for value in state.values()):
+        if self._iterations and not _are_frozen(states):
             self.need(END)  # of the iteration before: this one cannot be begun with what may change since
         self._iterations.append(Iteration(states, self._need_of_item(index)))
         self._num_pieces = len(self.run.pieces)
@@ -483,7 +495,8 @@ class ForwardVisit(Visit):
 
     def leave(self) -> None:
         self._close()
-        self._keep([dict(attributes) for attributes in self.entry.namespaces.values()])
+        final = [dict(attributes) for attributes in self.entry.namespaces.values()]
+        self._keep(final if _are_frozen(final) else None)
 
     def end(self) -> None:
         if self._is_open:
@@ -693,13 +706,10 @@ class FollowedLoop:
 
     def __init__(self, visit: Visit) -> None:
         self._visit = visit
-        self._items = iter(visit)
 
-    def __iter__(self) -> FollowedLoop:
-        return self
-
-    def __next__(self) -> tuple[Any, FollowedLoop]:
-        return next(self._items), self
+    def with_items(self) -> Iterator[tuple[Any, FollowedLoop]]:
+        for item in self._visit:
+            yield item, self
 
     @property
     def index0(self) -> Any:
@@ -745,6 +755,9 @@ class FollowedLoop:
     def depth(self) -> int:
         return 1
 
+    def __iter__(self) -> NoReturn:
+        raise NotFollowed
+
     def __len__(self) -> NoReturn:
         raise NotFollowed
 
@@ -754,17 +767,17 @@ class FollowedLoop:
     def __str__(self) -> NoReturn:
         raise NotFollowed
 
-    def cycle(self, *_: Any) -> NoReturn:
-        raise NotFollowed
 
-    def changed(self, *_: Any) -> NoReturn:
-        raise NotFollowed
+NAMES_IN_LOOPS = frozenset(
+    name for name in vars(FollowedLoop) if isinstance(vars(FollowedLoop)[name], property)
+)
+"""What of a loop can be followed."""
 
 
 def loop_context(iterable: Any, undefined: Any, *recursion: Any) -> Any:
     """The `loop` of any loop of a rewritten template."""
     return (
-        FollowedLoop(iterable)
+        FollowedLoop(iterable).with_items()
         if isinstance(iterable, Visit)
         else LoopContext(iterable, undefined, *recursion)
     )

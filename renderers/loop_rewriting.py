@@ -15,11 +15,11 @@ and in its body, where `messages` and `ns.last` are read in no other way,
     messages | length   becomes   messages | size(run)
     i > ns.last         becomes   i | compare(run, ns.last, 'gt', 'ns', 'last')
     {% for k in range(i, messages | length) %}
-                        becomes   {% for k in i | numbers(run, messages) %}
+                        becomes   {% for k in i | numbers(run, messages, range) %}
 
 so that it is seen which of the messages, and what of their number, one iteration depends on. A loop in that
-body which does nothing more once `ns.found` is set, as its only `if` says, is ended there with a `break`: it
-may have found what it looks for long before the last message.
+body over such numbers which does nothing more once `ns.found` is set, as its only `if` says, is ended there
+with a `break`: it may have found what it looks for long before the last message.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Loop:
     compared: frozenset[tuple[str, str]]
     """The names and attributes of namespaces that the body only compares, and does not set."""
     is_reversed: bool
-    """Whether it runs over a list from its end."""
+    """Whether it runs over a list from its end, as its `[::-1]` or `| reverse` says."""
 
 
 def rewritten(source: str, environment: jinja2.Environment) -> tuple[nodes.Template, list[Loop]]:
@@ -66,13 +66,36 @@ def rewritten(source: str, environment: jinja2.Environment) -> tuple[nodes.Templ
     is_plain = next(tree.find_all(_OPAQUE), None) is None
     if not is_plain or any(name.name == RUN for name in tree.find_all(nodes.Name)):
         return tree, []
-    macros = {macro.name: macro for macro in tree.find_all(nodes.Macro)}
     loops: list[Loop] = []
-    _rewrite_loops(tree.body, macros, loops)
+    _rewrite_loops(tree.body, _Macros(tree), loops)
     return tree, loops
 
 
-def _rewrite_loops(body: list[nodes.Node], macros: dict[str, nodes.Macro], loops: list[Loop]) -> None:
+class _Macros:
+    """The macros of a template."""
+
+    def __init__(self, tree: nodes.Template) -> None:
+        self.named: dict[str, list[nodes.Macro]] = {}
+        for macro in tree.find_all(nodes.Macro):
+            self.named.setdefault(macro.name, []).append(macro)
+        top = {node.name for node in tree.body if isinstance(node, nodes.Macro)}
+        assigned = {name.name for name in tree.find_all(nodes.Name) if name.ctx == "store"}
+        self.constant = {name for name in top - assigned if len(self.named[name]) == 1}
+        """The names that stand for the same macro in every run."""
+
+    def called_by(self, body: Iterable[nodes.Node]) -> list[nodes.Macro]:
+        """The macros that are named in the body, or in one that is named there."""
+        called: dict[str, list[nodes.Macro]] = {}
+        waiting = list(body)
+        while waiting:
+            for node in list(_with_descendants([waiting.pop()])):
+                if isinstance(node, nodes.Name) and node.name in self.named and node.name not in called:
+                    called[node.name] = self.named[node.name]
+                    waiting += called[node.name]
+        return [macro for macros in called.values() for macro in macros]
+
+
+def _rewrite_loops(body: list[nodes.Node], macros: _Macros, loops: list[Loop]) -> None:
     for place in reversed(range(len(body))):
         node = body[place]
         if isinstance(node, nodes.If):
@@ -96,20 +119,15 @@ def _filter(name: str, value: nodes.Node, arguments: list[nodes.Expr]) -> nodes.
     )
 
 
-def _reads_of(loop: nodes.For, macros: dict[str, nodes.Macro]) -> Loop:
+def _reads_of(loop: nodes.For, macros: _Macros) -> Loop:
     """What the body, and the macros that it may call, read of the variables from outside."""
-    targets = {name.name for name in _with_descendants([loop.target]) if isinstance(name, nodes.Name)}
-    called = _called_macros(loop.body, macros)
-    everything: list[nodes.Node] = [*loop.body, *called]
-    names = {
-        node.name
-        for node in _with_descendants(everything)
-        if isinstance(node, (nodes.Name, nodes.NSRef)) and getattr(node, "ctx", "load") != "store"
-    }
+    called = macros.called_by(loop.body)
+    own = {name.name for name in _with_descendants([loop.target]) if isinstance(name, nodes.Name)} | {"loop"}
+    names = (_names_read(loop.body) - own) | _names_read(called)  # a macro sees none of the loop's own
     compared: set[tuple[str, str]] = set()
     others = {*_other_reads(called, None), *_other_reads(loop.body, compared)}
     return Loop(
-        names=tuple(sorted(names - targets - {"loop", "namespace", *macros})),
+        names=tuple(sorted(names - macros.constant)),
         indexed=frozenset(name for name in names if not _kinds_of(name, others) - {_ITEM}),
         compared=frozenset(
             (name, attribute)
@@ -118,6 +136,14 @@ def _reads_of(loop: nodes.For, macros: dict[str, nodes.Macro]) -> Loop:
         ),
         is_reversed=_is_reversed(loop.iter),
     )
+
+
+def _names_read(body: Iterable[nodes.Node]) -> set[str]:
+    return {
+        node.name
+        for node in _with_descendants(body)
+        if isinstance(node, (nodes.Name, nodes.NSRef)) and getattr(node, "ctx", "load") != "store"
+    }
 
 
 def _kinds_of(name: str, reads: set[tuple[str, str]]) -> set[str]:
@@ -130,18 +156,9 @@ def _with_descendants(found: Iterable[nodes.Node]) -> Iterator[nodes.Node]:
         yield from node.find_all(nodes.Node)
 
 
-def _called_macros(body: list[nodes.Node], macros: dict[str, nodes.Macro]) -> list[nodes.Node]:
-    called: dict[str, nodes.Node] = {}
-    waiting: list[nodes.Node] = list(body)
-    while waiting:
-        for node in list(_with_descendants([waiting.pop()])):
-            if isinstance(node, nodes.Name) and node.name in macros and node.name not in called:
-                called[node.name] = macros[node.name]
-                waiting.append(macros[node.name])
-    return list(called.values())
-
-
 def _is_reversed(iterated: nodes.Node) -> bool:
+    if isinstance(iterated, nodes.Filter):
+        return iterated.name == "reverse"
     if not isinstance(iterated, nodes.Getitem) or not isinstance(iterated.arg, nodes.Slice):
         return False
     bounds = iterated.arg
@@ -165,34 +182,43 @@ def _item_of(node: nodes.Node) -> nodes.Name | None:
 
 def _size_of(node: nodes.Node) -> nodes.Name | None:
     """The variable of which this is the length."""
-    if not isinstance(node, nodes.Filter) or node.name not in ("length", "count") or node.args:
+    if not isinstance(node, nodes.Filter) or node.name not in ("length", "count"):
+        return None
+    if node.args or node.kwargs or node.dyn_args or node.dyn_kwargs:
         return None
     return node.node if isinstance(node.node, nodes.Name) else None
 
 
-def _numbers_up_to(node: nodes.Node) -> tuple[nodes.Expr, nodes.Name] | None:
-    """The start of a range that ends at the length of a variable, and that variable."""
+def _numbers_up_to(node: nodes.Node) -> tuple[nodes.Name, nodes.Expr, nodes.Name] | None:
+    """The function `range`, its start, and the variable at whose length it ends."""
     if not isinstance(node, nodes.Call) or node.kwargs or node.dyn_args or node.dyn_kwargs:
         return None
     if not isinstance(node.node, nodes.Name) or node.node.name != "range" or len(node.args) != 2:
         return None
     listed = _size_of(node.args[1])
-    return None if listed is None else (node.args[0], listed)
+    return None if listed is None else (node.node, node.args[0], listed)
 
 
 def _done(loop: nodes.For) -> nodes.Getattr | None:
-    """The attribute of a namespace with which the body of this loop does nothing."""
+    """The attribute with which this loop over numbers does nothing, in this iteration and all that follow."""
     body = [node for node in loop.body if not _is_empty(node)]
-    if len(body) != 1 or not isinstance(body[0], nodes.If) or loop.else_ or loop.recursive:
+    if len(body) != 1 or not isinstance(body[0], nodes.If) or loop.else_ or loop.recursive or loop.test:
         return None
+    if not isinstance(loop.iter, nodes.Filter) or loop.iter.name != f"{FOLLOW}numbers":
+        return None  # another iterator may be read again, behind where the loop ended
     condition = body[0]
-    test = condition.test
+    test, done = condition.test, None
     if not condition.elif_ and not condition.else_:
         while isinstance(test, nodes.And):
             test = test.left
         if isinstance(test, nodes.Not):
-            return _attribute(test.node)
-    return _attribute(condition.test) if all(map(_is_empty, condition.body)) else None
+            done = _attribute(test.node)
+    elif all(map(_is_empty, condition.body)):
+        done = _attribute(condition.test)
+    if done is None or not isinstance(loop.target, nodes.Name):
+        return None
+    assert isinstance(done.node, nodes.Name)
+    return None if done.node.name == loop.target.name else done
 
 
 def _attribute(node: nodes.Node) -> nodes.Getattr | None:
@@ -256,7 +282,7 @@ class _Rewriting:
 
     def rewrite(self, body: list[nodes.Node]) -> None:
         for node in body:
-            self._rewrite_children(node)
+            self._new(node)
             for loop in _with_descendants([node]):
                 if isinstance(loop, nodes.For) and (done := _done(loop)) is not None:
                     end = nodes.If(done, [nodes.Break(lineno=loop.lineno)], [], [], lineno=loop.lineno)
@@ -272,8 +298,10 @@ class _Rewriting:
     def _new(self, node: object) -> object:
         if not isinstance(node, nodes.Node):
             return node
-        if (numbers := _numbers_up_to(node)) is not None and numbers[1].name in self._loop.indexed:
-            return _filter("numbers", cast(nodes.Node, self._new(numbers[0])), [numbers[1]])
+        numbers = _numbers_up_to(node.iter) if isinstance(node, nodes.For) else None
+        if isinstance(node, nodes.For) and numbers is not None and numbers[2].name in self._loop.indexed:
+            function, start, growing = numbers
+            node.iter = _filter("numbers", start, [growing, function])
         self._rewrite_children(node)
         if (listed := _item_of(node)) is not None and listed.name in self._loop.indexed:
             assert isinstance(node, nodes.Getitem)

@@ -27,7 +27,7 @@ EXCEPTIONS = {
     "cookbook/checkpoints.py": {  # a second name for a checkpoint's files, in a folder of `writing_folder`
         "os.link(source, target)",
         "shutil.copy2(source, target)",
-        "shutil.copytree(folder, unfinished, symlinks=True, copy_function=link, dirs_exist_ok=True)",
+        "shutil.copytree(folder, unfinished, ignore=others, copy_function=link, dirs_exist_ok=True)",
     },
 }
 """Calls that write nothing that is kept, or into a folder that is not in its place yet."""

@@ -19,6 +19,7 @@ from recipes import chat, export, jobs, preview, report, sft
 REPOSITORY = Path(__file__).parents[1]
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 RENDERERS = (REPOSITORY / "renderers" / "README.md").read_text(encoding="utf-8")
+SECURITY = (REPOSITORY / "SECURITY.md").read_text(encoding="utf-8")
 
 
 def blocks(language: str, text: str = README) -> list[str]:
@@ -113,6 +114,15 @@ def test_every_path_that_is_named_exists() -> None:
     named = re.findall(r"`((?:tests|recipes|renderers|configs|cookbook)/[\w./]+)`", README + RENDERERS)
     assert named
     for path in named:
+        assert (REPOSITORY / path).exists(), path
+
+
+def test_the_security_page_has_every_command_and_the_files_it_points_to() -> None:
+    recipes = {path.stem for path in (REPOSITORY / "recipes").glob("*.py")} - {"__init__"}
+    assert set(re.findall(r"`recipes\.(\w+)`", SECURITY)) == recipes
+    links = re.findall(r"\]\(([\w./]+)\)", SECURITY)
+    assert links
+    for path in links:
         assert (REPOSITORY / path).exists(), path
 
 

@@ -16,7 +16,7 @@ from cookbook.export import gguf_weights, ollama, serving
 from cookbook.export.chat_format import ChatFormat
 from cookbook.export.merge import base_model_folder, merged_weights, read_adapter, tied_weights
 from cookbook.export.merged_folder import Merged, write_merged
-from cookbook.export.model_card import Usage, python_usage
+from cookbook.export.model_card import Usage, fenced, python_usage
 from cookbook.export.source import Source, path_elsewhere, public_name
 
 if TYPE_CHECKING:
@@ -156,6 +156,7 @@ def _why_no_gguf(job: Job) -> str | None:
 def _write_gguf_model(job: Job) -> str:
     """Raises ConfigError, with the commands that do it, for a model that is not written here."""
     gguf_weights.package()
+    models.check_vocabulary(job.source.base_model)
     config = _model_config(job)
     weights = None
     reason = gguf_weights.why_not(config, job.chat_format.tokenizer)
@@ -234,4 +235,4 @@ def _size(num_bytes: int) -> str:
 
 
 def _shell(command: str | None) -> list[str]:
-    return [f"```bash\n{command}\n```"] if command else []
+    return [fenced(command, "bash")] if command else []

@@ -64,6 +64,8 @@ def add_vocabulary(writer: gguf.GGUFWriter, chat_format: ChatFormat, vocab_size:
     for token, index in spec["model"]["vocab"].items():
         tokens[index], kinds[index] = token, TokenType.NORMAL
     for added in spec["added_tokens"]:
+        if added["id"] >= vocab_size:
+            continue  # kept for pictures or sound (`models.check_vocabulary`)
         tokens[added["id"]] = added["content"]
         kinds[added["id"]] = TokenType.CONTROL if added["special"] else TokenType.USER_DEFINED
     writer.add_tokenizer_model("gpt2")

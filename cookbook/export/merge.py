@@ -9,6 +9,7 @@ Shape suffixes: I inputs, O outputs, R rank.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from transformers.pytorch_utils import Conv1D
 
 from cookbook import json_files, models, pretrained
-from cookbook.engine import state
+from cookbook.engine import peft_settings, state
 from cookbook.engine.peft_settings import TENSOR
 from cookbook.errors import CheckpointError, ModelError
 from cookbook.export.source import Source
@@ -106,6 +108,13 @@ class MergedWeights:
         weight: Tensor = self._file_of(origin).get_tensor(origin)
         return self.adapter[name].added_to(weight) if name in self.adapter else weight
 
+    def is_of_base(self, copy: Tensor, module: str) -> bool:
+        """Whether the base model has this weight of a module."""
+        origin = self.untied.get(f"{module}.weight", f"{module}.weight")
+        if origin not in self.files:
+            return False
+        return peft_settings.is_same(copy, self._file_of(origin).get_tensor(origin))
+
     def _stored(self, name: str) -> Any:
         origin = self.untied.get(name, name)
         return self._file_of(origin).get_slice(origin)
@@ -124,13 +133,32 @@ def merged_weights(source: Source, base_folder: Path) -> MergedWeights | None:
     are no safetensors.
     """
     adapter = read_adapter(source)
+    _refuse_transposed(base_folder, adapter)
     files = weight_files(base_folder)
     by_weight = {f"{module}.weight": low_rank for module, low_rank in adapter.items()}
     head, embeddings = tied_weights(base_folder)
     untied = {head: embeddings} if head in by_weight and embeddings in files else {}
     if not files or by_weight.keys() - files.keys() - untied.keys():
         return None
-    return MergedWeights(files, by_weight, {str(head): str(name) for head, name in untied.items()})
+    merged = MergedWeights(files, by_weight, {str(head): str(name) for head, name in untied.items()})
+    peft_settings.check_frozen(source.folder, merged.is_of_base)
+    return merged
+
+
+def _refuse_transposed(base_folder: Path, adapter: Mapping[str, LowRank]) -> None:
+    """GPT-2 and its kin keep weights transposed: of a square one the shape would not tell.
+
+    Raises CheckpointError.
+    """
+    if not adapter:
+        return
+    model = pretrained.empty_causal_lm(models.load_config(str(base_folder)))
+    for name, module in model.named_modules():
+        if name in adapter and isinstance(module, Conv1D):
+            raise CheckpointError(
+                f"The base model keeps the weight of {name} transposed (Conv1D), which is not merged here. "
+                "Merge it with PEFT itself (merge_and_unload)."
+            )
 
 
 def weight_files(folder: Path) -> dict[str, Path]:

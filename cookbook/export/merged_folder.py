@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 from cookbook import files, json_files, models
 from cookbook.engine.loading import load_model, no_progress_bar
+from cookbook.engine.peft_settings import check_frozen, is_same
 from cookbook.errors import CheckpointError, ModelError
 from cookbook.export.chat_format import ChatFormat
 from cookbook.export.merge import (
@@ -104,6 +105,10 @@ def _write_whole_model(
     model = load_model(source.base_model, torch.device("cpu"), dtype or stored)
     modules = dict(model.named_modules())
     head, _ = tied_weights(base_folder)
+    if not source.is_full:
+        check_frozen(
+            source.folder, lambda copy, name: name in modules and is_same(copy, modules[name].weight)
+        )
     with torch.no_grad():
         for name, low_rank in read_adapter(source).items():
             weight = modules[name].weight if name in modules else None

@@ -1,11 +1,13 @@
 """README.md of an export: what the model is, how it is used, what it was trained on, how well it does.
 
-It says what a stranger may know: no path of this machine, no setting that is not listed here.
+It says what a stranger may know: no path of this machine, no setting that is not listed here. Names and
+texts of runs, data and models are text on it, never Markdown or HTML.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +16,7 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from cookbook import embedded, files
+from cookbook.control_characters import visible_line
 from cookbook.export.chat_format import ChatFormat
 from cookbook.export.source import Source, is_on_hub, path_elsewhere, public_name
 from cookbook.report import curves
@@ -48,9 +51,9 @@ def write_model_card(source: Source, chat_format: ChatFormat, usage: Usage, name
     has_curves = source.run is not None and curves.draw(source.run.metrics, folder / CURVES_FILE) is not None
     parts = [
         _front_matter(source, usage, name),
-        f"# {name}",
+        f"# {_text(name)}",
         _introduction(source, usage),
-        f"## How to use it\n\n```{usage.language}\n{usage.code}\n```",
+        f"## How to use it\n\n{fenced(usage.code, usage.language)}",
         *usage.notes,
         _results(source),
         f"![What the run measured]({CURVES_FILE})" if has_curves else "",
@@ -60,6 +63,25 @@ def write_model_card(source: Source, chat_format: ChatFormat, usage: Usage, name
     ]
     text = "\n\n".join(part for part in parts if part)
     files.write(folder / "README.md", text + "\n")
+
+
+def fenced(code: str, language: str) -> str:
+    """A block of code, which ends behind the code whatever is in it."""
+    longest = max(map(len, re.findall("`+", code)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}{language}\n{code}\n{fence}"
+
+
+def _text(text: object) -> str:
+    """One line of plain text, in Markdown."""
+    return re.sub(
+        r"\\(?=[!-/:-@\[-`{-~])|[`*\[\]<>|&$~]", lambda match: f"&#{ord(match[0])};", visible_line(text)
+    )
+
+
+def _code(text: str) -> str:
+    """The same as code, where code can have such characters."""
+    return f"`{text}`" if text and text == visible_line(text) and "`" not in text else _text(text)
 
 
 def python_usage(source: Source, chat_format: ChatFormat, repository: str | None, is_adapter: bool) -> str:
@@ -113,7 +135,7 @@ def _front_matter(source: Source, usage: Usage, name: str) -> str:
 
 
 def _introduction(source: Source, usage: Usage) -> str:
-    origin = public_name(source.origin)
+    origin = _text(public_name(source.origin))
     if origin == embedded.MODEL_NAME:
         origin = f"{origin}, the model that comes with sft-cookbook"
     elif is_on_hub(source.origin):
@@ -138,7 +160,7 @@ def _results(source: Source) -> str:
     if source.run is None or not (outcomes := outcomes_of(source.run)):
         return ""
     rows = [
-        [f"`{o.metric}`", number(o.first), number(o.last)]
+        [_text(o.metric) if "|" in o.metric else _code(o.metric), number(o.first), number(o.last)]
         + (["", ""] if o.best is None else [number(o.best), f"{o.best_step:,}"])
         for o in outcomes
     ]
@@ -152,7 +174,10 @@ def _data(source: Source) -> str:
         return ""
     columns = ["rows", "examples", "tokens", "trained_tokens", "longest", "truncated"]
     rows = [
-        [_dataset_name(str(part["name"])), *(f"{part[key]:,}" if key in part else "" for key in columns)]
+        [
+            _text(_dataset_name(str(part["name"]))),
+            *(f"{part[key]:,}" if key in part else "" for key in columns),
+        ]
         for part in sources
     ]
     return "## Data\n\n" + _table(["source", *(key.replace("_", " ") for key in columns)], rows)
@@ -161,7 +186,7 @@ def _data(source: Source) -> str:
 def _settings(source: Source) -> str:
     settings = texts_of(source.run.config) if source.run else {}
     rows = [
-        [f"`{key.rsplit('.', 1)[-1]}`", settings[key]]
+        [_code(key.rsplit(".", 1)[-1]), _text(settings[key])]
         for key in SHOWN_SETTINGS
         if settings.get(key, "none") != "none"
     ]
@@ -169,13 +194,13 @@ def _settings(source: Source) -> str:
 
 
 def _chat_format(chat_format: ChatFormat, source: Source) -> str:
-    ends = ", ".join(f"`{json.dumps(stop, ensure_ascii=False)}`" for stop in chat_format.stop_texts)
+    ends = ", ".join(_code(json.dumps(stop, ensure_ascii=False)) for stop in chat_format.stop_texts)
     text = (
         f"## Chat format\n\nTrained with the renderer `{chat_format.renderer.name}` of sft-cookbook, which "
         f"`chat_template.jinja` prints too. A reply ends with {ends}."
     )
     if prompt := chat_format.renderer.system_prompt:
-        quoted = "\n".join(f"> {line}" for line in prompt.splitlines())
+        quoted = "\n".join(f"> {_text(line)}" for line in prompt.splitlines())
         text += (
             f" Every conversation began with this system prompt, which the template puts there:\n\n{quoted}"
         )
@@ -189,13 +214,13 @@ def _chat_format(chat_format: ChatFormat, source: Source) -> str:
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(cell.replace('|', '&#124;') for cell in line)} |" for line in lines)
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _hub_datasets(source: Source) -> list[str]:
-    builder: Mapping[str, Any] = source.run.config.get("dataset_builder") or {} if source.run else {}
-    named = builder.get("dataset") or []
-    specs = [named] if isinstance(named, str) else list(named)
+    builder = source.run.config.get("dataset_builder") if source.run else None
+    named = builder.get("dataset") or [] if isinstance(builder, Mapping) else []
+    specs = named if isinstance(named, list) else [named]
     parts = [part for spec in specs for part in str(spec).split(",")]
     names = [KNOWN_DATASETS[part].hub_id if part in KNOWN_DATASETS else part.split(":")[0] for part in parts]
     return [name for name in names if _dataset_name(name) == name and "/" in name]

@@ -183,14 +183,19 @@ def modelfile(chat_format: ChatFormat, base: str, adapter: str | None = None) ->
     lines.append(f"TEMPLATE {_quoted(frames_of(chat_format).go_template())}")
     if chat_format.renderer.system_prompt:
         lines.append(f"SYSTEM {_quoted(chat_format.renderer.system_prompt)}")
-    lines += [f'PARAMETER stop "{stop}"' for stop in chat_format.stop_texts]
+    lines += [f"PARAMETER stop {_quoted_stop(stop)}" for stop in chat_format.stop_texts]
     return "\n".join(lines) + "\n"
 
 
+def _quoted_stop(stop: str) -> str:
+    return _quoted(stop) if re.search(r'["\r\n]', stop) else f'"{stop}"'
+
+
 def _quoted(text: str) -> str:
-    """In Ollama's quotes, which know no escapes."""
+    """In Ollama's quotes, which know no escapes, and which a single one or a line break does not end."""
     if '"""' in text:
         raise ConfigError(
-            'A Modelfile has no way to write three double quotes ("""), and the system prompt has them.'
+            'A Modelfile has no way to write three double quotes ("""), and the system prompt, the chat '
+            "format or what ends a reply has them."
         )
     return f'"""{text}"""'

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeAlias
@@ -14,6 +15,7 @@ from cookbook.report.record import RunRecord, read_run
 
 Which: TypeAlias = Literal["best", "last"]
 
+_HUB_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*/[A-Za-z0-9._-]+")
 _EMBEDDED = embedded.MODEL_PATH.parts[-3:]
 
 
@@ -126,7 +128,7 @@ def _with_embedded_name(base_model: str) -> str:
 
 def is_on_hub(base_model: str) -> bool:
     """Whether a model's name is a hub id."""
-    looks_so = base_model.count("/") == 1 and not base_model.startswith(("/", ".", "~"))
+    looks_so = _HUB_ID.fullmatch(base_model) is not None
     return looks_so and base_model != embedded.MODEL_NAME and not Path(base_model).is_dir()
 
 

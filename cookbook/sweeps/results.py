@@ -134,16 +134,30 @@ def write_csv(plan: Plan, results: Sequence[Result]) -> Path:
     path = plan.folder / CSV
     table = io.StringIO()
     writer = csv.writer(table)
-    writer.writerow(["run", *plan.varied_keys, plan.config.metric, "steps", "state", "error", "log_path"])
+    head = ["run", *plan.varied_keys, plan.config.metric, "steps", "state", "error", "log_path"]
+    writer.writerow(map(_cell, head))
     for result in results:
         for run, progress in zip(result.runs, result.progress, strict=True):
             value = "" if math.isnan(progress.value) else progress.value
             settings = [run.point[key] for key in plan.varied_keys]
-            writer.writerow(
-                [run.name, *settings, value, progress.step, progress.state, progress.error, run.folder]
-            )
+            cells = [run.name, *settings, value, progress.step, progress.state, progress.error, run.folder]
+            writer.writerow(map(_cell, cells))
     files.write(path, table.getvalue())
     return path
+
+
+def _cell(value: Any) -> str:
+    """A text that a spreadsheet takes for text: one that begins as a formula does gets an apostrophe."""
+    text = str(value)
+    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t")) and not _is_number(text) else text
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def write_best(plan: Plan, best: Result) -> Path:

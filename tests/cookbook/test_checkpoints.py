@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from cookbook.checkpoints import FINAL, CheckpointLog, read_records
-from cookbook.errors import CheckpointError, DataError
+from cookbook.errors import CheckpointError, DataError, FileError
 
 
 def add(log: CheckpointLog, folder: Path, step: int) -> None:
@@ -160,16 +160,6 @@ def test_a_run_whose_final_checkpoint_is_gone_continues_from_the_one_before(
     assert [record.name for record in read_records(tmp_path / "checkpoints.jsonl")] == ["000002"]
 
 
-def test_a_link_in_a_final_checkpoint_stays_one_and_what_it_leads_to_is_not_copied(tmp_path: Path) -> None:
-    """Such as one to the folder that it lies in, which has no end."""
-    log = CheckpointLog(tmp_path)
-    folder = make_folder(tmp_path, FINAL)
-    (folder / "around").symlink_to(folder.parent)
-    log.add(FINAL, str(folder), 3, 0, 3)
-    log.continue_from_final()
-    assert (tmp_path / "checkpoints" / "000003" / "around").is_symlink()
-
-
 def test_a_final_checkpoint_whose_state_was_saved_before_leaves_that_one(tmp_path: Path) -> None:
     """As a run that was out of patience has saved it, and as a kill before the record changed leaves it."""
     for is_recorded in (True, False):
@@ -295,3 +285,20 @@ def test_a_folder_that_is_no_checkpoint_is_never_removed(
     assert names_on_disk(tmp_path) == ["000003", "000006"]
     assert (mine / "thesis.tex").exists()
     assert "holds no state.json" in caplog.text
+
+
+def test_links_in_a_final_checkpoint_are_not_followed_where_the_run_continues(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints" / "final"
+    folder.mkdir(parents=True)
+    (folder / "state.json").write_text("{}", encoding="utf-8")
+    log = CheckpointLog(tmp_path)
+    log.add("final", str(folder), 3, 0, 3)
+    os.mkfifo(folder / "pipe")
+    for name in ("a", "b"):
+        (folder / name).symlink_to(".")  # each level would have twice as many as the one above
+    with pytest.raises(FileError, match="is a link to"):
+        log.continue_from_final()
+    for name in ("a", "b"):
+        (folder / name).unlink()
+    log.continue_from_final()
+    assert [path.name for path in (tmp_path / "checkpoints" / "000003").iterdir()] == ["state.json"]

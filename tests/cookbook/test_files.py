@@ -342,3 +342,12 @@ def test_no_other_hidden_file_or_folder_is_taken_for_abandoned(folder: Path, vic
     files.remove_abandoned(folder)
     assert names_in(folder) == before
     assert victim.exists()
+
+
+@pytest.mark.parametrize("name", [".", ".."])
+def test_a_name_that_is_no_name_ends_nothing(folder: Path, name: str) -> None:
+    for what in ("replaced", "removing"):
+        (folder / f".{name}.{what}-00000000-1-1-0123456789abcdef").touch()
+        os.utime(folder / f".{name}.{what}-00000000-1-1-0123456789abcdef", (0, 0))
+    files.remove_abandoned(folder)
+    assert names_in(folder) == []

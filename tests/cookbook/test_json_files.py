@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,8 +76,8 @@ def test_another_type_is_named_with_its_key(values: dict[str, Any], problem: str
         (b"{", "Expecting property name"),
         (b"[1]", "it holds a list of 1, expected an object"),
         (b"null", "it holds null, expected an object"),
-        (b'{"a": 1, "a": 2}', "the key 'a' stands in it twice"),
-        (b'{"a": {"b": 1, "b": 2}}', "the key 'b' stands in it twice"),
+        (b'{"a": 1, "a": 2}', 'the key "a" stands in it twice'),
+        (b'{"a": {"b": 1, "b": 2}}', 'the key "b" stands in it twice'),
         (b'\xef\xbb\xbf{"a": 1}', "it begins with a byte order mark"),
         ('{"a": 1}'.encode("utf-16"), "it is not UTF-8 text"),
         (b'{"a": "\xff"}', "it is not UTF-8 text"),
@@ -110,3 +111,17 @@ def test_a_measured_value_may_be_nan_and_no_text() -> None:
     )
     with pytest.raises(DataError, match='`nll` is "0.5", expected a number or true or false'):
         json_files.check({"step": 1, "nll": "0.5"}, {"step": Count}, ORIGIN, rest=Measured | bool)
+
+
+def test_a_key_repeated_behind_many_others_is_found_at_once() -> None:
+    many = ",".join(f'"{index}":0' for index in range(200_000))
+    started = time.process_time()
+    with pytest.raises(DataError, match='the key "199999" stands in it twice'):
+        json_files.value_of(f'{{{many},"199999":1}}', Origin("it", DataError, ""))
+    assert time.process_time() - started < 10  # the square took minutes
+
+
+def test_a_key_of_any_length_is_named_in_few_characters() -> None:
+    with pytest.raises(DataError) as caught:
+        json_files.record_of(Note, {"name": "a", "k" * 10**6: 1}, Origin("it", DataError, ""))
+    assert len(str(caught.value)) < 500

@@ -416,6 +416,18 @@ def test_no_name_adds_a_setting_to_the_file_of_the_best(tmp_path: Path) -> None:
     assert not {"max_steps", "batch_size"} & set(best)
 
 
+def test_no_cell_of_the_csv_is_a_formula(tmp_path: Path) -> None:
+    plan = make_plan([f"log_path={tmp_path}", "system_prompt==cmd(1),@a,-0.5"])
+    first, second, third = (run.name for run in plan.runs)
+    ray = FakeRay({first: 1.0, second: -2.0}, {third: "failed"})
+    ray.error = "=HYPERLINK(1)"
+    run_sweep(plan, ray)
+    rows = list(csv.DictReader((tmp_path / "results.csv").open(encoding="utf-8", newline="")))
+    assert [row["system_prompt"] for row in rows] == ["'@a", "'=cmd(1)", "-0.5"]
+    assert [row["test/nll"] for row in rows] == ["-2.0", "1.0", ""]
+    assert rows[2]["error"] == "'=HYPERLINK(1)"
+
+
 class FullDisk(io.StringIO):
     """Standard output that goes to a disk without room, once it has taken the first line."""
 

@@ -199,9 +199,10 @@ def test_a_process_that_reads_yes_runs_no_code(
 def test_a_config_that_names_code_on_the_hub_is_refused(
     key: str, base: Path, rows: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    rewrite(base / "config.json", **{key: "somebody/kernel"})
-    assert run("chat", [f"model_name={base}"], monkeypatch) != 0
-    assert f"names code on the hub: {key}" in capsys.readouterr().err
+    for value in ("somebody/kernel", {"": "somebody/kernel"}, {"text_config": "somebody/kernel"}):
+        rewrite(base / "config.json", **{key: value})
+        assert run("chat", [f"model_name={base}"], monkeypatch) != 0
+        assert f"names code on the hub: {key}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -123,6 +123,78 @@ RUN_OFTEN = {
     "{% endfor %}{{ ns.n }}" + LOOP,
 }
 
+ALL_BUT_THE_LOOP = "{% set m = messages | length %}{% set loop = messages | length %}"
+HIDDEN_PARTS = "[{'hidden': false, 'n': 1}, {'hidden': true, 'n': 2}, {'hidden': false, 'n': 3}]"
+EASILY_MISTAKEN = {
+    "two macros of one name": "{% macro f() %}{{ n }}{% endmacro %}{% set n = messages | length %}"
+    + body("{{ f() }}")
+    + "{% macro f() %}{% endmacro %}",
+    "a macro reads what the loop calls its item": ALL_BUT_THE_LOOP
+    + "{% macro f() %}{{ m }}{% endmacro %}"
+    + body("{{ f() }}"),
+    "a macro reads a variable called loop": ALL_BUT_THE_LOOP
+    + "{% macro f() %}{{ loop }}{% endmacro %}"
+    + body("{{ f() }}"),
+    "a variable called namespace": "{% set namespace = messages | length %}" + body("{{ namespace }}"),
+    "a variable called range": "{% macro range(a, b) %}x{{ b }}{% endmacro %}"
+    + body("{% for k in range(3, messages | length) %}{{ k }}{{ messages[3].role }}{% endfor %}"),
+    "a variable instead of a macro": "{% macro f() %}{% endmacro %}"
+    "{% if true %}{% set f = messages | length %}{% endif %}" + body("{{ f }}"),
+    "a macro for long conversations": "{% if messages | length > 17 %}"
+    "{% macro f() %}x{% endmacro %}{% endif %}" + body("{{ f is defined }}"),
+    "one of two macros": "{% if messages | length > 17 %}{% macro f() %}x{% endmacro %}"
+    "{% else %}{% macro f() %}y{% endmacro %}{% endif %}" + body("{{ f() }}"),
+    "a loop of a constant length": "{% for i in [0, 1, 2, 3, 4, 5, 6, 7, 8, 9] %}{{ messages[i].content }}"
+    "{% if messages | length > 20 %}!{% endif %}{% endfor %}",
+    "sometimes two names for a namespace": "{% set a = namespace(n=0) %}{% set b = namespace(n=0) %}"
+    "{% if messages | length > 17 %}{% set b = a %}{% endif %}" + body("{% set a.n = a.n + 1 %}{{ b.n }}"),
+    "a namespace that a loop leaves": "{% set ns = namespace(inner=none) %}"
+    + body("{% if loop.index0 == 9 %}{% set ns.inner = namespace(n=0) %}{% endif %}")
+    + "{% if ns.inner %}{% set i = ns.inner %}{{ i.n }}{% set i.n = i.n + 1 %}{% endif %}",
+    "not for some items": body(
+        f"{{% for p in {HIDDEN_PARTS} %}}{{% if not p.hidden %}}{{{{ p.n }}}}{{% endif %}}{{% endfor %}}"
+    ),
+    "else for some items": body(
+        f"{{% for p in {HIDDEN_PARTS} %}}"
+        "{% if p.hidden %}{% else %}{{ p.n }}{% endif %}{% endfor %}"
+    ),
+    "what an iterator has left": body(
+        "{% set ns = namespace(done=false) %}{% set parts = ['a', 'b', 'c'] | map('upper') %}"
+        "{% for p in parts %}{% if not ns.done %}{% set ns.done = true %}{% endif %}{% endfor %}"
+        "{{ parts | list }}"
+    ),
+    "a filter of the loop that counts": "{% set ns = namespace(done=false, n=0) %}"
+    "{% macro f() %}{% set ns.n = ns.n + 1 %}1{% endmacro %}"
+    + body(
+        "{% for p in 'abcde' if f() %}{% if not ns.done %}{% set ns.done = true %}{% endif %}{% endfor %}"
+        "{{ ns.n }}{% set ns.done = false %}"
+    ),
+    "numbers that are kept": body(
+        "{% set numbers = range(3, messages | length) %}{{ numbers | list }}{{ numbers | length }}"
+        "{% if messages[3] %}{% endif %}"
+    ),
+    "two names for the messages": "{% set all = messages %}"
+    + body("{{ messages[0].role }}{{ (all | last).role }}"),
+    "an iterator from the end that is read on": "{% set backwards = messages | reverse %}"
+    "{% for m in backwards %}{% if loop.index0 == 2 %}{% break %}{% endif %}{% endfor %}"
+    "{{ backwards | list | length }}",
+    "the same object": "{% set last = messages | last %}" + body("{{ m is sameas last }}"),
+    "the length in JSON": body("{{ [messages | length] | tojson }}{{ {'n': [loop.length]} | tojson }}"),
+    "the loop is run in itself": body(
+        "{% if loop.index0 == 1 %}{% for pair in loop %}<{{ pair[0].content }}>"
+        "{% if loop.index0 > 3 %}{% break %}{% endif %}{% endfor %}{% endif %}"
+    ),
+    "the next of the loop": body("{{ (loop | first)[0].content }}"),
+    "a namespace as text, backwards": "{% set ns = namespace(n=messages | length, text='') %}"
+    "{% for m in messages[::-1] %}{% set ns.text = ns | string %}{% endfor %}{{ ns.text }}",
+    "minus nothing": "{% set ns = namespace(n=0.0) %}"
+    "{% if messages | length > 17 %}{% set ns.n = -0.0 %}{% endif %}" + body("{{ ns.n }}"),
+    "what a loop does not have": body("{{ loop.other.more }}"),
+}
+"""Templates that look as if they could be followed, or whose values may be taken for one another."""
+
+TEMPLATES = {**FOLLOWED, **RUN_OFTEN}
+
 
 def conversation(num_messages: int, system: bool = False) -> list[dict[str, Any]]:
     roles = ["user", "assistant"]
@@ -166,19 +238,27 @@ def check_every_beginning(template: Template, messages: list[dict[str, Any]], to
             assert printed(chat.text, number, prompt) == expected
     for index in range(0, len(messages), 5):
         stand_in = {**chat.messages[index], "content": "another word"}
-        for number in (index + 1, len(messages)):
+        for number in (index + 1, (index + 1 + len(messages)) // 2, len(messages)):
             changed = [*chat.messages[:index], stand_in, *chat.messages[index + 1 : number]]
             expected = printed(template.text, changed, chat.tools)
             assert printed(chat.text_with, index, stand_in, number) == expected
     return chat
 
 
-@pytest.mark.parametrize("name", [*FOLLOWED, *RUN_OFTEN])
+@pytest.mark.parametrize("name", TEMPLATES)
 @pytest.mark.parametrize("kind", ["plain", "system", "calls"])
 def test_every_beginning_is_what_the_template_prints_of_it(small_tokenizer, name, kind):
-    template = Template(small_tokenizer({**FOLLOWED, **RUN_OFTEN}[name] + PROMPT))
+    template = Template(small_tokenizer(TEMPLATES[name] + PROMPT))
     messages = rollout(40) if kind == "calls" else conversation(40, kind == "system")
     check_every_beginning(template, messages)
+
+
+@pytest.mark.parametrize("name", EASILY_MISTAKEN)
+def test_what_is_easily_mistaken_prints_every_beginning_the_same(small_tokenizer, name):
+    template = Template(small_tokenizer(EASILY_MISTAKEN[name] + PROMPT))
+    two = conversation(2)
+    for messages in (conversation(26), [dict(two[number % 2]) for number in range(26)]):
+        check_every_beginning(template, messages)
 
 
 @pytest.mark.parametrize("name", FOLLOWED)
@@ -194,9 +274,9 @@ def test_every_message_is_run_about_once(name):
 
 
 @pytest.mark.parametrize("order", ["backwards", "mixed"])
-@pytest.mark.parametrize("name", [*FOLLOWED, *RUN_OFTEN])
+@pytest.mark.parametrize("name", TEMPLATES)
 def test_beginnings_may_be_asked_for_in_any_order(small_tokenizer, name, order):
-    template = Template(small_tokenizer({**FOLLOWED, **RUN_OFTEN}[name] + PROMPT))
+    template = Template(small_tokenizer(TEMPLATES[name] + PROMPT))
     messages = conversation(30)
     chat = Chat(template, messages, None)
     numbers = list(range(1, 31))

@@ -232,3 +232,41 @@ def test_what_is_no_lora_on_a_linear_layer_is_refused(
     save_file({**load_file(file), "base_model.model.lm_head.weight": torch.zeros(2, 2)}, file)
     with pytest.raises(CheckpointError, match="no LoRA on a linear layer"):
         merge(tmp_path / "adapter", tmp_path / "merged")
+
+
+@pytest.mark.parametrize("are_names_others", [False, True])
+def test_another_copy_of_a_frozen_weight_beside_an_adapter_is_refused(
+    make_model_folder: Callable[..., Path],
+    make_adapted: Callable[..., Any],
+    tmp_path: Path,
+    are_names_others: bool,
+) -> None:
+    base = make_model_folder(tmp_path / "base", tie_word_embeddings=False)
+    make_adapted(base, tmp_path / "adapter", ["q_proj", "lm_head"])
+    weights = load_file(base / "model.safetensors")
+    if are_names_others:
+        renamed = {name.removeprefix("model."): weight for name, weight in weights.items()}
+        save_file(renamed, base / "model.safetensors")
+    file, name = (
+        tmp_path / "adapter" / "adapter_model.safetensors",
+        "base_model.model.lm_head.base_layer.weight",
+    )
+    tensors = load_file(file)
+    save_file(tensors | {name: weights["lm_head.weight"].clone()}, file)
+    merge(tmp_path / "adapter", tmp_path / "merged")  # a copy, as PEFT saves it, is no change
+    save_file(tensors | {name: weights["lm_head.weight"] + 1}, file)
+    with pytest.raises(CheckpointError, match="another weight than the base model has"):
+        merge(tmp_path / "adapter", tmp_path / "again")
+
+
+def test_an_adapter_on_weights_that_are_kept_transposed_is_refused(
+    make_model_folder: Callable[..., Path], make_adapted: Callable[..., Any], tmp_path: Path
+) -> None:
+    """Of a square weight (`attn.c_proj`) no shape would tell."""
+    base = make_model_folder(tmp_path / "base", model_type="gpt2", n_embd=32, n_layer=1, n_head=2)
+    make_adapted(base, tmp_path / "adapter", ["attn.c_proj"])
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text(encoding="utf-8"))
+    config["fan_in_fan_out"] = False  # PEFT corrects it when it loads the adapter
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
+    with pytest.raises(CheckpointError, match=r"c_proj transposed \(Conv1D\)"):
+        merge(tmp_path / "adapter", tmp_path / "merged")

@@ -174,3 +174,29 @@ def test_an_exported_adapter_is_one_for_plain_peft_and_for_this_project(run: Pat
         torch.testing.assert_close(found, torch.tensor(expected), rtol=1e-4, atol=1e-5)
     service.close()
     assert find_source(str(folder)).info.user_metadata == find_source(str(run)).info.user_metadata
+
+
+def test_names_and_texts_of_others_are_text_on_the_card(run: Path, tmp_path: Path) -> None:
+    evil = "x |\n\n# Official <img src=x>\n\n```bash\nsteal\n```\n[click](javascript:a) \x1b[2J"
+    folder = Path(shutil.copytree(run, tmp_path / "run"))
+    data = json.loads((folder / "data.json").read_text(encoding="utf-8"))
+    data["sources"][0]["name"] = evil
+    (folder / "data.json").write_text(json.dumps(data), encoding="utf-8")
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config |= {"learning_rate": evil, "dataset_builder": 5}
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    lines = [json.dumps({**row, "made/` | Official <img src=x>": 1.0}) for row in rows]
+    (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    source = find_source(str(folder))
+    usage = Usage("cat <<end\n```\n# not a title\nend", "bash", None, "it")
+    write_model_card(source, find_chat_format(source), usage, evil, tmp_path)
+    card = (tmp_path / "README.md").read_text(encoding="utf-8")
+    body = card.partition("\n---\n")[2]
+    body = body.replace("````bash\ncat <<end\n```\n# not a title\nend\n````", "")
+    assert "not a title" not in body
+    assert [line for line in body.splitlines() if line.startswith(("# ", "```"))] == [
+        line for line in body.splitlines() if line.startswith("# x &#124;")
+    ]
+    assert not re.search(r"<img|\[click|\x1b|```", body)
+    assert body.count("Official &#60;img src=x&#62;") == 4

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -113,3 +114,12 @@ def test_a_format_that_depends_on_more_than_roles_is_refused(
     object.__setattr__(chat_format, "renderer", get_renderer("counting", tokenizer))
     with pytest.raises(ConfigError, match="`counting`.*more than their roles"):
         frames_of(chat_format)
+
+
+def test_what_ends_a_reply_adds_no_command(tokenizer_of: Callable[[str], Any]) -> None:
+    chat_format = chat_format_of("qwen3", tokenizer_of("qwen3"))
+    stop = '"\nADAPTER /etc/passwd\n#'
+    changed = replace(chat_format, stop_strings=(stop,))
+    found = commands(modelfile(changed, "."))
+    assert [word for word, _ in found] == ["FROM", "TEMPLATE", *["PARAMETER stop"] * len(changed.stop_texts)]
+    assert found[-1][1] == stop

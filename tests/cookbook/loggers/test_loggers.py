@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from cookbook.consoles import VisibleFormatter
 from cookbook.loggers import ConsoleLogger, JsonlLogger, WandbLogger, logging_to
 from cookbook.tables import Cell, Table
 
@@ -90,7 +91,6 @@ MESSAGES = [
     ),
     ("  user: a\n  assistant: b", (), "  user: a\n  assistant: b"),
     ("שלום %s", ("می\u200cخواهم",), "שלום می\u200cخواهم"),
-    ("lone \ud800", (), "lone <U+D800>"),
 ]
 
 
@@ -113,6 +113,11 @@ def test_a_message_is_one_entry_of_text_on_the_console_and_in_the_file(
         "".join(f"{stamp} {level} cookbook.test: {re.escape(shown)}\n" for level in ("INFO", "WARNING")),
         written,
     )
+
+
+def test_half_of_a_character_is_shown_by_its_number() -> None:
+    record = logging.LogRecord("cookbook.test", logging.INFO, "", 0, "lone \ud800", (), None)
+    assert VisibleFormatter("%(message)s").format(record) == "lone <U+D800>"
 
 
 def test_a_traceback_in_the_log_is_part_of_its_entry(tmp_path: Path) -> None:

@@ -70,8 +70,13 @@ def some(names: Sequence[str]) -> str:
 
 
 def list_files(folder: Path) -> list[str]:
-    """The paths of all files below a folder, in order; without hidden ones and those in `__folders__`."""
+    """The paths of all files below a folder, in order; without hidden ones and those in `__folders__`.
+
+    A link may lead to a file anywhere, as in the hub's cache, or to a folder within this one. Raises
+    DataError for one to a folder elsewhere, which may hold all of the disk.
+    """
     found: list[str] = []
+    whole = folder.resolve()
     seen = set()
     for parent, folders, names in os.walk(folder, followlinks=True):
         place = os.stat(parent)
@@ -79,6 +84,15 @@ def list_files(folder: Path) -> list[str]:
             folders.clear()
             continue
         seen.add((place.st_dev, place.st_ino))
+        if (
+            os.path.islink(parent)
+            and parent != str(folder)
+            and not Path(parent).resolve().is_relative_to(whole)
+        ):
+            raise DataError(
+                f"{parent} is a link to the folder {os.readlink(parent)}, outside of {folder}. Give that "
+                "folder as a dataset of its own, or remove the link."
+            )
         folders[:] = sorted(name for name in folders if not name.startswith((".", "__")))
         inner = Path(parent).relative_to(folder)
         found += [(inner / name).as_posix() for name in names if not name.startswith(".")]
@@ -263,6 +277,11 @@ def _saved_splits(folder: Path) -> dict[str, list[str]] | None:
     """The files of a dataset that `save_to_disk` wrote, by split; None for any other folder."""
     if _is_dict(folder):
         splits = _read_note(folder / "dataset_dict.json", "splits", list[str])
+        if unclear := [split for split in splits if not _SPLIT_NAME.fullmatch(split)]:
+            raise DataError(
+                f"{folder / 'dataset_dict.json'} has the split {json_files.shown(unclear[0])}, which names "
+                f"no folder. {_COPY_AGAIN}"
+            )
         return {str(split): _saved_files(folder, f"{split}/") for split in splits}
     if (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file():
         return {TRAIN: _saved_files(folder, "")}
@@ -277,8 +296,13 @@ def _saved_files(folder: Path, inner: str) -> list[str]:
             f"{state} selects rows by a file of indices. Save the dataset again with datasets 2 or newer."
         )
     for path in files:
-        if not (folder / path).is_file() or ".." in PurePosixPath(path).parts or path.startswith("/"):
-            raise DataError(f"{state} names {path}, which is not there. Copy the whole folder again.")
+        is_inside = (
+            len(path) <= 255 and "\0" not in path and PurePosixPath(inner) / Path(path).name == Path(path)
+        )
+        if not is_inside or not (folder / path).is_file():
+            raise DataError(
+                f"{state} names {json_files.shown(path)}, which is not there. Copy the whole folder again."
+            )
     if not files:
         raise DataError(f"{state} names no data files. Save the dataset again.")
     return files

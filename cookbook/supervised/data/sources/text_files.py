@@ -9,6 +9,7 @@ import json
 import re
 import zlib
 from abc import abstractmethod
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -413,7 +414,7 @@ class CsvSource(FileSource):
         with self.open_bytes() as content, io.TextIOWrapper(content, "utf-8-sig", newline="") as file:
             records = self._records(file)
             header = next(records, (1, []))[1]
-            if doubled := [name for name in header if header.count(name) > 1]:
+            if doubled := [name for name, times in Counter(header).items() if times > 1]:
                 raise DataError(f"{self.path} has two columns `{doubled[0]}`. Rename one.")
             for _ in range(start):
                 if next(records, None) is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -442,3 +443,39 @@ def test_the_training_data_of_a_folder_are_the_same_whatever_happens_to_the_othe
     assert (fingerprint(), num_rendered()) == (first, 3)
     write(folder, "train.jsonl", rows=5)
     assert fingerprint() != first
+
+
+def test_a_link_leads_to_a_file_or_to_a_folder_within(tmp_path: Path) -> None:
+    folder, other = write(tmp_path / "set", "a/one.jsonl"), write(tmp_path / "blobs", "two")
+    (folder / "two.jsonl").symlink_to(other / "two")
+    (folder / "b").symlink_to("a")
+    (tmp_path / "link").symlink_to(folder)
+    for place in (folder, tmp_path / "link"):
+        assert layout_of(place, lambda path: True).files(["train"]) == ["a/one.jsonl", "two.jsonl"]
+    (folder / "all").symlink_to("/")
+    with pytest.raises(DataError, match="all is a link to the folder /, outside of"):
+        layout_of(folder, lambda path: True)
+
+
+@pytest.mark.parametrize("split", ["../../elsewhere", "a/b", "a\0b", ""])
+def test_a_split_of_a_saved_dataset_is_a_folder_within(tmp_path: Path, split: str) -> None:
+    (tmp_path / "dataset_dict.json").write_text(json.dumps({"splits": [split]}), encoding="utf-8")
+    with pytest.raises(DataError, match=r"dataset_dict.json has the split .*, which names no folder"):
+        layout_of(tmp_path, lambda path: True)
+
+
+@pytest.mark.parametrize("name", ["../data.arrow", "/etc/passwd", "a\0b", "x" * 300])
+def test_a_file_of_a_saved_dataset_lies_beside_its_note(tmp_path: Path, name: str) -> None:
+    (tmp_path / "state.json").write_text(json.dumps({"_data_files": [{"filename": name}]}), encoding="utf-8")
+    (tmp_path / "dataset_info.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(DataError, match="which is not there"):
+        layout_of(tmp_path, lambda path: True)
+
+
+def test_a_table_of_very_many_columns_is_read_in_their_number(tmp_path: Path) -> None:
+    columns = [*(f"c{number}" for number in range(100_000)), "prompt", "completion"]
+    cells = [*[""] * 100_000, "a", "b"]
+    (tmp_path / "a.csv").write_text(f"{','.join(columns)}\n{','.join(cells)}\n", encoding="utf-8")
+    started = time.process_time()
+    assert len(list(open_source(str(tmp_path / "a.csv")).rows())) == 1
+    assert time.process_time() - started < 10  # the square took minutes
