@@ -92,7 +92,10 @@ class Damage:
         ways: Sequence[tuple[str, Callable[[], Any]]] = (
             ("removed", lambda: None),
             ("made a folder", lambda: path.mkdir()),
-            ("made a folder with a file", lambda: (path.mkdir(), (path / "x").write_text("x"))),
+            (
+                "made a folder with a file",
+                lambda: (path.mkdir(), (path / "x").write_text("x", encoding="utf-8")),
+            ),
             ("made a link to a file", lambda: path.symlink_to(self.outside / "dear.txt")),
             ("made a link to a folder", lambda: path.symlink_to(self.outside)),
             ("made a link to nothing", lambda: path.symlink_to(self.outside / "missing")),
@@ -160,13 +163,13 @@ class Damage:
                 path.write_bytes(pickle.dumps(Evil(self.outside / "owned")))
             case 1:
                 path.mkdir()
-                (path / "state.json").write_text("{}")
+                (path / "state.json").write_text("{}", encoding="utf-8")
             case 2:
                 path.symlink_to(self.outside / "run")
             case 3:
-                path.write_text(dumped(self.rng.choice(self.odd)), errors="replace")
+                path.write_text(dumped(self.rng.choice(self.odd)), encoding="utf-8", errors="replace")
             case 4:
-                path.write_text('{"auto_map": {"AutoConfig": "modeling_x.X"}}')
+                path.write_text('{"auto_map": {"AutoConfig": "modeling_x.X"}}', encoding="utf-8")
         self._note(path, "added")
 
     def _note(self, path: Path, what: str) -> None:
