@@ -194,6 +194,9 @@ class CheckpointLog:
         final = next((record for record in self._records if record.name == FINAL), None)
         if final is None:
             return
+        if not self._is_there(final):  # the run continues from an earlier one
+            self._replace(self._all_but(FINAL))
+            return
         name, must_hold = checkpoint_name(final.step), [MARK]
         same = next((record for record in self._records if record.name == name), None)
         if same is None or not self._is_there(same):

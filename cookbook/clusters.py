@@ -162,6 +162,8 @@ def check_reachable(address: str, default_port: int) -> None:
         raise ClusterError(f"address={address} is no address. Write host:port.")
     try:
         socket.create_connection((host, port), timeout=10).close()
+    except UnicodeError as error:  # of a name that no machine can have
+        raise ClusterError(f"address={address} is no address ({error}). Write host:port.") from None
     except OSError as error:
         raise ClusterError(
             f"The Ray cluster at {address} cannot be reached: {error.strerror or error}. "

@@ -25,15 +25,13 @@ def read(path: Path, shape: Mapping[str, Any] | None = None, rest: Any = Any) ->
     if not path.exists():
         return []
     most_bytes = max_line_bytes()
-    with files.reading(path) as file:
-        lines = list(limited_lines(file, most_bytes))
-    if lines and lines[-1] is not None and not lines[-1].endswith(b"\n"):
-        del lines[-1]
     rows = []
-    for number, line in enumerate(lines, 1):
-        if line is None:
-            raise DataError(f"line {number} of {path} {why_too_long(most_bytes)}")
-        rows.append(row_of(line, origin_of(path, number), shape, rest))
+    with files.reading(path) as file:
+        for number, line in enumerate(limited_lines(file, most_bytes), 1):
+            if line is None:  # the rest of it, however long, is not read
+                raise DataError(f"line {number} of {path} {why_too_long(most_bytes)}")
+            if line.endswith(b"\n"):
+                rows.append(row_of(line, origin_of(path, number), shape, rest))
     return rows
 
 

@@ -50,7 +50,11 @@ class Column:
         self.values = array("d", values)
 
     def series(self) -> Series:
+        """In order of steps, as a run writes them; rows of the same step stay in their order."""
         steps, values = np.array(self.steps), np.array(self.values)
+        if (steps[1:] < steps[:-1]).any():
+            order = np.argsort(steps, kind="stable")
+            steps, values = steps[order], values[order]
         is_finite = np.isfinite(values)
         return Series(steps[is_finite], values[is_finite], int((~is_finite).sum()))
 

@@ -78,9 +78,14 @@ def sandbox_like_theirs(source: str, kind: type[QuickSandbox]) -> QuickSandbox:
 
 @lru_cache(maxsize=64)
 def compiled(source: str) -> jinja2.Template:
-    """The template in a sandbox like transformers' own."""
+    """The template in a sandbox like transformers' own. Raises RendererError for one that is no Jinja."""
     try:
         template = sandbox_like_theirs(source, QuickSandbox).from_string(source)
+    except jinja2.TemplateSyntaxError as error:
+        raise RendererError(
+            f"The chat template is no Jinja template: {error.message}, in line {error.lineno} of it. Correct "
+            f"it, or choose another renderer."
+        ) from error
     except (
         RecursionError,
         MemoryError,

@@ -21,7 +21,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -320,8 +320,26 @@ def check_files(path: str | os.PathLike[str]) -> None:
 
 
 def _check_sum(path: Path, recorded: str | None) -> None:
+    _check_size(path)
     if recorded != _sha256(path):
         raise CheckpointError(
             f"Checkpoint {path.parent} is damaged: {path.name} is not what was saved (its SHA-256 differs). "
             f"Load an earlier checkpoint."
         )
+
+
+def _check_size(path: Path) -> None:
+    """Refuses a large file that is not as large as what it holds: its checksum would take hours."""
+    size = path.stat().st_size
+    if size <= json_files.MAX_BYTES:
+        return
+    problem = f"has {size:,} bytes"
+    if path.suffix == ".safetensors":
+        try:
+            with safe_open(path, "pt"):
+                return
+        except (OSError, SafetensorError) as error:
+            problem = f"cannot be read ({error})"
+    raise CheckpointError(
+        f"Checkpoint {path.parent} is damaged: {path.name} {problem}. Load an earlier checkpoint."
+    )

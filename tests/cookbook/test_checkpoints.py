@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from cookbook.checkpoints import CheckpointLog, read_records
+from cookbook.checkpoints import FINAL, CheckpointLog, read_records
 from cookbook.errors import CheckpointError, DataError, FileError
 
 
@@ -17,6 +17,13 @@ def add(log: CheckpointLog, folder: Path, step: int) -> None:
     path = folder / "checkpoints" / f"{step:06d}"
     path.mkdir(parents=True, exist_ok=True)
     log.add(path.name, str(path), step, *divmod(step, 4))
+
+
+def make_folder(folder: Path, name: str) -> Path:
+    path = folder / "checkpoints" / name
+    path.mkdir(parents=True)
+    (path / "state.json").write_text("{}", encoding="utf-8")
+    return path
 
 
 def names_on_disk(folder: Path) -> list[str]:
@@ -132,6 +139,25 @@ def test_a_final_checkpoint_of_a_run_that_continues_goes_by_its_step_and_stays_t
     assert best is not None
     assert (best.name, best.step, best.row, best.value) == ("000006", 6, 8, 1.5)
     assert (log.path_of(best) / "weights").read_text(encoding="utf-8") == "of step 6"
+
+
+@pytest.mark.parametrize("instead", ["nothing", "a file", "a pipe"])
+def test_a_run_whose_final_checkpoint_is_gone_continues_from_the_one_before(
+    tmp_path: Path, instead: str
+) -> None:
+    log = CheckpointLog(tmp_path)
+    for name, step in (("000002", 2), (FINAL, 3)):
+        log.add(name, str(make_folder(tmp_path, name)), step, 0, step)
+    log.mark_best(3, "test/nll", 0.5)
+    shutil.rmtree(tmp_path / "checkpoints" / FINAL)
+    if instead != "nothing":
+        make = Path.touch if instead == "a file" else os.mkfifo
+        make(tmp_path / "checkpoints" / FINAL)
+    log.continue_from_final()
+    last = log.last()
+    assert last is not None
+    assert (last.name, last.step) == ("000002", 2)
+    assert [record.name for record in read_records(tmp_path / "checkpoints.jsonl")] == ["000002"]
 
 
 def test_a_final_checkpoint_whose_state_was_saved_before_leaves_that_one(tmp_path: Path) -> None:

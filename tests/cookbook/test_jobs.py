@@ -90,6 +90,7 @@ def test_without_a_head_there_are_no_jobs_and_the_error_says_how_to_have_one(
         (["sfx"], "There is no recipe 'sfx'. Did you mean sft?"),
         (["sft", "--address=127.0.0.1:1"], "The Ray cluster at http://127.0.0.1:1 cannot be reached"),
         (["sft", "--address=a b:c"], "is no address"),
+        (["sft", f"--address={'a' * 64}:1"], "is no address"),
     ],
 )
 def test_what_cannot_be_submitted_is_refused_before_a_head_is_started(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -55,3 +56,11 @@ def test_the_last_rows_of_a_long_file_are_read_alone(tmp_path: Path) -> None:
     assert next(rows) == {"step": 7}
     with pytest.raises(DataError, match="The line b'damaged' of .*rows.jsonl is damaged"):
         next(rows)
+
+
+def test_what_comes_after_a_line_that_is_too_long_is_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"step": 1}\n', encoding="utf-8")
+    os.truncate(path, 1 << 40)  # a disk reads this for hours
+    with pytest.raises(DataError, match=r"line 2 of .*rows.jsonl is longer than 64 MiB"):
+        jsonl.read(path)

@@ -11,6 +11,7 @@ import json
 import os
 import random
 import signal
+import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -41,6 +42,22 @@ def limited(seconds: float = LIMIT_SECONDS) -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
         signal.signal(signal.SIGPROF, before)
+
+
+@contextmanager
+def within(seconds: float) -> Iterator[None]:
+    """Raises Hang where the block takes more time than this by the clock: it may wait for a pipe."""
+
+    def stop(_: int, frame: FrameType | None) -> None:
+        raise Hang(f"More than {seconds:g} seconds, in {frame and frame.f_code.co_name}.")
+
+    earlier = signal.signal(signal.SIGALRM, stop)
+    started, (left, _) = time.monotonic(), signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:  # the time limit of the whole test goes on
+        signal.setitimer(signal.ITIMER_REAL, max(0.1, left - time.monotonic() + started) if left else 0)
+        signal.signal(signal.SIGALRM, earlier)
 
 
 def seeds(first: int, number: int) -> Sequence[int]:

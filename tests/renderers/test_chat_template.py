@@ -790,3 +790,20 @@ def test_a_template_that_knows_thinking_as_reasoning_is_given_it(renderer_of, sm
             [user("a"), assistant("b", **{key: "hm"})]
         )
         assert trained_runs(tokenizer, example) == ["(hm)b<|im_end|>"]
+
+
+@pytest.mark.parametrize(
+    ("template", "problem"),
+    [
+        ("{% for message in messages %}\n{{ message[ }}{% endfor %}", "in line 2 of it"),
+        ("{% for message in messages %}", "Unexpected end of template"),
+        ("{{ messages | no_such_filter }}", "no_such_filter"),
+        ("{% unknown %}", "unknown tag 'unknown'"),
+    ],
+)
+def test_a_template_that_is_no_jinja_is_refused_with_its_line(
+    tiny_tokenizer: Any, template: str, problem: str
+) -> None:
+    tiny_tokenizer.chat_template = template
+    with pytest.raises(RendererError, match=f"The chat template is no Jinja template: .*{problem}"):
+        get_renderer("chat_template", tiny_tokenizer)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -242,6 +243,15 @@ def test_a_flipped_bit_is_found(base: BaseModel, saved: Path, name: str, offset:
     message = refused(base, saved)
     assert f"{saved} is damaged: {name} is not what was saved" in message
     assert message.endswith("Load an earlier checkpoint.")
+
+
+@pytest.mark.parametrize("name", [state.ADAPTER_FILE, state.OPTIMIZER_FILE, state.STATE_FILE])
+def test_a_file_that_is_far_too_long_is_refused_before_it_is_read(
+    base: BaseModel, saved: Path, name: str
+) -> None:
+    (saved / name).write_bytes(b"")
+    os.truncate(saved / name, 1 << 40)  # its checksum takes hours, and fits no memory
+    assert name in refused(base, saved)
 
 
 @pytest.mark.parametrize("name", [state.ADAPTER_FILE, state.OPTIMIZER_FILE, state.STATE_FILE])

@@ -19,6 +19,7 @@ import pytest
 
 from cookbook.errors import CheckpointError, ConfigError, DataError
 from cookbook.report import write_report
+from cookbook.report.record import read_run
 
 MakeRun = Callable[..., Path]
 
@@ -497,3 +498,15 @@ def test_a_page_is_not_made_of_checkpoints_elsewhere(make_run: MakeRun) -> None:
         CheckpointError, match=r'line 1 of .*checkpoints.jsonl is damaged: `path` is "../../other"'
     ):
         write_report(run)
+
+
+def test_rows_in_any_order_are_drawn_in_the_order_of_their_steps(make_run: MakeRun) -> None:
+    """As where somebody joined the metrics of two machines."""
+    run, other = make_run("run"), make_run("other")
+    lines = (run / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    (run / "metrics.jsonl").write_bytes(b"".join([*lines[100:], *lines[:100]]))
+    found, expected = (read_run(folder).metrics for folder in (run, other))
+    for name, series in expected.items():
+        assert found[name].steps.tolist() == series.steps.tolist()
+        assert found[name].values.tolist() == series.values.tolist()
+    assert write_report(run).is_file()
