@@ -429,8 +429,8 @@ def templates(draw: st.DrawFn) -> tuple[str, dict[str, Any]]:
 def reply_of_made(made: dict[str, Any], content: str) -> str | None:
     """What follows the prompt, or None where the template does not continue its own prompt."""
     block = "" if made["thinks"] == "never" else "<think>\n\n</think>\n\n"
-    ends = made["end"] + (made["last_end"] or "")
-    content = without_ends(ends, content)
+    printed = "".join(made[part] or "" for part in ("end", "last_end", "after_end", "closing"))
+    content = without_ends(printed, content)
     said = content.strip() if made["trims"] else content
     reply = block + said + made["before_end"] + (made["last_end"] or made["end"])
     return reply.removeprefix(made["prompt"]) if reply.startswith(made["prompt"]) else None
