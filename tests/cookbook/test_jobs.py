@@ -238,6 +238,7 @@ def test_a_cancelled_job_has_not_succeeded_and_says_where_it_stopped(
     assert "had ended already: STOPPED" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_retry_ends_as_if_nothing_had_been(cancelled: Cancelled, tmp_path: Path) -> None:
     """With the pinned config in the same folder, whatever was to become of an earlier run there."""
     done = command("retry", cancelled.job.id, "--wait", cwd=tmp_path)

@@ -186,7 +186,7 @@ EASILY_MISTAKEN = {
     ),
     "the next of the loop": body("{{ (loop | first)[0].content }}"),
     "a namespace as text, backwards": "{% set ns = namespace(n=messages | length, text='') %}"
-    "{% for m in messages[::-1] %}{% set ns.text = ns | string %}{% endfor %}{{ ns.text }}",
+    "{% for m in messages[::-1] %}{% set ns.text = (ns | string)[-30:] %}{% endfor %}{{ ns.text }}",
     "minus nothing": "{% set ns = namespace(n=0.0) %}"
     "{% if messages | length > 17 %}{% set ns.n = -0.0 %}{% endif %}" + body("{{ ns.n }}"),
     "what a loop does not have": body("{{ loop.other.more }}"),

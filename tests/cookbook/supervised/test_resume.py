@@ -316,6 +316,7 @@ def test_the_depth_of_pipelining_changes_neither_the_best_nor_the_stop(
         assert_same_best(Path(config["log_path"]), stopped_early)
 
 
+@pytest.mark.slow
 def test_a_run_killed_before_any_file_operation_keeps_the_same_best_and_stops_at_the_same_step(
     server: Any, make_stopping_config: Callable, stopped_early: Path
 ) -> None:
