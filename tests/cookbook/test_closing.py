@@ -94,7 +94,7 @@ def use(client: TrainingClient, storages: Storages) -> list[Any]:
     "way", [pytest.param("closed and kept", marks=pytest.mark.slow), "closed", "dropped"]
 )
 @pytest.mark.parametrize("rank", [4, 0])
-def test_fifty_clients_leave_nothing(way: str, rank: int, service: ServiceClient, tiny_qwen3: str) -> None:
+def test_many_clients_leave_nothing(way: str, rank: int, service: ServiceClient, tiny_qwen3: str) -> None:
     storages, kept = Storages(), []
 
     def one(number: int) -> None:
@@ -109,7 +109,7 @@ def test_fifty_clients_leave_nothing(way: str, rank: int, service: ServiceClient
     kept.clear()
     _wait_for_clean_ups(service)
     before = len(live_tensors())
-    for number in range(1, 50 if way == "dropped" else 10):
+    for number in range(1, 50 if way == "closed and kept" else 12):
         one(number)
     _wait_for_clean_ups(service)
     assert storages.num_alive() == 0

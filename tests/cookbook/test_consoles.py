@@ -216,6 +216,7 @@ def test_a_preview_in_a_terminal_obeys_nothing_in_the_data(hostile_rows: Path) -
     assert "&lt;U+202E&gt;" in page
 
 
+@pytest.mark.slow
 def test_a_run_in_a_terminal_obeys_nothing_in_its_data_names_and_replies(hostile_rows: Path) -> None:
     argv = [
         f"dataset={hostile_rows.name}",

@@ -597,6 +597,7 @@ def test_runs_that_are_worse_are_stopped_early_with_a_checkpoint(swept: Swept, f
         assert (Path(row["log_path"]) / last.path / "adapter_model.safetensors").exists()
 
 
+@pytest.mark.slow
 @A_WHILE
 def test_the_best_config_runs_and_does_what_the_run_of_the_sweep_did(
     swept: Swept, folder: Path, monkeypatch: pytest.MonkeyPatch

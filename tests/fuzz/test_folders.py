@@ -375,7 +375,7 @@ def test_every_command_reads_what_is_not_damaged(world: World) -> None:
 
 
 def test_a_few_damaged_folders_are_used_or_refused(world: World) -> None:
-    check_each(lambda seed: check_folder(world, seed), seeds(0, 40))
+    check_each(lambda seed: check_folder(world, seed), seeds(0, 25))
 
 
 @pytest.mark.slow

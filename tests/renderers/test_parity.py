@@ -10,6 +10,7 @@ SCRIPT = Path(__file__).with_name("parity.py")
 README = Path(__file__).parents[2] / "renderers" / "README.md"
 
 
+@pytest.mark.slow
 def test_the_table_is_what_the_comparison_finds(published_template, real_tokenizer):
     for name in ("qwen3", "llama3_1"):
         real_tokenizer(name)

@@ -459,6 +459,7 @@ for name, gradient in expected.items():
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the limit is set from /proc")
 def test_a_process_that_really_runs_out_of_memory_finishes_with_the_right_gradients(
     make_model_folder: Any, tmp_path: Path

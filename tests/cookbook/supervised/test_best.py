@@ -372,6 +372,7 @@ class Dice(SamplingClientEvaluator):
         return {"test/score": sum(tokens) / len(tokens)}
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_from_its_best_draws_the_samples_it_would_have_drawn(
     make_config: MakeConfig, tmp_path: Path
 ) -> None:

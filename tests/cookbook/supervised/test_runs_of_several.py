@@ -270,6 +270,7 @@ def children_of(process: subprocess.Popen[str]) -> list[int]:
     ]
 
 
+@pytest.mark.slow
 def test_torchrun_of_the_recipe_ends_when_a_process_is_killed_and_resumes(tmp_path: Path) -> None:
     arguments = [f"log_path={tmp_path / 'run'}", "max_steps=20", "save_every=2", "infrequent_eval_every=0"]
     with torchrun(*arguments) as first:
