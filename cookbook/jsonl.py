@@ -56,12 +56,17 @@ def read_backwards(path: Path, shape: Mapping[str, Any] | None = None) -> Iterat
         start = file.seek(0, os.SEEK_END)
         begun: bytes | None = None
         """The line that the block behind this one began in; None behind the last end of a line."""
+        block, num_torn = BACKWARDS_BLOCK, 0
         while start:
-            end, start = start, max(0, start - BACKWARDS_BLOCK)
+            end, start = start, max(0, start - block)
             file.seek(start)
             lines = (file.read(end - start) + (begun or b"")).split(b"\n")
+            block = BACKWARDS_BLOCK if lines[1:] else min(2 * block, most_bytes)
             if begun is None and not lines[1:]:
-                continue  # of a line without its end, which is not read
+                num_torn += end - start  # of a line without its end, which is not read
+                if num_torn > most_bytes:
+                    raise DataError(f"The last line of {path} {why_too_long(most_bytes)}")
+                continue
             if begun is None:
                 lines.pop()
             if start:

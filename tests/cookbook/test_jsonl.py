@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -64,3 +65,16 @@ def test_what_comes_after_a_line_that_is_too_long_is_not_read(tmp_path: Path) ->
     os.truncate(path, 1 << 40)  # a disk reads this for hours
     with pytest.raises(DataError, match=r"line 2 of .*rows.jsonl is longer than 64 MiB"):
         jsonl.read(path)
+
+
+@pytest.mark.parametrize("end", [b"", b"\n"])
+def test_a_line_that_is_too_long_is_not_read_backwards_to_its_start(tmp_path: Path, end: bytes) -> None:
+    path = tmp_path / "metrics.jsonl"
+    with path.open("wb") as file:
+        file.truncate(2**40)  # a hole
+        file.seek(0, os.SEEK_END)
+        file.write(end)
+    started = time.process_time()
+    with pytest.raises(DataError, match="line of .* is longer than 64 MiB"):
+        list(jsonl.read_backwards(path))
+    assert time.process_time() - started < 60
