@@ -18,6 +18,7 @@ Work in progress is called `.<name>.<what>-<machine>-<process>-<its start>-<rand
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import functools
 import hashlib
@@ -132,7 +133,12 @@ def read(path: Path) -> bytes:
 
 def reading(path: Path) -> IO[bytes]:
     """A file opened to be read, wherever a link leads. Raises FileError for a pipe or a device."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        raise FileError(f"Cannot read {path}: it is a link that leads to itself. Remove it.") from error
     status = os.fstat(descriptor)
     if not stat.S_ISREG(status.st_mode):
         os.close(descriptor)

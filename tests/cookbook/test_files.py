@@ -351,3 +351,10 @@ def test_a_name_that_is_no_name_ends_nothing(folder: Path, name: str) -> None:
         os.utime(folder / f".{name}.{what}-00000000-1-1-0123456789abcdef", (0, 0))
     files.remove_abandoned(folder)
     assert names_in(folder) == []
+
+
+def test_a_link_that_leads_to_itself_is_named(tmp_path: Path) -> None:
+    loop = tmp_path / "metrics.jsonl"
+    loop.symlink_to(loop)
+    with pytest.raises(FileError, match="leads to itself"):
+        files.read(loop)
