@@ -153,8 +153,8 @@ def on_loopback(ray: Any) -> Iterator[None]:
 
 def check_reachable(address: str, default_port: int) -> None:
     """Raises ClusterError where nobody listens at `address`, without the minutes that Ray tries for."""
-    parts = urlsplit(address if "://" in address else f"//{address}")
     try:
+        parts = urlsplit(address if "://" in address else f"//{address}")
         host, port = parts.hostname, parts.port or default_port
     except ValueError as error:
         raise ClusterError(f"address={address} is no address ({error}). Write host:port.") from None
