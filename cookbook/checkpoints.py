@@ -19,7 +19,7 @@ from cookbook.run_rows import METRICS_SHAPE
 logger = logging.getLogger(__name__)
 
 FOLDER = "checkpoints"
-"""Of a run's folder: all its checkpoints lie there, each under its name."""
+"""The subfolder of a run that holds all its checkpoints, each under its name."""
 MARK = "state.json"
 """The file that tells a checkpoint from a folder of the user's, which is never removed."""
 FINAL = "final"

@@ -86,7 +86,7 @@ def _token_file() -> Path:
 
 
 def _make_token() -> None:
-    """Leaves the user a token that nobody else can read: Ray's own command writes one by the umask."""
+    """Creates the user's token with mode 0600 where there is none: Ray's own command applies the umask."""
     file = _token_file()
     if has_token():
         if not os.environ.get("RAY_AUTH_TOKEN"):
@@ -117,8 +117,8 @@ def _close_to_others(file: Path) -> None:
 def private_folder(prefix: str) -> Path:
     """A new folder for a Ray, which is to be given `FOLDER_FOR_RAY` in it.
 
-    Ray opens the folder it is given to all users; nobody else can enter the one around it. Paths of sockets
-    are short, so it is in /tmp where the usual place for temporary files is too deep.
+    Ray opens the folder it is given to all users; other users cannot enter the one around it. Paths of
+    sockets are short, so it is in /tmp where the usual place for temporary files is too deep.
     """
     base = tempfile.gettempdir()
     if len(f"{base}/{prefix}12345678{SOCKET_IN_FOLDER}") > MAX_SOCKET_PATH:

@@ -77,7 +77,7 @@ def make_console(is_quiet: bool = False) -> Console:
 
     Characters that standard output cannot encode are replaced. Text is text: neither markup nor the names
     of emoji in it are interpreted, and nothing in it is highlighted. Where its reader closes the pipe, as
-    `head` does, a run or a sweep goes on, and prints no more.
+    `head` does, a run or a sweep continues and prints no more.
     """
     replace_unprintable()
     return _PlainConsole(

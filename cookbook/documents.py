@@ -71,7 +71,7 @@ def read_document(path: str, argument: str = "config") -> Document:
 MAX_BYTES = 2**22
 MAX_DEPTH = 100
 MAX_DIGITS = 4300
-"""Of a whole number: as many as Python prints."""
+"""The most digits of a whole number: as many as Python prints."""
 MAX_VALUES = 100_000
 _TOO_DEEP = f"its values are nested in more than {MAX_DEPTH} levels, and a config has a few."
 

@@ -1,7 +1,7 @@
 """How this project writes and removes files: whole or not at all, and through no link.
 
 A folder that somebody else filled may hold links to the user's own files. So a file is written under a name
-that nobody can predict, created exclusively, and renamed over its target, which replaces a link and never
+that cannot be predicted, created exclusively, and renamed over its target, which replaces a link and never
 follows it. Files that are appended to and locks are opened only where they are regular files of one name.
 Removing a link removes the link. The path that the user names may itself be a link; what lies in the folder
 may not. The mode of a file is what the umask gives, also where a library wrote it.
@@ -339,8 +339,8 @@ def remove_abandoned(folder: Path, name: str | None = None, earlier: str | None 
     """Removes what killed processes left half done in a folder: for `name` alone, or for any.
 
     What a live process is at work on stays, and so does what another machine changed within a day. A folder
-    that was about to be replaced is put back. `earlier` is a pattern of the folders that earlier versions
-    left, in which a file `lock` tells the same. What cannot be removed stays.
+    that was about to be replaced gets its name again. `earlier` is a pattern of the folders that earlier
+    versions left, in which a file `lock` tells the same. What cannot be removed stays.
     """
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
         match = _WORK.fullmatch(path.name)

@@ -36,7 +36,7 @@ T = TypeVar("T")
 
 MAX_DEPTH = 100
 MAX_BYTES = 64 * 2**20
-"""Of a file that is one object: the largest that are known, indices of weights, have a tenth of it."""
+"""The largest file that holds one object: the largest known ones, indices of weights, have a tenth of it."""
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """The one place that loads what somebody published: configs, tokenizers and models, from a folder or the hub.
 
-All of it is only data. Code that comes with a model is never imported, and nobody is asked whether it may be.
+All of it is only data. Code that comes with a model is never imported, and the user is not asked about it.
 Weights are read from safetensors: a pickle can run code, and is refused with the way to convert it. A config
 is checked before anything is built of it: it may name code on the hub, or sizes that fill the memory.
 """
@@ -274,7 +274,7 @@ def _growth(step: Any) -> int:
 
 
 def _longest_replacement(charsmap: str) -> int:
-    """Of SentencePiece's map of characters: the size of its trie, that, then texts that end with a zero."""
+    """Reads SentencePiece's map of characters: the size of its trie, the trie, texts that end with a zero."""
     content = base64.b64decode(charsmap)
     texts = content[4 + int.from_bytes(content[:4], "little") :].split(b"\0")
     return max(1, *(len(text.decode(errors="replace")) for text in texts))

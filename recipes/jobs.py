@@ -121,7 +121,7 @@ def _cancel(arguments: argparse.Namespace) -> int:
         waits = "waits for devices. It will not run, and is STOPPED when its turn comes."
         print(visible_line(f"Job {job.id} {waits}"))
         return 0
-    print(visible_line(f"Job {job.id}: {job.status}. `{PROG} retry {job.id}` goes on with it."))
+    print(visible_line(f"Job {job.id}: {job.status}. `{PROG} retry {job.id}` continues it."))
     return 0
 
 

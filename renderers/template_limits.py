@@ -42,13 +42,13 @@ CHARACTERS = 2**27
 number of its messages on top."""
 
 MAX_BITS = 2**16
-"""Of a whole number."""
+"""The most bits of a whole number."""
 
 MAX_WIDTH = 1000
-"""Of one formatted value, and of an indentation."""
+"""The greatest width of one formatted value, and of an indentation."""
 
 MAX_SLOW_CHARACTERS = 100_000
-"""Of a text for a filter whose time grows with the square of the text."""
+"""The longest text for a filter whose time grows with the square of the text."""
 
 _TICKS = 64
 """So many repetitions pass between two looks at the clock."""
@@ -292,7 +292,7 @@ _CONVERSION = re.compile(r"%(?:\([^()]*\))?[#0\- +]*(\*|[0-9]+)?(?:\.(\*|[0-9]+)
 
 
 def _size_of_percent(template: str | bytes, values: Any) -> int:
-    """Of what `template % values` makes, at most."""
+    """The most characters that `template % values` makes."""
     given = list(values) if isinstance(values, tuple) else [values]
     size = size_of(given, CHARACTERS)
     text = template if isinstance(template, str) else template.decode("latin-1")
@@ -597,7 +597,7 @@ def _check_format(value: Any, *args: Any, **kwargs: Any) -> int:
 
 
 def _check_number(value: Any, number: Any = 1, *_: Any, **kwargs: Any) -> int:
-    """Of a filter that makes lists of so many items, or as many lists."""
+    """The size of the result of a filter that makes lists of so many items, or as many lists."""
     number = kwargs.get("linecount", kwargs.get("slices", number))
     return _ITEM * number if isinstance(number, int) else 0
 

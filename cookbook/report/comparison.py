@@ -82,7 +82,7 @@ class Compared:
     record: RunRecord
     """With no more points of its curves than the page has room for."""
     outcomes: Mapping[str, Outcome]
-    """Of every metric."""
+    """For each metric."""
     headline: str | None
     seconds: float
     tokens: float

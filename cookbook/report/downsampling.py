@@ -49,7 +49,7 @@ def smooth(values: np.ndarray, span: int) -> np.ndarray:
     powers = decay ** np.arange(_BLOCK + 1)
     ages = np.arange(_BLOCK)[:, None] - np.arange(_BLOCK)
     weights = np.where(ages >= 0, powers[np.maximum(ages, 0)], 0)
-    """Of a value of a block (column) in the sum at another (row)."""
+    """The share of a block's value (column) in the sum at another block (row)."""
     totals = np.empty(len(values))
     before = 0.0
     for start in range(0, len(values), _BLOCK):

@@ -164,7 +164,7 @@ def compared_curves(run: RunRecord, num_runs: int) -> dict[str, Series]:
 
 
 def _least_points(num_runs: int) -> int:
-    """Of a curve that is still one: fewer where there are thousands of runs."""
+    """The fewest points of a curve, where there are thousands of runs."""
     return max(8, min(60, MAX_POINTS_OF_A_COMPARISON // num_runs))
 
 

@@ -45,7 +45,7 @@ QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
 
 @contextlib.contextmanager
 def _started_here(ray: Any) -> Iterator[None]:
-    """A Ray of this sweep's own, which disturbs no other on this machine and is reached by nobody else."""
+    """A Ray of this sweep's own, which disturbs no other here and which other users cannot reach."""
     folder = clusters.private_folder("ray-")
     try:
         with clusters.on_loopback(ray):

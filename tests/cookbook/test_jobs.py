@@ -213,7 +213,7 @@ def test_a_head_listens_on_this_machine_alone_and_asks_for_a_token(
         urllib.request.urlopen(f"{head.address}/api/jobs/")
 
 
-def test_nobody_else_can_enter_the_folder_of_a_head_or_read_its_token(head: jobs.Head) -> None:
+def test_other_users_cannot_enter_the_folder_of_a_head_or_read_its_token(head: jobs.Head) -> None:
     token = Path(os.environ["RAY_AUTH_TOKEN_PATH"])
     modes = [stat.S_IMODE(path.stat().st_mode) for path in (Path(head.folder), token.parent, token)]
     assert modes == [0o700, 0o700, 0o600]

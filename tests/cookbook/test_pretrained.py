@@ -1,4 +1,4 @@
-"""Files of a model that would fill the memory, or bring in what nobody named, are refused unused."""
+"""Files of a model that would fill the memory, or bring in what the user did not name, are refused unused."""
 
 from __future__ import annotations
 

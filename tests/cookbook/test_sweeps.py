@@ -518,9 +518,9 @@ ARGV = ["learning_rate=4e-3,1e-7", "lora_rank=4,8,16", "max_steps=60", "eval_eve
 class Swept:
     printed: str
     listeners: dict[tuple[str, int], str]
-    """Of the sweep and all below it: where it took connections, and who did."""
+    """Where the sweep and all processes below it took connections, and who did."""
     modes: set[int]
-    """Of the folder in which its Ray's files were."""
+    """The mode of the folder in which its Ray's files were."""
 
 
 @pytest.fixture(scope="module")
@@ -567,7 +567,7 @@ def test_the_ray_of_a_sweep_listens_on_this_machine_alone(swept: Swept) -> None:
 
 
 @A_WHILE
-def test_nobody_else_can_enter_the_folder_of_a_sweeps_ray(swept: Swept) -> None:
+def test_other_users_cannot_enter_the_folder_of_a_sweeps_ray(swept: Swept) -> None:
     assert swept.modes == {0o700}
 
 

@@ -55,7 +55,7 @@ def within(seconds: float) -> Iterator[None]:
     started, (left, _) = time.monotonic(), signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
         yield
-    finally:  # the time limit of the whole test goes on
+    finally:  # the time limit of the whole test continues
         signal.setitimer(signal.ITIMER_REAL, max(0.1, left - time.monotonic() + started) if left else 0)
         signal.signal(signal.SIGALRM, earlier)
 

@@ -262,7 +262,7 @@ def test_another_copy_of_a_frozen_weight_beside_an_adapter_is_refused(
 def test_an_adapter_on_weights_that_are_kept_transposed_is_refused(
     make_model_folder: Callable[..., Path], make_adapted: Callable[..., Any], tmp_path: Path
 ) -> None:
-    """Of a square weight (`attn.c_proj`) no shape would tell."""
+    """The shape of a square weight (`attn.c_proj`) would not tell."""
     base = make_model_folder(tmp_path / "base", model_type="gpt2", n_embd=32, n_layer=1, n_head=2)
     make_adapted(base, tmp_path / "adapter", ["attn.c_proj"])
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text(encoding="utf-8"))

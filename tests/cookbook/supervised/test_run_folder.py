@@ -183,7 +183,7 @@ def test_delete_removes_links_and_nothing_behind_them(tmp_path: Path, victim: Pa
     assert (outside / "final").is_dir()
 
 
-def test_a_pipe_in_place_of_a_file_is_refused_and_waited_for_by_nobody(tmp_path: Path) -> None:
+def test_a_pipe_in_place_of_a_file_is_refused_and_not_waited_for(tmp_path: Path) -> None:
     run = tmp_path / "run"
     for name in ("config.json", ".lock", "checkpoints.jsonl"):
         with RunFolder(str(run), CONFIG, "delete"):

@@ -238,7 +238,7 @@ def _lines(file: BinaryIO) -> Iterator[tuple[int, bytes | None]]:
 
 
 def _bytes_of_line(line: tuple[int, bytes | None]) -> int:
-    """Its size; one that is too long ends a chunk, so that it is told of before its rest is skipped."""
+    """Its size; one that is too long ends a chunk, so that it is reported before its rest is skipped."""
     return MAX_CHUNK_BYTES if line[1] is None else len(line[1])
 
 
