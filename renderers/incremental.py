@@ -17,20 +17,12 @@ import jinja2
 from jinja2.runtime import Context
 from jinja2.utils import Namespace
 
+from renderers.loop_context import NAMES_IN_LOOPS, FollowedLoop, loop_context
 from renderers.loop_counts import Count, NotFollowed
-from renderers.loop_records import (
-    COMPARISONS,
-    NAMES_IN_LOOPS,
-    BackwardRecord,
-    BackwardVisit,
-    FollowedLoop,
-    ForwardVisit,
-    Record,
-    Visit,
-    followed,
-    loop_context,
-)
+from renderers.loop_records import BackwardRecord, Record
 from renderers.loop_rewriting import FOLLOW, RUN, Loop, rewritten
+from renderers.loop_values import followed
+from renderers.loop_visits import COMPARISONS, BackwardVisit, ForwardVisit, Visit
 from renderers.sandbox import QuickSandbox, sandbox_like_theirs
 from renderers.template_limits import spend
 

@@ -1,4 +1,4 @@
-"""Rewrites the loops of a chat template so that `loop_records` can follow and shorten them.
+"""Rewrites the loops of a chat template so that `loop_visits` can follow and shorten them.
 
 A loop that stands in no other loop, macro or block is rewritten, whatever it runs over:
 

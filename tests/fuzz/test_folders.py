@@ -155,7 +155,7 @@ def _run_or_watch(
             jsonl.append(run.folder / "metrics.jsonl", {"step": 5, plan.config.metric: 1.0})
         if state == "finished":
             checkpoint = run.folder / "checkpoints" / "final"
-            checkpoint.mkdir(parents=True)
+            checkpoint.mkdir(parents=True, exist_ok=True)  # a run replaces a checkpoint that is there
             (checkpoint / "state.json").write_text("{}", encoding="utf-8")
             CheckpointLog(run.folder).add("final", str(checkpoint), 5, 0, 5)
         watched = RunProcess("recipes.sft", run.folder, plan.config.metric, os.getcwd(), is_over=True)

@@ -678,7 +678,7 @@ def test_rows_of_a_function_of_the_users_are_counted_once() -> None:
 def test_what_killed_runs_left_in_the_cache_goes_at_any_start_and_what_live_ones_do_stays(
     tmp_path: Path, tiny_qwen3: str, chats: list, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Those of other data than this run's, also where its own are rendered already, or of a version before."""
+    """Whether its own data are rendered already or not, and what an earlier version left too."""
     monkeypatch.setenv("COOKBOOK_CACHE", str(tmp_path / "cache"))
     path = write_rows(tmp_path / "chats.jsonl", [{"messages": messages} for messages in chats])
     rendered = tmp_path / "cache" / "rendered"
