@@ -3,7 +3,7 @@
 # make test-slow  set up, then run the tests that take a minute or more each
 # make check   set up, then look at format, lint and types
 # make bench   set up, with the peers that are measured against, then measure
-# make scale   set up, then run the commands once on a million rows, 100,000 steps and 100 runs (ten minutes)
+# make scale   set up, then run the commands once on a million rows, 100,000 steps and 100 runs (twenty minutes on busy cores)
 # make parity  set up, then compare the renderers with published templates, and write their table
 PYTHON ?= python3
 BIN := .venv/bin

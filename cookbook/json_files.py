@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-import stat
+import os
 import types
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -29,7 +29,8 @@ from typing import (
     get_type_hints,
 )
 
-from cookbook.errors import CookbookError
+from cookbook import files
+from cookbook.errors import CookbookError, FileError
 from cookbook.nearest import did_you_mean
 
 T = TypeVar("T")
@@ -66,21 +67,31 @@ class Origin:
         raise self.error(f"{self.place} is damaged: {problem}. {self.repair}".rstrip())
 
 
-def read_object(path: Path, error: type[CookbookError], repair: str) -> dict[str, Any]:
-    """The object that a file holds. Raises `error`, naming the file and saying `repair`, where it is none."""
+def read_object(
+    path: Path, error: type[CookbookError], repair: str, shape: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """The object that a file holds, with the keys and types of `shape` (see `check`).
+
+    Raises `error`, naming the file and saying `repair`, where it holds anything else.
+    """
     origin = Origin(str(path), error, repair)
-    return object_of(read_bytes(path, origin, MAX_BYTES), origin)
+    values = object_of(read_bytes(path, origin, MAX_BYTES), origin)
+    check(values, shape or {}, origin)
+    return values
 
 
 def read_bytes(path: Path, origin: Origin, most: int | None = None) -> bytes:
     """The content of a regular file: a pipe or a device would never end."""
     try:
-        status = path.stat()
-        if not stat.S_ISREG(status.st_mode):
-            origin.refuse(f"it is {'a folder' if path.is_dir() else 'no regular file'}, not a file")
-        if most is not None and status.st_size > most:
-            origin.refuse(f"it has {status.st_size:,} bytes, and {most:,} are read at most")
-        return path.read_bytes()
+        with files.reading(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            if most is not None and size > most:
+                origin.refuse(f"it has {size:,} bytes, and {most:,} are read at most")
+            return file.read()
+    except FileError as reason:
+        if not path.exists():  # a link that leads to itself
+            origin.refuse(f"it cannot be read ({reason})")
+        origin.refuse(f"it is {'a folder' if path.is_dir() else 'no regular file'}, not a file")
     except OSError as reason:
         if isinstance(reason, CookbookError):
             raise

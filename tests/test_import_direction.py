@@ -66,7 +66,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "cookbook.errors": (),
     "cookbook.files": ("cookbook.errors",),
     "cookbook.nearest": (),
-    "cookbook.json_files": ("cookbook.errors", "cookbook.nearest"),
+    "cookbook.json_files": ("cookbook.errors", "cookbook.files", "cookbook.nearest"),
     "cookbook.notes": (),
     "cookbook.types": ("cookbook.errors",),
     "cookbook.futures": (),

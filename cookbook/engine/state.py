@@ -242,10 +242,8 @@ def _origin(path: Path) -> Origin:
 def _read_state(folder: Path) -> dict[str, Any]:
     """state.json, with checksums of files that lie in the folder."""
     origin = _origin(folder / STATE_FILE)
-    state = json_files.object_of(
-        json_files.read_bytes(folder / STATE_FILE, origin, json_files.MAX_BYTES), origin
-    )
-    json_files.check(state, {"sha256": Mapping[str, str] | None}, origin)
+    shape = {"sha256": Mapping[str, str] | None}
+    state = json_files.read_object(folder / STATE_FILE, origin.error, origin.repair, shape)
     for name in state.get("sha256") or ():
         if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
             origin.refuse(f"`sha256` names {name!r}, which is no file of the checkpoint")

@@ -167,10 +167,9 @@ def weight_files(folder: Path) -> dict[str, Path]:
     Raises ModelError for an index that names a file elsewhere.
     """
     if (folder / INDEX_FILE).is_file():
-        index = json_files.read_object(folder / INDEX_FILE, ModelError, _REPAIR)
+        shape = {"weight_map": dict[str, str]}
+        weight_map = json_files.read_object(folder / INDEX_FILE, ModelError, _REPAIR, shape)["weight_map"]
         origin = Origin(str(folder / INDEX_FILE), ModelError, _REPAIR)
-        json_files.check(index, {"weight_map": dict[str, str]}, origin)
-        weight_map = index["weight_map"]
         if other := [name for name in weight_map.values() if Path(name).name != name or not name]:
             origin.refuse(f"`weight_map` names {other[0]!r}, which is no file of the folder")
         if missing := [name for name in weight_map.values() if not (folder / name).is_file()]:

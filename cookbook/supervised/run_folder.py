@@ -202,10 +202,9 @@ class RunFolder:
         path = self.path / "data.json"
         if not path.exists():
             return {}
-        origin = Origin(str(path), DataError, f"Restore it. {how_to_train_on(self.path)}")
-        values = json_files.object_of(json_files.read_bytes(path, origin, json_files.MAX_BYTES), origin)
-        json_files.check(values, {"fingerprint": str | None, "rows": int | None}, origin)
-        return values
+        repair = f"Restore it. {how_to_train_on(self.path)}"
+        shape = {"fingerprint": str | None, "rows": int | None}
+        return json_files.read_object(path, DataError, repair, shape)
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """The rows of metrics.jsonl so far, as the main process sees them."""
@@ -317,7 +316,7 @@ def _is_untouched(folder: Path) -> bool:
 def _read_run_config(path: Path) -> dict[str, Any]:
     repair = f"Restore it, or choose another folder than log_path={path.parent}."
     origin = Origin(str(path), ConfigError, repair)
-    config = json_files.object_of(json_files.read_bytes(path, origin, json_files.MAX_BYTES), origin)
+    config = json_files.read_object(path, ConfigError, repair)
     if TYPE_KEY not in config:
         raise ConfigError(
             f"log_path={path.parent} holds a config.json that is no run's. Choose another folder."

@@ -11,7 +11,6 @@ from pathlib import Path
 
 from cookbook import files, json_files
 from cookbook.errors import DataError
-from cookbook.json_files import Origin
 
 RENDERED, FINGERPRINTS = "rendered", "fingerprints"
 _SETTLED_SECONDS = 2.0
@@ -59,9 +58,8 @@ def _read_note(note: Path) -> tuple[tuple[int, int], str] | None:
     if not note.exists():
         return None
     try:
-        values = json_files.read_object(note, DataError, "")
         shape = {"size": int, "mtime_ns": int, "digest": str}
-        json_files.check(values, shape, Origin(str(note), DataError, ""))
+        values = json_files.read_object(note, DataError, "", shape)
     except DataError:
         return None
     return (values["size"], values["mtime_ns"]), values["digest"]

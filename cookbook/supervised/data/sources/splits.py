@@ -25,7 +25,6 @@ from typing import Any
 from cookbook import json_files
 from cookbook.documents import read_yaml
 from cookbook.errors import DataError
-from cookbook.json_files import Origin
 
 TRAIN = "train"
 _SHARD = re.compile(r"data/([^/]+)-\d{5}-of-\d{5}[^/]*\.[^/]*")
@@ -309,6 +308,5 @@ _COPY_AGAIN = "It is written by save_to_disk: copy the whole folder again."
 
 
 def _read_note(path: Path, key: str, kind: Any) -> Any:
-    values = json_files.read_object(path, DataError, _COPY_AGAIN)
-    json_files.check(values, {key: kind}, Origin(str(path), DataError, _COPY_AGAIN))
+    values = json_files.read_object(path, DataError, _COPY_AGAIN, {key: kind})
     return values[key]
