@@ -14,7 +14,7 @@ from typing import Any
 from cookbook import files, json_files, jsonl
 from cookbook.errors import CheckpointError
 from cookbook.json_files import Count, Measured, Origin
-from cookbook.run_rows import METRICS_SHAPE
+from cookbook.run_rows import METRICS_SHAPE, METRICS_VALUE
 
 logger = logging.getLogger(__name__)
 
@@ -113,7 +113,7 @@ class CheckpointLog:
 
     def _is_logged(self, step: int) -> bool:
         """Whether there is a row of metrics of the state after `step` steps. Rows are in order of steps."""
-        rows = jsonl.read_backwards(self._folder / "metrics.jsonl", METRICS_SHAPE)
+        rows = jsonl.read_backwards(self._folder / "metrics.jsonl", METRICS_SHAPE, METRICS_VALUE)
         return any(row["step"] == step for row in takewhile(lambda row: row["step"] >= step, rows))
 
     def last(self) -> Checkpoint | None:

@@ -47,7 +47,9 @@ def row_of(
     return row
 
 
-def read_backwards(path: Path, shape: Mapping[str, Any] | None = None) -> Iterator[dict[str, Any]]:
+def read_backwards(
+    path: Path, shape: Mapping[str, Any] | None = None, rest: Any = Any
+) -> Iterator[dict[str, Any]]:
     """The same rows, the last one first. What lies before the rows that are taken is not read."""
     if not path.exists():
         return
@@ -74,7 +76,9 @@ def read_backwards(path: Path, shape: Mapping[str, Any] | None = None) -> Iterat
                 if len(begun) > most_bytes:
                     raise DataError(f"A line of {path} {why_too_long(most_bytes)}")
             for line in reversed(lines):
-                yield row_of(line, Origin(f"The line {line[:60]!r} of {path}", DataError, REPAIR), shape)
+                yield row_of(
+                    line, Origin(f"The line {line[:60]!r} of {path}", DataError, REPAIR), shape, rest
+                )
 
 
 class Lines(NamedTuple):

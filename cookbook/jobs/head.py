@@ -1,8 +1,8 @@
 """The Ray head on this machine that jobs go to where no cluster is named: started once, found again, stopped.
 
 It listens on the loopback interface alone and takes jobs from those who have the user's Ray token. Its ports
-were free and its files are in a folder that nobody else can enter, so that it disturbs no other Ray here. A
-note in $COOKBOOK_HOME (~/.cookbook) says where it is.
+were free and its files are in a folder that other users cannot enter, so that it disturbs no other Ray here.
+A note in $COOKBOOK_HOME (~/.cookbook) says where it is.
 """
 
 from __future__ import annotations
@@ -124,7 +124,8 @@ def stop_head(head: Head) -> None:
         )
     folder = Path(head.folder)
     if folder.name.startswith(FOLDER_PREFIX):  # whatever the note says, no other folder is removed
-        files.remove(folder)
+        with contextlib.suppress(OSError):  # a daemon of Ray's may still be at work there
+            files.remove(folder)
     files.remove(_note())
 
 

@@ -53,7 +53,8 @@ def _started_here(ray: Any) -> Iterator[None]:
             yield
     finally:
         ray.shutdown()
-        files.remove(folder)
+        with contextlib.suppress(OSError):  # a daemon of Ray's may still be at work there
+            files.remove(folder)
 
 
 @contextlib.contextmanager

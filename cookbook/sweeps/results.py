@@ -22,7 +22,7 @@ from cookbook.checkpoints import CheckpointLog
 from cookbook.consoles import plain_line
 from cookbook.control_characters import visible_line
 from cookbook.run_metrics import METRICS_FILE
-from cookbook.run_rows import METRICS_SHAPE
+from cookbook.run_rows import METRICS_SHAPE, METRICS_VALUE
 from cookbook.sweeps.plan import Plan, PlannedRun
 from cookbook.sweeps.run_process import Progress
 from cookbook.sweeps.space import SEED
@@ -76,7 +76,7 @@ def _recorded(file: Path) -> dict[str, Progress]:
 
 
 def _progress_of(run: PlannedRun, metric: str, recorded: Progress | None) -> Progress:
-    rows = jsonl.read_backwards(run.folder / METRICS_FILE, METRICS_SHAPE)
+    rows = jsonl.read_backwards(run.folder / METRICS_FILE, METRICS_SHAPE, METRICS_VALUE)
     last = next((row for row in rows if metric in row), None)
     step, value = (0, math.nan) if last is None else (last["step"], last[metric])
     if CheckpointLog(run.folder).is_finished:

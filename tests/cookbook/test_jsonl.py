@@ -10,6 +10,7 @@ import pytest
 
 from cookbook import jsonl
 from cookbook.errors import DataError
+from cookbook.run_rows import METRICS_SHAPE, METRICS_VALUE
 
 
 def test_a_file_torn_at_any_byte_reads_as_the_rows_that_are_whole(tmp_path: Path) -> None:
@@ -78,3 +79,10 @@ def test_a_line_that_is_too_long_is_not_read_backwards_to_its_start(tmp_path: Pa
     with pytest.raises(DataError, match="line of .* is longer than 64 MiB"):
         list(jsonl.read_backwards(path))
     assert time.process_time() - started < 60
+
+
+def test_rows_are_checked_backwards_too(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "test/nll": "low"}\n', encoding="utf-8")
+    with pytest.raises(DataError, match='`test/nll` is "low", expected a number'):
+        list(jsonl.read_backwards(path, METRICS_SHAPE, METRICS_VALUE))
