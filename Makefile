@@ -4,13 +4,14 @@
 # make check   set up, then look at format, lint and types
 # make bench   set up, with the peers that are measured against, then measure
 # make scale   set up, then run the commands once on a million rows, 100,000 steps and 100 runs (twenty minutes on busy cores)
+# make golden  set up, then write the texts that users see (--help, errors) to tests/golden, so that a diff shows a change
 # make parity  set up, then compare the renderers with published templates, and write their table
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.is-set-up
 BENCH_STAMP := .venv/.is-set-up-to-bench
 
-.PHONY: setup demo test test-slow check format bench scale parity clean
+.PHONY: setup demo test test-slow check format bench scale parity golden clean
 
 setup: $(STAMP)
 
@@ -61,6 +62,9 @@ scale: setup
 
 parity: setup
 	$(BIN)/python tests/renderers/parity.py --write
+
+golden: setup
+	$(BIN)/python tests/golden/texts.py
 
 clean:
 	rm -rf .venv runs *.egg-info .pytest_cache .ruff_cache .mypy_cache
