@@ -1,4 +1,4 @@
-"""What users read is changed on purpose only: `make golden` writes these files, and a commit shows the diff."""
+"""What users read is changed on purpose only: `make golden` writes these files, and the diff shows it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import pytest
 
 HERE = Path(__file__).parent
 spec = importlib.util.spec_from_file_location("golden_texts", HERE / "texts.py")
-assert spec is not None and spec.loader is not None
+assert spec is not None
+assert spec.loader is not None
 texts = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(texts)
 
