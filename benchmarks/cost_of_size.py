@@ -22,7 +22,7 @@ import numpy as np
 from benchmarks import process_memory, step_model
 from benchmarks.side_cookbook import make_datums
 from benchmarks.step_data import NUM_TEXT_TOKENS, SEED, Example
-from cookbook.service import ServiceClient
+from cookbook.clients.service import ServiceClient
 from cookbook.types import AdamParams
 
 LENGTH, LONG = 512, 4096

@@ -69,8 +69,8 @@ def _words(rng: np.random.Generator) -> np.ndarray:
 def measure(
     path: Path, tokenizer: str, renderer: str | None, num_proc: int, use_cache: bool
 ) -> tuple[float, int]:
-    from cookbook.supervised.data import FromConversationFileBuilder
-    from cookbook.supervised.types import ChatDatasetBuilderCommonConfig
+    from cookbook.data import FromConversationFileBuilder
+    from cookbook.data.types import ChatDatasetBuilderCommonConfig
 
     common = ChatDatasetBuilderCommonConfig(
         model_name_for_tokenizer=tokenizer, renderer_name=renderer, max_length=4096

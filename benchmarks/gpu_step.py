@@ -23,9 +23,9 @@ import torch
 
 from benchmarks.side_cookbook import make_datums
 from benchmarks.step_data import NUM_TEXT_TOKENS, SEED, VOCAB_SIZE, Example, batches, num_tokens
-from cookbook import pretrained
-from cookbook.service import ServiceClient
+from cookbook.clients.service import ServiceClient
 from cookbook.types import AdamParams
+from cookbook.utils import pretrained
 
 LORA_RANK = 16
 LENGTH, TOKENS_A_STEP = 2048, 16_384

@@ -16,9 +16,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from cookbook import embedded, pretrained
+from cookbook import embedded
 from cookbook.errors import RendererError
 from cookbook.models import get_tokenizer
+from cookbook.utils import pretrained
 from renderers import Renderer, get_renderer
 
 WORDS = "the of a quick brown fox jumps over lazy dog river stone".split()  # noqa: SIM905

@@ -29,17 +29,13 @@ import chz
 import torch
 
 from cookbook import embedded
-from cookbook.engine.base_model import BaseModel
-from cookbook.engine.packing import check_data, pack
-from cookbook.schedules import learning_rate_at
+from cookbook.data import NamedChatDatasetBuilder
+from cookbook.data.types import ChatDatasetBuilderCommonConfig, SupervisedDataset, SupervisedDatasetBuilder
+from cookbook.engine.model.base_model import BaseModel
+from cookbook.engine.model.packing import check_data, pack
 from cookbook.supervised import train
 from cookbook.supervised.batches import make_batch
-from cookbook.supervised.data import NamedChatDatasetBuilder
-from cookbook.supervised.types import (
-    ChatDatasetBuilderCommonConfig,
-    SupervisedDataset,
-    SupervisedDatasetBuilder,
-)
+from cookbook.supervised.schedules import learning_rate_at
 from cookbook.types import Datum, LoraConfig
 
 WARM_UP_STEPS = 5

@@ -29,9 +29,10 @@ os.environ["RAYON_NUM_THREADS"] = "1"
 
 import numpy as np
 
-from cookbook import embedded, pretrained
+from cookbook import embedded
 from cookbook.errors import RendererError
 from cookbook.models import get_tokenizer
+from cookbook.utils import pretrained
 from renderers import Renderer, get_renderer, renderer_names
 
 SEED = 0

@@ -60,7 +60,7 @@ def work(kind: Kind, num_tokens: int, rounds: int, folder: Path) -> dict[str, An
     """Steps as one process of several takes them; each counts with its fastest."""
     from benchmarks.cost_of_size import make_batch
     from benchmarks.side_cookbook import make_datums
-    from cookbook.service import ServiceClient
+    from cookbook.clients.service import ServiceClient
     from cookbook.types import AdamParams
 
     before_weights = process_memory.resident_bytes()

@@ -16,7 +16,7 @@ from typing import Any
 from benchmarks import step_model
 from benchmarks.step_data import Example, batches, num_trained_tokens
 from benchmarks.step_report import StepClock
-from cookbook.service import ServiceClient
+from cookbook.clients.service import ServiceClient
 from cookbook.types import AdamParams, Datum, ModelInput
 
 

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
-from cookbook import pretrained
-from cookbook.supervised.data.formats import conversations_of
+from cookbook.data.formats import conversations_of
+from cookbook.utils import pretrained
 from renderers import get_renderer
 
 Example = tuple[list[int], list[int]]

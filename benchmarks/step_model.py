@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from benchmarks.step_data import SEED, TOKENIZER, VOCAB_SIZE
-from cookbook import pretrained
+from cookbook.utils import pretrained
 
 LORA_RANK = 32
 LORA_ALPHA = 32

@@ -26,8 +26,8 @@ def seconds(work: Callable[[], object]) -> float:
 
 def a_look(folder: Path, num_steps: int, rounds: int) -> tuple[float, float]:
     """At a run that has just logged a step: by reading all of it, and by reading what is new."""
-    from cookbook import jsonl
-    from cookbook.run_metrics import MetricsReader
+    from cookbook.runs.metrics import MetricsReader
+    from cookbook.utils import jsonl
 
     path, rng = folder / "metrics.jsonl", random.Random(0)
     reader = MetricsReader(folder, keep={"test/nll"})
@@ -41,9 +41,9 @@ def a_look(folder: Path, num_steps: int, rounds: int) -> tuple[float, float]:
 
 
 def a_page(folders: list[Path], page: Path) -> tuple[float, float]:
-    from cookbook import jsonl
     from cookbook.report import compare
-    from cookbook.run_metrics import series_of
+    from cookbook.runs.metrics import series_of
+    from cookbook.utils import jsonl
 
     def by_rows() -> None:
         for folder in folders:

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from cookbook import types as types
+    from cookbook.clients.futures import APIFuture as APIFuture
+    from cookbook.clients.sampling import SamplingClient as SamplingClient
+    from cookbook.clients.service import ServiceClient as ServiceClient
+    from cookbook.clients.training import TrainingClient as TrainingClient
     from cookbook.errors import CookbookError as CookbookError
-    from cookbook.futures import APIFuture as APIFuture
-    from cookbook.sampling_client import SamplingClient as SamplingClient
-    from cookbook.service import ServiceClient as ServiceClient
-    from cookbook.training_client import TrainingClient as TrainingClient
     from cookbook.types import *  # noqa: F403
 
 __version__ = "0.1.0"
@@ -49,11 +49,11 @@ _TYPES = (
     "TensorDtype",
 )
 _HOME = {
-    "APIFuture": "cookbook.futures",
+    "APIFuture": "cookbook.clients.futures",
     "CookbookError": "cookbook.errors",
-    "SamplingClient": "cookbook.sampling_client",
-    "ServiceClient": "cookbook.service",
-    "TrainingClient": "cookbook.training_client",
+    "SamplingClient": "cookbook.clients.sampling",
+    "ServiceClient": "cookbook.clients.service",
+    "TrainingClient": "cookbook.clients.training",
     **dict.fromkeys(_TYPES, "cookbook.types"),
 }
 

@@ -11,8 +11,9 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cookbook import embedded, hub, pretrained
+from cookbook import embedded
 from cookbook.errors import ModelError
+from cookbook.utils import hub, pretrained
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeAlias
 
-from cookbook import files
+from cookbook.utils import files
 
 Track: TypeAlias = Literal["render", "loop", "evaluation", "engine", "device"]
 

@@ -20,15 +20,17 @@ from typing import TYPE_CHECKING, Literal
 
 import chz
 
-from cookbook import cli, consoles, models
+from cookbook import models
 from cookbook.chat.conversation import Conversation
 from cookbook.chat.terminal import Speaker, Terminal
+from cookbook.config import cli
 from cookbook.errors import ConfigError
 from cookbook.types import SamplingParams
+from cookbook.utils import consoles
 from renderers import get_renderer
 
 if TYPE_CHECKING:
-    from cookbook.service import ServiceClient
+    from cookbook.clients.service import ServiceClient
 
 
 @chz.chz
@@ -72,7 +74,7 @@ class ChatConfig:
 
 
 async def run(config: ChatConfig) -> None:
-    from cookbook.service import ServiceClient
+    from cookbook.clients.service import ServiceClient
 
     consoles.keep_undecodable_input()
     with _ctrl_c_raises(), closing(ServiceClient(device=config.device, dtype=config.dtype)) as service:
@@ -82,7 +84,7 @@ async def run(config: ChatConfig) -> None:
 
 def _speakers(config: ChatConfig, service: ServiceClient) -> tuple[str, list[Speaker]]:
     """Who answers, and what to say of them."""
-    from cookbook.export.source import find_source
+    from cookbook.runs.find import find_source
 
     if config.checkpoint is None:
         assert config.model_name is not None

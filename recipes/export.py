@@ -11,7 +11,7 @@ The checkpoint stays as it is.
 
 from __future__ import annotations
 
-from cookbook import cli
+from cookbook.config import cli
 from cookbook.export.export import Config
 from cookbook.export.export import main as export
 

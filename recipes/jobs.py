@@ -20,10 +20,12 @@ from typing import NoReturn
 import yaml
 from rich.table import Table
 
-from cookbook import cli, consoles, jobs
-from cookbook.consoles import make_console, plain_line
-from cookbook.control_characters import visible, visible_line
+from cookbook import jobs
+from cookbook.config import cli
 from cookbook.jobs import Job
+from cookbook.utils import consoles
+from cookbook.utils.consoles import make_console, plain_line
+from cookbook.utils.control_characters import visible, visible_line
 
 PROG = "python -m recipes.jobs"
 

@@ -14,11 +14,14 @@ from pathlib import Path
 
 import chz
 
-from cookbook import cli, files, models
-from cookbook.consoles import make_console, plain, plain_line
+from cookbook import models
+from cookbook.config import cli
+from cookbook.data import preview
+from cookbook.data.types import ChatDatasetBuilder
 from cookbook.errors import ConfigError
-from cookbook.supervised import preview, train
-from cookbook.supervised.types import ChatDatasetBuilder
+from cookbook.supervised import train
+from cookbook.utils import files
+from cookbook.utils.consoles import make_console, plain, plain_line
 from recipes.sft import DEFAULTS
 
 

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import chz
 
-from cookbook import cli
-from cookbook.control_characters import visible_line
+from cookbook.config import cli
 from cookbook.errors import ConfigError
 from cookbook.report import compare, write_report
+from cookbook.utils.control_characters import visible_line
 
 
 @chz.chz

@@ -15,10 +15,11 @@ from typing import Any
 
 from chz.blueprint import Reference
 
-from cookbook import cli, embedded
+from cookbook import embedded
+from cookbook.config import cli
+from cookbook.data import NamedChatDatasetBuilder
 from cookbook.eval.samples import SamplesEvaluatorBuilder
 from cookbook.supervised import train
-from cookbook.supervised.data import NamedChatDatasetBuilder
 
 DEFAULTS: dict[str, Any] = {
     "log_path": "runs/sft",

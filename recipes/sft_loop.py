@@ -14,13 +14,14 @@ import sys
 import chz
 
 import cookbook
-from cookbook import cli, embedded
-from cookbook.control_characters import visible
+from cookbook import embedded
+from cookbook.config import cli
+from cookbook.data import conversation_to_datum
+from cookbook.data.formats import conversations_of
+from cookbook.data.sources import BadRow, open_source
 from cookbook.errors import DataError
 from cookbook.models import recommended_renderer
-from cookbook.supervised.data import conversation_to_datum
-from cookbook.supervised.data.formats import conversations_of
-from cookbook.supervised.data.sources import BadRow, open_source
+from cookbook.utils.control_characters import visible
 from renderers import TrainOnWhat, get_renderer
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import sys
 
-from cookbook import cli
+from cookbook.config import cli
 from cookbook.sweeps import make_plan, run_sweep
 from cookbook.sweeps.results import Result
 

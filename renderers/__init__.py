@@ -4,18 +4,18 @@ A new format is one file with a `Renderer` and one line here.
 """
 
 from renderers.base import Renderer
-from renderers.chat_template import ChatTemplateRenderer
-from renderers.deepseekv3 import DeepSeekV3Renderer, DeepSeekV3ThinkingRenderer
-from renderers.gemma3 import Gemma3Renderer
-from renderers.gpt_oss import GptOssHighRenderer, GptOssLowRenderer, GptOssRenderer
-from renderers.llama3 import Llama3Renderer
+from renderers.formats.deepseekv3 import DeepSeekV3Renderer, DeepSeekV3ThinkingRenderer
+from renderers.formats.gemma3 import Gemma3Renderer
+from renderers.formats.gpt_oss import GptOssHighRenderer, GptOssLowRenderer, GptOssRenderer
+from renderers.formats.llama3 import Llama3Renderer
+from renderers.formats.phi3 import Phi3Renderer
+from renderers.formats.qwen2_5 import Qwen2_5Renderer
+from renderers.formats.qwen3 import Qwen3DisableThinkingRenderer, Qwen3Renderer
+from renderers.formats.qwen3_instruct import Qwen3InstructRenderer
+from renderers.formats.role_colon import RoleColonRenderer
+from renderers.jinja.chat_template import ChatTemplateRenderer
 from renderers.messages import Message
-from renderers.phi3 import Phi3Renderer
-from renderers.qwen2_5 import Qwen2_5Renderer
-from renderers.qwen3 import Qwen3DisableThinkingRenderer, Qwen3Renderer
-from renderers.qwen3_instruct import Qwen3InstructRenderer
 from renderers.registry import get_renderer, register_renderer, renderer_names
-from renderers.role_colon import RoleColonRenderer
 from renderers.streaming import Delta, ResponseStream
 from renderers.train_on_what import TrainOnWhat
 

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
 
-from cookbook import notes
 from cookbook.errors import RendererError
 from cookbook.types import EncodedTextChunk, ModelInput
+from cookbook.utils import notes
 from renderers.encoder import SENTINEL, Encoder
 from renderers.messages import (
     Message,

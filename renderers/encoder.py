@@ -20,8 +20,8 @@ from itertools import compress, count, groupby, pairwise, repeat
 from os.path import commonprefix
 from typing import TYPE_CHECKING, Any
 
-from cookbook import notes
 from cookbook.errors import RendererError
+from cookbook.utils import notes
 from renderers.borders import BORDER, parts_at_border
 from renderers.messages import PlainMessage, Tool, map_strings
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Container
 
-from cookbook import notes
+from cookbook.utils import notes
 from renderers.encoder import any_of
 
 _TOKENS = any_of(

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeAlias
 
 from cookbook.errors import RendererError
-from cookbook.nearest import did_you_mean
+from cookbook.utils.nearest import did_you_mean
 from renderers import other_names
 from renderers.base import Renderer
 

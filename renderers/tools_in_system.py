@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, cast
 
-from renderers.hermes_tools import describe_tools, print_calls
+from renderers.formats.hermes_tools import describe_tools, print_calls
 from renderers.messages import ROLES, Message, PlainMessage, Tool, check_tools, normalize
 from renderers.training_flags import TRAINING_KEYS
 

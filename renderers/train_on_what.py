@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from enum import StrEnum
 
-from cookbook import notes
 from cookbook.errors import RendererError
+from cookbook.utils import notes
 from renderers.messages import Message
 from renderers.training_flags import say_nothing, training_of
 

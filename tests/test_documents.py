@@ -115,7 +115,7 @@ def test_the_flow_of_a_chat_tutorial_runs(tiny_qwen3: str, tmp_path: Path, chats
 
 def test_the_dataset_of_a_hub_needs_no_change_to_be_wrapped() -> None:
     """`SupervisedDatasetFromHFDataset` takes what `load_dataset` returns."""
-    from cookbook.supervised.data import SupervisedDatasetFromHFDataset
+    from cookbook.data import SupervisedDatasetFromHFDataset
 
     rows = datasets.load_dataset("json", data_files=str(PIRATE), split="train[:8]")
     assert isinstance(rows, datasets.Dataset)

@@ -14,12 +14,12 @@ FILES = sorted(
     for folder in ("cookbook", "recipes", "renderers", "benchmarks")
     for path in (ROOT / folder).rglob("*.py")
 )
-LOADER = ROOT / "cookbook" / "pretrained.py"
+LOADER = ROOT / "cookbook" / "utils" / "pretrained.py"
 UNPICKLERS = {"pickle", "dill", "joblib", "torch", "cloudpickle"}
 READS_JSON = {
-    "cookbook/json_files.py",
-    "cookbook/documents.py",  # configs, with the lines of their keys
-    "cookbook/vllm_client.py",  # what a server answers
+    "cookbook/utils/json_files.py",
+    "cookbook/config/documents.py",  # configs, with the lines of their keys
+    "cookbook/clients/vllm.py",  # what a server answers
     "cookbook/export/chat_format.py",  # what transformers wrote a moment before
     "cookbook/export/gguf_vocabulary.py",  # a tokenizer in memory
     "cookbook/eval/chat.py",
@@ -45,7 +45,7 @@ def test_nothing_is_loaded_outside_the_loader(path: Path) -> None:
         for node in _attributes(path)
         if node.attr in ("from_pretrained", "from_config", "get_class_from_dynamic_module")
     ]
-    assert not found, f"use cookbook.pretrained: {found}"
+    assert not found, f"use cookbook.utils.pretrained: {found}"
 
 
 @pytest.mark.parametrize("path", FILES, ids=_name)
@@ -80,7 +80,7 @@ def test_the_loader_trusts_no_code_in_any_of_its_calls() -> None:
         path
         for path in FILES
         if _name(path) not in READS_JSON
-        and not _name(path).startswith(("benchmarks/", "renderers/", "cookbook/supervised/data/"))
+        and not _name(path).startswith(("benchmarks/", "renderers/", "cookbook/data/"))
     ],
     ids=_name,
 )
@@ -90,4 +90,4 @@ def test_json_is_read_by_the_reader_that_checks_it(path: Path) -> None:
         for node in _attributes(path)
         if ast.unparse(node) in ("json.load", "json.loads", "json.JSONDecoder")
     ]
-    assert not found, f"use cookbook.json_files: {found}"
+    assert not found, f"use cookbook.utils.json_files: {found}"

@@ -1,4 +1,4 @@
-"""Files are written, renamed and removed by `cookbook.files` alone; any other way is listed here."""
+"""Files are written, renamed and removed by `cookbook.utils.files` alone; any other way is listed here."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("cookbook", "renderers", "recipes")
-THE_MODULE = "cookbook/files.py"
+THE_MODULE = "cookbook/utils/files.py"
 
 EXCEPTIONS = {
-    "cookbook/consoles.py": {"os.open(os.devnull, os.O_WRONLY)"},
-    "cookbook/clusters.py": {  # Ray's token and its folder are this user's alone, whatever the umask is
+    "cookbook/utils/consoles.py": {"os.open(os.devnull, os.O_WRONLY)"},
+    "cookbook/utils/clusters.py": {  # Ray's token and its folder are this user's alone, whatever the umask is
         "file.parent.mkdir(mode=448, parents=True, exist_ok=True)",
         "tempfile.mkstemp(dir=file.parent, prefix=f'.{file.name}-')",
         "open(descriptor, 'w', encoding='utf-8')",
@@ -23,8 +23,8 @@ EXCEPTIONS = {
         "file.chmod(384)",
         "tempfile.mkdtemp(prefix=prefix, dir=base)",
     },
-    "cookbook/supervised/data/store.py": {"np.save(file, array)"},  # a file of `files.replacing`
-    "cookbook/checkpoints.py": {  # a second name for a checkpoint's files, in a folder of `writing_folder`
+    "cookbook/data/store.py": {"np.save(file, array)"},  # a file of `files.replacing`
+    "cookbook/runs/checkpoints.py": {  # a second name for a checkpoint's files, in a new folder
         "os.link(source, target)",
         "shutil.copy2(source, target)",
         "shutil.copytree(folder, unfinished, ignore=others, copy_function=link, dirs_exist_ok=True)",
@@ -33,7 +33,8 @@ EXCEPTIONS = {
 """Calls that write nothing that is kept, or into a folder that is not in its place yet."""
 
 IN_NEW_FOLDERS = {
-    "cookbook/engine/adapters.py", "cookbook/engine/full_weights.py", "cookbook/engine/state.py",
+    "cookbook/engine/model/adapters.py", "cookbook/engine/model/full_weights.py",
+    "cookbook/engine/checkpoint.py",
     "cookbook/export/chat_format.py", "cookbook/export/merged_folder.py",
     "cookbook/embedded/pretrain.py",  # the developer's own tool
 }  # fmt: skip

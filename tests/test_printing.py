@@ -1,4 +1,4 @@
-"""What is printed is text of ours, or text that was made visible and plain (`cookbook/consoles.py`)."""
+"""What is printed is text of ours, or text that was made visible and plain (`cookbook/utils/consoles.py`)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("cookbook", "renderers", "recipes")
-HOME = ROOT / "cookbook" / "consoles.py"
+HOME = ROOT / "cookbook" / "utils" / "consoles.py"
 
 VISIBLE = {"visible", "visible_line", "visible_entry"}
 PLAIN = {"plain", "plain_line"}

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from cookbook import cli, embedded
-from cookbook.recipe import find_recipe
+from cookbook import embedded
+from cookbook.config import cli
+from cookbook.data.formats import FORMATS, recognise
 from cookbook.supervised import train
-from cookbook.supervised.data.formats import FORMATS, recognise
+from cookbook.supervised.recipe import find_recipe
 from cookbook.sweeps import make_plan
 from recipes import chat, export, jobs, preview, report, sft
 

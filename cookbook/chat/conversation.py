@@ -12,7 +12,7 @@ from renderers import Message, Renderer
 from renderers.streaming import Delta
 
 if TYPE_CHECKING:
-    from cookbook.sampling_client import SamplingClient
+    from cookbook.clients.sampling import SamplingClient
 
 StopReason: TypeAlias = Literal["stop", "length", "context", "interrupted"]
 """Why a reply ended: as the model meant it, at `max_tokens`, at the end of its context, or by `conclude`."""

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from cookbook import jsonl
 from cookbook.chat.conversation import Conversation, Reply, Turn
-from cookbook.consoles import undecodable_byte
-from cookbook.control_characters import visible, visible_line
 from cookbook.errors import CookbookError, RequestError, describe
 from cookbook.eval.chat import text_of
+from cookbook.utils import jsonl
+from cookbook.utils.consoles import undecodable_byte
+from cookbook.utils.control_characters import visible, visible_line
 from renderers.streaming import Delta
 
 HELP = """\

@@ -10,7 +10,6 @@ from pathlib import Path
 from random import Random
 from typing import Literal
 
-from cookbook import files
 from cookbook.embedded import PIRATE_PATH
 from cookbook.embedded.dialect import pirate_reply, plain_reply
 from cookbook.embedded.questions import (
@@ -22,6 +21,7 @@ from cookbook.embedded.questions import (
     Exchange,
     Relation,
 )
+from cookbook.utils import files
 
 Conversation = list[dict[str, str]]
 Style = Literal["plain", "pirate"]

@@ -20,11 +20,11 @@ from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from cookbook import files
-from cookbook.control_characters import visible
 from cookbook.embedded import MODEL_PATH
 from cookbook.embedded.chatter import Conversation, conversations
 from cookbook.embedded.questions import SAILORS_TOPICS, TOPICS
+from cookbook.utils import files
+from cookbook.utils.control_characters import visible
 
 PAD, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 

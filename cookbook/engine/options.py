@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from cookbook.engine import mesh
+from cookbook.engine import processes
 from cookbook.errors import ConfigError
 
 GradientCheckpointing = Literal["auto", "on", "off"]
@@ -77,7 +77,7 @@ class EngineOptions:
 
 def check_device(device: str) -> None:
     """Raises ConfigError where this machine has not the device. Loads torch for CUDA alone."""
-    if device == "cpu" or (device == "auto" and not mesh.is_one_of_many()):
+    if device == "cpu" or (device == "auto" and not processes.is_one_of_many()):
         return
     import torch
 
@@ -87,13 +87,13 @@ def check_device(device: str) -> None:
     if not num_devices:
         raise ConfigError(f"device={device!r}, but this machine has no CUDA device. Use device=auto.")
     _, _, index = device.partition(":")
-    if not mesh.is_one_of_many():
+    if not processes.is_one_of_many():
         if int(index or 0) >= num_devices:
             raise ConfigError(f"device={device!r}, but this machine has {num_devices} CUDA devices.")
     elif index:
         raise ConfigError(f"device={device}, but each process has a device of its own. Use device=cuda.")
-    elif mesh.local_rank() >= num_devices:
+    elif processes.local_rank() >= num_devices:
         raise ConfigError(
-            f"{mesh.local_size()} processes on a machine of {num_devices} CUDA devices: each needs one. "
+            f"{processes.local_size()} processes on a machine of {num_devices} CUDA devices: each needs one. "
             f"Start with --nproc-per-node={num_devices}, or use device=cpu."
         )

@@ -19,9 +19,9 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Generic, ParamSpec, Protocol, TypeVar
 
-from cookbook.engine.base_model import BaseModel
 from cookbook.engine.device_clock import DeviceClock
 from cookbook.engine.job_future import JobFuture
+from cookbook.engine.model.base_model import BaseModel
 from cookbook.engine.options import EngineOptions
 from cookbook.errors import ClosedError, TrainingError
 from cookbook.trace import Recorder

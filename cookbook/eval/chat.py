@@ -19,7 +19,7 @@ from cookbook.types import ModelInput, SamplingParams, StopReason
 from renderers import Message, Renderer, get_renderer
 
 if TYPE_CHECKING:
-    from cookbook.sampling_client import SamplingClient
+    from cookbook.clients.sampling import SamplingClient
 
 
 @chz.chz

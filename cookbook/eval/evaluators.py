@@ -13,12 +13,12 @@ import chz
 
 from cookbook.errors import TrainingError, describe
 from cookbook.eval.random_state import keeping_random_state
-from cookbook.tables import Table
 from cookbook.trace import Recorder
+from cookbook.utils.tables import Table
 
 if TYPE_CHECKING:
-    from cookbook.sampling_client import SamplingClient
-    from cookbook.training_client import TrainingClient
+    from cookbook.clients.sampling import SamplingClient
+    from cookbook.clients.training import TrainingClient
 
 logger = logging.getLogger(__name__)
 

@@ -12,18 +12,18 @@ from typing import TYPE_CHECKING
 import chz
 
 from cookbook import models
+from cookbook.data import formats
 from cookbook.errors import ConfigError, DataError, TrainingError
 from cookbook.eval.chat import Reply, SamplingEvaluatorBuilder, replies_to
 from cookbook.eval.evaluators import EvalValue, SamplingClientEvaluator
 from cookbook.eval.grading import NAMES, Grader, make_graders
 from cookbook.eval.questions import Question, read_questions
-from cookbook.supervised.data import formats
-from cookbook.tables import Cell, Table
 from cookbook.types import SamplingParams
+from cookbook.utils.tables import Cell, Table
 from renderers import Renderer
 
 if TYPE_CHECKING:
-    from cookbook.sampling_client import SamplingClient
+    from cookbook.clients.sampling import SamplingClient
 
 logger = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ from typing import TypeAlias
 
 from cookbook.errors import ConfigError
 from cookbook.eval.chat import text_of
-from cookbook.nearest import did_you_mean
+from cookbook.utils.nearest import did_you_mean
 from renderers import Message
 
 Grader: TypeAlias = Callable[[Message, str], float]

@@ -17,8 +17,8 @@ from cookbook.types import ModelInput, PromptScores, SampleResponse, SamplingPar
 from renderers import Message, Renderer
 
 if TYPE_CHECKING:
-    from cookbook.futures import APIFuture
-    from cookbook.sampling_client import SamplingClient
+    from cookbook.clients.futures import APIFuture
+    from cookbook.clients.sampling import SamplingClient
 
 T = TypeVar("T")
 

@@ -17,13 +17,13 @@ from cookbook.errors import ConfigError
 from cookbook.eval.chat import ChatEvaluatorBuilder
 from cookbook.eval.evaluators import SamplingClientEvaluator
 from cookbook.eval.extras import require
-from cookbook.nearest import did_you_mean
+from cookbook.utils.nearest import did_you_mean
 from renderers import Renderer
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
 
-    from cookbook.sampling_client import SamplingClient
+    from cookbook.clients.sampling import SamplingClient
 
 _NO_FILTER = "none"
 

@@ -31,7 +31,7 @@ from cookbook.types import ModelInput, SampledSequence, SamplingParams
 from renderers import Message, Renderer
 
 if TYPE_CHECKING:
-    from cookbook.sampling_client import SamplingClient
+    from cookbook.clients.sampling import SamplingClient
 
 NOT_HAD = ("best_of", "frequency_penalty", "presence_penalty", "logit_bias", "logprobs", "top_logprobs",
            "prompt_logprobs", "response_schema")  # fmt: skip

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from inspect_ai.log import EvalLog
     from inspect_ai.model import GenerateConfigArgs
 
-    from cookbook.sampling_client import SamplingClient
+    from cookbook.clients.sampling import SamplingClient
 
 
 class InspectEvaluator(SamplingClientEvaluator):

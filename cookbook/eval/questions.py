@@ -7,14 +7,14 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
+from cookbook.data import formats
+from cookbook.data.builders import open_sources
+from cookbook.data.conversation import SYSTEM_KEYS, TEMPLATE_KWARGS, TOOL_KEYS, Conversation
+from cookbook.data.media import check_no_media
+from cookbook.data.rendering import reason_of
+from cookbook.data.sources import BadRow, Row
 from cookbook.errors import CookbookError, DataError
 from cookbook.eval.chat import text_of
-from cookbook.supervised.data import formats
-from cookbook.supervised.data.builders import open_sources
-from cookbook.supervised.data.conversation import SYSTEM_KEYS, TEMPLATE_KWARGS, TOOL_KEYS, Conversation
-from cookbook.supervised.data.media import check_no_media
-from cookbook.supervised.data.rendering import reason_of
-from cookbook.supervised.data.sources import BadRow, Row
 from cookbook.types import ModelInput
 from renderers import Message, Renderer
 from renderers.messages import Tool

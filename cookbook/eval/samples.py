@@ -12,12 +12,12 @@ import chz
 from cookbook.errors import ConfigError
 from cookbook.eval.chat import SamplingEvaluatorBuilder, replies_to
 from cookbook.eval.evaluators import SamplingClientEvaluator
-from cookbook.tables import Table
 from cookbook.types import ModelInput, SamplingParams
+from cookbook.utils.tables import Table
 from renderers import Renderer
 
 if TYPE_CHECKING:
-    from cookbook.sampling_client import SamplingClient
+    from cookbook.clients.sampling import SamplingClient
 
 logger = logging.getLogger(__name__)
 

@@ -15,13 +15,14 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cookbook import files, models
+from cookbook import models
 from cookbook.errors import ConfigError, RendererError
-from cookbook.export.source import Source
+from cookbook.runs.find import Source
+from cookbook.utils import files
 from renderers import Message, Renderer, get_renderer
+from renderers.jinja.sandbox import compiled
+from renderers.jinja.today import TODAY
 from renderers.messages import Tool
-from renderers.sandbox import compiled
-from renderers.today import TODAY
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

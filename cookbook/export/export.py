@@ -13,8 +13,6 @@ from pathlib import Path
 
 import chz
 
-from cookbook import files
-from cookbook.consoles import make_console, plain, plain_line
 from cookbook.errors import CheckpointError, ConfigError, CookbookError
 from cookbook.export import push
 from cookbook.export.chat_format import ChatFormat, find_chat_format
@@ -22,7 +20,9 @@ from cookbook.export.formats import FORMATS, Job
 from cookbook.export.gguf_weights import GgufType
 from cookbook.export.merged_folder import Dtype
 from cookbook.export.model_card import write_model_card
-from cookbook.export.source import Source, Which, find_source
+from cookbook.runs.find import Source, Which, find_source
+from cookbook.utils import files
+from cookbook.utils.consoles import make_console, plain, plain_line
 
 _field = functools.partial(chz.field, validator=chz.validators.typecheck)
 

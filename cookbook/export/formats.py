@@ -9,15 +9,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from cookbook import files, models
-from cookbook.engine import peft_settings, state
+from cookbook import models
+from cookbook.engine import checkpoint
+from cookbook.engine.model import peft_settings
 from cookbook.errors import CheckpointError, ConfigError
 from cookbook.export import gguf_weights, ollama, serving
 from cookbook.export.chat_format import ChatFormat
 from cookbook.export.merge import base_model_folder, merged_weights, read_adapter, tied_weights
 from cookbook.export.merged_folder import Merged, write_merged
 from cookbook.export.model_card import Usage, fenced, python_usage
-from cookbook.export.source import Source, path_elsewhere, public_name
+from cookbook.runs.find import Source, path_elsewhere, public_name
+from cookbook.utils import files
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -64,20 +66,20 @@ def write_adapter(job: Job) -> Written:
             f"{source.folder} is a full fine-tune: there is no adapter in it. Export format=merged."
         )
     base = public_name(source.base_model)
-    info = state.StateInfo(base, source.info.lora, user_metadata=source.info.user_metadata)
+    info = checkpoint.StateInfo(base, source.info.lora, user_metadata=source.info.user_metadata)
 
     def write(folder: Path) -> None:
-        state.read_weights(source.folder)  # refuses a damaged file
-        files.copy(source.folder / state.ADAPTER_FILE, folder / state.ADAPTER_FILE)
+        checkpoint.read_weights(source.folder)  # refuses a damaged file
+        files.copy(source.folder / checkpoint.ADAPTER_FILE, folder / checkpoint.ADAPTER_FILE)
         config = peft_settings.read(source.folder)
         config["base_model_name_or_path"] = base
         if isinstance(config.get("target_modules"), list):
             config["target_modules"] = sorted(config["target_modules"])
         text = json.dumps(config, indent=2) + "\n"
-        files.write(folder / state.ADAPTER_CONFIG_FILE, text)
+        files.write(folder / checkpoint.ADAPTER_CONFIG_FILE, text)
         job.chat_format.write_tokenizer(folder)
 
-    state.save(job.folder, info, write, optimizer=None, overwrite=True)
+    checkpoint.save(job.folder, info, write, optimizer=None, overwrite=True)
     notes = serving.vllm_notes(source, job.chat_format, is_adapter=True)
     here = serving.vllm_adapter(source, models.model_location(source.base_model), job.shown_folder, job.slug)
     elsewhere = serving.vllm_adapter(source, path_elsewhere(source.base_model), job.place, job.slug)

@@ -19,12 +19,14 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
-from cookbook import json_files, models, pretrained
-from cookbook.engine import peft_settings, state
-from cookbook.engine.peft_settings import TENSOR
+from cookbook import models
+from cookbook.engine import checkpoint
+from cookbook.engine.model import peft_settings
+from cookbook.engine.model.peft_settings import TENSOR
 from cookbook.errors import CheckpointError, ModelError
-from cookbook.export.source import Source
-from cookbook.json_files import Origin
+from cookbook.runs.find import Source
+from cookbook.utils import json_files, pretrained
+from cookbook.utils.json_files import Origin
 
 INDEX_FILE = "model.safetensors.index.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -56,10 +58,10 @@ def read_adapter(source: Source) -> dict[str, LowRank]:
     Raises CheckpointError for files that are damaged, or that hold more than LoRA on linear layers.
     """
     if source.is_full:
-        state.check_files(source.folder)
+        checkpoint.check_files(source.folder)
         return {}
     halves: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in state.read_weights(source.folder).items():
+    for key, tensor in checkpoint.read_weights(source.folder).items():
         match = TENSOR.fullmatch(key)
         if match is None:
             raise CheckpointError(

@@ -11,9 +11,9 @@ import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 
-from cookbook import files, json_files, models
-from cookbook.engine.loading import load_model, no_progress_bar
-from cookbook.engine.peft_settings import check_frozen, is_same
+from cookbook import models
+from cookbook.engine.model.loading import load_model, no_progress_bar
+from cookbook.engine.model.peft_settings import check_frozen, is_same
 from cookbook.errors import CheckpointError, ModelError
 from cookbook.export.chat_format import ChatFormat
 from cookbook.export.merge import (
@@ -24,8 +24,9 @@ from cookbook.export.merge import (
     read_adapter,
     tied_weights,
 )
-from cookbook.export.source import Source
-from cookbook.json_files import Origin
+from cookbook.runs.find import Source
+from cookbook.utils import files, json_files
+from cookbook.utils.json_files import Origin
 
 Dtype: TypeAlias = Literal["auto", "bfloat16", "float16", "float32"]
 

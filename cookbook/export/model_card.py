@@ -15,14 +15,15 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
-from cookbook import embedded, files
-from cookbook.control_characters import visible_line
+from cookbook import embedded
+from cookbook.data.sources import KNOWN_DATASETS
 from cookbook.export.chat_format import ChatFormat
-from cookbook.export.source import Source, is_on_hub, path_elsewhere, public_name
-from cookbook.report import curves
-from cookbook.report.settings import texts_of
-from cookbook.report.summary import number, outcomes_of
-from cookbook.supervised.data.sources import KNOWN_DATASETS
+from cookbook.runs import curves
+from cookbook.runs.find import Source, is_on_hub, path_elsewhere, public_name
+from cookbook.runs.settings import texts_of
+from cookbook.runs.summary import number, outcomes_of
+from cookbook.utils import files
+from cookbook.utils.control_characters import visible_line
 
 CURVES_FILE = "curves.png"
 SHOWN_SETTINGS = (

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from cookbook import hub
 from cookbook.errors import CheckpointError, ConfigError
+from cookbook.utils import hub
 
 SCHEME = "hf://"
 

@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Sequence
 
 from cookbook.export.chat_format import ChatFormat
-from cookbook.export.source import Source
+from cookbook.runs.find import Source
 
 _VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """The values that vLLM's --max-lora-rank takes."""

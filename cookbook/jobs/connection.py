@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from cookbook import clusters
 from cookbook.errors import ClusterError
+from cookbook.utils import clusters
 
 DASHBOARD_PORT = 8265
 

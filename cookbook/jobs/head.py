@@ -18,10 +18,10 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from cookbook import clusters, files, json_files
-from cookbook.clusters import LOCALHOST
 from cookbook.errors import ClusterError
-from cookbook.json_files import Origin, Positive
+from cookbook.utils import clusters, files, json_files
+from cookbook.utils.clusters import LOCALHOST
+from cookbook.utils.json_files import Origin, Positive
 
 RAY = (sys.executable, "-m", "ray.scripts.scripts")
 START_SECONDS = 240

@@ -17,13 +17,14 @@ from typing import Any
 
 import chz
 
-from cookbook import config_files, files, json_files
+from cookbook.config import config_files
 from cookbook.errors import ClusterError
 from cookbook.jobs.connection import connect
 from cookbook.jobs.head import START_SECONDS, find_head, start_head
-from cookbook.json_files import Origin
-from cookbook.nearest import did_you_mean
-from cookbook.recipe import find_recipe
+from cookbook.supervised.recipe import find_recipe
+from cookbook.utils import files, json_files
+from cookbook.utils.json_files import Origin
+from cookbook.utils.nearest import did_you_mean
 
 STOP_SECONDS = 24 * 3600
 """How long a cancelled job may take to save. Ray's own 3 seconds would kill most runs in the middle of it."""

@@ -1,19 +1,18 @@
 """Where the metrics of a run go: files, the terminal, and trackers of experiments by their own clients."""
 
-from cookbook.consoles import make_console
-from cookbook.loggers.base import OF_EVERY_STEP, MetricLogger, Metrics, check_installed
+from cookbook.loggers.base import MetricLogger, Metrics, check_installed
 from cookbook.loggers.console import ConsoleLogger, logging_to
 from cookbook.loggers.files import JsonlLogger
 from cookbook.loggers.tensorboard import TensorBoardLogger
 from cookbook.loggers.trackio import TrackioLogger
 from cookbook.loggers.wandb import WandbLogger, check_wandb_login
+from cookbook.utils.consoles import make_console
 
 __all__ = [
     "ConsoleLogger",
     "JsonlLogger",
     "MetricLogger",
     "Metrics",
-    "OF_EVERY_STEP",
     "TensorBoardLogger",
     "TrackioLogger",
     "WandbLogger",

@@ -7,12 +7,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 
 from cookbook.errors import ConfigError
-from cookbook.tables import Table
+from cookbook.utils.tables import Table
 
 Metrics = Mapping[str, float]
-
-OF_EVERY_STEP = ("epoch", "train", "optim", "data", "perf")
-"""What the paths of metrics begin with that no evaluator measured."""
 
 
 class MetricLogger(ABC):

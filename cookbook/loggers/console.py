@@ -12,10 +12,11 @@ from typing import TextIO
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from cookbook import files
-from cookbook.consoles import VisibleFormatter, plain, plain_line
-from cookbook.control_characters import visible_entry
-from cookbook.loggers.base import OF_EVERY_STEP, MetricLogger, Metrics
+from cookbook.loggers.base import MetricLogger, Metrics
+from cookbook.runs.rows import OF_EVERY_STEP
+from cookbook.utils import files
+from cookbook.utils.consoles import VisibleFormatter, plain, plain_line
+from cookbook.utils.control_characters import visible_entry
 
 
 class ConsoleLogger(MetricLogger):

@@ -6,10 +6,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from cookbook import jsonl
 from cookbook.loggers.base import MetricLogger, Metrics
-from cookbook.run_rows import read_metrics, read_tables
-from cookbook.tables import Table
+from cookbook.runs.rows import read_metrics, read_tables
+from cookbook.utils import jsonl
+from cookbook.utils.tables import Table
 
 
 class JsonlLogger(MetricLogger):

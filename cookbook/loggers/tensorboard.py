@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from cookbook import files
 from cookbook.loggers.base import MetricLogger, Metrics
-from cookbook.tables import Cell, Table
+from cookbook.utils import files
+from cookbook.utils.tables import Cell, Table
 
 FOLDER = "tensorboard"
 

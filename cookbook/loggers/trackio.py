@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from cookbook import files
 from cookbook.errors import ConfigError
 from cookbook.loggers.base import MetricLogger, Metrics
-from cookbook.run_rows import read_metrics, read_tables
-from cookbook.tables import Table
+from cookbook.runs.rows import read_metrics, read_tables
+from cookbook.utils import files
+from cookbook.utils.tables import Table
 
 NAME_FILE = "trackio_run_name.txt"
 

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from cookbook import files
 from cookbook.errors import ConfigError
 from cookbook.loggers.base import MetricLogger, Metrics
-from cookbook.tables import Table
+from cookbook.utils import files
+from cookbook.utils.tables import Table
 
 REPAIR = (
     "Log in with `wandb login`, work without a network with WANDB_MODE=offline, or leave wandb_project out."

@@ -9,15 +9,15 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from cookbook import files
 from cookbook.errors import ConfigError
 from cookbook.report import panels
-from cookbook.report.record import RunRecord, read_run
 from cookbook.report.rendering import render
 from cookbook.report.run_page import REPORT_FILE
-from cookbook.report.settings import texts_of
-from cookbook.report.summary import Outcome, better_of, headline_metric, outcome_of, status_of
 from cookbook.report.table_views import shortened
+from cookbook.runs.record import RunRecord, read_run
+from cookbook.runs.settings import texts_of
+from cookbook.runs.summary import Outcome, better_of, headline_metric, outcome_of, status_of
+from cookbook.utils import files
 
 MAX_METRICS = 6
 """Columns of metrics in the table of runs; the charts have all of them."""

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from cookbook.loggers import MetricLogger, Metrics
 from cookbook.report.run_page import write_report
-from cookbook.run_metrics import MetricsReader
+from cookbook.runs.metrics import MetricsReader
 
 logger = logging.getLogger(__name__)
 

@@ -10,9 +10,9 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from cookbook.report.downsampling import keep_evenly, keep_extremes, smooth, smoothing_span
-from cookbook.report.record import RunRecord, is_eval, is_wide
-from cookbook.run_metrics import Series
+from cookbook.runs.downsampling import keep_evenly, keep_extremes, smooth, smoothing_span
+from cookbook.runs.metrics import Series
+from cookbook.runs.record import RunRecord, is_eval, is_wide
 
 Chart: TypeAlias = dict[str, Any]
 

@@ -15,9 +15,9 @@ from urllib.parse import quote
 import jinja2
 from markupsafe import Markup
 
-from cookbook.control_characters import visible
 from cookbook.report.panels import Chart
-from cookbook.report.summary import duration, number
+from cookbook.runs.summary import duration, number
+from cookbook.utils.control_characters import visible
 
 PAGE_DIR = Path(__file__).parent / "page"
 

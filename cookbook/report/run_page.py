@@ -8,15 +8,16 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from cookbook import files, notes
-from cookbook.report import curves, panels
-from cookbook.report.record import RunRecord, read_run
+from cookbook.report import panels
 from cookbook.report.rendering import render
-from cookbook.report.settings import settings_of
-from cookbook.report.summary import facts_of, outcomes_of, status_of
 from cookbook.report.table_views import views_of
 from cookbook.report.time_chart import time_chart
-from cookbook.run_metrics import MetricsReader
+from cookbook.runs import curves
+from cookbook.runs.metrics import MetricsReader
+from cookbook.runs.record import RunRecord, read_run
+from cookbook.runs.settings import settings_of
+from cookbook.runs.summary import facts_of, outcomes_of, status_of
+from cookbook.utils import files, notes
 
 REPORT_FILE = "report.html"
 CURVES_FILE = "curves.png"

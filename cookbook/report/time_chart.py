@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from cookbook.report.panels import NUM_COLOURS, SPAN_PREFIX, Chart, chart, rounded, spans_of
-from cookbook.report.record import RunRecord
-from cookbook.run_metrics import Series
+from cookbook.runs.metrics import Series
+from cookbook.runs.record import RunRecord
 
 MAX_STRETCHES = 300
 """Of steps: more could not be told apart."""

@@ -9,10 +9,10 @@ import socket
 from collections.abc import Iterator
 from typing import Any
 
-from cookbook.config_files import differences
-from cookbook.engine.mesh import Mesh, joined
+from cookbook.config.config_files import differences
+from cookbook.data.types import SupervisedDataset, num_batches_of
+from cookbook.engine.processes import Mesh, joined
 from cookbook.errors import ConfigError, CookbookError, DataError
-from cookbook.supervised.types import SupervisedDataset, num_batches_of
 
 PACKAGES = ("sft-cookbook", "torch", "transformers", "peft", "datasets", "numpy", "tokenizers")
 

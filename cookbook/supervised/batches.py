@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from cookbook.data.types import SupervisedDataset, num_batches_of, row_counts_of
 from cookbook.errors import CookbookError, DataError
-from cookbook.supervised.types import SupervisedDataset, num_batches_of, row_counts_of
 from cookbook.types import IGNORED_TARGET, Datum, TensorData
 
 

@@ -4,62 +4,22 @@ from __future__ import annotations
 
 import logging
 import math
-import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any
 
-from cookbook.checkpoints import FINAL, CheckpointLog, checkpoint_name
-from cookbook.errors import ConfigError, TrainingError
+from cookbook.clients.futures import APIFuture
+from cookbook.errors import TrainingError
 from cookbook.eval.evaluators import FAILURES
-from cookbook.futures import APIFuture
-from cookbook.nearest import did_you_mean
+from cookbook.runs.checkpoints import FINAL, CheckpointLog, checkpoint_name
+from cookbook.runs.directions import DEFAULT_METRIC, BestMode, direction
 from cookbook.supervised.batches import Position
-from cookbook.supervised.nll_evaluator import METRIC_PATTERNS
 from cookbook.types import SaveWeightsResponse
 
 if TYPE_CHECKING:
-    from cookbook.training_client import TrainingClient
+    from cookbook.clients.training import TrainingClient
 
 logger = logging.getLogger(__name__)
-
-BestMode: TypeAlias = Literal["auto", "min", "max"]
-
-DEFAULT_METRIC = "test/nll"
-LOWER_IS_BETTER = {
-    "nll",
-    "loss",
-    "perplexity",
-    "ppl",
-    "bits",
-    "bpb",
-    "error",
-    "errors",
-    "wer",
-    "cer",
-    "brier",
-}
-HIGHER_IS_BETTER = {
-    "accuracy", "acc", "match", "correct", "f1", "precision", "recall", "score", "reward", "bleu", "rouge",
-    "chrf", "pass", "win", "mcc",
-}  # fmt: skip
-"""Words of a metric's path that tell which way is better. The last such word counts."""
-
-
-def direction(metric: str, mode: BestMode) -> Literal["min", "max"]:
-    """Raises ConfigError where `auto` cannot tell from the metric's name."""
-    if mode != "auto":
-        return mode
-    for word in reversed(re.findall(r"[a-z]+1?", metric.lower())):
-        if word in LOWER_IS_BETTER:
-            return "min"
-        if word in HIGHER_IS_BETTER:
-            return "max"
-    hint = did_you_mean(metric, METRIC_PATTERNS)
-    raise ConfigError(
-        f"best_metric={metric}: its name does not say whether lower or higher is better.{hint} "
-        f"Say best_mode=min or best_mode=max."
-    )
 
 
 class BestTracker:

@@ -6,14 +6,14 @@ import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from cookbook import json_files
-from cookbook.checkpoints import FINAL, Checkpoint, CheckpointLog
+from cookbook.data.types import RowCounts, SupervisedDataset, num_batches_of, row_counts_of
 from cookbook.errors import ConfigError, DataError
-from cookbook.json_files import Origin, Positive
-from cookbook.schedules import learning_rate_at
+from cookbook.runs.checkpoints import FINAL, Checkpoint, CheckpointLog
+from cookbook.runs.folder import ROUNDING_KEYS, RunFolder, how_to_train_on
 from cookbook.supervised.batches import BEGINNING, Position
-from cookbook.supervised.run_folder import ROUNDING_KEYS, RunFolder, how_to_train_on
-from cookbook.supervised.types import RowCounts, SupervisedDataset, num_batches_of, row_counts_of
+from cookbook.supervised.schedules import learning_rate_at
+from cookbook.utils import json_files
+from cookbook.utils.json_files import Origin, Positive
 
 if TYPE_CHECKING:
     from cookbook.supervised.train import Config

@@ -12,19 +12,19 @@ from typing import TYPE_CHECKING
 import chz
 
 from cookbook import models
-from cookbook.checkpoints import CheckpointLog
-from cookbook.engine import mesh
+from cookbook.data.types import ChatDatasetBuilder
+from cookbook.engine import processes
 from cookbook.engine.options import check_device
 from cookbook.errors import CheckpointError, ConfigError
 from cookbook.eval.evaluators import AnyEvaluatorBuilder, metric_patterns_of
 from cookbook.loggers import check_installed, check_wandb_login
+from cookbook.runs.checkpoints import CheckpointLog
+from cookbook.runs.directions import METRIC_PATTERNS
 from cookbook.supervised.best import DEFAULT_METRIC
-from cookbook.supervised.nll_evaluator import METRIC_PATTERNS
-from cookbook.supervised.types import ChatDatasetBuilder
 from renderers.registry import check_renderer_name
 
 if TYPE_CHECKING:
-    from cookbook.engine.state import StateInfo
+    from cookbook.engine.checkpoint import StateInfo
     from cookbook.supervised.train import Config
 
 BYTES_OF_ADAM = 8
@@ -44,7 +44,7 @@ def check_before_work(config: Config, is_resumed: bool = False) -> None:
         check_installed("tensorboard", "tensorboard=True")
     if config.trackio_project is not None:
         check_installed("trackio", f"trackio_project={config.trackio_project}")
-    if config.wandb_project is not None and mesh.current().is_main:
+    if config.wandb_project is not None and processes.current().is_main:
         check_wandb_login(config.wandb_project)
     if config.compile:
         _check_compiler()
@@ -139,16 +139,16 @@ def _check_is_checkpoint(folder: Path) -> None:
 
 def _check_start_weights(config: Config, path: str) -> None:
     """Raises CheckpointError for weights that are not there, or that fit another model or adapter."""
-    from cookbook.engine import state
+    from cookbook.engine import checkpoint
 
-    info = state.read_info(path)
+    info = checkpoint.read_info(path)
     folder = Path(path).expanduser()
-    _check_settings_fit(config, path, info, is_own=(folder / state.STATE_FILE).is_file())
+    _check_settings_fit(config, path, info, is_own=(folder / checkpoint.STATE_FILE).is_file())
     if info.lora.rank == 0:
         models.check_files(str(folder))
         theirs = _sizes_of_model(str(folder))
     else:
-        theirs = _sizes_of_adapter(folder / state.ADAPTER_FILE)
+        theirs = _sizes_of_adapter(folder / checkpoint.ADAPTER_FILE)
     ours = _sizes_of_model(config.model_name)
     differing = [
         f"{name} {value} there, {ours[name]} here"

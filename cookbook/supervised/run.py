@@ -16,24 +16,24 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cookbook.checkpoints import FINAL, Checkpoint, CheckpointLog, checkpoint_name
-from cookbook.engine.mesh import Mesh
+from cookbook.clients.futures import APIFuture
+from cookbook.data.report import note_lines
+from cookbook.data.types import LEFT_OUT, SupervisedDataset
+from cookbook.engine.processes import Mesh
 from cookbook.errors import TrainingError
 from cookbook.eval.evaluators import FAILURES, Evaluation, Evaluator, TrainingClientEvaluator, evaluate
-from cookbook.futures import APIFuture
 from cookbook.loggers import MetricLogger
-from cookbook.schedules import learning_rate_at
+from cookbook.runs.checkpoints import FINAL, Checkpoint, CheckpointLog, checkpoint_name
 from cookbook.supervised.batches import BatchQueue, PlacedBatch, Position
 from cookbook.supervised.best import BestKeeper, NewBest
-from cookbook.supervised.data.report import note_lines
+from cookbook.supervised.schedules import learning_rate_at
 from cookbook.supervised.step_times import EVALUATING, StepTimes
-from cookbook.supervised.types import LEFT_OUT, SupervisedDataset
 from cookbook.trace import Recorder
 from cookbook.types import AdamParams, ForwardBackwardOutput, OptimStepResponse, SaveWeightsResponse
 
 if TYPE_CHECKING:
+    from cookbook.clients.training import TrainingClient
     from cookbook.supervised.train import Config
-    from cookbook.training_client import TrainingClient
 
 logger = logging.getLogger(__name__)
 

@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from cookbook import environment, models
-from cookbook.checkpoints import CheckpointLog
+from cookbook import models
+from cookbook.data.types import ChatDatasetBuilder, SupervisedDataset, num_batches_of
 from cookbook.errors import ConfigError
 from cookbook.eval.evaluators import AnyEvaluatorBuilder, Evaluation, Evaluator, EvaluatorBuilder, RunContext
-from cookbook.hyperparameters import fitting_rank
+from cookbook.eval.nll import NLLEvaluator
 from cookbook.loggers import (
-    OF_EVERY_STEP,
     ConsoleLogger,
     JsonlLogger,
     MetricLogger,
@@ -24,22 +23,24 @@ from cookbook.loggers import (
     WandbLogger,
 )
 from cookbook.report.live import ReportLogger
+from cookbook.runs import environment
+from cookbook.runs.checkpoints import CheckpointLog
+from cookbook.runs.folder import RunFolder
+from cookbook.runs.rows import OF_EVERY_STEP
 from cookbook.supervised.agreement import check_same_data
 from cookbook.supervised.batches import BatchQueue
 from cookbook.supervised.best import BestKeeper, BestTracker
 from cookbook.supervised.continuation import Start, announce, find_start
-from cookbook.supervised.nll_evaluator import NLLEvaluator
+from cookbook.supervised.hyperparameters import fitting_rank
 from cookbook.supervised.preflight import check_evaluations, check_space
 from cookbook.supervised.run import Run
-from cookbook.supervised.run_folder import RunFolder
 from cookbook.supervised.step_times import StepTimes
-from cookbook.supervised.types import ChatDatasetBuilder, SupervisedDataset, num_batches_of
-from cookbook.tables import Table
 from cookbook.trace import Recorder
+from cookbook.utils.tables import Table
 
 if TYPE_CHECKING:
+    from cookbook.clients.training import TrainingClient
     from cookbook.supervised.train import Config
-    from cookbook.training_client import TrainingClient
 
 logger = logging.getLogger(__name__)
 
@@ -127,9 +128,9 @@ def _warn_of_other_formats(config: Config, is_resumed: bool) -> None:
     ours = _chat_format(config)
     recorded: Mapping[str, str] = {}
     if config.load_checkpoint_path is not None and not is_resumed:
-        from cookbook.engine import state
+        from cookbook.engine import checkpoint
 
-        recorded = state.read_info(config.load_checkpoint_path).user_metadata or {}
+        recorded = checkpoint.read_info(config.load_checkpoint_path).user_metadata or {}
     builder = config.dataset_builder
     for key in ("renderer_name", "system_prompt", "tools_in_system"):
         if recorded and ours.get(key) != recorded.get(key):
@@ -279,8 +280,8 @@ def _track_best(
 async def _create_client(
     config: Config, folder: RunFolder, checkpoints: CheckpointLog, recorder: Recorder, stack: ExitStack
 ) -> TrainingClient:
-    from cookbook.engine.state import remove_unfinished
-    from cookbook.service import ServiceClient
+    from cookbook.clients.service import ServiceClient
+    from cookbook.engine.checkpoint import remove_unfinished
 
     folder.world.by_main(lambda: remove_unfinished(folder.checkpoint_dir))
     service = ServiceClient(

@@ -9,7 +9,7 @@ import threading
 from types import TracebackType
 from typing import Any
 
-from cookbook.engine.mesh import ALONE, Mesh
+from cookbook.engine.processes import ALONE, Mesh
 
 logger = logging.getLogger(__name__)
 

@@ -11,24 +11,25 @@ from typing import Literal, Self
 import chz
 from rich.console import Console
 
-from cookbook import config_files, models
-from cookbook.checkpoints import CheckpointLog
-from cookbook.engine import mesh
+from cookbook import models
+from cookbook.config import config_files
+from cookbook.data.types import SupervisedDatasetBuilder
+from cookbook.engine import processes
 from cookbook.engine.options import EngineOptions, GradientCheckpointing, Quantization, Shard
 from cookbook.errors import ConfigError
 from cookbook.eval.evaluators import EvaluatorBuilder, OnEvaluatorError
-from cookbook.hyperparameters import LearningRate, recommend_learning_rate
 from cookbook.loggers import logging_to, make_console
-from cookbook.schedules import LRSchedule
+from cookbook.runs.checkpoints import CheckpointLog
+from cookbook.runs.directions import DEFAULT_METRIC, BestMode, direction
+from cookbook.runs.folder import IfLogPathExists, RunFolder, holds_run
 from cookbook.supervised.agreement import joined_alike
-from cookbook.supervised.best import DEFAULT_METRIC, BestMode, direction
 from cookbook.supervised.continuation import check_length
+from cookbook.supervised.hyperparameters import LearningRate, recommend_learning_rate
 from cookbook.supervised.preflight import check_before_work
 from cookbook.supervised.run import RunSummary
-from cookbook.supervised.run_folder import IfLogPathExists, RunFolder, holds_run
+from cookbook.supervised.schedules import LRSchedule
 from cookbook.supervised.start import start_run
 from cookbook.supervised.stop_signal import StopSignal
-from cookbook.supervised.types import SupervisedDatasetBuilder
 from cookbook.types import MAX_RANK
 
 logger = logging.getLogger(__name__)
@@ -238,7 +239,7 @@ async def main(config: Config) -> RunSummary:
     The order of the engine's queue is the meaning of the loop: forward_backward, optim_step,
     then what belongs to the state they made (save, evaluate), and only then the next step.
     """
-    console = make_console(is_quiet=not mesh.current().is_main)
+    console = make_console(is_quiet=not processes.current().is_main)
     config = config.resolved()
     resolved = config_files.to_json(config)
     with joined_alike(resolved) as world:

@@ -8,11 +8,11 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from cookbook import clusters, files
-from cookbook.config_files import foreign_classes, to_json
+from cookbook.config.config_files import foreign_classes, to_json
 from cookbook.errors import ClusterError
 from cookbook.sweeps.plan import Config, Plan, PlannedRun
 from cookbook.sweeps.run_process import Progress
+from cookbook.utils import clusters, files
 
 GCS_PORT = 6379
 START_ATTEMPTS = 4

@@ -12,16 +12,16 @@ from typing import Any, Literal
 import chz
 from chz.blueprint import Castable
 
-from cookbook import cli
-from cookbook.config_files import NoValue, Setting
-from cookbook.documents import Document, read_document
+from cookbook.config import cli
+from cookbook.config.config_files import NoValue, Setting
+from cookbook.config.documents import Document, read_document
+from cookbook.config.keys import UNKNOWN, Resolver
 from cookbook.errors import ConfigError
-from cookbook.keys import UNKNOWN, Resolver
-from cookbook.nearest import did_you_mean
-from cookbook.recipe import Recipe, find_recipe
 from cookbook.supervised import train
+from cookbook.supervised.recipe import Recipe, find_recipe
 from cookbook.sweeps import space
 from cookbook.sweeps.space import Axis, Choice, Point
+from cookbook.utils.nearest import did_you_mean
 
 RUNS = "runs"
 """The section of a sweep file that holds the recipe's keys."""

@@ -17,15 +17,15 @@ from chz.blueprint import Castable
 from rich.console import Console
 from rich.table import Table
 
-from cookbook import files, json_files, jsonl
-from cookbook.checkpoints import CheckpointLog
-from cookbook.consoles import plain_line
-from cookbook.control_characters import visible_line
-from cookbook.run_metrics import METRICS_FILE
-from cookbook.run_rows import METRICS_SHAPE, METRICS_VALUE
+from cookbook.runs.checkpoints import CheckpointLog
+from cookbook.runs.metrics import METRICS_FILE
+from cookbook.runs.rows import METRICS_SHAPE, METRICS_VALUE
 from cookbook.sweeps.plan import Plan, PlannedRun
 from cookbook.sweeps.run_process import Progress
 from cookbook.sweeps.space import SEED
+from cookbook.utils import files, json_files, jsonl
+from cookbook.utils.consoles import plain_line
+from cookbook.utils.control_characters import visible_line
 
 RECORD = "sweep.jsonl"
 CSV = "results.csv"

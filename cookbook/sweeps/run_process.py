@@ -18,9 +18,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from cookbook.checkpoints import CheckpointLog
-from cookbook.json_files import Measured
-from cookbook.run_metrics import MetricsReader
+from cookbook.runs.checkpoints import CheckpointLog
+from cookbook.runs.metrics import MetricsReader
+from cookbook.utils.json_files import Measured
 
 State = Literal["running", "finished", "stopped", "failed"]
 POLL_SECONDS = 0.2

@@ -7,15 +7,17 @@ from collections.abc import Callable, Sequence
 
 from rich.console import Console
 
-from cookbook import config_files, files, report
-from cookbook.consoles import make_console, plain, plain_line
-from cookbook.control_characters import visible_entry
+from cookbook import report
+from cookbook.config import config_files
 from cookbook.errors import ConfigError
-from cookbook.supervised.run_folder import RunFolder
+from cookbook.runs.folder import RunFolder
 from cookbook.sweeps import results
 from cookbook.sweeps.plan import Plan, PlannedRun
 from cookbook.sweeps.results import Result
 from cookbook.sweeps.run_process import Progress
+from cookbook.utils import files
+from cookbook.utils.consoles import make_console, plain, plain_line
+from cookbook.utils.control_characters import visible_entry
 
 OnEnd = Callable[[PlannedRun, Progress], None]
 Execute = Callable[[Plan, Sequence[PlannedRun], Sequence[PlannedRun], OnEnd], bool]

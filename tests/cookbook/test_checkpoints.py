@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from cookbook.checkpoints import FINAL, CheckpointLog, read_records
 from cookbook.errors import CheckpointError, DataError, FileError
+from cookbook.runs.checkpoints import FINAL, CheckpointLog, read_records
 
 
 def add(log: CheckpointLog, folder: Path, step: int) -> None:

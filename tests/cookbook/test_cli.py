@@ -13,12 +13,12 @@ import pytest
 from chz.blueprint import Reference
 from chz.blueprint._entrypoint import EntrypointHelpException
 
-from cookbook import cli, config_files
+from cookbook.config import cli, config_files
+from cookbook.data import FromConversationFileBuilder
+from cookbook.data.types import SupervisedDatasetBuilder
 from cookbook.errors import ConfigError, DataError
 from cookbook.eval.evaluators import RunContext
 from cookbook.supervised import train
-from cookbook.supervised.data import FromConversationFileBuilder
-from cookbook.supervised.types import SupervisedDatasetBuilder
 from recipes.sft import DEFAULTS
 
 MODEL = "Qwen/Qwen3-0.6B"  # its renderer is known by name, so no tokenizer is loaded
@@ -26,7 +26,7 @@ MODEL = "Qwen/Qwen3-0.6B"  # its renderer is known by name, so no tokenizer is l
 
 SAMPLES = "cookbook.eval.samples:SamplesEvaluatorBuilder"
 GENERATION = "cookbook.eval.generation:GenerationEvaluatorBuilder"
-FILE_BUILDER = "cookbook.supervised.data:FromConversationFileBuilder"
+FILE_BUILDER = "cookbook.data:FromConversationFileBuilder"
 
 
 def make(*argv: str) -> Any:

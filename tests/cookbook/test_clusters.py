@@ -13,8 +13,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from cookbook import clusters
 from cookbook.errors import ClusterError
+from cookbook.utils import clusters
 
 pytest.importorskip("ray")
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cookbook import cli, config_files
+from cookbook.config import cli, config_files
 from cookbook.errors import ConfigError
 from cookbook.supervised import train
 from recipes.sft import DEFAULTS

@@ -17,8 +17,8 @@ import pytest
 from rich.console import Console
 from rich.table import Table
 
-from cookbook import consoles
-from cookbook.consoles import plain, plain_line
+from cookbook.utils import consoles
+from cookbook.utils.consoles import plain, plain_line
 
 HOSTILE = "\x1b]0;owned\x07\x9b2J\u202eevil\u202c\u200b [/INST] [red]not[/red] :smile: https://x.y 42"
 """A title for the window, a cleared screen, a turned word, and what Rich would read as markup or emoji."""
@@ -141,7 +141,7 @@ def test_our_console_reads_no_markup_in_text_that_was_not_made_plain(
 
 def test_a_program_goes_on_where_the_reader_of_its_output_is_gone(tmp_path: Path) -> None:
     program = (
-        "from cookbook.consoles import make_console, plain\n"
+        "from cookbook.utils.consoles import make_console, plain\n"
         "console = make_console()\n"
         "for number in range(15_000): console.print(plain(f'line {number}'))\n"
         f"open({str(tmp_path / 'end')!r}, 'w').close()\n"

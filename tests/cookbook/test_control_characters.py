@@ -7,7 +7,7 @@ import unicodedata
 
 import pytest
 
-from cookbook.control_characters import visible, visible_entry, visible_line
+from cookbook.utils.control_characters import visible, visible_entry, visible_line
 
 SEEN_FORMAT_CHARACTERS = {
     *range(0x600, 0x606), 0x6DD, 0x70F, 0x890, 0x891, 0x8E2, 0x110BD, 0x110CD,  # signs above or below numbers

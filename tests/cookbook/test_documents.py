@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from cookbook import config_files
-from cookbook.documents import read_document
+from cookbook.config import config_files
+from cookbook.config.documents import read_document
 from cookbook.errors import ConfigError
 
 YAML = """# settings

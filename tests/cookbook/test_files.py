@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from cookbook import files, jsonl
 from cookbook.errors import FileError
+from cookbook.utils import files, jsonl
 
 
 @pytest.fixture(params=[0o022, 0o002, 0o077])

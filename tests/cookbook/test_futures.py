@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from cookbook.futures import APIFuture
+from cookbook.clients.futures import APIFuture
 
 
 @pytest.fixture

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from cookbook import cli, embedded
+from cookbook import embedded
+from cookbook.config import cli
 from cookbook.errors import ModelError
-from cookbook.hyperparameters import fitting_rank, recommend_learning_rate
 from cookbook.supervised import train
+from cookbook.supervised.hyperparameters import fitting_rank, recommend_learning_rate
 from recipes import sft
 
 MakeModel = Callable[..., Path]

@@ -19,8 +19,8 @@ import pytest
 from safetensors.torch import load_file
 
 from cookbook import jobs
-from cookbook.checkpoints import CheckpointLog
 from cookbook.errors import ClusterError, ConfigError
+from cookbook.runs.checkpoints import CheckpointLog
 from recipes import jobs as jobs_recipe
 from recipes import sft
 

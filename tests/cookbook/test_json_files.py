@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from cookbook import json_files
 from cookbook.errors import DataError
-from cookbook.json_files import Count, Measured, Origin
+from cookbook.utils import json_files
+from cookbook.utils.json_files import Count, Measured, Origin
 
 ORIGIN = Origin("notes.json", DataError, "Restore it.")
 

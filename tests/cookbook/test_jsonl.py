@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from cookbook import jsonl
 from cookbook.errors import DataError
-from cookbook.run_rows import METRICS_SHAPE, METRICS_VALUE
+from cookbook.runs.rows import METRICS_SHAPE, METRICS_VALUE
+from cookbook.utils import jsonl
 
 
 def test_a_file_torn_at_any_byte_reads_as_the_rows_that_are_whole(tmp_path: Path) -> None:

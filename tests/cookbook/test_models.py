@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from cookbook import embedded, models
-from cookbook.engine.base_model import BaseModel
+from cookbook.engine.model.base_model import BaseModel
 from cookbook.errors import ModelError
 from renderers import get_renderer
 

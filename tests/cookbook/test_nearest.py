@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from cookbook import cli, embedded
-from cookbook.nearest import did_you_mean, nearest
+from cookbook import embedded
+from cookbook.config import cli
 from cookbook.supervised import train
+from cookbook.utils.nearest import did_you_mean, nearest
 from recipes.sft import DEFAULTS
 from renderers import renderer_names
 

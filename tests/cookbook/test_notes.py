@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from cookbook import notes
-from cookbook.notes import Note
+from cookbook.utils import notes
+from cookbook.utils.notes import Note
 
 
 def test_what_is_counted_is_collected_and_dropped_where_nobody_collects() -> None:

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from cookbook import cli, other_trainers
+from cookbook.config import cli, other_trainers
 from cookbook.errors import ConfigError
 from cookbook.supervised import train
 from recipes import chat

@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from cookbook import models, pretrained
-from cookbook.engine.loading import load_model
+from cookbook import models
+from cookbook.engine.model.loading import load_model
 from cookbook.errors import ModelError, RendererError
+from cookbook.utils import pretrained
 from renderers.encoder import Encoder
 
 

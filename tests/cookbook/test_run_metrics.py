@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cookbook import jsonl, run_metrics
 from cookbook.errors import DataError
-from cookbook.run_metrics import MetricsReader
+from cookbook.runs import metrics
+from cookbook.runs.metrics import MetricsReader
+from cookbook.utils import jsonl
 
 
 def row(step: int, **more: Any) -> dict[str, Any]:
@@ -141,16 +142,16 @@ def test_large_files_are_read_as_small_ones_are(tmp_path: Path, monkeypatch: pyt
         rows.append(one)
     write(tmp_path / "metrics.jsonl", rows)
     slow = MetricsReader(tmp_path)
-    monkeypatch.setattr(run_metrics, "WORTH_ARROW", 1 << 60)
+    monkeypatch.setattr(metrics, "WORTH_ARROW", 1 << 60)
     expected = told(slow)
-    monkeypatch.setattr(run_metrics, "WORTH_ARROW", 1)
+    monkeypatch.setattr(metrics, "WORTH_ARROW", 1)
     for block in (1 << 10, 1 << 16, 1 << 24):
         monkeypatch.setattr(jsonl, "BLOCK", block)
         fast = told(MetricsReader(tmp_path))
         assert list(fast) == list(expected)
         assert repr(fast) == repr(expected)
     content = (tmp_path / "metrics.jsonl").read_bytes()
-    assert run_metrics._columns_by_arrow(content) is not None, "the way that is meant was taken"
+    assert metrics._columns_by_arrow(content) is not None, "the way that is meant was taken"
 
 
 @pytest.mark.parametrize(
@@ -167,7 +168,7 @@ def test_a_number_that_is_not_finite_is_read_alike_and_left_out(
     path.write_text(f"{json.dumps(row(6))}\n{line}\n{json.dumps(row(8))}\n", encoding="utf-8")
     found = {}
     for limit in (1 << 60, 1):
-        monkeypatch.setattr(run_metrics, "WORTH_ARROW", limit)
+        monkeypatch.setattr(metrics, "WORTH_ARROW", limit)
         reader = MetricsReader(tmp_path)
         found[limit] = repr(told(reader))
         (value,) = [value for key, value in json.loads(line).items() if key != "step"]
@@ -190,7 +191,7 @@ def test_what_is_no_row_is_an_error_with_its_line_at_every_look(
     path = tmp_path / "metrics.jsonl"
     path.write_text(f"{json.dumps(row(6))}\n{line}\n{json.dumps(row(8))}\n", encoding="utf-8")
     for limit in (1 << 60, 1):
-        monkeypatch.setattr(run_metrics, "WORTH_ARROW", limit)
+        monkeypatch.setattr(metrics, "WORTH_ARROW", limit)
         reader = MetricsReader(tmp_path)
         for _ in range(2):
             with pytest.raises(DataError, match=r"line 2 of .*metrics\.jsonl"):

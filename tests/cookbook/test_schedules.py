@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from cookbook.schedules import learning_rate_at
+from cookbook.supervised.schedules import learning_rate_at
 
 
 def rates(schedule: str, warmup_steps: int = 0, total_steps: int = 10) -> list[float]:

@@ -27,7 +27,7 @@ from cookbook import (
     TrainingClient,
     embedded,
 )
-from cookbook.engine import state
+from cookbook.engine import checkpoint
 from cookbook.errors import CheckpointError, ConfigError, ModelError, RequestError
 
 ADAM = AdamParams(learning_rate=1e-2)
@@ -168,7 +168,7 @@ def test_a_damaged_checkpoint_makes_no_client_and_leaves_no_adapter(
     shutil.copytree(path, damaged)
     weights = load_file(damaged / "adapter_model.safetensors")
     weights.popitem()
-    (damaged / "state.json").unlink()
+    (damaged / "checkpoint.json").unlink()
     save_file(weights, damaged / "adapter_model.safetensors")
     for create in (service.create_sampling_client, client.create_sampling_client):
         with pytest.raises(CheckpointError, match="does not fit"):
@@ -299,7 +299,7 @@ def test_metadata_of_a_service_is_that_of_its_clients_and_their_checkpoints(
     expected = {"a": "b", "c": "e", "project_id": "project"}
     assert client.get_info().user_metadata == expected
     path = client.save_state("saved").result().path
-    assert state.read_info(path).user_metadata == expected
+    assert checkpoint.read_info(path).user_metadata == expected
     again = service.create_training_client_from_state(path, tiny_qwen3, {"c": "f"})
     assert again.get_info().user_metadata == {**expected, "c": "f"}
     service.close()

@@ -22,12 +22,12 @@ import numpy as np
 import pytest
 import yaml
 
-from cookbook import clusters, jsonl
-from cookbook.checkpoints import CheckpointLog
 from cookbook.errors import ConfigError, FileError
+from cookbook.runs.checkpoints import CheckpointLog
 from cookbook.sweeps import Plan, execution, make_plan, run_sweep, space
 from cookbook.sweeps.plan import PlannedRun
 from cookbook.sweeps.run_process import Progress, RunProcess
+from cookbook.utils import clusters, jsonl
 from recipes import sft
 
 REPOSITORY = Path(__file__).parents[2]

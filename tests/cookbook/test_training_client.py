@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 
 import cookbook
 from cookbook import AdamParams, Datum, ModelInput, ServiceClient, TensorData, TrainingClient
-from cookbook.engine import state
+from cookbook.engine import checkpoint
 from cookbook.errors import CheckpointError, ConfigError, RequestError, TrainingError
 
 ADAM = AdamParams(learning_rate=1e-2)
@@ -580,7 +580,7 @@ def test_weights_that_are_not_finite_are_not_saved(
     with torch.no_grad():
         weight.view(-1)[-1] = kept
     client.save_state("sound", overwrite=True).result()
-    assert (sound / "state.json").read_bytes() == before["state.json"]
+    assert (sound / "checkpoint.json").read_bytes() == before["checkpoint.json"]
     service.close()
 
 
@@ -599,14 +599,14 @@ def test_a_time_to_live_is_recorded_and_overwrites_nothing(make_client: Any) -> 
     client = make_client()
     for save in (client.save_state, client.save_weights_for_sampler):
         path = Path(save("short-lived", 3600, overwrite=True).result().path)
-        recorded = state.read_info(path).expires_at
+        recorded = checkpoint.read_info(path).expires_at
         assert recorded is not None
         left = datetime.fromisoformat(recorded) - datetime.now(UTC)
         assert 3500 < left.total_seconds() <= 3600
         with pytest.raises(CheckpointError, match="exists already"):
             save("short-lived", 3600).result()
         kept = Path(save("kept", overwrite=True).result().path)
-        assert "expires_at" not in (kept / "state.json").read_text(encoding="utf-8")
+        assert "expires_at" not in (kept / "checkpoint.json").read_text(encoding="utf-8")
     client.load_state_with_optimizer(Path(path.parents[1]) / "short-lived").result()
 
 

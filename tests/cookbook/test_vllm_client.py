@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 
 from cookbook import ModelInput, SamplingClient, SamplingParams, ServiceClient
+from cookbook.clients.vllm import VLLMSamplingClient
 from cookbook.errors import CheckpointError, ClosedError, ModelError, RequestError
-from cookbook.vllm_client import VLLMSamplingClient
 
 PROMPT = ModelInput.from_ints([5, 17, 31, 8])
 NO_STOP = {"stop_token_ids": [10**6]}

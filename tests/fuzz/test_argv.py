@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 from fuzzing import Mutator, check_each, seeds
 
-from cookbook import cli
+from cookbook.config import cli
 from cookbook.errors import ClusterError
 from cookbook.export.export import Config as ExportConfig
-from cookbook.recipe import find_recipe
 from cookbook.supervised import train
+from cookbook.supervised.recipe import find_recipe
 from cookbook.sweeps import make_plan
 from recipes import chat, jobs, preview, report
 from recipes.sft import DEFAULTS
@@ -24,7 +24,7 @@ from recipes.sft import DEFAULTS
 REPOSITORY = Path(__file__).parents[2]
 SAMPLES = "cookbook.eval.samples:SamplesEvaluatorBuilder"
 GENERATION = "cookbook.eval.generation:GenerationEvaluatorBuilder"
-FILES = "cookbook.supervised.data:FromConversationFileBuilder"
+FILES = "cookbook.data:FromConversationFileBuilder"
 
 
 def make_sft(argv: list[str]) -> None:

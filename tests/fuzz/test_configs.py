@@ -14,7 +14,7 @@ import yaml
 from chz.blueprint._entrypoint import EntrypointHelpException
 from fuzzing import ODD_VALUES, RAW, Mutator, check_each, dumped, seeds
 
-from cookbook import cli, config_files
+from cookbook.config import cli, config_files
 from cookbook.errors import ConfigError, ModelError
 from cookbook.supervised import train
 from cookbook.sweeps import make_plan
@@ -55,7 +55,7 @@ ODD_SETTINGS: Sequence[Any] = (
         {"_type": ""},
     ),
     *(
-        {"_type": "cookbook.supervised.data:FromConversationFileBuilder", "file_path": "x"},
+        {"_type": "cookbook.data:FromConversationFileBuilder", "file_path": "x"},
         {"0": "a"},
         {"1": "a"},
     ),

@@ -33,11 +33,13 @@ import pytest
 from damage import Damage
 from fuzzing import check_each, seeds, within
 
-from cookbook import cli, errors, jsonl, models
-from cookbook.checkpoints import CheckpointLog
+from cookbook import errors, models
+from cookbook.config import cli
+from cookbook.runs.checkpoints import CheckpointLog
 from cookbook.sweeps import Plan, make_plan, run_sweep
 from cookbook.sweeps.plan import PlannedRun
 from cookbook.sweeps.run_process import Progress, RunProcess
+from cookbook.utils import jsonl
 
 WALL_SECONDS = 100.0
 """The time of one command; of the processor it may take a tenth."""

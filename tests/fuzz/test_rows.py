@@ -20,11 +20,10 @@ import pytest
 from fuzzing import Mutator, check_each, dumped, seeds
 
 from cookbook import embedded, models
+from cookbook.data import FromConversationFileBuilder, preview
+from cookbook.data.formats import FORMATS, recognise
+from cookbook.data.types import ChatDatasetBuilderCommonConfig, SupervisedDataset
 from cookbook.errors import ConfigError, CookbookError
-from cookbook.supervised import preview
-from cookbook.supervised.data import FromConversationFileBuilder
-from cookbook.supervised.data.formats import FORMATS, recognise
-from cookbook.supervised.types import ChatDatasetBuilderCommonConfig, SupervisedDataset
 from cookbook.types import Datum
 from renderers import Renderer, TrainOnWhat
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from cookbook import AdamParams, ServiceClient
-from cookbook.supervised.data import conversation_to_datum
+from cookbook.data import conversation_to_datum
 from recipes import chat
 from renderers import get_renderer
 

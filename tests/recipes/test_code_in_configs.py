@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from cookbook import cli, config_files
+from cookbook.config import cli, config_files
 from cookbook.errors import ConfigError
 from cookbook.supervised import train
 from recipes.sft import DEFAULTS
@@ -158,7 +158,13 @@ def test_a_recorded_config_runs_no_code_of_others_unless_it_is_named_again(decoy
 
 @pytest.mark.parametrize(
     "name",
-    ["cookbook.jobs.head:subprocess.run", "cookbook.cli:run", "lambda:x", "subprocess:run", "os:system"],
+    [
+        "cookbook.jobs.head:subprocess.run",
+        "cookbook.config.cli:run",
+        "lambda:x",
+        "subprocess:run",
+        "os:system",
+    ],
 )
 def test_a_recorded_config_calls_no_function(name: str, decoy: Path) -> None:
     config = recorded_config()

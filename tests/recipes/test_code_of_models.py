@@ -17,7 +17,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from cookbook import cli, models
+from cookbook import models
+from cookbook.config import cli
 
 CODE = """
 import pathlib

@@ -15,11 +15,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cookbook import AdamParams, Datum, ModelInput, ServiceClient
-from cookbook.engine import state
+from cookbook.engine import checkpoint
 from cookbook.errors import CheckpointError, CookbookError
-from cookbook.export.source import find_source
-from cookbook.report.record import read_run
 from cookbook.report.run_page import page_of
+from cookbook.runs.find import find_source
+from cookbook.runs.record import read_run
 
 WRONG: list[Any] = [
     None, "x", "../x", "", -1, 5.5, float("nan"), float("inf"), 10**400, True, [], {}, [1], {"a": 1}, ["a"],
@@ -30,7 +30,7 @@ RAW = [
 ]  # fmt: skip
 FILES = [
     "config.json", "data.json", "environment.json", "metrics.jsonl", "tables.jsonl", "checkpoints.jsonl",
-    "checkpoints/final/state.json", "checkpoints/final/adapter_config.json",
+    "checkpoints/final/checkpoint.json", "checkpoints/final/adapter_config.json",
 ]  # fmt: skip
 
 
@@ -66,9 +66,9 @@ def look(folder: Path) -> None:
     """What the report, an export and a chat read of a run before anything is loaded."""
     page_of(read_run(folder))
     find_source(str(folder))
-    for checkpoint in (folder / "checkpoints").iterdir():
-        state.read_info(checkpoint)
-        state.check_files(checkpoint)
+    for path in (folder / "checkpoints").iterdir():
+        checkpoint.read_info(path)
+        checkpoint.check_files(path)
 
 
 def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
@@ -141,15 +141,15 @@ def test_a_file_of_a_run_that_is_no_json_is_refused_by_its_name(run_folder: Path
         ("config.json", "num_epochs", "many"),
         ("config.json", "max_steps", [2]),
         ("data.json", "rows", "six"),
-        ("checkpoints/final/state.json", "optimizer_steps", "2"),
-        ("checkpoints/final/state.json", "rng_state", {"bit_generator": "PCG64", "state": 5}),
-        ("checkpoints/final/state.json", "rng_state", {"bit_generator": "os.system"}),
-        ("checkpoints/final/state.json", "microbatch_limits", {"max_tokens": "all"}),
-        ("checkpoints/final/state.json", "microbatch_limits", {"unknown": 3}),
-        ("checkpoints/final/state.json", "sha256", {"../../../config.json": "0"}),
-        ("checkpoints/final/state.json", "world_size", 0),
-        ("checkpoints/final/state.json", "lora", {"rank": "4"}),
-        ("checkpoints/final/state.json", "user_metadata", {"renderer_name": 5}),
+        ("checkpoints/final/checkpoint.json", "optimizer_steps", "2"),
+        ("checkpoints/final/checkpoint.json", "rng_state", {"bit_generator": "PCG64", "state": 5}),
+        ("checkpoints/final/checkpoint.json", "rng_state", {"bit_generator": "os.system"}),
+        ("checkpoints/final/checkpoint.json", "microbatch_limits", {"max_tokens": "all"}),
+        ("checkpoints/final/checkpoint.json", "microbatch_limits", {"unknown": 3}),
+        ("checkpoints/final/checkpoint.json", "sha256", {"../../../config.json": "0"}),
+        ("checkpoints/final/checkpoint.json", "world_size", 0),
+        ("checkpoints/final/checkpoint.json", "lora", {"rank": "4"}),
+        ("checkpoints/final/checkpoint.json", "user_metadata", {"renderer_name": 5}),
         ("checkpoints/final/adapter_config.json", "target_modules", 5),
         ("checkpoints/final/adapter_config.json", "lora_alpha", "8"),
     ],
@@ -210,9 +210,9 @@ def test_optimizer_tensors_that_do_not_fit_are_named_and_nothing_is_changed(
     tensors = load_file(path)
     damage(tensors, next(name for name in sorted(tensors) if name.endswith(".exp_avg")))
     save_file(tensors, path)
-    record = json.loads((saved / "state.json").read_text(encoding="utf-8"))
-    record["sha256"]["optimizer.safetensors"] = state._sha256(path)
-    (saved / "state.json").write_text(json.dumps(record), encoding="utf-8")
+    record = json.loads((saved / "checkpoint.json").read_text(encoding="utf-8"))
+    record["sha256"]["optimizer.safetensors"] = checkpoint._sha256(path)
+    (saved / "checkpoint.json").write_text(json.dumps(record), encoding="utf-8")
     service = ServiceClient(device="cpu")
     with pytest.raises(CheckpointError, match=problem):
         service.create_training_client_from_state_with_optimizer(saved)

@@ -16,10 +16,10 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cookbook import ServiceClient, embedded
-from cookbook.checkpoints import CheckpointLog
+from cookbook.data import NamedChatDatasetBuilder
+from cookbook.data.types import ChatDatasetBuilderCommonConfig
+from cookbook.runs.checkpoints import CheckpointLog
 from cookbook.supervised import train
-from cookbook.supervised.data import NamedChatDatasetBuilder
-from cookbook.supervised.types import ChatDatasetBuilderCommonConfig
 from recipes import export
 
 Exporting = Callable[..., str]

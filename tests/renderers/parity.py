@@ -30,7 +30,7 @@ import conftest
 
 from cookbook.errors import RendererError
 from renderers import Renderer, get_renderer
-from renderers.gpt_oss import CURRENT_DATE
+from renderers.formats.gpt_oss import CURRENT_DATE
 
 README = Path(__file__).parents[2] / "renderers" / "README.md"
 BEGIN, END = "<!-- parity: written by tests/renderers/parity.py -->", "<!-- end of parity -->"

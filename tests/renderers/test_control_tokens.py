@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from cookbook import notes
 from cookbook.errors import RendererError
+from cookbook.utils import notes
 from renderers import TrainOnWhat, get_renderer
 
 RENDERED = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello.<|im_end|>\n"

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from cookbook.errors import RendererError
 from renderers import TrainOnWhat
-from renderers.gpt_oss import CURRENT_DATE, GptOssRenderer
-from renderers.gpt_oss_tools import print_namespace
+from renderers.formats.gpt_oss import CURRENT_DATE, GptOssRenderer
+from renderers.formats.gpt_oss_tools import print_namespace
 
 few = settings(max_examples=50, deadline=None)
 

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from cookbook.errors import RendererError
-from renderers.incremental import IncrementalTemplate, Memory
-from renderers.template import Chat, Template
+from renderers.jinja.incremental import IncrementalTemplate, Memory
+from renderers.jinja.template import Chat, Template
 
 PUBLISHED = Path(
     os.environ.get("COOKBOOK_TEMPLATES") or Path(__file__).parents[2].parent / "shared" / "chat_templates"

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
 from renderers import Delta, get_renderer
-from renderers.role_colon import RoleColonRenderer
+from renderers.formats.role_colon import RoleColonRenderer
 from renderers.streaming import START, ResponseStream, Section
 
 few = settings(max_examples=25, deadline=None)

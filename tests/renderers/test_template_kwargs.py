@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from cookbook import notes
 from cookbook.errors import RendererError
+from cookbook.utils import notes
 from renderers import get_renderer
 
 MODES = (

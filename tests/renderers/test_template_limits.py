@@ -14,9 +14,10 @@ from typing import Any
 import pytest
 
 from cookbook.errors import RendererError
-from renderers import get_renderer, template_limits
-from renderers.sandbox import compiled
-from renderers.template_limits import TemplateLimitError
+from renderers import get_renderer
+from renderers.jinja import template_limits
+from renderers.jinja.sandbox import compiled
+from renderers.jinja.template_limits import TemplateLimitError
 
 CHAT: list[dict[str, Any]] = [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Hello."}]
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from cookbook import notes
 from cookbook.errors import RendererError
+from cookbook.utils import notes
 from renderers import TrainOnWhat
 from renderers.train_on_what import chosen_messages
 from renderers.training_flags import Training, training_of

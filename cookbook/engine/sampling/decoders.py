@@ -18,10 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cookbook.engine import architecture, projection
-from cookbook.engine.attention import AttentionLayout
-from cookbook.engine.base_model import BaseModel
-from cookbook.engine.memory import is_out_of_memory
+from cookbook.engine.model import architecture, unembedding
+from cookbook.engine.model.attention import AttentionLayout
+from cookbook.engine.model.base_model import BaseModel
+from cookbook.engine.model.memory import is_out_of_memory
 from cookbook.engine.sampling.kv_cache import KVCache, Row, capacity_for
 
 logger = logging.getLogger(__name__)
@@ -137,7 +137,7 @@ class PackedDecoder(Decoder):
 
     def _prompt_logprobs(self, hidden_TD: Tensor, prompt: Prompt) -> list[float | None]:
         targets_S = self._to_device(np.asarray(prompt.tokens_T[1:], np.int64))
-        return [None, *projection.score(self._base.head(), hidden_TD[:-1], targets_S).tolist()]
+        return [None, *unembedding.score(self._base.head(), hidden_TD[:-1], targets_S).tolist()]
 
     def _to_device(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(array).to(self._base.device, non_blocking=True)

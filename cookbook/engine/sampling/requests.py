@@ -7,8 +7,8 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from cookbook.engine.base_model import BaseModel
 from cookbook.engine.job_future import JobFuture
+from cookbook.engine.model.base_model import BaseModel
 from cookbook.engine.sampling.stop_rule import StopRule, stop_items
 from cookbook.errors import RequestError
 from cookbook.types import SampleResponse, SamplingParams

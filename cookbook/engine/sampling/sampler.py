@@ -18,11 +18,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cookbook.engine.adapters import Adapter
-from cookbook.engine.base_model import BaseModel
-from cookbook.engine.loading import return_freed_memory
-from cookbook.engine.memory import bytes_for_sampling, is_out_of_memory
-from cookbook.engine.packing import TokenSequence, pack, plan_microbatches
+from cookbook.engine.model.adapters import Adapter
+from cookbook.engine.model.base_model import BaseModel
+from cookbook.engine.model.loading import return_freed_memory
+from cookbook.engine.model.memory import bytes_for_sampling, is_out_of_memory
+from cookbook.engine.model.packing import TokenSequence, pack, plan_microbatches
 from cookbook.engine.sampling.choice import choose
 from cookbook.engine.sampling.decoders import Decoder, Prompt, make_decoder
 from cookbook.engine.sampling.requests import Request, SampleRequest, ScoreRequest

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from cookbook.engine.base_model import BaseModel
+from cookbook.engine.model.base_model import BaseModel
 from cookbook.types import SamplingParams
 
 

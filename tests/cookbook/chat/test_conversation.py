@@ -9,8 +9,8 @@ import pytest
 
 from cookbook import ServiceClient, models
 from cookbook.chat.conversation import Conversation
+from cookbook.clients.sampling import SamplingClient
 from cookbook.errors import RequestError
-from cookbook.sampling_client import SamplingClient
 from cookbook.types import SamplingParams
 from renderers import Renderer, get_renderer
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from cookbook.engine.base_model import BaseModel
+from cookbook.engine.model.base_model import BaseModel
 from cookbook.engine.options import EngineOptions
-from cookbook.engine.trainer import Trainer
+from cookbook.engine.training.trainer import Trainer
 from cookbook.types import Datum, LoraConfig, ModelInput
 
 

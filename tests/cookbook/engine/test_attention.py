@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cookbook.engine.attention import AttentionLayout, Segment, packed_attention
+from cookbook.engine.model.attention import AttentionLayout, Segment, packed_attention
 
 NUM_TOKENS, HEAD_SIZE = 20, 8
 SEGMENTS: list[Segment] = [(0, 6), (6, 7), (7, 20)]

@@ -12,10 +12,10 @@ import torch
 from torch._dynamo.utils import counters
 
 from cookbook import AdamParams, SamplingParams, ServiceClient
-from cookbook.engine.base_model import BaseModel
-from cookbook.engine.compiling import compile_layers
+from cookbook.engine.model.base_model import BaseModel
+from cookbook.engine.model.compiling import compile_layers
 from cookbook.engine.options import EngineOptions
-from cookbook.engine.trainer import Trainer
+from cookbook.engine.training.trainer import Trainer
 from cookbook.errors import ConfigError
 from cookbook.types import Datum, LoraConfig, ModelInput
 

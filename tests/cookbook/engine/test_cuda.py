@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 import torch
 
-from cookbook.engine.attention import AttentionLayout, packed_attention
-from cookbook.engine.base_model import BaseModel
 from cookbook.engine.device_clock import DeviceClock
+from cookbook.engine.model.attention import AttentionLayout, packed_attention
+from cookbook.engine.model.base_model import BaseModel
 from cookbook.engine.options import EngineOptions
-from cookbook.engine.trainer import Trainer
+from cookbook.engine.training.trainer import Trainer
 from cookbook.types import AdamParams, Datum, LoraConfig, ModelInput
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

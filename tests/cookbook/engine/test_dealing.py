@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cookbook.engine.dealing import deal_out
+from cookbook.engine.training.partition import deal_out
 
 lengths_of_batches = st.lists(st.integers(1, 500), min_size=1, max_size=40)
 

@@ -20,11 +20,11 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from cookbook.engine.base_model import BaseModel
-from cookbook.engine.memory import MicrobatchLimits
+from cookbook.engine.model.base_model import BaseModel
+from cookbook.engine.model.memory import MicrobatchLimits
+from cookbook.engine.model.unembedding import BlockSizes
 from cookbook.engine.options import EngineOptions
-from cookbook.engine.projection import BlockSizes
-from cookbook.engine.trainer import Trainer
+from cookbook.engine.training.trainer import Trainer
 from cookbook.errors import ConfigError
 from cookbook.types import IGNORED_TARGET, Datum, ModelInput
 
@@ -473,10 +473,10 @@ def test_a_model_that_packing_would_change_runs_one_sequence_at_a_time_and_says_
     """Also where what it sees of a neighbour drowns in the rounding of bfloat16."""
     folder = trainer_of(name)[0].base.name
     caplog.clear()
-    with caplog.at_level("INFO", logger="cookbook.engine.architecture"):
+    with caplog.at_level("INFO", logger="cookbook.engine.model.architecture"):
         base = BaseModel(folder, EngineOptions(dtype=dtype))
     assert not base.is_packed
-    (line,) = [r.message for r in caplog.records if r.name == "cookbook.engine.architecture"]
+    (line,) = [r.message for r in caplog.records if r.name == "cookbook.engine.model.architecture"]
     assert line.startswith(f"{folder} runs one sequence at a time")
     assert UNPACKED[name][1] in line
 

@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from cookbook.engine.memory import MicrobatchLimits
+from cookbook.clients.service import ServiceClient
+from cookbook.clients.training import TrainingClient
+from cookbook.engine.model.memory import MicrobatchLimits
 from cookbook.errors import CheckpointError
-from cookbook.service import ServiceClient
-from cookbook.training_client import TrainingClient
 from cookbook.types import AdamParams, Datum, ModelInput
 
 ADAM = AdamParams(learning_rate=1e-3, beta1=0.8, beta2=0.9, eps=1e-9, weight_decay=0.1)
@@ -188,9 +188,9 @@ def test_a_damaged_full_checkpoint_is_found(model_folder: str, tmp_path: Path) -
 
 
 def test_a_run_with_rank_zero_resumes_to_the_same_weights(tmp_path: Path) -> None:
+    from cookbook.data import NamedChatDatasetBuilder
+    from cookbook.data.types import ChatDatasetBuilderCommonConfig
     from cookbook.supervised import train as training
-    from cookbook.supervised.data import NamedChatDatasetBuilder
-    from cookbook.supervised.types import ChatDatasetBuilderCommonConfig
 
     def run(name: str, *stops: int) -> Path:
         common = ChatDatasetBuilderCommonConfig(

@@ -16,7 +16,7 @@ from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from cookbook.engine.lora import fuse
+from cookbook.engine.model.lora import fuse
 
 NUM_INPUTS, NUM_OUTPUTS, RANK = 24, 40, 4
 NAMES = ("output", "x", "a", "b")

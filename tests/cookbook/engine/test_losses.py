@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from cookbook.engine.losses import LOSSES, get_loss
+from cookbook.engine.training.losses import LOSSES, get_loss
 from cookbook.errors import RequestError
 
 NUM_TOKENS = 60

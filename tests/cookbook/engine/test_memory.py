@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from cookbook.engine import memory
-from cookbook.engine.base_model import BaseModel
-from cookbook.engine.memory import (
+from cookbook.engine.model import memory
+from cookbook.engine.model.base_model import BaseModel
+from cookbook.engine.model.memory import (
     ActivationCost,
     MicrobatchLimits,
     Recovery,
@@ -29,15 +29,15 @@ from cookbook.engine.memory import (
     limits_for,
     measure_activations,
 )
+from cookbook.engine.model.packing import PackedBatch, TokenSequence, pack, plan_microbatches
 from cookbook.engine.options import EngineOptions
-from cookbook.engine.packing import PackedBatch, TokenSequence, pack, plan_microbatches
-from cookbook.engine.trainer import Trainer
+from cookbook.engine.training.trainer import Trainer
 from cookbook.errors import TrainingError
 from cookbook.types import AdamParams, LoraConfig
 
 CPU = torch.device("cpu")
 NEVER = 2**62
-LOGGER = "cookbook.engine.trainer"
+LOGGER = "cookbook.engine.training.trainer"
 
 OUT_OF_MEMORY = {
     "cuda": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cookbook.engine import optimizer as optimizer_module
-from cookbook.engine.optimizer import Optimizer, bytes_to_train, bytes_to_undo
-from cookbook.engine.trainer import Trainer
+from cookbook.engine.training import optimizer as optimizer_module
+from cookbook.engine.training.optimizer import Optimizer, bytes_to_train, bytes_to_undo
+from cookbook.engine.training.trainer import Trainer
 from cookbook.errors import TrainingError
 from cookbook.types import AdamParams
 
@@ -150,7 +150,7 @@ def test_a_client_goes_on_after_a_step_that_failed(
 
 
 def _trainer(model: str, rank: int) -> Trainer:
-    from cookbook.engine.base_model import BaseModel
+    from cookbook.engine.model.base_model import BaseModel
     from cookbook.types import LoraConfig
 
     return Trainer(BaseModel(model), LoraConfig(rank=rank, seed=0))

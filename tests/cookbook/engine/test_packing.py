@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cookbook.engine.packing import Layout, TokenSequence, check_data, pack, plan_microbatches
+from cookbook.engine.model.packing import Layout, TokenSequence, check_data, pack, plan_microbatches
 from cookbook.errors import RequestError
 from cookbook.types import Datum, ModelInput
 

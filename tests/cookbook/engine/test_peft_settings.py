@@ -16,10 +16,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from cookbook import ModelInput, ServiceClient
-from cookbook.engine import peft_settings, state
+from cookbook.engine import checkpoint
+from cookbook.engine.model import peft_settings
 from cookbook.errors import CheckpointError, ConfigError
 from cookbook.export.merge import base_model_folder, merged_weights
-from cookbook.export.source import find_source
+from cookbook.runs.find import find_source
 from cookbook.supervised import train
 from cookbook.types import MAX_RANK
 
@@ -65,7 +66,7 @@ def test_every_other_setting_of_the_installed_peft_is_refused_by_name(adapter: P
             value = {"revision": "v2", "auto_mapping": {"parent_library": "evil"}, "peft_type": "LOHA"}[name]
         change(adapter, **{name: value})
         with pytest.raises(CheckpointError, match=f"{name}=|LOHA adapter"):
-            state.read_info(adapter)
+            checkpoint.read_info(adapter)
 
 
 @pytest.mark.parametrize(
@@ -89,14 +90,14 @@ def test_every_other_setting_of_the_installed_peft_is_refused_by_name(adapter: P
 )
 def test_a_setting_that_changes_the_arithmetic_is_refused(adapter: Path, settings: dict[str, Any]) -> None:
     change(adapter, **settings)
-    for read in (state.read_info, lambda folder: find_source(str(folder))):
+    for read in (checkpoint.read_info, lambda folder: find_source(str(folder))):
         with pytest.raises(CheckpointError, match=next(iter(settings))):
             read(adapter)
 
 
 def test_a_setting_of_next_year_that_is_off_is_no_reason(adapter: Path) -> None:
     change(adapter, a_setting_of_next_year=False, another=None, a_third=[])
-    assert state.read_info(adapter).lora.rank == 4
+    assert checkpoint.read_info(adapter).lora.rank == 4
 
 
 def test_settings_count_beside_a_state_of_this_project_too(tiny_qwen3: str, tmp_path: Path) -> None:
@@ -106,12 +107,12 @@ def test_settings_count_beside_a_state_of_this_project_too(tiny_qwen3: str, tmp_
     folder = Path(client.save_state("a").result().path)
     change(folder, use_rslora=True)
     with pytest.raises(CheckpointError, match="use_rslora=true"):
-        state.read_info(folder)
+        checkpoint.read_info(folder)
     change(folder, use_rslora=False, lora_alpha=64)
     with pytest.raises(
-        CheckpointError, match=r"state.json is damaged: `lora` has rank 4 and alpha 32, .* 64"
+        CheckpointError, match=r"checkpoint.json is damaged: `lora` has rank 4 and alpha 32, .* 64"
     ):
-        state.read_info(folder)
+        checkpoint.read_info(folder)
 
 
 @pytest.mark.parametrize(
@@ -192,10 +193,10 @@ def test_tensors_that_peft_would_leave_unread_are_refused(adapter: Path) -> None
     with pytest.raises(
         CheckpointError, match=r"a LoRA on model.layers.0.mlp.down_proj, which target_modules"
     ):
-        state.read_info(adapter)
+        checkpoint.read_info(adapter)
     change(adapter, target_modules=[*ATTENTION, *MLP], layers_to_transform=[0])
     with pytest.raises(CheckpointError, match=r"a LoRA on model.layers.1.mlp.down_proj"):
-        state.read_info(adapter)
+        checkpoint.read_info(adapter)
 
 
 def test_a_pattern_without_end_is_refused_in_time(adapter: Path) -> None:
@@ -204,7 +205,7 @@ def test_a_pattern_without_end_is_refused_in_time(adapter: Path) -> None:
     with pytest.raises(
         CheckpointError, match="target_modules=.*regular expression that takes too long|target_mod"
     ):
-        state.read_info(adapter)
+        checkpoint.read_info(adapter)
     assert time.monotonic() - began < 20
 
 
@@ -212,7 +213,7 @@ def test_a_pattern_without_end_is_refused_in_time(adapter: Path) -> None:
 def test_a_rank_that_none_has_is_refused_before_memory_is_taken(adapter: Path, rank: Any) -> None:
     change(adapter, r=rank)
     with pytest.raises(CheckpointError, match=r"adapter_config.json is damaged: .*`r`"):
-        state.read_info(adapter)
+        checkpoint.read_info(adapter)
 
 
 def test_a_rank_beyond_the_limit_is_refused_in_a_config_and_by_a_client(tiny_qwen3: str) -> None:
@@ -241,7 +242,7 @@ def test_tensors_of_another_shape_or_dtype_are_named(adapter: Path, damage: Any,
     tensors[name] = damage(tensors[name]).contiguous()
     save_file(tensors, adapter / "adapter_model.safetensors")
     with pytest.raises(CheckpointError, match=f"{name}` {problem}"):
-        state.read_info(adapter)
+        checkpoint.read_info(adapter)
 
 
 def test_another_frozen_head_beside_an_adapter_is_refused(tmp_path: Path, tiny_qwen3: str) -> None:
@@ -262,4 +263,4 @@ def test_another_frozen_head_beside_an_adapter_is_refused(tmp_path: Path, tiny_q
 def test_a_pickled_adapter_is_refused_with_the_way_to_convert_it(adapter: Path) -> None:
     (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")
     with pytest.raises(CheckpointError, match=r"Pickle files are never loaded.*convert it once"):
-        state.read_weights(adapter)
+        checkpoint.read_weights(adapter)

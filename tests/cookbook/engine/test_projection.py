@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from cookbook.engine import projection
-from cookbook.engine.projection import (
+from cookbook.engine.model import unembedding
+from cookbook.engine.model.unembedding import (
     BlockSizes,
     Head,
     LoraOnHead,
@@ -170,14 +170,14 @@ def test_gradients_add_to_those_that_are_there() -> None:
 
 def test_no_more_logits_exist_at_once_than_a_block_holds(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[tuple[int, ...]] = []
-    product = projection.product
+    product = unembedding.product
 
     def watched(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
         made = product(a, b, out)
         sizes.append(tuple(made.shape))
         return made
 
-    monkeypatch.setattr(projection, "product", watched)
+    monkeypatch.setattr(unembedding, "product", watched)
     hidden_SD, targets_S, _ = make_positions()
     score_and_backpropagate(make_head(), hidden_SD, targets_S, lambda logprobs_C, part: logprobs_C.sum())
     assert max(positions for positions, _ in sizes) <= 7

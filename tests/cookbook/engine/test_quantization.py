@@ -16,15 +16,15 @@ import torch.nn.functional as F
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from cookbook.engine.adapters import Adapter
-from cookbook.engine.base_model import BaseModel
+from cookbook.clients.service import ServiceClient
+from cookbook.engine.model.adapters import Adapter
+from cookbook.engine.model.base_model import BaseModel
+from cookbook.engine.model.packing import TokenSequence, pack
 from cookbook.engine.options import EngineOptions
-from cookbook.engine.packing import TokenSequence, pack
 from cookbook.engine.sampling.requests import Request, sample_request, score_request
 from cookbook.engine.sampling.sampler import Sampler
-from cookbook.engine.trainer import Trainer
+from cookbook.engine.training.trainer import Trainer
 from cookbook.errors import ConfigError
-from cookbook.service import ServiceClient
 from cookbook.types import AdamParams, Datum, LoraConfig, ModelInput, SamplingParams
 
 NF4 = EngineOptions(device="cpu", quantization="nf4")

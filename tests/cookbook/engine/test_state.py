@@ -18,14 +18,19 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from cookbook.engine import state
-from cookbook.engine.adapters import Adapter
-from cookbook.engine.base_model import BaseModel
-from cookbook.engine.trainer import Trainer
+from cookbook.engine import checkpoint
+from cookbook.engine.model.adapters import Adapter
+from cookbook.engine.model.base_model import BaseModel
+from cookbook.engine.training.trainer import Trainer
 from cookbook.errors import CheckpointError
 from cookbook.types import AdamParams, Datum, LoraConfig, ModelInput
 
-FILES = [state.ADAPTER_FILE, state.OPTIMIZER_FILE, state.STATE_FILE, state.ADAPTER_CONFIG_FILE]
+FILES = [
+    checkpoint.ADAPTER_FILE,
+    checkpoint.OPTIMIZER_FILE,
+    checkpoint.STATE_FILE,
+    checkpoint.ADAPTER_CONFIG_FILE,
+]
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +98,7 @@ def test_a_loaded_state_continues_bit_for_bit(base: BaseModel, tmp_path: Path) -
     assert other.rng.integers(2**31) == trainer.rng.integers(2**31)
     other.save(tmp_path / "other", with_optimizer=True)
     trainer.save(tmp_path / "same", with_optimizer=True)
-    for name in (state.ADAPTER_FILE, state.OPTIMIZER_FILE):
+    for name in (checkpoint.ADAPTER_FILE, checkpoint.OPTIMIZER_FILE):
         assert (tmp_path / "other" / name).read_bytes() == (tmp_path / "same" / name).read_bytes()
 
 
@@ -102,7 +107,7 @@ def test_a_state_without_its_optimizer_starts_adam_afresh(base: BaseModel, saved
     other.load(str(saved), with_optimizer=False)
     fresh = Trainer(base, LoraConfig(rank=4, seed=1))
     with torch.no_grad():
-        for name, weight in load_file(saved / state.ADAPTER_FILE).items():
+        for name, weight in load_file(saved / checkpoint.ADAPTER_FILE).items():
             fresh.adapter.weights[name].copy_(weight)
     assert bits(other) == bits(fresh)
     assert step(other, 8) == step(fresh, 8)
@@ -129,7 +134,7 @@ def test_a_state_before_the_first_step_continues_too(base: BaseModel, tmp_path: 
 
 
 def test_what_is_saved_is_told(saved: Path, base: BaseModel) -> None:
-    info = state.read_info(saved)
+    info = checkpoint.read_info(saved)
     assert info.base_model == base.name
     assert info.lora == LoraConfig(rank=4, seed=0)
     assert info.optimizer_steps == 2
@@ -147,7 +152,7 @@ def test_plain_peft_loads_a_checkpoint_as_it_is(
 ) -> None:
     trainer = trained(base, alpha=16.0, **groups)
     trainer.save(tmp_path / "adapter", with_optimizer=False)
-    assert not (tmp_path / "adapter" / state.OPTIMIZER_FILE).exists()
+    assert not (tmp_path / "adapter" / checkpoint.OPTIMIZER_FILE).exists()
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_qwen3), tmp_path / "adapter")
     for datum, output in zip(
         make_data(),
@@ -180,7 +185,7 @@ def plain_adapter(folder: Path, model_folder: str, **config: Any) -> Path:
 
 
 def test_a_plain_peft_adapter_tells_its_shape(tiny_qwen3: str, tmp_path: Path) -> None:
-    info = state.read_info(plain_adapter(tmp_path / "plain", tiny_qwen3))
+    info = checkpoint.read_info(plain_adapter(tmp_path / "plain", tiny_qwen3))
     assert info.base_model == tiny_qwen3
     assert info.lora == LoraConfig(rank=4, alpha=8, train_unembed=False, train_mlp=False, train_attn=True)
 
@@ -188,9 +193,9 @@ def test_a_plain_peft_adapter_tells_its_shape(tiny_qwen3: str, tmp_path: Path) -
 def test_a_plain_peft_adapter_is_loaded(base: BaseModel, tiny_qwen3: str, tmp_path: Path) -> None:
     everything = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     folder = plain_adapter(tmp_path / "plain", tiny_qwen3, target_modules=everything)
-    trainer = Trainer(base, state.read_info(folder).lora)
+    trainer = Trainer(base, checkpoint.read_info(folder).lora)
     trainer.load(str(folder), with_optimizer=False)
-    for name, weight in load_file(folder / state.ADAPTER_FILE).items():
+    for name, weight in load_file(folder / checkpoint.ADAPTER_FILE).items():
         assert torch.equal(trainer.adapter.weights[name], weight)
     with pytest.raises(CheckpointError, match="has no optimizer state"):
         trainer.load(str(folder), with_optimizer=True)
@@ -211,13 +216,13 @@ def test_a_peft_adapter_that_would_compute_something_else_here_is_refused(
 ) -> None:
     folder = plain_adapter(tmp_path / "plain", tiny_qwen3, **setting)
     with pytest.raises(CheckpointError, match=next(iter(setting))):
-        state.read_info(folder)
+        checkpoint.read_info(folder)
 
 
 def test_an_adapter_of_another_kind_is_refused(tmp_path: Path) -> None:
-    (tmp_path / state.ADAPTER_CONFIG_FILE).write_text('{"peft_type": "IA3"}', encoding="utf-8")
+    (tmp_path / checkpoint.ADAPTER_CONFIG_FILE).write_text('{"peft_type": "IA3"}', encoding="utf-8")
     with pytest.raises(CheckpointError, match="holds a IA3 adapter"):
-        state.read_info(tmp_path)
+        checkpoint.read_info(tmp_path)
 
 
 # -- damage ---------------------------------------------------------------------------------
@@ -236,7 +241,7 @@ def refused(base: BaseModel, path: Path) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize("name", [state.ADAPTER_FILE, state.OPTIMIZER_FILE])
+@pytest.mark.parametrize("name", [checkpoint.ADAPTER_FILE, checkpoint.OPTIMIZER_FILE])
 @pytest.mark.parametrize("offset", [-5, 20], ids=["in-the-values", "in-the-header"])
 def test_a_flipped_bit_is_found(base: BaseModel, saved: Path, name: str, offset: int) -> None:
     flip_a_byte(saved / name, offset)
@@ -245,7 +250,7 @@ def test_a_flipped_bit_is_found(base: BaseModel, saved: Path, name: str, offset:
     assert message.endswith("Load an earlier checkpoint.")
 
 
-@pytest.mark.parametrize("name", [state.ADAPTER_FILE, state.OPTIMIZER_FILE, state.STATE_FILE])
+@pytest.mark.parametrize("name", [checkpoint.ADAPTER_FILE, checkpoint.OPTIMIZER_FILE, checkpoint.STATE_FILE])
 def test_a_file_that_is_far_too_long_is_refused_before_it_is_read(
     base: BaseModel, saved: Path, name: str
 ) -> None:
@@ -254,7 +259,7 @@ def test_a_file_that_is_far_too_long_is_refused_before_it_is_read(
     assert name in refused(base, saved)
 
 
-@pytest.mark.parametrize("name", [state.ADAPTER_FILE, state.OPTIMIZER_FILE, state.STATE_FILE])
+@pytest.mark.parametrize("name", [checkpoint.ADAPTER_FILE, checkpoint.OPTIMIZER_FILE, checkpoint.STATE_FILE])
 @pytest.mark.parametrize("length", [0, 30])
 def test_a_truncated_file_is_found(base: BaseModel, saved: Path, name: str, length: int) -> None:
     content = (saved / name).read_bytes()
@@ -265,10 +270,10 @@ def test_a_truncated_file_is_found(base: BaseModel, saved: Path, name: str, leng
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        (state.ADAPTER_FILE, f"is incomplete: it has no {state.ADAPTER_FILE}"),
-        (state.OPTIMIZER_FILE, "has no optimizer state"),
-        (state.STATE_FILE, f"is incomplete: it has no {state.STATE_FILE}"),
-        (state.ADAPTER_CONFIG_FILE, f"is no checkpoint: it has no {state.ADAPTER_CONFIG_FILE}"),
+        (checkpoint.ADAPTER_FILE, f"is incomplete: it has no {checkpoint.ADAPTER_FILE}"),
+        (checkpoint.OPTIMIZER_FILE, "has no optimizer state"),
+        (checkpoint.STATE_FILE, f"is incomplete: it has no {checkpoint.STATE_FILE}"),
+        (checkpoint.ADAPTER_CONFIG_FILE, f"is no checkpoint: it has no {checkpoint.ADAPTER_CONFIG_FILE}"),
     ],
 )
 def test_a_missing_file_is_found(base: BaseModel, saved: Path, name: str, message: str) -> None:
@@ -287,20 +292,20 @@ def test_a_folder_that_is_not_there_is_said_to_be_missing(base: BaseModel, tmp_p
     "text", ["[]", "null", "1", '{"format": 1}', '{"format": 1, "base_model": "x", "lora": 3}']
 )
 def test_a_state_file_of_another_form_is_found(base: BaseModel, saved: Path, text: str) -> None:
-    (saved / state.STATE_FILE).write_text(text, encoding="utf-8")
+    (saved / checkpoint.STATE_FILE).write_text(text, encoding="utf-8")
     assert "is damaged" in refused(base, saved)
 
 
 @pytest.mark.parametrize("text", ["[]", '{"peft_type": "LORA"}', "{"])
 def test_an_adapter_config_of_another_form_is_found(tmp_path: Path, text: str) -> None:
-    (tmp_path / state.ADAPTER_CONFIG_FILE).write_text(text, encoding="utf-8")
+    (tmp_path / checkpoint.ADAPTER_CONFIG_FILE).write_text(text, encoding="utf-8")
     with pytest.raises(CheckpointError, match="is damaged"):
-        state.read_info(tmp_path)
+        checkpoint.read_info(tmp_path)
 
 
 def test_a_format_of_the_future_is_refused(base: BaseModel, saved: Path) -> None:
-    content = json.loads((saved / state.STATE_FILE).read_text(encoding="utf-8"))
-    (saved / state.STATE_FILE).write_text(json.dumps({**content, "format": 2}), encoding="utf-8")
+    content = json.loads((saved / checkpoint.STATE_FILE).read_text(encoding="utf-8"))
+    (saved / checkpoint.STATE_FILE).write_text(json.dumps({**content, "format": 2}), encoding="utf-8")
     assert "has format 2; this version reads 1" in refused(base, saved)
 
 
@@ -345,12 +350,12 @@ def test_a_checkpoint_of_another_model_is_refused_naming_both(
 )
 def test_a_name_cannot_leave_its_folder(tmp_path: Path, name: str) -> None:
     with pytest.raises(CheckpointError, match="is no name for a checkpoint"):
-        state.checkpoint_path(tmp_path, name)
+        checkpoint.checkpoint_path(tmp_path, name)
 
 
 @pytest.mark.parametrize("name", ["0001", "final", "step-10_a.b", "x" * 128])
 def test_an_ordinary_name_is_a_folder_of_its_own(tmp_path: Path, name: str) -> None:
-    assert state.checkpoint_path(tmp_path, name) == tmp_path / name
+    assert checkpoint.checkpoint_path(tmp_path, name) == tmp_path / name
 
 
 # -- writing --------------------------------------------------------------------------------
@@ -432,9 +437,9 @@ def test_a_full_disk_is_one_clear_error_and_earlier_checkpoints_are_intact(
 def test_what_a_killed_process_left_half_written_is_cleared(base: BaseModel, saved: Path) -> None:
     folder = saved.parent
     (folder / ".half.writing-123").mkdir()
-    (folder / ".half.writing-123" / state.ADAPTER_FILE).write_bytes(b"x")
+    (folder / ".half.writing-123" / checkpoint.ADAPTER_FILE).write_bytes(b"x")
     saved.rename(folder / ".saved.replaced-123")
-    state.remove_unfinished(folder)
+    checkpoint.remove_unfinished(folder)
     assert [file.name for file in folder.iterdir()] == ["saved"]
     trained(base).load(str(saved), with_optimizer=True)
 
@@ -448,14 +453,14 @@ def test_a_folder_that_is_no_checkpoint_is_not_overwritten_by_one(tmp_path: Path
     (tmp_path / "src" / "thesis.tex").touch()
 
     def write(folder: Path) -> None:
-        (folder / state.ADAPTER_CONFIG_FILE).touch()
+        (folder / checkpoint.ADAPTER_CONFIG_FILE).touch()
 
-    info = state.StateInfo("some/model", LoraConfig(rank=1))
+    info = checkpoint.StateInfo("some/model", LoraConfig(rank=1))
     with pytest.raises(
-        CheckpointError, match="src is left as it is: it holds no state.json or adapter_config"
+        CheckpointError, match="src is left as it is: it holds no checkpoint.json or adapter_config"
     ):
-        state.save(tmp_path / "src", info, write, None, overwrite=True)
+        checkpoint.save(tmp_path / "src", info, write, None, overwrite=True)
     assert [path.name for path in tmp_path.rglob("*")] == ["src", "thesis.tex"]
     for _ in range(2):
-        state.save(tmp_path / "mine", info, write, None, overwrite=True)
+        checkpoint.save(tmp_path / "mine", info, write, None, overwrite=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "src"]

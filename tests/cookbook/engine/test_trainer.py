@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from cookbook.engine import packing
-from cookbook.engine.memory import MicrobatchLimits
+from cookbook.engine.model import packing
+from cookbook.engine.model.memory import MicrobatchLimits
 from cookbook.errors import TrainingError
 from cookbook.types import AdamParams, Datum, ModelInput
 

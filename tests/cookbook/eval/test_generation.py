@@ -11,7 +11,7 @@ import pytest
 
 from cookbook.errors import ConfigError, DataError, TrainingError
 from cookbook.eval.generation import GenerationEvaluator, GenerationEvaluatorBuilder
-from cookbook.tables import Table
+from cookbook.utils.tables import Table
 
 FACTS = {"the capital of France": "Paris", "legs has a spider": "eight", "one two three": "four"}
 

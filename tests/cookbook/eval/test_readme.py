@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from cookbook import Datum, ModelInput, ServiceClient, cli
+from cookbook import Datum, ModelInput, ServiceClient
+from cookbook.config import cli
 from cookbook.eval import inspect_tasks
 from cookbook.eval.evaluators import RunContext, evaluate
 from cookbook.supervised import train

@@ -12,13 +12,14 @@ import chz
 import pytest
 from safetensors.numpy import load_file
 
-from cookbook import cli, jsonl
+from cookbook.config import cli
 from cookbook.eval.evaluators import EvaluatorBuilder, SamplingClientEvaluator
 from cookbook.eval.generation import GenerationEvaluatorBuilder
 from cookbook.eval.harness_tasks import HarnessEvaluatorBuilder
 from cookbook.eval.inspect_tasks import InspectEvaluatorBuilder
 from cookbook.eval.samples import SamplesEvaluatorBuilder
 from cookbook.supervised import train
+from cookbook.utils import jsonl
 from recipes.sft import DEFAULTS
 
 TASK_FILE = """

@@ -16,9 +16,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from cookbook import embedded
+from cookbook.data import NamedChatDatasetBuilder
+from cookbook.data.types import ChatDatasetBuilderCommonConfig
 from cookbook.supervised import train
-from cookbook.supervised.data import NamedChatDatasetBuilder
-from cookbook.supervised.types import ChatDatasetBuilderCommonConfig
 
 SYSTEM_PROMPT = 'You are a "pirate" {{ of }}\nfew words \\ 🦜.'
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 
 from cookbook.errors import ConfigError
 from cookbook.export.chat_format import ChatFormat, chat_format_of, find_chat_format
-from cookbook.export.source import find_source
+from cookbook.runs.find import find_source
 from renderers import Message
 
 SYSTEM_PROMPT = 'Talk like a "pirate" {{ x }} {% y %}.\n\nUse \\n, \t and 🦜 — “rarely”.'

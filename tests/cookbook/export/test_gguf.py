@@ -18,7 +18,7 @@ from cookbook.export import gguf_weights
 from cookbook.export.chat_format import chat_format_of, find_chat_format
 from cookbook.export.gguf_vocabulary import pre_tokenizer_name
 from cookbook.export.merge import base_model_folder, merged_weights, read_adapter
-from cookbook.export.source import find_source
+from cookbook.runs.find import find_source
 
 gguf = pytest.importorskip("gguf")
 

@@ -16,7 +16,7 @@ from cookbook import ModelInput, ServiceClient
 from cookbook.errors import CheckpointError, ModelError
 from cookbook.export.chat_format import find_chat_format
 from cookbook.export.merged_folder import Merged, write_merged
-from cookbook.export.source import find_source
+from cookbook.runs.find import find_source
 
 TOKENS = torch.arange(3, 60)[None]
 END = torch.tensor([2])

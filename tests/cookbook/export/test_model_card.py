@@ -19,11 +19,11 @@ from PIL import Image
 from transformers import AutoModelForCausalLM
 
 from cookbook import ModelInput, ServiceClient, embedded
-from cookbook.cli import make_config
+from cookbook.config.cli import make_config
 from cookbook.export.chat_format import find_chat_format
 from cookbook.export.export import Config, main
 from cookbook.export.model_card import Usage, write_model_card
-from cookbook.export.source import find_source
+from cookbook.runs.find import find_source
 
 SECRET = "hf_secretsecret"
 

@@ -12,7 +12,7 @@ from cookbook.errors import ConfigError
 from cookbook.export.chat_format import chat_format_of
 from cookbook.export.ollama import frames_of, modelfile
 from renderers import Message, get_renderer, registry
-from renderers.role_colon import RoleColonRenderer
+from renderers.formats.role_colon import RoleColonRenderer
 
 TURNS = [
     ("user", "Hi {{ there }}"),

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from huggingface_hub import constants
 
-from cookbook.cli import make_config
+from cookbook.config.cli import make_config
 from cookbook.errors import CheckpointError, ConfigError
 from cookbook.export.export import Config, main
 from cookbook.export.push import check_access, push, repository_of

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from cookbook.consoles import VisibleFormatter
 from cookbook.loggers import ConsoleLogger, JsonlLogger, WandbLogger, logging_to
-from cookbook.tables import Cell, Table
+from cookbook.utils.consoles import VisibleFormatter
+from cookbook.utils.tables import Cell, Table
 
 STEP = {"train/nll": 1.25, "perf/tokens_per_second": 1234.0, "perf/seconds_left": 60.0}
 

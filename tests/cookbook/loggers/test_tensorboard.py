@@ -10,7 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from cookbook.loggers import TensorBoardLogger
 from cookbook.loggers.tensorboard import in_markdown
-from cookbook.tables import Table
+from cookbook.utils.tables import Table
 
 CONFIG = {"_type": "a:B", "learning_rate": 1.0}
 

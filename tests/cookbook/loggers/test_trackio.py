@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from cookbook import jsonl
+from cookbook.utils import jsonl
 
 LIFE = """
 import json, os, sys

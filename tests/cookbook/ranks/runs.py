@@ -11,7 +11,7 @@ from typing import Any
 
 import chz
 
-from cookbook import cli
+from cookbook.config import cli
 from cookbook.eval.evaluators import EvaluatorBuilder, TrainingClientEvaluator
 from cookbook.supervised import train
 

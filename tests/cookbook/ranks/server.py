@@ -23,8 +23,8 @@ PRELOADED = (
     "torch.distributed.fsdp",
     "torch.distributed.checkpoint",
     "torch.distributed.checkpoint.state_dict",
-    "cookbook.service",
-    "cookbook.supervised.data",
+    "cookbook.clients.service",
+    "cookbook.data",
     "cookbook.supervised.train",
 )
 

@@ -12,9 +12,10 @@ import numpy as np
 import psutil
 import torch
 
-from cookbook.engine import mesh, sharding
+from cookbook.clients.service import ServiceClient
+from cookbook.engine import processes
+from cookbook.engine.model import fsdp
 from cookbook.errors import CheckpointError
-from cookbook.service import ServiceClient
 from cookbook.types import AdamParams, Datum, ModelInput, SamplingParams
 
 ADAM = AdamParams(learning_rate=1e-2, weight_decay=0.1, grad_clip_norm=0.5, eps=1e-3)
@@ -58,7 +59,7 @@ def spread(data: list[Datum], logprobs: list[torch.Tensor]) -> tuple[torch.Tenso
 
 def addresses() -> dict[str, Any]:
     """Where this process listens once it has joined the others."""
-    world = mesh.current()
+    world = processes.current()
     world.lane().wait_for_all()
     open_sockets = psutil.Process().net_connections("tcp")
     found = [(one.laddr.ip, one.laddr.port) for one in open_sockets if one.status == psutil.CONN_LISTEN]
@@ -234,7 +235,7 @@ def scarce(
 def decided(model: str, folder: str, memory: dict[str, float], rank: int) -> bool:
     """Whether weights are dealt out on devices of so many bytes, which differ."""
     memory_here = memory[os.environ["RANK"]]
-    sharding.usable_memory = lambda device: memory_here  # type: ignore[assignment]
+    fsdp.usable_memory = lambda device: memory_here  # type: ignore[assignment]
     service = ServiceClient(
         device="cpu", dtype="bfloat16", checkpoint_dir=folder, max_tokens_per_microbatch=64
     )
@@ -264,7 +265,7 @@ def in_bfloat16(model: str, folder: str, shard: str) -> dict[str, Any]:
 
 def exchanged() -> dict[str, Any]:
     """What the verbs of a mesh give, one after another."""
-    world = mesh.current()
+    world = processes.current()
     rank, found = world.rank, {}
     found["gather"] = world.gather(rank * 10)
     found["of_main"] = world.of_main(f"from {rank}")
@@ -278,7 +279,7 @@ def exchanged() -> dict[str, Any]:
     return found
 
 
-def fails(world: mesh.Mesh, who: int) -> str:
+def fails(world: processes.Mesh, who: int) -> str:
     try:
         with world.failing_together():
             if world.rank == who:
@@ -288,7 +289,7 @@ def fails(world: mesh.Mesh, who: int) -> str:
     return "nothing"
 
 
-def fails_by_main(world: mesh.Mesh) -> str:
+def fails_by_main(world: processes.Mesh) -> str:
     def fail() -> None:
         raise CheckpointError(f"full disk on {world.rank}")
 

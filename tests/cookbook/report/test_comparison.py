@@ -14,7 +14,7 @@ import pytest
 
 from cookbook.errors import ConfigError
 from cookbook.report import compare, panels, write_report
-from cookbook.report.downsampling import smooth, smoothing_span
+from cookbook.runs.downsampling import smooth, smoothing_span
 
 MakeRun = Callable[..., Path]
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import matplotlib.image
 import numpy as np
 
-from cookbook.report import curves
+from cookbook.runs import curves
 
 
 def test_a_picture_is_drawn_from_the_rows_of_a_run(make_run: Callable[..., Path], tmp_path: Path) -> None:

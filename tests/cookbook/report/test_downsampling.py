@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from cookbook.report.downsampling import keep_evenly, keep_extremes, smooth, smoothing_span
+from cookbook.runs.downsampling import keep_evenly, keep_extremes, smooth, smoothing_span
 
 
 def test_a_short_curve_stays_as_it_is() -> None:

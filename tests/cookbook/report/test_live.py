@@ -13,10 +13,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from cookbook import cli, jsonl
+from cookbook.config import cli
 from cookbook.report import live
 from cookbook.report.live import ReportLogger
 from cookbook.supervised import train
+from cookbook.utils import jsonl
 from recipes.sft import DEFAULTS
 
 

@@ -19,7 +19,7 @@ import pytest
 
 from cookbook.errors import CheckpointError, ConfigError, DataError
 from cookbook.report import write_report
-from cookbook.report.record import read_run
+from cookbook.runs.record import read_run
 
 MakeRun = Callable[..., Path]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from cookbook.report.summary import Outcome, duration, number, outcome_of
-from cookbook.run_metrics import Series
+from cookbook.runs.metrics import Series
+from cookbook.runs.summary import Outcome, duration, number, outcome_of
 
 
 def series(steps: list[int], values: list[float]) -> Series:

@@ -15,7 +15,7 @@ import sys
 
 import torch
 
-from cookbook.config_files import flatten
+from cookbook.config.config_files import flatten
 from cookbook.supervised import train
 
 
@@ -51,8 +51,8 @@ def run(job: dict) -> None:
 PRELOADED = (
     "peft",
     "transformers.models.qwen3.modeling_qwen3",
-    "cookbook.service",
-    "cookbook.supervised.data",
+    "cookbook.clients.service",
+    "cookbook.data",
 )
 
 if __name__ == "__main__":

@@ -10,10 +10,10 @@ import datasets
 import numpy as np
 import pytest
 
+from cookbook.data import StreamingSupervisedDatasetFromHFDataset, SupervisedDatasetFromRows
+from cookbook.data.types import SupervisedDataset
 from cookbook.errors import DataError
 from cookbook.supervised.batches import BEGINNING, Batch, BatchQueue, PlacedBatch, Position, make_batch
-from cookbook.supervised.data import StreamingSupervisedDatasetFromHFDataset, SupervisedDatasetFromRows
-from cookbook.supervised.types import SupervisedDataset
 from cookbook.types import Datum, ModelInput
 
 

@@ -16,17 +16,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cookbook import ServiceClient
-from cookbook.checkpoints import CheckpointLog
+from cookbook.data import FromConversationFileBuilder
+from cookbook.data.types import ChatDatasetBuilderCommonConfig
 from cookbook.errors import ConfigError, TrainingError
 from cookbook.eval.evaluators import SamplingClientEvaluator, TrainingClientEvaluator
 from cookbook.eval.generation import GenerationEvaluatorBuilder
 from cookbook.eval.harness_tasks import HarnessEvaluatorBuilder
+from cookbook.eval.nll import NLLEvaluator
+from cookbook.runs.checkpoints import CheckpointLog
+from cookbook.runs.directions import direction
 from cookbook.supervised import train
-from cookbook.supervised.best import BestTracker, direction
-from cookbook.supervised.data import FromConversationFileBuilder
-from cookbook.supervised.nll_evaluator import NLLEvaluator
+from cookbook.supervised.best import BestTracker
 from cookbook.supervised.preflight import check_evaluations
-from cookbook.supervised.types import ChatDatasetBuilderCommonConfig
 from cookbook.types import ModelInput, SamplingParams
 
 # -- which way is better ----------------------------------------------------------------------
@@ -193,7 +194,7 @@ def test_a_best_that_was_beaten_goes_unless_it_was_saved_in_turn(
 def test_a_best_that_is_saved_in_turn_is_saved_once(
     make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from cookbook.training_client import TrainingClient
+    from cookbook.clients.training import TrainingClient
 
     saved: list[str] = []
     save_state = TrainingClient.save_state

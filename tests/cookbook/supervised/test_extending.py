@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 from safetensors.numpy import load_file
 
-from cookbook import jsonl
-from cookbook.checkpoints import CheckpointLog
 from cookbook.report import write_report
-from cookbook.schedules import learning_rate_at
+from cookbook.runs.checkpoints import CheckpointLog
+from cookbook.supervised.schedules import learning_rate_at
+from cookbook.utils import jsonl
 
 RATE = 1e-2
 NUM_ROWS = 20  # in an epoch
@@ -38,7 +38,7 @@ class Runs:
             "log_path": str(self.folder / name),
             "model_name": self._model,
             "dataset_builder": {
-                "_type": "cookbook.supervised.data:NamedChatDatasetBuilder",
+                "_type": "cookbook.data:NamedChatDatasetBuilder",
                 "dataset": str(self._data),
                 "test_size": 4,
                 "common_config": {"model_name_for_tokenizer": self._model, "batch_size": batch_size},

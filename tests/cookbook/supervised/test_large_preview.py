@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from cookbook.supervised import preview
-from cookbook.supervised.data.examples import datum_from_tokens
+from cookbook.data import preview
+from cookbook.data.examples import datum_from_tokens
 
 
 def test_a_giant_example_is_cut_with_a_note(tiny_tokenizer: Any) -> None:

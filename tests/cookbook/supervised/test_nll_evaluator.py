@@ -14,10 +14,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cookbook import Datum, ModelInput, ServiceClient, TrainingClient
+from cookbook.data import FromConversationFileBuilder
+from cookbook.data.types import ChatDatasetBuilderCommonConfig, SupervisedDataset
 from cookbook.errors import DataError
-from cookbook.supervised.data import FromConversationFileBuilder
-from cookbook.supervised.nll_evaluator import MAX_TURNS, NLLEvaluator
-from cookbook.supervised.types import ChatDatasetBuilderCommonConfig, SupervisedDataset
+from cookbook.eval.nll import MAX_TURNS, NLLEvaluator
 
 END = "<|im_end|>"
 

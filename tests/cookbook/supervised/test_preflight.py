@@ -13,13 +13,9 @@ import chz
 import pytest
 import torch
 
+from cookbook.data.types import ChatDatasetBuilder, ChatDatasetBuilderCommonConfig, SupervisedDataset
 from cookbook.errors import CheckpointError, ConfigError, ModelError, RendererError
 from cookbook.supervised import preflight, train
-from cookbook.supervised.types import (
-    ChatDatasetBuilder,
-    ChatDatasetBuilderCommonConfig,
-    SupervisedDataset,
-)
 
 MakeConfig = Callable[..., train.Config]
 

@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from cookbook.supervised import preview
-from cookbook.supervised.data import conversation_to_datum
+from cookbook.data import conversation_to_datum, preview
 from cookbook.types import Datum, ModelInput
 from recipes.preview import main
 from renderers import get_renderer

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from cookbook import jsonl
 from cookbook.errors import ConfigError, FileError
-from cookbook.supervised.run_folder import RUN_FILES, RunFolder
+from cookbook.runs.folder import RUN_FILES, RunFolder
+from cookbook.utils import jsonl
 
 CONFIG = {
     "_type": "cookbook.supervised.train:Config",
@@ -87,7 +87,7 @@ def test_ask_without_a_terminal_says_what_to_say_instead(
 
 def test_a_folder_in_use_by_another_process_is_refused(tmp_path: Path) -> None:
     program = (
-        "import sys; from cookbook.supervised.run_folder import RunFolder; "
+        "import sys; from cookbook.runs.folder import RunFolder; "
         f"folder = RunFolder({str(tmp_path)!r}, {CONFIG!r}, 'resume'); "
         "print('held', flush=True); sys.stdin.read()"
     )

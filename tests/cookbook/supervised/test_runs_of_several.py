@@ -35,7 +35,7 @@ def make_config(tiny_qwen3: str, chats: list, tmp_path_factory: pytest.TempPathF
             "log_path": str(folder / name),
             "model_name": tiny_qwen3,
             "dataset_builder": {
-                "_type": "cookbook.supervised.data:FromConversationFileBuilder",
+                "_type": "cookbook.data:FromConversationFileBuilder",
                 "file_path": str(data),
                 "test_size": 4,
                 "common_config": {"model_name_for_tokenizer": tiny_qwen3, "batch_size": 5},

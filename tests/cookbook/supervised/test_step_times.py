@@ -14,10 +14,10 @@ import chz
 import pytest
 from safetensors.numpy import load_file
 
+from cookbook.data.types import SupervisedDataset, SupervisedDatasetBuilder
 from cookbook.eval.evaluators import TrainingClientEvaluator
 from cookbook.supervised import train
 from cookbook.supervised.step_times import StepTimes
-from cookbook.supervised.types import SupervisedDataset, SupervisedDatasetBuilder
 from cookbook.trace import Recorder
 from cookbook.types import Datum, ModelInput
 

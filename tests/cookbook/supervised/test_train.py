@@ -20,7 +20,9 @@ from peft import PeftModel
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM
 
-from cookbook import ServiceClient, jsonl
+from cookbook import ServiceClient
+from cookbook.data import FromConversationFileBuilder
+from cookbook.data.types import ChatDatasetBuilderCommonConfig, SupervisedDataset, SupervisedDatasetBuilder
 from cookbook.errors import CheckpointError, ConfigError, DataError, TrainingError
 from cookbook.eval.evaluators import (
     EvaluatorBuilder,
@@ -29,14 +31,9 @@ from cookbook.eval.evaluators import (
 )
 from cookbook.eval.samples import SamplesEvaluatorBuilder
 from cookbook.supervised import train
-from cookbook.supervised.data import FromConversationFileBuilder
-from cookbook.supervised.types import (
-    ChatDatasetBuilderCommonConfig,
-    SupervisedDataset,
-    SupervisedDatasetBuilder,
-)
-from cookbook.tables import Table
 from cookbook.types import Datum, ModelInput, SamplingParams
+from cookbook.utils import jsonl
+from cookbook.utils.tables import Table
 
 MakeConfig = Callable[..., train.Config]
 

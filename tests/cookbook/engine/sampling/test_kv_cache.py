@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cookbook.engine.attention import AttentionLayout, packed_attention
+from cookbook.engine.model.attention import AttentionLayout, packed_attention
 from cookbook.engine.sampling.kv_cache import KVCache, Row, capacity_for
 
 NUM_HEADS, NUM_QUERY_HEADS, HEAD_SIZE = 2, 4, 8

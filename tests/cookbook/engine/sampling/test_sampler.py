@@ -13,8 +13,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from cookbook.engine.adapters import Adapter
-from cookbook.engine.base_model import BaseModel
+from cookbook.engine.model.adapters import Adapter
+from cookbook.engine.model.base_model import BaseModel
 from cookbook.engine.sampling import decoders, sampler
 from cookbook.engine.sampling.decoders import PackedDecoder
 from cookbook.engine.sampling.requests import Request, ScoreRequest, sample_request, score_request

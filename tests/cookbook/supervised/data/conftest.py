@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from cookbook.supervised.data import FromConversationFileBuilder
-from cookbook.supervised.data.report import DataReport
-from cookbook.supervised.types import ChatDatasetBuilderCommonConfig
+from cookbook.data import FromConversationFileBuilder
+from cookbook.data.report import DataReport
+from cookbook.data.types import ChatDatasetBuilderCommonConfig
 
 
 @pytest.fixture

@@ -13,25 +13,26 @@ import datasets
 import numpy as np
 import pytest
 
-from cookbook import files, models, notes
-from cookbook.errors import ConfigError, DataError
-from cookbook.notes import Note
-from cookbook.supervised.data import (
+from cookbook import models
+from cookbook.data import (
     Conversation,
     FromConversationFileBuilder,
     NamedChatDatasetBuilder,
     SupervisedDatasetFromHFDataset,
     conversation_to_datum,
 )
-from cookbook.supervised.data.rendering import RowRenderer
-from cookbook.supervised.data.sources import Row
-from cookbook.supervised.types import (
+from cookbook.data.rendering import RowRenderer
+from cookbook.data.sources import Row
+from cookbook.data.types import (
     ChatDatasetBuilder,
     ChatDatasetBuilderCommonConfig,
     SupervisedDataset,
     SupervisedDatasetBuilder,
 )
+from cookbook.errors import ConfigError, DataError
 from cookbook.types import Datum, ModelInput
+from cookbook.utils import files, notes
+from cookbook.utils.notes import Note
 from renderers import TrainOnWhat, get_renderer
 
 CHAT = [{"role": "user", "content": "How many legs?"}, {"role": "assistant", "content": "eight"}]

@@ -9,12 +9,13 @@ from typing import Any, TypeAlias
 
 import pytest
 
-from cookbook import models, notes
+from cookbook import models
+from cookbook.data import Conversation
+from cookbook.data.findings import count_findings
+from cookbook.data.formats import conversations_of
+from cookbook.data.report import DataReport
 from cookbook.errors import DataError
-from cookbook.supervised.data import Conversation
-from cookbook.supervised.data.findings import count_findings
-from cookbook.supervised.data.formats import conversations_of
-from cookbook.supervised.data.report import DataReport
+from cookbook.utils import notes
 from renderers import TrainOnWhat, get_renderer
 
 ReportOf: TypeAlias = Callable[..., DataReport]

@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 
+from cookbook.data import FromConversationFileBuilder
+from cookbook.data.formats import conversations_of
+from cookbook.data.rendering import RowRenderer
+from cookbook.data.report import DataReport
+from cookbook.data.sources import Row
+from cookbook.data.types import ChatDatasetBuilderCommonConfig
 from cookbook.errors import DataError
-from cookbook.supervised.data import FromConversationFileBuilder
-from cookbook.supervised.data.formats import conversations_of
-from cookbook.supervised.data.rendering import RowRenderer
-from cookbook.supervised.data.report import DataReport
-from cookbook.supervised.data.sources import Row
-from cookbook.supervised.types import ChatDatasetBuilderCommonConfig
 from cookbook.types import Datum
 from renderers import TrainOnWhat, get_renderer
 

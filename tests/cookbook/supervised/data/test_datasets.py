@@ -7,8 +7,8 @@ from typing import Any
 import datasets
 import pytest
 
+from cookbook.data import SupervisedDatasetFromHFDataset
 from cookbook.errors import ConfigError, DataError
-from cookbook.supervised.data import SupervisedDatasetFromHFDataset
 from cookbook.types import Datum, ModelInput
 
 

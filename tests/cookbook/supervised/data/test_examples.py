@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from cookbook.supervised.data import conversation_to_datum, datum_from_tokens
+from cookbook.data import conversation_to_datum, datum_from_tokens
 from renderers import TrainOnWhat, get_renderer
 
 CHAT = [{"role": "user", "content": "How many legs?"}, {"role": "assistant", "content": "eight"}]

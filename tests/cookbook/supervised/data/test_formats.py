@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cookbook.data.conversation import Conversation, linked
+from cookbook.data.formats import FORMATS, conversations_of, recognise
 from cookbook.errors import ConfigError, DataError
-from cookbook.supervised.data.conversation import Conversation, linked
-from cookbook.supervised.data.formats import FORMATS, conversations_of, recognise
 
 DATA = Path(os.environ.get("COOKBOOK_DATA") or Path(__file__).parents[4].parent / "shared" / "data")
 

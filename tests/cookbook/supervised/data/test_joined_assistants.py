@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
+from cookbook.data import Conversation, FromConversationFileBuilder
+from cookbook.data.formats import conversations_of
+from cookbook.data.report import DataReport
+from cookbook.data.sources import Row
+from cookbook.data.types import ChatDatasetBuilderCommonConfig
 from cookbook.errors import DataError
-from cookbook.supervised.data import Conversation, FromConversationFileBuilder
-from cookbook.supervised.data.formats import conversations_of
-from cookbook.supervised.data.report import DataReport
-from cookbook.supervised.data.sources import Row
-from cookbook.supervised.types import ChatDatasetBuilderCommonConfig
 
 USER = {"role": "user", "content": "Hi"}
 

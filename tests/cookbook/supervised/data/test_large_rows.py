@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from cookbook import jsonl, lines
+from cookbook.data.sources import BadRow, Row, base, open_source
 from cookbook.errors import ConfigError, DataError
-from cookbook.supervised.data.sources import BadRow, Row, base, open_source
+from cookbook.utils import jsonl, lines
 
 MIB = 2**20
 SMALL = {"text": "small"}
@@ -106,7 +106,7 @@ def test_nesting_without_an_end_and_numbers_without_an_end_are_bad_rows(value: s
 def test_chunks_of_large_rows_have_fewer_of_them(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from cookbook.supervised.data.sources import arrow, text_files
+    from cookbook.data.sources import arrow, text_files
 
     for module in (base, arrow, text_files):
         monkeypatch.setattr(module, "MAX_CHUNK_BYTES", 1000)

@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 
-from cookbook import notes
-from cookbook.supervised.data import findings
-from cookbook.supervised.data.conversation import Conversation
-from cookbook.supervised.data.rendering import RowRenderer
-from cookbook.supervised.data.report import note_lines
-from cookbook.supervised.data.sources import Row
+from cookbook.data import findings
+from cookbook.data.conversation import Conversation
+from cookbook.data.rendering import RowRenderer
+from cookbook.data.report import note_lines
+from cookbook.data.sources import Row
+from cookbook.utils import notes
 from renderers import TrainOnWhat, get_renderer
 
 

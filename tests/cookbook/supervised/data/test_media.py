@@ -7,9 +7,9 @@ from typing import Any, TypeAlias
 
 import pytest
 
+from cookbook.data.formats import conversations_of
+from cookbook.data.report import DataReport
 from cookbook.errors import DataError
-from cookbook.supervised.data.formats import conversations_of
-from cookbook.supervised.data.report import DataReport
 
 ReportOf: TypeAlias = Callable[..., DataReport]
 

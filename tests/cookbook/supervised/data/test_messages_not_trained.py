@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
+from cookbook.data.formats import conversations_of
 from cookbook.errors import DataError
-from cookbook.supervised.data.formats import conversations_of
 
 USER = {"role": "user", "content": "Hi"}
 BAD = {"role": "assistant", "content": "bad answer"}

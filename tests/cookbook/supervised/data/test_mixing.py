@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cookbook.data.mixing import check_weights, order_of_epoch, rows_per_epoch
 from cookbook.errors import ConfigError
-from cookbook.supervised.data.mixing import check_weights, order_of_epoch, rows_per_epoch
 
 
 @pytest.mark.parametrize(

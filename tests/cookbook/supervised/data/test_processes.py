@@ -12,9 +12,9 @@ from itertools import count, islice
 
 import pytest
 
+from cookbook.data import processes
+from cookbook.data.processes import map_in_order
 from cookbook.errors import DataError
-from cookbook.supervised.data import processes
-from cookbook.supervised.data.processes import map_in_order
 
 
 def test_results_come_in_order_for_any_number_of_processes():

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from cookbook import notes
+from cookbook.data.media import count_placeholders
+from cookbook.data.sources import BadRow, open_source
+from cookbook.data.sources.base import row_of
 from cookbook.errors import DataError
-from cookbook.supervised.data.media import count_placeholders
-from cookbook.supervised.data.sources import BadRow, open_source
-from cookbook.supervised.data.sources.base import row_of
-from renderers.deepseek_tools import CALL_TOKENS, CALLS, END_CALLS, parse_calls
+from cookbook.utils import notes
+from renderers.formats.deepseek_tools import CALL_TOKENS, CALLS, END_CALLS, parse_calls
 
 N = 2**20
 _SEP = "<｜tool▁sep｜>"

@@ -19,11 +19,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from cookbook import hub
-from cookbook.errors import DataError
-from cookbook.supervised.data import cache
-from cookbook.supervised.data.formats import conversations_of
-from cookbook.supervised.data.sources import (
+from cookbook.data import cache
+from cookbook.data.formats import conversations_of
+from cookbook.data.sources import (
     KNOWN_DATASETS,
     BadRow,
     HubSource,
@@ -34,7 +32,9 @@ from cookbook.supervised.data.sources import (
     open_source,
     without_nulls,
 )
-from cookbook.supervised.data.sources.hub import HubName
+from cookbook.data.sources.hub import HubName
+from cookbook.errors import DataError
+from cookbook.utils import hub
 
 DATA = Path(os.environ.get("COOKBOOK_DATA") or Path(__file__).parents[4].parent / "shared" / "data")
 
@@ -629,8 +629,8 @@ def test_jsonl_is_read_without_arrow_datasets_or_torch(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", CALLS)
     code = (
         "import sys\n"
-        "from cookbook.supervised.data.formats import conversations_of\n"
-        "from cookbook.supervised.data.sources import open_source\n"
+        "from cookbook.data.formats import conversations_of\n"
+        "from cookbook.data.sources import open_source\n"
         f"source = open_source({str(path)!r})\n"
         "assert source.fingerprint() and all(conversations_of(row) for row in source.rows())\n"
         "print([name for name in ('datasets', 'pyarrow', 'torch', 'pandas') if name in sys.modules])"

@@ -11,13 +11,13 @@ import datasets
 import pyarrow as pa
 import pytest
 
-from cookbook import hub
+from cookbook.data import NamedChatDatasetBuilder
+from cookbook.data.builders import open_sources
+from cookbook.data.sources import open_source
+from cookbook.data.sources.splits import layout_of
+from cookbook.data.types import ChatDatasetBuilderCommonConfig
 from cookbook.errors import DataError
-from cookbook.supervised.data import NamedChatDatasetBuilder
-from cookbook.supervised.data.builders import open_sources
-from cookbook.supervised.data.sources import open_source
-from cookbook.supervised.data.sources.splits import layout_of
-from cookbook.supervised.types import ChatDatasetBuilderCommonConfig
+from cookbook.utils import hub
 
 README = """---
 license: mit

@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cookbook.notes import Note
-from cookbook.supervised.data.store import BadRowNote, Example, ExampleStore, StoreWriter, make_block
+from cookbook.data.store import BadRowNote, Example, ExampleStore, StoreWriter, make_block
+from cookbook.utils.notes import Note
 
 Rows = list[list[Example]]
 

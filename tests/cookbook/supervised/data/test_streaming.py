@@ -12,10 +12,10 @@ import datasets
 import numpy as np
 import pytest
 
+from cookbook.data import StreamingSupervisedDatasetFromHFDataset
+from cookbook.data.sources import open_source
+from cookbook.data.streaming import StreamMixture
 from cookbook.errors import ConfigError, DataError
-from cookbook.supervised.data import StreamingSupervisedDatasetFromHFDataset
-from cookbook.supervised.data.sources import open_source
-from cookbook.supervised.data.streaming import StreamMixture
 from cookbook.types import Datum, ModelInput
 
 

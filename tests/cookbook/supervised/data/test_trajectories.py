@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cookbook.data.conversation import Conversation
+from cookbook.data.formats import conversations_of
+from cookbook.data.trajectories import read_trajectories
 from cookbook.errors import DataError
-from cookbook.supervised.data.conversation import Conversation
-from cookbook.supervised.data.formats import conversations_of
-from cookbook.supervised.data.trajectories import read_trajectories
 
 
 def said(row: dict[str, Any]) -> list[tuple[str, str]]:

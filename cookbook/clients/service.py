@@ -1,0 +1,325 @@
+"""ServiceClient: where training and sampling clients come from."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import secrets
+import threading
+import weakref
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from cookbook import embedded, models
+from cookbook.clients.futures import APIFuture
+from cookbook.clients.sampling import SamplingClient
+from cookbook.clients.training import TrainingClient
+from cookbook.engine import checkpoint, processes
+from cookbook.engine.options import EngineOptions, GradientCheckpointing, Quantization, Shard
+from cookbook.engine.worker import Engine
+from cookbook.errors import ClosedError, ConfigError, RequestError
+from cookbook.trace import Recorder
+from cookbook.types import (
+    MAX_RANK,
+    GetServerCapabilitiesResponse,
+    LoadWeightsResponse,
+    LoraConfig,
+    SupportedModel,
+)
+
+DEFAULT_CHECKPOINT_ROOT = Path("~/.cookbook/checkpoints")
+
+
+class ServiceClient:
+    """Runs models on this machine. Clients on one base model share one copy of its weights.
+
+    `device` is "auto" (CUDA when there is one, else CPU), "cpu", "cuda" or "cuda:N"; `dtype` is
+    "auto" (bfloat16 on CUDA, float32 on CPU) or a name. Checkpoints go to `checkpoint_dir`; by
+    default each training client has a new folder under ~/.cookbook/checkpoints. Batches are cut into
+    micro-batches of at most `max_tokens_per_microbatch` tokens (None: what fits and is fast), whose
+    layers are run again in the backward pass by `gradient_checkpointing`: "auto" (where they would
+    not fit otherwise), "on" or "off". `quantization="nf4"` holds the frozen linear layers in 4 bits
+    (QLoRA; `pip install 'sft-cookbook[qlora]'`). `compile` compiles the decoder's layers.
+
+    In several processes (`torchrun`), each runs the same program and makes the same calls in the same order
+    with the whole of the data; every call then computes a share on each and returns the same everywhere.
+    `shard` says whether each holds all base weights ("none"), a part ("full"), or what fits ("auto").
+
+    A `recorder` is told what the engine's thread and the device do when.
+
+    `user_metadata` and `project_id` stand where Tinker has them; both are written, the latter under its name,
+    into the metadata of every training client and its checkpoints. All other options go by their names.
+
+    After `close` every call raises ClosedError, and so does every call of a client that came from here.
+    """
+
+    def __init__(
+        self,
+        user_metadata: Mapping[str, str] | None = None,
+        project_id: str | None = None,
+        *,
+        device: str = "auto",
+        dtype: str = "auto",
+        checkpoint_dir: str | os.PathLike[str] | None = None,
+        max_tokens_per_microbatch: int | None = None,
+        gradient_checkpointing: GradientCheckpointing = "auto",
+        quantization: Quantization | None = None,
+        compile: bool = False,
+        shard: Shard = "auto",
+        recorder: Recorder | None = None,
+    ) -> None:
+        self._user_metadata = _checked_metadata(user_metadata)
+        if project_id is not None:
+            self._user_metadata["project_id"] = project_id
+        self._options = EngineOptions(
+            device, dtype, max_tokens_per_microbatch, gradient_checkpointing, quantization, compile, shard
+        )
+        self._recorder = recorder
+        self._checkpoint_dir = None if checkpoint_dir is None else Path(checkpoint_dir).expanduser()
+        self._engines: dict[str, Engine] = {}
+        self._unshared_engines: weakref.WeakSet[Engine] = weakref.WeakSet()
+        """Those of full fine-tunes: each trains a copy of its own, which is gone when its clients are. A
+        checkpoint may be written anew."""
+        self._is_closed = False
+        self._lock = threading.Lock()
+
+    def create_lora_training_client(
+        self,
+        base_model: str,
+        rank: int = 32,
+        seed: int | None = None,
+        train_mlp: bool = True,
+        train_attn: bool = True,
+        train_unembed: bool = True,
+        user_metadata: Mapping[str, str] | None = None,
+        *,
+        alpha: float = 32.0,
+    ) -> TrainingClient:
+        """Loads `base_model` (a hub id, a folder, or the embedded model) and puts a new adapter on it.
+
+        A rank of 0 trains all of the model's own weights instead, on a copy that no other client shares.
+        """
+        self._check_open()
+        if not 0 <= rank <= MAX_RANK:
+            raise ConfigError(
+                f"rank={rank}. A LoRA has a rank of at least 1; 0 trains the model itself. The most is "
+                f"{MAX_RANK:,}."
+            )
+        if rank == 0 and not (train_mlp and train_attn and train_unembed):
+            raise ConfigError(
+                "rank=0 trains every weight of the model. train_mlp, train_attn and train_unembed choose "
+                "where a LoRA goes: leave them True, or give a rank of at least 1."
+            )
+        lora = LoraConfig(
+            rank=rank,
+            alpha=alpha,
+            seed=processes.current().of_main(secrets.randbelow(2**31)) if seed is None else seed,
+            train_unembed=train_unembed,
+            train_mlp=train_mlp,
+            train_attn=train_attn,
+        )
+        return self._training_client(base_model, lora, user_metadata)
+
+    def create_training_client_from_state(
+        self,
+        path: str | os.PathLike[str],
+        base_model: str | None = None,
+        user_metadata: Mapping[str, str] | None = None,
+    ) -> TrainingClient:
+        """A client with a checkpoint's model, LoRA settings and weights; the optimizer starts afresh.
+
+        `base_model` takes the place of the model that the checkpoint names, whose shapes it has to have.
+        """
+        client = self._client_like(path, base_model, user_metadata)
+        return _loaded(client, client.load_state(path))
+
+    def create_training_client_from_state_with_optimizer(
+        self,
+        path: str | os.PathLike[str],
+        base_model: str | None = None,
+        user_metadata: Mapping[str, str] | None = None,
+    ) -> TrainingClient:
+        """A client that continues a checkpoint of `save_state` exactly where it stopped."""
+        client = self._client_like(path, base_model, user_metadata)
+        return _loaded(client, client.load_state_with_optimizer(path))
+
+    def create_sampling_client(
+        self, model_path: str | os.PathLike[str] | None = None, base_model: str | None = None
+    ) -> SamplingClient:
+        """A sampler of saved weights (`model_path`) or of an untouched `base_model`."""
+        self._check_open()
+        if model_path is not None:
+            info = checkpoint.read_info(model_path)
+            if info.lora.rank == 0:
+                return SamplingClient.of_base(self._unshared_engine(os.fspath(model_path)))
+            base_model = base_model or info.base_model
+            return SamplingClient.of_checkpoint(self._engine(base_model), model_path)
+        if base_model is None:
+            raise RequestError("Give model_path (a saved checkpoint) or base_model (a model's name).")
+        return SamplingClient.of_base(self._engine(base_model))
+
+    def get_server_capabilities(self) -> GetServerCapabilitiesResponse:
+        self._check_open()
+        devices = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+        return GetServerCapabilitiesResponse(_models_on_this_machine(), devices)
+
+    def close(self) -> None:
+        """Ends the engines after what is queued on them has run, and closes every client.
+
+        A future that is pending completes as it would have otherwise: with its result, or its own error.
+        A second call does nothing.
+        """
+        with self._lock:
+            self._is_closed = True
+            engines = [*self._engines.values(), *self._unshared_engines]
+            self._engines.clear()
+        for engine in engines:
+            engine.close()
+
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise ClosedError("This ServiceClient was closed. Create a new one.")
+
+    def _engine(self, base_model: str) -> Engine:
+        location = models.model_location(base_model)
+        key = os.path.realpath(location) if os.path.isdir(location) else location
+        with self._lock:
+            self._check_open()
+            if key not in self._engines:
+                self._engines[key] = Engine(base_model, self._options, recorder=self._recorder)
+            return self._engines[key]
+
+    def _training_client(
+        self, base_model: str, lora: LoraConfig, user_metadata: Mapping[str, str] | None
+    ) -> TrainingClient:
+        folder = self._checkpoint_dir
+        if folder is None:
+            folder = DEFAULT_CHECKPOINT_ROOT.expanduser() / processes.current().of_main(secrets.token_hex(6))
+        if lora.rank == 0 and self._options.quantization is not None:
+            raise ConfigError(
+                f"quantization={self._options.quantization} holds weights that stay as they are, and rank=0 "
+                f"trains them. Give a rank of at least 1, or leave quantization out."
+            )
+        metadata = self._user_metadata | _checked_metadata(user_metadata)
+        engine = self._unshared_engine(base_model) if lora.rank == 0 else self._engine(base_model)
+        return TrainingClient(engine, lora, folder, metadata)
+
+    def _unshared_engine(self, model: str) -> Engine:
+        self._check_open()
+        engine = Engine(model, self._options, is_trained=True, recorder=self._recorder)
+        with self._lock:
+            self._unshared_engines.add(engine)
+            is_closed = self._is_closed  # meanwhile
+        if is_closed:
+            engine.close()
+        return engine
+
+    def _client_like(
+        self,
+        path: str | os.PathLike[str],
+        base_model: str | None,
+        user_metadata: Mapping[str, str] | None,
+    ) -> TrainingClient:
+        self._check_open()
+        if isinstance(base_model, Mapping):  # which stood in this place, and names no model
+            base_model, user_metadata = None, base_model
+        info = checkpoint.read_info(path)
+        if info.lora.rank == 0:
+            if base_model is not None:
+                raise RequestError(
+                    f"base_model={base_model!r} was given for {os.fspath(path)}, which is a full fine-tune "
+                    f"and has no base. Leave base_model out."
+                )
+            base_model = os.fspath(path)
+        base_model = base_model or info.base_model
+        return self._training_client(base_model, info.lora, user_metadata or info.user_metadata)
+
+    # -- async twins ------------------------------------------------------------------------
+
+    async def create_lora_training_client_async(
+        self,
+        base_model: str,
+        rank: int = 32,
+        seed: int | None = None,
+        train_mlp: bool = True,
+        train_attn: bool = True,
+        train_unembed: bool = True,
+        user_metadata: Mapping[str, str] | None = None,
+        *,
+        alpha: float = 32.0,
+    ) -> TrainingClient:
+        return await asyncio.to_thread(
+            self.create_lora_training_client,
+            base_model,
+            rank,
+            seed,
+            train_mlp,
+            train_attn,
+            train_unembed,
+            user_metadata,
+            alpha=alpha,
+        )
+
+    async def create_training_client_from_state_async(
+        self,
+        path: str | os.PathLike[str],
+        base_model: str | None = None,
+        user_metadata: Mapping[str, str] | None = None,
+    ) -> TrainingClient:
+        return await asyncio.to_thread(
+            self.create_training_client_from_state, path, base_model, user_metadata
+        )
+
+    async def create_training_client_from_state_with_optimizer_async(
+        self,
+        path: str | os.PathLike[str],
+        base_model: str | None = None,
+        user_metadata: Mapping[str, str] | None = None,
+    ) -> TrainingClient:
+        return await asyncio.to_thread(
+            self.create_training_client_from_state_with_optimizer, path, base_model, user_metadata
+        )
+
+    async def create_sampling_client_async(
+        self, model_path: str | os.PathLike[str] | None = None, base_model: str | None = None
+    ) -> SamplingClient:
+        return await asyncio.to_thread(self.create_sampling_client, model_path, base_model)
+
+    async def get_server_capabilities_async(self) -> GetServerCapabilitiesResponse:
+        return self.get_server_capabilities()
+
+
+def _loaded(client: TrainingClient, loading: APIFuture[LoadWeightsResponse]) -> TrainingClient:
+    """The client once it has loaded. One that could not is closed, and leaves nothing."""
+    try:
+        loading.result()
+    except BaseException:
+        client.close()
+        raise
+    return client
+
+
+def _checked_metadata(user_metadata: Mapping[str, str] | None) -> dict[str, str]:
+    """A copy. Raises RequestError for what is no mapping, such as a device from before it had its name."""
+    if user_metadata is not None and not isinstance(user_metadata, Mapping):
+        raise RequestError(
+            f"user_metadata={user_metadata!r} is no mapping of names to strings. Options of the engine go by "
+            f"their names: device=, dtype=, checkpoint_dir=."
+        )
+    return dict(user_metadata or {})
+
+
+def _models_on_this_machine() -> list[SupportedModel]:
+    """The embedded model and the models in the hub's cache."""
+    from huggingface_hub import scan_cache_dir
+    from huggingface_hub.errors import CacheNotFound
+
+    names = [embedded.MODEL_NAME]
+    try:
+        repos = scan_cache_dir().repos
+    except CacheNotFound:
+        repos = frozenset()
+    names += sorted(repo.repo_id for repo in repos if repo.repo_type == "model")
+    return [SupportedModel(name) for name in names]

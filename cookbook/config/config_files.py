@@ -1,0 +1,225 @@
+"""Configs as text: what a run records, and what `config=` reads.
+
+A chz object is an object whose `_type` names its class; everything else is a JSON value.
+"""
+
+from __future__ import annotations
+
+import enum
+import importlib
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import chz
+from chz.blueprint import Castable
+
+from cookbook.config.documents import KeyPath, read_document
+from cookbook.errors import ConfigError
+
+TYPE_KEY = "_type"
+
+OWN_PACKAGES = ("cookbook", "recipes", "renderers")
+"""The packages of this project. Any other module is imported only where the user names it himself."""
+
+
+def to_json(value: Any) -> Any:
+    """A config as JSON values, with every default and derived value resolved."""
+    if chz.is_chz(value):
+        fields = {name: to_json(getattr(value, name)) for name in chz.chz_fields(value)}
+        return {TYPE_KEY: _qualified_name(type(value)), **fields}
+    if isinstance(value, Mapping):
+        return {str(key): to_json(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [to_json(item) for item in value]
+    if isinstance(value, enum.Enum):
+        return value.value
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, type) or callable(value):
+        return {TYPE_KEY: _qualified_name(value)}
+    return value
+
+
+def _qualified_name(value: Any) -> str:
+    return f"{value.__module__}:{getattr(value, '__qualname__', type(value).__qualname__)}"
+
+
+COMMAND_LINE = "command line"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One key as it was written: whole, or the last part of one."""
+
+    key: str
+    value: Any
+    """Text to cast by the type of its field (Castable), None, True or False; [] before a list's items."""
+    place: str
+    """Where it was written: COMMAND_LINE, or a file and its line."""
+
+
+def read_settings(path: str) -> tuple[list[Setting], list[str]]:
+    """The settings of a YAML or JSON config file, and one sentence for each key that is repeated in it."""
+    document = read_document(path)
+    if not isinstance(document.values, dict):
+        raise ConfigError(f"config={path} holds no keys. Write one `key: value` a line.")
+    leaves = _leaves(document.values)
+    if TYPE_KEY in document.values:  # a run wrote it down, and that may have been somebody else's
+        leaves = (
+            (at, RecordedClassName(one.value) if isinstance(one, ClassName) else one) for at, one in leaves
+        )
+    return [Setting(".".join(at), value, document.place(at)) for at, value in leaves], document.repeated
+
+
+def load(path: str) -> dict[str, Any]:
+    """The keys of a YAML or JSON config file, dotted, as a blueprint takes them."""
+    settings, repeated = read_settings(path)
+    if repeated:
+        raise ConfigError("\n".join(repeated))
+    return _without_marks({setting.key: setting.value for setting in settings})
+
+
+def flatten(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested values as dotted keys. Scalars are cast by the field they are for, as on the command line."""
+    flat = {".".join(path): value for path, value in _leaves(values)}
+    for value in flat.values():
+        if isinstance(value, ClassName):
+            importable(value.value)
+    return _without_marks(flat)
+
+
+def _without_marks(flat: dict[str, Any]) -> dict[str, Any]:
+    """Without the [] and {} that stand before the items of a list or a mapping that has some."""
+
+    def has_items(key: str) -> bool:
+        return any(other.startswith(f"{key}.") for other in flat)
+
+    return {
+        key: value for key, value in flat.items() if not isinstance(value, list | dict) or not has_items(key)
+    }
+
+
+class NoValue(Castable):
+    """What stands for the value of a `--key` that has none."""
+
+
+class ClassName(Castable):
+    """`module:Class`, the value of a `_type`."""
+
+
+class RecordedClassName(ClassName):
+    """The value of a `_type` in a config that a run recorded: it names code, and is only data."""
+
+
+def is_own(module: str) -> bool:
+    return module.partition(".")[0] in OWN_PACKAGES
+
+
+def is_foreign(name: str) -> bool:
+    """Whether this class is in a module outside of this project that would have to be imported."""
+    module = name.partition(":")[0] if ":" in name else name.rpartition(".")[0]
+    return bool(module) and not is_own(module) and module not in sys.modules
+
+
+def foreign_classes(config: Any, key: str = "") -> dict[str, str]:
+    """The classes outside of this project in a config as JSON, by the dotted keys that take them."""
+    found: dict[str, str] = {}
+    if isinstance(config, Mapping):
+        name = config.get(TYPE_KEY)
+        if key and isinstance(name, str) and not is_own(name.partition(":")[0]):
+            found[key] = name
+        for below, value in config.items():
+            found |= foreign_classes(value, f"{key}.{below}" if key else str(below))
+    elif isinstance(config, list):
+        for index, value in enumerate(config):
+            found |= foreign_classes(value, f"{key}.{index}")
+    return found
+
+
+def _leaves(values: Any, path: KeyPath = ()) -> Iterator[tuple[KeyPath, Any]]:
+    """What stands at each path: text to cast, None, True or False; [] before the items of a list."""
+    if isinstance(values, Mapping):
+        for key, value in values.items():
+            if key == TYPE_KEY:
+                if path:
+                    yield path, ClassName(str(value))
+            else:
+                yield from _leaves(value, (*path, str(key)))
+        if path and not values:
+            yield path, {}
+    elif isinstance(values, list):
+        yield path, []
+        for index, value in enumerate(values):
+            yield from _leaves(value, (*path, str(index)))
+    else:
+        yield path, values if values is None or isinstance(values, bool) else Castable(str(values))
+
+
+def importable(name: str) -> str:
+    """`module:Class`, checked, so that a config from elsewhere fails with the name that is missing."""
+    _imported(name)
+    return name
+
+
+_MOVED = {
+    "cookbook.supervised.nll_evaluator": "cookbook.eval.nll",
+    "cookbook.supervised.preview": "cookbook.data.preview",
+    "cookbook.supervised.types": "cookbook.data.types",
+    "cookbook.supervised.data": "cookbook.data",
+}
+"""Modules that recorded configs name and that have moved since, the longest name of a family first."""
+
+
+def current_name(name: str) -> str:
+    """`module:Class` under the module's present name, for a config that was recorded before it moved."""
+    module, colon, attribute = name.partition(":")
+    for old, new in _MOVED.items():
+        if module == old or module.startswith(f"{old}."):
+            return f"{new}{module.removeprefix(old)}{colon}{attribute}"
+    return name
+
+
+def _imported(name: str) -> Any:
+    module, _, attribute = current_name(name).partition(":")
+    try:
+        value: Any = importlib.import_module(module)
+        for part in attribute.split("."):
+            value = getattr(value, part)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"{TYPE_KEY}: {name} cannot be imported ({error}).") from error
+    return value
+
+
+def with_defaults(old: Any, new: Any) -> Any:
+    """A recorded config with the fields that its classes have got since, at their defaults.
+
+    `new` is the config it is compared with: a field that only this one has, at its default, is no difference.
+    """
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        return [with_defaults(one, other) for one, other in zip(old, new, strict=True)]
+    if not (isinstance(old, dict) and isinstance(new, dict)):
+        return old
+    filled = {key: with_defaults(value, new.get(key)) for key, value in old.items()}
+    if isinstance(old.get(TYPE_KEY), str):
+        filled[TYPE_KEY] = current_name(old[TYPE_KEY])
+    if TYPE_KEY in old and filled[TYPE_KEY] == new.get(TYPE_KEY):
+        for key in new.keys() - old.keys():
+            field = chz.chz_fields(_imported(old[TYPE_KEY])).get(key)
+            if field is not None and field._default == new[key]:
+                filled[key] = new[key]
+    return filled
+
+
+def differences(old: Any, new: Any, prefix: str = "") -> dict[str, tuple[Any, Any]]:
+    """The dotted keys whose values differ between two JSON configs."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        found: dict[str, tuple[Any, Any]] = {}
+        for key in old.keys() | new.keys():
+            found |= differences(old.get(key), new.get(key), f"{prefix}{key}.")
+        return found
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        return differences(dict(enumerate(old)), dict(enumerate(new)), prefix)
+    return {} if old == new else {prefix.rstrip("."): (old, new)}

@@ -1,0 +1,624 @@
+"""Which field each setting of a config is for, and whether its value can stand there.
+
+A key is written whole (`dataset_builder.common_config.batch_size`) or by its last parts (`batch_size`), which
+must fit one field alone. What means one thing in several fields is a chz Reference in a recipe's defaults.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import logging
+import re
+import types
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Literal, Union, get_args, get_origin
+
+import chz
+from chz.blueprint import Blueprint, Castable, Reference
+from chz.blueprint._entrypoint import EntrypointException
+from chz.factories import MetaFromString
+from chz.tiepin import CastError, is_subtype_instance
+
+from cookbook.config import other_trainers
+from cookbook.config.config_files import (
+    COMMAND_LINE,
+    NoValue,
+    RecordedClassName,
+    Setting,
+    importable,
+    is_foreign,
+    is_own,
+)
+from cookbook.config.documents import MAX_DEPTH
+from cookbook.errors import ConfigError
+from cookbook.utils.nearest import did_you_mean
+
+logger = logging.getLogger(__name__)
+
+Params = Mapping[str, Any]
+"""chz's parameters by their dotted keys."""
+
+UNKNOWN = object()
+"""The value of a setting that has several, as in a sweep."""
+
+
+def params_of(blueprint: Blueprint[Any]) -> dict[str, Any]:
+    """Every parameter there is to set, by its dotted key, as this blueprint stands."""
+    return {key: param for key, param in blueprint._make_lazy().all_params.items() if key}
+
+
+class Resolver:
+    """The settings of a config by their whole keys. Later layers win.
+
+    `problems` has one sentence for every setting that cannot be used, `warnings` one for every key that the
+    command line gives twice, where the last counts; `layers` has the settings that count by their whole keys.
+    A short key means what it means in its own layer and those below, so that `max_tokens` in a file
+    keeps its meaning where the command line adds an evaluator that has one too; only a key that nothing
+    there has is looked up among the keys that later layers bring.
+    """
+
+    def __init__(
+        self,
+        target: type[Any],
+        defaults: Mapping[str, Any],
+        layers: Sequence[Sequence[Setting]],
+        other_names: Sequence[str] = (),
+        imports: bool = True,
+    ) -> None:
+        """Without `imports`, modules outside of this project stay as they are: `deferred` has the classes in
+        them that settings name, and nothing is said of keys that may be those of such a class."""
+        self.problems: list[str] = []
+        self.deferred: dict[str, Setting] = {}
+        self._imports = imports
+        self._named = {
+            setting.value.value
+            for layer in layers
+            for setting in layer
+            if isinstance(setting.value, Castable) and not isinstance(setting.value, RecordedClassName)
+        }
+        self.warnings: list[str] = []
+        self._target = target
+        self._defaults = dict(defaults)
+        self._other_names = other_names
+        self._refused: set[str] = set()  # whole keys of lists and classes that cannot be used
+        self._structure = dict(defaults)
+        self.params: Params = self._params_with({})
+        scopes = [self._take_structure(layer) for layer in layers]
+        self._lost: list[dict[str, Setting]] = []  # of each layer, what later layers leave no place for
+        self.layers = [self._resolve_layer(layer, scope) for layer, scope in zip(layers, scopes, strict=True)]
+        self._add_lost()
+
+    def type_of(self, key: str) -> Any:
+        """The type of the field, or of the item of a list or a mapping, that a whole key names."""
+        return _type_of(key, self.params)
+
+    def refusal(self, key: str, setting: Setting) -> str | None:
+        """Why the value of a setting cannot stand at a whole key; None if it can."""
+        param = self.params.get(key) or self._param_of_an_item(key)
+        if self._is_only_recorded(param, setting.value):
+            name = setting.value.value
+            return (
+                f"{setting.place}: {key} is {name}, which is code outside of this project, and what a run "
+                f"recorded is only data. If it is yours, name it too: {key}={name}"
+            )
+        if self._is_deferred(param, setting.value) or _fits(param, setting.value):
+            return None
+        return f"{setting.place}: Invalid {_written(setting)}: {self._what_it_takes(key, param, setting)}"
+
+    def _is_only_recorded(self, param: Any, value: Any) -> bool:
+        """Whether only the record of a run names this code: a class of somebody else, or no class."""
+        if not isinstance(value, RecordedClassName) or value.value in self._named:
+            return False
+        module, _, name = value.value.partition(":")
+        if not is_own(module) or "." in name:
+            return True
+        return _fits(param, value) and not _is_own_class(param, value.value)
+
+    def _is_deferred(self, param: Any, value: Any) -> bool:
+        if self._imports or not isinstance(value, Castable) or not _takes_objects(param.type):
+            return False
+        return _CLASS_NAME.fullmatch(value.value) is not None and is_foreign(value.value)
+
+    def _param_of_an_item(self, key: str) -> Any:
+        kind = self.type_of(key)
+        above = next(self.params[one] for one in _keys_above(key) if one in self.params)
+        factory = chz.factories.standard(annotation=kind)
+        return dataclasses.replace(above, name=key, type=kind, meta_factory=factory, default=None)
+
+    def blueprint(self, name_of_defaults: str) -> Blueprint[Any]:
+        """All settings in one blueprint. Raises ConfigError with every problem there is."""
+        given = self.check()
+        self.raise_problems()
+        values = {key: _as_chz_takes_it(setting.value, self.type_of(key)) for key, setting in given.items()}
+        defaults = {key: value for key, value in self._defaults.items() if self._stays(key, given)}
+        for value in list(defaults.values()):
+            if isinstance(value, Reference) and value.ref not in {*defaults, *given}:
+                defaults[value.ref] = Reference(value.ref)  # chz then takes the field's own default
+        return (
+            Blueprint(self._target)
+            .apply(defaults, layer_name=name_of_defaults)
+            .apply(values, layer_name="given")
+        )
+
+    def check(self) -> dict[str, Setting]:
+        """The settings that count, after a problem is noted for each value that cannot be used."""
+        given = self.merged()
+        for key, setting in given.items():
+            refusal = None if setting.value is UNKNOWN else self.refusal(key, setting)
+            if problem := refusal or self._gap_before(key, setting, [*given, *self._defaults]):
+                self.problems.append(problem)
+        return given
+
+    def raise_problems(self) -> None:
+        """Raises ConfigError with every problem there is; where there is none, logs the warnings."""
+        if problems := list(dict.fromkeys(self.problems)):
+            if len(problems) == 1:
+                raise ConfigError(problems[0])
+            listed = "\n".join(f"  {problem}" for problem in problems)
+            raise ConfigError(f"{len(problems)} settings cannot be used.\n{listed}")
+        for warning in self.warnings:
+            logger.warning(warning)
+
+    # -- which keys there are --------------------------------------------------------------------
+
+    def _params_with(self, more: Mapping[str, Any]) -> dict[str, Any]:
+        return params_of(Blueprint(self._target).apply({**self._structure, **more}))
+
+    def _take_structure(self, layer: Sequence[Setting]) -> Params:
+        """The keys there are with the classes and the lists of a layer, from the outermost inwards."""
+        for setting in sorted(layer, key=lambda setting: _depth_and_number(setting.key)):
+            found = self._find(setting.key, self.params)
+            if len(found) != 1 or not _holds_classes(self.type_of(found[0])):
+                continue
+            if setting.value is UNKNOWN or isinstance(setting.value, NoValue):
+                continue
+            (key,) = found
+            value = _as_chz_takes_it(setting.value, self.type_of(key))
+            if self._is_deferred(self.params.get(key) or self._param_of_an_item(key), value) and not (
+                self._is_only_recorded(self.params.get(key) or self._param_of_an_item(key), value)
+            ):
+                self._defer(key, setting)
+            elif problem := self.refusal(key, setting) or self._gap_before(key, setting, self._structure):
+                self._refuse(key, problem)
+            elif isinstance(value, list):
+                self._structure = {k: v for k, v in self._structure.items() if not k.startswith(f"{key}.")}
+                self.params = self._params_with({})
+            elif not isinstance(value, dict):
+                try:
+                    self.params = self._params_with({key: value})
+                    self._structure[key] = value
+                except (EntrypointException, TypeError, ValueError) as error:
+                    self._refuse(key, f"{setting.place}: Invalid {_written(setting)}: {error}")
+        return self.params
+
+    def _defer(self, key: str, setting: Setting) -> None:
+        """Takes out the class that a recipe has by default: which keys the other one has is not known yet."""
+        self.deferred[key] = setting
+        self._refused.add(key)
+        for values in (self._structure, self._defaults):
+            for one in [one for one in values if one == key or one.startswith(f"{key}.")]:
+                del values[one]
+        self.params = self._params_with({})
+
+    def _refuse(self, key: str, problem: str) -> None:
+        self._refused.add(key)
+        self.problems.append(problem)
+
+    def _find(self, key: str, params: Params) -> list[str]:
+        """The whole keys that a key may stand for: itself, or all that end with it."""
+        if key.count(".") > MAX_DEPTH:
+            return []
+        if key in params:
+            return [key]
+        if ends := [whole for whole in params if whole.endswith(f".{key}")]:
+            return [whole for whole in ends if not self._refers_to_one_of(whole, ends)]
+        head, _, item = key.rpartition(".")
+        above = self._find(head, params) if head else []
+        return [f"{whole}.{item}" for whole in above if _takes_item(_type_of(whole, params), item)]
+
+    def _refers_to_one_of(self, key: str, others: Sequence[str]) -> bool:
+        """Whether a key takes its value from another one unless it is set by itself."""
+        value = self._structure.get(key)
+        while isinstance(value, Reference):
+            if value.ref in others:
+                return True
+            value = self._structure.get(value.ref)
+        return False
+
+    def _resolve_layer(self, layer: Sequence[Setting], scope: Params) -> dict[str, Setting]:
+        resolved: dict[str, Setting] = {}
+        self._lost.append(lost := {})
+        unknown_roots: set[str] = set()
+        for setting in layer:
+            found = self._find(setting.key, scope) or self._find(setting.key, self.params)
+            if len(found) > 1:
+                self.problems.append(
+                    f"{setting.place}: {setting.key!r} is ambiguous. Write one of {', '.join(found)}."
+                )
+            elif not found:
+                root = setting.key.split(".")[0]
+                if root not in unknown_roots:
+                    self._add_unknown(setting)
+                if not self._find(root, self.params):
+                    unknown_roots.add(root)
+            elif found[0] in self._refused:
+                continue
+            elif self._find(found[0], self.params) != found:
+                lost[found[0]] = setting
+            elif isinstance(setting.value, NoValue):
+                self._refuse(found[0], self._no_value(found[0], setting))
+            elif isinstance(setting.value, list | dict) and (refusal := self.refusal(found[0], setting)):
+                self._refuse(found[0], refusal)
+            elif (earlier := resolved.get(found[0])) is not None and setting.place != COMMAND_LINE:
+                self.problems.append(_given_twice(found[0], earlier, setting))
+            else:
+                if earlier is not None:
+                    written = (
+                        "" if setting.value is UNKNOWN else f" ({_written(earlier)}, {_written(setting)})"
+                    )
+                    self.warnings.append(f"{found[0]} is given twice{written}. The last one counts.")
+                resolved[found[0]] = setting
+        return self._without_repeated_references(resolved)
+
+    def _without_repeated_references(self, layer: dict[str, Setting]) -> dict[str, Setting]:
+        """A recorded config has the value of `model_name` wherever it is referred to. There it stays a
+        reference, so that another `model_name` on the command line reaches all of them."""
+
+        def repeats(key: str) -> bool:
+            reference = self._defaults.get(key)
+            if not isinstance(reference, Reference) or reference.ref not in layer or key not in layer:
+                return False
+            return _text(layer[key].value) == _text(layer[reference.ref].value)
+
+        return {key: setting for key, setting in layer.items() if not repeats(key)}
+
+    def merged(self) -> dict[str, Setting]:
+        """The last setting of every key. A list that is given whole replaces the one below it."""
+        merged: dict[str, Setting] = {}
+        for layer in self.layers:
+            for key in sorted(layer, key=_depth_and_number):
+                setting = layer[key]
+                if _is_list(self.type_of(key)) and setting.value is not UNKNOWN:
+                    merged = {k: v for k, v in merged.items() if not k.startswith(f"{key}.")}
+                    self._defaults = {k: v for k, v in self._defaults.items() if not k.startswith(f"{key}.")}
+                has_items = any(k.startswith(f"{key}.") for k in layer)
+                if isinstance(setting.value, list | dict) and (has_items or setting.value == {}):
+                    merged.pop(key, None)  # its items follow
+                    continue
+                whole = merged.get(key.rpartition(".")[0])
+                if whole is not None and _is_list(self.type_of(key.rpartition(".")[0])):
+                    self.problems.append(
+                        f"{setting.place}: {setting.key} changes one item of a list that {_written(whole)} "
+                        f"({whole.place}) gives whole. Give it whole here too, with commas between its items."
+                    )
+                merged[key] = setting
+        return merged
+
+    def _gap_before(self, key: str, setting: Setting, keys: Iterable[str]) -> str | None:
+        """What to say of an item of a list with a number that skips one."""
+        head, _, index = key.rpartition(".")
+        if not head or not _is_list(self.type_of(head)):
+            return None
+        there = {one.removeprefix(f"{head}.").split(".")[0] for one in keys if one.startswith(f"{head}.")}
+        missing = next((number for number in range(int(index)) if str(number) not in there), None)
+        if missing is None:
+            return None
+        return (
+            f"{setting.place}: {setting.key} has no {head}.{missing} before it. The items of a list are "
+            "numbered from 0."
+        )
+
+    def _stays(self, default: str, given: Mapping[str, Setting]) -> bool:
+        """A recipe's default goes where another class was chosen that has no such key."""
+        return default in self.params or not any(default.startswith(f"{key}.") for key in given)
+
+    # -- what is said of a wrong one -------------------------------------------------------------
+
+    def _add_unknown(self, setting: Setting) -> None:
+        key = setting.key
+        if self._is_below_a_refused_one(key) or (self.deferred and not self._what_is_above(key)):
+            return
+        root = key.split(".")[0]
+        if not self._find(root, self.params):
+            key = root if "." in key and self._other_trainers_answer(root) else key
+        above = self._what_is_above(key)
+        if (answer := self._other_trainers_answer(key)) is not None and not above:
+            self.problems.append(f"{setting.place}: There is no key {key!r}. {answer}.")
+        elif above:
+            self.problems.append(f"{setting.place}: There is no key {key!r}. {above}")
+        elif key in self._other_names:
+            self.problems.append(
+                f"{setting.place}: There is no key {key!r} of a run: it is this command's own. Write "
+                f"{key}=<value> on the command line."
+            )
+        elif key.startswith("no_") and [self.type_of(one) for one in self._find(key[3:], self.params)] == [
+            bool
+        ]:
+            self.problems.append(f"{setting.place}: There is no key {key!r}. Write {key[3:]}=False.")
+        else:
+            names = [*(whole.rpartition(".")[2] for whole in self.params), *self.params, *self._other_names]
+            scalars = [
+                name for name in names if not any(map(self._holds_classes, self._find(name, self.params)))
+            ]
+            hint = did_you_mean(key, scalars, short_forms=not self._refused)
+            hint = hint or did_you_mean(key, names, short_forms=False)
+            if self._refused and not hint:
+                return  # it may be a key of the class that cannot be used
+            self.problems.append(
+                f"{setting.place}: There is no key {key!r}.{hint} Run with --help to see the keys."
+            )
+
+    def _add_lost(self) -> None:
+        """Names the keys of a class that a later layer replaces by one that has them not.
+
+        Those of a list that a later layer replaces whole go with it.
+        """
+        for number, lost in enumerate(self._lost):
+            later = {key: one for layer in self.layers[number + 1 :] for key, one in layer.items()}
+            by_class: dict[str, list[str]] = {}
+            for key in lost:
+                above = next((one for one in _keys_above(key) if one in later), None)
+                is_replaced_whole = above is not None and _is_list(self.type_of(above))
+                if above is not None and not is_replaced_whole and lost.keys().isdisjoint(_keys_above(key)):
+                    by_class.setdefault(above, []).append(key)
+            for above, keys in by_class.items():
+                listed = ", ".join(f"{key.removeprefix(f'{above}.')} ({lost[key].place})" for key in keys)
+                self.problems.append(
+                    f"{later[above].place}: {_written(later[above])} has no {listed}. Take them out there, "
+                    "or choose another class."
+                )
+
+    def _no_value(self, key: str, setting: Setting) -> str:
+        kind = self.type_of(key)
+        example = "True" if kind is bool else "module:Class" if _holds_classes(kind) else "<value>"
+        takes = "" if kind is bool or _holds_classes(kind) else f": it takes {describe_type(kind)}"
+        return f"{setting.place}: --{setting.key} has no value. Write {setting.key}={example}{takes}."
+
+    def _is_below_a_refused_one(self, key: str) -> bool:
+        return any(
+            one in self._refused or self._refused.intersection(self._find(one, self.params))
+            for one in _keys_above(key)
+        )
+
+    def _holds_classes(self, key: str) -> bool:
+        return _holds_classes(self.type_of(key))
+
+    def _other_trainers_answer(self, key: str) -> str | None:
+        """Only for a config that trains on data, and where every key is there that the answer names."""
+        answer = other_trainers.answer(key) if "dataset_builder" in self.params else None
+        if answer is None or not all(self._find(one, self.params) for one in other_trainers.keys_in(answer)):
+            return None
+        return answer
+
+    def _what_is_above(self, key: str) -> str:
+        """What a key that is known takes below it, where `key` stands below one."""
+        parts = key.split(".")
+        for end in range(len(parts) - 1, 0, -1):
+            found = self._find(".".join(parts[:end]), self.params)
+            if len(found) != 1:
+                continue
+            (above,) = found
+            kind = self.type_of(above)
+            if _is_list(kind):
+                return f"{above} is a list, whose items are {above}.0, {above}.1 and so on."
+            children = _children(above, self.params)
+            if children:
+                hint = did_you_mean(
+                    ".".join([above, *parts[end:]]), [f"{above}.{child}" for child in children]
+                )
+                return hint.lstrip() or f"{above} takes {', '.join(children)}."
+            if _holds_classes(kind):
+                return f"{above} has no class yet. Write {above}=module:Class, {_a_class_of(kind)}."
+            return f"{above} takes {describe_type(kind)}, and has no keys below it."
+        return ""
+
+    def _what_it_takes(self, key: str, param: Any, setting: Setting) -> str:
+        value, kind = setting.value, param.type
+        text = value.value if isinstance(value, Castable) else ""
+        if _is_list(kind) and _holds_classes(kind):
+            name = text if ":" in text else "module:Class"
+            item = _a_class_of(_item_type(kind))
+            return f"it is a list. Write {key}.0={name}, {item}, then {key}.0.<key>=value."
+        if _holds_classes(kind):
+            if _CLASS_NAME.fullmatch(text) and ":" in text:
+                return _why_not_a_class(text, _a_class_of(kind))
+            children = ", ".join(_children(key, self.params))
+            either = f"{key}.<key>=value for one of its keys ({children}), or " if children else ""
+            return f"write {either}{key}=module:Class, {_a_class_of(kind)}."
+        if isinstance(value, list):
+            return f"it takes {describe_type(kind)}, not a list" + (f": {param.doc}." if param.doc else ".")
+        if isinstance(value, bool) and str in _alternatives(kind):
+            return f"it takes {describe_type(kind)}. Put it in quotes."
+        choices = [str(one) for one in _choices(kind)]
+        return f"it takes {describe_type(kind)}.{did_you_mean(text, choices) if text else ''}"
+
+
+def _depth_and_number(key: str) -> tuple[int, list[int]]:
+    """Sorts keys after those above them, and items by their numbers."""
+    parts = key.split(".")
+    return len(parts), [int(part) if _INDEX.fullmatch(part) else -1 for part in parts]
+
+
+def _given_twice(key: str, earlier: Setting, later: Setting) -> str:
+    return f"{later.place}: {later.key} is {key}, which {earlier.place} gives already. Give it once."
+
+
+def _written(setting: Setting) -> str:
+    """The setting as one would write it; of a list or a mapping its key alone."""
+    return setting.key if isinstance(setting.value, list | dict) else f"{setting.key}={_text(setting.value)}"
+
+
+def _text(value: Any) -> str:
+    return value.value if isinstance(value, Castable) else str(value)
+
+
+# -- types ---------------------------------------------------------------------------------------
+
+
+def _alternatives(kind: Any) -> Sequence[Any]:
+    return get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
+
+
+def _item_type(kind: Any) -> Any | None:
+    """The type of the items of a list or of the values of a mapping, also beside None."""
+    for one in _alternatives(kind):
+        container = get_origin(one) or one
+        if container in _LISTS or container in _MAPPINGS:
+            return (get_args(one) or (Any,))[0 if container in _LISTS else -1]
+    return None
+
+
+def _is_list(kind: Any) -> bool:
+    return any((get_origin(one) or one) in _LISTS for one in _alternatives(kind))
+
+
+def _is_mapping(kind: Any) -> bool:
+    return any((get_origin(one) or one) in _MAPPINGS for one in _alternatives(kind))
+
+
+_INDEX = re.compile("0|[1-9][0-9]{0,4}")
+"""The number of an item of a list."""
+_LISTS = (list, tuple, Sequence)
+_MAPPINGS = (dict, Mapping)
+
+
+def _takes_item(kind: Any, item: str) -> bool:
+    return _is_mapping(kind) or (_is_list(kind) and _INDEX.fullmatch(item) is not None)
+
+
+def _keys_above(key: str) -> Iterator[str]:
+    while key := key.rpartition(".")[0]:
+        yield key
+
+
+def _type_of(key: str, params: Params) -> Any:
+    return params[key].type if key in params else _item_type(_type_of(key.rpartition(".")[0], params))
+
+
+def _holds_classes(kind: Any) -> bool:
+    """Whether a field takes objects with fields of their own, or a list of them."""
+    if (item := _item_type(kind)) is not None:
+        return _holds_classes(item)
+    return any(isinstance(one, type) and chz.is_chz(one) for one in _alternatives(kind))
+
+
+def _takes_objects(kind: Any) -> bool:
+    """Whether a field takes what only code can make: neither a scalar, nor a choice, nor a list of those."""
+    if (item := _item_type(kind)) is not None:
+        return _takes_objects(item)
+    return not all(
+        get_origin(one) is Literal
+        or one in (str, int, float, bool, type(None))
+        or (isinstance(one, type) and issubclass(one, enum.Enum))
+        for one in _alternatives(kind)
+    )
+
+
+def _is_own_class(param: Any, name: str) -> bool:
+    found = param.meta_factory.from_string(name)
+    return isinstance(found, type) and is_own(found.__module__)
+
+
+def _choices(kind: Any) -> list[Any]:
+    found: list[Any] = []
+    for one in _alternatives(kind):
+        if get_origin(one) is Literal:
+            found += get_args(one)
+        elif isinstance(one, type) and issubclass(one, enum.Enum):
+            found += [member.value for member in one]
+    return found
+
+
+def _fits(param: Any, value: Any) -> bool:
+    alternatives = _alternatives(param.type)
+    value = _as_chz_takes_it(value, param.type)
+    if value is None or isinstance(value, bool):
+        is_no_number = value is None or bool in alternatives or not {int, float}.intersection(alternatives)
+        return is_no_number and is_subtype_instance(value, param.type)
+    if isinstance(value, list | tuple):
+        return _is_list(param.type)
+    if isinstance(value, dict):
+        return _is_mapping(param.type) or (_holds_classes(param.type) and not _is_list(param.type))
+    if not _holds_classes(param.type) or _is_list(param.type):
+        if _can_be_cast(param, value.value):
+            return True
+        return _takes_objects(param.type) and ":" in value.value and _names_a_class(param, value.value)
+    is_none = value.value == "None" and type(None) in alternatives
+    return is_none or _names_a_class(param, value.value)
+
+
+def _can_be_cast(param: Any, text: str) -> bool:
+    try:
+        param.cast(text)
+    except CastError:
+        return False
+    return True
+
+
+_CLASS_NAME = re.compile(r"[A-Za-z_][\w.]*(:[A-Za-z_][\w.]*)?")
+
+
+def _names_a_class(param: Any, name: str) -> bool:
+    """Whether a name, `module:Class` or a known class, is of something that makes what a field takes."""
+    if param.meta_factory is None or not _CLASS_NAME.fullmatch(name):
+        return False
+    try:
+        param.meta_factory.from_string(name)
+    except MetaFromString:
+        return False
+    return True
+
+
+def _as_chz_takes_it(value: Any, kind: Any) -> Any:
+    """A list or a tuple of nothing, and for `on` and `off` the texts that YAML reads as True and False."""
+    if isinstance(value, bool) and bool not in _alternatives(kind) and {"on", "off"} <= set(_choices(kind)):
+        return Castable("on" if value else "off")
+    is_empty = isinstance(value, Castable) and value.value.strip() == "[]"
+    if isinstance(value, list) or (is_empty and _is_list(kind)):
+        return () if any((get_origin(one) or one) is tuple for one in _alternatives(kind)) else []
+    if isinstance(value, Castable) and not value.value.strip() and _is_list(kind) and _holds_classes(kind):
+        return []
+    return value
+
+
+def _children(key: str, params: Params) -> list[str]:
+    below = [whole.removeprefix(f"{key}.") for whole in params if whole.startswith(f"{key}.")]
+    return [name for name in below if "." not in name]
+
+
+def _why_not_a_class(name: str, needed: str) -> str:
+    try:
+        importable(name)
+    except ConfigError as error:
+        return f"{error}".removeprefix("_type: ") + f" It takes module:Class, {needed}."
+    return f"it takes module:Class, {needed}, and this is none."
+
+
+def _a_class_of(kind: Any) -> str:
+    names = [one.__name__ for one in _alternatives(kind) if isinstance(one, type) and chz.is_chz(one)]
+    return f"a class of {' or '.join(names)}"
+
+
+def describe_type(kind: Any) -> str:
+    """The values that a field takes, to stand behind `it takes`."""
+    if get_origin(kind) is Literal:
+        values = [str(value) for value in get_args(kind)]
+        return f"one of {', '.join(values)}" if len(values) > 1 else values[0]
+    if isinstance(kind, type) and issubclass(kind, enum.Enum):
+        return f"one of {', '.join(str(member.value) for member in kind)}"
+    if (get_origin(kind) or kind) in _LISTS:
+        return f"{describe_type(_item_type(kind)).removeprefix('a ')}s with commas between them"
+    if get_origin(kind) in (Union, types.UnionType):
+        return " or ".join(describe_type(part) for part in get_args(kind))
+    names = {int: "a whole number", float: "a number", bool: "True or False", str: "text", type(None): "None"}
+    return names.get(kind) or f"module:Class, a {getattr(kind, '__name__', kind)}"
+
+
+def missing_keys(blueprint: Blueprint[Any]) -> Iterator[str]:
+    """One sentence for each key that has to be given and is not."""
+    found = blueprint._make_lazy()
+    for key in found.missing_params:
+        param = found.all_params[key]
+        kind = "module:Class" if _holds_classes(param.type) else describe_type(param.type)
+        yield f"{key}=<{kind}> is required" + (f": {param.doc}." if param.doc else ".")

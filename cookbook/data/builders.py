@@ -1,0 +1,294 @@
+"""The builders for conversations: sources in, datasets out."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+
+import chz
+import numpy as np
+
+from cookbook.data import cache, formats
+from cookbook.data.conversation import Conversation
+from cookbook.data.mixing import StopWhen, check_weights
+from cookbook.data.rendered import Part, RenderedDataset, TrainableRows, check_that_something_is_left
+from cookbook.data.rendering import OnBadRow, RowRenderer, render_source
+from cookbook.data.report import Role
+from cookbook.data.sources import KNOWN_DATASETS, Row, Source, known_test_source, open_source
+from cookbook.data.streaming import Slice, StreamedConversations, StreamMixture
+from cookbook.data.trajectories import ObservationOrder
+from cookbook.data.types import ChatDatasetBuilder, SupervisedDataset
+from cookbook.errors import ConfigError, DataError
+
+logger = logging.getLogger(__name__)
+
+NUM_STREAMED_ROWS_CHECKED = 1_000
+"""So many of the first rows of a stream are looked at before training."""
+
+_DEFAULT_TEST_ROWS = 256
+
+
+@chz.chz(typecheck=True)
+class ConversationBuilder(ChatDatasetBuilder):
+    """Base of builders whose rows are conversations. Subclasses say where the rows are (`sources`).
+
+    A subclass for rows of its own shape overrides `conversations_of`.
+    """
+
+    format: str | None = chz.field(
+        default=None, doc=f"of the rows: {', '.join(formats.FORMATS)}; default: recognised by their keys"
+    )
+    min_reward: float | None = chz.field(
+        default=None, doc="leave out rows and rollouts whose reward is lower; default: rewards are ignored"
+    )
+    observation_order: ObservationOrder | None = chz.field(
+        default=None,
+        doc="for steps of rollouts that do not tell it: before (the action of a step answers its "
+        "observation) or after (the observation came of the action); default: such a row is refused",
+    )
+    weights: list[float] | None = chz.field(
+        default=None,
+        doc="proportions of several datasets in an epoch, 3,1; default: every row of each once",
+    )
+    stop_when: StopWhen = chz.field(
+        default="first_exhausted",
+        doc="with weights, an epoch ends before a row comes twice (first_exhausted), or when every row "
+        "was there (all_exhausted)",
+    )
+    eval_dataset: str | None = chz.field(
+        default=None,
+        doc="data to evaluate on, named as dataset is; default: other splits of a folder, or see test_size",
+    )
+    test_size: int | None = chz.field(
+        default=None,
+        doc="rows held out of the training data for evaluation, or the first rows of eval_dataset; default: "
+        "all of that, the other splits of a folder, or of the training data 1 in 20, at most "
+        f"{_DEFAULT_TEST_ROWS}",
+    )
+    shuffle_seed: int = chz.field(default=0, doc="seed of the split and of the order of rows")
+    on_bad_row: OnBadRow = chz.field(
+        default="raise", doc="what a row that cannot be read or rendered does: raise or skip"
+    )
+    num_proc: int | None = chz.field(
+        default=None, doc="processes that render; default: one, then all cores if it takes long"
+    )
+    use_cache: bool = chz.field(
+        default=True,
+        doc="keep rendered data in $COOKBOOK_CACHE (~/.cookbook/cache) for the next run; never done where "
+        "code that is not this project's reads or renders the rows",
+    )
+    streaming: bool = chz.field(
+        default=False, doc="read and render rows as they are needed, for data of any size"
+    )
+    buffer_size: int = chz.field(default=10_000, doc="rows that a stream is shuffled in at a time")
+
+    @chz.validate
+    def _check_options(self) -> None:
+        formats.check_format(self.format)
+        if self.test_size is not None and self.test_size < 0:
+            raise ConfigError(f"test_size={self.test_size}. Give a number of rows, or 0 for none.")
+        if self.shuffle_seed < 0:
+            raise ConfigError(f"shuffle_seed={self.shuffle_seed}. Give 0 or more.")
+        if self.num_proc is not None and self.num_proc < 1:
+            raise ConfigError(f"num_proc={self.num_proc}. Give 1 or more.")
+        if self.min_reward is not None and not math.isfinite(self.min_reward):
+            raise ConfigError(f"min_reward={self.min_reward}. Give a number.")
+        if self.buffer_size < 1:
+            raise ConfigError(f"buffer_size={self.buffer_size}. Give 1 or more.")
+
+    # -- what a subclass says ---------------------------------------------------------------
+
+    def sources(self) -> list[Source]:
+        """Where the training rows are."""
+        raise NotImplementedError(f"{type(self).__name__} does not define sources().")
+
+    def test_sources(self) -> list[Source] | None:
+        """Where the rows to evaluate on are; None where they are held out from the training rows."""
+        if self.eval_dataset is None:
+            return None
+        return open_sources(self.eval_dataset, is_for_evaluation=True)
+
+    def conversations_of(self, row: Row) -> list[Conversation]:
+        """The conversations of a row; none where it is not wanted. Raises DataError for a bad row."""
+        return formats.conversations_of(row, self.format, self.min_reward, self.observation_order)
+
+    # -- the datasets -----------------------------------------------------------------------
+
+    def has_eval_data(self) -> bool | None:
+        is_ours = type(self).__call__ is ConversationBuilder.__call__
+        return False if is_ours and self.test_size == 0 else None
+
+    def __call__(self) -> tuple[SupervisedDataset, SupervisedDataset | None]:
+        if self.use_cache:
+            cache.remove_abandoned()
+        sources = self.sources()
+        check_weights(self.weights, len(sources))
+        row_renderer = self._row_renderer()
+        test_sources = None if self.test_size == 0 else self.test_sources()
+        if test_sources is None and self.test_size is None:
+            test_sources = [source.evaluation for source in sources if source.evaluation is not None] or None
+        for source in sources:
+            if source.evaluation is not None and source.evaluation not in (test_sources or []):
+                source.unread = list(dict.fromkeys([*source.unread, *source.evaluation.files]))
+        test_data = None if test_sources is None else self._test_data(test_sources, row_renderer)
+        if self.streaming:
+            return self._stream(sources, row_renderer, test_data)
+        trainable = [self._trainable_rows(source, row_renderer) for source in sources]
+        check_that_something_is_left(trainable)
+        if test_sources is None:
+            train_parts, test_parts = self._split(trainable)
+            test_data = self._dataset(test_parts)
+        else:
+            train_parts = [Part(rows, rows.rows) for rows in trainable]
+        return self._mixture(train_parts), test_data
+
+    def _row_renderer(self) -> RowRenderer:
+        is_ours = type(self).conversations_of is ConversationBuilder.conversations_of
+        key = json.dumps([self.format, self.min_reward, self.observation_order]) if is_ours else None
+        return RowRenderer(self.renderer, self.common_config.train_on_what, self.conversations_of, key)
+
+    def _trainable_rows(
+        self, source: Source, row_renderer: RowRenderer, role: Role = "training"
+    ) -> TrainableRows:
+        store = render_source(source, row_renderer, self.on_bad_row, self.num_proc, self.use_cache)
+        rows = TrainableRows(store, self.common_config.max_length, self.common_config.on_long)
+        rows.report = replace(rows.report, role=role, files=source.files, unread=source.unread)
+        return rows
+
+    def _test_data(self, sources: Sequence[Source], row_renderer: RowRenderer) -> RenderedDataset | None:
+        trainable = [self._trainable_rows(source, row_renderer, "evaluation") for source in sources]
+        check_that_something_is_left(trainable)
+        left = self.test_size
+        parts = []
+        for rows in trainable:
+            parts.append(Part(rows, rows.rows if left is None else rows.rows[:left]))
+            left = None if left is None else left - len(parts[-1].rows)
+        return self._dataset(parts)
+
+    def _split(self, trainable: Sequence[TrainableRows]) -> tuple[list[Part], list[Part]]:
+        """Held-out rows come from all sources alike."""
+        total = sum(len(rows.rows) for rows in trainable)
+        size = min(_DEFAULT_TEST_ROWS, total // 20) if self.test_size is None else self.test_size
+        if size >= total:
+            named = ", ".join(rows.store.name for rows in trainable)
+            raise DataError(
+                f"test_size={size} leaves nothing to train on: there are {total} rows in {named}. Lower it."
+            )
+        is_test = np.zeros(total, bool)
+        is_test[np.random.default_rng(self.shuffle_seed).permutation(total)[:size]] = True
+        train, test, first = [], [], 0
+        for rows in trainable:
+            held_out = is_test[first : first + len(rows.rows)]
+            train.append(Part(rows, rows.rows[~held_out]))
+            test.append(Part(rows, rows.rows[held_out]))
+            first += len(rows.rows)
+        return train, test
+
+    def _dataset(self, parts: Sequence[Part]) -> RenderedDataset | None:
+        """Data to evaluate on: every row once."""
+        return RenderedDataset(parts, self.common_config.batch_size) if sum(map(_size, parts)) else None
+
+    def _mixture(self, parts: list[Part]) -> RenderedDataset:
+        if self.weights is not None and (empty := [part for part in parts if not len(part.rows)]):
+            raise DataError(f"{empty[0].source.store.name} has no rows to train on, so it has no proportion.")
+        dataset = RenderedDataset(parts, self.common_config.batch_size, self.weights, self.stop_when)
+        if self.weights is not None:
+            taken = [
+                f"{count:,} rows of {part.source.store.name}"
+                for count, part in zip(dataset.rows_per_epoch, parts, strict=True)
+            ]
+            if 0 in dataset.rows_per_epoch:
+                raise DataError(
+                    f"With these weights an epoch takes {', '.join(taken)}. Weigh the datasets less "
+                    "unequally, or choose stop_when=all_exhausted."
+                )
+            logger.info("An epoch takes %s.", ", ".join(taken))
+        dataset.set_epoch(self.shuffle_seed)
+        return dataset
+
+    def _stream(
+        self, sources: list[Source], row_renderer: RowRenderer, test_data: SupervisedDataset | None
+    ) -> tuple[SupervisedDataset, SupervisedDataset | None]:
+        """Where nothing else is there to evaluate on, the first rows of each source are held out."""
+        if test_data is None and self.test_size != 0:
+            total = self.test_size or _DEFAULT_TEST_ROWS
+            sizes = [total // len(sources) + (i < total % len(sources)) for i in range(len(sources))]
+            held_out = [Slice(source, 0, size) for source, size in zip(sources, sizes, strict=True)]
+            trainable = [self._trainable_rows(source, row_renderer, "evaluation") for source in held_out]
+            test_data = self._dataset([Part(rows, rows.rows) for rows in trainable])
+            sources = [Slice(source, size) for source, size in zip(sources, sizes, strict=True)]
+            for source, size in zip(sources, sizes, strict=True):
+                if next(source.rows(), None) is None:
+                    raise DataError(
+                        f"The {size} rows held out to evaluate on are all that {source.name} has. Say "
+                        "test_size=0 or fewer rows, or name other data with eval_dataset=."
+                    )
+        heads = [
+            Slice(source, 0, NUM_STREAMED_ROWS_CHECKED, f"the beginning of {source.name}")
+            for source in sources
+        ]
+        first_rows = [self._trainable_rows(head, row_renderer) for head in heads]
+        check_that_something_is_left(first_rows)
+        config = self.common_config
+        stream = StreamedConversations(
+            StreamMixture(sources, self.weights, self.stop_when),
+            row_renderer,
+            batch_size=config.batch_size,
+            max_length=config.max_length,
+            on_long=config.on_long,
+            on_bad_row=self.on_bad_row,
+            buffer_size=self.buffer_size,
+            reports=[rows.report for rows in first_rows],
+        )
+        stream.set_epoch(self.shuffle_seed)
+        return stream, test_data
+
+
+def _size(part: Part) -> int:
+    return len(part.rows)
+
+
+def open_sources(names: str, streaming: bool = False, is_for_evaluation: bool = False) -> list[Source]:
+    """The sources of one name, or of several with commas between them."""
+    if os.path.exists(os.path.expanduser(names)):
+        return [open_source(names, None, streaming, is_for_evaluation)]
+    found = [name.strip() for name in names.split(",") if name.strip()]
+    if not found:
+        raise ConfigError(f"{names!r} names no data. Give a file, a folder, a short name or a hub id.")
+    return [open_source(name, None, streaming, is_for_evaluation) for name in found]
+
+
+@chz.chz
+class FromConversationFileBuilder(ConversationBuilder):
+    """Conversations from a file or a folder of files: JSONL, JSON, Parquet, Arrow or CSV."""
+
+    file_path: str = chz.field(doc="the file, or several with commas between them")
+
+    def sources(self) -> list[Source]:
+        return open_sources(self.file_path, self.streaming)
+
+
+@chz.chz
+class NamedChatDatasetBuilder(ConversationBuilder):
+    """Conversations by name: a short name, a file, a folder of files, or a hub id."""
+
+    dataset: str = chz.field(
+        default="pirate",
+        doc=f"pirate (embedded), {', '.join(KNOWN_DATASETS)}, a file "
+        "(.jsonl, .json, .parquet, .arrow, .csv), a folder of such files, or a hub id (owner/name); both "
+        "take a split or config behind them (name::split, name:config, name:config:split); several with "
+        "commas between them",
+    )
+
+    def sources(self) -> list[Source]:
+        return open_sources(self.dataset, self.streaming)
+
+    def test_sources(self) -> list[Source] | None:
+        if self.eval_dataset is not None or self.test_size == 0:
+            return super().test_sources()
+        known = known_test_source(self.dataset)
+        return None if known is None else [known]

@@ -1,0 +1,469 @@
+"""A conversation, and how messages, calls and tools of any spelling become those of `renderers`.
+
+What is refused raises DataError with the end of a sentence; whoever knows the row puts its place before it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias, TypeVar
+
+from cookbook.data.columns import unrecorded
+from cookbook.data.media import check_no_media
+from cookbook.errors import DataError, RendererError
+from renderers import Message
+from renderers.training_flags import FINER_KEYS, TRAINING_KEYS, refuse_on_part, training_of
+
+ToolCall: TypeAlias = dict[str, Any]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """What one row says: messages with the tools they may call, or plain text."""
+
+    messages: list[Message]
+    tools: list[dict[str, Any]] | None = None
+    """OpenAI function schemas."""
+    text: str | None = None
+    """Plain text; `messages` is empty then."""
+    template_kwargs: dict[str, Any] | None = None
+    """Values for variables of the chat template, such as `enable_thinking`."""
+    pair: tuple[str, str] | None = None
+    """The prompt and the completion of a row that has them as two strings: what `messages` says, unless
+    the prompt turns out to be text that a chat template has printed already."""
+
+
+ROLES: Mapping[str, str] = {
+    **dict.fromkeys(("human", "user"), "user"),
+    **dict.fromkeys(("gpt", "assistant", "chatgpt", "bing", "bard", "model", "bot", "ai"), "assistant"),
+    **dict.fromkeys(("tool", "function", "observation", "tool_response", "tool_result", "ipython"), "tool"),
+    **dict.fromkeys(("function_call", "tool_call"), "function_call"),
+}
+"""What roles are called elsewhere. One that is not listed stays as it is; the renderer knows its own."""
+
+TOOL_KEYS = (
+    *("tools", "functions", "tool_defs", "tool_definitions", "tool_schemas"),
+    *("available_tools", "available_functions", "function_definitions", "function_schemas"),
+)
+UNREAD_MESSAGE_KEYS = "Message keys not read"
+"""What the report calls them."""
+TEMPLATE_KWARGS = "chat_template_kwargs"
+SYSTEM_KEYS = ("system", "system_prompt")
+REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
+CALL_NAMES = ("name", "tool", "tool_name")
+CALL_ARGUMENTS = ("arguments", "args", "input", "tool_input", "parameters")
+
+_TEXT_PARTS = ("text", "input_text", "output_text")
+_THINKING_PARTS = ("thinking", "reasoning")
+_OTHER_PARTS = ("image", "image_url", "input_image", "audio", "input_audio", "video", "video_url", "file")
+
+
+# -- messages ---------------------------------------------------------------------------------
+
+
+def message_of(value: Any, where: str) -> Message:
+    """A message as OpenAI writes it, in one spelling.
+
+    `content` becomes a string: text parts are put together, what a tool answered is printed as
+    JSON unless it is text. Reasoning, also that of a `thinking` part, stands under
+    `reasoning_content`. Calls have arguments as a dict; they also stand under the legacy
+    `function_call`, or in the content of a role of that name. Whether it is trained stands under
+    `trainable` and `weight` alone, where the message says it. Keys without a value and an empty
+    list of calls are dropped; other keys stay.
+    """
+    if not isinstance(value, Mapping):
+        raise DataError(f"{where} is a {type(value).__name__}, not an object with role and content.")
+    message = {key: item for key, item in value.items() if item is not None}
+    if not isinstance(message.get("role"), str):
+        raise DataError(f"{where} has no `role` (keys: {names(message)}).")
+    message["role"] = role_of(message["role"])
+    check_no_media(message, where)
+    calls = calls_of(message.pop("tool_calls", None), where)
+    calls += calls_of(message.pop("function_call", None), where)
+    if message["role"] == "function_call":
+        message["role"] = "assistant"
+        calls += calls_of(message.pop("content", None), where)
+    if calls:
+        message["tool_calls"] = calls
+    _rename_reasoning(message, where)
+    if "content" in message:
+        message["content"], thought = content_of(message["content"], where, message["role"] == "tool")
+        if thought:
+            message.setdefault("reasoning_content", thought)
+    _rename_training_keys(message, where)
+    return message  # type: ignore[return-value]
+
+
+def messages_of(values: Iterable[Any], of: str = "") -> list[Message]:
+    return [message_of(value, f"message {number}{of}") for number, value in enumerate(values, 1)]
+
+
+def role_of(role: str) -> str:
+    return ROLES.get(role.strip().lower(), role)
+
+
+def content_of(value: Any, where: str, from_tool: bool = False) -> tuple[str, str]:
+    """The text of a message's content and the thoughts among its parts."""
+    if isinstance(value, str):
+        return value, ""
+    if from_tool and not is_parts(value):
+        return printed(value, where), ""
+    if not isinstance(value, (list, tuple)):
+        raise DataError(
+            f"the content of {where} is a {type(value).__name__}, not a string or a list of parts."
+        )
+    texts: list[str] = []
+    thoughts: list[str] = []
+    for part in value:
+        kind = part.get("type", "text") if isinstance(part, Mapping) else "text"
+        if isinstance(part, Mapping) and kind not in _OTHER_PARTS:
+            check_no_media(part, f"a part of {where}")
+        if kind in _TEXT_PARTS:
+            found, into = _text_of_part(part), texts
+        elif kind in _THINKING_PARTS:
+            found, into = first(part, (*_THINKING_PARTS, "text", "value")), thoughts
+        else:
+            raise DataError(f"{where} has a part of type `{kind}`, and only text can be trained on.")
+        if not isinstance(found, str):
+            raise DataError(f"{where} has a part of type `{kind}` without text.")
+        into.append(found)
+        if isinstance(part, Mapping):
+            _as_data_error(refuse_on_part, part, where)
+    return "".join(texts), "".join(thoughts)
+
+
+def _text_of_part(part: Any) -> Any:
+    """A part's text: itself, or under `text` or `value`, or `{"value": ...}` under `text`."""
+    found = first(part, ("text", "value")) if isinstance(part, Mapping) else part
+    return found.get("value") if isinstance(found, Mapping) else found
+
+
+def is_parts(value: Any) -> bool:
+    """Whether this is a list of content parts rather than data that happens to be a list."""
+    known = (*_TEXT_PARTS, *_THINKING_PARTS, *_OTHER_PARTS)
+    return (
+        isinstance(value, (list, tuple))
+        and bool(value)
+        and all(isinstance(part, Mapping) and part.get("type") in known for part in value)
+    )
+
+
+def _rename_reasoning(message: dict[str, Any], where: str) -> None:
+    """Puts the reasoning under its one name; it stands under several only if they agree."""
+    found = [message.pop(key) for key in REASONING_KEYS if key in message]
+    for thought in found:
+        if not isinstance(thought, str):
+            raise DataError(f"the reasoning of {where} is a {type(thought).__name__}, not a string.")
+    if found and isinstance(message.get("content"), (list, tuple)):
+        found.append(content_of(message["content"], where, message["role"] == "tool")[1])
+    held = [thought for thought in found if thought]
+    if any(thought != held[0] for thought in held):
+        raise DataError(f"{where} has two different texts of reasoning.")
+    if found:
+        message["reasoning_content"] = held[0] if held else ""
+
+
+def _rename_training_keys(message: dict[str, Any], where: str) -> None:
+    """Puts what the message says of its training under `trainable` and `weight`."""
+    if (TRAINING_KEYS | FINER_KEYS).isdisjoint(message):
+        return
+    training = _as_data_error(training_of, message, where)
+    if training.weight is not None and training.weight > MAX_WEIGHT:
+        raise DataError(f"the weight of {where} is {training.weight}, more than a million.")
+    for key in TRAINING_KEYS | FINER_KEYS:
+        message.pop(key, None)
+    if training.weight is not None:
+        message["weight"] = training.weight
+    if training.is_wanted is not None and training.weight != 0:
+        message["trainable"] = training.is_wanted
+
+
+MAX_WEIGHT = 1e6
+
+
+def _as_data_error(check: Callable[[Mapping[str, Any], str], T], value: Mapping[str, Any], where: str) -> T:
+    try:
+        return check(value, where)
+    except RendererError as error:
+        raise DataError(str(error)) from error
+
+
+# -- calls and tools --------------------------------------------------------------------------
+
+
+def calls_of(value: Any, where: str) -> list[ToolCall]:
+    """The calls in one call, a list of calls, or JSON of either."""
+    if isinstance(value, str):
+        value = decoded(value, f"a tool call of {where}") if value.strip() else None
+    if value is None:
+        return []
+    return [call_of(call, where) for call in (value if isinstance(value, (list, tuple)) else [value])]
+
+
+def call_of(value: Any, where: str) -> ToolCall:
+    """`{"id", "type", "function": {"name", "arguments"}}`, the id only where there is one."""
+    if isinstance(value, str):
+        value = decoded(value, f"a tool call of {where}")
+    if not isinstance(value, Mapping):
+        raise DataError(f"a tool call of {where} is a {type(value).__name__}, not an object.")
+    inner = value.get("function")
+    function = inner if isinstance(inner, Mapping) else value
+    name = inner if isinstance(inner, str) else first(function, CALL_NAMES)
+    if not isinstance(name, str):
+        raise DataError(f"a tool call of {where} has no `name` (keys: {names(function)}).")
+    arguments = _arguments_of(first(function, CALL_ARGUMENTS), f"the call of `{name}` in {where}")
+    call_id = first(value, ("id", "tool_call_id"))
+    return {
+        **({} if call_id is None else {"id": call_id}),
+        "type": "function",
+        "function": {"name": name, "arguments": arguments},
+    }
+
+
+def _arguments_of(value: Any, where: str) -> dict[str, Any]:
+    """No arguments, or a blank string, mean none."""
+    if isinstance(value, str):
+        value = decoded(value, f"the arguments of {where}") if value.strip() else {}
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping):
+        raise DataError(f"the arguments of {where} are a {type(value).__name__}, not an object.")
+    return dict(value)
+
+
+def tools_of(row: Mapping[str, Any]) -> list[dict[str, Any]] | None:
+    """The tools of a row, a list or JSON of one: OpenAI's schemas, or bare functions, which are wrapped.
+
+    The first of `TOOL_KEYS` that has any counts. Names alone are no schemas: under a key other than
+    `tools` and `functions` they are left unread.
+    """
+    values = unrecorded(row)
+    for key in TOOL_KEYS:
+        if not values.get(key) or (key not in TOOL_KEYS[:2] and not _are_schemas(values[key])):
+            continue
+        tools = row[key]
+        if isinstance(tools, str):
+            tools = decoded(tools, f"`{key}`") if tools.strip() else None
+        if tools is not None and not isinstance(tools, (list, tuple)):
+            raise DataError(f"`{key}` is a {type(tools).__name__}, not a list of function schemas.")
+        if tools:
+            return [_tool_of(tool, f"tool {number}") for number, tool in enumerate(tools, 1)]
+    return None
+
+
+def _are_schemas(value: Any) -> bool:
+    items = listed(value)
+    return bool(items) and all(
+        isinstance(item, Mapping) or (isinstance(item, str) and item.lstrip().startswith("{"))
+        for item in items or ()
+    )
+
+
+def template_kwargs_of(row: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What a row sets of the chat template: an object, or JSON of one; None where that is nothing."""
+    value = row.get(TEMPLATE_KWARGS)
+    if isinstance(value, str):
+        value = decoded(value, f"`{TEMPLATE_KWARGS}`") if value.strip() else None
+    if value is None:
+        return None
+    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+        raise DataError(
+            f"`{TEMPLATE_KWARGS}` is a {type(value).__name__}, not an object of the template's variables."
+        )
+    printed(value, f"`{TEMPLATE_KWARGS}`")
+    return {key: item for key, item in value.items() if item is not None} or None
+
+
+def _tool_of(value: Any, where: str) -> dict[str, Any]:
+    if isinstance(value, str):
+        value = decoded(value, where)
+    if not isinstance(value, Mapping):
+        raise DataError(f"{where} is a {type(value).__name__}, not a function schema.")
+    if isinstance(value.get("function"), Mapping):
+        tool = {"type": "function", **value}
+    else:
+        tool = {
+            "type": "function",
+            "function": {key: item for key, item in value.items() if key != "type"},
+        }
+    if not isinstance(tool["function"].get("name"), str):
+        raise DataError(f"{where} has no `name` (keys: {names(tool['function'])}).")
+    return tool
+
+
+# -- whole conversations ----------------------------------------------------------------------
+
+
+def conversation_of(row: Mapping[str, Any], messages: Sequence[Message]) -> Conversation:
+    """The messages with all that a row of any format says beside them."""
+    whole = with_system(row, join_assistants(messages))
+    return Conversation(linked(whole), tools_of(row), template_kwargs=template_kwargs_of(row))
+
+
+def with_system(row: Mapping[str, Any], messages: list[Message]) -> list[Message]:
+    """The messages after the system prompt of the row, unless they bring their own or it is empty."""
+    if messages and messages[0]["role"] in ("system", "developer"):
+        return messages
+    system = first(row, SYSTEM_KEYS)
+    if system is not None and not isinstance(system, str):
+        raise DataError(f"the system prompt is a {type(system).__name__}, not a string.")
+    return [{"role": "system", "content": system}, *messages] if system else messages
+
+
+def join_assistants(messages: Sequence[Message]) -> list[Message]:
+    """Successive messages of the assistant as the one that they are: calls after a text or after calls,
+    and what follows a thought alone.
+
+    Raises DataError, naming both, for any others, and where what they say of their training differs.
+    """
+    joined: list[Message] = []
+    for number, message in enumerate(messages, 1):
+        if joined and joined[-1].get("role") == message.get("role") == "assistant":
+            joined[-1] = _join(joined[-1], message, number)
+        else:
+            joined.append(message)
+    return joined
+
+
+def _join(one: Message, two: Message, number: int) -> Message:
+    """Message `number` and what stands before it as one message."""
+    both = f"messages {number - 1} and {number} are both the assistant's"
+    says, calls = bool(two.get("content")), bool(two.get("tool_calls"))
+    has_thought_alone = bool(_thought(one)) and not one.get("content") and not one.get("tool_calls")
+    if not has_thought_alone and (says or not calls):
+        if one.get("tool_calls"):
+            raise DataError(
+                f"{both}, and no result stands between the call and {_excerpt(two)}. Put the result there, "
+                "or remove the call."
+            )
+        raise DataError(
+            f"{both} ({_excerpt(one)}, {_excerpt(two)}). Join them, or put what was said between them there."
+        )
+    thoughts = [_thought(one), _thought(two)]
+    if thoughts[1] and thoughts[0] != thoughts[1]:
+        raise DataError(
+            f"{both}, and make one with a thought in the middle, for which no format has a place. Join the "
+            "thoughts before the first, or remove the second."
+        )
+    trainings = [_as_data_error(training_of, message, "it") for message in (one, two)]
+    if len({(training.is_wanted, _factor(training.weight)) for training in trainings}) > 1:
+        raise DataError(
+            f"{both}, and make one, but differ in what is trained ({_flags(one)}; {_flags(two)}). Say the "
+            "same of both."
+        )
+    if one.get("name") != two.get("name"):
+        raise DataError(f"{both}, under different names ({one.get('name')}, {two.get('name')}).")
+    kept = {key: value for key, value in two.items() if value not in (None, "") and key not in REASONING_KEYS}
+    joined: dict[str, Any] = {**kept, **one}
+    if calls or one.get("tool_calls"):
+        joined["tool_calls"] = [*(one.get("tool_calls") or ()), *(two.get("tool_calls") or ())]
+    if says:
+        joined["content"] = two.get("content")
+    return joined  # type: ignore[return-value]
+
+
+def _thought(message: Message) -> Any:
+    return next((message[key] for key in REASONING_KEYS if message.get(key)), "")  # type: ignore[literal-required]
+
+
+def _factor(weight: float | None) -> float:
+    return 1.0 if weight is None else weight
+
+
+def _flags(message: Message) -> str:
+    said = {key: value for key, value in message.items() if key in TRAINING_KEYS and value is not None}
+    return ", ".join(f"{key}: {str(value).lower()}" for key, value in said.items()) or "nothing said"
+
+
+def _excerpt(message: Message) -> str:
+    text = message.get("content") or ""
+    if not isinstance(text, str):
+        return "parts"
+    if not text and message.get("tool_calls"):
+        return "a call"
+    return repr(text if len(text) <= 30 else f"{text[:27]}...")
+
+
+def linked(messages: Sequence[Message]) -> list[Message]:
+    """Gives calls without an id one (call00001, ...), and results the id of the call they answer.
+
+    A result without an id answers the first open call of its own name, else the first open one.
+    """
+    copies: list[dict[str, Any]] = [dict(message) for message in messages]
+    taken = {str(call["id"]) for message in copies for call in message.get("tool_calls", ()) if "id" in call}
+    number = 0
+    waiting: list[ToolCall] = []
+    answered = True
+    for message in copies:
+        if message.get("tool_calls"):
+            calls = []
+            for call in message["tool_calls"]:
+                if "id" not in call:
+                    number += 1
+                    while f"call{number:05d}" in taken:
+                        number += 1
+                    call = {"id": f"call{number:05d}", **call}
+                calls.append(call)
+            message["tool_calls"] = calls
+            waiting = [*([] if answered else waiting), *calls]
+            answered = False
+        elif message["role"] == "tool":
+            answered = True
+            _answer(message, waiting)
+        elif message["role"] != "assistant":
+            waiting = []
+    return copies  # type: ignore[return-value]
+
+
+def _answer(message: dict[str, Any], waiting: list[ToolCall]) -> None:
+    call_id, name = message.get("tool_call_id"), message.get("name")
+    fits = [call for call in waiting if call_id is not None and call["id"] == call_id]
+    if call_id is None and waiting:
+        fits = [call for call in waiting if call["function"]["name"] == name] or waiting
+        message["tool_call_id"] = fits[0]["id"]
+    if fits:
+        waiting.remove(fits[0])
+
+
+# -- values -----------------------------------------------------------------------------------
+
+
+def first(values: Mapping[str, Any], keys: Iterable[str]) -> Any:
+    """The value of the first of these keys that has one."""
+    return next((values[key] for key in keys if values.get(key) is not None), None)
+
+
+def listed(value: Any) -> list[Any] | None:
+    """A list, also one that is written as JSON in a string; None for everything else."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            return None
+    return list(value) if isinstance(value, (list, tuple)) else None
+
+
+def decoded(text: str, what: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise DataError(
+            f"{what} is not JSON: {error.msg} at character {error.pos} of {text[:60]!r}."
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{what} is JSON that cannot be read: {error}.") from error
+
+
+def printed(value: Any, where: str) -> str:
+    """JSON, in the order and the script it is in."""
+    try:
+        return json.dumps(value, ensure_ascii=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise DataError(f"{where} cannot be printed as JSON: {error}.") from error
+
+
+def names(values: Mapping[Any, Any]) -> str:
+    return ", ".join(map(str, values)) or "none"

@@ -1,0 +1,134 @@
+"""Datasets whose rows a function of the user's turns into Datums, batch by batch."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from cookbook.data.rendering import OnBadRow, bad_row_error, reason_of
+from cookbook.data.sources import Row
+from cookbook.data.types import RowCounts, SupervisedDataset
+from cookbook.errors import ConfigError, CookbookError
+from cookbook.types import Datum, TensorData
+from cookbook.utils import notes
+from cookbook.utils.notes import Note
+
+if TYPE_CHECKING:
+    import datasets
+
+logger = logging.getLogger(__name__)
+
+
+class SupervisedDatasetFromRows(SupervisedDataset):
+    """Any sequence of rows, turned into Datums batch by batch.
+
+    Give `map_fn(row) -> Datum` or `flatmap_fn(row) -> list[Datum]`. A batch is `batch_size` rows;
+    the last one of an epoch has what is left. Datums without a trained token are left out and
+    counted. A row that cannot be turned into a Datum is an error, or with `on_bad_row="skip"`
+    left out and counted.
+    """
+
+    def __init__(
+        self,
+        rows: Sequence[Any],
+        batch_size: int,
+        map_fn: Callable[[Any], Datum] | None = None,
+        flatmap_fn: Callable[[Any], list[Datum]] | None = None,
+        on_bad_row: OnBadRow = "raise",
+    ) -> None:
+        if (map_fn is None) == (flatmap_fn is None):
+            raise ConfigError("Give either map_fn or flatmap_fn.")
+        self._rows = rows
+        self._batch_size = batch_size
+        self._to_datums = flatmap_fn or (lambda row: [map_fn(row)])  # type: ignore[misc]
+        self._on_bad_row = on_bad_row
+        self._order: np.ndarray = np.arange(len(rows))
+        self._num_skipped = 0
+        self._places: defaultdict[str, set[str]] = defaultdict(set)
+        self._notes: Counter[Note] = Counter()
+        self._noted: set[int] = set()
+
+    def set_epoch(self, seed: int = 0) -> None:
+        self._order = np.random.default_rng(seed).permutation(len(self._rows))
+        self._num_skipped = 0
+
+    def row_counts(self) -> RowCounts:
+        return RowCounts(self._batch_size, len(self._rows))
+
+    def skip_rows(self, num_rows: int) -> None:
+        self._num_skipped = num_rows
+
+    def __len__(self) -> int:
+        return -(-len(self._rows) // self._batch_size)
+
+    def get_batch(self, index: int) -> list[Datum]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"batch {index} of {len(self)}")
+        start = self._num_skipped + index * self._batch_size
+        numbers = self._order[start : start + self._batch_size].tolist()
+        batch: list[Datum] = []
+        for number, row in zip(numbers, self._read(numbers), strict=True):
+            batch += self._datums_of(number, row)
+        return batch
+
+    def summary(self) -> dict[str, int]:
+        left_out = {name: len(places) for name, places in self._places.items()}
+        return {"rows": len(self._rows), "batches": len(self), **left_out}
+
+    def notes(self) -> Counter[Note]:
+        return self._notes
+
+    def note(self, name: str, place: str, message: str) -> None:
+        """Counts a row under one of `LEFT_OUT`, once however often it is met; warns of the first."""
+        if not self._places[name]:
+            logger.warning("%s: %s Further ones are only counted.", place, message)
+        self._places[name].add(place)
+
+    def _read(self, numbers: list[int]) -> list[Any]:
+        return [self._rows[number] for number in numbers]
+
+    def _datums_of(self, number: int, row: Any) -> list[Datum]:
+        place = row.place if isinstance(row, Row) else f"row {number}"
+        try:
+            with notes.collected() as found:
+                datums = self._to_datums(row)
+        except CookbookError as error:
+            if self._on_bad_row == "skip":
+                self.note("bad_rows", place, f"left out. {error}")
+                return []
+            raise bad_row_error(place, reason_of(error)) from error
+        if found and number not in self._noted:
+            self._noted.add(number)
+            self._notes.update(found)
+        trained = [datum for datum in datums if is_trained(datum)]
+        if len(trained) < len(datums):
+            self.note("untrained_examples", place, "left out, no trained token is left.")
+        return trained
+
+
+class SupervisedDatasetFromHFDataset(SupervisedDatasetFromRows):
+    """A `datasets.Dataset`, rendered batch by batch; see `SupervisedDatasetFromRows`."""
+
+    def __init__(
+        self,
+        hf_dataset: datasets.Dataset,
+        batch_size: int,
+        map_fn: Callable[[dict[str, Any]], Datum] | None = None,
+        flatmap_fn: Callable[[dict[str, Any]], list[Datum]] | None = None,
+        on_bad_row: OnBadRow = "raise",
+    ) -> None:
+        super().__init__(hf_dataset, batch_size, map_fn, flatmap_fn, on_bad_row)
+        self._hf_dataset = hf_dataset
+
+    def _read(self, numbers: list[int]) -> list[Any]:
+        return self._hf_dataset.select(numbers).to_list()
+
+
+def is_trained(datum: Datum) -> bool:
+    """Whether any token of it has a weight."""
+    weights = datum.loss_fn_inputs.get("weights")
+    return weights is None or bool(np.any(TensorData.to_numpy(weights)))  # type: ignore[arg-type]

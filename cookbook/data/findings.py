@@ -1,0 +1,67 @@
+"""What the report of a source should tell of a conversation that can be rendered all the same."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+from cookbook.data.columns import EMPTY
+from cookbook.data.conversation import REASONING_KEYS, UNREAD_MESSAGE_KEYS, Conversation
+from cookbook.data.media import count_placeholders
+from cookbook.utils import notes
+from renderers import Renderer
+from renderers.training_flags import TRAINING_KEYS
+
+_KEYS = {"role", "content", "tool_calls", "tool_call_id", *REASONING_KEYS, *TRAINING_KEYS}
+"""Keys of a message that are read whatever the renderer is."""
+
+
+def count_findings(conversation: Conversation, renderer: Renderer) -> None:
+    """Counts message keys that nothing reads, calls without a schema, and placeholders of pictures."""
+    num_calls = 0
+    for message in conversation.messages:
+        # The name of a tool finds the call that a result answers.
+        known = {*_KEYS, "name"} if message["role"] == "tool" else _KEYS
+        for key, value in message.items():
+            if (
+                key not in known
+                and value not in EMPTY
+                and not renderer.reads_key(message["role"], key, value)
+            ):
+                notes.count("message", UNREAD_MESSAGE_KEYS, str(key))
+        num_calls += len(message.get("tool_calls") or ())
+    if num_calls and not conversation.tools:
+        notes.count("call", "stood in a row without tool schemas", number=num_calls)
+    if renderer.tools_in_system and (conversation.tools or num_calls):
+        notes.count("conversation", "had its tools written into its messages (tools_in_system=True)")
+    if conversation.template_kwargs:
+        given = json.dumps(conversation.template_kwargs, ensure_ascii=False, sort_keys=True, default=str)
+        notes.count("row", "Given to the chat template", given)
+    heard = [message.get("content") for message in conversation.messages if message["role"] != "assistant"]
+    count_placeholders(text for text in (*heard, conversation.text) if isinstance(text, str))
+
+
+LONG_CONVERSATION = 1000
+"""Messages from which on a report says what a conversation costs."""
+
+MANY_EXAMPLES = 100
+"""Examples of one conversation from which on it does: each has the whole history before it."""
+
+COST_OF_LONG = (
+    f"Conversations of {LONG_CONVERSATION:,} messages or {MANY_EXAMPLES} examples and more, whose tokens may "
+    "grow with the square of their messages (cut them to fewer turns, or choose a renderer that keeps its "
+    "history)"
+)
+
+
+def count_cost(num_messages: int, lengths: Sequence[int]) -> None:
+    """Counts what a long conversation became: `lengths` are the tokens of its examples."""
+    if num_messages < LONG_CONVERSATION and len(lengths) < MANY_EXAMPLES:
+        return
+    for noun, item, number in (
+        ("token", "made", sum(lengths)),
+        ("message", "read", num_messages),
+        ("example", "trained", len(lengths)),
+        ("conversation", "found", 1),
+    ):
+        notes.count(noun, COST_OF_LONG, item, number)

@@ -1,0 +1,146 @@
+"""Any chat data: which format a row has, and the conversations it holds.
+
+A format is told by the keys of a row. The rules of `FORMATS` are tried in their order, and the
+first that fits decides; `format=` names one outright. A key whose value is null counts as absent,
+and a list may stand as JSON in a string.
+
+    messages           `messages`, `conversations` or `conversation`: a list whose first item has `role`;
+                       or `messages`: any list, if the next rule does not fit
+    sharegpt           one of these three: a list whose first item has `from`
+    trajectory         `rollouts` or `trajectories`: a list of rollouts; or `steps`, `trajectory`, `rollout`,
+                       `transitions` or `turns`: a list of objects, or an object that holds one
+    alpaca             `instruction` (a string), and `output` or `response`
+    prompt_completion  `prompt`, `question`, `query` or `input`, and `completion`, `response`, `answer`,
+                       `output` or `chosen`
+    text               `text` (a string)
+
+In every format with messages, a row may have `system` or `system_prompt`, used unless the messages begin
+with a system message or it is empty, `chat_template_kwargs`, and the tools that may be called, under
+`tools`, `functions`, `tool_defs`, `tool_definitions`, `tool_schemas`, `available_tools`,
+`available_functions`, `function_definitions` or `function_schemas`. Other columns are not read, which the
+report says; those that hold pictures, sounds or films are refused in every format.
+
+A message may say that it is not trained: `train`, `training`, `trainable` or `loss` false, `mask` true,
+`weight` or `loss_weight` 0. Calls after a text of the assistant, or after calls, are one message with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from cookbook.data import trajectories
+from cookbook.data.columns import Recorded
+from cookbook.data.conversation import Conversation, names
+from cookbook.data.formats import chats, pairs
+from cookbook.data.media import check_no_media
+from cookbook.data.trajectories import ObservationOrder
+from cookbook.errors import ConfigError, DataError
+from cookbook.utils import notes
+from cookbook.utils.nearest import nearest
+
+__all__ = ["FORMATS", "Format", "check_format", "conversations_of", "recognise"]
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a config says of how rows are read."""
+
+    min_reward: float | None = None
+    """Rows and rollouts of a lower reward are not wanted."""
+    observation_order: ObservationOrder | None = None
+
+
+@dataclass(frozen=True)
+class Format:
+    """`keys` says in words what `fits` looks for."""
+
+    keys: str
+    fits: Callable[[Mapping[str, Any]], bool]
+    read: Callable[[Mapping[str, Any], Wanted], list[Conversation]]
+
+
+def _is_text(row: Mapping[str, Any]) -> bool:
+    return isinstance(row.get("text"), str)
+
+
+def _read_text(row: Mapping[str, Any]) -> Conversation:
+    if not _is_text(row):
+        raise DataError(f"no string under `text` (keys: {names(row)}).")
+    return Conversation([], text=row["text"])
+
+
+def _one(
+    read: Callable[[Mapping[str, Any]], Conversation],
+) -> Callable[[Mapping[str, Any], Wanted], list[Conversation]]:
+    def read_one(row: Mapping[str, Any], wanted: Wanted) -> list[Conversation]:
+        if wanted.min_reward is not None:
+            reward = trajectories.reward_of([row])
+            if reward is not None and reward < wanted.min_reward:
+                return []
+        return [read(row)]
+
+    return read_one
+
+
+def _read_trajectories(row: Mapping[str, Any], wanted: Wanted) -> list[Conversation]:
+    return trajectories.read_trajectories(row, wanted.min_reward, wanted.observation_order)
+
+
+FORMATS: Mapping[str, Format] = {
+    "messages": Format(
+        "`messages` or `conversations`, items with `role`", chats.is_messages, _one(chats.read_messages)
+    ),
+    "sharegpt": Format("`conversations`, items with `from`", chats.is_sharegpt, _one(chats.read_sharegpt)),
+    "trajectory": Format(
+        "`steps`, `trajectory` or `rollouts`", trajectories.is_trajectory, _read_trajectories
+    ),
+    "alpaca": Format("`instruction`, `output`", pairs.is_alpaca, _one(pairs.read_alpaca)),
+    "prompt_completion": Format(
+        "`prompt`, `completion`", pairs.is_prompt_completion, _one(pairs.read_prompt_completion)
+    ),
+    "text": Format("`text`", _is_text, _one(_read_text)),
+}
+
+
+def recognise(row: Mapping[str, Any]) -> str:
+    """The name of the first format whose rule fits the row. The rules stand at the top of this file."""
+    for name, format in FORMATS.items():
+        if format.fits(row):
+            return name
+    found = ", ".join(f"{key} ({type(value).__name__})" for key, value in row.items()) or "none"
+    known = "; ".join(f"{name} ({format.keys})" for name, format in FORMATS.items())
+    raise DataError(
+        f"of no known format (keys: {found}). Formats: {known}. Name one with format=..., rename the "
+        "columns, or subclass the dataset builder and read the row yourself."
+    )
+
+
+def check_format(format: str | None) -> None:
+    """Raises ConfigError, naming the nearest, for the name of no format. None means to recognise it."""
+    if format is not None and format not in FORMATS:
+        near = nearest(format, FORMATS)
+        hint = "" if near is None else f" The nearest is `{near}`."
+        raise ConfigError(f"format={format!r} is unknown.{hint} Formats: {', '.join(FORMATS)}.")
+
+
+def conversations_of(
+    row: Mapping[str, Any],
+    format: str | None = None,
+    min_reward: float | None = None,
+    observation_order: ObservationOrder | None = None,
+) -> list[Conversation]:
+    """The conversations of a row: one, several where it holds rollouts, none where its reward is too low.
+
+    The format and the columns that were not read are counted (`cookbook.utils.notes`). Raises DataError, with
+    the end of a sentence, for a row that cannot be understood.
+    """
+    check_format(format)
+    name = recognise(row) if format is None else format
+    check_no_media(row)
+    notes.count("row", "Read as", name)
+    columns = Recorded(row)
+    found = FORMATS[name].read(columns, Wanted(min_reward, observation_order))
+    columns.count_unread("row", "Columns not read")
+    return found

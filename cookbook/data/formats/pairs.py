@@ -1,0 +1,109 @@
+"""A question and its answer: `prompt_completion`, and `alpaca`, which adds an input and a history."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from cookbook.data.conversation import (
+    Conversation,
+    conversation_of,
+    first,
+    listed,
+    message_of,
+    messages_of,
+    names,
+)
+from cookbook.errors import DataError
+from renderers import Message
+
+PROMPTS = ("prompt", "question", "query", "input")
+COMPLETIONS = ("completion", "response", "answer", "output", "chosen")
+INPUTS = ("input", "context")
+OUTPUTS = ("output", "response")
+
+
+def is_prompt_completion(row: Mapping[str, Any]) -> bool:
+    return first(row, PROMPTS) is not None and first(row, COMPLETIONS) is not None
+
+
+def is_alpaca(row: Mapping[str, Any]) -> bool:
+    return isinstance(row.get("instruction"), str) and first(row, OUTPUTS) is not None
+
+
+def read_prompt_completion(row: Mapping[str, Any]) -> Conversation:
+    """A string is one message, of the user or of the assistant; a list is messages.
+
+    A completion that repeats the messages of its prompt, as `chosen` does in sets of
+    preferences, continues them. Two strings may also be text that a chat template has printed already,
+    which the renderer can tell.
+    """
+    prompt = _side(row, PROMPTS, "user")
+    completion = _side(row, COMPLETIONS, "assistant")
+    if completion[: len(prompt)] == prompt:
+        completion = completion[len(prompt) :]
+    conversation = conversation_of(row, prompt + completion)
+    strings = first(row, PROMPTS), first(row, COMPLETIONS)
+    is_pair = all(isinstance(side, str) for side in strings) and len(prompt + completion) == 2
+    return replace(conversation, pair=strings) if is_pair else conversation
+
+
+def _side(row: Mapping[str, Any], keys: Sequence[str], role: str) -> list[Message]:
+    key = next((key for key in keys if row.get(key) is not None), None)
+    if key is None:
+        raise DataError(f"no `{keys[0]}` (keys: {names(row)}).")
+    value = row[key]
+    if isinstance(value, Mapping):
+        return [message_of(value, f"`{key}`")]
+    messages = listed(value)
+    if messages and all(isinstance(message, Mapping) for message in messages):
+        return messages_of(messages, f" of `{key}`")
+    if not isinstance(value, str):
+        raise DataError(f"`{key}` is a {type(value).__name__}, not a string or a list of messages.")
+    return [{"role": role, "content": value}]
+
+
+def read_alpaca(row: Mapping[str, Any]) -> Conversation:
+    """The user says the instruction, then on a new line the input if there is one.
+
+    Where that is all, it may also be text that a chat template has printed already.
+    """
+    given = next((key for key in INPUTS if row.get(key)), None)
+    asked = [_text(row, "instruction"), *([_text(row, given)] if given else [])]
+    output = next((key for key in OUTPUTS if row.get(key) is not None), None)
+    if output is None:
+        raise DataError(f"no `output` (keys: {names(row)}).")
+    messages: list[Message] = [
+        *_history(row),
+        {"role": "user", "content": "\n".join(part for part in asked if part)},
+        {"role": "assistant", "content": _text(row, output)},
+    ]
+    conversation = conversation_of(row, messages)
+    if len(messages) > 2:
+        return conversation
+    return replace(conversation, pair=(str(messages[0]["content"]), str(messages[1]["content"])))
+
+
+def _text(row: Mapping[str, Any], key: str) -> str:
+    value = row.get(key)
+    if value is None:
+        raise DataError(f"no `{key}` (keys: {names(row)}).")
+    if not isinstance(value, str):
+        raise DataError(f"`{key}` is a {type(value).__name__}, not a string.")
+    return value
+
+
+def _history(row: Mapping[str, Any]) -> list[Message]:
+    history = row.get("history")
+    turns = listed(history or [])
+    if turns is None:
+        raise DataError(f"`history` is a {type(history).__name__}, not a list of pairs.")
+    messages: list[Message] = []
+    for number, turn in enumerate(turns, 1):
+        match turn:
+            case [str() as asked, str() as said]:
+                messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]
+            case _:
+                raise DataError(f"turn {number} of `history` is not a pair of strings.")
+    return messages

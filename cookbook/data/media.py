@@ -1,0 +1,64 @@
+"""Pictures, sounds and films beside a text: refused, because only text can be trained on."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from functools import lru_cache
+from typing import Any
+
+from cookbook.errors import DataError
+from cookbook.utils import notes
+
+_KEY = re.compile(
+    r"(?:input_)?"
+    r"(?:images?|imgs?|pictures?|photos?|screenshots?|videos?|audios?|pixel_values|multi_?modal_data|mm_data)"
+    r"(?:_?\d+)?"
+    r"(?:_(?:paths?|files?|urls?|uris?|bytes|base64|b64|data|arrays?|tensors?|frames|list|inputs?))?"
+)
+"""Keys, in snake case, under which rows and messages have pictures, sounds and films."""
+
+_PLACEHOLDER = re.compile(
+    r"<\|?(?:image|img|video|audio|vision)(?:[_-]?(?:\d+|pad|start|end|token|patch|placeholder|bos|eos))?\|?>"
+)
+"""What stands in a text where a picture, a sound or a film belongs."""
+
+
+def check_no_media(values: Mapping[Any, Any], where: str = "") -> None:
+    """Raises DataError for a key of pictures, sounds or films that is not empty. `where` names the object."""
+    for key, value in values.items():
+        if isinstance(key, str) and _is_of_media(key) and _holds_something(value):
+            of = f" of {where}" if where else ""
+            raise DataError(
+                f"`{key}`{of} is not empty ({_excerpt(value)}), and only text can be trained on. Remove it "
+                "where the text is whole without it."
+            )
+
+
+def count_placeholders(texts: Iterable[str]) -> None:
+    """Counts texts that name a picture, a sound or a film that is not there; it may be meant as text."""
+    for text in texts:
+        for placeholder in dict.fromkeys(_PLACEHOLDER.findall(text) if "<" in text else ()):
+            notes.count("message", "Placeholders with nothing beside them, read as text", placeholder)
+
+
+@lru_cache(maxsize=4096)
+def _is_of_media(key: str) -> bool:
+    snake_case = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", key.strip()).replace("-", "_").lower()
+    return _KEY.fullmatch(snake_case) is not None
+
+
+def _holds_something(value: Any) -> bool:
+    """Whether anything at any depth is not null, false or an empty string."""
+    if isinstance(value, Mapping):
+        return any(map(_holds_something, value.values()))
+    if isinstance(value, (list, tuple)):
+        return any(map(_holds_something, value))
+    if isinstance(value, str):
+        return value.strip() not in ("", "[]", "{}", "null")
+    return value is not None and value is not False
+
+
+def _excerpt(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."

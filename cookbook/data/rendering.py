@@ -1,0 +1,264 @@
+"""Sources to stores: every row rendered once, in several processes if that pays, and kept on disk."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from functools import cache, cached_property
+from itertools import chain
+from pathlib import Path
+from typing import Literal, TypeAlias
+
+import numpy as np
+
+import renderers
+from cookbook.data import processes
+from cookbook.data.cache import RENDERED, cache_folder
+from cookbook.data.conversation import TEMPLATE_KWARGS, Conversation, join_assistants
+from cookbook.data.findings import count_cost, count_findings
+from cookbook.data.sources import BadRow, Chunk, Row, Source
+from cookbook.data.sources.base import digest_of
+from cookbook.data.store import BadRowNote, Block, Example, ExampleStore, StoreWriter, make_block, open_store
+from cookbook.errors import CookbookError, DataError, describe
+from cookbook.types import ModelInput
+from cookbook.utils import files, notes
+from renderers import Message, Renderer, TrainOnWhat
+
+logger = logging.getLogger(__name__)
+
+OnBadRow: TypeAlias = Literal["raise", "skip"]
+
+_SECONDS_BETWEEN_MESSAGES = 10.0
+
+_NEEDS_ASSISTANT = {
+    TrainOnWhat.LAST_ASSISTANT_MESSAGE,
+    TrainOnWhat.LAST_ASSISTANT_TURN,
+    TrainOnWhat.ALL_ASSISTANT_MESSAGES,
+}
+
+
+class RowRenderer:
+    """Rows to examples, the way one config wants them."""
+
+    def __init__(
+        self,
+        renderer: Renderer,
+        train_on_what: TrainOnWhat,
+        conversations_of: Callable[[Row], list[Conversation]],
+        conversations_key: str | None,
+    ) -> None:
+        """`conversations_key` names all that `conversations_of` depends on; None if that is not known.
+
+        What it raises makes a row a bad one.
+        """
+        self._renderer = renderer
+        self._train_on_what = train_on_what
+        self._conversations_of = conversations_of
+        self._conversations_key = conversations_key
+
+    def __call__(self, row: Row) -> list[Example] | None:
+        """The examples of a row; None where the row is not wanted. Raises CookbookError.
+
+        What is counted on the way (`cookbook.utils.notes`) counts only where examples are the result.
+        """
+        with notes.collected() as found:
+            try:
+                conversations = self._conversations_of(row)
+            except CookbookError:
+                raise
+            except Exception as error:  # a user's code, which may raise anything
+                raise DataError(f"conversations_of raised {type(error).__name__}: {error}") from error
+            if not conversations:
+                return None
+            try:
+                examples = list(chain.from_iterable(map(self._examples_of, conversations)))
+            except RecursionError as error:
+                raise DataError("its values are nested too deeply to be rendered.") from error
+        notes.add(found)
+        return examples
+
+    def _examples_of(self, conversation: Conversation) -> list[Example]:
+        renderer = self._renderer.with_template_kwargs(conversation.template_kwargs or {})
+        if conversation.text is not None:
+            built = [renderer.build_text_example(conversation.text)]
+        elif conversation.pair is not None and renderer.is_rendered(conversation.pair[0]):
+            built = [self._completion_example(conversation, *conversation.pair)]
+        else:
+            roles = [str(message.get("role")) for message in conversation.messages]
+            if "assistant" not in roles and self._train_on_what in _NEEDS_ASSISTANT:
+                raise DataError(f"no assistant message (roles: {', '.join(roles)}).")
+            built = renderer.build_supervised_examples(
+                join_assistants(conversation.messages), self._train_on_what, conversation.tools
+            )
+        count_findings(conversation, self._renderer)
+        count_cost(len(conversation.messages), [len(weights) for _, weights in built])
+        return [
+            Example(np.asarray(model_input.to_ints(), np.int32), weights) for model_input, weights in built
+        ]
+
+    def _completion_example(
+        self, conversation: Conversation, prompt: str, completion: str
+    ) -> tuple[ModelInput, np.ndarray]:
+        """A pair whose prompt a chat template has printed already."""
+        if self._train_on_what not in _NEEDS_ASSISTANT:
+            raise DataError(
+                "its prompt is already rendered, so it has no messages to choose by "
+                f"train_on_what={self._train_on_what}. Its completion is trained with all_assistant_messages."
+            )
+        _check_prompt_holds_all(prompt, conversation)
+        notes.count("row", "had a prompt that is already rendered; its completion is trained as it stands")
+        return self._renderer.build_completion_example(prompt, completion)
+
+    def render(self, chunk: Chunk) -> Block:
+        good: list[tuple[str, list[Example]]] = []
+        bad: list[BadRowNote] = []
+        num_filtered = 0
+        with notes.collected() as found:
+            for row in chunk.rows():
+                if isinstance(row, BadRow):
+                    bad.append(BadRowNote(*row))
+                    continue
+                try:
+                    examples = self(row)
+                except CookbookError as error:
+                    bad.append(BadRowNote(row.place, reason_of(error)))
+                    continue
+                if examples is None:
+                    num_filtered += 1
+                else:
+                    good.append((row.place, examples))
+        return make_block(good, bad, num_filtered, found)
+
+    def fingerprint(self) -> str | None:
+        """Changes whenever the examples of a row may; None where that cannot be told."""
+        renderer, tokenizer = self._renderer, self._renderer.tokenizer
+        is_ours = type(renderer).__module__.partition(".")[0] == renderers.__name__
+        if not is_ours or self._conversations_key is None:
+            return None
+        options = {
+            key: value
+            for key, value in vars(renderer).items()
+            if isinstance(value, str | int | float)
+            and not isinstance(getattr(type(renderer), key, None), cached_property)
+        }
+        return digest_of(
+            tokenizer.backend_tokenizer.to_str(),
+            str(tokenizer.chat_template),
+            str(sorted(tokenizer.special_tokens_map.items())),
+            renderer.name,
+            str(sorted(options.items())),
+            str(self._train_on_what),
+            self._conversations_key,
+            _code_of_this_project(),
+        )
+
+
+def _check_prompt_holds_all(prompt: str, conversation: Conversation) -> None:
+    """Raises DataError where a row says more beside a rendered prompt than that prompt does."""
+    tools = conversation.tools or ()
+    missing = [
+        *("system prompt" for message in conversation.messages[:-2] if _text_of(message) not in prompt),
+        *(f"tool `{tool['function']['name']}`" for tool in tools if tool["function"]["name"] not in prompt),
+        *([TEMPLATE_KWARGS] if conversation.template_kwargs else ()),
+    ]
+    if missing:
+        raise DataError(
+            f"its prompt is already rendered, and the {missing[0]} of the row is not in it. Render the "
+            f"prompt with it, or remove it from the row."
+        )
+
+
+def _text_of(message: Message) -> str:
+    return str(message.get("content") or "").strip()
+
+
+def render_source(
+    source: Source,
+    row_renderer: RowRenderer,
+    on_bad_row: OnBadRow = "raise",
+    num_proc: int | None = None,
+    use_cache: bool = True,
+) -> ExampleStore:
+    """The examples of a source: rendered, or read from disk where nothing has changed since they were.
+
+    With `on_bad_row="raise"` the first bad row is a DataError. `num_proc` processes render; None
+    means one, and all cores once that has taken a while. The examples are the same for any number.
+    """
+    fingerprint = row_renderer.fingerprint() if use_cache else None
+    if fingerprint is None:
+        return _render_to_temporary_folder(source, row_renderer, on_bad_row, num_proc)
+    path = cache_folder() / RENDERED / digest_of(source.name, source.fingerprint(), fingerprint)
+    store = open_store(path, source.name)
+    if store is None:
+        try:
+            files.make_folder(path.parent)
+            files.remove(path)
+        except OSError as error:
+            logger.warning("Rendered data cannot be kept for the next run: %s.", error)
+            return _render_to_temporary_folder(source, row_renderer, on_bad_row, num_proc)
+        _render(path, source, row_renderer, on_bad_row, num_proc)
+        store = ExampleStore(path, source.name)
+    if store.meta.num_bad_rows and on_bad_row == "raise":
+        raise bad_row_error(*store.meta.bad_rows[0])
+    return store
+
+
+def _render_to_temporary_folder(
+    source: Source, row_renderer: RowRenderer, on_bad_row: OnBadRow, num_proc: int | None
+) -> ExampleStore:
+    folder = tempfile.TemporaryDirectory(prefix="cookbook-")
+    path = Path(folder.name) / "rendered"
+    _render(path, source, row_renderer, on_bad_row, num_proc)
+    return ExampleStore(path, source.name, folder)
+
+
+def _render(
+    path: Path, source: Source, row_renderer: RowRenderer, on_bad_row: OnBadRow, num_proc: int | None
+) -> None:
+    blocks = processes.map_in_order(row_renderer.render, source.chunks(), num_proc)
+    with StoreWriter(path) as writer:
+        for block in _telling_of_progress(blocks, source):
+            if block.bad_rows and on_bad_row == "raise":
+                raise bad_row_error(*block.bad_rows[0])
+            writer.append(block)
+
+
+def _telling_of_progress(blocks: Iterable[Block], source: Source) -> Iterable[Block]:
+    started = told = time.perf_counter()
+    num_rows = 0
+    of_all = "" if (total := source.num_rows()) is None else f" of {total:,}"
+    for block in blocks:
+        num_rows += len(block.places) + len(block.bad_rows) + block.num_filtered
+        yield block
+        now = time.perf_counter()
+        if now - told > _SECONDS_BETWEEN_MESSAGES:
+            told = now
+            speed = num_rows / (now - started)
+            logger.info(
+                "Rendering %s: %s%s rows, %.0f a second.", source.name, f"{num_rows:,}", of_all, speed
+            )
+
+
+# -- errors -----------------------------------------------------------------------------------
+
+
+def reason_of(error: CookbookError) -> str:
+    """An error's message as it stands behind the place of a row."""
+    return describe(error).removeprefix(f"{type(error).__name__}: ")
+
+
+def bad_row_error(place: str, reason: str) -> DataError:
+    return DataError(f"{place}: {reason}\nMend the row, or leave such rows out with on_bad_row=skip.")
+
+
+# -- fingerprints -----------------------------------------------------------------------------
+
+
+@cache
+def _code_of_this_project() -> str:
+    """A digest of the code that rows go through, so that a new version renders afresh."""
+    folders = [Path(__file__).parent, Path(str(renderers.__file__)).parent]
+    files = sorted(file for folder in folders for file in folder.rglob("*.py"))
+    return digest_of(*(file.read_text(encoding="utf-8") for file in [*files, Path(notes.__file__)]))

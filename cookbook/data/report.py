@@ -1,0 +1,138 @@
+"""What was read and what became of it: told before training starts."""
+
+from __future__ import annotations
+
+import re
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+
+from cookbook.data.store import BadRowNote
+from cookbook.utils import notes
+from cookbook.utils.control_characters import visible, visible_line
+from cookbook.utils.notes import Note, counted_noun
+
+MAX_BARS = 60
+"""The most bars that the histogram of lengths has."""
+NUM_NAMED_FILES = 8
+
+Role: TypeAlias = Literal["training", "evaluation"]
+
+
+@dataclass(frozen=True, eq=False)
+class DataReport:
+    """Counts over one source. Tokens are counted as trained on: cut, and without what is left out."""
+
+    name: str
+    """The source."""
+    max_length: int | None
+    rows: int
+    """Rows read, whatever became of them."""
+    bad: int
+    """Rows left out because they could not be read or rendered."""
+    filtered: int
+    """Rows left out by `min_reward`."""
+    examples: int
+    """Examples that are trained on."""
+    tokens: int
+    trained_tokens: int
+    longest: int
+    """Tokens of the longest example, before it was cut."""
+    truncated: int
+    """Examples cut to `max_length`."""
+    too_long: int
+    """Examples left out because they are longer than `max_length`."""
+    untrained: int
+    """Examples left out because no trained token is left in them."""
+    bad_rows: Sequence[BadRowNote] = field(default_factory=tuple)
+    """The first of the bad rows."""
+    lengths: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    """Tokens of every example that is trained on, before it was cut."""
+    notes: Mapping[Note, int] = field(default_factory=dict)
+    """What was counted while the rows were read and rendered."""
+    role: Role = "training"
+    """What the source is read for."""
+    files: Sequence[str] = ()
+    """The files of a folder that were read; none where `name` says it all."""
+    unread: Sequence[str] = ()
+    """The other files of that folder."""
+
+    @property
+    def longest_kept(self) -> int:
+        """Tokens of the longest example that is trained on, as it is cut."""
+        longest = int(self.lengths.max(initial=0))
+        return longest if self.max_length is None else min(longest, self.max_length)
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything, with the lengths as a histogram."""
+        values = {key.name: getattr(self, key.name) for key in fields(self) if key.name != "lengths"}
+        values["notes"] = [{**note._asdict(), "count": number} for note, number in self.notes.items()]
+        if len(self.lengths):
+            values["length_histogram"] = self._histogram()
+        values["files"], values["unread"] = list(self.files), list(self.unread)
+        values["bad_rows"] = [note._asdict() for note in self.bad_rows]
+        return values
+
+    def _histogram(self) -> dict[str, list[int]]:
+        """How many examples have `edges[i]` to `edges[i + 1] - 1` tokens, in bars of equal width."""
+        shortest, longest = int(self.lengths.min()), int(self.lengths.max())
+        width = -(-(longest - shortest + 1) // MAX_BARS)
+        edges = np.arange(shortest, longest + width + 1, width)
+        return {"edges": edges.tolist(), "counts": np.histogram(self.lengths, edges)[0].tolist()}
+
+    def lines(self) -> list[str]:
+        """The report as it is printed, in 80 columns where names and reasons allow."""
+        share = f" ({self.trained_tokens / self.tokens:.0%})" if self.tokens else ""
+        lines = [
+            f"{visible_line(self.name)}: {counted_noun(self.rows, 'row')} read, "
+            f"{counted_noun(self.examples, 'example')} made.",
+            f"  {self.tokens:,} tokens, {self.trained_tokens:,} of them trained{share}; "
+            f"the longest example has {self.longest:,}.",
+        ]
+        lines += _file_lines(f"{self.role} files", self.files) + _file_lines(
+            f"not read for {self.role}", self.unread
+        )
+        left_out = [
+            (self.truncated, "example", f"cut to max_length={self.max_length}"),
+            (self.too_long, "example", f"left out: longer than max_length={self.max_length}"),
+            (self.untrained, "example", "left out: no trained token in it"),
+            (self.filtered, "row", "left out by min_reward"),
+            (self.bad, "bad row", "left out:"),
+        ]
+        lines += [f"  {counted_noun(count, noun)} {what}" for count, noun, what in left_out if count]
+        for place, reason in self.bad_rows:
+            reason = visible(reason).replace("\n", "\n      ")
+            lines.append(f"    {visible_line(place)}: {reason}")
+        if self.bad > len(self.bad_rows):
+            lines.append(f"    and {self.bad - len(self.bad_rows):,} more")
+        return lines + note_lines(self.notes)
+
+
+def note_lines(found: Mapping[Note, int]) -> list[str]:
+    """What was counted, as a report prints it: in 80 columns where names allow."""
+    # A line does not end within "(3 rows)".
+    texts = [re.sub(r"(\([\d,]+) ", "\\1\N{NO-BREAK SPACE}", text) for text in notes.lines(found)]
+    return [
+        line.replace("\N{NO-BREAK SPACE}", " ")
+        for text in texts
+        for line in textwrap.wrap(
+            text, 80, initial_indent="  ", subsequent_indent="    ", break_long_words=False
+        )
+    ]
+
+
+def _file_lines(what: str, files: Sequence[str]) -> list[str]:
+    if not files:
+        return []
+    more = f" and {len(files) - NUM_NAMED_FILES:,} more" if len(files) > NUM_NAMED_FILES else ""
+    text = f"{what}: {', '.join(files[:NUM_NAMED_FILES])}{more}"
+    return textwrap.wrap(
+        *(text, 80),
+        initial_indent="  ",
+        subsequent_indent="    ",
+        break_long_words=False,
+        break_on_hyphens=False,
+    )

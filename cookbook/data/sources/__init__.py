@@ -1,0 +1,131 @@
+"""Where rows come from: files, folders of files, and datasets on the hub.
+
+`open_source` finds the source of a name. Rows keep their place (line 7 of chats.jsonl), sources have a
+fingerprint, and chunks of rows are decoded where they are used, which may be another process.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from cookbook import embedded
+from cookbook.data.sources.arrow import ArrowSource, ParquetSource
+from cookbook.data.sources.base import BadRow, Chunk, Row, Source, without_nulls
+from cookbook.data.sources.folder import FolderReader
+from cookbook.data.sources.hub import HubName, HubSource, HubStream, open_hub
+from cookbook.data.sources.text_files import CsvSource, FileSource, JsonLinesSource, JsonSource, TsvSource
+from cookbook.errors import DataError
+from cookbook.utils.nearest import did_you_mean
+
+__all__ = [
+    "BadRow",
+    "Chunk",
+    "HubDataset",
+    "HubSource",
+    "HubStream",
+    "KNOWN_DATASETS",
+    "Row",
+    "Source",
+    "known_test_source",
+    "open_source",
+    "without_nulls",
+]
+
+
+@dataclass(frozen=True)
+class HubDataset:
+    """A published dataset: its hub id, and how it is usually split."""
+
+    hub_id: str
+    train_split: str = "train"
+    test_split: str | None = None
+
+
+KNOWN_DATASETS: Mapping[str, HubDataset] = {
+    "no_robots": HubDataset("HuggingFaceH4/no_robots", test_split="test"),
+    "tulu3": HubDataset("allenai/tulu-3-sft-mixture"),
+    "pirate_ultrachat": HubDataset("winglian/pirate-ultrachat-10k"),
+}
+"""Short names, next to `pirate`, which is embedded."""
+
+FILE_KINDS: Mapping[str, type[FileSource]] = {
+    ".jsonl": JsonLinesSource,
+    ".ndjson": JsonLinesSource,
+    ".json": JsonSource,
+    ".csv": CsvSource,
+    ".tsv": TsvSource,
+    ".jsonl.gz": JsonLinesSource,
+    ".ndjson.gz": JsonLinesSource,
+    ".json.gz": JsonSource,
+    ".csv.gz": CsvSource,
+    ".tsv.gz": TsvSource,
+    ".parquet": ParquetSource,
+    ".arrow": ArrowSource,
+}
+
+
+def open_source(
+    spec: str, split: str | None = None, streaming: bool = False, is_for_evaluation: bool = False
+) -> Source:
+    """The source of a short name, a file, a folder of files, or a dataset on the hub.
+
+    A folder with splits is its `train` split, or with `is_for_evaluation` those to evaluate on. `split`
+    takes the place of the one that a folder's or a hub name says. With `streaming` a dataset on the hub
+    is read over the network as it is needed; files always are read as they are needed.
+    """
+    known = KNOWN_DATASETS.get(spec)
+    if known is None and (found := _path_and_parts(spec)) is not None:
+        path, parts = found
+        if path.is_dir():
+            wanted = parts if split is None else [parts[0] if parts else "", split]
+            return FolderReader(_kind_of, _known_kinds()).open(path, wanted, is_for_evaluation)
+        if split is not None or parts:
+            asked = split if split is not None else parts[-1]
+            raise DataError(
+                f"{spec.split(':')[0]} has no splits, and split={asked!r} was asked for. Leave it out."
+            )
+        return JsonLinesSource(embedded.PIRATE_PATH) if spec == "pirate" else _open_file(path)
+    name = HubName.parse(spec) if known is None else HubName(known.hub_id, split=known.train_split)
+    if name is None:
+        names = ["pirate", *KNOWN_DATASETS]
+        hint = did_you_mean(spec, names)
+        raise DataError(
+            f"dataset={spec!r} is no known name, file or hub id (owner/name).{hint} "
+            f"Names: {', '.join(names)}."
+        )
+    return open_hub(name if split is None else replace(name, split=split), streaming)
+
+
+def known_test_source(spec: str) -> Source | None:
+    """The test split that a short name is known to have."""
+    known = KNOWN_DATASETS.get(spec)
+    return None if known is None or known.test_split is None else open_source(spec, known.test_split)
+
+
+def _path_and_parts(spec: str) -> tuple[Path, list[str]] | None:
+    """A file or folder on this machine, and the config and split named behind it; None for no such name."""
+    names = spec.split(":")
+    for end in range(len(names), max(0, len(names) - 3), -1):
+        path = Path(":".join(names[:end])).expanduser()
+        is_here = os.path.exists(path) if str(path) != "." or names[0] == "." else False
+        if is_here or _kind_of(path) is not None or names[:end] == ["pirate"]:
+            return path, names[end:]
+    return None
+
+
+def _open_file(path: Path) -> Source:
+    kind = _kind_of(path)
+    if kind is None:
+        raise DataError(f"{path} is not of a known kind. Give a {_known_kinds()} file.")
+    return kind(path)
+
+
+def _kind_of(path: Path) -> type[FileSource] | None:
+    return next((kind for suffix, kind in FILE_KINDS.items() if path.name.lower().endswith(suffix)), None)
+
+
+def _known_kinds() -> str:
+    return ", ".join(FILE_KINDS)

@@ -1,0 +1,456 @@
+"""Rows in text files: JSON lines, a JSON list, and tables of cells. All are UTF-8, and may be gzipped."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import re
+import zlib
+from abc import abstractmethod
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, BinaryIO, TextIO
+
+from cookbook.data.cache import file_digest
+from cookbook.data.sources.base import (
+    JSON_COLUMNS,
+    MAX_CHUNK_BYTES,
+    AnyRow,
+    BadRow,
+    Chunk,
+    ListChunk,
+    Row,
+    Source,
+    batched,
+    digest_of,
+    row_of,
+)
+from cookbook.errors import DataError
+from cookbook.utils.lines import limited_lines, max_line_bytes, why_too_long
+
+_BOM = b"\xef\xbb\xbf"
+
+_HEAD_BYTES = 2**20
+"""So much of a file is looked at to say what is wrong with it."""
+
+LINES_OF_A_LIST = 16
+"""A compressed JSON list may have the text of so many of the longest lines."""
+
+
+class FileSource(Source):
+    """One file. `kind` is what its bytes mean."""
+
+    kind: str
+
+    def __init__(self, path: Path, name: str | None = None) -> None:
+        if not path.is_file():
+            is_pattern = any(mark in path.name for mark in "*?[")
+            hint = " Patterns are not read: give the folder, or several files with commas between them."
+            raise DataError(f"Dataset file {path} does not exist.{hint if is_pattern else ''}")
+        self.path = path
+        self.name = name or path.name
+
+    def fingerprint(self) -> str:
+        with self._readable():
+            return digest_of(self.kind, file_digest(self.path))
+
+    def num_rows(self) -> int | None:
+        return None
+
+    def chunks(self, start: int = 0, size: int = 256) -> Iterator[Chunk]:
+        with self._readable():
+            is_empty = True
+            for chunk in self._chunks(start, size):
+                is_empty = False
+                yield chunk
+            if is_empty and (start == 0 or next(self._chunks(0, 1), None) is None):
+                raise DataError(f"{self.path} has no rows.")
+
+    def count_rows(self) -> int:
+        """Reads the whole file, decoding nothing where that can be avoided."""
+        return sum(len(chunk) for chunk in self.chunks())
+
+    @abstractmethod
+    def _chunks(self, start: int, size: int) -> Iterator[Chunk]:
+        """The chunks of a file that may have no rows."""
+
+    @contextmanager
+    def _readable(self) -> Iterator[None]:
+        try:
+            yield
+        except UnicodeDecodeError as error:
+            raise DataError(self._where_not_utf8(error)) from error
+        except gzip.BadGzipFile as error:
+            raise DataError(
+                f"{self.path} cannot be read: {error}. Take .gz out of its name if it is not compressed."
+            ) from error
+        except EOFError as error:
+            raise DataError(f"{self.path} cannot be read: it was cut off. Copy it again.") from error
+        except (OSError, zlib.error) as error:
+            raise DataError(f"{self.path} cannot be read: {error}") from error
+
+    def open_bytes(self) -> BinaryIO:
+        """The file, decompressed where its name ends in .gz. Raises DataError for what is no UTF-8 text."""
+        is_gzip = self.path.name.lower().endswith(".gz")
+        file: Any = gzip.open(self.path) if is_gzip else self.path.open("rb")  # noqa: SIM115
+        try:
+            if (problem := why_no_text(file.peek(64))) is not None:
+                raise DataError(f"{self.path} {problem}")
+        except BaseException:
+            file.close()
+            raise
+        return file
+
+    def _where_not_utf8(self, error: UnicodeDecodeError) -> str:
+        with self.open_bytes() as file:
+            for number, line in enumerate(limited_lines(file, max_line_bytes()), 1):
+                try:
+                    (line or b"").decode()
+                except UnicodeDecodeError as first:
+                    return f"line {number} of {self.path} {why_not_utf8(first)}"
+        return f"{self.path} {why_not_utf8(error)}"
+
+
+def why_not_utf8(error: UnicodeDecodeError) -> str:
+    byte = error.object[error.start]
+    return (
+        f"is not UTF-8 text: byte 0x{byte:02x} in position {error.start} of the line. Convert the file, as "
+        "with: iconv -f LATIN1 -t UTF-8"
+    )
+
+
+def why_no_text(head: bytes) -> str | None:
+    """What a file is that begins so, and what to do, where it is anything but UTF-8 text."""
+    for begins, problem in _NO_TEXT.items():
+        if head.startswith(begins):
+            return problem
+    if b"\0" in head[:4] and (encoding := json.detect_encoding(head)) not in ("utf-8", "utf-8-sig"):
+        name = encoding.upper()
+        return f"is {name} text, not UTF-8. Convert it, as with: iconv -f {name} -t UTF-8"
+    return None
+
+
+_NO_TEXT = {
+    b"\xff\xfe\0\0": "is UTF-32 text, not UTF-8. Convert it, as with: iconv -f UTF-32 -t UTF-8",
+    b"\0\0\xfe\xff": "is UTF-32 text, not UTF-8. Convert it, as with: iconv -f UTF-32 -t UTF-8",
+    b"\xff\xfe": "is UTF-16 text, not UTF-8. Convert it, as with: iconv -f UTF-16 -t UTF-8",
+    b"\xfe\xff": "is UTF-16 text, not UTF-8. Convert it, as with: iconv -f UTF-16 -t UTF-8",
+    b"\x1f\x8b": "is compressed with gzip. Let its name end in .gz.",
+    b"PAR1": "is a Parquet file. Let its name end in .parquet.",
+    b"ARROW1": "is an Arrow file. Let its name end in .arrow.",
+    b"PK\x03\x04": "is a zip archive. Unpack it.",
+    b"\x28\xb5\x2f\xfd": "is compressed with zstd. Unpack it.",
+    b"version https://git-lfs": "is a pointer of Git LFS, not the data. Run: git lfs pull",
+}
+
+
+# -- JSON lines -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class LinesChunk(Chunk):
+    name: str
+    lines: list[tuple[int, bytes | None]]
+    """With their numbers in the file, from 1. None is a line that is too long to be read."""
+
+    def __len__(self) -> int:
+        return len(self.lines)
+
+    def rows(self) -> list[AnyRow]:
+        return [_row_of_line(line, f"line {number} of {self.name}") for number, line in self.lines]
+
+
+def _row_of_line(line: bytes | None, place: str) -> AnyRow:
+    if line is None:
+        return BadRow(place, why_too_long(max_line_bytes()))
+    try:
+        return row_of(json.loads(line.decode()), place)
+    except (ValueError, RecursionError) as error:
+        return BadRow(place, _why_not_json(error, is_line=True))
+
+
+class JsonLinesSource(FileSource):
+    """One JSON object in each line that is not blank."""
+
+    kind = "jsonl"
+
+    def _chunks(self, start: int, size: int) -> Iterator[Chunk]:
+        with self.open_bytes() as file:
+            self._check_first_line(_first_line(file.peek(1)))  # type: ignore[attr-defined]
+            lines = _lines(file)
+            for _ in range(start):
+                if next(lines, None) is None:
+                    return
+            for batch in batched(lines, size, _bytes_of_line):
+                yield LinesChunk(self.name, batch)
+
+    def _check_first_line(self, line: bytes) -> None:
+        """Raises DataError where the first line is the beginning of a value that continues below it."""
+        if line[:1] not in (b"{", b"[") or _is_json(line):
+            return
+        with self.open_bytes() as file:
+            text = file.read(_HEAD_BYTES).removeprefix(_BOM).decode(errors="replace")
+        blank = len(text) - len(text.lstrip())
+        try:
+            value, end = json.JSONDecoder().raw_decode(text, blank)
+        except (ValueError, RecursionError):
+            return
+        first, last = text[:blank].count("\n") + 1, text[:end].count("\n") + 1
+        if last == first:
+            return
+        kind, query = ("a list", "'.[]'") if isinstance(value, list) else ("an object", ".")
+        has_more = isinstance(value, list) or text[end:].strip()
+        in_json = "Let its name end in .json, or write" if has_more else "Write"
+        raise DataError(
+            f"{self.path} has {kind} over lines {first} to {last}, and JSON lines have one object a line. "
+            f"{in_json} lines: jq -c {query} {self.path.name}"
+        )
+
+
+def _first_line(head: bytes) -> bytes:
+    """The first line that is not blank, as far as it is in the head of a file."""
+    return head.removeprefix(_BOM).lstrip().partition(b"\n")[0].strip()
+
+
+def _is_json(line: bytes) -> bool:
+    try:
+        json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _lines(file: BinaryIO) -> Iterator[tuple[int, bytes | None]]:
+    """The lines that are not blank, with their numbers; None for one that is too long."""
+    for number, line in enumerate(limited_lines(file, max_line_bytes()), 1):
+        if line is None:
+            yield number, None
+            continue
+        text = (line.removeprefix(_BOM) if number == 1 else line).strip()
+        if text:
+            yield number, text
+
+
+def _bytes_of_line(line: tuple[int, bytes | None]) -> int:
+    """Its size; one that is too long ends a chunk, so that it is reported before its rest is skipped."""
+    return MAX_CHUNK_BYTES if line[1] is None else len(line[1])
+
+
+def _why_not_json(error: Exception, is_line: bool = False) -> str:
+    if isinstance(error, UnicodeDecodeError):
+        return why_not_utf8(error)
+    if not isinstance(error, json.JSONDecodeError):
+        return f"is JSON that cannot be read: {error}."
+    where = f"line {error.lineno}, column {error.colno}" if error.lineno > 1 else f"column {error.colno}"
+    return f"is not JSON: {error.msg} at {where}.{_what_to_write(error, is_line)}"
+
+
+def _what_to_write(error: json.JSONDecodeError, is_line: bool) -> str:
+    """What to do about the commonest ways of not being JSON; empty for any other."""
+    before, after = error.doc[: error.pos].rstrip(), error.doc[error.pos :].lstrip()
+    if before.endswith(",") and after[:1] in ("}", "]"):
+        return f" Remove the comma before `{after[0]}`."
+    if after[:1] == "," and after[1:].lstrip()[:1] in ("}", "]"):
+        return f" Remove the comma before `{after[1:].lstrip()[0]}`."
+    if after[:1] == "'":
+        return " Quotes are double in JSON: write Python's values with json.dumps."
+    if is_line and error.msg == "Extra data":
+        return " JSON lines have one object a line" + (", without commas." if after[:1] == "," else ".")
+    if is_line and not after and before.endswith(("{", "[", ",")):
+        return " The line ends within a value: JSON lines have one object a line."
+    return ""
+
+
+# -- a JSON list ------------------------------------------------------------------------------
+
+
+class JsonSource(FileSource):
+    """A list of objects, or objects one after another. JSON lines under this suffix are read as such.
+
+    A list is decoded whole, which takes several times its size.
+    """
+
+    kind = "json"
+
+    def _chunks(self, start: int, size: int) -> Iterator[Chunk]:
+        with self.open_bytes() as file:
+            is_lines = _is_json_lines(file)
+        if is_lines:
+            yield from JsonLinesSource(self.path, self.name)._chunks(start, size)
+            return
+        content = self._whole().removeprefix(_BOM)
+        try:
+            values = _values_of(content.decode())
+        except UnicodeDecodeError:
+            raise
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{self.path} {_why_not_json(error)}") from error
+        if not isinstance(values, list):
+            raise DataError(
+                f"{self.path} holds a JSON {type(values).__name__}. {_how_to_list(values, self.path.name)}"
+            )
+        rows = [row_of(value, f"row {number} of {self.name}") for number, value in enumerate(values)]
+        for batch in batched(rows[start:], size):
+            yield ListChunk(batch)
+
+    def _whole(self) -> bytes:
+        """The file. Raises DataError for a small one that has too much in it when it is decompressed."""
+        with self.open_bytes() as file:
+            if not isinstance(file, gzip.GzipFile):
+                return file.read()
+            most_bytes = LINES_OF_A_LIST * max_line_bytes()
+            content = bytearray()
+            while block := file.read(_HEAD_BYTES):
+                content += block
+                if len(content) > most_bytes:
+                    raise DataError(
+                        f"{self.path} has more than {most_bytes // 2**20:,} MiB of text, and a JSON list is "
+                        f"decoded whole. Unpack it, or write lines, which are read one by one: "
+                        f"zcat {self.path.name} | jq -c '.[]' | gzip > rows.jsonl.gz"
+                    )
+            return bytes(content)
+
+
+def _values_of(text: str) -> Any:
+    """The one value of a JSON text; a list of the objects where it has several, one after another."""
+    if not text.strip():
+        return []
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        if error.msg != "Extra data" or not text[error.pos :].startswith("{"):
+            raise
+    values = []
+    end = _end_of_blanks(text, 0)
+    while end < len(text):
+        value, end = json.JSONDecoder().raw_decode(text, end)
+        values.append(value)
+        end = _end_of_blanks(text, end)
+    return values
+
+
+def _end_of_blanks(text: str, start: int) -> int:
+    found = _BLANKS.match(text, start)
+    assert found is not None
+    return found.end()
+
+
+_BLANKS = re.compile(r"\s*")
+
+
+def _how_to_list(value: Any, name: str) -> str:
+    """What to do about a file that holds something else than a list."""
+    lists = [
+        key
+        for key, items in (value.items() if isinstance(value, dict) else ())
+        if key not in JSON_COLUMNS and isinstance(items, list) and items and isinstance(items[0], dict)
+    ]
+    if len(lists) == 1:
+        return f"Give a list of objects, such as the one under `{lists[0]}`: jq '.[\"{lists[0]}\"]' {name}"
+    if (
+        isinstance(value, dict)
+        and value
+        and all(isinstance(cells, dict) and "0" in cells for cells in value.values())
+    ):
+        return 'Give a list of objects; pandas writes one with to_json(path, orient="records").'
+    return "Give a list of objects."
+
+
+def _is_json_lines(file: BinaryIO) -> bool:
+    """Whether there are several lines, and the first two that are not blank are objects."""
+    found = [line for _, line in islice(_lines(file), 2)]
+    return len(found) == 2 and all(isinstance(_row_of_line(line, ""), Row) for line in found)
+
+
+# -- tables -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class CellsChunk(Chunk):
+    name: str
+    header: list[str]
+    records: list[tuple[int, list[str]]]
+    """With the lines they begin in, from 1."""
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def rows(self) -> list[AnyRow]:
+        return [self._row_of(cells, f"line {line} of {self.name}") for line, cells in self.records]
+
+    def _row_of(self, cells: list[str], place: str) -> AnyRow:
+        if len(cells) > len(self.header):
+            return BadRow(place, f"has {len(cells)} cells, and the header names {len(self.header)}.")
+        named = zip(self.header, cells, strict=False)
+        values: dict[str, Any] = {key: cell for key, cell in named if cell}
+        for key in JSON_COLUMNS:
+            cell = values.get(key, "").lstrip()
+            if cell.startswith(("[", "{")):
+                try:
+                    values[key] = json.loads(cell)
+                except (ValueError, RecursionError) as error:
+                    if _IS_MEANT_AS_JSON.match(cell):
+                        return BadRow(place, f"`{key}` {_why_not_json(error)}")
+        return row_of(values, place)
+
+
+_IS_MEANT_AS_JSON = re.compile(r'\[?\s*\{\s*"')
+
+
+class CsvSource(FileSource):
+    """Rows of cells under a header. An empty cell is an absent key."""
+
+    kind = "csv"
+    _delimiter = ","
+
+    def _chunks(self, start: int, size: int) -> Iterator[Chunk]:
+        csv.field_size_limit(2**31 - 1)  # of the whole process; the records below have a limit of their own
+        with self.open_bytes() as content, io.TextIOWrapper(content, "utf-8-sig", newline="") as file:
+            records = self._records(file)
+            header = next(records, (1, []))[1]
+            if doubled := [name for name, times in Counter(header).items() if times > 1]:
+                raise DataError(f"{self.path} has two columns `{doubled[0]}`. Rename one.")
+            for _ in range(start):
+                if next(records, None) is None:
+                    return
+            for batch in batched(records, size, lambda record: sum(map(len, record[1]))):
+                yield CellsChunk(self.name, header, batch)
+
+    def _records(self, file: TextIO) -> Iterator[tuple[int, list[str]]]:
+        most_characters = max_line_bytes()
+        size_of_record = 0
+
+        def lines() -> Iterator[str]:
+            nonlocal size_of_record
+            while line := file.readline(most_characters + 1):
+                size_of_record += len(line)
+                if size_of_record > most_characters:
+                    raise DataError(
+                        f"The row from line {number} of {self.path} on {why_too_long(most_characters)}\n"
+                        "It may be a quote that is never closed."
+                    )
+                yield line
+
+        reader = csv.reader(lines(), delimiter=self._delimiter, strict=True)
+        while True:
+            number = reader.line_num + 1
+            size_of_record = 0
+            try:
+                cells = next(reader, None)
+            except csv.Error as error:
+                raise DataError(f"line {number} of {self.path} is no row of cells: {error}.") from error
+            if cells is None:
+                return
+            if cells:
+                yield number, cells
+
+
+class TsvSource(CsvSource):
+    kind = "tsv"
+    _delimiter = "\t"

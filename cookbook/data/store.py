@@ -1,0 +1,317 @@
+"""Rendered examples on disk, read through memory maps, so that data need not fit into memory.
+
+A store holds the examples of one source, whole: lengths and batches are a reader's business.
+
+    tokens.bin          the tokens of all examples, one after another
+    examples.npy        where each example's tokens and trained runs begin           E + 1, 2
+    runs.npy            first and last + 1 of each unbroken run of one weight        R, 2
+    run_weights.npy     the weight of each run                                       R
+    rows.npy            where each row's examples begin                              N + 1
+    places.txt          where each row stands in the source, a line each
+    meta.json           what was counted on the way, and a digest of it all
+
+Shape suffixes: E examples, N rows, R runs, T tokens of one example.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from cookbook.errors import DataError
+from cookbook.utils import files, json_files
+from cookbook.utils.json_files import Count, Origin
+from cookbook.utils.notes import Note
+
+TOKEN_DTYPE = np.dtype("<i4")
+NUM_NAMED_BAD_ROWS = 5
+"""So many bad rows are named; the rest is counted."""
+
+
+class BadRowNote(NamedTuple):
+    """A row that was left out: where it stands and why."""
+
+    place: str
+    reason: str
+
+
+class Example(NamedTuple):
+    """Token ids and, for each, its weight in the loss (unshifted)."""
+
+    tokens_T: np.ndarray
+    weights_T: np.ndarray
+
+
+@dataclass
+class Block:
+    """The examples of some rows in a row, in the layout of the store; it crosses between processes."""
+
+    tokens: np.ndarray
+    example_lengths: np.ndarray
+    run_counts: np.ndarray
+    runs: np.ndarray
+    run_weights: np.ndarray
+    examples_per_row: np.ndarray
+    places: list[str]
+    bad_rows: list[BadRowNote]
+    num_filtered: int = 0
+    notes: Counter[Note] = field(default_factory=Counter)
+
+
+def make_block(
+    rows: Iterable[tuple[str, Sequence[Example]]],
+    bad_rows: list[BadRowNote],
+    num_filtered: int,
+    notes: Counter[Note] | None = None,
+) -> Block:
+    """Packs (place, examples) of some rows."""
+    places: list[str] = []
+    per_row: list[int] = []
+    examples: list[Example] = []
+    for place, row_examples in rows:
+        places.append(place)
+        per_row.append(len(row_examples))
+        examples += row_examples
+    runs = [_runs_of(example.weights_T) for example in examples]
+    return Block(
+        tokens=_join([example.tokens_T.astype(TOKEN_DTYPE) for example in examples], TOKEN_DTYPE, (0,)),
+        example_lengths=np.asarray([len(example.tokens_T) for example in examples], np.int64),
+        run_counts=np.asarray([len(weights) for _, weights in runs], np.int64),
+        runs=_join([bounds for bounds, _ in runs], np.dtype(np.int32), (0, 2)),
+        run_weights=_join([weights for _, weights in runs], np.dtype(np.float32), (0,)),
+        examples_per_row=np.asarray(per_row, np.int64),
+        places=places,
+        bad_rows=bad_rows,
+        num_filtered=num_filtered,
+        notes=notes or Counter(),
+    )
+
+
+def _join(arrays: list[np.ndarray], dtype: np.dtype[Any], empty_shape: tuple[int, ...]) -> np.ndarray:
+    return np.concatenate(arrays).astype(dtype, copy=False) if arrays else np.zeros(empty_shape, dtype)
+
+
+def _runs_of(weights_T: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Bounds and weights of the unbroken runs of one weight other than 0."""
+    edges = np.flatnonzero(np.diff(weights_T, prepend=np.float32(0), append=np.float32(0)))
+    starts, ends = edges[:-1], edges[1:]
+    values = weights_T[starts] if len(starts) else np.zeros(0, np.float32)
+    trained = values != 0
+    return np.stack([starts, ends], axis=1)[trained].astype(np.int32), values[trained]
+
+
+@dataclass
+class StoreMeta:
+    """What was met while a store was made."""
+
+    num_rows_read: int = 0
+    num_filtered: int = 0
+    num_bad_rows: int = 0
+    bad_rows: list[BadRowNote] = field(default_factory=list)
+    digest: str = ""
+    notes: Counter[Note] = field(default_factory=Counter)
+
+    def to_json(self) -> dict[str, Any]:
+        """What `from_json` reads."""
+        return {**vars(self), "notes": [[*note, number] for note, number in self.notes.items()]}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any], origin: Origin) -> StoreMeta:
+        """Raises `origin`'s error for values of other types."""
+        json_files.check(values, _META_SHAPE, origin)
+        for *note, number in values["notes"]:
+            json_files.check({"notes": note}, {"notes": list[str]}, origin)
+            json_files.check({"notes": number}, {"notes": Count}, origin)
+        bad_rows = [BadRowNote(*note) for note in values["bad_rows"]]
+        notes = Counter({Note(*note): number for *note, number in values["notes"]})
+        return cls(**{**values, "bad_rows": bad_rows, "notes": notes})
+
+
+_META_SHAPE = {
+    **dict.fromkeys(("num_rows_read", "num_filtered", "num_bad_rows"), Count),
+    "bad_rows": list[list[str]],
+    "digest": str,
+    "notes": list[list[Any]],
+}
+
+
+class StoreWriter:
+    """Writes a store block by block. It appears at `path` whole, when the context ends well."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        files.make_folder(path.parent)
+        files.remove_abandoned(path.parent, path.name, earlier=f".{path.name}.*")
+        self._work = ExitStack()
+        self._folder = self._work.enter_context(files.writing_folder(path))
+        self._open_files = self._work.enter_context(ExitStack())
+        self._tokens = self._open_files.enter_context(files.replacing(self._folder / "tokens.bin"))
+        self._places = self._open_files.enter_context(files.replacing(self._folder / "places.txt"))
+        self._digest = hashlib.blake2b(digest_size=16)
+        self._blocks: list[Block] = []
+        self.meta = StoreMeta()
+
+    def append(self, block: Block) -> None:
+        tokens = block.tokens.tobytes()
+        self._tokens.write(tokens)
+        self._digest.update(tokens)
+        places = "".join(" ".join(place.split("\n")) + "\n" for place in block.places)
+        self._places.write(places.encode(errors="surrogateescape"))
+        meta = self.meta
+        meta.num_rows_read += len(block.places) + len(block.bad_rows) + block.num_filtered
+        meta.num_filtered += block.num_filtered
+        meta.num_bad_rows += len(block.bad_rows)
+        meta.bad_rows += block.bad_rows[: NUM_NAMED_BAD_ROWS - len(meta.bad_rows)]
+        meta.notes.update(block.notes)
+        block.tokens, block.places, block.bad_rows = block.tokens[:0], [], []
+        self._blocks.append(block)
+
+    def __enter__(self) -> StoreWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is not None:
+            self._work.__exit__(kind, error, trace)
+            return
+        try:
+            with self._work:
+                self._finish()
+        except OSError:  # somebody else was faster, with the same content
+            if not (self._path / "meta.json").is_file():
+                raise
+
+    def _finish(self) -> None:
+        self._open_files.close()
+        blocks = self._blocks
+        lengths = _join([b.example_lengths for b in blocks], np.dtype(np.int64), (0,))
+        counts = _join([b.run_counts for b in blocks], np.dtype(np.int64), (0,))
+        per_row = _join([b.examples_per_row for b in blocks], np.dtype(np.int64), (0,))
+        self._save("examples", np.stack([_starts(lengths), _starts(counts)], axis=1))
+        self._save("runs", _join([b.runs for b in blocks], np.dtype(np.int32), (0, 2)))
+        self._save("run_weights", _join([b.run_weights for b in blocks], np.dtype(np.float32), (0,)))
+        self._save("rows", _starts(per_row))
+        self.meta.digest = self._digest.hexdigest()
+        files.write(self._folder / "meta.json", json.dumps(self.meta.to_json()))
+
+    def _save(self, name: str, array: np.ndarray) -> None:
+        with files.replacing(self._folder / f"{name}.npy") as file:
+            np.save(file, array)
+        self._digest.update(array.tobytes())
+
+
+def _starts(sizes: np.ndarray) -> np.ndarray:
+    return np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes, dtype=np.int64)])
+
+
+class ExampleStore:
+    """The examples of one source. Examples and rows count from 0 in the order of the source."""
+
+    def __init__(self, path: Path, name: str, folder: tempfile.TemporaryDirectory[str] | None = None) -> None:
+        """`name` is the source's. A temporary folder that the store lies in goes with the object."""
+        self.name = name
+        self._path = path
+        self._folder = folder
+        meta = path / "meta.json"
+        self.meta = StoreMeta.from_json(
+            json_files.read_object(meta, DataError, ""), Origin(str(meta), DataError, "")
+        )
+        examples = _load(path / "examples.npy", np.int64, num_axes=2)
+        self._starts_E, self._run_starts_E = examples[:, 0], examples[:, 1]
+        self._runs_R = _load(path / "runs.npy", np.int32, num_axes=2)
+        self._run_weights_R = _load(path / "run_weights.npy", np.float32, num_axes=1)
+        self._row_starts_N = _load(path / "rows.npy", np.int64, num_axes=1)
+        size = (path / "tokens.bin").stat().st_size
+        self._tokens = np.memmap(path / "tokens.bin", TOKEN_DTYPE, "r") if size else np.zeros(0, TOKEN_DTYPE)
+        sizes = (len(self._tokens), len(self._runs_R), self.num_examples)
+        starts = (self._starts_E, self._run_starts_E, self._row_starts_N)
+        are_in_order = all(each[0] == 0 and (np.diff(each) >= 0).all() for each in starts)
+        are_pairs = examples.shape[1] == 2 == self._runs_R.shape[1]
+        has_weights = len(self._run_weights_R) == len(self._runs_R)
+        if not (are_in_order and are_pairs and has_weights) or sizes != tuple(
+            int(each[-1]) for each in starts
+        ):
+            raise ValueError(f"{path} does not hold what it says.")
+
+    @property
+    def num_rows(self) -> int:
+        return len(self._row_starts_N) - 1
+
+    @property
+    def num_examples(self) -> int:
+        return len(self._starts_E) - 1
+
+    @property
+    def lengths_E(self) -> np.ndarray:
+        """The number of tokens of each example."""
+        return np.diff(self._starts_E)
+
+    @property
+    def row_of_E(self) -> np.ndarray:
+        """The row of each example."""
+        return np.repeat(np.arange(self.num_rows), np.diff(self._row_starts_N))
+
+    def trained_tokens_E(self, max_length: int | None) -> np.ndarray:
+        """How many tokens of each example are trained if it is cut to `max_length`.
+
+        The first token of an example has nothing before it to be predicted from.
+        """
+        starts = np.maximum(self._runs_R[:, 0], 1).astype(np.int64)
+        ends = self._runs_R[:, 1].astype(np.int64)
+        if max_length is not None:
+            ends = np.minimum(ends, max_length)
+        total = np.concatenate([[0], np.cumsum(np.maximum(ends - starts, 0))])
+        return total[self._run_starts_E[1:]] - total[self._run_starts_E[:-1]]
+
+    def examples_of_row(self, row: int) -> range:
+        return range(int(self._row_starts_N[row]), int(self._row_starts_N[row + 1]))
+
+    def __getitem__(self, example: int) -> Example:
+        tokens_T = np.asarray(self._tokens[self._starts_E[example] : self._starts_E[example + 1]])
+        weights_T = np.zeros(len(tokens_T), np.float32)
+        for run in range(int(self._run_starts_E[example]), int(self._run_starts_E[example + 1])):
+            start, end = self._runs_R[run]
+            weights_T[start:end] = self._run_weights_R[run]
+        return Example(tokens_T, weights_T)
+
+    def place_of_row(self, row: int) -> str:
+        return self._places[row] if row < len(self._places) else f"row {row + 1}"
+
+    @cached_property
+    def _places(self) -> list[str]:
+        places = self._path / "places.txt"
+        return places.read_text(encoding="utf-8", errors="surrogateescape").split("\n")
+
+
+def _load(path: Path, dtype: type[np.generic], num_axes: int) -> np.ndarray:
+    """An array of a store. Raises ValueError for another kind of one: nothing is unpickled."""
+    with files.reading(path) as file:  # a pipe is refused, not waited for
+        if np.lib.format.read_magic(file) != (1, 0):
+            raise ValueError(f"{path} is no array of a store.")
+        shape, _, found = np.lib.format.read_array_header_1_0(file)
+        is_whole = math.prod(shape) * found.itemsize == path.stat().st_size - file.tell()
+    if found != dtype or len(shape) != num_axes or not is_whole:
+        raise ValueError(f"{path} is damaged.")
+    array: np.ndarray = np.load(path, allow_pickle=False)
+    return array
+
+
+def open_store(path: Path, name: str) -> ExampleStore | None:
+    """The store at a path; None where there is none, or a damaged one."""
+    try:
+        return ExampleStore(path, name)
+    except (OSError, ValueError, KeyError, TypeError, IndexError):
+        return None

@@ -1,0 +1,343 @@
+"""Checkpoint folders: written whole or not at all, checked when read, loadable with plain PEFT.
+
+adapter_config.json, adapter_model.safetensors    what PEFT saves; of a full fine-tune a model folder instead
+optimizer.safetensors                             Adam moments and step counts (training state only)
+optimizer/                                        the same in parts, of weights that were dealt out
+state.json                                        what it is, and the SHA-256 of the other files
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from cookbook.engine.model import peft_settings
+from cookbook.errors import CheckpointError
+from cookbook.types import LoraConfig
+from cookbook.utils import files, json_files, pretrained
+from cookbook.utils.json_files import Count, Origin, Positive
+
+FORMAT = 1
+ADAPTER_FILE = peft_settings.ADAPTER_FILE
+ADAPTER_CONFIG_FILE = peft_settings.CONFIG_FILE
+MODEL_CONFIG_FILE = "config.json"
+OPTIMIZER_FILE = "optimizer.safetensors"
+OPTIMIZER_FOLDER = "optimizer"
+STATE_FILE = "state.json"
+
+CHECKPOINT_FILES = (STATE_FILE, ADAPTER_CONFIG_FILE)
+"""A folder that has none of these is no checkpoint, and is not replaced by one."""
+
+_OF_EARLIER_VERSIONS = re.compile(
+    r"\.(?P<name>[A-Za-z0-9].*)\.(?P<kind>writing|replaced)-(\d+|parts|link)", re.DOTALL
+)
+"""What those called a folder that they were at work on."""
+
+
+@dataclass(frozen=True)
+class StateInfo:
+    """What `state.json` holds beside the checksums."""
+
+    base_model: str
+    lora: LoraConfig
+    optimizer_steps: Count = 0
+    rng_state: Mapping[str, Any] | None = None
+    microbatch_limits: Mapping[str, Positive] | None = None
+    """Where memory ran out: the limits since, so that a resumed run cuts its batches the same way."""
+    microbatch_recovery: Mapping[str, Count] | None = None
+    """When they are raised again."""
+    world_size: Positive = 1
+    """How many processes trained together: another number goes on to rounding, not to the bit."""
+    user_metadata: Mapping[str, str] = field(default_factory=dict)
+    expires_at: str | None = None
+    """Until when it is wanted, in ISO 8601; None: for good. Recorded, and not acted on."""
+
+    def as_json(self) -> dict[str, Any]:
+        """`expires_at` is there only where it says something."""
+        values = asdict(self)
+        if self.expires_at is None:
+            del values["expires_at"]
+        return values
+
+
+def checkpoint_path(folder: Path, name: str) -> Path:
+    """`folder/name`, or CheckpointError where the name could lead out of the folder."""
+    if not files.PLAIN_NAME.fullmatch(name):
+        raise CheckpointError(
+            f"{name!r} is no name for a checkpoint. Use up to 128 letters, digits, '.', '_' and '-', "
+            f"beginning with a letter or digit."
+        )
+    return folder / name
+
+
+def save(
+    path: Path,
+    info: StateInfo,
+    write_weights: Callable[[Path], None],
+    optimizer: Mapping[str, Tensor] | None,
+    overwrite: bool,
+) -> None:
+    """Writes a checkpoint beside `path` and renames it into place.
+
+    Raises CheckpointError when the name is taken or the disk refuses; then nothing is left
+    behind, and a checkpoint that was there before stays as it was.
+    """
+    check_name_is_free(path, overwrite)
+    with (
+        _explained(path),
+        files.writing_folder(path, overwrite, sync=True, must_hold=CHECKPOINT_FILES) as folder,
+    ):
+        write_weights(folder)
+        if optimizer is not None:
+            _save_tensors(folder / OPTIMIZER_FILE, optimizer)
+        written = sorted(file for file in folder.rglob("*") if file.is_file())
+        checksums = {file.relative_to(folder).as_posix(): _sha256(file) for file in written}
+        text = json.dumps({"format": FORMAT, **info.as_json(), "sha256": checksums}, indent=2)
+        files.create(folder / STATE_FILE, text + "\n")
+
+
+def check_name_is_free(path: Path, overwrite: bool) -> None:
+    if path.exists() and not overwrite:
+        raise CheckpointError(
+            f"Checkpoint {path} exists already. Choose another name, or pass overwrite=True."
+        )
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = str(error).rstrip(".")
+        raise CheckpointError(f"Cannot save checkpoint {path}: {reason}.{_advice(error, path)}") from error
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Clears up after a process that was killed while it saved. Nobody else may be writing to `folder`."""
+    files.remove_abandoned(folder)
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if (match := _OF_EARLIER_VERSIONS.fullmatch(path.name)) is None:
+            continue
+        if match["kind"] == "replaced" and not (folder / match["name"]).exists():
+            files.rename(path, folder / match["name"])
+        else:
+            files.remove(path)
+
+
+def _advice(error: Exception, path: Path) -> str:
+    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    if not (full or "No space left" in str(error) or "File too large" in str(error)):
+        return ""
+    existing = next(parent for parent in path.parents if parent.exists())
+    free_mib = shutil.disk_usage(existing).free / 2**20
+    return (
+        f" {free_mib:,.0f} MiB are free there: make room, or keep fewer checkpoints. Earlier ones are intact."
+    )
+
+
+def _save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
+
+
+def checksum(tensors: Iterable[Tensor]) -> int:
+    """The same for the same bits, made on the device: a sum of the words that hold them, each tensor's
+    weighted by its place."""
+    total = 0
+    for place, tensor in enumerate(tensors, 1):
+        words = tensor.detach().contiguous().view(torch.int32 if tensor.element_size() == 4 else torch.int16)
+        total += place * int(words.sum(dtype=torch.int64))
+    return total
+
+
+def write_adapter(folder: Path, weights: Mapping[str, Tensor]) -> None:
+    _save_tensors(folder / ADAPTER_FILE, weights)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# -- reading --------------------------------------------------------------------------------
+
+
+def read_info(path: str | os.PathLike[str]) -> StateInfo:
+    """What a checkpoint folder holds; a plain PEFT adapter folder or model folder will do.
+
+    Raises CheckpointError where the folder is missing or is neither.
+    """
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        raise CheckpointError(f"Checkpoint {folder} does not exist. Give the path that save_state returned.")
+    is_adapter = (folder / ADAPTER_CONFIG_FILE).is_file()
+    if not is_adapter and not (folder / MODEL_CONFIG_FILE).is_file():
+        raise CheckpointError(
+            f"{folder} is no checkpoint: it has no {ADAPTER_CONFIG_FILE} (a LoRA) and no {MODEL_CONFIG_FILE} "
+            f"(a full fine-tune)."
+        )
+    adapter = peft_settings.read(folder) if is_adapter else None
+    if not (folder / STATE_FILE).exists():
+        return StateInfo(str(folder), LoraConfig(rank=0)) if adapter is None else _info_of(folder, adapter)
+    state = _read_state(folder)
+    if state.get("format") != FORMAT:
+        raise CheckpointError(
+            f"Checkpoint {folder} has format {state.get('format')!r}; this version reads {FORMAT}."
+        )
+    origin = _origin(folder / STATE_FILE)
+    needed = {"optimizer_steps": Count, "user_metadata": Mapping[str, str]}
+    json_files.check(state, needed, origin)
+    known = {key: value for key, value in state.items() if key not in ("format", "sha256")}
+    info = json_files.record_of(StateInfo, known, origin)
+    ours = (info.lora.rank, info.lora.alpha)
+    theirs = (0, ours[1]) if adapter is None else (adapter["r"], adapter["lora_alpha"])
+    if ours != theirs:
+        origin.refuse(
+            f"`lora` has rank {ours[0]} and alpha {ours[1]:g}, and the weights beside it have rank "
+            f"{theirs[0]} and alpha {theirs[1]:g}"
+        )
+    return info
+
+
+def _info_of(folder: Path, config: Mapping[str, Any]) -> StateInfo:
+    """What an adapter of another program is. Its tensors say which kinds of layers it is on."""
+    modules = peft_settings.modules_in(peft_settings.tensor_names(folder))
+    leaves = {name.rpartition(".")[2] for name in modules}
+    attention_leaves = {"q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj", "out_proj"}
+    lora = LoraConfig(
+        rank=config["r"],
+        alpha=config["lora_alpha"],
+        train_unembed="lm_head" in leaves,
+        train_attn=bool(leaves & attention_leaves),
+        train_mlp=bool(leaves - attention_leaves - {"lm_head"}),
+    )
+    return StateInfo(base_model=str(config.get("base_model_name_or_path")), lora=lora)
+
+
+def dropout_of(path: str | os.PathLike[str]) -> float:
+    """That an adapter was trained with; it changes no result of the adapter itself."""
+    folder = Path(path).expanduser()
+    if not (folder / ADAPTER_CONFIG_FILE).is_file():
+        return 0.0
+    return peft_settings.read(folder).get("lora_dropout") or 0.0
+
+
+def _origin(path: Path) -> Origin:
+    return Origin(str(path), CheckpointError, "Load an earlier checkpoint.")
+
+
+def _read_state(folder: Path) -> dict[str, Any]:
+    """state.json, with checksums of files that lie in the folder."""
+    origin = _origin(folder / STATE_FILE)
+    shape = {"sha256": Mapping[str, str] | None}
+    state = json_files.read_object(folder / STATE_FILE, origin.error, origin.repair, shape)
+    for name in state.get("sha256") or ():
+        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+            origin.refuse(f"`sha256` names {name!r}, which is no file of the checkpoint")
+    return state
+
+
+def _checksums(folder: Path) -> Mapping[str, str]:
+    found: Mapping[str, str] = _read_state(folder).get("sha256") or {}
+    return found
+
+
+def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """The adapter's tensors. Raises CheckpointError where the file is missing or damaged.
+
+    PEFT by itself saves a copy of the frozen projection to the vocabulary beside an adapter on it.
+    """
+    tensors = _read_tensors(Path(path).expanduser(), ADAPTER_FILE)
+    return {name: tensor for name, tensor in tensors.items() if peft_settings.FROZEN not in name}
+
+
+def optimizer_folder(path: str | os.PathLike[str]) -> Path | None:
+    """Where the optimizer's tensors lie in parts, checked; None where they lie in one file."""
+    folder = Path(path).expanduser()
+    if not (folder / OPTIMIZER_FOLDER).is_dir():
+        return None
+    for name, recorded in _checksums(folder).items():
+        if name.startswith(f"{OPTIMIZER_FOLDER}/"):
+            if not (folder / name).is_file():
+                raise CheckpointError(f"Checkpoint {folder} is incomplete: it has no {name}.")
+            _check_sum(folder / name, recorded)
+    return folder / OPTIMIZER_FOLDER
+
+
+def read_optimizer(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """The optimizer's tensors. Raises CheckpointError where they are missing or damaged."""
+    folder = Path(path).expanduser()
+    if not (folder / OPTIMIZER_FILE).is_file():
+        raise CheckpointError(
+            f"Checkpoint {folder} has no optimizer state. Load its weights alone (load_state), "
+            f"or give a checkpoint made with save_state."
+        )
+    if not (folder / STATE_FILE).is_file():
+        raise CheckpointError(f"Checkpoint {folder} is incomplete: it has no {STATE_FILE}.")
+    return _read_tensors(folder, OPTIMIZER_FILE)
+
+
+def _read_tensors(folder: Path, name: str) -> dict[str, Tensor]:
+    path = folder / name
+    if name == ADAPTER_FILE:
+        pretrained.refuse_pickled_adapter(folder)
+    if not path.is_file():
+        raise CheckpointError(f"Checkpoint {folder} is incomplete: it has no {name}.")
+    if (folder / STATE_FILE).is_file():
+        _check_sum(path, _checksums(folder).get(name))
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"Checkpoint {folder} is damaged: {name} cannot be read ({error}). Load an earlier checkpoint."
+        ) from error
+
+
+def check_files(path: str | os.PathLike[str]) -> None:
+    """Raises CheckpointError unless every file is there as it was saved."""
+    folder = Path(path).expanduser()
+    if not (folder / STATE_FILE).is_file():
+        return
+    for name, recorded in _checksums(folder).items():
+        if not (folder / name).is_file():
+            raise CheckpointError(f"Checkpoint {folder} is incomplete: it has no {name}.")
+        _check_sum(folder / name, recorded)
+
+
+def _check_sum(path: Path, recorded: str | None) -> None:
+    _check_size(path)
+    if recorded != _sha256(path):
+        raise CheckpointError(
+            f"Checkpoint {path.parent} is damaged: {path.name} is not what was saved (its SHA-256 differs). "
+            f"Load an earlier checkpoint."
+        )
+
+
+def _check_size(path: Path) -> None:
+    """Refuses a large file that is not as large as what it holds: its checksum would take hours."""
+    size = path.stat().st_size
+    if size <= json_files.MAX_BYTES:
+        return
+    problem = f"has {size:,} bytes"
+    if path.suffix == ".safetensors":
+        try:
+            with safe_open(path, "pt"):
+                return
+        except (OSError, SafetensorError) as error:
+            problem = f"cannot be read ({error})"
+    raise CheckpointError(
+        f"Checkpoint {path.parent} is damaged: {path.name} {problem}. Load an earlier checkpoint."
+    )

@@ -1,0 +1,207 @@
+"""What is trained on one base model: LoRA adapters, which PEFT puts in and names, or its own weights."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import threading
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cookbook import models
+from cookbook.engine import checkpoint
+from cookbook.engine.model import fsdp, full_weights
+from cookbook.engine.model import lora as fused_lora
+from cookbook.errors import ConfigError
+from cookbook.types import LoraConfig
+
+GLOBAL_STATE = threading.Lock()
+"""Held while a model loads or an adapter is drawn: both change state that all engines share."""
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A LoRA on a base model. `weights` are its parameters under the names that PEFT saves.
+
+    With a rank of 0 it is the base model itself, or a copy of it, and `weights` are all of its own.
+    """
+
+    name: str
+    lora: LoraConfig
+    weights: dict[str, nn.Parameter]
+
+    @property
+    def is_full(self) -> bool:
+        return self.lora.rank == 0
+
+
+class Adapters:
+    """Adds adapters to a model, takes them away, and says which one it runs with."""
+
+    def __init__(self, model: Any, model_name: str, tokenizer: Any) -> None:
+        self._model = model
+        self._tokenizer = tokenizer
+        self._model_name = model_name
+        self._peft: Any = None
+        self._active: str | None = None
+        self._numbers = itertools.count()
+
+    def add(self, lora: LoraConfig) -> Adapter:
+        """A new adapter: A random in `lora.seed`, B zero, so the model is unchanged at first.
+
+        With a rank of 0 every weight of the model is to be trained; then nothing else can be.
+        """
+        from peft import LoraConfig as PeftLoraConfig
+        from peft import PeftModel, TaskType
+
+        if lora.rank == 0:
+            assert self._peft is None, "a model that is trained itself is shared with no adapter"
+            return Adapter("", lora, full_weights.train_all(self._model))
+        name = f"adapter{next(self._numbers)}"
+        config = PeftLoraConfig(
+            task_type=TaskType.CAUSAL_LM,
+            r=lora.rank,
+            lora_alpha=lora.alpha,  # type: ignore[arg-type]
+            lora_dropout=0.0,
+            target_modules=self._target_modules(lora),
+            base_model_name_or_path=models.model_location(self._model_name),
+            inference_mode=True,
+        )
+        device = self._model.device
+        devices = [device] if device.type == "cuda" else []
+        with GLOBAL_STATE, torch.random.fork_rng(devices=devices), warnings.catch_warnings():
+            # PEFT warns that an adapter on a tied lm_head cannot be merged in place; nothing here merges.
+            warnings.filterwarnings("ignore", message=".*tie_word_embeddings.*")
+            # PEFT 0.21 reads a name that transformers 5.23 deprecates.
+            warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+            if lora.seed is not None:
+                torch.manual_seed(lora.seed)
+            try:
+                if self._peft is None:
+                    self._peft = PeftModel(self._model, config, adapter_name=name)
+                else:
+                    self._peft.add_adapter(name, config)
+            except ValueError as error:  # layers that PEFT knows an adapter would not work on
+                raise ConfigError(
+                    f"PEFT puts no such adapter on {self._model_name}: {error} Leave those layers out with "
+                    f"train_attn=False, train_mlp=False or train_unembed=False."
+                ) from error
+        fused_lora.fuse(self._model)
+        self._active = None
+        weights = {
+            parameter_name.replace(f".{name}.", "."): parameter
+            for parameter_name, parameter in self._peft.named_parameters()
+            if f".{name}." in parameter_name
+        }
+        return Adapter(name, lora, weights)
+
+    def remove(self, adapter: Adapter) -> None:
+        """Frees an adapter. With the last one PEFT's layers are taken out of the model too."""
+        if adapter.is_full:
+            return  # a copy goes with the last name for it
+        others = [name for name in self._peft.peft_config if name != adapter.name]
+        if others:
+            self._activate(others[0])
+        self._peft.delete_adapter(adapter.name)  # its tensors go now, whoever holds the layer
+        if not others:
+            fused_lora.unfuse(self._model)
+            self._peft.base_model.unload()
+            self._peft = self._active = None
+
+    def clone(self, adapter: Adapter) -> Adapter:
+        """A copy that stays as it is while the adapter is trained on."""
+        if adapter.is_full:
+            return Adapter("", adapter.lora, full_weights.copy_of(adapter.weights))
+        clone = self.add(adapter.lora)
+        with torch.no_grad(), self.removing_on_failure(clone):
+            for name, weight in adapter.weights.items():
+                clone.weights[name].copy_(weight)
+        return clone
+
+    @contextlib.contextmanager
+    def removing_on_failure(self, adapter: Adapter) -> Iterator[None]:
+        """Nothing stays of a new adapter where the body fails."""
+        try:
+            yield
+        except BaseException:
+            self.remove(adapter)
+            raise
+
+    def write(self, adapter: Adapter, folder: Path) -> None:
+        """Saves an adapter as PEFT does, the model's own weights as transformers does."""
+        if adapter.is_full:
+            with self.using(adapter):
+                full_weights.write(self._model, self._tokenizer, folder)
+        else:
+            self._peft.peft_config[adapter.name].save_pretrained(folder)
+            checkpoint.write_adapter(folder, adapter.weights)
+
+    def read(self, path: str, lora: LoraConfig) -> dict[str, Tensor]:
+        """The weights that `write` put into a checkpoint. Raises CheckpointError for a damaged one.
+
+        Where the model's own are dealt out over processes, this process's part of each.
+        """
+        if lora.rank == 0:
+            checkpoint.check_files(path)
+            return full_weights.read(path, self._model)
+        return checkpoint.read_weights(path)
+
+    @contextlib.contextmanager
+    def using(self, adapter: Adapter | None) -> Iterator[None]:
+        """Runs the model with one adapter, or with none."""
+        with self._in_place(adapter):
+            yield
+            fsdp.let_go(self._model)
+
+    @contextlib.contextmanager
+    def _in_place(self, adapter: Adapter | None) -> Iterator[None]:
+        if adapter is not None and adapter.is_full:
+            with full_weights.standing_in(self._model, adapter.weights):
+                yield
+            return
+        if adapter is not None:
+            self._activate(adapter.name)
+        is_bare = adapter is None and self._peft is not None
+        with self._peft.disable_adapter() if is_bare else contextlib.nullcontext():
+            yield
+
+    def _activate(self, adapter_name: str) -> None:
+        if self._active != adapter_name:
+            self._peft.set_adapter(adapter_name)
+            self._active = adapter_name
+
+    def _target_modules(self, lora: LoraConfig) -> list[str]:
+        head = self._model.get_output_embeddings()
+        chosen, other = {}, []
+        for name, module in self._model.named_modules():
+            if isinstance(module, nn.Module) and hasattr(module, "base_layer"):
+                module = module.base_layer  # already carries another adapter
+            if not isinstance(module, nn.Linear) or ".lora_" in name or name.endswith(".base_layer"):
+                continue
+            if module is getattr(head, "base_layer", head):
+                group, wanted = "train_unembed", lora.train_unembed
+            elif "attn" in name or "attention" in name:
+                group, wanted = "train_attn", lora.train_attn
+            else:
+                group, wanted = "train_mlp", lora.train_mlp
+            if wanted:
+                chosen[name] = group
+            else:
+                other.append(name)
+        for group in ("train_attn", "train_mlp", "train_unembed"):
+            if getattr(lora, group) and group not in chosen.values():
+                raise ConfigError(
+                    f"{group}=True, but {self._model_name} has no linear layer of that kind to put an "
+                    f"adapter on. Pass {group}=False."
+                )
+        if not chosen:
+            raise ConfigError("Nothing to train: set train_attn, train_mlp or train_unembed.")
+        suffixes = {name.rsplit(".", 1)[-1] for name in chosen}
+        is_unambiguous = not any(name.rsplit(".", 1)[-1] in suffixes for name in other)
+        return sorted(suffixes) if is_unambiguous else sorted(chosen)

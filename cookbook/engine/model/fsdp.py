@@ -1,0 +1,169 @@
+"""Base weights dealt out over the processes of a run: FSDP2, one decoder layer at a time.
+
+Each process holds a part of every weight. A layer is put together before it runs, forward and again
+backward, and let go of after. What lies outside the layers (embedding, last norm, projection) is one group
+that stays together until `let_go`, because the projection reads its weight without a forward of its own.
+
+Putting together takes all processes, so all run the same passes in the same order. Weights that are trained
+have their gradients added up and dealt out as the backward pass leaves each layer. Adapters are whole.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import types
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cookbook import models
+from cookbook.engine.model.memory import addresses, decoder_layers, usable_memory
+from cookbook.engine.options import EngineOptions
+from cookbook.engine.processes import Mesh
+from cookbook.errors import ConfigError
+from cookbook.utils import pretrained
+
+_SHARE_FOR_WEIGHTS = 0.7
+"""Of the usable memory; the rest is for activations, without which there is no training."""
+
+
+def is_called_for(
+    options: EngineOptions,
+    mesh: Mesh,
+    model_name: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    is_trained: bool,
+) -> bool:
+    """What `options.shard` comes to. The main process decides for all where it depends on memory."""
+    if mesh.is_alone or options.shard == "none" or options.quantization is not None:
+        return False
+    return options.shard == "full" or mesh.by_main(
+        lambda: bytes_needed(model_name, dtype, is_trained) > _SHARE_FOR_WEIGHTS * usable_memory(device)
+    )
+
+
+def bytes_needed(model_name: str, dtype: torch.dtype, is_trained: bool) -> int:
+    """Of the weights and, where they are trained, their gradients, fp32 masters and moments."""
+    model = pretrained.empty_causal_lm(models.load_config(model_name))
+    per_weight = dtype.itemsize
+    if is_trained:
+        per_weight += 12 if dtype == torch.float32 else dtype.itemsize + 16
+    return per_weight * sum(parameter.numel() for parameter in model.parameters())
+
+
+def shard(model: Any, mesh: Mesh, device: torch.device, model_name: str) -> None:
+    """Deals the weights of a model out, and moves this process's part to its device."""
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.fsdp import (
+        FSDPModule,
+        MixedPrecisionPolicy,
+        fully_shard,
+        register_fsdp_forward_method,
+    )
+
+    layers = decoder_layers(model)
+    if not layers:
+        raise ConfigError(
+            f"shard=full deals a model out by its layers, and {model_name} has none that transformers knows. "
+            f"Use shard=none."
+        )
+    if not hasattr(FSDPModule, "set_reduce_scatter_unused_params"):
+        raise ConfigError(
+            f"shard=full needs torch 2.13 or newer; this is {torch.__version__}. Use shard=none."
+        )
+    assert mesh.device_group is not None
+    how: dict[str, Any] = {
+        "mesh": DeviceMesh.from_group(mesh.device_group, device.type),
+        "mp_policy": MixedPrecisionPolicy(reduce_dtype=torch.float32),
+    }
+    for module in (*layers, model):
+        fully_shard(module, **how)
+        # The loss is a sum over all sequences, so gradients are summed, not averaged.
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)
+        # A process whose sequences reach no part of a layer (an expert, the projection) adds zeros.
+        module.set_reduce_scatter_unused_params(True, recurse=False)
+    model.set_reshard_after_backward(False, recurse=False)
+    model.decode = types.MethodType(_decode, model)
+    register_fsdp_forward_method(model, "decode")
+
+
+def _decode(model: Any, **inputs: Any) -> Any:
+    """The decoder as a pass of the whole model, which puts the weights outside the layers together too."""
+    return model.get_decoder()(**inputs)
+
+
+def is_sharded(model: Any) -> bool:
+    return hasattr(model, "decode")
+
+
+def is_dealt_out(tensor: Tensor) -> bool:
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(tensor, DTensor)
+
+
+def let_go(model: Any) -> None:
+    """Ends a request: what was put together goes, and the next one sees what has been written since."""
+    if is_sharded(model):
+        model.reshard()
+
+
+def start_over(model: Any) -> None:
+    """After a pass that was given up on the way, on all processes at the same place."""
+    model.reset_iter_state()
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """What this process holds of it."""
+    return tensor.to_local() if is_dealt_out(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of it, on every process; all have to ask."""
+    return tensor.full_tensor() if is_dealt_out(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def part_like(full: Tensor, like: Tensor) -> Tensor:
+    """This process's part of `full`, which every process has, dealt out as `like` is."""
+    if not is_dealt_out(like):
+        return full
+    from torch.distributed.tensor import distribute_tensor
+
+    full = full.to(like.device)
+    return distribute_tensor(full, like.device_mesh, like.placements, src_data_rank=None)  # type: ignore[attr-defined]
+
+
+def bytes_held(model: Any) -> int:
+    """The part of this process, the group outside the layers, and two layers: one runs, one is fetched."""
+    layers = decoder_layers(model)
+    in_layers = {parameter for layer in layers for parameter in layer.parameters()}
+    outside = sum(parameter.nbytes for parameter in model.parameters() if parameter not in in_layers)
+    largest = max(sum(parameter.nbytes for parameter in layer.parameters()) for layer in layers)
+    parts = sum(local_part(parameter).nbytes for parameter in model.parameters())
+    return int(parts + outside + 2 * largest)
+
+
+@contextlib.contextmanager
+def noting_whole_weights(model: Any, storages: set[int]) -> Iterator[None]:
+    """Keeps the addresses of weights that are whole at the time among `storages`: they come and go."""
+    if not is_sharded(model):
+        yield
+        return
+    others = set(storages)
+
+    def note(module: nn.Module, inputs: Any) -> None:
+        storages.clear()
+        storages.update(others, addresses(p for p in model.parameters() if not is_dealt_out(p)))
+
+    hooks = [
+        module.register_forward_pre_hook(note) for module in (model.get_decoder(), *decoder_layers(model))
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()

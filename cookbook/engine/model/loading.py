@@ -1,0 +1,81 @@
+"""A model's weights from disk to the device."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from cookbook import models
+from cookbook.engine import processes
+from cookbook.engine.model import quantization as quantized
+from cookbook.engine.options import Quantization, check_device
+from cookbook.utils import pretrained
+
+
+def load_model(
+    model_name: str, device: torch.device, dtype: torch.dtype, quantization: Quantization | None = None
+) -> Any:
+    """The causal language model on `device`, in evaluation mode, with nothing to train.
+
+    Raises ModelError for files that are missing, damaged, or lack a weight.
+    """
+    options: dict[str, Any] = {"dtype": dtype}
+    if quantization is not None:
+        options |= quantized.from_pretrained_options(quantization, device, dtype)
+    with no_progress_bar():
+        model = models.load_from_hub_or_disk("weights", model_name, _load_whole, **options)
+    if quantization is not None:
+        quantized.check_reach(model, model_name)
+    quantized.compute_exactly(model, dtype)  # files may be in 4 bits already
+    return model.to(device).eval().requires_grad_(False)
+
+
+@contextlib.contextmanager
+def no_progress_bar() -> Iterator[None]:
+    """Loading from disk is quick; a download has the hub's own progress bar."""
+    from transformers.utils import logging as transformers_logging
+
+    was_enabled = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            transformers_logging.enable_progress_bar()
+
+
+def _load_whole(location: str, **options: Any) -> Any:
+    """Refuses files that lack a weight, for which transformers would draw random numbers."""
+    model, report = pretrained.load_causal_lm(location, output_loading_info=True, **options)
+    if missing := sorted(report["missing_keys"]):
+        raise ValueError(f"{len(missing)} of its weights are missing from its files, first {missing[0]}.")
+    return model
+
+
+def return_freed_memory() -> None:
+    """Gives the system back what loading took for a while: reading a tokenizer leaves glibc with 100 MiB."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "malloc_trim"):
+        libc.malloc_trim(0)
+
+
+def resolve_device(device: str) -> torch.device:
+    """The device that is meant. Of several processes on a machine each has its own CUDA device."""
+    check_device(device)
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    resolved = torch.device(device)
+    if resolved.type == "cuda" and processes.is_one_of_many():
+        resolved = torch.device("cuda", processes.local_rank())
+        torch.cuda.set_device(resolved)  # of this thread, which is the engine's
+    return resolved
+
+
+def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    if dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[dtype]

@@ -1,0 +1,109 @@
+"""A linear layer with a LoRA on it, forward and backward in as few passes over memory as there can be.
+
+PEFT computes `W x + s * B (A x)` as separate operations: on top of the two thin products that takes two
+passes over the result and, backward, a third over the gradient of the input. Here the thin products add
+to the wide ones in place, and the gradients of A and B come from the same two thin tensors. A weight
+in 4 bits is unpacked for the forward product and again for the backward one, and not kept between.
+
+Shape suffixes: N tokens, I inputs, O outputs, R rank; X anything before the last axis.
+"""
+
+from __future__ import annotations
+
+import types
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cookbook.engine.model.quantization import weight_of
+from cookbook.engine.model.unembedding import product
+
+
+class _LoraLinear(torch.autograd.Function):
+    """base(x) + scaling * (x A^T) B^T, in the dtype of x; gradients in that of A and B."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_NI: Tensor,
+        base: nn.Linear,
+        a_RI: Tensor,
+        b_OR: Tensor,
+        scaling: float,
+    ) -> Tensor:
+        low_NR = x_NI @ a_RI.to(x_NI.dtype).T
+        out_NO: Tensor = base(x_NI)
+        out_NO.addmm_(low_NR, b_OR.to(x_NI.dtype).T, alpha=scaling)
+        ctx.save_for_backward(x_NI, a_RI, b_OR, low_NR)
+        ctx.base, ctx.scaling = base, scaling
+        return out_NO
+
+    @staticmethod
+    def backward(ctx: Any, grad_NO: Tensor) -> Any:
+        x_NI, a_RI, b_OR, low_NR = ctx.saved_tensors
+        grad_low_NR = (grad_NO @ b_OR.to(grad_NO.dtype)).mul_(ctx.scaling)
+        grad_x = grad_a = grad_b = None
+        if ctx.needs_input_grad[0]:
+            grad_x = grad_NO @ weight_of(ctx.base, grad_NO.dtype)
+            grad_x.addmm_(grad_low_NR, a_RI.to(grad_NO.dtype))
+        if ctx.needs_input_grad[2]:
+            grad_a = product(grad_low_NR.T, x_NI).to(a_RI.dtype)
+        if ctx.needs_input_grad[3]:
+            grad_b = product(grad_NO.T, low_NR).mul_(ctx.scaling).to(b_OR.dtype)
+        return grad_x, None, grad_a, grad_b, None
+
+
+def _forward(self: Any, x_XI: Tensor) -> Tensor:
+    """Takes the place of `peft.tuners.lora.Linear.forward` for one adapter without dropout."""
+    base = self.base_layer
+    if self.disable_adapters or self.lora_in_use is None:
+        result: Tensor = base(x_XI)
+        return result
+    a_RI, b_OR, scaling = self.lora_in_use
+    out_NO = _LoraLinear.apply(x_XI.reshape(-1, x_XI.shape[-1]), base, a_RI, b_OR, scaling)
+    return out_NO.view(*x_XI.shape[:-1], -1)
+
+
+def _set_adapter(self: Any, *args: Any, **kwargs: Any) -> None:
+    """Takes the place of `peft.tuners.lora.Linear.set_adapter`."""
+    type(self).set_adapter(self, *args, **kwargs)
+    _find_lora_in_use(self)
+
+
+def _find_lora_in_use(layer: Any) -> None:
+    """Sets `lora_in_use` to A, B and scaling of the active adapter, or to None where it is not on this layer.
+
+    The forward pass reads them there and not under the adapter's name, because compiled code is compiled anew
+    for every name that it reads, and every snapshot has one.
+    """
+    active = next((name for name in layer.active_adapters if name in layer.lora_A), None)
+    layer.lora_in_use = None
+    if active is not None:
+        parts = (layer.lora_A[active].weight, layer.lora_B[active].weight, layer.scaling[active])
+        layer.lora_in_use = parts
+
+
+def fuse(model: nn.Module) -> None:
+    """Gives every LoRA layer of a PEFT model on a linear layer, plain or in 4 bits, the fused forward."""
+    from peft.import_utils import is_bnb_4bit_available
+    from peft.tuners import lora
+
+    fused: set[tuple[type, type]] = {(lora.Linear, nn.Linear)}
+    if is_bnb_4bit_available():
+        import bitsandbytes
+
+        fused.add((lora.Linear4bit, bitsandbytes.nn.Linear4bit))
+    for module in model.modules():
+        if (type(module), type(getattr(module, "base_layer", None))) in fused:
+            module.forward = types.MethodType(_forward, module)
+            module.set_adapter = types.MethodType(_set_adapter, module)  # type: ignore[assignment]
+            _find_lora_in_use(module)
+
+
+def unfuse(model: nn.Module) -> None:
+    """Takes back what `fuse` did: methods of its own make a layer hold itself, and its weights, until garbage
+    is collected."""
+    for module in model.modules():
+        if "lora_in_use" in vars(module):
+            del module.forward, module.set_adapter, module.lora_in_use

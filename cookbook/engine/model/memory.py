@@ -1,0 +1,303 @@
+"""What a micro-batch costs in memory, and so how large it may be and when to checkpoint its layers.
+
+The estimate is measured once, on two short sequences: the bytes that autograd keeps for the backward
+pass. They grow with the tokens, and with their square where attention keeps its scores (Gemma 2, gpt-oss).
+It depends on the model and the device alone, never on what happens to be free, so that a resumed run cuts
+its batches as before.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import functools
+import math
+import os
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from cookbook.engine import processes
+from cookbook.engine.options import EngineOptions
+
+_USEFUL_TOKENS = {"cpu": 1024, "cuda": 16384}
+"""Micro-batches beyond this are no faster (`benchmarks/LOG.md`). Other devices are treated as a CPU."""
+FEWEST_TOKENS = 1024
+"""With less room than this, layers are checkpointed rather than micro-batches cut further."""
+
+_MARGIN = 1.25
+"""Kernels need room to work in beside what is kept."""
+_USABLE = {"cpu": 0.5, "cuda": 0.9}
+"""The share of the device's memory to count on: on a CPU others need some too."""
+
+
+@dataclass(frozen=True)
+class MicrobatchLimits:
+    """How many tokens a micro-batch may have, and with how many its layers are checkpointed.
+
+    Where memory grows with the square of a sequence, it counts as more tokens than it has.
+    """
+
+    max_tokens: int
+    max_tokens_without_checkpointing: int
+    growth: float = 0.0
+    """A sequence of T tokens takes the memory of T + growth * T^2 short ones, without checkpointing."""
+    growth_planned: float = 0.0
+    """The same for the way that micro-batches are planned to run."""
+    share: float = 1.0
+    """Such tokens that fit are as good as `max_tokens`: more would fit than are useful."""
+
+    def size(self, length: int) -> int:
+        """What a sequence counts as against `max_tokens`."""
+        return max(length, math.ceil(self.share * (length + self.growth_planned * length**2)))
+
+    def checkpoints(self, num_tokens: int) -> bool:
+        """Whether the layers of a micro-batch are, which has so many by `size_without_checkpointing`."""
+        return num_tokens > self.max_tokens_without_checkpointing
+
+    def size_without_checkpointing(self, lengths: Iterable[int]) -> int:
+        """What sequences count as against `max_tokens_without_checkpointing`."""
+        return sum(length + math.ceil(self.growth * length**2) for length in lengths)
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """How limits that were lowered where memory ran out are raised again.
+
+    After `patience` passes without a failure they are doubled, until they are as at first. Each failure
+    doubles the patience, so that limits which are really too large are tried ever more rarely.
+    """
+
+    patience: int = 0
+    """0: the limits are as at first."""
+    passes_left: int = 0
+
+    @property
+    def is_needed(self) -> bool:
+        return self.patience > 0
+
+    def after_failure(self) -> Recovery:
+        patience = min(2 * self.patience, _MOST_PATIENCE) if self.is_needed else FIRST_PATIENCE
+        return Recovery(patience, patience)
+
+    def after_pass(
+        self, limits: MicrobatchLimits, full: MicrobatchLimits
+    ) -> tuple[Recovery, MicrobatchLimits]:
+        """After a pass without a failure: what is left to wait for, and the limits from now on."""
+        if not self.is_needed:
+            return self, limits
+        if self.passes_left > 1:
+            return replace(self, passes_left=self.passes_left - 1), limits
+        raised = _doubled(limits, full)
+        if raised == limits:
+            return Recovery(), limits
+        return replace(self, passes_left=self.patience), raised
+
+
+FIRST_PATIENCE = 100
+_MOST_PATIENCE = 100 * 2**10
+
+
+def _doubled(limits: MicrobatchLimits, full: MicrobatchLimits) -> MicrobatchLimits:
+    without = limits.max_tokens_without_checkpointing
+    return replace(
+        limits,
+        max_tokens=min(2 * limits.max_tokens, full.max_tokens),
+        max_tokens_without_checkpointing=min(2 * without + 1, full.max_tokens_without_checkpointing),
+    )
+
+
+@dataclass(frozen=True)
+class ActivationCost:
+    """Bytes kept for the backward pass, per token."""
+
+    whole: float
+    checkpointed: float
+    whole_squared: float = 0.0
+    """Per token of a sequence and token of the same."""
+    checkpointed_squared: float = 0.0
+
+    def with_growth(self, longer: ActivationCost, lengths: tuple[int, int]) -> ActivationCost:
+        """This one, measured on a sequence of the first length, and a `longer` one of the second, as one."""
+        short, long = lengths
+        if long == short:
+            return self
+        squared = max(0.0, (longer.whole - self.whole) / (long - short))
+        checkpointed_squared = max(0.0, (longer.checkpointed - self.checkpointed) / (long - short))
+        return ActivationCost(
+            self.whole - squared * short,
+            self.checkpointed - checkpointed_squared * short,
+            squared,
+            checkpointed_squared,
+        )
+
+    def bytes_of(self, length: int, is_checkpointed: bool = False) -> float:
+        """What a sequence keeps."""
+        if is_checkpointed:
+            return self.checkpointed * length + self.checkpointed_squared * length**2
+        return self.whole * length + self.whole_squared * length**2
+
+
+def limits_for(
+    options: EngineOptions, device: torch.device, cost: Callable[[], ActivationCost], reserved_bytes: int
+) -> MicrobatchLimits:
+    """The limits that the options set, and for what they leave open those of the device's memory.
+
+    `reserved_bytes` are needed for other things: weights, gradients, optimizer state.
+    """
+    wanted, checkpointing = options.max_tokens_per_microbatch, options.gradient_checkpointing
+    if wanted is not None and checkpointing != "auto":
+        return MicrobatchLimits(wanted, 0 if checkpointing == "on" else 2**62)
+    found = cost()
+    kind = "cuda" if device.type == "cuda" else "cpu"
+    room = max(0.0, usable_memory(device) - reserved_bytes) / _MARGIN
+    tokens_without = 2**62 if checkpointing == "off" else _ratio(room, found.whole)
+    if checkpointing == "on":
+        tokens_without = 0
+    growth = found.whole_squared / max(found.whole, 1)
+    fits_without = tokens_without >= FEWEST_TOKENS + growth * FEWEST_TOKENS**2
+    if wanted is not None:
+        return MicrobatchLimits(wanted, tokens_without, growth)
+    growth_planned = growth if fits_without else found.checkpointed_squared / max(found.checkpointed, 1)
+    fitting = max(1, _ratio(room, found.whole if fits_without else found.checkpointed))
+    max_tokens = min(_USEFUL_TOKENS[kind], fitting)
+    share = max_tokens / fitting if growth_planned else 1.0
+    return MicrobatchLimits(max_tokens, tokens_without, growth, growth_planned, share)
+
+
+def _ratio(room: float, bytes_per_token: float) -> int:
+    """How many tokens fit. Where the projection alone is trained, a token costs nothing here."""
+    return int(room / max(bytes_per_token, 1))
+
+
+def measure_activations(
+    run: Callable[[], Tensor], held: Collection[int], num_tokens: int, num_layers: int, layer_bytes: int
+) -> ActivationCost:
+    """What the forward pass `run` keeps besides `held`, the weights, which are there anyway.
+
+    `held`: the `addresses` of them, which may change on the way. `layer_bytes`: of the input of one
+    layer, per token. With checkpointed layers, one layer at a time is kept whole.
+    """
+    storages: dict[int, int] = {}
+    kept: list[Tensor] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        # The tensor itself would hold the graph that is to hold it: a cycle that no garbage collector sees.
+        values = tensor.detach()
+        storage = values.untyped_storage()
+        if storage.data_ptr() not in held:  # a frozen layer keeps a view of its weight
+            storages[storage.data_ptr()] = storage.nbytes()
+            kept.append(values)  # else its address could be given to another
+        return values
+
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        run()
+    whole = sum(storages.values()) / num_tokens
+    return ActivationCost(whole, layer_bytes * num_layers + whole / num_layers)
+
+
+def addresses(tensors: Iterable[Tensor]) -> set[int]:
+    """Of what holds them: a view has that of what it views."""
+    return {tensor.untyped_storage().data_ptr() for tensor in tensors}
+
+
+def bytes_for_sampling(device: torch.device) -> int:
+    """How much may hold keys and values; what is sampled does not depend on it."""
+    if device.type != "cuda":
+        return _total_memory(device) // 4
+    free, _ = torch.cuda.mem_get_info(device)
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(0.8 * (free + unused))
+
+
+def usable_memory(device: torch.device) -> float:
+    """The bytes to count on. Processes of one machine share its memory, and have a GPU each."""
+    if device.type == "cuda":
+        return _total_memory(device) * _USABLE["cuda"]
+    return _total_memory(device) * _USABLE["cpu"] / processes.local_size()
+
+
+def _total_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = Path("/sys/fs/cgroup/memory.max")
+    with contextlib.suppress(OSError, ValueError):
+        total = min(total, int(limit.read_text(encoding="utf-8")))
+    return total
+
+
+_OUT_OF_MEMORY = re.compile(
+    r"""
+    (CUDA|HIP|XPU|MPS|NPU)\ out\ of\ memory | (CUDA|HIP)\ error:\ out\ of\ memory
+    | (cuda|hip)ErrorMemoryAllocation | (CUDA|HIP)_ERROR_OUT_OF_MEMORY | (cuda|hip)ErrorOutOfMemory
+    | MPS\ backend\ out\ of\ memory
+    | (CU|HIP|ROC)BLAS(LT)?_STATUS_ALLOC_FAILED | (rocblas|hipblas)_status_(memory_error|alloc_failed)
+    | CUDNN_STATUS_(ALLOC_FAILED|INTERNAL_ERROR_(HOST|DEVICE)_ALLOCATION_FAILED)
+    | MIOPEN_STATUS_ALLOC_FAILED | miopenStatusAllocFailed
+    | (CU|HIP)(SPARSE(LT)?|SOLVER|FFT|RAND)_STATUS_(ALLOC(ATION)?_FAILED|INSUFFICIENT_RESOURCES)
+    | (CU|HIP)(FFT|RAND)_(STATUS_)?ALLOC(ATION)?_FAILED
+    | DefaultCPUAllocator:\ (can't\ allocate|not\ enough)\ memory | std::bad_alloc | bad\ allocation
+    | (Cuda|Hip)\ failure\ (\d+\ )?'out\ of\ memory' | NCCL.*(out\ of\ memory|failed\ to\ [mc]?alloc)
+    | Failed\ to\ (CUDA|Cuda|cuda)\ ?(host\ )?([mcMC]?alloc|Alloc)
+    | _ERROR_OUT_OF_(DEVICE|HOST)_MEMORY
+    | \[Errno\ 12\]\ Cannot\ allocate\ memory | unable\ to\ mmap\ .*Cannot\ allocate\ memory
+    """,
+    re.VERBOSE | re.DOTALL,
+)
+"""How libraries under torch say it. In a RuntimeError they do not come as torch.OutOfMemoryError."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, of the device or of the host, so that less at a time may fit."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    return isinstance(error, RuntimeError) and _OUT_OF_MEMORY.search(str(error)) is not None
+
+
+def decoder_layers(model: Any) -> list[Any]:
+    """The layers that transformers can checkpoint."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
+@contextlib.contextmanager
+def checkpointed_layers(model: Any, enabled: bool) -> Iterator[None]:
+    """Keeps the inputs of the decoder's layers alone and runs each again in the backward pass.
+
+    Layers checkpoint themselves in training mode, but run in evaluation mode both times: some ask
+    for their own mode where they drop out.
+    """
+    if not enabled:
+        yield
+        return
+    layers = decoder_layers(model)
+    for layer in layers:
+        layer.training = layer.gradient_checkpointing = True
+        layer._gradient_checkpointing_func = functools.partial(_checkpoint, layer)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.training = layer.gradient_checkpointing = False
+            del layer._gradient_checkpointing_func  # which holds the layer
+
+
+def _checkpoint(layer: nn.Module, forward: Callable[..., Any], *inputs: Any) -> Any:
+    def evaluate(*inputs: Any) -> Any:
+        was_training, layer.training = layer.training, False
+        try:
+            return forward(*inputs)
+        finally:
+            layer.training = was_training
+
+    return checkpoint(evaluate, *inputs, use_reentrant=False, preserve_rng_state=False)

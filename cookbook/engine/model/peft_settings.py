@@ -1,0 +1,209 @@
+"""What an adapter_config.json says, honoured or refused by name.
+
+An adapter is B A scaled by alpha / rank on linear layers, and every setting of PEFT that makes it more than
+that is refused, one that this version does not know as well. Its tensors say which layers it is on. They
+are held against `target_modules` and the settings beside it: PEFT reads no tensor that those do not name.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from cookbook.errors import CheckpointError
+from cookbook.types import MAX_RANK
+from cookbook.utils import json_files
+from cookbook.utils.json_files import Origin, Positive
+
+CONFIG_FILE = "adapter_config.json"
+ADAPTER_FILE = "adapter_model.safetensors"
+REPAIR = "Copy the adapter again, or load another one."
+
+_SHAPE: Mapping[str, Any] = {
+    "peft_type": str,
+    "r": Positive,
+    "lora_alpha": float,
+    "target_modules": str | list[str] | None,
+    "exclude_modules": str | list[str] | None,
+    "layers_to_transform": int | list[int] | None,
+    "layers_pattern": str | list[str] | None,
+    "base_model_name_or_path": str | None,
+    "lora_dropout": float | None,
+    "revision": str | None,
+    "auto_mapping": Mapping[str, Any] | None,
+}
+_FREE = {
+    *_SHAPE.keys(), "inference_mode", "peft_version", "megatron_core", "runtime_config", "qalora_group_size",
+} - {"peft_type", "revision", "auto_mapping"}  # fmt: skip
+"""What is honoured, or means nothing by itself."""
+_HARMLESS: Mapping[str, tuple[Any, ...]] = {
+    "peft_type": ("LORA",),
+    "task_type": ("CAUSAL_LM",),
+    "bias": ("none",),
+    # These draw A and B in another way, and leave the base as it is.
+    "init_lora_weights": (True, "gaussian", "eva", "orthogonal"),
+    "revision": ("main",),
+}
+"""The values of other settings that change nothing, beside none, false and what is empty."""
+
+TENSOR = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
+FROZEN = ".base_layer."
+_DTYPES = ("F64", "F32", "F16", "BF16")
+_MATCH_SECONDS = 1.0
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """The settings of an adapter, whose tensors are where and as they say.
+
+    Raises CheckpointError, naming file and key, for what is damaged or not supported.
+    """
+    path = folder / CONFIG_FILE
+    origin = Origin(str(path), CheckpointError, REPAIR)
+    config = json_files.read_object(path, CheckpointError, REPAIR)
+    _check_settings(folder, config, origin)
+    _check_tensors(folder, config)
+    return config
+
+
+def _check_settings(folder: Path, config: Mapping[str, Any], origin: Origin) -> None:
+    if isinstance(kind := config.get("peft_type"), str) and kind != "LORA":
+        raise CheckpointError(f"{folder} holds a {kind} adapter. Only LoRA can be loaded.")
+    json_files.check(config, _SHAPE, origin)
+    if config["r"] > MAX_RANK:
+        origin.refuse(f"`r` is {config['r']:,}, and a rank of {MAX_RANK:,} is the largest that can be loaded")
+    for key, value in config.items():
+        if key in _FREE or not value or any(value == one for one in _HARMLESS.get(key, ())):
+            continue
+        if key == "auto_mapping" and str(value.get("parent_library")).split(".")[0] == "transformers":
+            continue  # the class that it was trained on
+        raise CheckpointError(
+            f"{folder} is a LoRA with {key}={json_files.shown(value)} ({CONFIG_FILE}). Only a LoRA that adds "
+            f"B A, scaled by alpha / rank, to linear layers can be loaded. Merge it with PEFT itself "
+            f"(merge_and_unload) and give the merged model."
+        )
+
+
+def modules_in(names: Iterable[str]) -> set[str]:
+    """The modules that tensors of these names are a LoRA on."""
+    return {match[1] for name in names if (match := TENSOR.fullmatch(name)) is not None}
+
+
+def tensor_names(folder: Path) -> list[str]:
+    """Those in the adapter's file, which was checked; none where there is no file."""
+    if not (folder / ADAPTER_FILE).is_file():
+        return []
+    with safe_open(folder / ADAPTER_FILE, "pt") as file:
+        return list(file.keys())
+
+
+def check_frozen(folder: Path, is_weight_of: Callable[[Tensor, str], bool]) -> None:
+    """Raises CheckpointError where an adapter brings another weight of a frozen layer than its base has.
+
+    PEFT saves a copy of the frozen projection to the vocabulary beside an adapter on it, and loads it too.
+    `is_weight_of` says whether the base's module of a name has this weight (see `is_same`).
+    """
+    names = [name for name in tensor_names(folder) if FROZEN in name]
+    if not names:
+        return
+    with safe_open(folder / ADAPTER_FILE, "pt") as file:
+        for name in names:
+            module = name.removeprefix("base_model.model.").partition(FROZEN)[0]
+            if not name.endswith(f"{FROZEN}weight") or not is_weight_of(file.get_tensor(name), module):
+                raise CheckpointError(
+                    f"{folder} holds {name}, another weight than the base model has. Merge it with PEFT "
+                    f"itself (merge_and_unload) and give the merged model."
+                )
+
+
+def is_same(copy: Tensor, own: Tensor) -> bool:
+    """Whether two weights are equal to the precision of the coarser one."""
+    if copy.shape != own.shape:
+        return False
+    own = own.detach().to(copy.device)
+    return torch.equal(copy.to(own.dtype), own) or torch.equal(copy, own.to(copy.dtype))
+
+
+def _check_tensors(folder: Path, config: Mapping[str, Any]) -> None:
+    path = folder / ADAPTER_FILE
+    if not path.is_file():
+        return  # whoever reads the weights says so
+    origin = Origin(str(path), CheckpointError, REPAIR)
+    try:
+        with safe_open(path, "pt") as file:
+            parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            shapes = {name: (part.get_dtype(), part.get_shape()) for name, part in parts.items()}
+    except (OSError, SafetensorError) as error:
+        origin.refuse(f"it cannot be read ({error})")
+    for name, (dtype, shape) in shapes.items():
+        match = TENSOR.fullmatch(name)
+        if match is None:
+            continue  # refused by whoever reads it, except PEFT's copy of a frozen layer
+        if dtype not in _DTYPES:
+            origin.refuse(f"`{name}` has dtype {dtype}, expected {', '.join(_DTYPES)}")
+        rank_axis = 0 if match[2] == "A" else 1
+        if len(shape) != 2 or shape[rank_axis] != config["r"]:
+            origin.refuse(f"`{name}` has shape {shape}, and `r` is {config['r']} in {CONFIG_FILE}")
+    for module in sorted(modules_in(shapes)):
+        if not _is_target(module, config, folder):
+            raise CheckpointError(
+                f"{folder} holds a LoRA on {module}, which target_modules and the settings beside it in "
+                f"{CONFIG_FILE} do not name: PEFT would not read it. {REPAIR}"
+            )
+
+
+def _is_target(module: str, config: Mapping[str, Any], folder: Path) -> bool:
+    """Whether PEFT puts an adapter on a linear layer of this name; as its `check_target_module_exists`."""
+    targets, excluded = config.get("target_modules"), config.get("exclude_modules")
+    if excluded and _is_named(module, excluded, "exclude_modules", folder):
+        return False
+    if isinstance(targets, str) and targets.lower() == "all-linear":
+        return module.rpartition(".")[2] not in ("lm_head", "embed_out", "output")
+    if not targets or not _is_named(module, targets, "target_modules", folder):
+        return False
+    is_whole_name = isinstance(targets, list) and module in targets
+    return isinstance(targets, str) or is_whole_name or _is_in_layers(module, config, folder)
+
+
+def _is_named(module: str, names: str | list[str], setting: str, folder: Path) -> bool:
+    if isinstance(names, str):
+        return _matches(names, module, setting, folder)
+    return any(module == name or module.endswith(f".{name}") for name in names)
+
+
+def _is_in_layers(module: str, config: Mapping[str, Any], folder: Path) -> bool:
+    layers = config.get("layers_to_transform")
+    if layers is None or layers == []:
+        return True
+    patterns = config.get("layers_pattern")
+    if not patterns:
+        found = re.match(r".*?\.[^.]*\.(\d+)\.", module)
+    else:
+        names = [patterns] if isinstance(patterns, str) else patterns
+        if unclear := [name for name in names if not re.fullmatch(r"[\w.]+", name)]:
+            raise CheckpointError(
+                f"{folder} is a LoRA with layers_pattern={unclear[0]!r} ({CONFIG_FILE}), which does not name "
+                f"a list of layers. {REPAIR}"
+            )
+        matches = (re.match(rf"(?:^|.*?\.){name}\.(\d+)\.", module) for name in names)
+        found = next((match for match in matches if match is not None), None)
+    return found is not None and int(found[1]) in ([layers] if isinstance(layers, int) else layers)
+
+
+def _matches(pattern: str, module: str, setting: str, folder: Path) -> bool:
+    """`re.fullmatch`, for a pattern that may be made to run without end."""
+    import regex
+
+    try:
+        return regex.fullmatch(pattern, module, timeout=_MATCH_SECONDS) is not None
+    except (regex.error, TimeoutError, RecursionError) as error:
+        reason = "takes too long" if isinstance(error, TimeoutError) else f"cannot be read ({error})"
+        raise CheckpointError(
+            f"{folder} is a LoRA with {setting}={json_files.shown(pattern)} ({CONFIG_FILE}), a regular "
+            f"expression that {reason}. Give the names of the layers as a list."
+        ) from error

@@ -1,0 +1,242 @@
+"""AdamW on named weights, with fp32 masters of those that are held in fewer bits.
+
+All that it holds is allocated when it is made, so that a step needs no memory that lasts. A step is taken
+as a whole or not at all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from cookbook.engine.model import fsdp
+from cookbook.engine.model.memory import is_out_of_memory
+from cookbook.engine.processes import Mesh
+from cookbook.errors import CheckpointError
+from cookbook.types import AdamParams
+
+_MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+_MASTER = "master"
+
+
+def bytes_to_train(weights: Iterable[Tensor]) -> int:
+    """The most that training `weights` takes beside them: what `Optimizer` and a pass allocate.
+
+    Of each weight in fp32: its gradient, that of the passes before the one that is running, and two moments.
+    Of one in fewer bits also its fp32 master, while the gradient comes in its own dtype first.
+    """
+    fp32 = torch.float32.itemsize
+    return sum(
+        weight.numel() * (4 * fp32 + (0 if weight.dtype == torch.float32 else fp32 + weight.itemsize))
+        for weight in weights
+    )
+
+
+def bytes_to_undo(weights: Iterable[Tensor]) -> int:
+    """What `Optimizer.step` takes for a moment in order to be undone: masters and moments once more."""
+    return sum(3 * weight.numel() * torch.float32.itemsize for weight in weights)
+
+
+class Optimizer:
+    """Gradients add up on the masters, which are the weights themselves where those are fp32."""
+
+    def __init__(self, weights: Mapping[str, nn.Parameter], can_undo: bool = True) -> None:
+        """`can_undo`: whether there is memory for a copy of masters and moments while a step is taken."""
+        self._weights = weights
+        self._can_undo = can_undo
+        self.masters: dict[str, nn.Parameter] = {
+            name: weight if weight.dtype == torch.float32 else nn.Parameter(weight.detach().float())
+            for name, weight in weights.items()
+        }
+        self._adamw = torch.optim.AdamW(self.masters.values(), fused=True)
+        for master in self.masters.values():
+            self._adamw.state[master] = {
+                "step": torch.zeros((), dtype=torch.float32, device=master.device),
+                "exp_avg": torch.zeros_like(master, memory_format=torch.preserve_format),
+                "exp_avg_sq": torch.zeros_like(master, memory_format=torch.preserve_format),
+            }
+        self._stepped: set[str] = set()
+        """The weights whose moments a step has changed: others had no gradient so far."""
+        self.num_steps = 0
+        self._has_changed_weights = False
+        """Whether the step that is being taken has got as far as that."""
+        self.is_half_stepped = False
+        """Whether a step failed on the way and could not be undone."""
+
+    def collect_gradients(self) -> None:
+        """Adds what a backward pass left on weights of fewer bits to their masters."""
+        for name, weight in self._weights.items():
+            master = self.masters[name]
+            if master is weight or weight.grad is None:
+                continue
+            gradient = weight.grad.float()
+            master.grad = gradient if master.grad is None else master.grad.add_(gradient)
+            weight.grad = None
+
+    def take_gradients(self) -> dict[str, Tensor | None]:
+        """The gradients so far, which are then none."""
+        taken = {name: master.grad for name, master in self.masters.items()}
+        self.discard_gradients()
+        return taken
+
+    def add_gradients(self, gradients: Mapping[str, Tensor | None]) -> None:
+        for name, gradient in gradients.items():
+            master = self.masters[name]
+            if master.grad is None:
+                master.grad = gradient
+            elif gradient is not None:
+                master.grad += gradient
+
+    def discard_gradients(self) -> None:
+        for weight in (*self._weights.values(), *self.masters.values()):
+            weight.grad = None
+
+    def add_up_gradients(self, mesh: Mesh) -> None:
+        """Sums the gradients over the processes: every one then takes the step that one alone would take."""
+        if mesh.is_alone:
+            return
+        masters = [master for master in self.masters.values() if not fsdp.is_dealt_out(master)]
+        if not masters:
+            return  # their gradients were added up in the backward pass
+        is_trained = mesh.agree_max(*(master.grad is not None for master in masters))
+        trained = [master for master, counts in zip(masters, is_trained, strict=True) if counts]
+        for master in trained:
+            if master.grad is None:  # none of this process's sequences reached it
+                master.grad = torch.zeros_like(master)
+        mesh.add_up([master.grad for master in trained if master.grad is not None])
+
+    def step(self, params: AdamParams) -> Tensor:
+        """One step on the gradients, which stay; their norm before it was clipped. Waits for no device."""
+        gradients = [master.grad for master in self.masters.values() if master.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients) if gradients else torch.zeros(())
+        norm = fsdp.whole(norm)
+        if params.grad_clip_norm > 0:
+            torch.nn.utils.clip_grads_with_norm_(self.masters.values(), params.grad_clip_norm, norm)
+        for group in self._adamw.param_groups:
+            group.update(
+                lr=params.learning_rate,
+                betas=(params.beta1, params.beta2),
+                eps=params.eps,
+                weight_decay=params.weight_decay,
+            )
+        self._has_changed_weights = True
+        self._adamw.step()
+        self._copy_masters()
+        self._stepped |= {name for name, master in self.masters.items() if master.grad is not None}
+        self.num_steps += 1
+        return norm
+
+    @contextlib.contextmanager
+    def all_or_nothing(self) -> Iterator[None]:
+        """Where the body fails, weights, moments and step counts are those from before."""
+        before, stepped, num_steps = self._copies(), set(self._stepped), self.num_steps
+        self._has_changed_weights = False
+        try:
+            yield
+        except BaseException:
+            if self._has_changed_weights and before is None:
+                self.is_half_stepped = True
+            elif self._has_changed_weights:
+                if before:
+                    torch._foreach_copy_(self._changed_by_a_step(), before)
+                self._copy_masters()
+            self._stepped, self.num_steps = stepped, num_steps
+            raise
+
+    def _copies(self) -> list[Tensor] | None:
+        if not self._can_undo:
+            return None
+        tensors = self._changed_by_a_step()
+        try:
+            copies = [torch.empty_like(tensor) for tensor in tensors]
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            return None  # a step itself needs less
+        if copies:
+            torch._foreach_copy_(copies, tensors)
+        return copies
+
+    def _changed_by_a_step(self) -> list[Tensor]:
+        """This process's parts of the masters that have a gradient, their moments and step counts."""
+        trained = [master for master in self.masters.values() if master.grad is not None]
+        moments = [value for master in trained for value in self._adamw.state[master].values()]
+        return [fsdp.local_part(tensor.detach()) for tensor in (*trained, *moments)]
+
+    @torch.no_grad()
+    def _copy_masters(self) -> None:
+        for name, weight in self._weights.items():
+            if self.masters[name] is not weight:
+                weight.copy_(self.masters[name])
+
+    # -- state ------------------------------------------------------------------------------
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that a step depends on beside the weights, by name."""
+        tensors = {
+            f"{name}.{key}": value
+            for name, master in self.masters.items()
+            if name in self._stepped
+            for key, value in self._adamw.state[master].items()
+        }
+        for name, master in self.masters.items():
+            if master is not self._weights[name]:
+                tensors[f"{name}.{_MASTER}"] = master.detach()
+        return tensors
+
+    @torch.no_grad()
+    def start_over(self) -> None:
+        """Forgets the past: masters are those of the weights as they are, moments are zero."""
+        self.discard_gradients()
+        for name, master in self.masters.items():
+            if master is not self._weights[name]:
+                master.copy_(self._weights[name])
+            for value in self._adamw.state[master].values():
+                value.zero_()
+        self._stepped, self.num_steps, self.is_half_stepped = set(), 0, False
+
+    def check(self, path: str, tensors: Mapping[str, Tensor]) -> None:
+        """Raises CheckpointError, naming `path`, where a part of `tensors` is missing, does not fit, or
+        belongs to no weight."""
+        known = {f"{name}.{key}" for name in self.masters for key in (*_MOMENTS, _MASTER)}
+        if surplus := sorted(tensors.keys() - known):
+            raise CheckpointError(
+                f"Checkpoint {path} is damaged: its optimizer has {surplus[0]}, which belongs to no weight "
+                f"that is trained. Load an earlier checkpoint."
+            )
+        for name, master in self.masters.items():
+            entry = [key for key in _MOMENTS if f"{name}.{key}" in tensors]
+            if entry and len(entry) != len(_MOMENTS):
+                raise CheckpointError(
+                    f"Checkpoint {path} is damaged: the optimizer state of {name} is incomplete."
+                )
+            for key in (*entry, _MASTER):
+                found = tensors.get(f"{name}.{key}")
+                expected = [] if key == "step" else list(master.shape)
+                if found is None:
+                    continue
+                if list(found.shape) != expected:
+                    raise CheckpointError(
+                        f"Checkpoint {path} is damaged: {name}.{key} has shape {list(found.shape)}, expected "
+                        f"{expected}. Load an earlier checkpoint."
+                    )
+                if found.dtype != torch.float32:
+                    raise CheckpointError(
+                        f"Checkpoint {path} is damaged: {name}.{key} is {found.dtype}, expected "
+                        f"torch.float32. Load an earlier checkpoint."
+                    )
+
+    @torch.no_grad()
+    def restore(self, tensors: Mapping[str, Tensor], num_steps: int) -> None:
+        """Takes over what `tensors` gave, after `check` and `start_over`."""
+        for name, master in self.masters.items():
+            if f"{name}.{_MOMENTS[0]}" in tensors:
+                self._stepped.add(name)
+                for key, value in self._adamw.state[master].items():
+                    value.copy_(tensors[f"{name}.{key}"])
+            if f"{name}.{_MASTER}" in tensors and master is not self._weights[name]:
+                master.copy_(tensors[f"{name}.{_MASTER}"])
+        self.num_steps = num_steps

@@ -1,0 +1,124 @@
+"""Checkpoints of weights that are dealt out over processes, which any number of processes read, one included.
+
+The weights are put together and saved by the main process, so that the folder is a model. Of the optimizer
+every process writes its part and where that lies in the whole, and reads back what it needs of all parts:
+torch.distributed.checkpoint, in safetensors. Nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from cookbook.engine import checkpoint
+from cookbook.engine.model import fsdp, full_weights
+from cookbook.engine.processes import Mesh
+from cookbook.errors import CheckpointError
+from cookbook.utils import files
+
+if TYPE_CHECKING:
+    from cookbook.engine.model.base_model import BaseModel
+
+
+def save(
+    path: Path,
+    info: checkpoint.StateInfo,
+    base: BaseModel,
+    weights: Mapping[str, nn.Parameter],
+    optimizer: Mapping[str, Tensor] | None,
+    overwrite: bool,
+) -> None:
+    """`checkpoint.save` by all processes of `base.mesh`. Rank 0 puts everything into place, or nothing."""
+    mesh = base.mesh
+    with contextlib.ExitStack() as stack:
+
+        def make_room() -> Path | None:
+            checkpoint.check_name_is_free(path, overwrite)
+            if optimizer is None:
+                return None
+            return stack.enter_context(files.temporary_folder(path)) / checkpoint.OPTIMIZER_FOLDER
+
+        parts = mesh.by_main(make_room)
+        whole = full_weights.whole_weights(weights, is_kept=mesh.is_main)
+        with mesh.failing_together():
+            if optimizer is not None:
+                assert parts is not None
+                _write(parts, optimizer, mesh)
+        write = functools.partial(_put_together, base, whole, parts)
+        mesh.by_main(functools.partial(checkpoint.save, path, info, write, None, overwrite))
+
+
+def _put_together(base: BaseModel, whole: Mapping[str, Tensor], parts: Path | None, folder: Path) -> None:
+    """Writes the weights into `folder` and moves the optimizer's parts there."""
+    full_weights.write(base.model, base.tokenizer, folder, whole)
+    if parts is not None:
+        files.rename(parts, folder / checkpoint.OPTIMIZER_FOLDER)
+
+
+def read_optimizer(path: str, masters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The optimizer's tensors of a checkpoint, each dealt out as the weight is that it belongs to."""
+    folder = checkpoint.optimizer_folder(path)
+    if folder is not None:
+        return _read(folder, masters)
+    return {
+        key: fsdp.part_like(tensor, master)
+        if (master := _master_of(key, tensor, masters)) is not None
+        else tensor
+        for key, tensor in checkpoint.read_optimizer(path).items()
+    }
+
+
+def _master_of(key: str, tensor: Tensor | torch.Size, masters: Mapping[str, Tensor]) -> Tensor | None:
+    """The weight that a tensor of its shape belongs to."""
+    master = masters.get(key.rpartition(".")[0])
+    shape = tensor if isinstance(tensor, torch.Size) else tensor.shape
+    return master if master is not None and master.shape == shape else None
+
+
+def _write(folder: Path, tensors: Mapping[str, Tensor], mesh: Mesh) -> None:
+    """Every process takes part. `folder` is new, and theirs."""
+    from torch.distributed import checkpoint
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+
+    checkpoint.save(
+        dict(tensors),
+        storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True),
+        process_group=mesh.host_group,
+    )
+
+
+def _read(folder: Path, masters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What `_write` wrote, each tensor dealt out as the master is that it belongs to."""
+    from torch.distributed import checkpoint
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+
+    reader = HuggingFaceStorageReader(str(folder))
+    try:
+        found = reader.read_metadata().state_dict_metadata
+        tensors = {
+            key: _room_for(key, meta.size, meta.properties.dtype, masters)  # type: ignore[union-attr]
+            for key, meta in found.items()
+        }
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*torch.distributed is disabled.*")
+            checkpoint.load(tensors, storage_reader=reader, no_dist=True)
+    except (OSError, ValueError, RuntimeError, checkpoint.CheckpointException) as error:
+        raise CheckpointError(
+            f"Checkpoint {folder.parent} is damaged: {folder.name} cannot be read ({error}). Load an earlier "
+            f"checkpoint."
+        ) from error
+    return tensors
+
+
+def _room_for(key: str, size: torch.Size, dtype: torch.dtype, masters: Mapping[str, Tensor]) -> Tensor:
+    master = _master_of(key, size, masters)
+    return (
+        torch.empty(size, dtype=dtype) if master is None else torch.empty_like(master.detach(), dtype=dtype)
+    )

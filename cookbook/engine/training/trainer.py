@@ -1,0 +1,524 @@
+"""One adapter in training: gradients that add up, an optimizer, and their checkpoints."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cookbook import models
+from cookbook.engine import checkpoint
+from cookbook.engine.model import fsdp, peft_settings
+from cookbook.engine.model.adapters import Adapter
+from cookbook.engine.model.base_model import BaseModel
+from cookbook.engine.model.memory import MicrobatchLimits, Recovery, is_out_of_memory
+from cookbook.engine.model.packing import (
+    PackedBatch,
+    TokenSequence,
+    check_data,
+    pack,
+    plan_microbatches,
+    refuse_unknown,
+)
+from cookbook.engine.training import sharded_state
+from cookbook.engine.training.losses import Loss, get_loss
+from cookbook.engine.training.optimizer import Optimizer
+from cookbook.engine.training.partition import deal_out, put_together
+from cookbook.engine.training.readback import Readback
+from cookbook.engine.training.results import PassResult, Scored, StepResult
+from cookbook.errors import CheckpointError, RequestError, TrainingError
+from cookbook.types import (
+    IGNORED_TARGET,
+    AdamParams,
+    Datum,
+    LoraConfig,
+)
+
+logger = logging.getLogger(__name__)
+
+CustomLossFn = Callable[[list[Datum], list[Tensor]], tuple[Tensor, dict[str, float]]]
+
+
+@dataclass(frozen=True)
+class _TightMicrobatch:
+    """One that ran out of memory."""
+
+    lengths: list[int]
+    saves_activations: bool
+    """Whether it kept no activations that it could do without."""
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(self.lengths)
+
+
+class _DoesNotFit(Exception):
+    def __init__(self, microbatch: _TightMicrobatch) -> None:
+        self.microbatch = microbatch
+
+
+@dataclass(frozen=True)
+class Request:
+    """A checked forward or forward_backward request."""
+
+    sequences: list[TokenSequence]
+    loss: Loss
+    loss_config: Mapping[str, float]
+    trained_only: bool
+    """Score only positions of weight other than 0; the others read 0.0."""
+    with_likeliest: bool = False
+    """Tell also whether each scored target is the most likely token. Not while gradients are formed."""
+
+
+class Trainer:
+    """An adapter, its gradients and its AdamW. Not thread-safe: one thread calls it, in order."""
+
+    def __init__(
+        self, base: BaseModel, lora: LoraConfig, user_metadata: Mapping[str, str] | None = None
+    ) -> None:
+        self.base = base
+        self.adapter: Adapter = base.adapters.add(lora)
+        self.user_metadata = dict(user_metadata or {})
+        self.rng = np.random.default_rng(lora.seed)
+        """Seeds the unseeded samples of this adapter's snapshots; saved with the state."""
+        with base.adapters.removing_on_failure(self.adapter):
+            self._optimizer = Optimizer(self.adapter.weights, base.can_undo_steps(self.adapter))
+            self._limits = base.limits(self.adapter)
+        self._has_gradient = False
+        self._ran_out_of_memory = False
+        """In the pass that is running."""
+        self._recovery = Recovery()
+        self._mesh = base.mesh
+        self._agree_on_limits()
+        self._full_limits = self._limits
+
+    # -- one training step ------------------------------------------------------------------
+
+    def check(
+        self,
+        data: Sequence[Datum],
+        loss_fn: str,
+        loss_fn_config: Mapping[str, float] | None,
+        trained_only: bool = False,
+        refuse_unknown_inputs: bool = True,
+        with_likeliest: bool = False,
+    ) -> Request:
+        """Raises RequestError for anything that cannot be run. Safe from any thread."""
+        loss, config = get_loss(loss_fn, loss_fn_config)
+        if refuse_unknown_inputs:
+            refuse_unknown(data)
+        sequences = check_data(data, loss.required_inputs, self.base.vocab_size)
+        longest = max(len(sequence) for sequence in sequences)
+        if longest > self.base.context_length:
+            raise RequestError(
+                f"A sequence of {longest} tokens exceeds the context length of {self.base.context_length} "
+                f"of {self.base.name}. Truncate it: max_length={self.base.context_length}."
+            )
+        return Request(sequences, loss, config, trained_only, with_likeliest)
+
+    def forward(self, request: Request) -> PassResult:
+        self._check_not_half_stepped()
+        return self._run(request, backward=False)
+
+    def forward_backward(self, request: Request) -> PassResult:
+        """Adds the gradient of the summed loss to what is there; on failure adds nothing."""
+        self._check_not_half_stepped()
+        earlier = self._optimizer.take_gradients()
+        try:
+            result = self._run(request, backward=True)
+        except Exception as error:
+            self._optimizer.discard_gradients()
+            if self._mesh.is_broken:
+                raise
+            raise TrainingError(f"forward_backward failed: {type(error).__name__}: {error}") from error
+        finally:
+            self._optimizer.add_gradients(earlier)
+        self._has_gradient = True
+        return result
+
+    def forward_backward_custom(self, data: list[Datum], request: Request, fn: CustomLossFn) -> PassResult:
+        """Differentiates `fn` by the log-probabilities, then the model by `fn`'s gradient.
+
+        Two passes over the model, so that micro-batches stay independent whatever `fn` couples.
+        """
+        first = self.forward(request)
+        logprobs = [torch.from_numpy(array).requires_grad_() for array in first.logprobs()]
+        with self._mesh.failing_together():
+            try:
+                value, metrics = fn(data, logprobs)
+                gradients = torch.autograd.grad(value, logprobs, allow_unused=True)
+                result = replace(first, custom_loss=float(value.detach()), custom_metrics=dict(metrics))
+            except Exception as error:
+                raise TrainingError(f"The custom loss failed: {type(error).__name__}: {error}") from error
+        # d value = sum(gradient * d logprob): a cross-entropy whose weights are minus the gradient.
+        weighted = [
+            TokenSequence(
+                sequence.tokens_T,
+                sequence.targets_T,
+                np.zeros_like(sequence.weights_T) if gradient is None else -gradient.numpy(),
+                {},
+            )
+            for sequence, gradient in zip(request.sequences, gradients, strict=True)
+        ]
+        loss, config = get_loss("cross_entropy", None)
+        self.forward_backward(Request(weighted, loss, config, trained_only=True))
+        return result
+
+    def optim_step(self, params: AdamParams) -> StepResult:
+        """One AdamW step on the gradients so far, which are then cleared. Does not wait for the device.
+
+        A step that fails changes nothing; its gradients are cleared too, so that the next one does not step
+        on two batches.
+        """
+        self._check_not_half_stepped()
+        if not self._has_gradient:
+            raise TrainingError("optim_step has nothing to step on: no forward_backward since the last one.")
+        try:
+            self._optimizer.add_up_gradients(self._mesh)
+            with self._optimizer.all_or_nothing(), self._mesh.failing_together():
+                norm = self._optimizer.step(params)
+        except Exception as error:
+            if self._mesh.is_broken:
+                raise
+            self._check_not_half_stepped(error)
+            raise TrainingError(
+                f"optim_step failed: {type(error).__name__}: {error}. Weights and optimizer are as "
+                f"before it, its gradients are dropped."
+            ) from error
+        finally:
+            self.discard_gradients()
+        return StepResult(Readback([norm]))
+
+    def _check_not_half_stepped(self, error: Exception | None = None) -> None:
+        if self._optimizer.is_half_stepped:
+            raise TrainingError(
+                "An optim_step failed half-way, and there was no memory to undo it: some weights are a step "
+                "ahead of others. Load a checkpoint with load_state_with_optimizer."
+            ) from error
+
+    def discard_gradients(self) -> None:
+        self._optimizer.discard_gradients()
+        self._has_gradient = False
+
+    def _run(self, request: Request, backward: bool) -> PassResult:
+        """This process's share of the sequences, and the results of all shares."""
+        lengths = [len(sequence) for sequence in request.sequences]
+        share = deal_out(lengths, self._mesh.size)[self._mesh.rank]
+        if self.base.is_sharded:
+            scored = self._run_share_in_step(request, share, backward)
+        else:
+            with self._mesh.failing_together():
+                scored = self._run_share(request, share, backward)
+        self._end_pass(backward)
+        return PassResult.of(
+            request.sequences,
+            put_together(self._mesh, scored, lengths, self.base.device, request.with_likeliest),
+        )
+
+    def _run_share_in_step(self, request: Request, share: list[int], backward: bool) -> Scored:
+        """With weights that all processes put together: where one fails, the others cannot go on."""
+        is_trained = any((sequence.weights_T != 0).any() for sequence in request.sequences)
+        try:
+            with self.base.adapters.using(self.adapter):
+                return self._run_microbatches(request, share, backward and is_trained)
+        except _DoesNotFit as failure:
+            num_tokens = failure.microbatch.num_tokens
+            error: Exception = TrainingError(
+                f"A micro-batch of {num_tokens} tokens does not fit in the memory of {self.base.device}, and "
+                f"with shard=full it cannot be tried again in smaller ones: the other processes wait for it. "
+                f"Start again in another log_path with max_tokens_per_microbatch={max(1, num_tokens // 2)} "
+                f"or gradient_checkpointing=on."
+            )
+        except Exception as raised:
+            error = raised
+        raise self._mesh.break_off(error) from error
+
+    def _run_share(self, request: Request, share: list[int], backward: bool) -> Scored:
+        """Every micro-batch once; where memory does not suffice, all again in smaller ones."""
+        while True:
+            try:
+                with self.base.adapters.using(self.adapter):
+                    return self._run_microbatches(request, share, backward)
+            except _DoesNotFit as failure:
+                tight = failure.microbatch  # the exception goes, and with it what its traceback holds
+            if backward:
+                self._optimizer.discard_gradients()
+            self._limits = self._smaller_limits(tight)
+            self._ran_out_of_memory = True
+
+    def _run_microbatches(self, request: Request, share: list[int], backward: bool) -> Scored:
+        lengths = [len(request.sequences[index]) for index in share]
+        sizes = [self._limits.size(length) for length in lengths]
+        plan = plan_microbatches(sizes, self._limits.max_tokens if self.base.is_packed else 1)
+        done = Scored([[share[place] for place in places] for places in plan], [], [], [], [])
+        for indices in self._in_step(done.plan):
+            sequences = [request.sequences[index] for index in indices] or [_nothing(request)]
+            lengths_here = [len(sequence) for sequence in sequences]
+            is_checkpointed = backward and self._limits.checkpoints(
+                self._limits.size_without_checkpointing(lengths_here)
+            )
+            try:
+                batch = pack(sequences, self.base.device, request.trained_only)
+                scores, loss = self._run_microbatch(batch, request, backward, is_checkpointed)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                tight = _TightMicrobatch(lengths_here, is_checkpointed or not backward)
+                raise _DoesNotFit(tight) from None
+            if not indices:
+                continue
+            done.layouts.append(batch.layout)
+            done.logprobs.append(scores[0])
+            done.likeliest.extend(scores[1:])
+            done.losses.append(loss)
+        return done
+
+    def _in_step(self, plan: list[list[int]]) -> list[list[int]]:
+        """As many micro-batches on every process where weights are put together for each: some are empty."""
+        if not self.base.is_sharded:
+            return plan
+        (most,) = self._mesh.agree_max(len(plan))
+        return [*plan, *([] for _ in range(most - len(plan)))]
+
+    def _run_microbatch(
+        self, batch: PackedBatch, request: Request, backward: bool, checkpoint_layers: bool
+    ) -> tuple[tuple[Tensor, ...], Tensor]:
+        """The log-probabilities and, where they are asked for, who is likeliest; and the loss."""
+
+        token_loss = functools.partial(_token_loss, request, batch)
+        num_trained = batch.layout.num_trained
+        if backward and (num_trained or self.base.is_sharded):
+            logprobs_S, loss = self.base.backpropagate(batch, token_loss, checkpoint_layers)
+            self._optimizer.collect_gradients()
+            return (logprobs_S,), loss
+        scores = self.base.scores(batch) if request.with_likeliest else (self.base.logprobs(batch),)
+        return scores, token_loss(scores[0][:num_trained], slice(0, num_trained))
+
+    def _smaller_limits(self, tight: _TightMicrobatch) -> MicrobatchLimits:
+        """Limits with which a pass is tried again. Raises TrainingError where there are none."""
+        limits = self._limits
+        if len(tight.lengths) > 1:
+            logger.warning(
+                "A micro-batch of %d tokens does not fit in memory: going on with %d at most.",
+                tight.num_tokens,
+                tight.num_tokens // 2,
+            )
+            return replace(limits, max_tokens=sum(limits.size(length) for length in tight.lengths) // 2)
+        if self.base.options.gradient_checkpointing == "auto" and not tight.saves_activations:
+            logger.warning(
+                "A sequence of %d tokens does not fit in memory: its layers are checkpointed from now on.",
+                tight.num_tokens,
+            )
+            size = limits.size_without_checkpointing(tight.lengths)
+            return replace(limits, max_tokens_without_checkpointing=size - 1)
+        checkpointing = "" if tight.saves_activations else " gradient_checkpointing=auto,"
+        raise TrainingError(
+            f"A sequence of {tight.num_tokens} tokens does not fit in the memory of {self.base.device}, even "
+            f"alone. Use{checkpointing} a smaller max_length, a dtype of fewer bytes, or a smaller model."
+        )
+
+    def _end_pass(self, backward: bool) -> None:
+        """Remembers for the next pass whether memory ran out in this one.
+
+        Limits are raised by the number of training passes alone: a resumed run may evaluate less often.
+        """
+        self._agree_on_limits()
+        if self._ran_out_of_memory:
+            self._recovery = self._recovery.after_failure()
+            self._ran_out_of_memory = False
+        elif backward:
+            self._recovery, limits = self._recovery.after_pass(self._limits, self._full_limits)
+            if limits != self._limits:
+                logger.info("Micro-batches of up to %d tokens are tried again.", limits.max_tokens)
+            self._limits = limits
+
+    def _agree_on_limits(self) -> None:
+        """Takes the tightest that any process has found, so that one checkpoint has the limits of all."""
+        tokens, tokens_without, has_memory = self._mesh.agree_min(
+            self._limits.max_tokens,
+            self._limits.max_tokens_without_checkpointing,
+            not self._ran_out_of_memory,
+        )
+        self._limits = replace(
+            self._limits, max_tokens=tokens, max_tokens_without_checkpointing=tokens_without
+        )
+        self._ran_out_of_memory = not has_memory
+
+    # -- state ------------------------------------------------------------------------------
+
+    def save(
+        self, path: Path, with_optimizer: bool, overwrite: bool = False, ttl_seconds: int | None = None
+    ) -> None:
+        """Writes a checkpoint, or raises TrainingError where a number in it is not finite."""
+        info = checkpoint.StateInfo(
+            base_model=models.canonical_name(self.base.name),
+            lora=self.adapter.lora,
+            optimizer_steps=self._optimizer.num_steps if with_optimizer else 0,
+            rng_state=self.rng.bit_generator.state if with_optimizer else None,
+            microbatch_limits=self._lowered_limits() if with_optimizer else None,
+            microbatch_recovery=asdict(self._recovery)
+            if with_optimizer and self._recovery.is_needed
+            else None,
+            world_size=self._mesh.size,
+            user_metadata=self.user_metadata,
+            expires_at=None if ttl_seconds is None else _seconds_from_now(ttl_seconds),
+        )
+        self._check_not_half_stepped()
+        optimizer = self._optimizer.tensors() if with_optimizer else None
+        self._check_finite(path, optimizer or {})
+        self._check_alike()
+        if self.base.is_sharded and self.adapter.is_full:
+            sharded_state.save(path, info, self.base, self.adapter.weights, optimizer, overwrite)
+            return
+        write_weights = functools.partial(self.base.adapters.write, self.adapter)
+        # Not a lambda: the error of a failed save would keep its scope, and the weights in it.
+        self._mesh.by_main(
+            functools.partial(checkpoint.save, path, info, write_weights, optimizer, overwrite)
+        )
+
+    def _lowered_limits(self) -> dict[str, int] | None:
+        """Where memory ran out: what a resumed run has to know in order to cut its batches the same way."""
+        if not self._recovery.is_needed:
+            return None
+        return {
+            "max_tokens": self._limits.max_tokens,
+            "max_tokens_without_checkpointing": self._limits.max_tokens_without_checkpointing,
+        }
+
+    def _check_finite(self, path: Path, optimizer: Mapping[str, Tensor]) -> None:
+        """Raises TrainingError, on all processes, for weights or optimizer values of nan or infinity."""
+        tensors = {**self.adapter.weights, **{f"{name} (optimizer)": of for name, of in optimizer.items()}}
+        wrong = [
+            name for name, tensor in tensors.items() if not fsdp.local_part(tensor.detach()).isfinite().all()
+        ]
+        with self._mesh.failing_together():
+            if wrong:
+                raise TrainingError(
+                    f"Training diverged: {len(wrong)} of the {len(tensors)} tensors to save have values that "
+                    f"are nan or infinite ({wrong[0]} is one). Nothing was saved as {path}. Start again from "
+                    f"an earlier checkpoint with a lower learning_rate."
+                )
+
+    def _check_alike(self) -> None:
+        """Raises TrainingError where a process has come to other weights than the main one."""
+        weights = [weight for weight in self.adapter.weights.values() if not fsdp.is_dealt_out(weight)]
+        checksums = self._mesh.gather(None if self._mesh.is_alone else checkpoint.checksum(weights))
+        for rank, checksum in enumerate(checksums):
+            if checksum != checksums[0]:
+                raise TrainingError(
+                    f"Process {rank} of {self._mesh.size} has come to other weights than process 0. Do all "
+                    f"run on devices of one kind, with the same packages? Nothing was saved."
+                )
+
+    def load(self, path: str, with_optimizer: bool) -> None:
+        """Replaces weights (and optimizer) by a checkpoint's; gradients so far are dropped.
+
+        Everything is read and checked before anything is changed.
+        """
+        with self._mesh.failing_together(), self.base.room_to_load():
+            info = checkpoint.read_info(path)
+            weights = self.base.adapters.read(path, info.lora)
+            check_weights_fit(path, info, weights, self.adapter, self.base)
+            optimizer = (
+                sharded_state.read_optimizer(path, self._optimizer.masters) if with_optimizer else None
+            )
+            if optimizer is not None:
+                self._optimizer.check(path, optimizer)
+            rng, limits, recovery = self._saved_course(path, info)
+        if with_optimizer and info.world_size != self._mesh.size:
+            logger.info(
+                "%s was saved by a run of %d processes; this one has %d. It goes on to rounding, not "
+                "to the bit.",
+                path,
+                info.world_size,
+                self._mesh.size,
+            )
+        if dropout := checkpoint.dropout_of(path):
+            logger.warning(
+                "%s was trained with lora_dropout=%g; here adapters are trained without dropout.",
+                path,
+                dropout,
+            )
+        with torch.no_grad():
+            for name, parameter in self.adapter.weights.items():
+                parameter.copy_(weights[name])
+        self.discard_gradients()
+        self._optimizer.start_over()
+        if optimizer is not None:
+            self._optimizer.restore(optimizer, info.optimizer_steps)
+            self.rng, self._limits, self._recovery = rng, limits, recovery
+
+    def _saved_course(
+        self, path: str, info: checkpoint.StateInfo
+    ) -> tuple[np.random.Generator, MicrobatchLimits, Recovery]:
+        """What else a resumed run continues with. Raises CheckpointError where its record is damaged."""
+        rng, limits, recovery = self.rng, self._limits, self._recovery
+        try:
+            if info.rng_state is not None:
+                rng = np.random.default_rng(0)
+                rng.bit_generator.state = dict(info.rng_state)
+                rng.random()  # a state of wrong numbers fails here
+                rng.bit_generator.state = dict(info.rng_state)
+            if info.microbatch_limits is not None:
+                limits = replace(self._limits, **info.microbatch_limits)
+                saved = info.microbatch_recovery  # runs of before had limits that stayed
+                recovery = Recovery(**saved) if saved else Recovery().after_failure()
+            elif self._recovery.is_needed:
+                limits, recovery = self._full_limits, Recovery()
+        except (ValueError, TypeError, KeyError, OverflowError) as error:
+            raise CheckpointError(
+                f"{Path(path) / checkpoint.STATE_FILE} is damaged: `rng_state`, `microbatch_limits` or "
+                f"`microbatch_recovery` cannot be used ({error}). Load an earlier checkpoint."
+            ) from error
+        return rng, limits, recovery
+
+
+def _token_loss(request: Request, batch: PackedBatch, logprobs_C: Tensor, part: slice) -> Tensor:
+    extras = {name: values_S[part] for name, values_S in batch.extras.items()}
+    return request.loss.fn(logprobs_C, batch.weights_S[part], extras, request.loss_config)
+
+
+def _seconds_from_now(seconds: int) -> str:
+    return (datetime.now(UTC) + timedelta(seconds=seconds)).isoformat(timespec="seconds")
+
+
+def _nothing(request: Request) -> TokenSequence:
+    """A sequence from which nothing is learned."""
+    extras = dict.fromkeys(request.sequences[0].extras, np.zeros(1, np.float32))
+    return TokenSequence(np.zeros(1, np.int64), np.full(1, IGNORED_TARGET), np.zeros(1, np.float32), extras)
+
+
+def check_weights_fit(
+    path: str, info: checkpoint.StateInfo, weights: Mapping[str, Tensor], adapter: Adapter, base: BaseModel
+) -> None:
+    """Raises CheckpointError, naming both, where a checkpoint has not this adapter's shape and scale."""
+    location = models.model_location(base.name)
+    if info.base_model not in (models.canonical_name(base.name), location) and path != location:
+        logger.warning(
+            "Checkpoint %s was made on %s and is loaded onto %s.", path, info.base_model, base.name
+        )
+    expected = {name: list(weight.shape) for name, weight in adapter.weights.items()}
+    found = {name: list(weight.shape) for name, weight in weights.items()}
+    if expected == found and (adapter.is_full or info.lora.alpha == adapter.lora.alpha):
+        if not adapter.is_full:
+            peft_settings.check_frozen(Path(path).expanduser(), base.has_weight)
+        return
+    names = sorted(expected.keys() | found.keys())
+    differing = [
+        f"{name} has shape {found.get(name, 'none')} there, {expected.get(name, 'none')} here"
+        for name in names
+        if expected.get(name) != found.get(name)
+    ]
+    raise CheckpointError(
+        f"Checkpoint {path} (an adapter of rank {info.lora.rank} and alpha {info.lora.alpha:g} on "
+        f"{info.base_model}) does not fit rank {adapter.lora.rank} and alpha {adapter.lora.alpha:g} on "
+        f"{base.name}{': ' + differing[0] if differing else ''}. "
+        f"Create the client with the checkpoint's own model and LoRA settings."
+    )

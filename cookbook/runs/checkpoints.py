@@ -1,0 +1,279 @@
+"""checkpoints.jsonl: which checkpoints a run has, and where each one continues."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import takewhile
+from pathlib import Path
+from typing import Any
+
+from cookbook.utils import files, json_files, jsonl
+from cookbook.errors import CheckpointError
+from cookbook.utils.json_files import Count, Measured, Origin
+from cookbook.runs.rows import METRICS_SHAPE, METRICS_VALUE
+
+logger = logging.getLogger(__name__)
+
+FOLDER = "checkpoints"
+"""The subfolder of a run that holds all its checkpoints, each under its name."""
+MARK = "state.json"
+"""The file that tells a checkpoint from a folder of the user's, which is never removed."""
+FINAL = "final"
+"""The name of the checkpoint of a finished run."""
+
+
+def checkpoint_name(step: int) -> str:
+    """The name of the checkpoint of a run that continues."""
+    return f"{step:06d}"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A saved state after `step` optimizer steps, so `step` is also the next step to take.
+
+    That next step trains on the batch behind `batch` others of `epoch`. `path` is relative to the
+    run's folder, which may be moved.
+    """
+
+    name: str
+    path: str
+    step: Count
+    epoch: Count
+    batch: Count
+    metric: str | None = None
+    """Of the best checkpoint and of no other: what it is best by."""
+    value: Measured | None = None
+    """What `metric` came to, measured on these weights."""
+    is_extra: bool = False
+    """Saved out of turn, for being the best: it goes when a better one comes."""
+    row: Count | None = None
+    """The rows of `epoch` that were trained on, whatever the sizes of their batches; None where the dataset
+    does not count them, and in folders of an earlier version."""
+
+
+def read_records(file: Path) -> list[Checkpoint]:
+    """The records of a checkpoints.jsonl, oldest first; none where there is no file.
+
+    Raises CheckpointError for a record that is none, or that leads out of the run's folder: the file may be
+    somebody else's, and what it names is loaded and removed.
+    """
+    return [
+        _checked(row, Origin(f"line {number} of {file}", CheckpointError, "Correct the line, or remove it."))
+        for number, row in enumerate(jsonl.read(file), 1)
+    ]
+
+
+def _checked(row: Mapping[str, Any], origin: Origin) -> Checkpoint:
+    record = json_files.record_of(Checkpoint, row, origin)
+    if (record.metric is None) != (record.value is None):
+        origin.refuse("`metric` and `value` go together, and one of them is missing")
+    if not files.PLAIN_NAME.fullmatch(record.name):
+        origin.refuse(
+            f"`name` is {json_files.shown(record.name)}, expected up to 128 letters, digits, '.', '_' and "
+            "'-', of which the first is a letter or digit"
+        )
+    if record.path != f"{FOLDER}/{record.name}":
+        origin.refuse(f"`path` is {json_files.shown(record.path)}, expected {FOLDER}/{record.name}")
+    return record
+
+
+def _itself(work: Callable[[], Any]) -> Any:
+    return work()
+
+
+class CheckpointLog:
+    """The checkpoints of one run, oldest first. Only complete ones are recorded."""
+
+    def __init__(
+        self, folder: Path, keep: int | None = None, by_main: Callable[[Callable[[], Any]], Any] = _itself
+    ) -> None:
+        """`keep` newest checkpoints stay on disk (None: all), and the best one beside them.
+
+        `by_main` does something on one of several processes, and gives its result to all: they have
+        one view of the folder, and one of them writes to it.
+        """
+        self._folder = folder
+        self._by_main = by_main
+        self._file = folder / "checkpoints.jsonl"
+        self._keep = keep
+        self._records: list[Checkpoint] = by_main(lambda: read_records(self._file))
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the last step was taken, saved, evaluated and logged."""
+        last = self.last()
+        if last is None or last.name != FINAL:
+            return False
+        is_logged: bool = self._by_main(lambda: self._is_logged(last.step))
+        return is_logged
+
+    def _is_logged(self, step: int) -> bool:
+        """Whether there is a row of metrics of the state after `step` steps. Rows are in order of steps."""
+        rows = jsonl.read_backwards(self._folder / "metrics.jsonl", METRICS_SHAPE, METRICS_VALUE)
+        return any(row["step"] == step for row in takewhile(lambda row: row["step"] >= step, rows))
+
+    def last(self) -> Checkpoint | None:
+        """The newest checkpoint that is still there; None before the first.
+
+        Raises CheckpointError where there were some and all are gone: starting afresh would
+        throw away the metrics of those steps.
+        """
+        if not self._records:
+            return None
+        for record in reversed(self._records):
+            if self._is_there(record):
+                return record
+        raise CheckpointError(
+            f"{self._file} lists {len(self._records)} checkpoints, but not one is there. Put one back, or "
+            f"start over with if_log_path_exists=delete."
+        )
+
+    def last_path(self) -> Path | None:
+        """Where the newest checkpoint lies; None where none is there."""
+        there = (self.path_of(record) for record in reversed(self._records) if self._is_there(record))
+        return next(there, None)
+
+    def path_of(self, checkpoint: Checkpoint) -> Path:
+        return self._folder / checkpoint.path
+
+    def best(self) -> Checkpoint | None:
+        """The checkpoint of the best evaluation so far; None where there is none, or its folder is gone."""
+        best = next((record for record in self._records if record.metric is not None), None)
+        return best if best is not None and self._is_there(best) else None
+
+    def has_step(self, step: int) -> bool:
+        """Whether the state after `step` steps is there."""
+        return any(record.step == step and self._is_there(record) for record in self._records)
+
+    def _is_there(self, record: Checkpoint) -> bool:
+        is_there: bool = self._by_main(self.path_of(record).is_dir)
+        return is_there
+
+    def add(
+        self, name: str, path: str, step: int, epoch: int, batch: int, row: int | None = None
+    ) -> Checkpoint:
+        """Records a checkpoint that lies at `path`, then removes those past `keep`."""
+        added = Checkpoint(name, self._relative(path), step, epoch, batch, row=row)
+        self._replace([*self._all_but(name), added])
+        return added
+
+    def add_best(
+        self,
+        name: str,
+        path: str,
+        step: int,
+        epoch: int,
+        batch: int,
+        metric: str,
+        value: float,
+        row: int | None = None,
+    ) -> None:
+        """Records a checkpoint that was saved for being the best."""
+        added = Checkpoint(
+            name, self._relative(path), step, epoch, batch, metric, value, is_extra=True, row=row
+        )
+        self._replace([*map(_no_longer_best, self._all_but(name)), added])
+
+    def mark_best(self, step: int, metric: str, value: float) -> None:
+        """Makes the checkpoint of `step`, which is recorded, the best one."""
+        records = [_no_longer_best(record) for record in self._records]
+        newest = max(index for index, record in enumerate(records) if record.step == step)
+        records[newest] = replace(records[newest], metric=metric, value=value)
+        self._replace(records)
+
+    def continue_from_final(self) -> None:
+        """Makes the final checkpoint one of a run that continues, so that another can become final.
+
+        Its files are linked under the name of its step before the record changes, and removed under the
+        old name after: a kill in between leaves a folder that is not listed.
+        """
+        final = next((record for record in self._records if record.name == FINAL), None)
+        if final is None:
+            return
+        if not self._is_there(final):  # the run continues from an earlier one
+            self._replace(self._all_but(FINAL))
+            return
+        name, must_hold = checkpoint_name(final.step), [MARK]
+        same = next((record for record in self._records if record.name == name), None)
+        if same is None or not self._is_there(same):
+            renamed = replace(final, name=name, path=f"{FOLDER}/{name}")
+            self._by_main(lambda: _link_folder(self.path_of(final), self.path_of(renamed)))
+            must_hold = []  # whatever it holds has a second name now
+        else:  # the best of all, or the state that a run out of patience had saved
+            renamed = replace(same, metric=same.metric or final.metric, is_extra=False)
+            renamed = replace(renamed, value=same.value if same.metric is not None else final.value)
+        self._records = [*(r for r in self._records if r.name not in (FINAL, name)), renamed]
+        self._by_main(lambda: self._write([final], must_hold))
+
+    def count_rows(self, per_batch: int) -> None:
+        """Records the rows before each checkpoint of an earlier version, which counted batches alone."""
+        self._replace(
+            [
+                record if record.row is not None else replace(record, row=record.batch * per_batch)
+                for record in self._records
+            ]
+        )
+
+    def _relative(self, path: str) -> str:
+        return str(Path(path).relative_to(self._folder))
+
+    def _all_but(self, name: str) -> list[Checkpoint]:
+        return [record for record in self._records if record.name != name]
+
+    def _replace(self, records: list[Checkpoint]) -> None:
+        """Writes the records that stay, then removes the folders of the others.
+
+        The record goes before the folder: a kill in between leaves an unlisted folder, never
+        a listed one that is gone.
+        """
+        in_turn = [record for record in records if not record.is_extra]
+        past_keep = [] if self._keep is None else in_turn[: -self._keep]
+        dropped = [
+            record for record in records if record.metric is None and (record.is_extra or record in past_keep)
+        ]
+        self._records = [record for record in records if record not in dropped]
+        self._by_main(lambda: self._write(dropped))
+
+    def _write(self, dropped: Sequence[Checkpoint], must_hold: Sequence[str] = (MARK,)) -> None:
+        jsonl.rewrite(self._file, [_row(record) for record in self._records])
+        listed = {record.path for record in self._records}
+        for path in [self.path_of(record) for record in dropped if record.path not in listed]:
+            try:
+                files.remove(path, must_hold)
+            except OSError as error:  # it is not listed any more, and the run is worth more than the room
+                logger.warning("The checkpoint %s is not removed: %s", path, error)
+
+
+def _no_longer_best(record: Checkpoint) -> Checkpoint:
+    return replace(record, metric=None, value=None)
+
+
+def _link_folder(folder: Path, other: Path) -> None:
+    """A second name for the files of a folder, or a copy where the file system has no such links."""
+
+    def link(source: str, target: str) -> None:
+        try:
+            os.link(source, target)
+        except OSError:
+            shutil.copy2(source, target)
+
+    def others(parent: str, names: list[str]) -> list[str]:
+        """Pipes and the like. A link is refused: it may lead to all of the disk, or in a circle."""
+        paths = [Path(parent, name) for name in names]
+        for path in paths:
+            files.refuse_link(path)
+        return [path.name for path in paths if not (path.is_file() or path.is_dir())]
+
+    # What is there is of a step that was taken in vain: it is not listed.
+    with files.writing_folder(other, replace=True, must_hold=[MARK]) as unfinished:
+        shutil.copytree(folder, unfinished, ignore=others, copy_function=link, dirs_exist_ok=True)
+
+
+def _row(record: Checkpoint) -> dict[str, Any]:
+    """Without what is as it is for most checkpoints."""
+    row = asdict(record)
+    return {key: value for key, value in row.items() if value is not None and value is not False}

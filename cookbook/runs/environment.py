@@ -1,0 +1,51 @@
+"""environment.json: the machine and the versions that a run was last started with."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+from pathlib import Path
+
+from cookbook.utils import files
+from cookbook.types import ModelData
+
+PACKAGES = ("sft-cookbook", "torch", "transformers", "peft", "datasets", "numpy", "bitsandbytes")
+
+
+def describe(model: ModelData) -> dict[str, str]:
+    """What a figure of a run depends on. Names of the machine or of its users are none of it."""
+    found = {
+        "device": _device_name(model.device),
+        "dtype": model.dtype,
+        "trained parameters": f"{model.num_trained_parameters:,}",
+        "cpus": str(os.cpu_count()),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+    }
+    return found | _versions()
+
+
+def record(folder: Path, model: ModelData) -> None:
+    text = json.dumps(describe(model), indent=2, ensure_ascii=False) + "\n"
+    files.write(folder / "environment.json", text)
+
+
+def _device_name(device: str) -> str:
+    if not device.startswith("cuda"):
+        return device
+    import torch
+
+    return f"{torch.cuda.get_device_name(device)} ({device})"
+
+
+def _versions() -> dict[str, str]:
+    """Of the packages that are installed."""
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found

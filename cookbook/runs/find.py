@@ -1,0 +1,147 @@
+"""What is exported: a checkpoint, the base model under it, and the run it comes from."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, TypeAlias
+
+from cookbook import embedded
+from cookbook.runs.checkpoints import Checkpoint, CheckpointLog, read_records
+from cookbook.engine import checkpoint
+from cookbook.errors import CheckpointError
+from cookbook.runs.record import RunRecord, read_run
+
+Which: TypeAlias = Literal["best", "last"]
+
+_HUB_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*/[A-Za-z0-9._-]+")
+_EMBEDDED = embedded.MODEL_PATH.parts[-3:]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint to export.
+
+    `base_model` is what its adapter goes on, as this machine names it; of a full fine-tune, the
+    checkpoint itself. `step` is how many steps were taken, where a run's folder tells.
+    """
+
+    folder: Path
+    info: checkpoint.StateInfo
+    base_model: str
+    run: RunRecord | None = None
+    step: int | None = None
+
+    @property
+    def is_full(self) -> bool:
+        return self.info.lora.rank == 0
+
+    @property
+    def name(self) -> str:
+        """What the export is called where nobody named it."""
+        return self.run.name if self.run else self.folder.resolve().name
+
+    @property
+    def origin(self) -> str:
+        """The model that was fine-tuned, as its own machine names it."""
+        return _with_embedded_name(self.info.base_model) if self.is_full else self.base_model
+
+    @property
+    def trained_in_4_bits(self) -> bool:
+        return self.run is not None and self.run.config.get("quantization") is not None
+
+
+def find_source(path: str, which: Which | None = None, base_model: str | None = None) -> Source:
+    """The checkpoint that a run's folder, a checkpoint's folder or a plain PEFT adapter holds.
+
+    `which` of a run's checkpoints: the best or the last. Raises CheckpointError where there is none.
+    """
+    folder = Path(path).expanduser()
+    if (folder / "checkpoints.jsonl").is_file():
+        run_folder: Path | None = folder
+        log = CheckpointLog(folder)
+        chosen = _choose(folder, log, which)
+        record: Checkpoint | None = chosen
+        folder = log.path_of(chosen)
+    else:
+        run_folder = folder.absolute().parent.parent
+        if not (run_folder / "checkpoints.jsonl").is_file():
+            run_folder = None
+        if not folder.is_dir():
+            raise _missing(folder, run_folder)
+        record = _record_of(folder, run_folder)
+    info = checkpoint.read_info(folder)
+    base = str(folder) if info.lora.rank == 0 else _with_embedded_name(base_model or info.base_model)
+    if base == "None":
+        raise CheckpointError(f"{folder} does not say which model its adapter goes on. Say base_model=.")
+    return Source(
+        folder,
+        info,
+        base,
+        read_run(run_folder) if run_folder and (run_folder / "config.json").is_file() else None,
+        record.step if record else None,
+    )
+
+
+def _choose(folder: Path, log: CheckpointLog, which: Which | None) -> Checkpoint:
+    """The one asked for; unasked, the best of a run that keeps track of it, and else the last."""
+    best, last = log.best(), log.last()
+    if last is None:
+        raise CheckpointError(
+            f"The run in {folder} has no checkpoint yet. Wait for its first (save_every=), or stop it: "
+            f"a run that is stopped saves."
+        )
+    if which == "best" and best is None:
+        raise CheckpointError(
+            f"The run in {folder} has no best checkpoint: it kept track of none (best_metric=), or its "
+            f"folder is gone. Say which=last."
+        )
+    return last if which == "last" or best is None else best
+
+
+def _missing(folder: Path, run_folder: Path | None) -> CheckpointError:
+    if run_folder is not None:
+        names = [record.name for record in read_records(run_folder / "checkpoints.jsonl")]
+        return CheckpointError(
+            f"There is no checkpoint {folder}. The run {run_folder} has: {', '.join(names) or 'none yet'}."
+        )
+    return CheckpointError(
+        f"There is no checkpoint {folder}. Give the folder of a run (its log_path) or of one of its "
+        f"checkpoints, as a run prints it: checkpoint=runs/sft/checkpoints/final"
+    )
+
+
+def _record_of(folder: Path, run_folder: Path | None) -> Checkpoint | None:
+    if run_folder is None:
+        return None
+    for record in read_records(run_folder / "checkpoints.jsonl"):
+        if (run_folder / record.path).resolve() == folder.resolve():
+            return record
+    return None
+
+
+def _with_embedded_name(base_model: str) -> str:
+    """PEFT's own files name the embedded model by where it was installed."""
+    return embedded.MODEL_NAME if Path(base_model).parts[-3:] == _EMBEDDED else base_model
+
+
+def is_on_hub(base_model: str) -> bool:
+    """Whether a model's name is a hub id."""
+    looks_so = _HUB_ID.fullmatch(base_model) is not None
+    return looks_so and base_model != embedded.MODEL_NAME and not Path(base_model).is_dir()
+
+
+def public_name(base_model: str) -> str:
+    """A model's name as another machine may read it: a hub id, or a word for what is on this one alone.
+
+    The word for a folder is no hub id on purpose: nobody's repository can take its place.
+    """
+    if base_model == embedded.MODEL_NAME or is_on_hub(base_model):
+        return base_model
+    return f"{Path(base_model).expanduser().resolve().name} (a folder of the machine it was trained on)"
+
+
+def path_elsewhere(base_model: str) -> str:
+    """What another machine loads a model by: its hub id, or a place that its reader has to fill in."""
+    return base_model if is_on_hub(base_model) else f"/path/to/{Path(base_model).expanduser().resolve().name}"

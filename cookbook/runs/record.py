@@ -1,0 +1,138 @@
+"""What a run left in its folder, read for a report."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cookbook.utils import json_files
+from cookbook.runs.checkpoints import CheckpointLog, read_records
+from cookbook.config.config_files import TYPE_KEY
+from cookbook.errors import ConfigError, DataError
+from cookbook.utils.json_files import Count, Origin
+from cookbook.runs.rows import OF_EVERY_STEP
+from cookbook.runs.metrics import METRICS_FILE, MetricsReader, Series
+from cookbook.runs.rows import read_tables
+
+WIDE = 8
+"""Where the greatest value is so many times the least, a logarithmic axis shows more of a curve."""
+
+
+@dataclass(frozen=True, eq=False)
+class RunRecord:
+    folder: Path
+    name: str
+    config: Mapping[str, Any]
+    metrics: Mapping[str, Series]
+    num_steps: int
+    """Optimizer steps that were taken and logged."""
+    is_finished: bool = False
+    data: Mapping[str, Any] = field(default_factory=dict)
+    environment: Mapping[str, Any] = field(default_factory=dict)
+    tables: list[dict[str, Any]] = field(default_factory=list)
+    checkpoints: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def evals(self) -> dict[str, Series]:
+        """The metrics that evaluators measured."""
+        return {name: series for name, series in self.metrics.items() if is_eval(name)}
+
+    def total(self, metric: str) -> float:
+        """The sum of a metric over all steps."""
+        series = self.metrics.get(metric)
+        return 0.0 if series is None else float(series.values.sum())
+
+
+def is_wide(least: float, greatest: float) -> bool:
+    """Whether a curve between these values is a line along the floor, unless its axis is logarithmic."""
+    return least > 0 and greatest / least > WIDE
+
+
+def is_eval(metric: str) -> bool:
+    return metric.split("/")[0] not in OF_EVERY_STEP
+
+
+def read_run(folder: str | Path, metrics: MetricsReader | None = None, with_tables: bool = True) -> RunRecord:
+    """Everything there is to show of a run, in progress or over. Raises ConfigError where there is none.
+
+    `metrics` is a reader of that run's, which has read some of them before. Tables may be left unread.
+    """
+    path = Path(folder).expanduser()
+    config = _read_config(path)
+    metrics = metrics or MetricsReader(path)
+    metrics.update()
+    steps = metrics.columns.get("optim/learning_rate")
+    return RunRecord(
+        folder=path,
+        name=path.resolve().name,
+        config=config,
+        metrics=metrics.series(),
+        num_steps=0 if steps is None else len(steps.steps),
+        is_finished=CheckpointLog(path).is_finished if (path / "checkpoints.jsonl").exists() else False,
+        data=_read_data(path / "data.json"),
+        environment=_read_object(path / "environment.json"),
+        tables=read_tables(path / "tables.jsonl") if with_tables else [],
+        checkpoints=[asdict(record) for record in read_records(path / "checkpoints.jsonl")],
+    )
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    if not folder.is_dir():
+        raise ConfigError(f"There is no folder {folder}. Give the folder of a run, its log_path.")
+    path = folder / "config.json"
+    config = _read_object(path) if path.is_file() else {}
+    if TYPE_KEY not in config:
+        inside = sorted(str(found.parent) for found in folder.glob(f"*/{METRICS_FILE}"))
+        hint = f" Runs in it: {', '.join(inside)}." if inside else ""
+        raise ConfigError(f"{folder} is no run's folder: it has no config.json of a run.{hint}")
+    shape = {TYPE_KEY: str, "best_metric": str | None}
+    json_files.check(config, shape, Origin(str(path), DataError, _REPAIR))
+    return config
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    """A JSON file of the run's folder; {} where there is none."""
+    if not path.exists():
+        return {}
+    return json_files.read_object(path, DataError, _REPAIR)
+
+
+_REPAIR = "Restore or remove it."
+_NOTE_SHAPE = {"noun": str, "what": str, "item": str, "count": Count}
+_COUNTS = (
+    "rows", "examples", "tokens", "trained_tokens", "longest", "truncated", "too_long", "untrained",
+    "filtered", "bad",
+)  # fmt: skip
+_SOURCE_SHAPE: Mapping[str, Any] = {
+    "name": str,
+    "role": str | None,
+    "files": list[str] | None,
+    "unread": list[str] | None,
+    "notes": list[Mapping[str, Any]] | None,
+    "bad_rows": list[Mapping[str, str]] | None,
+    "length_histogram": Mapping[str, list[Count]] | None,
+    **dict.fromkeys(_COUNTS, Count | None),
+}
+"""What a page shows of the report of a source."""
+
+
+def _read_data(path: Path) -> dict[str, Any]:
+    values = _read_object(path)
+    origin = Origin(str(path), DataError, _REPAIR)
+    lists = {"sources": list[Mapping[str, Any]] | None, "evaluation_sources": list[Mapping[str, Any]] | None}
+    json_files.check(values, lists, origin)
+    for name in lists:
+        for index, source in enumerate(values.get(name) or ()):
+            below = Origin(f"`{name}[{index}]` of {path}", DataError, _REPAIR)
+            json_files.check(source, _SOURCE_SHAPE, below)
+            for key in [key for key, value in source.items() if value is None]:
+                del source[key]
+            for note in source.get("notes") or ():
+                json_files.check(note, _NOTE_SHAPE, below)
+            histogram = source.get("length_histogram") or {}
+            edges, counts = histogram.get("edges", []), histogram.get("counts", [])
+            if len(edges) != len(counts) + bool(counts):
+                below.refuse("`length_histogram` has not one edge more than counts")
+    return {key: value for key, value in values.items() if value is not None}

@@ -1,0 +1,43 @@
+"""The rows that a run writes step by step, checked as they are read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from cookbook.utils import jsonl
+from cookbook.utils.json_files import Count, Measured
+
+OF_EVERY_STEP = ("epoch", "train", "optim", "data", "perf")
+"""What the paths of metrics begin with that no evaluator measured."""
+
+METRICS_SHAPE: Mapping[str, Any] = {"step": Count}
+METRICS_VALUE: Any = Measured | bool
+"""Beside the step a row of metrics.jsonl has numbers alone, which may be nan or infinite."""
+TABLES_SHAPE: Mapping[str, Any] = {"step": Count, "table": str, "row": Mapping[str, Any]}
+CHANGES_SHAPE: Mapping[str, Any] = {
+    "step": Count,
+    "ended_by_patience": bool,
+    "changes": Mapping[str, Mapping[str, Any]],
+}
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    return jsonl.read(path, METRICS_SHAPE, rest=METRICS_VALUE)
+
+
+def read_tables(path: Path) -> list[dict[str, Any]]:
+    rows = jsonl.read(path, TABLES_SHAPE)
+    columns: dict[tuple[int, str], list[str]] = {}
+    for number, row in enumerate(rows, 1):
+        expected = columns.setdefault((row["step"], row["table"]), list(row["row"]))
+        if list(row["row"]) != expected:
+            jsonl.origin_of(path, number).refuse(
+                f"`row` has the columns {', '.join(row['row'])}, and that table has {', '.join(expected)}"
+            )
+    return rows
+
+
+def read_changes(path: Path) -> list[dict[str, Any]]:
+    return jsonl.read(path, CHANGES_SHAPE)

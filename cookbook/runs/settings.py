@@ -1,0 +1,77 @@
+"""A config to look at: what was set first, what was left alone after it."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import chz
+
+from cookbook.config.config_files import TYPE_KEY, is_own
+
+_NONE = object()
+"""The default of a field that has none."""
+
+
+class Setting(NamedTuple):
+    key: str
+    value: str
+    is_default: bool
+
+
+def settings_of(config: Mapping[str, Any]) -> list[Setting]:
+    """Every setting by its dotted key, in the order of the config's fields."""
+    return list(_settings(config, "", _NONE))
+
+
+def texts_of(config: Mapping[str, Any]) -> dict[str, str]:
+    """Every setting as text, by its dotted key."""
+    return {setting.key: setting.value for setting in settings_of(config)}
+
+
+def _settings(value: Any, prefix: str, default: Any) -> Iterator[Setting]:
+    key = prefix.rstrip(".")
+    if isinstance(value, Mapping):
+        kind = value.get(TYPE_KEY)
+        if kind is not None and key:
+            yield Setting(key, str(kind).rpartition(":")[2], False)
+        defaults = _defaults(str(kind)) if kind is not None else {}
+        for name, item in value.items():
+            if name != TYPE_KEY:
+                yield from _settings(item, f"{prefix}{name}.", defaults.get(name, _NONE))
+    elif isinstance(value, list) and any(isinstance(item, (Mapping, list)) for item in value):
+        for index, item in enumerate(value):
+            yield from _settings(item, f"{prefix}{index}.", _NONE)
+    else:
+        yield Setting(key, _text(value), value == default)
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(_text, value)) or "none"
+    if isinstance(value, float):
+        return f"{value:.12g}"
+    return "none" if value is None else str(value)
+
+
+def _defaults(kind: str) -> dict[str, Any]:
+    """The defaults of a config class by field; {} for a class that cannot be looked at.
+
+    Only this project's modules are imported for it: a report runs no code that a config names.
+    """
+    module_name, _, name = kind.partition(":")
+    if is_own(module_name):
+        try:
+            importlib.import_module(module_name)
+        except ImportError:  # of another version of this project
+            return {}
+    found = getattr(sys.modules.get(module_name), name, None)
+    if not (isinstance(found, type) and chz.is_chz(found)):
+        return {}
+    defaults = {}
+    for field in chz.chz_fields(found).values():
+        factory = field._default_factory
+        defaults[field.logical_name] = factory() if callable(factory) else field._default
+    return defaults

@@ -1,0 +1,125 @@
+"""The figures of a run that stand at the top of its page."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from cookbook.errors import ConfigError
+from cookbook.runs.downsampling import smooth, smoothing_span
+from cookbook.runs.record import RunRecord
+from cookbook.runs.metrics import Series
+from cookbook.runs.directions import DEFAULT_METRIC, direction
+
+
+class Fact(NamedTuple):
+    label: str
+    value: str
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a metric came to. The weights that a run was given are not its best."""
+
+    metric: str
+    first: float
+    last: float
+    best: float | None
+    """None where nobody knows which way is better, and before the first evaluation of trained weights."""
+    best_step: int | None
+
+
+def outcome_of(metric: str, series: Series) -> Outcome:
+    first, better = float(series.values[0]), better_of(metric)
+    after_training = int(series.steps[0] == 0)
+    values = series.values[after_training:]
+    if better is None or not len(values):
+        return Outcome(metric, first, series.last, None, None)
+    index = int(values.argmin() if better == "min" else values.argmax())
+    return Outcome(
+        metric, first, series.last, float(values[index]), int(series.steps[after_training + index])
+    )
+
+
+def better_of(metric: str) -> Literal["min", "max"] | None:
+    """Which way a metric is better, by its name."""
+    try:
+        return direction(metric, "auto")
+    except ConfigError:
+        return None
+
+
+def headline_metric(run: RunRecord) -> str | None:
+    """The metric that a run is judged by: the one it keeps its best checkpoint by, else a measured one."""
+    wanted = [run.config.get("best_metric"), DEFAULT_METRIC, *run.evals, "train/nll"]
+    return next((str(metric) for metric in wanted if metric in run.metrics), None)
+
+
+def facts_of(run: RunRecord) -> list[Fact]:
+    facts = [Fact("Steps", f"{run.num_steps:,}", status_of(run))]
+    if (trained := run.metrics.get("train/nll")) is not None:
+        span = smoothing_span(len(trained))
+        last = float(smooth(trained.values, span)[-1])
+        note = f"mean of about {span} steps" if span > 1 else f"from {number(float(trained.values[0]))}"
+        facts.append(Fact("train/nll", number(last), note))
+    headline = headline_metric(run)
+    if headline is not None and headline != "train/nll":
+        outcome = outcome_of(headline, run.metrics[headline])
+        facts.append(Fact(headline, number(outcome.last), f"from {number(outcome.first)} before training"))
+        if outcome.best is not None and outcome.best != outcome.last:
+            facts.append(Fact(f"best {headline}", number(outcome.best), f"after {outcome.best_step:,} steps"))
+    facts += _costs(run)
+    device = run.environment.get("device")
+    if device:
+        facts.append(Fact("Device", str(device), str(run.environment.get("dtype", ""))))
+    return facts
+
+
+def _costs(run: RunRecord) -> list[Fact]:
+    seconds, tokens = run.total("perf/seconds"), run.total("data/tokens")
+    if not seconds:
+        return []
+    trained = run.total("data/trained_tokens")
+    lost, how = run.total("perf/seconds_idle"), "with the device idle"
+    if "perf/seconds_idle" not in run.metrics:
+        lost, how = run.total("perf/seconds_waited_for_batch"), "waiting for data"
+    return [
+        Fact("Time", duration(seconds), f"{lost / seconds:.1%} of it {how}"),
+        Fact("Tokens", count(tokens), f"{count(trained)} of them trained"),
+        Fact("Tokens per second", count(tokens / seconds), "evaluations and saving included"),
+    ]
+
+
+def status_of(run: RunRecord) -> str:
+    return "finished" if run.is_finished else "not finished"
+
+
+def outcomes_of(run: RunRecord) -> list[Outcome]:
+    return [outcome_of(metric, series) for metric, series in run.evals.items()]
+
+
+# -- in words -----------------------------------------------------------------------------------
+
+
+def number(value: float) -> str:
+    if value == 0 or 1e-3 <= abs(value) < 1000:
+        return f"{value:.4g}" if abs(value) >= 1 else f"{value:.4f}"
+    return f"{value:,.0f}" if 1000 <= abs(value) < 1e7 else f"{value:.2e}"
+
+
+def count(value: float) -> str:
+    for size, letter in ((1e9, "G"), (1e6, "M")):
+        if value >= size:
+            return f"{value / size:.3g} {letter}"
+    return f"{value:,.0f}"
+
+
+def duration(seconds: float) -> str:
+    if seconds < 60 or seconds > 1e12:
+        return f"{seconds:.3g} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours:,} h {minutes:02d} min"

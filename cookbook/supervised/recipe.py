@@ -1,0 +1,74 @@
+"""A recipe by its name: what `python -m recipes.<name>` trains, for those who run it many times or elsewhere.
+
+A module is a recipe to train with where it has `DEFAULTS` and a `main` that returns a `train.RunSummary`;
+its config is its `Config`, or else `train.Config`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, get_type_hints
+
+from cookbook.config import cli
+from cookbook.config.config_files import Setting
+from cookbook.errors import ConfigError
+from cookbook.supervised import train
+from cookbook.utils.nearest import did_you_mean
+
+
+@dataclass(frozen=True)
+class Recipe:
+    module: str
+    """As `python -m` takes it."""
+    target: type[train.Config]
+    defaults: Mapping[str, Any]
+
+    @property
+    def name(self) -> str:
+        return self.module.rsplit(".", 1)[-1]
+
+    def make_config(self, argv: Sequence[str], log_path: str | None = None) -> train.Config:
+        """The config of a run with nothing left open: a learning rate of `auto` is a number.
+
+        A `log_path` takes the place of the one in `argv`.
+        """
+        overrides = {} if log_path is None else {"log_path": log_path}
+        made = cli.make_config(self.target, self.defaults, argv, prog=self.module, overrides=overrides)
+        return made.resolved()
+
+    def settings(self, argv: Sequence[str]) -> dict[str, Setting]:
+        """What `argv` sets, in a config file or itself, by whole keys. Later wins."""
+        return cli.make_resolver(self.target, self.defaults, cli.read_arguments(argv)).merged()
+
+
+def find_recipe(name: str) -> Recipe:
+    """The recipe `recipes.<name>`, or a module of the user's own by its dotted name.
+
+    Raises ConfigError for what is no recipe, naming those there are.
+    """
+    module_name = name if "." in name else f"recipes.{name}"
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not module_name.startswith(error.name):
+            raise  # something that the recipe itself imports
+        raise ConfigError(f"There is no recipe {name!r}. {_known(name)}") from None
+    if not is_trained_by(module):
+        raise ConfigError(f"recipe={name} trains nothing that is resumed by its config. {_known(name)}")
+    return Recipe(module_name, getattr(module, "Config", train.Config), module.DEFAULTS)
+
+
+def is_trained_by(module: Any) -> bool:
+    main = getattr(module, "main", None)
+    return hasattr(module, "DEFAULTS") and get_type_hints(main).get("return") is train.RunSummary
+
+
+def _known(name: str) -> str:
+    package = importlib.import_module("recipes")  # by name: nothing here depends on a recipe
+    names = [module.name for module in pkgutil.iter_modules(package.__path__)]
+    trained = [one for one in names if is_trained_by(importlib.import_module(f"recipes.{one}"))]
+    hint = did_you_mean(name, trained)
+    return f"{hint} Recipes: {', '.join(trained)}; your own goes by its module, as in mine.recipe.".lstrip()

@@ -1,0 +1,161 @@
+"""The standard streams and the terminal, whatever the encoding is and whatever the text that is printed."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import os
+import re
+import sys
+import threading
+import traceback
+import warnings
+from collections.abc import Iterator
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+from cookbook.utils.control_characters import visible, visible_entry, visible_line
+
+_COLOUR = re.compile("\x1b\\[[0-9;]*m")
+_ESCAPED_BYTE = re.compile("[\udc80-\udcff]")
+
+
+def replace_unprintable() -> None:
+    """Has standard output and error replace what their encoding lacks, which by default is an exception.
+
+    Standard error stays as it is where it escapes such characters already, as Python has it by default.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
+            stream.reconfigure(errors="replace")
+
+
+def discard_output() -> None:
+    """For when the reader of standard output is gone: what is printed from here on is no error."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def keep_undecodable_input() -> None:
+    """Has standard input keep bytes it cannot decode, for `undecodable_byte` to find.
+
+    Where it is ASCII it is read as UTF-8, as all other text is.
+    """
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        encoding = "utf-8" if _is_ascii(sys.stdin.encoding) else sys.stdin.encoding
+        sys.stdin.reconfigure(encoding=encoding, errors="surrogateescape")
+
+
+def undecodable_byte(text: str) -> tuple[int, int] | None:
+    """The first byte of a text that was kept because it could not be decoded, and its index."""
+    found = _ESCAPED_BYTE.search(text)
+    return None if found is None else (ord(found[0]) - 0xDC00, found.start())
+
+
+def decoded_argument(argument: str) -> str:
+    """The text of a command line argument, which Python leaves undecoded where the environment is ASCII."""
+    if undecodable_byte(argument) is None:
+        return argument
+    try:
+        return os.fsencode(argument).decode()
+    except UnicodeError:
+        return argument
+
+
+def _is_ascii(encoding: str) -> bool:
+    return "é".encode(encoding, "replace") == b"?"
+
+
+# -- Rich -----------------------------------------------------------------------------------------
+
+
+def make_console(is_quiet: bool = False) -> Console:
+    """Writes to standard output; lines are wrapped for a terminal and left whole for anything else.
+
+    Characters that standard output cannot encode are replaced. Text is text: neither markup nor the names
+    of emoji in it are interpreted, and nothing in it is highlighted. Where its reader closes the pipe, as
+    `head` does, a run or a sweep continues and prints no more.
+    """
+    replace_unprintable()
+    return _PlainConsole(
+        soft_wrap=not sys.stdout.isatty(), quiet=is_quiet, markup=False, emoji=False, highlight=False
+    )
+
+
+class _PlainConsole(Console):
+    def on_broken_pipe(self) -> None:
+        """Rich would end the program here, in the middle of whatever it does."""
+        self.quiet = True
+        discard_output()
+
+
+def plain(text: object, style: str = "") -> Text:
+    """A text for any Rich console to print as it is, whatever is in it, over as many lines as it has."""
+    return Text(visible(text), style)
+
+
+def plain_line(text: object, style: str = "") -> Text:
+    """The same of a text that is one line: a title, a cell of a table, a message of one line."""
+    return Text(visible_line(text), style)
+
+
+# -- what others print --------------------------------------------------------------------------------
+
+
+class VisibleFormatter(logging.Formatter):
+    """Entries of a log that cannot be forged by text in them."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return visible_entry(super().format(record))
+
+
+class _VisibleRecord(logging.LogRecord):
+    """A record whose message and traceback every handler, also of another library, writes visibly.
+
+    Colours that a library gives its messages are dropped: they cannot be told from those of text in them.
+    """
+
+    def __init__(self, *values: Any, **more: Any) -> None:
+        super().__init__(*values, **more)
+        if self.exc_info is not None and self.exc_info[0] is not None:
+            self.exc_text = visible("".join(traceback.format_exception(*self.exc_info))).rstrip("\n")
+
+    def getMessage(self) -> str:
+        message = super().getMessage()
+        return visible(message if self.name.startswith("cookbook.") else _COLOUR.sub("", message))
+
+
+@contextlib.contextmanager
+def visible_output() -> Iterator[None]:
+    """Has Python and all libraries print warnings, logs and tracebacks visibly, while a program runs.
+
+    Tracebacks of errors that end the program are printed after that, so their hook stays.
+    """
+    if sys.excepthook is sys.__excepthook__:
+        sys.excepthook = _print_traceback
+    make_record, format_warning = logging.getLogRecordFactory(), warnings.formatwarning
+    thread_hook = threading.excepthook
+    logging.setLogRecordFactory(_VisibleRecord)
+    # `warnings` calls whatever function stands there
+    warnings.formatwarning = lambda *about, **more: visible(format_warning(*about, **more))
+    threading.excepthook = _print_traceback_of_thread
+    try:
+        yield
+    finally:
+        logging.setLogRecordFactory(make_record)
+        warnings.formatwarning = format_warning
+        threading.excepthook = thread_hook
+
+
+def _print_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    sys.stderr.write(visible("".join(traceback.format_exception(kind, error, trace))))
+
+
+def _print_traceback_of_thread(failure: threading.ExceptHookArgs) -> None:
+    if failure.exc_value is not None and not isinstance(failure.exc_value, SystemExit):
+        name = "a thread" if failure.thread is None else failure.thread.name
+        sys.stderr.write(f"Exception in {visible_line(name)}:\n")
+        _print_traceback(failure.exc_type, failure.exc_value, failure.exc_traceback)

@@ -1,0 +1,180 @@
+"""Append-only JSON lines that survive a kill between any two bytes."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+from cookbook.errors import DataError
+from cookbook.utils import files, json_files
+from cookbook.utils.json_files import Origin
+from cookbook.utils.lines import limited_lines, max_line_bytes, why_too_long
+
+REPAIR = "Remove that line and those after it; a resumed run measures them again."
+
+
+def read(path: Path, shape: Mapping[str, Any] | None = None, rest: Any = Any) -> list[dict[str, Any]]:
+    """The rows of a file this program wrote; none where there is no file.
+
+    Rows are appended whole, so only the last line can be torn; it is left out. Each is an object with the
+    keys and types of `shape`, and `rest` under every other key (see `json_files`).
+    """
+    if not path.exists():
+        return []
+    most_bytes = max_line_bytes()
+    rows = []
+    with files.reading(path) as file:
+        for number, line in enumerate(limited_lines(file, most_bytes), 1):
+            if line is None:  # the rest of it, however long, is not read
+                raise DataError(f"line {number} of {path} {why_too_long(most_bytes)}")
+            if line.endswith(b"\n"):
+                rows.append(row_of(line, origin_of(path, number), shape, rest))
+    return rows
+
+
+def origin_of(path: Path, line_number: int) -> Origin:
+    return Origin(f"line {line_number} of {path}", DataError, REPAIR)
+
+
+def row_of(
+    line: bytes, origin: Origin, shape: Mapping[str, Any] | None = None, rest: Any = Any
+) -> dict[str, Any]:
+    row = json_files.object_of(line, origin)
+    json_files.check(row, shape or {}, origin, rest)
+    return row
+
+
+def read_backwards(
+    path: Path, shape: Mapping[str, Any] | None = None, rest: Any = Any
+) -> Iterator[dict[str, Any]]:
+    """The same rows, the last one first. What lies before the rows that are taken is not read."""
+    if not path.exists():
+        return
+    most_bytes = max_line_bytes()
+    with files.reading(path) as file:
+        start = file.seek(0, os.SEEK_END)
+        begun: bytes | None = None
+        """The line that the block behind this one began in; None behind the last end of a line."""
+        block, num_torn = BACKWARDS_BLOCK, 0
+        while start:
+            end, start = start, max(0, start - block)
+            file.seek(start)
+            lines = (file.read(end - start) + (begun or b"")).split(b"\n")
+            block = BACKWARDS_BLOCK if lines[1:] else min(2 * block, most_bytes)
+            if begun is None and not lines[1:]:
+                num_torn += end - start  # of a line without its end, which is not read
+                if num_torn > most_bytes:
+                    raise DataError(f"The last line of {path} {why_too_long(most_bytes)}")
+                continue
+            if begun is None:
+                lines.pop()
+            if start:
+                begun = lines.pop(0)
+                if len(begun) > most_bytes:
+                    raise DataError(f"A line of {path} {why_too_long(most_bytes)}")
+            for line in reversed(lines):
+                yield row_of(
+                    line, Origin(f"The line {line[:60]!r} of {path}", DataError, REPAIR), shape, rest
+                )
+
+
+class Lines(NamedTuple):
+    """Whole lines of a file, each with its end."""
+
+    content: bytes
+    first: int
+    """The number of the first of them, from 1. Where it is 1, all that was read before is void."""
+
+
+class Follower:
+    """The whole lines of a file that somebody else writes, each of them once.
+
+    Such a file grows at its end, or is replaced: by another of its name, or in place by a shorter one or one
+    that differs. Then all of it is read again. A line without its end is read when it has one.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file: tuple[int, int] | None = None
+        """That was read: its device and its inode."""
+        self._seen: os.stat_result | None = None
+        """The file when all of it had been read."""
+        self._offset = 0
+        """Behind the last whole line that was given."""
+        self._tail = b""
+        """The last bytes before the offset."""
+        self._num_lines = 0
+
+    def new(self) -> Iterator[Lines]:
+        """What is new since the last call, in blocks. Of a file that is gone, no lines, the first of them 1.
+
+        A block counts as given when the next one is asked for.
+        """
+        try:
+            if self._seen is not None and _is_same(self._path.stat(), self._seen):
+                return
+            with files.reading(self._path) as file:
+                yield from self._new(file)
+        except FileNotFoundError:
+            if self._file is not None:
+                self._forget()
+                yield Lines(b"", 1)
+
+    def _new(self, file: IO[bytes]) -> Iterator[Lines]:
+        found = os.fstat(file.fileno())
+        self._seen = None
+        if self._file is not None and not self._is_continued_by(file, found):
+            self._forget()
+            yield Lines(b"", 1)
+        self._file = found.st_dev, found.st_ino
+        file.seek(self._offset)
+        left, rest, most_bytes = found.st_size - self._offset, b"", max_line_bytes()
+        while left > 0 and (read := file.read(min(left, BLOCK))):
+            left -= len(read)
+            whole, end, rest = (rest + read).rpartition(b"\n")
+            if len(rest) > most_bytes:
+                raise DataError(f"line {self._num_lines + 1} of {self._path} {why_too_long(most_bytes)}")
+            if end:
+                yield Lines(whole + end, self._num_lines + 1)
+                self._num_lines += whole.count(b"\n") + 1
+                self._offset += len(whole) + 1
+                self._tail = (self._tail + whole[-TAIL:] + end)[-TAIL:]
+        self._seen = found
+
+    def _is_continued_by(self, file: IO[bytes], found: os.stat_result) -> bool:
+        if (found.st_dev, found.st_ino) != self._file or found.st_size < self._offset:
+            return False
+        file.seek(self._offset - len(self._tail))
+        return file.read(len(self._tail)) == self._tail
+
+    def _forget(self) -> None:
+        self._file, self._seen, self._offset, self._tail, self._num_lines = None, None, 0, b"", 0
+
+
+BLOCK = 1 << 22
+BACKWARDS_BLOCK = 1 << 16
+TAIL = 1 << 10
+
+
+def _is_same(now: os.stat_result, then: os.stat_result) -> bool:
+    return all(
+        getattr(now, name) == getattr(then, name) for name in ("st_dev", "st_ino", "st_size", "st_mtime_ns")
+    )
+
+
+def append(path: Path, row: Mapping[str, Any]) -> None:
+    with files.appending(path) as file:
+        file.write(_line(row))
+
+
+def rewrite(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Replaces the file by these rows, at once."""
+    files.write(path, b"".join(_line(row) for row in rows))
+
+
+def _line(row: Mapping[str, Any]) -> bytes:
+    """JSON in UTF-8. Halves of characters, as in a file name that is no UTF-8, are written as `\\udc80`."""
+    return (json.dumps(row, ensure_ascii=False) + "\n").encode(errors="backslashreplace")

@@ -1,0 +1,295 @@
+"""The one place that loads what somebody published: configs, tokenizers and models, from a folder or the hub.
+
+All of it is only data. Code that comes with a model is never imported, and the user is not asked about it.
+Weights are read from safetensors: a pickle can run code, and is refused with the way to convert it. A config
+is checked before anything is built of it: it may name code on the hub, or sizes that fill the memory.
+"""
+
+from __future__ import annotations
+
+import base64
+import math
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cookbook.errors import CheckpointError, DataError, ModelError
+from cookbook.utils import json_files
+from cookbook.utils.files import PLAIN_NAME
+from cookbook.utils.json_files import Origin
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+_NO_CODE: dict[str, Any] = {"trust_remote_code": False}
+"""Not left out: transformers would ask at standard input."""
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+
+MAX_SIZE = 2**24
+MAX_COUNT = 2**20
+MAX_EXPERTS = 2**13
+MAX_LAYERS = 2_000
+MAX_LABELS = 2**16
+MAX_GROWTH = 1_000
+"""So many times as long a tokenizer may make a text, before it has its tokens or of them."""
+MAX_PADDING = 2**20
+_MOST_BYTES_OF_TOKENIZERS = 2**28
+MAX_POST_PROCESSOR = 2_000
+"""Values: each of its templates may have any of its special tokens, and each of those any ids."""
+_MOST_WEIGHTS_PER_BYTE = 8
+"""4-bit files hold 2, and tied weights stand in them once."""
+
+
+def load_config(location: str | Path, local_files_only: bool = False) -> PretrainedConfig:
+    """The config of a model. Raises ModelError for one that names code, DataError for one that is damaged or
+    has sizes that no model has."""
+    from transformers import AutoConfig
+
+    _check_config_file(location, local_files_only)
+    config: PretrainedConfig = AutoConfig.from_pretrained(
+        location, local_files_only=local_files_only, **_NO_CODE
+    )
+    return config
+
+
+def load_tokenizer(location: str | Path, local_files_only: bool = False) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    if _file_of(location, "config.json", local_files_only) is not None:
+        _check_config_file(location, local_files_only)
+    _check_tokenizer_file(location, local_files_only)
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+        location, local_files_only=local_files_only, **_NO_CODE
+    )
+    return tokenizer
+
+
+def load_causal_lm(location: str | Path, local_files_only: bool = False, **options: Any) -> Any:
+    """The model with its weights. `options` are those of transformers.
+
+    Raises ModelError for pickles and for an adapter in the model's folder, DataError for a config that wants
+    far more weights than the files have.
+    """
+    from transformers import AutoModelForCausalLM
+
+    config = load_config(location, local_files_only)
+    if (path := _file_of(location, "adapter_config.json", local_files_only)) is not None:
+        raise ModelError(
+            f"{path} lies in the folder of a model, and transformers would put that adapter on it unasked. "
+            f"Remove it, or put the adapter in a folder of its own and give that as a checkpoint."
+        )
+    if Path(location).is_dir():
+        refuse_pickles(Path(location))
+        _check_sizes_of_weights(Path(location), config)
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            location, local_files_only=local_files_only, use_safetensors=True, **_NO_CODE, **options
+        )
+    except OSError as error:
+        if "use_safetensors" not in str(error):
+            raise
+        raise ModelError(_pickled(str(location), "no .safetensors file")) from error
+
+
+def load_adapter(model: Any, folder: str | Path, is_trainable: bool = False) -> Any:
+    """`model` with the adapter of a folder on it, as PEFT itself loads it."""
+    from peft import PeftModel
+
+    refuse_pickled_adapter(Path(folder))
+    return PeftModel.from_pretrained(model, str(folder), is_trainable=is_trainable, use_safetensors=True)
+
+
+def empty_causal_lm(config: PretrainedConfig) -> Any:
+    """A model without memory for its weights, on the device "meta"."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, **_NO_CODE)
+
+
+# -- weights ------------------------------------------------------------------------------------
+
+
+def refuse_pickles(folder: Path) -> None:
+    """Raises ModelError for a model folder whose weights are pickles alone, saying how to convert them."""
+    if any(folder.glob("*.safetensors")):
+        return
+    found = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
+    if found:
+        raise ModelError(_pickled(str(folder), found[0]))
+
+
+def refuse_pickled_adapter(folder: Path) -> None:
+    """Raises CheckpointError for an adapter whose tensors are a pickle alone, saying how to convert it."""
+    if (folder / "adapter_model.safetensors").is_file() or not (folder / "adapter_model.bin").is_file():
+        return
+    raise CheckpointError(
+        f"The adapter in {folder} is no safetensors (found: adapter_model.bin). Pickle files are never "
+        f"loaded, because reading one can run code. Where you trust the adapter, convert it once:\n"
+        f"  from peft import AutoPeftModelForCausalLM\n"
+        f"  AutoPeftModelForCausalLM.from_pretrained({str(folder)!r}).save_pretrained(folder)\n"
+        f"and give that folder."
+    )
+
+
+def _pickled(model: str, found: str) -> str:
+    return (
+        f"The weights of {model} are no safetensors (found: {found}). Pickle files are never loaded, because "
+        f"reading one can run code. Where you trust the model, convert it once:\n"
+        f"  from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+        f"  AutoModelForCausalLM.from_pretrained({model!r}, dtype='auto').save_pretrained(folder)\n"
+        f"  AutoTokenizer.from_pretrained({model!r}).save_pretrained(folder)\n"
+        f"and give that folder."
+    )
+
+
+def _check_sizes_of_weights(folder: Path, config: PretrainedConfig) -> None:
+    """transformers makes room for every weight of another shape than in the files, and says so afterwards."""
+    files = list(folder.glob("*.safetensors"))
+    if not files:
+        return  # transformers says so
+    num_bytes = sum(path.stat().st_size for path in files)
+    num_weights = sum(math.prod(weight.shape) for weight in empty_causal_lm(config).parameters())
+    if num_weights > _MOST_WEIGHTS_PER_BYTE * num_bytes:
+        raise DataError(
+            f"{folder / 'config.json'} wants {num_weights:,} weights, and the files beside it have "
+            f"{num_bytes:,} bytes: they belong to another model."
+        )
+
+
+# -- configs ------------------------------------------------------------------------------------
+
+
+def _file_of(location: str | Path, name: str, local_files_only: bool) -> Path | None:
+    from transformers.utils import cached_file
+
+    if Path(location).is_dir():
+        path = Path(location) / name
+        return path if path.exists() else None
+    found = cached_file(
+        str(location),
+        name,
+        local_files_only=local_files_only,
+        _raise_exceptions_for_missing_entries=False,
+    )
+    return None if found is None else Path(found)
+
+
+def _read(path: Path, most_bytes: int = json_files.MAX_BYTES) -> tuple[dict[str, Any], Origin]:
+    origin = Origin(str(path), DataError, "")
+    content = json_files.read_bytes(path, origin, most_bytes)
+    return json_files.object_of(content, origin, allow_repeats=True), origin
+
+
+def _check_config_file(location: str | Path, local_files_only: bool) -> None:
+    path = _file_of(location, "config.json", local_files_only)
+    if path is None:
+        return  # transformers says what is missing
+    values, origin = _read(path)
+    json_files.check(values, {"model_type": str | None, "auto_map": dict[str, Any] | None}, origin)
+    for key, value in _leaves(values, ""):
+        name = key.rpartition(".")[2]
+        is_choice = any(part.endswith("implementation") for part in key.split("."))  # one for each part, too
+        if is_choice and isinstance(value, str) and "/" in value:
+            raise ModelError(
+                f"{path} names code on the hub: {key}={json_files.shown(value)}. Code that comes with a "
+                f"model is never run. Remove that key: the attention is chosen here."
+            )
+        if type(value) is int and (most := _most(name)) is not None and value > most:
+            origin.refuse(f"`{key}` is {json_files.shown(value)}, and {most:,} is the most that is built")
+
+
+def _most(name: str) -> int | None:
+    """The largest value of a config's key that is a size of something; None for other keys."""
+    is_count = name.startswith(("num_", "n_"))
+    if re.search(r"(layers?|blocks?|depth)$", name):
+        return MAX_LAYERS
+    if is_count and "label" in name:
+        return MAX_LABELS
+    if is_count and "expert" in name:
+        return MAX_EXPERTS
+    if name.endswith(("_size", "_dim", "_rank")) or name.startswith("d_"):
+        return MAX_SIZE
+    return MAX_COUNT if is_count and not name.endswith(("positions", "ctx")) else None
+
+
+# -- tokenizers ---------------------------------------------------------------------------------
+
+
+def _check_tokenizer_file(location: str | Path, local_files_only: bool) -> None:
+    """Refuses a tokenizer that makes a short text so long that it fills the memory."""
+    config_path = _file_of(location, "tokenizer_config.json", local_files_only)
+    config, origin = ({}, None) if config_path is None else _read(config_path)
+    if origin is not None and config.get("fast_tokenizer_files"):
+        origin.refuse("`fast_tokenizer_files` names other files for other versions, which are not read here")
+    if origin is not None:
+        _check_template_names(config.get("chat_template"), origin)
+    path = _file_of(location, "tokenizer.json", local_files_only)
+    if path is None:
+        return
+    values, origin = _read(path, _MOST_BYTES_OF_TOKENIZERS)
+    for part in ("normalizer", "pre_tokenizer", "decoder"):
+        if (growth := _growth(values.get(part))) > MAX_GROWTH:
+            origin.refuse(f"its {part} makes a text up to {_in_words(growth)} times as long")
+    if (num_values := sum(1 for _ in _leaves(values.get("post_processor"), ""))) > MAX_POST_PROCESSOR:
+        origin.refuse(
+            f"its post_processor has {num_values:,} values, and {MAX_POST_PROCESSOR:,} are the most"
+        )
+    for key, value in _leaves(values.get("padding"), "padding"):
+        if type(value) is int and value > MAX_PADDING and not key.endswith("_id"):
+            origin.refuse(f"`{key}` is {json_files.shown(value)}, and {MAX_PADDING:,} is the most")
+
+
+def _check_template_names(templates: Any, origin: Origin) -> None:
+    """Each of several templates becomes a file where the tokenizer is saved."""
+    if isinstance(templates, list):
+        json_files.check({"chat_template": templates}, {"chat_template": list[Mapping[str, str]]}, origin)
+        templates = {template.get("name", ""): template for template in templates}
+    for name in templates if isinstance(templates, dict) else ():
+        if not PLAIN_NAME.fullmatch(name):
+            origin.refuse(f"`chat_template` has the name {json_files.shown(name)}, which names no file")
+
+
+def _growth(step: Any) -> int:
+    """How many times as long a text may be after a step, or a sequence of steps, of a tokenizer."""
+    if isinstance(step, list):
+        return math.prod(map(_growth, step))
+    if not isinstance(step, dict):
+        return 1
+    if step.get("type") == "ByteLevel":
+        return 2  # a letter beyond ASCII has as many characters as bytes, each time
+    own = 1
+    if isinstance(content := step.get("content"), str) and content:
+        pattern = step.get("pattern")
+        text = pattern.get("String") if isinstance(pattern, dict) else None
+        is_shorter = isinstance(text, str) and len(text) >= len(content)  # an expression may match nothing
+        own = 1 if is_shorter else 1 + len(content)
+    if isinstance(prepended := step.get("prepend"), str):
+        own = 1 + len(prepended)
+    if isinstance(charsmap := step.get("precompiled_charsmap"), str):
+        own = _longest_replacement(charsmap)
+    return own * math.prod(map(_growth, step.values()))
+
+
+def _longest_replacement(charsmap: str) -> int:
+    """Reads SentencePiece's map of characters: the size of its trie, the trie, texts that end with a zero."""
+    content = base64.b64decode(charsmap)
+    texts = content[4 + int.from_bytes(content[:4], "little") :].split(b"\0")
+    return max(1, *(len(text.decode(errors="replace")) for text in texts))
+
+
+def _in_words(growth: int) -> str:
+    return f"{growth:,}" if growth < 10**12 else "10^12 and more"
+
+
+def _leaves(value: Any, key: str) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict):
+        for name, item in value.items():
+            yield from _leaves(item, f"{key}.{name}".lstrip("."))
+    elif isinstance(value, list):
+        for item in value:
+            yield from _leaves(item, key)
+    else:
+        yield key, value

@@ -1,0 +1,86 @@
+"""What the formats of the Qwen family share: ChatML frames, and tools in the manner of Hermes.
+
+Results of tools stand in a user's frame, those in a row in one. Tools are described at the end of
+the system message, which such a conversation always has.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from renderers.base import Renderer, Rendering
+from renderers.draft import Draft
+from renderers.formats.hermes_tools import describe_tools
+from renderers.messages import PlainMessage, Tool
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+START, END = "<|im_start|>", "<|im_end|>"
+
+
+class ChatMLRenderer(Renderer):
+    """A format in ChatML frames. A tool's result is trained without the `<tool_response>` tags around it."""
+
+    frame = START + END
+    takes_tools = True
+
+    default_system: str | None = None
+    """The system message of a conversation that begins without one."""
+
+    reply_opening = ""
+    """What the prompt for a reply ends with, after its header."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        super().__init__(tokenizer)
+        self._end_id = self._token_id(END)
+
+    @abstractmethod
+    def _put_reply(self, draft: Draft, messages: Sequence[PlainMessage], index: int) -> None:
+        """Put what follows the header of message `index`, a reply, up to its end token."""
+
+    def _render_prompt(
+        self, messages: Sequence[PlainMessage], tools: Sequence[Tool] | None, role: str
+    ) -> Rendering:
+        if role not in ("assistant", "user"):
+            raise self._refuse_role(role, ["assistant", "user"])
+        draft = self._draft(messages, tools)
+        draft.put(f"{START}{role}\n")
+        draft.put(self.reply_opening if role == "assistant" else "")
+        return draft.finish()
+
+    def _draft(self, messages: Sequence[PlainMessage], tools: Sequence[Tool] | None) -> Draft:
+        draft = Draft()
+        has_system = messages[0]["role"] == "system"
+        if not has_system:
+            opening = [self.default_system or "", describe_tools(tools) if tools else ""]
+            if any(opening):
+                draft.put(f"{START}system\n" + "\n\n".join(filter(None, opening)) + f"{END}\n")
+        for index, message in enumerate(messages):
+            role = message["role"]
+            if role == "tool":
+                self._put_result(draft, messages, index)
+                continue
+            draft.put(f"{START}{role}\n")
+            if role == "assistant":
+                self._put_reply(draft, messages, index)
+            elif index == 0 and has_system and tools:
+                draft.put_text(index, message["content"])
+                draft.put(f"\n\n{describe_tools(tools)}{END}")
+            else:
+                draft.put_text(index, message["content"] + END)
+            draft.put("\n")
+        return draft
+
+    def _put_result(self, draft: Draft, messages: Sequence[PlainMessage], index: int) -> None:
+        before, after = messages[:index][-1:], messages[index + 1 : index + 2]
+        draft.put("" if before and before[0]["role"] == "tool" else f"{START}user")
+        draft.put("\n<tool_response>\n")
+        draft.put_text(index, messages[index]["content"])
+        draft.put("\n</tool_response>")
+        draft.put("" if after and after[0]["role"] == "tool" else f"{END}\n")
+
+    def get_stop_sequences(self) -> list[int]:
+        return [self._end_id]

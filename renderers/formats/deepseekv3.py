@@ -1,0 +1,237 @@
+"""DeepSeek V3 and R1, as the chat template published for both prints them.
+
+What a reader would not expect of that template:
+
+- Its generation prompt ends with `<think>` and a newline, yet it prints every reply without a think
+  block. So there are two renderers. `deepseekv3` prompts without the block, for models that do
+  not think (V3, V3-0324); its conversations are the template's. `deepseekv3_thinking` prompts as
+  the template does, for models that think (R1); the last reply of a conversation stands behind
+  that prompt with its think block, empty if it has no thinking, and all else is the template's.
+- System messages stand first, joined by blank lines, wherever they come in the conversation.
+- After results of tools nothing is printed but the end of the results: there the model takes over with
+  no header and no `<think>`, so one that thinks opens its block itself.
+- Only the first calls of tools in a conversation get a header, their text and an opening, and only the
+  first result of all opens the results. Later calls stand bare, behind a newline, and their text is lost.
+  No model writes them so behind the prompt it gets: a turn of later calls is trained as the last one,
+  written like the first, and stands bare once other messages follow.
+
+V3.1 and its successors have another format.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import replace
+from itertools import takewhile
+from typing import TYPE_CHECKING, ClassVar
+
+from cookbook.errors import RendererError
+from renderers.base import Renderer, Rendering, Span
+from renderers.draft import Draft
+from renderers.formats.deepseek_tools import CALL_TOKENS, CALLS, END_CALLS, parse_calls, print_calls
+from renderers.messages import Message, PlainMessage, Tool
+from renderers.reply_text import marked_text
+from renderers.streaming import START, Section, Sections
+from renderers.thinking import END_THINK, THINK, THINKING_BEGUN, parse_thinking
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_BOS, _END = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
+_USER, _ASSISTANT = "<｜User｜>", "<｜Assistant｜>"
+_OUTPUTS, _END_OUTPUTS = "<｜tool▁outputs▁begin｜>", "<｜tool▁outputs▁end｜>"
+_OUTPUT, _END_OUTPUT = "<｜tool▁output▁begin｜>", "<｜tool▁output▁end｜>"
+_CALLS_END_THE_TEXT: Sections = {
+    START: Section("content", ends={CALLS: "calls"}),
+    "calls": Section(None),
+}
+_THINKING: Sections = {
+    **THINKING_BEGUN,
+    "said": replace(THINKING_BEGUN["said"], ends={CALLS: "calls"}),
+    "calls": Section(None),
+}
+
+
+class DeepSeekV3Renderer(Renderer):
+    """Renders replies without thinking; a trained reply that has some is refused.
+
+    Arguments given as a dict print as JSON, those given as a string as they are. The descriptions
+    of tools have no place in the format.
+    """
+
+    name = "deepseekv3"
+    frame = _BOS + _END + _USER + _ASSISTANT + CALL_TOKENS + _OUTPUTS + _END_OUTPUTS + _OUTPUT + _END_OUTPUT
+    reply_sections = _CALLS_END_THE_TEXT
+    thinks: ClassVar[bool] = False
+    """Whether the prompt opens a think block."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        super().__init__(tokenizer)
+        for token in (_BOS, _USER, _ASSISTANT):
+            self._token_id(token)
+        self._end_id = self._token_id(_END)
+
+    def _guarded(
+        self, messages: Sequence[Message], tools: Sequence[Tool] | None
+    ) -> tuple[list[PlainMessage], list[Tool] | None]:
+        """As the base does, but with replies guarded like the rest: DeepSeek's tokens are not special."""
+        plain = self._plain(messages)
+        self._check_tools(tools)
+        guarded = self._encoder.guard([{**message, "role": "user"} for message in plain])
+        return [{**new, "role": old["role"]} for new, old in zip(guarded, plain, strict=True)], None
+
+    # -- rendering ----------------------------------------------------------------------------
+
+    def _render(
+        self, messages: Sequence[PlainMessage], chosen: Collection[int], tools: Sequence[Tool] | None
+    ) -> Rendering:
+        for index in chosen:
+            if messages[index]["role"] == "assistant":
+                self._check_trained(messages[index], index + 1)
+        last = len(messages) - 1
+        writes_last = messages[last]["role"] == "assistant" and (self.thinks or last in chosen)
+        draft, rewritten, after_outputs = self._draft(messages, last if writes_last else None)
+        draft.put(_END_OUTPUTS if after_outputs else "")
+        return draft.finish([index for index in rewritten if index in chosen])
+
+    def _render_prompt(
+        self, messages: Sequence[PlainMessage], tools: Sequence[Tool] | None, role: str
+    ) -> Rendering:
+        if role not in ("assistant", "user"):
+            raise self._refuse_role(role, ["assistant", "user"])
+        draft, _, after_outputs = self._draft(messages, None)
+        draft.put(self._prompt(after_outputs) if role == "assistant" else _USER)
+        return draft.finish()
+
+    def _check_trained(self, message: PlainMessage, number: int) -> None:
+        thought, _ = _thought_and_said(message)
+        if thought and not self.thinks:
+            raise RendererError(
+                f"Renderer `{self.name}` has no place for the thinking of message {number}. Remove it, leave "
+                "the message out of the training, or use renderer `deepseekv3_thinking`."
+            )
+        if thought.startswith(THINK) or END_THINK in thought:
+            raise RendererError(f"The thinking of message {number} holds a think tag of its own. Remove it.")
+
+    def _prompt(self, after_outputs: bool) -> str:
+        if after_outputs:
+            return _END_OUTPUTS
+        return f"{_ASSISTANT}{THINK}\n" if self.thinks else _ASSISTANT
+
+    def _draft(self, messages: Sequence[PlainMessage], last: int | None) -> tuple[Draft, list[int], bool]:
+        """All messages as history, but `last` as the model writes it.
+
+        Also the replies that stand there otherwise than the model wrote them, or behind another
+        prompt, and whether results of tools end the text.
+        """
+        draft = Draft()
+        draft.put(_BOS)
+        systems = [index for index, message in enumerate(messages) if message["role"] == "system"]
+        for index in systems:
+            draft.put("" if index == systems[0] else "\n\n")
+            draft.put_text(index, messages[index]["content"])
+        rewritten: list[int] = []
+        has_called = has_outputs = after_outputs = False
+        for index, message in enumerate(messages):
+            match message["role"]:
+                case "user":
+                    draft.put(_USER)
+                    draft.put_text(index, message["content"])
+                    after_outputs = False
+                case "tool":
+                    draft.put(_OUTPUT if has_outputs else _OUTPUTS + _OUTPUT)
+                    draft.put_text(index, message["content"])
+                    draft.put(_END_OUTPUT)
+                    has_outputs = after_outputs = True
+                case "assistant":
+                    calls = print_calls(message, index + 1)
+                    written = (self._prompt(after_outputs), self._written(message, calls, after_outputs))
+                    in_history = _in_history(message, calls, has_called, after_outputs)
+                    header, text = written if index == last else in_history
+                    draft.put(header)
+                    draft.put_reply(index, text + _END)
+                    if (header, text) != written or any(system > index for system in systems[-1:]):
+                        rewritten.append(index)
+                    has_called = has_called or bool(calls)
+                    after_outputs = False
+        return draft, rewritten, after_outputs
+
+    def _written(self, message: PlainMessage, calls: str, after_outputs: bool) -> str:
+        """What the model writes of the message behind its prompt."""
+        thought, said = _thought_and_said(message)
+        if self.thinks:
+            opening = f"{THINK}\n" if after_outputs else ""
+            said = "{}{}\n{}\n\n{}".format(opening, thought, END_THINK, said.lstrip("\n"))
+        return f"{said}{CALLS}{calls}{END_CALLS}" if calls else said
+
+    def _span_in_history(
+        self,
+        messages: Sequence[PlainMessage],
+        rendering: Rendering,
+        index: int,
+        tools: Sequence[Tool] | None,
+    ) -> Span:
+        if messages[index].get("tool_calls") and any(m.get("tool_calls") for m in messages[:index]):
+            raise RendererError(
+                f"Renderer `{self.name}` prints the tool calls of message {index + 1} without their header "
+                "once other messages follow. Use build_supervised_examples, which trains every turn as the "
+                "model meets it."
+            )
+        return rendering.spans[index]
+
+    # -- parsing ------------------------------------------------------------------------------
+
+    def get_stop_sequences(self) -> list[int]:
+        return [self._end_id]
+
+    def parse_response(self, tokens: Sequence[int]) -> tuple[Message, bool]:
+        text, ended = self._decode(tokens, [self._end_id])
+        malformed: Message = {"role": "assistant", "content": text}
+        reply = list(takewhile(lambda token: token != self._end_id, tokens))
+        marked = marked_text(self.tokenizer, self._encoder, reply)
+        if marked is None:
+            return malformed, False
+        said, opening, calls = marked.partition(CALLS)
+        tool_calls = parse_calls(calls, self._encoder) if opening else []
+        if tool_calls is None or self._encoder.control.search(said):
+            return malformed, False
+        message, closed = self._parse_said(self._encoder.unguard(said))
+        if not closed:
+            return malformed, False
+        return ({**message, "tool_calls": tool_calls} if tool_calls else message), ended
+
+    def _parse_said(self, text: str) -> tuple[Message, bool]:
+        """A message of the text before the calls, and whether its thinking is closed."""
+        return {"role": "assistant", "content": text}, True
+
+
+class DeepSeekV3ThinkingRenderer(DeepSeekV3Renderer):
+    """Renders the last reply with its thinking, which the template drops from all earlier ones.
+
+    Newlines around the thinking are the format's own. Content may hold the thinking between `<think>` tags.
+    """
+
+    name = "deepseekv3_thinking"
+    thinks = True
+    reply_sections = _THINKING
+
+    def _parse_said(self, text: str) -> tuple[Message, bool]:
+        return parse_thinking(text, begun=True)
+
+
+def _thought_and_said(message: PlainMessage) -> tuple[str, str]:
+    content = message.get("content", "")
+    if "reasoning_content" in message or END_THINK not in content:
+        return message.get("reasoning_content", "").strip("\n"), content
+    thought, _, said = content.rpartition(END_THINK)
+    return thought.lstrip("\n").removeprefix(THINK).strip("\n"), said
+
+
+def _in_history(message: PlainMessage, calls: str, has_called: bool, after_outputs: bool) -> tuple[str, str]:
+    """The header and the text that the template prints."""
+    content = message.get("content", "")
+    if calls and has_called:
+        return "\n", calls + END_CALLS
+    if calls:
+        return _ASSISTANT, f"{content}{CALLS}{calls}{END_CALLS}"
+    return (_END_OUTPUTS, content) if after_outputs else (_ASSISTANT, content.split(END_THINK)[-1])

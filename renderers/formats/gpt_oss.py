@@ -1,0 +1,240 @@
+"""gpt-oss, in OpenAI's harmony format as its published chat template prints it.
+
+What a reader would not expect of that template:
+
+- Its system message gives the day's date. Here it is always the same (`today.py`), or the `current_date`
+  that the renderer is made with, so a conversation has the same tokens on any day.
+- A conversation's own system or developer message becomes the developer message, with the tools.
+  There is a place for one, at the start.
+- A reply ends with `<|return|>` when it is sampled and with `<|end|>` in the history, without its
+  thinking: every earlier reply of a conversation is rewritten.
+- The thinking before a call of a tool stands until a reply without calls follows. The template drops
+  it from the whole conversation as soon as one does, though the prompt for that reply shows it.
+  A conversation whose last message is a trained reply keeps what the prompt shows.
+- A message holds one call. The text beside it is printed as thinking, so a trained message with a call
+  gives its thinking as `reasoning_content` and no text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import TYPE_CHECKING, Literal
+
+from cookbook.errors import RendererError
+from renderers.base import Renderer, Rendering
+from renderers.draft import Draft
+from renderers.formats.gpt_oss_reply import REPLY, parse_reply
+from renderers.formats.gpt_oss_tools import print_namespace
+from renderers.jinja.today import TODAY
+from renderers.messages import ROLES, Message, PlainMessage, Tool, function_of, to_json
+from renderers.reply_text import marked_text
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+CURRENT_DATE = f"{TODAY:%Y-%m-%d}"
+
+_START, _CHANNEL, _MESSAGE = "<|start|>", "<|channel|>", "<|message|>"
+_END, _CALL, _RETURN = "<|end|>", "<|call|>", "<|return|>"
+_TEXT_TOKENS = "<|startoftext|><|endoftext|>"
+
+
+class GptOssRenderer(Renderer):
+    """Renders as the template does; arguments given as a JSON string print as the object they spell.
+
+    For another date register `partial(GptOssRenderer, current_date="2026-01-31")` under a name of its own.
+    """
+
+    name = "gpt_oss"
+    roles = ROLES
+    frame = _START + _CHANNEL + _MESSAGE + "<|constrain|>" + _END + _CALL + _RETURN + _TEXT_TOKENS
+    takes_tools = True
+    reply_sections = REPLY
+
+    reasoning_effort: Literal["low", "medium", "high"] = "medium"
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, current_date: str = CURRENT_DATE) -> None:
+        super().__init__(tokenizer)
+        for token in (_START, _CHANNEL, _MESSAGE, _END):
+            self._token_id(token)
+        self._stops = [self._token_id(_RETURN), self._token_id(_CALL)]
+        self._current_date = current_date
+
+    # -- rendering ----------------------------------------------------------------------------
+
+    def _render(
+        self, messages: Sequence[PlainMessage], chosen: Collection[int], tools: Sequence[Tool] | None
+    ) -> Rendering:
+        for index in chosen:
+            message = messages[index]
+            if message["role"] == "assistant" and _calls(message) and message.get("content"):
+                raise RendererError(
+                    f"Renderer `{self.name}` has no place for the text beside the tool call of message "
+                    f"{index + 1}. Give it as `reasoning_content` if it is thinking, or remove it."
+                )
+        last = len(messages) - 1
+        finals = [index for index in _finals(messages) if index != last or last not in chosen]
+        rewritten = [index for index in chosen if _is_rewritten(messages, index, finals)]
+        return self._draft(messages, tools, finals, ends_at=last).finish(rewritten)
+
+    def _render_prompt(
+        self, messages: Sequence[PlainMessage], tools: Sequence[Tool] | None, role: str
+    ) -> Rendering:
+        if role not in ("assistant", "user"):
+            raise self._refuse_role(role, ["assistant", "user"])
+        draft = self._draft(messages, tools, _finals(messages))
+        draft.put(_START + role + ("" if role == "assistant" else _MESSAGE))
+        return draft.finish()
+
+    def _draft(
+        self,
+        messages: Sequence[PlainMessage],
+        tools: Sequence[Tool] | None,
+        finals: Sequence[int],
+        ends_at: int | None = None,
+    ) -> Draft:
+        """All messages, with the thinking before calls that none of the `finals` follows.
+
+        The message at `ends_at` ends the conversation, if it is a reply without calls.
+        """
+        draft = Draft()
+        self._put_system_and_developer(draft, messages[0], tools)
+        last_final = max(finals, default=-1)
+        function: str | None = None
+        for index, message in enumerate(messages):
+            match message["role"]:
+                case "user":
+                    draft.put(f"{_START}user{_MESSAGE}")
+                    draft.put_text(index, message["content"] + _END)
+                case "tool":
+                    if function is None:
+                        raise RendererError(
+                            f"Renderer `{self.name}` cannot render message {index + 1}, a tool's result: no "
+                            "tool call comes before it. Put an assistant message with `tool_calls` there."
+                        )
+                    draft.put(f'{_START}functions.{function} to=assistant{_CHANNEL}commentary{_MESSAGE}"')
+                    draft.put_text(index, to_json(message["content"])[1:-1])
+                    draft.put(f'"{_END}')
+                case "assistant":
+                    draft.put(f"{_START}assistant")
+                    if _calls(message):
+                        function, arguments = self._call(message, index + 1)
+                        thought = _thought_before_a_call(message) if index > last_final else ""
+                        thinking = _analysis(thought) if thought else ""
+                        header = f" to=functions.{function}{_CHANNEL}commentary json{_MESSAGE}"
+                        draft.put_reply(index, thinking + header + arguments + _CALL)
+                    else:
+                        function = None
+                        thinks = index == ends_at and "reasoning_content" in message
+                        thinking = _analysis(message["reasoning_content"]) if thinks else ""
+                        end = _RETURN if index == ends_at else _END
+                        said = f"{_CHANNEL}final{_MESSAGE}{message.get('content', '')}{end}"
+                        draft.put_reply(index, thinking + said)
+                case role if index > 0:
+                    raise RendererError(
+                        f"Renderer `{self.name}` cannot render message {index + 1}: one of role `{role}` can "
+                        "only be the first. Join it to that one, or make it a user's message."
+                    )
+        return draft
+
+    def _put_system_and_developer(
+        self, draft: Draft, first: PlainMessage, tools: Sequence[Tool] | None
+    ) -> None:
+        draft.put(
+            f"{_START}system{_MESSAGE}You are ChatGPT, a large language model trained by OpenAI.\n"
+            f"Knowledge cutoff: 2024-06\nCurrent date: {self._current_date}\n\n"
+            f"Reasoning: {self.reasoning_effort}\n\n"
+            "# Valid channels: analysis, commentary, final. Channel must be included for every message."
+        )
+        draft.put("\nCalls to these tools must go to the commentary channel: 'functions'." if tools else "")
+        draft.put(_END)
+        instructions = first["content"] if first["role"] in ("system", "developer") else ""
+        if instructions or tools:
+            draft.put(f"{_START}developer{_MESSAGE}")
+        draft.put("# Instructions\n\n" if instructions else "")
+        if first["role"] in ("system", "developer"):
+            draft.put_text(0, instructions)
+        draft.put("\n\n" if instructions else "")
+        if tools:
+            # Guarded as a whole, since the format goes by the length of what a tool says.
+            printed = print_namespace(self._encoder.unguard(list(tools)))
+            draft.put("# Tools\n\n" + self._guard_text(printed))
+        if instructions or tools:
+            draft.put(_END)
+
+    def _call(self, message: PlainMessage, number: int) -> tuple[str, str]:
+        """The name of the function and its arguments as JSON."""
+        calls = _calls(message)
+        if len(calls) > 1:
+            raise RendererError(
+                f"Renderer `{self.name}` cannot render the {len(calls)} tool calls of message {number}. "
+                "Supported: one in a message. Give each a message of its own, with its result after it."
+            )
+        if message.get("content") and message.get("reasoning_content"):
+            raise RendererError(
+                f"Renderer `{self.name}` cannot render both the text and the thinking of message {number} "
+                "beside its tool call. Remove one."
+            )
+        function = function_of(calls[0], number)
+        return function["name"], to_json(self._arguments(function, number))
+
+    def _guard_text(self, text: str) -> str:
+        (guarded,) = self._encoder.guard([{"role": "user", "content": text}])
+        return str(guarded["content"])
+
+    # -- parsing ------------------------------------------------------------------------------
+
+    def get_stop_sequences(self) -> list[int]:
+        return list(self._stops)
+
+    def parse_response(self, tokens: Sequence[int]) -> tuple[Message, bool]:
+        text, ended = self._decode(tokens, self._stops)
+        tokens = list(tokens)
+        end = next((i for i, token in enumerate(tokens, 1) if token in self._stops), len(tokens))
+        marked = marked_text(self.tokenizer, self._encoder, tokens[:end])
+        message = parse_reply(marked, self._encoder) if marked is not None else None
+        if message is None:
+            return {"role": "assistant", "content": text}, False
+        return message, ended
+
+
+class GptOssLowRenderer(GptOssRenderer):
+    """The same with little reasoning asked for."""
+
+    name = "gpt_oss_low"
+    reasoning_effort = "low"
+
+
+class GptOssHighRenderer(GptOssRenderer):
+    """The same with much reasoning asked for."""
+
+    name = "gpt_oss_high"
+    reasoning_effort = "high"
+
+
+def _calls(message: PlainMessage) -> list[dict[str, object]]:
+    return list(message.get("tool_calls", []))
+
+
+def _finals(messages: Sequence[PlainMessage]) -> list[int]:
+    """The replies that call no tool."""
+    return [i for i, m in enumerate(messages) if m["role"] == "assistant" and not _calls(m)]
+
+
+def _thought_before_a_call(message: PlainMessage) -> str:
+    return str(message.get("content") or message.get("reasoning_content") or "")
+
+
+def _is_rewritten(messages: Sequence[PlainMessage], index: int, finals: Sequence[int]) -> bool:
+    """Whether a message stands in the history otherwise than it did as the last one."""
+    if messages[index]["role"] != "assistant" or index == len(messages) - 1:
+        return False
+    if index in finals:
+        return True
+    before = max((final for final in finals if final < index), default=-1)
+    chain = [m for m in messages[before + 1 : index + 1] if m["role"] == "assistant"]
+    return any(final > index for final in finals) and any(map(_thought_before_a_call, chain))
+
+
+def _analysis(thought: str) -> str:
+    return f"{_CHANNEL}analysis{_MESSAGE}{thought}{_END}{_START}assistant"

@@ -1,0 +1,268 @@
+"""Runs a chat template for many beginnings of one conversation, each message about once.
+
+Masks are found by comparing what a template prints of a conversation and of each of its beginnings. To run it
+for each takes time that grows with the square of the messages. So the template is rewritten to follow its
+loops (`loop_rewriting`), and of each loop those iterations alone are run that may print something else than
+for the beginning before (`loop_records`). All outside of the loops is run every time. A template that does
+what cannot be followed is run as it is.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import jinja2
+from jinja2.runtime import Context
+from jinja2.utils import Namespace
+
+from renderers.jinja.loop_context import NAMES_IN_LOOPS, FollowedLoop, loop_context
+from renderers.jinja.loop_counts import Count, NotFollowed
+from renderers.jinja.loop_records import BackwardRecord, Record
+from renderers.jinja.loop_rewriting import FOLLOW, RUN, Loop, rewritten
+from renderers.jinja.loop_values import followed
+from renderers.jinja.loop_visits import COMPARISONS, BackwardVisit, ForwardVisit, Visit
+from renderers.jinja.sandbox import QuickSandbox, sandbox_like_theirs
+from renderers.jinja.template_limits import spend
+
+_ENOUGH_RUNS = 16
+"""Runs after which a conversation is not followed any more if not one iteration was saved."""
+
+_REVERSE_ITERATOR: type[Iterable[Any]] = type(reversed([]))
+
+
+class Memory:
+    """What was seen of one conversation under one template."""
+
+    def __init__(self) -> None:
+        self.records: dict[int, list[Record]] = {}
+        self.backward_records: dict[int, BackwardRecord] = {}
+        self.num_runs = 0
+        self.num_iterations = 0
+        """The iterations of the loops that were run."""
+        self.num_reused = 0
+        """Those that were not."""
+
+    @property
+    def is_of_use(self) -> bool:
+        return self.num_runs < _ENOUGH_RUNS or self.num_reused > 0
+
+
+class IncrementalTemplate:
+    """A chat template whose loops can be followed."""
+
+    def __init__(self, template: jinja2.Template, environment: _FollowingSandbox, loops: list[Loop]) -> None:
+        self._template = template
+        self._environment = environment
+        self._loops = loops
+        self.is_followed = True
+        """False once the template did what cannot be followed."""
+
+    @staticmethod
+    def of(source: str) -> IncrementalTemplate | None:
+        """None where there is no loop to follow, or an expression is nested too deeply to be rewritten."""
+        environment = _sandbox(source)
+        try:
+            tree, loops = rewritten(source, environment)
+            code = environment.compile(tree)
+        except RecursionError:
+            return None
+        if not loops:
+            return None
+        template = jinja2.Template.from_code(environment, code, environment.make_globals(None))
+        template.root_render_func.__globals__["LoopContext"] = loop_context
+        return IncrementalTemplate(template, environment, loops)
+
+    def text(self, messages: Sequence[Any], variables: Mapping[str, Any], memory: Memory) -> str:
+        """What the template prints.
+
+        Raises what the template raises, and `NotFollowed` where it has to be run as it is.
+        """
+        run = Run(self._loops, memory, messages, self._environment)
+        context = self._template.new_context({**variables, "messages": messages, RUN: run})
+        try:
+            for piece in self._template.root_render_func(context):
+                spend(len(piece))
+                run.pieces.append(piece)
+        except NotFollowed:
+            self.is_followed = False
+            raise
+        finally:
+            run.end()
+        return "".join(run.pieces)
+
+
+class Run:
+    """One run of the template."""
+
+    def __init__(
+        self, loops: Sequence[Loop], memory: Memory, messages: Sequence[Any], environment: _FollowingSandbox
+    ) -> None:
+        self.messages = messages
+        self.environment = environment
+        self.undefined = environment.undefined
+        self.pieces: list[str] = []
+        """What was printed so far."""
+        self.num_iterations = self.num_reused = 0
+        self.visit: Visit | None = None
+        """The loop that is running, of those that are followed."""
+        self._loops = loops
+        self._memory = memory
+
+    def enter(self, iterable: Any, number: int, values: Sequence[Any]) -> Any:
+        loop = self._loops[number]
+        if loop.is_reversed and isinstance(iterable, _REVERSE_ITERATOR):
+            iterable = list(iterable)
+        namespaces = [id(value) for value in values if isinstance(value, Namespace)]
+        has_two_names_for_one = len(set(namespaces)) < len(namespaces)
+        if type(iterable) not in (list, range) or has_two_names_for_one:
+            return iterable
+        if loop.is_reversed:
+            backward = self._memory.backward_records.setdefault(number, BackwardRecord())
+            self.visit = BackwardVisit(self, loop, iterable, values, backward)
+        else:
+            records = self._memory.records.setdefault(number, [])
+            self.visit = ForwardVisit(self, loop, iterable, values, records)
+        return self.visit
+
+    def leave(self) -> None:
+        if self.visit is not None:
+            self.visit.leave()
+        self.visit = None
+
+    def end(self) -> None:
+        if self.visit is not None:
+            self.visit.end()
+        self._memory.num_runs += 1
+        self._memory.num_iterations += self.num_iterations
+        self._memory.num_reused += self.num_reused
+
+
+# -- the filters that a rewritten template calls ------------------------------------------------
+
+
+def _enter(iterable: Any, run: Run, number: int, *values: Any) -> Any:
+    return run.enter(iterable, number, values)
+
+
+def _leave(_: str, run: Run) -> str:
+    run.leave()
+    return ""
+
+
+def _item(listed: Any, run: Run, position: Any) -> Any:
+    visit = run.visit
+    if visit is not None and visit.is_followed(listed):
+        if type(position) is not int:
+            raise NotFollowed
+        visit.note_item(listed, position)
+    return run.environment.getitem(listed, position)
+
+
+def _size(listed: Any, run: Run) -> Any:
+    visit = run.visit
+    if visit is not None and visit.is_followed(listed):
+        return Count(visit, len(listed), len(listed) - len(run.messages))
+    return len(listed)
+
+
+def _numbers(start: Any, run: Run, listed: Any, function: Any) -> Iterable[int]:
+    """The numbers from the start to the length of the list, each as it is asked for."""
+    if function is not run.environment.globals["range"]:
+        raise NotFollowed  # a variable of the template's own
+    visit = run.visit
+    if visit is None or not visit.is_followed(listed):
+        return range(start, len(listed))
+    if type(start) is not int:
+        raise NotFollowed
+    return visit.numbers(start, listed)
+
+
+def _compare(left: Any, run: Run, right: Any, comparison: str, name: str, attribute: str) -> Any:
+    if run.visit is not None:
+        run.visit.note_comparison((name, attribute), left, comparison, right)
+    return COMPARISONS[comparison](left, right)
+
+
+_FILTERS: dict[str, Callable[..., Any]] = {
+    "enter": _enter,
+    "leave": _leave,
+    "item": _item,
+    "size": _size,
+    "numbers": _numbers,
+    "compare": _compare,
+}
+
+
+# -- the sandbox --------------------------------------------------------------------------------
+
+
+class _FollowingSandbox(QuickSandbox):
+    """The sandbox of a rewritten template: no value that stands for others is given to what could tell."""
+
+    def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
+        _refuse_counts(args)
+        _refuse_counts(kwargs.values())
+        return super().call(__context, __obj, *args, **kwargs)
+
+    def getattr(self, obj: Any, attribute: str) -> Any:
+        _refuse_counts((obj,))
+        if type(obj) is FollowedLoop and attribute not in NAMES_IN_LOOPS:
+            raise NotFollowed
+        return super().getattr(obj, attribute)
+
+    def getitem(self, obj: Any, argument: Any) -> Any:
+        _refuse_counts((obj, argument))
+        if type(obj) is FollowedLoop:
+            raise NotFollowed
+        return super().getitem(obj, argument)
+
+
+def _refuse_counts(values: Any) -> None:
+    for value in values:
+        if type(value) is Count:
+            raise NotFollowed
+
+
+def _guarded(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    refuse = _refuse_counts_within if name in _TYPED else _refuse_counts
+
+    @functools.wraps(function)
+    def guarded(*args: Any, **kwargs: Any) -> Any:
+        refuse(args)
+        refuse(kwargs.values())
+        return function(*args, **kwargs)
+
+    return guarded
+
+
+_TYPED = frozenset({"tojson"})
+"""Filters that look at the type of all that is in a value."""
+
+
+def _refuse_counts_within(values: Any) -> None:
+    _refuse_counts(values)
+    for value in values:
+        if isinstance(value, dict):
+            _refuse_counts_within(value.values())
+        elif isinstance(value, (list, tuple)):
+            _refuse_counts_within(value)
+
+
+def _is_same_constant(value: Any, other: Any) -> bool:
+    """The test `sameas`. Two texts that are equal may be one object in one run and two in another."""
+    if not (other is None or isinstance(other, bool)):
+        raise NotFollowed
+    return value is other
+
+
+def _sandbox(source: str) -> _FollowingSandbox:
+    sandbox: Any = sandbox_like_theirs(source, _FollowingSandbox)
+    sandbox.filters = {name: _guarded(name, found) for name, found in sandbox.filters.items()}
+    sandbox.filters |= {f"{FOLLOW}{name}": found for name, found in _FILTERS.items()}
+    sandbox.tests = {name: _guarded(name, found) for name, found in sandbox.tests.items()}
+    sandbox.tests["sameas"] = _is_same_constant
+    kind = sandbox.globals["namespace"]
+    sandbox.globals = {**sandbox.globals, "namespace": followed(kind)}
+    return sandbox

@@ -1,0 +1,93 @@
+"""The `loop` of a template, in a loop that is followed and in any other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NoReturn
+
+from jinja2.runtime import LoopContext
+
+from renderers.jinja.loop_counts import NotFollowed
+from renderers.jinja.loop_visits import Visit
+
+
+class FollowedLoop:
+    """The `loop` of a template in a loop that is followed."""
+
+    def __init__(self, visit: Visit) -> None:
+        self._visit = visit
+
+    def with_items(self) -> Iterator[tuple[Any, FollowedLoop]]:
+        for item in self._visit:
+            yield item, self
+
+    @property
+    def index0(self) -> Any:
+        return self._visit.index0()
+
+    @property
+    def index(self) -> Any:
+        return self._visit.index0() + 1
+
+    @property
+    def revindex0(self) -> Any:
+        return self._visit.revindex0()
+
+    @property
+    def revindex(self) -> Any:
+        return self._visit.revindex0() + 1
+
+    @property
+    def length(self) -> Any:
+        return self._visit.length()
+
+    @property
+    def first(self) -> bool:
+        return self._visit.is_first()
+
+    @property
+    def last(self) -> bool:
+        return self._visit.is_last()
+
+    @property
+    def previtem(self) -> Any:
+        return self._visit.previous()
+
+    @property
+    def nextitem(self) -> Any:
+        return self._visit.following()
+
+    @property
+    def depth0(self) -> int:
+        return 0
+
+    @property
+    def depth(self) -> int:
+        return 1
+
+    def __iter__(self) -> NoReturn:
+        raise NotFollowed
+
+    def __len__(self) -> NoReturn:
+        raise NotFollowed
+
+    def __call__(self, *_: Any) -> NoReturn:
+        raise NotFollowed
+
+    def __str__(self) -> NoReturn:
+        raise NotFollowed
+
+
+NAMES_IN_LOOPS = frozenset(
+    name for name in vars(FollowedLoop) if isinstance(vars(FollowedLoop)[name], property)
+)
+"""What of a loop can be followed."""
+
+
+def loop_context(iterable: Any, undefined: Any, *recursion: Any) -> Any:
+    """The `loop` of any loop of a rewritten template."""
+    return (
+        FollowedLoop(iterable).with_items()
+        if isinstance(iterable, Visit)
+        else LoopContext(iterable, undefined, *recursion)
+    )

@@ -1,0 +1,247 @@
+"""What the iterations of a template's loops printed, and for which other lists of messages that holds.
+
+The body of a loop can read its own item, other items and the length of lists, variables from outside, and
+what earlier iterations left in a namespace; nothing else lasts from one iteration to the next. All of these
+are followed while the loop runs (`loop_visits`), and kept with the text. When the same loop is entered again
+for more or fewer messages, the iterations that read what they would read again are not run: their text is
+printed, and the namespaces are set to what they left there.
+
+Of a loop over a list from its end, which sees other items at every number of messages, it is kept what the
+remaining iterations do from one item on: what of the namespaces they read before they set it, and what they
+leave in them.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from jinja2.utils import Namespace
+
+from renderers.jinja.loop_counts import END
+from renderers.jinja.loop_rewriting import Loop
+from renderers.jinja.loop_values import Attributes, attributes_of, length_of_common_start, same
+
+
+@dataclass
+class Iteration:
+    """What was seen of one run of a loop's body."""
+
+    states: list[dict[str, Any]]
+    """The attributes of the namespaces before it."""
+    need: float
+    """The number of messages from which on it is the same."""
+    bounds: dict[tuple[str, str], tuple[float, float]] = field(default_factory=dict)
+    """The least and the greatest value of what it compares for which the comparisons turn out the same."""
+    read: set[int] = field(default_factory=set)
+    """The messages that it read by their number."""
+    text: str = ""
+
+
+class Record:
+    """The iterations of one loop, for one conversation."""
+
+    def __init__(self, loop: Loop) -> None:
+        self._loop = loop
+        self.iterations: list[Iteration] = []
+        self._needs: list[float] = []
+        """For each iteration, the number of messages from which on all iterations up to it are the same."""
+        self._lows: dict[tuple[str, str], list[float]] = {key: [] for key in loop.compared}
+        self._negative_highs: dict[tuple[str, str], list[float]] = {key: [] for key in loop.compared}
+        self._last_readers: dict[int, int] = {}
+        self._text = ""
+        self._ends = [0]
+        """Where the text of the iterations before each one ends."""
+        self.entry: Entry
+        self.final: list[dict[str, Any]] | None = None
+        """The attributes of the namespaces after the loop, where nothing can change them."""
+
+    def replace_from(self, start: int, iterations: Sequence[Iteration], entry: Entry) -> None:
+        del self.iterations[start:]
+        del self._ends[start + 1 :]
+        self._text = "".join((self._text[: self._ends[-1]], *(iteration.text for iteration in iterations)))
+        for numbers in (self._needs, *self._lows.values(), *self._negative_highs.values()):
+            del numbers[start:]
+        for number, iteration in enumerate(iterations, start):
+            self.iterations.append(iteration)
+            self._ends.append(self._ends[-1] + len(iteration.text))
+            self._needs.append(max(iteration.need, self._needs[-1] if self._needs else 0))
+            for key in self._loop.compared:
+                low, high = iteration.bounds.get(key, (-END, END))
+                for listed, value in ((self._lows[key], low), (self._negative_highs[key], -high)):
+                    listed.append(max(value, listed[-1] if listed else -END))
+            for index in iteration.read:
+                self._last_readers[index] = number
+        self.entry = entry
+
+    def text(self, start: int, stop: int | None = None) -> str:
+        """What the iterations printed."""
+        return self._text[self._ends[start] : None if stop is None else self._ends[stop]]
+
+    def beginning(self, num_iterations: int) -> Record:
+        copied = Record(self._loop)
+        copied.replace_from(0, self.iterations[:num_iterations], self.entry)
+        return copied
+
+    def reuse(self, entry: Entry) -> Reuse | None:
+        """What of this record holds where the loop is entered so; None if nothing."""
+        if not self.iterations or entry.num_before != self.entry.num_before:
+            return None
+        found = self.entry.compared_with(entry)
+        if found is None:
+            return None
+        first, last = found
+        as_long = bisect_right(self._needs, entry.num_messages if first is None else first)
+        in_bounds = len(self.iterations)
+        for name, attribute in self._loop.compared:
+            value = entry.attribute(name, attribute)
+            if type(value) is int:
+                key = (name, attribute)
+                in_bounds = min(
+                    in_bounds,
+                    bisect_right(self._lows[key], value),
+                    bisect_right(self._negative_highs[key], -value),
+                )
+        last_iteration = len(self.iterations) - 1
+        start = min(as_long, in_bounds, last_iteration)
+        rest = None
+        is_whole = in_bounds == len(self.iterations) == entry.num_items and self.final is not None
+        is_as_long = (entry.num_items, entry.num_messages) == (self.entry.num_items, self.entry.num_messages)
+        if first is not None and is_whole and is_as_long:
+            readers = [self._last_readers.get(index, -1) for index in range(first, last + 1)]
+            rest = max(last - entry.num_before, *readers) + 1
+        return Reuse(self, start, min(as_long, last_iteration) - start, rest)
+
+
+@dataclass(frozen=True)
+class Reuse:
+    """The part of a record that holds again."""
+
+    record: Record
+    start: int
+    """The number of iterations that need not run."""
+    num_out_of_bounds: int
+    """How many more there would be if what they compare were the same."""
+    rest_from: int | None
+    """The iteration from which on all are the same again if the namespaces are, for a list of this length."""
+
+
+def _may_grow(value: Any, messages: Sequence[Any]) -> bool:
+    """Whether the value may be the list of the messages, or their numbers, maybe without the first ones."""
+    if type(value) is range:
+        return True
+    num_before = len(messages) - len(value) if type(value) is list else -1
+    return bool(value) and num_before >= 0 and value[0] is messages[num_before]
+
+
+class Entry:
+    """The state in which a loop is entered."""
+
+    def __init__(
+        self, loop: Loop, messages: Sequence[Any], items: Sequence[Any], values: Sequence[Any]
+    ) -> None:
+        self._loop = loop
+        self.num_messages = len(messages)
+        self.items = items
+        self.num_items = len(items)
+        self.grows = _may_grow(items, messages)
+        """Whether the list may be that of the messages, or of all but the first ones."""
+        self.num_before = len(messages) - len(items) if self.grows else 0
+        """The messages before those in the list."""
+        self.values: dict[str, Any] = {}
+        """Those of the variables from outside that hold no namespace."""
+        self.lists: dict[str, Sequence[Any]] = {}
+        """Those of which items and length alone are read, by the name that they are read by."""
+        self.namespaces: dict[str, Attributes] = {}
+        for name, value in zip(loop.names, values, strict=True):
+            if isinstance(value, Namespace):
+                self.namespaces[name] = attributes_of(value)
+                continue
+            self.values[name] = value
+            if name in loop.indexed and _may_grow(value, messages):
+                self.lists[name] = value
+        self.initial = {name: dict(attributes) for name, attributes in self.namespaces.items()}
+
+    def attribute(self, name: str, attribute: str) -> Any:
+        return self.initial.get(name, {}).get(attribute)
+
+    def compared_with(self, other: Entry, with_namespaces: bool = True) -> tuple[int | None, int] | None:
+        """The first and the last message that differ: `(None, -1)` if none of those that both have do.
+
+        None if anything else differs, but for what the body only compares, and for what is in the namespaces
+        if they are left out.
+        """
+        if list(self.values) != list(other.values) or list(self.initial) != list(other.initial):
+            return None
+        if self.grows != other.grows or not (self.grows or same(self.items, other.items)):
+            return None
+        pairs = [(self.items, other.items)] if self.grows else []
+        for name, value in self.values.items():
+            there = other.values[name]
+            if name in self.lists:
+                if value is not self.items or there is not other.items:
+                    pairs.append((value, there))
+            elif not same(value, there):
+                return None
+        for name, attributes in self.initial.items() if with_namespaces else ():
+            theirs = other.initial[name]
+            if list(attributes) != list(theirs):
+                return None
+            for attribute, value in attributes.items():
+                there = theirs[attribute]
+                is_compared = (name, attribute) in self._loop.compared and type(value) is type(there) is int
+                if not is_compared and not same(value, there):
+                    return None
+        return self._different_messages(pairs, other)
+
+    def _different_messages(
+        self, pairs: Sequence[tuple[Any, Any]], other: Entry
+    ) -> tuple[int | None, int] | None:
+        first, last = None, -1
+        for here, there in pairs:
+            if type(here) is not type(there):
+                return None
+            num_before = self.num_messages - len(here)
+            if num_before != other.num_messages - len(there):
+                return None
+            start = length_of_common_start(here, there)
+            if start < min(len(here), len(there)):
+                first = start + num_before if first is None else min(first, start + num_before)
+                end = min(len(here), len(there))
+                while here[end - 1] is there[end - 1]:
+                    end -= 1
+                last = max(last, end - 1 + num_before)
+        return first, last
+
+
+# -- loops from the last item on ----------------------------------------------------------------
+
+
+@dataclass
+class Suffix:
+    """What the iterations from one item on to the first one do to the namespaces."""
+
+    read: dict[tuple[str, str], Any]
+    """Attributes and their values that they depend on."""
+    set: dict[tuple[str, str], Any]
+
+
+@dataclass
+class Step(Suffix):
+    """What one iteration does to the namespaces."""
+
+    index: int
+    """The place of its item, counted from the first one."""
+    need: float
+    """The number of messages from which on it is the same."""
+
+
+class BackwardRecord:
+    """What the last iterations of a loop from the last item on were seen to do."""
+
+    def __init__(self) -> None:
+        self.entry: Entry | None = None
+        self.suffixes: dict[int, list[Suffix]] = {}
+        """By the place of the item that they begin with."""

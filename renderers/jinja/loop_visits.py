@@ -1,0 +1,371 @@
+"""Runs through the loops of a template that are followed: what each iteration reads, and which need not run.
+
+`enter` of `incremental` makes a visit of the list that a loop runs over. It yields the items whose iterations
+have to run, and prints what was recorded of the others.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from renderers.jinja.loop_counts import END, Count
+from renderers.jinja.loop_records import BackwardRecord, Entry, Iteration, Record, Step, Suffix
+from renderers.jinja.loop_rewriting import Loop
+from renderers.jinja.loop_values import ABSENT, Attributes, are_frozen, is_frozen, same
+
+if TYPE_CHECKING:
+    from renderers.jinja.incremental import Run
+
+_MOST_RECORDS = 4
+_MOST_SUFFIXES = 8
+_WORTH_A_RECORD = 8
+"""Iterations that have to run again for other values before those are recorded apart."""
+
+
+class Visit:
+    """One run through a loop."""
+
+    def __init__(self, run: Run, items: Sequence[Any], entry: Entry) -> None:
+        self.run = run
+        self.items = items
+        self.entry = entry
+        self.index = -1
+        """The place of the present item in the list."""
+
+    def _need_of_item(self, place: int) -> int:
+        """The number of messages that the list needs to have an item at this place."""
+        return self.entry.num_before + place + 1 if self.entry.grows else 0
+
+    def is_followed(self, listed: Any) -> bool:
+        return any(listed is one for one in self.entry.lists.values())
+
+    def need(self, num_messages: float) -> None:
+        """The present iteration is the same for any more messages than these, and maybe for no others."""
+        raise NotImplementedError
+
+    def note_item(self, listed: Sequence[Any], position: int) -> None:
+        """The item of one of the lists was read, or looked for where there is none."""
+        if not 0 <= position < len(listed):
+            self.need(END)
+            return
+        index = len(self.run.messages) - len(listed) + position
+        self.need(index + 1)
+        self.note_read(index)
+
+    def numbers(self, start: int, listed: Sequence[Any]) -> Iterator[int]:
+        """The numbers of the items of one of the lists."""
+        for number in range(start, len(listed)):
+            self.need(len(self.run.messages) - len(listed) + number + 1)
+            yield number
+        self.need(END)
+
+    def note_read(self, index: int) -> None:
+        """The message of this number was read."""
+
+    def note_comparison(self, key: tuple[str, str], left: Any, comparison: str, right: Any) -> None:
+        """It was compared with what has been on the left side."""
+
+    def leave(self) -> None:
+        """The loop has ended."""
+
+    def end(self) -> None:
+        """The run has ended, maybe in the loop and by an error."""
+
+    def __iter__(self) -> Iterator[Any]:
+        raise NotImplementedError
+
+    # What a template can ask of the loop, for the present iteration.
+
+    def index0(self) -> Any:
+        return self.index
+
+    def revindex0(self) -> Any:
+        return self.length() - (self.index + 1)
+
+    def length(self) -> Any:
+        if not self.entry.grows:
+            return len(self.items)
+        return Count(self, len(self.items), -self.entry.num_before)
+
+    def is_first(self) -> bool:
+        return self.index == 0
+
+    def is_last(self) -> bool:
+        is_last = self.index + 1 == len(self.items)
+        if self.entry.grows:
+            self.need(END if is_last else self._need_of_item(self.index + 1))
+        return is_last
+
+    def previous(self) -> Any:
+        if self.index == 0:
+            return self.run.undefined("there is no previous item")
+        self._note_neighbour(self.index - 1)
+        return self.items[self.index - 1]
+
+    def _note_neighbour(self, place: int) -> None:
+        if self.entry.grows:
+            self.note_read(self.entry.num_before + place)
+
+    def following(self) -> Any:
+        if self.is_last():
+            return self.run.undefined("there is no next item")
+        self._note_neighbour(self.index + 1)
+        return self.items[self.index + 1]
+
+
+class ForwardVisit(Visit):
+    """A run through a loop from its first item on, or from the first that has to be run again."""
+
+    def __init__(
+        self, run: Run, loop: Loop, items: Sequence[Any], values: Sequence[Any], records: list[Record]
+    ) -> None:
+        super().__init__(run, items, Entry(loop, run.messages, items, values))
+        self._loop = loop
+        self._records = records
+        reuses = [reuse for record in records if (reuse := record.reuse(self.entry)) is not None]
+        self._reuse = max(reuses, key=lambda reuse: reuse.start, default=None)
+        self._start = self._reuse.start if self._reuse else 0
+        self._iterations: list[Iteration] = []
+        self._is_open = False
+        self._is_shortened = False
+        self._num_pieces = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        if self._reuse is not None and self._start:
+            record = self._reuse.record
+            self.run.pieces.append(record.text(0, self._start))
+            self._set_namespaces(record.iterations[self._start].states)
+            self.run.num_reused += self._start
+        rest_from = END if self._reuse is None or self._reuse.rest_from is None else self._reuse.rest_from
+        for index in range(self._start, len(self.items)):
+            if index >= rest_from and self._print_rest(index):
+                return
+            self._begin(index)
+            yield self.items[index]
+
+    def _set_namespaces(self, states: Sequence[Mapping[str, Any]]) -> None:
+        for (name, attributes), state in zip(self.entry.namespaces.items(), states, strict=True):
+            initial = self.entry.initial[name]
+            compared = {key: initial[key] for key in initial if (name, key) in self._loop.compared}
+            attributes.become({**state, **compared})
+
+    def _print_rest(self, index: int) -> bool:
+        """Print all that is left as it was recorded, if the namespaces hold what they held there."""
+        assert self._reuse is not None
+        record = self._reuse.record
+        states = record.iterations[index].states
+        here = [dict(attributes) for attributes in self.entry.namespaces.values()]
+        if record.final is None or not same(here, states):
+            return False
+        self._close()
+        self._is_shortened = True
+        self.run.pieces.append(record.text(index))
+        self._set_namespaces(record.final)
+        return True
+
+    def _begin(self, index: int) -> None:
+        self._close()
+        self.index = index
+        states = [dict(attributes) for attributes in self.entry.namespaces.values()]
+        if self._iterations and not are_frozen(states):
+            self.need(END)  # of the iteration before: this one cannot be begun with what may change since
+        self._iterations.append(Iteration(states, self._need_of_item(index)))
+        self._num_pieces = len(self.run.pieces)
+        self._is_open = True
+        self.run.num_iterations += 1
+
+    def _close(self) -> None:
+        if self._is_open:
+            self._iterations[-1].text = "".join(self.run.pieces[self._num_pieces :])
+            self._is_open = False
+
+    def need(self, num_messages: float) -> None:
+        iteration = self._iterations[-1]
+        iteration.need = max(iteration.need, num_messages)
+
+    def note_read(self, index: int) -> None:
+        self._iterations[-1].read.add(index)
+
+    def note_comparison(self, key: tuple[str, str], left: Any, comparison: str, right: Any) -> None:
+        bounds = self._iterations[-1].bounds
+        low, high = bounds.get(key, (-END, END))
+        least, greatest = _bounds_of(left, comparison, right)
+        bounds[key] = max(low, least), min(high, greatest)
+
+    def leave(self) -> None:
+        self._close()
+        final = [dict(attributes) for attributes in self.entry.namespaces.values()]
+        self._keep(final if are_frozen(final) else None)
+
+    def end(self) -> None:
+        if self._is_open:
+            self._iterations.pop()
+        self._keep(None)
+
+    def _keep(self, final: list[dict[str, Any]] | None) -> None:
+        if self._is_shortened or not self._iterations:
+            return
+        record = self._reuse.record if self._reuse else Record(self._loop)
+        if self._reuse and self._start + len(self._iterations) <= len(record.iterations):
+            if self._reuse.num_out_of_bounds < _WORTH_A_RECORD:
+                return
+            record = record.beginning(self._start)
+        if not any(record is kept for kept in self._records):
+            if len(self._records) == _MOST_RECORDS:
+                del self._records[1]  # the first one is that of all messages, mostly
+            self._records.append(record)
+        record.replace_from(self._start, self._iterations, self.entry)
+        record.final = final
+
+
+COMPARISONS = {
+    "eq": operator.eq,
+    "ne": operator.ne,
+    "gt": operator.gt,
+    "gteq": operator.ge,
+    "lt": operator.lt,
+    "lteq": operator.le,
+}
+
+
+def _bounds_of(left: Any, comparison: str, right: Any) -> tuple[float, float]:
+    """The values on the right side, from the least to the greatest, for which the outcome is the same.
+
+    Where the two are no whole numbers there is none.
+    """
+    if type(left) is not int or type(right) is not int:
+        return END, -END
+    if comparison in ("eq", "ne"):
+        return (left, left) if left == right else (left + 1, END) if right > left else (-END, left - 1)
+    if comparison in ("lt", "gteq"):
+        return (left + 1, END) if right > left else (-END, left)
+    return (left, END) if right >= left else (-END, left - 1)
+
+
+class BackwardVisit(Visit):
+    """A run through a loop from its last item on, until it is known what the rest of it does."""
+
+    def __init__(
+        self, run: Run, loop: Loop, items: Sequence[Any], values: Sequence[Any], record: BackwardRecord
+    ):
+        super().__init__(run, items, Entry(loop, run.messages, items[::-1], values))
+        self._record = record
+        self._num_usable = self._fit_record()
+        self._names = {id(attributes): name for name, attributes in self.entry.namespaces.items()}
+        self._steps: list[Step] = []
+        self._num_pieces = 0
+        self._rest = Suffix({}, {})
+        self._follow(self)
+
+    def _fit_record(self) -> int:
+        """The number of first items for which the record holds, or may be added to."""
+        record, entry = self._record, self.entry
+        found = None if record.entry is None else record.entry.compared_with(entry, with_namespaces=False)
+        if record.entry is None or found is None:
+            record.suffixes.clear()
+            record.entry = entry
+        elif found[0] is not None:
+            return found[0] - entry.num_before
+        elif entry.num_items > record.entry.num_items:
+            record.entry = entry
+        return entry.num_items
+
+    def _follow(self, visit: BackwardVisit | None) -> None:
+        for attributes in self.entry.namespaces.values():
+            attributes.visit = visit
+
+    def __iter__(self) -> Iterator[Any]:
+        for index, item in enumerate(self.items):
+            self._close()
+            place = len(self.items) - 1 - index
+            known = self._known_suffix(place) if place < self._num_usable else None
+            if known is not None:
+                self._rest = known
+                self._follow(None)
+                for (name, attribute), value in known.set.items():
+                    self.entry.namespaces[name][attribute] = value
+                self.run.num_reused += place
+                return
+            self.index = index
+            self._num_pieces = len(self.run.pieces)
+            self.run.num_iterations += 1
+            self._steps.append(Step({}, {}, place, self._need_of_item(place)))
+            yield item
+        self._close()
+
+    def _known_suffix(self, place: int) -> Suffix | None:
+        for suffix in self._record.suffixes.get(place, ()):
+            if all(
+                same(self.entry.namespaces[name].get(attribute, ABSENT), value)
+                for (name, attribute), value in suffix.read.items()
+            ):
+                return suffix
+        return None
+
+    def _close(self) -> None:
+        if self._steps and any(self.run.pieces[self._num_pieces :]):
+            self.need(END)  # what it prints is not kept
+
+    def need(self, num_messages: float) -> None:
+        self._steps[-1].need = max(self._steps[-1].need, num_messages)
+
+    def read(self, attributes: Attributes, name: str, value: Any) -> None:
+        """An attribute was read."""
+        key = (self._names[id(attributes)], name)
+        step = self._steps[-1]
+        if key not in step.set:
+            step.read.setdefault(key, value)
+
+    def set(self, attributes: Attributes, name: str, value: Any) -> None:
+        """An attribute was set."""
+        self._steps[-1].set[self._names[id(attributes)], name] = value
+        if not is_frozen(value):
+            self.need(END)
+
+    def leave(self) -> None:
+        self._close()
+        self._follow(None)
+        suffix = self._rest
+        for step in reversed(self._steps):
+            if step.need > self._need_of_item(step.index):
+                return
+            read = {key: value for key, value in suffix.read.items() if key not in step.set}
+            suffix = Suffix({**read, **step.read}, {**step.set, **suffix.set})
+            kept = self._record.suffixes.setdefault(step.index, [])
+            if step.index < self._num_usable and len(kept) < _MOST_SUFFIXES:
+                kept.append(suffix)
+
+    def end(self) -> None:
+        self._follow(None)
+
+    # -- what a template can ask of the loop
+
+    def index0(self) -> Any:
+        if not self.entry.grows:
+            return self.index
+        return Count(self, self.index, self.index - len(self.run.messages))
+
+    def revindex0(self) -> int:
+        return len(self.items) - 1 - self.index
+
+    def _need_all(self) -> None:
+        if self.entry.grows:
+            self.need(END)
+
+    def is_first(self) -> bool:
+        self._need_all()
+        return self.index == 0
+
+    def is_last(self) -> bool:
+        return self.index + 1 == len(self.items)
+
+    def previous(self) -> Any:
+        self._need_all()
+        return self.items[self.index - 1] if self.index else self.run.undefined("there is no previous item")
+
+    def following(self) -> Any:
+        if self.is_last():
+            return self.run.undefined("there is no next item")
+        return self.items[self.index + 1]

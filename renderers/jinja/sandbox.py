@@ -1,0 +1,98 @@
+"""The sandbox that chat templates run in: transformers' own, made quick, with limits on what a run may
+cost, on a day that is always the same."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import jinja2
+from jinja2.runtime import Context, LoopContext
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.utils import Namespace
+
+from cookbook.errors import RendererError
+from renderers.jinja import template_limits as limits
+from renderers.jinja.today import TODAY
+
+_NAMES_OF_DICTS = frozenset(dir(dict))
+_NAMES_OF_STRINGS = frozenset(name for name in dir(str) if not name.startswith(("_", "format")))
+_NAMES_OF_LOOPS = frozenset(
+    {"first", "last", "index", "index0", "revindex", "revindex0", "length", "previtem", "nextitem"}
+)
+
+
+class QuickSandbox(ImmutableSandboxedEnvironment):
+    """The sandbox, quicker where its answer is known from the types alone.
+
+    An entry of a dict is always open; so are these attributes of strings and of loops, and plain values
+    that the template itself put into a namespace. What a run costs is limited (`template_limits`).
+    """
+
+    code_generator_class = limits.LimitedCodeGenerator
+    context_class = limits.RunContext
+    concat = staticmethod(limits.concat)
+    source: str
+    num_timeouts: int
+    """The runs that were ended for their time."""
+
+    def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
+        args = limits.checked_arguments(__obj, args, kwargs)
+        made = super().call(__context, __obj, *args, **kwargs)
+        return limits.counted(made) if type(made) is dict else made
+
+    def wrap_str_format(self, value: Any) -> Any:
+        return limits.limited_format(value, self) if limits.is_format(value) else None
+
+    def getattr(self, obj: Any, attribute: str) -> Any:
+        kind = type(obj)
+        if kind is dict:
+            if attribute not in _NAMES_OF_DICTS:
+                return obj[attribute] if attribute in obj else self.undefined(obj=obj, name=attribute)
+        elif (kind is LoopContext and attribute in _NAMES_OF_LOOPS) or (
+            kind is str and attribute in _NAMES_OF_STRINGS
+        ):
+            return getattr(obj, attribute)
+        elif isinstance(obj, Namespace) and not attribute.startswith("_"):
+            value = getattr(obj, attribute, None)
+            if type(value) in (str, int, bool):
+                return value
+        return super().getattr(obj, attribute)
+
+
+def sandbox_like_theirs(source: str, kind: type[QuickSandbox]) -> QuickSandbox:
+    """A sandbox of this kind with all that transformers gives the template, but for the date. An error quotes
+    the line of the source that was at work."""
+    from transformers.utils.chat_template_utils import _compile_jinja_template
+
+    theirs = _compile_jinja_template("").environment  # to compile it there would compute its constants
+    sandbox = kind.__new__(kind)
+    vars(sandbox).update(vars(theirs))
+    sandbox.optimized = False
+    sandbox.source, sandbox.num_timeouts = source, 0
+    sandbox.filters = {name: limits.limited_filter(name, found) for name, found in theirs.filters.items()}
+    sandbox.globals = {**theirs.globals, "strftime_now": TODAY.strftime}
+    sandbox.extensions = {name: extension.bind(sandbox) for name, extension in theirs.extensions.items()}
+    return sandbox
+
+
+@lru_cache(maxsize=64)
+def compiled(source: str) -> jinja2.Template:
+    """The template in a sandbox like transformers' own. Raises RendererError for one that is no Jinja."""
+    try:
+        template = sandbox_like_theirs(source, QuickSandbox).from_string(source)
+    except jinja2.TemplateSyntaxError as error:
+        raise RendererError(
+            f"The chat template is no Jinja template: {error.message}, in line {error.lineno} of it. Correct "
+            f"it, or choose another renderer."
+        ) from error
+    except (
+        RecursionError,
+        MemoryError,
+        SyntaxError,
+    ) as error:  # of Python's compiler, for what jinja makes of it
+        raise RendererError(
+            f"The chat template cannot be compiled: it is nested too deeply ({error})."
+        ) from error
+    template.globals = dict(template.globals)  # quicker to look up than jinja's chain of dicts
+    return template

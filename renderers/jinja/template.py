@@ -1,0 +1,481 @@
+"""A tokenizer's chat template: the text of messages, and what it has places for.
+
+The template runs in the sandbox that transformers compiles it for, and sees what
+`apply_chat_template` would show it, so it prints the same. It is called directly, because rendering
+a conversation takes many short calls; what it was seen to do is not done again (`tracing`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from copy import copy
+from functools import cached_property
+from operator import is_
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+import jinja2
+import numpy as np
+from jinja2 import nodes
+
+from cookbook.errors import RendererError
+from renderers.encoder import SENTINEL
+from renderers.jinja.incremental import IncrementalTemplate, Memory
+from renderers.jinja.loop_counts import NotFollowed
+from renderers.jinja.sandbox import compiled
+from renderers.jinja.tracing import Outline, Traces
+from renderers.messages import ROLES, PlainMessage, Tool, to_json
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_USER: PlainMessage = {"role": "user", "content": "x"}
+
+CALL: PlainMessage = {
+    "role": "assistant",
+    "tool_calls": [{"id": "call00001", "type": "function", "function": {"name": "f", "arguments": {}}}],
+}
+"""A reply that calls a tool."""
+
+_TOOL: Tool = {
+    "type": "function",
+    "function": {"name": "f", "description": "x", "parameters": {"type": "object", "properties": {}}},
+}
+
+_MOST_TRACED = 128
+"""Messages up to which it is recorded what the template does: each number of them is recorded by itself."""
+
+_LONG = 24
+"""Messages from which on a conversation's beginnings are looked at together."""
+
+_MOST_CHARACTERS = 1 << 25
+"""Characters of texts that are kept of one conversation."""
+
+_LONG_TEXT = 4096
+"""Characters from which on a text is kept as what it adds to another one."""
+
+_MOST_ROLES = 12
+"""Roles that an error names."""
+
+_RESERVED = frozenset({"messages", "tools", "add_generation_prompt"})
+
+_REASONING = ("reasoning_content", "thinking", "reasoning")
+
+
+class Template:
+    """The chat template of one tokenizer, as it is when this is made."""
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, kwargs: Mapping[str, Any] = MappingProxyType({})
+    ) -> None:
+        """`kwargs` are values for variables of the template."""
+        if taken := _RESERVED.intersection(kwargs):
+            raise RendererError(
+                f"chat_template_kwargs cannot set {', '.join(sorted(taken))}: a conversation has its own."
+            )
+        self.kwargs = kwargs
+        self._source = str(tokenizer.get_chat_template())
+        self._source_with_tools = str(tokenizer.get_chat_template(tools=[{}]))
+        self._plain = compiled(self._source)
+        self._with_tools = compiled(self._source_with_tools)
+        self._variables = {**tokenizer.special_tokens_map, "documents": None, **_json_type(kwargs)}
+        self._traces = Traces(self._source, self._variables)
+        self._printed_roles: dict[str, bool] = {}
+        self._read_keys: dict[tuple[str, str], bool] = {}
+
+    @cached_property
+    def variables_read(self) -> frozenset[str]:
+        """The variables that the template reads and does not set itself."""
+        from jinja2 import meta
+
+        return frozenset(meta.find_undeclared_variables(self._plain.environment.parse(self._source)))
+
+    @cached_property
+    def _reads_reasoning(self) -> bool:
+        """Whether the template knows thinking by a third name alone."""
+        words = set(re.findall(r"\w+", self._source))
+        return "reasoning" in words and not words & {"thinking", "reasoning_content"}
+
+    def reads(self, role: str, key: str, value: Any) -> bool:
+        """Whether this key changes what the template prints of a message, as far as it can be tried out."""
+        if key not in self._words:
+            return False
+        if (role, key) not in self._read_keys:
+            message: PlainMessage = {"role": role, "content": "x"}
+            before: list[PlainMessage] = [] if role in ("system", "developer", "user") else [_USER]
+            if role == "tool":
+                before.append(self.adapted(CALL))
+                message["tool_call_id"] = "call00001"
+            after = [_USER] if role in ("system", "developer") else []
+            try:
+                with_key = self.text([*before, {**message, key: value}, *after])
+                self._read_keys[role, key] = with_key != self.text([*before, message, *after])
+            except RendererError:  # what it refuses it has looked at
+                self._read_keys[role, key] = True
+        return self._read_keys[role, key]
+
+    @cached_property
+    def _words(self) -> frozenset[str]:
+        """The attributes and the strings that the template's code names: all keys it can look for."""
+        found: set[str] = set()
+        for source in {self._source, self._source_with_tools}:
+            tree = self._plain.environment.parse(source)
+            found.update(node.attr for node in tree.find_all(nodes.Getattr))
+            found.update(node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str))
+        return frozenset(found)
+
+    def text(
+        self, messages: Sequence[PlainMessage], tools: Sequence[Tool] | None = None, prompt: bool = False
+    ) -> str:
+        """What the template prints of the messages, with the generation prompt if asked for."""
+        return self.text_of_first(len(messages), messages, Outline(messages), tools, prompt)
+
+    def text_of_first(
+        self,
+        num_messages: int,
+        messages: Sequence[PlainMessage],
+        outline: Outline,
+        tools: Sequence[Tool] | None,
+        prompt: bool,
+    ) -> str:
+        """The same for the first of the messages; the outline is that of all."""
+        if not tools and num_messages <= _MOST_TRACED:
+            known = self._traces.text(messages, outline, num_messages, prompt)
+            if known is not None:
+                return known
+        template = self._with_tools if tools else self._plain
+        first = list(messages[:num_messages])
+        try:
+            return template.render(
+                self._variables,
+                messages=first,
+                tools=list(tools) if tools else None,
+                add_generation_prompt=prompt,
+            )
+        except Exception as error:  # a template is foreign code, and whatever it raises is its refusal
+            raise _refusal(first, error) from error
+
+    def all_text(self) -> str:
+        """The template's source and what it prints of a message of every role: where its own tokens stand."""
+        printed = [self._source]
+        for role in ROLES:
+            for probe in ([{"role": role, "content": "x"}, _USER], [_USER, {"role": role, "content": "x"}]):
+                with suppress(RendererError):
+                    printed.append(self.text(probe))
+        with suppress(RendererError):
+            printed.append(self.text([_USER, self.adapted(CALL), {"role": "tool", "content": "x"}], [_TOOL]))
+        return "\n".join(printed)
+
+    def followed_text(
+        self, messages: Sequence[PlainMessage], tools: Sequence[Tool] | None, prompt: bool, memory: Memory
+    ) -> str | None:
+        """The same as `text`, with the help of earlier runs for the same conversation; None without that."""
+        template = self._incremental_with_tools if tools else self._incremental
+        if template is None or not template.is_followed or not memory.is_of_use:
+            return None
+        variables = {**self._variables, "tools": tools or None, "add_generation_prompt": prompt}
+        try:
+            return template.text(messages, variables, memory)
+        except NotFollowed:
+            return None
+        except Exception as error:  # a template is foreign code, and whatever it raises is its refusal
+            raise _refusal(messages, error) from error
+
+    @cached_property
+    def _incremental(self) -> IncrementalTemplate | None:
+        return IncrementalTemplate.of(self._source)
+
+    @cached_property
+    def _incremental_with_tools(self) -> IncrementalTemplate | None:
+        return IncrementalTemplate.of(self._source_with_tools)
+
+    # -- what it has places for ---------------------------------------------------------------
+
+    def prints(self, role: str) -> bool:
+        """Whether the template prints a message of this role, as far as it can be tried out."""
+        if role not in self._printed_roles:
+            message: PlainMessage = {"role": role, "content": SENTINEL}
+            result = {"role": "tool", "content": SENTINEL, "name": "f", "tool_call_id": "call00001"}
+            probes = {
+                "system": [[message, _USER]],
+                "developer": [[message, _USER]],
+                "tool": [[_USER, message], [_USER, self.adapted(CALL), result]],
+            }
+            texts: list[str] = []
+            for probe in probes.get(role, [[_USER, message]]):
+                with suppress(RendererError):
+                    texts.append(self.text(probe))
+            self._printed_roles[role] = not texts or any(SENTINEL in text for text in texts)
+        return self._printed_roles[role]
+
+    def prints_tools(self) -> bool:
+        """Whether the template prints the tools it is given."""
+        function = {
+            "name": "f",
+            "description": SENTINEL,
+            "parameters": {"type": "object", "properties": {}},
+        }
+        with suppress(RendererError):
+            return SENTINEL in self.text([_USER], [{"type": "function", "function": function}])
+        return False
+
+    @cached_property
+    def _call_form(self) -> tuple[bool, bool] | None:
+        """Whether a call needs arguments in JSON and a content; None for a template without tool calls."""
+        call, sentinels = stand_in_for(CALL)
+        for as_json, with_content in [(False, False), (False, True), (True, False), (True, True)]:
+            with suppress(RendererError):
+                text = self.text([_USER, _in_form(call, as_json, with_content)])
+                if all(sentinel in text for sentinel in sentinels.values()):
+                    return as_json, with_content
+        return None
+
+    @cached_property
+    def prints_json_arguments(self) -> bool:
+        """Whether the template prints the arguments of a call that are given as a string of JSON."""
+        as_json, with_content = self._call_form or (False, False)
+        call = _in_form(CALL, as_json, with_content)
+        function = {"name": "f", "arguments": to_json({SENTINEL: 0})}
+        call["tool_calls"] = [{**call["tool_calls"][0], "function": function}]
+        with suppress(RendererError):
+            return SENTINEL in self.text([_USER, call])
+        return False
+
+    @property
+    def prints_calls(self) -> bool:
+        return self._call_form is not None
+
+    @cached_property
+    def _needs_content(self) -> bool:
+        thought = {"role": "assistant", "reasoning_content": "x", "thinking": "x"}
+        try:
+            self.text([_USER, thought])
+        except RendererError:
+            return True
+        return False
+
+    def adapted(self, message: PlainMessage) -> PlainMessage:
+        """A message in plain JSON types, its thinking under both of its names.
+
+        Arguments of a tool call are written in JSON, and a content that is missing is empty, where the
+        template would refuse the call or the reply otherwise.
+        """
+        if len(message) == 2 and type(message["role"]) is type(message.get("content")) is str:
+            return message  # as most messages are
+        adapted: PlainMessage = {key: _json_type(value) for key, value in message.items()}
+        thought = next((adapted[key] for key in _REASONING if key in adapted), None)
+        if thought is not None:
+            adapted = {"thinking": thought, **adapted, "reasoning_content": thought}
+            if self._reads_reasoning:
+                adapted["reasoning"] = thought
+        if adapted.get("tool_calls"):
+            return _in_form(adapted, *(self._call_form or (False, False)))
+        if "content" not in adapted and self._needs_content:
+            adapted["content"] = ""
+        return adapted
+
+
+def _refusal(messages: Sequence[PlainMessage], error: Exception) -> RendererError:
+    roles = ", ".join(message["role"] for message in messages[:_MOST_ROLES])
+    if len(messages) > _MOST_ROLES:
+        roles += f", ... ({len(messages):,} messages)"
+    return RendererError(f"The chat template refuses messages of roles {roles}: {error}")
+
+
+class Chat:
+    """One conversation under a template. What was rendered once is kept."""
+
+    def __init__(
+        self, template: Template, messages: Sequence[PlainMessage], tools: Sequence[Tool] | None
+    ) -> None:
+        self.messages = [template.adapted(message) for message in messages]
+        self.tools = [_json_type(tool) for tool in tools] if tools else None
+        self._template = template
+        self._given = messages, tools
+        self._is_long = len(self.messages) >= _LONG
+        self._start_anew()
+
+    def _start_anew(self) -> None:
+        self._all_messages = self.messages
+        self._outline = Outline(self.messages)
+        self._texts = _Texts()
+        self._memory = Memory()
+        self._changed: dict[Callable[[Any], Any], Chat] = {}
+
+    def beginning(self, messages: Sequence[PlainMessage], tools: Sequence[Tool] | None) -> Chat | None:
+        """The chat of these messages, if this begins with the very same; it shares what is kept."""
+        given, given_tools = self._given
+        if tools is not given_tools or len(messages) > len(given) or not all(map(is_, messages, given)):
+            return None
+        beginning = copy(self)
+        beginning.messages = self.messages[: len(messages)]
+        return beginning
+
+    def changed(self, change: Callable[[Any], Any]) -> Chat:
+        """This chat with every message, and the tools, changed; what stays equal stays the same object."""
+        if change not in self._changed:
+            changed = copy(self)
+            new = [change(message) for message in self._all_messages]
+            changed.messages = [b if a != b else a for a, b in zip(self._all_messages, new, strict=True)]
+            changed.tools = change(self.tools)
+            changed._start_anew()
+            self._changed[change] = changed
+        changed = copy(self._changed[change])
+        changed.messages = changed.messages[: len(self.messages)]
+        return changed
+
+    def text(self, num_messages: int, prompt: bool = False) -> str:
+        """The text of the first messages."""
+        key = (num_messages, prompt)
+        found = self._texts.get(key)
+        if found is None:
+            try:
+                found = self._rendered(num_messages, prompt)
+            except RendererError as error:
+                found = error
+            self._texts.keep(key, found)
+        if isinstance(found, RendererError):
+            raise found
+        return found
+
+    def _rendered(self, num_messages: int, prompt: bool) -> str:
+        if self._is_long:
+            text = self._followed_text(self.messages[:num_messages], prompt)
+            if text is not None:
+                return text
+        return self._template.text_of_first(num_messages, self.messages, self._outline, self.tools, prompt)
+
+    def text_with(self, index: int, stand_in: PlainMessage, num_messages: int) -> str:
+        """The text of the first messages, with another message in place of one of them."""
+        messages = [*self.messages[:index], stand_in, *self.messages[index + 1 : num_messages]]
+        text = self._followed_text(messages, prompt=False) if self._is_long else None
+        return self._template.text(messages, self.tools) if text is None else text
+
+    def _followed_text(self, messages: Sequence[PlainMessage], prompt: bool) -> str | None:
+        return self._template.followed_text(messages, self.tools, prompt, self._memory)
+
+    def prompt_before(self, index: int) -> str | None:
+        """The prompt for message `index`, or None where the template renders none."""
+        if index == 0:
+            return None
+        try:
+            return self.text(index, prompt=True)
+        except RendererError:
+            return None
+
+
+class _Texts:
+    """Texts, or why there is none, by number of messages and whether with the prompt.
+
+    A long one is kept as what it adds to the beginning of the first one, mostly that of all messages.
+    """
+
+    def __init__(self) -> None:
+        self._first = ""
+        self._kept: dict[tuple[int, bool], tuple[int, str] | RendererError] = {}
+        self._num_characters = 0
+
+    def get(self, key: tuple[int, bool]) -> str | RendererError | None:
+        found = self._kept.get(key)
+        if not isinstance(found, tuple):
+            return found
+        num_common, rest = found
+        return f"{self._first[:num_common]}{rest}" if num_common else rest
+
+    def keep(self, key: tuple[int, bool], text: str | RendererError) -> None:
+        if isinstance(text, RendererError):
+            self._kept[key] = text
+            return
+        if self._num_characters > _MOST_CHARACTERS:
+            self._kept.clear()
+            self._num_characters = 0
+        num_common = 0
+        if len(text) > _LONG_TEXT:
+            self._first = self._first or text
+            num_common = _length_of_common_start(self._first, text)
+        self._kept[key] = num_common, text[num_common:]
+        self._num_characters += len(text) - num_common
+
+
+def _length_of_common_start(one: str, other: str) -> int:
+    least, most = 0, min(len(one), len(other))
+    while least < most:
+        middle = (least + most + 1) // 2
+        if one.startswith(other[least:middle], least):
+            least = middle
+        else:
+            most = middle - 1
+    return least
+
+
+# -- messages -----------------------------------------------------------------------------------
+
+
+def _in_form(message: PlainMessage, as_json: bool, with_content: bool) -> PlainMessage:
+    formed = {"content": "", **message} if with_content else dict(message)
+    if as_json:
+        formed["tool_calls"] = [_with_json_arguments(call) for call in message["tool_calls"]]
+    return formed
+
+
+def _with_json_arguments(call: Any) -> Any:
+    if not isinstance(call, dict):
+        return call
+    if isinstance(call.get("function"), dict):
+        return {**call, "function": _with_json_arguments(call["function"])}
+    if isinstance(call.get("arguments"), dict):
+        return {**call, "arguments": to_json(call["arguments"])}
+    return call
+
+
+def stand_in_for(message: PlainMessage) -> tuple[PlainMessage, dict[str, str]]:
+    """A reply with sentinels for all that the model would have to write, and the sentinels by name."""
+    sentinels: dict[str, str] = {}
+
+    def sentinel(name: str) -> str:
+        return sentinels.setdefault(name, f"{SENTINEL}{len(sentinels)};")
+
+    def replaced(function: Any, name: str) -> Any:
+        if not isinstance(function, dict):
+            return function
+        if isinstance(function.get("function"), dict):
+            return {**function, "function": replaced(function["function"], name)}
+        arguments: Any = sentinel(f"{name}.arguments")
+        if isinstance(function.get("arguments"), dict):
+            arguments = {arguments: 0}
+        return {**function, "name": sentinel(f"{name}.name"), "arguments": arguments}
+
+    changed = dict(message)
+    for key in ("content", "reasoning_content"):
+        if message.get(key):
+            changed[key] = sentinel(key)
+    if "reasoning_content" in changed:
+        for key in {"thinking", *(name for name in _REASONING if name in message)}:
+            changed[key] = changed["reasoning_content"]
+    if message.get("tool_calls"):
+        changed["tool_calls"] = [
+            replaced(call, f"tool_calls[{i}]") for i, call in enumerate(message["tool_calls"])
+        ]
+    return changed, sentinels
+
+
+def _json_type(value: Any) -> Any:
+    """The value in exact JSON types: a template is foreign code, and any other object has methods.
+
+    What is no JSON may be there, but a template that reads it is refused.
+    """
+    kind = type(value)
+    if kind is str or value is None or kind in (bool, int, float):
+        return value
+    if isinstance(value, Mapping):
+        return {_json_type(key): _json_type(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_json_type(item) for item in value]
+    if isinstance(value, np.generic):
+        return _json_type(value.item())
+    for base in (str, int, float):
+        if isinstance(value, base):
+            return base(value)
+    return jinja2.StrictUndefined(f"a {kind.__name__} is no JSON")
