@@ -185,7 +185,7 @@ class TrainingClient:
 
         A name that is taken is refused unless `overwrite` is set, and so are weights or optimizer values
         that are not finite. `ttl_seconds` is recorded as the time until which the checkpoint is wanted
-        (`expires_at` in its `checkpoint.json`); nothing removes it then.
+        (`expires_at` in its `state.json`); nothing removes it then.
         """
         if name == SAMPLER_FOLDER:
             raise CheckpointError(f"{name!r} is the folder of the sampler's weights. Choose another name.")

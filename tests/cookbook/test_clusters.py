@@ -18,7 +18,7 @@ from cookbook.utils import clusters
 
 pytest.importorskip("ray")
 
-MAKE_TOKEN = "from cookbook import clusters; clusters.import_ray(to_start=True)"
+MAKE_TOKEN = "from cookbook.utils import clusters; clusters.import_ray(to_start=True)"
 
 
 def test_a_token_is_made_once_and_is_the_users_alone_whatever_the_umask(tmp_path: Path) -> None:
@@ -62,7 +62,7 @@ def test_a_ray_that_was_imported_before_there_was_a_token_uses_it(tmp_path: Path
     program = (
         "import ray\n"
         "from ray._private.authentication import authentication_utils as utils\n"
-        "from cookbook import clusters\n"
+        "from cookbook.utils import clusters\n"
         "was = utils.is_token_auth_enabled()\n"
         "clusters.import_ray(to_start=True)\n"
         "token = clusters._token_file().read_text()\n"

@@ -29,7 +29,7 @@ OURS = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 PROGRAM = """
 import logging, sys, threading, warnings
-from cookbook import cli
+from cookbook.config import cli
 from cookbook.errors import DataError
 text = sys.argv[2]
 def main():

@@ -156,7 +156,7 @@ def test_a_lock_keeps_others_out_and_leaves_the_file_as_it_is(folder: Path) -> N
 WRITER = """
 import sys
 from pathlib import Path
-from cookbook import files
+from cookbook.utils import files
 print("ready", flush=True)
 sys.stdin.readline()
 for number in range(400):
@@ -261,7 +261,7 @@ WORKERS = {
 WAIT = """
 import sys, time
 from pathlib import Path
-from cookbook import files
+from cookbook.utils import files
 path = Path(sys.argv[1])
 def wait():
     print("working", flush=True)

@@ -168,7 +168,7 @@ def test_a_damaged_checkpoint_makes_no_client_and_leaves_no_adapter(
     shutil.copytree(path, damaged)
     weights = load_file(damaged / "adapter_model.safetensors")
     weights.popitem()
-    (damaged / "checkpoint.json").unlink()
+    (damaged / "state.json").unlink()
     save_file(weights, damaged / "adapter_model.safetensors")
     for create in (service.create_sampling_client, client.create_sampling_client):
         with pytest.raises(CheckpointError, match="does not fit"):

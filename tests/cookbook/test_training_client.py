@@ -580,7 +580,7 @@ def test_weights_that_are_not_finite_are_not_saved(
     with torch.no_grad():
         weight.view(-1)[-1] = kept
     client.save_state("sound", overwrite=True).result()
-    assert (sound / "checkpoint.json").read_bytes() == before["checkpoint.json"]
+    assert (sound / "state.json").read_bytes() == before["state.json"]
     service.close()
 
 
@@ -606,7 +606,7 @@ def test_a_time_to_live_is_recorded_and_overwrites_nothing(make_client: Any) -> 
         with pytest.raises(CheckpointError, match="exists already"):
             save("short-lived", 3600).result()
         kept = Path(save("kept", overwrite=True).result().path)
-        assert "expires_at" not in (kept / "checkpoint.json").read_text(encoding="utf-8")
+        assert "expires_at" not in (kept / "state.json").read_text(encoding="utf-8")
     client.load_state_with_optimizer(Path(path.parents[1]) / "short-lived").result()
 
 

@@ -30,7 +30,7 @@ RAW = [
 ]  # fmt: skip
 FILES = [
     "config.json", "data.json", "environment.json", "metrics.jsonl", "tables.jsonl", "checkpoints.jsonl",
-    "checkpoints/final/checkpoint.json", "checkpoints/final/adapter_config.json",
+    "checkpoints/final/state.json", "checkpoints/final/adapter_config.json",
 ]  # fmt: skip
 
 
@@ -141,15 +141,15 @@ def test_a_file_of_a_run_that_is_no_json_is_refused_by_its_name(run_folder: Path
         ("config.json", "num_epochs", "many"),
         ("config.json", "max_steps", [2]),
         ("data.json", "rows", "six"),
-        ("checkpoints/final/checkpoint.json", "optimizer_steps", "2"),
-        ("checkpoints/final/checkpoint.json", "rng_state", {"bit_generator": "PCG64", "state": 5}),
-        ("checkpoints/final/checkpoint.json", "rng_state", {"bit_generator": "os.system"}),
-        ("checkpoints/final/checkpoint.json", "microbatch_limits", {"max_tokens": "all"}),
-        ("checkpoints/final/checkpoint.json", "microbatch_limits", {"unknown": 3}),
-        ("checkpoints/final/checkpoint.json", "sha256", {"../../../config.json": "0"}),
-        ("checkpoints/final/checkpoint.json", "world_size", 0),
-        ("checkpoints/final/checkpoint.json", "lora", {"rank": "4"}),
-        ("checkpoints/final/checkpoint.json", "user_metadata", {"renderer_name": 5}),
+        ("checkpoints/final/state.json", "optimizer_steps", "2"),
+        ("checkpoints/final/state.json", "rng_state", {"bit_generator": "PCG64", "state": 5}),
+        ("checkpoints/final/state.json", "rng_state", {"bit_generator": "os.system"}),
+        ("checkpoints/final/state.json", "microbatch_limits", {"max_tokens": "all"}),
+        ("checkpoints/final/state.json", "microbatch_limits", {"unknown": 3}),
+        ("checkpoints/final/state.json", "sha256", {"../../../config.json": "0"}),
+        ("checkpoints/final/state.json", "world_size", 0),
+        ("checkpoints/final/state.json", "lora", {"rank": "4"}),
+        ("checkpoints/final/state.json", "user_metadata", {"renderer_name": 5}),
         ("checkpoints/final/adapter_config.json", "target_modules", 5),
         ("checkpoints/final/adapter_config.json", "lora_alpha", "8"),
     ],
@@ -210,9 +210,9 @@ def test_optimizer_tensors_that_do_not_fit_are_named_and_nothing_is_changed(
     tensors = load_file(path)
     damage(tensors, next(name for name in sorted(tensors) if name.endswith(".exp_avg")))
     save_file(tensors, path)
-    record = json.loads((saved / "checkpoint.json").read_text(encoding="utf-8"))
+    record = json.loads((saved / "state.json").read_text(encoding="utf-8"))
     record["sha256"]["optimizer.safetensors"] = checkpoint._sha256(path)
-    (saved / "checkpoint.json").write_text(json.dumps(record), encoding="utf-8")
+    (saved / "state.json").write_text(json.dumps(record), encoding="utf-8")
     service = ServiceClient(device="cpu")
     with pytest.raises(CheckpointError, match=problem):
         service.create_training_client_from_state_with_optimizer(saved)

@@ -110,7 +110,7 @@ def test_settings_count_beside_a_state_of_this_project_too(tiny_qwen3: str, tmp_
         checkpoint.read_info(folder)
     change(folder, use_rslora=False, lora_alpha=64)
     with pytest.raises(
-        CheckpointError, match=r"checkpoint.json is damaged: `lora` has rank 4 and alpha 32, .* 64"
+        CheckpointError, match=r"state.json is damaged: `lora` has rank 4 and alpha 32, .* 64"
     ):
         checkpoint.read_info(folder)
 

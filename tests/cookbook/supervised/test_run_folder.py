@@ -197,7 +197,7 @@ def test_a_pipe_in_place_of_a_file_is_refused_and_not_waited_for(tmp_path: Path)
 
 
 def test_what_a_killed_run_left_half_written_goes_at_the_next_start(tmp_path: Path) -> None:
-    script = "import os, sys; from pathlib import Path; from cookbook import files\n"
+    script = "import os, sys; from pathlib import Path; from cookbook.utils import files\n"
     script += "with files.replacing(Path(sys.argv[1])) as file: os.kill(os.getpid(), 9)"
     subprocess.run([sys.executable, "-c", script, str(tmp_path / "metrics.jsonl")], check=False)
     (abandoned,) = tmp_path.iterdir()
