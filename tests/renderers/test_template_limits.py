@@ -188,7 +188,7 @@ def test_what_an_honest_template_does_is_done() -> None:
 def test_the_memory_of_a_run_is_bounded() -> None:
     program = """
         import resource
-        from renderers.sandbox import compiled
+        from renderers.jinja.sandbox import compiled
         compiled("x").render()
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         doubling = "{% set ns = namespace(x='abc') %}{% for i in range(80) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}"

@@ -431,9 +431,9 @@ REAL = """
 import resource, sys
 import numpy as np
 import torch
-from cookbook.engine.base_model import BaseModel
-from cookbook.engine.memory import MicrobatchLimits
-from cookbook.engine.trainer import Trainer
+from cookbook.engine.model.base_model import BaseModel
+from cookbook.engine.model.memory import MicrobatchLimits
+from cookbook.engine.training.trainer import Trainer
 from cookbook.types import Datum, LoraConfig, ModelInput
 
 made = Trainer(BaseModel(sys.argv[1]), LoraConfig(rank=4, seed=0))

@@ -389,8 +389,8 @@ def test_a_folder_that_cannot_be_made_is_one_clear_error(base: BaseModel, tmp_pa
 FULL_DISK = """
 import resource, signal, sys
 from pathlib import Path
-from cookbook.engine.base_model import BaseModel
-from cookbook.engine.trainer import Trainer
+from cookbook.engine.model.base_model import BaseModel
+from cookbook.engine.training.trainer import Trainer
 from cookbook.errors import CheckpointError
 from cookbook.types import LoraConfig
 

@@ -15,7 +15,7 @@ LIFE = """
 import json, os, sys
 from pathlib import Path
 from cookbook.loggers import JsonlLogger, TrackioLogger
-from cookbook.tables import Table
+from cookbook.utils.tables import Table
 
 folder, first_step, last_step, is_killed = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
 file = JsonlLogger(folder, first_step)

@@ -158,7 +158,7 @@ def test_a_run_names_the_line_of_its_own_record_that_is_too_long(tmp_path: Path)
 
 MEASURE = """
 import resource, sys
-from cookbook.supervised.data.sources import open_source
+from cookbook.data.sources import open_source
 source = open_source(sys.argv[1])
 next(iter(source.chunks()))
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

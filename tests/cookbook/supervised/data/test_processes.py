@@ -66,7 +66,7 @@ def test_a_process_that_is_killed_is_one_clear_error():
 def test_processes_end_with_their_parent(tmp_path):
     program = """
 import os, sys, time
-from cookbook.supervised.data.processes import map_in_order
+from cookbook.data.processes import map_in_order
 def work(number):
     open(os.path.join(sys.argv[1], str(os.getpid())), "w").close()
     time.sleep(0.02)
