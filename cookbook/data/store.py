@@ -292,8 +292,8 @@ class ExampleStore:
 
     @cached_property
     def _places(self) -> list[str]:
-        places = self._path / "places.txt"
-        return places.read_text(encoding="utf-8", errors="surrogateescape").split("\n")
+        places = files.read(self._path / "places.txt")
+        return places.decode("utf-8", errors="surrogateescape").split("\n")
 
 
 def _load(path: Path, dtype: type[np.generic], num_axes: int) -> np.ndarray:

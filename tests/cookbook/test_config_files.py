@@ -76,3 +76,21 @@ def test_a_field_that_came_since_a_config_was_recorded_is_no_difference_at_its_d
     recorded["dataset_builder"]["common_config"]["tools_in_system"] = True
     found = config_files.differences(config_files.with_defaults(older, recorded), recorded)
     assert found == {"dataset_builder.common_config.tools_in_system": (None, True)}
+
+
+def test_a_config_recorded_before_its_modules_moved_resolves_and_is_no_difference() -> None:
+    new = config_files.to_json(cli.make_config(train.Config, DEFAULTS, []))
+    name = new["dataset_builder"]["_type"]
+    assert name.startswith("cookbook.data.builders:")
+    older = name.replace("cookbook.data.", "cookbook.supervised.data.")
+    old = {**new, "dataset_builder": {**new["dataset_builder"], "_type": older}}
+    assert config_files.differences(config_files.with_defaults(old, new), new) == {}
+    assert config_files.flatten(old).keys() == config_files.flatten(new).keys()
+    for moved, home in (
+        ("cookbook.supervised.types:ChatDatasetBuilderCommonConfig", "cookbook.data.types"),
+        ("cookbook.supervised.nll_evaluator:NLLEvaluator", "cookbook.eval.nll"),
+        ("cookbook.supervised.data:Conversation", "cookbook.data"),
+    ):
+        assert config_files.current_name(moved) == f"{home}:{moved.split(':')[1]}"
+        assert config_files.importable(moved) == moved
+    assert config_files.current_name("mine.data:Builder") == "mine.data:Builder"

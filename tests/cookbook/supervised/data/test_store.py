@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cookbook.data.store import BadRowNote, Example, ExampleStore, StoreWriter, make_block
+from cookbook.data.store import BadRowNote, Example, ExampleStore, StoreWriter, make_block, open_store
 from cookbook.utils.notes import Note
 
 Rows = list[list[Example]]
@@ -128,3 +128,15 @@ def test_a_store_can_be_read_by_whom_the_umask_allows(tmp_path: Path, umask: int
         os.umask(earlier)
     for path in (tmp_path / "cache").rglob("*"):
         assert stat.S_IMODE(path.stat().st_mode) == (0o777 if path.is_dir() else 0o666) & ~umask, path
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("name", ["examples.npy", "runs.npy", "rows.npy", "tokens.bin", "meta.json"])
+def test_a_pipe_in_place_of_a_file_of_the_store_is_not_waited_for(tmp_path: Path, name: str) -> None:
+    with StoreWriter(tmp_path / "store") as writer:
+        writer.append(
+            make_block([("row 1", [Example(np.array([1, 2, 3], np.int32), np.ones(3, np.float32))])], [], 0)
+        )
+    (tmp_path / "store" / name).unlink()
+    os.mkfifo(tmp_path / "store" / name)
+    assert open_store(tmp_path / "store", "rows") is None
