@@ -1,7 +1,6 @@
 """Imports point one way: every room lists the rooms that it may import, all of them above it in this list.
 
-One rule a room, without exceptions; no file imports one that imports it. A new arrow is a decision
-that somebody takes here.
+One rule a room, without exceptions. A new arrow is a decision that is taken here.
 """
 
 from __future__ import annotations

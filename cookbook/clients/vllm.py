@@ -195,7 +195,7 @@ class VLLMSamplingClient(SamplingClient):
                 for token in choice["token_ids"]:
                     stream.put(token)
                 if abandoned.is_set():
-                    break  # the server notices that nobody listens
+                    break  # the server sees the closed connection
         return SampledSequence(tokens, logprobs, "stop" if reason == "stop" else "length")
 
     def _score(self, prompt: ModelInput) -> PromptScores:

@@ -145,7 +145,7 @@ def _leaves(values: Any, path: KeyPath = ()) -> Iterator[tuple[KeyPath, Any]]:
         for key, value in values.items():
             if key == TYPE_KEY:
                 if path:
-                    yield path, ClassName(str(value))
+                    yield path, ClassName(current_name(str(value)))
             else:
                 yield from _leaves(value, (*path, str(key)))
         if path and not values:
@@ -170,7 +170,7 @@ _MOVED = {
     "cookbook.supervised.types": "cookbook.data.types",
     "cookbook.supervised.data": "cookbook.data",
 }
-"""Modules that recorded configs name and that have moved since, the longest name of a family first."""
+"""Modules that recorded configs name and that have moved since, each with those below it."""
 
 
 def current_name(name: str) -> str:
@@ -203,11 +203,12 @@ def with_defaults(old: Any, new: Any) -> Any:
     if not (isinstance(old, dict) and isinstance(new, dict)):
         return old
     filled = {key: with_defaults(value, new.get(key)) for key, value in old.items()}
-    if isinstance(old.get(TYPE_KEY), str):
-        filled[TYPE_KEY] = current_name(old[TYPE_KEY])
-    if TYPE_KEY in old and filled[TYPE_KEY] == new.get(TYPE_KEY):
+    if not isinstance(old.get(TYPE_KEY), str):
+        return filled
+    filled[TYPE_KEY] = current_name(old[TYPE_KEY])
+    if filled[TYPE_KEY] == new.get(TYPE_KEY):
         for key in new.keys() - old.keys():
-            field = chz.chz_fields(_imported(old[TYPE_KEY])).get(key)
+            field = chz.chz_fields(_imported(filled[TYPE_KEY])).get(key)
             if field is not None and field._default == new[key]:
                 filled[key] = new[key]
     return filled

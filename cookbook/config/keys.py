@@ -26,6 +26,7 @@ from cookbook.config.config_files import (
     NoValue,
     RecordedClassName,
     Setting,
+    current_name,
     importable,
     is_foreign,
     is_own,
@@ -516,7 +517,7 @@ def _takes_objects(kind: Any) -> bool:
 
 
 def _is_own_class(param: Any, name: str) -> bool:
-    found = param.meta_factory.from_string(name)
+    found = param.meta_factory.from_string(current_name(name))
     return isinstance(found, type) and is_own(found.__module__)
 
 
@@ -574,6 +575,8 @@ def _as_chz_takes_it(value: Any, kind: Any) -> Any:
     """A list or a tuple of nothing, and for `on` and `off` the texts that YAML reads as True and False."""
     if isinstance(value, bool) and bool not in _alternatives(kind) and {"on", "off"} <= set(_choices(kind)):
         return Castable("on" if value else "off")
+    if isinstance(value, Castable) and _takes_objects(kind):
+        value = type(value)(current_name(value.value))
     is_empty = isinstance(value, Castable) and value.value.strip() == "[]"
     if isinstance(value, list) or (is_empty and _is_list(kind)):
         return () if any((get_origin(one) or one) is tuple for one in _alternatives(kind)) else []

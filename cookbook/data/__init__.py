@@ -1,7 +1,7 @@
 """Rows to Datums.
 
-sources.py       rows: files, folders, the hub          -> Row
-formats.py       what a row says                        -> Conversation
+sources/        rows: files, folders, the hub          -> Row
+formats/        what a row says                        -> Conversation
 rendering.py     renderers over all rows of a source    -> ExampleStore, on disk
 rendered.py      lengths, splits, mixtures, epochs      -> SupervisedDataset
 streaming.py     the same without a store

@@ -56,10 +56,10 @@ class SupervisedDataset(ABC):
 
     @abstractmethod
     def __len__(self) -> int:
-        """The number of batches in an epoch. Raises TypeError where nobody knows it."""
+        """The number of batches in an epoch. Raises TypeError where it is unknown."""
 
     def origins(self, index: int) -> Sequence[Origin] | None:
-        """Where each Datum of batch `index` comes from; None where nobody knows."""
+        """Where each Datum of batch `index` comes from; None where it is unknown."""
         return None
 
     def set_epoch(self, seed: int = 0) -> None:
@@ -94,7 +94,7 @@ class SupervisedDataset(ABC):
 
 
 def num_batches_of(dataset: SupervisedDataset) -> int | None:
-    """The length of an epoch in batches; None where nobody knows it."""
+    """The length of an epoch in batches; None where it is unknown."""
     try:
         return len(dataset)
     except TypeError:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import chz
 
-from cookbook.config.config_files import TYPE_KEY, is_own
+from cookbook.config.config_files import TYPE_KEY, current_name, is_own
 
 _NONE = object()
 """The default of a field that has none."""
@@ -61,7 +61,7 @@ def _defaults(kind: str) -> dict[str, Any]:
 
     Only this project's modules are imported for it: a report runs no code that a config names.
     """
-    module_name, _, name = kind.partition(":")
+    module_name, _, name = current_name(kind).partition(":")
     if is_own(module_name):
         try:
             importlib.import_module(module_name)

@@ -1,4 +1,4 @@
 """Helpers below every room: one way to write files, JSON with known types, text that is safe to print.
 
-They know nothing of runs, configs, models' weights or messages.
+They know nothing of runs, configs or messages.
 """

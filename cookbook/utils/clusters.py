@@ -1,7 +1,7 @@
 """Ray as this project uses it: an extra, imported when it is needed, quiet, and unreachable in one line.
 
 A Ray that is started on this machine listens on the loopback interface, asks for the user's token, and keeps
-its files in a folder that nobody else can enter.
+its files in a folder that other users cannot enter.
 """
 
 from __future__ import annotations

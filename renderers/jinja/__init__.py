@@ -1,1 +1,1 @@
-"""Rendering by a model's own Jinja chat template, with exact masks. README.md explains how."""
+"""Rendering by a model's own Jinja chat template, with exact masks."""

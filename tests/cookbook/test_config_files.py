@@ -78,14 +78,18 @@ def test_a_field_that_came_since_a_config_was_recorded_is_no_difference_at_its_d
     assert found == {"dataset_builder.common_config.tools_in_system": (None, True)}
 
 
-def test_a_config_recorded_before_its_modules_moved_resolves_and_is_no_difference() -> None:
+def test_a_config_recorded_before_its_modules_moved_resolves_and_is_no_difference(tmp_path: Path) -> None:
     new = config_files.to_json(cli.make_config(train.Config, DEFAULTS, []))
     name = new["dataset_builder"]["_type"]
     assert name.startswith("cookbook.data.builders:")
     older = name.replace("cookbook.data.", "cookbook.supervised.data.")
     old = {**new, "dataset_builder": {**new["dataset_builder"], "_type": older}}
     assert config_files.differences(config_files.with_defaults(old, new), new) == {}
-    assert config_files.flatten(old).keys() == config_files.flatten(new).keys()
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(old), encoding="utf-8")
+    assert config_files.to_json(cli.make_config(train.Config, DEFAULTS, [f"config={file}"])) == new
+    argument = f"dataset_builder={older}"
+    assert config_files.to_json(cli.make_config(train.Config, DEFAULTS, [argument])) == new
     for moved, home in (
         ("cookbook.supervised.types:ChatDatasetBuilderCommonConfig", "cookbook.data.types"),
         ("cookbook.supervised.nll_evaluator:NLLEvaluator", "cookbook.eval.nll"),
