@@ -11,10 +11,10 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from cookbook.utils import files, json_files, jsonl
 from cookbook.errors import CheckpointError
-from cookbook.utils.json_files import Count, Measured, Origin
 from cookbook.runs.rows import METRICS_SHAPE, METRICS_VALUE
+from cookbook.utils import files, json_files, jsonl
+from cookbook.utils.json_files import Count, Measured, Origin
 
 logger = logging.getLogger(__name__)
 

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from cookbook.runs.downsampling import keep_evenly, keep_extremes, smooth, smoothing_span
+from cookbook.runs.metrics import Series, series_of
+from cookbook.runs.record import is_eval, is_wide
 from cookbook.utils import files
 from cookbook.utils.control_characters import visible_line
-from cookbook.runs.downsampling import keep_evenly, keep_extremes, smooth, smoothing_span
-from cookbook.runs.record import is_eval, is_wide
-from cookbook.runs.metrics import Series, series_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

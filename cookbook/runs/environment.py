@@ -8,8 +8,8 @@ import os
 import platform
 from pathlib import Path
 
-from cookbook.utils import files
 from cookbook.types import ModelData
+from cookbook.utils import files
 
 PACKAGES = ("sft-cookbook", "torch", "transformers", "peft", "datasets", "numpy", "bitsandbytes")
 

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Literal, TypeAlias
 
 from cookbook import embedded
-from cookbook.runs.checkpoints import Checkpoint, CheckpointLog, read_records
 from cookbook.engine import checkpoint
 from cookbook.errors import CheckpointError
+from cookbook.runs.checkpoints import Checkpoint, CheckpointLog, read_records
 from cookbook.runs.record import RunRecord, read_run
 
 Which: TypeAlias = Literal["best", "last"]

@@ -29,14 +29,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Literal, TypeAlias
 
-from cookbook.utils import files, json_files, jsonl
-from cookbook.runs.checkpoints import FOLDER, CheckpointLog
 from cookbook.config.config_files import TYPE_KEY, differences, with_defaults
-from cookbook.utils.control_characters import visible_line
 from cookbook.engine.processes import ALONE, Mesh
 from cookbook.errors import ConfigError, CookbookError, DataError
-from cookbook.utils.json_files import Origin, Positive
+from cookbook.runs.checkpoints import FOLDER, CheckpointLog
 from cookbook.runs.rows import read_changes, read_metrics, read_tables
+from cookbook.utils import files, json_files, jsonl
+from cookbook.utils.control_characters import visible_line
+from cookbook.utils.json_files import Origin, Positive
 
 logger = logging.getLogger(__name__)
 

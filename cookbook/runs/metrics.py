@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from cookbook.utils import jsonl
 from cookbook.errors import DataError
 from cookbook.runs.rows import METRICS_SHAPE, METRICS_VALUE
+from cookbook.utils import jsonl
 
 METRICS_FILE = "metrics.jsonl"
 MAX_STEP = 2**62

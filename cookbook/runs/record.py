@@ -7,14 +7,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cookbook.utils import json_files
-from cookbook.runs.checkpoints import CheckpointLog, read_records
 from cookbook.config.config_files import TYPE_KEY
 from cookbook.errors import ConfigError, DataError
-from cookbook.utils.json_files import Count, Origin
-from cookbook.runs.rows import OF_EVERY_STEP
+from cookbook.runs.checkpoints import CheckpointLog, read_records
 from cookbook.runs.metrics import METRICS_FILE, MetricsReader, Series
-from cookbook.runs.rows import read_tables
+from cookbook.runs.rows import OF_EVERY_STEP, read_tables
+from cookbook.utils import json_files
+from cookbook.utils.json_files import Count, Origin
 
 WIDE = 8
 """Where the greatest value is so many times the least, a logarithmic axis shows more of a curve."""

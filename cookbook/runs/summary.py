@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from cookbook.errors import ConfigError
-from cookbook.runs.downsampling import smooth, smoothing_span
-from cookbook.runs.record import RunRecord
-from cookbook.runs.metrics import Series
 from cookbook.runs.directions import DEFAULT_METRIC, direction
+from cookbook.runs.downsampling import smooth, smoothing_span
+from cookbook.runs.metrics import Series
+from cookbook.runs.record import RunRecord
 
 
 class Fact(NamedTuple):

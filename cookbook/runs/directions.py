@@ -1,0 +1,58 @@
+"""Which way a metric is better, by its name."""
+
+from __future__ import annotations
+
+import re
+from typing import Literal, TypeAlias
+
+from cookbook.errors import ConfigError
+from cookbook.utils.nearest import did_you_mean
+
+BestMode: TypeAlias = Literal["auto", "min", "max"]
+
+DEFAULT_METRIC = "test/nll"
+LOWER_IS_BETTER = {
+    "nll",
+    "loss",
+    "perplexity",
+    "ppl",
+    "bits",
+    "bpb",
+    "error",
+    "errors",
+    "wer",
+    "cer",
+    "brier",
+}
+HIGHER_IS_BETTER = {
+    "accuracy", "acc", "match", "correct", "f1", "precision", "recall", "score", "reward", "bleu", "rouge",
+    "chrf", "pass", "win", "mcc",
+}  # fmt: skip
+"""Words of a metric's path that tell which way is better. The last such word counts."""
+
+METRIC_PATTERNS = [
+    "test/nll",
+    "test/bits_per_byte",
+    "test/token_accuracy",
+    "test/turn_*/token_accuracy",
+    "test/*/nll",
+    "test/*/bits_per_byte",
+    "test/*/token_accuracy",
+]
+"""What is measured on the evaluation data of a run, whose sources are known when they are read."""
+
+
+def direction(metric: str, mode: BestMode) -> Literal["min", "max"]:
+    """Raises ConfigError where `auto` cannot tell from the metric's name."""
+    if mode != "auto":
+        return mode
+    for word in reversed(re.findall(r"[a-z]+1?", metric.lower())):
+        if word in LOWER_IS_BETTER:
+            return "min"
+        if word in HIGHER_IS_BETTER:
+            return "max"
+    hint = did_you_mean(metric, METRIC_PATTERNS)
+    raise ConfigError(
+        f"best_metric={metric}: its name does not say whether lower or higher is better.{hint} "
+        f"Say best_mode=min or best_mode=max."
+    )
