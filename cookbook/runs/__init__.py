@@ -1,1 +1,1 @@
-"""What a run leaves on disk: the names, formats and records of a run's folder, written and read here alone."""
+"""What a run leaves on disk: names, formats and records of its folder, written and read here alone."""

@@ -32,7 +32,8 @@ def help_of(recipe: str) -> str:
         encoding="utf-8",
         check=True,
     )
-    return "\n".join(line.rstrip() for line in finished.stdout.splitlines()) + "\n"
+    text = finished.stdout.replace(str(ROOT), "/project")  # the defaults of files of this project
+    return "\n".join(line.rstrip() for line in text.splitlines()) + "\n"
 
 
 def messages() -> str:
