@@ -339,6 +339,8 @@ _has_lost_others = False
 _has_left = False
 _others_tell = False
 """Whether the user hears from another process what happened."""
+_is_first: bool | None = None
+"""Whether this process was the first to fail; None before it fails."""
 
 
 def _end_unless_telling(number: int, frame: object) -> None:
@@ -369,14 +371,21 @@ def joined() -> Iterator[Mesh]:
 
 
 def leave_last_words(error: BaseException) -> bool:
-    """Says why this process is about to go. Whether it is the first to say so: the others are not heard."""
-    words = f"process {os.environ['RANK']} ({socket.gethostname()}) failed: {describe(error)}"
-    try:
-        heard = _meeting_point().compare_set(_LAST_WORDS, "", words).decode()
+    """Says why this process is about to go. Whether it is the first to say so: the others are not heard.
+
+    That is decided once, by the first failure: the process that keeps the words may be gone when it is
+    asked again.
+    """
+    global _is_first
+    if _is_first is None:
+        words = f"process {os.environ['RANK']} ({socket.gethostname()}) failed: {describe(error)}"
+        try:
+            _is_first = _meeting_point().compare_set(_LAST_WORDS, "", words).decode() == words
+        except (RuntimeError, CookbookError):  # who keeps the words is gone already
+            _is_first = not _others_tell
+    with contextlib.suppress(RuntimeError, CookbookError):  # likewise
         _let_others_leave(_meeting_point())
-    except (RuntimeError, CookbookError):  # who keeps the words is gone already
-        return not _others_tell
-    return heard == words
+    return _is_first
 
 
 def _let_others_leave(store: Store) -> None:

@@ -237,3 +237,9 @@ def test_rounded_weights_that_are_dealt_out_have_masters_too(
     assert found[0]["losses"] == pytest.approx(one["losses"], rel=0.01)
     model = AutoModelForCausalLM.from_pretrained(found[0]["saved"])
     assert model.dtype == torch.bfloat16
+
+
+def test_the_first_that_failed_says_so_also_where_the_main_process_is_gone_by_then(ranks: Any) -> None:
+    ended = ranks.run("training:says_it_after_the_main_process_is_gone", 2)
+    assert ended.codes == [1, 0], ended.printed
+    assert ended.results[1] is True

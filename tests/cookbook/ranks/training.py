@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Mapping
@@ -15,7 +16,7 @@ import torch
 from cookbook.clients.service import ServiceClient
 from cookbook.engine import processes
 from cookbook.engine.model import fsdp
-from cookbook.errors import CheckpointError
+from cookbook.errors import CheckpointError, TrainingError
 from cookbook.types import AdamParams, Datum, ModelInput, SamplingParams
 
 ADAM = AdamParams(learning_rate=1e-2, weight_decay=0.1, grad_clip_norm=0.5, eps=1e-3)
@@ -298,3 +299,19 @@ def fails_by_main(world: processes.Mesh) -> str:
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return "nothing"
+
+
+def says_it_after_the_main_process_is_gone() -> bool:
+    """Process 1 fails first; process 0, which keeps the words, is gone when 1 is about to print them."""
+    error = ValueError("broken")
+    mesh = processes.current()
+    if mesh.rank == 0:
+        mesh.gather(None)  # the words of 1 are there
+        processes.leave_last_words(error)
+        os._exit(1)
+    processes.leave_last_words(error)
+    processes._why_unreachable(2)  # as an exchange that fails does; it finds the words of this process
+    mesh.gather(None)
+    with contextlib.suppress(TrainingError):
+        mesh.gather(None)
+    return processes.speaks_for_all(error)
