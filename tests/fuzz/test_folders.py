@@ -31,7 +31,7 @@ from typing import Any
 
 import pytest
 from damage import Damage
-from fuzzing import check_each, seeds, within
+from fuzzing import Hang, check_each, seeds, within
 
 from cookbook import errors, models
 from cookbook.config import cli
@@ -384,6 +384,82 @@ def test_a_few_damaged_folders_are_used_or_refused(world: World) -> None:
 @pytest.mark.parametrize("first", range(0, NUM_FOLDERS, SLICE))
 def test_damaged_folders_are_used_or_refused(world: World, first: int) -> None:
     check_each(lambda seed: check_folder(world, seed), seeds(first, SLICE))
+
+
+# -- pipes ----------------------------------------------------------------------------------------
+
+
+def _with_data(world: World) -> None:
+    """A published data set in each layout that is read from a folder."""
+    import datasets
+
+    rows = [{"prompt": f"{number}?", "completion": "yes"} for number in range(8)]
+    hub = world.work / "hub"
+    (hub / "data").mkdir(parents=True)
+    files_of = "  data_files:\n  - split: train\n    path: data/*.parquet\n"
+    card = f"---\nconfigs:\n- config_name: default\n{files_of}---\n"
+    (hub / "README.md").write_text(card, encoding="utf-8")
+    (hub / "dataset_infos.json").write_text("{}", encoding="utf-8")
+    datasets.Dataset.from_list(rows).to_parquet(hub / "data" / "train-0.parquet")
+    both = datasets.Dataset.from_list(rows).train_test_split(4, seed=0)
+    both.save_to_disk(world.work / "saved")
+    both["train"].save_to_disk(world.work / "split")
+    lines = world.work / "lines"
+    lines.mkdir()
+    for name in ("train.jsonl", "test.jsonl"):
+        (lines / name).write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
+
+
+def _train_on(world: World, data: str) -> None:
+    argv = [
+        argument for argument in world.argv(f"log_path={world.new}") if not argument.startswith("dataset=")
+    ]
+    _recipe("sft", *argv, f"dataset={world.work / data}", "max_steps=1")
+
+
+PIPED = (
+    *COMMANDS,
+    *(
+        Command(f"train on {data}", data, lambda w, data=data: _train_on(w, data), ("new", "cache"))  # type: ignore[misc]
+        for data in ("hub", "saved", "split", "lines")
+    ),
+    Command("train a model", "model", lambda w: _train(w, "new", "max_steps=1"), ("new", "cache")),
+    Command("resume with a model", "model", lambda w: _train(w, "run", *LONGER), ("run", "cache")),
+    Command("chat on a model", "model", lambda w: _chat(w, "adapter")),
+    Command("merge into a model", "model", lambda w: _export(w, "adapter", "merged"), ("out",)),
+)
+
+
+def check_pipe(world: World, command: Command, name: str) -> None:
+    """A pipe in place of a file is never waited for, whichever command comes upon it."""
+    world.restore()
+    _with_data(world)
+    path = world.work / command.damaged / name
+    path.unlink()
+    os.mkfifo(path)
+    try:
+        with within(WALL_SECONDS / 5):
+            outcome = outcome_of(lambda: command.run(world))
+        outcome.check()
+    except (AssertionError, Hang) as error:
+        raise AssertionError(f"{command.name}: {name} is a pipe: {error}") from error
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", PIPED, ids=lambda command: command.name)
+def test_no_command_waits_for_a_pipe(world: World, command: Command) -> None:
+    world.restore()
+    _with_data(world)
+    folder = world.work / command.damaged
+    names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    assert names
+    failures = []
+    for name in names:
+        try:
+            check_pipe(world, command, name)
+        except AssertionError as error:
+            failures.append(str(error))
+    assert not failures, "\n".join(failures)
 
 
 # -- in a terminal --------------------------------------------------------------------------------
