@@ -115,7 +115,7 @@ class ServiceClient:
         lora = LoraConfig(
             rank=rank,
             alpha=alpha,
-            seed=processes.current().of_main(secrets.randbelow(2**31)) if seed is None else seed,
+            seed=processes.current().broadcast(secrets.randbelow(2**31)) if seed is None else seed,
             train_unembed=train_unembed,
             train_mlp=train_mlp,
             train_attn=train_attn,
@@ -196,7 +196,9 @@ class ServiceClient:
     ) -> TrainingClient:
         folder = self._checkpoint_dir
         if folder is None:
-            folder = DEFAULT_CHECKPOINT_ROOT.expanduser() / processes.current().of_main(secrets.token_hex(6))
+            folder = DEFAULT_CHECKPOINT_ROOT.expanduser() / processes.current().broadcast(
+                secrets.token_hex(6)
+            )
         if lora.rank == 0 and self._options.quantization is not None:
             raise ConfigError(
                 f"quantization={self._options.quantization} holds weights that stay as they are, and rank=0 "

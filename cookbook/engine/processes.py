@@ -40,7 +40,7 @@ _LAST_WORDS = "cookbook/last_words"
 _LEAVING = "cookbook/leaving"
 
 
-class Mesh:
+class World:
     """The processes of a run, as one thread of each of them sees it.
 
     Every process calls the same methods in the same order. A method that needs all of them raises
@@ -72,16 +72,16 @@ class Mesh:
         """Whether this process is the one that logs and writes."""
         return self.rank == 0
 
-    def lane(self) -> Mesh:
+    def duplicate(self) -> World:
         """The same processes, for another thread: what two threads exchange is kept apart."""
         if self.is_alone:
             return self
         with self._reaching_all():
-            return Mesh(self.rank, self.size, _host_group(), _device_group())
+            return World(self.rank, self.size, _host_group(), _device_group())
 
     # -- agreement of the hosts -------------------------------------------------------------
 
-    def gather(self, value: T) -> list[T]:
+    def all_gather_object(self, value: T) -> list[T]:
         """Everyone's value, by rank."""
         if self.is_alone:
             return [value]
@@ -92,7 +92,7 @@ class Mesh:
             dist.all_gather_object(found, value, group=self.host_group)
         return found
 
-    def of_main(self, value: T) -> T:
+    def broadcast(self, value: T) -> T:
         """The main process's value. What the others bring is ignored."""
         if self.is_alone:
             return value
@@ -104,7 +104,7 @@ class Mesh:
         found: T = box[0]
         return found
 
-    def agree_min(self, *numbers: int) -> tuple[int, ...]:
+    def all_reduce_min(self, *numbers: int) -> tuple[int, ...]:
         """The smallest that anyone brings, number by number. The cheapest way to agree."""
         if self.is_alone:
             return numbers
@@ -116,11 +116,11 @@ class Mesh:
             dist.all_reduce(smallest, dist.ReduceOp.MIN, group=self.host_group)
         return tuple(smallest.tolist())
 
-    def agree_max(self, *numbers: int) -> tuple[int, ...]:
-        return tuple(-number for number in self.agree_min(*(-number for number in numbers)))
+    def all_reduce_max(self, *numbers: int) -> tuple[int, ...]:
+        return tuple(-number for number in self.all_reduce_min(*(-number for number in numbers)))
 
-    def wait_for_all(self) -> None:
-        self.agree_min(0)
+    def barrier(self) -> None:
+        self.all_reduce_min(0)
 
     @contextlib.contextmanager
     def failing_together(self) -> Iterator[None]:
@@ -134,9 +134,9 @@ class Mesh:
             error = raised
         if self.is_alone:
             return
-        (is_well,) = self.agree_min(error is None)
+        (is_well,) = self.all_reduce_min(error is None)
         if not is_well:
-            self._raise_first_of(self.gather(None if error is None else describe(error)), error)
+            self._raise_first_of(self.all_gather_object(None if error is None else describe(error)), error)
 
     def _raise_first_of(self, failures: Sequence[str | None], own: Exception | None) -> None:
         global _others_tell
@@ -146,11 +146,11 @@ class Mesh:
         rank = next(rank for rank, failure in enumerate(failures) if failure is not None)
         raise TrainingError(f"Process {rank} of {self.size} failed: {failures[rank]}")
 
-    def by_main(self, work: Callable[[], T]) -> T:
+    def on_rank0(self, work: Callable[[], T]) -> T:
         """What `work` gives on the main process, which alone does it; its failure is everyone's."""
         with self.failing_together():
             result = work() if self.is_main else None
-        return self.of_main(result)  # type: ignore[return-value]
+        return self.broadcast(result)  # type: ignore[return-value]
 
     @contextlib.contextmanager
     def first_on_each_machine(self) -> Iterator[None]:
@@ -167,7 +167,7 @@ class Mesh:
     def one_after_another(self) -> Iterator[None]:
         """The body runs on one process of a machine at a time, in the order of their ranks."""
         place, num_here = local_rank(), local_size()
-        most_here = max(self.gather(num_here))
+        most_here = max(self.all_gather_object(num_here))
         for turn in range(most_here):
             with self.failing_together():
                 if turn == place:
@@ -176,7 +176,7 @@ class Mesh:
 
     # -- sums on the devices ----------------------------------------------------------------
 
-    def add_up(self, tensors: Sequence[Tensor]) -> None:
+    def all_reduce_sum(self, tensors: Sequence[Tensor]) -> None:
         """Replaces each tensor by its sum over all processes: bit for bit the same on every one."""
         if self.is_alone:
             return
@@ -191,7 +191,7 @@ class Mesh:
                 for tensor, total in zip(bucket, _unflatten_dense_tensors(flat, bucket), strict=True):
                     tensor.copy_(total)
 
-    def break_off(self, error: Exception) -> TrainingError:
+    def abort(self, error: Exception) -> TrainingError:
         """After a failure that leaves the others waiting for this process: it takes part in nothing more.
 
         Gives what is to be raised, which says who failed first.
@@ -221,9 +221,9 @@ def _is_loss(error: Exception) -> bool:
     return isinstance(error, RuntimeError) and any(word in str(error) for word in ("gloo", "NCCL"))
 
 
-ALONE = Mesh()
+ALONE = World()
 
-_current: Mesh | None = None
+_current: World | None = None
 _store: Store | None = None
 _joining = threading.Lock()
 
@@ -246,10 +246,10 @@ def local_size() -> int:
     return int(os.environ["LOCAL_WORLD_SIZE"]) if is_one_of_many() else 1
 
 
-def current() -> Mesh:
+def current() -> World:
     """The processes that this one was started with; it joins them when first asked.
 
-    This one belongs to the thread of the program. An engine has a `lane` of its own.
+    This one belongs to the thread of the program. An engine has a `duplicate` of them.
     """
     global _current
     with _joining:
@@ -258,7 +258,7 @@ def current() -> Mesh:
         return _current
 
 
-def _join() -> Mesh:
+def _join() -> World:
     import torch
     import torch.distributed as dist
 
@@ -276,7 +276,7 @@ def _join() -> Mesh:
         atexit.register(_part)
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, _end_unless_telling)
-    return Mesh(rank, size, _host_group(), _device_group())
+    return World(rank, size, _host_group(), _device_group())
 
 
 def _meeting_point() -> Store:
@@ -358,16 +358,16 @@ def _part() -> None:
 
 
 @contextlib.contextmanager
-def joined() -> Iterator[Mesh]:
+def joined() -> Iterator[World]:
     """The processes of this run. The last words of one that fails are left for the others to find."""
-    mesh = current()
+    world = current()
     try:
-        yield mesh
+        yield world
     except Exception as error:
-        if not mesh.is_alone:
+        if not world.is_alone:
             leave_last_words(error)
         raise
-    mesh.wait_for_all()
+    world.barrier()
 
 
 def leave_last_words(error: BaseException) -> bool:

@@ -333,7 +333,7 @@ class Engine:
 def _agree_on_number(base: BaseModel, number: int) -> int:
     """The processes go through sharded weights in step, so with the same items."""
     if base.is_sharded:
-        (number,) = base.mesh.agree_min(number)
+        (number,) = base.world.all_reduce_min(number)
     return number
 
 

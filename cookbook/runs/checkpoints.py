@@ -89,18 +89,18 @@ class CheckpointLog:
     """The checkpoints of one run, oldest first. Only complete ones are recorded."""
 
     def __init__(
-        self, folder: Path, keep: int | None = None, by_main: Callable[[Callable[[], Any]], Any] = _itself
+        self, folder: Path, keep: int | None = None, on_rank0: Callable[[Callable[[], Any]], Any] = _itself
     ) -> None:
         """`keep` newest checkpoints stay on disk (None: all), and the best one beside them.
 
-        `by_main` does something on one of several processes, and gives its result to all: they have
+        `on_rank0` does something on one of several processes, and gives its result to all: they have
         one view of the folder, and one of them writes to it.
         """
         self._folder = folder
-        self._by_main = by_main
+        self._on_rank0 = on_rank0
         self._file = folder / "checkpoints.jsonl"
         self._keep = keep
-        self._records: list[Checkpoint] = by_main(lambda: read_records(self._file))
+        self._records: list[Checkpoint] = on_rank0(lambda: read_records(self._file))
 
     @property
     def is_finished(self) -> bool:
@@ -108,7 +108,7 @@ class CheckpointLog:
         last = self.last()
         if last is None or last.name != FINAL:
             return False
-        is_logged: bool = self._by_main(lambda: self._is_logged(last.step))
+        is_logged: bool = self._on_rank0(lambda: self._is_logged(last.step))
         return is_logged
 
     def _is_logged(self, step: int) -> bool:
@@ -150,7 +150,7 @@ class CheckpointLog:
         return any(record.step == step and self._is_there(record) for record in self._records)
 
     def _is_there(self, record: Checkpoint) -> bool:
-        is_there: bool = self._by_main(self.path_of(record).is_dir)
+        is_there: bool = self._on_rank0(self.path_of(record).is_dir)
         return is_there
 
     def add(
@@ -201,13 +201,13 @@ class CheckpointLog:
         same = next((record for record in self._records if record.name == name), None)
         if same is None or not self._is_there(same):
             renamed = replace(final, name=name, path=f"{FOLDER}/{name}")
-            self._by_main(lambda: _link_folder(self.path_of(final), self.path_of(renamed)))
+            self._on_rank0(lambda: _link_folder(self.path_of(final), self.path_of(renamed)))
             must_hold = []  # whatever it holds has a second name now
         else:  # the best of all, or the state that a run out of patience had saved
             renamed = replace(same, metric=same.metric or final.metric, is_extra=False)
             renamed = replace(renamed, value=same.value if same.metric is not None else final.value)
         self._records = [*(r for r in self._records if r.name not in (FINAL, name)), renamed]
-        self._by_main(lambda: self._write([final], must_hold))
+        self._on_rank0(lambda: self._write([final], must_hold))
 
     def count_rows(self, per_batch: int) -> None:
         """Records the rows before each checkpoint of an earlier version, which counted batches alone."""
@@ -236,7 +236,7 @@ class CheckpointLog:
             record for record in records if record.metric is None and (record.is_extra or record in past_keep)
         ]
         self._records = [record for record in records if record not in dropped]
-        self._by_main(lambda: self._write(dropped))
+        self._on_rank0(lambda: self._write(dropped))
 
     def _write(self, dropped: Sequence[Checkpoint], must_hold: Sequence[str] = (MARK,)) -> None:
         jsonl.rewrite(self._file, [_row(record) for record in self._records])

@@ -30,7 +30,7 @@ from types import TracebackType
 from typing import IO, Any, Literal, TypeAlias
 
 from cookbook.config.config_files import TYPE_KEY, differences, with_defaults
-from cookbook.engine.processes import ALONE, Mesh
+from cookbook.engine.processes import ALONE, World
 from cookbook.errors import ConfigError, CookbookError, DataError
 from cookbook.runs.checkpoints import FOLDER, CheckpointLog
 from cookbook.runs.rows import read_changes, read_metrics, read_tables
@@ -78,14 +78,14 @@ class RunFolder:
     """Holds the folder for one run at a time. Of several processes the main one alone writes to it."""
 
     def __init__(
-        self, path: str, config: dict[str, Any], if_exists: IfLogPathExists, world: Mesh = ALONE
+        self, path: str, config: dict[str, Any], if_exists: IfLogPathExists, world: World = ALONE
     ) -> None:
         """Raises ConfigError where the folder holds a run that this config does not continue."""
         self.path = Path(path)
         self.config = config
         self.world = world
         self._lock: IO[bytes] | None = None
-        self.earlier_config: dict[str, Any] | None = world.by_main(lambda: self._open(if_exists))
+        self.earlier_config: dict[str, Any] | None = world.on_rank0(lambda: self._open(if_exists))
         """That of the run which continues here; None where one begins."""
         self._check_that_all_see_it(world)
 
@@ -154,17 +154,17 @@ class RunFolder:
 
     def patience_restarts(self) -> set[int]:
         """The steps at which a run that was out of patience was continued."""
-        rows: list[dict[str, Any]] = self.world.by_main(lambda: read_changes(self.path / CHANGES_FILE))
+        rows: list[dict[str, Any]] = self.world.on_rank0(lambda: read_changes(self.path / CHANGES_FILE))
         return {row["step"] for row in rows if row["ended_by_patience"]}
 
-    def _check_that_all_see_it(self, world: Mesh) -> None:
+    def _check_that_all_see_it(self, world: World) -> None:
         """Raises ConfigError where a process has another folder under this name, or none: each reads it."""
         if world.is_alone:
             return
-        mark = self.path / world.of_main(f".seen-by-all-{secrets.token_hex(8)}")
-        world.by_main(lambda: files.write(mark, ""))
-        hosts = world.gather(None if mark.exists() else socket.gethostname())
-        world.by_main(lambda: files.remove(mark))
+        mark = self.path / world.broadcast(f".seen-by-all-{secrets.token_hex(8)}")
+        world.on_rank0(lambda: files.write(mark, ""))
+        hosts = world.all_gather_object(None if mark.exists() else socket.gethostname())
+        world.on_rank0(lambda: files.remove(mark))
         for rank, host in enumerate(hosts):
             if host is not None:
                 raise ConfigError(
@@ -208,12 +208,12 @@ class RunFolder:
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """The rows of metrics.jsonl so far, as the main process sees them."""
-        rows: list[dict[str, Any]] = self.world.by_main(lambda: read_metrics(self.path / "metrics.jsonl"))
+        rows: list[dict[str, Any]] = self.world.on_rank0(lambda: read_metrics(self.path / "metrics.jsonl"))
         return rows
 
     def read_tables(self) -> list[dict[str, Any]]:
         """The rows of tables.jsonl so far, as the main process sees them."""
-        rows: list[dict[str, Any]] = self.world.by_main(lambda: read_tables(self.path / "tables.jsonl"))
+        rows: list[dict[str, Any]] = self.world.on_rank0(lambda: read_tables(self.path / "tables.jsonl"))
         return rows
 
     def _settle_with_earlier_run(self, if_exists: IfLogPathExists) -> dict[str, Any] | None:

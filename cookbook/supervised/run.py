@@ -19,7 +19,7 @@ import numpy as np
 from cookbook.clients.futures import APIFuture
 from cookbook.data.report import note_lines
 from cookbook.data.types import LEFT_OUT, SupervisedDataset
-from cookbook.engine.processes import Mesh
+from cookbook.engine.processes import World
 from cookbook.errors import TrainingError
 from cookbook.eval.evaluators import FAILURES, Evaluation, Evaluator, TrainingClientEvaluator, evaluate
 from cookbook.loggers import MetricLogger
@@ -84,7 +84,7 @@ class Run:
         self,
         config: Config,
         log_path: Path,
-        world: Mesh,
+        world: World,
         first_step: int,
         total_steps: int | None,
         train_data: SupervisedDataset,
@@ -279,18 +279,18 @@ class Run:
             found = await evaluate(
                 self._client, here, self._config.on_evaluator_error, self._config.seed, self._recorder
             )
-            return await self._of_main(found)
+            return await self._from_rank0(found)
 
     def _runs_here(self, evaluator: Evaluator) -> bool:
         """Whether this process has a part in it. Samples are drawn by the main process alone, if it can."""
         needs_all = isinstance(evaluator, TrainingClientEvaluator) or self._client.samples_together
         return needs_all or self._world.is_main
 
-    async def _of_main(self, found: Evaluation) -> Evaluation:
+    async def _from_rank0(self, found: Evaluation) -> Evaluation:
         """What all go by: two processes that sample, or ask a judge, need not hear the same."""
         if self._world.is_alone:
             return found
-        return await asyncio.to_thread(self._world.of_main, found)
+        return await asyncio.to_thread(self._world.broadcast, found)
 
     def _queue_save(self, name: str, step: int) -> APIFuture[SaveWeightsResponse]:
         with self._recorder.at_step(step):

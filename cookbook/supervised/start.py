@@ -283,7 +283,7 @@ async def _create_client(
     from cookbook.clients.service import ServiceClient
     from cookbook.engine.checkpoint import remove_unfinished
 
-    folder.world.by_main(lambda: remove_unfinished(folder.checkpoint_dir))
+    folder.world.on_rank0(lambda: remove_unfinished(folder.checkpoint_dir))
     service = ServiceClient(
         device=config.device,
         dtype=config.dtype,

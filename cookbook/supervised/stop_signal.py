@@ -9,7 +9,7 @@ import threading
 from types import TracebackType
 from typing import Any
 
-from cookbook.engine.processes import ALONE, Mesh
+from cookbook.engine.processes import ALONE, World
 
 logger = logging.getLogger(__name__)
 
@@ -23,7 +23,7 @@ class StopSignal:
     gets a signal is enough: `is_given` has the same answer on all of them.
     """
 
-    def __init__(self, world: Mesh = ALONE) -> None:
+    def __init__(self, world: World = ALONE) -> None:
         self.received: signal.Signals | None = None
         self._world = world
         self._earlier: dict[signal.Signals, Any] = {}
@@ -50,7 +50,7 @@ class StopSignal:
         """Whether to stop here. The others are asked by sockets, while the device is busy."""
         number = self.received or 0
         if not self._world.is_alone:
-            (number,) = await asyncio.to_thread(self._world.agree_max, number)
+            (number,) = await asyncio.to_thread(self._world.all_reduce_max, number)
         if number:  # one that came here while the others were asked is for the next time
             self.received = signal.Signals(number)
         return number != 0

@@ -243,7 +243,7 @@ async def main(config: Config) -> RunSummary:
     config = config.resolved()
     resolved = config_files.to_json(config)
     with joined_alike(resolved) as world:
-        is_resumed = config.if_log_path_exists == "resume" and world.by_main(
+        is_resumed = config.if_log_path_exists == "resume" and world.on_rank0(
             lambda: holds_run(config.log_path)
         )
         if not is_resumed:  # before a folder is made, or an earlier run in it is deleted
@@ -252,7 +252,7 @@ async def main(config: Config) -> RunSummary:
             RunFolder(config.log_path, resolved, config.if_log_path_exists, world) as folder,
             logging_to(console, folder.log_file),
         ):
-            checkpoints = CheckpointLog(folder.path, config.keep_checkpoints, world.by_main)
+            checkpoints = CheckpointLog(folder.path, config.keep_checkpoints, world.on_rank0)
             check_length(config, folder, checkpoints)
             is_longer = bool(folder.length_changes or folder.patience_changes)
             if checkpoints.is_finished and not is_longer:

@@ -157,7 +157,7 @@ class Adapters:
         """Runs the model with one adapter, or with none."""
         with self._in_place(adapter):
             yield
-            fsdp.let_go(self._model)
+            fsdp.reshard(self._model)
 
     @contextlib.contextmanager
     def _in_place(self, adapter: Adapter | None) -> Iterator[None]:

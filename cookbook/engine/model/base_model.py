@@ -47,13 +47,13 @@ class BaseModel:
         """`is_trained`: all of its own weights are to be, which takes memory too."""
         self.name = model_name
         self.options = options or EngineOptions()
-        self.mesh = processes.current().lane()
+        self.world = processes.current().duplicate()
         self.device = resolve_device(self.options.device)
         self.dtype = resolve_dtype(self.options.dtype, self.device)
         self.tokenizer = models.get_tokenizer(model_name)
         with GLOBAL_STATE:
-            self.is_sharded = fsdp.is_called_for(
-                self.options, self.mesh, model_name, self.device, self.dtype, is_trained
+            self.is_sharded = fsdp.should_shard(
+                self.options, self.world, model_name, self.device, self.dtype, is_trained
             )
             """Whether each of several processes holds a part of the weights."""
             self.model: Any = self._load(is_trained)
@@ -69,7 +69,7 @@ class BaseModel:
         """Whether continuations share a row too, and what decodes them: see `sampling.decoders`, which finds
         both out when the first one is sampled."""
         architecture.find_what_is_safe(self)
-        fsdp.let_go(self.model)
+        fsdp.reshard(self.model)
         self._prepare_layers()
         return_freed_memory()
 
@@ -79,13 +79,13 @@ class BaseModel:
         with self.room_to_load():
             model = load_model(self.name, torch.device("cpu"), self.dtype)
             model.requires_grad_(is_trained)
-            fsdp.shard(model, self.mesh, self.device, self.name)
+            fsdp.shard(model, self.world, self.device, self.name)
         return model
 
     @contextlib.contextmanager
     def room_to_load(self) -> Iterator[None]:
         """For a model whose parts fit: one process of a machine at a time has all of it in memory."""
-        with self.mesh.one_after_another() if self.is_sharded else contextlib.nullcontext():
+        with self.world.one_after_another() if self.is_sharded else contextlib.nullcontext():
             yield
 
     def has_weight(self, weight: Tensor, module: str) -> bool:
@@ -123,8 +123,8 @@ class BaseModel:
         if not self.has_plain_head:
             logits_SV, targets_S1 = self._logits_of_whole_model(batch), batch.targets_S[:, None]
             others_SV = logits_SV.scatter(1, targets_S1, -torch.inf)
-            is_likeliest_S = logits_SV.gather(1, targets_S1)[:, 0] > others_SV.amax(1)
-            return Scores(_log_probabilities(logits_SV, batch.targets_S), is_likeliest_S)
+            is_argmax_S = logits_SV.gather(1, targets_S1)[:, 0] > others_SV.amax(1)
+            return Scores(_log_probabilities(logits_SV, batch.targets_S), is_argmax_S)
         hidden_SD = self.hidden(batch).index_select(0, batch.scored_S)
         return unembedding.score_and_compare(self.head(), hidden_SD, batch.targets_S)
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from cookbook import models
 from cookbook.engine.model.memory import addresses, decoder_layers, usable_memory
 from cookbook.engine.options import EngineOptions
-from cookbook.engine.processes import Mesh
+from cookbook.engine.processes import World
 from cookbook.errors import ConfigError
 from cookbook.utils import pretrained
 
@@ -29,18 +29,18 @@ _SHARE_FOR_WEIGHTS = 0.7
 """Of the usable memory; the rest is for activations, without which there is no training."""
 
 
-def is_called_for(
+def should_shard(
     options: EngineOptions,
-    mesh: Mesh,
+    world: World,
     model_name: str,
     device: torch.device,
     dtype: torch.dtype,
     is_trained: bool,
 ) -> bool:
     """What `options.shard` comes to. The main process decides for all where it depends on memory."""
-    if mesh.is_alone or options.shard == "none" or options.quantization is not None:
+    if world.is_alone or options.shard == "none" or options.quantization is not None:
         return False
-    return options.shard == "full" or mesh.by_main(
+    return options.shard == "full" or world.on_rank0(
         lambda: bytes_needed(model_name, dtype, is_trained) > _SHARE_FOR_WEIGHTS * usable_memory(device)
     )
 
@@ -54,7 +54,7 @@ def bytes_needed(model_name: str, dtype: torch.dtype, is_trained: bool) -> int:
     return per_weight * sum(parameter.numel() for parameter in model.parameters())
 
 
-def shard(model: Any, mesh: Mesh, device: torch.device, model_name: str) -> None:
+def shard(model: Any, world: World, device: torch.device, model_name: str) -> None:
     """Deals the weights of a model out, and moves this process's part to its device."""
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.fsdp import (
@@ -74,9 +74,9 @@ def shard(model: Any, mesh: Mesh, device: torch.device, model_name: str) -> None
         raise ConfigError(
             f"shard=full needs torch 2.13 or newer; this is {torch.__version__}. Use shard=none."
         )
-    assert mesh.device_group is not None
+    assert world.device_group is not None
     how: dict[str, Any] = {
-        "mesh": DeviceMesh.from_group(mesh.device_group, device.type),
+        "mesh": DeviceMesh.from_group(world.device_group, device.type),
         "mp_policy": MixedPrecisionPolicy(reduce_dtype=torch.float32),
     }
     for module in (*layers, model):
@@ -106,7 +106,7 @@ def is_dealt_out(tensor: Tensor) -> bool:
     return isinstance(tensor, DTensor)
 
 
-def let_go(model: Any) -> None:
+def reshard(model: Any) -> None:
     """Ends a request: what was put together goes, and the next one sees what has been written since."""
     if is_sharded(model):
         model.reshard()
@@ -122,7 +122,7 @@ def local_part(tensor: Tensor) -> Tensor:
     return tensor.to_local() if is_dealt_out(tensor) else tensor  # type: ignore[attr-defined]
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """All of it, on every process; all have to ask."""
     return tensor.full_tensor() if is_dealt_out(tensor) else tensor  # type: ignore[attr-defined]
 

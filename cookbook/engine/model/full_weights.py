@@ -74,7 +74,7 @@ def whole_weights(weights: Mapping[str, nn.Parameter], is_kept: bool) -> dict[st
     """Weights that are dealt out, one after another put together, and kept on the CPU of those that want."""
     kept = {}
     for name, weight in weights.items():
-        whole = fsdp.whole(weight.detach())
+        whole = fsdp.full_tensor(weight.detach())
         if is_kept:
             kept[name] = whole.cpu()
     return kept

@@ -130,7 +130,7 @@ class Scores(NamedTuple):
 
     logprobs_S: Tensor
     """fp32"""
-    is_likeliest_S: Tensor
+    is_argmax_S: Tensor
     """bool: whether the target's logit is above that of every other entry of the vocabulary, with those that
     only pad it. The same logits are compared, so a tie is exact, and it does not count."""
 
@@ -150,12 +150,12 @@ def score_and_compare(head: Head, hidden_SD: Tensor, targets_S: Tensor) -> Score
     of all tokens but the target."""
     parts = _chunks(len(targets_S), BlockSizes.on(hidden_SD.device).positions)
     logprobs_S = torch.empty(len(targets_S), device=hidden_SD.device)
-    is_likeliest_S = torch.empty(len(targets_S), dtype=torch.bool, device=hidden_SD.device)
+    is_argmax_S = torch.empty(len(targets_S), dtype=torch.bool, device=hidden_SD.device)
     for part in parts:
         chunk = _Chunk(head, hidden_SD[part], targets_S[part], compares=True)
         logprobs_S[part] = chunk.log_probabilities()
-        is_likeliest_S[part] = chunk.is_likeliest()
-    return Scores(logprobs_S, is_likeliest_S)
+        is_argmax_S[part] = chunk.is_likeliest()
+    return Scores(logprobs_S, is_argmax_S)
 
 
 @torch.no_grad()

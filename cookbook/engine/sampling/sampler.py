@@ -124,7 +124,7 @@ class _Batch:
         self._max_prompt_tokens = _PROMPT_TOKENS[kind]
         room = bytes_for_sampling(base.device)
         if base.is_sharded:  # what runs together is the same on all processes
-            (room,) = base.mesh.agree_min(room)
+            (room,) = base.world.all_reduce_min(room)
         self._max_cached_tokens = room // _cache_bytes_per_token(base)
         self._scores: list[ScoreRequest] = []
         self._waiting: deque[_Continuation] = deque()
@@ -159,7 +159,7 @@ class _Batch:
             self._step()
         except (RuntimeError, MemoryError) as error:
             if self._base.is_sharded:  # the other processes are still at what failed here
-                raise self._base.mesh.break_off(error) from error
+                raise self._base.world.abort(error) from error
             if not is_out_of_memory(error):
                 raise
             self._start_over_with_less()

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from cookbook.engine.model import fsdp
 from cookbook.engine.model.memory import is_out_of_memory
-from cookbook.engine.processes import Mesh
+from cookbook.engine.processes import World
 from cookbook.errors import CheckpointError
 from cookbook.types import AdamParams
 
@@ -94,25 +94,25 @@ class Optimizer:
         for weight in (*self._weights.values(), *self.masters.values()):
             weight.grad = None
 
-    def add_up_gradients(self, mesh: Mesh) -> None:
+    def add_up_gradients(self, world: World) -> None:
         """Sums the gradients over the processes: every one then takes the step that one alone would take."""
-        if mesh.is_alone:
+        if world.is_alone:
             return
         masters = [master for master in self.masters.values() if not fsdp.is_dealt_out(master)]
         if not masters:
             return  # their gradients were added up in the backward pass
-        is_trained = mesh.agree_max(*(master.grad is not None for master in masters))
+        is_trained = world.all_reduce_max(*(master.grad is not None for master in masters))
         trained = [master for master, counts in zip(masters, is_trained, strict=True) if counts]
         for master in trained:
             if master.grad is None:  # none of this process's sequences reached it
                 master.grad = torch.zeros_like(master)
-        mesh.add_up([master.grad for master in trained if master.grad is not None])
+        world.all_reduce_sum([master.grad for master in trained if master.grad is not None])
 
     def step(self, params: AdamParams) -> Tensor:
         """One step on the gradients, which stay; their norm before it was clipped. Waits for no device."""
         gradients = [master.grad for master in self.masters.values() if master.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients) if gradients else torch.zeros(())
-        norm = fsdp.whole(norm)
+        norm = fsdp.full_tensor(norm)
         if params.grad_clip_norm > 0:
             torch.nn.utils.clip_grads_with_norm_(self.masters.values(), params.grad_clip_norm, norm)
         for group in self._adamw.param_groups:

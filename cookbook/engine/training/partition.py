@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from cookbook.engine.model.packing import Layout, copy_to
-from cookbook.engine.processes import Mesh
+from cookbook.engine.processes import World
 from cookbook.engine.training.results import Scored
 
 
@@ -33,13 +33,13 @@ def deal_out(lengths: Sequence[int], num_shares: int) -> list[list[int]]:
 
 
 def put_together(
-    mesh: Mesh, scored: Scored, lengths: Sequence[int], device: torch.device, with_likeliest: bool
+    world: World, scored: Scored, lengths: Sequence[int], device: torch.device, with_likeliest: bool
 ) -> Scored:
     """What the micro-batches of all processes came to, as one that holds the whole batch.
 
     Each process fills in its part of a row of zeros, and the rows are added up: x + 0 is x.
     """
-    if mesh.is_alone:
+    if world.is_alone:
         return scored
     ends = np.cumsum(lengths)
     starts = ends - lengths
@@ -53,7 +53,7 @@ def put_together(
         if with_likeliest:
             likeliest_N.index_copy_(0, places_S, scored.likeliest[number].float())
     loss = torch.stack(scored.losses).sum() if scored.losses else torch.zeros((), device=device)
-    mesh.add_up([logprobs_N, likeliest_N, loss])
+    world.all_reduce_sum([logprobs_N, likeliest_N, loss])
     segments = list(zip(starts.tolist(), ends.tolist(), strict=True))
     whole = Layout(segments, np.arange(num_tokens), num_tokens)
     return Scored(

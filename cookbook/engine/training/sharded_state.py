@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from cookbook.engine import checkpoint
 from cookbook.engine.model import fsdp, full_weights
-from cookbook.engine.processes import Mesh
+from cookbook.engine.processes import World
 from cookbook.errors import CheckpointError
 from cookbook.utils import files
 
@@ -35,8 +35,8 @@ def save(
     optimizer: Mapping[str, Tensor] | None,
     overwrite: bool,
 ) -> None:
-    """`checkpoint.save` by all processes of `base.mesh`. Rank 0 puts everything into place, or nothing."""
-    mesh = base.mesh
+    """`checkpoint.save` by all processes of `base.world`. Rank 0 puts everything into place, or nothing."""
+    world = base.world
     with contextlib.ExitStack() as stack:
 
         def make_room() -> Path | None:
@@ -45,14 +45,14 @@ def save(
                 return None
             return stack.enter_context(files.temporary_folder(path)) / checkpoint.OPTIMIZER_FOLDER
 
-        parts = mesh.by_main(make_room)
-        whole = full_weights.whole_weights(weights, is_kept=mesh.is_main)
-        with mesh.failing_together():
+        parts = world.on_rank0(make_room)
+        whole = full_weights.whole_weights(weights, is_kept=world.is_main)
+        with world.failing_together():
             if optimizer is not None:
                 assert parts is not None
-                _write(parts, optimizer, mesh)
+                _write(parts, optimizer, world)
         write = functools.partial(_put_together, base, whole, parts)
-        mesh.by_main(functools.partial(checkpoint.save, path, info, write, None, overwrite))
+        world.on_rank0(functools.partial(checkpoint.save, path, info, write, None, overwrite))
 
 
 def _put_together(base: BaseModel, whole: Mapping[str, Tensor], parts: Path | None, folder: Path) -> None:
@@ -82,7 +82,7 @@ def _master_of(key: str, tensor: Tensor | torch.Size, masters: Mapping[str, Tens
     return master if master is not None and master.shape == shape else None
 
 
-def _write(folder: Path, tensors: Mapping[str, Tensor], mesh: Mesh) -> None:
+def _write(folder: Path, tensors: Mapping[str, Tensor], world: World) -> None:
     """Every process takes part. `folder` is new, and theirs."""
     from torch.distributed import checkpoint
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
@@ -90,7 +90,7 @@ def _write(folder: Path, tensors: Mapping[str, Tensor], mesh: Mesh) -> None:
     checkpoint.save(
         dict(tensors),
         storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True),
-        process_group=mesh.host_group,
+        process_group=world.host_group,
     )
 
 

@@ -95,7 +95,7 @@ class Trainer:
         self._ran_out_of_memory = False
         """In the pass that is running."""
         self._recovery = Recovery()
-        self._mesh = base.mesh
+        self._world = base.world
         self._agree_on_limits()
         self._full_limits = self._limits
 
@@ -135,7 +135,7 @@ class Trainer:
             result = self._run(request, backward=True)
         except Exception as error:
             self._optimizer.discard_gradients()
-            if self._mesh.is_broken:
+            if self._world.is_broken:
                 raise
             raise TrainingError(f"forward_backward failed: {type(error).__name__}: {error}") from error
         finally:
@@ -150,7 +150,7 @@ class Trainer:
         """
         first = self.forward(request)
         logprobs = [torch.from_numpy(array).requires_grad_() for array in first.logprobs()]
-        with self._mesh.failing_together():
+        with self._world.failing_together():
             try:
                 value, metrics = fn(data, logprobs)
                 gradients = torch.autograd.grad(value, logprobs, allow_unused=True)
@@ -181,11 +181,11 @@ class Trainer:
         if not self._has_gradient:
             raise TrainingError("optim_step has nothing to step on: no forward_backward since the last one.")
         try:
-            self._optimizer.add_up_gradients(self._mesh)
-            with self._optimizer.all_or_nothing(), self._mesh.failing_together():
+            self._optimizer.add_up_gradients(self._world)
+            with self._optimizer.all_or_nothing(), self._world.failing_together():
                 norm = self._optimizer.step(params)
         except Exception as error:
-            if self._mesh.is_broken:
+            if self._world.is_broken:
                 raise
             self._check_not_half_stepped(error)
             raise TrainingError(
@@ -210,16 +210,16 @@ class Trainer:
     def _run(self, request: Request, backward: bool) -> PassResult:
         """This process's share of the sequences, and the results of all shares."""
         lengths = [len(sequence) for sequence in request.sequences]
-        share = deal_out(lengths, self._mesh.size)[self._mesh.rank]
+        share = deal_out(lengths, self._world.size)[self._world.rank]
         if self.base.is_sharded:
             scored = self._run_share_in_step(request, share, backward)
         else:
-            with self._mesh.failing_together():
+            with self._world.failing_together():
                 scored = self._run_share(request, share, backward)
         self._end_pass(backward)
         return PassResult.of(
             request.sequences,
-            put_together(self._mesh, scored, lengths, self.base.device, request.with_likeliest),
+            put_together(self._world, scored, lengths, self.base.device, request.with_likeliest),
         )
 
     def _run_share_in_step(self, request: Request, share: list[int], backward: bool) -> Scored:
@@ -238,7 +238,7 @@ class Trainer:
             )
         except Exception as raised:
             error = raised
-        raise self._mesh.break_off(error) from error
+        raise self._world.abort(error) from error
 
     def _run_share(self, request: Request, share: list[int], backward: bool) -> Scored:
         """Every micro-batch once; where memory does not suffice, all again in smaller ones."""
@@ -284,7 +284,7 @@ class Trainer:
         """As many micro-batches on every process where weights are put together for each: some are empty."""
         if not self.base.is_sharded:
             return plan
-        (most,) = self._mesh.agree_max(len(plan))
+        (most,) = self._world.all_reduce_max(len(plan))
         return [*plan, *([] for _ in range(most - len(plan)))]
 
     def _run_microbatch(
@@ -341,7 +341,7 @@ class Trainer:
 
     def _agree_on_limits(self) -> None:
         """Takes the tightest that any process has found, so that one checkpoint has the limits of all."""
-        tokens, tokens_without, has_memory = self._mesh.agree_min(
+        tokens, tokens_without, has_memory = self._world.all_reduce_min(
             self._limits.max_tokens,
             self._limits.max_tokens_without_checkpointing,
             not self._ran_out_of_memory,
@@ -366,7 +366,7 @@ class Trainer:
             microbatch_recovery=asdict(self._recovery)
             if with_optimizer and self._recovery.is_needed
             else None,
-            world_size=self._mesh.size,
+            world_size=self._world.size,
             user_metadata=self.user_metadata,
             expires_at=None if ttl_seconds is None else _seconds_from_now(ttl_seconds),
         )
@@ -379,7 +379,7 @@ class Trainer:
             return
         write_weights = functools.partial(self.base.adapters.write, self.adapter)
         # Not a lambda: the error of a failed save would keep its scope, and the weights in it.
-        self._mesh.by_main(
+        self._world.on_rank0(
             functools.partial(checkpoint.save, path, info, write_weights, optimizer, overwrite)
         )
 
@@ -398,7 +398,7 @@ class Trainer:
         wrong = [
             name for name, tensor in tensors.items() if not fsdp.local_part(tensor.detach()).isfinite().all()
         ]
-        with self._mesh.failing_together():
+        with self._world.failing_together():
             if wrong:
                 raise TrainingError(
                     f"Training diverged: {len(wrong)} of the {len(tensors)} tensors to save have values that "
@@ -409,11 +409,13 @@ class Trainer:
     def _check_alike(self) -> None:
         """Raises TrainingError where a process has come to other weights than the main one."""
         weights = [weight for weight in self.adapter.weights.values() if not fsdp.is_dealt_out(weight)]
-        checksums = self._mesh.gather(None if self._mesh.is_alone else checkpoint.checksum(weights))
+        checksums = self._world.all_gather_object(
+            None if self._world.is_alone else checkpoint.checksum(weights)
+        )
         for rank, checksum in enumerate(checksums):
             if checksum != checksums[0]:
                 raise TrainingError(
-                    f"Process {rank} of {self._mesh.size} has come to other weights than process 0. Do all "
+                    f"Process {rank} of {self._world.size} has other weights than process 0. Do all "
                     f"run on devices of one kind, with the same packages? Nothing was saved."
                 )
 
@@ -422,7 +424,7 @@ class Trainer:
 
         Everything is read and checked before anything is changed.
         """
-        with self._mesh.failing_together(), self.base.room_to_load():
+        with self._world.failing_together(), self.base.room_to_load():
             info = checkpoint.read_info(path)
             weights = self.base.adapters.read(path, info.lora)
             check_weights_fit(path, info, weights, self.adapter, self.base)
@@ -432,13 +434,13 @@ class Trainer:
             if optimizer is not None:
                 self._optimizer.check(path, optimizer)
             rng, limits, recovery = self._saved_course(path, info)
-        if with_optimizer and info.world_size != self._mesh.size:
+        if with_optimizer and info.world_size != self._world.size:
             logger.info(
                 "%s was saved by a run of %d processes; this one has %d. It goes on to rounding, not "
                 "to the bit.",
                 path,
                 info.world_size,
-                self._mesh.size,
+                self._world.size,
             )
         if dropout := checkpoint.dropout_of(path):
             logger.warning(

@@ -61,10 +61,10 @@ def spread(data: list[Datum], logprobs: list[torch.Tensor]) -> tuple[torch.Tenso
 def addresses() -> dict[str, Any]:
     """Where this process listens once it has joined the others."""
     world = processes.current()
-    world.lane().wait_for_all()
+    world.duplicate().barrier()
     open_sockets = psutil.Process().net_connections("tcp")
     found = [(one.laddr.ip, one.laddr.port) for one in open_sockets if one.status == psutil.CONN_LISTEN]
-    world.wait_for_all()
+    world.barrier()
     interfaces = {name: os.environ.get(name) for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")}
     return {"listens": found, "store": int(os.environ["MASTER_PORT"]), **interfaces}
 
@@ -268,19 +268,22 @@ def exchanged() -> dict[str, Any]:
     """What the verbs of a mesh give, one after another."""
     world = processes.current()
     rank, found = world.rank, {}
-    found["gather"] = world.gather(rank * 10)
-    found["of_main"] = world.of_main(f"from {rank}")
-    found["agree_min"], found["agree_max"] = world.agree_min(rank, -rank), world.agree_max(rank, -rank)
-    found["by_main"] = world.by_main(lambda: f"done by {rank}")
+    found["all_gather_object"] = world.all_gather_object(rank * 10)
+    found["broadcast"] = world.broadcast(f"from {rank}")
+    found["agree_min"], found["agree_max"] = (
+        world.all_reduce_min(rank, -rank),
+        world.all_reduce_max(rank, -rank),
+    )
+    found["on_rank0"] = world.on_rank0(lambda: f"done by {rank}")
     tensors = [torch.full((3,), float(rank)), torch.ones(2, 2), torch.ones(1, dtype=torch.float64)]
-    world.lane().add_up(tensors)
+    world.duplicate().all_reduce_sum(tensors)
     found["sums"] = [tensor.tolist() for tensor in tensors]
     found["failures"] = [fails(world, who) for who in (0, 1)]
-    found["main's failure"] = fails_by_main(world)
+    found["main's failure"] = fails_on_rank0(world)
     return found
 
 
-def fails(world: processes.Mesh, who: int) -> str:
+def fails(world: processes.World, who: int) -> str:
     try:
         with world.failing_together():
             if world.rank == who:
@@ -290,12 +293,12 @@ def fails(world: processes.Mesh, who: int) -> str:
     return "nothing"
 
 
-def fails_by_main(world: processes.Mesh) -> str:
+def fails_on_rank0(world: processes.World) -> str:
     def fail() -> None:
         raise CheckpointError(f"full disk on {world.rank}")
 
     try:
-        world.by_main(fail)
+        world.on_rank0(fail)
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return "nothing"
@@ -304,14 +307,14 @@ def fails_by_main(world: processes.Mesh) -> str:
 def says_it_after_the_main_process_is_gone() -> bool:
     """Process 1 fails first; process 0, which keeps the words, is gone when 1 is about to print them."""
     error = ValueError("broken")
-    mesh = processes.current()
-    if mesh.rank == 0:
-        mesh.gather(None)  # the words of 1 are there
+    world = processes.current()
+    if world.rank == 0:
+        world.all_gather_object(None)  # the words of 1 are there
         processes.leave_last_words(error)
         os._exit(1)
     processes.leave_last_words(error)
     processes._why_unreachable(2)  # as an exchange that fails does; it finds the words of this process
-    mesh.gather(None)
+    world.all_gather_object(None)
     with contextlib.suppress(TrainingError):
-        mesh.gather(None)
+        world.all_gather_object(None)
     return processes.speaks_for_all(error)

@@ -16,7 +16,7 @@ from cookbook.data.conversation import Conversation, linked
 from cookbook.data.formats import FORMATS, conversations_of, recognise
 from cookbook.errors import ConfigError, DataError
 
-DATA = Path(os.environ.get("COOKBOOK_DATA") or Path(__file__).parents[4].parent / "shared" / "data")
+DATA = Path(os.environ.get("COOKBOOK_DATA") or Path(__file__).parents[3].parent / "shared" / "data")
 
 USER = {"role": "user", "content": "How many legs?"}
 REPLY = {"role": "assistant", "content": "eight"}

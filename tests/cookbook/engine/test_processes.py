@@ -137,11 +137,11 @@ def test_samples_are_those_of_one_process_where_weights_are_dealt_out(
 def test_the_verbs_of_a_mesh(ranks: Any) -> None:
     found = ranks.results("training:exchanged", 3)
     for rank, told in enumerate(found):
-        assert told["gather"] == [0, 10, 20]
-        assert told["of_main"] == "from 0"
+        assert told["all_gather_object"] == [0, 10, 20]
+        assert told["broadcast"] == "from 0"
         assert told["agree_min"] == (0, -2)
         assert told["agree_max"] == (2, 0)
-        assert told["by_main"] == "done by 0"
+        assert told["on_rank0"] == "done by 0"
         assert told["sums"] == [[3.0] * 3, [[3.0] * 2] * 2, [3.0]]
         for who in (0, 1):
             other = f"TrainingError: Process {who} of 3 failed: ValueError: no"

@@ -36,7 +36,7 @@ from cookbook.data.sources.hub import HubName
 from cookbook.errors import DataError
 from cookbook.utils import hub
 
-DATA = Path(os.environ.get("COOKBOOK_DATA") or Path(__file__).parents[4].parent / "shared" / "data")
+DATA = Path(os.environ.get("COOKBOOK_DATA") or Path(__file__).parents[3].parent / "shared" / "data")
 
 CALLS: list[dict[str, Any]] = [
     {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}], "id": 1},

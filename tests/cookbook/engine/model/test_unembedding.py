@@ -222,9 +222,9 @@ def test_a_target_is_likeliest_where_argmax_over_all_logits_finds_it(
     logits_SV = head.queries(hidden_SD) @ head.keys(slice(None)).T
     argmax_S = logits_SV.argmax(1)
     mixed_S = torch.where(torch.arange(NUM_POSITIONS) % 2 == 0, argmax_S, targets_S)
-    logprobs_S, is_likeliest_S = score_and_compare(head, hidden_SD, mixed_S)
-    assert is_likeliest_S.tolist() == (mixed_S == argmax_S).tolist()
-    assert 0 < int(is_likeliest_S.sum()) < NUM_POSITIONS
+    logprobs_S, is_argmax_S = score_and_compare(head, hidden_SD, mixed_S)
+    assert is_argmax_S.tolist() == (mixed_S == argmax_S).tolist()
+    assert 0 < int(is_argmax_S.sum()) < NUM_POSITIONS
     torch.testing.assert_close(logprobs_S, score(head, hidden_SD, mixed_S), rtol=0, atol=0)
 
 
@@ -235,7 +235,7 @@ def test_a_target_that_ties_for_the_first_place_is_not_the_most_likely_in_whatev
     weight_VD[[3, 25, 49]] = 20 * hidden_SD[0]
     targets = torch.tensor([3, 25, 49, 4])
     hidden_SD = hidden_SD[:1].expand(4, -1)
-    assert score_and_compare(Head(weight_VD), hidden_SD, targets).is_likeliest_S.tolist() == [False] * 4
+    assert score_and_compare(Head(weight_VD), hidden_SD, targets).is_argmax_S.tolist() == [False] * 4
     weight_VD[25] *= 1.01
     _, is_likeliest = score_and_compare(Head(weight_VD), hidden_SD, targets)
     assert is_likeliest.tolist() == [False, True, False, False]
@@ -248,4 +248,4 @@ def test_a_model_of_equal_logits_or_nan_has_guessed_no_token(softcap: float | No
     targets = torch.arange(head.vocab_size)
     for value in (0.0, torch.nan):
         hidden_SD = torch.full((head.vocab_size, HIDDEN_SIZE), value)
-        assert not score_and_compare(head, hidden_SD, targets).is_likeliest_S.any()
+        assert not score_and_compare(head, hidden_SD, targets).is_argmax_S.any()

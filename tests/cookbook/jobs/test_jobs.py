@@ -24,7 +24,7 @@ from cookbook.runs.checkpoints import CheckpointLog
 from recipes import jobs as jobs_recipe
 from recipes import sft
 
-REPOSITORY = Path(__file__).parents[2]
+REPOSITORY = Path(__file__).parents[3]
 KEYS = ["max_steps=150", "test_size=16", "eval_every=0", "infrequent_eval_every=0", "save_every=0"]
 PATIENCE_SECONDS = 600
 

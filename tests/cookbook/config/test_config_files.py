@@ -12,7 +12,7 @@ from cookbook.errors import ConfigError
 from cookbook.supervised import train
 from recipes.sft import DEFAULTS
 
-REPOSITORY = Path(__file__).parents[2]
+REPOSITORY = Path(__file__).parents[3]
 SHIPPED = sorted((REPOSITORY / "configs").glob("*.yaml"))
 
 

@@ -27,7 +27,7 @@ TEMPLATE_WITH_MODES = (
     "{% if quiet and m.role == 'assistant' %}one {% endif %}{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% if quiet %}one {% endif %}{% endif %}"
 )
-CASES = Path(__file__).parents[5] / "shared" / "cases"
+CASES = Path(__file__).parents[4] / "shared" / "cases"
 
 
 @pytest.fixture

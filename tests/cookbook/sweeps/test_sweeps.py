@@ -30,7 +30,7 @@ from cookbook.sweeps.run_process import Progress, RunProcess
 from cookbook.utils import clusters, jsonl
 from recipes import sft
 
-REPOSITORY = Path(__file__).parents[2]
+REPOSITORY = Path(__file__).parents[3]
 SHIPPED = sorted((REPOSITORY / "configs" / "sweeps").glob("*.yaml"))
 KEYS_OF_NUMBERS = ("lora_rank", "max_steps", "batch_size", "eval_every")
 QUICK = ["test_size=16", "infrequent_eval_every=0"]
