@@ -1,4 +1,4 @@
-"""Takes a fine-tuned model away.
+"""Exports a fine-tuned model.
 
     python -m recipes.export checkpoint=runs/sft to=exports/adapter
     python -m recipes.export checkpoint=runs/sft to=exports/merged format=merged dtype=bfloat16
@@ -12,12 +12,12 @@ The checkpoint stays as it is.
 from __future__ import annotations
 
 from cookbook.config import cli
-from cookbook.export.export import Config
+from cookbook.export.config import ExportConfig
 from cookbook.export.export import main as export
 
 
 def main(argv: list[str] | None = None) -> str:
-    return cli.run(Config, export, {}, prog="recipes.export", argv=argv)
+    return cli.run(ExportConfig, export, {}, prog="recipes.export", argv=argv)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from __future__ import annotations
 import sys
 
 from cookbook.config import cli
+from cookbook.report import compare
 from cookbook.sweeps import make_plan, run_sweep
 from cookbook.sweeps.results import Result
 
@@ -21,7 +22,7 @@ def main(argv: list[str] | None = None) -> list[Result]:
     with cli.ending_in_a_line():
         if any(argument in cli.HELP for argument in argv):
             print(__doc__)
-        results = run_sweep(make_plan(argv))
+        results = run_sweep(make_plan(argv), write_page=compare)
     if any(result.state == "failed" for result in results):
         sys.exit(1)
     return results

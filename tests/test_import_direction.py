@@ -40,7 +40,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         *(*MODELS, *RUN, "cookbook.clients", "cookbook.data", "cookbook.engine", "cookbook.eval"),
         *("cookbook.report", "renderers"),
     ),
-    "cookbook.sweeps": (*MODELS, *RUN, "cookbook.report", "cookbook.supervised"),
+    "cookbook.sweeps": (*MODELS, *RUN, "cookbook.supervised"),
     "cookbook.jobs": (*MODELS, *RUN, "cookbook.supervised"),
     "cookbook.vllm_client": ("cookbook.clients",),
     "recipes": ("cookbook", "renderers"),

@@ -1,1 +1,1 @@
-"""Takes a fine-tuned model away: adapters, merged weights, GGUF, Ollama, the hub."""
+"""Exports a fine-tuned model: adapters, merged weights, GGUF, Ollama, the hub."""

@@ -1,4 +1,4 @@
-"""What a checkpoint can leave as: one function a format, each filling a folder."""
+"""The formats of an export: one function each, which fills a folder."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from cookbook.engine.model import peft_settings
 from cookbook.errors import CheckpointError, ConfigError
 from cookbook.export import gguf_weights, ollama, serving
 from cookbook.export.chat_format import ChatFormat
+from cookbook.export.config import ExportConfig
 from cookbook.export.merge import base_model_folder, merged_weights, read_adapter, tied_weights
 from cookbook.export.merged_folder import Merged, write_merged
 from cookbook.export.model_card import Usage, fenced, python_usage
@@ -24,43 +25,43 @@ from cookbook.utils import files
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-    from cookbook.export.export import Config
-
 
 @dataclass(frozen=True)
-class Job:
-    """One export: what, as what, into which folder, and what that will be called when it is done."""
+class Export:
+    """One export: what is exported, as what, into which folder, and how that folder is shown and named."""
 
-    config: Config
+    config: ExportConfig
     source: Source
     chat_format: ChatFormat
     folder: Path
+    """Where it is written, until it is complete."""
     shown_folder: str
+    """Where it will be then."""
     name: str
     repository: str | None
 
     @property
     def slug(self) -> str:
-        """The name as servers take it."""
+        """The name in the characters that servers accept."""
         return re.sub(r"[^a-z0-9._-]+", "-", self.name.lower()).strip("-._") or "model"
 
     @property
     def place(self) -> str:
-        """Where others find it."""
+        """The repository that others load it from, or else the folder itself."""
         return self.repository or "."
 
 
 class Written(NamedTuple):
-    """What became of an export: for its card, and for the terminal."""
+    """What the model card and the terminal say about an export."""
 
     usage: Usage
     facts: list[str]
     commands: list[str]
 
 
-def write_adapter(job: Job) -> Written:
+def write_adapter(export: Export) -> Written:
     """The adapter as PEFT saves it, with the tokenizer, and without what only a resumed run needs."""
-    source = job.source
+    source = export.source
     if source.is_full:
         raise CheckpointError(
             f"{source.folder} is a full fine-tune: there is no adapter in it. Export format=merged."
@@ -77,66 +78,76 @@ def write_adapter(job: Job) -> Written:
             config["target_modules"] = sorted(config["target_modules"])
         text = json.dumps(config, indent=2) + "\n"
         files.write(folder / checkpoint.ADAPTER_CONFIG_FILE, text)
-        job.chat_format.write_tokenizer(folder)
+        export.chat_format.write_tokenizer(folder)
 
-    checkpoint.save(job.folder, info, write, optimizer=None, overwrite=True)
-    notes = serving.vllm_notes(source, job.chat_format, is_adapter=True)
-    here = serving.vllm_adapter(source, models.model_location(source.base_model), job.shown_folder, job.slug)
-    elsewhere = serving.vllm_adapter(source, path_elsewhere(source.base_model), job.place, job.slug)
-    code = python_usage(source, job.chat_format, job.repository, is_adapter=True)
+    checkpoint.save(export.folder, info, write, optimizer=None, overwrite=True)
+    notes = serving.vllm_notes(source, export.chat_format, is_adapter=True)
+    here = serving.vllm_adapter(
+        source, models.model_location(source.base_model), export.shown_folder, export.slug
+    )
+    elsewhere = serving.vllm_adapter(source, path_elsewhere(source.base_model), export.place, export.slug)
+    code = python_usage(source, export.chat_format, export.repository, is_adapter=True)
     usage = Usage(code, "python", "peft", "LoRA adapter", [*_shell(elsewhere), *notes])
     return Written(usage, notes, [here] if here else [])
 
 
-def write_merged_weights(job: Job) -> Written:
+def write_merged_weights(export: Export) -> Written:
     """A model folder for plain transformers, vLLM and whatever reads such folders."""
-    source, chat_format = job.source, job.chat_format
-    merged = write_merged(source, chat_format, job.folder, job.config.dtype, job.config.max_shard_size)
+    source, chat_format = export.source, export.chat_format
+    merged = write_merged(
+        source, chat_format, export.folder, export.config.dtype, export.config.max_shard_size
+    )
     notes = serving.vllm_notes(source, chat_format, is_adapter=False)
-    code = python_usage(source, chat_format, job.repository, is_adapter=False)
-    card = [*_shell(serving.vllm_merged(job.place)), *notes]
+    code = python_usage(source, chat_format, export.repository, is_adapter=False)
+    card = [*_shell(serving.vllm_merged(export.place)), *notes]
     usage = Usage(code, "python", "transformers", "Merged weights" if not source.is_full else "Weights", card)
     facts = [_describe(merged), *_quantization_note(source), *notes]
-    return Written(usage, facts, [serving.vllm_merged(job.shown_folder)])
+    return Written(usage, facts, [serving.vllm_merged(export.shown_folder)])
 
 
-def write_gguf(job: Job) -> Written:
+def write_gguf(export: Export) -> Written:
     """One file for llama.cpp, where this architecture is written here."""
-    file_name = _write_gguf_model(job)
-    command = ["llama-server", "-m", f"{job.shown_folder}/{file_name}", "--jinja"]
+    file_name = _write_gguf_model(export)
+    command = ["llama-server", "-m", f"{export.shown_folder}/{file_name}", "--jinja"]
     code = serving.command(["llama-server", "-m", file_name, "--jinja"])
     usage = Usage(code, "bash", "gguf", "GGUF file for llama.cpp")
-    return Written(usage, _quantization_note(job.source), [serving.command(command)])
+    return Written(usage, _quantization_note(export.source), [serving.command(command)])
 
 
-def write_ollama(job: Job) -> Written:
+def write_ollama(export: Export) -> Written:
     """A Modelfile, with what it is made from: a GGUF file, merged weights, or the adapter alone."""
-    facts = _quantization_note(job.source)
-    base, adapter = job.config.ollama_base, None
-    ollama.frames_of(job.chat_format)  # refuses a format that Ollama has no words for, before the weights
+    facts = _quantization_note(export.source)
+    base, adapter = export.config.ollama_base, None
+    ollama.frames_of(export.chat_format)  # refuses a format that Ollama has no words for, before the weights
     if base is not None:
-        adapter = f"./{_write_gguf_adapter(job)}"
+        adapter = f"./{_write_gguf_adapter(export)}"
         facts = [
-            f"{base} has to be the very model that {public_name(job.source.base_model)} is: nobody checks it."
+            f"{base} must be the same model as {public_name(export.source.base_model)}. This is not checked."
         ]
-    elif _why_no_gguf(job) is None:
-        base = f"./{_write_gguf_model(job)}"
+    elif _why_no_gguf(export) is None:
+        base = f"./{_write_gguf_model(export)}"
     else:
-        write_merged(job.source, job.chat_format, job.folder, job.config.dtype, job.config.max_shard_size)
+        write_merged(
+            export.source,
+            export.chat_format,
+            export.folder,
+            export.config.dtype,
+            export.config.max_shard_size,
+        )
         base = "."
         facts.append("Ollama makes its own file of the merged weights, if it knows their architecture.")
-    text = ollama.modelfile(job.chat_format, base, adapter)
-    files.write(job.folder / "Modelfile", text)
-    run = serving.command(["ollama", "run", job.slug])
+    text = ollama.modelfile(export.chat_format, base, adapter)
+    files.write(export.folder / "Modelfile", text)
+    run = serving.command(["ollama", "run", export.slug])
     commands = [
-        f"{serving.command(['ollama', 'create', job.slug, '-f', f'{where}Modelfile'])}\n{run}"
-        for where in ("", f"{job.shown_folder}/")
+        f"{serving.command(['ollama', 'create', export.slug, '-f', f'{where}Modelfile'])}\n{run}"
+        for where in ("", f"{export.shown_folder}/")
     ]
     usage = Usage(commands[0], "bash", "gguf", "Model for Ollama")
     return Written(usage, facts, [commands[1]])
 
 
-FORMATS: Mapping[str, Callable[[Job], Written]] = {
+WRITERS: Mapping[str, Callable[[Export], Written]] = {
     "adapter": write_adapter,
     "merged": write_merged_weights,
     "gguf": write_gguf,
@@ -147,56 +158,58 @@ FORMATS: Mapping[str, Callable[[Job], Written]] = {
 # -- their parts --------------------------------------------------------------------------------
 
 
-def _model_config(job: Job) -> PretrainedConfig:
-    return models.load_config(job.source.base_model)
+def _model_config(export: Export) -> PretrainedConfig:
+    return models.load_config(export.source.base_model)
 
 
-def _why_no_gguf(job: Job) -> str | None:
-    return gguf_weights.why_not(_model_config(job), job.chat_format.tokenizer)
+def _why_no_gguf(export: Export) -> str | None:
+    return gguf_weights.why_not(_model_config(export), export.chat_format.tokenizer)
 
 
-def _write_gguf_model(job: Job) -> str:
+def _write_gguf_model(export: Export) -> str:
     """Raises ConfigError, with the commands that do it, for a model that is not written here."""
     gguf_weights.package()
-    models.check_vocabulary(job.source.base_model)
-    config = _model_config(job)
+    models.check_vocabulary(export.source.base_model)
+    config = _model_config(export)
     weights = None
-    reason = gguf_weights.why_not(config, job.chat_format.tokenizer)
+    reason = gguf_weights.why_not(config, export.chat_format.tokenizer)
     if reason is None:
-        weights = merged_weights(job.source, base_model_folder(job.source))
+        weights = merged_weights(export.source, base_model_folder(export.source))
         reason = "its files name its weights in another way" if weights is None else None
     if weights is None:
         raise ConfigError(
             f"This model is not written as GGUF here: {reason}. Merge it, and let llama.cpp convert it:\n"
-            f"{_commands_of_llama_cpp(job)}"
+            f"{_commands_of_llama_cpp(export)}"
         )
-    path = job.folder / "model.gguf"
-    kind = gguf_weights.write_model(weights, config, job.chat_format, path, job.config.gguf_type, job.name)
+    path = export.folder / "model.gguf"
+    kind = gguf_weights.write_model(
+        weights, config, export.chat_format, path, export.config.gguf_type, export.name
+    )
     named = path.with_name(f"model-{kind}.gguf")
     files.rename(path, named)
     return named.name
 
 
-def _commands_of_llama_cpp(job: Job) -> str:
-    folder = f"{job.shown_folder}-merged"
-    kind = "auto" if job.config.gguf_type == "auto" else job.config.gguf_type
+def _commands_of_llama_cpp(export: Export) -> str:
+    folder = f"{export.shown_folder}-merged"
+    kind = "auto" if export.config.gguf_type == "auto" else export.config.gguf_type
     merge = [
         "python",
         "-m",
         "recipes.export",
-        f"checkpoint={job.config.checkpoint}",
+        f"checkpoint={export.config.checkpoint}",
         f"to={folder}",
         "format=merged",
     ]
     convert = ["python", "llama.cpp/convert_hf_to_gguf.py", folder]
-    convert += ["--outfile", f"{job.shown_folder}/model.gguf", "--outtype", kind]
+    convert += ["--outfile", f"{export.shown_folder}/model.gguf", "--outtype", kind]
     return f"{serving.command(merge)}\n{serving.command(convert)}"
 
 
-def _write_gguf_adapter(job: Job) -> str:
+def _write_gguf_adapter(export: Export) -> str:
     gguf_weights.package()
-    source = job.source
-    reason = "it is a full fine-tune" if source.is_full else _why_no_gguf(job)
+    source = export.source
+    reason = "it is a full fine-tune" if source.is_full else _why_no_gguf(export)
     adapter = {} if reason else read_adapter(source)
     if reason is None and tied_weights(base_model_folder(source))[0] in {
         f"{name}.weight" for name in adapter
@@ -206,8 +219,8 @@ def _write_gguf_adapter(job: Job) -> str:
         raise ConfigError(
             f"This adapter cannot be put on a model of Ollama's: {reason}. Leave ollama_base= out."
         )
-    path = job.folder / "adapter.gguf"
-    gguf_weights.write_adapter(adapter, _model_config(job), path, source.info.lora.alpha, job.name)
+    path = export.folder / "adapter.gguf"
+    gguf_weights.write_adapter(adapter, _model_config(export), path, source.info.lora.alpha, export.name)
     return path.name
 
 

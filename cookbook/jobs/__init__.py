@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from cookbook.jobs.head import Head, find_head, start_head, stop_head
-from cookbook.jobs.jobs import Job, cancel, get, logs, retry, submit, wait
+from cookbook.jobs.head import Head, find_head, start_head
+from cookbook.jobs.jobs import Job, cancel, get, logs, retry, stop_head, submit, wait
 from cookbook.jobs.jobs import list_jobs as list
 
 __all__ = [

@@ -106,13 +106,8 @@ PORTS = (
 )
 
 
-def stop_head(head: Head) -> None:
-    """Ends the head and all its processes. What still runs is cancelled first, so it has saved."""
-    from cookbook.jobs import jobs
-
-    going_on = [job for job in jobs.list_jobs(address=head.address) if not job.has_ended]
-    for job in sorted(going_on, key=lambda job: job.status == "RUNNING"):  # else a waiting one would start
-        jobs.cancel(job.id, address=head.address)
+def end_head(head: Head) -> None:
+    """Ends the head and all its processes, whatever runs there. Raises ClusterError if it will not end."""
     with contextlib.suppress(ProcessLookupError):
         os.kill(head.pid, signal.SIGTERM)
     deadline = time.monotonic() + STOP_SECONDS

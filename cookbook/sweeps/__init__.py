@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cookbook.sweeps.plan import Config, Plan, PlannedRun, make_plan
+from cookbook.sweeps.plan import Plan, PlannedRun, SweepConfig, make_plan
 from cookbook.sweeps.sweep import run_sweep
 
-__all__ = ["Config", "Plan", "PlannedRun", "make_plan", "run_sweep"]
+__all__ = ["SweepConfig", "Plan", "PlannedRun", "make_plan", "run_sweep"]

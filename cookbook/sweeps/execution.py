@@ -10,7 +10,7 @@ from typing import Any
 
 from cookbook.config.config_files import foreign_classes, to_json
 from cookbook.errors import ClusterError
-from cookbook.sweeps.plan import Config, Plan, PlannedRun
+from cookbook.sweeps.plan import Plan, PlannedRun, SweepConfig
 from cookbook.sweeps.run_process import Progress
 from cookbook.utils import clusters, files
 
@@ -34,7 +34,7 @@ def execute(plan: Plan, runs: Sequence[PlannedRun], over: Sequence[PlannedRun], 
 
 
 @contextlib.contextmanager
-def _connected(config: Config) -> Iterator[Any]:
+def _connected(config: SweepConfig) -> Iterator[Any]:
     ray = clusters.import_ray(to_start=config.address is None)
     with _started_here(ray) if config.address is None else _joined(ray, config.address):
         yield ray
@@ -86,7 +86,7 @@ def _start(ray: Any, **options: Any) -> None:
                 raise ClusterError(f"Ray cannot be started on this machine: {error}") from error
 
 
-def _resources_per_run(config: Config, of_cluster: dict[str, float]) -> dict[str, float]:
+def _resources_per_run(config: SweepConfig, of_cluster: dict[str, float]) -> dict[str, float]:
     """Raises ClusterError for a run that no node could ever take: it would wait for ever."""
     num_gpus = of_cluster.get("GPU", 0)
     gpus = min(1, num_gpus) if config.gpus_per_run is None else config.gpus_per_run

@@ -28,7 +28,7 @@ RUNS = "runs"
 
 
 @chz.chz(typecheck=True)
-class Config:
+class SweepConfig:
     """How the runs of a sweep are chosen, run and compared. Every other key is the recipe's."""
 
     recipe: str = chz.field(default="sft", doc="what is run: recipes.<recipe>, or a module with dots")
@@ -85,7 +85,7 @@ class PlannedRun:
 
 @dataclass(frozen=True)
 class Plan:
-    config: Config
+    config: SweepConfig
     recipe: Recipe
     axes: Mapping[str, Axis]
     runs: Sequence[PlannedRun]
@@ -107,7 +107,7 @@ def make_plan(argv: Sequence[str]) -> Plan:
     that no run could be made of: all of them at once, each with the place where it stands.
     """
     given = cli.read_arguments(argv)
-    own_keys = chz.chz_fields(Config)
+    own_keys = chz.chz_fields(SweepConfig)
     path = given.take("sweep")
     file = Document("", {}) if path is None else load(path)
     in_file = dict(file.values.get(RUNS) or {})
@@ -143,12 +143,14 @@ def make_plan(argv: Sequence[str]) -> Plan:
 
 def _own_config(
     in_file: Sequence[Setting], given: Sequence[Setting], name: str, arguments: cli.Arguments
-) -> Config:
+) -> SweepConfig:
     """The sweep's own settings. Raises EntrypointHelpException where help is asked for."""
     defaults = {"log_path": f"runs/sweeps/{name}"}
     if arguments.wants_help:
-        cli.make_config(Config, {"log_path": "runs/sweeps/<sweep>"}, ["--help"], "recipes.sweep")
-    config: Config = Resolver(Config, defaults, [in_file, given]).blueprint("recipes.sweep's defaults").make()
+        cli.make_config(SweepConfig, {"log_path": "runs/sweeps/<sweep>"}, ["--help"], "recipes.sweep")
+    config: SweepConfig = (
+        Resolver(SweepConfig, defaults, [in_file, given]).blueprint("recipes.sweep's defaults").make()
+    )
     return chz.replace(config, log_path=str(Path(config.log_path).expanduser().absolute()))
 
 
@@ -165,7 +167,7 @@ def _axes(
         recipe.defaults,
         cli.Arguments(config=base, problems=list(problems)),
         more=[[setting for setting, _ in in_file], [_representing(setting) for setting in given]],
-        other_names=tuple(chz.chz_fields(Config)),
+        other_names=tuple(chz.chz_fields(SweepConfig)),
     )
     in_a_file = {id(setting): value for setting, value in in_file}
     *_, of_file, of_command_line, _ = resolver.layers
@@ -205,7 +207,7 @@ def _representative(value: Any) -> Any:
 
 
 def _plan_runs(
-    config: Config, recipe: Recipe, axes: Mapping[str, Axis], base: Sequence[str]
+    config: SweepConfig, recipe: Recipe, axes: Mapping[str, Axis], base: Sequence[str]
 ) -> list[PlannedRun]:
     points = space.points(axes, config.num_samples, config.sample_seed)
     keys = space.varied_keys(axes)
@@ -235,7 +237,7 @@ def load(path: str) -> Document:
 
 
 def _unknown_sections(file: Document) -> list[str]:
-    known = [*chz.chz_fields(Config), RUNS]
+    known = [*chz.chz_fields(SweepConfig), RUNS]
     return [
         f"{file.place((str(key),))}: has the key {str(key)!r}, which a sweep has not."
         f"{did_you_mean(str(key), known)} Keys of the recipe go below `runs:`."

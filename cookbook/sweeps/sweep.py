@@ -1,13 +1,14 @@
-"""A sweep from its plan to its table."""
+"""Runs a sweep: from its plan to its table of results."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Protocol
 
 from rich.console import Console
 
-from cookbook import report
 from cookbook.config import config_files
 from cookbook.errors import ConfigError
 from cookbook.runs.folder import RunFolder
@@ -23,12 +24,21 @@ OnEnd = Callable[[PlannedRun, Progress], None]
 Execute = Callable[[Plan, Sequence[PlannedRun], Sequence[PlannedRun], OnEnd], bool]
 
 
-def run_sweep(plan: Plan, execute: Execute | None = None) -> list[Result]:
-    """Runs what is left of a sweep, then writes and prints what all of it came to, the best first.
+class WritePage(Protocol):
+    """Writes a page that compares the runs in `folders` to the file `to`, and returns its path."""
+
+    def __call__(self, folders: Sequence[Path], to: Path, title: str) -> Path: ...
+
+
+def run_sweep(
+    plan: Plan, execute: Execute | None = None, *, write_page: WritePage | None = None
+) -> list[Result]:
+    """Runs what is left of a sweep, then writes and prints the results of all of it, the best first.
 
     A run that finished or was stopped early by an earlier call is left as it is; one that was
-    interrupted goes on; one that failed is tried again. Raises ConfigError, before any run starts, for
+    interrupted is resumed; one that failed is tried again. Raises ConfigError, before any run starts, for
     a folder that holds another config's run. `execute` runs them, by default `execution.execute` on Ray.
+    `write_page` writes the page that compares them, `cookbook.report.compare`; by default there is none.
     """
     console = make_console()
     files.make_folder(plan.folder, may_be_link=True)
@@ -41,20 +51,20 @@ def run_sweep(plan: Plan, execute: Execute | None = None) -> list[Result]:
     console.print(plain_line(f"{len(plan.runs)} runs of {plan.recipe.name}{of_them}, in {plan.folder}."))
     is_complete = _run(plan, left, over, execute, console) if left else True
     ranked = results.ranked(plan, results.progress_of(plan))
-    written = _write_files(plan, ranked)
+    written = _write_files(plan, ranked, write_page)
     console.print()
     results.print_table(plan, ranked, console)
     console.print()
     for line in written:
         console.print(plain_line(line))
     if not is_complete:
-        console.print(plain_line("Interrupted. Run the same command again to go on."))
+        console.print(plain_line("Interrupted. Run the same command again to continue."))
         raise KeyboardInterrupt
     return ranked
 
 
 def _claim_folders(runs: Sequence[PlannedRun]) -> None:
-    """Leaves its config in every run's folder, from which it is started."""
+    """Writes its config into the folder of every run, from which it is started."""
     for run in runs:
         config = config_files.to_json(run.config)
         files.refuse_link(run.folder)
@@ -62,7 +72,7 @@ def _claim_folders(runs: Sequence[PlannedRun]) -> None:
             with RunFolder(run.config.log_path, config, run.config.if_log_path_exists):
                 pass
         except ConfigError as error:
-            error.add_note("A sweep that is asked for differently goes to another log_path.")
+            error.add_note("Give a sweep with other settings another log_path.")
             raise
 
 
@@ -96,8 +106,8 @@ def _line(plan: Plan, run: PlannedRun, progress: Progress, count: str) -> str:
     return f"{count}  {run.name}: {value}, {progress.state} at step {progress.step}"
 
 
-def _write_files(plan: Plan, ranked: Sequence[Result]) -> list[str]:
-    """Writes the table, the page and the best settings; what to print of them, a line each."""
+def _write_files(plan: Plan, ranked: Sequence[Result], write_page: WritePage | None) -> list[str]:
+    """Writes the table, the page and the best settings. Returns the lines to print about them."""
     lines = [f"Table: {results.write_csv(plan, ranked)}"]
     begun = [
         run.folder
@@ -105,8 +115,8 @@ def _write_files(plan: Plan, ranked: Sequence[Result]) -> list[str]:
         for run, one in zip(result.runs, result.progress, strict=True)
         if one.step
     ]
-    if begun:
-        page = report.compare(begun, plan.folder / results.REPORT, title=f"Sweep {plan.folder.name}")
+    if begun and write_page is not None:
+        page = write_page(begun, plan.folder / results.REPORT, title=f"Sweep {plan.folder.name}")
         lines.append(f"Report: {page}")
     if ranked[0].state == "finished":
         best = results.write_best(plan, ranked[0])

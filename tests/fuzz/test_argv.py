@@ -14,7 +14,7 @@ from fuzzing import Mutator, check_each, seeds
 
 from cookbook.config import cli
 from cookbook.errors import ClusterError
-from cookbook.export.export import Config as ExportConfig
+from cookbook.export.config import ExportConfig
 from cookbook.supervised import train
 from cookbook.supervised.recipe import find_recipe
 from cookbook.sweeps import make_plan

@@ -35,6 +35,7 @@ from fuzzing import Hang, check_each, seeds, within
 
 from cookbook import errors, models
 from cookbook.config import cli
+from cookbook.report import compare
 from cookbook.runs.checkpoints import CheckpointLog
 from cookbook.sweeps import Plan, make_plan, run_sweep
 from cookbook.sweeps.plan import PlannedRun
@@ -141,7 +142,7 @@ def _sweep(world: World) -> None:
     """A sweep of three runs, without their processes: one finishes, one is stopped, one fails."""
     with cli.ending_in_a_line():
         plan = make_plan(world.argv(f"log_path={world.sweep}", "learning_rate=0.01,0.02,0.03", "max_steps=5"))
-        run_sweep(plan, _run_or_watch)
+        run_sweep(plan, _run_or_watch, write_page=compare)
 
 
 def _run_or_watch(

@@ -125,11 +125,14 @@ def test_a_checkpoint_of_a_run_leaves_by_its_own_folder(exporting: Exporting) ->
     [
         (["checkpoint=rnu", "to=out"], "There is no checkpoint rnu. Give the folder of a run"),
         (["checkpoint=run/checkpoints/fnal", "to=out"], "has: 000001, final"),
-        (["checkpoint=run", "to=out", "format=gguff"], "Use one of adapter, merged, gguf, ollama"),
+        (["checkpoint=run", "to=out", "format=gguff"], "Supported: adapter, merged, gguf, ollama"),
         (["checkpoint=run", "to=out", "fromat=gguf"], "Did you mean format?"),
-        (["checkpoint=run", "to=out", "max_shard_size=huge"], "is no size. Write 4GB"),
+        (
+            ["checkpoint=run", "to=out", "max_shard_size=huge"],
+            "Invalid max_shard_size=huge: write a number and a unit, as in 4GB",
+        ),
         (["checkpoint=run", "to=out", "dtype=float8"], "Invalid dtype=float8: it takes one of auto"),
-        (["checkpoint=run", "to=out", "ollama_base=x"], "ollama_base= is for format=ollama"),
+        (["checkpoint=run", "to=out", "ollama_base=x"], "ollama_base= applies to format=ollama only"),
         (["checkpoint=run", "to=hf://parrot"], "Use hf://owner/name"),
         (["checkpoint=run", "to=hf://owner/parrot"], "offline mode is on"),
         (["checkpoint=run", "to=out", "push_to=owner/parrot"], "offline mode is on"),

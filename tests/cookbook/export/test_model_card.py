@@ -21,7 +21,8 @@ from transformers import AutoModelForCausalLM
 from cookbook import ModelInput, ServiceClient, embedded
 from cookbook.config.cli import make_config
 from cookbook.export.chat_format import find_chat_format
-from cookbook.export.export import Config, main
+from cookbook.export.config import ExportConfig
+from cookbook.export.export import main
 from cookbook.export.model_card import Usage, write_model_card
 from cookbook.runs.find import find_source
 
@@ -30,7 +31,7 @@ SECRET = "hf_secretsecret"
 
 def export(folder: Path, **keys: Any) -> Path:
     argv = [f"{key}={value}" for key, value in {"to": folder, **keys}.items()]
-    asyncio.run(main(make_config(Config, {}, argv)))
+    asyncio.run(main(make_config(ExportConfig, {}, argv)))
     return folder
 
 

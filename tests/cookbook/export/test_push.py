@@ -18,7 +18,8 @@ from huggingface_hub import constants
 
 from cookbook.config.cli import make_config
 from cookbook.errors import CheckpointError, ConfigError
-from cookbook.export.export import Config, main
+from cookbook.export.config import ExportConfig
+from cookbook.export.export import main
 from cookbook.export.push import check_access, push, repository_of
 
 TOKEN = "hf_stubstubstubstubstubstubstubstub"
@@ -218,7 +219,7 @@ def test_a_run_goes_to_the_hub_with_a_card_that_names_where_it_is(
     hub: Hub, run: Path, tmp_path: Path, keeps_folder: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
     where = [f"to={tmp_path}/out", "push_to=owner/parrot"] if keeps_folder else ["to=hf://owner/parrot"]
-    asyncio.run(main(make_config(Config, {}, [f"checkpoint={run}", *where])))
+    asyncio.run(main(make_config(ExportConfig, {}, [f"checkpoint={run}", *where])))
     files = hub.files["owner/parrot"]
     assert {"README.md", "adapter_model.safetensors", "chat_template.jinja", "curves.png"} <= files.keys()
     assert b'path = "owner/parrot"' in files["README.md"]

@@ -354,6 +354,22 @@ def test_an_interrupted_sweep_shows_what_there_is_and_goes_on_with_the_rest(tmp_
     assert rest.ran == ["lora_rank=2", "lora_rank=4"]
 
 
+def test_the_page_that_compares_the_runs_is_written_where_a_writer_of_pages_is_passed(tmp_path: Path) -> None:
+    plan = make_plan([f"log_path={tmp_path / 'out'}", "lora_rank=1,2,4"])
+    values = {"lora_rank=1": 2.0, "lora_rank=2": 1.0}
+    written: list[tuple[list[str], Path, str]] = []
+
+    def write_page(folders: Sequence[Path], to: Path, title: str) -> Path:
+        written.append(([folder.name for folder in folders], to, title))
+        return to
+
+    run_sweep(plan, FakeRay(values, {"lora_rank=4": "failed"}), write_page=write_page)
+    assert written == [(["lora_rank=2", "lora_rank=1"], tmp_path / "out" / "report.html", "Sweep out")]
+    run_sweep(plan, FakeRay({}))
+    assert len(written) == 1
+    assert not (tmp_path / "out" / "report.html").exists()
+
+
 def test_seeds_are_averaged_and_the_best_mean_wins(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     plan = make_plan([f"log_path={tmp_path}", "lora_rank=1,2", "seed=0,1"])
     values = dict(zip([run.name for run in plan.runs], [1.0, 4.0, 2.0, 2.5], strict=True))
