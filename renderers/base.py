@@ -472,8 +472,14 @@ class Renderer(ABC):
         """
 
     def parse_stream(self) -> ResponseStream:
-        """Parses one reply while it is sampled, to show it as it grows."""
-        return ResponseStream(self)
+        """A parser of one reply while it is sampled, to show it as it grows."""
+        return ResponseStream(
+            self.reply_sections,
+            self._encoder,
+            end_tokens={stop for stop in self.get_stop_sequences() if isinstance(stop, int)},
+            decode=lambda tokens: self._decode(tokens, ())[0],
+            parse=self.parse_response,
+        )
 
     # -- what a format knows ------------------------------------------------------------------
 

@@ -8,14 +8,11 @@ ends, and part of a character. The end token settles the rest by parsing the who
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Literal, NamedTuple, TypeAlias
 
-from renderers.encoder import ESCAPE, any_of
+from renderers.encoder import ESCAPE, Encoder, any_of
 from renderers.messages import Message
-
-if TYPE_CHECKING:
-    from renderers.base import Renderer
 
 Field: TypeAlias = Literal["content", "reasoning_content"]
 
@@ -65,14 +62,22 @@ class ResponseStream:
     short or malformed may show less, or otherwise, than the message that `finish` gives.
     """
 
-    def __init__(self, renderer: Renderer) -> None:
-        self._renderer = renderer
-        self._ends = {stop for stop in renderer.get_stop_sequences() if isinstance(stop, int)}
+    def __init__(
+        self,
+        sections: Sections,
+        encoder: Encoder,
+        end_tokens: Collection[int],
+        decode: Callable[[Sequence[int]], str],
+        parse: Callable[[Sequence[int]], tuple[Message, bool]],
+    ) -> None:
+        """`parse` reads the whole reply, up to one of the `end_tokens`; `decode` spells a part of it."""
+        self._end_tokens = end_tokens
+        self._parse = parse
         self._tokens: list[int] = []
         self._ended = False
-        self._characters = _Characters(lambda tokens: renderer._decode(tokens, ())[0])
-        self._marks = _control_tokens(renderer)
-        self._reader = _Reader(_with_marks(renderer.reply_sections, self._marks.values()))
+        self._characters = _Characters(decode)
+        self._marks = _control_tokens(sections, encoder)
+        self._reader = _Reader(_with_marks(sections, self._marks.values()))
         self._shown: dict[Field, list[str]] = {"reasoning_content": [], "content": []}
 
     def feed(self, tokens: Iterable[int]) -> list[Delta]:
@@ -83,7 +88,7 @@ class ResponseStream:
             self._tokens.append(token)
             if self._ended:
                 continue
-            if token in self._ends:
+            if token in self._end_tokens:
                 self._ended = True
                 rest = self._show(self._reader.feed("".join(text)))
                 text = []
@@ -94,7 +99,7 @@ class ResponseStream:
 
     def finish(self) -> tuple[Message, bool]:
         """What `parse_response` makes of all the tokens."""
-        return self._renderer.parse_response(self._tokens)
+        return self._parse(self._tokens)
 
     def _text(self, token: int) -> str:
         text = self._characters.feed(token)
@@ -142,11 +147,11 @@ class _Mark(NamedTuple):
     stand_in: str
 
 
-def _control_tokens(renderer: Renderer) -> dict[int, _Mark]:
-    """The control tokens in the format's markers."""
-    sections = renderer.reply_sections.values()
-    markers = "\n".join(marker for section in sections for marker in (*section.ends, *section.begins))
-    encoder = renderer._encoder
+def _control_tokens(sections: Sections, encoder: Encoder) -> dict[int, _Mark]:
+    """The control tokens in the markers of the sections."""
+    markers = "\n".join(
+        marker for section in sections.values() for marker in (*section.ends, *section.begins)
+    )
     spellings = {match[0] for match in encoder.control.finditer(markers)}
     return {encoder.ids[text]: _Mark(text, f"{ESCAPE}{encoder.ids[text]};") for text in spellings}
 

@@ -19,34 +19,14 @@ from jinja2.utils import Namespace
 
 from renderers.jinja.loop_context import NAMES_IN_LOOPS, FollowedLoop, loop_context
 from renderers.jinja.loop_counts import Count, NotFollowed
-from renderers.jinja.loop_records import BackwardRecord, Record
+from renderers.jinja.loop_records import BackwardRecord, Memory
 from renderers.jinja.loop_rewriting import FOLLOW, RUN, Loop, rewritten
 from renderers.jinja.loop_values import followed
-from renderers.jinja.loop_visits import COMPARISONS, BackwardVisit, ForwardVisit, Visit
+from renderers.jinja.loop_visits import COMPARISONS, BackwardVisit, ForwardVisit, Run
 from renderers.jinja.sandbox import QuickSandbox, sandbox_like_theirs
 from renderers.jinja.template_limits import spend
 
-_ENOUGH_RUNS = 16
-"""Runs after which a conversation is not followed any more if not one iteration was saved."""
-
 _REVERSE_ITERATOR: type[Iterable[Any]] = type(reversed([]))
-
-
-class Memory:
-    """What was seen of one conversation under one template."""
-
-    def __init__(self) -> None:
-        self.records: dict[int, list[Record]] = {}
-        self.backward_records: dict[int, BackwardRecord] = {}
-        self.num_runs = 0
-        self.num_iterations = 0
-        """The iterations of the loops that were run."""
-        self.num_reused = 0
-        """Those that were not."""
-
-    @property
-    def is_of_use(self) -> bool:
-        return self.num_runs < _ENOUGH_RUNS or self.num_reused > 0
 
 
 class IncrementalTemplate:
@@ -79,7 +59,7 @@ class IncrementalTemplate:
 
         Raises what the template raises, and `NotFollowed` where it has to be run as it is.
         """
-        run = Run(self._loops, memory, messages, self._environment)
+        run = Run(messages, self._environment, self._loops, memory)
         context = self._template.new_context({**variables, "messages": messages, RUN: run})
         try:
             for piece in self._template.root_render_func(context):
@@ -89,65 +69,39 @@ class IncrementalTemplate:
             self.is_followed = False
             raise
         finally:
-            run.end()
+            if run.visit is not None:
+                run.visit.end()
+            memory.num_runs += 1
+            memory.num_iterations += run.num_iterations
+            memory.num_reused += run.num_reused
         return "".join(run.pieces)
-
-
-class Run:
-    """One run of the template."""
-
-    def __init__(
-        self, loops: Sequence[Loop], memory: Memory, messages: Sequence[Any], environment: _FollowingSandbox
-    ) -> None:
-        self.messages = messages
-        self.environment = environment
-        self.undefined = environment.undefined
-        self.pieces: list[str] = []
-        """What was printed so far."""
-        self.num_iterations = self.num_reused = 0
-        self.visit: Visit | None = None
-        """The loop that is running, of those that are followed."""
-        self._loops = loops
-        self._memory = memory
-
-    def enter(self, iterable: Any, number: int, values: Sequence[Any]) -> Any:
-        loop = self._loops[number]
-        if loop.is_reversed and isinstance(iterable, _REVERSE_ITERATOR):
-            iterable = list(iterable)
-        namespaces = [id(value) for value in values if isinstance(value, Namespace)]
-        has_two_names_for_one = len(set(namespaces)) < len(namespaces)
-        if type(iterable) not in (list, range) or has_two_names_for_one:
-            return iterable
-        if loop.is_reversed:
-            backward = self._memory.backward_records.setdefault(number, BackwardRecord())
-            self.visit = BackwardVisit(self, loop, iterable, values, backward)
-        else:
-            records = self._memory.records.setdefault(number, [])
-            self.visit = ForwardVisit(self, loop, iterable, values, records)
-        return self.visit
-
-    def leave(self) -> None:
-        if self.visit is not None:
-            self.visit.leave()
-        self.visit = None
-
-    def end(self) -> None:
-        if self.visit is not None:
-            self.visit.end()
-        self._memory.num_runs += 1
-        self._memory.num_iterations += self.num_iterations
-        self._memory.num_reused += self.num_reused
 
 
 # -- the filters that a rewritten template calls ------------------------------------------------
 
 
 def _enter(iterable: Any, run: Run, number: int, *values: Any) -> Any:
-    return run.enter(iterable, number, values)
+    """A visit of the list that loop `number` runs over; the list itself where that cannot be followed."""
+    loop = run.loops[number]
+    if loop.is_reversed and isinstance(iterable, _REVERSE_ITERATOR):
+        iterable = list(iterable)
+    namespaces = [id(value) for value in values if isinstance(value, Namespace)]
+    has_two_names_for_one = len(set(namespaces)) < len(namespaces)
+    if type(iterable) not in (list, range) or has_two_names_for_one:
+        return iterable
+    if loop.is_reversed:
+        backward = run.memory.backward_records.setdefault(number, BackwardRecord())
+        run.visit = BackwardVisit(run, loop, iterable, values, backward)
+    else:
+        records = run.memory.records.setdefault(number, [])
+        run.visit = ForwardVisit(run, loop, iterable, values, records)
+    return run.visit
 
 
 def _leave(_: str, run: Run) -> str:
-    run.leave()
+    if run.visit is not None:
+        run.visit.leave()
+    run.visit = None
     return ""
 
 

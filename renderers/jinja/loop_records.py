@@ -24,6 +24,9 @@ from renderers.jinja.loop_counts import END
 from renderers.jinja.loop_rewriting import Loop
 from renderers.jinja.loop_values import Attributes, attributes_of, length_of_common_start, same
 
+_ENOUGH_RUNS = 16
+"""Runs after which a conversation is not followed any more if not one iteration was saved."""
+
 
 @dataclass
 class Iteration:
@@ -245,3 +248,23 @@ class BackwardRecord:
         self.entry: Entry | None = None
         self.suffixes: dict[int, list[Suffix]] = {}
         """By the place of the item that they begin with."""
+
+
+# -- one conversation ---------------------------------------------------------------------------
+
+
+class Memory:
+    """What was recorded of one conversation under one template."""
+
+    def __init__(self) -> None:
+        self.records: dict[int, list[Record]] = {}
+        self.backward_records: dict[int, BackwardRecord] = {}
+        self.num_runs = 0
+        self.num_iterations = 0
+        """The iterations of the loops that were run."""
+        self.num_reused = 0
+        """Those that were not."""
+
+    @property
+    def is_of_use(self) -> bool:
+        return self.num_runs < _ENOUGH_RUNS or self.num_reused > 0

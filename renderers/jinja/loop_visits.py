@@ -8,20 +8,36 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
+from typing import Any
+
+import jinja2
 
 from renderers.jinja.loop_counts import END, Count
-from renderers.jinja.loop_records import BackwardRecord, Entry, Iteration, Record, Step, Suffix
+from renderers.jinja.loop_records import BackwardRecord, Entry, Iteration, Memory, Record, Step, Suffix
 from renderers.jinja.loop_rewriting import Loop
 from renderers.jinja.loop_values import ABSENT, Attributes, are_frozen, is_frozen, same
-
-if TYPE_CHECKING:
-    from renderers.jinja.incremental import Run
 
 _MOST_RECORDS = 4
 _MOST_SUFFIXES = 8
 _WORTH_A_RECORD = 8
 """Iterations that have to run again for other values before those are recorded apart."""
+
+
+@dataclass
+class Run:
+    """One run of a template."""
+
+    messages: Sequence[Any]
+    environment: jinja2.Environment
+    loops: Sequence[Loop]
+    memory: Memory
+    pieces: list[str] = field(default_factory=list)
+    """What was printed so far."""
+    num_iterations: int = 0
+    num_reused: int = 0
+    visit: Visit | None = None
+    """The loop that is running, of those that are followed."""
 
 
 class Visit:
@@ -100,7 +116,7 @@ class Visit:
 
     def previous(self) -> Any:
         if self.index == 0:
-            return self.run.undefined("there is no previous item")
+            return self.run.environment.undefined("there is no previous item")
         self._note_neighbour(self.index - 1)
         return self.items[self.index - 1]
 
@@ -110,7 +126,7 @@ class Visit:
 
     def following(self) -> Any:
         if self.is_last():
-            return self.run.undefined("there is no next item")
+            return self.run.environment.undefined("there is no next item")
         self._note_neighbour(self.index + 1)
         return self.items[self.index + 1]
 
@@ -363,9 +379,13 @@ class BackwardVisit(Visit):
 
     def previous(self) -> Any:
         self._need_all()
-        return self.items[self.index - 1] if self.index else self.run.undefined("there is no previous item")
+        return (
+            self.items[self.index - 1]
+            if self.index
+            else self.run.environment.undefined("there is no previous item")
+        )
 
     def following(self) -> Any:
         if self.is_last():
-            return self.run.undefined("there is no next item")
+            return self.run.environment.undefined("there is no next item")
         return self.items[self.index + 1]

@@ -22,8 +22,9 @@ from jinja2 import nodes
 
 from cookbook.errors import RendererError
 from renderers.encoder import SENTINEL
-from renderers.jinja.incremental import IncrementalTemplate, Memory
+from renderers.jinja.incremental import IncrementalTemplate
 from renderers.jinja.loop_counts import NotFollowed
+from renderers.jinja.loop_records import Memory
 from renderers.jinja.sandbox import compiled
 from renderers.jinja.tracing import Outline, Traces
 from renderers.messages import ROLES, PlainMessage, Tool, to_json

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from cookbook.errors import RendererError
-from renderers.jinja.incremental import IncrementalTemplate, Memory
+from renderers.jinja.incremental import IncrementalTemplate
+from renderers.jinja.loop_records import Memory
 from renderers.jinja.template import Chat, Template
 
 PUBLISHED = Path(
