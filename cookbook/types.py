@@ -274,7 +274,7 @@ class ForwardBackwardOutput:
     """What a forward (and backward) pass found.
 
     `loss_fn_outputs[i]["logprobs"]` has one natural logarithm for each target of datum i;
-    where they were asked for, `["is_likeliest"]` has a 1 for each target that beats every other token.
+    where they were asked for, `["is_argmax"]` has a 1 for each target that beats every other token.
     `metrics` are sums over the batch (`loss:sum`, `weights:sum`). `loss` is the weighted mean
     negative log-likelihood in nats per trained token; for a custom loss, its value.
     """
@@ -362,7 +362,7 @@ class PromptScores:
     """What a model makes of given tokens. The first entries are None: nothing precedes the first token."""
 
     logprobs: list[float | None]
-    is_likeliest: list[bool | None]
+    is_argmax: list[bool | None]
     """Whether every other token has a lower probability in its place. Tokens that tie for the first place
     are not: a model that holds all tokens equally likely has guessed none."""
 

@@ -157,9 +157,7 @@ class SamplingClient:
         """`compute_logprobs`, and whether each token is more likely than every other in its place."""
         request = score_request(self._engine.base, prompt.to_ints())
         self._engine.submit_to(self._sampler, request)
-        return APIFuture(
-            request.future, lambda logprobs: PromptScores(logprobs, list(request.is_likeliest_T))
-        )
+        return APIFuture(request.future, lambda logprobs: PromptScores(logprobs, list(request.is_argmax_T)))
 
     def _submit(self, request: SampleRequest) -> None:
         with self._lock:

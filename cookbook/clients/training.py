@@ -112,13 +112,13 @@ class TrainingClient:
         loss_fn_config: Mapping[str, float] | None = None,
         *,
         return_logprobs: Literal["all", "trained"] = "all",
-        return_likeliest: bool = False,
+        return_argmax: bool = False,
     ) -> APIFuture[ForwardBackwardOutput]:
         """Loss and log-probabilities, without gradients.
 
         `return_logprobs="trained"` leaves out positions of weight 0 (they read 0.0), which saves
-        their share of the vocabulary projection. With `return_likeliest` the outputs say also
-        which targets are the model's most likely token: `["is_likeliest"]`, 1 where every other entry of
+        their share of the vocabulary projection. With `return_argmax` the outputs say also
+        which targets are the model's most likely token: `["is_argmax"]`, 1 where every other entry of
         the vocabulary has a lower probability, at the positions that have a log-probability. A target that
         ties with another entry reads 0.
         """
@@ -127,7 +127,7 @@ class TrainingClient:
             loss_fn,
             loss_fn_config,
             return_logprobs == "trained",
-            with_likeliest=return_likeliest,
+            with_argmax=return_argmax,
         )
         return APIFuture(self._engine.submit(self._trainer.forward, request), PassResult.output)
 
@@ -289,14 +289,14 @@ class TrainingClient:
         loss_fn_config: Mapping[str, float] | None = None,
         *,
         return_logprobs: Literal["all", "trained"] = "all",
-        return_likeliest: bool = False,
+        return_argmax: bool = False,
     ) -> APIFuture[ForwardBackwardOutput]:
         return self.forward(
             data,
             loss_fn,
             loss_fn_config,
             return_logprobs=return_logprobs,
-            return_likeliest=return_likeliest,
+            return_argmax=return_argmax,
         )
 
     async def forward_backward_async(

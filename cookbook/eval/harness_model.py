@@ -196,5 +196,5 @@ def _of_the_last(scores: PromptScores, number: int) -> tuple[float, bool]:
     """The log-probability of the last tokens together, and whether each of them is likeliest."""
     first = len(scores.logprobs) - number
     logprobs = [logprob for logprob in scores.logprobs[max(first, 0) :] if logprob is not None]
-    is_likeliest = [flag for flag in scores.is_likeliest[max(first, 0) :] if flag is not None]
-    return sum(logprobs), all(is_likeliest)
+    is_argmax = [flag for flag in scores.is_argmax[max(first, 0) :] if flag is not None]
+    return sum(logprobs), all(is_argmax)

@@ -60,7 +60,7 @@ class NLLEvaluator(TrainingClientEvaluator):
 
     async def __call__(self, training_client: TrainingClient) -> dict[str, float]:
         passes = [
-            training_client.forward(batch, return_logprobs="trained", return_likeliest=True)
+            training_client.forward(batch, return_logprobs="trained", return_argmax=True)
             for batch, _ in self._batches
         ]
         bytes_of = TokenBytes(training_client.get_tokenizer())
@@ -91,18 +91,18 @@ class _Tally:
     weight: float = 0.0
     num_bytes: float = 0.0
     num_tokens: int = 0
-    num_likeliest: int = 0
+    num_argmax: int = 0
 
     def add(self, other: _Tally) -> None:
         self.nll += other.nll
         self.weight += other.weight
         self.num_bytes += other.num_bytes
         self.num_tokens += other.num_tokens
-        self.num_likeliest += other.num_likeliest
+        self.num_argmax += other.num_argmax
 
     @property
     def accuracy(self) -> float:
-        return self.num_likeliest / self.num_tokens
+        return self.num_argmax / self.num_tokens
 
     def metrics(self, path: str) -> dict[str, float]:
         found = {f"{path}/nll": self.nll / self.weight}
@@ -117,7 +117,7 @@ class _Scored(NamedTuple):
     targets_T: np.ndarray
     weights_T: np.ndarray
     logprobs_T: np.ndarray
-    is_likeliest_T: np.ndarray
+    is_argmax_T: np.ndarray
 
     def tally(self, bytes_of: TokenBytes) -> _Tally:
         weights_T = self.weights_T.astype(np.float64)
@@ -126,7 +126,7 @@ class _Scored(NamedTuple):
             weight=float(weights_T.sum()),
             num_bytes=float(weights_T @ bytes_of(self.targets_T)),
             num_tokens=len(self.targets_T),
-            num_likeliest=int(self.is_likeliest_T.sum()),
+            num_argmax=int(self.is_argmax_T.sum()),
         )
 
 
@@ -143,7 +143,7 @@ def _turns(
         turn = 0
         for _, datum, output in conversation:
             targets_T, weights_T = _targets_and_weights(datum)
-            values = (targets_T, weights_T, _array(output["logprobs"]), _array(output["is_likeliest"]))
+            values = (targets_T, weights_T, _array(output["logprobs"]), _array(output["is_argmax"]))
             edges = np.flatnonzero(np.diff(weights_T != 0, prepend=False, append=False))
             for start, end in edges.reshape(-1, 2):
                 turn += 1

@@ -6,7 +6,9 @@ Shape suffixes: N tokens of a packed row, S scored positions, D hidden size, V v
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,7 +17,7 @@ from torch import Tensor, nn
 
 from cookbook import models
 from cookbook.engine import processes
-from cookbook.engine.model import architecture, fsdp, unembedding
+from cookbook.engine.model import architecture, attention, fsdp, unembedding
 from cookbook.engine.model.adapters import GLOBAL_STATE, Adapter, Adapters
 from cookbook.engine.model.attention import AttentionLayout
 from cookbook.engine.model.compiling import compile_layers
@@ -36,6 +38,8 @@ from cookbook.engine.model.unembedding import Head, LoraOnHead, Scores, TokenLos
 from cookbook.engine.options import EngineOptions
 from cookbook.engine.training.optimizer import bytes_to_train, bytes_to_undo
 from cookbook.errors import ConfigError
+
+logger = logging.getLogger(__name__)
 
 
 class BaseModel:
@@ -63,12 +67,12 @@ class BaseModel:
         self.adapters = Adapters(self.model, model_name, self.tokenizer)
         self.is_packed = False
         self.has_plain_head = False
-        """Whether sequences share a row, and whether logits are made by blocks: see `architecture`."""
+        """Whether sequences share a row, and whether logits are computed in blocks."""
         self.decodes_packed: bool | None = None
         self.make_decoder: Callable[[BaseModel], Any] | None = None
         """Whether continuations share a row too, and what decodes them: see `sampling.decoders`, which finds
         both out when the first one is sampled."""
-        architecture.find_what_is_safe(self)
+        self._probe_architecture()
         fsdp.reshard(self.model)
         self._prepare_layers()
         return_freed_memory()
@@ -106,6 +110,78 @@ class BaseModel:
             )
         if self.options.compile:
             compile_layers(layers)
+
+    # -- what the architecture allows -------------------------------------------------------
+
+    @torch.no_grad()
+    def _probe_architecture(self) -> None:
+        """Sets `has_plain_head` and `is_packed`, and the attention that goes with it.
+
+        Architectures differ in more than a config says (sinks, recurrent layers, scaled logits), so two short
+        sequences are run, and both are used only where the results are those of the model itself.
+        """
+        generator = torch.Generator().manual_seed(0)
+        sequences = []
+        for length in (7, 5):
+            ids_T = torch.randint(self.vocab_size, (length,), generator=generator).numpy()
+            sequences.append(TokenSequence(ids_T, ids_T, np.ones(length, np.float32), {}))
+        alone = [pack([sequence], self.device, trained_only=False) for sequence in sequences]
+        expected_S = torch.cat([self.logprobs_of_whole_model(batch) for batch in alone])
+
+        def why_not(compute: Callable[[], Tensor]) -> str | None:
+            try:
+                found_S = compute()
+            except (AssertionError, AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
+                self.discard_pass()
+                return f"{type(error).__name__}: {error}"
+            difference = ((found_S - expected_S).abs() / expected_S.abs()).max().item()
+            tolerance = 1e-4 if self.dtype == torch.float32 else 0.05
+            return (
+                None if difference <= tolerance else f"its log-probabilities would move by {difference:.1%}"
+            )
+
+        self.has_plain_head = True
+        reason = why_not(lambda: torch.cat([self.logprobs(batch) for batch in alone]))
+        if reason is not None:
+            self.has_plain_head = False
+            logger.info(
+                "%s runs one sequence at a time, with all its logits: they are more than a projection (%s).",
+                self.name,
+                reason,
+            )
+            return
+        own_attention = self.model.config._attn_implementation
+        self.is_packed = True
+        reason = why_not(lambda: self._packed_logprobs(sequences))
+        if reason is not None:
+            self.is_packed = False
+            self.model.set_attn_implementation(own_attention)
+            logger.info("%s runs one sequence at a time: it cannot be packed (%s).", self.name, reason)
+
+    def _packed_logprobs(self, sequences: list[TokenSequence]) -> Tensor:
+        """The log-probabilities of `sequences` in one row. Raises ValueError where packing is not safe."""
+        self.model.set_attn_implementation(attention.NAME)
+        batch = pack(sequences, self.device, trained_only=False)
+        windows: list[int | None] = []
+        found_S = self.logprobs(replace(batch, attention=replace(batch.attention, windows_seen=windows)))
+        reason = architecture.why_not_packed(self.model.config.get_text_config(), windows)
+        if reason is not None:
+            raise ValueError(reason)
+        # Sequences may see each other faintly, so the first one is nan: does that show in the others?
+        length = len(sequences[0])
+
+        def spoil(module: nn.Module, inputs: Any, embeddings_1ND: Tensor) -> Tensor:
+            spoilt_1ND = embeddings_1ND.clone()
+            spoilt_1ND[:, :length] = torch.nan
+            return spoilt_1ND
+
+        hook = self.model.get_input_embeddings().register_forward_hook(spoil)
+        try:
+            if self.logprobs(batch)[length:].isnan().any():
+                raise ValueError("what one sequence holds may reach another")
+        finally:
+            hook.remove()
+        return found_S
 
     # -- one micro-batch --------------------------------------------------------------------
 
@@ -239,11 +315,11 @@ class BaseModel:
                 config.num_hidden_layers,
                 config.hidden_size * self.dtype.itemsize,
             )
-        self.give_pass_up()
+        self.discard_pass()
         return cost
 
-    def give_pass_up(self) -> None:
-        """To be called after a pass that has no end: one that failed, or whose backward part is not run."""
+    def discard_pass(self) -> None:
+        """Resets the shards after a pass that has no end: it failed, or its backward part is not run."""
         if self.is_sharded:
             fsdp.start_over(self.model)
 

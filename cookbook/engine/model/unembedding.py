@@ -154,7 +154,7 @@ def score_and_compare(head: Head, hidden_SD: Tensor, targets_S: Tensor) -> Score
     for part in parts:
         chunk = _Chunk(head, hidden_SD[part], targets_S[part], compares=True)
         logprobs_S[part] = chunk.log_probabilities()
-        is_argmax_S[part] = chunk.is_likeliest()
+        is_argmax_S[part] = chunk.is_argmax()
     return Scores(logprobs_S, is_argmax_S)
 
 
@@ -272,7 +272,7 @@ class _Chunk:
     def log_probabilities(self) -> Tensor:
         return (self.target_C1 - self.log_total_C1)[:, 0]
 
-    def is_likeliest(self) -> Tensor:
+    def is_argmax(self) -> Tensor:
         """Whether each target's logit is above all others; for a chunk that `compares`."""
         return (self.target_C1 > self.highest_other_C1)[:, 0]
 

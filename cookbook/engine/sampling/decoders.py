@@ -168,7 +168,7 @@ class WholeModelDecoder(Decoder):
         self._base = base
         self._cache_name = names[0]
         self._takes_positions = "position_ids" in accepted
-        self._border = architecture.last_length_of_short_rotation(base.model.config.get_text_config())
+        self._border = architecture.longrope_threshold(base.model.config.get_text_config())
         self._groups: list[_Copies] = []
 
     def start(self, prompts: Sequence[Prompt]) -> Started:
@@ -366,7 +366,7 @@ class _Trial:
         except Exception as error:
             if is_out_of_memory(error):
                 raise
-            self.base.give_pass_up()
+            self.base.discard_pass()
             return f"{type(error).__name__}: {error}"
         tolerance = _TOLERANCE if self.base.dtype == torch.float32 else _TOLERANCE_OF_16_BITS
         return (

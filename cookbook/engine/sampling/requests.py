@@ -43,7 +43,7 @@ class ScoreRequest:
     """The log-probability of every token of a sequence."""
 
     tokens_T: Sequence[int]
-    is_likeliest_T: Sequence[bool | None] = ()
+    is_argmax_T: Sequence[bool | None] = ()
     """Whether each token is the most likely one in its place: there when the future is done."""
     future: Future[list[float | None]] = field(default_factory=JobFuture)
 

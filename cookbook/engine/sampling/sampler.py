@@ -174,20 +174,20 @@ class _Batch:
             sequences = [_to_score(requests[index].tokens_T) for index in indices if lengths[index]]
             scores = iter(self._scores_of(sequences) if sequences else [])
             for index in indices:
-                logprobs, is_likeliest = next(scores) if lengths[index] else ([], [])
+                logprobs, is_argmax = next(scores) if lengths[index] else ([], [])
                 if (error := self._error_of_scores([None, *logprobs])) is not None:
                     requests[index].future.set_exception(error)
                     continue
-                requests[index].is_likeliest_T = [None, *is_likeliest]
+                requests[index].is_argmax_T = [None, *is_argmax]
                 requests[index].future.set_result([None, *logprobs])
         self._scores = []
 
     def _scores_of(self, sequences: Sequence[TokenSequence]) -> list[tuple[list[float], list[bool]]]:
         batch = pack(sequences, self._base.device, trained_only=False)
-        logprobs, is_likeliest = (batch.layout.split(of_S.cpu().numpy()) for of_S in self._base.scores(batch))
+        logprobs, is_argmax = (batch.layout.split(of_S.cpu().numpy()) for of_S in self._base.scores(batch))
         return [
-            (logprobs_T.tolist(), (likeliest_T != 0).tolist())
-            for logprobs_T, likeliest_T in zip(logprobs, is_likeliest, strict=True)
+            (logprobs_T.tolist(), (is_argmax_T != 0).tolist())
+            for logprobs_T, is_argmax_T in zip(logprobs, is_argmax, strict=True)
         ]
 
     def _let_in(self) -> None:

@@ -33,7 +33,7 @@ def deal_out(lengths: Sequence[int], num_shares: int) -> list[list[int]]:
 
 
 def put_together(
-    world: World, scored: Scored, lengths: Sequence[int], device: torch.device, with_likeliest: bool
+    world: World, scored: Scored, lengths: Sequence[int], device: torch.device, with_argmax: bool
 ) -> Scored:
     """What the micro-batches of all processes came to, as one that holds the whole batch.
 
@@ -45,12 +45,12 @@ def put_together(
     starts = ends - lengths
     num_tokens = int(ends[-1])
     logprobs_N = torch.zeros(num_tokens, device=device)
-    likeliest_N = torch.zeros(num_tokens if with_likeliest else 0, device=device)
+    likeliest_N = torch.zeros(num_tokens if with_argmax else 0, device=device)
     for number, (indices, layout) in enumerate(zip(scored.plan, scored.layouts, strict=True)):
         row = np.concatenate([np.arange(starts[index], ends[index]) for index in indices])
         places_S = copy_to(device, row[layout.scored_S])
         logprobs_N.index_copy_(0, places_S, scored.logprobs[number])
-        if with_likeliest:
+        if with_argmax:
             likeliest_N.index_copy_(0, places_S, scored.likeliest[number].float())
     loss = torch.stack(scored.losses).sum() if scored.losses else torch.zeros((), device=device)
     world.all_reduce_sum([logprobs_N, likeliest_N, loss])
@@ -61,5 +61,5 @@ def put_together(
         layouts=[whole],
         logprobs=[logprobs_N],
         losses=[loss],
-        likeliest=[likeliest_N] if with_likeliest else [],
+        likeliest=[likeliest_N] if with_argmax else [],
     )

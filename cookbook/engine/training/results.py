@@ -73,8 +73,8 @@ class PassResult:
             loss = loss_sum = self.custom_loss
         outputs = [{"logprobs": TensorData(lp_T)} for lp_T in logprobs]
         if likeliest := self.likeliest.arrays():
-            for found, is_likeliest_T in zip(outputs, self._by_datum(likeliest), strict=True):
-                found["is_likeliest"] = TensorData(is_likeliest_T, dtype="int64")
+            for found, is_argmax_T in zip(outputs, self._by_datum(likeliest), strict=True):
+                found["is_argmax"] = TensorData(is_argmax_T, dtype="int64")
         return ForwardBackwardOutput(
             loss=loss,
             loss_fn_outputs=[*outputs],

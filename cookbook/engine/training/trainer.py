@@ -73,7 +73,7 @@ class Request:
     loss_config: Mapping[str, float]
     trained_only: bool
     """Score only positions of weight other than 0; the others read 0.0."""
-    with_likeliest: bool = False
+    with_argmax: bool = False
     """Tell also whether each scored target is the most likely token. Not while gradients are formed."""
 
 
@@ -108,7 +108,7 @@ class Trainer:
         loss_fn_config: Mapping[str, float] | None,
         trained_only: bool = False,
         refuse_unknown_inputs: bool = True,
-        with_likeliest: bool = False,
+        with_argmax: bool = False,
     ) -> Request:
         """Raises RequestError for anything that cannot be run. Safe from any thread."""
         loss, config = get_loss(loss_fn, loss_fn_config)
@@ -121,7 +121,7 @@ class Trainer:
                 f"A sequence of {longest} tokens exceeds the context length of {self.base.context_length} "
                 f"of {self.base.name}. Truncate it: max_length={self.base.context_length}."
             )
-        return Request(sequences, loss, config, trained_only, with_likeliest)
+        return Request(sequences, loss, config, trained_only, with_argmax)
 
     def forward(self, request: Request) -> PassResult:
         self._check_not_half_stepped()
@@ -219,7 +219,7 @@ class Trainer:
         self._end_pass(backward)
         return PassResult.of(
             request.sequences,
-            put_together(self._world, scored, lengths, self.base.device, request.with_likeliest),
+            put_together(self._world, scored, lengths, self.base.device, request.with_argmax),
         )
 
     def _run_share_in_step(self, request: Request, share: list[int], backward: bool) -> Scored:
@@ -298,7 +298,7 @@ class Trainer:
             logprobs_S, loss = self.base.backpropagate(batch, token_loss, checkpoint_layers)
             self._optimizer.collect_gradients()
             return (logprobs_S,), loss
-        scores = self.base.scores(batch) if request.with_likeliest else (self.base.logprobs(batch),)
+        scores = self.base.scores(batch) if request.with_argmax else (self.base.logprobs(batch),)
         return scores, token_loss(scores[0][:num_trained], slice(0, num_trained))
 
     def _smaller_limits(self, tight: _TightMicrobatch) -> MicrobatchLimits:

@@ -92,13 +92,13 @@ def test_scores_tell_which_tokens_the_model_itself_would_choose(client: Training
     texts = [ModelInput.from_ints([*PROMPT.to_ints(), *chosen]), ModelInput.from_ints(other)]
     futures = [sampling_client.score(text) for text in (*texts, ModelInput.from_ints([7]))]
     first, second, single = [future.result() for future in futures]
-    assert first.is_likeliest[len(PROMPT) :] == [True] * len(chosen)
-    assert first.is_likeliest[0] is None
-    assert not all(second.is_likeliest[1:])
+    assert first.is_argmax[len(PROMPT) :] == [True] * len(chosen)
+    assert first.is_argmax[0] is None
+    assert not all(second.is_argmax[1:])
     assert first.logprobs[1:] == pytest.approx(
         sampling_client.compute_logprobs(texts[0]).result()[1:], rel=1e-5
     )
-    assert (single.logprobs, single.is_likeliest) == ([None], [None])
+    assert (single.logprobs, single.is_argmax) == ([None], [None])
 
 
 def test_awaiting_and_async_twins_give_the_same(client: TrainingClient) -> None:

@@ -103,7 +103,7 @@ class Handler(BaseHTTPRequestHandler):
             choices[0]["prompt_logprobs"] = [
                 None if logprob is None else {str(token): {"logprob": logprob, "rank": 1 if likeliest else 7}}
                 for token, logprob, likeliest in zip(
-                    body["prompt"], scores.logprobs, scores.is_likeliest, strict=True
+                    body["prompt"], scores.logprobs, scores.is_argmax, strict=True
                 )
             ]
         if body.get("stream"):

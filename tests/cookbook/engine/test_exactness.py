@@ -112,7 +112,7 @@ UNPACKED = {
     "lfm2": (Family("lfm2", {"layer_types": ["conv", "full_attention"]}), "layers of conv"),
     "stablelm": (Family("stablelm"), "may reach another"),
     "stablelm-faint": (Family("stablelm", {"initializer_range": 0.005}), "may reach another"),
-    "llama-window": (Family("llama", {"sliding_window": 8}), "window is not handed to the attention"),
+    "llama-window": (Family("llama", {"sliding_window": 8}), "window is not passed to the attention"),
     "llama4": (
         Family(
             "llama4_text",
@@ -473,10 +473,10 @@ def test_a_model_that_packing_would_change_runs_one_sequence_at_a_time_and_says_
     """Also where what it sees of a neighbour drowns in the rounding of bfloat16."""
     folder = trainer_of(name)[0].base.name
     caplog.clear()
-    with caplog.at_level("INFO", logger="cookbook.engine.model.architecture"):
+    with caplog.at_level("INFO", logger="cookbook.engine.model.base_model"):
         base = BaseModel(folder, EngineOptions(dtype=dtype))
     assert not base.is_packed
-    (line,) = [r.message for r in caplog.records if r.name == "cookbook.engine.model.architecture"]
+    (line,) = [r.message for r in caplog.records if r.name == "cookbook.engine.model.base_model"]
     assert line.startswith(f"{folder} runs one sequence at a time")
     assert UNPACKED[name][1] in line
 

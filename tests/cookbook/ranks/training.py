@@ -75,7 +75,7 @@ def told(output: Any) -> dict[str, Any]:
         "metrics": dict(output.metrics),
         "logprobs": [found["logprobs"].to_numpy() for found in output.loss_fn_outputs],
         "likeliest": [
-            found["is_likeliest"].to_numpy() for found in output.loss_fn_outputs if "is_likeliest" in found
+            found["is_argmax"].to_numpy() for found in output.loss_fn_outputs if "is_argmax" in found
         ],
     }
 
@@ -112,7 +112,7 @@ def steps(
     client = service.create_lora_training_client(model, rank=rank, seed=0)
     found: dict[str, Any] = {"passes": [], "gradients": [], "norms": []}
     data = make_data([40, 3, 17, 60, 5, 33, 21])
-    found["passes"].append(told(client.forward(plain(data), return_likeliest=True).result()))
+    found["passes"].append(told(client.forward(plain(data), return_argmax=True).result()))
     found["passes"].append(told(client.forward(plain(data), return_logprobs="trained").result()))
     requests = [
         (plain(data), "cross_entropy"),

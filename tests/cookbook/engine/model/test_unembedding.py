@@ -214,7 +214,7 @@ def test_no_positions_have_no_log_probabilities() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("softcap", [None, 3.0])
 @pytest.mark.parametrize("lora", [False, True])
-def test_a_target_is_likeliest_where_argmax_over_all_logits_finds_it(
+def test_a_target_is_argmax_where_argmax_over_all_logits_finds_it(
     lora: bool, softcap: float | None, dtype: torch.dtype
 ) -> None:
     head = make_head(lora=lora, softcap=softcap, dtype=dtype)
@@ -237,8 +237,8 @@ def test_a_target_that_ties_for_the_first_place_is_not_the_most_likely_in_whatev
     hidden_SD = hidden_SD[:1].expand(4, -1)
     assert score_and_compare(Head(weight_VD), hidden_SD, targets).is_argmax_S.tolist() == [False] * 4
     weight_VD[25] *= 1.01
-    _, is_likeliest = score_and_compare(Head(weight_VD), hidden_SD, targets)
-    assert is_likeliest.tolist() == [False, True, False, False]
+    _, is_argmax = score_and_compare(Head(weight_VD), hidden_SD, targets)
+    assert is_argmax.tolist() == [False, True, False, False]
 
 
 @pytest.mark.parametrize("softcap", [None, 3.0])

@@ -141,8 +141,8 @@ def test_a_forward_pass_tells_which_targets_the_model_itself_would_choose(
         for row, target, weight in zip(tokens, targets, weights, strict=True)
     ]
     for trained_only, shown in ((False, expected), (True, expected * weights)):
-        request = made.check(data, "cross_entropy", None, trained_only, with_likeliest=True)
+        request = made.check(data, "cross_entropy", None, trained_only, with_argmax=True)
         outputs = made.forward(request).output().loss_fn_outputs
-        assert [output["is_likeliest"].tolist() for output in outputs] == shown.tolist()
+        assert [output["is_argmax"].tolist() for output in outputs] == shown.tolist()
     request = made.check(data, "cross_entropy", None)
-    assert "is_likeliest" not in made.forward(request).output().loss_fn_outputs[0]
+    assert "is_argmax" not in made.forward(request).output().loss_fn_outputs[0]
