@@ -4,6 +4,7 @@
 # make check   set up, then look at format, lint and types
 # make bench   set up, with the peers that are measured against, then measure
 # make scale   set up, then run the commands once on a million rows, 100,000 steps and 100 runs (twenty minutes on busy cores)
+# make house   set up, then count: circles of imports, and the functions that a row, a key and a token pass
 # make golden  set up, then write the texts that users see (--help, errors) to tests/golden, so that a diff shows a change
 # make parity  set up, then compare the renderers with published templates, and write their table
 PYTHON ?= python3
@@ -11,7 +12,7 @@ BIN := .venv/bin
 STAMP := .venv/.is-set-up
 BENCH_STAMP := .venv/.is-set-up-to-bench
 
-.PHONY: setup demo test test-slow check format bench scale parity golden clean
+.PHONY: setup demo test test-slow check format bench scale house parity golden clean
 
 setup: $(STAMP)
 
@@ -59,6 +60,9 @@ bench: $(BENCH_STAMP)
 
 scale: setup
 	$(BIN)/python -m benchmarks.scale
+
+house: setup
+	$(BIN)/python -m benchmarks.house
 
 parity: setup
 	$(BIN)/python tests/renderers/parity.py --write

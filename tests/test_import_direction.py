@@ -5,14 +5,11 @@ One rule a room, without exceptions. A new arrow is a decision that is taken her
 
 from __future__ import annotations
 
-import ast
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterable
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
-PACKAGES = ("cookbook", "renderers", "recipes")
+from benchmarks.import_graph import MODULES, PACKAGES, covers, imports
 
 BASE = ("cookbook.errors", "cookbook.utils", "cookbook.types")
 MODELS = (*BASE, "cookbook.embedded", "cookbook.models", "cookbook.trace")
@@ -56,10 +53,6 @@ MAY_NOT_LOAD: dict[str, tuple[str, ...]] = {
 """Third-party packages that a room keeps away from, even lazily."""
 
 
-def covers(part: str, module: str) -> bool:
-    return module == part or module.startswith(part + ".")
-
-
 def rooms_may_import(module: str) -> tuple[str, ...] | None:
     rule = rule_for(MAY_IMPORT, module)
     own = [room for room in MAY_IMPORT if room != "cookbook" and covers(room, module)]
@@ -71,44 +64,14 @@ def rule_for(rules: dict[str, tuple[str, ...]], module: str) -> tuple[str, ...] 
     return rules[max(parts, key=len)] if parts else None
 
 
-def module_name(path: Path) -> str:
-    parts = path.relative_to(ROOT).with_suffix("").parts
-    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-
-
-def modules() -> dict[str, Path]:
-    return {
-        module_name(path): path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))
-    }
-
-
-MODULES = modules()
-
-
-def imports(source: str, module: str) -> Iterator[str]:
-    """The full name of every module that `source` imports: at the top, lazily, or for types alone."""
-    is_package = module in MODULES and MODULES[module].name == "__init__.py"
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            home = node.module or ""
-            if node.level:
-                above = module.split(".")[: len(module.split(".")) - node.level + is_package]
-                home = ".".join([*above, *([home] if home else [])])
-            for alias in node.names:
-                whole = f"{home}.{alias.name}"
-                yield whole if whole in MODULES else home
-
-
-def violations(source: str, module: str) -> list[str]:
-    """What is wrong with the imports of a module, one line each."""
+def violations(source: str, module: str, read: Callable[[str, str], Iterable[str]] = imports) -> list[str]:
+    """What is wrong with the imports that `read` finds in a module, one line each."""
     allowed = rooms_may_import(module)
     if allowed is None:
         return [f"{module} has no rule: say in MAY_IMPORT what it may import"]
     forbidden = rule_for(MAY_NOT_LOAD, module) or ()
     found = []
-    for name in imports(source, module):
+    for name in read(source, module):
         is_ours = name.split(".")[0] in PACKAGES
         if is_ours and not any(covers(part, name) for part in allowed):
             found.append(f"{module} imports {name}")

@@ -1,0 +1,69 @@
+"""Figures about the code itself: its size, its imports, and how many functions a value passes.
+
+    python -m benchmarks.house [--list]
+
+files, lines     the Python files of `cookbook`, `renderers` and `recipes`
+modules          those that lie in `cookbook/` itself, beside the rooms, `__init__` among them
+circles          groups of files that import each other (`benchmarks.import_graph`)
+arrows up        imports that a room's rule does not allow (`tests/test_import_direction.py`)
+walks            functions that a row passes on its way to `metrics.jsonl`, that `learning_rate` passes on its
+                 way to the optimizer, and that decode one token (`benchmarks.walks`)
+
+`--list` prints the circles, the arrows and every function of each walk.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from benchmarks import import_graph
+from tests.test_import_direction import violations
+
+
+def modules_beside_rooms() -> list[str]:
+    return sorted(path.name for path in (import_graph.ROOT / "cookbook").glob("*.py"))
+
+
+def circles() -> list[list[str]]:
+    return import_graph.circles(import_graph.graph())
+
+
+def arrows_up() -> list[str]:
+    return [
+        found
+        for module, path in import_graph.MODULES.items()
+        for found in violations(path.read_text(encoding="utf-8"), module, import_graph.imports_by_name)
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--list", action="store_true", help="print what is counted, not only how many")
+    arguments = parser.parse_args()
+    from benchmarks import walks  # it loads torch
+
+    sources = [path.read_text(encoding="utf-8") for path in import_graph.MODULES.values()]
+    figures: list[tuple[str, int, str, Sequence[str]]] = [
+        ("files", len(sources), "", ()),
+        ("lines", sum(len(source.splitlines()) for source in sources), "", ()),
+        ("modules beside rooms", len(modules_beside_rooms()), "<= 6", modules_beside_rooms()),
+        ("circles of files", len(circles()), "0", [" ".join(circle) for circle in circles()]),
+        ("arrows up", len(arrows_up()), "0", arrows_up()),
+        ("walk of a row", len(row := walks.row_walk()), "<= 60", row),
+        ("walk of learning_rate", len(key := walks.key_walk()), "", key),
+        ("walk of a token", len(token := walks.token_walk()), "<= 20", token),
+    ]
+    print(f"{'':24}{'now':>8}{'aim':>8}")
+    for name, number, aim, _ in figures:
+        print(f"{name:24}{number:8,}{aim:>8}")
+    if arguments.list:
+        for name, number, _, items in figures:
+            if items:
+                print("", f"{name}: {number}", *(f"  {item}" for item in items), sep="\n")
+
+
+if __name__ == "__main__":
+    main()

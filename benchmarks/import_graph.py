@@ -1,0 +1,89 @@
+"""Which files of the project import which: read from their source, so that lazy imports are seen too."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = ("cookbook", "renderers", "recipes")
+
+
+def covers(part: str, module: str) -> bool:
+    return module == part or module.startswith(part + ".")
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_name(path): path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))}
+"""Every module of the project and its file; a package is its `__init__`."""
+
+
+def imports(source: str, module: str) -> Iterator[str]:
+    """The full name of every module that `source` imports: at the top, lazily, or for types alone.
+
+    A name that is imported from a package stands for the package, unless it is a module.
+    """
+    is_package = module in MODULES and MODULES[module].name == "__init__.py"
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            home = node.module or ""
+            if node.level:
+                above = module.split(".")[: len(module.split(".")) - node.level + is_package]
+                home = ".".join([*above, *([home] if home else [])])
+            for alias in node.names:
+                whole = f"{home}.{alias.name}"
+                yield whole if whole in MODULES else home
+
+
+def imports_by_name(source: str, module: str) -> Iterator[str]:
+    """`imports`, and what `import_module` and `__import__` are given as a literal."""
+    yield from imports(source, module)
+    for node in ast.walk(ast.parse(source)):
+        match node:
+            case ast.Call(
+                func=ast.Attribute(attr="import_module" | "__import__")
+                | ast.Name(id="import_module" | "__import__"),
+                args=[ast.Constant(value=str(name)), *_],
+            ):
+                yield name
+
+
+def graph() -> dict[str, set[str]]:
+    """The modules of the project that each one imports.
+
+    An import of `a.b` also runs `a/__init__`, which does not count: a package that re-exports its own modules
+    is in a circle with them only where one of them imports from the package instead of from its sibling.
+    """
+    found: dict[str, set[str]] = {}
+    for module, path in MODULES.items():
+        names = set(imports_by_name(path.read_text(encoding="utf-8"), module))
+        found[module] = {name for name in names if name in MODULES and name != module}
+    return found
+
+
+def circles(edges: Mapping[str, Iterable[str]]) -> list[list[str]]:
+    """The groups of two modules and more of which each one is reached from each other, largest first."""
+    reached = {module: _reached(module, edges) for module in edges}
+    groups = {
+        tuple(sorted({one for one in reached[module] if module in reached.get(one, ())} | {module}))
+        for module in edges
+    }
+    return sorted((list(group) for group in groups if len(group) > 1), key=lambda group: (-len(group), group))
+
+
+def _reached(module: str, edges: Mapping[str, Iterable[str]]) -> set[str]:
+    found: set[str] = set()
+    waiting = list(edges[module])
+    while waiting:
+        one = waiting.pop()
+        if one not in found:
+            found.add(one)
+            waiting.extend(edges.get(one, ()))
+    return found

@@ -1,0 +1,50 @@
+"""The figures about the code that need no run; `python -m benchmarks.house` prints all of them."""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks import house
+from benchmarks.import_graph import circles, imports, imports_by_name
+
+
+def test_six_modules_lie_beside_the_rooms() -> None:
+    assert len(house.modules_beside_rooms()) <= 6, house.modules_beside_rooms()
+
+
+@pytest.mark.parametrize(
+    ("edges", "found"),
+    [
+        ({"a": "b", "b": "c", "c": ""}, []),
+        ({"a": "b", "b": "a", "c": "a"}, [["a", "b"]]),
+        ({"a": "b", "b": "c", "c": "a", "d": "e", "e": "d"}, [["a", "b", "c"], ["d", "e"]]),
+        ({"a": "bc", "b": "a", "c": "a"}, [["a", "b", "c"]]),
+    ],
+)
+def test_a_circle_is_a_group_whose_members_reach_each_other(
+    edges: dict[str, str], found: list[list[str]]
+) -> None:
+    assert circles(edges) == found
+
+
+def test_few_files_are_in_a_circle() -> None:
+    """The aim is none: the number goes down with each circle that goes."""
+    assert sum(map(len, house.circles())) <= 7, house.circles()
+
+
+def test_few_imports_point_up() -> None:
+    """The aim is none; `tests/test_import_direction.py` refuses all but those by name."""
+    assert len(house.arrows_up()) <= 1, house.arrows_up()
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["importlib.import_module('recipes.sft')", "import_module('recipes.sft')", "__import__('recipes.sft')"],
+)
+def test_an_import_by_name_is_seen(line: str) -> None:
+    assert list(imports_by_name(f"import os\n{line}\n", "cookbook.config.cli")) == ["os", "recipes.sft"]
+
+
+def test_a_package_may_export_its_modules_but_they_may_not_import_it() -> None:
+    assert list(imports("from renderers.base import Renderer", "renderers.streaming")) == ["renderers.base"]
+    assert list(imports("from renderers import Renderer", "renderers.streaming")) == ["renderers"]
