@@ -23,6 +23,7 @@ from chz.tiepin import CastError, is_subtype_instance
 from cookbook.config import other_trainers
 from cookbook.config.config_files import (
     COMMAND_LINE,
+    ClassName,
     NoValue,
     RecordedClassName,
     Setting,
@@ -97,6 +98,11 @@ class Resolver:
     def refusal(self, key: str, setting: Setting) -> str | None:
         """Why the value of a setting cannot stand at a whole key; None if it can."""
         param = self.params.get(key) or self._param_of_an_item(key)
+        if isinstance(setting.value, ClassName) and not _takes_objects(param.type):
+            return (
+                f"{setting.place}: Invalid {key}: it is an object with `_type` {setting.value.value}, and "
+                f"{key} takes {describe_type(param.type)}."
+            )
         if self._is_only_recorded(param, setting.value):
             name = setting.value.value
             return (

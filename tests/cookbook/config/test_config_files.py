@@ -98,3 +98,16 @@ def test_a_config_recorded_before_its_modules_moved_resolves_and_is_no_differenc
         assert config_files.current_name(moved) == f"{home}:{moved.split(':')[1]}"
         assert config_files.importable(moved) == moved
     assert config_files.current_name("mine.data:Builder") == "mine.data:Builder"
+
+
+@pytest.mark.parametrize("key", ["model_name", "system_prompt", "learning_rate", "seed"])
+@pytest.mark.parametrize("is_recorded", [False, True])
+def test_an_object_where_a_field_takes_a_plain_value_is_refused(
+    key: str, is_recorded: bool, tmp_path: Path
+) -> None:
+    values = config_files.to_json(cli.make_config(train.Config, DEFAULTS, [])) if is_recorded else {}
+    values[key] = {"_type": "cookbook.eval.generation:GenerationEvaluatorBuilder"}
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(values), encoding="utf-8")
+    with pytest.raises(ConfigError, match=f"Invalid {key}: it is an object with `_type` cookbook.eval"):
+        cli.make_config(train.Config, DEFAULTS, [f"config={path}"])
