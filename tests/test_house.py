@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks import house
+from benchmarks import house, rooms
 from benchmarks.import_graph import circles, imports, imports_by_name
+from tests.test_import_direction import MAY_IMPORT
 
 
 def test_six_modules_lie_beside_the_rooms() -> None:
@@ -48,3 +49,10 @@ def test_an_import_by_name_is_seen(line: str) -> None:
 def test_a_package_may_export_its_modules_but_they_may_not_import_it() -> None:
     assert list(imports("from renderers.base import Renderer", "renderers.streaming")) == ["renderers.base"]
     assert list(imports("from renderers import Renderer", "renderers.streaming")) == ["renderers"]
+
+
+def test_the_picture_of_the_rooms_is_drawn_from_the_rules_of_today() -> None:
+    assert rooms.PICTURE.read_text(encoding="utf-8") == rooms.drawn()
+    drawn = [room for level in rooms.levels() for room in level]
+    assert sorted(drawn) == sorted(rooms.PURPOSE)
+    assert {room.removeprefix("cookbook.") for room in MAY_IMPORT} == {*drawn, "vllm_client", "cookbook"}
