@@ -1,12 +1,13 @@
 # make demo    set up, then fine-tune the embedded model
-# make test    set up, then run the tests
+# make test    set up, then run the tests (those of pages need a Chromium, and are skipped where there is none)
 # make test-slow  set up, then run the tests that take a minute or more each
 # make check   set up, then look at format, lint and types
 # make bench   set up, with the peers that are measured against, then measure
 # make scale   set up, then run the commands once on a million rows, 100,000 steps and 100 runs (twenty minutes on busy cores)
 # make house   set up, then count: circles of imports, and the functions that a row, a key and a token pass
 # make golden  set up, then write the texts that users see (--help, errors) to tests/golden, so that a diff shows a change
-# make parity  set up, then compare the renderers with published templates, and write their table
+# make parity  set up, then compare with the templates and tokenizers that models were published with
+#              (COOKBOOK_TOKENIZERS is the folder of the tokenizers; the templates lie beside it), and write their table
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.is-set-up
@@ -30,7 +31,7 @@ test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 test-slow: setup
-	$(BIN)/python -m pytest -m slow --timeout 900
+	$(BIN)/python -m pytest -m "slow and not published" --timeout 900
 
 check: setup
 	$(BIN)/ruff format --check .
@@ -65,7 +66,8 @@ house: setup
 	$(BIN)/python -m benchmarks.house
 
 parity: setup
-	$(BIN)/python tests/renderers/parity.py --write
+	$(BIN)/python -m pytest -m "published and not slow" --timeout 900
+	PYTHONPATH=tests/helpers $(BIN)/python tests/renderers/parity.py --write
 
 golden: setup
 	$(BIN)/python tests/golden/texts.py

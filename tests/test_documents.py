@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,30 +19,86 @@ DOCUMENTS = Path(os.environ.get("COOKBOOK_DOCUMENTS", REPOSITORY.parent / "share
 PIRATE = REPOSITORY / "cookbook" / "embedded" / "pirate.jsonl"
 
 
-def test_a_guide_that_trains_on_a_dataset_runs_as_it_is_written(
-    tiny_qwen3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
-    """Its fenced Python, with another import, model and dataset, and nothing else changed."""
-    guides = [
-        path for path in DOCUMENTS.glob("*.txt") if "train_dataset.py" in path.read_text(encoding="utf-8")
-    ]
-    if not guides:
-        pytest.skip(f"no guide in {DOCUMENTS}; set COOKBOOK_DOCUMENTS to a folder that has it")
-    program = "\n".join(
-        re.findall(r"```python[^\n]*\n(.*?)```", guides[0].read_text(encoding="utf-8"), re.DOTALL)
+PROGRAM = """
+from datasets import load_dataset
+import tinker
+
+service = tinker.ServiceClient()
+trainer = service.create_lora_training_client(base_model="BASE MODEL", rank=16)
+tokenizer = trainer.get_tokenizer()
+
+
+def to_datum(row):
+    *context, answer = row["messages"]
+    asked = tokenizer.apply_chat_template(context, tokenize=False, add_generation_prompt=True)
+    before = tokenizer.encode(asked, add_special_tokens=False)
+    said = tokenizer.encode(answer["content"], add_special_tokens=False)
+    targets = tinker.TensorData(
+        data=[-100] * (len(before) - 1) + said, dtype="int64", shape=[len(before) + len(said) - 1]
     )
+    tokens = tinker.ModelInput.from_ints((before + said)[:-1])
+    return tinker.Datum(model_input=tokens, loss_fn_inputs={"target_tokens": targets})
+
+
+data = [to_datum(row) for row in load_dataset("DATASET", split="train[:64]")]
+print(f"prepared {len(data)} examples")
+for step in range(8):
+    result = trainer.forward_backward(data=data[8 * step : 8 * step + 8]).result(timeout=600.0)
+    trainer.optim_step(tinker.AdamParams(learning_rate=4e-5)).result(timeout=600.0)
+    print(f"step {step} loss={result.loss:.4f}")
+
+state = trainer.save_state(name="first").result(timeout=600.0)
+print(f"resumable state at {state.path}")
+weights = trainer.save_weights_for_sampler(name="first").result(timeout=600.0)
+sampler = trainer.create_sampling_client(model_path=weights.path)
+question = tokenizer.apply_chat_template(
+    [{"role": "user", "content": "Where is the gold?"}], tokenize=False, add_generation_prompt=True
+)
+reply = sampler.sample(
+    prompt=tinker.ModelInput.from_ints(tokenizer.encode(question, add_special_tokens=False)),
+    num_samples=1,
+    sampling_params=tinker.SamplingParams(max_tokens=48),
+)
+print(tokenizer.decode(reply.sequences[0].tokens))
+"""
+
+
+def published_program() -> str:
+    """The Python of a published guide that trains on a dataset; skips the test where there is none."""
+    texts = [path.read_text(encoding="utf-8") for path in sorted(DOCUMENTS.glob("*.txt"))]
+    guides = [text for text in texts if "train_dataset.py" in text]
+    if not guides:
+        pytest.skip(f"needs a guide in {DOCUMENTS}; set COOKBOOK_DOCUMENTS to a folder that has it")
+    program = "\n".join(re.findall(r"```python[^\n]*\n(.*?)```", guides[0], re.DOTALL))
+    return program.replace("Qwen/Qwen3.5-2B", "BASE MODEL").replace(
+        "winglian/pirate-ultrachat-10k", "DATASET"
+    )
+
+
+@pytest.mark.parametrize(
+    "program",
+    [lambda: PROGRAM, pytest.param(published_program, marks=pytest.mark.published)],
+    ids=["own", "published"],
+)
+def test_a_program_that_trains_on_a_dataset_runs_as_it_is_written(
+    program: Callable[[], str],
+    tiny_qwen3: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    """With another import, model and dataset, and nothing else changed."""
+    source = program()
     changes = {
         "import tinker": "import cookbook as tinker",
-        '"Qwen/Qwen3.5-2B"': repr(tiny_qwen3),
-        'load_dataset("winglian/pirate-ultrachat-10k", split="train[:64]")': (
-            f'load_dataset("json", data_files={str(PIRATE)!r}, split="train[:64]")'
-        ),
+        '"BASE MODEL"': repr(tiny_qwen3),
+        'load_dataset("DATASET", ': f'load_dataset("json", data_files={str(PIRATE)!r}, ',
     }
     for old, new in changes.items():
-        assert old in program
-        program = program.replace(old, new)
+        assert old in source
+        source = source.replace(old, new)
     monkeypatch.setenv("HOME", str(tmp_path))
-    exec(compile(program, str(guides[0]), "exec"), {"__name__": "__main__"})
+    exec(compile(source, "program.py", "exec"), {"__name__": "__main__"})
     out = capsys.readouterr().out
     losses = [float(loss) for loss in re.findall(r"step \d loss=([\d.]+)", out)]
     assert "prepared 64 examples" in out

@@ -1,26 +1,20 @@
-"""Small tokenizers built here, each with a template of its own, and the real ones where they are found."""
+"""Small tokenizers, each with a template of its own, and what the tests do with them."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from functools import cache
-from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
 import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from cookbook.types import ModelInput
 from renderers import Renderer, get_renderer
 
 Example: TypeAlias = tuple[ModelInput, np.ndarray]
-
-TOKENIZERS = Path(
-    os.environ.get("COOKBOOK_TOKENIZERS") or Path(__file__).parents[2].parent / "shared" / "tokenizers"
-)
 
 CONTROL_TOKENS = ["<|end|>", "<|im_start|>", "<|im_end|>", "<bos>", "<|header|>", "<|text|>", "<|eot|>"]
 
@@ -105,7 +99,7 @@ def _trained() -> str:
 
 
 @cache
-def _small_tokenizer(
+def make_small_tokenizer(
     template: str = "chatml", tokens: tuple[str, ...] = (), trim_offsets: bool = False
 ) -> Any:
     backend = Tokenizer.from_str(_trained())
@@ -123,13 +117,13 @@ def small_tokenizer() -> Callable[..., Any]:
 
     `template` is a name of TEMPLATES or a template; `tokens` are special tokens beside the usual.
     """
-    return _small_tokenizer
+    return make_small_tokenizer
 
 
 @pytest.fixture(params=TEMPLATES, scope="session")
 def templated(request: pytest.FixtureRequest) -> Any:
     """The small tokenizer with each of the templates."""
-    return _small_tokenizer(request.param)
+    return make_small_tokenizer(request.param)
 
 
 @pytest.fixture(scope="session")
@@ -144,32 +138,6 @@ def renderer_of() -> Callable[[str, Any], Renderer]:
         return renderers[key]
 
     return get
-
-
-@cache
-def _real_tokenizer(name: str) -> Any:
-    return AutoTokenizer.from_pretrained(TOKENIZERS / name)
-
-
-@pytest.fixture(scope="session")
-def real_tokenizer() -> Callable[[str], Any]:
-    def load(name: str) -> Any:
-        if not (TOKENIZERS / name).is_dir():
-            pytest.skip(f"no tokenizer {name} under {TOKENIZERS}; set COOKBOOK_TOKENIZERS")
-        return _real_tokenizer(name)
-
-    return load
-
-
-@pytest.fixture(scope="session")
-def published_template() -> Callable[[str], str]:
-    def load(name: str) -> str:
-        path = TOKENIZERS.parent / "chat_templates" / f"{name}.jinja"
-        if not path.is_file():
-            pytest.skip(f"no template {path}; set COOKBOOK_TOKENIZERS")
-        return path.read_text(encoding="utf-8")
-
-    return load
 
 
 @pytest.fixture(scope="session")

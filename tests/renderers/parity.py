@@ -1,9 +1,9 @@
 """Compares every renderer with its model's published template and writes the table in renderers/README.md.
 
-    python tests/renderers/parity.py            prints the table
-    python tests/renderers/parity.py --write    puts it into renderers/README.md
+    PYTHONPATH=tests/helpers python tests/renderers/parity.py            prints the table
+    PYTHONPATH=tests/helpers python tests/renderers/parity.py --write    puts it into renderers/README.md
 
-The templates are looked for as the tests look for them (COOKBOOK_TOKENIZERS). A cell stands for some
+The published files are looked for in COOKBOOK_TOKENIZERS (`chat_formats.py`). A cell stands for some
 conversations; for each of them
 
 - the tokens of the last example are those of `apply_chat_template`, or where a token would span the end of a
@@ -20,12 +20,13 @@ import copy
 import json
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import chat_formats
 import conftest
 
 from cookbook.errors import RendererError
@@ -162,19 +163,23 @@ FEATURES: Mapping[str, Sequence[Case]] = {
 
 
 class Reference:
-    """What the published template makes of messages."""
+    """What a model's template makes of messages. Template and tokenizer are the published ones by default."""
 
-    def __init__(self, family: Family) -> None:
+    def __init__(
+        self,
+        family: Family,
+        template: Callable[[str], str] = chat_formats.published_template,
+        tokenizer: Callable[[str], Any] = chat_formats.published_tokenizer,
+    ) -> None:
         self._family = family
-        folder = conftest.TOKENIZERS.parent / "chat_templates"
-        self._source = (folder / f"{family.template}.jinja").read_text(encoding="utf-8")
+        self._source = template(family.template)
         if family.tokenizer is not None:
-            self.tokenizer = conftest._real_tokenizer(family.tokenizer)
+            self.tokenizer = copy.deepcopy(tokenizer(family.tokenizer))
             self.tokenizer.chat_template = self._source
         else:
             found = re.findall(r"<[|｜][^<> ]*?[|｜]>|<(?:start|end)_of_turn>", self._source)
             tokens = tuple(sorted({*found, *family.more_tokens}))
-            self.tokenizer = copy.deepcopy(conftest._small_tokenizer(self._source, tokens))
+            self.tokenizer = copy.deepcopy(conftest.make_small_tokenizer(self._source, tokens))
             if family.more_tokens:
                 self.tokenizer.bos_token, self.tokenizer.eos_token = family.more_tokens
         self._dated = self._source.replace('strftime_now("%Y-%m-%d")', f'"{CURRENT_DATE}"')

@@ -4,6 +4,7 @@ import copy
 import re
 from typing import Any
 
+import chat_formats
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -38,13 +39,20 @@ pieces = st.sampled_from(
 texts = st.lists(pieces | st.text(max_size=3), max_size=12).map("".join)
 
 
-@pytest.fixture(params=["small", "tiny-chat", "qwen3", "llama3_1"], scope="module")
-def tokenizer(request: pytest.FixtureRequest, small_tokenizer: Any, real_tokenizer: Any) -> Any:
+@pytest.fixture(
+    params=[
+        *("small", "tiny-chat", "qwen3", "llama3_1"),
+        *(pytest.param(f"published {name}", marks=pytest.mark.published) for name in ("qwen3", "llama3_1")),
+    ],
+    scope="module",
+)
+def tokenizer(request: pytest.FixtureRequest, small_tokenizer: Any) -> Any:
     if request.param == "small":
         return small_tokenizer()
     if request.param == "tiny-chat":
         return get_tokenizer(embedded.MODEL_NAME)
-    return real_tokenizer(request.param)
+    kind, _, name = request.param.rpartition(" ")
+    return chat_formats.published_tokenizer(name) if kind else chat_formats.tokenizer(name)
 
 
 def test_the_borders_of_well_known_tokenizers_are_known(tokenizer):

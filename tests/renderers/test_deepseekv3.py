@@ -1,4 +1,4 @@
-"""The renderers of DeepSeek V3 and R1, against the published template and against texts written here."""
+"""The renderers of DeepSeek V3 and R1, against the model's template and against texts written here."""
 
 import copy
 import json
@@ -6,6 +6,7 @@ import re
 from itertools import accumulate, pairwise
 from typing import Any
 
+import chat_formats
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -50,18 +51,23 @@ def printed_calls(*calls: str) -> str:
     return "<｜tool▁calls▁begin｜>" + "\n".join(calls) + "<｜tool▁calls▁end｜>"
 
 
-real_too = pytest.mark.parametrize("tokenizer", ["special", "ordinary", "real"], indirect=True)
+with_qwens = pytest.mark.parametrize(
+    "tokenizer",
+    ["special", "ordinary", "Qwen's", pytest.param("published", marks=pytest.mark.published)],
+    indirect=True,
+)
 
 
 @pytest.fixture(params=["special", "ordinary"], scope="session")
-def tokenizer(request, small_tokenizer, real_tokenizer):
+def tokenizer(request, small_tokenizer):
     """Tokenizers with the format's tokens; to most of them these are not special, as published."""
     if request.param == "special":
         tokenizer = small_tokenizer("chatml", (BOS, END, *OTHERS))
     else:
         # R1's distillations of Qwen models have Qwen's tokenizer with these tokens.
-        base = real_tokenizer("qwen3") if request.param == "real" else small_tokenizer("chatml", (BOS, END))
-        tokenizer = copy.deepcopy(base)
+        bases = {"Qwen's": chat_formats.tokenizer, "published": chat_formats.published_tokenizer}
+        load = bases.get(request.param)
+        tokenizer = copy.deepcopy(load("qwen3") if load else small_tokenizer("chatml", (BOS, END)))
         tokenizer.add_tokens(
             [AddedToken(token, normalized=True) for token in (*OTHERS, "<think>", "</think>")]
         )
@@ -71,9 +77,9 @@ def tokenizer(request, small_tokenizer, real_tokenizer):
 
 
 @pytest.fixture(scope="session")
-def template(published_template, tokenizer):
-    """(messages, prompt=False): the text that the published template makes of the messages."""
-    source = published_template("deepseekv3")
+def template(tokenizer):
+    """(messages, prompt=False): the text that the model's template makes of the messages."""
+    source = chat_formats.template("deepseekv3")
 
     def as_strings(calls: Any) -> Any:
         """The template takes arguments as text only."""
@@ -124,10 +130,10 @@ def conversations_of(content: st.SearchStrategy[str], **thinking: Any) -> st.Sea
     return st.lists(turn, min_size=1, max_size=7)
 
 
-# -- the published template ---------------------------------------------------------------------
+# -- the model's template ---------------------------------------------------------------------
 
 
-@real_too
+@with_qwens
 @few
 @given(messages=conversations_of(tagged))
 def test_tokens_are_those_of_the_template(renderer_of, tokenizer, template, messages):
@@ -136,7 +142,7 @@ def test_tokens_are_those_of_the_template(renderer_of, tokenizer, template, mess
     assert tokens == encode(tokenizer, template(messages))
 
 
-@real_too
+@with_qwens
 @few
 @given(messages=conversations_of(tagged))
 def test_prompts_are_those_of_the_template_with_or_without_the_think_tag(

@@ -1,7 +1,8 @@
-"""Gemma 3's renderer: texts written out, and the published template."""
+"""Gemma 3's renderer: texts written out, and the model's template."""
 
 from typing import Any
 
+import chat_formats
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -34,9 +35,9 @@ def gemma(small_tokenizer):
 
 
 @pytest.fixture(scope="session")
-def template_tokens(gemma, published_template):
+def template_tokens(gemma):
     def apply(messages: Any, prompt: bool = False) -> list[int]:
-        template = published_template("gemma3")
+        template = chat_formats.template("gemma3")
         printed = gemma.apply_chat_template(messages, chat_template=template, add_generation_prompt=prompt)
         return printed["input_ids"]
 

@@ -1,8 +1,9 @@
-"""gpt-oss's renderer, against its published template and against texts written here."""
+"""gpt-oss's renderer, against its template and against texts written here."""
 
 from itertools import accumulate, pairwise
 from typing import Any
 
+import chat_formats
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
@@ -45,9 +46,9 @@ def renderer(renderer_of, tokenizer):
 
 
 @pytest.fixture(scope="session")
-def template(published_template, tokenizer):
-    """(messages, tools=None, prompt=False, **options): the text that the published template makes of them."""
-    source = published_template("gptoss")
+def template(tokenizer):
+    """(messages, tools=None, prompt=False, **options): the text that the model's template makes of them."""
+    source = chat_formats.template("gptoss")
     today = 'strftime_now("%Y-%m-%d")'
     assert today in source
     source = source.replace(today, f'"{CURRENT_DATE}"')
@@ -176,7 +177,7 @@ tools_lists = st.lists(
 )
 
 
-# -- the published template ---------------------------------------------------------------------
+# -- the model's template ---------------------------------------------------------------------
 
 
 @few

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import random
 from pathlib import Path
 from typing import Any
 
+import chat_formats
 import pytest
 
 from cookbook.errors import RendererError
@@ -14,9 +14,6 @@ from renderers.jinja.incremental import IncrementalTemplate
 from renderers.jinja.loop_records import Memory
 from renderers.jinja.template import Chat, Template
 
-PUBLISHED = Path(
-    os.environ.get("COOKBOOK_TEMPLATES") or Path(__file__).parents[2].parent / "shared" / "chat_templates"
-)
 LOOP = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
 PROMPT = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 
@@ -395,9 +392,22 @@ def test_many_more_random_templates_print_every_beginning_the_same(small_tokeniz
         check_random_template(small_tokenizer, seed)
 
 
-@pytest.mark.skipif(not PUBLISHED.is_dir(), reason="the published templates are not here")
-@pytest.mark.parametrize("path", sorted(PUBLISHED.glob("*.jinja")), ids=lambda path: path.stem)
-def test_published_templates_print_every_beginning_the_same(small_tokenizer, path):
+def paths_in(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.jinja"))
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        *paths_in(chat_formats.TEMPLATES),
+        *(
+            pytest.param(path, marks=pytest.mark.published)
+            for path in paths_in(chat_formats.PUBLISHED_TEMPLATES)
+        ),
+    ],
+    ids=lambda path: f"{path.parent.name}-{path.stem}",
+)
+def test_templates_of_models_print_every_beginning_the_same(small_tokenizer, path):
     template = Template(small_tokenizer(path.read_text(encoding="utf-8")))
     tool = {
         "type": "function",

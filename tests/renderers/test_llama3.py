@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import chat_formats
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -56,11 +57,18 @@ tools = st.builds(message, st.just("tool"), text)
 requests = st.builds(lambda a: message("assistant", None, tool_calls=[call("weather", a)]), arguments)
 
 
-@pytest.fixture(params=["3", "3.1", "3.1 real"], scope="session")
-def llama(request, real_tokenizer, small_tokenizer, published_template):
-    if request.param == "3.1 real":
-        return real_tokenizer("llama3_1")
-    tokenizer = small_tokenizer(published_template("llama3" if request.param == "3" else "llama3_1"), TOKENS)
+@pytest.fixture(
+    params=["3", "3.1", "3.1 like Llama's", pytest.param("published", marks=pytest.mark.published)],
+    scope="session",
+)
+def llama(request, small_tokenizer):
+    if request.param == "published":
+        return chat_formats.published_tokenizer("llama3_1")
+    if request.param == "3.1 like Llama's":
+        return chat_formats.tokenizer("llama3_1")
+    tokenizer = small_tokenizer(
+        chat_formats.template("llama3" if request.param == "3" else "llama3_1"), TOKENS
+    )
     tokenizer.bos_token = "<|begin_of_text|>"
     return tokenizer
 
@@ -132,10 +140,8 @@ def test_the_trained_tokens_parse_back_into_the_message(renderer_of, llama, said
     assert renderer.parse_response(trained[:-1]) == (message("assistant", said.strip()), False)
 
 
-def test_tool_calls_parse_back_and_json_arguments_print_as_the_object_they_spell(
-    renderer_of, real_tokenizer, trained_runs
-):
-    llama = real_tokenizer("llama3_1")
+def test_tool_calls_parse_back_and_json_arguments_print_as_the_object_they_spell(renderer_of, trained_runs):
+    llama = chat_formats.tokenizer("llama3_1")
     renderer = renderer_of("llama3", llama)
     chats = [
         [message("user", "a"), message("assistant", None, tool_calls=[call("f", arguments)])]
@@ -262,8 +268,8 @@ def test_any_tokens_are_a_reply(renderer_of, small_tokenizer, data):
     assert well_formed == (known and tokens.count(end) == 1 and tokens[-1] == end)
 
 
-def test_what_the_format_has_no_place_for_is_refused(renderer_of, real_tokenizer):
-    renderer = renderer_of("llama3", real_tokenizer("llama3_1"))
+def test_what_the_format_has_no_place_for_is_refused(renderer_of):
+    renderer = renderer_of("llama3", chat_formats.tokenizer("llama3_1"))
     for reply, error in [
         (
             message("assistant", "Let me see.", tool_calls=[call("f", {})]),
@@ -282,8 +288,8 @@ def test_a_tokenizer_without_its_tokens_is_refused(renderer_of, small_tokenizer)
         renderer_of("llama3", small_tokenizer("chatml"))
 
 
-def test_arguments_given_as_a_string_cannot_forge_control_tokens(renderer_of, real_tokenizer):
-    tokenizer = real_tokenizer("llama3_1")
+def test_arguments_given_as_a_string_cannot_forge_control_tokens(renderer_of):
+    tokenizer = chat_formats.tokenizer("llama3_1")
     spelled = '{"x": "\\u003c|eot_id|>\\u003c|start_header_id|>"}'
     function = {"name": "f", "arguments": spelled}
     chat = [
@@ -303,8 +309,8 @@ def test_arguments_given_as_a_string_cannot_forge_control_tokens(renderer_of, re
     ("name", "arguments"),
     [('"', {}), (r"\u0061", {}), ("f", {1: 2}), ("f", "[]"), ("f", {"x": float("nan")})],
 )
-def test_a_tool_call_that_reads_as_another_is_not_trained(renderer_of, real_tokenizer, name, arguments):
-    renderer = renderer_of("llama3", real_tokenizer("llama3_1"))
+def test_a_tool_call_that_reads_as_another_is_not_trained(renderer_of, name, arguments):
+    renderer = renderer_of("llama3", chat_formats.tokenizer("llama3_1"))
     asked = message("assistant", "", tool_calls=[call(name, arguments)])
     chat = [message("user", "a"), asked, message("user", "b"), message("assistant", "c")]
     with pytest.raises(RendererError, match="cannot train the tool call of message 2"):

@@ -1,8 +1,9 @@
-"""Phi 3's renderer: texts written out, and the published template."""
+"""Phi 3's renderer: texts written out, and the model's template."""
 
 import re
 from typing import Any
 
+import chat_formats
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -50,9 +51,9 @@ def parted_tokens(tokenizer: Any, text: str) -> list[int]:
 @few
 @given(messages=conversations)
 def test_tokens_are_those_of_the_template_and_replies_are_trained_to_their_end(
-    renderer_of, phi, published_template, trained_runs, messages
+    renderer_of, phi, trained_runs, messages
 ):
-    template = published_template("phi3")
+    template = chat_formats.template("phi3")
     renderer = renderer_of("phi3", phi)
     (example,) = renderer.build_supervised_examples(messages)
     tokens = example[0].to_ints()

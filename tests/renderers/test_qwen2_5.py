@@ -1,9 +1,10 @@
-"""Qwen2.5's renderer: texts written out, and the published template."""
+"""Qwen2.5's renderer: texts written out, and the model's template."""
 
 import json
 import re
 from typing import Any
 
+import chat_formats
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -52,14 +53,14 @@ conversations = st.lists(plain | requests, min_size=1, max_size=7)
 tools = st.sampled_from([None, [TOOL], [TOOL, TOOL]])
 
 
-@pytest.fixture(params=["small", "real"], scope="session")
-def qwen(request, real_tokenizer, small_tokenizer):
-    return real_tokenizer("qwen3") if request.param == "real" else small_tokenizer("chatml")
+@pytest.fixture(params=["small", "like Qwen's"], scope="session")
+def qwen(request, small_tokenizer):
+    return small_tokenizer("chatml") if request.param == "small" else chat_formats.tokenizer("qwen3")
 
 
 @pytest.fixture(scope="session")
-def template(published_template):
-    return published_template("qwen2_5")
+def template():
+    return chat_formats.template("qwen2_5")
 
 
 def template_text(tokenizer, template, messages, tools=None, prompt=False) -> str:

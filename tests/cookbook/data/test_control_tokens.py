@@ -27,7 +27,6 @@ TEMPLATE_WITH_MODES = (
     "{% if quiet and m.role == 'assistant' %}one {% endif %}{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% if quiet %}one {% endif %}{% endif %}"
 )
-CASES = Path(__file__).parents[4] / "shared" / "cases"
 
 
 @pytest.fixture
@@ -184,15 +183,8 @@ def test_tools_are_written_into_the_messages_where_that_is_asked_for(read, tiny_
     assert any("(tools_in_system=True)" in line for line in report.lines())
 
 
-@pytest.mark.skipif(not CASES.is_dir(), reason="the shared cases are not here")
-@pytest.mark.parametrize(
-    ("name", "trained"),
-    [
-        ("prerendered_text", "user\nHi<|im_end|>\n<|im_start|>assistant\nHello.<|im_end|>\n"),
-        ("reply_with_its_end_token", "Hello.<|im_end|>"),
-        ("message_not_trained_loss_false", "good answer<|im_end|>"),
-    ],
-)
-def test_shared_cases_are_trained_as_they_are_meant(read, tiny_tokenizer, name, trained):
-    row = json.loads((CASES / f"{name}.jsonl").read_text(encoding="utf-8"))
-    assert tokens_and_trained(read(row)[0], tiny_tokenizer)[1] == trained
+def test_a_reply_that_is_marked_not_to_be_trained_is_not(read, tiny_tokenizer):
+    asked = {"role": "user", "content": "one"}
+    said = [{"role": "assistant", "content": text, "loss": text == "ten"} for text in ("nine", "ten")]
+    datum, _ = read({"messages": [asked, said[0], asked, said[1]]})
+    assert tokens_and_trained(datum, tiny_tokenizer)[1] == "ten<|im_end|>"

@@ -1,13 +1,13 @@
-"""Rows of every chat format, real ones among them, read as conversations."""
+"""Rows of every chat format read as conversations."""
 
 from __future__ import annotations
 
 import itertools
 import json
-import os
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
+import chat_data
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -15,8 +15,6 @@ from hypothesis import strategies as st
 from cookbook.data.conversation import Conversation, linked
 from cookbook.data.formats import FORMATS, conversations_of, recognise
 from cookbook.errors import ConfigError, DataError
-
-DATA = Path(os.environ.get("COOKBOOK_DATA") or Path(__file__).parents[3].parent / "shared" / "data")
 
 USER = {"role": "user", "content": "How many legs?"}
 REPLY = {"role": "assistant", "content": "eight"}
@@ -36,14 +34,6 @@ def messages(row: dict[str, Any], format: str | None = None) -> list[Any]:
 
 def call(name: str, arguments: dict[str, Any], call_id: str) -> dict[str, Any]:
     return {"id": call_id, "type": "function", "function": {"name": name, "arguments": arguments}}
-
-
-def read_data(name: str) -> Any:
-    path = DATA / name
-    if not path.is_file():
-        pytest.skip(f"no {name} in {DATA}; set COOKBOOK_DATA to a folder that has it")
-    text = path.read_text(encoding="utf-8")
-    return [json.loads(line) for line in text.splitlines()] if path.suffix == ".jsonl" else json.loads(text)
 
 
 # -- recognition ------------------------------------------------------------------------------
@@ -641,11 +631,17 @@ def test_a_reward_that_is_no_number_is_a_bad_row_where_rewards_matter(reward: An
     assert len(conversations_of({"messages": CHAT, "score": reward})) == 1
 
 
-# -- real data --------------------------------------------------------------------------------
+# -- rows of well-known data sets --------------------------------------------------------------
 
 
-def test_every_call_of_the_glaive_data_is_read() -> None:
-    data = read_data("glaive_toolcall_en_demo.json")
+@pytest.fixture(params=["own", pytest.param("published", marks=pytest.mark.published)])
+def rows_of(request: pytest.FixtureRequest) -> Callable[[str], list[Any]]:
+    """(name of a published file): the rows of that format kept here, or the published ones."""
+    return chat_data.ROWS.__getitem__ if request.param == "own" else chat_data.published_rows
+
+
+def test_every_call_of_the_glaive_data_is_read(rows_of: Callable[[str], list[Any]]) -> None:
+    data = rows_of("glaive_toolcall_en_demo.json")
     num_messages = num_calls = 0
     for row in data:
         conversation = only(row)
@@ -674,8 +670,8 @@ def test_every_call_of_the_glaive_data_is_read() -> None:
     assert num_calls > 0
 
 
-def test_the_alpaca_data_is_read_to_the_last_character() -> None:
-    for row in read_data("alpaca_en_demo.json"):
+def test_the_alpaca_data_is_read_to_the_last_character(rows_of: Callable[[str], list[Any]]) -> None:
+    for row in rows_of("alpaca_en_demo.json"):
         assert recognise(row) == "alpaca"
         user, reply = messages(row)
         assert reply == {"role": "assistant", "content": row["output"]}
@@ -683,8 +679,8 @@ def test_the_alpaca_data_is_read_to_the_last_character() -> None:
         assert user == {"role": "user", "content": joined}
 
 
-def test_the_conversations_are_read_as_they_are() -> None:
-    for row in read_data("conversations.jsonl"):
+def test_the_conversations_are_read_as_they_are(rows_of: Callable[[str], list[Any]]) -> None:
+    for row in rows_of("conversations.jsonl"):
         assert messages(row) == row["messages"]
 
 

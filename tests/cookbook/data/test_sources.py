@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import chat_data
 import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -35,8 +36,6 @@ from cookbook.data.sources import (
 from cookbook.data.sources.hub import HubName
 from cookbook.errors import DataError
 from cookbook.utils import hub
-
-DATA = Path(os.environ.get("COOKBOOK_DATA") or Path(__file__).parents[3].parent / "shared" / "data")
 
 CALLS: list[dict[str, Any]] = [
     {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}], "id": 1},
@@ -639,18 +638,19 @@ def test_jsonl_is_read_without_arrow_datasets_or_torch(tmp_path: Path) -> None:
     assert done.stdout.strip() == "[]"
 
 
-# -- real data --------------------------------------------------------------------------------
+# -- whole files ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "name", ["alpaca_en_demo.json", "glaive_toolcall_en_demo.json", "conversations.jsonl"]
-)
-def test_real_files_are_read_whole(name: str) -> None:
-    path = DATA / name
-    if not path.is_file():
-        pytest.skip(f"no {name} in {DATA}; set COOKBOOK_DATA to a folder that has it")
-    text = path.read_text(encoding="utf-8")
-    values = [json.loads(line) for line in text.splitlines()] if path.suffix == ".jsonl" else json.loads(text)
+@pytest.mark.parametrize("name", chat_data.ROWS)
+@pytest.mark.parametrize("kind", ["own", pytest.param("published", marks=pytest.mark.published)])
+def test_files_of_well_known_formats_are_read_whole(kind: str, name: str, tmp_path: Path) -> None:
+    if kind == "published":
+        path, values = chat_data.published_path(name), chat_data.published_rows(name)
+    else:
+        path, values = tmp_path / name, chat_data.ROWS[name]
+        lines = "\n".join(json.dumps(row, ensure_ascii=False) for row in values)
+        text = lines if path.suffix == ".jsonl" else json.dumps(values, ensure_ascii=False, indent=2)
+        path.write_text(text, encoding="utf-8")
     rows = list(open_source(str(path)).rows())
     assert rows == values
     assert all(len(conversations_of(row)) == 1 for row in rows if isinstance(row, Row))

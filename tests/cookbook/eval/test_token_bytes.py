@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
+import chat_formats
 import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from cookbook.eval.token_bytes import TokenBytes
 
-PUBLISHED = Path(__file__).parents[4] / "shared" / "tokenizers" / "qwen3"
 TEXTS = ["The capital of France is Paris.", " two  spaces\n\tand a tab", "naïve café, 東京の天気 👩‍🚀", "a"]
 
 
@@ -35,9 +35,16 @@ def byte_fallback_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False)
 
 
-@pytest.mark.skipif(not PUBLISHED.is_dir(), reason=f"needs {PUBLISHED}")
-def test_the_tokens_of_a_text_have_its_bytes() -> None:
-    tokenizer = AutoTokenizer.from_pretrained(PUBLISHED)
+@pytest.mark.parametrize("name", ["qwen3", "llama3_1"])
+@pytest.mark.parametrize(
+    "load",
+    [
+        chat_formats.tokenizer,
+        pytest.param(chat_formats.published_tokenizer, marks=pytest.mark.published),
+    ],
+)
+def test_the_tokens_of_a_text_have_its_bytes(load: Callable[[str], Any], name: str) -> None:
+    tokenizer = load(name)
     for text in TEXTS:
         ids = np.asarray(tokenizer(text, add_special_tokens=False)["input_ids"])
         assert TokenBytes(tokenizer)(ids).sum() == len(text.encode())

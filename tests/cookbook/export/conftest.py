@@ -1,14 +1,14 @@
-"""Small models with adapters, made by PEFT itself; a run; every renderer with its published template."""
+"""Small models with adapters, made by PEFT itself; a run; every renderer with its template."""
 
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import chat_formats
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -74,9 +74,6 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 # -- chat formats -------------------------------------------------------------------------------
 
-SHARED = Path(__file__).parents[4] / "shared"
-TEMPLATES = Path(os.environ.get("COOKBOOK_TOKENIZERS") or SHARED / "tokenizers").parent / "chat_templates"
-
 _LLAMA = ("<|begin_of_text|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>", "<|eom_id|>")
 _CHATML = ("", "<|im_end|>", "<|im_start|>", "<|endoftext|>")
 _GPT_OSS = (
@@ -109,7 +106,7 @@ FORMATS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "role_colon": ("role_colon", "", ("<s>", "</s>")),
     "role_colon over a template": ("role_colon", "qwen3", _CHATML),
 }
-"""By what a test is called: the renderer, the published template, and BOS, EOS and other control tokens."""
+"""By what a test is called: the renderer, the name of the template, and BOS, EOS and other control tokens."""
 _OTHERS = {
     "gemma3 under another template": (
         *("gemma3", "phi3"),
@@ -120,29 +117,26 @@ _OTHERS = {
 
 @cache
 def _tokenizer_of(name: str) -> Any:
-    """Bytes, and the control tokens of the format. Skips where the template is not there."""
+    """A tokenizer of bytes with the control tokens of the format and its template."""
     _, template, (bos, eos, *others) = (FORMATS | _OTHERS)[name]
-    path = TEMPLATES / f"{template}.jinja"
-    if template and not path.is_file():
-        pytest.skip(f"no template {path}; set COOKBOOK_TOKENIZERS")
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = Tokenizer(models.BPE({character: i for i, character in enumerate(alphabet)}, []))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens([token for token in (bos, eos, *others) if token])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=bos or None, eos_token=eos)
-    tokenizer.chat_template = path.read_text(encoding="utf-8") if template else None
+    tokenizer.chat_template = chat_formats.template(template) if template else None
     return tokenizer
 
 
 @pytest.fixture(scope="session")
 def tokenizer_of() -> Callable[[str], Any]:
-    """(name in FORMATS): a tokenizer with the published template of that format."""
+    """(name in FORMATS): a tokenizer with the template of that format."""
     return _tokenizer_of
 
 
 @pytest.fixture(params=FORMATS, scope="session")
-def published(request: pytest.FixtureRequest) -> tuple[str, Any]:
+def formatted(request: pytest.FixtureRequest) -> tuple[str, Any]:
     """The name of a renderer and a tokenizer for it: all there are, by turns."""
     return FORMATS[request.param][0], _tokenizer_of(request.param)
 

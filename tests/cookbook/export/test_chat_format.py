@@ -38,16 +38,16 @@ def rendered(chat_format: ChatFormat, messages: list[Message]) -> list[int]:
 
 @pytest.mark.parametrize("system_prompt", [None, SYSTEM_PROMPT], ids=["", "system prompt"])
 def test_the_template_that_leaves_prints_the_prompts_of_the_renderer(
-    published: tuple[str, Any], system_prompt: str | None
+    formatted: tuple[str, Any], system_prompt: str | None
 ) -> None:
-    chat_format = chat_format_of(*published, system_prompt)
+    chat_format = chat_format_of(*formatted, system_prompt)
     for messages in CONVERSATIONS:
         expected = chat_format.renderer.build_generation_prompt(messages).to_ints()
         assert rendered(chat_format, messages) == expected
 
 
-def test_what_ends_a_reply_is_what_the_renderer_stops_at(published: tuple[str, Any]) -> None:
-    name, tokenizer = published
+def test_what_ends_a_reply_is_what_the_renderer_stops_at(formatted: tuple[str, Any]) -> None:
+    name, tokenizer = formatted
     chat_format = chat_format_of(name, tokenizer)
     stops = chat_format.renderer.get_stop_sequences()
     assert [*chat_format.stop_token_ids, *chat_format.stop_strings] == stops

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import chat_formats
 import numpy as np
 import pytest
 import torch
@@ -252,12 +253,17 @@ def test_a_model_that_was_never_compared_with_llama_cpp_is_not_written(
 
 
 @pytest.mark.parametrize(("name", "expected"), [("qwen3", "qwen2"), ("llama3_1", "llama-bpe")])
-def test_the_way_a_tokenizer_splits_text_is_known_by_its_expression(name: str, expected: str) -> None:
-    folder = Path(__file__).parents[4] / "shared" / "tokenizers" / name
-    if not folder.is_dir():
-        pytest.skip(f"no tokenizer {folder}")
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    assert pre_tokenizer_name(tokenizer) == expected
+@pytest.mark.parametrize(
+    "load",
+    [
+        chat_formats.tokenizer,
+        pytest.param(chat_formats.published_tokenizer, marks=pytest.mark.published),
+    ],
+)
+def test_the_way_a_tokenizer_splits_text_is_known_by_its_expression(
+    load: Callable[[str], Any], name: str, expected: str
+) -> None:
+    assert pre_tokenizer_name(load(name)) == expected
 
 
 def test_a_tokenizer_that_splits_in_another_way_is_not_written(tiny_tokenizer: Any) -> None:

@@ -47,9 +47,9 @@ def commands(text: str) -> list[tuple[str, str]]:
 
 
 def test_ollamas_template_prints_the_prompts_of_the_renderer(
-    published: tuple[str, Any], go_render: Callable[..., str]
+    formatted: tuple[str, Any], go_render: Callable[..., str]
 ) -> None:
-    name, tokenizer = published
+    name, tokenizer = formatted
     chat_format = chat_format_of(name, tokenizer)
     template = dict(commands(modelfile(chat_format, ".")))["TEMPLATE"]
     for turns in CONVERSATIONS:
@@ -77,8 +77,8 @@ def test_the_system_prompt_of_the_run_is_one_that_a_conversation_may_replace(
     assert "arr" not in found["TEMPLATE"]
 
 
-def test_generation_stops_at_what_the_renderer_stops_at(published: tuple[str, Any]) -> None:
-    chat_format = chat_format_of(*published)
+def test_generation_stops_at_what_the_renderer_stops_at(formatted: tuple[str, Any]) -> None:
+    chat_format = chat_format_of(*formatted)
     found = [value for word, value in commands(modelfile(chat_format, ".")) if word == "PARAMETER stop"]
     assert found == chat_format.stop_texts
 

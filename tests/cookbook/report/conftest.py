@@ -165,7 +165,7 @@ HOSTILE = "</script><script>window.forged = 1</script><img src=x onerror='window
 @pytest.fixture(scope="session")
 def browser() -> Iterator[Browser]:
     if CHROMIUM is None:
-        pytest.skip("No Chromium on this machine.")
+        pytest.skip("needs Chromium to open the page; install it, for example with: apt-get install chromium")
     with chromium() as found:
         yield found
 

@@ -1,4 +1,4 @@
-"""Chat templates as they are published, each on a small tokenizer that has its control tokens."""
+"""The renderer `chat_template` with the templates of models, each on a small tokenizer with its tokens."""
 
 import datetime
 import json
@@ -6,6 +6,7 @@ import re
 from types import SimpleNamespace
 from typing import Any
 
+import chat_formats
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -35,9 +36,11 @@ def stopped_clock():
 
 
 @pytest.fixture(scope="session")
-def published(small_tokenizer, published_template):
+def tokenizer_for(small_tokenizer):
+    """(name of a format): a small tokenizer with the model's template and the control tokens in it."""
+
     def load(name: str) -> Any:
-        template = published_template(name)
+        template = chat_formats.template(name)
         tokens = set(re.findall(r"<[|｜][^<> ]*?[|｜]>|<(?:start|end)_of_turn>", template))
         return small_tokenizer(template, tuple(sorted(tokens)))
 
@@ -58,9 +61,9 @@ def published(small_tokenizer, published_template):
     ],
 )
 def test_templates_that_keep_their_history_train_it_in_one_example(
-    renderer_of, published, template_tokens, trained_runs, name, end, trims
+    renderer_of, tokenizer_for, template_tokens, trained_runs, name, end, trims
 ):
-    tokenizer = published(name)
+    tokenizer = tokenizer_for(name)
     renderer = renderer_of("chat_template", tokenizer)
     (example,) = renderer.build_supervised_examples(CHAT)
     said = [m["content"].strip() if trims else m["content"] for m in CHAT[1::2]]
@@ -73,9 +76,9 @@ def test_templates_that_keep_their_history_train_it_in_one_example(
 
 
 def test_gpt_oss_ends_a_reply_otherwise_once_it_is_history(
-    renderer_of, published, template_tokens, trained_runs
+    renderer_of, tokenizer_for, template_tokens, trained_runs
 ):
-    tokenizer = published("gptoss")
+    tokenizer = tokenizer_for("gptoss")
     renderer = renderer_of("chat_template", tokenizer)
     thinking = [CHAT[0], {**CHAT[1], "thinking": "Add."}, CHAT[2], {**CHAT[3], "thinking": "Go on."}]
     examples = renderer.build_supervised_examples(thinking)
@@ -91,22 +94,22 @@ def test_gpt_oss_ends_a_reply_otherwise_once_it_is_history(
     assert stops == ["<|return|>", "<|call|>"]
 
 
-def test_an_empty_gpt_oss_reply_is_trained_to_its_end(renderer_of, published, trained_runs):
-    tokenizer = published("gptoss")
+def test_an_empty_gpt_oss_reply_is_trained_to_its_end(renderer_of, tokenizer_for, trained_runs):
+    tokenizer = tokenizer_for("gptoss")
     chat = [CHAT[0], {"role": "assistant", "content": ""}]
     (example,) = renderer_of("chat_template", tokenizer).build_supervised_examples(chat)
     assert trained_runs(tokenizer, example) == ["<|channel|>final<|message|><|return|>"]
 
 
-def test_deepseek_prompts_for_thinking_that_its_template_then_leaves_out(renderer_of, published):
-    renderer = renderer_of("chat_template", published("deepseekv3"))
+def test_deepseek_prompts_for_thinking_that_its_template_then_leaves_out(renderer_of, tokenizer_for):
+    renderer = renderer_of("chat_template", tokenizer_for("deepseekv3"))
     with pytest.raises(RendererError, match="sampled from other prompts"):
         renderer.build_supervised_example(CHAT)
 
 
-def test_gemma_says_that_it_has_no_system_role(renderer_of, published):
+def test_gemma_says_that_it_has_no_system_role(renderer_of, tokenizer_for):
     with pytest.raises(RendererError, match="System role not supported"):
-        renderer_of("chat_template", published("gemma")).build_generation_prompt(
+        renderer_of("chat_template", tokenizer_for("gemma")).build_generation_prompt(
             [{"role": "system", "content": "Be kind."}, *CHAT[:1]]
         )
 
@@ -142,9 +145,9 @@ texts = st.sampled_from(SNIPPETS) | st.text(max_size=4)
     data=st.data(),
 )
 def test_conversations_of_one_shape_are_each_printed_as_the_template_does(
-    published, name, roles, thinks, prompt, data
+    tokenizer_for, name, roles, thinks, prompt, data
 ):
-    tokenizer = published(name)
+    tokenizer = tokenizer_for(name)
     template = Template(tokenizer)
     names = {"s": "system", "u": "user", "a": "assistant", "t": "tool"}
     for _ in range(4):
@@ -243,10 +246,10 @@ def rendered(tokenizer: Any, messages: list[Any], tools: Any = None, prompt: boo
 @pytest.mark.parametrize("name", WITH_TOOLS)
 @few
 @given(data=st.data())
-def test_conversations_with_tools_are_those_of_the_template(renderer_of, published, name, data):
+def test_conversations_with_tools_are_those_of_the_template(renderer_of, tokenizer_for, name, data):
     messages = data.draw(WITH_TOOLS[name])
     tools = data.draw(st.sampled_from([TOOLS, None])) if name != "deepseekv3" else None
-    tokenizer = published(name)
+    tokenizer = tokenizer_for(name)
     renderer = renderer_of("chat_template", tokenizer)
     text = rendered(tokenizer, messages, tools)
     tokens, _ = renderer.build_supervised_example(messages, TrainOnWhat.ALL_TOKENS, tools)
@@ -266,9 +269,11 @@ def test_conversations_with_tools_are_those_of_the_template(renderer_of, publish
 @pytest.mark.parametrize("name", [name for name in WITH_TOOLS if name != "deepseekv3"])
 @few
 @given(data=st.data())
-def test_every_reply_is_trained_from_its_prompt_to_its_end(renderer_of, published, trained_runs, name, data):
+def test_every_reply_is_trained_from_its_prompt_to_its_end(
+    renderer_of, tokenizer_for, trained_runs, name, data
+):
     messages = data.draw(WITH_TOOLS[name])
-    tokenizer = published(name)
+    tokenizer = tokenizer_for(name)
     renderer = renderer_of("chat_template", tokenizer)
     stops = tokenizer.convert_ids_to_tokens(renderer.get_stop_sequences())
     turn = data.draw(st.sampled_from([i for i, m in enumerate(messages) if m["role"] == "assistant"]))
@@ -292,9 +297,9 @@ def test_every_reply_is_trained_from_its_prompt_to_its_end(renderer_of, publishe
 @pytest.mark.parametrize("name", ["qwen2_5", "qwen3", "qwen3_instruct_2507"])
 @few
 @given(data=st.data())
-def test_tool_calls_in_tags_parse_back(renderer_of, published, name, data):
+def test_tool_calls_in_tags_parse_back(renderer_of, tokenizer_for, name, data):
     messages = data.draw(WITH_TOOLS[name])
-    renderer = renderer_of("chat_template", published(name))
+    renderer = renderer_of("chat_template", tokenizer_for(name))
     for turn in [i for i, m in enumerate(messages) if m["role"] == "assistant"]:
         ((tokens, weights),) = renderer.build_supervised_examples(
             messages[: turn + 1], TrainOnWhat.LAST_ASSISTANT_MESSAGE
@@ -314,8 +319,8 @@ def test_tool_calls_in_tags_parse_back(renderer_of, published, name, data):
             assert "".join(d.text for d in deltas if d.field == field) == reply.get(field, "")
 
 
-def test_calls_in_a_markup_of_its_own_stay_text(renderer_of, published):
-    renderer = renderer_of("chat_template", published("llama3_1"))
+def test_calls_in_a_markup_of_its_own_stay_text(renderer_of, tokenizer_for):
+    renderer = renderer_of("chat_template", tokenizer_for("llama3_1"))
     chat = [CHAT[0], {"role": "assistant", "tool_calls": [called("time", {"city": "Oslo"})]}]
     tokens, weights = renderer.build_supervised_example(chat, tools=TOOLS)
     trained = [token for token, weight in zip(tokens.to_ints(), weights, strict=True) if weight]
@@ -323,11 +328,13 @@ def test_calls_in_a_markup_of_its_own_stay_text(renderer_of, published):
     assert renderer.parse_response(trained) == ({"role": "assistant", "content": content}, True)
 
 
-def test_templates_without_a_place_for_tools_say_so(renderer_of, published):
-    takes = {name: renderer_of("chat_template", published(name)).takes_tools for name in sorted(WITH_TOOLS)}
+def test_templates_without_a_place_for_tools_say_so(renderer_of, tokenizer_for):
+    takes = {
+        name: renderer_of("chat_template", tokenizer_for(name)).takes_tools for name in sorted(WITH_TOOLS)
+    }
     assert [name for name, found in takes.items() if not found] == ["deepseekv3"]
     for name in ("gemma", "gemma3", "llama3", "phi3"):
-        renderer = renderer_of("chat_template", published(name))
+        renderer = renderer_of("chat_template", tokenizer_for(name))
         with pytest.raises(RendererError, match="no place for tools"):
             renderer.build_generation_prompt(CHAT[:1], tools=TOOLS)
         ask = {"role": "assistant", "content": "Hm.", "tool_calls": [called("time", {})]}
@@ -335,8 +342,8 @@ def test_templates_without_a_place_for_tools_say_so(renderer_of, published):
             renderer.build_supervised_example([CHAT[0], ask])
 
 
-def test_deepseek_gets_arguments_in_json_and_content_where_there_is_none(renderer_of, published):
-    tokenizer = published("deepseekv3")
+def test_deepseek_gets_arguments_in_json_and_content_where_there_is_none(renderer_of, tokenizer_for):
+    tokenizer = tokenizer_for("deepseekv3")
     renderer = renderer_of("chat_template", tokenizer)
     chat = [CHAT[0], {"role": "assistant", "tool_calls": [called("time", {"城": 1})]}]
     spelled = [CHAT[0], {"role": "assistant", "content": "", "tool_calls": [called("time", '{"城": 1}')]}]
@@ -344,21 +351,21 @@ def test_deepseek_gets_arguments_in_json_and_content_where_there_is_none(rendere
     assert tokenizer.decode(tokens.to_ints()) == rendered(tokenizer, spelled)
 
 
-def test_gpt_oss_prints_one_call_of_a_message(renderer_of, published):
+def test_gpt_oss_prints_one_call_of_a_message(renderer_of, tokenizer_for):
     chat = [CHAT[0], {"role": "assistant", "tool_calls": [called("time", {}), called("time", {})]}]
     with pytest.raises(RendererError, match=r"`tool_calls\[1\]\.\w+` of message 2"):
-        renderer_of("chat_template", published("gptoss")).build_supervised_example(chat)
+        renderer_of("chat_template", tokenizer_for("gptoss")).build_supervised_example(chat)
 
 
-def test_llama_leaves_out_what_is_said_beside_a_call(renderer_of, published):
+def test_llama_leaves_out_what_is_said_beside_a_call(renderer_of, tokenizer_for):
     chat = [CHAT[0], {"role": "assistant", "content": "time", "tool_calls": [called("time", {})]}]
     with pytest.raises(RendererError, match="`content` of message 2"):
-        renderer_of("chat_template", published("llama3_1")).build_supervised_example(chat)
+        renderer_of("chat_template", tokenizer_for("llama3_1")).build_supervised_example(chat)
 
 
 @pytest.mark.parametrize(("name", "date"), [("llama3_2", "26 Jul 2024"), ("gptoss", "2024-07-26")])
-def test_a_conversation_has_the_same_tokens_on_any_day(renderer_of, published, monkeypatch, name, date):
-    tokenizer = published(name)
+def test_a_conversation_has_the_same_tokens_on_any_day(renderer_of, tokenizer_for, monkeypatch, name, date):
+    tokenizer = tokenizer_for(name)
     clock = SimpleNamespace(now=lambda: datetime.datetime(2031, 1, 2))
     monkeypatch.setattr(chat_template_utils, "datetime", clock)
     assert "2031" in rendered(tokenizer, CHAT)
