@@ -161,7 +161,7 @@ class SamplingClient:
 
     def _submit(self, request: SampleRequest) -> None:
         with self._lock:
-            request.index_of_unseeded = self._num_unseeded
+            request.unseeded_index = self._num_unseeded
             self._num_unseeded += request.params.seed is None
             self._engine.submit_to(self._sampler, request)
 

@@ -6,7 +6,7 @@ G query heads that share one of them, C positions there is room for.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -23,22 +23,15 @@ Segment = tuple[int, int]
 class Cache(Protocol):
     """Keys and values of earlier positions: see `sampling.kv_cache`, which has the meaning of each part."""
 
-    @property
-    def is_filling(self) -> bool: ...
+    is_prefill: bool
 
-    def keep(
+    def store(
         self, layer: torch.nn.Module, segments: Sequence[Segment], key_1HTD: Tensor, value_1HTD: Tensor
     ) -> None: ...
 
-    def attend(
-        self,
-        layer: torch.nn.Module,
-        query_1HTD: Tensor,
-        key_1HTD: Tensor,
-        value_1HTD: Tensor,
-        sliding_window: int | None,
-        attend: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor],
-    ) -> Tensor: ...
+    def append(
+        self, layer: torch.nn.Module, key_1HTD: Tensor, value_1HTD: Tensor, sliding_window: int | None
+    ) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]: ...
 
 
 @dataclass(frozen=True)
@@ -53,7 +46,7 @@ class AttentionLayout:
     windows_seen: list[int | None] | None = None
     """Where given, each call adds the sliding window that it was called with."""
     cache: Cache | None = None
-    """Where given, the sequences are prompts that it keeps, or each is the next token behind what it kept."""
+    """Where given, the sequences are prompts, which it stores, or each is the next token of a stored one."""
 
 
 @torch.compiler.disable  # it goes by the layout of each row: a compiled layer would be compiled anew for each
@@ -72,9 +65,10 @@ def packed_attention(
 ) -> tuple[Tensor, None]:
     """Attention in which position t of a sequence sees positions 0 to t of that sequence: [B, T, H, D].
 
-    Without a `layout` each row is one sequence. With a cache that is not filling, each sequence is one
-    token, which sees what the cache has of its row. `softcap` bounds the scores (Gemma 2), `s_aux` is one
-    score per head that nothing stands behind (the sinks of gpt-oss).
+    Without a `layout` each row is one sequence. With a cache in a decode pass, each sequence is one token,
+    which sees the positions that the cache holds for it; tokens beyond those are padding and result in 0.
+    `softcap` bounds the scores (Gemma 2), `s_aux` is one score per head that nothing stands behind (the
+    sinks of gpt-oss).
 
     On CUDA one kernel of variable length takes all sequences of a row; elsewhere, and where the
     scores are not plain, they go through one at a time. Either way nothing that a sequence holds
@@ -85,21 +79,25 @@ def packed_attention(
     assert attention_mask is None, "packed attention takes a layout, never a mask"
     is_plain = softcap is None and s_aux is None
     if layout is not None and layout.cache is not None:
-        if not layout.cache.is_filling:
-
-            def attend(
-                query_RHGD: Tensor, key_RHCD: Tensor, value_RHCD: Tensor, visible_RC: Tensor
-            ) -> Tensor:
+        if not layout.cache.is_prefill:
+            num_heads = key_BHTD.shape[1]
+            out_THD = value_BHTD.new_zeros(query_BHTD.shape[2], query_BHTD.shape[1], value_BHTD.shape[3])
+            for tokens, key_RHCD, value_RHCD, visible_RC in layout.cache.append(
+                module, key_BHTD, value_BHTD, sliding_window
+            ):
+                query_RHGD = query_BHTD[0, :, tokens].transpose(0, 1).unflatten(1, (num_heads, -1))
                 visible_R11C = visible_RC[:, None, None]
                 if is_plain:
-                    return F.scaled_dot_product_attention(
+                    out_RHGD = F.scaled_dot_product_attention(
                         query_RHGD, key_RHCD, value_RHCD, attn_mask=visible_R11C, scale=scaling
                     )
-                return _by_hand(query_RHGD, key_RHCD, value_RHCD, visible_R11C, scaling, softcap, s_aux)
-
-            out = layout.cache.attend(module, query_BHTD, key_BHTD, value_BHTD, sliding_window, attend)
-            return out, None
-        layout.cache.keep(module, layout.segments, key_BHTD, value_BHTD)
+                else:
+                    out_RHGD = _by_hand(
+                        query_RHGD, key_RHCD, value_RHCD, visible_R11C, scaling, softcap, s_aux
+                    )
+                out_THD[tokens] = out_RHGD.flatten(1, 2)
+            return out_THD[None], None
+        layout.cache.store(module, layout.segments, key_BHTD, value_BHTD)
     if is_plain and layout is not None and _has_varlen_kernel(query_BHTD):
         return _varlen(query_BHTD, key_BHTD, value_BHTD, layout, scaling, sliding_window), None
 

@@ -1,1 +1,1 @@
-"""Continuations of prompts: many at once, one token of each at a time."""
+"""Sampling by continuous batching: many sequences at once, one token of each at a time."""

@@ -1,10 +1,9 @@
-"""From logits to the next token of every continuation.
+"""From logits to the next token of every sequence.
 
-Each row has its own temperature, top-k, top-p and uniform number, and what is chosen for it depends on
-nothing else, so that a continuation is the same whatever it shares a batch with. The vocabulary is never
-sorted.
+Each row has its own temperature, top-k, top-p and uniform number, and its token depends on nothing else, so a
+sequence is the same whatever it shares a batch with. The vocabulary is never sorted.
 
-Shape suffixes: R rows, V vocabulary, B blocks of the vocabulary, K tokens of a block.
+Shape suffixes: R rows, V vocabulary, B buckets of terms or blocks of the vocabulary, K tokens of a block.
 """
 
 from __future__ import annotations
@@ -19,100 +18,89 @@ from torch import Tensor
 from cookbook.types import SamplingParams
 
 _BLOCK = 1024
-"""A draw goes by blocks of the vocabulary first, then within one."""
+"""A draw finds the block of the vocabulary first, then the token in it."""
 _NUM_BUCKETS = (0x3F80_0000 >> 16) + 1
-"""Of floats in [0, 1] by their first 16 bits: 1.0 is alone in the last."""
+"""The number of values that the first 16 bits of a float in [0, 1] take; the last is that of 1.0 alone."""
 _ELEMENTS_AT_A_TIME = {"cpu": 2**20, "cuda": 2**27}
-"""Of logits: on a CPU what stays in the cache."""
+"""How many logits are processed at a time: on a CPU those that stay in the cache."""
+_FP32 = torch.finfo(torch.float32)
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What was chosen: token ids [R], and the model's own log-probability of each, before temperature.
+    """The drawn token ids, [R], and the model's log-probability of each before temperature, [R] in nats.
 
-    Where a row has no distribution (`has_none_R`: a logit of nan or +inf, or none above -inf), its token is a
-    token of the vocabulary and means nothing.
+    `is_undefined_R` marks rows without a distribution: with a logit of nan or +inf, or with none above -inf.
+    Their token means nothing, but is one of the vocabulary.
     """
 
     tokens_R: Tensor
     logprobs_R: Tensor
-    has_none_R: Tensor
+    is_undefined_R: Tensor
 
 
 def choose(logits_RV: Tensor, params: Sequence[SamplingParams], uniforms: Sequence[float]) -> Choice:
-    """One token for each row of fp32 logits. `uniforms`: a number in [0, 1) for each row.
+    """Draws one token for each row of fp32 logits, by that row's settings and number in [0, 1).
 
-    Top-k keeps every token as likely as the k-th; top-p keeps, of those, the likeliest until their
-    share reaches p. Equal logits rank by token id.
+    Top-k keeps every token as likely as the k-th; top-p keeps, of those, the most likely until their share
+    reaches p. Equal logits rank by token id.
     """
-    kind = "cuda" if logits_RV.is_cuda else "cpu"
-    num_rows = max(1, _ELEMENTS_AT_A_TIME[kind] // logits_RV.shape[1])
-    parts = [
-        _choose(logits_RV[first : first + num_rows], params[first:][:num_rows], uniforms[first:][:num_rows])
-        for first in range(0, len(params), num_rows)
-    ]
-    return Choice(
-        torch.cat([part.tokens_R for part in parts]),
-        torch.cat([part.logprobs_R for part in parts]),
-        torch.cat([part.has_none_R for part in parts]),
-    )
-
-
-def _choose(logits_RV: Tensor, params: Sequence[SamplingParams], uniforms: Sequence[float]) -> Choice:
-    def column(values: Sequence[float], dtype: torch.dtype = torch.float64) -> Tensor:
-        return torch.tensor(values, dtype=dtype, device=logits_RV.device)[:, None]
-
-    highest_R1, tokens_R1 = logits_RV.max(-1, keepdim=True)
-    has_none_R1 = ~highest_R1.isfinite()  # the maximum of anything and nan is nan
-    if has_none_R1.any():  # nan indexes outside the vocabulary below, so these rows become a plain one
-        logits_RV = logits_RV.masked_fill(has_none_R1, 0.0)
-        highest_R1, tokens_R1 = logits_RV.max(-1, keepdim=True)
-    terms_RV = (logits_RV - highest_R1).exp_()
-    log_total_R1 = terms_RV.sum(-1, keepdim=True).log_() + highest_R1
-    drawn = [row for row, each in enumerate(params) if each.temperature > 0]
-    if drawn:
-        rows_R = torch.tensor(drawn, device=logits_RV.device)
-        if len(drawn) < len(params):
-            terms_RV = terms_RV[rows_R]
-        temperature_R1 = column([_temperature(params[row]) for row in drawn], torch.float32)
-        if any(params[row].temperature != 1 for row in drawn):
-            terms_RV = ((logits_RV[rows_R] - highest_R1[rows_R]) / temperature_R1).exp_()
-        terms_RV = _keep_top_k(terms_RV, [params[row].top_k for row in drawn])
-        if any(params[row].top_p < 1 for row in drawn):
-            terms_RV = _keep_top_p(terms_RV, column([params[row].top_p for row in drawn]))
-        tokens_R1[rows_R] = _draw(terms_RV, column([uniforms[row] for row in drawn]))
-    logprobs_R1 = logits_RV.gather(1, tokens_R1) - log_total_R1
-    return Choice(tokens_R1[:, 0], logprobs_R1[:, 0], has_none_R1[:, 0])
-
-
-def _temperature(params: SamplingParams) -> float:
-    """In the range of fp32: 0 would divide 0 by 0, and infinity divides -inf to nan."""
-    limits = torch.finfo(torch.float32)
-    return min(max(params.temperature, limits.tiny), limits.max)
+    device, vocab_size = logits_RV.device, logits_RV.shape[1]
+    num_at_a_time = max(1, _ELEMENTS_AT_A_TIME["cuda" if logits_RV.is_cuda else "cpu"] // vocab_size)
+    tokens, logprobs, is_undefined = [], [], []
+    for first in range(0, len(params), num_at_a_time):
+        rows = range(first, min(first + num_at_a_time, len(params)))
+        part_RV = logits_RV[rows.start : rows.stop]
+        highest_R1, tokens_R1 = part_RV.max(-1, keepdim=True)
+        is_undefined_R1 = ~highest_R1.isfinite()  # the maximum of anything and nan is nan
+        if is_undefined_R1.any():  # nan would index outside the vocabulary below, so these rows become 0
+            part_RV = part_RV.masked_fill(is_undefined_R1, 0.0)
+            highest_R1, tokens_R1 = part_RV.max(-1, keepdim=True)
+        terms_RV = (part_RV - highest_R1).exp_()
+        log_total_R1 = terms_RV.sum(-1, keepdim=True).log_() + highest_R1
+        drawn = [row for row in rows if params[row].temperature > 0]
+        if drawn:
+            drawn_R = torch.tensor(drawn, device=device) - first
+            if any(params[row].temperature != 1 for row in drawn):
+                # Within fp32: a temperature of 0 would divide 0 by 0, and infinity divides -inf to nan.
+                divisors = [min(max(params[row].temperature, _FP32.tiny), _FP32.max) for row in drawn]
+                divisor_R1 = torch.tensor(divisors, dtype=torch.float32, device=device)[:, None]
+                terms_RV = ((part_RV[drawn_R] - highest_R1[drawn_R]) / divisor_R1).exp_()
+            elif len(drawn) < len(rows):
+                terms_RV = terms_RV[drawn_R]
+            if any(0 < params[row].top_k < vocab_size for row in drawn):
+                terms_RV = _keep_top_k(terms_RV, [params[row].top_k for row in drawn])
+            doubles = [(params[row].top_p, uniforms[row]) for row in drawn]
+            top_p_R1, uniform_R1 = torch.tensor(doubles, dtype=torch.float64, device=device).split(1, dim=1)
+            if any(params[row].top_p < 1 for row in drawn):
+                terms_RV = _keep_top_p(terms_RV, top_p_R1)
+            tokens_R1[drawn_R] = _draw(terms_RV, uniform_R1)
+        tokens.append(tokens_R1[:, 0])
+        logprobs.append((part_RV.gather(1, tokens_R1) - log_total_R1)[:, 0])
+        is_undefined.append(is_undefined_R1[:, 0])
+    return Choice(torch.cat(tokens), torch.cat(logprobs), torch.cat(is_undefined))
 
 
 def _keep_top_k(terms_RV: Tensor, top_k: Sequence[int]) -> Tensor:
-    """Zeros where a term is smaller than the k-th of its row; terms are exp(logit), up to a factor."""
+    """The terms, exp(logit) up to a factor, with 0 for those smaller than the k-th of their row."""
     vocab_size = terms_RV.shape[1]
     k = [each if 0 < each < vocab_size else vocab_size for each in top_k]
-    if min(k) == vocab_size:
-        return terms_RV
     most = max(each for each in k if each < vocab_size)
     ranked_RK = terms_RV.topk(most).values
-    kth_R = ranked_RK.gather(1, torch.tensor([[min(each, most) - 1] for each in k], device=terms_RV.device))
+    kth_R1 = ranked_RK.gather(1, torch.tensor([[min(each, most) - 1] for each in k], device=terms_RV.device))
     unlimited_R1 = torch.tensor([[each == vocab_size] for each in k], device=terms_RV.device)
-    return terms_RV * ((terms_RV >= kth_R) | unlimited_R1)
+    return terms_RV * ((terms_RV >= kth_R1) | unlimited_R1)
 
 
 def _keep_top_p(terms_RV: Tensor, top_p_R1: Tensor) -> Tensor:
-    """Zeros behind the likeliest terms whose sum reaches a share of p of their row's.
+    """The terms, with 0 for those after the largest whose sum reaches a share of p of their row's.
 
     Terms lie in (0, 1], where floats are in the order of their bits. So their first 16 bits put them into
-    buckets, the bucket at the border is found by the buckets' sums, and only what is in it is sorted.
+    buckets, the sums of the buckets show which of them holds the border, and only its terms are sorted.
     """
     bucket_RV = (terms_RV.view(torch.int32) >> 16).long()
     sums_RB = terms_RV.new_zeros(len(terms_RV), _NUM_BUCKETS).scatter_add_(1, bucket_RV, terms_RV).double()
-    above_RB = sums_RB.flip(-1).cumsum(-1).flip(-1) - sums_RB  # of the buckets above each
+    above_RB = sums_RB.flip(-1).cumsum(-1).flip(-1) - sums_RB  # the sum of the buckets above each
     wanted_R1 = top_p_R1 * sums_RB.sum(-1, keepdim=True)
     # The lowest bucket with less than is wanted above it, of those that hold anything.
     border_R1 = ((above_RB < wanted_R1) & (sums_RB > 0)).int().argmax(-1, keepdim=True)
@@ -127,20 +115,20 @@ def _keep_top_p(terms_RV: Tensor, top_p_R1: Tensor) -> Tensor:
     return terms_RV * kept_RV
 
 
-def _draw(terms_RV: Tensor, uniforms_R1: Tensor) -> Tensor:
-    """[R, 1]: the token of each row at which the running sum of its terms passes a share of the whole."""
+def _draw(terms_RV: Tensor, uniform_R1: Tensor) -> Tensor:
+    """The token of each row at which the running sum of its terms passes that share of the whole: [R, 1]."""
     terms_RBK = F.pad(terms_RV, (0, -terms_RV.shape[1] % _BLOCK)).view(len(terms_RV), -1, _BLOCK)
     sums_RB = terms_RBK.sum(-1).double()
-    block_R1, left_R1 = _find(sums_RB, uniforms_R1 * sums_RB.sum(-1, keepdim=True))
+    block_R1, left_R1 = _find(sums_RB, uniform_R1 * sums_RB.sum(-1, keepdim=True))
     terms_RK = terms_RBK.take_along_dim(block_R1[:, :, None], dim=1)[:, 0].double()
     place_R1, _ = _find(terms_RK, left_R1)
     return block_R1 * _BLOCK + place_R1
 
 
 def _find(terms_RK: Tensor, wanted_R1: Tensor) -> tuple[Tensor, Tensor]:
-    """Where the running sum of a row passes `wanted`, and what of it is behind that place's begin.
+    """The place where the running sum of each row passes `wanted`, and what of `wanted` is left within it.
 
-    Where rounding leaves more to find than there is, the last place that has anything is meant.
+    Where rounding leaves more to find than there is, it is the last place with a term above 0.
     """
     ends_RK = terms_RK.cumsum(-1)
     has_term_RK = terms_RK > 0

@@ -1,4 +1,4 @@
-"""What is asked of a sampler, checked before it is queued."""
+"""Requests to a sampler, validated before they are queued."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
+
 from cookbook.engine.job_future import JobFuture
 from cookbook.engine.model.base_model import BaseModel
 from cookbook.engine.sampling.stop_rule import StopRule, stop_items
@@ -14,37 +16,41 @@ from cookbook.errors import RequestError
 from cookbook.types import SampleResponse, SamplingParams
 
 OnToken = Callable[[int, int], None]
-"""(which continuation, token): called on the engine's thread as soon as a token is chosen."""
+"""(index of the sample, token): called on the engine's thread as soon as a token is drawn."""
 
 
 @dataclass(eq=False)
 class SampleRequest:
-    """Some continuations of one prompt."""
+    """A prompt, how many samples to draw from it, and with which settings."""
 
-    prompt_T: Sequence[int]
+    prompt_T: np.ndarray
+    """Token ids, int64."""
     num_samples: int
     params: SamplingParams
     max_tokens: int
     stop_rule: StopRule
     include_prompt_logprobs: bool = False
-    index_of_unseeded: int = 0
-    """Among the requests of a snapshot that bring no seed."""
     on_token: OnToken | None = None
+    unseeded_index: int = 0
+    """The number of this request among those of a snapshot that have no seed."""
     is_abandoned: bool = False
+    prompt_logprobs: list[float | None] | None = None
+    """Set by the prefill where they are included."""
     future: Future[SampleResponse] = field(default_factory=JobFuture)
 
     def abandon(self) -> None:
-        """Nobody waits for more: what there is by the next token is the answer. From any thread."""
+        """Ends the request with its next token; what was drawn by then is the result. Thread-safe."""
         self.is_abandoned = True
 
 
 @dataclass(eq=False)
 class ScoreRequest:
-    """The log-probability of every token of a sequence."""
+    """A request for the log-probability of every token of a text."""
 
-    tokens_T: Sequence[int]
-    is_argmax_T: Sequence[bool | None] = ()
-    """Whether each token is the most likely one in its place: there when the future is done."""
+    tokens_T: np.ndarray
+    """Token ids, int64."""
+    is_argmax_T: list[bool | None] = field(default_factory=list)
+    """Whether each token is the most likely one at its position: set when the future is done."""
     future: Future[list[float | None]] = field(default_factory=JobFuture)
 
 
@@ -53,93 +59,77 @@ Request = SampleRequest | ScoreRequest
 
 def sample_request(
     base: BaseModel,
-    prompt_T: Sequence[int],
+    prompt: Sequence[int],
     num_samples: int = 1,
     params: SamplingParams | None = None,
     include_prompt_logprobs: bool = False,
     on_token: OnToken | None = None,
 ) -> SampleRequest:
-    """Raises RequestError for what cannot be sampled."""
-    params = _with_numbers(params or SamplingParams())
-    num_samples = _whole("num_samples", num_samples)
-    _check_prompt(base, prompt_T)
+    """A request for `num_samples` samples. Raises RequestError for settings that are not supported."""
+    params = params or SamplingParams()
+    numbers = {
+        "temperature": _number("temperature", params.temperature, float),
+        "top_p": _number("top_p", params.top_p, float),
+        "top_k": _number("top_k", params.top_k, int),
+        "seed": None if params.seed is None else _number("seed", params.seed, int),
+        "max_tokens": None if params.max_tokens is None else _number("max_tokens", params.max_tokens, int),
+    }
+    params = replace(params, **numbers)
+    num_samples = _number("num_samples", num_samples, int)
+    prompt_T = _checked_tokens(base, prompt)
     if num_samples < 1:
-        raise RequestError(f"num_samples={num_samples}. Ask for at least one sample.")
-    if not params.temperature >= 0 or not 0 < params.top_p <= 1 or params.top_k == 0 or params.top_k < -1:
-        raise RequestError(
-            f"temperature={params.temperature}, top_p={params.top_p}, top_k={params.top_k} cannot be sampled "
-            f"with. Use temperature >= 0, 0 < top_p <= 1, and top_k >= 1 or -1 for no limit."
-        )
+        raise RequestError(f"Invalid num_samples={num_samples}: must be >= 1.")
+    if not params.temperature >= 0:
+        raise RequestError(f"Invalid temperature={params.temperature}: must be >= 0 (0 is greedy).")
+    if not 0 < params.top_p <= 1:
+        raise RequestError(f"Invalid top_p={params.top_p}: must be > 0 and <= 1 (1 is no limit).")
+    if params.top_k == 0 or params.top_k < -1:
+        raise RequestError(f"Invalid top_k={params.top_k}: must be >= 1, or -1 for no limit.")
     if params.seed is not None and params.seed < 0:
-        raise RequestError(f"seed={params.seed} cannot be sampled with. Use 0 or more.")
+        raise RequestError(f"Invalid seed={params.seed}: must be >= 0.")
     if "" in stop_items(params):
         raise RequestError(
-            f"stop={params.stop!r} has an empty stop string, which every text holds. Leave it out."
+            f"Invalid stop={params.stop!r}: an empty stop string occurs in every text. Remove it."
         )
     room = base.context_length - len(prompt_T)
     max_tokens = room if params.max_tokens is None else params.max_tokens
     if max_tokens < 1 or max_tokens > room:
         raise RequestError(
             f"max_tokens={params.max_tokens} after a prompt of {len(prompt_T)} tokens does not fit the "
-            f"context length of {base.context_length}. Use 1 to {room}."
+            f"context length of {base.context_length}. "
+            + (f"Use 1 to {room}." if room else "Use a shorter prompt.")
         )
+    stop_rule = StopRule(base, params)
     return SampleRequest(
-        prompt_T,
-        num_samples,
-        params,
-        max_tokens,
-        StopRule(base, params),
-        include_prompt_logprobs,
-        on_token=on_token,
+        prompt_T, num_samples, params, max_tokens, stop_rule, include_prompt_logprobs, on_token
     )
 
 
-def _with_numbers(params: SamplingParams) -> SamplingParams:
-    """The same with plain numbers: what is none would fail in the midst of other requests."""
-    whole: dict[str, Any] = {
-        name: _whole(name, value)
-        for name in ("max_tokens", "seed", "top_k")
-        if (value := getattr(params, name)) is not None
-    }
-    return replace(
-        params,
-        **whole,
-        temperature=_real("temperature", params.temperature),
-        top_p=_real("top_p", params.top_p),
-    )
+def score_request(base: BaseModel, tokens: Sequence[int]) -> ScoreRequest:
+    """A request for the log-probabilities of `tokens`. Raises RequestError for a text that does not fit."""
+    return ScoreRequest(_checked_tokens(base, tokens))
 
 
-def _whole(name: str, value: Any) -> int:
-    try:
-        whole = int(value)
-        is_whole = bool(whole == value)
-    except (TypeError, ValueError, OverflowError):
-        is_whole = False
-    if not is_whole:
-        raise RequestError(f"{name}={value!r} cannot be sampled with. Use a whole number.")
-    return whole
-
-
-def _real(name: str, value: Any) -> float:
-    try:
-        return float(value + 0.0)
-    except (TypeError, ValueError, OverflowError) as error:
-        raise RequestError(f"{name}={value!r} cannot be sampled with. Use a number.") from error
-
-
-def score_request(base: BaseModel, tokens_T: Sequence[int]) -> ScoreRequest:
-    """Raises RequestError for what cannot be scored."""
-    _check_prompt(base, tokens_T)
-    return ScoreRequest(tokens_T)
-
-
-def _check_prompt(base: BaseModel, prompt_T: Sequence[int]) -> None:
-    if not prompt_T:
+def _checked_tokens(base: BaseModel, tokens: Sequence[int]) -> np.ndarray:
+    if not len(tokens):
         raise RequestError("The prompt is empty. Give at least one token.")
-    outside = [token for token in prompt_T if not 0 <= token < base.vocab_size]
+    outside = [token for token in tokens if not 0 <= token < base.vocab_size]
     if outside:
         raise RequestError(f"The prompt has token {outside[0]}, outside the vocabulary of {base.vocab_size}.")
-    if len(prompt_T) > base.context_length:
+    if len(tokens) > base.context_length:
         raise RequestError(
-            f"The prompt has {len(prompt_T)} tokens, more than the context length of {base.context_length}."
+            f"The prompt has {len(tokens)} tokens, more than the context length of {base.context_length}."
         )
+    return np.array(tokens, np.int64)
+
+
+def _number(name: str, value: Any, kind: type[int] | type[float]) -> Any:
+    """`value` as a plain int or float; any other value would fail later, among other requests."""
+    try:
+        number = kind(value + kind(0))
+        is_exact = kind is float or bool(number == value)
+    except (TypeError, ValueError, OverflowError):
+        is_exact = False
+    if not is_exact:
+        raise RequestError(f"Invalid {name}={value!r}: must be a {'whole ' if kind is int else ''}number.")
+    return number

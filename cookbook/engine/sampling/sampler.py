@@ -1,7 +1,7 @@
-"""Sampling from one snapshot: requests that wait at the same time go through the model together.
+"""Sampling from one snapshot by continuous batching: requests that wait at the same time run together.
 
-Between two tokens, whatever has arrived joins, and what is complete leaves; so short continuations wait for
-no long ones. What is sampled does not depend on the company: each continuation has its own random numbers.
+Between two tokens sequences are admitted as they arrive, and leave when they are complete, so short ones wait
+for no long ones. A sample does not depend on the others: each sequence has its own random stream.
 """
 
 from __future__ import annotations
@@ -9,10 +9,8 @@ from __future__ import annotations
 import logging
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
@@ -24,73 +22,27 @@ from cookbook.engine.model.loading import return_freed_memory
 from cookbook.engine.model.memory import bytes_for_sampling, is_out_of_memory
 from cookbook.engine.model.packing import TokenSequence, pack, plan_microbatches
 from cookbook.engine.sampling.choice import choose
-from cookbook.engine.sampling.decoders import Decoder, Prompt, make_decoder
+from cookbook.engine.sampling.decoder_probe import make_decoder
+from cookbook.engine.sampling.kv_cache import capacity_for
 from cookbook.engine.sampling.requests import Request, SampleRequest, ScoreRequest
+from cookbook.engine.sampling.sequence import Sequence
 from cookbook.errors import TrainingError
-from cookbook.types import SampledSequence, SampleResponse, StopReason
+from cookbook.types import SampledSequence, SampleResponse
 
 logger = logging.getLogger(__name__)
 
-_MOST_ROWS = {"cpu": 64, "cuda": 256}
-"""Continuations at a time; more bring little (`benchmarks/LOG.md`)."""
-_PROMPT_TOKENS = {"cpu": 1024, "cuda": 8192}
-"""Of prompts that are read in one pass; a longer one is read alone."""
+_MAX_SEQUENCES = {"cpu": 64, "cuda": 256}
+"""Sequences that run at a time; more bring little (`benchmarks/LOG.md`)."""
+_MAX_PREFILL_TOKENS = {"cpu": 1024, "cuda": 8192}
+"""Tokens of one prefill; a longer prompt is prefilled alone."""
 
 Prepared = Future[tuple[Adapter | None, int | None]]
-"""A snapshot's adapter, and the seed of samples that bring none."""
-
-
-@dataclass(eq=False)
-class _Continuation:
-    request: SampleRequest
-    index: int
-    generator: np.random.Generator
-    tokens: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    stop_reason: StopReason | None = None
-    handle: Any = None
-    _uniform: float | None = None
-
-    @property
-    def length(self) -> int:
-        return len(self.request.prompt_T) + len(self.tokens)
-
-    def uniform(self) -> float:
-        """The random number of the next token, the same until there is that token."""
-        if self._uniform is None:
-            self._uniform = self.generator.random()
-        return self._uniform
-
-    def add(self, token: int, logprob: float) -> None:
-        self._uniform = None
-        self.tokens.append(token)
-        self.logprobs.append(logprob)
-        if self.request.stop_rule.is_met(self.tokens):
-            self.stop_reason = "stop"
-        elif len(self.tokens) == self.request.max_tokens or self.request.is_abandoned:
-            self.stop_reason = "length"
-        if self.request.on_token is not None:
-            self.request.on_token(self.index, token)
-
-
-@dataclass(eq=False)
-class _Answer:
-    """What there is so far of the answer to a request."""
-
-    continuations: list[_Continuation]
-    prompt_logprobs: list[float | None] | None = None
-
-    def response(self) -> SampleResponse:
-        sequences = []
-        for each in self.continuations:
-            assert each.stop_reason is not None
-            sequences.append(SampledSequence(each.tokens, each.logprobs, each.stop_reason))
-        return SampleResponse(sequences, self.prompt_logprobs)
+"""The adapter of a snapshot, and the seed of its samples that have none."""
 
 
 class Sampler:
-    """Answers requests on one snapshot. Runs on the engine's thread: a `worker.Batcher`, which fails what an
-    error leaves without an answer."""
+    """Answers the requests to one snapshot. It is a `worker.Batcher`: it runs on the engine's thread, and
+    where an error leaves requests without an answer, the engine fails them."""
 
     def __init__(self, base: BaseModel, prepared: Prepared) -> None:
         self._base = base
@@ -99,272 +51,240 @@ class Sampler:
     def run(self, first: Request, take_waiting: Callable[[], list[Request]]) -> None:
         batch = None
         try:
-            arrived = _not_cancelled([first, *take_waiting()])
+            arrived = [first, *take_waiting()]
             adapter, seed = self._prepared.result()
             with torch.no_grad(), self._base.adapters.using(adapter):
                 batch = _Batch(self._base, seed)
-                while arrived or batch.is_busy:
-                    batch.add(arrived)
+                while arrived or batch.scores or batch.waiting or batch.running:
+                    for request in arrived:
+                        if request.future.set_running_or_notify_cancel():
+                            batch.add(request)
                     batch.advance()
-                    arrived = _not_cancelled(take_waiting())
+                    arrived = take_waiting()
         finally:
             del batch
             return_freed_memory()
 
 
 class _Batch:
-    """The continuations that are in progress, and those that wait for room."""
+    """The sequences that run, and those that wait for room."""
 
     def __init__(self, base: BaseModel, seed: int | None) -> None:
+        """`seed` is that of requests that have none. Without it they are not reproducible."""
         kind = "cuda" if base.device.type == "cuda" else "cpu"
+        self.scores: list[ScoreRequest] = []
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []
+        """Those with a place in the decoder's cache, the oldest first."""
+        self._sequences: dict[SampleRequest, list[Sequence]] = {}
+        """All those of each request that is not complete."""
         self._base = base
         self._seed = seed
-        self._decoder: Decoder = make_decoder(base)
-        self._max_rows = _MOST_ROWS[kind]
-        self._max_prompt_tokens = _PROMPT_TOKENS[kind]
+        self._decoder = make_decoder(base)
+        self._max_sequences = _MAX_SEQUENCES[kind]
+        self._max_prefill_tokens = _MAX_PREFILL_TOKENS[kind]
         room = bytes_for_sampling(base.device)
-        if base.is_sharded:  # what runs together is the same on all processes
+        if base.is_sharded:  # all processes admit the same sequences
             (room,) = base.world.all_reduce_min(room)
         self._max_cached_tokens = room // _cache_bytes_per_token(base)
-        self._scores: list[ScoreRequest] = []
-        self._waiting: deque[_Continuation] = deque()
-        self._running: list[_Continuation] = []
-        self._answers: dict[SampleRequest, _Answer] = {}
 
-    @property
-    def is_busy(self) -> bool:
-        return bool(self._scores or self._waiting or self._running)
-
-    def add(self, requests: Sequence[Request]) -> None:
-        for request in requests:
-            if isinstance(request, ScoreRequest):
-                self._scores.append(request)
-                continue
-            seed = request.params.seed
-            if seed is None:
-                entropy = None if self._seed is None else [self._seed, request.index_of_unseeded]
-                seed = int(np.random.default_rng(entropy).integers(2**31))
-            continuations = [
-                _Continuation(request, index, np.random.default_rng([seed, index]))
-                for index in range(request.num_samples)
-            ]
-            self._answers[request] = _Answer(continuations)
-            self._waiting.extend(continuations)
+    def add(self, request: Request) -> None:
+        """Queues a request."""
+        if isinstance(request, ScoreRequest):
+            self.scores.append(request)
+            return
+        seed = request.params.seed
+        if seed is None:
+            entropy = None if self._seed is None else [self._seed, request.unseeded_index]
+            seed = int(np.random.default_rng(entropy).integers(2**31))
+        self._sequences[request] = [
+            Sequence(request, index, np.random.default_rng([seed, index]))
+            for index in range(request.num_samples)
+        ]
+        self.waiting.extend(self._sequences[request])
 
     def advance(self) -> None:
-        """Lets in what waits, as far as there is room, then takes one token of everything that is running."""
+        """Admits waiting sequences as far as there is room, then draws a token of every running sequence."""
         try:
-            self._score()
-            self._let_in()
-            self._step()
+            if self.scores:
+                self._score()
+            while self.waiting and (groups := self._admit()):
+                self._prefill(groups)
+            if len(self.running) > 1:
+                self._preempt()
+            if self.running:
+                self._draw(self.running[:], self._decoder.decode(self.running))
         except (RuntimeError, MemoryError) as error:
-            if self._base.is_sharded:  # the other processes are still at what failed here
+            if self._base.is_sharded:  # the other processes are still running what failed here
                 raise self._base.world.abort(error) from error
             if not is_out_of_memory(error):
                 raise
-            self._start_over_with_less()
+            self._restart_with_less()
 
-    # -- parts of a step --------------------------------------------------------------------
+    # -- the phases -------------------------------------------------------------------------
 
     def _score(self) -> None:
-        requests = self._scores = [request for request in self._scores if not request.future.done()]
+        """Answers all score requests, in packed passes."""
+        for request in self.scores:
+            if len(request.tokens_T) == 1 and not request.future.done():
+                request.is_argmax_T = [None]
+                request.future.set_result([None])
+        requests = self.scores = [request for request in self.scores if not request.future.done()]
         lengths = [len(request.tokens_T) - 1 for request in requests]
-        most = self._max_prompt_tokens if self._base.is_packed else 1
-        for indices in plan_microbatches(lengths, most) if requests else []:
-            sequences = [_to_score(requests[index].tokens_T) for index in indices if lengths[index]]
-            scores = iter(self._scores_of(sequences) if sequences else [])
-            for index in indices:
-                logprobs, is_argmax = next(scores) if lengths[index] else ([], [])
-                if (error := self._error_of_scores([None, *logprobs])) is not None:
+        max_tokens = self._max_prefill_tokens if self._base.is_packed else 1
+        for indices in plan_microbatches(lengths, max_tokens) if requests else []:
+            texts = [requests[index].tokens_T for index in indices]
+            sequences = [
+                TokenSequence(text_T[:-1], text_T[1:], np.ones(len(text_T) - 1, np.float32), {})
+                for text_T in texts
+            ]
+            batch = pack(sequences, self._base.device, trained_only=False)
+            columns = [batch.layout.split(values_S.cpu().numpy()) for values_S in self._base.scores(batch)]
+            for index, logprobs_T, is_argmax_T in zip(indices, *columns, strict=True):
+                logprobs = [None, *logprobs_T.tolist()]
+                if (error := self._error_of(logprobs)) is not None:
                     requests[index].future.set_exception(error)
                     continue
-                requests[index].is_argmax_T = [None, *is_argmax]
-                requests[index].future.set_result([None, *logprobs])
-        self._scores = []
+                requests[index].is_argmax_T = [None, *(is_argmax_T != 0).tolist()]
+                requests[index].future.set_result(logprobs)
+        self.scores = []
 
-    def _scores_of(self, sequences: Sequence[TokenSequence]) -> list[tuple[list[float], list[bool]]]:
-        batch = pack(sequences, self._base.device, trained_only=False)
-        logprobs, is_argmax = (batch.layout.split(of_S.cpu().numpy()) for of_S in self._base.scores(batch))
-        return [
-            (logprobs_T.tolist(), (is_argmax_T != 0).tolist())
-            for logprobs_T, is_argmax_T in zip(logprobs, is_argmax, strict=True)
-        ]
-
-    def _let_in(self) -> None:
-        while self._waiting:
-            arriving = self._next_prompts()
-            if not arriving:
-                return
-            prompts = [
-                Prompt(
-                    [*copies[0].request.prompt_T, *copies[0].tokens],
-                    len(copies),
-                    copies[0].request.include_prompt_logprobs and not copies[0].tokens,
-                )
-                for copies in arriving
-            ]
-            started = self._decoder.start(prompts)
-            for copies, handles, logprobs in zip(arriving, started.handles, started.logprobs, strict=True):
-                for continuation, handle in zip(copies, handles, strict=True):
-                    continuation.handle = handle
-                    self._running.append(continuation)
-                if logprobs is None:
-                    continue
-                self._answers[copies[0].request].prompt_logprobs = logprobs
-                if (error := self._error_of_scores(logprobs)) is not None:
-                    self._fail(copies[0].request, error)
-            copies_P = torch.tensor([len(copies) for copies in arriving], device=self._base.device)
-            self._take_tokens(
-                [continuation for copies in arriving for continuation in copies],
-                started.logits_PV.repeat_interleave(copies_P, dim=0),
-            )
-
-    def _next_prompts(self) -> list[list[_Continuation]]:
-        """Takes from the queue what is to be let in by one pass, those that share a prompt together."""
-        arriving: list[list[_Continuation]] = []
-        num_tokens, num_rows = 0, len(self._running)
-        cached = self._cached_tokens(self._running)
-        while self._waiting and num_rows < self._max_rows:
-            next_one = self._waiting[0]
-            cached += self._decoder.cached_tokens(next_one.length + 1)
-            if num_rows and cached > self._max_cached_tokens:
+    def _admit(self) -> list[list[Sequence]]:
+        """Takes from the queue the sequences for one prefill, grouped by the text that they share."""
+        groups: list[list[Sequence]] = []
+        num_tokens, num_sequences = 0, len(self.running)
+        cached_tokens = self._cached_tokens()
+        while self.waiting and num_sequences < self._max_sequences:
+            sequence = self.waiting[0]
+            cached_tokens += capacity_for(sequence.length + 1)
+            if num_sequences and cached_tokens > self._max_cached_tokens:
                 break
-            shares = (
-                arriving
-                and arriving[-1][0].request is next_one.request
-                and not (arriving[-1][0].tokens or next_one.tokens)
-            )
-            if not shares and arriving and num_tokens + next_one.length > self._max_prompt_tokens:
+            last = groups[-1][0] if groups else None
+            if last is not None and last.request is sequence.request and not (last.tokens or sequence.tokens):
+                groups[-1].append(self.waiting.popleft())
+            elif groups and num_tokens + sequence.length > self._max_prefill_tokens:
                 break
-            if shares:
-                arriving[-1].append(self._waiting.popleft())
             else:
-                num_tokens += next_one.length
-                arriving.append([self._waiting.popleft()])
-            num_rows += 1
-        return arriving
+                num_tokens += sequence.length
+                groups.append([self.waiting.popleft()])
+            num_sequences += 1
+        return groups
 
-    def _step(self) -> None:
-        self._put_back_what_does_not_fit()
-        if not self._running:
-            return
-        logits_RV = self._decoder.step(
-            [continuation.handle for continuation in self._running],
-            [continuation.tokens[-1] for continuation in self._running],
-        )
-        self._take_tokens(list(self._running), logits_RV)
+    def _prefill(self, groups: list[list[Sequence]]) -> None:
+        """Runs the model over the text of each group, and draws the next token of each of its sequences."""
+        logits_GV = self._decoder.prefill(groups)
+        admitted = [sequence for group in groups for sequence in group]
+        self.running += admitted
+        for request in {group[0].request: None for group in groups}:
+            if request.prompt_logprobs and (error := self._error_of(request.prompt_logprobs)):
+                self._fail(request, error)
+        sizes_G = torch.tensor([len(group) for group in groups], device=logits_GV.device)
+        self._draw(admitted, logits_GV.repeat_interleave(sizes_G, dim=0))
 
-    def _take_tokens(self, continuations: Sequence[_Continuation], logits_RV: Tensor) -> None:
-        choice = choose(
-            logits_RV,
-            [continuation.request.params for continuation in continuations],
-            [continuation.uniform() for continuation in continuations],
-        )
-        chosen = (of_R.tolist() for of_R in (choice.tokens_R, choice.logprobs_R, choice.has_none_R))
-        for continuation, token, logprob, has_none in zip(continuations, *chosen, strict=True):
-            if continuation.request not in self._answers:
+    def _preempt(self) -> None:
+        """Takes the youngest sequences out of a cache that is too small for all. They are prefilled later."""
+        while len(self.running) > 1 and self._cached_tokens() > self._max_cached_tokens:
+            youngest = self.running.pop()
+            self._decoder.remove(youngest)
+            self.waiting.appendleft(youngest)
+
+    def _draw(self, sequences: list[Sequence], logits_RV: Tensor) -> None:
+        """Draws the next token of each sequence, and answers the requests that are complete with it."""
+        params = [sequence.request.params for sequence in sequences]
+        choice = choose(logits_RV, params, [sequence.uniform for sequence in sequences])
+        columns = (choice.tokens_R.tolist(), choice.logprobs_R.tolist(), choice.is_undefined_R.tolist())
+        for sequence, token, logprob, is_undefined in zip(sequences, *columns, strict=True):
+            request = sequence.request
+            if request.future.done():
                 continue  # it failed by its prompt, or by another of its samples
-            if has_none:
-                self._fail(continuation.request, _no_distribution(self._base, continuation.length))
+            if is_undefined:
+                self._fail(request, _no_distribution(self._base, sequence.length))
                 continue
             try:
-                continuation.add(token, logprob)
-            except Exception as error:  # of what came with the request: its stop rule, or whom it tells
+                sequence.append(token, logprob)
+            except Exception as error:  # raised by the request's own stop rule or listener
                 if self._base.is_sharded:
                     raise
-                self._fail(continuation.request, error)
+                self._fail(request, error)
                 continue
-            if continuation.stop_reason is not None:
-                self._leave(continuation)
+            if sequence.stop_reason is None:
+                continue
+            self._decoder.remove(sequence)
+            self.running.remove(sequence)
+            samples = self._sequences[request]
+            if all(each.stop_reason is not None for each in samples):
+                del self._sequences[request]
+                sampled = [
+                    SampledSequence(each.tokens, each.logprobs, reason)
+                    for each in samples
+                    if (reason := each.stop_reason) is not None
+                ]
+                request.future.set_result(SampleResponse(sampled, request.prompt_logprobs))
 
-    def _fail(self, request: SampleRequest, error: Exception) -> None:
-        """Answers one request with an error; the others go on."""
-        for continuation in self._answers.pop(request).continuations:
-            if continuation in self._running:
-                self._decoder.remove(continuation.handle)
-                self._running.remove(continuation)
-        self._waiting = deque(each for each in self._waiting if each.request is not request)
-        request.future.set_exception(error)
+    def _cached_tokens(self) -> int:
+        """The positions that the cache holds for the running sequences with the next token of each."""
+        return sum(capacity_for(sequence.length + 1) for sequence in self.running)
 
-    def _error_of_scores(self, logprobs: Sequence[float | None]) -> TrainingError | None:
-        """What a request is to be told for whose tokens the model has no probabilities."""
-        is_missing = (place for place, each in enumerate(logprobs) if each is not None and math.isnan(each))
-        first = next(is_missing, None)
+    # -- failures ---------------------------------------------------------------------------
+
+    def _error_of(self, logprobs: list[float | None]) -> TrainingError | None:
+        """The error of a request for whose tokens the model has no probabilities."""
+        is_nan = (place for place, each in enumerate(logprobs) if each is not None and math.isnan(each))
+        first = next(is_nan, None)
         return None if first is None else _no_distribution(self._base, first)
 
-    def _leave(self, continuation: _Continuation) -> None:
-        self._decoder.remove(continuation.handle)
-        self._running.remove(continuation)
-        answer = self._answers[continuation.request]
-        if all(each.stop_reason is not None for each in answer.continuations):
-            del self._answers[continuation.request]
-            continuation.request.future.set_result(answer.response())
+    def _fail(self, request: SampleRequest, error: Exception) -> None:
+        """Answers one request with an error; the others continue."""
+        for sequence in self._sequences.pop(request):
+            if sequence in self.running:
+                self._decoder.remove(sequence)
+                self.running.remove(sequence)
+        self.waiting = deque(sequence for sequence in self.waiting if sequence.request is not request)
+        request.future.set_exception(error)
 
-    # -- memory -----------------------------------------------------------------------------
-
-    def _cached_tokens(self, continuations: Sequence[_Continuation]) -> int:
-        return sum(self._decoder.cached_tokens(continuation.length + 1) for continuation in continuations)
-
-    def _put_back_what_does_not_fit(self) -> None:
-        """The youngest continuations wait, and read their tokens so far again when there is room."""
-        while len(self._running) > 1 and self._cached_tokens(self._running) > self._max_cached_tokens:
-            youngest = self._running.pop()
-            self._decoder.remove(youngest.handle)
-            self._waiting.appendleft(youngest)
-
-    def _start_over_with_less(self) -> None:
-        """All continuations wait again, and half as much is held from now on."""
+    def _restart_with_less(self) -> None:
+        """Preempts all sequences, and halves the limits. A request that does not fit alone fails."""
         self._decoder = make_decoder(self._base)
-        self._running = []
-        if self._max_rows == self._max_prompt_tokens == 1:
-            self._give_up_on_the_first()
-        unfinished = [
-            each for answer in self._answers.values() for each in answer.continuations if not each.stop_reason
-        ]
-        self._waiting = deque(unfinished)
-        self._max_rows = max(1, min(self._max_rows, len(unfinished) + len(self._scores)) // 2)
-        self._max_prompt_tokens = 1 if self._max_rows == 1 else max(1, self._max_prompt_tokens // 2)
-        self._max_cached_tokens //= 2
-        if self.is_busy:
-            logger.warning(
-                "Sampling does not fit in memory: going on with at most %d at a time.", self._max_rows
+        self.running = []
+        if self._max_sequences == self._max_prefill_tokens == 1:
+            request: Request = self.scores.pop(0) if self.scores else next(iter(self._sequences))
+            num_tokens = len(request.tokens_T) if isinstance(request, ScoreRequest) else 0
+            if isinstance(request, SampleRequest):
+                num_tokens = max(sequence.length for sequence in self._sequences.pop(request))
+            request.future.set_exception(
+                TrainingError(
+                    f"{num_tokens} tokens do not fit in the memory of {self._base.device} even alone. Use a "
+                    f"shorter prompt, a smaller max_tokens, or a smaller model."
+                )
             )
-
-    def _give_up_on_the_first(self) -> None:
-        """It ran alone."""
-        request: Request = self._scores.pop(0) if self._scores else next(iter(self._answers))
-        num_tokens = len(request.tokens_T) if isinstance(request, ScoreRequest) else len(request.prompt_T)
-        if isinstance(request, SampleRequest):
-            num_tokens += max(len(each.tokens) for each in self._answers.pop(request).continuations)
-        request.future.set_exception(
-            TrainingError(
-                f"{num_tokens} tokens do not fit in the memory of {self._base.device} even alone. Use a "
-                f"shorter prompt, a smaller max_tokens, or a smaller model."
-            )
+        self.waiting = deque(
+            sequence
+            for sequences in self._sequences.values()
+            for sequence in sequences
+            if sequence.stop_reason is None
         )
-
-
-def _not_cancelled(requests: Iterable[Request]) -> list[Request]:
-    return [request for request in requests if request.future.set_running_or_notify_cancel()]
+        num_unanswered = len(self.waiting) + len(self.scores)
+        self._max_sequences = max(1, min(self._max_sequences, num_unanswered) // 2)
+        self._max_prefill_tokens = 1 if self._max_sequences == 1 else max(1, self._max_prefill_tokens // 2)
+        self._max_cached_tokens //= 2
+        if num_unanswered:
+            logger.warning(
+                "Sampling does not fit in memory: continuing with at most %d sequences at a time.",
+                self._max_sequences,
+            )
 
 
 def _no_distribution(base: BaseModel, num_tokens: int) -> TrainingError:
     dtype = str(base.dtype).removeprefix("torch.")
     return TrainingError(
-        f"{base.name} has no probabilities for the token behind the first {num_tokens}: its logits there are "
-        f"nan or infinite. The weights that are sampled from have diverged, or a number is too large for "
-        f"dtype={dtype}. Sample from an earlier checkpoint, train with a lower learning_rate, or use "
-        f"dtype=float32."
+        f"{base.name} has no probabilities for the token after the first {num_tokens}: its logits there are "
+        f"nan or infinite. The weights have diverged, or a number is too large for dtype={dtype}. Sample "
+        f"from an earlier checkpoint, train with a lower learning_rate, or use dtype=float32."
     )
 
 
-def _to_score(tokens_T: Sequence[int]) -> TokenSequence:
-    ids_T = np.asarray(tokens_T, dtype=np.int64)
-    return TokenSequence(ids_T[:-1], ids_T[1:], np.ones(len(ids_T) - 1, np.float32), {})
-
-
 def _cache_bytes_per_token(base: BaseModel) -> int:
-    """Of keys and values in all layers; an estimate from above where a model keeps less."""
+    """The size of the keys and values of one position in all layers; an upper bound for some models."""
     config = base.model.config.get_text_config()
     num_query_heads = getattr(config, "num_attention_heads", None) or 1
     num_heads = getattr(config, "num_key_value_heads", None) or num_query_heads

@@ -1,15 +1,16 @@
-"""When a continuation is complete."""
+"""When a sequence is complete."""
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 from cookbook.engine.model.base_model import BaseModel
 from cookbook.types import SamplingParams
 
 
 class StopRule:
-    """Decides whether a continuation is complete. Not thread-safe."""
+    """The stop tokens and stop strings of a request.
+
+    Without either, the end-of-sequence tokens of the model's generation config, or of its tokenizer.
+    """
 
     def __init__(self, base: BaseModel, params: SamplingParams) -> None:
         stop = stop_items(params)
@@ -17,28 +18,26 @@ class StopRule:
         self._token_ids = {int(item) for item in stop if not isinstance(item, str)}
         self._token_ids.update(params.stop_token_ids or ())
         if params.stop is None and not self._token_ids:
-            self._token_ids = _end_of_sequence_ids(base)
+            configured = getattr(base.model.generation_config, "eos_token_id", None)
+            if configured is None:
+                configured = base.tokenizer.eos_token_id
+            if configured is not None:
+                is_list = isinstance(configured, (list, tuple))
+                self._token_ids.update(configured if is_list else [int(configured)])
         self._decode = base.tokenizer.decode
         self._tail_tokens = max((len(string.encode()) for string in self._strings), default=0) + 4
-        """No token is shorter than a byte, so a stop string ends within so many tokens."""
+        """No token is shorter than a byte, so a stop string ends within this many tokens."""
 
-    def is_met(self, tokens: Sequence[int]) -> bool:
+    def is_met(self, tokens: list[int]) -> bool:
+        """Whether the last of the drawn `tokens` is a stop token, or completes a stop string."""
         if tokens[-1] in self._token_ids:
             return True
         if not self._strings:
             return False
-        tail = self._decode(list(tokens[-self._tail_tokens :]))
+        tail = self._decode(tokens[-self._tail_tokens :])
         return any(string in tail for string in self._strings)
 
 
 def stop_items(params: SamplingParams) -> list[str | int]:
+    """The entries of `params.stop`, which may be a single string."""
     return [params.stop] if isinstance(params.stop, str) else list(params.stop or ())
-
-
-def _end_of_sequence_ids(base: BaseModel) -> set[int]:
-    configured = getattr(base.model.generation_config, "eos_token_id", None)
-    if configured is None:
-        configured = base.tokenizer.eos_token_id
-    if configured is None:
-        return set()
-    return set(configured) if isinstance(configured, (list, tuple)) else {int(configured)}

@@ -21,7 +21,8 @@ from cookbook import (
     TrainingClient,
 )
 from cookbook.engine.sampling.decoders import PackedDecoder
-from cookbook.engine.sampling.kv_cache import KVCache, Row, Slab
+from cookbook.engine.sampling.kv_cache import KVCache, LengthBucket
+from cookbook.engine.sampling.sequence import Sequence
 from cookbook.errors import RequestError
 
 PROMPT = ModelInput.from_ints([5, 17, 31, 8])
@@ -247,16 +248,16 @@ def test_an_error_while_sampling_reaches_whoever_reads_the_stream(
 def test_requests_that_wait_together_share_the_passes_of_the_model(
     client: TrainingClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Sixteen requests of eight tokens take seven passes behind that of their prompts."""
+    """Sixteen requests of eight tokens take one prefill and seven decode passes."""
     sampling_client = client.save_weights_and_get_sampling_client()
     steps: list[int] = []
-    step = PackedDecoder.step
+    decode = PackedDecoder.decode
 
-    def counted(self: PackedDecoder, handles: list[Row], tokens: list[int]) -> object:
-        steps.append(len(handles))
-        return step(self, handles, tokens)
+    def counted(self: PackedDecoder, sequences: list[Sequence]) -> object:
+        steps.append(len(sequences))
+        return decode(self, sequences)
 
-    monkeypatch.setattr(PackedDecoder, "step", counted)
+    monkeypatch.setattr(PackedDecoder, "decode", counted)
     params = [SamplingParams(max_tokens=8, seed=seed, stop_token_ids=[10**6]) for seed in range(16)]
     client._engine.submit(time.sleep, 0.2)  # until all are there
     futures = [sampling_client.sample(PROMPT, 1, each) for each in params]
@@ -270,7 +271,7 @@ def test_sampling_leaves_nothing_behind_but_the_answer(client: TrainingClient) -
     futures = [snapshot.sample(PROMPT, 2, SamplingParams(max_tokens=length)) for length in (3, 30, 200)]
     assert all(future.sequences for future in futures)
     client._engine.submit(gc.collect).result()
-    assert not [thing for thing in gc.get_objects() if isinstance(thing, (KVCache, Slab))]
+    assert not [thing for thing in gc.get_objects() if isinstance(thing, (KVCache, LengthBucket))]
     assert snapshot._engine.base is client._engine.base
 
 

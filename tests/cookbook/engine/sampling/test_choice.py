@@ -115,12 +115,12 @@ def test_a_row_without_a_distribution_is_marked_and_leaves_the_others_as_they_ar
     for uniform in (0.0, 0.4, 1 - 2**-53):
         found = choose(torch.stack(rows), [params] * len(rows), [uniform] * len(rows))
         alone = choose(logits_V[None], [params], [uniform])
-        assert found.has_none_R.tolist() == [False, *[True] * (len(rows) - 2), False]
+        assert found.is_undefined_R.tolist() == [False, *[True] * (len(rows) - 2), False]
         assert ((found.tokens_R >= 0) & (found.tokens_R < VOCAB_SIZE)).all()
         for row in (0, -1):
             assert found.tokens_R[row] == alone.tokens_R[0]
             assert found.logprobs_R[row] == alone.logprobs_R[0]
-        assert not alone.has_none_R[0]
+        assert not alone.is_undefined_R[0]
 
 
 @pytest.mark.parametrize("temperature", TEMPERATURES)

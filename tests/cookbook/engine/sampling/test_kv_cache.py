@@ -1,16 +1,19 @@
-"""The cache of continuations against attention over each of them whole."""
+"""The KV cache against attention over each sequence whole."""
 
 from __future__ import annotations
 
 import random
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 from cookbook.engine.model.attention import AttentionLayout, packed_attention
-from cookbook.engine.sampling.kv_cache import KVCache, Row, capacity_for
+from cookbook.engine.sampling.kv_cache import KVCache, capacity_for
+from cookbook.engine.sampling.sequence import Sequence
 
 NUM_HEADS, NUM_QUERY_HEADS, HEAD_SIZE = 2, 4, 8
 SINKS = torch.tensor([0.5, -1.0, 2.0, 0.0])
@@ -22,19 +25,21 @@ OPTIONS: list[dict[str, Any]] = [
 ]
 
 
-class Continuation:
-    """What it would take to do without a cache: queries, keys and values of all positions, [H, T, D]."""
+class Uncached:
+    """A sequence, and what replaces a cache: its queries, keys and values at all positions, [H, T, D]."""
 
     def __init__(self, length: int) -> None:
-        self.row = Row(length)
+        request: Any = SimpleNamespace(prompt_T=np.zeros(length))
+        self.sequence = Sequence(request, 0, np.random.default_rng(0))
         self.tensors = [torch.randn(heads, length, HEAD_SIZE) for heads in (NUM_QUERY_HEADS, 2, 2)]
 
     def grow(self) -> None:
+        self.sequence.length += 1
         for number, tensor in enumerate(self.tensors):
             self.tensors[number] = torch.cat([tensor, torch.randn(len(tensor), 1, HEAD_SIZE)], dim=1)
 
-    def copy(self) -> Continuation:
-        other = Continuation(self.row.length)
+    def copy(self) -> Uncached:
+        other = Uncached(self.sequence.length)
         other.tensors = list(self.tensors)
         return other
 
@@ -56,19 +61,19 @@ def run_pass(layer: nn.Module, cache: KVCache, parts: list[list[Tensor]], option
 
 @pytest.mark.parametrize("options", OPTIONS)
 def test_every_new_position_sees_all_that_went_before_it_in_its_row_alone(options: dict[str, Any]) -> None:
-    """Rows come, are copied, outgrow their slab, and go, in a random order, in two layers."""
+    """Sequences arrive, are copied, outgrow their bucket, and leave, in a random order, in two layers."""
     torch.manual_seed(0)
     rng = random.Random(0)
     cache, layers = KVCache(), [nn.Module(), nn.Module()]
-    there: list[Continuation] = []
-    most_slabs = 0
+    there: list[Uncached] = []
+    most_buckets = 0
     for number in range(60):
         if number % 5 == 0:
             arriving = []
             for length in (rng.randint(1, 10), rng.choice([60, 63, 64, 65, 95, 120])):
-                first = Continuation(length)
+                first = Uncached(length)
                 arriving.append([first, *(first.copy() for _ in range(rng.randint(0, 2)))])
-            cache.expect_prompts([[each.row for each in copies] for copies in arriving])
+            cache.begin_prefill([[each.sequence for each in copies] for copies in arriving])
             for layer in layers:
                 found = run_pass(layer, cache, [copies[0].tensors for copies in arriving], options)
                 expected = torch.cat([copies[0].attend(options) for copies in arriving])
@@ -77,20 +82,20 @@ def test_every_new_position_sees_all_that_went_before_it_in_its_row_alone(option
         rng.shuffle(there)
         for each in there:
             each.grow()
-        order = cache.expect_tokens([each.row for each in there])
+        order = cache.begin_decode([each.sequence for each in there])
         for layer in layers:
             last = [[tensor[:, -1:] for tensor in there[index].tensors] for index in order]
             found = run_pass(layer, cache, last, options)
             for place, index in enumerate(order):
                 expected = there[index].attend(options)[-1]
                 torch.testing.assert_close(found[place], expected, rtol=1e-5, atol=1e-6)
-        most_slabs = max(most_slabs, len(cache._slabs))
+        most_buckets = max(most_buckets, len(cache._buckets))
         while len(there) > rng.randint(3, 12):
-            cache.remove(there.pop().row)
-    assert most_slabs >= 3
+            cache.remove(there.pop().sequence)
+    assert most_buckets >= 3
     for each in there:
-        cache.remove(each.row)
-    assert not cache._slabs, "what is empty is freed"
+        cache.remove(each.sequence)
+    assert not cache._buckets, "what is empty is freed"
 
 
 def test_no_row_is_padded_by_more_than_half() -> None:
@@ -100,36 +105,36 @@ def test_no_row_is_padded_by_more_than_half() -> None:
 
 @pytest.mark.parametrize("options", OPTIONS)
 def test_nan_that_a_row_leaves_behind_reaches_none_that_comes_after_it(options: dict[str, Any]) -> None:
-    """In its place, in the place that the last row gave up, and in a slab that a row grows into."""
+    """In its place, in the place that the last row gave up, and in a bucket that a sequence grows into."""
     torch.manual_seed(0)
     cache, layer = KVCache(), nn.Module()
 
-    def arrive(*arriving: Continuation) -> None:
-        cache.expect_prompts([[each.row] for each in arriving])
+    def arrive(*arriving: Uncached) -> None:
+        cache.begin_prefill([[each.sequence] for each in arriving])
         run_pass(layer, cache, [each.tensors for each in arriving], options)
 
-    def step(there: list[Continuation]) -> None:
+    def step(there: list[Uncached]) -> None:
         for each in there:
             each.grow()
-        order = cache.expect_tokens([each.row for each in there])
+        order = cache.begin_decode([each.sequence for each in there])
         last = [[tensor[:, -1:] for tensor in there[index].tensors] for index in order]
         found = run_pass(layer, cache, last, options)
         for place, index in enumerate(order):
             torch.testing.assert_close(found[place], there[index].attend(options)[-1], rtol=1e-5, atol=1e-6)
 
-    def spoilt(length: int) -> Continuation:
-        made = Continuation(length)
+    def spoilt(length: int) -> Uncached:
+        made = Uncached(length)
         made.tensors = [tensor * torch.nan for tensor in made.tensors]
         return made
 
-    broken, long, grown = spoilt(60), spoilt(90), Continuation(62)
-    first = [broken, Continuation(20), long, Continuation(70), grown]
+    broken, long, grown = spoilt(60), spoilt(90), Uncached(62)
+    first = [broken, Uncached(20), long, Uncached(70), grown]
     arrive(*first)
     for each in (broken, long):
-        cache.remove(each.row)
+        cache.remove(each.sequence)
     there = [first[1], first[3], grown]
-    for _ in range(4):  # `grown` moves to the slab where `long` was
+    for _ in range(4):  # `grown` moves to the bucket where `long` was
         step(there)
-    there += [Continuation(5), Continuation(66)]
+    there += [Uncached(5), Uncached(66)]
     arrive(*there[-2:])
     step(there)

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from cookbook.engine.model.adapters import Adapter
 from cookbook.engine.model.base_model import BaseModel
-from cookbook.engine.sampling import decoders, sampler
+from cookbook.engine.sampling import decoder_probe, decoders, sampler
 from cookbook.engine.sampling.decoders import PackedDecoder
 from cookbook.engine.sampling.requests import Request, ScoreRequest, sample_request, score_request
 from cookbook.engine.sampling.sampler import Prepared, Sampler
@@ -286,12 +286,17 @@ def test_scores_and_samples_that_wait_together_are_each_as_alone(base: BaseModel
 
 @pytest.mark.parametrize(
     "limits",
-    [{"_max_rows": 3}, {"_max_cached_tokens": 400}, {"_max_prompt_tokens": 20}, {"_max_cached_tokens": 1}],
+    [
+        {"_max_sequences": 3},
+        {"_max_cached_tokens": 400},
+        {"_max_prefill_tokens": 20},
+        {"_max_cached_tokens": 1},
+    ],
 )
 def test_little_room_changes_nothing_but_the_order(
     base: BaseModel, adapter: Adapter, limits: dict[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Continuations wait, and those that no longer fit read their tokens again later."""
+    """Sequences wait, and those that no longer fit are preempted and prefilled again later."""
     expected = answer(base, adapter, mixed_requests(base))
     initialise = sampler._Batch.__init__
 
@@ -305,20 +310,20 @@ def test_little_room_changes_nothing_but_the_order(
         assert_same(found, response)
 
 
-@pytest.mark.parametrize("max_rows", [5, 1])
+@pytest.mark.parametrize("max_sequences", [5, 1])
 def test_out_of_memory_is_met_with_fewer_at_a_time(
-    base: BaseModel, adapter: Adapter, max_rows: int, monkeypatch: pytest.MonkeyPatch,
+    base: BaseModel, adapter: Adapter, max_sequences: int, monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip
     expected = answer(base, adapter, mixed_requests(base))
-    step = PackedDecoder.step
+    decode = PackedDecoder.decode
 
-    def with_little_memory(self: Any, handles: Any, tokens: Any) -> Any:
-        if len(handles) > max_rows:
+    def with_little_memory(self: Any, sequences: Any) -> Any:
+        if len(sequences) > max_sequences:
             raise torch.OutOfMemoryError("no room")
-        return step(self, handles, tokens)
+        return decode(self, sequences)
 
-    monkeypatch.setattr(PackedDecoder, "step", with_little_memory)
+    monkeypatch.setattr(PackedDecoder, "decode", with_little_memory)
     for found, response in zip(answer(base, adapter, mixed_requests(base)), expected, strict=True):
         assert_same(found, response)
     assert "Sampling does not fit in memory" in caplog.text
@@ -327,14 +332,14 @@ def test_out_of_memory_is_met_with_fewer_at_a_time(
 def test_only_the_request_that_does_not_fit_alone_fails(
     base: BaseModel, adapter: Adapter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    start = PackedDecoder.start
+    prefill = PackedDecoder.prefill
 
-    def with_little_memory(self: Any, prompts: Any) -> Any:
-        if sum(len(prompt.tokens_T) for prompt in prompts) > 50:
+    def with_little_memory(self: Any, groups: Any) -> Any:
+        if sum(group[0].length for group in groups) > 50:
             raise torch.OutOfMemoryError("no room")
-        return start(self, prompts)
+        return prefill(self, groups)
 
-    monkeypatch.setattr(PackedDecoder, "start", with_little_memory)
+    monkeypatch.setattr(PackedDecoder, "prefill", with_little_memory)
     requests = [make_request(base, prompt=[5] * length, max_tokens=4) for length in (10, 120, 20)]
     waiting = requests[1:]
     Sampler(base, prepared_with(adapter)).run(requests[0], lambda: [waiting.pop(0)] if waiting else [])
@@ -370,7 +375,7 @@ def kept_after(base: BaseModel, temperature: float, top_k: int, top_p: float) ->
 @pytest.mark.parametrize(
     ("temperature", "top_k", "top_p"), [(1.0, 5, 1.0), (1.0, -1, 0.3), (0.7, 20, 0.6), (2.0, 3, 0.99)]
 )
-def test_only_the_likeliest_tokens_are_drawn_and_each_of_them_is(
+def test_only_the_most_likely_tokens_are_drawn_and_each_of_them_is(
     base: BaseModel, temperature: float, top_k: int, top_p: float
 ) -> None:
     expected = kept_after(base, temperature, top_k, top_p)
@@ -393,7 +398,7 @@ def test_tokens_are_drawn_as_often_as_their_probability_says(base: BaseModel) ->
 
 
 @pytest.mark.parametrize("given", ["stop_token_ids", "stop"])
-def test_a_stop_token_ends_a_continuation_and_is_part_of_it(
+def test_a_stop_token_ends_a_sequence_and_is_part_of_it(
     base: BaseModel, adapter: Adapter, given: str
 ) -> None:
     greedy = run(base, adapter, temperature=0).sequences[0].tokens
@@ -405,9 +410,7 @@ def test_a_stop_token_ends_a_continuation_and_is_part_of_it(
     assert sequence.stop_reason == "stop"
 
 
-def test_a_stop_string_ends_a_continuation_wherever_its_pieces_fall(
-    base: BaseModel, adapter: Adapter
-) -> None:
+def test_a_stop_string_ends_a_sequence_wherever_its_pieces_fall(base: BaseModel, adapter: Adapter) -> None:
     """The string lies across two tokens; the first token with which the text holds it is the last."""
     decode = base.tokenizer.decode
     for seed in range(20):
@@ -440,7 +443,7 @@ def test_without_stops_the_end_of_sequence_of_the_model_stops(
     assert sequence.stop_reason == "stop"
 
 
-def test_without_a_length_a_continuation_fills_the_context(base: BaseModel) -> None:
+def test_without_max_tokens_a_sequence_fills_the_context(base: BaseModel) -> None:
     (sequence,) = run(base, prompt=list(range(3, 253)), max_tokens=None).sequences
     assert base.context_length == 256
     assert len(sequence.tokens) == 6
@@ -508,7 +511,7 @@ def broken_base(request: pytest.FixtureRequest, make_model_folder: Any, tmp_path
         if request.param == "rereading":
             base.make_decoder = decoders.RereadingDecoder
         else:
-            decoders.make_decoder(base)
+            decoder_probe.make_decoder(base)
     assert base.decodes_packed == (True if request.param == "packed" else None if base.is_packed else False)
     return base
 
@@ -631,14 +634,14 @@ def test_weights_of_nan_fail_every_request_and_no_other_model(base: BaseModel, a
 
 def test_a_request_whose_listener_fails_fails_alone(base: BaseModel, adapter: Adapter) -> None:
     def refuse(index: int, token: int) -> None:
-        raise RuntimeError("nobody is there")
+        raise RuntimeError("no listener")
 
     requests = [make_request(base, prompt=prompt, seed=1) for prompt in SOUND_PROMPTS]
     assert not isinstance(requests[1], ScoreRequest)
     requests[1].on_token = refuse
     waiting = requests[1:]
     Sampler(base, prepared_with(adapter)).run(requests[0], lambda: [waiting.pop(0)] if waiting else [])
-    assert "nobody is there" in str(outcome(requests[1]))
+    assert "no listener" in str(outcome(requests[1]))
     for index in (0, 2, 3):
         assert_same(outcome(requests[index]), run(base, adapter, prompt=SOUND_PROMPTS[index], seed=1))
 
@@ -818,26 +821,24 @@ class WithoutPositions(decoders.WholeModelDecoder):
 class AlwaysAtTheBegin(PackedDecoder):
     """Wrong for any model that has positions."""
 
-    def step(self, handles: Any, tokens: Any) -> Any:
-        lengths = [handle.length for handle in handles]
+    def decode(self, sequences: Any) -> Any:
         hidden_of = self._base.hidden_of
         try:
             self._base.hidden_of = lambda ids, positions, layout: hidden_of(ids, 0 * positions, layout)  # type: ignore[method-assign]
-            return super().step(handles, tokens)
+            return super().decode(sequences)
         finally:
             del self._base.hidden_of
-            assert [handle.length for handle in handles] == [length + 1 for length in lengths]
 
 
-class MixesCopies(PackedDecoder):
+class MixesSequences(PackedDecoder):
     """Wrong once there are several."""
 
-    def step(self, handles: Any, tokens: Any) -> Any:
-        return super().step(handles, tokens).flip(0)
+    def decode(self, sequences: Any) -> Any:
+        return super().decode(sequences).flip(0)
 
 
 class Raises(PackedDecoder):
-    def start(self, prompts: Any) -> Any:
+    def prefill(self, groups: Any) -> Any:
         raise IndexError("no such position")
 
 
@@ -846,11 +847,11 @@ class Raises(PackedDecoder):
     [
         ("bamba", DECODED["bamba"][1], WithoutPositions),
         ("qwen3", {}, AlwaysAtTheBegin),
-        ("qwen3", {}, MixesCopies),
+        ("qwen3", {}, MixesSequences),
         ("qwen3", {}, Raises),
     ],
 )
-def test_a_decoder_that_is_wrong_for_a_model_is_found_and_said(
+def test_a_decoder_that_is_wrong_for_a_model_is_found_and_warned_about(
     model_type: str,
     config: dict[str, Any],
     wrong: type[decoders.Decoder],
@@ -860,7 +861,7 @@ def test_a_decoder_that_is_wrong_for_a_model_is_found_and_said(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     base = BaseModel(str(make_model_folder(tmp_path / "model", model_type, **config)))
-    monkeypatch.setattr(decoders, "_DECODERS", (wrong, wrong, decoders.RereadingDecoder))
+    monkeypatch.setattr(decoder_probe, "_DECODERS", (wrong, wrong, decoders.RereadingDecoder))
     (sequence,) = run(base, temperature=0, max_tokens=6).sequences
     assert sequence.tokens == greedy_without_a_cache(base, PROMPT, 6)
     assert base.make_decoder is decoders.RereadingDecoder

@@ -1,0 +1,117 @@
+"""Which decoder a model is sampled from with: each is compared with the model's own forward pass."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cookbook.engine.model.base_model import BaseModel
+from cookbook.engine.model.memory import is_out_of_memory
+from cookbook.engine.sampling.decoders import Decoder, PackedDecoder, RereadingDecoder, WholeModelDecoder
+from cookbook.engine.sampling.requests import sample_request
+from cookbook.engine.sampling.sequence import Sequence
+from cookbook.types import SamplingParams
+
+logger = logging.getLogger(__name__)
+
+_DECODERS: tuple[type[Decoder], ...] = (PackedDecoder, WholeModelDecoder, RereadingDecoder)
+"""From the fastest to the one that is always right."""
+_TOLERANCE_FP32, _TOLERANCE_16_BIT = 2e-5, 0.05
+"""The largest difference of logits, as a share of the largest logit. In fp32 rounding is below 5e-6; what
+transformers 5.23 caches for Zamba2 is another computation, and moves them by 2e-5 to 4e-4."""
+
+
+@torch.no_grad()
+def make_decoder(base: BaseModel) -> Decoder:
+    """The fastest decoder whose logits are those of the model's own forward pass without a cache.
+
+    Each is compared with that pass once per loaded model, when it is first sampled from, and the result is
+    kept in `base.make_decoder`. The last one is that pass, and needs no comparison. While the model's own
+    logits are nan nothing can be compared: then the last one is used, and the comparison is made later.
+    """
+    if base.make_decoder is not None:
+        decoder: Decoder = base.make_decoder(base)
+        return decoder
+    *candidates, last = _DECODERS if base.is_packed else _DECODERS[1:]
+    generator = torch.Generator().manual_seed(0)
+    texts = [torch.randint(base.vocab_size, (length,), generator=generator).numpy() for length in (6, 7, 8)]
+    texts[2][:6] = texts[1][:6]
+    with base.adapters.using(None):
+        expected = [RereadingDecoder(base).logits(text_T) for text_T in texts]
+        if any(logits_TV.isnan().any() for logits_TV in expected):
+            return last(base)
+        found = last
+        for number, candidate in enumerate(candidates):
+            reason = _why_not(base, candidate, texts, expected)
+            if reason is None:
+                found = candidate
+                break
+            logger.warning(
+                "%s is not sampled from with %s: %s. Sampling falls back to %s, which is slower.",
+                base.name,
+                candidate.__name__,
+                reason,
+                [*candidates, last][number + 1].__name__,
+            )
+    base.make_decoder, base.decodes_packed = found, found is PackedDecoder
+    return found(base)
+
+
+def _why_not(
+    base: BaseModel,
+    candidate: type[Decoder],
+    texts: list[np.ndarray],
+    expected: list[Tensor],
+) -> str | None:
+    """Why this decoder would sample from another distribution than the model's; None if it would not."""
+    try:
+        difference = max(_differences(base, candidate(base), texts, expected))
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        base.discard_pass()
+        return f"{type(error).__name__}: {error}"
+    tolerance = _TOLERANCE_FP32 if base.dtype == torch.float32 else _TOLERANCE_16_BIT
+    return None if difference <= tolerance else f"its logits would move by {difference:.1e} of the largest"
+
+
+def _differences(
+    base: BaseModel, decoder: Decoder, texts: list[np.ndarray], expected: list[Tensor]
+) -> Iterator[float]:
+    """The difference of the logits of each pass from `expected`, as a share of the largest.
+
+    The first text is alone for a token; then two samples of another prompt, which is longer, join it and
+    continue differently, and one of them is removed early.
+    """
+
+    def start(prompt_T: np.ndarray, num_samples: int) -> list[Sequence]:
+        settings = SamplingParams(stop_token_ids=[-1])
+        request = sample_request(base, prompt_T.tolist(), num_samples, settings)
+        return [Sequence(request, index, np.random.default_rng(0)) for index in range(num_samples)]
+
+    def difference(sequence: Sequence, found_V: Tensor) -> float:
+        expected_V = expected[text_of[sequence]][sequence.length - 1]
+        off_V = torch.where(found_V == expected_V, 0.0, found_V - expected_V)
+        largest = expected_V.masked_fill(expected_V.isinf(), 0.0).abs().max()
+        share = (off_V.abs().max() / largest.clamp_min(1e-6)).item()
+        return math.inf if math.isnan(share) else share
+
+    def decode(*sequences: Sequence) -> Iterator[float]:
+        for sequence in sequences:
+            sequence.append(int(texts[text_of[sequence]][sequence.length]), 0.0)
+        for sequence, found_V in zip(sequences, decoder.decode(list(sequences)), strict=True):
+            yield difference(sequence, found_V)
+
+    (alone,), (one, other) = start(texts[0][:3], 1), start(texts[1][:6], 2)
+    text_of = {alone: 0, one: 1, other: 2}
+    yield difference(alone, decoder.prefill([[alone]])[0])
+    yield from decode(alone)
+    yield difference(one, decoder.prefill([[one, other]])[0])
+    yield from decode(alone, one, other)
+    decoder.remove(one)
+    yield from decode(other, alone)
