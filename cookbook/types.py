@@ -6,9 +6,9 @@ Shape suffixes: T tokens of one sequence.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 
@@ -25,27 +25,40 @@ IGNORED_TARGET = -100
 """A target token that is neither scored nor trained."""
 
 
-def _list_of(values: Iterable[Any]) -> list[Any]:
-    """A new list of plain numbers, or of whatever the values are."""
-    return [*values.tolist()] if hasattr(values, "tolist") else [*values]
-
-
 # -- sequences of tokens ----------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
 class EncodedTextChunk:
-    """A run of token ids: a copy of what is given, as a list."""
+    """A run of token ids: a copy of what is given, which may be a list, an array or a tensor.
 
-    tokens: Sequence[int]
-    type: Literal["encoded_text"] = "encoded_text"
+    Raises RequestError where they are not whole numbers in one row.
+    """
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "tokens", _list_of(self.tokens))
+    __slots__ = ("_tokens_T", "type")
+
+    def __init__(
+        self, tokens: Sequence[int] | np.ndarray, type: Literal["encoded_text"] = "encoded_text"
+    ) -> None:
+        self._tokens_T = TensorData(tokens, "int64")._array
+        self._tokens_T.setflags(write=False)
+        self.type = type
+        if self._tokens_T.ndim != 1:
+            raise RequestError(f"Invalid tokens of shape {[*self._tokens_T.shape]}: must be one row of ids.")
+
+    @property
+    def tokens(self) -> list[int]:
+        """The token ids as a new list."""
+        return self._tokens_T.tolist()
 
     @property
     def length(self) -> int:
-        return len(self.tokens)
+        return len(self._tokens_T)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, EncodedTextChunk) and np.array_equal(self._tokens_T, other._tokens_T)
+
+    def __repr__(self) -> str:
+        return f"EncodedTextChunk(tokens={self.tokens})"
 
 
 ModelInputChunk: TypeAlias = EncodedTextChunk
@@ -53,31 +66,36 @@ ModelInputChunk: TypeAlias = EncodedTextChunk
 
 @dataclass(frozen=True)
 class ModelInput:
-    """What a model reads: chunks of token ids, in order. They are copies of what is given, in a list."""
+    """The input of a model: chunks of token ids, in order, in a list of its own."""
 
     chunks: Sequence[ModelInputChunk] = ()
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "chunks", [replace(chunk) for chunk in self.chunks])
+        object.__setattr__(self, "chunks", [*self.chunks])
 
     @classmethod
-    def from_ints(cls, tokens: Sequence[int]) -> ModelInput:
-        return cls(chunks=(EncodedTextChunk(tokens=[int(token) for token in _list_of(tokens)]),))
+    def from_ints(cls, tokens: Sequence[int] | np.ndarray) -> ModelInput:
+        return cls((EncodedTextChunk(tokens),))
 
     @classmethod
     def empty(cls) -> ModelInput:
         return cls()
 
     def to_ints(self) -> list[int]:
-        return [token for chunk in self.chunks for token in chunk.tokens]
+        """The token ids of all chunks as a new list."""
+        return self.to_numpy().tolist()
+
+    def to_numpy(self) -> np.ndarray:
+        """The token ids of all chunks as an int64 array [T], which may be read-only."""
+        if len(self.chunks) == 1:
+            return self.chunks[0]._tokens_T
+        return np.concatenate([np.empty(0, np.int64), *(chunk._tokens_T for chunk in self.chunks)])
 
     def append(self, chunk: ModelInputChunk) -> ModelInput:
-        longer = ModelInput(chunks=(chunk,))
-        object.__setattr__(longer, "chunks", [*self.chunks, *longer.chunks])  # its own are copies already
-        return longer
+        return ModelInput((*self.chunks, chunk))
 
     def append_int(self, token: int) -> ModelInput:
-        return self.append(EncodedTextChunk(tokens=[int(token)]))
+        return self.append(EncodedTextChunk([int(token)]))
 
     @property
     def length(self) -> int:
@@ -91,27 +109,34 @@ class ModelInput:
 
 
 class TensorData:
-    """An int64 or float32 array that travels with a request.
+    """An int64 or float32 array that travels with a request: a copy of what is given.
 
-    Built from a list, a numpy array or (`from_torch`) a tensor; `dtype` is inferred from the
-    values when not given. Other dtypes are cast to the nearer of the two.
+    `data` is a list, a numpy array, a torch tensor, a `ModelInput` or another `TensorData`. Without `dtype`
+    whole numbers become int64 and others float32. Raises RequestError for anything but numbers, and for
+    fractions where int64 is asked for.
     """
 
     __slots__ = ("_array",)
 
     def __init__(
         self,
-        data: Sequence[int] | Sequence[float] | np.ndarray,
+        data: LossFnInput,
         dtype: TensorDtype | None = None,
         shape: Sequence[int] | None = None,
     ) -> None:
         if dtype not in (None, "int64", "float32"):
             raise RequestError(f"TensorData of dtype {dtype!r} is not supported. Use 'int64' or 'float32'.")
+        values: Any = data
+        if isinstance(values, (TensorData, ModelInput)):
+            values = values.to_numpy()
+        elif hasattr(values, "detach"):  # a torch tensor: numpy has no bfloat16
+            values = values.detach().cpu()
+            values = (values.float() if values.is_floating_point() else values).numpy()
         try:
             # A copy: the caller may fill its buffer anew while the request is still queued.
-            array = np.array(data)
+            array = np.array(values)
             if array.dtype.kind not in "iubf":
-                raise ValueError("it is no array of numbers")
+                raise ValueError("it is not an array of numbers")
             if dtype is None:
                 dtype = "float32" if array.dtype.kind == "f" else "int64"
             if dtype == "int64" and array.dtype.kind == "f" and not (np.trunc(array) == array).all():
@@ -130,8 +155,7 @@ class TensorData:
 
     @classmethod
     def from_torch(cls, tensor: torch.Tensor) -> TensorData:
-        tensor = tensor.detach().cpu()
-        return cls((tensor.float() if tensor.is_floating_point() else tensor).numpy())
+        return cls(tensor)
 
     @property
     def dtype(self) -> TensorDtype:
@@ -186,24 +210,12 @@ _DTYPE_OF_INPUT: dict[str, TensorDtype] = {
 }
 
 
-def _to_tensor_data(name: str, value: LossFnInput) -> TensorData:
-    """A copy of the value, in the dtype that the API gives to an input of this name."""
-    dtype = _DTYPE_OF_INPUT.get(name)
-    if isinstance(value, ModelInput):
-        return TensorData(value.to_ints(), dtype=dtype or "int64")
-    if hasattr(value, "detach"):
-        value = TensorData.from_torch(cast("torch.Tensor", value))
-    if isinstance(value, TensorData):
-        return TensorData(value.to_numpy(), dtype)
-    return TensorData(value, dtype)
-
-
 # -- training ---------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Datum:
-    """One sequence to train on: what the model reads, and what each position is scored against.
+    """One sequence to train on: the model's input, and the targets that its positions are scored against.
 
     `loss_fn_inputs["target_tokens"][t]` is the token that position t of `model_input` should
     predict, so inputs and targets have one length and the caller has already shifted them.
@@ -218,7 +230,7 @@ class Datum:
         inputs = {}
         for name, value in self.loss_fn_inputs.items():
             try:
-                inputs[name] = _to_tensor_data(name, value)
+                inputs[name] = TensorData(value, _DTYPE_OF_INPUT.get(name))
             except RequestError as error:
                 error.add_note(f"in loss_fn_inputs[{name!r}]")
                 raise
@@ -227,7 +239,7 @@ class Datum:
 
 
 MAX_RANK = 16_384
-"""No published model has a layer that is wider on both sides: a larger rank adds nothing to any."""
+"""No published model has a layer that is wider on both sides, so a larger rank adds nothing."""
 
 
 @dataclass(frozen=True)
@@ -271,10 +283,10 @@ class AdamParams:
 
 @dataclass(frozen=True)
 class ForwardBackwardOutput:
-    """What a forward (and backward) pass found.
+    """The result of a forward (and backward) pass.
 
-    `loss_fn_outputs[i]["logprobs"]` has one natural logarithm for each target of datum i;
-    where they were asked for, `["is_argmax"]` has a 1 for each target that beats every other token.
+    `loss_fn_outputs[i]["logprobs"]` is float32 [T]: the log-probability in nats of each target of datum i.
+    With `return_argmax`, `["is_argmax"]` is int64 [T]: 1 for each target that is the most likely token.
     `metrics` are sums over the batch (`loss:sum`, `weights:sum`). `loss` is the weighted mean
     negative log-likelihood in nats per trained token; for a custom loss, its value.
     """
@@ -314,7 +326,7 @@ class LoadWeightsResponse:
 class SamplingParams:
     """How to continue a prompt.
 
-    `stop` (strings or token ids) and `stop_token_ids` add up; with neither, the model's own
+    `stop` (strings or token ids) and `stop_token_ids` both apply; with neither, the model's own
     end-of-sequence tokens stop it. A `stop` without an entry, `[]`, is not the same as None: nothing
     stops a continuation before `max_tokens`, as in Tinker. `max_tokens` of None runs to the model's
     context length, `top_k` of -1 keeps the whole vocabulary, `temperature` of 0 takes the most likely
@@ -333,7 +345,7 @@ class SamplingParams:
         for name in ("stop", "stop_token_ids"):
             value = getattr(self, name)
             if not (value is None or isinstance(value, (str, tuple))):
-                object.__setattr__(self, name, _list_of(value))
+                object.__setattr__(self, name, [*(value.tolist() if hasattr(value, "tolist") else value)])
 
 
 @dataclass(frozen=True)
@@ -359,12 +371,11 @@ class SampleResponse:
 
 @dataclass(frozen=True)
 class PromptScores:
-    """What a model makes of given tokens. The first entries are None: nothing precedes the first token."""
+    """A model's scores of given tokens. The first entries are None: nothing precedes the first token."""
 
     logprobs: list[float | None]
     is_argmax: list[bool | None]
-    """Whether every other token has a lower probability in its place. Tokens that tie for the first place
-    are not: a model that holds all tokens equally likely has guessed none."""
+    """Whether every other token has a lower probability in its place. Tokens that tie are not argmax."""
 
 
 # -- information ------------------------------------------------------------------------------

@@ -195,7 +195,7 @@ def test_a_chunk_and_a_prompt_keep_their_tokens_whatever_becomes_of_what_they_we
     for found in (ModelInput(chunks=(chunk,)), from_ints, prompt, longer):
         assert found.to_ints() == [1, 2, 3]
         assert all(type(token) is int for token in found.to_ints())
-    chunk.tokens.clear()  # type: ignore[attr-defined]
+    chunk.tokens.clear()
     assert prompt.to_ints() == longer.to_ints() == [1, 2, 3]
     assert isinstance(prompt.chunks, list)
     assert prompt == from_ints
@@ -218,7 +218,7 @@ def test_a_datum_keeps_its_values_whatever_becomes_of_what_it_was_given(kind: st
     spoil(targets)
     spoil(weights)
     tokens.clear()
-    prompt.chunks[0].tokens.clear()  # type: ignore[attr-defined]
+    prompt.chunks[0].tokens.clear()
     prompt.chunks.clear()  # type: ignore[attr-defined]
     inputs.clear()
     assert datum.model_input.to_ints() == [4, 5, 6]

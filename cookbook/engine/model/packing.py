@@ -1,12 +1,11 @@
-"""Datums to packed micro-batches: checked, laid end to end, never padded.
+"""Datums are checked and packed into micro-batches: laid end to end, never padded.
 
 Shape suffixes: T tokens of one sequence, N tokens of a packed row, S scored positions of a row.
 """
 
 from __future__ import annotations
 
-import heapq
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,25 +20,45 @@ from cookbook.utils.nearest import did_you_mean
 
 @dataclass(frozen=True)
 class TokenSequence:
-    """A checked Datum. Every array has one entry per position; ignored targets weigh 0."""
+    """A checked Datum as numpy arrays [T], one entry per position; ignored targets weigh 0.
+
+    Tokens and targets are int64, weights and extras float32. The arrays are those of the Datum where nothing
+    had to change.
+    """
 
     tokens_T: np.ndarray
     targets_T: np.ndarray
     weights_T: np.ndarray
     extras: dict[str, np.ndarray]
-    """Further float inputs that the loss asks for: `logprobs`, `advantages`."""
+    """Further float inputs of the loss: `logprobs`, `advantages`."""
 
     def __len__(self) -> int:
         return len(self.tokens_T)
 
 
-def check_data(data: Sequence[Datum], required: Iterable[str], vocab_size: int) -> list[TokenSequence]:
-    """Raises RequestError naming the datum, what it holds and what it should hold."""
+KNOWN_INPUTS = ("target_tokens", "weights", "logprobs", "advantages")
+
+
+def check_data(
+    data: Sequence[Datum], required: Sequence[str], vocab_size: int, allow_unknown: bool = False
+) -> list[TokenSequence]:
+    """The Datums as sequences whose `required` inputs, and weights, are there and fit.
+
+    Inputs that no built-in loss reads are refused, as most likely a typo, unless `allow_unknown` is set.
+    Raises RequestError naming the datum, what it holds and what it should hold.
+    """
     if not data:
         raise RequestError("No data: the list of Datum is empty. Pass at least one.")
     sequences = []
     for index, datum in enumerate(data):
         try:
+            for name in () if allow_unknown else datum.loss_fn_inputs:
+                if name not in KNOWN_INPUTS:
+                    raise RequestError(
+                        f"loss_fn_inputs has {name!r}, which no built-in loss reads."
+                        f"{did_you_mean(name, KNOWN_INPUTS, quote=chr(39))} They read "
+                        f"{', '.join(KNOWN_INPUTS)}; forward_backward_custom takes anything."
+                    )
             sequences.append(_check_datum(datum, required, vocab_size))
         except RequestError as error:
             error.add_note(f"in datum {index} of {len(data)}")
@@ -47,37 +66,21 @@ def check_data(data: Sequence[Datum], required: Iterable[str], vocab_size: int) 
     return sequences
 
 
-KNOWN_INPUTS = ("target_tokens", "weights", "logprobs", "advantages")
-
-
-def refuse_unknown(data: Sequence[Datum]) -> None:
-    """Raises RequestError for a loss input that no built-in loss reads: most likely a slip of the pen."""
-    for index, datum in enumerate(data):
-        for name in datum.loss_fn_inputs:
-            if name not in KNOWN_INPUTS:
-                hint = did_you_mean(name, KNOWN_INPUTS, quote="'")
-                raise RequestError(
-                    f"loss_fn_inputs of datum {index} has {name!r}, which no built-in loss reads.{hint} "
-                    f"They read {', '.join(KNOWN_INPUTS)}; forward_backward_custom takes anything."
-                )
-
-
-def _check_datum(datum: Datum, required: Iterable[str], vocab_size: int) -> TokenSequence:
-    tokens_T = np.asarray(datum.model_input.to_ints(), dtype=np.int64)
+def _check_datum(datum: Datum, required: Sequence[str], vocab_size: int) -> TokenSequence:
+    tokens_T = datum.model_input.to_numpy()
     if not len(tokens_T):
         raise RequestError("The model input is empty. A Datum needs at least one token.")
-    inputs: dict[str, np.ndarray] = {}
-    for name, value in datum.loss_fn_inputs.items():
-        assert isinstance(value, TensorData)
-        inputs[name] = value.to_numpy()
-    missing = [name for name in required if name not in inputs]
-    if missing:
-        have = ", ".join(inputs) or "none"
+    if missing := [name for name in required if name not in datum.loss_fn_inputs]:
+        have = ", ".join(datum.loss_fn_inputs) or "none"
         raise RequestError(
             f"loss_fn_inputs lacks {', '.join(missing)} (given: {have}). Add one value per input token."
         )
-    inputs = {name: array for name, array in inputs.items() if name in required or name == "weights"}
-    for name, array in inputs.items():
+    inputs: dict[str, np.ndarray] = {}
+    for name, value in datum.loss_fn_inputs.items():
+        if name not in required and name != "weights":
+            continue
+        assert isinstance(value, TensorData)
+        inputs[name] = array = value.to_numpy()
         if array.shape != tokens_T.shape:
             raise RequestError(
                 f"{name} has shape {list(array.shape)}, the model input {len(tokens_T)} tokens. "
@@ -96,36 +99,14 @@ def _check_datum(datum: Datum, required: Iterable[str], vocab_size: int) -> Toke
                 f"Use the tokenizer of this model"
                 + (f"; {IGNORED_TARGET} marks a target to ignore." if name == "target_tokens" else ".")
             )
-    weights_T = inputs.pop("weights", None)
-    weights_T = np.where(ignored_T, 0.0, 1.0 if weights_T is None else weights_T).astype(np.float32)
-    extras = {name: array.astype(np.float32) for name, array in inputs.items()}
-    return TokenSequence(tokens_T, targets_T, weights_T, extras)
-
-
-def plan_microbatches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Deals sequences into micro-batches of at most `max_tokens`, balanced by tokens.
-
-    As few as hold them all; a longer sequence stands alone. Indices ascend within each.
-    """
-    num_microbatches = max(1, -(-sum(lengths) // max_tokens))
-    by_length = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
-    while True:
-        plan: list[list[int]] = [[] for _ in range(num_microbatches)]
-        emptiest = [(0, number) for number in range(num_microbatches)]
-        fits = True
-        for index in by_length:
-            held, number = heapq.heappop(emptiest)
-            fits = fits and (not plan[number] or held + lengths[index] <= max_tokens)
-            plan[number].append(index)
-            heapq.heappush(emptiest, (held + lengths[index], number))
-        if fits:
-            return sorted(sorted(indices) for indices in plan if indices)
-        num_microbatches += 1
+    weights_T = inputs.pop("weights", np.float32(1))
+    weights_T = np.where(ignored_T, np.float32(0), weights_T)
+    return TokenSequence(tokens_T, targets_T, weights_T, inputs)
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the sequences of a packed row lie, and which positions are scored, the trained ones first."""
+    """Where the sequences of a packed row are, and which positions are scored, the trained ones first."""
 
     segments: list[Segment]
     scored_S: np.ndarray
@@ -155,7 +136,7 @@ class PackedBatch:
 
 
 def copy_to(device: torch.device, array: np.ndarray) -> Tensor:
-    """Without waiting for the device."""
+    """The array as a tensor on the device, for which nothing waits."""
     host = torch.from_numpy(array)
     if device.type == "cuda":
         return host.pin_memory().to(device, non_blocking=True)
@@ -163,33 +144,33 @@ def copy_to(device: torch.device, array: np.ndarray) -> Tensor:
 
 
 def pack(sequences: Sequence[TokenSequence], device: torch.device, trained_only: bool) -> PackedBatch:
-    """Scores every position that has a target; with `trained_only` those of weight other than 0."""
+    """Lays sequences end to end in one row and copies it to the device, the one conversion to tensors.
 
-    def to_device(array: np.ndarray) -> Tensor:
-        return copy_to(device, array)
-
-    def join(arrays: Iterable[np.ndarray]) -> np.ndarray:
-        return np.concatenate(list(arrays))
-
-    lengths = [len(sequence) for sequence in sequences]
+    Scores every position that has a target; with `trained_only` those of weight other than 0.
+    """
+    lengths = [len(sequence.tokens_T) for sequence in sequences]
     ends = np.cumsum(lengths).tolist()
-    targets_N = join(sequence.targets_T for sequence in sequences)
-    weights_N = join(sequence.weights_T for sequence in sequences)
-    trained_N = weights_N != 0
-    trained_S = np.flatnonzero(trained_N)
-    others_S = np.flatnonzero(~trained_N & (targets_N != IGNORED_TARGET))
-    scored_S = trained_S if trained_only else join([trained_S, others_S])
+    targets_N = np.concatenate([sequence.targets_T for sequence in sequences])
+    weights_N = np.concatenate([sequence.weights_T for sequence in sequences])
+    scored_S = trained_S = np.flatnonzero(weights_N)
+    if not trained_only:
+        others_S = np.flatnonzero((weights_N == 0) & (targets_N != IGNORED_TARGET))
+        scored_S = np.concatenate([trained_S, others_S])
     segments = list(zip([0, *ends[:-1]], ends, strict=True))
+    tokens_N = np.concatenate([sequence.tokens_T for sequence in sequences])
+    positions_N = np.concatenate([np.arange(length) for length in lengths])
+    extras = {
+        name: np.concatenate([sequence.extras[name] for sequence in sequences])[scored_S]
+        for name in sequences[0].extras
+    }
+    starts = copy_to(device, np.array([0, *ends], np.int32))
     return PackedBatch(
         layout=Layout(segments, scored_S, len(trained_S)),
-        tokens_1N=to_device(join(sequence.tokens_T for sequence in sequences)[None]),
-        positions_1N=to_device(join(np.arange(length) for length in lengths)[None]),
-        scored_S=to_device(scored_S),
-        targets_S=to_device(targets_N[scored_S]),
-        weights_S=to_device(weights_N[scored_S]),
-        extras={
-            name: to_device(join(sequence.extras[name] for sequence in sequences)[scored_S])
-            for name in sequences[0].extras
-        },
-        attention=AttentionLayout(segments, to_device(np.array([0, *ends], np.int32)), longest=max(lengths)),
+        tokens_1N=copy_to(device, tokens_N[None]),
+        positions_1N=copy_to(device, positions_N[None]),
+        scored_S=copy_to(device, scored_S),
+        targets_S=copy_to(device, targets_N[scored_S]),
+        weights_S=copy_to(device, weights_N[scored_S]),
+        extras={name: copy_to(device, array) for name, array in extras.items()},
+        attention=AttentionLayout(segments, starts, longest=max(lengths)),
     )

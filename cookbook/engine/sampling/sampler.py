@@ -20,12 +20,13 @@ from cookbook.engine.model.adapters import Adapter
 from cookbook.engine.model.base_model import BaseModel
 from cookbook.engine.model.loading import return_freed_memory
 from cookbook.engine.model.memory import bytes_for_sampling, is_out_of_memory
-from cookbook.engine.model.packing import TokenSequence, pack, plan_microbatches
+from cookbook.engine.model.packing import TokenSequence, pack
 from cookbook.engine.sampling.choice import choose
 from cookbook.engine.sampling.decoder_probe import make_decoder
 from cookbook.engine.sampling.kv_cache import capacity_for
 from cookbook.engine.sampling.requests import Request, SampleRequest, ScoreRequest
 from cookbook.engine.sampling.sequence import Sequence
+from cookbook.engine.training.partition import plan_microbatches
 from cookbook.errors import TrainingError
 from cookbook.types import SampledSequence, SampleResponse
 

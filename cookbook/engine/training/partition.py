@@ -1,65 +1,33 @@
-"""A batch dealt out over processes, and what they make of it put together again.
-
-Every process has the whole batch and deals it out by itself, so nothing is sent before results are.
-
-Shape suffixes: N positions of all the batch's sequences end to end, S scored positions of a micro-batch.
-"""
+"""Sequences partitioned over processes and into micro-batches, balanced by tokens."""
 
 from __future__ import annotations
 
 import heapq
 from collections.abc import Sequence
 
-import numpy as np
-import torch
 
-from cookbook.engine.model.packing import Layout, copy_to
-from cookbook.engine.processes import World
-from cookbook.engine.training.results import Scored
+def partition(lengths: Sequence[int], num_parts: int) -> list[list[int]]:
+    """The indices of the sequences in each part: the longest first, each to the part with the fewest tokens.
 
-
-def deal_out(lengths: Sequence[int], num_shares: int) -> list[list[int]]:
-    """Which sequences go to which share: the longest first, each to the share that has the fewest tokens.
-
-    Where there are fewer sequences than shares, some are empty. Indices ascend within each.
+    Where there are fewer sequences than parts, some are empty. Indices ascend within each.
     """
-    shares: list[list[int]] = [[] for _ in range(num_shares)]
-    emptiest = [(0, number) for number in range(num_shares)]
+    parts: list[list[int]] = [[] for _ in range(num_parts)]
+    smallest = [(0, number) for number in range(num_parts)]
     for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
-        held, number = heapq.heappop(emptiest)
-        shares[number].append(index)
-        heapq.heappush(emptiest, (held + lengths[index], number))
-    return [sorted(indices) for indices in shares]
+        num_tokens, number = heapq.heappop(smallest)
+        parts[number].append(index)
+        heapq.heappush(smallest, (num_tokens + lengths[index], number))
+    return [sorted(indices) for indices in parts]
 
 
-def put_together(
-    world: World, scored: Scored, lengths: Sequence[int], device: torch.device, with_argmax: bool
-) -> Scored:
-    """What the micro-batches of all processes came to, as one that holds the whole batch.
+def plan_microbatches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """The indices of the sequences in each micro-batch of at most `max_tokens`.
 
-    Each process fills in its part of a row of zeros, and the rows are added up: x + 0 is x.
+    There are as few as hold all sequences; a longer sequence is alone. Indices ascend within each.
     """
-    if world.is_alone:
-        return scored
-    ends = np.cumsum(lengths)
-    starts = ends - lengths
-    num_tokens = int(ends[-1])
-    logprobs_N = torch.zeros(num_tokens, device=device)
-    likeliest_N = torch.zeros(num_tokens if with_argmax else 0, device=device)
-    for number, (indices, layout) in enumerate(zip(scored.plan, scored.layouts, strict=True)):
-        row = np.concatenate([np.arange(starts[index], ends[index]) for index in indices])
-        places_S = copy_to(device, row[layout.scored_S])
-        logprobs_N.index_copy_(0, places_S, scored.logprobs[number])
-        if with_argmax:
-            likeliest_N.index_copy_(0, places_S, scored.likeliest[number].float())
-    loss = torch.stack(scored.losses).sum() if scored.losses else torch.zeros((), device=device)
-    world.all_reduce_sum([logprobs_N, likeliest_N, loss])
-    segments = list(zip(starts.tolist(), ends.tolist(), strict=True))
-    whole = Layout(segments, np.arange(num_tokens), num_tokens)
-    return Scored(
-        plan=[list(range(len(lengths)))],
-        layouts=[whole],
-        logprobs=[logprobs_N],
-        losses=[loss],
-        likeliest=[likeliest_N] if with_argmax else [],
-    )
+    num_microbatches = max(1, -(-sum(lengths) // max_tokens))
+    while True:
+        plan = partition(lengths, num_microbatches)
+        if all(len(part) <= 1 or sum(lengths[index] for index in part) <= max_tokens for part in plan):
+            return sorted(part for part in plan if part)
+        num_microbatches += 1
