@@ -7,15 +7,16 @@ import os
 import threading
 import uuid
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, ParamSpec
+from typing import TYPE_CHECKING, Any, Literal
 
 from cookbook.clients.futures import APIFuture
 from cookbook.clients.sampling import SamplingClient
 from cookbook.engine import checkpoint
-from cookbook.engine.training.trainer import CustomLossFn, PassResult, StepResult, Trainer
+from cookbook.engine.training.results import PassResult, Readback
+from cookbook.engine.training.trainer import CustomLossFn, Trainer
 from cookbook.engine.worker import Engine
 from cookbook.errors import CheckpointError, ClosedError, RequestError, TrainingError
 from cookbook.types import (
@@ -36,8 +37,6 @@ from cookbook.utils import files
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-P = ParamSpec("P")
-
 SAMPLER_FOLDER = "sampler_weights"
 _TEN_YEARS = 10 * 365 * 24 * 3600
 
@@ -45,7 +44,7 @@ _TEN_YEARS = 10 * 365 * 24 * 3600
 class TrainingClient:
     """Trains one adapter. Get one from `ServiceClient.create_lora_training_client`.
 
-    Calls return at once and run in the order they were made. A bad argument is raised by the
+    Calls return futures at once and run in the order they were made. A bad argument is raised by the
     call itself, a failure while it runs by its future. Every method has an `_async` twin.
 
     After `close`, or `close` of the service, every call raises ClosedError.
@@ -62,7 +61,7 @@ class TrainingClient:
         self._checkpoint_dir = checkpoint_dir
         trainer: Trainer = engine.submit(Trainer, engine.base, lora, user_metadata).result()
         self._parts: tuple[Engine, Trainer] | None = (engine, trainer)
-        """None once this client is closed: it holds no memory then, whoever holds it."""
+        """None once this client is closed, so that it holds no memory even where it is still referenced."""
         self._passes_to_step_on: list[APIFuture[ForwardBackwardOutput]] = []
         self._lock = threading.Lock()
         """Held while a pass or a step is queued, so that a step knows every pass before it."""
@@ -73,10 +72,7 @@ class TrainingClient:
 
     @property
     def _engine(self) -> Engine:
-        engine, _ = self._open_parts()
-        if engine.is_closed:
-            raise ClosedError("This client's service was closed. Create a new ServiceClient.")
-        return engine
+        return self._open_parts()[0]
 
     @property
     def _trainer(self) -> Trainer:
@@ -85,10 +81,12 @@ class TrainingClient:
     def _open_parts(self) -> tuple[Engine, Trainer]:
         if self._parts is None:
             raise ClosedError("This training client was closed. Create a new one with the ServiceClient.")
+        if self._parts[0].is_closed:
+            raise ClosedError("This client's service was closed. Create a new ServiceClient.")
         return self._parts
 
     def close(self) -> None:
-        """Frees the weights, the gradients and the optimizer, after all that was asked for has run.
+        """Frees the weights, the gradients and the optimizer, after all requests so far have run.
 
         A future that is pending completes as it would have otherwise: with its result, or its own error.
         Sampling clients that were created by this one can still be used. A second call does nothing.
@@ -114,22 +112,19 @@ class TrainingClient:
         return_logprobs: Literal["all", "trained"] = "all",
         return_argmax: bool = False,
     ) -> APIFuture[ForwardBackwardOutput]:
-        """Loss and log-probabilities, without gradients.
+        """Returns the loss and log-probabilities, without gradients.
 
-        `return_logprobs="trained"` leaves out positions of weight 0 (they read 0.0), which saves
-        their share of the vocabulary projection. With `return_argmax` the outputs say also
-        which targets are the model's most likely token: `["is_argmax"]`, 1 where every other entry of
-        the vocabulary has a lower probability, at the positions that have a log-probability. A target that
-        ties with another entry reads 0.
+        `return_logprobs="trained"` skips positions of weight 0 (they read 0.0), which saves
+        their part of the projection to the vocabulary. With `return_argmax` the outputs also have
+        `["is_argmax"]`, int64 [T]: 1 where the target's logit is above that of every other entry of the
+        vocabulary, at the positions that have a log-probability. A tie reads 0.
+
+        Raises RequestError for data or a loss that cannot be run.
         """
-        request = self._trainer.check(
-            data,
-            loss_fn,
-            loss_fn_config,
-            return_logprobs == "trained",
-            with_argmax=return_argmax,
-        )
-        return APIFuture(self._engine.submit(self._trainer.forward, request), PassResult.output)
+        engine, trainer = self._open_parts()
+        trained_only = return_logprobs == "trained"
+        request = trainer.check(data, loss_fn, loss_fn_config, trained_only, with_argmax=return_argmax)
+        return APIFuture(engine.submit(trainer.forward, request), PassResult.output)
 
     def forward_backward(
         self,
@@ -137,44 +132,54 @@ class TrainingClient:
         loss_fn: LossFnType = "cross_entropy",
         loss_fn_config: Mapping[str, float] | None = None,
         *,
-        return_logprobs: Literal["all", "trained"] = "all",
+        return_logprobs: Literal["all", "trained", "none"] = "all",
     ) -> APIFuture[ForwardBackwardOutput]:
-        """Adds the gradient of the loss, a sum over tokens, to what is there since the last `optim_step`."""
-        request = self._trainer.check(data, loss_fn, loss_fn_config, return_logprobs == "trained")
-        return self._queue_pass(self._trainer.forward_backward, request)
+        """Adds the gradient of the loss, a sum over tokens, to the gradients since the last `optim_step`.
+
+        Returns the loss and log-probabilities as `forward` does, and raises RequestError as it does. With
+        `return_logprobs="none"` only sums are copied from the device: `loss_fn_outputs` is empty, and
+        `metrics` have the smallest and the largest log-probability of a trained target (`logprobs:min`,
+        `logprobs:max`). A pass that fails while it runs adds nothing; its future raises TrainingError.
+        """
+        engine, trainer = self._open_parts()
+        request = trainer.check(
+            data, loss_fn, loss_fn_config, return_logprobs != "all", loss_only=return_logprobs == "none"
+        )
+        with self._lock:
+            future = APIFuture(engine.submit(trainer.forward_backward, request), PassResult.output)
+            self._passes_to_step_on.append(future)
+            return future
 
     def forward_backward_custom(
         self, data: Sequence[Datum], loss_fn: CustomLossFn
     ) -> APIFuture[ForwardBackwardOutput]:
         """Like `forward_backward`, with `loss_fn(data, logprobs) -> (loss, metrics)`.
 
-        `logprobs` has one float32 tensor per datum, one entry per target. The function runs on
+        `logprobs` has one float32 tensor [T] per datum, in nats, one entry per target. The function runs on
         the engine's thread.
         """
-        request = self._trainer.check(data, "cross_entropy", None, refuse_unknown_inputs=False)
-        return self._queue_pass(self._trainer.forward_backward_custom, list(data), request, loss_fn)
-
-    def optim_step(self, adam_params: AdamParams) -> APIFuture[OptimStepResponse]:
-        """One AdamW step on the gradients so far, which it clears.
-
-        Fails, and drops those gradients, if one of the passes it would step on failed and
-        that failure was not read: half a batch is not stepped on by accident. A step that fails
-        itself changes neither weights nor optimizer; its gradients are dropped too.
-        """
+        engine, trainer = self._open_parts()
+        request = trainer.check(data, "cross_entropy", None, allow_unknown_inputs=True)
         with self._lock:
-            passes = [future for future in self._passes_to_step_on if not future.failure_was_seen]
-            job = self._engine.submit(_optim_step, self._trainer, passes, adam_params)
-            self._passes_to_step_on.clear()
-            return APIFuture(job, StepResult.output)
-
-    def _queue_pass(
-        self, run: Callable[P, PassResult], *args: P.args, **kwargs: P.kwargs
-    ) -> APIFuture[ForwardBackwardOutput]:
-        with self._lock:
-            job = self._engine.submit(run, *args, **kwargs)
-            future: APIFuture[ForwardBackwardOutput] = APIFuture(job, PassResult.output)
+            job = engine.submit(trainer.forward_backward_custom, list(data), request, loss_fn)
+            future = APIFuture(job, PassResult.output)
             self._passes_to_step_on.append(future)
             return future
+
+    def optim_step(self, adam_params: AdamParams) -> APIFuture[OptimStepResponse]:
+        """Takes one AdamW step on the gradients so far and clears them.
+
+        Returns the gradient norm before clipping as `metrics["grad_norm"]`. Raises TrainingError, and drops
+        the gradients, if one of the passes since the last step failed and that failure was not read: half a
+        batch is not stepped on by accident. A step that fails itself changes neither weights nor optimizer;
+        its gradients are dropped too.
+        """
+        engine, trainer = self._open_parts()
+        with self._lock:
+            passes = [future for future in self._passes_to_step_on if not future.failure_was_seen]
+            job = engine.submit(_optim_step, trainer, passes, adam_params)
+            self._passes_to_step_on.clear()
+            return APIFuture(job, _step_response)
 
     # -- checkpoints ------------------------------------------------------------------------
 
@@ -183,8 +188,9 @@ class TrainingClient:
     ) -> APIFuture[SaveWeightsResponse]:
         """Saves weights and optimizer under `name`: a folder that plain PEFT loads as well.
 
-        A name that is taken is refused unless `overwrite` is set, and so are weights or optimizer values
-        that are not finite. `ttl_seconds` is recorded as the time until which the checkpoint is wanted
+        Returns the folder's path. Raises CheckpointError for a name that is taken, unless `overwrite` is set,
+        and for one that is not a plain file name; the future raises TrainingError for weights or optimizer
+        values that are not finite. `ttl_seconds` is recorded as the time until which the checkpoint is wanted
         (`expires_at` in its `state.json`); nothing removes it then.
         """
         if name == SAMPLER_FOLDER:
@@ -196,7 +202,7 @@ class TrainingClient:
     def save_weights_for_sampler(
         self, name: str, ttl_seconds: int | None = None, *, overwrite: bool = False
     ) -> APIFuture[SaveWeightsForSamplerResponse]:
-        """Saves the weights alone. The arguments are those of `save_state`."""
+        """Saves the weights alone, as `save_state` does, and returns the folder's path."""
         files.refuse_link(self._checkpoint_dir / SAMPLER_FOLDER)
         path = checkpoint.checkpoint_path(self._checkpoint_dir / SAMPLER_FOLDER, name)
         job = self._submit_save(path, False, ttl_seconds, overwrite)
@@ -211,8 +217,8 @@ class TrainingClient:
             or not 1 <= ttl_seconds <= _TEN_YEARS
         ):
             raise RequestError(
-                f"ttl_seconds={ttl_seconds!r} is no number of seconds that a checkpoint is kept. Use a whole "
-                f"number from 1 to {_TEN_YEARS} (ten years), or None to keep it; overwrite= goes by its name."
+                f"Invalid ttl_seconds={ttl_seconds!r}: must be a whole number from 1 to {_TEN_YEARS} (ten "
+                f"years), or None to keep the checkpoint. Pass overwrite= by name."
             )
         return self._engine.submit(
             self._trainer.save,
@@ -223,11 +229,18 @@ class TrainingClient:
         )
 
     def load_state(self, path: str | os.PathLike[str]) -> APIFuture[LoadWeightsResponse]:
-        """Loads weights from a checkpoint or any PEFT LoRA folder; the optimizer starts afresh."""
+        """Loads weights from a checkpoint or any PEFT LoRA folder, and resets the optimizer.
+
+        Gradients so far are dropped. The future raises CheckpointError, before anything is changed, for a
+        folder that is missing or damaged, or whose weights do not fit.
+        """
         return self._load(path, with_optimizer=False)
 
     def load_state_with_optimizer(self, path: str | os.PathLike[str]) -> APIFuture[LoadWeightsResponse]:
-        """Continues a checkpoint of `save_state` exactly where it stopped."""
+        """Loads weights, optimizer and random numbers from a checkpoint of `save_state`, to continue exactly.
+
+        The errors are those of `load_state`.
+        """
         return self._load(path, with_optimizer=True)
 
     def _load(self, path: str | os.PathLike[str], with_optimizer: bool) -> APIFuture[LoadWeightsResponse]:
@@ -241,10 +254,10 @@ class TrainingClient:
     def save_weights_and_get_sampling_client(
         self, name: str | None = None, *, seed: int | None = None
     ) -> SamplingClient:
-        """A sampler of the weights as they are now; later steps do not change it.
+        """Returns a sampler of the weights as they are now; later steps do not change it.
 
         With a name the weights are also saved under it, as by `save_weights_for_sampler`. Samples
-        that bring no seed are drawn from `seed`, or else from this client's random numbers, which
+        without a seed are drawn from `seed`, or else from this client's random numbers, which
         are part of its state.
         """
         if name is not None:
@@ -252,17 +265,21 @@ class TrainingClient:
         return SamplingClient.of_snapshot(self._engine, self._trainer, seed)
 
     def create_sampling_client(self, model_path: str | os.PathLike[str]) -> SamplingClient:
-        """A sampler of saved weights, on this client's base model."""
+        """Returns a sampler of saved weights, on this client's base model.
+
+        Raises CheckpointError for a folder that is missing, damaged, or does not fit.
+        """
         return SamplingClient.of_checkpoint(self._engine, model_path)
 
     @property
     def samples_together(self) -> bool:
-        """Whether samples take all processes of a run, because each holds a part of the weights."""
+        """Whether all processes of a run sample together, because each holds a part of the weights."""
         return self._engine.base.is_sharded
 
     # -- information ------------------------------------------------------------------------
 
     def get_info(self) -> GetInfoResponse:
+        """Returns the base model, the adapter's shape, and the metadata this client was created with."""
         base, lora = self._engine.base, self._trainer.adapter.lora
         model_data = ModelData(
             model_id=self.model_id,
@@ -278,6 +295,7 @@ class TrainingClient:
         return GetInfoResponse(self.model_id, model_data, dict(self._trainer.user_metadata))
 
     def get_tokenizer(self) -> PreTrainedTokenizerBase:
+        """Returns the base model's tokenizer."""
         return self._engine.base.tokenizer
 
     # -- async twins ------------------------------------------------------------------------
@@ -305,7 +323,7 @@ class TrainingClient:
         loss_fn: LossFnType = "cross_entropy",
         loss_fn_config: Mapping[str, float] | None = None,
         *,
-        return_logprobs: Literal["all", "trained"] = "all",
+        return_logprobs: Literal["all", "trained", "none"] = "all",
     ) -> APIFuture[ForwardBackwardOutput]:
         return self.forward_backward(data, loss_fn, loss_fn_config, return_logprobs=return_logprobs)
 
@@ -354,8 +372,8 @@ class TrainingClient:
 
 def _optim_step(
     trainer: Trainer, passes: Sequence[APIFuture[ForwardBackwardOutput]], adam_params: AdamParams
-) -> StepResult:
-    """Steps on the gradients of `passes`, unless one of them failed."""
+) -> Readback:
+    """Takes a step on the gradients of `passes`, unless one of them failed: the gradient norm."""
     for future in passes:
         if (error := future.exception()) is not None:
             trainer.discard_gradients()
@@ -363,3 +381,7 @@ def _optim_step(
                 f"optim_step was not taken: a forward_backward before it failed. {error}"
             ) from error
     return trainer.optim_step(adam_params)
+
+
+def _step_response(norm: Readback) -> OptimStepResponse:
+    return OptimStepResponse(metrics={"grad_norm": float(norm.arrays()[0])})

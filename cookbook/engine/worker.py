@@ -1,7 +1,7 @@
 """One thread per engine: what is submitted first runs first, and submitting returns at once.
 
-Every future completes, whatever raises on the thread. What is queued when an engine is closed, when it is
-garbage or when the interpreter exits still runs.
+Every future completes, whatever raises on the thread. Jobs that are queued when an engine is closed or freed,
+or when the interpreter exits, still run.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
 from typing import Any, Generic, ParamSpec, Protocol, TypeVar
 
 from cookbook.engine.device_clock import DeviceClock
@@ -39,13 +38,13 @@ _CLOSED = (
 
 
 class Client(Protocol):
-    """What uses an engine, and can use it no more when that is closed."""
+    """A user of an engine, which is closed with it."""
 
     def close(self) -> None: ...
 
 
 class BatchItem(Protocol):
-    """Work for a batcher, which is answered by its future."""
+    """Work for a batcher, whose result goes to its future."""
 
     @property
     def future(self) -> Future[Any]: ...
@@ -55,77 +54,73 @@ Item = TypeVar("Item", bound=BatchItem)
 
 
 class Batcher(Protocol[Item]):
-    """Works on several submitted items at once, and answers each by the future it brings."""
+    """Works on several submitted items at once, and completes the future of each."""
 
     def run(self, first: Item, take_waiting: Callable[[], list[Item]]) -> None:
-        """Answers `first` and whatever `take_waiting` gives, which may be asked as often as one likes.
+        """Completes `first` and the items that `take_waiting` returns, however often it is called.
 
-        Where it raises, or leaves something without an answer, the engine fails what is left.
-
-        What waits behind a job of another kind is not given: the order of the queue holds.
+        It returns no item behind a job of another kind, so the order of the queue holds. The engine fails
+        the items that are not complete when this returns or raises.
         """
 
 
-@dataclass
 class _Job:
     """One piece of work with a future of its own."""
 
-    work: functools.partial[Any]
-    future: Future[Any]
-    recorded: AbstractContextManager[None] = field(default_factory=nullcontext)
+    def __init__(
+        self, work: functools.partial[Any], future: Future[Any], recorded: AbstractContextManager[None]
+    ) -> None:
+        self.work = work
+        self.futures = [future]
+        """Those that `run` has to complete."""
+        self.recorded = recorded
 
     def run(self, worker: _Worker) -> None:
-        if not self.future.set_running_or_notify_cancel():
+        (future,) = self.futures
+        if not future.set_running_or_notify_cancel():
             return
         with self.recorded:
             result = self.work()
-        self.future.set_result(result)
-
-    def fail(self, error: BaseException) -> bool:
-        """Completes what has not completed. Whether there was anything."""
-        return _fail(self.future, error)
-
-    def release(self) -> None:
-        """Once it has run. An error's frames hold the frame that called them, and so this."""
-        del self.work
+        future.set_result(result)
 
 
-@dataclass
 class _Item(Generic[Item]):
-    """A part of what a batcher works on. One that is run takes those waiting behind it along."""
+    """A part of a batcher's work. When it runs, it takes those that wait behind it along."""
 
-    batcher: Batcher[Item]
-    item: Item
-    recorded: AbstractContextManager[None]
-    agree_on_number: Callable[[int], int]
-    """How many of the waiting items all processes take."""
-    taken: list[Item] = field(default_factory=list)
+    def __init__(
+        self,
+        batcher: Batcher[Item],
+        item: Item,
+        recorded: AbstractContextManager[None],
+        agree_on_number: Callable[[int], int],
+    ) -> None:
+        """`agree_on_number`: how many of the waiting items all processes take."""
+        self.batcher = batcher
+        self.item = item
+        self.futures: list[Future[Any]] = [item.future]
+        self.recorded = recorded
+        self.agree_on_number = agree_on_number
 
     def run(self, worker: _Worker) -> None:
+        def take_waiting() -> list[Item]:
+            items = worker.take_items(self.batcher, self.agree_on_number)
+            self.futures += [item.future for item in items]
+            return items
+
         with self.recorded:
-            self.batcher.run(self.item, functools.partial(self._take_waiting, worker))
-
-    def _take_waiting(self, worker: _Worker) -> list[Item]:
-        items = worker.take_items(self.batcher, self.agree_on_number)
-        self.taken.extend(items)
-        return items
-
-    def fail(self, error: BaseException) -> bool:
-        """Completes what has not completed. Whether there was anything."""
-        completed = [_fail(item.future, error) for item in (self.item, *self.taken)]
-        return any(completed)
-
-    def release(self) -> None:
-        """Once it has run."""
-        del self.batcher, self.item, self.taken
+            self.batcher.run(self.item, take_waiting)
 
 
-def _fail(future: Future[Any], error: BaseException) -> bool:
-    """Completes a future, unless it has completed."""
-    if future.done() or not (future.running() or future.set_running_or_notify_cancel()):
-        return False
-    future.set_exception(error)
-    return True
+def _fail(futures: list[Future[Any]], error: BaseException) -> bool:
+    """Completes the futures that have not completed. Returns whether there was one."""
+    open_futures = [
+        future
+        for future in futures
+        if not future.done() and (future.running() or future.set_running_or_notify_cancel())
+    ]
+    for future in open_futures:
+        future.set_exception(error)
+    return bool(open_futures)
 
 
 class _Worker:
@@ -136,7 +131,7 @@ class _Worker:
         self._lock = threading.Lock()
         self._clean_ups: deque[Callable[[], None]] = deque()
         self._signal: queue.SimpleQueue[None] = queue.SimpleQueue()
-        """Has something in it while the thread has something to look at. Its `put` may interrupt itself."""
+        """Has an entry while the thread has something to do. Its `put` may interrupt itself."""
         self._is_ending = False
         self._has_ended = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -147,7 +142,7 @@ class _Worker:
         atexit.register(_finish_all)
 
     def enqueue(self, job: _Job | _Item[Any]) -> None:
-        """Raises ClosedError where nothing runs any more."""
+        """Raises ClosedError where the thread has ended, or will."""
         with self._lock:
             if self._is_ending or self._has_ended or not self._thread.is_alive():
                 raise ClosedError(_CLOSED)
@@ -157,8 +152,7 @@ class _Worker:
     def clean_up_later(self, work: Callable[[], None]) -> None:
         """Takes no lock: the garbage collector calls this, perhaps in the middle of `enqueue`.
 
-        Once the thread has ended it does nothing: what there was to free goes with the model, which `work`
-        may hold.
+        Once the thread has ended it does nothing: the memory is freed with the model, which `work` may hold.
         """
         self._clean_ups.append(work)
         if self._has_ended:
@@ -184,7 +178,7 @@ class _Worker:
             return
         reached: Future[None] = JobFuture()
         try:
-            self.enqueue(_Job(functools.partial(_do_nothing), reached))
+            self.enqueue(_Job(functools.partial(bool), reached, nullcontext()))
         except ClosedError:
             self._thread.join()
         else:
@@ -208,24 +202,23 @@ class _Worker:
 
     def _run(self) -> None:
         try:
-            while not self._is_over():
+            while not self._has_ended:
                 try:
                     self._run_next()
                 except BaseException:
                     logger.exception("The engine's thread continues after an error outside of any job.")
         finally:
-            self._fail_what_is_left()
-
-    def _is_over(self) -> bool:
-        with self._lock:
-            self._has_ended = self._is_ending and not self._queue and not self._clean_ups
-            return self._has_ended
+            self._fail_queued()
 
     def _run_next(self) -> None:
         while self._clean_ups:
-            _clean_up(self._clean_ups.popleft())
+            try:
+                self._clean_ups.popleft()()
+            except BaseException:
+                logger.exception("Memory could not be freed. Jobs in the queue are not affected.")
         with self._lock:
             job = self._queue.popleft() if self._queue else None
+            self._has_ended = self._is_ending and job is None and not self._clean_ups
         if job is None:
             if not self._is_ending:
                 self._signal.get()
@@ -233,20 +226,20 @@ class _Worker:
         try:
             job.run(self)
         except BaseException as error:
-            if not job.fail(error):
+            if not _fail(job.futures, error):
                 raise
         finally:
-            job.fail(TrainingError("The work ended without an answer."))
-            job.release()
+            _fail(job.futures, TrainingError("The work ended without an answer."))
+            vars(job).clear()  # an error's frames hold the frame that called them, and so the job
 
-    def _fail_what_is_left(self) -> None:
+    def _fail_queued(self) -> None:
         with self._lock:
             self._has_ended = True
             left = [*self._queue]
             self._queue.clear()
         self._clean_ups.clear()
         for job in left:
-            job.fail(ClosedError(_CLOSED))
+            _fail(job.futures, ClosedError(_CLOSED))
 
 
 _running: weakref.WeakSet[_Worker] = weakref.WeakSet()
@@ -256,17 +249,6 @@ def _finish_all() -> None:
     """At the interpreter's exit: what is queued runs, as other threads finish too."""
     for worker in list(_running):
         worker.end()
-
-
-def _do_nothing() -> None:
-    pass
-
-
-def _clean_up(work: Callable[[], None]) -> None:
-    try:
-        work()
-    except BaseException:
-        logger.exception("Memory could not be freed, which takes nothing from what is queued.")
 
 
 class Engine:
@@ -279,7 +261,7 @@ class Engine:
         is_trained: bool = False,
         recorder: Recorder | None = None,
     ) -> None:
-        """`is_trained`: the model's own weights are to be. `recorder` is told of every job."""
+        """`is_trained`: the model's own weights are trained. `recorder` records every job."""
         self.is_closed = False
         self.clients: weakref.WeakSet[Client] = weakref.WeakSet()
         self._worker = _Worker()
@@ -295,16 +277,16 @@ class Engine:
             raise
 
     def submit(self, work: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> Future[R]:
-        """Raises ClosedError after `close`."""
+        """Queues `work` and returns its future. Raises ClosedError after `close`."""
         future: Future[R] = JobFuture()
-        recorded = self._recorded(_name_of(work), self._step())
-        self._worker.enqueue(_Job(functools.partial(work, *args, **kwargs), future, recorded))
+        job = _Job(functools.partial(work, *args, **kwargs), future, self._recorded(work))
+        self._worker.enqueue(job)
         return future
 
     def submit_to(self, batcher: Batcher[Item], item: Item) -> None:
         """Queues an item that the batcher may take together with those behind it."""
-        recorded = self._recorded("sample", self._step())
-        self._worker.enqueue(_Item(batcher, item, recorded, functools.partial(_agree_on_number, self.base)))
+        agree = functools.partial(_agree_on_number, self.base)
+        self._worker.enqueue(_Item(batcher, item, self._recorded("sample"), agree))
 
     def clean_up_later(self, work: Callable[[], None]) -> None:
         """Runs `work` on the thread before the next job. May be called while garbage is collected."""
@@ -321,17 +303,19 @@ class Engine:
             client.close()  # while the thread can still take their adapters out of the model
         self._worker.end()
 
-    def _step(self) -> int | None:
-        return None if self._recorder is None else self._recorder.step
-
-    def _recorded(self, name: str, step: int | None) -> AbstractContextManager[None]:
+    def _recorded(self, work: Callable[..., Any] | str) -> AbstractContextManager[None]:
+        """Records the job under the name given, or that of the method or the function around it."""
         if self._recorder is None:
             return nullcontext()
-        return _recorded(self._recorder, self._device_clock, name, step)
+        if not isinstance(work, str):
+            work = work.func if isinstance(work, functools.partial) else work
+            qualified: str = getattr(work, "__qualname__", type(work).__qualname__)
+            work = qualified.split(".<locals>")[0].split(".")[-1].lstrip("_")
+        return _recorded(self._recorder, self._device_clock, work, self._recorder.step)
 
 
 def _agree_on_number(base: BaseModel, number: int) -> int:
-    """The processes go through sharded weights in step, so with the same items."""
+    """How many items to take: all processes take as many, because they gather sharded weights together."""
     if base.is_sharded:
         (number,) = base.world.all_reduce_min(number)
     return number
@@ -347,10 +331,3 @@ def _recorded(recorder: Recorder, clock: DeviceClock | None, name: str, step: in
     finally:
         if clock is not None and device_start is not None:
             recorder.add_later("device", name, device_start, clock.mark(), step)
-
-
-def _name_of(work: Callable[..., Any]) -> str:
-    """The method that was submitted, or that the submitted function was made in."""
-    work = work.func if isinstance(work, functools.partial) else work
-    qualified: str = getattr(work, "__qualname__", type(work).__qualname__)
-    return qualified.split(".<locals>")[0].split(".")[-1].lstrip("_")

@@ -1,4 +1,4 @@
-"""What is trained on one base model: LoRA adapters, which PEFT puts in and names, or its own weights."""
+"""The trained weights of one base model: LoRA adapters, which PEFT adds and names, or its own weights."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from cookbook.errors import ConfigError
 from cookbook.types import LoraConfig
 
 GLOBAL_STATE = threading.Lock()
-"""Held while a model loads or an adapter is drawn: both change state that all engines share."""
+"""Held while a model loads or an adapter is initialised: both change state that all engines share."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Adapter:
 
 
 class Adapters:
-    """Adds adapters to a model, takes them away, and says which one it runs with."""
+    """Adds adapters to a model, removes them, and selects the one that it runs with."""
 
     def __init__(self, model: Any, model_name: str, tokenizer: Any) -> None:
         self._model = model
@@ -53,15 +53,16 @@ class Adapters:
         self._numbers = itertools.count()
 
     def add(self, lora: LoraConfig) -> Adapter:
-        """A new adapter: A random in `lora.seed`, B zero, so the model is unchanged at first.
+        """Returns a new adapter: A is random with `lora.seed`, B zero, so the model is unchanged at first.
 
-        With a rank of 0 every weight of the model is to be trained; then nothing else can be.
+        With a rank of 0 it is the model's own weights, which then carry no other adapter. Raises ConfigError
+        where there is no layer to put one on.
         """
         from peft import LoraConfig as PeftLoraConfig
         from peft import PeftModel, TaskType
 
         if lora.rank == 0:
-            assert self._peft is None, "a model that is trained itself is shared with no adapter"
+            assert self._peft is None, "a model whose own weights are trained carries no adapter"
             return Adapter("", lora, full_weights.train_all(self._model))
         name = f"adapter{next(self._numbers)}"
         config = PeftLoraConfig(
@@ -87,10 +88,10 @@ class Adapters:
                     self._peft = PeftModel(self._model, config, adapter_name=name)
                 else:
                     self._peft.add_adapter(name, config)
-            except ValueError as error:  # layers that PEFT knows an adapter would not work on
+            except ValueError as error:  # layers on which PEFT does not support an adapter
                 raise ConfigError(
-                    f"PEFT puts no such adapter on {self._model_name}: {error} Leave those layers out with "
-                    f"train_attn=False, train_mlp=False or train_unembed=False."
+                    f"PEFT does not support this adapter on {self._model_name}: {error} Skip those layers "
+                    f"with train_attn=False, train_mlp=False or train_unembed=False."
                 ) from error
         fused_lora.fuse(self._model)
         self._active = None
@@ -102,20 +103,20 @@ class Adapters:
         return Adapter(name, lora, weights)
 
     def remove(self, adapter: Adapter) -> None:
-        """Frees an adapter. With the last one PEFT's layers are taken out of the model too."""
+        """Frees an adapter. With the last one PEFT's layers are removed from the model too."""
         if adapter.is_full:
-            return  # a copy goes with the last name for it
+            return  # a copy is freed with the last reference to it
         others = [name for name in self._peft.peft_config if name != adapter.name]
         if others:
             self._activate(others[0])
-        self._peft.delete_adapter(adapter.name)  # its tensors go now, whoever holds the layer
+        self._peft.delete_adapter(adapter.name)  # frees its tensors now, whatever holds the layer
         if not others:
             fused_lora.unfuse(self._model)
             self._peft.base_model.unload()
             self._peft = self._active = None
 
     def clone(self, adapter: Adapter) -> Adapter:
-        """A copy that stays as it is while the adapter is trained on."""
+        """Returns a copy that stays as it is while the adapter is trained further."""
         if adapter.is_full:
             return Adapter("", adapter.lora, full_weights.copy_of(adapter.weights))
         clone = self.add(adapter.lora)
@@ -126,7 +127,7 @@ class Adapters:
 
     @contextlib.contextmanager
     def removing_on_failure(self, adapter: Adapter) -> Iterator[None]:
-        """Nothing stays of a new adapter where the body fails."""
+        """Removes a new adapter where the body fails."""
         try:
             yield
         except BaseException:
@@ -134,7 +135,7 @@ class Adapters:
             raise
 
     def write(self, adapter: Adapter, folder: Path) -> None:
-        """Saves an adapter as PEFT does, the model's own weights as transformers does."""
+        """Saves an adapter as PEFT does, and the model's own weights as transformers does."""
         if adapter.is_full:
             with self.using(adapter):
                 full_weights.write(self._model, self._tokenizer, folder)
@@ -143,9 +144,9 @@ class Adapters:
             checkpoint.write_adapter(folder, adapter.weights)
 
     def read(self, path: str, lora: LoraConfig) -> dict[str, Tensor]:
-        """The weights that `write` put into a checkpoint. Raises CheckpointError for a damaged one.
+        """Returns the weights that `write` saved. Raises CheckpointError for a damaged checkpoint.
 
-        Where the model's own are dealt out over processes, this process's part of each.
+        Where the model's own weights are sharded over processes, they are this process's part of each.
         """
         if lora.rank == 0:
             checkpoint.check_files(path)
@@ -155,21 +156,16 @@ class Adapters:
     @contextlib.contextmanager
     def using(self, adapter: Adapter | None) -> Iterator[None]:
         """Runs the model with one adapter, or with none."""
-        with self._in_place(adapter):
+        context: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+        if adapter is not None and adapter.is_full:
+            context = full_weights.swapped_in(self._model, adapter.weights)
+        elif adapter is not None:
+            self._activate(adapter.name)
+        elif self._peft is not None:
+            context = self._peft.disable_adapter()
+        with context:
             yield
             fsdp.reshard(self._model)
-
-    @contextlib.contextmanager
-    def _in_place(self, adapter: Adapter | None) -> Iterator[None]:
-        if adapter is not None and adapter.is_full:
-            with full_weights.standing_in(self._model, adapter.weights):
-                yield
-            return
-        if adapter is not None:
-            self._activate(adapter.name)
-        is_bare = adapter is None and self._peft is not None
-        with self._peft.disable_adapter() if is_bare else contextlib.nullcontext():
-            yield
 
     def _activate(self, adapter_name: str) -> None:
         if self._active != adapter_name:
@@ -181,7 +177,7 @@ class Adapters:
         chosen, other = {}, []
         for name, module in self._model.named_modules():
             if isinstance(module, nn.Module) and hasattr(module, "base_layer"):
-                module = module.base_layer  # already carries another adapter
+                module = module.base_layer  # it already has another adapter
             if not isinstance(module, nn.Linear) or ".lora_" in name or name.endswith(".base_layer"):
                 continue
             if module is getattr(head, "base_layer", head):

@@ -36,7 +36,7 @@ class Cache(Protocol):
 
 @dataclass(frozen=True)
 class AttentionLayout:
-    """Where the sequences of a packed row lie, worked out once for all layers."""
+    """Where the sequences of a packed row are, computed once for all layers."""
 
     segments: Sequence[Segment]
     """Half-open ranges of tokens."""
@@ -44,12 +44,12 @@ class AttentionLayout:
     """The same as [number of sequences + 1] int32 on the device: where each begins, and the end."""
     longest: int
     windows_seen: list[int | None] | None = None
-    """Where given, each call adds the sliding window that it was called with."""
+    """Each call appends the sliding window that it was called with; None: it does not."""
     cache: Cache | None = None
-    """Where given, the sequences are prompts, which it stores, or each is the next token of a stored one."""
+    """The sequences are prompts, which the cache stores, or each is the next token of a stored one."""
 
 
-@torch.compiler.disable  # it goes by the layout of each row: a compiled layer would be compiled anew for each
+@torch.compiler.disable  # depends on the layout of each row: a layer would be recompiled for each
 def packed_attention(
     module: torch.nn.Module,
     query_BHTD: Tensor,
@@ -67,12 +67,11 @@ def packed_attention(
 
     Without a `layout` each row is one sequence. With a cache in a decode pass, each sequence is one token,
     which sees the positions that the cache holds for it; tokens beyond those are padding and result in 0.
-    `softcap` bounds the scores (Gemma 2), `s_aux` is one score per head that nothing stands behind (the
-    sinks of gpt-oss).
+    `softcap` bounds the scores (Gemma 2), `s_aux` is one score per head without a key (the sinks of
+    gpt-oss).
 
     On CUDA one kernel of variable length takes all sequences of a row; elsewhere, and where the
-    scores are not plain, they go through one at a time. Either way nothing that a sequence holds
-    reaches another, to the bit.
+    scores are not plain, sequences run one at a time. Either way no sequence changes another, bit for bit.
     """
     if layout is not None and layout.windows_seen is not None:
         layout.windows_seen.append(sliding_window)
@@ -92,13 +91,12 @@ def packed_attention(
                         query_RHGD, key_RHCD, value_RHCD, attn_mask=visible_R11C, scale=scaling
                     )
                 else:
-                    out_RHGD = _by_hand(
-                        query_RHGD, key_RHCD, value_RHCD, visible_R11C, scaling, softcap, s_aux
-                    )
+                    out_RHGD = _eager(query_RHGD, key_RHCD, value_RHCD, visible_R11C, scaling, softcap, s_aux)
                 out_THD[tokens] = out_RHGD.flatten(1, 2)
             return out_THD[None], None
         layout.cache.store(module, layout.segments, key_BHTD, value_BHTD)
-    if is_plain and layout is not None and _has_varlen_kernel(query_BHTD):
+    is_half = query_BHTD.dtype in (torch.bfloat16, torch.float16)
+    if is_plain and layout is not None and query_BHTD.is_cuda and is_half:
         return _varlen(query_BHTD, key_BHTD, value_BHTD, layout, scaling, sliding_window), None
 
     groups = query_BHTD.shape[1] // key_BHTD.shape[1]
@@ -109,34 +107,25 @@ def packed_attention(
     outs = []
     for start, stop in segments:
         query, key, value = (tensor[:, :, start:stop] for tensor in (query_BHTD, key_BHTD, value_BHTD))
-        if is_plain:
-            outs.append(_causal(query, key, value, scaling, sliding_window))
-        else:
-            visible_TT = _visible(stop - start, sliding_window, query.device)
-            outs.append(_by_hand(query, key, value, visible_TT, scaling, softcap, s_aux))
+        num_tokens = stop - start
+        if not is_plain:
+            visible_TT = _visible(num_tokens, sliding_window, query.device)
+            outs.append(_eager(query, key, value, visible_TT, scaling, softcap, s_aux))
+            continue
+        is_windowed = sliding_window is not None and num_tokens > sliding_window
+        out = F.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=_visible(num_tokens, sliding_window, query.device) if is_windowed else None,
+            is_causal=num_tokens > 1 and not is_windowed,
+            scale=scaling,
+        )
+        outs.append(out)
     return torch.cat(outs, dim=2).transpose(1, 2), None
 
 
-def _causal(
-    query_BHTD: Tensor,
-    key_BHTD: Tensor,
-    value_BHTD: Tensor,
-    scaling: float | None,
-    sliding_window: int | None,
-) -> Tensor:
-    num_tokens = query_BHTD.shape[2]
-    is_windowed = sliding_window is not None and num_tokens > sliding_window
-    return F.scaled_dot_product_attention(
-        query_BHTD,
-        key_BHTD,
-        value_BHTD,
-        attn_mask=_visible(num_tokens, sliding_window, query_BHTD.device) if is_windowed else None,
-        is_causal=num_tokens > 1 and not is_windowed,
-        scale=scaling,
-    )
-
-
-def _by_hand(
+def _eager(
     query_BHTD: Tensor,
     key_BHCD: Tensor,
     value_BHCD: Tensor,
@@ -145,9 +134,9 @@ def _by_hand(
     softcap: float | None,
     s_aux: Tensor | None,
 ) -> Tensor:
-    """For scores that are more than a scaled product: all of them at once, in fp32.
+    """Attention whose scores are more than a scaled product: all of them at once, in fp32.
 
-    `s_aux` has one score for each query head, which lie in H and, over a cache, in T.
+    `s_aux` has one score for each query head; these are axis H and, over a cache, axis T.
     """
     scale = query_BHTD.shape[-1] ** -0.5 if scaling is None else scaling
     scores_BHTC = (query_BHTD @ key_BHCD.transpose(2, 3) * scale).float()
@@ -163,14 +152,10 @@ def _by_hand(
 
 
 def _visible(num_tokens: int, sliding_window: int | None, device: torch.device) -> Tensor:
-    """Which positions each position sees: [T, T]."""
+    """The mask of the positions that each position sees: [T, T], bool."""
     position = torch.arange(num_tokens, device=device)
     distance = position[:, None] - position[None, :]
     return (distance >= 0) & (distance < (sliding_window or num_tokens))
-
-
-def _has_varlen_kernel(query_BHTD: Tensor) -> bool:
-    return query_BHTD.is_cuda and query_BHTD.dtype in (torch.bfloat16, torch.float16)
 
 
 def _varlen(

@@ -43,12 +43,12 @@ logger = logging.getLogger(__name__)
 
 
 class BaseModel:
-    """Loads one model once; every training and sampling client on it shares the weights."""
+    """A model that is loaded once; every training and sampling client on it shares the weights."""
 
     def __init__(
         self, model_name: str, options: EngineOptions | None = None, is_trained: bool = False
     ) -> None:
-        """`is_trained`: all of its own weights are to be, which takes memory too."""
+        """`is_trained`: all of its own weights are trained, which takes memory too."""
         self.name = model_name
         self.options = options or EngineOptions()
         self.world = processes.current().duplicate()
@@ -70,8 +70,8 @@ class BaseModel:
         """Whether sequences share a row, and whether logits are computed in blocks."""
         self.decodes_packed: bool | None = None
         self.make_decoder: Callable[[BaseModel], Any] | None = None
-        """Whether continuations share a row too, and what decodes them: see `sampling.decoders`, which finds
-        both out when the first one is sampled."""
+        """Whether continuations share a row too, and the decoder that is used: see `sampling.decoders`, which
+        sets both when the first one is sampled."""
         self._probe_architecture()
         fsdp.reshard(self.model)
         self._prepare_layers()
@@ -88,7 +88,7 @@ class BaseModel:
 
     @contextlib.contextmanager
     def room_to_load(self) -> Iterator[None]:
-        """For a model whose parts fit: one process of a machine at a time has all of it in memory."""
+        """Lets one process of a machine at a time have all of a sharded model in memory."""
         with self.world.one_after_another() if self.is_sharded else contextlib.nullcontext():
             yield
 
@@ -105,8 +105,8 @@ class BaseModel:
         layers = decoder_layers(self.model)
         if not layers and (self.options.compile or self.options.gradient_checkpointing == "on"):
             raise ConfigError(
-                f"{self.name} has no layers that transformers knows how to run again or compile. Leave out "
-                f"compile and gradient_checkpointing=on."
+                f"{self.name} has no layers that transformers can checkpoint or compile. Use compile=False "
+                f"and gradient_checkpointing=off."
             )
         if self.options.compile:
             compile_layers(layers)
@@ -190,26 +190,28 @@ class BaseModel:
         """The log-probability of the target at every scored position: [S], fp32."""
         if not self.has_plain_head:
             return self.logprobs_of_whole_model(batch)
-        hidden_SD = self.hidden(batch).index_select(0, batch.scored_S)
+        hidden_ND = self.hidden_of(batch.tokens_1N, batch.positions_1N, batch.attention)
+        hidden_SD = hidden_ND.index_select(0, batch.scored_S)
         return unembedding.score(self.head(), hidden_SD, batch.targets_S)
 
     @torch.no_grad()
     def scores(self, batch: PackedBatch) -> Scores:
-        """`logprobs`, and whether each target is the most likely token at its position: see `Scores`."""
+        """`logprobs`, and whether each target is the argmax at its position: see `Scores`."""
         if not self.has_plain_head:
             logits_SV, targets_S1 = self._logits_of_whole_model(batch), batch.targets_S[:, None]
             others_SV = logits_SV.scatter(1, targets_S1, -torch.inf)
             is_argmax_S = logits_SV.gather(1, targets_S1)[:, 0] > others_SV.amax(1)
             return Scores(_log_probabilities(logits_SV, batch.targets_S), is_argmax_S)
-        hidden_SD = self.hidden(batch).index_select(0, batch.scored_S)
+        hidden_ND = self.hidden_of(batch.tokens_1N, batch.positions_1N, batch.attention)
+        hidden_SD = hidden_ND.index_select(0, batch.scored_S)
         return unembedding.score_and_compare(self.head(), hidden_SD, batch.targets_S)
 
     def backpropagate(
         self, batch: PackedBatch, token_loss: TokenLoss, checkpoint_layers: bool
     ) -> tuple[Tensor, Tensor]:
-        """Adds the gradient of the loss of the trained positions: log-probabilities [S], and that loss.
+        """Adds the gradient of the trained positions' loss; returns log-probabilities [S] and that loss.
 
-        The batch has a trained position. `token_loss` is as `unembedding.score_and_backpropagate` has it.
+        The batch has a trained position. For `token_loss` see `unembedding.score_and_backpropagate`.
         """
         num_trained = batch.layout.num_trained
         with torch.enable_grad(), checkpointed_layers(self.model, checkpoint_layers):
@@ -218,8 +220,8 @@ class BaseModel:
                 loss = token_loss(logprobs_S[:num_trained], slice(0, num_trained))
                 loss.backward()
                 return logprobs_S.detach(), loss.detach()
-            hidden_ND = self.hidden(batch)
-        # The projection forms its own gradient, so it stays out of autograd's graph.
+            hidden_ND = self.hidden_of(batch.tokens_1N, batch.positions_1N, batch.attention)
+        # The projection computes its own gradient, outside of autograd.
         hidden_SD = hidden_ND.detach().index_select(0, batch.scored_S)
         head = self.head()
         trained_logprobs, loss, grad_SD = unembedding.score_and_backpropagate(
@@ -234,11 +236,8 @@ class BaseModel:
             hidden_ND.backward(grad_ND)
         return logprobs_S, loss
 
-    def hidden(self, batch: PackedBatch) -> Tensor:
-        """What goes into the projection to the vocabulary: [N, D]."""
-        return self.hidden_of(batch.tokens_1N, batch.positions_1N, batch.attention)
-
     def hidden_of(self, tokens_1N: Tensor, positions_1N: Tensor, layout: AttentionLayout) -> Tensor:
+        """The hidden states that the projection to the vocabulary takes: [N, D]."""
         packed = {"position_ids": positions_1N, "layout": layout} if self.is_packed else {}
         assert self.is_packed or len(layout.segments) == 1
         decode = self.model.decode if self.is_sharded else self.model.get_decoder()
@@ -267,7 +266,7 @@ class BaseModel:
         )
 
     def logprobs_of_whole_model(self, batch: PackedBatch) -> Tensor:
-        """For models whose logits are more than a projection, one sequence at a time."""
+        """`logprobs` for models whose logits are more than a projection, one sequence at a time."""
         return _log_probabilities(self._logits_of_whole_model(batch), batch.targets_S)
 
     def _logits_of_whole_model(self, batch: PackedBatch) -> Tensor:
@@ -282,12 +281,12 @@ class BaseModel:
         )
 
     def can_undo_steps(self, adapter: Adapter) -> bool:
-        """Whether there is memory for what takes back a step that fails, while no activations are held."""
+        """Whether there is memory for the copies that undo a failed step, while no activations are held."""
         needed = self._reserved_bytes(adapter) + bytes_to_undo(_local_parts(adapter))
         return needed <= usable_memory(self.device)
 
     def _reserved_bytes(self, adapter: Adapter) -> int:
-        """What is held beside activations: the weights, and what training those of `adapter` takes."""
+        """The bytes held beside activations: the weights, and what training those of `adapter` takes."""
         weight_bytes = sum(parameter.nbytes for parameter in self.model.parameters())
         if self.is_sharded:
             weight_bytes = fsdp.bytes_held(self.model)
@@ -304,12 +303,17 @@ class BaseModel:
         batch = pack(
             [TokenSequence(tokens_T, tokens_T, np.ones(num_tokens, np.float32), {})], self.device, True
         )
-        run = self.hidden if self.has_plain_head else self.logprobs_of_whole_model
+
+        def run() -> Tensor:
+            if not self.has_plain_head:
+                return self.logprobs_of_whole_model(batch)
+            return self.hidden_of(batch.tokens_1N, batch.positions_1N, batch.attention)
+
         weights = [fsdp.local_part(parameter) for parameter in self.model.parameters()]
         held = addresses([*weights, *self.model.buffers()])
-        with self.adapters.using(adapter), fsdp.noting_whole_weights(self.model, held):
+        with self.adapters.using(adapter), fsdp.tracking_gathered_weights(self.model, held):
             cost = measure_activations(
-                lambda: run(batch),
+                run,
                 held,
                 num_tokens,
                 config.num_hidden_layers,
@@ -321,7 +325,7 @@ class BaseModel:
     def discard_pass(self) -> None:
         """Resets the shards after a pass that has no end: it failed, or its backward part is not run."""
         if self.is_sharded:
-            fsdp.start_over(self.model)
+            fsdp.reset(self.model)
 
 
 def _local_parts(adapter: Adapter) -> list[Tensor]:

@@ -1,11 +1,11 @@
-"""Base weights dealt out over the processes of a run: FSDP2, one decoder layer at a time.
+"""Base weights sharded over the processes of a run with FSDP2, one decoder layer at a time.
 
-Each process holds a part of every weight. A layer is put together before it runs, forward and again
-backward, and let go of after. What lies outside the layers (embedding, last norm, projection) is one group
-that stays together until `let_go`, because the projection reads its weight without a forward of its own.
+Each process holds a part of every weight. A layer is gathered before it runs, forward and again backward, and
+resharded after. The weights outside the layers (embedding, last norm, projection) are one group that stays
+gathered until `reshard`, because the projection reads its weight without a forward of its own.
 
-Putting together takes all processes, so all run the same passes in the same order. Weights that are trained
-have their gradients added up and dealt out as the backward pass leaves each layer. Adapters are whole.
+Gathering takes all processes, so all run the same passes in the same order. The gradients of trained weights
+are reduced and scattered as the backward pass leaves each layer. Adapters are not sharded.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from cookbook.errors import ConfigError
 from cookbook.utils import pretrained
 
 _SHARE_FOR_WEIGHTS = 0.7
-"""Of the usable memory; the rest is for activations, without which there is no training."""
+"""The share of the usable memory that weights may take; the rest is for activations."""
 
 
 def should_shard(
@@ -37,7 +37,7 @@ def should_shard(
     dtype: torch.dtype,
     is_trained: bool,
 ) -> bool:
-    """What `options.shard` comes to. The main process decides for all where it depends on memory."""
+    """Whether to shard by `options.shard`. The main process decides for all where it depends on memory."""
     if world.is_alone or options.shard == "none" or options.quantization is not None:
         return False
     return options.shard == "full" or world.on_rank0(
@@ -46,7 +46,7 @@ def should_shard(
 
 
 def bytes_needed(model_name: str, dtype: torch.dtype, is_trained: bool) -> int:
-    """Of the weights and, where they are trained, their gradients, fp32 masters and moments."""
+    """The bytes of the weights and, where they are trained, of their gradients, fp32 masters and moments."""
     model = pretrained.empty_causal_lm(models.load_config(model_name))
     per_weight = dtype.itemsize
     if is_trained:
@@ -55,7 +55,7 @@ def bytes_needed(model_name: str, dtype: torch.dtype, is_trained: bool) -> int:
 
 
 def shard(model: Any, world: World, device: torch.device, model_name: str) -> None:
-    """Deals the weights of a model out, and moves this process's part to its device."""
+    """Shards the weights of a model, and moves this process's part to its device."""
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.fsdp import (
         FSDPModule,
@@ -67,13 +67,11 @@ def shard(model: Any, world: World, device: torch.device, model_name: str) -> No
     layers = decoder_layers(model)
     if not layers:
         raise ConfigError(
-            f"shard=full deals a model out by its layers, and {model_name} has none that transformers knows. "
+            f"shard=full shards a model by its layers, and {model_name} has none that transformers knows. "
             f"Use shard=none."
         )
     if not hasattr(FSDPModule, "set_reduce_scatter_unused_params"):
-        raise ConfigError(
-            f"shard=full needs torch 2.13 or newer; this is {torch.__version__}. Use shard=none."
-        )
+        raise ConfigError(f"shard=full needs torch 2.13 or newer; found {torch.__version__}. Use shard=none.")
     assert world.device_group is not None
     how: dict[str, Any] = {
         "mesh": DeviceMesh.from_group(world.device_group, device.type),
@@ -92,7 +90,7 @@ def shard(model: Any, world: World, device: torch.device, model_name: str) -> No
 
 
 def _decode(model: Any, **inputs: Any) -> Any:
-    """The decoder as a pass of the whole model, which puts the weights outside the layers together too."""
+    """Runs the decoder as a pass of the whole model, which gathers the weights outside the layers too."""
     return model.get_decoder()(**inputs)
 
 
@@ -100,36 +98,35 @@ def is_sharded(model: Any) -> bool:
     return hasattr(model, "decode")
 
 
-def is_dealt_out(tensor: Tensor) -> bool:
-    from torch.distributed.tensor import DTensor
-
-    return isinstance(tensor, DTensor)
+def is_dtensor(tensor: Tensor) -> bool:
+    """Whether a tensor is sharded over processes. Does not import DTensor, which one process never needs."""
+    return hasattr(tensor, "to_local")
 
 
 def reshard(model: Any) -> None:
-    """Ends a request: what was put together goes, and the next one sees what has been written since."""
+    """Frees what a request gathered, so that the next one gathers the weights as they are then."""
     if is_sharded(model):
         model.reshard()
 
 
-def start_over(model: Any) -> None:
-    """After a pass that was given up on the way, on all processes at the same place."""
+def reset(model: Any) -> None:
+    """Resets FSDP after a pass that was not completed, on all processes at the same place."""
     model.reset_iter_state()
 
 
 def local_part(tensor: Tensor) -> Tensor:
-    """What this process holds of it."""
-    return tensor.to_local() if is_dealt_out(tensor) else tensor  # type: ignore[attr-defined]
+    """The part of a tensor that this process holds: all of it where it is not sharded."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """All of it, on every process; all have to ask."""
-    return tensor.full_tensor() if is_dealt_out(tensor) else tensor  # type: ignore[attr-defined]
+    """All of a tensor, on every process; all have to call this."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def part_like(full: Tensor, like: Tensor) -> Tensor:
-    """This process's part of `full`, which every process has, dealt out as `like` is."""
-    if not is_dealt_out(like):
+    """This process's part of `full`, which every process has, sharded as `like` is."""
+    if not is_dtensor(like):
         return full
     from torch.distributed.tensor import distribute_tensor
 
@@ -138,7 +135,8 @@ def part_like(full: Tensor, like: Tensor) -> Tensor:
 
 
 def bytes_held(model: Any) -> int:
-    """The part of this process, the group outside the layers, and two layers: one runs, one is fetched."""
+    """The bytes of this process's part, the group outside the layers, and two layers: one that runs and one
+    that is being gathered."""
     layers = decoder_layers(model)
     in_layers = {parameter for layer in layers for parameter in layer.parameters()}
     outside = sum(parameter.nbytes for parameter in model.parameters() if parameter not in in_layers)
@@ -148,8 +146,8 @@ def bytes_held(model: Any) -> int:
 
 
 @contextlib.contextmanager
-def noting_whole_weights(model: Any, storages: set[int]) -> Iterator[None]:
-    """Keeps the addresses of weights that are whole at the time among `storages`: they come and go."""
+def tracking_gathered_weights(model: Any, storages: set[int]) -> Iterator[None]:
+    """Keeps the addresses of the weights that are gathered at the time among `storages`."""
     if not is_sharded(model):
         yield
         return
@@ -157,7 +155,7 @@ def noting_whole_weights(model: Any, storages: set[int]) -> Iterator[None]:
 
     def note(module: nn.Module, inputs: Any) -> None:
         storages.clear()
-        storages.update(others, addresses(p for p in model.parameters() if not is_dealt_out(p)))
+        storages.update(others, addresses(p for p in model.parameters() if not is_dtensor(p)))
 
     hooks = [
         module.register_forward_pre_hook(note) for module in (model.get_decoder(), *decoder_layers(model))

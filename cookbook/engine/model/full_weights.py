@@ -1,7 +1,7 @@
-"""A base model's own weights as what is trained: full fine-tuning.
+"""Full fine-tuning: a base model's own weights are trained.
 
 They are saved as transformers saves a model, with the tokenizer, so that the folder is a model. A snapshot
-is a copy of every weight, which stands in for the live ones while it is in use.
+is a copy of every weight, which replaces the live ones while it is in use.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from cookbook.engine.model.loading import load_model, no_progress_bar
 
 
 def train_all(model: Any) -> dict[str, nn.Parameter]:
-    """Every weight of the model, to be trained; one that is tied to another has one name."""
+    """Makes every weight of the model trainable and returns them by name; tied weights have one name."""
     model.requires_grad_(True)
     return dict(model.named_parameters())
 
@@ -31,7 +31,7 @@ def copy_of(weights: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
 
 
 @contextlib.contextmanager
-def standing_in(model: Any, weights: Mapping[str, nn.Parameter]) -> Iterator[None]:
+def swapped_in(model: Any, weights: Mapping[str, nn.Parameter]) -> Iterator[None]:
     """Runs the model with `weights` in place of its own."""
     live = dict(model.named_parameters())
     if fsdp.is_sharded(model):
@@ -51,7 +51,7 @@ def standing_in(model: Any, weights: Mapping[str, nn.Parameter]) -> Iterator[Non
 @contextlib.contextmanager
 @torch.no_grad()
 def _copied_in(live: Mapping[str, nn.Parameter], weights: Mapping[str, nn.Parameter]) -> Iterator[None]:
-    """FSDP has its own names for the memory of a part, so other values go into it, not other memory."""
+    """Copies the values instead: FSDP keeps its own references to the memory of a shard."""
     others = {name: parameter for name, parameter in live.items() if weights[name] is not parameter}
     own = {name: parameter.detach().clone() for name, parameter in others.items()}
     for name, parameter in others.items():
@@ -64,24 +64,24 @@ def _copied_in(live: Mapping[str, nn.Parameter], weights: Mapping[str, nn.Parame
 
 
 def write(model: Any, tokenizer: Any, folder: Path, weights: Mapping[str, Tensor] | None = None) -> None:
-    """`weights`: those to write in place of the model's own, of which a process may hold a part."""
+    """Saves the model, with `weights` in place of its own, of which a process may hold a part."""
     with no_progress_bar():
         model.save_pretrained(folder, state_dict=None if weights is None else dict(weights))
     tokenizer.save_pretrained(folder)
 
 
-def whole_weights(weights: Mapping[str, nn.Parameter], is_kept: bool) -> dict[str, Tensor]:
-    """Weights that are dealt out, one after another put together, and kept on the CPU of those that want."""
+def full_tensors(weights: Mapping[str, nn.Parameter], is_kept: bool) -> dict[str, Tensor]:
+    """Gathers sharded weights one after another, and returns them on the CPU where `is_kept`."""
     kept = {}
     for name, weight in weights.items():
-        whole = fsdp.full_tensor(weight.detach())
+        full = fsdp.full_tensor(weight.detach())
         if is_kept:
-            kept[name] = whole.cpu()
+            kept[name] = full.cpu()
     return kept
 
 
 def read(path: str, model: Any) -> dict[str, Tensor]:
-    """The weights of a model folder that are to go into `model`, on the CPU, or where its parts lie.
+    """Returns the weights of a model folder by name, on the CPU, or sharded as those of `model` are.
 
     Raises ModelError where the folder is damaged.
     """

@@ -1,9 +1,9 @@
-"""What a micro-batch costs in memory, and so how large it may be and when to checkpoint its layers.
+"""The memory of a micro-batch, and so how large it may be and when to checkpoint its layers.
 
 The estimate is measured once, on two short sequences: the bytes that autograd keeps for the backward
 pass. They grow with the tokens, and with their square where attention keeps its scores (Gemma 2, gpt-oss).
-It depends on the model and the device alone, never on what happens to be free, so that a resumed run cuts
-its batches as before.
+It depends on the model and the device alone, not on the memory that is free, so that a resumed run plans the
+same micro-batches.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from cookbook.engine.options import EngineOptions
 _USEFUL_TOKENS = {"cpu": 1024, "cuda": 16384}
 """Micro-batches beyond this are no faster (`benchmarks/LOG.md`). Other devices are treated as a CPU."""
 FEWEST_TOKENS = 1024
-"""With less room than this, layers are checkpointed rather than micro-batches cut further."""
+"""Where fewer tokens than this fit, layers are checkpointed instead of making micro-batches smaller."""
 
 _MARGIN = 1.25
-"""Kernels need room to work in beside what is kept."""
+"""Kernels need workspace beside the activations that are kept."""
 _USABLE = {"cpu": 0.5, "cuda": 0.9}
-"""The share of the device's memory to count on: on a CPU others need some too."""
+"""The share of the device's memory to use: on a CPU other programs need some too."""
 
 
 @dataclass(frozen=True)
@@ -51,31 +51,27 @@ class MicrobatchLimits:
     growth_planned: float = 0.0
     """The same for the way that micro-batches are planned to run."""
     share: float = 1.0
-    """Such tokens that fit are as good as `max_tokens`: more would fit than are useful."""
+    """Scales such sizes to `max_tokens`, which is smaller than what fits where more tokens are not useful."""
 
     def size(self, length: int) -> int:
-        """What a sequence counts as against `max_tokens`."""
+        """The tokens that a sequence counts as against `max_tokens`."""
         return max(length, math.ceil(self.share * (length + self.growth_planned * length**2)))
 
-    def checkpoints(self, num_tokens: int) -> bool:
-        """Whether the layers of a micro-batch are, which has so many by `size_without_checkpointing`."""
-        return num_tokens > self.max_tokens_without_checkpointing
-
     def size_without_checkpointing(self, lengths: Iterable[int]) -> int:
-        """What sequences count as against `max_tokens_without_checkpointing`."""
+        """The tokens that sequences count as against `max_tokens_without_checkpointing`."""
         return sum(length + math.ceil(self.growth * length**2) for length in lengths)
 
 
 @dataclass(frozen=True)
 class Recovery:
-    """How limits that were lowered where memory ran out are raised again.
+    """How limits that were lowered because memory ran out are raised again.
 
-    After `patience` passes without a failure they are doubled, until they are as at first. Each failure
-    doubles the patience, so that limits which are really too large are tried ever more rarely.
+    After `patience` passes without a failure they are doubled, up to the initial limits. Each failure
+    doubles the patience, so that limits that are too large are tried less and less often.
     """
 
     patience: int = 0
-    """0: the limits are as at first."""
+    """0: the limits are the initial ones."""
     passes_left: int = 0
 
     @property
@@ -89,7 +85,7 @@ class Recovery:
     def after_pass(
         self, limits: MicrobatchLimits, full: MicrobatchLimits
     ) -> tuple[Recovery, MicrobatchLimits]:
-        """After a pass without a failure: what is left to wait for, and the limits from now on."""
+        """The recovery and the limits after a pass without a failure."""
         if not self.is_needed:
             return self, limits
         if self.passes_left > 1:
@@ -118,13 +114,14 @@ class ActivationCost:
     """Bytes kept for the backward pass, per token."""
 
     whole: float
+    """Without checkpointing."""
     checkpointed: float
     whole_squared: float = 0.0
-    """Per token of a sequence and token of the same."""
+    """Per pair of tokens of a sequence."""
     checkpointed_squared: float = 0.0
 
     def with_growth(self, longer: ActivationCost, lengths: tuple[int, int]) -> ActivationCost:
-        """This one, measured on a sequence of the first length, and a `longer` one of the second, as one."""
+        """The cost with its quadratic part, of this one at the first length and `longer` at the second."""
         short, long = lengths
         if long == short:
             return self
@@ -138,7 +135,7 @@ class ActivationCost:
         )
 
     def bytes_of(self, length: int, is_checkpointed: bool = False) -> float:
-        """What a sequence keeps."""
+        """The bytes that a sequence keeps."""
         if is_checkpointed:
             return self.checkpointed * length + self.checkpointed_squared * length**2
         return self.whole * length + self.whole_squared * length**2
@@ -147,9 +144,9 @@ class ActivationCost:
 def limits_for(
     options: EngineOptions, device: torch.device, cost: Callable[[], ActivationCost], reserved_bytes: int
 ) -> MicrobatchLimits:
-    """The limits that the options set, and for what they leave open those of the device's memory.
+    """The limits that the options set; those that they do not set follow from the device's memory.
 
-    `reserved_bytes` are needed for other things: weights, gradients, optimizer state.
+    `reserved_bytes` are needed for weights, gradients and optimizer state.
     """
     wanted, checkpointing = options.max_tokens_per_microbatch, options.gradient_checkpointing
     if wanted is not None and checkpointing != "auto":
@@ -172,28 +169,28 @@ def limits_for(
 
 
 def _ratio(room: float, bytes_per_token: float) -> int:
-    """How many tokens fit. Where the projection alone is trained, a token costs nothing here."""
+    """How many tokens fit. Where only the projection is trained, a token keeps no bytes."""
     return int(room / max(bytes_per_token, 1))
 
 
 def measure_activations(
     run: Callable[[], Tensor], held: Collection[int], num_tokens: int, num_layers: int, layer_bytes: int
 ) -> ActivationCost:
-    """What the forward pass `run` keeps besides `held`, the weights, which are there anyway.
+    """The bytes that the forward pass `run` keeps besides the weights.
 
-    `held`: the `addresses` of them, which may change on the way. `layer_bytes`: of the input of one
-    layer, per token. With checkpointed layers, one layer at a time is kept whole.
+    `held` are the `addresses` of the weights, which may change during the pass. `layer_bytes` is the size of
+    the input of one layer, per token. With checkpointed layers, one layer at a time keeps all activations.
     """
     storages: dict[int, int] = {}
     kept: list[Tensor] = []
 
     def pack(tensor: Tensor) -> Tensor:
-        # The tensor itself would hold the graph that is to hold it: a cycle that no garbage collector sees.
+        # The tensor itself would hold the graph that holds it, a cycle that the garbage collector misses.
         values = tensor.detach()
         storage = values.untyped_storage()
         if storage.data_ptr() not in held:  # a frozen layer keeps a view of its weight
             storages[storage.data_ptr()] = storage.nbytes()
-            kept.append(values)  # else its address could be given to another
+            kept.append(values)  # else its address could be reused
         return values
 
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
@@ -203,12 +200,12 @@ def measure_activations(
 
 
 def addresses(tensors: Iterable[Tensor]) -> set[int]:
-    """Of what holds them: a view has that of what it views."""
+    """The addresses of the tensors' storages, which views share."""
     return {tensor.untyped_storage().data_ptr() for tensor in tensors}
 
 
 def bytes_for_sampling(device: torch.device) -> int:
-    """How much may hold keys and values; what is sampled does not depend on it."""
+    """The bytes that keys and values may take; samples do not depend on it."""
     if device.type != "cuda":
         return _total_memory(device) // 4
     free, _ = torch.cuda.mem_get_info(device)
@@ -217,7 +214,7 @@ def bytes_for_sampling(device: torch.device) -> int:
 
 
 def usable_memory(device: torch.device) -> float:
-    """The bytes to count on. Processes of one machine share its memory, and have a GPU each."""
+    """The bytes to use. Processes of one machine share its memory, and each has a GPU."""
     if device.type == "cuda":
         return _total_memory(device) * _USABLE["cuda"]
     return _total_memory(device) * _USABLE["cpu"] / processes.local_size()
@@ -251,11 +248,11 @@ _OUT_OF_MEMORY = re.compile(
     """,
     re.VERBOSE | re.DOTALL,
 )
-"""How libraries under torch say it. In a RuntimeError they do not come as torch.OutOfMemoryError."""
+"""The out-of-memory messages of libraries under torch, which raise RuntimeError."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out, of the device or of the host, so that less at a time may fit."""
+    """Whether the memory of the device or the host ran out, so that a smaller micro-batch may fit."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     if isinstance(error, OSError):
@@ -272,10 +269,10 @@ def decoder_layers(model: Any) -> list[Any]:
 
 @contextlib.contextmanager
 def checkpointed_layers(model: Any, enabled: bool) -> Iterator[None]:
-    """Keeps the inputs of the decoder's layers alone and runs each again in the backward pass.
+    """Keeps only the inputs of the decoder's layers and runs each layer again in the backward pass.
 
-    Layers checkpoint themselves in training mode, but run in evaluation mode both times: some ask
-    for their own mode where they drop out.
+    Layers checkpoint themselves in training mode, but run in evaluation mode both times, because some apply
+    dropout by their own mode.
     """
     if not enabled:
         yield

@@ -1,8 +1,8 @@
 """The linear layers of a base model in 4 bits (QLoRA), by bitsandbytes.
 
 "nf4" rounds a weight to one of 16 values, times a scale that a block of 64 weights shares; the scales
-are held in 8 bits: 0.52 bytes a weight. A layer unpacks its weight to the engine's dtype for each product,
-and drops it again. The projection to the vocabulary and the embeddings stay as they are.
+are held in 8 bits: 0.52 bytes a weight. A layer dequantises its weight to the engine's dtype for each
+product, and does not keep it. The projection to the vocabulary and the embeddings stay as they are.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from torch import Tensor, nn
 from cookbook.engine.options import Quantization
 from cookbook.errors import ConfigError
 
-# It warns, whenever PEFT imports it, of a missing kernel for what `compute_exactly` switches off.
+# It warns, whenever PEFT imports it, about a missing kernel that `compute_exactly` switches off.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 def from_pretrained_options(
     quantization: Quantization, device: torch.device, dtype: torch.dtype
 ) -> dict[str, Any]:
-    """What `from_pretrained` is given to load a model in 4 bits, each weight straight to `device`."""
+    """The arguments with which `from_pretrained` loads a model in 4 bits, directly to `device`."""
     from transformers import BitsAndBytesConfig
 
     config = BitsAndBytesConfig(
@@ -36,10 +36,10 @@ def from_pretrained_options(
 
 
 def compute_exactly(model: nn.Module, dtype: torch.dtype) -> None:
-    """Has every 4-bit layer compute in `dtype`, the engine's.
+    """Makes every 4-bit layer compute in `dtype`, the engine's.
 
     A CPU with bfloat16 instructions would otherwise run a layer whose input needs no gradient in
-    bfloat16, and repack its weight for good, in a form that no gradient passes.
+    bfloat16, and repack its weight permanently, in a form without a backward pass.
     """
     for module in model.modules():
         if is_quantized(module):
@@ -48,7 +48,7 @@ def compute_exactly(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 def check_reach(model: Any, model_name: str) -> None:
-    """Raises ConfigError for a model most of whose weights are not those of linear layers."""
+    """Raises ConfigError for a model most of whose weights are outside linear layers."""
     in_4_bits = sum(m.in_features * m.out_features for m in model.modules() if is_quantized(m))
     ends = {id(m.weight) for m in (model.get_input_embeddings(), model.get_output_embeddings())}
     as_before = sum(
@@ -58,7 +58,7 @@ def check_reach(model: Any, model_name: str) -> None:
         raise ConfigError(
             f"quantization holds the weights of linear layers in 4 bits. Those are {in_4_bits:,} of the "
             f"{in_4_bits + as_before:,} weights in the layers of {model_name}: experts and convolutions are "
-            f"not among them. Leave quantization out."
+            f"not among them. Use quantization=None."
         )
 
 
@@ -67,10 +67,10 @@ def is_quantized(module: nn.Module) -> bool:
 
 
 def weight_of(linear: Any, dtype: torch.dtype) -> Tensor:
-    """The weight of a linear layer that computes in `dtype`: [O, I], unpacked where it is in 4 bits."""
-    if not is_quantized(linear):
-        weight_OI: Tensor = linear.weight
+    """The weight of a linear layer that computes in `dtype`: [O, I], dequantised where it is in 4 bits."""
+    weight_OI: Tensor = linear.weight
+    if not hasattr(weight_OI, "quant_state"):
         return weight_OI
     from bitsandbytes.functional import dequantize_4bit
 
-    return dequantize_4bit(linear.weight, linear.weight.quant_state).to(dtype)
+    return dequantize_4bit(weight_OI, weight_OI.quant_state).to(dtype)

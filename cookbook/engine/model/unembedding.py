@@ -63,10 +63,6 @@ class Head:
     scale: float = 1.0
     softcap: float | None = None
 
-    @property
-    def vocab_size(self) -> int:
-        return self.weight_VD.shape[0]
-
     def queries(self, hidden_CD: Tensor) -> Tensor:
         columns = [hidden_CD]
         if self.lora is not None:
@@ -86,7 +82,7 @@ class Head:
         return torch.cat(columns, dim=1) if len(columns) > 1 else weight_KD
 
     def logits(self, hidden_SD: Tensor) -> Tensor:
-        """All of them, for a few positions: [S, V], fp32."""
+        """The logits of a few positions: [S, V], fp32."""
         logits_SV = product(hidden_SD, self.weight_VD.T)
         if self.bias_V is not None:
             logits_SV += self.bias_V
@@ -100,7 +96,7 @@ class Head:
         return logits_SV
 
     def trained_keys(self) -> list[tuple[slice, Tensor]]:
-        """Columns of the keys that are trained, and the parameter that holds each: [V] or [V, columns]."""
+        """The columns of the keys that are trained, each with its parameter: [V] or [V, columns]."""
         size = self.weight_VD.shape[1]
         trained = [(slice(0, size), self.weight_VD)]
         if self.lora is not None:
@@ -111,28 +107,15 @@ class Head:
             trained.append((slice(size, size + 1), self.bias_V))
         return [(columns, parameter) for columns, parameter in trained if parameter.requires_grad]
 
-    def backward_queries(self, grad_CQ: Tensor, hidden_CD: Tensor) -> Tensor:
-        """The gradient by the hidden states; that of the adapter's A is added to it."""
-        size = hidden_CD.shape[1]
-        grad_CQ = grad_CQ * self.scale
-        grad_CD = grad_CQ[:, :size]
-        if self.lora is None:
-            return grad_CD
-        a_RD, scaling = self.lora.a_RD, self.lora.scaling
-        grad_CR = grad_CQ[:, size : size + a_RD.shape[0]] * scaling
-        if a_RD.requires_grad:
-            _add_to_gradient(a_RD, grad_CR.T @ hidden_CD.to(grad_CR.dtype))
-        return torch.addmm(grad_CD, grad_CR, a_RD.to(grad_CR.dtype))
-
 
 class Scores(NamedTuple):
-    """What is known of targets without a gradient."""
+    """Scores of targets, computed without a gradient."""
 
     logprobs_S: Tensor
     """fp32"""
     is_argmax_S: Tensor
-    """bool: whether the target's logit is above that of every other entry of the vocabulary, with those that
-    only pad it. The same logits are compared, so a tie is exact, and it does not count."""
+    """bool: whether the target's logit is above that of every other entry of the vocabulary, including those
+    that only pad it. The same logits are compared, so a tie is exact, and it does not count."""
 
 
 def score(head: Head, hidden_SD: Tensor, targets_S: Tensor) -> Tensor:
@@ -140,7 +123,7 @@ def score(head: Head, hidden_SD: Tensor, targets_S: Tensor) -> Tensor:
     logprobs_S = torch.empty(len(targets_S), device=hidden_SD.device)
     with torch.no_grad():
         for part in _chunks(len(targets_S), BlockSizes.on(hidden_SD.device).positions):
-            logprobs_S[part] = _Chunk(head, hidden_SD[part], targets_S[part]).log_probabilities()
+            logprobs_S[part] = _Chunk(head, hidden_SD[part], targets_S[part]).logprobs_C
     return logprobs_S
 
 
@@ -153,8 +136,8 @@ def score_and_compare(head: Head, hidden_SD: Tensor, targets_S: Tensor) -> Score
     is_argmax_S = torch.empty(len(targets_S), dtype=torch.bool, device=hidden_SD.device)
     for part in parts:
         chunk = _Chunk(head, hidden_SD[part], targets_S[part], compares=True)
-        logprobs_S[part] = chunk.log_probabilities()
-        is_argmax_S[part] = chunk.is_argmax()
+        logprobs_S[part] = chunk.logprobs_C
+        is_argmax_S[part] = chunk.is_argmax_C
     return Scores(logprobs_S, is_argmax_S)
 
 
@@ -168,17 +151,17 @@ def score_and_backpropagate(
     sum over positions, each term of one position's log-probability.
     """
     sizes = BlockSizes.on(hidden_SD.device)
-    num_positions, kept = sizes.positions, None
+    num_positions, vocab_size, kept = sizes.positions, len(head.weight_VD), None
     if head.trained_keys():
-        num_positions = max(1, min(num_positions, len(targets_S), sizes.kept_elements // head.vocab_size))
-        kept = hidden_SD.new_empty(num_positions * head.vocab_size)
+        num_positions = max(1, min(num_positions, len(targets_S), sizes.kept_elements // vocab_size))
+        kept = hidden_SD.new_empty(num_positions * vocab_size)
     logprobs_S = torch.empty(len(targets_S), device=hidden_SD.device)
     grad_SD = torch.empty_like(hidden_SD)
     loss = torch.zeros((), device=hidden_SD.device)
     for part in _chunks(len(targets_S), num_positions):
         chunk = _Chunk(head, hidden_SD[part], targets_S[part], with_gradient=True, kept=kept)
         with torch.enable_grad():
-            logprobs_C = chunk.log_probabilities().requires_grad_()
+            logprobs_C = chunk.logprobs_C.requires_grad_()
             chunk_loss = token_loss(logprobs_C, part)
             (grad_C,) = torch.autograd.grad(chunk_loss, logprobs_C)
         logprobs_S[part] = logprobs_C.detach()
@@ -188,7 +171,7 @@ def score_and_backpropagate(
 
 
 class _Chunk:
-    """Some positions on their way over the vocabulary, block by block."""
+    """The log-probabilities of some positions, computed over the vocabulary block by block."""
 
     def __init__(
         self,
@@ -199,9 +182,9 @@ class _Chunk:
         kept: Tensor | None = None,
         compares: bool = False,
     ) -> None:
-        """`kept` has room for the softmax terms of all the vocabulary, which trained keys need.
+        """`kept` is memory for the softmax terms of all the vocabulary, which trained keys need.
 
-        One that `compares` also finds the highest logit beside each target's.
+        A chunk that `compares` also finds the highest logit beside each target's.
         """
         self.head = head
         self.hidden_CD = hidden_CD
@@ -221,12 +204,15 @@ class _Chunk:
         total_C1 = torch.zeros(num_positions, 1, device=device)
         target_C1 = torch.zeros(num_positions, 1, device=device)
         mean_CQ = torch.zeros(queries_CQ.shape, device=device)
-        vocab_size = self.head.vocab_size
+        vocab_size = len(self.head.weight_VD)
         block_size = BlockSizes.on(device).vocabulary
         for first in range(0, vocab_size, block_size):
             rows = slice(first, min(first + block_size, vocab_size))
             keys_KQ = self.head.keys(rows)
-            room_CK = self._room(rows)
+            room_CK = None
+            if self.kept is not None:
+                room = self.kept[rows.start * num_positions : rows.stop * num_positions]
+                room_CK = room.view(num_positions, -1)
             logits_CK = product(queries_CQ, keys_KQ.T, out=room_CK)
             if softcap is not None:
                 logits_CK.div_(softcap).tanh_().mul_(softcap)
@@ -260,45 +246,40 @@ class _Chunk:
                 self.kept_blocks.append((rows, room_CK.copy_(terms_CK), higher_C1))
         self.log_total_C1 = total_C1.log().add_(highest_C1)
         self.target_C1 = target_C1
-        self.highest_other_C1 = highest_other_C1
+        self.logprobs_C = (target_C1 - self.log_total_C1)[:, 0]
+        self.is_argmax_C = (target_C1 > highest_other_C1)[:, 0]
+        """Whether each target's logit is above all others; of a chunk that `compares`."""
         self.mean_CQ = mean_CQ.div_(total_C1)
 
-    def _room(self, rows: slice) -> Tensor | None:
-        if self.kept is None:
-            return None
-        num_positions = len(self.queries_CQ)
-        return self.kept[rows.start * num_positions : rows.stop * num_positions].view(num_positions, -1)
-
-    def log_probabilities(self) -> Tensor:
-        return (self.target_C1 - self.log_total_C1)[:, 0]
-
-    def is_argmax(self) -> Tensor:
-        """Whether each target's logit is above all others; for a chunk that `compares`."""
-        return (self.target_C1 > self.highest_other_C1)[:, 0]
-
     def backward(self, grad_C: Tensor) -> Tensor:
-        """The gradient by the hidden states, given that by the log-probabilities."""
-        softcap = self.head.softcap
-        grad_C1 = grad_C[:, None]
-        slope_C1 = 1.0 if softcap is None else 1 - (self.target_C1 / softcap).square()
-        targets_C = self.targets_C1[:, 0]
-        self._backward_keys(grad_C1, grad_C1 * slope_C1)
-        grad_CQ = (slope_C1 * self.head.keys(targets_C)).float().sub_(self.mean_CQ).mul_(grad_C1)
-        return self.head.backward_queries(grad_CQ, self.hidden_CD)
+        """The gradient by the hidden states [C, D], given that by the log-probabilities.
 
-    def _backward_keys(self, grad_C1: Tensor, grad_of_target_C1: Tensor) -> None:
-        for columns, parameter in self.head.trained_keys():
+        The gradients of the head's trained parameters are added to their `.grad`.
+        """
+        head, targets_C = self.head, self.targets_C1[:, 0]
+        grad_C1 = grad_C[:, None]
+        slope_C1 = 1.0 if head.softcap is None else 1 - (self.target_C1 / head.softcap).square()
+        for columns, parameter in head.trained_keys():
             gradient = _gradient(parameter)
             gradient = gradient if gradient.ndim == 2 else gradient[:, None]
             queries_CQ = self.queries_CQ[:, columns].float()
-            gradient.index_add_(0, self.targets_C1[:, 0], (queries_CQ * grad_of_target_C1).to(gradient.dtype))
+            gradient.index_add_(0, targets_C, (queries_CQ * (grad_C1 * slope_C1)).to(gradient.dtype))
             for rows, terms_CK, highest_C1 in self.kept_blocks:
                 weighted_CQ = queries_CQ * (grad_C1 * (highest_C1 - self.log_total_C1).exp())
                 _add_product(gradient[rows], terms_CK.T, -weighted_CQ.to(terms_CK.dtype))
+        grad_CQ = (slope_C1 * head.keys(targets_C)).float().sub_(self.mean_CQ).mul_(grad_C1) * head.scale
+        size = self.hidden_CD.shape[1]
+        if head.lora is None:
+            return grad_CQ[:, :size]
+        a_RD = head.lora.a_RD
+        grad_CR = grad_CQ[:, size : size + a_RD.shape[0]] * head.lora.scaling
+        if a_RD.requires_grad:
+            _gradient(a_RD).add_(grad_CR.T @ self.hidden_CD.to(grad_CR.dtype))
+        return torch.addmm(grad_CQ[:, :size], grad_CR, a_RD.to(grad_CR.dtype))
 
 
 def _chunks(length: int, at_most: int) -> list[slice]:
-    """Even parts of at most so many positions."""
+    """Slices of equal size, to within one, of at most `at_most` positions."""
     num_chunks = -(-length // at_most)
     return [slice(i * length // num_chunks, (i + 1) * length // num_chunks) for i in range(num_chunks)]
 
@@ -327,7 +308,3 @@ def _gradient(parameter: Tensor) -> Tensor:
     if parameter.grad is None:
         parameter.grad = torch.zeros_like(parameter)
     return parameter.grad
-
-
-def _add_to_gradient(parameter: Tensor, gradient: Tensor) -> None:
-    _gradient(parameter).add_(gradient)

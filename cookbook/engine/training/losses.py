@@ -1,7 +1,7 @@
 """The losses of the training API. Each is a SUM over tokens, so that neither packing nor
 micro-batching changes a gradient and the caller picks the normaliser.
 
-Every function takes the log-probabilities of S scored tokens and what the Datum gave for them.
+Every function takes the log-probabilities of S scored tokens, in nats, and the inputs of the Datum for them.
 """
 
 from __future__ import annotations
@@ -83,7 +83,10 @@ assert set(LOSSES) == set(get_args(LossFnType))
 
 
 def get_loss(name: str, config: Mapping[str, float] | None) -> tuple[Loss, dict[str, float]]:
-    """The loss of that name and its settings: defaults overridden by `config`."""
+    """Returns the loss of that name and its settings: defaults overridden by `config`.
+
+    Raises RequestError for an unknown name or setting.
+    """
     if name not in LOSSES:
         hint = did_you_mean(name, LOSSES, quote="'")
         raise RequestError(f"Loss {name!r} is not known.{hint} Losses: {', '.join(LOSSES)}.")

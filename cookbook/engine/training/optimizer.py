@@ -1,20 +1,19 @@
 """AdamW on named weights, with fp32 masters of those that are held in fewer bits.
 
-All that it holds is allocated when it is made, so that a step needs no memory that lasts. A step is taken
+All of its state is allocated when it is created, so that a step needs no memory that lasts. A step is taken
 as a whole or not at all.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from cookbook.engine.model import fsdp
 from cookbook.engine.model.memory import is_out_of_memory
-from cookbook.engine.processes import World
+from cookbook.engine.processes import ALONE, World
 from cookbook.errors import CheckpointError
 from cookbook.types import AdamParams
 
@@ -23,10 +22,10 @@ _MASTER = "master"
 
 
 def bytes_to_train(weights: Iterable[Tensor]) -> int:
-    """The most that training `weights` takes beside them: what `Optimizer` and a pass allocate.
+    """The most bytes that training `weights` takes beside them: what `Optimizer` and a pass allocate.
 
-    Of each weight in fp32: its gradient, that of the passes before the one that is running, and two moments.
-    Of one in fewer bits also its fp32 master, while the gradient comes in its own dtype first.
+    For each weight in fp32 they are its gradient, that of the passes before the running one, and two moments.
+    A weight in fewer bits also has an fp32 master, and its gradient is computed in its own dtype first.
     """
     fp32 = torch.float32.itemsize
     return sum(
@@ -36,12 +35,12 @@ def bytes_to_train(weights: Iterable[Tensor]) -> int:
 
 
 def bytes_to_undo(weights: Iterable[Tensor]) -> int:
-    """What `Optimizer.step` takes for a moment in order to be undone: masters and moments once more."""
+    """The bytes of the copies of masters and moments from which `Optimizer.step` undoes a failed step."""
     return sum(3 * weight.numel() * torch.float32.itemsize for weight in weights)
 
 
 class Optimizer:
-    """Gradients add up on the masters, which are the weights themselves where those are fp32."""
+    """Gradients accumulate on the masters, which are the weights themselves where those are fp32."""
 
     def __init__(self, weights: Mapping[str, nn.Parameter], can_undo: bool = True) -> None:
         """`can_undo`: whether there is memory for a copy of masters and moments while a step is taken."""
@@ -61,13 +60,11 @@ class Optimizer:
         self._stepped: set[str] = set()
         """The weights whose moments a step has changed: others had no gradient so far."""
         self.num_steps = 0
-        self._has_changed_weights = False
-        """Whether the step that is being taken has got as far as that."""
         self.is_half_stepped = False
         """Whether a step failed on the way and could not be undone."""
 
     def collect_gradients(self) -> None:
-        """Adds what a backward pass left on weights of fewer bits to their masters."""
+        """Adds the gradients that a backward pass left on weights of fewer bits to their masters."""
         for name, weight in self._weights.items():
             master = self.masters[name]
             if master is weight or weight.grad is None:
@@ -77,7 +74,7 @@ class Optimizer:
             weight.grad = None
 
     def take_gradients(self) -> dict[str, Tensor | None]:
-        """The gradients so far, which are then none."""
+        """Returns the gradients so far and clears them."""
         taken = {name: master.grad for name, master in self.masters.items()}
         self.discard_gradients()
         return taken
@@ -94,13 +91,53 @@ class Optimizer:
         for weight in (*self._weights.values(), *self.masters.values()):
             weight.grad = None
 
-    def add_up_gradients(self, world: World) -> None:
+    def step(self, params: AdamParams, world: World = ALONE) -> Tensor:
+        """One step on the gradients, summed over the processes: their norm before clipping, on the device.
+
+        The gradients stay. Where the step fails on any process, weights, moments and step counts of all are
+        those from before, or `is_half_stepped` is set.
+        """
+        self._all_reduce_gradients(world)
+        trained = [master for master in self.masters.values() if master.grad is not None]
+        moments = [value for master in trained for value in self._adamw.state[master].values()]
+        changing = [fsdp.local_part(tensor.detach()) for tensor in (*trained, *moments)]
+        before, stepped, num_steps = self._copies_of(changing), set(self._stepped), self.num_steps
+        has_changed_weights = False
+        try:
+            with world.failing_together():
+                gradients = [master.grad for master in trained if master.grad is not None]
+                norm = torch.nn.utils.get_total_norm(gradients) if gradients else torch.zeros(())
+                norm = fsdp.full_tensor(norm)
+                if params.grad_clip_norm > 0:
+                    torch.nn.utils.clip_grads_with_norm_(self.masters.values(), params.grad_clip_norm, norm)
+                for group in self._adamw.param_groups:
+                    group.update(
+                        lr=params.learning_rate,
+                        betas=(params.beta1, params.beta2),
+                        eps=params.eps,
+                        weight_decay=params.weight_decay,
+                    )
+                has_changed_weights = True
+                self._adamw.step()
+                self._copy_masters()
+                self._stepped |= {name for name, master in self.masters.items() if master.grad is not None}
+                self.num_steps += 1
+        except BaseException:
+            if has_changed_weights and before is None:
+                self.is_half_stepped = True
+            elif has_changed_weights:
+                if before:
+                    torch._foreach_copy_(changing, before)
+                self._copy_masters()
+            self._stepped, self.num_steps = stepped, num_steps
+            raise
+        return norm
+
+    def _all_reduce_gradients(self, world: World) -> None:
         """Sums the gradients over the processes: every one then takes the step that one alone would take."""
-        if world.is_alone:
-            return
-        masters = [master for master in self.masters.values() if not fsdp.is_dealt_out(master)]
-        if not masters:
-            return  # their gradients were added up in the backward pass
+        masters = [master for master in self.masters.values() if not fsdp.is_dtensor(master)]
+        if world.is_alone or not masters:
+            return  # sharded gradients were summed in the backward pass
         is_trained = world.all_reduce_max(*(master.grad is not None for master in masters))
         trained = [master for master, counts in zip(masters, is_trained, strict=True) if counts]
         for master in trained:
@@ -108,48 +145,10 @@ class Optimizer:
                 master.grad = torch.zeros_like(master)
         world.all_reduce_sum([master.grad for master in trained if master.grad is not None])
 
-    def step(self, params: AdamParams) -> Tensor:
-        """One step on the gradients, which stay; their norm before it was clipped. Waits for no device."""
-        gradients = [master.grad for master in self.masters.values() if master.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients) if gradients else torch.zeros(())
-        norm = fsdp.full_tensor(norm)
-        if params.grad_clip_norm > 0:
-            torch.nn.utils.clip_grads_with_norm_(self.masters.values(), params.grad_clip_norm, norm)
-        for group in self._adamw.param_groups:
-            group.update(
-                lr=params.learning_rate,
-                betas=(params.beta1, params.beta2),
-                eps=params.eps,
-                weight_decay=params.weight_decay,
-            )
-        self._has_changed_weights = True
-        self._adamw.step()
-        self._copy_masters()
-        self._stepped |= {name for name, master in self.masters.items() if master.grad is not None}
-        self.num_steps += 1
-        return norm
-
-    @contextlib.contextmanager
-    def all_or_nothing(self) -> Iterator[None]:
-        """Where the body fails, weights, moments and step counts are those from before."""
-        before, stepped, num_steps = self._copies(), set(self._stepped), self.num_steps
-        self._has_changed_weights = False
-        try:
-            yield
-        except BaseException:
-            if self._has_changed_weights and before is None:
-                self.is_half_stepped = True
-            elif self._has_changed_weights:
-                if before:
-                    torch._foreach_copy_(self._changed_by_a_step(), before)
-                self._copy_masters()
-            self._stepped, self.num_steps = stepped, num_steps
-            raise
-
-    def _copies(self) -> list[Tensor] | None:
+    def _copies_of(self, tensors: list[Tensor]) -> list[Tensor] | None:
+        """Copies from which a failed step is undone; None where there is no memory for them."""
         if not self._can_undo:
             return None
-        tensors = self._changed_by_a_step()
         try:
             copies = [torch.empty_like(tensor) for tensor in tensors]
         except (RuntimeError, MemoryError) as error:
@@ -160,12 +159,6 @@ class Optimizer:
             torch._foreach_copy_(copies, tensors)
         return copies
 
-    def _changed_by_a_step(self) -> list[Tensor]:
-        """This process's parts of the masters that have a gradient, their moments and step counts."""
-        trained = [master for master in self.masters.values() if master.grad is not None]
-        moments = [value for master in trained for value in self._adamw.state[master].values()]
-        return [fsdp.local_part(tensor.detach()) for tensor in (*trained, *moments)]
-
     @torch.no_grad()
     def _copy_masters(self) -> None:
         for name, weight in self._weights.items():
@@ -175,7 +168,7 @@ class Optimizer:
     # -- state ------------------------------------------------------------------------------
 
     def tensors(self) -> dict[str, Tensor]:
-        """All that a step depends on beside the weights, by name."""
+        """The tensors that a step depends on beside the weights, by name."""
         tensors = {
             f"{name}.{key}": value
             for name, master in self.masters.items()
@@ -188,8 +181,8 @@ class Optimizer:
         return tensors
 
     @torch.no_grad()
-    def start_over(self) -> None:
-        """Forgets the past: masters are those of the weights as they are, moments are zero."""
+    def reset(self) -> None:
+        """Copies the masters from the weights as they are, and sets moments and step counts to zero."""
         self.discard_gradients()
         for name, master in self.masters.items():
             if master is not self._weights[name]:
@@ -231,7 +224,7 @@ class Optimizer:
 
     @torch.no_grad()
     def restore(self, tensors: Mapping[str, Tensor], num_steps: int) -> None:
-        """Takes over what `tensors` gave, after `check` and `start_over`."""
+        """Copies the state from `tensors`, after `check` and `reset`."""
         for name, master in self.masters.items():
             if f"{name}.{_MOMENTS[0]}" in tensors:
                 self._stepped.add(name)

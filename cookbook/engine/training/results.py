@@ -1,90 +1,164 @@
-"""What passes and steps come to: numbers that may still be on the device."""
+"""Results of passes: numbers that may still be on the device.
+
+Shape suffixes: T tokens of one sequence, N positions of all sequences end to end, S scored positions of a
+micro-batch.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor
 
-from cookbook.engine.model.packing import Layout, TokenSequence
-from cookbook.engine.training.readback import Readback
-from cookbook.types import ForwardBackwardOutput, OptimStepResponse, TensorData
+from cookbook.engine.model.packing import Layout, TokenSequence, copy_to
+from cookbook.engine.processes import World
+from cookbook.types import ForwardBackwardOutput, LossFnOutput, TensorData
 
 
-@dataclass(frozen=True)
-class Scored:
-    """What some micro-batches came to, still on the device: one entry for each."""
+class MicrobatchResult(NamedTuple):
+    """The results of one micro-batch, still on the device."""
 
-    plan: list[list[int]]
-    """Which sequences are in it."""
-    layouts: list[Layout]
-    logprobs: list[Tensor]
-    losses: list[Tensor]
-    likeliest: list[Tensor]
-    """Empty where nobody asked."""
+    indices: Sequence[int]
+    """Which sequences of the request are in it."""
+    layout: Layout
+    logprobs_S: Tensor
+    """[S], or of a request for the loss alone its `summary_of`: [3]."""
+    is_argmax_S: Tensor | None
+    """Whether each target is the most likely token, where that was asked for."""
+    loss: Tensor
+
+
+def summary_of(logprobs_S: Tensor, weights_S: Tensor) -> Tensor:
+    """The weighted sum, the minimum and the maximum of log-probabilities: [3], fp64."""
+    if not len(logprobs_S):
+        return torch.tensor([0.0, math.inf, -math.inf], dtype=torch.float64, device=logprobs_S.device)
+    logprobs_S = logprobs_S.double()
+    return torch.stack([weights_S.double() @ logprobs_S, *logprobs_S.aminmax()])
+
+
+def all_reduce_summaries(
+    world: World, results: list[MicrobatchResult], device: torch.device
+) -> list[MicrobatchResult]:
+    """The summaries of all processes, as those of one micro-batch whose `logprobs_S` is [processes, 3]."""
+    nothing = torch.zeros(0, device=device)
+    rows = torch.stack([summary_of(nothing, nothing), *(result.logprobs_S for result in results)])
+    summaries = torch.zeros(world.size, 3, dtype=torch.float64, device=device)
+    summaries[world.rank] = torch.stack([rows[:, 0].sum(), rows[:, 1].min(), rows[:, 2].max()])
+    loss = torch.stack([torch.zeros((), device=device), *(result.loss for result in results)]).sum()
+    world.all_reduce_sum([summaries, loss])  # each process fills in its row
+    return [MicrobatchResult((), Layout([], np.zeros(0, np.int64), 0), summaries, None, loss)]
+
+
+def all_reduce_results(
+    world: World, results: list[MicrobatchResult], lengths: Sequence[int], device: torch.device, argmax: bool
+) -> list[MicrobatchResult]:
+    """The results of all processes, as those of one micro-batch with all sequences of the request.
+
+    Each process fills in its part of a row of zeros, and the rows are summed: x + 0 is x.
+    """
+    ends = np.cumsum(lengths)
+    starts = ends - lengths
+    num_tokens = int(ends[-1])
+    logprobs_N = torch.zeros(num_tokens, device=device)
+    is_argmax_N = torch.zeros(num_tokens if argmax else 0, device=device)
+    loss = torch.zeros((), device=device)
+    for result in results:
+        row = np.concatenate([np.arange(starts[index], ends[index]) for index in result.indices])
+        places_S = copy_to(device, row[result.layout.scored_S])
+        logprobs_N.index_copy_(0, places_S, result.logprobs_S)
+        if result.is_argmax_S is not None:
+            is_argmax_N.index_copy_(0, places_S, result.is_argmax_S.float())
+        loss += result.loss
+    world.all_reduce_sum([logprobs_N, is_argmax_N, loss])
+    segments = list(zip(starts.tolist(), ends.tolist(), strict=True))
+    layout = Layout(segments, np.arange(num_tokens), num_tokens)
+    indices = range(len(lengths))
+    return [MicrobatchResult(indices, layout, logprobs_N, is_argmax_N if argmax else None, loss)]
+
+
+class Readback:
+    """Starts copying tensors to host memory at once; `arrays()` waits for the copies.
+
+    On CUDA the copies go into pinned memory behind the kernels that are already queued, so the
+    worker continues to queue the next step meanwhile.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._event: torch.cuda.Event | None = None
+        self._host = [tensor.detach() for tensor in tensors]
+        if any(tensor.is_cuda for tensor in tensors):
+            self._host = [
+                torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(
+                    tensor, non_blocking=True
+                )
+                for tensor in self._host
+            ]
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    def arrays(self) -> list[np.ndarray]:
+        if self._event is not None:
+            self._event.synchronize()
+        return [tensor.numpy() for tensor in self._host]
 
 
 @dataclass(frozen=True)
 class PassResult:
-    """A pass whose numbers may still be on the device; `output` waits for them."""
+    """The result of a pass; `output` waits for the numbers that are still on the device."""
 
     sequences: list[TokenSequence]
-    plan: list[list[int]]
-    """Which sequences are in each micro-batch."""
-    layouts: list[Layout]
+    places: list[tuple[Sequence[int], Layout]]
+    """Which sequences are in each micro-batch, and where."""
     scored_logprobs: Readback
+    is_argmax: Readback
+    """Both by micro-batch; the latter is empty where it was not asked for."""
     losses: Readback
+    is_loss_only: bool = False
+    """Whether `scored_logprobs` are rows of `summary_of`."""
     custom_loss: float | None = None
     custom_metrics: Mapping[str, float] = field(default_factory=dict)
-    likeliest: Readback = field(default_factory=lambda: Readback([]))
-    """Of each micro-batch, where the request asked for it."""
-
-    @staticmethod
-    def of(sequences: list[TokenSequence], scored: Scored) -> PassResult:
-        return PassResult(
-            sequences,
-            scored.plan,
-            scored.layouts,
-            Readback(scored.logprobs),
-            Readback(scored.losses),
-            likeliest=Readback(scored.likeliest),
-        )
 
     def logprobs(self) -> list[np.ndarray]:
-        """One float32 array per datum; positions that were not scored read 0.0."""
+        """One float32 array [T] per datum; positions that were not scored read 0.0."""
         return self._by_datum(self.scored_logprobs.arrays())
 
-    def _by_datum(self, scored: list[np.ndarray]) -> list[np.ndarray]:
+    def _by_datum(self, values: list[np.ndarray]) -> list[np.ndarray]:
         found: dict[int, np.ndarray] = {}
-        for indices, layout, values_S in zip(self.plan, self.layouts, scored, strict=True):
+        for (indices, layout), values_S in zip(self.places, values, strict=True):
             found.update(zip(indices, layout.split(values_S), strict=True))
         return [found[index] for index in range(len(self.sequences))]
 
     def output(self) -> ForwardBackwardOutput:
-        logprobs = self.logprobs()
         weights = [sequence.weights_T.astype(np.float64) for sequence in self.sequences]
         weight_sum = float(sum(weights_T.sum() for weights_T in weights))
-        nll_sum = -sum(float(weights_T @ lp_T) for weights_T, lp_T in zip(weights, logprobs, strict=True))
+        logprobs: list[np.ndarray] = []
+        metrics = dict(self.custom_metrics)
+        if self.is_loss_only:
+            rows = np.concatenate([row.reshape(-1, 3) for row in self.scored_logprobs.arrays()])
+            sums, lowest, highest = rows.T
+            nll_sum = -float(sums.sum())
+            if lowest.min() != np.inf:  # some target is trained
+                metrics |= {"logprobs:min": float(lowest.min()), "logprobs:max": float(highest.max())}
+        else:
+            logprobs = self._by_datum(self.scored_logprobs.arrays())
+            nll_sum = -sum(float(weights_T @ lp_T) for weights_T, lp_T in zip(weights, logprobs, strict=True))
         loss_sum = sum(float(loss) for loss in self.losses.arrays())
         loss = nll_sum / weight_sum if weight_sum else 0.0
         if self.custom_loss is not None:
             loss = loss_sum = self.custom_loss
-        outputs = [{"logprobs": TensorData(lp_T)} for lp_T in logprobs]
-        if likeliest := self.likeliest.arrays():
-            for found, is_argmax_T in zip(outputs, self._by_datum(likeliest), strict=True):
-                found["is_argmax"] = TensorData(is_argmax_T, dtype="int64")
+        outputs: list[LossFnOutput] = [{"logprobs": TensorData(lp_T)} for lp_T in logprobs]
+        if is_argmax := self.is_argmax.arrays():
+            outputs = [
+                {**found, "is_argmax": TensorData(is_argmax_T, "int64")}
+                for found, is_argmax_T in zip(outputs, self._by_datum(is_argmax), strict=True)
+            ]
         return ForwardBackwardOutput(
             loss=loss,
-            loss_fn_outputs=[*outputs],
-            metrics={"loss:sum": loss_sum, "weights:sum": weight_sum, **self.custom_metrics},
+            loss_fn_outputs=outputs,
+            metrics={"loss:sum": loss_sum, "weights:sum": weight_sum, **metrics},
         )
-
-
-@dataclass(frozen=True)
-class StepResult:
-    grad_norm: Readback
-
-    def output(self) -> OptimStepResponse:
-        return OptimStepResponse(metrics={"grad_norm": float(self.grad_norm.arrays()[0])})

@@ -1,8 +1,8 @@
-"""Checkpoints of weights that are dealt out over processes, which any number of processes read, one included.
+"""Checkpoints of weights that are sharded over processes, which any number of processes can read.
 
-The weights are put together and saved by the main process, so that the folder is a model. Of the optimizer
-every process writes its part and where that lies in the whole, and reads back what it needs of all parts:
-torch.distributed.checkpoint, in safetensors. Nothing is unpickled.
+The main process gathers and saves the weights, so that the folder is a model. Every process writes its
+part of the optimizer and the place of that part, and reads back what it needs of all parts, with
+torch.distributed.checkpoint in safetensors. Nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -35,35 +35,35 @@ def save(
     optimizer: Mapping[str, Tensor] | None,
     overwrite: bool,
 ) -> None:
-    """`checkpoint.save` by all processes of `base.world`. Rank 0 puts everything into place, or nothing."""
+    """Does `checkpoint.save` with all processes of `base.world`. Rank 0 puts all into place, or nothing."""
     world = base.world
     with contextlib.ExitStack() as stack:
 
-        def make_room() -> Path | None:
+        def make_folder() -> Path | None:
             checkpoint.check_name_is_free(path, overwrite)
             if optimizer is None:
                 return None
             return stack.enter_context(files.temporary_folder(path)) / checkpoint.OPTIMIZER_FOLDER
 
-        parts = world.on_rank0(make_room)
-        whole = full_weights.whole_weights(weights, is_kept=world.is_main)
+        parts = world.on_rank0(make_folder)
+        full = full_weights.full_tensors(weights, is_kept=world.is_main)
         with world.failing_together():
             if optimizer is not None:
                 assert parts is not None
                 _write(parts, optimizer, world)
-        write = functools.partial(_put_together, base, whole, parts)
+        write = functools.partial(_write_model, base, full, parts)
         world.on_rank0(functools.partial(checkpoint.save, path, info, write, None, overwrite))
 
 
-def _put_together(base: BaseModel, whole: Mapping[str, Tensor], parts: Path | None, folder: Path) -> None:
+def _write_model(base: BaseModel, full: Mapping[str, Tensor], parts: Path | None, folder: Path) -> None:
     """Writes the weights into `folder` and moves the optimizer's parts there."""
-    full_weights.write(base.model, base.tokenizer, folder, whole)
+    full_weights.write(base.model, base.tokenizer, folder, full)
     if parts is not None:
         files.rename(parts, folder / checkpoint.OPTIMIZER_FOLDER)
 
 
 def read_optimizer(path: str, masters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The optimizer's tensors of a checkpoint, each dealt out as the weight is that it belongs to."""
+    """Returns the optimizer's tensors of a checkpoint, each sharded as its weight is."""
     folder = checkpoint.optimizer_folder(path)
     if folder is not None:
         return _read(folder, masters)
@@ -76,14 +76,14 @@ def read_optimizer(path: str, masters: Mapping[str, Tensor]) -> dict[str, Tensor
 
 
 def _master_of(key: str, tensor: Tensor | torch.Size, masters: Mapping[str, Tensor]) -> Tensor | None:
-    """The weight that a tensor of its shape belongs to."""
+    """Returns the weight that the tensor belongs to, where the shapes agree."""
     master = masters.get(key.rpartition(".")[0])
     shape = tensor if isinstance(tensor, torch.Size) else tensor.shape
     return master if master is not None and master.shape == shape else None
 
 
 def _write(folder: Path, tensors: Mapping[str, Tensor], world: World) -> None:
-    """Every process takes part. `folder` is new, and theirs."""
+    """Writes the tensors into a new `folder`, with all processes."""
     from torch.distributed import checkpoint
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 
@@ -95,7 +95,7 @@ def _write(folder: Path, tensors: Mapping[str, Tensor], world: World) -> None:
 
 
 def _read(folder: Path, masters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What `_write` wrote, each tensor dealt out as the master is that it belongs to."""
+    """Returns the tensors that `_write` wrote, each sharded as its master is."""
     from torch.distributed import checkpoint
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
@@ -103,7 +103,7 @@ def _read(folder: Path, masters: Mapping[str, Tensor]) -> dict[str, Tensor]:
     try:
         found = reader.read_metadata().state_dict_metadata
         tensors = {
-            key: _room_for(key, meta.size, meta.properties.dtype, masters)  # type: ignore[union-attr]
+            key: _empty_like_master(key, meta.size, meta.properties.dtype, masters)  # type: ignore[union-attr]
             for key, meta in found.items()
         }
         with warnings.catch_warnings():
@@ -117,7 +117,9 @@ def _read(folder: Path, masters: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return tensors
 
 
-def _room_for(key: str, size: torch.Size, dtype: torch.dtype, masters: Mapping[str, Tensor]) -> Tensor:
+def _empty_like_master(
+    key: str, size: torch.Size, dtype: torch.dtype, masters: Mapping[str, Tensor]
+) -> Tensor:
     master = _master_of(key, size, masters)
     return (
         torch.empty(size, dtype=dtype) if master is None else torch.empty_like(master.detach(), dtype=dtype)

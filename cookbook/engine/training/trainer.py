@@ -1,7 +1,14 @@
-"""One adapter in training: gradients that add up, an optimizer, and their checkpoints."""
+"""One adapter in training: accumulated gradients, an optimizer, and their checkpoints.
+
+A pass (`forward`, `forward_backward`) is partitioned over the processes and into micro-batches; each of these
+is packed into one row, run through the model, and scored.
+
+Shape suffixes: T tokens of one sequence, S scored positions of a micro-batch, C positions of a chunk.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -19,49 +26,34 @@ from cookbook.engine.model import fsdp, peft_settings
 from cookbook.engine.model.adapters import Adapter
 from cookbook.engine.model.base_model import BaseModel
 from cookbook.engine.model.memory import MicrobatchLimits, Recovery, is_out_of_memory
-from cookbook.engine.model.packing import (
-    PackedBatch,
-    TokenSequence,
-    check_data,
-    pack,
-    plan_microbatches,
-    refuse_unknown,
-)
+from cookbook.engine.model.packing import PackedBatch, TokenSequence, check_data, pack
 from cookbook.engine.training import sharded_state
 from cookbook.engine.training.losses import Loss, get_loss
 from cookbook.engine.training.optimizer import Optimizer
-from cookbook.engine.training.partition import deal_out, put_together
-from cookbook.engine.training.readback import Readback
-from cookbook.engine.training.results import PassResult, Scored, StepResult
-from cookbook.errors import CheckpointError, RequestError, TrainingError
-from cookbook.types import (
-    IGNORED_TARGET,
-    AdamParams,
-    Datum,
-    LoraConfig,
+from cookbook.engine.training.partition import partition, plan_microbatches
+from cookbook.engine.training.results import (
+    MicrobatchResult,
+    PassResult,
+    Readback,
+    all_reduce_results,
+    all_reduce_summaries,
+    summary_of,
 )
+from cookbook.errors import CheckpointError, RequestError, TrainingError
+from cookbook.types import IGNORED_TARGET, AdamParams, Datum, LoraConfig
 
 logger = logging.getLogger(__name__)
 
 CustomLossFn = Callable[[list[Datum], list[Tensor]], tuple[Tensor, dict[str, float]]]
 
 
-@dataclass(frozen=True)
-class _TightMicrobatch:
-    """One that ran out of memory."""
-
-    lengths: list[int]
-    saves_activations: bool
-    """Whether it kept no activations that it could do without."""
-
-    @property
-    def num_tokens(self) -> int:
-        return sum(self.lengths)
-
-
 class _DoesNotFit(Exception):
-    def __init__(self, microbatch: _TightMicrobatch) -> None:
-        self.microbatch = microbatch
+    """A micro-batch ran out of memory."""
+
+    def __init__(self, lengths: list[int], saves_activations: bool) -> None:
+        """`saves_activations`: whether it kept no activations that it could do without."""
+        self.lengths = lengths
+        self.saves_activations = saves_activations
 
 
 @dataclass(frozen=True)
@@ -74,7 +66,9 @@ class Request:
     trained_only: bool
     """Score only positions of weight other than 0; the others read 0.0."""
     with_argmax: bool = False
-    """Tell also whether each scored target is the most likely token. Not while gradients are formed."""
+    """Also find whether each scored target is the most likely token. Not while gradients are computed."""
+    loss_only: bool = False
+    """Return the weighted sum, the minimum and the maximum of the log-probabilities alone."""
 
 
 class Trainer:
@@ -107,28 +101,27 @@ class Trainer:
         loss_fn: str,
         loss_fn_config: Mapping[str, float] | None,
         trained_only: bool = False,
-        refuse_unknown_inputs: bool = True,
+        allow_unknown_inputs: bool = False,
         with_argmax: bool = False,
+        loss_only: bool = False,
     ) -> Request:
         """Raises RequestError for anything that cannot be run. Safe from any thread."""
         loss, config = get_loss(loss_fn, loss_fn_config)
-        if refuse_unknown_inputs:
-            refuse_unknown(data)
-        sequences = check_data(data, loss.required_inputs, self.base.vocab_size)
-        longest = max(len(sequence) for sequence in sequences)
+        sequences = check_data(data, loss.required_inputs, self.base.vocab_size, allow_unknown_inputs)
+        longest = max(len(sequence.tokens_T) for sequence in sequences)
         if longest > self.base.context_length:
             raise RequestError(
                 f"A sequence of {longest} tokens exceeds the context length of {self.base.context_length} "
                 f"of {self.base.name}. Truncate it: max_length={self.base.context_length}."
             )
-        return Request(sequences, loss, config, trained_only, with_argmax)
+        return Request(sequences, loss, config, trained_only, with_argmax, loss_only)
 
     def forward(self, request: Request) -> PassResult:
         self._check_not_half_stepped()
         return self._run(request, backward=False)
 
     def forward_backward(self, request: Request) -> PassResult:
-        """Adds the gradient of the summed loss to what is there; on failure adds nothing."""
+        """Adds the gradient of the summed loss to the gradients so far; on failure adds nothing."""
         self._check_not_half_stepped()
         earlier = self._optimizer.take_gradients()
         try:
@@ -171,19 +164,17 @@ class Trainer:
         self.forward_backward(Request(weighted, loss, config, trained_only=True))
         return result
 
-    def optim_step(self, params: AdamParams) -> StepResult:
-        """One AdamW step on the gradients so far, which are then cleared. Does not wait for the device.
+    def optim_step(self, params: AdamParams) -> Readback:
+        """One AdamW step on the gradients so far, which are then cleared: their norm before clipping.
 
-        A step that fails changes nothing; its gradients are cleared too, so that the next one does not step
-        on two batches.
+        Does not wait for the device. A step that fails changes nothing; its gradients are cleared too, so
+        that the next one does not step on two batches.
         """
         self._check_not_half_stepped()
         if not self._has_gradient:
             raise TrainingError("optim_step has nothing to step on: no forward_backward since the last one.")
         try:
-            self._optimizer.add_up_gradients(self._world)
-            with self._optimizer.all_or_nothing(), self._world.failing_together():
-                norm = self._optimizer.step(params)
+            norm = self._optimizer.step(params, self._world)
         except Exception as error:
             if self._world.is_broken:
                 raise
@@ -194,7 +185,11 @@ class Trainer:
             ) from error
         finally:
             self.discard_gradients()
-        return StepResult(Readback([norm]))
+        return Readback([norm])
+
+    def discard_gradients(self) -> None:
+        self._optimizer.discard_gradients()
+        self._has_gradient = False
 
     def _check_not_half_stepped(self, error: Exception | None = None) -> None:
         if self._optimizer.is_half_stepped:
@@ -203,144 +198,138 @@ class Trainer:
                 "ahead of others. Load a checkpoint with load_state_with_optimizer."
             ) from error
 
-    def discard_gradients(self) -> None:
-        self._optimizer.discard_gradients()
-        self._has_gradient = False
-
     def _run(self, request: Request, backward: bool) -> PassResult:
-        """This process's share of the sequences, and the results of all shares."""
-        lengths = [len(sequence) for sequence in request.sequences]
-        share = deal_out(lengths, self._world.size)[self._world.rank]
+        """Runs this process's part of the sequences: the results of all parts.
+
+        Where memory does not suffice, all its micro-batches are run again in smaller ones. Sharded weights
+        are gathered by all processes together, so there a failure ends the run.
+        """
+        lengths = [len(sequence.tokens_T) for sequence in request.sequences]
+        own = partition(lengths, self._world.size)[self._world.rank]
+        results: list[MicrobatchResult] | None = None
         if self.base.is_sharded:
-            scored = self._run_share_in_step(request, share, backward)
-        else:
-            with self._world.failing_together():
-                scored = self._run_share(request, share, backward)
-        self._end_pass(backward)
-        return PassResult.of(
-            request.sequences,
-            put_together(self._world, scored, lengths, self.base.device, request.with_argmax),
-        )
-
-    def _run_share_in_step(self, request: Request, share: list[int], backward: bool) -> Scored:
-        """With weights that all processes put together: where one fails, the others cannot go on."""
-        is_trained = any((sequence.weights_T != 0).any() for sequence in request.sequences)
-        try:
-            with self.base.adapters.using(self.adapter):
-                return self._run_microbatches(request, share, backward and is_trained)
-        except _DoesNotFit as failure:
-            num_tokens = failure.microbatch.num_tokens
-            error: Exception = TrainingError(
-                f"A micro-batch of {num_tokens} tokens does not fit in the memory of {self.base.device}, and "
-                f"with shard=full it cannot be tried again in smaller ones: the other processes wait for it. "
-                f"Start again in another log_path with max_tokens_per_microbatch={max(1, num_tokens // 2)} "
-                f"or gradient_checkpointing=on."
-            )
-        except Exception as raised:
-            error = raised
-        raise self._world.abort(error) from error
-
-    def _run_share(self, request: Request, share: list[int], backward: bool) -> Scored:
-        """Every micro-batch once; where memory does not suffice, all again in smaller ones."""
-        while True:
+            is_trained = any(sequence.weights_T.any() for sequence in request.sequences)
             try:
                 with self.base.adapters.using(self.adapter):
-                    return self._run_microbatches(request, share, backward)
-            except _DoesNotFit as failure:
-                tight = failure.microbatch  # the exception goes, and with it what its traceback holds
-            if backward:
-                self._optimizer.discard_gradients()
-            self._limits = self._smaller_limits(tight)
-            self._ran_out_of_memory = True
+                    results = self._run_microbatches(request, own, backward and is_trained)
+            except _DoesNotFit as tight:
+                num_tokens = sum(tight.lengths)
+                error: Exception = TrainingError(
+                    f"A micro-batch of {num_tokens} tokens does not fit in the memory of {self.base.device}, "
+                    f"and with shard=full it cannot be tried again in smaller ones: the other processes wait "
+                    f"for it. Start again in another log_path with "
+                    f"max_tokens_per_microbatch={max(1, num_tokens // 2)} or gradient_checkpointing=on."
+                )
+            except Exception as raised:
+                error = raised
+            if results is None:
+                raise self._world.abort(error) from error
+        with self._world.failing_together() if results is None else contextlib.nullcontext():
+            while results is None:
+                try:
+                    with self.base.adapters.using(self.adapter):
+                        results = self._run_microbatches(request, own, backward)
+                except _DoesNotFit as tight:  # it goes, and with it the tensors that its traceback holds
+                    tight_lengths, saves_activations = tight.lengths, tight.saves_activations
+                if results is None:
+                    if backward:
+                        self._optimizer.discard_gradients()
+                    self._limits = self._smaller_limits(tight_lengths, saves_activations)
+                    self._ran_out_of_memory = True
+        assert results is not None
+        self._agree_on_limits()
+        self._recover_limits(backward)
+        if not self._world.is_alone and request.loss_only:
+            results = all_reduce_summaries(self._world, results, self.base.device)
+        elif not self._world.is_alone:
+            results = all_reduce_results(self._world, results, lengths, self.base.device, request.with_argmax)
+        return PassResult(
+            request.sequences,
+            [(result.indices, result.layout) for result in results],
+            Readback([result.logprobs_S for result in results]),
+            Readback([result.is_argmax_S for result in results if result.is_argmax_S is not None]),
+            Readback([result.loss for result in results]),
+            request.loss_only,
+        )
 
-    def _run_microbatches(self, request: Request, share: list[int], backward: bool) -> Scored:
-        lengths = [len(request.sequences[index]) for index in share]
-        sizes = [self._limits.size(length) for length in lengths]
-        plan = plan_microbatches(sizes, self._limits.max_tokens if self.base.is_packed else 1)
-        done = Scored([[share[place] for place in places] for places in plan], [], [], [], [])
-        for indices in self._in_step(done.plan):
-            sequences = [request.sequences[index] for index in indices] or [_nothing(request)]
-            lengths_here = [len(sequence) for sequence in sequences]
-            is_checkpointed = backward and self._limits.checkpoints(
-                self._limits.size_without_checkpointing(lengths_here)
-            )
+    def _run_microbatches(self, request: Request, own: list[int], backward: bool) -> list[MicrobatchResult]:
+        """Plans, packs and runs the micro-batches of the sequences `own`. Raises _DoesNotFit."""
+        limits = self._limits
+        sizes = [limits.size(len(request.sequences[index].tokens_T)) for index in own]
+        plan = plan_microbatches(sizes, limits.max_tokens if self.base.is_packed else 1)
+        if self.base.is_sharded:  # every process runs as many, because all gather the weights for each
+            (num_microbatches,) = self._world.all_reduce_max(len(plan))
+            plan += [[] for _ in range(num_microbatches - len(plan))]
+        results = []
+        for places in plan:
+            indices = [own[place] for place in places]
+            sequences = [request.sequences[index] for index in indices] or [_untrained(request)]
+            lengths = [len(sequence.tokens_T) for sequence in sequences]
+            size = limits.size_without_checkpointing(lengths)
+            is_checkpointed = backward and size > limits.max_tokens_without_checkpointing
             try:
                 batch = pack(sequences, self.base.device, request.trained_only)
-                scores, loss = self._run_microbatch(batch, request, backward, is_checkpointed)
+                result = self._run_microbatch(batch, indices, request, backward, is_checkpointed)
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
-                tight = _TightMicrobatch(lengths_here, is_checkpointed or not backward)
-                raise _DoesNotFit(tight) from None
-            if not indices:
-                continue
-            done.layouts.append(batch.layout)
-            done.logprobs.append(scores[0])
-            done.likeliest.extend(scores[1:])
-            done.losses.append(loss)
-        return done
-
-    def _in_step(self, plan: list[list[int]]) -> list[list[int]]:
-        """As many micro-batches on every process where weights are put together for each: some are empty."""
-        if not self.base.is_sharded:
-            return plan
-        (most,) = self._world.all_reduce_max(len(plan))
-        return [*plan, *([] for _ in range(most - len(plan)))]
+                raise _DoesNotFit(lengths, is_checkpointed or not backward) from None
+            if indices:
+                results.append(result)
+        return results
 
     def _run_microbatch(
-        self, batch: PackedBatch, request: Request, backward: bool, checkpoint_layers: bool
-    ) -> tuple[tuple[Tensor, ...], Tensor]:
-        """The log-probabilities and, where they are asked for, who is likeliest; and the loss."""
+        self, batch: PackedBatch, indices: list[int], request: Request, backward: bool, is_checkpointed: bool
+    ) -> MicrobatchResult:
+        num_trained, is_argmax_S = batch.layout.num_trained, None
 
-        token_loss = functools.partial(_token_loss, request, batch)
-        num_trained = batch.layout.num_trained
+        def token_loss(logprobs_C: Tensor, part: slice) -> Tensor:
+            extras = {name: values_S[part] for name, values_S in batch.extras.items()}
+            return request.loss.fn(logprobs_C, batch.weights_S[part], extras, request.loss_config)
+
         if backward and (num_trained or self.base.is_sharded):
-            logprobs_S, loss = self.base.backpropagate(batch, token_loss, checkpoint_layers)
+            logprobs_S, loss = self.base.backpropagate(batch, token_loss, is_checkpointed)
             self._optimizer.collect_gradients()
-            return (logprobs_S,), loss
-        scores = self.base.scores(batch) if request.with_argmax else (self.base.logprobs(batch),)
-        return scores, token_loss(scores[0][:num_trained], slice(0, num_trained))
+        else:
+            if request.with_argmax:
+                logprobs_S, is_argmax_S = self.base.scores(batch)
+            else:
+                logprobs_S = self.base.logprobs(batch)
+            loss = token_loss(logprobs_S[:num_trained], slice(0, num_trained))
+        if request.loss_only:
+            logprobs_S = summary_of(logprobs_S[:num_trained], batch.weights_S[:num_trained])
+        return MicrobatchResult(indices, batch.layout, logprobs_S, is_argmax_S, loss)
 
-    def _smaller_limits(self, tight: _TightMicrobatch) -> MicrobatchLimits:
-        """Limits with which a pass is tried again. Raises TrainingError where there are none."""
-        limits = self._limits
-        if len(tight.lengths) > 1:
+    # -- memory -----------------------------------------------------------------------------
+
+    def _smaller_limits(self, lengths: list[int], saves_activations: bool) -> MicrobatchLimits:
+        """Limits with which to try again after a micro-batch that ran out of memory.
+
+        Raises TrainingError where there are none.
+        """
+        limits, num_tokens = self._limits, sum(lengths)
+        if len(lengths) > 1:
             logger.warning(
-                "A micro-batch of %d tokens does not fit in memory: going on with %d at most.",
-                tight.num_tokens,
-                tight.num_tokens // 2,
+                "A micro-batch of %d tokens does not fit in memory: continuing with %d at most.",
+                num_tokens,
+                num_tokens // 2,
             )
-            return replace(limits, max_tokens=sum(limits.size(length) for length in tight.lengths) // 2)
-        if self.base.options.gradient_checkpointing == "auto" and not tight.saves_activations:
+            return replace(limits, max_tokens=sum(limits.size(length) for length in lengths) // 2)
+        if self.base.options.gradient_checkpointing == "auto" and not saves_activations:
             logger.warning(
                 "A sequence of %d tokens does not fit in memory: its layers are checkpointed from now on.",
-                tight.num_tokens,
+                num_tokens,
             )
-            size = limits.size_without_checkpointing(tight.lengths)
+            size = limits.size_without_checkpointing(lengths)
             return replace(limits, max_tokens_without_checkpointing=size - 1)
-        checkpointing = "" if tight.saves_activations else " gradient_checkpointing=auto,"
+        checkpointing = "" if saves_activations else " gradient_checkpointing=auto,"
         raise TrainingError(
-            f"A sequence of {tight.num_tokens} tokens does not fit in the memory of {self.base.device}, even "
+            f"A sequence of {num_tokens} tokens does not fit in the memory of {self.base.device}, even "
             f"alone. Use{checkpointing} a smaller max_length, a dtype of fewer bytes, or a smaller model."
         )
 
-    def _end_pass(self, backward: bool) -> None:
-        """Remembers for the next pass whether memory ran out in this one.
-
-        Limits are raised by the number of training passes alone: a resumed run may evaluate less often.
-        """
-        self._agree_on_limits()
-        if self._ran_out_of_memory:
-            self._recovery = self._recovery.after_failure()
-            self._ran_out_of_memory = False
-        elif backward:
-            self._recovery, limits = self._recovery.after_pass(self._limits, self._full_limits)
-            if limits != self._limits:
-                logger.info("Micro-batches of up to %d tokens are tried again.", limits.max_tokens)
-            self._limits = limits
-
     def _agree_on_limits(self) -> None:
-        """Takes the tightest that any process has found, so that one checkpoint has the limits of all."""
+        """Takes the tightest limits of all processes, so that one checkpoint has the limits of all."""
         tokens, tokens_without, has_memory = self._world.all_reduce_min(
             self._limits.max_tokens,
             self._limits.max_tokens_without_checkpointing,
@@ -350,6 +339,18 @@ class Trainer:
             self._limits, max_tokens=tokens, max_tokens_without_checkpointing=tokens_without
         )
         self._ran_out_of_memory = not has_memory
+
+    def _recover_limits(self, backward: bool) -> None:
+        """Raises lowered limits again, by the number of training passes alone: a resumed run may evaluate
+        less often."""
+        if self._ran_out_of_memory:
+            self._recovery = self._recovery.after_failure()
+            self._ran_out_of_memory = False
+        elif backward:
+            self._recovery, limits = self._recovery.after_pass(self._limits, self._full_limits)
+            if limits != self._limits:
+                logger.info("Micro-batches of up to %d tokens are tried again.", limits.max_tokens)
+            self._limits = limits
 
     # -- state ------------------------------------------------------------------------------
 
@@ -384,7 +385,7 @@ class Trainer:
         )
 
     def _lowered_limits(self) -> dict[str, int] | None:
-        """Where memory ran out: what a resumed run has to know in order to cut its batches the same way."""
+        """The limits since memory ran out, with which a resumed run plans the same micro-batches."""
         if not self._recovery.is_needed:
             return None
         return {
@@ -407,8 +408,8 @@ class Trainer:
                 )
 
     def _check_alike(self) -> None:
-        """Raises TrainingError where a process has come to other weights than the main one."""
-        weights = [weight for weight in self.adapter.weights.values() if not fsdp.is_dealt_out(weight)]
+        """Raises TrainingError where a process has other weights than the main one."""
+        weights = [weight for weight in self.adapter.weights.values() if not fsdp.is_dtensor(weight)]
         checksums = self._world.all_gather_object(
             None if self._world.is_alone else checkpoint.checksum(weights)
         )
@@ -433,18 +434,18 @@ class Trainer:
             )
             if optimizer is not None:
                 self._optimizer.check(path, optimizer)
-            rng, limits, recovery = self._saved_course(path, info)
+            rng, limits, recovery = self._read_progress(path, info)
         if with_optimizer and info.world_size != self._world.size:
             logger.info(
-                "%s was saved by a run of %d processes; this one has %d. It goes on to rounding, not "
-                "to the bit.",
+                "%s was saved by a run of %d processes; this one has %d. It continues to rounding, not "
+                "bit for bit.",
                 path,
                 info.world_size,
                 self._world.size,
             )
         if dropout := checkpoint.dropout_of(path):
             logger.warning(
-                "%s was trained with lora_dropout=%g; here adapters are trained without dropout.",
+                "%s was trained with lora_dropout=%g; adapters are trained without dropout from here.",
                 path,
                 dropout,
             )
@@ -452,15 +453,16 @@ class Trainer:
             for name, parameter in self.adapter.weights.items():
                 parameter.copy_(weights[name])
         self.discard_gradients()
-        self._optimizer.start_over()
+        self._optimizer.reset()
         if optimizer is not None:
             self._optimizer.restore(optimizer, info.optimizer_steps)
             self.rng, self._limits, self._recovery = rng, limits, recovery
 
-    def _saved_course(
+    def _read_progress(
         self, path: str, info: checkpoint.StateInfo
     ) -> tuple[np.random.Generator, MicrobatchLimits, Recovery]:
-        """What else a resumed run continues with. Raises CheckpointError where its record is damaged."""
+        """The random numbers, limits and recovery of a checkpoint. Raises CheckpointError where its record is
+        damaged."""
         rng, limits, recovery = self.rng, self._limits, self._recovery
         try:
             if info.rng_state is not None:
@@ -470,7 +472,7 @@ class Trainer:
                 rng.bit_generator.state = dict(info.rng_state)
             if info.microbatch_limits is not None:
                 limits = replace(self._limits, **info.microbatch_limits)
-                saved = info.microbatch_recovery  # runs of before had limits that stayed
+                saved = info.microbatch_recovery  # earlier versions kept lowered limits for good
                 recovery = Recovery(**saved) if saved else Recovery().after_failure()
             elif self._recovery.is_needed:
                 limits, recovery = self._full_limits, Recovery()
@@ -482,17 +484,12 @@ class Trainer:
         return rng, limits, recovery
 
 
-def _token_loss(request: Request, batch: PackedBatch, logprobs_C: Tensor, part: slice) -> Tensor:
-    extras = {name: values_S[part] for name, values_S in batch.extras.items()}
-    return request.loss.fn(logprobs_C, batch.weights_S[part], extras, request.loss_config)
-
-
 def _seconds_from_now(seconds: int) -> str:
     return (datetime.now(UTC) + timedelta(seconds=seconds)).isoformat(timespec="seconds")
 
 
-def _nothing(request: Request) -> TokenSequence:
-    """A sequence from which nothing is learned."""
+def _untrained(request: Request) -> TokenSequence:
+    """A sequence without a trained token."""
     extras = dict.fromkeys(request.sequences[0].extras, np.zeros(1, np.float32))
     return TokenSequence(np.zeros(1, np.int64), np.full(1, IGNORED_TARGET), np.zeros(1, np.float32), extras)
 
@@ -504,7 +501,7 @@ def check_weights_fit(
     location = models.model_location(base.name)
     if info.base_model not in (models.canonical_name(base.name), location) and path != location:
         logger.warning(
-            "Checkpoint %s was made on %s and is loaded onto %s.", path, info.base_model, base.name
+            "Checkpoint %s was trained on %s and is loaded onto %s.", path, info.base_model, base.name
         )
     expected = {name: list(weight.shape) for name, weight in adapter.weights.items()}
     found = {name: list(weight.shape) for name, weight in weights.items()}

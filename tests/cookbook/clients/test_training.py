@@ -416,7 +416,7 @@ def test_a_failed_load_or_save_leaves_training_as_it_was(make_client: MakeClient
     client.forward_backward(batch(0))
     with pytest.raises(CheckpointError, match="does not exist"):
         client.load_state(tmp_path / "none").result()
-    with pytest.raises(CheckpointError, match="is no name for a checkpoint"):
+    with pytest.raises(CheckpointError, match="Invalid checkpoint name"):
         client.save_state("../up")
     with pytest.raises(CheckpointError, match="Choose another name"):
         client.save_state("sampler_weights")
@@ -530,7 +530,7 @@ def test_a_checkpoint_of_another_model_of_the_same_shape_is_loaded_with_a_warnin
     path = service.create_lora_training_client(tiny_qwen3, rank=2, seed=0).save_state("a").result().path
     other = service.create_lora_training_client(str(make_model_folder(tmp_path / "other")), rank=2, seed=0)
     other.load_state(path).result()
-    assert f"was made on {tiny_qwen3} and is loaded onto" in caplog.text
+    assert f"was trained on {tiny_qwen3} and is loaded onto" in caplog.text
 
 
 def test_loading_a_state_forgets_the_passes_before_it(tiny_qwen3: str, tmp_path: Path) -> None:
@@ -614,5 +614,5 @@ def test_a_time_to_live_is_recorded_and_overwrites_nothing(make_client: Any) -> 
 def test_what_is_no_time_to_live_is_refused(make_client: Any, ttl_seconds: Any) -> None:
     client = make_client()
     for save in (client.save_state, client.save_weights_for_sampler):
-        with pytest.raises(RequestError, match=f"ttl_seconds={ttl_seconds!r} is no number of seconds"):
+        with pytest.raises(RequestError, match=f"Invalid ttl_seconds={ttl_seconds!r}: must be"):
             save("never", ttl_seconds)

@@ -79,7 +79,7 @@ def test_a_job_that_raises_fails_alone(engine: Engine, error: BaseException) -> 
 
 @pytest.mark.parametrize("fails", [False, True])
 @pytest.mark.parametrize("error", RAISED, ids=repr)
-def test_a_done_callback_that_raises_keeps_nobody_from_being_told(
+def test_a_done_callback_that_raises_keeps_no_other_from_running(
     engine: Engine, error: BaseException, fails: bool
 ) -> None:
     go, told = threading.Event(), threading.Event()

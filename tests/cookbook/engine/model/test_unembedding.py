@@ -245,7 +245,7 @@ def test_a_target_that_ties_for_the_first_place_is_not_the_most_likely_in_whatev
 def test_a_model_of_equal_logits_or_nan_has_guessed_no_token(softcap: float | None) -> None:
     """Neither the first nor the last entry of the vocabulary, and none of one of a single token's lead."""
     head = make_head(softcap=softcap)
-    targets = torch.arange(head.vocab_size)
+    targets = torch.arange(len(head.weight_VD))
     for value in (0.0, torch.nan):
-        hidden_SD = torch.full((head.vocab_size, HIDDEN_SIZE), value)
+        hidden_SD = torch.full((len(head.weight_VD), HIDDEN_SIZE), value)
         assert not score_and_compare(head, hidden_SD, targets).is_argmax_S.any()

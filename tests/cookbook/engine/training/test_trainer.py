@@ -14,7 +14,7 @@ from cookbook.errors import TrainingError
 from cookbook.types import AdamParams, Datum, ModelInput
 
 
-def test_gradients_add_up_over_calls_until_the_step(
+def test_gradients_accumulate_over_calls_until_the_step(
     tiny_qwen3: str, make_trainer: Any, make_data: Any, gradients_of: Any, assert_close: Any
 ) -> None:
     made = make_trainer(tiny_qwen3)
@@ -146,3 +146,38 @@ def test_a_forward_pass_tells_which_targets_the_model_itself_would_choose(
         assert [output["is_argmax"].tolist() for output in outputs] == shown.tolist()
     request = made.check(data, "cross_entropy", None)
     assert "is_argmax" not in made.forward(request).output().loss_fn_outputs[0]
+
+
+@pytest.mark.parametrize("max_tokens", [16, 10_000])
+def test_a_pass_that_returns_no_log_probabilities_has_the_loss_and_the_gradients_of_one_that_does(
+    tiny_qwen3: str, make_trainer: Any, make_data: Any, gradients_of: Any, assert_close: Any, max_tokens: int
+) -> None:
+    made = make_trainer(tiny_qwen3)
+    made._limits = MicrobatchLimits(max_tokens, max_tokens)
+    data = make_data(made.base.vocab_size, [10, 20, 4])
+    whole = made.forward_backward(made.check(data, "cross_entropy", None, trained_only=True)).output()
+    expected = gradients_of(made)
+    made.discard_gradients()
+    request = made.check(data, "cross_entropy", None, trained_only=True, loss_only=True)
+    found = made.forward_backward(request).output()
+    for name, gradient in gradients_of(made).items():
+        assert torch.equal(gradient, expected[name])
+    assert found.loss_fn_outputs == []
+    assert found.loss == pytest.approx(whole.loss, rel=1e-12)
+    assert found.metrics["loss:sum"] == pytest.approx(whole.metrics["loss:sum"], rel=1e-6)
+    assert found.metrics["weights:sum"] == whole.metrics["weights:sum"]
+    logprobs = np.concatenate([output["logprobs"].to_numpy() for output in whole.loss_fn_outputs])
+    weights = np.concatenate([datum.loss_fn_inputs["weights"].to_numpy() for datum in data])
+    trained = logprobs[weights != 0]
+    assert (found.metrics["logprobs:min"], found.metrics["logprobs:max"]) == (trained.min(), trained.max())
+
+
+def test_a_pass_without_a_trained_target_that_returns_no_log_probabilities_has_no_smallest_one(
+    tiny_qwen3: str, make_trainer: Any
+) -> None:
+    made = make_trainer(tiny_qwen3)
+    datum = Datum(ModelInput.from_ints([5, 6]), {"target_tokens": [6, 7], "weights": [0.0, 0.0]})
+    found = made.forward(
+        made.check([datum], "cross_entropy", None, trained_only=True, loss_only=True)
+    ).output()
+    assert found.metrics == {"loss:sum": 0.0, "weights:sum": 0.0}
