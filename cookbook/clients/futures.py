@@ -14,11 +14,11 @@ T = TypeVar("T")
 
 
 class APIFuture(Generic[T]):
-    """A result that is being worked on. Read it with `.result()` or `await`.
+    """A result that is being computed. Read it with `.result()` or `await`.
 
-    `read` turns what the worker left into the value the caller sees. It runs once, in the
+    `read` turns the worker's result into the value that the caller gets. It runs once, in the
     thread of the first reader: on a GPU the worker only enqueues kernels and copies, and the
-    reader is the one that waits for them.
+    reader waits for them.
     """
 
     def __init__(self, job: Future[Any], read: Callable[[Any], T] | None = None) -> None:
@@ -36,14 +36,14 @@ class APIFuture(Generic[T]):
         return cls(job)
 
     def result(self, timeout: float | None = None) -> T:
-        """Waits `timeout` seconds at most (None: as long as it takes), then raises TimeoutError.
+        """Returns the result, after at most `timeout` seconds (None: no limit). Raises TimeoutError then.
 
-        An error of the worker is raised here, as often as the result is asked for.
+        An error of the worker is raised by every call.
         """
         try:
             raw = self._job.result(timeout)
         except BaseException as error:
-            # The wait itself may end too: by its timeout, or by Ctrl-C.
+            # The wait itself may fail too, by its timeout or Ctrl-C.
             self._failure_was_seen |= self._job.done() and self._job.exception() is error
             raise
         with self._lock:
@@ -53,9 +53,10 @@ class APIFuture(Generic[T]):
         return cast(T, self._value)
 
     async def result_async(self, timeout: float | None = None) -> T:
+        """`result`, without blocking the event loop."""
         if not self._job.done():
             waiting = asyncio.wrap_future(self._job)
-            # Whoever gives up waiting shall not have asyncio complain of an error nobody fetched.
+            # After a timeout asyncio would warn about an error that was not retrieved.
             waiting.add_done_callback(lambda done: done.cancelled() or done.exception())
             await asyncio.wait({waiting}, timeout=timeout)
         if self._is_read or not self._job.done():
@@ -66,27 +67,29 @@ class APIFuture(Generic[T]):
         return self.result_async().__await__()
 
     def done(self) -> bool:
+        """Whether the work has ended, by a result or an error."""
         return self._job.done()
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
+        """Returns the error of the worker, or None. Raises TimeoutError after `timeout` seconds."""
         error = self._job.exception(timeout)
         self._failure_was_seen |= error is not None
         return error
 
     @property
     def failure_was_seen(self) -> bool:
-        """Whether a reader of this future has been told that the work failed."""
+        """Whether a reader of this future has seen that the work failed."""
         return self._failure_was_seen
 
 
 class TokenStream(APIFuture[T]):
-    """A result that can be watched while it comes: `for token in stream` or `async for token in stream`.
+    """A result whose tokens can be read as they are sampled: `for token in stream`, or `async for`.
 
-    Tokens are there to be read once. Leaving the loop early does not stop the work; `close` does.
+    Each token can be read once. Leaving the loop early does not stop the work; `close` does.
     """
 
     def __init__(self, job: Future[Any], read: Callable[[Any], T], abandon: Callable[[], None]) -> None:
-        """The worker hands tokens to `put`; `abandon` tells it that nobody reads on."""
+        """The worker calls `put` with each token; `abandon` makes it stop early."""
         super().__init__(job, read)
         self._abandon = abandon
         self._arrived: deque[int] = deque()
@@ -100,7 +103,7 @@ class TokenStream(APIFuture[T]):
         self._notify()
 
     def close(self) -> None:
-        """Ends the work after the token that it is at. Its result is what there is by then."""
+        """Stops the work after the current token. The result holds the tokens so far."""
         self._abandon()
 
     def __iter__(self) -> Iterator[int]:
@@ -135,5 +138,5 @@ class TokenStream(APIFuture[T]):
             self._is_over |= over
             self._changed.notify_all()
             for loop, event in self._readers:
-                with contextlib.suppress(RuntimeError):  # its loop is closed, so there is no reader any more
+                with contextlib.suppress(RuntimeError):  # its loop is closed, and so the reader is gone
                     loop.call_soon_threadsafe(event.set)

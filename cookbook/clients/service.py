@@ -44,7 +44,7 @@ class ServiceClient:
     (QLoRA; `pip install 'sft-cookbook[qlora]'`). `compile` compiles the decoder's layers.
 
     In several processes (`torchrun`), each runs the same program and makes the same calls in the same order
-    with the whole of the data; every call then computes a share on each and returns the same everywhere.
+    with all of the data; every call then computes a part on each and returns the same everywhere.
     `shard` says whether each holds all base weights ("none"), a part ("full"), or what fits ("auto").
 
     A `recorder` is told what the engine's thread and the device do when.
@@ -52,7 +52,7 @@ class ServiceClient:
     `user_metadata` and `project_id` stand where Tinker has them; both are written, the latter under its name,
     into the metadata of every training client and its checkpoints. All other options go by their names.
 
-    After `close` every call raises ClosedError, and so does every call of a client that came from here.
+    After `close` every call raises ClosedError, and so does every call of a client created by this one.
     """
 
     def __init__(
@@ -80,8 +80,7 @@ class ServiceClient:
         self._checkpoint_dir = None if checkpoint_dir is None else Path(checkpoint_dir).expanduser()
         self._engines: dict[str, Engine] = {}
         self._unshared_engines: weakref.WeakSet[Engine] = weakref.WeakSet()
-        """Those of full fine-tunes: each trains a copy of its own, which is gone when its clients are. A
-        checkpoint may be written anew."""
+        """The engines of full fine-tunes: each trains a copy of its own, which is freed with its clients."""
         self._is_closed = False
         self._lock = threading.Lock()
 
@@ -97,20 +96,22 @@ class ServiceClient:
         *,
         alpha: float = 32.0,
     ) -> TrainingClient:
-        """Loads `base_model` (a hub id, a folder, or the embedded model) and puts a new adapter on it.
+        """Returns a client with a new adapter on `base_model` (a hub id, a folder, or the embedded model).
 
         A rank of 0 trains all of the model's own weights instead, on a copy that no other client shares.
+        `seed` initialises the adapter; None: a random one. Raises ConfigError for a rank or layers that
+        cannot be trained, and ModelError for a model that is missing or damaged.
         """
         self._check_open()
         if not 0 <= rank <= MAX_RANK:
             raise ConfigError(
-                f"rank={rank}. A LoRA has a rank of at least 1; 0 trains the model itself. The most is "
-                f"{MAX_RANK:,}."
+                f"Invalid rank={rank}: must be 1 to {MAX_RANK:,} for a LoRA, or 0 to train the model's own "
+                f"weights."
             )
         if rank == 0 and not (train_mlp and train_attn and train_unembed):
             raise ConfigError(
-                "rank=0 trains every weight of the model. train_mlp, train_attn and train_unembed choose "
-                "where a LoRA goes: leave them True, or give a rank of at least 1."
+                "rank=0 trains every weight, but train_mlp, train_attn or train_unembed is False. These "
+                "select the layers of a LoRA: set them to True, or use a rank of at least 1."
             )
         lora = LoraConfig(
             rank=rank,
@@ -128,9 +129,10 @@ class ServiceClient:
         base_model: str | None = None,
         user_metadata: Mapping[str, str] | None = None,
     ) -> TrainingClient:
-        """A client with a checkpoint's model, LoRA settings and weights; the optimizer starts afresh.
+        """Returns a client with a checkpoint's model, LoRA settings and weights, and a new optimizer.
 
-        `base_model` takes the place of the model that the checkpoint names, whose shapes it has to have.
+        `base_model` replaces the model that the checkpoint names and must have its shapes. Raises
+        CheckpointError for a folder that is missing or damaged, or does not fit.
         """
         client = self._client_like(path, base_model, user_metadata)
         return _loaded(client, client.load_state(path))
@@ -141,14 +143,21 @@ class ServiceClient:
         base_model: str | None = None,
         user_metadata: Mapping[str, str] | None = None,
     ) -> TrainingClient:
-        """A client that continues a checkpoint of `save_state` exactly where it stopped."""
+        """Returns a client that continues a checkpoint of `save_state` exactly, with its optimizer.
+
+        The errors are those of `create_training_client_from_state`.
+        """
         client = self._client_like(path, base_model, user_metadata)
         return _loaded(client, client.load_state_with_optimizer(path))
 
     def create_sampling_client(
         self, model_path: str | os.PathLike[str] | None = None, base_model: str | None = None
     ) -> SamplingClient:
-        """A sampler of saved weights (`model_path`) or of an untouched `base_model`."""
+        """Returns a sampler of saved weights (`model_path`) or of an untouched `base_model`.
+
+        Raises RequestError where neither is given, and CheckpointError or ModelError for files that are
+        missing or damaged.
+        """
         self._check_open()
         if model_path is not None:
             info = checkpoint.read_info(model_path)
@@ -161,12 +170,13 @@ class ServiceClient:
         return SamplingClient.of_base(self._engine(base_model))
 
     def get_server_capabilities(self) -> GetServerCapabilitiesResponse:
+        """Returns the models and devices of this machine; other models can be named as well."""
         self._check_open()
         devices = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
         return GetServerCapabilitiesResponse(_models_on_this_machine(), devices)
 
     def close(self) -> None:
-        """Ends the engines after what is queued on them has run, and closes every client.
+        """Ends the engines after their queued jobs have run, and closes every client.
 
         A future that is pending completes as it would have otherwise: with its result, or its own error.
         A second call does nothing.
@@ -201,8 +211,8 @@ class ServiceClient:
             )
         if lora.rank == 0 and self._options.quantization is not None:
             raise ConfigError(
-                f"quantization={self._options.quantization} holds weights that stay as they are, and rank=0 "
-                f"trains them. Give a rank of at least 1, or leave quantization out."
+                f"quantization={self._options.quantization} is not supported with rank=0: it freezes the "
+                f"weights that rank=0 trains. Use a rank of at least 1, or quantization=None."
             )
         metadata = self._user_metadata | _checked_metadata(user_metadata)
         engine = self._unshared_engine(base_model) if lora.rank == 0 else self._engine(base_model)
@@ -225,14 +235,14 @@ class ServiceClient:
         user_metadata: Mapping[str, str] | None,
     ) -> TrainingClient:
         self._check_open()
-        if isinstance(base_model, Mapping):  # which stood in this place, and names no model
+        if isinstance(base_model, Mapping):  # user_metadata was the second argument once
             base_model, user_metadata = None, base_model
         info = checkpoint.read_info(path)
         if info.lora.rank == 0:
             if base_model is not None:
                 raise RequestError(
                     f"base_model={base_model!r} was given for {os.fspath(path)}, which is a full fine-tune "
-                    f"and has no base. Leave base_model out."
+                    f"and has no base. Omit base_model."
                 )
             base_model = os.fspath(path)
         base_model = base_model or info.base_model
@@ -294,7 +304,7 @@ class ServiceClient:
 
 
 def _loaded(client: TrainingClient, loading: APIFuture[LoadWeightsResponse]) -> TrainingClient:
-    """The client once it has loaded. One that could not is closed, and leaves nothing."""
+    """Returns the client after it has loaded, or closes it and raises the error."""
     try:
         loading.result()
     except BaseException:
@@ -304,11 +314,11 @@ def _loaded(client: TrainingClient, loading: APIFuture[LoadWeightsResponse]) -> 
 
 
 def _checked_metadata(user_metadata: Mapping[str, str] | None) -> dict[str, str]:
-    """A copy. Raises RequestError for what is no mapping, such as a device from before it had its name."""
+    """A copy. Raises RequestError for anything but a mapping, such as a device given by position."""
     if user_metadata is not None and not isinstance(user_metadata, Mapping):
         raise RequestError(
-            f"user_metadata={user_metadata!r} is no mapping of names to strings. Options of the engine go by "
-            f"their names: device=, dtype=, checkpoint_dir=."
+            f"Invalid user_metadata={user_metadata!r}: must map names to strings. Pass options of the engine "
+            f"by name: device=, dtype=, checkpoint_dir=."
         )
     return dict(user_metadata or {})
 

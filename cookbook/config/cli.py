@@ -240,7 +240,7 @@ def _tell(failure: str, error: Exception) -> None:
     """Prints what ended a run; one of several processes does, so that it is told once."""
     from cookbook.engine import processes
 
-    if processes.speaks_for_all(error):
+    if processes.should_report(error):
         where = f"[process {os.environ['RANK']}] " if processes.is_one_of_many() else ""
         print(visible(where + failure), file=sys.stderr, flush=True)
 

@@ -1,5 +1,5 @@
 """The synchronous engine: one base model, the adapters on it, and what is done with them.
 
-It knows tokens, weights and gradients; messages, renderers and configs are none of its
-business. Every call runs to its end on the calling thread: `worker` owns that thread.
+It knows tokens, weights and gradients, and nothing of messages, renderers or configs. Every call runs on the
+calling thread, which `worker` owns.
 """

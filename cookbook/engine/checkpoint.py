@@ -2,7 +2,7 @@
 
 adapter_config.json, adapter_model.safetensors    what PEFT saves; of a full fine-tune a model folder instead
 optimizer.safetensors                             Adam moments and step counts (training state only)
-optimizer/                                        the same in parts, of weights that were dealt out
+optimizer/                                        the same in parts, where the weights were sharded
 state.json                                        what it is, and the SHA-256 of the other files
 """
 
@@ -40,34 +40,34 @@ OPTIMIZER_FOLDER = "optimizer"
 STATE_FILE = "state.json"
 
 CHECKPOINT_FILES = (STATE_FILE, ADAPTER_CONFIG_FILE)
-"""A folder that has none of these is no checkpoint, and is not replaced by one."""
+"""A folder that has none of these is not a checkpoint, and is not replaced by one."""
 
 _OF_EARLIER_VERSIONS = re.compile(
     r"\.(?P<name>[A-Za-z0-9].*)\.(?P<kind>writing|replaced)-(\d+|parts|link)", re.DOTALL
 )
-"""What those called a folder that they were at work on."""
+"""Names of unfinished folders that earlier versions wrote."""
 
 
 @dataclass(frozen=True)
 class StateInfo:
-    """What `state.json` holds beside the checksums."""
+    """The content of `state.json` beside the checksums."""
 
     base_model: str
     lora: LoraConfig
     optimizer_steps: Count = 0
     rng_state: Mapping[str, Any] | None = None
     microbatch_limits: Mapping[str, Positive] | None = None
-    """Where memory ran out: the limits since, so that a resumed run cuts its batches the same way."""
+    """The limits since memory ran out, with which a resumed run plans the same micro-batches."""
     microbatch_recovery: Mapping[str, Count] | None = None
     """When they are raised again."""
     world_size: Positive = 1
-    """How many processes trained together: another number goes on to rounding, not to the bit."""
+    """How many processes trained together: another number continues to rounding, not bit for bit."""
     user_metadata: Mapping[str, str] = field(default_factory=dict)
     expires_at: str | None = None
-    """Until when it is wanted, in ISO 8601; None: for good. Recorded, and not acted on."""
+    """Until when it is wanted, in ISO 8601; None: without limit. It is only recorded."""
 
     def as_json(self) -> dict[str, Any]:
-        """`expires_at` is there only where it says something."""
+        """The values as JSON, with `expires_at` only where it is set."""
         values = asdict(self)
         if self.expires_at is None:
             del values["expires_at"]
@@ -78,7 +78,7 @@ def checkpoint_path(folder: Path, name: str) -> Path:
     """`folder/name`, or CheckpointError where the name could lead out of the folder."""
     if not files.PLAIN_NAME.fullmatch(name):
         raise CheckpointError(
-            f"{name!r} is no name for a checkpoint. Use up to 128 letters, digits, '.', '_' and '-', "
+            f"Invalid checkpoint name {name!r}. Use up to 128 letters, digits, '.', '_' and '-', "
             f"beginning with a letter or digit."
         )
     return folder / name
@@ -93,8 +93,8 @@ def save(
 ) -> None:
     """Writes a checkpoint beside `path` and renames it into place.
 
-    Raises CheckpointError when the name is taken or the disk refuses; then nothing is left
-    behind, and a checkpoint that was there before stays as it was.
+    Raises CheckpointError when the name is taken or writing fails; then no files are left
+    behind, and an earlier checkpoint of that name stays as it was.
     """
     check_name_is_free(path, overwrite)
     with (
@@ -127,7 +127,7 @@ def _explained(path: Path) -> Iterator[None]:
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Clears up after a process that was killed while it saved. Nobody else may be writing to `folder`."""
+    """Removes what a killed process left unfinished. No other process may be writing to `folder`."""
     files.remove_abandoned(folder)
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
         if (match := _OF_EARLIER_VERSIONS.fullmatch(path.name)) is None:
@@ -145,7 +145,8 @@ def _advice(error: Exception, path: Path) -> str:
     existing = next(parent for parent in path.parents if parent.exists())
     free_mib = shutil.disk_usage(existing).free / 2**20
     return (
-        f" {free_mib:,.0f} MiB are free there: make room, or keep fewer checkpoints. Earlier ones are intact."
+        f" {free_mib:,.0f} MiB are free there: free some space, or keep fewer checkpoints. "
+        f"Earlier ones are intact."
     )
 
 
@@ -154,8 +155,8 @@ def _save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def checksum(tensors: Iterable[Tensor]) -> int:
-    """The same for the same bits, made on the device: a sum of the words that hold them, each tensor's
-    weighted by its place."""
+    """A checksum of the bits, computed on the device: the sum of their words, each tensor's weighted by its
+    place."""
     total = 0
     for place, tensor in enumerate(tensors, 1):
         words = tensor.detach().contiguous().view(torch.int32 if tensor.element_size() == 4 else torch.int16)
@@ -176,7 +177,7 @@ def _sha256(path: Path) -> str:
 
 
 def read_info(path: str | os.PathLike[str]) -> StateInfo:
-    """What a checkpoint folder holds; a plain PEFT adapter folder or model folder will do.
+    """The content of a checkpoint folder, which may be a plain PEFT adapter folder or model folder.
 
     Raises CheckpointError where the folder is missing or is neither.
     """
@@ -186,8 +187,8 @@ def read_info(path: str | os.PathLike[str]) -> StateInfo:
     is_adapter = (folder / ADAPTER_CONFIG_FILE).is_file()
     if not is_adapter and not (folder / MODEL_CONFIG_FILE).is_file():
         raise CheckpointError(
-            f"{folder} is no checkpoint: it has no {ADAPTER_CONFIG_FILE} (a LoRA) and no {MODEL_CONFIG_FILE} "
-            f"(a full fine-tune)."
+            f"{folder} is not a checkpoint: it has no {ADAPTER_CONFIG_FILE} (a LoRA) and no "
+            f"{MODEL_CONFIG_FILE} (a full fine-tune)."
         )
     adapter = peft_settings.read(folder) if is_adapter else None
     if not (folder / STATE_FILE).exists():
@@ -213,7 +214,7 @@ def read_info(path: str | os.PathLike[str]) -> StateInfo:
 
 
 def _info_of(folder: Path, config: Mapping[str, Any]) -> StateInfo:
-    """What an adapter of another program is. Its tensors say which kinds of layers it is on."""
+    """The info of an adapter of another program, whose layers are those of its tensors."""
     modules = peft_settings.modules_in(peft_settings.tensor_names(folder))
     leaves = {name.rpartition(".")[2] for name in modules}
     attention_leaves = {"q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj", "out_proj"}
@@ -228,7 +229,7 @@ def _info_of(folder: Path, config: Mapping[str, Any]) -> StateInfo:
 
 
 def dropout_of(path: str | os.PathLike[str]) -> float:
-    """That an adapter was trained with; it changes no result of the adapter itself."""
+    """The dropout that an adapter was trained with; results do not depend on it."""
     folder = Path(path).expanduser()
     if not (folder / ADAPTER_CONFIG_FILE).is_file():
         return 0.0
@@ -240,13 +241,13 @@ def _origin(path: Path) -> Origin:
 
 
 def _read_state(folder: Path) -> dict[str, Any]:
-    """state.json, with checksums of files that lie in the folder."""
+    """The content of state.json, whose checksums are of files in the folder."""
     origin = _origin(folder / STATE_FILE)
     shape = {"sha256": Mapping[str, str] | None}
     state = json_files.read_object(folder / STATE_FILE, origin.error, origin.repair, shape)
     for name in state.get("sha256") or ():
         if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
-            origin.refuse(f"`sha256` names {name!r}, which is no file of the checkpoint")
+            origin.refuse(f"`sha256` names {name!r}, which is not a file of the checkpoint")
     return state
 
 
@@ -265,7 +266,7 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
 
 
 def optimizer_folder(path: str | os.PathLike[str]) -> Path | None:
-    """Where the optimizer's tensors lie in parts, checked; None where they lie in one file."""
+    """The folder with the optimizer's tensors in parts, checked; None where they are in one file."""
     folder = Path(path).expanduser()
     if not (folder / OPTIMIZER_FOLDER).is_dir():
         return None
@@ -283,7 +284,7 @@ def read_optimizer(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     if not (folder / OPTIMIZER_FILE).is_file():
         raise CheckpointError(
             f"Checkpoint {folder} has no optimizer state. Load its weights alone (load_state), "
-            f"or give a checkpoint made with save_state."
+            f"or give a checkpoint that save_state wrote."
         )
     if not (folder / STATE_FILE).is_file():
         raise CheckpointError(f"Checkpoint {folder} is incomplete: it has no {STATE_FILE}.")
@@ -327,7 +328,7 @@ def _check_sum(path: Path, recorded: str | None) -> None:
 
 
 def _check_size(path: Path) -> None:
-    """Refuses a large file that is not as large as what it holds: its checksum would take hours."""
+    """Raises CheckpointError for a file that is larger than its content, whose checksum would take hours."""
     size = path.stat().st_size
     if size <= json_files.MAX_BYTES:
         return

@@ -1,4 +1,4 @@
-"""When the device got to a point of its queue, by the host's clock."""
+"""The times at which a device reached points of its queue, by the host's clock."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ import torch
 class DeviceClock:
     """Marks points in the queue of a CUDA device without making host or device wait.
 
-    Marks are read in the order they were made, when the device is done with them; a mark that is
-    read earlier waits for it.
+    Marks are read in the order in which they were set; reading a mark waits until the device has reached it.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -22,12 +21,12 @@ class DeviceClock:
         self._seconds = time.perf_counter()
 
     def mark(self) -> Callable[[], float]:
-        """Called later, it says when the device was here, in seconds of `time.perf_counter`."""
+        """Returns a function that says when the device was here, in seconds of `time.perf_counter`."""
         event = self._event()
 
         def seconds() -> float:
             event.synchronize()
-            # From mark to mark: an event counts milliseconds in a float32.
+            # Summed from mark to mark, because an event counts milliseconds in a float32.
             self._seconds += self._last.elapsed_time(event) / 1000
             self._last = event
             return self._seconds

@@ -18,10 +18,10 @@ logger = logging.getLogger(__name__)
 
 
 class JobFuture(Future[R]):
-    """Completes for everybody who waits, whatever a done callback raises, and holds no memory of a failure.
+    """Completes for every waiter, whatever a done callback raises, and frees the memory of a failed job.
 
-    An error keeps its traceback, but not the local variables of the frames in it: a pass that fails would
-    otherwise keep its activations, and its client's weights, for as long as somebody has the error.
+    An error keeps its traceback, but not the local variables of the frames in it: otherwise a pass that fails
+    would keep its activations, and its client's weights, as long as the error is referenced.
     """
 
     def add_done_callback(self, fn: Callable[[Future[R]], object]) -> None:
@@ -34,14 +34,15 @@ class JobFuture(Future[R]):
 
 
 def _call(fn: Callable[[Future[Any]], object], future: Future[Any]) -> None:
-    """An Exception is logged by the future. Others would keep what follows from being told."""
+    """Logs what a callback raises: the future itself does so for an Exception alone, and would skip the other
+    callbacks."""
     try:
         fn(future)
     except Exception:
         raise
     except BaseException:
         if threading.current_thread() is threading.main_thread():
-            raise  # Ctrl-C is meant for the program
+            raise  # Ctrl-C ends the program
         logger.exception("A done callback raised.")
 
 
@@ -49,17 +50,17 @@ _IS_DONE = "_has_no_variables"
 
 
 def _drop_variables(error: BaseException) -> None:
-    """Drops the local variables of the frames that `error`, and what led to it, went through.
+    """Clears the local variables of the frames of `error` and of its causes.
 
-    Frames that are still running are taken out of the traceback. What a nested function found in the scope
-    around it is kept: what runs on an engine's thread is given arguments.
+    Frames that are still running are removed from the traceback. Variables of an enclosing scope are kept, so
+    functions that run on an engine's thread take arguments instead.
     """
     running = set(_outwards(inspect.currentframe()))
     waiting: list[BaseException | None] = [error]
     while waiting:
         each = waiting.pop()
         if each is None or hasattr(each, _IS_DONE):
-            continue  # who has read it since has frames of his own in it
+            continue  # a reader may have added frames of its own since
         with contextlib.suppress(AttributeError):
             setattr(each, _IS_DONE, True)
         while each.__traceback__ is not None and each.__traceback__.tb_frame in running:
@@ -84,7 +85,7 @@ def _may_be_suspended(frame: FrameType) -> bool:
 
 
 def _outwards(frame: FrameType | None) -> Iterator[FrameType]:
-    """A frame, what called it, and so on."""
+    """A frame, its caller, and so on."""
     while frame is not None:
         yield frame
         frame = frame.f_back

@@ -1,12 +1,12 @@
-"""The processes that train together, one a device: who they are, and how they agree.
+"""The processes that train together, one per device, and how they communicate.
 
-`torchrun` starts them; each runs the same program and asks for the same things in the same order. Two kinds
-of exchange are kept apart. What the host decides (has anyone failed, how large may a micro-batch be) goes
-through sockets, and comes first; only when every process has come to the same point are tensors reduced
-on the devices. So a process that fails or falls behind is waited for, or found to be gone, by the host, and
-no device waits for a partner that never comes.
+`torchrun` starts them; each runs the same program and makes the same calls in the same order. There are two
+kinds of communication. The hosts first agree over sockets (whether any process failed, how large a
+micro-batch may be); only when every process has reached the same point are tensors reduced on the devices.
+So the hosts wait for a process that is slow and notice one that has died, and no device waits for a peer that
+does not answer.
 
-A process alone has the same verbs, which then do nothing; torch.distributed is not even imported.
+A single process has the same methods, which then do nothing; torch.distributed is not imported.
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 PATIENCE = datetime.timedelta(hours=12)
-"""How long a process waits for one that is alive but elsewhere: the first may be evaluating for hours.
-One that has died is noticed at once, because its sockets close."""
+"""How long a process waits for one that is busy: rank 0 may evaluate for hours. One that has died is noticed
+at once, because its sockets close."""
 
 _LOOPBACK = "127.0.0.1"
 _BUCKET_ELEMENTS = 2**25
-_LAST_WORDS = "cookbook/last_words"
-_LEAVING = "cookbook/leaving"
+_FAILURE = "cookbook/failure"
+_EXITING = "cookbook/exiting"
 
 
 class World:
-    """The processes of a run, as one thread of each of them sees it.
+    """The processes of a run, as seen by one thread of each.
 
     Every process calls the same methods in the same order. A method that needs all of them raises
-    TrainingError where one is gone.
+    TrainingError where one has died.
     """
 
     def __init__(
@@ -57,11 +57,11 @@ class World:
         self.rank = rank
         self.size = size
         self.device_group = device
-        """For tensors, and for what shards weights over the processes."""
+        """The group for tensors and sharded weights."""
         self.host_group = host
-        """For what the hosts tell one another."""
+        """The group for communication between the hosts."""
         self.is_broken = False
-        """Whether a process is gone, or this one takes part in nothing more."""
+        """Whether a process has died, or this one has aborted."""
 
     @property
     def is_alone(self) -> bool:
@@ -69,50 +69,50 @@ class World:
 
     @property
     def is_main(self) -> bool:
-        """Whether this process is the one that logs and writes."""
+        """Whether this process, rank 0, is the one that logs and writes."""
         return self.rank == 0
 
     def duplicate(self) -> World:
-        """The same processes, for another thread: what two threads exchange is kept apart."""
+        """The same processes with groups of their own, for another thread."""
         if self.is_alone:
             return self
-        with self._reaching_all():
+        with self._naming_lost_peers():
             return World(self.rank, self.size, _host_group(), _device_group())
 
     # -- agreement of the hosts -------------------------------------------------------------
 
     def all_gather_object(self, value: T) -> list[T]:
-        """Everyone's value, by rank."""
+        """The values of all processes, by rank."""
         if self.is_alone:
             return [value]
         import torch.distributed as dist
 
         found: list[Any] = [None] * self.size
-        with self._reaching_all():
+        with self._naming_lost_peers():
             dist.all_gather_object(found, value, group=self.host_group)
         return found
 
     def broadcast(self, value: T) -> T:
-        """The main process's value. What the others bring is ignored."""
+        """The value of rank 0. Those of the others are ignored."""
         if self.is_alone:
             return value
         import torch.distributed as dist
 
         box: list[Any] = [value if self.is_main else None]
-        with self._reaching_all():
+        with self._naming_lost_peers():
             dist.broadcast_object_list(box, src=0, group=self.host_group)
         found: T = box[0]
         return found
 
     def all_reduce_min(self, *numbers: int) -> tuple[int, ...]:
-        """The smallest that anyone brings, number by number. The cheapest way to agree."""
+        """The minimum over all processes, number by number. The cheapest way to agree."""
         if self.is_alone:
             return numbers
         import torch
         import torch.distributed as dist
 
         smallest = torch.tensor(numbers, dtype=torch.int64)
-        with self._reaching_all():
+        with self._naming_lost_peers():
             dist.all_reduce(smallest, dist.ReduceOp.MIN, group=self.host_group)
         return tuple(smallest.tolist())
 
@@ -124,7 +124,7 @@ class World:
 
     @contextlib.contextmanager
     def failing_together(self) -> Iterator[None]:
-        """Where the body fails on one process, it fails on all: with its error, or one that names it."""
+        """Makes a failure of the body on one process fail on all, with an error that names the process."""
         error: Exception | None = None
         try:
             yield
@@ -136,25 +136,27 @@ class World:
             return
         (is_well,) = self.all_reduce_min(error is None)
         if not is_well:
-            self._raise_first_of(self.all_gather_object(None if error is None else describe(error)), error)
+            self._raise_first_failure(
+                self.all_gather_object(None if error is None else describe(error)), error
+            )
 
-    def _raise_first_of(self, failures: Sequence[str | None], own: Exception | None) -> None:
-        global _others_tell
+    def _raise_first_failure(self, failures: Sequence[str | None], own: Exception | None) -> None:
+        global _others_report
         if own is not None:
             raise own
-        _others_tell = True
+        _others_report = True
         rank = next(rank for rank, failure in enumerate(failures) if failure is not None)
         raise TrainingError(f"Process {rank} of {self.size} failed: {failures[rank]}")
 
     def on_rank0(self, work: Callable[[], T]) -> T:
-        """What `work` gives on the main process, which alone does it; its failure is everyone's."""
+        """Runs `work` on rank 0 alone, and returns its result, or raises its failure, on all processes."""
         with self.failing_together():
             result = work() if self.is_main else None
         return self.broadcast(result)  # type: ignore[return-value]
 
     @contextlib.contextmanager
     def first_on_each_machine(self) -> Iterator[None]:
-        """The body runs on one process of a machine, then on the others, which find cached what it left."""
+        """Runs the body on one process of a machine, then on the others, which find the files it cached."""
         if local_rank() == 0:
             with self.failing_together():
                 yield
@@ -165,14 +167,14 @@ class World:
 
     @contextlib.contextmanager
     def one_after_another(self) -> Iterator[None]:
-        """The body runs on one process of a machine at a time, in the order of their ranks."""
+        """Runs the body on one process of a machine at a time, in the order of their ranks."""
         place, num_here = local_rank(), local_size()
         most_here = max(self.all_gather_object(num_here))
         for turn in range(most_here):
             with self.failing_together():
                 if turn == place:
                     yield
-                    # A generator is resumed once: the other turns are only waited for.
+                    # A generator is resumed once, so the other turns only wait.
 
     # -- sums on the devices ----------------------------------------------------------------
 
@@ -184,7 +186,7 @@ class World:
         import torch.distributed as dist
         from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
-        with self._reaching_all(), torch.no_grad():
+        with self._naming_lost_peers(), torch.no_grad():
             for bucket in _buckets(tensors):
                 flat = _flatten_dense_tensors(bucket)
                 dist.all_reduce(flat, group=self.device_group)
@@ -192,32 +194,32 @@ class World:
                     tensor.copy_(total)
 
     def abort(self, error: Exception) -> TrainingError:
-        """After a failure that leaves the others waiting for this process: it takes part in nothing more.
+        """Ends this process's part in the run after a failure for which the others wait.
 
-        Gives what is to be raised, which says who failed first.
+        Returns the error to raise, which names the process that failed first.
         """
         self.is_broken = True
-        if not _is_loss(error):
-            leave_last_words(error)
+        if not _is_lost_peer(error):
+            publish_failure(error)
             return TrainingError(str(error))
-        return TrainingError(_why_unreachable(self.size))
+        return TrainingError(_lost_contact(self.size))
 
     # -- failures ---------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def _reaching_all(self) -> Iterator[None]:
-        """Turns the failure of an exchange into an error that says who is gone."""
+    def _naming_lost_peers(self) -> Iterator[None]:
+        """Turns a failure of communication into an error that names the process that died."""
         if self.is_broken:
-            raise TrainingError("The processes of this run have lost each other.")
+            raise TrainingError("The processes of this run have lost each other. Run the same command again.")
         try:
             yield
         except (RuntimeError, ValueError) as error:
             self.is_broken = True
-            raise TrainingError(_why_unreachable(self.size)) from error
+            raise TrainingError(_lost_contact(self.size)) from error
 
 
-def _is_loss(error: Exception) -> bool:
-    """Whether it tells of another process rather than of this one."""
+def _is_lost_peer(error: Exception) -> bool:
+    """Whether the error is about another process rather than this one."""
     return isinstance(error, RuntimeError) and any(word in str(error) for word in ("gloo", "NCCL"))
 
 
@@ -247,9 +249,9 @@ def local_size() -> int:
 
 
 def current() -> World:
-    """The processes that this one was started with; it joins them when first asked.
+    """The processes that this one was started with; the first call joins them.
 
-    This one belongs to the thread of the program. An engine has a `duplicate` of them.
+    The result belongs to the program's thread. An engine has a `duplicate` of it.
     """
     global _current
     with _joining:
@@ -266,28 +268,28 @@ def _join() -> World:
     if not os.environ.keys() >= {"LOCAL_RANK", "LOCAL_WORLD_SIZE"}:
         raise ConfigError(
             f"RANK={rank} and WORLD_SIZE={size} are set, but not LOCAL_RANK and LOCAL_WORLD_SIZE, which say "
-            f"which device of a machine is whose. Start with torchrun, which sets all of them."
+            f"which device each process uses. Start with torchrun, which sets all of them."
         )
     if not dist.is_initialized():
-        if _are_all_here():
-            _keep_to_loopback()
+        if _is_single_machine():
+            _bind_to_loopback()
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        dist.init_process_group(backend, store=_meeting_point(), rank=rank, world_size=size)
-        atexit.register(_part)
+        dist.init_process_group(backend, store=_shared_store(), rank=rank, world_size=size)
+        atexit.register(_destroy_groups)
         if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, _end_unless_telling)
+            signal.signal(signal.SIGTERM, _terminate_unless_reporting)
     return World(rank, size, _host_group(), _device_group())
 
 
-def _meeting_point() -> Store:
-    """A few values that every process can read and write, before they have joined and while one is gone."""
+def _shared_store() -> Store:
+    """A few values that every process can read and write, before they have joined and after one has died."""
     global _store
     if _store is None:
         from torch.distributed import rendezvous
 
         try:
-            if _are_all_here() and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-                _store = _store_on_loopback()
+            if _is_single_machine() and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+                _store = _loopback_store()
             else:
                 _store, _, _ = next(rendezvous("env://"))
         except (RuntimeError, ValueError, OSError) as error:
@@ -298,13 +300,13 @@ def _meeting_point() -> Store:
     return _store
 
 
-def _are_all_here() -> bool:
+def _is_single_machine() -> bool:
     """Whether all processes of the run are on this machine."""
     return local_size() == _world_size()
 
 
-def _keep_to_loopback() -> None:
-    """Has gloo and NCCL listen where no other machine reaches them, unless the user has said where."""
+def _bind_to_loopback() -> None:
+    """Makes gloo and NCCL listen on loopback, unless the user has set an interface."""
     names = {name for _, name in socket.if_nameindex()}
     for name in ("lo", "lo0"):
         if name in names:
@@ -312,7 +314,7 @@ def _keep_to_loopback() -> None:
             os.environ.setdefault("NCCL_SOCKET_IFNAME", name)
 
 
-def _store_on_loopback() -> Store:
+def _loopback_store() -> Store:
     """The store of `rendezvous("env://")`, which would listen on every interface."""
     from torch.distributed import TCPStore
     from torch.distributed.constants import default_pg_timeout
@@ -335,22 +337,23 @@ def _store_on_loopback() -> Store:
     )
 
 
-_has_lost_others = False
-_has_left = False
-_others_tell = False
-"""Whether the user hears from another process what happened."""
+_has_lost_peers = False
+_is_exiting = False
+_others_report = False
+"""Whether another process reports the failure to the user."""
 _is_first: bool | None = None
 """Whether this process was the first to fail; None before it fails."""
 
 
-def _end_unless_telling(number: int, frame: object) -> None:
-    """A launcher ends those that outlive a process. One that is about to say what happened says it first."""
-    if not _has_lost_others:
+def _terminate_unless_reporting(number: int, frame: object) -> None:
+    """Handles SIGTERM, by which a launcher ends the other processes: one that is reporting a failure finishes
+    first."""
+    if not _has_lost_peers:
         signal.signal(number, signal.SIG_DFL)
         os.kill(os.getpid(), number)
 
 
-def _part() -> None:
+def _destroy_groups() -> None:
     import torch.distributed as dist
 
     if dist.is_initialized():
@@ -359,60 +362,59 @@ def _part() -> None:
 
 @contextlib.contextmanager
 def joined() -> Iterator[World]:
-    """The processes of this run. The last words of one that fails are left for the others to find."""
+    """The processes of this run. A failure of the body is published for the others."""
     world = current()
     try:
         yield world
     except Exception as error:
         if not world.is_alone:
-            leave_last_words(error)
+            publish_failure(error)
         raise
     world.barrier()
 
 
-def leave_last_words(error: BaseException) -> bool:
-    """Says why this process is about to go. Whether it is the first to say so: the others are not heard.
+def publish_failure(error: BaseException) -> bool:
+    """Publishes why this process is about to exit. Returns whether it is the first, which alone reports it.
 
-    That is decided once, by the first failure: the process that keeps the words may be gone when it is
-    asked again.
+    That is decided once, at its first failure: the process that hosts the store may have exited later.
     """
     global _is_first
     if _is_first is None:
-        words = f"process {os.environ['RANK']} ({socket.gethostname()}) failed: {describe(error)}"
+        failure = f"process {os.environ['RANK']} ({socket.gethostname()}) failed: {describe(error)}"
         try:
-            _is_first = _meeting_point().compare_set(_LAST_WORDS, "", words).decode() == words
-        except (RuntimeError, CookbookError):  # who keeps the words is gone already
-            _is_first = not _others_tell
-    with contextlib.suppress(RuntimeError, CookbookError):  # likewise
-        _let_others_leave(_meeting_point())
+            _is_first = _shared_store().compare_set(_FAILURE, "", failure).decode() == failure
+        except (RuntimeError, CookbookError):  # the host of the store has exited
+            _is_first = not _others_report
+    with contextlib.suppress(RuntimeError, CookbookError):  # as above
+        _wait_for_reports(_shared_store())
     return _is_first
 
 
-def _let_others_leave(store: Store) -> None:
-    """Where no launcher does, the main process keeps the words: it stays while others leave theirs."""
-    global _has_left
-    if not _has_left:
-        _has_left = True
-        store.add(_LEAVING, 1)
+def _wait_for_reports(store: Store) -> None:
+    """Where no launcher hosts the store, rank 0 does: it waits while others publish their failures."""
+    global _is_exiting
+    if not _is_exiting:
+        _is_exiting = True
+        store.add(_EXITING, 1)
     if os.environ["RANK"] == "0" and "TORCHELASTIC_RUN_ID" not in os.environ:
         deadline = time.monotonic() + 2
-        while store.add(_LEAVING, 0) < _world_size() and time.monotonic() < deadline:
+        while store.add(_EXITING, 0) < _world_size() and time.monotonic() < deadline:
             time.sleep(0.02)
 
 
-def speaks_for_all(error: BaseException) -> bool:
-    """Whether this process shall tell the user of a failure, so that it is told once."""
-    return not is_one_of_many() or leave_last_words(error)
+def should_report(error: BaseException) -> bool:
+    """Whether this process reports a failure to the user, so that it is reported once."""
+    return not is_one_of_many() or publish_failure(error)
 
 
-def _why_unreachable(size: int) -> str:
-    global _has_lost_others, _others_tell
-    _has_lost_others = True
+def _lost_contact(size: int) -> str:
+    global _has_lost_peers, _others_report
+    _has_lost_peers = True
     reason = "one was killed, or its machine or the network is gone"
     with contextlib.suppress(RuntimeError, CookbookError):
-        if _meeting_point().check([_LAST_WORDS]):
-            reason = _meeting_point().get(_LAST_WORDS).decode()
-            _others_tell = True
+        if _shared_store().check([_FAILURE]):
+            reason = _shared_store().get(_FAILURE).decode()
+            _others_report = True
     return (
         f"The {size} processes of this run have lost each other: {reason}. Run the same command again to "
         f"resume from the last checkpoint."
@@ -426,14 +428,14 @@ def _host_group() -> ProcessGroup:
 
 
 def _device_group() -> ProcessGroup | None:
-    """None is the group that every process was born into."""
+    """A new group with the default backends."""
     import torch.distributed as dist
 
     return dist.new_group()
 
 
 def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Parts of so many elements, each of one dtype, in order."""
+    """The tensors in order, in parts of at most `_BUCKET_ELEMENTS` elements and one dtype each."""
     bucket: list[Tensor] = []
     held = 0
     for tensor in tensors:

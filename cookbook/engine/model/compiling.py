@@ -10,7 +10,7 @@ logger = logging.getLogger(__name__)
 
 
 def compile_layers(layers: Iterable[Any]) -> None:
-    """Compiles each layer for rows of any length, when it is first run.
+    """Compiles each layer for rows of any length when it first runs.
 
     A layer is compiled once for each kind of pass: with or without gradients, an adapter, or checkpointing,
     and for each LoRA rank. Torch keeps a limited number of them (`torch._dynamo.config.recompile_limit`).
@@ -21,11 +21,11 @@ def compile_layers(layers: Iterable[Any]) -> None:
 
 
 def _warn_at_the_limit(record: logging.LogRecord) -> bool:
-    """Logs a warning beside the one in which torch says that it has reached its limit. Keeps every record."""
+    """Logs a warning beside torch's own, that it has reached its limit. Returns True to keep the record."""
     if "recompile_limit" in str(record.args):
         logger.warning(
             "compile=True: torch has compiled a part of a layer for as many kinds of passes as it keeps. "
-            "Others run without compilation from now on: same results, more slowly. Use one LoRA rank for "
-            "each ServiceClient, or raise torch._dynamo.config.recompile_limit."
+            "Others run without compilation from now on, with the same results and more slowly. Use one LoRA "
+            "rank for each ServiceClient, or raise torch._dynamo.config.recompile_limit."
         )
     return True

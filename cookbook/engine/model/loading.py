@@ -19,7 +19,7 @@ from cookbook.utils import pretrained
 def load_model(
     model_name: str, device: torch.device, dtype: torch.dtype, quantization: Quantization | None = None
 ) -> Any:
-    """The causal language model on `device`, in evaluation mode, with nothing to train.
+    """Returns the causal language model on `device`, in evaluation mode, with all weights frozen.
 
     Raises ModelError for files that are missing, damaged, or lack a weight.
     """
@@ -27,16 +27,16 @@ def load_model(
     if quantization is not None:
         options |= quantized.from_pretrained_options(quantization, device, dtype)
     with no_progress_bar():
-        model = models.load_from_hub_or_disk("weights", model_name, _load_whole, **options)
+        model = models.load_from_hub_or_disk("weights", model_name, _load_all_weights, **options)
     if quantization is not None:
         quantized.check_reach(model, model_name)
-    quantized.compute_exactly(model, dtype)  # files may be in 4 bits already
+    quantized.compute_exactly(model, dtype)  # the files may be in 4 bits
     return model.to(device).eval().requires_grad_(False)
 
 
 @contextlib.contextmanager
 def no_progress_bar() -> Iterator[None]:
-    """Loading from disk is quick; a download has the hub's own progress bar."""
+    """Hides the progress bar of loading from disk; a download keeps the hub's own."""
     from transformers.utils import logging as transformers_logging
 
     was_enabled = transformers_logging.is_progress_bar_enabled()
@@ -48,8 +48,9 @@ def no_progress_bar() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def _load_whole(location: str, **options: Any) -> Any:
-    """Refuses files that lack a weight, for which transformers would draw random numbers."""
+def _load_all_weights(location: str, **options: Any) -> Any:
+    """Loads a model and raises ValueError where its files lack a weight, which transformers would initialise
+    at random."""
     model, report = pretrained.load_causal_lm(location, output_loading_info=True, **options)
     if missing := sorted(report["missing_keys"]):
         raise ValueError(f"{len(missing)} of its weights are missing from its files, first {missing[0]}.")
@@ -57,14 +58,14 @@ def _load_whole(location: str, **options: Any) -> Any:
 
 
 def return_freed_memory() -> None:
-    """Gives the system back what loading took for a while: reading a tokenizer leaves glibc with 100 MiB."""
+    """Returns freed memory to the system: reading a tokenizer leaves 100 MiB with glibc."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "malloc_trim"):
         libc.malloc_trim(0)
 
 
 def resolve_device(device: str) -> torch.device:
-    """The device that is meant. Of several processes on a machine each has its own CUDA device."""
+    """Returns the torch device. Each of several processes on a machine has its own CUDA device."""
     check_device(device)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"

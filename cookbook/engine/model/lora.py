@@ -1,9 +1,9 @@
-"""A linear layer with a LoRA on it, forward and backward in as few passes over memory as there can be.
+"""A linear layer with a LoRA, forward and backward, in as few passes over memory as possible.
 
 PEFT computes `W x + s * B (A x)` as separate operations: on top of the two thin products that takes two
 passes over the result and, backward, a third over the gradient of the input. Here the thin products add
 to the wide ones in place, and the gradients of A and B come from the same two thin tensors. A weight
-in 4 bits is unpacked for the forward product and again for the backward one, and not kept between.
+in 4 bits is dequantised for the forward product and again for the backward one, and not kept between.
 
 Shape suffixes: N tokens, I inputs, O outputs, R rank; X anything before the last axis.
 """
@@ -55,7 +55,7 @@ class _LoraLinear(torch.autograd.Function):
 
 
 def _forward(self: Any, x_XI: Tensor) -> Tensor:
-    """Takes the place of `peft.tuners.lora.Linear.forward` for one adapter without dropout."""
+    """Replaces `peft.tuners.lora.Linear.forward` for one adapter without dropout."""
     base = self.base_layer
     if self.disable_adapters or self.lora_in_use is None:
         result: Tensor = base(x_XI)
@@ -66,7 +66,7 @@ def _forward(self: Any, x_XI: Tensor) -> Tensor:
 
 
 def _set_adapter(self: Any, *args: Any, **kwargs: Any) -> None:
-    """Takes the place of `peft.tuners.lora.Linear.set_adapter`."""
+    """Replaces `peft.tuners.lora.Linear.set_adapter`."""
     type(self).set_adapter(self, *args, **kwargs)
     _find_lora_in_use(self)
 
@@ -74,7 +74,7 @@ def _set_adapter(self: Any, *args: Any, **kwargs: Any) -> None:
 def _find_lora_in_use(layer: Any) -> None:
     """Sets `lora_in_use` to A, B and scaling of the active adapter, or to None where it is not on this layer.
 
-    The forward pass reads them there and not under the adapter's name, because compiled code is compiled anew
+    The forward pass reads them there and not under the adapter's name, because compiled code is recompiled
     for every name that it reads, and every snapshot has one.
     """
     active = next((name for name in layer.active_adapters if name in layer.lora_A), None)
@@ -85,7 +85,7 @@ def _find_lora_in_use(layer: Any) -> None:
 
 
 def fuse(model: nn.Module) -> None:
-    """Gives every LoRA layer of a PEFT model on a linear layer, plain or in 4 bits, the fused forward."""
+    """Installs the fused forward on every LoRA layer of a PEFT model on a linear layer, also in 4 bits."""
     from peft.import_utils import is_bnb_4bit_available
     from peft.tuners import lora
 
@@ -102,8 +102,8 @@ def fuse(model: nn.Module) -> None:
 
 
 def unfuse(model: nn.Module) -> None:
-    """Takes back what `fuse` did: methods of its own make a layer hold itself, and its weights, until garbage
-    is collected."""
+    """Undoes `fuse`: with methods of its own a layer holds itself, and its weights, until garbage is
+    collected."""
     for module in model.modules():
         if "lora_in_use" in vars(module):
             del module.forward, module.set_adapter, module.lora_in_use

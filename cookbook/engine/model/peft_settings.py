@@ -1,8 +1,8 @@
-"""What an adapter_config.json says, honoured or refused by name.
+"""The settings in an adapter_config.json, applied or refused by name.
 
-An adapter is B A scaled by alpha / rank on linear layers, and every setting of PEFT that makes it more than
-that is refused, one that this version does not know as well. Its tensors say which layers it is on. They
-are held against `target_modules` and the settings beside it: PEFT reads no tensor that those do not name.
+An adapter is B A scaled by alpha / rank on linear layers. Every setting of PEFT that makes it more than that
+is refused, and so is an unknown one. Its tensors say which layers it is on; they are compared with
+`target_modules` and the settings beside it, because PEFT reads no tensor that those do not name.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _SHAPE: Mapping[str, Any] = {
 _FREE = {
     *_SHAPE.keys(), "inference_mode", "peft_version", "megatron_core", "runtime_config", "qalora_group_size",
 } - {"peft_type", "revision", "auto_mapping"}  # fmt: skip
-"""What is honoured, or means nothing by itself."""
+"""Settings that are applied, or that have no effect by themselves."""
 _HARMLESS: Mapping[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
     "task_type": ("CAUSAL_LM",),
@@ -50,7 +50,7 @@ _HARMLESS: Mapping[str, tuple[Any, ...]] = {
     "init_lora_weights": (True, "gaussian", "eva", "orthogonal"),
     "revision": ("main",),
 }
-"""The values of other settings that change nothing, beside none, false and what is empty."""
+"""The values of other settings that have no effect, besides null, false and empty ones."""
 
 TENSOR = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
 FROZEN = ".base_layer."
@@ -59,7 +59,7 @@ _MATCH_SECONDS = 1.0
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """The settings of an adapter, whose tensors are where and as they say.
+    """Returns the settings of an adapter, after a check that its tensors agree with them.
 
     Raises CheckpointError, naming file and key, for what is damaged or not supported.
     """
@@ -90,12 +90,12 @@ def _check_settings(folder: Path, config: Mapping[str, Any], origin: Origin) -> 
 
 
 def modules_in(names: Iterable[str]) -> set[str]:
-    """The modules that tensors of these names are a LoRA on."""
+    """The modules on which tensors of these names are a LoRA."""
     return {match[1] for name in names if (match := TENSOR.fullmatch(name)) is not None}
 
 
 def tensor_names(folder: Path) -> list[str]:
-    """Those in the adapter's file, which was checked; none where there is no file."""
+    """The names of the tensors in the adapter's file, which was checked; none without a file."""
     if not (folder / ADAPTER_FILE).is_file():
         return []
     with safe_open(folder / ADAPTER_FILE, "pt") as file:
@@ -103,7 +103,7 @@ def tensor_names(folder: Path) -> list[str]:
 
 
 def check_frozen(folder: Path, is_weight_of: Callable[[Tensor, str], bool]) -> None:
-    """Raises CheckpointError where an adapter brings another weight of a frozen layer than its base has.
+    """Raises CheckpointError where an adapter has another weight of a frozen layer than its base.
 
     PEFT saves a copy of the frozen projection to the vocabulary beside an adapter on it, and loads it too.
     `is_weight_of` says whether the base's module of a name has this weight (see `is_same`).
@@ -132,7 +132,7 @@ def is_same(copy: Tensor, own: Tensor) -> bool:
 def _check_tensors(folder: Path, config: Mapping[str, Any]) -> None:
     path = folder / ADAPTER_FILE
     if not path.is_file():
-        return  # whoever reads the weights says so
+        return  # reading the weights raises an error
     origin = Origin(str(path), CheckpointError, REPAIR)
     try:
         with safe_open(path, "pt") as file:
@@ -143,7 +143,7 @@ def _check_tensors(folder: Path, config: Mapping[str, Any]) -> None:
     for name, (dtype, shape) in shapes.items():
         match = TENSOR.fullmatch(name)
         if match is None:
-            continue  # refused by whoever reads it, except PEFT's copy of a frozen layer
+            continue  # refused when it is read, except PEFT's copy of a frozen layer
         if dtype not in _DTYPES:
             origin.refuse(f"`{name}` has dtype {dtype}, expected {', '.join(_DTYPES)}")
         rank_axis = 0 if match[2] == "A" else 1
@@ -196,7 +196,7 @@ def _is_in_layers(module: str, config: Mapping[str, Any], folder: Path) -> bool:
 
 
 def _matches(pattern: str, module: str, setting: str, folder: Path) -> bool:
-    """`re.fullmatch`, for a pattern that may be made to run without end."""
+    """`re.fullmatch` with a time limit, for a pattern from elsewhere."""
     import regex
 
     try:

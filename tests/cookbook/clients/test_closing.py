@@ -449,7 +449,9 @@ def test_a_client_can_be_closed_by_its_own_loss(service: ServiceClient, tiny_qwe
         client.get_info()
 
 
-def test_a_stream_read_in_a_loop_that_is_closed_fails_nobody(service: ServiceClient, tiny_qwen3: str) -> None:
+def test_a_stream_read_in_a_loop_that_is_closed_fails_no_other_reader(
+    service: ServiceClient, tiny_qwen3: str
+) -> None:
     """Its reader left without a word: the samples beside it, and other readers of it, go on."""
     sampler = service.create_sampling_client(base_model=tiny_qwen3)
     go = threading.Event()

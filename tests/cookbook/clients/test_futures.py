@@ -146,7 +146,7 @@ def test_an_interrupted_wait_has_not_seen_the_failure_that_comes_later() -> None
     assert not future.failure_was_seen
 
 
-def test_many_futures_are_gathered_while_the_loop_goes_on(worker: ThreadPoolExecutor) -> None:
+def test_many_futures_are_gathered_while_the_loop_runs(worker: ThreadPoolExecutor) -> None:
     release = threading.Event()
     ticks = []
 
@@ -217,7 +217,7 @@ def test_cancelling_a_task_that_waits_does_not_cancel_the_work(worker: ThreadPoo
 def test_a_waiter_that_gave_up_leaves_no_complaint_when_the_work_fails(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """asyncio logs errors that nobody fetched, once nothing refers to them."""
+    """asyncio logs errors that were not retrieved, once nothing refers to them."""
 
     async def main() -> None:
         job: Future[int] = Future()

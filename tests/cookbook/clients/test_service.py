@@ -306,7 +306,7 @@ def test_metadata_of_a_service_is_that_of_its_clients_and_their_checkpoints(
 
 
 def test_options_of_the_engine_are_not_taken_by_position() -> None:
-    with pytest.raises(RequestError, match=r"user_metadata='cpu' is no mapping .* device="):
+    with pytest.raises(RequestError, match=r"Invalid user_metadata='cpu': must map .* device="):
         ServiceClient("cpu")  # type: ignore[arg-type]
     with pytest.raises(TypeError):
         ServiceClient({}, "project", "cpu")  # type: ignore[misc]

@@ -133,7 +133,7 @@ def test_a_state_before_the_first_step_continues_too(base: BaseModel, tmp_path: 
     assert bits(other) == bits(trainer)
 
 
-def test_what_is_saved_is_told(saved: Path, base: BaseModel) -> None:
+def test_the_content_of_a_checkpoint_is_read(saved: Path, base: BaseModel) -> None:
     info = checkpoint.read_info(saved)
     assert info.base_model == base.name
     assert info.lora == LoraConfig(rank=4, seed=0)
@@ -273,7 +273,7 @@ def test_a_truncated_file_is_found(base: BaseModel, saved: Path, name: str, leng
         (checkpoint.ADAPTER_FILE, f"is incomplete: it has no {checkpoint.ADAPTER_FILE}"),
         (checkpoint.OPTIMIZER_FILE, "has no optimizer state"),
         (checkpoint.STATE_FILE, f"is incomplete: it has no {checkpoint.STATE_FILE}"),
-        (checkpoint.ADAPTER_CONFIG_FILE, f"is no checkpoint: it has no {checkpoint.ADAPTER_CONFIG_FILE}"),
+        (checkpoint.ADAPTER_CONFIG_FILE, f"is not a checkpoint: it has no {checkpoint.ADAPTER_CONFIG_FILE}"),
     ],
 )
 def test_a_missing_file_is_found(base: BaseModel, saved: Path, name: str, message: str) -> None:
@@ -313,7 +313,7 @@ def test_a_format_of_the_future_is_refused(base: BaseModel, saved: Path) -> None
 
 
 @pytest.mark.parametrize(
-    ("lora", "told"),
+    ("lora", "expected"),
     [
         ({"rank": 8}, "rank 8"),
         ({"train_mlp": False}, "rank 4"),
@@ -322,12 +322,12 @@ def test_a_format_of_the_future_is_refused(base: BaseModel, saved: Path) -> None
     ids=["rank", "layers", "alpha"],
 )
 def test_a_checkpoint_of_other_lora_settings_is_refused(
-    base: BaseModel, tmp_path: Path, lora: dict[str, Any], told: str
+    base: BaseModel, tmp_path: Path, lora: dict[str, Any], expected: str
 ) -> None:
     trained(base, **lora).save(tmp_path / "other", with_optimizer=True)
     message = refused(base, tmp_path / "other")
     assert "does not fit" in message
-    assert told in message
+    assert expected in message
     assert "the checkpoint's own model and LoRA settings" in message
 
 
@@ -349,7 +349,7 @@ def test_a_checkpoint_of_another_model_is_refused_naming_both(
     ["../x", "..", ".", "", "a/b", "/abs", ".hidden", "-x", "a\\b", "a b", "x\n", "ü", "x\0", "x" * 129],
 )
 def test_a_name_cannot_leave_its_folder(tmp_path: Path, name: str) -> None:
-    with pytest.raises(CheckpointError, match="is no name for a checkpoint"):
+    with pytest.raises(CheckpointError, match="Invalid checkpoint name"):
         checkpoint.checkpoint_path(tmp_path, name)
 
 
@@ -431,7 +431,7 @@ def test_a_full_disk_is_one_clear_error_and_earlier_checkpoints_are_intact(
         _, name, message = line.split(" ", 2)
         assert message.startswith(f"Cannot save checkpoint FOLDER/{name}: ")
         assert "File too large" in message
-        assert message.endswith("make room, or keep fewer checkpoints. Earlier ones are intact.")
+        assert message.endswith("free some space, or keep fewer checkpoints. Earlier ones are intact.")
 
 
 def test_what_a_killed_process_left_half_written_is_cleared(base: BaseModel, saved: Path) -> None:

@@ -56,7 +56,7 @@ def test_a_step_never_waits_for_the_device(tiny_qwen3: str) -> None:
     assert np.isfinite(step.output().metrics["grad_norm"])
 
 
-def test_marks_tell_when_the_device_got_there_and_make_nobody_wait() -> None:
+def test_marks_tell_when_the_device_got_there_and_make_nothing_wait() -> None:
     clock = DeviceClock(torch.device("cuda"))
     matrix = torch.randn(4096, 4096, device="cuda")
     torch.cuda.synchronize()
@@ -110,7 +110,7 @@ def test_the_kernel_of_variable_length_equals_one_sequence_at_a_time(sliding_win
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 @pytest.mark.parametrize("shard", ["none", "full"])
 @pytest.mark.parametrize("rank", [4, 0], ids=["lora", "full-fine-tuning"])
-def test_two_devices_come_to_what_one_comes_to(
+def test_two_devices_have_the_results_of_one(
     ranks: Any, tiny_qwen3: str, tmp_path: Path, shard: str, rank: int
 ) -> None:
     """By nccl, each process on a device of its own."""

@@ -160,7 +160,7 @@ class Outcome:
 
 @dataclass
 class Truth(Outcome):
-    """With the size of what was added up, which is what rounding is relative to."""
+    """With the size of the summands, to which rounding is relative."""
 
     data: list[Datum]
     loss_size: float
@@ -303,7 +303,7 @@ def trainer_of(
 
 
 def draw_what_starts_constant(folder: str) -> None:
-    """Biases start as zeros and norms as ones, and would not show where they are left out."""
+    """Biases start as zeros and norms as ones, and would not show where they are skipped."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():

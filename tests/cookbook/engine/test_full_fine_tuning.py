@@ -125,7 +125,7 @@ def test_steps_too_small_for_bfloat16_add_up(model_folder: str, tmp_path: Path) 
     assert np.mean(moved) > 0.5
 
 
-def test_a_snapshot_stays_as_it_was_and_training_goes_on_as_if_nobody_had_looked(
+def test_a_snapshot_stays_as_it_was_and_training_continues_unchanged(
     model_folder: str, tmp_path: Path
 ) -> None:
     client, alone = make_client(model_folder, tmp_path), make_client(model_folder, tmp_path)

@@ -1,4 +1,4 @@
-"""Several processes come to what one comes to."""
+"""Several processes have the results of one."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ Steps = Callable[..., list[Any]]
 
 @pytest.fixture(scope="module")
 def steps(ranks: Any, tiny_qwen3: str, tmp_path_factory: pytest.TempPathFactory) -> Steps:
-    """What `training:steps` comes to in each of some processes, with an adapter of a rank."""
+    """The result of `training:steps` in each of several processes, with an adapter of a rank."""
 
     @functools.cache
     def found(size: int, rank: int, shard: str = "none") -> list[Any]:
@@ -48,7 +48,7 @@ def steps(ranks: Any, tiny_qwen3: str, tmp_path_factory: pytest.TempPathFactory)
 @pytest.mark.parametrize("rank", [4, 0], ids=["lora", "full-fine-tuning"])
 @pytest.mark.parametrize("shard", ["none", "full"])
 @pytest.mark.parametrize("size", [2, 4])
-def test_several_processes_come_to_what_one_comes_to(steps: Steps, size: int, shard: str, rank: int) -> None:
+def test_several_processes_have_the_results_of_one(steps: Steps, size: int, shard: str, rank: int) -> None:
     found = steps(size, rank, shard)
     for others in found[1:]:
         assert_same(found[0], others, tolerance=0)
@@ -59,7 +59,7 @@ def test_several_processes_come_to_what_one_comes_to(steps: Steps, size: int, sh
 @pytest.mark.parametrize(
     "options", [{"gradient_checkpointing": "on"}, {"max_tokens": None}, {"max_tokens": 1}], ids=str
 )
-def test_ways_of_running_a_batch_change_nothing_where_weights_are_dealt_out(
+def test_ways_of_running_a_batch_change_nothing_where_weights_are_sharded(
     ranks: Any,
     tiny_qwen3: str,
     tmp_path: Path,
@@ -73,7 +73,7 @@ def test_ways_of_running_a_batch_change_nothing_where_weights_are_dealt_out(
     assert_same(steps(1, rank)[0], found[0])
 
 
-def test_activations_cost_the_same_where_weights_are_dealt_out(
+def test_activations_cost_the_same_where_weights_are_sharded(
     ranks: Any, tiny_qwen3: str, tmp_path: Path
 ) -> None:
     arguments = {"model": tiny_qwen3, "folder": str(tmp_path)}
@@ -86,15 +86,15 @@ def test_activations_cost_the_same_where_weights_are_dealt_out(
     ("rank", "shard", "other_shard"),
     [(4, "none", "full"), (0, "none", "full"), (0, "full", "none"), (0, "full", "full")],
 )
-def test_a_checkpoint_of_two_processes_goes_on_in_one_and_in_four(
+def test_a_checkpoint_of_two_processes_is_resumed_in_one_and_in_four(
     ranks: Any, tmp_path: Path, steps: Steps, rank: int, shard: str, other_shard: str
 ) -> None:
     saved = steps(2, rank, shard)[0]
     arguments = {"path": saved["saved"], "folder": str(tmp_path)}
-    (one,) = ranks.results("training:goes_on", 1, **arguments)
+    (one,) = ranks.results("training:resumed", 1, **arguments)
     for name, weight in saved["weights"].items():
         np.testing.assert_array_equal(one["weights"][name], weight)
-    four = ranks.results("training:goes_on", 4, shard=other_shard, **arguments)
+    four = ranks.results("training:resumed", 4, shard=other_shard, **arguments)
     for name in ("weights", "optimizer"):
         assert_same(one[name], four[0][name], tolerance=0)
     assert_same(one, four[0])
@@ -102,12 +102,12 @@ def test_a_checkpoint_of_two_processes_goes_on_in_one_and_in_four(
         assert_same(four[0], others, tolerance=0)
 
 
-def test_a_checkpoint_of_one_process_goes_on_where_weights_are_dealt_out(
+def test_a_checkpoint_of_one_process_is_resumed_where_weights_are_sharded(
     ranks: Any, tmp_path: Path, steps: Steps
 ) -> None:
     arguments = {"path": steps(1, 0)[0]["saved"], "folder": str(tmp_path)}
-    (one,) = ranks.results("training:goes_on", 1, **arguments)
-    assert_same(one, ranks.results("training:goes_on", 2, shard="full", **arguments)[0])
+    (one,) = ranks.results("training:resumed", 1, **arguments)
+    assert_same(one, ranks.results("training:resumed", 2, shard="full", **arguments)[0])
 
 
 def test_a_model_saved_in_parts_is_a_model_folder(steps: Steps) -> None:
@@ -120,7 +120,7 @@ def test_a_model_saved_in_parts_is_a_model_folder(steps: Steps) -> None:
 
 
 @pytest.mark.parametrize("rank", [4, 0], ids=["lora", "full-fine-tuning"])
-def test_samples_are_those_of_one_process_where_weights_are_dealt_out(
+def test_samples_are_those_of_one_process_where_weights_are_sharded(
     ranks: Any, tiny_qwen3: str, tmp_path: Path, rank: int
 ) -> None:
     arguments = {"model": tiny_qwen3, "folder": str(tmp_path), "rank": rank}
@@ -134,19 +134,19 @@ def test_samples_are_those_of_one_process_where_weights_are_dealt_out(
             assert found["trained"] == pytest.approx(one["trained"], rel=1e-5)
 
 
-def test_the_verbs_of_a_mesh(ranks: Any) -> None:
+def test_the_methods_of_a_world(ranks: Any) -> None:
     found = ranks.results("training:exchanged", 3)
-    for rank, told in enumerate(found):
-        assert told["all_gather_object"] == [0, 10, 20]
-        assert told["broadcast"] == "from 0"
-        assert told["agree_min"] == (0, -2)
-        assert told["agree_max"] == (2, 0)
-        assert told["on_rank0"] == "done by 0"
-        assert told["sums"] == [[3.0] * 3, [[3.0] * 2] * 2, [3.0]]
+    for rank, result in enumerate(found):
+        assert result["all_gather_object"] == [0, 10, 20]
+        assert result["broadcast"] == "from 0"
+        assert result["agree_min"] == (0, -2)
+        assert result["agree_max"] == (2, 0)
+        assert result["on_rank0"] == "done by 0"
+        assert result["sums"] == [[3.0] * 3, [[3.0] * 2] * 2, [3.0]]
         for who in (0, 1):
             other = f"TrainingError: Process {who} of 3 failed: ValueError: no"
-            assert told["failures"][who] == ("ValueError: no" if rank == who else other)
-        assert told["main's failure"].endswith("CheckpointError: full disk on 0")
+            assert result["failures"][who] == ("ValueError: no" if rank == who else other)
+        assert result["main's failure"].endswith("CheckpointError: full disk on 0")
 
 
 def test_processes_of_one_machine_listen_to_that_machine_alone(ranks: Any) -> None:
@@ -179,13 +179,13 @@ def test_a_process_short_of_memory_halves_its_own_batches_and_all_keep_the_limit
         "training:scarce", 2, most_tokens={"1": 50}, folder=str(tmp_path / "scarce"), **arguments
     )
     assert found[0]["limit"] == found[1]["limit"] == found[0]["saved"]["max_tokens"] < plenty["limit"]
-    for told in found:
-        assert_same(plenty["losses"], told["losses"])
-        assert_same(plenty["weights"], told["weights"])
+    for result in found:
+        assert_same(plenty["losses"], result["losses"])
+        assert_same(plenty["weights"], result["weights"])
 
 
 @pytest.mark.parametrize("shard", ["none", "full"])
-def test_a_process_that_cannot_go_on_ends_all_with_its_reason(
+def test_a_process_that_cannot_continue_ends_all_with_its_reason(
     ranks: Any, tiny_qwen3: str, tmp_path: Path, shard: str
 ) -> None:
     ended = ranks.run(
@@ -206,7 +206,7 @@ def test_a_process_that_cannot_go_on_ends_all_with_its_reason(
         assert "max_tokens_per_microbatch=" in ended.printed[0]
 
 
-def test_weights_are_dealt_out_where_they_do_not_fit_by_the_main_process_s_memory(
+def test_weights_are_sharded_where_they_do_not_fit_by_the_main_process_s_memory(
     ranks: Any, tiny_qwen3: str, tmp_path: Path
 ) -> None:
     size = sum(weight.numel() for weight in AutoModelForCausalLM.from_pretrained(tiny_qwen3).parameters())
@@ -222,7 +222,7 @@ def test_weights_are_dealt_out_where_they_do_not_fit_by_the_main_process_s_memor
             assert found == [is_sharded, is_sharded]
 
 
-def test_rounded_weights_that_are_dealt_out_have_masters_too(
+def test_rounded_weights_that_are_sharded_have_masters_too(
     ranks: Any, tiny_qwen3: str, tmp_path: Path
 ) -> None:
     work, folders = "training:in_bfloat16", [str(tmp_path / name) for name in ("one", "two")]
@@ -232,7 +232,7 @@ def test_rounded_weights_that_are_dealt_out_have_masters_too(
     assert {array.dtype for array in found[0]["optimizer"].values()} == {np.dtype(np.float32)}
     for size, shard in ((1, "none"), (2, "full")):
         arguments = {"path": found[0]["saved"], "folder": folders[0], "dtype": "bfloat16"}
-        on = ranks.results("training:goes_on", size, shard=shard, **arguments)
+        on = ranks.results("training:resumed", size, shard=shard, **arguments)
         assert_same(found[0]["optimizer"], on[0]["optimizer"], tolerance=0)
     assert found[0]["losses"] == pytest.approx(one["losses"], rel=0.01)
     model = AutoModelForCausalLM.from_pretrained(found[0]["saved"])

@@ -1,4 +1,4 @@
-"""What processes do together: some training steps of every kind, told as plain arrays."""
+"""Programs for several processes: training steps of every kind, with results as plain arrays."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def addresses() -> dict[str, Any]:
     return {"listens": found, "store": int(os.environ["MASTER_PORT"]), **interfaces}
 
 
-def told(output: Any) -> dict[str, Any]:
+def result_of(output: Any) -> dict[str, Any]:
     return {
         "loss": output.loss,
         "metrics": dict(output.metrics),
@@ -112,8 +112,8 @@ def steps(
     client = service.create_lora_training_client(model, rank=rank, seed=0)
     found: dict[str, Any] = {"passes": [], "gradients": [], "norms": []}
     data = make_data([40, 3, 17, 60, 5, 33, 21])
-    found["passes"].append(told(client.forward(plain(data), return_argmax=True).result()))
-    found["passes"].append(told(client.forward(plain(data), return_logprobs="trained").result()))
+    found["passes"].append(result_of(client.forward(plain(data), return_argmax=True).result()))
+    found["passes"].append(result_of(client.forward(plain(data), return_logprobs="trained").result()))
     requests = [
         (plain(data), "cross_entropy"),
         (data[:3], "importance_sampling"),
@@ -125,7 +125,7 @@ def steps(
             queued = client.forward_backward_custom(batch, loss)
         else:
             queued = client.forward_backward(batch, loss)
-        found["passes"].append(told(queued.result()))
+        found["passes"].append(result_of(queued.result()))
         found["norms"].append(client.optim_step(ADAM).result().metrics["grad_norm"])
     # Gradients of several passes add up.
     client.forward_backward(plain(data[:4]))
@@ -137,7 +137,7 @@ def steps(
     return found
 
 
-def goes_on(path: str, folder: str, shard: str = "none", dtype: str = "float32") -> dict[str, Any]:
+def resumed(path: str, folder: str, shard: str = "none", dtype: str = "float32") -> dict[str, Any]:
     """One step on from a checkpoint: what was loaded, and what came of the step."""
     service = ServiceClient(
         device="cpu", dtype=dtype, checkpoint_dir=folder, max_tokens_per_microbatch=64, shard=shard
@@ -234,7 +234,7 @@ def scarce(
 
 
 def decided(model: str, folder: str, memory: dict[str, float], rank: int) -> bool:
-    """Whether weights are dealt out on devices of so many bytes, which differ."""
+    """Whether weights are sharded on devices of so many bytes, which differ."""
     memory_here = memory[os.environ["RANK"]]
     fsdp.usable_memory = lambda device: memory_here  # type: ignore[assignment]
     service = ServiceClient(
@@ -265,7 +265,7 @@ def in_bfloat16(model: str, folder: str, shard: str) -> dict[str, Any]:
 
 
 def exchanged() -> dict[str, Any]:
-    """What the verbs of a mesh give, one after another."""
+    """The results of the methods of a world, one after another."""
     world = processes.current()
     rank, found = world.rank, {}
     found["all_gather_object"] = world.all_gather_object(rank * 10)
@@ -310,11 +310,11 @@ def says_it_after_the_main_process_is_gone() -> bool:
     world = processes.current()
     if world.rank == 0:
         world.all_gather_object(None)  # the words of 1 are there
-        processes.leave_last_words(error)
+        processes.publish_failure(error)
         os._exit(1)
-    processes.leave_last_words(error)
-    processes._why_unreachable(2)  # as an exchange that fails does; it finds the words of this process
+    processes.publish_failure(error)
+    processes._lost_contact(2)  # as a failed exchange does; it finds the failure of this process
     world.all_gather_object(None)
     with contextlib.suppress(TrainingError):
         world.all_gather_object(None)
-    return processes.speaks_for_all(error)
+    return processes.should_report(error)

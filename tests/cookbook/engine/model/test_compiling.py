@@ -96,6 +96,6 @@ def test_a_model_whose_layers_transformers_does_not_know_is_refused(
     make_model_folder: Any, tmp_path: Path, options: dict[str, Any]
 ) -> None:
     folder = str(make_model_folder(tmp_path / "model", "gpt_neox_japanese", intermediate_multiple_size=2))
-    with pytest.raises(ConfigError, match="no layers that transformers knows how to run again or compile"):
+    with pytest.raises(ConfigError, match="no layers that transformers can checkpoint or compile"):
         BaseModel(folder, EngineOptions(**options))
     assert BaseModel(folder)
