@@ -99,7 +99,7 @@ def key_walk() -> list[str]:
     """From argv to the parameter groups of the optimizer."""
     with tempfile.TemporaryDirectory() as folder, _quiet_and_cached_in(folder):
         rate = float(LEARNING_RATE)
-        reached = []
+        reached: list[float] = []
 
         class Optimizer(torch.optim.AdamW):
             def step(self, closure: Any = None) -> Any:
