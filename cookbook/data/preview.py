@@ -80,17 +80,8 @@ def first_examples(
 ) -> list[DecodedExample]:
     """The first examples that a run would train on."""
 
-    def datums() -> Iterator[Datum]:
-        index = 0
-        while True:
-            try:
-                batch = dataset.get_batch(index)
-            except IndexError:
-                return
-            yield from batch
-            index += 1
-
-    return [decode_datum(datum, tokenizer) for datum in islice(datums(), number)]
+    datums = (datum for batch in dataset.iter_batches() for datum in batch)
+    return [decode_datum(datum, tokenizer) for datum in islice(datums, number)]
 
 
 def _shown_pieces(

@@ -6,6 +6,7 @@ rows, so a resumed run goes on with exactly the rows it would have read.
 
 from __future__ import annotations
 
+import itertools
 from abc import abstractmethod
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -80,36 +81,47 @@ class StreamedDataset(SupervisedDataset):
             raise TypeError("The length of this stream is not known.")
         return -(-self._length // self._batch_size)
 
+    def epoch_length(self) -> int | None:
+        return None if self._length is None else len(self)
+
     def get_batch(self, index: int) -> list[Datum]:
-        start = self._num_skipped + index * self._batch_size
-        if start != self._next_row:
-            self._seek(start)
-        wanted = self._batch_size
-        if self._length is not None:
-            wanted = max(0, min(wanted, self._length - start))
-        rows = list(islice(self._shuffled, wanted))
-        if self._length is not None and len(rows) < wanted:
-            raise DataError(
-                f"The stream ended in batch {index} of {len(self)}: it has fewer than length="
-                f"{self._length} rows. Give the number of rows it has, or leave length out."
-            )
-        if not rows:
+        """Raises IndexError behind the end of the stream."""
+        batch = next(self.iter_batches(index), None)
+        if batch is None:
             raise IndexError(f"The stream has no batch {index}.")
-        self._next_row = start + self._batch_size
-        # A batch that is made again, as the first is that was looked at before training, counts once.
-        self._is_counting = start >= self._num_counted[self._seed]
-        self._num_counted[self._seed] = max(self._next_row, self._num_counted[self._seed])
-        self._note("rows", len(rows))
-        try:
-            with notes.collected() as found:
-                datums = [datum for row in rows for datum in self._datums_of(row)]
-        except IndexError as error:  # a user's code; of get_batch it would mean the end of the data
-            raise DataError(f"A row of batch {index} cannot be turned into Datums: {error!r}") from error
-        if self._is_counting:
-            self._notes.update(found)
-        trained = [datum for datum in datums if is_trained(datum)]
-        self._note("untrained_examples", len(datums) - len(trained))
-        return trained
+        return batch
+
+    def iter_batches(self, start: int = 0) -> Iterator[list[Datum]]:
+        for index in itertools.count(start):
+            first_row = self._num_skipped + index * self._batch_size
+            if first_row != self._next_row:
+                self._seek(first_row)
+            wanted = self._batch_size
+            if self._length is not None:
+                wanted = max(0, min(wanted, self._length - first_row))
+            rows = list(islice(self._shuffled, wanted))
+            if self._length is not None and len(rows) < wanted:
+                raise DataError(
+                    f"The stream ended in batch {index} of {len(self)}: it has fewer than length="
+                    f"{self._length} rows. Give the number of rows it has, or leave length out."
+                )
+            if not rows:
+                return
+            self._next_row = first_row + self._batch_size
+            # A batch that is rendered again, as the first is that was looked at before training, counts once.
+            self._is_counting = first_row >= self._num_counted[self._seed]
+            self._num_counted[self._seed] = max(self._next_row, self._num_counted[self._seed])
+            self._note("rows", len(rows))
+            try:
+                with notes.collected() as found:
+                    datums = [datum for row in rows for datum in self._datums_of(row)]
+            except IndexError as error:  # of a user's function; from `get_batch` it means the end of the data
+                raise DataError(f"A row of batch {index} cannot be turned into Datums: {error!r}") from error
+            if self._is_counting:
+                self._notes.update(found)
+            trained = [datum for datum in datums if is_trained(datum)]
+            self._note("untrained_examples", len(datums) - len(trained))
+            yield trained
 
     def summary(self) -> dict[str, int]:
         """What was read so far."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
 import chz
@@ -51,12 +52,34 @@ class SupervisedDataset(ABC):
         """Batch `index`, 0 <= index < len(self). Called from a thread of its own, ahead of need.
 
         A batch may be shorter than the others, or empty where no example kept a trained token.
-        Raises IndexError behind the last batch of an epoch whose length is not known.
         """
 
     @abstractmethod
     def __len__(self) -> int:
-        """The number of batches in an epoch. Raises TypeError where it is unknown."""
+        """The number of batches in an epoch. Raises TypeError where it is unknown, as `len` does."""
+
+    def epoch_length(self) -> int | None:
+        """The number of batches in an epoch; None where it is unknown.
+
+        A dataset of unknown length overrides this and `iter_batches`, or raises TypeError in `__len__` and
+        IndexError in `get_batch` behind the last batch: these two methods alone read it from the exceptions.
+        """
+        try:
+            return len(self)
+        except TypeError:
+            return None
+
+    def iter_batches(self, start: int = 0) -> Iterator[list[Datum]]:
+        """The batches of the epoch from batch `start` to the last one."""
+        length = self.epoch_length()
+        for index in itertools.count(start) if length is None else range(start, length):
+            try:
+                batch = self.get_batch(index)
+            except IndexError:
+                if length is not None:
+                    raise
+                return
+            yield batch
 
     def origins(self, index: int) -> Sequence[Origin] | None:
         """Where each Datum of batch `index` comes from; None where it is unknown."""
@@ -93,19 +116,11 @@ class SupervisedDataset(ABC):
         return None
 
 
-def num_batches_of(dataset: SupervisedDataset) -> int | None:
-    """The length of an epoch in batches; None where it is unknown."""
-    try:
-        return len(dataset)
-    except TypeError:
-        return None
-
-
 def row_counts_of(dataset: SupervisedDataset) -> RowCounts | None:
     """The dataset's `row_counts`; None where its length says that not every row comes in an epoch."""
     counts = dataset.row_counts()
     if counts is not None and counts.per_epoch is not None:
-        is_whole = num_batches_of(dataset) == -(-counts.per_epoch // counts.per_batch)
+        is_whole = dataset.epoch_length() == -(-counts.per_epoch // counts.per_batch)
         return counts if is_whole else None
     return counts
 

@@ -48,7 +48,7 @@ class NLLEvaluator(TrainingClientEvaluator):
 
     @cached_property
     def _batches(self) -> list[tuple[list[Datum], Sequence[Origin]]]:
-        numbered = [(index, self._dataset.get_batch(index)) for index in range(len(self._dataset))]
+        numbered = enumerate(self._dataset.iter_batches())
         batches = [(batch, self._origins(index, len(batch))) for index, batch in numbered if batch]
         if not batches:
             raise DataError("The evaluation data has no trained token. Raise max_length, or set test_size=0.")

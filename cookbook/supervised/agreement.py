@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from cookbook.config.config_files import differences
-from cookbook.data.types import SupervisedDataset, num_batches_of
+from cookbook.data.types import SupervisedDataset
 from cookbook.engine.processes import World, joined
 from cookbook.errors import ConfigError, CookbookError, DataError
 
@@ -45,7 +45,7 @@ def check_same_data(world: World, train_data: SupervisedDataset, eval_data: Supe
     found = {
         f"{name} data": {
             "fingerprint": dataset.fingerprint(),
-            "batches": num_batches_of(dataset),
+            "batches": dataset.epoch_length(),
             "rows": dataset.summary().get("rows"),
         }
         for name, dataset in (("training", train_data), ("evaluation", eval_data))

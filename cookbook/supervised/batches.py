@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from types import TracebackType
@@ -12,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from cookbook.data.types import SupervisedDataset, num_batches_of, row_counts_of
+from cookbook.data.types import SupervisedDataset, row_counts_of
 from cookbook.errors import CookbookError, DataError
 from cookbook.types import IGNORED_TARGET, Datum, TensorData
 
@@ -40,10 +41,12 @@ class Batch:
 
 @dataclass(frozen=True)
 class PlacedBatch:
-    """A batch, the epoch it is from, and what comes behind it."""
+    """A batch, and its place in the run."""
 
     batch: Batch
     epoch: int
+    position: Position
+    """Where the batch before it ended. It is the end of an epoch where a stream has just ended."""
     next_position: Position
     rendering: tuple[float, float] = (0.0, 0.0)
     """When it was begun and when it was ready, by `time.perf_counter`."""
@@ -54,33 +57,27 @@ def make_batch(data: list[Datum]) -> Batch:
 
     A batch whose weights cancel to nothing has no mean and is left as it is.
     """
-    weights = [_weights_of(datum) for datum in data]
+    weights: list[np.ndarray] = []
+    for datum in data:
+        targets, given = datum.loss_fn_inputs["target_tokens"], datum.loss_fn_inputs.get("weights")
+        assert isinstance(targets, TensorData)
+        assert given is None or isinstance(given, TensorData)
+        trained_T = targets.to_numpy() != IGNORED_TARGET
+        weights.append(trained_T.astype(np.float32) if given is None else given.to_numpy() * trained_T)
     total = float(sum(weights_T.sum(dtype=np.float64) for weights_T in weights))
     scale = 1.0 / total if total > 0 else 1.0
-    scaled = [
-        Datum(datum.model_input, {**datum.loss_fn_inputs, "weights": (weights_T * scale).astype(np.float32)})
-        for datum, weights_T in zip(data, weights, strict=True)
-    ]
     return Batch(
-        data=scaled,
+        data=[
+            Datum(datum.model_input, {**datum.loss_fn_inputs, "weights": (w_T * scale).astype(np.float32)})
+            for datum, w_T in zip(data, weights, strict=True)
+        ],
         num_tokens=sum(datum.model_input.length for datum in data),
         num_trained_tokens=sum(int(np.count_nonzero(weights_T)) for weights_T in weights),
     )
 
 
-def _weights_of(datum: Datum) -> np.ndarray:
-    inputs = datum.loss_fn_inputs
-    targets, weights = inputs["target_tokens"], inputs.get("weights")
-    assert isinstance(targets, TensorData)
-    trained_T = targets.to_numpy() != IGNORED_TARGET
-    if weights is None:
-        return trained_T.astype(np.float32)
-    assert isinstance(weights, TensorData)
-    return weights.to_numpy() * trained_T
-
-
 class BatchQueue:
-    """The batches of a run from `start` on, in order, made up to `ahead` steps early.
+    """The batches of a run from `start` on, in order, rendered up to `ahead` steps early.
 
     The order of epoch e is that of `seed` + e, so a batch depends on its position alone and a
     resumed run sees what it would have seen, also one that continues with another batch size: its
@@ -98,18 +95,19 @@ class BatchQueue:
         start: Position = BEGINNING,
     ) -> None:
         self._dataset = dataset
-        self._num_batches = num_batches_of(dataset)
+        self._epoch_length = dataset.epoch_length()
         self._row_counts = row_counts_of(dataset)
         self._seed = seed
         self._num_epochs = num_epochs
         self._steps_left = num_steps
         self._position = start
-        self._epoch: int | None = None
+        self._epoch: Iterator[list[Datum]] | None = None
+        """The rest of the epoch that is being read."""
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="render")
         self._queue: deque[Future[PlacedBatch | None]] = deque()
         self._checked = self._thread.submit(self._check_that_something_is_trained)
         for _ in range(ahead):
-            self._enqueue()
+            self._queue.append(self._thread.submit(self._make_next))
 
     def __enter__(self) -> BatchQueue:
         return self
@@ -126,74 +124,63 @@ class BatchQueue:
     async def next(self) -> PlacedBatch | None:
         """The next batch; None when there are no more."""
         future = self._queue.popleft()
-        self._enqueue()
+        self._queue.append(self._thread.submit(self._make_next))
         return future.result() if future.done() else await asyncio.wrap_future(future)
 
-    def _enqueue(self) -> None:
-        self._queue.append(self._thread.submit(self._make_next))
-
     def _make_next(self) -> PlacedBatch | None:
-        if self._steps_left == 0 or self._position.epoch >= self._num_epochs:
-            return None
         started = time.perf_counter()
-        position = self._position
-        if position.epoch != self._epoch:
-            self._dataset.set_epoch(self._seed + position.epoch)
-            self._epoch = position.epoch
-            self._skip_rows_before(position)
-        try:
-            batch = make_batch(self._dataset.get_batch(self._index_of(position)))
-        except CookbookError as error:
-            error.add_note(f"(batch {position.batch} of epoch {position.epoch})")
-            raise
-        except IndexError:
-            if self._num_batches is not None or position.batch == 0:
+        end_of_last = self._position
+        while self._steps_left != 0 and self._position.epoch < self._num_epochs:
+            position = self._position
+            try:
+                if self._epoch is None:
+                    self._epoch = self._begin_epoch(position)
+                data = next(self._epoch, None)
+                batch = None if data is None else make_batch(data)
+            except CookbookError as error:
+                error.add_note(f"(batch {position.batch} of epoch {position.epoch})")
                 raise
-            self._position = self._first_of(position.epoch + 1)
-            return self._make_next()
-        self._position = self._behind(position)
-        if self._steps_left is not None:
-            self._steps_left -= 1
-        return PlacedBatch(batch, position.epoch, self._position, (started, time.perf_counter()))
+            if batch is None and position.batch == 0:
+                raise DataError(f"Epoch {position.epoch} of the data is empty, and earlier ones were not.")
+            if batch is None or self._is_last_of_epoch(position):
+                self._epoch = None
+                self._position = Position(position.epoch + 1, 0, None if self._row_counts is None else 0)
+            else:
+                row = position.row
+                if self._row_counts is not None and row is not None:
+                    row += self._row_counts.per_batch
+                self._position = Position(position.epoch, position.batch + 1, row)
+            if batch is not None:
+                if self._steps_left is not None:
+                    self._steps_left -= 1
+                rendering = (started, time.perf_counter())
+                return PlacedBatch(batch, position.epoch, end_of_last, self._position, rendering)
+        return None
 
-    def _skip_rows_before(self, position: Position) -> None:
-        """Shifts the batches of an epoch that was begun in batches of another size."""
-        if self._row_counts is not None and position.row is not None:
-            self._dataset.skip_rows(position.row % self._row_counts.per_batch)
-
-    def _index_of(self, position: Position) -> int:
+    def _begin_epoch(self, position: Position) -> Iterator[list[Datum]]:
+        """The batches from `position` on, whatever the size of those before it where rows are counted."""
+        self._dataset.set_epoch(self._seed + position.epoch)
         if self._row_counts is None or position.row is None:
-            return position.batch
-        return position.row // self._row_counts.per_batch
+            return self._dataset.iter_batches(position.batch)
+        index, num_rows = divmod(position.row, self._row_counts.per_batch)
+        self._dataset.skip_rows(num_rows)
+        return self._dataset.iter_batches(index)
 
-    def _first_of(self, epoch: int) -> Position:
-        return Position(epoch, 0, None if self._row_counts is None else 0)
-
-    def _behind(self, position: Position) -> Position:
+    def _is_last_of_epoch(self, position: Position) -> bool:
+        """Whether no batch follows. False in a stream, whose end is found when the next one is read."""
         counts = self._row_counts
         if counts is None or position.row is None:
-            is_last, row = position.batch + 1 == self._num_batches, None
-        else:
-            row = position.row + counts.per_batch
-            is_last = counts.per_epoch is not None and row >= counts.per_epoch
-        if is_last:
-            return self._first_of(position.epoch + 1)
-        return Position(position.epoch, position.batch + 1, row)
+            return position.batch + 1 == self._epoch_length
+        return counts.per_epoch is not None and position.row + counts.per_batch >= counts.per_epoch
 
     def _check_that_something_is_trained(self) -> None:
         self._dataset.set_epoch(self._seed)
-        index = 0
-        while self._num_batches is None or index < self._num_batches:
-            try:
-                batch = make_batch(self._dataset.get_batch(index))
-            except IndexError:
-                if self._num_batches is not None:
-                    raise
-                break
-            if batch.num_trained_tokens:
+        num_batches = 0
+        for data in self._dataset.iter_batches():
+            if make_batch(data).num_trained_tokens:
                 return
-            index += 1
+            num_batches += 1
         raise DataError(
-            f"Not one of {index} batches has a trained token: nothing would be learned. Raise max_length "
-            f"(the replies may all lie past it), or choose another train_on_what."
+            f"Not one of {num_batches} batches has a trained token: nothing would be learned. Raise "
+            f"max_length (the replies may all lie past it), or choose another train_on_what."
         )

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from cookbook.data.types import RowCounts, SupervisedDataset, num_batches_of, row_counts_of
+from cookbook.data.types import RowCounts, SupervisedDataset, row_counts_of
 from cookbook.errors import ConfigError, DataError
 from cookbook.runs.checkpoints import FINAL, Checkpoint, CheckpointLog
 from cookbook.runs.folder import ROUNDING_KEYS, RunFolder, how_to_train_on
 from cookbook.supervised.batches import BEGINNING, Position
+from cookbook.supervised.config import Config
 from cookbook.supervised.schedules import learning_rate_at
 from cookbook.utils import json_files
 from cookbook.utils.json_files import Origin, Positive
-
-if TYPE_CHECKING:
-    from cookbook.supervised.train import Config
 
 logger = logging.getLogger(__name__)
 
@@ -184,7 +182,7 @@ def _check_same_data(
 def _num_batches(train_data: SupervisedDataset, batch_size: int | None) -> int | None:
     """Those of an epoch in batches of this size (None: of the dataset's own); None where it is not known."""
     if batch_size is None:
-        return num_batches_of(train_data)
+        return train_data.epoch_length()
     counts = row_counts_of(train_data)
     if counts is None or counts.per_epoch is None:
         return None

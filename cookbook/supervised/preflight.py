@@ -19,13 +19,12 @@ from cookbook.errors import CheckpointError, ConfigError
 from cookbook.eval.evaluators import AnyEvaluatorBuilder, metric_patterns_of
 from cookbook.loggers import check_installed, check_wandb_login
 from cookbook.runs.checkpoints import CheckpointLog
-from cookbook.runs.directions import METRIC_PATTERNS
-from cookbook.supervised.best import DEFAULT_METRIC
+from cookbook.runs.directions import DEFAULT_METRIC, METRIC_PATTERNS
+from cookbook.supervised.config import Config
 from renderers.registry import check_renderer_name
 
 if TYPE_CHECKING:
     from cookbook.engine.checkpoint import StateInfo
-    from cookbook.supervised.train import Config
 
 BYTES_OF_ADAM = 8
 """The two moments of a weight, in float32."""

@@ -1,4 +1,9 @@
-"""A run in progress: the verbs of the training loop, and what they share."""
+"""A run in progress: what it works with, and the verbs of the training loop in the order of `train.main`.
+
+A step takes a batch, evaluates the state that it finds where that is due, queues one forward_backward and
+one optim_step, saves the state that it leaves where that is due, and is logged once the engine is done with
+it. The state "after k steps" is what step k finds; its evaluation is logged in the row of step k.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +11,7 @@ import asyncio
 import logging
 import math
 from collections import deque
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,30 +24,30 @@ import numpy as np
 from cookbook.clients.futures import APIFuture
 from cookbook.data.report import note_lines
 from cookbook.data.types import LEFT_OUT, SupervisedDataset
-from cookbook.engine.processes import World
 from cookbook.errors import TrainingError
 from cookbook.eval.evaluators import FAILURES, Evaluation, Evaluator, TrainingClientEvaluator, evaluate
 from cookbook.loggers import MetricLogger
 from cookbook.runs.checkpoints import FINAL, Checkpoint, CheckpointLog, checkpoint_name
+from cookbook.runs.folder import RunFolder
 from cookbook.supervised.batches import BatchQueue, PlacedBatch, Position
-from cookbook.supervised.best import BestKeeper, NewBest
+from cookbook.supervised.best import BestTracker
+from cookbook.supervised.config import Config
+from cookbook.supervised.continuation import Start
 from cookbook.supervised.schedules import learning_rate_at
 from cookbook.supervised.step_times import EVALUATING, StepTimes
 from cookbook.trace import Recorder
 from cookbook.types import AdamParams, ForwardBackwardOutput, OptimStepResponse, SaveWeightsResponse
+from cookbook.utils.tables import Table
 
 if TYPE_CHECKING:
     from cookbook.clients.training import TrainingClient
-    from cookbook.supervised.train import Config
 
 logger = logging.getLogger(__name__)
-
-NOTHING = Evaluation()
 
 
 @dataclass(frozen=True)
 class RunSummary:
-    """What a run came to. `metrics` are those of the evaluation of the finished model."""
+    """What a run ended with. `metrics` are those of the evaluation of the finished model."""
 
     log_path: Path
     is_finished: bool
@@ -52,82 +57,80 @@ class RunSummary:
     stopped_by: int | None = None
     """The number of the signal that stopped the run."""
     stopped_early: bool = False
-    """Whether the run finished because patience was at an end."""
+    """Whether the run finished because its patience was used up."""
     best: Checkpoint | None = None
     """The checkpoint of the best evaluation, at `log_path / best.path`; None where none is kept."""
 
 
 @dataclass(frozen=True)
-class _Step:
-    """A step that was queued, and what is known of it so far."""
+class Resources:
+    """What a run works with, created and opened by `start.start_run`."""
+
+    config: Config
+    folder: RunFolder
+    checkpoints: CheckpointLog
+    start: Start
+    train_data: SupervisedDataset
+    batches: BatchQueue
+    evaluators: Sequence[tuple[int, Sequence[Evaluator]]]
+    """With their cadence in steps; 0: never."""
+    known: Evaluation
+    """What an earlier process of this run measured of the state that the run continues from."""
+    tracker: BestTracker
+    client: TrainingClient
+    recorder: Recorder
+    times: StepTimes
+    metric_loggers: Sequence[MetricLogger]
+    open: ExitStack
+    """Closes all of them."""
+
+
+@dataclass(frozen=True)
+class NewBest:
+    """An evaluation that is the best so far, whose weights are saved."""
+
+    metric: str
+    value: float
+    save: APIFuture[SaveWeightsResponse] | None
+    """None where that state is saved anyway."""
+
+
+@dataclass(frozen=True)
+class StateEvaluation(Evaluation):
+    """The evaluation of a state. It is empty where none was due."""
+
+    new_best: NewBest | None = None
+    is_out_of_patience: bool = False
+    """Whether early stopping waits for no further one."""
+
+
+@dataclass(frozen=True)
+class PendingStep:
+    """A step that is queued on the engine."""
 
     step: int
-    placed: PlacedBatch
+    batch: PlacedBatch
+    evaluation: StateEvaluation
+    """Of the state that the step finds."""
     learning_rate: float
-    evaluation: Evaluation
-    new_best: NewBest | None
     forward_backward: APIFuture[ForwardBackwardOutput] | None
+    """None, and so is `optim_step`, where no example of the batch has a trained token."""
     optim_step: APIFuture[OptimStepResponse] | None
     save: APIFuture[SaveWeightsResponse] | None
-
-    async def is_done(self) -> None:
-        """Returns when it is; `optim_step` fails where `forward_backward` did."""
-        for future in (self.forward_backward, self.optim_step):
-            if future is not None:
-                await future
+    """Of the state that the step leaves; None where it is not due."""
 
 
 class Run:
-    """What `start.start_run` puts together. A context manager: leaving it closes everything."""
+    """A context manager: leaving it closes the resources.
 
-    def __init__(
-        self,
-        config: Config,
-        log_path: Path,
-        world: World,
-        first_step: int,
-        total_steps: int | None,
-        train_data: SupervisedDataset,
-        client: TrainingClient,
-        batches: BatchQueue,
-        checkpoints: CheckpointLog,
-        evaluators: Sequence[tuple[int, Sequence[Evaluator]]],
-        best: BestKeeper,
-        metric_loggers: Sequence[MetricLogger],
-        recorder: Recorder,
-        times: StepTimes,
-        resources: ExitStack,
-        first_position: Position,
-        known: Evaluation,
-    ) -> None:
-        """Evaluators come with their cadence in steps. `total_steps` of None: until the data end.
+    Its attributes are the resources and what accumulates over a whole run. Whatever belongs to one step is
+    passed from verb to verb.
+    """
 
-        `known` is what an earlier life of the run measured of the state after `first_step` steps.
-        """
-        self._config = config
-        self._log_path = log_path
-        self._world = world
-        self._total_steps = total_steps
-        self._train_data = train_data
-        self._client = client
-        self._batches = batches
-        self._checkpoints = checkpoints
-        self._evaluators = evaluators
-        self._best = best
-        self._metric_loggers = metric_loggers
-        self._recorder = recorder
-        self._times = times
+    def __init__(self, resources: Resources) -> None:
         self._resources = resources
-        self._first_step = first_step
-        self._known = known
-        self._num_submitted = first_step
-        self._next: PlacedBatch | None = None
-        self._position = first_position
-        self._pending: deque[_Step] = deque()
-        self._evaluation = Evaluation()
-        self._new_best: NewBest | None = None
         self._recent_seconds: deque[float] = deque(maxlen=20)
-        self._num_logits = client.get_info().model_data.num_logits
+        self._uniform_logprob = -math.log(resources.client.get_info().model_data.num_logits)
         self._was_uniform = False
 
     def __enter__(self) -> Run:
@@ -136,284 +139,260 @@ class Run:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._resources.close()
-
-    # -- the verbs of the loop --------------------------------------------------------------
-
-    async def remaining_steps(self) -> AsyncIterator[int]:
-        """The steps still to be taken: as many as there are batches."""
-        while (placed := await self._next_batch()) is not None:
-            self._next = placed
-            yield self._num_submitted
-        if self._total_steps is not None and self._num_submitted < self._total_steps:
-            logger.warning(
-                "The data ended after %d of %d steps, before the learning rate had come down.",
-                self._num_submitted,
-                self._total_steps,
-            )
-        self._total_steps = self._num_submitted
-
-    async def evaluate_if_due(self, step: int) -> None:
-        """Evaluates the model as it is after `step` steps, and has it saved if it is the best so far."""
-        self._evaluation = Evaluation()
-        self._new_best = None
-        known = self._known if step == self._first_step else NOTHING
-        await self._evaluate(step, self._due(step, is_last=step == self._total_steps), known)
-        self._best.pass_step(step)
+        self._resources.open.close()
 
     @property
-    def is_out_of_patience(self) -> bool:
-        """Whether the last evaluation was the last that early stopping waited for."""
-        return self._best.is_out_of_patience
+    def start(self) -> Start:
+        return self._resources.start
 
-    async def submit(self, step: int) -> None:
-        """Queues a step and, when it is due, the checkpoint of the state it leaves."""
-        config = self._config
-        placed = self._next
-        assert placed is not None
-        batch = placed.batch
+    # -- the verbs of a step ----------------------------------------------------------------
+
+    async def next_batch(self, step: int) -> PlacedBatch | None:
+        """The batch of `step`; None after the last step."""
+        r = self._resources
+        with r.recorder.span("loop", "wait for batch", step):
+            batch = await r.batches.next()
+        if batch is not None:
+            r.recorder.add("render", "render", *batch.rendering, step)
+        elif r.start.total_steps is not None and step < r.start.total_steps:
+            logger.warning(
+                "The data ended after %d of %d steps, before the learning rate had come down.",
+                step,
+                r.start.total_steps,
+            )
+        return batch
+
+    async def evaluate(self, step: int, due: Sequence[Evaluator] | None = None) -> StateEvaluation:
+        """Evaluates the state after `step` steps, and queues a checkpoint of it if it is the best so far.
+
+        Nothing may have been queued behind the step before. `due` of None are the evaluators whose cadence
+        says so; what an earlier process of this run measured of the state counts with them.
+        """
+        r = self._resources
+        known = r.known if due is None and step == r.start.step else Evaluation()
+        due = self._due(step) if due is None else due
+        found = Evaluation()
+        if due:
+            logger.info("After %d steps:", step)
+            # The main process alone draws samples, unless each process holds a part of the weights.
+            takes_part = r.folder.world.is_main or r.client.samples_together
+            here = [one for one in due if takes_part or isinstance(one, TrainingClientEvaluator)]
+            with r.recorder.at_step(step), r.recorder.span("evaluation", EVALUATING):
+                found = await evaluate(r.client, here, r.config.on_evaluator_error, r.config.seed, r.recorder)
+                if (
+                    not r.folder.world.is_alone
+                ):  # processes that sample, or ask a judge, may find other values
+                    found = await asyncio.to_thread(r.folder.world.broadcast, found)
+        earlier = {name: value for name, value in known.metrics.items() if not (due and name == FAILURES)}
+        metrics = {**earlier, **found.metrics}
+        if step == 0 and (due or known != Evaluation()):
+            r.tracker.check_first(metrics)
+        new_best = None
+        if r.tracker.observe(step, metrics):
+            metric, save = r.tracker.metric, None
+            assert metric is not None
+            if not self._is_save_due(step) and not r.checkpoints.has_step(step):
+                with r.recorder.at_step(step):
+                    save = r.client.save_state(checkpoint_name(step), overwrite=True)
+            new_best = NewBest(metric, metrics[metric], save)
+        tables = {**known.tables, **found.tables}
+        return StateEvaluation(metrics, tables, new_best, r.tracker.is_out_of_patience)
+
+    def submit(self, step: int, batch: PlacedBatch, evaluation: StateEvaluation) -> PendingStep:
+        """Queues a step and, where it is due, the checkpoint of the state that it leaves."""
+        r, config = self._resources, self._resources.config
         learning_rate = learning_rate_at(
-            step, self._total_steps, config.peak_learning_rate, config.lr_schedule, config.warmup_steps
+            step, r.start.total_steps, config.peak_learning_rate, config.lr_schedule, config.warmup_steps
         )
         forward_backward = optim_step = save = None
-        if batch.num_trained_tokens:
-            with self._recorder.at_step(step), self._recorder.span("loop", "queue"):
-                forward_backward = self._client.forward_backward(batch.data, return_logprobs="trained")
-                optim_step = self._client.optim_step(self._adam_params(learning_rate))
-        else:
-            logger.warning("Step %d is left out: no example of its batch kept a trained token.", step)
-        self._num_submitted = step + 1
-        self._position = placed.next_position
-        if self._is_save_due(step + 1):
-            save = self._queue_save(checkpoint_name(step + 1), step + 1)
-        self._pending.append(
-            _Step(
-                step=step,
-                placed=placed,
+        if batch.batch.num_trained_tokens:
+            adam_params = AdamParams(
                 learning_rate=learning_rate,
-                evaluation=self._evaluation,
-                new_best=self._new_best,
-                forward_backward=forward_backward,
-                optim_step=optim_step,
-                save=save,
+                beta1=config.adam_beta1,
+                beta2=config.adam_beta2,
+                eps=config.adam_eps,
+                weight_decay=config.weight_decay,
+                grad_clip_norm=config.grad_clip_norm,
             )
-        )
-
-    async def log_all_but(self, num_steps: int) -> None:
-        """Waits for the oldest steps until only `num_steps` are pending, and logs them."""
-        while len(self._pending) > num_steps:
-            done = self._pending.popleft()
-            with self._recorder.span("loop", "wait for step", done.step):
-                await done.is_done()
-            with self._recorder.span("loop", "log", done.step):
-                await self._log(done)
-
-    async def save_and_stop(self, signal_number: int) -> RunSummary:
-        """Saves the state after the last submitted step, unless that is saved already."""
-        step = self._num_submitted
-        last = self._checkpoints.last()
-        if last is not None and last.step == step:
-            path = self._checkpoints.path_of(last)
+            with r.recorder.at_step(step), r.recorder.span("loop", "queue"):
+                forward_backward = r.client.forward_backward(batch.batch.data, return_logprobs="trained")
+                optim_step = r.client.optim_step(adam_params)
         else:
-            path = await self._save(checkpoint_name(step), step)
-        self._report_what_was_left_out()
-        of_all = "" if self._total_steps is None else f" of {self._total_steps}"
-        logger.info("Stopped after step %d%s. Saved %s.%s", step, of_all, path, self._best.in_words())
+            logger.warning("Step %d is skipped: no example of its batch has a trained token left.", step)
+        if self._is_save_due(step + 1):
+            with r.recorder.at_step(step + 1):
+                save = r.client.save_state(checkpoint_name(step + 1), overwrite=True)
+        return PendingStep(step, batch, evaluation, learning_rate, forward_backward, optim_step, save)
+
+    async def log(self, done: PendingStep) -> None:
+        """Waits for a step and logs it. Records what was saved of the states before and after it.
+
+        Steps are logged in their order: a run may be resumed from every checkpoint that is recorded.
+        """
+        r, batch = self._resources, done.batch.batch
+        with r.recorder.span("loop", "wait for step", done.step):
+            for future in (done.forward_backward, done.optim_step):
+                if future is not None:
+                    await future
+        with r.recorder.span("loop", "log", done.step):
+            await self._record_best(done.evaluation, done.step, done.batch.position)
+            metrics: dict[str, float] = {"epoch": done.batch.epoch, **done.evaluation.metrics}
+            if done.forward_backward is not None and done.optim_step is not None:
+                output, optim_step = await done.forward_backward, await done.optim_step
+                metrics |= {"train/nll": output.loss, "optim/grad_norm": optim_step.metrics["grad_norm"]}
+                self._check_converging(done.step, output, optim_step.metrics["grad_norm"])
+            times = r.times.of(done.step)
+            self._recent_seconds.append(times["perf/seconds"])
+            metrics |= {
+                "optim/learning_rate": done.learning_rate,
+                "data/sequences": len(batch.data),
+                "data/tokens": batch.num_tokens,
+                "data/trained_tokens": batch.num_trained_tokens,
+                **times,
+            }
+            if done.forward_backward is not None:
+                metrics["perf/tokens_per_second"] = batch.num_tokens / times["perf/seconds"]
+            if r.start.total_steps is not None:
+                steps_left = r.start.total_steps - done.step - 1
+                metrics["perf/seconds_left"] = median(self._recent_seconds) * steps_left
+            self._write_row(done.step, metrics, done.evaluation.tables)
+            if done.save is not None:
+                name, path = checkpoint_name(done.step + 1), (await done.save).path
+                r.checkpoints.add(name, path, done.step + 1, *done.batch.next_position)
+
+    # -- the two ends of a run --------------------------------------------------------------
+
+    async def save_and_stop(self, step: int, position: Position, signal_number: int) -> RunSummary:
+        """Saves the state after `step` steps. `position` is that of the next batch."""
+        path = await self._save(checkpoint_name(step), step, position)
+        self._report_skipped()
+        total_steps = self.start.total_steps
+        of_all = "" if total_steps is None else f" of {total_steps}"
+        logger.info("Stopped after step %d%s. Saved %s.%s", step, of_all, path, self._best_in_words())
         logger.info("Run the same command again to resume.")
-        return self._summary(path, is_finished=False, stopped_by=signal_number)
+        return self._summary(step, path, is_finished=False, stopped_by=signal_number)
 
-    async def evaluate_and_finish(self) -> RunSummary:
-        """Saves first: an evaluation that fails, or a kill in the middle of it, costs no training."""
-        step = self._num_submitted
-        stopped_early = self.is_out_of_patience
-        due = self._due(step, is_last=True)
-        if stopped_early:  # which some of them have found out at this very step
-            done = self._due(step, is_last=False)
-            due = [evaluator for evaluator in due if evaluator not in done]
-            await self._record_new_best()
-        else:
-            self._evaluation, self._new_best = Evaluation(), None
-        last = self._checkpoints.last()
-        if last is not None and last.name == FINAL and last.step == step:
-            path = self._checkpoints.path_of(last)
-        else:
-            path = await self._save(FINAL, step)
-        await self._evaluate(step, due)
-        await self._record_new_best()
-        self._log_tables(step, self._evaluation)
-        self._log_metrics(step, {**self._evaluation.metrics, **self._times.of(step)})
-        self._report_what_was_left_out()
-        how = self._best.why_stopped(step) if stopped_early else f"Finished after {step} steps"
-        logger.info("%s. Saved %s.%s", how, path, self._best.in_words())
-        self._best.warn_of_a_better_start()
-        return self._summary(path, metrics=self._evaluation.metrics, stopped_early=stopped_early)
+    async def finish(
+        self, step: int, position: Position, last_evaluation: StateEvaluation | None
+    ) -> RunSummary:
+        """Evaluates the finished model with every evaluator, after saving it: a failure costs no training.
+
+        `last_evaluation` is the one of this state that used up the patience of early stopping; its
+        evaluators do not run again. None: the run has taken all its steps.
+        """
+        r = self._resources
+        due = [one for every, evaluators in r.evaluators if every for one in evaluators]
+        if last_evaluation is not None:
+            done = self._due(step)
+            due = [one for one in due if one not in done]
+            await self._record_best(last_evaluation, step, position)
+        path = await self._save(FINAL, step, position)
+        evaluation = await self.evaluate(step, due)
+        await self._record_best(evaluation, step, position)
+        before = last_evaluation or StateEvaluation()
+        metrics = {**before.metrics, **evaluation.metrics}
+        self._write_row(step, {**metrics, **r.times.of(step)}, {**before.tables, **evaluation.tables})
+        self._report_skipped()
+        how = f"Finished after {step} steps"
+        if last_evaluation is not None:
+            how = (
+                f"Stopped early after {step} steps: no better {r.tracker.metric} in "
+                f"{r.tracker.patience} evaluations"
+            )
+        logger.info("%s. Saved %s.%s", how, path, self._best_in_words())
+        if r.tracker.is_worse_than_before_training:
+            logger.warning("%s was better before training than in any evaluation since.", r.tracker.metric)
+        return self._summary(step, path, metrics=metrics, stopped_early=last_evaluation is not None)
 
     # -- their parts ------------------------------------------------------------------------
 
-    def _due(self, step: int, is_last: bool) -> list[Evaluator]:
-        return [
-            evaluator
-            for every, evaluators in self._evaluators
-            if every and (step % every == 0 or is_last)
-            for evaluator in evaluators
-        ]
-
-    async def _evaluate(self, step: int, due: list[Evaluator], known: Evaluation = NOTHING) -> None:
-        """Adds to the evaluation of the state after `step` steps. `known` was measured in an earlier life."""
-        if not due and known == NOTHING:
-            return
-        found = await self._measure(step, due) if due else NOTHING
-        earlier = {name: value for name, value in known.metrics.items() if not (due and name == FAILURES)}
-        found = Evaluation({**earlier, **found.metrics}, {**known.tables, **found.tables})
-        with self._recorder.at_step(step):
-            is_save_due = self._is_save_due(step)
-            self._new_best = self._best.observe(step, found.metrics, self._position, is_save_due)
-        self._evaluation = Evaluation(
-            {**self._evaluation.metrics, **found.metrics}, {**self._evaluation.tables, **found.tables}
-        )
-
-    async def _measure(self, step: int, due: list[Evaluator]) -> Evaluation:
-        logger.info("After %d steps:", step)
-        here = [evaluator for evaluator in due if self._runs_here(evaluator)]
-        with self._recorder.at_step(step), self._recorder.span("evaluation", EVALUATING):
-            found = await evaluate(
-                self._client, here, self._config.on_evaluator_error, self._config.seed, self._recorder
-            )
-            return await self._from_rank0(found)
-
-    def _runs_here(self, evaluator: Evaluator) -> bool:
-        """Whether this process has a part in it. Samples are drawn by the main process alone, if it can."""
-        needs_all = isinstance(evaluator, TrainingClientEvaluator) or self._client.samples_together
-        return needs_all or self._world.is_main
-
-    async def _from_rank0(self, found: Evaluation) -> Evaluation:
-        """What all go by: two processes that sample, or ask a judge, need not hear the same."""
-        if self._world.is_alone:
-            return found
-        return await asyncio.to_thread(self._world.broadcast, found)
-
-    def _queue_save(self, name: str, step: int) -> APIFuture[SaveWeightsResponse]:
-        with self._recorder.at_step(step):
-            return self._client.save_state(name, overwrite=True)
-
-    async def _next_batch(self) -> PlacedBatch | None:
-        step = self._num_submitted
-        with self._recorder.span("loop", "wait for batch", step):
-            placed = await self._batches.next()
-        if placed is not None:
-            self._recorder.add("render", "render", *placed.rendering, step)
-        return placed
-
-    async def _record_new_best(self) -> None:
-        """Records the best checkpoint of an evaluation that no step follows."""
-        if self._new_best is not None:
-            await self._new_best.record()
-            self._new_best = None
+    def _due(self, step: int) -> list[Evaluator]:
+        evaluators = self._resources.evaluators
+        return [one for every, members in evaluators if every and step % every == 0 for one in members]
 
     def _is_save_due(self, step: int) -> bool:
-        every = self._config.save_every
-        return bool(every) and step % every == 0 and step != self._total_steps
+        """The state after the last step is saved as the final one."""
+        every = self._resources.config.save_every
+        return bool(every) and step % every == 0 and step != self.start.total_steps
 
-    def _adam_params(self, learning_rate: float) -> AdamParams:
-        config = self._config
-        return AdamParams(
-            learning_rate=learning_rate,
-            beta1=config.adam_beta1,
-            beta2=config.adam_beta2,
-            eps=config.adam_eps,
-            weight_decay=config.weight_decay,
-            grad_clip_norm=config.grad_clip_norm,
-        )
+    async def _save(self, name: str, step: int, position: Position) -> Path:
+        """Saves and records the state after `step` steps, unless it is there: for FINAL, as the final one."""
+        r = self._resources
+        last = r.checkpoints.last()
+        if last is None or last.step != step or (name == FINAL and last.name != FINAL):
+            with r.recorder.at_step(step):
+                saved = await r.client.save_state(name, overwrite=True)
+            last = r.checkpoints.add(name, saved.path, step, *position)
+        return r.checkpoints.path_of(last)
 
-    async def _log(self, done: _Step) -> None:
-        batch = done.placed.batch
-        if done.new_best is not None:  # the steps before it are logged, so a resume may begin here
-            await done.new_best.record()
-        metrics: dict[str, float] = {"epoch": done.placed.epoch, **done.evaluation.metrics}
-        if done.forward_backward is not None and done.optim_step is not None:
-            output = await done.forward_backward
-            grad_norm = (await done.optim_step).metrics["grad_norm"]
-            if not (math.isfinite(output.loss) and math.isfinite(grad_norm)):
-                raise self._diverged(done, f"train/nll is {output.loss}, the gradient norm {grad_norm}")
-            self._refuse_to_stay_uniform(done, output)
-            metrics |= {"train/nll": output.loss, "optim/grad_norm": grad_norm}
-        times = self._times.of(done.step)
-        self._recent_seconds.append(times["perf/seconds"])
-        metrics |= {
-            "optim/learning_rate": done.learning_rate,
-            "data/sequences": len(batch.data),
-            "data/tokens": batch.num_tokens,
-            "data/trained_tokens": batch.num_trained_tokens,
-            **times,
-        }
-        if done.forward_backward is not None:
-            metrics["perf/tokens_per_second"] = batch.num_tokens / times["perf/seconds"]
-        if self._total_steps is not None:
-            metrics["perf/seconds_left"] = median(self._recent_seconds) * (self._total_steps - done.step - 1)
-        self._log_tables(done.step, done.evaluation)
-        self._log_metrics(done.step, metrics)
-        if done.save is not None:
-            name = checkpoint_name(done.step + 1)
-            self._record(name, await done.save, done.step + 1, done.placed.next_position)
+    async def _record_best(self, evaluation: StateEvaluation, step: int, position: Position) -> None:
+        """Records the checkpoint of a new best. All steps before it must be logged."""
+        best, checkpoints = evaluation.new_best, self._resources.checkpoints
+        if best is None:
+            return
+        if best.save is None:
+            checkpoints.mark_best(step, best.metric, best.value)
+        else:
+            path, (epoch, batch, row) = (await best.save).path, position
+            name = checkpoint_name(step)
+            checkpoints.add_best(name, path, step, epoch, batch, best.metric, best.value, row)
 
-    def _refuse_to_stay_uniform(self, done: _Step, output: ForwardBackwardOutput) -> None:
-        """Raises TrainingError where two batches in succession find the model uniform.
+    def _check_converging(self, step: int, output: ForwardBackwardOutput, grad_norm: float) -> None:
+        """Raises TrainingError where a number is not finite, or the model is uniform in two steps running.
 
-        A new model may be, before its first step; one that a step does not change has no gradient either.
+        A new model may be uniform before its first step; one that a step does not change has no gradient.
         """
-        num_logits = self._num_logits
-        was_uniform, self._was_uniform = self._was_uniform, _is_uniform(output, num_logits)
-        if was_uniform and self._was_uniform:
-            raise self._diverged(
-                done,
-                f"train/nll stays at {output.loss:.4f}, the logarithm of {num_logits:,}: all tokens of the "
-                f"vocabulary are equally likely",
+        logprobs = np.concatenate([each["logprobs"].to_numpy() for each in output.loss_fn_outputs])
+        trained = logprobs[logprobs != 0]  # those that are not trained read 0.0
+        # Only logits that are all equal give every trained target the probability 1 / num_logits.
+        is_uniform = bool(len(trained)) and np.allclose(trained, self._uniform_logprob, rtol=1e-5, atol=0)
+        was_uniform, self._was_uniform = self._was_uniform, bool(is_uniform)
+        if not (math.isfinite(output.loss) and math.isfinite(grad_norm)):
+            how = f"train/nll is {output.loss}, the gradient norm {grad_norm}"
+        elif is_uniform and was_uniform:
+            how = (
+                f"train/nll stays at {output.loss:.4f}, the logarithm of "
+                f"{round(math.exp(-self._uniform_logprob)):,}: all tokens of the vocabulary are equally "
+                f"likely"
             )
-
-    def _diverged(self, done: _Step, how: str) -> TrainingError:
-        return TrainingError(
-            f"Training diverged at step {done.step}: {how}. Lower learning_rate="
-            f"{self._config.learning_rate} and start again in another log_path, from an earlier checkpoint "
-            f"with load_checkpoint_path=."
+        else:
+            return
+        raise TrainingError(
+            f"Training diverged at step {step}: {how}. Lower learning_rate="
+            f"{self._resources.config.learning_rate} and start again in another log_path, from an earlier "
+            f"checkpoint with load_checkpoint_path=."
         )
 
-    def _report_what_was_left_out(self) -> None:
-        summary = self._train_data.summary()
+    def _write_row(self, step: int, metrics: dict[str, float], tables: Mapping[str, Table]) -> None:
+        for metric_logger in self._resources.metric_loggers:
+            for name, table in tables.items():
+                metric_logger.log_table(step, name, table)
+        for metric_logger in self._resources.metric_loggers:
+            metric_logger.log(step, metrics)
+
+    def _report_skipped(self) -> None:
+        train_data = self._resources.train_data
         counts = [
-            f"{count:,} {name.replace('_', ' ')}" for name, count in summary.items() if name in LEFT_OUT
+            f"{count:,} {name.replace('_', ' ')}"
+            for name, count in train_data.summary().items()
+            if name in LEFT_OUT
         ]
         if counts:
             logger.warning("Of the training data: %s.", ", ".join(counts))
-        if lines := note_lines(self._train_data.notes()):
+        if lines := note_lines(train_data.notes()):
             logger.info("%s", "\n".join(["While the training data were read:", *lines]))
 
-    def _log_metrics(self, step: int, metrics: dict[str, float]) -> None:
-        for metric_logger in self._metric_loggers:
-            metric_logger.log(step, metrics)
+    def _best_in_words(self) -> str:
+        """A sentence to put behind another, or nothing."""
+        best = self._resources.checkpoints.best()
+        if best is None:
+            return ""
+        what = f"{best.metric} {best.value:.4f}"
+        if best.name == FINAL:
+            return f" It is the best: {what}."
+        path = self._resources.checkpoints.path_of(best)
+        return f" The best is {path}: {what} after {best.step} steps."
 
-    def _log_tables(self, step: int, evaluation: Evaluation) -> None:
-        for metric_logger in self._metric_loggers:
-            for name, table in evaluation.tables.items():
-                metric_logger.log_table(step, name, table)
-
-    async def _save(self, name: str, step: int) -> Path:
-        """Saves the state after the last submitted step."""
-        saved = await self._queue_save(name, step)
-        return self._record(name, saved, step, self._position)
-
-    def _record(self, name: str, saved: SaveWeightsResponse, step: int, position: Position) -> Path:
-        return self._checkpoints.path_of(self._checkpoints.add(name, saved.path, step, *position))
-
-    def _summary(self, path: Path, is_finished: bool = True, **more: Any) -> RunSummary:
-        best = self._checkpoints.best()
-        return RunSummary(self._log_path, is_finished, self._num_submitted, path, best=best, **more)
-
-
-def _is_uniform(output: ForwardBackwardOutput, num_logits: int) -> bool:
-    """Whether every trained target has the probability 1 / num_logits, to rounding.
-
-    Only logits that are all equal give that to all of them. Targets that are not trained read 0.0.
-    """
-    logprobs = np.concatenate([each["logprobs"].to_numpy() for each in output.loss_fn_outputs])
-    trained = logprobs[logprobs != 0]
-    return bool(len(trained)) and bool(np.allclose(trained, -math.log(num_logits), rtol=1e-5, atol=0))
+    def _summary(self, step: int, path: Path, is_finished: bool = True, **more: Any) -> RunSummary:
+        r = self._resources
+        return RunSummary(r.folder.path, is_finished, step, path, best=r.checkpoints.best(), **more)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from cookbook import models
-from cookbook.data.types import ChatDatasetBuilder, SupervisedDataset, num_batches_of
+from cookbook.data.types import ChatDatasetBuilder, SupervisedDataset
 from cookbook.errors import ConfigError
 from cookbook.eval.evaluators import AnyEvaluatorBuilder, Evaluation, Evaluator, EvaluatorBuilder, RunContext
 from cookbook.eval.nll import NLLEvaluator
@@ -29,18 +29,18 @@ from cookbook.runs.folder import RunFolder
 from cookbook.runs.rows import OF_EVERY_STEP
 from cookbook.supervised.agreement import check_same_data
 from cookbook.supervised.batches import BatchQueue
-from cookbook.supervised.best import BestKeeper, BestTracker
+from cookbook.supervised.best import BestTracker
+from cookbook.supervised.config import Config
 from cookbook.supervised.continuation import Start, announce, find_start
 from cookbook.supervised.hyperparameters import fitting_rank
 from cookbook.supervised.preflight import check_evaluations, check_space
-from cookbook.supervised.run import Run
+from cookbook.supervised.run import Resources, Run
 from cookbook.supervised.step_times import StepTimes
 from cookbook.trace import Recorder
 from cookbook.utils.tables import Table
 
 if TYPE_CHECKING:
     from cookbook.clients.training import TrainingClient
-    from cookbook.supervised.train import Config
 
 logger = logging.getLogger(__name__)
 
@@ -91,26 +91,23 @@ async def start_run(config: Config, folder: RunFolder, checkpoints: CheckpointLo
         trace_path = folder.path / "trace.json" if config.trace and folder.world.is_main else None
         times = StepTimes(recorder, trace_path)
         stack.callback(times.close)
-        resources = stack.pop_all()
-    return Run(
-        config=config,
-        log_path=folder.path,
-        world=folder.world,
-        first_step=first_step,
-        total_steps=total_steps,
-        first_position=start.position,
-        known=known,
-        train_data=train_data,
-        client=client,
-        batches=batches,
-        checkpoints=checkpoints,
-        evaluators=evaluators,
-        best=BestKeeper(tracker, checkpoints, client),
-        metric_loggers=metric_loggers,
-        recorder=recorder,
-        times=times,
-        resources=resources,
-    )
+        resources = Resources(
+            config=config,
+            folder=folder,
+            checkpoints=checkpoints,
+            start=start,
+            train_data=train_data,
+            batches=batches,
+            evaluators=evaluators,
+            known=known,
+            tracker=tracker,
+            client=client,
+            recorder=recorder,
+            times=times,
+            metric_loggers=metric_loggers,
+            open=stack.pop_all(),
+        )
+    return Run(resources)
 
 
 def _chat_format(config: Config) -> dict[str, str]:
@@ -409,7 +406,7 @@ def _advise_rank(config: Config, num_parameters: int, train_data: SupervisedData
 
 
 def _size(dataset: SupervisedDataset) -> str:
-    num_batches = num_batches_of(dataset)
+    num_batches = dataset.epoch_length()
     if num_batches is None:
         return "a stream"
     num_rows = dataset.summary().get("rows")

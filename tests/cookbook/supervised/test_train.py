@@ -334,14 +334,14 @@ class HoleyBuilder(SupervisedDatasetBuilder):
         return HoleyDataset(), None
 
 
-def test_a_batch_without_a_trained_token_is_left_out_and_said_so(
+def test_a_batch_without_a_trained_token_is_skipped_with_a_warning(
     make_config: MakeConfig, caplog: pytest.LogCaptureFixture
 ) -> None:
     config = make_config(dataset_builder=HoleyBuilder(), max_steps=None)
     asyncio.run(train.main(config))
     rows = rows_of(config)
     assert ["train/nll" in row for row in rows] == [True, False, True, False]
-    assert "Step 1 is left out" in caplog.text
+    assert "Step 1 is skipped" in caplog.text
 
 
 class StepCounter(TrainingClientEvaluator):

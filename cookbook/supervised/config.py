@@ -1,0 +1,222 @@
+"""What a run is asked to do: `Config`, its keys, their defaults, and the combinations that are refused."""
+
+from __future__ import annotations
+
+import functools
+import math
+from pathlib import Path
+from typing import Literal, Self
+
+import chz
+
+from cookbook import models
+from cookbook.data.types import SupervisedDatasetBuilder
+from cookbook.engine.options import EngineOptions, GradientCheckpointing, Quantization, Shard
+from cookbook.errors import ConfigError
+from cookbook.eval.evaluators import EvaluatorBuilder, OnEvaluatorError
+from cookbook.runs.directions import DEFAULT_METRIC, BestMode, direction
+from cookbook.runs.folder import IfLogPathExists
+from cookbook.supervised.hyperparameters import LearningRate, recommend_learning_rate
+from cookbook.supervised.schedules import LRSchedule
+from cookbook.types import MAX_RANK
+
+_field = functools.partial(chz.field, validator=chz.validators.typecheck)
+
+
+@chz.chz
+class Config:
+    """A supervised fine-tuning run."""
+
+    # what
+    log_path: str = _field(doc="folder of the run", munger=lambda self, path: str(Path(path).expanduser()))
+    model_name: str = _field(doc="hub id, folder, or cookbook/tiny-chat, the embedded model")
+    dataset_builder: SupervisedDatasetBuilder = chz.field(doc="makes the training and the evaluation data")
+    renderer_name: str | None = _field(
+        default=None,
+        doc="chat format, recorded with every checkpoint; default: chosen from the model",
+        munger=chz.mungers.if_none(lambda self: models.recommended_renderer(self.model_name)),
+    )
+    system_prompt: str | None = _field(
+        default=None, doc="put before every conversation, recorded with every checkpoint"
+    )
+    tools_in_system: bool = _field(
+        default=False,
+        doc="describe tools in the system message and write calls and results as text, for a chat template "
+        "without a place for them; recorded with every checkpoint",
+    )
+    load_checkpoint_path: str | None = _field(
+        default=None, doc="start from these weights, with a new optimizer"
+    )
+
+    # optimization
+    learning_rate: float | Literal["auto"] = _field(
+        default="auto",
+        doc="peak learning rate; auto: by a published rule, from the model's family and hidden size",
+    )
+    lr_schedule: LRSchedule = _field(default="linear", doc="linear or cosine, both down to 0, or constant")
+    warmup_steps: int = _field(default=0, doc="steps over which the learning rate rises to its peak")
+    num_epochs: int = _field(default=1, doc="passes over the data")
+    max_steps: int | None = _field(
+        default=None, doc="optimizer steps at most; default: as many as the epochs have"
+    )
+    adam_beta1: float = _field(default=0.9, doc="decay of the mean of gradients")
+    adam_beta2: float = _field(default=0.95, doc="decay of the mean of squared gradients")
+    adam_eps: float = _field(default=1e-8, doc="added to the root of the mean of squared gradients")
+    weight_decay: float = _field(default=0.0, doc="decoupled weight decay of the adapter's weights")
+    grad_clip_norm: float = _field(default=1.0, doc="global gradient norm to clip to; 0: do not clip")
+    seed: int = _field(default=0, doc="seed of the adapter's weights and of the order of the data")
+
+    # adapter
+    lora_rank: int = _field(default=32, doc="rank of the adapter; 0: train all of the model's own weights")
+    lora_alpha: float = _field(default=32.0, doc="the adapter is scaled by lora_alpha / lora_rank")
+    train_attn: bool = _field(default=True, doc="adapt the attention projections")
+    train_mlp: bool = _field(default=True, doc="adapt the feed-forward layers")
+    train_unembed: bool = _field(default=True, doc="adapt the projection to the vocabulary")
+
+    # evaluation: at step 0, every so many steps, and on the finished model
+    evaluator_builders: list[EvaluatorBuilder] = chz.field(
+        default_factory=list, doc="evaluators to run every eval_every steps"
+    )
+    infrequent_evaluator_builders: list[EvaluatorBuilder] = chz.field(
+        default_factory=list, doc="evaluators to run every infrequent_eval_every steps"
+    )
+    eval_every: int = _field(default=50, doc="steps between evaluations; 0: off")
+    infrequent_eval_every: int = _field(default=200, doc="steps between infrequent evaluations; 0: off")
+    on_evaluator_error: OnEvaluatorError = _field(
+        default="warn", doc="what an evaluator that fails does: warn (the run goes on without it) or raise"
+    )
+
+    # the best evaluation: its checkpoint is kept, and recorded in checkpoints.jsonl
+    best_metric: str | None = _field(
+        default=DEFAULT_METRIC, doc="metric of an evaluator that says which checkpoint is the best; None: off"
+    )
+    best_mode: BestMode = _field(
+        default="auto", doc="min or max is better; auto: by the metric's name (nll: min, accuracy: max)"
+    )
+    early_stopping_patience: int | None = _field(
+        default=None, doc="evaluations without a better best_metric after which a run finishes; default: off"
+    )
+    early_stopping_min_delta: float = _field(
+        default=0.0, doc="an improvement of best_metric by no more than this uses up patience"
+    )
+
+    # checkpoints
+    save_every: int = _field(default=100, doc="steps between checkpoints; 0: only the last")
+    keep_checkpoints: int | None = _field(
+        default=None, doc="newest checkpoints to keep, beside the best; default: all"
+    )
+    if_log_path_exists: IfLogPathExists = _field(
+        default="resume", doc="what to do with an earlier run in log_path: resume, raise, delete or ask"
+    )
+
+    # running
+    submit_ahead: int = _field(default=1, doc="steps queued before the running one is done")
+    device: str = _field(default="auto", doc="auto (CUDA when there is one), cpu, cuda or cuda:N")
+    dtype: str = _field(
+        default="auto", doc="of the base model: auto (bfloat16 on CUDA, float32 on CPU) or a name"
+    )
+    max_tokens_per_microbatch: int | None = _field(
+        default=None, doc="tokens computed at once; default: what fits in memory and is fast"
+    )
+    gradient_checkpointing: GradientCheckpointing = _field(
+        default="auto", doc="run layers again in the backward pass: auto (where memory needs it), on or off"
+    )
+    quantization: Quantization | None = _field(
+        default=None, doc="nf4: hold the frozen base weights in 4 bits (QLoRA; needs the extra qlora)"
+    )
+    compile: bool = _field(default=False, doc="compile the layers: slow first steps, then fewer kernels")
+    shard: Shard = _field(
+        default="auto",
+        doc="of several processes (torchrun) each holds all base weights (none), a part of them (full), "
+        "or what fits (auto)",
+    )
+    trace: bool = _field(default=False, doc="write trace.json: what ran when, for https://ui.perfetto.dev")
+    wandb_project: str | None = _field(default=None, doc="Weights & Biases project; default: do not use it")
+    wandb_name: str | None = _field(default=None, doc="name of the run there")
+    tensorboard: bool = _field(
+        default=False, doc="write TensorBoard event files to the run's folder (needs the extra tensorboard)"
+    )
+    trackio_project: str | None = _field(
+        default=None, doc="trackio project, kept on this machine (needs the extra trackio); default: none"
+    )
+    trackio_name: str | None = _field(default=None, doc="name of the run there; default: that of its folder")
+
+    @property
+    def peak_learning_rate(self) -> float:
+        """`learning_rate` of a config that is resolved."""
+        assert not isinstance(self.learning_rate, str)
+        return self.learning_rate
+
+    @property
+    def recommended_learning_rate(self) -> LearningRate:
+        return recommend_learning_rate(self.model_name, is_full=self.lora_rank == 0)
+
+    def resolved(self) -> Self:
+        """With a number for `learning_rate=auto`, which takes the model's config to be at hand."""
+        if self.learning_rate != "auto":
+            return self
+        return chz.replace(self, learning_rate=self.recommended_learning_rate.value)
+
+    @chz.validate
+    def _check_values(self) -> None:
+        at_least = {
+            "warmup_steps": 0, "num_epochs": 1, "max_steps": 1, "weight_decay": 0, "grad_clip_norm": 0,
+            "seed": 0, "lora_rank": 0, "eval_every": 0, "infrequent_eval_every": 0, "save_every": 0,
+            "keep_checkpoints": 1, "submit_ahead": 0, "early_stopping_patience": 1,
+            "early_stopping_min_delta": 0,
+        }  # fmt: skip
+        if self.lora_rank > MAX_RANK:
+            raise ConfigError(f"lora_rank={self.lora_rank} is too large. It must be at most {MAX_RANK}.")
+        above_zero = ("learning_rate", "adam_eps", "lora_alpha")
+        for name, least in at_least.items():
+            value = getattr(self, name)
+            if value is not None and not value >= least:
+                raise ConfigError(f"{name}={value} is too small. It must be at least {least}.")
+        for name in above_zero:
+            value = getattr(self, name)
+            if value != "auto" and not 0 < value < math.inf:
+                raise ConfigError(f"{name}={value} is impossible. It must be above 0.")
+        for name in ("adam_beta1", "adam_beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)} is impossible. It must lie in [0, 1).")
+        EngineOptions(  # it refuses what cannot be had here
+            self.device,
+            self.dtype,
+            self.max_tokens_per_microbatch,
+            self.gradient_checkpointing,
+            self.quantization,
+            self.compile,
+            self.shard,
+        )
+        if self.seed >= 2**31:
+            raise ConfigError(f"seed={self.seed} is too large. It must be below 2**31.")
+        if self.weight_decay == math.inf or self.grad_clip_norm == math.inf:
+            raise ConfigError("weight_decay and grad_clip_norm must be finite.")
+        if self.lora_rank == 0 and not (self.train_attn and self.train_mlp and self.train_unembed):
+            raise ConfigError(
+                "lora_rank=0 trains every weight: train_attn, train_mlp and train_unembed say "
+                "where a LoRA goes. Leave them, or give a lora_rank of at least 1."
+            )
+        if self.lora_rank == 0 and self.quantization is not None:
+            raise ConfigError(
+                f"quantization={self.quantization} holds weights that stay as they are, and "
+                "lora_rank=0 trains them. Give a lora_rank of at least 1."
+            )
+        if not (self.train_attn or self.train_mlp or self.train_unembed):
+            raise ConfigError("Nothing to train: set train_attn, train_mlp or train_unembed.")
+        self._check_best()
+
+    def _check_best(self) -> None:
+        if self.best_metric is not None:
+            direction(self.best_metric, self.best_mode)  # it refuses a name that does not tell
+        if self.early_stopping_patience is None:
+            return
+        if self.best_metric is None:
+            raise ConfigError("early_stopping_patience waits for a better best_metric. Name one.")
+        if not (self.eval_every or self.infrequent_eval_every):
+            raise ConfigError(
+                "early_stopping_patience counts evaluations, and there are none: set eval_every."
+            )
+
+
+Config.__module__ = "cookbook.supervised.train"  # the path that users import and that config.json records
