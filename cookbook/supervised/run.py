@@ -19,8 +19,6 @@ from statistics import median
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from cookbook.clients.futures import APIFuture
 from cookbook.data.report import note_lines
 from cookbook.data.types import LEFT_OUT, SupervisedDataset
@@ -215,7 +213,7 @@ class Run:
                 grad_clip_norm=config.grad_clip_norm,
             )
             with r.recorder.at_step(step), r.recorder.span("loop", "queue"):
-                forward_backward = r.client.forward_backward(batch.batch.data, return_logprobs="trained")
+                forward_backward = r.client.forward_backward(batch.batch.data, return_logprobs="none")
                 optim_step = r.client.optim_step(adam_params)
         else:
             logger.warning("Step %d is skipped: no example of its batch has a trained token left.", step)
@@ -342,11 +340,12 @@ class Run:
 
         A new model may be uniform before its first step; one that a step does not change has no gradient.
         """
-        logprobs = np.concatenate([each["logprobs"].to_numpy() for each in output.loss_fn_outputs])
-        trained = logprobs[logprobs != 0]  # those that are not trained read 0.0
         # Only logits that are all equal give every trained target the probability 1 / num_logits.
-        is_uniform = bool(len(trained)) and np.allclose(trained, self._uniform_logprob, rtol=1e-5, atol=0)
-        was_uniform, self._was_uniform = self._was_uniform, bool(is_uniform)
+        is_uniform = all(
+            math.isclose(output.metrics[key], self._uniform_logprob, rel_tol=1e-5)
+            for key in ("logprobs:min", "logprobs:max")
+        )
+        was_uniform, self._was_uniform = self._was_uniform, is_uniform
         if not (math.isfinite(output.loss) and math.isfinite(grad_norm)):
             how = f"train/nll is {output.loss}, the gradient norm {grad_norm}"
         elif is_uniform and was_uniform:
