@@ -47,7 +47,8 @@ class ServiceClient:
     with all of the data; every call then computes a part on each and returns the same everywhere.
     `shard` says whether each holds all base weights ("none"), a part ("full"), or what fits ("auto").
 
-    A `recorder` is told what the engine's thread and the device do when.
+    `options` holds all of these in one object, in place of the names. A `recorder` collects the times of what
+    the engine's thread and the device do.
 
     `user_metadata` and `project_id` stand where Tinker has them; both are written, the latter under its name,
     into the metadata of every training client and its checkpoints. All other options go by their names.
@@ -69,13 +70,17 @@ class ServiceClient:
         compile: bool = False,
         shard: Shard = "auto",
         recorder: Recorder | None = None,
+        options: EngineOptions | None = None,
     ) -> None:
         self._user_metadata = _checked_metadata(user_metadata)
         if project_id is not None:
             self._user_metadata["project_id"] = project_id
-        self._options = EngineOptions(
+        named = EngineOptions(
             device, dtype, max_tokens_per_microbatch, gradient_checkpointing, quantization, compile, shard
         )
+        if options is not None and named != EngineOptions():
+            raise ConfigError("Both options= and some of its parts by name were given. Use one of the two.")
+        self._options = options or named
         self._recorder = recorder
         self._checkpoint_dir = None if checkpoint_dir is None else Path(checkpoint_dir).expanduser()
         self._engines: dict[str, Engine] = {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from dataclasses import fields
 from pathlib import Path
 from typing import Literal, Self
 
@@ -151,6 +152,10 @@ class Config:
     def recommended_learning_rate(self) -> LearningRate:
         return recommend_learning_rate(self.model_name, is_full=self.lora_rank == 0)
 
+    def engine_options(self) -> EngineOptions:
+        """The keys that say how the engine runs; they have the names of its options."""
+        return EngineOptions(**{option.name: getattr(self, option.name) for option in fields(EngineOptions)})
+
     def resolved(self) -> Self:
         """With a number for `learning_rate=auto`, which takes the model's config to be at hand."""
         if self.learning_rate != "auto":
@@ -179,15 +184,7 @@ class Config:
         for name in ("adam_beta1", "adam_beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)} is impossible. It must lie in [0, 1).")
-        EngineOptions(  # it refuses what cannot be had here
-            self.device,
-            self.dtype,
-            self.max_tokens_per_microbatch,
-            self.gradient_checkpointing,
-            self.quantization,
-            self.compile,
-            self.shard,
-        )
+        self.engine_options()  # it refuses what is not supported
         if self.seed >= 2**31:
             raise ConfigError(f"seed={self.seed} is too large. It must be below 2**31.")
         if self.weight_decay == math.inf or self.grad_clip_norm == math.inf:

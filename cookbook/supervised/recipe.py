@@ -1,13 +1,12 @@
 """A recipe by its name: what `python -m recipes.<name>` trains, for those who run it many times or elsewhere.
 
-A module is a recipe to train with where it has `DEFAULTS` and a `main` that returns a `train.RunSummary`;
-its config is its `Config`, or else `train.Config`.
+A module is a recipe where it has `DEFAULTS` and a `main` that returns a `train.RunSummary`; its config is its
+`Config`, or else `train.Config`.
 """
 
 from __future__ import annotations
 
 import importlib
-import pkgutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, get_type_hints
@@ -17,6 +16,9 @@ from cookbook.config.config_files import Setting
 from cookbook.errors import ConfigError
 from cookbook.supervised import train
 from cookbook.utils.nearest import did_you_mean
+
+RECIPES = {"sft": "recipes.sft"}
+"""The modules of the recipes that go by a short name. Any other is given as a module with dots."""
 
 
 @dataclass(frozen=True)
@@ -45,30 +47,26 @@ class Recipe:
 
 
 def find_recipe(name: str) -> Recipe:
-    """The recipe `recipes.<name>`, or a module of the user's own by its dotted name.
+    """One of `RECIPES`, or a module of the user's own by its dotted name.
 
     Raises ConfigError for what is no recipe, naming those there are.
     """
-    module_name = name if "." in name else f"recipes.{name}"
+    known = f"Recipes: {', '.join(RECIPES)}; your own is named by its module, as in mine.recipe."
+    if name not in RECIPES and "." not in name:
+        hint = did_you_mean(name, RECIPES)
+        raise ConfigError(f"There is no recipe {name!r}.{hint} {known}")
+    module_name = RECIPES.get(name, name)
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         if error.name is None or not module_name.startswith(error.name):
             raise  # something that the recipe itself imports
-        raise ConfigError(f"There is no recipe {name!r}. {_known(name)}") from None
-    if not is_trained_by(module):
-        raise ConfigError(f"recipe={name} trains nothing that is resumed by its config. {_known(name)}")
+        raise ConfigError(f"There is no recipe {name!r}. {known}") from None
+    if not is_recipe(module):
+        raise ConfigError(f"recipe={name} is not a recipe: it has no DEFAULTS and main. {known}")
     return Recipe(module_name, getattr(module, "Config", train.Config), module.DEFAULTS)
 
 
-def is_trained_by(module: Any) -> bool:
+def is_recipe(module: Any) -> bool:
     main = getattr(module, "main", None)
     return hasattr(module, "DEFAULTS") and get_type_hints(main).get("return") is train.RunSummary
-
-
-def _known(name: str) -> str:
-    package = importlib.import_module("recipes")  # by name: nothing here depends on a recipe
-    names = [module.name for module in pkgutil.iter_modules(package.__path__)]
-    trained = [one for one in names if is_trained_by(importlib.import_module(f"recipes.{one}"))]
-    hint = did_you_mean(name, trained)
-    return f"{hint} Recipes: {', '.join(trained)}; your own goes by its module, as in mine.recipe.".lstrip()

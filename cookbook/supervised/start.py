@@ -282,15 +282,7 @@ async def _create_client(
 
     folder.world.on_rank0(lambda: remove_unfinished(folder.checkpoint_dir))
     service = ServiceClient(
-        device=config.device,
-        dtype=config.dtype,
-        checkpoint_dir=folder.checkpoint_dir,
-        max_tokens_per_microbatch=config.max_tokens_per_microbatch,
-        gradient_checkpointing=config.gradient_checkpointing,
-        quantization=config.quantization,
-        compile=config.compile,
-        shard=config.shard,
-        recorder=recorder,
+        options=config.engine_options(), checkpoint_dir=folder.checkpoint_dir, recorder=recorder
     )
     stack.callback(service.close)
     client = await service.create_lora_training_client_async(

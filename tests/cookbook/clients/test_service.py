@@ -28,6 +28,7 @@ from cookbook import (
     embedded,
 )
 from cookbook.engine import checkpoint
+from cookbook.engine.options import EngineOptions
 from cookbook.errors import CheckpointError, ConfigError, ModelError, RequestError
 
 ADAM = AdamParams(learning_rate=1e-2)
@@ -322,3 +323,12 @@ def test_another_base_may_be_named_for_an_adapter_and_none_for_a_full_fine_tune(
     full = service.create_lora_training_client(tiny_qwen3, rank=0).save_state("full-of-its-own").result().path
     with pytest.raises(RequestError, match="which is a full fine-tune and has no base"):
         service.create_training_client_from_state(full, other)
+
+
+def test_options_of_the_engine_go_by_name_or_in_one_object() -> None:
+    options = EngineOptions(device="cpu", dtype="float32", max_tokens_per_microbatch=64)
+    by_name = ServiceClient(device="cpu", dtype="float32", max_tokens_per_microbatch=64)
+    in_one = ServiceClient(options=options)
+    assert by_name._options == in_one._options == options
+    with pytest.raises(ConfigError, match="options= and some of its parts by name"):
+        ServiceClient(options=options, device="cpu")

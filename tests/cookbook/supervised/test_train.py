@@ -6,6 +6,7 @@ import asyncio
 import io
 import json
 import logging
+import pickle
 import shutil
 import sys
 from collections.abc import Callable
@@ -21,8 +22,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import AutoModelForCausalLM
 
 from cookbook import ServiceClient
+from cookbook.config import config_files
 from cookbook.data import FromConversationFileBuilder
 from cookbook.data.types import ChatDatasetBuilderCommonConfig, SupervisedDataset, SupervisedDatasetBuilder
+from cookbook.engine.options import EngineOptions
 from cookbook.errors import CheckpointError, ConfigError, DataError, TrainingError
 from cookbook.eval.evaluators import (
     EvaluatorBuilder,
@@ -117,6 +120,20 @@ def test_a_value_of_the_wrong_type_or_an_unknown_key_is_an_error(make_config: Ma
 
 def test_a_home_directory_is_expanded(make_config: MakeConfig) -> None:
     assert make_config(log_path="~/runs/a").log_path == str(Path.home() / "runs" / "a")
+
+
+def test_options_of_the_engine_are_those_of_the_config(make_config: MakeConfig) -> None:
+    values: dict[str, Any] = {
+        "device": "cpu", "dtype": "float32", "max_tokens_per_microbatch": 7, "gradient_checkpointing": "on",
+        "compile": True, "shard": "none",
+    }  # fmt: skip
+    assert make_config(**values).engine_options() == EngineOptions(**values)
+
+
+def test_a_config_is_recorded_under_the_path_that_users_import(make_config: MakeConfig) -> None:
+    recorded = config_files.to_json(make_config())
+    assert recorded["_type"] == "cookbook.supervised.train:Config"
+    assert pickle.loads(pickle.dumps(train.Config)) is train.Config
 
 
 # -- a run ------------------------------------------------------------------------------------
