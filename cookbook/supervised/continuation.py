@@ -6,13 +6,12 @@ import logging
 from dataclasses import dataclass
 from typing import Any
 
-from cookbook.data.types import RowCounts, SupervisedDataset, row_counts_of
+from cookbook.data.types import SupervisedDataset, row_counts_of
 from cookbook.errors import ConfigError, DataError
 from cookbook.runs.checkpoints import FINAL, Checkpoint, CheckpointLog
-from cookbook.runs.folder import ROUNDING_KEYS, RunFolder, how_to_train_on
+from cookbook.runs.folder import RunFolder, how_to_train_on
 from cookbook.supervised.batches import BEGINNING, Position
 from cookbook.supervised.config import Config
-from cookbook.supervised.schedules import learning_rate_at
 from cookbook.utils import json_files
 from cookbook.utils.json_files import Origin, Positive
 
@@ -68,7 +67,7 @@ def find_start(
         position = _position_of(folder, last, train_data, before)
     _record_data(folder, train_data, eval_data)
     step = 0 if last is None else last.step
-    total = _total_steps(config.num_epochs, config.max_steps, step, position, train_data)
+    total = total_steps_from(step, position, train_data, config.num_epochs, config.max_steps)
     if total is None and config.lr_schedule != "constant":
         raise ConfigError(
             f"lr_schedule={config.lr_schedule} comes down to 0 at the last step, and the length of the "
@@ -77,58 +76,6 @@ def find_start(
     if last is not None and last.name == FINAL and checkpoints.is_finished:
         _check_that_steps_are_left(config, folder, step, total)
     return Start(step, position, total, before if last is not None else None)
-
-
-def announce(
-    config: Config, folder: RunFolder, checkpoints: CheckpointLog, start: Start, train_data: SupervisedDataset
-) -> None:
-    """Logs what changes for the steps to come, where a run continues with other values."""
-    for key, (was, now) in sorted(folder.changes.items()):
-        if key in ROUNDING_KEYS:
-            logger.info("%s was %s and is %s: the run continues to rounding, not to the bit.", key, was, now)
-    if not folder.length_changes or start.step == 0:
-        return
-    assert folder.earlier_config is not None
-    kind = "a finished run" if checkpoints.is_finished else "an unfinished run"
-    end = "the end of the data" if start.total_steps is None else f"step {start.total_steps}"
-    before = _total_steps(
-        folder.earlier_config.get("num_epochs", config.num_epochs),
-        folder.earlier_config.get("max_steps"),
-        start.step,
-        start.position,
-        train_data,
-        start.rows_per_batch_before,
-    )
-    was, now = (_learning_rate_at(config, start.step, total) for total in (before, start.total_steps))
-    rate = f"the learning rate stays at {now:.3g}" if was == now else _rate_change(was, now)
-    if config.lr_schedule == "constant":
-        schedule = rate
-    else:
-        schedule = f"the {config.lr_schedule} schedule now ends at {start.total_steps}: {rate}"
-    logger.info("Continuing from step %d of %s to %s; %s.", start.step, kind, end, schedule)
-    if start.rows_per_batch_before is not None:
-        logger.info("%s.", _batch_size_in_words(start, train_data))
-
-
-def _batch_size_in_words(start: Start, train_data: SupervisedDataset) -> str:
-    counts = row_counts_of(train_data)
-    if counts is None:
-        return f"Batches have another size from epoch {start.position.epoch + 1} on"
-    assert start.position.row is not None  # where rows are counted a position has one
-    of_all = "" if counts.per_epoch is None else f" of {counts.per_epoch:,}"
-    return (
-        f"Batches have {counts.per_batch} rows from here on, {start.rows_per_batch_before} before: the next "
-        f"is row {start.position.row + 1:,}{of_all} of epoch {start.position.epoch + 1}"
-    )
-
-
-def _rate_change(was: float, now: float) -> str:
-    return f"the learning rate goes from {was:.3g} to {now:.3g}"
-
-
-def _learning_rate_at(config: Config, step: int, total_steps: int | None) -> float:
-    peak = config.peak_learning_rate
-    return learning_rate_at(step, total_steps, peak, config.lr_schedule, config.warmup_steps)
 
 
 def _batch_size_before(folder: RunFolder) -> int | None:
@@ -203,40 +150,31 @@ def _record_data(
     )
 
 
-def _total_steps(
-    num_epochs: int,
-    max_steps: int | None,
+def total_steps_from(
     step: int,
     position: Position,
     train_data: SupervisedDataset,
+    num_epochs: int,
+    max_steps: int | None,
     batch_size: int | None = None,
 ) -> int | None:
     """The number of steps after which a run ends that stands at `position` after `step` steps.
 
     `batch_size` of None is the dataset's own. None where it depends on data of unknown length alone.
     """
-    left = _num_batches_left(num_epochs, position, train_data, batch_size)
-    if left is None:
-        return max_steps
-    return step + left if max_steps is None else min(step + left, max_steps)
-
-
-def _num_batches_left(
-    num_epochs: int, position: Position, train_data: SupervisedDataset, batch_size: int | None
-) -> int | None:
     num_batches = _num_batches(train_data, batch_size)
-    if num_batches is None or position.epoch >= num_epochs:
-        return None if num_batches is None else 0
+    if num_batches is None:
+        return max_steps
     counts = row_counts_of(train_data)
-    if counts is None or position.row is None:
-        return (num_epochs - position.epoch) * num_batches - position.batch
-    in_epoch = _num_batches_behind(position.row, counts, batch_size)
-    return in_epoch + (num_epochs - position.epoch - 1) * num_batches
-
-
-def _num_batches_behind(row: int, counts: RowCounts, batch_size: int | None) -> int:
-    assert counts.per_epoch is not None  # or the number of batches would not be known
-    return -(-(counts.per_epoch - row) // (batch_size or counts.per_batch))
+    if position.epoch >= num_epochs:
+        num_left = 0
+    elif counts is None or position.row is None:
+        num_left = (num_epochs - position.epoch) * num_batches - position.batch
+    else:
+        assert counts.per_epoch is not None  # or the number of batches would not be known
+        in_epoch = -(-(counts.per_epoch - position.row) // (batch_size or counts.per_batch))
+        num_left = in_epoch + (num_epochs - position.epoch - 1) * num_batches
+    return step + num_left if max_steps is None else min(step + num_left, max_steps)
 
 
 def _check_that_steps_are_left(config: Config, folder: RunFolder, step: int, total: int | None) -> None:

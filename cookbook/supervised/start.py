@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
@@ -28,11 +28,11 @@ from cookbook.runs.checkpoints import CheckpointLog
 from cookbook.runs.folder import RunFolder
 from cookbook.runs.rows import OF_EVERY_STEP
 from cookbook.supervised.agreement import check_same_data
+from cookbook.supervised.announce import announce, announce_changes
 from cookbook.supervised.batches import BatchQueue
 from cookbook.supervised.best import BestTracker
 from cookbook.supervised.config import Config
-from cookbook.supervised.continuation import Start, announce, find_start
-from cookbook.supervised.hyperparameters import fitting_rank
+from cookbook.supervised.continuation import Start, find_start
 from cookbook.supervised.preflight import check_evaluations, check_space
 from cookbook.supervised.run import Resources, Run
 from cookbook.supervised.step_times import StepTimes
@@ -44,51 +44,45 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-MAX_ADVISED_RANK = 512
-
 
 async def start_run(config: Config, folder: RunFolder, checkpoints: CheckpointLog, console: Console) -> Run:
     """Puts a run together. Whatever can be refused is refused before a model is loaded."""
     with ExitStack() as stack:
-        _warn_of_other_formats(config, is_resumed=checkpoints.last() is not None)
-        evaluators = _make_evaluators(config, folder)
-        with folder.world.first_on_each_machine():
-            train_data, eval_data = config.dataset_builder()
-        check_same_data(folder.world, train_data, eval_data)
-        _report_data(train_data, eval_data)
-        check_evaluations(config, has_eval_data=eval_data is not None)
-        _check_lengths(config, train_data, eval_data)
+        _warn_about_chat_formats(config, is_resumed=checkpoints.last() is not None)
+        evaluators = _create_evaluators(config, folder)
+        train_data, eval_data = _read_data(config, folder)
         start = find_start(config, folder, checkpoints, train_data, eval_data)
-        first_step, total_steps = start.step, start.total_steps
-        batches = stack.enter_context(
-            BatchQueue(
-                train_data,
-                config.seed,
-                ahead=config.submit_ahead + 2,
-                num_epochs=config.num_epochs,
-                num_steps=None if total_steps is None else total_steps - first_step,
-                start=start.position,
-            )
+        batches = BatchQueue(
+            train_data,
+            config.seed,
+            ahead=config.submit_ahead + 2,
+            num_epochs=config.num_epochs,
+            num_steps=None if start.total_steps is None else start.total_steps - start.step,
+            start=start.position,
         )
-        await batches.check()
+        await stack.enter_context(batches).check()
         if eval_data is not None:
             evaluators[0][1].insert(0, NLLEvaluator(eval_data))
-        known = _known_evaluation(folder, first_step)
-        restarts = _patience_restarts(config, folder, checkpoints, first_step)
-        tracker = _track_best(config, folder, first_step, evaluators, restarts)
+        tracker, has_restarted = _track_best(config, folder, checkpoints, start.step, evaluators)
+        known = _known_evaluation(folder, start.step)
         recorder = Recorder()
         client = await _create_client(config, folder, checkpoints, recorder, stack)
+        model = client.get_info().model_data
         if not client.samples_together:
-            check_space(
-                config.log_path, folder.path, client.get_info().model_data.num_trained_parameters * 10
-            )
-        announce(config, folder, checkpoints, start, train_data)
-        _continue(folder, checkpoints, start, has_restarted=first_step in restarts)
-        _announce(config, folder, client, train_data, eval_data, first_step, total_steps)
+            check_space(config.log_path, folder.path, model.num_trained_parameters * 10)
+        announce_changes(config, folder, checkpoints, start, train_data)
+        # From here on the folder is that of this run; until here it is as an earlier process left it. The
+        # config comes last: a kill before it leaves a run that the same command continues.
+        if start.rows_per_batch_before is not None:
+            checkpoints.count_rows(start.rows_per_batch_before)
+        if folder.length_changes or folder.patience_changes:
+            checkpoints.continue_from_final()
+        folder.record_config(start.step, has_restarted)
+        announce(config, folder, client, start, train_data, eval_data)
         if folder.world.is_main:
-            environment.record(folder.path, client.get_info().model_data)
-        metric_loggers = _make_loggers(config, folder, start, known, console, stack)
+            environment.record(folder.path, model)
         trace_path = folder.path / "trace.json" if config.trace and folder.world.is_main else None
+        metric_loggers = _create_loggers(config, folder, start, known, console, stack)
         times = StepTimes(recorder, trace_path)
         stack.callback(times.close)
         resources = Resources(
@@ -111,7 +105,7 @@ async def start_run(config: Config, folder: RunFolder, checkpoints: CheckpointLo
 
 
 def _chat_format(config: Config) -> dict[str, str]:
-    """What a checkpoint must say for its model to be prompted as it was trained."""
+    """What is recorded with every checkpoint, for its model to be prompted as it was trained."""
     metadata = {"renderer_name": str(config.renderer_name)}
     if config.system_prompt:
         metadata["system_prompt"] = config.system_prompt
@@ -120,8 +114,8 @@ def _chat_format(config: Config) -> dict[str, str]:
     return metadata
 
 
-def _warn_of_other_formats(config: Config, is_resumed: bool) -> None:
-    """Warns where the weights to start from, or the data, have another chat format than is recorded."""
+def _warn_about_chat_formats(config: Config, is_resumed: bool) -> None:
+    """Warns where the weights to start from, or the data, differ from the chat format that is recorded."""
     ours = _chat_format(config)
     recorded: Mapping[str, str] = {}
     if config.load_checkpoint_path is not None and not is_resumed:
@@ -132,59 +126,50 @@ def _warn_of_other_formats(config: Config, is_resumed: bool) -> None:
     for key in ("renderer_name", "system_prompt", "tools_in_system"):
         if recorded and ours.get(key) != recorded.get(key):
             logger.warning(
-                "%s was trained with %s=%s, this run goes on with %s.",
+                "%s was trained with %s=%s, this run trains with %s.",
                 config.load_checkpoint_path,
                 key,
                 recorded.get(key),
                 ours.get(key),
             )
         if isinstance(builder, ChatDatasetBuilder):
-            of_data = getattr(builder.common_config, key)
-            if of_data != getattr(config, key):
+            in_data = getattr(builder.common_config, key)
+            if in_data != getattr(config, key):
                 logger.warning(
                     "The data are rendered with %s=%s, but checkpoints will record %s.",
                     key,
-                    of_data,
+                    in_data,
                     getattr(config, key),
                 )
 
 
-def _report_data(train_data: SupervisedDataset, eval_data: SupervisedDataset | None) -> None:
-    told = []
-    for report in [*train_data.reports(), *(eval_data.reports() if eval_data else ())]:
-        if report not in told:  # held-out rows are from the same sources
-            told.append(report)
-            logger.info("%s", "\n".join(report.lines()))
+def _read_data(config: Config, folder: RunFolder) -> tuple[SupervisedDataset, SupervisedDataset | None]:
+    """The training and the evaluation data; logs what was read.
 
-
-def _check_lengths(
-    config: Config, train_data: SupervisedDataset, eval_data: SupervisedDataset | None
-) -> None:
-    """Raises ConfigError for examples longer than the model reads, before the step that has one."""
+    Raises ConfigError for an example that is longer than the model reads, or for a cadence or metric of
+    evaluations that the data leave with nothing to evaluate.
+    """
+    with folder.world.first_on_each_machine():
+        train_data, eval_data = config.dataset_builder()
+    check_same_data(folder.world, train_data, eval_data)
     reports = [*train_data.reports(), *(eval_data.reports() if eval_data else ())]
+    for number, report in enumerate(reports):
+        if report not in reports[:number]:  # held-out rows are from the same sources
+            logger.info("%s", "\n".join(report.lines()))
+    check_evaluations(config, has_eval_data=eval_data is not None)
     longest = max((report.longest_kept for report in reports), default=0)
     context_length = models.context_length(config.model_name)
     if context_length is not None and longest > context_length:
         raise ConfigError(
             f"The longest example has {longest:,} tokens, and {config.model_name} reads {context_length:,} "
-            f"at most. Say max_length={context_length}, which cuts such examples, or on_long=drop with it."
+            f"at most. Set max_length={context_length}, which truncates such examples, or on_long=drop with "
+            f"it."
         )
+    return train_data, eval_data
 
 
-def _continue(folder: RunFolder, checkpoints: CheckpointLog, start: Start, has_restarted: bool) -> None:
-    """Makes the folder that of this run. Until here it is as the earlier run left it.
-
-    The config comes last: a kill before it leaves a run that is continued by the same command.
-    """
-    if start.rows_per_batch_before is not None:
-        checkpoints.count_rows(start.rows_per_batch_before)
-    if folder.length_changes or folder.patience_changes:
-        checkpoints.continue_from_final()
-    folder.record_config(start.step, has_restarted)
-
-
-def _make_evaluators(config: Config, folder: RunFolder) -> list[tuple[int, list[Evaluator]]]:
-    """With their cadence, the frequent ones first. What one refuses it refuses before the data are read."""
+def _create_evaluators(config: Config, folder: RunFolder) -> list[tuple[int, list[Evaluator]]]:
+    """The evaluators with their cadence, the frequent ones first. Builders refuse here what they cannot."""
     run = RunContext(
         folder.path, config.model_name, config.renderer_name, config.system_prompt, config.tools_in_system
     )
@@ -199,9 +184,9 @@ def _make_evaluators(config: Config, folder: RunFolder) -> list[tuple[int, list[
 
 
 def _known_evaluation(folder: RunFolder, step: int) -> Evaluation:
-    """What an earlier life of the run measured of the state after `step` steps.
+    """What an earlier process of the run measured of the state after `step` steps.
 
-    The last evaluation of a run that is continued need not be due there, and is kept all the same.
+    It is kept also where the evaluation is not due there: it was the last one of a run that is made longer.
     """
     row = next((row for row in folder.read_metrics() if row["step"] == step), {})
     metrics = {
@@ -217,61 +202,53 @@ def _known_evaluation(folder: RunFolder, step: int) -> Evaluation:
     return Evaluation(metrics, tables)
 
 
-def _patience_restarts(
-    config: Config, folder: RunFolder, checkpoints: CheckpointLog, first_step: int
-) -> set[int]:
-    """The steps from which patience counts anew: where a run that was out of it is made longer.
-
-    Raises ConfigError where a finished run is not made longer, and is still out of patience.
-    """
-    restarts = folder.patience_restarts()
-    rows = [row for row in folder.read_metrics() if row["step"] <= first_step]
-    if not _tracker(config, rows, restarts).is_out_of_patience:
-        return restarts
-    if folder.length_changes:
-        logger.info(
-            "The run was out of patience after %d steps; patience counts anew from here, and the best %s so "
-            "far is still the one to beat.",
-            first_step,
-            config.best_metric,
-        )
-        return restarts | {first_step}
-    if checkpoints.is_finished:
-        raise ConfigError(
-            f"The run in log_path={folder.path} stopped early after {first_step} steps, and "
-            f"early_stopping_patience={config.early_stopping_patience} with early_stopping_min_delta="
-            f"{config.early_stopping_min_delta:g} is used up by then. To continue it raise "
-            f"early_stopping_patience, or give more max_steps or num_epochs."
-        )
-    return restarts
-
-
-def _tracker(config: Config, rows: list[dict[str, Any]], restarts: set[int]) -> BestTracker:
-    return BestTracker(
-        config.best_metric,
-        config.best_mode,
-        config.early_stopping_patience,
-        config.early_stopping_min_delta,
-        history=rows,
-        restarts=restarts,
-    )
-
-
 def _track_best(
     config: Config,
     folder: RunFolder,
+    checkpoints: CheckpointLog,
     first_step: int,
-    evaluators: list[tuple[int, list[Evaluator]]],
-    restarts: set[int],
-) -> BestTracker:
-    if config.early_stopping_patience is not None and not any(
-        every and members for every, members in evaluators
-    ):
+    evaluators: Sequence[tuple[int, Sequence[Evaluator]]],
+) -> tuple[BestTracker, bool]:
+    """A tracker of the evaluations before `first_step`, and whether patience counts anew from that step.
+
+    It does where a run that was out of patience is made longer. Raises ConfigError where a finished run is
+    not made longer and is still out of patience, and for early stopping without an evaluator.
+    """
+    if config.early_stopping_patience is not None and not any(every and some for every, some in evaluators):
         raise ConfigError(
             f"early_stopping_patience={config.early_stopping_patience} counts evaluations, and this run has "
-            f"none. Give data to evaluate on or an evaluator, or leave early stopping out."
+            f"none. Give data to evaluate on or an evaluator, or remove early_stopping_patience."
         )
-    return _tracker(config, [row for row in folder.read_metrics() if row["step"] < first_step], restarts)
+    rows = [row for row in folder.read_metrics() if row["step"] <= first_step]
+    restarts = folder.patience_restarts()
+
+    def tracker_of(rows: list[dict[str, Any]]) -> BestTracker:
+        return BestTracker(
+            config.best_metric,
+            config.best_mode,
+            config.early_stopping_patience,
+            config.early_stopping_min_delta,
+            history=rows,
+            restarts=restarts,
+        )
+
+    if tracker_of(rows).is_out_of_patience:
+        if folder.length_changes:
+            logger.info(
+                "The run was out of patience after %d steps; patience counts anew from here, and the best %s "
+                "so far is still the one to beat.",
+                first_step,
+                config.best_metric,
+            )
+            restarts |= {first_step}
+        elif checkpoints.is_finished:
+            raise ConfigError(
+                f"The run in log_path={folder.path} stopped early after {first_step} steps, and "
+                f"early_stopping_patience={config.early_stopping_patience} with early_stopping_min_delta="
+                f"{config.early_stopping_min_delta:g} is used up by then. To continue it raise "
+                f"early_stopping_patience, or give more max_steps or num_epochs."
+            )
+    return tracker_of([row for row in rows if row["step"] < first_step]), first_step in restarts
 
 
 async def _create_client(
@@ -303,7 +280,7 @@ async def _create_client(
     return client
 
 
-def _make_loggers(
+def _create_loggers(
     config: Config,
     folder: RunFolder,
     start: Start,
@@ -311,12 +288,12 @@ def _make_loggers(
     console: Console,
     stack: ExitStack,
 ) -> list[MetricLogger]:
-    made: list[MetricLogger] = []
+    created: list[MetricLogger] = []
     if not folder.world.is_main:
-        return made
+        return created
 
     def keep(metric_logger: MetricLogger) -> None:
-        made.append(metric_logger)
+        created.append(metric_logger)
         stack.callback(metric_logger.close)
 
     first_step = start.step
@@ -331,75 +308,4 @@ def _make_loggers(
         )
     keep(ConsoleLogger(console, total_steps=start.total_steps, first_step=first_step))
     keep(ReportLogger(folder.path))  # after those whose files it reads
-    return made
-
-
-def _announce(
-    config: Config,
-    folder: RunFolder,
-    client: TrainingClient,
-    train_data: SupervisedDataset,
-    eval_data: SupervisedDataset | None,
-    first_step: int,
-    total_steps: int | None,
-) -> None:
-    info = client.get_info().model_data
-    logger.info(
-        "%s on %s in %s%s, %s.",
-        config.model_name,
-        info.device,
-        info.dtype,
-        f" ({config.quantization} base)" if config.quantization else "",
-        f"LoRA rank {config.lora_rank}" if config.lora_rank else "all weights trained",
-    )
-    if not folder.world.is_alone:
-        logger.info(
-            "%d processes train together; %s.",
-            folder.world.size,
-            "each holds a part of the base weights"
-            if client.samples_together
-            else "each holds all base weights",
-        )
-    _announce_learning_rate(config)
-    _advise_rank(config, info.num_trained_parameters, train_data)
-    logger.info(
-        "Training on %s, evaluating on %s. %s%s.",
-        _size(train_data),
-        "nothing" if eval_data is None else _size(eval_data),
-        "As many steps as there are batches" if total_steps is None else f"{total_steps:,} steps",
-        f", {first_step:,} of them done" if first_step else "",
-    )
-    logger.info("Everything goes to %s.", folder.path)
-
-
-def _announce_learning_rate(config: Config) -> None:
-    recommended = config.recommended_learning_rate
-    if config.learning_rate == recommended.value:
-        logger.info("Learning rate %g, %s.", recommended.value, recommended.reason)
-        if config.lora_rank and config.lora_alpha != 32:
-            logger.info("  It suits lora_alpha=32, and this run has %g.", config.lora_alpha)
-    else:
-        logger.info("Learning rate %g (auto would be %g).", config.learning_rate, recommended.value)
-
-
-def _advise_rank(config: Config, num_parameters: int, train_data: SupervisedDataset) -> None:
-    """Tells of an adapter with fewer parameters than the data have trained tokens."""
-    num_tokens = sum(report.trained_tokens for report in train_data.reports())
-    if config.lora_rank == 0 or num_parameters >= num_tokens:
-        return
-    rank = fitting_rank(num_tokens, num_parameters, config.lora_rank)
-    logger.info(
-        "The adapter has %s parameters for %s trained tokens. A parameter a token is a rough rule for LoRA "
-        "to learn like full fine-tuning: that would be %s.",
-        f"{num_parameters:,}",
-        f"{num_tokens:,}",
-        f"lora_rank={rank}" if rank <= MAX_ADVISED_RANK else "full fine-tuning itself, lora_rank=0",
-    )
-
-
-def _size(dataset: SupervisedDataset) -> str:
-    num_batches = dataset.epoch_length()
-    if num_batches is None:
-        return "a stream"
-    num_rows = dataset.summary().get("rows")
-    return f"{num_batches:,} batches" if num_rows is None else f"{num_rows:,} rows"
+    return created

@@ -578,7 +578,7 @@ def test_examples_that_the_model_cannot_read_are_refused_before_training(make_co
     data.write_text(
         data.read_text(encoding="utf-8") + json.dumps({"messages": long}) + "\n", encoding="utf-8"
     )
-    with pytest.raises(ConfigError, match="reads 256 at most. Say max_length=256"):
+    with pytest.raises(ConfigError, match="reads 256 at most. Set max_length=256"):
         asyncio.run(train.main(config))
     assert asyncio.run(train.main(make_config(max_length=256))).is_finished
 
@@ -659,8 +659,8 @@ def test_another_chat_format_than_a_checkpoint_was_trained_with_is_reported(
     assert "was trained with" not in caplog.text
     other = make_config(log_path=str(tmp_path / "other"), renderer_name="role_colon", **again)
     asyncio.run(train.main(other))
-    assert "was trained with renderer_name=chat_template, this run goes on with role_colon" in caplog.text
-    assert "was trained with system_prompt=Be brief., this run goes on with None" in caplog.text
+    assert "was trained with renderer_name=chat_template, this run trains with role_colon" in caplog.text
+    assert "was trained with system_prompt=Be brief., this run trains with None" in caplog.text
 
 
 def test_data_in_another_chat_format_than_is_recorded_are_reported(
