@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 @chz.chz
 class ChatConfig:
-    """Whom to talk with, and how its replies are drawn."""
+    """The model to chat with, and how its replies are sampled."""
 
     checkpoint: str | None = chz.field(default=None, doc="folder of a run, or of one of its checkpoints")
     which: Literal["best", "last"] | None = chz.field(
@@ -51,8 +51,10 @@ class ChatConfig:
     system_prompt: str | None = chz.field(
         default=None, doc='put before the conversation; default: the checkpoint\'s; "": none'
     )
-    temperature: float = chz.field(default=0.7, doc="0 takes the likeliest token")
-    top_p: float = chz.field(default=1.0, doc="draw from the likeliest tokens that make up this share")
+    temperature: float = chz.field(default=0.7, doc="0: greedy")
+    top_p: float = chz.field(
+        default=1.0, doc="nucleus: draw from the most likely tokens with this total probability"
+    )
     max_tokens: int = chz.field(default=1024, doc="tokens of a reply at most")
     seed: int | None = chz.field(default=None, doc="for the same replies every time")
     device: str = chz.field(default="auto", doc="auto (CUDA when there is one), cpu, cuda or cuda:N")
@@ -62,10 +64,11 @@ class ChatConfig:
     def _check(self) -> None:
         if self.checkpoint is None and self.model_name is None:
             raise ConfigError(
-                "Whom to talk with? Give checkpoint= (a run's folder, such as runs/sft) or model_name="
+                "There is no model to chat with. Give checkpoint= (a run's folder, such as runs/sft) or "
+                "model_name="
             )
         if self.compare and self.checkpoint is None:
-            raise ConfigError("compare=True sets a checkpoint beside its base model: give checkpoint= too.")
+            raise ConfigError("compare=True compares a checkpoint with its base model. Give checkpoint= too.")
         if not self.temperature >= 0 or not 0 < self.top_p <= 1 or self.max_tokens < 1:
             raise ConfigError(
                 f"temperature={self.temperature}, top_p={self.top_p}, max_tokens={self.max_tokens} cannot be "
@@ -83,7 +86,7 @@ async def run(config: ChatConfig) -> None:
 
 
 def _speakers(config: ChatConfig, service: ServiceClient) -> tuple[str, list[Speaker]]:
-    """Who answers, and what to say of them."""
+    """The title of the conversation, and the models that answer."""
     from cookbook.runs.find import find_source
 
     if config.checkpoint is None:

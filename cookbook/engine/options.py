@@ -41,15 +41,15 @@ class EngineOptions:
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
-            raise ConfigError(f"device={self.device!r} is no torch device. Use auto, cpu, cuda or cuda:0.")
+            raise ConfigError(f"device={self.device!r} is not a torch device. Use auto, cpu, cuda or cuda:0.")
         if self.dtype not in DTYPES:
             raise ConfigError(f"dtype={self.dtype!r} is not supported. Use {', '.join(DTYPES)}.")
         if self.shard not in get_args(Shard):
             raise ConfigError(f"shard={self.shard!r} is not known. Use {', '.join(get_args(Shard))}.")
         if self.shard == "full" and self.quantization is not None:
             raise ConfigError(
-                f"quantization={self.quantization} cannot be had with shard=full: weights in 4 bits are not "
-                f"dealt out. Leave one of them out."
+                f"quantization={self.quantization} is not supported with shard=full: weights in 4 bits "
+                f"are not sharded. Remove one of the two."
             )
         if self.gradient_checkpointing not in get_args(GradientCheckpointing):
             raise ConfigError(
@@ -58,8 +58,8 @@ class EngineOptions:
             )
         if self.max_tokens_per_microbatch is not None and self.max_tokens_per_microbatch < 1:
             raise ConfigError(
-                f"max_tokens_per_microbatch={self.max_tokens_per_microbatch} is too small. "
-                "It must be at least 1; leave it out to have it chosen."
+                f"Invalid max_tokens_per_microbatch={self.max_tokens_per_microbatch}: must be >= 1, or None "
+                f"for what fits in memory."
             )
         if self.quantization is None:
             return

@@ -1,4 +1,4 @@
-"""Whether the processes of a run were started alike: on one config, the same versions, the same data."""
+"""Checks that the processes of a run have the same config, the same package versions and the same data."""
 
 from __future__ import annotations
 
@@ -19,29 +19,23 @@ PACKAGES = ("sft-cookbook", "torch", "transformers", "peft", "datasets", "numpy"
 
 @contextlib.contextmanager
 def joined_alike(config: dict[str, Any]) -> Iterator[World]:
-    """The processes of this run. Raises ConfigError where one was started otherwise than the main one."""
+    """Joins the processes of this run.
+
+    Raises ConfigError, naming the process and the keys, where one has another config or other versions of
+    the packages than process 0.
+    """
+    versions = {"python": platform.python_version()}
+    versions |= {name: importlib.metadata.version(name) for name in PACKAGES}
     with joined() as world:
-        check_same_config(world, config)
-        check_same_versions(world)
+        advice = "Start all processes with one command."
+        _check_same(world, config, "has another config than process 0", advice, ConfigError)
+        advice = "Install the same packages everywhere: other versions may compute other numbers."
+        _check_same(world, versions, "runs other versions than process 0", advice, ConfigError)
         yield world
 
 
-def check_same_config(world: World, config: dict[str, Any]) -> None:
-    """Raises ConfigError, naming the process and the keys, where one was started on another config."""
-    _check_same(
-        world, config, "has another config than process 0", "Start all with one command.", ConfigError
-    )
-
-
-def check_same_versions(world: World) -> None:
-    versions = {"python": platform.python_version()}
-    versions |= {name: importlib.metadata.version(name) for name in PACKAGES}
-    advice = "Install the same packages everywhere: they need not compute the same."
-    _check_same(world, versions, "runs other versions than process 0", advice, ConfigError)
-
-
 def check_same_data(world: World, train_data: SupervisedDataset, eval_data: SupervisedDataset | None) -> None:
-    """Raises DataError where a process would deal out other batches than the main one."""
+    """Raises DataError where a process sees other data than process 0."""
     found = {
         f"{name} data": {
             "fingerprint": dataset.fingerprint(),
@@ -51,7 +45,7 @@ def check_same_data(world: World, train_data: SupervisedDataset, eval_data: Supe
         for name, dataset in (("training", train_data), ("evaluation", eval_data))
         if dataset is not None
     }
-    advice = "Give all the same files: a changed copy, or one that is still being written, will not do."
+    advice = "Give all processes the same files, and start them when the files are complete."
     _check_same(world, found, "sees other data than process 0", advice, DataError)
 
 

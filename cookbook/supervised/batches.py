@@ -1,4 +1,4 @@
-"""Batches made ahead of need, on a thread of their own."""
+"""Batches that are rendered ahead of need, on a separate thread."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from cookbook.types import IGNORED_TARGET, Datum, TensorData
 
 
 class Position(NamedTuple):
-    """The batch behind `batch` others of epoch `epoch`, which is counted from 0."""
+    """The batch that follows `batch` others in epoch `epoch`; epochs are counted from 0."""
 
     epoch: int
     batch: int
     row: int | None = None
-    """The rows of the epoch that lie before it; None where the dataset has no `row_counts`."""
+    """The number of rows of the epoch before it; None where the dataset has no `row_counts`."""
 
 
 BEGINNING = Position(0, 0, 0)
@@ -32,7 +32,7 @@ BEGINNING = Position(0, 0, 0)
 
 @dataclass(frozen=True)
 class Batch:
-    """What one optimizer step trains on. `data` weigh 1 in sum; they may be none at all."""
+    """What one optimizer step trains on. The weights of `data` sum to 1; `data` may be empty."""
 
     data: list[Datum]
     num_tokens: int
@@ -49,13 +49,13 @@ class PlacedBatch:
     """Where the batch before it ended. It is the end of an epoch where a stream has just ended."""
     next_position: Position
     rendering: tuple[float, float] = (0.0, 0.0)
-    """When it was begun and when it was ready, by `time.perf_counter`."""
+    """When rendering it began and ended, by `time.perf_counter`."""
 
 
 def make_batch(data: list[Datum]) -> Batch:
     """Scales the weights to a sum of 1, which makes the summed loss the mean over trained tokens.
 
-    A batch whose weights cancel to nothing has no mean and is left as it is.
+    A batch whose weights sum to 0 has no mean and keeps its weights.
     """
     weights: list[np.ndarray] = []
     for datum in data:
@@ -80,8 +80,8 @@ class BatchQueue:
     """The batches of a run from `start` on, in order, rendered up to `ahead` steps early.
 
     The order of epoch e is that of `seed` + e, so a batch depends on its position alone and a
-    resumed run sees what it would have seen, also one that continues with another batch size: its
-    batches then begin at the row behind the last that was trained on. It ends after `num_epochs` or
+    resumed run sees the batches that it would have seen. Where it continues with another batch size, its
+    batches begin at the row after the last that was trained on. The queue ends after `num_epochs` or
     `num_steps`, whichever comes first.
     """
 
@@ -118,7 +118,7 @@ class BatchQueue:
         self._thread.shutdown(wait=True, cancel_futures=True)
 
     async def check(self) -> None:
-        """Raises DataError if no example of an epoch keeps a trained token."""
+        """Raises DataError if no example of the first epoch has a trained token."""
         await asyncio.wrap_future(self._checked)
 
     async def next(self) -> PlacedBatch | None:
@@ -182,5 +182,5 @@ class BatchQueue:
             num_batches += 1
         raise DataError(
             f"Not one of {num_batches} batches has a trained token: nothing would be learned. Raise "
-            f"max_length (the replies may all lie past it), or choose another train_on_what."
+            f"max_length (all replies may lie beyond it), or choose another train_on_what."
         )

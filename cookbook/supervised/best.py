@@ -15,13 +15,13 @@ logger = logging.getLogger(__name__)
 
 
 class BestTracker:
-    """Folds the evaluations of a run, in order, into the best one and the patience that is left.
+    """Reduces the evaluations of a run, in order, to the best one and the patience that is left.
 
     It depends on those evaluations alone, so a resumed run that reads them back from
-    metrics.jsonl knows what one that was never stopped knows. The evaluation before training is
-    no candidate: its weights are those the run was given. Nor is an evaluation without the
-    metric, whose evaluator failed or was not due, and patience does not count it; a value that is
-    not a number is counted, and never better.
+    metrics.jsonl has the state of one that was never stopped. The evaluation before training is
+    not a candidate: its weights are those that the run was given. Nor is an evaluation without the
+    metric, whose evaluator failed or was not due, and patience does not count it. A value that is
+    not a number is counted, and is never better.
     """
 
     def __init__(
@@ -33,9 +33,9 @@ class BestTracker:
         history: Iterable[Mapping[str, Any]] = (),
         restarts: Collection[int] = (),
     ) -> None:
-        """`history`: the rows of metrics.jsonl so far. A `metric` of None: nothing is tracked.
+        """`history` are the rows of metrics.jsonl so far. With a `metric` of None nothing is tracked.
 
-        Behind the evaluation after each number of steps in `restarts` patience counts anew.
+        After the evaluation of each step in `restarts` patience is counted from the beginning.
         """
         self.metric = metric
         self.patience = patience
@@ -52,8 +52,8 @@ class BestTracker:
     def observe(self, step: int, metrics: Mapping[str, float]) -> bool:
         """Takes in the evaluation of the weights after `step` steps. Whether it is the best so far.
 
-        Called once for every step, with no metrics where nothing was evaluated, and once more for what a
-        finished model is evaluated with.
+        Called once for every step, with no metrics where nothing was evaluated, and again for the evaluation
+        of the finished model.
         """
         is_best = False
         if self.metric is not None and self.metric in metrics:

@@ -84,7 +84,7 @@ class Config:
     eval_every: int = _field(default=50, doc="steps between evaluations; 0: off")
     infrequent_eval_every: int = _field(default=200, doc="steps between infrequent evaluations; 0: off")
     on_evaluator_error: OnEvaluatorError = _field(
-        default="warn", doc="what an evaluator that fails does: warn (the run goes on without it) or raise"
+        default="warn", doc="what an evaluator that fails does: warn (the run continues without it) or raise"
     )
 
     # the best evaluation: its checkpoint is kept, and recorded in checkpoints.jsonl
@@ -144,7 +144,7 @@ class Config:
 
     @property
     def peak_learning_rate(self) -> float:
-        """`learning_rate` of a config that is resolved."""
+        """`learning_rate` of a resolved config, in which it is a number."""
         assert not isinstance(self.learning_rate, str)
         return self.learning_rate
 
@@ -157,7 +157,7 @@ class Config:
         return EngineOptions(**{option.name: getattr(self, option.name) for option in fields(EngineOptions)})
 
     def resolved(self) -> Self:
-        """With a number for `learning_rate=auto`, which takes the model's config to be at hand."""
+        """This config with a number for `learning_rate=auto`, which reads the config of the model."""
         if self.learning_rate != "auto":
             return self
         return chz.replace(self, learning_rate=self.recommended_learning_rate.value)
@@ -171,33 +171,33 @@ class Config:
             "early_stopping_min_delta": 0,
         }  # fmt: skip
         if self.lora_rank > MAX_RANK:
-            raise ConfigError(f"lora_rank={self.lora_rank} is too large. It must be at most {MAX_RANK}.")
+            raise ConfigError(f"Invalid lora_rank={self.lora_rank}: must be <= {MAX_RANK}.")
         above_zero = ("learning_rate", "adam_eps", "lora_alpha")
         for name, least in at_least.items():
             value = getattr(self, name)
             if value is not None and not value >= least:
-                raise ConfigError(f"{name}={value} is too small. It must be at least {least}.")
+                raise ConfigError(f"Invalid {name}={value}: must be >= {least}.")
         for name in above_zero:
             value = getattr(self, name)
             if value != "auto" and not 0 < value < math.inf:
-                raise ConfigError(f"{name}={value} is impossible. It must be above 0.")
+                raise ConfigError(f"Invalid {name}={value}: must be finite and > 0.")
         for name in ("adam_beta1", "adam_beta2"):
             if not 0 <= getattr(self, name) < 1:
-                raise ConfigError(f"{name}={getattr(self, name)} is impossible. It must lie in [0, 1).")
+                raise ConfigError(f"Invalid {name}={getattr(self, name)}: must be >= 0 and < 1.")
         self.engine_options()  # it refuses what is not supported
         if self.seed >= 2**31:
-            raise ConfigError(f"seed={self.seed} is too large. It must be below 2**31.")
+            raise ConfigError(f"Invalid seed={self.seed}: must be < 2**31.")
         if self.weight_decay == math.inf or self.grad_clip_norm == math.inf:
             raise ConfigError("weight_decay and grad_clip_norm must be finite.")
         if self.lora_rank == 0 and not (self.train_attn and self.train_mlp and self.train_unembed):
             raise ConfigError(
-                "lora_rank=0 trains every weight: train_attn, train_mlp and train_unembed say "
-                "where a LoRA goes. Leave them, or give a lora_rank of at least 1."
+                "lora_rank=0 trains every weight: train_attn, train_mlp and train_unembed choose the layers "
+                "of a LoRA. Remove them, or set lora_rank to at least 1."
             )
         if self.lora_rank == 0 and self.quantization is not None:
             raise ConfigError(
-                f"quantization={self.quantization} holds weights that stay as they are, and "
-                "lora_rank=0 trains them. Give a lora_rank of at least 1."
+                f"quantization={self.quantization} needs frozen base weights, and lora_rank=0 trains them. "
+                f"Set lora_rank to at least 1, or remove quantization."
             )
         if not (self.train_attn or self.train_mlp or self.train_unembed):
             raise ConfigError("Nothing to train: set train_attn, train_mlp or train_unembed.")
@@ -205,11 +205,13 @@ class Config:
 
     def _check_best(self) -> None:
         if self.best_metric is not None:
-            direction(self.best_metric, self.best_mode)  # it refuses a name that does not tell
+            direction(self.best_metric, self.best_mode)  # raises where neither says which way is better
         if self.early_stopping_patience is None:
             return
         if self.best_metric is None:
-            raise ConfigError("early_stopping_patience waits for a better best_metric. Name one.")
+            raise ConfigError(
+                "early_stopping_patience waits for a better best_metric, which is None. Set best_metric."
+            )
         if not (self.eval_every or self.infrequent_eval_every):
             raise ConfigError(
                 "early_stopping_patience counts evaluations, and there are none: set eval_every."

@@ -1,4 +1,4 @@
-"""Where a run begins or continues: the step, the place in the data, and how many steps there will be."""
+"""Where a run begins or continues: the step, the position in the data, and the number of steps in all."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Start:
-    """What the next step is, and how many there will be in all."""
+    """The next step, and the number of steps in all."""
 
     step: int
     position: Position
     total_steps: int | None
-    """None where the run continues until the data end, and it is not known when."""
+    """None where the run ends with data of unknown length."""
     rows_per_batch_before: int | None = None
-    """Set where the batch size was another one until now."""
+    """The batch size so far, where it changes; else None."""
 
 
 def check_length(config: Config, folder: RunFolder, checkpoints: CheckpointLog) -> None:
-    """Raises ConfigError for a run that is to be shorter than it already is. Looks at no data."""
+    """Raises ConfigError where the config ends before the last checkpoint. Reads no data."""
     last = checkpoints.last()
     if last is None:
         return
-    longer = f"Give a larger one. Checkpoints of earlier steps lie in {folder.checkpoint_dir}."
+    longer = f"Give a larger one. Checkpoints of earlier steps are in {folder.checkpoint_dir}."
     if config.max_steps is not None and config.max_steps < last.step:
         raise ConfigError(
             f"max_steps={config.max_steps}, but the run in log_path={folder.path} has taken {last.step} "
@@ -55,9 +55,9 @@ def find_start(
     train_data: SupervisedDataset,
     eval_data: SupervisedDataset | None,
 ) -> Start:
-    """Where the run begins or continues. What was read is recorded.
+    """Where the run begins or continues. Records what was read in the folder.
 
-    Raises DataError for data that are not what they were, and ConfigError where nothing is left to do.
+    Raises DataError for data that have changed, and ConfigError where no steps are left.
     """
     last = checkpoints.last()
     before = _batch_size_before(folder)
@@ -70,8 +70,8 @@ def find_start(
     total = total_steps_from(step, position, train_data, config.num_epochs, config.max_steps)
     if total is None and config.lr_schedule != "constant":
         raise ConfigError(
-            f"lr_schedule={config.lr_schedule} comes down to 0 at the last step, and the length of the "
-            f"streamed data is not known. Set max_steps=, or choose lr_schedule=constant."
+            f"lr_schedule={config.lr_schedule} falls to 0 at the last step, and the length of the "
+            f"streamed data is unknown. Set max_steps=, or choose lr_schedule=constant."
         )
     if last is not None and last.name == FINAL and checkpoints.is_finished:
         _check_that_steps_are_left(config, folder, step, total)
@@ -79,7 +79,7 @@ def find_start(
 
 
 def _batch_size_before(folder: RunFolder) -> int | None:
-    """The batch size of the run that continues, where it changes."""
+    """The batch size that the run had so far, where it changes; else None."""
     sizes: list[Any] = [
         was for key, (was, _) in folder.length_changes.items() if key.split(".")[-1] == "batch_size"
     ]
@@ -94,7 +94,7 @@ def _batch_size_before(folder: RunFolder) -> int | None:
 def _position_of(
     folder: RunFolder, last: Checkpoint, train_data: SupervisedDataset, before: int | None
 ) -> Position:
-    """The place in the data behind a checkpoint, whatever the sizes of the batches before it."""
+    """The position in the data after a checkpoint, whatever the sizes of the batches before it."""
     counts = row_counts_of(train_data)
     if counts is not None:
         row = last.batch * (before or counts.per_batch) if last.row is None else last.row
@@ -127,7 +127,7 @@ def _check_same_data(
 
 
 def _num_batches(train_data: SupervisedDataset, batch_size: int | None) -> int | None:
-    """Those of an epoch in batches of this size (None: of the dataset's own); None where it is not known."""
+    """The number of batches in an epoch, of `batch_size` or else of the dataset's own; None where unknown."""
     if batch_size is None:
         return train_data.epoch_length()
     counts = row_counts_of(train_data)
@@ -178,7 +178,7 @@ def total_steps_from(
 
 
 def _check_that_steps_are_left(config: Config, folder: RunFolder, step: int, total: int | None) -> None:
-    """Raises ConfigError where a finished run would be no longer."""
+    """Raises ConfigError where a finished run would get no more steps."""
     if total is None or total > step:
         return
     now = ", ".join(f"{key.split('.')[-1]}={value}" for key, (_, value) in sorted(folder.changes.items()))

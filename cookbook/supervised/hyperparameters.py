@@ -1,4 +1,4 @@
-"""What is known of the learning rate and the rank that suit a model, and where it is known from.
+"""Recommended learning rates and ranks, with their sources.
 
 [Regret] Schulman et al., "LoRA Without Regret", Thinking Machines Lab, 2025,
          https://thinkingmachines.ai/blog/lora/
@@ -30,7 +30,7 @@ OTHER_LEARNING_RATE = 2e-4
 class LearningRate:
     value: float
     reason: str
-    """How the value came about, as an end of "Learning rate 1e-4, ..."."""
+    """Where the value is from, as the end of "Learning rate 1e-4, ..."."""
 
 
 def recommend_learning_rate(model_name: str, is_full: bool = False) -> LearningRate:
@@ -40,7 +40,7 @@ def recommend_learning_rate(model_name: str, is_full: bool = False) -> LearningR
 
     was fitted to sweeps of 14 Llama and Qwen models on Tulu 3: the exponents are those of [Tinker], the
     form is that of [Regret], which also found that the rank does not matter. Very short runs, of 100
-    steps or fewer, bear half as much again. For other models it is 2e-4 [QLoRA], and for the embedded
+    steps or fewer, tolerate half as much again. For other models it is 2e-4 [QLoRA], and for the embedded
     model a value tuned on it. Three digits are kept. Reads the model's config, none of its weights.
     """
     kind = "all weights" if is_full else "LoRA"

@@ -1,4 +1,4 @@
-"""What can be refused before anything is read, loaded, removed or written."""
+"""Checks of a config that need no data and no weights: before anything is read, removed or written."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ BYTES_OF_ADAM = 8
 
 
 def check_before_work(config: Config, is_resumed: bool = False) -> None:
-    """Raises a CookbookError for what this machine or this config cannot do. Takes a second or two.
+    """Raises a CookbookError where this machine cannot run the config. Takes a second or two.
 
-    A run that is resumed starts from its own checkpoint, and no longer from `load_checkpoint_path`.
+    A resumed run starts from its own checkpoint instead of `load_checkpoint_path`.
     """
     _check_log_path(Path(config.log_path).absolute())
     check_device(config.device)
@@ -59,10 +59,10 @@ def check_before_work(config: Config, is_resumed: bool = False) -> None:
 def _check_log_path(folder: Path) -> None:
     existing = next(path for path in (folder, *folder.parents) if path.exists())
     if not existing.is_dir():
-        raise ConfigError(f"log_path={folder}: {existing} is a file. Give a folder, which need not exist.")
+        raise ConfigError(f"log_path={folder}: {existing} is a file. Give a folder; it need not exist.")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise ConfigError(
-            f"log_path={folder} cannot be written: {existing} may not be written. Choose another."
+            f"log_path={folder} cannot be written: no permission for {existing}. Choose another folder."
         )
 
 
@@ -72,7 +72,7 @@ def _check_log_path(folder: Path) -> None:
 def check_evaluations(config: Config, has_eval_data: bool | None) -> None:
     """Raises ConfigError for a cadence with nothing to evaluate, or a `best_metric` that nothing measures.
 
-    `has_eval_data` of None: that is known when the data are read.
+    `has_eval_data` of None: unknown until the data are read.
     """
     _check_best_metric(config, has_eval_data)
     nothing_at = {
@@ -85,13 +85,12 @@ def check_evaluations(config: Config, has_eval_data: bool | None) -> None:
             builders = key.replace("eval_every", "evaluator_builders")
             data = "data to evaluate on (test_size= or eval_dataset=) or " if key == "eval_every" else ""
             raise ConfigError(
-                f"{key}={every}, but there is nothing to evaluate. Give {data}{builders}=, or leave "
-                f"{key} out."
+                f"{key}={every}, but there is nothing to evaluate. Give {data}{builders}=, or remove {key}."
             )
 
 
 def _check_best_metric(config: Config, has_eval_data: bool | None) -> None:
-    """Where a metric cannot be checked here, it is at the first evaluation."""
+    """A metric that cannot be checked here is checked at the first evaluation."""
     metric = config.best_metric
     if metric is None or (metric == DEFAULT_METRIC and config.early_stopping_patience is None):
         return
@@ -111,7 +110,7 @@ def _check_best_metric(config: Config, has_eval_data: bool | None) -> None:
     if not measured and patience is not None:
         raise ConfigError(
             f"early_stopping_patience={patience} counts evaluations, and this run has none. Give data to "
-            f"evaluate on or an evaluator, or leave early stopping out."
+            f"evaluate on or an evaluator, or remove early_stopping_patience."
         )
     raise ConfigError(
         f"best_metric={metric} is not among the metrics of this run's evaluations: "
@@ -124,7 +123,7 @@ def _check_best_metric(config: Config, has_eval_data: bool | None) -> None:
 
 
 def _check_is_checkpoint(folder: Path) -> None:
-    """Looks at names alone, which takes no time."""
+    """Raises CheckpointError where the folder is missing or is that of a run. Reads no file of it."""
     if not folder.is_dir():
         raise CheckpointError(
             f"Checkpoint {folder} does not exist (load_checkpoint_path). Give the path of a saved checkpoint."
@@ -137,7 +136,7 @@ def _check_is_checkpoint(folder: Path) -> None:
 
 
 def _check_start_weights(config: Config, path: str) -> None:
-    """Raises CheckpointError for weights that are not there, or that fit another model or adapter."""
+    """Raises CheckpointError for weights that are missing, or that fit another model or adapter."""
     from cookbook.engine import checkpoint
 
     info = checkpoint.read_info(path)
@@ -156,8 +155,8 @@ def _check_start_weights(config: Config, path: str) -> None:
     ]
     if differing:
         raise CheckpointError(
-            f"load_checkpoint_path={path}, made on {info.base_model}, does not fit "
-            f"model_name={config.model_name}: {', '.join(differing)}. Give the model it was made on."
+            f"load_checkpoint_path={path}, trained on {info.base_model}, does not fit "
+            f"model_name={config.model_name}: {', '.join(differing)}. Give the model that it was trained on."
         )
 
 
@@ -188,7 +187,7 @@ def _sizes_of_model(model_name: str) -> dict[str, int | None]:
 
 
 def _sizes_of_adapter(file: Path) -> dict[str, int | None]:
-    """Those of the model that a LoRA was made on, as far as the shapes of its tensors tell."""
+    """The sizes of the model that a LoRA was trained on, as far as the shapes of its tensors show them."""
     from safetensors import SafetensorError, safe_open
 
     if not file.is_file():
@@ -196,7 +195,7 @@ def _sizes_of_adapter(file: Path) -> dict[str, int | None]:
     found: dict[str, int | None] = {}
     try:
         with safe_open(str(file), "numpy") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 (it is no mapping)
+            for name in tensors.keys():  # noqa: SIM118 (not a mapping)
                 if (layer := re.search(r"\.layers\.(\d+)\.", name)) is not None:
                     found["num_hidden_layers"] = max(found.get("num_hidden_layers") or 0, int(layer[1]) + 1)
                 if re.search(r"\.(q_proj|gate_proj|lm_head)\.lora_A\.", name):
@@ -238,12 +237,12 @@ def _check_compiler() -> None:
     if not any(name is not None and shutil.which(name) for name in names):
         raise ConfigError(
             "compile=True needs a C++ compiler, and none is on the PATH (g++, clang++). Install one, name it "
-            "in CXX, or leave compile out."
+            "in CXX, or remove compile."
         )
 
 
 def _check_space(config: Config) -> None:
-    """Raises ConfigError where the disk cannot hold one checkpoint, of which only the least size is known."""
+    """Raises ConfigError where the disk cannot hold one checkpoint of at least the estimated size."""
     folder = Path(config.log_path).absolute()
     existing = next(path for path in (folder, *folder.parents) if path.is_dir())
     check_space(config.log_path, existing, _least_bytes(config))
@@ -253,13 +252,13 @@ def check_space(log_path: str, folder: Path, num_bytes: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < num_bytes:
         raise ConfigError(
-            f"log_path={log_path} lies on a disk with {free / 2**20:,.0f} MiB free, and a checkpoint of this "
-            f"run takes at least {num_bytes / 2**20:,.1f} MiB. Make room, or choose another log_path."
+            f"log_path={log_path} is on a disk with {free / 2**20:,.0f} MiB free, and a checkpoint of this "
+            f"run takes at least {num_bytes / 2**20:,.1f} MiB. Free some space, or choose another log_path."
         )
 
 
 def _least_bytes(config: Config) -> int:
-    """A bound from below of a checkpoint's size: of the layers that nearly every model has, their widths."""
+    """A lower bound of a checkpoint's bytes, from the widths of the layers that nearly every model has."""
     sizes = _sizes_of_model(config.model_name)
     hidden, layers, vocab = (sizes[name] or 0 for name in ("hidden_size", "num_hidden_layers", "vocab_size"))
     if config.lora_rank == 0:

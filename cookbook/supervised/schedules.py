@@ -1,4 +1,4 @@
-"""Learning rates over a run."""
+"""Learning rate schedules."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ LRSchedule: TypeAlias = Literal["linear", "cosine", "constant"]
 def learning_rate_at(
     step: int, total_steps: int | None, peak: float, schedule: LRSchedule, warmup_steps: int = 0
 ) -> float:
-    """The rate of optimizer step `step` (from 0).
+    """The learning rate of optimizer step `step`, counted from 0.
 
-    Rises linearly over the first `warmup_steps` steps, the last of which has the peak rate, then
-    falls to 0 at `total_steps` (which no step reaches), linearly or along half a cosine, or stays.
-    Only a constant rate can do without `total_steps`.
+    It rises linearly over the first `warmup_steps` steps, the last of which has the peak rate. Then it
+    falls to 0 at `total_steps` (which no step reaches), linearly or along half a cosine, or stays constant.
+    `total_steps` may be None for a constant rate only.
     """
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps

@@ -1,4 +1,4 @@
-"""Everything before the first step of a run: data, model, evaluators, loggers, position."""
+"""What a run does before its first step: it reads the data, loads the model, and opens the loggers."""
 
 from __future__ import annotations
 
@@ -169,7 +169,7 @@ def _read_data(config: Config, folder: RunFolder) -> tuple[SupervisedDataset, Su
 
 
 def _create_evaluators(config: Config, folder: RunFolder) -> list[tuple[int, list[Evaluator]]]:
-    """The evaluators with their cadence, the frequent ones first. Builders refuse here what they cannot."""
+    """The evaluators with their cadence, the frequent ones first. A builder may refuse its config here."""
     run = RunContext(
         folder.path, config.model_name, config.renderer_name, config.system_prompt, config.tools_in_system
     )
@@ -186,7 +186,7 @@ def _create_evaluators(config: Config, folder: RunFolder) -> list[tuple[int, lis
 def _known_evaluation(folder: RunFolder, step: int) -> Evaluation:
     """What an earlier process of the run measured of the state after `step` steps.
 
-    It is kept also where the evaluation is not due there: it was the last one of a run that is made longer.
+    It counts also where no evaluation is due: it may be the last one of a run that is then extended.
     """
     row = next((row for row in folder.read_metrics() if row["step"] == step), {})
     metrics = {
@@ -209,10 +209,10 @@ def _track_best(
     first_step: int,
     evaluators: Sequence[tuple[int, Sequence[Evaluator]]],
 ) -> tuple[BestTracker, bool]:
-    """A tracker of the evaluations before `first_step`, and whether patience counts anew from that step.
+    """A tracker of the evaluations before `first_step`, and whether patience restarts at that step.
 
-    It does where a run that was out of patience is made longer. Raises ConfigError where a finished run is
-    not made longer and is still out of patience, and for early stopping without an evaluator.
+    It restarts where a run that is out of patience is extended. Raises ConfigError where a finished run is
+    not extended and is still out of patience, and for early stopping without an evaluator.
     """
     if config.early_stopping_patience is not None and not any(every and some for every, some in evaluators):
         raise ConfigError(
@@ -235,8 +235,8 @@ def _track_best(
     if tracker_of(rows).is_out_of_patience:
         if folder.length_changes:
             logger.info(
-                "The run was out of patience after %d steps; patience counts anew from here, and the best %s "
-                "so far is still the one to beat.",
+                "The run was out of patience after %d steps; patience restarts here, and the best %s so far "
+                "is still the one to beat.",
                 first_step,
                 config.best_metric,
             )

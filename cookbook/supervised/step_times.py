@@ -1,4 +1,4 @@
-"""What the seconds of each step went to."""
+"""How long each step took, and what took the time."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SAVING, EVALUATING = "save", "evaluate"
 
 
 class StepTimes:
-    """Reads the spans of a run as it goes, and writes them to trace.json where that is asked for.
+    """Turns the spans of a run into metrics, and writes them to trace.json if there is one.
 
     A step begins where the one before it ended, and ends with its `optim_step`. So it begins with
     what belongs to the state it finds, which is saved and evaluated, and the seconds of all steps
@@ -23,8 +23,8 @@ class StepTimes:
                        + seconds_optim_step + seconds_idle
 
     The first four are times of the device: the engine's thread where the model is on the CPU, the
-    CUDA stream otherwise. `seconds_idle` is when it had nothing to do. Beside it stand, from other
-    threads and so in parallel, `seconds_rendering`, in which the batch of the step was made, and
+    CUDA stream otherwise. `seconds_idle` is when it had nothing to do. Two more run on other threads, in
+    parallel: `seconds_rendering`, in which the batch of the step was rendered, and
     `seconds_waited_for_batch`, in which the loop had no batch to queue.
     """
 
@@ -34,7 +34,7 @@ class StepTimes:
         self._end = time.perf_counter()
 
     def of(self, step: int) -> dict[str, float]:
-        """The metrics of `step`, which is done. Steps are asked for in order."""
+        """The metrics of `step`, which is done. Called for the steps in order."""
         spans = self._take(step)
         mine = [span for span in spans if span.step == step]
         work = _on_device(mine)
@@ -82,6 +82,6 @@ def _on_device(spans: list[Span]) -> list[Span]:
 
 
 def _seconds_without(others: Iterable[Span], start: float, end: float) -> float:
-    """The seconds of an interval, less those that the `others` take of it."""
+    """The seconds of an interval, without those that it shares with `others`."""
     shared = sum(max(0.0, min(end, other.end) - max(start, other.start)) for other in others)
     return max(0.0, end - start - shared)

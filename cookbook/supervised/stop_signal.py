@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM as a request to stop after the step."""
+"""SIGINT and SIGTERM as requests to stop after the current step."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 class StopSignal:
     """While entered, the first signal sets `received`; a second one does what it did before.
 
-    Outside the main thread signals are left to whoever owns them. Of several processes one that
-    gets a signal is enough: `is_given` has the same answer on all of them.
+    Outside the main thread it handles no signals. One of several processes that gets a signal is enough:
+    `is_given` has the same answer on all of them.
     """
 
     def __init__(self, world: World = ALONE) -> None:
@@ -38,7 +38,7 @@ class StopSignal:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._let_go()
+        self._restore_handlers()
 
     @property
     def number(self) -> signal.Signals:
@@ -47,20 +47,20 @@ class StopSignal:
         return self.received
 
     async def is_given(self) -> bool:
-        """Whether to stop here. The others are asked by sockets, while the device is busy."""
+        """Whether to stop here. Processes agree over sockets, while the device is busy."""
         number = self.received or 0
         if not self._world.is_alone:
             (number,) = await asyncio.to_thread(self._world.all_reduce_max, number)
-        if number:  # one that came here while the others were asked is for the next time
+        if number:  # a signal that arrived meanwhile counts at the next call
             self.received = signal.Signals(number)
         return number != 0
 
     def _receive(self, number: signal.Signals) -> None:
         self.received = number
-        self._let_go()
+        self._restore_handlers()
         logger.info("%s: stopping after this step. Once more to stop at once.", number.name)
 
-    def _let_go(self) -> None:
+    def _restore_handlers(self) -> None:
         while self._earlier:
             number, handler = self._earlier.popitem()
             asyncio.get_running_loop().remove_signal_handler(number)

@@ -148,7 +148,7 @@ def test_ctrl_c_stops_a_reply_and_ctrl_d_leaves() -> None:
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        ([], "Whom to talk with? Give checkpoint="),
+        ([], "There is no model to chat with. Give checkpoint="),
         (["checkpoint=runs/nowhere"], "There is no checkpoint runs/nowhere"),
         (["model_name=nobody"], "'nobody' is neither a folder"),
         (["model_name=cookbook/tiny-chat", "compare=True"], "give checkpoint= too"),

@@ -221,7 +221,7 @@ def test_where_a_lora_goes_is_no_question_for_a_full_fine_tune(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"device": "gpu"}, "device='gpu' is no torch device. Use auto, cpu, cuda or cuda:0"),
+        ({"device": "gpu"}, "device='gpu' is not a torch device. Use auto, cpu, cuda or cuda:0"),
         ({"device": "cuda:99"}, "device='cuda:99', but this machine has"),
         ({"dtype": "int8"}, "dtype='int8' is not supported. Use auto, float32, bfloat16, float16"),
     ],

@@ -87,7 +87,7 @@ def test_later_wins_defaults_then_the_file_then_the_command_line(tmp_path: Path)
         ("lr_schedule=saw", "Invalid lr_schedule=saw: it takes one of linear, cosine, constant."),
         ("train_mlp=maybe", "Invalid train_mlp=maybe: it takes True or False."),
         ("train_on_what=all", "it takes one of last_assistant_message, last_assistant_turn"),
-        ("learning_rate=0", "learning_rate=0.0 is impossible. It must be above 0."),
+        ("learning_rate=0", "Invalid learning_rate=0.0: must be finite and > 0."),
         ("batch_size=0", "batch_size=0. A step needs at least one conversation."),
         ("verbose", "unrecognised argument 'verbose'. Write key=value"),
         ("config=none.yaml", "there is no such file"),

@@ -85,7 +85,7 @@ def test_without_a_head_there_are_no_jobs_and_the_error_says_how_to_have_one(
         (["sft", "--learning_rat", "1"], "Did you mean learning_rate?"),
         (["sft", "--base-model", "x"], "There is no key 'base_model'. Use `model_name`."),
         (["sft", "--trace"], "--trace has no value. Write trace=True."),
-        (["sft", "max_steps=0"], "max_steps=0 is too small"),
+        (["sft", "max_steps=0"], "Invalid max_steps=0: must be >= 1"),
         (["sft", "model_name=./nowhere"], "is neither a folder on this machine nor a hub id"),
         (["sfx"], "There is no recipe 'sfx'. Did you mean sft?"),
         (["sft", "--address=127.0.0.1:1"], "The Ray cluster at http://127.0.0.1:1 cannot be reached"),

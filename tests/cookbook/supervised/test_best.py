@@ -338,10 +338,10 @@ def test_where_nothing_is_evaluated_nothing_is_tracked(make_config: MakeConfig) 
     [
         ({"best_metric": "test/length"}, "its name does not say"),
         ({"best_metric": "test/nl"}, "Did you mean test/nll"),
-        ({"early_stopping_patience": 0}, "early_stopping_patience=0 is too small"),
+        ({"early_stopping_patience": 0}, "Invalid early_stopping_patience=0: must be >= 1"),
         ({"early_stopping_patience": 1, "best_metric": None}, "waits for a better best_metric"),
         ({"early_stopping_patience": 1, "eval_every": 0, "infrequent_eval_every": 0}, "set eval_every"),
-        ({"early_stopping_min_delta": -1.0}, "early_stopping_min_delta=-1.0 is too small"),
+        ({"early_stopping_min_delta": -1.0}, "Invalid early_stopping_min_delta=-1.0: must be >= 0"),
     ],
 )
 def test_what_cannot_be_tracked_is_an_error_before_anything_is_loaded(

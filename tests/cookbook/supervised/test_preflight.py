@@ -80,7 +80,7 @@ def test_a_cuda_device_that_is_not_there_is_refused(make_config: MakeConfig, dev
 
 @pytest.mark.parametrize("device", ["gpu", "CUDA", "cuda:", "cuda:x", "cuda:-1", "0", ""])
 def test_what_is_no_device_is_refused_by_the_config(make_config: MakeConfig, device: str) -> None:
-    with pytest.raises(ConfigError, match="is no torch device. Use auto, cpu, cuda or cuda:0"):
+    with pytest.raises(ConfigError, match="is not a torch device. Use auto, cpu, cuda or cuda:0"):
         make_config(device=device)
 
 
