@@ -151,7 +151,7 @@ def test_ctrl_c_stops_a_reply_and_ctrl_d_leaves() -> None:
         ([], "There is no model to chat with. Give checkpoint="),
         (["checkpoint=runs/nowhere"], "There is no checkpoint runs/nowhere"),
         (["model_name=nobody"], "'nobody' is neither a folder"),
-        (["model_name=cookbook/tiny-chat", "compare=True"], "give checkpoint= too"),
+        (["model_name=cookbook/tiny-chat", "compare=True"], "Give checkpoint= too"),
         (["model_name=cookbook/tiny-chat", "renderer_name=qwen33"], "Did you mean `qwen3`?"),
         (["model_name=cookbook/tiny-chat", "temperature=-1"], "cannot be sampled with"),
         (["checkpiont=runs/sft"], "Did you mean checkpoint?"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections.abc import Iterator
 from typing import Any
 
 import datasets
@@ -43,7 +44,7 @@ class Numbers(SupervisedDataset):
 
 
 class Stream(Numbers):
-    """The same, but nobody knows the length, and it is another one in every epoch."""
+    """The same with an unknown length, which differs from epoch to epoch."""
 
     def __len__(self) -> int:
         raise TypeError
@@ -52,6 +53,24 @@ class Stream(Numbers):
         if index == self._size + self._seed % 2:
             raise IndexError
         return super().get_batch(index)
+
+
+class IteratedStream(Stream):
+    """The same without exceptions: it says itself that its length is unknown, and where an epoch ends."""
+
+    def epoch_length(self) -> int | None:
+        return None
+
+    def iter_batches(self, start: int = 0) -> Iterator[list[Datum]]:
+        for index in range(start, self._size + self._seed % 2):
+            yield Numbers.get_batch(self, index)
+
+
+class EndingStream(IteratedStream):
+    """Its second epoch has no batch."""
+
+    def iter_batches(self, start: int = 0) -> Iterator[list[Datum]]:
+        return iter(()) if self._seed == 6 else super().iter_batches(start)
 
 
 def placed_batches(dataset: SupervisedDataset, ahead: int = 2, **options: Any) -> list[PlacedBatch]:
@@ -99,14 +118,39 @@ def test_the_end_comes_with_the_epochs_or_the_steps() -> None:
     assert placed_batches(Numbers(3), num_epochs=2, num_steps=0) == []
 
 
-def test_a_stream_of_unknown_length_is_read_to_the_end_of_each_epoch() -> None:
-    placed = placed_batches(Stream(2), num_epochs=3)
+@pytest.mark.parametrize("kind", [Stream, IteratedStream])
+def test_a_stream_of_unknown_length_is_read_to_the_end_of_each_epoch(kind: type[Numbers]) -> None:
+    placed = placed_batches(kind(2), num_epochs=3)
     assert numbers_in(placed) == [500, 501, 502, 600, 601, 700, 701, 702]
     assert [one.epoch for one in placed] == [0, 0, 0, 1, 1, 2, 2, 2]
+    assert [one.position for one in placed] == [BEGINNING, *(one.next_position for one in placed[:-1])]
+
+
+def test_a_stream_that_is_empty_in_a_later_epoch_is_an_error() -> None:
+    with pytest.raises(DataError, match="Epoch 1 of the data is empty, and earlier ones were not"):
+        placed_batches(EndingStream(2), num_epochs=2)
+
+
+@pytest.mark.parametrize("kind", [Stream, IteratedStream])
+def test_the_length_that_is_unknown_and_the_end_of_an_epoch_are_values(kind: type[Numbers]) -> None:
+    stream = kind(2)
+    stream.set_epoch(0)
+    assert stream.epoch_length() is None
+    assert [batch[0].model_input.to_ints() for batch in stream.iter_batches(1)] == [[1]]
+    assert Numbers(2).epoch_length() == 2
+
+
+def test_an_index_error_in_a_dataset_of_known_length_is_an_error() -> None:
+    class Broken(Numbers):
+        def get_batch(self, index: int) -> list[Datum]:
+            return super().get_batch(index) if index < 2 else [][0]
+
+    with pytest.raises(IndexError, match="list index out of range"):
+        placed_batches(Broken(3), num_epochs=1)
 
 
 @pytest.mark.parametrize("ahead", [1, 10])
-@pytest.mark.parametrize("kind", [Numbers, Stream])
+@pytest.mark.parametrize("kind", [Numbers, Stream, IteratedStream])
 def test_a_run_that_goes_on_behind_any_batch_sees_what_it_would_have_seen(
     ahead: int, kind: type[Numbers]
 ) -> None:
