@@ -1,4 +1,4 @@
-"""Runs as jobs: queued for the devices of this machine or of a Ray cluster, and gone on with when they stop.
+"""Runs as jobs: queued for the devices of this machine or of a Ray cluster, and resumed after they stop.
 
     python -m recipes.jobs submit sft model_name=Qwen/Qwen3-0.6B dataset=chats.jsonl log_path=runs/mine --wait
     python -m recipes.jobs list
@@ -51,14 +51,14 @@ def _submit(arguments: argparse.Namespace) -> int:
         num_gpus=arguments.gpus,
         num_cpus=arguments.cpus,
     )
-    return _told(job, arguments)
+    return _report_submitted(job, arguments)
 
 
 def _retry(arguments: argparse.Namespace) -> int:
-    return _told(jobs.retry(arguments.id, address=arguments.address), arguments)
+    return _report_submitted(jobs.retry(arguments.id, address=arguments.address), arguments)
 
 
-def _told(job: Job, arguments: argparse.Namespace) -> int:
+def _report_submitted(job: Job, arguments: argparse.Namespace) -> int:
     print(visible_line(f"Job {job.id}, in {job.log_path}."))
     if arguments.wait:
         return _follow_to_its_end(job.id, arguments)
@@ -67,16 +67,16 @@ def _told(job: Job, arguments: argparse.Namespace) -> int:
 
 
 def _wait(arguments: argparse.Namespace) -> int:
-    return _ended(jobs.wait(arguments.id, address=arguments.address))
+    return _report_ended(jobs.wait(arguments.id, address=arguments.address))
 
 
 def _follow_to_its_end(job_id: str, arguments: argparse.Namespace) -> int:
     for piece in jobs.logs(job_id, follow=True, address=arguments.address):
         print(visible(piece), end="", flush=True)
-    return _ended(jobs.wait(job_id, address=arguments.address))
+    return _report_ended(jobs.wait(job_id, address=arguments.address))
 
 
-def _ended(job: Job) -> int:
+def _report_ended(job: Job) -> int:
     print(visible(f"Job {job.id}: {job.status}. {job.message}".strip()))
     return 0 if job.has_succeeded else 1
 
@@ -133,7 +133,7 @@ def _stop_head(arguments: argparse.Namespace) -> int:
         print("No Ray head runs on this machine.")
     else:
         jobs.stop_head(head)
-        print("The Ray head is stopped. What ran has saved; submit it again to go on.")
+        print("The Ray head is stopped. Running jobs have saved; submit them again to resume.")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Shows what a fine-tune would be trained on, before it is.
+"""Shows the examples that a fine-tune would be trained on.
 
     python -m recipes.preview
     python -m recipes.preview model_name=Qwen/Qwen3-0.6B dataset=chats.jsonl
@@ -27,21 +27,26 @@ from recipes.sft import DEFAULTS
 
 @chz.chz
 class PreviewConfig(train.Config):
-    """The run to look at, and how much of it."""
+    """The run, and how many of its examples to show."""
 
     num_examples: int = chz.field(default=3, doc="examples to print")
-    html: str | None = chz.field(default="preview.html", doc="the page to write; None: none")
+    html: str | None = chz.field(default="preview.html", doc="the page to write; None: do not write one")
     num_html_examples: int = chz.field(default=50, doc="examples on the page")
 
     @chz.validate
     def _check_page(self) -> None:
         if self.html is not None and not Path(self.html).expanduser().absolute().parent.is_dir():
-            raise ConfigError(f"html={self.html}: there is no folder for it.")
+            raise ConfigError(
+                f"html={self.html}: its folder does not exist. Create the folder, or give another path."
+            )
 
     @chz.validate
     def _check_numbers(self) -> None:
         if self.num_examples < 0 or self.num_html_examples < 0:
-            raise ConfigError("num_examples and num_html_examples must be 0 or more.")
+            raise ConfigError(
+                f"Invalid num_examples={self.num_examples} and num_html_examples={self.num_html_examples}: "
+                f"both must be >= 0."
+            )
 
 
 async def run(config: PreviewConfig) -> None:

@@ -1,10 +1,10 @@
-"""Pages to look at runs with.
+"""Writes the page of a run, or one that compares several runs.
 
-    python -m recipes.report runs/sft                            # writes runs/sft/report.html anew
-    python -m recipes.report runs/a runs/b runs/c to=compare.html    # lays several runs over each other
+    python -m recipes.report runs/sft                            # rewrites runs/sft/report.html
+    python -m recipes.report runs/a runs/b runs/c to=compare.html    # draws several runs in one chart
 
-Every run writes its own page while it goes on; this one is for runs from elsewhere or from before. Prints
-the path of the page.
+Every run writes its own page while it trains; this recipe is for runs that were copied from another machine
+or written by an earlier version. Prints the path of the page.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class ReportConfig:
 
 async def run(config: ReportConfig) -> Path:
     if not config.runs:
-        raise ConfigError("Which run? Give its folder: python -m recipes.report runs/sft")
+        raise ConfigError("No run was given. Give the folder of one: python -m recipes.report runs/sft")
     if len(config.runs) == 1 and config.to is None:
         path = write_report(config.runs[0])
     else:

@@ -1,4 +1,4 @@
-"""The whole of a fine-tune in one flat loop on the bare client, to read and to copy.
+"""A whole fine-tune in one flat loop on the client, to read and to copy.
 
     python -m recipes.sft_loop
     python -m recipes.sft_loop model_name=Qwen/Qwen3-0.6B data_path=chats.jsonl

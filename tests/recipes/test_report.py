@@ -41,7 +41,7 @@ def test_several_runs_get_one(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        ([], "Which run? Give its folder"),
+        ([], "No run was given. Give the folder of one"),
         (["aa"], "There is no folder aa"),
         (["a", "b", "tto=x.html"], "Did you mean to?"),
         (["a", "--tto", "x.html"], "Did you mean to?"),
