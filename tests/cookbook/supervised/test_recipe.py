@@ -27,10 +27,11 @@ def test_a_module_of_the_users_own_is_a_recipe_where_it_trains(
     (tmp_path / "mine" / "recipe.py").write_text(
         "from cookbook.supervised import train\n"
         "DEFAULTS = {'log_path': 'runs/mine'}\n"
-        "def main() -> train.RunSummary: ...\n"
+        "def main() -> train.RunSummary: ...\n",
+        encoding="utf-8",
     )
-    (tmp_path / "mine" / "other.py").write_text("DEFAULTS = {}\ndef main() -> None: ...\n")
-    (tmp_path / "mine" / "broken.py").write_text("import surely_not_installed\n")
+    (tmp_path / "mine" / "other.py").write_text("DEFAULTS = {}\ndef main() -> None: ...\n", encoding="utf-8")
+    (tmp_path / "mine" / "broken.py").write_text("import surely_not_installed\n", encoding="utf-8")
     monkeypatch.syspath_prepend(str(tmp_path))
     found = find_recipe("mine.recipe")
     assert (found.module, found.name, found.target) == ("mine.recipe", "recipe", train.Config)
