@@ -129,7 +129,7 @@ def steps(
         found["norms"].append(client.optim_step(ADAM).result().metrics["grad_norm"])
     # Gradients of several passes add up.
     queued = client.forward_backward(plain(data[:4]), return_logprobs="none")
-    found["passes"].append(told(queued.result()))
+    found["passes"].append(result_of(queued.result()))
     client.forward_backward(plain(data[4:]))
     found["norms"].append(client.optim_step(ADAM).result().metrics["grad_norm"])
     found["saved"] = client.save_state("saved").result().path
