@@ -23,7 +23,7 @@ READS_JSON = {
     "cookbook/export/chat_format.py",  # what transformers wrote a moment before
     "cookbook/export/gguf_vocabulary.py",  # a tokenizer in memory
     "cookbook/eval/chat.py",
-    "cookbook/eval/inspect_model.py",
+    "cookbook/eval/integrations/inspect_model.py",
     "cookbook/eval/token_bytes.py",
 }
 """Beside readers of data (rows), of what models say, and benchmarks."""

@@ -167,6 +167,8 @@ def importable(name: str) -> str:
 _MOVED = {
     "cookbook.supervised.nll_evaluator": "cookbook.eval.nll",
     "cookbook.supervised.preview": "cookbook.data.preview",
+    "cookbook.eval.inspect_tasks": "cookbook.eval.integrations.inspect",
+    "cookbook.eval.harness_tasks": "cookbook.eval.integrations.lm_eval",
     "cookbook.supervised.types": "cookbook.data.types",
     "cookbook.supervised.data": "cookbook.data",
 }

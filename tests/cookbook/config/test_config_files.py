@@ -94,6 +94,8 @@ def test_a_config_recorded_before_its_modules_moved_resolves_and_is_no_differenc
         ("cookbook.supervised.types:ChatDatasetBuilderCommonConfig", "cookbook.data.types"),
         ("cookbook.supervised.nll_evaluator:NLLEvaluator", "cookbook.eval.nll"),
         ("cookbook.supervised.data:Conversation", "cookbook.data"),
+        ("cookbook.eval.inspect_tasks:InspectEvaluatorBuilder", "cookbook.eval.integrations.inspect"),
+        ("cookbook.eval.harness_tasks:HarnessEvaluatorBuilder", "cookbook.eval.integrations.lm_eval"),
     ):
         assert config_files.current_name(moved) == f"{home}:{moved.split(':')[1]}"
         assert config_files.importable(moved) == moved

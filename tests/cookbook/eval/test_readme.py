@@ -12,12 +12,12 @@ import pytest
 
 from cookbook import Datum, ModelInput, ServiceClient
 from cookbook.config import cli
-from cookbook.eval import inspect_tasks
+from cookbook.eval import evaluators
 from cookbook.eval.evaluators import RunContext, evaluate
 from cookbook.supervised import train
 from recipes import sft
 
-README = Path(inspect_tasks.__file__).with_name("README.md").read_text(encoding="utf-8")
+README = Path(evaluators.__file__).with_name("README.md").read_text(encoding="utf-8")
 
 
 def blocks(language: str) -> list[str]:

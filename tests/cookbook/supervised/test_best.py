@@ -21,7 +21,7 @@ from cookbook.data.types import ChatDatasetBuilderCommonConfig
 from cookbook.errors import ConfigError, TrainingError
 from cookbook.eval.evaluators import SamplingClientEvaluator, TrainingClientEvaluator
 from cookbook.eval.generation import GenerationEvaluatorBuilder
-from cookbook.eval.harness_tasks import HarnessEvaluatorBuilder
+from cookbook.eval.integrations.lm_eval import HarnessEvaluatorBuilder
 from cookbook.eval.nll import NLLEvaluator
 from cookbook.runs.checkpoints import CheckpointLog
 from cookbook.runs.directions import direction

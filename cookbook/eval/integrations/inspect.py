@@ -61,7 +61,7 @@ class InspectEvaluator(SamplingClientEvaluator):
         from inspect_ai import eval_async
         from inspect_ai.model import GenerateConfig
 
-        from cookbook.eval.inspect_model import make_model
+        from cookbook.eval.integrations.inspect_model import make_model
 
         model = make_model(
             sampling_client,

@@ -59,7 +59,7 @@ class HarnessEvaluator(SamplingClientEvaluator):
         self._name = name
 
     async def __call__(self, sampling_client: SamplingClient) -> dict[str, float]:
-        from cookbook.eval.harness_model import SamplingClientLM
+        from cookbook.eval.integrations.lm_eval_model import SamplingClientLM
 
         model = SamplingClientLM(
             sampling_client,

@@ -1,0 +1,1 @@
+"""Evaluation packages that run their tasks on the model in training."""
