@@ -15,8 +15,8 @@ from safetensors.numpy import load_file
 from cookbook.config import cli
 from cookbook.eval.evaluators import EvaluatorBuilder, SamplingClientEvaluator
 from cookbook.eval.generation import GenerationEvaluatorBuilder
-from cookbook.eval.integrations.lm_eval import HarnessEvaluatorBuilder
 from cookbook.eval.integrations.inspect import InspectEvaluatorBuilder
+from cookbook.eval.integrations.lm_eval import HarnessEvaluatorBuilder
 from cookbook.eval.samples import SamplesEvaluatorBuilder
 from cookbook.supervised import train
 from cookbook.utils import jsonl

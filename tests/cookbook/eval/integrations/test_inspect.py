@@ -26,8 +26,8 @@ from inspect_ai.tool import Tool, tool
 from cookbook import ServiceClient
 from cookbook.errors import ConfigError, TrainingError
 from cookbook.eval import extras
-from cookbook.eval.integrations.inspect_model import to_call
 from cookbook.eval.integrations.inspect import InspectEvaluator, InspectEvaluatorBuilder
+from cookbook.eval.integrations.inspect_model import to_call
 from cookbook.types import SamplingParams
 from renderers import get_renderer
 

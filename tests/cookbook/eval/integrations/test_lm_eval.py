@@ -22,8 +22,8 @@ from tokenizers.processors import TemplateProcessing
 
 from cookbook import ModelInput, SamplingClient, SamplingParams, ServiceClient
 from cookbook.errors import ConfigError, RequestError
-from cookbook.eval.integrations.lm_eval_model import SamplingClientLM
 from cookbook.eval.integrations.lm_eval import HarnessEvaluatorBuilder, _quietly
+from cookbook.eval.integrations.lm_eval_model import SamplingClientLM
 from renderers import get_renderer
 
 CONTEXT_LENGTH = 256
