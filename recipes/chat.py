@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Literal
 import chz
 
 from cookbook import models
-from cookbook.chat.conversation import Conversation
+from cookbook.chat.session import ChatSession
 from cookbook.chat.terminal import Speaker, Terminal
 from cookbook.config import cli
 from cookbook.errors import ConfigError
@@ -118,7 +118,7 @@ def _speakers(config: ChatConfig, service: ServiceClient) -> tuple[str, list[Spe
     speakers = []
     for label, client in clients.items():
         renderer = get_renderer(renderer_name, client.get_tokenizer(), system_prompt, tools_in_system)
-        speakers.append(Speaker(label, Conversation(client, renderer, params, context_length)))
+        speakers.append(Speaker(label, ChatSession(client, renderer, params, context_length)))
     return f"{title} ({renderer_name})", speakers
 
 

@@ -1,1 +1,1 @@
-"""Talking with a model: conversations, and a terminal to hold them in."""
+"""Chat with a model: a session keeps the messages, a terminal reads and prints them."""

@@ -1,4 +1,4 @@
-"""A terminal to talk in, or a pipe: questions in, replies out as they are sampled."""
+"""Reads questions from a terminal or a pipe, and prints the replies as they are sampled."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from cookbook.chat.conversation import Conversation, Reply, Turn
+from cookbook.chat.session import ChatReply, ChatSession, Turn
 from cookbook.errors import CookbookError, RequestError, describe
 from cookbook.eval.chat import text_of
 from cookbook.utils import jsonl
@@ -18,25 +18,25 @@ from cookbook.utils.control_characters import visible, visible_line
 from renderers.streaming import Delta
 
 HELP = """\
-/reset          forget the conversation
-/system TEXT    begin anew with another system prompt ("" for none); without TEXT: show it
-/save FILE      append the conversation to FILE, a line of JSON as training data have it
-/exit           leave, as Ctrl-D does
-Ctrl-C stops a reply; what was said of it stays in the conversation."""
+/reset          remove all messages
+/system TEXT    restart with another system prompt ("" for none); without TEXT: show it
+/save FILE      append the conversation to FILE as a line of JSON, in the format of training data
+/exit           leave (or press Ctrl-D)
+Ctrl-C stops a reply; what was printed of it stays in the conversation."""
 
 _DIM, _BOLD, _PLAIN = "\033[2m", "\033[1m", "\033[0m"
 
 
 @dataclass(frozen=True)
 class Speaker:
-    """Somebody who answers, with a history of its own."""
+    """A model that replies, in a session of its own."""
 
     label: str
-    conversation: Conversation
+    session: ChatSession
 
 
 class Terminal:
-    """Where standard input is a pipe, every line is a question and only replies go to standard output."""
+    """An interactive chat. From a pipe each line is a question, and only replies go to standard output."""
 
     def __init__(self, stdin: IO[str], stdout: IO[str], stderr: IO[str]) -> None:
         self._in, self._out = stdin, stdout
@@ -45,7 +45,7 @@ class Terminal:
         self._has_colour = self._is_interactive and stdout.isatty() and not os.environ.get("NO_COLOR")
 
     def talk(self, title: str, speakers: Sequence[Speaker]) -> None:
-        """Until /exit or the end of the input. What goes wrong is raised only where nobody sits there."""
+        """Chats until /exit or the end of the input. Errors are printed; with a pipe they are raised."""
         if self._is_interactive:
             self._note(f"{visible_line(title)}\n/help names the commands, Ctrl-D leaves.\n")
         for number, line in enumerate(self._lines(), 1):
@@ -57,7 +57,7 @@ class Terminal:
                 elif command[1] in ("exit", "quit"):
                     return
                 else:
-                    self._obey(command[1], (command[2] or "").strip(), speakers)
+                    self._run_command(command[1], (command[2] or "").strip(), speakers)
             except (CookbookError, OSError) as error:
                 if not self._is_interactive:
                     raise
@@ -67,9 +67,9 @@ class Terminal:
         if not self._is_interactive:
             yield from (line.strip() for line in self._in if line.strip())
             return
-        import readline  # noqa: F401  input() has a history and can be edited from here on
+        import readline  # noqa: F401  gives input() a history and line editing
 
-        # What takes no room is marked, or the line editor would count it.
+        # \001 and \002 mark what has no width, or the line editor would count it.
         prompt = f"\001{_BOLD}\002you>\001{_PLAIN}\002 " if self._has_colour else "you> "
         while True:
             try:
@@ -96,11 +96,9 @@ class Terminal:
     def _ask(self, question: str, speakers: Sequence[Speaker]) -> None:
         for speaker in speakers:
             try:
-                turn = speaker.conversation.ask(question)
-                if turn.num_forgotten:
-                    self._note(
-                        f"[The context is full: the oldest {turn.num_forgotten} messages are forgotten.]"
-                    )
+                turn = speaker.session.ask(question)
+                if turn.num_dropped:
+                    self._note(f"[The context is full: the oldest {turn.num_dropped} messages were dropped.]")
                 if self._is_interactive or len(speakers) > 1:
                     self._put(
                         f"{_BOLD}{speaker.label}>{_PLAIN} " if self._has_colour else f"{speaker.label}> "
@@ -116,67 +114,65 @@ class Terminal:
             self._put("\n")
 
     def _say(self, turn: Turn) -> bool:
-        """Whether Ctrl-C stopped the reply."""
-        voice = _Voice(self)
+        """Prints a reply as it is sampled. Returns whether Ctrl-C stopped it."""
+        printer = _ReplyPrinter(self)
         was_stopped = False
         try:
             for delta in turn:
-                voice.say(delta)
+                printer.print(delta)
         except KeyboardInterrupt:
             was_stopped = True
         reply = turn.conclude(was_stopped)
-        voice.end(reply)
+        printer.end(reply)
         if was_stopped:
             self._note("[stopped]")
         elif reply.stop_reason == "length":
-            self._note(f"[cut off at max_tokens={reply.num_tokens}]")
+            self._note(f"[truncated at max_tokens={reply.num_tokens}]")
         elif reply.stop_reason == "context":
-            self._note("[cut off: the context is full]")
+            self._note("[truncated: the context is full]")
         return was_stopped
 
     # -- commands -----------------------------------------------------------------------------
 
-    def _obey(self, command: str, argument: str, speakers: Sequence[Speaker]) -> None:
+    def _run_command(self, command: str, argument: str, speakers: Sequence[Speaker]) -> None:
         match command:
             case "help":
                 self._note(HELP)
             case "reset":
                 for speaker in speakers:
-                    speaker.conversation.reset()
-                self._note("[The conversation is forgotten.]")
+                    speaker.session.reset()
+                self._note("[The conversation is empty now.]")
             case "system":
                 self._change_system_prompt(argument, speakers)
             case "save":
                 self._save(argument, speakers)
             case _:
-                raise RequestError(
-                    f"There is no command /{command}. Commands: /reset /system /save /exit /help."
-                )
+                raise RequestError(f"Unknown command /{command}. Commands: /reset /system /save /exit /help.")
 
     def _change_system_prompt(self, text: str, speakers: Sequence[Speaker]) -> None:
         if text:
             for speaker in speakers:
-                speaker.conversation.renderer.system_prompt = text.strip("\"'") or None
-                speaker.conversation.reset()
-        prompt = speakers[0].conversation.renderer.system_prompt
-        anew = " The conversation begins anew." if text else ""
-        self._note(f"[System prompt: {prompt}{anew}]" if prompt else f"[No system prompt.{anew}]")
+                speaker.session.renderer.system_prompt = text.strip("\"'") or None
+                speaker.session.reset()
+        prompt = speakers[0].session.renderer.system_prompt
+        restarted = " The conversation restarts." if text else ""
+        self._note(f"[System prompt: {prompt}{restarted}]" if prompt else f"[No system prompt.{restarted}]")
 
     def _save(self, name: str, speakers: Sequence[Speaker]) -> None:
         if not name:
-            raise RequestError("Save where? Say /save chats.jsonl")
+            raise RequestError("/save needs a file, such as /save chats.jsonl")
         path = Path(name).expanduser()
         lines = []
         for speaker in speakers:
-            conversation = speaker.conversation
-            system_prompt = conversation.renderer.system_prompt
+            session = speaker.session
+            system_prompt = session.renderer.system_prompt
             first = [{"role": "system", "content": system_prompt}] if system_prompt else []
-            lines.append({"messages": [*first, *conversation.messages], "speaker": speaker.label})
-        if not speakers[0].conversation.messages:
-            raise RequestError("There is nothing to save yet: nothing was said.")
+            lines.append({"messages": [*first, *session.messages], "speaker": speaker.label})
+        if not speakers[0].session.messages:
+            raise RequestError("The conversation is empty, so there is nothing to save.")
         for line in lines:
             jsonl.append(path, line)
-        self._note(f"[Appended to {visible_line(path)}: {len(speakers[0].conversation.messages)} messages.]")
+        self._note(f"[Appended to {visible_line(path)}: {len(speakers[0].session.messages)} messages.]")
 
     # -- writing ------------------------------------------------------------------------------
 
@@ -185,40 +181,40 @@ class Terminal:
         self._out.flush()
 
     def _note(self, text: str) -> None:
-        """What is no reply."""
+        """Prints what is not part of a reply."""
         shown = visible(text)
         dimmed = self._has_colour and shown.startswith("[")
         self._notes.write(f"{_DIM}{shown}{_PLAIN}\n" if dimmed else f"{shown}\n")
         self._notes.flush()
 
 
-class _Voice:
-    """Writes one reply: thinking dimmed, in parentheses without colours, and not at all into a pipe."""
+class _ReplyPrinter:
+    """Prints one reply: reasoning is dimmed, or in parentheses without colours, or skipped in a pipe."""
 
     def __init__(self, terminal: Terminal) -> None:
         self._terminal = terminal
-        self._is_thinking = False
+        self._is_reasoning = False
 
-    def say(self, delta: Delta) -> None:
+    def print(self, delta: Delta) -> None:
         terminal = self._terminal
-        is_thinking = delta.field == "reasoning_content"
-        if is_thinking and not terminal._is_interactive:
+        is_reasoning = delta.field == "reasoning_content"
+        if is_reasoning and not terminal._is_interactive:
             return
-        if is_thinking and not self._is_thinking:
+        if is_reasoning and not self._is_reasoning:
             terminal._put(_DIM if terminal._has_colour else "(thinking: ")
-        elif self._is_thinking and not is_thinking:
-            self._end_of_thinking()
-        self._is_thinking = is_thinking
+        elif self._is_reasoning and not is_reasoning:
+            self._end_reasoning()
+        self._is_reasoning = is_reasoning
         terminal._put(visible(delta.text))
 
-    def end(self, reply: Reply) -> None:
-        """What no delta had: the tail of a reply that was cut off, and calls of tools."""
-        if self._is_thinking:
-            self._end_of_thinking()
+    def end(self, reply: ChatReply) -> None:
+        """Prints what no delta had: the tail of a truncated reply, and tool calls."""
+        if self._is_reasoning:
+            self._end_reasoning()
         content = str(reply.message.get("content") or "")
         calls = text_of({**reply.message, "content": ""})
         between = "\n" if content and calls else ""
         self._terminal._put(visible(f"{reply.rest}{between}{calls}\n"))
 
-    def _end_of_thinking(self) -> None:
+    def _end_reasoning(self) -> None:
         self._terminal._put(f"{_PLAIN}\n" if self._terminal._has_colour else ")\n")

@@ -1,4 +1,4 @@
-"""SamplingClient: an immutable snapshot of weights to sample from."""
+"""SamplingClient: samples from an immutable snapshot of weights."""
 
 from __future__ import annotations
 
@@ -26,57 +26,50 @@ if TYPE_CHECKING:
 
 
 class SampleFuture(APIFuture[SampleResponse]):
-    """The future of `sample`. It also answers `.sequences` straight away, waiting for the result."""
+    """The future of `SamplingClient.sample`."""
 
     @property
     def sequences(self) -> list[SampledSequence]:
+        """The sequences of the result, which it waits for."""
         return self.result().sequences
 
 
 class SamplingClient:
-    """Samples from a base model, or from the weights of one moment. Get one from a service or
-    training client. Calls return at once; training that goes on meanwhile changes nothing here.
+    """Samples from a base model, a saved checkpoint, or the weights that a training client had at one moment.
 
-    After `close`, or `close` of the service, every call raises ClosedError.
+    A service or a training client creates it. Calls return a future at once, and requests that are queued
+    together run as one batch; training that continues meanwhile does not change the snapshot. After `close`,
+    or after the service was closed, every call raises ClosedError.
     """
 
     def __init__(self, engine: Engine, prepare: Callable[[], tuple[Adapter | None, int | None]]) -> None:
-        """`prepare` runs on the engine, in order with what was queued before. It returns the
-        adapter, which this client owns, and the seed of samples that bring none."""
+        """`prepare` runs on the engine, in order with what was queued before. It returns the adapter,
+        which this client owns (None: the base model), and the seed of requests that have none."""
         prepared: Prepared = engine.submit(prepare)
         sampler = Sampler(engine.base, prepared)
         self._parts: tuple[Engine, Sampler, Prepared] | None = (engine, sampler, prepared)
-        """None once this client is closed: it holds no memory then, whoever holds it."""
+        """None once this client is closed, so that it holds no memory while others still refer to it."""
         self._num_unseeded = 0
         self._lock = threading.Lock()
-        # What is queued holds the sampler, and so the weights, when this client is gone.
+        # Queued requests keep the sampler, and with it the weights, when this client is garbage.
         weakref.finalize(sampler, _release, engine, prepared).atexit = False
         engine.clients.add(self)
 
     @property
     def _engine(self) -> Engine:
-        engine = self._open_parts()[0]
-        if engine.is_closed:
-            raise ClosedError("This client's service was closed. Create a new ServiceClient.")
-        return engine
-
-    @property
-    def _sampler(self) -> Sampler:
-        return self._open_parts()[1]
-
-    @property
-    def _prepared(self) -> Prepared:
-        return self._open_parts()[2]
+        return self._open_parts()[0]
 
     def _open_parts(self) -> tuple[Engine, Sampler, Prepared]:
         if self._parts is None:
             raise ClosedError("This sampling client was closed. Create a new one.")
+        if self._parts[0].is_closed:
+            raise ClosedError("This client's service was closed. Create a new ServiceClient.")
         return self._parts
 
     def close(self) -> None:
-        """Frees the snapshot, after all that was asked for has run.
+        """Waits until all queued requests have run, then frees the snapshot.
 
-        A future that is pending completes as it would have otherwise: with its result, or its own error.
+        A pending future completes as it would have otherwise: with its result, or its own error.
         A second call does nothing.
         """
         with self._lock:
@@ -85,22 +78,25 @@ class SamplingClient:
             return
         engine = parts[0]
         engine.wait()
-        del parts  # which has the engine clean up
+        del parts  # the finalizer has the engine clean up
         engine.wait()
 
     @classmethod
     def of_base(cls, engine: Engine) -> SamplingClient:
+        """A client of the base model, without an adapter."""
         return cls(engine, _of_base)
 
     @classmethod
     def of_snapshot(cls, engine: Engine, trainer: Trainer, seed: int | None = None) -> SamplingClient:
-        """Of the weights that `trainer` has when everything queued before has run."""
+        """A client of the weights that `trainer` has when everything queued before has run.
 
+        `seed` is that of requests that have none; without it, one is drawn from the trainer's generator.
+        """
         return cls(engine, functools.partial(_of_snapshot, trainer, seed))
 
     @classmethod
     def of_checkpoint(cls, engine: Engine, path: str | os.PathLike[str]) -> SamplingClient:
-        """Of saved weights. Raises CheckpointError where they are missing, damaged or do not fit."""
+        """A client of saved weights. Raises CheckpointError if they are missing, damaged or do not fit."""
         info = checkpoint.read_info(path)
         if info.lora.rank == 0:
             raise CheckpointError(
@@ -110,7 +106,7 @@ class SamplingClient:
         weights = checkpoint.read_weights(path)
         client = cls(engine, functools.partial(_of_checkpoint, engine.base, os.fspath(path), info, weights))
         try:
-            client._prepared.result()
+            client._open_parts()[2].result()
         except BaseException:
             client.close()
             raise
@@ -123,9 +119,16 @@ class SamplingClient:
         sampling_params: SamplingParams | None = None,
         include_prompt_logprobs: bool = False,
     ) -> SampleFuture:
-        """`num_samples` continuations of `prompt`.
+        """Draws `num_samples` sequences after `prompt`.
 
-        With a seed they are the same every time, to rounding, whatever else is sampled meanwhile.
+        The future returns a SampleResponse: `sequences[i].tokens`, with the stop token if one ended it;
+        `.logprobs`, one for each token, in nats, before temperature, top-k and top-p; `.stop_reason`,
+        "stop" or "length" (`max_tokens` was reached; without it, the context length). With
+        `include_prompt_logprobs`, `prompt_logprobs` has one for each token of the prompt, None for the first.
+        With a seed the sequences are the same every time, to rounding, whatever else is sampled meanwhile.
+
+        Raises RequestError for an empty or too long prompt and for settings that are not supported. The
+        future raises TrainingError if the request does not fit in memory alone, or its logits are not finite.
         """
         request = sample_request(
             self._engine.base, prompt.to_ints(), num_samples, sampling_params, include_prompt_logprobs
@@ -136,7 +139,10 @@ class SamplingClient:
     def stream(
         self, prompt: ModelInput, sampling_params: SamplingParams | None = None
     ) -> TokenStream[SampledSequence]:
-        """One continuation, token by token as it is sampled; `.result()` is all of it."""
+        """Draws one sequence: iterate over the stream for its tokens as they are drawn.
+
+        `.result()` waits for the whole sequence. Errors are those of `sample`.
+        """
         request = sample_request(
             self._engine.base,
             prompt.to_ints(),
@@ -148,24 +154,34 @@ class SamplingClient:
         return stream
 
     def compute_logprobs(self, prompt: ModelInput) -> APIFuture[list[float | None]]:
-        """The log-probability of every token given those before it; None for the first."""
-        request = score_request(self._engine.base, prompt.to_ints())
-        self._engine.submit_to(self._sampler, request)
+        """The log-probability of every token of `prompt` given those before it, in nats; None for the first.
+
+        Raises RequestError for an empty or too long prompt.
+        """
+        engine, sampler, _ = self._open_parts()
+        request = score_request(engine.base, prompt.to_ints())
+        engine.submit_to(sampler, request)
         return APIFuture(request.future)
 
     def score(self, prompt: ModelInput) -> APIFuture[PromptScores]:
-        """`compute_logprobs`, and whether each token is more likely than every other in its place."""
-        request = score_request(self._engine.base, prompt.to_ints())
-        self._engine.submit_to(self._sampler, request)
+        """The log-probabilities of `compute_logprobs`, and whether each token is the most likely one.
+
+        Raises RequestError for an empty or too long prompt.
+        """
+        engine, sampler, _ = self._open_parts()
+        request = score_request(engine.base, prompt.to_ints())
+        engine.submit_to(sampler, request)
         return APIFuture(request.future, lambda logprobs: PromptScores(logprobs, list(request.is_argmax_T)))
 
     def _submit(self, request: SampleRequest) -> None:
-        with self._lock:
+        engine, sampler, _ = self._open_parts()
+        with self._lock:  # the numbers of unseeded requests follow the order of the queue
             request.unseeded_index = self._num_unseeded
             self._num_unseeded += request.params.seed is None
-            self._engine.submit_to(self._sampler, request)
+            engine.submit_to(sampler, request)
 
     def get_tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer of the base model."""
         return self._engine.base.tokenizer
 
     async def sample_async(
@@ -208,9 +224,9 @@ def _of_checkpoint(
 
 
 def _release(engine: Engine, prepared: Prepared) -> None:
-    """Frees a snapshot's adapter once its client is gone and what it queued has run.
+    """Frees a snapshot's adapter once its client is garbage and its queued requests have run.
 
-    That may be before the adapter is there: then the client is gone before the engine takes its snapshot.
+    That may be before the engine has taken the snapshot, so it waits for that.
     """
     prepared.add_done_callback(functools.partial(_remove_later, engine))
 

@@ -1,11 +1,11 @@
-"""The sampling client of a vLLM server, for evaluations too large for the engine here.
+"""A sampling client of a vLLM server, for evaluations that are too large for this project's engine.
 
-vLLM is installed and started in an environment of its own, with the base model and room for adapters:
+Install and start vLLM in its own environment, with the base model and room for adapters:
 
     VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 vllm serve Qwen/Qwen3-0.6B --enable-lora --max-lora-rank 32
 
-The server loads adapters from their folders, so it runs on this machine or sees the same files. It answers
-over the completions API with token ids both ways; nothing is tokenized twice. The field names are those of
+The server loads adapters from their folders, so it has to run on this machine or see the same files. Prompts
+and completions are sent as token ids over its completions API; no text is tokenized. Field names are those of
 vllm/entrypoints/openai/completion/protocol.py.
 """
 
@@ -44,16 +44,19 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 _REQUESTS_AT_A_TIME = 256
-"""The server batches them; more would wait there."""
+"""Requests that are sent at the same time. The server batches them; more would wait there."""
 
 
 class VLLMSamplingClient(SamplingClient):
     """A `SamplingClient` whose model runs in a vLLM server.
 
-    With `model_path`, an adapter's checkpoint, the server loads that and lets it go when this client is
-    closed or gone; without, the model that it was started with is sampled from. `tokenizer` names a model
-    whose tokenizer `get_tokenizer` gives; default: the served one. A seed gives the same samples again on
-    one server, not those of the engine here. Raises ModelError for a server that cannot be reached.
+    With `model_path`, an adapter's checkpoint, the server loads the adapter, and unloads it when this client
+    is closed or garbage; without it, the samples are those of the model that the server was started with.
+    `tokenizer` names the model whose tokenizer `get_tokenizer` returns; default: the served one. A seed gives
+    the same samples again on one server, but not those of this project's engine.
+
+    Raises ModelError if the server cannot be reached or takes no adapters, and CheckpointError for a
+    `model_path` that is no adapter. Futures raise RequestError for what the server refuses.
     """
 
     def __init__(
@@ -78,7 +81,7 @@ class VLLMSamplingClient(SamplingClient):
         self._finalizer = weakref.finalize(self, _release, self._server, self._threads, adapter)
 
     def close(self) -> None:
-        """Waits for what was asked, then has the server let the adapter go. Later calls raise ClosedError."""
+        """Waits for pending requests, then has the server unload the adapter. Later calls raise an error."""
         self._is_closed = True
         self._threads.shutdown(wait=True)
         self._finalizer()
@@ -87,7 +90,7 @@ class VLLMSamplingClient(SamplingClient):
         self._check_open()
         try:
             return self._threads.submit(work, *args, **kwargs)
-        except RuntimeError as error:  # closed meanwhile, or the interpreter is exiting
+        except RuntimeError as error:  # it was closed meanwhile, or the interpreter is exiting
             raise ClosedError(f"This sampling client takes no more requests: {error}.") from error
 
     def _check_open(self) -> None:
@@ -144,14 +147,15 @@ class VLLMSamplingClient(SamplingClient):
     # -- requests ---------------------------------------------------------------------------
 
     def _request(self, prompt: ModelInput, params: SamplingParams, **more: Any) -> dict[str, Any]:
-        """The body of a completion request; raises RequestError for what the server would not understand."""
+        """The body of a completion request. Raises RequestError for a prompt that is empty or too long."""
         tokens_T = prompt.to_ints()
         if not tokens_T:
             raise RequestError("The prompt is empty. Give at least one token.")
         room = self._context_length - len(tokens_T)
         if room < 1:
             raise RequestError(
-                f"The prompt has {len(tokens_T)} tokens, and the server's model reads {self._context_length}."
+                f"The prompt has {len(tokens_T)} tokens, and the context length of the server's model is "
+                f"{self._context_length}. Use a prompt of at most {self._context_length - 1}."
             )
         stop: list[str | int] = [params.stop] if isinstance(params.stop, str) else list(params.stop or [])
         strings = [item for item in stop if isinstance(item, str)]
@@ -209,7 +213,7 @@ def _sequence(choice: dict[str, Any]) -> SampledSequence:
 
 
 def _scores(tokens_T: list[int], found: list[dict[str, dict[str, Any]] | None]) -> PromptScores:
-    """`found` has a dictionary by token id for every token of the prompt but the first."""
+    """The scores of a prompt from vLLM's `prompt_logprobs`: a dict by token id for each but the first."""
     entries = [
         None if each is None else each[str(token)] for token, each in zip(tokens_T, found, strict=True)
     ]
@@ -220,7 +224,7 @@ def _scores(tokens_T: list[int], found: list[dict[str, dict[str, Any]] | None]) 
 
 
 def _events(lines: Iterator[str]) -> Iterator[dict[str, Any]]:
-    """The choices of a stream of server-sent events."""
+    """Yields the choices of a stream of server-sent events. Raises TrainingError if one is an error."""
     for line in lines:
         data = line.removeprefix("data:").strip()
         if data == "[DONE]":
@@ -228,12 +232,14 @@ def _events(lines: Iterator[str]) -> Iterator[dict[str, Any]]:
         if data:
             event = json.loads(data)
             if "error" in event:
-                raise TrainingError(f"The vLLM server broke off: {event['error']['message']}")
+                raise TrainingError(
+                    f"The vLLM server ended the stream with an error: {event['error']['message']}"
+                )
             yield from event["choices"]
 
 
 def _load_adapter(server: httpx.Client, path: Path) -> str:
-    """Has the server load an adapter, under a name that no other client uses."""
+    """Has the server load an adapter. Returns its name there, which no other client uses."""
     info = checkpoint.read_info(path)
     if info.lora.rank == 0:
         raise CheckpointError(
@@ -249,7 +255,7 @@ def _load_adapter(server: httpx.Client, path: Path) -> str:
 def _release(server: httpx.Client, threads: ThreadPoolExecutor, adapter: str | None) -> None:
     threads.shutdown(wait=False)
     if adapter is not None:
-        with contextlib.suppress(CookbookError):  # the server may be gone, and the adapter with it
+        with contextlib.suppress(CookbookError):  # the server may have ended, and the adapter with it
             _checked(server, "POST", "/v1/unload_lora_adapter", {"lora_name": adapter})
     server.close()
 

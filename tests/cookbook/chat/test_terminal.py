@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from cookbook.chat.conversation import Conversation
+from cookbook.chat.session import ChatSession
 from cookbook.chat.terminal import Speaker, Terminal
 from cookbook.errors import RequestError
 from cookbook.types import ModelInput, SampledSequence, SamplingParams
@@ -84,7 +84,7 @@ def talk(tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
         clients = [Client(tiny_tokenizer, replies) for _ in labels.split()]
         renderer = "qwen3_like" if any("<think>" in reply for reply in replies) else "chat_template"
         speakers = [
-            Speaker(label, Conversation(client, make(renderer), SamplingParams(max_tokens=60), 256))  # type: ignore[arg-type]
+            Speaker(label, ChatSession(client, make(renderer), SamplingParams(max_tokens=60), 256))  # type: ignore[arg-type]
             for label, client in zip(labels.split(), clients, strict=True)
         ]
         out: io.StringIO = io.StringIO() if piped else Tty()
@@ -120,7 +120,7 @@ def test_questions_and_replies_take_turns(talk: Any) -> None:
 def test_a_pipe_gets_the_replies_alone(talk: Any) -> None:
     out, err, _ = talk(["one<|im_end|>", "two<|im_end|>"], "ten?", "", "/reset", "nine?", piped=True)
     assert out == "one\ntwo\n"
-    assert err == "[The conversation is forgotten.]\n"
+    assert err == "[The conversation is empty now.]\n"
 
 
 def test_both_sides_answer_with_a_history_of_their_own(talk: Any) -> None:
@@ -183,30 +183,30 @@ def test_ctrl_c_in_a_pipe_ends_the_program(talk: Any) -> None:
 
 
 def test_a_reply_that_is_cut_off_is_said_to_be(talk: Any, tiny_tokenizer: Any) -> None:
-    assert "[cut off at max_tokens=60]" in talk(["one two " * 60], "ten?")[0]
+    assert "[truncated at max_tokens=60]" in talk(["one two " * 60], "ten?")[0]
     renderer, question = get_renderer("chat_template", tiny_tokenizer), "three"
     while len(renderer.build_generation_prompt([{"role": "user", "content": question}])) < 230:
         question += " three"
-    assert "[cut off: the context is full]" in talk(["one two " * 60], question)[0]
+    assert "[truncated: the context is full]" in talk(["one two " * 60], question)[0]
 
 
 def test_a_full_context_is_said_out_loud(talk: Any) -> None:
     long = "one two three four five six seven eight nine ten " * 5
     out, _, (client,) = talk(["one<|im_end|>"] * 4, long, long, long, long)
-    assert "[The context is full: the oldest 2 messages are forgotten.]" in out
+    assert "[The context is full: the oldest 2 messages were dropped.]" in out
     assert client.prompts[-1].count("<|im_start|>user") < 4
 
 
-def test_commands_are_obeyed(talk: Any, tmp_path: Path) -> None:
+def test_commands_do_what_help_says(talk: Any, tmp_path: Path) -> None:
     file = tmp_path / "chat.jsonl"
     out, _, (client,) = talk(
         ["one<|im_end|>", "two<|im_end|>", "three<|im_end|>"],
         "/help", "/system", "ten?", f"/save {file}", "/system system user", "nine?", f"/save {file}",
         '/system ""', "eight?", "/exit", "never?",
     )  # fmt: skip
-    assert "/reset          forget" in out
+    assert "/reset          remove" in out
     assert "[No system prompt.]" in out
-    assert "[System prompt: system user The conversation begins anew.]" in out
+    assert "[System prompt: system user The conversation restarts.]" in out
     saved = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
     assert [message["content"] for message in saved[0]["messages"]] == ["ten?", "one"]
     assert [message["content"] for message in saved[1]["messages"]] == ["system user", "nine?", "two"]
@@ -219,13 +219,13 @@ def test_commands_are_obeyed(talk: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("/rest", "There is no command /rest. Commands: /reset /system"),
-        ("/save", "Save where?"),
-        ("/save chat.jsonl", "nothing was said"),
+        ("/rest", "Unknown command /rest. Commands: /reset /system"),
+        ("/save", "/save needs a file"),
+        ("/save chat.jsonl", "nothing to save"),
         ("word " * 300, "Shorten it"),
     ],
 )
-def test_a_mistake_is_said_and_the_chat_goes_on(line: str, message: str, talk: Any) -> None:
+def test_a_mistake_is_reported_and_the_chat_continues(line: str, message: str, talk: Any) -> None:
     out, _, _ = talk(["one<|im_end|>"], line, "ten?")
     assert message in out
     assert "tuned> one\n" in out
@@ -233,7 +233,7 @@ def test_a_mistake_is_said_and_the_chat_goes_on(line: str, message: str, talk: A
         talk(["one<|im_end|>"], line, piped=True)
 
 
-def test_a_conversation_that_cannot_be_saved_goes_on(talk: Any) -> None:
+def test_a_conversation_that_cannot_be_saved_continues(talk: Any) -> None:
     out, _, _ = talk(["one<|im_end|>", "two<|im_end|>"], "ten?", "/save /nowhere/chat.jsonl", "nine?")
     assert "No such file or directory: '/nowhere/chat.jsonl'" in out
     assert "tuned> two\n" in out

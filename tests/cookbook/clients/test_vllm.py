@@ -223,7 +223,7 @@ def test_what_goes_wrong_is_said(
         client.sample(PROMPT, 1, SamplingParams(temperature=-1, max_tokens=2)).result()
     with pytest.raises(RequestError, match="The prompt is empty"):
         client.sample(ModelInput.empty())
-    with pytest.raises(RequestError, match="256 tokens, and the server's model reads 256"):
+    with pytest.raises(RequestError, match="256 tokens, and the context length"):
         client.sample(ModelInput.from_ints([5] * 256))
     client.close()
 

@@ -1,4 +1,4 @@
-"""A conversation with a model: its history, and replies that come as they are sampled."""
+"""A chat session with a model: its messages, and replies that are streamed as they are sampled."""
 
 from __future__ import annotations
 
@@ -14,33 +14,35 @@ from renderers.streaming import Delta
 if TYPE_CHECKING:
     from cookbook.clients.sampling import SamplingClient
 
-StopReason: TypeAlias = Literal["stop", "length", "context", "interrupted"]
-"""Why a reply ended: as the model meant it, at `max_tokens`, at the end of its context, or by `conclude`."""
+ReplyEnd: TypeAlias = Literal["stop", "length", "context", "interrupted"]
+"""Why a reply ended: by a stop token, at `max_tokens`, at the end of the context, or by the user."""
 
-MIN_ROOM = 4
-"""A part of the context, one in so many, is kept for the reply: older messages go for it."""
+REPLY_SHARE = 4
+"""One part in four of the context is kept for the reply; the oldest messages are dropped for it."""
 
 
 @dataclass(frozen=True)
-class Reply:
+class ChatReply:
+    """A reply of the model, once it has ended."""
+
     message: Message
     rest: str
-    """Content that no delta had: markup that turned out to be text, as where a reply is cut off."""
-    stop_reason: StopReason
+    """Content that no delta had: markup that turned out to be text, as in a truncated reply."""
+    stop_reason: ReplyEnd
     num_tokens: int
 
 
-class Conversation:
-    """Messages so far, and the model that answers them.
+class ChatSession:
+    """The messages of a chat so far, and the model that replies to them.
 
-    The oldest messages are forgotten, whole exchanges at a time, where the model's context would
-    leave less than a quarter of it, or than `max_tokens`, for a reply.
+    The oldest messages are dropped, whole exchanges at a time, if the context would otherwise have room for
+    a reply of fewer than `max_tokens` tokens, or of less than a quarter of it where that is smaller.
     """
 
     def __init__(
         self, client: SamplingClient, renderer: Renderer, params: SamplingParams, context_length: int
     ) -> None:
-        """`params` say how to sample; what ends a reply is the renderer's to say."""
+        """`params` are the sampling settings; their stop sequences are replaced by the renderer's."""
         self._client = client
         self.renderer = renderer
         self.messages: list[Message] = []
@@ -50,10 +52,10 @@ class Conversation:
         self._num_turns = 0
 
     def ask(self, text: str) -> Turn:
-        """Puts a question. The conversation has it, and what was answered, once the turn is concluded.
+        """Asks a question and returns its turn. `Turn.conclude` adds question and reply to the messages.
 
-        Raises RequestError for a message that is longer than the model's context, and RendererError for
-        one that the format has no place for.
+        Raises RequestError for a message that does not fit the model's context, and RendererError for one
+        that the chat format does not support.
         """
         messages, prompt = self._fit([*self.messages, {"role": "user", "content": text}])
         params = replace(
@@ -65,10 +67,12 @@ class Conversation:
         return Turn(self, messages, prompt, params)
 
     def reset(self) -> None:
+        """Removes all messages."""
         self.messages.clear()
 
     def _fit(self, messages: Sequence[Message]) -> tuple[list[Message], ModelInput]:
-        room = min(self.max_tokens, self._context_length // MIN_ROOM)
+        """The newest messages that leave room for a reply, and their prompt."""
+        room = min(self.max_tokens, self._context_length // REPLY_SHARE)
         kept = list(messages)
         while True:
             prompt = self.renderer.build_generation_prompt(kept)
@@ -80,33 +84,33 @@ class Conversation:
             kept = kept[next_question:]
         if len(prompt) >= self._context_length:
             raise RequestError(
-                f"The message makes a prompt of {len(prompt):,} tokens, and the model reads "
+                f"The message makes a prompt of {len(prompt):,} tokens, and the context length is "
                 f"{self._context_length:,}. Shorten it."
             )
         return kept, prompt
 
 
 class Turn:
-    """A question, and its reply as it comes: iterate, then `conclude`."""
+    """A question and the reply to it: iterate over the reply as it is sampled, then call `conclude`."""
 
     def __init__(
         self,
-        conversation: Conversation,
+        session: ChatSession,
         messages: list[Message],
         prompt: ModelInput,
         params: SamplingParams,
     ) -> None:
-        self._conversation = conversation
+        self._session = session
         self._messages = messages
-        self._parser = conversation.renderer.parse_stream()
-        self._stream = conversation._client.stream(prompt, params)
+        self._parser = session.renderer.parse_stream()
+        self._stream = session._client.stream(prompt, params)
         self._num_tokens = 0
         self._shown = ""
 
     @property
-    def num_forgotten(self) -> int:
-        """Messages that had to go for this one."""
-        return len(self._conversation.messages) + 1 - len(self._messages)
+    def num_dropped(self) -> int:
+        """How many of the oldest messages were dropped to make room."""
+        return len(self._session.messages) + 1 - len(self._messages)
 
     def __iter__(self) -> Iterator[Delta]:
         for token in self._stream:
@@ -116,21 +120,21 @@ class Turn:
                     self._shown += delta.text
                 yield delta
 
-    def conclude(self, interrupted: bool = False) -> Reply:
-        """Enters question and reply into the conversation.
+    def conclude(self, interrupted: bool = False) -> ChatReply:
+        """Adds the question and the reply to the session, and returns the reply.
 
-        Of an interrupted reply what was shown of it stays; where that is nothing, the question goes too.
+        An interrupted reply is kept as far as it was sampled; if it is empty, neither is added.
         """
-        stop_reason: StopReason = "interrupted"
+        stop_reason: ReplyEnd = "interrupted"
         if interrupted:
             self._stream.close()
         else:
             stop_reason = self._stream.result().stop_reason
-            if stop_reason == "length" and self._num_tokens < self._conversation.max_tokens:
+            if stop_reason == "length" and self._num_tokens < self._session.max_tokens:
                 stop_reason = "context"
         message, _ = self._parser.finish()
         content = str(message.get("content") or "")
         if not interrupted or content or message.get("reasoning_content"):
-            self._conversation.messages = [*self._messages, message]
+            self._session.messages = [*self._messages, message]
         rest = content[len(self._shown) :] if content.startswith(self._shown) else ""
-        return Reply(message, rest, stop_reason, self._num_tokens)
+        return ChatReply(message, rest, stop_reason, self._num_tokens)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 
 from cookbook import ServiceClient, models
-from cookbook.chat.conversation import Conversation
+from cookbook.chat.session import ChatSession
 from cookbook.clients.sampling import SamplingClient
 from cookbook.errors import RequestError
 from cookbook.types import SamplingParams
@@ -28,26 +28,26 @@ def renderer() -> Renderer:
 
 
 @pytest.fixture
-def start(client: SamplingClient, renderer: Renderer) -> Callable[..., Conversation]:
-    def start(context_length: int = 512, **params: object) -> Conversation:
+def start(client: SamplingClient, renderer: Renderer) -> Callable[..., ChatSession]:
+    def start(context_length: int = 512, **params: object) -> ChatSession:
         settings = {"temperature": 0.0, "max_tokens": 64, **params}
-        return Conversation(client, renderer, SamplingParams(**settings), context_length)  # type: ignore[arg-type]
+        return ChatSession(client, renderer, SamplingParams(**settings), context_length)  # type: ignore[arg-type]
 
     return start
 
 
-def said(conversation: Conversation, text: str) -> str:
-    turn = conversation.ask(text)
+def said(session: ChatSession, text: str) -> str:
+    turn = session.ask(text)
     shown = "".join(delta.text for delta in turn)
     return shown + turn.conclude().rest
 
 
 def test_a_reply_is_what_sampling_the_whole_conversation_gives(
-    start: Callable[..., Conversation], client: SamplingClient, renderer: Renderer
+    start: Callable[..., ChatSession], client: SamplingClient, renderer: Renderer
 ) -> None:
-    conversation = start()
+    session = start()
     questions = ["What is the capital of Japan?", "How many legs has a spider?"]
-    replies = [said(conversation, question) for question in questions]
+    replies = [said(session, question) for question in questions]
     history: list[dict[str, str]] = []
     for question, reply in zip(questions, replies, strict=True):
         history.append({"role": "user", "content": question})
@@ -56,13 +56,13 @@ def test_a_reply_is_what_sampling_the_whole_conversation_gives(
         message, _ = renderer.parse_response(client.sample(prompt, 1, params).sequences[0].tokens)
         assert reply == message["content"]
         history.append({"role": "assistant", "content": reply})
-    assert conversation.messages == history
+    assert session.messages == history
     assert "Tokyo" in replies[0]
-    conversation.reset()
-    assert said(conversation, questions[0]) == replies[0]
+    session.reset()
+    assert said(session, questions[0]) == replies[0]
 
 
-def test_text_comes_while_it_is_sampled(start: Callable[..., Conversation]) -> None:
+def test_text_comes_while_it_is_sampled(start: Callable[..., ChatSession]) -> None:
     turn = start().ask("How do I make a cup of tea?")
     pieces = [delta.text for delta in turn]
     assert len(pieces) > 5
@@ -70,14 +70,14 @@ def test_text_comes_while_it_is_sampled(start: Callable[..., Conversation]) -> N
 
 
 def test_a_seed_makes_a_conversation_repeatable_and_its_turns_differ(
-    start: Callable[..., Conversation],
+    start: Callable[..., ChatSession],
 ) -> None:
     def talk(seed: int | None) -> list[str]:
-        conversation = start(temperature=2.5, seed=seed, max_tokens=12)
+        session = start(temperature=2.5, seed=seed, max_tokens=12)
         replies = []
         for _ in range(2):
-            replies.append(said(conversation, "Tell me a story."))
-            conversation.reset()
+            replies.append(said(session, "Tell me a story."))
+            session.reset()
         return replies
 
     first, again = talk(7), talk(7)
@@ -86,40 +86,40 @@ def test_a_seed_makes_a_conversation_repeatable_and_its_turns_differ(
     assert talk(8) != first
 
 
-def test_the_oldest_exchanges_are_forgotten_when_the_context_is_full(
-    start: Callable[..., Conversation], renderer: Renderer
+def test_the_oldest_exchanges_are_dropped_when_the_context_is_full(
+    start: Callable[..., ChatSession], renderer: Renderer
 ) -> None:
-    conversation = start(context_length=120, max_tokens=30)
-    forgotten = 0
+    session = start(context_length=120, max_tokens=30)
+    num_dropped = 0
     for number in range(8):
-        before = list(conversation.messages)
-        turn = conversation.ask(f"What is {number} and how many legs has a spider?")
-        forgotten += turn.num_forgotten
+        before = list(session.messages)
+        turn = session.ask(f"What is {number} and how many legs has a spider?")
+        num_dropped += turn.num_dropped
         kept = turn._messages
-        assert kept[:-1] == before[turn.num_forgotten :]
+        assert kept[:-1] == before[turn.num_dropped :]
         assert kept[0]["role"] == "user", "a whole exchange goes"
         prompt = renderer.build_generation_prompt(kept)
         assert len(prompt) <= 120 - 30
-        if turn.num_forgotten:  # no more than needed
-            assert len(renderer.build_generation_prompt([*before[turn.num_forgotten - 2 :], kept[-1]])) > 90
+        if turn.num_dropped:  # no more than needed
+            assert len(renderer.build_generation_prompt([*before[turn.num_dropped - 2 :], kept[-1]])) > 90
         for _ in turn:
             pass
         turn.conclude()
-    assert forgotten >= 2
+    assert num_dropped >= 2
 
 
-def test_a_message_longer_than_the_context_is_refused_and_forgotten(
-    start: Callable[..., Conversation],
+def test_a_message_longer_than_the_context_is_refused_and_not_kept(
+    start: Callable[..., ChatSession],
 ) -> None:
-    conversation = start(context_length=60)
-    said(conversation, "Hello.")
-    before = list(conversation.messages)
-    with pytest.raises(RequestError, match=r"makes a prompt of \d+ tokens, and the model reads 60"):
-        conversation.ask("word " * 100)
-    assert conversation.messages == before
+    session = start(context_length=60)
+    said(session, "Hello.")
+    before = list(session.messages)
+    with pytest.raises(RequestError, match=r"makes a prompt of \d+ tokens, and the context length is 60"):
+        session.ask("word " * 100)
+    assert session.messages == before
 
 
-def test_it_is_told_what_cut_a_reply_off(start: Callable[..., Conversation]) -> None:
+def test_a_reply_says_what_truncated_it(start: Callable[..., ChatSession]) -> None:
     turn = start(max_tokens=3).ask("How do I make a cup of tea?")
     list(turn)
     assert turn.conclude().stop_reason == "length"
@@ -128,32 +128,32 @@ def test_it_is_told_what_cut_a_reply_off(start: Callable[..., Conversation]) -> 
     assert turn.conclude().stop_reason == "context"
 
 
-def test_of_an_interrupted_reply_what_was_shown_stays(start: Callable[..., Conversation]) -> None:
-    conversation = start(max_tokens=400, temperature=3.0, seed=0)
-    turn = conversation.ask("Tell me a story.")
+def test_of_an_interrupted_reply_what_was_shown_stays(start: Callable[..., ChatSession]) -> None:
+    session = start(max_tokens=400, temperature=3.0, seed=0)
+    turn = session.ask("Tell me a story.")
     shown = "".join(delta.text for delta in itertools.islice(turn, 3))
     reply = turn.conclude(interrupted=True)
     assert reply.stop_reason == "interrupted"
-    assert conversation.messages[-1]["role"] == "assistant"
-    assert str(conversation.messages[-1]["content"]).startswith(shown)
+    assert session.messages[-1]["role"] == "assistant"
+    assert str(session.messages[-1]["content"]).startswith(shown)
     assert reply.num_tokens < 50
     assert turn._stream.result(timeout=60).tokens, "the engine stopped too"
     assert len(turn._stream.result().tokens) < 400
 
 
-def test_a_question_whose_reply_never_began_goes_with_it(start: Callable[..., Conversation]) -> None:
-    conversation = start()
-    conversation.ask("Hello.").conclude(interrupted=True)
-    assert conversation.messages == []
+def test_a_question_whose_reply_never_began_goes_with_it(start: Callable[..., ChatSession]) -> None:
+    session = start()
+    session.ask("Hello.").conclude(interrupted=True)
+    assert session.messages == []
 
 
 def test_the_system_prompt_is_read_by_the_model(
-    start: Callable[..., Conversation], client: SamplingClient, renderer: Renderer
+    start: Callable[..., ChatSession], client: SamplingClient, renderer: Renderer
 ) -> None:
-    conversation = start()
-    plain = conversation.renderer.build_generation_prompt([{"role": "user", "content": "Hi."}]).to_ints()
+    session = start()
+    plain = session.renderer.build_generation_prompt([{"role": "user", "content": "Hi."}]).to_ints()
     renderer.system_prompt = "Talk like a pirate."
-    _, prompt = conversation._fit([{"role": "user", "content": "Hi."}])
+    _, prompt = session._fit([{"role": "user", "content": "Hi."}])
     assert len(prompt) > len(plain)
-    said(conversation, "Hi.")
-    assert [message["role"] for message in conversation.messages] == ["user", "assistant"]
+    said(session, "Hi.")
+    assert [message["role"] for message in session.messages] == ["user", "assistant"]
