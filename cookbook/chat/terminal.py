@@ -119,7 +119,7 @@ class Terminal:
         was_stopped = False
         try:
             for delta in turn:
-                printer.print(delta)
+                printer.write(delta)
         except KeyboardInterrupt:
             was_stopped = True
         reply = turn.conclude(was_stopped)
@@ -195,7 +195,7 @@ class _ReplyPrinter:
         self._terminal = terminal
         self._is_reasoning = False
 
-    def print(self, delta: Delta) -> None:
+    def write(self, delta: Delta) -> None:
         terminal = self._terminal
         is_reasoning = delta.field == "reasoning_content"
         if is_reasoning and not terminal._is_interactive:
