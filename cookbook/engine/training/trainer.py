@@ -8,7 +8,6 @@ Shape suffixes: T tokens of one sequence, S scored positions of a micro-batch, C
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -201,42 +200,28 @@ class Trainer:
     def _run(self, request: Request, backward: bool) -> PassResult:
         """Runs this process's part of the sequences: the results of all parts.
 
-        Where memory does not suffice, all its micro-batches are run again in smaller ones. Sharded weights
-        are gathered by all processes together, so there a failure ends the run.
+        Where memory does not suffice, all its micro-batches are run again in smaller ones.
         """
         lengths = [len(sequence.tokens_T) for sequence in request.sequences]
         own = partition(lengths, self._world.size)[self._world.rank]
         results: list[MicrobatchResult] | None = None
         if self.base.is_sharded:
-            is_trained = any(sequence.weights_T.any() for sequence in request.sequences)
-            try:
-                with self.base.adapters.using(self.adapter):
-                    results = self._run_microbatches(request, own, backward and is_trained)
-            except _DoesNotFit as tight:
-                num_tokens = sum(tight.lengths)
-                error: Exception = TrainingError(
-                    f"A micro-batch of {num_tokens} tokens does not fit in the memory of {self.base.device}, "
-                    f"and with shard=full it cannot be tried again in smaller ones: the other processes wait "
-                    f"for it. Start again in another log_path with "
-                    f"max_tokens_per_microbatch={max(1, num_tokens // 2)} or gradient_checkpointing=on."
-                )
-            except Exception as raised:
-                error = raised
-            if results is None:
-                raise self._world.abort(error) from error
-        with self._world.failing_together() if results is None else contextlib.nullcontext():
-            while results is None:
-                try:
-                    with self.base.adapters.using(self.adapter):
-                        results = self._run_microbatches(request, own, backward)
-                except _DoesNotFit as tight:  # it goes, and with it the tensors that its traceback holds
-                    tight_lengths, saves_activations = tight.lengths, tight.saves_activations
-                if results is None:
-                    if backward:
-                        self._optimizer.discard_gradients()
-                    self._limits = self._smaller_limits(tight_lengths, saves_activations)
-                    self._ran_out_of_memory = True
-        assert results is not None
+            results = self._run_sharded(request, own, backward)
+        else:
+            with self._world.failing_together():
+                while results is None:
+                    try:
+                        with self.base.adapters.using(self.adapter):
+                            results = self._run_microbatches(request, own, backward)
+                    except (
+                        _DoesNotFit
+                    ) as failure:  # it goes, and with it the tensors that its traceback holds
+                        tight_lengths, saves_activations = failure.lengths, failure.saves_activations
+                    if results is None:
+                        if backward:
+                            self._optimizer.discard_gradients()
+                        self._limits = self._smaller_limits(tight_lengths, saves_activations)
+                        self._ran_out_of_memory = True
         self._agree_on_limits()
         self._recover_limits(backward)
         if not self._world.is_alone and request.loss_only:
@@ -251,6 +236,24 @@ class Trainer:
             Readback([result.loss for result in results]),
             request.loss_only,
         )
+
+    def _run_sharded(self, request: Request, own: list[int], backward: bool) -> list[MicrobatchResult]:
+        """`_run_microbatches`, where a failure ends the run: the other processes wait in a gather."""
+        is_trained = any(sequence.weights_T.any() for sequence in request.sequences)
+        try:
+            with self.base.adapters.using(self.adapter):
+                return self._run_microbatches(request, own, backward and is_trained)
+        except _DoesNotFit as failure:
+            num_tokens = sum(failure.lengths)
+            error: Exception = TrainingError(
+                f"A micro-batch of {num_tokens} tokens does not fit in the memory of {self.base.device}, and "
+                f"with shard=full it cannot be tried again in smaller ones: the other processes wait for it. "
+                f"Start again in another log_path with max_tokens_per_microbatch={max(1, num_tokens // 2)} "
+                f"or gradient_checkpointing=on."
+            )
+        except Exception as raised:
+            error = raised
+        raise self._world.abort(error) from error
 
     def _run_microbatches(self, request: Request, own: list[int], backward: bool) -> list[MicrobatchResult]:
         """Plans, packs and runs the micro-batches of the sequences `own`. Raises _DoesNotFit."""
