@@ -178,7 +178,7 @@ class _Worker:
             return
         reached: Future[None] = JobFuture()
         try:
-            self.enqueue(_Job(functools.partial(bool), reached, nullcontext()))
+            self.enqueue(_Job(functools.partial(lambda: None), reached, nullcontext()))
         except ClosedError:
             self._thread.join()
         else:
