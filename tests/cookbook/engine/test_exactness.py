@@ -380,7 +380,7 @@ def packed_logprobs(
     request = made.check(data, "cross_entropy", None, trained_only=trained_only)
     result = made.forward_backward(request) if backward else made.forward(request)
     made.discard_gradients()
-    assert len(result.plan) == 1
+    assert len(result.places) == 1
     return result.logprobs()
 
 
