@@ -57,7 +57,7 @@ class PackedDecoder(Decoder):
         self._cache = KVCache()
 
     def prefill(self, groups: list[list[Sequence]]) -> Tensor:
-        device, head = self._base.device, self._base.head()
+        device = self._base.device
         texts = [group[0].text_T for group in groups]
         if padding := -sum(map(len, texts)) % _ROW_MULTIPLE:
             texts.append(np.zeros(padding, np.int64))
@@ -70,6 +70,7 @@ class PackedDecoder(Decoder):
         layout = AttentionLayout(segments, starts, max(map(len, texts)), cache=self._cache)
         self._cache.begin_prefill(groups)
         hidden_ND = self._base.hidden_of(tokens_2N[:1], tokens_2N[1:], layout)
+        head = self._base.head()  # after the pass, which gathers its weights where they are sharded
         for group, (start, stop) in zip(groups, segments, strict=False):
             if _needs_prompt_logprobs(group):
                 targets_S = tokens_2N[0, start + 1 : stop]

@@ -85,7 +85,7 @@ def use(client: TrainingClient, storages: Storages) -> list[Any]:
     for future in futures:
         future.exception()
     storages.add_all_of(client)
-    adapter, _ = sampler._prepared.result()
+    adapter, _ = sampler._open_parts()[2].result()
     storages.add(adapter.weights.values())
     return futures
 
@@ -242,7 +242,7 @@ def test_sampling_clients_leave_nothing(way: str, service: ServiceClient, tiny_q
     def one() -> SamplingClient | None:
         sampler = service.create_sampling_client(path)
         future = sampler.sample(PROMPT, 1, GREEDY)
-        adapter, _ = sampler._prepared.result()
+        adapter, _ = sampler._open_parts()[2].result()
         assert adapter is not None
         storages.add(adapter.weights.values())
         future.result()

@@ -207,7 +207,9 @@ def test_the_capabilities_name_the_embedded_model_and_the_devices(service: Servi
 
 
 def test_a_rank_below_zero_is_refused(service: ServiceClient, tiny_qwen3: str) -> None:
-    with pytest.raises(ConfigError, match="rank=-1. A LoRA has a rank of at least 1; 0 trains the model"):
+    with pytest.raises(
+        ConfigError, match="Invalid rank=-1: must be 1 to 16,384 for a LoRA, or 0 to train the model"
+    ):
         service.create_lora_training_client(tiny_qwen3, rank=-1)
 
 
