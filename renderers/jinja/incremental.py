@@ -15,7 +15,6 @@ from typing import Any
 
 import jinja2
 from jinja2.runtime import Context
-from jinja2.utils import Namespace
 
 from renderers.jinja.loop_context import NAMES_IN_LOOPS, FollowedLoop, loop_context
 from renderers.jinja.loop_counts import Count, NotFollowed
@@ -23,6 +22,7 @@ from renderers.jinja.loop_records import BackwardRecord, Memory
 from renderers.jinja.loop_rewriting import FOLLOW, RUN, Loop, rewritten
 from renderers.jinja.loop_values import followed
 from renderers.jinja.loop_visits import COMPARISONS, BackwardVisit, ForwardVisit, Run
+from renderers.jinja.private import Namespace, set_loop_context
 from renderers.jinja.sandbox import QuickSandbox, sandbox_like_theirs
 from renderers.jinja.template_limits import spend
 
@@ -51,7 +51,7 @@ class IncrementalTemplate:
         if not loops:
             return None
         template = jinja2.Template.from_code(environment, code, environment.make_globals(None))
-        template.root_render_func.__globals__["LoopContext"] = loop_context
+        set_loop_context(template, loop_context)
         return IncrementalTemplate(template, environment, loops)
 
     def text(self, messages: Sequence[Any], variables: Mapping[str, Any], memory: Memory) -> str:

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, NoReturn
 
-from jinja2.runtime import LoopContext
-
 from renderers.jinja.loop_counts import NotFollowed
 from renderers.jinja.loop_visits import Visit
+from renderers.jinja.private import LoopContext
 
 
 class FollowedLoop:

@@ -18,11 +18,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from jinja2.utils import Namespace
-
 from renderers.jinja.loop_counts import END
 from renderers.jinja.loop_rewriting import Loop
-from renderers.jinja.loop_values import Attributes, attributes_of, length_of_common_start, same
+from renderers.jinja.loop_values import Attributes, length_of_common_start, same
+from renderers.jinja.private import Namespace, attributes_of
 
 _ENOUGH_RUNS = 16
 """Runs after which a conversation is not followed any more if not one iteration was saved."""
@@ -174,7 +173,7 @@ class Entry:
         """The first and the last message that differ: `(None, -1)` if none of those that both have do.
 
         None if anything else differs, but for what the body only compares, and for what is in the namespaces
-        if they are left out.
+        without `with_namespaces`.
         """
         if list(self.values) != list(other.values) or list(self.initial) != list(other.initial):
             return None

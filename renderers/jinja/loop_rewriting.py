@@ -248,7 +248,7 @@ def _other_reads(
 ) -> Iterator[tuple[str, str]]:
     """How variables are read and set: `(name, attribute)`, `_ITEM` for an item, `_WHOLE` for any other way.
 
-    Reads of the length are left out. Attributes that are compared are added to `compared` instead. In macros
+    Reads of the length are skipped. Attributes that are compared are added to `compared` instead. In macros
     (`compared` is None) nothing is rewritten, so all that is no attribute is any other way.
     """
     for node in body:

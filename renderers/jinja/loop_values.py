@@ -7,9 +7,9 @@ from operator import is_
 from typing import Any, Protocol
 
 from jinja2.runtime import Undefined
-from jinja2.utils import Namespace
 
 from renderers.jinja.loop_counts import NotFollowed
+from renderers.jinja.private import Namespace, attributes_of, set_attributes
 
 _SCALARS = (str, int, float, bool, type(None))
 
@@ -59,14 +59,9 @@ def followed(kind: type[Namespace]) -> type[Namespace]:
     class FollowedNamespace(kind):  # type: ignore[misc, valid-type]
         def __init__(*given: Any, **attributes: Any) -> None:
             kind.__init__(*given, **attributes)
-            given[0]._Namespace__attrs = Attributes(given[0]._Namespace__attrs)
+            set_attributes(given[0], Attributes(attributes_of(given[0])))
 
     return FollowedNamespace
-
-
-def attributes_of(namespace: Namespace) -> Attributes:
-    found: Attributes = namespace._Namespace__attrs
-    return found
 
 
 def same(one: Any, other: Any) -> bool:

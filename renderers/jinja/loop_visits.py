@@ -186,7 +186,7 @@ class ForwardVisit(Visit):
         self.index = index
         states = [dict(attributes) for attributes in self.entry.namespaces.values()]
         if self._iterations and not are_frozen(states):
-            self.need(END)  # of the iteration before: this one cannot be begun with what may change since
+            self.need(END)  # of the iteration before: this one depends on values that may change
         self._iterations.append(Iteration(states, self._need_of_item(index)))
         self._num_pieces = len(self.run.pieces)
         self._is_open = True
@@ -249,7 +249,7 @@ COMPARISONS = {
 def _bounds_of(left: Any, comparison: str, right: Any) -> tuple[float, float]:
     """The values on the right side, from the least to the greatest, for which the outcome is the same.
 
-    Where the two are no whole numbers there is none.
+    Where the two are not whole numbers there is none.
     """
     if type(left) is not int or type(right) is not int:
         return END, -END

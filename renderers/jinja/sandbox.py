@@ -7,12 +7,18 @@ from functools import lru_cache
 from typing import Any
 
 import jinja2
-from jinja2.runtime import Context, LoopContext
+from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-from jinja2.utils import Namespace
 
 from cookbook.errors import RendererError
+from renderers.jinja import call_limits
 from renderers.jinja import template_limits as limits
+from renderers.jinja.private import (
+    CountingCodeGenerator,
+    LoopContext,
+    Namespace,
+    environment_of_transformers,
+)
 from renderers.jinja.today import TODAY
 
 _NAMES_OF_DICTS = frozenset(dir(dict))
@@ -29,7 +35,7 @@ class QuickSandbox(ImmutableSandboxedEnvironment):
     that the template itself put into a namespace. What a run costs is limited (`template_limits`).
     """
 
-    code_generator_class = limits.LimitedCodeGenerator
+    code_generator_class = CountingCodeGenerator
     context_class = limits.RunContext
     concat = staticmethod(limits.concat)
     source: str
@@ -37,12 +43,12 @@ class QuickSandbox(ImmutableSandboxedEnvironment):
     """The runs that were ended for their time."""
 
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
-        args = limits.checked_arguments(__obj, args, kwargs)
+        args = call_limits.checked_arguments(__obj, args, kwargs)
         made = super().call(__context, __obj, *args, **kwargs)
         return limits.counted(made) if type(made) is dict else made
 
     def wrap_str_format(self, value: Any) -> Any:
-        return limits.limited_format(value, self) if limits.is_format(value) else None
+        return call_limits.limited_format(value, self) if call_limits.is_format(value) else None
 
     def getattr(self, obj: Any, attribute: str) -> Any:
         kind = type(obj)
@@ -63,14 +69,14 @@ class QuickSandbox(ImmutableSandboxedEnvironment):
 def sandbox_like_theirs(source: str, kind: type[QuickSandbox]) -> QuickSandbox:
     """A sandbox of this kind with all that transformers gives the template, but for the date. An error quotes
     the line of the source that was at work."""
-    from transformers.utils.chat_template_utils import _compile_jinja_template
-
-    theirs = _compile_jinja_template("").environment  # to compile it there would compute its constants
+    theirs = environment_of_transformers()  # to compile the template there would compute its constants
     sandbox = kind.__new__(kind)
     vars(sandbox).update(vars(theirs))
     sandbox.optimized = False
     sandbox.source, sandbox.num_timeouts = source, 0
-    sandbox.filters = {name: limits.limited_filter(name, found) for name, found in theirs.filters.items()}
+    sandbox.filters = {
+        name: call_limits.limited_filter(name, found) for name, found in theirs.filters.items()
+    }
     sandbox.globals = {**theirs.globals, "strftime_now": TODAY.strftime}
     sandbox.extensions = {name: extension.bind(sandbox) for name, extension in theirs.extensions.items()}
     return sandbox
@@ -78,12 +84,12 @@ def sandbox_like_theirs(source: str, kind: type[QuickSandbox]) -> QuickSandbox:
 
 @lru_cache(maxsize=64)
 def compiled(source: str) -> jinja2.Template:
-    """The template in a sandbox like transformers' own. Raises RendererError for one that is no Jinja."""
+    """The template in a sandbox like transformers' own. Raises RendererError for one that is not valid."""
     try:
         template = sandbox_like_theirs(source, QuickSandbox).from_string(source)
     except jinja2.TemplateSyntaxError as error:
         raise RendererError(
-            f"The chat template is no Jinja template: {error.message}, in line {error.lineno} of it. Correct "
+            f"The chat template is not valid Jinja: {error.message}, in line {error.lineno} of it. Correct "
             f"it, or choose another renderer."
         ) from error
     except (

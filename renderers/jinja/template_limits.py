@@ -1,8 +1,8 @@
 """What one run of a chat template may cost: a limit on its time, and one on all the text that it makes.
 
-A chat template comes with a model, so it is somebody else's program. The sandbox keeps it from reading and
-writing anything; this keeps it from running without end and from filling the memory. Its compiled code
-calls `tick` wherever it may repeat itself, and every operator, filter and method whose result may be much
+A chat template comes with a model, so it is foreign code. The sandbox keeps it from reading and writing
+anything; this keeps it from running without end and from filling the memory. Its compiled code calls `tick`
+wherever it may repeat itself, and every operator, filter and method (`call_limits`) whose result may be much
 larger than what it is given is asked for that size before it runs. The time is that of the thread's own
 work, so neither a busy machine nor another thread counts, and no signals are needed. Both limits grow with
 the conversation.
@@ -14,20 +14,15 @@ import re
 import sys
 import threading
 import time
-import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import wraps
 from itertools import islice
 from typing import Any, NoReturn
 
-from jinja2 import nodes
-from jinja2.compiler import CodeGenerator, Frame
 from jinja2.runtime import Context, Undefined
-from jinja2.sandbox import SandboxedFormatter
-from jinja2.utils import Namespace, generate_lorem_ipsum
-from markupsafe import EscapeFormatter, Markup, escape
+from markupsafe import escape
 
 from cookbook.errors import RendererError
+from renderers.jinja.private import Namespace, attributes_of, template_of
 from renderers.jinja.traced import Traced
 
 SECONDS = 10.0
@@ -47,17 +42,11 @@ MAX_BITS = 2**16
 MAX_WIDTH = 1000
 """The greatest width of one formatted value, and of an indentation."""
 
-MAX_SLOW_CHARACTERS = 100_000
-"""The longest text for a filter whose time grows with the square of the text."""
-
 _TICKS = 64
 """So many repetitions pass between two looks at the clock."""
 
-_ITEM = 8
+ITEM = 8
 """An item of a list counts as so many characters."""
-
-_TERMS = 6
-"""A sum of so many terms is counted when it is there: it is at most so many times what was counted before."""
 
 _NODE = 128
 """And a value in a list that is spelled with all that is in it."""
@@ -92,7 +81,7 @@ class Run:
         if now > self._end:
             seconds = self._seconds()
             self._environment.num_timeouts += 1
-            _refuse(f"It ran for more than {seconds:g} s, the limit for {self._num_messages():,} messages")
+            refuse(f"It ran for more than {seconds:g} s, the limit for {self._num_messages():,} messages")
 
     def _seconds(self) -> float:
         base = max(LEAST_SECONDS, SECONDS / 2**self._environment.num_timeouts)
@@ -111,9 +100,7 @@ class Run:
     def _exceed(self) -> None:
         self._scale()
         if self._made > self._allowed:
-            _refuse(
-                f"It made more than {self._allowed:,} characters of text, the limit for this conversation"
-            )
+            refuse(f"It made more than {self._allowed:,} characters of text, the limit for this conversation")
 
     def _scale(self) -> None:
         """Raises the limit by what the conversation allows, which is counted when it matters."""
@@ -151,7 +138,7 @@ def counted(value: Any) -> Any:
     return value
 
 
-def _refuse(what: str) -> NoReturn:
+def refuse(what: str) -> NoReturn:
     raise TemplateLimitError(
         f"{what}{_place()}. A template that loops or doubles a text is not run to its end; give another "
         "one, or correct this."
@@ -162,7 +149,7 @@ def _place() -> str:
     """Where in the template the run is."""
     frame: Any = sys._getframe()
     while frame is not None:
-        template = frame.f_globals.get("__jinja_template__")
+        template: Any = template_of(frame)
         if template is not None:
             number = template.get_corresponding_lineno(frame.f_lineno)
             line = template.environment.source.splitlines()[number - 1].strip()
@@ -187,7 +174,7 @@ def size_of(value: Any, limit: int) -> int:
         elif isinstance(one, Traced):
             left.extend(one.pieces)
         elif isinstance(one, Namespace):
-            left.append(object.__getattribute__(one, "_Namespace__attrs"))
+            left.append(attributes_of(one))
         elif isinstance(one, _CONTAINERS):
             left.extend(one)
     return size
@@ -215,7 +202,7 @@ class RunContext(Context):
         return context
 
     def text(self, value: Any) -> str:
-        """What `{{ value }}` prints."""
+        """The text that `{{ value }}` prints."""
         if type(value) is str:
             return value
         if type(value) not in _SCALARS and not isinstance(value, (str, Undefined)):
@@ -223,7 +210,7 @@ class RunContext(Context):
         return str(value)
 
     def escaped(self, value: Any) -> str:
-        """The same where the template may have asked for HTML."""
+        """The text that `{{ value }}` prints where the template may have asked for HTML."""
         text = (
             value if isinstance(value, (str, Undefined)) or hasattr(value, "__html__") else self.text(value)
         )
@@ -234,13 +221,13 @@ class RunContext(Context):
         if type(result) is str:
             self.run.spend(len(result))
         elif isinstance(result, (list, tuple)):
-            self.run.spend(_ITEM * len(result))
+            self.run.spend(ITEM * len(result))
         elif isinstance(result, (str, bytes, Traced)):
             self.run.spend_on(result)
         return result
 
     def joined(self, join: Callable[[Iterable[Any]], str], parts: tuple[Any, ...]) -> str:
-        """What `~` makes of the parts."""
+        """The result of `~` on the parts."""
         for part in parts:
             if isinstance(part, str):
                 self.run.spend(len(part))
@@ -261,7 +248,7 @@ class RunContext(Context):
                 elif isinstance(value, (str, bytes)):
                     self.run.spend(len(value) * max(0, many))
                 elif isinstance(value, (list, tuple)):
-                    self.run.spend(_ITEM * len(value) * max(0, many))
+                    self.run.spend(ITEM * len(value) * max(0, many))
         return left * right
 
     def pow(self, left: Any, right: Any) -> Any:
@@ -271,127 +258,41 @@ class RunContext(Context):
 
     def mod(self, left: Any, right: Any) -> Any:
         if isinstance(left, (str, bytes)):
-            self.run.spend(_size_of_percent(left, right))
+            self.run.spend(size_of_percent(left, right))
         return left % right
 
 
 def _check_bits(num_bits: int) -> None:
     if num_bits > MAX_BITS:
-        _refuse(f"It computes a whole number of more than {MAX_BITS:,} bits")
+        refuse(f"It computes a whole number of more than {MAX_BITS:,} bits")
 
 
-def _check_width(width: Any, most: int = MAX_WIDTH) -> None:
+def check_width(width: Any, most: int = MAX_WIDTH) -> None:
     """A width may be text that is repeated as often."""
     if (
         len(width) if isinstance(width, (str, bytes)) else abs(width) if isinstance(width, int) else 0
     ) > most:
-        _refuse(f"It asks for a width of more than {most:,} characters")
+        refuse(f"It asks for a width of more than {most:,} characters")
 
 
 _CONVERSION = re.compile(r"%(?:\([^()]*\))?[#0\- +]*(\*|[0-9]+)?(?:\.(\*|[0-9]+)?)?")
 
 
-def _size_of_percent(template: str | bytes, values: Any) -> int:
+def size_of_percent(template: str | bytes, values: Any) -> int:
     """The most characters that `template % values` makes."""
     given = list(values) if isinstance(values, tuple) else [values]
     size = size_of(given, CHARACTERS)
     text = template if isinstance(template, str) else template.decode("latin-1")
     found = _CONVERSION.findall(text)
     for width in {width for pair in found for width in pair if width}:
-        for number in [one for one in given if type(one) is int] if width == "*" else [_number(width)]:
-            _check_width(number)
+        for number in [one for one in given if type(one) is int] if width == "*" else [number_of(width)]:
+            check_width(number)
     # Each conversion spells one of the values; by its key it may be the same one each time.
     return len(text) + len(found) * (MAX_WIDTH + (size if isinstance(values, dict) else 0)) + size
 
 
-def _number(digits: str) -> int:
+def number_of(digits: str) -> int:
     return int(digits) if len(digits) < 10 else sys.maxsize
-
-
-# -- compiled code ------------------------------------------------------------------------------
-
-
-class LimitedCodeGenerator(CodeGenerator):
-    """Compiles a template to code that counts what it does. Nothing is computed while it is compiled."""
-
-    def visit_Template(self, node: nodes.Template, frame: Frame | None = None) -> None:
-        repeated = node.find_all((nodes.For, nodes.Macro, nodes.CallBlock, nodes.Block))
-        self._repeated_bodies = {id(getattr(one, "body", None)) for one in repeated}
-        super().visit_Template(node, frame)
-
-    def blockvisit(self, nodes: Iterable[nodes.Node], frame: Frame) -> None:
-        if id(nodes) in self._repeated_bodies:
-            self.writeline("context.tick()")
-        super().blockvisit(nodes, frame)
-
-    def _output_child_to_const(self, node: nodes.Expr, frame: Frame, finalize: Any) -> str:
-        if not isinstance(node, (nodes.TemplateData, nodes.Const)):
-            raise nodes.Impossible
-        return super()._output_child_to_const(node, frame, finalize)
-
-    def _output_child_pre(self, node: nodes.Expr, frame: Frame, finalize: Any) -> None:
-        self.write("context.escaped(" if _may_escape(frame) else "context.text(")
-
-    def _output_child_post(self, node: nodes.Expr, frame: Frame, finalize: Any) -> None:
-        self.write(")")
-
-    def visit_Concat(self, node: nodes.Concat, frame: Frame) -> None:
-        join = "(markup_join if context.eval_ctx.autoescape else str_join)"
-        self.write(f"context.joined({join if _may_escape(frame) else 'str_join'}, (")
-        for part in node.nodes:
-            self.visit(part, frame)
-            self.write(", ")
-        self.write("))")
-
-    def _counted(self, name: str, node: nodes.BinExpr, frame: Frame) -> None:
-        self.write(f"context.{name}(")
-        self.visit(node.left, frame)
-        self.write(", ")
-        self.visit(node.right, frame)
-        self.write(")")
-
-    def visit_Add(self, node: nodes.BinExpr, frame: Frame) -> None:
-        terms, left = [node.right], node.left
-        while isinstance(left, nodes.Add) and len(terms) < _TERMS:
-            terms.append(left.right)
-            left = left.left
-        self.write("context.added(")
-        self.visit(left, frame)
-        for term in reversed(terms):
-            self.write(" + ")
-            self.visit(term, frame)
-        self.write(")")
-
-    def visit_Mul(self, node: nodes.BinExpr, frame: Frame) -> None:
-        self._counted("mul", node, frame)
-
-    def visit_Mod(self, node: nodes.BinExpr, frame: Frame) -> None:
-        self._counted("mod", node, frame)
-
-    def visit_Pow(self, node: nodes.BinExpr, frame: Frame) -> None:
-        self._counted("pow", node, frame)
-
-    def _nested(self, visit: Callable[..., None], node: nodes.Literal, frame: Frame) -> None:
-        is_plain = all(isinstance(one, nodes.Const) for one in node.iter_child_nodes())
-        if is_plain or getattr(node, "ctx", "load") == "store":
-            visit(node, frame)
-            return
-        self.write("context.nested(")
-        visit(node, frame)
-        self.write(")")
-
-    def visit_List(self, node: nodes.List, frame: Frame) -> None:
-        self._nested(super().visit_List, node, frame)
-
-    def visit_Tuple(self, node: nodes.Tuple, frame: Frame) -> None:
-        self._nested(super().visit_Tuple, node, frame)
-
-    def visit_Dict(self, node: nodes.Dict, frame: Frame) -> None:
-        self._nested(super().visit_Dict, node, frame)
-
-
-def _may_escape(frame: Frame) -> bool:
-    return bool(frame.eval_ctx.volatile or frame.eval_ctx.autoescape)
 
 
 def concat(pieces: Iterable[str]) -> str:
@@ -401,254 +302,3 @@ def concat(pieces: Iterable[str]) -> str:
         _running.run.spend(sum(map(len, some)))
         parts.append("".join(some))
     return parts[0] if len(parts) == 1 else "".join(parts)
-
-
-# -- methods ------------------------------------------------------------------------------------
-
-
-def checked_arguments(function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
-    """The arguments of a call, after what a method will make of them is counted.
-
-    Raises TemplateLimitError for too much.
-    """
-    owner = getattr(function, "__self__", None)
-    if isinstance(owner, (str, bytes, int)):
-        args = tuple(_listed(one, _running.run) if isinstance(one, Iterator) else one for one in args)
-        size = _SIZES_OF_METHODS.get(getattr(function, "__name__", ""))
-        if size is not None:
-            spend(max(0, size(owner, *args, *kwargs.values())))
-        elif isinstance(owner, (str, bytes)):
-            spend(len(owner))
-    elif function is generate_lorem_ipsum:
-        for number in (*args, *kwargs.values()):
-            _check_width(number, 100)
-    return args
-
-
-def _greatest(values: Iterable[Any]) -> int:
-    return max((value for value in values if isinstance(value, int)), default=0)
-
-
-def size_of_replaced(text: Any, old: Any = "", new: Any = "", *_: Any) -> int:
-    return len(text) + (text.count(old) * len(new) if isinstance(new, (str, bytes)) else 0)
-
-
-def _size_of_joined(separator: Any, items: Any = (), *_: Any) -> int:
-    return len(separator) * (len(items) if hasattr(items, "__len__") else 1) + size_of(items, CHARACTERS)
-
-
-def _size_of_translated(text: Any, table: Any = (), *_: Any) -> int:
-    values = table.values() if isinstance(table, dict) else ()
-    return len(text) * max((len(one) for one in values if isinstance(one, (str, bytes))), default=1)
-
-
-def _widest(text: Any, *options: Any) -> int:
-    return max(len(text), _greatest(options))
-
-
-def _size_with_tabs(text: Any, *options: Any) -> int:
-    num_tabs: int = text.count("\t" if isinstance(text, str) else b"\t")
-    return len(text) + num_tabs * max(8, _greatest(options))
-
-
-def _size_in_bytes(_: Any, *options: Any) -> int:
-    return _greatest(options)
-
-
-_SIZES_OF_METHODS: Mapping[str, Callable[..., int]] = {
-    **dict.fromkeys(("center", "ljust", "rjust", "zfill"), _widest),
-    **dict.fromkeys(("split", "rsplit", "splitlines"), lambda text, *_: _ITEM * len(text)),
-    "replace": size_of_replaced,
-    "join": _size_of_joined,
-    "translate": _size_of_translated,
-    "expandtabs": _size_with_tabs,
-    "to_bytes": _size_in_bytes,
-    **dict.fromkeys(
-        ("startswith", "endswith", "find", "rfind", "index", "rindex", "count"), lambda text, *_: 0
-    ),
-}
-"""The size of what a method makes at most. One that is not here makes about as much as it is called on."""
-
-
-def limited_format(method: Any, environment: Any) -> Callable[..., str]:
-    """A bound `str.format` or `str.format_map`, sandboxed and limited."""
-    text = method.__self__
-    is_markup = isinstance(text, Markup)
-    formatter = (
-        _LimitedEscapeFormatter(environment, escape=text.escape)
-        if is_markup
-        else _LimitedFormatter(environment)
-    )
-
-    @wraps(method)
-    def limited(*args: Any, **kwargs: Any) -> str:
-        spend(len(text))
-        if method.__name__ == "format_map":
-            (mapping,) = args
-            return type(text)(formatter.vformat(text, (), mapping))
-        return type(text)(formatter.vformat(text, args, kwargs))
-
-    return limited
-
-
-def is_format(value: Any) -> bool:
-    return (
-        isinstance(value, (types.MethodType, types.BuiltinMethodType))
-        and value.__name__ in ("format", "format_map")
-        and isinstance(value.__self__, str)
-    )
-
-
-class _LimitedFormatter(SandboxedFormatter):
-    """What `'{:>8}'.format(value)` does."""
-
-    def get_field(self, field_name: str, args: Any, kwargs: Any) -> Any:
-        value, first = super().get_field(field_name, args, kwargs)
-        spend(size_of(value, CHARACTERS))
-        return value, first
-
-    def format_field(self, value: Any, format_spec: str) -> Any:
-        for digits in re.findall("[0-9]+", format_spec):
-            _check_width(_number(digits))
-        spend(MAX_WIDTH if format_spec else 0)
-        return super().format_field(value, format_spec)
-
-
-class _LimitedEscapeFormatter(_LimitedFormatter, EscapeFormatter):
-    """The same of a text that is HTML."""
-
-
-# -- filters ------------------------------------------------------------------------------------
-
-_FREE = frozenset(
-    {"default", "d", "length", "count", "first", "last", "abs", "int", "float", "attr", "random"}
-)
-"""Filters that make nothing new, or a number."""
-
-_SLOW = frozenset({"striptags", "urlize", "wordwrap", "pprint", "xmlattr", "wordcount", "title"})
-
-_SPELLING = frozenset({"string", "tojson", "pprint", "escape", "e", "forceescape", "urlencode", "format"}) | {
-    *("batch", "slice", "groupby")
-}
-"""Filters that spell all that is in a value, or put it into lists of lists."""
-
-
-def limited_filter(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """The filter, asked for the size of its result before it runs."""
-    if name in _FREE:
-        return function
-    num_passed = 1 if hasattr(function, "jinja_pass_arg") else 0
-    check = _CHECKS.get(name)
-
-    @wraps(function)
-    def limited(*args: Any, **kwargs: Any) -> Any:
-        run = _running.run
-        value, *options = args[num_passed:] or (None,)
-        if name in _SLOW and size_of(value, MAX_SLOW_CHARACTERS) > MAX_SLOW_CHARACTERS:
-            _refuse(f"Its filter `{name}` is given more than {MAX_SLOW_CHARACTERS:,} characters")
-        if name in _SPELLING and type(value) is not str:
-            run.spend_on(value)
-        if name in _ITERATING and isinstance(value, Iterator):
-            value = _listed(value, run)
-            args = (*args[:num_passed], value, *options)
-        if check is not None:
-            run.spend(max(0, check(value, *options, **kwargs)))
-        result = function(*args, **kwargs)
-        if isinstance(result, (str, bytes)):
-            run.spend(len(result))
-        elif isinstance(result, (list, tuple)):
-            run.spend(_ITEM * len(result))
-        return result
-
-    return limited
-
-
-_ITERATING = frozenset({"join", "list", "sum", "sort", "unique", "reverse", "batch", "slice", "groupby"})
-
-
-def _listed(items: Iterator[Any], run: Run) -> list[Any]:
-    found: list[Any] = []
-    while some := list(islice(items, 2**10)):
-        run.spend(_ITEM * len(some))
-        found += some
-    return found
-
-
-def _check_center(value: Any, width: Any = 80) -> int:
-    return _widest("", width)
-
-
-def _check_indent(value: Any, width: Any = 4, *_: Any, **__: Any) -> int:
-    _check_width(width)
-    return len(value) + value.count("\n") * (len(width) if isinstance(width, str) else abs(width))
-
-
-def _check_join(value: Any, d: Any = "", attribute: Any = None) -> int:
-    num_items = len(value) if hasattr(value, "__len__") else 0
-    return len(str(d)) * num_items + size_of(value, CHARACTERS)
-
-
-def _check_replace(value: Any, old: Any = "", new: Any = "", count: Any = None) -> int:
-    return size_of_replaced(str(value), str(old), str(new)) if isinstance(value, str) else 0
-
-
-def _check_format(value: Any, *args: Any, **kwargs: Any) -> int:
-    return _size_of_percent(str(value), kwargs or args)
-
-
-def _check_number(value: Any, number: Any = 1, *_: Any, **kwargs: Any) -> int:
-    """The size of the result of a filter that makes lists of so many items, or as many lists."""
-    number = kwargs.get("linecount", kwargs.get("slices", number))
-    return _ITEM * number if isinstance(number, int) else 0
-
-
-def _check_list(value: Any) -> int:
-    return _ITEM * len(value) if hasattr(value, "__len__") else 0
-
-
-def _check_sum(value: Any, attribute: Any = None, start: Any = 0) -> int:
-    """Lists are copied again at each step."""
-    if isinstance(start, (int, float)):
-        return 0
-    return len(value) * size_of(value, CHARACTERS) if hasattr(value, "__len__") else 0
-
-
-def _check_round(value: Any, precision: Any = 0, *_: Any, **__: Any) -> int:
-    _check_width(precision)
-    return 0
-
-
-def _check_json(value: Any, *options: Any, **kwargs: Any) -> int:
-    """The text of the value is counted already; this is what stands between its parts."""
-    lengths = [_check_option(one) for one in (*options, *kwargs.values())]
-    return max(lengths, default=0) * size_of(value, CHARACTERS) // _ITEM
-
-
-def _check_option(option: Any) -> int:
-    parts = option if isinstance(option, (list, tuple)) else [option]
-    for part in parts:
-        _check_width(part, 100)
-    return max((len(one) if isinstance(one, str) else int(one or 0) for one in parts if one), default=0)
-
-
-def _check_links(value: Any, *options: Any, **kwargs: Any) -> int:
-    for option in (*options, *kwargs.values()):
-        _check_width(option if isinstance(option, str) else 0)
-    return 0
-
-
-_CHECKS: Mapping[str, Callable[..., int]] = {
-    "center": _check_center,
-    "indent": _check_indent,
-    "join": _check_join,
-    "replace": _check_replace,
-    "format": _check_format,
-    "batch": _check_number,
-    "slice": _check_number,
-    "list": _check_list,
-    "sum": _check_sum,
-    "round": _check_round,
-    "tojson": _check_json,
-    "urlize": _check_links,
-    "wordwrap": _check_links,
-}

@@ -1,9 +1,9 @@
-"""The day it always is."""
+"""The date that every chat template sees."""
 
 import datetime
 
 TODAY = datetime.datetime(2024, 7, 26)
-"""What a format that prints the date prints: a conversation has the same tokens on any day.
+"""The date that formats print: a conversation has the same tokens on any day.
 
 It is the day that the templates of Llama 3.1 and 3.2 fall back on.
 """

@@ -108,7 +108,7 @@ _refusal: Any = _refuse
 
 
 class _Closed:
-    """What tells nothing about itself."""
+    """An object that refuses every question about itself."""
 
     __slots__ = ("_recorder",)
 
@@ -121,7 +121,7 @@ class _Closed:
 
 
 class Traced(_Closed):
-    """A text whose characters nobody sees but through what is recorded."""
+    """A text whose characters can only be seen through what is recorded."""
 
     __slots__ = ("pieces",)
 

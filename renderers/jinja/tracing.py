@@ -22,13 +22,20 @@ from itertools import chain, count
 from typing import Any, NoReturn
 
 import jinja2
-from jinja2 import nodes
-from jinja2.compiler import Frame
 from jinja2.runtime import Context, Undefined
-from jinja2.utils import Namespace, generate_lorem_ipsum
 
+from renderers.jinja.private import (
+    FORWARDED,
+    CountingCodeGenerator,
+    Frame,
+    Namespace,
+    generate_lorem_ipsum,
+    is_buffered,
+    may_escape,
+    num_passed,
+)
 from renderers.jinja.sandbox import QuickSandbox, sandbox_like_theirs
-from renderers.jinja.template_limits import LimitedCodeGenerator, size_of, spend
+from renderers.jinja.template_limits import size_of, spend
 from renderers.jinja.traced import Method, Pieces, Recorder, Step, Traced, Untraceable
 from renderers.messages import PlainMessage
 
@@ -51,9 +58,6 @@ _COUNTERS = frozenset({"length", "count", "list", "first", "last"})
 _CHANCES = frozenset({"random"})
 
 _SCALARS = frozenset({str, int, float, bool, type(None)})
-
-_FORWARDED = frozenset({"_loop_vars", "_block_vars"})
-"""What jinja itself adds to the arguments of a call."""
 
 
 class Outline:
@@ -160,24 +164,16 @@ def _pieces_of(text: Any) -> Pieces:
 # -- the sandbox of a recording -----------------------------------------------------------------
 
 
-class _CodeGenerator(LimitedCodeGenerator):
+class _CodeGenerator(CountingCodeGenerator):
     """Has a template print traced texts as they are, for the recording to spell."""
 
-    def _output_child_pre(self, node: nodes.Expr, frame: Frame, finalize: Any) -> None:
-        escapes = frame.eval_ctx.volatile or frame.eval_ctx.autoescape
-        plain = "environment.printed(" if frame.buffer is None else "context.text("
-        self.write("environment.refuse(" if escapes else plain)
+    def opening_of_print(self, frame: Frame) -> str:
+        if may_escape(frame):
+            return "environment.refuse("
+        return "context.text(" if is_buffered(frame) else "environment.printed("
 
-    def _output_child_post(self, node: nodes.Expr, frame: Frame, finalize: Any) -> None:
-        self.write(")")
-
-    def visit_Concat(self, node: nodes.Concat, frame: Frame) -> None:
-        escapes = frame.eval_ctx.volatile or frame.eval_ctx.autoescape
-        self.write(f"environment.{'refuse' if escapes else 'joined'}((")
-        for part in node.nodes:
-            self.visit(part, frame)
-            self.write(", ")
-        self.write("))")
+    def opening_of_join(self, frame: Frame) -> str:
+        return "environment.refuse(" if may_escape(frame) else "environment.joined("
 
 
 class _TracingSandbox(QuickSandbox):
@@ -198,7 +194,7 @@ class _TracingSandbox(QuickSandbox):
         return super().getitem(obj, argument)
 
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
-        given = {name: value for name, value in kwargs.items() if name not in _FORWARDED}
+        given = {name: value for name, value in kwargs.items() if name not in FORWARDED}
         if isinstance(__obj, Method):
             return __obj(*args, **given)
         only_holds = isinstance(__obj, type) and issubclass(__obj, Namespace)
@@ -229,18 +225,18 @@ class _TracingSandbox(QuickSandbox):
 
 
 def _guarded_filter(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    num_passed = 1 if hasattr(function, "jinja_pass_arg") else 0
+    num_before = num_passed(function)
 
     @functools.wraps(function)
     def guarded(*args: Any, **kwargs: Any) -> Any:
-        value, *options = args[num_passed:]
+        value, *options = args[num_before:]
         if isinstance(value, Traced) and not kwargs:
             if name == "trim":
                 return value.method("strip")(*options)
             if name == "string" and not options:
                 return value
         is_safe = name in _HOLDERS or (name in _COUNTERS and type(value) in (list, dict) and not options)
-        if name in _CHANCES or not (is_safe or (_is_plain(args[num_passed:]) and _is_plain(kwargs))):
+        if name in _CHANCES or not (is_safe or (_is_plain(args[num_before:]) and _is_plain(kwargs))):
             raise Untraceable
         return function(*args, **kwargs)
 
@@ -248,13 +244,13 @@ def _guarded_filter(name: str, function: Callable[..., Any]) -> Callable[..., An
 
 
 def _guarded_test(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    num_passed = 1 if hasattr(function, "jinja_pass_arg") else 0
+    num_before = num_passed(function)
 
     @functools.wraps(function)
     def guarded(*args: Any) -> Any:
         if name in _TYPE_TESTS:
             return _TYPE_TESTS[name] if isinstance(args[0], Traced) else function(*args)
-        if not _is_plain(args[num_passed:]):
+        if not _is_plain(args[num_before:]):
             raise Untraceable
         return function(*args)
 

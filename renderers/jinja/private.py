@@ -1,0 +1,180 @@
+"""The parts of jinja2 that its documentation does not promise, and that reading templates needs.
+
+No other file of this project names a private part of jinja2, or of what transformers builds on it.
+`tests/renderers/test_private.py` compares these parts with those of jinja2 3.1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from types import FrameType
+from typing import Any
+
+import jinja2
+from jinja2 import nodes
+from jinja2.compiler import CodeGenerator, Frame
+from jinja2.runtime import LoopContext
+from jinja2.sandbox import SandboxedFormatter
+from jinja2.utils import Namespace, generate_lorem_ipsum
+
+__all__ = [
+    "FORWARDED",
+    "CountingCodeGenerator",
+    "Frame",
+    "LoopContext",
+    "Namespace",
+    "SandboxedFormatter",
+    "attributes_of",
+    "environment_of_transformers",
+    "generate_lorem_ipsum",
+    "is_buffered",
+    "may_escape",
+    "num_passed",
+    "set_attributes",
+    "set_loop_context",
+    "template_of",
+]
+
+FORWARDED = frozenset({"_loop_vars", "_block_vars"})
+"""The keyword arguments that compiled code adds to a call which the template makes."""
+
+
+def attributes_of(namespace: Namespace) -> Any:
+    """The dict of a namespace's attributes, around all that its class overrides."""
+    return object.__getattribute__(namespace, "_Namespace__attrs")
+
+
+def set_attributes(namespace: Any, attributes: dict[str, Any]) -> None:
+    """Replaces the dict of a namespace's attributes."""
+    namespace._Namespace__attrs = attributes
+
+
+def num_passed(function: Callable[..., Any]) -> int:
+    """How many arguments a filter or a test is passed before its value: the context, say, or none."""
+    return 1 if hasattr(function, "jinja_pass_arg") else 0
+
+
+def template_of(frame: FrameType) -> jinja2.Template | None:
+    """The template whose compiled code runs in the frame; None for any other code."""
+    template: jinja2.Template | None = frame.f_globals.get("__jinja_template__")
+    return template
+
+
+def set_loop_context(template: jinja2.Template, loop_context: Callable[..., Any]) -> None:
+    """Makes the template's compiled code create each `loop` variable with this function."""
+    template.root_render_func.__globals__["LoopContext"] = loop_context
+
+
+def environment_of_transformers() -> jinja2.Environment:
+    """The environment that transformers compiles chat templates in."""
+    from transformers.utils.chat_template_utils import _compile_jinja_template
+
+    environment: jinja2.Environment = _compile_jinja_template("").environment
+    return environment
+
+
+# -- compiled code ------------------------------------------------------------------------------
+
+
+def may_escape(frame: Frame) -> bool:
+    """Whether the template may have asked for HTML where this code runs."""
+    return bool(frame.eval_ctx.volatile or frame.eval_ctx.autoescape)
+
+
+def is_buffered(frame: Frame) -> bool:
+    """Whether what is printed here becomes a value: in a macro, or between `set` and `endset`."""
+    return frame.buffer is not None
+
+
+_TERMS = 6
+"""A sum of so many terms is counted when it is there: it is at most so many times what was counted before."""
+
+
+class CountingCodeGenerator(CodeGenerator):
+    """Compiles a template to code that counts what it does, by calls of `template_limits.RunContext`.
+
+    Nothing is computed while a template is compiled.
+    """
+
+    def opening_of_print(self, frame: Frame) -> str:
+        """The call that makes a text of each `{{ value }}`, up to its parenthesis."""
+        return "context.escaped(" if may_escape(frame) else "context.text("
+
+    def opening_of_join(self, frame: Frame) -> str:
+        """The call that makes a text of the parts of `a ~ b`, up to the tuple of them."""
+        join = "(markup_join if context.eval_ctx.autoescape else str_join)"
+        return f"context.joined({join if may_escape(frame) else 'str_join'}, "
+
+    def visit_Template(self, node: nodes.Template, frame: Frame | None = None) -> None:
+        repeated = node.find_all((nodes.For, nodes.Macro, nodes.CallBlock, nodes.Block))
+        self._repeated_bodies = {id(getattr(one, "body", None)) for one in repeated}
+        super().visit_Template(node, frame)
+
+    def blockvisit(self, nodes: Iterable[nodes.Node], frame: Frame) -> None:
+        if id(nodes) in self._repeated_bodies:
+            self.writeline("context.tick()")
+        super().blockvisit(nodes, frame)
+
+    def _output_child_to_const(self, node: nodes.Expr, frame: Frame, finalize: Any) -> str:
+        if not isinstance(node, (nodes.TemplateData, nodes.Const)):
+            raise nodes.Impossible
+        return super()._output_child_to_const(node, frame, finalize)
+
+    def _output_child_pre(self, node: nodes.Expr, frame: Frame, finalize: Any) -> None:
+        self.write(self.opening_of_print(frame))
+
+    def _output_child_post(self, node: nodes.Expr, frame: Frame, finalize: Any) -> None:
+        self.write(")")
+
+    def visit_Concat(self, node: nodes.Concat, frame: Frame) -> None:
+        self.write(f"{self.opening_of_join(frame)}(")
+        for part in node.nodes:
+            self.visit(part, frame)
+            self.write(", ")
+        self.write("))")
+
+    def _counted(self, name: str, node: nodes.BinExpr, frame: Frame) -> None:
+        self.write(f"context.{name}(")
+        self.visit(node.left, frame)
+        self.write(", ")
+        self.visit(node.right, frame)
+        self.write(")")
+
+    def visit_Add(self, node: nodes.BinExpr, frame: Frame) -> None:
+        terms, left = [node.right], node.left
+        while isinstance(left, nodes.Add) and len(terms) < _TERMS:
+            terms.append(left.right)
+            left = left.left
+        self.write("context.added(")
+        self.visit(left, frame)
+        for term in reversed(terms):
+            self.write(" + ")
+            self.visit(term, frame)
+        self.write(")")
+
+    def visit_Mul(self, node: nodes.BinExpr, frame: Frame) -> None:
+        self._counted("mul", node, frame)
+
+    def visit_Mod(self, node: nodes.BinExpr, frame: Frame) -> None:
+        self._counted("mod", node, frame)
+
+    def visit_Pow(self, node: nodes.BinExpr, frame: Frame) -> None:
+        self._counted("pow", node, frame)
+
+    def _nested(self, visit: Callable[..., None], node: nodes.Literal, frame: Frame) -> None:
+        is_plain = all(isinstance(one, nodes.Const) for one in node.iter_child_nodes())
+        if is_plain or getattr(node, "ctx", "load") == "store":
+            visit(node, frame)
+            return
+        self.write("context.nested(")
+        visit(node, frame)
+        self.write(")")
+
+    def visit_List(self, node: nodes.List, frame: Frame) -> None:
+        self._nested(super().visit_List, node, frame)
+
+    def visit_Tuple(self, node: nodes.Tuple, frame: Frame) -> None:
+        self._nested(super().visit_Tuple, node, frame)
+
+    def visit_Dict(self, node: nodes.Dict, frame: Frame) -> None:
+        self._nested(super().visit_Dict, node, frame)
