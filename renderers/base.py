@@ -1,4 +1,4 @@
-"""The base of every renderer: choosing, encoding and weighting, over a rendering with known spans."""
+"""The base class of renderers: from the text that a format prints to tokens and weights."""
 
 from __future__ import annotations
 
@@ -8,28 +8,30 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property
-from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
 from cookbook.errors import RendererError
-from cookbook.types import EncodedTextChunk, ModelInput
+from cookbook.types import ModelInput
 from cookbook.utils import notes
 from renderers.encoder import SENTINEL, Encoder
 from renderers.messages import (
+    ROLES,
     Message,
     PlainMessage,
     Tool,
     check_characters,
     check_json,
+    check_roles,
     check_tools,
     normalize,
 )
 from renderers.other_formats import ENDS, note_tokens_of_other_formats
+from renderers.rendering import Example, Prepared, Rendering, Span
 from renderers.streaming import PLAIN, ResponseStream, Sections
 from renderers.tools_in_system import with_tools_in_system
-from renderers.train_on_what import TrainOnWhat, chosen_messages, untrained_messages, weight_of
+from renderers.train_on_what import TrainOnWhat, chosen_messages
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -38,27 +40,6 @@ if TYPE_CHECKING:
 _MARKUP = re.compile(r"[<\[|#]")
 
 _SYSTEM_ROLES = ("system", "developer")
-
-
-class Span(NamedTuple):
-    """Characters `start` to `end` of a text."""
-
-    start: int
-    end: int
-
-
-class Rendering(NamedTuple):
-    """A conversation as text.
-
-    `cuts` are the ends of the prompts in it, ascending: where the model took over. `spans` give
-    what training a message trains. A message in `rewritten` stands there otherwise than it did
-    as the last one: the format changes its history.
-    """
-
-    text: str
-    cuts: Sequence[int] = ()
-    spans: Mapping[int, Span] = MappingProxyType({})
-    rewritten: Collection[int] = ()
 
 
 class Renderer(ABC):
@@ -88,17 +69,7 @@ class Renderer(ABC):
 
     def check_messages(self, messages: Sequence[Message], tools: Sequence[Tool] | None = None) -> None:
         """Raises RendererError for messages of a shape or role that cannot be rendered; tokenizes nothing."""
-        messages, tools = self._described(messages, tools)
-        normalize(messages, self.name, self.roles)
-        self._check_tools(tools)
-
-    def _described(
-        self, messages: Sequence[Message], tools: Sequence[Tool] | None
-    ) -> tuple[Sequence[Message], Sequence[Tool] | None]:
-        """The messages and tools that the format is given: with `tools_in_system`, no tools but more text."""
-        if not self.tools_in_system:
-            return messages, tools
-        return with_tools_in_system(messages, tools, self.name), None
+        self._prepare(messages, tools)
 
     def with_template_kwargs(self, template_kwargs: Mapping[str, Any]) -> Renderer:
         """This renderer with values for the variables of its chat template, such as `enable_thinking`.
@@ -128,22 +99,23 @@ class Renderer(ABC):
         """The whole conversation as the format renders it, with one float32 weight for each token.
 
         Weights stand on the tokens they train and are not shifted. Where the format rewrites
-        history, an earlier turn is trained as it stands there; `build_supervised_examples` trains
+        history, an earlier turn is trained as it is printed there; `build_supervised_examples` trains
         each turn as the model meets it.
         """
         try:
-            messages, tools = self._described(messages, tools)
-            plain, plain_tools, weights = self._prepare(messages, train_on_what, tools)
-            rendering = self._render(plain, weights, plain_tools)
-            if train_on_what == TrainOnWhat.ALL_TOKENS:
-                return self._whole_example(rendering, plain, messages, plain_tools)
+            prepared = self._prepare(messages, tools, train_on_what)
+            rendering = self._render(prepared.messages, prepared.weights, prepared.tools)
             spans = {
-                index: self._span_in_history(plain, rendering, index, plain_tools)
+                index: self._span_in_history(prepared.messages, rendering, index, prepared.tools)
                 if index in rendering.rewritten
                 else rendering.spans[index]
-                for index in weights
+                for index in prepared.weights
             }
-            return self._example(rendering, spans, weights)
+            if train_on_what == TrainOnWhat.ALL_TOKENS:
+                example = self._example(rendering, *self._all_spans(rendering, prepared))
+            else:
+                example = self._example(rendering, spans, prepared.weights)
+            return example.with_model_input()
         except RendererError as error:
             self._note_system_prompt(error, messages)
             raise
@@ -158,29 +130,39 @@ class Renderer(ABC):
 
         Each message is trained once: in the first of the examples that holds it.
         """
+        examples = self.render_conversation(messages, train_on_what, tools)
+        return [example.with_model_input() for example in examples]
+
+    def render_conversation(
+        self,
+        messages: Sequence[Message],
+        train_on_what: TrainOnWhat = TrainOnWhat.ALL_ASSISTANT_MESSAGES,
+        tools: Sequence[Tool] | None = None,
+    ) -> list[Example]:
+        """The examples of `build_supervised_examples` as arrays."""
         try:
-            messages, tools = self._described(messages, tools)
-            plain, plain_tools, weights = self._prepare(messages, train_on_what, tools)
-            rendering = self._render(plain, weights, plain_tools)
+            prepared = self._prepare(messages, tools, train_on_what)
+            plain, weights = prepared.messages, prepared.weights
+            rendering = self._render(plain, weights, prepared.tools)
             if not rendering.rewritten:
                 if train_on_what == TrainOnWhat.ALL_TOKENS:
-                    return [self._whole_example(rendering, plain, messages, plain_tools)]
+                    return [self._example(rendering, *self._all_spans(rendering, prepared))]
                 return [self._example(rendering, rendering.spans, weights)]
             turns = [index for index in weights if plain[index]["role"] == "assistant"]
             if max(weights) > turns[-1]:
                 turns.append(len(plain) - 1)
-            examples: list[tuple[ModelInput, np.ndarray]] = []
+            examples: list[Example] = []
             for previous, turn in zip([-1, *turns], turns, strict=False):
                 new = {index: weight for index, weight in weights.items() if previous < index <= turn}
-                part = self._render(plain[: turn + 1], new, plain_tools)
+                part = self._render(plain[: turn + 1], new, prepared.tools)
                 examples.append(self._example(part, part.spans, new))
             return examples
         except RendererError as error:
             self._note_system_prompt(error, messages)
             raise
 
-    def build_text_example(self, text: str) -> tuple[ModelInput, np.ndarray]:
-        """Plain text, no conversation: every token is trained, and the end-of-text token after it.
+    def render_text(self, text: str) -> Example:
+        """An example of plain text: every token is trained, and the end-of-text token after it.
 
         Control tokens that the text spells are encoded as those tokens: it may be a conversation that was
         rendered already. Such a text is not given a second BOS token, nor another token behind the one
@@ -194,13 +176,13 @@ class Renderer(ABC):
         return self._example(Rendering(whole), {0: Span(len(before), len(whole))}, {0: 1.0})
 
     def is_rendered(self, prompt: str) -> bool:
-        """Whether a prompt begins as this format prints one, so that it is text and no user's message."""
+        """Whether a prompt begins as this format prints one: then it is no message but rendered text."""
         begun = prompt.lstrip()
         return self._encoder.control.match(begun) is not None or bool(
             self._opening and begun.startswith(self._opening)
         )
 
-    def build_completion_example(self, prompt: str, completion: str) -> tuple[ModelInput, np.ndarray]:
+    def render_completion(self, prompt: str, completion: str) -> Example:
         """A prompt that is rendered already (`is_rendered`) and what the model writes behind it.
 
         Control tokens that the two spell are encoded as those tokens. The completion is trained to its
@@ -231,7 +213,7 @@ class Renderer(ABC):
         if self._encoder.control.search(text):
             notes.count("text", "held control tokens, encoded as those tokens")
         if self.system_prompt:
-            notes.count("text", "stood without the system_prompt: what is no message is given none")
+            notes.count("text", "had no system_prompt before them: plain text is given none")
         note_tokens_of_other_formats("text", text, self._encoder.ids)
 
     def _bos_before(self, text: str) -> str:
@@ -265,7 +247,7 @@ class Renderer(ABC):
 
     @cached_property
     def _end_of_turn(self) -> str:
-        """What ends a reply."""
+        """The end-of-turn token, or the text that ends a reply."""
         stop = self.get_stop_sequences()[0]
         return stop if isinstance(stop, str) else str(self.tokenizer.convert_ids_to_tokens(stop))
 
@@ -282,8 +264,8 @@ class Renderer(ABC):
 
     @cached_property
     def _reply_headers(self) -> list[str]:
-        """What stands before a reply: the generation prompt behind a user's message, and the header of a
-        reply in the history, which may be shorter."""
+        """The headers of a reply: the generation prompt after a user's message, and the header in
+        the history, which may be shorter."""
         user: PlainMessage = {"role": "user", "content": "x"}
         reply: PlainMessage = {"role": "assistant", "content": SENTINEL}
         with suppress(RendererError):
@@ -295,45 +277,61 @@ class Renderer(ABC):
         return []
 
     def _prepare(
-        self, messages: Sequence[Message], train_on_what: TrainOnWhat, tools: Sequence[Tool] | None
-    ) -> tuple[list[PlainMessage], list[Tool] | None, dict[int, float]]:
-        """Guarded messages and tools, and the weight of each message to train, ascending."""
-        plain, plain_tools = self._guarded(messages, tools)
-        shift = len(plain) - len(messages)
-        train_on_what = TrainOnWhat(train_on_what)
-        chosen = chosen_messages(messages, train_on_what)
-        whole = train_on_what == TrainOnWhat.ALL_TOKENS
-        trained = {*range(len(messages))} - {*untrained_messages(messages)} if whole else chosen
-        for index in sorted(trained):
-            self._check_holds_no_more(plain[index + shift], index + 1)
-        return plain, plain_tools, {index + shift: weight_of(messages[index]) for index in chosen}
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Tool] | None,
+        train_on_what: TrainOnWhat | None = None,
+    ) -> Prepared:
+        """The conversation for the format: checked and guarded messages, the system prompt before them.
 
-    def _check_holds_no_more(self, message: PlainMessage, number: int) -> None:
-        """Raises RendererError for a trained reply with fields of the API that no format prints."""
-        for key, instead in (("function_call", "tool_calls"), ("refusal", "content")):
-            if message["role"] == "assistant" and message.get(key):
+        Raises RendererError, naming the message by its number, for what the format cannot render or train.
+        """
+        plain, trainings = normalize(messages, self.name, ROLES if self.tools_in_system else self.roles)
+        check_tools(tools)
+        if self.tools_in_system:
+            plain, trainings = with_tools_in_system(plain, trainings, tools)
+            check_roles(plain, self.name, self.roles)
+            tools = None
+        elif tools and not self.takes_tools:
+            raise RendererError(
+                f"Renderer `{self.name}` has no place for tools ({len(tools)} given). Describe them in a "
+                "system message, as tools_in_system=True does, or remove them."
+            )
+        weights: dict[int, float] = {}
+        untrained = [index for index, training in enumerate(trainings) if training.factor == 0]
+        if train_on_what is not None:
+            mode = TrainOnWhat(train_on_what)
+            weights = chosen_messages([message["role"] for message in plain], trainings, mode)
+            whole = {*range(len(plain))} - {*untrained} if mode == TrainOnWhat.ALL_TOKENS else weights
+            for index in sorted(whole):
+                for key, instead in (("function_call", "tool_calls"), ("refusal", "content")):
+                    if plain[index]["role"] == "assistant" and plain[index].get(key):
+                        raise RendererError(
+                            f"Renderer `{self.name}` cannot train message {index + 1}: it has `{key}`. "
+                            f"Write that as `{instead}`, or do not train the message."
+                        )
+        if self.system_prompt:
+            if "system" not in self.roles:
                 raise RendererError(
-                    f"Renderer `{self.name}` cannot train message {number}: it has `{key}`. "
-                    f"Write that as `{instead}`, or leave the message out of the training."
+                    f"Renderer `{self.name}` has no system role, so no place for a system prompt."
                 )
-
-    def _guarded(
-        self, messages: Sequence[Message], tools: Sequence[Tool] | None
-    ) -> tuple[list[PlainMessage], list[Tool] | None]:
-        """What the format renders: checked messages with the system prompt before them, and the tools."""
-        plain = self._plain(messages)
-        self._check_tools(tools)
-        return self._encoder.guard(plain), self._encoder.guard_tools(tools) if tools else None
-
-    def _plain(self, messages: Sequence[Message]) -> list[PlainMessage]:
-        """Checked messages with the system prompt before them, their replies without end tokens."""
-        plain = self._with_system_prompt(normalize(messages, self.name, self.roles))
+            if plain[0]["role"] in _SYSTEM_ROLES:
+                plain[0] = {**plain[0], "content": f"{self.system_prompt}\n\n{plain[0]['content']}"}
+            else:
+                plain.insert(0, {"role": "system", "content": self.system_prompt})
+                weights = {index + 1: weight for index, weight in weights.items()}
+                untrained = [index + 1 for index in untrained]
         for index, message in enumerate(plain):
             text = message.get("content", "")
             note_tokens_of_other_formats("message", text, self._encoder.ids)
             if message["role"] == "assistant" and text.rstrip()[-1:] in self._last_of_ends:
                 plain[index] = self._without_end_tokens(message)
-        return plain
+        guarded_tools = self._encoder.guard_tools(tools) if tools else None
+        return Prepared(self._guarded(plain), guarded_tools, weights, untrained)
+
+    def _guarded(self, messages: Sequence[PlainMessage]) -> list[PlainMessage]:
+        """The messages with what would read as a control token escaped."""
+        return self._encoder.guard(messages)
 
     def _without_end_tokens(self, reply: PlainMessage) -> PlainMessage:
         """A reply without the end token that its author wrote at its end: the format prints it there.
@@ -360,58 +358,33 @@ class Renderer(ABC):
         """The characters that end tokens end with: what ends otherwise need not be looked at."""
         return frozenset(end[-1] for end in self._end_tokens)
 
-    def _with_system_prompt(self, plain: list[PlainMessage]) -> list[PlainMessage]:
-        if not self.system_prompt:
-            return plain
-        if "system" not in self.roles:
-            raise RendererError(
-                f"Renderer `{self.name}` has no system role, so no place for a system prompt."
-            )
-        first = plain[0]
-        if first["role"] in _SYSTEM_ROLES:
-            return [{**first, "content": f"{self.system_prompt}\n\n{first['content']}"}, *plain[1:]]
-        return [{"role": "system", "content": self.system_prompt}, *plain]
-
     def _note_system_prompt(self, error: RendererError, messages: Sequence[Message]) -> None:
         first = messages[0] if isinstance(messages, (list, tuple)) and messages else None
         has_no_system = isinstance(first, Mapping) and first.get("role") not in _SYSTEM_ROLES
         if self.system_prompt and has_no_system:
             error.add_note("(The system prompt may be counted as message 1.)")
 
-    def _check_tools(self, tools: Sequence[Tool] | None) -> None:
-        check_tools(tools)
-        if tools and not self.takes_tools:
-            raise RendererError(
-                f"Renderer `{self.name}` has no place for tools ({len(tools)} given). Describe them in a "
-                "system message, as tools_in_system=True does, or leave them out."
-            )
-
     def _example(
         self, rendering: Rendering, spans: Mapping[int, Span], weights: Mapping[int, float]
-    ) -> tuple[ModelInput, np.ndarray]:
+    ) -> Example:
         positions = [position for index in weights for position in spans[index]]
         tokens = self._encoder.encode(rendering.text, rendering.cuts, positions)
         weights_T = np.zeros(len(tokens.ids), dtype=np.float32)
         for index, weight in weights.items():
             start, end = spans[index]
             weights_T[tokens.index(start) : tokens.index(end)] = weight
-        return ModelInput((EncodedTextChunk(tokens.ids),)), weights_T
+        return Example(tokens.ids, weights_T)
 
-    def _whole_example(
-        self,
-        rendering: Rendering,
-        plain: Sequence[PlainMessage],
-        messages: Sequence[Message],
-        tools: Sequence[Tool] | None,
-    ) -> tuple[ModelInput, np.ndarray]:
-        """Every token trained but those of the messages that say they are not."""
-        shift = len(plain) - len(messages)
+    def _all_spans(
+        self, rendering: Rendering, prepared: Prepared
+    ) -> tuple[dict[int, Span], dict[int, float]]:
+        """Spans, and their weights, of all tokens but those of messages that are not trained."""
         spans, start = [], 0
-        for index in [index + shift for index in untrained_messages(messages)]:
-            spans.append(Span(start, self._start_of(index, plain, rendering, tools)))
-            start = self._start_of(index + 1, plain, rendering, tools)
+        for index in prepared.untrained:
+            spans.append(Span(start, self._start_of(index, prepared.messages, rendering, prepared.tools)))
+            start = self._start_of(index + 1, prepared.messages, rendering, prepared.tools)
         spans.append(Span(start, len(rendering.text)))
-        return self._example(rendering, dict(enumerate(spans)), dict.fromkeys(range(len(spans)), 1.0))
+        return dict(enumerate(spans)), dict.fromkeys(range(len(spans)), 1.0)
 
     def _start_of(
         self,
@@ -420,9 +393,9 @@ class Renderer(ABC):
         rendering: Rendering,
         tools: Sequence[Tool] | None,
     ) -> int:
-        """Where a message with its header begins in the rendering: where the messages before it end.
+        """The position where a message with its header begins, and the messages before it end.
 
-        The first one begins with the text; what the format says of itself there belongs to it.
+        The first one begins with the text; what the format prints before it belongs to it.
         """
         if index in (0, len(messages)):
             return len(rendering.text) if index else 0
@@ -453,8 +426,8 @@ class Renderer(ABC):
     ) -> ModelInput:
         """The prompt for a message of `role`: a prefix of what that message is trained on."""
         try:
-            messages, tools = self._described(messages, tools)
-            rendering = self._render_prompt(*self._guarded(messages, tools), role)
+            prepared = self._prepare(messages, tools)
+            rendering = self._render_prompt(prepared.messages, prepared.tools, role)
         except RendererError as error:
             self._note_system_prompt(error, messages)
             raise
@@ -462,7 +435,7 @@ class Renderer(ABC):
 
     @abstractmethod
     def get_stop_sequences(self) -> list[str] | list[int]:
-        """What ends a reply: token ids, or text for a format without an end-of-turn token."""
+        """The ends of a reply: token ids, or text for a format without an end-of-turn token."""
 
     @abstractmethod
     def parse_response(self, tokens: Sequence[int]) -> tuple[Message, bool]:
@@ -502,7 +475,7 @@ class Renderer(ABC):
         index: int,
         tools: Sequence[Tool] | None,
     ) -> Span:
-        """Where a rewritten message lies in the rendering."""
+        """The span of a rewritten message in the rendering."""
         return rendering.spans[index]
 
     def _token_id(self, text: str) -> int:

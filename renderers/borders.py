@@ -1,4 +1,4 @@
-"""Where a tokenizer is known to part a text that no control token parts.
+"""Borders at which a tokenizer is known to part a text, without a control token.
 
 Most tokenizers cut a text into words before they look for tokens, so a border between words is one
 between tokens, and the tokens on either side depend on that side alone. Which borders are certain is

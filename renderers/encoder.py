@@ -20,13 +20,15 @@ from itertools import compress, count, groupby, pairwise, repeat
 from os.path import commonprefix
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from cookbook.errors import RendererError
 from cookbook.utils import notes
 from renderers.borders import BORDER, parts_at_border
 from renderers.messages import PlainMessage, Tool, map_strings
 
 if TYPE_CHECKING:
-    from tokenizers import AddedToken, Encoding, Tokenizer
+    from tokenizers import AddedToken, Tokenizer
     from transformers import PreTrainedTokenizerBase
 
 ESCAPE = "\U000f5a3c"
@@ -44,13 +46,18 @@ _NAMED_FOR_THE_USER = ("sep_token", "cls_token", "mask_token")
 """Names that transformers has for tokens which no chat model uses unless its template does."""
 
 
+TOKEN_DTYPE = np.dtype(np.int32)
+"""The type of token ids from here to the training API: no vocabulary needs more, and rendered data take half
+the room that int64 would."""
+
+
 @dataclass(slots=True)
 class Tokens:
-    """Token ids, and where in the text they begin: each of them, or at the `known` positions alone."""
+    """Token ids (int32), and where in the text they begin: all of them, or those at `known` positions."""
 
-    ids: list[int]
-    starts: list[int] = field(default_factory=list)
-    known: dict[int, int] = field(default_factory=dict)
+    ids: np.ndarray
+    starts: Sequence[int] = ()
+    known: Mapping[int, int] = field(default_factory=dict)
 
     def index(self, position: int) -> int:
         """The first token that begins at or after a position of the text."""
@@ -116,7 +123,7 @@ class Encoder:
         self._controls_take_space = any(added[self.ids[text]].lstrip for text in controls)
         self._encode_tail = lru_cache(maxsize=1024)(self._ids)
         self._encode_stretch = lru_cache(maxsize=4096)(self._stretch)
-        self._latest: tuple[str, tuple[int, ...], list[int]] = ("", (), [])
+        self._latest: tuple[str, list[int], list[int]] = ("", [], [])
 
     # -- text that spells control tokens ------------------------------------------------------
 
@@ -144,7 +151,7 @@ class Encoder:
             raise RendererError(f"The text contains {found[0]!r}, which renderers reserve. Remove it.")
 
     def guard_tools(self, tools: Sequence[Tool]) -> list[Tool]:
-        """The same for the descriptions of tools."""
+        """Escapes control tokens in the descriptions of tools."""
         return [
             map_strings(partial(self._foreign_elsewhere.sub, partial(self._escape, 0)), tool)
             for tool in tools
@@ -178,56 +185,54 @@ class Encoder:
         for match in self.control.finditer(text):
             edges += match.span()
             controls.append(self.ids[match[0]])
-        borders = self._borders_in(text, cuts, positions)
-        if {0, len(text), *cuts, *edges, *borders}.issuperset(positions):
-            # Tokens need not be found by their characters, which the tokenizer is slow to count.
-            tokens = self._encode_parted(text, borders) if borders else self._encode_on(text, edges)
+        borders: list[int] = []  # at which the text is certain to part
+        if BORDER in text and self._parts_at_border:
+            borders = sorted({at for at in (*cuts, *positions) if text[at - 1 : at + 1] == BORDER})
+        starts: list[int] = []
+        known: dict[int, int] = {}
+        if not {0, len(text), *cuts, *edges, *borders}.issuperset(positions):
+            with _panics_as_errors(text):
+                encoding = self._ready_backend().encode(text, add_special_tokens=False)
+            ids, starts = encoding.ids, [start for start, _ in encoding.offsets]
+        elif borders:  # tokens need not be found by their characters, which the tokenizer is slow to count
+            ids = self._ids(text[: borders[0]])
+            for start, end in pairwise([*borders, len(text)]):
+                known[start] = len(ids)
+                ids += self._ids(text[start:end])
         else:
-            encoding = self._encode_joined(text)
-            tokens = Tokens(encoding.ids, [start for start, _ in encoding.offsets])
-        ids, known = tokens.ids, tokens.known
+            # A control token parts a text, so what follows one that the latest text has too is encoded anew,
+            # and the ids before it are known.
+            latest, ids, places = self._latest
+            num_shared = bisect_left(edges[1::2], True, key=lambda end: not latest.startswith(text[:end]))
+            if num_shared < 2 or not self._controls_part:
+                ids = self._ids(text)
+            else:
+                start, place = edges[2 * num_shared - 2], places[num_shared - 1]
+                ids = [*ids[:place], *self._ids(text[start:])]
         places = list(compress(count(), map(self._control_ids.__contains__, ids)))
         if [ids[place] for place in places] != controls:
             return self._encode_apart(text, cuts)
-        self._latest = text, tuple(ids), places
+        self._latest = text, ids, places
         known.update(zip(edges, [edge for place in places for edge in (place, place + 1)], strict=True))
         known[0], known[len(text)] = 0, len(ids)
         loose = [cut for cut in cuts if cut not in borders]
-        return tokens if self._cuts_are_clean(text, tokens, loose, edges) else self._encode_apart(text, cuts)
+        if not self._cuts_are_clean(text, ids, known, loose, edges):
+            return self._encode_apart(text, cuts)
+        return Tokens(np.array(ids, TOKEN_DTYPE), starts, known)
 
-    def _borders_in(self, text: str, cuts: Sequence[int], positions: Collection[int]) -> list[int]:
-        """Those of the cuts and positions, ascending, at which the text is certain to part."""
-        if BORDER not in text or not self._parts_at_border:
-            return []
-        return sorted({place for place in (*cuts, *positions) if text[place - 1 : place + 1] == BORDER})
-
-    def _encode_parted(self, text: str, borders: Sequence[int]) -> Tokens:
-        """Encode without offsets; the tokens know the borders."""
-        tokens = Tokens(self._ids(text[: borders[0]] if borders else text))
-        for start, end in pairwise([*borders, len(text)]):
-            tokens.known[start] = len(tokens.ids)
-            tokens.ids.extend(self._ids(text[start:end]))
-        return tokens
-
-    def _encode_on(self, text: str, edges: Sequence[int]) -> Tokens:
-        """Encode without offsets; the ids of what the latest text began with too need not be found again.
-
-        A control token parts a text, so what stands from one on is encoded the same whatever stands before.
-        """
-        latest, ids, places = self._latest
-        num_shared = bisect_left(edges[1::2], True, key=lambda end: not latest.startswith(text[:end]))
-        if num_shared < 2 or not self._controls_part:
-            return Tokens(self._ids(text))
-        start, place = edges[2 * num_shared - 2], places[num_shared - 1]
-        return Tokens([*ids[:place], *self._ids(text[start:])])
-
-    def _cuts_are_clean(self, text: str, tokens: Tokens, cuts: Sequence[int], edges: Sequence[int]) -> bool:
-        """Whether each cut parts the tokens; they know it then.
+    def _cuts_are_clean(
+        self,
+        text: str,
+        ids: list[int],
+        known: dict[int, int],
+        cuts: Sequence[int],
+        edges: Sequence[int],
+    ) -> bool:
+        """Whether each cut parts the tokens; adds its token to `known` then.
 
         Control tokens, whose ends are every other edge, part a text anyway, so only what follows the last
         one before the cut can differ.
         """
-        known, ids = tokens.known, tokens.ids
         for cut in cuts:
             num_before = bisect_right(edges, cut) // 2 * 2
             start = edges[num_before - 2] if num_before else 0
@@ -238,17 +243,13 @@ class Encoder:
         return True
 
     def _ids(self, text: str) -> list[int]:
-        with _told_of_panics(text):
+        with _panics_as_errors(text):
             (encoding,) = self._ready_backend().encode_batch_fast([text], add_special_tokens=False)
         ids: list[int] = encoding.ids
         return ids
 
-    def _encode_joined(self, text: str) -> Encoding:
-        with _told_of_panics(text):
-            return self._ready_backend().encode(text, add_special_tokens=False)
-
     def _ready_backend(self) -> Tokenizer:
-        """The backend, as no one left it who truncates or pads with it."""
+        """The backend, without the truncation and the padding that other code may have set on it."""
         backend = self._backend
         if backend.truncation is not None or backend.padding is not None or backend.encode_special_tokens:
             backend.no_truncation()
@@ -270,17 +271,18 @@ class Encoder:
         edges = [0, len(text)]
         if self._controls_part and not self._controls_take_space:
             edges = [*sorted({0, *(match.start() for match in self.control.finditer(text))}), len(text)]
-        tokens = Tokens([], [])
+        ids: list[int] = []
+        starts: list[int] = []
         next_cut = 0
         for start, end in pairwise(edges):
             first_cut = next_cut
             while next_cut < len(cuts) and cuts[next_cut] < end:
                 next_cut += 1
             inner = tuple(cut - start for cut in cuts[first_cut:next_cut])
-            ids, starts = self._encode_stretch(text[start:end], inner)
-            tokens.ids.extend(ids)
-            tokens.starts.extend([start + position for position in starts])
-        return tokens
+            found, positions = self._encode_stretch(text[start:end], inner)
+            ids += found
+            starts += [start + position for position in positions]
+        return Tokens(np.array(ids, TOKEN_DTYPE), starts)
 
     def _stretch(self, text: str, cuts: tuple[int, ...]) -> tuple[Sequence[int], Sequence[int]]:
         """The ids of a text that the copy encodes at once, and where in the text each begins."""
@@ -303,7 +305,7 @@ class Encoder:
         origins.append(len(text))
 
         copy, originals = self._copy
-        with _told_of_panics(text):
+        with _panics_as_errors(text):
             encoding = copy.encode("".join(pieces), add_special_tokens=False)
         ids: list[int] = []
         starts: list[int] = []
@@ -352,10 +354,10 @@ class Encoder:
 
 
 @contextmanager
-def _told_of_panics(text: str) -> Iterator[None]:
+def _panics_as_errors(text: str) -> Iterator[None]:
     """Raises RendererError where the tokenizers library gives up, as on an expression that takes too long.
 
-    Its error is no Exception, which ends threads and processes without a word of the text.
+    Its error is not an Exception, so it would end threads and processes without naming the text.
     """
     try:
         yield

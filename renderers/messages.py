@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Required, TypeAlias, TypedDict
 
 from cookbook.errors import RendererError
-from renderers.training_flags import TRAINING_KEYS, refuse_on_part, training_of
+from renderers.training_flags import TRAINING_KEYS, UNSAID, Training, refuse_on_part, training_of
 
 
 class ContentPart(TypedDict, total=False):
@@ -50,32 +50,43 @@ class Message(TypedDict, total=False):
 
 
 PlainMessage: TypeAlias = dict[str, Any]
-"""A checked message: `content` is a string or absent, no value is None, and none of `thinking`,
-`reasoning` and what a message says of its training is left."""
+"""A checked message: `content` is a string or absent, no value is None, and the keys `thinking` and
+`reasoning` and those about training are gone."""
 
 Tool: TypeAlias = Mapping[str, Any]
 """A tool as OpenAI describes it: `type` is `function`, `function` has `name`, `description`, `parameters`."""
 
-_THINKING = ("reasoning_content", "thinking", "reasoning")
-_OURS = frozenset((*_THINKING, *TRAINING_KEYS))
+THINKING_KEYS = ("reasoning_content", "reasoning", "thinking")
+"""Names of what a reply thought; a plain message has the first."""
+
+_OURS = frozenset((*THINKING_KEYS, *TRAINING_KEYS))
 _DEEPEST = 100
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
-def normalize(messages: Sequence[Message], renderer: str, roles: Sequence[str]) -> list[PlainMessage]:
-    """Check the messages and write them in one way, leaving the caller's alone."""
+def normalize(
+    messages: Sequence[Message], renderer: str, roles: Sequence[str]
+) -> tuple[list[PlainMessage], list[Training]]:
+    """The messages, checked and in one spelling, and the training flags of each.
+
+    The caller's messages are left alone. This is where messages are checked: what comes behind it takes
+    them as they are. Raises RendererError, naming the message by its number.
+    """
     if not isinstance(messages, (list, tuple)):
         raise RendererError(f"`messages` must be a list of messages; it is a {type(messages).__name__}.")
     if not messages:
         raise RendererError(f"Renderer `{renderer}` was given no messages. Pass at least one.")
     plain: list[PlainMessage] = []
+    trainings: list[Training] = []
     for number, message in enumerate(messages, 1):
         content = message.get("content") if type(message) is dict and len(message) == 2 else None
         if type(content) is str and content.isascii() and message.get("role") in roles:
             plain.append({**message})  # as most messages are: nothing is left to check
+            trainings.append(UNSAID)
         else:
             plain.append(_normalize_one(message, number, renderer, roles))
-    return plain
+            trainings.append(training_of(message, f"message {number}"))
+    return plain, trainings
 
 
 def _normalize_one(message: Message, number: int, renderer: str, roles: Sequence[str]) -> PlainMessage:
@@ -85,20 +96,16 @@ def _normalize_one(message: Message, number: int, renderer: str, roles: Sequence
         )
     role = message.get("role")
     if role not in roles:
-        raise RendererError(
-            f"Renderer `{renderer}` cannot render role `{role}` (message {number}). "
-            f"Supported: {', '.join(roles)}."
-        )
+        raise _unsupported_role(role, number, renderer, roles)
     plain = {key: value for key, value in message.items() if value is not None and key not in _OURS}
-    training_of(message, f"message {number}")
-    thoughts = [item for item in map(dict[str, Any](message).get, _THINKING) if item is not None]
+    thoughts = [item for item in map(dict[str, Any](message).get, THINKING_KEYS) if item is not None]
     if "content" in plain:
         content, thought = _text_of(plain["content"], number, renderer)
         plain["content"] = check_characters(content, f"Message {number}")
         if thought:
             thoughts.append(thought)
     if thoughts:
-        plain["reasoning_content"] = _one_of(thoughts, number)
+        plain["reasoning_content"] = one_text_of_thinking(thoughts, f"message {number}")
     replies = [key for key in ("reasoning_content", "tool_calls") if plain.get(key)]
     for key in replies:
         if role != "assistant":
@@ -115,17 +122,32 @@ def _normalize_one(message: Message, number: int, renderer: str, roles: Sequence
     return plain
 
 
-def _one_of(thoughts: Sequence[object], number: int) -> str:
-    """The thinking that stands under several names."""
+def check_roles(messages: Sequence[PlainMessage], renderer: str, roles: Sequence[str]) -> None:
+    """Raises RendererError for a message of a role that the renderer cannot render."""
+    for number, message in enumerate(messages, 1):
+        if message["role"] not in roles:
+            raise _unsupported_role(message["role"], number, renderer, roles)
+
+
+def _unsupported_role(role: object, number: int, renderer: str, roles: Sequence[str]) -> RendererError:
+    return RendererError(
+        f"Renderer `{renderer}` cannot render role `{role}` (message {number}). "
+        f"Supported: {', '.join(roles)}."
+    )
+
+
+def one_text_of_thinking(thoughts: Sequence[object], where: str) -> str:
+    """The thinking that a message has under several names.
+
+    Raises RendererError, naming `where` the message stands, for anything but one string.
+    """
     for thought in thoughts:
         if not isinstance(thought, str):
-            raise RendererError(
-                f"The thinking of message {number} is a {type(thought).__name__}. Use a string."
-            )
+            raise RendererError(f"The thinking of {where} is a {type(thought).__name__}. Use a string.")
     held = [thought for thought in thoughts if thought]
     if any(thought != held[0] for thought in held):
         raise RendererError(
-            f"Message {number} has two different texts of thinking. Give one, as `reasoning_content`."
+            f"There are two different texts of thinking in {where}. Give one, as `reasoning_content`."
         )
     return str(held[0]) if held else ""
 
@@ -144,7 +166,7 @@ def _has_function(value: object) -> bool:
 
 
 def _text_of(content: object, number: int, renderer: str) -> tuple[str, str]:
-    """What the content says, and what it thinks."""
+    """The text of the content and the text of its thinking."""
     if isinstance(content, str):
         return content, ""
     if not isinstance(content, Sequence):
@@ -166,7 +188,7 @@ def _text_of(content: object, number: int, renderer: str) -> tuple[str, str]:
 
 
 def check_characters(text: str, owner: str) -> str:
-    """JSON can spell half of a surrogate pair, which is no character and has no bytes."""
+    """The text. Raises RendererError for half of a surrogate pair, which JSON can spell and UTF-8 cannot."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -177,7 +199,7 @@ def check_characters(text: str, owner: str) -> str:
 
 
 def check_json(value: object, owner: str, what_else: bool = False, depth: int = 0) -> None:
-    """Raises RendererError for what cannot be printed as JSON; `what_else` lets other types stand."""
+    """Raises RendererError for what cannot be printed as JSON; `what_else` allows other types."""
     if isinstance(value, str):
         check_characters(value, owner)
     elif depth > _DEEPEST:
@@ -193,7 +215,7 @@ def check_json(value: object, owner: str, what_else: bool = False, depth: int = 
             check_json(item, owner, what_else, depth + 1)
     elif not (what_else or value is None or isinstance(value, (int, float))):
         raise RendererError(
-            f"{owner} has a {type(value).__name__}, which is no JSON. Write it as a string or a list."
+            f"{owner} has a {type(value).__name__}, which JSON cannot hold. Write it as a string or a list."
         )
 
 

@@ -1,7 +1,7 @@
 """A reply shown while it is sampled: each piece of text once it is certain which field it belongs to.
 
-A format declares its reply as named sections and the markers between them. Held back is only what
-may still turn out to be markup: part of a marker, white space that is dropped where a section
+A format declares its reply as named sections and the markers between them. Only text that may still turn out
+to be markup is held back: part of a marker, white space that is dropped where a section
 ends, and part of a character. The end token settles the rest by parsing the whole reply.
 """
 
@@ -19,9 +19,9 @@ Field: TypeAlias = Literal["content", "reasoning_content"]
 START = "start"
 """The name of the section that a reply begins with."""
 
-_HALF = "\ufffd"  # what decoding makes of bytes that are no character, or not yet
+_HALF = "\ufffd"  # decoded from bytes that are not a whole character (yet)
 _MAX_PENDING = 16  # tokens without a whole character; a character has at most 4 bytes
-_CONTEXT = 8  # tokens decoded again with what follows a run of bytes that are no characters
+_CONTEXT = 8  # tokens decoded again after a run of bytes that are not characters
 
 
 class Delta(NamedTuple):
@@ -58,8 +58,8 @@ PLAIN: Sections = {START: Section("content")}
 class ResponseStream:
     """Takes the tokens of one reply as they are sampled, in any pieces.
 
-    Of a well-formed reply the deltas of a field join to the text of that field. A reply that is cut
-    short or malformed may show less, or otherwise, than the message that `finish` gives.
+    The deltas of a field of a well-formed reply join to the text of that field. For a truncated
+    or malformed reply they may differ from the message that `finish` returns.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class ResponseStream:
         self._shown: dict[Field, list[str]] = {"reasoning_content": [], "content": []}
 
     def feed(self, tokens: Iterable[int]) -> list[Delta]:
-        """What the new tokens add to the reply. The time it takes grows with their number only."""
+        """The deltas that the new tokens add to the reply. Takes time in proportion to the new tokens."""
         text: list[str] = []
         rest: list[Delta] = []
         for token in tokens:
@@ -98,7 +98,7 @@ class ResponseStream:
         return _joined([*rest, *self._show(self._reader.feed("".join(text)))])
 
     def finish(self) -> tuple[Message, bool]:
-        """What `parse_response` makes of all the tokens."""
+        """The message in all the tokens, as `parse_response` returns it."""
         return self._parse(self._tokens)
 
     def _text(self, token: int) -> str:
@@ -114,7 +114,7 @@ class ResponseStream:
         return shown
 
     def _spelled(self, delta: Delta) -> Delta:
-        """A control token that is no marker where it stands is text after all."""
+        """The delta with control tokens spelled that are not markers where they stand."""
         if ESCAPE not in delta.text:
             return delta
         text = delta.text
@@ -180,7 +180,7 @@ class _Characters:
         self._decode = decode
         self._context: list[int] = []
         self._pending: list[int] = []  # tokens since the text last ended with a whole character
-        self._num_given = 0  # characters of the text of both that were given out
+        self._num_given = 0  # characters of the text of both that were returned already
 
     def feed(self, token: int) -> str:
         self._pending.append(token)
@@ -259,14 +259,14 @@ class _Reader:
 
 
 def _first_marker(markers: Iterable[str], text: str, position: int) -> int | None:
-    """Where the marker at the position ends: where it is without one, None if it is too early to say."""
+    """The end of the marker at the position; the position without one, None if that is not yet certain."""
     if any(len(marker) > len(text) - position and marker.startswith(text[position:]) for marker in markers):
         return None
     return position + max((len(marker) for marker in markers if text.startswith(marker, position)), default=0)
 
 
 def _start_of_a_part(markers: Iterable[str], text: str, position: int) -> int:
-    """Where the text ends but for what could grow into a marker."""
+    """The position of a last part that could grow into a marker; the end of the text without one."""
     longest = max(map(len, markers), default=0)
     for start in range(max(position, len(text) - longest + 1), len(text)):
         tail = text[start:]

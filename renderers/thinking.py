@@ -18,11 +18,11 @@ THINKING: Sections = {
 """A reply that may begin with a think block."""
 
 THINKING_BEGUN: Sections = {**THINKING, START: replace(THINKING["thinking"], begins={THINK: "thinking"})}
-"""The same where the prompt ends with the opening tag."""
+"""A reply whose prompt ends with the opening tag."""
 
 
 def parse_thinking(text: str, begun: bool = False) -> tuple[Message, bool]:
-    """An assistant message of a reply's text, and whether a block that it begins with is closed.
+    """The assistant message in a reply's text, and whether a block that it begins with is closed.
 
     What it thought goes to `reasoning_content`, as in `message_with_thinking`. With `begun` the prompt
     supplies the opening tag, though the reply may repeat it.
@@ -35,10 +35,10 @@ def parse_thinking(text: str, begun: bool = False) -> tuple[Message, bool]:
 
 
 def message_with_thinking(text: str) -> Message:
-    """An assistant message of a reply's text; what it thought goes to `reasoning_content`.
+    """The assistant message in a reply's text; its thinking goes to `reasoning_content`.
 
-    The opening tag may be missing: some prompts supply it. An empty block is no thinking, and said to be
-    empty only where the content names the closing tag, or that would read as the end of a thought.
+    The opening tag may be missing: some prompts supply it. An empty block gives no
+    `reasoning_content`, or an empty one where the content holds the closing tag and would be read as its end.
     """
     if END_THINK not in text:
         return {"role": "assistant", "content": text}
@@ -49,6 +49,6 @@ def message_with_thinking(text: str) -> Message:
 
 
 def said_without_thinking(content: str) -> Message:
-    """A reply that did not think."""
+    """The message of a reply without thinking."""
     message: Message = {"role": "assistant", "content": content}
     return {**message, "reasoning_content": ""} if END_THINK in content else message

@@ -7,39 +7,42 @@ chat template knows neither tools nor their calls nor their results.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 from renderers.formats.hermes_tools import describe_tools, print_calls
-from renderers.messages import ROLES, Message, PlainMessage, Tool, check_tools, normalize
-from renderers.training_flags import TRAINING_KEYS
+from renderers.messages import PlainMessage, Tool
+from renderers.training_flags import UNSAID, Training
 
 
 def with_tools_in_system(
-    messages: Sequence[Message], tools: Sequence[Tool] | None, renderer: str
-) -> list[Message]:
+    messages: Sequence[PlainMessage], trainings: Sequence[Training], tools: Sequence[Tool] | None
+) -> tuple[list[PlainMessage], list[Training]]:
     """The messages with the tools in the system message, calls as text, and results as users' messages.
 
-    A conversation without tools, calls or results is the same as before. Raises RendererError, in the name of
-    the renderer, for messages that have not the shape of messages.
+    What each says of its training stands beside it. A conversation without tools, calls or results is the
+    same as before.
     """
-    check_tools(tools)
-    plain = normalize(messages, renderer, ROLES)
-    written: list[dict[str, Any]] = []
-    for index, message in enumerate(plain):
-        says_of_training = {key: value for key, value in messages[index].items() if key in TRAINING_KEYS}
-        text = {**_as_text(message, index + 1), **says_of_training}
-        follows_result = index > 0 and message["role"] == plain[index - 1]["role"] == "tool"
-        if follows_result and written[-1] == {**text, "content": written[-1]["content"]}:
-            written[-1]["content"] += f"\n{text['content']}"  # results in a row are one message of the user
+    written: list[PlainMessage] = []
+    kept: list[Training] = []
+    for index, (message, training) in enumerate(zip(messages, trainings, strict=True)):
+        text = _as_text(message, index + 1)
+        follows_result = index > 0 and message["role"] == messages[index - 1]["role"] == "tool"
+        is_alike = follows_result and written[-1] == {**text, "content": written[-1]["content"]}
+        if is_alike and kept[-1] == training:
+            joined = f"{written[-1]['content']}\n{text['content']}"  # results in a row are one message
+            written[-1] = {**written[-1], "content": joined}
         else:
             written.append(text)
+            kept.append(training)
     if tools:
         described = describe_tools(tools)
         if written[0]["role"] in ("system", "developer"):
-            written[0]["content"] = "\n\n".join(filter(None, [written[0].get("content"), described]))
+            content = "\n\n".join(filter(None, [written[0].get("content"), described]))
+            written[0] = {**written[0], "content": content}
         else:
             written.insert(0, {"role": "system", "content": described})
-    return cast("list[Message]", written)
+            kept.insert(0, UNSAID)
+    return written, kept
 
 
 def _as_text(message: PlainMessage, number: int) -> dict[str, Any]:

@@ -7,8 +7,7 @@ from enum import StrEnum
 
 from cookbook.errors import RendererError
 from cookbook.utils import notes
-from renderers.messages import Message
-from renderers.training_flags import say_nothing, training_of
+from renderers.training_flags import UNSAID, Training
 
 
 class TrainOnWhat(StrEnum):
@@ -46,75 +45,52 @@ class TrainOnWhat(StrEnum):
     """The messages that ask for it: `trainable: true`, or `train`, `training` or `loss`."""
 
 
-def weight_of(message: Message, where: str = "a message") -> float:
-    """The factor on the loss of the message's tokens; 0 if it says that it is not trained."""
-    training = training_of(message, where)
-    if training.is_wanted is False:
-        return 0.0
-    return 1.0 if training.weight is None else float(training.weight)
-
-
-def chosen_messages(messages: Sequence[Message], train_on_what: TrainOnWhat) -> list[int]:
-    """The positions of the messages to train, ascending: those of the mode that do not weigh 0.
+def chosen_messages(
+    roles: Sequence[str], trainings: Sequence[Training], train_on_what: TrainOnWhat
+) -> dict[int, float]:
+    """The weight of each message to train, by its position, ascending: those of the mode that do not weigh 0.
 
     ALL_TOKENS chooses tokens, so no messages; it has no place for weights other than 0 and 1. Messages
     that ask for what the mode does not do are counted.
     """
-    if say_nothing(messages):
-        return _chosen_by_mode(messages, train_on_what)
-    weights = [weight_of(message, f"message {number}") for number, message in enumerate(messages, 1)]
+    last_user = max((i for i, role in enumerate(roles) if role == "user"), default=-1)
+    assistants = [i for i, role in enumerate(roles) if role == "assistant"]
+    match train_on_what:
+        case TrainOnWhat.LAST_ASSISTANT_MESSAGE:
+            of_mode = assistants[-1:]
+        case TrainOnWhat.LAST_ASSISTANT_TURN:
+            of_mode = [i for i in assistants if i > last_user]
+        case TrainOnWhat.ALL_ASSISTANT_MESSAGES:
+            of_mode = assistants
+        case TrainOnWhat.ALL_MESSAGES:
+            of_mode = list(range(len(roles)))
+        case TrainOnWhat.ALL_USER_AND_SYSTEM_MESSAGES:
+            of_mode = [i for i, role in enumerate(roles) if role in ("user", "system")]
+        case TrainOnWhat.CUSTOMIZED:
+            of_mode = [i for i, training in enumerate(trainings) if training.is_wanted is True]
+        case TrainOnWhat.ALL_TOKENS:
+            of_mode = []
+    weights = [training.factor for training in trainings]
+    num_kept_out = 0
     if train_on_what == TrainOnWhat.ALL_TOKENS:
         if not {0.0, 1.0}.issuperset(weights):
             raise RendererError(
                 "A message has a weight, but all_tokens trains headers and messages alike. Remove the "
                 "weight, or choose all_messages."
             )
-        _count_kept_out(weights.count(0))
-        return []
-    of_mode = set(_chosen_by_mode(messages, train_on_what))
-    chosen = sorted(index for index in of_mode if weights[index] > 0)
-    for index, message in enumerate(messages):
-        if index in of_mode and weights[index] > 0:
-            continue
-        if weights[index] == 0 and index in of_mode:
-            _count_kept_out()
-        elif _asks(message):
-            notes.count("message", f"asked to be trained, which train_on_what={train_on_what} does not do")
-        elif weights[index] not in (0, 1):
-            notes.count("message", f"had a weight and no part in train_on_what={train_on_what}")
-    return chosen
-
-
-def _count_kept_out(number: int = 1) -> None:
-    if number:
-        notes.count("message", "kept out of training by a key such as `train: false`", number=number)
-
-
-def untrained_messages(messages: Sequence[Message]) -> list[int]:
-    """The positions of the messages that say they are not trained."""
-    return [index for index, message in enumerate(messages) if weight_of(message) == 0]
-
-
-def _asks(message: Message) -> bool:
-    return training_of(message, "a message").is_wanted is True
-
-
-def _chosen_by_mode(messages: Sequence[Message], train_on_what: TrainOnWhat) -> list[int]:
-    roles = [message["role"] for message in messages]
-    assistants = [i for i, role in enumerate(roles) if role == "assistant"]
-    match train_on_what:
-        case TrainOnWhat.LAST_ASSISTANT_MESSAGE:
-            return assistants[-1:]
-        case TrainOnWhat.LAST_ASSISTANT_TURN:
-            last_user = max((i for i, role in enumerate(roles) if role == "user"), default=-1)
-            return [i for i in assistants if i > last_user]
-        case TrainOnWhat.ALL_ASSISTANT_MESSAGES:
-            return assistants
-        case TrainOnWhat.ALL_MESSAGES:
-            return list(range(len(roles)))
-        case TrainOnWhat.ALL_USER_AND_SYSTEM_MESSAGES:
-            return [i for i, role in enumerate(roles) if role in ("user", "system")]
-        case TrainOnWhat.CUSTOMIZED:
-            return [i for i, message in enumerate(messages) if _asks(message)]
-        case TrainOnWhat.ALL_TOKENS:
-            return []
+        num_kept_out = weights.count(0)
+    else:
+        for index, training in enumerate(trainings):
+            if training is UNSAID or (index in of_mode and weights[index] > 0):
+                continue
+            if weights[index] == 0 and index in of_mode:
+                num_kept_out += 1
+            elif training.is_wanted is True:
+                what = f"asked to be trained, which train_on_what={train_on_what} does not do"
+                notes.count("message", what)
+            elif weights[index] not in (0, 1):
+                notes.count("message", f"had a weight and no part in train_on_what={train_on_what}")
+    if num_kept_out:
+        what = "kept out of training by a key such as `train: false`"
+        notes.count("message", what, number=num_kept_out)
+    return {index: weights[index] for index in of_mode if weights[index] > 0}

@@ -1,8 +1,8 @@
-"""What a message says of its own training: the keys it may say it with, and what they mean together."""
+"""Keys by which a message sets its own training, and what several of them mean together."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from cookbook.errors import RendererError
@@ -25,7 +25,7 @@ FINER_KEYS = frozenset(
         *("loss_weights", "token_weights", "token_loss_weights"),
     )
 )
-"""What other projects set finer or otherwise, by parts of a message; refused, for it is not obeyed."""
+"""Keys by which other projects train parts of a message; refused, because they are not supported."""
 
 _KEYS = TRAINING_KEYS | FINER_KEYS
 _SMALLEST, _LARGEST = 2.0**-149, (2 - 2.0**-23) * 2.0**127
@@ -33,29 +33,31 @@ _SMALLEST, _LARGEST = 2.0**-149, (2 - 2.0**-23) * 2.0**127
 
 
 class Training(NamedTuple):
-    """`is_wanted` is None, and `weight` too, where the message says nothing of it. A weight of 0 is
-    also not wanted."""
+    """The training flags of a message; None where it has none. A weight of 0 implies `is_wanted=False`."""
 
     is_wanted: bool | None = None
     weight: float | None = None
 
+    @property
+    def factor(self) -> float:
+        """The factor on the loss of the message's tokens; 0 if the message is not trained."""
+        if self.is_wanted is False:
+            return 0.0
+        return 1.0 if self.weight is None else float(self.weight)
 
-_NOTHING = Training()
 
-
-def say_nothing(messages: Iterable[Mapping[str, Any]]) -> bool:
-    """Whether no message says anything of its training, as it is in most conversations."""
-    return all(map(_KEYS.isdisjoint, messages))
+UNSAID = Training()
+"""The flags of most messages: none."""
 
 
 def training_of(message: Mapping[str, Any], where: str) -> Training:
-    """What all these keys of a message say together; null counts as absent.
+    """The training flags of a message, from all these keys together; null counts as absent.
 
     Raises RendererError, naming the keys and `where` the message stands, for values that are not of
     their kind, for keys that contradict each other, and for finer settings.
     """
     if _KEYS.isdisjoint(message):
-        return _NOTHING
+        return UNSAID
     said = {key: value for key in sorted(_KEYS & message.keys()) if (value := message[key]) is not None}
     _refuse_finer(said, where)
     weight = _weight_of(said, where)
@@ -78,11 +80,11 @@ def training_of(message: Mapping[str, Any], where: str) -> Training:
 
 
 def refuse_on_part(part: Mapping[str, Any], where: str) -> None:
-    """Raises RendererError for a part of a content that says whether it is trained."""
+    """Raises RendererError for a part of the content that sets its own training."""
     if found := [key for key in sorted(_KEYS & part.keys()) if part[key] is not None]:
         raise RendererError(
             f"a part of {where} has `{found[0]}`, and only whole messages are trained or not. Remove it, or "
-            "say it of the message."
+            "set it on the message."
         )
 
 
@@ -91,7 +93,7 @@ def _refuse_finer(said: Mapping[str, Any], where: str) -> None:
         if said[key] not in ("", [], {}):
             raise RendererError(
                 f"`{key}` of {where} is not supported: only whole messages are trained or not. Remove it, or "
-                "say `train: true`, `train: false` or `weight` instead."
+                "set `train: true`, `train: false` or `weight` instead."
             )
 
 

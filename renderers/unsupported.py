@@ -1,4 +1,4 @@
-"""What a format has no place for."""
+"""Errors for what a format has no place for."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from renderers.messages import PlainMessage
 def no_place(renderer: str, what: str, number: int) -> RendererError:
     return RendererError(
         f"Renderer `{renderer}` has no place for the {what} of message {number}. "
-        "Remove it, or leave the message out of the training."
+        "Remove it, or do not train the message."
     )
 
 
@@ -23,10 +23,10 @@ def check_thinking(renderer: str, messages: Sequence[PlainMessage], chosen: Coll
 
 
 def check_tool_calls(renderer: str, messages: Sequence[PlainMessage]) -> None:
-    """For a format without tools: refuse every call, or prompts would show replies that nobody gave."""
+    """For a format without tools: refuse every call, or prompts would show replies that were never given."""
     for number, message in enumerate(messages, 1):
         if message.get("tool_calls"):
             raise RendererError(
                 f"Renderer `{renderer}` cannot render the tool calls of message {number}. "
-                "Write them as text, or leave the conversation out."
+                "Write them as text, or remove the conversation."
             )

@@ -43,7 +43,7 @@ class ConversationBuilder(ChatDatasetBuilder):
         default=None, doc=f"of the rows: {', '.join(formats.FORMATS)}; default: recognised by their keys"
     )
     min_reward: float | None = chz.field(
-        default=None, doc="leave out rows and rollouts whose reward is lower; default: rewards are ignored"
+        default=None, doc="skip rows and rollouts whose reward is lower; default: rewards are ignored"
     )
     observation_order: ObservationOrder | None = chz.field(
         default=None,

@@ -1,4 +1,4 @@
-"""What is kept between runs, all of which can be made anew: deleting the folder loses only time."""
+"""Files kept between runs, all of which can be created again: deleting the folder costs only time."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """A conversation, and how messages, calls and tools of any spelling become those of `renderers`.
 
-What is refused raises DataError with the end of a sentence; whoever knows the row puts its place before it.
+DataErrors hold the end of a sentence, and the caller that knows the row puts its place before it.
 """
 
 from __future__ import annotations
@@ -14,10 +14,12 @@ from cookbook.data.columns import unrecorded
 from cookbook.data.media import check_no_media
 from cookbook.errors import DataError, RendererError
 from renderers import Message
+from renderers.messages import THINKING_KEYS, one_text_of_thinking
 from renderers.training_flags import FINER_KEYS, TRAINING_KEYS, refuse_on_part, training_of
 
 ToolCall: TypeAlias = dict[str, Any]
 T = TypeVar("T")
+V = TypeVar("V")
 
 
 @dataclass(frozen=True)
@@ -52,10 +54,13 @@ UNREAD_MESSAGE_KEYS = "Message keys not read"
 """What the report calls them."""
 TEMPLATE_KWARGS = "chat_template_kwargs"
 SYSTEM_KEYS = ("system", "system_prompt")
-REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 CALL_NAMES = ("name", "tool", "tool_name")
 CALL_ARGUMENTS = ("arguments", "args", "input", "tool_input", "parameters")
 
+MAX_WEIGHT = 1e6
+"""The largest weight of a message; a larger one is a mistake."""
+
+_SAYS_OF_TRAINING = TRAINING_KEYS | FINER_KEYS
 _TEXT_PARTS = ("text", "input_text", "output_text")
 _THINKING_PARTS = ("thinking", "reasoning")
 _OTHER_PARTS = ("image", "image_url", "input_image", "audio", "input_audio", "video", "video_url", "file")
@@ -88,12 +93,21 @@ def message_of(value: Any, where: str) -> Message:
         calls += calls_of(message.pop("content", None), where)
     if calls:
         message["tool_calls"] = calls
-    _rename_reasoning(message, where)
+    thoughts = [message.pop(key) for key in THINKING_KEYS if key in message]
     if "content" in message:
         message["content"], thought = content_of(message["content"], where, message["role"] == "tool")
-        if thought:
-            message.setdefault("reasoning_content", thought)
-    _rename_training_keys(message, where)
+        thoughts += [thought] if thought else []
+    if thoughts:
+        message["reasoning_content"] = _as_data_error(one_text_of_thinking, thoughts, where)
+    if not _SAYS_OF_TRAINING.isdisjoint(message):
+        training = _as_data_error(training_of, message, where)
+        if training.weight is not None and training.weight > MAX_WEIGHT:
+            raise DataError(f"the weight of {where} is {training.weight}, more than a million.")
+        message = {key: item for key, item in message.items() if key not in _SAYS_OF_TRAINING}
+        if training.weight is not None:
+            message["weight"] = training.weight
+        if training.is_wanted is not None and training.weight != 0:
+            message["trainable"] = training.is_wanted
     return message  # type: ignore[return-value]
 
 
@@ -151,40 +165,8 @@ def is_parts(value: Any) -> bool:
     )
 
 
-def _rename_reasoning(message: dict[str, Any], where: str) -> None:
-    """Puts the reasoning under its one name; it stands under several only if they agree."""
-    found = [message.pop(key) for key in REASONING_KEYS if key in message]
-    for thought in found:
-        if not isinstance(thought, str):
-            raise DataError(f"the reasoning of {where} is a {type(thought).__name__}, not a string.")
-    if found and isinstance(message.get("content"), (list, tuple)):
-        found.append(content_of(message["content"], where, message["role"] == "tool")[1])
-    held = [thought for thought in found if thought]
-    if any(thought != held[0] for thought in held):
-        raise DataError(f"{where} has two different texts of reasoning.")
-    if found:
-        message["reasoning_content"] = held[0] if held else ""
-
-
-def _rename_training_keys(message: dict[str, Any], where: str) -> None:
-    """Puts what the message says of its training under `trainable` and `weight`."""
-    if (TRAINING_KEYS | FINER_KEYS).isdisjoint(message):
-        return
-    training = _as_data_error(training_of, message, where)
-    if training.weight is not None and training.weight > MAX_WEIGHT:
-        raise DataError(f"the weight of {where} is {training.weight}, more than a million.")
-    for key in TRAINING_KEYS | FINER_KEYS:
-        message.pop(key, None)
-    if training.weight is not None:
-        message["weight"] = training.weight
-    if training.is_wanted is not None and training.weight != 0:
-        message["trainable"] = training.is_wanted
-
-
-MAX_WEIGHT = 1e6
-
-
-def _as_data_error(check: Callable[[Mapping[str, Any], str], T], value: Mapping[str, Any], where: str) -> T:
+def _as_data_error(check: Callable[[V, str], T], value: V, where: str) -> T:
+    """What the check of `renderers` returns; a DataError where it raises."""
     try:
         return check(value, where)
     except RendererError as error:
@@ -298,19 +280,20 @@ def _tool_of(value: Any, where: str) -> dict[str, Any]:
 
 
 def conversation_of(row: Mapping[str, Any], messages: Sequence[Message]) -> Conversation:
-    """The messages with all that a row of any format says beside them."""
-    whole = with_system(row, join_assistants(messages))
-    return Conversation(linked(whole), tools_of(row), template_kwargs=template_kwargs_of(row))
+    """The messages with all that a row of any format says beside them.
 
-
-def with_system(row: Mapping[str, Any], messages: list[Message]) -> list[Message]:
-    """The messages after the system prompt of the row, unless they bring their own or it is empty."""
-    if messages and messages[0]["role"] in ("system", "developer"):
-        return messages
-    system = first(row, SYSTEM_KEYS)
-    if system is not None and not isinstance(system, str):
-        raise DataError(f"the system prompt is a {type(system).__name__}, not a string.")
-    return [{"role": "system", "content": system}, *messages] if system else messages
+    The system prompt of the row stands before them, unless they bring their own or it is empty.
+    """
+    whole = join_assistants(messages)
+    if not (whole and whole[0]["role"] in ("system", "developer")):
+        system = first(row, SYSTEM_KEYS)
+        if system is not None and not isinstance(system, str):
+            raise DataError(f"the system prompt is a {type(system).__name__}, not a string.")
+        if system:
+            whole.insert(0, {"role": "system", "content": system})
+    if any(message.get("tool_calls") or message["role"] == "tool" for message in whole):
+        whole = linked(whole)
+    return Conversation(whole, tools_of(row), template_kwargs=template_kwargs_of(row))
 
 
 def join_assistants(messages: Sequence[Message]) -> list[Message]:
@@ -349,14 +332,15 @@ def _join(one: Message, two: Message, number: int) -> Message:
             "thoughts before the first, or remove the second."
         )
     trainings = [_as_data_error(training_of, message, "it") for message in (one, two)]
-    if len({(training.is_wanted, _factor(training.weight)) for training in trainings}) > 1:
+    flags = {(is_wanted, 1.0 if weight is None else weight) for is_wanted, weight in trainings}
+    if len(flags) > 1:
         raise DataError(
             f"{both}, and make one, but differ in what is trained ({_flags(one)}; {_flags(two)}). Say the "
             "same of both."
         )
     if one.get("name") != two.get("name"):
         raise DataError(f"{both}, under different names ({one.get('name')}, {two.get('name')}).")
-    kept = {key: value for key, value in two.items() if value not in (None, "") and key not in REASONING_KEYS}
+    kept = {key: value for key, value in two.items() if value not in (None, "") and key not in THINKING_KEYS}
     joined: dict[str, Any] = {**kept, **one}
     if calls or one.get("tool_calls"):
         joined["tool_calls"] = [*(one.get("tool_calls") or ()), *(two.get("tool_calls") or ())]
@@ -366,11 +350,7 @@ def _join(one: Message, two: Message, number: int) -> Message:
 
 
 def _thought(message: Message) -> Any:
-    return next((message[key] for key in REASONING_KEYS if message.get(key)), "")  # type: ignore[literal-required]
-
-
-def _factor(weight: float | None) -> float:
-    return 1.0 if weight is None else weight
+    return next((message[key] for key in THINKING_KEYS if message.get(key)), "")  # type: ignore[literal-required]
 
 
 def _flags(message: Message) -> str:

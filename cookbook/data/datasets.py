@@ -1,15 +1,16 @@
-"""Datasets whose rows a function of the user's turns into Datums, batch by batch."""
+"""Datasets whose rows a user's function turns into Datums, batch by batch."""
 
 from __future__ import annotations
 
 import logging
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from cookbook.data.rendering import OnBadRow, bad_row_error, reason_of
+from cookbook.data.report import RowTally
 from cookbook.data.sources import Row
 from cookbook.data.types import RowCounts, SupervisedDataset
 from cookbook.errors import ConfigError, CookbookError
@@ -27,9 +28,9 @@ class SupervisedDatasetFromRows(SupervisedDataset):
     """Any sequence of rows, turned into Datums batch by batch.
 
     Give `map_fn(row) -> Datum` or `flatmap_fn(row) -> list[Datum]`. A batch is `batch_size` rows;
-    the last one of an epoch has what is left. Datums without a trained token are left out and
+    the last one of an epoch has what is left. Datums without a trained token are skipped and
     counted. A row that cannot be turned into a Datum is an error, or with `on_bad_row="skip"`
-    left out and counted.
+    skipped and counted.
     """
 
     def __init__(
@@ -48,9 +49,7 @@ class SupervisedDatasetFromRows(SupervisedDataset):
         self._on_bad_row = on_bad_row
         self._order: np.ndarray = np.arange(len(rows))
         self._num_skipped = 0
-        self._places: defaultdict[str, set[str]] = defaultdict(set)
-        self._notes: Counter[Note] = Counter()
-        self._noted: set[int] = set()
+        self._tally = RowTally()
 
     def set_epoch(self, seed: int = 0) -> None:
         self._order = np.random.default_rng(seed).permutation(len(self._rows))
@@ -76,17 +75,17 @@ class SupervisedDatasetFromRows(SupervisedDataset):
         return batch
 
     def summary(self) -> dict[str, int]:
-        left_out = {name: len(places) for name, places in self._places.items()}
-        return {"rows": len(self._rows), "batches": len(self), **left_out}
+        return {"rows": len(self._rows), "batches": len(self), **self._tally.counts}
 
     def notes(self) -> Counter[Note]:
-        return self._notes
+        return self._tally.notes
 
-    def note(self, name: str, place: str, message: str) -> None:
-        """Counts a row under one of `LEFT_OUT`, once however often it is met; warns of the first."""
-        if not self._places[name]:
-            logger.warning("%s: %s Further ones are only counted.", place, message)
-        self._places[name].add(place)
+    def _skip(self, key: str, place: str, reason: str) -> None:
+        """Counts a row under one of `LEFT_OUT`, once however often it is met; warns about the first."""
+        if self._tally.is_new(key, place):
+            if not self._tally.counts[key]:
+                logger.warning("%s: skipped. %s Further ones are only counted.", place, reason)
+            self._tally.add(key)
 
     def _read(self, numbers: list[int]) -> list[Any]:
         return [self._rows[number] for number in numbers]
@@ -98,15 +97,14 @@ class SupervisedDatasetFromRows(SupervisedDataset):
                 datums = self._to_datums(row)
         except CookbookError as error:
             if self._on_bad_row == "skip":
-                self.note("bad_rows", place, f"left out. {error}")
+                self._skip("bad_rows", place, str(error))
                 return []
             raise bad_row_error(place, reason_of(error)) from error
-        if found and number not in self._noted:
-            self._noted.add(number)
-            self._notes.update(found)
+        if found and self._tally.is_new("notes", place):
+            self._tally.add_notes(found)
         trained = [datum for datum in datums if is_trained(datum)]
         if len(trained) < len(datums):
-            self.note("untrained_examples", place, "left out, no trained token is left.")
+            self._skip("untrained_examples", place, "No trained token is left.")
         return trained
 
 
@@ -129,6 +127,6 @@ class SupervisedDatasetFromHFDataset(SupervisedDatasetFromRows):
 
 
 def is_trained(datum: Datum) -> bool:
-    """Whether any token of it has a weight."""
+    """Whether any token of the Datum has a weight."""
     weights = datum.loss_fn_inputs.get("weights")
     return weights is None or bool(np.any(TensorData.to_numpy(weights)))  # type: ignore[arg-type]

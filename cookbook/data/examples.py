@@ -12,20 +12,19 @@ from renderers import Message, Renderer, TrainOnWhat
 from renderers.messages import Tool
 
 
-def datum_from_tokens(tokens: Sequence[int], weights: np.ndarray, max_length: int | None = None) -> Datum:
-    """A rendered example, cut to `max_length` tokens from the right, then shifted by one.
+def datum_from_tokens(
+    tokens: Sequence[int] | np.ndarray, weights: Sequence[float] | np.ndarray, max_length: int | None = None
+) -> Datum:
+    """A rendered example, truncated to `max_length` tokens from the right, then shifted by one.
 
     `weights[t]` says how much token t is trained; the Datum has it where token t is the target.
     """
-    tokens, weights = tokens[:max_length], weights[:max_length]
+    tokens, weights = np.asarray(tokens[:max_length]), np.asarray(weights[:max_length])
     if len(tokens) < 2:
         raise DataError(f"An example of {len(tokens)} token has nothing to predict. It needs two at least.")
     return Datum(
         model_input=ModelInput.from_ints(tokens[:-1]),
-        loss_fn_inputs={
-            "target_tokens": np.asarray(tokens[1:], dtype=np.int64),
-            "weights": np.asarray(weights[1:], dtype=np.float32),
-        },
+        loss_fn_inputs={"target_tokens": tokens[1:], "weights": weights[1:]},
     )
 
 
@@ -38,4 +37,4 @@ def conversation_to_datum(
 ) -> Datum:
     """One conversation as one Datum."""
     model_input, weights = renderer.build_supervised_example(messages, train_on_what, tools)
-    return datum_from_tokens(model_input.to_ints(), weights, max_length)
+    return datum_from_tokens(model_input.to_numpy(), weights, max_length)

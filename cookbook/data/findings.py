@@ -1,4 +1,4 @@
-"""What the report of a source should tell of a conversation that can be rendered all the same."""
+"""Counts for the report of a source: peculiarities of conversations that can be rendered."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import json
 from collections.abc import Sequence
 
 from cookbook.data.columns import EMPTY
-from cookbook.data.conversation import REASONING_KEYS, UNREAD_MESSAGE_KEYS, Conversation
+from cookbook.data.conversation import UNREAD_MESSAGE_KEYS, Conversation
 from cookbook.data.media import count_placeholders
 from cookbook.utils import notes
 from renderers import Renderer
+from renderers.messages import THINKING_KEYS
 from renderers.training_flags import TRAINING_KEYS
 
-_KEYS = {"role", "content", "tool_calls", "tool_call_id", *REASONING_KEYS, *TRAINING_KEYS}
+_KEYS = {"role", "content", "tool_calls", "tool_call_id", *THINKING_KEYS, *TRAINING_KEYS}
 """Keys of a message that are read whatever the renderer is."""
 
 

@@ -21,7 +21,7 @@ _KEY = re.compile(
 _PLACEHOLDER = re.compile(
     r"<\|?(?:image|img|video|audio|vision)(?:[_-]?(?:\d+|pad|start|end|token|patch|placeholder|bos|eos))?\|?>"
 )
-"""What stands in a text where a picture, a sound or a film belongs."""
+"""Placeholders in a text for a picture, a sound or a film."""
 
 
 def check_no_media(values: Mapping[Any, Any], where: str = "") -> None:

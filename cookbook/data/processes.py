@@ -21,10 +21,10 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 SECONDS_ALONE = 3.0
-"""So long one process works by itself before others are started, unless their number is given."""
+"""How long one process works alone before others are started, unless their number is given."""
 
 _function: Callable[[Any], Any] | None = None
-"""What the processes run: they are forked, so it need not be picklable."""
+"""The function that the processes run: they are forked, so it need not be picklable."""
 
 
 def map_in_order(function: Callable[[T], R], inputs: Iterable[T], num_proc: int | None = None) -> Iterator[R]:
@@ -90,7 +90,7 @@ def _call(item: Any) -> Any:
 
 
 def _begin() -> None:
-    """In a new process: Ctrl-C is the parent's business, and without a parent there is no work."""
+    """In a new process: Ctrl-C is handled by the parent, and the process ends with it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     parent = multiprocessing.parent_process()

@@ -1,4 +1,4 @@
-"""Datasets over rendered examples: what is cut, what is left out, and what an epoch holds.
+"""Datasets over rendered examples: what is truncated, what is skipped, and what an epoch holds.
 
 Shape suffixes: E examples of a store.
 """
@@ -64,9 +64,9 @@ class TrainableRows:
         )
 
     def datums_of(self, row: int) -> list[Datum]:
-        """What a row of the store is trained on."""
+        """The Datums of a row of the store."""
         return [
-            datum_from_tokens(*self.store[example], self._max_length)  # type: ignore[arg-type]
+            datum_from_tokens(*self.store[example], self._max_length)
             for example in self.kept_examples_of(row)
         ]
 

@@ -5,13 +5,10 @@ from __future__ import annotations
 import logging
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import cache, cached_property
-from itertools import chain
 from pathlib import Path
 from typing import Literal, TypeAlias
-
-import numpy as np
 
 import renderers
 from cookbook.data import processes
@@ -22,7 +19,6 @@ from cookbook.data.sources import BadRow, Chunk, Row, Source
 from cookbook.data.sources.base import digest_of
 from cookbook.data.store import BadRowNote, Block, Example, ExampleStore, StoreWriter, make_block, open_store
 from cookbook.errors import CookbookError, DataError, describe
-from cookbook.types import ModelInput
 from cookbook.utils import files, notes
 from renderers import Message, Renderer, TrainOnWhat
 
@@ -72,35 +68,31 @@ class RowRenderer:
                 raise DataError(f"conversations_of raised {type(error).__name__}: {error}") from error
             if not conversations:
                 return None
-            try:
-                examples = list(chain.from_iterable(map(self._examples_of, conversations)))
-            except RecursionError as error:
-                raise DataError("its values are nested too deeply to be rendered.") from error
+            examples: list[Example] = []
+            for conversation in conversations:
+                try:
+                    built = self._render(conversation)
+                except RecursionError as error:
+                    raise DataError("its values are nested too deeply to be rendered.") from error
+                count_findings(conversation, self._renderer)
+                count_cost(len(conversation.messages), [len(example.tokens_T) for example in built])
+                examples += built
         notes.add(found)
         return examples
 
-    def _examples_of(self, conversation: Conversation) -> list[Example]:
+    def _render(self, conversation: Conversation) -> list[Example]:
         renderer = self._renderer.with_template_kwargs(conversation.template_kwargs or {})
         if conversation.text is not None:
-            built = [renderer.build_text_example(conversation.text)]
-        elif conversation.pair is not None and renderer.is_rendered(conversation.pair[0]):
-            built = [self._completion_example(conversation, *conversation.pair)]
-        else:
-            roles = [str(message.get("role")) for message in conversation.messages]
-            if "assistant" not in roles and self._train_on_what in _NEEDS_ASSISTANT:
-                raise DataError(f"no assistant message (roles: {', '.join(roles)}).")
-            built = renderer.build_supervised_examples(
-                join_assistants(conversation.messages), self._train_on_what, conversation.tools
-            )
-        count_findings(conversation, self._renderer)
-        count_cost(len(conversation.messages), [len(weights) for _, weights in built])
-        return [
-            Example(np.asarray(model_input.to_ints(), np.int32), weights) for model_input, weights in built
-        ]
+            return [renderer.render_text(conversation.text)]
+        if conversation.pair is not None and renderer.is_rendered(conversation.pair[0]):
+            return [self._render_completion(conversation, *conversation.pair)]
+        roles = [str(message.get("role")) for message in conversation.messages]
+        if "assistant" not in roles and self._train_on_what in _NEEDS_ASSISTANT:
+            raise DataError(f"no assistant message (roles: {', '.join(roles)}).")
+        messages = join_assistants(conversation.messages)
+        return renderer.render_conversation(messages, self._train_on_what, conversation.tools)
 
-    def _completion_example(
-        self, conversation: Conversation, prompt: str, completion: str
-    ) -> tuple[ModelInput, np.ndarray]:
+    def _render_completion(self, conversation: Conversation, prompt: str, completion: str) -> Example:
         """A pair whose prompt a chat template has printed already."""
         if self._train_on_what not in _NEEDS_ASSISTANT:
             raise DataError(
@@ -108,8 +100,8 @@ class RowRenderer:
                 f"train_on_what={self._train_on_what}. Its completion is trained with all_assistant_messages."
             )
         _check_prompt_holds_all(prompt, conversation)
-        notes.count("row", "had a prompt that is already rendered; its completion is trained as it stands")
-        return self._renderer.build_completion_example(prompt, completion)
+        notes.count("row", "had a prompt that is already rendered; its completion is trained as it is")
+        return self._renderer.render_completion(prompt, completion)
 
     def render(self, chunk: Chunk) -> Block:
         good: list[tuple[str, list[Example]]] = []
@@ -218,39 +210,33 @@ def _render(
     path: Path, source: Source, row_renderer: RowRenderer, on_bad_row: OnBadRow, num_proc: int | None
 ) -> None:
     blocks = processes.map_in_order(row_renderer.render, source.chunks(), num_proc)
+    started = logged = time.perf_counter()
+    of_all = "" if (total := source.num_rows()) is None else f" of {total:,}"
     with StoreWriter(path) as writer:
-        for block in _telling_of_progress(blocks, source):
+        for block in blocks:
             if block.bad_rows and on_bad_row == "raise":
                 raise bad_row_error(*block.bad_rows[0])
             writer.append(block)
-
-
-def _telling_of_progress(blocks: Iterable[Block], source: Source) -> Iterable[Block]:
-    started = told = time.perf_counter()
-    num_rows = 0
-    of_all = "" if (total := source.num_rows()) is None else f" of {total:,}"
-    for block in blocks:
-        num_rows += len(block.places) + len(block.bad_rows) + block.num_filtered
-        yield block
-        now = time.perf_counter()
-        if now - told > _SECONDS_BETWEEN_MESSAGES:
-            told = now
-            speed = num_rows / (now - started)
-            logger.info(
-                "Rendering %s: %s%s rows, %.0f a second.", source.name, f"{num_rows:,}", of_all, speed
-            )
+            now = time.perf_counter()
+            if now - logged > _SECONDS_BETWEEN_MESSAGES:
+                logged = now
+                num_rows = writer.meta.num_rows_read
+                speed = num_rows / (now - started)
+                logger.info(
+                    "Rendering %s: %s%s rows, %.0f a second.", source.name, f"{num_rows:,}", of_all, speed
+                )
 
 
 # -- errors -----------------------------------------------------------------------------------
 
 
 def reason_of(error: CookbookError) -> str:
-    """An error's message as it stands behind the place of a row."""
+    """An error's message, without its type, to follow the place of a row."""
     return describe(error).removeprefix(f"{type(error).__name__}: ")
 
 
 def bad_row_error(place: str, reason: str) -> DataError:
-    return DataError(f"{place}: {reason}\nMend the row, or leave such rows out with on_bad_row=skip.")
+    return DataError(f"{place}: {reason}\nCorrect the row, or skip such rows with on_bad_row=skip.")
 
 
 # -- fingerprints -----------------------------------------------------------------------------

@@ -1,9 +1,10 @@
-"""What was read and what became of it: told before training starts."""
+"""Counts of what was read from a source and what became of it, printed before training starts."""
 
 from __future__ import annotations
 
 import re
 import textwrap
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, TypeAlias
@@ -22,9 +23,37 @@ NUM_NAMED_FILES = 8
 Role: TypeAlias = Literal["training", "evaluation"]
 
 
+class RowTally:
+    """Counts of rows read, and of rows and examples skipped or truncated, while batches are rendered.
+
+    The keys are those of `SupervisedDataset.summary`. What a store holds is in its `DataReport` already.
+    """
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+        self.notes: Counter[Note] = Counter()
+        self.is_open = True
+        """False while a batch is rendered again, which is not counted twice."""
+        self._seen: set[tuple[str, str]] = set()
+
+    def add(self, key: str, number: int = 1) -> None:
+        if number and self.is_open:
+            self.counts[key] += number
+
+    def add_notes(self, found: Mapping[Note, int]) -> None:
+        if self.is_open:
+            self.notes.update(found)
+
+    def is_new(self, key: str, place: str) -> bool:
+        """Whether this is the first time that a row is met under the key; it may come in several epochs."""
+        is_new = (key, place) not in self._seen
+        self._seen.add((key, place))
+        return is_new
+
+
 @dataclass(frozen=True, eq=False)
 class DataReport:
-    """Counts over one source. Tokens are counted as trained on: cut, and without what is left out."""
+    """Counts over one source. Tokens are counted as trained on: truncated, and without what is skipped."""
 
     name: str
     """The source."""
@@ -32,29 +61,29 @@ class DataReport:
     rows: int
     """Rows read, whatever became of them."""
     bad: int
-    """Rows left out because they could not be read or rendered."""
+    """Rows skipped because they could not be read or rendered."""
     filtered: int
-    """Rows left out by `min_reward`."""
+    """Rows skipped by `min_reward`."""
     examples: int
     """Examples that are trained on."""
     tokens: int
     trained_tokens: int
     longest: int
-    """Tokens of the longest example, before it was cut."""
+    """Tokens of the longest example, before truncation."""
     truncated: int
-    """Examples cut to `max_length`."""
+    """Examples truncated to `max_length`."""
     too_long: int
-    """Examples left out because they are longer than `max_length`."""
+    """Examples skipped because they are longer than `max_length`."""
     untrained: int
-    """Examples left out because no trained token is left in them."""
+    """Examples skipped because no trained token is left in them."""
     bad_rows: Sequence[BadRowNote] = field(default_factory=tuple)
     """The first of the bad rows."""
     lengths: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
-    """Tokens of every example that is trained on, before it was cut."""
+    """Tokens of every example that is trained on, before truncation."""
     notes: Mapping[Note, int] = field(default_factory=dict)
-    """What was counted while the rows were read and rendered."""
+    """Counts taken while the rows were read and rendered."""
     role: Role = "training"
-    """What the source is read for."""
+    """The use of the source: to train or to evaluate."""
     files: Sequence[str] = ()
     """The files of a folder that were read; none where `name` says it all."""
     unread: Sequence[str] = ()
@@ -62,7 +91,7 @@ class DataReport:
 
     @property
     def longest_kept(self) -> int:
-        """Tokens of the longest example that is trained on, as it is cut."""
+        """Tokens of the longest example that is trained on, truncated."""
         longest = int(self.lengths.max(initial=0))
         return longest if self.max_length is None else min(longest, self.max_length)
 
@@ -77,7 +106,7 @@ class DataReport:
         return values
 
     def _histogram(self) -> dict[str, list[int]]:
-        """How many examples have `edges[i]` to `edges[i + 1] - 1` tokens, in bars of equal width."""
+        """The number of examples of `edges[i]` to `edges[i + 1] - 1` tokens, in bars of equal width."""
         shortest, longest = int(self.lengths.min()), int(self.lengths.max())
         width = -(-(longest - shortest + 1) // MAX_BARS)
         edges = np.arange(shortest, longest + width + 1, width)
@@ -88,21 +117,21 @@ class DataReport:
         share = f" ({self.trained_tokens / self.tokens:.0%})" if self.tokens else ""
         lines = [
             f"{visible_line(self.name)}: {counted_noun(self.rows, 'row')} read, "
-            f"{counted_noun(self.examples, 'example')} made.",
+            f"{counted_noun(self.examples, 'example')} rendered.",
             f"  {self.tokens:,} tokens, {self.trained_tokens:,} of them trained{share}; "
             f"the longest example has {self.longest:,}.",
         ]
         lines += _file_lines(f"{self.role} files", self.files) + _file_lines(
             f"not read for {self.role}", self.unread
         )
-        left_out = [
-            (self.truncated, "example", f"cut to max_length={self.max_length}"),
-            (self.too_long, "example", f"left out: longer than max_length={self.max_length}"),
-            (self.untrained, "example", "left out: no trained token in it"),
-            (self.filtered, "row", "left out by min_reward"),
-            (self.bad, "bad row", "left out:"),
+        skipped = [
+            (self.truncated, "example", f"truncated to max_length={self.max_length}"),
+            (self.too_long, "example", f"skipped: longer than max_length={self.max_length}"),
+            (self.untrained, "example", "skipped: no trained token in it"),
+            (self.filtered, "row", "skipped by min_reward"),
+            (self.bad, "bad row", "skipped:"),
         ]
-        lines += [f"  {counted_noun(count, noun)} {what}" for count, noun, what in left_out if count]
+        lines += [f"  {counted_noun(count, noun)} {what}" for count, noun, what in skipped if count]
         for place, reason in self.bad_rows:
             reason = visible(reason).replace("\n", "\n      ")
             lines.append(f"    {visible_line(place)}: {reason}")
@@ -112,7 +141,7 @@ class DataReport:
 
 
 def note_lines(found: Mapping[Note, int]) -> list[str]:
-    """What was counted, as a report prints it: in 80 columns where names allow."""
+    """The notes as a report prints them: in 80 columns where names allow."""
     # A line does not end within "(3 rows)".
     texts = [re.sub(r"(\([\d,]+) ", "\\1\N{NO-BREAK SPACE}", text) for text in notes.lines(found)]
     return [

@@ -34,24 +34,21 @@ from cookbook.errors import DataError
 from cookbook.utils import files, json_files
 from cookbook.utils.json_files import Count, Origin
 from cookbook.utils.notes import Note
+from renderers.rendering import Example
 
 TOKEN_DTYPE = np.dtype("<i4")
+_NO_TOKENS, _NO_SIZES = np.zeros(0, TOKEN_DTYPE), np.zeros(0, np.int64)
+_NO_RUNS, _NO_WEIGHTS = np.zeros((0, 2), np.int32), np.zeros(0, np.float32)
+
 NUM_NAMED_BAD_ROWS = 5
 """So many bad rows are named; the rest is counted."""
 
 
 class BadRowNote(NamedTuple):
-    """A row that was left out: where it stands and why."""
+    """A row that was skipped: its place and the reason."""
 
     place: str
     reason: str
-
-
-class Example(NamedTuple):
-    """Token ids and, for each, its weight in the loss (unshifted)."""
-
-    tokens_T: np.ndarray
-    weights_T: np.ndarray
 
 
 @dataclass
@@ -86,21 +83,17 @@ def make_block(
         examples += row_examples
     runs = [_runs_of(example.weights_T) for example in examples]
     return Block(
-        tokens=_join([example.tokens_T.astype(TOKEN_DTYPE) for example in examples], TOKEN_DTYPE, (0,)),
+        tokens=np.concatenate([_NO_TOKENS, *(example.tokens_T for example in examples)], dtype=TOKEN_DTYPE),
         example_lengths=np.asarray([len(example.tokens_T) for example in examples], np.int64),
         run_counts=np.asarray([len(weights) for _, weights in runs], np.int64),
-        runs=_join([bounds for bounds, _ in runs], np.dtype(np.int32), (0, 2)),
-        run_weights=_join([weights for _, weights in runs], np.dtype(np.float32), (0,)),
+        runs=np.concatenate([_NO_RUNS, *(bounds for bounds, _ in runs)]),
+        run_weights=np.concatenate([_NO_WEIGHTS, *(weights for _, weights in runs)]),
         examples_per_row=np.asarray(per_row, np.int64),
         places=places,
         bad_rows=bad_rows,
         num_filtered=num_filtered,
         notes=notes or Counter(),
     )
-
-
-def _join(arrays: list[np.ndarray], dtype: np.dtype[Any], empty_shape: tuple[int, ...]) -> np.ndarray:
-    return np.concatenate(arrays).astype(dtype, copy=False) if arrays else np.zeros(empty_shape, dtype)
 
 
 def _runs_of(weights_T: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -114,7 +107,7 @@ def _runs_of(weights_T: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 @dataclass
 class StoreMeta:
-    """What was met while a store was made."""
+    """Counts taken while a store was written."""
 
     num_rows_read: int = 0
     num_filtered: int = 0
@@ -124,7 +117,7 @@ class StoreMeta:
     notes: Counter[Note] = field(default_factory=Counter)
 
     def to_json(self) -> dict[str, Any]:
-        """What `from_json` reads."""
+        """The counts as `from_json` reads them."""
         return {**vars(self), "notes": [[*note, number] for note, number in self.notes.items()]}
 
     @classmethod
@@ -190,19 +183,20 @@ class StoreWriter:
         try:
             with self._work:
                 self._finish()
-        except OSError:  # somebody else was faster, with the same content
+        except OSError:  # another process was faster, with the same content
             if not (self._path / "meta.json").is_file():
                 raise
 
     def _finish(self) -> None:
         self._open_files.close()
         blocks = self._blocks
-        lengths = _join([b.example_lengths for b in blocks], np.dtype(np.int64), (0,))
-        counts = _join([b.run_counts for b in blocks], np.dtype(np.int64), (0,))
-        per_row = _join([b.examples_per_row for b in blocks], np.dtype(np.int64), (0,))
+        lengths = np.concatenate([_NO_SIZES, *(block.example_lengths for block in blocks)])
+        counts = np.concatenate([_NO_SIZES, *(block.run_counts for block in blocks)])
+        per_row = np.concatenate([_NO_SIZES, *(block.examples_per_row for block in blocks)])
         self._save("examples", np.stack([_starts(lengths), _starts(counts)], axis=1))
-        self._save("runs", _join([b.runs for b in blocks], np.dtype(np.int32), (0, 2)))
-        self._save("run_weights", _join([b.run_weights for b in blocks], np.dtype(np.float32), (0,)))
+        self._save("runs", np.concatenate([_NO_RUNS, *(block.runs for block in blocks)]))
+        weights = [_NO_WEIGHTS, *(block.run_weights for block in blocks)]
+        self._save("run_weights", np.concatenate(weights))
         self._save("rows", _starts(per_row))
         self.meta.digest = self._digest.hexdigest()
         files.write(self._folder / "meta.json", json.dumps(self.meta.to_json()))
@@ -265,7 +259,7 @@ class ExampleStore:
         return np.repeat(np.arange(self.num_rows), np.diff(self._row_starts_N))
 
     def trained_tokens_E(self, max_length: int | None) -> np.ndarray:
-        """How many tokens of each example are trained if it is cut to `max_length`.
+        """How many tokens of each example are trained if it is truncated to `max_length`.
 
         The first token of an example has nothing before it to be predicted from.
         """
@@ -300,7 +294,7 @@ def _load(path: Path, dtype: type[np.generic], num_axes: int) -> np.ndarray:
     """An array of a store. Raises ValueError for another kind of one: nothing is unpickled."""
     with files.reading(path) as file:  # a pipe is refused, not waited for
         if np.lib.format.read_magic(file) != (1, 0):
-            raise ValueError(f"{path} is no array of a store.")
+            raise ValueError(f"{path} is not an array of a store.")
         shape, _, found = np.lib.format.read_array_header_1_0(file)
         is_whole = math.prod(shape) * found.itemsize == path.stat().st_size - file.tell()
     if found != dtype or len(shape) != num_axes or not is_whole:

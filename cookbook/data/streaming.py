@@ -1,7 +1,7 @@
-"""Rows read as they are needed: data larger than memory, of a length nobody knows.
+"""Rows read as they are needed: data larger than memory, or of unknown length.
 
 The order of an epoch depends on its seed alone, and any batch of it can be found again by skipping
-rows, so a resumed run goes on with exactly the rows it would have read.
+rows, so a resumed run continues with exactly the rows it would have read.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from cookbook.data.datasets import is_trained
 from cookbook.data.examples import datum_from_tokens
 from cookbook.data.mixing import StopWhen
 from cookbook.data.rendering import OnBadRow, RowRenderer, bad_row_error, reason_of
-from cookbook.data.report import DataReport
+from cookbook.data.report import DataReport, RowTally
 from cookbook.data.sources import BadRow, Chunk, Row, Source
 from cookbook.data.sources.base import ListChunk, digest_of
 from cookbook.data.types import OnLong, RowCounts, SupervisedDataset
@@ -37,7 +37,7 @@ _PICKS_AT_ONCE = 4096
 class StreamedDataset(SupervisedDataset):
     """Batches of `batch_size` rows, shuffled within buffers of `buffer_size` rows.
 
-    A buffer is filled from the stream, given out in an order that depends on the seed of the epoch
+    A buffer is filled from the stream, read in an order that depends on the seed of the epoch
     and the number of the buffer, and filled again. Batches are asked for in rising order; another
     one is found by skipping to the buffer it begins in.
     """
@@ -52,10 +52,8 @@ class StreamedDataset(SupervisedDataset):
         self._shuffled: Iterator[Any] = iter(())
         self._next_row: int | None = None
         self._num_skipped = 0
-        self._counts: defaultdict[str, int] = defaultdict(int)
-        self._notes: Counter[Note] = Counter()
+        self._tally = RowTally()
         self._num_counted: defaultdict[int | None, int] = defaultdict(int)
-        self._is_counting = True
 
     @abstractmethod
     def _rows_from(self, start: int, seed: int | None) -> Iterator[Any]:
@@ -63,7 +61,7 @@ class StreamedDataset(SupervisedDataset):
 
     @abstractmethod
     def _datums_of(self, row: Any) -> list[Datum]:
-        """The Datums of a row, of which those without a trained token will be left out."""
+        """The Datums of a row, of which those without a trained token are skipped."""
 
     def set_epoch(self, seed: int = 0) -> None:
         self._seed = seed
@@ -109,30 +107,25 @@ class StreamedDataset(SupervisedDataset):
                 return
             self._next_row = first_row + self._batch_size
             # A batch that is rendered again, as the first is that was looked at before training, counts once.
-            self._is_counting = first_row >= self._num_counted[self._seed]
+            self._tally.is_open = first_row >= self._num_counted[self._seed]
             self._num_counted[self._seed] = max(self._next_row, self._num_counted[self._seed])
-            self._note("rows", len(rows))
+            self._tally.add("rows", len(rows))
             try:
                 with notes.collected() as found:
                     datums = [datum for row in rows for datum in self._datums_of(row)]
             except IndexError as error:  # of a user's function; from `get_batch` it means the end of the data
                 raise DataError(f"A row of batch {index} cannot be turned into Datums: {error!r}") from error
-            if self._is_counting:
-                self._notes.update(found)
+            self._tally.add_notes(found)
             trained = [datum for datum in datums if is_trained(datum)]
-            self._note("untrained_examples", len(datums) - len(trained))
+            self._tally.add("untrained_examples", len(datums) - len(trained))
             yield trained
 
     def summary(self) -> dict[str, int]:
         """What was read so far."""
-        return dict(self._counts)
+        return dict(self._tally.counts)
 
     def notes(self) -> Counter[Note]:
-        return self._notes
-
-    def _note(self, name: str, count: int = 1) -> None:
-        if count and self._is_counting:
-            self._counts[name] += count
+        return self._tally.notes
 
     def _seek(self, row: int) -> None:
         buffer, offset = divmod(row, self._buffer_size)
@@ -154,7 +147,7 @@ class StreamedDataset(SupervisedDataset):
 class StreamingSupervisedDatasetFromHFDataset(StreamedDataset):
     """A `datasets.IterableDataset`. Give `map_fn(row) -> Datum` or `flatmap_fn(row) -> list[Datum]`.
 
-    `length`, the number of rows in an epoch, may be left out; a run then needs `max_steps` or a
+    `length`, the number of rows in an epoch, may be omitted; a run then needs `max_steps` or a
     constant learning rate. Shards come in an order of their own in every epoch.
     """
 
@@ -222,10 +215,10 @@ class StreamedConversations(StreamedDataset):
         except CookbookError as error:
             if self._on_bad_row == "raise":
                 raise bad_row_error(row.place, reason_of(error)) from error
-            self._note("bad_rows")
+            self._tally.add("bad_rows")
             return []
         if examples is None:
-            self._note("filtered_rows")
+            self._tally.add("filtered_rows")
         datums = []
         for tokens_T, weights_T in examples or []:
             if self._max_length is not None and len(tokens_T) > self._max_length:
@@ -234,13 +227,13 @@ class StreamedConversations(StreamedDataset):
                         f"{row.place}: an example of {len(tokens_T):,} tokens is longer than max_length="
                         f"{self._max_length}. Raise it, or choose on_long=truncate or on_long=drop."
                     )
-                self._note("too_long_examples" if self._on_long == "drop" else "truncated_examples")
+                self._tally.add("too_long_examples" if self._on_long == "drop" else "truncated_examples")
                 if self._on_long == "drop":
                     continue
             if len(tokens_T) < 2:
-                self._note("untrained_examples")
+                self._tally.add("untrained_examples")
                 continue
-            datums.append(datum_from_tokens(tokens_T.tolist(), weights_T, self._max_length))
+            datums.append(datum_from_tokens(tokens_T, weights_T, self._max_length))
         return datums
 
 
@@ -255,8 +248,8 @@ class StreamMixture:
     ) -> None:
         if weights is None and len(sources) > 1:
             raise ConfigError(
-                f"{len(sources)} datasets are streamed, and nobody knows how long they are: say in which "
-                f"proportions they stand, weights={','.join(['1'] * len(sources))}."
+                f"{len(sources)} datasets are streamed, and their lengths are unknown: give their "
+                f"proportions, weights={','.join(['1'] * len(sources))}."
             )
         self._sources = sources
         self._shares = np.asarray(weights or [1.0], np.float64) / sum(weights or [1.0])
@@ -301,7 +294,7 @@ class StreamMixture:
             rest = next(picks)
 
     def _picks(self, seed: int) -> Iterator[np.ndarray]:
-        """Which source each row is from, `_PICKS_AT_ONCE` rows at a time."""
+        """The source of each row, `_PICKS_AT_ONCE` rows at a time."""
         rng = np.random.default_rng([seed, len(self._sources)])
         while True:
             yield rng.choice(len(self._sources), _PICKS_AT_ONCE, p=self._shares)

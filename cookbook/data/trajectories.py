@@ -30,7 +30,6 @@ from typing import Any, Literal, TypeAlias, cast
 
 from cookbook.data.columns import Recorded, unrecorded
 from cookbook.data.conversation import (
-    REASONING_KEYS,
     SYSTEM_KEYS,
     TEMPLATE_KWARGS,
     TOOL_KEYS,
@@ -51,6 +50,7 @@ from cookbook.data.conversation import (
 from cookbook.data.media import check_no_media
 from cookbook.errors import DataError
 from renderers import Message
+from renderers.messages import THINKING_KEYS
 from renderers.training_flags import FINER_KEYS, TRAINING_KEYS
 
 ROLLOUTS = ("rollouts", "trajectories")
@@ -61,11 +61,11 @@ QUESTIONS = ("prompt", "question", "query")
 OBSERVATIONS = ("observation", "obs", "ob", "state", *QUESTIONS)
 NEXT_OBSERVATIONS = ("next_observation", "next_obs", "next_ob", "next_state")
 ACTIONS = ("action", "act", "ac", "response")
-THOUGHTS = ("thought", *REASONING_KEYS)
+THOUGHTS = ("thought", *THINKING_KEYS)
 
 _CALL_KEYS = ("name", "tool", "tool_name", "function")
 _MESSAGE_KEYS = (
-    *REASONING_KEYS,
+    *THINKING_KEYS,
     "name",
     "tool_calls",
     "function_call",
@@ -188,7 +188,7 @@ def _number(value: Any, key: str) -> float:
     except (ValueError, OverflowError):
         number = math.nan
     if math.isnan(number):
-        raise DataError(f"`{key}` is {value!r:.60}, which is no number to compare with min_reward.")
+        raise DataError(f"`{key}` is {value!r:.60}, which is not a number to compare with min_reward.")
     return number
 
 
@@ -236,8 +236,8 @@ def observation_comes_first(
        beside one is what the action answers; and so is a `prompt`, a `question` or a `query`.
     2. `order`, where it is given.
     3. Incomplete steps, where some step has both: the first without an observation or the last
-       without an action speak for first; the last without an observation or the first without
-       an action speak for after. If both are spoken for, neither is believed. An observation and its
+       without an action indicate first; the last without an observation or the first without
+       an action indicate after. If both are indicated, neither counts. An observation and its
        answer in two successive steps of their own tell nothing.
     4. If all steps have both and nothing (system prompt, task, message) stands before them, it is first:
        the first action has nothing else to answer.
@@ -374,24 +374,24 @@ def _extend(said: list[Message], step: Step, where: str, obs_first: bool) -> Non
 
 
 def _flags_of(values: Mapping[str, Any]) -> dict[str, Any]:
-    """What an object says of the training of its message."""
+    """The training flags of an object."""
     return {key: values[key] for key in _FLAGS if key in values and values[key] is not None}
 
 
 def _flagged(messages: list[Message], step: Step, flags: Mapping[str, Any], where: str) -> list[Message]:
-    """What was observed, with what its step says of training unless that is said of an action."""
+    """The messages of an observation, with the flags of its step unless those belong to an action."""
     if not flags or _acts(step):
         return messages
     return [message_of({**message, **flags}, where) for message in messages]
 
 
 def _num_open_calls(said: Sequence[Message]) -> int:
-    """How many calls the last message makes; a message after it has answered them, or passed them over."""
+    """The number of calls in the last message; those before it are answered or ignored."""
     return len(said[-1].get("tool_calls") or ()) if said else 0
 
 
 def _new_messages(said: Sequence[Message], value: Any, where: str) -> list[Message]:
-    """The messages of a step. Those that begin with all of the steps before go on from them."""
+    """The messages of a step. Those that begin with all messages of the steps before continue them."""
     items = listed(value)
     if items is None:
         raise DataError(f"`messages` of {where} is a {type(value).__name__}, not a list.")
@@ -404,7 +404,7 @@ def _new_messages(said: Sequence[Message], value: Any, where: str) -> list[Messa
 
 
 def _observed(value: Any, num_calls: int, where: str) -> list[Message]:
-    """What was observed, by messages as they are, by tools where calls are open, else by the user."""
+    """The messages of an observation: its own messages, results where calls are open, else the user's."""
     items = value if isinstance(value, (list, tuple)) else [value]
     if items and all(isinstance(item, Mapping) and isinstance(item.get("role"), str) for item in items):
         return messages_of(items, f" of {where}")
@@ -453,7 +453,7 @@ def _action_of(step: Step, flags: Mapping[str, Any], where: str) -> Message:
         )
     if action is not None and step.get("tool_calls"):
         said["tool_calls"] = [*calls_of(said.get("tool_calls"), where), *calls_of(step["tool_calls"], where)]
-    if first(said, REASONING_KEYS) is None and (thought := first(step, THOUGHTS)) is not None:
+    if first(said, THINKING_KEYS) is None and (thought := first(step, THOUGHTS)) is not None:
         said["reasoning_content"] = thought
     role = said.get("role") or "assistant"
     if not isinstance(role, str) or role_of(role) not in ("assistant", "function_call"):

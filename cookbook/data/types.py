@@ -100,7 +100,7 @@ class SupervisedDataset(ABC):
         raise NotImplementedError(f"{type(self).__name__} has row_counts, but no skip_rows.")
 
     def summary(self) -> dict[str, int]:
-        """Counts to report: rows, and whatever was left out of the batches so far."""
+        """Counts to report: rows, and what was skipped so far."""
         return {}
 
     def notes(self) -> Mapping[Note, int]:

@@ -1,4 +1,4 @@
-"""What the formats of the Qwen family share: ChatML frames, and tools in the manner of Hermes.
+"""The base of the Qwen family's formats: ChatML frames, and tools in the manner of Hermes.
 
 Results of tools stand in a user's frame, those in a row in one. Tools are described at the end of
 the system message, which such a conversation always has.
@@ -10,10 +10,10 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from renderers.base import Renderer, Rendering
-from renderers.draft import Draft
+from renderers.base import Renderer
 from renderers.formats.hermes_tools import describe_tools
 from renderers.messages import PlainMessage, Tool
+from renderers.rendering import Draft, Rendering
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -31,7 +31,7 @@ class ChatMLRenderer(Renderer):
     """The system message of a conversation that begins without one."""
 
     reply_opening = ""
-    """What the prompt for a reply ends with, after its header."""
+    """The end of the prompt for a reply, after its header."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         super().__init__(tokenizer)

@@ -26,10 +26,10 @@ from itertools import takewhile
 from typing import TYPE_CHECKING, ClassVar
 
 from cookbook.errors import RendererError
-from renderers.base import Renderer, Rendering, Span
-from renderers.draft import Draft
+from renderers.base import Renderer
 from renderers.formats.deepseek_tools import CALL_TOKENS, CALLS, END_CALLS, parse_calls, print_calls
 from renderers.messages import Message, PlainMessage, Tool
+from renderers.rendering import Draft, Rendering, Span
 from renderers.reply_text import marked_text
 from renderers.streaming import START, Section, Sections
 from renderers.thinking import END_THINK, THINK, THINKING_BEGUN, parse_thinking
@@ -71,14 +71,10 @@ class DeepSeekV3Renderer(Renderer):
             self._token_id(token)
         self._end_id = self._token_id(_END)
 
-    def _guarded(
-        self, messages: Sequence[Message], tools: Sequence[Tool] | None
-    ) -> tuple[list[PlainMessage], list[Tool] | None]:
+    def _guarded(self, messages: Sequence[PlainMessage]) -> list[PlainMessage]:
         """As the base does, but with replies guarded like the rest: DeepSeek's tokens are not special."""
-        plain = self._plain(messages)
-        self._check_tools(tools)
-        guarded = self._encoder.guard([{**message, "role": "user"} for message in plain])
-        return [{**new, "role": old["role"]} for new, old in zip(guarded, plain, strict=True)], None
+        guarded = self._encoder.guard([{**message, "role": "user"} for message in messages])
+        return [{**new, "role": old["role"]} for new, old in zip(guarded, messages, strict=True)]
 
     # -- rendering ----------------------------------------------------------------------------
 
@@ -157,7 +153,7 @@ class DeepSeekV3Renderer(Renderer):
         return draft, rewritten, after_outputs
 
     def _written(self, message: PlainMessage, calls: str, after_outputs: bool) -> str:
-        """What the model writes of the message behind its prompt."""
+        """The text that the model writes of the message, after its prompt."""
         thought, said = _thought_and_said(message)
         if self.thinks:
             opening = f"{THINK}\n" if after_outputs else ""

@@ -12,9 +12,9 @@ from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
 from cookbook.errors import RendererError
-from renderers.base import Renderer, Rendering
-from renderers.draft import Draft
+from renderers.base import Renderer
 from renderers.messages import Message, PlainMessage, Tool
+from renderers.rendering import Draft, Rendering
 from renderers.unsupported import check_thinking, check_tool_calls
 
 if TYPE_CHECKING:

@@ -3,7 +3,7 @@
 What a reader would not expect of that template:
 
 - Its system message gives the day's date. Here it is always the same (`today.py`), or the `current_date`
-  that the renderer is made with, so a conversation has the same tokens on any day.
+  that the renderer is created with, so a conversation has the same tokens on any day.
 - A conversation's own system or developer message becomes the developer message, with the tools.
   There is a place for one, at the start.
 - A reply ends with `<|return|>` when it is sampled and with `<|end|>` in the history, without its
@@ -21,12 +21,12 @@ from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Literal
 
 from cookbook.errors import RendererError
-from renderers.base import Renderer, Rendering
-from renderers.draft import Draft
+from renderers.base import Renderer
 from renderers.formats.gpt_oss_reply import REPLY, parse_reply
 from renderers.formats.gpt_oss_tools import print_namespace
 from renderers.jinja.today import TODAY
 from renderers.messages import ROLES, Message, PlainMessage, Tool, function_of, to_json
+from renderers.rendering import Draft, Rendering
 from renderers.reply_text import marked_text
 
 if TYPE_CHECKING:
@@ -199,14 +199,14 @@ class GptOssRenderer(Renderer):
 
 
 class GptOssLowRenderer(GptOssRenderer):
-    """The same with little reasoning asked for."""
+    """gpt-oss with low reasoning effort."""
 
     name = "gpt_oss_low"
     reasoning_effort = "low"
 
 
 class GptOssHighRenderer(GptOssRenderer):
-    """The same with much reasoning asked for."""
+    """gpt-oss with high reasoning effort."""
 
     name = "gpt_oss_high"
     reasoning_effort = "high"
@@ -226,7 +226,7 @@ def _thought_before_a_call(message: PlainMessage) -> str:
 
 
 def _is_rewritten(messages: Sequence[PlainMessage], index: int, finals: Sequence[int]) -> bool:
-    """Whether a message stands in the history otherwise than it did as the last one."""
+    """Whether a message is printed differently in the history than as the last one."""
     if messages[index]["role"] != "assistant" or index == len(messages) - 1:
         return False
     if index in finals:

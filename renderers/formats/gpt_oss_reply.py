@@ -1,4 +1,4 @@
-"""What gpt-oss writes: messages to channels, the last of them an answer or a call of a tool.
+"""Replies of gpt-oss: messages to channels, the last of them an answer or a call of a tool.
 
 The thinking goes to `analysis`, what the user is told before a call to `commentary`, the answer to
 `final`. Several texts of one field are joined by a blank line.

@@ -1,8 +1,8 @@
-"""Tools as gpt-oss is told of them: a namespace of TypeScript-like function types.
+"""Tools as gpt-oss prints them: a namespace of TypeScript-like function types.
 
 Printed as the published template does, line breaks in odd places included. Where that template fails
-(a tool without a description, a default beside an `enum` or `oneOf` that is no string), the comment
-is left out, or the default printed as JSON.
+(a tool without a description, a default beside an `enum` or `oneOf` that is not a string), the comment
+is omitted, or the default printed as JSON.
 """
 
 from __future__ import annotations
@@ -110,5 +110,5 @@ def _mapping(value: Any) -> Mapping[str, Any]:
 
 
 def _list(value: Any) -> Sequence[Any]:
-    """What is no list says nothing either."""
+    """The items of a list; none of any other value."""
     return value if isinstance(value, (list, tuple)) else ()

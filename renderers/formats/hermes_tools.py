@@ -17,7 +17,7 @@ _OPEN, _CLOSE = "<tool_call>\n", "\n</tool_call>"
 
 
 def describe_tools(tools: Sequence[Tool]) -> str:
-    """What stands in the system message after its own text and a blank line."""
+    """The part of the system message that describes tools, after its own text and a blank line."""
     schemas = "".join(f"\n{to_json(tool)}" for tool in tools)
     return (
         "# Tools\n\nYou may call one or more functions to assist with the user query.\n\n"
@@ -54,7 +54,7 @@ def check_calls(renderer: str, message: PlainMessage, number: int) -> None:
                 f"Renderer `{renderer}` cannot train the tool call of message {number}: its name "
                 f"{function['name']!r} and arguments {function['arguments']!r} do not make a JSON object "
                 "that reads as the same call. Give a name without quotes and arguments that are a mapping "
-                "with strings as keys, or leave the message out."
+                "with strings as keys, or remove the message."
             )
 
 

@@ -14,10 +14,10 @@ from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
 from cookbook.errors import RendererError
-from renderers.base import Renderer, Rendering
-from renderers.draft import Draft
+from renderers.base import Renderer
 from renderers.jinja.today import TODAY
 from renderers.messages import Message, PlainMessage, Tool, function_of, to_json
+from renderers.rendering import Draft, Rendering
 from renderers.streaming import PLAIN, START, Section, Sections
 from renderers.unsupported import check_thinking, no_place
 
@@ -106,7 +106,7 @@ class Llama3Renderer(Renderer):
         found = f"a message of role `{messages[index]['role']}`" if messages[index:] else "nothing"
         raise RendererError(
             f"Renderer `{self.name}` describes tools in a user's message that opens the conversation, but "
-            f"message {index + 1} is {found}. Begin with a user's message, or leave the tools out."
+            f"message {index + 1} is {found}. Begin with a user's message, or remove the tools."
         )
 
     def _reply(self, message: PlainMessage, number: int) -> str:
@@ -131,7 +131,7 @@ class Llama3Renderer(Renderer):
                     f"Renderer `{self.name}` cannot train the tool call of message {number}: its name "
                     f"{function['name']!r} and arguments {function['arguments']!r} do not make a JSON object "
                     "that reads as the same call. Give a name without quotes and arguments that are a "
-                    "mapping with strings as keys, or leave the message out."
+                    "mapping with strings as keys, or remove the message."
                 )
 
     def get_stop_sequences(self) -> list[int]:
@@ -150,7 +150,7 @@ def _header(role: str) -> str:
 
 
 def _describe(tools: Sequence[Tool]) -> str:
-    """What stands before the text of the user's first message."""
+    """The text before that of the user's first message."""
     schemas = "".join(f"{json.dumps(tool, ensure_ascii=False, indent=4)}\n\n" for tool in tools)
     return (
         "Given the following functions, please respond with a JSON for a function call "

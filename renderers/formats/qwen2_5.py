@@ -9,11 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
-from renderers.base import Rendering
-from renderers.draft import Draft
 from renderers.formats.chatml import END, ChatMLRenderer
 from renderers.formats.hermes_tools import check_calls, print_calls, with_call_sections, with_calls
 from renderers.messages import Message, PlainMessage, Tool
+from renderers.rendering import Draft, Rendering
 from renderers.streaming import PLAIN
 from renderers.unsupported import check_thinking
 

@@ -10,11 +10,10 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 
 from cookbook.errors import RendererError
-from renderers.base import Rendering
-from renderers.draft import Draft
 from renderers.formats.chatml import END, ChatMLRenderer
 from renderers.formats.hermes_tools import check_calls, print_calls, with_call_sections, with_calls
 from renderers.messages import Message, PlainMessage, Tool
+from renderers.rendering import Draft, Rendering
 from renderers.streaming import PLAIN
 from renderers.thinking import END_THINK, THINK, THINKING, parse_thinking, said_without_thinking
 from renderers.unsupported import no_place
@@ -66,7 +65,7 @@ class Qwen3Renderer(ChatMLRenderer):
         if _thought_and_said(message)[0] and not self._prints_thinking(messages, index, index + 1):
             raise RendererError(
                 f"Renderer `{self.name}` has no place for the thinking of message {index + 1}, which no "
-                "user's message precedes. Remove it, or leave the message out of the training."
+                "user's message precedes. Remove it, or do not train the message."
             )
         if _loses_text(message):
             raise RendererError(
@@ -151,7 +150,7 @@ def _thought_and_said(message: PlainMessage) -> tuple[str, str]:
 
 
 def _loses_text(message: PlainMessage) -> bool:
-    """Whether `_thought_and_said` leaves out more than tags and the newlines around them."""
+    """Whether `_thought_and_said` drops more than tags and the newlines around them."""
     if "reasoning_content" in message or END_THINK not in message.get("content", ""):
         return False
     thought, *said = message["content"].split(END_THINK)

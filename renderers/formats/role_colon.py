@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 
 from cookbook.errors import RendererError
-from renderers.base import Renderer, Rendering
-from renderers.draft import Draft
+from renderers.base import Renderer
 from renderers.messages import Message, PlainMessage, Tool
+from renderers.rendering import Draft, Rendering
 from renderers.streaming import START, Section, Sections
 
 _LABELS = {"system": "System:", "user": "User:", "assistant": "Assistant:"}

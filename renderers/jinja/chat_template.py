@@ -25,11 +25,13 @@ from typing import TYPE_CHECKING, Any
 
 from cookbook.errors import RendererError
 from cookbook.utils import notes
-from renderers.base import Renderer, Rendering, Span
+from renderers.base import Renderer
 from renderers.encoder import ESCAPE, SENTINEL, Encoder, any_of
 from renderers.formats.hermes_tools import with_call_sections, with_calls
-from renderers.jinja.template import CALL, Chat, Template, stand_in_for
+from renderers.jinja.chat import Chat
+from renderers.jinja.template import CALL, Template, stand_in_for
 from renderers.messages import ROLES, Message, PlainMessage, Tool, map_strings
+from renderers.rendering import Rendering, Span
 from renderers.streaming import PLAIN
 from renderers.thinking import END_THINK, THINK, THINKING, THINKING_BEGUN, parse_thinking
 
@@ -51,7 +53,7 @@ class ChatTemplateRenderer(Renderer):
     Where a token would span the end of a generation prompt and the start of the reply (a reply that
     begins with a newline, say), the two are encoded apart, as they are when sampling. A template
     that asks for the date is always told the same one, `renderers.jinja.today.TODAY`. And where it would
-    refuse arguments of a tool call that are no string, or a reply without content, it is given
+    refuse arguments of a tool call that are not a string, or a reply without content, it is given
     them in JSON, or an empty content. Arguments in JSON that it could not print are given as a mapping.
 
     Tool calls between `<tool_call>` tags are parsed, and thinking between `<think>` tags, where the
@@ -148,17 +150,16 @@ class ChatTemplateRenderer(Renderer):
 
     # -- rendering ----------------------------------------------------------------------------
 
-    def _guarded(
-        self, messages: Sequence[Message], tools: Sequence[Tool] | None
-    ) -> tuple[list[PlainMessage], list[Tool] | None]:
+    def _guarded(self, messages: Sequence[PlainMessage]) -> list[PlainMessage]:
         """As the base does; arguments in JSON become mappings where the template cannot print JSON."""
-        plain, plain_tools = super()._guarded(messages, tools)
-        if self._template.prints_calls and not self._template.prints_json_arguments:
-            for index, message in enumerate(plain):
-                if message.get("tool_calls"):
-                    calls = [self._with_mapping(call, index + 1) for call in message["tool_calls"]]
-                    plain[index] = {**message, "tool_calls": calls}
-        return plain, plain_tools
+        guarded = self._encoder.guard(messages)
+        for index, message in enumerate(guarded):
+            if message.get("tool_calls") and self._template.prints_calls:
+                if self._template.prints_json_arguments:
+                    break
+                calls = [self._with_mapping(call, index + 1) for call in message["tool_calls"]]
+                guarded[index] = {**message, "tool_calls": calls}
+        return guarded
 
     def _with_mapping(self, call: Mapping[str, Any], number: int) -> dict[str, Any]:
         """A call whose arguments, if they are JSON, are the mapping that it spells."""
@@ -210,14 +211,15 @@ class ChatTemplateRenderer(Renderer):
         return Rendering(text, cuts=[len(prompt) for prompt in prompts if prompt and text.startswith(prompt)])
 
     def _checked_text(self, chat: Chat, prompt: bool = False) -> str:
-        """The text of all messages, none of them lost and escapes printed as what they stand for."""
+        """The text of all messages: none is lost, escapes are printed as what they stand for, and no control
+        token is put together from what messages spell."""
         prints = self._template.prints
         for number, message in enumerate(chat.messages, 1):
             if not prints(message["role"]):
                 supported = ", ".join(role for role in ROLES if self._template.prints(role))
                 raise RendererError(
-                    f"The chat template leaves out messages of role `{message['role']}` (message {number}). "
-                    f"Supported: {supported}."
+                    f"The chat template does not print messages of role `{message['role']}` "
+                    f"(message {number}). Supported: {supported}."
                 )
             if message.get("tool_calls") and not self._template.prints_calls:
                 raise RendererError(
@@ -232,24 +234,19 @@ class ChatTemplateRenderer(Renderer):
             raise RendererError(
                 "A message spells control tokens that the chat template itself looks for. Remove them."
             )
-        self._check_nothing_is_forged(chat, prompt, text)
-        return text
-
-    def _check_nothing_is_forged(self, chat: Chat, prompt: bool, text: str) -> None:
-        """A template may join parts of messages into a control token, or one with what it prints itself."""
+        # A template may join parts of messages into a control token, or one with what it prints itself.
         marks = self._part_of_control
-        if not chat.tools and not any(
+        if chat.tools or any(
             message.keys() != _ONLY_CONTENT or marks.search(message["content"]) for message in chat.messages
         ):
-            return
-        parted = chat.changed(self._parted)
-        if (parted.messages, parted.tools) == (chat.messages, chat.tools):
-            return
-        find = self._encoder.control.findall
-        if find(parted.text(len(chat.messages), prompt)) != find(text):
-            raise RendererError(
-                "The chat template makes a control token of parts that a message spells. Remove them."
-            )
+            parted = chat.changed(self._parted)
+            is_changed = (parted.messages, parted.tools) != (chat.messages, chat.tools)
+            find = self._encoder.control.findall
+            if is_changed and find(parted.text(len(chat.messages), prompt)) != find(text):
+                raise RendererError(
+                    "The chat template makes a control token of parts that a message spells. Remove them."
+                )
+        return text
 
     def _parted(self, value: Any) -> Any:
         """The value with a sentinel behind everything in it that may be part of a control token."""
@@ -267,7 +264,7 @@ class ChatTemplateRenderer(Renderer):
         if prompt is None:
             raise RendererError(
                 f"The chat template renders no prompt before the assistant's message {index + 1}, so it "
-                "cannot be trained. Begin with a user's message, or leave this one out of the training."
+                "cannot be trained. Begin with a user's message, or do not train this one."
             )
         whole = chat.text(index + 1)
         if not whole.startswith(prompt):
@@ -276,7 +273,9 @@ class ChatTemplateRenderer(Renderer):
                 f"template then renders message {index + 1}. A model trained on it would be sampled from "
                 "other prompts. Use another template."
             )
-        self._check_nothing_is_lost(chat, index, whole[len(prompt) :])
+        message, printed = chat.messages[index], whole[len(prompt) :]
+        if message.keys() != _ONLY_CONTENT or message["content"].strip() not in printed:
+            self._check_nothing_is_lost(chat, index, printed)
         if whole.endswith(self._after_last, len(prompt)):
             return whole[len(prompt) : len(whole) - len(self._after_last) + self._length_of_end]
         tail = self._tail(whole, len(prompt))
@@ -292,8 +291,6 @@ class ChatTemplateRenderer(Renderer):
     def _check_nothing_is_lost(self, chat: Chat, index: int, printed: str) -> None:
         message = chat.messages[index]
         thought, content = message.get("reasoning_content", ""), message.get("content", "")
-        if message.keys() == _ONLY_CONTENT and content.strip() in printed:
-            return
         lost = [
             key
             for key, parts in (("reasoning_content", [thought]), ("content", _TAG.split(content)))
@@ -306,7 +303,7 @@ class ChatTemplateRenderer(Renderer):
         if lost:
             raise RendererError(
                 f"The chat template does not print the `{lost[0]}` of message {index + 1} as it is. "
-                "Remove it, or leave the message out of the training."
+                "Remove it, or do not train the message."
             )
 
     def _tail(self, text: str, start: int) -> list[re.Match[str]]:

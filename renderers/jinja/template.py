@@ -8,11 +8,9 @@ a conversation takes many short calls; what it was seen to do is not done again 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from copy import copy
 from functools import cached_property
-from operator import is_
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +25,7 @@ from renderers.jinja.loop_counts import NotFollowed
 from renderers.jinja.loop_records import Memory
 from renderers.jinja.sandbox import compiled
 from renderers.jinja.tracing import Outline, Traces
-from renderers.messages import ROLES, PlainMessage, Tool, to_json
+from renderers.messages import ROLES, THINKING_KEYS, PlainMessage, Tool, to_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -48,25 +46,14 @@ _TOOL: Tool = {
 _MOST_TRACED = 128
 """Messages up to which it is recorded what the template does: each number of them is recorded by itself."""
 
-_LONG = 24
-"""Messages from which on a conversation's beginnings are looked at together."""
-
-_MOST_CHARACTERS = 1 << 25
-"""Characters of texts that are kept of one conversation."""
-
-_LONG_TEXT = 4096
-"""Characters from which on a text is kept as what it adds to another one."""
-
 _MOST_ROLES = 12
 """Roles that an error names."""
 
 _RESERVED = frozenset({"messages", "tools", "add_generation_prompt"})
 
-_REASONING = ("reasoning_content", "thinking", "reasoning")
-
 
 class Template:
-    """The chat template of one tokenizer, as it is when this is made."""
+    """The chat template of one tokenizer, as it is when this object is created."""
 
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, kwargs: Mapping[str, Any] = MappingProxyType({})
@@ -81,7 +68,7 @@ class Template:
         self._source_with_tools = str(tokenizer.get_chat_template(tools=[{}]))
         self._plain = compiled(self._source)
         self._with_tools = compiled(self._source_with_tools)
-        self._variables = {**tokenizer.special_tokens_map, "documents": None, **_json_type(kwargs)}
+        self._variables = {**tokenizer.special_tokens_map, "documents": None, **json_type(kwargs)}
         self._traces = Traces(self._source, self._variables)
         self._printed_roles: dict[str, bool] = {}
         self._read_keys: dict[tuple[str, str], bool] = {}
@@ -141,7 +128,7 @@ class Template:
         tools: Sequence[Tool] | None,
         prompt: bool,
     ) -> str:
-        """The same for the first of the messages; the outline is that of all."""
+        """The text of the first of the messages; the outline is that of all."""
         if not tools and num_messages <= _MOST_TRACED:
             known = self._traces.text(messages, outline, num_messages, prompt)
             if known is not None:
@@ -172,7 +159,7 @@ class Template:
     def followed_text(
         self, messages: Sequence[PlainMessage], tools: Sequence[Tool] | None, prompt: bool, memory: Memory
     ) -> str | None:
-        """The same as `text`, with the help of earlier runs for the same conversation; None without that."""
+        """The text of the messages, with the help of earlier runs; None where that is not possible."""
         template = self._incremental_with_tools if tools else self._incremental
         if template is None or not template.is_followed or not memory.is_of_use:
             return None
@@ -265,8 +252,8 @@ class Template:
         """
         if len(message) == 2 and type(message["role"]) is type(message.get("content")) is str:
             return message  # as most messages are
-        adapted: PlainMessage = {key: _json_type(value) for key, value in message.items()}
-        thought = next((adapted[key] for key in _REASONING if key in adapted), None)
+        adapted: PlainMessage = {key: json_type(value) for key, value in message.items()}
+        thought = next((adapted[key] for key in THINKING_KEYS if key in adapted), None)
         if thought is not None:
             adapted = {"thinking": thought, **adapted, "reasoning_content": thought}
             if self._reads_reasoning:
@@ -283,132 +270,6 @@ def _refusal(messages: Sequence[PlainMessage], error: Exception) -> RendererErro
     if len(messages) > _MOST_ROLES:
         roles += f", ... ({len(messages):,} messages)"
     return RendererError(f"The chat template refuses messages of roles {roles}: {error}")
-
-
-class Chat:
-    """One conversation under a template. What was rendered once is kept."""
-
-    def __init__(
-        self, template: Template, messages: Sequence[PlainMessage], tools: Sequence[Tool] | None
-    ) -> None:
-        self.messages = [template.adapted(message) for message in messages]
-        self.tools = [_json_type(tool) for tool in tools] if tools else None
-        self._template = template
-        self._given = messages, tools
-        self._is_long = len(self.messages) >= _LONG
-        self._start_anew()
-
-    def _start_anew(self) -> None:
-        self._all_messages = self.messages
-        self._outline = Outline(self.messages)
-        self._texts = _Texts()
-        self._memory = Memory()
-        self._changed: dict[Callable[[Any], Any], Chat] = {}
-
-    def beginning(self, messages: Sequence[PlainMessage], tools: Sequence[Tool] | None) -> Chat | None:
-        """The chat of these messages, if this begins with the very same; it shares what is kept."""
-        given, given_tools = self._given
-        if tools is not given_tools or len(messages) > len(given) or not all(map(is_, messages, given)):
-            return None
-        beginning = copy(self)
-        beginning.messages = self.messages[: len(messages)]
-        return beginning
-
-    def changed(self, change: Callable[[Any], Any]) -> Chat:
-        """This chat with every message, and the tools, changed; what stays equal stays the same object."""
-        if change not in self._changed:
-            changed = copy(self)
-            new = [change(message) for message in self._all_messages]
-            changed.messages = [b if a != b else a for a, b in zip(self._all_messages, new, strict=True)]
-            changed.tools = change(self.tools)
-            changed._start_anew()
-            self._changed[change] = changed
-        changed = copy(self._changed[change])
-        changed.messages = changed.messages[: len(self.messages)]
-        return changed
-
-    def text(self, num_messages: int, prompt: bool = False) -> str:
-        """The text of the first messages."""
-        key = (num_messages, prompt)
-        found = self._texts.get(key)
-        if found is None:
-            try:
-                found = self._rendered(num_messages, prompt)
-            except RendererError as error:
-                found = error
-            self._texts.keep(key, found)
-        if isinstance(found, RendererError):
-            raise found
-        return found
-
-    def _rendered(self, num_messages: int, prompt: bool) -> str:
-        if self._is_long:
-            text = self._followed_text(self.messages[:num_messages], prompt)
-            if text is not None:
-                return text
-        return self._template.text_of_first(num_messages, self.messages, self._outline, self.tools, prompt)
-
-    def text_with(self, index: int, stand_in: PlainMessage, num_messages: int) -> str:
-        """The text of the first messages, with another message in place of one of them."""
-        messages = [*self.messages[:index], stand_in, *self.messages[index + 1 : num_messages]]
-        text = self._followed_text(messages, prompt=False) if self._is_long else None
-        return self._template.text(messages, self.tools) if text is None else text
-
-    def _followed_text(self, messages: Sequence[PlainMessage], prompt: bool) -> str | None:
-        return self._template.followed_text(messages, self.tools, prompt, self._memory)
-
-    def prompt_before(self, index: int) -> str | None:
-        """The prompt for message `index`, or None where the template renders none."""
-        if index == 0:
-            return None
-        try:
-            return self.text(index, prompt=True)
-        except RendererError:
-            return None
-
-
-class _Texts:
-    """Texts, or why there is none, by number of messages and whether with the prompt.
-
-    A long one is kept as what it adds to the beginning of the first one, mostly that of all messages.
-    """
-
-    def __init__(self) -> None:
-        self._first = ""
-        self._kept: dict[tuple[int, bool], tuple[int, str] | RendererError] = {}
-        self._num_characters = 0
-
-    def get(self, key: tuple[int, bool]) -> str | RendererError | None:
-        found = self._kept.get(key)
-        if not isinstance(found, tuple):
-            return found
-        num_common, rest = found
-        return f"{self._first[:num_common]}{rest}" if num_common else rest
-
-    def keep(self, key: tuple[int, bool], text: str | RendererError) -> None:
-        if isinstance(text, RendererError):
-            self._kept[key] = text
-            return
-        if self._num_characters > _MOST_CHARACTERS:
-            self._kept.clear()
-            self._num_characters = 0
-        num_common = 0
-        if len(text) > _LONG_TEXT:
-            self._first = self._first or text
-            num_common = _length_of_common_start(self._first, text)
-        self._kept[key] = num_common, text[num_common:]
-        self._num_characters += len(text) - num_common
-
-
-def _length_of_common_start(one: str, other: str) -> int:
-    least, most = 0, min(len(one), len(other))
-    while least < most:
-        middle = (least + most + 1) // 2
-        if one.startswith(other[least:middle], least):
-            least = middle
-        else:
-            most = middle - 1
-    return least
 
 
 # -- messages -----------------------------------------------------------------------------------
@@ -453,7 +314,7 @@ def stand_in_for(message: PlainMessage) -> tuple[PlainMessage, dict[str, str]]:
         if message.get(key):
             changed[key] = sentinel(key)
     if "reasoning_content" in changed:
-        for key in {"thinking", *(name for name in _REASONING if name in message)}:
+        for key in {"thinking", *(name for name in THINKING_KEYS if name in message)}:
             changed[key] = changed["reasoning_content"]
     if message.get("tool_calls"):
         changed["tool_calls"] = [
@@ -462,21 +323,21 @@ def stand_in_for(message: PlainMessage) -> tuple[PlainMessage, dict[str, str]]:
     return changed, sentinels
 
 
-def _json_type(value: Any) -> Any:
+def json_type(value: Any) -> Any:
     """The value in exact JSON types: a template is foreign code, and any other object has methods.
 
-    What is no JSON may be there, but a template that reads it is refused.
+    A value that JSON cannot hold may be present, but a template that reads it is refused.
     """
     kind = type(value)
     if kind is str or value is None or kind in (bool, int, float):
         return value
     if isinstance(value, Mapping):
-        return {_json_type(key): _json_type(item) for key, item in value.items()}
+        return {json_type(key): json_type(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_json_type(item) for item in value]
+        return [json_type(item) for item in value]
     if isinstance(value, np.generic):
-        return _json_type(value.item())
+        return json_type(value.item())
     for base in (str, int, float):
         if isinstance(value, base):
             return base(value)
-    return jinja2.StrictUndefined(f"a {kind.__name__} is no JSON")
+    return jinja2.StrictUndefined(f"a {kind.__name__} is not JSON")

@@ -605,7 +605,7 @@ def test_thinking_parts_read_as_reasoning_content(renderer_of, small_tokenizer, 
 @pytest.mark.parametrize("name", ["chat_template", "qwen3", "role_colon"])
 def test_plain_text_is_trained_to_its_end(renderer_of, small_tokenizer, trained_runs, name):
     tokenizer = small_tokenizer("chatml")
-    example = renderer_of(name, tokenizer).build_text_example("Hi. 天\n")
+    example = renderer_of(name, tokenizer).render_text("Hi. 天\n").with_model_input()
     assert trained_runs(tokenizer, example) == ["Hi. 天\n<|im_end|>"]
 
 
@@ -725,7 +725,7 @@ def test_a_role_the_template_leaves_out_is_refused(renderer_of, small_tokenizer)
     renderer = renderer_of("chat_template", small_tokenizer(template))
     message = refusal(renderer.build_generation_prompt, [{"role": "system", "content": "s"}, user("a")])
     assert message == (
-        "The chat template leaves out messages of role `system` (message 1). "
+        "The chat template does not print messages of role `system` (message 1). "
         "Supported: developer, user, assistant, tool."
     )
 
@@ -805,5 +805,5 @@ def test_a_template_that_is_no_jinja_is_refused_with_its_line(
     tiny_tokenizer: Any, template: str, problem: str
 ) -> None:
     tiny_tokenizer.chat_template = template
-    with pytest.raises(RendererError, match=f"The chat template is no Jinja template: .*{problem}"):
+    with pytest.raises(RendererError, match=f"The chat template is not valid Jinja: .*{problem}"):
         get_renderer("chat_template", tiny_tokenizer)

@@ -38,7 +38,7 @@ def noted(found: Any) -> list[str]:
 def test_text_that_is_already_rendered_has_the_tokens_of_the_tokenizer(small_tokenizer, name, text):
     tokenizer = small_tokenizer("chatml")
     with notes.collected() as found:
-        tokens, weights = get_renderer(name, tokenizer).build_text_example(text)
+        tokens, weights = get_renderer(name, tokenizer).render_text(text).with_model_input()
     assert tokens.to_ints() == plain_ids(tokenizer, text)
     assert weights.all()
     assert noted(found) == ["1 text held control tokens, encoded as those tokens"]
@@ -48,7 +48,9 @@ def test_text_that_does_not_end_itself_is_ended_once(small_tokenizer):
     tokenizer = small_tokenizer("chatml")
     renderer = get_renderer("chat_template", tokenizer)
     text = "<|im_end|> is a token. "
-    assert renderer.build_text_example(text)[0].to_ints() == plain_ids(tokenizer, f"{text}<|im_end|>")
+    assert renderer.render_text(text).with_model_input()[0].to_ints() == plain_ids(
+        tokenizer, f"{text}<|im_end|>"
+    )
 
 
 @pytest.mark.parametrize("behind", ["<|endoftext|>", "\n<|endoftext|>", "\n<|endoftext|>\n"])
@@ -57,8 +59,8 @@ def test_the_end_token_of_the_base_model_ends_a_text_too(small_tokenizer, traine
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|endoftext|>"]})
     renderer = get_renderer("chat_template", tokenizer)
     text = RENDERED.rstrip() + behind
-    assert renderer.build_text_example(text)[0].to_ints() == plain_ids(tokenizer, text)
-    tokens, weights = renderer.build_completion_example(PROMPT, f"Hello.<|im_end|>{behind}")
+    assert renderer.render_text(text).with_model_input()[0].to_ints() == plain_ids(tokenizer, text)
+    tokens, weights = renderer.render_completion(PROMPT, f"Hello.<|im_end|>{behind}").with_model_input()
     assert tokens.to_ints() == plain_ids(tokenizer, text)
     assert trained_runs(tokenizer, (tokens, weights)) == [f"Hello.<|im_end|>{behind.rstrip()}"]
 
@@ -67,9 +69,9 @@ def test_text_is_counted_where_it_is_given_no_system_prompt(small_tokenizer):
     renderer = get_renderer("chat_template", small_tokenizer("chatml"))
     renderer.system_prompt = "Be brief."
     with notes.collected() as found:
-        renderer.build_text_example(RENDERED)
-        renderer.build_completion_example(PROMPT, "Hello.")
-    assert "2 texts stood without the system_prompt: what is no message is given none" in noted(found)
+        renderer.render_text(RENDERED).with_model_input()
+        renderer.render_completion(PROMPT, "Hello.").with_model_input()
+    assert "2 texts had no system_prompt before them: plain text is given none" in noted(found)
 
 
 def test_text_that_begins_with_bos_is_not_given_another(small_tokenizer):
@@ -79,13 +81,13 @@ def test_text_that_begins_with_bos_is_not_given_another(small_tokenizer):
     assert tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
     renderer = get_renderer("chat_template", tokenizer)
     for text in ("<bos>Once.", "Once."):
-        assert renderer.build_text_example(text)[0].to_ints().count(tokenizer.bos_token_id) == 1
+        assert renderer.render_text(text).with_model_input()[0].to_ints().count(tokenizer.bos_token_id) == 1
 
 
 def test_text_rendered_for_another_model_is_counted_by_its_tokens(small_tokenizer):
     renderer = get_renderer("chat_template", small_tokenizer("chatml"))
     with notes.collected() as found:
-        renderer.build_text_example("[INST] Hi [/INST] Hello.</s>")
+        renderer.render_text("[INST] Hi [/INST] Hello.</s>").with_model_input()
         renderer.build_supervised_example([user("Hi"), assistant("Hello.</s>")])
     (texts,) = [line for line in noted(found) if "other chat formats" in line]
     assert "</s> (1 text), [/INST] (1 text)" in texts
@@ -95,7 +97,7 @@ def test_text_rendered_for_another_model_is_counted_by_its_tokens(small_tokenize
 def test_text_of_what_renderers_reserve_is_refused(small_tokenizer):
     renderer = get_renderer("chat_template", small_tokenizer("chatml"))
     with pytest.raises(RendererError, match="renderers reserve"):
-        renderer.build_text_example("a\U000f5a3c0;b")
+        renderer.render_text("a\U000f5a3c0;b").with_model_input()
 
 
 # -- a prompt and its completion ----------------------------------------------------------------
@@ -117,7 +119,7 @@ def test_a_completion_behind_a_rendered_prompt_is_trained_to_its_end_token(
     tokenizer = small_tokenizer("chatml")
     renderer = get_renderer(name, tokenizer)
     assert renderer.is_rendered(prompt)
-    tokens, weights = renderer.build_completion_example(prompt, completion)
+    tokens, weights = renderer.render_completion(prompt, completion).with_model_input()
     ends = "" if "<|im_end|>" in completion else "<|im_end|>"
     assert tokens.to_ints() == plain_ids(tokenizer, prompt + completion + ends)
     assert trained_runs(tokenizer, (tokens, weights)) == ["Hello.<|im_end|>"]
@@ -133,8 +135,10 @@ def test_no_part_of_the_header_of_a_reply_is_trained(small_tokenizer, trained_ru
     tokenizer = small_tokenizer(template)
     header = "<|im_start|>assistant\n"
     prompt, said = RENDERED.partition(header)[0], header + ("<think>\nHm." if thinks else "Hello.")
-    tokens, weights = get_renderer("chat_template", tokenizer).build_completion_example(
-        prompt + said[:num_in_prompt], said[num_in_prompt:]
+    tokens, weights = (
+        get_renderer("chat_template", tokenizer)
+        .render_completion(prompt + said[:num_in_prompt], said[num_in_prompt:])
+        .with_model_input()
     )
     assert trained_runs(tokenizer, (tokens, weights)) == ["Hm.<|im_end|>" if thinks else "Hello.<|im_end|>"]
 
@@ -143,7 +147,7 @@ def test_a_rendered_prompt_is_a_prefix_of_what_is_trained(small_tokenizer):
     tokenizer = small_tokenizer("wordy")
     renderer = get_renderer("chat_template", tokenizer)
     prompt = "<|im_start|>user says: hi<|im_end|>assistant says: "
-    tokens, weights = renderer.build_completion_example(prompt, " hello")
+    tokens, weights = renderer.render_completion(prompt, " hello").with_model_input()
     before = plain_ids(tokenizer, prompt)
     assert tokens.to_ints()[: len(before)] == before
     assert (weights != 0).tolist() == [False] * len(before) + [True] * (len(weights) - len(before))

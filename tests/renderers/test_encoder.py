@@ -24,9 +24,9 @@ def test_a_text_is_encoded_the_same_whatever_was_encoded_before(small_tokenizer,
     for middle, end in series:
         beginning += middle
         text = beginning + end
-        assert encoder.encode(text).ids == Encoder(tokenizer).encode(text).ids
+        assert encoder.encode(text).ids.tolist() == Encoder(tokenizer).encode(text).ids.tolist()
         if flag == "none":
-            assert encoder.encode(text).ids == tokenizer(text, add_special_tokens=False)["input_ids"]
+            assert encoder.encode(text).ids.tolist() == tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 _flagged: dict[str, Any] = {}
@@ -43,9 +43,9 @@ def test_what_is_done_to_the_tokens_of_one_text_leaves_the_next_alone(small_toke
     encoder = Encoder(small_tokenizer())
     text = "<|im_start|>user\na<|im_end|>\n<|im_start|>"
     first = encoder.encode(text).ids
-    expected = list(first)
-    first.clear()
-    assert encoder.encode(text).ids == expected
+    expected = first.tolist()
+    first[:] = 0
+    assert encoder.encode(text).ids.tolist() == expected
 
 
 words = st.text("ab|<", min_size=1, max_size=4)
@@ -84,5 +84,5 @@ def test_a_text_encoded_in_stretches_has_the_tokens_of_the_whole(small_tokenizer
     text = "".join(pieces)
     cuts = sorted({len("".join(pieces[:n])) for n in data.draw(st.sets(st.integers(1, len(pieces))))})
     ours, theirs = encoder._encode_apart(text, cuts), whole._encode_apart(text, cuts)
-    assert ours.ids == theirs.ids
+    assert ours.ids.tolist() == theirs.ids.tolist()
     assert ours.starts == theirs.starts

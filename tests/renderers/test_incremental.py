@@ -10,9 +10,10 @@ import chat_formats
 import pytest
 
 from cookbook.errors import RendererError
+from renderers.jinja.chat import Chat
 from renderers.jinja.incremental import IncrementalTemplate
 from renderers.jinja.loop_records import Memory
-from renderers.jinja.template import Chat, Template
+from renderers.jinja.template import Template
 
 LOOP = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
 PROMPT = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"

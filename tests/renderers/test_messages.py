@@ -26,7 +26,7 @@ def test_messages_are_written_in_one_way_and_the_callers_are_left_alone():
         {"role": "assistant", "content": "c", "thinking": "hm", "tool_calls": None},
     ]
     copy = [dict(message) for message in given]
-    assert normalize(given, "some", ROLES) == [
+    assert normalize(given, "some", ROLES)[0] == [
         {"role": "user", "content": "ab", "name": "Ann"},
         {"role": "assistant", "tool_calls": [{"name": "f", "arguments": {}}]},
         {"role": "assistant", "content": "c", "reasoning_content": "hm"},
@@ -119,7 +119,7 @@ def calling(arguments: Any) -> Any:
 )
 def test_thinking_has_one_name(message):
     plain = {"role": "assistant", "content": "a", "reasoning_content": "hm"}
-    assert normalize([{"role": "assistant", **message}], "some", ROLES) == [plain]
+    assert normalize([{"role": "assistant", **message}], "some", ROLES)[0] == [plain]
 
 
 @pytest.mark.parametrize(
@@ -137,9 +137,9 @@ def test_thinking_has_one_name(message):
         ({"tool_calls": [3]}, "tool_calls` of message 1"),
         ({"tool_calls": [{"function": "f"}]}, "tool_calls` of message 1"),
         ({"content": [{"type": ["text"]}]}, "cannot render a part of type"),
-        (calling({"day": date(2024, 1, 1)}), "Message 1 has a date, which is no JSON"),
-        (calling({"days": {1}}), "Message 1 has a set, which is no JSON"),
-        (calling({"x": b"a"}), "Message 1 has a bytes, which is no JSON"),
+        (calling({"day": date(2024, 1, 1)}), "Message 1 has a date, which JSON cannot hold"),
+        (calling({"days": {1}}), "Message 1 has a set, which JSON cannot hold"),
+        (calling({"x": b"a"}), "Message 1 has a bytes, which JSON cannot hold"),
         (calling({("a", "b"): 1}), "Message 1 has a tuple as a key"),
         (calling(nested(5000)), "Message 1 is nested"),
         ({"content": "a", "name": "\ud800"}, "Message 1 has half a character"),
@@ -178,7 +178,7 @@ def test_a_wrong_first_message_is_named_beside_a_system_prompt(small_tokenizer):
 @pytest.mark.parametrize(("text", "error"), [(3, "is a int"), (None, "is a NoneType"), ("a\ud800", "half a")])
 def test_text_that_is_none_is_refused(renderer_of, small_tokenizer, text, error):
     with pytest.raises(RendererError, match=error):
-        renderer_of("role_colon", small_tokenizer("chatml")).build_text_example(text)
+        renderer_of("role_colon", small_tokenizer("chatml")).render_text(text)
 
 
 @pytest.mark.parametrize("key", ["function_call", "refusal"])

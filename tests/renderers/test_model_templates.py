@@ -14,7 +14,8 @@ from transformers.utils import chat_template_utils
 
 from cookbook.errors import RendererError
 from renderers import TrainOnWhat
-from renderers.jinja.template import Chat, Template
+from renderers.jinja.chat import Chat
+from renderers.jinja.template import Template
 from renderers.jinja.today import TODAY
 
 few = settings(max_examples=8, deadline=None)

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from transformers.utils import chat_template_utils
 
 from cookbook.errors import RendererError
-from renderers.jinja.template import Chat, Template
+from renderers.jinja.chat import Chat
+from renderers.jinja.template import Template
 
 text = st.text(max_size=8) | st.sampled_from(["", " a\n", "<|im_end|>", "{{ messages }}", "<b>&amp;", "天😀"])
 values = st.recursive(

@@ -6,7 +6,9 @@ import pytest
 
 from cookbook.errors import RendererError
 from renderers import TrainOnWhat
-from renderers.train_on_what import chosen_messages, weight_of
+from renderers.messages import ROLES, normalize
+from renderers.train_on_what import chosen_messages
+from renderers.training_flags import training_of
 
 CHAT = [
     {"role": "system", "content": "s"},
@@ -32,7 +34,9 @@ CHAT = [
     ],
 )
 def test_each_mode_chooses_its_messages(mode, chosen):
-    assert chosen_messages(CHAT, TrainOnWhat(mode)) == chosen
+    plain, trainings = normalize(CHAT, "some", ROLES)
+    roles = [message["role"] for message in plain]
+    assert chosen_messages(roles, trainings, TrainOnWhat(mode)) == dict.fromkeys(chosen, 1.0)
 
 
 def test_members_are_the_upper_case_of_their_values():
@@ -42,9 +46,10 @@ def test_members_are_the_upper_case_of_their_values():
 @pytest.mark.parametrize("weight", [1e39, 10**400, 1e-60, -1, math.nan, math.inf, True, "1"])
 def test_a_weight_that_float32_cannot_hold_is_refused(weight):
     with pytest.raises(RendererError, match="`weight` of a message is"):
-        weight_of({"role": "user", "content": "u", "weight": weight})
+        training_of({"role": "user", "content": "u", "weight": weight}, "a message")
 
 
 @pytest.mark.parametrize("weight", [0, 0.0, 1e-40, 1, 3e38])
 def test_any_other_weight_is_kept(weight):
-    assert weight_of({"role": "user", "content": "u", "weight": weight}) == weight
+    message = {"role": "user", "content": "u", "weight": weight}
+    assert training_of(message, "a message").factor == weight

@@ -9,6 +9,7 @@ import pytest
 from cookbook.errors import RendererError
 from cookbook.utils import notes
 from renderers import TrainOnWhat
+from renderers.messages import ROLES, normalize
 from renderers.train_on_what import chosen_messages
 from renderers.training_flags import Training, training_of
 
@@ -23,6 +24,11 @@ TRAINED: list[dict[str, Any]] = [
     *({key: value} for key in ("loss", "train", "training", "trainable") for value in (True, 1)),
     {"train": True, "loss": True, "mask": False, "loss_weight": 1},
 ]
+
+
+def chosen(messages: list[Any], mode: TrainOnWhat) -> list[int]:
+    plain, trainings = normalize(messages, "some", ROLES)
+    return list(chosen_messages([message["role"] for message in plain], trainings, mode))
 
 
 def chat(**flags: Any) -> list[Any]:
@@ -56,13 +62,13 @@ def test_a_message_that_is_not_to_be_trained_is_not(
 def test_every_positive_key_is_an_order_to_train_where_messages_are_customized(flags: dict[str, Any]) -> None:
     messages = chat(**flags)
     messages[1] |= flags
-    assert chosen_messages(messages, TrainOnWhat.CUSTOMIZED) == [1, 2, 4]
-    assert chosen_messages(chat(), TrainOnWhat.CUSTOMIZED) == []
+    assert chosen(messages, TrainOnWhat.CUSTOMIZED) == [1, 2, 4]
+    assert chosen(chat(), TrainOnWhat.CUSTOMIZED) == []
 
 
 def test_an_unmasked_reply_is_trained_where_messages_are_customized_and_an_unmasked_question_is_not() -> None:
     messages = [{**message, "mask": False} for message in chat()]
-    assert chosen_messages(messages, TrainOnWhat.CUSTOMIZED) == [2, 4]
+    assert chosen(messages, TrainOnWhat.CUSTOMIZED) == [2, 4]
 
 
 def test_null_counts_as_absent() -> None:
@@ -93,7 +99,7 @@ def test_both_names_of_a_weight_weigh(renderer_of: Any, small_tokenizer: Any, na
 def test_keys_that_contradict_each_other_are_named(flags: dict[str, Any], named: list[str]) -> None:
     for mode in TrainOnWhat:
         with pytest.raises(RendererError) as caught:
-            chosen_messages(chat(**flags), mode)
+            chosen(chat(**flags), mode)
         assert all(words in str(caught.value) for words in [*named, "message 3", "contradict"])
 
 
@@ -101,7 +107,7 @@ def test_keys_that_contradict_each_other_are_named(flags: dict[str, Any], named:
 @pytest.mark.parametrize("value", ["false", 2, 0.5, -1, [], {}, [0, 1], float("nan")])
 def test_a_flag_that_is_neither_true_nor_false_is_refused(key: str, value: Any) -> None:
     with pytest.raises(RendererError, match=f"`{key}` of message 3 is .*, not true or false"):
-        chosen_messages(chat(**{key: value}), TrainOnWhat.ALL_MESSAGES)
+        chosen(chat(**{key: value}), TrainOnWhat.ALL_MESSAGES)
 
 
 @pytest.mark.parametrize("key", ["train_detail", "training_detail", "loss_mask", "loss_scale"])
@@ -127,14 +133,14 @@ def test_what_asks_to_be_trained_and_is_not_is_counted() -> None:
     messages[0] |= {"train": False}
     messages[4] |= {"train": True}
     with notes.collected() as found:
-        assert chosen_messages(messages, TrainOnWhat.ALL_ASSISTANT_MESSAGES) == [2, 4]
+        assert chosen(messages, TrainOnWhat.ALL_ASSISTANT_MESSAGES) == [2, 4]
     assert sorted(notes.lines(found)) == [
         "1 message had a weight and no part in train_on_what=all_assistant_messages",
         "2 messages asked to be trained, which train_on_what=all_assistant_messages does not do",
     ]
     for mode in (TrainOnWhat.ALL_MESSAGES, TrainOnWhat.CUSTOMIZED):
         with notes.collected() as found:
-            chosen_messages(messages[1:3], mode)
+            chosen(messages[1:3], mode)
         assert not found
 
 

@@ -45,7 +45,7 @@ __all__ = ["FORMATS", "Format", "check_format", "conversations_of", "recognise"]
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a config says of how rows are read."""
+    """Options of a config for reading rows."""
 
     min_reward: float | None = None
     """Rows and rollouts of a lower reward are not wanted."""

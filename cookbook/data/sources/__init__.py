@@ -93,7 +93,7 @@ def open_source(
         names = ["pirate", *KNOWN_DATASETS]
         hint = did_you_mean(spec, names)
         raise DataError(
-            f"dataset={spec!r} is no known name, file or hub id (owner/name).{hint} "
+            f"dataset={spec!r} is not a known name, file or hub id (owner/name).{hint} "
             f"Names: {', '.join(names)}."
         )
     return open_hub(name if split is None else replace(name, split=split), streaming)

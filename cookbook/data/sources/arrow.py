@@ -43,7 +43,7 @@ class ArrowChunk(Chunk):
     def _values(self) -> list[dict[str, Any] | Exception]:
         try:
             return self._table.to_pylist()
-        except (ValueError, OverflowError):  # text that is no UTF-8, a time before the first one
+        except (ValueError, OverflowError):  # text that is not UTF-8, a time out of range
             return [_values_of(self._table, number) for number in range(len(self))]
 
     def __getstate__(self) -> tuple[bytes, int, str]:
@@ -83,7 +83,7 @@ def _row_of(values: dict[str, Any] | Exception, decoders: dict[str, Decoder], pl
 
 
 def _decoder_of(kind: pyarrow.DataType) -> Decoder | None:
-    """What turns a value into JSON's: text of Arrow's JSON type is parsed, its nulls are the data's
+    """A function from a value to a JSON value: text of Arrow's JSON type is parsed, its nulls are the data's
     own; pairs of a map become a dict. None where the value is as it should be."""
     import pyarrow.types as types
 
@@ -146,7 +146,7 @@ class _ArrowLikeSource(FileSource):
         return DataError(
             f"{self.path} {problem}"
             if is_another_format
-            else f"{self.path} is no readable {self.format_name} file: {str(error).strip()}"
+            else f"{self.path} is not a readable {self.format_name} file: {str(error).strip()}"
         )
 
 

@@ -1,4 +1,4 @@
-"""What every source of rows does."""
+"""The interface of sources of rows."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Chunk(ABC):
 
     @abstractmethod
     def __len__(self) -> int:
-        """How many they are, known without decoding them."""
+        """The number of rows, known without decoding them."""
 
 
 class Source(ABC):
@@ -60,7 +60,7 @@ class Source(ABC):
     files: Sequence[str] = ()
     """The files of a folder that the rows are in; none where `name` says it all."""
     unread: Sequence[str] = ()
-    """The files of that folder that are in no split, or are no data."""
+    """The files of that folder that are in no split or hold no data."""
     evaluation: Source | None = None
     """The splits of the same folder that are there to evaluate on."""
 
@@ -70,7 +70,7 @@ class Source(ABC):
 
     @abstractmethod
     def num_rows(self) -> int | None:
-        """None where that takes reading everything."""
+        """The number of rows; None where counting means reading all of them."""
 
     @abstractmethod
     def chunks(self, start: int = 0, size: int = 256) -> Iterator[Chunk]:
@@ -86,7 +86,7 @@ class Source(ABC):
 
 @dataclass(frozen=True)
 class ListChunk(Chunk):
-    """Rows that came decoded, or could not be had otherwise."""
+    """Rows that are decoded already."""
 
     decoded: list[AnyRow]
 

@@ -112,7 +112,7 @@ class FolderReader:
         return self._source_of(layout, [TRAIN], evaluation)
 
     def _how_to_train(self, layout: Layout) -> str:
-        """What to do where no file is called as those to train on are."""
+        """Advice where no file has the name of a training split."""
         in_splits = set(layout.files(layout.splits))
         others = [path for path in layout.paths if path not in in_splits and self.kind_of(Path(path))]
         if not others:

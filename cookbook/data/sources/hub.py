@@ -26,7 +26,7 @@ class HubName:
 
     @classmethod
     def parse(cls, spec: str) -> HubName | None:
-        """None where `spec` is no name of a dataset on the hub."""
+        """None where `spec` does not name a dataset on the hub."""
         hub_id, *rest = spec.split(":")
         is_path = hub_id.startswith((".", "~"))
         if is_path or hub_id.count("/") != 1 or not all(hub_id.split("/")) or len(rest) > 2:
@@ -64,7 +64,7 @@ class HubSource(Source):
 class HubStream(Source):
     """One split, read over the network as it is needed.
 
-    `revision` is the commit that is read; its fingerprint stands for the rows, which nobody has seen.
+    `revision` is the commit that is read; its fingerprint stands for the rows, which were not read.
     """
 
     def __init__(self, name: HubName, dataset: datasets.IterableDataset, revision: str | None) -> None:

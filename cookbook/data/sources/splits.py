@@ -56,7 +56,7 @@ class Layout:
         return [split for split in self.splits if known & set(re.split(r"[\W_\d]+", split.lower()))]
 
     def describe(self) -> str:
-        """What there is, for messages: train (a.jsonl), test (b.jsonl)."""
+        """The splits, for messages: train (a.jsonl), test (b.jsonl)."""
         found = [f"{split} ({some(files)})" for split, files in self.splits.items()]
         in_config = "" if self.config is None else f" in config {self.config}"
         return f"{', '.join(found)}{in_config}"

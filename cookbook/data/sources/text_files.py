@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import gzip
 import io
@@ -96,7 +97,7 @@ class FileSource(Source):
             raise DataError(f"{self.path} cannot be read: {error}") from error
 
     def open_bytes(self) -> BinaryIO:
-        """The file, decompressed where its name ends in .gz. Raises DataError for what is no UTF-8 text."""
+        """The file, decompressed where its name ends in .gz. Raises DataError for anything but UTF-8 text."""
         is_gzip = self.path.name.lower().endswith(".gz")
         file: Any = gzip.open(self.path) if is_gzip else self.path.open("rb")  # noqa: SIM115
         try:
@@ -126,7 +127,7 @@ def why_not_utf8(error: UnicodeDecodeError) -> str:
 
 
 def why_no_text(head: bytes) -> str | None:
-    """What a file is that begins so, and what to do, where it is anything but UTF-8 text."""
+    """The problem with a file that begins so, and its solution; None for UTF-8 text."""
     for begins, problem in _NO_TEXT.items():
         if head.startswith(begins):
             return problem
@@ -163,16 +164,17 @@ class LinesChunk(Chunk):
         return len(self.lines)
 
     def rows(self) -> list[AnyRow]:
-        return [_row_of_line(line, f"line {number} of {self.name}") for number, line in self.lines]
-
-
-def _row_of_line(line: bytes | None, place: str) -> AnyRow:
-    if line is None:
-        return BadRow(place, why_too_long(max_line_bytes()))
-    try:
-        return row_of(json.loads(line.decode()), place)
-    except (ValueError, RecursionError) as error:
-        return BadRow(place, _why_not_json(error, is_line=True))
+        rows: list[AnyRow] = []
+        for number, line in self.lines:
+            place = f"line {number} of {self.name}"
+            if line is None:
+                rows.append(BadRow(place, why_too_long(max_line_bytes())))
+                continue
+            try:
+                rows.append(row_of(json.loads(line.decode()), place))
+            except (ValueError, RecursionError) as error:
+                rows.append(BadRow(place, _why_not_json(error, is_line=True)))
+        return rows
 
 
 class JsonLinesSource(FileSource):
@@ -182,17 +184,32 @@ class JsonLinesSource(FileSource):
 
     def _chunks(self, start: int, size: int) -> Iterator[Chunk]:
         with self.open_bytes() as file:
-            self._check_first_line(_first_line(file.peek(1)))  # type: ignore[attr-defined]
-            lines = _lines(file)
-            for _ in range(start):
-                if next(lines, None) is None:
-                    return
-            for batch in batched(lines, size, _bytes_of_line):
-                yield LinesChunk(self.name, batch)
+            self._check_first_line(file.peek(1))  # type: ignore[attr-defined]
+            lines: list[tuple[int, bytes | None]] = []
+            num_bytes = 0
+            for number, line in enumerate(limited_lines(file, max_line_bytes()), 1):
+                text = line and (line.removeprefix(_BOM) if number == 1 else line).strip()
+                if text == b"":
+                    continue
+                if start > 0:
+                    start -= 1
+                    continue
+                lines.append((number, text))
+                num_bytes += MAX_CHUNK_BYTES if text is None else len(text)
+                # A line that is too long ends a chunk, so that it is reported before its rest is skipped.
+                if len(lines) == size or num_bytes >= MAX_CHUNK_BYTES:
+                    yield LinesChunk(self.name, lines)
+                    lines, num_bytes = [], 0
+            if lines:
+                yield LinesChunk(self.name, lines)
 
-    def _check_first_line(self, line: bytes) -> None:
-        """Raises DataError where the first line is the beginning of a value that continues below it."""
-        if line[:1] not in (b"{", b"[") or _is_json(line):
+    def _check_first_line(self, head: bytes) -> None:
+        """Raises DataError where the first line of the head begins a value that continues below it."""
+        line = head.removeprefix(_BOM).lstrip().partition(b"\n")[0].strip()
+        if line[:1] not in (b"{", b"["):
+            return
+        with contextlib.suppress(ValueError, RecursionError):
+            json.loads(line)
             return
         with self.open_bytes() as file:
             text = file.read(_HEAD_BYTES).removeprefix(_BOM).decode(errors="replace")
@@ -213,35 +230,6 @@ class JsonLinesSource(FileSource):
         )
 
 
-def _first_line(head: bytes) -> bytes:
-    """The first line that is not blank, as far as it is in the head of a file."""
-    return head.removeprefix(_BOM).lstrip().partition(b"\n")[0].strip()
-
-
-def _is_json(line: bytes) -> bool:
-    try:
-        json.loads(line)
-    except (ValueError, RecursionError):
-        return False
-    return True
-
-
-def _lines(file: BinaryIO) -> Iterator[tuple[int, bytes | None]]:
-    """The lines that are not blank, with their numbers; None for one that is too long."""
-    for number, line in enumerate(limited_lines(file, max_line_bytes()), 1):
-        if line is None:
-            yield number, None
-            continue
-        text = (line.removeprefix(_BOM) if number == 1 else line).strip()
-        if text:
-            yield number, text
-
-
-def _bytes_of_line(line: tuple[int, bytes | None]) -> int:
-    """Its size; one that is too long ends a chunk, so that it is reported before its rest is skipped."""
-    return MAX_CHUNK_BYTES if line[1] is None else len(line[1])
-
-
 def _why_not_json(error: Exception, is_line: bool = False) -> str:
     if isinstance(error, UnicodeDecodeError):
         return why_not_utf8(error)
@@ -252,7 +240,7 @@ def _why_not_json(error: Exception, is_line: bool = False) -> str:
 
 
 def _what_to_write(error: json.JSONDecodeError, is_line: bool) -> str:
-    """What to do about the commonest ways of not being JSON; empty for any other."""
+    """Advice on the most common syntax errors; empty for any other."""
     before, after = error.doc[: error.pos].rstrip(), error.doc[error.pos :].lstrip()
     if before.endswith(",") and after[:1] in ("}", "]"):
         return f" Remove the comma before `{after[0]}`."
@@ -345,7 +333,7 @@ _BLANKS = re.compile(r"\s*")
 
 
 def _how_to_list(value: Any, name: str) -> str:
-    """What to do about a file that holds something else than a list."""
+    """Advice on a file that does not hold a list."""
     lists = [
         key
         for key, items in (value.items() if isinstance(value, dict) else ())
@@ -364,8 +352,9 @@ def _how_to_list(value: Any, name: str) -> str:
 
 def _is_json_lines(file: BinaryIO) -> bool:
     """Whether there are several lines, and the first two that are not blank are objects."""
-    found = [line for _, line in islice(_lines(file), 2)]
-    return len(found) == 2 and all(isinstance(_row_of_line(line, ""), Row) for line in found)
+    lines = (line and line.removeprefix(_BOM).strip() for line in limited_lines(file, max_line_bytes()))
+    found = LinesChunk("", list(enumerate(islice((line for line in lines if line != b""), 2))))
+    return len(found) == 2 and all(isinstance(row, Row) for row in found.rows())
 
 
 # -- tables -----------------------------------------------------------------------------------
@@ -444,7 +433,7 @@ class CsvSource(FileSource):
             try:
                 cells = next(reader, None)
             except csv.Error as error:
-                raise DataError(f"line {number} of {self.path} is no row of cells: {error}.") from error
+                raise DataError(f"line {number} of {self.path} is not a row of cells: {error}.") from error
             if cells is None:
                 return
             if cells:

@@ -299,7 +299,7 @@ def test_the_report_counts_what_a_loop_over_the_rows_counts(
         f"line {len(chats) + 2} of chats.jsonl",
     ]
     text = "\n".join(report.lines())
-    assert "2 bad rows left out" in text
+    assert "2 bad rows skipped" in text
     assert "no assistant message" in text
 
 
@@ -324,7 +324,7 @@ def test_long_examples_are_cut_left_out_or_refused(tmp_path: Path, tiny_qwen3: s
 def test_data_of_which_nothing_is_left_are_refused_with_the_reasons(tmp_path: Path, tiny_qwen3: str) -> None:
     long_prompt = [{"role": "user", "content": "legs " * 50}, {"role": "assistant", "content": "eight"}]
     path = write_rows(tmp_path / "chats.jsonl", [{"messages": long_prompt}] * 3)
-    with pytest.raises(DataError, match="(?s)Nothing is left to train on.*3 examples left out: no trained"):
+    with pytest.raises(DataError, match="(?s)Nothing is left to train on.*3 examples skipped: no trained"):
         make_builder(path, tiny_qwen3, max_length=40)()
 
 
@@ -547,7 +547,7 @@ def test_a_folder_is_no_dataset_file(tmp_path: Path, tiny_qwen3: str) -> None:
 def test_a_missing_or_unknown_dataset_says_what_there_is(tmp_path: Path, tiny_qwen3: str) -> None:
     common = ChatDatasetBuilderCommonConfig(model_name_for_tokenizer=tiny_qwen3)
     for name, message in {
-        "no_robot": "no known name, file or hub id",
+        "no_robot": "not a known name, file or hub id",
         str(tmp_path / "none.jsonl"): "does not exist",
         str(tmp_path / "*.jsonl"): "does not exist. Patterns are not read: give the folder",
         "owner/name": "offline mode is on.*On a machine with network access run `hf download",

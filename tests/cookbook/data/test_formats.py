@@ -200,12 +200,12 @@ def test_a_message_is_written_in_one_way(message: dict[str, Any], read: dict[str
 @pytest.mark.parametrize(
     ("more", "reason"),
     [
-        ({"reasoning_content": "a", "thinking": "b"}, "two different texts of reasoning"),
+        ({"reasoning_content": "a", "thinking": "b"}, "two different texts of thinking"),
         (
             {"content": [{"type": "thinking", "thinking": "b"}], "reasoning": "a"},
-            "two different texts of reasoning",
+            "two different texts of thinking",
         ),
-        ({"reasoning_content": "a", "thinking": 3}, "the reasoning of message 1 is a int"),
+        ({"reasoning_content": "a", "thinking": 3}, "thinking of message 1 is a int"),
     ],
 )
 def test_reasoning_that_is_not_one_text_is_refused(more: dict[str, Any], reason: str) -> None:
@@ -368,7 +368,7 @@ def bad_call(**function: Any) -> dict[str, Any]:
         ({"messages": [{"role": "assistant", "tool_calls": 3}]}, "a tool call of message 1 is a int"),
         (
             {"messages": [{"role": "assistant", "content": "", "reasoning": 3}]},
-            "reasoning of message 1 is a int",
+            "thinking of message 1 is a int",
         ),
         ({"messages": [{**REPLY, "trainable": "yes"}]}, "`trainable` of message 1 is 'yes'"),
         ({"messages": [{**REPLY, "weight": -1}]}, "`weight` of message 1 is -1"),
@@ -626,7 +626,7 @@ def test_a_chat_without_a_reward_is_given_out_whatever_is_asked_for() -> None:
 
 @pytest.mark.parametrize("reward", ["high", [1], float("nan")])
 def test_a_reward_that_is_no_number_is_a_bad_row_where_rewards_matter(reward: Any) -> None:
-    with pytest.raises(DataError, match="`score` is .*no number"):
+    with pytest.raises(DataError, match="`score` is .*not a number"):
         conversations_of({"messages": CHAT, "score": reward}, min_reward=0.0)
     assert len(conversations_of({"messages": CHAT, "score": reward})) == 1
 

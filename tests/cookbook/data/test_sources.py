@@ -289,8 +289,8 @@ def test_a_json_list_numbers_its_rows_and_keeps_true_nulls(tmp_path: Path) -> No
         ("a.csv", b"text,text\na,b\n", "has two columns `text`"),
         ("a.jsonl.gz", b"no gzip", "cannot be read: Not a gzipped file"),
         ("a.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 9, mtime=0)[:-9], "cannot be read"),
-        ("a.parquet", b"no parquet", "is no readable Parquet file"),
-        ("a.parquet", b"", "is no readable Parquet file"),
+        ("a.parquet", b"no parquet", "is not a readable Parquet file"),
+        ("a.parquet", b"", "is not a readable Parquet file"),
         ("a.txt", b"words", "is not of a known kind. Give a .jsonl"),
     ],
 )
@@ -612,7 +612,7 @@ def test_any_other_name_is_an_error_that_lists_the_names(spec: str) -> None:
     with pytest.raises(DataError) as caught:
         open_source(spec)
     said = str(caught.value)
-    assert said.startswith(f"dataset={spec!r} is no known name, file or hub id (owner/name).")
+    assert said.startswith(f"dataset={spec!r} is not a known name, file or hub id (owner/name).")
     assert said.endswith("Names: pirate, no_robots, tulu3, pirate_ultrachat.")
     assert ("Did you mean no_robots?" in said) == (spec == "no_robot")
 
@@ -867,7 +867,7 @@ def test_a_parquet_file_that_was_cut_off_is_an_error(tmp_path: Path) -> None:
     content = path.read_bytes()
     for length in (len(content) // 2, len(content) - 1):
         path.write_bytes(content[:length])
-        with pytest.raises(DataError, match=r"a.parquet is no readable Parquet file"):
+        with pytest.raises(DataError, match=r"a.parquet is not a readable Parquet file"):
             list(open_source(str(path)).rows())
 
 

@@ -358,7 +358,7 @@ def test_an_arrow_file_that_was_cut_off_is_an_error_wherever_the_cut_is(tmp_path
     content = (tmp_path / "a.arrow").read_bytes()
     for length in range(0, len(content), 8):
         (tmp_path / "a.arrow").write_bytes(content[:length])
-        with pytest.raises(DataError, match=r"a.arrow is no readable Arrow file"):
+        with pytest.raises(DataError, match=r"a.arrow is not a readable Arrow file"):
             list(open_source(str(tmp_path / "a.arrow")).rows())
 
 

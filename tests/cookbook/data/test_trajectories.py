@@ -459,7 +459,7 @@ def test_a_rollout_that_failed_and_is_not_wanted_needs_no_action() -> None:
             {"steps": [{"observation": [{"role": "user", "content": 3}], "action": "a"}]},
             "message 1 of step 1",
         ),
-        ({"steps": [{"action": "a", "thought": 3}]}, "the reasoning of step 1 is a int"),
+        ({"steps": [{"action": "a", "thought": 3}]}, "thinking of step 1 is a int"),
     ],
 )
 def test_a_bad_rollout_says_why(row: dict[str, Any], reason: str) -> None:

@@ -563,7 +563,7 @@ def test_what_was_cut_or_left_out_is_reported_before_training(
     config = make_config(max_length=40, max_steps=1)
     asyncio.run(train.main(config))
     before, training, _ = caplog.text.partition("Training on")
-    assert "cut to max_length=40" in before
+    assert "truncated to max_length=40" in before
     assert training
     report = json.loads(Path(config.log_path, "data.json").read_text(encoding="utf-8"))["sources"][0]
     assert report["name"] == "chats.jsonl"

@@ -1,0 +1,137 @@
+"""One conversation under a chat template: the text of each of its beginnings, rendered once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from copy import copy
+from dataclasses import dataclass, field
+from operator import is_
+from typing import Any
+
+from cookbook.errors import RendererError
+from renderers.jinja.loop_records import Memory
+from renderers.jinja.template import Template, json_type
+from renderers.jinja.tracing import Outline
+from renderers.messages import PlainMessage, Tool
+
+_LONG = 24
+"""Messages from which on a conversation's beginnings are looked at together."""
+
+_MOST_CHARACTERS = 1 << 25
+"""Characters of texts that are kept of one conversation."""
+
+_LONG_TEXT = 4096
+"""Characters from which on a text is kept as what it adds to another one."""
+
+
+@dataclass
+class _Texts:
+    """Texts, or why there is none, by number of messages and whether with the prompt.
+
+    A long one is kept as what it adds to the beginning of the first one, mostly that of all messages.
+    """
+
+    first: str = ""
+    kept: dict[tuple[int, bool], tuple[int, str] | RendererError] = field(default_factory=dict)
+    num_characters: int = 0
+
+
+class Chat:
+    """One conversation under a template. What was rendered once is kept."""
+
+    def __init__(
+        self, template: Template, messages: Sequence[PlainMessage], tools: Sequence[Tool] | None
+    ) -> None:
+        self.messages = [template.adapted(message) for message in messages]
+        self.tools = [json_type(tool) for tool in tools] if tools else None
+        self._template = template
+        self._given = messages, tools
+        self._is_long = len(self.messages) >= _LONG
+        self._start_anew()
+
+    def _start_anew(self) -> None:
+        self._all_messages = self.messages
+        self._outline = Outline(self.messages)
+        self._texts = _Texts()
+        self._memory = Memory()
+        self._changed: dict[Callable[[Any], Any], Chat] = {}
+
+    def beginning(self, messages: Sequence[PlainMessage], tools: Sequence[Tool] | None) -> Chat | None:
+        """The chat of these messages, if this begins with the very same; it shares what is kept."""
+        given, given_tools = self._given
+        if tools is not given_tools or len(messages) > len(given) or not all(map(is_, messages, given)):
+            return None
+        beginning = copy(self)
+        beginning.messages = self.messages[: len(messages)]
+        return beginning
+
+    def changed(self, change: Callable[[Any], Any]) -> Chat:
+        """This chat with every message, and the tools, changed; what stays equal stays the same object."""
+        if change not in self._changed:
+            changed = copy(self)
+            new = [change(message) for message in self._all_messages]
+            changed.messages = [b if a != b else a for a, b in zip(self._all_messages, new, strict=True)]
+            changed.tools = change(self.tools)
+            changed._start_anew()
+            self._changed[change] = changed
+        changed = copy(self._changed[change])
+        changed.messages = changed.messages[: len(self.messages)]
+        return changed
+
+    def text(self, num_messages: int, prompt: bool = False) -> str:
+        """The text of the first messages."""
+        key, texts = (num_messages, prompt), self._texts
+        kept = texts.kept.get(key)
+        if isinstance(kept, RendererError):
+            raise kept
+        if kept is not None:
+            num_common, rest = kept
+            return f"{texts.first[:num_common]}{rest}" if num_common else rest
+        try:
+            text = self._followed_text(self.messages[:num_messages], prompt) if self._is_long else None
+            if text is None:
+                text = self._template.text_of_first(
+                    num_messages, self.messages, self._outline, self.tools, prompt
+                )
+        except RendererError as error:
+            texts.kept[key] = error
+            raise
+        if texts.num_characters > _MOST_CHARACTERS:
+            texts.kept.clear()
+            texts.num_characters = 0
+        num_common = 0
+        if len(text) > _LONG_TEXT:
+            texts.first = texts.first or text
+            num_common = _length_of_common_start(texts.first, text)
+        texts.kept[key] = num_common, text[num_common:]
+        texts.num_characters += len(text) - num_common
+        return text
+
+    def text_with(self, index: int, stand_in: PlainMessage, num_messages: int) -> str:
+        """The text of the first messages, with another message in place of one of them."""
+        messages = [*self.messages[:index], stand_in, *self.messages[index + 1 : num_messages]]
+        text = self._followed_text(messages, prompt=False) if self._is_long else None
+        return self._template.text(messages, self.tools) if text is None else text
+
+    def _followed_text(self, messages: Sequence[PlainMessage], prompt: bool) -> str | None:
+        return self._template.followed_text(messages, self.tools, prompt, self._memory)
+
+    def prompt_before(self, index: int) -> str | None:
+        """The prompt for message `index`, or None where the template renders none."""
+        if index == 0:
+            return None
+        try:
+            return self.text(index, prompt=True)
+        except RendererError:
+            return None
+
+
+def _length_of_common_start(one: str, other: str) -> int:
+    least, most = 0, min(len(one), len(other))
+    while least < most:
+        middle = (least + most + 1) // 2
+        if one.startswith(other[least:middle], least):
+            least = middle
+        else:
+            most = middle - 1
+    return least
