@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from programs import Programs
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -80,11 +81,43 @@ def _make_model_folder(folder: Path, model_type: str = "qwen3", **overrides: obj
     return folder
 
 
+LONGEST_FILES = (
+    "cookbook/jobs/test_jobs.py",
+    "cookbook/supervised/test_resume.py",
+    "recipes/test_sft.py",
+    "cookbook/supervised/test_runs_of_several.py",
+    "cookbook/engine/test_exactness.py",
+    "cookbook/engine/sampling/test_sampler.py",
+    "cookbook/engine/model/test_memory.py",
+    "cookbook/sweeps/test_sweeps.py",  # it and the jobs start Ray, and wait for each other
+    "recipes/test_environments.py",
+    "recipes/test_sft_loop.py",
+    "cookbook/engine/test_processes.py",
+    "fuzz/test_folders.py",
+    "renderers/test_incremental.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Puts the files that run longest first: processes that share the work then end together."""
+    folder = Path(__file__).parent
+    order = {folder / name: number for number, name in enumerate(LONGEST_FILES)}
+    items.sort(key=lambda item: order.get(item.path, len(order)))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _a_cache_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("COOKBOOK_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture(scope="session")
+def programs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Programs]:
+    """Runs `python -m ...` without importing torch for each command."""
+    started = Programs(tmp_path_factory.mktemp("programs"))
+    yield started
+    started.close()
 
 
 @pytest.fixture(scope="session")

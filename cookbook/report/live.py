@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from cookbook.loggers import MetricLogger, Metrics
@@ -26,16 +27,22 @@ class ReportLogger(MetricLogger):
     stopped or fails. A page that cannot be written is a warning.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        write: Callable[[Path, bool, MetricsReader], object] = write_report,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._folder = folder
+        self._write_report, self._clock = write, clock
         self._metrics = MetricsReader(folder)
         self._thread: threading.Thread | None = None
-        self._next_time = time.monotonic()
+        self._next_time = clock()
         self._has_warned = False
 
     def log(self, step: int, metrics: Metrics) -> None:
         is_writing = self._thread is not None and self._thread.is_alive()
-        if not is_writing and time.monotonic() >= self._next_time:
+        if not is_writing and self._clock() >= self._next_time:
             self._thread = threading.Thread(target=self._write, name="report", daemon=True)
             self._thread.start()
 
@@ -45,12 +52,12 @@ class ReportLogger(MetricLogger):
         self._write(with_curves=True)
 
     def _write(self, with_curves: bool = False) -> None:
-        start = time.monotonic()
+        start = self._clock()
         try:
-            write_report(self._folder, with_curves, self._metrics)
+            self._write_report(self._folder, with_curves, self._metrics)
         except Exception as error:  # whatever is wrong with a page, the training is worth more
             if not self._has_warned:
                 logger.warning("report.html could not be written: %s: %s", type(error).__name__, error)
             self._has_warned = True
-        now = time.monotonic()
+        now = self._clock()
         self._next_time = now + max(MIN_PAUSE_SECONDS, (now - start) / MAX_SHARE)

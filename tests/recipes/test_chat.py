@@ -6,12 +6,11 @@ import json
 import os
 import pty
 import select
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
+from programs import Programs
 
 from cookbook import AdamParams, ServiceClient
 from cookbook.data import conversation_to_datum
@@ -41,19 +40,10 @@ def parrot(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def piped(*argv: str, text: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "recipes.chat", *argv],
-        input=text,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-
-
-def test_a_pipe_of_questions_gets_a_line_of_reply_each(parrot: Path) -> None:
+def test_a_pipe_of_questions_gets_a_line_of_reply_each(parrot: Path, programs: Programs) -> None:
     text = f"{QUESTION}\n/system\nHow many legs has a spider?\n"
-    done = piped(f"checkpoint={parrot}", "temperature=0", "compare=True", text=text)
+    argv = [f"checkpoint={parrot}", "temperature=0", "compare=True"]
+    done = programs.run("recipes.chat", *argv, stdin=text.encode())
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert [line.split("> ")[0] for line in lines] == ["base", "tuned"] * 2
@@ -65,11 +55,11 @@ def test_a_pipe_of_questions_gets_a_line_of_reply_each(parrot: Path) -> None:
 class Screen:
     """A program in a terminal of its own."""
 
-    def __init__(self, *argv: str) -> None:
-        self._pid, self._terminal = pty.fork()
-        if self._pid == 0:
-            os.environ["TERM"] = "xterm"
-            os.execv(sys.executable, [sys.executable, "-m", "recipes.chat", *argv])
+    def __init__(self, programs: Programs, *argv: str) -> None:
+        self._terminal, self._other_end = pty.openpty()
+        self._program = programs.start(
+            "recipes.chat", *argv, environment={"TERM": "xterm"}, terminal=os.ttyname(self._other_end)
+        )
         self.text = ""
 
     def wait_for(self, words: str, seconds: float = 120) -> str:
@@ -84,6 +74,11 @@ class Screen:
                     raise AssertionError(f"It ended: {self.text!r}") from error
         seen, _, self.text = self.text.partition(words)
         return seen + words
+
+    def wait_for_more(self) -> None:
+        """Until anything more is shown."""
+        if not self.text:
+            self.text = os.read(self._terminal, 65536).decode(errors="replace")
 
     def type(self, text: str) -> None:
         os.write(self._terminal, text.encode())
@@ -100,19 +95,15 @@ class Screen:
         raise missed
 
     def end(self) -> int:
-        """Reads to the end, and returns the exit code."""
-        try:
-            while os.read(self._terminal, 65536):
-                pass
-        except OSError:
-            pass
-        _, status = os.waitpid(self._pid, 0)
+        """Waits for the end, and returns the exit code."""
+        code = self._program.wait().returncode
+        os.close(self._other_end)
         os.close(self._terminal)
-        return os.waitstatus_to_exitcode(status)
+        return code
 
 
-def test_a_terminal_shows_the_conversation(parrot: Path) -> None:
-    screen = Screen(f"checkpoint={parrot}/checkpoints/000012", "temperature=0")
+def test_a_terminal_shows_the_conversation(parrot: Path, programs: Programs) -> None:
+    screen = Screen(programs, f"checkpoint={parrot}/checkpoints/000012", "temperature=0")
     assert "checkpoints/000012 (chat_template)" in screen.wait_for("Ctrl-D leaves")
     screen.wait_for("you>")
     screen.type(f"{QUESTION}\n")
@@ -125,15 +116,17 @@ def test_a_terminal_shows_the_conversation(parrot: Path) -> None:
     assert screen.end() == 0
 
 
-def test_ctrl_c_stops_a_reply_and_ctrl_d_leaves() -> None:
+def test_ctrl_c_stops_a_reply_and_ctrl_d_leaves(programs: Programs) -> None:
     # At this temperature it rambles to the end of its context.
-    screen = Screen("model_name=cookbook/tiny-chat", "temperature=20", "max_tokens=100000", "seed=1")
+    argv = ["model_name=cookbook/tiny-chat", "temperature=20", "max_tokens=100000", "seed=1"]
+    screen = Screen(programs, *argv)
     screen.wait_for("you>")
     screen.press_ctrl_c_until("Ctrl-D or /exit leaves.")
     for _ in range(5):
         screen.type("Tell me a story.\n")
         screen.wait_for("model>")
-        time.sleep(0.02)
+        screen.wait_for(" ")  # behind which the reply begins
+        screen.wait_for_more()
         screen.type("\003")
         if "[stopped]" in screen.wait_for("you>"):
             break

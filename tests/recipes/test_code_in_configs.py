@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from programs import Programs
 
 from cookbook.config import cli, config_files
 from cookbook.errors import ConfigError
@@ -59,16 +60,10 @@ def make(*argv: str) -> train.Config:
     return cli.make_config(train.Config, DEFAULTS, argv)
 
 
-def run(folder: Path, *argv: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    return subprocess.run(
-        [sys.executable, "-m", *argv],
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+@pytest.fixture
+def run(programs: Programs, decoy: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """(module, *argv): runs a command in the decoy's folder, from which it can be imported."""
+    return lambda *argv: programs.run(*argv, cwd=decoy)
 
 
 @pytest.mark.parametrize(
@@ -84,12 +79,14 @@ def run(folder: Path, *argv: str) -> subprocess.CompletedProcess[str]:
     ],
 )
 @pytest.mark.parametrize("recipe", ["recipes.sft", "recipes.preview"])
-def test_help_imports_nothing_that_a_config_names(recipe: str, argv: list[str], decoy: Path) -> None:
+def test_help_imports_nothing_that_a_config_names(
+    run: Callable[..., Any], recipe: str, argv: list[str], decoy: Path
+) -> None:
     (decoy / "mine.yaml").write_text(
         "dataset_builder:\n  _type: decoy:Builder\n  num_stars: 4\n", encoding="utf-8"
     )
     (decoy / "recorded.json").write_text(json.dumps(recorded_config()), encoding="utf-8")
-    done = run(decoy, recipe, *argv, "--help")
+    done = run(recipe, *argv, "--help")
     assert not was_imported(decoy), done.stderr
     if done.returncode == 0:
         assert "learning_rate=" in done.stdout
@@ -208,8 +205,10 @@ def _shared_run(folder: Path) -> Path:
     ],
     ids=" ".join,
 )
-def test_no_command_imports_what_a_shared_run_names(argv: list[str], decoy: Path) -> None:
+def test_no_command_imports_what_a_shared_run_names(
+    run: Callable[..., Any], argv: list[str], decoy: Path
+) -> None:
     _shared_run(decoy)
-    done = run(decoy, *argv)
+    done = run(*argv)
     assert not was_imported(decoy), done.stderr
     assert "Traceback" not in done.stderr, done.stderr

@@ -7,7 +7,6 @@ import functools
 import gc
 import inspect
 import threading
-import time
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
@@ -17,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from waiting import wait_until
 
 from cookbook import SamplingClient, ServiceClient, TrainingClient
 from cookbook.engine.worker import Engine
@@ -27,6 +27,15 @@ ADAM = AdamParams(learning_rate=1e-3)
 DATA = [Datum(ModelInput.from_ints([5, 6, 7]), {"target_tokens": [6, 7, 8]})]
 PROMPT = ModelInput.from_ints([5, 6, 7])
 GREEDY = SamplingParams(max_tokens=3, temperature=0.0)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _no_objects_of_other_tests() -> Iterator[None]:
+    """What was there before is left out of each of the many collections, which take long otherwise."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture
@@ -120,15 +129,16 @@ def test_many_clients_leave_nothing(way: str, rank: int, service: ServiceClient,
 
 def _wait_for_clean_ups(service: ServiceClient) -> None:
     """Until two rounds in a row find the same tensors: what one frees may be all that held the next."""
-    num_before = -1
-    for _ in range(50):
+    found = [-1]
+
+    def is_settled() -> bool:
         gc.collect()
         for engine in service._engines.values():
             engine.wait()
-        if (num_now := len(live_tensors())) == num_before:
-            return
-        num_before = num_now
-        time.sleep(0.05)
+        found.append(len(live_tensors()))
+        return found[-1] == found[-2]
+
+    wait_until(is_settled)
 
 
 @pytest.mark.parametrize("rank", [4, 0])

@@ -6,7 +6,6 @@ import asyncio
 import gc
 import logging
 import threading
-import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -59,17 +58,26 @@ def test_a_result_is_read_once_and_answered_often() -> None:
 
 def test_two_threads_that_read_at_once_share_one_reading() -> None:
     reads: list[str] = []
+    reading, go, all_there = threading.Event(), threading.Event(), threading.Barrier(4)
 
     def read(raw: str) -> object:
         reads.append(raw)
-        time.sleep(0.05)
+        reading.set()
+        go.wait(10)
         return object()
 
     job: Future[str] = Future()
     future = APIFuture(job, read)
+
+    def wait_for_result() -> object:
+        all_there.wait(10)
+        return future.result()
+
     with ThreadPoolExecutor(max_workers=4) as readers:
-        waiting = [readers.submit(future.result) for _ in range(4)]
+        waiting = [readers.submit(wait_for_result) for _ in range(4)]
         job.set_result("raw")
+        assert reading.wait(10)
+        go.set()
         values = [reader.result() for reader in waiting]
     assert reads == ["raw"]
     assert all(value is values[0] for value in values)
@@ -197,7 +205,7 @@ def test_cancelling_a_task_that_waits_does_not_cancel_the_work(worker: ThreadPoo
             return await future
 
         tasks = [asyncio.create_task(wait_for(future)) for future in (running, queued)]
-        await asyncio.sleep(0.01)
+        await asyncio.sleep(0)  # both have begun to wait
         for task in tasks:
             task.cancel()
         for task in tasks:
@@ -227,7 +235,7 @@ def test_a_waiter_that_gave_up_leaves_no_complaint_when_the_work_fails(
         with pytest.raises(TimeoutError):
             await asyncio.wait_for(future.result_async(), timeout=0.01)
         job.set_exception(ValueError("no"))
-        await asyncio.sleep(0.01)
+        await asyncio.sleep(0)  # what the failure scheduled has run
         assert not future.failure_was_seen
         del job, future
         gc.collect()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import time
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -259,8 +259,10 @@ def test_requests_that_wait_together_share_the_passes_of_the_model(
 
     monkeypatch.setattr(PackedDecoder, "decode", counted)
     params = [SamplingParams(max_tokens=8, seed=seed, stop_token_ids=[10**6]) for seed in range(16)]
-    client._engine.submit(time.sleep, 0.2)  # until all are there
+    go = threading.Event()
+    client._engine.submit(go.wait, 60)
     futures = [sampling_client.sample(PROMPT, 1, each) for each in params]
+    go.set()
     assert all(len(future.sequences[0].tokens) == 8 for future in futures)
     assert steps == [16] * 7
 
@@ -283,11 +285,13 @@ def test_the_order_of_the_queue_holds_between_samples_and_steps(client: Training
     def note(name: str, future: Any) -> None:
         future._job.add_done_callback(lambda _: done.append(name))
 
-    client._engine.submit(time.sleep, 0.2)
+    go = threading.Event()
+    client._engine.submit(go.wait, 60)
     note("first", snapshot.sample(PROMPT, 1, PARAMS))
     note("step", client.forward_backward([Datum(PROMPT, {"target_tokens": [17, 31, 8, 9]})]))
     last = snapshot.sample(PROMPT, 1, PARAMS)
     note("last", last)
+    go.set()
     last.result()
     client.optim_step(AdamParams(learning_rate=1e-3)).result()
     assert done == ["first", "step", "last"]

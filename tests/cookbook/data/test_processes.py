@@ -6,11 +6,11 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from itertools import count, islice
 
 import pytest
+from waiting import wait_until
 
 from cookbook.data import processes
 from cookbook.data.processes import map_in_order
@@ -65,25 +65,19 @@ def test_a_process_that_is_killed_is_one_clear_error():
 
 def test_processes_end_with_their_parent(tmp_path):
     program = """
-import os, sys, time
+import os, sys
 from cookbook.data.processes import map_in_order
 def work(number):
     open(os.path.join(sys.argv[1], str(os.getpid())), "w").close()
-    time.sleep(0.02)
 for _ in map_in_order(work, iter(int, 1), 2):
     pass
 """
     parent = subprocess.Popen([sys.executable, "-c", program, str(tmp_path)])
-    deadline = time.monotonic() + 60
-    while len(list(tmp_path.iterdir())) < 2:
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_until(lambda: len(list(tmp_path.iterdir())) >= 2)
     parent.kill()
     parent.wait()
     pids = [int(path.name) for path in tmp_path.iterdir()]
-    while any(_is_running(pid) for pid in pids):
-        assert time.monotonic() < deadline, "processes outlived their parent"
-        time.sleep(0.05)
+    wait_until(lambda: not any(_is_running(pid) for pid in pids))
 
 
 def _is_running(pid: int) -> bool:

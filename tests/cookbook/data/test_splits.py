@@ -17,7 +17,6 @@ from cookbook.data.sources import open_source
 from cookbook.data.sources.splits import layout_of
 from cookbook.data.types import ChatDatasetBuilderCommonConfig
 from cookbook.errors import DataError
-from cookbook.utils import hub
 
 README = """---
 license: mit
@@ -270,9 +269,8 @@ def test_a_readme_that_cannot_be_followed_is_one_line(tmp_path: Path, readme: st
 
 
 def test_a_cloned_folder_is_read_beside_what_is_no_data(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
 ) -> None:
-    monkeypatch.setattr(hub, "why_unreachable", lambda: pytest.fail("a folder needs no hub"))
     folder = write(tmp_path, "data/train-00000-of-00001.jsonl", "data/test-00000-of-00001.jsonl")
     for name in ("LICENSE", "make.py", ".gitattributes", ".git/config"):
         (folder / name).parent.mkdir(exist_ok=True)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ import pytest
 import torch
 from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model
+from programs import Programs
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -406,23 +405,23 @@ for limit in (0, *sorted({len(content) - 1 for content in before.values()})):
             trainer.save(folder / name, with_optimizer=True, overwrite=True)
         except CheckpointError as error:
             resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-            print(limit, name, str(error).replace(str(folder), "FOLDER"))
+            print(limit, name, str(error).replace(str(folder), "FOLDER"), flush=True)
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
         else:
             print(limit, name, "was saved")
         assert [file.name for file in folder.iterdir()] == ["earlier"], list(folder.iterdir())
         assert before == {file.name: file.read_bytes() for file in (folder / "earlier").iterdir()}
 trainer.load(str(folder / "earlier"), with_optimizer=True)
+resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 print("loaded")
 """
 
 
 def test_a_full_disk_is_one_clear_error_and_earlier_checkpoints_are_intact(
-    tiny_qwen3: str, tmp_path: Path
+    tiny_qwen3: str, tmp_path: Path, programs: Programs
 ) -> None:
     """The system itself refuses to write past a limit, in each of the files in turn."""
-    command = [sys.executable, "-c", FULL_DISK, tiny_qwen3, str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = programs.run("-c", FULL_DISK, tiny_qwen3, str(tmp_path))
     assert done.returncode == 0, done.stderr
     *lines, last = done.stdout.splitlines()
     assert last == "loaded"

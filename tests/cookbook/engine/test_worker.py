@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import ctypes
 import gc
-import os
-import subprocess
-import sys
 import threading
-import time
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from typing import Any
 
 import pytest
+from programs import Programs
+from waiting import wait_until
 
 from cookbook.engine.job_future import JobFuture
 from cookbook.engine.worker import Engine
@@ -143,13 +141,21 @@ def test_a_cancelled_job_does_not_run_and_holds_up_nothing(engine: Engine) -> No
 # -- how an engine ends -----------------------------------------------------------------------
 
 
+def is_closed(engine: Engine) -> bool:
+    try:
+        engine.submit(lambda: None)
+    except ClosedError:
+        return True
+    return False
+
+
 def test_what_is_queued_when_an_engine_is_closed_runs_and_later_calls_are_refused(engine: Engine) -> None:
     go = threading.Event()
     engine.submit(go.wait, 10)
     queued = [engine.submit(lambda: "ran"), engine.submit(raising(ValueError("failed")))]
     closing = threading.Thread(target=engine.close)
     closing.start()
-    time.sleep(0.05)
+    wait_until(lambda: is_closed(engine))
     with pytest.raises(ClosedError, match="Create a new ServiceClient"):
         engine.submit(lambda: "late")
     with pytest.raises(ClosedError):
@@ -189,14 +195,11 @@ def test_an_engine_whose_model_cannot_be_loaded_leaves_no_thread(tmp_path: Any) 
     before = threading.active_count()
     with pytest.raises(OSError, match="missing"):
         Engine(str(tmp_path / "missing"))
-    deadline = time.monotonic() + 10
-    while threading.active_count() > before and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert threading.active_count() == before
+    wait_until(lambda: threading.active_count() <= before)
 
 
 AT_EXIT = """
-import atexit, sys, time
+import atexit, sys, threading
 from cookbook.engine.worker import Engine
 from cookbook.errors import ClosedError
 
@@ -208,21 +211,15 @@ def late():
 
 atexit.register(late)
 engine = Engine(sys.argv[1])
-engine.submit(time.sleep, 0.3)
+engine.submit(threading.main_thread().join)  # until the interpreter ends
 failing, ran = engine.submit(lambda: 1 / 0), engine.submit(print, "ran", flush=True)
 failing.add_done_callback(lambda future: print(repr(future.exception()), flush=True))
 raise SystemExit(3)
 """
 
 
-def test_what_is_queued_runs_at_the_exit_of_the_interpreter(tiny_qwen3: str) -> None:
-    ran = subprocess.run(
-        [sys.executable, "-c", AT_EXIT, tiny_qwen3],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-    )
+def test_what_is_queued_runs_at_the_exit_of_the_interpreter(tiny_qwen3: str, programs: Programs) -> None:
+    ran = programs.run("-c", AT_EXIT, tiny_qwen3)
     assert ran.returncode == 3, ran.stderr
     assert ran.stdout.splitlines() == ["ZeroDivisionError('division by zero')", "ran", "refused"]
 

@@ -8,7 +8,6 @@ import re
 import stat
 import subprocess
 import sys
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -17,6 +16,7 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
+from waiting import wait_until
 
 from cookbook import jobs
 from cookbook.errors import ClusterError, ConfigError
@@ -181,13 +181,13 @@ def cancelled(head: jobs.Head, tmp_path_factory: pytest.TempPathFactory) -> Canc
     folder = tmp_path_factory.mktemp("runs")
     job = jobs.submit("sft", [*KEYS, f"log_path={folder / 'run'}", "if_log_path_exists=delete"])
     waiting = jobs.submit("sft", [*KEYS, f"log_path={folder / 'waiting'}"])
-    _wait_until(lambda: jobs.get(job.id).status == "RUNNING")
+    wait_until(lambda: jobs.get(job.id).status == "RUNNING", PATIENCE_SECONDS, every=0.1)
     assert jobs.get(waiting.id).status == "PENDING", "the devices are taken"
     assert jobs.cancel(waiting.id).status == "PENDING"
     with pytest.raises(ClusterError, match="is RUNNING still. Wait for it, or cancel it first"):
         jobs.retry(job.id)
     metrics = folder / "run" / "metrics.jsonl"
-    _wait_until(lambda: metrics.exists() and metrics.stat().st_size > 0)
+    wait_until(lambda: metrics.exists() and metrics.stat().st_size > 0, PATIENCE_SECONDS)
     assert jobs.cancel(job.id).status == "STOPPED"
     last = CheckpointLog(folder / "run").last()
     assert last is not None, "it has saved"
@@ -265,10 +265,3 @@ def test_a_job_that_fails_says_so_by_its_exit_code(head: jobs.Head, tmp_path: Pa
     assert done.returncode == 1
     assert "Dataset file missing.jsonl does not exist" in done.stdout
     assert "FAILED" in done.stdout
-
-
-def _wait_until(is_so: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + PATIENCE_SECONDS
-    while not is_so():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import chz
+from waiting import wait_until
 
 from cookbook.config import cli
 from cookbook.eval.evaluators import EvaluatorBuilder, TrainingClientEvaluator
@@ -24,8 +25,8 @@ class Pause(TrainingClientEvaluator):
     async def __call__(self, training_client: Any) -> dict[str, float]:
         self._num_calls += 1
         file = os.environ.get("PAUSE_UNTIL")
-        while file and self._num_calls == 2 and not Path(file).exists():
-            await asyncio.sleep(0.01)
+        if file and self._num_calls == 2:
+            await asyncio.to_thread(wait_until, Path(file).exists, 120)
         return {}
 
 

@@ -23,8 +23,13 @@ PRELOADED = (
     "torch.distributed.fsdp",
     "torch.distributed.checkpoint",
     "torch.distributed.checkpoint.state_dict",
+    "jinja2",
+    "matplotlib.backends.backend_agg",
+    "matplotlib.figure",
+    "PIL.PngImagePlugin",
     "cookbook.clients.service",
     "cookbook.data",
+    "cookbook.report.run_page",
     "cookbook.supervised.train",
 )
 
@@ -86,5 +91,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parent))
+    sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2] / "helpers")]
     main()

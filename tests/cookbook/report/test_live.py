@@ -5,16 +5,14 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import time
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
+from waiting import wait_until
 
 from cookbook.config import cli
-from cookbook.report import live
 from cookbook.report.live import ReportLogger
 from cookbook.supervised import train
 from cookbook.utils import jsonl
@@ -39,16 +37,12 @@ def test_a_page_is_there_before_the_run_is_over(make_run: Callable[..., Path]) -
     run = make_run()
     logger = ReportLogger(run)
     logger.log(0, {})
-    deadline = time.monotonic() + 60
-    while not (run / "report.html").exists() and time.monotonic() < deadline:
-        time.sleep(0.01)
+    wait_until((run / "report.html").exists)
     assert "<h1>run</h1>" in (run / "report.html").read_text(encoding="utf-8")
     logger.close()
 
 
-def test_pages_are_written_for_a_hundredth_of_the_time_at_most(
-    make_run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_pages_are_written_for_a_hundredth_of_the_time_at_most(make_run: Callable[..., Path]) -> None:
     now = 0.0
     written = []
 
@@ -57,9 +51,7 @@ def test_pages_are_written_for_a_hundredth_of_the_time_at_most(
         written.append(now)
         now += 1.0  # a slow page: of a long run
 
-    monkeypatch.setattr(live, "write_report", write)
-    monkeypatch.setattr(live, "time", SimpleNamespace(monotonic=lambda: now))
-    logger = ReportLogger(make_run())
+    logger = ReportLogger(make_run(), write, clock=lambda: now)
     for step in range(1_000):
         logger.log(step, {})
         assert logger._thread is not None

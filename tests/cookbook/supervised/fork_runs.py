@@ -51,8 +51,13 @@ def run(job: dict) -> None:
 PRELOADED = (
     "peft",
     "transformers.models.qwen3.modeling_qwen3",
+    "jinja2",
+    "matplotlib.backends.backend_agg",
+    "matplotlib.figure",
+    "PIL.PngImagePlugin",
     "cookbook.clients.service",
     "cookbook.data",
+    "cookbook.report.run_page",
 )
 
 if __name__ == "__main__":

@@ -191,21 +191,14 @@ def test_a_best_that_was_beaten_goes_unless_it_was_saved_in_turn(
     assert "test/accuracy was better before training than in any evaluation since" in caplog.text
 
 
-def test_a_best_that_is_saved_in_turn_is_saved_once(
-    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from cookbook.clients.training import TrainingClient
-
-    saved: list[str] = []
-    save_state = TrainingClient.save_state
-
-    def counting(self: TrainingClient, name: str, overwrite: bool = False) -> Any:
-        saved.append(name)
-        return save_state(self, name, overwrite=overwrite)
-
-    monkeypatch.setattr(TrainingClient, "save_state", counting)
-    run(make_config([0.0, 0.1, 0.5, 0.4, 0.5], save_every=2))
-    assert saved == ["000001", "000002", "final"]
+def test_a_best_that_is_saved_in_turn_is_saved_once(make_config: MakeConfig) -> None:
+    config = make_config([0.0, 0.1, 0.5, 0.4, 0.5], save_every=2, trace=True)
+    run(config)
+    events = json.loads(Path(config.log_path, "trace.json").read_text(encoding="utf-8"))
+    saved = [
+        event["args"]["step"] for event in events if event.get("cat") == "engine" and event["name"] == "save"
+    ]
+    assert saved == [1, 2, 4]
 
 
 def test_the_finished_model_may_be_the_best(

@@ -6,12 +6,12 @@ import json
 import os
 import shutil
 import signal
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 from safetensors.numpy import load_file
+from waiting import wait_until
 
 from cookbook.report import write_report
 from cookbook.runs.checkpoints import CheckpointLog
@@ -73,12 +73,8 @@ class Runs:
 
 
 def _kill(child: int, folder: Path, num_rows: int) -> None:
-    deadline = time.monotonic() + 60
     path = folder / "metrics.jsonl"
-    while time.monotonic() < deadline:
-        if path.exists() and path.read_bytes().count(b"\n") >= num_rows:
-            break
-        time.sleep(0.002)
+    wait_until(lambda: path.exists() and path.read_bytes().count(b"\n") >= num_rows)
     os.kill(child, signal.SIGKILL)
 
 

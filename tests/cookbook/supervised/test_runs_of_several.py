@@ -9,13 +9,13 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from safetensors.numpy import load_file
+from waiting import wait_until
 
 NUM_STEPS = 8
 
@@ -98,13 +98,8 @@ def assert_nearly_same_run(folder: Path, other: Path) -> None:
 
 
 def wait_for_rows(folder: Path, num_rows: int) -> None:
-    deadline = time.monotonic() + 120
     path = folder / "metrics.jsonl"
-    while time.monotonic() < deadline:
-        if path.exists() and path.read_bytes().count(b"\n") >= num_rows:
-            return
-        time.sleep(0.005)
-    raise AssertionError(f"{path} never had {num_rows} rows")
+    wait_until(lambda: path.exists() and path.read_bytes().count(b"\n") >= num_rows, seconds=120)
 
 
 @pytest.mark.parametrize(("size", "shard"), [(1, "auto"), (2, "full"), (4, "auto")])
@@ -137,10 +132,7 @@ def send(number: signal.Signals, rank: int, folder: Path) -> Callable[[list[int]
     def disturb(processes: list[int]) -> None:
         os.kill(processes[rank], number)
         log = folder / f"ranks/{rank}.log" if rank else folder / "train.log"
-        deadline = time.monotonic() + 60
-        while f"{number.name}: stopping" not in log.read_text(encoding="utf-8"):
-            assert time.monotonic() < deadline
-            time.sleep(0.005)
+        wait_until(lambda: f"{number.name}: stopping" in log.read_text(encoding="utf-8"))
 
     return disturb
 

@@ -13,7 +13,6 @@ import stat
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from waiting import wait_until
 
 from cookbook.errors import ConfigError, FileError
 from cookbook.runs.checkpoints import CheckpointLog
@@ -559,10 +559,13 @@ def swept(
             cwd=folder,
             env=_environment(temporary),
         )
-        while process.poll() is None:
-            found |= listeners(process.pid)
-            modes |= {stat.S_IMODE(path.stat().st_mode) for path in Path(temporary).glob("ray-*")}
-            time.sleep(1)
+
+        def has_ended() -> bool:
+            found.update(listeners(process.pid))
+            modes.update(stat.S_IMODE(path.stat().st_mode) for path in Path(temporary).glob("ray-*"))
+            return process.poll() is not None
+
+        wait_until(has_ended, seconds=800, every=1.0)
         printed, errors = process.communicate()
         left = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
         assert temporary not in left, "Ray's processes have ended"

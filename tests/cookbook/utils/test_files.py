@@ -259,13 +259,13 @@ WORKERS = {
     "temporary": "with files.temporary_folder(path) as made:\n    (made / 'file').touch()\n    wait()",
 }
 WAIT = """
-import sys, time
+import signal, sys
 from pathlib import Path
 from cookbook.utils import files
 path = Path(sys.argv[1])
 def wait():
     print("working", flush=True)
-    time.sleep(600)
+    signal.pause()  # until it is killed
 """
 
 

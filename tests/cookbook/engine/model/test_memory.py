@@ -413,7 +413,7 @@ def test_forward_passes_raise_no_limits(make_tight: Any, make_data: Any, patient
     assert made._limits.max_tokens == 60
 
 
-@pytest.mark.parametrize("saved_after", range(1, 9))
+@pytest.mark.parametrize("saved_after", [1, 4, 5, 8])
 def test_a_resumed_run_raises_its_limits_at_the_same_passes(
     saved_after: int, make_tight: Any, make_data: Any, tmp_path: Path, patient: None
 ) -> None:

@@ -100,20 +100,20 @@ def test_generations_wait_together_so_that_they_share_batches(
     make_evaluator: MakeEvaluator, scripted: Any
 ) -> None:
     client = scripted(lambda prompt, sample: "Paris")
-    waiting, most, answer = 0, 0, client.sample_async
+    waiting, answer, all_wait = 0, client.sample_async, asyncio.Event()
 
     async def counted(*args: Any) -> Any:
-        nonlocal waiting, most
+        nonlocal waiting
         waiting += 1
-        most = max(most, waiting)
-        await asyncio.sleep(0.05)
-        waiting -= 1
+        if waiting == 12:
+            all_wait.set()
+        await asyncio.wait_for(all_wait.wait(), timeout=60)
         return await answer(*args)
 
     client.sample_async = counted
     many = Task(dataset=[Sample(f"one {n}", target="Paris") for n in range(12)], scorer=match())
     run(make_evaluator(many), client)
-    assert most == 12
+    assert waiting == 12
 
 
 def test_another_epoch_draws_other_replies(make_evaluator: MakeEvaluator, scripted: Any) -> None:

@@ -1,0 +1,200 @@
+"""Commands run in processes of their own, forked from one that has imported what is slow to import.
+
+`python programs.py` is that process. It reads one JSON job a line from its standard input, forks, and writes
+the child's process id; after {"wait": id} it writes the child's wait status. The child takes on the working
+folder, the environment and the standard streams of the job and then runs the module as `python -m` does, to
+the ordinary end of an interpreter.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+PRELOADED = (
+    "torch",
+    "peft",
+    "transformers.models.qwen3.modeling_qwen3",
+    "jinja2",
+    "matplotlib.backends.backend_agg",
+    "matplotlib.figure",
+    "PIL.PngImagePlugin",
+    "pyarrow.dataset",
+    "cookbook.clients.service",
+    "cookbook.data",
+    "cookbook.report.run_page",
+    "cookbook.supervised.train",
+)
+
+
+class Program:
+    """A command that runs, or has run."""
+
+    def __init__(self, server: _Server, pid: int, files: Sequence[Path]) -> None:
+        self.pid = pid
+        self._server = server
+        self._out, self._err = files
+
+    def wait(self, text: bool = True) -> subprocess.CompletedProcess[Any]:
+        """How it ended and what it printed, as UTF-8 text or as bytes."""
+        code = os.waitstatus_to_exitcode(int(self._server.ask({"wait": self.pid})))
+        printed = [path.read_text("utf-8") if text else path.read_bytes() for path in (self._out, self._err)]
+        return subprocess.CompletedProcess([], code, *printed)
+
+
+class Programs:
+    """Starts commands; one server for each way in which an interpreter starts (encodings, locale)."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._servers: dict[tuple[tuple[str, str], ...], _Server] = {}
+        self._num_jobs = 0
+
+    def start(
+        self,
+        module: str,
+        *argv: str,
+        cwd: Path | None = None,
+        environment: Mapping[str, str] | None = None,
+        stdin: bytes = b"",
+        terminal: str | None = None,
+    ) -> Program:
+        """Starts `python -m module *argv` with these variables beside this process's own.
+
+        The module `-c` stands for the text of a program, which is the first argument. `terminal` is the
+        path of a terminal that the program gets as its own, in place of files.
+        """
+        given = dict(environment or {})
+        self._num_jobs += 1
+        files = [self._folder / f"{self._num_jobs}.{stream}" for stream in ("in", "out", "err")]
+        for file in files:
+            file.write_bytes(stdin if file == files[0] else b"")
+        job = {
+            "module": module,
+            "argv": argv,
+            "cwd": str(cwd or Path.cwd()),
+            "environment": {**os.environ, **given},
+            "files": [terminal] * 3 if terminal else [str(file) for file in files],
+            "is_terminal": terminal is not None,
+        }
+        server = self._server(given)
+        return Program(server, int(server.ask(job)), files[1:])
+
+    def run(
+        self, module: str, *argv: str, text: bool = True, **options: Any
+    ) -> subprocess.CompletedProcess[Any]:
+        """As `start`, and waits for the end."""
+        return self.start(module, *argv, **options).wait(text)
+
+    def _server(self, given: Mapping[str, str]) -> _Server:
+        key = tuple(
+            sorted(
+                (name, value)
+                for name, value in given.items()
+                if name.startswith(("PYTHON", "LC_", "LANG")) and name != "PYTHONPATH"
+            )
+        )
+        if key not in self._servers:
+            self._servers[key] = _Server(dict(key))
+        return self._servers[key]
+
+    def close(self) -> None:
+        for server in self._servers.values():
+            server.close()
+
+
+class _Server:
+    def __init__(self, environment: Mapping[str, str]) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, __file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        )
+
+    def ask(self, job: Mapping[str, Any]) -> str:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps(job).encode() + b"\n")
+        self._process.stdin.flush()
+        return self._process.stdout.readline().decode()
+
+    def close(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
+
+
+# -- the process that forks ---------------------------------------------------------------------
+
+
+def _lines() -> Iterator[bytes]:
+    """The lines of standard input, of which nothing is read ahead: a child has another one there."""
+    line = b""
+    while byte := os.read(0, 1):
+        line += byte
+        if byte == b"\n":
+            yield line
+            line = b""
+
+
+def _serve() -> dict[str, Any] | None:
+    """Answers requests; returns the job in each child, and None in the server at its end."""
+    for line in _lines():
+        request = json.loads(line)
+        if "wait" in request:
+            answer = os.waitpid(request["wait"], 0)[1]
+        elif (answer := os.fork()) == 0:
+            return dict(request)
+        os.write(1, f"{answer}\n".encode())
+    return None
+
+
+def _become(job: Mapping[str, Any]) -> None:
+    """Takes on the folder, the environment, the arguments and the streams of a job."""
+    os.chdir(job["cwd"])
+    os.environ.clear()
+    os.environ.update(job["environment"])
+    if job["is_terminal"]:
+        os.setsid()  # the terminal that is opened next becomes this process's own
+    for number, (path, mode) in enumerate(
+        zip(job["files"], (os.O_RDONLY, os.O_WRONLY, os.O_WRONLY), strict=True)
+    ):
+        opened = os.open(path, os.O_RDWR if job["is_terminal"] else mode)
+        os.dup2(opened, number)
+        os.close(opened)
+    for name, number, mode in (("stdin", 0, "r"), ("stdout", 1, "w"), ("stderr", 2, "w")):
+        old = getattr(sys, name)
+        stream = open(  # noqa: SIM115
+            number,
+            mode,
+            encoding=old.encoding,
+            errors=old.errors,
+            closefd=False,
+            buffering=1 if name == "stderr" or job["is_terminal"] else -1,
+        )
+        setattr(sys, name, stream)
+        setattr(sys, f"__{name}__", stream)
+    sys.argv = [job["module"], *job["argv"]]
+    paths = job["environment"].get("PYTHONPATH", "").split(os.pathsep)
+    sys.path[:0] = [job["cwd"], *(path for path in paths if path)]
+
+
+if __name__ == "__main__":
+    import importlib
+    import runpy
+
+    sys.path.pop(0)  # this file's folder, which `python -m` has not
+    for module in PRELOADED:
+        importlib.import_module(module)
+    if (job := _serve()) is not None:
+        _become(job)
+        if job["module"] == "-c":
+            exec(compile(sys.argv.pop(1), "<string>", "exec"), {"__name__": "__main__"})
+        else:
+            runpy.run_module(job["module"], run_name="__main__", alter_sys=True)
