@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeAlias
 
 from cookbook.errors import RendererError
-from cookbook.utils.nearest import did_you_mean
+from cookbook.utils.nearest import unknown_name
 from renderers import other_names
 from renderers.base import Renderer
 
@@ -58,6 +58,8 @@ def check_renderer_name(name: str) -> None:
     """Raises RendererError for a name that no renderer has."""
     if name not in _factories:
         known = other_names.ANSWERS.get(name.rpartition("/")[2].lower().replace("-", "_"))
-        hint = did_you_mean(name, _factories, quote="`") if known is None else f" {known}."
-        names = ", ".join(renderer_names())
-        raise RendererError(f"There is no renderer named `{name}`.{hint} Renderers: {names}.")
+        raise RendererError(
+            unknown_name("renderer", name, renderer_names())
+            if known is None
+            else f"Unknown renderer `{name}`. {known}. Supported: {', '.join(renderer_names())}."
+        )

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 from cookbook.engine import processes
 from cookbook.errors import ConfigError
+from cookbook.utils import extras
 
 GradientCheckpointing = Literal["auto", "on", "off"]
 Quantization = Literal["nf4"]
@@ -68,11 +68,7 @@ class EngineOptions:
                 f"quantization={self.quantization!r} is not known. Use {', '.join(get_args(Quantization))}, "
                 f"or leave it out for weights in dtype={self.dtype}."
             )
-        if importlib.util.find_spec("bitsandbytes") is None:
-            raise ConfigError(
-                f"quantization={self.quantization} needs the package bitsandbytes, which is not installed. "
-                f"Run: pip install 'sft-cookbook[qlora]'"
-            )
+        extras.require("bitsandbytes", f"quantization={self.quantization}", extra="qlora")
 
 
 def check_device(device: str) -> None:

@@ -12,6 +12,7 @@ from cookbook.export import push
 from cookbook.export.gguf_weights import GgufType
 from cookbook.export.merged_folder import Dtype
 from cookbook.runs.find import Which
+from cookbook.utils.nearest import unknown_name
 
 _field = functools.partial(chz.field, validator=chz.validators.typecheck)
 
@@ -56,7 +57,7 @@ class ExportConfig:
     @chz.validate
     def _check_values(self) -> None:
         if self.format not in FORMATS:
-            raise ConfigError(f"Unknown format={self.format}. Supported: {', '.join(FORMATS)}.")
+            raise ConfigError(unknown_name("format", self.format, FORMATS))
         if self.ollama_base is not None and self.format != "ollama":
             raise ConfigError(f"ollama_base= applies to format=ollama only, not to format={self.format}.")
         if not re.fullmatch(r"\d+(\.\d+)?[TGMK]B", self.max_shard_size.upper()):

@@ -26,6 +26,7 @@ from cookbook.errors import ConfigError
 from cookbook.export.chat_format import ChatFormat
 from cookbook.export.gguf_vocabulary import add_vocabulary, pre_tokenizer_name
 from cookbook.export.merge import LowRank, MergedWeights
+from cookbook.utils import extras
 
 if TYPE_CHECKING:
     import gguf
@@ -222,11 +223,8 @@ def _rope_factors(config: PretrainedConfig, head_size: int) -> Tensor | None:
 
 
 def package() -> Any:
-    """llama.cpp's own package. Raises ConfigError where it is not installed."""
-    try:
-        import gguf
-    except ImportError as error:
-        raise ConfigError(
-            "GGUF files are written with llama.cpp's package gguf: pip install 'sft-cookbook[gguf]'"
-        ) from error
+    """Returns `gguf`, llama.cpp's own package. Raises ConfigError where it is not installed."""
+    extras.require("gguf", "A GGUF file")
+    import gguf
+
     return gguf

@@ -11,7 +11,6 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -19,9 +18,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from cookbook.errors import ClusterError
-from cookbook.utils import clusters, files, json_files
-from cookbook.utils.clusters import LOCALHOST
+from cookbook.utils import clusters, files, json_files, network
 from cookbook.utils.json_files import Origin, Positive
+from cookbook.utils.network import LOOPBACK
 
 RAY = (sys.executable, "-m", "ray.scripts.scripts")
 START_SECONDS = 240
@@ -65,11 +64,11 @@ def start_head() -> Head:
         return head
     clusters.import_ray(to_start=True)
     folder = clusters.private_folder(FOLDER_PREFIX)
-    options = {name: _free_port() for name in PORTS}
+    options = {name: network.free_port() for name in PORTS}
     command = [
         *(*RAY, "start", "--head", "--block", "--disable-usage-stats"),
         *("--temp-dir", str(folder / clusters.FOLDER_FOR_RAY)),
-        *("--include-dashboard", "true", "--dashboard-host", LOCALHOST),
+        *("--include-dashboard", "true", "--dashboard-host", LOOPBACK),
         *(f"--{name}={port}" for name, port in options.items()),
     ]
     log = folder / "start.log"
@@ -87,7 +86,7 @@ def start_head() -> Head:
                 clusters.NO_CLUSTER: "0",
             },
         )
-    head = Head(f"http://{LOCALHOST}:{options['dashboard-port']}", process.pid, str(folder))
+    head = Head(f"http://{LOOPBACK}:{options['dashboard-port']}", process.pid, str(folder))
     _wait_until_it_takes_jobs(head, process, log)
     note = _note()
     files.make_folder(note.parent, may_be_link=True)
@@ -151,13 +150,6 @@ def _exists(pid: int) -> bool:
     except ProcessLookupError:
         return False
     return True
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind((LOCALHOST, 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def _note() -> Path:

@@ -1,6 +1,6 @@
 """Where the metrics of a run go: files, the terminal, and trackers of experiments by their own clients."""
 
-from cookbook.loggers.base import MetricLogger, Metrics, check_installed
+from cookbook.loggers.base import MetricLogger, Metrics
 from cookbook.loggers.console import ConsoleLogger, logging_to
 from cookbook.loggers.files import JsonlLogger
 from cookbook.loggers.tensorboard import TensorBoardLogger
@@ -16,7 +16,6 @@ __all__ = [
     "TensorBoardLogger",
     "TrackioLogger",
     "WandbLogger",
-    "check_installed",
     "check_wandb_login",
     "logging_to",
     "make_console",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import os
 import platform
@@ -10,6 +9,7 @@ from pathlib import Path
 
 from cookbook.types import ModelData
 from cookbook.utils import files
+from cookbook.utils.versions import installed_versions
 
 PACKAGES = ("sft-cookbook", "torch", "transformers", "peft", "datasets", "numpy", "bitsandbytes")
 
@@ -22,9 +22,8 @@ def describe(model: ModelData) -> dict[str, str]:
         "trained parameters": f"{model.num_trained_parameters:,}",
         "cpus": str(os.cpu_count()),
         "system": platform.platform(),
-        "python": platform.python_version(),
     }
-    return found | _versions()
+    return found | installed_versions(PACKAGES)
 
 
 def record(folder: Path, model: ModelData) -> None:
@@ -38,14 +37,3 @@ def _device_name(device: str) -> str:
     import torch
 
     return f"{torch.cuda.get_device_name(device)} ({device})"
-
-
-def _versions() -> dict[str, str]:
-    """Of the packages that are installed."""
-    found = {}
-    for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
-import platform
 import socket
 from collections.abc import Iterator
 from typing import Any
@@ -13,6 +11,7 @@ from cookbook.config.config_files import differences
 from cookbook.data.types import SupervisedDataset
 from cookbook.engine.processes import World, joined
 from cookbook.errors import ConfigError, CookbookError, DataError
+from cookbook.utils.versions import installed_versions
 
 PACKAGES = ("sft-cookbook", "torch", "transformers", "peft", "datasets", "numpy", "tokenizers")
 
@@ -24,8 +23,7 @@ def joined_alike(config: dict[str, Any]) -> Iterator[World]:
     Raises ConfigError, naming the process and the keys, where one has another config or other versions of
     the packages than process 0.
     """
-    versions = {"python": platform.python_version()}
-    versions |= {name: importlib.metadata.version(name) for name in PACKAGES}
+    versions = installed_versions(PACKAGES)
     with joined() as world:
         advice = "Start all processes with one command."
         _check_same(world, config, "has another config than process 0", advice, ConfigError)

@@ -17,10 +17,11 @@ from cookbook.engine import processes
 from cookbook.engine.options import check_device
 from cookbook.errors import CheckpointError, ConfigError
 from cookbook.eval.evaluators import AnyEvaluatorBuilder, metric_patterns_of
-from cookbook.loggers import check_installed, check_wandb_login
+from cookbook.loggers import check_wandb_login
 from cookbook.runs.checkpoints import CheckpointLog
 from cookbook.runs.directions import DEFAULT_METRIC, METRIC_PATTERNS
 from cookbook.supervised.config import Config
+from cookbook.utils import extras
 from renderers.registry import check_renderer_name
 
 if TYPE_CHECKING:
@@ -40,9 +41,9 @@ def check_before_work(config: Config, is_resumed: bool = False) -> None:
     if config.load_checkpoint_path is not None and not is_resumed:
         _check_is_checkpoint(Path(config.load_checkpoint_path).expanduser())
     if config.tensorboard:
-        check_installed("tensorboard", "tensorboard=True")
+        extras.require("tensorboard", "tensorboard=True")
     if config.trackio_project is not None:
-        check_installed("trackio", f"trackio_project={config.trackio_project}")
+        extras.require("trackio", f"trackio_project={config.trackio_project}")
     if config.wandb_project is not None and processes.current().is_main:
         check_wandb_login(config.wandb_project)
     if config.compile:

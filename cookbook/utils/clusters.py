@@ -10,7 +10,6 @@ import contextlib
 import logging
 import os
 import secrets
-import socket
 import stat
 import sys
 import tempfile
@@ -19,7 +18,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from cookbook.errors import ClusterError, ConfigError
+from cookbook.errors import ClusterError
+from cookbook.utils import extras, network
+from cookbook.utils.network import LOOPBACK
 
 QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -30,7 +31,6 @@ QUIET = {
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
 }
-LOCALHOST = "127.0.0.1"
 NO_CLUSTER = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 """Where it is 0, as by default on macOS, a Ray takes no other machines, and all its processes listen on the
 loopback interface alone; anywhere else they listen on every interface, whatever address they are given."""
@@ -52,12 +52,9 @@ def import_ray(to_start: bool = False) -> Any:
     was_imported = "ray" in sys.modules
     if to_start or has_token():
         os.environ.setdefault("RAY_AUTH_MODE", "token")  # read when Ray is imported
-    try:
-        import ray
-    except ImportError:
-        raise ConfigError(
-            "Sweeps and jobs are run by Ray, which is not installed: pip install 'sft-cookbook[ray]'"
-        ) from None
+    extras.require("ray", "A sweep or a job")
+    import ray
+
     for handler in logging.getLogger("ray").handlers:  # some of its loggers turn themselves up
         if type(handler).__module__.partition(".")[0] == ray.__name__:  # others have put theirs there too
             handler.setLevel(logging.ERROR)
@@ -138,10 +135,10 @@ def on_loopback(ray: Any) -> Iterator[None]:
     os.environ[NO_CLUSTER] = "0"  # for the processes that are started
     ray_constants.ENABLE_RAY_CLUSTER = False  # here it was read when Ray was imported
     try:
-        if (found := ray.util.get_node_ip_address()) != LOCALHOST:
+        if (found := ray.util.get_node_ip_address()) != LOOPBACK:
             raise ClusterError(
                 f"Ray {ray.__version__} would listen on {found}, where other machines reach it, instead of "
-                f"{LOCALHOST}. Use another version of Ray, or a cluster of your own with its address."
+                f"{LOOPBACK}. Use another version of Ray, or a cluster of your own with its address."
             )
         yield
     finally:
@@ -161,7 +158,7 @@ def check_reachable(address: str, default_port: int) -> None:
     if not host:
         raise ClusterError(f"address={address} is no address. Write host:port.")
     try:
-        socket.create_connection((host, port), timeout=10).close()
+        network.check_answers(host, port, timeout_seconds=10)
     except UnicodeError as error:  # of a name that no machine can have
         raise ClusterError(f"address={address} is no address ({error}). Write host:port.") from None
     except OSError as error:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import os
-import socket
 from collections.abc import Iterator
 from urllib.parse import urlsplit
+
+from cookbook.utils import network
 
 TIMEOUT_SECONDS = 5.0
 
@@ -27,7 +28,7 @@ def why_unreachable() -> str | None:
     host = parts.hostname or "huggingface.co"
     port = parts.port or (80 if parts.scheme == "http" else 443)
     try:
-        socket.create_connection((host, port), timeout=TIMEOUT_SECONDS).close()
+        network.check_answers(host, port, TIMEOUT_SECONDS)
     except OSError as error:
         return f"{host} cannot be reached ({error})"
     return None

@@ -52,10 +52,19 @@ def nearest(name: str, candidates: Iterable[str], short_forms: bool = True) -> s
     return best if similarity >= LEAST_SIMILARITY or is_one_letter_off else None
 
 
-def did_you_mean(name: str, candidates: Iterable[str], quote: str = "", short_forms: bool = True) -> str:
-    """` Did you mean x?`, to stand behind a sentence; empty where no candidate is near."""
+def did_you_mean(name: str, candidates: Iterable[str], short_forms: bool = True) -> str:
+    """The sentence " Did you mean `x`?", to be put behind another; empty where no candidate is near."""
     near = nearest(name, candidates, short_forms)
-    return "" if near is None else f" Did you mean {quote}{near}{quote}?"
+    return "" if near is None else f" Did you mean `{near}`?"
+
+
+def unknown_name(kind: str, name: str, known: Iterable[str]) -> str:
+    """The message for a name that is not among the known ones: what was asked, the nearest, and all of them.
+
+    `kind` and `name` are written as "Unknown renderer `qwen33`".
+    """
+    known = list(known)
+    return f"Unknown {kind} `{name}`.{did_you_mean(name, known)} Supported: {', '.join(known)}."
 
 
 def _similarity(name: str, candidate: str, short_forms: bool) -> float:

@@ -147,7 +147,7 @@ def test_ctrl_c_stops_a_reply_and_ctrl_d_leaves(programs: Programs) -> None:
         (["model_name=cookbook/tiny-chat", "compare=True"], "Give checkpoint= too"),
         (["model_name=cookbook/tiny-chat", "renderer_name=qwen33"], "Did you mean `qwen3`?"),
         (["model_name=cookbook/tiny-chat", "temperature=-1"], "cannot be sampled with"),
-        (["checkpiont=runs/sft"], "Did you mean checkpoint?"),
+        (["checkpiont=runs/sft"], "Did you mean `checkpoint`?"),
     ],
 )
 def test_a_mistake_is_said_in_a_few_lines(

@@ -135,7 +135,7 @@ def test_a_class_that_the_user_names_is_imported_with_its_keys(decoy: Path) -> N
             4,
             2,
         )
-    with pytest.raises(ConfigError, match=r"There is no key 'num_star'.*Did you mean num_stars"):
+    with pytest.raises(ConfigError, match=r"There is no key 'num_star'.*Did you mean `num_stars`"):
         make("dataset_builder=decoy:Builder", "num_star=4")
 
 

@@ -126,7 +126,7 @@ def test_a_checkpoint_of_a_run_leaves_by_its_own_folder(exporting: Exporting) ->
         (["checkpoint=rnu", "to=out"], "There is no checkpoint rnu. Give the folder of a run"),
         (["checkpoint=run/checkpoints/fnal", "to=out"], "has: 000001, final"),
         (["checkpoint=run", "to=out", "format=gguff"], "Supported: adapter, merged, gguf, ollama"),
-        (["checkpoint=run", "to=out", "fromat=gguf"], "Did you mean format?"),
+        (["checkpoint=run", "to=out", "fromat=gguf"], "Did you mean `format`?"),
         (
             ["checkpoint=run", "to=out", "max_shard_size=huge"],
             "Invalid max_shard_size=huge: write a number and a unit, as in 4GB",

@@ -43,8 +43,8 @@ def test_several_runs_get_one(capsys: pytest.CaptureFixture[str]) -> None:
     [
         ([], "No run was given. Give the folder of one"),
         (["aa"], "There is no folder aa"),
-        (["a", "b", "tto=x.html"], "Did you mean to?"),
-        (["a", "--tto", "x.html"], "Did you mean to?"),
+        (["a", "b", "tto=x.html"], "Did you mean `to`?"),
+        (["a", "--tto", "x.html"], "Did you mean `to`?"),
         (["a", "--to"], "--to has no value"),
         (["."], "Runs in it: a, b, c=d"),
         (["a", "b", "to=out/compare.html"], "there is no folder out"),

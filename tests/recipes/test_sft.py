@@ -74,7 +74,7 @@ def test_a_mistake_on_the_command_line_is_a_line_and_exit_code_1(tmp_path: Path)
     assert done.returncode == 1
     assert done.stdout == ""
     assert done.stderr == (
-        "ConfigError: command line: There is no key 'learning_rat'. Did you mean learning_rate? "
+        "ConfigError: command line: There is no key 'learning_rat'. Did you mean `learning_rate`? "
         "Run with --help to see the keys.\n"
     )
 

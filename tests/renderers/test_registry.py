@@ -56,14 +56,14 @@ def test_an_unknown_name_is_answered_with_the_nearest_one():
     with pytest.raises(RendererError) as caught:
         get_renderer("qwen_3", None)
     assert str(caught.value) == (
-        "There is no renderer named `qwen_3`. Did you mean `qwen3`? " + f"Renderers: {', '.join(NAMES)}."
+        "Unknown renderer `qwen_3`. Did you mean `qwen3`? " + f"Supported: {', '.join(NAMES)}."
     )
 
 
 def said_of(name):
     with pytest.raises(RendererError) as caught:
         get_renderer(name, None)
-    return str(caught.value).removesuffix(f" Renderers: {', '.join(NAMES)}.")
+    return str(caught.value).removesuffix(f" Supported: {', '.join(NAMES)}.")
 
 
 def test_a_name_of_tinker_cookbook_is_answered_with_the_renderer_here_or_the_models_own_template():
@@ -77,8 +77,8 @@ def test_a_name_of_tinker_cookbook_is_answered_with_the_renderer_here_or_the_mod
         "qwen3_vl_instruct": "Images are not supported here.",
         "kimi_k2": "It is not supported here. Use `chat_template`",
     }.items():
-        assert said_of(name).startswith(f"There is no renderer named `{name}`. {answer}")
-        assert "_thinking`" not in said_of(name).removeprefix(f"There is no renderer named `{name}`.")
+        assert said_of(name).startswith(f"Unknown renderer `{name}`. {answer}")
+        assert "_thinking`" not in said_of(name).removeprefix(f"Unknown renderer `{name}`.")
         assert "qwen2_5" not in said_of(name)
 
 
@@ -92,7 +92,7 @@ def test_every_answer_names_a_renderer_that_is_registered_and_stands_for_one_tha
 
 def test_neither_another_version_nor_the_opposite_is_suggested():
     for name in ("deepseekv3_no_thinking", "qwen2", "qwen4", "gemma2", "phi4", "llama4"):
-        assert said_of(name) == f"There is no renderer named `{name}`."
+        assert said_of(name) == f"Unknown renderer `{name}`."
 
 
 def test_a_name_is_registered_once(small_tokenizer):

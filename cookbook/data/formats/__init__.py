@@ -38,7 +38,7 @@ from cookbook.data.media import check_no_media
 from cookbook.data.trajectories import ObservationOrder
 from cookbook.errors import ConfigError, DataError
 from cookbook.utils import notes
-from cookbook.utils.nearest import nearest
+from cookbook.utils.nearest import unknown_name
 
 __all__ = ["FORMATS", "Format", "check_format", "conversations_of", "recognise"]
 
@@ -120,9 +120,7 @@ def recognise(row: Mapping[str, Any]) -> str:
 def check_format(format: str | None) -> None:
     """Raises ConfigError, naming the nearest, for the name of no format. None means to recognise it."""
     if format is not None and format not in FORMATS:
-        near = nearest(format, FORMATS)
-        hint = "" if near is None else f" The nearest is `{near}`."
-        raise ConfigError(f"format={format!r} is unknown.{hint} Formats: {', '.join(FORMATS)}.")
+        raise ConfigError(unknown_name("format", format, FORMATS))
 
 
 def conversations_of(

@@ -56,7 +56,7 @@ def check_data(
                 if name not in KNOWN_INPUTS:
                     raise RequestError(
                         f"loss_fn_inputs has {name!r}, which no built-in loss reads."
-                        f"{did_you_mean(name, KNOWN_INPUTS, quote=chr(39))} They read "
+                        f"{did_you_mean(name, KNOWN_INPUTS)} They read "
                         f"{', '.join(KNOWN_INPUTS)}; forward_backward_custom takes anything."
                     )
             sequences.append(_check_datum(datum, required, vocab_size))

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cookbook.errors import RequestError
 from cookbook.types import LossFnType
-from cookbook.utils.nearest import did_you_mean
+from cookbook.utils.nearest import unknown_name
 
 LossFn = Callable[[Tensor, Tensor, Mapping[str, Tensor], Mapping[str, float]], Tensor]
 
@@ -88,8 +88,7 @@ def get_loss(name: str, config: Mapping[str, float] | None) -> tuple[Loss, dict[
     Raises RequestError for an unknown name or setting.
     """
     if name not in LOSSES:
-        hint = did_you_mean(name, LOSSES, quote="'")
-        raise RequestError(f"Loss {name!r} is not known.{hint} Losses: {', '.join(LOSSES)}.")
+        raise RequestError(unknown_name("loss", name, LOSSES))
     loss = LOSSES[name]
     unknown = set(config or {}) - set(loss.defaults)
     if unknown:

@@ -17,7 +17,7 @@ from cookbook import models
 from cookbook.errors import ConfigError, TrainingError
 from cookbook.eval.chat import SamplingEvaluatorBuilder
 from cookbook.eval.evaluators import RunContext, SamplingClientEvaluator
-from cookbook.eval.extras import require
+from cookbook.utils import extras
 from renderers import Renderer
 
 if TYPE_CHECKING:
@@ -157,7 +157,7 @@ class InspectEvaluatorBuilder(SamplingEvaluatorBuilder):
         return [f"{self.name}/*"]
 
     def __call__(self) -> InspectEvaluator:
-        require("inspect_ai", "inspect", type(self).__name__)
+        extras.require("inspect_ai", type(self).__name__, extra="inspect")
         renderer = self.make_renderer()
         assert self.model_name is not None  # make_renderer saw to it
         return InspectEvaluator(

@@ -16,7 +16,7 @@ from cookbook import models
 from cookbook.errors import ConfigError
 from cookbook.eval.chat import ChatEvaluatorBuilder
 from cookbook.eval.evaluators import SamplingClientEvaluator
-from cookbook.eval.extras import require
+from cookbook.utils import extras
 from cookbook.utils.nearest import did_you_mean
 from renderers import Renderer
 
@@ -160,7 +160,7 @@ class HarnessEvaluatorBuilder(ChatEvaluatorBuilder):
         return [f"{self.name}/*"]
 
     def __call__(self) -> HarnessEvaluator:
-        require("lm_eval", "lm-eval", type(self).__name__)
+        extras.require("lm_eval", type(self).__name__, extra="lm-eval")
         renderer = self.make_renderer()
         assert self.model_name is not None  # make_renderer saw to it
         context_length = models.context_length(self.model_name)

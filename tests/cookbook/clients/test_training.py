@@ -393,7 +393,7 @@ def test_a_bad_argument_is_raised_by_the_call_itself_and_nothing_is_queued(clien
         with pytest.raises(RequestError) as caught:
             submit([good, short])
         assert caught.value.__notes__ == ["in datum 1 of 2"]
-        with pytest.raises(RequestError, match="Did you mean 'cross_entropy'"):
+        with pytest.raises(RequestError, match="Did you mean `cross_entropy`"):
             submit([good], "cross_entrpy")  # type: ignore[arg-type]
         with pytest.raises(RequestError, match="has no setting 'beta'"):
             submit([good], "ppo", {"beta": 1.0})
@@ -503,7 +503,7 @@ def test_a_misspelt_loss_input_is_refused_by_name(tiny_qwen3: str, tmp_path: Pat
     client = ServiceClient(checkpoint_dir=tmp_path).create_lora_training_client(tiny_qwen3, rank=2, seed=0)
     datum = Datum(ModelInput.from_ints([5, 6]), {"target_tokens": [6, 7], "weight": [0.0, 1.0]})
     with pytest.raises(
-        RequestError, match="has 'weight', which no built-in loss reads. Did you mean 'weights'"
+        RequestError, match="has 'weight', which no built-in loss reads. Did you mean `weights`"
     ):
         client.forward_backward([datum])
     custom = client.forward_backward_custom([datum], lambda data, logprobs: (logprobs[0].sum(), {}))

@@ -79,8 +79,8 @@ def test_later_wins_defaults_then_the_file_then_the_command_line(tmp_path: Path)
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
-        ("learning_rat=1", "There is no key 'learning_rat'. Did you mean learning_rate?"),
-        ("batch_sise=1", "There is no key 'batch_sise'. Did you mean batch_size?"),
+        ("learning_rat=1", "There is no key 'learning_rat'. Did you mean `learning_rate`?"),
+        ("batch_sise=1", "There is no key 'batch_sise'. Did you mean `batch_size`?"),
         ("dataset_builder.datset=x", "There is no key 'dataset_builder.datset'. Did you mean"),
         ("learning_rate=fast", "Invalid learning_rate=fast: it takes a number or auto."),
         ("max_steps=2.5", "Invalid max_steps=2.5: it takes a whole number or None."),
@@ -111,7 +111,7 @@ def test_later_wins_defaults_then_the_file_then_the_command_line(tmp_path: Path)
         ("learning_rate.max=3", "learning_rate takes a number or auto, and has no keys below it."),
         ("train_on_what=everything", "all_tokens, all_user_and_system_messages, customized."),
         ("on_bad_row=drop", "Invalid on_bad_row=drop: it takes one of raise, skip."),
-        ("if_log_path_exists=resum", "resume, raise, delete, ask. Did you mean resume?"),
+        ("if_log_path_exists=resum", "resume, raise, delete, ask. Did you mean `resume`?"),
         ("quantization=int4", "Invalid quantization=int4: it takes nf4 or None."),
         ("prompts.1=a", "prompts.0 before it"),
         (f"dataset_builder={FILE_BUILDER}", "dataset_builder.file_path=<text> is required: the file"),
@@ -133,7 +133,7 @@ def test_a_file_that_is_no_config_is_an_error(tmp_path: Path) -> None:
 
 def test_an_unknown_key_in_a_file_is_an_error_too(tmp_path: Path) -> None:
     (tmp_path / "bad.yaml").write_text("learning_rat: 1\n", encoding="utf-8")
-    with pytest.raises(ConfigError, match="Did you mean learning_rate"):
+    with pytest.raises(ConfigError, match="Did you mean `learning_rate`"):
         make(f"config={tmp_path / 'bad.yaml'}")
 
 
@@ -423,7 +423,7 @@ def test_a_value_may_stand_behind_its_key() -> None:
         (["--bf16"], "There is no key 'bf16'. `dtype` is the base model's"),
         (["--packing", "--load-in-4bit"], "There is no key 'load_in_4bit'. `quantization=nf4` holds"),
         (["--config"], "--config has no value. Write config=<value>."),
-        (["--tarce", "True"], "There is no key 'tarce'. Did you mean trace?"),
+        (["--tarce", "True"], "There is no key 'tarce'. Did you mean `trace`?"),
         (["learning_rate", "=", "3e-4"], "write learning_rate=3e-4 without spaces"),
         (["learning_rate=", "3e-4"], "write learning_rate=3e-4 without spaces"),
         (["learning_rate", "=3e-4"], "write learning_rate=3e-4 without spaces"),

@@ -100,7 +100,7 @@ def test_a_row_of_no_format_is_an_error_that_lists_its_keys_and_the_formats(row:
 
 
 def test_an_unknown_format_names_the_nearest() -> None:
-    with pytest.raises(ConfigError, match="format='sharegtp' is unknown. The nearest is `sharegpt`"):
+    with pytest.raises(ConfigError, match="Unknown format `sharegtp`. Did you mean `sharegpt`"):
         conversations_of({"text": "a"}, "sharegtp")
 
 

@@ -614,7 +614,7 @@ def test_any_other_name_is_an_error_that_lists_the_names(spec: str) -> None:
     said = str(caught.value)
     assert said.startswith(f"dataset={spec!r} is not a known name, file or hub id (owner/name).")
     assert said.endswith("Names: pirate, no_robots, tulu3, pirate_ultrachat.")
-    assert ("Did you mean no_robots?" in said) == (spec == "no_robot")
+    assert ("Did you mean `no_robots`?" in said) == (spec == "no_robot")
 
 
 def test_a_file_has_no_splits(tmp_path: Path) -> None:

@@ -77,7 +77,7 @@ def test_a_function_of_ones_own_gets_the_message(tmp_path: Path, monkeypatch: py
 @pytest.mark.parametrize(
     ("names", "regex", "message"),
     [
-        (["exact_mach"], None, "Did you mean exact_match?"),
+        (["exact_mach"], None, "Did you mean `exact_match`?"),
         ([], None, "scores is empty"),
         (["regex"], None, "goes with `regex` in scores"),
         (["f1"], "a", "goes with `regex` in scores"),

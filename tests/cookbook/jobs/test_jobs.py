@@ -80,14 +80,14 @@ def test_without_a_head_there_are_no_jobs_and_the_error_says_how_to_have_one(
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["sft", "learning_rat=1"], "There is no key 'learning_rat'. Did you mean learning_rate?"),
-        (["sft", "--learning_rat=1"], "Did you mean learning_rate?"),
-        (["sft", "--learning_rat", "1"], "Did you mean learning_rate?"),
+        (["sft", "learning_rat=1"], "There is no key 'learning_rat'. Did you mean `learning_rate`?"),
+        (["sft", "--learning_rat=1"], "Did you mean `learning_rate`?"),
+        (["sft", "--learning_rat", "1"], "Did you mean `learning_rate`?"),
         (["sft", "--base-model", "x"], "There is no key 'base_model'. Use `model_name`."),
         (["sft", "--trace"], "--trace has no value. Write trace=True."),
         (["sft", "max_steps=0"], "Invalid max_steps=0: must be >= 1"),
         (["sft", "model_name=./nowhere"], "is neither a folder on this machine nor a hub id"),
-        (["sfx"], "There is no recipe 'sfx'. Did you mean sft?"),
+        (["sfx"], "There is no recipe 'sfx'. Did you mean `sft`?"),
         (["sft", "--address=127.0.0.1:1"], "The Ray cluster at http://127.0.0.1:1 cannot be reached"),
         (["sft", "--address=a b:c"], "is no address"),
         (["sft", f"--address={'a' * 64}:1"], "is no address"),
@@ -223,7 +223,7 @@ def test_a_job_is_found_by_its_id_with_what_auto_came_to(cancelled: Cancelled) -
     job = jobs.get(cancelled.job.id)
     assert job.config["learning_rate"] == 4e-3
     assert [one.id for one in jobs.list()] == [cancelled.waiting.id, job.id]
-    with pytest.raises(ClusterError, match=f"There is no job '{job.id}x'. Did you mean {job.id}"):
+    with pytest.raises(ClusterError, match=f"There is no job '{job.id}x'. Did you mean `{job.id}`"):
         jobs.get(job.id + "x")
 
 

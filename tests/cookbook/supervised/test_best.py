@@ -330,7 +330,7 @@ def test_where_nothing_is_evaluated_nothing_is_tracked(make_config: MakeConfig) 
     ("values", "message"),
     [
         ({"best_metric": "test/length"}, "its name does not say"),
-        ({"best_metric": "test/nl"}, "Did you mean test/nll"),
+        ({"best_metric": "test/nl"}, "Did you mean `test/nll`"),
         ({"early_stopping_patience": 0}, "Invalid early_stopping_patience=0: must be >= 1"),
         ({"early_stopping_patience": 1, "best_metric": None}, "waits for a better best_metric"),
         ({"early_stopping_patience": 1, "eval_every": 0, "infrequent_eval_every": 0}, "set eval_every"),

@@ -186,7 +186,7 @@ def test_a_model_without_weights_and_an_unknown_renderer_are_refused(
     (bare / "model.safetensors").unlink()
     with pytest.raises(ModelError, match="bare has no weights"):
         run(make_config(model_name=str(bare)))
-    with pytest.raises(RendererError, match="no renderer named `qwen33`. Did you mean `qwen3`"):
+    with pytest.raises(RendererError, match="Unknown renderer `qwen33`. Did you mean `qwen3`"):
         run(make_config(renderer_name="qwen33"))
 
 

@@ -187,11 +187,15 @@ def test_every_shipped_sweep_can_be_planned(path: Path, tmp_path: Path, tiny_qwe
 @pytest.mark.parametrize(
     ("text", "argv", "message"),
     [
-        ("runs: {learning_rat: [1, 2]}", [], "There is no key 'learning_rat'. Did you mean learning_rate?"),
-        ("", ["lora_rnk=1,2"], "Did you mean lora_rank?"),
+        ("runs: {learning_rat: [1, 2]}", [], "There is no key 'learning_rat'. Did you mean `learning_rate`?"),
+        ("", ["lora_rnk=1,2"], "Did you mean `lora_rank`?"),
         ("runs: {recipe: [1, 2]}", [], "There is no key 'recipe' of a run: it is this command's own."),
-        ("", ["num_sample=3"], "There is no key 'num_sample'. Did you mean num_samples?"),
-        ("num_sampels: 3", [], "has the key 'num_sampels', which a sweep has not. Did you mean num_samples?"),
+        ("", ["num_sample=3"], "There is no key 'num_sample'. Did you mean `num_samples`?"),
+        (
+            "num_sampels: 3",
+            [],
+            "has the key 'num_sampels', which a sweep has not. Did you mean `num_samples`?",
+        ),
         ("learning_rate: [1, 2]", [], "Keys of the recipe go below `runs:`"),
         ("runs: {lora_rank: []}", [], "lora_rank: an empty list leaves nothing to run"),
         ("runs: {lora_rank: [8, 8]}", [], "has a value twice"),
@@ -204,7 +208,7 @@ def test_every_shipped_sweep_can_be_planned(path: Path, tmp_path: Path, tiny_qwe
         ("- a", [], "is no sweep. Write `runs:`"),
         ("runs: {log_path: a}", [], "each run has a folder of its own"),
         ("", ["lora_rank=8,,16"], "has an empty value between commas"),
-        ("recipe: sfx", [], "There is no recipe 'sfx'. Did you mean sft?"),
+        ("recipe: sfx", [], "There is no recipe 'sfx'. Did you mean `sft`?"),
         ("recipe: sft_loop", [], "There is no recipe 'sft_loop'"),
         ("recipe: recipes.sft_loop", [], "recipe=recipes.sft_loop is not a recipe"),
         ("runs: {lora_rank: 8}", [], "Nothing is varied. Give a key several values"),
@@ -243,8 +247,8 @@ runs:
     file = tmp_path / "sweep.yaml"
     assert said[0] == "9 settings cannot be used."
     for line, message in {
-        f"{file} line 2": "has the key 'num_sampels', which a sweep has not. Did you mean num_samples?",
-        f"{file} line 4": "There is no key 'learning_rat'. Did you mean learning_rate?",
+        f"{file} line 2": "has the key 'num_sampels', which a sweep has not. Did you mean `num_samples`?",
+        f"{file} line 4": "There is no key 'learning_rat'. Did you mean `learning_rate`?",
         f"{file} line 5": "Invalid batch_size=eight: it takes a whole number.",
         f"{file} line 6": "learning_rate: {'gauss': [1, 2]} is no distribution.",
         f"{file} line 7": "There is no key 'base_model'. Use `model_name`.",

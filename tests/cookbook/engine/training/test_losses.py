@@ -151,10 +151,10 @@ def test_an_unknown_loss_is_answered_with_the_nearest() -> None:
     with pytest.raises(RequestError) as caught:
         get_loss("cross-entropy", None)
     assert str(caught.value) == (
-        "Loss 'cross-entropy' is not known. Did you mean 'cross_entropy'? "
-        "Losses: cross_entropy, importance_sampling, ppo, cispo, dro."
+        "Unknown loss `cross-entropy`. Did you mean `cross_entropy`? "
+        "Supported: cross_entropy, importance_sampling, ppo, cispo, dro."
     )
-    with pytest.raises(RequestError, match=r"^Loss 'zzz' is not known\. Losses: cross_entropy"):
+    with pytest.raises(RequestError, match=r"^Unknown loss `zzz`\. Supported: cross_entropy"):
         get_loss("zzz", None)
 
 

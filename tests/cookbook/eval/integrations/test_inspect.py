@@ -25,10 +25,10 @@ from inspect_ai.tool import Tool, tool
 
 from cookbook import ServiceClient
 from cookbook.errors import ConfigError, TrainingError
-from cookbook.eval import extras
 from cookbook.eval.integrations.inspect import InspectEvaluator, InspectEvaluatorBuilder
 from cookbook.eval.integrations.inspect_model import to_call
 from cookbook.types import SamplingParams
+from cookbook.utils import extras
 from renderers import get_renderer
 
 MakeEvaluator = Callable[..., InspectEvaluator]
@@ -299,4 +299,4 @@ def test_impossible_settings_are_refused(options: dict, message: str, tiny_qwen3
 
 def test_without_the_package_the_command_that_installs_it_is_named() -> None:
     with pytest.raises(ConfigError, match=r"pip install 'sft-cookbook\[inspect\]'"):
-        extras.require("no_such_inspect", "inspect", "InspectEvaluatorBuilder")
+        extras.require("no_such_inspect", "InspectEvaluatorBuilder", extra="inspect")

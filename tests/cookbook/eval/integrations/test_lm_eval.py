@@ -303,7 +303,7 @@ def test_a_task_that_nobody_knows_is_named_with_the_nearest(
         TaskManager, "__init__", lambda self, **options: init(self, **{**options, "include_defaults": False})
     )
     with pytest.raises(
-        ConfigError, match="'tiny_choise', which the harness does not know. Did you mean tiny_choice?"
+        ConfigError, match="'tiny_choise', which the harness does not know. Did you mean `tiny_choice`?"
     ):
         HarnessEvaluatorBuilder(model_name=tiny_qwen3, tasks=["tiny_choise"], include_path=str(task_folder))()
 

@@ -1,0 +1,20 @@
+"""Packages that are installed with an extra of this project."""
+
+from __future__ import annotations
+
+import importlib.util
+
+from cookbook.errors import ConfigError
+
+
+def require(package: str, asked_by: str, extra: str | None = None) -> None:
+    """Raises ConfigError, with the command that installs it, where `package` is not installed.
+
+    `asked_by` begins the sentence: what needs the package, such as a key with its value. `extra` is the extra
+    that installs it; by default it has the name of the package.
+    """
+    if importlib.util.find_spec(package) is None:
+        raise ConfigError(
+            f"{asked_by} needs the package {package}, which is not installed. "
+            f"Run: pip install 'sft-cookbook[{extra or package}]'"
+        )

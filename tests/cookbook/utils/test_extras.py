@@ -1,0 +1,42 @@
+"""A package of an extra that is missing: one sentence, and an extra that there is."""
+
+from __future__ import annotations
+
+import ast
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from cookbook.errors import ConfigError
+from cookbook.utils import extras
+
+REPOSITORY = Path(__file__).parents[3]
+
+
+def test_a_package_that_is_missing_is_named_with_the_command_that_installs_it() -> None:
+    extras.require("numpy", "An array")
+    with pytest.raises(ConfigError) as caught:
+        extras.require("no_such_package", "An array", extra="arrays")
+    assert str(caught.value) == (
+        "An array needs the package no_such_package, which is not installed. "
+        "Run: pip install 'sft-cookbook[arrays]'"
+    )
+
+
+def test_every_package_that_is_required_is_of_the_extra_that_is_named() -> None:
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    packages = {
+        extra: {re.split(r"[^\w-]", line)[0] for line in lines}
+        for extra, lines in project["optional-dependencies"].items()
+    }
+    required = set()
+    for path in (REPOSITORY / "cookbook").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "extras.require":
+                package = ast.literal_eval(node.args[0])
+                named = [ast.literal_eval(one.value) for one in node.keywords if one.arg == "extra"]
+                required.add((package.replace("_", "-"), *(named or [package])))
+    assert {extra for _, extra in required} == set(packages) - {"dev"}
+    assert [pair for pair in required if pair[0] not in packages[pair[1]]] == []
