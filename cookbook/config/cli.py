@@ -15,11 +15,18 @@ from types import MappingProxyType
 from typing import Any, TypeVar
 
 from chz.blueprint import Blueprint, Castable, Reference
-from chz.blueprint._entrypoint import EntrypointException, EntrypointHelpException
 
 from cookbook.config import config_files
+from cookbook.config.chz_private import (
+    NOTE_OF_AN_ARGUMENT,
+    EntrypointException,
+    EntrypointHelpException,
+    default_of,
+    params_of,
+    value_at,
+)
 from cookbook.config.config_files import COMMAND_LINE, NoValue, Setting
-from cookbook.config.keys import Resolver, missing_keys, params_of
+from cookbook.config.keys import Resolver, missing_keys
 from cookbook.errors import ConfigError, CookbookError, describe
 from cookbook.utils import consoles
 from cookbook.utils.control_characters import visible, visible_line
@@ -256,7 +263,7 @@ def _print_help(text: str) -> None:
 def _describe(error: CookbookError) -> str:
     """Without the notes in which chz retraces its steps: the key names the place already."""
     notes = getattr(error, "__notes__", [])
-    notes[:] = [note for note in notes if not note.startswith(" (when ")]
+    notes[:] = [note for note in notes if not note.startswith(NOTE_OF_AN_ARGUMENT)]
     return describe(error)
 
 
@@ -271,11 +278,10 @@ def _help(blueprint: Blueprint[Any], prog: str, deferred: Mapping[str, Setting])
     lines = [intro]
     params = params_of(blueprint)
     for path, param in params.items():
-        given = blueprint._arg_map.get_kv(path)
-        refers_to_itself = given and isinstance(given.value, Reference) and given.value.ref == path
-        value = (
-            _default_text(param.default) if given is None or refers_to_itself else _value_text(given.value)
-        )
+        found = value_at(blueprint, path)
+        if found is None or (isinstance(found[0], Reference) and found[0].ref == path):
+            found = default_of(param)
+        value = None if found is None else _value_text(found[0])
         if path in deferred:
             value = f"{deferred[path].value.value} (not imported for help, so its keys are not here)"
         if value is None and any(other.startswith(f"{path}.") for other in params):
@@ -292,7 +298,3 @@ def _value_text(value: Any) -> str:
     if isinstance(value, type):
         return f"{value.__module__}:{value.__qualname__}"
     return str(value.value if isinstance(value, (enum.Enum, Castable)) else value)
-
-
-def _default_text(default: Any) -> str | None:
-    return None if default is None else _value_text(default.instantiate())

@@ -6,48 +6,54 @@ must fit one field alone. What means one thing in several fields is a chz Refere
 
 from __future__ import annotations
 
-import dataclasses
-import enum
 import logging
-import re
-import types
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any
 
-import chz
 from chz.blueprint import Blueprint, Castable, Reference
-from chz.blueprint._entrypoint import EntrypointException
-from chz.factories import MetaFromString
-from chz.tiepin import CastError, is_subtype_instance
 
 from cookbook.config import other_trainers
+from cookbook.config.chz_private import (
+    EntrypointException,
+    Params,
+    missing_params,
+    param_of_an_item,
+    params_of,
+)
 from cookbook.config.config_files import (
     COMMAND_LINE,
     ClassName,
     NoValue,
     RecordedClassName,
     Setting,
-    current_name,
     importable,
     is_foreign,
     is_own,
 )
 from cookbook.config.documents import MAX_DEPTH
+from cookbook.config.field_types import (
+    CLASS_NAME,
+    INDEX,
+    a_class_of,
+    alternatives,
+    as_chz_takes_it,
+    choices,
+    describe_type,
+    fits,
+    holds_classes,
+    is_list,
+    is_own_class,
+    item_type,
+    takes_item,
+    takes_objects,
+)
 from cookbook.errors import ConfigError
 from cookbook.utils.nearest import did_you_mean
 
 logger = logging.getLogger(__name__)
 
-Params = Mapping[str, Any]
-"""chz's parameters by their dotted keys."""
-
 UNKNOWN = object()
 """The value of a setting that has several, as in a sweep."""
-
-
-def params_of(blueprint: Blueprint[Any]) -> dict[str, Any]:
-    """Every parameter there is to set, by its dotted key, as this blueprint stands."""
-    return {key: param for key, param in blueprint._make_lazy().all_params.items() if key}
 
 
 class Resolver:
@@ -109,7 +115,7 @@ class Resolver:
                 f"{setting.place}: {key} is {name}, which is code outside of this project, and what a run "
                 f"recorded is only data. If it is yours, name it too: {key}={name}"
             )
-        if self._is_deferred(param, setting.value) or _fits(param, setting.value):
+        if self._is_deferred(param, setting.value) or fits(param, setting.value):
             return None
         return f"{setting.place}: Invalid {_written(setting)}: {self._what_it_takes(key, param, setting)}"
 
@@ -120,24 +126,23 @@ class Resolver:
         module, _, name = value.value.partition(":")
         if not is_own(module) or "." in name:
             return True
-        return _fits(param, value) and not _is_own_class(param, value.value)
+        return fits(param, value) and not is_own_class(param, value.value)
 
     def _is_deferred(self, param: Any, value: Any) -> bool:
-        if self._imports or not isinstance(value, Castable) or not _takes_objects(param.type):
+        if self._imports or not isinstance(value, Castable) or not takes_objects(param.type):
             return False
-        return _CLASS_NAME.fullmatch(value.value) is not None and is_foreign(value.value)
+        return CLASS_NAME.fullmatch(value.value) is not None and is_foreign(value.value)
 
     def _param_of_an_item(self, key: str) -> Any:
         kind = self.type_of(key)
         above = next(self.params[one] for one in _keys_above(key) if one in self.params)
-        factory = chz.factories.standard(annotation=kind)
-        return dataclasses.replace(above, name=key, type=kind, meta_factory=factory, default=None)
+        return param_of_an_item(above, key, kind)
 
     def blueprint(self, name_of_defaults: str) -> Blueprint[Any]:
         """All settings in one blueprint. Raises ConfigError with every problem there is."""
         given = self.check()
         self.raise_problems()
-        values = {key: _as_chz_takes_it(setting.value, self.type_of(key)) for key, setting in given.items()}
+        values = {key: as_chz_takes_it(setting.value, self.type_of(key)) for key, setting in given.items()}
         defaults = {key: value for key, value in self._defaults.items() if self._stays(key, given)}
         for value in list(defaults.values()):
             if isinstance(value, Reference) and value.ref not in {*defaults, *given}:
@@ -176,12 +181,12 @@ class Resolver:
         """The keys there are with the classes and the lists of a layer, from the outermost inwards."""
         for setting in sorted(layer, key=lambda setting: _depth_and_number(setting.key)):
             found = self._find(setting.key, self.params)
-            if len(found) != 1 or not _holds_classes(self.type_of(found[0])):
+            if len(found) != 1 or not holds_classes(self.type_of(found[0])):
                 continue
             if setting.value is UNKNOWN or isinstance(setting.value, NoValue):
                 continue
             (key,) = found
-            value = _as_chz_takes_it(setting.value, self.type_of(key))
+            value = as_chz_takes_it(setting.value, self.type_of(key))
             if self._is_deferred(self.params.get(key) or self._param_of_an_item(key), value) and not (
                 self._is_only_recorded(self.params.get(key) or self._param_of_an_item(key), value)
             ):
@@ -222,7 +227,7 @@ class Resolver:
             return [whole for whole in ends if not self._refers_to_one_of(whole, ends)]
         head, _, item = key.rpartition(".")
         above = self._find(head, params) if head else []
-        return [f"{whole}.{item}" for whole in above if _takes_item(_type_of(whole, params), item)]
+        return [f"{whole}.{item}" for whole in above if takes_item(_type_of(whole, params), item)]
 
     def _refers_to_one_of(self, key: str, others: Sequence[str]) -> bool:
         """Whether a key takes its value from another one unless it is set by itself."""
@@ -286,7 +291,7 @@ class Resolver:
         for layer in self.layers:
             for key in sorted(layer, key=_depth_and_number):
                 setting = layer[key]
-                if _is_list(self.type_of(key)) and setting.value is not UNKNOWN:
+                if is_list(self.type_of(key)) and setting.value is not UNKNOWN:
                     merged = {k: v for k, v in merged.items() if not k.startswith(f"{key}.")}
                     self._defaults = {k: v for k, v in self._defaults.items() if not k.startswith(f"{key}.")}
                 has_items = any(k.startswith(f"{key}.") for k in layer)
@@ -294,7 +299,7 @@ class Resolver:
                     merged.pop(key, None)  # its items follow
                     continue
                 whole = merged.get(key.rpartition(".")[0])
-                if whole is not None and _is_list(self.type_of(key.rpartition(".")[0])):
+                if whole is not None and is_list(self.type_of(key.rpartition(".")[0])):
                     self.problems.append(
                         f"{setting.place}: {setting.key} changes one item of a list that {_written(whole)} "
                         f"({whole.place}) gives whole. Give it whole here too, with commas between its items."
@@ -305,7 +310,7 @@ class Resolver:
     def _gap_before(self, key: str, setting: Setting, keys: Iterable[str]) -> str | None:
         """What to say of an item of a list with a number that skips one."""
         head, _, index = key.rpartition(".")
-        if not head or not _is_list(self.type_of(head)):
+        if not head or not is_list(self.type_of(head)):
             return None
         there = {one.removeprefix(f"{head}.").split(".")[0] for one in keys if one.startswith(f"{head}.")}
         missing = next((number for number in range(int(index)) if str(number) not in there), None)
@@ -366,7 +371,7 @@ class Resolver:
             by_class: dict[str, list[str]] = {}
             for key in lost:
                 above = next((one for one in _keys_above(key) if one in later), None)
-                is_replaced_whole = above is not None and _is_list(self.type_of(above))
+                is_replaced_whole = above is not None and is_list(self.type_of(above))
                 if above is not None and not is_replaced_whole and lost.keys().isdisjoint(_keys_above(key)):
                     by_class.setdefault(above, []).append(key)
             for above, keys in by_class.items():
@@ -378,8 +383,8 @@ class Resolver:
 
     def _no_value(self, key: str, setting: Setting) -> str:
         kind = self.type_of(key)
-        example = "True" if kind is bool else "module:Class" if _holds_classes(kind) else "<value>"
-        takes = "" if kind is bool or _holds_classes(kind) else f": it takes {describe_type(kind)}"
+        example = "True" if kind is bool else "module:Class" if holds_classes(kind) else "<value>"
+        takes = "" if kind is bool or holds_classes(kind) else f": it takes {describe_type(kind)}"
         return f"{setting.place}: --{setting.key} has no value. Write {setting.key}={example}{takes}."
 
     def _is_below_a_refused_one(self, key: str) -> bool:
@@ -388,8 +393,8 @@ class Resolver:
             for one in _keys_above(key)
         )
 
-    def _holds_classes(self, key: str) -> bool:
-        return _holds_classes(self.type_of(key))
+    def holds_classes(self, key: str) -> bool:
+        return holds_classes(self.type_of(key))
 
     def _other_trainers_answer(self, key: str) -> str | None:
         """Only for a config that trains on data, and where every key is there that the answer names."""
@@ -407,7 +412,7 @@ class Resolver:
                 continue
             (above,) = found
             kind = self.type_of(above)
-            if _is_list(kind):
+            if is_list(kind):
                 return f"{above} is a list, whose items are {above}.0, {above}.1 and so on."
             children = _children(above, self.params)
             if children:
@@ -415,36 +420,36 @@ class Resolver:
                     ".".join([above, *parts[end:]]), [f"{above}.{child}" for child in children]
                 )
                 return hint.lstrip() or f"{above} takes {', '.join(children)}."
-            if _holds_classes(kind):
-                return f"{above} has no class yet. Write {above}=module:Class, {_a_class_of(kind)}."
+            if holds_classes(kind):
+                return f"{above} has no class yet. Write {above}=module:Class, {a_class_of(kind)}."
             return f"{above} takes {describe_type(kind)}, and has no keys below it."
         return ""
 
     def _what_it_takes(self, key: str, param: Any, setting: Setting) -> str:
         value, kind = setting.value, param.type
         text = value.value if isinstance(value, Castable) else ""
-        if _is_list(kind) and _holds_classes(kind):
+        if is_list(kind) and holds_classes(kind):
             name = text if ":" in text else "module:Class"
-            item = _a_class_of(_item_type(kind))
+            item = a_class_of(item_type(kind))
             return f"it is a list. Write {key}.0={name}, {item}, then {key}.0.<key>=value."
-        if _holds_classes(kind):
-            if _CLASS_NAME.fullmatch(text) and ":" in text:
-                return _why_not_a_class(text, _a_class_of(kind))
+        if holds_classes(kind):
+            if CLASS_NAME.fullmatch(text) and ":" in text:
+                return _why_not_a_class(text, a_class_of(kind))
             children = ", ".join(_children(key, self.params))
             either = f"{key}.<key>=value for one of its keys ({children}), or " if children else ""
-            return f"write {either}{key}=module:Class, {_a_class_of(kind)}."
+            return f"write {either}{key}=module:Class, {a_class_of(kind)}."
         if isinstance(value, list):
             return f"it takes {describe_type(kind)}, not a list" + (f": {param.doc}." if param.doc else ".")
-        if isinstance(value, bool) and str in _alternatives(kind):
+        if isinstance(value, bool) and str in alternatives(kind):
             return f"it takes {describe_type(kind)}. Put it in quotes."
-        choices = [str(one) for one in _choices(kind)]
-        return f"it takes {describe_type(kind)}.{did_you_mean(text, choices) if text else ''}"
+        hint = did_you_mean(text, map(str, choices(kind))) if text else ""
+        return f"it takes {describe_type(kind)}.{hint}"
 
 
 def _depth_and_number(key: str) -> tuple[int, list[int]]:
     """Sorts keys after those above them, and items by their numbers."""
     parts = key.split(".")
-    return len(parts), [int(part) if _INDEX.fullmatch(part) else -1 for part in parts]
+    return len(parts), [int(part) if INDEX.fullmatch(part) else -1 for part in parts]
 
 
 def _given_twice(key: str, earlier: Setting, later: Setting) -> str:
@@ -460,135 +465,13 @@ def _text(value: Any) -> str:
     return value.value if isinstance(value, Castable) else str(value)
 
 
-# -- types ---------------------------------------------------------------------------------------
-
-
-def _alternatives(kind: Any) -> Sequence[Any]:
-    return get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
-
-
-def _item_type(kind: Any) -> Any | None:
-    """The type of the items of a list or of the values of a mapping, also beside None."""
-    for one in _alternatives(kind):
-        container = get_origin(one) or one
-        if container in _LISTS or container in _MAPPINGS:
-            return (get_args(one) or (Any,))[0 if container in _LISTS else -1]
-    return None
-
-
-def _is_list(kind: Any) -> bool:
-    return any((get_origin(one) or one) in _LISTS for one in _alternatives(kind))
-
-
-def _is_mapping(kind: Any) -> bool:
-    return any((get_origin(one) or one) in _MAPPINGS for one in _alternatives(kind))
-
-
-_INDEX = re.compile("0|[1-9][0-9]{0,4}")
-"""The number of an item of a list."""
-_LISTS = (list, tuple, Sequence)
-_MAPPINGS = (dict, Mapping)
-
-
-def _takes_item(kind: Any, item: str) -> bool:
-    return _is_mapping(kind) or (_is_list(kind) and _INDEX.fullmatch(item) is not None)
-
-
 def _keys_above(key: str) -> Iterator[str]:
     while key := key.rpartition(".")[0]:
         yield key
 
 
 def _type_of(key: str, params: Params) -> Any:
-    return params[key].type if key in params else _item_type(_type_of(key.rpartition(".")[0], params))
-
-
-def _holds_classes(kind: Any) -> bool:
-    """Whether a field takes objects with fields of their own, or a list of them."""
-    if (item := _item_type(kind)) is not None:
-        return _holds_classes(item)
-    return any(isinstance(one, type) and chz.is_chz(one) for one in _alternatives(kind))
-
-
-def _takes_objects(kind: Any) -> bool:
-    """Whether a field takes what only code can make: neither a scalar, nor a choice, nor a list of those."""
-    if (item := _item_type(kind)) is not None:
-        return _takes_objects(item)
-    return not all(
-        get_origin(one) is Literal
-        or one in (str, int, float, bool, type(None))
-        or (isinstance(one, type) and issubclass(one, enum.Enum))
-        for one in _alternatives(kind)
-    )
-
-
-def _is_own_class(param: Any, name: str) -> bool:
-    found = param.meta_factory.from_string(current_name(name))
-    return isinstance(found, type) and is_own(found.__module__)
-
-
-def _choices(kind: Any) -> list[Any]:
-    found: list[Any] = []
-    for one in _alternatives(kind):
-        if get_origin(one) is Literal:
-            found += get_args(one)
-        elif isinstance(one, type) and issubclass(one, enum.Enum):
-            found += [member.value for member in one]
-    return found
-
-
-def _fits(param: Any, value: Any) -> bool:
-    alternatives = _alternatives(param.type)
-    value = _as_chz_takes_it(value, param.type)
-    if value is None or isinstance(value, bool):
-        is_no_number = value is None or bool in alternatives or not {int, float}.intersection(alternatives)
-        return is_no_number and is_subtype_instance(value, param.type)
-    if isinstance(value, list | tuple):
-        return _is_list(param.type)
-    if isinstance(value, dict):
-        return _is_mapping(param.type) or (_holds_classes(param.type) and not _is_list(param.type))
-    if not _holds_classes(param.type) or _is_list(param.type):
-        if _can_be_cast(param, value.value):
-            return True
-        return _takes_objects(param.type) and ":" in value.value and _names_a_class(param, value.value)
-    is_none = value.value == "None" and type(None) in alternatives
-    return is_none or _names_a_class(param, value.value)
-
-
-def _can_be_cast(param: Any, text: str) -> bool:
-    try:
-        param.cast(text)
-    except CastError:
-        return False
-    return True
-
-
-_CLASS_NAME = re.compile(r"[A-Za-z_][\w.]*(:[A-Za-z_][\w.]*)?")
-
-
-def _names_a_class(param: Any, name: str) -> bool:
-    """Whether a name, `module:Class` or a known class, is of something that makes what a field takes."""
-    if param.meta_factory is None or not _CLASS_NAME.fullmatch(name):
-        return False
-    try:
-        param.meta_factory.from_string(name)
-    except MetaFromString:
-        return False
-    return True
-
-
-def _as_chz_takes_it(value: Any, kind: Any) -> Any:
-    """A list or a tuple of nothing, and for `on` and `off` the texts that YAML reads as True and False."""
-    if isinstance(value, bool) and bool not in _alternatives(kind) and {"on", "off"} <= set(_choices(kind)):
-        return Castable("on" if value else "off")
-    if isinstance(value, Castable) and _takes_objects(kind):
-        value = type(value)(current_name(value.value))
-    is_empty = isinstance(value, Castable) and value.value.strip() == "[]"
-    if isinstance(value, list) or (is_empty and _is_list(kind)):
-        return () if any((get_origin(one) or one) is tuple for one in _alternatives(kind)) else []
-    if isinstance(value, Castable) and not value.value.strip() and _is_list(kind) and _holds_classes(kind):
-        return []
-    return value
+    return params[key].type if key in params else item_type(_type_of(key.rpartition(".")[0], params))
 
 
 def _children(key: str, params: Params) -> list[str]:
@@ -604,30 +487,8 @@ def _why_not_a_class(name: str, needed: str) -> str:
     return f"it takes module:Class, {needed}, and this is none."
 
 
-def _a_class_of(kind: Any) -> str:
-    names = [one.__name__ for one in _alternatives(kind) if isinstance(one, type) and chz.is_chz(one)]
-    return f"a class of {' or '.join(names)}"
-
-
-def describe_type(kind: Any) -> str:
-    """The values that a field takes, to stand behind `it takes`."""
-    if get_origin(kind) is Literal:
-        values = [str(value) for value in get_args(kind)]
-        return f"one of {', '.join(values)}" if len(values) > 1 else values[0]
-    if isinstance(kind, type) and issubclass(kind, enum.Enum):
-        return f"one of {', '.join(str(member.value) for member in kind)}"
-    if (get_origin(kind) or kind) in _LISTS:
-        return f"{describe_type(_item_type(kind)).removeprefix('a ')}s with commas between them"
-    if get_origin(kind) in (Union, types.UnionType):
-        return " or ".join(describe_type(part) for part in get_args(kind))
-    names = {int: "a whole number", float: "a number", bool: "True or False", str: "text", type(None): "None"}
-    return names.get(kind) or f"module:Class, a {getattr(kind, '__name__', kind)}"
-
-
 def missing_keys(blueprint: Blueprint[Any]) -> Iterator[str]:
-    """One sentence for each key that has to be given and is not."""
-    found = blueprint._make_lazy()
-    for key in found.missing_params:
-        param = found.all_params[key]
-        kind = "module:Class" if _holds_classes(param.type) else describe_type(param.type)
+    """One sentence for each key that must be given and is not."""
+    for key, param in missing_params(blueprint).items():
+        kind = "module:Class" if holds_classes(param.type) else describe_type(param.type)
         yield f"{key}=<{kind}> is required" + (f": {param.doc}." if param.doc else ".")

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import chz
 
+from cookbook.config.chz_private import class_defaults
 from cookbook.config.config_files import TYPE_KEY, current_name, is_own
 
 _NONE = object()
@@ -70,8 +71,4 @@ def _defaults(kind: str) -> dict[str, Any]:
     found = getattr(sys.modules.get(module_name), name, None)
     if not (isinstance(found, type) and chz.is_chz(found)):
         return {}
-    defaults = {}
-    for field in chz.chz_fields(found).values():
-        factory = field._default_factory
-        defaults[field.logical_name] = factory() if callable(factory) else field._default
-    return defaults
+    return class_defaults(found)

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 import yaml
-from chz.blueprint._entrypoint import EntrypointHelpException
 from fuzzing import ODD_VALUES, RAW, Mutator, check_each, dumped, seeds
 
 from cookbook.config import cli, config_files
+from cookbook.config.chz_private import EntrypointHelpException
 from cookbook.errors import ConfigError, ModelError
 from cookbook.supervised import train
 from cookbook.sweeps import make_plan

@@ -11,9 +11,9 @@ from typing import Any
 import chz
 import pytest
 from chz.blueprint import Reference
-from chz.blueprint._entrypoint import EntrypointHelpException
 
 from cookbook.config import cli, config_files
+from cookbook.config.chz_private import EntrypointHelpException
 from cookbook.data import FromConversationFileBuilder
 from cookbook.data.types import SupervisedDatasetBuilder
 from cookbook.errors import ConfigError, DataError

@@ -1,0 +1,97 @@
+"""Every part of chz used here that chz does not document: the one place to look at when chz changes.
+
+`tests/cookbook/config/test_chz_private.py` checks what each of them does.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from chz import chz_fields
+from chz.blueprint import Blueprint
+from chz.blueprint._entrypoint import EntrypointException, EntrypointHelpException
+from chz.factories import MetaFromString, standard
+from chz.tiepin import CastError, is_subtype_instance
+
+__all__ = [
+    "CHECKED_WITH", "NOTE_OF_AN_ARGUMENT", "CastError", "EntrypointException", "EntrypointHelpException",
+    "Param", "Params", "can_be_cast", "class_defaults", "class_named", "default_of", "is_subtype_instance",
+    "missing_params", "param_of_an_item", "params_of", "value_at",
+]  # fmt: skip
+
+CHECKED_WITH = "0.4.0"
+"""The version of chz that all this was checked with."""
+
+NOTE_OF_AN_ARGUMENT = " (when "
+"""How the notes begin in which chz says which argument it was evaluating when an error was raised."""
+
+Param = Any
+"""A parameter of a blueprint: `type`, `doc`, `default`, `meta_factory`, `cast`."""
+
+Params = Mapping[str, Param]
+"""Parameters by their dotted keys."""
+
+
+def params_of(blueprint: Blueprint[Any]) -> dict[str, Param]:
+    """Every parameter that can be set with the classes that the blueprint has now."""
+    return {key: param for key, param in blueprint._make_lazy().all_params.items() if key}
+
+
+def missing_params(blueprint: Blueprint[Any]) -> dict[str, Param]:
+    """The parameters that must be set and are not."""
+    found = blueprint._make_lazy()
+    return {key: found.all_params[key] for key in found.missing_params}
+
+
+def value_at(blueprint: Blueprint[Any], key: str) -> tuple[Any] | None:
+    """The value that a blueprint sets at a dotted key, in a tuple; None where it sets none.
+
+    Call `params_of` first: chz merges the layers of a blueprint there.
+    """
+    found = blueprint._arg_map.get_kv(key)
+    return None if found is None else (found.value,)
+
+
+def default_of(param: Param) -> tuple[Any] | None:
+    """The default of a parameter, in a tuple; None where it must be set."""
+    return None if param.default is None else (param.default.instantiate(),)
+
+
+def class_defaults(kind: type[Any]) -> dict[str, Any]:
+    """The defaults of a chz class by the names of its fields; chz's own mark for a field that has none."""
+    defaults = {}
+    for field in chz_fields(kind).values():
+        factory = field._default_factory
+        defaults[field.logical_name] = factory() if callable(factory) else field._default
+    return defaults
+
+
+def param_of_an_item(above: Param, key: str, kind: Any) -> Param:
+    """The parameter of an item of type `kind`, from that of the list or the mapping above it."""
+    return dataclasses.replace(
+        above, name=key, type=kind, meta_factory=standard(annotation=kind), default=None
+    )
+
+
+def can_be_cast(param: Param, text: str) -> bool:
+    """Whether a text can be turned into a value of the parameter's type."""
+    try:
+        param.cast(text)
+    except CastError:
+        return False
+    return True
+
+
+def class_named(param: Param, name: str) -> Any:
+    """The object that a parameter takes by the name `module:Class`, or by that of a known subclass.
+
+    None where the parameter takes no objects or the name is that of nothing it takes.
+    """
+    if param.meta_factory is None:
+        return None
+    try:
+        return param.meta_factory.from_string(name)
+    except MetaFromString:
+        return None

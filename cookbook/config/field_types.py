@@ -1,0 +1,146 @@
+"""The type of a field: what it takes, in words, and whether a value fits."""
+
+from __future__ import annotations
+
+import enum
+import re
+import types
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, Union, get_args, get_origin
+
+import chz
+from chz.blueprint import Castable
+
+from cookbook.config.chz_private import Param, can_be_cast, class_named, is_subtype_instance
+from cookbook.config.config_files import current_name, is_own
+
+INDEX = re.compile("0|[1-9][0-9]{0,4}")
+"""The number of an item of a list."""
+_LISTS = (list, tuple, Sequence)
+_MAPPINGS = (dict, Mapping)
+CLASS_NAME = re.compile(r"[A-Za-z_][\w.]*(:[A-Za-z_][\w.]*)?")
+
+
+def alternatives(kind: Any) -> Sequence[Any]:
+    """The members of a union; of any other type itself."""
+    return get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
+
+
+def item_type(kind: Any) -> Any | None:
+    """The type of the items of a list or of the values of a mapping, which may be optional; else None."""
+    for one in alternatives(kind):
+        container = get_origin(one) or one
+        if container in _LISTS or container in _MAPPINGS:
+            return (get_args(one) or (Any,))[0 if container in _LISTS else -1]
+    return None
+
+
+def is_list(kind: Any) -> bool:
+    return any((get_origin(one) or one) in _LISTS for one in alternatives(kind))
+
+
+def is_mapping(kind: Any) -> bool:
+    return any((get_origin(one) or one) in _MAPPINGS for one in alternatives(kind))
+
+
+def takes_item(kind: Any, item: str) -> bool:
+    return is_mapping(kind) or (is_list(kind) and INDEX.fullmatch(item) is not None)
+
+
+def holds_classes(kind: Any) -> bool:
+    """Whether a field takes objects with fields of their own, or a list of them."""
+    if (item := item_type(kind)) is not None:
+        return holds_classes(item)
+    return any(isinstance(one, type) and chz.is_chz(one) for one in alternatives(kind))
+
+
+def takes_objects(kind: Any) -> bool:
+    """Whether a field takes objects, which only code can create: no scalar, no choice, no list of those."""
+    if (item := item_type(kind)) is not None:
+        return takes_objects(item)
+    return not all(
+        get_origin(one) is Literal
+        or one in (str, int, float, bool, type(None))
+        or (isinstance(one, type) and issubclass(one, enum.Enum))
+        for one in alternatives(kind)
+    )
+
+
+def is_own_class(param: Param, name: str) -> bool:
+    """Whether a name is that of a class of this project."""
+    found = class_named(param, current_name(name))
+    return isinstance(found, type) and is_own(found.__module__)
+
+
+def choices(kind: Any) -> list[Any]:
+    """The values of a Literal or of an Enum; none for any other type."""
+    found: list[Any] = []
+    for one in alternatives(kind):
+        if get_origin(one) is Literal:
+            found += get_args(one)
+        elif isinstance(one, type) and issubclass(one, enum.Enum):
+            found += [member.value for member in one]
+    return found
+
+
+def fits(param: Param, value: Any) -> bool:
+    """Whether the value of a setting can be that of a field."""
+    kinds = alternatives(param.type)
+    value = as_chz_takes_it(value, param.type)
+    if value is None or isinstance(value, bool):
+        is_no_number = value is None or bool in kinds or not {int, float}.intersection(kinds)
+        return is_no_number and is_subtype_instance(value, param.type)
+    if isinstance(value, list | tuple):
+        return is_list(param.type)
+    if isinstance(value, dict):
+        return is_mapping(param.type) or (holds_classes(param.type) and not is_list(param.type))
+    if not holds_classes(param.type) or is_list(param.type):
+        if can_be_cast(param, value.value):
+            return True
+        return takes_objects(param.type) and ":" in value.value and _names_a_class(param, value.value)
+    is_none = value.value == "None" and type(None) in kinds
+    return is_none or _names_a_class(param, value.value)
+
+
+def _names_a_class(param: Param, name: str) -> bool:
+    """Whether a name is that of something which makes what a field takes."""
+    return CLASS_NAME.fullmatch(name) is not None and class_named(param, name) is not None
+
+
+def as_chz_takes_it(value: Any, kind: Any) -> Any:
+    """A value as chz takes it.
+
+    A list becomes an empty list or tuple, as its items have keys of their own. The bools that YAML reads `on`
+    and `off` as become these texts again where a field takes them.
+    """
+    if isinstance(value, bool) and bool not in alternatives(kind) and {"on", "off"} <= set(choices(kind)):
+        return Castable("on" if value else "off")
+    if isinstance(value, Castable) and takes_objects(kind):
+        value = type(value)(current_name(value.value))
+    is_empty = isinstance(value, Castable) and value.value.strip() == "[]"
+    if isinstance(value, list) or (is_empty and is_list(kind)):
+        return () if any((get_origin(one) or one) is tuple for one in alternatives(kind)) else []
+    if isinstance(value, Castable) and not value.value.strip() and is_list(kind) and holds_classes(kind):
+        return []
+    return value
+
+
+def a_class_of(kind: Any) -> str:
+    """The classes that a field takes, in words."""
+    names = [one.__name__ for one in alternatives(kind) if isinstance(one, type) and chz.is_chz(one)]
+    return f"a class of {' or '.join(names)}"
+
+
+def describe_type(kind: Any) -> str:
+    """The values that a field takes, in words that follow `it takes`."""
+    if get_origin(kind) is Literal:
+        values = [str(value) for value in get_args(kind)]
+        return f"one of {', '.join(values)}" if len(values) > 1 else values[0]
+    if isinstance(kind, type) and issubclass(kind, enum.Enum):
+        return f"one of {', '.join(str(member.value) for member in kind)}"
+    if (get_origin(kind) or kind) in _LISTS:
+        return f"{describe_type(item_type(kind)).removeprefix('a ')}s with commas between them"
+    if get_origin(kind) in (Union, types.UnionType):
+        return " or ".join(describe_type(part) for part in get_args(kind))
+    names = {int: "a whole number", float: "a number", bool: "True or False", str: "text", type(None): "None"}
+    return names.get(kind) or f"module:Class, a {getattr(kind, '__name__', kind)}"
