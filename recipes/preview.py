@@ -19,6 +19,7 @@ from cookbook.config import cli
 from cookbook.data import preview
 from cookbook.data.types import ChatDatasetBuilder
 from cookbook.errors import ConfigError
+from cookbook.report import preview_page
 from cookbook.supervised import train
 from cookbook.utils import files
 from cookbook.utils.consoles import make_console, plain, plain_line
@@ -67,11 +68,14 @@ async def run(config: PreviewConfig) -> None:
         console.print(plain("\n".join(report.lines())))
     preview.print_examples(examples[: config.num_examples], console)
     if config.html is not None:
-        page = preview.make_page(
+        reports = train_data.reports()
+        page = preview_page(
             "What is trained",
             [f"Model: {name}", *facts],
-            list(train_data.reports()),
-            examples[: config.num_html_examples],
+            report_lines=[line for report in reports for line in report.lines()],
+            lengths=[report.lengths for report in reports],
+            max_length=max((report.max_length or 0 for report in reports), default=0),
+            examples=examples[: config.num_html_examples],
         )
         path = Path(config.html).expanduser()
         files.write(path, page)

@@ -1,11 +1,10 @@
-"""What a model would be trained on, made visible: for a terminal, and as one HTML page.
+"""Examples as the tokens that a model would be trained on, and how a terminal shows them.
 
 Shape suffixes: T tokens of one example.
 """
 
 from __future__ import annotations
 
-import html
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby, islice
@@ -16,7 +15,6 @@ from rich.console import Console, Group, RenderableType
 from rich.panel import Panel
 from rich.text import Text
 
-from cookbook.data.report import DataReport
 from cookbook.data.types import SupervisedDataset
 from cookbook.types import IGNORED_TARGET, Datum, TensorData
 from cookbook.utils.consoles import plain_line
@@ -176,130 +174,3 @@ def _panel(
             text.append(said.join(brackets))
     title = plain_line(f"Example {number}: {example.title}")
     return Panel(text, title=title, title_align="left") if has_colour else Group(title, text, Text(""))
-
-
-# -- the page ---------------------------------------------------------------------------------
-
-
-def make_page(
-    title: str, facts: Sequence[str], reports: Sequence[DataReport], examples: Sequence[DecodedExample]
-) -> str:
-    """One HTML page with nothing outside of it: the report, the length histogram and the examples."""
-    lengths = np.concatenate([np.zeros(0, np.int64), *(report.lengths for report in reports)])
-    if not len(lengths):
-        lengths = np.asarray([example.num_tokens for example in examples])
-    report_text = "\n".join(line for report in reports for line in report.lines())
-    sections = "\n".join(_section(number, example) for number, example in enumerate(examples, 1))
-    return _PAGE.format(
-        title=_escaped(title),
-        style=_STYLE,
-        facts="".join(f"<li>{_escaped(fact)}</li>" for fact in facts),
-        report=_escaped(report_text),
-        histogram=_histogram(lengths, max((report.max_length or 0 for report in reports), default=0)),
-        examples=sections,
-    )
-
-
-def _escaped(text: str) -> str:
-    """Text as HTML. What turns the direction of the text around it, or is not seen, is shown."""
-    return html.escape(visible(text))
-
-
-def _section(number: int, example: DecodedExample) -> str:
-    tokens = "".join(_span(piece) for piece in example.pieces)
-    return f"<section><h2>Example {number} <small>{example.title}</small></h2><pre>{tokens}</pre></section>"
-
-
-def _span(piece: Piece) -> str:
-    ids = ", ".join(map(str, piece.ids))
-    said = "  plain text that spells a control token" if piece.is_spelled else ""
-    hint = html.escape(f"{piece.text!r}  id {ids}  weight {piece.weight:g}{said}", quote=True)
-    text = _escaped(piece.text)
-    if not piece.weight:
-        mark = ' class="s"' if piece.is_spelled else ""
-        return f'<span{mark} title="{hint}">{text}</span>'
-    # A trained line break is a token like any other: it is shown, and still breaks the line.
-    text = text.replace("\n", "<i>↵</i>\n")
-    kind = ("t" if piece.weight == 1 else "t w") + (" s" if piece.is_spelled else "")
-    return f'<span class="{kind}" title="{hint}">{text}</span>'
-
-
-def _histogram(lengths: np.ndarray, max_length: int) -> str:
-    """Bars of equal width over the token counts of all examples, with the cut where it lies among them."""
-    width, height, bottom, left = 720, 160, 24, 48
-    longest = int(lengths.max(initial=1))
-    num_bars = min(60, max(1, longest))
-    counts, edges = np.histogram(lengths, bins=num_bars, range=(0, longest))
-    most = max(1, int(counts.max(initial=1)))
-    step = (width - left) / num_bars
-    parts = [
-        f'<rect x="{left + i * step + 0.5:.1f}" y="{height - count / most * height:.1f}" '
-        f'width="{max(step - 1, 0.5):.1f}" height="{count / most * height:.1f}">'
-        f"<title>{count:,} examples of {edges[i]:,.0f} to {edges[i + 1]:,.0f} tokens</title></rect>"
-        for i, count in enumerate(counts.tolist())
-        if count
-    ]
-    parts.append(f'<line x1="{left}" y1="{height}" x2="{width}" y2="{height}"/>')
-    if 0 < max_length <= longest:
-        x = left + (width - left) * max_length / longest
-        parts.append(f'<line class="cut" x1="{x:.1f}" y1="0" x2="{x:.1f}" y2="{height}"/>')
-        parts.append(f'<text x="{x - 4:.1f}" y="12" text-anchor="end">max_length {max_length:,}</text>')
-    for fraction in (0, 0.25, 0.5, 0.75, 1):
-        x = left + (width - left) * fraction
-        anchor = "start" if fraction == 0 else "end" if fraction == 1 else "middle"
-        parts.append(
-            f'<text x="{x:.1f}" y="{height + 16}" text-anchor="{anchor}">{longest * fraction:,.0f}</text>'
-        )
-    parts.append(f'<text x="{left - 6}" y="12" text-anchor="end">{most:,}</text>')
-    parts.append(f'<text x="{left - 6}" y="{height}" text-anchor="end">0</text>')
-    quantiles = np.quantile(lengths, [0.5, 0.9, 0.99]) if len(lengths) else np.zeros(3)
-    caption = (
-        "Tokens of an example: median {:,.0f}, 90% up to {:,.0f}, 99% up to {:,.0f}, longest {:,}.".format(
-            *quantiles, longest
-        )
-    )
-    return (
-        f'<svg viewBox="0 0 {width} {height + bottom}" role="img" aria-label="Histogram of example lengths">'
-        f"{''.join(parts)}</svg><p>{caption}</p>"
-    )
-
-
-_STYLE = """
-:root { color-scheme: light dark; --ink: #1c1e21; --soft: #666; --paper: #fff; --box: #f5f5f3; --line: #ddd;
-  --t: #d3f0d9; --t-ink: #0b4a1c; --w: #fbe7b8; --bar: #4b8a5f; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e4e4e2; --soft: #9a9a98; --paper: #17181a;
-  --box: #202225; --line: #3a3c40; --t: #17401f; --t-ink: #b9f2c6; --w: #4d3c0d; --bar: #6fae82; } }
-body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper);
-  max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.4rem; margin-bottom: .3rem; } h2 { font-size: 1rem; margin: 1.6rem 0 .4rem; }
-small, .soft, figure p { color: var(--soft); font-weight: normal; }
-ul { padding-left: 1.2rem; margin: .3rem 0; }
-pre { font: 13px/1.55 ui-monospace, "DejaVu Sans Mono", monospace; white-space: pre-wrap;
-  overflow-wrap: anywhere; background: var(--box); border: 1px solid var(--line); border-radius: 6px;
-  padding: .7rem .9rem; margin: 0; }
-section pre { color: var(--soft); }
-.t { background: var(--t); color: var(--t-ink); } .w { background: var(--w); }
-.s { text-decoration: underline wavy #c0392b; text-underline-offset: 3px; }
-.t i { font-style: normal; opacity: .45; }
-section span:hover { outline: 1px solid currentColor; }
-figure { margin: 1.2rem 0; } svg { width: 100%; height: auto; } rect { fill: var(--bar); }
-line { stroke: var(--soft); } .cut { stroke: #c0392b; stroke-dasharray: 4 3; }
-svg text { font: 11px system-ui, sans-serif; fill: var(--soft); }
-"""
-
-_PAGE = """<!doctype html>
-<html lang="en">
-<head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title><style>{style}</style></head>
-<body>
-<h1>{title}</h1>
-<ul>{facts}</ul>
-<pre>{report}</pre>
-<figure>{histogram}</figure>
-<p class="soft"><span class="t">Trained text</span> counts in the loss (<span class="t w">so</span> with a
-weight other than 1); the rest is what the model reads. <span class="s">Underlined</span> text spells a
-control token and is plain text to the model. Point at a token to see its id.</p>
-{examples}
-</body>
-</html>
-"""

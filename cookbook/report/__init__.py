@@ -1,8 +1,9 @@
-"""Pages and pictures of runs: report.html, curves.png, and several runs laid over each other."""
+"""HTML pages: report.html of a run, with curves.png, compare.html of several, preview.html of data."""
 
 from __future__ import annotations
 
 from cookbook.report.comparison import compare
+from cookbook.report.preview_page import preview_page
 from cookbook.report.run_page import write_report
 
-__all__ = ["compare", "write_report"]
+__all__ = ["compare", "preview_page", "write_report"]

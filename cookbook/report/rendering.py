@@ -29,10 +29,10 @@ def render(template: str, charts: Sequence[Chart], **values: Any) -> str:
     style by their hashes, and allows no connection. Characters that are not seen, or that would turn the
     direction of the text around them, are shown.
     """
-    style = _read("style.css")
-    program = _read("charts.js") + _read("page.js")
+    style = read_page_file("style.css")
+    program = read_page_file("charts.js") + read_page_file("page.js")
     return (
-        _environment()
+        environment()
         .get_template(template)
         .render(
             style=Markup(style),
@@ -47,7 +47,8 @@ def render(template: str, charts: Sequence[Chart], **values: Any) -> str:
 
 
 @functools.cache
-def _environment() -> jinja2.Environment:
+def environment() -> jinja2.Environment:
+    """The templates in `page/`. They escape every value, and show the characters of it that are not seen."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(PAGE_DIR),
         autoescape=True,
@@ -71,7 +72,8 @@ def link(path: str) -> str:
 
 
 @functools.cache
-def _read(name: str) -> str:
+def read_page_file(name: str) -> str:
+    """The text of a file of `page/`."""
     return (PAGE_DIR / name).read_text(encoding="utf-8")
 
 

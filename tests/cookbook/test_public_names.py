@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -12,6 +13,7 @@ import cookbook
 HEAVY = (
     "accelerate",
     "datasets",
+    "matplotlib",
     "pandas",
     "peft",
     "pyarrow",
@@ -78,6 +80,23 @@ def test_importing_loads_nothing_heavy(module: str) -> None:
     check = f"import {module}, sys; print(sorted(set({HEAVY!r}) & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_run_loads_no_tracker_and_draws_no_picture_before_it_ends(tmp_path: Path) -> None:
+    check = (
+        "import sys\n"
+        "from cookbook.runs import curves\n"
+        "from recipes import sft\n"
+        "late = {'wandb', 'trackio', 'tensorboard', 'matplotlib'}\n"
+        "curves.draw = lambda *_: print('before the picture:', sorted(late & set(sys.modules)))\n"
+        f"sft.main(['log_path={tmp_path}', 'max_steps=1', 'batch_size=2', 'lora_rank=1', 'test_size=2',"
+        "'infrequent_eval_every=0'])\n"
+        "print('torch' in sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "before the picture: []\n" in done.stdout
+    assert done.stdout.endswith("True\n")
 
 
 def test_the_types_need_no_torch() -> None:

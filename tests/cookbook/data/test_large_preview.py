@@ -11,6 +11,7 @@ from rich.console import Console
 
 from cookbook.data import preview
 from cookbook.data.examples import datum_from_tokens
+from cookbook.report import preview_page
 
 
 def test_a_giant_example_is_cut_with_a_note(tiny_tokenizer: Any) -> None:
@@ -18,7 +19,7 @@ def test_a_giant_example_is_cut_with_a_note(tiny_tokenizer: Any) -> None:
     datum = datum_from_tokens([65] * num_tokens, np.ones(num_tokens, np.float32), None)
     before = time.process_time()
     example = preview.decode_datum(datum, tiny_tokenizer)
-    page = preview.make_page("What is trained", [], [], [example])
+    page = preview_page("What is trained", [], [], [], None, [example])
     console = Console(record=True, width=80, file=io.StringIO())
     preview.print_examples([example], console)
     assert time.process_time() - before < 20

@@ -12,6 +12,7 @@ import pytest
 from rich.console import Console
 
 from cookbook.data import conversation_to_datum, preview
+from cookbook.report import preview_page
 from cookbook.types import Datum, ModelInput
 from recipes.preview import main
 from renderers import get_renderer
@@ -56,6 +57,10 @@ def printed(example: preview.DecodedExample, **options: Any) -> str:
     return file.getvalue()
 
 
+def page_of(example: preview.DecodedExample, title: str, facts: list[str]) -> str:
+    return preview_page(title, facts, [], [], None, [example])
+
+
 def test_a_terminal_shows_trained_text_in_colour_and_a_pipe_in_brackets(
     example: preview.DecodedExample,
 ) -> None:
@@ -82,7 +87,7 @@ def test_no_text_in_a_preview_is_hidden_turned_or_read_as_markup(tiny_tokenizer:
     )
     shown = "[/INST] [red]a[/red] :smile:<U+202E>b<U+2066><U+009B><U+200B><U+E0041> سلام می\u200cخواهم"
     assert f"⟦{shown}<|im_end|>⟧" in printed(decoded).replace("\n", "")
-    page = preview.make_page("t\u202e", ["Model: \u202ea"], [], [decoded])
+    page = page_of(decoded, "t\u202e", ["Model: \u202ea"])
     assert "<h1>t&lt;U+202E&gt;</h1>" in page
     assert "Model: &lt;U+202E&gt;a" in page
     pre = re.findall(r"<pre>(.*?)</pre>", page, re.DOTALL)[-1]
@@ -91,7 +96,7 @@ def test_no_text_in_a_preview_is_hidden_turned_or_read_as_markup(tiny_tokenizer:
 
 
 def test_the_page_holds_all_of_itself_and_escapes_the_data(example: preview.DecodedExample) -> None:
-    page = preview.make_page("Title", ["Model: a<b"], [], [example])
+    page = page_of(example, "Title", ["Model: a<b"])
     assert not re.search(r"(src|href)=|@import|url\(", page)
     body = re.search(r"<section>.*?<pre>(.*?)</pre>", page, re.DOTALL)
     assert body is not None
@@ -143,7 +148,7 @@ def test_text_that_spells_a_control_token_is_marked_and_the_token_itself_is_not(
     assert re.search(
         r"\x1b\[1;31m<\|im_start\|>", printed(decoded, force_terminal=True, color_system="standard")
     )
-    page = preview.make_page("Title", [], [], [decoded])
+    page = page_of(decoded, "Title", [])
     assert page.count("plain text that spells a control token") == sum(p.is_spelled for p in decoded.pieces)
 
 
