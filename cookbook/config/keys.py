@@ -104,7 +104,7 @@ class Resolver:
     def refusal(self, key: str, setting: Setting) -> str | None:
         """Why the value of a setting cannot stand at a whole key; None if it can."""
         param = self.params.get(key) or self._param_of_an_item(key)
-        if isinstance(setting.value, ClassName) and not _takes_objects(param.type):
+        if isinstance(setting.value, ClassName) and not takes_objects(param.type):
             return (
                 f"{setting.place}: Invalid {key}: it is an object with `_type` {setting.value.value}, and "
                 f"{key} takes {describe_type(param.type)}."
