@@ -1,19 +1,23 @@
 """The folder of a run: its config, its lock, and whether a run may continue in it.
 
 config.json         the resolved config; `config=<this file>` runs it again
-config_changes.jsonl  what it was before, where a run continued with other values: at which step, and which
-metrics.jsonl       one row a step; perf/seconds_... say what its time went to (see step_times.py)
-tables.jsonl        what evaluators showed beside numbers, such as samples: one row of a table a line
-data.json           what was read and left out, and a fingerprint of it
-checkpoints.jsonl   the checkpoints there are, where each one continues, and which is the best
+config_changes.jsonl  earlier values of its keys, where a run continued with other ones, and from which step on
+data.json           the data that were read, the rows that were skipped, and a fingerprint
+metrics.jsonl       one row a step; perf/seconds_... are the parts of its time (see step_times.py)
+tables.jsonl        tables of evaluators, such as samples: one row of a table a line
+checkpoints.jsonl   the checkpoints, the batch at which each one continues, and which of them is the best
 checkpoints/<name>/ weights and optimizer; loads with plain PEFT
-environment.json    the machine and the versions it was last started with
-inspect/            logs of Inspect AI, where its tasks were run
-report.html         all of it to look at, and curves.png
-trace.json          with trace=True: what ran when; open it at https://ui.perfetto.dev
-tensorboard/        with tensorboard=True: event files
+environment.json    the machine and the versions that it was last started with
+report.html         all of it on one page, with the picture curves.png
 train.log           what was printed, with times
 ranks/<n>.log       the same of the other processes, where several train together
+jobs/<id>.json      configs of the Ray jobs that ran here
+inspect/            logs of Inspect AI, where its tasks were run
+trace.json          with trace=True: what ran when; open it at https://ui.perfetto.dev
+tensorboard/        with tensorboard=True: event files
+wandb/              with wandb_project: files of its client
+wandb_run_id.txt    with wandb_project: the id under which a resumed run continues there
+trackio_run_name.txt  with trackio_project: the name under which a resumed run continues there
 """
 
 from __future__ import annotations
@@ -47,9 +51,8 @@ IfLogPathExists: TypeAlias = Literal["resume", "raise", "delete", "ask"]
 
 RUN_FILES = (
     "config.json", "config_changes.jsonl", "data.json", "metrics.jsonl", "tables.jsonl", "checkpoints.jsonl",
-    "checkpoints",
-    "train.log", "ranks", "wandb", "wandb_run_id.txt", "environment.json", "report.html", "curves.png",
-    "inspect", "jobs", "tensorboard", "trackio_run_name.txt", "trace.json",
+    "checkpoints", "environment.json", "report.html", "curves.png", "train.log", "ranks", "jobs", "inspect",
+    "trace.json", "tensorboard", "wandb", "wandb_run_id.txt", "trackio_run_name.txt",
 )  # fmt: skip
 """What a run writes, and so all that `if_log_path_exists=delete` removes."""
 
