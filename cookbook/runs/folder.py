@@ -1,7 +1,7 @@
 """The folder of a run: its config, its lock, and whether a run may continue in it.
 
 config.json         the resolved config; `config=<this file>` runs it again
-config_changes.jsonl  earlier values of its keys, where a run continued with other ones, and from which step on
+config_changes.jsonl  earlier values of its keys, where a run continued with other ones, and from which step
 data.json           the data that were read, the rows that were skipped, and a fingerprint
 metrics.jsonl       one row a step; perf/seconds_... are the parts of its time (see step_times.py)
 tables.jsonl        tables of evaluators, such as samples: one row of a table a line
