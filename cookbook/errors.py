@@ -26,7 +26,7 @@ class ConfigError(CookbookError, ValueError):
 
 
 class RequestError(CookbookError, ValueError):
-    """A client method was given something it cannot work with."""
+    """A client method was called with an invalid argument."""
 
 
 class RendererError(CookbookError, ValueError):
@@ -42,11 +42,11 @@ class ModelError(CookbookError, OSError):
 
 
 class CheckpointError(CookbookError, OSError):
-    """A checkpoint is missing, damaged, made for another model, or cannot be written."""
+    """A checkpoint is missing, damaged, of another model, or cannot be written."""
 
 
 class FileError(CookbookError, OSError):
-    """A file or folder is not written, read or removed: it is a link, no file, or not what was meant."""
+    """A file or folder is not written, read or removed: a link, not a file, or not the one that was meant."""
 
 
 class TrainingError(CookbookError, RuntimeError):

@@ -36,14 +36,14 @@ _RENDERER_BY_NAME = tuple(
 def model_location(model_name: str) -> str:
     """The folder or hub id that transformers loads `model_name` from.
 
-    Raises ModelError for a path that does not exist or is no model folder.
+    Raises ModelError for a path that does not exist or is not a model folder.
     """
     if model_name == embedded.MODEL_NAME:
         return str(embedded.MODEL_PATH)
     path = Path(model_name).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise ModelError(f"{path} is no model folder: it has no config.json.")
+            raise ModelError(f"{path} is not a model folder: it has no config.json.")
         return str(path)
     if path.exists() or model_name.startswith(("/", "./", "../", "~")) or model_name.count("/") != 1:
         raise ModelError(

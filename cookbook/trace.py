@@ -107,7 +107,7 @@ class TraceFile:
     """Spans as JSON trace events, in an array that needs no end: what a kill leaves can be opened.
 
     A process appends to what earlier ones of the same run wrote. Its events bear its process id and
-    the time of day, so the trace shows each life of a run in its place, and the gaps between them.
+    the time of day, so the trace shows each start of a run in its place, and the gaps between them.
     """
 
     def __init__(self, path: Path) -> None:

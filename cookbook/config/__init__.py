@@ -1,1 +1,1 @@
-"""How a config is made: `key=value` arguments, YAML files, `--help`, and the nearest key to a wrong one."""
+"""Configs from `key=value` arguments and YAML files, with `--help` and the nearest key to an unknown one."""

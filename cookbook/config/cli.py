@@ -48,15 +48,15 @@ def make_config(
 ) -> T:
     """The config that `argv` asks for. Later wins: `defaults`, then `config=<file>`, then the other keys.
 
-    A key that is no field of the config itself names a nested field by its last part, so `batch_size=8`
+    A key that is not a field of the config itself names a nested field by its last part, so `batch_size=8`
     reaches `dataset_builder.common_config.batch_size`. A key stands once in a file; of one that is given
     twice on the command line the last counts, with a warning. `overrides` win over all of them.
 
     Raises ConfigError with every setting that cannot be used and where it stands: unknown keys, those that
-    may be several, those given twice, and impossible values. Raises EntrypointHelpException where help is
-    asked for: it has the keys that there are with the other arguments, such as those of a class of this
-    project that one of them names. No other module is imported for help, nor before all that can be told
-    without it is checked.
+    are ambiguous, those given twice, and invalid values. Raises EntrypointHelpException where help is
+    asked for: it lists the keys that exist with the other arguments, such as those of a class of this
+    project that one of them names. No other module is imported for help, nor before everything that can
+    be checked without it is checked.
     """
     arguments = read_arguments(argv)
     resolver = make_resolver(target, defaults, arguments, overrides=overrides)
@@ -81,7 +81,7 @@ def make_resolver(
 ) -> Resolver:
     """What the arguments of a command line set, and above them the settings in `more` and `overrides`.
 
-    `other_names` are keys of somebody else, which an unknown key may have meant.
+    `other_names` are keys of another config, which an unknown key may have meant.
     """
     in_file: list[Setting] = []
     repeated: list[str] = []
@@ -244,7 +244,7 @@ def ending_in_a_line() -> Iterator[None]:
 
 
 def _tell(failure: str, error: Exception) -> None:
-    """Prints what ended a run; one of several processes does, so that it is told once."""
+    """Prints the error that ended a run, in one of several processes, so that it is printed once."""
     from cookbook.engine import processes
 
     if processes.should_report(error):
@@ -253,7 +253,7 @@ def _tell(failure: str, error: Exception) -> None:
 
 
 def _print_help(text: str) -> None:
-    """Prints; a reader that closes the pipe early, as `head` does, is no error."""
+    """Prints; that a reader closes the pipe early, as `head` does, is not an error."""
     try:
         print(visible(text), flush=True)
     except BrokenPipeError:
@@ -285,7 +285,7 @@ def _help(blueprint: Blueprint[Any], prog: str, deferred: Mapping[str, Setting])
         if path in deferred:
             value = f"{deferred[path].value.value} (not imported for help, so its keys are not here)"
         if value is None and any(other.startswith(f"{path}.") for other in params):
-            continue  # made of the keys below it
+            continue  # its value consists of the keys below it
         line = visible_line(f"{path}={value or '(required)'}")
         lines.append(line if len(line) <= 79 else f"{line[:76]}...")
         lines += textwrap.wrap(param.doc, 76, initial_indent="    ", subsequent_indent="    ")

@@ -67,7 +67,7 @@ def read_settings(path: str) -> tuple[list[Setting], list[str]]:
     if not isinstance(document.values, dict):
         raise ConfigError(f"config={path} holds no keys. Write one `key: value` a line.")
     leaves = _leaves(document.values)
-    if TYPE_KEY in document.values:  # a run wrote it down, and that may have been somebody else's
+    if TYPE_KEY in document.values:  # recorded by a run, which may be from elsewhere
         leaves = (
             (at, RecordedClassName(one.value) if isinstance(one, ClassName) else one) for at, one in leaves
         )
@@ -198,7 +198,7 @@ def _imported(name: str) -> Any:
 def with_defaults(old: Any, new: Any) -> Any:
     """A recorded config with the fields that its classes have got since, at their defaults.
 
-    `new` is the config it is compared with: a field that only this one has, at its default, is no difference.
+    `new` is the config it is compared with: a field that only `new` has, at its default, does not count.
     """
     if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
         return [with_defaults(one, other) for one, other in zip(old, new, strict=True)]

@@ -75,7 +75,7 @@ class Resolver:
         imports: bool = True,
     ) -> None:
         """Without `imports`, modules outside of this project stay as they are: `deferred` has the classes in
-        them that settings name, and nothing is said of keys that may be those of such a class."""
+        them that settings name, and keys that may belong to such a class are not reported."""
         self.problems: list[str] = []
         self.deferred: dict[str, Setting] = {}
         self._imports = imports
@@ -120,7 +120,7 @@ class Resolver:
         return f"{setting.place}: Invalid {_written(setting)}: {self._what_it_takes(key, param, setting)}"
 
     def _is_only_recorded(self, param: Any, value: Any) -> bool:
-        """Whether only the record of a run names this code: a class of somebody else, or no class."""
+        """Whether only the record of a run names this code: a class outside of this project, or no class."""
         if not isinstance(value, RecordedClassName) or value.value in self._named:
             return False
         module, _, name = value.value.partition(":")
@@ -325,7 +325,7 @@ class Resolver:
         """A recipe's default goes where another class was chosen that has no such key."""
         return default in self.params or not any(default.startswith(f"{key}.") for key in given)
 
-    # -- what is said of a wrong one -------------------------------------------------------------
+    # -- messages about keys and values that cannot be used --------------------------------------
 
     def _add_unknown(self, setting: Setting) -> None:
         key = setting.key

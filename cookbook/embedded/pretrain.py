@@ -52,7 +52,7 @@ capitals, animals, colours, opposites, the calendar, small sums, the use of tool
 simple instructions and small talk. It is small enough to fine-tune on a laptop in a minute, which is all it
 is for.
 
-It was made from nothing by
+It was trained from scratch by
 
     python -m cookbook.embedded.pretrain --steps {steps} --seed {seed}
 

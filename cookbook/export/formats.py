@@ -115,7 +115,7 @@ def write_gguf(export: Export) -> Written:
 
 
 def write_ollama(export: Export) -> Written:
-    """A Modelfile, with what it is made from: a GGUF file, merged weights, or the adapter alone."""
+    """A Modelfile, with the weights that it names: a GGUF file, merged weights, or the adapter alone."""
     facts = _quantization_note(export.source)
     base, adapter = export.config.ollama_base, None
     ollama.frames_of(export.chat_format)  # refuses a format that Ollama has no words for, before the weights
@@ -228,7 +228,7 @@ def _quantization_note(source: Source) -> list[str]:
     if not source.trained_in_4_bits:
         return []
     return [
-        "Trained on a base in 4 bits, merged into the weights that those were made from: its "
+        "Trained on a base in 4 bits, merged into the weights that it was quantized from: its "
         "probabilities are close to those it was trained with, not equal."
     ]
 

@@ -56,7 +56,7 @@ def why_not(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> str
     if config.hidden_act != "silu":
         return f"its activation is {config.hidden_act}"
     if pre_tokenizer_name(tokenizer) is None:
-        return "its tokenizer is no byte-level BPE that splits text in a way known here"
+        return "its tokenizer is not a byte-level BPE with a known way to split text"
     return None
 
 
@@ -165,7 +165,7 @@ def write_adapter(
 
 
 class _Entry(NamedTuple):
-    """A tensor of the file, made when its turn comes."""
+    """A tensor of the file, computed when it is written."""
 
     name: str
     shape: tuple[int, ...]

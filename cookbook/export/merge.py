@@ -1,8 +1,8 @@
 """Merged weights: a base model's with an adapter's added, one tensor at a time.
 
 W + (alpha / rank) * B A is formed in float32 for the tensor at hand, straight from the base model's files.
-An adapter on a head that is tied to the embeddings is no change of the embeddings: the merged model has
-both, and its config says so.
+An adapter on a head that is tied to the embeddings does not change the embeddings: the merged model has
+both as tensors of their own, and its config unties them.
 
 Shape suffixes: I inputs, O outputs, R rank.
 """
@@ -65,7 +65,7 @@ def read_adapter(source: Source) -> dict[str, LowRank]:
         match = TENSOR.fullmatch(key)
         if match is None:
             raise CheckpointError(
-                f"{source.folder} holds {key}, which is no LoRA on a linear layer. Merge it with PEFT itself "
+                f"{source.folder} holds {key}, not a LoRA on a linear layer. Merge it with PEFT itself "
                 f"(merge_and_unload)."
             )
         halves.setdefault(match[1], {})[match[2]] = tensor
@@ -77,14 +77,14 @@ def read_adapter(source: Source) -> dict[str, LowRank]:
 
 @dataclass
 class MergedWeights:
-    """The weights of a merged model by their names in its files, each one made when it is asked for."""
+    """The weights of a merged model by their names in its files, each computed when it is read."""
 
     files: dict[str, Path]
     """Where each weight of the base model lies."""
     adapter: dict[str, LowRank]
     """By the name of the weight."""
     untied: dict[str, str] = field(default_factory=dict)
-    """A head made from the embeddings: its name, and theirs."""
+    """The name of a head that is tied to the embeddings, and theirs."""
 
     def __post_init__(self) -> None:
         self._open_files: dict[Path, Any] = {}
@@ -212,7 +212,7 @@ def base_model_folder(source: Source) -> Path:
         method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
         raise ModelError(
             f"The weights of {source.base_model!r} are stored quantized ({method}); "
-            f"nothing can be added to those. Say base_model= with the model that they were made from."
+            f"no adapter can be merged there. Give base_model= with the model they were quantized from."
         )
     return folder
 

@@ -152,7 +152,7 @@ def write_generation_config(base_folder: Path, chat_format: ChatFormat, folder: 
 
 
 def _set(config: dict[str, Any], key: str, value: Any) -> None:
-    """Of the model, and of its text part where that has a config of its own."""
+    """The config of the model, and that of its text part where it has its own."""
     config[key] = value
     if isinstance(part := config.get("text_config"), dict):
         part[key] = value

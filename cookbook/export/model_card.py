@@ -152,7 +152,7 @@ def _introduction(source: Source, usage: Usage) -> str:
     if source.trained_in_4_bits and usage.library != "peft":
         quantized = (
             " It was trained on a base model in 4 bits; here its adapter is merged into the weights that "
-            "those were made from, so its probabilities are close to those it was trained with, not equal."
+            "it was quantized from, so its probabilities are close to those it was trained with, not equal."
         )
     return f"{usage.kind[0].upper()}{usage.kind[1:]}: {origin}, fine-tuned with {how}.{steps}{quantized}"
 

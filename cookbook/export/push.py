@@ -21,9 +21,9 @@ def repository_of(name: str) -> str:
     try:
         validate_repo_id(repository)
     except HFValidationError as error:
-        raise ConfigError(f"{name!r} is no repository's name. Use hf://owner/name. ({error})") from None
+        raise ConfigError(f"Invalid repository {name!r}: write hf://owner/name. ({error})") from None
     if repository.count("/") != 1:
-        raise ConfigError(f"{name!r} is no repository's name: it has no owner. Use hf://owner/name.")
+        raise ConfigError(f"Invalid repository {name!r}: it has no owner. Write hf://owner/name.")
     return repository
 
 
@@ -67,7 +67,7 @@ def _explained(repository: str) -> Iterator[None]:
         yield
     except LocalTokenNotFoundError:
         raise CheckpointError(
-            f"{cannot}: nobody is logged in. Run `hf auth login`, or set HF_TOKEN: a token that may write."
+            f"{cannot}: not logged in. Run `hf auth login`, or set HF_TOKEN to a token that may write."
         ) from None
     except HfHubHTTPError as error:
         status = error.response.status_code

@@ -61,5 +61,5 @@ def vllm_notes(source: Source, chat_format: ChatFormat, is_adapter: bool) -> lis
         )
     if chat_format.stop_strings:
         stops = ", ".join(repr(stop) for stop in chat_format.stop_strings)
-        notes.append(f"vLLM has to be told with every request what ends a reply: stop=[{stops}].")
+        notes.append(f"Every request to vLLM must name what ends a reply: stop=[{stops}].")
     return notes

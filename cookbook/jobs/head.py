@@ -33,7 +33,7 @@ NO_TIMEOUT_SECONDS = 10 * 365 * 24 * 3600
 @dataclass(frozen=True)
 class Head:
     address: str
-    """Of its dashboard, which takes the jobs."""
+    """The address of its dashboard, which takes the jobs."""
     pid: Positive
     folder: str
     """The private folder around Ray's own files."""
@@ -138,7 +138,7 @@ def _wait_until_it_takes_jobs(head: Head, process: subprocess.Popen[bytes], log:
         process.terminate()
     last = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()][
         -1:
-    ] or ["it said nothing"]
+    ] or ["it printed nothing"]
     raise ClusterError(f"A Ray head cannot be started on this machine: {last[0].strip()} (all of it: {log})")
 
 

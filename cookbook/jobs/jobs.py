@@ -191,7 +191,7 @@ def _submit(
 
 
 def _when_there_is_an_agent(submit_job: Callable[..., Any], **asked: Any) -> None:
-    """Submits; a cluster that has just started has nobody to run a job for some seconds."""
+    """Submits; for some seconds a cluster that has just started has no agent to run a job."""
     deadline = time.monotonic() + START_SECONDS
     while True:
         try:

@@ -1,4 +1,4 @@
-"""What every logger answers to."""
+"""The interface of all loggers."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ class ConsoleLogger(MetricLogger):
     """A progress bar on a terminal, otherwise a plain line every so often."""
 
     def __init__(self, console: Console, total_steps: int | None, first_step: int) -> None:
-        """`total_steps` of None: nobody knows."""
+        """`total_steps` is None where it is unknown."""
         self._console = console
         self._total_steps = total_steps
         self._lines_every = 20 if total_steps is None else max(1, total_steps // 20)
@@ -66,7 +66,7 @@ class ConsoleLogger(MetricLogger):
 
 
 def _evaluation_lines(step: int, metrics: Metrics) -> list[str]:
-    """What evaluators found, a line for each beginning of a path. Turns and sources of a metric stay out."""
+    """The results of evaluators, a line for each first part of a path, without those of turns and sources."""
     shown: dict[str, list[str]] = {}
     for path, value in metrics.items():
         first, last = path.split("/")[0], path.split("/")[-1]

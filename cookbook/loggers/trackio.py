@@ -19,7 +19,7 @@ NAME_FILE = "trackio_run_name.txt"
 class TrackioLogger(MetricLogger):
     """A run of a trackio project, shown by `trackio show`. Its store is trackio's own (TRACKIO_DIR).
 
-    A resumed run goes on under the same name. The store can only be added to, so steps that are
+    A resumed run continues under the same name. The store can only be added to, so steps that are
     there already are left as they are, and those that a kill kept from it are taken from
     metrics.jsonl.
     """

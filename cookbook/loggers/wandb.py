@@ -85,7 +85,7 @@ def _key_of_netrc(base_url: str | None) -> str | None:
 
 
 class WandbLogger(MetricLogger):
-    """Weights & Biases, with its own client. A resumed run goes on under the same run id."""
+    """Weights & Biases, with its own client. A resumed run continues under the same run id."""
 
     def __init__(self, folder: Path, project: str, name: str | None, config: Mapping[str, Any]) -> None:
         import wandb

@@ -25,7 +25,7 @@ MAX_READERS = 8
 MAX_SETTING = 300
 """Characters of a setting that are shown."""
 NAMES = {"log_path", "wandb_name", "if_log_path_exists"}
-"""Settings that every run has its own of, and that change nothing."""
+"""Settings that differ from run to run and change no result."""
 
 
 @dataclass(frozen=True)
@@ -48,12 +48,12 @@ def compare(
 ) -> Path:
     """Lays the runs in `folders` over each other on a page at `to`, the best first. Returns its path.
 
-    `notes` is plain text that stands above everything else. Raises ConfigError for what is no run's
-    folder, a folder that is given twice, and where no run has taken a step.
+    `notes` is plain text that stands above everything else. Raises ConfigError for what is not the
+    folder of a run, a folder that is given twice, and where no run has taken a step.
     """
     path = Path(to).expanduser()
     if not path.parent.is_dir():
-        raise ConfigError(f"to={to}: there is no folder {path.parent}. Make it, or write elsewhere.")
+        raise ConfigError(f"to={to}: there is no folder {path.parent}. Create it, or write elsewhere.")
     runs = _named(_read_all(folders))
     if all(run.headline is None for run in runs.values()):
         raise ConfigError(f"Nothing to compare: no step was logged yet in {', '.join(map(str, folders))}.")
@@ -77,7 +77,7 @@ def compare(
 
 @dataclass(frozen=True)
 class Compared:
-    """What the page shows of a run. The rest is dropped when it was read: of many runs it is too much."""
+    """What the page shows of a run. The rest is dropped once it is read, to save memory."""
 
     record: RunRecord
     """With no more points of its curves than the page has room for."""
@@ -106,7 +106,7 @@ def _read(folder: str | Path, num_runs: int) -> Compared:
 
 
 def _named(runs: Sequence[Compared]) -> dict[str, Compared]:
-    """The runs by their folders' names, with as much of the path as tells them apart."""
+    """The runs by the names of their folders, with as much of the path as makes them unique."""
     parts = [run.record.folder.resolve().parts for run in runs]
     twice = next((path for path, number in Counter(parts).items() if number > 1), None)
     if twice is not None:

@@ -1,4 +1,4 @@
-"""A run's page, kept up to date while the run goes on."""
+"""The page of a run, kept up to date while it trains."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 MIN_PAUSE_SECONDS = 2.0
 MAX_SHARE = 0.01
-"""Of the time of a run that goes into its page."""
+"""The largest share of a run's time that its page may take."""
 
 
 class ReportLogger(MetricLogger):
@@ -55,7 +55,7 @@ class ReportLogger(MetricLogger):
         start = self._clock()
         try:
             self._write_report(self._folder, with_curves, self._metrics)
-        except Exception as error:  # whatever is wrong with a page, the training is worth more
+        except Exception as error:  # no error of the page may end the training
             if not self._has_warned:
                 logger.warning("report.html could not be written: %s: %s", type(error).__name__, error)
             self._has_warned = True

@@ -140,7 +140,7 @@ def _chart_of(run: RunRecord, name: str, most: int) -> Chart:
 
 def _note(run: RunRecord, names: Sequence[str]) -> str | None:
     left_out = sum(run.metrics[name].num_left_out for name in names if name in run.metrics)
-    return f"{left_out:,} values that are no numbers are left out" if left_out else None
+    return f"{left_out:,} values that are not numbers are not drawn" if left_out else None
 
 
 # -- the charts of several runs -----------------------------------------------------------------------

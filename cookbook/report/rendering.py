@@ -62,7 +62,7 @@ def environment() -> jinja2.Environment:
 
 
 def _visible_value(value: Any) -> Any:
-    """What a template prints. What is `Markup` was made here."""
+    """What a template prints. `Markup` was escaped here already."""
     return visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 

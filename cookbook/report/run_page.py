@@ -1,4 +1,4 @@
-"""report.html: everything there is to see of one run."""
+"""report.html: all about one run."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def write_report(
 ) -> Path:
     """Writes report.html, and the picture curves.png, into a run's folder. Returns the page's path.
 
-    The run may be in progress, over, or without a step yet. Raises ConfigError for what is no run's folder.
-    Who writes the page again and again gives the reader of the run's `metrics`.
+    The run may be in progress, over, or without a step yet. Raises ConfigError for what is not
+    the folder of a run. To write the page repeatedly, pass the reader of the run's `metrics`.
     """
     run = read_run(run_folder, metrics)
     if with_curves:

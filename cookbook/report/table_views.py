@@ -1,4 +1,4 @@
-"""The tables that evaluators showed, in groups to pick from: the replies to one prompt, or one evaluation."""
+"""The tables of evaluators, in groups to choose from: the replies to one prompt, or one evaluation."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 MAX_CELL = 3_000
 """Characters of a cell that are shown."""
 MAX_CHARACTERS = 500_000
-"""Of all tables of a page."""
+"""Characters of all tables of a page."""
 MAX_GROUPS = 200
 SUBJECTS = ("prompt", "question", "input", "messages", "user", "id")
 """Names of columns that say what a row is about."""
@@ -31,7 +31,7 @@ class TableView:
     first: int
     """The group that is shown at first."""
     left_out: str | None = None
-    """What the page does not show of it."""
+    """A note of what the page does not show of it."""
 
 
 def views_of(records: Sequence[Mapping[str, Any]]) -> list[TableView]:

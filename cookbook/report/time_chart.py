@@ -11,10 +11,10 @@ from cookbook.runs.metrics import Series
 from cookbook.runs.record import RunRecord
 
 MAX_STRETCHES = 300
-"""Of steps: more could not be told apart."""
+"""The largest number of bars: more could not be distinguished."""
 
 BESIDE = ("rendering", "waited_for_batch")
-"""Spans of other threads: they go on while a step does, so no stack of them adds up to it."""
+"""Spans of other threads, which run during a step and are no parts of it: they are not stacked."""
 
 _COLOURS = {
     "forward_backward": 0, "optim_step": 6, "evaluating": 4, "saving": 3, "idle": 1,
@@ -69,6 +69,6 @@ def time_chart(run: RunRecord) -> Chart | None:
 
 
 def _ceiling(values: np.ndarray) -> float | None:
-    """Where to cut what would flatten everything else, as the first step of a run does; None for nowhere."""
+    """The height at which bars are cut where one, as the first step, would flatten the others; else None."""
     usual = float(np.quantile(values, 0.95))
     return 2.5 * usual if values.max() > 6 * usual else None

@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 FOLDER = "checkpoints"
 """The subfolder of a run that holds all its checkpoints, each under its name."""
 MARK = "state.json"
-"""The file that tells a checkpoint from a folder of the user's, which is never removed."""
+"""The file that a checkpoint holds and a folder of the user does not, which is never removed."""
 FINAL = "final"
 """The name of the checkpoint of a finished run."""
 
@@ -45,9 +45,9 @@ class Checkpoint:
     epoch: Count
     batch: Count
     metric: str | None = None
-    """Of the best checkpoint and of no other: what it is best by."""
+    """The metric by which the best checkpoint is the best; None for any other."""
     value: Measured | None = None
-    """What `metric` came to, measured on these weights."""
+    """The value of `metric`, measured on these weights."""
     is_extra: bool = False
     """Saved out of turn, for being the best: it goes when a better one comes."""
     row: Count | None = None
@@ -268,7 +268,7 @@ def _link_folder(folder: Path, other: Path) -> None:
             files.refuse_link(path)
         return [path.name for path in paths if not (path.is_file() or path.is_dir())]
 
-    # What is there is of a step that was taken in vain: it is not listed.
+    # A folder that is there already is of a step that was discarded: it is not listed.
     with files.writing_folder(other, replace=True, must_hold=[MARK]) as unfinished:
         shutil.copytree(folder, unfinished, ignore=others, copy_function=link, dirs_exist_ok=True)
 

@@ -23,8 +23,8 @@ _EMBEDDED = embedded.MODEL_PATH.parts[-3:]
 class Source:
     """A checkpoint to export.
 
-    `base_model` is what its adapter goes on, as this machine names it; of a full fine-tune, the
-    checkpoint itself. `step` is how many steps were taken, where a run's folder tells.
+    `base_model` is the model that its adapter belongs to, as this machine names it; of a full fine-tune,
+    the checkpoint itself. `step` counts the optimizer steps, where the run's folder records them.
     """
 
     folder: Path
@@ -39,7 +39,7 @@ class Source:
 
     @property
     def name(self) -> str:
-        """What the export is called where nobody named it."""
+        """The default name of an export."""
         return self.run.name if self.run else self.folder.resolve().name
 
     @property
@@ -74,7 +74,7 @@ def find_source(path: str, which: Which | None = None, base_model: str | None = 
     info = checkpoint.read_info(folder)
     base = str(folder) if info.lora.rank == 0 else _with_embedded_name(base_model or info.base_model)
     if base == "None":
-        raise CheckpointError(f"{folder} does not say which model its adapter goes on. Say base_model=.")
+        raise CheckpointError(f"{folder} does not name the base model of its adapter. Give base_model=.")
     return Source(
         folder,
         info,
@@ -135,7 +135,7 @@ def is_on_hub(base_model: str) -> bool:
 def public_name(base_model: str) -> str:
     """A model's name as another machine may read it: a hub id, or a word for what is on this one alone.
 
-    The word for a folder is no hub id on purpose: nobody's repository can take its place.
+    The word for a folder is deliberately not a valid hub id, so no repository can have that name.
     """
     if base_model == embedded.MODEL_NAME or is_on_hub(base_model):
         return base_model

@@ -62,19 +62,19 @@ HARMLESS_KEYS = {
     "infrequent_eval_every", "evaluator_builders", "infrequent_evaluator_builders", "num_proc", "use_cache",
     "on_bad_row",
 }  # fmt: skip
-"""What may change between the first run in a folder and a resumed one: it moves no weight."""
+"""What may change between the first run in a folder and a resumed one: it changes no weight."""
 
 ROUNDING_KEYS = {
     "device", "max_tokens_per_microbatch", "gradient_checkpointing", "compile", "shard",
 }  # fmt: skip
-"""What changes results to rounding alone: a run continues, and says so."""
+"""What changes results only by rounding: a run continues, and logs it."""
 
 PATIENCE_KEYS = {"early_stopping_patience", "early_stopping_min_delta"}
 
 SHAPE_KEYS = {
     "model_name", "lora_rank", "lora_alpha", "train_attn", "train_mlp", "train_unembed",
 }  # fmt: skip
-"""What a checkpoint fits as it was trained, or not at all."""
+"""What must be equal for a checkpoint to fit."""
 
 
 class RunFolder:
@@ -89,7 +89,7 @@ class RunFolder:
         self.world = world
         self._lock: IO[bytes] | None = None
         self.earlier_config: dict[str, Any] | None = world.on_rank0(lambda: self._open(if_exists))
-        """That of the run which continues here; None where one begins."""
+        """The config of the run that continues here; None where a new one begins."""
         self._check_that_all_see_it(world)
 
     def _open(self, if_exists: IfLogPathExists) -> dict[str, Any] | None:
@@ -125,12 +125,12 @@ class RunFolder:
 
     @property
     def changes(self) -> dict[str, tuple[Any, Any]]:
-        """The keys, dotted, with which a run continues otherwise than before: was, now."""
+        """The dotted keys that differ from those of the run that continues: their values then and now."""
         return {} if self.earlier_config is None else _changes(self.earlier_config, self.config)
 
     @property
     def length_changes(self) -> dict[str, tuple[Any, Any]]:
-        """Those that say how long the run is, and with it what the steps to come learn."""
+        """The changes of how long the run is, and so of what the next steps learn."""
         return {key: values for key, values in self.changes.items() if _is_length(key)}
 
     @property
@@ -177,7 +177,7 @@ class RunFolder:
 
     @property
     def log_file(self) -> Path:
-        """Where this process writes down what it has to say."""
+        """The log of this process."""
         if self.world.is_main:
             return self.path / "train.log"
         folder = files.make_folder(self.path / "ranks")
@@ -287,7 +287,7 @@ def _is_length(key: str) -> bool:
 
 
 def how_to_train_on(folder: Path, refused: Collection[str] = ()) -> str:
-    """What to say instead, where the run in `folder` cannot continue with other values of `refused`."""
+    """The advice where the run in `folder` cannot continue with other values of `refused`."""
     last = CheckpointLog(folder).last_path()
     if last is None:
         return "Choose another log_path, or start over with if_log_path_exists=delete."
@@ -322,7 +322,7 @@ def _read_run_config(path: Path) -> dict[str, Any]:
     config = json_files.read_object(path, ConfigError, repair)
     if TYPE_KEY not in config:
         raise ConfigError(
-            f"log_path={path.parent} holds a config.json that is no run's. Choose another folder."
+            f"log_path={path.parent} holds a config.json that no run wrote. Choose another folder."
         )
     json_files.check(
         config, {TYPE_KEY: str, "num_epochs": Positive | None, "max_steps": Positive | None}, origin
@@ -336,7 +336,7 @@ def _remove_run(folder: Path) -> None:
 
 
 def _refuse_links(folder: Path) -> None:
-    """Raises FileError for a link inside of a run's folder, which may be somebody else's."""
+    """Raises FileError for a link inside a run's folder, which may come from elsewhere."""
     for name in (*RUN_FILES, LOCK_FILE):
         files.refuse_link(folder / name)
     checkpoints = folder / FOLDER
@@ -347,8 +347,8 @@ def _refuse_links(folder: Path) -> None:
 def _ask(path: Path) -> IfLogPathExists:
     if not sys.stdin.isatty():
         raise ConfigError(
-            f"log_path={path} holds a run already, and nobody can be asked what to do: standard input is no "
-            f"terminal. Say if_log_path_exists=resume, delete or raise."
+            f"log_path={path} holds a run already, and standard input is not a terminal on which to ask "
+            f"what to do. Give if_log_path_exists=resume, delete or raise."
         )
     question = f"{path} holds a run already. [r]esume it, [d]elete it, or stop? "
     answer = input(visible_line(question)).strip().lower()

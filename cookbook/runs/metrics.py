@@ -1,4 +1,4 @@
-"""The metrics of a run, of which each row is read once, however often somebody looks.
+"""The metrics of a run. Each row is read once, however often they are asked for.
 
 A sweep and a run's own page look at metrics.jsonl again and again while it grows; a page of many runs reads
 many of them. They share this reader, which keeps columns instead of rows: 16 bytes a value.
@@ -28,7 +28,7 @@ WORTH_ARROW = 1 << 18
 
 @dataclass(frozen=True, eq=False)
 class Series:
-    """A metric over the steps at which it was measured. Values that are no finite numbers are left out."""
+    """A metric over the steps at which it was measured. Values that are not finite numbers are skipped."""
 
     steps: np.ndarray
     values: np.ndarray
@@ -129,7 +129,7 @@ def _columns(rows: Iterable[tuple[str, Any]]) -> dict[str, tuple[list[int], list
         step = row.get("step") if isinstance(row, Mapping) else None
         if not isinstance(step, int) or not 0 <= step < MAX_STEP:
             raise DataError(
-                f"{place} is no row of metrics: it needs a `step`, a whole number of at least 0. "
+                f"{place} is not a row of metrics: it needs a `step`, a whole number of at least 0. "
                 f"Remove that line."
             )
         for name, value in row.items():
@@ -176,7 +176,7 @@ def _columns_by_arrow(content: bytes) -> dict[str, tuple[np.ndarray, np.ndarray]
             return None
         is_there = column.is_valid().to_numpy()
         values = column.drop_null().to_numpy().astype(np.float64)
-        if np.isinf(values).any():  # of a number that is too large: `json` tells what kind of one it is
+        if np.isinf(values).any():  # a number that is too large: `json` shows which kind it is
             return None
         found[name] = steps[is_there], values
     return found

@@ -85,7 +85,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
     if TYPE_KEY not in config:
         inside = sorted(str(found.parent) for found in folder.glob(f"*/{METRICS_FILE}"))
         hint = f" Runs in it: {', '.join(inside)}." if inside else ""
-        raise ConfigError(f"{folder} is no run's folder: it has no config.json of a run.{hint}")
+        raise ConfigError(f"{folder} is not the folder of a run: it has no config.json of one.{hint}")
     shape = {TYPE_KEY: str, "best_metric": str | None}
     json_files.check(config, shape, Origin(str(path), DataError, _REPAIR))
     return config

@@ -20,13 +20,13 @@ class Fact(NamedTuple):
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a metric came to. The weights that a run was given are not its best."""
+    """The result of a metric. The weights that a run starts from do not count as its best."""
 
     metric: str
     first: float
     last: float
     best: float | None
-    """None where nobody knows which way is better, and before the first evaluation of trained weights."""
+    """None where the better direction is unknown, and before the first evaluation of trained weights."""
     best_step: int | None
 
 

@@ -17,14 +17,14 @@ from cookbook.utils import clusters, files
 GCS_PORT = 6379
 START_ATTEMPTS = 4
 NO_LIMIT = 10**9
-"""Of steps: a run ends by itself."""
+"""The largest number of steps for the scheduler: a run ends by itself."""
 OnEnd = Callable[[PlannedRun, Progress], None]
 
 
 def execute(plan: Plan, runs: Sequence[PlannedRun], over: Sequence[PlannedRun], on_end: OnEnd) -> bool:
-    """Runs `runs` to their ends, and tells of each one as it ends. False where it was interrupted.
+    """Runs `runs` to their ends, and reports each one as it ends. Returns False where it was interrupted.
 
-    Those that were `over` before are what early stopping measures the others by.
+    Early stopping compares them with those that were `over` before as well.
 
     Raises ClusterError for a cluster that cannot be reached, or has not the devices of one run.
     """
@@ -112,7 +112,7 @@ def _tune(
 
     from cookbook.sweeps.trainable import RunTrainable, TellOfEnds
 
-    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # a run that fails is told of by `on_end`
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # `on_end` reports a run that fails
     tasks = [
         {
             "name": run.name,

@@ -1,4 +1,4 @@
-"""A sweep as it is asked for: its config, and the runs that come of it, all checked before any starts."""
+"""The plan of a sweep: its config and its runs, all checked before any of them starts."""
 
 from __future__ import annotations
 
@@ -46,7 +46,8 @@ class SweepConfig:
     asha: bool = chz.field(default=False, doc="stop runs early that are worse than others were (ASHA)")
     asha_grace_steps: int = chz.field(default=50, doc="steps before a run may be stopped")
     asha_reduction_factor: float = chz.field(
-        default=3.0, doc="of the runs at a rung 1 in so many goes on, and rungs lie so many times further"
+        default=3.0,
+        doc="factor of ASHA: 1 in so many runs passes a rung, each rung lies so many times further",
     )
     address: str | None = chz.field(
         default=None, doc="a Ray cluster, host:port; default: a Ray of its own on this machine"
@@ -58,16 +59,14 @@ class SweepConfig:
         for name, least in at_least.items():
             value = getattr(self, name)
             if value is not None and not value >= least:
-                raise ConfigError(f"{name}={value} is too small. It must be at least {least}.")
+                raise ConfigError(f"Invalid {name}={value}: must be >= {least}.")
         if not self.cpus_per_run > 0:
-            raise ConfigError(f"cpus_per_run={self.cpus_per_run:g} is impossible. It must be above 0.")
+            raise ConfigError(f"Invalid cpus_per_run={self.cpus_per_run:g}: must be > 0.")
         if self.asha_reduction_factor <= 1:
-            raise ConfigError("asha_reduction_factor must be above 1.")
+            raise ConfigError(f"Invalid asha_reduction_factor={self.asha_reduction_factor:g}: must be > 1.")
         gpus = self.gpus_per_run or 0
         if gpus > 1 and gpus != int(gpus):
-            raise ConfigError(
-                f"gpus_per_run={gpus:g} is impossible. A run has a part of one GPU or whole ones."
-            )
+            raise ConfigError(f"Invalid gpus_per_run={gpus:g}: a run takes a part of one GPU, or whole GPUs.")
 
 
 @dataclass(frozen=True)
@@ -104,7 +103,7 @@ def make_plan(argv: Sequence[str]) -> Plan:
 
     Later wins, so a key on the command line replaces the file's, whether it is whole or short there. Raises
     ConfigError for keys of neither, keys that may be several, values that no run could have, and settings
-    that no run could be made of: all of them at once, each with the place where it stands.
+    that no run could have: all of them at once, each with the place where it stands.
     """
     given = cli.read_arguments(argv)
     own_keys = chz.chz_fields(SweepConfig)
@@ -226,12 +225,12 @@ def _plan_runs(
 
 
 def load(path: str) -> Document:
-    """A sweep file. Raises ConfigError where it is none."""
+    """The content of a sweep file. Raises ConfigError for any other file."""
     document = read_document(path, argument="sweep")
     sections = document.values
     if not isinstance(sections, dict) or not isinstance(sections.get(RUNS, {}), dict | None):
         raise ConfigError(
-            f"sweep={path} is no sweep. Write `runs:`, and below it `key: [value, value]` lines."
+            f"sweep={path} is not a sweep file. Write `runs:`, and below it `key: [value, value]` lines."
         )
     return document
 
@@ -239,7 +238,7 @@ def load(path: str) -> Document:
 def _unknown_sections(file: Document) -> list[str]:
     known = [*chz.chz_fields(SweepConfig), RUNS]
     return [
-        f"{file.place((str(key),))}: has the key {str(key)!r}, which a sweep has not."
+        f"{file.place((str(key),))}: unknown key {str(key)!r} of a sweep."
         f"{did_you_mean(str(key), known)} Keys of the recipe go below `runs:`."
         for key in file.values
         if key not in known

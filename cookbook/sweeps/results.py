@@ -1,4 +1,4 @@
-"""What a sweep came to: a record of ended runs, a table, a CSV, and the best settings as a config file."""
+"""The results of a sweep: a record of ended runs, a table, a CSV, and the best settings as a config file."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ CSV = "results.csv"
 BEST = "best.yaml"
 REPORT = "report.html"
 ORDER = ("finished", "stopped", "running", "failed")
-"""A run that was stopped early, or goes on later, has fewer steps: its value is no finished one's."""
+"""The order of ranking: a run that was stopped early, or will be resumed, has taken fewer steps."""
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ class Progress:
     state: State
     step: int = 0
     value: Measured = math.nan
-    """Of the metric, measured after `step` steps; not a number before the first evaluation."""
+    """The value of the metric after `step` steps; not a number before the first evaluation."""
     error: str = ""
 
     def to_json(self) -> dict[str, Any]:
@@ -42,7 +42,7 @@ class Progress:
 
 
 class RunProcess:
-    """A run of the config.json in `folder`. One that `is_over` is not started: it is only told of again."""
+    """A run of the config.json in `folder`. One that `is_over` is not started, only reported again."""
 
     def __init__(
         self,
@@ -71,7 +71,7 @@ class RunProcess:
             )
 
     def next_progress(self, patience_seconds: float) -> Progress:
-        """The next evaluation or the end; what was told last, when there is no news for so long."""
+        """The next evaluation or the end; what was reported last, where the timeout passes without either."""
         deadline = time.monotonic() + patience_seconds
         while True:
             has_ended = self._process is None or self._process.poll() is not None
@@ -100,7 +100,7 @@ class RunProcess:
         return True
 
     def _new_value(self) -> tuple[int, float] | None:
-        """The evaluation after the one told last; of a resumed run, which measures some again, too."""
+        """The evaluation after the one reported last, also of a resumed run, which measures some again."""
         self._metrics.update()
         return self._metrics.after(self._last.step, self._metric)
 

@@ -93,7 +93,7 @@ def takes_list(kind: Any) -> bool:
 def _parse_distribution(key: str, value: Mapping[str, Any], kind: Any) -> Axis:
     if len(value) != 1 or next(iter(value)) not in DISTRIBUTIONS:
         raise ConfigError(
-            f"{key}: {dict(value)} is no distribution. Write one of "
+            f"{key}: {dict(value)} is not a distribution. Write one of "
             "{choice: [a, b]}, {uniform: [low, high]} or {loguniform: [low, high]}."
         )
     ((name, numbers),) = value.items()
@@ -105,7 +105,7 @@ def _parse_distribution(key: str, value: Mapping[str, Any], kind: Any) -> Axis:
         low, high = math.nan, math.nan
     if not (low < high < math.inf and (name == "uniform" or low > 0)):
         above = ", above 0" if name == "loguniform" else ""
-        raise ConfigError(f"{key}: {name}: {numbers} is impossible. It takes [low, high]{above}.")
+        raise ConfigError(f"{key}: {name}: Invalid {numbers}: it takes [low, high]{above}.")
     return Uniform(low, high, name == "loguniform", is_whole=kind is int or kind == int | None)
 
 
@@ -118,7 +118,7 @@ def _text(key: str, value: Any) -> str:
             )
         return ",".join(str(one) for one in value)
     if isinstance(value, Mapping):
-        raise ConfigError(f"{key}: {dict(value)} is no value. A nested key is written a.b: value.")
+        raise ConfigError(f"{key}: {dict(value)} is not a value. A nested key is written a.b: value.")
     return str(value)
 
 

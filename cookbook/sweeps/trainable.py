@@ -65,5 +65,5 @@ class TellOfEnds(tune.Callback):
         self._on_end(trial.config["run"]["name"], progress)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        told = str(trial.get_error() or "").strip().splitlines() or ["Its Ray worker died."]
-        self._on_end(trial.config["run"]["name"], Progress("failed", error=told[-1]))
+        lines = str(trial.get_error() or "").strip().splitlines() or ["Its Ray worker died."]
+        self._on_end(trial.config["run"]["name"], Progress("failed", error=lines[-1]))

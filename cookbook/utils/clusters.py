@@ -43,9 +43,9 @@ logger = logging.getLogger(__name__)
 
 
 def import_ray(to_start: bool = False) -> Any:
-    """Ray, told to keep quiet and to send nothing home. Raises ConfigError where it is not installed.
+    """Returns Ray, quiet and without usage statistics. Raises ConfigError where it is not installed.
 
-    With `to_start` there is a token after it, which a Ray that is started then asks for.
+    With `to_start` the user's token is created where there is none; a Ray that is started then requires it.
     """
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
@@ -149,18 +149,18 @@ def on_loopback(ray: Any) -> Iterator[None]:
 
 
 def check_reachable(address: str, default_port: int) -> None:
-    """Raises ClusterError where nobody listens at `address`, without the minutes that Ray tries for."""
+    """Raises ClusterError where nothing listens at `address`, without the minutes for which Ray retries."""
     try:
         parts = urlsplit(address if "://" in address else f"//{address}")
         host, port = parts.hostname, parts.port or default_port
     except ValueError as error:
-        raise ClusterError(f"address={address} is no address ({error}). Write host:port.") from None
+        raise ClusterError(f"Invalid address={address} ({error}): write host:port.") from None
     if not host:
-        raise ClusterError(f"address={address} is no address. Write host:port.")
+        raise ClusterError(f"Invalid address={address}: write host:port.")
     try:
         network.check_answers(host, port, timeout_seconds=10)
     except UnicodeError as error:  # of a name that no machine can have
-        raise ClusterError(f"address={address} is no address ({error}). Write host:port.") from None
+        raise ClusterError(f"Invalid address={address} ({error}): write host:port.") from None
     except OSError as error:
         raise ClusterError(
             f"The Ray cluster at {address} cannot be reached: {error.strerror or error}. "

@@ -35,7 +35,7 @@ def replace_unprintable() -> None:
 
 
 def discard_output() -> None:
-    """For when the reader of standard output is gone: what is printed from here on is no error."""
+    """Discards what is printed from here on: the reader of standard output has closed it."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -115,7 +115,7 @@ class VisibleFormatter(logging.Formatter):
 class _VisibleRecord(logging.LogRecord):
     """A record whose message and traceback every handler, also of another library, writes visibly.
 
-    Colours that a library gives its messages are dropped: they cannot be told from those of text in them.
+    Colours that a library gives its messages are dropped: text in them may hold the same sequences.
     """
 
     def __init__(self, *values: Any, **more: Any) -> None:

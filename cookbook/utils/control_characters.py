@@ -1,4 +1,4 @@
-"""Text that is not ours (of data, models, paths, errors), made harmless for a terminal, a log and a page.
+"""Shows control characters in text from data, models, paths and errors, for a terminal, a log and a page.
 
 A character that a terminal obeys, that turns the direction of text, or that is not seen at all is shown:
 as its picture where Unicode has one (`␛`), otherwise by its number (`<U+202E>`). Letters of every script
@@ -17,7 +17,7 @@ _UNSEEN = re.compile(
     "\u00ad\u180e\u200b\u2060-\u2065\u206a-\u206f\ufeff\ufff9-\ufffb"  # no width
     "\U0001bca0-\U0001bca3\U0001d173-\U0001d17a"  # no width either: shorthand, music
     "\U000e0000-\U000e00ff\U000e01f0-\U000e0fff"  # tags
-    "\ud800-\udfff"  # surrogates, which are no text
+    "\ud800-\udfff"  # surrogates, which are not text
     "]"
 )
 _UNSEEN_IN_A_LINE = re.compile(f"{_UNSEEN.pattern[:-1]}\t\n]")
@@ -25,7 +25,7 @@ _START_OF_A_FURTHER_LINE = re.compile(r"\n(?=[^ \t\n])")
 
 
 def visible(text: object) -> str:
-    """The text with what cannot be seen made visible; line breaks and tabs stay."""
+    """The text with its invisible characters shown; line breaks and tabs stay."""
     return _UNSEEN.sub(_shown, str(text))
 
 

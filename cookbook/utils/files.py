@@ -1,6 +1,6 @@
 """How this project writes and removes files: whole or not at all, and through no link.
 
-A folder that somebody else filled may hold links to the user's own files. So a file is written under a name
+A folder from elsewhere may hold links to the user's own files. So a file is written under a name
 that cannot be predicted, created exclusively, and renamed over its target, which replaces a link and never
 follows it. Files that are appended to and locks are opened only where they are regular files of one name.
 Removing a link removes the link. The path that the user names may itself be a link; what lies in the folder
@@ -53,7 +53,7 @@ _SECONDS_OF_OTHER_MACHINES = 24 * 3600
 def write(path: Path, content: bytes | str) -> None:
     """Replaces a file, or a link, by one with this content. A reader sees the old file or the new one.
 
-    Text is written in UTF-8; halves of characters, as in a file name that is no UTF-8, as `\\udc80`.
+    Text is written in UTF-8; halves of characters, as in a file name that is not UTF-8, as `\\udc80`.
     """
     with replacing(path) as file:
         file.write(content if isinstance(content, bytes) else content.encode(errors="backslashreplace"))
@@ -108,7 +108,7 @@ def copy(path: Path, new: Path) -> None:
 def appending(path: Path) -> IO[bytes]:
     """A file opened to be appended to, created where there is none.
 
-    Raises FileError for a link, for a file with a second name, and for what is no file.
+    Raises FileError for a link, for a file with a second name, and for what is not a file.
     """
     return os.fdopen(_open_own(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, is_changed=True), "ab")
 
@@ -147,7 +147,7 @@ def reading(path: Path) -> IO[bytes]:
 
 
 def _open_own(path: Path, flags: int, is_changed: bool) -> int:
-    """Opens a regular file that is no link; one that `is_changed` has no other name either."""
+    """Opens a regular file that is not a link; one that `is_changed` has no other name either."""
     with contextlib.suppress(FileNotFoundError):
         _check_own(path, path.lstat(), is_changed)
     descriptor = _open(path, flags)

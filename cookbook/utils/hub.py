@@ -1,4 +1,4 @@
-"""Whether the Hugging Face hub can be reached, found out in seconds."""
+"""Whether the Hugging Face hub can be reached, within seconds."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ TIMEOUT_SECONDS = 5.0
 def why_unreachable() -> str | None:
     """The reason that the hub cannot be reached, or None where it can.
 
-    The hub's own client retries for half a minute before it says so. Behind a proxy only that
+    The hub's own client retries for half a minute before it fails. Behind a proxy only that
     client can tell, so there the answer is None.
     """
     from huggingface_hub import constants

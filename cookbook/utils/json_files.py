@@ -1,4 +1,4 @@
-"""JSON that somebody else may have written: read whole, and of the types that are expected.
+"""JSON that may come from elsewhere: read whole, and checked against the expected types.
 
 What is not so raises an error that names the file, the key, what was found and what was expected. A type is
 a Python type hint: int is a whole number of 64 bits and no bool, float a finite number, a dataclass an object
@@ -235,7 +235,7 @@ def _problem_of_record(value: Mapping[str, Any], kind: Any, key: str) -> str | N
     if missing := [name for name in needed if name not in value]:
         return f"it lacks `{_join(key, missing[0])}`, {_words(hints[missing[0]])}"
     if unknown := [name for name in value if name not in hints]:
-        return f"`{_join(key, unknown[0])}` is no key of it.{did_you_mean(unknown[0], list(hints))}".rstrip(
+        return f"`{_join(key, unknown[0])}` is an unknown key.{did_you_mean(unknown[0], list(hints))}".rstrip(
             "."
         )
     below = (_problem(item, hints[name], _join(key, name)) for name, item in value.items())

@@ -19,7 +19,7 @@ REPAIR = "Remove that line and those after it; a resumed run measures them again
 def read(path: Path, shape: Mapping[str, Any] | None = None, rest: Any = Any) -> list[dict[str, Any]]:
     """The rows of a file this program wrote; none where there is no file.
 
-    Rows are appended whole, so only the last line can be torn; it is left out. Each is an object with the
+    Rows are appended whole, so only the last line can be torn; it is skipped. Each is an object with the
     keys and types of `shape`, and `rest` under every other key (see `json_files`).
     """
     if not path.exists():
@@ -90,7 +90,7 @@ class Lines(NamedTuple):
 
 
 class Follower:
-    """The whole lines of a file that somebody else writes, each of them once.
+    """The complete lines of a file that another process writes, each of them once.
 
     Such a file grows at its end, or is replaced: by another of its name, or in place by a shorter one or one
     that differs. Then all of it is read again. A line without its end is read when it has one.
@@ -176,5 +176,5 @@ def rewrite(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 
 def _line(row: Mapping[str, Any]) -> bytes:
-    """JSON in UTF-8. Halves of characters, as in a file name that is no UTF-8, are written as `\\udc80`."""
+    """JSON in UTF-8. Halves of characters, as in a file name that is not UTF-8, are written as `\\udc80`."""
     return (json.dumps(row, ensure_ascii=False) + "\n").encode(errors="backslashreplace")

@@ -1,4 +1,4 @@
-"""Lines of a file that somebody else wrote: one that is too long for the memory is not read to its end."""
+"""Lines of an untrusted file: one that is too long for the memory is not read to its end."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The one place that loads what somebody published: configs, tokenizers and models, from a folder or the hub.
+"""The one place that loads published configs, tokenizers and models, from a folder or the hub.
 
 All of it is only data. Code that comes with a model is never imported, and the user is not asked about it.
 Weights are read from safetensors: a pickle can run code, and is refused with the way to convert it. A config
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 _NO_CODE: dict[str, Any] = {"trust_remote_code": False}
-"""Not left out: transformers would ask at standard input."""
+"""Passed explicitly: without it transformers would ask at standard input."""
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 MAX_SIZE = 2**24
@@ -146,10 +146,10 @@ def _pickled(model: str, found: str) -> str:
 
 
 def _check_sizes_of_weights(folder: Path, config: PretrainedConfig) -> None:
-    """transformers makes room for every weight of another shape than in the files, and says so afterwards."""
+    """transformers allocates every weight of another shape than in the files, and reports it afterwards."""
     files = list(folder.glob("*.safetensors"))
     if not files:
-        return  # transformers says so
+        return  # transformers reports it
     num_bytes = sum(path.stat().st_size for path in files)
     num_weights = sum(math.prod(weight.shape) for weight in empty_causal_lm(config).parameters())
     if num_weights > _MOST_WEIGHTS_PER_BYTE * num_bytes:

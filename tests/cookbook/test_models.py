@@ -55,7 +55,7 @@ def test_a_file_and_a_folder_without_a_config_are_no_models(tmp_path: Path) -> N
     (tmp_path / "file").write_text("", encoding="utf-8")
     with pytest.raises(ModelError, match="neither a folder on this machine nor a hub id"):
         models.model_location(str(tmp_path / "file"))
-    with pytest.raises(ModelError, match=r"is no model folder: it has no config\.json"):
+    with pytest.raises(ModelError, match=r"is not a model folder: it has no config\.json"):
         models.model_location(str(tmp_path))
 
 

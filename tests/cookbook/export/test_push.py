@@ -191,7 +191,7 @@ def test_nobody_logged_in_is_told_before_any_work(
 ) -> None:
     monkeypatch.delenv("HF_TOKEN")
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
-    with pytest.raises(CheckpointError, match="nobody is logged in. Run `hf auth login`"):
+    with pytest.raises(CheckpointError, match="not logged in. Run `hf auth login`"):
         check_access("owner/parrot")
 
 

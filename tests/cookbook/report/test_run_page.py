@@ -402,7 +402,7 @@ def test_values_that_are_no_numbers_are_left_out_and_counted(make_run: MakeRun, 
     browser.open(write_report(run))
     assert browser.errors == []
     assert len(browser.evaluate(CURVES_OF)["test/exact_match: test/exact_match"]) == 4
-    assert "1 values that are no numbers are left out" in browser.evaluate("document.body.innerText")
+    assert "1 values that are not numbers are not drawn" in browser.evaluate("document.body.innerText")
 
 
 def test_what_is_no_run_is_said(tmp_path: Path, make_run: MakeRun) -> None:

@@ -227,7 +227,7 @@ def write_records(folder: Path, *records: object) -> None:
         ({"metric": "test/nll", "value": "low"}, '`value` is "low", expected a number'),
         ({"metric": "test/nll"}, "`metric` and `value` go together"),
         ({"is_extra": "yes"}, '`is_extra` is "yes", expected true or false'),
-        ({"owner": "me"}, "`owner` is no key of it"),
+        ({"owner": "me"}, "`owner` is an unknown key"),
     ],
 )
 def test_a_record_that_is_no_checkpoint_of_the_run_is_refused_with_its_line_and_value(

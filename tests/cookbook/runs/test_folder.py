@@ -81,7 +81,7 @@ def test_ask_without_a_terminal_says_what_to_say_instead(
     with RunFolder(str(tmp_path), CONFIG, "resume"):
         take_a_step(tmp_path)
     monkeypatch.setattr("sys.stdin", io.StringIO("r\n"))
-    with pytest.raises(ConfigError, match="standard input is no terminal"):
+    with pytest.raises(ConfigError, match="standard input is not a terminal"):
         RunFolder(str(tmp_path), CONFIG, "ask")
 
 
