@@ -215,7 +215,7 @@ def test_every_shipped_sweep_can_be_planned(path: Path, tmp_path: Path, tiny_qwe
         ("runs: {prompts: [a, b]}", ["lora_rank=8"], "Nothing is varied"),
         ("gpus_per_run: 1.5", [], "Invalid gpus_per_run=1.5: a run takes a part of one GPU"),
         ("cpus_per_run: 0", [], "Invalid cpus_per_run=0: must be > 0"),
-        ("num_samples: 0", [], "It must be at least 1"),
+        ("num_samples: 0", [], "Invalid num_samples=0: must be >= 1"),
         ("mode: less", [], "Invalid mode=less: it takes one of min, max."),
     ],
 )
