@@ -87,7 +87,7 @@ async def run(config: ChatConfig) -> None:
 
 def _speakers(config: ChatConfig, service: ServiceClient) -> tuple[str, list[Speaker]]:
     """The title of the conversation, and the models that answer."""
-    from cookbook.runs.find import find_source
+    from cookbook.runs.find import find_trained_model
 
     if config.checkpoint is None:
         assert config.model_name is not None
@@ -95,7 +95,7 @@ def _speakers(config: ChatConfig, service: ServiceClient) -> tuple[str, list[Spe
         clients = {"model": service.create_sampling_client(base_model=base_model)}
         recorded: Mapping[str, str] = {}
     else:
-        source = find_source(config.checkpoint, config.which, config.model_name)
+        source = find_trained_model(config.checkpoint, config.which, config.model_name)
         base_model, recorded = source.origin, source.info.user_metadata or {}
         title = f"{base_model}, as trained in {source.folder}"
         clients = {}

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from cookbook import models
 from cookbook.errors import ConfigError, RendererError
-from cookbook.runs.find import Source
+from cookbook.runs.find import TrainedModel
 from cookbook.utils import files
 from renderers import Message, Renderer, get_renderer
 from renderers.jinja.sandbox import compiled
@@ -120,7 +120,7 @@ class ChatFormat:
         files.write(path, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
 
 
-def find_chat_format(source: Source, chat_template: str | None = None) -> ChatFormat:
+def find_chat_format(source: TrainedModel, chat_template: str | None = None) -> ChatFormat:
     """The format that was recorded with a checkpoint; without a record, the one that suits its model.
 
     `chat_template` is a file to take instead of what is found; it is compared all the same.

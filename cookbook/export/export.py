@@ -15,7 +15,7 @@ from cookbook.export.chat_format import ChatFormat, find_chat_format
 from cookbook.export.config import ExportConfig
 from cookbook.export.formats import WRITERS, Export
 from cookbook.export.model_card import write_model_card
-from cookbook.runs.find import Source, find_source
+from cookbook.runs.find import TrainedModel, find_trained_model
 from cookbook.utils import files
 from cookbook.utils.consoles import make_console, plain, plain_line
 
@@ -36,7 +36,7 @@ async def main(config: ExportConfig) -> str:
         _check_empty(folder, config.overwrite)
     if repository is not None:
         push.check_access(repository)
-    source = find_source(config.checkpoint, config.which, config.base_model)
+    source = find_trained_model(config.checkpoint, config.which, config.base_model)
     chat_format = find_chat_format(source, config.chat_template)
     with _finished_folder(folder) as written:
         lines = _write(config, source, chat_format, written, folder or Path("."), repository)
@@ -55,7 +55,7 @@ async def main(config: ExportConfig) -> str:
 
 def _write(
     config: ExportConfig,
-    source: Source,
+    source: TrainedModel,
     chat_format: ChatFormat,
     folder: Path,
     shown: Path,
@@ -82,7 +82,7 @@ def _write(
     return lines
 
 
-def _message(config: ExportConfig, source: Source) -> str:
+def _message(config: ExportConfig, source: TrainedModel) -> str:
     return config.commit_message or f"{config.format} of {config.name or source.name}"
 
 

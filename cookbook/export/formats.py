@@ -19,7 +19,7 @@ from cookbook.export.config import ExportConfig
 from cookbook.export.merge import base_model_folder, merged_weights, read_adapter, tied_weights
 from cookbook.export.merged_folder import Merged, write_merged
 from cookbook.export.model_card import Usage, fenced, python_usage
-from cookbook.runs.find import Source, path_elsewhere, public_name
+from cookbook.runs.find import TrainedModel, path_elsewhere, public_name
 from cookbook.utils import files
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ class Export:
     """One export: what is exported, as what, into which folder, and how that folder is shown and named."""
 
     config: ExportConfig
-    source: Source
+    source: TrainedModel
     chat_format: ChatFormat
     folder: Path
     """Where it is written, until it is complete."""
@@ -224,7 +224,7 @@ def _write_gguf_adapter(export: Export) -> str:
     return path.name
 
 
-def _quantization_note(source: Source) -> list[str]:
+def _quantization_note(source: TrainedModel) -> list[str]:
     if not source.trained_in_4_bits:
         return []
     return [

@@ -24,7 +24,7 @@ from cookbook.engine import checkpoint
 from cookbook.engine.model import peft_settings
 from cookbook.engine.model.peft_settings import TENSOR
 from cookbook.errors import CheckpointError, ModelError
-from cookbook.runs.find import Source
+from cookbook.runs.find import TrainedModel
 from cookbook.utils import json_files, pretrained
 from cookbook.utils.json_files import Origin
 
@@ -52,7 +52,7 @@ class LowRank:
         return torch.addmm(weight_OI.float(), self.b_OR.float(), self.a_RI.float(), alpha=self.scaling)
 
 
-def read_adapter(source: Source) -> dict[str, LowRank]:
+def read_adapter(source: TrainedModel) -> dict[str, LowRank]:
     """By the name of the module that it is on; nothing of a full fine-tune.
 
     Raises CheckpointError for files that are damaged, or that hold more than LoRA on linear layers.
@@ -128,7 +128,7 @@ class MergedWeights:
         return self._open_files[path]
 
 
-def merged_weights(source: Source, base_folder: Path) -> MergedWeights | None:
+def merged_weights(source: TrainedModel, base_folder: Path) -> MergedWeights | None:
     """Reads through the files of a base model; None where their names are not those of its modules.
 
     transformers renames the weights of some architectures while it loads them, and reads files that
@@ -201,7 +201,7 @@ def tied_weights(folder: Path) -> tuple[str | None, str | None]:
     return f"{names[id(head)]}.weight", f"{names[id(embeddings)]}.weight"
 
 
-def base_model_folder(source: Source) -> Path:
+def base_model_folder(source: TrainedModel) -> Path:
     """The folder of the base model's own files, fetched from the hub if need be.
 
     Raises ModelError where it is not to be had, or where its weights are stored quantized.

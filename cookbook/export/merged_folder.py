@@ -24,7 +24,7 @@ from cookbook.export.merge import (
     read_adapter,
     tied_weights,
 )
-from cookbook.runs.find import Source
+from cookbook.runs.find import TrainedModel
 from cookbook.utils import files, json_files
 from cookbook.utils.json_files import Origin
 
@@ -42,7 +42,7 @@ class Merged:
 
 
 def write_merged(
-    source: Source, chat_format: ChatFormat, folder: Path, dtype: Dtype, max_shard_size: str
+    source: TrainedModel, chat_format: ChatFormat, folder: Path, dtype: Dtype, max_shard_size: str
 ) -> Merged:
     """Fills a folder that plain transformers loads, with the logits of base model and adapter.
 
@@ -99,7 +99,7 @@ def _output_dtype(weights: MergedWeights, name: str, dtype: torch.dtype | None) 
 
 
 def _write_whole_model(
-    source: Source, base_folder: Path, folder: Path, dtype: torch.dtype | None, max_shard_size: str
+    source: TrainedModel, base_folder: Path, folder: Path, dtype: torch.dtype | None, max_shard_size: str
 ) -> Merged:
     """Merges in memory, and lets transformers give the weights the names that its files have."""
     stored: Any = models.load_config(str(base_folder)).dtype or torch.float32

@@ -19,7 +19,7 @@ from cookbook import embedded
 from cookbook.data.sources import KNOWN_DATASETS
 from cookbook.export.chat_format import ChatFormat
 from cookbook.runs import curves
-from cookbook.runs.find import Source, is_on_hub, path_elsewhere, public_name
+from cookbook.runs.find import TrainedModel, is_on_hub, path_elsewhere, public_name
 from cookbook.runs.settings import texts_of
 from cookbook.runs.summary import number, outcomes_of
 from cookbook.utils import files
@@ -47,7 +47,9 @@ class Usage:
     notes: Sequence[str] = ()
 
 
-def write_model_card(source: Source, chat_format: ChatFormat, usage: Usage, name: str, folder: Path) -> None:
+def write_model_card(
+    source: TrainedModel, chat_format: ChatFormat, usage: Usage, name: str, folder: Path
+) -> None:
     """Writes README.md, and the picture of the run's curves where there is a run."""
     has_curves = source.run is not None and curves.draw(source.run.metrics, folder / CURVES_FILE) is not None
     parts = [
@@ -85,7 +87,9 @@ def _code(text: str) -> str:
     return f"`{text}`" if text and text == visible_line(text) and "`" not in text else _text(text)
 
 
-def python_usage(source: Source, chat_format: ChatFormat, repository: str | None, is_adapter: bool) -> str:
+def python_usage(
+    source: TrainedModel, chat_format: ChatFormat, repository: str | None, is_adapter: bool
+) -> str:
     """A program that talks to the model, from the folder it lies in or from the hub."""
     where = f'"{repository}"' if repository else '"."  # the folder that this file lies in'
     load = "model = AutoModelForCausalLM.from_pretrained(path)"
@@ -120,7 +124,7 @@ def python_usage(source: Source, chat_format: ChatFormat, repository: str | None
     )
 
 
-def _front_matter(source: Source, usage: Usage, name: str) -> str:
+def _front_matter(source: TrainedModel, usage: Usage, name: str) -> str:
     facts: dict[str, Any] = {
         "model_name": name,
         "library_name": usage.library,
@@ -135,7 +139,7 @@ def _front_matter(source: Source, usage: Usage, name: str) -> str:
     return f"---\n{ModelCardData(**facts).to_yaml()}\n---"
 
 
-def _introduction(source: Source, usage: Usage) -> str:
+def _introduction(source: TrainedModel, usage: Usage) -> str:
     origin = _text(public_name(source.origin))
     if origin == embedded.MODEL_NAME:
         origin = f"{origin}, the model that comes with sft-cookbook"
@@ -157,7 +161,7 @@ def _introduction(source: Source, usage: Usage) -> str:
     return f"{usage.kind[0].upper()}{usage.kind[1:]}: {origin}, fine-tuned with {how}.{steps}{quantized}"
 
 
-def _results(source: Source) -> str:
+def _results(source: TrainedModel) -> str:
     if source.run is None or not (outcomes := outcomes_of(source.run)):
         return ""
     rows = [
@@ -169,7 +173,7 @@ def _results(source: Source) -> str:
     return f"## Results\n\nOf the whole run. Losses (`nll`) are nats per trained token.\n\n{table}"
 
 
-def _data(source: Source) -> str:
+def _data(source: TrainedModel) -> str:
     sources = source.run.data.get("sources", []) if source.run else []
     if not sources:
         return ""
@@ -184,7 +188,7 @@ def _data(source: Source) -> str:
     return "## Data\n\n" + _table(["source", *(key.replace("_", " ") for key in columns)], rows)
 
 
-def _settings(source: Source) -> str:
+def _settings(source: TrainedModel) -> str:
     settings = texts_of(source.run.config) if source.run else {}
     rows = [
         [_code(key.rsplit(".", 1)[-1]), _text(settings[key])]
@@ -194,7 +198,7 @@ def _settings(source: Source) -> str:
     return "## Training\n\n" + _table(["setting", "value"], rows) if rows else ""
 
 
-def _chat_format(chat_format: ChatFormat, source: Source) -> str:
+def _chat_format(chat_format: ChatFormat, source: TrainedModel) -> str:
     ends = ", ".join(_code(json.dumps(stop, ensure_ascii=False)) for stop in chat_format.stop_texts)
     text = (
         f"## Chat format\n\nTrained with the renderer `{chat_format.renderer.name}` of sft-cookbook, which "
@@ -218,7 +222,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _hub_datasets(source: Source) -> list[str]:
+def _hub_datasets(source: TrainedModel) -> list[str]:
     builder = source.run.config.get("dataset_builder") if source.run else None
     named = builder.get("dataset") or [] if isinstance(builder, Mapping) else []
     specs = named if isinstance(named, list) else [named]

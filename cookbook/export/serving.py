@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Sequence
 
 from cookbook.export.chat_format import ChatFormat
-from cookbook.runs.find import Source
+from cookbook.runs.find import TrainedModel
 
 _VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """The values that vLLM's --max-lora-rank takes."""
@@ -35,7 +35,7 @@ def vllm_merged(folder: str) -> str:
     return command(["vllm", "serve", folder, "--chat-template", f"{folder}/chat_template.jinja"])
 
 
-def vllm_adapter(source: Source, base: str, folder: str, name: str) -> str | None:
+def vllm_adapter(source: TrainedModel, base: str, folder: str, name: str) -> str | None:
     """None for a rank that vLLM does not serve."""
     rank = source.info.lora.rank
     served = next((limit for limit in _VLLM_RANKS if limit >= rank), None)
@@ -49,7 +49,7 @@ def vllm_adapter(source: Source, base: str, folder: str, name: str) -> str | Non
     )
 
 
-def vllm_notes(source: Source, chat_format: ChatFormat, is_adapter: bool) -> list[str]:
+def vllm_notes(source: TrainedModel, chat_format: ChatFormat, is_adapter: bool) -> list[str]:
     """What a user of vLLM would otherwise find out by an error, or by replies that do not end."""
     notes = []
     if is_adapter and source.info.lora.rank > _VLLM_RANKS[-1]:

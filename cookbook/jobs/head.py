@@ -31,7 +31,7 @@ NO_TIMEOUT_SECONDS = 10 * 365 * 24 * 3600
 
 
 @dataclass(frozen=True)
-class Head:
+class RayHead:
     address: str
     """The address of its dashboard, which takes the jobs."""
     pid: Positive
@@ -47,18 +47,18 @@ class Head:
         return True
 
 
-def find_head() -> Head | None:
+def find_head() -> RayHead | None:
     """The head that runs on this machine; None where there is none."""
     note = _note()
     if not note.exists():
         return None
     repair = "Remove it, and end the Ray head that it named by hand if one still runs."
     values = json_files.read_object(note, ClusterError, repair)
-    head = json_files.record_of(Head, values, Origin(str(note), ClusterError, repair))
+    head = json_files.record_of(RayHead, values, Origin(str(note), ClusterError, repair))
     return head if head.is_alive() else None
 
 
-def start_head() -> Head:
+def start_head() -> RayHead:
     """The head that runs on this machine, started where there is none. Raises ClusterError if it will not."""
     if (head := find_head()) is not None:
         return head
@@ -86,7 +86,7 @@ def start_head() -> Head:
                 clusters.NO_CLUSTER: "0",
             },
         )
-    head = Head(f"http://{LOOPBACK}:{options['dashboard-port']}", process.pid, str(folder))
+    head = RayHead(f"http://{LOOPBACK}:{options['dashboard-port']}", process.pid, str(folder))
     _wait_until_it_takes_jobs(head, process, log)
     note = _note()
     files.make_folder(note.parent, may_be_link=True)
@@ -105,7 +105,7 @@ PORTS = (
 )
 
 
-def end_head(head: Head) -> None:
+def end_head(head: RayHead) -> None:
     """Ends the head and all its processes, whatever runs there. Raises ClusterError if it will not end."""
     with contextlib.suppress(ProcessLookupError):
         os.kill(head.pid, signal.SIGTERM)
@@ -123,7 +123,7 @@ def end_head(head: Head) -> None:
     files.remove(_note())
 
 
-def _wait_until_it_takes_jobs(head: Head, process: subprocess.Popen[bytes], log: Path) -> None:
+def _wait_until_it_takes_jobs(head: RayHead, process: subprocess.Popen[bytes], log: Path) -> None:
     from cookbook.jobs.connection import connect
 
     deadline = time.monotonic() + START_SECONDS

@@ -20,7 +20,7 @@ import chz
 from cookbook.config import config_files
 from cookbook.errors import ClusterError
 from cookbook.jobs.connection import connect
-from cookbook.jobs.head import START_SECONDS, Head, end_head, find_head, start_head
+from cookbook.jobs.head import START_SECONDS, RayHead, end_head, find_head, start_head
 from cookbook.supervised.recipe import find_recipe
 from cookbook.utils import files, json_files
 from cookbook.utils.json_files import Origin
@@ -148,7 +148,7 @@ def retry(job_id: str, *, address: str | None = None) -> Job:
     return _submit(job.recipe, config, _address(address), gpus, cpus)
 
 
-def stop_head(head: Head) -> None:
+def stop_head(head: RayHead) -> None:
     """Ends the head and all its processes. Jobs that have not ended are cancelled first, so they save."""
     unfinished = [job for job in list_jobs(address=head.address) if not job.has_ended]
     for job in sorted(unfinished, key=lambda job: job.status == "RUNNING"):  # else a waiting one would start

@@ -29,7 +29,7 @@ NAMES = {"log_path", "wandb_name", "if_log_path_exists"}
 
 
 @dataclass(frozen=True)
-class Row:
+class RunRow:
     """A run in the table of runs."""
 
     name: str
@@ -137,9 +137,9 @@ def _best_first(runs: Mapping[str, Compared], metric: str) -> dict[str, Compared
     return dict(sorted(runs.items(), key=rank))
 
 
-def _row(index: int, name: str, run: Compared, metrics: Sequence[str], page: Path) -> Row:
+def _row(index: int, name: str, run: Compared, metrics: Sequence[str], page: Path) -> RunRow:
     report = run.record.folder / REPORT_FILE
-    return Row(
+    return RunRow(
         name=name,
         colour=f"c{index % panels.NUM_COLOURS}",
         dash=panels.dash(index),

@@ -1,4 +1,4 @@
-"""What is exported: a checkpoint, the base model under it, and the run it comes from."""
+"""Finds a checkpoint by its folder or that of its run, with its base model and the run."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ _EMBEDDED = embedded.MODEL_PATH.parts[-3:]
 
 
 @dataclass(frozen=True)
-class Source:
-    """A checkpoint to export.
+class TrainedModel:
+    """A checkpoint to export or to talk to, as a run, a checkpoint or an adapter folder holds it.
 
     `base_model` is the model that its adapter belongs to, as this machine names it; of a full fine-tune,
     the checkpoint itself. `step` counts the optimizer steps, where the run's folder records them.
@@ -52,7 +52,7 @@ class Source:
         return self.run is not None and self.run.config.get("quantization") is not None
 
 
-def find_source(path: str, which: Which | None = None, base_model: str | None = None) -> Source:
+def find_trained_model(path: str, which: Which | None = None, base_model: str | None = None) -> TrainedModel:
     """The checkpoint that a run's folder, a checkpoint's folder or a plain PEFT adapter holds.
 
     `which` of a run's checkpoints: the best or the last. Raises CheckpointError where there is none.
@@ -75,7 +75,7 @@ def find_source(path: str, which: Which | None = None, base_model: str | None = 
     base = str(folder) if info.lora.rank == 0 else _with_embedded_name(base_model or info.base_model)
     if base == "None":
         raise CheckpointError(f"{folder} does not name the base model of its adapter. Give base_model=.")
-    return Source(
+    return TrainedModel(
         folder,
         info,
         base,

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 
 from cookbook.errors import ConfigError
 from cookbook.export.chat_format import ChatFormat, chat_format_of, find_chat_format
-from cookbook.runs.find import find_source
+from cookbook.runs.find import find_trained_model
 from renderers import Message
 
 SYSTEM_PROMPT = 'Talk like a "pirate" {{ x }} {% y %}.\n\nUse \\n, \t and 🦜 — “rarely”.'
@@ -71,7 +71,7 @@ def test_a_template_that_asks_for_the_date_is_told_the_day_it_was_trained_with(
 
 
 def test_whoever_loads_the_tokenizer_renders_as_the_run_did(run: Path, tmp_path: Path) -> None:
-    chat_format = find_chat_format(find_source(str(run)))
+    chat_format = find_chat_format(find_trained_model(str(run)))
     chat_format.write_tokenizer(tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     assert chat_format.renderer.system_prompt

@@ -19,7 +19,7 @@ from cookbook.export import gguf_weights
 from cookbook.export.chat_format import chat_format_of, find_chat_format
 from cookbook.export.gguf_vocabulary import pre_tokenizer_name
 from cookbook.export.merge import base_model_folder, merged_weights, read_adapter
-from cookbook.runs.find import find_source
+from cookbook.runs.find import find_trained_model
 
 gguf = pytest.importorskip("gguf")
 
@@ -90,7 +90,7 @@ def written(
     folder = tmp_path_factory.mktemp(request.param)
     base = make_model_folder(folder / "base", **FAMILIES[request.param])
     adapted = make_adapted(base, folder / "adapter")
-    source = find_source(str(folder / "adapter"))
+    source = find_trained_model(str(folder / "adapter"))
     chat_format, config = find_chat_format(source), AutoConfig.from_pretrained(base)
     assert gguf_weights.why_not(config, chat_format.tokenizer) is None
     weights = merged_weights(source, base_model_folder(source))
@@ -188,7 +188,7 @@ def test_rows_beyond_the_tokens_are_unused(
 ) -> None:
     base = make_model_folder(tmp_path / "base", vocab_size=416)
     make_adapted(base, tmp_path / "adapter")
-    source = find_source(str(tmp_path / "adapter"))
+    source = find_trained_model(str(tmp_path / "adapter"))
     weights = merged_weights(source, base)
     config = AutoConfig.from_pretrained(base)
     gguf_weights.write_model(weights, config, find_chat_format(source), tmp_path / "x.gguf", "auto", "x")
@@ -213,7 +213,7 @@ def test_an_adapter_is_written_for_the_base_as_llama_cpp_has_it(
 ) -> None:
     base = make_model_folder(tmp_path / "base", "llama", tie_word_embeddings=False)
     adapted = make_adapted(base, tmp_path / "adapter")
-    source = find_source(str(tmp_path / "adapter"))
+    source = find_trained_model(str(tmp_path / "adapter"))
     config, adapter = AutoConfig.from_pretrained(base), read_adapter(source)
     gguf_weights.write_adapter(adapter, config, tmp_path / "adapter.gguf", source.info.lora.alpha, "tuned")
     reader = gguf.GGUFReader(tmp_path / "adapter.gguf")

@@ -16,7 +16,7 @@ from cookbook import ModelInput, ServiceClient
 from cookbook.errors import CheckpointError, ModelError
 from cookbook.export.chat_format import find_chat_format
 from cookbook.export.merged_folder import Merged, write_merged
-from cookbook.runs.find import find_source
+from cookbook.runs.find import find_trained_model
 
 TOKENS = torch.arange(3, 60)[None]
 END = torch.tensor([2])
@@ -37,7 +37,7 @@ def logits_of(model: Any) -> torch.Tensor:
 
 
 def merge(checkpoint: Path | str, folder: Path, dtype: Any = "auto", size: str = "4GB") -> Merged:
-    source = find_source(str(checkpoint))
+    source = find_trained_model(str(checkpoint))
     folder.mkdir()
     return write_merged(source, find_chat_format(source), folder, dtype, size)
 
@@ -218,7 +218,7 @@ def test_an_adapter_of_another_model_is_refused(
 ) -> None:
     make_adapted(make_model_folder(tmp_path / "base"), tmp_path / "adapter")
     other = make_model_folder(tmp_path / "other", hidden_size=48, head_dim=12)
-    source = find_source(str(tmp_path / "adapter"), base_model=str(other))
+    source = find_trained_model(str(tmp_path / "adapter"), base_model=str(other))
     (tmp_path / "merged").mkdir()
     with pytest.raises(CheckpointError, match="does not fit its base model"):
         write_merged(source, find_chat_format(source), tmp_path / "merged", "auto", "4GB")

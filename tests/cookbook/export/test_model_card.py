@@ -24,7 +24,7 @@ from cookbook.export.chat_format import find_chat_format
 from cookbook.export.config import ExportConfig
 from cookbook.export.export import main
 from cookbook.export.model_card import Usage, write_model_card
-from cookbook.runs.find import find_source
+from cookbook.runs.find import find_trained_model
 
 SECRET = "hf_secretsecret"
 
@@ -87,7 +87,7 @@ def test_the_hub_reads_what_it_is(run: Path, tmp_path: Path) -> None:
 
 
 def test_a_base_model_and_data_of_the_hub_are_named(run: Path) -> None:
-    source = find_source(str(run))
+    source = find_trained_model(str(run))
     assert source.run is not None
     chat_format = find_chat_format(source)
     builder = {
@@ -174,7 +174,9 @@ def test_an_exported_adapter_is_one_for_plain_peft_and_for_this_project(run: Pat
         expected = client.compute_logprobs(ModelInput.from_ints(tokens)).result()[1:]
         torch.testing.assert_close(found, torch.tensor(expected), rtol=1e-4, atol=1e-5)
     service.close()
-    assert find_source(str(folder)).info.user_metadata == find_source(str(run)).info.user_metadata
+    assert (
+        find_trained_model(str(folder)).info.user_metadata == find_trained_model(str(run)).info.user_metadata
+    )
 
 
 def test_names_and_texts_of_others_are_text_on_the_card(run: Path, tmp_path: Path) -> None:
@@ -189,7 +191,7 @@ def test_names_and_texts_of_others_are_text_on_the_card(run: Path, tmp_path: Pat
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     lines = [json.dumps({**row, "made/` | Official <img src=x>": 1.0}) for row in rows]
     (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    source = find_source(str(folder))
+    source = find_trained_model(str(folder))
     usage = Usage("cat <<end\n```\n# not a title\nend", "bash", None, "it")
     write_model_card(source, find_chat_format(source), usage, evil, tmp_path)
     card = (tmp_path / "README.md").read_text(encoding="utf-8")

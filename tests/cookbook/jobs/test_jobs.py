@@ -44,7 +44,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.fixture(scope="module")
-def head(home: Path, one_ray_at_a_time: None) -> Iterator[jobs.Head]:
+def head(home: Path, one_ray_at_a_time: None) -> Iterator[jobs.RayHead]:
     head = jobs.start_head()
     yield head
     jobs.stop_head(head)
@@ -177,7 +177,7 @@ class Cancelled:
 
 
 @pytest.fixture(scope="module")
-def cancelled(head: jobs.Head, tmp_path_factory: pytest.TempPathFactory) -> Cancelled:
+def cancelled(head: jobs.RayHead, tmp_path_factory: pytest.TempPathFactory) -> Cancelled:
     folder = tmp_path_factory.mktemp("runs")
     job = jobs.submit("sft", [*KEYS, f"log_path={folder / 'run'}", "if_log_path_exists=delete"])
     waiting = jobs.submit("sft", [*KEYS, f"log_path={folder / 'waiting'}"])
@@ -196,7 +196,7 @@ def cancelled(head: jobs.Head, tmp_path_factory: pytest.TempPathFactory) -> Canc
 
 
 def test_a_head_listens_on_this_machine_alone_and_asks_for_a_token(
-    head: jobs.Head, cancelled: Cancelled, listeners: Callable[[int], dict[tuple[str, int], str]]
+    head: jobs.RayHead, cancelled: Cancelled, listeners: Callable[[int], dict[tuple[str, int], str]]
 ) -> None:
     found = listeners(head.pid)
     for part in (
@@ -213,7 +213,7 @@ def test_a_head_listens_on_this_machine_alone_and_asks_for_a_token(
         urllib.request.urlopen(f"{head.address}/api/jobs/")
 
 
-def test_other_users_cannot_enter_the_folder_of_a_head_or_read_its_token(head: jobs.Head) -> None:
+def test_other_users_cannot_enter_the_folder_of_a_head_or_read_its_token(head: jobs.RayHead) -> None:
     token = Path(os.environ["RAY_AUTH_TOKEN_PATH"])
     modes = [stat.S_IMODE(path.stat().st_mode) for path in (Path(head.folder), token.parent, token)]
     assert modes == [0o700, 0o700, 0o600]
@@ -260,7 +260,7 @@ def test_a_retry_ends_as_if_nothing_had_been(cancelled: Cancelled, tmp_path: Pat
     assert {**recorded, "if_log_path_exists": "delete"} == cancelled.job.config
 
 
-def test_a_job_that_fails_says_so_by_its_exit_code(head: jobs.Head, tmp_path: Path) -> None:
+def test_a_job_that_fails_says_so_by_its_exit_code(head: jobs.RayHead, tmp_path: Path) -> None:
     done = command("submit", "sft", "dataset=missing.jsonl", "log_path=bad", "--wait", cwd=tmp_path)
     assert done.returncode == 1
     assert "Dataset file missing.jsonl does not exist" in done.stdout
