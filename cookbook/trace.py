@@ -26,7 +26,7 @@ TRACKS: dict[Track, str] = {
     "engine": "engine thread",
     "device": "device",
 }
-"""Each one's name in the trace. Spans of one track lie beside or in one another."""
+"""The names of the tracks in the trace. Spans of one track are disjoint or nested."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Span:
     start: float
     end: float
     step: int | None = None
-    """The step it is for; what is done to the state after k steps is of step k."""
+    """The step that it belongs to; what is done to the state after k steps belongs to step k."""
 
     @property
     def seconds(self) -> float:
@@ -45,7 +45,7 @@ class Span:
 
 @dataclass(frozen=True)
 class _Later:
-    """A span whose times are known when the device is done with it."""
+    """A span whose times are known once the device has run it."""
 
     track: Track
     name: str
@@ -59,7 +59,7 @@ class Recorder:
 
     def __init__(self) -> None:
         self.step: int | None = None
-        """What is queued on the engine now is for this step."""
+        """The step that the requests queued on the engine now belong to."""
         self._spans: deque[Span | _Later] = deque()
 
     def add(self, track: Track, name: str, start: float, end: float, step: int | None) -> None:

@@ -1,4 +1,4 @@
-"""Which way a metric is better, by its name."""
+"""Whether lower or higher values of a metric are better, by its name."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ HIGHER_IS_BETTER = {
     "accuracy", "acc", "match", "correct", "f1", "precision", "recall", "score", "reward", "bleu", "rouge",
     "chrf", "pass", "win", "mcc",
 }  # fmt: skip
-"""Words of a metric's path that tell which way is better. The last such word counts."""
+"""Words of a metric's path that imply the better direction. The last such word counts."""
 
 METRIC_PATTERNS = [
     "test/nll",
@@ -43,7 +43,7 @@ METRIC_PATTERNS = [
 
 
 def direction(metric: str, mode: BestMode) -> Literal["min", "max"]:
-    """Raises ConfigError where `auto` cannot tell from the metric's name."""
+    """The better direction of a metric. Raises ConfigError where `auto` cannot infer it from the name."""
     if mode != "auto":
         return mode
     for word in reversed(re.findall(r"[a-z]+1?", metric.lower())):
@@ -54,5 +54,5 @@ def direction(metric: str, mode: BestMode) -> Literal["min", "max"]:
     hint = did_you_mean(metric, METRIC_PATTERNS)
     raise ConfigError(
         f"best_metric={metric}: its name does not say whether lower or higher is better.{hint} "
-        f"Say best_mode=min or best_mode=max."
+        f"Give best_mode=min or best_mode=max."
     )

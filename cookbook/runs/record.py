@@ -1,4 +1,4 @@
-"""What a run left in its folder, read for a report."""
+"""Everything that a run wrote into its folder, read for a report."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def is_eval(metric: str) -> bool:
 
 
 def read_run(folder: str | Path, metrics: MetricsReader | None = None, with_tables: bool = True) -> RunRecord:
-    """Everything there is to show of a run, in progress or over. Raises ConfigError where there is none.
+    """Reads a run, in progress or over. Raises ConfigError for a folder that is not the folder of a run.
 
     `metrics` is a reader of that run's, which has read some of them before. Tables may be left unread.
     """
@@ -133,5 +133,5 @@ def _read_data(path: Path) -> dict[str, Any]:
             histogram = source.get("length_histogram") or {}
             edges, counts = histogram.get("edges", []), histogram.get("counts", [])
             if len(edges) != len(counts) + bool(counts):
-                below.refuse("`length_histogram` has not one edge more than counts")
+                below.refuse("`length_histogram` must have one edge more than counts")
     return {key: value for key, value in values.items() if value is not None}

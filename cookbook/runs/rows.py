@@ -10,11 +10,11 @@ from cookbook.utils import jsonl
 from cookbook.utils.json_files import Count, Measured
 
 OF_EVERY_STEP = ("epoch", "train", "optim", "data", "perf")
-"""What the paths of metrics begin with that no evaluator measured."""
+"""The first parts of the paths of metrics that the loop logs at every step; evaluators have others."""
 
 METRICS_SHAPE: Mapping[str, Any] = {"step": Count}
 METRICS_VALUE: Any = Measured | bool
-"""Beside the step a row of metrics.jsonl has numbers alone, which may be nan or infinite."""
+"""All values of a row of metrics.jsonl but the step: numbers, which may be nan or infinite."""
 TABLES_SHAPE: Mapping[str, Any] = {"step": Count, "table": str, "row": Mapping[str, Any]}
 CHANGES_SHAPE: Mapping[str, Any] = {
     "step": Count,

@@ -1,4 +1,4 @@
-"""A config to look at: what was set first, what was left alone after it."""
+"""The settings of a recorded config as text, each with whether it is the default."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def _text(value: Any) -> str:
 
 
 def _defaults(kind: str) -> dict[str, Any]:
-    """The defaults of a config class by field; {} for a class that cannot be looked at.
+    """The defaults of a config class by field; {} for a class that is not imported here.
 
     Only this project's modules are imported for it: a report runs no code that a config names.
     """

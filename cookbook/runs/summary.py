@@ -43,7 +43,7 @@ def outcome_of(metric: str, series: Series) -> Outcome:
 
 
 def better_of(metric: str) -> Literal["min", "max"] | None:
-    """Which way a metric is better, by its name."""
+    """The better direction of a metric, by its name; None where that is unknown."""
     try:
         return direction(metric, "auto")
     except ConfigError:
@@ -51,7 +51,7 @@ def better_of(metric: str) -> Literal["min", "max"] | None:
 
 
 def headline_metric(run: RunRecord) -> str | None:
-    """The metric that a run is judged by: the one it keeps its best checkpoint by, else a measured one."""
+    """The metric that a run is judged by: that of its best checkpoint, or else one that was measured."""
     wanted = [run.config.get("best_metric"), DEFAULT_METRIC, *run.evals, "train/nll"]
     return next((str(metric) for metric in wanted if metric in run.metrics), None)
 

@@ -86,13 +86,13 @@ def _start(ray: Any, **options: Any) -> None:
                 raise ClusterError(f"Ray cannot be started on this machine: {error}") from error
 
 
-def _resources_per_run(config: SweepConfig, of_cluster: dict[str, float]) -> dict[str, float]:
-    """Raises ClusterError for a run that no node could ever take: it would wait for ever."""
-    num_gpus = of_cluster.get("GPU", 0)
+def _resources_per_run(config: SweepConfig, cluster: dict[str, float]) -> dict[str, float]:
+    """Raises ClusterError for a run that no node could take: it would wait for ever."""
+    num_gpus = cluster.get("GPU", 0)
     gpus = min(1, num_gpus) if config.gpus_per_run is None else config.gpus_per_run
     for name, asked, there in (
         ("gpus", gpus, num_gpus),
-        ("cpus", config.cpus_per_run, of_cluster.get("CPU", 0)),
+        ("cpus", config.cpus_per_run, cluster.get("CPU", 0)),
     ):
         if asked > there:
             raise ClusterError(
@@ -110,7 +110,7 @@ def _tune(
 ) -> bool:
     from ray import tune
 
-    from cookbook.sweeps.trainable import RunTrainable, TellOfEnds
+    from cookbook.sweeps.trainable import ReportEnds, RunTrainable
 
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # `on_end` reports a run that fails
     tasks = [
@@ -136,7 +136,7 @@ def _tune(
                 name="sweep",
                 storage_path=str(storage),
                 verbose=0,
-                callbacks=[TellOfEnds(ends.report)],
+                callbacks=[ReportEnds(ends.report)],
             ),
         ).fit()
     ends.raise_failure()

@@ -29,7 +29,7 @@ ERROR_LINES = 4
 
 @dataclass(frozen=True)
 class Progress:
-    """What is known of a run: an evaluation of it, or that it ended."""
+    """The state of a run, with its last evaluation."""
 
     state: State
     step: int = 0
@@ -53,7 +53,7 @@ class RunProcess:
         is_over: bool = False,
         named: Sequence[str] = (),
     ) -> None:
-        """`named` are arguments with the classes of others that the sweep's own config names."""
+        """`named` are arguments with the classes outside of this project that the sweep names."""
         self._folder = folder
         self._metric = metric
         self._last = Progress("running", step=-1)
@@ -70,9 +70,9 @@ class RunProcess:
                 preexec_fn=_end_with_parent(),
             )
 
-    def next_progress(self, patience_seconds: float) -> Progress:
+    def next_progress(self, timeout_seconds: float) -> Progress:
         """The next evaluation or the end; what was reported last, where the timeout passes without either."""
-        deadline = time.monotonic() + patience_seconds
+        deadline = time.monotonic() + timeout_seconds
         while True:
             has_ended = self._process is None or self._process.poll() is not None
             if (new := self._new_value()) is not None:

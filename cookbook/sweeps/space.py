@@ -50,7 +50,7 @@ class Uniform:
 Axis = Choice | Uniform
 DISTRIBUTIONS = ("choice", "uniform", "loguniform")
 MAX_RUNS = 10_000
-"""More points are a mistake: each is a run, planned before the first one starts."""
+"""More points are probably a mistake: each is a run, planned before the first one starts."""
 
 
 def parse_axis(key: str, value: Any, kind: Any) -> Axis:
@@ -75,7 +75,7 @@ def parse_axis(key: str, value: Any, kind: Any) -> Axis:
 def parse_argument(key: str, text: str, kind: Any) -> Axis:
     r"""The axis that `key=a,b` stands for on the command line.
 
-    A comma parts alternatives, `\,` is a comma. Where the field itself takes a list, commas belong to
+    A comma separates alternatives, `\,` is a comma. Where the field itself takes a list, commas belong to
     its value: such a key is varied in a sweep file.
     """
     if takes_list(kind):
@@ -114,7 +114,7 @@ def _text(key: str, value: Any) -> str:
     if isinstance(value, list):
         if any("," in str(one) for one in value):
             raise ConfigError(
-                f"{key}: {value} has a comma in a value, which is how a list's values are parted."
+                f"{key}: {value} has a comma in a value, and commas separate the values of a list."
             )
         return ",".join(str(one) for one in value)
     if isinstance(value, Mapping):
@@ -125,8 +125,8 @@ def _text(key: str, value: Any) -> str:
 def points(axes: Mapping[str, Axis], num_samples: int | None, sample_seed: int) -> list[Point]:
     """The settings of every run, in an order that is the same every time.
 
-    Without `num_samples` they are the grid. With it they are so many different draws, or as many as
-    there are, and of the seeds every one for every draw. Raises ConfigError for a distribution in a grid.
+    Without `num_samples` they are the grid. With it they are `num_samples` different draws, or all points
+    where there are fewer, each with every seed. Raises ConfigError for a distribution in a grid.
     """
     seeds = axes.get(SEED)
     searched = {key: axis for key, axis in axes.items() if key != SEED}
@@ -152,7 +152,9 @@ def _grid(axes: Mapping[str, Axis]) -> list[Point]:
     alternatives = []
     for key, axis in axes.items():
         if isinstance(axis, Uniform):
-            raise ConfigError(f"{key} is drawn from a distribution: say how often, as in num_samples: 8.")
+            raise ConfigError(
+                f"{key} is drawn from a distribution: give the number of draws, as in num_samples: 8."
+            )
         alternatives.append(axis.values)
     return [dict(zip(axes, values, strict=True)) for values in itertools.product(*alternatives)]
 
@@ -183,7 +185,7 @@ def name_of(point: Point, keys: Sequence[str]) -> str:
 
 
 def _in_a_name(text: str) -> str:
-    """Numbers in their shortest form; of other texts what a folder may be called."""
+    """Numbers in their shortest form; of other texts the characters that a folder's name may have."""
     try:
         return f"{float(text):g}"
     except ValueError:

@@ -10,8 +10,8 @@ from ray import tune
 
 from cookbook.sweeps.run_process import Progress, RunProcess
 
-PATIENCE_SECONDS = 2.0
-"""Between two results, so that an actor never keeps Tune waiting for a long step."""
+TIMEOUT_SECONDS = 2.0
+"""The longest wait between two results, so that an actor never keeps Tune waiting for a long step."""
 
 
 class RunTrainable(tune.Trainable):
@@ -29,13 +29,13 @@ class RunTrainable(tune.Trainable):
         )
 
     def step(self) -> dict[str, Any]:
-        progress = self._run.next_progress(PATIENCE_SECONDS)
+        progress = self._run.next_progress(TIMEOUT_SECONDS)
         return {"run": progress.to_json(), "done": progress.state != "running"} | (
             {"value": progress.value, "num_steps": progress.step} if progress.step >= 0 else {}
         )
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
-        """For the next run: starting an actor takes longer than many a small run."""
+        """Reuses the actor for the next run: starting one takes longer than a small run."""
         self._run.stop()
         self.setup(new_config)
         return True
@@ -44,18 +44,18 @@ class RunTrainable(tune.Trainable):
         self._run.stop()
 
     def save_checkpoint(self, checkpoint_dir: str) -> dict[str, Any]:
-        """Nothing: the run's own folder is what it resumes from."""
+        """Saves nothing: a run resumes from its own folder."""
         return {}
 
 
-class TellOfEnds(tune.Callback):
+class ReportEnds(tune.Callback):
     """Calls `on_end(name, progress)` for every run that ends, whatever ended it."""
 
     def __init__(self, on_end: Callable[[str, Progress], None]) -> None:
         self._on_end = on_end
 
     def __getstate__(self) -> dict[str, Any]:
-        """Nothing: Tune writes itself to disk so as to be restored, and a sweep resumes by its folders."""
+        """Saves nothing: Tune pickles its callbacks to be restored, and a sweep resumes from its folders."""
         return {}
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:

@@ -203,7 +203,7 @@ def test_every_shipped_sweep_can_be_planned(path: Path, tmp_path: Path, tiny_qwe
         ("runs: {learning_rate: {loguniform: [0, 1]}}", [], "It takes [low, high], above 0."),
         ("runs: {learning_rate: {uniform: [2, 1]}}", ["num_samples=2"], "It takes [low, high]."),
         ("runs: {learning_rate: {gauss: [2, 1]}}", [], "is not a distribution. Write one of"),
-        ("runs: {learning_rate: {uniform: [1, 2]}}", [], "say how often, as in num_samples: 8"),
+        ("runs: {learning_rate: {uniform: [1, 2]}}", [], "give the number of draws, as in num_samples: 8"),
         ("runs: [1", [], "cannot be read"),
         ("- a", [], "is not a sweep file. Write `runs:`"),
         ("runs: {log_path: a}", [], "each run has a folder of its own"),
