@@ -133,7 +133,7 @@ def test_a_checkpoint_of_a_run_leaves_by_its_own_folder(exporting: Exporting) ->
         ),
         (["checkpoint=run", "to=out", "dtype=float8"], "Invalid dtype=float8: it takes one of auto"),
         (["checkpoint=run", "to=out", "ollama_base=x"], "ollama_base= applies to format=ollama only"),
-        (["checkpoint=run", "to=hf://parrot"], "Use hf://owner/name"),
+        (["checkpoint=run", "to=hf://parrot"], "rite hf://owner/name"),
         (["checkpoint=run", "to=hf://owner/parrot"], "offline mode is on"),
         (["checkpoint=run", "to=out", "push_to=owner/parrot"], "offline mode is on"),
         (

@@ -230,7 +230,7 @@ def test_what_is_no_lora_on_a_linear_layer_is_refused(
     make_adapted(make_model_folder(tmp_path / "base"), tmp_path / "adapter")
     file = tmp_path / "adapter" / "adapter_model.safetensors"
     save_file({**load_file(file), "base_model.model.lm_head.weight": torch.zeros(2, 2)}, file)
-    with pytest.raises(CheckpointError, match="no LoRA on a linear layer"):
+    with pytest.raises(CheckpointError, match="not a LoRA on a linear layer"):
         merge(tmp_path / "adapter", tmp_path / "merged")
 
 

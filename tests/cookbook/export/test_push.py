@@ -243,5 +243,5 @@ def test_a_repository_has_an_owner_and_a_name(name: str) -> None:
     "name", ["hf://parrot", "hf://a/b/c", "owner/par rot", "hf://owner/", "hf://owner/x..y"]
 )
 def test_what_is_no_repositorys_name_is_refused(name: str) -> None:
-    with pytest.raises(ConfigError, match="no repository's name.*hf://owner/name"):
+    with pytest.raises(ConfigError, match="Invalid repository .*hf://owner/name"):
         repository_of(name)

@@ -409,7 +409,7 @@ def test_what_is_no_run_is_said(tmp_path: Path, make_run: MakeRun) -> None:
     with pytest.raises(ConfigError, match=r"There is no folder .*nowhere\. Give the folder of a run"):
         write_report(tmp_path / "nowhere")
     run = make_run("a")
-    with pytest.raises(ConfigError, match=r"no run's folder.*Runs in it: .*/a"):
+    with pytest.raises(ConfigError, match=r"is not the folder of a run.*Runs in it: .*/a"):
         write_report(tmp_path)
     (run / "data.json").write_text("{", encoding="utf-8")
     with pytest.raises(DataError, match=r"data\.json is damaged"):

@@ -71,7 +71,7 @@ def test_delete_removes_what_a_run_wrote_and_nothing_else(tmp_path: Path) -> Non
 def test_a_folder_with_the_config_of_something_else_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "qwen3"}', encoding="utf-8")
     for if_exists in ("resume", "delete", "raise"):
-        with pytest.raises(ConfigError, match="that is no run's"):
+        with pytest.raises(ConfigError, match="that no run wrote"):
             RunFolder(str(tmp_path), CONFIG, if_exists)  # type: ignore[arg-type]
 
 

@@ -1,4 +1,4 @@
-"""What a metric came to, and figures in words."""
+""X""
 
 from __future__ import annotations
 
