@@ -1,4 +1,4 @@
-""X""
+"""The results of metrics, and figures in words."""
 
 from __future__ import annotations
 
