@@ -18,7 +18,7 @@ from chz.tiepin import CastError, is_subtype_instance
 __all__ = [
     "CHECKED_WITH", "NOTE_OF_AN_ARGUMENT", "CastError", "EntrypointException", "EntrypointHelpException",
     "Param", "Params", "can_be_cast", "class_defaults", "class_named", "default_of", "is_subtype_instance",
-    "missing_params", "param_of_an_item", "params_of", "value_at",
+    "missing_params", "param_of_an_item", "params_of", "plain_default", "value_at",
 ]  # fmt: skip
 
 CHECKED_WITH = "0.4.0"
@@ -66,6 +66,12 @@ def class_defaults(kind: type[Any]) -> dict[str, Any]:
         factory = field._default_factory
         defaults[field.logical_name] = factory() if callable(factory) else field._default
     return defaults
+
+
+def plain_default(kind: type[Any], name: str) -> tuple[Any] | None:
+    """The default of a field of a chz class, in a tuple; None for no such field, and where a factory makes it."""
+    field = chz_fields(kind).get(name)
+    return None if field is None or callable(field._default_factory) else (field._default,)
 
 
 def param_of_an_item(above: Param, key: str, kind: Any) -> Param:

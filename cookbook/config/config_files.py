@@ -16,6 +16,7 @@ from typing import Any
 import chz
 from chz.blueprint import Castable
 
+from cookbook.config.chz_private import plain_default
 from cookbook.config.documents import KeyPath, read_document
 from cookbook.errors import ConfigError
 
@@ -210,8 +211,7 @@ def with_defaults(old: Any, new: Any) -> Any:
     filled[TYPE_KEY] = current_name(old[TYPE_KEY])
     if filled[TYPE_KEY] == new.get(TYPE_KEY):
         for key in new.keys() - old.keys():
-            field = chz.chz_fields(_imported(filled[TYPE_KEY])).get(key)
-            if field is not None and field._default == new[key]:
+            if plain_default(_imported(filled[TYPE_KEY]), key) == (new[key],):
                 filled[key] = new[key]
     return filled
 

@@ -393,7 +393,7 @@ class Resolver:
             for one in _keys_above(key)
         )
 
-    def holds_classes(self, key: str) -> bool:
+    def _holds_classes(self, key: str) -> bool:
         return holds_classes(self.type_of(key))
 
     def _other_trainers_answer(self, key: str) -> str | None:
