@@ -69,7 +69,7 @@ def class_defaults(kind: type[Any]) -> dict[str, Any]:
 
 
 def plain_default(kind: type[Any], name: str) -> tuple[Any] | None:
-    """The default of a field of a chz class, in a tuple; None for no such field, and where a factory makes it."""
+    """The default of a field of a chz class, in a tuple; None for no such field or a default factory."""
     field = chz_fields(kind).get(name)
     return None if field is None or callable(field._default_factory) else (field._default,)
 

@@ -9,9 +9,8 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import chz
-
 from cookbook import models
+from cookbook.config.chz_private import plain_default
 from cookbook.data.types import ChatDatasetBuilder
 from cookbook.engine import processes
 from cookbook.engine.options import check_device
@@ -82,7 +81,7 @@ def check_evaluations(config: Config, has_eval_data: bool | None) -> None:
     }
     for key, has_nothing in nothing_at.items():
         every = getattr(config, key)
-        if has_nothing and every and every != chz.chz_fields(type(config))[key]._default:
+        if has_nothing and every and (every,) != plain_default(type(config), key):
             builders = key.replace("eval_every", "evaluator_builders")
             data = "data to evaluate on (test_size= or eval_dataset=) or " if key == "eval_every" else ""
             raise ConfigError(

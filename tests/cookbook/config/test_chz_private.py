@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.metadata
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +22,7 @@ PUBLIC = {
     *("blueprint.Blueprint", "blueprint.Castable", "blueprint.Reference", "blueprint", "mungers.if_none"),
     *("validators.typecheck", "chz"),
 }
+PRIVATE = ("_arg_map", "_default", "_default_factory", "_make_lazy", "_munger", "meta_factory")
 
 
 @chz.chz
@@ -89,6 +91,9 @@ def test_defaults_are_read_from_parameters_and_from_classes() -> None:
         assert chz_private.default_of(params["name"]) is None
         defaults = chz_private.class_defaults(Whole)
         assert (defaults["part"], defaults["counts"], defaults["count"]) == (Part(), [], 3)
+        assert chz_private.plain_default(Whole, "count") == (3,)
+        assert chz_private.plain_default(Whole, "counts") is None
+        assert chz_private.plain_default(Whole, "cuont") is None
 
 
 def test_a_text_is_cast_and_a_name_of_a_class_is_looked_up() -> None:
@@ -119,7 +124,10 @@ def test_errors_have_the_classes_and_the_notes_that_are_expected() -> None:
 
 
 def test_a_difference_is_told_with_both_versions() -> None:
-    with pytest.raises(pytest.fail.Exception, match=f"with chz {CHECKED_WITH}"), naming_the_versions():
+    with (
+        pytest.raises(pytest.fail.Exception, match=f"differs from chz {CHECKED_WITH}, with"),
+        naming_the_versions(),
+    ):
         raise AttributeError("all_params")
 
 
@@ -132,13 +140,9 @@ def test_no_other_file_uses_what_chz_does_not_document() -> None:
             names = []
             if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "chz":
                 names = [f"{node.module}.{alias.name}" for alias in node.names]
-            elif isinstance(node, ast.Attribute) and ast.unparse(node).startswith("chz."):
+            elif isinstance(node, ast.Attribute) and re.fullmatch(r"chz(\.\w+)+", ast.unparse(node)):
                 names = [ast.unparse(node)]
             found += [f"{path.name}: {name}" for name in names if name.removeprefix("chz.") not in PUBLIC]
-            if isinstance(node, ast.Attribute) and node.attr in (
-                "_make_lazy",
-                "_arg_map",
-                "_default_factory",
-            ):
+            if isinstance(node, ast.Attribute) and node.attr in PRIVATE:
                 found.append(f"{path.name}: {node.attr}")
     assert found == []
