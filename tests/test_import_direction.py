@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 
 import pytest
 
+from benchmarks import import_graph
 from benchmarks.import_graph import MODULES, PACKAGES, covers, imports
 
 BASE = ("cookbook.errors", "cookbook.utils", "cookbook.types")
@@ -83,6 +84,10 @@ def violations(source: str, module: str, read: Callable[[str, str], Iterable[str
 @pytest.mark.parametrize("module", MODULES)
 def test_imports_point_one_way(module: str) -> None:
     assert violations(MODULES[module].read_text(encoding="utf-8"), module) == []
+
+
+def test_no_file_imports_one_that_imports_it() -> None:
+    assert import_graph.circles(import_graph.graph()) == []
 
 
 def test_a_room_imports_only_rooms_above_it() -> None:

@@ -18,7 +18,7 @@ from cookbook import AdamParams, Datum, ModelInput, ServiceClient
 from cookbook.engine import checkpoint
 from cookbook.errors import CheckpointError, CookbookError
 from cookbook.report.run_page import page_of
-from cookbook.runs.find import find_source
+from cookbook.runs.find import find_trained_model
 from cookbook.runs.record import read_run
 
 WRONG: list[Any] = [
@@ -65,7 +65,7 @@ def run_folder(finished: Path, tmp_path: Path) -> Path:
 def look(folder: Path) -> None:
     """What the report, an export and a chat read of a run before anything is loaded."""
     page_of(read_run(folder))
-    find_source(str(folder))
+    find_trained_model(str(folder))
     for path in (folder / "checkpoints").iterdir():
         checkpoint.read_info(path)
         checkpoint.check_files(path)

@@ -20,7 +20,7 @@ from cookbook.engine import checkpoint
 from cookbook.engine.model import peft_settings
 from cookbook.errors import CheckpointError, ConfigError
 from cookbook.export.merge import base_model_folder, merged_weights
-from cookbook.runs.find import find_source
+from cookbook.runs.find import find_trained_model
 from cookbook.supervised import train
 from cookbook.types import MAX_RANK
 
@@ -90,7 +90,7 @@ def test_every_other_setting_of_the_installed_peft_is_refused_by_name(adapter: P
 )
 def test_a_setting_that_changes_the_arithmetic_is_refused(adapter: Path, settings: dict[str, Any]) -> None:
     change(adapter, **settings)
-    for read in (checkpoint.read_info, lambda folder: find_source(str(folder))):
+    for read in (checkpoint.read_info, lambda folder: find_trained_model(str(folder))):
         with pytest.raises(CheckpointError, match=next(iter(settings))):
             read(adapter)
 
@@ -159,7 +159,7 @@ def test_an_adapter_on_some_layers_is_merged_into_those_alone(
     truth = peft.PeftModel.from_pretrained(
         AutoModelForCausalLM.from_pretrained(tiny_qwen3), str(tmp_path / "adapter")
     ).merge_and_unload()
-    source = find_source(str(tmp_path / "adapter"), base_model=tiny_qwen3)
+    source = find_trained_model(str(tmp_path / "adapter"), base_model=tiny_qwen3)
     merged = merged_weights(source, base_model_folder(source))
     assert merged is not None
     for name, weight in truth.state_dict().items():
