@@ -24,6 +24,7 @@ from cookbook.data import FromConversationFileBuilder, preview
 from cookbook.data.formats import FORMATS, recognise
 from cookbook.data.types import ChatDatasetBuilderCommonConfig, SupervisedDataset
 from cookbook.errors import ConfigError, CookbookError
+from cookbook.report import preview_page
 from cookbook.types import Datum
 from renderers import Renderer, TrainOnWhat
 
@@ -376,9 +377,10 @@ def check_is_shown(builder: FromConversationFileBuilder) -> None:
     dataset, _ = builder()
     examples = preview.first_examples(dataset, 3, models.get_tokenizer(embedded.MODEL_NAME))
     reports = list(dataset.reports())
-    page = preview.make_page("x", [], reports, examples)
+    lines = [line for report in reports for line in report.lines()]
+    page = preview_page("x", [], lines, [report.lengths for report in reports], None, examples)
     assert page.encode("utf-8", "backslashreplace")
-    assert all(isinstance(line, str) for report in reports for line in report.lines())
+    assert all(isinstance(line, str) for line in lines)
     json.dumps([report.to_json() for report in reports])
 
 
