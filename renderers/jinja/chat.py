@@ -11,7 +11,6 @@ from typing import Any
 from cookbook.errors import RendererError
 from renderers.jinja.loop_records import Memory
 from renderers.jinja.template import Template, json_type
-from renderers.jinja.tracing import Outline
 from renderers.messages import PlainMessage, Tool
 
 _LONG = 24
@@ -51,7 +50,6 @@ class Chat:
 
     def _start_anew(self) -> None:
         self._all_messages = self.messages
-        self._outline = Outline(self.messages)
         self._texts = _Texts()
         self._memory = Memory()
         self._changed: dict[Callable[[Any], Any], Chat] = {}
@@ -90,9 +88,7 @@ class Chat:
         try:
             text = self._followed_text(self.messages[:num_messages], prompt) if self._is_long else None
             if text is None:
-                text = self._template.text_of_first(
-                    num_messages, self.messages, self._outline, self.tools, prompt
-                )
+                text = self._template.text(self.messages[:num_messages], self.tools, prompt)
         except RendererError as error:
             texts.kept[key] = error
             raise

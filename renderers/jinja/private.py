@@ -18,7 +18,6 @@ from jinja2.sandbox import SandboxedFormatter
 from jinja2.utils import Namespace, generate_lorem_ipsum
 
 __all__ = [
-    "FORWARDED",
     "CountingCodeGenerator",
     "Frame",
     "LoopContext",
@@ -27,16 +26,11 @@ __all__ = [
     "attributes_of",
     "environment_of_transformers",
     "generate_lorem_ipsum",
-    "is_buffered",
-    "may_escape",
     "num_passed",
     "set_attributes",
     "set_loop_context",
     "template_of",
 ]
-
-FORWARDED = frozenset({"_loop_vars", "_block_vars"})
-"""The keyword arguments that compiled code adds to a call which the template makes."""
 
 
 def attributes_of(namespace: Namespace) -> Any:
@@ -76,14 +70,9 @@ def environment_of_transformers() -> jinja2.Environment:
 # -- compiled code ------------------------------------------------------------------------------
 
 
-def may_escape(frame: Frame) -> bool:
+def _may_escape(frame: Frame) -> bool:
     """Whether the template may have asked for HTML where this code runs."""
     return bool(frame.eval_ctx.volatile or frame.eval_ctx.autoescape)
-
-
-def is_buffered(frame: Frame) -> bool:
-    """Whether what is printed here becomes a value: in a macro, or between `set` and `endset`."""
-    return frame.buffer is not None
 
 
 _TERMS = 6
@@ -95,15 +84,6 @@ class CountingCodeGenerator(CodeGenerator):
 
     Nothing is computed while a template is compiled.
     """
-
-    def opening_of_print(self, frame: Frame) -> str:
-        """The call that makes a text of each `{{ value }}`, up to its parenthesis."""
-        return "context.escaped(" if may_escape(frame) else "context.text("
-
-    def opening_of_join(self, frame: Frame) -> str:
-        """The call that makes a text of the parts of `a ~ b`, up to the tuple of them."""
-        join = "(markup_join if context.eval_ctx.autoescape else str_join)"
-        return f"context.joined({join if may_escape(frame) else 'str_join'}, "
 
     def visit_Template(self, node: nodes.Template, frame: Frame | None = None) -> None:
         repeated = node.find_all((nodes.For, nodes.Macro, nodes.CallBlock, nodes.Block))
@@ -121,13 +101,14 @@ class CountingCodeGenerator(CodeGenerator):
         return super()._output_child_to_const(node, frame, finalize)
 
     def _output_child_pre(self, node: nodes.Expr, frame: Frame, finalize: Any) -> None:
-        self.write(self.opening_of_print(frame))
+        self.write("context.escaped(" if _may_escape(frame) else "context.text(")
 
     def _output_child_post(self, node: nodes.Expr, frame: Frame, finalize: Any) -> None:
         self.write(")")
 
     def visit_Concat(self, node: nodes.Concat, frame: Frame) -> None:
-        self.write(f"{self.opening_of_join(frame)}(")
+        join = "(markup_join if context.eval_ctx.autoescape else str_join)"
+        self.write(f"context.joined({join if _may_escape(frame) else 'str_join'}, (")
         for part in node.nodes:
             self.visit(part, frame)
             self.write(", ")

@@ -2,7 +2,7 @@
 
 The template runs in the sandbox that transformers compiles it for, and sees what
 `apply_chat_template` would show it, so it prints the same. It is called directly, because rendering
-a conversation takes many short calls; what it was seen to do is not done again (`tracing`).
+a conversation takes many short calls.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from renderers.jinja.incremental import IncrementalTemplate
 from renderers.jinja.loop_counts import NotFollowed
 from renderers.jinja.loop_records import Memory
 from renderers.jinja.sandbox import compiled
-from renderers.jinja.tracing import Outline, Traces
 from renderers.messages import ROLES, THINKING_KEYS, PlainMessage, Tool, to_json
 
 if TYPE_CHECKING:
@@ -42,9 +41,6 @@ _TOOL: Tool = {
     "type": "function",
     "function": {"name": "f", "description": "x", "parameters": {"type": "object", "properties": {}}},
 }
-
-_MOST_TRACED = 128
-"""Messages up to which it is recorded what the template does: each number of them is recorded by itself."""
 
 _MOST_ROLES = 12
 """Roles that an error names."""
@@ -69,7 +65,6 @@ class Template:
         self._plain = compiled(self._source)
         self._with_tools = compiled(self._source_with_tools)
         self._variables = {**tokenizer.special_tokens_map, "documents": None, **json_type(kwargs)}
-        self._traces = Traces(self._source, self._variables)
         self._printed_roles: dict[str, bool] = {}
         self._read_keys: dict[tuple[str, str], bool] = {}
 
@@ -118,32 +113,16 @@ class Template:
         self, messages: Sequence[PlainMessage], tools: Sequence[Tool] | None = None, prompt: bool = False
     ) -> str:
         """What the template prints of the messages, with the generation prompt if asked for."""
-        return self.text_of_first(len(messages), messages, Outline(messages), tools, prompt)
-
-    def text_of_first(
-        self,
-        num_messages: int,
-        messages: Sequence[PlainMessage],
-        outline: Outline,
-        tools: Sequence[Tool] | None,
-        prompt: bool,
-    ) -> str:
-        """The text of the first of the messages; the outline is that of all."""
-        if not tools and num_messages <= _MOST_TRACED:
-            known = self._traces.text(messages, outline, num_messages, prompt)
-            if known is not None:
-                return known
         template = self._with_tools if tools else self._plain
-        first = list(messages[:num_messages])
         try:
             return template.render(
                 self._variables,
-                messages=first,
+                messages=list(messages),
                 tools=list(tools) if tools else None,
                 add_generation_prompt=prompt,
             )
         except Exception as error:  # a template is foreign code, and whatever it raises is its refusal
-            raise _refusal(first, error) from error
+            raise _refusal(messages, error) from error
 
     def all_text(self) -> str:
         """The template's source and what it prints of a message of every role: where its own tokens stand."""

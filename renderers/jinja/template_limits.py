@@ -23,7 +23,6 @@ from markupsafe import escape
 
 from cookbook.errors import RendererError
 from renderers.jinja.private import Namespace, attributes_of, template_of
-from renderers.jinja.traced import Traced
 
 SECONDS = 10.0
 SECONDS_OF_A_MESSAGE = 0.01
@@ -171,8 +170,6 @@ def size_of(value: Any, limit: int) -> int:
         elif isinstance(one, dict):
             left.extend(one)
             left.extend(one.values())
-        elif isinstance(one, Traced):
-            left.extend(one.pieces)
         elif isinstance(one, Namespace):
             left.append(attributes_of(one))
         elif isinstance(one, _CONTAINERS):
@@ -222,7 +219,7 @@ class RunContext(Context):
             self.run.spend(len(result))
         elif isinstance(result, (list, tuple)):
             self.run.spend(ITEM * len(result))
-        elif isinstance(result, (str, bytes, Traced)):
+        elif isinstance(result, (str, bytes)):
             self.run.spend_on(result)
         return result
 

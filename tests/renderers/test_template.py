@@ -200,29 +200,6 @@ def test_keys_that_are_equal_but_print_otherwise_are_told_apart(small_tokenizer)
         assert template.text([message]) == f"role content {key} "
 
 
-def test_a_shape_that_came_twice_is_printed_without_the_template(small_tokenizer, monkeypatch):
-    runs = []
-    for name in ("chatml", "forgetful", "trimming", "strict", "headers", "closing", "wordy"):
-        template = Template(small_tokenizer(name))
-        chats = [
-            [{"role": "user", "content": f" {i} "}, {"role": "assistant", "content": "%s"}] for i in range(3)
-        ]
-        for chat in chats[:2]:
-            template.text(chat)
-        expected = Template(small_tokenizer(name)).text(chats[2])
-        monkeypatch.setattr(template, "_plain", SimpleNamespace(render=runs.append))
-        assert template.text(chats[2]) == expected
-    assert runs == []
-
-
-def test_a_template_with_a_question_for_every_message_is_recorded_for_some_answers_alone(small_tokenizer):
-    tokenizer = small_tokenizer("{% for m in messages %}{{ 'y' if 'a' in m.content else 'n' }}{% endfor %}")
-    template = Template(tokenizer)
-    for number in range(2 * 2**6):
-        chat = [{"role": "user", "content": "a" if number >> bit & 1 else "b"} for bit in range(6)]
-        assert template.text(chat) == "".join("y" if m["content"] == "a" else "n" for m in chat)
-
-
 @pytest.mark.parametrize("attack", ATTACKS)
 def test_the_sandbox_stays_closed(small_tokenizer, attack):
     tokenizer = small_tokenizer(looped(attack))
