@@ -81,7 +81,7 @@ class SupervisedDatasetFromRows(SupervisedDataset):
         return self._tally.notes
 
     def _skip(self, key: str, place: str, reason: str) -> None:
-        """Counts a row under one of `LEFT_OUT`, once however often it is met; warns about the first."""
+        """Counts a row under one of `SKIPPED`, once however often it is met; warns about the first."""
         if self._tally.is_new(key, place):
             if not self._tally.counts[key]:
                 logger.warning("%s: skipped. %s Further ones are only counted.", place, reason)

@@ -69,7 +69,7 @@ def check_weights(weights: Sequence[float] | None, num_sources: int) -> None:
         raise ConfigError(f"{len(weights)} weights for {num_sources} datasets. Give one for each.")
     if num_sources == 1:
         raise ConfigError(
-            f"weights={weights[0]:g} is given for one dataset alone, which has no proportion. Leave it out."
+            f"weights={weights[0]:g} is given for one dataset alone, which has no proportion. Remove it."
         )
     if not all(0 < weight < math.inf for weight in weights) or math.isinf(sum(weights)):
         raise ConfigError(f"weights={','.join(map(str, weights))}. Each must be above 0.")

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 OnLong: TypeAlias = Literal["truncate", "drop", "raise"]
 
-LEFT_OUT = ("truncated_examples", "too_long_examples", "untrained_examples", "bad_rows", "filtered_rows")
+SKIPPED = ("truncated_examples", "too_long_examples", "untrained_examples", "bad_rows", "filtered_rows")
 """The keys of `SupervisedDataset.summary` that are reported when a run ends."""
 
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from cookbook.clients.futures import APIFuture
 from cookbook.data.report import note_lines
-from cookbook.data.types import LEFT_OUT, SupervisedDataset
+from cookbook.data.types import SKIPPED, SupervisedDataset
 from cookbook.errors import TrainingError
 from cookbook.eval.evaluators import FAILURES, Evaluation, Evaluator, TrainingClientEvaluator, evaluate
 from cookbook.loggers import MetricLogger
@@ -374,7 +374,7 @@ class Run:
         counts = [
             f"{count:,} {name.replace('_', ' ')}"
             for name, count in train_data.summary().items()
-            if name in LEFT_OUT
+            if name in SKIPPED
         ]
         if counts:
             logger.warning("Of the training data: %s.", ", ".join(counts))

@@ -85,7 +85,7 @@ def open_source(
         if split is not None or parts:
             asked = split if split is not None else parts[-1]
             raise DataError(
-                f"{spec.split(':')[0]} has no splits, and split={asked!r} was asked for. Leave it out."
+                f"{spec.split(':')[0]} has no splits, and split={asked!r} was asked for. Remove it."
             )
         return JsonLinesSource(embedded.PIRATE_PATH) if spec == "pirate" else _open_file(path)
     name = HubName.parse(spec) if known is None else HubName(known.hub_id, split=known.train_split)
