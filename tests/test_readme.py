@@ -33,7 +33,7 @@ RECIPE_COMMANDS = [command for command in COMMANDS if command.startswith("python
 TRAINING_CONFIGS = {"recipes.sft": (train.Config, sft), "recipes.preview": (preview.PreviewConfig, preview)}
 OTHER_CONFIGS = {
     "recipes.chat": chat.ChatConfig,
-    "recipes.export": export.Config,
+    "recipes.export": export.ExportConfig,
     "recipes.report": report.ReportConfig,
 }
 
