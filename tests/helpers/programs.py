@@ -155,11 +155,16 @@ def _serve() -> dict[str, Any] | None:
     return None
 
 
+def _as_given(text: str) -> str:
+    """The text as an interpreter of this locale reads it from its command line."""
+    return os.fsdecode(text.encode("utf-8", "surrogateescape"))
+
+
 def _become(job: Mapping[str, Any]) -> None:
     """Takes on the folder, the environment, the arguments and the streams of a job."""
-    os.chdir(job["cwd"])
+    os.chdir(_as_given(job["cwd"]))
     os.environ.clear()
-    os.environ.update(job["environment"])
+    os.environ.update({name: _as_given(value) for name, value in job["environment"].items()})
     if job["is_terminal"]:
         os.setsid()  # the terminal that is opened next becomes this process's own
     for number, (path, mode) in enumerate(
@@ -180,7 +185,7 @@ def _become(job: Mapping[str, Any]) -> None:
         )
         setattr(sys, name, stream)
         setattr(sys, f"__{name}__", stream)
-    sys.argv = [job["module"], *job["argv"]]
+    sys.argv = [job["module"], *map(_as_given, job["argv"])]
     paths = job["environment"].get("PYTHONPATH", "").split(os.pathsep)
     sys.path[:0] = [job["cwd"], *(path for path in paths if path)]
 

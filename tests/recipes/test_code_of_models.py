@@ -5,9 +5,6 @@ from __future__ import annotations
 import importlib
 import io
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +12,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from programs import Programs
 from transformers import AutoModelForCausalLM
 
 from cookbook import models
@@ -174,26 +172,14 @@ def test_what_is_exported_names_no_code(
 
 
 def test_a_process_that_reads_yes_runs_no_code(
-    base: Path, adapter: Path, decoy: Path, tmp_path: Path
+    base: Path, adapter: Path, decoy: Path, tmp_path: Path, programs: Programs
 ) -> None:
     rewrite(base / "config.json", model_type="of_its_own")
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "recipes.export",
-            f"checkpoint={adapter}",
-            "format=merged",
-            f"to={tmp_path / 'm'}",
-        ],
-        input=b"y\n" * 9,
-        capture_output=True,
-        timeout=200,
-        env=os.environ,
-    )
+    argv = [f"checkpoint={adapter}", "format=merged", f"to={tmp_path / 'm'}"]
+    done = programs.run("recipes.export", *argv, stdin=b"y\n" * 9)
     assert done.returncode != 0
     assert not decoy.exists()
-    assert b"Do you wish to run" not in done.stdout + done.stderr
+    assert "Do you wish to run" not in done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation", "experts_implementation"])

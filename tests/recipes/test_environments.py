@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from programs import Programs
+
+Run = Callable[..., subprocess.CompletedProcess[bytes]]
 
 ASCII_OUTPUT = {"PYTHONIOENCODING": "ascii"}
 ASCII_LOCALE = {"PYTHONUTF8": "0", "LC_ALL": "C"}
@@ -33,16 +35,11 @@ ROWS = [
 ]
 
 
-def run(
-    recipe: str, *argv: str, cwd: Path, environment: dict[str, str], stdin: bytes = b""
-) -> subprocess.CompletedProcess[bytes]:
-    return subprocess.run(
-        [sys.executable, "-m", f"recipes.{recipe}", *argv],
-        cwd=cwd,
-        env={**os.environ, **environment},
-        input=stdin,
-        capture_output=True,
-        timeout=200,
+@pytest.fixture
+def run(programs: Programs, tmp_path: Path) -> Run:
+    """(recipe, *argv, environment, stdin): runs a recipe in the test's folder."""
+    return lambda recipe, *argv, **options: programs.run(
+        f"recipes.{recipe}", *argv, cwd=tmp_path, text=False, **options
     )
 
 
@@ -54,12 +51,12 @@ def write_rows(path: Path) -> Path:
 
 @ENVIRONMENTS_OF_LONG_TESTS
 def test_a_run_on_text_of_any_script_trains_resumes_and_is_reported(
-    tmp_path: Path, environment: dict[str, str]
+    run: Run, tmp_path: Path, environment: dict[str, str]
 ) -> None:
     write_rows(tmp_path / "grüße.jsonl")
     argv = ["dataset=grüße.jsonl", "log_path=läufe", "system_prompt=Sé amable ☕", "test_size=2"]
     argv += ["batch_size=2", "max_steps=1", "infrequent_eval_every=0"]
-    done = run("sft", *argv, cwd=tmp_path, environment=environment)
+    done = run("sft", *argv, environment=environment)
     assert (done.returncode, done.stderr) == (0, b"")
     assert done.stdout.isascii()
     # What the run wrote is UTF-8, with the text as it was given.
@@ -69,36 +66,37 @@ def test_a_run_on_text_of_any_script_trains_resumes_and_is_reported(
     for name in ("train.log", "data.json", "report.html"):
         (folder / name).read_text(encoding="utf-8")
 
-    again = run("sft", *argv, cwd=tmp_path, environment=environment)
+    again = run("sft", *argv, environment=environment)
     assert again.returncode == 0, again.stderr
     assert b"This run is finished" in again.stdout
-    reported = run("report", "läufe", cwd=tmp_path, environment=environment)
+    reported = run("report", "läufe", environment=environment)
     assert reported.returncode == 0, reported.stderr
 
 
 @ENVIRONMENTS
-def test_a_preview_replaces_what_cannot_be_printed(tmp_path: Path, environment: dict[str, str]) -> None:
+def test_a_preview_replaces_what_cannot_be_printed(
+    run: Run, tmp_path: Path, environment: dict[str, str]
+) -> None:
     write_rows(tmp_path / "chats.jsonl")
-    done = run("preview", "dataset=chats.jsonl", "num_examples=1", cwd=tmp_path, environment=environment)
+    done = run("preview", "dataset=chats.jsonl", "num_examples=1", environment=environment)
     assert (done.returncode, done.stderr) == (0, b"")
     assert b"[[??????, ??? ?" in done.stdout
     assert ">天<" in (tmp_path / "preview.html").read_text(encoding="utf-8")
 
 
 @ENVIRONMENTS_OF_LONG_TESTS
-def test_piped_questions_are_utf8(tmp_path: Path, environment: dict[str, str]) -> None:
+def test_piped_questions_are_utf8(run: Run, tmp_path: Path, environment: dict[str, str]) -> None:
     argv = ["model_name=cookbook/tiny-chat", "max_tokens=4", "temperature=0"]
     text = "Qué es un café? ☕\n".encode()
-    done = run("chat", *argv, cwd=tmp_path, environment=environment, stdin=text)
+    done = run("chat", *argv, environment=environment, stdin=text)
     assert done.returncode == 0, done.stderr
-    elsewhere = run("chat", *argv, cwd=tmp_path, environment={"PYTHONUTF8": "1"}, stdin=text)
+    elsewhere = run("chat", *argv, environment={"PYTHONUTF8": "1"}, stdin=text)
     assert done.stdout == elsewhere.stdout.decode().encode("ascii", "replace")
 
 
-def test_a_piped_question_that_is_not_utf8_is_named(tmp_path: Path) -> None:
+def test_a_piped_question_that_is_not_utf8_is_named(run: Run, tmp_path: Path) -> None:
     done = run(
         *("chat", "model_name=cookbook/tiny-chat", "max_tokens=4"),
-        cwd=tmp_path,
         environment={"PYTHONUTF8": "1"},
         stdin=b"Hello\ncaf\xe9\n",
     )
@@ -122,9 +120,9 @@ def test_a_piped_question_that_is_not_utf8_is_named(tmp_path: Path) -> None:
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
 def test_help_and_errors_are_printed_without_a_traceback(
-    tmp_path: Path, argv: tuple[str, ...], code: int, message: bytes
+    run: Run, tmp_path: Path, argv: tuple[str, ...], code: int, message: bytes
 ) -> None:
-    done = run(*argv, cwd=tmp_path, environment=ASCII_LOCALE)
+    done = run(*argv, environment=ASCII_LOCALE)
     printed = done.stdout + done.stderr
     assert done.returncode == code, printed
     assert message in printed
@@ -139,8 +137,8 @@ def test_help_and_errors_are_printed_without_a_traceback(
     ],
 )
 def test_a_config_file_is_utf8_with_or_without_a_byte_order_mark(
-    tmp_path: Path, content: bytes, message: bytes
+    run: Run, tmp_path: Path, content: bytes, message: bytes
 ) -> None:
     (tmp_path / "run.yaml").write_bytes(content)
-    done = run("sft", "config=run.yaml", "--help", cwd=tmp_path, environment=ASCII_LOCALE)
+    done = run("sft", "config=run.yaml", "--help", environment=ASCII_LOCALE)
     assert message in done.stdout + done.stderr

@@ -6,29 +6,24 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
+from programs import Programs
+from waiting import wait_until
 
 from cookbook import embedded
 from recipes import sft
-
-
-def run_recipe(*argv: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "recipes.sft", *argv], cwd=cwd, capture_output=True, text=True, timeout=280
-    )
 
 
 def rows_of(folder: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
-def test_without_arguments_the_embedded_model_learns_to_talk_like_a_pirate(tmp_path: Path) -> None:
-    done = run_recipe(cwd=tmp_path)
+def test_without_arguments_the_embedded_model_learns_to_talk_like_a_pirate(
+    tmp_path: Path, programs: Programs
+) -> None:
+    done = programs.run("recipes.sft", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     folder = tmp_path / "runs" / "sft"
@@ -44,7 +39,7 @@ def test_without_arguments_the_embedded_model_learns_to_talk_like_a_pirate(tmp_p
     assert PIRATE_WORDS & words_of(after)
     assert after in (folder / "train.log").read_text(encoding="utf-8")
 
-    again = run_recipe(cwd=tmp_path)
+    again = programs.run("recipes.sft", cwd=tmp_path)
     assert again.returncode == 0
     assert "This run is finished" in again.stdout
 
@@ -69,8 +64,8 @@ def words_of(text: str) -> set[str]:
     return {word.strip(".,!?").lower() for word in text.split()}
 
 
-def test_a_mistake_on_the_command_line_is_a_line_and_exit_code_1(tmp_path: Path) -> None:
-    done = run_recipe("learning_rat=1", cwd=tmp_path)
+def test_a_mistake_on_the_command_line_is_a_line_and_exit_code_1(tmp_path: Path, programs: Programs) -> None:
+    done = programs.run("recipes.sft", "learning_rat=1", cwd=tmp_path)
     assert done.returncode == 1
     assert done.stdout == ""
     assert done.stderr == (
@@ -116,18 +111,11 @@ def test_a_dataset_of_ones_own_is_a_path(tmp_path: Path, monkeypatch: pytest.Mon
     assert rows_of(tmp_path / "mine")[0]["data/sequences"] >= 4
 
 
-def test_ctrl_c_stops_after_the_step_with_the_usual_exit_code(tmp_path: Path) -> None:
-    process = subprocess.Popen(
-        [sys.executable, "-m", "recipes.sft", "eval_every=0", "infrequent_eval_every=0"],
-        cwd=tmp_path,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
+def test_ctrl_c_stops_after_the_step_with_the_usual_exit_code(tmp_path: Path, programs: Programs) -> None:
+    program = programs.start("recipes.sft", "eval_every=0", "infrequent_eval_every=0", cwd=tmp_path)
     metrics = tmp_path / "runs" / "sft" / "metrics.jsonl"
-    deadline = time.monotonic() + 120
-    while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    os.kill(process.pid, signal.SIGINT)
-    out, _ = process.communicate(timeout=120)
-    assert process.returncode == 128 + signal.SIGINT
-    assert "Run the same command again to resume." in out
+    wait_until(lambda: metrics.exists() and metrics.stat().st_size, seconds=120)
+    os.kill(program.pid, signal.SIGINT)
+    done = program.wait()
+    assert done.returncode == 128 + signal.SIGINT
+    assert "Run the same command again to resume." in done.stdout

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from pathlib import Path
+
+from programs import Programs
 
 from recipes import sft_loop
 
 
-def test_the_flat_loop_learns(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "recipes.sft_loop", "num_steps=12", "num_test=24"],
-        capture_output=True,
-        text=True,
-        env={"HOME": str(tmp_path), "PATH": "/usr/bin:/bin"},
+def test_the_flat_loop_learns(tmp_path: Path, programs: Programs) -> None:
+    done = programs.run(
+        *("recipes.sft_loop", "num_steps=12", "num_test=16"),
         cwd=Path(sft_loop.__file__).parents[1],
-        timeout=280,
+        environment={"HOME": str(tmp_path)},
     )
     assert done.returncode == 0, done.stderr
     before, after = (float(nll) for nll in re.findall(r"held-out NLL ([\d.]+)", done.stdout))
