@@ -51,6 +51,8 @@ class Renderer(ABC):
     frame: ClassVar[str] = ""
     """The tokens around a message: none of its text reads as one, special to the tokenizer or not."""
 
+    guards_replies: bool = False
+    """Whether text of the assistant may not spell the frame's tokens either, as no other text may."""
     takes_tools: bool = False
     """Whether the format has a place for the tools that the model may call."""
 
@@ -327,11 +329,14 @@ class Renderer(ABC):
             if message["role"] == "assistant" and text.rstrip()[-1:] in self._last_of_ends:
                 plain[index] = self._without_end_tokens(message)
         guarded_tools = self._encoder.guard_tools(tools) if tools else None
-        return Prepared(self._guarded(plain), guarded_tools, weights, untrained)
+        guarded = self._encoder.guard(plain, self.guards_replies)
+        if any(message.get("tool_calls") for message in guarded):
+            guarded = self._with_calls_for_format(guarded)
+        return Prepared(guarded, guarded_tools, weights, untrained)
 
-    def _guarded(self, messages: Sequence[PlainMessage]) -> list[PlainMessage]:
-        """The messages with what would read as a control token escaped."""
-        return self._encoder.guard(messages)
+    def _with_calls_for_format(self, messages: list[PlainMessage]) -> list[PlainMessage]:
+        """The messages, guarded, with tool calls as the format takes them."""
+        return messages
 
     def _without_end_tokens(self, reply: PlainMessage) -> PlainMessage:
         """A reply without the end token that its author wrote at its end: the format prints it there.

@@ -12,8 +12,7 @@ from __future__ import annotations
 import json
 import re
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache, partial
 from itertools import compress, count, groupby, pairwise, repeat
@@ -127,15 +126,18 @@ class Encoder:
 
     # -- text that spells control tokens ------------------------------------------------------
 
-    def guard(self, messages: Sequence[PlainMessage]) -> list[PlainMessage]:
-        """Escape what would read as a control token, and count the messages in which that was so.
+    def guard(
+        self, messages: Sequence[PlainMessage], replies_like_others: bool = False
+    ) -> list[PlainMessage]:
+        """Escapes what would read as a control token, and counts the messages in which that was so.
 
         An assistant's text may hold the tokens of the frame that are not special: some formats
-        have the model itself write them (`<think>`).
+        have the model itself write them (`<think>`). With `replies_like_others` it may not.
         """
         guarded: list[PlainMessage] = []
         for number, message in enumerate(messages, 1):
-            pattern = self._foreign_to_a_reply if message["role"] == "assistant" else self._foreign_elsewhere
+            is_reply = message["role"] == "assistant" and not replies_like_others
+            pattern = self._foreign_to_a_reply if is_reply else self._foreign_elsewhere
             if message.keys() == _ONLY_CONTENT and pattern.search(message["content"]) is None:
                 guarded.append(message)
                 continue
@@ -191,8 +193,11 @@ class Encoder:
         starts: list[int] = []
         known: dict[int, int] = {}
         if not {0, len(text), *cuts, *edges, *borders}.issuperset(positions):
-            with _panics_as_errors(text):
+            try:
                 encoding = self._ready_backend().encode(text, add_special_tokens=False)
+            except BaseException as error:
+                _raise_panic(error, text)
+                raise
             ids, starts = encoding.ids, [start for start, _ in encoding.offsets]
         elif borders:  # tokens need not be found by their characters, which the tokenizer is slow to count
             ids = self._ids(text[: borders[0]])
@@ -216,35 +221,23 @@ class Encoder:
         known.update(zip(edges, [edge for place in places for edge in (place, place + 1)], strict=True))
         known[0], known[len(text)] = 0, len(ids)
         loose = [cut for cut in cuts if cut not in borders]
-        if not self._cuts_are_clean(text, ids, known, loose, edges):
-            return self._encode_apart(text, cuts)
-        return Tokens(np.array(ids, TOKEN_DTYPE), starts, known)
-
-    def _cuts_are_clean(
-        self,
-        text: str,
-        ids: list[int],
-        known: dict[int, int],
-        cuts: Sequence[int],
-        edges: Sequence[int],
-    ) -> bool:
-        """Whether each cut parts the tokens; adds its token to `known` then.
-
-        Control tokens, whose ends are every other edge, part a text anyway, so only what follows the last
-        one before the cut can differ.
-        """
-        for cut in cuts:
+        # Control tokens, whose ends are every other edge, part a text anyway, so only what follows the last
+        # one before a cut can differ.
+        for cut in loose:
             num_before = bisect_right(edges, cut) // 2 * 2
             start = edges[num_before - 2] if num_before else 0
             tail = self._encode_tail(text[start:cut])
             end = known[start] + len(tail)
             if not tail or ids[known[start] : end] != tail or known.setdefault(cut, end) != end:
-                return False
-        return True
+                return self._encode_apart(text, cuts)
+        return Tokens(np.array(ids, TOKEN_DTYPE), starts, known)
 
     def _ids(self, text: str) -> list[int]:
-        with _panics_as_errors(text):
+        try:
             (encoding,) = self._ready_backend().encode_batch_fast([text], add_special_tokens=False)
+        except BaseException as error:
+            _raise_panic(error, text)
+            raise
         ids: list[int] = encoding.ids
         return ids
 
@@ -305,8 +298,11 @@ class Encoder:
         origins.append(len(text))
 
         copy, originals = self._copy
-        with _panics_as_errors(text):
+        try:
             encoding = copy.encode("".join(pieces), add_special_tokens=False)
+        except BaseException as error:
+            _raise_panic(error, text)
+            raise
         ids: list[int] = []
         starts: list[int] = []
         for token, (start, _) in zip(encoding.ids, encoding.offsets, strict=True):
@@ -353,17 +349,12 @@ class Encoder:
         return copy.decode(tokens, skip_special_tokens=True) == "aa"
 
 
-@contextmanager
-def _panics_as_errors(text: str) -> Iterator[None]:
-    """Raises RendererError where the tokenizers library gives up, as on an expression that takes too long.
+def _raise_panic(error: BaseException, text: str) -> None:
+    """Raises RendererError where the tokenizers library gave up, as on an expression that takes too long.
 
     Its error is not an Exception, so it would end threads and processes without naming the text.
     """
-    try:
-        yield
-    except BaseException as error:
-        if type(error).__name__ != "PanicException":
-            raise
+    if type(error).__name__ == "PanicException":
         raise RendererError(
             f"The tokenizer cannot encode {text[:60]!r}: {error}. Give another text, or another tokenizer."
         ) from None

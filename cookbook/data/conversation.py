@@ -94,7 +94,7 @@ def message_of(value: Any, where: str) -> Message:
     if calls:
         message["tool_calls"] = calls
     thoughts = [message.pop(key) for key in THINKING_KEYS if key in message]
-    if "content" in message:
+    if not isinstance(message.get("content", ""), str):
         message["content"], thought = content_of(message["content"], where, message["role"] == "tool")
         thoughts += [thought] if thought else []
     if thoughts:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from cookbook.errors import DataError
-from cookbook.types import Datum, ModelInput
+from cookbook.types import Datum, EncodedTextChunk, ModelInput
 from renderers import Message, Renderer, TrainOnWhat
 from renderers.messages import Tool
 
@@ -23,7 +23,7 @@ def datum_from_tokens(
     if len(tokens) < 2:
         raise DataError(f"An example of {len(tokens)} token has nothing to predict. It needs two at least.")
     return Datum(
-        model_input=ModelInput.from_ints(tokens[:-1]),
+        model_input=ModelInput([EncodedTextChunk(tokens[:-1])]),
         loss_fn_inputs={"target_tokens": tokens[1:], "weights": weights[1:]},
     )
 

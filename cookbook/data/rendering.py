@@ -70,8 +70,20 @@ class RowRenderer:
                 return None
             examples: list[Example] = []
             for conversation in conversations:
+                renderer = self._renderer.with_template_kwargs(conversation.template_kwargs or {})
                 try:
-                    built = self._render(conversation)
+                    if conversation.text is not None:
+                        built = [renderer.render_text(conversation.text)]
+                    elif conversation.pair is not None and renderer.is_rendered(conversation.pair[0]):
+                        built = [self._render_completion(conversation, *conversation.pair)]
+                    else:
+                        roles = [str(message.get("role")) for message in conversation.messages]
+                        if "assistant" not in roles and self._train_on_what in _NEEDS_ASSISTANT:
+                            raise DataError(f"no assistant message (roles: {', '.join(roles)}).")
+                        messages = join_assistants(conversation.messages)
+                        built = renderer.render_conversation(
+                            messages, self._train_on_what, conversation.tools
+                        )
                 except RecursionError as error:
                     raise DataError("its values are nested too deeply to be rendered.") from error
                 count_findings(conversation, self._renderer)
@@ -79,18 +91,6 @@ class RowRenderer:
                 examples += built
         notes.add(found)
         return examples
-
-    def _render(self, conversation: Conversation) -> list[Example]:
-        renderer = self._renderer.with_template_kwargs(conversation.template_kwargs or {})
-        if conversation.text is not None:
-            return [renderer.render_text(conversation.text)]
-        if conversation.pair is not None and renderer.is_rendered(conversation.pair[0]):
-            return [self._render_completion(conversation, *conversation.pair)]
-        roles = [str(message.get("role")) for message in conversation.messages]
-        if "assistant" not in roles and self._train_on_what in _NEEDS_ASSISTANT:
-            raise DataError(f"no assistant message (roles: {', '.join(roles)}).")
-        messages = join_assistants(conversation.messages)
-        return renderer.render_conversation(messages, self._train_on_what, conversation.tools)
 
     def _render_completion(self, conversation: Conversation, prompt: str, completion: str) -> Example:
         """A pair whose prompt a chat template has printed already."""

@@ -166,15 +166,16 @@ def _is_same(now: os.stat_result, then: os.stat_result) -> bool:
 
 
 def append(path: Path, row: Mapping[str, Any]) -> None:
+    line = json.dumps(row, ensure_ascii=False) + "\n"
     with files.appending(path) as file:
-        file.write(_line(row))
+        file.write(line.encode(errors=_HALVES))
 
 
 def rewrite(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Replaces the file by these rows, at once."""
-    files.write(path, b"".join(_line(row) for row in rows))
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    files.write(path, lines.encode(errors=_HALVES))
 
 
-def _line(row: Mapping[str, Any]) -> bytes:
-    """JSON in UTF-8. Halves of characters, as in a file name that is not UTF-8, are written as `\\udc80`."""
-    return (json.dumps(row, ensure_ascii=False) + "\n").encode(errors="backslashreplace")
+_HALVES = "backslashreplace"
+"""Halves of characters, as in a file name that is not UTF-8, are written as `\\udc80`."""

@@ -60,6 +60,7 @@ class DeepSeekV3Renderer(Renderer):
     """
 
     name = "deepseekv3"
+    guards_replies = True  # its tokens are not special
     frame = _BOS + _END + _USER + _ASSISTANT + CALL_TOKENS + _OUTPUTS + _END_OUTPUTS + _OUTPUT + _END_OUTPUT
     reply_sections = _CALLS_END_THE_TEXT
     thinks: ClassVar[bool] = False
@@ -70,11 +71,6 @@ class DeepSeekV3Renderer(Renderer):
         for token in (_BOS, _USER, _ASSISTANT):
             self._token_id(token)
         self._end_id = self._token_id(_END)
-
-    def _guarded(self, messages: Sequence[PlainMessage]) -> list[PlainMessage]:
-        """As the base does, but with replies guarded like the rest: DeepSeek's tokens are not special."""
-        guarded = self._encoder.guard([{**message, "role": "user"} for message in messages])
-        return [{**new, "role": old["role"]} for new, old in zip(guarded, messages, strict=True)]
 
     # -- rendering ----------------------------------------------------------------------------
 

@@ -150,16 +150,16 @@ class ChatTemplateRenderer(Renderer):
 
     # -- rendering ----------------------------------------------------------------------------
 
-    def _guarded(self, messages: Sequence[PlainMessage]) -> list[PlainMessage]:
-        """As the base does; arguments in JSON become mappings where the template cannot print JSON."""
-        guarded = self._encoder.guard(messages)
-        for index, message in enumerate(guarded):
-            if message.get("tool_calls") and self._template.prints_calls:
-                if self._template.prints_json_arguments:
-                    break
+    def _with_calls_for_format(self, messages: list[PlainMessage]) -> list[PlainMessage]:
+        """Arguments in JSON become mappings where the template cannot print JSON."""
+        if not self._template.prints_calls or self._template.prints_json_arguments:
+            return messages
+        adapted = list(messages)
+        for index, message in enumerate(messages):
+            if message.get("tool_calls"):
                 calls = [self._with_mapping(call, index + 1) for call in message["tool_calls"]]
-                guarded[index] = {**message, "tool_calls": calls}
-        return guarded
+                adapted[index] = {**message, "tool_calls": calls}
+        return adapted
 
     def _with_mapping(self, call: Mapping[str, Any], number: int) -> dict[str, Any]:
         """A call whose arguments, if they are JSON, are the mapping that it spells."""

@@ -101,10 +101,11 @@ class CountingCodeGenerator(CodeGenerator):
         return super()._output_child_to_const(node, frame, finalize)
 
     def _output_child_pre(self, node: nodes.Expr, frame: Frame, finalize: Any) -> None:
-        self.write("context.escaped(" if _may_escape(frame) else "context.text(")
+        # Most of what is printed is text already, and a call for each would cost more than the print.
+        self.write("context.escaped(" if _may_escape(frame) else "(printed if type(printed := (")
 
     def _output_child_post(self, node: nodes.Expr, frame: Frame, finalize: Any) -> None:
-        self.write(")")
+        self.write(")" if _may_escape(frame) else ")) is str else context.text(printed))")
 
     def visit_Concat(self, node: nodes.Concat, frame: Frame) -> None:
         join = "(markup_join if context.eval_ctx.autoescape else str_join)"

@@ -200,8 +200,6 @@ class RunContext(Context):
 
     def text(self, value: Any) -> str:
         """The text that `{{ value }}` prints."""
-        if type(value) is str:
-            return value
         if type(value) not in _SCALARS and not isinstance(value, (str, Undefined)):
             self.run.spend_on(value)
         return str(value)

@@ -101,7 +101,7 @@ class FileSource(Source):
         is_gzip = self.path.name.lower().endswith(".gz")
         file: Any = gzip.open(self.path) if is_gzip else self.path.open("rb")  # noqa: SIM115
         try:
-            if (problem := why_no_text(file.peek(64))) is not None:
+            if (problem := why_no_text(file.peek(_LONGEST_MAGIC)[:_LONGEST_MAGIC])) is not None:
                 raise DataError(f"{self.path} {problem}")
         except BaseException:
             file.close()
@@ -136,6 +136,9 @@ def why_no_text(head: bytes) -> str | None:
         return f"is {name} text, not UTF-8. Convert it, as with: iconv -f {name} -t UTF-8"
     return None
 
+
+_LONGEST_MAGIC = 64
+"""Bytes at the beginning of a file that are enough to recognise its format."""
 
 _NO_TEXT = {
     b"\xff\xfe\0\0": "is UTF-32 text, not UTF-8. Convert it, as with: iconv -f UTF-32 -t UTF-8",
@@ -184,7 +187,7 @@ class JsonLinesSource(FileSource):
 
     def _chunks(self, start: int, size: int) -> Iterator[Chunk]:
         with self.open_bytes() as file:
-            self._check_first_line(file.peek(1))  # type: ignore[attr-defined]
+            self._check_first_line(file)
             lines: list[tuple[int, bytes | None]] = []
             num_bytes = 0
             for number, line in enumerate(limited_lines(file, max_line_bytes()), 1):
@@ -203,8 +206,9 @@ class JsonLinesSource(FileSource):
             if lines:
                 yield LinesChunk(self.name, lines)
 
-    def _check_first_line(self, head: bytes) -> None:
-        """Raises DataError where the first line of the head begins a value that continues below it."""
+    def _check_first_line(self, file: BinaryIO) -> None:
+        """Raises DataError where the first line of the file begins a value that continues below it."""
+        head: bytes = file.peek(1)  # type: ignore[attr-defined]
         line = head.removeprefix(_BOM).lstrip().partition(b"\n")[0].strip()
         if line[:1] not in (b"{", b"["):
             return

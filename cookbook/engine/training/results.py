@@ -27,26 +27,22 @@ class MicrobatchResult(NamedTuple):
     """Which sequences of the request are in it."""
     layout: Layout
     logprobs_S: Tensor
-    """[S], or of a request for the loss alone its `summary_of`: [3]."""
+    """[S], or for a request for the loss alone their weighted sum, minimum and maximum: [3], fp64."""
     is_argmax_S: Tensor | None
     """Whether each target is the most likely token, where that was asked for."""
     loss: Tensor
 
 
-def summary_of(logprobs_S: Tensor, weights_S: Tensor) -> Tensor:
-    """The weighted sum, the minimum and the maximum of log-probabilities: [3], fp64."""
-    if not len(logprobs_S):
-        return torch.tensor([0.0, math.inf, -math.inf], dtype=torch.float64, device=logprobs_S.device)
-    logprobs_S = logprobs_S.double()
-    return torch.stack([weights_S.double() @ logprobs_S, *logprobs_S.aminmax()])
+def empty_summary(device: torch.device) -> Tensor:
+    """The weighted sum, the minimum and the maximum of no log-probabilities: [3], fp64."""
+    return torch.tensor([0.0, math.inf, -math.inf], dtype=torch.float64, device=device)
 
 
 def all_reduce_summaries(
     world: World, results: list[MicrobatchResult], device: torch.device
 ) -> list[MicrobatchResult]:
     """The summaries of all processes, as those of one micro-batch whose `logprobs_S` is [processes, 3]."""
-    nothing = torch.zeros(0, device=device)
-    rows = torch.stack([summary_of(nothing, nothing), *(result.logprobs_S for result in results)])
+    rows = torch.stack([empty_summary(device), *(result.logprobs_S for result in results)])
     summaries = torch.zeros(world.size, 3, dtype=torch.float64, device=device)
     summaries[world.rank] = torch.stack([rows[:, 0].sum(), rows[:, 1].min(), rows[:, 2].max()])
     loss = torch.stack([torch.zeros((), device=device), *(result.loss for result in results)]).sum()
@@ -119,7 +115,7 @@ class PassResult:
     """Both by micro-batch; the latter is empty where it was not asked for."""
     losses: Readback
     is_loss_only: bool = False
-    """Whether `scored_logprobs` are rows of `summary_of`."""
+    """Whether `scored_logprobs` are weighted sums, minima and maxima."""
     custom_loss: float | None = None
     custom_metrics: Mapping[str, float] = field(default_factory=dict)
 

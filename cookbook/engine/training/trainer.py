@@ -36,7 +36,7 @@ from cookbook.engine.training.results import (
     Readback,
     all_reduce_results,
     all_reduce_summaries,
-    summary_of,
+    empty_summary,
 )
 from cookbook.errors import CheckpointError, RequestError, TrainingError
 from cookbook.types import IGNORED_TARGET, AdamParams, Datum, LoraConfig
@@ -300,7 +300,11 @@ class Trainer:
                 logprobs_S = self.base.logprobs(batch)
             loss = token_loss(logprobs_S[:num_trained], slice(0, num_trained))
         if request.loss_only:
-            logprobs_S = summary_of(logprobs_S[:num_trained], batch.weights_S[:num_trained])
+            trained_S = logprobs_S[:num_trained].double()
+            logprobs_S = empty_summary(self.base.device)
+            if num_trained:
+                weights_S = batch.weights_S[:num_trained].double()
+                logprobs_S = torch.stack([weights_S @ trained_S, *trained_S.aminmax()])
         return MicrobatchResult(indices, batch.layout, logprobs_S, is_argmax_S, loss)
 
     # -- memory -----------------------------------------------------------------------------
