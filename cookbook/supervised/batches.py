@@ -40,15 +40,14 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class PlacedBatch:
+class PlacedBatch(Batch):
     """A batch, and its place in the run."""
 
-    batch: Batch
     epoch: int
     position: Position
     """Where the batch before it ended. It is the end of an epoch where a stream has just ended."""
     next_position: Position
-    rendering: tuple[float, float] = (0.0, 0.0)
+    rendering: tuple[float, float]
     """When rendering it began and ended, by `time.perf_counter`."""
 
 
@@ -153,8 +152,13 @@ class BatchQueue:
             if batch is not None:
                 if self._steps_left is not None:
                     self._steps_left -= 1
-                rendering = (started, time.perf_counter())
-                return PlacedBatch(batch, position.epoch, end_of_last, self._position, rendering)
+                return PlacedBatch(
+                    **vars(batch),
+                    epoch=position.epoch,
+                    position=end_of_last,
+                    next_position=self._position,
+                    rendering=(started, time.perf_counter()),
+                )
         return None
 
     def _begin_epoch(self, position: Position) -> Iterator[list[Datum]]:

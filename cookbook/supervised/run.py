@@ -203,7 +203,7 @@ class Run:
             step, r.start.total_steps, config.peak_learning_rate, config.lr_schedule, config.warmup_steps
         )
         forward_backward = optim_step = save = None
-        if batch.batch.num_trained_tokens:
+        if batch.num_trained_tokens:
             adam_params = AdamParams(
                 learning_rate=learning_rate,
                 beta1=config.adam_beta1,
@@ -213,7 +213,7 @@ class Run:
                 grad_clip_norm=config.grad_clip_norm,
             )
             with r.recorder.at_step(step), r.recorder.span("loop", "queue"):
-                forward_backward = r.client.forward_backward(batch.batch.data, return_logprobs="none")
+                forward_backward = r.client.forward_backward(batch.data, return_logprobs="none")
                 optim_step = r.client.optim_step(adam_params)
         else:
             logger.warning("Step %d is skipped: no example of its batch has a trained token left.", step)
@@ -227,14 +227,14 @@ class Run:
 
         Steps are logged in their order: a run may be resumed from every checkpoint that is recorded.
         """
-        r, batch = self._resources, done.batch.batch
+        r, batch = self._resources, done.batch
         with r.recorder.span("loop", "wait for step", done.step):
             for future in (done.forward_backward, done.optim_step):
                 if future is not None:
                     await future
         with r.recorder.span("loop", "log", done.step):
-            await self._record_best(done.evaluation, done.step, done.batch.position)
-            metrics: dict[str, float] = {"epoch": done.batch.epoch, **done.evaluation.metrics}
+            await self._record_best(done.evaluation, done.step, batch.position)
+            metrics: dict[str, float] = {"epoch": batch.epoch, **done.evaluation.metrics}
             if done.forward_backward is not None and done.optim_step is not None:
                 output, optim_step = await done.forward_backward, await done.optim_step
                 metrics |= {"train/nll": output.loss, "optim/grad_norm": optim_step.metrics["grad_norm"]}
@@ -256,7 +256,7 @@ class Run:
             self._write_row(done.step, metrics, done.evaluation.tables)
             if done.save is not None:
                 name, path = checkpoint_name(done.step + 1), (await done.save).path
-                r.checkpoints.add(name, path, done.step + 1, *done.batch.next_position)
+                r.checkpoints.add(name, path, done.step + 1, *batch.next_position)
 
     # -- the two ends of a run --------------------------------------------------------------
 

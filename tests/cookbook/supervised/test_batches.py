@@ -85,7 +85,7 @@ def placed_batches(dataset: SupervisedDataset, ahead: int = 2, **options: Any) -
 
 
 def numbers_in(placed: list[PlacedBatch]) -> list[int]:
-    return [one.batch.data[0].model_input.to_ints()[0] for one in placed]
+    return [one.data[0].model_input.to_ints()[0] for one in placed]
 
 
 def test_the_loss_of_a_batch_is_the_mean_over_its_trained_tokens() -> None:
@@ -183,14 +183,14 @@ def test_whatever_the_sizes_of_its_batches_an_epoch_has_every_row_once_in_its_ow
         placed = placed_batches(dataset(batch_size), num_epochs=9, num_steps=num_steps, start=start)
         assert len(placed) == num_steps
         for one in placed:
-            read.setdefault(one.epoch, []).extend(datum.model_input.to_ints()[0] for datum in one.batch.data)
+            read.setdefault(one.epoch, []).extend(datum.model_input.to_ints()[0] for datum in one.data)
         start = placed[-1].next_position
     assert max(read) >= 3
     for epoch, numbers in read.items():
         (whole,) = placed_batches(
             dataset(num_rows), num_epochs=epoch + 1, num_steps=1, start=Position(epoch, 0, 0)
         )
-        truth = [datum.model_input.to_ints()[0] for datum in whole.batch.data]
+        truth = [datum.model_input.to_ints()[0] for datum in whole.data]
         assert numbers == truth[: len(numbers)]
         assert len(numbers) == num_rows or epoch == max(read)
 
