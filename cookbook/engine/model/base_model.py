@@ -34,7 +34,7 @@ from cookbook.engine.model.memory import (
 )
 from cookbook.engine.model.packing import PackedBatch, TokenSequence, pack
 from cookbook.engine.model.peft_settings import is_same
-from cookbook.engine.model.unembedding import Head, LoraOnHead, Scores, TokenLoss
+from cookbook.engine.model.unembedding import BlockSizes, Head, LoraOnHead, Scores, TokenLoss
 from cookbook.engine.options import EngineOptions
 from cookbook.engine.training.optimizer import bytes_to_train, bytes_to_undo
 from cookbook.errors import ConfigError
@@ -68,6 +68,7 @@ class BaseModel:
         self.is_packed = False
         self.has_plain_head = False
         """Whether sequences share a row, and whether logits are computed in blocks."""
+        self.block_sizes = BlockSizes.on(self.device)
         self.decodes_packed: bool | None = None
         self.make_decoder: Callable[[BaseModel], Any] | None = None
         """Whether continuations share a row too, and the decoder that is used: see `sampling.decoders`, which
@@ -258,6 +259,7 @@ class BaseModel:
         config = self.model.config.get_text_config()
         return Head(
             base.weight,
+            self.block_sizes,
             base.bias,
             lora,
             scale=(getattr(config, "logit_scale", None) or 1.0)
@@ -276,9 +278,8 @@ class BaseModel:
 
     def limits(self, adapter: Adapter) -> MicrobatchLimits:
         """How large micro-batches may be with one more adapter in training."""
-        return limits_for(
-            self.options, self.device, lambda: self._activation_cost(adapter), self._reserved_bytes(adapter)
-        )
+        free_bytes = usable_memory(self.device) - self._reserved_bytes(adapter)
+        return limits_for(self.options, self.device, lambda: self._activation_cost(adapter), free_bytes)
 
     def can_undo_steps(self, adapter: Adapter) -> bool:
         """Whether there is memory for the copies that undo a failed step, while no activations are held."""

@@ -78,8 +78,8 @@ class Recovery:
     def is_needed(self) -> bool:
         return self.patience > 0
 
-    def after_failure(self) -> Recovery:
-        patience = min(2 * self.patience, _MOST_PATIENCE) if self.is_needed else FIRST_PATIENCE
+    def after_failure(self, first_patience: int) -> Recovery:
+        patience = min(2 * self.patience, _MOST_PATIENCE) if self.is_needed else first_patience
         return Recovery(patience, patience)
 
     def after_pass(
@@ -142,18 +142,18 @@ class ActivationCost:
 
 
 def limits_for(
-    options: EngineOptions, device: torch.device, cost: Callable[[], ActivationCost], reserved_bytes: int
+    options: EngineOptions, device: torch.device, cost: Callable[[], ActivationCost], free_bytes: float
 ) -> MicrobatchLimits:
     """The limits that the options set; those that they do not set follow from the device's memory.
 
-    `reserved_bytes` are needed for weights, gradients and optimizer state.
+    `free_bytes` are what `usable_memory` leaves beside weights, gradients and optimizer state.
     """
     wanted, checkpointing = options.max_tokens_per_microbatch, options.gradient_checkpointing
     if wanted is not None and checkpointing != "auto":
         return MicrobatchLimits(wanted, 0 if checkpointing == "on" else 2**62)
     found = cost()
     kind = "cuda" if device.type == "cuda" else "cpu"
-    room = max(0.0, usable_memory(device) - reserved_bytes) / _MARGIN
+    room = max(0.0, free_bytes) / _MARGIN
     tokens_without = 2**62 if checkpointing == "off" else _ratio(room, found.whole)
     if checkpointing == "on":
         tokens_without = 0

@@ -58,6 +58,7 @@ class Head:
     """logits = scale * (W h + bias + adapter), bounded to +-softcap where there is one."""
 
     weight_VD: Tensor
+    blocks: BlockSizes
     bias_V: Tensor | None = None
     lora: LoraOnHead | None = None
     scale: float = 1.0
@@ -122,7 +123,7 @@ def score(head: Head, hidden_SD: Tensor, targets_S: Tensor) -> Tensor:
     """log p(targets_S | hidden_SD): [S], fp32."""
     logprobs_S = torch.empty(len(targets_S), device=hidden_SD.device)
     with torch.no_grad():
-        for part in _chunks(len(targets_S), BlockSizes.on(hidden_SD.device).positions):
+        for part in _chunks(len(targets_S), head.blocks.positions):
             logprobs_S[part] = _Chunk(head, hidden_SD[part], targets_S[part]).logprobs_C
     return logprobs_S
 
@@ -131,7 +132,7 @@ def score(head: Head, hidden_SD: Tensor, targets_S: Tensor) -> Tensor:
 def score_and_compare(head: Head, hidden_SD: Tensor, targets_S: Tensor) -> Scores:
     """`score`, and whether each target is the most likely token: beside the running maximum runs another one,
     of all tokens but the target."""
-    parts = _chunks(len(targets_S), BlockSizes.on(hidden_SD.device).positions)
+    parts = _chunks(len(targets_S), head.blocks.positions)
     logprobs_S = torch.empty(len(targets_S), device=hidden_SD.device)
     is_argmax_S = torch.empty(len(targets_S), dtype=torch.bool, device=hidden_SD.device)
     for part in parts:
@@ -150,10 +151,9 @@ def score_and_backpropagate(
     The gradient of the head's trained parameters is added to their `.grad`. The loss has to be a
     sum over positions, each term of one position's log-probability.
     """
-    sizes = BlockSizes.on(hidden_SD.device)
-    num_positions, vocab_size, kept = sizes.positions, len(head.weight_VD), None
+    num_positions, vocab_size, kept = head.blocks.positions, len(head.weight_VD), None
     if head.trained_keys():
-        num_positions = max(1, min(num_positions, len(targets_S), sizes.kept_elements // vocab_size))
+        num_positions = max(1, min(num_positions, len(targets_S), head.blocks.kept_elements // vocab_size))
         kept = hidden_SD.new_empty(num_positions * vocab_size)
     logprobs_S = torch.empty(len(targets_S), device=hidden_SD.device)
     grad_SD = torch.empty_like(hidden_SD)
@@ -205,7 +205,7 @@ class _Chunk:
         target_C1 = torch.zeros(num_positions, 1, device=device)
         mean_CQ = torch.zeros(queries_CQ.shape, device=device)
         vocab_size = len(self.head.weight_VD)
-        block_size = BlockSizes.on(device).vocabulary
+        block_size = self.head.blocks.vocabulary
         for first in range(0, vocab_size, block_size):
             rows = slice(first, min(first + block_size, vocab_size))
             keys_KQ = self.head.keys(rows)

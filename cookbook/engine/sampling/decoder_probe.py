@@ -19,7 +19,7 @@ from cookbook.types import SamplingParams
 
 logger = logging.getLogger(__name__)
 
-_DECODERS: tuple[type[Decoder], ...] = (PackedDecoder, WholeModelDecoder, RereadingDecoder)
+DECODERS: tuple[type[Decoder], ...] = (PackedDecoder, WholeModelDecoder, RereadingDecoder)
 """From the fastest to the one that is always right."""
 _TOLERANCE_FP32, _TOLERANCE_16_BIT = 2e-5, 0.05
 """The largest difference of logits, as a share of the largest logit. In fp32 rounding is below 5e-6; what
@@ -27,8 +27,8 @@ transformers 5.23 caches for Zamba2 is another computation, and moves them by 2e
 
 
 @torch.no_grad()
-def make_decoder(base: BaseModel) -> Decoder:
-    """The fastest decoder whose logits are those of the model's own forward pass without a cache.
+def make_decoder(base: BaseModel, decoders: tuple[type[Decoder], ...] = DECODERS) -> Decoder:
+    """The first of `decoders` whose logits are those of the model's own forward pass without a cache.
 
     Each is compared with that pass once per loaded model, when it is first sampled from, and the result is
     kept in `base.make_decoder`. The last one is that pass, and needs no comparison. While the model's own
@@ -37,7 +37,7 @@ def make_decoder(base: BaseModel) -> Decoder:
     if base.make_decoder is not None:
         decoder: Decoder = base.make_decoder(base)
         return decoder
-    *candidates, last = _DECODERS if base.is_packed else _DECODERS[1:]
+    *candidates, last = decoders if base.is_packed else decoders[1:]
     generator = torch.Generator().manual_seed(0)
     texts = [torch.randint(base.vocab_size, (length,), generator=generator).numpy() for length in (6, 7, 8)]
     texts[2][:6] = texts[1][:6]

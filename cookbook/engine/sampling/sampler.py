@@ -11,6 +11,7 @@ import math
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -37,6 +38,32 @@ _MAX_SEQUENCES = {"cpu": 64, "cuda": 256}
 _MAX_PREFILL_TOKENS = {"cpu": 1024, "cuda": 8192}
 """Tokens of one prefill; a longer prompt is prefilled alone."""
 
+
+@dataclass(frozen=True)
+class SamplingLimits:
+    """How much runs at a time."""
+
+    max_sequences: int
+    max_prefill_tokens: int
+    max_cached_tokens: int
+    """The positions of keys and values; a sequence that runs alone may have more."""
+
+    @classmethod
+    def on(cls, base: BaseModel) -> SamplingLimits:
+        """The limits of the model's device, by the memory that is free now."""
+        kind = "cuda" if base.device.type == "cuda" else "cpu"
+        room = bytes_for_sampling(base.device)
+        if base.is_sharded:  # all processes admit the same sequences
+            (room,) = base.world.all_reduce_min(room)
+        return cls(_MAX_SEQUENCES[kind], _MAX_PREFILL_TOKENS[kind], room // _cache_bytes_per_token(base))
+
+    def halved(self, num_unanswered: int) -> SamplingLimits:
+        """Half of each, and at most half as many sequences as are unanswered."""
+        max_sequences = max(1, min(self.max_sequences, num_unanswered) // 2)
+        max_prefill_tokens = 1 if max_sequences == 1 else max(1, self.max_prefill_tokens // 2)
+        return SamplingLimits(max_sequences, max_prefill_tokens, self.max_cached_tokens // 2)
+
+
 Prepared = Future[tuple[Adapter | None, int | None]]
 """The adapter of a snapshot, and the seed of its samples that have none."""
 
@@ -45,8 +72,10 @@ class Sampler:
     """Answers the requests to one snapshot. It is a `worker.Batcher`: it runs on the engine's thread, and
     where an error leaves requests without an answer, the engine fails them."""
 
-    def __init__(self, base: BaseModel, prepared: Prepared) -> None:
+    def __init__(self, base: BaseModel, prepared: Prepared, limits: SamplingLimits | None = None) -> None:
+        """`limits` follow from the memory that is free when a batch starts, unless they are given."""
         self._base = base
+        self._limits = limits
         self._prepared = prepared
 
     def run(self, first: Request, take_waiting: Callable[[], list[Request]]) -> None:
@@ -55,7 +84,7 @@ class Sampler:
             arrived = [first, *take_waiting()]
             adapter, seed = self._prepared.result()
             with torch.no_grad(), self._base.adapters.using(adapter):
-                batch = _Batch(self._base, seed)
+                batch = _Batch(self._base, seed, self._limits or SamplingLimits.on(self._base))
                 while arrived or batch.scores or batch.waiting or batch.running:
                     for request in arrived:
                         if request.future.set_running_or_notify_cancel():
@@ -70,9 +99,8 @@ class Sampler:
 class _Batch:
     """The sequences that run, and those that wait for room."""
 
-    def __init__(self, base: BaseModel, seed: int | None) -> None:
+    def __init__(self, base: BaseModel, seed: int | None, limits: SamplingLimits) -> None:
         """`seed` is that of requests that have none. Without it they are not reproducible."""
-        kind = "cuda" if base.device.type == "cuda" else "cpu"
         self.scores: list[ScoreRequest] = []
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
@@ -82,12 +110,7 @@ class _Batch:
         self._base = base
         self._seed = seed
         self._decoder = make_decoder(base)
-        self._max_sequences = _MAX_SEQUENCES[kind]
-        self._max_prefill_tokens = _MAX_PREFILL_TOKENS[kind]
-        room = bytes_for_sampling(base.device)
-        if base.is_sharded:  # all processes admit the same sequences
-            (room,) = base.world.all_reduce_min(room)
-        self._max_cached_tokens = room // _cache_bytes_per_token(base)
+        self._limits = limits
 
     def add(self, request: Request) -> None:
         """Queues a request."""
@@ -132,7 +155,7 @@ class _Batch:
                 request.future.set_result([None])
         requests = self.scores = [request for request in self.scores if not request.future.done()]
         lengths = [len(request.tokens_T) - 1 for request in requests]
-        max_tokens = self._max_prefill_tokens if self._base.is_packed else 1
+        max_tokens = self._limits.max_prefill_tokens if self._base.is_packed else 1
         for indices in plan_microbatches(lengths, max_tokens) if requests else []:
             texts = [requests[index].tokens_T for index in indices]
             sequences = [
@@ -155,15 +178,15 @@ class _Batch:
         groups: list[list[Sequence]] = []
         num_tokens, num_sequences = 0, len(self.running)
         cached_tokens = self._cached_tokens()
-        while self.waiting and num_sequences < self._max_sequences:
+        while self.waiting and num_sequences < self._limits.max_sequences:
             sequence = self.waiting[0]
             cached_tokens += capacity_for(sequence.length + 1)
-            if num_sequences and cached_tokens > self._max_cached_tokens:
+            if num_sequences and cached_tokens > self._limits.max_cached_tokens:
                 break
             last = groups[-1][0] if groups else None
             if last is not None and last.request is sequence.request and not (last.tokens or sequence.tokens):
                 groups[-1].append(self.waiting.popleft())
-            elif groups and num_tokens + sequence.length > self._max_prefill_tokens:
+            elif groups and num_tokens + sequence.length > self._limits.max_prefill_tokens:
                 break
             else:
                 num_tokens += sequence.length
@@ -184,7 +207,7 @@ class _Batch:
 
     def _preempt(self) -> None:
         """Takes the youngest sequences out of a cache that is too small for all. They are prefilled later."""
-        while len(self.running) > 1 and self._cached_tokens() > self._max_cached_tokens:
+        while len(self.running) > 1 and self._cached_tokens() > self._limits.max_cached_tokens:
             youngest = self.running.pop()
             self._decoder.remove(youngest)
             self.waiting.appendleft(youngest)
@@ -247,7 +270,7 @@ class _Batch:
         """Preempts all sequences, and halves the limits. A request that does not fit alone fails."""
         self._decoder = make_decoder(self._base)
         self.running = []
-        if self._max_sequences == self._max_prefill_tokens == 1:
+        if self._limits.max_sequences == self._limits.max_prefill_tokens == 1:
             request: Request = self.scores.pop(0) if self.scores else next(iter(self._sequences))
             num_tokens = len(request.tokens_T) if isinstance(request, ScoreRequest) else 0
             if isinstance(request, SampleRequest):
@@ -265,13 +288,11 @@ class _Batch:
             if sequence.stop_reason is None
         )
         num_unanswered = len(self.waiting) + len(self.scores)
-        self._max_sequences = max(1, min(self._max_sequences, num_unanswered) // 2)
-        self._max_prefill_tokens = 1 if self._max_sequences == 1 else max(1, self._max_prefill_tokens // 2)
-        self._max_cached_tokens //= 2
+        self._limits = self._limits.halved(num_unanswered)
         if num_unanswered:
             logger.warning(
                 "Sampling does not fit in memory: continuing with at most %d sequences at a time.",
-                self._max_sequences,
+                self._limits.max_sequences,
             )
 
 

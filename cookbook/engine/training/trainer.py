@@ -24,7 +24,7 @@ from cookbook.engine import checkpoint
 from cookbook.engine.model import fsdp, peft_settings
 from cookbook.engine.model.adapters import Adapter
 from cookbook.engine.model.base_model import BaseModel
-from cookbook.engine.model.memory import MicrobatchLimits, Recovery, is_out_of_memory
+from cookbook.engine.model.memory import FIRST_PATIENCE, MicrobatchLimits, Recovery, is_out_of_memory
 from cookbook.engine.model.packing import PackedBatch, TokenSequence, check_data, pack
 from cookbook.engine.training import sharded_state
 from cookbook.engine.training.losses import Loss, get_loss
@@ -74,8 +74,13 @@ class Trainer:
     """An adapter, its gradients and its AdamW. Not thread-safe: one thread calls it, in order."""
 
     def __init__(
-        self, base: BaseModel, lora: LoraConfig, user_metadata: Mapping[str, str] | None = None
+        self,
+        base: BaseModel,
+        lora: LoraConfig,
+        user_metadata: Mapping[str, str] | None = None,
+        first_patience: int = FIRST_PATIENCE,
     ) -> None:
+        """`first_patience`: after how many passes limits that were lowered are raised again, at first."""
         self.base = base
         self.adapter: Adapter = base.adapters.add(lora)
         self.user_metadata = dict(user_metadata or {})
@@ -88,6 +93,7 @@ class Trainer:
         self._ran_out_of_memory = False
         """In the pass that is running."""
         self._recovery = Recovery()
+        self._first_patience = first_patience
         self._world = base.world
         self._agree_on_limits()
         self._full_limits = self._limits
@@ -351,7 +357,7 @@ class Trainer:
         """Raises lowered limits again, by the number of training passes alone: a resumed run may evaluate
         less often."""
         if self._ran_out_of_memory:
-            self._recovery = self._recovery.after_failure()
+            self._recovery = self._recovery.after_failure(self._first_patience)
             self._ran_out_of_memory = False
         elif backward:
             self._recovery, limits = self._recovery.after_pass(self._limits, self._full_limits)
@@ -480,7 +486,7 @@ class Trainer:
             if info.microbatch_limits is not None:
                 limits = replace(self._limits, **info.microbatch_limits)
                 saved = info.microbatch_recovery  # earlier versions kept lowered limits for good
-                recovery = Recovery(**saved) if saved else Recovery().after_failure()
+                recovery = Recovery(**saved) if saved else Recovery().after_failure(self._first_patience)
             elif self._recovery.is_needed:
                 limits, recovery = self._full_limits, Recovery()
         except (ValueError, TypeError, KeyError, OverflowError) as error:

@@ -6,10 +6,12 @@ import asyncio
 import gc
 import threading
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
+from fake_decoders import CountingDecoder, FailingDecoder, decoding_with
 
 from cookbook import (
     AdamParams,
@@ -20,9 +22,7 @@ from cookbook import (
     ServiceClient,
     TrainingClient,
 )
-from cookbook.engine.sampling.decoders import PackedDecoder
 from cookbook.engine.sampling.kv_cache import KVCache, LengthBucket
-from cookbook.engine.sampling.sequence import Sequence
 from cookbook.errors import RequestError
 
 PROMPT = ModelInput.from_ints([5, 17, 31, 8])
@@ -230,40 +230,27 @@ def test_a_stream_that_nobody_reads_on_ends(client: TrainingClient) -> None:
     assert 1 <= len(stream.result(timeout=60).tokens) < 250
 
 
-def test_an_error_while_sampling_reaches_whoever_reads_the_stream(
-    client: TrainingClient, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_error_while_sampling_reaches_whoever_reads_the_stream(client: TrainingClient) -> None:
     sampling_client = client.save_weights_and_get_sampling_client()
-
-    def fail(*_: object) -> None:
-        raise ZeroDivisionError("in the middle")
-
-    monkeypatch.setattr("cookbook.engine.sampling.sampler.choose", fail)
-    with pytest.raises(ZeroDivisionError):
-        list(sampling_client.stream(PROMPT, PARAMS))
-    monkeypatch.undo()
+    with decoding_with(client._engine.base, FailingDecoder):
+        stream = iter(sampling_client.stream(PROMPT, PARAMS))
+        next(stream)
+        with pytest.raises(ZeroDivisionError, match="in the middle"):
+            list(stream)
     assert list(sampling_client.stream(PROMPT, PARAMS))
 
 
-def test_requests_that_wait_together_share_the_passes_of_the_model(
-    client: TrainingClient, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_requests_that_wait_together_share_the_passes_of_the_model(client: TrainingClient) -> None:
     """Sixteen requests of eight tokens take one prefill and seven decode passes."""
     sampling_client = client.save_weights_and_get_sampling_client()
     steps: list[int] = []
-    decode = PackedDecoder.decode
-
-    def counted(self: PackedDecoder, sequences: list[Sequence]) -> object:
-        steps.append(len(sequences))
-        return decode(self, sequences)
-
-    monkeypatch.setattr(PackedDecoder, "decode", counted)
     params = [SamplingParams(max_tokens=8, seed=seed, stop_token_ids=[10**6]) for seed in range(16)]
     go = threading.Event()
-    client._engine.submit(go.wait, 60)
-    futures = [sampling_client.sample(PROMPT, 1, each) for each in params]
-    go.set()
-    assert all(len(future.sequences[0].tokens) == 8 for future in futures)
+    with decoding_with(client._engine.base, partial(CountingDecoder, counts=steps)):
+        client._engine.submit(go.wait, 60)
+        futures = [sampling_client.sample(PROMPT, 1, each) for each in params]
+        go.set()
+        assert all(len(future.sequences[0].tokens) == 8 for future in futures)
     assert steps == [16] * 7
 
 

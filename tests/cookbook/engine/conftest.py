@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from cookbook.engine.model.base_model import BaseModel
+from cookbook.engine.model.memory import FIRST_PATIENCE
 from cookbook.engine.options import EngineOptions
 from cookbook.engine.training.trainer import Trainer
 from cookbook.types import Datum, LoraConfig, ModelInput
@@ -28,11 +29,17 @@ def _make_data(vocab_size: int, lengths: Sequence[int], seed: int = 0) -> list[D
     return data
 
 
-def _make_trainer(base: str | BaseModel, seed: int = 0, options: Any = None, **lora: Any) -> Trainer:
+def _make_trainer(
+    base: str | BaseModel,
+    seed: int = 0,
+    options: Any = None,
+    first_patience: int = FIRST_PATIENCE,
+    **lora: Any,
+) -> Trainer:
     """A trainer whose B matrices are not zero, so that every gradient is in play."""
     if isinstance(base, str):
         base = BaseModel(base, EngineOptions(**(options or {})))
-    made = Trainer(base, LoraConfig(rank=4, seed=seed, **lora))
+    made = Trainer(base, LoraConfig(rank=4, seed=seed, **lora), first_patience=first_patience)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in made.adapter.weights.values():

@@ -5,8 +5,7 @@ Shape suffixes: T positions of a sequence, V vocabulary.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -233,15 +232,15 @@ class Way:
     order: Sequence[int]
     max_tokens: int = 1
     checkpoint_beyond: int = NEVER
-    blocks: BlockSizes | None = None
+    blocks: BlockSizes = BlockSizes.on(torch.device("cpu"))  # noqa: RUF009 - it is frozen
     trained_only: bool = False
 
 
 def run(made: Trainer, data: Sequence[Datum], loss_fn: str, way: Way) -> Outcome:
     made._limits = MicrobatchLimits(way.max_tokens, way.checkpoint_beyond)
-    with blocks_of(way.blocks):
-        request = made.check([data[i] for i in way.order], loss_fn, None, trained_only=way.trained_only)
-        result = made.forward_backward(request)
+    made.base.block_sizes = way.blocks
+    request = made.check([data[i] for i in way.order], loss_fn, None, trained_only=way.trained_only)
+    result = made.forward_backward(request)
     gradients = {
         name: torch.zeros_like(p) if p.grad is None else p.grad.clone()
         for name, p in made.adapter.weights.items()
@@ -250,14 +249,6 @@ def run(made: Trainer, data: Sequence[Datum], loss_fn: str, way: Way) -> Outcome
     logprobs = dict(zip(way.order, result.logprobs(), strict=True))
     loss = result.output().metrics["loss:sum"]
     return Outcome(loss, [logprobs[i] for i in range(len(data))], gradients)
-
-
-@contextlib.contextmanager
-def blocks_of(sizes: BlockSizes | None) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        if sizes is not None:
-            patch.setattr(BlockSizes, "on", lambda device: sizes)
-        yield
 
 
 def assert_same(found: Outcome, expected: Outcome, truth: Truth, trained_only: bool = False) -> None:
@@ -341,7 +332,7 @@ def ways(draw: st.DrawFn, num_sequences: int) -> Way:
         order=draw(st.permutations(range(num_sequences))),
         max_tokens=draw(st.sampled_from([1, 16, 40, 80, 1000])),
         checkpoint_beyond=draw(st.sampled_from([0, 24, NEVER])),
-        blocks=draw(st.sampled_from([None, blocks])),
+        blocks=draw(st.sampled_from([Way.blocks, blocks])),
         trained_only=draw(st.booleans()),
     )
 

@@ -9,8 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from cookbook.engine.model import unembedding
 from cookbook.engine.model.unembedding import (
     BlockSizes,
     Head,
@@ -24,13 +24,7 @@ NUM_POSITIONS, HIDDEN_SIZE, VOCAB_SIZE, RANK = 23, 8, 50, 3
 SCALING = 0.5
 
 
-@pytest.fixture(autouse=True)
-def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    use_blocks(monkeypatch, BlockSizes(positions=7, vocabulary=11, kept_elements=4 * VOCAB_SIZE))
-
-
-def use_blocks(monkeypatch: pytest.MonkeyPatch, sizes: BlockSizes) -> None:
-    monkeypatch.setattr(BlockSizes, "on", lambda device: sizes)
+SMALL_BLOCKS = BlockSizes(positions=7, vocabulary=11, kept_elements=4 * VOCAB_SIZE)
 
 
 def make_head(
@@ -39,6 +33,7 @@ def make_head(
     bias: bool = False,
     full: bool = False,
     dtype: torch.dtype = torch.float32,
+    blocks: BlockSizes = SMALL_BLOCKS,
     **rest: Any,
 ) -> Head:
     generator = torch.Generator().manual_seed(0)
@@ -51,6 +46,7 @@ def make_head(
     )
     return Head(
         draw(VOCAB_SIZE, HIDDEN_SIZE).to(dtype).requires_grad_(full),
+        blocks,
         draw(VOCAB_SIZE).to(dtype).requires_grad_(full) if bias else None,
         adapter if lora else None,
         **rest,
@@ -123,14 +119,12 @@ def test_blocks_give_the_log_softmax_and_every_gradient(
 @settings(deadline=None, max_examples=40)
 @given(st.integers(1, 40), st.integers(1, 60), st.integers(1, 2000))
 def test_no_size_of_block_changes_anything(positions: int, vocabulary: int, kept: int) -> None:
-    head = make_head(lora=True)
+    head = make_head(lora=True, blocks=BlockSizes(positions, vocabulary, kept))
     hidden_SD, targets_S, weights_S = make_positions()
     expected = by_autograd(head, hidden_SD, targets_S, weights_S)
-    with pytest.MonkeyPatch.context() as patch:
-        use_blocks(patch, BlockSizes(positions, vocabulary, kept))
-        logprobs_S, _, grad_SD = score_and_backpropagate(
-            head, hidden_SD, targets_S, lambda logprobs_C, part: -(weights_S[part] * logprobs_C).sum()
-        )
+    logprobs_S, _, grad_SD = score_and_backpropagate(
+        head, hidden_SD, targets_S, lambda logprobs_C, part: -(weights_S[part] * logprobs_C).sum()
+    )
     assert head.lora is not None
     found = {"logprobs": logprobs_S, "hidden": grad_SD, "a": head.lora.a_RD.grad, "b": head.lora.b_VR.grad}
     for name, value in found.items():
@@ -168,20 +162,27 @@ def test_gradients_add_to_those_that_are_there() -> None:
     torch.testing.assert_close(twice, 2 * head.lora.b_VR.grad)
 
 
-def test_no_more_logits_exist_at_once_than_a_block_holds(monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes: list[tuple[int, ...]] = []
-    product = unembedding.product
+class Products(TorchDispatchMode):
+    """The shape of every matrix product that torch computes within it."""
 
-    def watched(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
-        made = product(a, b, out)
-        sizes.append(tuple(made.shape))
-        return made
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: list[tuple[int, ...]] = []
 
-    monkeypatch.setattr(unembedding, "product", watched)
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.mm.default:
+            self.shapes.append(tuple(result.shape))
+        return result
+
+
+def test_no_more_logits_exist_at_once_than_a_block_holds() -> None:
     hidden_SD, targets_S, _ = make_positions()
-    score_and_backpropagate(make_head(), hidden_SD, targets_S, lambda logprobs_C, part: logprobs_C.sum())
-    assert max(positions for positions, _ in sizes) <= 7
-    assert max(width for _, width in sizes) <= 11
+    with Products() as products:
+        score_and_backpropagate(make_head(), hidden_SD, targets_S, lambda logprobs_C, part: logprobs_C.sum())
+    assert sum(positions * width for positions, width in products.shapes) == NUM_POSITIONS * VOCAB_SIZE
+    assert max(positions for positions, _ in products.shapes) <= 7
+    assert max(width for _, width in products.shapes) <= 11
 
 
 def test_log_probabilities_are_fp32_whatever_the_model_is() -> None:
@@ -198,7 +199,7 @@ def test_log_probabilities_are_fp32_whatever_the_model_is() -> None:
 def test_scores_far_apart_neither_overflow_nor_vanish() -> None:
     head = make_head()
     hidden_SD, targets_S, weights_S = make_positions()
-    far = Head(head.weight_VD * 300)
+    far = Head(head.weight_VD * 300, SMALL_BLOCKS)
     expected = by_autograd(far, hidden_SD, targets_S, weights_S)
     logprobs_S, _, grad_SD = score_and_backpropagate(
         far, hidden_SD, targets_S, lambda logprobs_C, part: -(weights_S[part] * logprobs_C).sum()
@@ -235,9 +236,12 @@ def test_a_target_that_ties_for_the_first_place_is_not_the_most_likely_in_whatev
     weight_VD[[3, 25, 49]] = 20 * hidden_SD[0]
     targets = torch.tensor([3, 25, 49, 4])
     hidden_SD = hidden_SD[:1].expand(4, -1)
-    assert score_and_compare(Head(weight_VD), hidden_SD, targets).is_argmax_S.tolist() == [False] * 4
+    assert (
+        score_and_compare(Head(weight_VD, SMALL_BLOCKS), hidden_SD, targets).is_argmax_S.tolist()
+        == [False] * 4
+    )
     weight_VD[25] *= 1.01
-    _, is_argmax = score_and_compare(Head(weight_VD), hidden_SD, targets)
+    _, is_argmax = score_and_compare(Head(weight_VD, SMALL_BLOCKS), hidden_SD, targets)
     assert is_argmax.tolist() == [False, True, False, False]
 
 

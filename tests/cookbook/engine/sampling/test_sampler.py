@@ -6,19 +6,22 @@ import math
 import random
 from collections.abc import Sequence
 from concurrent.futures import Future
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from fake_decoders import TightDecoder, decoding_with
 from transformers import AutoModelForCausalLM
 
 from cookbook.engine.model.adapters import Adapter
 from cookbook.engine.model.base_model import BaseModel
-from cookbook.engine.sampling import decoder_probe, decoders, sampler
+from cookbook.engine.sampling import decoder_probe, decoders
 from cookbook.engine.sampling.decoders import PackedDecoder
 from cookbook.engine.sampling.requests import Request, ScoreRequest, sample_request, score_request
-from cookbook.engine.sampling.sampler import Prepared, Sampler
+from cookbook.engine.sampling.sampler import Prepared, Sampler, SamplingLimits
 from cookbook.errors import RequestError, TrainingError
 from cookbook.types import LoraConfig, SampleResponse, SamplingParams
 
@@ -100,7 +103,12 @@ def prepared_with(adapter: Adapter | None) -> Prepared:
     return prepared
 
 
-def answer(base: BaseModel, adapter: Adapter | None, requests: Sequence[Request]) -> list[Any]:
+def answer(
+    base: BaseModel,
+    adapter: Adapter | None,
+    requests: Sequence[Request],
+    limits: SamplingLimits | None = None,
+) -> list[Any]:
     """Of requests that wait at the same time."""
     waiting = list(requests[1:])
 
@@ -109,7 +117,7 @@ def answer(base: BaseModel, adapter: Adapter | None, requests: Sequence[Request]
         waiting.clear()
         return taken
 
-    Sampler(base, prepared_with(adapter)).run(requests[0], take_waiting)
+    Sampler(base, prepared_with(adapter), limits).run(requests[0], take_waiting)
     return [request.future.result(timeout=0) for request in requests]
 
 
@@ -287,62 +295,39 @@ def test_scores_and_samples_that_wait_together_are_each_as_alone(base: BaseModel
 @pytest.mark.parametrize(
     "limits",
     [
-        {"_max_sequences": 3},
-        {"_max_cached_tokens": 400},
-        {"_max_prefill_tokens": 20},
-        {"_max_cached_tokens": 1},
+        {"max_sequences": 3},
+        {"max_cached_tokens": 400},
+        {"max_prefill_tokens": 20},
+        {"max_cached_tokens": 1},
     ],
 )
 def test_little_room_changes_nothing_but_the_order(
-    base: BaseModel, adapter: Adapter, limits: dict[str, int], monkeypatch: pytest.MonkeyPatch
+    base: BaseModel, adapter: Adapter, limits: dict[str, int]
 ) -> None:
     """Sequences wait, and those that no longer fit are preempted and prefilled again later."""
     expected = answer(base, adapter, mixed_requests(base))
-    initialise = sampler._Batch.__init__
-
-    def with_less(self: Any, *args: Any) -> None:
-        initialise(self, *args)
-        for name, value in limits.items():
-            setattr(self, name, value)
-
-    monkeypatch.setattr(sampler._Batch, "__init__", with_less)
-    for found, response in zip(answer(base, adapter, mixed_requests(base)), expected, strict=True):
-        assert_same(found, response)
+    found = answer(base, adapter, mixed_requests(base), replace(SamplingLimits.on(base), **limits))
+    for one, response in zip(found, expected, strict=True):
+        assert_same(one, response)
 
 
 @pytest.mark.parametrize("max_sequences", [5, 1])
 def test_out_of_memory_is_met_with_fewer_at_a_time(
-    base: BaseModel, adapter: Adapter, max_sequences: int, monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-) -> None:  # fmt: skip
+    base: BaseModel, adapter: Adapter, max_sequences: int, caplog: pytest.LogCaptureFixture
+) -> None:
     expected = answer(base, adapter, mixed_requests(base))
-    decode = PackedDecoder.decode
-
-    def with_little_memory(self: Any, sequences: Any) -> Any:
-        if len(sequences) > max_sequences:
-            raise torch.OutOfMemoryError("no room")
-        return decode(self, sequences)
-
-    monkeypatch.setattr(PackedDecoder, "decode", with_little_memory)
-    for found, response in zip(answer(base, adapter, mixed_requests(base)), expected, strict=True):
-        assert_same(found, response)
+    with decoding_with(base, partial(TightDecoder, max_sequences=max_sequences)):
+        found = answer(base, adapter, mixed_requests(base))
+    for one, response in zip(found, expected, strict=True):
+        assert_same(one, response)
     assert "Sampling does not fit in memory" in caplog.text
 
 
-def test_only_the_request_that_does_not_fit_alone_fails(
-    base: BaseModel, adapter: Adapter, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    prefill = PackedDecoder.prefill
-
-    def with_little_memory(self: Any, groups: Any) -> Any:
-        if sum(group[0].length for group in groups) > 50:
-            raise torch.OutOfMemoryError("no room")
-        return prefill(self, groups)
-
-    monkeypatch.setattr(PackedDecoder, "prefill", with_little_memory)
+def test_only_the_request_that_does_not_fit_alone_fails(base: BaseModel, adapter: Adapter) -> None:
     requests = [make_request(base, prompt=[5] * length, max_tokens=4) for length in (10, 120, 20)]
     waiting = requests[1:]
-    Sampler(base, prepared_with(adapter)).run(requests[0], lambda: [waiting.pop(0)] if waiting else [])
+    with decoding_with(base, partial(TightDecoder, max_prefill_tokens=50)):
+        Sampler(base, prepared_with(adapter)).run(requests[0], lambda: [waiting.pop(0)] if waiting else [])
     with pytest.raises(TrainingError, match="120 tokens do not fit in the memory of cpu even alone"):
         requests[1].future.result(timeout=0)
     for request in (requests[0], requests[2]):
@@ -857,11 +842,10 @@ def test_a_decoder_that_is_wrong_for_a_model_is_found_and_warned_about(
     wrong: type[decoders.Decoder],
     make_model_folder: Any,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     base = BaseModel(str(make_model_folder(tmp_path / "model", model_type, **config)))
-    monkeypatch.setattr(decoder_probe, "_DECODERS", (wrong, wrong, decoders.RereadingDecoder))
+    decoder_probe.make_decoder(base, (wrong, wrong, decoders.RereadingDecoder))
     (sequence,) = run(base, temperature=0, max_tokens=6).sequences
     assert sequence.tokens == greedy_without_a_cache(base, PROMPT, 6)
     assert base.make_decoder is decoders.RereadingDecoder

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cookbook.engine.training import optimizer as optimizer_module
 from cookbook.engine.training.optimizer import Optimizer, bytes_to_train, bytes_to_undo
@@ -47,62 +47,48 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
         assert torch.equal(found[name], expected[name]), name
 
 
-def half_a_step(adamw: torch.optim.Optimizer) -> Callable[..., Any]:
-    """Changes one weight, its moments and its step count, then fails."""
+class Failing(TorchDispatchMode):
+    """Torch, one operation of which fails once, after it changed the first of its tensors.
 
-    def step(*_: object) -> None:
-        (group,) = adamw.param_groups
-        kept = group["params"]
-        group["params"] = kept[:1]
-        try:
-            type(adamw).step(adamw)
-        finally:
-            group["params"] = kept
-        raise OUT_OF_MEMORY
+    It stands for a device that runs out of memory, or a process that is ended, on the way.
+    """
 
-    return step
+    def __init__(self, operation: Any, error: BaseException = OUT_OF_MEMORY) -> None:
+        super().__init__()
+        self._operation, self._error = operation, error
+        self.has_failed = False
 
-
-def break_clipping(made: Optimizer, patch: pytest.MonkeyPatch) -> None:
-    def clip(parameters: Any, *_: object) -> None:
-        next(iter(parameters)).grad.mul_(0.1)
-        raise OUT_OF_MEMORY
-
-    patch.setattr(torch.nn.utils, "clip_grads_with_norm_", clip)
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self.has_failed or func is not self._operation:
+            return func(*args, **(kwargs or {}))
+        self.has_failed = True
+        func(*(part[:1] if isinstance(part, list) else part for part in args), **(kwargs or {}))
+        raise self._error
 
 
-def break_norm(made: Optimizer, patch: pytest.MonkeyPatch) -> None:
-    def norm(gradients: Any) -> Tensor:
-        raise OUT_OF_MEMORY
-
-    patch.setattr(torch.nn.utils, "get_total_norm", norm)
-
-
-def break_half_way(made: Optimizer, patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(made._adamw, "step", half_a_step(made._adamw))
-
-
-def break_copying(made: Optimizer, patch: pytest.MonkeyPatch) -> None:
-    """Once: what undoes a step copies too."""
-    copy, calls = made._copy_masters, []
-
-    def copy_and_fail() -> None:
-        copy()
-        calls.append(1)
-        if len(calls) == 1:
-            raise SystemExit
-
-    patch.setattr(made, "_copy_masters", copy_and_fail)
-
-
-BREAKS = [break_norm, break_clipping, break_half_way, break_copying]
+NORM = torch.ops.aten._foreach_norm.Scalar
+CLIPPING = torch.ops.aten._foreach_mul_.Tensor
+ADAMW = torch.ops.aten._fused_adamw_.default
+COPYING = torch.ops.aten.copy_.default
+"""The operations of a step, in their order; the last one copies a master to a weight of fewer bits."""
 
 
 @pytest.mark.parametrize("num_steps_before", [0, 2])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("break_it", BREAKS, ids=lambda each: each.__name__)
+@pytest.mark.parametrize(
+    ("operation", "error", "dtype"),
+    [
+        *(
+            (operation, OUT_OF_MEMORY, dtype)
+            for operation in (NORM, CLIPPING, ADAMW)
+            for dtype in (torch.float32, torch.bfloat16)
+        ),
+        (ADAMW, SystemExit(), torch.float32),
+        (COPYING, SystemExit(), torch.bfloat16),
+    ],
+    ids=str,
+)
 def test_a_step_that_fails_leaves_everything_as_it_was(
-    break_it: Any, dtype: torch.dtype, num_steps_before: int, monkeypatch: pytest.MonkeyPatch
+    operation: Any, error: BaseException, dtype: torch.dtype, num_steps_before: int
 ) -> None:
     made, unfailed = (Optimizer(make_weights(dtype)) for _ in range(2))
     for seed in range(num_steps_before):
@@ -112,10 +98,8 @@ def test_a_step_that_fails_leaves_everything_as_it_was(
             each.discard_gradients()
     before = state_of(made)
     pass_over(made, 7)
-    with monkeypatch.context() as patch:
-        break_it(made, patch)
-        with pytest.raises((torch.OutOfMemoryError, SystemExit)):
-            made.step(ADAM)
+    with Failing(operation, error), pytest.raises(type(error)):
+        made.step(ADAM)
     assert_same(state_of(made), before)
     assert not made.is_half_stepped
     made.discard_gradients()
@@ -127,17 +111,18 @@ def test_a_step_that_fails_leaves_everything_as_it_was(
 
 @pytest.mark.parametrize("rank", [4, 0])
 def test_a_client_continues_after_a_step_that_failed(
-    rank: int, tiny_qwen3: str, make_trainer: Any, make_data: Any, monkeypatch: pytest.MonkeyPatch
+    rank: int, tiny_qwen3: str, make_trainer: Any, make_data: Any
 ) -> None:
     """On its next batch alone: the gradients of the step that failed are dropped."""
     made, unfailed = (_trainer(tiny_qwen3, rank) for _ in range(2))
     batches = [make_data(made.base.vocab_size, [9, 5], seed=seed) for seed in range(2)]
     before = {name: weight.detach().clone() for name, weight in made.adapter.weights.items()}
     made.forward_backward(made.check(batches[0], "cross_entropy", None))
-    with monkeypatch.context() as patch:
-        break_half_way(made._optimizer, patch)
-        with pytest.raises(TrainingError, match="optim_step failed: OutOfMemoryError.*as before it"):
-            made.optim_step(ADAM)
+    with (
+        Failing(ADAMW),
+        pytest.raises(TrainingError, match="optim_step failed: OutOfMemoryError.*as before it"),
+    ):
+        made.optim_step(ADAM)
     for name, weight in made.adapter.weights.items():
         assert torch.equal(weight, before[name])
     with pytest.raises(TrainingError, match="nothing to step on"):
@@ -156,17 +141,15 @@ def _trainer(model: str, rank: int) -> Trainer:
 
 
 def test_where_there_is_no_memory_to_undo_a_step_nothing_continues_until_a_state_is_loaded(
-    tiny_qwen3: str, make_data: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Any
+    tiny_qwen3: str, make_data: Any, tmp_path: Any
 ) -> None:
     made = _trainer(tiny_qwen3, 4)
     made.save(tmp_path / "good", with_optimizer=True)
     request = made.check(make_data(made.base.vocab_size, [9]), "cross_entropy", None)
     made.forward_backward(request)
     made._optimizer._can_undo = False
-    with monkeypatch.context() as patch:
-        break_half_way(made._optimizer, patch)
-        with pytest.raises(TrainingError, match="half-way.*load_state_with_optimizer"):
-            made.optim_step(ADAM)
+    with Failing(ADAMW), pytest.raises(TrainingError, match="half-way.*load_state_with_optimizer"):
+        made.optim_step(ADAM)
     for call in (
         lambda: made.forward(request),
         lambda: made.forward_backward(request),
@@ -180,34 +163,31 @@ def test_where_there_is_no_memory_to_undo_a_step_nothing_continues_until_a_state
     made.optim_step(ADAM)
 
 
-@pytest.mark.parametrize("break_it", [break_norm, break_clipping], ids=lambda each: each.__name__)
+@pytest.mark.parametrize("operation", [NORM, CLIPPING], ids=str)
 def test_a_step_that_fails_before_it_changes_anything_needs_no_undoing(
-    break_it: Any, tiny_qwen3: str, make_data: Any, monkeypatch: pytest.MonkeyPatch
+    operation: Any, tiny_qwen3: str, make_data: Any
 ) -> None:
     made, unfailed = (_trainer(tiny_qwen3, 4) for _ in range(2))
     made._optimizer._can_undo = False
     request = made.check(make_data(made.base.vocab_size, [9]), "cross_entropy", None)
     made.forward_backward(request)
-    with monkeypatch.context() as patch:
-        break_it(made._optimizer, patch)
-        with pytest.raises(TrainingError, match="optim_step failed: OutOfMemoryError.*as before it"):
-            made.optim_step(ADAM)
+    with (
+        Failing(operation),
+        pytest.raises(TrainingError, match="optim_step failed: OutOfMemoryError.*as before it"),
+    ):
+        made.optim_step(ADAM)
     for each in (made, unfailed):
         each.forward_backward(request)
         each.optim_step(ADAM)
     assert_same(state_of(made._optimizer), state_of(unfailed._optimizer))
 
 
-def test_a_copy_that_does_not_fit_is_done_without(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_copy_that_does_not_fit_is_done_without() -> None:
     made = Optimizer(make_weights(torch.float32))
     pass_over(made, 0)
-
-    def empty_like(tensor: Tensor) -> Tensor:
-        raise OUT_OF_MEMORY
-
-    with monkeypatch.context() as patch:
-        patch.setattr(torch, "empty_like", empty_like)
+    with Failing(torch.ops.aten.empty_like.default) as torch_of_little_memory:
         made.step(ADAM)
+    assert torch_of_little_memory.has_failed
     assert made.num_steps == 1
 
 
