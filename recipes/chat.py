@@ -42,9 +42,11 @@ class ChatConfig:
         default=None, doc="of a run's checkpoints: best or last; default: the best, where one is recorded"
     )
     model_name: str | None = chz.field(
-        default=None, doc="a base model to talk with, or the one under the checkpoint, if it has moved"
+        default=None, doc="base model to chat with, or that of the checkpoint if it has moved"
     )
-    compare: bool = chz.field(default=False, doc="have the base model answer beside the fine-tuned one")
+    compare: bool = chz.field(
+        default=False, doc="show the base model's answers beside those of the fine-tuned one"
+    )
     renderer_name: str | None = chz.field(
         default=None, doc="chat format; default: the checkpoint's, or chosen from the model"
     )
@@ -55,8 +57,8 @@ class ChatConfig:
     top_p: float = chz.field(
         default=1.0, doc="nucleus: draw from the most likely tokens with this total probability"
     )
-    max_tokens: int = chz.field(default=1024, doc="tokens of a reply at most")
-    seed: int | None = chz.field(default=None, doc="for the same replies every time")
+    max_tokens: int = chz.field(default=1024, doc="maximum number of tokens of a reply")
+    seed: int | None = chz.field(default=None, doc="seed of the sampler, for the same replies every time")
     device: str = chz.field(default="auto", doc="auto (CUDA when there is one), cpu, cuda or cuda:N")
     dtype: str = chz.field(default="auto", doc="of the base model: auto or a name")
 

@@ -153,7 +153,7 @@ HELP = {
     "get": "a job, with the config that was pinned when it was submitted",
     "wait": "wait until a job has ended; exit code 0 only if it succeeded",
     "logs": "what a job printed",
-    "cancel": "have a job save and end",
+    "cancel": "make a job save and end",
     "retry": "run a job that ended again, in the same folder: it resumes",
     "stop-head": "end the Ray head on this machine, after its jobs have saved",
 }
@@ -165,7 +165,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    parser = _Parser(prog=PROG, description="Runs as jobs of Ray.", allow_abbrev=False)
+    parser = _Parser(prog=PROG, description="Runs recipes as Ray jobs.", allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     for name, text in HELP.items():
         command = commands.add_parser(
@@ -176,7 +176,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
                 "--address", help="a Ray cluster's dashboard, host:port; default: this machine's"
             )
         if name == "submit":
-            command.add_argument("recipe", help="recipes.<recipe>, or a module with dots")
+            command.add_argument("recipe", help="recipes.<recipe>, or a dotted module name")
             command.add_argument("keys", nargs="*", metavar="key=value", help="as the recipe takes them")
             command.add_argument(
                 "--gpus", type=float, help="GPUs to queue for; default: 1 where there are any"

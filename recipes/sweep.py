@@ -1,4 +1,4 @@
-"""Runs a recipe many times with other settings, and reports which run is best.
+"""Runs a recipe many times with different settings, and reports which run is best.
 
     python -m recipes.sweep learning_rate=1e-3,4e-3 lora_rank=8,32
     python -m recipes.sweep recipe=sft dataset=chats.jsonl learning_rate=1e-4,3e-4 seed=0,1,2 num_samples=4

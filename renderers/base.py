@@ -86,8 +86,9 @@ class Renderer(ABC):
         )
 
     def reads_key(self, role: str, key: str, value: Any) -> bool:
-        """Whether the format prints or looks at this key of a message, beside those of `Message` that all
-        formats know: the content, the thinking, the calls and what they are linked by."""
+        """Returns whether the format prints or looks at this key of a message, beside those of `Message` that
+        all formats know: the content, the thinking, the calls and what they are linked by.
+        """
         return False
 
     # -- for training -------------------------------------------------------------------------
@@ -178,7 +179,7 @@ class Renderer(ABC):
         return self._example(Rendering(whole), {0: Span(len(before), len(whole))}, {0: 1.0})
 
     def is_rendered(self, prompt: str) -> bool:
-        """Whether a prompt begins as this format prints one: then it is no message but rendered text."""
+        """Returns whether a prompt begins as this format prints one, so that it is rendered text."""
         begun = prompt.lstrip()
         return self._encoder.control.match(begun) is not None or bool(
             self._opening and begun.startswith(self._opening)

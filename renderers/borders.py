@@ -39,7 +39,7 @@ _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)
 
 
 def parts_at_border(backend: Tokenizer) -> bool:
-    """Whether every text with a `BORDER` is encoded as its two sides are, each alone.
+    """Returns whether every text with a `BORDER` is encoded as its two sides are, each alone.
 
     False also where that is only not known.
     """

@@ -259,7 +259,8 @@ class Encoder:
         if cuts and not self._copy_parts_cleanly:
             raise RendererError(
                 "A message begins with text that this tokenizer joins to the end of the prompt, "
-                "and it cannot part the two without adding a space. Strip the white space around the message."
+                "and it cannot separate the two without adding a space. "
+                "Strip the white space around the message."
             )
         edges = [0, len(text)]
         if self._controls_part and not self._controls_take_space:
@@ -361,7 +362,7 @@ def _raise_panic(error: BaseException, text: str) -> None:
 
 
 def _parts(control: int, added: Mapping[int, AddedToken]) -> bool:
-    """Whether a control token is found wherever it is spelled, whatever stands around it."""
+    """Returns whether a control token is found wherever it is spelled, whatever stands around it."""
     token = added[control]
     others = [other.content for index, other in added.items() if index != control]
     return not (token.normalized or token.single_word or any(token.content in other for other in others))

@@ -161,7 +161,7 @@ def _check_tool_calls(calls: object, number: int) -> None:
 
 
 def _has_function(value: object) -> bool:
-    """Whether this is a mapping whose `function`, if there, is one too."""
+    """Returns whether this is a mapping whose `function`, if there, is one too."""
     return isinstance(value, Mapping) and isinstance(value.get("function") or {}, Mapping)
 
 

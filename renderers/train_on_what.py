@@ -75,7 +75,7 @@ def chosen_messages(
     if train_on_what == TrainOnWhat.ALL_TOKENS:
         if not {0.0, 1.0}.issuperset(weights):
             raise RendererError(
-                "A message has a weight, but all_tokens trains headers and messages alike. Remove the "
+                "A message has a weight, but all_tokens trains headers as well as messages. Remove the "
                 "weight, or choose all_messages."
             )
         num_kept_out = weights.count(0)

@@ -67,7 +67,7 @@ class APIFuture(Generic[T]):
         return self.result_async().__await__()
 
     def done(self) -> bool:
-        """Whether the work has ended, by a result or an error."""
+        """Returns whether the work has ended, by a result or an error."""
         return self._job.done()
 
     def exception(self, timeout: float | None = None) -> BaseException | None:

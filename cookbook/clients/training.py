@@ -378,7 +378,7 @@ def _optim_step(
         if (error := future.exception()) is not None:
             trainer.discard_gradients()
             raise TrainingError(
-                f"optim_step was not taken: a forward_backward before it failed. {error}"
+                f"optim_step was not run: a forward_backward before it failed. {error}"
             ) from error
     return trainer.optim_step(adam_params)
 

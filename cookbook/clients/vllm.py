@@ -91,7 +91,7 @@ class VLLMSamplingClient(SamplingClient):
         try:
             return self._threads.submit(work, *args, **kwargs)
         except RuntimeError as error:  # it was closed meanwhile, or the interpreter is exiting
-            raise ClosedError(f"This sampling client takes no more requests: {error}.") from error
+            raise ClosedError(f"This sampling client accepts no more requests: {error}.") from error
 
     def _check_open(self) -> None:
         if self._is_closed:
@@ -281,8 +281,8 @@ def _raise_for(response: httpx.Response) -> NoReturn:
     path = response.request.url.path
     if response.status_code == 404 and path.endswith("_lora_adapter"):
         raise ModelError(
-            "The vLLM server takes no adapters. Start it with VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 in its "
-            "environment, --enable-lora, and a --max-lora-rank of at least the adapter's rank."
+            "The vLLM server does not accept adapters. Start it with VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 in "
+            "its environment, --enable-lora, and a --max-lora-rank of at least the adapter's rank."
         )
     try:
         message = response.json()["error"]["message"]

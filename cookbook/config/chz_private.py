@@ -82,7 +82,7 @@ def param_of_an_item(above: Param, key: str, kind: Any) -> Param:
 
 
 def can_be_cast(param: Param, text: str) -> bool:
-    """Whether a text can be turned into a value of the parameter's type."""
+    """Returns whether a text can be turned into a value of the parameter's type."""
     try:
         param.cast(text)
     except CastError:

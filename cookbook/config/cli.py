@@ -79,7 +79,8 @@ def make_resolver(
     overrides: Mapping[str, str] = MappingProxyType({}),
     other_names: Sequence[str] = (),
 ) -> Resolver:
-    """What the arguments of a command line set, and above them the settings in `more` and `overrides`.
+    """Resolves the settings of a command line, and above them those in `more` and `overrides`. `other_names`
+    are keys of another config, which an unknown key may have meant.
 
     `other_names` are keys of another config, which an unknown key may have meant.
     """
@@ -188,7 +189,7 @@ def _setting(key: str, value: str) -> Setting:
 
 
 def _is_a_value(argument: str) -> bool:
-    """Whether an argument can be the value of `--key` before it: not if it is a key itself."""
+    """Returns whether an argument can be the value of `--key` before it: not if it is a key itself."""
     return not (argument.startswith(("--", "=")) or argument in HELP[:2] or _KEY_AND_VALUE.match(argument))
 
 
@@ -272,8 +273,8 @@ def _help(blueprint: Blueprint[Any], prog: str, deferred: Mapping[str, Setting])
     intro = (
         f"python -m {prog} [config=<file.yaml>] [key=value ...]\n\n"
         "Later wins: the values below, then the config file, then the other keys.\n"
-        "A nested key may be given by its last part, if one alone ends so: batch_size=8.\n"
-        "--key value is the same as key=value. Of a key given twice the last one counts.\n"
+        "A nested key may be given by its last part where that is unambiguous: batch_size=8.\n"
+        "--key value is the same as key=value. If a key is given twice, the last one counts.\n"
     )
     lines = [intro]
     params = params_of(blueprint)

@@ -66,7 +66,7 @@ def read_settings(path: str) -> tuple[list[Setting], list[str]]:
     """The settings of a YAML or JSON config file, and one sentence for each key that is repeated in it."""
     document = read_document(path)
     if not isinstance(document.values, dict):
-        raise ConfigError(f"config={path} holds no keys. Write one `key: value` a line.")
+        raise ConfigError(f"config={path} holds no keys. Write one `key: value` per line.")
     leaves = _leaves(document.values)
     if TYPE_KEY in document.values:  # recorded by a run, which may be from elsewhere
         leaves = (
@@ -93,7 +93,7 @@ def flatten(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _without_marks(flat: dict[str, Any]) -> dict[str, Any]:
-    """Without the [] and {} that stand before the items of a list or a mapping that has some."""
+    """Drops the [] and {} that precede the items of a list or a mapping that is not empty."""
 
     def has_items(key: str) -> bool:
         return any(other.startswith(f"{key}.") for other in flat)
@@ -104,7 +104,7 @@ def _without_marks(flat: dict[str, Any]) -> dict[str, Any]:
 
 
 class NoValue(Castable):
-    """What stands for the value of a `--key` that has none."""
+    """The placeholder for the value of a `--key` that has none."""
 
 
 class ClassName(Castable):
@@ -120,7 +120,7 @@ def is_own(module: str) -> bool:
 
 
 def is_foreign(name: str) -> bool:
-    """Whether this class is in a module outside of this project that would have to be imported."""
+    """Returns whether this class is in a module outside of this project that would have to be imported."""
     module = name.partition(":")[0] if ":" in name else name.rpartition(".")[0]
     return bool(module) and not is_own(module) and module not in sys.modules
 
@@ -141,7 +141,7 @@ def foreign_classes(config: Any, key: str = "") -> dict[str, str]:
 
 
 def _leaves(values: Any, path: KeyPath = ()) -> Iterator[tuple[KeyPath, Any]]:
-    """What stands at each path: text to cast, None, True or False; [] before the items of a list."""
+    """Yields the value at each path: text to cast, None, True or False; [] before the items of a list."""
     if isinstance(values, Mapping):
         for key, value in values.items():
             if key == TYPE_KEY:

@@ -30,7 +30,9 @@ class Document:
     _repeated: set[KeyPath] = field(default_factory=set)
 
     def place(self, path: KeyPath) -> str:
-        """Where a key stands: `configs/x.yaml line 3`. The nearest key above it, if it has no line."""
+        """Returns the place of a key, `configs/x.yaml line 3`; that of the nearest key above it, if it has no
+        line.
+        """
         while path and path not in self.lines:
             path = path[:-1]
         return f"{self.name} line {self.lines[path]}" if path else self.name
@@ -39,7 +41,9 @@ class Document:
         if path in self.lines and not any(path[:end] in self._repeated for end in range(len(path))):
             self._repeated.add(path)
             key = ".".join(path)
-            self.repeated.append(f"{self.name} line {line}: {key} stands in line {self.lines[path]} already.")
+            self.repeated.append(
+                f"{self.name} line {line}: {key} is already given in line {self.lines[path]}."
+            )
         self.lines[path] = line
 
 
@@ -113,8 +117,8 @@ def _read_yaml(name: str, text: str, with_lines: bool = True) -> Document:
     if node is not None:
         if _num_values(node, {}) > MAX_VALUES:
             raise ValueError(
-                f"it has more than {MAX_VALUES:,} values with those that aliases (*name) stand for, or an "
-                "alias stands for a value that it is in."
+                f"it has more than {MAX_VALUES:,} values once aliases (*name) are expanded, or an alias "
+                "refers to a value that contains it."
             )
         if with_lines:
             _add_yaml_lines(document, node, ())
@@ -123,7 +127,9 @@ def _read_yaml(name: str, text: str, with_lines: bool = True) -> Document:
 
 
 def _num_values(node: yaml.Node, known: dict[int, float]) -> float:
-    """The values in a node, with those that aliases stand for each time; infinite for a node in itself."""
+    """Returns the number of values in a node with its aliases expanded; infinite for a node that contains
+    itself.
+    """
     if id(node) not in known:
         known[id(node)] = math.inf  # while its own are counted
         if isinstance(node, yaml.MappingNode):
@@ -161,7 +167,7 @@ def _read_json(name: str, text: str) -> Document:
 
 
 def _json_offsets(text: str) -> Generator[tuple[KeyPath, int], None, None]:
-    """Where each key and each item begins, in text that is known to be JSON."""
+    """Returns the offset of each key and each item in text that is known to be JSON."""
     decode = json.JSONDecoder().raw_decode
     skip_space = re.compile(r"[ \t\n\r]*").match
 

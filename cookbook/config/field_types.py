@@ -48,14 +48,14 @@ def takes_item(kind: Any, item: str) -> bool:
 
 
 def holds_classes(kind: Any) -> bool:
-    """Whether a field takes objects with fields of their own, or a list of them."""
+    """Returns whether a field takes objects with fields of their own, or a list of them."""
     if (item := item_type(kind)) is not None:
         return holds_classes(item)
     return any(isinstance(one, type) and chz.is_chz(one) for one in alternatives(kind))
 
 
 def takes_objects(kind: Any) -> bool:
-    """Whether a field takes objects, which only code can create: no scalar, no choice, no list of those."""
+    """Returns whether a field takes objects, which only code can create, and no scalar or choice."""
     if (item := item_type(kind)) is not None:
         return takes_objects(item)
     return not all(
@@ -67,7 +67,7 @@ def takes_objects(kind: Any) -> bool:
 
 
 def is_own_class(param: Param, name: str) -> bool:
-    """Whether a name is that of a class of this project."""
+    """Returns whether a name is that of a class of this project."""
     found = class_named(param, current_name(name))
     return isinstance(found, type) and is_own(found.__module__)
 
@@ -84,7 +84,7 @@ def choices(kind: Any) -> list[Any]:
 
 
 def fits(param: Param, value: Any) -> bool:
-    """Whether the value of a setting can be that of a field."""
+    """Returns whether the value of a setting can be that of a field."""
     kinds = alternatives(param.type)
     value = as_chz_takes_it(value, param.type)
     if value is None or isinstance(value, bool):
@@ -103,7 +103,7 @@ def fits(param: Param, value: Any) -> bool:
 
 
 def _names_a_class(param: Param, name: str) -> bool:
-    """Whether a name is that of something which makes what a field takes."""
+    """Returns whether a name is that of something which makes what a field takes."""
     return CLASS_NAME.fullmatch(name) is not None and class_named(param, name) is not None
 
 

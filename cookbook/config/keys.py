@@ -102,7 +102,7 @@ class Resolver:
         return _type_of(key, self.params)
 
     def refusal(self, key: str, setting: Setting) -> str | None:
-        """Why the value of a setting cannot stand at a whole key; None if it can."""
+        """Returns the reason why a full key cannot have the value of a setting; None if it can."""
         param = self.params.get(key) or self._param_of_an_item(key)
         if isinstance(setting.value, ClassName) and not takes_objects(param.type):
             return (
@@ -120,7 +120,7 @@ class Resolver:
         return f"{setting.place}: Invalid {_written(setting)}: {self._what_it_takes(key, param, setting)}"
 
     def _is_only_recorded(self, param: Any, value: Any) -> bool:
-        """Whether only the record of a run names this code: a class outside of this project, or no class."""
+        """Returns whether this code is named only by the record of a run, not by a class of this project."""
         if not isinstance(value, RecordedClassName) or value.value in self._named:
             return False
         module, _, name = value.value.partition(":")
@@ -218,7 +218,7 @@ class Resolver:
         self.problems.append(problem)
 
     def _find(self, key: str, params: Params) -> list[str]:
-        """The whole keys that a key may stand for: itself, or all that end with it."""
+        """Returns the full keys that a key may mean: itself, or all that end with it."""
         if key.count(".") > MAX_DEPTH:
             return []
         if key in params:
@@ -230,7 +230,7 @@ class Resolver:
         return [f"{whole}.{item}" for whole in above if takes_item(_type_of(whole, params), item)]
 
     def _refers_to_one_of(self, key: str, others: Sequence[str]) -> bool:
-        """Whether a key takes its value from another one unless it is set by itself."""
+        """Returns whether a key takes its value from another one unless it is set by itself."""
         value = self._structure.get(key)
         while isinstance(value, Reference):
             if value.ref in others:
@@ -308,7 +308,7 @@ class Resolver:
         return merged
 
     def _gap_before(self, key: str, setting: Setting, keys: Iterable[str]) -> str | None:
-        """What to say of an item of a list with a number that skips one."""
+        """Returns a note about an item of a list whose number skips one."""
         head, _, index = key.rpartition(".")
         if not head or not is_list(self.type_of(head)):
             return None
@@ -404,7 +404,7 @@ class Resolver:
         return answer
 
     def _what_is_above(self, key: str) -> str:
-        """What a key that is known takes below it, where `key` stands below one."""
+        """Describes the values of a known key, where `key` is below it."""
         parts = key.split(".")
         for end in range(len(parts) - 1, 0, -1):
             found = self._find(".".join(parts[:end]), self.params)

@@ -1,4 +1,4 @@
-"""The keys of other trainers, and what stands for each one here.
+"""The keys of other trainers, and the equivalent of each one here.
 
 The keys are those of TRL (SFTConfig, ModelConfig, ScriptArguments and transformers' TrainingArguments),
 Unsloth, axolotl, LLaMA-Factory and torchtune. Keys that mean the same here under the same name are absent.
@@ -14,37 +14,37 @@ _MODEL = "Use `model_name`"
 _FULL = "`lora_rank=0` trains all of the model's weights; any other `lora_rank` trains a LoRA"
 _WHERE = "`train_attn`, `train_mlp` and `train_unembed` say which layers are adapted"
 _BATCH = "`batch_size` counts the conversations of an optimizer step; `max_tokens_per_microbatch` cuts it up"
-_PACKED = "Sequences always share rows without seeing each other. Leave it out"
+_PACKED = "Sequences always share rows without seeing each other. Remove it"
 _PRECISION = "`dtype` is the base model's: auto takes bfloat16 on CUDA and float32 on the CPU"
-_TF32 = "How float32 products are computed is not changed here. Leave it out"
+_TF32 = "How float32 products are computed is not changed here. Remove it"
 _QLORA = "`quantization=nf4` holds the base model in 4 bits"
 _NO_8BIT = "8-bit weights are not supported. `quantization=nf4` holds them in 4 bits"
-_NF4 = "`quantization=nf4` has its settings fixed: nf4 with double quantization. Leave it out"
-_ATTENTION = "Attention over packed sequences is chosen by the device. Leave it out"
-_KERNELS = "Losses are computed without holding all logits; no kernel is chosen by a key. Leave it out"
+_NF4 = "`quantization=nf4` has its settings fixed: nf4 with double quantization. Remove it"
+_ATTENTION = "Attention over packed sequences is chosen by the device. Remove it"
+_KERNELS = "Losses are computed without holding all logits; no kernel is chosen by a key. Remove it"
 _SHARD = "`shard` says how the processes that torchrun starts hold the base model"
 _TEMPLATE = "`renderer_name` names the chat format; chat_template is the tokenizer's own template"
 _TRAINED = "`train_on_what` says which messages are trained"
 _LENGTH = "Use `max_length`"
-_DATASET = "`dataset` is a short name, a hub id or a file, several with commas between them"
+_DATASET = "`dataset` is a short name, a hub id or a file; several are separated by commas"
 _FORMAT = "`format` says how rows are read, where their keys do not tell; rename the columns of other rows"
 _TEST = "`eval_dataset` names data to evaluate on, `test_size` holds out so many rows of `dataset`"
 _NUM_TEST = "Use `test_size`, a number of rows"
 _PROC = "Use `num_proc`"
 _RENDERED = "Rendered data are kept in $COOKBOOK_CACHE by a fingerprint; `use_cache=False` keeps none"
 _WEIGHTS = "`weights` are the proportions of several datasets, `stop_when` says when an epoch of them ends"
-_SHUFFLED = "Rows are shuffled anew in every epoch, from `seed`. Leave it out"
-_LOADER = "Batches are made ahead in a thread. Leave it out"
+_SHUFFLED = "Rows are reshuffled in every epoch, from `seed`. Remove it"
+_LOADER = "Batches are made ahead in a thread. Remove it"
 _WARMUP = "Use `warmup_steps`, a number of steps"
 _SCHEDULE = "Use `lr_schedule`: linear, cosine or constant"
 _ADAMW = "AdamW is the only optimizer: `adam_beta1`, `adam_beta2`, `adam_eps`, `weight_decay`"
 _ACTIVATIONS = "Use `gradient_checkpointing`: auto, on or off"
 _OFFLOAD = "Nothing is offloaded to the CPU. `gradient_checkpointing`, `quantization` and `shard` save memory"
 _EVAL = "`eval_every` and `infrequent_eval_every` count steps between evaluations; 0 is off"
-_EVAL_BATCH = "Evaluation is cut up by `max_tokens_per_microbatch`. Leave it out"
+_EVAL_BATCH = "Evaluation is cut up by `max_tokens_per_microbatch`. Remove it"
 _SAVE = "`save_every` counts steps between checkpoints; 0 saves only the last"
 _KEEP = "Use `keep_checkpoints`"
-_LOGGED = "Every step is logged. Leave it out"
+_LOGGED = "Every step is logged. Remove it"
 _REPORT_TO = "`wandb_project`, `trackio_project` and `tensorboard`; metrics.jsonl is always written"
 _WANDB = "wandb reads it from the environment, as WANDB_ENTITY; keys are `wandb_project` and `wandb_name`"
 _RESUME = (
@@ -53,17 +53,17 @@ _RESUME = (
 _PUSH = "A run is pushed afterwards: python -m recipes.export checkpoint=... to=hf://owner/name"
 _EXPORT = "Weights are merged and exported afterwards: python -m recipes.export"
 _BEST = "`best_metric` and `best_mode` say which checkpoint is kept as the best"
-_DDP = "Processes are started by torchrun, which sets it. Leave it out"
+_DDP = "Processes are started by torchrun, which sets it. Remove it"
 _SEED = "Use `seed`"
-_SFT = "Only supervised fine-tuning is done. Leave it out"
-_TRUST = "Code from a model's repository is not run. Leave it out"
-_LORA_ONLY = "Only plain LoRA is supported, scaled by `lora_alpha` / `lora_rank`. Leave it out"
-_NO_DROPOUT = "LoRA has no dropout here. Leave it out"
-_NO_BIAS = "Biases are not trained beside a LoRA. Leave it out"
-_TOKENS = "The tokenizer stays as it is: tokens are neither added nor renamed. Leave it out"
+_SFT = "Only supervised fine-tuning is done. Remove it"
+_TRUST = "Code from a model's repository is not run. Remove it"
+_LORA_ONLY = "Only plain LoRA is supported, scaled by `lora_alpha` / `lora_rank`. Remove it"
+_NO_DROPOUT = "LoRA has no dropout here. Remove it"
+_NO_BIAS = "Biases are not trained beside a LoRA. Remove it"
+_TOKENS = "The tokenizer stays as it is: tokens are neither added nor renamed. Remove it"
 _NO_GALORE = "Not supported. `lora_rank` and `quantization=nf4` save memory"
 _SAMPLES = "`infrequent_evaluator_builders` hold what is sampled while a model trains"
-_NO_NOISE = "Noise on the embeddings is not supported. Leave it out"
+_NO_NOISE = "Noise on the embeddings is not supported. Remove it"
 _COMPILE = "Use `compile`"
 _TRACE = "`trace` writes a timeline of the run"
 _PREVIEW = "python -m recipes.preview shows what would be trained"
@@ -80,20 +80,20 @@ ANSWERS: Mapping[str, str] = {
     "model": _MODEL,
     "checkpointer": _MODEL,
     "checkpoint_dir": _MODEL,
-    "model_type": "The class follows from `model_name`. Leave it out",
-    "tokenizer_type": "The tokenizer is that of `model_name`. Leave it out",
-    "tokenizer": "The tokenizer is that of `model_name`. Leave it out",
-    "tokenizer_name": "The tokenizer is that of `model_name`. Leave it out",
-    "tokenizer_config": "The tokenizer is that of `model_name`. Leave it out",
-    "tokenizer_use_fast": "The tokenizer is that of `model_name`. Leave it out",
-    "use_fast_tokenizer": "The tokenizer is that of `model_name`. Leave it out",
+    "model_type": "The class follows from `model_name`. Remove it",
+    "tokenizer_type": "The tokenizer is that of `model_name`. Remove it",
+    "tokenizer": "The tokenizer is that of `model_name`. Remove it",
+    "tokenizer_name": "The tokenizer is that of `model_name`. Remove it",
+    "tokenizer_config": "The tokenizer is that of `model_name`. Remove it",
+    "tokenizer_use_fast": "The tokenizer is that of `model_name`. Remove it",
+    "use_fast_tokenizer": "The tokenizer is that of `model_name`. Remove it",
     "model_revision": "A revision is pinned by its folder: give that as `model_name`",
     "revision": "A revision is pinned by its folder: give that as `model_name`",
     "trust_remote_code": _TRUST,
-    "token": "The hub's token is read from HF_TOKEN, never from a config. Leave it out",
-    "hub_token": "The hub's token is read from HF_TOKEN, never from a config. Leave it out",
-    "hf_hub_token": "The hub's token is read from HF_TOKEN, never from a config. Leave it out",
-    "cache_dir": "The hub's cache is where HF_HOME says. Leave it out",
+    "token": "The hub's token is read from HF_TOKEN, never from a config. Remove it",
+    "hub_token": "The hub's token is read from HF_TOKEN, never from a config. Remove it",
+    "hf_hub_token": "The hub's token is read from HF_TOKEN, never from a config. Remove it",
+    "cache_dir": "The hub's cache is where HF_HOME says. Remove it",
     "rope_scaling": "Positions are the model's own. `max_length` cuts longer examples",
     "special_tokens": _TOKENS,
     "tokens": _TOKENS,
@@ -152,8 +152,8 @@ ANSWERS: Mapping[str, str] = {
     "lora_o_kernel": _KERNELS,
     "use_unsloth": _KERNELS,
     "plugins": _KERNELS,
-    "loss": "The loss is the cross-entropy of the trained tokens. Leave it out",
-    "loss_type": "The loss is the cross-entropy of the trained tokens. Leave it out",
+    "loss": "The loss is the cross-entropy of the trained tokens. Remove it",
+    "loss_type": "The loss is the cross-entropy of the trained tokens. Remove it",
     "gradient_checkpointing_kwargs": _ACTIVATIONS,
     "use_gradient_checkpointing": _ACTIVATIONS,
     "disable_gradient_checkpointing": _ACTIVATIONS,
@@ -166,10 +166,10 @@ ANSWERS: Mapping[str, str] = {
     "torch_compile": _COMPILE,
     "torch_compile_backend": _COMPILE,
     "torch_compile_mode": _COMPILE,
-    "torch_empty_cache_steps": "The device's cache is managed. Leave it out",
+    "torch_empty_cache_steps": "The device's cache is managed. Remove it",
     "max_memory": "`max_tokens_per_microbatch` bounds what is computed at once",
     "gpu_memory_utilization": "`max_tokens_per_microbatch` bounds what is computed at once",
-    "auto_find_batch_size": "`max_tokens_per_microbatch` is found by itself. Leave it out",
+    "auto_find_batch_size": "`max_tokens_per_microbatch` is found by itself. Remove it",
     "device_map": "Use `device`",
     "use_cpu": "Use `device=cpu`",
     "no_cuda": "Use `device=cpu`",
@@ -229,11 +229,11 @@ ANSWERS: Mapping[str, str] = {
     "completion_only_loss": "`train_on_what=last_assistant_message` trains only the last reply",
     "mask_history": "`train_on_what=last_assistant_message` trains only the last reply",
     "roles_to_train": _TRAINED,
-    "train_on_eos": "The end of a trained turn is always trained. Leave it out",
-    "train_on_eot": "The end of a trained turn is always trained. Leave it out",
-    "instruction_part": "`train_on_what` finds the replies by the chat format. Leave it out",
-    "response_part": "`train_on_what` finds the replies by the chat format. Leave it out",
-    "response_template": "`train_on_what` finds the replies by the chat format. Leave it out",
+    "train_on_eos": "The end of a trained turn is always trained. Remove it",
+    "train_on_eot": "The end of a trained turn is always trained. Remove it",
+    "instruction_part": "`train_on_what` finds the replies by the chat format. Remove it",
+    "response_part": "`train_on_what` finds the replies by the chat format. Remove it",
+    "response_template": "`train_on_what` finds the replies by the chat format. Remove it",
     # -- the chat format
     "template": _TEMPLATE,
     "chat_template": _TEMPLATE,
@@ -270,7 +270,7 @@ ANSWERS: Mapping[str, str] = {
     "field_messages": _FORMAT,
     "message_property_mappings": _FORMAT,
     "formatting_func": _FORMAT,
-    "remove_unused_columns": "Columns that are not read are left alone. Leave it out",
+    "remove_unused_columns": "Columns that are not read are left alone. Remove it",
     "test_datasets": _TEST,
     "test_dataset": _TEST,
     "validation_file": _TEST,
@@ -296,8 +296,8 @@ ANSWERS: Mapping[str, str] = {
     "shuffle_merged_datasets": _SHUFFLED,
     "disable_shuffling": _SHUFFLED,
     "curriculum_sampling": _SHUFFLED,
-    "group_by_length": "Sequences are packed, whatever their lengths. Leave it out",
-    "length_column_name": "Sequences are packed, whatever their lengths. Leave it out",
+    "group_by_length": "Sequences are packed, whatever their lengths. Remove it",
+    "length_column_name": "Sequences are packed, whatever their lengths. Remove it",
     "max_seq_length": _LENGTH,
     "max_seq_len": _LENGTH,
     "model_max_length": _LENGTH,
@@ -336,7 +336,7 @@ ANSWERS: Mapping[str, str] = {
     "eval_accumulation_steps": _EVAL_BATCH,
     "num_train_epochs": "Use `num_epochs`",
     "epochs": "Use `num_epochs`",
-    "max_steps_per_epoch": "`max_steps` counts the steps of the whole run",
+    "max_steps_per_epoch": "`max_steps` counts the steps of the full run",
     "max_train_steps": "Use `max_steps`",
     # -- the optimizer
     "lr": "Use `learning_rate`",
@@ -344,7 +344,7 @@ ANSWERS: Mapping[str, str] = {
     "lr_scheduler": _SCHEDULE,
     "lr_scheduler_kwargs": _SCHEDULE,
     "scheduler": _SCHEDULE,
-    "cosine_min_lr_ratio": "`lr_schedule=cosine` and linear end at 0. Leave it out",
+    "cosine_min_lr_ratio": "`lr_schedule=cosine` and linear end at 0. Remove it",
     "warmup_ratio": _WARMUP,
     "num_warmup_steps": _WARMUP,
     "optim": _ADAMW,
@@ -359,10 +359,10 @@ ANSWERS: Mapping[str, str] = {
     "max_grad_norm": "Use `grad_clip_norm`",
     "clip_grad_norm": "Use `grad_clip_norm`",
     "gradient_clipping": "Use `grad_clip_norm`",
-    "label_smoothing_factor": "Labels are not smoothed. Leave it out",
+    "label_smoothing_factor": "Labels are not smoothed. Remove it",
     "neftune_noise_alpha": _NO_NOISE,
     "noisy_embedding_alpha": _NO_NOISE,
-    "average_tokens_across_devices": "Gradients are summed over all tokens of a step. Leave it out",
+    "average_tokens_across_devices": "Gradients are summed over all tokens of a step. Remove it",
     # -- several devices
     "deepspeed": _SHARD,
     "deepspeed_config": _SHARD,
@@ -389,7 +389,7 @@ ANSWERS: Mapping[str, str] = {
     "eval_steps": "Use `eval_every`, in steps",
     "evals_per_epoch": "Use `eval_every`, in steps",
     "eval_delay": _EVAL,
-    "eval_on_start": "A run is always evaluated at step 0. Leave it out",
+    "eval_on_start": "A run is always evaluated at step 0. Remove it",
     "run_val_every_n_steps": "Use `eval_every`, in steps",
     "predict_with_generate": _SAMPLES,
     "eval_table_size": _SAMPLES,
@@ -416,9 +416,9 @@ ANSWERS: Mapping[str, str] = {
     "keep_last_n_checkpoints": _KEEP,
     "save_only_model": "Checkpoints hold the optimizer, which a resume needs; recipes.export leaves it out",
     "save_adapter_weights_only": "Checkpoints of a LoRA hold the adapter alone; recipes.export merges it",
-    "save_safetensors": "Weights are always saved as safetensors. Leave it out",
-    "save_on_each_node": "The first process saves. Leave it out",
-    "save_compressed": "Weights are always saved as safetensors. Leave it out",
+    "save_safetensors": "Weights are always saved as safetensors. Remove it",
+    "save_on_each_node": "The first process saves. Remove it",
+    "save_compressed": "Weights are always saved as safetensors. Remove it",
     "resume_from_checkpoint": _RESUME,
     "auto_resume_from_checkpoints": _RESUME,
     "ignore_data_skip": _RESUME,
@@ -428,7 +428,7 @@ ANSWERS: Mapping[str, str] = {
     "hub_strategy": _PUSH,
     "hub_private_repo": _PUSH,
     "hub_always_push": _PUSH,
-    "push_dataset_to_hub": "Data are not pushed. Leave it out",
+    "push_dataset_to_hub": "Data are not pushed. Remove it",
     "export_dir": _EXPORT,
     "merge_lora": _EXPORT,
     # -- logging
@@ -456,7 +456,7 @@ ANSWERS: Mapping[str, str] = {
     "disable_tqdm": _LOGGED,
     "include_num_input_tokens_seen": _LOGGED,
     "include_tokens_per_second": _LOGGED,
-    "plot_loss": "Every run has its page, report.html, and curves.png. Leave it out",
+    "plot_loss": "Every run has its page, report.html, and curves.png. Remove it",
     "profiler": _TRACE,
     "profile": _TRACE,
     "debug": _PREVIEW,
@@ -474,13 +474,13 @@ ANSWERS: Mapping[str, str] = {
     "ref_model": _SFT,
     "pref_beta": _SFT,
     "pref_loss": _SFT,
-    "strict": "Unknown keys are always refused. Leave it out",
+    "strict": "Unknown keys are always refused. Remove it",
     "_component_": "Name a class as module:Class, for `dataset_builder` or an item of `evaluator_builders`",
 }
 
 
 def answer(key: str) -> str | None:
-    """What stands here for another trainer's key: by all of it, its first part or its last."""
+    """Returns the equivalent of another trainer's key, looked up by all of it, its first part or its last."""
     name = key.lower().replace("-", "_")
     for part in (name, name.split(".")[0], name.rsplit(".", 1)[-1]):
         if part in ANSWERS:

@@ -27,7 +27,7 @@ from cookbook.errors import ConfigError, DataError
 logger = logging.getLogger(__name__)
 
 NUM_STREAMED_ROWS_CHECKED = 1_000
-"""So many of the first rows of a stream are looked at before training."""
+"""The number of rows at the start of a stream that are checked before training."""
 
 _DEFAULT_TEST_ROWS = 256
 
@@ -47,8 +47,9 @@ class ConversationBuilder(ChatDatasetBuilder):
     )
     observation_order: ObservationOrder | None = chz.field(
         default=None,
-        doc="for steps of rollouts that do not tell it: before (the action of a step answers its "
-        "observation) or after (the observation came of the action); default: such a row is refused",
+        doc="order within a step of a rollout, where the row does not tell it: before (the action answers "
+        "its observation) or after (the observation results from the action); default: such a row is "
+        "refused",
     )
     weights: list[float] | None = chz.field(
         default=None,
@@ -56,8 +57,8 @@ class ConversationBuilder(ChatDatasetBuilder):
     )
     stop_when: StopWhen = chz.field(
         default="first_exhausted",
-        doc="with weights, an epoch ends before a row comes twice (first_exhausted), or when every row "
-        "was there (all_exhausted)",
+        doc="end of an epoch with weights: before any row repeats (first_exhausted), or when every row has "
+        "been used (all_exhausted)",
     )
     eval_dataset: str | None = chz.field(
         default=None,
@@ -71,34 +72,34 @@ class ConversationBuilder(ChatDatasetBuilder):
     )
     shuffle_seed: int = chz.field(default=0, doc="seed of the split and of the order of rows")
     on_bad_row: OnBadRow = chz.field(
-        default="raise", doc="what a row that cannot be read or rendered does: raise or skip"
+        default="raise", doc="what happens at a row that cannot be read or rendered: raise or skip"
     )
     num_proc: int | None = chz.field(
-        default=None, doc="processes that render; default: one, then all cores if it takes long"
+        default=None, doc="number of rendering processes; default: one, then all cores if it takes long"
     )
     use_cache: bool = chz.field(
         default=True,
-        doc="keep rendered data in $COOKBOOK_CACHE (~/.cookbook/cache) for the next run; never done where "
-        "code that is not this project's reads or renders the rows",
+        doc="keep rendered data in $COOKBOOK_CACHE (~/.cookbook/cache) for the next run; never where code "
+        "from outside this project reads or renders the rows",
     )
     streaming: bool = chz.field(
         default=False, doc="read and render rows as they are needed, for data of any size"
     )
-    buffer_size: int = chz.field(default=10_000, doc="rows that a stream is shuffled in at a time")
+    buffer_size: int = chz.field(default=10_000, doc="size of a stream's shuffle buffer, in rows")
 
     @chz.validate
     def _check_options(self) -> None:
         formats.check_format(self.format)
         if self.test_size is not None and self.test_size < 0:
-            raise ConfigError(f"test_size={self.test_size}. Give a number of rows, or 0 for none.")
+            raise ConfigError(f"Invalid test_size={self.test_size}: must be >= 0 rows (0 for none).")
         if self.shuffle_seed < 0:
-            raise ConfigError(f"shuffle_seed={self.shuffle_seed}. Give 0 or more.")
+            raise ConfigError(f"Invalid shuffle_seed={self.shuffle_seed}: must be >= 0.")
         if self.num_proc is not None and self.num_proc < 1:
-            raise ConfigError(f"num_proc={self.num_proc}. Give 1 or more.")
+            raise ConfigError(f"Invalid num_proc={self.num_proc}: must be >= 1.")
         if self.min_reward is not None and not math.isfinite(self.min_reward):
-            raise ConfigError(f"min_reward={self.min_reward}. Give a number.")
+            raise ConfigError(f"Invalid min_reward={self.min_reward}: must be a number.")
         if self.buffer_size < 1:
-            raise ConfigError(f"buffer_size={self.buffer_size}. Give 1 or more.")
+            raise ConfigError(f"Invalid buffer_size={self.buffer_size}: must be >= 1.")
 
     # -- what a subclass says ---------------------------------------------------------------
 
@@ -170,7 +171,7 @@ class ConversationBuilder(ChatDatasetBuilder):
         return self._dataset(parts)
 
     def _split(self, trainable: Sequence[TrainableRows]) -> tuple[list[Part], list[Part]]:
-        """Held-out rows come from all sources alike."""
+        """Splits the rows. Held-out rows are drawn from all sources in the same way."""
         total = sum(len(rows.rows) for rows in trainable)
         size = min(_DEFAULT_TEST_ROWS, total // 20) if self.test_size is None else self.test_size
         if size >= total:
@@ -213,7 +214,7 @@ class ConversationBuilder(ChatDatasetBuilder):
     def _stream(
         self, sources: list[Source], row_renderer: RowRenderer, test_data: SupervisedDataset | None
     ) -> tuple[SupervisedDataset, SupervisedDataset | None]:
-        """Where nothing else is there to evaluate on, the first rows of each source are held out."""
+        """Streams the sources. Without other evaluation data, the first rows of each source are held out."""
         if test_data is None and self.test_size != 0:
             total = self.test_size or _DEFAULT_TEST_ROWS
             sizes = [total // len(sources) + (i < total % len(sources)) for i in range(len(sources))]
@@ -224,7 +225,7 @@ class ConversationBuilder(ChatDatasetBuilder):
             for source, size in zip(sources, sizes, strict=True):
                 if next(source.rows(), None) is None:
                     raise DataError(
-                        f"The {size} rows held out to evaluate on are all that {source.name} has. Say "
+                        f"The {size} rows held out to evaluate on are all that {source.name} has. Set "
                         "test_size=0 or fewer rows, or name other data with eval_dataset=."
                     )
         heads = [
@@ -253,7 +254,7 @@ def _size(part: Part) -> int:
 
 
 def open_sources(names: str, streaming: bool = False, is_for_evaluation: bool = False) -> list[Source]:
-    """The sources of one name, or of several with commas between them."""
+    """The sources of one name, or of several separated by commas."""
     if os.path.exists(os.path.expanduser(names)):
         return [open_source(names, None, streaming, is_for_evaluation)]
     found = [name.strip() for name in names.split(",") if name.strip()]
@@ -266,7 +267,7 @@ def open_sources(names: str, streaming: bool = False, is_for_evaluation: bool = 
 class FromConversationFileBuilder(ConversationBuilder):
     """Conversations from a file or a folder of files: JSONL, JSON, Parquet, Arrow or CSV."""
 
-    file_path: str = chz.field(doc="the file, or several with commas between them")
+    file_path: str = chz.field(doc="the file, or several separated by commas")
 
     def sources(self) -> list[Source]:
         return open_sources(self.file_path, self.streaming)
@@ -278,10 +279,9 @@ class NamedChatDatasetBuilder(ConversationBuilder):
 
     dataset: str = chz.field(
         default="pirate",
-        doc=f"pirate (embedded), {', '.join(KNOWN_DATASETS)}, a file "
-        "(.jsonl, .json, .parquet, .arrow, .csv), a folder of such files, or a hub id (owner/name); both "
-        "take a split or config behind them (name::split, name:config, name:config:split); several with "
-        "commas between them",
+        doc=f"pirate (embedded), {', '.join(KNOWN_DATASETS)}, a file (.jsonl, .json, .parquet, .arrow, "
+        ".csv), a folder of such files, or a hub id (owner/name); both may be followed by a split or "
+        "config (name::split, name:config, name:config:split); several are separated by commas",
     )
 
     def sources(self) -> list[Source]:

@@ -1,4 +1,4 @@
-"""Which keys of a row, and of the objects in it, were read: the rest is named in the report."""
+"""Records which keys of a row, and of the objects in it, were read; the report names the others."""
 
 from __future__ import annotations
 

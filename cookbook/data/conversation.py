@@ -156,7 +156,7 @@ def _text_of_part(part: Any) -> Any:
 
 
 def is_parts(value: Any) -> bool:
-    """Whether this is a list of content parts rather than data that happens to be a list."""
+    """Returns whether this is a list of content parts rather than data that happens to be a list."""
     known = (*_TEXT_PARTS, *_THINKING_PARTS, *_OTHER_PARTS)
     return (
         isinstance(value, (list, tuple))
@@ -166,7 +166,7 @@ def is_parts(value: Any) -> bool:
 
 
 def _as_data_error(check: Callable[[V, str], T], value: V, where: str) -> T:
-    """What the check of `renderers` returns; a DataError where it raises."""
+    """Returns what the check of `renderers` returns, and raises DataError where that raises."""
     try:
         return check(value, where)
     except RendererError as error:
@@ -245,7 +245,9 @@ def _are_schemas(value: Any) -> bool:
 
 
 def template_kwargs_of(row: Mapping[str, Any]) -> dict[str, Any] | None:
-    """What a row sets of the chat template: an object, or JSON of one; None where that is nothing."""
+    """Returns the variables that a row sets for the chat template, an object or its JSON; None for an empty
+    one.
+    """
     value = row.get(TEMPLATE_KWARGS)
     if isinstance(value, str):
         value = decoded(value, f"`{TEMPLATE_KWARGS}`") if value.strip() else None
@@ -312,15 +314,15 @@ def join_assistants(messages: Sequence[Message]) -> list[Message]:
 
 
 def _join(one: Message, two: Message, number: int) -> Message:
-    """Message `number` and what stands before it as one message."""
+    """Joins message `number` and the message before it."""
     both = f"messages {number - 1} and {number} are both the assistant's"
     says, calls = bool(two.get("content")), bool(two.get("tool_calls"))
     has_thought_alone = bool(_thought(one)) and not one.get("content") and not one.get("tool_calls")
     if not has_thought_alone and (says or not calls):
         if one.get("tool_calls"):
             raise DataError(
-                f"{both}, and no result stands between the call and {_excerpt(two)}. Put the result there, "
-                "or remove the call."
+                f"{both}, and there is no result between the call and "
+                f"{_excerpt(two)}. Insert the result, or remove the call."
             )
         raise DataError(
             f"{both} ({_excerpt(one)}, {_excerpt(two)}). Join them, or put what was said between them there."
@@ -328,14 +330,15 @@ def _join(one: Message, two: Message, number: int) -> Message:
     thoughts = [_thought(one), _thought(two)]
     if thoughts[1] and thoughts[0] != thoughts[1]:
         raise DataError(
-            f"{both}, and make one with a thought in the middle, for which no format has a place. Join the "
-            "thoughts before the first, or remove the second."
+            f"{both}, and joined they would have a thought in the middle, which no format supports. Join "
+            "the thoughts before the first, or remove the second."
         )
     trainings = [_as_data_error(training_of, message, "it") for message in (one, two)]
     flags = {(is_wanted, 1.0 if weight is None else weight) for is_wanted, weight in trainings}
     if len(flags) > 1:
         raise DataError(
-            f"{both}, and make one, but differ in what is trained ({_flags(one)}; {_flags(two)}). Say the "
+            f"{both}, and would be joined, but differ in what is trained "
+            f"({_flags(one)}; {_flags(two)}). Say the "
             "same of both."
         )
     if one.get("name") != two.get("name"):

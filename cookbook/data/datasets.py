@@ -127,6 +127,6 @@ class SupervisedDatasetFromHFDataset(SupervisedDatasetFromRows):
 
 
 def is_trained(datum: Datum) -> bool:
-    """Whether any token of the Datum has a weight."""
+    """Returns whether any token of the Datum has a weight."""
     weights = datum.loss_fn_inputs.get("weights")
     return weights is None or bool(np.any(TensorData.to_numpy(weights)))  # type: ignore[arg-type]

@@ -31,7 +31,7 @@ def check_no_media(values: Mapping[Any, Any], where: str = "") -> None:
             of = f" of {where}" if where else ""
             raise DataError(
                 f"`{key}`{of} is not empty ({_excerpt(value)}), and only text can be trained on. Remove it "
-                "where the text is whole without it."
+                "if the text is complete without it."
             )
 
 
@@ -49,7 +49,7 @@ def _is_of_media(key: str) -> bool:
 
 
 def _holds_something(value: Any) -> bool:
-    """Whether anything at any depth is not null, false or an empty string."""
+    """Returns whether anything at any depth is not null, false or an empty string."""
     if isinstance(value, Mapping):
         return any(map(_holds_something, value.values()))
     if isinstance(value, (list, tuple)):

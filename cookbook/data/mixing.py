@@ -18,7 +18,7 @@ _MOST_ROUNDS = 1_000
 
 
 def rows_per_epoch(sizes: Sequence[int], weights: Sequence[float] | None, stop_when: StopWhen) -> list[int]:
-    """How many rows an epoch takes from sources of these sizes: the same in every epoch.
+    """Returns the number of rows that an epoch takes from sources of these sizes, the same in every epoch.
 
     Without weights every row comes once. With weights the sources stand in their proportions, and
     an epoch is as long as it can be with no row twice (`first_exhausted`), or as short as it can
@@ -36,8 +36,8 @@ def rows_per_epoch(sizes: Sequence[int], weights: Sequence[float] | None, stop_w
         ]
     if max(epochs) > _MOST_ROUNDS * sum(sizes):
         raise ConfigError(
-            f"With these weights it takes {max(epochs):,.0f} rows until each of {sum(sizes):,} has come. "
-            "Weigh the datasets less unequally, or choose stop_when=first_exhausted."
+            f"With these weights it takes {max(epochs):,.0f} rows until every one of {sum(sizes):,} has "
+            "been used. Weigh the datasets less unequally, or choose stop_when=first_exhausted."
         )
     return [
         max(size, math.ceil(max(epochs) * weight / total - 1e-9))
@@ -72,4 +72,4 @@ def check_weights(weights: Sequence[float] | None, num_sources: int) -> None:
             f"weights={weights[0]:g} is given for one dataset alone, which has no proportion. Remove it."
         )
     if not all(0 < weight < math.inf for weight in weights) or math.isinf(sum(weights)):
-        raise ConfigError(f"weights={','.join(map(str, weights))}. Each must be above 0.")
+        raise ConfigError(f"weights={','.join(map(str, weights))}: each must be > 0.")

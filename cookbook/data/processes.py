@@ -70,7 +70,8 @@ def _map_with_processes(function: Callable[[T], R], inputs: Iterator[T], num_pro
                     future.cancel()
     except BrokenProcessPool as error:
         raise DataError(
-            "A process that renders was killed, perhaps for want of memory. Render with fewer: num_proc=1."
+            "A process that renders was killed, probably because memory ran out. Render with fewer: "
+            "num_proc=1."
         ) from error
     finally:
         _function = None

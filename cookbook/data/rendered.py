@@ -80,8 +80,10 @@ def check_that_something_is_left(parts: Sequence[TrainableRows]) -> None:
     if not any(len(part.rows) for part in parts):
         lines = [line for part in parts for line in part.report.lines()]
         raise DataError(
-            "Nothing is left to train on.\n" + "\n".join(lines) + "\nRaise max_length (the replies may all "
-            "lie past it), or choose another train_on_what."
+            "Nothing is left to train on.\n"
+            + "\n".join(lines)
+            + "\nRaise max_length (all replies may be past "
+            "it), or choose another train_on_what."
         )
 
 

@@ -223,7 +223,7 @@ def _render(
                 num_rows = writer.meta.num_rows_read
                 speed = num_rows / (now - started)
                 logger.info(
-                    "Rendering %s: %s%s rows, %.0f a second.", source.name, f"{num_rows:,}", of_all, speed
+                    "Rendering %s: %s%s rows, %.0f per second.", source.name, f"{num_rows:,}", of_all, speed
                 )
 
 

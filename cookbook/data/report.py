@@ -45,7 +45,7 @@ class RowTally:
             self.notes.update(found)
 
     def is_new(self, key: str, place: str) -> bool:
-        """Whether this is the first time that a row is met under the key; it may come in several epochs."""
+        """Returns whether the row is met under the key for the first time; it may return in later epochs."""
         is_new = (key, place) not in self._seen
         self._seen.add((key, place))
         return is_new

@@ -44,7 +44,7 @@ class StreamedDataset(SupervisedDataset):
 
     def __init__(self, batch_size: int, buffer_size: int, length: int | None = None) -> None:
         if buffer_size < 1:
-            raise ConfigError(f"buffer_size={buffer_size}. Give a number of rows, or 1 to keep their order.")
+            raise ConfigError(f"Invalid buffer_size={buffer_size}: must be >= 1 row (1 keeps their order).")
         self._batch_size = batch_size
         self._buffer_size = buffer_size
         self._length = length
@@ -100,8 +100,8 @@ class StreamedDataset(SupervisedDataset):
             rows = list(islice(self._shuffled, wanted))
             if self._length is not None and len(rows) < wanted:
                 raise DataError(
-                    f"The stream ended in batch {index} of {len(self)}: it has fewer than length="
-                    f"{self._length} rows. Give the number of rows it has, or leave length out."
+                    f"The stream ended in batch {index} of {len(self)}: it has fewer than "
+                    f"length={self._length} rows. Give the number of rows it has, or omit length."
                 )
             if not rows:
                 return

@@ -228,7 +228,7 @@ def _order_of(context: Mapping[str, Any]) -> ObservationOrder | None:
 def observation_comes_first(
     steps: Sequence[Step], is_opened: bool, order: ObservationOrder | None = None
 ) -> bool:
-    """Whether the observation of a step is what its action answers; else it is what came of the action.
+    """Returns True if the action of a step answers its observation, False if the observation results from it.
 
     The first of these that fits decides; none of them asks in which order keys stand.
 
@@ -263,9 +263,9 @@ def observation_comes_first(
         return True
     name = _name_of_observation(both[0])
     raise DataError(
-        f"nothing tells whether the `{name}` of a step stands before its action or came of it "
-        f"({len(steps)} steps). Say {ORDER_KEY}=before (the action answers it) or {ORDER_KEY}=after (it came "
-        f"of the action), in the config or as a column of the row."
+        f"it is unknown whether the `{name}` of a step precedes its action or results from it ({len(steps)} "
+        f"steps). Set {ORDER_KEY}=before (the action answers it) or {ORDER_KEY}=after (it results from the "
+        f"action), in the config or as a column of the row."
     )
 
 
@@ -289,7 +289,7 @@ def _opening(context: Mapping[str, Any]) -> list[Message]:
 
 
 def _opens_with_message(steps: Sequence[Step]) -> bool:
-    """Whether a message stands before the first action."""
+    """Returns whether a message precedes the first action."""
     for step in steps:
         if _acts(step):
             return False
@@ -314,7 +314,7 @@ def _after(opening: list[Message], said: list[Message]) -> list[Message]:
 
 
 def _says(text: str, words: str) -> bool:
-    """Whether the words stand in the text, and not as part of other words."""
+    """Returns whether the text contains the words, not as part of other words."""
     return re.search(rf"(?<!\w){re.escape(words)}(?!\w)", text) is not None
 
 
@@ -399,7 +399,9 @@ def _new_messages(said: Sequence[Message], value: Any, where: str) -> list[Messa
     if said and messages[: len(said)] == list(said):
         return messages[len(said) :]
     if said and messages and messages[0]["role"] == "system":
-        raise DataError(f"`messages` of {where} begin anew, and not with those of the steps before.")
+        raise DataError(
+            f"`messages` of {where} start a conversation that does not begin with those of the steps before."
+        )
     return messages
 
 

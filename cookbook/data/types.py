@@ -28,7 +28,7 @@ SKIPPED = ("truncated_examples", "too_long_examples", "untrained_examples", "bad
 
 
 class Origin(NamedTuple):
-    """Where a Datum comes from."""
+    """The source of a Datum."""
 
     source: str
     """The dataset it was read from."""
@@ -37,7 +37,7 @@ class Origin(NamedTuple):
 
 
 class RowCounts(NamedTuple):
-    """How the batches of an epoch are cut from its rows, one behind the other."""
+    """The numbers of rows in the successive batches of an epoch."""
 
     per_batch: int
     per_epoch: int | None
@@ -82,14 +82,14 @@ class SupervisedDataset(ABC):
             yield batch
 
     def origins(self, index: int) -> Sequence[Origin] | None:
-        """Where each Datum of batch `index` comes from; None where it is unknown."""
+        """Returns the origin of each Datum of batch `index`; None where it is unknown."""
         return None
 
     def set_epoch(self, seed: int = 0) -> None:
         """Puts the examples into the order of `seed`. By default the order never changes."""
 
     def row_counts(self) -> RowCounts | None:
-        """How an epoch is cut into batches, which does not change its order; None where that is not known."""
+        """Returns the numbers of rows of an epoch's batches, in their order; None if unknown."""
         return None
 
     def skip_rows(self, num_rows: int) -> None:
@@ -104,11 +104,11 @@ class SupervisedDataset(ABC):
         return {}
 
     def notes(self) -> Mapping[Note, int]:
-        """What was counted while the batches so far were made; nothing where `reports` has it already."""
+        """Returns what was counted while the batches so far were created, beyond what `reports` has."""
         return {}
 
     def reports(self) -> Sequence[DataReport]:
-        """What is known of the data before training, source by source."""
+        """Returns what is known of the data before training, source by source."""
         return ()
 
     def fingerprint(self) -> str | None:
@@ -146,7 +146,7 @@ class SupervisedDatasetBuilder(_DeclaresItself):
     """A config that makes datasets."""
 
     def has_eval_data(self) -> bool | None:
-        """Whether there will be data to evaluate on; None where that is known when they are read."""
+        """Returns whether there will be data to evaluate on; None where that is known when they are read."""
         return None
 
     def __call__(self) -> tuple[SupervisedDataset, SupervisedDataset | None]:
@@ -156,7 +156,7 @@ class SupervisedDatasetBuilder(_DeclaresItself):
 
 @chz.chz(typecheck=True)
 class ChatDatasetBuilderCommonConfig:
-    """How conversations become batches."""
+    """How conversations are turned into batches."""
 
     model_name_for_tokenizer: str = chz.field(doc="model whose tokenizer is used")
     renderer_name: str | None = chz.field(
@@ -165,9 +165,11 @@ class ChatDatasetBuilderCommonConfig:
         munger=chz.mungers.if_none(lambda self: models.recommended_renderer(self.model_name_for_tokenizer)),
     )
     batch_size: int = chz.field(default=32, doc="conversations per optimizer step")
-    max_length: int | None = chz.field(default=2048, doc="tokens of an example at most; None: no limit")
+    max_length: int | None = chz.field(
+        default=2048, doc="maximum number of tokens of an example; None: no limit"
+    )
     on_long: OnLong = chz.field(
-        default="truncate", doc="what becomes of a longer one: truncate (from the right), drop or raise"
+        default="truncate", doc="what happens to a longer example: truncate (from the right), drop or raise"
     )
     train_on_what: TrainOnWhat = chz.field(
         default=TrainOnWhat.ALL_ASSISTANT_MESSAGES, doc="which messages' tokens count in the loss"
@@ -182,7 +184,7 @@ class ChatDatasetBuilderCommonConfig:
     @chz.validate
     def _check(self) -> None:
         if self.batch_size < 1:
-            raise ConfigError(f"batch_size={self.batch_size}. A step needs at least one conversation.")
+            raise ConfigError(f"Invalid batch_size={self.batch_size}: must be >= 1 conversation.")
         if self.max_length is not None and self.max_length < 2:
             raise ConfigError(
                 f"max_length={self.max_length} leaves nothing to train: a token is predicted from one before."

@@ -77,7 +77,7 @@ def _drop_variables(error: BaseException) -> None:
 
 
 def _may_be_suspended(frame: FrameType) -> bool:
-    """Whether clearing the frame could end a generator or coroutine of a caller, which continues later."""
+    """Returns whether clearing the frame could end a caller's generator or coroutine that continues later."""
     flags = frame.f_code.co_flags
     is_own = frame.f_globals.get("__name__", "").partition(".")[0] in ("cookbook", "contextlib")
     is_generator = bool(flags & inspect.CO_GENERATOR) and not is_own

@@ -1,4 +1,4 @@
-"""How an engine runs: the device, the form of the weights, and what it spends memory on."""
+"""The options of an engine: the device, the form of the weights, and what it spends memory on."""
 
 from __future__ import annotations
 
@@ -65,8 +65,8 @@ class EngineOptions:
             return
         if self.quantization not in get_args(Quantization):
             raise ConfigError(
-                f"quantization={self.quantization!r} is not known. Use {', '.join(get_args(Quantization))}, "
-                f"or leave it out for weights in dtype={self.dtype}."
+                f"quantization={self.quantization!r} is not known. Use "
+                f"{', '.join(get_args(Quantization))}, or remove it for weights in dtype={self.dtype}."
             )
         extras.require("bitsandbytes", f"quantization={self.quantization}", extra="qlora")
 

@@ -219,7 +219,7 @@ class World:
 
 
 def _is_lost_peer(error: Exception) -> bool:
-    """Whether the error is about another process rather than this one."""
+    """Returns whether the error is about another process rather than this one."""
     return isinstance(error, RuntimeError) and any(word in str(error) for word in ("gloo", "NCCL"))
 
 
@@ -231,7 +231,7 @@ _joining = threading.Lock()
 
 
 def is_one_of_many() -> bool:
-    """Whether a launcher started this process as one of several."""
+    """Returns whether a launcher started this process as one of several."""
     return os.environ.keys() >= {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} and _world_size() > 1
 
 
@@ -301,7 +301,7 @@ def _shared_store() -> Store:
 
 
 def _is_single_machine() -> bool:
-    """Whether all processes of the run are on this machine."""
+    """Returns whether all processes of the run are on this machine."""
     return local_size() == _world_size()
 
 
@@ -391,7 +391,9 @@ def publish_failure(error: BaseException) -> bool:
 
 
 def _wait_for_reports(store: Store) -> None:
-    """Where no launcher hosts the store, rank 0 does: it waits while others publish their failures."""
+    """Keeps the store open while other processes publish their failures, where rank 0 hosts it and no
+    launcher does.
+    """
     global _is_exiting
     if not _is_exiting:
         _is_exiting = True
@@ -403,7 +405,7 @@ def _wait_for_reports(store: Store) -> None:
 
 
 def should_report(error: BaseException) -> bool:
-    """Whether this process reports a failure to the user, so that it is reported once."""
+    """Returns whether this process reports a failure to the user, so that it is reported once."""
     return not is_one_of_many() or publish_failure(error)
 
 

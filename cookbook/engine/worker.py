@@ -85,7 +85,7 @@ class _Job:
 
 
 class _Item(Generic[Item]):
-    """A part of a batcher's work. When it runs, it takes those that wait behind it along."""
+    """An item of a batcher's work. When it runs, it takes the items that wait after it along."""
 
     def __init__(
         self,
@@ -284,7 +284,7 @@ class Engine:
         return future
 
     def submit_to(self, batcher: Batcher[Item], item: Item) -> None:
-        """Queues an item that the batcher may take together with those behind it."""
+        """Queues an item that the batcher may take together with those after it."""
         agree = functools.partial(_agree_on_number, self.base)
         self._worker.enqueue(_Item(batcher, item, self._recorded("sample"), agree))
 
@@ -315,7 +315,9 @@ class Engine:
 
 
 def _agree_on_number(base: BaseModel, number: int) -> int:
-    """How many items to take: all processes take as many, because they gather sharded weights together."""
+    """Returns the number of items to take, the same on all processes, because they gather sharded weights
+    together.
+    """
     if base.is_sharded:
         (number,) = base.world.all_reduce_min(number)
     return number

@@ -1,4 +1,4 @@
-"""What evaluators that talk to the model have in common: its chat format, and its replies."""
+"""The parts that evaluators which talk to the model share: its chat format, and its replies."""
 
 from __future__ import annotations
 
@@ -52,7 +52,8 @@ class ChatEvaluatorBuilder(EvaluatorBuilder):
     def make_renderer(self) -> Renderer:
         if self.model_name is None:
             raise ConfigError(
-                f"{type(self).__name__} does not know the model. A run tells it; elsewhere say model_name=."
+                f"{type(self).__name__} does not know the model. A run provides it; elsewhere give "
+                "model_name=."
             )
         name = self.renderer_name or models.recommended_renderer(self.model_name)
         tokenizer = models.get_tokenizer(self.model_name)
@@ -63,9 +64,11 @@ class ChatEvaluatorBuilder(EvaluatorBuilder):
 class SamplingEvaluatorBuilder(ChatEvaluatorBuilder):
     """Adds how replies are drawn."""
 
-    max_tokens: int = chz.field(default=64, doc="tokens of a reply at most")
-    temperature: float = chz.field(default=0.0, doc="0 takes the likeliest token")
-    top_p: float = chz.field(default=1.0, doc="draw from the likeliest tokens that make up so much")
+    max_tokens: int = chz.field(default=64, doc="maximum number of tokens of a reply")
+    temperature: float = chz.field(default=0.0, doc="sampling temperature; 0: greedy")
+    top_p: float = chz.field(
+        default=1.0, doc="nucleus sampling: draw from the most likely tokens with this total probability"
+    )
     seed: int = chz.field(default=0, doc="seed of replies drawn with a temperature")
 
     @chz.validate
@@ -76,7 +79,7 @@ class SamplingEvaluatorBuilder(ChatEvaluatorBuilder):
                 f"be sampled with. Use max_tokens >= 1, temperature >= 0 and 0 < top_p <= 1."
             )
         if self.seed < 0:
-            raise ConfigError(f"seed={self.seed}. Give 0 or more.")
+            raise ConfigError(f"Invalid seed={self.seed}: must be >= 0.")
 
     def sampling_params(self, renderer: Renderer) -> SamplingParams:
         stop: Any = renderer.get_stop_sequences() or None
@@ -88,7 +91,7 @@ class SamplingEvaluatorBuilder(ChatEvaluatorBuilder):
 
 @dataclass(frozen=True)
 class Reply:
-    """What the model answered."""
+    """A reply of the model."""
 
     message: Message
     stop_reason: StopReason

@@ -53,7 +53,7 @@ Evaluator: TypeAlias = TrainingClientEvaluator | SamplingClientEvaluator
 
 @dataclass(frozen=True)
 class RunContext:
-    """What a run tells the builders of its evaluators."""
+    """The facts about a run that builders of evaluators may need."""
 
     log_path: Path
     model_name: str
@@ -71,7 +71,7 @@ class EvaluatorBuilder:
         return self
 
     def metric_patterns(self) -> Sequence[str] | None:
-        """Which metrics its evaluator returns, with * for what is not known before it ran; None: any."""
+        """Returns the paths of the evaluator's metrics, with * for unknown parts; None: any."""
         return None
 
     def __call__(self) -> Evaluator:
@@ -83,7 +83,9 @@ AnyEvaluatorBuilder: TypeAlias = EvaluatorBuilder | Callable[[], Evaluator]
 
 
 def metric_patterns_of(builder: AnyEvaluatorBuilder) -> Sequence[str] | None:
-    """What `builder` declares; None where a subclass makes another evaluator and declares nothing."""
+    """Returns the patterns that `builder` declares; None where a subclass builds another evaluator and
+    declares none.
+    """
     if not isinstance(builder, EvaluatorBuilder):
         return None
     for kind in type(builder).__mro__:
@@ -96,7 +98,7 @@ def metric_patterns_of(builder: AnyEvaluatorBuilder) -> Sequence[str] | None:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What the evaluators of one step found."""
+    """The results of the evaluators of one step."""
 
     metrics: dict[str, float] = field(default_factory=dict)
     tables: dict[str, Table] = field(default_factory=dict)
@@ -133,7 +135,7 @@ async def evaluate(
                 raise
             num_failures += 1
             logger.warning(
-                "%s failed and is left out of this step: %s",
+                "%s failed and is skipped in this step: %s",
                 type(evaluator).__name__,
                 describe(error),
                 exc_info=True,
@@ -160,7 +162,7 @@ class _Snapshot:
 
 
 def _add(found: Evaluation, evaluator: Evaluator, result: object) -> None:
-    """Adds a whole result or nothing; numpy and torch scalars are welcome as numbers."""
+    """Adds the result if all of it is valid, otherwise nothing; numpy and torch scalars count as numbers."""
     name = type(evaluator).__name__
     metrics: dict[str, float] = {}
     tables: dict[str, Table] = {}
@@ -188,5 +190,5 @@ def _add(found: Evaluation, evaluator: Evaluator, result: object) -> None:
 
 
 def _continues(earlier: Table | None, table: Table) -> bool:
-    """Whether two tables of one name are one: two evaluators of samples are a longer one."""
+    """Returns whether two tables of one name can be joined, as those of two evaluators of samples can."""
     return earlier is None or list(earlier.columns) == list(table.columns)

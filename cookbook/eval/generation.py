@@ -140,7 +140,7 @@ def _grade(grader: Grader, reply: Reply, question: Question) -> _Grade:
     try:
         value = float(grader(reply.message, question.reference))
         if not 0 <= value <= 1:
-            raise ValueError(f"it returned {value:g}, and a score lies between 0 and 1")
+            raise ValueError(f"it returned {value:g}, and a score must be from 0 to 1")
     except Exception as error:  # a user's code, which may raise anything
         return _Grade(question.place, error=error)
     return _Grade(question.place, value)
@@ -190,7 +190,7 @@ class GenerationEvaluatorBuilder(SamplingEvaluatorBuilder):
         for name, least in (("limit", 1), ("num_samples", 1), ("num_rows", 0)):
             value = getattr(self, name)
             if value is not None and value < least:
-                raise ConfigError(f"{name}={value} is too small. It must be at least {least}.")
+                raise ConfigError(f"Invalid {name}={value}: must be >= {least}.")
         if self.num_samples > 1 and self.temperature == 0:
             raise ConfigError(
                 f"num_samples={self.num_samples} with temperature=0 gives the same reply every time. Raise "
@@ -232,7 +232,7 @@ class GenerationEvaluatorBuilder(SamplingEvaluatorBuilder):
 
 
 def _with_room(questions: list[Question], context_length: int | None) -> list[Question]:
-    """Those that leave room for a reply; tells of the others."""
+    """Returns the questions that leave room for a reply, and warns about the others."""
     if context_length is None:
         return questions
     fitting = [question for question in questions if question.prompt.length < context_length]
@@ -244,5 +244,5 @@ def _with_room(questions: list[Question], context_length: int | None) -> list[Qu
         )
         if not fitting:
             raise DataError(f"{what}.")
-        logger.warning("%s. They are left out.", what)
+        logger.warning("%s. They are skipped.", what)
     return fitting

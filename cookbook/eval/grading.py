@@ -25,7 +25,7 @@ def exact_match(reply: str, reference: str) -> float:
 
 
 def contains(reply: str, reference: str) -> float:
-    """1 where the reference stands somewhere in the reply."""
+    """Returns 1 where the reply contains the reference."""
     return reference.strip() in reply
 
 
@@ -63,7 +63,7 @@ def by_regex(pattern: re.Pattern[str]) -> TextGrader:
 def make_graders(names: Sequence[str], regex: str | None, ignore_case: bool) -> dict[str, Grader]:
     """Graders by the name of their metric. Raises ConfigError for what is unknown or cannot be imported."""
     if (regex is not None) != ("regex" in names):
-        raise ConfigError(f"regex={regex!r} goes with `regex` in scores ({', '.join(names) or 'none'}).")
+        raise ConfigError(f"regex={regex!r} requires `regex` in scores ({', '.join(names) or 'none'}).")
     graders: dict[str, Grader] = {}
     for name in names:
         short = name.rpartition(":")[2]
@@ -79,7 +79,8 @@ def make_graders(names: Sequence[str], regex: str | None, ignore_case: bool) -> 
         else:
             hint = did_you_mean(name, NAMES)
             raise ConfigError(
-                f"scores has {name!r}, which is no score.{hint} Scores: {', '.join(NAMES)}, or a function of "
+                f"scores has {name!r}, which is not a score.{hint} Scores: "
+                f"{', '.join(NAMES)}, or a function of "
                 "yours as module:function."
             )
     if not graders:
@@ -99,7 +100,7 @@ def _compiled(regex: str, ignore_case: bool) -> re.Pattern[str]:
     try:
         return re.compile(regex, re.MULTILINE | (re.IGNORECASE if ignore_case else re.NOFLAG))
     except re.error as error:
-        raise ConfigError(f"regex={regex!r} is no regular expression: {error}.") from error
+        raise ConfigError(f"regex={regex!r} is not a regular expression: {error}.") from error
 
 
 def _imported(name: str) -> Grader:

@@ -55,7 +55,9 @@ class NLLEvaluator(TrainingClientEvaluator):
         return batches
 
     def _origins(self, index: int, size: int) -> Sequence[Origin]:
-        """Where nothing is known of a batch, each Datum is a conversation of its own."""
+        """Returns the origins of a batch; if they are unknown, each Datum counts as a conversation of its
+        own.
+        """
         return self._dataset.origins(index) or [Origin("", number) for number in range(size)]
 
     async def __call__(self, training_client: TrainingClient) -> dict[str, float]:

@@ -22,7 +22,7 @@ from renderers.messages import Tool
 
 @dataclass(frozen=True)
 class Question:
-    """What the model is asked, and what it should answer."""
+    """A prompt for the model, and the reference for its reply."""
 
     prompt: ModelInput
     asked: str
@@ -103,7 +103,7 @@ def _at_last_reply(conversation: Conversation, must_be: bool) -> tuple[list[Mess
 def _question(renderer: Renderer, conversation: Conversation, reference: str, place: str) -> Question:
     messages = conversation.messages
     if not messages:
-        raise DataError("nothing stands before the reply, so there is no prompt.")
+        raise DataError("no message precedes the reply, so there is no prompt.")
     tools: list[Tool] | None = list(conversation.tools) if conversation.tools else None
     prompt = renderer.build_generation_prompt(messages, tools=tools)
     return Question(prompt, text_of(messages[-1]), reference, place)

@@ -1,4 +1,4 @@
-"""Global random numbers that go on as if nothing had been drawn."""
+"""Restores global random numbers, so that they continue as if nothing had been drawn."""
 
 from __future__ import annotations
 

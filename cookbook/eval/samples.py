@@ -48,7 +48,9 @@ class SamplesEvaluator(SamplingClientEvaluator):
 
 
 def _indented(text: str) -> str:
-    """Further lines stand deeper than the names of the roles, so that none looks like another message."""
+    """Indents the lines after the first below the names of the roles, so that none looks like another
+    message.
+    """
     return text.replace("\n", "\n    ")
 
 
@@ -69,7 +71,7 @@ class SamplesEvaluatorBuilder(SamplingEvaluatorBuilder):
     @chz.validate
     def _check_prompts(self) -> None:
         if not self.prompts:
-            raise ConfigError("prompts is empty. Give at least one, or leave the evaluator out.")
+            raise ConfigError("prompts is empty. Give at least one, or remove the evaluator.")
 
     def metric_patterns(self) -> list[str]:
         return []  # a table alone

@@ -1,4 +1,4 @@
-"""How many bytes of text a token stands for, which makes models of different vocabularies comparable."""
+"""The number of bytes of text of each token, which makes models of different vocabularies comparable."""
 
 from __future__ import annotations
 

@@ -92,7 +92,9 @@ _TOOL: Tool = {
 
 @dataclass(frozen=True)
 class ChatFormat:
-    """How a model is talked to: its tokenizer with a template, and what ends a reply."""
+    """The chat format of an export: its tokenizer with a template, and the strings or tokens that end a
+    reply.
+    """
 
     renderer: Renderer
     tokenizer: PreTrainedTokenizerBase
@@ -102,7 +104,7 @@ class ChatFormat:
 
     @property
     def stop_texts(self) -> list[str]:
-        """What ends a reply, as text."""
+        """The texts that end a reply."""
         return [
             *(str(self.tokenizer.convert_ids_to_tokens(i)) for i in self.stop_token_ids),
             *self.stop_strings,
@@ -187,7 +189,7 @@ def _candidates(tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
 
 
 def _difference(renderer: Renderer, template: str) -> str | None:
-    """Where a template prints another prompt than the renderer makes; None where it prints the same."""
+    """Describes where a template prints another prompt than the renderer; None where it prints the same."""
     tokenizer = renderer.tokenizer
     for messages in PROBES:
         for tools in (None, [_TOOL]) if renderer.takes_tools else (None,):

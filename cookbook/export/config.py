@@ -1,4 +1,4 @@
-"""What to export, as what, and where to."""
+"""`ExportConfig`: the checkpoint to export, the format and the target."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ FORMATS = ("adapter", "merged", "gguf", "ollama")
 
 @chz.chz
 class ExportConfig:
-    """What to export, as what, and where to."""
+    """The checkpoint to export, the format and the target."""
 
     checkpoint: str = _field(doc="folder of a run, of one of its checkpoints, or of a PEFT adapter")
     to: str = _field(doc="folder to write, or hf://owner/name on the Hugging Face hub")
@@ -45,7 +45,7 @@ class ExportConfig:
         default="auto", doc="type of a GGUF file: f32, f16, bf16, q8_0, or auto (that of the base model)"
     )
     ollama_base: str | None = _field(
-        default=None, doc="model of Ollama's library: the Modelfile puts the adapter alone on it"
+        default=None, doc="model in Ollama's library, to which the Modelfile adds the adapter alone"
     )
     overwrite: bool = _field(default=False, doc="replace an earlier export in the folder")
     push_to: str | None = _field(default=None, doc="owner/name on the hub to push the folder to as well")

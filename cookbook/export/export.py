@@ -91,7 +91,7 @@ def _check_empty(folder: Path, overwrite: bool) -> None:
         raise ConfigError(f"to={folder} is a file. Give a folder, which need not exist.")
     names = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
     if names and not overwrite:
-        raise ConfigError(f"to={folder} is not empty. Choose another folder, or say overwrite=True.")
+        raise ConfigError(f"to={folder} is not empty. Choose another folder, or set overwrite=True.")
     foreign = [
         name
         for name in names

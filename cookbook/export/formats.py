@@ -52,7 +52,7 @@ class Export:
 
 
 class Written(NamedTuple):
-    """What the model card and the terminal say about an export."""
+    """Facts about an export for the model card and the terminal."""
 
     usage: Usage
     facts: list[str]
@@ -178,7 +178,7 @@ def _write_gguf_model(export: Export) -> str:
         reason = "its files name its weights in another way" if weights is None else None
     if weights is None:
         raise ConfigError(
-            f"This model is not written as GGUF here: {reason}. Merge it, and let llama.cpp convert it:\n"
+            f"This model cannot be exported as GGUF: {reason}. Merge it, and let llama.cpp convert it:\n"
             f"{_commands_of_llama_cpp(export)}"
         )
     path = export.folder / "model.gguf"
@@ -217,7 +217,7 @@ def _write_gguf_adapter(export: Export) -> str:
         reason = "it is on lm_head, which here is tied to the embeddings, and llama.cpp has no place for that"
     if reason is not None:
         raise ConfigError(
-            f"This adapter cannot be put on a model of Ollama's: {reason}. Leave ollama_base= out."
+            f"This adapter cannot be put on a model of Ollama's: {reason}. Remove ollama_base=."
         )
     path = export.folder / "adapter.gguf"
     gguf_weights.write_adapter(adapter, _model_config(export), path, source.info.lora.alpha, export.name)

@@ -25,7 +25,7 @@ _SPLITS = {
 
 
 def pre_tokenizer_name(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """What llama.cpp calls the way in which this tokenizer splits text; None where it has no name for it."""
+    """Returns llama.cpp's name for the way in which this tokenizer splits text; None where it has none."""
     spec = _spec(tokenizer)
     model = spec["model"]
     if (
@@ -90,7 +90,7 @@ def add_vocabulary(writer: gguf.GGUFWriter, chat_format: ChatFormat, vocab_size:
 
 
 def _spec(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """What tokenizer.json says."""
+    """Returns the contents of tokenizer.json."""
     spec: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
     return spec
 

@@ -39,7 +39,7 @@ _AUTO = {torch.bfloat16: "bf16", torch.float16: "f16"}
 
 
 def why_not(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """What keeps a model from being written here; None where nothing does."""
+    """Returns the reason why a model cannot be written here; None where there is none."""
     architecture = (config.architectures or ["?"])[0]
     if architecture not in _ARCHITECTURES:
         return f"it is a {architecture}, and {', '.join(_ARCHITECTURES)} are written here"
@@ -62,7 +62,7 @@ def why_not(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> str
 
 @dataclass(frozen=True)
 class _Layout:
-    """How the weights of one model stand in a file."""
+    """The layout of one model's weights in a file."""
 
     config: PretrainedConfig
     type_name: str
@@ -211,7 +211,7 @@ def _add_hyperparameters(writer: gguf.GGUFWriter, layout: _Layout) -> None:
 
 
 def _rope_factors(config: PretrainedConfig, head_size: int) -> Tensor | None:
-    """What llama.cpp divides each frequency by, as Llama 3.1 stretches them; None where it does not."""
+    """Returns llama.cpp's divisors of frequencies for Llama 3.1's RoPE scaling; None for others."""
     rope = config.rope_parameters
     if rope.get("rope_type") != "llama3":
         return None

@@ -37,7 +37,7 @@ _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF
 
 @dataclass(frozen=True)
 class LowRank:
-    """What an adapter adds to one weight: scaling * B A."""
+    """The update of one weight by an adapter: scaling * B A."""
 
     a_RI: Tensor
     b_OR: Tensor
@@ -70,7 +70,9 @@ def read_adapter(source: TrainedModel) -> dict[str, LowRank]:
             )
         halves.setdefault(match[1], {})[match[2]] = tensor
     if torn := [module for module, pair in halves.items() if len(pair) != 2]:
-        raise CheckpointError(f"Checkpoint {source.folder} is damaged: it has half of the LoRA of {torn[0]}.")
+        raise CheckpointError(
+            f"Checkpoint {source.folder} is damaged: it has one of the two LoRA matrices of {torn[0]}."
+        )
     scaling = source.info.lora.alpha / source.info.lora.rank
     return {module: LowRank(pair["A"], pair["B"], scaling) for module, pair in halves.items()}
 
@@ -93,7 +95,8 @@ class MergedWeights:
             if self.shape_of(name) != low_rank.shape:
                 raise CheckpointError(
                     f"The adapter does not fit its base model: {name} is {self.shape_of(name)} there, and "
-                    f"{low_rank.shape} in the adapter. Say base_model= with the one that it was trained on."
+                    f"{low_rank.shape} in the adapter. Give base_model= with the one that it was trained "
+                    "on."
                 )
 
     def shape_of(self, name: str) -> tuple[int, ...]:
@@ -111,7 +114,7 @@ class MergedWeights:
         return self.adapter[name].added_to(weight) if name in self.adapter else weight
 
     def is_of_base(self, copy: Tensor, module: str) -> bool:
-        """Whether the base model has this weight of a module."""
+        """Returns whether the base model has this weight of a module."""
         origin = self.untied.get(f"{module}.weight", f"{module}.weight")
         if origin not in self.files:
             return False
@@ -164,7 +167,8 @@ def _refuse_transposed(base_folder: Path, adapter: Mapping[str, LowRank]) -> Non
 
 
 def weight_files(folder: Path) -> dict[str, Path]:
-    """Which safetensors file of a model folder holds each weight; nothing where there is none.
+    """Returns the safetensors file of each weight of a model folder; {} where there are none. Raises
+    ModelError for an index that names a file elsewhere.
 
     Raises ModelError for an index that names a file elsewhere.
     """

@@ -33,7 +33,7 @@ Dtype: TypeAlias = Literal["auto", "bfloat16", "float16", "float32"]
 
 @dataclass(frozen=True)
 class Merged:
-    """What was written. `held_bytes` is the most that was in memory at once."""
+    """The result of a merge. `held_bytes` is the peak of what was in memory at once."""
 
     num_files: int
     num_bytes: int
@@ -116,7 +116,7 @@ def _write_whole_model(
             if weight is None or tuple(weight.shape) != low_rank.shape:
                 raise CheckpointError(
                     f"The adapter does not fit its base model {source.base_model!r}: it is on {name}, "
-                    f"{low_rank.shape}. Say base_model= with the one that it was trained on."
+                    f"{low_rank.shape}. Give base_model= with the one that it was trained on."
                 )
             merged = low_rank.added_to(weight).to(weight.dtype)
             modules[name].weight = torch.nn.Parameter(merged, requires_grad=False)

@@ -37,7 +37,7 @@ SHOWN_SETTINGS = (
 
 @dataclass(frozen=True)
 class Usage:
-    """How an export is used: commands or a program, and which library of the hub's it is for."""
+    """The way to use an export: commands or a program, and which library of the hub it is for."""
 
     code: str
     language: str

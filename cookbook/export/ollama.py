@@ -57,7 +57,7 @@ class Frames:
         return text + self.prompt
 
     def go_template(self) -> str:
-        """The same in Go's language. Text stands in strings, whose white space nothing trims."""
+        """Returns the same in Go's template language. Text is in strings, whose white space is kept."""
         before_user = _go(self.before_user)
         if self.joins_system and before_user:
             before_user = f'{{{{ if ne $before "system" }}}}{before_user}{{{{ end }}}}'
@@ -145,7 +145,7 @@ def _text(renderer: Renderer, messages: Sequence[Message]) -> str:
 
 
 def _common_start(chat_format: ChatFormat, one: str, other: str) -> str:
-    """What both texts begin with. A control token is not cut."""
+    """Returns the common prefix of both texts. A control token is not split."""
     common = ""
     for a, b in zip(_pieces(chat_format, one), _pieces(chat_format, other), strict=False):
         if a != b:
@@ -155,7 +155,7 @@ def _common_start(chat_format: ChatFormat, one: str, other: str) -> str:
 
 
 def _common_end(chat_format: ChatFormat, one: str, other: str) -> str:
-    """What both texts end with, after the end of a reply if that is in it."""
+    """Returns the common suffix of both texts, after the end of a reply if it is in it."""
     common = ""
     pairs = zip(reversed(_pieces(chat_format, one)), reversed(_pieces(chat_format, other)), strict=False)
     for a, b in pairs:

@@ -50,8 +50,8 @@ def push(folder: Path, repository: str, private: bool, message: str) -> str:
         url = api.create_repo(repository, private=private, exist_ok=True)
         if private and not api.model_info(repository).private:
             raise CheckpointError(
-                f"The repository {repository} exists and is public. Say private=False to push to it, or "
-                f"give another name."
+                f"The repository {repository} exists and is public. Set private=False to push to it, or "
+                "give another name."
             )
         api.upload_folder(repo_id=repository, folder_path=folder, commit_message=message)
     return str(url)

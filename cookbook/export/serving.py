@@ -50,7 +50,7 @@ def vllm_adapter(source: TrainedModel, base: str, folder: str, name: str) -> str
 
 
 def vllm_notes(source: TrainedModel, chat_format: ChatFormat, is_adapter: bool) -> list[str]:
-    """What a user of vLLM would otherwise find out by an error, or by replies that do not end."""
+    """Returns notes that spare vLLM users an error, or replies that do not end."""
     notes = []
     if is_adapter and source.info.lora.rank > _VLLM_RANKS[-1]:
         notes.append(f"vLLM serves adapters of rank {_VLLM_RANKS[-1]} at most: export format=merged for it.")

@@ -21,4 +21,4 @@ def connect(address: str) -> Any:
         return JobSubmissionClient(address)
     except Exception as error:  # Ray raises ConnectionError, RuntimeError and its own for the same
         lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise ClusterError(f"The Ray cluster at {address} takes no jobs: {lines[0]}") from error
+        raise ClusterError(f"The Ray cluster at {address} accepts no jobs: {lines[0]}") from error

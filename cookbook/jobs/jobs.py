@@ -99,13 +99,13 @@ def wait(job_id: str, *, address: str | None = None, timeout: float | None = Non
     deadline = None if timeout is None else time.monotonic() + timeout
     while not (job := get(job_id, address=address)).has_ended:
         if deadline is not None and time.monotonic() > deadline:
-            raise TimeoutError(f"Job {job_id} is {job.status} still after {timeout:g} seconds.")
+            raise TimeoutError(f"Job {job_id} is still {job.status} after {timeout:g} seconds.")
         time.sleep(POLL_SECONDS)
     return job
 
 
 def logs(job_id: str, *, follow: bool = False, address: str | None = None) -> Iterator[str]:
-    """What a job printed, piece by piece; with `follow` what it prints from now on, until it ends."""
+    """Yields the output of a job piece by piece; with `follow` also later output, until the job ends."""
     job = get(job_id, address=address)
     client = _client(address)
     if not follow:
@@ -141,7 +141,7 @@ def retry(job_id: str, *, address: str | None = None) -> Job:
     """
     job = get(job_id, address=address)
     if not job.has_ended:
-        raise ClusterError(f"Job {job_id} is {job.status} still. Wait for it, or cancel it first.")
+        raise ClusterError(f"Job {job_id} is still {job.status}. Wait for it, or cancel it first.")
     details = _client(address).get_job_info(job_id)
     gpus, cpus = (_read_metadata(details, key, float | None) for key in ("num_gpus", "num_cpus"))
     config = job.config | {"if_log_path_exists": "resume"}
@@ -199,7 +199,7 @@ def _when_there_is_an_agent(submit_job: Callable[..., Any], **asked: Any) -> Non
             return
         except RuntimeError as error:  # Ray has no narrower one
             if "No available agent" not in str(error) or time.monotonic() > deadline:
-                raise ClusterError(f"The Ray cluster does not take the job: {error}") from error
+                raise ClusterError(f"The Ray cluster rejected the job: {error}") from error
         time.sleep(POLL_SECONDS)
 
 
@@ -235,7 +235,7 @@ def _job(details: Any) -> Job:
 
 
 def _read_metadata(details: Any, key: str, kind: Any) -> Any:
-    """What `_submit` recorded with a job. Anybody who reaches the cluster can submit one."""
+    """Returns the metadata that `_submit` recorded with a job; anyone on the cluster can submit one."""
     repair = "Submit the run again instead."
     origin = Origin(f"The metadata of job {details.submission_id}", ClusterError, repair)
     text = (details.metadata or {}).get(key)

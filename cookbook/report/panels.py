@@ -147,7 +147,7 @@ def _note(run: RunRecord, names: Sequence[str]) -> str | None:
 
 
 def is_compared(metric: str) -> bool:
-    """Whether runs are laid over each other by a metric."""
+    """Returns whether runs are laid over each other by a metric."""
     return metric == "train/nll" or metric in _TRAINING[:3] or is_eval(metric)
 
 

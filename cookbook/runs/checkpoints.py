@@ -112,7 +112,9 @@ class CheckpointLog:
         return is_logged
 
     def _is_logged(self, step: int) -> bool:
-        """Whether there is a row of metrics of the state after `step` steps. Rows are in order of steps."""
+        """Returns whether metrics.jsonl, whose rows are in order of steps, has a row of the state after
+        `step`.
+        """
         rows = jsonl.read_backwards(self._folder / "metrics.jsonl", METRICS_SHAPE, METRICS_VALUE)
         return any(row["step"] == step for row in takewhile(lambda row: row["step"] >= step, rows))
 
@@ -128,8 +130,8 @@ class CheckpointLog:
             if self._is_there(record):
                 return record
         raise CheckpointError(
-            f"{self._file} lists {len(self._records)} checkpoints, but not one is there. Put one back, or "
-            f"start over with if_log_path_exists=delete."
+            f"{self._file} lists {len(self._records)} checkpoints, but none of them exists. Restore one, "
+            "or start over with if_log_path_exists=delete."
         )
 
     def last_path(self) -> Path | None:
@@ -146,7 +148,7 @@ class CheckpointLog:
         return best if best is not None and self._is_there(best) else None
 
     def has_step(self, step: int) -> bool:
-        """Whether the state after `step` steps is there."""
+        """Returns whether the state after `step` steps is there."""
         return any(record.step == step and self._is_there(record) for record in self._records)
 
     def _is_there(self, record: Checkpoint) -> bool:
@@ -245,7 +247,7 @@ class CheckpointLog:
             try:
                 files.remove(path, must_hold)
             except OSError as error:  # it is not listed any more, and the run is worth more than the room
-                logger.warning("The checkpoint %s is not removed: %s", path, error)
+                logger.warning("The checkpoint %s was not removed: %s", path, error)
 
 
 def _no_longer_best(record: Checkpoint) -> Checkpoint:

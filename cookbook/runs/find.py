@@ -94,8 +94,8 @@ def _choose(folder: Path, log: CheckpointLog, which: Which | None) -> Checkpoint
         )
     if which == "best" and best is None:
         raise CheckpointError(
-            f"The run in {folder} has no best checkpoint: it kept track of none (best_metric=), or its "
-            f"folder is gone. Say which=last."
+            f"The run in {folder} has no best checkpoint: none was tracked (best_metric=), or its folder "
+            "is gone. Give which=last."
         )
     return last if which == "last" or best is None else best
 
@@ -127,7 +127,7 @@ def _with_embedded_name(base_model: str) -> str:
 
 
 def is_on_hub(base_model: str) -> bool:
-    """Whether a model's name is a hub id."""
+    """Returns whether a model's name is a hub id."""
     looks_so = _HUB_ID.fullmatch(base_model) is not None
     return looks_so and base_model != embedded.MODEL_NAME and not Path(base_model).is_dir()
 

@@ -230,8 +230,8 @@ class RunFolder:
             return None
         if if_exists == "raise":
             raise ConfigError(
-                f"log_path={self.path} holds a run already. Choose another folder, or say "
-                f"if_log_path_exists=resume or if_log_path_exists=delete."
+                f"log_path={self.path} holds a run already. Choose another folder, or set "
+                "if_log_path_exists=resume or if_log_path_exists=delete."
             )
         changed = {
             key: values for key, values in _changes(earlier, self.config).items() if not _is_harmless(key)
@@ -300,7 +300,7 @@ def how_to_train_on(folder: Path, refused: Collection[str] = ()) -> str:
 
 
 def holds_run(path: str) -> bool:
-    """Whether a run in this folder has recorded a checkpoint, from which it can be resumed."""
+    """Returns whether a run in this folder has recorded a checkpoint, from which it can be resumed."""
     checkpoints = Path(path) / "checkpoints.jsonl"
     return checkpoints.is_file() and checkpoints.stat().st_size > 0
 
@@ -310,7 +310,7 @@ def _text(config: dict[str, Any]) -> str:
 
 
 def _is_untouched(folder: Path) -> bool:
-    """Whether a run was begun here but took no step: there is nothing to resume or to lose."""
+    """Returns whether a run was begun here but took no step: there is nothing to resume or to lose."""
     _read_run_config(folder / "config.json")
     progress = [folder / name for name in ("metrics.jsonl", "checkpoints.jsonl")]
     return not any(path.exists() and path.stat().st_size for path in progress)

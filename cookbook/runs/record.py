@@ -45,7 +45,7 @@ class RunRecord:
 
 
 def is_wide(least: float, greatest: float) -> bool:
-    """Whether a curve between these values is a line along the floor, unless its axis is logarithmic."""
+    """Returns whether a curve between these values needs a logarithmic axis to show more than a flat line."""
     return least > 0 and greatest / least > WIDE
 
 

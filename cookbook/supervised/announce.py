@@ -27,7 +27,13 @@ def announce_changes(
     """Logs what changes for the steps to come, where a run continues with other values."""
     for key, (was, now) in sorted(folder.changes.items()):
         if key in ROUNDING_KEYS:
-            logger.info("%s was %s and is %s: the run continues to rounding, not to the bit.", key, was, now)
+            logger.info(
+                "%s was %s and is %s: results agree with those of the earlier run to rounding, "
+                "not bit for bit.",
+                key,
+                was,
+                now,
+            )
     if not folder.length_changes or start.step == 0:
         return
     assert folder.earlier_config is not None
@@ -59,7 +65,7 @@ def announce_changes(
         return
     counts, epoch = row_counts_of(train_data), start.position.epoch + 1
     if counts is None:
-        logger.info("Batches have another size from epoch %d on.", epoch)
+        logger.info("Batches have a different size from epoch %d on.", epoch)
         return
     assert start.position.row is not None  # where rows are counted a position has one
     of_all = "" if counts.per_epoch is None else f" of {counts.per_epoch:,}"
@@ -105,8 +111,8 @@ def announce(
     if config.lora_rank and model.num_trained_parameters < num_tokens:
         rank = fitting_rank(num_tokens, model.num_trained_parameters, config.lora_rank)
         logger.info(
-            "The adapter has %s parameters for %s trained tokens. A parameter a token is a rough rule for "
-            "LoRA to learn like full fine-tuning: that would be %s.",
+            "The adapter has %s parameters for %s trained tokens. One parameter per token is a rough rule "
+            "for LoRA to learn like full fine-tuning: that would be %s.",
             f"{model.num_trained_parameters:,}",
             f"{num_tokens:,}",
             f"lora_rank={rank}" if rank <= MAX_ADVISED_RANK else "full fine-tuning itself, lora_rank=0",

@@ -171,7 +171,7 @@ class BatchQueue:
         return self._dataset.iter_batches(index)
 
     def _is_last_of_epoch(self, position: Position) -> bool:
-        """Whether no batch follows. False in a stream, whose end is found when the next one is read."""
+        """Returns whether no batch follows. False for a stream, whose end is found by reading on."""
         counts = self._row_counts
         if counts is None or position.row is None:
             return position.batch + 1 == self._epoch_length
@@ -186,5 +186,5 @@ class BatchQueue:
             num_batches += 1
         raise DataError(
             f"Not one of {num_batches} batches has a trained token: nothing would be learned. Raise "
-            f"max_length (all replies may lie beyond it), or choose another train_on_what."
+            "max_length (all replies may be past it), or choose another train_on_what."
         )

@@ -58,10 +58,10 @@ class Config:
     warmup_steps: int = _field(default=0, doc="steps over which the learning rate rises to its peak")
     num_epochs: int = _field(default=1, doc="passes over the data")
     max_steps: int | None = _field(
-        default=None, doc="optimizer steps at most; default: as many as the epochs have"
+        default=None, doc="maximum number of optimizer steps; default: as many as num_epochs takes"
     )
-    adam_beta1: float = _field(default=0.9, doc="decay of the mean of gradients")
-    adam_beta2: float = _field(default=0.95, doc="decay of the mean of squared gradients")
+    adam_beta1: float = _field(default=0.9, doc="decay rate of the running mean of gradients")
+    adam_beta2: float = _field(default=0.95, doc="decay rate of the running mean of squared gradients")
     adam_eps: float = _field(default=1e-8, doc="added to the root of the mean of squared gradients")
     weight_decay: float = _field(default=0.0, doc="decoupled weight decay of the adapter's weights")
     grad_clip_norm: float = _field(default=1.0, doc="global gradient norm to clip to; 0: do not clip")
@@ -84,43 +84,46 @@ class Config:
     eval_every: int = _field(default=50, doc="steps between evaluations; 0: off")
     infrequent_eval_every: int = _field(default=200, doc="steps between infrequent evaluations; 0: off")
     on_evaluator_error: OnEvaluatorError = _field(
-        default="warn", doc="what an evaluator that fails does: warn (the run continues without it) or raise"
+        default="warn",
+        doc="what happens when an evaluator fails: warn (the run continues without it) or raise",
     )
 
     # the best evaluation: its checkpoint is kept, and recorded in checkpoints.jsonl
     best_metric: str | None = _field(
-        default=DEFAULT_METRIC, doc="metric of an evaluator that says which checkpoint is the best; None: off"
+        default=DEFAULT_METRIC, doc="metric that decides which checkpoint is the best; None: off"
     )
     best_mode: BestMode = _field(
         default="auto", doc="min or max is better; auto: by the metric's name (nll: min, accuracy: max)"
     )
     early_stopping_patience: int | None = _field(
-        default=None, doc="evaluations without a better best_metric after which a run finishes; default: off"
+        default=None,
+        doc="evaluations without an improvement of best_metric after which the run finishes; default: off",
     )
     early_stopping_min_delta: float = _field(
-        default=0.0, doc="an improvement of best_metric by no more than this uses up patience"
+        default=0.0, doc="improvement of best_metric that must be exceeded to reset the patience"
     )
 
     # checkpoints
     save_every: int = _field(default=100, doc="steps between checkpoints; 0: only the last")
     keep_checkpoints: int | None = _field(
-        default=None, doc="newest checkpoints to keep, beside the best; default: all"
+        default=None, doc="number of newest checkpoints to keep, besides the best; default: all"
     )
     if_log_path_exists: IfLogPathExists = _field(
         default="resume", doc="what to do with an earlier run in log_path: resume, raise, delete or ask"
     )
 
     # running
-    submit_ahead: int = _field(default=1, doc="steps queued before the running one is done")
+    submit_ahead: int = _field(default=1, doc="number of steps queued ahead of the running one")
     device: str = _field(default="auto", doc="auto (CUDA when there is one), cpu, cuda or cuda:N")
     dtype: str = _field(
         default="auto", doc="of the base model: auto (bfloat16 on CUDA, float32 on CPU) or a name"
     )
     max_tokens_per_microbatch: int | None = _field(
-        default=None, doc="tokens computed at once; default: what fits in memory and is fast"
+        default=None,
+        doc="maximum number of tokens in a micro-batch; default: what fits in memory and is fast",
     )
     gradient_checkpointing: GradientCheckpointing = _field(
-        default="auto", doc="run layers again in the backward pass: auto (where memory needs it), on or off"
+        default="auto", doc="recompute layers in the backward pass: auto (where memory needs it), on or off"
     )
     quantization: Quantization | None = _field(
         default=None, doc="nf4: hold the frozen base weights in 4 bits (QLoRA; needs the extra qlora)"
@@ -128,8 +131,8 @@ class Config:
     compile: bool = _field(default=False, doc="compile the layers: slow first steps, then fewer kernels")
     shard: Shard = _field(
         default="auto",
-        doc="of several processes (torchrun) each holds all base weights (none), a part of them (full), "
-        "or what fits (auto)",
+        doc="sharding over processes (torchrun): each holds all base weights (none), a shard of them "
+        "(full), or what fits (auto)",
     )
     trace: bool = _field(default=False, doc="write trace.json: what ran when, for https://ui.perfetto.dev")
     wandb_project: str | None = _field(default=None, doc="Weights & Biases project; default: do not use it")

@@ -101,9 +101,9 @@ def _position_of(
         return Position(last.epoch, last.batch, row)
     if before is not None and last.batch > 0:
         raise ConfigError(
-            f"batch_size was {before} and is another now, in the middle of an epoch: a "
-            f"{type(train_data).__name__} gives batches by number alone, and cannot begin at the next row. "
-            f"{how_to_train_on(folder.path)}"
+            f"batch_size was {before} and is different now, in the middle of an epoch: a "
+            f"{type(train_data).__name__} gives batches by number alone, so the run cannot resume at the "
+            f"next row. {how_to_train_on(folder.path)}"
         )
     return Position(last.epoch, last.batch)
 

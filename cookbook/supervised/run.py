@@ -154,7 +154,7 @@ class Run:
             r.recorder.add("render", "render", *batch.rendering, step)
         elif r.start.total_steps is not None and step < r.start.total_steps:
             logger.warning(
-                "The data ended after %d of %d steps, before the learning rate had come down.",
+                "The data ended after %d of %d steps, before the learning rate had decayed.",
                 step,
                 r.start.total_steps,
             )
@@ -377,7 +377,7 @@ class Run:
             if name in SKIPPED
         ]
         if counts:
-            logger.warning("Of the training data: %s.", ", ".join(counts))
+            logger.warning("Training data: %s.", ", ".join(counts))
         if lines := note_lines(train_data.notes()):
             logger.info("%s", "\n".join(["While the training data were read:", *lines]))
 

@@ -47,7 +47,7 @@ class StopSignal:
         return self.received
 
     async def is_given(self) -> bool:
-        """Whether to stop here. Processes agree over sockets, while the device is busy."""
+        """Returns whether to stop here. Processes agree over sockets, while the device is busy."""
         number = self.received or 0
         if not self._world.is_alone:
             (number,) = await asyncio.to_thread(self._world.all_reduce_max, number)

@@ -87,7 +87,7 @@ def _report_finished(folder: RunFolder, checkpoints: CheckpointLog) -> RunSummar
     assert last is not None
     logger.info(
         "This run is finished after %d steps: %s. To continue it give a larger max_steps or num_epochs; to "
-        "run it again choose another log_path, or say if_log_path_exists=delete.",
+        "run it again choose another log_path, or set if_log_path_exists=delete.",
         last.step,
         checkpoints.path_of(last),
     )

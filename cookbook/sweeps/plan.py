@@ -31,27 +31,30 @@ RUNS = "runs"
 class SweepConfig:
     """How the runs of a sweep are chosen, run and compared. Every other key is the recipe's."""
 
-    recipe: str = chz.field(default="sft", doc="what is run: recipes.<recipe>, or a module with dots")
+    recipe: str = chz.field(default="sft", doc="recipe to run: recipes.<recipe>, or a dotted module name")
     log_path: str = chz.field(doc="folder of the sweep; each run has a folder in it")
-    metric: str = chz.field(default="test/nll", doc="what runs are compared by: of their last evaluation")
-    mode: Literal["min", "max"] = chz.field(default="min", doc="whether less (min) or more (max) is better")
+    metric: str = chz.field(
+        default="test/nll", doc="metric of the last evaluation by which runs are compared"
+    )
+    mode: Literal["min", "max"] = chz.field(
+        default="min", doc="min or max: whether lower or higher is better"
+    )
     num_samples: int | None = chz.field(
-        default=None, doc="runs drawn at random from what is varied; default: the whole grid"
+        default=None, doc="number of runs drawn at random from the search space; default: the full grid"
     )
     sample_seed: int = chz.field(default=0, doc="seed of the draws")
     gpus_per_run: float | None = chz.field(
         default=None, doc="GPUs of a run; 0.5: two runs share one. Default: 1 where there are GPUs"
     )
     cpus_per_run: float = chz.field(default=1.0, doc="CPU cores of a run")
-    asha: bool = chz.field(default=False, doc="stop runs early that are worse than others were (ASHA)")
+    asha: bool = chz.field(default=False, doc="stop runs early that are worse than the others (ASHA)")
     asha_grace_steps: int = chz.field(default=50, doc="steps before a run may be stopped")
     asha_reduction_factor: float = chz.field(
         default=3.0,
-        doc="factor of ASHA: 1 in so many runs passes a rung, each rung lies so many times further",
+        doc="reduction factor of ASHA: 1 in this many runs passes a rung, and the next rung is this many "
+        "times as many steps",
     )
-    address: str | None = chz.field(
-        default=None, doc="a Ray cluster, host:port; default: a Ray of its own on this machine"
-    )
+    address: str | None = chz.field(default=None, doc="a Ray cluster, host:port; default: a new local Ray")
 
     @chz.validate
     def _check_values(self) -> None:

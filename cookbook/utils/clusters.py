@@ -73,7 +73,7 @@ def _read_authentication_again(raylet: Any) -> None:
 
 
 def has_token() -> bool:
-    """Whether this user has the token with which Ray's clusters know their own."""
+    """Returns whether this user has the token with which Ray's clusters know their own."""
     return bool(os.environ.get("RAY_AUTH_TOKEN")) or _token_file().is_file()
 
 
@@ -105,7 +105,7 @@ def _close_to_others(file: Path) -> None:
         file.chmod(0o600)
         logger.warning(
             "Ray's token in %s had mode %s; it has 0600 now. If another user may have read it, remove the "
-            "file: the next run makes a new one.",
+            "file: the next run creates a new one.",
             file,
             f"{stat.S_IMODE(found.st_mode):04o}",
         )

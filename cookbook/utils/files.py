@@ -294,7 +294,7 @@ def _remove_all(path: Path) -> None:
 def rename(path: Path, new: Path) -> None:
     """Gives a file or folder another name, where nothing has that name."""
     if os.path.lexists(new):
-        raise FileError(f"{path} cannot be called {new}: there is something of that name.")
+        raise FileError(f"{path} cannot be called {new}: that name exists already.")
     os.rename(path, new)
 
 
@@ -302,7 +302,7 @@ def _check_holds(path: Path, names: Sequence[str]) -> None:
     if not names or path.is_symlink() or (path.is_dir() and not any(path.iterdir())):
         return
     if not any((path / name).is_file() for name in names):
-        raise FileError(f"{path} is left as it is: it holds no {' or '.join(names)}. Move it elsewhere.")
+        raise FileError(f"{path} was not changed: it holds no {' or '.join(names)}. Move it elsewhere.")
 
 
 def _set_modes(folder: Path) -> None:

@@ -91,7 +91,7 @@ def read_bytes(path: Path, origin: Origin, most: int | None = None) -> bytes:
     except FileError as reason:
         if not path.exists():  # a link that leads to itself
             origin.refuse(f"it cannot be read ({reason})")
-        origin.refuse(f"it is {'a folder' if path.is_dir() else 'no regular file'}, not a file")
+        origin.refuse(f"it is {'a folder' if path.is_dir() else 'a pipe or a device'}, not a regular file")
     except OSError as reason:
         if isinstance(reason, CookbookError):
             raise
@@ -137,7 +137,7 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(values) < len(pairs):
         times = Counter(key for key, _ in pairs)
         repeated = next(key for key in times if times[key] > 1)
-        raise _Repeated(f"the key {shown(repeated)} stands in it twice")
+        raise _Repeated(f"the key {shown(repeated)} occurs twice")
     return values
 
 
@@ -243,7 +243,7 @@ def _problem_of_record(value: Mapping[str, Any], kind: Any, key: str) -> str | N
 
 
 def _is_of_kind(value: Any, hint: Any) -> bool:
-    """Whether a value is a `hint`, whatever is in it."""
+    """Returns whether a value is a `hint`, whatever is in it."""
     base, arguments = get_origin(hint), get_args(hint)
     if base is Annotated:
         if Number() in arguments:

@@ -76,8 +76,9 @@ def load_causal_lm(location: str | Path, local_files_only: bool = False, **optio
     config = load_config(location, local_files_only)
     if (path := _file_of(location, "adapter_config.json", local_files_only)) is not None:
         raise ModelError(
-            f"{path} lies in the folder of a model, and transformers would put that adapter on it unasked. "
-            f"Remove it, or put the adapter in a folder of its own and give that as a checkpoint."
+            f"{path} lies in the folder of a model, and transformers would apply that adapter without "
+            "being asked. Remove it, or put the adapter in a folder of its own and give that as a "
+            "checkpoint."
         )
     if Path(location).is_dir():
         refuse_pickles(Path(location))
@@ -126,7 +127,8 @@ def refuse_pickled_adapter(folder: Path) -> None:
     if (folder / "adapter_model.safetensors").is_file() or not (folder / "adapter_model.bin").is_file():
         return
     raise CheckpointError(
-        f"The adapter in {folder} is no safetensors (found: adapter_model.bin). Pickle files are never "
+        f"The adapter in {folder} is not in safetensors format "
+        f"(found: adapter_model.bin). Pickle files are never "
         f"loaded, because reading one can run code. Where you trust the adapter, convert it once:\n"
         f"  from peft import AutoPeftModelForCausalLM\n"
         f"  AutoPeftModelForCausalLM.from_pretrained({str(folder)!r}).save_pretrained(folder)\n"
@@ -136,7 +138,8 @@ def refuse_pickled_adapter(folder: Path) -> None:
 
 def _pickled(model: str, found: str) -> str:
     return (
-        f"The weights of {model} are no safetensors (found: {found}). Pickle files are never loaded, because "
+        f"The weights of {model} are not in safetensors format "
+        f"(found: {found}). Pickle files are never loaded, because "
         f"reading one can run code. Where you trust the model, convert it once:\n"
         f"  from transformers import AutoModelForCausalLM, AutoTokenizer\n"
         f"  AutoModelForCausalLM.from_pretrained({model!r}, dtype='auto').save_pretrained(folder)\n"
@@ -154,7 +157,7 @@ def _check_sizes_of_weights(folder: Path, config: PretrainedConfig) -> None:
     num_weights = sum(math.prod(weight.shape) for weight in empty_causal_lm(config).parameters())
     if num_weights > _MOST_WEIGHTS_PER_BYTE * num_bytes:
         raise DataError(
-            f"{folder / 'config.json'} wants {num_weights:,} weights, and the files beside it have "
+            f"{folder / 'config.json'} requires {num_weights:,} weights, and the files beside it have "
             f"{num_bytes:,} bytes: they belong to another model."
         )
 

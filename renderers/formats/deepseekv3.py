@@ -99,8 +99,8 @@ class DeepSeekV3Renderer(Renderer):
         thought, _ = _thought_and_said(message)
         if thought and not self.thinks:
             raise RendererError(
-                f"Renderer `{self.name}` has no place for the thinking of message {number}. Remove it, leave "
-                "the message out of the training, or use renderer `deepseekv3_thinking`."
+                f"Renderer `{self.name}` has no place for the thinking of message {number}. Remove it, do "
+                "not train the message, or use renderer `deepseekv3_thinking`."
             )
         if thought.startswith(THINK) or END_THINK in thought:
             raise RendererError(f"The thinking of message {number} holds a think tag of its own. Remove it.")

@@ -226,7 +226,7 @@ def _thought_before_a_call(message: PlainMessage) -> str:
 
 
 def _is_rewritten(messages: Sequence[PlainMessage], index: int, finals: Sequence[int]) -> bool:
-    """Whether a message is printed differently in the history than as the last one."""
+    """Returns whether a message is printed differently in the history than as the last one."""
     if messages[index]["role"] != "assistant" or index == len(messages) - 1:
         return False
     if index in finals:

@@ -43,7 +43,9 @@ class Qwen3Renderer(ChatMLRenderer):
         return self._draft(messages, tools).finish(rewritten)
 
     def _prints_thinking(self, messages: Sequence[PlainMessage], index: int, num: int | None = None) -> bool:
-        """Whether message `index` is a reply with a think block among the first `num` messages alone."""
+        """Returns whether message `index` is a reply with a think block, given the first `num` messages
+        alone.
+        """
         if self._queries[0] is not messages:
             self._queries = (messages, _last_queries(messages))
         num = len(messages) if num is None else num
@@ -150,7 +152,7 @@ def _thought_and_said(message: PlainMessage) -> tuple[str, str]:
 
 
 def _loses_text(message: PlainMessage) -> bool:
-    """Whether `_thought_and_said` drops more than tags and the newlines around them."""
+    """Returns whether `_thought_and_said` drops more than tags and the newlines around them."""
     if "reasoning_content" in message or END_THINK not in message.get("content", ""):
         return False
     thought, *said = message["content"].split(END_THINK)

@@ -116,7 +116,7 @@ class ChatTemplateRenderer(Renderer):
         return []
 
     def _prints_calls_as_hermes(self) -> bool:
-        """Whether calls of this template parse back."""
+        """Returns whether calls of this template parse back."""
         calls: list[dict[str, Any]] = [
             {"type": "function", "function": {"name": name, "arguments": {"k": [name, 1]}}} for name in "fg"
         ]

@@ -131,7 +131,7 @@ class Reuse:
 
 
 def _may_grow(value: Any, messages: Sequence[Any]) -> bool:
-    """Whether the value may be the list of the messages, or their numbers, maybe without the first ones."""
+    """Returns whether the value may be the list of messages or of their numbers, or a tail of it."""
     if type(value) is range:
         return True
     num_before = len(messages) - len(value) if type(value) is list else -1

@@ -229,7 +229,7 @@ def _attribute(node: nodes.Node) -> nodes.Getattr | None:
 
 
 def _is_empty(node: nodes.Node) -> bool:
-    """Whether it prints an empty text, and nothing else."""
+    """Returns whether it prints an empty text, and nothing else."""
     if not isinstance(node, nodes.Output):
         return False
     return all(isinstance(part, nodes.TemplateData) and not part.data for part in node.nodes)

@@ -65,7 +65,9 @@ def followed(kind: type[Namespace]) -> type[Namespace]:
 
 
 def same(one: Any, other: Any) -> bool:
-    """Whether a template cannot tell the two apart. Namespaces and other objects are only like themselves."""
+    """Returns whether a template cannot tell the two apart. Namespaces and other objects equal only
+    themselves.
+    """
     if one is other:
         return True
     kind = type(one)
@@ -83,7 +85,7 @@ def same(one: Any, other: Any) -> bool:
 
 
 def is_frozen(value: Any) -> bool:
-    """Whether nothing can change this value: the sandbox lets no template change a list or a dict."""
+    """Returns whether nothing can change this value: the sandbox lets no template change a list or a dict."""
     kind = type(value)
     if kind in (list, tuple):
         return all(map(is_frozen, value))

@@ -71,7 +71,7 @@ def environment_of_transformers() -> jinja2.Environment:
 
 
 def _may_escape(frame: Frame) -> bool:
-    """Whether the template may have asked for HTML where this code runs."""
+    """Returns whether the template may have asked for HTML where this code runs."""
     return bool(frame.eval_ctx.volatile or frame.eval_ctx.autoescape)
 
 

@@ -82,7 +82,7 @@ class Template:
         return "reasoning" in words and not words & {"thinking", "reasoning_content"}
 
     def reads(self, role: str, key: str, value: Any) -> bool:
-        """Whether this key changes what the template prints of a message, as far as it can be tried out."""
+        """Returns whether this key changes what the template prints of a message, as far as it can tell."""
         if key not in self._words:
             return False
         if (role, key) not in self._read_keys:
@@ -161,7 +161,7 @@ class Template:
     # -- what it has places for ---------------------------------------------------------------
 
     def prints(self, role: str) -> bool:
-        """Whether the template prints a message of this role, as far as it can be tried out."""
+        """Returns whether the template prints messages of this role, as far as can be tried out."""
         if role not in self._printed_roles:
             message: PlainMessage = {"role": role, "content": SENTINEL}
             result = {"role": "tool", "content": SENTINEL, "name": "f", "tool_call_id": "call00001"}
@@ -178,7 +178,7 @@ class Template:
         return self._printed_roles[role]
 
     def prints_tools(self) -> bool:
-        """Whether the template prints the tools it is given."""
+        """Returns whether the template prints the tools it is given."""
         function = {
             "name": "f",
             "description": SENTINEL,

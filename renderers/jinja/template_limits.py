@@ -139,8 +139,8 @@ def counted(value: Any) -> Any:
 
 def refuse(what: str) -> NoReturn:
     raise TemplateLimitError(
-        f"{what}{_place()}. A template that loops or doubles a text is not run to its end; give another "
-        "one, or correct this."
+        f"{what}{_place()}. A template that loops or doubles a text is stopped. Give another template, or "
+        "correct this one."
     )
 
 

@@ -112,7 +112,7 @@ def recognise(row: Mapping[str, Any]) -> str:
     found = ", ".join(f"{key} ({type(value).__name__})" for key, value in row.items()) or "none"
     known = "; ".join(f"{name} ({format.keys})" for name, format in FORMATS.items())
     raise DataError(
-        f"of no known format (keys: {found}). Formats: {known}. Name one with format=..., rename the "
+        f"its format is unknown (keys: {found}). Formats: {known}. Name one with format=..., rename the "
         "columns, or subclass the dataset builder and read the row yourself."
     )
 

@@ -219,7 +219,8 @@ class ArrowSource(_ArrowLikeSource):
         file.seek(max(0, file.size() - len(_END_OF_STREAM)))
         if file.read() != _END_OF_STREAM:
             raise self._unreadable(
-                "it has no end-of-stream mark, so it was cut off or never closed. Write or copy it again."
+                "it has no end-of-stream mark, so it is truncated or was "
+                "never closed. Write or copy it again."
             )
         file.seek(0)
 

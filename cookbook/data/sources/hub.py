@@ -96,7 +96,7 @@ class HubStream(Source):
         try:
             yield from tables
         except Exception as error:  # the network, the hub and Arrow raise many kinds
-            raise DataError(f"Reading {self.name} broke off: {_first_line(error)}") from error
+            raise DataError(f"Reading {self.name} failed: {_first_line(error)}") from error
 
 
 def open_hub(name: HubName, streaming: bool = False) -> Source:

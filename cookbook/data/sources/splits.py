@@ -118,8 +118,8 @@ def layout_of(folder: Path, is_data: Any, config: str | None = None) -> Layout:
     options = configs[config]
     if unknown := [key for key in options if key not in _LAYOUT_KEYS]:
         raise DataError(
-            f"Config {config!r} in {folder}/README.md has `{unknown[0]}`, which is not supported. Take it "
-            "out, or give the files themselves."
+            f"Config {config!r} in {folder}/README.md has `{unknown[0]}`, which is not supported. Remove "
+            "it, or give the files themselves."
         )
     inner = str(options.get("data_dir") or ".").strip("/")
     within = [path for path in data if inner == "." or path.startswith(f"{PurePosixPath(inner)}/")]
@@ -186,7 +186,7 @@ def _translated(pattern: str) -> re.Pattern[str]:
 
 
 def _is_note(folder: Path, path: str) -> bool:
-    """Whether a file that is named as data are describes them: of `datasets`, or of a saved dataset."""
+    """Returns whether a file with a data suffix only describes data, as those of `datasets` do."""
     from datasets.data_files import FILES_TO_IGNORE
 
     file = folder / path

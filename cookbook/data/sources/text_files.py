@@ -89,10 +89,10 @@ class FileSource(Source):
             raise DataError(self._where_not_utf8(error)) from error
         except gzip.BadGzipFile as error:
             raise DataError(
-                f"{self.path} cannot be read: {error}. Take .gz out of its name if it is not compressed."
+                f"{self.path} cannot be read: {error}. Remove .gz from its name if it is not compressed."
             ) from error
         except EOFError as error:
-            raise DataError(f"{self.path} cannot be read: it was cut off. Copy it again.") from error
+            raise DataError(f"{self.path} cannot be read: it is truncated. Copy it again.") from error
         except (OSError, zlib.error) as error:
             raise DataError(f"{self.path} cannot be read: {error}") from error
 
@@ -229,8 +229,8 @@ class JsonLinesSource(FileSource):
         has_more = isinstance(value, list) or text[end:].strip()
         in_json = "Let its name end in .json, or write" if has_more else "Write"
         raise DataError(
-            f"{self.path} has {kind} over lines {first} to {last}, and JSON lines have one object a line. "
-            f"{in_json} lines: jq -c {query} {self.path.name}"
+            f"{self.path} has {kind} over lines {first} to {last}, and JSON lines have one object per "
+            f"line. {in_json} lines: jq -c {query} {self.path.name}"
         )
 
 
@@ -253,9 +253,9 @@ def _what_to_write(error: json.JSONDecodeError, is_line: bool) -> str:
     if after[:1] == "'":
         return " Quotes are double in JSON: write Python's values with json.dumps."
     if is_line and error.msg == "Extra data":
-        return " JSON lines have one object a line" + (", without commas." if after[:1] == "," else ".")
+        return " JSON lines have one object per line" + (", without commas." if after[:1] == "," else ".")
     if is_line and not after and before.endswith(("{", "[", ",")):
-        return " The line ends within a value: JSON lines have one object a line."
+        return " The line ends within a value: JSON lines have one object per line."
     return ""
 
 
@@ -302,8 +302,8 @@ class JsonSource(FileSource):
                 content += block
                 if len(content) > most_bytes:
                     raise DataError(
-                        f"{self.path} has more than {most_bytes // 2**20:,} MiB of text, and a JSON list is "
-                        f"decoded whole. Unpack it, or write lines, which are read one by one: "
+                        f"{self.path} has more than {most_bytes // 2**20:,} MiB of text, and a JSON list "
+                        "is decoded all at once. Unpack it, or write lines, which are read one by one: "
                         f"zcat {self.path.name} | jq -c '.[]' | gzip > rows.jsonl.gz"
                     )
             return bytes(content)
@@ -355,7 +355,7 @@ def _how_to_list(value: Any, name: str) -> str:
 
 
 def _is_json_lines(file: BinaryIO) -> bool:
-    """Whether there are several lines, and the first two that are not blank are objects."""
+    """Returns whether there are several lines, and the first two that are not blank are objects."""
     lines = (line and line.removeprefix(_BOM).strip() for line in limited_lines(file, max_line_bytes()))
     found = LinesChunk("", list(enumerate(islice((line for line in lines if line != b""), 2))))
     return len(found) == 2 and all(isinstance(row, Row) for row in found.rows())

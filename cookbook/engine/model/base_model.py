@@ -94,7 +94,7 @@ class BaseModel:
             yield
 
     def has_weight(self, weight: Tensor, module: str) -> bool:
-        """Whether the module of this name has this weight, whatever adapters are on it."""
+        """Returns whether the module of this name has this weight, whatever adapters are on it."""
         found = dict(self.model.named_modules()).get(module)
         own = getattr(getattr(found, "base_layer", found), "weight", None)
         if own is None or own.shape != weight.shape:
@@ -179,7 +179,7 @@ class BaseModel:
         hook = self.model.get_input_embeddings().register_forward_hook(spoil)
         try:
             if self.logprobs(batch)[length:].isnan().any():
-                raise ValueError("what one sequence holds may reach another")
+                raise ValueError("information may leak from one sequence into another")
         finally:
             hook.remove()
         return found_S
@@ -282,7 +282,7 @@ class BaseModel:
         return limits_for(self.options, self.device, lambda: self._activation_cost(adapter), free_bytes)
 
     def can_undo_steps(self, adapter: Adapter) -> bool:
-        """Whether there is memory for the copies that undo a failed step, while no activations are held."""
+        """Returns whether memory suffices for the copies that undo a failed step, without activations."""
         needed = self._reserved_bytes(adapter) + bytes_to_undo(_local_parts(adapter))
         return needed <= usable_memory(self.device)
 

@@ -24,8 +24,8 @@ def _warn_at_the_limit(record: logging.LogRecord) -> bool:
     """Logs a warning beside torch's own, that it has reached its limit. Returns True to keep the record."""
     if "recompile_limit" in str(record.args):
         logger.warning(
-            "compile=True: torch has compiled a part of a layer for as many kinds of passes as it keeps. "
-            "Others run without compilation from now on, with the same results and more slowly. Use one LoRA "
-            "rank for each ServiceClient, or raise torch._dynamo.config.recompile_limit."
+            "compile=True: torch has reached its recompile limit for a part of a layer. Other kinds of "
+            "passes run without compilation from now on, with the same results but more slowly. Use one "
+            "LoRA rank for each ServiceClient, or raise torch._dynamo.config.recompile_limit."
         )
     return True

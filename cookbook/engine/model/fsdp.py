@@ -37,7 +37,7 @@ def should_shard(
     dtype: torch.dtype,
     is_trained: bool,
 ) -> bool:
-    """Whether to shard by `options.shard`. The main process decides for all where it depends on memory."""
+    """Returns whether to shard by `options.shard`. Where that depends on memory, the main process decides."""
     if world.is_alone or options.shard == "none" or options.quantization is not None:
         return False
     return options.shard == "full" or world.on_rank0(
@@ -99,7 +99,7 @@ def is_sharded(model: Any) -> bool:
 
 
 def is_dtensor(tensor: Tensor) -> bool:
-    """Whether a tensor is sharded over processes. Does not import DTensor, which one process never needs."""
+    """Returns whether a tensor is sharded over processes. Does not import DTensor."""
     return hasattr(tensor, "to_local")
 
 

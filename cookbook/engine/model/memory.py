@@ -39,7 +39,8 @@ _USABLE = {"cpu": 0.5, "cuda": 0.9}
 
 @dataclass(frozen=True)
 class MicrobatchLimits:
-    """How many tokens a micro-batch may have, and with how many its layers are checkpointed.
+    """The maximum number of tokens of a micro-batch, and the number from which its layers are checkpointed.
+    Where memory grows with the square of a sequence, the sequence counts as more tokens than it has.
 
     Where memory grows with the square of a sequence, it counts as more tokens than it has.
     """
@@ -169,7 +170,7 @@ def limits_for(
 
 
 def _ratio(room: float, bytes_per_token: float) -> int:
-    """How many tokens fit. Where only the projection is trained, a token keeps no bytes."""
+    """Returns how many tokens fit. Where only the projection is trained, a token keeps no bytes."""
     return int(room / max(bytes_per_token, 1))
 
 
@@ -252,7 +253,7 @@ _OUT_OF_MEMORY = re.compile(
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether the memory of the device or the host ran out, so that a smaller micro-batch may fit."""
+    """Returns whether the memory of the device or the host ran out, so that a smaller micro-batch may fit."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     if isinstance(error, OSError):

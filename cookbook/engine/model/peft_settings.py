@@ -122,7 +122,7 @@ def check_frozen(folder: Path, is_weight_of: Callable[[Tensor, str], bool]) -> N
 
 
 def is_same(copy: Tensor, own: Tensor) -> bool:
-    """Whether two weights are equal to the precision of the coarser one."""
+    """Returns whether two weights are equal to the precision of the coarser one."""
     if copy.shape != own.shape:
         return False
     own = own.detach().to(copy.device)
@@ -158,7 +158,7 @@ def _check_tensors(folder: Path, config: Mapping[str, Any]) -> None:
 
 
 def _is_target(module: str, config: Mapping[str, Any], folder: Path) -> bool:
-    """Whether PEFT puts an adapter on a linear layer of this name; as its `check_target_module_exists`."""
+    """Returns whether PEFT adapts a linear layer of this name, as its `check_target_module_exists` does."""
     targets, excluded = config.get("target_modules"), config.get("exclude_modules")
     if excluded and _is_named(module, excluded, "exclude_modules", folder):
         return False

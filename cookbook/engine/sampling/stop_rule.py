@@ -29,7 +29,7 @@ class StopRule:
         """No token is shorter than a byte, so a stop string ends within this many tokens."""
 
     def is_met(self, tokens: list[int]) -> bool:
-        """Whether the last of the drawn `tokens` is a stop token, or completes a stop string."""
+        """Returns whether the last of the drawn `tokens` is a stop token, or completes a stop string."""
         if tokens[-1] in self._token_ids:
             return True
         if not self._strings:

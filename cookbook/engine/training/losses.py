@@ -93,5 +93,5 @@ def get_loss(name: str, config: Mapping[str, float] | None) -> tuple[Loss, dict[
     unknown = set(config or {}) - set(loss.defaults)
     if unknown:
         known = ", ".join(loss.defaults) or "none"
-        raise RequestError(f"Loss {name!r} has no setting {sorted(unknown)[0]!r}. Its settings: {known}.")
+        raise RequestError(f"Loss {name!r} does not take {sorted(unknown)[0]!r}. It takes: {known}.")
     return loss, {**loss.defaults, **(config or {})}

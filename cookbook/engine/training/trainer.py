@@ -185,8 +185,8 @@ class Trainer:
                 raise
             self._check_not_half_stepped(error)
             raise TrainingError(
-                f"optim_step failed: {type(error).__name__}: {error}. Weights and optimizer are as "
-                f"before it, its gradients are dropped."
+                f"optim_step failed: {type(error).__name__}: {error}. Weights and optimizer are unchanged; "
+                "its gradients are discarded."
             ) from error
         finally:
             self.discard_gradients()
@@ -450,15 +450,15 @@ class Trainer:
             rng, limits, recovery = self._read_progress(path, info)
         if with_optimizer and info.world_size != self._world.size:
             logger.info(
-                "%s was saved by a run of %d processes; this one has %d. It continues to rounding, not "
-                "bit for bit.",
+                "%s was saved by a run of %d processes; this one has %d. Results will equal its results to "
+                "rounding, not bit for bit.",
                 path,
                 info.world_size,
                 self._world.size,
             )
         if dropout := checkpoint.dropout_of(path):
             logger.warning(
-                "%s was trained with lora_dropout=%g; adapters are trained without dropout from here.",
+                "%s was trained with lora_dropout=%g; this project trains adapters without dropout.",
                 path,
                 dropout,
             )

@@ -137,16 +137,16 @@ class InspectEvaluatorBuilder(SamplingEvaluatorBuilder):
     log_dir: str | None = chz.field(
         default=None, doc="folder of Inspect's logs; default: inspect in the run's folder"
     )
-    max_tokens: int = chz.field(default=512, doc="tokens of a reply at most")
+    max_tokens: int = chz.field(default=512, doc="maximum number of tokens of a reply")
     max_connections: int = chz.field(default=64, doc="replies asked for at once, which share batches")
 
     @chz.validate
     def _check(self) -> None:
         if not self.tasks:
-            raise ConfigError("tasks is empty. Name at least one, or leave the evaluator out.")
+            raise ConfigError("tasks is empty. Name at least one, or remove the evaluator.")
         for name, value in (("limit", self.limit), ("max_connections", self.max_connections)):
             if value is not None and value < 1:
-                raise ConfigError(f"{name}={value} is too small. It must be at least 1.")
+                raise ConfigError(f"Invalid {name}={value}: must be >= 1.")
 
     def in_run(self, run: RunContext) -> InspectEvaluatorBuilder:
         told = super().in_run(run)

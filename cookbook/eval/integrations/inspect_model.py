@@ -148,7 +148,7 @@ def _refuse_what_is_not_had(tool_choice: ToolChoice, config: GenerateConfig) -> 
     if tool_choice not in ("auto", "none"):
         asked.append(f"tool_choice={tool_choice}")
     if asked:
-        raise RequestError(f"The task asks the model for {', '.join(asked)}, which cannot be had here.")
+        raise RequestError(f"The task asks the model for {', '.join(asked)}, which is not supported.")
 
 
 # -- messages ---------------------------------------------------------------------------------
@@ -180,7 +180,7 @@ def to_message(message: ChatMessage) -> Message:
 
 
 def _texts_of(content: str | list[Content]) -> tuple[str, str]:
-    """What is said, and what is thought."""
+    """Returns the text and the thinking of the content."""
     if isinstance(content, str):
         return content, ""
     for part in content:

@@ -135,7 +135,7 @@ class HarnessEvaluatorBuilder(ChatEvaluatorBuilder):
         default=False, doc="ask in the chat format, and leave thoughts out of replies"
     )
     max_gen_toks: int = chz.field(
-        default=256, doc="tokens of a reply at most, where the task does not say it"
+        default=256, doc="maximum number of tokens of a reply, where the task does not say it"
     )
     bootstrap_iters: int = chz.field(default=0, doc="resamples for standard errors; 0: none are reported")
     seed: int = chz.field(default=0, doc="seed of the choice of few-shot examples and of replies drawn")
@@ -144,7 +144,7 @@ class HarnessEvaluatorBuilder(ChatEvaluatorBuilder):
     @chz.validate
     def _check(self) -> None:
         if not self.tasks:
-            raise ConfigError("tasks is empty. Name at least one, or leave the evaluator out.")
+            raise ConfigError("tasks is empty. Name at least one, or remove the evaluator.")
         for name, least in (
             ("num_fewshot", 0),
             ("limit", 1),
@@ -154,7 +154,7 @@ class HarnessEvaluatorBuilder(ChatEvaluatorBuilder):
         ):
             value = getattr(self, name)
             if value is not None and value < least:
-                raise ConfigError(f"{name}={value} is too small. It must be at least {least}.")
+                raise ConfigError(f"Invalid {name}={value}: must be >= {least}.")
 
     def metric_patterns(self) -> list[str]:
         return [f"{self.name}/*"]

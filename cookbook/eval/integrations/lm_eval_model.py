@@ -67,7 +67,7 @@ class SamplingClientLM(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """What precedes a text that nothing precedes."""
+        """The token that precedes a text without context."""
         begin: int | None = self.tokenizer.bos_token_id
         return self.eot_token_id if begin is None else begin
 
@@ -152,8 +152,8 @@ class SamplingClientLM(TemplateLM):
         asked: dict[str, Any] = normalize_gen_kwargs(options, self.max_gen_toks)
         if unknown := asked.keys() - _UNDERSTOOD:
             raise RequestError(
-                f"The task generates with {', '.join(sorted(unknown))}, which cannot be had here. "
-                f"There are {', '.join(sorted(_UNDERSTOOD))}."
+                f"The task generates with {', '.join(sorted(unknown))}, which is not supported. Supported: "
+                f"{', '.join(sorted(_UNDERSTOOD))}."
             )
         room = self.max_length - asked["max_gen_toks"]
         if room < 1:
@@ -193,7 +193,7 @@ class SamplingClientLM(TemplateLM):
 
 
 def _of_the_last(scores: PromptScores, number: int) -> tuple[float, bool]:
-    """The log-probability of the last tokens together, and whether each of them is likeliest."""
+    """Returns the log-probability of the last tokens together, and whether each of them is the argmax."""
     first = len(scores.logprobs) - number
     logprobs = [logprob for logprob in scores.logprobs[max(first, 0) :] if logprob is not None]
     is_argmax = [flag for flag in scores.is_argmax[max(first, 0) :] if flag is not None]

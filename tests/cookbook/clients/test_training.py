@@ -395,7 +395,7 @@ def test_a_bad_argument_is_raised_by_the_call_itself_and_nothing_is_queued(clien
         assert caught.value.__notes__ == ["in datum 1 of 2"]
         with pytest.raises(RequestError, match="Did you mean `cross_entropy`"):
             submit([good], "cross_entrpy")  # type: ignore[arg-type]
-        with pytest.raises(RequestError, match="has no setting 'beta'"):
+        with pytest.raises(RequestError, match="does not take 'beta'"):
             submit([good], "ppo", {"beta": 1.0})
         with pytest.raises(RequestError, match="exceeds the context length of 256"):
             submit(batch(lengths=(257,)))

@@ -88,7 +88,7 @@ def test_later_wins_defaults_then_the_file_then_the_command_line(tmp_path: Path)
         ("train_mlp=maybe", "Invalid train_mlp=maybe: it takes True or False."),
         ("train_on_what=all", "it takes one of last_assistant_message, last_assistant_turn"),
         ("learning_rate=0", "Invalid learning_rate=0.0: must be finite and > 0."),
-        ("batch_size=0", "batch_size=0. A step needs at least one conversation."),
+        ("batch_size=0", "Invalid batch_size=0: must be >= 1 conversation."),
         ("verbose", "unrecognised argument 'verbose'. Write key=value"),
         ("config=none.yaml", "there is no such file"),
         ("dataset_builder=nowhere:Builder", "nowhere:Builder cannot be imported"),
@@ -348,7 +348,7 @@ def test_everything_that_is_wrong_is_said_at_once_with_its_place(tmp_path: Path)
     }
     assert sum(line.startswith("  command line: ") for line in said) == 3
     assert f"  {file} line 6: There is no key 'dataset_builder.common_config.batch_sise'." in "\n".join(said)
-    assert f"  {file} line 8: seed stands in line 7 already." in said
+    assert f"  {file} line 8: seed is already given in line 7." in said
 
 
 def test_a_key_is_given_once_in_a_file_whatever_it_is_written_as(tmp_path: Path) -> None:
@@ -368,8 +368,8 @@ def test_a_key_is_given_once_in_a_file_whatever_it_is_written_as(tmp_path: Path)
         encoding="utf-8",
     )
     assert refusal(f"config={file}").splitlines()[1:] == [
-        f"  {file} line 4: dataset_builder.format stands in line 4 already.",
-        f"  {file} line 5: lora_rank stands in line 2 already.",
+        f"  {file} line 4: dataset_builder.format is already given in line 4.",
+        f"  {file} line 5: lora_rank is already given in line 2.",
     ]
 
 
@@ -499,8 +499,8 @@ MERGED = "\n".join(f"a{n + 1}: &a{n + 1} {{<<: [*a{n}, *a{n}]}}" for n in range(
         (f"max_steps: 0x{'f' * 5000}\n", "fff[.]{3} cannot be read as int.*line 1"),
         (f"max_steps: {'[' * 3000}{']' * 3000}\n", "nested in more than 100 levels"),
         (f"max_steps: {'[' * 150}{']' * 150}\n", "line 1 cannot be read: .*nested in more than 100 levels"),
-        ("a: &a [*a]\n", "an alias stands for a value that it is in"),
-        ("a: &a {b: {c: *a}}\n", "an alias stands for a value that it is in"),
+        ("a: &a [*a]\n", "an alias refers to a value that contains it"),
+        ("a: &a {b: {c: *a}}\n", "an alias refers to a value that contains it"),
         (f"a0: &a0 [x, x]\n{EIGHTFOLD}\n", "more than 100,000 values"),
         (f"a0: &a0 {{b: x}}\n{MERGED}\n", "more than 100,000 values"),
     ],

@@ -476,7 +476,7 @@ NO_REPLY = [{"role": "system", "content": "x"}, {"role": "user", "content": "y"}
             json.dumps({"messages": CHAT}) + "\n\n" + json.dumps({"messages": NO_REPLY}) + "\n",
             r"line 3 of chats.jsonl: no assistant message \(roles: system, user\)",
         ),
-        ('{"words": "hello", "id": 3}\n', r"line 1 of chats.jsonl: of no known format \(keys: words"),
+        ('{"words": "hello", "id": 3}\n', r"line 1 of chats.jsonl: its format is unknown \(keys: words"),
     ],
 )
 def test_a_bad_file_is_one_error_that_names_the_place(

@@ -95,7 +95,7 @@ def test_a_row_of_no_format_is_an_error_that_lists_its_keys_and_the_formats(row:
     with pytest.raises(DataError) as caught:
         conversations_of(row)
     said = str(caught.value)
-    assert said.startswith("of no known format (keys: ")
+    assert said.startswith("its format is unknown (keys: ")
     assert all(word in said for word in [*row, *FORMATS, "format=", "subclass"])
 
 

@@ -254,7 +254,7 @@ def test_the_forms_of_data_files(
         ("---\nconfigs: [\n---\n", "cannot be read"),
         (f"---\nconfigs: {'[' * 3000}\n---\n", "cannot be read"),
         ("---\nconfigs: !!int ''\n---\n", "cannot be read as int"),
-        ("---\na: &a {b: *a}\n---\n", "an alias stands for a value that it is in"),
+        ("---\na: &a {b: *a}\n---\n", "an alias refers to a value that contains it"),
     ],
 )
 def test_a_readme_that_cannot_be_followed_is_one_line(tmp_path: Path, readme: str, said: str) -> None:

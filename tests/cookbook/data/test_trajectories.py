@@ -143,7 +143,7 @@ def test_an_unknown_order_of_observations_is_refused() -> None:
 def test_signs_that_speak_against_each_other_are_refused() -> None:
     steps = [{"action": "a"}, {"action": "b", "observation": "of b"}, {"action": "c"}]
     for row in in_every_order_of_keys({"task": "t", "steps": steps}):
-        with pytest.raises(DataError, match="nothing tells whether the `observation`"):
+        with pytest.raises(DataError, match="it is unknown whether the `observation`"):
             conversations_of(row)
 
 
@@ -297,7 +297,7 @@ def test_messages_of_a_step_go_on_from_those_before() -> None:
 def test_messages_that_begin_anew_are_refused() -> None:
     system = {"role": "system", "content": "s"}
     steps = [{"messages": [system, {"role": "user", "content": text}], "action": "b"} for text in "ac"]
-    with pytest.raises(DataError, match="`messages` of step 2 begin anew"):
+    with pytest.raises(DataError, match="`messages` of step 2 start a conversation"):
         conversations_of({"steps": steps})
 
 

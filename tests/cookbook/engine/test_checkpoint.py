@@ -456,7 +456,7 @@ def test_a_folder_that_is_no_checkpoint_is_not_overwritten_by_one(tmp_path: Path
 
     info = checkpoint.StateInfo("some/model", LoraConfig(rank=1))
     with pytest.raises(
-        CheckpointError, match="src is left as it is: it holds no state.json or adapter_config"
+        CheckpointError, match="src was not changed: it holds no state.json or adapter_config"
     ):
         checkpoint.save(tmp_path / "src", info, write, None, overwrite=True)
     assert [path.name for path in tmp_path.rglob("*")] == ["src", "thesis.tex"]

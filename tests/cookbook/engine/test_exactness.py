@@ -109,8 +109,8 @@ UNPACKED = {
         "layers of linear_attention",
     ),
     "lfm2": (Family("lfm2", {"layer_types": ["conv", "full_attention"]}), "layers of conv"),
-    "stablelm": (Family("stablelm"), "may reach another"),
-    "stablelm-faint": (Family("stablelm", {"initializer_range": 0.005}), "may reach another"),
+    "stablelm": (Family("stablelm"), "from one sequence into another"),
+    "stablelm-faint": (Family("stablelm", {"initializer_range": 0.005}), "from one sequence into another"),
     "llama-window": (Family("llama", {"sliding_window": 8}), "window is not passed to the attention"),
     "llama4": (
         Family(

@@ -118,7 +118,7 @@ def test_a_prompt_without_room_for_a_reply_is_left_out_and_said_so(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"limit": 0}, "limit=0 is too small"),
+        ({"limit": 0}, "Invalid limit=0: must be >= 1"),
         ({"num_samples": 2}, "gives the same reply every time"),
         ({"prompt_column": "q"}, "needs a reference_column"),
         ({"scores": ["exact"]}, "Did you mean `exact_match`?"),

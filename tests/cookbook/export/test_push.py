@@ -172,7 +172,7 @@ def test_pushing_again_adds_a_commit(hub: Hub, export: Path) -> None:
 
 def test_nothing_meant_to_be_private_goes_to_a_repository_that_is_public(hub: Hub, export: Path) -> None:
     push(export, "owner/parrot", False, "one")
-    with pytest.raises(CheckpointError, match="exists and is public. Say private=False"):
+    with pytest.raises(CheckpointError, match="exists and is public. Set private=False"):
         push(export, "owner/parrot", True, "two")
     assert hub.messages == ["one"]
 

@@ -184,7 +184,7 @@ def cancelled(head: jobs.RayHead, tmp_path_factory: pytest.TempPathFactory) -> C
     wait_until(lambda: jobs.get(job.id).status == "RUNNING", PATIENCE_SECONDS, every=0.1)
     assert jobs.get(waiting.id).status == "PENDING", "the devices are taken"
     assert jobs.cancel(waiting.id).status == "PENDING"
-    with pytest.raises(ClusterError, match="is RUNNING still. Wait for it, or cancel it first"):
+    with pytest.raises(ClusterError, match="is still RUNNING. Wait for it, or cancel it first"):
         jobs.retry(job.id)
     metrics = folder / "run" / "metrics.jsonl"
     wait_until(lambda: metrics.exists() and metrics.stat().st_size > 0, PATIENCE_SECONDS)

@@ -63,7 +63,7 @@ def test_when_every_checkpoint_is_gone_nothing_starts_afresh_in_silence(tmp_path
     log = CheckpointLog(tmp_path)
     add(log, tmp_path, 3)
     shutil.rmtree(tmp_path / "checkpoints")
-    with pytest.raises(CheckpointError, match="lists 1 checkpoints, but not one is there"):
+    with pytest.raises(CheckpointError, match="lists 1 checkpoints, but none of them exists"):
         log.last()
 
 

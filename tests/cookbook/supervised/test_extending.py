@@ -283,8 +283,9 @@ def test_what_changes_no_weight_may_change_and_what_a_run_does_to_rounding_is_sa
         max_tokens_per_microbatch=64,
         trace=True,
     )
-    assert "max_tokens_per_microbatch was None and is 64: the run continues to rounding" in runs.printed(
-        "run"
+    assert (
+        "max_tokens_per_microbatch was None and is 64: results agree "
+        "with those of the earlier run to rounding" in runs.printed("run")
     )
     assert len(rows_of(folder)) == 7
 

@@ -78,7 +78,7 @@ def test_a_model_that_is_not_there_has_no_rate_but_takes_one() -> None:
         ([], "Learning rate 0.004, tuned on cookbook/tiny-chat."),
         (["learning_rate=1e-3"], "Learning rate 0.001 (auto would be 0.004)."),
         (["lora_alpha=64"], "It suits lora_alpha=32, and this run has 64."),
-        (["lora_rank=1"], "trained tokens. A parameter a token is a rough rule"),
+        (["lora_rank=1"], "trained tokens. One parameter per token is a rough rule"),
     ],
 )
 def test_a_run_says_where_its_learning_rate_is_from_and_when_its_rank_is_small(

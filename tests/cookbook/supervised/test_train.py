@@ -485,7 +485,7 @@ def test_an_evaluator_that_fails_is_told_of_and_the_run_goes_on(
     assert last["eval/failures"] == summary.metrics["eval/failures"] == 1
     assert {"test/nll", "test/after"} <= last.keys(), "the others of the step still run"
     printed = capsys.readouterr().out
-    assert "FailsAtTheEnd failed and is left out of this step: ValueError: no such metric" in printed
+    assert "FailsAtTheEnd failed and is skipped in this step: ValueError: no such metric" in printed
     assert "Traceback" not in printed
     log = Path(config.log_path, "train.log").read_text(encoding="utf-8")
     assert "Traceback" in log.partition("FailsAtTheEnd failed")[2]
@@ -595,7 +595,7 @@ def test_a_stream_is_trained_on_to_its_end(make_config: MakeConfig, caplog: pyte
     assert [row.get("epoch") for row in rows_of(config)] == [0, 0, 0, 1, 1, 1, None]
     records = jsonl.read(Path(config.log_path, "checkpoints.jsonl"))
     assert [(r["step"], r["epoch"], r["batch"]) for r in records] == [(4, 1, 1), (6, 1, 3)]
-    assert "truncated examples" in caplog.text.partition("Of the training data:")[2]
+    assert "truncated examples" in caplog.text.partition("Training data:")[2]
     assert asyncio.run(train.main(config)).num_steps == 6
 
 

@@ -252,7 +252,7 @@ runs:
         f"{file} line 5": "Invalid batch_size=eight: it takes a whole number.",
         f"{file} line 6": "learning_rate: {'gauss': [1, 2]} is not a distribution.",
         f"{file} line 7": "There is no key 'base_model'. Use `model_name`.",
-        f"{file} line 9": "runs.lora_rank stands in line 8 already.",
+        f"{file} line 9": "runs.lora_rank is already given in line 8.",
         f"{file} line 11": "'max_tokens' is ambiguous. Write one of evaluator_builders.0.max_tokens",
         "command line": "Invalid train_mlp=maybe: it takes True or False.",
     }.items():

@@ -231,7 +231,7 @@ def test_removing_follows_no_link(folder: Path, victim: Path) -> None:
 def test_a_folder_that_does_not_hold_what_it_should_is_neither_removed_nor_replaced(folder: Path) -> None:
     (folder / "mine").mkdir()
     (folder / "mine" / "notes").touch()
-    with pytest.raises(FileError, match=r"mine is left as it is: it holds no state.json"):
+    with pytest.raises(FileError, match=r"mine was not changed: it holds no state.json"):
         files.remove(folder / "mine", must_hold=["state.json"])
     with (
         pytest.raises(FileError, match=r"it holds no state.json"),

@@ -76,8 +76,8 @@ def test_another_type_is_named_with_its_key(values: dict[str, Any], problem: str
         (b"{", "Expecting property name"),
         (b"[1]", "it holds a list of 1, expected an object"),
         (b"null", "it holds null, expected an object"),
-        (b'{"a": 1, "a": 2}', 'the key "a" stands in it twice'),
-        (b'{"a": {"b": 1, "b": 2}}', 'the key "b" stands in it twice'),
+        (b'{"a": 1, "a": 2}', 'the key "a" occurs twice'),
+        (b'{"a": {"b": 1, "b": 2}}', 'the key "b" occurs twice'),
         (b'\xef\xbb\xbf{"a": 1}', "it begins with a byte order mark"),
         ('{"a": 1}'.encode("utf-16"), "it is not UTF-8 text"),
         (b'{"a": "\xff"}', "it is not UTF-8 text"),
@@ -98,7 +98,11 @@ def test_a_folder_a_pipe_and_a_device_are_no_files(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "device").symlink_to("/dev/zero")
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
-    for name, problem in (("", "it is a folder"), ("pipe", "no regular file"), ("device", "no regular file")):
+    for name, problem in (
+        ("", "it is a folder"),
+        ("pipe", "not a regular file"),
+        ("device", "not a regular file"),
+    ):
         with pytest.raises(DataError, match=problem):
             json_files.read_object(tmp_path / name, DataError, "Restore it.")
     with pytest.raises(DataError, match="it cannot be read"):
@@ -116,7 +120,7 @@ def test_a_measured_value_may_be_nan_and_no_text() -> None:
 def test_a_key_repeated_behind_many_others_is_found_at_once() -> None:
     many = ",".join(f'"{index}":0' for index in range(200_000))
     started = time.process_time()
-    with pytest.raises(DataError, match='the key "199999" stands in it twice'):
+    with pytest.raises(DataError, match='the key "199999" occurs twice'):
         json_files.value_of(f'{{{many},"199999":1}}', Origin("it", DataError, ""))
     assert time.process_time() - started < 10  # the square took minutes
 

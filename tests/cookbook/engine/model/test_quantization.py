@@ -232,7 +232,7 @@ def test_without_the_package_the_extra_is_named(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_an_unknown_kind_is_answered_with_those_there_are() -> None:
-    with pytest.raises(ConfigError, match=r"quantization='int4' is not known. Use nf4, or leave it out"):
+    with pytest.raises(ConfigError, match=r"quantization='int4' is not known. Use nf4, or remove it"):
         ServiceClient(quantization="int4")  # type: ignore[arg-type]
 
 

@@ -166,7 +166,5 @@ def test_an_unknown_loss_is_answered_with_the_nearest() -> None:
     ],
 )
 def test_an_unknown_setting_is_refused(name: str, config: dict[str, Any], known: str) -> None:
-    with pytest.raises(
-        RequestError, match=rf"has no setting '{next(iter(config))}'\. Its settings: {known}\."
-    ):
+    with pytest.raises(RequestError, match=rf"does not take '{next(iter(config))}'\. It takes: {known}\."):
         get_loss(name, config)

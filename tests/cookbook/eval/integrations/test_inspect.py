@@ -288,8 +288,8 @@ def test_a_task_in_a_file_on_local_data_runs_with_the_model_itself(tmp_path: Pat
     [
         ({"tasks": []}, "tasks is empty"),
         ({"tasks": ["nowhere.py@facts"]}, "there is no file"),
-        ({"tasks": ["a"], "limit": 0}, "limit=0 is too small"),
-        ({"tasks": ["a"], "max_connections": 0}, "max_connections=0 is too small"),
+        ({"tasks": ["a"], "limit": 0}, "Invalid limit=0: must be >= 1"),
+        ({"tasks": ["a"], "max_connections": 0}, "Invalid max_connections=0: must be >= 1"),
     ],
 )
 def test_impossible_settings_are_refused(options: dict, message: str, tiny_qwen3: str) -> None:
