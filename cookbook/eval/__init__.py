@@ -1,1 +1,1 @@
-"""What to measure while a model trains."""
+"""Evaluators: what is measured while a model trains, and the builders that configs name."""

@@ -1,4 +1,4 @@
-"""The parts that evaluators which talk to the model share: its chat format, and its replies."""
+"""What evaluators that sample replies have in common: the chat format, sampling settings, and replies."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @chz.chz
 class ChatEvaluatorBuilder(EvaluatorBuilder):
-    """Base of builders whose evaluators talk to the model. What they leave open, a run fills in."""
+    """Base of builders whose evaluators use a chat format. A run fills in the fields that are not set."""
 
     model_name: str | None = chz.field(
         default=None, doc="model whose tokenizer is used; default: the one in training"
@@ -33,7 +33,6 @@ class ChatEvaluatorBuilder(EvaluatorBuilder):
     system_prompt: str | None = chz.field(
         default=None, doc="put before every prompt; default: that of the run"
     )
-
     tools_in_system: bool | None = chz.field(
         default=None, doc="describe tools in the system message; default: as the run does"
     )
@@ -50,10 +49,10 @@ class ChatEvaluatorBuilder(EvaluatorBuilder):
         )
 
     def make_renderer(self) -> Renderer:
+        """The renderer of the configured model and chat format. Raises ConfigError without a model."""
         if self.model_name is None:
             raise ConfigError(
-                f"{type(self).__name__} does not know the model. A run provides it; elsewhere give "
-                "model_name=."
+                f"{type(self).__name__} has no model_name. A run sets it; outside of a run pass model_name=."
             )
         name = self.renderer_name or models.recommended_renderer(self.model_name)
         tokenizer = models.get_tokenizer(self.model_name)
@@ -62,26 +61,28 @@ class ChatEvaluatorBuilder(EvaluatorBuilder):
 
 @chz.chz
 class SamplingEvaluatorBuilder(ChatEvaluatorBuilder):
-    """Adds how replies are drawn."""
+    """Adds the settings that replies are sampled with."""
 
-    max_tokens: int = chz.field(default=64, doc="maximum number of tokens of a reply")
-    temperature: float = chz.field(default=0.0, doc="sampling temperature; 0: greedy")
+    max_tokens: int = chz.field(default=64, doc="largest number of tokens of a reply")
+    temperature: float = chz.field(default=0.0, doc="sampling temperature; 0 is greedy")
     top_p: float = chz.field(
-        default=1.0, doc="nucleus sampling: draw from the most likely tokens with this total probability"
+        default=1.0, doc="sample from the most likely tokens with this total probability"
     )
-    seed: int = chz.field(default=0, doc="seed of replies drawn with a temperature")
+    seed: int = chz.field(default=0, doc="seed of sampled replies")
 
     @chz.validate
     def _check_sampling(self) -> None:
-        if self.max_tokens < 1 or not 0 <= self.temperature < math.inf or not 0 < self.top_p <= 1:
-            raise ConfigError(
-                f"max_tokens={self.max_tokens}, temperature={self.temperature} and top_p={self.top_p} cannot "
-                f"be sampled with. Use max_tokens >= 1, temperature >= 0 and 0 < top_p <= 1."
-            )
-        if self.seed < 0:
-            raise ConfigError(f"Invalid seed={self.seed}: must be >= 0.")
+        for name, is_valid, rule in (
+            ("max_tokens", self.max_tokens >= 1, ">= 1"),
+            ("temperature", 0 <= self.temperature < math.inf, "finite and >= 0"),
+            ("top_p", 0 < self.top_p <= 1, "> 0 and <= 1"),
+            ("seed", self.seed >= 0, ">= 0"),
+        ):
+            if not is_valid:
+                raise ConfigError(f"Invalid {name}={getattr(self, name)}: must be {rule}.")
 
     def sampling_params(self, renderer: Renderer) -> SamplingParams:
+        """The sampling settings, with the stop sequences of `renderer`."""
         stop: Any = renderer.get_stop_sequences() or None
         return SamplingParams(self.max_tokens, self.seed, stop, self.temperature, top_p=self.top_p)
 
@@ -91,13 +92,13 @@ class SamplingEvaluatorBuilder(ChatEvaluatorBuilder):
 
 @dataclass(frozen=True)
 class Reply:
-    """A reply of the model."""
+    """A sampled reply."""
 
     message: Message
     stop_reason: StopReason
-    """`length` where `max_tokens` cut it off."""
+    """`length` if `max_tokens` truncated it."""
     num_tokens: int
-    """The one that ended it included."""
+    """Its tokens, with the stop token."""
 
     @property
     def text(self) -> str:
@@ -111,7 +112,7 @@ async def replies_to(
     params: Sequence[SamplingParams],
     num_samples: int = 1,
 ) -> list[list[Reply]]:
-    """`num_samples` replies to each prompt. All are asked for at once, so that they share batches."""
+    """Samples `num_samples` replies to each prompt. All are requested at once, so that they share batches."""
     responses = await asyncio.gather(
         *(
             sampling_client.sample_async(prompt, num_samples, own)
@@ -128,7 +129,7 @@ async def replies_to(
 
 
 def text_of(message: Mapping[str, Any]) -> str:
-    """A message as one text: what it says, then its calls as JSON, a line each."""
+    """A message as one text: its content, then each tool call as a line of JSON."""
     content = message.get("content") or ""
     if not isinstance(content, str):
         content = "".join(part.get("text", "") for part in content)

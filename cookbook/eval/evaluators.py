@@ -1,4 +1,4 @@
-"""The two protocols of evaluators, and the builders that configs name."""
+"""The two kinds of evaluators, the builders that configs name, and the evaluation of one step."""
 
 from __future__ import annotations
 
@@ -23,29 +23,29 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 EvalValue: TypeAlias = float | Table
-"""A number, or a table to look at."""
+"""A metric, or a table for people to read."""
 
 OnEvaluatorError: TypeAlias = Literal["warn", "raise"]
-"""Whether an evaluator that fails is told of and left out of its step, or ends the run."""
+"""Whether a failed evaluator is warned about and skipped in its step, or ends the run."""
 
 FAILURES = "eval/failures"
-"""The metric that counts evaluators which failed in a step. It is there where one did."""
+"""The metric that counts the failed evaluators of a step; only present if there are any."""
 
 
 class TrainingClientEvaluator(ABC):
-    """Measures with forward passes of the model in training."""
+    """Evaluates with forward passes of the model in training."""
 
     @abstractmethod
     async def __call__(self, training_client: TrainingClient) -> Mapping[str, EvalValue]:
-        """Metrics by path, such as `test/nll`, and tables by name."""
+        """Returns metrics by path, such as `test/nll`, and tables by name."""
 
 
 class SamplingClientEvaluator(ABC):
-    """Measures by sampling from a snapshot of the model. Evaluators of one step share one."""
+    """Evaluates by sampling from a snapshot of the model, which the evaluators of one step share."""
 
     @abstractmethod
     async def __call__(self, sampling_client: SamplingClient) -> Mapping[str, EvalValue]:
-        """Metrics by path, such as `test/exact_match`, and tables by name."""
+        """Returns metrics by path, such as `test/exact_match`, and tables by name."""
 
 
 Evaluator: TypeAlias = TrainingClientEvaluator | SamplingClientEvaluator
@@ -53,7 +53,7 @@ Evaluator: TypeAlias = TrainingClientEvaluator | SamplingClientEvaluator
 
 @dataclass(frozen=True)
 class RunContext:
-    """The facts about a run that builders of evaluators may need."""
+    """The settings of a run that the builders of its evaluators use."""
 
     log_path: Path
     model_name: str
@@ -64,18 +64,18 @@ class RunContext:
 
 @chz.chz
 class EvaluatorBuilder:
-    """A config that makes an evaluator."""
+    """A config that creates an evaluator."""
 
     def in_run(self, run: RunContext) -> EvaluatorBuilder:
-        """This config with what it leaves open taken from a run. It is called before `__call__`."""
+        """This config with its unset fields taken from a run. Called before `__call__`."""
         return self
 
     def metric_patterns(self) -> Sequence[str] | None:
-        """Returns the paths of the evaluator's metrics, with * for unknown parts; None: any."""
+        """Patterns of the metrics that its evaluator returns (* matches anything); None: unknown."""
         return None
 
     def __call__(self) -> Evaluator:
-        """Called before a model is loaded: whatever can be refused is refused here."""
+        """Creates the evaluator. Called before a model is loaded, so that invalid settings fail early."""
         raise NotImplementedError(f"{type(self).__name__} does not define __call__.")
 
 
@@ -83,9 +83,7 @@ AnyEvaluatorBuilder: TypeAlias = EvaluatorBuilder | Callable[[], Evaluator]
 
 
 def metric_patterns_of(builder: AnyEvaluatorBuilder) -> Sequence[str] | None:
-    """Returns the patterns that `builder` declares; None where a subclass builds another evaluator and
-    declares none.
-    """
+    """The patterns that `builder` declares; None if its class overrides only `__call__`, or is no builder."""
     if not isinstance(builder, EvaluatorBuilder):
         return None
     for kind in type(builder).__mro__:
@@ -111,12 +109,12 @@ async def evaluate(
     seed: int | None = None,
     recorder: Recorder | None = None,
 ) -> Evaluation:
-    """All that is to be known of the weights as they are when everything queued before has run.
+    """Runs the evaluators on the weights as they are when everything queued before has run.
 
-    With a `seed`, of which samples that bring none are drawn, it leaves the client's state as it
-    was: a checkpoint saved after it is the one that would have been saved before.
-    With `on_error="warn"` an evaluator that fails adds nothing but to `eval/failures`, and the
-    others run. A cancellation or a KeyboardInterrupt is not a failure.
+    With a `seed`, which requests without a seed are sampled with, the state of the client does not change: a
+    checkpoint saved afterwards equals one saved before. With `on_error="warn"` a failed evaluator only adds
+    to `eval/failures`, and the others run; with "raise" its error is raised. A cancellation or a
+    KeyboardInterrupt is not a failure.
     """
     found = Evaluation()
     snapshot = _Snapshot(training_client, seed)
@@ -146,7 +144,7 @@ async def evaluate(
 
 
 class _Snapshot:
-    """A sampling client that is made when the first evaluator asks, and is then everybody's."""
+    """A sampling client that is created for the first evaluator that needs it, and shared with the others."""
 
     def __init__(self, training_client: TrainingClient, seed: int | None) -> None:
         self._training_client = training_client
@@ -162,7 +160,10 @@ class _Snapshot:
 
 
 def _add(found: Evaluation, evaluator: Evaluator, result: object) -> None:
-    """Adds the result if all of it is valid, otherwise nothing; numpy and torch scalars count as numbers."""
+    """Adds the result of an evaluator, whose numbers may be numpy or torch scalars.
+
+    Raises TrainingError, and adds nothing, if it is no mapping to numbers and tables or repeats a name.
+    """
     name = type(evaluator).__name__
     metrics: dict[str, float] = {}
     tables: dict[str, Table] = {}
@@ -174,14 +175,14 @@ def _add(found: Evaluation, evaluator: Evaluator, result: object) -> None:
                 metrics[str(path)] = float(value)
     except (AttributeError, TypeError, ValueError) as error:
         raise TrainingError(
-            f"{name} returned {result!r}. An evaluator returns numbers or tables by name."
+            f"{name} returned {result!r}. An evaluator has to return a dict of numbers and tables by name."
         ) from error
     twice = sorted(metrics.keys() & found.metrics.keys())
     twice += [path for path in tables if not _continues(found.tables.get(path), tables[path])]
     if twice:
         raise TrainingError(
-            f"{name} returned `{twice[0]}`, and so did another evaluator of this step. Give one of them "
-            f"another name."
+            f"{name} returned `{twice[0]}`, which another evaluator of this step returned too. Give one of "
+            f"them another name."
         )
     found.metrics.update(metrics)
     for path, table in tables.items():
@@ -190,5 +191,5 @@ def _add(found: Evaluation, evaluator: Evaluator, result: object) -> None:
 
 
 def _continues(earlier: Table | None, table: Table) -> bool:
-    """Returns whether two tables of one name can be joined, as those of two evaluators of samples can."""
+    """Whether `table` can be appended to an earlier one of its name: both have the same columns."""
     return earlier is None or list(earlier.columns) == list(table.columns)

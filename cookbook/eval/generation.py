@@ -1,4 +1,4 @@
-"""Replies graded against references."""
+"""Sampled replies, graded against references."""
 
 from __future__ import annotations
 
@@ -29,15 +29,16 @@ logger = logging.getLogger(__name__)
 
 
 class GenerationEvaluator(SamplingClientEvaluator):
-    """Asks every question `num_samples` times and grades the replies.
+    """Samples `num_samples` replies to every question and grades them.
 
     <name>/<score>              its mean over replies
-    <name>/<score>_best_of_<n>  the mean over questions of the best of n replies; with several samples
-    <name>/<score>_errors       replies that the grader failed on; where it did
+    <name>/<score>_best_of_<n>  the mean over questions of the best of n replies; if there are several
+    <name>/<score>_errors       number of replies that the grader failed on; if there are any
     <name>/reply_tokens         the mean length of a reply
-    <name>/cut_off              share of replies that `max_tokens` ended
+    <name>/cut_off              share of replies that `max_tokens` truncated
 
-    and a table `<name>` of the first questions. Sample j of question i is drawn with seed + i * n + j.
+    It also returns a table `<name>` of the first replies.
+    Sample j of question i is drawn with seed + i * n + j.
     """
 
     def __init__(
@@ -69,7 +70,7 @@ class GenerationEvaluator(SamplingClientEvaluator):
     async def __call__(self, sampling_client: SamplingClient) -> dict[str, EvalValue]:
         prompts = [question.prompt for question in self._questions]
         replies = await replies_to(sampling_client, self._renderer, prompts, self._params, self._num_samples)
-        # A user's grader may take its time; signals are heard meanwhile.
+        # In a thread, so that a slow grader of the user does not block signals.
         graded = await asyncio.to_thread(self._grade, replies)
         found: dict[str, EvalValue] = {}
         for score, grades in graded.items():
@@ -82,7 +83,7 @@ class GenerationEvaluator(SamplingClientEvaluator):
         return found
 
     def _grade(self, replies: Sequence[Sequence[Reply]]) -> dict[str, list[list[_Grade]]]:
-        """By score: the grades of each question's replies."""
+        """The grades of the replies to each question, by score."""
         graded = {
             score: [
                 [_grade(grader, reply, question) for reply in of_question]
@@ -100,7 +101,7 @@ class GenerationEvaluator(SamplingClientEvaluator):
             return
         first = failed[0]
         what = (
-            f"{self._name}: `{score}` failed on {len(failed):,} of {len(grades):,} replies. The first: "
+            f"{self._name}: `{score}` failed on {len(failed):,} of {len(grades):,} replies. The first is "
             f"{first.place}, {type(first.error).__name__}: {first.error}"
         )
         if len(failed) == len(grades):
@@ -140,8 +141,8 @@ def _grade(grader: Grader, reply: Reply, question: Question) -> _Grade:
     try:
         value = float(grader(reply.message, question.reference))
         if not 0 <= value <= 1:
-            raise ValueError(f"it returned {value:g}, and a score must be from 0 to 1")
-    except Exception as error:  # a user's code, which may raise anything
+            raise ValueError(f"it returned {value:g}; a score must be between 0 and 1")
+    except Exception as error:  # the user's code may raise anything
         return _Grade(question.place, error=error)
     return _Grade(question.place, value)
 
@@ -154,35 +155,36 @@ def _room(question: Question, max_tokens: int | None, context_length: int | None
 
 @chz.chz
 class GenerationEvaluatorBuilder(SamplingEvaluatorBuilder):
-    """Grades the model's replies to prompts against references."""
+    """Grades sampled replies against references."""
 
     path: str = chz.field(
-        doc="prompts with references: a file, a folder, a short name or a hub id, as dataset is"
+        doc="prompts with references: a file, a folder, a short name or a hub id, like dataset"
     )
-    name: str = chz.field(default="generation", doc="what the paths of its metrics begin with")
+    name: str = chz.field(default="generation", doc="first part of the paths of its metrics")
     format: str | None = chz.field(
-        default=None, doc=f"of the rows: {', '.join(formats.FORMATS)}; default: recognised by their keys"
+        default=None,
+        doc=f"format of the rows: {', '.join(formats.FORMATS)}; default: recognised by their keys",
     )
     reference_column: str | None = chz.field(
-        default=None, doc="column of the reference; default: the last assistant message is it"
+        default=None, doc="column of the reference; default: the last assistant message"
     )
     prompt_column: str | None = chz.field(
-        default=None, doc="column of the prompt, text or messages; default: what stands before the reply"
+        default=None, doc="column of the prompt, text or messages; default: the messages before the reply"
     )
     scores: list[str] = chz.field(
         default_factory=lambda: ["exact_match"],
-        doc=f"{', '.join(NAMES)}, and functions of yours as module:function, called with the reply (a "
-        "message) and the reference, which return 0 to 1",
+        doc=f"{', '.join(NAMES)}, or your own functions as module:function, which take the reply (a "
+        "message) and the reference and return 0 to 1",
     )
     regex: str | None = chz.field(
         default=None,
-        doc="for the score regex: what a reply must hold; what a group (?P<answer>...) finds must also be "
-        "what it finds in the reference",
+        doc="pattern of the score regex, which must match in the reply; a group (?P<answer>...) must match "
+        "the same text in the reference",
     )
-    ignore_case: bool = chz.field(default=False, doc="compare without regard to case")
-    limit: int | None = chz.field(default=100, doc="prompts at most, the first ones; None: all")
-    num_samples: int = chz.field(default=1, doc="replies to each prompt")
-    num_rows: int = chz.field(default=10, doc="rows of the table; 0: none")
+    ignore_case: bool = chz.field(default=False, doc="ignore case in comparisons")
+    limit: int | None = chz.field(default=100, doc="number of prompts, the first ones; None: all")
+    num_samples: int = chz.field(default=1, doc="number of replies to each prompt")
+    num_rows: int = chz.field(default=10, doc="number of rows of the table; 0: no table")
 
     @chz.validate
     def _check(self) -> None:
@@ -194,10 +196,10 @@ class GenerationEvaluatorBuilder(SamplingEvaluatorBuilder):
         if self.num_samples > 1 and self.temperature == 0:
             raise ConfigError(
                 f"num_samples={self.num_samples} with temperature=0 gives the same reply every time. Raise "
-                "the temperature, or ask for one sample."
+                "the temperature, or use num_samples=1."
             )
         if self.prompt_column is not None and self.reference_column is None:
-            raise ConfigError(f"prompt_column={self.prompt_column} needs a reference_column beside it.")
+            raise ConfigError(f"prompt_column={self.prompt_column} needs a reference_column.")
         make_graders(self.scores, self.regex, self.ignore_case)
 
     def metric_patterns(self) -> list[str]:
@@ -216,7 +218,7 @@ class GenerationEvaluatorBuilder(SamplingEvaluatorBuilder):
             reference_column=self.reference_column,
             limit=self.limit,
         )
-        assert self.model_name is not None  # make_renderer saw to it
+        assert self.model_name is not None  # make_renderer checks it
         context_length = models.context_length(self.model_name)
         logger.info("%s: %s prompts of %s.", self.name, f"{len(questions):,}", self.path)
         return GenerationEvaluator(
@@ -232,7 +234,7 @@ class GenerationEvaluatorBuilder(SamplingEvaluatorBuilder):
 
 
 def _with_room(questions: list[Question], context_length: int | None) -> list[Question]:
-    """Returns the questions that leave room for a reply, and warns about the others."""
+    """The questions that leave room for a reply. Warns about the others, or raises DataError if none does."""
     if context_length is None:
         return questions
     fitting = [question for question in questions if question.prompt.length < context_length]
@@ -240,7 +242,7 @@ def _with_room(questions: list[Question], context_length: int | None) -> list[Qu
         long = next(question for question in questions if question.prompt.length >= context_length)
         what = (
             f"{len(questions) - len(fitting):,} of {len(questions):,} prompts leave no room for a reply: the "
-            f"model reads {context_length:,} tokens, and {long.place} has {long.prompt.length:,}"
+            f"context length is {context_length:,} tokens, and {long.place} has {long.prompt.length:,}"
         )
         if not fitting:
             raise DataError(f"{what}.")

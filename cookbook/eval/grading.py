@@ -1,4 +1,4 @@
-"""Graders: how good a reply is beside its reference, from 0 to 1."""
+"""Graders: they score a reply against its reference, from 0 to 1."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ TextGrader: TypeAlias = Callable[[str, str], float]
 
 
 def exact_match(reply: str, reference: str) -> float:
-    """1 for the same text, white space around it aside."""
+    """1 if both texts are equal except for white space around them."""
     return reply.strip() == reference.strip()
 
 
 def contains(reply: str, reference: str) -> float:
-    """Returns 1 where the reply contains the reference."""
+    """1 if the reply contains the reference."""
     return reference.strip() in reply
 
 
 def f1(reply: str, reference: str) -> float:
-    """The harmonic mean of precision and recall over words, whatever their order and case."""
+    """The harmonic mean of precision and recall over words, ignoring their order and case."""
     said, expected = (Counter(re.findall(r"\w+", text.lower())) for text in (reply, reference))
     in_both = (said & expected).total()
     if said.total() + expected.total() == 0:
@@ -43,10 +43,10 @@ NAMES = (*BUILT_IN, "regex")
 
 
 def by_regex(pattern: re.Pattern[str]) -> TextGrader:
-    """1 where the pattern is found in the reply.
+    """A grader that returns 1 if the pattern matches in the reply.
 
-    With a group named `answer`, 1 where that is in the reply what it is in the reference; a
-    reference without the pattern is the answer itself.
+    If the pattern has a group named `answer`, it returns 1 if that group matches the same text in the reply
+    and in the reference. A reference in which the pattern does not match is the answer itself.
     """
 
     def regex(reply: str, reference: str) -> float:
@@ -61,7 +61,7 @@ def by_regex(pattern: re.Pattern[str]) -> TextGrader:
 
 
 def make_graders(names: Sequence[str], regex: str | None, ignore_case: bool) -> dict[str, Grader]:
-    """Graders by the name of their metric. Raises ConfigError for what is unknown or cannot be imported."""
+    """Graders by the name of their metric. Raises ConfigError for unknown names and failed imports."""
     if (regex is not None) != ("regex" in names):
         raise ConfigError(f"regex={regex!r} requires `regex` in scores ({', '.join(names) or 'none'}).")
     graders: dict[str, Grader] = {}
@@ -79,9 +79,8 @@ def make_graders(names: Sequence[str], regex: str | None, ignore_case: bool) -> 
         else:
             hint = did_you_mean(name, NAMES)
             raise ConfigError(
-                f"scores has {name!r}, which is not a score.{hint} Scores: "
-                f"{', '.join(NAMES)}, or a function of "
-                "yours as module:function."
+                f"scores has {name!r}, which is unknown.{hint} Scores: {', '.join(NAMES)}, or your "
+                "own function as module:function."
             )
     if not graders:
         raise ConfigError(f"scores is empty. Give some of {', '.join(NAMES)}, or module:function.")
@@ -100,7 +99,7 @@ def _compiled(regex: str, ignore_case: bool) -> re.Pattern[str]:
     try:
         return re.compile(regex, re.MULTILINE | (re.IGNORECASE if ignore_case else re.NOFLAG))
     except re.error as error:
-        raise ConfigError(f"regex={regex!r} is not a regular expression: {error}.") from error
+        raise ConfigError(f"regex={regex!r} is not a valid regular expression: {error}.") from error
 
 
 def _imported(name: str) -> Grader:

@@ -1,4 +1,4 @@
-"""How well held-out data are predicted: likelihood, bits per byte, and tokens guessed right.
+"""How well held-out data are predicted: negative log-likelihood, bits per byte and token accuracy.
 
 Shape suffixes: T targets of one example.
 """
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from cookbook.clients.training import TrainingClient
 
 MAX_TURNS = 8
-"""So many turns have a metric of their own."""
+"""The first so many turns have their own metric."""
 
 
 class NLLEvaluator(TrainingClientEvaluator):
@@ -33,13 +33,13 @@ class NLLEvaluator(TrainingClientEvaluator):
 
     <name>/nll                      negative log-likelihood of a token, in nats, weighted as in training
     <name>/bits_per_byte            the same in bits per UTF-8 byte of the trained text
-    <name>/token_accuracy           share of tokens that the model held more likely than every other entry of
-                                    its vocabulary; one that ties with another is a miss
-    <name>/turn_<n>/token_accuracy  of the n-th trained turn of conversations, up to MAX_TURNS; where there
-                                    are several
-    <name>/<source>/...             the first three for each source, where there are several
+    <name>/token_accuracy           share of tokens with a higher probability than every other entry of the
+                                    vocabulary; a tie counts as a miss
+    <name>/turn_<n>/token_accuracy  the same for the n-th trained turn of conversations, up to MAX_TURNS; if
+                                    there are several
+    <name>/<source>/...             the first three for each source, if there are several
 
-    What ends a turn is counted as a token, but is no byte of the text where it is a special token.
+    The end-of-turn token counts as a token; if it is a special token, it has no bytes.
     """
 
     def __init__(self, dataset: SupervisedDataset, name: str = "test") -> None:
@@ -55,9 +55,7 @@ class NLLEvaluator(TrainingClientEvaluator):
         return batches
 
     def _origins(self, index: int, size: int) -> Sequence[Origin]:
-        """Returns the origins of a batch; if they are unknown, each Datum counts as a conversation of its
-        own.
-        """
+        """The origins of a batch. If the dataset does not know them, each Datum is its own conversation."""
         return self._dataset.origins(index) or [Origin("", number) for number in range(size)]
 
     async def __call__(self, training_client: TrainingClient) -> dict[str, float]:
@@ -87,7 +85,7 @@ class NLLEvaluator(TrainingClientEvaluator):
 
 @dataclass
 class _Tally:
-    """Sums over tokens."""
+    """Sums over trained tokens."""
 
     nll: float = 0.0
     weight: float = 0.0
@@ -108,13 +106,13 @@ class _Tally:
 
     def metrics(self, path: str) -> dict[str, float]:
         found = {f"{path}/nll": self.nll / self.weight}
-        if self.num_bytes:  # a text of nothing but special tokens has none
+        if self.num_bytes:  # a text of special tokens alone has none
             found[f"{path}/bits_per_byte"] = self.nll / math.log(2) / self.num_bytes
         return found | {f"{path}/token_accuracy": self.accuracy}
 
 
 class _Scored(NamedTuple):
-    """Trained targets, and what the model made of them."""
+    """Trained targets with the model's scores of them."""
 
     targets_T: np.ndarray
     weights_T: np.ndarray
@@ -135,10 +133,10 @@ class _Scored(NamedTuple):
 def _turns(
     batch: Sequence[Datum], outputs: Sequence[LossFnOutput], origins: Sequence[Origin]
 ) -> Iterator[tuple[Origin, int, _Scored]]:
-    """The trained turns of a batch, counted from 1 through each conversation.
+    """Yields the trained turns of a batch with their origin and number, from 1 in each conversation.
 
-    A turn is an unbroken run of trained targets. A conversation that became several examples, one
-    for each turn, is counted through all of them.
+    A turn is an unbroken run of trained targets. If a conversation became several examples, such as one for
+    each turn, its turns are numbered across them.
     """
     examples = zip(origins, batch, outputs, strict=True)
     for origin, conversation in groupby(examples, key=lambda example: example[0]):
@@ -153,7 +151,7 @@ def _turns(
 
 
 def _targets_and_weights(datum: Datum) -> tuple[np.ndarray, np.ndarray]:
-    """A Datum without weights counts every target that is not ignored."""
+    """The targets and weights of a Datum. Missing weights are 1; ignored targets have weight 0."""
     targets_T = _array(datum.loss_fn_inputs["target_tokens"])
     weights = datum.loss_fn_inputs.get("weights")
     weights_T = np.ones(len(targets_T), np.float32) if weights is None else _array(weights)

@@ -1,4 +1,4 @@
-"""Prompts with references, from whatever chat data can be read."""
+"""Prompts with references, read from chat data in any supported format."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from renderers.messages import Tool
 
 @dataclass(frozen=True)
 class Question:
-    """A prompt for the model, and the reference for its reply."""
+    """A prompt, and the reference that a reply is graded against."""
 
     prompt: ModelInput
     asked: str
-    """The last message of the prompt, to show."""
+    """The last message of the prompt, for tables."""
     reference: str
     place: str
-    """Where it stands, for messages: line 7 of chats.jsonl."""
+    """Its row, for error messages: line 7 of chats.jsonl."""
 
 
 def read_questions(
@@ -41,11 +41,11 @@ def read_questions(
     reference_column: str | None = None,
     limit: int | None = None,
 ) -> list[Question]:
-    """The first `limit` questions. Raises DataError, with its place, for a row that is none.
+    """The first `limit` questions. Raises DataError, with the place, for a row that has no question.
 
-    Without columns the last assistant message of a conversation is the reference, and the prompt is
-    what stands before it. `reference_column` is the reference instead, to the conversation without
-    the reply it may end with, or to `prompt_column`, which is text or messages.
+    Without columns the reference is the last assistant message of a conversation, and the prompt is the
+    messages before it. With `reference_column`, that column is the reference, and the prompt is the
+    conversation without a final reply, or `prompt_column`, which holds text or messages.
     """
     found = []
     for row in islice(_rows(path), limit):
@@ -88,7 +88,7 @@ def _pairs(
 
 
 def _at_last_reply(conversation: Conversation, must_be: bool) -> tuple[list[Message], Message | None]:
-    """The messages before the last reply, and that; all of them where none need be and none ends them."""
+    """The messages before the last reply, and the reply. Unless it `must_be`, it may be missing: None."""
     messages = conversation.messages
     if not must_be:
         ends_in_reply = bool(messages) and messages[-1].get("role") == "assistant"
@@ -96,14 +96,14 @@ def _at_last_reply(conversation: Conversation, must_be: bool) -> tuple[list[Mess
     replies = [index for index, message in enumerate(messages) if message.get("role") == "assistant"]
     if not replies:
         roles = ", ".join(str(message.get("role")) for message in messages) or "none"
-        raise DataError(f"no assistant message, which would be the reference (roles: {roles}).")
+        raise DataError(f"no assistant message to use as the reference (roles: {roles}).")
     return messages[: replies[-1]], messages[replies[-1]]
 
 
 def _question(renderer: Renderer, conversation: Conversation, reference: str, place: str) -> Question:
     messages = conversation.messages
     if not messages:
-        raise DataError("no message precedes the reply, so there is no prompt.")
+        raise DataError("there is no message before the reply, so there is no prompt.")
     tools: list[Tool] | None = list(conversation.tools) if conversation.tools else None
     prompt = renderer.build_generation_prompt(messages, tools=tools)
     return Question(prompt, text_of(messages[-1]), reference, place)

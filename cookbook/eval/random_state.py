@@ -1,4 +1,4 @@
-"""Restores global random numbers, so that they continue as if nothing had been drawn."""
+"""Restores the global random generators after an evaluation."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import numpy as np
 
 @contextlib.contextmanager
 def keeping_random_state() -> Iterator[None]:
-    """Puts the generators of Python, numpy and torch (on the CPU) back where they were.
+    """Restores the states of the generators of Python, numpy and torch (on the CPU) afterwards.
 
-    Evaluation packages seed them; a user's dataset may draw from them.
+    Evaluation packages seed these generators, and a user's dataset may draw from them.
     """
     state, numpy_state = random.getstate(), np.random.get_state()
     torch = sys.modules.get("torch")

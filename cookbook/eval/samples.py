@@ -1,4 +1,4 @@
-"""Replies to fixed prompts, to watch a model change."""
+"""Sampled replies to fixed prompts, to read how a model changes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 
 class SamplesEvaluator(SamplingClientEvaluator):
-    """One reply to each prompt: a table, and a few lines in the log."""
+    """Samples one reply to each prompt, and returns them as a table. They are logged too."""
 
     def __init__(
         self, renderer: Renderer, prompts: Sequence[str], params: SamplingParams, name: str = "samples"
@@ -48,9 +48,7 @@ class SamplesEvaluator(SamplingClientEvaluator):
 
 
 def _indented(text: str) -> str:
-    """Indents the lines after the first below the names of the roles, so that none looks like another
-    message.
-    """
+    """The text with its further lines indented, so that none looks like another message."""
     return text.replace("\n", "\n    ")
 
 
@@ -60,12 +58,12 @@ def _seed(params: SamplingParams, index: int) -> int | None:
 
 @chz.chz
 class SamplesEvaluatorBuilder(SamplingEvaluatorBuilder):
-    """Shows the model's replies to fixed prompts."""
+    """Samples replies to fixed prompts, for a table."""
 
     name: str = chz.field(default="samples", doc="name of the table")
     prompts: list[str] = chz.field(
         default_factory=lambda: ["What is the capital of Japan?", "How do I make a cup of tea?"],
-        doc="what the user says",
+        doc="messages of the user, one for each reply",
     )
 
     @chz.validate

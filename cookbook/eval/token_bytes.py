@@ -1,4 +1,4 @@
-"""The number of bytes of text of each token, which makes models of different vocabularies comparable."""
+"""How many bytes of text each token stands for: bits per byte compare models of different vocabularies."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _ONE_BYTE = re.compile("<0x[0-9A-F]{2}>")
 
 
 class TokenBytes:
-    """UTF-8 bytes by token id.
+    """Counts the UTF-8 bytes of tokens.
 
-    A token that holds a part of a character counts that part, so the sum over a text is the text's
-    length wherever it is cut. A special token ends or frames a text and has no byte of it.
+    A token that holds a part of a character counts only that part, so the sum over the tokens of a text is
+    the length of the text in bytes. A special token counts 0.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -30,7 +30,7 @@ class TokenBytes:
         self._known: dict[int, int] = {}
 
     def __call__(self, ids_T: np.ndarray) -> np.ndarray:
-        """[T], int64."""
+        """The number of bytes of each token: [T] int64."""
         ids_U, places_T = np.unique(ids_T, return_inverse=True)
         return np.asarray([self._of(int(token)) for token in ids_U], np.int64)[places_T]
 
@@ -45,12 +45,12 @@ class TokenBytes:
             return 0 if added.special else len(added.content.encode())
         spelling = self._tokenizer.backend_tokenizer.id_to_token(token)
         if spelling is None:
-            return 0  # the rest of a vocabulary that was rounded up
+            return 0  # padding of the vocabulary
         if self._is_byte_level:
-            return len(spelling)  # every character of it stands for a byte
+            return len(spelling)  # each of its characters stands for one byte
         if _ONE_BYTE.fullmatch(spelling):
             return 1
-        # Behind another token, for a space before the first word of a text is dropped.
+        # After another token, since decoders drop a space before the first word of a text.
         return len(self._decode([*self._before, token])) - len(self._decode(self._before))
 
     def _decode(self, tokens: list[int]) -> bytes:

@@ -1,4 +1,4 @@
-"""Tasks of Inspect AI, run by the package itself. Needs the extra `inspect`."""
+"""Runs tasks of Inspect AI with the package itself, which the extra `inspect` installs."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ if TYPE_CHECKING:
 
 
 class InspectEvaluator(SamplingClientEvaluator):
-    """Runs tasks and reports what their scorers found: inspect/<task>/<scorer>/<metric>.
+    """Runs tasks and returns the metrics of their scorers: inspect/<task>/<scorer>/<metric>.
 
-    A slash within a name becomes a dot. Inspect's own logs go to a folder, for `inspect view`.
+    A slash within a name becomes a dot. Inspect writes its own logs to a folder, for `inspect view`.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class InspectEvaluator(SamplingClientEvaluator):
         name: str = "inspect",
         context_length: int | None = None,
     ) -> None:
-        """`defaults` hold where a task does not say otherwise."""
+        """`defaults` are the generation settings that a task does not set."""
         self._tasks: Any = list(tasks)
         self._renderer = renderer
         self._model_name = model_name
@@ -95,7 +95,7 @@ class InspectEvaluator(SamplingClientEvaluator):
     def _metrics_of(self, log: EvalLog) -> dict[str, float]:
         task = log.eval.task
         if log.status == "cancelled":
-            raise asyncio.CancelledError  # Inspect ends its run in good order and says nothing
+            raise asyncio.CancelledError  # Inspect ends its run without raising it
         if log.error is not None or log.results is None:
             reason = log.error.message if log.error is not None else f"its status is {log.status}"
             raise TrainingError(f"Inspect task {task} failed: {reason}. Its log is {log.location}.")
@@ -110,7 +110,7 @@ class InspectEvaluator(SamplingClientEvaluator):
 
 @contextlib.contextmanager
 def _quietly() -> Iterator[None]:
-    """Inspect's display is off, and what it does to logging and to uncaught errors is undone."""
+    """Turns Inspect's display off, and restores the logging and the excepthook that it changes."""
     from inspect_ai.util._display import init_display_type
 
     init_display_type("none")
@@ -126,19 +126,23 @@ def _quietly() -> Iterator[None]:
 
 @chz.chz
 class InspectEvaluatorBuilder(SamplingEvaluatorBuilder):
-    """Runs tasks of Inspect AI. How replies are drawn is said here where a task does not say it."""
+    """Runs tasks of Inspect AI. The sampling settings are those that a task does not set."""
 
     tasks: list[str] = chz.field(
-        doc="names of installed tasks (inspect_evals/gsm8k), or files of yours (evals.py, evals.py@my_task)"
+        doc="names of installed tasks (inspect_evals/gsm8k), or your own files (evals.py, evals.py@my_task)"
     )
     task_args: str | None = chz.field(default=None, doc="file with the arguments of the tasks: JSON or YAML")
-    limit: int | None = chz.field(default=None, doc="samples of a task at most, the first ones; default: all")
-    name: str = chz.field(default="inspect", doc="what the paths of its metrics begin with")
+    limit: int | None = chz.field(
+        default=None, doc="number of samples of each task, the first ones; default: all"
+    )
+    name: str = chz.field(default="inspect", doc="first part of the paths of its metrics")
     log_dir: str | None = chz.field(
         default=None, doc="folder of Inspect's logs; default: inspect in the run's folder"
     )
-    max_tokens: int = chz.field(default=512, doc="maximum number of tokens of a reply")
-    max_connections: int = chz.field(default=64, doc="replies asked for at once, which share batches")
+    max_tokens: int = chz.field(default=512, doc="largest number of tokens of a reply")
+    max_connections: int = chz.field(
+        default=64, doc="number of replies that are requested at once and share batches"
+    )
 
     @chz.validate
     def _check(self) -> None:
@@ -149,9 +153,13 @@ class InspectEvaluatorBuilder(SamplingEvaluatorBuilder):
                 raise ConfigError(f"Invalid {name}={value}: must be >= 1.")
 
     def in_run(self, run: RunContext) -> InspectEvaluatorBuilder:
-        told = super().in_run(run)
-        assert isinstance(told, InspectEvaluatorBuilder)
-        return told if told.log_dir is not None else chz.replace(told, log_dir=str(run.log_path / "inspect"))
+        builder = super().in_run(run)
+        assert isinstance(builder, InspectEvaluatorBuilder)
+        return (
+            builder
+            if builder.log_dir is not None
+            else chz.replace(builder, log_dir=str(run.log_path / "inspect"))
+        )
 
     def metric_patterns(self) -> list[str]:
         return [f"{self.name}/*"]
@@ -159,7 +167,7 @@ class InspectEvaluatorBuilder(SamplingEvaluatorBuilder):
     def __call__(self) -> InspectEvaluator:
         extras.require("inspect_ai", type(self).__name__, extra="inspect")
         renderer = self.make_renderer()
-        assert self.model_name is not None  # make_renderer saw to it
+        assert self.model_name is not None  # make_renderer checks it
         return InspectEvaluator(
             [_as_inspect_finds_it(task) for task in self.tasks],
             renderer,
@@ -180,7 +188,10 @@ class InspectEvaluatorBuilder(SamplingEvaluatorBuilder):
 
 
 def _as_inspect_finds_it(task: str) -> str:
-    """Inspect looks for a file that stands for all its tasks by a pattern, which may not be absolute."""
+    """A task as Inspect takes it: a file without a task name has to be a relative path.
+
+    Raises ConfigError if there is no such file.
+    """
     name, _, which = task.partition("@")
     file = Path(name).expanduser()
     if file.suffix not in (".py", ".ipynb"):

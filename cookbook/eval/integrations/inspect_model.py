@@ -33,9 +33,9 @@ from renderers import Message, Renderer
 if TYPE_CHECKING:
     from cookbook.clients.sampling import SamplingClient
 
-NOT_HAD = ("best_of", "frequency_penalty", "presence_penalty", "logit_bias", "logprobs", "top_logprobs",
+UNSUPPORTED = ("best_of", "frequency_penalty", "presence_penalty", "logit_bias", "logprobs", "top_logprobs",
            "prompt_logprobs", "response_schema")  # fmt: skip
-"""What a task may ask of a model and sampling here does not have."""
+"""Generation settings of Inspect that this project's sampler does not support."""
 
 
 def make_model(
@@ -45,7 +45,7 @@ def make_model(
     context_length: int | None,
     defaults: GenerateConfig,
 ) -> Model:
-    """`defaults` hold where a task does not say otherwise."""
+    """The client as a model of Inspect. `defaults` are the generation settings that a task does not set."""
     return Model(_make_api(sampling_client, renderer, model_name, context_length), defaults)
 
 
@@ -57,10 +57,10 @@ def _make_api(client: SamplingClient, renderer: Renderer, model_name: str, conte
 
 @modelapi(name="cookbook")
 class SamplingClientAPI(ModelAPI):
-    """Every generation is one request to the client; those that wait together share its batches.
+    """Sends each generation to the client as one request; requests that wait together share batches.
 
-    What makes it up is set by `make_model` and not given to the constructor, whose arguments
-    Inspect writes into its log.
+    `make_model` sets the attributes. They are no arguments of the constructor, since Inspect writes those
+    into its log.
     """
 
     client: SamplingClient
@@ -74,7 +74,7 @@ class SamplingClientAPI(ModelAPI):
     async def generate(
         self, input: list[ChatMessage], tools: list[ToolInfo], tool_choice: ToolChoice, config: GenerateConfig
     ) -> ModelOutput:
-        _refuse_what_is_not_had(tool_choice, config)
+        _check_supported(tool_choice, config)
         shown = [] if tool_choice == "none" else tools
         prompt = self.renderer.build_generation_prompt(
             [to_message(message) for message in input], tools=[_to_tool(tool) for tool in shown] or None
@@ -111,7 +111,7 @@ class SamplingClientAPI(ModelAPI):
         )
 
     def _seed(self, prompt: ModelInput, seed: int | None, num_samples: int) -> int | None:
-        """A prompt that comes again, as in another epoch, is answered with other draws."""
+        """The seed of a request. It differs when a prompt repeats, as in another epoch."""
         if seed is None:
             return None
         key = tuple(prompt.to_ints())
@@ -143,8 +143,8 @@ class SamplingClientAPI(ModelAPI):
         return list(self.renderer.tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-def _refuse_what_is_not_had(tool_choice: ToolChoice, config: GenerateConfig) -> None:
-    asked = [name for name in NOT_HAD if getattr(config, name, None)]
+def _check_supported(tool_choice: ToolChoice, config: GenerateConfig) -> None:
+    asked = [name for name in UNSUPPORTED if getattr(config, name, None)]
     if tool_choice not in ("auto", "none"):
         asked.append(f"tool_choice={tool_choice}")
     if asked:
@@ -155,7 +155,7 @@ def _refuse_what_is_not_had(tool_choice: ToolChoice, config: GenerateConfig) -> 
 
 
 def to_message(message: ChatMessage) -> Message:
-    """A message of Inspect's as the renderers take it."""
+    """A message of Inspect in the form that renderers take."""
     text, reasoning = _texts_of(message.content)
     made: Message = {"role": message.role, "content": text}
     if reasoning:
@@ -180,13 +180,13 @@ def to_message(message: ChatMessage) -> Message:
 
 
 def _texts_of(content: str | list[Content]) -> tuple[str, str]:
-    """Returns the text and the thinking of the content."""
+    """The text and the reasoning of a content. Raises RequestError for images and other media."""
     if isinstance(content, str):
         return content, ""
     for part in content:
         if not isinstance(part, ContentText | ContentReasoning):
             raise RequestError(
-                f"A message of the task holds content of type {part.type}. Only text can be read."
+                f"A message of the task has content of type {part.type}. Only text is supported."
             )
     said = [part.text for part in content if isinstance(part, ContentText)]
     thought = [part.reasoning for part in content if isinstance(part, ContentReasoning)]
@@ -200,7 +200,7 @@ def _to_tool(tool: ToolInfo) -> dict[str, Any]:
 
 
 def _content(message: Message, stop_strings: Sequence[str]) -> str | list[Content]:
-    """The reply as far as a stop string, which is no part of it."""
+    """The content of a reply up to a stop string, which is not included."""
     said = str(message.get("content") or "")
     ends = [said.index(stop) for stop in stop_strings if stop in said]
     said = said[: min(ends, default=None)]
@@ -209,7 +209,7 @@ def _content(message: Message, stop_strings: Sequence[str]) -> str | list[Conten
 
 
 def to_call(call: dict[str, Any]) -> ToolCall:
-    """Arguments that are no JSON object are the model's mistake, which Inspect tells it of."""
+    """A tool call for Inspect. Arguments that are no JSON object set `parse_error`, which the model sees."""
     function = call.get("function") or {}
     arguments: Any = function.get("arguments") or {}
     error = None
@@ -219,7 +219,7 @@ def to_call(call: dict[str, Any]) -> ToolCall:
         except ValueError as problem:
             error = f"{arguments!r} is not JSON: {problem}"
     if error is None and not isinstance(arguments, dict):
-        error = f"{arguments!r} is no JSON object"
+        error = f"{arguments!r} is not a JSON object"
     return ToolCall(
         id=str(call.get("id") or uuid.uuid4().hex[:8]),
         function=str(function.get("name") or ""),

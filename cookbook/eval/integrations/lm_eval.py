@@ -1,4 +1,4 @@
-"""Tasks of the lm-evaluation-harness, run by the package itself. Needs the extra `lm-eval`."""
+"""Runs tasks of the lm-evaluation-harness with the package itself, which the extra `lm-eval` installs."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _NO_FILTER = "none"
 
 
 class HarnessEvaluator(SamplingClientEvaluator):
-    """Runs tasks and reports what they found: lm_eval/<task>/<metric>, or <metric>_<filter> of a filter."""
+    """Runs tasks and returns their metrics: lm_eval/<task>/<metric>, or <metric>_<filter> with a filter."""
 
     def __init__(
         self,
@@ -97,7 +97,7 @@ class HarnessEvaluator(SamplingClientEvaluator):
                 apply_chat_template=self._apply_chat_template,
                 bootstrap_iters=self._bootstrap_iters,
                 log_samples=False,
-                # A run's own random numbers go on as if nothing had been measured.
+                # The global generators are those of the run, so the harness must not seed them.
                 random_seed=None,
                 numpy_random_seed=None,
                 torch_random_seed=None,
@@ -110,7 +110,7 @@ class HarnessEvaluator(SamplingClientEvaluator):
 
 @contextlib.contextmanager
 def _quietly() -> Iterator[None]:
-    """Without the harness's progress bars and advice. Errors are raised all the same."""
+    """Hides the progress bars and warnings of the harness. Errors are still raised."""
     harness = logging.getLogger("lm_eval")
     level = harness.level
     harness.setLevel(logging.ERROR)
@@ -126,20 +126,24 @@ class HarnessEvaluatorBuilder(ChatEvaluatorBuilder):
     """Runs tasks of the lm-evaluation-harness."""
 
     tasks: list[str] = chz.field(doc="names of tasks, groups or tags, as `lm_eval --tasks` takes them")
-    include_path: str | None = chz.field(default=None, doc="folder of tasks of yours, in YAML")
+    include_path: str | None = chz.field(default=None, doc="folder of your own tasks, in YAML")
     num_fewshot: int | None = chz.field(
-        default=None, doc="examples before a question; default: as the task has it"
+        default=None, doc="number of few-shot examples; default: as the task sets it"
     )
-    limit: int | None = chz.field(default=None, doc="rows of a task at most, the first ones; default: all")
+    limit: int | None = chz.field(
+        default=None, doc="number of rows of each task, the first ones; default: all"
+    )
     apply_chat_template: bool = chz.field(
-        default=False, doc="ask in the chat format, and leave thoughts out of replies"
+        default=False, doc="prompt in the chat format, and remove reasoning from replies"
     )
     max_gen_toks: int = chz.field(
-        default=256, doc="maximum number of tokens of a reply, where the task does not say it"
+        default=256, doc="largest number of tokens of a reply, if the task does not set it"
     )
-    bootstrap_iters: int = chz.field(default=0, doc="resamples for standard errors; 0: none are reported")
-    seed: int = chz.field(default=0, doc="seed of the choice of few-shot examples and of replies drawn")
-    name: str = chz.field(default="lm_eval", doc="what the paths of its metrics begin with")
+    bootstrap_iters: int = chz.field(
+        default=0, doc="number of resamples for standard errors; 0: no standard errors"
+    )
+    seed: int = chz.field(default=0, doc="seed of few-shot examples and of sampled replies")
+    name: str = chz.field(default="lm_eval", doc="first part of the paths of its metrics")
 
     @chz.validate
     def _check(self) -> None:
@@ -162,11 +166,11 @@ class HarnessEvaluatorBuilder(ChatEvaluatorBuilder):
     def __call__(self) -> HarnessEvaluator:
         extras.require("lm_eval", type(self).__name__, extra="lm-eval")
         renderer = self.make_renderer()
-        assert self.model_name is not None  # make_renderer saw to it
+        assert self.model_name is not None  # make_renderer checks it
         context_length = models.context_length(self.model_name)
         if context_length is None:
             raise ConfigError(
-                f"{self.model_name} does not say how many tokens it reads, which the harness has to know."
+                f"The config of {self.model_name} has no context length, which the harness needs."
             )
         return HarnessEvaluator(
             self.tasks,
@@ -184,13 +188,16 @@ class HarnessEvaluatorBuilder(ChatEvaluatorBuilder):
 
 
 def _find(tasks: Sequence[str], include_path: str | None) -> TaskManager:
-    """What knows the tasks. The harness's own, which take seconds to list, only where they are asked for."""
+    """A manager that knows the tasks; it lists the harness's own, which takes seconds, only if needed.
+
+    Raises ConfigError for an unknown task.
+    """
     from lm_eval.tasks import TaskManager
 
     with _quietly():
         if include_path is not None:
             if not Path(include_path).is_dir():
-                raise ConfigError(f"include_path={include_path}: there is no such folder.")
+                raise ConfigError(f"include_path={include_path} is not a folder.")
             manager = TaskManager(include_path=include_path, include_defaults=False)
             if not _unknown(tasks, manager):
                 return manager
@@ -199,7 +206,7 @@ def _find(tasks: Sequence[str], include_path: str | None) -> TaskManager:
         hint = did_you_mean(unknown[0], manager.all_tasks)
         raise ConfigError(
             f"tasks has {unknown[0]!r}, which the harness does not know.{hint} `lm_eval ls tasks` lists its "
-            "own; include_path= names a folder of yours."
+            "tasks; include_path= names a folder of your own."
         )
     return manager
 

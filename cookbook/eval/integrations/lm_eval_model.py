@@ -22,14 +22,13 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-_UNDERSTOOD = {"do_sample", "until", "max_gen_toks", "temperature", "top_p", "top_k"}
+_SUPPORTED = {"do_sample", "until", "max_gen_toks", "temperature", "top_p", "top_k"}
 
 
 class SamplingClientLM(TemplateLM):
-    """All requests of a kind are queued at once, so that they share batches.
+    """Queues all requests of a kind at once, so that they share batches.
 
-    A token is greedy where no other is likelier. Tokens that tie count, where a model that prints
-    its first maximum would have chosen one of them.
+    A token is greedy if its probability is higher than that of every other token; a tie does not count.
     """
 
     def __init__(
@@ -41,19 +40,19 @@ class SamplingClientLM(TemplateLM):
         seed: int = 0,
         is_chat: bool = False,
     ) -> None:
-        """With `is_chat` what ends a turn ends a generation, and thoughts are left out of it."""
+        """With `is_chat` the end of a turn ends a generation, and reasoning is removed from it."""
         super().__init__()
         self._client = sampling_client
         self._renderer = renderer
         self.tokenizer = renderer.tokenizer
-        self.max_length = context_length - 1  # of what is read; the last token is only predicted
+        self.max_length = context_length - 1  # the last token is only predicted
         self.max_gen_toks = max_gen_toks
         self._seed = seed
         self._is_chat = is_chat
         self._is_cancelled = threading.Event()
 
     def cancel(self) -> None:
-        """Whoever waits for answers waits no longer. From any thread."""
+        """Ends the wait for answers, which raises CancelledError. Thread-safe."""
         self._is_cancelled.set()
 
     # -- tokens -----------------------------------------------------------------------------
@@ -67,7 +66,7 @@ class SamplingClientLM(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """The token that precedes a text without context."""
+        """The token before a text without a context: BOS, or EOS if there is none."""
         begin: int | None = self.tokenizer.bos_token_id
         return self.eot_token_id if begin is None else begin
 
@@ -76,7 +75,7 @@ class SamplingClientLM(TemplateLM):
         return f"{self.tokenizer.name_or_path}-{self._renderer.name}".replace("/", "__")
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """As the tokenizer does by default, without a second BOS token before one that is spelled."""
+        """Token ids as the tokenizer encodes by default, without a second BOS token if the text has one."""
         if add_special_tokens is None:
             begin = self.tokenizer.bos_token
             add_special_tokens = not (begin and string.startswith(begin))
@@ -85,9 +84,9 @@ class SamplingClientLM(TemplateLM):
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
-        """The conversation in the renderer's format, up to where the model takes over.
+        """The conversation in the renderer's format, with the generation prompt.
 
-        Without the generation prompt the last message is the beginning of a reply that goes on.
+        Without `add_generation_prompt` the last message is the beginning of the reply, which is appended.
         """
         begun = "" if add_generation_prompt else chat_history[-1]["content"]
         messages = chat_history if add_generation_prompt else chat_history[:-1]
@@ -150,15 +149,15 @@ class SamplingClientLM(TemplateLM):
         self, context: str, options: dict[str, Any], seed: int
     ) -> tuple[ModelInput, SamplingParams]:
         asked: dict[str, Any] = normalize_gen_kwargs(options, self.max_gen_toks)
-        if unknown := asked.keys() - _UNDERSTOOD:
+        if unknown := asked.keys() - _SUPPORTED:
             raise RequestError(
-                f"The task generates with {', '.join(sorted(unknown))}, which is not supported. Supported: "
-                f"{', '.join(sorted(_UNDERSTOOD))}."
+                f"The task generates with {', '.join(sorted(unknown))}, which is not supported. "
+                f"Supported: {', '.join(sorted(_SUPPORTED))}."
             )
         room = self.max_length - asked["max_gen_toks"]
         if room < 1:
             raise RequestError(
-                f"The task generates {asked['max_gen_toks']} tokens, and the model reads "
+                f"The task generates {asked['max_gen_toks']} tokens, and the context length is "
                 f"{self.max_length}. Lower max_gen_toks."
             )
         ends = self._renderer.get_stop_sequences() if self._is_chat else []
@@ -193,7 +192,7 @@ class SamplingClientLM(TemplateLM):
 
 
 def _of_the_last(scores: PromptScores, number: int) -> tuple[float, bool]:
-    """Returns the log-probability of the last tokens together, and whether each of them is the argmax."""
+    """The total log-probability of the last `number` tokens, and whether each of them is greedy."""
     first = len(scores.logprobs) - number
     logprobs = [logprob for logprob in scores.logprobs[max(first, 0) :] if logprob is not None]
     is_argmax = [flag for flag in scores.is_argmax[max(first, 0) :] if flag is not None]

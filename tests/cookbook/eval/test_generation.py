@@ -85,7 +85,7 @@ def test_a_grader_that_fails_is_reported_with_the_row_and_left_out_of_the_mean(
     assert found["generation/picky"] == 0.5
     assert found["generation/picky_errors"] == 1
     assert found["generation/contains"] == pytest.approx(1 / 3)
-    assert "`picky` failed on 1 of 3 replies. The first: line 2 of facts.jsonl, KeyError" in caplog.text
+    assert "`picky` failed on 1 of 3 replies. The first is line 2 of facts.jsonl, KeyError" in caplog.text
     assert found["generation"].records()[1]["picky"] is None
 
 
@@ -122,9 +122,9 @@ def test_a_prompt_without_room_for_a_reply_is_left_out_and_said_so(
         ({"num_samples": 2}, "gives the same reply every time"),
         ({"prompt_column": "q"}, "needs a reference_column"),
         ({"scores": ["exact"]}, "Did you mean `exact_match`?"),
-        ({"format": "chat"}, "Unknown format `chat`"),
-        ({"temperature": -1.0}, "cannot be sampled with"),
-        ({"model_name": None}, "does not know the model"),
+        ({"format": "chat"}, "format='chat' is unknown"),
+        ({"temperature": -1.0}, "Invalid temperature=-1.0: must be finite and >= 0"),
+        ({"model_name": None}, "has no model_name"),
     ],
 )
 def test_impossible_settings_are_refused(build: Any, options: dict, message: str) -> None:

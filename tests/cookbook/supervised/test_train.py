@@ -514,7 +514,7 @@ def test_an_evaluator_that_failed_does_not_bind_its_folder_to_failing(make_confi
 def test_two_evaluators_do_not_overwrite_each_other(make_config: MakeConfig) -> None:
     twice = [lambda: Returning({"test/x": 1.0}), lambda: Returning({"test/x": 2.0})]
     config = make_config(evaluator_builders=twice, on_evaluator_error="raise")
-    with pytest.raises(TrainingError, match="`test/x`, and so did another evaluator"):
+    with pytest.raises(TrainingError, match="`test/x`, which another evaluator"):
         asyncio.run(train.main(config))
 
 
@@ -531,7 +531,7 @@ def test_tables_of_one_name_are_one_table_where_their_columns_agree(make_config:
         if_log_path_exists="delete",
         on_evaluator_error="raise",
     )
-    with pytest.raises(TrainingError, match="`x`, and so did another evaluator"):
+    with pytest.raises(TrainingError, match="`x`, which another evaluator"):
         asyncio.run(train.main(config))
 
 

@@ -162,7 +162,7 @@ def test_a_model_may_call_tools_over_several_turns(make_evaluator: MakeEvaluator
         ({"x": 1}, {"x": 1}, None),
         ('{"x": 1}', {"x": 1}, None),
         ("{x", {}, "is not JSON"),
-        ("[1]", {}, "no JSON object"),
+        ("[1]", {}, "not a JSON object"),
     ],
 )
 def test_arguments_that_are_no_json_object_are_told_to_the_model(

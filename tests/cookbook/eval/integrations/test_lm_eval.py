@@ -191,7 +191,7 @@ def test_a_seed_draws_the_same_replies_again(make_model: MakeModel) -> None:
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"num_beams": 4}, "num_beams, which is not supported"), ({"max_gen_toks": 300}, "the model reads 255")],
+    [({"num_beams": 4}, "num_beams, which is not supported"), ({"max_gen_toks": 300}, "the context length is 255")],
 )
 def test_what_cannot_be_had_is_refused(make_model: MakeModel, options: dict, message: str) -> None:
     with pytest.raises(RequestError, match=message):
@@ -285,8 +285,8 @@ def test_few_shot_examples_are_turns_of_the_conversation(
         ({"tasks": []}, "tasks is empty"),
         ({"tasks": ["a"], "limit": 0}, "Invalid limit=0: must be >= 1"),
         ({"tasks": ["a"], "num_fewshot": -1}, "Invalid num_fewshot=-1: must be >= 0"),
-        ({"tasks": ["a"], "include_path": "/no/where"}, "there is no such folder"),
-        ({"tasks": ["a"], "model_name": None}, "does not know the model"),
+        ({"tasks": ["a"], "include_path": "/no/where"}, "include_path=/no/where is not a folder"),
+        ({"tasks": ["a"], "model_name": None}, "has no model_name"),
     ],
 )
 def test_impossible_settings_are_refused(options: dict, message: str, tiny_qwen3: str) -> None:
