@@ -71,7 +71,7 @@ class BaseModel:
         self.block_sizes = BlockSizes.on(self.device)
         self.decodes_packed: bool | None = None
         self.make_decoder: Callable[[BaseModel], Any] | None = None
-        """Whether continuations share a row too, and the decoder that is used: see `sampling.decoders`, which
+        """Whether sampled sequences share a row too, and the decoder: see `sampling.decoder_probe`, which
         sets both when the first one is sampled."""
         self._probe_architecture()
         fsdp.reshard(self.model)
