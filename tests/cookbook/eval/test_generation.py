@@ -122,7 +122,7 @@ def test_a_prompt_without_room_for_a_reply_is_left_out_and_said_so(
         ({"num_samples": 2}, "gives the same reply every time"),
         ({"prompt_column": "q"}, "needs a reference_column"),
         ({"scores": ["exact"]}, "Did you mean `exact_match`?"),
-        ({"format": "chat"}, "format='chat' is unknown"),
+        ({"format": "chat"}, "Unknown format `chat`"),
         ({"temperature": -1.0}, "Invalid temperature=-1.0: must be finite and >= 0"),
         ({"model_name": None}, "has no model_name"),
     ],
