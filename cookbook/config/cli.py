@@ -273,8 +273,8 @@ def _help(blueprint: Blueprint[Any], prog: str, deferred: Mapping[str, Setting])
     intro = (
         f"python -m {prog} [config=<file.yaml>] [key=value ...]\n\n"
         "Later wins: the values below, then the config file, then the other keys.\n"
-        "A nested key may be given by its last part where that is unambiguous: batch_size=8.\n"
-        "--key value is the same as key=value. If a key is given twice, the last one counts.\n"
+        "A nested key may be given by its last part if it is unambiguous: batch_size=8.\n"
+        "--key value is the same as key=value. Of a key given twice, the last counts.\n"
     )
     lines = [intro]
     params = params_of(blueprint)

@@ -79,8 +79,8 @@ def test_a_function_of_ones_own_gets_the_message(tmp_path: Path, monkeypatch: py
     [
         (["exact_mach"], None, "Did you mean `exact_match`?"),
         ([], None, "scores is empty"),
-        (["regex"], None, "goes with `regex` in scores"),
-        (["f1"], "a", "goes with `regex` in scores"),
+        (["regex"], None, "requires `regex` in scores"),
+        (["f1"], "a", "requires `regex` in scores"),
         (["regex"], "(", "is not a valid regular expression"),
         (["f1", "f1"], None, "`f1` twice"),
         (["nowhere_at_all:f"], None, "cannot be imported"),

@@ -75,7 +75,7 @@ def test_no_more_rows_are_read_than_are_asked_for(read: Any) -> None:
     [
         ({"messages": messages("one")}, {}, "line 2 of rows.jsonl: no assistant message"),
         ({"messages": messages("one", "two")[1:]}, {}, "no message before the reply"),
-        ({"prompt": "a"}, {}, "line 2 of rows.jsonl: of no known format"),
+        ({"prompt": "a"}, {}, "line 2 of rows.jsonl: its format is unknown"),
         ({"q": "a"}, {"prompt_column": "q", "reference_column": "b"}, "no column `b` (columns: q)"),
         ({"q": "a", "b": [1]}, {"prompt_column": "q", "reference_column": "b"}, "`b` is a list"),
         ({"messages": [{"role": "critic", "content": "a"}, *messages("a", "b")]}, {}, "critic"),
