@@ -191,7 +191,10 @@ def test_a_seed_draws_the_same_replies_again(make_model: MakeModel) -> None:
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"num_beams": 4}, "num_beams, which is not supported"), ({"max_gen_toks": 300}, "the context length is 255")],
+    [
+        ({"num_beams": 4}, "num_beams, which is not supported"),
+        ({"max_gen_toks": 300}, "the context length is 255"),
+    ],
 )
 def test_what_cannot_be_had_is_refused(make_model: MakeModel, options: dict, message: str) -> None:
     with pytest.raises(RequestError, match=message):
