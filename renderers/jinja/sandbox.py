@@ -11,14 +11,14 @@ from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from cookbook.errors import RendererError
-from renderers.jinja import call_limits
-from renderers.jinja import template_limits as limits
+from renderers.jinja import call_limits, template_limits
 from renderers.jinja.private import (
     CountingCodeGenerator,
     LoopContext,
     Namespace,
     environment_of_transformers,
 )
+from renderers.jinja.template_limits import LIMITS, Limits
 from renderers.jinja.today import TODAY
 
 _NAMES_OF_DICTS = frozenset(dir(dict))
@@ -36,16 +36,17 @@ class QuickSandbox(ImmutableSandboxedEnvironment):
     """
 
     code_generator_class = CountingCodeGenerator
-    context_class = limits.RunContext
-    concat = staticmethod(limits.concat)
+    context_class = template_limits.RunContext
+    concat = staticmethod(template_limits.concat)
     source: str
+    limits: Limits
     num_timeouts: int
     """The runs that were ended for their time."""
 
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         args = call_limits.checked_arguments(__obj, args, kwargs)
         made = super().call(__context, __obj, *args, **kwargs)
-        return limits.counted(made) if type(made) is dict else made
+        return template_limits.counted(made) if type(made) is dict else made
 
     def wrap_str_format(self, value: Any) -> Any:
         return call_limits.limited_format(value, self) if call_limits.is_format(value) else None
@@ -66,14 +67,14 @@ class QuickSandbox(ImmutableSandboxedEnvironment):
         return super().getattr(obj, attribute)
 
 
-def sandbox_like_theirs(source: str, kind: type[QuickSandbox]) -> QuickSandbox:
+def sandbox_like_theirs(source: str, kind: type[QuickSandbox], limits: Limits = LIMITS) -> QuickSandbox:
     """A sandbox of this kind with all that transformers gives the template, but for the date. An error quotes
     the line of the source that was at work."""
     theirs = environment_of_transformers()  # to compile the template there would compute its constants
     sandbox = kind.__new__(kind)
     vars(sandbox).update(vars(theirs))
     sandbox.optimized = False
-    sandbox.source, sandbox.num_timeouts = source, 0
+    sandbox.source, sandbox.limits, sandbox.num_timeouts = source, limits, 0
     sandbox.filters = {
         name: call_limits.limited_filter(name, found) for name, found in theirs.filters.items()
     }
@@ -83,10 +84,10 @@ def sandbox_like_theirs(source: str, kind: type[QuickSandbox]) -> QuickSandbox:
 
 
 @lru_cache(maxsize=64)
-def compiled(source: str) -> jinja2.Template:
+def compiled(source: str, limits: Limits = LIMITS) -> jinja2.Template:
     """The template in a sandbox like transformers' own. Raises RendererError for one that is not valid."""
     try:
-        template = sandbox_like_theirs(source, QuickSandbox).from_string(source)
+        template = sandbox_like_theirs(source, QuickSandbox, limits).from_string(source)
     except jinja2.TemplateSyntaxError as error:
         raise RendererError(
             f"The chat template is not valid Jinja: {error.message}, in line {error.lineno} of it. Correct "

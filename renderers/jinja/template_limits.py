@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any, NoReturn
 
@@ -24,16 +25,26 @@ from markupsafe import escape
 from cookbook.errors import RendererError
 from renderers.jinja.private import Namespace, attributes_of, template_of
 
-SECONDS = 10.0
-SECONDS_OF_A_MESSAGE = 0.01
-"""The time of a run: so much, and so much for each message of the conversation."""
-
-LEAST_SECONDS = 0.25
-"""After each run that was ended for its time, the same template gets half of `SECONDS`, down to this."""
-
 CHARACTERS = 2**27
-"""All the text of a run, printed or not, in characters; a run gets the size of the conversation times the
-number of its messages on top."""
+"""The most text of a run, and where counting a value stops."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one run of a template may cost."""
+
+    seconds: float = 10.0
+    seconds_of_a_message: float = 0.01
+    """The time of a run: so much, and so much for each message of the conversation."""
+    least_seconds: float = 0.25
+    """After each run that was ended for its time, the same template gets half of `seconds`, down to this."""
+    characters: int = CHARACTERS
+    """All the text of a run, printed or not, in characters; a run gets the size of the conversation times
+    the number of its messages on top."""
+
+
+LIMITS = Limits()
+
 
 MAX_BITS = 2**16
 """The most bits of a whole number."""
@@ -62,7 +73,8 @@ class Run:
         self._variables = variables
         self._environment = environment
         self._made = 0
-        self._allowed = CHARACTERS
+        self._limits: Limits = environment.limits
+        self._allowed = self._limits.characters
         self._is_scaled = False
         self._end: float | None = None
 
@@ -83,8 +95,9 @@ class Run:
             refuse(f"It ran for more than {seconds:g} s, the limit for {self._num_messages():,} messages")
 
     def _seconds(self) -> float:
-        base = max(LEAST_SECONDS, SECONDS / 2**self._environment.num_timeouts)
-        return base + SECONDS_OF_A_MESSAGE * self._num_messages()
+        limits = self._limits
+        base = max(limits.least_seconds, limits.seconds / 2**self._environment.num_timeouts)
+        return base + limits.seconds_of_a_message * self._num_messages()
 
     def _num_messages(self) -> int:
         messages = self._variables.get("messages")

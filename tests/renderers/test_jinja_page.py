@@ -29,11 +29,12 @@ def test_every_file_of_the_folder_is_on_the_page_and_every_file_on_the_page_is_t
 
 
 def test_limits_on_the_page_are_those_of_the_code() -> None:
-    from renderers.jinja import chat, template_limits
+    from renderers.jinja import chat
+    from renderers.jinja.template_limits import LIMITS
 
     for number in [
-        f"{template_limits.SECONDS:g} s, and {template_limits.SECONDS_OF_A_MESSAGE:g} s",
-        f"2^{template_limits.CHARACTERS.bit_length() - 1} characters",
+        f"{LIMITS.seconds:g} s, and {LIMITS.seconds_of_a_message:g} s",
+        f"2^{LIMITS.characters.bit_length() - 1} characters",
         f"From {chat._LONG} messages on",
     ]:
         assert number in PAGE

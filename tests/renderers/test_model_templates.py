@@ -3,14 +3,13 @@
 import datetime
 import json
 import re
-from types import SimpleNamespace
 from typing import Any
 
 import chat_formats
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers.utils import chat_template_utils
+from outside_world import day_of_transformers
 
 from cookbook.errors import RendererError
 from renderers import TrainOnWhat
@@ -31,8 +30,7 @@ CHAT: list[Any] = [
 @pytest.fixture(autouse=True, scope="module")
 def stopped_clock():
     """Templates that ask `apply_chat_template` for the date get the one that the renderer gives them."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(chat_template_utils, "datetime", SimpleNamespace(now=lambda: TODAY))
+    with day_of_transformers(TODAY):
         yield
 
 
@@ -365,11 +363,10 @@ def test_llama_leaves_out_what_is_said_beside_a_call(renderer_of, tokenizer_for)
 
 
 @pytest.mark.parametrize(("name", "date"), [("llama3_2", "26 Jul 2024"), ("gptoss", "2024-07-26")])
-def test_a_conversation_has_the_same_tokens_on_any_day(renderer_of, tokenizer_for, monkeypatch, name, date):
+def test_a_conversation_has_the_same_tokens_on_any_day(renderer_of, tokenizer_for, name, date):
     tokenizer = tokenizer_for(name)
-    clock = SimpleNamespace(now=lambda: datetime.datetime(2031, 1, 2))
-    monkeypatch.setattr(chat_template_utils, "datetime", clock)
-    assert "2031" in rendered(tokenizer, CHAT)
-    tokens = renderer_of("chat_template", tokenizer).build_generation_prompt(CHAT[:1]).to_ints()
+    with day_of_transformers(datetime.datetime(2031, 1, 2)):
+        assert "2031" in rendered(tokenizer, CHAT)
+        tokens = renderer_of("chat_template", tokenizer).build_generation_prompt(CHAT[:1]).to_ints()
     assert date in tokenizer.decode(tokens)
     assert "2031" not in tokenizer.decode(tokens)

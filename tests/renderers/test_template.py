@@ -1,14 +1,13 @@
 """A chat template called directly, against `apply_chat_template`."""
 
 import datetime
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers.utils import chat_template_utils
+from outside_world import day_of_transformers
 
 from cookbook.errors import RendererError
 from renderers.jinja.chat import Chat
@@ -213,11 +212,10 @@ def test_the_sandbox_stays_closed(small_tokenizer, attack):
     assert chat == [{"role": "user", "content": "x"}]
 
 
-def test_it_is_the_same_day_on_any_day(small_tokenizer, monkeypatch):
+def test_it_is_the_same_day_on_any_day(small_tokenizer):
     template = Template(small_tokenizer("{{ strftime_now('%Y-%m-%d %d %b %Y %H:%M') }}"))
-    clock = SimpleNamespace(now=lambda: datetime.datetime(2031, 1, 2))
-    monkeypatch.setattr(chat_template_utils, "datetime", clock)
-    assert template.text([{"role": "user", "content": "x"}]) == "2024-07-26 26 Jul 2024 00:00"
+    with day_of_transformers(datetime.datetime(2031, 1, 2)):
+        assert template.text([{"role": "user", "content": "x"}]) == "2024-07-26 26 Jul 2024 00:00"
 
 
 def test_a_template_of_its_own_for_tools_is_used_with_tools(small_tokenizer):

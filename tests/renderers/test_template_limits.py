@@ -15,9 +15,8 @@ import pytest
 
 from cookbook.errors import RendererError
 from renderers import get_renderer
-from renderers.jinja import template_limits
 from renderers.jinja.sandbox import compiled
-from renderers.jinja.template_limits import TemplateLimitError
+from renderers.jinja.template_limits import Limits, TemplateLimitError
 
 CHAT: list[dict[str, Any]] = [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Hello."}]
 
@@ -98,21 +97,19 @@ def test_a_template_that_makes_too_much_is_refused_before_it_does(source: str) -
 
 
 @pytest.mark.parametrize("source", ENDLESS.values(), ids=ENDLESS)
-def test_a_template_without_an_end_is_ended(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(template_limits, "SECONDS", 0.25)
+def test_a_template_without_an_end_is_ended(source: str) -> None:
     with pytest.raises(
         TemplateLimitError, match=r"ran for more than 0\.27 s, the limit for 2 messages in line 1"
     ):
-        compiled(source).render(messages=CHAT)
+        compiled(source, Limits(seconds=0.25)).render(messages=CHAT)
 
 
-def test_a_template_is_ended_on_another_thread(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(template_limits, "SECONDS", 0.25)
+def test_a_template_is_ended_on_another_thread() -> None:
     errors: list[BaseException] = []
 
     def render() -> None:
         try:
-            compiled(ENDLESS["a macro"]).render(messages=CHAT)
+            compiled(ENDLESS["a macro"], Limits(seconds=0.25)).render(messages=CHAT)
         except TemplateLimitError as error:
             errors.append(error)
 
@@ -122,35 +119,28 @@ def test_a_template_is_ended_on_another_thread(monkeypatch: pytest.MonkeyPatch) 
     assert len(errors) == 1
 
 
-def test_the_limits_of_a_run_grow_with_its_conversation(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(template_limits, "SECONDS", 0.25)
-    monkeypatch.setattr(template_limits, "CHARACTERS", 10_000)
+def test_the_limits_of_a_run_grow_with_its_conversation() -> None:
+    limits = Limits(seconds=0.25, characters=10_000)
     remembers = (
         "{% set ns = namespace(text='') %}"
         "{% for message in messages %}{% set ns.text = ns.text ~ message.content %}{% endfor %}"
         "{{ ns.text }}"
     )
     many = [{"role": "user", "content": "word " * 10} for _ in range(2000)]
-    assert compiled(remembers).render(messages=many) == "word " * 20_000
+    assert compiled(remembers, limits).render(messages=many) == "word " * 20_000
 
 
-def test_a_template_that_ran_too_long_is_ended_sooner_the_next_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(template_limits, "SECONDS", 0.4)
-    monkeypatch.setattr(template_limits, "LEAST_SECONDS", 0.1)
-    source = "{# again #}" + ENDLESS["loops in loops"]
+def test_a_template_that_ran_too_long_is_ended_sooner_the_next_time() -> None:
+    template = compiled(ENDLESS["loops in loops"], Limits(seconds=0.4, least_seconds=0.1))
     said = []
     for _ in range(4):
         with pytest.raises(TemplateLimitError) as error:
-            compiled(source).render(messages=[])
+            template.render(messages=[])
         said.append(str(error.value).split(" s,")[0])
     assert said == [f"It ran for more than {seconds}" for seconds in ("0.4", "0.2", "0.1", "0.1")]
 
 
-def test_a_renderer_says_which_limit_a_template_met(
-    tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(template_limits, "SECONDS", 0.1)
-    monkeypatch.setattr(template_limits, "LEAST_SECONDS", 0.02)
+def test_a_renderer_says_which_limit_a_template_met(tiny_tokenizer: Any) -> None:
     tokenizer = copy.deepcopy(tiny_tokenizer)
     tokenizer.chat_template = (
         "{% for message in messages %}{{ '<|im_start|>' + message.role + message.content + '<|im_end|>' }}\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -11,8 +12,7 @@ import pytest
 from cookbook.errors import ConfigError
 from cookbook.export.chat_format import chat_format_of
 from cookbook.export.ollama import frames_of, modelfile
-from renderers import Message, get_renderer, registry
-from renderers.formats.role_colon import RoleColonRenderer
+from renderers import Message
 
 TURNS = [
     ("user", "Hi {{ there }}"),
@@ -95,25 +95,19 @@ def test_a_system_prompt_that_no_modelfile_can_hold_is_refused(tokenizer_of: Cal
         modelfile(chat_format, ".")
 
 
-class Counting(RoleColonRenderer):
-    """Numbers its turns."""
-
-    name = "counting"
-
-    def _draft(self, messages):  # type: ignore[no-untyped-def]
-        numbered = [{**message, "content": f"{i} {message['content']}"} for i, message in enumerate(messages)]
-        return super()._draft(numbered)
+NUMBERED = (
+    "{% for message in messages %}<|im_start|>{{ message.role }} {{ loop.index }}\n"
+    "{{ message.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant {{ messages|length + 1 }}\n{% endif %}"
+)
 
 
-def test_a_format_that_depends_on_more_than_roles_is_refused(
-    tokenizer_of: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(registry._factories, "counting", Counting)
-    tokenizer = tokenizer_of("role_colon")
-    chat_format = chat_format_of("role_colon", tokenizer)
-    object.__setattr__(chat_format, "renderer", get_renderer("counting", tokenizer))
-    with pytest.raises(ConfigError, match="`counting`.*more than their roles"):
-        frames_of(chat_format)
+def test_a_format_that_depends_on_more_than_roles_is_refused(tokenizer_of: Callable[[str], Any]) -> None:
+    """Its template numbers the turns."""
+    tokenizer = copy.deepcopy(tokenizer_of("qwen3"))
+    tokenizer.chat_template = NUMBERED
+    with pytest.raises(ConfigError, match="`chat_template`.*more than their roles"):
+        frames_of(chat_format_of("chat_template", tokenizer))
 
 
 def test_what_ends_a_reply_adds_no_command(tokenizer_of: Callable[[str], Any]) -> None:
