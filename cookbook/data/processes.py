@@ -27,15 +27,20 @@ _function: Callable[[Any], Any] | None = None
 """The function that the processes run: they are forked, so it need not be picklable."""
 
 
-def map_in_order(function: Callable[[T], R], inputs: Iterable[T], num_proc: int | None = None) -> Iterator[R]:
+def map_in_order(
+    function: Callable[[T], R],
+    inputs: Iterable[T],
+    num_proc: int | None = None,
+    seconds_alone: float = SECONDS_ALONE,
+) -> Iterator[R]:
     """`function(input)` for each input, in order, holding only a few inputs and results at a time.
 
     Inputs and results cross between processes by pickle. `num_proc` of None: this process alone,
-    and as many as there are cores for what is left after `SECONDS_ALONE`.
+    and as many as there are cores for what is left after `seconds_alone`.
     """
     remaining = iter(inputs)
     if num_proc is None:
-        deadline = time.perf_counter() + SECONDS_ALONE
+        deadline = time.perf_counter() + seconds_alone
         for item in remaining:
             yield function(item)
             if time.perf_counter() > deadline:

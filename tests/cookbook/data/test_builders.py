@@ -5,13 +5,14 @@ from __future__ import annotations
 import functools
 import itertools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
 import pytest
+from outside_world import replace_hub_datasets
 
 from cookbook import models
 from cookbook.data import (
@@ -21,8 +22,9 @@ from cookbook.data import (
     SupervisedDatasetFromHFDataset,
     conversation_to_datum,
 )
-from cookbook.data.rendering import RowRenderer
-from cookbook.data.sources import Row
+from cookbook.data.sources import Row, Source
+from cookbook.data.sources.base import Chunk
+from cookbook.data.sources.text_files import JsonLinesSource
 from cookbook.data.types import (
     ChatDatasetBuilder,
     ChatDatasetBuilderCommonConfig,
@@ -66,9 +68,14 @@ def write_rows(path: Path, rows: list[Any]) -> Path:
     return path
 
 
-def make_builder(path: Path | str, model: str, **options: Any) -> FromConversationFileBuilder:
+def make_builder(
+    path: Path | str,
+    model: str,
+    kind: type[FromConversationFileBuilder] = FromConversationFileBuilder,
+    **options: Any,
+) -> FromConversationFileBuilder:
     common = {"batch_size": 2, **{key: options.pop(key) for key in COMMON if key in options}}
-    return FromConversationFileBuilder(
+    return kind(
         file_path=str(path),
         common_config=ChatDatasetBuilderCommonConfig(model_name_for_tokenizer=model, **common),
         **{"test_size": 0, **options},
@@ -143,17 +150,20 @@ def test_an_example_without_a_trained_token_is_left_out_and_counted(tmp_path: Pa
 # -- rendered once, kept on disk ------------------------------------------------------------------
 
 
-def count_renderings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The place of every row that is rendered from here on."""
-    rendered: list[str] = []
-    original = RowRenderer.__call__
+def builder_noting_rows(rendered: list[str], path: Path, model: str, **options: Any) -> Any:
+    """A builder that notes the place of every row that is read to be rendered."""
 
-    def counting(self: RowRenderer, row: Row) -> Any:
-        rendered.append(row.place)
-        return original(self, row)
+    class CountedRows(JsonLinesSource):
+        def chunks(self, start: int = 0, size: int = 256) -> Iterator[Chunk]:
+            for chunk in super().chunks(start, size):
+                rendered.extend(row.place for row in chunk.rows())
+                yield chunk
 
-    monkeypatch.setattr(RowRenderer, "__call__", counting)
-    return rendered
+    class NotingBuilder(FromConversationFileBuilder):
+        def sources(self) -> list[Source]:
+            return [CountedRows(path)]
+
+    return make_builder(path, model, NotingBuilder, **options)
 
 
 def test_a_second_run_reads_what_the_first_rendered(
@@ -161,14 +171,15 @@ def test_a_second_run_reads_what_the_first_rendered(
 ) -> None:
     monkeypatch.setenv("COOKBOOK_CACHE", str(tmp_path / "cache"))
     path = write_rows(tmp_path / "chats.jsonl", [{"messages": messages} for messages in chats])
-    rendered = count_renderings(monkeypatch)
-    first = all_tokens(make_builder(path, tiny_qwen3)()[0])
+    rendered: list[str] = []
+    make = functools.partial(builder_noting_rows, rendered, path, tiny_qwen3)
+    first = all_tokens(make()()[0])
     assert len(rendered) == len(chats)
     # Length, batches and splits are no business of rendering.
-    make_builder(path, tiny_qwen3, max_length=20, test_size=3, shuffle_seed=5)()
-    assert all_tokens(make_builder(path, tiny_qwen3)()[0]) == first
+    make(max_length=20, test_size=3, shuffle_seed=5)()
+    assert all_tokens(make()()[0]) == first
     assert len(rendered) == len(chats)
-    make_builder(path, tiny_qwen3, use_cache=False)()
+    make(use_cache=False)()
     assert len(rendered) == 2 * len(chats)
 
 
@@ -187,12 +198,13 @@ def test_whatever_changes_the_examples_renders_afresh(
 ) -> None:
     monkeypatch.setenv("COOKBOOK_CACHE", str(tmp_path / "cache"))
     path = write_rows(tmp_path / "chats.jsonl", [{"messages": CHAT}] * 3)
-    rendered = count_renderings(monkeypatch)
-    make_builder(path, tiny_qwen3)()
-    make_builder(path, tiny_qwen3, **options)()
+    rendered: list[str] = []
+    make = functools.partial(builder_noting_rows, rendered, path, tiny_qwen3)
+    make()()
+    make(**options)()
     assert len(rendered) == 6
     write_rows(path, [{"messages": CHAT}] * 4)
-    make_builder(path, tiny_qwen3)()
+    make()()
     assert len(rendered) == 10
 
 
@@ -230,8 +242,9 @@ def test_a_damaged_cache_is_rendered_again(
 ) -> None:
     monkeypatch.setenv("COOKBOOK_CACHE", str(tmp_path / "cache"))
     path = write_rows(tmp_path / "chats.jsonl", [{"messages": CHAT}] * 3)
-    rendered = count_renderings(monkeypatch)
-    whole = all_tokens(make_builder(path, tiny_qwen3)()[0])
+    rendered: list[str] = []
+    make = functools.partial(builder_noting_rows, rendered, path, tiny_qwen3)
+    whole = all_tokens(make()()[0])
     (store,) = (tmp_path / "cache" / "rendered").iterdir()
     damages: list[Callable[[], Any]] = [
         (store / "meta.json").unlink,
@@ -241,21 +254,21 @@ def test_a_damaged_cache_is_rendered_again(
     ]
     for number, damage in enumerate(damages, 1):
         damage()
-        assert all_tokens(make_builder(path, tiny_qwen3)()[0]) == whole
+        assert all_tokens(make()()[0]) == whole
         assert len(rendered) == 3 + 3 * number
 
 
-def test_rows_that_code_of_the_users_reads_are_not_kept(
-    tmp_path: Path, tiny_qwen3: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_rows_that_code_of_the_users_reads_are_not_kept(tmp_path: Path, tiny_qwen3: str) -> None:
     """It may depend on files and values that nothing here knows of."""
+
+    rendered: list[str] = []
 
     class Mine(FromConversationFileBuilder):
         def conversations_of(self, row: Row) -> list[Conversation]:
+            rendered.append(row.place)
             return [Conversation(row["chat"])]
 
     path = write_rows(tmp_path / "chats.jsonl", [{"chat": CHAT}, {"other": CHAT}])
-    rendered = count_renderings(monkeypatch)
     common = ChatDatasetBuilderCommonConfig(model_name_for_tokenizer=tiny_qwen3)
     make = functools.partial(Mine, file_path=str(path), common_config=common, test_size=0)
     for _ in range(2):
@@ -591,7 +604,7 @@ def test_a_hub_dataset_is_trained_on_like_a_file_of_its_rows(
         loaded = datasets.Dataset.from_list(rows)
         return loaded.to_iterable_dataset() if streaming else loaded
 
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    replace_hub_datasets(monkeypatch, load_dataset)
     common = ChatDatasetBuilderCommonConfig(
         model_name_for_tokenizer=tiny_qwen3, batch_size=2, renderer_name="qwen3"
     )

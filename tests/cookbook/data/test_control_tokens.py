@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,8 @@ def read(tmp_path: Path, tiny_qwen3: str) -> Callable[..., tuple[Datum, DataRepo
     def read_row(row: dict[str, Any], **common: Any) -> tuple[Datum, DataReport]:
         path = tmp_path / "rows.jsonl"
         path.write_text(json.dumps(row) + "\n", encoding="utf-8")
-        config = ChatDatasetBuilderCommonConfig(model_name_for_tokenizer=tiny_qwen3, batch_size=1, **common)
+        common = {"model_name_for_tokenizer": tiny_qwen3, **common}
+        config = ChatDatasetBuilderCommonConfig(batch_size=1, **common)
         data, _ = FromConversationFileBuilder(file_path=str(path), common_config=config, test_size=0)()
         ((datum,),) = [data.get_batch(index) for index in range(len(data))]
         return datum, data.reports()[0]
@@ -147,19 +149,21 @@ def test_a_rendered_prompt_may_have_its_system_prompt_and_tools_beside_it(read, 
     assert tokens_and_trained(datum, tiny_tokenizer) == (ids(tiny_tokenizer, prompt + REPLY), REPLY)
 
 
-def test_variables_of_a_row_reach_the_chat_template(read, tiny_qwen3, tmp_path, monkeypatch):
-    from cookbook import models
-
-    tokenizer = models.get_tokenizer(tiny_qwen3)
-    monkeypatch.setattr(tokenizer, "chat_template", TEMPLATE_WITH_MODES)
+def test_variables_of_a_row_reach_the_chat_template(read, tiny_qwen3, tiny_tokenizer, tmp_path):
+    tokenizer = tiny_tokenizer
+    tokenizer.chat_template = TEMPLATE_WITH_MODES
+    model = str(shutil.copytree(tiny_qwen3, tmp_path / "model"))
+    tokenizer.save_pretrained(model)
     chat = [CHAT[0], {"role": "assistant", "content": "two"}]
     for kwargs in ({"quiet": True}, json.dumps({"quiet": True})):
-        datum, report = read({"messages": chat, "chat_template_kwargs": kwargs})
+        datum, report = read(
+            {"messages": chat, "chat_template_kwargs": kwargs}, model_name_for_tokenizer=model
+        )
         tokens, trained = tokens_and_trained(datum, tokenizer)
         assert trained == "two<|im_end|>"
         assert tokenizer.decode(tokens) == tokenizer.apply_chat_template(chat, tokenize=False, quiet=True)
         assert '  Given to the chat template: {"quiet": true} (1 row)' in report.lines()
-    datum, _ = read({"messages": chat})
+    datum, _ = read({"messages": chat}, model_name_for_tokenizer=model)
     assert tokens_and_trained(datum, tokenizer)[1] == "two<|im_end|>"
 
 

@@ -103,20 +103,15 @@ def test_nesting_without_an_end_and_numbers_without_an_end_are_bad_rows(value: s
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.parquet", "a.arrow", "folder"])
-def test_chunks_of_large_rows_have_fewer_of_them(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from cookbook.data.sources import arrow, text_files
-
-    for module in (base, arrow, text_files):
-        monkeypatch.setattr(module, "MAX_CHUNK_BYTES", 1000)
-    rows = [{"text": f"{number} " + "x" * (450 if number % 5 else 1)} for number in range(40)]
+def test_chunks_of_large_rows_have_fewer_of_them(name: str, tmp_path: Path) -> None:
+    rows = [{"text": f"{number} " + "x" * (900_000 if number % 5 else 1)} for number in range(60)]
     source = open_source(str(_written(tmp_path / name, rows)))
-    for start in (0, 1, 17, 39):
-        chunks = list(source.chunks(start, 10))
+    for start in (0, 1, 17, 59):
+        chunks = list(source.chunks(start, 60))
         assert [row for chunk in chunks for row in chunk.rows()] == rows[start:]
-        assert max(sum(len(row["text"]) for row in chunk.rows()) for chunk in chunks) < 3000  # type: ignore[misc]
-    assert len(list(source.chunks(0, 10))) > 4
+        sizes = [sum(len(row["text"]) for row in chunk.rows()) for chunk in chunks]  # type: ignore[misc]
+        assert max(sizes) < 2 * base.MAX_CHUNK_BYTES + MIB
+    assert len(list(source.chunks(0, 60))) > 1
 
 
 def _written(path: Path, rows: list[dict[str, Any]]) -> Path:
@@ -134,8 +129,8 @@ def _written(path: Path, rows: list[dict[str, Any]]) -> Path:
         return next((path.parent / "saved").glob("*.arrow"))
     else:
         path.mkdir()
-        for number, first in enumerate(range(0, len(rows), 7)):
-            _written(path / f"{number}.jsonl", rows[first : first + 7])
+        for number, first in enumerate(range(0, len(rows), 30)):
+            _written(path / f"{number}.jsonl", rows[first : first + 30])
     return path
 
 

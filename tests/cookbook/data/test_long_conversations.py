@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import pytest
-
-from cookbook.data import findings
 from cookbook.data.conversation import Conversation
 from cookbook.data.rendering import RowRenderer
 from cookbook.data.report import note_lines
@@ -43,12 +40,11 @@ def test_a_conversation_of_thousands_of_messages_says_what_it_costs(tiny_tokeniz
     assert "found (1 conversation)" in line
 
 
-def test_a_conversation_of_many_examples_says_so(
-    tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(findings, "MANY_EXAMPLES", 1)
-    line, _ = lines_and_examples(tiny_tokenizer, "role_colon", 4)
-    assert "read (4 messages)" in line
+def test_a_conversation_of_many_examples_says_so(tiny_tokenizer: Any) -> None:
+    """Qwen3 keeps no thinking of earlier turns, so that each reply is an example."""
+    line, examples = lines_and_examples(tiny_tokenizer, "qwen3", 200)
+    assert len(examples) == 100
+    assert "read (200 messages), trained (100 examples)" in line
 
 
 def test_short_conversations_say_nothing_of_their_cost(tiny_tokenizer: Any) -> None:

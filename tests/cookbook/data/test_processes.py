@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from itertools import count, islice
 
 import pytest
+from outside_world import let_use_cores
 from waiting import wait_until
 
-from cookbook.data import processes
 from cookbook.data.processes import map_in_order
 from cookbook.errors import DataError
 
@@ -25,9 +25,8 @@ def test_results_come_in_order_for_any_number_of_processes():
 
 
 def test_work_that_takes_long_goes_to_other_processes(monkeypatch):
-    monkeypatch.setattr(processes, "SECONDS_ALONE", 0.0)
-    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1})
-    pids = list(map_in_order(lambda x: os.getpid(), range(40)))
+    let_use_cores(monkeypatch, 2)
+    pids = list(map_in_order(lambda x: os.getpid(), range(40), seconds_alone=0.0))
     assert pids[0] == os.getpid()
     assert os.getpid() not in pids[1:]
 

@@ -19,6 +19,7 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from outside_world import replace_hub_commits, replace_hub_datasets
 
 from cookbook.data import cache
 from cookbook.data.formats import conversations_of
@@ -35,7 +36,6 @@ from cookbook.data.sources import (
 )
 from cookbook.data.sources.hub import HubName
 from cookbook.errors import DataError
-from cookbook.utils import hub
 
 CALLS: list[dict[str, Any]] = [
     {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}], "id": 1},
@@ -493,7 +493,7 @@ def local_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str,
         asked.append({"hub_id": hub_id, "name": name, "revision": revision, **options})
         return load(str(folder), cache_dir=str(tmp_path / "cache"), **options)
 
-    monkeypatch.setattr(datasets, "load_dataset", load_locally)
+    replace_hub_datasets(monkeypatch, load_locally)
     return asked
 
 
@@ -530,16 +530,7 @@ def test_a_hub_name_may_say_config_and_split(
 def test_a_stream_reads_the_commit_that_its_fingerprint_stands_for(
     local_hub: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import huggingface_hub
-
-    commits = iter(["one", "one", "two"])
-
-    class Api:
-        def dataset_info(self, hub_id: str) -> Any:
-            return huggingface_hub.hf_api.DatasetInfo(id=hub_id, sha=next(commits), tags=[])
-
-    monkeypatch.setattr(hub, "why_unreachable", lambda: None)
-    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    replace_hub_commits(monkeypatch, iter(["one", "one", "two"]))
     first, again, second = (open_source("owner/name", streaming=True).fingerprint() for _ in range(3))
     assert [asked["revision"] for asked in local_hub] == ["one", "one", "two"]
     assert first == again != second
