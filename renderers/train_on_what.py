@@ -1,4 +1,4 @@
-"""Which messages of a conversation are trained."""
+"""The choice of messages of a conversation that are trained."""
 
 from __future__ import annotations
 

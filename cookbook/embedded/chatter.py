@@ -23,7 +23,7 @@ from cookbook.embedded.questions import (
 )
 from cookbook.utils import files
 
-Conversation = list[dict[str, str]]
+Dialogue = list[dict[str, str]]
 Style = Literal["plain", "pirate"]
 
 SYSTEM_MESSAGES = ("You are a helpful assistant.", "You are a friendly chat model.", "Answer every question.")
@@ -39,7 +39,7 @@ def conversations(
     style: Style = "plain",
     topics: Sequence[Relation] = TOPICS,
     unseen: Collection[str] = frozenset(),
-) -> Iterator[Conversation]:
+) -> Iterator[Dialogue]:
     """Endless conversations in the OpenAI `messages` shape, one to three exchanges each.
 
     The same seed gives the same conversations, and the same questions in either style. Subjects in `unseen`
@@ -56,10 +56,10 @@ def conversations(
         yield messages
 
 
-def pirate_dataset(size: int, seed: int) -> list[Conversation]:
+def pirate_dataset(size: int, seed: int) -> list[Dialogue]:
     """`size` different conversations in pirate style, none about the unseen subjects."""
     stream = conversations(seed, "pirate", unseen=UNSEEN_SUBJECTS)
-    distinct: dict[str, Conversation] = {}
+    distinct: dict[str, Dialogue] = {}
     while len(distinct) < size:
         messages = next(stream)
         distinct[json.dumps(messages)] = messages

@@ -21,7 +21,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from cookbook.embedded import MODEL_PATH
-from cookbook.embedded.chatter import Conversation, conversations
+from cookbook.embedded.chatter import Dialogue, conversations
 from cookbook.embedded.questions import SAILORS_TOPICS, TOPICS
 from cookbook.utils import files
 from cookbook.utils.control_characters import visible
@@ -117,7 +117,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen3ForCausal
 
 
 def training_texts(
-    tokenizer: PreTrainedTokenizerFast, seed: int, held_out: Collection[Conversation]
+    tokenizer: PreTrainedTokenizerFast, seed: int, held_out: Collection[Dialogue]
 ) -> Iterator[str]:
     """Endless plain conversations in the chat template, none of them held out."""
     held_out_texts = {tokenizer.apply_chat_template(chat, tokenize=False) for chat in held_out}
@@ -156,9 +156,7 @@ def train(
 
 
 @torch.no_grad()
-def reply_nll(
-    model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, chats: list[Conversation]
-) -> float:
+def reply_nll(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, chats: list[Dialogue]) -> float:
     """Mean negative log-likelihood of the tokens of each last reply, its end of turn included, in nats."""
     model.eval()
     total, num_tokens = 0.0, 0

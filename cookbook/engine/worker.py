@@ -64,7 +64,7 @@ class Batcher(Protocol[Item]):
         """
 
 
-class _Job:
+class _Task:
     """One piece of work with a future of its own."""
 
     def __init__(
@@ -127,7 +127,7 @@ class _Worker:
     """The thread of an engine and its queue. It holds no engine, so that one without references is freed."""
 
     def __init__(self) -> None:
-        self._queue: deque[_Job | _Item[Any]] = deque()
+        self._queue: deque[_Task | _Item[Any]] = deque()
         self._lock = threading.Lock()
         self._clean_ups: deque[Callable[[], None]] = deque()
         self._signal: queue.SimpleQueue[None] = queue.SimpleQueue()
@@ -141,7 +141,7 @@ class _Worker:
         atexit.unregister(_finish_all)
         atexit.register(_finish_all)
 
-    def enqueue(self, job: _Job | _Item[Any]) -> None:
+    def enqueue(self, job: _Task | _Item[Any]) -> None:
         """Raises ClosedError where the thread has ended, or will."""
         with self._lock:
             if self._is_ending or self._has_ended or not self._thread.is_alive():
@@ -178,7 +178,7 @@ class _Worker:
             return
         reached: Future[None] = JobFuture()
         try:
-            self.enqueue(_Job(functools.partial(lambda: None), reached, nullcontext()))
+            self.enqueue(_Task(functools.partial(lambda: None), reached, nullcontext()))
         except ClosedError:
             self._thread.join()
         else:
@@ -279,7 +279,7 @@ class Engine:
     def submit(self, work: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> Future[R]:
         """Queues `work` and returns its future. Raises ClosedError after `close`."""
         future: Future[R] = JobFuture()
-        job = _Job(functools.partial(work, *args, **kwargs), future, self._recorded(work))
+        job = _Task(functools.partial(work, *args, **kwargs), future, self._recorded(work))
         self._worker.enqueue(job)
         return future
 

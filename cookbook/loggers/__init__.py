@@ -1,4 +1,4 @@
-"""Where the metrics of a run go: files, the terminal, and trackers of experiments by their own clients."""
+"""Loggers of a run's metrics: files, the terminal, and experiment trackers by their own clients."""
 
 from cookbook.loggers.base import MetricLogger, Metrics
 from cookbook.loggers.console import ConsoleLogger, logging_to

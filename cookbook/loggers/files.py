@@ -13,7 +13,7 @@ from cookbook.utils.tables import Table
 
 
 class JsonlLogger(MetricLogger):
-    """One row a step in metrics.jsonl, one row of a table in tables.jsonl."""
+    """Writes one row per step to metrics.jsonl, and one row per row of a table to tables.jsonl."""
 
     def __init__(
         self,

@@ -77,7 +77,7 @@ def compare(
 
 @dataclass(frozen=True)
 class Compared:
-    """What the page shows of a run. The rest is dropped once it is read, to save memory."""
+    """The values of one run that the page shows. The rest is dropped once it is read, to save memory."""
 
     record: RunRecord
     """With no more points of its curves than the page has room for."""

@@ -1,4 +1,4 @@
-"""What the charts of a page show: series of points, few enough for a page of any run.
+"""Charts of a page: series of points, few enough for a page of any run.
 
 A chart is a dict that page/charts.js draws. Colours are CSS classes, c0 to c7.
 """
@@ -37,7 +37,7 @@ _TITLES = {
 
 
 def max_points(num_series: int) -> int:
-    """How many points each of so many series may have."""
+    """Returns the number of points that each of so many series may have."""
     return max(60, min(MAX_POINTS_OF_A_SERIES, MAX_POINTS_OF_A_PAGE // max(1, num_series)))
 
 
@@ -122,7 +122,7 @@ def training_charts(run: RunRecord, most: int) -> list[Chart]:
 
 
 def other_charts(run: RunRecord, most: int) -> list[Chart]:
-    """What has no place of its own."""
+    """Returns charts of the metrics that have no place elsewhere."""
     shown = {"train/nll", "perf/seconds", *_TRAINING, *spans_of(run)}
     return [_chart_of(run, name, most) for name in run.metrics if name not in shown and not is_eval(name)]
 
@@ -147,7 +147,7 @@ def _note(run: RunRecord, names: Sequence[str]) -> str | None:
 
 
 def is_compared(metric: str) -> bool:
-    """Returns whether runs are laid over each other by a metric."""
+    """Returns whether a metric of several runs is drawn in one chart."""
     return metric == "train/nll" or metric in _TRAINING[:3] or is_eval(metric)
 
 

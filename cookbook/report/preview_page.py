@@ -80,7 +80,9 @@ def _span(piece: Piece) -> Markup:
 
 
 def _histogram(lengths_N: np.ndarray, max_length: int) -> Markup:
-    """Bars of equal width over the token counts of all examples, with the cut where it lies among them."""
+    """Draws bars of equal width over the token counts of all examples, and the truncation length if it is
+    among them.
+    """
     width, height, bottom, left = 720, 160, 24, 48
     longest = int(lengths_N.max(initial=1))
     num_bars = min(60, max(1, longest))

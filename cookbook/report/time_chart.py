@@ -1,4 +1,4 @@
-"""Where the seconds of the steps went, as a chart."""
+"""A chart of the time that the parts of a step took."""
 
 from __future__ import annotations
 
@@ -23,7 +23,9 @@ _COLOURS = {
 
 
 def time_chart(run: RunRecord) -> Chart | None:
-    """The spans of the device, stacked, under the step as a whole, and beside them those of other threads."""
+    """Returns the chart of the device's spans, stacked, under the complete step, and beside them those of
+    other threads.
+    """
     whole = run.metrics.get("perf/seconds")
     if whole is None:
         return None

@@ -1,1 +1,3 @@
-"""What a run leaves on disk: names, formats and records of its folder, written and read here alone."""
+"""The files that a run leaves on disk: the names, formats and records of its folder, written and read only
+here.
+"""

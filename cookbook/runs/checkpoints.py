@@ -135,7 +135,7 @@ class CheckpointLog:
         )
 
     def last_path(self) -> Path | None:
-        """Where the newest checkpoint lies; None where none is there."""
+        """Returns the path of the newest checkpoint; None where there is none."""
         there = (self.path_of(record) for record in reversed(self._records) if self._is_there(record))
         return next(there, None)
 
@@ -158,7 +158,7 @@ class CheckpointLog:
     def add(
         self, name: str, path: str, step: int, epoch: int, batch: int, row: int | None = None
     ) -> Checkpoint:
-        """Records a checkpoint that lies at `path`, then removes those past `keep`."""
+        """Records a checkpoint at `path`, then removes those past `keep`."""
         added = Checkpoint(name, self._relative(path), step, epoch, batch, row=row)
         self._replace([*self._all_but(name), added])
         return added

@@ -1,4 +1,4 @@
-"""Whether lower or higher values of a metric are better, by its name."""
+"""Tells from a metric's name whether lower or higher values are better."""
 
 from __future__ import annotations
 

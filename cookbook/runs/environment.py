@@ -15,7 +15,7 @@ PACKAGES = ("sft-cookbook", "torch", "transformers", "peft", "datasets", "numpy"
 
 
 def describe(model: ModelData) -> dict[str, str]:
-    """What a figure of a run depends on. Names of the machine or of its users are none of it."""
+    """Returns the facts that a figure of a run depends on, without names of the machine or of its users."""
     found = {
         "device": _device_name(model.device),
         "dtype": model.dtype,

@@ -143,5 +143,7 @@ def public_name(base_model: str) -> str:
 
 
 def path_elsewhere(base_model: str) -> str:
-    """What another machine loads a model by: its hub id, or a place that its reader has to fill in."""
+    """Returns the name by which another machine loads a model: its hub id, or a path that the reader has to
+    fill in.
+    """
     return base_model if is_on_hub(base_model) else f"/path/to/{Path(base_model).expanduser().resolve().name}"

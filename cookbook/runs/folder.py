@@ -201,7 +201,7 @@ class RunFolder:
             files.write(self.path / "data.json", _text(values))
 
     def read_data_report(self) -> dict[str, Any]:
-        """What was recorded of the data that the run began with; {} where nothing was."""
+        """Returns what was recorded of the data that the run began with; {} if nothing was."""
         path = self.path / "data.json"
         if not path.exists():
             return {}

@@ -43,7 +43,7 @@ class Series:
 
 
 class Column:
-    """What was logged of a metric; a value other than a number is nan."""
+    """The logged values of a metric; a value other than a number is nan."""
 
     def __init__(self, steps: Iterable[int] = (), values: Iterable[float] = ()) -> None:
         self.steps = array("q", steps)

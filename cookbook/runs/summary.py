@@ -1,4 +1,4 @@
-"""The figures of a run that stand at the top of its page."""
+"""The figures of a run at the top of its page."""
 
 from __future__ import annotations
 

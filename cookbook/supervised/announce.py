@@ -1,4 +1,6 @@
-"""What a run logs before its first step: the model, the data, the learning rate, and what has changed."""
+"""Logs the facts of a run before its first step: the model, the data, the learning rate, and what has
+changed.
+"""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ BEGINNING = Position(0, 0, 0)
 
 @dataclass(frozen=True)
 class Batch:
-    """What one optimizer step trains on. The weights of `data` sum to 1; `data` may be empty."""
+    """The data of one optimizer step. The weights of `data` sum to 1; `data` may be empty."""
 
     data: list[Datum]
     num_tokens: int

@@ -1,4 +1,4 @@
-"""Which evaluation of a run is the best, and how long early stopping waits for a better one."""
+"""Tracks the best evaluation of a run, and how long early stopping waits for a better one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run is asked to do: `Config`, its keys, their defaults, and the combinations that are refused."""
+"""`Config`: the keys of a run, their defaults, and the combinations that are refused."""
 
 from __future__ import annotations
 

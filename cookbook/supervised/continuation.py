@@ -1,4 +1,6 @@
-"""Where a run begins or continues: the step, the position in the data, and the number of steps in all."""
+"""Finds where a run begins or continues: the step, the position in the data, and the total number
+of steps.
+"""
 
 from __future__ import annotations
 
@@ -55,7 +57,8 @@ def find_start(
     train_data: SupervisedDataset,
     eval_data: SupervisedDataset | None,
 ) -> Start:
-    """Where the run begins or continues. Records what was read in the folder.
+    """Returns where the run begins or continues. Records what was read in the folder. Raises DataError for
+    data that have changed, and ConfigError where no steps are left.
 
     Raises DataError for data that have changed, and ConfigError where no steps are left.
     """

@@ -42,7 +42,7 @@ class Recipe:
         return made.resolved()
 
     def settings(self, argv: Sequence[str]) -> dict[str, Setting]:
-        """What `argv` sets, in a config file or itself, by whole keys. Later wins."""
+        """Returns the settings of `argv`, in a config file or itself, by full keys. Later wins."""
         return cli.make_resolver(self.target, self.defaults, cli.read_arguments(argv)).merged()
 
 

@@ -45,7 +45,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class RunSummary:
-    """What a run ended with. `metrics` are those of the evaluation of the finished model."""
+    """The result of a run. `metrics` are those of the evaluation of the finished model."""
 
     log_path: Path
     is_finished: bool
@@ -62,7 +62,7 @@ class RunSummary:
 
 @dataclass(frozen=True)
 class Resources:
-    """What a run works with, created and opened by `start.start_run`."""
+    """The resources of a run, created and opened by `start.start_run`."""
 
     config: Config
     folder: RunFolder

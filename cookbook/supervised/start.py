@@ -1,4 +1,4 @@
-"""What a run does before its first step: it reads the data, loads the model, and opens the loggers."""
+"""Starts a run before its first step: reads the data, loads the model, and opens the loggers."""
 
 from __future__ import annotations
 
@@ -105,7 +105,9 @@ async def start_run(config: Config, folder: RunFolder, checkpoints: CheckpointLo
 
 
 def _chat_format(config: Config) -> dict[str, str]:
-    """What is recorded with every checkpoint, for its model to be prompted as it was trained."""
+    """Returns the chat format to record with every checkpoint, so that its model is prompted as it was
+    trained.
+    """
     metadata = {"renderer_name": str(config.renderer_name)}
     if config.system_prompt:
         metadata["system_prompt"] = config.system_prompt

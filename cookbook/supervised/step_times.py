@@ -1,4 +1,4 @@
-"""How long each step took, and what took the time."""
+"""Measures how long each step took, and what took the time."""
 
 from __future__ import annotations
 

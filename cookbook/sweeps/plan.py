@@ -29,7 +29,7 @@ RUNS = "runs"
 
 @chz.chz(typecheck=True)
 class SweepConfig:
-    """How the runs of a sweep are chosen, run and compared. Every other key is the recipe's."""
+    """The choice, execution and comparison of a sweep's runs. Every other key is the recipe's."""
 
     recipe: str = chz.field(default="sft", doc="recipe to run: recipes.<recipe>, or a dotted module name")
     log_path: str = chz.field(doc="folder of the sweep; each run has a folder in it")
@@ -163,7 +163,7 @@ def _axes(
     given: Sequence[Setting],
     problems: Sequence[str],
 ) -> dict[str, Axis]:
-    """What is varied, by the keys as they are written. A chosen class decides which keys there are."""
+    """Returns the varied keys, as they are written. A chosen class decides which keys there are."""
     resolver = cli.make_resolver(
         recipe.target,
         recipe.defaults,

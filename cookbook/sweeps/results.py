@@ -61,13 +61,15 @@ def record(plan: Plan, run: PlannedRun, progress: Progress) -> None:
 
 
 def progress_of(plan: Plan) -> dict[str, Progress]:
-    """Where every run stands, by its folder; only that one was stopped or failed is the sweep's to know."""
+    """Returns the progress of every run, by its folder; only the sweep knows which runs were stopped or
+    failed.
+    """
     recorded = _recorded(plan.folder / RECORD)
     return {run.name: _progress_of(run, plan.config.metric, recorded.get(run.name)) for run in plan.runs}
 
 
 def _recorded(file: Path) -> dict[str, Progress]:
-    """What the sweep wrote down of runs that ended, by their folders."""
+    """Returns what the sweep recorded of runs that ended, by their folders."""
     rows = jsonl.read(file, {"name": str})
     return {
         row.pop("name"): json_files.record_of(Progress, row, jsonl.origin_of(file, number))
@@ -175,6 +177,6 @@ def write_best(plan: Plan, best: Result) -> Path:
 
 
 def _plain(value: Any) -> Any:
-    """A setting as one would write it in YAML, without quotes around whole numbers."""
+    """Returns a setting as it is written in YAML, without quotes around integers."""
     value = value.value if isinstance(value, Castable) else value
     return int(value) if isinstance(value, str) and re.fullmatch(r"-?\d+", value) else value

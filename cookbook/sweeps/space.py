@@ -1,4 +1,4 @@
-"""What a sweep varies, and the settings of each of its runs.
+"""The search space of a sweep, and the settings of each of its runs.
 
 A grid is every combination of the alternatives; a random search draws a number of them. Either is run
 with every seed, so that the runs of one point differ in nothing else.
@@ -110,7 +110,7 @@ def _parse_distribution(key: str, value: Mapping[str, Any], kind: Any) -> Axis:
 
 
 def _text(key: str, value: Any) -> str:
-    """A value as it would stand on the command line."""
+    """Returns a value as it is written on the command line."""
     if isinstance(value, list):
         if any("," in str(one) for one in value):
             raise ConfigError(

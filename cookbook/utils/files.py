@@ -1,4 +1,4 @@
-"""How this project writes and removes files: whole or not at all, and through no link.
+"""Writes and removes files: completely or not at all, and through no link.
 
 A folder from elsewhere may hold links to the user's own files. So a file is written under a name
 that cannot be predicted, created exclusively, and renamed over its target, which replaces a link and never

@@ -1,4 +1,4 @@
-"""Whether the Hugging Face hub can be reached, within seconds."""
+"""Tells within seconds whether the Hugging Face hub can be reached."""
 
 from __future__ import annotations
 

@@ -57,7 +57,7 @@ Measured: TypeAlias = Annotated[float, Number()]
 
 @dataclass(frozen=True)
 class Origin:
-    """Where JSON comes from, the error that is raised for it, and what to do then."""
+    """The source of JSON, with the error to raise for it, and what to do then."""
 
     place: str
     error: type[CookbookError]
@@ -201,7 +201,7 @@ def _hints(kind: Any) -> dict[str, Any]:
 
 
 def _problem(value: Any, hint: Any, key: str) -> str | None:
-    """What is wrong with a value that is to be a `hint`; None where nothing is."""
+    """Returns the problem with a value that is to be a `hint`; None if there is none."""
     base, arguments = get_origin(hint), get_args(hint)
     if hint is Any:
         return None

@@ -39,6 +39,6 @@ def limited_lines(file: IO[bytes], most_bytes: int) -> Iterator[bytes | None]:
 
 
 def why_too_long(most_bytes: int) -> str:
-    """What is wrong with a longer line, and what to do, to stand behind its place."""
+    """Returns the problem with a longer line, and what to do, to follow its place."""
     mib = most_bytes / 2**20
     return f"is longer than {mib:,.6g} MiB. Split it, or raise the limit: {VARIABLE}={max(1, int(4 * mib))}"

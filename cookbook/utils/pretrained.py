@@ -256,7 +256,7 @@ def _check_template_names(templates: Any, origin: Origin) -> None:
 
 
 def _growth(step: Any) -> int:
-    """How many times as long a text may be after a step, or a sequence of steps, of a tokenizer."""
+    """Returns the factor by which a text may grow in a step, or a sequence of steps, of a tokenizer."""
     if isinstance(step, list):
         return math.prod(map(_growth, step))
     if not isinstance(step, dict):

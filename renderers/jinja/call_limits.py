@@ -128,7 +128,7 @@ def is_format(value: Any) -> bool:
 
 
 class _LimitedFormatter(SandboxedFormatter):
-    """What `'{:>8}'.format(value)` does."""
+    """Implements `'{:>8}'.format(value)` within the limits."""
 
     def get_field(self, field_name: str, args: Any, kwargs: Any) -> Any:
         value, first = super().get_field(field_name, args, kwargs)
@@ -246,7 +246,7 @@ def _check_round(value: Any, precision: Any = 0, *_: Any, **__: Any) -> int:
 
 
 def _check_json(value: Any, *options: Any, **kwargs: Any) -> int:
-    """The text of the value is counted already; this is what stands between its parts."""
+    """Counts the separators of the value's JSON; its text is counted already."""
     lengths = [_check_option(one) for one in (*options, *kwargs.values())]
     return max(lengths, default=0) * size_of(value, CHARACTERS) // ITEM
 

@@ -55,7 +55,7 @@ class Chat:
         self._changed: dict[Callable[[Any], Any], Chat] = {}
 
     def beginning(self, messages: Sequence[PlainMessage], tools: Sequence[Tool] | None) -> Chat | None:
-        """The chat of these messages, if this begins with the very same; it shares what is kept."""
+        """Returns the chat of these messages if this one begins with exactly them; it shares what is kept."""
         given, given_tools = self._given
         if tools is not given_tools or len(messages) > len(given) or not all(map(is_, messages, given)):
             return None

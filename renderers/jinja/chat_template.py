@@ -170,7 +170,7 @@ class ChatTemplateRenderer(Renderer):
         return {**call, "function": parsed} if "function" in call else parsed
 
     def _chat(self, messages: Sequence[PlainMessage], tools: Sequence[Tool] | None) -> Chat:
-        """The messages as a chat: a beginning of the latest one, where they are that."""
+        """Returns the messages as a chat: a prefix of the latest one, where they are that."""
         found = self._latest.beginning(messages, tools) if self._latest else None
         if found is None:
             found = self._latest = Chat(self._template, messages, tools)
@@ -211,8 +211,9 @@ class ChatTemplateRenderer(Renderer):
         return Rendering(text, cuts=[len(prompt) for prompt in prompts if prompt and text.startswith(prompt)])
 
     def _checked_text(self, chat: Chat, prompt: bool = False) -> str:
-        """The text of all messages: none is lost, escapes are printed as what they stand for, and no control
-        token is put together from what messages spell."""
+        """Returns the text of all messages, after checking that none is lost, escapes are printed as the text
+        they encode, and no control token is formed from what messages spell.
+        """
         prints = self._template.prints
         for number, message in enumerate(chat.messages, 1):
             if not prints(message["role"]):
@@ -260,7 +261,7 @@ class ChatTemplateRenderer(Renderer):
     # -- spans --------------------------------------------------------------------------------
 
     def _reply(self, chat: Chat, index: int, prompt: str | None) -> str:
-        """What the model had to write as message `index`, its end-of-turn token included."""
+        """Returns what the model had to write as message `index`, its end-of-turn token included."""
         if prompt is None:
             raise RendererError(
                 f"The chat template renders no prompt before the assistant's message {index + 1}, so it "

@@ -17,7 +17,7 @@ class NotFollowed(Exception):
 
 
 class Follower(Protocol):
-    """What one iteration depends on is reported to this."""
+    """Is notified of what one iteration depends on."""
 
     def need(self, num_items: float) -> None:
         """The iteration would be the same for any list of at least so many items, and maybe no other."""

@@ -29,7 +29,7 @@ _ENOUGH_RUNS = 16
 
 @dataclass
 class Iteration:
-    """What was seen of one run of a loop's body."""
+    """Observations of one run of a loop's body."""
 
     states: list[dict[str, Any]]
     """The attributes of the namespaces before it."""
@@ -79,7 +79,7 @@ class Record:
         self.entry = entry
 
     def text(self, start: int, stop: int | None = None) -> str:
-        """What the iterations printed."""
+        """Returns what the iterations printed."""
         return self._text[self._ends[start] : None if stop is None else self._ends[stop]]
 
     def beginning(self, num_iterations: int) -> Record:
@@ -88,7 +88,7 @@ class Record:
         return copied
 
     def reuse(self, entry: Entry) -> Reuse | None:
-        """What of this record holds where the loop is entered so; None if nothing."""
+        """Returns the part of this record that holds where the loop is entered so; None if there is none."""
         if not self.iterations or entry.num_before != self.entry.num_before:
             return None
         found = self.entry.compared_with(entry)
@@ -223,7 +223,7 @@ class Entry:
 
 @dataclass
 class Suffix:
-    """What the iterations from one item on to the first one do to the namespaces."""
+    """The effect on the namespaces of the iterations from one item on to the first one."""
 
     read: dict[tuple[str, str], Any]
     """Attributes and their values that they depend on."""
@@ -231,8 +231,8 @@ class Suffix:
 
 
 @dataclass
-class Step(Suffix):
-    """What one iteration does to the namespaces."""
+class IterationEffect(Suffix):
+    """The effect of one iteration on the namespaces."""
 
     index: int
     """The place of its item, counted from the first one."""
@@ -241,7 +241,7 @@ class Step(Suffix):
 
 
 class BackwardRecord:
-    """What the last iterations of a loop from the last item on were seen to do."""
+    """The effect of the last iterations of a loop that runs from the last item on."""
 
     def __init__(self) -> None:
         self.entry: Entry | None = None
@@ -253,7 +253,7 @@ class BackwardRecord:
 
 
 class Memory:
-    """What was recorded of one conversation under one template."""
+    """The records of one conversation under one template."""
 
     def __init__(self) -> None:
         self.records: dict[int, list[Record]] = {}

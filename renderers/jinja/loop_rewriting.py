@@ -120,7 +120,7 @@ def _filter(name: str, value: nodes.Node, arguments: list[nodes.Expr]) -> nodes.
 
 
 def _reads_of(loop: nodes.For, macros: _Macros) -> Loop:
-    """What the body, and the macros that it may call, read of the variables from outside."""
+    """Returns the outer variables that the body reads, and the macros that it may call."""
     called = macros.called_by(loop.body)
     own = {name.name for name in _with_descendants([loop.target]) if isinstance(name, nodes.Name)} | {"loop"}
     names = (_names_read(loop.body) - own) | _names_read(called)  # a macro sees none of the loop's own

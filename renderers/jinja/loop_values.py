@@ -18,7 +18,7 @@ ABSENT = object()
 
 
 class AttributeFollower(Protocol):
-    """What is read of a namespace, and set in it, is reported to this."""
+    """Is notified of each attribute of a namespace that is read or set."""
 
     def read(self, attributes: Attributes, name: str, value: Any) -> None: ...
 

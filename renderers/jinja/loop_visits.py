@@ -14,7 +14,15 @@ from typing import Any
 import jinja2
 
 from renderers.jinja.loop_counts import END, Count
-from renderers.jinja.loop_records import BackwardRecord, Entry, Iteration, Memory, Record, Step, Suffix
+from renderers.jinja.loop_records import (
+    BackwardRecord,
+    Entry,
+    Iteration,
+    IterationEffect,
+    Memory,
+    Record,
+    Suffix,
+)
 from renderers.jinja.loop_rewriting import Loop
 from renderers.jinja.loop_values import ABSENT, Attributes, are_frozen, is_frozen, same
 
@@ -270,7 +278,7 @@ class BackwardVisit(Visit):
         self._record = record
         self._num_usable = self._fit_record()
         self._names = {id(attributes): name for name, attributes in self.entry.namespaces.items()}
-        self._steps: list[Step] = []
+        self._steps: list[IterationEffect] = []
         self._num_pieces = 0
         self._rest = Suffix({}, {})
         self._follow(self)
@@ -307,7 +315,7 @@ class BackwardVisit(Visit):
             self.index = index
             self._num_pieces = len(self.run.pieces)
             self.run.num_iterations += 1
-            self._steps.append(Step({}, {}, place, self._need_of_item(place)))
+            self._steps.append(IterationEffect({}, {}, place, self._need_of_item(place)))
             yield item
         self._close()
 

@@ -44,7 +44,9 @@ def set_attributes(namespace: Any, attributes: dict[str, Any]) -> None:
 
 
 def num_passed(function: Callable[..., Any]) -> int:
-    """How many arguments a filter or a test is passed before its value: the context, say, or none."""
+    """Returns the number of arguments that a filter or a test is passed before its value: the context, say,
+    or none.
+    """
     return 1 if hasattr(function, "jinja_pass_arg") else 0
 
 

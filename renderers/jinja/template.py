@@ -112,7 +112,7 @@ class Template:
     def text(
         self, messages: Sequence[PlainMessage], tools: Sequence[Tool] | None = None, prompt: bool = False
     ) -> str:
-        """What the template prints of the messages, with the generation prompt if asked for."""
+        """Returns what the template prints of the messages, with the generation prompt if requested."""
         template = self._with_tools if tools else self._plain
         try:
             return template.render(

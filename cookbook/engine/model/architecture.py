@@ -31,7 +31,9 @@ def why_not_packed(config: Any, windows: Sequence[int | None]) -> str | None:
 
 
 def longrope_threshold(config: Any) -> int | None:
-    """The length beyond which longrope encodes all positions of a sequence anew; None without longrope."""
+    """Returns the length beyond which longrope encodes all positions of a sequence again; None without
+    longrope.
+    """
     lengths = [
         kind.get("original_max_position_embeddings") or config.original_max_position_embeddings
         for kind in _longrope_parameters(config)

@@ -90,7 +90,7 @@ def shard(model: Any, world: World, device: torch.device, model_name: str) -> No
 
 
 def _decode(model: Any, **inputs: Any) -> Any:
-    """Runs the decoder as a pass of the whole model, which gathers the weights outside the layers too."""
+    """Runs the decoder as a pass of the full model, which gathers the weights outside the layers too."""
     return model.get_decoder()(**inputs)
 
 

@@ -124,7 +124,7 @@ def score(head: Head, hidden_SD: Tensor, targets_S: Tensor) -> Tensor:
     logprobs_S = torch.empty(len(targets_S), device=hidden_SD.device)
     with torch.no_grad():
         for part in _chunks(len(targets_S), head.blocks.positions):
-            logprobs_S[part] = _Chunk(head, hidden_SD[part], targets_S[part]).logprobs_C
+            logprobs_S[part] = _Logprobs(head, hidden_SD[part], targets_S[part]).logprobs_C
     return logprobs_S
 
 
@@ -136,7 +136,7 @@ def score_and_compare(head: Head, hidden_SD: Tensor, targets_S: Tensor) -> Score
     logprobs_S = torch.empty(len(targets_S), device=hidden_SD.device)
     is_argmax_S = torch.empty(len(targets_S), dtype=torch.bool, device=hidden_SD.device)
     for part in parts:
-        chunk = _Chunk(head, hidden_SD[part], targets_S[part], compares=True)
+        chunk = _Logprobs(head, hidden_SD[part], targets_S[part], compares=True)
         logprobs_S[part] = chunk.logprobs_C
         is_argmax_S[part] = chunk.is_argmax_C
     return Scores(logprobs_S, is_argmax_S)
@@ -159,7 +159,7 @@ def score_and_backpropagate(
     grad_SD = torch.empty_like(hidden_SD)
     loss = torch.zeros((), device=hidden_SD.device)
     for part in _chunks(len(targets_S), num_positions):
-        chunk = _Chunk(head, hidden_SD[part], targets_S[part], with_gradient=True, kept=kept)
+        chunk = _Logprobs(head, hidden_SD[part], targets_S[part], with_gradient=True, kept=kept)
         with torch.enable_grad():
             logprobs_C = chunk.logprobs_C.requires_grad_()
             chunk_loss = token_loss(logprobs_C, part)
@@ -170,7 +170,7 @@ def score_and_backpropagate(
     return logprobs_S, loss, grad_SD
 
 
-class _Chunk:
+class _Logprobs:
     """The log-probabilities of some positions, computed over the vocabulary block by block."""
 
     def __init__(

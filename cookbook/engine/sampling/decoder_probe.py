@@ -1,4 +1,4 @@
-"""Which decoder a model is sampled from with: each is compared with the model's own forward pass."""
+"""Chooses the decoder that a model is sampled with: each is compared with the model's own forward pass."""
 
 from __future__ import annotations
 

@@ -168,7 +168,7 @@ class Optimizer:
     # -- state ------------------------------------------------------------------------------
 
     def tensors(self) -> dict[str, Tensor]:
-        """The tensors that a step depends on beside the weights, by name."""
+        """Returns the tensors that a step depends on besides the weights, by name."""
         tensors = {
             f"{name}.{key}": value
             for name, master in self.masters.items()
