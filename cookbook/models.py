@@ -153,7 +153,7 @@ def context_length(model_name: str) -> int | None:
 
 
 def check_vocabulary(model_name: str) -> None:
-    """Raises ModelError where the tokenizer makes tokens that the model's embedding has no row for.
+    """Raises ModelError where the tokenizer has tokens that the model's embedding has no row for.
 
     A token that the tokenizer keeps for pictures or sound (Gemma 3's `image_token`) may lie beyond it:
     no text becomes that token.

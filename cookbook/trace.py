@@ -106,7 +106,7 @@ class Recorder:
 class TraceFile:
     """Spans as JSON trace events, in an array that needs no end: what a kill leaves can be opened.
 
-    A process appends to what earlier ones of the same run wrote. Its events bear its process id and
+    A process appends to what earlier ones of the same run wrote. Its events have its process id and
     the time of day, so the trace shows each start of a run in its place, and the gaps between them.
     """
 

@@ -133,7 +133,7 @@ class TensorData:
             values = values.detach().cpu()
             values = (values.float() if values.is_floating_point() else values).numpy()
         try:
-            # A copy: the caller may fill its buffer anew while the request is still queued.
+            # A copy: the caller may refill its buffer while the request is still queued.
             array = np.array(values)
             if array.dtype.kind not in "iubf":
                 raise ValueError("it is not an array of numbers")

@@ -126,7 +126,7 @@ def _speakers(config: ChatConfig, service: ServiceClient) -> tuple[str, list[Spe
 
 @contextmanager
 def _ctrl_c_raises() -> Iterator[None]:
-    """asyncio would take Ctrl-C for a wish to end the whole program."""
+    """asyncio would take Ctrl-C as a request to end the program."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         yield

@@ -1,4 +1,4 @@
-"""A whole fine-tune in one flat loop on the client, to read and to copy.
+"""A complete fine-tune in one flat loop on the client, to read and to copy.
 
     python -m recipes.sft_loop
     python -m recipes.sft_loop model_name=Qwen/Qwen3-0.6B data_path=chats.jsonl
@@ -50,7 +50,7 @@ def main(config: Config) -> None:
     renderer = get_renderer(recommended_renderer(config.model_name), tokenizer)
 
     # ---------------------------------------------------------------------------------------
-    # data: a list of Datum, one a conversation; only the assistant's tokens have weight
+    # data: a list of Datum, one per conversation; only the assistant's tokens have weight
     conversations = []
     for row in open_source(config.data_path).rows():
         if isinstance(row, BadRow):

@@ -19,8 +19,8 @@ BORDER = ": "
 _PUNCTUATION = frozenset({r" ?[^\s\p{L}\p{N}]+", r" ?[^\s\p{L}\p{N}]+[\r\n]*"})
 """What matches a colon with a space behind it, up to the space."""
 
-# None of these matches a colon with a space behind it, and none looks further than that space from before
-# the colon: what stands before the border is matched the same whatever follows, a space or the end.
+# None of these matches a colon with a space behind it, and none looks past that space from before
+# the colon: the text before the border is matched the same whatever follows, a space or the end.
 _OTHERS = frozenset(
     {
         "'s",

@@ -35,8 +35,8 @@ class ChatReply:
 class ChatSession:
     """The messages of a chat so far, and the model that replies to them.
 
-    The oldest messages are dropped, whole exchanges at a time, if the context would otherwise have room for
-    a reply of fewer than `max_tokens` tokens, or of less than a quarter of it where that is smaller.
+    The oldest messages are dropped, complete exchanges at a time, if the context would otherwise have room
+    for a reply of fewer than `max_tokens` tokens, or of less than a quarter of it where that is smaller.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class ChatSession:
             kept = kept[next_question:]
         if len(prompt) >= self._context_length:
             raise RequestError(
-                f"The message makes a prompt of {len(prompt):,} tokens, and the context length is "
+                f"The message results in a prompt of {len(prompt):,} tokens, and the context length is "
                 f"{self._context_length:,}. Shorten it."
             )
         return kept, prompt

@@ -141,7 +141,7 @@ class SamplingClient:
     ) -> TokenStream[SampledSequence]:
         """Draws one sequence: iterate over the stream for its tokens as they are drawn.
 
-        `.result()` waits for the whole sequence. Errors are those of `sample`.
+        `.result()` waits for the complete sequence. Errors are those of `sample`.
         """
         request = sample_request(
             self._engine.base,

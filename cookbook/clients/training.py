@@ -44,7 +44,7 @@ _TEN_YEARS = 10 * 365 * 24 * 3600
 class TrainingClient:
     """Trains one adapter. Get one from `ServiceClient.create_lora_training_client`.
 
-    Calls return futures at once and run in the order they were made. A bad argument is raised by the
+    Calls return futures at once and run in the order of the calls. A bad argument is raised by the
     call itself, a failure while it runs by its future. Every method has an `_async` twin.
 
     After `close`, or `close` of the service, every call raises ClosedError.

@@ -25,7 +25,7 @@ CHECKED_WITH = "0.4.0"
 """The version of chz that all this was checked with."""
 
 NOTE_OF_AN_ARGUMENT = " (when "
-"""How the notes begin in which chz says which argument it was evaluating when an error was raised."""
+"""The prefix of the notes in which chz says which argument it was evaluating when an error was raised."""
 
 Param = Any
 """A parameter of a blueprint: `type`, `doc`, `default`, `meta_factory`, `cast`."""

@@ -154,7 +154,9 @@ _KEY_AND_VALUE = re.compile(rf"(?:--)?{_KEY}=")
 
 
 def _read_argument(argument: str, rest: list[str], found: list[Setting]) -> str | None:
-    """Adds a setting to `found`, with its value from `rest` if it stands there; or says what to write."""
+    """Adds a setting to `found`, with its value from `rest` if it is there; otherwise adds what to write
+    instead.
+    """
     key, has_value, value = argument.partition("=")
     dashed = key.startswith("--")
     key = key.removeprefix("--").replace("-", "_") if dashed else key

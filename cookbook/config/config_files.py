@@ -53,7 +53,7 @@ COMMAND_LINE = "command line"
 
 @dataclass(frozen=True)
 class Setting:
-    """One key as it was written: whole, or the last part of one."""
+    """One key as it was written: in full, or its last part."""
 
     key: str
     value: Any

@@ -103,7 +103,7 @@ def fits(param: Param, value: Any) -> bool:
 
 
 def _names_a_class(param: Param, name: str) -> bool:
-    """Returns whether a name is that of something which makes what a field takes."""
+    """Returns whether a name is that of something that creates what a field takes."""
     return CLASS_NAME.fullmatch(name) is not None and class_named(param, name) is not None
 
 

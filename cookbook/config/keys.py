@@ -1,7 +1,8 @@
 """Which field each setting of a config is for, and whether its value can stand there.
 
-A key is written whole (`dataset_builder.common_config.batch_size`) or by its last parts (`batch_size`), which
-must fit one field alone. What means one thing in several fields is a chz Reference in a recipe's defaults.
+A key is written in full (`dataset_builder.common_config.batch_size`) or by its last parts (`batch_size`),
+which must fit one field alone. What means one thing in several fields is a chz Reference in a recipe's
+defaults.
 """
 
 from __future__ import annotations
@@ -57,10 +58,10 @@ UNKNOWN = object()
 
 
 class Resolver:
-    """The settings of a config by their whole keys. Later layers win.
+    """The settings of a config by their full keys. Later layers win.
 
     `problems` has one sentence for every setting that cannot be used, `warnings` one for every key that the
-    command line gives twice, where the last counts; `layers` has the settings that count by their whole keys.
+    command line gives twice, where the last counts; `layers` has the settings that count by their full keys.
     A short key means what it means in its own layer and those below, so that `max_tokens` in a file
     keeps its meaning where the command line adds an evaluator that has one too; only a key that nothing
     there has is looked up among the keys that later layers bring.
@@ -89,7 +90,7 @@ class Resolver:
         self._target = target
         self._defaults = dict(defaults)
         self._other_names = other_names
-        self._refused: set[str] = set()  # whole keys of lists and classes that cannot be used
+        self._refused: set[str] = set()  # full keys of lists and classes that cannot be used
         self._structure = dict(defaults)
         self.params: Params = self._params_with({})
         scopes = [self._take_structure(layer) for layer in layers]
@@ -98,7 +99,7 @@ class Resolver:
         self._add_lost()
 
     def type_of(self, key: str) -> Any:
-        """The type of the field, or of the item of a list or a mapping, that a whole key names."""
+        """The type of the field, or of the item of a list or a mapping, that a full key names."""
         return _type_of(key, self.params)
 
     def refusal(self, key: str, setting: Setting) -> str | None:
@@ -286,7 +287,7 @@ class Resolver:
         return {key: setting for key, setting in layer.items() if not repeats(key)}
 
     def merged(self) -> dict[str, Setting]:
-        """The last setting of every key. A list that is given whole replaces the one below it."""
+        """The last setting of every key. A list that is given as a whole replaces the one below it."""
         merged: dict[str, Setting] = {}
         for layer in self.layers:
             for key in sorted(layer, key=_depth_and_number):
@@ -302,7 +303,8 @@ class Resolver:
                 if whole is not None and is_list(self.type_of(key.rpartition(".")[0])):
                     self.problems.append(
                         f"{setting.place}: {setting.key} changes one item of a list that {_written(whole)} "
-                        f"({whole.place}) gives whole. Give it whole here too, with commas between its items."
+                        f"({whole.place}) gives as a whole. Give the full list here "
+                        f"too, with commas between its items."
                     )
                 merged[key] = setting
         return merged
@@ -362,9 +364,9 @@ class Resolver:
             )
 
     def _add_lost(self) -> None:
-        """Names the keys of a class that a later layer replaces by one that has them not.
+        """Names the keys of a class that a later layer replaces by one that lacks them,
 
-        Those of a list that a later layer replaces whole go with it.
+        and those of a list that a later layer replaces.
         """
         for number, lost in enumerate(self._lost):
             later = {key: one for layer in self.layers[number + 1 :] for key, one in layer.items()}
@@ -457,7 +459,7 @@ def _given_twice(key: str, earlier: Setting, later: Setting) -> str:
 
 
 def _written(setting: Setting) -> str:
-    """The setting as one would write it; of a list or a mapping its key alone."""
+    """The setting as one writes it; of a list or a mapping its key alone."""
     return setting.key if isinstance(setting.value, list | dict) else f"{setting.key}={_text(setting.value)}"
 
 

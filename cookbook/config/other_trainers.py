@@ -27,14 +27,16 @@ _TEMPLATE = "`renderer_name` names the chat format; chat_template is the tokeniz
 _TRAINED = "`train_on_what` says which messages are trained"
 _LENGTH = "Use `max_length`"
 _DATASET = "`dataset` is a short name, a hub id or a file; several are separated by commas"
-_FORMAT = "`format` says how rows are read, where their keys do not tell; rename the columns of other rows"
+_FORMAT = (
+    "`format` says how rows are read, where their keys do not determine it; rename the columns of other rows"
+)
 _TEST = "`eval_dataset` names data to evaluate on, `test_size` holds out so many rows of `dataset`"
 _NUM_TEST = "Use `test_size`, a number of rows"
 _PROC = "Use `num_proc`"
 _RENDERED = "Rendered data are kept in $COOKBOOK_CACHE by a fingerprint; `use_cache=False` keeps none"
 _WEIGHTS = "`weights` are the proportions of several datasets, `stop_when` says when an epoch of them ends"
 _SHUFFLED = "Rows are reshuffled in every epoch, from `seed`. Remove it"
-_LOADER = "Batches are made ahead in a thread. Remove it"
+_LOADER = "Batches are prepared ahead in a thread. Remove it"
 _WARMUP = "Use `warmup_steps`, a number of steps"
 _SCHEDULE = "Use `lr_schedule`: linear, cosine or constant"
 _ADAMW = "AdamW is the only optimizer: `adam_beta1`, `adam_beta2`, `adam_eps`, `weight_decay`"

@@ -34,7 +34,7 @@ class Conversation:
     template_kwargs: dict[str, Any] | None = None
     """Values for variables of the chat template, such as `enable_thinking`."""
     pair: tuple[str, str] | None = None
-    """The prompt and the completion of a row that has them as two strings: what `messages` says, unless
+    """The prompt and the completion of a row that has them as two strings: `messages` as two strings, unless
     the prompt turns out to be text that a chat template has printed already."""
 
 
@@ -72,12 +72,11 @@ _OTHER_PARTS = ("image", "image_url", "input_image", "audio", "input_audio", "vi
 def message_of(value: Any, where: str) -> Message:
     """A message as OpenAI writes it, in one spelling.
 
-    `content` becomes a string: text parts are put together, what a tool answered is printed as
-    JSON unless it is text. Reasoning, also that of a `thinking` part, stands under
-    `reasoning_content`. Calls have arguments as a dict; they also stand under the legacy
-    `function_call`, or in the content of a role of that name. Whether it is trained stands under
-    `trainable` and `weight` alone, where the message says it. Keys without a value and an empty
-    list of calls are dropped; other keys stay.
+    `content` becomes a string: text parts are joined, and a tool's result is printed as JSON
+    unless it is text. Reasoning, also that of a `thinking` part, is under `reasoning_content`. Calls have
+    arguments as a dict; they also stand under the legacy `function_call`, or in the content of a role of that
+    name. Whether it is trained is under `trainable` and `weight` alone, where the message says it. Keys
+    without a value and an empty list of calls are dropped; other keys stay.
     """
     if not isinstance(value, Mapping):
         raise DataError(f"{where} is a {type(value).__name__}, not an object with role and content.")
@@ -282,9 +281,9 @@ def _tool_of(value: Any, where: str) -> dict[str, Any]:
 
 
 def conversation_of(row: Mapping[str, Any], messages: Sequence[Message]) -> Conversation:
-    """The messages with all that a row of any format says beside them.
+    """The messages with everything else that a row of any format holds.
 
-    The system prompt of the row stands before them, unless they bring their own or it is empty.
+    The system prompt of the row precedes them, unless they have their own or it is empty.
     """
     whole = join_assistants(messages)
     if not (whole and whole[0]["role"] in ("system", "developer")):

@@ -43,10 +43,10 @@ def count_findings(conversation: Conversation, renderer: Renderer) -> None:
 
 
 LONG_CONVERSATION = 1000
-"""Messages from which on a report says what a conversation costs."""
+"""Number of messages from which a report states the cost of a conversation."""
 
 MANY_EXAMPLES = 100
-"""Examples of one conversation from which on it does: each has the whole history before it."""
+"""Number of examples of one conversation from which it does: each has the full history before it."""
 
 COST_OF_LONG = (
     f"Conversations of {LONG_CONVERSATION:,} messages or {MANY_EXAMPLES} examples and more, whose tokens may "

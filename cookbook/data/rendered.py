@@ -76,7 +76,7 @@ class TrainableRows:
 
 
 def check_that_something_is_left(parts: Sequence[TrainableRows]) -> None:
-    """Raises DataError, with the whole report, where nothing is left to train on."""
+    """Raises DataError, with the full report, where nothing is left to train on."""
     if not any(len(part.rows) for part in parts):
         lines = [line for part in parts for line in part.report.lines()]
         raise DataError(

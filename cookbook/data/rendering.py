@@ -47,7 +47,7 @@ class RowRenderer:
     ) -> None:
         """`conversations_key` names all that `conversations_of` depends on; None if that is not known.
 
-        What it raises makes a row a bad one.
+        A row for which it raises is a bad row.
         """
         self._renderer = renderer
         self._train_on_what = train_on_what
@@ -124,7 +124,7 @@ class RowRenderer:
         return make_block(good, bad, num_filtered, found)
 
     def fingerprint(self) -> str | None:
-        """Changes whenever the examples of a row may; None where that cannot be told."""
+        """Changes whenever the examples of a row may; None where that is unknown."""
         renderer, tokenizer = self._renderer, self._renderer.tokenizer
         is_ours = type(renderer).__module__.partition(".")[0] == renderers.__name__
         if not is_ours or self._conversations_key is None:
@@ -148,7 +148,7 @@ class RowRenderer:
 
 
 def _check_prompt_holds_all(prompt: str, conversation: Conversation) -> None:
-    """Raises DataError where a row says more beside a rendered prompt than that prompt does."""
+    """Raises DataError where a row holds more than its rendered prompt contains."""
     tools = conversation.tools or ()
     missing = [
         *("system prompt" for message in conversation.messages[:-2] if _text_of(message) not in prompt),

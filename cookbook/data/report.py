@@ -85,7 +85,7 @@ class DataReport:
     role: Role = "training"
     """The use of the source: to train or to evaluate."""
     files: Sequence[str] = ()
-    """The files of a folder that were read; none where `name` says it all."""
+    """The files of a folder that were read; none where `name` is enough."""
     unread: Sequence[str] = ()
     """The other files of that folder."""
 

@@ -1,6 +1,6 @@
 """Rendered examples on disk, read through memory maps, so that data need not fit into memory.
 
-A store holds the examples of one source, whole: lengths and batches are a reader's business.
+A store holds the untruncated examples of one source; readers choose lengths and batches.
 
     tokens.bin          the tokens of all examples, one after another
     examples.npy        where each example's tokens and trained runs begin           E + 1, 2
@@ -141,7 +141,7 @@ _META_SHAPE = {
 
 
 class StoreWriter:
-    """Writes a store block by block. It appears at `path` whole, when the context ends well."""
+    """Writes a store block by block. It appears at `path`, complete, when the context ends without error."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -215,7 +215,7 @@ class ExampleStore:
     """The examples of one source. Examples and rows count from 0 in the order of the source."""
 
     def __init__(self, path: Path, name: str, folder: tempfile.TemporaryDirectory[str] | None = None) -> None:
-        """`name` is the source's. A temporary folder that the store lies in goes with the object."""
+        """`name` is the source's. A temporary folder that holds the store is removed with the object."""
         self.name = name
         self._path = path
         self._folder = folder
@@ -239,7 +239,7 @@ class ExampleStore:
         if not (are_in_order and are_pairs and has_weights) or sizes != tuple(
             int(each[-1]) for each in starts
         ):
-            raise ValueError(f"{path} does not hold what it says.")
+            raise ValueError(f"{path} does not match its own description.")
 
     @property
     def num_rows(self) -> int:

@@ -83,7 +83,7 @@ class StreamedDataset(SupervisedDataset):
         return None if self._length is None else len(self)
 
     def get_batch(self, index: int) -> list[Datum]:
-        """Raises IndexError behind the end of the stream."""
+        """Raises IndexError past the end of the stream."""
         batch = next(self.iter_batches(index), None)
         if batch is None:
             raise IndexError(f"The stream has no batch {index}.")
@@ -106,7 +106,8 @@ class StreamedDataset(SupervisedDataset):
             if not rows:
                 return
             self._next_row = first_row + self._batch_size
-            # A batch that is rendered again, as the first is that was looked at before training, counts once.
+            # A batch that is rendered again, as the first one is after the check before training, counts
+            # once.
             self._tally.is_open = first_row >= self._num_counted[self._seed]
             self._num_counted[self._seed] = max(self._next_row, self._num_counted[self._seed])
             self._tally.add("rows", len(rows))
@@ -189,7 +190,7 @@ class StreamedConversations(StreamedDataset):
         buffer_size: int,
         reports: Sequence[DataReport] = (),
     ) -> None:
-        """`reports` are on the first rows of the sources, which were looked at before."""
+        """`reports` are on the first rows of the sources, which were checked before."""
         super().__init__(batch_size, buffer_size)
         self._mixture = mixture
         self._row_renderer = row_renderer
@@ -262,7 +263,7 @@ class StreamMixture:
         return digest_of(*parts, str(self._shares.tolist()), str(self._repeats))
 
     def rows(self, start: int, seed: int) -> Iterator[Row | BadRow]:
-        """The rows of an epoch behind the first `start`."""
+        """The rows of an epoch after the first `start`."""
         if len(self._sources) == 1:
             return self._sources[0].rows(start)
         return self._mixed_rows(start, seed)

@@ -1,6 +1,6 @@
 """Agent rollouts: steps of observations and actions, as conversations.
 
-Where things are looked for, the first that has a value:
+Keys that are read, the first that has a value:
 
     a row       `rollouts` or `trajectories` (several), else `steps`, `trajectory`, `rollout`,
                 `transitions` or `turns` (one): a list of steps, or an object that holds one
@@ -299,7 +299,7 @@ def _opens_with_message(steps: Sequence[Step]) -> bool:
 
 
 def _after(opening: list[Message], said: list[Message]) -> list[Message]:
-    """The opening, then the steps; a system message stays in front and a repeated task is not said twice."""
+    """The opening, then the steps; a system message stays in front and a repeated task is not repeated."""
     num_system = 1 if said[0]["role"] in ("system", "developer") else 0
     system, rest = said[:num_system], said[num_system:]
     if opening and opening[0]["role"] in ("system", "developer") and system:
@@ -351,7 +351,7 @@ def _acts(step: Step) -> bool:
 
 
 def _extend(said: list[Message], step: Step, where: str, obs_first: bool) -> None:
-    """Appends what a step says: messages, observation, action and results in their order."""
+    """Appends the messages of a step: messages, observation, action and results in their order."""
     if step.get("messages"):
         said += _new_messages(said, step["messages"], where)
     flags = _flags_of(step)
@@ -421,7 +421,7 @@ def _observed(value: Any, num_calls: int, where: str) -> list[Message]:
 
 
 def _result_of(value: Any, where: str) -> Message:
-    """An object of nothing but a content and whose it is says its content; any other is printed."""
+    """The content of an object that has only that and an author; any other object is printed."""
     if isinstance(value, Mapping) and "content" in value and value.keys() <= _RESULT_KEYS:
         call_id = first(value, ("tool_call_id", "id"))
         result = {key: value[key] for key in ("content", "name", *_FLAGS) if key in value}
@@ -462,7 +462,7 @@ def _action_of(step: Step, flags: Mapping[str, Any], where: str) -> Message:
         raise DataError(f"the action of {where} is a message of role `{role}`, not of the assistant.")
     for key, flag in flags.items():
         if said.setdefault(key, flag) != flag:
-            raise DataError(f"`{key}` of {where} is {flag!r}, and of its action {said[key]!r}. Say it once.")
+            raise DataError(f"`{key}` of {where} is {flag!r}, and of its action {said[key]!r}. Give it once.")
     return message_of({**said, "role": role}, where)
 
 

@@ -62,7 +62,7 @@ class SupervisedDataset(ABC):
         """The number of batches in an epoch; None where it is unknown.
 
         A dataset of unknown length overrides this and `iter_batches`, or raises TypeError in `__len__` and
-        IndexError in `get_batch` behind the last batch: these two methods alone read it from the exceptions.
+        IndexError in `get_batch` past the last batch: these two methods alone read it from the exceptions.
         """
         try:
             return len(self)
@@ -93,9 +93,9 @@ class SupervisedDataset(ABC):
         return None
 
     def skip_rows(self, num_rows: int) -> None:
-        """Makes batch 0 begin behind so many rows of the epoch, until the next `set_epoch`.
+        """Makes batch 0 begin after this many rows of the epoch, until the next `set_epoch`.
 
-        Called where `row_counts` is known and an epoch continues in batches of another size.
+        Called where `row_counts` is known and an epoch continues in batches of a different size.
         """
         raise NotImplementedError(f"{type(self).__name__} has row_counts, but no skip_rows.")
 
@@ -117,7 +117,7 @@ class SupervisedDataset(ABC):
 
 
 def row_counts_of(dataset: SupervisedDataset) -> RowCounts | None:
-    """The dataset's `row_counts`; None where its length says that not every row comes in an epoch."""
+    """The dataset's `row_counts`; None where its length shows that an epoch skips rows."""
     counts = dataset.row_counts()
     if counts is not None and counts.per_epoch is not None:
         is_whole = dataset.epoch_length() == -(-counts.per_epoch // counts.per_batch)
@@ -143,7 +143,7 @@ class _DeclaresItself:
 
 @chz.chz
 class SupervisedDatasetBuilder(_DeclaresItself):
-    """A config that makes datasets."""
+    """A config that creates datasets."""
 
     def has_eval_data(self) -> bool | None:
         """Returns whether there will be data to evaluate on; None where that is known when they are read."""

@@ -1,4 +1,4 @@
-"""Checkpoint folders: written whole or not at all, checked when read, loadable with plain PEFT.
+"""Checkpoint folders: written completely or not at all, checked when read, loadable with plain PEFT.
 
 adapter_config.json, adapter_model.safetensors    what PEFT saves; of a full fine-tune a model folder instead
 optimizer.safetensors                             Adam moments and step counts (training state only)

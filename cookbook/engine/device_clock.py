@@ -21,7 +21,7 @@ class DeviceClock:
         self._seconds = time.perf_counter()
 
     def mark(self) -> Callable[[], float]:
-        """Returns a function that says when the device was here, in seconds of `time.perf_counter`."""
+        """Returns a function that returns when the device was here, in seconds of `time.perf_counter`."""
         event = self._event()
 
         def seconds() -> float:

@@ -37,7 +37,7 @@ class EngineOptions:
 
     shard: Shard = "auto"
     """Whether each of several processes holds all base weights ("none") or a part ("full"). "auto": a part
-    where the whole, with what training adds, does not fit in the memory of one device."""
+    where all of them, with what training adds, do not fit in the memory of one device."""
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):

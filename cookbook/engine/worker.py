@@ -59,7 +59,7 @@ class Batcher(Protocol[Item]):
     def run(self, first: Item, take_waiting: Callable[[], list[Item]]) -> None:
         """Completes `first` and the items that `take_waiting` returns, however often it is called.
 
-        It returns no item behind a job of another kind, so the order of the queue holds. The engine fails
+        It returns no item after a job of another kind, so the order of the queue holds. The engine fails
         the items that are not complete when this returns or raises.
         """
 

@@ -106,7 +106,7 @@ def _check_empty(folder: Path, overwrite: bool) -> None:
 
 @contextmanager
 def _finished_folder(folder: Path | None) -> Iterator[Path]:
-    """A folder to fill, which takes the place of `folder` when it is whole; None: it goes again."""
+    """A folder to fill, which replaces `folder` when it is complete; None: it is removed again."""
     if folder is None:
         with tempfile.TemporaryDirectory() as temporary:
             yield files.make_folder(Path(temporary) / "export")

@@ -237,7 +237,7 @@ def _describe(merged: Merged) -> str:
     how = (
         "one file at a time"
         if merged.is_shard_by_shard
-        else "the whole model, whose files name weights otherwise"
+        else "the full model, because its files name weights differently"
     )
     return (
         f"{_size(merged.num_bytes)} in {merged.num_files} file{'s' * (merged.num_files != 1)}; at most "

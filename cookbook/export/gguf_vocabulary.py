@@ -58,7 +58,7 @@ def add_vocabulary(writer: gguf.GGUFWriter, chat_format: ChatFormat, vocab_size:
     tokenizer = chat_format.tokenizer
     spec = _spec(tokenizer)
     pre = pre_tokenizer_name(tokenizer)
-    assert pre is not None, "the tokenizer was looked at before"
+    assert pre is not None, "the tokenizer was checked before"
     tokens = [f"[PAD{i}]" for i in range(vocab_size)]
     kinds = [TokenType.UNUSED] * vocab_size
     for token, index in spec["model"]["vocab"].items():

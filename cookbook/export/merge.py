@@ -236,4 +236,4 @@ def _folder_of(location: str, local_files_only: bool = False) -> Path:
     is_whole = (folder / "config.json").is_file() and all(path.is_file() for path in files.values())
     if not is_whole or (local_files_only and not files):
         raise FileNotFoundError(f"{folder} lacks weights of {location}.")
-    return folder  # without safetensors on the hub, the whole model is loaded from what there is
+    return folder  # without safetensors on the hub, the full model is loaded from the files there are

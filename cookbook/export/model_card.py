@@ -1,6 +1,6 @@
 """README.md of an export: what the model is, how it is used, what it was trained on, how well it does.
 
-It says what a stranger may know: no path of this machine, no setting that is not listed here. Names and
+It holds only what a stranger may know: no path of this machine, no setting that is not listed here. Names and
 texts of runs, data and models are text on it, never Markdown or HTML.
 """
 
@@ -69,7 +69,7 @@ def write_model_card(
 
 
 def fenced(code: str, language: str) -> str:
-    """A block of code, which ends behind the code whatever is in it."""
+    """A block of code, which ends after the code whatever is in it."""
     longest = max(map(len, re.findall("`+", code)), default=0)
     fence = "`" * max(3, longest + 1)
     return f"{fence}{language}\n{code}\n{fence}"
@@ -170,7 +170,7 @@ def _results(source: TrainedModel) -> str:
         for o in outcomes
     ]
     table = _table(["metric", "first", "last", "best", "at step"], rows)
-    return f"## Results\n\nOf the whole run. Losses (`nll`) are nats per trained token.\n\n{table}"
+    return f"## Results\n\nOver the complete run. Losses (`nll`) are nats per trained token.\n\n{table}"
 
 
 def _data(source: TrainedModel) -> str:

@@ -38,7 +38,7 @@ def check_access(repository: str) -> None:
 
 
 def push(folder: Path, repository: str, private: bool, message: str) -> str:
-    """Uploads a folder in one commit, into a repository that is made if need be; its address.
+    """Uploads a folder in one commit, into a repository that is created if needed, and returns its address.
 
     Raises CheckpointError where the hub refuses, and for a repository that is public already where
     a private one was asked for.

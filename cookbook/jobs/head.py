@@ -1,8 +1,8 @@
 """The Ray head on this machine that jobs go to where no cluster is named: started once, found again, stopped.
 
-It listens on the loopback interface alone and takes jobs from those who have the user's Ray token. Its ports
-were free and its files are in a folder that other users cannot enter, so that it disturbs no other Ray here.
-A note in $COOKBOOK_HOME (~/.cookbook) says where it is.
+It listens on the loopback interface alone and accepts jobs from those who have the user's Ray token. Its
+ports were free and its files are in a folder that other users cannot enter, so that it disturbs no other Ray
+here. A note in $COOKBOOK_HOME (~/.cookbook) says where it is.
 """
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ class TensorBoardLogger(MetricLogger):
 
 
 def _drop_from(first_step: int, folder: Path) -> None:
-    """Writes the events of earlier steps anew, into one file, and removes the files they were in.
+    """Writes the events of earlier steps again, into one file, and removes the files they were in.
 
     The writer's own `purge_step` would hide the others from some readers, and tables from none. A
     kill in between leaves events twice, of which the next call keeps one.

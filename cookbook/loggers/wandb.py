@@ -21,7 +21,7 @@ REPAIR = (
 )
 MODES = ("online", "offline", "disabled", "shared", "dryrun", "run")
 KEY_LENGTH = 40
-"""The least number of characters of an API key, behind the prefix that a key of an own server has."""
+"""The least number of characters of an API key, after the prefix that a key of an own server has."""
 
 
 def check_wandb_login(project: str) -> None:

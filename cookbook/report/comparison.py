@@ -46,9 +46,10 @@ class RunRow:
 def compare(
     folders: Sequence[str | Path], to: str | Path, title: str = "Comparison of runs", notes: str | None = None
 ) -> Path:
-    """Lays the runs in `folders` over each other on a page at `to`, the best first. Returns its path.
+    """Writes a page at `to` that shows the runs in `folders` in the same charts, the best first. Returns its
+    path.
 
-    `notes` is plain text that stands above everything else. Raises ConfigError for what is not the
+    `notes` is plain text at the top of the page. Raises ConfigError for what is not the
     folder of a run, a folder that is given twice, and where no run has taken a step.
     """
     path = Path(to).expanduser()

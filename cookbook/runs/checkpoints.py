@@ -35,7 +35,7 @@ def checkpoint_name(step: int) -> str:
 class Checkpoint:
     """A saved state after `step` optimizer steps, so `step` is also the next step to take.
 
-    That next step trains on the batch behind `batch` others of `epoch`. `path` is relative to the
+    That next step trains on the batch after `batch` others of `epoch`. `path` is relative to the
     run's folder, which may be moved.
     """
 

@@ -29,7 +29,7 @@ _MOST_POINTS = 2000
 def draw(metrics: Iterable[Mapping[str, Any]] | Mapping[str, Series], path: str | Path) -> Path | None:
     """Draws the losses and below them the other metrics of evaluators, as a PNG at `path`.
 
-    `metrics` are the rows of metrics.jsonl, or what `series_of` makes of them. Returns None,
+    `metrics` are the rows of metrics.jsonl, or the result of `series_of`. Returns None,
     and writes nothing, where there is no curve to draw.
     """
     series = dict(metrics) if isinstance(metrics, Mapping) else series_of(metrics)

@@ -13,7 +13,7 @@ def keep_extremes(steps: np.ndarray, values: np.ndarray, max_points: int) -> tup
     """At most `max_points` of the points, which must be finite, with every spike among them.
 
     The points are cut into stretches; of each stretch its least and its greatest stay, and of the
-    whole curve its ends.
+    complete curve its ends.
     """
     if len(values) <= max_points:
         return steps, values

@@ -121,7 +121,7 @@ class PendingStep:
 class Run:
     """A context manager: leaving it closes the resources.
 
-    Its attributes are the resources and what accumulates over a whole run. Whatever belongs to one step is
+    Its attributes are the resources and what accumulates over a run. Whatever belongs to one step is
     passed from verb to verb.
     """
 
@@ -163,7 +163,7 @@ class Run:
     async def evaluate(self, step: int, due: Sequence[Evaluator] | None = None) -> StateEvaluation:
         """Evaluates the state after `step` steps, and queues a checkpoint of it if it is the best so far.
 
-        Nothing may have been queued behind the step before. `due` of None are the evaluators whose cadence
+        Nothing may have been queued after the step before. `due` of None are the evaluators whose cadence
         says so; what an earlier process of this run measured of the state counts with them.
         """
         r = self._resources
@@ -382,7 +382,7 @@ class Run:
             logger.info("%s", "\n".join(["While the training data were read:", *lines]))
 
     def _best_in_words(self) -> str:
-        """A sentence to put behind another, or nothing."""
+        """A sentence to append to another, or nothing."""
         best = self._resources.checkpoints.best()
         if best is None:
             return ""

@@ -104,7 +104,7 @@ class Plan:
 def make_plan(argv: Sequence[str]) -> Plan:
     """What `argv` asks for: `sweep=<file.yaml>`, the sweep's own keys, and those of its recipe.
 
-    Later wins, so a key on the command line replaces the file's, whether it is whole or short there. Raises
+    Later wins, so a key on the command line replaces the file's, whether it is full or short there. Raises
     ConfigError for keys of neither, keys that may be several, values that no run could have, and settings
     that no run could have: all of them at once, each with the place where it stands.
     """

@@ -73,7 +73,7 @@ def _is_ascii(encoding: str) -> bool:
 
 
 def make_console(is_quiet: bool = False) -> Console:
-    """Writes to standard output; lines are wrapped for a terminal and left whole for anything else.
+    """Writes to standard output; lines are wrapped for a terminal and not wrapped for anything else.
 
     Characters that standard output cannot encode are replaced. Text is text: neither markup nor the names
     of emoji in it are interpreted, and nothing in it is highlighted. Where its reader closes the pipe, as

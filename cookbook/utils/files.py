@@ -336,7 +336,7 @@ def _place_of_work(path: Path, what: str) -> Path:
 
 
 def remove_abandoned(folder: Path, name: str | None = None, earlier: str | None = None) -> None:
-    """Removes what killed processes left half done in a folder: for `name` alone, or for any.
+    """Removes what killed processes left unfinished in a folder: for `name` alone, or for any.
 
     What a live process is at work on stays, and so does what another machine changed within a day. A folder
     that was about to be replaced gets its name again. `earlier` is a pattern of the folders that earlier
@@ -364,7 +364,7 @@ def _is_at_work(work: re.Match[str], path: Path) -> bool:
     start = _start_of(process)
     if start is not None:
         return start == work["start"]
-    try:  # there is none, or this system tells no more of it
+    try:  # there is none, or this system reports no more about it
         os.kill(process, 0)
     except (ProcessLookupError, OverflowError):
         return False

@@ -19,7 +19,7 @@ REPAIR = "Remove that line and those after it; a resumed run measures them again
 def read(path: Path, shape: Mapping[str, Any] | None = None, rest: Any = Any) -> list[dict[str, Any]]:
     """The rows of a file this program wrote; none where there is no file.
 
-    Rows are appended whole, so only the last line can be torn; it is skipped. Each is an object with the
+    Rows are appended completely, so only the last line can be torn; it is skipped. Each is an object with the
     keys and types of `shape`, and `rest` under every other key (see `json_files`).
     """
     if not path.exists():
@@ -57,7 +57,7 @@ def read_backwards(
     with files.reading(path) as file:
         start = file.seek(0, os.SEEK_END)
         begun: bytes | None = None
-        """The line that the block behind this one began in; None behind the last end of a line."""
+        """The line that the block after this one began in; None after the last end of a line."""
         block, num_torn = BACKWARDS_BLOCK, 0
         while start:
             end, start = start, max(0, start - block)
@@ -103,7 +103,7 @@ class Follower:
         self._seen: os.stat_result | None = None
         """The file when all of it had been read."""
         self._offset = 0
-        """Behind the last whole line that was given."""
+        """The offset after the last complete line that was given."""
         self._tail = b""
         """The last bytes before the offset."""
         self._num_lines = 0

@@ -53,7 +53,7 @@ def nearest(name: str, candidates: Iterable[str], short_forms: bool = True) -> s
 
 
 def did_you_mean(name: str, candidates: Iterable[str], short_forms: bool = True) -> str:
-    """The sentence " Did you mean `x`?", to be put behind another; empty where no candidate is near."""
+    """The sentence " Did you mean `x`?", to be appended to another; empty where no candidate is near."""
     near = nearest(name, candidates, short_forms)
     return "" if near is None else f" Did you mean `{near}`?"
 

@@ -32,7 +32,7 @@ MAX_EXPERTS = 2**13
 MAX_LAYERS = 2_000
 MAX_LABELS = 2**16
 MAX_GROWTH = 1_000
-"""So many times as long a tokenizer may make a text, before it has its tokens or of them."""
+"""The factor by which a tokenizer may lengthen a text, before it has its tokens or of them."""
 MAX_PADDING = 2**20
 _MOST_BYTES_OF_TOKENIZERS = 2**28
 MAX_POST_PROCESSOR = 2_000
@@ -222,7 +222,7 @@ def _most(name: str) -> int | None:
 
 
 def _check_tokenizer_file(location: str | Path, local_files_only: bool) -> None:
-    """Refuses a tokenizer that makes a short text so long that it fills the memory."""
+    """Refuses a tokenizer that expands a short text until it fills the memory."""
     config_path = _file_of(location, "tokenizer_config.json", local_files_only)
     config, origin = ({}, None) if config_path is None else _read(config_path)
     if origin is not None and config.get("fast_tokenizer_files"):

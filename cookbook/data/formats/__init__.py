@@ -1,6 +1,6 @@
 """Any chat data: which format a row has, and the conversations it holds.
 
-A format is told by the keys of a row. The rules of `FORMATS` are tried in their order, and the
+A format is recognised by the keys of a row. The rules of `FORMATS` are tried in their order, and the
 first that fits decides; `format=` names one outright. A key whose value is null counts as absent,
 and a list may stand as JSON in a string.
 

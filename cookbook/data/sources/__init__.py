@@ -106,7 +106,7 @@ def known_test_source(spec: str) -> Source | None:
 
 
 def _path_and_parts(spec: str) -> tuple[Path, list[str]] | None:
-    """A file or folder on this machine, and the config and split named behind it; None for no such name."""
+    """A file or folder on this machine, and the config and split named after it; None for no such name."""
     names = spec.split(":")
     for end in range(len(names), max(0, len(names) - 3), -1):
         path = Path(":".join(names[:end])).expanduser()

@@ -230,7 +230,7 @@ _END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
 
 
 def _without_first(tables: Iterable[pyarrow.Table], number: int) -> Iterator[pyarrow.Table]:
-    """The rows of all tables behind the first `number`."""
+    """The rows of all tables after the first `number`."""
     for table in tables:
         if number < table.num_rows:
             yield table.slice(number)

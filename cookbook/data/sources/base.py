@@ -20,7 +20,7 @@ _PYTHON_REPR = re.compile(r"\s*+(array\()?[\s\[(]*+\{\s*+'")
 
 
 class Row(dict[str, Any]):
-    """A row of a dataset. `place` says where it stands, for error messages: line 7 of chats.jsonl."""
+    """A row of a dataset. `place` is its position, for error messages: line 7 of chats.jsonl."""
 
     def __init__(self, values: dict[str, Any], place: str) -> None:
         super().__init__(values)
@@ -58,11 +58,11 @@ class Source(ABC):
     name: str
     """For messages, short."""
     files: Sequence[str] = ()
-    """The files of a folder that the rows are in; none where `name` says it all."""
+    """The files of a folder that the rows are in; none where `name` is enough."""
     unread: Sequence[str] = ()
     """The files of that folder that are in no split or hold no data."""
     evaluation: Source | None = None
-    """The splits of the same folder that are there to evaluate on."""
+    """The splits of the same folder to evaluate on."""
 
     @abstractmethod
     def fingerprint(self) -> str:

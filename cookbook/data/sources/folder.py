@@ -79,7 +79,7 @@ class FolderSource(Source):
 
 @dataclass(frozen=True)
 class FolderReader:
-    """Opens folders. `kind_of` tells the kind of a file by its name, `known_kinds` names all kinds."""
+    """Opens folders. `kind_of` returns the kind of a file by its name, `known_kinds` names all kinds."""
 
     kind_of: Callable[[Path], type[FileSource] | None]
     known_kinds: str

@@ -99,7 +99,7 @@ def list_files(folder: Path) -> list[str]:
 
 
 def layout_of(folder: Path, is_data: Any, config: str | None = None) -> Layout:
-    """The layout of a folder, or of one config of it. `is_data` tells data files by their paths.
+    """The layout of a folder, or of one config of it. `is_data` recognises data files by their paths.
 
     Raises DataError for a config that is not there, or none of several that is the default.
     """
@@ -139,7 +139,9 @@ def has_config(folder: Path, name: str) -> bool:
 
 
 def _splits_by_name(paths: Sequence[str], prefix: str = "") -> tuple[dict[str, list[str]], bool]:
-    """The splits of files, and whether names tell them. All names begin with `prefix`, which says nothing."""
+    """The splits of files, and whether their names determine them. All names begin with `prefix`, which is
+    ignored.
+    """
     from datasets.data_files import (
         DEFAULT_PATTERNS_SPLIT_IN_DIR_NAME,
         DEFAULT_PATTERNS_SPLIT_IN_FILENAME,
@@ -298,13 +300,15 @@ def _saved_files(folder: Path, inner: str) -> list[str]:
         name = path.removeprefix(inner)
         is_name = len(name.encode(errors="replace")) <= 255 and not set(name) & set("/\0")
         if not is_name or not (folder / path).is_file():
-            raise DataError(f"{state} names {path[:300]}, which is not there. Copy the whole folder again.")
+            raise DataError(
+                f"{state} names {path[:300]}, which is not there. Copy the complete folder again."
+            )
     if not files:
         raise DataError(f"{state} names no data files. Save the dataset again.")
     return files
 
 
-_COPY_AGAIN = "It is written by save_to_disk: copy the whole folder again."
+_COPY_AGAIN = "It is written by save_to_disk: copy the complete folder again."
 
 
 def _read_note(path: Path, key: str, kind: Any) -> Any:

@@ -38,7 +38,7 @@ from cookbook.utils.lines import limited_lines, max_line_bytes, why_too_long
 _BOM = b"\xef\xbb\xbf"
 
 _HEAD_BYTES = 2**20
-"""So much of a file is looked at to say what is wrong with it."""
+"""The part of a file that is examined to say what is wrong with it."""
 
 LINES_OF_A_LIST = 16
 """A compressed JSON list may have the text of so many of the longest lines."""
@@ -74,7 +74,7 @@ class FileSource(Source):
                 raise DataError(f"{self.path} has no rows.")
 
     def count_rows(self) -> int:
-        """Reads the whole file, decoding nothing where that can be avoided."""
+        """Reads the complete file, without decoding it where that can be avoided."""
         return sum(len(chunk) for chunk in self.chunks())
 
     @abstractmethod
@@ -265,7 +265,7 @@ def _what_to_write(error: json.JSONDecodeError, is_line: bool) -> str:
 class JsonSource(FileSource):
     """A list of objects, or objects one after another. JSON lines under this suffix are read as such.
 
-    A list is decoded whole, which takes several times its size.
+    A list is decoded all at once, which takes several times its size.
     """
 
     kind = "json"

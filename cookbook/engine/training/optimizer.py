@@ -1,7 +1,7 @@
 """AdamW on named weights, with fp32 masters of those that are held in fewer bits.
 
 All of its state is allocated when it is created, so that a step needs no memory that lasts. A step is taken
-as a whole or not at all.
+completely or not at all.
 """
 
 from __future__ import annotations

@@ -80,7 +80,7 @@ def all_reduce_results(
 class Readback:
     """Starts copying tensors to host memory at once; `arrays()` waits for the copies.
 
-    On CUDA the copies go into pinned memory behind the kernels that are already queued, so the
+    On CUDA the copies go into pinned memory after the kernels that are already queued, so the
     worker continues to queue the next step meanwhile.
     """
 

@@ -114,7 +114,9 @@ def test_a_message_longer_than_the_context_is_refused_and_not_kept(
     session = start(context_length=60)
     said(session, "Hello.")
     before = list(session.messages)
-    with pytest.raises(RequestError, match=r"makes a prompt of \d+ tokens, and the context length is 60"):
+    with pytest.raises(
+        RequestError, match=r"results in a prompt of \d+ tokens, and the context length is 60"
+    ):
         session.ask("word " * 100)
     assert session.messages == before
 
