@@ -57,7 +57,7 @@ class Renderer(ABC):
     """Whether the format has a place for the tools that the model may call."""
 
     reply_sections: Sections = PLAIN
-    """Where in a reply its content and its thinking lie, for `parse_stream`; agrees with `parse_response`."""
+    """The places of content and thinking in a reply, for `parse_stream`; agrees with `parse_response`."""
 
     system_prompt: str | None = None
     """Put before every conversation: as its system message, or ahead of the one that it begins with."""
@@ -99,9 +99,9 @@ class Renderer(ABC):
         train_on_what: TrainOnWhat = TrainOnWhat.ALL_ASSISTANT_MESSAGES,
         tools: Sequence[Tool] | None = None,
     ) -> tuple[ModelInput, np.ndarray]:
-        """The whole conversation as the format renders it, with one float32 weight for each token.
+        """Returns the full conversation as the format renders it, with one float32 weight for each
 
-        Weights stand on the tokens they train and are not shifted. Where the format rewrites
+        token. Weights belong to the tokens they train and are not shifted. Where the format rewrites
         history, an earlier turn is trained as it is printed there; `build_supervised_examples` trains
         each turn as the model meets it.
         """
@@ -168,7 +168,7 @@ class Renderer(ABC):
         """An example of plain text: every token is trained, and the end-of-text token after it.
 
         Control tokens that the text spells are encoded as those tokens: it may be a conversation that was
-        rendered already. Such a text is not given a second BOS token, nor another token behind the one
+        rendered already. Such a text is not given a second BOS token, nor another token after the one
         that ends it. A BOS token that the tokenizer puts before a text is not trained.
         """
         if not isinstance(text, str):
@@ -186,10 +186,10 @@ class Renderer(ABC):
         )
 
     def render_completion(self, prompt: str, completion: str) -> Example:
-        """A prompt that is rendered already (`is_rendered`) and what the model writes behind it.
+        """A prompt that is rendered already (`is_rendered`) and what the model writes after it.
 
         Control tokens that the two spell are encoded as those tokens. The completion is trained to its
-        end-of-turn token, which is added if it is missing; the header of a reply is not, wherever it stands.
+        end-of-turn token, which is added if it is missing; the header of a reply is not, wherever it is.
         """
         prompt, completion = self._parted_behind_header(prompt, completion)
         self._check_verbatim(prompt + completion)
@@ -503,7 +503,7 @@ class Renderer(ABC):
     def _arguments(self, function: Mapping[str, Any], number: int) -> Any:
         """The arguments of a call of message `number` as a value: a string is the JSON it spells.
 
-        JSON can spell a control token with escapes, so what it spells is guarded anew.
+        JSON can spell a control token with escapes, so what it spells is guarded again.
         """
         arguments = function["arguments"]
         if not isinstance(arguments, str):

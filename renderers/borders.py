@@ -14,10 +14,10 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 BORDER = ": "
-"""A colon and a space. Between the two lies the border."""
+"""A colon and a space. The border is between the two."""
 
 _PUNCTUATION = frozenset({r" ?[^\s\p{L}\p{N}]+", r" ?[^\s\p{L}\p{N}]+[\r\n]*"})
-"""What matches a colon with a space behind it, up to the space."""
+"""Patterns that match a colon followed by a space, up to the space."""
 
 # None of these matches a colon with a space behind it, and none looks past that space from before
 # the colon: the text before the border is matched the same whatever follows, a space or the end.

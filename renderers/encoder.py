@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 ESCAPE = "\U000f5a3c"
-"""A private-use character that begins what stands for something else."""
+"""A private-use character that begins a placeholder."""
 
 SENTINEL = f"{ESCAPE}text;"
 """Text that no message and no format contains."""
@@ -68,8 +68,8 @@ class Encoder:
     """Encodes rendered text for one tokenizer.
 
     Control tokens are the special tokens that the format uses, and those of the tokenizer's other added
-    tokens that stand in `frame`, what the format prints around a plain message. The format uses a special
-    token that stands in the frame or in `template`, or that the tokenizer names (`eos_token`, `image_token`,
+    tokens that occur in `frame`, what the format prints around a plain message. The format uses a special
+    token that occurs in the frame or in `template`, or that the tokenizer names (`eos_token`, `image_token`,
     but not `sep_token` and the like, which are the user's); without a `template` it uses them all. Any other
     added token, Qwen's `<tool_call>` or one that the user added, is vocabulary like any word. No text of a
     reply reads as one of the `ends`, which end turns.
@@ -177,7 +177,7 @@ class Encoder:
     def encode(self, text: str, cuts: Sequence[int] = (), positions: Collection[int] = ()) -> Tokens:
         """Encode guarded text so that the ids before each cut are those of the text before it alone.
 
-        Equal to encoding the whole at once, unless that would break this promise or let a message
+        Equal to encoding the full text at once, unless that would break this promise or let a message
         forge a control token. `cuts` ascend. The tokens know where the cuts and `positions` are.
         """
         if ESCAPE in text:
@@ -205,7 +205,7 @@ class Encoder:
                 known[start] = len(ids)
                 ids += self._ids(text[start:end])
         else:
-            # A control token parts a text, so what follows one that the latest text has too is encoded anew,
+            # A control token parts a text, so what follows one that the latest text has too is encoded again,
             # and the ids before it are known.
             latest, ids, places = self._latest
             num_shared = bisect_left(edges[1::2], True, key=lambda end: not latest.startswith(text[:end]))
@@ -251,10 +251,10 @@ class Encoder:
         return backend
 
     def _encode_apart(self, text: str, cuts: Sequence[int]) -> Tokens:
-        """Encode with the copy: control tokens as their escapes, escapes as the text they stand for.
+        """Encode with the copy: control tokens as their escapes, escapes as the text they represent.
 
-        A control token parts a text, so what lies between two of them is encoded by itself, and once: a
-        conversation whose history is rewritten comes many times with the same beginning.
+        A control token splits a text, so what is between two of them is encoded by itself, and once: a
+        conversation whose history is rewritten comes many times with the same prefix.
         """
         if cuts and not self._copy_parts_cleanly:
             raise RendererError(
@@ -344,7 +344,7 @@ class Encoder:
 
     @cached_property
     def _copy_parts_cleanly(self) -> bool:
-        """Some tokenizers print a space wherever a text begins anew."""
+        """Some tokenizers print a space wherever a new text begins."""
         copy, _ = self._copy
         tokens = copy.encode(f"a{_CUT}a", add_special_tokens=False).ids
         return copy.decode(tokens, skip_special_tokens=True) == "aa"
@@ -362,7 +362,7 @@ def _raise_panic(error: BaseException, text: str) -> None:
 
 
 def _parts(control: int, added: Mapping[int, AddedToken]) -> bool:
-    """Returns whether a control token is found wherever it is spelled, whatever stands around it."""
+    """Returns whether a control token is found wherever it is spelled, whatever surrounds it."""
     token = added[control]
     others = [other.content for index, other in added.items() if index != control]
     return not (token.normalized or token.single_word or any(token.content in other for other in others))
@@ -387,7 +387,7 @@ def _source_of_any(texts: Sequence[str]) -> str:
 def _rebuild(backend: Tokenizer, rename: Callable[[str], str]) -> Tokenizer:
     """A copy that neither post-processes, pads nor truncates, its added tokens renamed.
 
-    A new name is read as it is written: what a normalizer makes of other text is not that token.
+    A new name is read as it is written: other text that a normalizer changes to it is not that token.
     """
     layout = json.loads(backend.to_str())
     layout.update(post_processor=None, padding=None, truncation=None)

@@ -69,8 +69,8 @@ def normalize(
 ) -> tuple[list[PlainMessage], list[Training]]:
     """The messages, checked and in one spelling, and the training flags of each.
 
-    The caller's messages are left alone. This is where messages are checked: what comes behind it takes
-    them as they are. Raises RendererError, naming the message by its number.
+    The caller's messages are left alone. This is where messages are checked: later code takes them as
+    they are. Raises RendererError, naming the message by its number.
     """
     if not isinstance(messages, (list, tuple)):
         raise RendererError(f"`messages` must be a list of messages; it is a {type(messages).__name__}.")
@@ -139,7 +139,7 @@ def _unsupported_role(role: object, number: int, renderer: str, roles: Sequence[
 def one_text_of_thinking(thoughts: Sequence[object], where: str) -> str:
     """The thinking that a message has under several names.
 
-    Raises RendererError, naming `where` the message stands, for anything but one string.
+    Raises RendererError, naming the place `where` of the message, for anything but one string.
     """
     for thought in thoughts:
         if not isinstance(thought, str):

@@ -78,7 +78,7 @@ ENDS = frozenset(
         "<|END_OF_TURN_TOKEN|>",
     }
 )
-"""Those that end a turn or a text, whatever the format: a base model's own end token may stand behind it."""
+"""Those that end a turn or a text, whatever the format: a base model's own end token may follow it."""
 
 
 def note_tokens_of_other_formats(noun: str, text: str, own: Container[str]) -> None:

@@ -1,6 +1,6 @@
-"""Names of renderers that tinker-cookbook has (0.6), and what stands for each one here.
+"""Names of renderers that tinker-cookbook has (0.6), and the equivalent of each one here.
 
-A renderer of this package stands in backticks.
+A renderer of this package is in backticks.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The text of a sampled reply with its control tokens told from text that only spells them."""
+"""The text of a sampled reply with its control tokens distinguished from text that only spells them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def marked_text(tokenizer: PreTrainedTokenizerBase, encoder: Encoder, tokens: Se
     """The decoded tokens; a control token is spelled only where it was sampled as one.
 
     Text that spells one is guarded, so `encoder.unguard` makes a part of it what was said. None where
-    that cannot be told: ids that the tokenizer does not have, or text that renderers reserve.
+    that is unknown: ids that the tokenizer does not have, or text that renderers reserve.
     """
     if not all(0 <= token < len(tokenizer) for token in tokens):
         return None

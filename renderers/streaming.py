@@ -2,7 +2,7 @@
 
 A format declares its reply as named sections and the markers between them. Only text that may still turn out
 to be markup is held back: part of a marker, white space that is dropped where a section
-ends, and part of a character. The end token settles the rest by parsing the whole reply.
+ends, and part of a character. The end token settles the rest by parsing the complete reply.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Section:
     """A stretch of a reply.
 
     Its text belongs to `field`; with None it is not shown (markup, a tool call, or text that only
-    the whole reply can place). `ends` gives for each marker that ends the section the name of
+    the complete reply can place). `ends` gives for each marker that ends the section the name of
     the next one; `begins` does so for markers that count only as the very first text of
     the section. Characters of `lstrip` and `rstrip` are dropped at its borders. Of a marker's
     control tokens only the tokens count: text that spells one is text.
@@ -70,7 +70,7 @@ class ResponseStream:
         decode: Callable[[Sequence[int]], str],
         parse: Callable[[Sequence[int]], tuple[Message, bool]],
     ) -> None:
-        """`parse` reads the whole reply, up to one of the `end_tokens`; `decode` spells a part of it."""
+        """`parse` reads the complete reply, up to one of the `end_tokens`; `decode` spells a part of it."""
         self._end_tokens = end_tokens
         self._parse = parse
         self._tokens: list[int] = []
@@ -114,7 +114,7 @@ class ResponseStream:
         return shown
 
     def _spelled(self, delta: Delta) -> Delta:
-        """The delta with control tokens spelled that are not markers where they stand."""
+        """The delta with control tokens spelled that are not markers there."""
         if ESCAPE not in delta.text:
             return delta
         text = delta.text
@@ -141,7 +141,7 @@ def _joined(deltas: Iterable[Delta]) -> list[Delta]:
 
 
 class _Mark(NamedTuple):
-    """A control token that markers hold, and what stands for it in the text that is read."""
+    """A control token that markers hold, and its placeholder in the text that is read."""
 
     spelling: str
     stand_in: str
@@ -170,7 +170,7 @@ def _with_marks(sections: Sections, marks: Iterable[_Mark]) -> Sections:
 
 
 class _Characters:
-    """The text of tokens that come one by one, in whole characters.
+    """The text of tokens that come one by one, in complete characters.
 
     Some decoders drop the space before a text, so new tokens are decoded together with some before
     them, and what the text has grown by is new.

@@ -19,7 +19,7 @@ def with_tools_in_system(
 ) -> tuple[list[PlainMessage], list[Training]]:
     """The messages with the tools in the system message, calls as text, and results as users' messages.
 
-    What each says of its training stands beside it. A conversation without tools, calls or results is the
+    The training flags of each are kept. A conversation without tools, calls or results is the
     same as before.
     """
     written: list[PlainMessage] = []

@@ -11,7 +11,7 @@ from renderers.training_flags import UNSAID, Training
 
 
 class TrainOnWhat(StrEnum):
-    """What is trained; everything else carries weight 0.
+    """The part of a conversation that is trained; everything else has weight 0.
 
     A message that says it is not trained (`renderers.training_flags`: `train: false`, `weight: 0`,
     `mask: true` and more) is not, in any of the modes.
@@ -19,11 +19,11 @@ class TrainOnWhat(StrEnum):
     Training a message means its text and the end-of-turn token that closes it. For an assistant
     the text is all that follows the generation prompt (thinking and tool calls included); for
     another role it is the message's content as the format prints it, with the end-of-turn token
-    where that stands right behind it. A token belongs to the text in which it begins.
+    where that follows directly. A token belongs to the text in which it begins.
     """
 
     LAST_ASSISTANT_MESSAGE = "last_assistant_message"
-    """The last assistant message of the conversation, wherever it stands."""
+    """The last assistant message of the conversation, wherever it is."""
 
     LAST_ASSISTANT_TURN = "last_assistant_turn"
     """Every assistant message after the last user message: a reply with its tool calls."""

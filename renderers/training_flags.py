@@ -53,7 +53,7 @@ UNSAID = Training()
 def training_of(message: Mapping[str, Any], where: str) -> Training:
     """The training flags of a message, from all these keys together; null counts as absent.
 
-    Raises RendererError, naming the keys and `where` the message stands, for values that are not of
+    Raises RendererError, naming the keys and the place `where` of the message, for values that are not of
     their kind, for keys that contradict each other, and for finer settings.
     """
     if _KEYS.isdisjoint(message):

@@ -1,4 +1,4 @@
-"""The README's commands and programs run as they stand."""
+"""The README's commands and programs run as they are written."""
 
 from __future__ import annotations
 

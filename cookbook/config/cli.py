@@ -49,8 +49,8 @@ def make_config(
     """The config that `argv` asks for. Later wins: `defaults`, then `config=<file>`, then the other keys.
 
     A key that is not a field of the config itself names a nested field by its last part, so `batch_size=8`
-    reaches `dataset_builder.common_config.batch_size`. A key stands once in a file; of one that is given
-    twice on the command line the last counts, with a warning. `overrides` win over all of them.
+    reaches `dataset_builder.common_config.batch_size`. A key may occur once in a file; of one that is
+    given twice on the command line the last counts, with a warning. `overrides` win over all of them.
 
     Raises ConfigError with every setting that cannot be used and where it stands: unknown keys, those that
     are ambiguous, those given twice, and invalid values. Raises EntrypointHelpException where help is

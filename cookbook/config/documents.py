@@ -26,7 +26,7 @@ class Document:
     lines: dict[KeyPath, int] = field(default_factory=dict)
     """The line of each key and of each item of a list, from 1."""
     repeated: list[str] = field(default_factory=list)
-    """One sentence for each key that stands twice in one mapping, which both formats forbid."""
+    """One sentence for each key that occurs twice in one mapping, which both formats forbid."""
     _repeated: set[KeyPath] = field(default_factory=set)
 
     def place(self, path: KeyPath) -> str:

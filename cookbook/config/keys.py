@@ -459,7 +459,7 @@ def _given_twice(key: str, earlier: Setting, later: Setting) -> str:
 
 
 def _written(setting: Setting) -> str:
-    """The setting as one writes it; of a list or a mapping its key alone."""
+    """The setting as it is written; of a list or a mapping its key alone."""
     return setting.key if isinstance(setting.value, list | dict) else f"{setting.key}={_text(setting.value)}"
 
 

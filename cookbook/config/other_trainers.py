@@ -2,7 +2,7 @@
 
 The keys are those of TRL (SFTConfig, ModelConfig, ScriptArguments and transformers' TrainingArguments),
 Unsloth, axolotl, LLaMA-Factory and torchtune. Keys that mean the same here under the same name are absent.
-A key of this project stands in backticks, with a value where only that value does the same.
+A key of this project is in backticks, with a value where only that value does the same.
 """
 
 from __future__ import annotations

@@ -74,7 +74,7 @@ def message_of(value: Any, where: str) -> Message:
 
     `content` becomes a string: text parts are joined, and a tool's result is printed as JSON
     unless it is text. Reasoning, also that of a `thinking` part, is under `reasoning_content`. Calls have
-    arguments as a dict; they also stand under the legacy `function_call`, or in the content of a role of that
+    arguments as a dict; they are also under the legacy `function_call`, or in the content of a role of that
     name. Whether it is trained is under `trainable` and `weight` alone, where the message says it. Keys
     without a value and an empty list of calls are dropped; other keys stay.
     """

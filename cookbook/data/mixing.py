@@ -20,7 +20,7 @@ _MOST_ROUNDS = 1_000
 def rows_per_epoch(sizes: Sequence[int], weights: Sequence[float] | None, stop_when: StopWhen) -> list[int]:
     """Returns the number of rows that an epoch takes from sources of these sizes, the same in every epoch.
 
-    Without weights every row comes once. With weights the sources stand in their proportions, and
+    Without weights every row comes once. With weights the sources keep their proportions, and
     an epoch is as long as it can be with no row twice (`first_exhausted`), or as short as it can
     be with every row in it (`all_exhausted`, which repeats rows of the other sources).
     """

@@ -1,4 +1,4 @@
-"""Counts of what was read from a source and what became of it, printed before training starts."""
+"""Counts of what was read, rendered and skipped of a source, printed before training starts."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class DataReport:
     """The source."""
     max_length: int | None
     rows: int
-    """Rows read, whatever became of them."""
+    """Rows read, including those skipped."""
     bad: int
     """Rows skipped because they could not be read or rendered."""
     filtered: int

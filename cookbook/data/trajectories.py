@@ -76,11 +76,11 @@ _RESULT_KEYS = {"content", "tool_call_id", "id", "name", "role", *_FLAGS}
 ORDER_KEY = "observation_order"
 
 ObservationOrder: TypeAlias = Literal["before", "after"]
-"""Whether the observation of a step stands before its action, which answers it, or came of the action."""
+"""Whether the observation of a step precedes its action, which answers it, or results from the action."""
 
 Step: TypeAlias = Mapping[str, Any]
 Levels: TypeAlias = Sequence[Mapping[str, Any]]
-"""The objects a rollout stands in, the innermost first."""
+"""The objects that contain a rollout, the innermost first."""
 
 
 # -- rows and rollouts ------------------------------------------------------------------------
@@ -230,9 +230,9 @@ def observation_comes_first(
 ) -> bool:
     """Returns True if the action of a step answers its observation, False if the observation results from it.
 
-    The first of these that fits decides; none of them asks in which order keys stand.
+    The first of these that fits decides; none of them depends on the order of keys.
 
-    1. Its name. A `next_observation` (`next_obs`, `next_state`) came of the action, so an observation
+    1. Its name. A `next_observation` (`next_obs`, `next_state`) results from the action, so an observation
        beside one is what the action answers; and so is a `prompt`, a `question` or a `query`.
     2. `order`, where it is given.
     3. Incomplete steps, where some step has both: the first without an observation or the last

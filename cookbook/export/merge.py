@@ -82,7 +82,7 @@ class MergedWeights:
     """The weights of a merged model by their names in its files, each computed when it is read."""
 
     files: dict[str, Path]
-    """Where each weight of the base model lies."""
+    """The file of each weight of the base model."""
     adapter: dict[str, LowRank]
     """By the name of the weight."""
     untied: dict[str, str] = field(default_factory=dict)

@@ -90,7 +90,7 @@ def _code(text: str) -> str:
 def python_usage(
     source: TrainedModel, chat_format: ChatFormat, repository: str | None, is_adapter: bool
 ) -> str:
-    """A program that talks to the model, from the folder it lies in or from the hub."""
+    """A program that talks to the model, from its folder or from the hub."""
     where = f'"{repository}"' if repository else '"."  # the folder that this file lies in'
     load = "model = AutoModelForCausalLM.from_pretrained(path)"
     imports = "from transformers import AutoModelForCausalLM, AutoTokenizer"

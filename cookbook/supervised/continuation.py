@@ -161,7 +161,7 @@ def total_steps_from(
     max_steps: int | None,
     batch_size: int | None = None,
 ) -> int | None:
-    """The number of steps after which a run ends that stands at `position` after `step` steps.
+    """The number of steps after which a run ends that is at `position` after `step` steps.
 
     `batch_size` of None is the dataset's own. None where it depends on data of unknown length alone.
     """

@@ -106,7 +106,7 @@ def make_plan(argv: Sequence[str]) -> Plan:
 
     Later wins, so a key on the command line replaces the file's, whether it is full or short there. Raises
     ConfigError for keys of neither, keys that may be several, values that no run could have, and settings
-    that no run could have: all of them at once, each with the place where it stands.
+    that no run could have: all of them at once, each with its place.
     """
     given = cli.read_arguments(argv)
     own_keys = chz.chz_fields(SweepConfig)

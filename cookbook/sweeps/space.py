@@ -19,7 +19,7 @@ from cookbook.errors import ConfigError
 
 SEED = "seed"
 Point = dict[str, str]
-"""The value of every varied key, as text, as it stands on a command line."""
+"""The value of every varied key, as text, as it is written on a command line."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ MAX_RUNS = 10_000
 
 
 def parse_axis(key: str, value: Any, kind: Any) -> Axis:
-    """The axis that a sweep file's `key: value` stands for; `kind` is the type of the key's field.
+    """The axis that a sweep file's `key: value` means; `kind` is the type of the key's field.
 
     One value is an axis of one. Where the field itself takes a list, a list is its value and a list of
     lists is alternatives. Raises ConfigError for what is neither a list, a value nor a distribution.
@@ -73,7 +73,7 @@ def parse_axis(key: str, value: Any, kind: Any) -> Axis:
 
 
 def parse_argument(key: str, text: str, kind: Any) -> Axis:
-    r"""The axis that `key=a,b` stands for on the command line.
+    r"""The axis that `key=a,b` means on the command line.
 
     A comma separates alternatives, `\,` is a comma. Where the field itself takes a list, commas belong to
     its value: such a key is varied in a sweep file.

@@ -50,7 +50,7 @@ def row_of(
 def read_backwards(
     path: Path, shape: Mapping[str, Any] | None = None, rest: Any = Any
 ) -> Iterator[dict[str, Any]]:
-    """The same rows, the last one first. What lies before the rows that are taken is not read."""
+    """The same rows, the last one first. Earlier lines than those of the rows that are taken are not read."""
     if not path.exists():
         return
     most_bytes = max_line_bytes()

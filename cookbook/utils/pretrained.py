@@ -38,7 +38,7 @@ _MOST_BYTES_OF_TOKENIZERS = 2**28
 MAX_POST_PROCESSOR = 2_000
 """Values: each of its templates may have any of its special tokens, and each of those any ids."""
 _MOST_WEIGHTS_PER_BYTE = 8
-"""4-bit files hold 2, and tied weights stand in them once."""
+"""4-bit files hold 2, and tied weights are in them once."""
 
 
 def load_config(location: str | Path, local_files_only: bool = False) -> PretrainedConfig:
@@ -76,7 +76,7 @@ def load_causal_lm(location: str | Path, local_files_only: bool = False, **optio
     config = load_config(location, local_files_only)
     if (path := _file_of(location, "adapter_config.json", local_files_only)) is not None:
         raise ModelError(
-            f"{path} lies in the folder of a model, and transformers would apply that adapter without "
+            f"{path} is in the folder of a model, and transformers would apply that adapter without "
             "being asked. Remove it, or put the adapter in a folder of its own and give that as a "
             "checkpoint."
         )

@@ -1,6 +1,6 @@
 """The base of the Qwen family's formats: ChatML frames, and tools in the manner of Hermes.
 
-Results of tools stand in a user's frame, those in a row in one. Tools are described at the end of
+Results of tools are in a user's frame, successive ones in one frame. Tools are described at the end of
 the system message, which such a conversation always has.
 """
 

@@ -1,13 +1,13 @@
 """DeepSeek V3 and R1, as the chat template published for both prints them.
 
-What a reader would not expect of that template:
+Surprising properties of that template:
 
 - Its generation prompt ends with `<think>` and a newline, yet it prints every reply without a think
   block. So there are two renderers. `deepseekv3` prompts without the block, for models that do
   not think (V3, V3-0324); its conversations are the template's. `deepseekv3_thinking` prompts as
-  the template does, for models that think (R1); the last reply of a conversation stands behind
-  that prompt with its think block, empty if it has no thinking, and all else is the template's.
-- System messages stand first, joined by blank lines, wherever they come in the conversation.
+  the template does, for models that think (R1); the last reply of a conversation follows that
+  prompt with its think block, empty if it has no thinking, and all else is the template's.
+- System messages come first, joined by blank lines, wherever they are in the conversation.
 - After results of tools nothing is printed but the end of the results: there the model takes over with
   no header and no `<think>`, so one that thinks opens its block itself.
 - Only the first calls of tools in a conversation get a header, their text and an opening, and only the
@@ -113,8 +113,8 @@ class DeepSeekV3Renderer(Renderer):
     def _draft(self, messages: Sequence[PlainMessage], last: int | None) -> tuple[Draft, list[int], bool]:
         """All messages as history, but `last` as the model writes it.
 
-        Also the replies that stand there otherwise than the model wrote them, or behind another
-        prompt, and whether results of tools end the text.
+        Also the replies that are printed there differently from what the model wrote, or after
+        another prompt, and whether results of tools end the text.
         """
         draft = Draft()
         draft.put(_BOS)

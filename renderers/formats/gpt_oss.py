@@ -1,6 +1,6 @@
 """gpt-oss, in OpenAI's harmony format as its published chat template prints it.
 
-What a reader would not expect of that template:
+Surprising properties of that template:
 
 - Its system message gives the day's date. Here it is always the same (`today.py`), or the `current_date`
   that the renderer is created with, so a conversation has the same tokens on any day.
@@ -8,8 +8,8 @@ What a reader would not expect of that template:
   There is a place for one, at the start.
 - A reply ends with `<|return|>` when it is sampled and with `<|end|>` in the history, without its
   thinking: every earlier reply of a conversation is rewritten.
-- The thinking before a call of a tool stands until a reply without calls follows. The template drops
-  it from the whole conversation as soon as one does, though the prompt for that reply shows it.
+- The thinking before a call of a tool is kept until a reply without calls follows. The template drops
+  it from the entire conversation as soon as one does, though the prompt for that reply shows it.
   A conversation whose last message is a trained reply keeps what the prompt shows.
 - A message holds one call. The text beside it is printed as thinking, so a trained message with a call
   gives its thinking as `reasoning_content` and no text.

@@ -67,7 +67,7 @@ def _meant(function: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def with_calls(message: Message) -> tuple[Message, bool]:
-    """A parsed message whose calls still stand in its content, and whether they are well-formed."""
+    """A parsed message whose calls are still in its content, and whether they are well-formed."""
     content = str(message["content"])
     said, mark, _ = content.partition(_OPEN)
     if not mark:

@@ -103,8 +103,8 @@ class Qwen3Renderer(ChatMLRenderer):
 class Qwen3DisableThinkingRenderer(Qwen3Renderer):
     """Qwen3 prompted not to think: its template with `enable_thinking=False`.
 
-    The prompt ends with an empty think block, so the block is not trained. It stands in the prompt
-    alone: a reply that is history has none, as in `qwen3`. Thinking in a trained message is refused.
+    The prompt ends with an empty think block, so the block is not trained. It is in the prompt alone:
+    a reply that is history has none, as in `qwen3`. Thinking in a trained message is refused.
     """
 
     name = "qwen3_disable_thinking"

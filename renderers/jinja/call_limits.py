@@ -1,6 +1,6 @@
-"""The size of what the methods, formats and filters of a chat template make, counted before they run.
+"""The size of the results of a chat template's methods, formats and filters, counted before they run.
 
-`template_limits` has the limits, and what one run has made so far.
+`template_limits` has the limits, and what one run has produced so far.
 """
 
 from __future__ import annotations
@@ -95,7 +95,9 @@ _SIZES_OF_METHODS: Mapping[str, Callable[..., int]] = {
         ("startswith", "endswith", "find", "rfind", "index", "rindex", "count"), lambda text, *_: 0
     ),
 }
-"""The size of what a method makes at most. One that is not here makes about as much as it is called on."""
+"""The maximum size of a method's result. The result of one that is not here is about as large as its
+argument.
+"""
 
 
 def limited_format(method: Any, environment: Any) -> Callable[..., str]:

@@ -1,4 +1,4 @@
-"""One conversation under a chat template: the text of each of its beginnings, rendered once."""
+"""One conversation under a chat template: the text of each of its prefixes, rendered once."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from renderers.jinja.template import Template, json_type
 from renderers.messages import PlainMessage, Tool
 
 _LONG = 24
-"""Messages from which on a conversation's beginnings are looked at together."""
+"""The number of messages from which a conversation's prefixes are rendered together."""
 
 _MOST_CHARACTERS = 1 << 25
 """Characters of texts that are kept of one conversation."""
@@ -27,7 +27,7 @@ _LONG_TEXT = 4096
 class _Texts:
     """Texts, or why there is none, by number of messages and whether with the prompt.
 
-    A long one is kept as what it adds to the beginning of the first one, mostly that of all messages.
+    A long one is kept as what it adds to a prefix of the first one, mostly that of all messages.
     """
 
     first: str = ""

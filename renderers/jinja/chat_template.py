@@ -1,6 +1,6 @@
 """Any tokenizer's own chat template, with the trained spans found by rendering.
 
-A template says nowhere which of its text the model wrote, so that is read off what it prints.
+A template does not declare which of its text the model wrote, so that is inferred from what it prints.
 With R(m) the rendering of messages m and P(m) the same with the generation prompt:
 
 - The text of message i begins where P(m[:i]) ends, which must be how R(m) begins.
@@ -9,7 +9,7 @@ With R(m) the rendering of messages m and P(m) the same with the generation prom
   with white space, make up the tail. What follows that token is the template's.
 - If R(m) does not continue P(m[:i]) with that same text, the template rewrites its history.
 
-The content of any other message lies between what stays the same when a sentinel replaces it.
+The content of any other message is what changes when a sentinel replaces it.
 Where these disagree the conversation is refused, and so is a reply that the template does not
 print whole.
 """
@@ -250,7 +250,7 @@ class ChatTemplateRenderer(Renderer):
         return text
 
     def _parted(self, value: Any) -> Any:
-        """The value with a sentinel behind everything in it that may be part of a control token."""
+        """The value with a sentinel after everything in it that may be part of a control token."""
 
         def part(string: str) -> str:
             apart, found = self._part_of_control.subn(rf"\g<0>{SENTINEL}", string)

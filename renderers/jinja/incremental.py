@@ -1,10 +1,10 @@
-"""Runs a chat template for many beginnings of one conversation, each message about once.
+"""Runs a chat template for many prefixes of one conversation, each message about once.
 
-Masks are found by comparing what a template prints of a conversation and of each of its beginnings. To run it
+Masks are found by comparing what a template prints of a conversation and of each of its prefixes. To run it
 for each takes time that grows with the square of the messages. So the template is rewritten to follow its
 loops (`loop_rewriting`), and of each loop those iterations alone are run that may print something else than
-for the beginning before (`loop_records`). All outside of the loops is run every time. A template that does
-what cannot be followed is run as it is.
+for the prefix before (`loop_records`). All outside of the loops is run every time. A template that does
+what cannot be traced is run unchanged.
 """
 
 from __future__ import annotations
@@ -153,7 +153,9 @@ _FILTERS: dict[str, Callable[..., Any]] = {
 
 
 class _FollowingSandbox(QuickSandbox):
-    """The sandbox of a rewritten template: no value that stands for others is given to what could tell."""
+    """The sandbox of a rewritten template: no placeholder value is given to anything that could tell it
+    apart.
+    """
 
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         _refuse_counts(args)

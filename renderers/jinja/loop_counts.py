@@ -2,8 +2,8 @@
 
 What one iteration of a loop prints is printed again for a longer conversation if the iteration does not
 depend on the number of messages. It may ask for it, though, and mostly to learn whether a message is the
-last. So it is given a `Count`, which stands for the number of messages plus a constant, says what it is
-compared with, and can be used in no other way.
+last. So it is given a `Count`, which represents the number of messages plus a constant, reports what it
+is compared with, and can be used in no other way.
 """
 
 from __future__ import annotations

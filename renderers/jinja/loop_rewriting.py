@@ -1,6 +1,6 @@
 """Rewrites the loops of a chat template so that `loop_visits` can follow and shorten them.
 
-A loop that stands in no other loop, macro or block is rewritten, whatever it runs over:
+A loop that is in no other loop, macro or block is rewritten, whatever it runs over:
 
     {% for message in messages %} ... {% endfor %}
 
@@ -81,7 +81,7 @@ class _Macros:
         top = {node.name for node in tree.body if isinstance(node, nodes.Macro)}
         assigned = {name.name for name in tree.find_all(nodes.Name) if name.ctx == "store"}
         self.constant = {name for name in top - assigned if len(self.named[name]) == 1}
-        """The names that stand for the same macro in every run."""
+        """The names that mean the same macro in every run."""
 
     def called_by(self, body: Iterable[nodes.Node]) -> list[nodes.Macro]:
         """The macros that are named in the body, or in one that is named there."""

@@ -1,7 +1,7 @@
 """Runs through the loops of a template that are followed: what each iteration reads, and which need not run.
 
-`enter` of `incremental` makes a visit of the list that a loop runs over. It yields the items whose iterations
-have to run, and prints what was recorded of the others.
+`enter` of `incremental` creates a visit of the list that a loop runs over. It yields the items whose
+iterations have to run, and prints what was recorded of the others.
 """
 
 from __future__ import annotations

@@ -125,7 +125,7 @@ class Template:
             raise _refusal(messages, error) from error
 
     def all_text(self) -> str:
-        """The template's source and what it prints of a message of every role: where its own tokens stand."""
+        """The template's source and what it prints of a message of every role; both contain its tokens."""
         printed = [self._source]
         for role in ROLES:
             for probe in ([{"role": role, "content": "x"}, _USER], [_USER, {"role": role, "content": "x"}]):

@@ -1,4 +1,4 @@
-"""What one run of a chat template may cost: a limit on its time, and one on all the text that it makes.
+"""Limits on one run of a chat template: on its time, and on all the text that it produces.
 
 A chat template comes with a model, so it is foreign code. The sandbox keeps it from reading and writing
 anything; this keeps it from running without end and from filling the memory. Its compiled code calls `tick`
@@ -47,7 +47,7 @@ LIMITS = Limits()
 
 
 MAX_BITS = 2**16
-"""The most bits of a whole number."""
+"""The maximum number of bits of an integer."""
 
 MAX_WIDTH = 1000
 """The greatest width of one formatted value, and of an indentation."""
@@ -63,7 +63,7 @@ _NODE = 128
 
 
 class TemplateLimitError(RendererError):
-    """A chat template took more time or made more text than one run may."""
+    """A chat template took more time or produced more text than one run may."""
 
 
 class Run:
@@ -112,7 +112,9 @@ class Run:
     def _exceed(self) -> None:
         self._scale()
         if self._made > self._allowed:
-            refuse(f"It made more than {self._allowed:,} characters of text, the limit for this conversation")
+            refuse(
+                f"It produced more than {self._allowed:,} characters of text, the limit for this conversation"
+            )
 
     def _scale(self) -> None:
         """Raises the limit by what the conversation allows, which is counted when it matters."""
@@ -140,7 +142,7 @@ _running = _Running()
 
 
 def spend(characters: int) -> None:
-    """Counts text that the run of this thread makes."""
+    """Counts text that the run of this thread produces."""
     _running.run.spend(characters)
 
 
@@ -272,7 +274,7 @@ class RunContext(Context):
 
 def _check_bits(num_bits: int) -> None:
     if num_bits > MAX_BITS:
-        refuse(f"It computes a whole number of more than {MAX_BITS:,} bits")
+        refuse(f"It computes an integer of more than {MAX_BITS:,} bits")
 
 
 def check_width(width: Any, most: int = MAX_WIDTH) -> None:
@@ -287,7 +289,7 @@ _CONVERSION = re.compile(r"%(?:\([^()]*\))?[#0\- +]*(\*|[0-9]+)?(?:\.(\*|[0-9]+)
 
 
 def size_of_percent(template: str | bytes, values: Any) -> int:
-    """The most characters that `template % values` makes."""
+    """The maximum number of characters of `template % values`."""
     given = list(values) if isinstance(values, tuple) else [values]
     size = size_of(given, CHARACTERS)
     text = template if isinstance(template, str) else template.decode("latin-1")

@@ -1,4 +1,4 @@
-"""Model names: where a model lies, and what is said when it cannot be had."""
+"""Model names: where a model is found, and the errors when it is not."""
 
 from __future__ import annotations
 

@@ -110,7 +110,7 @@ def test_tensor_data_equals_the_same_values_and_nothing_else() -> None:
 
 @pytest.mark.parametrize("make", [np.array, torch.tensor], ids=["numpy", "torch"])
 def test_changing_a_buffer_afterwards_does_not_change_the_datum(make: Any) -> None:
-    """A request may wait in the queue while its caller fills the same buffer anew."""
+    """A request may wait in the queue while its caller refills the same buffer."""
     targets, weights = make([1, 2, 3]), make([1.0, 1.0, 0.0])
     datum = Datum(ModelInput.from_ints([1, 2, 3]), {"target_tokens": targets, "weights": weights})
     targets[:] = 9

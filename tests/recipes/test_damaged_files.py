@@ -117,7 +117,7 @@ def test_a_file_of_a_run_that_is_no_json_is_refused_by_its_name(run_folder: Path
     for raw in RAW:
         path.write_bytes(raw)
         if name.endswith(".jsonl") and not raw.endswith(b"\n"):
-            with contextlib.suppress(CheckpointError):  # a torn last line is left out; then there is no row
+            with contextlib.suppress(CheckpointError):  # a torn last line is skipped; then there is no row
                 look(run_folder)
             continue
         with pytest.raises(CookbookError, match=path.name):

@@ -387,7 +387,7 @@ ENDS = ["<|im_end|>", "<|eot|>"]
 
 @st.composite
 def templates(draw: st.DrawFn) -> tuple[str, dict[str, Any]]:
-    """A template put together from what templates do, and what it is put together from."""
+    """A generated template, and the parts that it is generated from."""
     made: dict[str, Any] = {
         "opening": draw(st.sampled_from(["", "<|im_start|>", "<bos>"])),
         "header": draw(st.sampled_from(["<|header|>{}<|text|>\n\n", "<|im_start|>{}\n", "{}: "])),

@@ -380,7 +380,9 @@ def test_a_call_and_the_reply_after_it_are_one_example_with_the_thinking_of_both
     assert trained_runs(tokenizer, example) == [FIRST, SECOND]
 
 
-def test_thinking_before_a_reply_is_dropped_once_the_conversation_goes_on(renderer, tokenizer, trained_runs):
+def test_thinking_before_a_reply_is_dropped_once_the_conversation_continues(
+    renderer, tokenizer, trained_runs
+):
     chat = [*CHAIN, message("user", "c"), message("assistant", "d")]
     examples = renderer.build_supervised_examples(chat, tools=[WEATHER])
     assert [trained_runs(tokenizer, example) for example in examples] == [

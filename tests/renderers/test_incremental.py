@@ -1,4 +1,4 @@
-"""The text of a long conversation's beginnings, against a run of the template for each of them."""
+"""The text of a long conversation's prefixes, against a run of the template for each of them."""
 
 from __future__ import annotations
 

@@ -138,7 +138,7 @@ def test_a_run_of_bytes_that_are_no_characters_shows_before_it_ends(
         "\xf0": "ð",
         "\x80": "Ģ",
         "é": "Ã",
-    }  # begins a character, goes on with one, begins a shorter one
+    }  # begins a character, continues one, begins a shorter one
     half_id = renderer.tokenizer.convert_tokens_to_ids(halves[half])
     assert renderer.tokenizer.decode([half_id]) == "\ufffd"
     stream = renderer.parse_stream()
@@ -276,7 +276,7 @@ OVERLAPPING = {
 
 
 class Overlapping(Parted):
-    """Markers that begin alike."""
+    """Markers with a common prefix."""
 
     reply_sections = OVERLAPPING
 

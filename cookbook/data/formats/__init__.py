@@ -2,7 +2,7 @@
 
 A format is recognised by the keys of a row. The rules of `FORMATS` are tried in their order, and the
 first that fits decides; `format=` names one outright. A key whose value is null counts as absent,
-and a list may stand as JSON in a string.
+and a list may be given as JSON in a string.
 
     messages           `messages`, `conversations` or `conversation`: a list whose first item has `role`;
                        or `messages`: any list, if the next rule does not fit
@@ -105,7 +105,7 @@ FORMATS: Mapping[str, Format] = {
 
 
 def recognise(row: Mapping[str, Any]) -> str:
-    """The name of the first format whose rule fits the row. The rules stand at the top of this file."""
+    """The name of the first format whose rule fits the row. The rules are at the top of this file."""
     for name, format in FORMATS.items():
         if format.fits(row):
             return name

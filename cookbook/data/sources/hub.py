@@ -64,7 +64,7 @@ class HubSource(Source):
 class HubStream(Source):
     """One split, read over the network as it is needed.
 
-    `revision` is the commit that is read; its fingerprint stands for the rows, which were not read.
+    `revision` is the commit that is read; its fingerprint represents the rows, which were not read.
     """
 
     def __init__(self, name: HubName, dataset: datasets.IterableDataset, revision: str | None) -> None:

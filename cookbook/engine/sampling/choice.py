@@ -95,7 +95,7 @@ def _keep_top_k(terms_RV: Tensor, top_k: Sequence[int]) -> Tensor:
 def _keep_top_p(terms_RV: Tensor, top_p_R1: Tensor) -> Tensor:
     """The terms, with 0 for those after the largest whose sum reaches a share of p of their row's.
 
-    Terms lie in (0, 1], where floats are in the order of their bits. So their first 16 bits put them into
+    Terms are in (0, 1], where floats are in the order of their bits. So their first 16 bits put them into
     buckets, the sums of the buckets show which of them holds the border, and only its terms are sorted.
     """
     bucket_RV = (terms_RV.view(torch.int32) >> 16).long()

@@ -1,6 +1,6 @@
 """Keys and values of the positions so far, for sequences of different lengths.
 
-Sequences lie in length buckets: each in the bucket with the least capacity that suffices, so no row is padded
+Sequences are in length buckets: each in the bucket with the least capacity that suffices, so no row is padded
 by more than half, and what is computed for a row depends on its own length alone. `KVCache` is the cache of
 `attention.packed_attention`: it stores the keys and values of a prefill, and in a decode pass appends the
 newest position of every sequence.

@@ -31,7 +31,7 @@ GREEDY = SamplingParams(max_tokens=3, temperature=0.0)
 
 @pytest.fixture(scope="module", autouse=True)
 def _no_objects_of_other_tests() -> Iterator[None]:
-    """What was there before is left out of each of the many collections, which take long otherwise."""
+    """Freezes earlier objects, because each of the many collections would take long otherwise."""
     gc.collect()
     gc.freeze()
     yield
@@ -278,7 +278,7 @@ def test_a_sampler_that_is_dropped_before_its_snapshot_is_taken_holds_up_nothing
     engine, may_go_on = client._engine, threading.Event()
     engine.submit(may_go_on.wait, 20)
     for _ in range(2):
-        client.save_weights_and_get_sampling_client()  # nobody keeps it
+        client.save_weights_and_get_sampling_client()  # no reference is kept
     gc.collect()
     passed = client.forward_backward(DATA)
     may_go_on.set()
@@ -462,7 +462,7 @@ def test_a_client_can_be_closed_by_its_own_loss(service: ServiceClient, tiny_qwe
 def test_a_stream_read_in_a_loop_that_is_closed_fails_no_other_reader(
     service: ServiceClient, tiny_qwen3: str
 ) -> None:
-    """Its reader left without a word: the samples beside it, and other readers of it, go on."""
+    """Its reader is gone: the samples beside it, and other readers of it, continue."""
     sampler = service.create_sampling_client(base_model=tiny_qwen3)
     go = threading.Event()
     sampler._engine.submit(go.wait, 10)

@@ -118,7 +118,7 @@ def test_awaiting_and_async_twins_give_the_same(client: TrainingClient) -> None:
     assert logprobs == sampling_client.compute_logprobs(PROMPT).result()
 
 
-def test_a_snapshot_stays_what_it_was_while_training_goes_on(client: TrainingClient) -> None:
+def test_a_snapshot_stays_what_it_was_while_training_continues(client: TrainingClient) -> None:
     step(client)
     snapshot = client.save_weights_and_get_sampling_client()
     before = snapshot.compute_logprobs(PROMPT).result()
@@ -221,7 +221,7 @@ def test_a_stream_gives_each_token_as_it_is_sampled(client: TrainingClient) -> N
     assert asyncio.run(read()) == expected.tokens
 
 
-def test_a_stream_that_nobody_reads_on_ends(client: TrainingClient) -> None:
+def test_a_stream_without_a_reader_ends(client: TrainingClient) -> None:
     sampling_client = client.save_weights_and_get_sampling_client()
     stream = sampling_client.stream(PROMPT, SamplingParams(max_tokens=250, stop_token_ids=[10**6]))
     tokens = iter(stream)

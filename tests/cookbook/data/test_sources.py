@@ -565,7 +565,7 @@ def test_a_hub_dataset_without_rows_is_an_error() -> None:
             list(source.rows())
 
 
-def test_a_dataset_that_cannot_be_had_says_how_to_get_it() -> None:
+def test_an_unavailable_dataset_says_how_to_get_it() -> None:
     with pytest.raises(DataError) as caught:
         open_source("owner/name:small")
     said = str(caught.value)

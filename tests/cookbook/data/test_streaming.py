@@ -142,7 +142,7 @@ def numbers_of(mixture: StreamMixture, start: int = 0, seed: int = 0) -> list[li
 
 
 @pytest.mark.parametrize("stop_when", ["first_exhausted", "all_exhausted"])
-def test_a_mixture_of_streams_goes_on_where_it_was(tmp_path: Path, stop_when: str) -> None:
+def test_a_mixture_of_streams_continues_where_it_was(tmp_path: Path, stop_when: str) -> None:
     mixture = mixed(tmp_path, [6000, 2500], [3, 1], stop_when)
     whole = numbers_of(mixture)
     for start in (0, 1, 4095, 4096, 4097, 7000, len(whole) - 1, len(whole)):

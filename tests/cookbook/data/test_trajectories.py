@@ -199,7 +199,7 @@ def test_both_styles_of_one_rollout_read_alike(pairs: list[tuple[str, str]]) -> 
     assert said({"steps": gym}) == said({"steps": react}) == expected
 
 
-# -- where things stand -----------------------------------------------------------------------
+# -- places of the keys ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("steps", ["steps", "trajectory", "rollout", "transitions", "turns"])
@@ -294,7 +294,7 @@ def test_messages_of_a_step_go_on_from_those_before() -> None:
         assert said({"steps": steps}) == [user("a"), agent("b"), user("c"), agent("d")]
 
 
-def test_messages_that_begin_anew_are_refused() -> None:
+def test_messages_that_start_over_are_refused() -> None:
     system = {"role": "system", "content": "s"}
     steps = [{"messages": [system, {"role": "user", "content": text}], "action": "b"} for text in "ac"]
     with pytest.raises(DataError, match="`messages` of step 2 start a conversation"):

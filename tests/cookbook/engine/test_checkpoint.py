@@ -1,4 +1,4 @@
-"""Checkpoint folders: whole or not at all, checked when read, loadable with plain PEFT."""
+"""Checkpoint folders: written completely or not at all, checked when read, loadable with plain PEFT."""
 
 from __future__ import annotations
 

@@ -186,7 +186,7 @@ def test_a_token_that_the_hub_does_not_know_is_told_before_any_work(
     assert "secret" not in str(caught.value)
 
 
-def test_nobody_logged_in_is_told_before_any_work(
+def test_a_missing_login_is_reported_before_any_work(
     hub: Hub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.delenv("HF_TOKEN")

@@ -34,7 +34,7 @@ pytestmark = pytest.mark.timeout(900)
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Where the note of the head lies: these tests neither find nor stop one of the user's."""
+    """The folder of the head's note: these tests neither find nor stop one of the user's."""
     home = tmp_path_factory.mktemp("home")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("COOKBOOK_HOME", str(home))
@@ -168,7 +168,7 @@ def test_ray_that_is_not_installed_is_named_with_its_extra(
 
 @dataclass(frozen=True)
 class Cancelled:
-    """A job that was cancelled while it trained, and one that waited behind it and was cancelled too."""
+    """A job that was cancelled while it trained, and one that waited after it and was cancelled too."""
 
     job: jobs.Job
     waiting: jobs.Job
@@ -219,7 +219,7 @@ def test_other_users_cannot_enter_the_folder_of_a_head_or_read_its_token(head: j
     assert modes == [0o700, 0o700, 0o600]
 
 
-def test_a_job_is_found_by_its_id_with_what_auto_came_to(cancelled: Cancelled) -> None:
+def test_a_job_is_found_by_its_id_with_the_value_of_auto(cancelled: Cancelled) -> None:
     job = jobs.get(cancelled.job.id)
     assert job.config["learning_rate"] == 4e-3
     assert [one.id for one in jobs.list()] == [cancelled.waiting.id, job.id]

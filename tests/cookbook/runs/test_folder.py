@@ -1,4 +1,4 @@
-"""Which runs may go on in a folder."""
+"""Tests of which runs may continue in a folder."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def take_a_step(folder: Path) -> None:
     (folder / "metrics.jsonl").write_text('{"step": 0}\n', encoding="utf-8")
 
 
-def test_the_same_config_goes_on(tmp_path: Path) -> None:
+def test_the_same_config_continues(tmp_path: Path) -> None:
     for submit_ahead in (1, 5):
         with RunFolder(str(tmp_path), CONFIG | {"submit_ahead": submit_ahead}, "resume"):
             pass

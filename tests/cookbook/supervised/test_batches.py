@@ -151,7 +151,7 @@ def test_an_index_error_in_a_dataset_of_known_length_is_an_error() -> None:
 
 @pytest.mark.parametrize("ahead", [1, 10])
 @pytest.mark.parametrize("kind", [Numbers, Stream, IteratedStream])
-def test_a_run_that_goes_on_behind_any_batch_sees_what_it_would_have_seen(
+def test_a_run_that_continues_after_any_batch_sees_what_it_would_have_seen(
     ahead: int, kind: type[Numbers]
 ) -> None:
     whole = placed_batches(kind(3), ahead, num_epochs=3)

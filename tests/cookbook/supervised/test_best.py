@@ -89,7 +89,7 @@ def test_the_best_and_the_stop_are_those_of_brute_force(
 
 
 @given(values=st.lists(VALUES, min_size=1, max_size=20), cut=st.integers(0, 20))
-def test_a_tracker_that_reads_back_its_history_goes_on_where_it_was(
+def test_a_tracker_that_reads_back_its_history_continues_where_it_was(
     values: list[float | None], cut: int
 ) -> None:
     rows = [{"step": step, **({} if value is None else {"m": value})} for step, value in enumerate(values)]
@@ -367,7 +367,7 @@ class Dice(SamplingClientEvaluator):
 
 
 @pytest.mark.slow
-def test_a_run_that_goes_on_from_its_best_draws_the_samples_it_would_have_drawn(
+def test_a_run_that_continues_from_its_best_draws_the_samples_it_would_have_drawn(
     make_config: MakeConfig, tmp_path: Path
 ) -> None:
     """The checkpoint of the best is written after the evaluation that drew samples."""

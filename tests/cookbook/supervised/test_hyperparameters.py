@@ -57,7 +57,7 @@ def make(*argv: str) -> train.Config:
     return cli.make_config(train.Config, sft.DEFAULTS, argv)
 
 
-def test_auto_is_the_default_and_what_it_came_to_is_recorded(tiny_qwen3: str) -> None:
+def test_auto_is_the_default_and_its_value_is_recorded(tiny_qwen3: str) -> None:
     config = make(f"model_name={tiny_qwen3}")
     assert config == make(f"model_name={tiny_qwen3}", "learning_rate=auto")
     assert config.resolved().learning_rate == recommend_learning_rate(tiny_qwen3).value

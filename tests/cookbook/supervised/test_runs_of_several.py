@@ -59,7 +59,7 @@ def make_config(tiny_qwen3: str, chats: list, tmp_path_factory: pytest.TempPathF
 
 @pytest.fixture(scope="module")
 def of_two(ranks: Any, make_config: MakeConfig, work_in: str) -> Path:
-    """A run of two processes that nobody disturbed."""
+    """A run of two processes that was not interrupted."""
     config = make_config("of-two")
     ended = ranks.run("runs:run", 2, config=config, work_in=work_in)
     assert ended.codes == [0, 0], "\n".join(ended.printed)
@@ -114,7 +114,7 @@ def test_a_run_is_the_same_run_in_any_number_of_processes(
 
 
 def disturbed(ranks: Any, config: dict[str, Any], work_in: str, disturb: Callable[[list[int]], None]) -> Any:
-    """A run of two processes, disturbed while it evaluates what five steps came to."""
+    """A run of two processes, interrupted while it evaluates the state after five steps."""
     folder = Path(config["log_path"])
     go_on = folder.with_name(f"{folder.name}.go-on")
 
@@ -127,7 +127,7 @@ def disturbed(ranks: Any, config: dict[str, Any], work_in: str, disturb: Callabl
 
 
 def send(number: signal.Signals, rank: int, folder: Path) -> Callable[[list[int]], None]:
-    """Sends a signal to one process, and waits until it says so."""
+    """Sends a signal to one process, and waits until it logs that."""
 
     def disturb(processes: list[int]) -> None:
         os.kill(processes[rank], number)
@@ -168,7 +168,7 @@ def test_a_signal_to_one_process_stops_all_at_the_same_step(
     assert_same_run(folder, of_two)
 
 
-def test_a_run_goes_on_in_another_number_of_processes_and_says_so(
+def test_a_run_continues_in_another_number_of_processes_and_says_so(
     ranks: Any, make_config: MakeConfig, of_two: Path, work_in: str
 ) -> None:
     config = make_config("moved")

@@ -472,7 +472,7 @@ def test_a_final_evaluation_that_fails_costs_no_training(make_config: MakeConfig
     assert "test/nll" in summary.metrics
 
 
-def test_an_evaluator_that_fails_is_told_of_and_the_run_goes_on(
+def test_an_evaluator_that_fails_is_warned_about_and_the_run_continues(
     make_config: MakeConfig, capsys: pytest.CaptureFixture
 ) -> None:
     FailsAtTheEnd.num_calls = 0

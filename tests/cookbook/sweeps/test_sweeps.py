@@ -301,7 +301,7 @@ def test_ray_that_is_not_installed_is_named_with_its_extra(
 
 
 class FakeRay:
-    """Ends runs without running them: finished as `train` leaves them, or as it is told."""
+    """Ends runs without running them: finished as `train` leaves them, or as a test asks."""
 
     error = "TrainingError: it broke"
 
@@ -349,7 +349,7 @@ def test_finished_and_stopped_runs_are_left_failed_ones_tried_again(
     assert run_sweep(plan, FakeRay({})) == results
 
 
-def test_an_interrupted_sweep_shows_what_there_is_and_goes_on_with_the_rest(tmp_path: Path) -> None:
+def test_an_interrupted_sweep_shows_what_there_is_and_continues_with_the_rest(tmp_path: Path) -> None:
     plan = make_plan([f"log_path={tmp_path}", "lora_rank=1,2,4"])
     values = {"lora_rank=1": 1.0, "lora_rank=2": 2.0, "lora_rank=4": 3.0}
     with pytest.raises(KeyboardInterrupt):

@@ -139,7 +139,7 @@ def test_our_console_reads_no_markup_in_text_that_was_not_made_plain(
     assert lines == ["[/INST] [b]x[/b] :smile:", "[/INST] :smile:", "[/INST] [red]x[/red]"]
 
 
-def test_a_program_goes_on_where_the_reader_of_its_output_is_gone(tmp_path: Path) -> None:
+def test_a_program_continues_where_the_reader_of_its_output_is_gone(tmp_path: Path) -> None:
     program = (
         "from cookbook.utils.consoles import make_console, plain\n"
         "console = make_console()\n"

@@ -100,7 +100,7 @@ def test_the_name_of_a_template_leads_nowhere(model: Path) -> None:
 
 def test_an_adapter_in_the_folder_of_a_model_is_not_put_on_it_unasked(model: Path) -> None:
     (model / "adapter_config.json").write_text('{"base_model_name_or_path": "a/b"}', encoding="utf-8")
-    with pytest.raises(ModelError, match="adapter_config.json lies in the folder of a model"):
+    with pytest.raises(ModelError, match="adapter_config.json is in the folder of a model"):
         load_model(str(model), torch.device("cpu"), torch.float32)
 
 

@@ -81,7 +81,7 @@ def test_torch_reaching_its_limit_of_variants_is_warned_about(caplog: pytest.Log
 
     @torch.compile(backend="eager")
     def add_length(x: torch.Tensor, name: str) -> torch.Tensor:
-        return x + len(name)  # compiled anew for every name, as a layer was for every adapter's
+        return x + len(name)  # compiled again for every name, as a layer was for every adapter's
 
     with torch._dynamo.config.patch(recompile_limit=2), caplog.at_level(logging.WARNING, "cookbook"):
         for number, is_warned in ((1, False), (2, False), (3, True)):

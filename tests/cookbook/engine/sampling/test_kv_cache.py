@@ -1,4 +1,4 @@
-"""The KV cache against attention over each sequence whole."""
+"""The KV cache against attention over each complete sequence."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Uncached:
 
 
 def run_pass(layer: nn.Module, cache: KVCache, parts: list[list[Tensor]], options: dict[str, Any]) -> Tensor:
-    """A row of query, key and value parts, with one position of padding behind them."""
+    """A row of query, key and value parts, with one position of padding after them."""
     parts = [*parts, [torch.full((heads, 1, HEAD_SIZE), 9.0) for heads in (NUM_QUERY_HEADS, 2, 2)]]
     ends = torch.tensor([part[0].shape[1] for part in parts]).cumsum(0).tolist()
     segments = list(zip([0, *ends[:-1]], ends, strict=True))

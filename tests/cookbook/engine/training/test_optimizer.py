@@ -1,4 +1,4 @@
-"""A step is taken as a whole or not at all, and what it needs is reserved."""
+"""A step is taken completely or not at all, and what it needs is reserved."""
 
 from __future__ import annotations
 

@@ -188,7 +188,7 @@ def test_arguments_that_are_no_json_object_are_told_to_the_model(
         ),
     ],
 )
-def test_what_cannot_be_had_fails_the_evaluator_with_the_reason(
+def test_what_is_not_supported_fails_the_evaluator_with_the_reason(
     make_evaluator: MakeEvaluator, scripted: Any, made: Task, message: str
 ) -> None:
     with pytest.raises(TrainingError, match=message):

@@ -196,7 +196,7 @@ def test_a_seed_draws_the_same_replies_again(make_model: MakeModel) -> None:
         ({"max_gen_toks": 300}, "the context length is 255"),
     ],
 )
-def test_what_cannot_be_had_is_refused(make_model: MakeModel, options: dict, message: str) -> None:
+def test_what_is_not_supported_is_refused(make_model: MakeModel, options: dict, message: str) -> None:
     with pytest.raises(RequestError, match=message):
         make_model().generate_until(instances("generate_until", ("one", options)))
 
@@ -215,7 +215,7 @@ def test_a_text_that_spells_its_beginning_gets_no_second_one(
     assert model.prefix_token_id == 0
 
 
-def test_nobody_waits_for_what_was_cancelled(make_model: MakeModel) -> None:
+def test_cancelled_requests_are_not_waited_for(make_model: MakeModel) -> None:
     model = make_model()
     model.cancel()
     with pytest.raises(CancelledError):
@@ -297,7 +297,7 @@ def test_impossible_settings_are_refused(options: dict, message: str, tiny_qwen3
         HarnessEvaluatorBuilder(**{"model_name": tiny_qwen3, **options})()
 
 
-def test_a_task_that_nobody_knows_is_named_with_the_nearest(
+def test_an_unknown_task_is_named_with_the_nearest(
     task_folder: Path, tiny_qwen3: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Listing the harness's own 14,000 tasks takes seconds, so here it has none."""
