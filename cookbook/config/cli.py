@@ -79,8 +79,7 @@ def make_resolver(
     overrides: Mapping[str, str] = MappingProxyType({}),
     other_names: Sequence[str] = (),
 ) -> Resolver:
-    """Resolves the settings of a command line, and above them those in `more` and `overrides`. `other_names`
-    are keys of another config, which an unknown key may have meant.
+    """Resolves the settings of a command line, and above them those in `more` and `overrides`.
 
     `other_names` are keys of another config, which an unknown key may have meant.
     """

@@ -260,8 +260,7 @@ class ExampleStore:
         return np.repeat(np.arange(self.num_rows), np.diff(self._row_starts_N))
 
     def trained_tokens_E(self, max_length: int | None) -> np.ndarray:
-        """Returns the number of trained tokens of each example, truncated to `max_length`. The first token of
-        an example is never trained: nothing precedes it to predict it from.
+        """Returns the number of trained tokens of each example if it is truncated to `max_length`.
 
         The first token of an example has nothing before it to be predicted from.
         """

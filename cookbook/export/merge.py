@@ -167,8 +167,7 @@ def _refuse_transposed(base_folder: Path, adapter: Mapping[str, LowRank]) -> Non
 
 
 def weight_files(folder: Path) -> dict[str, Path]:
-    """Returns the safetensors file of each weight of a model folder; {} where there are none. Raises
-    ModelError for an index that names a file elsewhere.
+    """Returns the safetensors file of each weight of a model folder; {} where there are none.
 
     Raises ModelError for an index that names a file elsewhere.
     """

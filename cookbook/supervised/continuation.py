@@ -57,8 +57,7 @@ def find_start(
     train_data: SupervisedDataset,
     eval_data: SupervisedDataset | None,
 ) -> Start:
-    """Returns where the run begins or continues. Records what was read in the folder. Raises DataError for
-    data that have changed, and ConfigError where no steps are left.
+    """Returns where the run begins or continues. Records what was read in the folder.
 
     Raises DataError for data that have changed, and ConfigError where no steps are left.
     """

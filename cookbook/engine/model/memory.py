@@ -39,8 +39,7 @@ _USABLE = {"cpu": 0.5, "cuda": 0.9}
 
 @dataclass(frozen=True)
 class MicrobatchLimits:
-    """The maximum number of tokens of a micro-batch, and the number from which its layers are checkpointed.
-    Where memory grows with the square of a sequence, the sequence counts as more tokens than it has.
+    """The maximum number of tokens of a micro-batch, and the number from which layers are checkpointed.
 
     Where memory grows with the square of a sequence, it counts as more tokens than it has.
     """
