@@ -2,9 +2,9 @@
 
     python -m benchmarks.cost_of_size [--sizes 1 2 4 8 16] [--rounds 3]
 
-The model is that of `train_step`; a step has so many thousand tokens in sequences of 512, two thirds of each
-trained. Every size has a process of its own; each counts with its fastest step. The last line of the table
-has the tokens of the largest step in sequences of 4,096, which attention makes dearer.
+The model is that of `train_step`; a step has this many thousand tokens in sequences of 512, two thirds of
+each trained. Every size has a process of its own; each counts with its fastest step. The last line of the
+table has the tokens of the largest step in sequences of 4,096, which attention makes dearer.
 """
 
 from __future__ import annotations
@@ -73,7 +73,10 @@ def main() -> None:
         folder = arguments.folder or Path(temporary)
         cases = [(1024 * size, LENGTH) for size in arguments.sizes]
         cases.append((cases[-1][0], LONG))
-        print("| tokens a step | of sequences of | seconds | microseconds a token | MiB that training adds |")
+        print(
+            "| tokens per step | of sequences of | seconds | "
+            "microseconds per token | MiB that training adds |"
+        )
         print("|---|---|---|---|---|")
         for num_tokens, length in cases:
             command = [sys.executable, "-m", "benchmarks.cost_of_size", "--folder", str(folder)]

@@ -1,4 +1,4 @@
-"""What it takes to get a large chat dataset ready: read, render, write, and read again.
+"""The cost of preparing a large chat dataset: read, render, write, and read again.
 
     python -m benchmarks.data_pipeline [--tokenizer FOLDER] [--share 0.05] [--num-proc 1,2]
 

@@ -3,7 +3,7 @@
     python -m benchmarks.gpu_step [--models 0.6B 1.7B 4B 8B] [--steps 20] [--compile] [--real] [--trl]
 
 Qwen3 of published sizes with random weights in bfloat16, an adapter of rank 16 on all linear layers, 16,384
-tokens a step in sequences of 2,048, every token trained. MFU counts 4 operations for each parameter of the
+tokens per step in sequences of 2,048, every token trained. MFU counts 4 operations for each parameter of the
 linear layers and each token (two forward, two for the gradient of what a layer was given; frozen weights need
 no gradient) over the rate of a large bfloat16 product, measured in the same run. `--real` trains on sequences
 of 20 to 2,000 tokens instead, two thirds trained. `--trl` measures TRL too, with packing and Liger-Kernel,

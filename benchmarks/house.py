@@ -3,7 +3,7 @@
     python -m benchmarks.house [--list]
 
 files, lines     the Python files of `cookbook`, `renderers` and `recipes`
-modules          those that lie in `cookbook/` itself, beside the rooms, `__init__` among them
+modules          those in `cookbook/` itself, beside the rooms, `__init__` among them
 circles          groups of files that import each other (`benchmarks.import_graph`)
 arrows up        imports that a room's rule does not allow (`tests/test_import_direction.py`)
 walks            functions that a row passes on its way to `metrics.jsonl`, that `learning_rate` passes on its

@@ -26,7 +26,7 @@ MODULES = {module_name(path): path for package in PACKAGES for path in sorted((R
 def imports(source: str, module: str) -> Iterator[str]:
     """The full name of every module that `source` imports: at the top, lazily, or for types alone.
 
-    A name that is imported from a package stands for the package, unless it is a module.
+    A name that is imported from a package counts as the package, unless it is a module.
     """
     is_package = module in MODULES and MODULES[module].name == "__init__.py"
     for node in ast.walk(ast.parse(source)):

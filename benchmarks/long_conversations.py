@@ -2,8 +2,8 @@
 
     python -m benchmarks.long_conversations [--tokenizer FOLDER] [--template FILE.jinja ...] [--sizes 100,400]
 
-A format that keeps its history makes one example, whose tokens grow with the messages. One that rewrites it
-(Qwen3 drops earlier thinking) makes an example a turn, each with its whole history: there the tokens grow
+A format that keeps its history gives one example, whose tokens grow with the messages. One that rewrites it
+(Qwen3 drops earlier thinking) gives one example per turn, each with its full history: there the tokens grow
 with the square, so the table has them beside the seconds. `--template` adds `chat_template` with other
 chat templates.
 """

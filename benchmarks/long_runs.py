@@ -11,7 +11,7 @@ EVAL_EVERY = 1_000
 
 
 def row(step: int, num_steps: int, rng: random.Random) -> dict[str, Any]:
-    """What is logged of a step, with numbers as long as those of a real one."""
+    """Metrics of a step, with numbers as long as those of a real one."""
     found: dict[str, Any] = {"step": step}
     if step % EVAL_EVERY == 0 or step == num_steps:
         found |= {

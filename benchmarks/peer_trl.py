@@ -32,7 +32,7 @@ LOSS_TOLERANCE = 1e-4
 
 Settings = dict[str, Any]
 """Options of `SFTConfig`, and two of our own: `attention`, the model's implementation, and `sorted`, whether
-the examples of a step lie in order of length, so that those of a micro-batch need little padding."""
+the examples of a step are sorted by length, so that those of a micro-batch need little padding."""
 
 
 def micro_batches(size: int, **options: Any) -> Settings:
@@ -144,7 +144,9 @@ def as_dataset(data: list[list[Example]]) -> Any:
 def search(set_name: str, num_steps: int, num_rounds: int, folder: Path, names: list[str]) -> None:
     """Prints a table of the settings: each step's fastest round, meaned over the timed steps."""
     plain = peer_plain.measure(set_name, num_steps, folder)
-    print("| settings | seconds a step | CPU seconds | trained tokens/s | peak MiB (training) | loss error |")
+    print(
+        "| settings | seconds per step | CPU seconds | trained tokens/s | peak MiB (training) | loss error |"
+    )
     print("|---|---|---|---|---|---|")
     for name in names:
         reports = []

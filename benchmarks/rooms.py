@@ -47,7 +47,7 @@ FONT = "font-family='system-ui, sans-serif'"
 
 
 def levels() -> list[list[str]]:
-    """The rooms by level: each stands one level above the highest room that it may import."""
+    """The rooms by level: each is one level above the highest room that it may import."""
     level: dict[str, int] = {}
     for room, allowed in MAY_IMPORT.items():  # its order has imported rooms first
         below = [
@@ -88,7 +88,7 @@ def drawn() -> str:
             ]
     parts += [
         f"<text x='{WIDTH // 2}' y='{height - 14}' text-anchor='middle' {FONT} font-size='13' fill='#444'>"
-        "A room imports only rooms that stand below it. Blue: works on tokens and weights. "
+        "A room imports only rooms below it. Blue: works on tokens and weights. "
         "Green: turns conversations into tokens. Orange: a training run.</text>",
         "</svg>",
     ]

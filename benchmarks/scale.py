@@ -1,4 +1,5 @@
-"""What the commands cost at sizes that no test has: a million rows, a hundred thousand steps, a hundred runs.
+"""The cost of the commands at sizes that no test has: a million rows, a hundred thousand steps, a hundred
+runs.
 
     python -m benchmarks.scale [--rows 1000000] [--steps 100000] [--runs 100] [--num-proc 2]
 

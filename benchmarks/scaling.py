@@ -2,9 +2,9 @@
 
     python -m benchmarks.scaling [--processes 1 2] [--tokens 4096] [--rounds 3]
 
-The model is that of `train_step`, on one thread a process; a step has so many tokens in sequences of 512, two
-thirds of each trained, in micro-batches of 1,024. Bytes are those that TCP says the process has sent, which
-gloo does by sockets on this machine as between machines. The formulas are those of DISTRIBUTED.md.
+The model is that of `train_step`, on one thread per process; a step has this many tokens in sequences of 512,
+two thirds of each trained, in micro-batches of 1,024. Bytes are those that TCP says the process has sent,
+which gloo does by sockets on this machine as between machines. The formulas are those of DISTRIBUTED.md.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ def work(kind: Kind, num_tokens: int, rounds: int, folder: Path) -> dict[str, An
 
 
 def expected_bytes(kind: Kind, size: int, num_tokens: int, found: dict[str, Any]) -> float:
-    """What a process should send in a step, in fp32. See DISTRIBUTED.md."""
+    """The bytes that a process should send in a step, in fp32. See DISTRIBUTED.md."""
     others = (size - 1) / size
     microbatches = num_tokens / MICROBATCH / size
     sent = 2 * others * 4 * num_tokens  # log-probabilities
@@ -165,9 +165,12 @@ def main() -> None:
         print(json.dumps(work(KINDS[int(kind)], int(num_tokens), int(rounds), Path(folder))))
         return
     print(
-        f"{options.tokens:,} tokens a step, by {os.cpu_count()} cores; load before: {os.getloadavg()[0]:.1f}"
+        f"{options.tokens:,} tokens per step, on {os.cpu_count()} "
+        f"cores; load before: {os.getloadavg()[0]:.1f}"
     )
-    print("| | processes | s a step | sent a step | by the formula | held before the first | at the peak |")
+    print(
+        "| | processes | s per step | sent per step | by the formula | held before the first | at the peak |"
+    )
     print("|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
         step_model.make_model_folder(Path(folder) / "model")

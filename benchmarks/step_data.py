@@ -2,8 +2,8 @@
 
 `alpaca` are the conversations of `alpaca_en_demo.json` in their own order, rendered for Qwen3, with the
 tokens of the assistant marked; file and tokenizer are looked for in the folders `COOKBOOK_DATA` and
-`COOKBOOK_TOKENIZERS`. Where either is absent, made-up tokens with the same distribution of lengths take
-their place, and `source` says so. `mixed` are made-up tokens: lengths of 20 to 2,000, log-uniform, the
+`COOKBOOK_TOKENIZERS`. Where either is absent, synthetic tokens with the same distribution of lengths take
+their place, and `source` says so. `mixed` are synthetic tokens: lengths of 20 to 2,000, log-uniform, the
 first third of each a prompt.
 """
 
@@ -26,7 +26,7 @@ Example = tuple[list[int], list[int]]
 
 BATCH_SIZE = 16
 NUM_STEPS = 62
-"""As many whole batches as the 999 conversations make; longer runs begin again."""
+"""The number of full batches in the 999 conversations; longer runs begin again."""
 
 VOCAB_SIZE = 151_936
 NUM_TEXT_TOKENS = 151_643  # above them are control tokens and rows that no token uses
@@ -49,12 +49,12 @@ def batches(name: str, num_steps: int) -> list[list[Example]]:
 
 
 def source(name: str) -> str:
-    """What the examples are, in words."""
+    """A description of the examples."""
     if name == "mixed":
-        return "made-up tokens, 20 to 2,000 an example"
+        return "synthetic tokens, 20 to 2,000 an example"
     if _has_alpaca():
         return f"{DATA.name} in the tokens of Qwen3"
-    return f"made-up tokens with the lengths of {DATA.name} (the file or the tokenizer of Qwen3 is absent)"
+    return f"synthetic tokens with the lengths of {DATA.name} (the file or the tokenizer of Qwen3 is absent)"
 
 
 def num_tokens(batch: list[Example]) -> int:

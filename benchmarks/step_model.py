@@ -29,7 +29,7 @@ GRAD_CLIP_NORM = 1.0
 
 
 def make_folders(folder: Path, adapts_head: bool = False) -> tuple[Path, Path]:
-    """The folders of model and adapter within `folder`, made where they are absent."""
+    """The folders of model and adapter within `folder`, created where they are absent."""
     model_folder = make_model_folder(folder / "model")
     adapter_folder = folder / ("adapter-with-head" if adapts_head else "adapter")
     return model_folder, make_adapter_folder(adapter_folder, model_folder, adapts_head)
@@ -37,7 +37,7 @@ def make_folders(folder: Path, adapts_head: bool = False) -> tuple[Path, Path]:
 
 def make_model_folder(folder: Path) -> Path:
     """Writes model and tokenizer to `folder`, unless they are there; the tokenizer of the embedded model
-    stands in where the real one is absent (the examples are tokens already)."""
+    replaces an absent one (the examples are tokens already)."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     from cookbook import embedded

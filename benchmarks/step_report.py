@@ -1,8 +1,8 @@
-"""What a side reports of its steps, counted in one way for every side.
+"""The report of a side on its steps, counted in the same way for every side.
 
 A step's seconds run from the end of the step before to its own end, so that collating and logging fall
-into them. Losses are means in nats over the trained tokens of a whole batch. The first `WARM_UP_STEPS` are
-left out of the speed, not of the losses. CPU seconds, over all threads, are steadier than seconds where
+into them. Losses are means in nats over the trained tokens of a full batch. The first `WARM_UP_STEPS` count
+in the losses but not in the speed. CPU seconds, over all threads, are steadier than seconds where
 other work shares the cores; compare them with OMP_NUM_THREADS=1, since threads that wait spin. Memory is the
 resident size of the process, its peak taken over the training alone.
 """

@@ -60,7 +60,7 @@ def flops_of_step(batch: list[Example], model_folder: Path, trains_head: bool) -
 
 
 def matrix_rate(size: int = 2048, seconds: float = 2.0) -> float:
-    """Operations a second of fp32 products, kept up for about as long as a step takes."""
+    """Operations per second of fp32 products, sustained for about as long as a step takes."""
     a, repeats = torch.randn(size, size), 0
     a @ a
     started = time.perf_counter()
@@ -119,7 +119,7 @@ def print_table(
         f"{set_name}: {source(set_name)}; {len(data)} steps of 16, {trained / tokens:.0%} of tokens trained"
     )
     print(f"{torch.get_num_threads()} threads, {rate / 1e9:.0f} GFLOP/s in a 2,048-cubed product\n")
-    print("| side | seconds a step | trained tokens/s | tokens/s | peak MiB | over the arithmetic limit |")
+    print("| side | seconds per step | trained tokens/s | tokens/s | peak MiB | over the arithmetic limit |")
     print("|---|---|---|---|---|---|")
     for side, spent in seconds.items():
         least = sum(flops_of_step(batch, model_folder, "head" in side) for batch in data) / rate

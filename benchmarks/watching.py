@@ -1,9 +1,10 @@
-"""What it costs to look at runs: a sweep's look at one, and a page that lays several over each other.
+"""The cost of watching runs: a sweep that polls one, and a page that draws several in the same charts.
 
     python -m benchmarks.watching [--steps 100000] [--runs 8] [--rounds 5]
 
-Beside each stands the way without a reader, in the same run: all rows of metrics.jsonl as objects, at every
-look, and for a page twice a run, as both were before there was one. Seconds are CPU time of all threads.
+Each is compared with the way without a reader, in the same run: all rows of metrics.jsonl as objects, at
+every look, and for a page twice a run, as both were before there was one. Seconds are CPU time of all
+threads.
 """
 
 from __future__ import annotations

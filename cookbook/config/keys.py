@@ -364,9 +364,9 @@ class Resolver:
             )
 
     def _add_lost(self) -> None:
-        """Names the keys of a class that a later layer replaces by one that lacks them,
+        """Names the keys of classes and lists that a later layer replaces without
 
-        and those of a list that a later layer replaces.
+        them.
         """
         for number, lost in enumerate(self._lost):
             later = {key: one for layer in self.layers[number + 1 :] for key, one in layer.items()}

@@ -30,7 +30,7 @@ _DATASET = "`dataset` is a short name, a hub id or a file; several are separated
 _FORMAT = (
     "`format` says how rows are read, where their keys do not determine it; rename the columns of other rows"
 )
-_TEST = "`eval_dataset` names data to evaluate on, `test_size` holds out so many rows of `dataset`"
+_TEST = "`eval_dataset` names data to evaluate on, `test_size` holds out this many rows of `dataset`"
 _NUM_TEST = "Use `test_size`, a number of rows"
 _PROC = "Use `num_proc`"
 _RENDERED = "Rendered data are kept in $COOKBOOK_CACHE by a fingerprint; `use_cache=False` keeps none"

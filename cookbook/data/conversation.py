@@ -44,7 +44,7 @@ ROLES: Mapping[str, str] = {
     **dict.fromkeys(("tool", "function", "observation", "tool_response", "tool_result", "ipython"), "tool"),
     **dict.fromkeys(("function_call", "tool_call"), "function_call"),
 }
-"""What roles are called elsewhere. One that is not listed stays as it is; the renderer knows its own."""
+"""Names of roles in other projects. One that is not listed is kept; the renderer knows its own."""
 
 TOOL_KEYS = (
     *("tools", "functions", "tool_defs", "tool_definitions", "tool_schemas"),

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 _MOST_TOKENS_OF_A_CHARACTER = 8
 SHOWN_FIRST, SHOWN_LAST = 8000, 2000
-"""Tokens of one example that are shown: so many from its beginning, and from its end."""
+"""The number of tokens of one example that are shown from its start, and from its end."""
 _ASCII_BRACKETS = (("[[", "]]"), ("<!", "!>"))
 
 

@@ -41,7 +41,7 @@ _NO_TOKENS, _NO_SIZES = np.zeros(0, TOKEN_DTYPE), np.zeros(0, np.int64)
 _NO_RUNS, _NO_WEIGHTS = np.zeros((0, 2), np.int32), np.zeros(0, np.float32)
 
 NUM_NAMED_BAD_ROWS = 5
-"""So many bad rows are named; the rest is counted."""
+"""The maximum number of bad rows that are named; the rest is counted."""
 
 
 class BadRowNote(NamedTuple):
@@ -53,7 +53,7 @@ class BadRowNote(NamedTuple):
 
 @dataclass
 class Block:
-    """The examples of some rows in a row, in the layout of the store; it crosses between processes."""
+    """The examples of some successive rows, in the layout of the store; it crosses between processes."""
 
     tokens: np.ndarray
     example_lengths: np.ndarray

@@ -72,7 +72,7 @@ class EngineOptions:
 
 
 def check_device(device: str) -> None:
-    """Raises ConfigError where this machine has not the device. Loads torch for CUDA alone."""
+    """Raises ConfigError where this machine lacks the device. Loads torch for CUDA alone."""
     if device == "cpu" or (device == "auto" and not processes.is_one_of_many()):
         return
     import torch

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from cookbook.clients.training import TrainingClient
 
 MAX_TURNS = 8
-"""The first so many turns have their own metric."""
+"""The number of first turns that have their own metric."""
 
 
 class NLLEvaluator(TrainingClientEvaluator):

@@ -1,4 +1,4 @@
-"""The chat format that leaves with a model: a Jinja template that prints what the model was trained on.
+"""The chat format of an exported model: a Jinja template that prints what the model was trained on.
 
 It is the tokenizer's own wherever that prints what the renderer does, with what the run fixed written
 into it: a mode (thinking or not), today's date, the system prompt. Nothing is believed: whatever leaves
@@ -111,7 +111,7 @@ class ChatFormat:
         ]
 
     def write_tokenizer(self, folder: Path) -> None:
-        """The tokenizer's files with this template, and nothing of where the tokenizer was loaded from."""
+        """Writes the tokenizer with this template, and without the path that it was loaded from."""
         self.tokenizer.save_pretrained(folder)
         files.remove(folder / "additional_chat_templates")
         files.write(folder / "chat_template.jinja", self.template)

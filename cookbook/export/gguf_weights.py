@@ -114,7 +114,7 @@ def write_model(
     type_name: GgufType,
     name: str,
 ) -> str:
-    """Writes a model that `why_not` has nothing against, tensor by tensor; the type it is written in."""
+    """Writes a model for which `why_not` returns None, tensor by tensor. Returns the type of its weights."""
     gguf = package()
     if type_name == "auto":
         embeddings = next(weight for weight in weights.names if "embed_tokens" in weight)
@@ -143,7 +143,7 @@ def write_model(
 def write_adapter(
     adapter: dict[str, LowRank], config: PretrainedConfig, path: Path, alpha: float, name: str
 ) -> None:
-    """Writes a LoRA for a model that `why_not` has nothing against, not on a head tied to the embeddings.
+    """Writes a LoRA for a model for which `why_not` returns None, not on a head tied to the embeddings.
 
     llama.cpp has no weight for an adapter on a tied head, so the caller refuses that first.
     """
@@ -173,7 +173,7 @@ class _Entry(NamedTuple):
 
 
 def _write(writer: gguf.GGUFWriter, layout: _Layout, entries: Sequence[_Entry]) -> None:
-    """All names and shapes first, as the format wants it, then the numbers, a tensor at a time."""
+    """Writes all names and shapes first, as the format requires, then the numbers, one tensor at a time."""
     from gguf import quant_shape_to_byte_shape, quantize
 
     for entry in entries:

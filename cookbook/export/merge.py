@@ -53,7 +53,7 @@ class LowRank:
 
 
 def read_adapter(source: TrainedModel) -> dict[str, LowRank]:
-    """By the name of the module that it is on; nothing of a full fine-tune.
+    """The updates by the name of their module; {} for a full fine-tune.
 
     Raises CheckpointError for files that are damaged, or that hold more than LoRA on linear layers.
     """
@@ -151,9 +151,9 @@ def merged_weights(source: TrainedModel, base_folder: Path) -> MergedWeights | N
 
 
 def _refuse_transposed(base_folder: Path, adapter: Mapping[str, LowRank]) -> None:
-    """GPT-2 and its kin keep weights transposed: of a square one the shape would not tell.
+    """Raises CheckpointError for transposed weights, as GPT-2 has them; the shape of a square
 
-    Raises CheckpointError.
+    one would not show it.
     """
     if not adapter:
         return
@@ -205,9 +205,9 @@ def tied_weights(folder: Path) -> tuple[str | None, str | None]:
 
 
 def base_model_folder(source: TrainedModel) -> Path:
-    """The folder of the base model's own files, fetched from the hub if need be.
+    """The folder of the base model's own files, fetched from the hub if needed.
 
-    Raises ModelError where it is not to be had, or where its weights are stored quantized.
+    Raises ModelError where it is unavailable, or where its weights are stored quantized.
     """
     folder: Path = models.load_from_hub_or_disk("weights", source.base_model, _folder_of)
     config = json_files.read_object(folder / "config.json", ModelError, _REPAIR)

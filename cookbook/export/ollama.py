@@ -1,4 +1,4 @@
-"""A chat format as Ollama takes it: a Modelfile with a template in Go's language.
+"""A chat format in Ollama's form: a Modelfile with a template in Go's language.
 
 The template follows from what the renderer prints. Of most formats the text between two messages depends
 on their roles alone; what it is can be read off a few prompts, and that the rest of a conversation is
@@ -85,7 +85,8 @@ def _go(text: str) -> str:
 
 
 def frames_of(chat_format: ChatFormat) -> Frames:
-    """What a renderer prints around messages, without the run's system prompt: Ollama brings that itself.
+    """Returns the text that a renderer prints around messages, without the run's system prompt, which Ollama
+    adds itself.
 
     Raises ConfigError for a format that is more than this.
     """
@@ -175,7 +176,7 @@ def _pieces(chat_format: ChatFormat, text: str) -> list[str]:
 def modelfile(chat_format: ChatFormat, base: str, adapter: str | None = None) -> str:
     """`base` and `adapter` are paths beside the Modelfile; `base` may be a model of Ollama's library.
 
-    Says nothing of temperature and the like, which training does not tell.
+    It sets no temperature and the like, which training does not determine.
     """
     lines = [f"FROM {base}"]
     if adapter is not None:
@@ -192,7 +193,9 @@ def _quoted_stop(stop: str) -> str:
 
 
 def _quoted(text: str) -> str:
-    """In Ollama's quotes, which know no escapes, and which a single one or a line break does not end."""
+    """The text in Ollama's triple quotes, which have no escapes, and may contain single quotes and line
+    breaks.
+    """
     if '"""' in text:
         raise ConfigError(
             'A Modelfile has no way to write three double quotes ("""), and the system prompt, the chat '

@@ -1,4 +1,4 @@
-"""To the Hugging Face hub, with its own client."""
+"""Uploads to the Hugging Face hub, with its own client."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def repository_of(name: str) -> str:
 
 
 def check_access(repository: str) -> None:
-    """Raises CheckpointError where the hub is not to be reached, or knows no such user: before the work."""
+    """Raises CheckpointError, before any work, where the hub cannot be reached, or does not know the user."""
     from huggingface_hub import HfApi
 
     if (reason := hub.why_unreachable()) is not None:
@@ -59,7 +59,7 @@ def push(folder: Path, repository: str, private: bool, message: str) -> str:
 
 @contextmanager
 def _explained(repository: str) -> Iterator[None]:
-    """Says what to do about what the hub answered. The token is in no message."""
+    """Explains an error of the hub, and what to do. No message contains the token."""
     from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalTokenNotFoundError
 
     cannot = f"Cannot push to {repository}"

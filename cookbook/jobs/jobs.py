@@ -124,7 +124,7 @@ def logs(job_id: str, *, follow: bool = False, address: str | None = None) -> It
 
 
 def cancel(job_id: str, *, address: str | None = None) -> Job:
-    """Has a job save and end, and waits until it has. One that has ended already is left as it is.
+    """Makes a job save and end, and waits until it has. One that has ended already is not changed.
 
     One that waits for devices is not waited for: it will not run, and is STOPPED when its turn comes.
     """

@@ -1,4 +1,4 @@
-"""The terminal: metrics, and what the log has to say."""
+"""The terminal: metrics and log messages."""
 
 from __future__ import annotations
 

@@ -152,7 +152,9 @@ def is_compared(metric: str) -> bool:
 
 
 def compared_curves(run: RunRecord, num_runs: int) -> dict[str, Series]:
-    """The curves by which a run is compared, of no more points than a page of so many runs has room for."""
+    """The curves by which a run is compared, with at most the number of points that a page of this many runs
+    can show.
+    """
     most = min(MAX_POINTS_OF_A_SERIES, max(_least_points(num_runs), MAX_POINTS_OF_A_PAGE // num_runs))
     curves = {}
     for name, series in run.metrics.items():

@@ -45,7 +45,7 @@ def preview_page(
 ) -> str:
     """One HTML page that needs nothing else: the data report, the length histogram and the examples.
 
-    `lengths` are the token counts of all examples, an array a source; without any those of `examples` are
+    `lengths` are the token counts of all examples, one array per source; without any those of `examples` are
     drawn. The histogram marks `max_length` if it is among them.
     """
     lengths_N = np.concatenate([np.zeros(0, np.int64), *lengths])

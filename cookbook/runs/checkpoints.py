@@ -276,6 +276,6 @@ def _link_folder(folder: Path, other: Path) -> None:
 
 
 def _row(record: Checkpoint) -> dict[str, Any]:
-    """Without what is as it is for most checkpoints."""
+    """Omits values that most checkpoints share."""
     row = asdict(record)
     return {key: value for key, value in row.items() if value is not None and value is not False}

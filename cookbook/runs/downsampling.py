@@ -36,7 +36,7 @@ def keep_evenly(steps: np.ndarray, values: np.ndarray, max_points: int) -> tuple
 
 
 def smoothing_span(num_points: int) -> int:
-    """Over how many points to average a curve of so many."""
+    """The number of points to average over, for a curve of this many points."""
     return max(1, num_points // 25) if num_points < 2500 else 100
 
 

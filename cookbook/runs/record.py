@@ -16,7 +16,7 @@ from cookbook.utils import json_files
 from cookbook.utils.json_files import Count, Origin
 
 WIDE = 8
-"""Where the greatest value is so many times the least, a logarithmic axis shows more of a curve."""
+"""From this ratio of the greatest value to the least, a logarithmic axis shows more of a curve."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,4 +1,4 @@
-"""A recipe by its name: what `python -m recipes.<name>` trains, for those who run it many times or elsewhere.
+"""A recipe by its name: what `python -m recipes.<name>` trains, for sweeps and jobs.
 
 A module is a recipe where it has `DEFAULTS` and a `main` that returns a `train.RunSummary`; its config is its
 `Config`, or else `train.Config`.

@@ -33,9 +33,9 @@ class WritePage(Protocol):
 def run_sweep(
     plan: Plan, execute: Execute | None = None, *, write_page: WritePage | None = None
 ) -> list[Result]:
-    """Runs what is left of a sweep, then writes and prints the results of all of it, the best first.
+    """Runs the remaining runs of a sweep, then writes and prints the results of all of it, the best first.
 
-    A run that finished or was stopped early by an earlier call is left as it is; one that was
+    A run that finished or was stopped early by an earlier call is kept; one that was
     interrupted is resumed; one that failed is tried again. Raises ConfigError, before any run starts, for
     a folder that holds another config's run. `execute` runs them, by default `execution.execute` on Ray.
     `write_page` writes the page that compares them, `cookbook.report.compare`; by default there is none.

@@ -25,7 +25,7 @@ _ESCAPED_BYTE = re.compile("[\udc80-\udcff]")
 
 
 def replace_unprintable() -> None:
-    """Has standard output and error replace what their encoding lacks, which by default is an exception.
+    """Makes standard output and error replace characters that their encoding lacks, instead of raising.
 
     Standard error stays as it is where it escapes such characters already, as Python has it by default.
     """

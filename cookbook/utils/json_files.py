@@ -1,6 +1,6 @@
 """JSON that may come from elsewhere: read completely, and checked against the expected types.
 
-What is not so raises an error that names the file, the key, what was found and what was expected. A type is
+Anything else raises an error that names the file, the key, what was found and what was expected. A type is
 a Python type hint: int is a whole number of 64 bits and no bool, float a finite number, a dataclass an object
 with its fields and no other.
 """

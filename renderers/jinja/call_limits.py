@@ -226,7 +226,7 @@ def _check_format(value: Any, *args: Any, **kwargs: Any) -> int:
 
 
 def _check_number(value: Any, number: Any = 1, *_: Any, **kwargs: Any) -> int:
-    """The size of the result of a filter that makes lists of so many items, or as many lists."""
+    """The size of the result of a filter that makes lists of this many items, or as many lists."""
     number = kwargs.get("linecount", kwargs.get("slices", number))
     return ITEM * number if isinstance(number, int) else 0
 

@@ -41,7 +41,7 @@ _HEAD_BYTES = 2**20
 """The part of a file that is examined to say what is wrong with it."""
 
 LINES_OF_A_LIST = 16
-"""A compressed JSON list may have the text of so many of the longest lines."""
+"""The maximum text of a compressed JSON list, in longest lines."""
 
 
 class FileSource(Source):

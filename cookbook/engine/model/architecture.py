@@ -1,4 +1,4 @@
-"""What a model's config says about packing: what short sequences, on which it is tried, do not show."""
+"""The properties of a model's config that matter for packing, which the short test sequences do not show."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def why_not_packed(config: Any, windows: Sequence[int | None]) -> str | None:
-    """Why a model must not see packed sequences; None if it may.
+    """Returns the reason why a model must not see packed sequences; None if it may.
 
     `windows` has the sliding window that each call of the packed attention was given in a forward pass. A
     model with sliding-window attention has to pass its window on in each such layer, and longrope changes

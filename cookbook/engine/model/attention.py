@@ -36,7 +36,7 @@ class Cache(Protocol):
 
 @dataclass(frozen=True)
 class AttentionLayout:
-    """Where the sequences of a packed row are, computed once for all layers."""
+    """The positions of the sequences of a packed row, computed once for all layers."""
 
     segments: Sequence[Segment]
     """Half-open ranges of tokens."""

@@ -277,7 +277,7 @@ class BaseModel:
         return logits_NV.index_select(0, batch.scored_S)
 
     def limits(self, adapter: Adapter) -> MicrobatchLimits:
-        """How large micro-batches may be with one more adapter in training."""
+        """The limits of micro-batches with one more adapter in training."""
         free_bytes = usable_memory(self.device) - self._reserved_bytes(adapter)
         return limits_for(self.options, self.device, lambda: self._activation_cost(adapter), free_bytes)
 

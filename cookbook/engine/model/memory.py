@@ -1,4 +1,4 @@
-"""The memory of a micro-batch, and so how large it may be and when to checkpoint its layers.
+"""Estimates the memory of a micro-batch, and from it the limits of its size and when to checkpoint layers.
 
 The estimate is measured once, on two short sequences: the bytes that autograd keeps for the backward
 pass. They grow with the tokens, and with their square where attention keeps its scores (Gemma 2, gpt-oss).
@@ -64,7 +64,7 @@ class MicrobatchLimits:
 
 @dataclass(frozen=True)
 class Recovery:
-    """How limits that were lowered because memory ran out are raised again.
+    """Raises limits again that were lowered because memory ran out.
 
     After `patience` passes without a failure they are doubled, up to the initial limits. Each failure
     doubles the patience, so that limits that are too large are tried less and less often.

@@ -106,7 +106,7 @@ def _check_datum(datum: Datum, required: Sequence[str], vocab_size: int) -> Toke
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the sequences of a packed row are, and which positions are scored, the trained ones first."""
+    """The positions of the sequences of a packed row, and those that are scored, the trained ones first."""
 
     segments: list[Segment]
     scored_S: np.ndarray

@@ -1,7 +1,7 @@
 """The linear layers of a base model in 4 bits (QLoRA), by bitsandbytes.
 
 "nf4" rounds a weight to one of 16 values, times a scale that a block of 64 weights shares; the scales
-are held in 8 bits: 0.52 bytes a weight. A layer dequantises its weight to the engine's dtype for each
+are held in 8 bits: 0.52 bytes per weight. A layer dequantises its weight to the engine's dtype for each
 product, and does not keep it. The projection to the vocabulary and the embeddings stay as they are.
 """
 

@@ -31,7 +31,7 @@ TokenLoss = Callable[[Tensor, slice], Tensor]
 
 @dataclass(frozen=True)
 class BlockSizes:
-    """How many positions and how many tokens of the vocabulary a block of logits spans."""
+    """The numbers of positions and of vocabulary tokens that a block of logits spans."""
 
     positions: int
     vocabulary: int

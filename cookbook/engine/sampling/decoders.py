@@ -21,8 +21,8 @@ from cookbook.engine.sampling.kv_cache import KVCache
 from cookbook.engine.sampling.sequence import Sequence
 
 _ROW_MULTIPLE = 8
-"""Passes are padded to a multiple of so many tokens: matrix products of fewer rows round differently on some
-CPUs, and the last bit of a sequence would depend on what it shares a batch with."""
+"""Passes are padded to a multiple of this many tokens: matrix products of fewer rows round differently on
+some CPUs, and the last bit of a sequence would depend on what it shares a batch with."""
 
 
 class Decoder(ABC):
