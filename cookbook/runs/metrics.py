@@ -62,10 +62,20 @@ class Column:
 class MetricsReader:
     """The columns of a run's metrics.jsonl, as far as it was written when `update` was called last."""
 
-    def __init__(self, folder: Path, keep: Collection[str] | None = None) -> None:
-        """`keep`: the metrics to keep the values of; of the others only the names. None: all of them."""
+    def __init__(
+        self,
+        folder: Path,
+        keep: Collection[str] | None = None,
+        arrow_from_bytes: int = WORTH_ARROW,
+        block_size: int = jsonl.BLOCK,
+    ) -> None:
+        """`keep`: the metrics to keep the values of; of the others only the names. None: all of them.
+
+        The file is read in blocks of `block_size`, and those from `arrow_from_bytes` on by Arrow.
+        """
         self.path = folder / METRICS_FILE
-        self._follower = jsonl.Follower(self.path)
+        self._follower = jsonl.Follower(self.path, block_size)
+        self._arrow_from_bytes = arrow_from_bytes
         self._keep = keep
         self._clear()
 
@@ -80,7 +90,8 @@ class MetricsReader:
                 self._clear()
             if not lines.content:
                 continue
-            found = _columns_by_arrow(lines.content) if len(lines.content) >= WORTH_ARROW else None
+            is_large = len(lines.content) >= self._arrow_from_bytes
+            found = _columns_by_arrow(lines.content) if is_large else None
             self._add(_columns(_rows(lines, self.path)) if found is None else found)
 
     def _add(self, found: dict[str, tuple[Any, Any]]) -> None:

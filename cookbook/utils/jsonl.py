@@ -47,8 +47,19 @@ def row_of(
     return row
 
 
+BLOCK = 1 << 22
+BACKWARDS_BLOCK = 1 << 16
+"""Bytes that are read at a time."""
+
+TAIL = 1 << 10
+"""Bytes by which a file that has grown is recognised."""
+
+
 def read_backwards(
-    path: Path, shape: Mapping[str, Any] | None = None, rest: Any = Any
+    path: Path,
+    shape: Mapping[str, Any] | None = None,
+    rest: Any = Any,
+    block_size: int = BACKWARDS_BLOCK,
 ) -> Iterator[dict[str, Any]]:
     """The same rows, the last one first. Earlier lines than those of the rows that are taken are not read."""
     if not path.exists():
@@ -58,12 +69,12 @@ def read_backwards(
         start = file.seek(0, os.SEEK_END)
         begun: bytes | None = None
         """The line that the block after this one began in; None after the last end of a line."""
-        block, num_torn = BACKWARDS_BLOCK, 0
+        block, num_torn = block_size, 0
         while start:
             end, start = start, max(0, start - block)
             file.seek(start)
             lines = (file.read(end - start) + (begun or b"")).split(b"\n")
-            block = BACKWARDS_BLOCK if lines[1:] else min(2 * block, most_bytes)
+            block = block_size if lines[1:] else min(2 * block, most_bytes)
             if begun is None and not lines[1:]:
                 num_torn += end - start  # of a line without its end, which is not read
                 if num_torn > most_bytes:
@@ -96,8 +107,9 @@ class Follower:
     that differs. Then all of it is read again. A line without its end is read when it has one.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, block_size: int = BLOCK) -> None:
         self._path = path
+        self._block_size = block_size
         self._file: tuple[int, int] | None = None
         """That was read: its device and its inode."""
         self._seen: os.stat_result | None = None
@@ -132,7 +144,7 @@ class Follower:
         self._file = found.st_dev, found.st_ino
         file.seek(self._offset)
         left, rest, most_bytes = found.st_size - self._offset, b"", max_line_bytes()
-        while left > 0 and (read := file.read(min(left, BLOCK))):
+        while left > 0 and (read := file.read(min(left, self._block_size))):
             left -= len(read)
             whole, end, rest = (rest + read).rpartition(b"\n")
             if len(rest) > most_bytes:
@@ -152,11 +164,6 @@ class Follower:
 
     def _forget(self) -> None:
         self._file, self._seen, self._offset, self._tail, self._num_lines = None, None, 0, b"", 0
-
-
-BLOCK = 1 << 22
-BACKWARDS_BLOCK = 1 << 16
-TAIL = 1 << 10
 
 
 def _is_same(now: os.stat_result, then: os.stat_result) -> bool:

@@ -15,6 +15,7 @@ import pytest
 from cookbook.errors import ConfigError
 from cookbook.report import compare, panels, write_report
 from cookbook.runs.downsampling import smooth, smoothing_span
+from cookbook.utils import jsonl
 
 MakeRun = Callable[..., Path]
 
@@ -158,17 +159,15 @@ def test_curves_of_many_long_runs_are_few_points_with_their_extremes_and_ends(
         assert [drawn[step] for step, _ in ends] == pytest.approx([value for _, value in ends], rel=1e-5)
 
 
-def test_metrics_that_a_page_has_no_room_for_are_counted(
-    make_run: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(panels, "MAX_POINTS_OF_A_COMPARISON", 1_200)
+def test_metrics_that_a_page_has_no_room_for_are_counted(make_run: MakeRun, tmp_path: Path) -> None:
     runs = [make_run(name) for name in ("a", "b")]
     page = compare(runs, tmp_path / "compare.html")
     titles = [chart["title"] for chart in charts_in(page)]
     assert titles[:3] == ["test/nll", "train/nll", "test/exact_match"]
     assert len(titles) == 8
     assert "more metrics are not drawn" not in page.read_text(encoding="utf-8")
-    monkeypatch.setattr(panels, "MAX_POINTS_OF_A_COMPARISON", 600)
+    room = panels.MAX_POINTS_OF_A_COMPARISON // (60 * len(runs))
+    jsonl.append(runs[0] / "metrics.jsonl", {"step": 200} | {f"test/{i}/nll": 1.0 for i in range(room - 5)})
     page = compare(runs, tmp_path / "compare.html")
     assert [chart["title"] for chart in charts_in(page)][:2] == ["test/nll", "train/nll"]
     assert "3 more metrics are not drawn" in page.read_text(encoding="utf-8")

@@ -130,7 +130,7 @@ def test_any_changes_between_any_looks_leave_what_reading_all_of_it_finds(tmp_pa
             assert told(reader) == truth(path)
 
 
-def test_large_files_are_read_as_small_ones_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_files_are_read_as_small_ones_are(tmp_path: Path) -> None:
     """Bit for bit, in the same order of metrics, by both ways of reading, whatever the size of a block."""
     rng = np.random.default_rng(0)
     rows = []
@@ -141,13 +141,9 @@ def test_large_files_are_read_as_small_ones_are(tmp_path: Path, monkeypatch: pyt
         one |= {"tiny": 5e-324, "huge": 1e308, "below": -0.0} if step > 2_000 else {}
         rows.append(one)
     write(tmp_path / "metrics.jsonl", rows)
-    slow = MetricsReader(tmp_path)
-    monkeypatch.setattr(metrics, "WORTH_ARROW", 1 << 60)
-    expected = told(slow)
-    monkeypatch.setattr(metrics, "WORTH_ARROW", 1)
-    for block in (1 << 10, 1 << 16, 1 << 24):
-        monkeypatch.setattr(jsonl, "BLOCK", block)
-        fast = told(MetricsReader(tmp_path))
+    expected = told(MetricsReader(tmp_path, arrow_from_bytes=1 << 60))
+    for block_size in (1 << 10, 1 << 16, 1 << 24):
+        fast = told(MetricsReader(tmp_path, arrow_from_bytes=1, block_size=block_size))
         assert list(fast) == list(expected)
         assert repr(fast) == repr(expected)
     content = (tmp_path / "metrics.jsonl").read_bytes()
@@ -161,15 +157,12 @@ def test_large_files_are_read_as_small_ones_are(tmp_path: Path, monkeypatch: pyt
         '{"step": 7, "a": 1e400}', '{"step": 7, "\\u00e9": 1}',
     ],
 )  # fmt: skip
-def test_a_number_that_is_not_finite_is_read_alike_and_left_out(
-    line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_number_that_is_not_finite_is_read_alike_and_left_out(line: str, tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text(f"{json.dumps(row(6))}\n{line}\n{json.dumps(row(8))}\n", encoding="utf-8")
     found = {}
     for limit in (1 << 60, 1):
-        monkeypatch.setattr(metrics, "WORTH_ARROW", limit)
-        reader = MetricsReader(tmp_path)
+        reader = MetricsReader(tmp_path, arrow_from_bytes=limit)
         found[limit] = repr(told(reader))
         (value,) = [value for key, value in json.loads(line).items() if key != "step"]
         assert ("a" in reader.series() or "é" in reader.series()) == math.isfinite(value)
@@ -185,14 +178,11 @@ def test_a_number_that_is_not_finite_is_read_alike_and_left_out(
         f'{{"step": {2**70}}}', '{"step": null}', '{"step": 1}{"step": 2}', "\ufeff", "[" * 100_000,
     ],
 )  # fmt: skip
-def test_what_is_no_row_is_an_error_with_its_line_at_every_look(
-    line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_is_no_row_is_an_error_with_its_line_at_every_look(line: str, tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text(f"{json.dumps(row(6))}\n{line}\n{json.dumps(row(8))}\n", encoding="utf-8")
     for limit in (1 << 60, 1):
-        monkeypatch.setattr(metrics, "WORTH_ARROW", limit)
-        reader = MetricsReader(tmp_path)
+        reader = MetricsReader(tmp_path, arrow_from_bytes=limit)
         for _ in range(2):
             with pytest.raises(DataError, match=r"line 2 of .*metrics\.jsonl"):
                 reader.update()

@@ -36,18 +36,15 @@ def test_rewriting_replaces_the_file_and_leaves_nothing_else(tmp_path: Path) -> 
     assert [file.name for file in tmp_path.iterdir()] == ["rows.jsonl"]
 
 
-def test_backwards_is_the_other_way_around_wherever_blocks_end(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_backwards_is_the_other_way_around_wherever_blocks_end(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     rows = [{"step": step, "text": "é\n" * step} for step in range(9)]
     jsonl.rewrite(path, rows)
     content = path.read_bytes()
-    for block in (1, 2, 7, 60, 1 << 16):
-        monkeypatch.setattr(jsonl, "BACKWARDS_BLOCK", block)
+    for block_size in (1, 2, 7, 60, 1 << 16):
         for length in {*range(0, len(content) + 1, 11), len(content)}:
             path.write_bytes(content[:length])
-            assert list(jsonl.read_backwards(path)) == jsonl.read(path)[::-1]
+            assert list(jsonl.read_backwards(path, block_size=block_size)) == jsonl.read(path)[::-1]
     assert list(jsonl.read_backwards(tmp_path / "none.jsonl")) == []
 
 
