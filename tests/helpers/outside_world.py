@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import io
 import os
+import shutil
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -43,3 +47,40 @@ def replace_hub_commits(patch: pytest.MonkeyPatch, commits: Iterator[str]) -> No
     patch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     patch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")  # behind a proxy only the client can tell
     patch.setattr(huggingface_hub, "HfApi", Api)
+
+
+def point_hub_client_at(patch: pytest.MonkeyPatch, address: str) -> None:
+    """The address of the hub that `huggingface_hub` took from the environment when it was imported."""
+    constants = huggingface_hub.constants
+    patch.setattr(constants, "ENDPOINT", address)
+    patch.setattr(constants, "HF_HUB_OFFLINE", False)
+    patch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy", "HTTP_PROXY", "http_proxy"):
+        patch.delenv(name, raising=False)
+
+
+def log_out_of_hub(patch: pytest.MonkeyPatch, folder: Path) -> None:
+    """The hub's token: none in the environment, and none where `hf auth login` keeps it."""
+    patch.delenv("HF_TOKEN")
+    patch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(folder / "no-token"))
+
+
+def remove_package(patch: pytest.MonkeyPatch, name: str) -> None:
+    """An optional package that is not installed: it is neither found nor imported."""
+    patch.setitem(sys.modules, name, None)
+
+
+def fill_disk(patch: pytest.MonkeyPatch) -> None:
+    """A disk of 1 GiB without a free byte."""
+    full = type(shutil.disk_usage("/"))(2**30, 2**30, 0)
+    patch.setattr(shutil, "disk_usage", lambda path: full)
+
+
+def type_into_pipe(patch: pytest.MonkeyPatch, text: str) -> None:
+    """Standard input that is no terminal, and has this text."""
+    patch.setattr(sys, "stdin", io.StringIO(text))
+
+
+def type_at_prompt(patch: pytest.MonkeyPatch, answer: Callable[[str], str]) -> None:
+    """The line that a user types at a terminal, given the prompt."""
+    patch.setattr("builtins.input", answer)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from outside_world import type_into_pipe
 from programs import Programs
 from transformers import AutoModelForCausalLM
 
@@ -80,7 +80,7 @@ def rows(tmp_path: Path) -> Path:
 
 def run(recipe: str, argv: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
     """Runs a recipe in this process with `y` for an answer to everything; its exit code."""
-    monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 50))
+    type_into_pipe(monkeypatch, "y\n" * 50)
     models.get_tokenizer.cache_clear()
     module = importlib.import_module(f"recipes.{recipe}")
     try:

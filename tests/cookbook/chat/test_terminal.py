@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from outside_world import type_at_prompt
 
 from cookbook.chat.session import ChatSession
 from cookbook.chat.terminal import Speaker, Terminal
@@ -79,7 +80,7 @@ def talk(tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
                 raise KeyboardInterrupt
             return line
 
-        monkeypatch.setattr("builtins.input", answer)
+        type_at_prompt(monkeypatch, answer)
         monkeypatch.setenv("NO_COLOR", "" if colour else "1")
         clients = [Client(tiny_tokenizer, replies) for _ in labels.split()]
         renderer = "qwen3_like" if any("<think>" in reply for reply in replies) else "chat_template"
@@ -156,11 +157,10 @@ def test_thinking_is_shown_as_visibly_as_the_answer(talk: Any) -> None:
     assert "(thinking: a<U+009B>b)\nthree<U+202E>\n" in out
 
 
-def test_a_title_is_one_visible_line(tmp_path: Path) -> None:
+def test_a_title_is_one_visible_line(monkeypatch: pytest.MonkeyPatch) -> None:
     out = Tty()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("builtins.input", lambda prompt: "/exit")
-        Terminal(Tty(), out, io.StringIO()).talk("runs/\x1b]0;a\x07\nyou> hm", [])
+    type_at_prompt(monkeypatch, lambda prompt: "/exit")
+    Terminal(Tty(), out, io.StringIO()).talk("runs/\x1b]0;a\x07\nyou> hm", [])
     assert out.getvalue().splitlines()[0] == "runs/␛]0;a␇␊you> hm"
 
 

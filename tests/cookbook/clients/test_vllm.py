@@ -6,6 +6,7 @@ It takes no field that vLLM's CompletionRequest lacks, and answers in the shape 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import inspect
 import json
 import threading
@@ -30,14 +31,14 @@ FIELDS = {
 
 
 class Server(ThreadingHTTPServer):
-    def __init__(self, service: ServiceClient, base_model: str) -> None:
+    def __init__(self, service: ServiceClient, base_model: str, takes_adapters: bool = True) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.service = service
         self.base_model = base_model
         self.clients: dict[str, SamplingClient] = {
             "base": service.create_sampling_client(base_model=base_model)
         }
-        self.takes_adapters = True
+        self.takes_adapters = takes_adapters
 
     @property
     def url(self) -> str:
@@ -138,14 +139,21 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServiceClient]
     service.close()
 
 
-@pytest.fixture(scope="module")
-def server(service: ServiceClient, tiny_qwen3: str) -> Iterator[Server]:
-    server = Server(service, tiny_qwen3)
+@contextlib.contextmanager
+def serving(server: Server) -> Iterator[Server]:
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
-    yield server
-    server.shutdown()
-    thread.join()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        thread.join()
+
+
+@pytest.fixture(scope="module")
+def server(service: ServiceClient, tiny_qwen3: str) -> Iterator[Server]:
+    with serving(Server(service, tiny_qwen3)) as server:
+        yield server
 
 
 @pytest.fixture(scope="module")
@@ -209,15 +217,17 @@ def test_it_streams(server: Server) -> None:
 
 
 def test_what_goes_wrong_is_said(
-    server: Server, service: ServiceClient, checkpoint: Path, tiny_qwen3: str, monkeypatch: pytest.MonkeyPatch
+    server: Server, service: ServiceClient, checkpoint: Path, tiny_qwen3: str
 ) -> None:
     with pytest.raises(ModelError, match=r"No vLLM server answers at http://127.0.0.1:9.*vllm serve"):
         VLLMSamplingClient("http://127.0.0.1:9")
     with pytest.raises(CheckpointError, match="does not exist"):
         VLLMSamplingClient(server.url, "/nowhere")
-    monkeypatch.setattr(server, "takes_adapters", False)
-    with pytest.raises(ModelError, match="VLLM_ALLOW_RUNTIME_LORA_UPDATING=1"):
-        VLLMSamplingClient(server.url, checkpoint)
+    with (
+        serving(Server(service, tiny_qwen3, takes_adapters=False)) as refusing,
+        pytest.raises(ModelError, match="VLLM_ALLOW_RUNTIME_LORA_UPDATING=1"),
+    ):
+        VLLMSamplingClient(refusing.url, checkpoint)
     client = VLLMSamplingClient(server.url)
     with pytest.raises(RequestError, match=r"refused /v1/completions \(400\): temperature must be"):
         client.sample(PROMPT, 1, SamplingParams(temperature=-1, max_tokens=2)).result()

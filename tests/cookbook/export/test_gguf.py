@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import chat_formats
 import numpy as np
 import pytest
 import torch
+from outside_world import remove_package
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from cookbook.errors import ConfigError
@@ -275,7 +275,7 @@ def test_a_tokenizer_that_splits_in_another_way_is_not_written(tiny_tokenizer: A
 
 
 def test_without_the_package_the_command_that_installs_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "gguf", None)
+    remove_package(monkeypatch, "gguf")
     with pytest.raises(ConfigError, match=r"pip install 'sft-cookbook\[gguf\]'"):
         gguf_weights.package()
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from huggingface_hub import constants
+from outside_world import log_out_of_hub, point_hub_client_at
 
 from cookbook.config.cli import make_config
 from cookbook.errors import CheckpointError, ConfigError
@@ -123,21 +123,13 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     hub = Hub(server.server_address[1])
-    _point_client_at(monkeypatch, hub.address)
+    point_hub_client_at(monkeypatch, hub.address)
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     yield hub
     server.shutdown()
     server.server_close()
-
-
-def _point_client_at(monkeypatch: pytest.MonkeyPatch, address: str) -> None:
-    monkeypatch.setattr(constants, "ENDPOINT", address)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy", "HTTP_PROXY", "http_proxy"):
-        monkeypatch.delenv(name, raising=False)
 
 
 @pytest.fixture
@@ -189,8 +181,7 @@ def test_a_token_that_the_hub_does_not_know_is_told_before_any_work(
 def test_a_missing_login_is_reported_before_any_work(
     hub: Hub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.delenv("HF_TOKEN")
-    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
+    log_out_of_hub(monkeypatch, tmp_path)
     with pytest.raises(CheckpointError, match="not logged in. Run `hf auth login`"):
         check_access("owner/parrot")
 
@@ -204,7 +195,7 @@ def test_a_hub_that_cannot_be_reached_is_told(monkeypatch: pytest.MonkeyPatch) -
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    _point_client_at(monkeypatch, f"http://127.0.0.1:{port}")
+    point_hub_client_at(monkeypatch, f"http://127.0.0.1:{port}")
     with pytest.raises(CheckpointError, match="127.0.0.1 cannot be reached.*to=<folder>"):
         check_access("owner/parrot")
 

@@ -8,13 +8,16 @@ import re
 import stat
 import subprocess
 import sys
+import threading
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from outside_world import remove_package
 from safetensors.torch import load_file
 from waiting import wait_until
 
@@ -117,34 +120,65 @@ def test_every_documented_command_is_understood(line: str) -> None:
     assert arguments.command == line.split()[0]
 
 
+JOB = {
+    "type": "SUBMISSION",
+    "submission_id": "[/INST]\x1b[2J\nsft-1",
+    "status": "FAILED",
+    "entrypoint": "sft",
+    "message": "It ended.\nlast lines: \x1b]0;owned\x07",
+    "metadata": {
+        "recipe": "recipes.sft\u202e",
+        "config": json.dumps({"dataset": "a\u202eb\x1b", "log_path": "runs/[b]\x9b2J:smile:"}),
+    },
+    "start_time": 0,
+    "end_time": 1000,
+}
+
+
+class Dashboard(BaseHTTPRequestHandler):
+    """What a cluster answers to Ray's client of jobs: it has one job."""
+
+    def do_GET(self) -> None:
+        answer: object = [JOB]
+        if self.path.endswith("/version"):
+            answer = {"version": "4", "ray_version": "2", "ray_commit": "0", "session_name": "session"}
+        elif self.path.endswith("/logs"):
+            answer = {"logs": "a line\n\x1b[2J\u202esecond\n"}
+        content = json.dumps(answer).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *_: object) -> None: ...
+
+
+@pytest.fixture
+def cluster() -> Iterator[str]:
+    """The address of a `Dashboard`."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Dashboard)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
 def test_whatever_a_job_is_called_or_prints_is_shown_as_it_is(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    cluster: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """On a cluster anybody may submit: the ids, the configs and the logs are others' text."""
-    job = jobs.Job(
-        id="[/INST]\x1b[2J\nsft-1",
-        status="[red]FAILED[/red]",
-        recipe="recipes.sft\u202e",
-        log_path="runs/[b]\x9b2J:smile:",
-        config={"dataset": "a\u202eb\x1b"},
-        message="It ended.\nlast lines: \x1b]0;owned\x07",
-        submitted=0.0,
-        ended=1.0,
-    )
-    printed = iter(["a line\n\x1b", "[2J\u202e", "second\n"])
     monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setattr(jobs, "list", lambda **_: [job])
-    monkeypatch.setattr(jobs, "get", lambda *_, **__: job)
-    monkeypatch.setattr(jobs, "logs", lambda *_, **__: printed)
-    jobs_recipe.main(["list"])
+    there, job_id = ["--address", cluster], str(JOB["submission_id"])
+    jobs_recipe.main(["list", *there])
     table = capsys.readouterr().out
-    assert "[/INST]␛[2J␊sft-1  [red]FAILED[/red]" in table
+    assert "[/INST]␛[2J␊sft-1  FAILED" in table
     assert "runs/[b]<U+009B>2J:smile:" in table
-    jobs_recipe.main(["get", "x"])
+    jobs_recipe.main(["get", job_id, *there])
     shown = capsys.readouterr().out
     assert "It ended.\nlast lines: ␛]0;owned␇\n" in shown
     assert "python -m recipes.sft<U+202E>, submitted" in shown
-    jobs_recipe.main(["logs", "x"])
+    jobs_recipe.main(["logs", job_id, *there])
     logs = capsys.readouterr().out
     assert logs == "a line\n␛[2J<U+202E>second\n"
     assert not set("\x1b\x9b\x07\u202e") & set(table + shown + logs)
@@ -161,7 +195,7 @@ def test_importing_the_library_does_not_import_ray() -> None:
 def test_ray_that_is_not_installed_is_named_with_its_extra(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sys.modules, "ray", None)
+    remove_package(monkeypatch, "ray")
     with pytest.raises(ConfigError, match=r"pip install 'sft-cookbook\[ray\]'"):
         jobs.submit("sft", [])
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import subprocess
@@ -10,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from outside_world import type_into_pipe
 
 from cookbook.errors import ConfigError, FileError
 from cookbook.runs.folder import RUN_FILES, RunFolder
@@ -80,7 +80,7 @@ def test_ask_without_a_terminal_says_what_to_say_instead(
 ) -> None:
     with RunFolder(str(tmp_path), CONFIG, "resume"):
         take_a_step(tmp_path)
-    monkeypatch.setattr("sys.stdin", io.StringIO("r\n"))
+    type_into_pipe(monkeypatch, "r\n")
     with pytest.raises(ConfigError, match="standard input is not a terminal"):
         RunFolder(str(tmp_path), CONFIG, "ask")
 

@@ -12,6 +12,7 @@ from typing import Any
 import chz
 import pytest
 import torch
+from outside_world import fill_disk, remove_package
 
 from cookbook.data.types import ChatDatasetBuilder, ChatDatasetBuilderCommonConfig, SupervisedDataset
 from cookbook.errors import CheckpointError, ConfigError, ModelError, RendererError
@@ -98,7 +99,8 @@ def test_a_tracker_without_a_login_or_its_package_is_refused(
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(ConfigError, match="wandb login"):
         run(make_config(wandb_project="mine"))
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    for package in ("tensorboard", "trackio"):
+        remove_package(monkeypatch, package)
     with pytest.raises(ConfigError, match=r"pip install 'sft-cookbook\[tensorboard\]'"):
         run(make_config(tensorboard=True))
     with pytest.raises(ConfigError, match=r"pip install 'sft-cookbook\[trackio\]'"):
@@ -194,8 +196,7 @@ def test_a_disk_that_cannot_hold_one_checkpoint_is_refused(
     make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, adapter: Path
 ) -> None:
     """The bound is one from below: it is no more than what a checkpoint of this adapter takes."""
-    full = type(shutil.disk_usage("/"))(2**30, 2**30, 0)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: full)
+    fill_disk(monkeypatch)
     with pytest.raises(ConfigError, match="0 MiB free, and a checkpoint of this run takes at least"):
         run(make_config())
     weights_and_moments = 3 * (adapter / "adapter_model.safetensors").stat().st_size

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import io
 import json
 import logging
 import pickle
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import chz
 import numpy as np
 import pytest
 import torch
+from outside_world import remove_package
 from peft import PeftModel
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM
@@ -629,7 +630,7 @@ def test_a_decaying_rate_needs_to_know_where_a_stream_ends(
 def test_a_logger_that_is_not_installed_names_its_extra_before_anything_is_loaded(
     make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, values: dict[str, Any], package: str
 ) -> None:
-    monkeypatch.setitem(sys.modules, package, None)
+    remove_package(monkeypatch, package)
     config = make_config(**values)
     Path(config.dataset_builder.file_path).unlink()  # type: ignore[attr-defined]
     with pytest.raises(ConfigError, match=rf"pip install 'sft-cookbook\[{package}\]'"):
@@ -700,12 +701,9 @@ class FailingTerminal(io.StringIO):
 
 
 @pytest.mark.parametrize("last", ["step 1/2", "After 2 steps", "Finished"])
-def test_a_run_whose_end_cannot_be_printed_ends_all_the_same(
-    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, last: str
-) -> None:
+def test_a_run_whose_end_cannot_be_printed_ends_all_the_same(make_config: MakeConfig, last: str) -> None:
     config = make_config(eval_every=1)
-    with monkeypatch.context() as patch:
-        patch.setattr(sys, "stdout", FailingTerminal(last))
+    with contextlib.redirect_stdout(FailingTerminal(last)):
         summary = asyncio.run(train.main(config))
     assert summary.is_finished
     assert [row["step"] for row in rows_of(config)] == [0, 1, 2]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
@@ -20,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from outside_world import remove_package
 from waiting import wait_until
 
 from cookbook.errors import ConfigError, FileError
@@ -292,7 +294,7 @@ def test_the_best_settings_can_be_read_where_a_run_replaced_a_key_of_its_config_
 def test_ray_that_is_not_installed_is_named_with_its_extra(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sys.modules, "ray", None)
+    remove_package(monkeypatch, "ray")
     with pytest.raises(ConfigError, match=r"pip install 'sft-cookbook\[ray\]'"):
         run_sweep(make_plan([f"log_path={tmp_path}", "lora_rank=1,2"]))
 
@@ -458,15 +460,11 @@ class FullDisk(io.StringIO):
         return super().write(text)
 
 
-def test_an_end_that_cannot_be_printed_is_an_end_all_the_same(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_end_that_cannot_be_printed_is_an_end_all_the_same(tmp_path: Path) -> None:
     plan = make_plan([f"log_path={tmp_path}", "lora_rank=1,2,4"])
     values = {"lora_rank=1": 3.0, "lora_rank=2": 1.0, "lora_rank=4": 2.0}
-    with monkeypatch.context() as patch:
-        patch.setattr(sys, "stdout", FullDisk())
-        with pytest.raises(OSError, match="No space left"):
-            run_sweep(plan, FakeRay(values))
+    with contextlib.redirect_stdout(FullDisk()), pytest.raises(OSError, match="No space left"):
+        run_sweep(plan, FakeRay(values))
     recorded = jsonl.read(tmp_path / "sweep.jsonl")
     assert [(row["name"], row["state"]) for row in recorded] == [(name, "finished") for name in values]
     assert len(list(csv.DictReader((tmp_path / "results.csv").open(encoding="utf-8")))) == 3

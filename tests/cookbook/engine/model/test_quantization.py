@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import json
-import sys
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from outside_world import remove_package
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -226,7 +226,7 @@ def test_files_that_are_in_4_bits_already_are_trained_on_in_the_dtype_of_the_eng
 
 
 def test_without_the_package_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    remove_package(monkeypatch, "bitsandbytes")
     with pytest.raises(ConfigError, match=r"not installed. Run: pip install 'sft-cookbook\[qlora\]'"):
         ServiceClient(quantization="nf4")
 
