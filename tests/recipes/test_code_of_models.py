@@ -209,7 +209,7 @@ def test_sizes_that_no_model_has_are_refused_before_memory_is_taken(
     rewrite(base / "config.json", **{key: value})
     assert run("chat", [f"model_name={base}"], monkeypatch) != 0
     error = " ".join(capsys.readouterr().err.split())
-    assert f"`{key}` is" in error or "wants" in error, error
+    assert f"`{key}` is" in error or "requires" in error, error
     assert "Traceback" not in error
 
 
