@@ -421,7 +421,8 @@ class Renderer(ABC):
         except RendererError as refused:
             error = refused
         raise RendererError(
-            f"Renderer `{self.name}` cannot tell where message {index + 1} begins, and it or the one before "
+            f"Renderer `{self.name}` cannot determine where message "
+            f"{index + 1} begins, and it or the one before "
             "is not to be trained. Choose train_on_what=all_messages."
         ) from error
 

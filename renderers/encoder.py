@@ -84,7 +84,7 @@ class Encoder:
     ) -> None:
         if not tokenizer.is_fast:
             raise RendererError(
-                f"{type(tokenizer).__name__} cannot tell where in a text its tokens begin. "
+                f"{type(tokenizer).__name__} does not report the offsets of its tokens. "
                 "Load a fast tokenizer (one with a tokenizer.json)."
             )
         added = tokenizer.added_tokens_decoder

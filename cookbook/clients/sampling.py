@@ -100,7 +100,7 @@ class SamplingClient:
         info = checkpoint.read_info(path)
         if info.lora.rank == 0:
             raise CheckpointError(
-                f"Checkpoint {path} is a model of its own, not an adapter on {engine.base.name}. Sample from "
+                f"Checkpoint {path} is a full model, not an adapter on {engine.base.name}. Sample from "
                 f"it with ServiceClient().create_sampling_client(model_path=...)."
             )
         weights = checkpoint.read_weights(path)

@@ -243,8 +243,7 @@ def _load_adapter(server: httpx.Client, path: Path) -> str:
     info = checkpoint.read_info(path)
     if info.lora.rank == 0:
         raise CheckpointError(
-            f"Checkpoint {path} is a model of its own, not an adapter. Start a server with it: `vllm serve "
-            f"{path}`."
+            f"Checkpoint {path} is a full model, not an adapter. Start a server with it: `vllm serve {path}`."
         )
     name = f"{path.name}-{secrets.token_hex(4)}"
     body = {"lora_name": name, "lora_path": str(path.expanduser().resolve())}

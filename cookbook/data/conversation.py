@@ -337,8 +337,8 @@ def _join(one: Message, two: Message, number: int) -> Message:
     if len(flags) > 1:
         raise DataError(
             f"{both}, and would be joined, but differ in what is trained "
-            f"({_flags(one)}; {_flags(two)}). Say the "
-            "same of both."
+            f"({_flags(one)}; {_flags(two)}). Set the same for both."
+            ""
         )
     if one.get("name") != two.get("name"):
         raise DataError(f"{both}, under different names ({one.get('name')}, {two.get('name')}).")

@@ -109,7 +109,7 @@ def _imported(name: str) -> Grader:
     except (ImportError, AttributeError, ValueError) as error:
         raise ConfigError(
             f"scores has {name!r}, which cannot be imported ({error}). Python looks in the folder that the "
-            "command runs in and among what is installed."
+            "command runs in and among the installed packages."
         ) from error
     if not callable(grader):
         raise ConfigError(

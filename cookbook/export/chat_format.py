@@ -168,7 +168,7 @@ def chat_format_of(
             )
         differences.append(difference)
     raise ConfigError(
-        f"No chat template is known that prints what renderer `{renderer_name}` does with this tokenizer.\n"
+        f"No known chat template prints what renderer `{renderer_name}` does with this tokenizer.\n"
         f"{differences[0]}\nGive one: chat_template=file.jinja"
         if template is None
         else f"chat_template= does not print what renderer `{renderer_name}` does. {differences[0]}"

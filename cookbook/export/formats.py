@@ -217,7 +217,7 @@ def _write_gguf_adapter(export: Export) -> str:
         reason = "it is on lm_head, which here is tied to the embeddings, and llama.cpp has no place for that"
     if reason is not None:
         raise ConfigError(
-            f"This adapter cannot be put on a model of Ollama's: {reason}. Remove ollama_base=."
+            f"This adapter cannot be added to a model in Ollama's library: {reason}. Remove ollama_base=."
         )
     path = export.folder / "adapter.gguf"
     gguf_weights.write_adapter(adapter, _model_config(export), path, source.info.lora.alpha, export.name)

@@ -198,7 +198,7 @@ def _quoted(text: str) -> str:
     """
     if '"""' in text:
         raise ConfigError(
-            'A Modelfile has no way to write three double quotes ("""), and the system prompt, the chat '
+            'A Modelfile cannot contain three double quotes ("""), and the system prompt, the chat '
             "format or what ends a reply has them."
         )
     return f'"""{text}"""'

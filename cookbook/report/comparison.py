@@ -54,7 +54,7 @@ def compare(
     """
     path = Path(to).expanduser()
     if not path.parent.is_dir():
-        raise ConfigError(f"to={to}: there is no folder {path.parent}. Create it, or write elsewhere.")
+        raise ConfigError(f"to={to}: there is no folder {path.parent}. Create it, or choose another folder.")
     runs = _named(_read_all(folders))
     if all(run.headline is None for run in runs.values()):
         raise ConfigError(f"Nothing to compare: no step was logged yet in {', '.join(map(str, folders))}.")

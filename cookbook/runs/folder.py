@@ -171,8 +171,8 @@ class RunFolder:
         for rank, host in enumerate(hosts):
             if host is not None:
                 raise ConfigError(
-                    f"log_path={self.path} is not one folder for all processes: what process 0 writes there "
-                    f"process {rank}, on {host}, does not see. Choose a folder on a file system they share."
+                    f"log_path={self.path} is not shared by all processes: process {rank}, on {host}, does "
+                    f"not see what process 0 writes there. Choose a folder on a file system they share."
                 )
 
     @property
@@ -295,7 +295,7 @@ def how_to_train_on(folder: Path, refused: Collection[str] = ()) -> str:
     fits = f", which fit no other {', '.join(shapes)}," if shapes else ""
     return (
         f"To start from its weights{fits} give another log_path and load_checkpoint_path={last}; "
-        f"to start over say if_log_path_exists=delete."
+        f"to start over set if_log_path_exists=delete."
     )
 
 

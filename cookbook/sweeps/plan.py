@@ -128,7 +128,7 @@ def make_plan(argv: Sequence[str]) -> Plan:
     base = given.config or named
     if "log_path" in in_file:
         raise ConfigError(
-            "log_path: each run has a folder of its own in that of the sweep. Write it above runs."
+            "log_path: each run has its own folder in that of the sweep. Set log_path outside of runs."
         )
     values = [
         (Setting(str(key), _representative(value), file.place((RUNS, str(key)))), value)

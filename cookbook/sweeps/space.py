@@ -82,7 +82,9 @@ def parse_argument(key: str, text: str, kind: Any) -> Axis:
         return Choice((text,))
     values = [value.replace("\\,", ",") for value in re.split(r"(?<!\\),", text)]
     if "" in values and len(values) > 1:
-        raise ConfigError(f"{key}={text} has an empty value between commas. Write a comma of a text as \\,")
+        raise ConfigError(
+            f"{key}={text} has an empty value between commas. Write a comma within a text as \\,"
+        )
     return parse_axis(key, values, kind)
 
 

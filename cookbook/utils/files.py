@@ -171,7 +171,7 @@ def _check_own(path: Path, status: os.stat_result, is_changed: bool) -> None:
     if is_changed and status.st_nlink > 1:
         raise FileError(
             f"Cannot append to {path}: it is one of {status.st_nlink} names of a file (hard links), and the "
-            f"others would change too. Put a copy of it in its place."
+            f"others would change too. Replace it by a copy."
         )
 
 

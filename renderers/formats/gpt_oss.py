@@ -110,7 +110,8 @@ class GptOssRenderer(Renderer):
                     if function is None:
                         raise RendererError(
                             f"Renderer `{self.name}` cannot render message {index + 1}, a tool's result: no "
-                            "tool call comes before it. Put an assistant message with `tool_calls` there."
+                            "tool call comes before it. Insert an assistant message with "
+                            "`tool_calls` before it."
                         )
                     draft.put(f'{_START}functions.{function} to=assistant{_CHANNEL}commentary{_MESSAGE}"')
                     draft.put_text(index, to_json(message["content"])[1:-1])

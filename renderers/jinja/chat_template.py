@@ -350,8 +350,9 @@ class ChatTemplateRenderer(Renderer):
         if changed.count(SENTINEL) == 1 and text.startswith(before) and text.endswith(after) and start <= end:
             return Span(start, end)
         raise RendererError(
-            f"The chat template does not print the text of message {index + 1} in one piece, so it cannot be "
-            "told from the rest. Train on assistant messages, with build_supervised_examples."
+            f"The chat template does not print the text of message "
+            f"{index + 1} in one piece, so it cannot be distinguished from the rest. "
+            "Train on assistant messages, with build_supervised_examples."
         )
 
     @cached_property

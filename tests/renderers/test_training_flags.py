@@ -188,5 +188,5 @@ def test_a_message_whose_tokens_cannot_be_told_from_the_next_ones_is_refused(
         {"role": "tool", "content": "two"},
         {"role": "assistant", "content": "b"},
     ]
-    with pytest.raises(RendererError, match="cannot tell where message 3 begins.*all_messages"):
+    with pytest.raises(RendererError, match="cannot determine where message 3 begins.*all_messages"):
         renderer.build_supervised_example(messages, TrainOnWhat.ALL_TOKENS)

@@ -119,7 +119,7 @@ def _path_and_parts(spec: str) -> tuple[Path, list[str]] | None:
 def _open_file(path: Path) -> Source:
     kind = _kind_of(path)
     if kind is None:
-        raise DataError(f"{path} is not of a known kind. Give a {_known_kinds()} file.")
+        raise DataError(f"{path} is not a supported type of file. Give a {_known_kinds()} file.")
     return kind(path)
 
 

@@ -131,7 +131,7 @@ class FolderReader:
         layout = self._layout_of(folder, name)
         if name in layout.splits and name != layout.config:
             raise DataError(
-                f"{name!r} is a config and a split of {folder}. Say {folder}:{name}: or {folder}::{name}"
+                f"{name!r} is a config and a split of {folder}. Write {folder}:{name}: or {folder}::{name}"
             )
         return name, None
 

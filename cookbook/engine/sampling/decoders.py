@@ -105,7 +105,7 @@ class WholeModelDecoder(Decoder):
         accepted = inspect.signature(base.model.forward).parameters
         names = [name for name in ("past_key_values", "cache_params") if name in accepted]
         if not names:
-            raise ValueError(f"{type(base.model).__name__} takes no cache as an argument")
+            raise ValueError(f"{type(base.model).__name__} does not accept a cache")
         super().__init__(base)
         self._cache_name = names[0]
         self._takes_positions = "position_ids" in accepted

@@ -450,8 +450,9 @@ class Trainer:
             rng, limits, recovery = self._read_progress(path, info)
         if with_optimizer and info.world_size != self._world.size:
             logger.info(
-                "%s was saved by a run of %d processes; this one has %d. Results will equal its results to "
-                "rounding, not bit for bit.",
+                "%s was saved by a run of %d processes; this one has %d. Its "
+                "results will be reproduced to rounding, not bit for bit"
+                ".",
                 path,
                 info.world_size,
                 self._world.size,

@@ -133,7 +133,7 @@ def test_calls_that_have_ids_keep_them_and_their_results() -> None:
         ([says("One."), calls("f", reasoning_content="hm")], "a thought in the middle"),
         ([calls("f", reasoning_content="a"), calls("g", reasoning_content="b")], "a thought in the middle"),
         ([says("One.", train=False), calls("f")], r"differ in what is trained \(trainable: false; nothing"),
-        ([says("One.", weight=0.5), calls("f", weight=0.2)], r"\(weight: 0.5; weight: 0.2\). Say the same"),
+        ([says("One.", weight=0.5), calls("f", weight=0.2)], r"\(weight: 0.5; weight: 0.2\). Set the same"),
         ([says("One.", name="ann"), calls("f", name="bob")], r"under different names \(ann, bob\)"),
     ],
 )

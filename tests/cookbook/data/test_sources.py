@@ -291,7 +291,7 @@ def test_a_json_list_numbers_its_rows_and_keeps_true_nulls(tmp_path: Path) -> No
         ("a.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 9, mtime=0)[:-9], "cannot be read"),
         ("a.parquet", b"no parquet", "is not a readable Parquet file"),
         ("a.parquet", b"", "is not a readable Parquet file"),
-        ("a.txt", b"words", "is not of a known kind. Give a .jsonl"),
+        ("a.txt", b"words", "is not a supported type of file. Give a .jsonl"),
     ],
 )
 def test_a_bad_file_is_one_error_that_names_it(

@@ -217,7 +217,7 @@ def test_a_folder_that_not_all_processes_see_is_refused(
     for rank in (0, 1):
         (tmp_path / str(rank)).mkdir()
     message = told(ranks.run("runs:run", 2, config=config, work_in=str(tmp_path / "{rank}")))
-    assert "ConfigError: log_path=run is not one folder for all processes" in message
+    assert "ConfigError: log_path=run is not shared by all processes" in message
 
 
 def test_a_failure_of_one_process_is_told_once_with_its_reason(
