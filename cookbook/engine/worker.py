@@ -65,7 +65,7 @@ class Batcher(Protocol[Item]):
 
 
 class _Task:
-    """One piece of work with a future of its own."""
+    """A piece of work with its own future."""
 
     def __init__(
         self, work: functools.partial[Any], future: Future[Any], recorded: AbstractContextManager[None]
@@ -246,7 +246,7 @@ _running: weakref.WeakSet[_Worker] = weakref.WeakSet()
 
 
 def _finish_all() -> None:
-    """At the interpreter's exit: what is queued runs, as other threads finish too."""
+    """Runs what is queued at the interpreter's exit, as other threads finish too."""
     for worker in list(_running):
         worker.end()
 

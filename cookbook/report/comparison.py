@@ -1,4 +1,4 @@
-"""compare.html: several runs laid over each other."""
+"""compare.html: several runs in the same charts."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def _named(runs: Sequence[Compared]) -> dict[str, Compared]:
 
 
 def _metrics(runs: Mapping[str, Compared]) -> list[str]:
-    """What the table shows, the metric that most runs are judged by first."""
+    """Returns the metrics of the table, the one that most runs are judged by first."""
     headlines = Counter(run.headline for run in runs.values() if run.headline is not None)
     counts = Counter(metric for run in runs.values() for metric in run.record.evals if metric.count("/") == 1)
     first = headlines.most_common(1)[0][0]

@@ -203,10 +203,10 @@ def charts_of_several(runs: Mapping[str, RunRecord]) -> tuple[list[Chart], int]:
 
 
 def dash(index: int) -> str:
-    """Runs that share a colour differ in their strokes."""
+    """Returns the dash pattern of a run, which distinguishes runs of one colour."""
     return ("", "dashed", "dotted")[index // NUM_COLOURS % 3]
 
 
 def rounded(values: np.ndarray) -> list[float]:
-    """Six digits are more than a chart can show."""
+    """Rounds to six digits, which are more than a chart can show."""
     return [float(f"{value:.6g}") for value in values.tolist()]

@@ -43,7 +43,7 @@ def preview_page(
     max_length: int | None,
     examples: Sequence[Example],
 ) -> str:
-    """One HTML page that needs nothing else: the data report, the length histogram and the examples.
+    """One self-contained HTML page: the data report, the length histogram and the examples.
 
     `lengths` are the token counts of all examples, one array per source; without any those of `examples` are
     drawn. The histogram marks `max_length` if it is among them.

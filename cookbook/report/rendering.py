@@ -23,7 +23,7 @@ PAGE_DIR = Path(__file__).parent / "page"
 
 
 def render(template: str, charts: Sequence[Chart], **values: Any) -> str:
-    """A page that needs nothing else. Every value is escaped, and the page runs its own program alone.
+    """Returns a self-contained page. Every value is escaped, and the page runs its own program alone.
 
     The second holds should the first ever fail: the content security policy names the program and the
     style by their hashes, and allows no connection. Characters that are not seen, or that would turn the
@@ -62,12 +62,12 @@ def environment() -> jinja2.Environment:
 
 
 def _visible_value(value: Any) -> Any:
-    """What a template prints. `Markup` was escaped here already."""
+    """Returns the text to print for a value. `Markup` was escaped here already."""
     return visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
 def link(path: str) -> str:
-    """A relative address, whatever the name is."""
+    """Returns a relative address for any name."""
     return "./" + quote(path)
 
 

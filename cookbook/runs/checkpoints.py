@@ -58,8 +58,8 @@ class Checkpoint:
 def read_records(file: Path) -> list[Checkpoint]:
     """The records of a checkpoints.jsonl, oldest first; none where there is no file.
 
-    Raises CheckpointError for a record that is none, or that leads out of the run's folder: the file may be
-    somebody else's, and what it names is loaded and removed.
+    Raises CheckpointError for an invalid record, and for one that leads out of the run's folder: the file
+    may come from elsewhere, and the folders it names are loaded and removed.
     """
     return [
         _checked(row, Origin(f"line {number} of {file}", CheckpointError, "Correct the line, or remove it."))
@@ -91,10 +91,10 @@ class CheckpointLog:
     def __init__(
         self, folder: Path, keep: int | None = None, on_rank0: Callable[[Callable[[], Any]], Any] = _itself
     ) -> None:
-        """`keep` newest checkpoints stay on disk (None: all), and the best one beside them.
+        """`keep` newest checkpoints stay on disk (None: all), and the best one besides.
 
-        `on_rank0` does something on one of several processes, and gives its result to all: they have
-        one view of the folder, and one of them writes to it.
+        `on_rank0` runs a function on one of several processes and returns its result on all, so that they
+        have the same view of the folder, and one of them writes to it.
         """
         self._folder = folder
         self._on_rank0 = on_rank0
@@ -264,7 +264,9 @@ def _link_folder(folder: Path, other: Path) -> None:
             shutil.copy2(source, target)
 
     def others(parent: str, names: list[str]) -> list[str]:
-        """Pipes and the like. A link is refused: it may lead to all of the disk, or in a circle."""
+        """Returns pipes and the like. Raises for a link, which may lead to any place on the disk, or in a
+        circle.
+        """
         paths = [Path(parent, name) for name in names]
         for path in paths:
             files.refuse_link(path)

@@ -1,4 +1,4 @@
-"""Fewer points that draw the same curve."""
+"""Reduces the points of a curve without changing its appearance."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ _BLOCK = 128
 def keep_extremes(steps: np.ndarray, values: np.ndarray, max_points: int) -> tuple[np.ndarray, np.ndarray]:
     """At most `max_points` of the points, which must be finite, with every spike among them.
 
-    The points are cut into stretches; of each stretch its least and its greatest stay, and of the
-    complete curve its ends.
+    The points are cut into stretches; the least and the greatest of each stretch are kept, and the
+    ends of the curve.
     """
     if len(values) <= max_points:
         return steps, values

@@ -85,7 +85,7 @@ def find_trained_model(path: str, which: Which | None = None, base_model: str | 
 
 
 def _choose(folder: Path, log: CheckpointLog, which: Which | None) -> Checkpoint:
-    """The one asked for; unasked, the best of a run that keeps track of it, and else the last."""
+    """Returns the requested one; by default the best, if the run tracks it, otherwise the last."""
     best, last = log.best(), log.last()
     if last is None:
         raise CheckpointError(
@@ -122,7 +122,7 @@ def _record_of(folder: Path, run_folder: Path | None) -> Checkpoint | None:
 
 
 def _with_embedded_name(base_model: str) -> str:
-    """PEFT's own files name the embedded model by where it was installed."""
+    """Replaces the path by which PEFT's own files name the embedded model."""
     return embedded.MODEL_NAME if Path(base_model).parts[-3:] == _EMBEDDED else base_model
 
 

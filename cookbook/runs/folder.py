@@ -93,7 +93,7 @@ class RunFolder:
         self._check_that_all_see_it(world)
 
     def _open(self, if_exists: IfLogPathExists) -> dict[str, Any] | None:
-        """The config of the run which continues: its file stays until `record_config`."""
+        """Returns the config of the run that continues; its file is kept until `record_config`."""
         path = self.path
         for folder in (path, self.checkpoint_dir):
             if folder.exists() and not folder.is_dir():
@@ -130,7 +130,7 @@ class RunFolder:
 
     @property
     def length_changes(self) -> dict[str, tuple[Any, Any]]:
-        """The changes of how long the run is, and so of what the next steps learn."""
+        """The changes of the run's length, and so of the learning rates of the next steps."""
         return {key: values for key, values in self.changes.items() if _is_length(key)}
 
     @property
@@ -138,7 +138,7 @@ class RunFolder:
         return {key: values for key, values in self.changes.items() if key in PATIENCE_KEYS}
 
     def record_config(self, step: int, ended_by_patience: bool) -> None:
-        """Makes this config the folder's, after the one that it continues at `step` is noted down."""
+        """Writes this config to the folder, after recording the one that it continues at `step`."""
         if not self.world.is_main:
             return
         if self.changes:
@@ -287,7 +287,7 @@ def _is_length(key: str) -> bool:
 
 
 def how_to_train_on(folder: Path, refused: Collection[str] = ()) -> str:
-    """The advice where the run in `folder` cannot continue with other values of `refused`."""
+    """Returns the advice for a run in `folder` that cannot continue with other values of `refused`."""
     last = CheckpointLog(folder).last_path()
     if last is None:
         return "Choose another log_path, or start over with if_log_path_exists=delete."
@@ -310,7 +310,7 @@ def _text(config: dict[str, Any]) -> str:
 
 
 def _is_untouched(folder: Path) -> bool:
-    """Returns whether a run was begun here but took no step: there is nothing to resume or to lose."""
+    """Returns whether a run started here but took no step, so that there is nothing to resume or to lose."""
     _read_run_config(folder / "config.json")
     progress = [folder / name for name in ("metrics.jsonl", "checkpoints.jsonl")]
     return not any(path.exists() and path.stat().st_size for path in progress)

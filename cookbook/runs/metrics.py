@@ -1,7 +1,7 @@
-"""The metrics of a run. Each row is read once, however often they are asked for.
+"""The metrics of a run. Each row is read once, however often they are requested.
 
 A sweep and a run's own page look at metrics.jsonl again and again while it grows; a page of many runs reads
-many of them. They share this reader, which keeps columns instead of rows: 16 bytes a value.
+many of them. They share this reader, which keeps columns instead of rows: 16 bytes per value.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ class MetricsReader:
         return _with_numbers(self.columns)
 
     def after(self, step: int, metric: str) -> tuple[int, float] | None:
-        """The first value of a metric that was measured after `step` steps or later: its step, and it."""
+        """Returns the step and the first value of a metric that was measured after `step` steps or later."""
         column = self.columns.get(metric)
         if column is None:
             return None
@@ -115,7 +115,7 @@ class MetricsReader:
 
 
 def series_of(rows: Iterable[Mapping[str, Any]]) -> dict[str, Series]:
-    """The same of rows at hand."""
+    """Returns the same for rows in memory."""
     found: dict[str, Column] = {}
     for name, (steps, values) in _columns((f"row {number}", row) for number, row in enumerate(rows)).items():
         found[name] = Column(steps, values)
@@ -159,7 +159,7 @@ def _number(value: Any) -> float:
 
 
 def _columns_by_arrow(content: bytes) -> dict[str, tuple[np.ndarray, np.ndarray]] | None:
-    """The same several times as fast; None for rows other than flat objects of numbers."""
+    """Does the same several times as fast; returns None for rows other than flat objects of numbers."""
     is_flat = content.count(b"{") == content.count(b"}\n") == content.count(b"\n")
     if not is_flat or any(sign in content for sign in (b"[", b"null", b"\\", b"\r")):
         return None

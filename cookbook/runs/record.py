@@ -54,7 +54,7 @@ def is_eval(metric: str) -> bool:
 
 
 def read_run(folder: str | Path, metrics: MetricsReader | None = None, with_tables: bool = True) -> RunRecord:
-    """Reads a run, in progress or over. Raises ConfigError for a folder that is not the folder of a run.
+    """Reads a run, in progress or finished. Raises ConfigError for a folder that is not the folder of a run.
 
     `metrics` is a reader of that run's, which has read some of them before. Tables may be left unread.
     """

@@ -50,10 +50,10 @@ class BestTracker:
             self.observe(row["step"], row)
 
     def observe(self, step: int, metrics: Mapping[str, float]) -> bool:
-        """Takes in the evaluation of the weights after `step` steps. Whether it is the best so far.
+        """Takes in the evaluation of the weights after `step` steps. Returns whether it is the best
 
-        Called once for every step, with no metrics where nothing was evaluated, and again for the evaluation
-        of the finished model.
+        so far. Called once for every step, with no metrics where nothing was evaluated, and again for the
+        evaluation of the finished model.
         """
         is_best = False
         if self.metric is not None and self.metric in metrics:

@@ -186,7 +186,7 @@ def _create_evaluators(config: Config, folder: RunFolder) -> list[tuple[int, lis
 
 
 def _known_evaluation(folder: RunFolder, step: int) -> Evaluation:
-    """What an earlier process of the run measured of the state after `step` steps.
+    """Returns the metrics that an earlier process of the run measured after `step` steps.
 
     It counts also where no evaluation is due: it may be the last one of a run that is then extended.
     """

@@ -26,7 +26,7 @@ def execute(plan: Plan, runs: Sequence[PlannedRun], over: Sequence[PlannedRun], 
 
     Early stopping compares them with those that were `over` before as well.
 
-    Raises ClusterError for a cluster that cannot be reached, or has not the devices of one run.
+    Raises ClusterError for a cluster that cannot be reached, or lacks the devices for one run.
     """
     with _connected(plan.config) as ray:
         resources = _resources_per_run(plan.config, ray.cluster_resources())
@@ -45,7 +45,7 @@ QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
 
 @contextlib.contextmanager
 def _started_here(ray: Any) -> Iterator[None]:
-    """A Ray of this sweep's own, which disturbs no other here and which other users cannot reach."""
+    """Starts a Ray for this sweep, separate from any other here, which other users cannot reach."""
     folder = clusters.private_folder("ray-")
     try:
         with clusters.on_loopback(ray):
@@ -87,7 +87,7 @@ def _start(ray: Any, **options: Any) -> None:
 
 
 def _resources_per_run(config: SweepConfig, cluster: dict[str, float]) -> dict[str, float]:
-    """Raises ClusterError for a run that no node could take: it would wait for ever."""
+    """Raises ClusterError for a run that does not fit on any node, and so would wait for ever."""
     num_gpus = cluster.get("GPU", 0)
     gpus = min(1, num_gpus) if config.gpus_per_run is None else config.gpus_per_run
     for name, asked, there in (

@@ -44,7 +44,7 @@ class Result:
 
     @property
     def state(self) -> str:
-        """The furthest from finished that any of its runs is."""
+        """The least finished state of its runs."""
         return max((one.state for one in self.progress), key=ORDER.index)
 
     @property
@@ -89,7 +89,7 @@ def _progress_of(run: PlannedRun, metric: str, recorded: Progress | None) -> Pro
 
 
 def ranked(plan: Plan, progress: Mapping[str, Progress]) -> list[Result]:
-    """The points of the sweep, the best first; over their seeds it is the mean that counts."""
+    """The points of the sweep, the best first, compared by the mean over their seeds."""
     groups: dict[tuple[tuple[str, str], ...], list[PlannedRun]] = {}
     for run in plan.runs:
         point = tuple((key, value) for key, value in run.point.items() if key != SEED)
@@ -132,7 +132,7 @@ def _value_text(result: Result) -> str:
 
 
 def write_csv(plan: Plan, results: Sequence[Result]) -> Path:
-    """One row a run, the best point first."""
+    """Writes one row per run, the best point first."""
     path = plan.folder / CSV
     table = io.StringIO()
     writer = csv.writer(table)
@@ -149,7 +149,7 @@ def write_csv(plan: Plan, results: Sequence[Result]) -> Path:
 
 
 def _cell(value: Any) -> str:
-    """A text that a spreadsheet takes for text: one that begins as a formula does gets an apostrophe."""
+    """Returns a text that a spreadsheet reads as text: one that begins like a formula gets an apostrophe."""
     text = str(value)
     return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t")) and not _is_number(text) else text
 

@@ -87,7 +87,7 @@ class RunProcess:
             time.sleep(POLL_SECONDS)
 
     def stop(self) -> None:
-        """Has the run save and end."""
+        """Makes the run save and end."""
         if self._process is not None:
             if self._process.poll() is None:
                 self._process.send_signal(signal.SIGTERM)
@@ -126,7 +126,7 @@ class RunProcess:
 
 
 def _end_with_parent() -> Callable[[], None] | None:
-    """On Linux the kernel sends SIGTERM to a run whose parent was killed, so that it saves."""
+    """Makes the Linux kernel send SIGTERM to a run whose parent was killed, so that it saves."""
     if not sys.platform.startswith("linux"):
         return None
     set_death_signal = ctypes.CDLL(None).prctl

@@ -1,4 +1,4 @@
-"""A run as Ray Tune drives it. Imported only where Ray is."""
+"""A run under Ray Tune. Imported only where Ray is installed."""
 
 from __future__ import annotations
 

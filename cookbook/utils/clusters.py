@@ -1,7 +1,7 @@
-"""Ray as this project uses it: an extra, imported when it is needed, quiet, and unreachable in one line.
+"""Ray as this project uses it: an extra, imported when it is needed, quiet, and with failures to connect
 
-A Ray that is started on this machine listens on the loopback interface, asks for the user's token, and keeps
-its files in a folder that other users cannot enter.
+reported in one line. A Ray that is started on this machine listens on the loopback interface, asks for the
+user's token, and keeps its files in a folder that other users cannot enter.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def _make_token() -> None:
 
 
 def _close_to_others(file: Path) -> None:
-    """Takes other users' access from a token of this user. That of another user stays as it is."""
+    """Removes other users' access to a token of this user. The token of another user is not changed."""
     found = file.stat()
     if found.st_uid == os.getuid() and stat.S_IMODE(found.st_mode) & 0o077:
         file.chmod(0o600)

@@ -40,7 +40,7 @@ def discard_output() -> None:
 
 
 def keep_undecodable_input() -> None:
-    """Has standard input keep bytes it cannot decode, for `undecodable_byte` to find.
+    """Makes standard input keep bytes it cannot decode, for `undecodable_byte` to find.
 
     Where it is ASCII it is read as UTF-8, as all other text is.
     """
@@ -87,7 +87,7 @@ def make_console(is_quiet: bool = False) -> Console:
 
 class _PlainConsole(Console):
     def on_broken_pipe(self) -> None:
-        """Rich would end the program here, in the middle of whatever it does."""
+        """Overrides Rich, which would end the program here at any point."""
         self.quiet = True
         discard_output()
 
@@ -98,7 +98,7 @@ def plain(text: object, style: str = "") -> Text:
 
 
 def plain_line(text: object, style: str = "") -> Text:
-    """The same of a text that is one line: a title, a cell of a table, a message of one line."""
+    """Does the same for a text of one line: a title, a cell of a table, a message of one line."""
     return Text(visible_line(text), style)
 
 
@@ -130,7 +130,7 @@ class _VisibleRecord(logging.LogRecord):
 
 @contextlib.contextmanager
 def visible_output() -> Iterator[None]:
-    """Has Python and all libraries print warnings, logs and tracebacks visibly, while a program runs.
+    """Makes Python and all libraries print warnings, logs and tracebacks visibly, while a program runs.
 
     Tracebacks of errors that end the program are printed after that, so their hook stays.
     """

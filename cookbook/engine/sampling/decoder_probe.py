@@ -68,7 +68,7 @@ def _why_not(
     texts: list[np.ndarray],
     expected: list[Tensor],
 ) -> str | None:
-    """Why this decoder would sample from another distribution than the model's; None if it would not."""
+    """Returns why this decoder would sample from another distribution than the model's, or None."""
     try:
         difference = max(_differences(base, candidate(base), texts, expected))
     except Exception as error:

@@ -206,7 +206,7 @@ def _logprobs_of(logits_TV: Tensor, tokens_T: Tensor) -> list[float | None]:
 
 
 def _last_logits_only(base: BaseModel) -> dict[str, int]:
-    """The argument that has a model return the logits of the last position alone, where it takes it."""
+    """Returns the argument that makes a model return only the last logits, if it accepts it."""
     accepted = inspect.signature(base.model.forward).parameters
     return {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
 

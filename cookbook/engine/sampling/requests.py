@@ -21,7 +21,7 @@ OnToken = Callable[[int, int], None]
 
 @dataclass(eq=False)
 class SampleRequest:
-    """A prompt, how many samples to draw from it, and with which settings."""
+    """A prompt, the number of samples to draw from it, and the settings."""
 
     prompt_T: np.ndarray
     """Token ids, int64."""

@@ -41,7 +41,7 @@ _MAX_PREFILL_TOKENS = {"cpu": 1024, "cuda": 8192}
 
 @dataclass(frozen=True)
 class SamplingLimits:
-    """How much runs at a time."""
+    """Limits on what runs at the same time."""
 
     max_sequences: int
     max_prefill_tokens: int
@@ -206,7 +206,9 @@ class _Batch:
         self._draw(admitted, logits_GV.repeat_interleave(sizes_G, dim=0))
 
     def _preempt(self) -> None:
-        """Takes the youngest sequences out of a cache that is too small for all. They are prefilled later."""
+        """Removes the youngest sequences from a cache that is too small for all. They are prefilled again
+        later.
+        """
         while len(self.running) > 1 and self._cached_tokens() > self._limits.max_cached_tokens:
             youngest = self.running.pop()
             self._decoder.remove(youngest)

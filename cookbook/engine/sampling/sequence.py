@@ -1,4 +1,4 @@
-"""The one type of what a sampler works on: a sequence."""
+"""`Sequence`, the unit of work of a sampler."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""When a sequence is complete."""
+"""The rule by which a sequence is complete."""
 
 from __future__ import annotations
 

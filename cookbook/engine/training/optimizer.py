@@ -22,7 +22,8 @@ _MASTER = "master"
 
 
 def bytes_to_train(weights: Iterable[Tensor]) -> int:
-    """The most bytes that training `weights` takes beside them: what `Optimizer` and a pass allocate.
+    """Returns the maximum number of bytes that training `weights` takes besides them, in `Optimizer` and in a
+    pass.
 
     For each weight in fp32 they are its gradient, that of the passes before the running one, and two moments.
     A weight in fewer bits also has an fp32 master, and its gradient is computed in its own dtype first.

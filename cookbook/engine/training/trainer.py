@@ -80,7 +80,7 @@ class Trainer:
         user_metadata: Mapping[str, str] | None = None,
         first_patience: int = FIRST_PATIENCE,
     ) -> None:
-        """`first_patience`: after how many passes limits that were lowered are raised again, at first."""
+        """`first_patience`: the initial number of passes after which lowered limits are raised again."""
         self.base = base
         self.adapter: Adapter = base.adapters.add(lora)
         self.user_metadata = dict(user_metadata or {})
@@ -511,7 +511,7 @@ def _untrained(request: Request) -> TokenSequence:
 def check_weights_fit(
     path: str, info: checkpoint.StateInfo, weights: Mapping[str, Tensor], adapter: Adapter, base: BaseModel
 ) -> None:
-    """Raises CheckpointError, naming both, where a checkpoint has not this adapter's shape and scale."""
+    """Raises CheckpointError, naming both, where a checkpoint lacks this adapter's shape or scale."""
     location = models.model_location(base.name)
     if info.base_model not in (models.canonical_name(base.name), location) and path != location:
         logger.warning(
