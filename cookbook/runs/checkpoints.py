@@ -264,9 +264,7 @@ def _link_folder(folder: Path, other: Path) -> None:
             shutil.copy2(source, target)
 
     def others(parent: str, names: list[str]) -> list[str]:
-        """Returns pipes and the like. Raises for a link, which may lead to any place on the disk, or in a
-        circle.
-        """
+        """Returns pipes and the like. Raises for a link, which may lead anywhere, or in a circle."""
         paths = [Path(parent, name) for name in names]
         for path in paths:
             files.refuse_link(path)

@@ -173,7 +173,7 @@ def test_a_full_checkpoint_is_no_adapter(model_folder: str, tmp_path: Path) -> N
     lora = service.create_lora_training_client(model_folder, rank=4)
     with pytest.raises(CheckpointError, match="does not fit rank 4"):
         lora.load_state(path).result()
-    with pytest.raises(CheckpointError, match="is a model of its own"):
+    with pytest.raises(CheckpointError, match="is a full model"):
         lora.create_sampling_client(path)
 
 

@@ -208,7 +208,7 @@ def test_every_shipped_sweep_can_be_planned(path: Path, tmp_path: Path, tiny_qwe
         ("runs: {learning_rate: {uniform: [1, 2]}}", [], "give the number of draws, as in num_samples: 8"),
         ("runs: [1", [], "cannot be read"),
         ("- a", [], "is not a sweep file. Write `runs:`"),
-        ("runs: {log_path: a}", [], "each run has a folder of its own"),
+        ("runs: {log_path: a}", [], "each run has its own folder"),
         ("", ["lora_rank=8,,16"], "has an empty value between commas"),
         ("recipe: sfx", [], "There is no recipe 'sfx'. Did you mean `sft`?"),
         ("recipe: sft_loop", [], "There is no recipe 'sft_loop'"),
