@@ -15,7 +15,9 @@ from cookbook.chat.session import ChatSession
 from cookbook.chat.terminal import Speaker, Terminal
 from cookbook.errors import RequestError
 from cookbook.types import ModelInput, SampledSequence, SamplingParams
-from renderers import get_renderer
+from renderers import Message, get_renderer
+from renderers.jinja.chat_template import ChatTemplateRenderer
+from renderers.thinking import THINKING, parse_thinking
 
 
 class Stream:
@@ -62,6 +64,17 @@ class Tty(io.StringIO):
         return True
 
 
+class ThinkingRenderer(ChatTemplateRenderer):
+    """Reads thinking in replies, though the template has none."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        super().__init__(tokenizer)
+        self.reply_sections = THINKING
+
+    def parse_response(self, tokens: Sequence[int]) -> tuple[Message, bool]:
+        return parse_thinking(self.tokenizer.decode([token for token in tokens if token != 2]))
+
+
 @pytest.fixture
 def talk(tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Types lines, and returns what was printed; a terminal's unless `piped`."""
@@ -83,9 +96,10 @@ def talk(tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
         type_at_prompt(monkeypatch, answer)
         monkeypatch.setenv("NO_COLOR", "" if colour else "1")
         clients = [Client(tiny_tokenizer, replies) for _ in labels.split()]
-        renderer = "qwen3_like" if any("<think>" in reply for reply in replies) else "chat_template"
+        thinks = any("<think>" in reply for reply in replies)
+        renderer = (ThinkingRenderer if thinks else ChatTemplateRenderer)(tiny_tokenizer)
         speakers = [
-            Speaker(label, ChatSession(client, make(renderer), SamplingParams(max_tokens=60), 256))  # type: ignore[arg-type]
+            Speaker(label, ChatSession(client, renderer, SamplingParams(max_tokens=60), 256))  # type: ignore[arg-type]
             for label, client in zip(labels.split(), clients, strict=True)
         ]
         out: io.StringIO = io.StringIO() if piped else Tty()
@@ -93,17 +107,6 @@ def talk(tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
         typed_in = io.StringIO("\n".join(lines) + "\n") if piped else Tty()
         Terminal(typed_in, out, err).talk("A model", speakers)
         return out.getvalue(), err.getvalue(), clients
-
-    def make(name: str) -> Any:
-        renderer = get_renderer("chat_template", tiny_tokenizer)
-        if name == "qwen3_like":
-            from renderers.thinking import THINKING, parse_thinking
-
-            renderer.reply_sections = THINKING
-            renderer.parse_response = lambda tokens: parse_thinking(  # type: ignore[method-assign]
-                tiny_tokenizer.decode([token for token in tokens if token != 2])
-            )
-        return renderer
 
     return talk
 
