@@ -8,6 +8,7 @@ import io
 import os
 import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -84,3 +85,25 @@ def type_into_pipe(patch: pytest.MonkeyPatch, text: str) -> None:
 def type_at_prompt(patch: pytest.MonkeyPatch, answer: Callable[[str], str]) -> None:
     """The line that a user types at a terminal, given the prompt."""
     patch.setattr("builtins.input", answer)
+
+
+def keep_temporary_files_in(patch: pytest.MonkeyPatch, folder: Path) -> None:
+    """The folder for temporary files, which `tempfile` looks up once in a process."""
+    patch.setattr(tempfile, "tempdir", str(folder))
+
+
+def forget_inspect(patch: pytest.MonkeyPatch) -> None:
+    """Inspect, and Python's hook for exceptions, as in a process that has not run Inspect before."""
+    from inspect_ai._util import logger
+
+    patch.setitem(logger._logHandler, "handler", None)
+    patch.setattr(sys, "excepthook", sys.__excepthook__)
+
+
+def hide_tasks_of_lm_eval(patch: pytest.MonkeyPatch) -> None:
+    """The 14,000 tasks that come with the harness, which takes seconds to list."""
+    from lm_eval.tasks import TaskManager
+
+    init = TaskManager.__init__
+    without = {"include_defaults": False}
+    patch.setattr(TaskManager, "__init__", lambda self, **options: init(self, **{**options, **without}))

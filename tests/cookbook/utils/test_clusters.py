@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from outside_world import keep_temporary_files_in
 
 from cookbook.errors import ClusterError
 from cookbook.utils import clusters
@@ -83,7 +84,7 @@ def test_the_folder_of_a_ray_is_private_and_short_enough_for_its_sockets(
     with tempfile.TemporaryDirectory(dir="/tmp") as base:
         deep = Path(base) / ("x" * depth)
         deep.mkdir(exist_ok=True)
-        monkeypatch.setattr(tempfile, "tempdir", str(deep))
+        keep_temporary_files_in(monkeypatch, deep)
         folder = clusters.private_folder("ray-")
         assert stat.S_IMODE(folder.stat().st_mode) == 0o700
         assert len(f"{folder}{clusters.SOCKET_IN_FOLDER}") <= 107

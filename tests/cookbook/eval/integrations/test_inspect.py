@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from outside_world import forget_inspect
 
 pytest.importorskip("inspect_ai")
 
 from inspect_ai import Task, task
-from inspect_ai._util import logger as inspect_logger
 from inspect_ai.dataset import Sample
 from inspect_ai.log import list_eval_logs, read_eval_log
 from inspect_ai.model import ChatMessageAssistant, ChatMessageSystem, ChatMessageUser, ContentImage
@@ -227,9 +227,7 @@ def test_nothing_is_printed_and_logging_stays_as_it_was(
     capfd: pytest.CaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """As in a process that has not run Inspect before."""
-    monkeypatch.setitem(inspect_logger._logHandler, "handler", None)
-    monkeypatch.setattr(sys, "excepthook", sys.__excepthook__)
+    forget_inspect(monkeypatch)
     root = logging.getLogger()
     before = (root.handlers[:], root.level, sys.excepthook)
     run(make_evaluator(capitals()), scripted(lambda prompt, sample: "Paris"))

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from outside_world import hide_tasks_of_lm_eval
 
 pytest.importorskip("lm_eval")
 
@@ -300,11 +301,7 @@ def test_impossible_settings_are_refused(options: dict, message: str, tiny_qwen3
 def test_an_unknown_task_is_named_with_the_nearest(
     task_folder: Path, tiny_qwen3: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Listing the harness's own 14,000 tasks takes seconds, so here it has none."""
-    init = TaskManager.__init__
-    monkeypatch.setattr(
-        TaskManager, "__init__", lambda self, **options: init(self, **{**options, "include_defaults": False})
-    )
+    hide_tasks_of_lm_eval(monkeypatch)
     with pytest.raises(
         ConfigError, match="'tiny_choise', which the harness does not know. Did you mean `tiny_choice`?"
     ):
