@@ -180,7 +180,7 @@ def test_steps_that_alternate_stay_in_their_order() -> None:
 
 def test_steps_that_alternate_say_nothing_of_those_that_have_both() -> None:
     steps = [{"obs": "a", "act": "b"}, {"obs": "c"}, {"act": "d"}]
-    with pytest.raises(DataError, match="nothing tells whether the `obs`"):
+    with pytest.raises(DataError, match="it is unknown whether the `obs`"):
         said({"task": "t", "steps": steps})
     read = said({"task": "t", "steps": steps, "observation_order": "before"})
     assert read == [user("t\n\na"), agent("b"), user("c"), agent("d")]
