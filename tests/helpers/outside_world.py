@@ -94,9 +94,10 @@ def keep_temporary_files_in(patch: pytest.MonkeyPatch, folder: Path) -> None:
 
 def forget_inspect(patch: pytest.MonkeyPatch) -> None:
     """Inspect, and Python's hook for exceptions, as in a process that has not run Inspect before."""
-    from inspect_ai._util import logger
+    from inspect_ai._util import error, logger
 
     patch.setitem(logger._logHandler, "handler", None)
+    patch.setattr(error, "_exception_hook_set", False)
     patch.setattr(sys, "excepthook", sys.__excepthook__)
 
 

@@ -63,15 +63,15 @@ class InspectEvaluator(SamplingClientEvaluator):
 
         from cookbook.eval.integrations.inspect_model import make_model
 
-        model = make_model(
-            sampling_client,
-            self._renderer,
-            self._model_name,
-            self._context_length,
-            GenerateConfig(**self._defaults),
-        )
         try:
             with _quietly():
+                model = make_model(
+                    sampling_client,
+                    self._renderer,
+                    self._model_name,
+                    self._context_length,
+                    GenerateConfig(**self._defaults),
+                )
                 logs = await eval_async(
                     self._tasks,
                     model,
