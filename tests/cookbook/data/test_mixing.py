@@ -71,9 +71,9 @@ def test_weights_that_make_no_sense_are_refused():
         check_weights([1.0], 2)
     with pytest.raises(ConfigError, match="one dataset alone"):
         check_weights([3.0], 1)
-    with pytest.raises(ConfigError, match="above 0"):
+    with pytest.raises(ConfigError, match="must be > 0"):
         check_weights([1.0, 0.0], 2)
-    with pytest.raises(ConfigError, match="above 0"):
+    with pytest.raises(ConfigError, match="must be > 0"):
         check_weights([1e308, 1e308], 2)
 
 

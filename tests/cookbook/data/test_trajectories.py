@@ -114,7 +114,7 @@ OPENINGS: list[dict[str, Any]] = [
 @pytest.mark.parametrize("opening", OPENINGS)
 def test_steps_that_do_not_tell_are_refused_in_any_order_of_their_keys(opening: dict[str, Any]) -> None:
     for row in in_every_order_of_keys({"steps": FULL, **opening}):
-        with pytest.raises(DataError, match="Say observation_order=before .* or observation_order=after"):
+        with pytest.raises(DataError, match="Set observation_order=before .* or observation_order=after"):
             conversations_of(row)
 
 
