@@ -18,6 +18,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import mmap
+import os
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -219,8 +221,6 @@ class ExampleStore:
         self.name = name
         self._path = path
         self._folder = folder
-        self._tokens: np.ndarray | None = None
-        """All tokens, mapped from the file when the first example is read."""
         meta = path / "meta.json"
         self.meta = StoreMeta.from_json(
             json_files.read_object(meta, DataError, ""), Origin(str(meta), DataError, "")
@@ -230,8 +230,10 @@ class ExampleStore:
         self._runs_R = _load(path / "runs.npy", np.int32, num_axes=2)
         self._run_weights_R = _load(path / "run_weights.npy", np.float32, num_axes=1)
         self._row_starts_N = _load(path / "rows.npy", np.int64, num_axes=1)
-        num_tokens = (path / "tokens.bin").stat().st_size // np.dtype(TOKEN_DTYPE).itemsize
-        sizes = (num_tokens, len(self._runs_R), self.num_examples)
+        with files.reading(path / "tokens.bin") as file:  # mapped now: the cache may be deleted during a run
+            is_empty = file.seek(0, os.SEEK_END) == 0  # which cannot be mapped
+            self._tokens = b"" if is_empty else mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        sizes = (len(self._tokens) / TOKEN_DTYPE.itemsize, len(self._runs_R), self.num_examples)
         starts = (self._starts_E, self._run_starts_E, self._row_starts_N)
         are_in_order = all(each[0] == 0 and (np.diff(each) >= 0).all() for each in starts)
         are_pairs = examples.shape[1] == 2 == self._runs_R.shape[1]
@@ -275,10 +277,8 @@ class ExampleStore:
         return range(int(self._row_starts_N[row]), int(self._row_starts_N[row + 1]))
 
     def __getitem__(self, example: int) -> Example:
-        start, end = self._starts_E[example : example + 2]
-        if self._tokens is None and end:  # an empty file cannot be mapped
-            self._tokens = np.memmap(self._path / "tokens.bin", TOKEN_DTYPE, "r")
-        tokens_T = np.zeros(0, TOKEN_DTYPE) if self._tokens is None else np.asarray(self._tokens[start:end])
+        start, end = (int(place) for place in self._starts_E[example : example + 2])
+        tokens_T = np.frombuffer(self._tokens, TOKEN_DTYPE, end - start, start * TOKEN_DTYPE.itemsize)
         weights_T = np.zeros(len(tokens_T), np.float32)
         for run in range(int(self._run_starts_E[example]), int(self._run_starts_E[example + 1])):
             start, end = self._runs_R[run]

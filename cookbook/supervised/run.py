@@ -109,13 +109,13 @@ class PendingStep:
     step: int
     batch: PlacedBatch
     evaluation: StateEvaluation
-    """Of the state that the step finds."""
+    """The evaluation of the state before the step."""
     learning_rate: float
     forward_backward: APIFuture[ForwardBackwardOutput] | None
     """None, and so is `optim_step`, where no example of the batch has a trained token."""
     optim_step: APIFuture[OptimStepResponse] | None
     save: APIFuture[SaveWeightsResponse] | None
-    """Of the state that the step leaves; None where it is not due."""
+    """The save of the state after the step; None where none is due."""
 
 
 class Run:
@@ -177,9 +177,8 @@ class Run:
             here = [one for one in due if takes_part or isinstance(one, TrainingClientEvaluator)]
             with r.recorder.at_step(step), r.recorder.span("evaluation", EVALUATING):
                 found = await evaluate(r.client, here, r.config.on_evaluator_error, r.config.seed, r.recorder)
-                if (
-                    not r.folder.world.is_alone
-                ):  # processes that sample, or ask a judge, may find other values
+                # Processes that sample, or ask a judge, may find other values.
+                if not r.folder.world.is_alone:
                     found = await asyncio.to_thread(r.folder.world.broadcast, found)
         earlier = {name: value for name, value in known.metrics.items() if not (due and name == FAILURES)}
         metrics = {**earlier, **found.metrics}

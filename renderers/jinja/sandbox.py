@@ -93,11 +93,8 @@ def compiled(source: str, limits: Limits = LIMITS) -> jinja2.Template:
             f"The chat template is not valid Jinja: {error.message}, in line {error.lineno} of it. Correct "
             f"it, or choose another renderer."
         ) from error
-    except (
-        RecursionError,
-        MemoryError,
-        SyntaxError,
-    ) as error:  # of Python's compiler, for what jinja makes of it
+    except (RecursionError, MemoryError, SyntaxError) as error:
+        # Python's compiler raises them for the code that jinja generates.
         raise RendererError(
             f"The chat template cannot be compiled: it is nested too deeply ({error})."
         ) from error

@@ -79,21 +79,8 @@ def packed_attention(
     is_plain = softcap is None and s_aux is None
     if layout is not None and layout.cache is not None:
         if not layout.cache.is_prefill:
-            num_heads = key_BHTD.shape[1]
-            out_THD = value_BHTD.new_zeros(query_BHTD.shape[2], query_BHTD.shape[1], value_BHTD.shape[3])
-            for tokens, key_RHCD, value_RHCD, visible_RC in layout.cache.append(
-                module, key_BHTD, value_BHTD, sliding_window
-            ):
-                query_RHGD = query_BHTD[0, :, tokens].transpose(0, 1).unflatten(1, (num_heads, -1))
-                visible_R11C = visible_RC[:, None, None]
-                if is_plain:
-                    out_RHGD = F.scaled_dot_product_attention(
-                        query_RHGD, key_RHCD, value_RHCD, attn_mask=visible_R11C, scale=scaling
-                    )
-                else:
-                    out_RHGD = _eager(query_RHGD, key_RHCD, value_RHCD, visible_R11C, scaling, softcap, s_aux)
-                out_THD[tokens] = out_RHGD.flatten(1, 2)
-            return out_THD[None], None
+            qkv = query_BHTD, key_BHTD, value_BHTD
+            return _decode(module, *qkv, layout.cache, scaling, sliding_window, softcap, s_aux), None
         layout.cache.store(module, layout.segments, key_BHTD, value_BHTD)
     is_half = query_BHTD.dtype in (torch.bfloat16, torch.float16)
     if is_plain and layout is not None and query_BHTD.is_cuda and is_half:
@@ -123,6 +110,35 @@ def packed_attention(
         )
         outs.append(out)
     return torch.cat(outs, dim=2).transpose(1, 2), None
+
+
+def _decode(
+    module: torch.nn.Module,
+    query_BHTD: Tensor,
+    key_BHTD: Tensor,
+    value_BHTD: Tensor,
+    cache: Cache,
+    scaling: float | None,
+    sliding_window: int | None,
+    softcap: float | None,
+    s_aux: Tensor | None,
+) -> Tensor:
+    """Attention of one new token per sequence over the cache, one length bucket at a time: [B, T, H, D]."""
+    num_heads = key_BHTD.shape[1]
+    out_THD = value_BHTD.new_zeros(query_BHTD.shape[2], query_BHTD.shape[1], value_BHTD.shape[3])
+    for tokens, key_RHCD, value_RHCD, visible_RC in cache.append(
+        module, key_BHTD, value_BHTD, sliding_window
+    ):
+        query_RHGD = query_BHTD[0, :, tokens].transpose(0, 1).unflatten(1, (num_heads, -1))
+        visible_R11C = visible_RC[:, None, None]
+        if softcap is None and s_aux is None:
+            out_RHGD = F.scaled_dot_product_attention(
+                query_RHGD, key_RHCD, value_RHCD, attn_mask=visible_R11C, scale=scaling
+            )
+        else:
+            out_RHGD = _eager(query_RHGD, key_RHCD, value_RHCD, visible_R11C, scaling, softcap, s_aux)
+        out_THD[tokens] = out_RHGD.flatten(1, 2)
+    return out_THD[None]
 
 
 def _eager(

@@ -219,9 +219,9 @@ class Trainer:
                     try:
                         with self.base.adapters.using(self.adapter):
                             results = self._run_microbatches(request, own, backward)
-                    except (
-                        _DoesNotFit
-                    ) as failure:  # it goes, and with it the tensors that its traceback holds
+                    except _DoesNotFit as failure:
+                        # The next pass is outside of this block, where the tensors that the traceback of the
+                        # failure holds are freed.
                         tight_lengths, saves_activations = failure.lengths, failure.saves_activations
                     if results is None:
                         if backward:

@@ -102,8 +102,8 @@ class Handler(BaseHTTPRequestHandler):
         if "prompt_logprobs" in body:
             scores = client.score(prompt).result()
             choices[0]["prompt_logprobs"] = [
-                None if logprob is None else {str(token): {"logprob": logprob, "rank": 1 if likeliest else 7}}
-                for token, logprob, likeliest in zip(
+                None if logprob is None else {str(token): {"logprob": logprob, "rank": 1 if is_argmax else 7}}
+                for token, logprob, is_argmax in zip(
                     body["prompt"], scores.logprobs, scores.is_argmax, strict=True
                 )
             ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import stat
 import tempfile
 from collections import Counter
@@ -58,6 +59,20 @@ def test_trained_tokens_are_counted_behind_the_first_token_and_before_the_cut(
         store = write(Path(folder) / "store", rows, 2)
         counted = [int(np.count_nonzero(e.weights_T[1:max_length])) for row in rows for e in row]
         assert store.trained_tokens_E(max_length).tolist() == counted
+
+
+def test_examples_stay_readable_after_the_cache_is_deleted(tmp_path: Path) -> None:
+    rows = [[Example(np.arange(3, dtype=np.int32), np.ones(3, np.float32))], [], []]
+    store = write(tmp_path / "store", rows, 2)
+    shutil.rmtree(tmp_path / "store")
+    assert store[0].tokens_T.tolist() == [0, 1, 2]
+
+
+def test_tokens_that_are_cut_within_one_are_a_damaged_store(tmp_path: Path) -> None:
+    write(tmp_path / "store", [[Example(np.arange(3, dtype=np.int32), np.ones(3, np.float32))]], 1)
+    with (tmp_path / "store" / "tokens.bin").open("ab") as file:
+        file.write(b"\0")
+    assert open_store(tmp_path / "store", "some") is None
 
 
 def test_bad_rows_are_counted_and_the_first_are_named(tmp_path: Path) -> None:

@@ -211,10 +211,8 @@ def test_weights_are_sharded_where_they_do_not_fit_by_the_main_process_s_memory(
 ) -> None:
     size = sum(weight.numel() for weight in AutoModelForCausalLM.from_pretrained(tiny_qwen3).parameters())
     arguments = {"model": tiny_qwen3, "folder": str(tmp_path)}
-    for rank, bytes_per_weight in (
-        (4, 2),
-        (0, 20),
-    ):  # bfloat16; with gradient, fp32 master, its gradient, moments
+    # In bfloat16, and with rank 0 also a gradient, an fp32 master, its gradient and moments.
+    for rank, bytes_per_weight in ((4, 2), (0, 20)):
         need = bytes_per_weight * size / 0.7
         for share, is_sharded in ((0.99, True), (1.01, False)):
             memory = {"0": share * need, "1": 0.0}

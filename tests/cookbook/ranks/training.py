@@ -74,7 +74,7 @@ def result_of(output: Any) -> dict[str, Any]:
         "loss": output.loss,
         "metrics": dict(output.metrics),
         "logprobs": [found["logprobs"].to_numpy() for found in output.loss_fn_outputs],
-        "likeliest": [
+        "is_argmax": [
             found["is_argmax"].to_numpy() for found in output.loss_fn_outputs if "is_argmax" in found
         ],
     }

@@ -109,7 +109,7 @@ def answer(
     requests: Sequence[Request],
     limits: SamplingLimits | None = None,
 ) -> list[Any]:
-    """Of requests that wait at the same time."""
+    """The requests wait at the same time."""
     waiting = list(requests[1:])
 
     def take_waiting() -> list[Request]:
@@ -174,7 +174,7 @@ def test_greedy_equals_generate_of_transformers(family: str, make_model_folder: 
 def test_reported_logprobs_equal_a_forward_pass_over_the_same_tokens(
     family: str, make_model_folder: Any, tmp_path: Path
 ) -> None:
-    """Of several prompts at once, past the sliding window."""
+    """Several prompts run at once, past the sliding window."""
     model_type, config, lora = FAMILIES[family]
     base = BaseModel(str(make_model_folder(tmp_path / family, model_type, **config)))
     adapter = moved(base, **lora)
@@ -214,7 +214,7 @@ def test_sampling_leaves_the_random_state_of_torch_alone(base: BaseModel, adapte
 
 
 def mixed_requests(base: BaseModel) -> list[Request]:
-    """Of many lengths and settings, some of which stop early."""
+    """The requests have many lengths and settings, and some stop early."""
     rng = random.Random(0)
     settings: list[dict[str, Any]] = [
         {"temperature": 0.8}, {"temperature": 0}, {"top_k": 7}, {"top_p": 0.5, "temperature": 1.4}, {},
