@@ -15,47 +15,13 @@ import pytest
 import torch
 from hypothesis import settings
 from programs import Programs
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tiny_tokenizer import TEXT, make_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 # `make test` tries fewer examples of a property than `make test-slow`, which tries them for minutes.
 settings.register_profile("quick", max_examples=24)
 settings.register_profile("thorough", max_examples=400, deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
-
-CHATML = (
-    "{% for message in messages %}"
-    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-TEXT = [
-    "What is the capital of France? The capital of France is Paris.",
-    "How many legs has a spider? A spider has eight legs.",
-    "system user assistant tool Hello there, thank you and goodbye.",
-    "one two three four five six seven eight nine ten",
-]
-
-
-def make_tokenizer() -> PreTrainedTokenizerFast:
-    """Returns a byte-level BPE tokenizer of 400 entries with a ChatML template."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400,
-        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(TEXT, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="<|endoftext|>",
-        eos_token="<|im_end|>",
-        chat_template=CHATML,
-        clean_up_tokenization_spaces=False,
-    )
 
 
 def _make_model_folder(folder: Path, model_type: str = "qwen3", **overrides: object) -> Path:
