@@ -243,8 +243,19 @@ MAX_RANK = 16_384
 
 
 @dataclass(frozen=True)
+class PeftSettings:
+    """The settings of a saved adapter: its `adapter_config.json`, and the layers that its tensors are of.
+
+    `explicit` are arguments of PEFT's LoraConfig in which every layer is named in full.
+    """
+
+    written: Mapping[str, Any]
+    explicit: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
 class LoraConfig:
-    """The shape of an adapter. `alpha` scales it by alpha / rank."""
+    """The shape of an adapter. It is scaled by alpha / rank, or by alpha / sqrt(rank) with `use_rslora`."""
 
     rank: int = 32
     alpha: float = 32.0
@@ -252,6 +263,14 @@ class LoraConfig:
     train_unembed: bool = True
     train_mlp: bool = True
     train_attn: bool = True
+    use_rslora: bool = False
+    peft: PeftSettings | None = field(default=None, compare=False, repr=False)
+    """The settings of a saved adapter, which take the place of the others. None for a new adapter."""
+
+    def as_json(self) -> dict[str, Any]:
+        """Returns the values as JSON, without those that the adapter's own file holds or that are unset."""
+        unset = {name for name in ("use_rslora",) if not getattr(self, name)}
+        return {name: value for name, value in vars(self).items() if name != "peft" and name not in unset}
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import secrets
 import threading
 import weakref
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -107,25 +108,33 @@ class ServiceClient:
         `seed` initialises the adapter; None draws a random seed. Raises ConfigError for a rank or layers that
         cannot be trained, and ModelError for a model that is missing or damaged.
         """
-        self._check_open()
-        if not 0 <= rank <= MAX_RANK:
-            raise ConfigError(
-                f"Invalid rank={rank}: must be 1 to {MAX_RANK:,} for a LoRA, or 0 to train the model's own "
-                f"weights."
-            )
-        if rank == 0 and not (train_mlp and train_attn and train_unembed):
-            raise ConfigError(
-                "rank=0 trains every weight, but train_mlp, train_attn or train_unembed is False. These "
-                "select the layers of a LoRA: set them to True, or use a rank of at least 1."
-            )
         lora = LoraConfig(
             rank=rank,
             alpha=alpha,
-            seed=processes.current().broadcast(secrets.randbelow(2**31)) if seed is None else seed,
+            seed=seed,
             train_unembed=train_unembed,
             train_mlp=train_mlp,
             train_attn=train_attn,
         )
+        return self.create_training_client(base_model, lora, user_metadata)
+
+    def create_training_client(
+        self, base_model: str, lora: LoraConfig, user_metadata: Mapping[str, str] | None = None
+    ) -> TrainingClient:
+        """Does `create_lora_training_client` with all the settings that an adapter can have."""
+        self._check_open()
+        if not 0 <= lora.rank <= MAX_RANK:
+            raise ConfigError(
+                f"Invalid rank={lora.rank}: must be 1 to {MAX_RANK:,} for a LoRA, or 0 to train the model's "
+                f"own weights."
+            )
+        if lora.rank == 0 and not (lora.train_mlp and lora.train_attn and lora.train_unembed):
+            raise ConfigError(
+                "rank=0 trains every weight, but train_mlp, train_attn or train_unembed is False. These "
+                "select the layers of a LoRA: set them to True, or use a rank of at least 1."
+            )
+        if lora.seed is None:
+            lora = replace(lora, seed=processes.current().broadcast(secrets.randbelow(2**31)))
         return self._training_client(base_model, lora, user_metadata)
 
     def create_training_client_from_state(

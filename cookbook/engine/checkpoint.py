@@ -16,7 +16,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -68,7 +68,7 @@ class StateInfo:
 
     def as_json(self) -> dict[str, Any]:
         """Returns the values as JSON, with `expires_at` only if it is set."""
-        values = asdict(self)
+        values = {**asdict(self), "lora": self.lora.as_json()}
         if self.expires_at is None:
             del values["expires_at"]
         return values
@@ -212,12 +212,19 @@ def read_info(path: str | os.PathLike[str]) -> StateInfo:
             f"`lora` has rank {ours[0]} and alpha {ours[1]:g}, and the weights beside it have rank "
             f"{theirs[0]} and alpha {theirs[1]:g}"
         )
-    return info
+    if adapter is None:
+        return info
+    if bool(adapter.get("use_rslora")) != info.lora.use_rslora:
+        origin.refuse(
+            f"`lora` has use_rslora={info.lora.use_rslora}, and {ADAPTER_CONFIG_FILE} beside it has "
+            f"use_rslora={json_files.shown(adapter.get('use_rslora'))}"
+        )
+    return replace(info, lora=replace(info.lora, peft=peft_settings.settings_of(folder, adapter)))
 
 
 def _info_of(folder: Path, config: Mapping[str, Any]) -> StateInfo:
     """Returns the info of another program's adapter, whose tensors show which layers are adapted."""
-    modules = peft_settings.modules_in(peft_settings.tensor_names(folder))
+    modules = peft_settings.parts_of(folder, config).modules
     leaves = {name.rpartition(".")[2] for name in modules}
     attention_leaves = {"q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj", "out_proj"}
     lora = LoraConfig(
@@ -226,6 +233,8 @@ def _info_of(folder: Path, config: Mapping[str, Any]) -> StateInfo:
         train_unembed="lm_head" in leaves,
         train_attn=bool(leaves & attention_leaves),
         train_mlp=bool(leaves - attention_leaves - {"lm_head"}),
+        use_rslora=bool(config.get("use_rslora")),
+        peft=peft_settings.settings_of(folder, config),
     )
     return StateInfo(base_model=str(config.get("base_model_name_or_path")), lora=lora)
 
@@ -265,7 +274,7 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     copy is skipped.
     """
     tensors = _read_tensors(Path(path).expanduser(), ADAPTER_FILE)
-    return {name: tensor for name, tensor in tensors.items() if peft_settings.FROZEN not in name}
+    return {name: tensor for name, tensor in tensors.items() if not peft_settings.is_frozen_copy(name)}
 
 
 def optimizer_folder(path: str | os.PathLike[str]) -> Path | None:

@@ -22,7 +22,6 @@ from transformers.pytorch_utils import Conv1D
 from cookbook import models
 from cookbook.engine import checkpoint
 from cookbook.engine.model import peft_settings
-from cookbook.engine.model.peft_settings import TENSOR
 from cookbook.errors import CheckpointError, ModelError
 from cookbook.runs.find import TrainedModel
 from cookbook.utils import json_files, pretrained
@@ -61,20 +60,23 @@ def read_adapter(source: TrainedModel) -> dict[str, LowRank]:
         checkpoint.check_files(source.folder)
         return {}
     halves: dict[str, dict[str, Tensor]] = {}
+    settings = peft_settings.read(source.folder)
     for key, tensor in checkpoint.read_weights(source.folder).items():
-        match = TENSOR.fullmatch(key)
-        if match is None:
+        part = peft_settings.part_of(key)
+        if part is None or part[1] not in ("A", "B"):
             raise CheckpointError(
                 f"{source.folder} holds {key}, not a LoRA on a linear layer. Merge it with PEFT itself "
                 f"(merge_and_unload)."
             )
-        halves.setdefault(match[1], {})[match[2]] = tensor
+        halves.setdefault(part[0], {})[part[1]] = tensor
     if torn := [module for module, pair in halves.items() if len(pair) != 2]:
         raise CheckpointError(
             f"Checkpoint {source.folder} is damaged: it has one of the two LoRA matrices of {torn[0]}."
         )
-    scaling = source.info.lora.alpha / source.info.lora.rank
-    return {module: LowRank(pair["A"], pair["B"], scaling) for module, pair in halves.items()}
+    return {
+        module: LowRank(pair["A"], pair["B"], peft_settings.scaling(module, settings))
+        for module, pair in halves.items()
+    }
 
 
 @dataclass

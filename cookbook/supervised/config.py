@@ -19,7 +19,7 @@ from cookbook.runs.directions import DEFAULT_METRIC, BestMode, direction
 from cookbook.runs.folder import IfLogPathExists
 from cookbook.supervised.hyperparameters import LearningRate, recommend_learning_rate
 from cookbook.supervised.schedules import LRSchedule
-from cookbook.types import MAX_RANK
+from cookbook.types import MAX_RANK, LoraConfig
 
 _field = functools.partial(chz.field, validator=chz.validators.typecheck)
 
@@ -154,6 +154,17 @@ class Config:
     @property
     def recommended_learning_rate(self) -> LearningRate:
         return recommend_learning_rate(self.model_name, is_full=self.lora_rank == 0)
+
+    def lora(self) -> LoraConfig:
+        """Returns the settings of a new adapter."""
+        return LoraConfig(
+            rank=self.lora_rank,
+            alpha=self.lora_alpha,
+            seed=self.seed,
+            train_unembed=self.train_unembed,
+            train_mlp=self.train_mlp,
+            train_attn=self.train_attn,
+        )
 
     def engine_options(self) -> EngineOptions:
         """Returns the engine's options, from the keys of the same names."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -270,24 +272,21 @@ async def _create_client(
     config: Config, folder: RunFolder, checkpoints: CheckpointLog, recorder: Recorder, stack: ExitStack
 ) -> TrainingClient:
     from cookbook.clients.service import ServiceClient
-    from cookbook.engine.checkpoint import remove_unfinished
+    from cookbook.engine.checkpoint import read_info, remove_unfinished
 
     folder.world.on_rank0(lambda: remove_unfinished(folder.checkpoint_dir))
     service = ServiceClient(
         options=config.engine_options(), checkpoint_dir=folder.checkpoint_dir, recorder=recorder
     )
     stack.callback(service.close)
-    client = await service.create_lora_training_client_async(
-        config.model_name,
-        rank=config.lora_rank,
-        seed=config.seed,
-        train_mlp=config.train_mlp,
-        train_attn=config.train_attn,
-        train_unembed=config.train_unembed,
-        user_metadata=_chat_format(config),
-        alpha=config.lora_alpha,
-    )
     last = checkpoints.last()
+    weights = config.load_checkpoint_path if last is None else checkpoints.path_of(last)
+    lora = config.lora()
+    if weights is not None and lora.rank:  # an adapter keeps the layers that it has
+        lora = replace(read_info(weights).lora, seed=config.seed)
+    client = await asyncio.to_thread(
+        service.create_training_client, config.model_name, lora, _chat_format(config)
+    )
     if last is not None:
         await client.load_state_with_optimizer(checkpoints.path_of(last))
     elif config.load_checkpoint_path is not None:

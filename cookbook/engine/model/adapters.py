@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from cookbook import models
 from cookbook.engine import checkpoint
-from cookbook.engine.model import fsdp, full_weights
+from cookbook.engine.model import fsdp, full_weights, peft_layers
 from cookbook.engine.model import lora as fused_lora
 from cookbook.errors import ConfigError
 from cookbook.types import LoraConfig
@@ -56,25 +56,22 @@ class Adapters:
     def add(self, lora: LoraConfig) -> Adapter:
         """Returns a new adapter. A is random with `lora.seed` and B is zero, so the outputs do not change.
 
-        With a rank of 0 the adapter is the model's own weights, and the model then carries no other adapter.
+        With `lora.peft` it has the layers of a saved adapter, whose weights are to be copied into it. With a
+        rank of 0 the adapter is the model's own weights, and the model then carries no other adapter.
         Raises ConfigError where there is no layer to put an adapter on.
         """
-        from peft import LoraConfig as PeftLoraConfig
-        from peft import PeftModel, TaskType
+        from peft import PeftModel
 
         if lora.rank == 0:
             assert self._peft is None, "a model whose own weights are trained carries no adapter"
             return Adapter("", lora, full_weights.train_all(self._model))
         name = f"adapter{next(self._numbers)}"
-        config = PeftLoraConfig(
-            task_type=TaskType.CAUSAL_LM,
-            r=lora.rank,
-            lora_alpha=lora.alpha,  # type: ignore[arg-type]
-            lora_dropout=0.0,
-            target_modules=self._target_modules(lora),
-            base_model_name_or_path=models.model_location(self._model_name),
-            inference_mode=True,
-        )
+        base = models.model_location(self._model_name)
+        if lora.peft is None:
+            config = peft_layers.config_of(lora, base, target_modules=self._target_modules(lora))
+        else:
+            peft_layers.check_supported(self._model, self._model_name, lora.peft.explicit)
+            config = peft_layers.config_of(lora, base, **lora.peft.explicit)
         device = self._model.device
         devices = [device] if device.type == "cuda" else []
         with GLOBAL_STATE, torch.random.fork_rng(devices=devices), warnings.catch_warnings():
@@ -89,19 +86,19 @@ class Adapters:
                     self._peft = PeftModel(self._model, config, adapter_name=name)
                 else:
                     self._peft.add_adapter(name, config)
-            except ValueError as error:  # layers on which PEFT does not support an adapter
+            except (ValueError, TypeError) as error:  # layers on which PEFT does not support an adapter
+                what = (
+                    "Skip those layers with train_attn=False, train_mlp=False or train_unembed=False."
+                    if lora.peft is None
+                    else "Merge it with PEFT itself, onto the model that it was made for."
+                )
                 raise ConfigError(
-                    f"PEFT does not support this adapter on {self._model_name}: {error} Skip those layers "
-                    f"with train_attn=False, train_mlp=False or train_unembed=False."
+                    f"PEFT does not support this adapter on {self._model_name}: {error} {what}"
                 ) from error
         fused_lora.fuse(self._model)
+        peft_layers.replace_token_rows(self._model)
         self._active = None
-        weights = {
-            parameter_name.replace(f".{name}.", "."): parameter
-            for parameter_name, parameter in self._peft.named_parameters()
-            if f".{name}." in parameter_name
-        }
-        return Adapter(name, lora, weights)
+        return Adapter(name, lora, peft_layers.weights_of(self._peft, name))
 
     def remove(self, adapter: Adapter) -> None:
         """Frees an adapter. Removing the last adapter also removes PEFT's layers from the model."""
@@ -114,6 +111,7 @@ class Adapters:
         self._peft.delete_adapter(adapter.name)
         if not others:
             fused_lora.unfuse(self._model)
+            peft_layers.unwrap(self._model)
             self._peft.base_model.unload()
             self._peft = self._active = None
 
@@ -142,7 +140,7 @@ class Adapters:
             with self.using(adapter):
                 full_weights.write(self._model, self._tokenizer, folder)
         else:
-            self._peft.peft_config[adapter.name].save_pretrained(folder)
+            peft_layers.write_config(self._peft.peft_config[adapter.name], adapter.lora, folder)
             checkpoint.write_adapter(folder, adapter.weights)
 
     def read(self, path: str, lora: LoraConfig) -> dict[str, Tensor]:

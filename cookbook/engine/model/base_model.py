@@ -33,8 +33,9 @@ from cookbook.engine.model.memory import (
     usable_memory,
 )
 from cookbook.engine.model.packing import PackedBatch, TokenSequence, pack
+from cookbook.engine.model.peft_layers import projection_of
 from cookbook.engine.model.peft_settings import is_same
-from cookbook.engine.model.unembedding import BlockSizes, Head, LoraOnHead, Scores, TokenLoss
+from cookbook.engine.model.unembedding import BlockSizes, Head, Scores, TokenLoss
 from cookbook.engine.options import EngineOptions
 from cookbook.engine.training.optimizer import bytes_to_train, bytes_to_undo
 from cookbook.errors import ConfigError
@@ -253,20 +254,14 @@ class BaseModel:
 
     def head(self) -> Head:
         """Returns the projection to the vocabulary, including the active adapter."""
-        module: Any = self.model.get_output_embeddings()
-        base = getattr(module, "base_layer", module)
-        lora = None
-        if base is not module and not module.disable_adapters:
-            active = [name for name in module.active_adapters if name in module.lora_A]
-            if active:
-                a, b = module.lora_A[active[0]].weight, module.lora_B[active[0]].weight
-                lora = LoraOnHead(a, b, module.scaling[active[0]])
+        projection = projection_of(self.model.get_output_embeddings())
         config = self.model.config.get_text_config()
         return Head(
-            base.weight,
+            projection.module.weight,
             self.block_sizes,
-            base.bias,
-            lora,
+            projection.module.bias,
+            projection.lora,
+            projection.rows,
             scale=(getattr(config, "logit_scale", None) or 1.0)
             / (getattr(config, "logits_scaling", None) or 1.0),
             softcap=getattr(config, "final_logit_softcapping", None),

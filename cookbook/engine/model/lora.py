@@ -58,8 +58,12 @@ class _LoraLinear(torch.autograd.Function):
 def _forward(self: Any, x_XI: Tensor) -> Tensor:
     """Replaces `peft.tuners.lora.Linear.forward` for one adapter without dropout."""
     base = self.base_layer
+    result: Tensor
+    if self.runs_variant and not self.disable_adapters:
+        result = type(self).forward(self, x_XI)
+        return result
     if self.disable_adapters or self.active_lora is None:
-        result: Tensor = base(x_XI)
+        result = base(x_XI)
         return result
     a_RI, b_OR, scaling = self.active_lora
     out_NO = _LoraLinear.apply(x_XI.reshape(-1, x_XI.shape[-1]), base, a_RI, b_OR, scaling)
@@ -75,12 +79,15 @@ def _set_adapter(self: Any, *args: Any, **kwargs: Any) -> None:
 def _set_active_lora(layer: Any) -> None:
     """Sets `active_lora` to A, B and the scaling of the active adapter, or to None.
 
+    An adapter that PEFT computes in another way (DoRA) is left to PEFT's own forward pass.
+
     The forward pass reads this attribute rather than looking up the adapter's name: compiled code is
     recompiled for every name that it reads, and every snapshot has its own name.
     """
     active = next((name for name in layer.active_adapters if name in layer.lora_A), None)
     layer.active_lora = None
-    if active is not None:
+    layer.runs_variant = active in layer.lora_variant
+    if active is not None and not layer.runs_variant:
         parts = (layer.lora_A[active].weight, layer.lora_B[active].weight, layer.scaling[active])
         layer.active_lora = parts
 
@@ -107,4 +114,4 @@ def unfuse(model: nn.Module) -> None:
     weights in memory until garbage collection."""
     for module in model.modules():
         if "active_lora" in vars(module):
-            del module.forward, module.set_adapter, module.active_lora
+            del module.forward, module.set_adapter, module.active_lora, module.runs_variant

@@ -54,6 +54,30 @@ class LoraOnHead:
 
 
 @dataclass(frozen=True)
+class TrainedRows:
+    """Rows of the embeddings or of the projection that are trained in the place of those of the model."""
+
+    indices: list[int]
+    values_MD: Tensor
+    place_V: Tensor
+    """The place of each vocabulary entry in `values_MD`, or -1."""
+
+    @staticmethod
+    def table(indices: list[int], weight_VD: Tensor) -> Tensor:
+        place_V = torch.full((len(weight_VD),), -1, device=weight_VD.device)
+        place_V[indices] = torch.arange(len(indices), device=weight_VD.device)
+        return place_V
+
+    def put_into(self, weight_KD: Tensor, rows: slice | Tensor) -> Tensor:
+        """Returns the given rows of the weight with the trained rows in their places."""
+        if isinstance(rows, slice) and not any(rows.start <= index < rows.stop for index in self.indices):
+            return weight_KD
+        place_K = self.place_V[rows]
+        trained_KD = self.values_MD.detach().to(weight_KD.dtype)[place_K.clamp(min=0)]
+        return torch.where((place_K >= 0)[:, None], trained_KD, weight_KD)
+
+
+@dataclass(frozen=True)
 class Head:
     """logits = scale * (W h + bias + adapter), bounded to +-softcap if that is set."""
 
@@ -61,6 +85,7 @@ class Head:
     blocks: BlockSizes
     bias_V: Tensor | None = None
     lora: LoraOnHead | None = None
+    rows: TrainedRows | None = None
     scale: float = 1.0
     softcap: float | None = None
 
@@ -75,6 +100,8 @@ class Head:
 
     def keys(self, rows: slice | Tensor) -> Tensor:
         weight_KD = self.weight_VD[rows]
+        if self.rows is not None:
+            weight_KD = self.rows.put_into(weight_KD, rows)
         columns = [weight_KD]
         if self.lora is not None:
             columns.append(self.lora.b_VR[rows].to(weight_KD.dtype))
@@ -85,6 +112,9 @@ class Head:
     def logits(self, hidden_SD: Tensor) -> Tensor:
         """Returns the logits of a few positions: [S, V], fp32."""
         logits_SV = product(hidden_SD, self.weight_VD.T)
+        if self.rows is not None:
+            values_MD = self.rows.values_MD.detach().to(hidden_SD.dtype)
+            logits_SV[:, self.rows.indices] = product(hidden_SD, values_MD.T)
         if self.bias_V is not None:
             logits_SV += self.bias_V
         if self.lora is not None:
@@ -270,6 +300,8 @@ class _Logprobs:
             for rows, terms_CK, highest_C1 in self.kept_blocks:
                 weighted_CQ = queries_CQ * (grad_C1 * (highest_C1 - self.log_total_C1).exp())
                 _add_product(gradient[rows], terms_CK.T, -weighted_CQ.to(terms_CK.dtype))
+        if head.rows is not None and head.rows.values_MD.requires_grad:
+            self._backward_rows(head.rows, grad_C1)
         grad_CQ = (slope_C1 * head.keys(targets_C)).float().sub_(self.mean_CQ).mul_(grad_C1) * head.scale
         size = self.hidden_CD.shape[1]
         if head.lora is None:
@@ -279,6 +311,21 @@ class _Logprobs:
         if a_RD.requires_grad:
             _gradient(a_RD).add_(grad_CR.T @ self.hidden_CD.to(grad_CR.dtype))
         return torch.addmm(grad_CQ[:, :size], grad_CR, a_RD.to(grad_CR.dtype))
+
+    def _backward_rows(self, rows: TrainedRows, grad_C1: Tensor) -> None:
+        """Adds the gradient of the trained rows to their `.grad`, by the formula for trained weights."""
+        head, columns = self.head, slice(0, rows.values_MD.shape[1])
+        index_M = torch.tensor(rows.indices, device=self.queries_CQ.device)
+        logits_CM = product(self.queries_CQ, head.keys(index_M).T)
+        slope_CM: Tensor | float = 1.0
+        if head.softcap is not None:
+            logits_CM = (logits_CM / head.softcap).tanh() * head.softcap
+            slope_CM = 1 - (logits_CM / head.softcap).square()
+        is_target_CM = self.targets_C1 == index_M
+        coefficients_CM = (is_target_CM.float() - (logits_CM - self.log_total_C1).exp()) * slope_CM * grad_C1
+        gradient_MD = coefficients_CM.T @ self.queries_CQ[:, columns].float()
+        gradient = _gradient(rows.values_MD)
+        gradient.add_(gradient_MD.to(gradient.dtype))
 
 
 def _chunks(length: int, at_most: int) -> list[slice]:

@@ -200,24 +200,6 @@ def test_a_plain_peft_adapter_is_loaded(base: BaseModel, tiny_qwen3: str, tmp_pa
         trainer.load(str(folder), with_optimizer=True)
 
 
-@pytest.mark.parametrize(
-    "setting",
-    [
-        {"use_rslora": True},
-        {"use_dora": True},
-        {"alpha_pattern": {"q_proj": 2}},
-        {"rank_pattern": {"q_proj": 2}},
-    ],
-    ids=lambda setting: next(iter(setting)),
-)
-def test_a_peft_adapter_that_is_not_a_plain_lora_is_refused(
-    tiny_qwen3: str, tmp_path: Path, setting: dict[str, Any]
-) -> None:
-    folder = plain_adapter(tmp_path / "plain", tiny_qwen3, **setting)
-    with pytest.raises(CheckpointError, match=next(iter(setting))):
-        checkpoint.read_info(folder)
-
-
 def test_an_adapter_of_another_kind_is_refused(tmp_path: Path) -> None:
     (tmp_path / checkpoint.ADAPTER_CONFIG_FILE).write_text('{"peft_type": "IA3"}', encoding="utf-8")
     with pytest.raises(CheckpointError, match="holds a IA3 adapter"):

@@ -228,7 +228,7 @@ def test_tensors_other_than_lora_on_linear_layers_are_refused(
     make_adapted(make_model_folder(tmp_path / "base"), tmp_path / "adapter")
     file = tmp_path / "adapter" / "adapter_model.safetensors"
     save_file({**load_file(file), "base_model.model.lm_head.weight": torch.zeros(2, 2)}, file)
-    with pytest.raises(CheckpointError, match="not a LoRA on a linear layer"):
+    with pytest.raises(CheckpointError, match="neither a LoRA nor named in modules_to_save"):
         merge(tmp_path / "adapter", tmp_path / "merged")
 
 

@@ -72,15 +72,11 @@ def test_every_other_setting_of_the_installed_peft_is_refused_by_name(adapter: P
 @pytest.mark.parametrize(
     "settings",
     [
-        {"use_rslora": True},
         {"use_dora": True},
+        {"ensure_weight_tying": True},
         {"bias": "lora_only"},
-        {"fan_in_fan_out": True},
         {"lora_bias": True},
         {"layer_replication": [[0, 2], [1, 2]]},
-        {"rank_pattern": {"q_proj": 2}},
-        {"alpha_pattern": {"q_proj": 2}},
-        {"modules_to_save": ["lm_head"]},
         {"init_lora_weights": "pissa"},
         {"init_lora_weights": "olora"},
         {"task_type": "SEQ_CLS"},
@@ -106,7 +102,7 @@ def test_settings_are_checked_in_checkpoints_of_this_project_too(tiny_qwen3: str
     )
     folder = Path(client.save_state("a").result().path)
     change(folder, use_rslora=True)
-    with pytest.raises(CheckpointError, match="use_rslora=true"):
+    with pytest.raises(CheckpointError, match="state.json is damaged: .*use_rslora=true"):
         checkpoint.read_info(folder)
     change(folder, use_rslora=False, lora_alpha=64)
     with pytest.raises(
@@ -264,3 +260,39 @@ def test_a_pickled_adapter_is_refused_with_instructions_to_convert_it(adapter: P
     (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")
     with pytest.raises(CheckpointError, match=r"Pickle files are never loaded.*convert it once"):
         checkpoint.read_weights(adapter)
+
+
+@pytest.mark.parametrize(
+    ("settings", "problem"),
+    [
+        ({"rank_pattern": {"q_proj": 2}}, r"q_proj.lora_A.weight` has shape \[4, \d+\], and `r` is 2"),
+        ({"rank_pattern": {"q_proj": 10**9}}, "`q_proj` is 1,000,000,000"),
+        ({"rank_pattern": {r"(\w|\.|[a-z])+0": 4}}, "rank_pattern.*regular expression that takes too long"),
+        ({"use_dora": True}, "`use_dora` is true .* has no lora_magnitude_vector"),
+        ({"trainable_token_indices": [-1]}, "trainable_token_indices"),
+        ({"modules_to_save": "lm_head"}, "modules_to_save"),
+    ],
+    ids=["another rank", "a huge rank", "a slow pattern", "DoRA", "a negative row", "a string"],
+)
+def test_settings_that_do_not_fit_the_tensors_are_refused(
+    adapter: Path, settings: dict[str, Any], problem: str
+) -> None:
+    change(adapter, **settings)
+    with pytest.raises(CheckpointError, match=problem):
+        checkpoint.read_info(adapter)
+
+
+def test_tensors_that_no_setting_names_are_refused(adapter: Path) -> None:
+    path = adapter / "adapter_model.safetensors"
+    tensors, name = load_file(path), "base_model.model.model.embed_tokens"
+    for added, rows in (
+        ({f"{name}.weight": torch.zeros(4, 8)}, None),
+        ({f"{name}.token_adapter.trainable_tokens_delta": torch.zeros(4, 8)}, [1, 2, 3]),
+        ({f"{name}.token_adapter.trainable_tokens_delta": torch.zeros(4, 8)}, {"lm_head": [1, 2, 3, 4]}),
+        ({f"{name}.token_adapter.trainable_tokens_delta": torch.zeros(2, 8)}, [1, 1]),
+        ({"base_model.model.model.layers.0.mlp.up_proj.lora_magnitude_vector": torch.zeros(8)}, None),
+    ):
+        save_file({**tensors, **added}, path)
+        change(adapter, trainable_token_indices=rows)
+        with pytest.raises(CheckpointError, match=r"embed_tokens|up_proj has a lora_magnitude_vector"):
+            checkpoint.read_info(adapter)
