@@ -9,12 +9,13 @@
 #              docs/rollouts.md print into that page, so that diffs show changes
 # make parity  set up, then compare renderers with published templates and tokenizers, and write the table
 #              (COOKBOOK_TOKENIZERS is the folder of the tokenizers, with that of the templates beside it)
+# make families  set up, then try the tiny model of each family of chat models, and write docs/models.md
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.is-set-up
 BENCH_STAMP := .venv/.is-set-up-to-bench
 
-.PHONY: setup demo test test-slow check format bench scale house parity golden clean
+.PHONY: setup demo test test-slow check format bench scale house parity families golden clean
 
 setup: $(STAMP)
 
@@ -70,6 +71,9 @@ house: setup
 parity: setup
 	$(BIN)/python -m pytest -m "published and not slow" --timeout 900
 	PYTHONPATH=tests/helpers $(BIN)/python tests/renderers/parity.py --write
+
+families: setup
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 PYTHONPATH=.:tests/helpers $(BIN)/python tests/helpers/models_page.py
 
 golden: setup
 	$(BIN)/python tests/golden/texts.py

@@ -1,0 +1,430 @@
+"""What docs/models.md claims of a family, tried on its tiny model against plain transformers and PEFT.
+
+Each column is a function of a `Subject`. It returns what the page shows, and raises if its claim does not
+hold.
+
+Shape suffixes: B sequences, T positions of a sequence, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import io
+import json
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import families
+import numpy as np
+import torch
+import torch.nn.functional as F
+import transformers
+from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file
+from torch import Tensor
+
+from cookbook.clients.service import ServiceClient
+from cookbook.clients.training import TrainingClient
+from cookbook.export import export
+from cookbook.export.config import ExportConfig
+from cookbook.types import AdamParams, Datum, ModelInput, SamplingParams
+
+ADAM = AdamParams(learning_rate=0.02)
+NUM_TOKENS = 373
+"""Of the tokenizer. The model has more."""
+
+
+def make_data(lengths: Sequence[int], seed: int = 0) -> list[Datum]:
+    """Returns sequences of random tokens, of which about 3 in 5 are trained, with different weights."""
+    rng = np.random.default_rng(seed)
+    data = []
+    for length in lengths:
+        tokens = rng.integers(3, NUM_TOKENS, length + 1)
+        weights = (rng.random(length) < 0.6) * rng.choice([0.5, 1.0, 2.0], length)
+        inputs = {"target_tokens": tokens[1:], "weights": weights.astype(np.float32)}
+        data.append(Datum(ModelInput.from_ints(tokens[:-1]), inputs))
+    return data
+
+
+SHORT = make_data((9, 41, 20, 33))
+PROMPTS = (list(range(20, 48)), [7, 9, 30], list(range(100, 117)))
+
+
+@contextlib.contextmanager
+def heard(logger_name: str) -> Iterator[list[str]]:
+    """Collects what a logger says meanwhile."""
+    logger, said = logging.getLogger(logger_name), []
+    handler, level = logging.Handler(), logger.level
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield said
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+
+
+class Subject:
+    """A published model, a training client on it, and what each column needs more than once."""
+
+    def __init__(self, name: str, folder: Path) -> None:
+        self.name = name
+        self.folder = folder
+        self.published = families.save(name, folder / "published")
+        self.class_name: str = json.loads((self.published / "config.json").read_text(encoding="utf-8"))[
+            "architectures"
+        ][0]
+
+    @functools.cached_property
+    def client(self) -> TrainingClient:
+        """A client at default settings, after one step, so that no B matrix is zero."""
+        with heard("cookbook.engine.model.base_model") as self.said:
+            client = self.service().create_lora_training_client(str(self.published), rank=4, seed=0)
+        client.forward_backward(SHORT, "cross_entropy").result()
+        client.optim_step(ADAM).result()
+        return client
+
+    def why_not_packed(self) -> str:
+        """Returns the reason that the engine logs."""
+        return next((text.rpartition("(")[2].rstrip(".)") for text in self.said if "at a time" in text), "")
+
+    @property
+    def has_client(self) -> bool:
+        return "client" in self.__dict__
+
+    @functools.cached_property
+    def checkpoint(self) -> str:
+        return self.client.save_weights_for_sampler("checked").result().path
+
+    @functools.cached_property
+    def adapted(self) -> Any:
+        """The published model with the saved adapter, as plain transformers and PEFT load both."""
+        return PeftModel.from_pretrained(self.plain(), self.checkpoint, is_trainable=True).eval()
+
+    def service(self, **options: Any) -> ServiceClient:
+        return ServiceClient(checkpoint_dir=self.folder / "checkpoints", **options)
+
+    def plain(self, folder: str | Path | None = None) -> Any:
+        """Returns a model of the published class, in float32, as plain transformers loads it."""
+        kind = getattr(transformers, self.class_name)
+        model, report = kind.from_pretrained(
+            folder or self.published, dtype=torch.float32, output_loading_info=True
+        )
+        assert not report["missing_keys"], f"transformers lacks {min(report['missing_keys'])}"
+        return model.eval()
+
+
+# -- the truth ----------------------------------------------------------------------------------
+
+
+def plain_logprobs(model: Any, datum: Datum) -> Tensor:
+    """Returns the log-probability of each target: [T]."""
+    targets_T = datum.loss_fn_inputs["target_tokens"].to_torch().long()
+    logits_TV = model(input_ids=torch.tensor([datum.model_input.to_ints()]), use_cache=False).logits[0]
+    return -F.cross_entropy(logits_TV.float(), targets_T, reduction="none")
+
+
+def plain_gradients(model: Any, data: Sequence[Datum]) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """Returns the gradient of the loss by name, and the sizes of its summands, one for each sequence."""
+    named = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    gradients = {name: torch.zeros_like(weight) for name, weight in named.items()}
+    sizes = dict.fromkeys(named, 0.0)
+    for datum in data:
+        weights_T = datum.loss_fn_inputs["weights"].to_torch()
+        loss = -(weights_T * plain_logprobs(model, datum)).sum()
+        found = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
+        for name, gradient in zip(named, found, strict=True):
+            if gradient is not None:
+                gradients[name] += gradient
+                sizes[name] += float(gradient.abs().max())
+    return gradients, sizes
+
+
+def assert_gradients(
+    found: Mapping[str, Tensor | None], expected: Mapping[str, Tensor], sizes: Mapping[str, float]
+) -> str:
+    """Asserts equality to 1e-4 of the summands' sizes, and returns the largest difference."""
+    floor = 1e-3 * max(sizes.values())
+    missing = [name for name, size in sizes.items() if size > floor and found.get(name) is None]
+    assert not missing, f"no gradient for {missing[0]}"
+    worst = 0.0
+    for name, size in sizes.items():
+        if (gradient := found.get(name)) is None:
+            continue
+        difference = float((gradient - expected[name]).abs().max()) / max(size, floor)
+        assert difference <= 1e-4, f"{name} differs by {difference:.0e}"
+        worst = max(worst, difference)
+    return f"{worst:.0e}"
+
+
+def gradients_of(client: TrainingClient, data: Sequence[Datum]) -> dict[str, Tensor | None]:
+    """Returns the gradients that the engine adds up for a batch, and discards them there."""
+    client.forward_backward(list(data), "cross_entropy").result()
+    weights = client._trainer.adapter.weights
+    found = {name: None if w.grad is None else w.grad.clone() for name, w in weights.items()}
+    client._trainer.discard_gradients()
+    return found
+
+
+def assert_same_logprobs(client: TrainingClient, model: Any, tolerance: float = 1e-4) -> None:
+    outputs = client.forward(SHORT, "cross_entropy").result().loss_fn_outputs
+    for output, datum in zip(outputs, SHORT, strict=True):
+        with torch.no_grad():
+            expected_T = plain_logprobs(model, datum)
+        difference = float((output["logprobs"].to_torch() - expected_T).abs().max())
+        assert difference <= tolerance, f"log-probabilities differ by {difference:.0e}"
+
+
+# -- the columns --------------------------------------------------------------------------------
+
+
+def loads(subject: Subject) -> str:
+    """The published folder loads in its class, and a new adapter changes nothing."""
+    model = subject.client._trainer.base.model
+    found = type(model.get_base_model() if isinstance(model, PeftModel) else model).__name__
+    assert found == subject.class_name, f"it is loaded as {found}"
+    return found
+
+
+def share_adapted(subject: Subject) -> str:
+    """The share of the weights of the decoder's layers that carries an adapter, as PEFT loads it.
+
+    Embeddings, the head, norms and towers are not counted.
+    """
+    decoder = subject.adapted.base_model.model.get_decoder()
+    embeddings = {id(m.weight) for m in decoder.modules() if isinstance(m, torch.nn.Embedding)}
+    weights = {
+        name: weight
+        for name, weight in decoder.named_parameters()
+        if weight.ndim > 1 and "lora_" not in name and id(weight) not in embeddings
+    }
+    modules = [module for module in decoder.modules() if isinstance(module, LoraLayer)]
+    adapted = {id(_adapted_weight(module)) for module in modules}
+    others = {name: weight.numel() for name, weight in weights.items() if id(weight) not in adapted}
+    share = 1 - sum(others.values()) / sum(weight.numel() for weight in weights.values())
+    largest = max(others, key=others.__getitem__, default="").replace(".base_layer", "")
+    assert share >= 0.85, f"{share:.0%}: not {largest}"
+    return f"{share:.0%}"
+
+
+def _adapted_weight(module: Any) -> Tensor:
+    name = getattr(module, "parameter_name", None)
+    base = module.get_base_layer()
+    return getattr(base, name) if name else base.weight
+
+
+def gradients(subject: Subject) -> str:
+    """The gradients of a batch equal those of plain transformers and PEFT, one sequence at a time."""
+    expected, sizes = plain_gradients(subject.adapted, SHORT)
+    expected = {name.replace(".default.", "."): gradient for name, gradient in expected.items()}
+    sizes = {name.replace(".default.", "."): size for name, size in sizes.items()}
+    found = gradients_of(subject.client, SHORT)
+    found = {name: found.get(name, found.get(name.removeprefix("base_model.model."))) for name in expected}
+    return assert_gradients(found, expected, sizes)
+
+
+def packed(subject: Subject) -> str:
+    """Sequences share a row. Returns the time of a step, as a share of that of a right-padded batch."""
+    rng = np.random.default_rng(1)
+    data = make_data(rng.integers(32, 257, 16).tolist(), seed=2)
+    assert subject.client._trainer.base.is_packed, f"one sequence at a time: {subject.why_not_packed()}"
+
+    def engine() -> None:
+        subject.client.forward_backward(data, "cross_entropy").result()
+
+    def plain() -> None:
+        _padded_step(subject.adapted, data)
+
+    seconds = {engine: float("inf"), plain: float("inf")}
+    for _ in range(3):
+        for step in seconds:
+            start = time.process_time()
+            step()
+            seconds[step] = min(seconds[step], time.process_time() - start)
+    subject.client._trainer.discard_gradients()
+    subject.adapted.zero_grad()
+    ratio = seconds[engine] / seconds[plain]
+    assert ratio <= 1, f"{ratio:.2f} of the time"
+    return f"{ratio:.2f}"
+
+
+def _padded_step(model: Any, data: Sequence[Datum]) -> None:
+    lengths = [len(datum.model_input.to_ints()) for datum in data]
+    tokens_BT = torch.zeros(len(data), max(lengths), dtype=torch.long)
+    targets_BT = torch.zeros_like(tokens_BT)
+    weights_BT = torch.zeros(tokens_BT.shape)
+    mask_BT = torch.zeros_like(tokens_BT)
+    for row, (length, datum) in enumerate(zip(lengths, data, strict=True)):
+        tokens_BT[row, :length] = torch.tensor(datum.model_input.to_ints())
+        targets_BT[row, :length] = datum.loss_fn_inputs["target_tokens"].to_torch()
+        weights_BT[row, :length] = datum.loss_fn_inputs["weights"].to_torch()
+        mask_BT[row, :length] = 1
+    logits_BTV = model(input_ids=tokens_BT, attention_mask=mask_BT, use_cache=False).logits
+    losses = F.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten(), reduction="none")
+    (losses * weights_BT.flatten()).sum().backward()
+
+
+@torch.no_grad()
+def sampling(subject: Subject) -> str:
+    """Greedy tokens equal those of `generate`, and log-probabilities those of a forward pass."""
+    sampler = subject.client.save_weights_and_get_sampling_client()
+    params = SamplingParams(max_tokens=16, temperature=0.0, stop=[])
+    futures = [sampler.sample(ModelInput.from_ints(prompt), 1, params) for prompt in PROMPTS]
+    model = subject.adapted
+    for prompt, future in zip(PROMPTS, futures, strict=True):
+        (sequence,) = future.result().sequences
+        found = list(sequence.tokens)
+        logits_TV = model(input_ids=torch.tensor([prompt + found]), use_cache=False).logits[0].float()
+        scores_TV = logits_TV.log_softmax(-1)[len(prompt) - 1 : -1]
+        expected_T = scores_TV.gather(1, torch.tensor(found)[:, None])[:, 0]
+        difference = float((torch.tensor(sequence.logprobs) - expected_T).abs().max())
+        assert difference <= 1e-3, f"log-probabilities differ by {difference:.0e}"
+        expected = model.generate(
+            input_ids=torch.tensor([prompt]),
+            do_sample=False,
+            max_new_tokens=16,
+            eos_token_id=None,
+            pad_token_id=0,
+            suppress_tokens=list(range(NUM_TOKENS, families.VOCAB_SIZE)) if max(found) < NUM_TOKENS else None,
+        )[0, len(prompt) :].tolist()
+        assert found == expected, (
+            f"other tokens than generate from the {_first_difference(found, expected)}th"
+        )
+    sampler.close()
+    return "yes"
+
+
+def _first_difference(found: Sequence[int], expected: Sequence[int]) -> int:
+    return next(i for i, pair in enumerate(zip(found, expected, strict=True), 1) if pair[0] != pair[1])
+
+
+def resumes(subject: Subject) -> str:
+    """A saved state resumes to the bit, and PEFT loads it onto the published class with equal logits."""
+    assert_same_logprobs(subject.client, subject.adapted)
+    with torch.no_grad(), subject.adapted.disable_adapter():
+        without = plain_logprobs(subject.adapted, SHORT[1])
+    with torch.no_grad():
+        assert (plain_logprobs(subject.adapted, SHORT[1]) - without).abs().max() > 1e-3, (
+            "PEFT changes nothing"
+        )
+    first = subject.service().create_lora_training_client(str(subject.published), rank=4, seed=1)
+    _train(first, range(2))
+    path = first.save_state("state").result().path
+    _train(first, range(2, 4))
+    second = subject.service().create_training_client_from_state_with_optimizer(path)
+    _train(second, range(2, 4))
+    one, other = first._trainer.adapter.weights, second._trainer.adapter.weights
+    assert one.keys() == other.keys()
+    changed = [name for name, weight in one.items() if not torch.equal(weight, other[name])]
+    assert not changed, f"{changed[0]} differs after a resume"
+    return "yes"
+
+
+def _train(client: TrainingClient, seeds: range) -> None:
+    for seed in seeds:
+        client.forward_backward(make_data((9, 30, 17), seed), "cross_entropy")
+        client.optim_step(ADAM).result()
+
+
+def merged(subject: Subject) -> str:
+    """The merged export has the logits of the adapter, and each tensor of the published files."""
+    folder = subject.folder / "merged"
+    config = ExportConfig(checkpoint=subject.checkpoint, to=str(folder), format="merged")
+    with contextlib.redirect_stdout(io.StringIO()):
+        asyncio.run(export.main(config))
+    _assert_same_tensors(subject.published, folder)
+    assert_same_logprobs(subject.client, subject.plain(folder))
+    return "yes"
+
+
+def _assert_same_tensors(published: Path, folder: Path) -> None:
+    before, after = _tensors(published), _tensors(folder)
+    missing = sorted(before.keys() - after.keys())
+    assert not missing, f"{len(missing)} of {len(before)} tensors missing, first {missing[0]}"
+    added = sorted(
+        name
+        for name in after.keys() - before.keys()
+        if not name.endswith(("lm_head.weight", "embed_out.weight"))
+    )
+    assert not added, f"{len(added)} other tensors, first {added[0]}"
+    other = [name for name in before if before[name] != after[name]]
+    assert not other, f"{other[0]} is {after[other[0]]}, not {before[other[0]]}"
+    architectures = [
+        json.loads((each / "config.json").read_text(encoding="utf-8"))["architectures"]
+        for each in (published, folder)
+    ]
+    assert architectures[0] == architectures[1], f"its class is {architectures[1]}"
+
+
+def _tensors(folder: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    return {
+        name: (tuple(tensor.shape), tensor.dtype)
+        for path in folder.glob("*.safetensors")
+        for name, tensor in load_file(path).items()
+    }
+
+
+def rank_0(subject: Subject) -> str:
+    """A full fine-tune has the gradients of plain transformers, and its checkpoint each published tensor."""
+    client = subject.service().create_lora_training_client(str(subject.published), rank=0)
+    found = gradients_of(client, SHORT)
+    model = subject.plain()
+    expected, sizes = plain_gradients(model, SHORT)
+    assert_gradients(found, expected, sizes)
+    _train(client, range(2))
+    path = Path(client.save_weights_for_sampler("full").result().path)
+    _assert_same_tensors(subject.published, path)
+    assert_same_logprobs(client, subject.plain(path))
+    return "yes"
+
+
+def nf4(subject: Subject) -> str:
+    """In 4 bits, log-probabilities are those of the model with rounded weights, and an adapter learns."""
+    service = subject.service(quantization="nf4")
+    client = service.create_lora_training_client(str(subject.published), rank=4, seed=0)
+    model = subject.plain()
+    assert _round_to_nf4(model, client._trainer.base.model) > 0, "nothing is in 4 bits"
+    assert_same_logprobs(client, model, 2e-3)
+    losses = []
+    for _ in range(4):
+        losses.append(client.forward_backward(SHORT, "cross_entropy").result().metrics["loss:sum"])
+        client.optim_step(ADAM).result()
+    assert losses[-1] < losses[0], "it does not learn"
+    return "yes"
+
+
+@torch.no_grad()
+def _round_to_nf4(model: Any, quantized: Any) -> int:
+    """Rounds those weights of `model` that `quantized` holds in 4 bits, and returns their number."""
+    own = dict(model.named_parameters())
+    num_rounded = 0
+    for name, weight in quantized.named_parameters():
+        if weight.dtype == torch.uint8:
+            rounded = own[name.removeprefix("base_model.model.").replace(".base_layer", "")]
+            packed, state = quantize_4bit(
+                rounded.data.contiguous(), quant_type="nf4", compress_statistics=True
+            )
+            rounded.copy_(dequantize_4bit(packed, state))
+            num_rounded += rounded.numel()
+    return num_rounded
+
+
+COLUMNS: dict[str, Callable[[Subject], str]] = {
+    "class": loads,
+    "adapted": share_adapted,
+    "gradients": gradients,
+    "packed": packed,
+    "sampling": sampling,
+    "resumes": resumes,
+    "merged": merged,
+    "rank 0": rank_0,
+    "nf4": nf4,
+}

@@ -1,0 +1,55 @@
+"""docs/models.md has every family and every column, and its cells are what trying a family gives."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from families import FAMILIES
+from family_checks import COLUMNS
+from models_page import FAILED, NOT_REACHED, PAGE, page_of, passes, row_of, rows_of_page
+
+ROWS = rows_of_page()
+TIME = re.compile(r"\d+\.\d\d( of the time)?")
+
+
+def test_the_page_has_every_family_in_order() -> None:
+    assert list(ROWS) == list(FAMILIES)
+    assert PAGE.read_text(encoding="utf-8") == page_of(ROWS)
+
+
+def test_every_cell_is_a_result_or_a_failure_with_a_reason() -> None:
+    for name, row in ROWS.items():
+        for column, cell in row.items():
+            assert cell, f"{name}, {column}"
+            assert cell != FAILED.strip(), f"{name}, {column}: no reason is given"
+            # A column is not reached only where the first one says why.
+            assert cell != NOT_REACHED or row["class"].startswith(FAILED), f"{name}, {column}"
+
+
+def test_most_families_pass_every_column() -> None:
+    assert sum(map(passes, ROWS.values())) >= 40
+
+
+def assert_is_as_the_page_says(name: str) -> None:
+    """Compares what fails. Times depend on the load of the machine, so a ratio may come out otherwise."""
+    found = row_of(name)
+    for column in COLUMNS:
+        if column == "packed" and TIME.search(found[column]) and TIME.search(ROWS[name][column]):
+            continue
+        is_passed, should_pass = (
+            not row[column].startswith((FAILED, NOT_REACHED)) for row in (found, ROWS[name])
+        )
+        assert is_passed == should_pass, f"{column}: {found[column]}, and the page says {ROWS[name][column]}"
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gemma3"])
+def test_representative_families_are_as_the_page_says(name: str) -> None:
+    assert passes(ROWS[name])
+    assert_is_as_the_page_says(name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_is_as_the_page_says(name: str) -> None:
+    assert_is_as_the_page_says(name)
