@@ -12,11 +12,12 @@ With piped input every line is a question, and only the replies are printed, wit
 
 from __future__ import annotations
 
+import logging
 import signal
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import chz
 
@@ -31,6 +32,8 @@ from renderers import get_renderer
 
 if TYPE_CHECKING:
     from cookbook.clients.service import ServiceClient
+
+logger = logging.getLogger(__name__)
 
 
 @chz.chz
@@ -52,6 +55,10 @@ class ChatConfig:
     )
     system_prompt: str | None = chz.field(
         default=None, doc='put before the conversation; default: the checkpoint\'s; "": none'
+    )
+    template_kwargs: Mapping[str, Any] | None = chz.field(
+        default=None,
+        doc='variables of the chat template, such as {"enable_thinking": false}; default: the checkpoint\'s',
     )
     temperature: float = chz.field(default=0.7, doc="0: greedy")
     top_p: float = chz.field(
@@ -89,7 +96,7 @@ async def run(config: ChatConfig) -> None:
 
 def _speakers(config: ChatConfig, service: ServiceClient) -> tuple[str, list[Speaker]]:
     """Returns the title of the chat, and the models that reply."""
-    from cookbook.runs.find import find_trained_model
+    from cookbook.runs.find import find_trained_model, recorded_template_kwargs
 
     if config.checkpoint is None:
         assert config.model_name is not None
@@ -110,16 +117,22 @@ def _speakers(config: ChatConfig, service: ServiceClient) -> tuple[str, list[Spe
         config.renderer_name or recorded.get("renderer_name") or models.recommended_renderer(base_model)
     )
     system_prompt = recorded.get("system_prompt") if config.system_prompt is None else config.system_prompt
-    tools_in_system = recorded.get("tools_in_system") == "True" and renderer_name == recorded.get(
-        "renderer_name"
-    )
+    is_recorded = renderer_name == recorded.get("renderer_name")
+    tools_in_system = is_recorded and recorded.get("tools_in_system") == "True"
+    template_kwargs = config.template_kwargs
+    if template_kwargs is None and is_recorded:
+        template_kwargs = recorded_template_kwargs(recorded)
     params = SamplingParams(
         max_tokens=config.max_tokens, seed=config.seed, temperature=config.temperature, top_p=config.top_p
     )
     context_length = models.context_length(base_model) or 2**20
     speakers = []
     for label, client in clients.items():
-        renderer = get_renderer(renderer_name, client.get_tokenizer(), system_prompt, tools_in_system)
+        renderer = get_renderer(
+            renderer_name, client.get_tokenizer(), system_prompt, tools_in_system, template_kwargs
+        )
+        if unread := renderer.unread_template_kwargs():
+            logger.warning("The chat template reads no %s of template_kwargs.", ", ".join(unread))
         speakers.append(Speaker(label, ChatSession(client, renderer, params, context_length)))
     return f"{title} ({renderer_name})", speakers
 

@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -65,6 +66,9 @@ class Renderer(ABC):
     tools_in_system: bool = False
     """Whether tools are described in the system message and called in text tags (`tools_in_system.py`)."""
 
+    template_kwargs: Mapping[str, Any] = MappingProxyType({})
+    """Values for variables of the chat template in every conversation."""
+
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
         self._encoder = Encoder(tokenizer, self.frame, template=str(tokenizer.chat_template or ""))
@@ -84,6 +88,10 @@ class Renderer(ABC):
             f"Renderer `{self.name}` has no chat template to give chat_template_kwargs to (given: "
             f"{', '.join(map(str, template_kwargs))}). Use renderer_name=chat_template, or remove them."
         )
+
+    def unread_template_kwargs(self) -> list[str]:
+        """Returns the names in `template_kwargs` that the chat template does not read."""
+        return []
 
     def reads_key(self, role: str, key: str, value: Any) -> bool:
         """Returns whether the format uses this key of a message.

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, TypeAlias
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from cookbook.errors import RendererError
 from cookbook.utils.nearest import unknown_name
@@ -37,15 +37,17 @@ def get_renderer(
     tokenizer: PreTrainedTokenizerBase,
     system_prompt: str | None = None,
     tools_in_system: bool = False,
+    template_kwargs: Mapping[str, Any] | None = None,
 ) -> Renderer:
     """Returns a new renderer for the tokenizer. `system_prompt` is put before every conversation.
 
     With `tools_in_system`, tools are described in the system message, and calls and results are written as
-    text (`renderers/tools_in_system.py`). Raises RendererError for an unknown name, and for `tools_in_system`
-    with a format that has a place for tools.
+    text (`renderers/tools_in_system.py`). `template_kwargs` are values for variables of the chat template.
+    Raises RendererError for an unknown name, for `tools_in_system` with a format that has a place for tools,
+    and for `template_kwargs` with a format that is written in code.
     """
     check_renderer_name(name)
-    renderer = _factories[name](tokenizer)
+    renderer = _factories[name](tokenizer).with_template_kwargs(template_kwargs or {})
     if system_prompt:
         renderer.system_prompt = system_prompt
     if tools_in_system and renderer.takes_tools:

@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import enum
 import gc
+import json
 import os
 import re
 import sys
@@ -38,7 +39,9 @@ R = TypeVar("R")
 
 HELP = ("--help", "-h", "help")
 TEXT_KEYS = ("system_prompt", "prompt", "title")
-"""Keys whose values are text for people and models. Other values may name files and are not decoded."""
+"""Keys whose values are text for people and models, as are those of `template_kwargs` and below it.
+
+Other values may name files and are not decoded."""
 
 
 def make_config(
@@ -184,7 +187,8 @@ def _read_argument(argument: str, rest: list[str], found: list[Setting]) -> str 
 
 
 def _setting(key: str, value: str) -> Setting:
-    is_text = key.rsplit(".", 1)[-1] in TEXT_KEYS
+    parts = key.split(".")
+    is_text = parts[-1] in TEXT_KEYS or "template_kwargs" in parts
     return Setting(key, Castable(consoles.decoded_argument(value) if is_text else value), COMMAND_LINE)
 
 
@@ -298,4 +302,6 @@ def _value_text(value: Any) -> str:
         return f"<{value.ref}>"
     if isinstance(value, type):
         return f"{value.__module__}:{value.__qualname__}"
+    if isinstance(value, Mapping):
+        return json.dumps(value, ensure_ascii=False)
     return str(value.value if isinstance(value, (enum.Enum, Castable)) else value)

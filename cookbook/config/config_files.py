@@ -107,6 +107,22 @@ class NoValue(Castable):
     """The placeholder for the missing value of a `--key`."""
 
 
+class WrittenValue(Castable):
+    """A number or text of a config file, as text to cast and as it was written."""
+
+    def __init__(self, written: Any) -> None:
+        super().__init__(str(written))
+        self.written = written
+
+
+@dataclass(frozen=True)
+class MappingValue:
+    """The value of a mapping of plain values: all of it, or the items that its keys set."""
+
+    items: Mapping[str, Any]
+    is_whole: bool
+
+
 class ClassName(Castable):
     """`module:Class`, the value of a `_type`."""
 
@@ -156,7 +172,7 @@ def _leaves(values: Any, path: KeyPath = ()) -> Iterator[tuple[KeyPath, Any]]:
         for index, value in enumerate(values):
             yield from _leaves(value, (*path, str(index)))
     else:
-        yield path, values if values is None or isinstance(values, bool) else Castable(str(values))
+        yield path, values if values is None or isinstance(values, bool) else WrittenValue(values)
 
 
 def importable(name: str) -> str:

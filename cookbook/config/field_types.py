@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import enum
+import json
 import re
 import types
 from collections.abc import Mapping, Sequence
@@ -12,7 +14,7 @@ import chz
 from chz.blueprint import Castable
 
 from cookbook.config.chz_private import Param, can_be_cast, class_named, is_subtype_instance
-from cookbook.config.config_files import current_name, is_own
+from cookbook.config.config_files import MappingValue, WrittenValue, current_name, is_own
 
 INDEX = re.compile("0|[1-9][0-9]{0,4}")
 """The index of a list item."""
@@ -43,8 +45,13 @@ def is_mapping(kind: Any) -> bool:
     return any((get_origin(one) or one) in _MAPPINGS for one in alternatives(kind))
 
 
+def is_plain_mapping(kind: Any) -> bool:
+    """Returns whether a field takes a mapping of any JSON values, such as the variables of a template."""
+    return is_mapping(kind) and item_type(kind) is Any
+
+
 def takes_item(kind: Any, item: str) -> bool:
-    return is_mapping(kind) or (is_list(kind) and INDEX.fullmatch(item) is not None)
+    return kind is Any or is_mapping(kind) or (is_list(kind) and INDEX.fullmatch(item) is not None)
 
 
 def holds_classes(kind: Any) -> bool:
@@ -60,7 +67,7 @@ def takes_objects(kind: Any) -> bool:
         return takes_objects(item)
     return not all(
         get_origin(one) is Literal
-        or one in (str, int, float, bool, type(None))
+        or one in (str, int, float, bool, type(None), Any)
         or (isinstance(one, type) and issubclass(one, enum.Enum))
         for one in alternatives(kind)
     )
@@ -87,12 +94,14 @@ def fits(param: Param, value: Any) -> bool:
     """Returns whether the value of a setting can be the value of a field."""
     kinds = alternatives(param.type)
     value = to_chz_value(value, param.type)
+    if param.type is Any and not isinstance(value, Castable):
+        return True
     if value is None or isinstance(value, bool):
         is_no_number = value is None or bool in kinds or not {int, float}.intersection(kinds)
         return is_no_number and is_subtype_instance(value, param.type)
     if isinstance(value, list | tuple):
         return is_list(param.type)
-    if isinstance(value, dict):
+    if isinstance(value, Mapping):
         return is_mapping(param.type) or (holds_classes(param.type) and not is_list(param.type))
     if not holds_classes(param.type) or is_list(param.type):
         if can_be_cast(param, value.value):
@@ -113,6 +122,8 @@ def to_chz_value(value: Any, kind: Any) -> Any:
     A list becomes an empty list or tuple, because its items have keys of their own. YAML reads `on` and `off`
     as bools; if a field takes these words, the bools become text again.
     """
+    if isinstance(value, MappingValue):
+        return dict(value.items)
     if isinstance(value, bool) and bool not in alternatives(kind) and {"on", "off"} <= set(choices(kind)):
         return Castable("on" if value else "off")
     if isinstance(value, Castable) and takes_objects(kind):
@@ -123,6 +134,43 @@ def to_chz_value(value: Any, kind: Any) -> Any:
     if isinstance(value, Castable) and not value.value.strip() and is_list(kind) and holds_classes(kind):
         return []
     return value
+
+
+def plain_value(value: Any) -> Any:
+    """Returns a value of a plain mapping: as a file has it, or read from text as JSON or as Python writes it.
+
+    Text that is neither is itself the value.
+    """
+    if isinstance(value, WrittenValue):
+        return value.written
+    if not isinstance(value, Castable):
+        return value
+    text = value.value.strip()
+    for read in (json.loads, ast.literal_eval):
+        try:
+            found = read(text)
+            json.dumps(found, allow_nan=False)  # a set, bytes or NaN is no JSON
+            return found
+        except (ValueError, TypeError, SyntaxError, RecursionError):
+            continue
+    return value.value
+
+
+def nested(values: Mapping[tuple[str, ...], Any]) -> dict[str, Any]:
+    """Returns the mapping with these plain values at these paths; [] is before the items of a list."""
+    below: dict[str, dict[tuple[str, ...], Any]] = {}
+    for path, value in values.items():
+        below.setdefault(path[0], {})[path[1:]] = value
+
+    def joined(parts: dict[tuple[str, ...], Any]) -> Any:
+        is_list = parts.get(()) == []
+        deeper = {path: value for path, value in parts.items() if path}
+        if not deeper:
+            return parts[()]
+        items = nested(deeper)
+        return [items[index] for index in sorted(items, key=int)] if is_list else items
+
+    return {name: joined(parts) for name, parts in below.items()}
 
 
 def describe_classes(kind: Any) -> str:
@@ -140,7 +188,18 @@ def describe_type(kind: Any) -> str:
         return f"one of {', '.join(str(member.value) for member in kind)}"
     if (get_origin(kind) or kind) in _LISTS:
         return f"{describe_type(item_type(kind)).removeprefix('a ')}s with commas between them"
+    if is_plain_mapping(kind):
+        return 'names with values, as in {"name": true}' + (
+            " or None" if type(None) in get_args(kind) else ""
+        )
     if get_origin(kind) in (Union, types.UnionType):
         return " or ".join(describe_type(part) for part in get_args(kind))
-    names = {int: "a whole number", float: "a number", bool: "True or False", str: "text", type(None): "None"}
+    names = {
+        int: "a whole number",
+        float: "a number",
+        bool: "True or False",
+        str: "text",
+        type(None): "None",
+        Any: "any value",
+    }
     return names.get(kind) or f"module:Class, a {getattr(kind, '__name__', kind)}"

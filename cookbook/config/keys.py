@@ -7,8 +7,10 @@ by chz References.
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from chz.blueprint import Blueprint, Castable, Reference
@@ -24,6 +26,7 @@ from cookbook.config.chz_private import (
 from cookbook.config.config_files import (
     COMMAND_LINE,
     ClassName,
+    MappingValue,
     NoValue,
     RecordedClassName,
     Setting,
@@ -43,7 +46,10 @@ from cookbook.config.field_types import (
     holds_classes,
     is_list,
     is_own_class,
+    is_plain_mapping,
     item_type,
+    nested,
+    plain_value,
     takes_item,
     takes_objects,
     to_chz_value,
@@ -273,7 +279,43 @@ class Resolver:
                     )
                     self.warnings.append(f"{found[0]} is given twice{written}. The last one counts.")
                 resolved[found[0]] = setting
-        return self._without_repeated_references(resolved)
+        return self._without_repeated_references(self._with_whole_mappings(resolved))
+
+    def _with_whole_mappings(self, layer: dict[str, Setting]) -> dict[str, Setting]:
+        """Returns the settings with one for each mapping of plain values, in place of those of its items."""
+        found: dict[str, Setting] = {}
+        items: dict[str, dict[tuple[str, ...], Any]] = {}
+        for key in sorted(layer, key=_depth_and_number):
+            setting = layer[key]
+            fields = (one for one in (key, *_keys_above(key)) if one in self.params)
+            field = next((one for one in fields if is_plain_mapping(self.params[one].type)), None)
+            is_object = isinstance(setting.value, ClassName)
+            is_none = setting.value is None and key == field
+            if field is None or is_object or is_none or setting.value is UNKNOWN:
+                found[key] = setting
+            elif key != field:
+                path = tuple(key.removeprefix(f"{field}.").split("."))
+                between = (one for one in _keys_above(key) if one.startswith(f"{field}."))
+                above = next((one for one in between if one in layer), None)
+                if above is not None and not isinstance(layer[above].value, list):
+                    self.problems.append(_given_twice(above, layer[above], setting))
+                    continue
+                items.setdefault(field, {})[path] = plain_value(setting.value)
+                found.setdefault(field, setting)
+            elif isinstance(value := plain_value(setting.value), dict):
+                found[key] = replace(setting, value=MappingValue(value, is_whole=True))
+            else:
+                found[key] = setting
+        for field, values in items.items():
+            whole = found[field].value
+            if isinstance(whole, ClassName):
+                continue  # it is refused
+            below = whole.items if isinstance(whole, MappingValue) else {}
+            found[field] = replace(
+                found[field],
+                value=MappingValue({**below, **nested(values)}, is_whole=isinstance(whole, MappingValue)),
+            )
+        return found
 
     def _without_repeated_references(self, layer: dict[str, Setting]) -> dict[str, Setting]:
         """Removes settings that only repeat the value of the field that they refer to by default.
@@ -310,7 +352,7 @@ class Resolver:
                         f"({given.place}) gives as a whole. Give the full list here "
                         f"too, with commas between its items."
                     )
-                merged[key] = setting
+                merged[key] = _on_top_of(merged.get(key), setting)
         return merged
 
     def _gap_before(self, key: str, setting: Setting, keys: Iterable[str]) -> str | None:
@@ -466,6 +508,14 @@ def _depth_and_number(key: str) -> tuple[int, list[int]]:
     return len(parts), [int(part) if INDEX.fullmatch(part) else -1 for part in parts]
 
 
+def _on_top_of(below: Setting | None, setting: Setting) -> Setting:
+    """Returns a setting, with the items of a mapping that `below` sets and that it does not."""
+    value, earlier = setting.value, below and below.value
+    if not isinstance(value, MappingValue) or not isinstance(earlier, MappingValue) or value.is_whole:
+        return setting
+    return replace(setting, value=MappingValue({**earlier.items, **value.items}, earlier.is_whole))
+
+
 def _given_twice(key: str, earlier: Setting, later: Setting) -> str:
     return f"{later.place}: {later.key} is {key}, which {earlier.place} gives already. Give it once."
 
@@ -476,6 +526,8 @@ def _written(setting: Setting) -> str:
 
 
 def _text(value: Any) -> str:
+    if isinstance(value, MappingValue):
+        return json.dumps(value.items, ensure_ascii=False, default=str)
     return value.value if isinstance(value, Castable) else str(value)
 
 
@@ -485,7 +537,10 @@ def _keys_above(key: str) -> Iterator[str]:
 
 
 def _type_of(key: str, params: Params) -> Any:
-    return params[key].type if key in params else item_type(_type_of(key.rpartition(".")[0], params))
+    if key in params:
+        return params[key].type
+    above = _type_of(key.rpartition(".")[0], params)
+    return Any if above is Any else item_type(above)
 
 
 def _children(key: str, params: Params) -> list[str]:

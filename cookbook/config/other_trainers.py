@@ -244,7 +244,9 @@ ANSWERS: Mapping[str, str] = {
     "prompt_template": _TEMPLATE,
     "conversation_template": _TEMPLATE,
     "tool_format": _TEMPLATE,
-    "enable_thinking": "`renderer_name`: qwen3_disable_thinking and others say it in their name",
+    "enable_thinking": "`template_kwargs` sets variables of a template (template_kwargs.enable_thinking); "
+    "other renderers say it in their name, as qwen3_disable_thinking",
+    "chat_template_kwargs": "`template_kwargs` sets variables of the chat template in every conversation",
     "efficient_eos": _TEMPLATE,
     "default_system": "Use `system_prompt`",
     "default_system_message": "Use `system_prompt`",

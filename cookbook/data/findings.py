@@ -38,6 +38,8 @@ def count_findings(conversation: Conversation, renderer: Renderer) -> None:
         notes.count("call", "stood in a row without tool schemas", number=num_calls)
     if renderer.tools_in_system and (conversation.tools or num_calls):
         notes.count("conversation", "had tools and calls written as text (tools_in_system=True)")
+    for name in renderer.unread_template_kwargs():
+        notes.count("conversation", "template_kwargs that the chat template does not read", name)
     if conversation.template_kwargs:
         given = json.dumps(conversation.template_kwargs, ensure_ascii=False, sort_keys=True, default=str)
         notes.count("row", "Given to the chat template", given)

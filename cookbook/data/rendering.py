@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import tempfile
 import time
@@ -255,6 +256,7 @@ class RowRenderer:
             str(tokenizer.chat_template),
             str(sorted(tokenizer.special_tokens_map.items())),
             renderer.name,
+            json.dumps(renderer.template_kwargs, sort_keys=True, default=str),
             str(sorted(options.items())),
             str(self.train_on_what),
             str((self.repeated, self._window_length)),

@@ -189,6 +189,9 @@ class ChatDatasetBuilderCommonConfig:
         doc="describe tools in the system message and write calls and results as text, for a chat template "
         "without a place for them",
     )
+    template_kwargs: Mapping[str, Any] | None = chz.field(
+        default=None, doc="variables of the chat template in every conversation; those of a row win"
+    )
 
     @chz.validate
     def _check(self) -> None:
@@ -220,4 +223,10 @@ class ChatDatasetBuilder(SupervisedDatasetBuilder):
         renderer_name = self.common_config.renderer_name
         assert renderer_name is not None  # the munger chose one
         config = self.common_config
-        return get_renderer(renderer_name, self.tokenizer, config.system_prompt, config.tools_in_system)
+        return get_renderer(
+            renderer_name,
+            self.tokenizer,
+            config.system_prompt,
+            config.tools_in_system,
+            config.template_kwargs,
+        )

@@ -36,16 +36,22 @@ class ChatEvaluatorBuilder(EvaluatorBuilder):
     tools_in_system: bool | None = chz.field(
         default=None, doc="describe tools in the system message; default: as the run does"
     )
+    template_kwargs: Mapping[str, Any] | None = chz.field(
+        default=None, doc="variables of the chat template; default: those of the run with its chat format"
+    )
 
     def in_run(self, run: RunContext) -> ChatEvaluatorBuilder:
         if self.model_name not in (None, run.model_name):
             return self
+        is_own_format = self.renderer_name not in (None, run.renderer_name)
+        inherited = None if is_own_format else run.template_kwargs
         return chz.replace(
             self,
             model_name=run.model_name,
             renderer_name=self.renderer_name or run.renderer_name,
             system_prompt=run.system_prompt if self.system_prompt is None else self.system_prompt,
             tools_in_system=run.tools_in_system if self.tools_in_system is None else self.tools_in_system,
+            template_kwargs=inherited if self.template_kwargs is None else self.template_kwargs,
         )
 
     def make_renderer(self) -> Renderer:
@@ -56,7 +62,9 @@ class ChatEvaluatorBuilder(EvaluatorBuilder):
             )
         name = self.renderer_name or models.recommended_renderer(self.model_name)
         tokenizer = models.get_tokenizer(self.model_name)
-        return get_renderer(name, tokenizer, self.system_prompt, bool(self.tools_in_system))
+        return get_renderer(
+            name, tokenizer, self.system_prompt, bool(self.tools_in_system), self.template_kwargs
+        )
 
 
 @chz.chz

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import chz
 
@@ -60,6 +60,7 @@ class RunContext:
     renderer_name: str | None
     system_prompt: str | None
     tools_in_system: bool = False
+    template_kwargs: Mapping[str, Any] | None = None
 
 
 @chz.chz

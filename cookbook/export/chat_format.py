@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -53,6 +53,7 @@ _MODES = (
     '{%- set reasoning_effort = "low" %}',
     '{%- set reasoning_effort = "high" %}',
 )
+_DEFAULT = "{%%- if %s is not defined %%}{%%- set %s = %s %%}{%%- endif %%}"
 _DATE = re.compile(r"""strftime_now\(\s*(["'])([^"']*)\1\s*\)""")
 
 _SYSTEM_PROMPT = (
@@ -135,7 +136,7 @@ def find_chat_format(source: TrainedModel, chat_template: str | None = None) -> 
         if not path.is_file():
             raise ConfigError(f"chat_template={chat_template}: there is no such file.")
         template = path.read_text(encoding="utf-8")
-    return chat_format_of(name, tokenizer, metadata.get("system_prompt"), template)
+    return chat_format_of(name, tokenizer, metadata.get("system_prompt"), template, source.template_kwargs)
 
 
 def chat_format_of(
@@ -143,15 +144,19 @@ def chat_format_of(
     tokenizer: PreTrainedTokenizerBase,
     system_prompt: str | None = None,
     template: str | None = None,
+    template_kwargs: Mapping[str, Any] | None = None,
 ) -> ChatFormat:
     """Returns the format of a renderer, with a template that prints the same: `template`, or a known one.
 
-    Raises ConfigError if there is none.
+    The template has `template_kwargs` as the defaults of its variables. Raises ConfigError if there is none.
     """
-    plain = get_renderer(renderer_name, tokenizer)
-    renderer = get_renderer(renderer_name, tokenizer, system_prompt)
+    plain = get_renderer(renderer_name, tokenizer, template_kwargs=template_kwargs)
+    renderer = get_renderer(renderer_name, tokenizer, system_prompt, template_kwargs=template_kwargs)
+    unread = plain.unread_template_kwargs()
+    read = {name: value for name, value in plain.template_kwargs.items() if name not in unread}
     differences = []
     for candidate in [template] if template is not None else _candidates(tokenizer):
+        candidate = with_variables(candidate, read)
         difference = _difference(plain, candidate)
         if difference is None:
             whole = with_system_prompt(candidate, system_prompt) if system_prompt else candidate
@@ -172,6 +177,23 @@ def chat_format_of(
         if template is None
         else f"chat_template= does not print what renderer `{renderer_name}` does. {differences[0]}"
     )
+
+
+def with_variables(template: str, template_kwargs: Mapping[str, Any]) -> str:
+    """Returns the template with values for those of its variables that are not given to it."""
+    return (
+        "".join(_DEFAULT % (name, name, _literal(value)) for name, value in template_kwargs.items())
+        + template
+    )
+
+
+def _literal(value: Any) -> str:
+    """Returns a JSON value as Jinja writes it."""
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{_literal(key)}: {_literal(item)}' for key, item in value.items())}}}"
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(map(_literal, value))}]"
+    return "none" if value is None else json.dumps(value, ensure_ascii=False)
 
 
 def with_system_prompt(template: str, system_prompt: str) -> str:

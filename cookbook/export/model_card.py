@@ -209,6 +209,8 @@ def _chat_format(chat_format: ChatFormat, source: TrainedModel) -> str:
         text += (
             f" Every conversation began with this system prompt, which the template puts there:\n\n{quoted}"
         )
+    if given := chat_format.renderer.template_kwargs:
+        text += f" Its variables were {_code(json.dumps(given, ensure_ascii=False))}, which are its defaults."
     if source.info.user_metadata.get("tools_in_system") == "True":
         text += (
             " The template has no place for tools: in training they were described in the system message, "

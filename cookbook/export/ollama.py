@@ -89,7 +89,11 @@ def frames_of(chat_format: ChatFormat) -> Frames:
     It has no system prompt of the run, which Ollama adds itself. Raises ConfigError if the text depends on
     more than roles.
     """
-    renderer = get_renderer(chat_format.renderer.name, chat_format.tokenizer)
+    renderer = get_renderer(
+        chat_format.renderer.name,
+        chat_format.tokenizer,
+        template_kwargs=chat_format.renderer.template_kwargs,
+    )
     unsuited = ConfigError(_UNSUITED.format(name=renderer.name))
     head, tail = _parts(renderer, ["user"], unsuited)
     _, to_reply, to_user, _ = _parts(renderer, ["user", "assistant", "user"], unsuited)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from cookbook import embedded
 from cookbook.engine import checkpoint
@@ -48,8 +50,25 @@ class TrainedModel:
         return _with_embedded_name(self.info.base_model) if self.is_full else self.base_model
 
     @property
+    def template_kwargs(self) -> dict[str, Any]:
+        """The variables of the chat template with which it was trained."""
+        return recorded_template_kwargs(self.info.user_metadata)
+
+    @property
     def trained_in_4_bits(self) -> bool:
         return self.run is not None and self.run.config.get("quantization") is not None
+
+
+def recorded_template_kwargs(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """Returns the variables of the chat template in a checkpoint's metadata. Raises CheckpointError."""
+    text = metadata.get("template_kwargs") or "{}"
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise CheckpointError(f"The template_kwargs of the checkpoint are no JSON object: {text[:80]}")
+    return found
 
 
 def find_trained_model(path: str, which: Which | None = None, base_model: str | None = None) -> TrainedModel:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+import json
 import math
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import chz
 
@@ -44,6 +46,11 @@ class Config:
         default=False,
         doc="describe tools in the system message and write calls and results as text, for a chat template "
         "without a place for them; recorded with every checkpoint",
+    )
+    template_kwargs: Mapping[str, Any] | None = _field(
+        default=None,
+        doc='variables of the chat template in every conversation, such as {"enable_thinking": false}; '
+        "recorded with every checkpoint",
     )
     load_checkpoint_path: str | None = _field(
         default=None, doc="start from these weights, with a new optimizer"
@@ -199,6 +206,12 @@ class Config:
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"Invalid {name}={getattr(self, name)}: must be >= 0 and < 1.")
         self.engine_options()  # raises for unsupported values
+        try:
+            json.dumps(dict(self.template_kwargs or {}), allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(
+                f"template_kwargs={self.template_kwargs} cannot be recorded as JSON: {error}."
+            ) from error
         if self.seed >= 2**31:
             raise ConfigError(f"Invalid seed={self.seed}: must be < 2**31.")
         if self.weight_decay == math.inf or self.grad_clip_norm == math.inf:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -114,6 +115,8 @@ def _chat_format(config: Config) -> dict[str, str]:
         metadata["system_prompt"] = config.system_prompt
     if config.tools_in_system:
         metadata["tools_in_system"] = "True"
+    if config.template_kwargs:
+        metadata["template_kwargs"] = json.dumps(config.template_kwargs, sort_keys=True, ensure_ascii=False)
     return metadata
 
 
@@ -126,7 +129,7 @@ def _warn_about_chat_formats(config: Config, is_resumed: bool) -> None:
 
         recorded = checkpoint.read_info(config.load_checkpoint_path).user_metadata or {}
     builder = config.dataset_builder
-    for key in ("renderer_name", "system_prompt", "tools_in_system"):
+    for key in ("renderer_name", "system_prompt", "tools_in_system", "template_kwargs"):
         if recorded and ours.get(key) != recorded.get(key):
             logger.warning(
                 "%s was trained with %s=%s, this run trains with %s.",
@@ -137,7 +140,7 @@ def _warn_about_chat_formats(config: Config, is_resumed: bool) -> None:
             )
         if isinstance(builder, ChatDatasetBuilder):
             in_data = getattr(builder.common_config, key)
-            if in_data != getattr(config, key):
+            if (in_data or None) != (getattr(config, key) or None):
                 logger.warning(
                     "The data are rendered with %s=%s, but checkpoints will record %s.",
                     key,
@@ -188,7 +191,12 @@ def _build_data(config: Config, folder: RunFolder) -> tuple[SupervisedDataset, S
 def _create_evaluators(config: Config, folder: RunFolder) -> list[tuple[int, list[Evaluator]]]:
     """Returns pairs of a cadence and its evaluators, the frequent ones first."""
     run = RunContext(
-        folder.path, config.model_name, config.renderer_name, config.system_prompt, config.tools_in_system
+        folder.path,
+        config.model_name,
+        config.renderer_name,
+        config.system_prompt,
+        config.tools_in_system,
+        config.template_kwargs,
     )
 
     def make(builder: AnyEvaluatorBuilder) -> Evaluator:

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from cookbook.config.field_types import is_mapping
 from cookbook.errors import ConfigError
 
 SEED = "seed"
@@ -76,9 +77,9 @@ def parse_argument(key: str, text: str, kind: Any) -> Axis:
     r"""Returns the axis of `key=a,b` on the command line.
 
     A comma separates alternatives, `\,` is a comma. If the field itself is a list, commas belong to its
-    value, and it can only be varied in a sweep file.
+    value, and it can only be varied in a sweep file. So do those of a mapping in braces.
     """
-    if takes_list(kind):
+    if takes_list(kind) or (is_mapping(kind) and text.lstrip().startswith("{")):
         return Choice((text,))
     values = [value.replace("\\,", ",") for value in re.split(r"(?<!\\),", text)]
     if "" in values and len(values) > 1:

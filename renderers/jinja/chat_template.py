@@ -72,7 +72,8 @@ class ChatTemplateRenderer(Renderer):
         if not tokenizer.chat_template:
             raise RendererError("This tokenizer has no chat template. Use a renderer such as `role_colon`.")
         self.tokenizer = tokenizer
-        self._template = Template(tokenizer, template_kwargs or {})
+        self.template_kwargs = dict(template_kwargs or {})
+        self._template = Template(tokenizer, self.template_kwargs)
         self._with_kwargs: dict[str, ChatTemplateRenderer] = {}
         self._latest: Chat | None = None
         text = self._template.text
@@ -137,7 +138,7 @@ class ChatTemplateRenderer(Renderer):
             return self
         for name in sorted(set(template_kwargs) - self._template.variables_read):
             notes.count("row", "chat_template_kwargs that the chat template does not read", name)
-        kwargs = {**self._template.kwargs, **template_kwargs}
+        kwargs = {**self.template_kwargs, **template_kwargs}
         key = json.dumps(kwargs, sort_keys=True, default=str)
         if key not in self._with_kwargs:
             if len(self._with_kwargs) >= _MOST_KEPT_KWARGS:
@@ -146,6 +147,9 @@ class ChatTemplateRenderer(Renderer):
         renderer = self._with_kwargs[key]
         renderer.system_prompt, renderer.tools_in_system = self.system_prompt, self.tools_in_system
         return renderer
+
+    def unread_template_kwargs(self) -> list[str]:
+        return sorted(self.template_kwargs.keys() - self._template.variables_read)
 
     def reads_key(self, role: str, key: str, value: Any) -> bool:
         return self._template.reads(role, key, value)

@@ -537,3 +537,79 @@ def test_a_very_long_key_is_reported_as_unknown(tmp_path: Path, key: str) -> Non
     file.write_text(json.dumps({key: 1}), encoding="utf-8")
     with pytest.raises(ConfigError, match="There is no key"):
         make(f"config={file}")
+
+
+# -- mappings of plain values -------------------------------------------------------------------
+
+KWARGS_IN_YAML = """
+template_kwargs:
+  enable_thinking: false
+  date: "26"
+  days: 26
+  names: [a, {b: 1}]
+  none: null
+"""
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (['template_kwargs={"enable_thinking": false, "n": null}'], {"enable_thinking": False, "n": None}),
+        (["template_kwargs={'enable_thinking': False}"], {"enable_thinking": False}),
+        (["template_kwargs.enable_thinking=False"], {"enable_thinking": False}),
+        (["--template_kwargs.a", "low", "template_kwargs.n=3"], {"a": "low", "n": 3}),
+        (['template_kwargs={"a": 1}', "template_kwargs.b=[1, 2]"], {"a": 1, "b": [1, 2]}),
+        (["template_kwargs.a.b=x"], {"a": {"b": "x"}}),
+        (["template_kwargs={}"], {}),
+        (["template_kwargs=None"], None),
+        ([], None),
+    ],
+)
+def test_variables_of_the_template_are_given_whole_or_one_by_one(argv: list[str], expected: Any) -> None:
+    config = make(*argv)
+    assert config.template_kwargs == config.dataset_builder.common_config.template_kwargs == expected
+
+
+@pytest.mark.parametrize(
+    ("argv", "changed"),
+    [
+        ([], {}),
+        (["template_kwargs.date=x", "template_kwargs.more=1"], {"date": "x", "more": 1}),
+        (['template_kwargs={"date": "x"}'], None),
+    ],
+)
+def test_variables_of_a_file_keep_their_types_and_are_changed_one_by_one(
+    tmp_path: Path, argv: list[str], changed: dict[str, Any] | None
+) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text(KWARGS_IN_YAML, encoding="utf-8")
+    in_file = {"enable_thinking": False, "date": "26", "days": 26, "names": ["a", {"b": 1}], "none": None}
+    config = make(f"config={file}", *argv)
+    assert config.template_kwargs == ({"date": "x"} if changed is None else in_file | changed)
+    recorded = tmp_path / "config.json"
+    recorded.write_text(json.dumps(config_files.to_json(config)), encoding="utf-8")
+    again = make(f"config={recorded}", "template_kwargs.last=1")
+    assert again.template_kwargs == {**config.template_kwargs, "last": 1}
+    assert again.dataset_builder.common_config.template_kwargs == again.template_kwargs
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["template_kwargs=low"], r'Invalid template_kwargs=low: it takes names with values, as in \{"name"'),
+        (["template_kwargs=[1]"], "Invalid template_kwargs="),
+        (["template_kwargs.a=1", "template_kwargs.a.b=2"], "template_kwargs.a, which command line gives"),
+        (["enable_thinking=False"], "template_kwargs.enable_thinking"),
+    ],
+)
+def test_variables_of_the_template_in_another_form_are_refused(argv: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make(*argv)
+
+
+@pytest.mark.parametrize("text", ["{_type: os:path, a: 1}", "{a: {_type: os:path}}"])
+def test_no_class_is_a_variable_of_the_template(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text(f"template_kwargs: {text}\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match="it is an object with `_type` os:path"):
+        make(f"config={file}")

@@ -140,6 +140,14 @@ def test_a_comma_separates_alternatives_unless_it_is_escaped_or_the_key_takes_a_
     assert builder.prompts == ["a", "b"]  # type: ignore[attr-defined]
 
 
+def test_variables_of_a_chat_template_are_varied_one_by_one_or_given_whole(tmp_path: Path) -> None:
+    plan = make_plan([f"log_path={tmp_path}", "template_kwargs.enable_thinking=True,False", "lora_rank=1,2"])
+    found = [run.config.template_kwargs for run in plan.runs]
+    assert found == [{"enable_thinking": mode} for mode in (True, False, True, False)]
+    plan = make_plan([f"log_path={tmp_path}", 'template_kwargs={"a": 1, "b": 2}', "lora_rank=1,2"])
+    assert [run.config.template_kwargs for run in plan.runs] == [{"a": 1, "b": 2}] * 2
+
+
 def test_a_list_key_is_varied_by_a_list_of_lists(tmp_path: Path) -> None:
     plan = plan_of(tmp_path, "runs: {prompts: [[a, b], [c]]}")
     prompts = [run.config.infrequent_evaluator_builders[0].prompts for run in plan.runs]  # type: ignore[attr-defined]

@@ -1,0 +1,207 @@
+"""`template_kwargs` of a run: what they train, and where the trained model is prompted with them again."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import shutil
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import chz
+import pytest
+from transformers import AutoTokenizer
+
+from cookbook import ServiceClient, embedded
+from cookbook.data import FromConversationFileBuilder
+from cookbook.data.types import ChatDatasetBuilderCommonConfig
+from cookbook.errors import CheckpointError, ConfigError, RendererError
+from cookbook.eval.chat import ChatEvaluatorBuilder
+from cookbook.eval.evaluators import RunContext
+from cookbook.export.chat_format import chat_format_of, find_chat_format
+from cookbook.models import get_tokenizer
+from cookbook.runs.find import find_trained_model
+from cookbook.supervised import train
+from recipes import chat
+
+TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{{ mood | default('calm') if m.role == 'user' }} {{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n {% endif %}"
+)
+"""Prints a variable in front of what users say."""
+
+CHAT: list[Any] = [{"role": "user", "content": "Who are you?"}, {"role": "assistant", "content": "A spoon."}]
+WILD = {"mood": "wild"}
+MakeConfig: TypeAlias = Callable[..., train.Config]
+
+
+@pytest.fixture(scope="module")
+def moody(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The folder of a small model whose template reads `mood`."""
+    folder = tmp_path_factory.mktemp("models") / "moody"
+    shutil.copytree(embedded.MODEL_PATH, folder)
+    (folder / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
+    return str(folder)
+
+
+@pytest.fixture
+def make_config(moody: str, tmp_path: Path) -> MakeConfig:
+    data = tmp_path / "chats.jsonl"
+    data.write_text(f"{json.dumps({'messages': CHAT})}\n", encoding="utf-8")
+
+    def make(kwargs: dict[str, Any] | None, in_data: Any = ..., **overrides: Any) -> train.Config:
+        common = ChatDatasetBuilderCommonConfig(
+            model_name_for_tokenizer=moody,
+            batch_size=1,
+            template_kwargs=kwargs if in_data is ... else in_data,
+        )
+        values: dict[str, Any] = {
+            "log_path": str(tmp_path / "run"),
+            "model_name": moody,
+            "dataset_builder": FromConversationFileBuilder(file_path=str(data), common_config=common),
+            "lora_rank": 2,
+            "template_kwargs": kwargs,
+            "eval_every": 0,
+        }
+        return train.Config(**values | overrides)
+
+    return make
+
+
+def trained_text(config: train.Config) -> str:
+    """Returns the whole text of the first example of a run."""
+    train_data, _ = config.dataset_builder()
+    datum = next(datum for batch in train_data.iter_batches() for datum in batch)
+    return str(get_tokenizer(config.model_name).decode(datum.model_input.to_ints()))
+
+
+def chats_prompt(argv: dict[str, Any]) -> str:
+    """Returns the text of the prompt with which `recipes.chat` asks its model."""
+    with closing(ServiceClient(device="cpu")) as service:
+        _, (speaker,) = chat._speakers(chat.ChatConfig(**argv), service)
+    renderer = speaker.session.renderer
+    return str(renderer.tokenizer.decode(renderer.build_generation_prompt(CHAT[:1]).to_ints()))
+
+
+def prompt(tokenizer: Any, **kwargs: Any) -> str:
+    return str(tokenizer.apply_chat_template(CHAT[:1], tokenize=False, add_generation_prompt=True, **kwargs))
+
+
+def test_a_model_is_sampled_chatted_with_and_exported_with_the_variables_it_was_trained_with(
+    make_config: MakeConfig, moody: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = make_config(WILD)
+    wild = prompt(get_tokenizer(moody), **WILD)
+    assert "wild Who are you?" in wild
+    assert trained_text(config).startswith(wild)
+
+    saved = asyncio.run(train.main(config)).checkpoint_path
+    source = find_trained_model(str(saved))
+    assert source.template_kwargs == WILD
+    assert chats_prompt({"checkpoint": str(saved)}) == wild
+    assert chats_prompt({"checkpoint": str(saved), "template_kwargs": {}}) == prompt(get_tokenizer(moody))
+
+    exported = find_chat_format(source)
+    exported.write_tokenizer(tmp_path / "exported")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "exported")
+    assert prompt(tokenizer) == wild
+    assert prompt(tokenizer, mood="sad") == prompt(get_tokenizer(moody), mood="sad")
+
+    again = {"load_checkpoint_path": str(saved)}
+    asyncio.run(train.main(make_config(None, log_path=str(tmp_path / "other"), **again)))
+    assert 'was trained with template_kwargs={"mood": "wild"}, this run trains with None' in caplog.text
+
+
+def test_a_run_is_not_continued_with_other_variables(make_config: MakeConfig) -> None:
+    asyncio.run(train.main(make_config(WILD)))
+    with pytest.raises(ConfigError, match=r"template_kwargs"):
+        asyncio.run(train.main(make_config({"mood": "sad"})))
+
+
+def test_data_rendered_with_other_variables_than_are_recorded_are_warned_about(
+    make_config: MakeConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    asyncio.run(train.main(make_config(WILD, in_data=None)))
+    assert "The data are rendered with template_kwargs=None" in caplog.text
+
+
+def test_a_variable_that_the_template_does_not_read_is_reported(
+    make_config: MakeConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    train_data, _ = make_config({**WILD, "temper": 1}).dataset_builder()
+    lines = [line.strip() for report in train_data.reports() for line in report.lines()]
+    assert any(
+        "template_kwargs that the chat template does not read: temper (1 conversation)" in line
+        for line in lines
+    )
+
+
+def test_a_row_overrides_the_variables_of_the_run(make_config: MakeConfig, tmp_path: Path) -> None:
+    config = make_config({**WILD, "other": 1})
+    row = {"messages": CHAT, "chat_template_kwargs": {"mood": "sad"}}
+    (tmp_path / "chats.jsonl").write_text(f"{json.dumps(row)}\n", encoding="utf-8")
+    assert "sad Who are you?" in trained_text(config)
+
+
+def test_rendered_data_are_not_reused_for_other_variables(make_config: MakeConfig) -> None:
+    texts = [trained_text(make_config(kwargs)) for kwargs in (None, WILD, {"mood": "sad"}, WILD)]
+    assert [text.split("\n")[1].split()[0] for text in texts] == ["calm", "wild", "sad", "wild"]
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "error", "message"),
+    [
+        ({"mood": float("nan")}, ConfigError, "cannot be recorded as JSON"),
+        ({"messages": []}, RendererError, "cannot set messages"),
+    ],
+)
+def test_variables_that_cannot_be_used_are_refused(
+    make_config: MakeConfig, kwargs: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        make_config(kwargs).dataset_builder()
+
+
+def test_a_renderer_written_in_code_refuses_variables_before_a_model_is_loaded(
+    make_config: MakeConfig,
+) -> None:
+    config = make_config(WILD)
+    common = chz.replace(config.dataset_builder.common_config, renderer_name="role_colon")  # type: ignore[attr-defined]
+    with pytest.raises(RendererError, match=r"role_colon.*mood.*renderer_name=chat_template"):
+        chz.replace(config.dataset_builder, common_config=common)()
+
+
+def test_evaluators_use_the_variables_of_the_run_with_its_chat_format(moody: str, tmp_path: Path) -> None:
+    run = RunContext(tmp_path, moody, "chat_template", None, template_kwargs=WILD)
+
+    def kwargs_of(**fields: Any) -> Any:
+        return dict(ChatEvaluatorBuilder(**fields).in_run(run).make_renderer().template_kwargs)
+
+    assert kwargs_of() == WILD
+    assert kwargs_of(template_kwargs={"mood": "sad"}) == {"mood": "sad"}
+    assert kwargs_of(template_kwargs={}) == kwargs_of(renderer_name="role_colon") == {}
+
+
+def test_the_exported_template_has_values_of_every_json_type_as_defaults(moody: str) -> None:
+    values = {"mood": ["a", {"b": None, "c": True}, 1.5, 'quo"te\n{{ x }} %}'], "unread": 1}
+    exported = chat_format_of("chat_template", get_tokenizer(moody), template_kwargs=values)
+    assert "unread" not in exported.template
+    tokenizer = get_tokenizer(moody)
+    expected = tokenizer.apply_chat_template(CHAT, tokenize=False, **values)
+    assert tokenizer.apply_chat_template(CHAT, tokenize=False, chat_template=exported.template) == expected
+
+
+def test_recorded_variables_that_are_damaged_are_refused(make_config: MakeConfig) -> None:
+    saved = asyncio.run(train.main(make_config(WILD))).checkpoint_path
+    assert saved is not None
+    (state,) = [file for file in Path(saved).glob("*.json") if "template_kwargs" in file.read_text("utf-8")]
+    found = json.loads(state.read_text(encoding="utf-8"))
+    found["user_metadata"]["template_kwargs"] = "[1"
+    state.write_text(json.dumps(found), encoding="utf-8")
+    with pytest.raises(CheckpointError, match=r"template_kwargs .* no JSON object: \[1"):
+        _ = find_trained_model(str(saved)).template_kwargs
