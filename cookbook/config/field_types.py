@@ -8,6 +8,7 @@ import json
 import re
 import types
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any, Literal, Union, get_args, get_origin
 
 import chz
@@ -15,6 +16,9 @@ from chz.blueprint import Castable
 
 from cookbook.config.chz_private import Param, can_be_cast, class_named, is_subtype_instance
 from cookbook.config.config_files import MappingValue, WrittenValue, current_name, is_own
+from cookbook.errors import ConfigError
+from cookbook.utils import json_files
+from cookbook.utils.json_files import JsonOrigin
 
 INDEX = re.compile("0|[1-9][0-9]{0,4}")
 """The index of a list item."""
@@ -146,13 +150,11 @@ def plain_value(value: Any) -> Any:
     if not isinstance(value, Castable):
         return value
     text = value.value.strip()
-    for read in (json.loads, ast.literal_eval):
-        try:
-            found = read(text)
-            json.dumps(found, allow_nan=False)  # a set, bytes or NaN is no JSON
-            return found
-        except (ValueError, TypeError, SyntaxError, RecursionError):
-            continue
+    origin = JsonOrigin("the value", ConfigError, "")
+    with suppress(ConfigError):
+        return json_files.value_of(text, origin)
+    with suppress(ValueError, TypeError, SyntaxError, RecursionError, ConfigError):
+        return json_files.value_of(json.dumps(ast.literal_eval(text)), origin)
     return value.value
 
 

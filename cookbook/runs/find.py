@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,6 +13,8 @@ from cookbook.engine import checkpoint
 from cookbook.errors import CheckpointError
 from cookbook.runs.checkpoints import Checkpoint, CheckpointLog, read_records
 from cookbook.runs.record import RunRecord, read_run
+from cookbook.utils import json_files
+from cookbook.utils.json_files import JsonOrigin
 
 Which: TypeAlias = Literal["best", "last"]
 
@@ -61,14 +62,8 @@ class TrainedModel:
 
 def recorded_template_kwargs(metadata: Mapping[str, str]) -> dict[str, Any]:
     """Returns the variables of the chat template in a checkpoint's metadata. Raises CheckpointError."""
-    text = metadata.get("template_kwargs") or "{}"
-    try:
-        found = json.loads(text)
-    except (ValueError, RecursionError):
-        found = None
-    if not isinstance(found, dict):
-        raise CheckpointError(f"The template_kwargs of the checkpoint are no JSON object: {text[:80]}")
-    return found
+    origin = JsonOrigin("`template_kwargs` in the checkpoint's metadata", CheckpointError, "")
+    return json_files.object_of(metadata.get("template_kwargs") or "{}", origin)
 
 
 def find_trained_model(path: str, which: Which | None = None, base_model: str | None = None) -> TrainedModel:

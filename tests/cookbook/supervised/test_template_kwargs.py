@@ -203,5 +203,5 @@ def test_recorded_variables_that_are_damaged_are_refused(make_config: MakeConfig
     found = json.loads(state.read_text(encoding="utf-8"))
     found["user_metadata"]["template_kwargs"] = "[1"
     state.write_text(json.dumps(found), encoding="utf-8")
-    with pytest.raises(CheckpointError, match=r"template_kwargs .* no JSON object: \[1"):
+    with pytest.raises(CheckpointError, match="`template_kwargs` in the checkpoint's metadata is damaged"):
         _ = find_trained_model(str(saved)).template_kwargs
