@@ -11,6 +11,21 @@ from renderers.formats.llama3 import Llama3Renderer
 from renderers.formats.phi3 import Phi3Renderer
 from renderers.formats.qwen2_5 import Qwen2_5Renderer
 from renderers.formats.qwen3 import Qwen3DisableThinkingRenderer, Qwen3Renderer
+from renderers.formats.qwen3_5 import (
+    Qwen3_5DisableThinkingRenderer,
+    Qwen3_5PreserveThinkingRenderer,
+    Qwen3_5Renderer,
+    Qwen3_6DisableThinkingRenderer,
+    Qwen3_6PreserveThinkingRenderer,
+    Qwen3_6Renderer,
+)
+from renderers.formats.qwen3_8 import (
+    Qwen3_8DisableThinkingRenderer,
+    Qwen3_8LowRenderer,
+    Qwen3_8MediumRenderer,
+    Qwen3_8Renderer,
+    Qwen3_8XHighRenderer,
+)
 from renderers.formats.qwen3_instruct import Qwen3InstructRenderer
 from renderers.formats.role_colon import RoleColonRenderer
 from renderers.jinja.chat_template import ChatTemplateRenderer
@@ -30,6 +45,17 @@ for _renderer in (
     Llama3Renderer,
     Phi3Renderer,
     Qwen2_5Renderer,
+    Qwen3_5DisableThinkingRenderer,
+    Qwen3_5PreserveThinkingRenderer,
+    Qwen3_5Renderer,
+    Qwen3_6DisableThinkingRenderer,
+    Qwen3_6PreserveThinkingRenderer,
+    Qwen3_6Renderer,
+    Qwen3_8DisableThinkingRenderer,
+    Qwen3_8LowRenderer,
+    Qwen3_8MediumRenderer,
+    Qwen3_8Renderer,
+    Qwen3_8XHighRenderer,
     Qwen3DisableThinkingRenderer,
     Qwen3InstructRenderer,
     Qwen3Renderer,

@@ -14,13 +14,6 @@ _SWITCH = "It is not supported here. `chat_template` is the model's own template
 ANSWERS: Mapping[str, str] = {
     "qwen3_vl": _IMAGES,
     "qwen3_vl_instruct": _IMAGES,
-    "qwen3_5": _OWN,
-    "qwen3_5_disable_thinking": _SWITCH,
-    "qwen3_5_preserve_thinking": _OWN,
-    "qwen3_8_xhigh_reasoning": _OWN,
-    "qwen3_8_medium_reasoning": _OWN,
-    "qwen3_8_low_reasoning": _OWN,
-    "qwen3_8_disable_thinking": _SWITCH,
     "deepseekv3_disable_thinking": "Here it is `deepseekv3` for V3; for V3.1 and later use `chat_template`",
     "deepseekv4_1": _OWN,
     "deepseekv4_1_low_reasoning": _OWN,

@@ -53,26 +53,40 @@ class ChatMLRenderer(Renderer):
 
     def _draft(self, messages: Sequence[PlainMessage], tools: Sequence[Tool] | None) -> Draft:
         draft = Draft()
-        has_system = messages[0]["role"] == "system"
-        if not has_system:
-            opening = [self.default_system or "", describe_tools(tools) if tools else ""]
-            if any(opening):
-                draft.put(f"{START}system\n" + "\n\n".join(filter(None, opening)) + f"{END}\n")
+        self._put_system(draft, messages, tools)
         for index, message in enumerate(messages):
             role = message["role"]
             if role == "tool":
                 self._put_result(draft, messages, index)
-                continue
-            draft.put(f"{START}{role}\n")
-            if role == "assistant":
-                self._put_reply(draft, messages, index)
-            elif index == 0 and has_system and tools:
-                draft.put_text(index, message["content"])
-                draft.put(f"\n\n{describe_tools(tools)}{END}")
-            else:
-                draft.put_text(index, message["content"] + END)
-            draft.put("\n")
+            elif index > 0 or role != "system":
+                draft.put(f"{START}{role}\n")
+                if role == "assistant":
+                    self._put_reply(draft, messages, index)
+                else:
+                    draft.put_text(index, self._said(message) + END)
+                draft.put("\n")
         return draft
+
+    def _said(self, message: PlainMessage) -> str:
+        """Returns the text of a message of another role as the format prints it."""
+        return str(message.get("content", ""))
+
+    def _put_system(
+        self, draft: Draft, messages: Sequence[PlainMessage], tools: Sequence[Tool] | None
+    ) -> None:
+        """Appends the system message that a conversation begins with."""
+        if messages[0]["role"] != "system":
+            opening = [self.default_system or "", describe_tools(tools) if tools else ""]
+            if any(opening):
+                draft.put(f"{START}system\n" + "\n\n".join(filter(None, opening)) + f"{END}\n")
+            return
+        draft.put(f"{START}system\n")
+        if tools:
+            draft.put_text(0, messages[0]["content"])
+            draft.put(f"\n\n{describe_tools(tools)}{END}\n")
+        else:
+            draft.put_text(0, messages[0]["content"] + END)
+            draft.put("\n")
 
     def _put_result(self, draft: Draft, messages: Sequence[PlainMessage], index: int) -> None:
         before, after = messages[:index][-1:], messages[index + 1 : index + 2]

@@ -52,7 +52,7 @@ class Qwen3Renderer(ChatMLRenderer):
         num = len(messages) if num is None else num
         if messages[index]["role"] != "assistant" or index <= self._queries[1][num]:
             return False
-        return index == num - 1 or bool(_thought_and_said(messages[index])[0])
+        return index == num - 1 or bool(thought_and_said(messages[index])[0])
 
     def _check_reply(self, messages: Sequence[PlainMessage], index: int) -> None:
         """Raises RendererError if message `index` cannot be trained."""
@@ -65,13 +65,13 @@ class Qwen3Renderer(ChatMLRenderer):
                 f"Renderer `{self.name}` cannot train message {index + 1}, a reply right after a reply: "
                 "Qwen3 shows the first differently in the prompt and afterwards. Join the two."
             )
-        if _thought_and_said(message)[0] and not self._prints_thinking(messages, index, index + 1):
+        if thought_and_said(message)[0] and not self._prints_thinking(messages, index, index + 1):
             raise RendererError(
                 f"Renderer `{self.name}` has no place for the thinking of message {index + 1}, which no "
                 "user's message precedes. Remove it (drop_thinking=True does so), or do not train the "
                 "message."
             )
-        if _loses_text(message):
+        if loses_text(message):
             raise RendererError(
                 f"Renderer `{self.name}` cannot train message {index + 1}: Qwen3 would lose text "
                 f"around the {THINK} and {END_THINK} of its content. Give the thinking as "
@@ -80,7 +80,7 @@ class Qwen3Renderer(ChatMLRenderer):
         check_calls(self.name, message, index + 1)
 
     def _put_reply(self, draft: Draft, messages: Sequence[PlainMessage], index: int) -> None:
-        thought, said = _thought_and_said(messages[index])
+        thought, said = thought_and_said(messages[index])
         calls = print_calls(messages[index], index + 1, said)
         if not self._prints_thinking(messages, index):
             # The end of the prompt (`reply_opening`) is not printed in the history, so there is no cut.
@@ -114,7 +114,7 @@ class Qwen3DisableThinkingRenderer(Qwen3Renderer):
     reply_sections = with_call_sections(PLAIN)
 
     def _check_reply(self, messages: Sequence[PlainMessage], index: int) -> None:
-        if _thought_and_said(messages[index])[0].strip("\n"):
+        if thought_and_said(messages[index])[0].strip("\n"):
             raise no_place(self.name, "thinking", index + 1)
         super()._check_reply(messages, index)
         if not self._prints_thinking(messages, index, index + 1):
@@ -145,7 +145,8 @@ def _last_queries(messages: Sequence[PlainMessage]) -> list[int]:
     return found
 
 
-def _thought_and_said(message: PlainMessage) -> tuple[str, str]:
+def thought_and_said(message: PlainMessage) -> tuple[str, str]:
+    """Returns the thinking of a reply, which may be in its content, and the rest of the content."""
     content = message.get("content", "")
     if "reasoning_content" in message:
         return message["reasoning_content"], content
@@ -155,8 +156,8 @@ def _thought_and_said(message: PlainMessage) -> tuple[str, str]:
     return thought, content.split(END_THINK)[-1].lstrip("\n")
 
 
-def _loses_text(message: PlainMessage) -> bool:
-    """Returns whether `_thought_and_said` drops more than tags and the newlines around them."""
+def loses_text(message: PlainMessage) -> bool:
+    """Returns whether `thought_and_said` drops more than tags and the newlines around them."""
     if "reasoning_content" in message or END_THINK not in message.get("content", ""):
         return False
     thought, *said = message["content"].split(END_THINK)

@@ -59,6 +59,14 @@ FAMILIES = {
         "qwen3", ["qwen3_disable_thinking"], "qwen3", prompt_options={"enable_thinking": False}
     ),
     "Qwen3 Instruct 2507": Family("qwen3_instruct_2507", ["qwen3_instruct", "chat_template"], "qwen3"),
+    "Qwen3.5": Family("qwen3_5", ["qwen3_5"], "qwen3"),
+    "Qwen3.5, not thinking": Family(
+        "qwen3_5", ["qwen3_5_disable_thinking"], "qwen3", prompt_options={"enable_thinking": False}
+    ),
+    "Qwen3.6": Family("qwen3_6", ["qwen3_6"], "qwen3"),
+    "Qwen3.6, not thinking": Family(
+        "qwen3_6", ["qwen3_6_disable_thinking"], "qwen3", prompt_options={"enable_thinking": False}
+    ),
     "Qwen2.5": Family("qwen2_5", ["qwen2_5", "chat_template"], "qwen3"),
     "Llama 3": Family("llama3", ["llama3", "chat_template"], "llama3_1"),
     "Llama 3.1": Family("llama3_1", ["llama3", "chat_template"], "llama3_1"),
