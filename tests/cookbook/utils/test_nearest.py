@@ -54,7 +54,7 @@ def test_a_distant_or_opposite_key_is_not_suggested(name: str) -> None:
         ("qwen3_instuct", "qwen3_instruct"),
         ("deepseekv3_disable_thinking", None),
         ("deepseekv3_nothinking", None),
-        ("qwen3_5", None),
+        ("qwen3_7", None),
         ("qwen25_instruct", None),
         ("gemma2", None),
         ("phi4", None),
