@@ -129,10 +129,18 @@ def _not_here(what: str, model_name: str, reason: str) -> ModelError:
 
 
 @functools.lru_cache(maxsize=8)
-def get_tokenizer(model_name: str) -> PreTrainedTokenizerBase:
+def get_tokenizer(model_name: str, add_tokens: tuple[str, ...] = ()) -> PreTrainedTokenizerBase:
+    """Returns the tokenizer of a model, with `add_tokens` added to its vocabulary.
+
+    A text that contains an added token is encoded with it, wherever the text is from.
+    """
     tokenizer: PreTrainedTokenizerBase = load_from_hub_or_disk(
         "tokenizer", model_name, pretrained.load_tokenizer
     )
+    if add_tokens:
+        from tokenizers import AddedToken
+
+        tokenizer.add_tokens([AddedToken(token, normalized=False) for token in add_tokens])
     return tokenizer
 
 

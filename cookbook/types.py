@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 
-from cookbook.errors import RequestError
+from cookbook.errors import ConfigError, RequestError
 
 if TYPE_CHECKING:
     import torch
@@ -264,13 +264,26 @@ class LoraConfig:
     train_mlp: bool = True
     train_attn: bool = True
     use_rslora: bool = False
+    add_tokens: Sequence[str] = ()
+    """Tokens to add to the tokenizer, whose rows of the embeddings and the projection are trained."""
     peft: PeftSettings | None = field(default=None, compare=False, repr=False)
     """The settings of a saved adapter, which take the place of the others. None for a new adapter."""
 
     def as_json(self) -> dict[str, Any]:
         """Returns the values as JSON, without those that the adapter's own file holds or that are unset."""
-        unset = {name for name in ("use_rslora",) if not getattr(self, name)}
+        unset = {name for name in ("use_rslora", "add_tokens") if not getattr(self, name)}
         return {name: value for name, value in vars(self).items() if name != "peft" and name not in unset}
+
+
+def check_tokens(add_tokens: Sequence[str]) -> None:
+    """Raises ConfigError unless these are different texts that a tokenizer can have as tokens."""
+    for number, token in enumerate(add_tokens):
+        if not isinstance(token, str) or token != token.strip() or not token:
+            raise ConfigError(
+                f"Invalid token {token!r} in add_tokens: must be text without white space around it."
+            )
+        if token in add_tokens[:number]:
+            raise ConfigError(f"add_tokens names {token!r} twice. Remove one of the two.")
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ EXCEPTIONS = {
 """Calls that write no permanent file, or into a folder that is not in its final place yet."""
 
 IN_NEW_FOLDERS = {
-    "cookbook/engine/model/full_weights.py",
+    "cookbook/engine/model/adapters.py", "cookbook/engine/model/full_weights.py",
     "cookbook/engine/checkpoint.py",
     "cookbook/export/chat_format.py", "cookbook/export/merged_folder.py",
     "cookbook/embedded/pretrain.py",  # the developer's own tool

@@ -108,6 +108,12 @@ class SamplingClient:
                 f"Checkpoint {path} is a full model, not an adapter on {engine.base.name}. Sample from "
                 f"it with ServiceClient().create_sampling_client(model_path=...)."
             )
+        if tuple(info.lora.add_tokens) != engine.base.add_tokens:
+            raise CheckpointError(
+                f"Checkpoint {path} adds the tokens {[*info.lora.add_tokens]}, and this client's model "
+                f"{[*engine.base.add_tokens]}. Sample from it with "
+                f"ServiceClient().create_sampling_client(model_path=...)."
+            )
         weights = checkpoint.read_weights(path)
         client = cls(engine, functools.partial(_of_checkpoint, engine.base, os.fspath(path), info, weights))
         try:

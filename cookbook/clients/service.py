@@ -7,7 +7,7 @@ import os
 import secrets
 import threading
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,6 +28,7 @@ from cookbook.types import (
     LoadWeightsResponse,
     LoraConfig,
     SupportedModel,
+    check_tokens,
 )
 
 DEFAULT_CHECKPOINT_ROOT = Path("~/.cookbook/checkpoints")
@@ -84,7 +85,7 @@ class ServiceClient:
         self._options = options or named
         self._recorder = recorder
         self._checkpoint_dir = None if checkpoint_dir is None else Path(checkpoint_dir).expanduser()
-        self._engines: dict[str, Engine] = {}
+        self._engines: dict[tuple[str, tuple[str, ...]], Engine] = {}
         self._unshared_engines: weakref.WeakSet[Engine] = weakref.WeakSet()
         """The engines of full fine-tunes. Each trains a copy of its own, which is freed with its clients."""
         self._is_closed = False
@@ -133,6 +134,7 @@ class ServiceClient:
                 "rank=0 trains every weight, but train_mlp, train_attn or train_unembed is False. These "
                 "select the layers of a LoRA: set them to True, or use a rank of at least 1."
             )
+        check_tokens(lora.add_tokens)
         if lora.seed is None:
             lora = replace(lora, seed=processes.current().broadcast(secrets.randbelow(2**31)))
         return self._training_client(base_model, lora, user_metadata)
@@ -177,8 +179,8 @@ class ServiceClient:
             info = checkpoint.read_info(model_path)
             if info.lora.rank == 0:
                 return SamplingClient.of_base(self._unshared_engine(os.fspath(model_path)))
-            base_model = base_model or info.base_model
-            return SamplingClient.of_checkpoint(self._engine(base_model), model_path)
+            engine = self._engine(base_model or info.base_model, info.lora.add_tokens)
+            return SamplingClient.of_checkpoint(engine, model_path)
         if base_model is None:
             raise RequestError("Give model_path (a saved checkpoint) or base_model (a model's name).")
         return SamplingClient.of_base(self._engine(base_model))
@@ -205,13 +207,15 @@ class ServiceClient:
         if self._is_closed:
             raise ClosedError("This ServiceClient was closed. Create a new one.")
 
-    def _engine(self, base_model: str) -> Engine:
-        location = models.model_location(base_model)
-        key = os.path.realpath(location) if os.path.isdir(location) else location
+    def _engine(self, base_model: str, add_tokens: Sequence[str] = ()) -> Engine:
+        location, tokens = models.model_location(base_model), tuple(add_tokens)
+        key = os.path.realpath(location) if os.path.isdir(location) else location, tokens
         with self._lock:
             self._check_open()
             if key not in self._engines:
-                self._engines[key] = Engine(base_model, self._options, recorder=self._recorder)
+                self._engines[key] = Engine(
+                    base_model, self._options, recorder=self._recorder, add_tokens=tokens
+                )
             return self._engines[key]
 
     def _training_client(
@@ -228,12 +232,15 @@ class ServiceClient:
                 f"weights that rank=0 trains. Use a rank of at least 1, or quantization=None."
             )
         metadata = self._user_metadata | _checked_metadata(user_metadata)
-        engine = self._unshared_engine(base_model) if lora.rank == 0 else self._engine(base_model)
+        create = self._unshared_engine if lora.rank == 0 else self._engine
+        engine = create(base_model, lora.add_tokens)
         return TrainingClient(engine, lora, folder, metadata)
 
-    def _unshared_engine(self, model: str) -> Engine:
+    def _unshared_engine(self, model: str, add_tokens: Sequence[str] = ()) -> Engine:
         self._check_open()
-        engine = Engine(model, self._options, is_trained=True, recorder=self._recorder)
+        engine = Engine(
+            model, self._options, is_trained=True, recorder=self._recorder, add_tokens=tuple(add_tokens)
+        )
         with self._lock:
             self._unshared_engines.add(engine)
             is_closed = self._is_closed  # the client may have been closed meanwhile

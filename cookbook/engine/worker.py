@@ -263,8 +263,12 @@ class Engine:
         options: EngineOptions | None = None,
         is_trained: bool = False,
         recorder: Recorder | None = None,
+        add_tokens: tuple[str, ...] = (),
     ) -> None:
-        """`is_trained` says that the model's own weights are trained. `recorder` records every job."""
+        """`is_trained` says that the model's own weights are trained, `add_tokens` what its tokenizer lacks.
+
+        `recorder` records every job.
+        """
         self.is_closed = False
         self.clients: weakref.WeakSet[Client] = weakref.WeakSet()
         self._worker = _Worker()
@@ -272,7 +276,9 @@ class Engine:
         self._recorder = recorder
         self._device_clock: DeviceClock | None = None
         try:
-            self.base: BaseModel = self.submit(BaseModel, model_name, options, is_trained).result()
+            self.base: BaseModel = self.submit(
+                BaseModel, model_name, options, is_trained, add_tokens
+            ).result()
             if recorder is not None and self.base.device.type == "cuda":
                 self._device_clock = self.submit(DeviceClock, self.base.device).result()
         except BaseException:

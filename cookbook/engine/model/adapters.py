@@ -7,7 +7,7 @@ import itertools
 import threading
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from cookbook import models
 from cookbook.engine import checkpoint
-from cookbook.engine.model import fsdp, full_weights, peft_layers
+from cookbook.engine.model import fsdp, full_weights, peft_layers, vocabulary
 from cookbook.engine.model import lora as fused_lora
 from cookbook.errors import ConfigError
 from cookbook.types import LoraConfig
@@ -68,7 +68,10 @@ class Adapters:
         name = f"adapter{next(self._numbers)}"
         base = models.model_location(self._model_name)
         if lora.peft is None:
-            config = peft_layers.config_of(lora, base, target_modules=self._target_modules(lora))
+            rows = vocabulary.rows_to_train(self._model, self._tokenizer, lora.add_tokens)
+            config = peft_layers.config_of(
+                lora, base, target_modules=self._target_modules(lora), trainable_token_indices=rows
+            )
         else:
             peft_layers.check_supported(self._model, self._model_name, lora.peft.explicit)
             config = peft_layers.config_of(lora, base, **lora.peft.explicit)
@@ -142,6 +145,8 @@ class Adapters:
         else:
             peft_layers.write_config(self._peft.peft_config[adapter.name], adapter.lora, folder)
             checkpoint.write_adapter(folder, adapter.weights)
+            if adapter.lora.add_tokens:
+                self._tokenizer.save_pretrained(folder)
 
     def read(self, path: str, lora: LoraConfig) -> dict[str, Tensor]:
         """Returns the weights that `write` saved. Raises CheckpointError for a damaged checkpoint.
@@ -173,6 +178,8 @@ class Adapters:
             self._active = adapter_name
 
     def _target_modules(self, lora: LoraConfig) -> list[str]:
+        if lora.add_tokens:  # PEFT has no LoRA on a projection whose rows are trained
+            lora = replace(lora, train_unembed=False)
         head = self._model.get_output_embeddings()
         chosen, other = {}, []
         for name, module in self._model.named_modules():

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from cookbook import models
 from cookbook.engine import processes
-from cookbook.engine.model import architecture, attention, fsdp, unembedding
+from cookbook.engine.model import architecture, attention, fsdp, unembedding, vocabulary
 from cookbook.engine.model.adapters import GLOBAL_STATE, Adapter, Adapters
 from cookbook.engine.model.attention import AttentionLayout
 from cookbook.engine.model.compiling import compile_layers
@@ -47,15 +47,23 @@ class BaseModel:
     """A model that is loaded once. All training and sampling clients on it share its weights."""
 
     def __init__(
-        self, model_name: str, options: EngineOptions | None = None, is_trained: bool = False
+        self,
+        model_name: str,
+        options: EngineOptions | None = None,
+        is_trained: bool = False,
+        add_tokens: tuple[str, ...] = (),
     ) -> None:
-        """Loads the model. `is_trained` says that its own weights are trained, which needs more memory."""
+        """Loads the model, with rows for `add_tokens`.
+
+        `is_trained` says that its own weights are trained, which needs more memory.
+        """
         self.name = model_name
+        self.add_tokens = add_tokens
         self.options = options or EngineOptions()
         self.world = processes.current().duplicate()
         self.device = resolve_device(self.options.device)
         self.dtype = resolve_dtype(self.options.dtype, self.device)
-        self.tokenizer = models.get_tokenizer(model_name)
+        self.tokenizer = models.get_tokenizer(model_name, add_tokens)
         with GLOBAL_STATE:
             self.is_sharded = fsdp.should_shard(
                 self.options, self.world, model_name, self.device, self.dtype, is_trained
@@ -81,12 +89,21 @@ class BaseModel:
 
     def _load(self, is_trained: bool) -> Any:
         if not self.is_sharded:
-            return load_model(self.name, self.device, self.dtype, self.options.quantization)
+            model = load_model(self.name, self.device, self.dtype, self.options.quantization)
+            self._add_rows(model)
+            return model
         with self.loading_in_turn():
             model = load_model(self.name, torch.device("cpu"), self.dtype)
+            self._add_rows(model)
             model.requires_grad_(is_trained)
             fsdp.shard(model, self.world, self.device, self.name)
         return model
+
+    def _add_rows(self, model: Any) -> None:
+        if self.add_tokens:
+            base_tokenizer = models.get_tokenizer(self.name)
+            vocabulary.add_rows(model, self.tokenizer, base_tokenizer, self.add_tokens, self.name)
+            model.requires_grad_(False)
 
     @contextlib.contextmanager
     def loading_in_turn(self) -> Iterator[None]:

@@ -68,6 +68,14 @@ def check_supported(model: Any, model_name: str, explicit: Mapping[str, Any]) ->
         raise ConfigError(
             f"use_dora=true on the projection to the vocabulary of {model_name} is not supported. {repair}"
         )
+    num_rows = model.get_input_embeddings().weight.shape[0]
+    for name, rows in (explicit["trainable_token_indices"] or {}).items():
+        if max(rows) >= num_rows:
+            raise ConfigError(
+                f"The adapter trains row {max(rows)} of {name} (trainable_token_indices), and {model_name} "
+                f"has {num_rows} rows: it was resized for the adapter. Resize it, save it with its tokenizer, "
+                f"and give that folder as the base model."
+            )
     for name in explicit["modules_to_save"] or ():
         weights = [*modules[name].parameters()] if name in modules else []
         if any(not weight.is_floating_point() for weight in weights):
