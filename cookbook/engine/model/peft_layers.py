@@ -73,7 +73,7 @@ def check_supported(model: Any, model_name: str, explicit: Mapping[str, Any]) ->
         if max(rows) >= num_rows:
             raise ConfigError(
                 f"The adapter trains row {max(rows)} of {name} (trainable_token_indices), and {model_name} "
-                f"has {num_rows} rows: it was resized for the adapter. Resize it, save it with its tokenizer, "
+                f"has {num_rows}: it was resized for the adapter. Resize it, save it with its tokenizer, "
                 f"and give that folder as the base model."
             )
     for name in explicit["modules_to_save"] or ():
