@@ -294,6 +294,11 @@ class ServiceClient:
             alpha=alpha,
         )
 
+    async def create_training_client_async(
+        self, base_model: str, lora: LoraConfig, user_metadata: Mapping[str, str] | None = None
+    ) -> TrainingClient:
+        return await asyncio.to_thread(self.create_training_client, base_model, lora, user_metadata)
+
     async def create_training_client_from_state_async(
         self,
         path: str | os.PathLike[str],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import logging
 from collections.abc import Mapping, Sequence
@@ -292,9 +291,7 @@ async def _create_client(
     lora = config.lora()
     if weights is not None and lora.rank:  # an adapter keeps the layers that it has
         lora = replace(read_info(weights).lora, seed=config.seed)
-    client = await asyncio.to_thread(
-        service.create_training_client, config.model_name, lora, _chat_format(config)
-    )
+    client = await service.create_training_client_async(config.model_name, lora, _chat_format(config))
     if last is not None:
         await client.load_state_with_optimizer(checkpoints.path_of(last))
     elif config.load_checkpoint_path is not None:

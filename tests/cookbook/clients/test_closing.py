@@ -21,7 +21,7 @@ from waiting import wait_until
 from cookbook import SamplingClient, ServiceClient, TrainingClient
 from cookbook.engine.worker import Engine
 from cookbook.errors import ClosedError, CookbookError
-from cookbook.types import AdamParams, Datum, ModelInput, SamplingParams
+from cookbook.types import AdamParams, Datum, LoraConfig, ModelInput, SamplingParams
 
 ADAM = AdamParams(learning_rate=1e-3)
 DATA = [Datum(ModelInput.from_ints([5, 6, 7]), {"target_tokens": [6, 7, 8]})]
@@ -403,6 +403,7 @@ def test_every_method_of_a_closed_service_is_refused(
     service.close()
     arguments: dict[str, tuple[Any, ...]] = {
         "create_lora_training_client": (tiny_qwen3,),
+        "create_training_client": (tiny_qwen3, LoraConfig(rank=1)),
         "create_training_client_from_state": (path,),
         "create_training_client_from_state_with_optimizer": (path,),
         "create_sampling_client": (path,),
