@@ -423,6 +423,10 @@ class ModelData:
     dtype: str
     num_logits: int
     """The number of vocabulary entries for which the model has logits, including padding entries."""
+    adapted_share: float = 1.0
+    """The share of the model's weights that carry an adapter, or are trained themselves."""
+    without_adapter: Mapping[str, float] = field(default_factory=dict)
+    """For each kind of other weights (embeddings, routers, ...), their share of the model's weights."""
 
 
 @dataclass(frozen=True)

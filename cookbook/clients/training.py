@@ -280,6 +280,7 @@ class TrainingClient:
     def get_info(self) -> GetInfoResponse:
         """Returns the base model, the adapter's shape, and the metadata that this client was created with."""
         base, lora = self._engine.base, self._trainer.adapter.lora
+        without_adapter = base.adapters.shares_without(self._trainer.adapter)
         model_data = ModelData(
             model_id=self.model_id,
             model_name=base.name,
@@ -290,6 +291,8 @@ class TrainingClient:
             device=str(base.device),
             dtype=str(base.dtype).removeprefix("torch."),
             num_logits=base.num_logits,
+            adapted_share=1.0 - sum(without_adapter.values()),
+            without_adapter=without_adapter,
         )
         return GetInfoResponse(self.model_id, model_data, dict(self._trainer.user_metadata))
 

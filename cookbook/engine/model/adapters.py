@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import functools
 import itertools
 import threading
 import warnings
@@ -18,6 +20,7 @@ from cookbook import models
 from cookbook.engine import checkpoint
 from cookbook.engine.model import fsdp, full_weights, peft_layers, vocabulary
 from cookbook.engine.model import lora as fused_lora
+from cookbook.engine.model.targets import Target, TargetTable, find_targets
 from cookbook.errors import ConfigError
 from cookbook.types import LoraConfig
 
@@ -61,20 +64,21 @@ class Adapters:
         Raises ConfigError where there is no layer to put an adapter on.
         """
         from peft import PeftModel
+        from peft.utils.constants import DUMMY_TARGET_MODULES
 
         if lora.rank == 0:
             assert self._peft is None, "a model whose own weights are trained carries no adapter"
             return Adapter("", lora, full_weights.train_all(self._model))
         name = f"adapter{next(self._numbers)}"
-        base = models.model_location(self._model_name)
         if lora.peft is None:
             rows = vocabulary.rows_to_train(self._model, self._tokenizer, lora.add_tokens)
-            config = peft_layers.config_of(
-                lora, base, target_modules=self._target_modules(lora), trainable_token_indices=rows
-            )
+            targets, settings = self._chosen(lora), {"trainable_token_indices": rows}
         else:
             peft_layers.check_supported(self._model, self._model_name, lora.peft.explicit)
-            config = peft_layers.config_of(lora, base, **lora.peft.explicit)
+            targets, settings = peft_layers.targets_of(self._model, lora.peft.explicit)
+        # PEFT chooses no layers itself: it would match names, and rewrite those of experts.
+        settings |= {"target_modules": DUMMY_TARGET_MODULES, "target_parameters": None}
+        config = peft_layers.config_of(lora, models.model_location(self._model_name), **settings)
         device = self._model.device
         devices = [device] if device.type == "cuda" else []
         with GLOBAL_STATE, torch.random.fork_rng(devices=devices), warnings.catch_warnings():
@@ -89,6 +93,7 @@ class Adapters:
                     self._peft = PeftModel(self._model, config, adapter_name=name)
                 else:
                     self._peft.add_adapter(name, config)
+                peft_layers.put_on(self._peft, self._model, targets, config, name)
             except (ValueError, TypeError) as error:  # layers on which PEFT does not support an adapter
                 what = (
                     "Skip those layers with train_attn=False, train_mlp=False or train_unembed=False."
@@ -177,34 +182,14 @@ class Adapters:
             self._peft.set_adapter(adapter_name)
             self._active = adapter_name
 
-    def _target_modules(self, lora: LoraConfig) -> list[str]:
+    def _chosen(self, lora: LoraConfig) -> list[str]:
         if lora.add_tokens:  # PEFT has no LoRA on a projection whose rows are trained
             lora = replace(lora, train_unembed=False)
-        head = self._model.get_output_embeddings()
-        chosen, other = {}, []
-        for name, module in self._model.named_modules():
-            if isinstance(module, nn.Module) and hasattr(module, "base_layer"):
-                module = module.base_layer  # the layer already has another adapter
-            if not isinstance(module, nn.Linear) or ".lora_" in name or name.endswith(".base_layer"):
-                continue
-            if module is getattr(head, "base_layer", head):
-                group, wanted = "train_unembed", lora.train_unembed
-            elif "attn" in name or "attention" in name:
-                group, wanted = "train_attn", lora.train_attn
-            else:
-                group, wanted = "train_mlp", lora.train_mlp
-            if wanted:
-                chosen[name] = group
-            else:
-                other.append(name)
-        for group in ("train_attn", "train_mlp", "train_unembed"):
-            if getattr(lora, group) and group not in chosen.values():
-                raise ConfigError(
-                    f"{group}=True, but {self._model_name} has no linear layer of that kind to put an "
-                    f"adapter on. Pass {group}=False."
-                )
-        if not chosen:
-            raise ConfigError("Nothing to train: set train_attn, train_mlp or train_unembed.")
-        suffixes = {name.rsplit(".", 1)[-1] for name in chosen}
-        is_unambiguous = not any(name.rsplit(".", 1)[-1] in suffixes for name in other)
-        return sorted(suffixes) if is_unambiguous else sorted(chosen)
+        return [target.name for target in self.targets.chosen(lora, self._model_name)]
+
+    def shares_without(self, adapter: Adapter) -> dict[str, float]:
+        """Returns the share of the model's weights that the adapter is not on, by kind, largest first."""
+        if adapter.is_full:
+            return {}
+        total = self.targets.num_weights
+        return {kind: count / total for kind, count in self.targets.without_adapter(adapter.lora).items()}

@@ -334,6 +334,8 @@ def _pattern_value(
 
 def _is_target(module: str, config: Mapping[str, Any], folder: Path) -> bool:
     """Returns whether PEFT adapts a linear layer of this name, like its `check_target_module_exists`."""
+    if _is_named(f"{module}.weight", config.get("target_parameters") or [], "target_parameters", folder):
+        return True
     targets, excluded = config.get("target_modules"), config.get("exclude_modules")
     if excluded and _is_named(module, excluded, "exclude_modules", folder):
         return False

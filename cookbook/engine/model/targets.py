@@ -1,0 +1,259 @@
+"""Lists what a model has for a LoRA to be put on: its linear layers and its experts' stacked weights.
+
+Names are full, because a short name may also be that of a vision tower's layer or of a router. The list is
+read from the modules alone, so it is the same for a model without memory for its weights (device "meta").
+
+A LoRA is put on every product of hidden states with a weight in the language model: attention, recurrent
+layers, MLPs, shared and routed experts, the projections around them, and the projection to the vocabulary.
+`WHY_NOT` lists the weights that carry none.
+"""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from cookbook.errors import ConfigError
+from cookbook.types import LoraConfig
+
+Group: TypeAlias = Literal["train_attn", "train_mlp", "train_unembed"]
+"""The option of a LoraConfig that a layer belongs to."""
+GROUPS: tuple[Group, ...] = ("train_attn", "train_mlp", "train_unembed")
+
+WHY_NOT: Mapping[str, str] = {
+    "other parts": "they are not part of the language model: vision, audio, further heads",
+    "routers": "they choose and weight experts",
+    "index": "they choose positions and get no gradient",
+    "unused": "they do not run, and get no gradient",
+    "read directly": "the model reads the weight without running the layer",
+    "special layers": "their product is not that of a linear layer",
+    "PEFT": "PEFT refuses an adapter on them",
+    "experts": "no grouped product is known for them",
+    "embeddings": "they are looked up, not multiplied",
+    "convolutions": "they have few weights",
+    "norms and vectors": "they have few weights",
+}
+"""For each kind of weights without an adapter, the reason."""
+
+_TOKEN_MIXER = re.compile(r"attn|attention|mamba|\bssm|delta_?net|short_?conv|recurren|rwkv|lightning|kda")
+_MLP = re.compile(r"mlp|moe|expert|feed_?forward|ffn|ffw")
+_CONTAINER = re.compile(r"(Layer|Block|Model|LM|Generation|Decoder)$")
+"""Classes of modules that hold both kinds of layers, and may be named after one."""
+
+_REFUSED_BY_PEFT = {"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"}
+"""Model types on whose `out_proj` PEFT puts no adapter: a fused kernel may read its weight directly."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """A linear layer, or the stacked weights [E, ...] of experts."""
+
+    name: str
+    group: Group
+    num_weights: int
+    is_stacked: bool = False
+
+
+@dataclass(frozen=True)
+class TargetTable:
+    """The targets of a model by name, and the number of its other weights by their kind (see `WHY_NOT`)."""
+
+    targets: Mapping[str, Target]
+    others: Mapping[str, int]
+    names: frozenset[str] = field(repr=False)
+    """The names of all modules."""
+
+    def chosen(self, lora: LoraConfig, model_name: str) -> list[Target]:
+        """Returns the targets that the options choose. Raises ConfigError if an option chooses none."""
+        wanted = [group for group in GROUPS if getattr(lora, group)]
+        if not wanted:
+            raise ConfigError("Nothing to train: set train_attn, train_mlp or train_unembed.")
+        found = [t for t in self.targets.values() if t.group in wanted and not t.is_stacked]
+        if not found:
+            raise ConfigError(
+                f"{' and '.join(f'{group}=True' for group in wanted)}, but {model_name} has no linear layer "
+                f"of that kind to put an adapter on."
+            )
+        return found
+
+    def without_adapter(self, lora: LoraConfig) -> dict[str, int]:
+        """Returns the number of weights without an adapter by their kind, largest first."""
+        counts = dict(self.others)
+        for target in self.targets.values():
+            if not getattr(lora, target.group):
+                kind = f"{target.group}=False"
+            elif target.is_stacked:
+                kind = "experts"
+            else:
+                continue
+            counts[kind] = counts.get(kind, 0) + target.num_weights
+        return dict(sorted(counts.items(), key=lambda item: -item[1]))
+
+    @property
+    def num_weights(self) -> int:
+        return sum(self.others.values()) + sum(target.num_weights for target in self.targets.values())
+
+
+def find_targets(model: Any) -> TargetTable:
+    """Returns the table of a model of transformers that carries no adapter yet."""
+    decoder, head = model.get_decoder(), model.get_output_embeddings()
+    in_decoder = {id(module) for module in decoder.modules()}
+    modules = dict(model.named_modules())
+    targets: dict[str, Target] = {}
+    others: dict[str, int] = {}
+    seen: set[int] = set()
+    if isinstance(head, nn.Linear):  # before the embeddings, which may be tied to it
+        name = next(name for name, module in modules.items() if module is head)
+        targets[name] = Target(name, "train_unembed", _num_weights(head.weight))
+        seen.add(id(head.weight))
+    for name, module in modules.items():
+        path = list(_ancestors(name, modules))
+        for short, parameter in module.named_parameters(recurse=False):
+            if id(parameter) in seen:
+                continue
+            seen.add(id(parameter))
+            reason = _why_not(module, short, path, id(module) in in_decoder, model)
+            if reason is None:
+                is_stacked = not isinstance(module, nn.Linear)
+                full = f"{name}.{short}" if is_stacked else name
+                targets[full] = Target(full, _group(path), _num_weights(parameter), is_stacked)
+            else:
+                others[reason] = others.get(reason, 0) + _num_weights(parameter)
+    places = {name: place for place, name in enumerate(modules)}
+    in_order = sorted(targets.values(), key=lambda target: (target.is_stacked, places.get(target.name, 0)))
+    return TargetTable({target.name: target for target in in_order}, others, frozenset(modules))
+
+
+def _why_not(
+    module: nn.Module, short: str, path: list[tuple[str, nn.Module]], is_in_decoder: bool, model: Any
+) -> str | None:
+    """Returns the kind of a weight that carries no adapter, or None for a target.
+
+    `path` has the module and its ancestors by their attribute name, from the inside out.
+    """
+    leaf, parent = path[0][0], path[1][1] if len(path) > 1 else None
+    words = [f"{name} {type(part).__name__}".lower() for name, part in path if name]
+    parameter = getattr(module, short)
+    if module is model.get_output_embeddings():
+        return "norms and vectors"  # its bias
+    if not is_in_decoder or any(re.search(r"\bmtp\b|mtp_|nextn", word) for word in words):
+        return "embeddings" if isinstance(module, nn.Embedding) else "other parts"
+    if isinstance(module, nn.Embedding):
+        return "embeddings"
+    if any("indexer" in word for word in words):
+        return "index"
+    if any("router" in word for word in words) or _is_gate(path, parameter):
+        return "routers"
+    if is_grouped(module) and short in stacked_names(module):
+        return None
+    if parameter.dim() == 3 and any("expert" in word for word in words):
+        return "experts"
+    if re.search(r"conv\d?d?$", leaf) or parameter.dim() > 2 or "conv" in type(module).__name__.lower():
+        return "convolutions"
+    if not isinstance(module, nn.Linear) or short != "weight":
+        return "special layers" if short == "weight" and parameter.dim() == 2 else "norms and vectors"
+    if not _is_plain(module):
+        return "special layers"
+    if _is_unused(leaf, parent):
+        return "unused"
+    if parent is not None and _reads_weight(type(parent), leaf):
+        return "read directly"
+    if leaf in ("out_proj", "conv1d") and model.config.model_type in _REFUSED_BY_PEFT:
+        return "PEFT"
+    return None
+
+
+def is_grouped(module: nn.Module) -> bool:
+    """Returns whether the module holds stacked expert weights that transformers can use in grouped products.
+
+    Such modules describe themselves: gates, biases, and whether the weights are transposed.
+    """
+    return hasattr(module, "has_gate") and hasattr(module, "is_transposed") and hasattr(module, "has_bias")
+
+
+def stacked_names(experts: Any) -> tuple[str, str]:
+    """Returns the names of the two stacked weights of a module of experts, in the order of their use."""
+    return ("gate_up_proj" if experts.has_gate else "up_proj", "down_proj")
+
+
+def _is_gate(path: list[tuple[str, nn.Module]], weight: Tensor) -> bool:
+    """Returns whether a layer chooses or weights experts: a router, or the gate of a shared expert."""
+    for (name, _), (_, parent) in itertools.pairwise(path):
+        has_experts = any("expert" in child for child, _ in parent.named_children())
+        if has_experts and (name in ("gate", "wg") or (name.endswith("_gate") and weight.shape[0] == 1)):
+            return True
+    return False
+
+
+def _is_plain(module: nn.Linear) -> bool:
+    """Returns whether a linear layer computes x W^T.
+
+    The code of a model may define a subclass that computes something else, or needs more than a weight. So
+    its forward is tried on a small weight.
+    """
+    kind = type(module)
+    is_of_model = re.match(r"transformers(\.models|_modules)\.", kind.__module__)
+    if kind.forward is nn.Linear.forward or not is_of_model:
+        return True
+    small: Any = kind.__new__(kind)
+    nn.Module.__init__(small)
+    small.in_features, small.out_features, small.bias = 2, 3, None
+    x_NI = torch.tensor([[0.5, -1.0], [2.0, 0.25]])
+    small.weight = nn.Parameter(torch.tensor([[1.0, 2.0], [3.0, -4.0], [0.5, 1.5]]))
+    try:
+        found = kind.forward(small, x_NI)
+    except (AttributeError, RuntimeError, TypeError, ValueError):
+        return False
+    return isinstance(found, Tensor) and torch.equal(found, x_NI @ small.weight.T)
+
+
+def _is_unused(leaf: str, parent: nn.Module | None) -> bool:
+    """Returns whether a layer of attention is there only in the files: an earlier layer's result is used."""
+    shares = getattr(parent, "is_kv_shared_layer", False)
+    return bool(shares) and leaf in ("k_proj", "v_proj")
+
+
+def _reads_weight(parent: type, leaf: str) -> bool:
+    """Returns whether the code of a module multiplies with the weight of a child itself.
+
+    An adapter on the child would have no effect. Fused kernels that are used only in training mode, which
+    this engine does not use, are no such place.
+    """
+    try:
+        source = inspect.getsource(parent)
+    except (OSError, TypeError):
+        return False  # the code is not at hand
+    return re.search(rf"(?<!outproj_weight=)self\.{leaf}\.weight\b(?![.\[])", source) is not None
+
+
+def _group(path: list[tuple[str, nn.Module]]) -> Group:
+    """Returns the group by the innermost module that is named after one."""
+    for name, module in path:
+        kind = type(module).__name__
+        words = name.lower() if _CONTAINER.search(kind) else f"{name} {kind}".lower()
+        if _TOKEN_MIXER.search(words):
+            return "train_attn"
+        if _MLP.search(words):
+            return "train_mlp"
+    return "train_mlp"
+
+
+def _ancestors(name: str, modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, nn.Module]]:
+    while name:
+        outer, _, leaf = name.rpartition(".")
+        yield leaf, modules[name]
+        name = outer
+    yield "", modules[""]
+
+
+def _num_weights(parameter: Any) -> int:
+    """Returns the number of weights, also of a parameter that holds them in 4 bits."""
+    state = getattr(parameter, "quant_state", None)
+    return int(parameter.numel() if state is None else state.shape.numel())
