@@ -12,6 +12,7 @@ from cookbook.supervised.config import Config
 from cookbook.supervised.continuation import Start, total_steps_from
 from cookbook.supervised.hyperparameters import fitting_rank
 from cookbook.supervised.schedules import learning_rate_at
+from cookbook.types import ModelData
 
 if TYPE_CHECKING:
     from cookbook.clients.training import TrainingClient
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MAX_ADVISED_RANK = 512
+LINE_WIDTH = 80
+EXPECTED_KINDS = ("embeddings", "norms and vectors", "convolutions", "routers", "other parts")
+"""The weights that no adapter is expected on."""
 
 
 def announce_changes(
@@ -97,6 +101,9 @@ def announce(
         f" ({config.quantization} base)" if config.quantization else "",
         f"LoRA rank {config.lora_rank}" if config.lora_rank else "all weights trained",
     )
+    if config.lora_rank:
+        for line in adapter_lines(model):
+            logger.info("%s", line)
     if not folder.world.is_alone:
         each = "a part of the" if client.samples_together else "all"
         logger.info("%d processes train together; each holds %s base weights.", folder.world.size, each)
@@ -125,6 +132,28 @@ def announce(
         f", {start.step:,} of them done" if start.step else "",
     )
     logger.info("Everything goes to %s.", folder.path)
+
+
+def adapter_lines(model: ModelData) -> list[str]:
+    """Returns what share of the weights the adapter is on, and what it is not on, in 80 columns.
+
+    Kinds of weights that might be expected to carry an adapter have a line each, which says why not.
+    """
+    from cookbook.engine.model.targets import WHY_NOT  # imports torch
+
+    parts = [f"{kind} {share:.1%}" for kind, share in model.without_adapter.items() if share >= 0.0005]
+    line = f"The adapter is on {model.adapted_share:.1%} of the weights"
+    for place, part in enumerate(parts):
+        longer = f"{line}{', ' if place else '; not on '}{part}"
+        if len(longer) > LINE_WIDTH - 1:
+            break
+        line = longer
+    reasons = [
+        f"  {share:.1%} carry none: {WHY_NOT[kind]} ({kind})."
+        for kind, share in model.without_adapter.items()
+        if kind in WHY_NOT and kind not in EXPECTED_KINDS and share >= 0.01
+    ]
+    return [f"{line}.", *reasons]
 
 
 def _size(dataset: SupervisedDataset) -> str:

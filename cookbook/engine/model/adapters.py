@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
-import functools
 import itertools
 import threading
 import warnings
@@ -18,9 +16,9 @@ from torch import Tensor, nn
 
 from cookbook import models
 from cookbook.engine import checkpoint
-from cookbook.engine.model import fsdp, full_weights, peft_layers, vocabulary
+from cookbook.engine.model import fsdp, full_weights, peft_layers, peft_targets, vocabulary
 from cookbook.engine.model import lora as fused_lora
-from cookbook.engine.model.targets import Target, TargetTable, find_targets
+from cookbook.engine.model.targets import find_targets, unused_layers
 from cookbook.errors import ConfigError
 from cookbook.types import LoraConfig
 
@@ -55,6 +53,8 @@ class Adapters:
         self._peft: Any = None
         self._active: str | None = None
         self._numbers = itertools.count()
+        self.targets = find_targets(model)
+        """What the model has to put an adapter on."""
 
     def add(self, lora: LoraConfig) -> Adapter:
         """Returns a new adapter. A is random with `lora.seed` and B is zero, so the outputs do not change.
@@ -75,7 +75,7 @@ class Adapters:
             targets, settings = self._chosen(lora), {"trainable_token_indices": rows}
         else:
             peft_layers.check_supported(self._model, self._model_name, lora.peft.explicit)
-            targets, settings = peft_layers.targets_of(self._model, lora.peft.explicit)
+            targets, settings = peft_targets.named_in(self._model, lora.peft.explicit)
         # PEFT chooses no layers itself: it would match names, and rewrite those of experts.
         settings |= {"target_modules": DUMMY_TARGET_MODULES, "target_parameters": None}
         config = peft_layers.config_of(lora, models.model_location(self._model_name), **settings)
@@ -93,7 +93,7 @@ class Adapters:
                     self._peft = PeftModel(self._model, config, adapter_name=name)
                 else:
                     self._peft.add_adapter(name, config)
-                peft_layers.put_on(self._peft, self._model, targets, config, name)
+                peft_targets.put_on(self._peft, self._model, targets, config, name, self.targets.names)
             except (ValueError, TypeError) as error:  # layers on which PEFT does not support an adapter
                 what = (
                     "Skip those layers with train_attn=False, train_mlp=False or train_unembed=False."
@@ -186,6 +186,13 @@ class Adapters:
         if lora.add_tokens:  # PEFT has no LoRA on a projection whose rows are trained
             lora = replace(lora, train_unembed=False)
         return [target.name for target in self.targets.chosen(lora, self._model_name)]
+
+    @contextlib.contextmanager
+    def noting_unused_layers(self) -> Iterator[None]:
+        """Puts no adapter on layers that do not run in the body, in which the model reads some text."""
+        with unused_layers(self.targets, self._model) as unused:
+            yield
+        self.targets = self.targets.without(unused)
 
     def shares_without(self, adapter: Adapter) -> dict[str, float]:
         """Returns the share of the model's weights that the adapter is not on, by kind, largest first."""

@@ -82,7 +82,8 @@ class BaseModel:
         self.make_decoder: Callable[[BaseModel], Any] | None = None
         """Whether sampled sequences can share a row too, and the factory of the decoder.
         `sampling.decoder_probe` sets both when the model is first sampled from."""
-        self._probe_architecture()
+        with self.adapters.noting_unused_layers():
+            self._probe_architecture()
         fsdp.reshard(self.model)
         self._prepare_layers()
         return_freed_memory()

@@ -10,10 +10,12 @@ layers, MLPs, shared and routed experts, the projections around them, and the pr
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import inspect
 import itertools
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
@@ -28,14 +30,14 @@ Group: TypeAlias = Literal["train_attn", "train_mlp", "train_unembed"]
 GROUPS: tuple[Group, ...] = ("train_attn", "train_mlp", "train_unembed")
 
 WHY_NOT: Mapping[str, str] = {
-    "other parts": "they are not part of the language model: vision, audio, further heads",
+    "other parts": "they are not part of the language model (vision, audio, further heads)",
     "routers": "they choose and weight experts",
-    "index": "they choose positions and get no gradient",
-    "unused": "they do not run, and get no gradient",
-    "read directly": "the model reads the weight without running the layer",
-    "special layers": "their product is not that of a linear layer",
-    "PEFT": "PEFT refuses an adapter on them",
-    "experts": "no grouped product is known for them",
+    "indexers": "they choose positions, and get no gradient",
+    "unused layers": "they do not run, and get no gradient",
+    "layers read directly": "the model reads their weight without running them",
+    "special layers": "they compute another product than a linear layer",
+    "layers PEFT refuses": "PEFT supports no adapter on them in this architecture",
+    "experts": "their weights are stacked in a form that is not known here",
     "embeddings": "they are looked up, not multiplied",
     "convolutions": "they have few weights",
     "norms and vectors": "they have few weights",
@@ -82,6 +84,14 @@ class TargetTable:
                 f"of that kind to put an adapter on."
             )
         return found
+
+    def without(self, unused: Collection[str]) -> TargetTable:
+        """Returns the table without targets that do not run."""
+        others = dict(self.others)
+        for name in unused:
+            others["unused layers"] = others.get("unused layers", 0) + self.targets[name].num_weights
+        targets = {name: target for name, target in self.targets.items() if name not in unused}
+        return TargetTable(targets, others, self.names)
 
     def without_adapter(self, lora: LoraConfig) -> dict[str, int]:
         """Returns the number of weights without an adapter by their kind, largest first."""
@@ -131,6 +141,28 @@ def find_targets(model: Any) -> TargetTable:
     return TargetTable({target.name: target for target in in_order}, others, frozenset(modules))
 
 
+@contextlib.contextmanager
+def unused_layers(table: TargetTable, model: Any) -> Iterator[set[str]]:
+    """Yields a set from which each linear layer is removed that runs in the body.
+
+    The body runs the model on some text. What is left would get no gradient: layers whose place is taken by
+    those of another layer that they share weights with. An expert's layers are not in the set, because they
+    may run for another text, and neither is the projection to the vocabulary, which runs elsewhere.
+    """
+    unused: set[str] = set()
+    hooks = []
+    for name, module in model.named_modules():
+        target = table.targets.get(name)
+        if target is not None and target.group != "train_unembed" and "expert" not in name:
+            unused.add(name)
+            hooks.append(module.register_forward_hook(lambda *_, name=name: unused.discard(name)))
+    try:
+        yield unused
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 def _why_not(
     module: nn.Module, short: str, path: list[tuple[str, nn.Module]], is_in_decoder: bool, model: Any
 ) -> str | None:
@@ -148,7 +180,7 @@ def _why_not(
     if isinstance(module, nn.Embedding):
         return "embeddings"
     if any("indexer" in word for word in words):
-        return "index"
+        return "indexers"
     if any("router" in word for word in words) or _is_gate(path, parameter):
         return "routers"
     if is_grouped(module) and short in stacked_names(module):
@@ -162,11 +194,11 @@ def _why_not(
     if not _is_plain(module):
         return "special layers"
     if _is_unused(leaf, parent):
-        return "unused"
+        return "unused layers"
     if parent is not None and _reads_weight(type(parent), leaf):
-        return "read directly"
+        return "layers read directly"
     if leaf in ("out_proj", "conv1d") and model.config.model_type in _REFUSED_BY_PEFT:
-        return "PEFT"
+        return "layers PEFT refuses"
     return None
 
 
@@ -220,6 +252,7 @@ def _is_unused(leaf: str, parent: nn.Module | None) -> bool:
     return bool(shares) and leaf in ("k_proj", "v_proj")
 
 
+@functools.cache
 def _reads_weight(parent: type, leaf: str) -> bool:
     """Returns whether the code of a module multiplies with the weight of a child itself.
 
