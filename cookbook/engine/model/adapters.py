@@ -72,7 +72,8 @@ class Adapters:
         name = f"adapter{next(self._numbers)}"
         if lora.peft is None:
             rows = vocabulary.rows_to_train(self._model, self._tokenizer, lora.add_tokens)
-            targets, settings = self._chosen(lora), {"trainable_token_indices": rows}
+            settings: dict[str, Any] = {"trainable_token_indices": rows}
+            targets = self._chosen(lora)
         else:
             peft_layers.check_supported(self._model, self._model_name, lora.peft.explicit)
             targets, settings = peft_targets.named_in(self._model, lora.peft.explicit)

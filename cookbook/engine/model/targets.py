@@ -14,7 +14,9 @@ import contextlib
 import functools
 import inspect
 import itertools
+import operator
 import re
+import sys
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
@@ -252,18 +254,23 @@ def _is_unused(leaf: str, parent: nn.Module | None) -> bool:
     return bool(shares) and leaf in ("k_proj", "v_proj")
 
 
-@functools.cache
 def _reads_weight(parent: type, leaf: str) -> bool:
     """Returns whether the code of a module multiplies with the weight of a child itself.
 
     An adapter on the child would have no effect. Fused kernels that are used only in training mode, which
     this engine does not use, are no such place.
     """
-    try:
-        source = inspect.getsource(parent)
-    except (OSError, TypeError):
-        return False  # the code is not at hand
+    source = _source_of(parent.__module__, parent.__qualname__)
     return re.search(rf"(?<!outproj_weight=)self\.{leaf}\.weight\b(?![.\[])", source) is not None
+
+
+@functools.cache
+def _source_of(module: str, name: str) -> str:
+    """Returns the source of a class, or "" if it is not at hand."""
+    try:
+        return inspect.getsource(operator.attrgetter(name)(sys.modules[module]))
+    except (AttributeError, KeyError, OSError, TypeError):
+        return ""
 
 
 def _group(path: list[tuple[str, nn.Module]]) -> Group:

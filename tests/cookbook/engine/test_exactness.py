@@ -24,7 +24,6 @@ from cookbook.engine.model.memory import MicrobatchLimits
 from cookbook.engine.model.unembedding import BlockSizes
 from cookbook.engine.options import EngineOptions
 from cookbook.engine.training.trainer import Trainer
-from cookbook.errors import ConfigError
 from cookbook.types import IGNORED_TARGET, Datum, ModelInput
 
 TOLERANCE = 1e-5
@@ -471,15 +470,6 @@ def test_a_model_that_packing_would_change_runs_one_sequence_at_a_time_and_logs_
     (line,) = [r.message for r in caplog.records if r.name == "cookbook.engine.model.base_model"]
     assert line.startswith(f"{folder} runs one sequence at a time")
     assert UNPACKED[name][1] in line
-
-
-@pytest.mark.parametrize("name", EXPERTS)
-def test_an_adapter_on_experts_that_are_not_linear_layers_is_refused(
-    name: str, trainer_of: Any, make_trainer: Callable[..., Trainer]
-) -> None:
-    base = trainer_of(name)[0].base
-    with pytest.raises(ConfigError, match="train_mlp=True, but .* has no linear layer.*Pass train_mlp=False"):
-        make_trainer(base.name, train_mlp=True)
 
 
 # -- in half precision ------------------------------------------------------------------------
