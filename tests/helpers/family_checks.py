@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+from family_table import VOCAB_SIZE
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
@@ -94,7 +95,8 @@ class Subject:
 
     def why_not_packed(self) -> str:
         """Returns the reason that the engine logs."""
-        return next((text.rpartition("(")[2].rstrip(".)") for text in self.said if "at a time" in text), "")
+        said = next((text for text in self.said if "one sequence at a time" in text), "")
+        return said.partition("(")[2].removesuffix(").")
 
     @property
     def has_client(self) -> bool:
@@ -293,7 +295,7 @@ def sampling(subject: Subject) -> str:
             max_new_tokens=16,
             eos_token_id=None,
             pad_token_id=0,
-            suppress_tokens=list(range(NUM_TOKENS, families.VOCAB_SIZE)) if max(found) < NUM_TOKENS else None,
+            suppress_tokens=list(range(NUM_TOKENS, VOCAB_SIZE)) if max(found) < NUM_TOKENS else None,
         )[0, len(prompt) :].tolist()
         assert found == expected, (
             f"other tokens than generate from the {_first_difference(found, expected)}th"
