@@ -45,11 +45,13 @@ _MAX_WEIGHTS_PER_BYTE = 8
 def load_config(location: str | Path, local_files_only: bool = False) -> PretrainedConfig:
     """Returns the config of a model.
 
-    Raises ModelError if it names code, and DataError if it is damaged or has unrealistic sizes.
+    Raises ModelError if it names code or a kind of model that transformers does not have, and DataError if it
+    is damaged or has unrealistic sizes.
     """
     from transformers import AutoConfig
 
     _check_config_file(location, local_files_only)
+    _check_model_type(location, local_files_only)
     config: PretrainedConfig = AutoConfig.from_pretrained(
         location, local_files_only=local_files_only, **_NO_CODE
     )
@@ -69,13 +71,11 @@ def load_tokenizer(location: str | Path, local_files_only: bool = False) -> PreT
 
 
 def load_causal_lm(location: str | Path, local_files_only: bool = False, **options: Any) -> Any:
-    """Returns the model with its weights. `options` are those of transformers.
+    """Returns the model with its weights, in the class that `model_class` returns.
 
-    Raises ModelError for pickles and for an adapter in the model's folder, and DataError for a config that
-    needs far more weights than the files have.
+    `options` are those of transformers. Raises ModelError for pickles and for an adapter in the model's
+    folder, and DataError for a config that needs far more weights than the files have.
     """
-    from transformers import AutoModelForCausalLM
-
     config = load_config(location, local_files_only)
     if (path := _file_of(location, "adapter_config.json", local_files_only)) is not None:
         raise ModelError(
@@ -86,9 +86,10 @@ def load_causal_lm(location: str | Path, local_files_only: bool = False, **optio
     if Path(location).is_dir():
         refuse_pickles(Path(location))
         _check_sizes_of_weights(Path(location), config)
+    found, config = model_class(config)
     try:
-        return AutoModelForCausalLM.from_pretrained(
-            location, local_files_only=local_files_only, use_safetensors=True, **_NO_CODE, **options
+        return found.from_pretrained(
+            location, config=config, local_files_only=local_files_only, use_safetensors=True, **options
         )
     except OSError as error:
         if "use_safetensors" not in str(error):
@@ -107,10 +108,73 @@ def load_adapter(model: Any, folder: str | Path, is_trainable: bool = False) -> 
 def empty_causal_lm(config: PretrainedConfig) -> Any:
     """Returns a model without memory for its weights, on the device "meta"."""
     import torch
-    from transformers import AutoModelForCausalLM
 
+    found, config = model_class(config)
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, **_NO_CODE)
+        return found._from_config(config)
+
+
+def model_class(config: PretrainedConfig) -> tuple[Any, PretrainedConfig]:
+    """Returns the class of transformers in which a model was published, and the config for it.
+
+    That is the class that `architectures` names. If transformers has no class of that name, it is the one
+    that transformers has for the config: a class that reads pictures or sound too before one for text alone.
+    A class for text alone gets the config of the text part. Raises ModelError if there is no class.
+    """
+    import transformers
+    from transformers.models.auto import modeling_auto as auto
+
+    mappings = (
+        auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+        auto.MODEL_FOR_CAUSAL_LM_MAPPING,
+        auto.MODEL_FOR_MULTIMODAL_LM_MAPPING,
+    )
+    names = {
+        *auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES.values(),
+        *auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values(),
+    }
+    mapped = [mapping[type(config)] for mapping in mappings if type(config) in mapping]
+    named = [getattr(transformers, name, None) for name in config.architectures or () if name in names]
+    text_config = config.get_text_config()
+    for found in (*named, *mapped):
+        if found is not None and isinstance(config, found.config_class):
+            return found, config
+        if found is not None and isinstance(text_config, found.config_class):
+            if getattr(config, "quantization_config", None) is not None:
+                text_config.quantization_config = config.quantization_config
+            return found, text_config
+    if mapped:  # a config of its own for another model's class
+        return mapped[0], config
+    raise ModelError(
+        f"transformers {transformers.__version__} has no class that continues a text for "
+        f"{_described(config.model_type, config.architectures)}. Give a language model."
+    )
+
+
+def _check_model_type(location: str | Path, local_files_only: bool) -> None:
+    """Raises ModelError if the installed transformers does not know the model's type, saying what has it."""
+    import transformers
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    path = _file_of(location, "config.json", local_files_only)
+    values = {} if path is None else _read(path)[0]
+    model_type = values.get("model_type")
+    if model_type is None or model_type in CONFIG_MAPPING:
+        return  # transformers guesses a missing type from the name
+    saved_with = values.get("transformers_version")
+    newer = f" ({path} was written by {saved_with})" if isinstance(saved_with, str) else ""
+    raise ModelError(
+        f"transformers {transformers.__version__} has no class for "
+        f"{_described(model_type, values.get('architectures'))}.\n"
+        f"Where a newer transformers has it{newer}, update: pip install -U transformers."
+        + ("\nIt needs code that comes with the model, which is never run." if values.get("auto_map") else "")
+    )
+
+
+def _described(model_type: Any, architectures: Any) -> str:
+    """Returns how messages name the kind of a model."""
+    named = [name for name in architectures if isinstance(name, str)] if architectures else []
+    return f"model_type {model_type!r}" + (f" (architecture {', '.join(named)})" if named else "")
 
 
 # -- weights ------------------------------------------------------------------------------------

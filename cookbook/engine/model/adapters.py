@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from cookbook import models
 from cookbook.engine import checkpoint
-from cookbook.engine.model import fsdp, full_weights, peft_layers, peft_targets, vocabulary
+from cookbook.engine.model import fsdp, full_weights, peft_layers, peft_targets, text_part, vocabulary
 from cookbook.engine.model import lora as fused_lora
 from cookbook.engine.model.targets import find_targets, unused_layers
 from cookbook.errors import ConfigError
@@ -80,7 +80,7 @@ class Adapters:
         # PEFT chooses no layers itself: it would match names, and rewrite those of experts.
         settings |= {"target_modules": DUMMY_TARGET_MODULES, "target_parameters": None}
         config = peft_layers.config_of(lora, models.model_location(self._model_name), **settings)
-        device = self._model.device
+        device = self._model.get_input_embeddings().weight.device
         devices = [device] if device.type == "cuda" else []
         with GLOBAL_STATE, torch.random.fork_rng(devices=devices), warnings.catch_warnings():
             # PEFT warns that an adapter on a tied lm_head cannot be merged in place; nothing here merges.
@@ -162,7 +162,7 @@ class Adapters:
         if lora.rank == 0:
             checkpoint.check_files(path)
             return full_weights.read(path, self._model)
-        return checkpoint.read_weights(path)
+        return text_part.by_published_names(self._model, checkpoint.read_weights(path))
 
     @contextlib.contextmanager
     def using(self, adapter: Adapter | None) -> Iterator[None]:

@@ -35,6 +35,7 @@ from cookbook.engine.model.memory import (
 from cookbook.engine.model.packing import PackedBatch, TokenSequence, pack
 from cookbook.engine.model.peft_layers import projection_of
 from cookbook.engine.model.peft_settings import is_same
+from cookbook.engine.model.text_part import by_published_names, frozen_parameters, text_decoder
 from cookbook.engine.model.unembedding import BlockSizes, Head, Scores, TokenLoss
 from cookbook.engine.options import EngineOptions
 from cookbook.engine.training.optimizer import bytes_to_train, bytes_to_undo
@@ -72,7 +73,9 @@ class BaseModel:
             self.model: Any = self._load(is_trained)
         self.vocab_size: int = self.model.get_input_embeddings().weight.shape[0]
         self.num_logits: int = getattr(self.model.get_output_embeddings(), "out_features", self.vocab_size)
-        self.context_length: int = getattr(self.model.config, "max_position_embeddings", None) or 2**20
+        self.context_length: int = (
+            getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or 2**20
+        )
         self.adapters = Adapters(self.model, model_name, self.tokenizer)
         self.is_packed = False
         self.has_plain_head = False
@@ -96,7 +99,8 @@ class BaseModel:
         with self.loading_in_turn():
             model = load_model(self.name, torch.device("cpu"), self.dtype)
             self._add_rows(model)
-            model.requires_grad_(is_trained)
+            for weight in {*model.parameters()} - frozen_parameters(model):
+                weight.requires_grad_(is_trained)
             fsdp.shard(model, self.world, self.device, self.name)
         return model
 
@@ -117,7 +121,8 @@ class BaseModel:
 
     def has_weight(self, weight: Tensor, module: str) -> bool:
         """Returns whether the module of this name has this weight, below any adapters."""
-        found = dict(self.model.named_modules()).get(module)
+        (published,) = by_published_names(self.model, {module: None})
+        found = dict(self.model.named_modules()).get(published)
         own = getattr(getattr(found, "base_layer", found), "weight", None)
         if own is None or own.shape != weight.shape:
             return False
@@ -265,7 +270,7 @@ class BaseModel:
         """Returns the hidden states that are the input of the projection to the vocabulary: [N, D]."""
         packed = {"position_ids": positions_1N, "layout": layout} if self.is_packed else {}
         assert self.is_packed or len(layout.segments) == 1
-        decode = self.model.decode if self.is_sharded else self.model.get_decoder()
+        decode = self.model.decode if self.is_sharded else text_decoder(self.model)
         out = decode(input_ids=tokens_1N, use_cache=False, **packed)
         hidden_1ND: Tensor = out.last_hidden_state
         return hidden_1ND[0]
@@ -309,7 +314,9 @@ class BaseModel:
 
     def _reserved_bytes(self, adapter: Adapter) -> int:
         """Returns the bytes held besides activations: the weights, and the state of training `adapter`."""
-        weight_bytes = sum(parameter.nbytes for parameter in self.model.parameters())
+        weight_bytes = sum(
+            weight.nbytes for weight in self.model.parameters() if weight.device.type == self.device.type
+        )
         if self.is_sharded:
             weight_bytes = fsdp.bytes_held(self.model)
         return weight_bytes + bytes_to_train(_local_parts(adapter))

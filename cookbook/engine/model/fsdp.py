@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from cookbook import models
 from cookbook.engine.model.memory import addresses, decoder_layers, usable_memory
+from cookbook.engine.model.text_part import frozen_parameters, text_decoder
 from cookbook.engine.options import EngineOptions
 from cookbook.engine.processes import World
 from cookbook.errors import ConfigError
@@ -46,12 +47,16 @@ def should_shard(
 
 
 def bytes_needed(model_name: str, dtype: torch.dtype, is_trained: bool) -> int:
-    """Returns the bytes of the weights and, in training, of gradients, fp32 masters and moments."""
+    """Returns the bytes of the weights and, in training, of gradients, fp32 masters and moments.
+
+    The towers of a multimodal model are not counted: they stay on the CPU.
+    """
     model = pretrained.empty_causal_lm(models.load_config(model_name))
+    others = frozen_parameters(model)
     per_weight = dtype.itemsize
     if is_trained:
         per_weight += 12 if dtype == torch.float32 else dtype.itemsize + 16
-    return per_weight * sum(parameter.numel() for parameter in model.parameters())
+    return per_weight * sum(weight.numel() for weight in model.parameters() if weight not in others)
 
 
 def shard(model: Any, world: World, device: torch.device, model_name: str) -> None:
@@ -76,6 +81,7 @@ def shard(model: Any, world: World, device: torch.device, model_name: str) -> No
     how: dict[str, Any] = {
         "mesh": DeviceMesh.from_group(world.device_group, device.type),
         "mp_policy": MixedPrecisionPolicy(reduce_dtype=torch.float32),
+        "ignored_params": frozen_parameters(model),
     }
     for module in (*layers, model):
         fully_shard(module, **how)
@@ -91,7 +97,7 @@ def shard(model: Any, world: World, device: torch.device, model_name: str) -> No
 
 def _decode(model: Any, **inputs: Any) -> Any:
     """Runs the decoder as a pass of the full model, which gathers the weights outside the layers too."""
-    return model.get_decoder()(**inputs)
+    return text_decoder(model)(**inputs)
 
 
 def is_sharded(model: Any) -> bool:
@@ -139,9 +145,10 @@ def bytes_held(model: Any) -> int:
     that runs and the one that is being gathered."""
     layers = decoder_layers(model)
     in_layers = {parameter for layer in layers for parameter in layer.parameters()}
-    outside = sum(parameter.nbytes for parameter in model.parameters() if parameter not in in_layers)
+    weights = {*model.parameters()} - frozen_parameters(model)
+    outside = sum(weight.nbytes for weight in weights - in_layers)
     largest = max(sum(parameter.nbytes for parameter in layer.parameters()) for layer in layers)
-    parts = sum(local_part(parameter).nbytes for parameter in model.parameters())
+    parts = sum(local_part(weight).nbytes for weight in weights)
     return int(parts + outside + 2 * largest)
 
 
@@ -158,7 +165,7 @@ def tracking_gathered_weights(model: Any, storages: set[int]) -> Iterator[None]:
         storages.update(others, addresses(p for p in model.parameters() if not is_dtensor(p)))
 
     hooks = [
-        module.register_forward_pre_hook(note) for module in (model.get_decoder(), *decoder_layers(model))
+        module.register_forward_pre_hook(note) for module in (text_decoder(model), *decoder_layers(model))
     ]
     try:
         yield

@@ -14,14 +14,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cookbook.engine.model import fsdp
+from cookbook.engine.model import fsdp, text_part
 from cookbook.engine.model.loading import load_model, no_progress_bar
+from cookbook.engine.model.text_part import frozen_parameters
 
 
 def train_all(model: Any) -> dict[str, nn.Parameter]:
-    """Makes every weight of the model trainable and returns them by name. Tied weights have one name."""
-    model.requires_grad_(True)
-    return dict(model.named_parameters())
+    """Makes the weights trainable that text reaches, and returns them by name. Tied weights have one name."""
+    frozen = frozen_parameters(model)
+    weights = {name: weight for name, weight in model.named_parameters() if weight not in frozen}
+    for weight in weights.values():
+        weight.requires_grad_(True)
+    return weights
 
 
 def copy_of(weights: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
@@ -33,7 +37,7 @@ def copy_of(weights: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
 @contextlib.contextmanager
 def swapped_in(model: Any, weights: Mapping[str, nn.Parameter]) -> Iterator[None]:
     """Runs the body with `weights` in place of the model's own."""
-    live = dict(model.named_parameters())
+    live = {name: weight for name, weight in model.named_parameters() if name in weights}
     if fsdp.is_sharded(model):
         with _copied_in(live, weights):
             yield
@@ -85,9 +89,12 @@ def read(path: str, model: Any) -> dict[str, Tensor]:
 
     Raises ModelError if the folder is damaged.
     """
+    frozen = frozen_parameters(model)
     live = dict(model.named_parameters())
-    found = load_model(path, torch.device("cpu"), model.dtype)
+    found = load_model(path, torch.device("cpu"), next(iter(live.values())).dtype)
+    weights = text_part.by_published_names(model, dict(found.named_parameters()))
     return {
-        name: fsdp.part_like(parameter.detach(), live[name]) if name in live else parameter.detach()
-        for name, parameter in found.named_parameters()
+        name: fsdp.part_like(weight.detach(), live[name]) if name in live else weight.detach()
+        for name, weight in weights.items()
+        if live.get(name) not in frozen
     }

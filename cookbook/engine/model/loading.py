@@ -12,6 +12,7 @@ import torch
 from cookbook import models
 from cookbook.engine import processes
 from cookbook.engine.model import quantization as quantized
+from cookbook.engine.model import text_part
 from cookbook.engine.options import Quantization, check_device
 from cookbook.utils import pretrained
 
@@ -19,9 +20,10 @@ from cookbook.utils import pretrained
 def load_model(
     model_name: str, device: torch.device, dtype: torch.dtype, quantization: Quantization | None = None
 ) -> Any:
-    """Returns the causal language model on `device`, in evaluation mode, with all weights frozen.
+    """Returns the language model on `device`, in evaluation mode, with all weights frozen.
 
-    Raises ModelError if files are missing or damaged, or lack a weight.
+    It has the class in which it was published. Towers for other media stay on the CPU. Raises ModelError if
+    files are missing or damaged, or lack a weight.
     """
     options: dict[str, Any] = {"dtype": dtype}
     if quantization is not None:
@@ -31,7 +33,9 @@ def load_model(
     if quantization is not None:
         quantized.check_quantized_share(model, model_name)
     quantized.set_compute_dtype(model, dtype)  # the published weights may already be in 4 bits
-    return model.to(device).eval().requires_grad_(False)
+    model = model.to(device).eval().requires_grad_(False)
+    text_part.keep_towers_on_cpu(model)
+    return model
 
 
 @contextlib.contextmanager
@@ -49,12 +53,15 @@ def no_progress_bar() -> Iterator[None]:
 
 
 def _load_all_weights(location: str, **options: Any) -> Any:
-    """Returns a loaded model.
+    """Returns a loaded model. Its files may lack all weights of the towers, which text does not reach.
 
-    Raises ValueError if its files lack a weight, which transformers would initialise randomly.
+    Raises ValueError if they lack another weight, which transformers would initialise randomly.
     """
     model, report = pretrained.load_causal_lm(location, output_loading_info=True, **options)
-    if missing := sorted(report["missing_keys"]):
+    towers = tuple(f"{name}." for name in text_part.towers(model))
+    of_towers = {name for name in model.state_dict() if name.startswith(towers)}
+    absent = of_towers if of_towers <= set(report["missing_keys"]) else set()
+    if missing := sorted(set(report["missing_keys"]) - absent):
         raise ValueError(f"{len(missing)} of its weights are missing from its files, first {missing[0]}.")
     return model
 

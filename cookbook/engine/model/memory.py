@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from cookbook.engine import processes
+from cookbook.engine.model.text_part import text_decoder
 from cookbook.engine.options import EngineOptions
 
 _USEFUL_TOKENS = {"cpu": 1024, "cuda": 16384}
@@ -261,10 +262,11 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def decoder_layers(model: Any) -> list[Any]:
-    """Returns the layers that transformers can checkpoint."""
+    """Returns the layers of the text decoder that transformers can checkpoint."""
     from transformers.modeling_layers import GradientCheckpointingLayer
 
-    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    decoder = text_decoder(model)
+    return [module for module in decoder.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
 @contextlib.contextmanager

@@ -12,13 +12,14 @@ import functools
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from cookbook.engine import checkpoint
 from cookbook.engine.model import fsdp, full_weights
+from cookbook.engine.model.text_part import by_published_names
 from cookbook.engine.processes import World
 from cookbook.errors import CheckpointError
 from cookbook.utils import files
@@ -62,16 +63,16 @@ def _write_model(base: BaseModel, full: Mapping[str, Tensor], parts: Path | None
         files.rename(parts, folder / checkpoint.OPTIMIZER_FOLDER)
 
 
-def read_optimizer(path: str, masters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Returns the optimizer's tensors of a checkpoint, each sharded like its weight."""
+def read_optimizer(path: str, masters: Mapping[str, Tensor], model: Any) -> dict[str, Tensor]:
+    """Returns the optimizer's tensors of a checkpoint on `model`, each sharded like its weight."""
     folder = checkpoint.optimizer_folder(path)
     if folder is not None:
-        return _read(folder, masters)
+        return by_published_names(model, _read(folder, masters, model))
     return {
         key: fsdp.part_like(tensor, master)
         if (master := _master_of(key, tensor, masters)) is not None
         else tensor
-        for key, tensor in checkpoint.read_optimizer(path).items()
+        for key, tensor in by_published_names(model, checkpoint.read_optimizer(path)).items()
     }
 
 
@@ -94,16 +95,19 @@ def _write(folder: Path, tensors: Mapping[str, Tensor], world: World) -> None:
     )
 
 
-def _read(folder: Path, masters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Returns the tensors that `_write` wrote, each sharded like its master."""
+def _read(folder: Path, masters: Mapping[str, Tensor], model: Any) -> dict[str, Tensor]:
+    """Returns the tensors that `_write` wrote under their names there, each sharded like its master."""
     from torch.distributed import checkpoint
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
     reader = HuggingFaceStorageReader(str(folder))
     try:
         found = reader.read_metadata().state_dict_metadata
+        published = {
+            key: name for name, key in by_published_names(model, {key: key for key in found}).items()
+        }
         tensors = {
-            key: _empty_like_master(key, meta.size, meta.properties.dtype, masters)  # type: ignore[union-attr]
+            key: _empty_like_master(published[key], meta.size, meta.properties.dtype, masters)  # type: ignore[union-attr]
             for key, meta in found.items()
         }
         with warnings.catch_warnings():

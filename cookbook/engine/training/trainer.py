@@ -444,7 +444,9 @@ class Trainer:
             weights = self.base.adapters.read(path, info.lora)
             check_weights_fit(path, info, weights, self.adapter, self.base)
             optimizer = (
-                sharded_state.read_optimizer(path, self._optimizer.masters) if with_optimizer else None
+                sharded_state.read_optimizer(path, self._optimizer.masters, self.base.model)
+                if with_optimizer
+                else None
             )
             if optimizer is not None:
                 self._optimizer.check(path, optimizer)
