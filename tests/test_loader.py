@@ -67,9 +67,12 @@ def test_the_loader_trusts_no_code_in_any_of_its_calls() -> None:
         and isinstance(node.func, ast.Attribute)
         and node.func.attr in ("from_pretrained", "from_config")
     ]
-    of_transformers = [call for call in calls if "PeftModel" not in ast.unparse(call.func)]
-    assert len(of_transformers) == 4
-    for call in of_transformers:
+    # A class of transformers itself runs no code of a model; only its Auto classes look for such code.
+    automatic = [call for call in calls if ast.unparse(call.func).startswith("Auto")]
+    others = {ast.unparse(call.func) for call in calls if call not in automatic}
+    assert len(automatic) == 2
+    assert others == {"found.from_pretrained", "PeftModel.from_pretrained"}
+    for call in automatic:
         starred = [ast.unparse(word.value) for word in call.keywords if word.arg is None]
         assert "_NO_CODE" in starred, ast.unparse(call)
 

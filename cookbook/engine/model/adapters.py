@@ -75,6 +75,8 @@ class Adapters:
             settings: dict[str, Any] = {"trainable_token_indices": rows}
             targets = self._chosen(lora)
         else:
+            lora = replace(lora, peft=peft_layers.under_published_names(self._model, lora.peft))
+            assert lora.peft is not None
             peft_layers.check_supported(self._model, self._model_name, lora.peft.explicit)
             targets, settings = peft_targets.named_in(self._model, lora.peft.explicit)
         # PEFT chooses no layers itself: it would match names, and rewrite those of experts.

@@ -9,6 +9,7 @@ Shape suffixes: X anything before the last axis, M trained rows, V vocabulary, D
 from __future__ import annotations
 
 import json
+import re
 import types
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,9 +20,10 @@ from torch import Tensor, nn
 
 from cookbook.engine.model import fsdp
 from cookbook.engine.model.peft_settings import CONFIG_FILE
+from cookbook.engine.model.text_part import by_published_names
 from cookbook.engine.model.unembedding import LoraOnHead, TrainedRows
 from cookbook.errors import ConfigError
-from cookbook.types import LoraConfig
+from cookbook.types import LoraConfig, PeftSettings
 from cookbook.utils import files
 
 
@@ -50,6 +52,34 @@ def write_config(config: Any, lora: LoraConfig, folder: Path) -> None:
         kept = {key: value for key, value in lora.peft.written.items() if key in values and key not in ours}
         values |= kept
     files.create(folder / CONFIG_FILE, json.dumps(values, indent=2, sort_keys=True))
+
+
+_NAMING = (
+    "target_modules", "exclude_modules", "target_parameters", "layers_to_transform", "layers_pattern",
+    "rank_pattern", "alpha_pattern", "modules_to_save", "trainable_token_indices",
+)  # fmt: skip
+"""The settings that name layers."""
+
+
+def under_published_names(model: Any, settings: PeftSettings) -> PeftSettings:
+    """Returns the settings of an adapter that may name layers of the model's class for text alone."""
+    explicit = settings.explicit
+    lists = [explicit[key] or () for key in ("target_modules", "target_parameters", "modules_to_save")]
+    used = {name for names in (*lists, explicit["trainable_token_indices"] or ()) for name in names}
+    new = {old: name for name, old in by_published_names(model, {name: name for name in used}).items()}
+    if all(name == old for old, name in new.items()):
+        return settings
+    new |= {f"^{re.escape(old)}": f"^{re.escape(name)}" for old, name in new.items()}
+    renamed = {
+        key: {new.get(name, name): item for name, item in value.items()}
+        if isinstance(value, Mapping)
+        else [new.get(name, name) for name in value]
+        if isinstance(value, list)
+        else value
+        for key, value in explicit.items()
+    }
+    written = {key: value for key, value in settings.written.items() if key not in _NAMING}
+    return PeftSettings(written, renamed)
 
 
 def check_supported(model: Any, model_name: str, explicit: Mapping[str, Any]) -> None:
