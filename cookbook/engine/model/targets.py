@@ -24,6 +24,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from cookbook.engine.model.text_part import text_decoder
 from cookbook.errors import ConfigError
 from cookbook.types import LoraConfig
 
@@ -115,7 +116,7 @@ class TargetTable:
 
 def find_targets(model: Any) -> TargetTable:
     """Returns the table of a model of transformers that carries no adapter yet."""
-    decoder, head = model.get_decoder(), model.get_output_embeddings()
+    decoder, head = text_decoder(model), model.get_output_embeddings()
     in_decoder = {id(module) for module in decoder.modules()}
     modules = dict(model.named_modules())
     targets: dict[str, Target] = {}
