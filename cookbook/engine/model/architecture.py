@@ -2,31 +2,82 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import torch
+from torch import Tensor
 
-def why_not_packed(config: Any, windows: Sequence[int | None]) -> str | None:
+_ATTENTION = {"full_attention", "sliding_attention", "attention"}
+_RECURRENCE = {"linear_attention", "conv", "mamba", "recurrent"}
+_BOTH = {"hybrid", "hybrid_sliding"}
+_NEITHER = {"mlp", "moe", "sparse", "dense"}
+"""The kinds of layers, as transformers names them in `layer_types`, by what mixes their tokens."""
+
+
+def why_not_packed(config: Any, windows: Sequence[int | None], num_recurrent: int = 0) -> str | None:
     """Returns the reason why a model must not see packed sequences, or None if packing is safe.
 
     `windows` lists the sliding window of each call of the packed attention in a forward pass. A model with
-    sliding-window attention has to pass its window in each such layer. longrope selects its frequencies by
-    the longest position of a row.
+    sliding-window attention has to pass its window in each such layer. `num_recurrent` counts the calls of
+    recurrent mixers. longrope selects its frequencies by the longest position of a row.
     """
     kinds = getattr(config, "layer_types", None)
     if kinds is None:
         has_window = getattr(config, "sliding_window", None)
         kinds = ["sliding_attention" if has_window else "full_attention"] * len(windows)
-    if unknown := set(kinds) - {"sliding_attention", "full_attention"}:
+    if unknown := set(kinds) - _ATTENTION - _RECURRENCE - _BOTH - _NEITHER:
         return f"it has layers of {', '.join(sorted(unknown))}"
-    if len(kinds) != len(windows):
-        return f"{len(windows)} of its {len(kinds)} layers have attention"
+    attentive = [kind for kind in kinds if kind in _ATTENTION | _BOTH]
+    if len(attentive) != len(windows):
+        return f"{len(windows)} of its {len(kinds)} layers have attention, but {len(attentive)} should"
     if any(
-        kind == "sliding_attention" and window is None for kind, window in zip(kinds, windows, strict=True)
+        kind in ("sliding_attention", "hybrid_sliding") and window is None
+        for kind, window in zip(attentive, windows, strict=True)
     ):
         return "its sliding window is not passed to the attention"
+    expected = sum(kind in _RECURRENCE | _BOTH for kind in kinds)
+    if num_recurrent < expected:
+        return f"{expected} of its {len(kinds)} layers are recurrent, and {num_recurrent} can be split"
     if _longrope_parameters(config):
         return "its RoPE (longrope) depends on the longest sequence of a row"
+    return None
+
+
+@dataclass(frozen=True)
+class LogitScaling:
+    """The logits are `softcap * tanh(scale * projection / softcap)`, or `scale * projection` without one."""
+
+    scale: float = 1.0
+    softcap: float | None = None
+
+
+def logit_scaling(
+    config: Any, projection_SV: Tensor, logits_SV: Tensor, dtype: torch.dtype
+) -> LogitScaling | None:
+    """Returns how a model's logits follow from the projection of its hidden states, or None if they do not.
+
+    Configs name scales and caps differently, and one divides by what another multiplies by. So the scale is
+    measured, and rounding is removed where it equals a number of the config or its inverse.
+    """
+    values = {name: value for name, value in vars(config).items() if isinstance(value, int | float)}
+    tolerance = 1e-4 if dtype == torch.float32 else 0.01
+    caps = [value for name, value in values.items() if "cap" in name and "att" not in name and value]
+    numbers = [1.0, *(float(value) for value in values.values() if value)]
+    for softcap in (None, *caps):
+        scaled_SV = logits_SV.double()
+        if softcap is not None:
+            scaled_SV = softcap * torch.atanh((scaled_SV / softcap).clamp(-1, 1))
+        is_linear_SV = scaled_SV.abs() < (2 * softcap if softcap else torch.inf)  # atanh is inexact near 1
+        projected, scaled = projection_SV.double()[is_linear_SV], scaled_SV[is_linear_SV]
+        scale = ((projected * scaled).sum() / projected.square().sum().clamp_min(1e-30)).item()
+        if not math.isfinite(scale) or (scaled - scale * projected).norm() > tolerance * scaled.norm():
+            continue
+        candidates = [each for number in numbers for each in (number, 1 / number)]
+        nearest = min(candidates, key=lambda number: abs(number - scale))
+        return LogitScaling(nearest if abs(nearest - scale) < tolerance * abs(scale) else scale, softcap)
     return None
 
 

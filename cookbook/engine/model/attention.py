@@ -96,18 +96,18 @@ def packed_attention(
     outs = []
     for start, stop in segments:
         query, key, value = (tensor[:, :, start:stop] for tensor in (query_BHTD, key_BHTD, value_BHTD))
-        num_tokens = stop - start
+        num_queries, num_keys = query.shape[2], stop - start  # over transformers' cache there are more keys
         if not is_plain:
-            visible_TT = _visible(num_tokens, sliding_window, query.device)
+            visible_TT = _visible(num_queries, num_keys, sliding_window, query.device)
             outs.append(_eager(query, key, value, visible_TT, scaling, softcap, s_aux))
             continue
-        is_windowed = sliding_window is not None and num_tokens > sliding_window
+        is_masked = num_keys > (sliding_window or num_keys) or 1 < num_queries < num_keys
         out = F.scaled_dot_product_attention(
             query,
             key,
             value,
-            attn_mask=_visible(num_tokens, sliding_window, query.device) if is_windowed else None,
-            is_causal=num_tokens > 1 and not is_windowed,
+            attn_mask=_visible(num_queries, num_keys, sliding_window, query.device) if is_masked else None,
+            is_causal=num_queries > 1 and not is_masked,
             scale=scaling,
         )
         outs.append(out)
@@ -169,11 +169,11 @@ def _eager(
     return scores_BHTC.softmax(-1)[..., :num_keys].to(value_BHCD.dtype) @ value_BHCD
 
 
-def _visible(num_tokens: int, sliding_window: int | None, device: torch.device) -> Tensor:
-    """Returns the mask of the positions that each position sees: [T, T], bool."""
-    position = torch.arange(num_tokens, device=device)
-    distance = position[:, None] - position[None, :]
-    return (distance >= 0) & (distance < (sliding_window or num_tokens))
+def _visible(num_queries: int, num_keys: int, sliding_window: int | None, device: torch.device) -> Tensor:
+    """Returns the mask of the positions that each of the last `num_queries` positions sees: [T, keys], bool."""
+    position = torch.arange(num_keys, device=device)
+    distance = position[num_keys - num_queries :, None] - position[None, :]
+    return (distance >= 0) & (distance < (sliding_window or num_keys))
 
 
 def _varlen(

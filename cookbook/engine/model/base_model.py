@@ -19,6 +19,7 @@ from cookbook import models
 from cookbook.engine import processes
 from cookbook.engine.model import architecture, attention, fsdp, unembedding, vocabulary
 from cookbook.engine.model.adapters import GLOBAL_STATE, Adapter, Adapters
+from cookbook.engine.model.architecture import LogitScaling
 from cookbook.engine.model.attention import AttentionLayout
 from cookbook.engine.model.compiling import compile_layers
 from cookbook.engine.model.loading import load_model, resolve_device, resolve_dtype, return_freed_memory
@@ -35,6 +36,7 @@ from cookbook.engine.model.memory import (
 from cookbook.engine.model.packing import PackedBatch, TokenSequence, pack
 from cookbook.engine.model.peft_layers import projection_of
 from cookbook.engine.model.peft_settings import is_same
+from cookbook.engine.model.recurrence import RecurrentLayers
 from cookbook.engine.model.text_part import by_published_names, frozen_parameters, text_decoder
 from cookbook.engine.model.unembedding import BlockSizes, Head, Scores, TokenLoss
 from cookbook.engine.options import EngineOptions
@@ -76,11 +78,13 @@ class BaseModel:
         self.context_length: int = (
             getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or 2**20
         )
+        self.recurrent = RecurrentLayers(text_decoder(self.model))
         self.adapters = Adapters(self.model, model_name, self.tokenizer)
         self.is_packed = False
         self.has_plain_head = False
         """Whether sequences can share a row, and whether logits can be computed in blocks."""
         self.block_sizes = BlockSizes.on(self.device)
+        self._logit_scaling = LogitScaling()
         self.decodes_packed: bool | None = None
         self.make_decoder: Callable[[BaseModel], Any] | None = None
         """Whether sampled sequences can share a row too, and the factory of the decoder.
@@ -170,7 +174,7 @@ class BaseModel:
             )
 
         self.has_plain_head = True
-        reason = why_not(lambda: torch.cat([self.logprobs(batch) for batch in alone]))
+        reason = why_not(lambda: self._logprobs_of_plain_head(alone))
         if reason is not None:
             self.has_plain_head = False
             logger.info(
@@ -187,13 +191,27 @@ class BaseModel:
             self.model.set_attn_implementation(own_attention)
             logger.info("%s runs one sequence at a time: it cannot be packed (%s).", self.name, reason)
 
+    def _logprobs_of_plain_head(self, alone: list[PackedBatch]) -> Tensor:
+        """Returns the log-probabilities from blocks of logits, after setting how logits are scaled."""
+        self._logit_scaling = LogitScaling()
+        hidden_ND = self.hidden_of(alone[0].tokens_1N, alone[0].positions_1N, alone[0].attention)
+        projection_SV = self.head().logits(hidden_ND.index_select(0, alone[0].scored_S))
+        logits_SV = self._logits_of_whole_model(alone[0]).float()
+        config = self.model.config.get_text_config()
+        scaling = architecture.logit_scaling(config, projection_SV, logits_SV, self.dtype)
+        if scaling is None:
+            raise ValueError("its logits are no multiple of its projection")
+        self._logit_scaling = scaling
+        return torch.cat([self.logprobs(batch) for batch in alone])
+
     def _packed_logprobs(self, sequences: list[TokenSequence]) -> Tensor:
         """Returns the log-probabilities of `sequences` in one row. Raises ValueError if packing is unsafe."""
         self.model.set_attn_implementation(attention.NAME)
         batch = pack(sequences, self.device, trained_only=False)
         windows: list[int | None] = []
         found_S = self.logprobs(replace(batch, attention=replace(batch.attention, windows_seen=windows)))
-        reason = architecture.why_not_packed(self.model.config.get_text_config(), windows)
+        num_recurrent = self.recurrent.num_calls
+        reason = architecture.why_not_packed(self.model.config.get_text_config(), windows, num_recurrent)
         if reason is not None:
             raise ValueError(reason)
         # A small leak between sequences could go unnoticed, so the first one is set to nan, which would
@@ -278,16 +296,14 @@ class BaseModel:
     def head(self) -> Head:
         """Returns the projection to the vocabulary, including the active adapter."""
         projection = projection_of(self.model.get_output_embeddings())
-        config = self.model.config.get_text_config()
         return Head(
             projection.module.weight,
             self.block_sizes,
             projection.module.bias,
             projection.lora,
             projection.rows,
-            scale=(getattr(config, "logit_scale", None) or 1.0)
-            / (getattr(config, "logits_scaling", None) or 1.0),
-            softcap=getattr(config, "final_logit_softcapping", None),
+            scale=self._logit_scaling.scale,
+            softcap=self._logit_scaling.softcap,
         )
 
     def logprobs_of_whole_model(self, batch: PackedBatch) -> Tensor:

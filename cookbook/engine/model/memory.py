@@ -262,11 +262,16 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def decoder_layers(model: Any) -> list[Any]:
-    """Returns the layers of the text decoder that transformers can checkpoint."""
+    """Returns the layers of the text decoder that transformers can checkpoint. Of nested ones, the outer.
+
+    An inner one (Zamba2) would be checkpointed in the forward pass and not when the outer one runs again.
+    """
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     decoder = text_decoder(model)
-    return [module for module in decoder.modules() if isinstance(module, GradientCheckpointingLayer)]
+    layers = [module for module in decoder.modules() if isinstance(module, GradientCheckpointingLayer)]
+    inner = {module for layer in layers for module in layer.modules() if module is not layer}
+    return [layer for layer in layers if layer not in inner]
 
 
 @contextlib.contextmanager

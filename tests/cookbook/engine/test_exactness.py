@@ -92,6 +92,11 @@ PACKED = {
     "cohere": Family("cohere", {"logit_scale": 0.25}),
     "opt": Family("opt", {"ffn_dim": 64, "word_embed_proj_dim": 32, "dropout": 0.5}),
 }
+RECURRENT = {
+    "mamba": Family("mamba", {"state_size": 4}, {"train_attn": False, "train_mlp": False}),
+    "qwen3_next": Family("qwen3_next", {**_EXPERTS, **_LINEAR_ATTENTION}, _NO_MLP),
+    "lfm2": Family("lfm2", {"layer_types": ["conv", "full_attention"]}),
+}
 EXPERTS = {
     "qwen3_moe": Family("qwen3_moe", _EXPERTS, _NO_MLP),
     "mixtral": Family("mixtral", _LOCAL_EXPERTS, _NO_MLP),
@@ -99,15 +104,6 @@ EXPERTS = {
 }
 UNPACKED = {
     "phi3-longrope": (Family("phi3", {"rope_parameters": _LONGROPE}), "longrope"),
-    "mamba": (
-        Family("mamba", {"state_size": 4}, {"train_attn": False, "train_mlp": False}),
-        "layers of linear_attention",
-    ),
-    "qwen3_next": (
-        Family("qwen3_next", {**_EXPERTS, **_LINEAR_ATTENTION}, _NO_MLP),
-        "layers of linear_attention",
-    ),
-    "lfm2": (Family("lfm2", {"layer_types": ["conv", "full_attention"]}), "layers of conv"),
     "stablelm": (Family("stablelm"), "from one sequence into another"),
     "stablelm-faint": (Family("stablelm", {"initializer_range": 0.005}), "from one sequence into another"),
     "llama-window": (Family("llama", {"sliding_window": 8}), "window is not passed to the attention"),
@@ -125,7 +121,7 @@ UNPACKED = {
         "more than a projection",
     ),
 }
-FAMILIES = PACKED | EXPERTS | {name: family for name, (family, _) in UNPACKED.items()}
+FAMILIES = PACKED | RECURRENT | EXPERTS | {name: family for name, (family, _) in UNPACKED.items()}
 
 
 # -- the truth: plain transformers and PEFT ------------------------------------------------------
@@ -385,7 +381,7 @@ def other_tokens(sequence: Tokens, tokens: Sequence[int]) -> Tokens:
     return replace(sequence, tokens=drawn[:-1], targets=targets)
 
 
-@pytest.mark.parametrize("name", PACKED | EXPERTS)
+@pytest.mark.parametrize("name", PACKED | RECURRENT | EXPERTS)
 @settings(deadline=None, derandomize=True, max_examples=settings().max_examples // 5, phases=[Phase.generate])
 @given(
     drawn=st.data(),
@@ -412,7 +408,7 @@ def test_changing_one_packed_sequence_leaves_the_logprobs_of_the_others_bit_iden
     assert_others_unchanged(name, index, before, after)
 
 
-@pytest.mark.parametrize("name", PACKED | EXPERTS)
+@pytest.mark.parametrize("name", PACKED | RECURRENT | EXPERTS)
 @pytest.mark.parametrize("index", [0, 1, 2])
 def test_nan_in_one_packed_sequence_does_not_spread(name: str, index: int, trainer_of: Any) -> None:
     trainer, _ = trainer_of(name)
@@ -437,11 +433,11 @@ def test_nan_in_one_packed_sequence_does_not_spread(name: str, index: int, train
 
 
 def assert_others_unchanged(name: str, index: int, before: list[np.ndarray], after: list[np.ndarray]) -> None:
-    """Asserts bit-identical results, or equal to rounding for experts, whose computation depends on how
-    many tokens each one gets."""
+    """Asserts bit-identical results, or equal to rounding for experts and recurrent layers, whose computation
+    depends on how many tokens each expert gets."""
     del before[index], after[index]
     for one, other in zip(before, after, strict=True):
-        if name in EXPERTS:
+        if name in EXPERTS or name in RECURRENT:
             np.testing.assert_allclose(other, one, rtol=1e-6)
         else:
             assert other.tobytes() == one.tobytes()
@@ -450,7 +446,7 @@ def assert_others_unchanged(name: str, index: int, before: list[np.ndarray], aft
 # -- what cannot be packed --------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", PACKED | EXPERTS)
+@pytest.mark.parametrize("name", PACKED | RECURRENT | EXPERTS)
 def test_models_that_support_packing_are_packed(name: str, trainer_of: Any) -> None:
     assert trainer_of(name)[0].base.is_packed
 
