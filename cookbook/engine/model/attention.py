@@ -170,7 +170,7 @@ def _eager(
 
 
 def _visible(num_queries: int, num_keys: int, sliding_window: int | None, device: torch.device) -> Tensor:
-    """Returns the mask of the positions that each of the last `num_queries` positions sees: [T, keys], bool."""
+    """Returns the mask of the keys that each of the last `num_queries` positions sees: [T, keys], bool."""
     position = torch.arange(num_keys, device=device)
     distance = position[num_keys - num_queries :, None] - position[None, :]
     return (distance >= 0) & (distance < (sliding_window or num_keys))

@@ -118,7 +118,7 @@ UNPACKED = {
             },
             _NO_MLP,
         ),
-        "more than a projection",
+        "layers of chunked_attention",
     ),
 }
 FAMILIES = PACKED | RECURRENT | EXPERTS | {name: family for name, (family, _) in UNPACKED.items()}
