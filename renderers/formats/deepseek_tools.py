@@ -9,10 +9,10 @@ from renderers.encoder import Encoder
 from renderers.messages import PlainMessage, function_of, to_json
 
 CALLS, END_CALLS = "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"
-_CALL, _SEP, _END_CALL = "<｜tool▁call▁begin｜>", "<｜tool▁sep｜>", "<｜tool▁call▁end｜>"
-CALL_TOKENS = CALLS + END_CALLS + _CALL + _SEP + _END_CALL
+CALL, SEP, END_CALL = "<｜tool▁call▁begin｜>", "<｜tool▁sep｜>", "<｜tool▁call▁end｜>"
+CALL_TOKENS = CALLS + END_CALLS + CALL + SEP + END_CALL
 
-_JSON, _END_JSON = "\n```json\n", f"\n```{_END_CALL}"
+_JSON, _END_JSON = "\n```json\n", f"\n```{END_CALL}"
 
 
 def print_calls(message: PlainMessage, number: int) -> str:
@@ -23,20 +23,20 @@ def print_calls(message: PlainMessage, number: int) -> str:
         arguments = function["arguments"]
         text = arguments if isinstance(arguments, str) else to_json(arguments)
         kind = call.get("type", "function")
-        printed.append(f"{_CALL}{kind}{_SEP}{function['name']}\n```json\n{text}\n```{_END_CALL}")
+        printed.append(f"{CALL}{kind}{SEP}{function['name']}\n```json\n{text}\n```{END_CALL}")
     return "\n".join(printed)
 
 
 def parse_calls(marked: str, encoder: Encoder) -> list[dict[str, Any]] | None:
     """Returns the calls in the marked text of a reply after CALLS; None if it is malformed."""
     body, _, behind = marked.partition(END_CALLS)
-    before, *parts = body.split(_CALL)
+    before, *parts = body.split(CALL)
     if before or behind or not parts or not marked.endswith(END_CALLS):
         return None
     calls: list[dict[str, Any]] = []
     for position, part in enumerate(parts, 1):
         between = "" if position == len(parts) else "\n"
-        kind, is_call, rest = part.removesuffix(between).partition(_SEP)
+        kind, is_call, rest = part.removesuffix(between).partition(SEP)
         name, has_json, arguments = rest.partition(_JSON)
         is_whole = bool(is_call and name and has_json) and arguments.endswith(_END_JSON)
         found = (kind, name, arguments.removesuffix(_END_JSON))

@@ -16,36 +16,31 @@ Surprising properties of that template:
   therefore trained as the last message, printed like the first calls, and is printed the short way once other
   messages follow.
 
-V3.1 and its successors have a different format.
+V3.1 has a different format (`deepseekv3_1`), which is the one that tinker-cookbook calls deepseekv3. V3.2 and
+later ones have others again.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import replace
-from itertools import takewhile
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from cookbook.errors import RendererError
-from renderers.base import Renderer
 from renderers.formats.deepseek_tools import CALL_TOKENS, CALLS, END_CALLS, parse_calls, print_calls
+from renderers.formats.marked_calls import MarkedCallsRenderer, text_and_calls
 from renderers.messages import Message, PlainMessage, Tool
 from renderers.rendering import CharSpan, Draft, Rendering
-from renderers.reply_text import marked_text
-from renderers.streaming import START, Section, Sections
+from renderers.streaming import Section, Sections
 from renderers.thinking import END_THINK, THINK, THINKING_BEGUN, parse_thinking
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_BOS, _END = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
-_USER, _ASSISTANT = "<｜User｜>", "<｜Assistant｜>"
+BOS, END = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
+USER, ASSISTANT = "<｜User｜>", "<｜Assistant｜>"
 _OUTPUTS, _END_OUTPUTS = "<｜tool▁outputs▁begin｜>", "<｜tool▁outputs▁end｜>"
-_OUTPUT, _END_OUTPUT = "<｜tool▁output▁begin｜>", "<｜tool▁output▁end｜>"
-_CALLS_END_THE_TEXT: Sections = {
-    START: Section("content", ends={CALLS: "calls"}),
-    "calls": Section(None),
-}
+OUTPUT, END_OUTPUT = "<｜tool▁output▁begin｜>", "<｜tool▁output▁end｜>"
 _THINKING: Sections = {
     **THINKING_BEGUN,
     "said": replace(THINKING_BEGUN["said"], ends={CALLS: "calls"}),
@@ -53,7 +48,7 @@ _THINKING: Sections = {
 }
 
 
-class DeepSeekV3Renderer(Renderer):
+class DeepSeekV3Renderer(MarkedCallsRenderer):
     """Renders replies without thinking; a trained reply with thinking is refused.
 
     Arguments given as a dict are printed as JSON, those given as a string unchanged. The format has no place
@@ -61,17 +56,18 @@ class DeepSeekV3Renderer(Renderer):
     """
 
     name = "deepseekv3"
-    guards_replies = True  # the format's tokens are not special tokens
-    frame = _BOS + _END + _USER + _ASSISTANT + CALL_TOKENS + _OUTPUTS + _END_OUTPUTS + _OUTPUT + _END_OUTPUT
-    reply_sections = _CALLS_END_THE_TEXT
+    end_of_turn = END
+    calls_mark = CALLS
+    frame = BOS + END + USER + ASSISTANT + CALL_TOKENS + _OUTPUTS + _END_OUTPUTS + OUTPUT + END_OUTPUT
+    reply_sections = text_and_calls(CALLS)
+    thinking_name: ClassVar[str] = "deepseekv3_thinking"
     thinks: ClassVar[bool] = False
     """Whether the prompt opens a think block."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         super().__init__(tokenizer)
-        for token in (_BOS, _USER, _ASSISTANT):
+        for token in (BOS, USER, ASSISTANT):
             self._token_id(token)
-        self._end_id = self._token_id(_END)
 
     # -- rendering ----------------------------------------------------------------------------
 
@@ -93,15 +89,15 @@ class DeepSeekV3Renderer(Renderer):
         if role not in ("assistant", "user"):
             raise self._refuse_role(role, ["assistant", "user"])
         draft, _, after_outputs = self._draft(messages, None)
-        draft.put(self._prompt(after_outputs) if role == "assistant" else _USER)
+        draft.put(self._prompt(after_outputs) if role == "assistant" else USER)
         return draft.finish()
 
     def _check_trained(self, message: PlainMessage, number: int) -> None:
-        thought, _ = _thought_and_said(message)
+        thought, _ = thought_and_said(message)
         if thought and not self.thinks:
             raise RendererError(
                 f"Renderer `{self.name}` has no place for the thinking of message {number}. Remove it, do "
-                "not train the message, or use renderer `deepseekv3_thinking`."
+                f"not train the message, or use renderer `{self.thinking_name}`."
             )
         if thought.startswith(THINK) or END_THINK in thought:
             raise RendererError(f"The thinking of message {number} holds a think tag of its own. Remove it.")
@@ -109,7 +105,7 @@ class DeepSeekV3Renderer(Renderer):
     def _prompt(self, after_outputs: bool) -> str:
         if after_outputs:
             return _END_OUTPUTS
-        return f"{_ASSISTANT}{THINK}\n" if self.thinks else _ASSISTANT
+        return f"{ASSISTANT}{THINK}\n" if self.thinks else ASSISTANT
 
     def _draft(self, messages: Sequence[PlainMessage], last: int | None) -> tuple[Draft, list[int], bool]:
         """Returns a draft of the messages as history, with message `last` as the model writes it.
@@ -118,7 +114,7 @@ class DeepSeekV3Renderer(Renderer):
         prompt, and whether the text ends with tool results.
         """
         draft = Draft()
-        draft.put(_BOS)
+        draft.put(BOS)
         systems = [index for index, message in enumerate(messages) if message["role"] == "system"]
         for index in systems:
             draft.put("" if index == systems[0] else "\n\n")
@@ -128,13 +124,13 @@ class DeepSeekV3Renderer(Renderer):
         for index, message in enumerate(messages):
             match message["role"]:
                 case "user":
-                    draft.put(_USER)
+                    draft.put(USER)
                     draft.put_text(index, message["content"])
                     after_outputs = False
                 case "tool":
-                    draft.put(_OUTPUT if has_outputs else _OUTPUTS + _OUTPUT)
+                    draft.put(OUTPUT if has_outputs else _OUTPUTS + OUTPUT)
                     draft.put_text(index, message["content"])
-                    draft.put(_END_OUTPUT)
+                    draft.put(END_OUTPUT)
                     has_outputs = after_outputs = True
                 case "assistant":
                     calls = print_calls(message, index + 1)
@@ -142,7 +138,7 @@ class DeepSeekV3Renderer(Renderer):
                     in_history = _in_history(message, calls, has_called, after_outputs)
                     header, text = written if index == last else in_history
                     draft.put(header)
-                    draft.put_reply(index, text + _END)
+                    draft.put_reply(index, text + END)
                     if (header, text) != written or any(system > index for system in systems[-1:]):
                         rewritten.append(index)
                     has_called = has_called or bool(calls)
@@ -151,7 +147,7 @@ class DeepSeekV3Renderer(Renderer):
 
     def _written(self, message: PlainMessage, calls: str, after_outputs: bool) -> str:
         """Returns the text that the model writes after the prompt for this message."""
-        thought, said = _thought_and_said(message)
+        thought, said = thought_and_said(message)
         if self.thinks:
             opening = f"{THINK}\n" if after_outputs else ""
             said = "{}{}\n{}\n\n{}".format(opening, thought, END_THINK, said.lstrip("\n"))
@@ -174,28 +170,8 @@ class DeepSeekV3Renderer(Renderer):
 
     # -- parsing ------------------------------------------------------------------------------
 
-    def get_stop_sequences(self) -> list[int]:
-        return [self._end_id]
-
-    def parse_response(self, tokens: Sequence[int]) -> tuple[Message, bool]:
-        text, ended = self._decode(tokens, [self._end_id])
-        malformed: Message = {"role": "assistant", "content": text}
-        reply = list(takewhile(lambda token: token != self._end_id, tokens))
-        marked = marked_text(self.tokenizer, self._encoder, reply)
-        if marked is None:
-            return malformed, False
-        said, opening, calls = marked.partition(CALLS)
-        tool_calls = parse_calls(calls, self._encoder) if opening else []
-        if tool_calls is None or self._encoder.control.search(said):
-            return malformed, False
-        message, closed = self._parse_said(self._encoder.unguard(said))
-        if not closed:
-            return malformed, False
-        return ({**message, "tool_calls": tool_calls} if tool_calls else message), ended
-
-    def _parse_said(self, text: str) -> tuple[Message, bool]:
-        """Returns a message of the text before the calls, and whether its think block is closed."""
-        return {"role": "assistant", "content": text}, True
+    def _parse_calls(self, marked: str) -> list[dict[str, Any]] | None:
+        return parse_calls(marked, self._encoder)
 
 
 class DeepSeekV3ThinkingRenderer(DeepSeekV3Renderer):
@@ -213,7 +189,7 @@ class DeepSeekV3ThinkingRenderer(DeepSeekV3Renderer):
         return parse_thinking(text, begun=True)
 
 
-def _thought_and_said(message: PlainMessage) -> tuple[str, str]:
+def thought_and_said(message: PlainMessage) -> tuple[str, str]:
     content = message.get("content", "")
     if "reasoning_content" in message or END_THINK not in content:
         return message.get("reasoning_content", "").strip("\n"), content
@@ -227,5 +203,5 @@ def _in_history(message: PlainMessage, calls: str, has_called: bool, after_outpu
     if calls and has_called:
         return "\n", calls + END_CALLS
     if calls:
-        return _ASSISTANT, f"{content}{CALLS}{calls}{END_CALLS}"
-    return (_END_OUTPUTS, content) if after_outputs else (_ASSISTANT, content.split(END_THINK)[-1])
+        return ASSISTANT, f"{content}{CALLS}{calls}{END_CALLS}"
+    return (_END_OUTPUTS, content) if after_outputs else (ASSISTANT, content.split(END_THINK)[-1])

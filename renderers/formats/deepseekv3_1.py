@@ -1,0 +1,166 @@
+"""DeepSeek V3.1 (and V3.1-Terminus), as its published chat template prints it.
+
+tinker-cookbook calls this format `deepseekv3` and `deepseekv3_thinking`; the names without `_1` are the
+format of V3 and R1 here.
+
+- The prompt for a reply to a user ends with `</think>` without thinking (`deepseekv3_1`), and with `<think>`
+  with it (`deepseekv3_1_thinking`). The template prints every reply as one without thinking, so a reply with
+  thinking is printed with its block only as the last message.
+- After tool results the model continues without a header and without a tag. There a model that thinks opens
+  its block itself (it is empty if there is no thinking), so that its replies can be parsed.
+- System messages are printed first, joined by blank lines, wherever they are in the conversation.
+- Of a text that contains `</think>`, the template prints what follows the first one.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from renderers.encoder import Encoder
+from renderers.formats.deepseek_tools import CALL, CALL_TOKENS, CALLS, END_CALL, END_CALLS, SEP
+from renderers.formats.deepseekv3 import (
+    ASSISTANT,
+    BOS,
+    END,
+    END_OUTPUT,
+    OUTPUT,
+    USER,
+    DeepSeekV3Renderer,
+    thought_and_said,
+)
+from renderers.formats.marked_calls import parse_exact_thinking, thought_text_and_calls
+from renderers.messages import Message, PlainMessage, Tool, function_of, to_json
+from renderers.rendering import CharSpan, Draft, Rendering
+from renderers.thinking import END_THINK, THINK
+
+
+class DeepSeekV3_1Renderer(DeepSeekV3Renderer):  # noqa: N801 - the model's own name
+    """Renders replies without thinking; a trained reply with thinking is refused."""
+
+    name = "deepseekv3_1"
+    frame = BOS + END + USER + ASSISTANT + CALL_TOKENS + OUTPUT + END_OUTPUT
+    thinking_name = "deepseekv3_1_thinking"
+
+    def _render_prompt(
+        self, messages: Sequence[PlainMessage], tools: Sequence[Tool] | None, role: str
+    ) -> Rendering:
+        if role not in ("assistant", "user"):
+            raise self._refuse_role(role, ["assistant", "user"])
+        draft, _, _ = self._draft(messages, None)
+        said_last = next((m["role"] for m in reversed(messages) if m["role"] != "system"), "")
+        draft.put(self._header(said_last) if role == "assistant" else USER)
+        return draft.finish()
+
+    def _header(self, before: str) -> str:
+        """Returns the prompt for a reply to a message of role `before`."""
+        return f"{ASSISTANT}{THINK if self.thinks else END_THINK}" if before == "user" else ""
+
+    def _draft(self, messages: Sequence[PlainMessage], last: int | None) -> tuple[Draft, list[int], bool]:
+        draft = Draft()
+        draft.put(BOS)
+        systems = [index for index, message in enumerate(messages) if message["role"] == "system"]
+        for index in systems:
+            draft.put("" if index == systems[0] else "\n\n")
+            draft.put_text(index, messages[index]["content"])
+        rewritten: list[int] = []
+        before = ""
+        for index, message in enumerate(messages):
+            match message["role"]:
+                case "user":
+                    draft.put(USER)
+                    draft.put_text(index, message["content"])
+                case "tool":
+                    draft.put(OUTPUT)
+                    draft.put_text(index, message["content"])
+                    draft.put(END_OUTPUT)
+                case "assistant":
+                    calls = _print_calls(message, index + 1)
+                    written = (self._header(before), self._reply(message, calls, before))
+                    in_history = (
+                        f"{ASSISTANT}{END_THINK}" if before == "user" else "",
+                        _text_in_history(message, before) + calls,
+                    )
+                    header, text = written if index == last else in_history
+                    draft.put(header)
+                    draft.put_reply(index, text + END)
+                    if in_history != written or any(system > index for system in systems[-1:]):
+                        rewritten.append(index)
+            if message["role"] != "system":
+                before = message["role"]
+        return draft, rewritten, False
+
+    def _reply(self, message: PlainMessage, calls: str, before: str) -> str:
+        """Returns the text that the model writes after the prompt for this message."""
+        thought, said = thought_and_said(message)
+        if self.thinks and before in ("user", "tool"):
+            said = f"{'' if before == 'user' else THINK}{thought}{END_THINK}{said}"
+        return said + calls
+
+    def _span_in_history(
+        self,
+        messages: Sequence[PlainMessage],
+        rendering: Rendering,
+        index: int,
+        tools: Sequence[Tool] | None,
+    ) -> CharSpan:
+        return rendering.spans[index]
+
+    def _parse_calls(self, marked: str) -> list[dict[str, Any]] | None:
+        return _parse_calls(marked, self._encoder)
+
+
+class DeepSeekV3_1ThinkingRenderer(DeepSeekV3_1Renderer):  # noqa: N801 - the model's own name
+    """Renders the last reply with its thinking, which the template drops from all earlier replies.
+
+    The content of a message may contain the thinking in `<think>` tags.
+    """
+
+    name = "deepseekv3_1_thinking"
+    thinks = True
+    reply_sections = thought_text_and_calls(CALLS, begun=True)
+
+    def _parse_said(self, text: str) -> tuple[Message, bool]:
+        return parse_exact_thinking(text.removeprefix(THINK), begun=True)
+
+
+def _text_in_history(message: PlainMessage, before: str) -> str:
+    content = str(message.get("content", ""))
+    if message.get("tool_calls") or before == "tool" or END_THINK not in content:
+        return content
+    return content.partition(END_THINK)[2]
+
+
+def _print_calls(message: PlainMessage, number: int) -> str:
+    """Returns the calls of a message as they follow its text; "" if there are none."""
+    printed: list[str] = []
+    for call in message.get("tool_calls", []):
+        function = function_of(call, number)
+        arguments = function["arguments"]
+        text = arguments if isinstance(arguments, str) else to_json(arguments)
+        printed.append(f"{CALL}{function['name']}{SEP}{text}{END_CALL}")
+    return f"{CALLS}{''.join(printed)}{END_CALLS}" if printed else ""
+
+
+def _parse_calls(marked: str, encoder: Encoder) -> list[dict[str, Any]] | None:
+    """Returns the calls in the marked text of a reply after CALLS; None if it is malformed."""
+    body, _, behind = marked.partition(END_CALLS)
+    before, *parts = body.split(CALL)
+    if before or behind or not parts or not marked.endswith(END_CALLS):
+        return None
+    calls: list[dict[str, Any]] = []
+    for part in parts:
+        name, is_call, rest = part.partition(SEP)
+        arguments = rest.removesuffix(END_CALL)
+        if not (name and is_call) or arguments == rest or any(map(encoder.control.search, (name, arguments))):
+            return None
+        name, arguments = encoder.unguard((name, arguments))
+        try:
+            parsed = json.loads(arguments)
+        except (ValueError, RecursionError):
+            return None
+        if not isinstance(parsed, dict):
+            return None
+        calls.append({"type": "function", "function": {"name": name, "arguments": parsed}})
+    return calls
