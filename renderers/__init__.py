@@ -5,8 +5,18 @@ A new format is one file with a `Renderer` and one line here.
 
 from renderers.base import Renderer
 from renderers.formats.deepseekv3 import DeepSeekV3Renderer, DeepSeekV3ThinkingRenderer
+from renderers.formats.deepseekv3_1 import DeepSeekV3_1Renderer, DeepSeekV3_1ThinkingRenderer
 from renderers.formats.gemma3 import Gemma3Renderer
 from renderers.formats.gpt_oss import GptOssHighRenderer, GptOssLowRenderer, GptOssRenderer
+from renderers.formats.kimi import (
+    KimiK2Renderer,
+    KimiK2ThinkingRenderer,
+    KimiK25DisableThinkingRenderer,
+    KimiK25Renderer,
+    KimiK26DisableThinkingRenderer,
+    KimiK26PreserveThinkingRenderer,
+    KimiK26Renderer,
+)
 from renderers.formats.llama3 import Llama3Renderer
 from renderers.formats.phi3 import Phi3Renderer
 from renderers.formats.qwen2_5 import Qwen2_5Renderer
@@ -36,12 +46,21 @@ from renderers.train_on_what import TrainOnWhat
 
 for _renderer in (
     ChatTemplateRenderer,
+    DeepSeekV3_1Renderer,
+    DeepSeekV3_1ThinkingRenderer,
     DeepSeekV3Renderer,
     DeepSeekV3ThinkingRenderer,
     Gemma3Renderer,
     GptOssHighRenderer,
     GptOssLowRenderer,
     GptOssRenderer,
+    KimiK2Renderer,
+    KimiK2ThinkingRenderer,
+    KimiK25DisableThinkingRenderer,
+    KimiK25Renderer,
+    KimiK26DisableThinkingRenderer,
+    KimiK26PreserveThinkingRenderer,
+    KimiK26Renderer,
     Llama3Renderer,
     Phi3Renderer,
     Qwen2_5Renderer,

@@ -47,7 +47,9 @@ def get_renderer(
     and for `template_kwargs` with a format that is written in code.
     """
     check_renderer_name(name)
-    renderer = _factories[name](tokenizer).with_template_kwargs(template_kwargs or {})
+    renderer = _factories[name](tokenizer)
+    if template_kwargs:
+        renderer = renderer.with_template_kwargs(template_kwargs)
     if system_prompt:
         renderer.system_prompt = system_prompt
     if tools_in_system and renderer.takes_tools:

@@ -93,7 +93,7 @@ class DeepSeekV3Renderer(MarkedCallsRenderer):
         return draft.finish()
 
     def _check_trained(self, message: PlainMessage, number: int) -> None:
-        thought, _ = thought_and_said(message)
+        thought, _ = _thought_and_said(message)
         if thought and not self.thinks:
             raise RendererError(
                 f"Renderer `{self.name}` has no place for the thinking of message {number}. Remove it, do "
@@ -147,7 +147,7 @@ class DeepSeekV3Renderer(MarkedCallsRenderer):
 
     def _written(self, message: PlainMessage, calls: str, after_outputs: bool) -> str:
         """Returns the text that the model writes after the prompt for this message."""
-        thought, said = thought_and_said(message)
+        thought, said = _thought_and_said(message)
         if self.thinks:
             opening = f"{THINK}\n" if after_outputs else ""
             said = "{}{}\n{}\n\n{}".format(opening, thought, END_THINK, said.lstrip("\n"))
@@ -189,7 +189,7 @@ class DeepSeekV3ThinkingRenderer(DeepSeekV3Renderer):
         return parse_thinking(text, begun=True)
 
 
-def thought_and_said(message: PlainMessage) -> tuple[str, str]:
+def _thought_and_said(message: PlainMessage) -> tuple[str, str]:
     content = message.get("content", "")
     if "reasoning_content" in message or END_THINK not in content:
         return message.get("reasoning_content", "").strip("\n"), content

@@ -15,9 +15,10 @@ format of V3 and R1 here.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
+from cookbook.errors import RendererError
 from renderers.encoder import Encoder
 from renderers.formats.deepseek_tools import CALL, CALL_TOKENS, CALLS, END_CALL, END_CALLS, SEP
 from renderers.formats.deepseekv3 import (
@@ -28,15 +29,18 @@ from renderers.formats.deepseekv3 import (
     OUTPUT,
     USER,
     DeepSeekV3Renderer,
-    thought_and_said,
 )
-from renderers.formats.marked_calls import parse_exact_thinking, thought_text_and_calls
+from renderers.formats.marked_calls import (
+    exact_thought_and_said,
+    parse_exact_thinking,
+    thought_text_and_calls,
+)
 from renderers.messages import Message, PlainMessage, Tool, function_of, to_json
 from renderers.rendering import CharSpan, Draft, Rendering
 from renderers.thinking import END_THINK, THINK
 
 
-class DeepSeekV3_1Renderer(DeepSeekV3Renderer):  # noqa: N801 - the model's own name
+class DeepSeekV3_1Renderer(DeepSeekV3Renderer):
     """Renders replies without thinking; a trained reply with thinking is refused."""
 
     name = "deepseekv3_1"
@@ -49,8 +53,7 @@ class DeepSeekV3_1Renderer(DeepSeekV3Renderer):  # noqa: N801 - the model's own 
         if role not in ("assistant", "user"):
             raise self._refuse_role(role, ["assistant", "user"])
         draft, _, _ = self._draft(messages, None)
-        said_last = next((m["role"] for m in reversed(messages) if m["role"] != "system"), "")
-        draft.put(self._header(said_last) if role == "assistant" else USER)
+        draft.put(self._header(_role_before(messages)) if role == "assistant" else USER)
         return draft.finish()
 
     def _header(self, before: str) -> str:
@@ -93,7 +96,7 @@ class DeepSeekV3_1Renderer(DeepSeekV3Renderer):  # noqa: N801 - the model's own 
 
     def _reply(self, message: PlainMessage, calls: str, before: str) -> str:
         """Returns the text that the model writes after the prompt for this message."""
-        thought, said = thought_and_said(message)
+        thought, said = exact_thought_and_said(message)
         if self.thinks and before in ("user", "tool"):
             said = f"{'' if before == 'user' else THINK}{thought}{END_THINK}{said}"
         return said + calls
@@ -111,7 +114,7 @@ class DeepSeekV3_1Renderer(DeepSeekV3Renderer):  # noqa: N801 - the model's own 
         return _parse_calls(marked, self._encoder)
 
 
-class DeepSeekV3_1ThinkingRenderer(DeepSeekV3_1Renderer):  # noqa: N801 - the model's own name
+class DeepSeekV3_1ThinkingRenderer(DeepSeekV3_1Renderer):
     """Renders the last reply with its thinking, which the template drops from all earlier replies.
 
     The content of a message may contain the thinking in `<think>` tags.
@@ -121,8 +124,28 @@ class DeepSeekV3_1ThinkingRenderer(DeepSeekV3_1Renderer):  # noqa: N801 - the mo
     thinks = True
     reply_sections = thought_text_and_calls(CALLS, begun=True)
 
+    def _render(
+        self, messages: Sequence[PlainMessage], chosen: Collection[int], tools: Sequence[Tool] | None
+    ) -> Rendering:
+        for index in chosen:
+            if messages[index]["role"] == "assistant" and _role_before(messages[:index]) not in (
+                "user",
+                "tool",
+            ):
+                raise RendererError(
+                    f"Renderer `{self.name}` cannot train message {index + 1}: no user's message and no "
+                    "tool's result is before it, so nothing prompts the model to think. Do not train it, or "
+                    "join it with the reply before it."
+                )
+        return super()._render(messages, chosen, tools)
+
     def _parse_said(self, text: str) -> tuple[Message, bool]:
-        return parse_exact_thinking(text.removeprefix(THINK), begun=True)
+        return parse_exact_thinking(text, begun=True)
+
+
+def _role_before(messages: Sequence[PlainMessage]) -> str:
+    """Returns the role of the last message that is printed in its place; "" if there is none."""
+    return next((message["role"] for message in reversed(messages) if message["role"] != "system"), "")
 
 
 def _text_in_history(message: PlainMessage, before: str) -> str:

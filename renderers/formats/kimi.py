@@ -1,6 +1,6 @@
 """Kimi K2, K2 Thinking, K2.5 and K2.6, as their published chat templates print them.
 
-- A call is printed with its id, `functions.NAME:NUMBER`, which is the only place of the function's name, and a
+- A call is printed with its id, `functions.NAME:NUMBER`, which alone has the name of the function, and a
   result with the id of its call. The calls of a conversation are numbered from 0. K2.5 and K2.6 print ids of
   this form as they are given. Any other id would teach the model calls without a name, so it is replaced with
   the call's number, as K2 does with every id.
@@ -19,13 +19,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 from cookbook.errors import RendererError
 from cookbook.utils import notes
 from renderers.formats.marked_calls import (
     MarkedCallsRenderer,
+    exact_thought_and_said,
     parse_exact_thinking,
     text_and_calls,
     thought_text_and_calls,
@@ -52,7 +53,9 @@ class _Ids(NamedTuple):
 
 
 class _KimiRenderer(MarkedCallsRenderer):
-    frame = _SYSTEM + _USER + _ASSISTANT + _MIDDLE + _END + _CALLS + _END_CALLS + _CALL + _ARGUMENTS + _END_CALL
+    frame = (
+        _SYSTEM + _USER + _ASSISTANT + _MIDDLE + _END + _CALLS + _END_CALLS + _CALL + _ARGUMENTS + _END_CALL
+    )
     end_of_turn = _END
     calls_mark = _CALLS
     takes_tools = True
@@ -221,7 +224,7 @@ class KimiK2ThinkingRenderer(_KimiRenderer):
         return super()._header + self.opening
 
     def _text(self, message: PlainMessage, is_history: bool) -> str:
-        thought, said = _thought_and_said(message)
+        thought, said = exact_thought_and_said(message)
         thought = "" if is_history and not self.keeps_thinking else thought
         return f"{THINK}{thought}{END_THINK}{said}".removeprefix(self.opening)
 
@@ -233,7 +236,7 @@ class KimiK2ThinkingRenderer(_KimiRenderer):
         rewritten: list[int] = []
         loses_thinking = False  # between the answer before a reply and the end of the reply
         for index in range(_last_answer(messages, num_seen) + 1):
-            loses_thinking = loses_thinking or bool(_thought_and_said(messages[index])[0])
+            loses_thinking = loses_thinking or bool(exact_thought_and_said(messages[index])[0])
             if loses_thinking and index in trained:
                 rewritten.append(index)
             if messages[index]["role"] == "assistant" and not messages[index].get("tool_calls"):
@@ -241,7 +244,7 @@ class KimiK2ThinkingRenderer(_KimiRenderer):
         return rewritten
 
     def _check_reply(self, message: PlainMessage, number: int) -> None:
-        thought, _ = _thought_and_said(message)
+        thought, _ = exact_thought_and_said(message)
         if THINK in thought or END_THINK in thought:
             raise RendererError(f"The thinking of message {number} holds a think tag of its own. Remove it.")
         super()._check_reply(message, number)
@@ -269,7 +272,7 @@ class KimiK25DisableThinkingRenderer(KimiK25Renderer):
     reply_sections = text_and_calls(_CALLS)
 
     def _text(self, message: PlainMessage, is_history: bool) -> str:
-        return _thought_and_said(message)[1]
+        return exact_thought_and_said(message)[1]
 
     def _rewritten(
         self, messages: Sequence[PlainMessage], trained: Collection[int], num_seen: int
@@ -277,7 +280,7 @@ class KimiK25DisableThinkingRenderer(KimiK25Renderer):
         return []
 
     def _check_reply(self, message: PlainMessage, number: int) -> None:
-        if _thought_and_said(message)[0]:
+        if exact_thought_and_said(message)[0]:
             raise no_place(self.name, "thinking", number)
         super()._check_reply(message, number)
 
@@ -312,14 +315,6 @@ def _last_answer(messages: Sequence[PlainMessage], num: int) -> int:
         if messages[index]["role"] == "assistant" and not messages[index].get("tool_calls")
     )
     return next(answers, -1)
-
-
-def _thought_and_said(message: Mapping[str, Any]) -> tuple[str, str]:
-    content = message.get("content", "")
-    if message["role"] != "assistant" or "reasoning_content" in message or END_THINK not in content:
-        return message.get("reasoning_content", ""), content
-    thought, _, said = content.partition(END_THINK)
-    return thought.removeprefix(THINK), said
 
 
 def _print_calls(message: PlainMessage, number: int, ids: Sequence[str]) -> str:

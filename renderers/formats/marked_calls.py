@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from renderers.base import Renderer
-from renderers.messages import Message
+from renderers.messages import Message, PlainMessage
 from renderers.reply_text import marked_text
 from renderers.streaming import START, Section, Sections
 from renderers.thinking import END_THINK, THINK, said_without_thinking
@@ -27,7 +28,7 @@ def thought_text_and_calls(mark: str, begun: bool) -> Sections:
     thinking = Section("reasoning_content", ends={END_THINK: "said"})
     plain = Section("content", begins={THINK: "thinking"}, ends={mark: "calls"})
     return {
-        START: thinking if begun else plain,
+        START: replace(thinking, begins={THINK: "thinking"}) if begun else plain,
         "thinking": thinking,
         "said": Section("content", ends={mark: "calls"}),
         "calls": Section(None),
@@ -77,11 +78,20 @@ class MarkedCallsRenderer(Renderer):
 def parse_exact_thinking(text: str, begun: bool) -> tuple[Message, bool]:
     """Returns the message in a reply's text, and False if a think block that it begins with is not closed.
 
-    No white space around the thinking belongs to the format. `begun` says whether the prompt opens the block.
+    No white space around the thinking belongs to the format. `begun` says whether the prompt opens the block,
+    though the reply may open it again.
     """
     if not begun and not text.startswith(THINK):
         return said_without_thinking(text), True
     thought, closing, said = text.partition(END_THINK)
-    thought = thought if begun else thought.removeprefix(THINK)
-    message = said_without_thinking(said)
+    thought, message = thought.removeprefix(THINK), said_without_thinking(said)
     return ({**message, "reasoning_content": thought} if thought else message), bool(closing)
+
+
+def exact_thought_and_said(message: PlainMessage) -> tuple[str, str]:
+    """Returns the thinking and the text of a reply, whose content may begin with its thinking in tags."""
+    content = message.get("content", "")
+    if message["role"] != "assistant" or "reasoning_content" in message or END_THINK not in content:
+        return message.get("reasoning_content", ""), content
+    thought, _, said = content.partition(END_THINK)
+    return thought.removeprefix(THINK), said

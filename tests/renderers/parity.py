@@ -49,6 +49,10 @@ class Family:
     thinking_key: str = "reasoning_content"
     arguments_as_text: bool = False
     prompt_options: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Variables of the template for prompts and conversations; `prompt_options` are for prompts alone."""
+    call_ids: bool = False
+    """Whether the template prints ids of calls, which are then given as `functions.NAME:NUMBER`."""
     more_tokens: tuple[str, ...] = ()
     """The BOS and EOS tokens, if the template does not spell them."""
 
@@ -77,6 +81,25 @@ FAMILIES = {
         ["deepseekv3", "chat_template"],
         arguments_as_text=True,
         more_tokens=("<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"),
+    ),
+    "DeepSeek V3.1": Family(
+        "deepseek_v3_1",
+        ["deepseekv3_1"],
+        arguments_as_text=True,
+        more_tokens=("<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"),
+    ),
+    "Kimi K2": Family("kimi_k2", ["kimi_k2"]),
+    "Kimi K2.5, K2.6": Family(
+        "kimi_k2_5", ["kimi_k25", "kimi_k26"], options={"preserve_thinking": True}, call_ids=True
+    ),
+    "Kimi K2.5, K2.6, not thinking": Family(
+        "kimi_k2_5",
+        ["kimi_k25_disable_thinking", "kimi_k26_disable_thinking"],
+        options={"thinking": False},
+        call_ids=True,
+    ),
+    "Kimi K2.6, all thinking kept": Family(
+        "kimi_k2_5", ["kimi_k26_preserve_thinking"], options={"preserve_thinking": True}, call_ids=True
     ),
     "gpt-oss": Family("gptoss", ["gpt_oss", "chat_template"], thinking_key="thinking"),
 }
@@ -127,6 +150,25 @@ TWO = [*ONE, call("weather", city="東京")]
 class Case:
     messages: list[dict[str, Any]]
     tools: list[dict[str, Any]] | None = None
+
+
+def with_call_ids(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Returns the messages with numbered ids of calls and, in their order, of the results."""
+    ids: list[str] = []
+    num_results = 0
+    changed: list[dict[str, Any]] = []
+    for message in messages:
+        calls = [
+            {**one, "id": f"functions.{one['function']['name']}:{len(ids) + number}"}
+            for number, one in enumerate(message.get("tool_calls", []))
+        ]
+        ids += [str(one["id"]) for one in calls]
+        more = {"tool_calls": calls} if calls else {}
+        if message["role"] == "tool":
+            more = {"tool_call_id": ids[num_results]}
+            num_results += 1
+        changed.append({**message, **more})
+    return changed
 
 
 def around(texts: Sequence[str]) -> list[Case]:
@@ -194,7 +236,9 @@ class Reference:
 
     def text(self, case: Case, num_messages: int | None = None, prompt: bool = False) -> str:
         messages = [self._adapted(message) for message in case.messages[:num_messages]]
-        options = self._family.prompt_options if prompt else {}
+        options = {**self._family.options, **(self._family.prompt_options if prompt else {})}
+        if self._family.call_ids:
+            messages = with_call_ids(messages)
         return str(
             self.tokenizer.apply_chat_template(
                 messages,

@@ -13,11 +13,20 @@ from renderers import get_renderer, other_names, register_renderer, registry, re
 NAMES = [
     "chat_template",
     "deepseekv3",
+    "deepseekv3_1",
+    "deepseekv3_1_thinking",
     "deepseekv3_thinking",
     "gemma3",
     "gpt_oss",
     "gpt_oss_high",
     "gpt_oss_low",
+    "kimi_k2",
+    "kimi_k25",
+    "kimi_k25_disable_thinking",
+    "kimi_k26",
+    "kimi_k26_disable_thinking",
+    "kimi_k26_preserve_thinking",
+    "kimi_k2_thinking",
     "llama3",
     "phi3",
     "qwen2_5",
@@ -84,7 +93,7 @@ def test_a_name_of_tinker_cookbook_is_an_error_with_its_equivalent_here():
         "gpt_oss_medium_reasoning": "Here it is `gpt_oss`.",
         "gpt_oss_high_reasoning": "Here it is `gpt_oss_high`.",
         "qwen3_vl_instruct": "Images are not supported here.",
-        "kimi_k2": "It is not supported here. Use `chat_template`",
+        "kimi_k31_pro_max_reasoning": "It is not supported here. Use `chat_template`",
     }.items():
         assert said_of(name).startswith(f"Unknown renderer `{name}`. {answer}")
         assert "_thinking`" not in said_of(name).removeprefix(f"Unknown renderer `{name}`.")
