@@ -93,6 +93,17 @@ class Renderer(ABC):
         """Returns the names in `template_kwargs` that the chat template does not read."""
         return []
 
+    def template_kwargs_of(
+        self, messages: Sequence[Message], tools: Sequence[Tool] | None = None
+    ) -> Mapping[str, Any]:
+        """Returns the template's variables that the prompt for the last message, a reply, is trained with.
+
+        A template may print its usual prompt for another mode than the reply shows, such as thinking. Then
+        the reply is trained behind the prompt of the right mode, and sampling needs the same:
+        `with_template_kwargs` of these gives the renderer whose prompts agree. Empty for the usual prompt.
+        """
+        return {}
+
     def reads_key(self, role: str, key: str, value: Any) -> bool:
         """Returns whether the format uses this key of a message.
 

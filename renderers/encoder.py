@@ -74,7 +74,8 @@ class Encoder:
     `image_token`, but not `sep_token` and the like, which are left to the user). Without a `template` it uses
     all of them.
     Any other added token, such as Qwen's `<tool_call>` or one that the user added, is ordinary vocabulary.
-    Text of a reply is never encoded as one of the `ends`, which end turns.
+    Text of a reply is encoded as a special token only if it is one of the `spoken`, such as a tag around its
+    thinking, and never as one of the `ends`, which end turns.
     """
 
     def __init__(
@@ -83,6 +84,7 @@ class Encoder:
         frame: str = "",
         ends: Collection[str] = (),
         template: str | None = None,
+        spoken: Collection[str] = (),
     ) -> None:
         if not tokenizer.is_fast:
             raise RendererError(
@@ -118,7 +120,10 @@ class Encoder:
         self._marks = re.compile(f"{ESCAPE}(?P<index>\\d+);|(?P<control>{self.control.pattern})")
         reserved = f"{ESCAPE}(?:\\d+|cut|text);"
         self._reserved = re.compile(reserved)
-        self._foreign_to_a_reply = re.compile(f"{reserved}|{any_of([*special, *ends]).pattern}")
+        foreign = {*special, *ends} - ({*spoken} - {*ends})
+        self.spoken = any_of([text for text in controls if text not in foreign])
+        """The control tokens that a reply may spell."""
+        self._foreign_to_a_reply = re.compile(f"{reserved}|{any_of(foreign).pattern}")
         self._foreign_elsewhere = re.compile(f"{reserved}|{self.control.pattern}")
         self._controls_part = all(_parts(self.ids[text], added) for text in controls)
         self._controls_take_space = any(added[self.ids[text]].lstrip for text in controls)
@@ -133,8 +138,9 @@ class Encoder:
     ) -> list[PlainMessage]:
         """Returns the messages with text that spells a control token escaped, and counts such messages.
 
-        Text of the assistant keeps the tokens of the frame that are not special, because in some formats the
-        model itself writes them (`<think>`). With `replies_like_others` they are escaped as well.
+        Text of the assistant keeps the tokens of the frame that are not special, and the `spoken` ones,
+        because in some formats the model itself writes them (`<think>`). With `replies_like_others` they are
+        escaped as well.
         """
         guarded: list[PlainMessage] = []
         for number, message in enumerate(messages, 1):

@@ -56,6 +56,14 @@ class Chat:
         self._texts = _Texts()
         self._memory = Memory()
         self._changed: dict[Callable[[Any], Any], Chat] = {}
+        self._in_modes: dict[Template, Chat] = {}
+        self.turns: dict[int, Any] = {}
+        """What `Replies` found for each reply: it depends on the messages up to it alone."""
+
+    def given(self, index: int) -> PlainMessage:
+        """Returns message `index` as it was before it was adapted to the template."""
+        messages, _ = self._given
+        return messages[index]
 
     def beginning(self, messages: Sequence[PlainMessage], tools: Sequence[Tool] | None) -> Chat | None:
         """Returns a chat of these messages that shares the kept texts, or None if this does not begin so."""
@@ -81,6 +89,20 @@ class Chat:
         changed = copy(self._changed[change])
         changed.messages = changed.messages[: len(self.messages)]
         return changed
+
+    def under(self, template: Template) -> Chat:
+        """Returns this chat under another mode of its template."""
+        if template is self._template:
+            return self
+        if template not in self._in_modes:
+            other = copy(self)
+            other._template = template
+            other.messages = self._all_messages
+            other._start_anew()
+            self._in_modes[template] = other
+        other = copy(self._in_modes[template])
+        other.messages = other.messages[: len(self.messages)]
+        return other
 
     def text(self, num_messages: int, prompt: bool = False) -> str:
         """Returns the text of the first messages. Raises RendererError if the template refuses them."""
@@ -110,7 +132,7 @@ class Chat:
         return text
 
     def text_with(self, index: int, stand_in: PlainMessage, num_messages: int) -> str:
-        """Returns the text of the first messages, with `stand_in` in place of message `index`."""
+        """Returns the text of the first messages, with `stand_in` in place of message `index` or after it."""
         messages = [*self.messages[:index], stand_in, *self.messages[index + 1 : num_messages]]
         text = self._traced_text(messages, prompt=False) if self._is_long else None
         return self._template.text(messages, self.tools) if text is None else text

@@ -4,9 +4,9 @@ A template does not declare which of its text the model wrote, so this is inferr
 R(m) be the rendering of messages m, and P(m) the same with the generation prompt. Then:
 
 - The text of message i begins where P(m[:i]) ends, which must be how R(m) begins.
-- It ends with the end-of-turn token of R(m[:i+1]). If R(m[:i+1]) ends as a plain reply does, that is the same
-  token. If not, exactly one of the control tokens at its end, which may be separated by white space, must be
-  one that ends turns. What follows that token is printed by the template.
+- It ends with the last of the tokens that end a turn (`turn_ends.py`) in R(m[:i+1]), behind which is what the
+  template prints by itself. Some templates print it only in front of another message; then it is added.
+- P and R may need values for variables of the template, to be of the same mode (`replies.py`).
 - If R(m) does not continue P(m[:i]) with the same text, the template rewrites its history.
 
 The content of any other message is the text that changes when a sentinel replaces it. If these renderings
@@ -19,7 +19,9 @@ import json
 import re
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from functools import cached_property
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from cookbook.errors import RendererError
@@ -28,21 +30,24 @@ from renderers.base import Renderer
 from renderers.encoder import ESCAPE, SENTINEL, Encoder, any_of
 from renderers.formats.hermes_tools import with_call_sections, with_calls
 from renderers.jinja.chat import Chat
-from renderers.jinja.template import CALL, Template, stand_in_for
+from renderers.jinja.replies import Replies, Turn
+from renderers.jinja.template import Template
+from renderers.jinja.turn_ends import REPLY, USER, call_endings, plain_ending
 from renderers.messages import ROLES, Message, PlainMessage, Tool, map_strings
 from renderers.rendering import CharSpan, Rendering
-from renderers.streaming import PLAIN
+from renderers.streaming import PLAIN, Section, Sections
 from renderers.thinking import END_THINK, THINK, THINKING, THINKING_BEGUN, parse_thinking
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_USER: PlainMessage = {"role": "user", "content": "x"}
-_REPLY: PlainMessage = {"role": "assistant", "content": SENTINEL}
+_STAND_IN: PlainMessage = {"role": "assistant", "content": SENTINEL}
+_THINKING_TAGS = (THINK, END_THINK, "[THINK]", "[/THINK]")
+"""Special tokens that a reply may spell if they are in the template, because it may hold its thinking."""
+
 _ONLY_CONTENT = {"role", "content"}
 _MOST_KEPT_KWARGS = 16
 _JOINERS = "_-./\u2581 "
-_TAG = re.compile(f"{THINK}|{END_THINK}")
 
 
 class ChatTemplateRenderer(Renderer):
@@ -76,47 +81,43 @@ class ChatTemplateRenderer(Renderer):
         self._template = Template(tokenizer, self.template_kwargs)
         self._with_kwargs: dict[str, ChatTemplateRenderer] = {}
         self._latest: Chat | None = None
-        text = self._template.text
-        prompt = text([_USER], prompt=True)
-        self._after_last = text([_USER, _REPLY]).partition(SENTINEL)[2]
-        after_earlier = text([_USER, _REPLY, _USER]).partition(SENTINEL)[2]
-        frame = prompt + self._after_last + after_earlier
-        used = self._template.all_text()
-        self._encoder = Encoder(tokenizer, frame, template=used)
-        self._length_of_end = self._end_after(self._after_last).end()
-        stops = [self._end_after(self._after_last)[1], *self._end_of_a_tool_call()]
-        self._ends = {*stops, self._end_after(after_earlier)[1]}
-        self._encoder = Encoder(tokenizer, frame, self._ends, used)
-        self._stops = {end: self._encoder.ids[end] for end in stops}
-        self._end = re.compile(rf"\s*({any_of(self._ends).pattern})")
+        self._find_ends()
         controls = [control for control in self._encoder.ids if self._encoder.control.fullmatch(control)]
         self._part_of_control = any_of(sorted(set().union(*map(_marks_of, controls))))
         self.takes_tools = self._template.prints_tools()
         self._thinks = END_THINK in str(tokenizer.chat_template)
+        prompt = self._template.text([USER], prompt=True)
         self._thinks_in_prompt = self._thinks and prompt.rstrip("\n").endswith(THINK)
         self._parses_calls = self._prints_calls_as_hermes()
         sections = PLAIN if not self._thinks else THINKING_BEGUN if self._thinks_in_prompt else THINKING
-        self.reply_sections = with_call_sections(sections) if self._parses_calls else sections
+        sections = with_call_sections(sections) if self._parses_calls else sections
+        self.reply_sections = _ended_by(self._before_stop, sections) if self._before_stop else sections
 
-    def _end_after(self, text: str) -> re.Match[str]:
-        """Returns the end-of-turn token at the start of `text`, which the template prints after a reply."""
-        match = re.match(rf"\s*({self._encoder.control.pattern})", text)
-        if match is None:
-            raise RendererError(
-                f"The chat template ends a reply with {text[:40]!r}, not with a special token of this "
-                "tokenizer, so the model could not learn to stop. Use another template or renderer."
-            )
-        return match
-
-    def _end_of_a_tool_call(self) -> list[str]:
-        if not self._template.prints_calls:
-            return []
-        call = self._template.adapted(CALL)
-        with suppress(RendererError):
-            start = len(self._template.text([_USER], prompt=True))
-            tail = self._tail(self._template.text([_USER, call]), start)
-            return [tail[0][0]] if len(tail) == 1 else []
-        return []
+    def _find_ends(self) -> None:
+        """Finds the tokens that end turns, by trying the template. Then its control tokens are known."""
+        text, eos = self._template.text, self.tokenizer.eos_token
+        prompt = text([USER], prompt=True)
+        reply = self._template.adapted(REPLY)
+        behind_last = text([USER, reply]).partition(SENTINEL)[2]
+        behind_earlier = text([USER, reply, USER]).partition(SENTINEL)[2]
+        frame, used = prompt + behind_last + behind_earlier, self._template.all_text()
+        spoken = [tag for tag in _THINKING_TAGS if tag in self._template.source]
+        encoder = Encoder(self.tokenizer, frame, template=used, spoken=spoken)
+        plain = plain_ending(behind_last, behind_earlier, encoder, eos)
+        calls = call_endings(self._template, encoder, eos)
+        earlier = re.match(rf"\s*({encoder.control.pattern})", behind_earlier)
+        printed = {*encoder.control.findall(plain.written)} if not plain.is_appended else set()
+        printed |= {call.stop for call in calls if not call.is_appended}
+        printed |= {earlier[1]} if earlier is not None and not plain.is_appended else set()
+        ends = {*printed, plain.stop, *(call.stop for call in calls)}
+        self._encoder = Encoder(self.tokenizer, frame, ends, used, spoken)
+        self._replies = Replies(self._template, self._encoder, plain, calls, ends)
+        self._plain, self._ends = plain, ends
+        self._kept_in_replies = re.compile(f"{self._encoder.spoken.pattern}|{any_of(spoken).pattern}")
+        self._before_stop = plain.written.removesuffix(plain.stop)
+        self._end = re.compile(rf"\s*({re.escape(plain.written.lstrip())}|{any_of(ends).pattern})")
+        self._end_of_others = re.compile(rf"\s*({any_of(printed).pattern})")
+        self._stops = {stop: self._encoder.ids[stop] for stop in self._replies.stops}
 
     def _prints_calls_as_hermes(self) -> bool:
         """Returns whether calls that this template prints can be parsed as Hermes calls."""
@@ -125,12 +126,8 @@ class ChatTemplateRenderer(Renderer):
         ]
         message: Message = {"role": "assistant", "content": "x", "tool_calls": calls}
         with suppress(RendererError):
-            chat = Chat(self._template, [_USER, dict(message)], None)
-            reply = self._reply(chat, 1, chat.prompt_before(1))
-            return self._parse(reply.removesuffix(self._end_after(self._after_last)[0]), True) == (
-                message,
-                True,
-            )
+            said = self._replies.turn(Chat(self._template, [USER, dict(message)], None), 1).said
+            return self._parse(said.removesuffix(self._plain.written), True) == (message, True)
         return False
 
     def with_template_kwargs(self, template_kwargs: Mapping[str, Any]) -> Renderer:
@@ -150,6 +147,13 @@ class ChatTemplateRenderer(Renderer):
 
     def unread_template_kwargs(self) -> list[str]:
         return sorted(self.template_kwargs.keys() - self._template.variables_read)
+
+    def template_kwargs_of(
+        self, messages: Sequence[Message], tools: Sequence[Tool] | None = None
+    ) -> Mapping[str, Any]:
+        prepared = self._prepare(messages, tools)
+        chat = self._chat(prepared.messages, prepared.tools)
+        return dict(self._replies.turn(chat, len(prepared.messages) - 1).prompted_by.chosen)
 
     def reads_key(self, role: str, key: str, value: Any) -> bool:
         return self._template.reads(role, key, value)
@@ -186,24 +190,67 @@ class ChatTemplateRenderer(Renderer):
         self, messages: Sequence[PlainMessage], chosen: Collection[int], tools: Sequence[Tool] | None
     ) -> Rendering:
         chat = self._chat(messages, tools)
-        text = self._checked_text(chat)
+        self._check_is_printed(chat)
+        chat.text(len(messages))  # an error of the template is the first to be raised
+        turns: dict[int, Turn] = {}
+        for index in sorted(chosen):
+            if messages[index]["role"] == "assistant":
+                is_new = index not in chat.turns
+                turns[index] = self._replies.turn(chat, index)
+                if is_new:
+                    _note(turns[index])
+        mode = turns[max(turns)].printed_by if turns else self._template
+        text = self._checked_text(chat.under(mode))
+        if len(messages) - 1 in turns:
+            last = turns[len(messages) - 1]
+            text = last.prompt + last.said + last.behind
+        prompts = self._prompts_before(turns, messages, tools)
         cuts: list[int] = []
         spans: dict[int, CharSpan] = {}
         rewritten: list[int] = []
         for index, message in enumerate(messages):
             if message["role"] == "assistant":
-                prompt = chat.prompt_before(index)
+                prompt, turn = prompts[index], turns.get(index)
                 if prompt and text.startswith(prompt):
                     cuts.append(len(prompt))
-                if index in chosen:
-                    reply = self._reply(chat, index, prompt)
-                    if text.startswith(f"{prompt}{reply}"):
-                        spans[index] = CharSpan(cuts[-1], cuts[-1] + len(reply))
-                    else:
-                        rewritten.append(index)
+                if turn is None:
+                    continue
+                if turn.prompt == prompt and text.startswith(f"{prompt}{turn.said}"):
+                    spans[index] = CharSpan(cuts[-1], cuts[-1] + len(turn.said))
+                else:
+                    rewritten.append(index)
             elif index in chosen:
-                spans[index] = self._content_span(chat, index)
+                spans[index] = self._content_span(chat.under(mode), index)
         return Rendering(text, cuts, spans, rewritten)
+
+    def _prompts_before(
+        self, turns: Mapping[int, Turn], messages: Sequence[PlainMessage], tools: Sequence[Tool] | None
+    ) -> dict[int, str | None]:
+        """Returns the prompt for each reply, as they are in the prompt for the last trained one.
+
+        A prompt ends with a border between tokens. The model is sampled for the last reply in one mode, so
+        the borders in front of it are those of that mode.
+        """
+        last = max(turns, default=-1)
+        replies = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+        sampled = self._in_mode(turns[last].prompted_by) if turns else self
+        chat = sampled._chat(messages, tools)
+        return {
+            index: turns[index].prompt if index == last else sampled._prompt_of(chat, index)
+            for index in replies
+        }
+
+    def _in_mode(self, mode: Template) -> ChatTemplateRenderer:
+        renderer = self.with_template_kwargs(mode.chosen)
+        assert isinstance(renderer, ChatTemplateRenderer)
+        return renderer
+
+    def _prompt_of(self, chat: Chat, index: int) -> str | None:
+        """Returns the prompt for a reply; the template's usual one if the reply cannot be trained."""
+        try:
+            return self._replies.turn(chat, index).prompt
+        except RendererError:
+            return chat.prompt_before(index)
 
     def _render_prompt(
         self, messages: Sequence[PlainMessage], tools: Sequence[Tool] | None, role: str
@@ -211,30 +258,35 @@ class ChatTemplateRenderer(Renderer):
         if role != "assistant":
             raise self._refuse_role(role, ["assistant"])
         chat = self._chat(messages, tools)
-        text = self._checked_text(chat, prompt=True)
+        self._check_is_printed(chat)
+        text = self._checked_text(chat, prompt=True) + self._replies.missing_header(chat, len(messages))
         turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
-        prompts = [chat.prompt_before(index) for index in turns]
+        prompts = [self._prompt_of(chat, index) for index in turns]
         return Rendering(text, cuts=[len(prompt) for prompt in prompts if prompt and text.startswith(prompt)])
 
-    def _checked_text(self, chat: Chat, prompt: bool = False) -> str:
-        """Returns the text of all messages.
-
-        Raises RendererError for a message or call that is not printed, for escapes that are not printed like
-        the text they stand for, and for a control token that is formed from parts that messages spell.
-        """
+    def _check_is_printed(self, chat: Chat) -> None:
+        """Raises RendererError for a message or a tool call that the template does not print."""
         prints = self._template.prints
         for number, message in enumerate(chat.messages, 1):
             if not prints(message["role"]):
-                supported = ", ".join(role for role in ROLES if self._template.prints(role))
+                supported = ", ".join(role for role in ROLES if prints(role))
                 raise RendererError(
                     f"The chat template does not print messages of role `{message['role']}` "
                     f"(message {number}). Supported: {supported}."
                 )
             if message.get("tool_calls") and not self._template.prints_calls:
+                why = f" ({self._template.refusal_of_calls})" if self._template.refusal_of_calls else ""
                 raise RendererError(
-                    f"The chat template does not print tool calls (message {number}). Write them into the "
+                    f"The chat template does not print tool calls (message {number}){why}. Write them in the "
                     "content, as tools_in_system=True does, or use the renderer of a format that has them."
                 )
+
+    def _checked_text(self, chat: Chat, prompt: bool = False) -> str:
+        """Returns the text of all messages.
+
+        Raises RendererError for escapes that are not printed like the text they stand for, and for a control
+        token that is formed from parts that messages spell.
+        """
         text = chat.text(len(chat.messages), prompt)
         unguarded = chat.changed(self._encoder.unguard) if ESCAPE in text else chat
         if unguarded is not chat and self._encoder.unguard(text) != unguarded.text(
@@ -246,7 +298,10 @@ class ChatTemplateRenderer(Renderer):
         # A template may join parts of messages, or a part and its own text, to a control token.
         marks = self._part_of_control
         if chat.tools or any(
-            message.keys() != _ONLY_CONTENT or marks.search(message["content"]) for message in chat.messages
+            message.keys() != _ONLY_CONTENT
+            or not isinstance(message["content"], str)
+            or marks.search(message["content"])
+            for message in chat.messages
         ):
             parted = chat.changed(self._parted)
             is_changed = (parted.messages, parted.tools) != (chat.messages, chat.tools)
@@ -258,74 +313,25 @@ class ChatTemplateRenderer(Renderer):
         return text
 
     def _parted(self, value: Any) -> Any:
-        """Returns the value with sentinels next to everything in it that may be part of a control token."""
+        """Returns the value with sentinels next to everything in it that may be part of a control token.
+
+        A reply keeps the control tokens that it may spell.
+        """
 
         def part(string: str) -> str:
             apart, found = self._part_of_control.subn(rf"\g<0>{SENTINEL}", string)
             return f"{SENTINEL}{apart}{SENTINEL}" if found else string
 
-        return map_strings(part, value)
+        def part_reply(string: str) -> str:
+            kept = self._kept_in_replies.finditer(string)
+            edges = [0, *(edge for match in kept for edge in match.span()), len(string)]
+            pieces = [string[start:end] for start, end in pairwise(edges)]
+            return "".join(piece if odd % 2 else part(piece) for odd, piece in enumerate(pieces))
+
+        is_reply = isinstance(value, dict) and value.get("role") == "assistant"
+        return map_strings(part_reply if is_reply else part, value)
 
     # -- spans --------------------------------------------------------------------------------
-
-    def _reply(self, chat: Chat, index: int, prompt: str | None) -> str:
-        """Returns the text that the model must write as message `index`, including its end-of-turn token."""
-        if prompt is None:
-            raise RendererError(
-                f"The chat template renders no prompt before the assistant's message {index + 1}, so it "
-                "cannot be trained. Begin with a user's message, or do not train this one."
-            )
-        whole = chat.text(index + 1)
-        if not whole.startswith(prompt):
-            raise RendererError(
-                f"The chat template's generation prompt ends with {prompt[-40:]!r}, but that is not how the "
-                f"template then renders message {index + 1}. A model trained on it would be sampled from "
-                "other prompts. Use another template."
-            )
-        message, printed = chat.messages[index], whole[len(prompt) :]
-        if message.keys() != _ONLY_CONTENT or message["content"].strip() not in printed:
-            self._check_nothing_is_lost(chat, index, printed)
-        if whole.endswith(self._after_last, len(prompt)):
-            return whole[len(prompt) : len(whole) - len(self._after_last) + self._length_of_end]
-        tail = self._tail(whole, len(prompt))
-        known = [match for match in tail if match[0] in self._ends] if len(tail) > 1 else tail
-        if len(known) != 1:
-            found = "more than one" if known else "no"
-            raise RendererError(
-                f"The chat template ends message {index + 1} with {whole[-40:]!r}, which holds {found} "
-                "end-of-turn token, so the model could not learn to stop."
-            )
-        return whole[len(prompt) : known[0].end()]
-
-    def _check_nothing_is_lost(self, chat: Chat, index: int, printed: str) -> None:
-        message = chat.messages[index]
-        thought, content = message.get("reasoning_content", ""), message.get("content", "")
-        lost = [
-            key
-            for key, parts in (("reasoning_content", [thought]), ("content", _TAG.split(content)))
-            if not all(part.strip() in printed for part in parts)
-        ]
-        if not lost and (thought or message.get("tool_calls")):
-            stand_in, sentinels = stand_in_for(message)
-            text = chat.text_with(index, stand_in, index + 1)
-            lost = [what for what, sentinel in sentinels.items() if sentinel not in text]
-        if lost:
-            remove = "Remove it (drop_thinking=True does so)" if "reasoning" in lost[0] else "Remove it"
-            raise RendererError(
-                f"The chat template does not print the `{lost[0]}` of message {index + 1} as it is. "
-                f"{remove}, or do not train the message."
-            )
-
-    def _tail(self, text: str, start: int) -> list[re.Match[str]]:
-        """Returns the control tokens, separated only by white space, that end the text from `start` on."""
-        tail: list[re.Match[str]] = []
-        end = len(text)
-        for match in reversed(list(self._encoder.control.finditer(text, start))):
-            if text[match.end() : end].strip():
-                break
-            tail.insert(0, match)
-            end = match.start()
-        return tail
 
     def _span_in_history(
         self,
@@ -335,10 +341,15 @@ class ChatTemplateRenderer(Renderer):
         tools: Sequence[Tool] | None,
     ) -> CharSpan:
         chat = self._chat(messages, tools)
-        prompt = chat.prompt_before(index) or ""
-        span = self._around(chat, index, _REPLY)
+        modes = (self._template, *self._replies.modes)
+        shown = next(
+            (mode for mode in modes if chat.under(mode).text(len(messages)) == rendering.text), modes[0]
+        )
+        span = self._around(chat.under(shown), index, _STAND_IN)
         end = self._end.match(rendering.text, span.end)
-        if end is None or len(prompt) > span.start or not rendering.text.startswith(prompt):
+        prompts = [chat.under(mode).prompt_before(index) for mode in (shown, *modes)]
+        prompt = next((one for one in prompts if one and rendering.text.startswith(one)), None)
+        if end is None or prompt is None or len(prompt) > span.start:
             raise RendererError(
                 f"The chat template rewrites message {index + 1} once other messages follow it. "
                 "Use build_supervised_examples, which trains every turn as the model meets it."
@@ -346,14 +357,14 @@ class ChatTemplateRenderer(Renderer):
         return CharSpan(len(prompt), end.end())
 
     def _content_span(self, chat: Chat, index: int) -> CharSpan:
-        span = self._around(chat, index, {**chat.messages[index], "content": SENTINEL})
-        end = self._end.match(chat.text(len(chat.messages)), span.end)
+        span = self._around(chat, index, {**chat.given(index), "content": SENTINEL})
+        end = self._end_of_others.match(chat.text(len(chat.messages)), span.end)
         return CharSpan(span.start, end.end() if end else span.end)
 
     def _around(self, chat: Chat, index: int, stand_in: PlainMessage) -> CharSpan:
         """Returns the span of text that changes when `stand_in`, which has a sentinel, replaces a message."""
         text = chat.text(len(chat.messages))
-        changed = chat.text_with(index, stand_in, len(chat.messages))
+        changed = chat.text_with(index, self._template.adapted(stand_in), len(chat.messages))
         before, _, after = changed.partition(SENTINEL)
         start, end = len(before), len(text) - len(after)
         if changed.count(SENTINEL) == 1 and text.startswith(before) and text.endswith(after) and start <= end:
@@ -375,6 +386,7 @@ class ChatTemplateRenderer(Renderer):
 
     def parse_response(self, tokens: Sequence[int]) -> tuple[Message, bool]:
         text, ended = self._decode(tokens, self._stops.values())
+        text = text.removesuffix(self._before_stop)
         message, well_formed = self._parse(text, self._parses_calls)
         return (message, ended) if well_formed else ({"role": "assistant", "content": text}, False)
 
@@ -386,6 +398,26 @@ class ChatTemplateRenderer(Renderer):
         if parses_calls:
             message, well_formed = with_calls(message)
         return message, closed and well_formed
+
+
+def _note(turn: Turn) -> None:
+    """Counts a reply that is not trained as the template usually prints it."""
+    if turn.prompted_by.chosen:
+        what = "template_kwargs chosen for the prompts of replies, which sampling needs too"
+        notes.count("reply", what, turn.prompted_by.setting)
+    if turn.finding:
+        notes.count("reply", turn.finding)
+
+
+def _ended_by(marker: str, sections: Sections) -> Sections:
+    """Returns these sections with a marker behind the text, which the stop token follows."""
+    ended = {
+        name: replace(section, ends={**section.ends, marker: "ended"})
+        if section.field == "content"
+        else section
+        for name, section in sections.items()
+    }
+    return {**ended, "ended": Section(None)}
 
 
 def _marks_of(control: str) -> set[str]:

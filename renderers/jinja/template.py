@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from copy import copy
 from functools import cached_property
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -59,6 +60,8 @@ class Template:
                 f"chat_template_kwargs cannot set {', '.join(sorted(taken))}: a conversation has its own."
             )
         self.kwargs = kwargs
+        self.chosen: Mapping[str, Any] = {}
+        """The variables that `with_kwargs` added."""
         self._source = str(tokenizer.get_chat_template())
         self._source_with_tools = str(tokenizer.get_chat_template(tools=[{}]))
         self._plain = compiled(self._source)
@@ -67,12 +70,42 @@ class Template:
         self._printed_roles: dict[str, bool] = {}
         self._read_keys: dict[tuple[str, str], bool] = {}
 
+    def with_kwargs(self, more: Mapping[str, Any]) -> Template:
+        """Returns this template with more values for its variables; what it supports stays the same."""
+        other = copy(self)
+        other.kwargs = {**self.kwargs, **more}
+        other.chosen = {**self.chosen, **more}
+        other._variables = {**self._variables, **json_type(more)}
+        return other
+
+    @property
+    def setting(self) -> str:
+        """The variables that `with_kwargs` added, as they are printed: `enable_thinking=false`."""
+        return ", ".join(f"{name}={to_json(value)}" for name, value in self.chosen.items())
+
+    @property
+    def source(self) -> str:
+        return self._source
+
     @cached_property
     def variables_read(self) -> frozenset[str]:
-        """The variables that the template reads and does not set itself."""
-        from jinja2 import meta
+        """The names of all variables in the template, also of those that it sets itself."""
+        loaded = {
+            node.name
+            for tree in self.syntax_trees()
+            for node in tree.find_all(nodes.Name)
+            if node.ctx == "load"
+        }
+        return frozenset(loaded - self._plain.environment.globals.keys())
 
-        return frozenset(meta.find_undeclared_variables(self._plain.environment.parse(self._source)))
+    @property
+    def variable_names(self) -> frozenset[str]:
+        """The variables that the template gets from the tokenizer and from the user."""
+        return frozenset(self._variables)
+
+    def syntax_trees(self) -> list[nodes.Template]:
+        sources = dict.fromkeys((self._source, self._source_with_tools))
+        return [self._plain.environment.parse(source) for source in sources]
 
     @cached_property
     def _reads_reasoning(self) -> bool:
@@ -105,8 +138,7 @@ class Template:
     def _words(self) -> frozenset[str]:
         """The attributes and strings in the template's code, which include all keys that it can read."""
         found: set[str] = set()
-        for source in {self._source, self._source_with_tools}:
-            tree = self._plain.environment.parse(source)
+        for tree in self.syntax_trees():
             found.update(node.attr for node in tree.find_all(nodes.Getattr))
             found.update(node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str))
         return frozenset(found)
@@ -214,6 +246,15 @@ class Template:
         with suppress(RendererError):
             return SENTINEL in self.text([_USER, call])
         return False
+
+    @cached_property
+    def refusal_of_calls(self) -> str:
+        """What the template raises for a call, if it refuses each form of one; empty if it prints nothing."""
+        try:
+            self.text([_USER, _in_form(CALL, as_json=True, with_content=True)])
+        except RendererError as error:
+            return str(error.__cause__)
+        return ""
 
     @property
     def prints_calls(self) -> bool:

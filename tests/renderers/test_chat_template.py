@@ -432,7 +432,10 @@ def reply_of_made(made: dict[str, Any], content: str) -> str | None:
     printed = "".join(made[part] or "" for part in ("end", "last_end", "after_end", "closing"))
     content = without_ends(printed, content)
     said = content.strip() if made["trims"] else content
-    reply = block + said + made["before_end"] + (made["last_end"] or made["end"])
+    end = made["last_end"] or made["end"]
+    if end == made["end"] not in ("<|im_end|>", made["after_end"]):  # all tokens up to the end-of-text token
+        end += made["after_end"].strip()
+    reply = block + said + made["before_end"] + end
     return reply.removeprefix(made["prompt"]) if reply.startswith(made["prompt"]) else None
 
 
@@ -458,18 +461,15 @@ def test_the_mask_is_right_or_refused_under_any_template(small_tokenizer, traine
         assert tokens[: len(prompt)] == prompt
 
 
-def test_a_turn_that_ends_with_two_end_tokens_is_trained_up_to_its_own(
-    renderer_of, small_tokenizer, trained_runs
-):
+def test_a_reply_with_a_stop_token_inside_is_refused(renderer_of, small_tokenizer):
     template = (
         "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}"
         "{{ m.reasoning_content or '' }}<|im_end|><|text|>{% endif %}{{ m.content }}<|im_end|>{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% else %}<|end|>{% endif %}"
     )
-    tokenizer = small_tokenizer(template)
-    renderer = renderer_of("chat_template", tokenizer)
-    one = renderer.build_supervised_example([user("a"), assistant("", thinking="hm")])
-    assert trained_runs(tokenizer, one) == ["hm<|im_end|><|text|><|im_end|>"]
+    renderer = renderer_of("chat_template", small_tokenizer(template))
+    chat = [user("a"), assistant("b", thinking="hm")]
+    assert "'<|im_end|>' inside message 2" in refusal(renderer.build_supervised_example, chat)
 
 
 def test_an_end_token_that_is_not_special_cannot_be_forged_by_a_reply(renderer_of, small_tokenizer):

@@ -1,0 +1,176 @@
+"""Finds the modes of a chat template: values of its own variables that change how it prints a reply.
+
+Templates of models that may think read a variable such as `enable_thinking` or `reasoning_effort`. The names
+and values are read off the template's code, and each is tried on a few short conversations. Values that print
+nothing new are dropped, so what is left is a mode of the template, whatever its name is.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import combinations, islice, product
+from typing import Any
+
+from jinja2 import nodes
+
+from cookbook.errors import RendererError
+from renderers.jinja.template import Template
+from renderers.messages import PlainMessage
+
+_USER: PlainMessage = {"role": "user", "content": "x"}
+_REPLY: PlainMessage = {"role": "assistant", "content": "y"}
+_THOUGHT: PlainMessage = {**_REPLY, "reasoning_content": "z"}
+_INLINE: PlainMessage = {**_REPLY, "content": "<think>\nz\n</think>\n\ny"}
+_PROBES: tuple[tuple[list[PlainMessage], bool], ...] = (
+    ([_USER], True),
+    ([_USER, _REPLY], False),
+    ([_USER, _THOUGHT], False),
+    ([_USER, _THOUGHT, _USER, _REPLY], False),
+    ([_USER, _INLINE], False),
+)
+_NO_MODES = frozenset({"messages", "tools", "documents", "add_generation_prompt", "continue_final_message"})
+_MOST_VARIABLES, _MOST_PAIRS, _MOST_MODES = 12, 64, 12
+
+
+def modes_of(template: Template) -> list[Template]:
+    """Returns the template with each setting of its variables that prints something else, given ones kept.
+
+    A setting has one variable, or two. The order is that of their names, so it depends on the template alone.
+    """
+    usual = _printed(template)
+    seen = {usual}
+    modes: list[Template] = []
+
+    def tried(settings: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+        """Returns the settings that print something new, after adding their modes."""
+        of_use = []
+        for setting in settings:
+            mode = template.with_kwargs(setting)
+            printed = _printed(mode)
+            if printed not in seen and _is_mode(setting, printed, usual):
+                seen.add(printed)
+                modes.append(mode)
+                of_use.append(setting)
+        return of_use
+
+    values = values_of_variables(template)
+    singles = [{name: value} for name in islice(values, _MOST_VARIABLES) for value in values[name]]
+    of_use = tried(singles)
+    pairs = ({**one, **other} for one, other in combinations(of_use, 2) if one.keys() != other.keys())
+    tried(islice(pairs, _MOST_PAIRS))
+    return modes[:_MOST_MODES]
+
+
+def _printed(template: Template) -> tuple[str | None, ...]:
+    """Returns what the template prints for each probe; None for one that it refuses."""
+    printed: list[str | None] = []
+    for messages, prompt in _PROBES:
+        try:
+            printed.append(template.text([template.adapted(one) for one in messages], prompt=prompt))
+        except RendererError:
+            printed.append(None)
+    return tuple(printed)
+
+
+def _is_mode(setting: Mapping[str, Any], printed: Sequence[str | None], usual: Sequence[str | None]) -> bool:
+    """Returns whether the setting prints every probe that is usually printed, and does not print a flag.
+
+    A template prints a flag where it expects a text, such as a date or a name.
+    """
+    flags = [str(value) for value in setting.values() if isinstance(value, bool)]
+    for text, before in zip(printed, usual, strict=True):
+        if text is None and before is not None:
+            return False
+        if any((text or "").count(flag) > (before or "").count(flag) for flag in flags):
+            return False
+    return True
+
+
+# -- the variables in a template's code ----------------------------------------------------------
+
+
+def values_of_variables(template: Template) -> dict[str, list[Any]]:
+    """Returns the values to try for each variable that the template reads and does not set itself.
+
+    They are the words and numbers that it compares the variable with, also under another name that it gives
+    it; for one that it compares with none, true and false.
+    """
+    trees = template.syntax_trees()
+    names = template.variables_read - template.variable_names - _NO_MODES
+    names = frozenset(name for name in names if all(_may_be_given(name, tree) for tree in trees))
+    constants: dict[str, list[Any]] = {name: [] for name in sorted(names)}
+    for tree in trees:
+        aliases = _aliases(tree, names)
+        for node in tree.find_all(nodes.Compare):
+            for name, values in _compared(node):
+                for variable in aliases.get(name, ()):
+                    constants[variable] += [value for value in values if _is_setting(value)]
+    flags = [True, False]
+    return {
+        name: flags if set(map(type, values)) <= {bool} else list(dict.fromkeys(values))
+        for name, values in constants.items()
+    }
+
+
+def _is_setting(value: Any) -> bool:
+    return isinstance(value, (bool, int)) or (
+        isinstance(value, str) and re.fullmatch(r"\w[\w.-]{0,19}", value) is not None
+    )
+
+
+def _may_be_given(name: str, tree: nodes.Template) -> bool:
+    """Returns whether the template sets the name only where it was not given, or not at all."""
+    is_set = any(node.name == name and node.ctx != "load" for node in tree.find_all(nodes.Name))
+    if not is_set:
+        return True
+    for test in tree.find_all(nodes.Test):
+        if test.name in ("defined", "undefined", "none") and _key(test.node) == name:
+            return True
+    return any(
+        filtered.name in ("default", "d") and filtered.node is not None and _key(filtered.node) == name
+        for filtered in tree.find_all(nodes.Filter)
+    )
+
+
+def _key(node: nodes.Node) -> str | None:
+    """Returns the name of a variable, or of an attribute of a namespace."""
+    if isinstance(node, nodes.Name):
+        return node.name
+    if isinstance(node, nodes.NSRef):
+        return f"{node.name}.{node.attr}"
+    if isinstance(node, nodes.Getattr) and isinstance(node.node, nodes.Name):
+        return f"{node.node.name}.{node.attr}"
+    return None
+
+
+def _aliases(tree: nodes.Template, names: Iterable[str]) -> dict[str, set[str]]:
+    """Returns the variables behind each name: those that the template computes it from."""
+    behind: dict[str, set[str]] = {name: {name} for name in names}
+    for assignment in tree.find_all(nodes.Assign):
+        target = _key(assignment.target)
+        read: set[str] = set()
+        for inner in _with_inner(assignment.node):
+            read |= behind.get(_key(inner) or "", set())
+        if target is not None and read:
+            behind[target] = behind.get(target, set()) | read
+    return behind
+
+
+def _with_inner(node: nodes.Node) -> Iterator[nodes.Node]:
+    yield node
+    yield from node.find_all(nodes.Node)
+
+
+def _compared(node: nodes.Compare) -> Iterator[tuple[str, list[Any]]]:
+    """Yields each name of a comparison, with the constants that it is compared with."""
+    sides = [node.expr, *(operand.expr for operand in node.ops)]
+    for one, other in product(sides, sides):
+        inner = one.node if isinstance(one, nodes.Filter) and one.node is not None else one
+        name = _key(inner)
+        if name is None or one is other:
+            continue
+        if isinstance(other, nodes.Const):
+            yield name, [other.value]
+        elif isinstance(other, (nodes.List, nodes.Tuple)):
+            yield name, [item.value for item in other.items if isinstance(item, nodes.Const)]

@@ -1,0 +1,298 @@
+"""Finds what the model must write as each reply of a conversation, and the prompt that it is sampled with.
+
+A reply begins where its prompt ends, so the prompt must be how the template prints the conversation. Where it
+is not, because the prompt opens another mode than the conversation shows (thinking or not), these are tried
+in order:
+
+1. the conversation in another mode of the template, after the usual prompt;
+2. the usual prompt, if all that it has in addition is an empty thought, which templates print before a reply
+   only in the prompt: it is part of the prompt;
+3. prompt and conversation in another mode;
+4. the usual prompt, if it opens a thought and the reply has none: the model must close it;
+5. the usual prompt and the end of the turn, for an empty reply that the template does not print.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property, partial
+from typing import NamedTuple
+
+from cookbook.errors import RendererError
+from renderers.encoder import SENTINEL, Encoder
+from renderers.jinja.chat import Chat
+from renderers.jinja.modes import modes_of
+from renderers.jinja.template import Template, stand_in_for
+from renderers.jinja.turn_ends import REPLY, USER, Ending
+from renderers.messages import PlainMessage
+from renderers.thinking import END_THINK, THINK
+
+_ONLY_CONTENT = {"role", "content"}
+_TAG = re.compile(f"{THINK}|{END_THINK}")
+_THOUGHT = f"{SENTINEL}0;"
+
+
+class Turn(NamedTuple):
+    """A reply as it is trained."""
+
+    prompt: str
+    said: str
+    """What the model must write, including the end of its turn."""
+    behind: str
+    """What the template prints behind that if the reply is the last message."""
+    printed_by: Template
+    prompted_by: Template
+    finding: str = ""
+    """What a note says about the reply, if the template does not print it like this."""
+
+
+class _OtherPromptError(RendererError):
+    """The template does not print the conversation as it begins the prompt."""
+
+
+class Replies:
+    """Finds the turns of conversations under one template."""
+
+    def __init__(
+        self, template: Template, encoder: Encoder, plain: Ending, calls: Sequence[Ending], ends: set[str]
+    ) -> None:
+        """`ends` are all tokens that end turns, also those that are no stop tokens."""
+        self._template = template
+        self._encoder = encoder
+        self._plain = plain
+        self._calls = calls
+        self._ends = ends
+        self.stops = dict.fromkeys([plain.stop, *(call.stop for call in calls)])
+
+    @cached_property
+    def modes(self) -> list[Template]:
+        """The other modes of the template."""
+        return modes_of(self._template)
+
+    @cached_property
+    def _header(self) -> str:
+        """What the prompt for a reply adds to a user's message."""
+        prompt, said = self._template.text([USER], prompt=True), self._template.text([USER])
+        return prompt.removeprefix(said) if prompt.startswith(said) else ""
+
+    def missing_header(self, chat: Chat, num_messages: int) -> str:
+        """Returns the header of a second reply in a row, if the template prints it but not in the prompt."""
+        if chat.messages[num_messages - 1]["role"] != "assistant" or not self._header:
+            return ""
+        said = chat.text(num_messages)
+        if chat.text(num_messages, prompt=True) != said:
+            return ""
+        followed = chat.text_with(num_messages, self._template.adapted(REPLY), num_messages + 1)
+        return self._header if followed.startswith(said + self._header) else ""
+
+    def turn(self, chat: Chat, index: int) -> Turn:
+        """Returns message `index`, a reply, as it is trained.
+
+        Raises RendererError for a reply that the template prints no prompt or no end for, or not all of.
+        """
+        found = chat.turns.get(index)
+        if found is None:
+            try:
+                found = self._find(chat, index)
+            except RendererError as error:
+                found = error
+            chat.turns[index] = found
+        if isinstance(found, RendererError):
+            raise found
+        return found
+
+    def _find(self, chat: Chat, index: int) -> Turn:
+        if index == 0:
+            raise _no_prompt(index)
+        errors: list[RendererError] = []
+        for attempt in self._attempts(chat, index):
+            try:
+                return attempt()
+            except RendererError as error:
+                errors.append(error)
+        raise next((error for error in errors if not isinstance(error, _OtherPromptError)), errors[0])
+
+    def _attempts(self, chat: Chat, index: int) -> Iterator[Callable[[], Turn]]:
+        usual = self._template
+        yield partial(self._printed, chat, index, usual, usual)
+        for mode in self.modes:
+            yield partial(self._printed, chat, index, mode, usual)
+        thinks_not = self._has_no_thought(chat.given(index))
+        if thinks_not:
+            yield partial(self._behind_empty_thought, chat, index, usual)
+        for mode in self.modes:
+            yield partial(self._printed, chat, index, mode, mode)
+            if thinks_not:
+                yield partial(self._behind_empty_thought, chat, index, mode)
+        if thinks_not:
+            yield partial(self._closing_thought, chat, index)
+        if thinks_not and not (
+            chat.given(index).get("content", "").strip() or "tool_calls" in chat.given(index)
+        ):
+            yield partial(self._empty, chat, index)
+
+    @staticmethod
+    def _has_no_thought(message: PlainMessage) -> bool:
+        return not message.get("reasoning_content") and END_THINK not in message.get("content", "")
+
+    # -- the ways to print a reply ------------------------------------------------------------
+
+    def _printed(self, chat: Chat, index: int, mode: Template, prompt_mode: Template) -> Turn:
+        """Returns the reply as the template prints it in this mode."""
+        chat_in_mode = chat.under(mode)
+        prompt = self._prompt(chat.under(prompt_mode), index)
+        whole = chat_in_mode.text(index + 1)
+        if not whole.startswith(prompt):
+            raise self._other_prompt(chat, index, prompt)
+        self._check_nothing_is_lost(chat_in_mode, index, whole[len(prompt) :])
+        return Turn(prompt, *self._ended(chat, index, whole, len(prompt)), mode, prompt_mode)
+
+    def _behind_empty_thought(self, chat: Chat, index: int, mode: Template) -> Turn:
+        """Returns the reply behind a prompt with an empty thought that the conversation does not show."""
+        prompt = self._prompt(chat.under(mode), index)
+        for printed_by, before, after in self._with_thought(chat, index, mode):
+            closing = self._closing
+            if closing and after.startswith(closing) and _squeezed(before + closing) == _squeezed(prompt):
+                whole = prompt + after.removeprefix(closing)
+                finding = "followed the empty thinking that its prompt ends with"
+                return self._remade(chat, index, prompt, whole, (printed_by, mode, finding))
+        raise self._other_prompt(chat, index, prompt)
+
+    def _closing_thought(self, chat: Chat, index: int) -> Turn:
+        """Returns the reply with an empty thought, for a prompt that opens one in every mode."""
+        prompt = self._prompt(chat, index)
+        for printed_by, before, after in self._with_thought(chat, index, self._template):
+            if before.startswith(prompt) and not before[len(prompt) :].strip():
+                finding = "had no thinking and was trained to close that which its prompt opens"
+                whole = before + after
+                return self._remade(chat, index, prompt, whole, (printed_by, self._template, finding))
+        raise self._other_prompt(chat, index, prompt)
+
+    def _empty(self, chat: Chat, index: int) -> Turn:
+        """Returns an empty reply, which ends the turn at once, behind a prompt that any text could follow."""
+        prompt = self._prompt(chat, index)
+        if not chat.text_with(index, self._template.adapted(REPLY), index + 1).startswith(prompt):
+            raise self._other_prompt(chat, index, prompt)
+        plain, usual = self._plain, self._template
+        behind = "" if plain.is_appended else plain.printed.removeprefix(plain.written)
+        return Turn(prompt, plain.written, behind, usual, usual, "was empty, and ends its turn at once")
+
+    def _remade(
+        self, chat: Chat, index: int, prompt: str, whole: str, how: tuple[Template, Template, str]
+    ) -> Turn:
+        self._check_nothing_is_lost(chat.under(how[0]), index, whole[len(prompt) :])
+        return Turn(prompt, *self._ended(chat, index, whole, len(prompt)), *how)
+
+    def _with_thought(self, chat: Chat, index: int, mode: Template) -> Iterator[tuple[Template, str, str]]:
+        """Yields what the template prints before and after a thought that the reply is given, by mode."""
+        thoughtful = {**chat.given(index), "reasoning_content": _THOUGHT}
+        for printed_by in dict.fromkeys((mode, self._template, *self.modes)):
+            try:
+                text = chat.under(printed_by).text_with(index, printed_by.adapted(thoughtful), index + 1)
+            except RendererError:
+                continue
+            if text.count(_THOUGHT) == 1:
+                before, _, after = text.partition(_THOUGHT)
+                yield printed_by, before, after
+
+    @cached_property
+    def _closing(self) -> str:
+        """What the template prints between the thinking and the text of a reply; empty if it prints none."""
+        message = {"role": "assistant", "content": f"{SENTINEL}1;", "reasoning_content": _THOUGHT}
+        for mode in (self._template, *self.modes):
+            try:
+                text = mode.text([USER, mode.adapted(message)])
+            except RendererError:
+                continue
+            between = re.search(f"{re.escape(_THOUGHT)}(?s:(.*)){re.escape(SENTINEL)}1;", text)
+            if between is not None:
+                return between[1]
+        return ""
+
+    # -- the parts of a turn --------------------------------------------------------------------
+
+    def _prompt(self, chat: Chat, index: int) -> str:
+        prompt = chat.prompt_before(index)
+        if prompt is None:
+            raise _no_prompt(index)
+        return prompt + self.missing_header(chat, index)
+
+    def _other_prompt(self, chat: Chat, index: int, prompt: str) -> _OtherPromptError:
+        tried = "".join(f", nor with {mode.setting}" for mode in self.modes)
+        return _OtherPromptError(
+            f"The chat template's generation prompt ends with {prompt[-40:]!r}, but that is not how the "
+            f"template then renders message {index + 1}{tried}. A model trained on it would be sampled from "
+            "other prompts. Give the reply's thinking if the prompt opens it, or use another template."
+        )
+
+    def _ended(self, chat: Chat, index: int, whole: str, start: int) -> tuple[str, str]:
+        """Returns what the model must write from `start` on, and what the template prints behind that."""
+        calls = bool(chat.messages[index].get("tool_calls"))
+        endings = [*self._calls, self._plain] if calls else [self._plain, *self._calls]
+        for ending in sorted(endings, key=lambda ending: ending.is_appended) if calls else endings:
+            if whole.endswith(ending.printed, start):
+                said = whole[start : len(whole) - len(ending.printed)] + ending.written
+                behind = "" if ending.is_appended else ending.printed.removeprefix(ending.written)
+                break
+        else:
+            tail = self._tail(whole, start)
+            known = [match for match in tail if match[0] in self._ends] if len(tail) > 1 else tail
+            if len(known) != 1:
+                found = "more than one" if known else "no"
+                raise RendererError(
+                    f"The chat template ends message {index + 1} with {whole[-40:]!r}, which holds {found} "
+                    "end-of-turn token, so the model could not learn to stop."
+                )
+            said, behind = whole[start : known[0].end()], whole[known[0].end() :]
+        tokens = self._encoder.control.findall(said)
+        inside = [token for token in tokens[:-1] if token in self.stops]
+        if inside:
+            raise RendererError(
+                f"The chat template prints {inside[0]!r} inside message {index + 1}. This token also ends "
+                "turns, so sampling would stop there. Split the message, or do not train it."
+            )
+        return said, behind
+
+    def _tail(self, text: str, start: int) -> list[re.Match[str]]:
+        """Returns the control tokens, separated only by white space, that end the text from `start` on."""
+        tail: list[re.Match[str]] = []
+        end = len(text)
+        for match in reversed(list(self._encoder.control.finditer(text, start))):
+            if text[match.end() : end].strip():
+                break
+            tail.insert(0, match)
+            end = match.start()
+        return tail
+
+    def _check_nothing_is_lost(self, chat: Chat, index: int, printed: str) -> None:
+        message = chat.given(index)
+        if message.keys() == _ONLY_CONTENT and message["content"].strip() in printed:
+            return
+        thought, content = message.get("reasoning_content", ""), message.get("content", "")
+        lost = [
+            key
+            for key, parts in (("reasoning_content", [thought]), ("content", _TAG.split(content)))
+            if not all(part.strip() in printed for part in parts)
+        ]
+        if not lost and (thought or message.get("tool_calls")):
+            stand_in, sentinels = stand_in_for(message)
+            text = chat.text_with(index, self._template.adapted(stand_in), index + 1)
+            lost = [what for what, sentinel in sentinels.items() if sentinel not in text]
+        if lost:
+            remove = "Remove it (drop_thinking=True does so)" if "reasoning" in lost[0] else "Remove it"
+            raise RendererError(
+                f"The chat template does not print the `{lost[0]}` of message {index + 1} as it is. "
+                f"{remove}, or do not train the message."
+            )
+
+
+def _no_prompt(index: int) -> RendererError:
+    return RendererError(
+        f"The chat template renders no prompt before the assistant's message {index + 1}, so it "
+        "cannot be trained. Begin with a user's message, or do not train this one."
+    )
+
+
+def _squeezed(text: str) -> str:
+    return re.sub(r"\s+", "", text)
