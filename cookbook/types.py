@@ -263,6 +263,10 @@ class LoraConfig:
     train_unembed: bool = True
     train_mlp: bool = True
     train_attn: bool = True
+    targets: Sequence[str] = ()
+    """The layers to adapt, by names or regular expressions, instead of those that `train_...` choose."""
+    dropout: float = 0.0
+    """The share of the adapter's inputs that is dropped in training."""
     use_rslora: bool = False
     add_tokens: Sequence[str] = ()
     """Tokens to add to the tokenizer, whose rows of the embeddings and the projection are trained."""
@@ -271,8 +275,32 @@ class LoraConfig:
 
     def as_json(self) -> dict[str, Any]:
         """Returns the values as JSON, without those that the adapter's own file holds or that are unset."""
-        unset = {name for name in ("use_rslora", "add_tokens") if not getattr(self, name)}
+        unset = {
+            name for name in ("targets", "dropout", "use_rslora", "add_tokens") if not getattr(self, name)
+        }
         return {name: value for name, value in vars(self).items() if name != "peft" and name not in unset}
+
+
+def check_lora(lora: LoraConfig) -> None:
+    """Raises ConfigError for settings that exclude each other, whatever the model."""
+    check_tokens(lora.add_tokens)
+    if not 0 <= lora.dropout < 1:
+        raise ConfigError(f"Invalid lora_dropout={lora.dropout}: must be >= 0 and < 1.")
+    of_lora = ("targets", "dropout", "use_rslora")
+    if not lora.rank and (given := [name for name in of_lora if getattr(lora, name)]):
+        names = {"targets": "lora_targets", "dropout": "lora_dropout"}
+        raise ConfigError(
+            f"{names.get(given[0], given[0])} is a setting of a LoRA, and a rank of 0 trains the model's own "
+            f"weights. Remove it, or set a rank of at least 1."
+        )
+    if lora.targets and not (lora.train_attn and lora.train_mlp and lora.train_unembed):
+        raise ConfigError(
+            "lora_targets names the layers to adapt, and so do train_attn, train_mlp and train_unembed. "
+            "Remove one or the other."
+        )
+    for number, target in enumerate(lora.targets):
+        if not isinstance(target, str) or not target.strip():
+            raise ConfigError(f"lora_targets has {target!r} as number {number + 1}, which names no layer.")
 
 
 def check_tokens(add_tokens: Sequence[str]) -> None:

@@ -51,7 +51,7 @@ class PreviewConfig(train.Config):
 
 
 async def run(config: PreviewConfig) -> None:
-    builder = config.dataset_builder
+    builder = config.data_builder
     models.check_vocabulary(config.model_name)
     train_data, eval_data = builder()
     name, facts = config.model_name, []
@@ -59,7 +59,7 @@ async def run(config: PreviewConfig) -> None:
         common = builder.common_config
         name = common.model_name_for_tokenizer
         facts = [f"Renderer: {common.renderer_name}", f"Trained: {common.train_on_what}"]
-    tokenizer = models.get_tokenizer(name)
+    tokenizer = models.get_tokenizer(name, tuple(config.add_tokens))
     number = max(config.num_examples, config.num_html_examples if config.html else 0)
     examples = preview.first_examples(train_data, number, tokenizer)
     console = make_console()

@@ -28,7 +28,7 @@ from cookbook.types import (
     LoadWeightsResponse,
     LoraConfig,
     SupportedModel,
-    check_tokens,
+    check_lora,
 )
 
 DEFAULT_CHECKPOINT_ROOT = Path("~/.cookbook/checkpoints")
@@ -134,7 +134,7 @@ class ServiceClient:
                 "rank=0 trains every weight, but train_mlp, train_attn or train_unembed is False. These "
                 "select the layers of a LoRA: set them to True, or use a rank of at least 1."
             )
-        check_tokens(lora.add_tokens)
+        check_lora(lora)
         if lora.seed is None:
             lora = replace(lora, seed=processes.current().broadcast(secrets.randbelow(2**31)))
         return self._training_client(base_model, lora, user_metadata)

@@ -12,7 +12,9 @@ from collections.abc import Mapping
 
 _MODEL = "Use `model_name`"
 _FULL = "`lora_rank=0` trains all of the model's weights; any other `lora_rank` trains a LoRA"
-_WHERE = "`train_attn`, `train_mlp` and `train_unembed` say which layers are adapted"
+_WHERE = "`train_attn`, `train_mlp` and `train_unembed` say which kinds of layers are adapted"
+_TARGETS = f"`lora_targets` names layers, or matches them by regular expressions. Otherwise {_WHERE}"
+_LAYERS = r"Use `lora_targets` with a regular expression of full names, such as .*\.layers\.[0-7]\..*_proj"
 _BATCH = "`batch_size` counts the conversations of an optimizer step; `max_tokens_per_microbatch` cuts it up"
 _PACKED = "Sequences always share rows without seeing each other. Remove it"
 _PRECISION = "`dtype` is the base model's: auto takes bfloat16 on CUDA and float32 on the CPU"
@@ -59,10 +61,16 @@ _DDP = "Processes are started by torchrun, which sets it. Remove it"
 _SEED = "Use `seed`"
 _SFT = "Only supervised fine-tuning is done. Remove it"
 _TRUST = "Code from a model's repository is not run. Remove it"
-_LORA_ONLY = "Only plain LoRA is supported, scaled by `lora_alpha` / `lora_rank`. Remove it"
-_NO_DROPOUT = "LoRA has no dropout here. Remove it"
+_LORA_ONLY = (
+    "A new adapter is a plain LoRA or, with `use_rslora`, an rsLoRA. `load_checkpoint_path` also continues "
+    "adapters of DoRA. Remove it"
+)
 _NO_BIAS = "Biases are not trained beside a LoRA. Remove it"
-_TOKENS = "The tokenizer stays as it is: tokens are neither added nor renamed. Remove it"
+_TOKENS = "`add_tokens` adds tokens, whose embeddings are trained. Those of the tokenizer keep their names"
+_SAVED = (
+    "`add_tokens` trains the embeddings of single tokens. Other layers are not trained in full beside a new "
+    "LoRA; an adapter that has some is continued by `load_checkpoint_path`"
+)
 _NO_GALORE = "Not supported. `lora_rank` and `quantization=nf4` save memory"
 _SAMPLES = "`infrequent_evaluator_builders` hold what is sampled while a model trains"
 _NO_NOISE = "Noise on the embeddings is not supported. Remove it"
@@ -103,6 +111,10 @@ ANSWERS: Mapping[str, str] = {
     "pad_token": _TOKENS,
     "resize_vocab": _TOKENS,
     "add_special_tokens": _TOKENS,
+    "additional_special_tokens": _TOKENS,
+    "new_special_tokens": _TOKENS,
+    "new_tokens": _TOKENS,
+    "added_tokens_overrides": _TOKENS,
     "model_init_kwargs": "`dtype`, `device` and `quantization` say how a model is loaded",
     # -- precision, memory, kernels
     "bf16": _PRECISION,
@@ -186,30 +198,37 @@ ANSWERS: Mapping[str, str] = {
     "lora_r": "Use `lora_rank`",
     "lora_dim": "Use `lora_rank`",
     "r": "Use `lora_rank`",
-    "lora_dropout": _NO_DROPOUT,
     "bias": _NO_BIAS,
     "lora_bias": _NO_BIAS,
-    "lora_target": _WHERE,
-    "lora_target_modules": _WHERE,
-    "lora_target_linear": _WHERE,
-    "lora_target_parameters": _WHERE,
-    "target_modules": _WHERE,
-    "target_parameters": _WHERE,
-    "lora_attn_modules": _WHERE,
+    "lora_target": _TARGETS,
+    "lora_target_modules": _TARGETS,
+    "lora_target_linear": _TARGETS,
+    "lora_target_parameters": _TARGETS,
+    "target_modules": _TARGETS,
+    "target_parameters": _TARGETS,
+    "lora_attn_modules": _TARGETS,
     "apply_lora_to_mlp": "Use `train_mlp`",
     "apply_lora_to_output": "Use `train_unembed`",
-    "additional_target": "Layers other than those of a LoRA are not trained beside it: " + _WHERE,
-    "modules_to_save": "Layers other than those of a LoRA are not trained beside it: " + _WHERE,
-    "lora_modules_to_save": "Layers other than those of a LoRA are not trained beside it: " + _WHERE,
-    "layers_to_transform": f"All layers are adapted. {_WHERE}",
-    "lora_layers_to_transform": f"All layers are adapted. {_WHERE}",
+    "additional_target": _SAVED,
+    "modules_to_save": _SAVED,
+    "lora_modules_to_save": _SAVED,
+    "layers_to_transform": _LAYERS,
+    "layers_pattern": _LAYERS,
+    "lora_layers_to_transform": _LAYERS,
+    "peft_layers_to_transform": _LAYERS,
+    "peft_layers_pattern": _LAYERS,
+    "exclude_modules": _LAYERS,
+    "lora_exclude_modules": _LAYERS,
+    "rank_pattern": _LORA_ONLY,
+    "alpha_pattern": _LORA_ONLY,
+    "trainable_token_indices": _SAVED,
+    "peft_trainable_token_indices": _SAVED,
     "freeze_trainable_layers": f"Layers are not frozen one by one. {_FULL}",
     "unfrozen_parameters": f"Layers are not frozen one by one. {_FULL}",
     "lora_fan_in_fan_out": _LORA_ONLY,
     "lora_task_type": _LORA_ONLY,
     "task_type": _LORA_ONLY,
-    "use_rslora": _LORA_ONLY,
-    "peft_use_rslora": _LORA_ONLY,
+    "peft_use_rslora": "Use `use_rslora`",
     "use_dora": _LORA_ONLY,
     "peft_use_dora": _LORA_ONLY,
     "pissa_init": _LORA_ONLY,

@@ -12,7 +12,7 @@ import chz
 
 from cookbook import models
 from cookbook.errors import ConfigError
-from cookbook.types import Datum
+from cookbook.types import Datum, check_tokens
 from cookbook.utils.notes import Note
 from renderers import Renderer, TrainOnWhat, get_renderer
 
@@ -193,8 +193,13 @@ class ChatDatasetBuilderCommonConfig:
         default=None, doc="variables of the chat template in every conversation; those of a row win"
     )
 
+    add_tokens: list[str] = chz.field(
+        default_factory=list, doc="tokens to add to the tokenizer; default: those of the run"
+    )
+
     @chz.validate
     def _check(self) -> None:
+        check_tokens(self.add_tokens)
         if self.on_long == "window" and self.train_on_what == TrainOnWhat.ALL_TOKENS:
             raise ConfigError(
                 "on_long=window trains the messages of a conversation once each, and train_on_what="
@@ -216,7 +221,8 @@ class ChatDatasetBuilder(SupervisedDatasetBuilder):
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        return models.get_tokenizer(self.common_config.model_name_for_tokenizer)
+        config = self.common_config
+        return models.get_tokenizer(config.model_name_for_tokenizer, tuple(config.add_tokens))
 
     @property
     def renderer(self) -> Renderer:

@@ -233,6 +233,7 @@ def _info_of(folder: Path, config: Mapping[str, Any]) -> StateInfo:
         train_unembed="lm_head" in leaves,
         train_attn=bool(leaves & attention_leaves),
         train_mlp=bool(leaves - attention_leaves - {"lm_head"}),
+        dropout=0.0 if config.get("use_dora") else config.get("lora_dropout") or 0.0,
         use_rslora=bool(config.get("use_rslora")),
         peft=peft_settings.settings_of(folder, config),
     )
@@ -240,7 +241,7 @@ def _info_of(folder: Path, config: Mapping[str, Any]) -> StateInfo:
 
 
 def dropout_of(path: str | os.PathLike[str]) -> float:
-    """Returns the dropout that an adapter was trained with. It does not affect results here."""
+    """Returns the dropout that an adapter was trained with."""
     folder = Path(path).expanduser()
     if not (folder / ADAPTER_CONFIG_FILE).is_file():
         return 0.0

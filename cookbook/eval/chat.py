@@ -40,6 +40,10 @@ class ChatEvaluatorBuilder(EvaluatorBuilder):
         default=None, doc="variables of the chat template; default: those of the run with its chat format"
     )
 
+    add_tokens: list[str] = chz.field(
+        default_factory=list, doc="tokens to add to the tokenizer; default: those of the run"
+    )
+
     def in_run(self, run: RunContext) -> ChatEvaluatorBuilder:
         if self.model_name not in (None, run.model_name):
             return self
@@ -52,6 +56,7 @@ class ChatEvaluatorBuilder(EvaluatorBuilder):
             system_prompt=run.system_prompt if self.system_prompt is None else self.system_prompt,
             tools_in_system=run.tools_in_system if self.tools_in_system is None else self.tools_in_system,
             template_kwargs=inherited if self.template_kwargs is None else self.template_kwargs,
+            add_tokens=self.add_tokens or [*run.add_tokens],
         )
 
     def make_renderer(self) -> Renderer:
@@ -61,7 +66,7 @@ class ChatEvaluatorBuilder(EvaluatorBuilder):
                 f"{type(self).__name__} has no model_name. A run sets it; outside of a run pass model_name=."
             )
         name = self.renderer_name or models.recommended_renderer(self.model_name)
-        tokenizer = models.get_tokenizer(self.model_name)
+        tokenizer = models.get_tokenizer(self.model_name, tuple(self.add_tokens))
         return get_renderer(
             name, tokenizer, self.system_prompt, bool(self.tools_in_system), self.template_kwargs
         )

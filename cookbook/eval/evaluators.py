@@ -61,6 +61,7 @@ class RunContext:
     system_prompt: str | None
     tools_in_system: bool = False
     template_kwargs: Mapping[str, Any] | None = None
+    add_tokens: Sequence[str] = ()
 
 
 @chz.chz

@@ -72,7 +72,8 @@ ROUNDING_KEYS = {
 PATIENCE_KEYS = {"early_stopping_patience", "early_stopping_min_delta"}
 
 SHAPE_KEYS = {
-    "model_name", "lora_rank", "lora_alpha", "train_attn", "train_mlp", "train_unembed",
+    "model_name", "lora_rank", "lora_alpha", "train_attn", "train_mlp", "train_unembed", "lora_targets",
+    "use_rslora", "add_tokens",
 }  # fmt: skip
 """Keys whose values must be equal for a checkpoint to fit."""
 

@@ -13,7 +13,7 @@ from typing import Any, Literal, Self
 import chz
 
 from cookbook import models
-from cookbook.data.types import SupervisedDatasetBuilder
+from cookbook.data.types import ChatDatasetBuilder, SupervisedDatasetBuilder
 from cookbook.engine.options import EngineOptions, GradientCheckpointing, Quantization, Shard
 from cookbook.errors import ConfigError
 from cookbook.eval.evaluators import EvaluatorBuilder, OnEvaluatorError
@@ -21,7 +21,7 @@ from cookbook.runs.directions import DEFAULT_METRIC, BestMode, direction
 from cookbook.runs.folder import IfLogPathExists
 from cookbook.supervised.hyperparameters import LearningRate, recommend_learning_rate
 from cookbook.supervised.schedules import LRSchedule
-from cookbook.types import MAX_RANK, LoraConfig
+from cookbook.types import MAX_RANK, LoraConfig, check_lora
 
 _field = functools.partial(chz.field, validator=chz.validators.typecheck)
 
@@ -80,6 +80,27 @@ class Config:
     train_attn: bool = _field(default=True, doc="adapt the attention projections")
     train_mlp: bool = _field(default=True, doc="adapt the feed-forward layers")
     train_unembed: bool = _field(default=True, doc="adapt the projection to the vocabulary")
+
+    lora_targets: list[str] = chz.field(
+        default_factory=list,
+        doc="layers to adapt, by their full names or the ends of these (q_proj), or regular expressions of "
+        "full names; default: as train_attn, train_mlp and train_unembed say",
+        validator=chz.validators.typecheck,
+    )
+    lora_dropout: float | None = _field(
+        default=None,
+        doc="share of the adapter's inputs that is dropped in training; default: that of an adapter in "
+        "load_checkpoint_path, else 0",
+    )
+    use_rslora: bool = _field(
+        default=False, doc="scale the adapter by lora_alpha / sqrt(lora_rank) instead (rsLoRA)"
+    )
+    add_tokens: list[str] = chz.field(
+        default_factory=list,
+        doc="tokens to add to the tokenizer; their embeddings are trained, and text that contains one is "
+        "encoded with it",
+        validator=chz.validators.typecheck,
+    )
 
     # evaluation: at step 0, at a cadence in steps, and on the finished model
     evaluator_builders: list[EvaluatorBuilder] = chz.field(
@@ -162,6 +183,17 @@ class Config:
     def recommended_learning_rate(self) -> LearningRate:
         return recommend_learning_rate(self.model_name, is_full=self.lora_rank == 0)
 
+    @property
+    def data_builder(self) -> SupervisedDatasetBuilder:
+        """Returns the builder of the data, whose tokenizer has `add_tokens`."""
+        builder = self.dataset_builder
+        if not self.add_tokens or not isinstance(builder, ChatDatasetBuilder):
+            return builder
+        common = chz.replace(
+            builder.common_config, add_tokens=builder.common_config.add_tokens or self.add_tokens
+        )
+        return chz.replace(builder, common_config=common)
+
     def lora(self) -> LoraConfig:
         """Returns the settings of a new adapter."""
         return LoraConfig(
@@ -171,6 +203,10 @@ class Config:
             train_unembed=self.train_unembed,
             train_mlp=self.train_mlp,
             train_attn=self.train_attn,
+            targets=tuple(self.lora_targets),
+            dropout=self.lora_dropout or 0.0,
+            use_rslora=self.use_rslora,
+            add_tokens=tuple(self.add_tokens),
         )
 
     def engine_options(self) -> EngineOptions:
@@ -228,6 +264,7 @@ class Config:
             )
         if not (self.train_attn or self.train_mlp or self.train_unembed):
             raise ConfigError("Nothing to train: set train_attn, train_mlp or train_unembed.")
+        check_lora(self.lora())
         self._check_best()
 
     def _check_best(self) -> None:

@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cookbook import models
 from cookbook.config.chz_private import plain_default
@@ -20,6 +20,7 @@ from cookbook.loggers import check_wandb_login
 from cookbook.runs.checkpoints import CheckpointLog
 from cookbook.runs.directions import DEFAULT_METRIC, METRIC_PATTERNS
 from cookbook.supervised.config import Config
+from cookbook.types import LoraConfig
 from cookbook.utils import extras
 from renderers.registry import check_renderer_name
 
@@ -144,7 +145,7 @@ def _check_start_weights(config: Config, path: str) -> None:
 
     info = checkpoint.read_info(path)
     folder = Path(path).expanduser()
-    _check_settings_fit(config, path, info, is_own=(folder / checkpoint.STATE_FILE).is_file())
+    _check_settings_fit(config, path, info)
     if info.lora.rank == 0:
         models.check_files(str(folder))
         theirs = _sizes_of_model(str(folder))
@@ -163,25 +164,35 @@ def _check_start_weights(config: Config, path: str) -> None:
         )
 
 
-def _check_settings_fit(config: Config, path: str, info: StateInfo, is_own: bool) -> None:
+def _check_settings_fit(config: Config, path: str, info: StateInfo) -> None:
     """Raises CheckpointError if the weights were trained with different adapter settings.
 
-    The kinds of layers are not compared for an adapter of another program, for which they are a guess.
+    An adapter keeps the layers that it has, so keys that choose layers may be left at their defaults.
     """
-    keys = ["lora_rank"]
-    if info.lora.rank and config.lora_rank:
-        keys += ["lora_alpha", *(("train_attn", "train_mlp", "train_unembed") if is_own else ())]
-    theirs = {key: getattr(info.lora, key.removeprefix("lora_")) for key in keys}
-    differing = [key for key in keys if theirs[key] != getattr(config, key)]
+    ours, theirs = config.lora(), info.lora
+    keys = ["rank", "add_tokens"]
+    if theirs.rank and ours.rank:
+        chosen = ("train_attn", "train_mlp", "train_unembed", "targets")
+        keys += ["alpha", "use_rslora", *(key for key in chosen if getattr(ours, key) != _DEFAULT[key])]
+    differing = [key for key in keys if _plain(getattr(theirs, key)) != _plain(getattr(ours, key))]
     if differing:
-        there = ", ".join(f"{key}={theirs[key]}" for key in differing)
-        here = ", ".join(f"{key}={getattr(config, key)}" for key in differing)
+        named = [(_KEYS_OF_CONFIG.get(key, key), key) for key in differing]
+        there = ", ".join(f"{name}={_plain(getattr(theirs, key))}" for name, key in named)
+        here = ", ".join(f"{name}={_plain(getattr(ours, key))}" for name, key in named)
         raise CheckpointError(
             f"load_checkpoint_path={path} (rank {info.lora.rank} and alpha {info.lora.alpha:g}) does not fit "
             f"rank {config.lora_rank} and alpha {config.lora_alpha:g}: it was trained with {there}, and this "
             f"run has {here}. Give {there}; or merge it into its model with recipes.export, and start from "
             f"that as model_name."
         )
+
+
+_DEFAULT = vars(LoraConfig())
+_KEYS_OF_CONFIG = {"rank": "lora_rank", "alpha": "lora_alpha", "targets": "lora_targets"}
+
+
+def _plain(value: Any) -> Any:
+    return [*value] if isinstance(value, (list, tuple)) else value
 
 
 def _sizes_of_model(model_name: str) -> dict[str, int | None]:
@@ -227,6 +238,11 @@ def check_chat_format(config: Config) -> None:
     assert common.renderer_name is not None
     check_renderer_name(common.renderer_name)
     name = common.model_name_for_tokenizer
+    if sorted(common.add_tokens or config.add_tokens) != sorted(config.add_tokens):
+        raise ConfigError(
+            f"The data are tokenized with add_tokens={common.add_tokens}, and the run has "
+            f"add_tokens={config.add_tokens}. Give both the same tokens."
+        )
     theirs, ours = models.get_tokenizer(name), models.get_tokenizer(config.model_name)
     if name != config.model_name and theirs.get_vocab() != ours.get_vocab():
         raise ConfigError(

@@ -175,7 +175,7 @@ def _read_data(config: Config, folder: RunFolder) -> tuple[SupervisedDataset, Su
 
 def _build_data(config: Config, folder: RunFolder) -> tuple[SupervisedDataset, SupervisedDataset | None]:
     """Returns the data of the config; those that an earlier version selected, for a run that it began."""
-    builder = config.dataset_builder
+    builder = config.data_builder
     train_data, eval_data = builder()
     recorded = folder.read_data_report().get("fingerprint")
     if recorded in (None, train_data.fingerprint()) or not isinstance(builder, ConversationBuilder):
@@ -196,6 +196,7 @@ def _create_evaluators(config: Config, folder: RunFolder) -> list[tuple[int, lis
         config.system_prompt,
         config.tools_in_system,
         config.template_kwargs,
+        config.add_tokens,
     )
 
     def make(builder: AnyEvaluatorBuilder) -> Evaluator:
@@ -290,7 +291,9 @@ async def _create_client(
     weights = config.load_checkpoint_path if last is None else checkpoints.path_of(last)
     lora = config.lora()
     if weights is not None and lora.rank:  # an adapter keeps the layers that it has
-        lora = replace(read_info(weights).lora, seed=config.seed)
+        saved = read_info(weights).lora
+        dropout = saved.dropout if config.lora_dropout is None else config.lora_dropout
+        lora = replace(saved, seed=config.seed, dropout=dropout)
     client = await service.create_training_client_async(config.model_name, lora, _chat_format(config))
     if last is not None:
         await client.load_state_with_optimizer(checkpoints.path_of(last))

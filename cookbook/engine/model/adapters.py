@@ -16,8 +16,17 @@ from torch import Tensor, nn
 
 from cookbook import models
 from cookbook.engine import checkpoint
-from cookbook.engine.model import fsdp, full_weights, peft_layers, peft_targets, text_part, vocabulary
+from cookbook.engine.model import (
+    dropout,
+    fsdp,
+    full_weights,
+    peft_layers,
+    peft_targets,
+    text_part,
+    vocabulary,
+)
 from cookbook.engine.model import lora as fused_lora
+from cookbook.engine.model.dropout import DropoutKeys
 from cookbook.engine.model.targets import find_targets, unused_layers
 from cookbook.errors import ConfigError
 from cookbook.types import LoraConfig
@@ -55,6 +64,7 @@ class Adapters:
         self._numbers = itertools.count()
         self.targets = find_targets(model)
         """What the model has to put an adapter on."""
+        self.dropout_keys = DropoutKeys()
 
     def add(self, lora: LoraConfig) -> Adapter:
         """Returns a new adapter. A is random with `lora.seed` and B is zero, so the outputs do not change.
@@ -77,7 +87,7 @@ class Adapters:
         else:
             lora = replace(lora, peft=peft_layers.under_published_names(self._model, lora.peft))
             assert lora.peft is not None
-            peft_layers.check_supported(self._model, self._model_name, lora.peft.explicit)
+            peft_layers.check_supported(self._model, self._model_name, lora)
             targets, settings = peft_targets.named_in(self._model, lora.peft.explicit)
         # PEFT chooses no layers itself: it would match names, and rewrite those of experts.
         settings |= {"target_modules": DUMMY_TARGET_MODULES, "target_parameters": None}
@@ -106,6 +116,8 @@ class Adapters:
                 raise ConfigError(
                     f"PEFT does not support this adapter on {self._model_name}: {error} {what}"
                 ) from error
+        if lora.dropout:
+            dropout.install(self._model, name, lora.dropout, self.dropout_keys)
         fused_lora.fuse(self._model)
         peft_layers.replace_token_rows(self._model)
         self._active = None

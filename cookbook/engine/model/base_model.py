@@ -33,7 +33,7 @@ from cookbook.engine.model.memory import (
     measure_activations,
     usable_memory,
 )
-from cookbook.engine.model.packing import PackedBatch, TokenSequence, pack
+from cookbook.engine.model.packing import PackedBatch, TokenSequence, copy_to, pack
 from cookbook.engine.model.peft_layers import projection_of
 from cookbook.engine.model.peft_settings import is_same
 from cookbook.engine.model.recurrence import RecurrentLayers
@@ -240,7 +240,7 @@ class BaseModel:
             return self.logprobs_of_whole_model(batch)
         hidden_ND = self.hidden_of(batch.tokens_1N, batch.positions_1N, batch.attention)
         hidden_SD = hidden_ND.index_select(0, batch.scored_S)
-        return unembedding.score(self.head(), hidden_SD, batch.targets_S)
+        return unembedding.score(self.head(batch.scored_S), hidden_SD, batch.targets_S)
 
     @torch.no_grad()
     def scores(self, batch: PackedBatch) -> Scores:
@@ -271,18 +271,24 @@ class BaseModel:
             hidden_ND = self.hidden_of(batch.tokens_1N, batch.positions_1N, batch.attention)
         # The gradient of the projection is computed outside of autograd.
         hidden_SD = hidden_ND.detach().index_select(0, batch.scored_S)
-        head = self.head()
+        head = self.head(batch.scored_S)
         trained_logprobs, loss, grad_SD = unembedding.score_and_backpropagate(
-            head, hidden_SD[:num_trained], batch.targets_S[:num_trained], token_loss
+            head.at(slice(num_trained)), hidden_SD[:num_trained], batch.targets_S[:num_trained], token_loss
         )
         logprobs_S = trained_logprobs
         if len(hidden_SD) > num_trained:
-            others = unembedding.score(head, hidden_SD[num_trained:], batch.targets_S[num_trained:])
+            rest = head.at(slice(num_trained, None))
+            others = unembedding.score(rest, hidden_SD[num_trained:], batch.targets_S[num_trained:])
             logprobs_S = torch.cat([trained_logprobs, others])
         if hidden_ND.requires_grad:
             grad_ND = torch.zeros_like(hidden_ND).index_copy_(0, batch.scored_S[:num_trained], grad_SD)
             hidden_ND.backward(grad_ND)
         return logprobs_S, loss
+
+    def dropping(self, keys_N: np.ndarray | None) -> contextlib.AbstractContextManager[None]:
+        """Drops inputs of the active adapter in the body, by keys of the row's tokens. None drops none."""
+        keys = None if keys_N is None else copy_to(self.device, keys_N)
+        return self.adapters.dropout_keys.set_to(keys)
 
     def hidden_of(self, tokens_1N: Tensor, positions_1N: Tensor, layout: AttentionLayout) -> Tensor:
         """Returns the hidden states that are the input of the projection to the vocabulary: [N, D]."""
@@ -293,14 +299,20 @@ class BaseModel:
         hidden_1ND: Tensor = out.last_hidden_state
         return hidden_1ND[0]
 
-    def head(self) -> Head:
-        """Returns the projection to the vocabulary, including the active adapter."""
+    def head(self, scored_S: Tensor | None = None) -> Head:
+        """Returns the projection to the vocabulary, including the active adapter.
+
+        `scored_S` are the positions to be scored, which dropout needs in training.
+        """
         projection = projection_of(self.model.get_output_embeddings())
+        lora, keys_N = projection.lora, self.adapters.dropout_keys.keys_N
+        if lora is not None and keys_N is not None and scored_S is not None:
+            lora = replace(lora, keys_S=keys_N[scored_S])
         return Head(
             projection.module.weight,
             self.block_sizes,
             projection.module.bias,
-            projection.lora,
+            lora,
             projection.rows,
             scale=self._logit_scaling.scale,
             softcap=self._logit_scaling.softcap,

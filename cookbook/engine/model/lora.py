@@ -17,12 +17,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cookbook.engine.model.dropout import KeyedDropout
 from cookbook.engine.model.quantization import weight_of
 from cookbook.engine.model.unembedding import product
 
 
 class _LoraLinear(torch.autograd.Function):
-    """base(x) + scaling * (x A^T) B^T, in the dtype of x. The gradients of A and B have their own dtype."""
+    """base(x) + scaling * (drop(x) A^T) B^T, in the dtype of x.
+
+    The gradients of A and B have their own dtype. Masks of dropout are computed again in the backward pass.
+    """
 
     @staticmethod
     def forward(
@@ -32,31 +36,39 @@ class _LoraLinear(torch.autograd.Function):
         a_RI: Tensor,
         b_OR: Tensor,
         scaling: float,
+        dropout: KeyedDropout | None,
     ) -> Tensor:
-        low_NR = x_NI @ a_RI.to(x_NI.dtype).T
+        keys_N = None if dropout is None else dropout.keys_N
+        dropped_NI = x_NI if dropout is None or keys_N is None else dropout.drop(x_NI, keys_N)
+        low_NR = dropped_NI @ a_RI.to(x_NI.dtype).T
         out_NO: Tensor = base(x_NI)
         out_NO.addmm_(low_NR, b_OR.to(x_NI.dtype).T, alpha=scaling)
-        ctx.save_for_backward(x_NI, a_RI, b_OR, low_NR)
-        ctx.base, ctx.scaling = base, scaling
+        ctx.save_for_backward(x_NI, a_RI, b_OR, low_NR, keys_N)
+        ctx.base, ctx.scaling, ctx.dropout = base, scaling, dropout
         return out_NO
 
     @staticmethod
     def backward(ctx: Any, grad_NO: Tensor) -> Any:
-        x_NI, a_RI, b_OR, low_NR = ctx.saved_tensors
+        x_NI, a_RI, b_OR, low_NR, keys_N = ctx.saved_tensors
         grad_low_NR = (grad_NO @ b_OR.to(grad_NO.dtype)).mul_(ctx.scaling)
         grad_x = grad_a = grad_b = None
         if ctx.needs_input_grad[0]:
             grad_x = grad_NO @ weight_of(ctx.base, grad_NO.dtype)
-            grad_x.addmm_(grad_low_NR, a_RI.to(grad_NO.dtype))
+            if keys_N is None:
+                grad_x.addmm_(grad_low_NR, a_RI.to(grad_NO.dtype))
+            else:
+                grad_x += ctx.dropout.drop(grad_low_NR @ a_RI.to(grad_NO.dtype), keys_N)
         if ctx.needs_input_grad[2]:
+            if keys_N is not None:
+                x_NI = ctx.dropout.drop(x_NI, keys_N)
             grad_a = product(grad_low_NR.T, x_NI).to(a_RI.dtype)
         if ctx.needs_input_grad[3]:
             grad_b = product(grad_NO.T, low_NR).mul_(ctx.scaling).to(b_OR.dtype)
-        return grad_x, None, grad_a, grad_b, None
+        return grad_x, None, grad_a, grad_b, None, None
 
 
 def _forward(self: Any, x_XI: Tensor) -> Tensor:
-    """Replaces `peft.tuners.lora.Linear.forward` for one adapter without dropout."""
+    """Replaces `peft.tuners.lora.Linear.forward` for one adapter."""
     base = self.base_layer
     result: Tensor
     if self.runs_variant and not self.disable_adapters:
@@ -65,8 +77,8 @@ def _forward(self: Any, x_XI: Tensor) -> Tensor:
     if self.disable_adapters or self.active_lora is None:
         result = base(x_XI)
         return result
-    a_RI, b_OR, scaling = self.active_lora
-    out_NO = _LoraLinear.apply(x_XI.reshape(-1, x_XI.shape[-1]), base, a_RI, b_OR, scaling)
+    a_RI, b_OR, scaling, dropout = self.active_lora
+    out_NO = _LoraLinear.apply(x_XI.reshape(-1, x_XI.shape[-1]), base, a_RI, b_OR, scaling, dropout)
     return out_NO.view(*x_XI.shape[:-1], -1)
 
 
@@ -77,7 +89,7 @@ def _set_adapter(self: Any, *args: Any, **kwargs: Any) -> None:
 
 
 def _set_active_lora(layer: Any) -> None:
-    """Sets `active_lora` to A, B and the scaling of the active adapter, or to None.
+    """Sets `active_lora` to A, B, the scaling and the dropout of the active adapter, or to None.
 
     An adapter that PEFT computes in another way (DoRA) is left to PEFT's own forward pass.
 
@@ -88,8 +100,13 @@ def _set_active_lora(layer: Any) -> None:
     layer.active_lora = None
     layer.runs_variant = active in layer.lora_variant
     if active is not None and not layer.runs_variant:
-        parts = (layer.lora_A[active].weight, layer.lora_B[active].weight, layer.scaling[active])
-        layer.active_lora = parts
+        dropout = layer.lora_dropout[active]
+        layer.active_lora = (
+            layer.lora_A[active].weight,
+            layer.lora_B[active].weight,
+            layer.scaling[active],
+            dropout if isinstance(dropout, KeyedDropout) else None,
+        )
 
 
 def fuse(model: nn.Module) -> None:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from cookbook.engine.model import fsdp
+from cookbook.engine.model.dropout import KeyedDropout
 from cookbook.engine.model.peft_settings import CONFIG_FILE
 from cookbook.engine.model.text_part import by_published_names
 from cookbook.engine.model.unembedding import LoraOnHead, TrainedRows
@@ -35,7 +36,7 @@ def config_of(lora: LoraConfig, base: str, **settings: Any) -> Any:
     ours: dict[str, Any] = {"r": lora.rank, "lora_alpha": lora.alpha, "use_rslora": lora.use_rslora}
     return PeftLoraConfig(
         task_type=TaskType.CAUSAL_LM,
-        lora_dropout=0.0,
+        lora_dropout=lora.dropout,
         base_model_name_or_path=base,
         inference_mode=True,
         **{**ours, **settings},
@@ -48,7 +49,7 @@ def write_config(config: Any, lora: LoraConfig, folder: Path) -> None:
         key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()
     }
     if lora.peft is not None:
-        ours = ("base_model_name_or_path", "inference_mode", "peft_version")
+        ours = ("base_model_name_or_path", "inference_mode", "peft_version", "lora_dropout")
         kept = {key: value for key, value in lora.peft.written.items() if key in values and key not in ours}
         values |= kept
     files.create(folder / CONFIG_FILE, json.dumps(values, indent=2, sort_keys=True))
@@ -82,8 +83,10 @@ def under_published_names(model: Any, settings: PeftSettings) -> PeftSettings:
     return PeftSettings(written, renamed)
 
 
-def check_supported(model: Any, model_name: str, explicit: Mapping[str, Any]) -> None:
-    """Raises ConfigError, naming the setting, for an adapter that cannot be put on this model."""
+def check_supported(model: Any, model_name: str, lora: LoraConfig) -> None:
+    """Raises ConfigError, naming the setting, for a saved adapter that cannot be put on this model."""
+    assert lora.peft is not None
+    explicit = lora.peft.explicit
     others = {key: explicit[key] for key in ("modules_to_save", "trainable_token_indices", "use_dora")}
     used = [key for key, value in others.items() if value]
     repair = "Merge it with PEFT itself (merge_and_unload) and give the merged model."
@@ -98,6 +101,8 @@ def check_supported(model: Any, model_name: str, explicit: Mapping[str, Any]) ->
         raise ConfigError(
             f"use_dora=true on the projection to the vocabulary of {model_name} is not supported. {repair}"
         )
+    if explicit["use_dora"] and lora.dropout:
+        raise ConfigError(f"lora_dropout={lora.dropout:g} is not supported for DoRA. Set lora_dropout=0.")
     num_rows = model.get_input_embeddings().weight.shape[0]
     for name, rows in (explicit["trainable_token_indices"] or {}).items():
         if max(rows) >= num_rows:
@@ -160,7 +165,9 @@ def projection_of(module: Any) -> Projection:
     if base is module or module.disable_adapters or (active := _active_in(module, module.lora_A)) is None:
         return Projection(base, None, None)
     a, b = module.lora_A[active].weight, module.lora_B[active].weight
-    return Projection(base, LoraOnHead(a, b, module.scaling[active]), None)
+    dropout = module.lora_dropout[active]
+    keyed = dropout if isinstance(dropout, KeyedDropout) else None
+    return Projection(base, LoraOnHead(a, b, module.scaling[active], keyed), None)
 
 
 def _active_in(module: Any, held: Any) -> str | None:

@@ -19,11 +19,13 @@ Q columns of queries and keys, K rows of a block of keys.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from cookbook.engine.model.dropout import KeyedDropout
 
 TokenLoss = Callable[[Tensor, slice], Tensor]
 """Maps the log-probabilities of some positions, and the slice of those positions, to their summed loss."""
@@ -51,6 +53,15 @@ class LoraOnHead:
     a_RD: Tensor
     b_VR: Tensor
     scaling: float
+    dropout: KeyedDropout | None = None
+    keys_S: Tensor | None = None
+    """The keys of the scored positions for the dropout, in training."""
+
+    def drop(self, values_CD: Tensor) -> Tensor:
+        """Returns hidden states after the dropout, or a gradient before it."""
+        if self.dropout is None or self.keys_S is None:
+            return values_CD
+        return self.dropout.drop(values_CD, self.keys_S)
 
 
 @dataclass(frozen=True)
@@ -89,10 +100,16 @@ class Head:
     scale: float = 1.0
     softcap: float | None = None
 
+    def at(self, part: slice) -> Head:
+        """Returns the head for a part of the scored positions."""
+        if self.lora is None or self.lora.keys_S is None:
+            return self
+        return replace(self, lora=replace(self.lora, keys_S=self.lora.keys_S[part]))
+
     def queries(self, hidden_CD: Tensor) -> Tensor:
         columns = [hidden_CD]
         if self.lora is not None:
-            a_CR = hidden_CD @ self.lora.a_RD.to(hidden_CD.dtype).T
+            a_CR = self.lora.drop(hidden_CD) @ self.lora.a_RD.to(hidden_CD.dtype).T
             columns.append(a_CR * self.lora.scaling)
         if self.bias_V is not None:
             columns.append(torch.ones_like(hidden_CD[:, :1]))
@@ -155,7 +172,7 @@ def score(head: Head, hidden_SD: Tensor, targets_S: Tensor) -> Tensor:
     logprobs_S = torch.empty(len(targets_S), device=hidden_SD.device)
     with torch.no_grad():
         for part in _chunks(len(targets_S), head.blocks.positions):
-            logprobs_S[part] = _Logprobs(head, hidden_SD[part], targets_S[part]).logprobs_C
+            logprobs_S[part] = _Logprobs(head.at(part), hidden_SD[part], targets_S[part]).logprobs_C
     return logprobs_S
 
 
@@ -192,7 +209,7 @@ def score_and_backpropagate(
     grad_SD = torch.empty_like(hidden_SD)
     loss = torch.zeros((), device=hidden_SD.device)
     for part in _chunks(len(targets_S), num_positions):
-        chunk = _Logprobs(head, hidden_SD[part], targets_S[part], with_gradient=True, kept=kept)
+        chunk = _Logprobs(head.at(part), hidden_SD[part], targets_S[part], with_gradient=True, kept=kept)
         with torch.enable_grad():
             logprobs_C = chunk.logprobs_C.requires_grad_()
             chunk_loss = token_loss(logprobs_C, part)
@@ -309,8 +326,10 @@ class _Logprobs:
         a_RD = head.lora.a_RD
         grad_CR = grad_CQ[:, size : size + a_RD.shape[0]] * head.lora.scaling
         if a_RD.requires_grad:
-            _gradient(a_RD).add_(grad_CR.T @ self.hidden_CD.to(grad_CR.dtype))
-        return torch.addmm(grad_CQ[:, :size], grad_CR, a_RD.to(grad_CR.dtype))
+            _gradient(a_RD).add_(grad_CR.T @ head.lora.drop(self.hidden_CD).to(grad_CR.dtype))
+        if head.lora.keys_S is None:
+            return torch.addmm(grad_CQ[:, :size], grad_CR, a_RD.to(grad_CR.dtype))
+        return grad_CQ[:, :size] + head.lora.drop(grad_CR @ a_RD.to(grad_CR.dtype))
 
     def _backward_rows(self, rows: TrainedRows, grad_C1: Tensor) -> None:
         """Adds the gradient of the trained rows to their `.grad`, by the formula for trained weights."""

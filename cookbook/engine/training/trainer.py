@@ -24,6 +24,7 @@ from cookbook.engine import checkpoint
 from cookbook.engine.model import fsdp, peft_settings
 from cookbook.engine.model.adapters import Adapter
 from cookbook.engine.model.base_model import BaseModel
+from cookbook.engine.model.dropout import PassOfData
 from cookbook.engine.model.memory import FIRST_PATIENCE, MicrobatchLimits, Recovery, is_out_of_memory
 from cookbook.engine.model.packing import PackedBatch, TokenSequence, check_data, pack
 from cookbook.engine.training import sharded_state
@@ -90,6 +91,8 @@ class Trainer:
             self._optimizer = Optimizer(self.adapter.weights, base.can_undo_steps(self.adapter))
             self._limits = base.limits(self.adapter)
         self._has_gradient = False
+        self._num_passes = 0
+        """The number of passes that computed gradients since the last step."""
         self._ran_out_of_memory = False
         """Whether memory ran out in the current pass."""
         self._recovery = Recovery()
@@ -139,6 +142,7 @@ class Trainer:
         finally:
             self._optimizer.add_gradients(earlier)
         self._has_gradient = True
+        self._num_passes += 1
         return result
 
     def forward_backward_custom(self, data: list[Datum], request: Request, fn: CustomLossFn) -> PassResult:
@@ -147,7 +151,8 @@ class Trainer:
         This takes two passes over the model, so micro-batches stay independent even if `fn` couples
         sequences.
         """
-        first = self.forward(request)
+        self._check_not_half_stepped()
+        first = self._run(request, backward=False, is_training=True)
         logprobs = [torch.from_numpy(array).requires_grad_() for array in first.logprobs()]
         with self._world.failing_together():
             try:
@@ -196,6 +201,7 @@ class Trainer:
     def discard_gradients(self) -> None:
         self._optimizer.discard_gradients()
         self._has_gradient = False
+        self._num_passes = 0
 
     def _check_not_half_stepped(self, error: Exception | None = None) -> None:
         if self._optimizer.is_half_stepped:
@@ -204,22 +210,26 @@ class Trainer:
                 "ahead of others. Load a checkpoint with load_state_with_optimizer."
             ) from error
 
-    def _run(self, request: Request, backward: bool) -> PassResult:
+    def _run(self, request: Request, backward: bool, is_training: bool | None = None) -> PassResult:
         """Runs this process's part of the sequences. Returns the results of all parts.
 
-        If memory runs out, all micro-batches of this process are run again in smaller ones.
+        `is_training` says whether inputs of the adapter are dropped; by default they are if `backward`. If
+        memory runs out, all micro-batches of this process are run again in smaller ones.
         """
         lengths = [len(sequence.tokens_T) for sequence in request.sequences]
         own = partition(lengths, self._world.size)[self._world.rank]
+        drops = self.adapter.lora.dropout > 0 and (backward if is_training is None else is_training)
+        masks = PassOfData(self.adapter.lora.seed or 0, self._optimizer.num_steps, self._num_passes)
+        masks = masks if drops else None
         results: list[MicrobatchResult] | None = None
         if self.base.is_sharded:
-            results = self._run_sharded(request, own, backward)
+            results = self._run_sharded(request, own, backward, masks)
         else:
             with self._world.failing_together():
                 while results is None:
                     try:
                         with self.base.adapters.using(self.adapter):
-                            results = self._run_microbatches(request, own, backward)
+                            results = self._run_microbatches(request, own, backward, masks)
                     except _DoesNotFit as failure:
                         # The next pass runs after this block, when the tensors in the traceback of the
                         # failure are freed.
@@ -244,12 +254,14 @@ class Trainer:
             request.loss_only,
         )
 
-    def _run_sharded(self, request: Request, own: list[int], backward: bool) -> list[MicrobatchResult]:
+    def _run_sharded(
+        self, request: Request, own: list[int], backward: bool, masks: PassOfData | None
+    ) -> list[MicrobatchResult]:
         """Does `_run_microbatches`. A failure ends the run, because the other processes wait in a gather."""
         is_trained = any(sequence.weights_T.any() for sequence in request.sequences)
         try:
             with self.base.adapters.using(self.adapter):
-                return self._run_microbatches(request, own, backward and is_trained)
+                return self._run_microbatches(request, own, backward and is_trained, masks)
         except _DoesNotFit as failure:
             num_tokens = sum(failure.lengths)
             error: Exception = TrainingError(
@@ -262,7 +274,9 @@ class Trainer:
             error = raised
         raise self._world.abort(error) from error
 
-    def _run_microbatches(self, request: Request, own: list[int], backward: bool) -> list[MicrobatchResult]:
+    def _run_microbatches(
+        self, request: Request, own: list[int], backward: bool, masks: PassOfData | None
+    ) -> list[MicrobatchResult]:
         """Plans, packs and runs the micro-batches of the sequences `own`. Raises _DoesNotFit."""
         limits = self._limits
         sizes = [limits.size(len(request.sequences[index].tokens_T)) for index in own]
@@ -280,7 +294,9 @@ class Trainer:
             is_checkpointed = backward and size > limits.max_tokens_without_checkpointing
             try:
                 batch = pack(sequences, self.base.device, request.trained_only)
-                result = self._run_microbatch(batch, indices, request, backward, is_checkpointed)
+                keys = None if masks is None else masks.keys(indices or [len(request.sequences)], lengths)
+                with self.base.dropping(keys):
+                    result = self._run_microbatch(batch, indices, request, backward, is_checkpointed)
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
@@ -460,11 +476,13 @@ class Trainer:
                 info.world_size,
                 self._world.size,
             )
-        if dropout := checkpoint.dropout_of(path):
+        dropout = checkpoint.dropout_of(path)
+        if dropout != self.adapter.lora.dropout:
             logger.warning(
-                "%s was trained with lora_dropout=%g; this project trains adapters without dropout.",
+                "%s was trained with lora_dropout=%g, and is trained with %g here.",
                 path,
                 dropout,
+                self.adapter.lora.dropout,
             )
         with torch.no_grad():
             for name, parameter in self.adapter.weights.items():
