@@ -16,9 +16,10 @@ from cookbook.errors import CheckpointError, ConfigError
 from cookbook.export import gguf_weights, ollama, serving
 from cookbook.export.chat_format import ChatFormat
 from cookbook.export.config import ExportConfig
-from cookbook.export.merge import base_model_folder, merged_weights, read_adapter, tied_weights
+from cookbook.export.merge import base_model_folder, merged_weights, tied_weights
 from cookbook.export.merged_folder import Merged, write_merged
 from cookbook.export.model_card import Usage, fenced, python_usage
+from cookbook.export.updates import LowRank, read_updates
 from cookbook.runs.find import TrainedModel, path_elsewhere, public_name
 from cookbook.utils import files
 
@@ -185,6 +186,7 @@ def _write_gguf_model(export: Export) -> str:
             f"{_commands_of_llama_cpp(export)}"
         )
     path = export.folder / "model.gguf"
+    config.vocab_size = max(config.vocab_size, weights.num_rows)
     kind = gguf_weights.write_model(
         weights, config, export.chat_format, path, export.config.gguf_type, export.name
     )
@@ -213,10 +215,11 @@ def _write_gguf_adapter(export: Export) -> str:
     gguf_weights.package()
     source = export.source
     reason = "it is a full fine-tune" if source.is_full else _why_no_gguf(export)
-    adapter = {} if reason else read_adapter(source)
-    if reason is None and tied_weights(base_model_folder(source))[0] in {
-        f"{name}.weight" for name in adapter
-    }:
+    updates = {} if reason else read_updates(source)
+    adapter = {name: update for name, update in updates.items() if isinstance(update, LowRank)}
+    if len(adapter) < len(updates) or any(update.magnitude_O is not None for update in adapter.values()):
+        reason = "besides A and B of layers it holds other trained weights, for which llama.cpp has no place"
+    if reason is None and tied_weights(base_model_folder(source))[0] in adapter:
         reason = "it is on lm_head, which here is tied to the embeddings, and llama.cpp has no place for that"
     if reason is not None:
         raise ConfigError(

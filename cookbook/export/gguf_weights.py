@@ -24,7 +24,8 @@ from torch import Tensor
 from cookbook.errors import ConfigError
 from cookbook.export.chat_format import ChatFormat
 from cookbook.export.gguf_vocabulary import add_vocabulary, pre_tokenizer_name
-from cookbook.export.merge import LowRank, MergedWeights
+from cookbook.export.merge import MergedWeights
+from cookbook.export.updates import LowRank
 from cookbook.utils import extras
 
 if TYPE_CHECKING:
@@ -142,7 +143,7 @@ def write_model(
 def write_adapter(
     adapter: dict[str, LowRank], config: PretrainedConfig, path: Path, alpha: float, name: str
 ) -> None:
-    """Writes a LoRA for a model that `why_not` supports.
+    """Writes a LoRA, by the names of the weights, for a model that `why_not` supports.
 
     The LoRA must not be on a head tied to the embeddings, for which llama.cpp has no weight.
     """
@@ -154,9 +155,10 @@ def write_adapter(
     writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
     writer.add_name(name)
     tensors = []
-    for module, low_rank in sorted(adapter.items()):
-        weight = f"{module}.weight"
-        pair = {"a": low_rank.a_RI, "b": layout.in_order(weight, low_rank.b_OR)}
+    for weight, low_rank in sorted(adapter.items()):
+        # llama.cpp scales by alpha / rank
+        b_OR = low_rank.b_OR.float() * (low_rank.scaling * low_rank.b_OR.shape[1] / alpha)
+        pair = {"a": low_rank.a_RI, "b": layout.in_order(weight, b_OR)}
         for half, tensor in pair.items():
             place = f"{layout.name_of(weight)}.lora_{half}"
             tensors.append(_GgufTensor(place, tuple(tensor.shape), functools.partial(torch.clone, tensor)))

@@ -1,16 +1,13 @@
 """Merges an adapter into the weights of its base model, one tensor at a time.
 
-W + (alpha / rank) * B A is computed in float32 from the base model's files. An adapter on a head that is tied
-to the embeddings does not change the embeddings: the merged model has separate tensors for both, and its
-config unties them.
-
-Shape suffixes: I inputs, O outputs, R rank.
+The updates are computed from the base model's files. An adapter on a head that is tied to the embeddings does
+not change the embeddings: the merged model has separate tensors for both, and its config unties them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +17,9 @@ from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 from cookbook import models
-from cookbook.engine import checkpoint
 from cookbook.engine.model import peft_settings
 from cookbook.errors import CheckpointError, ModelError
+from cookbook.export.updates import LowRank, ReplacedRows, Update, read_updates
 from cookbook.runs.find import TrainedModel
 from cookbook.utils import json_files, pretrained
 from cookbook.utils.json_files import JsonOrigin
@@ -34,58 +31,13 @@ _REPAIR = "Copy or download the model again."
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
-@dataclass(frozen=True)
-class LowRank:
-    """The update of one weight by an adapter: scaling * B A."""
-
-    a_RI: Tensor
-    b_OR: Tensor
-    scaling: float
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.b_OR.shape[0], self.a_RI.shape[1]
-
-    def added_to(self, weight_OI: Tensor) -> Tensor:
-        """Returns the updated weight in float32."""
-        return torch.addmm(weight_OI.float(), self.b_OR.float(), self.a_RI.float(), alpha=self.scaling)
-
-
-def read_adapter(source: TrainedModel) -> dict[str, LowRank]:
-    """Returns the updates by module name; {} for a full fine-tune.
-
-    Raises CheckpointError if files are damaged or hold anything but LoRA on linear layers.
-    """
-    if source.is_full:
-        checkpoint.check_files(source.folder)
-        return {}
-    halves: dict[str, dict[str, Tensor]] = {}
-    settings = peft_settings.read(source.folder)
-    for key, tensor in checkpoint.read_weights(source.folder).items():
-        part = peft_settings.part_of(key)
-        if part is None or part[1] not in ("A", "B"):
-            raise CheckpointError(
-                f"{source.folder} holds {key}, not a LoRA on a linear layer. Merge it with PEFT itself "
-                f"(merge_and_unload)."
-            )
-        halves.setdefault(part[0], {})[part[1]] = tensor
-    if torn := [module for module, pair in halves.items() if len(pair) != 2]:
-        raise CheckpointError(
-            f"Checkpoint {source.folder} is damaged: it has one of the two LoRA matrices of {torn[0]}."
-        )
-    return {
-        module: LowRank(pair["A"], pair["B"], peft_settings.scaling(module, settings))
-        for module, pair in halves.items()
-    }
-
-
 @dataclass
 class MergedWeights:
     """The weights of a merged model. Each is computed when it is read."""
 
     files: dict[str, Path]
     """The file of each weight of the base model."""
-    adapter: dict[str, LowRank]
+    adapter: dict[str, Update]
     """The updates by the name of the weight."""
     untied: dict[str, str] = field(default_factory=dict)
     """For a head that is untied by the merge, the embeddings that its weight is copied from."""
@@ -93,16 +45,23 @@ class MergedWeights:
     def __post_init__(self) -> None:
         self._open_files: dict[Path, Any] = {}
         self.names = sorted({*self.files, *self.untied})
-        for name, low_rank in self.adapter.items():
-            if self.shape_of(name) != low_rank.shape:
+        for name, update in self.adapter.items():
+            shape = tuple(self._stored(name).get_shape())
+            if update.shape_on(shape) is None:
                 raise CheckpointError(
-                    f"The adapter does not fit its base model: {name} is {self.shape_of(name)} there, and "
-                    f"{low_rank.shape} in the adapter. Give base_model= with the one that it was trained "
-                    "on."
+                    f"The adapter does not fit its base model: {name} is {shape} there, and "
+                    f"{update.shape} in the adapter. Give base_model= with the one that it was trained on."
                 )
 
     def shape_of(self, name: str) -> tuple[int, ...]:
-        return tuple(self._stored(name).get_shape())
+        shape = tuple(self._stored(name).get_shape())
+        return shape if name not in self.adapter else self.adapter[name].shape_on(shape) or shape
+
+    @property
+    def num_rows(self) -> int:
+        """The number of rows of the embeddings that an adapter with trained rows needs; else 0."""
+        rows = [name for name, update in self.adapter.items() if isinstance(update, ReplacedRows)]
+        return max((self.shape_of(name)[0] for name in rows), default=0)
 
     def dtype_of(self, name: str) -> torch.dtype:
         """Returns the type in the base model's files."""
@@ -139,33 +98,43 @@ def merged_weights(source: TrainedModel, base_folder: Path) -> MergedWeights | N
     Returns None if the files are not safetensors, or do not name weights as the loaded modules do:
     transformers renames the weights of some architectures while it loads them.
     """
-    adapter = read_adapter(source)
-    _refuse_transposed(base_folder, adapter)
+    updates = read_updates(source)
+    updates = with_transposed(updates, base_folder)
     files = weight_files(base_folder)
-    by_weight = {f"{module}.weight": low_rank for module, low_rank in adapter.items()}
     head, embeddings = tied_weights(base_folder)
-    untied = {head: embeddings} if head in by_weight and embeddings in files else {}
-    if not files or by_weight.keys() - files.keys() - untied.keys():
+    is_untied = head is not None and embeddings in files and unties(updates, head, str(embeddings))
+    untied = {str(head): str(embeddings)} if is_untied else {}
+    if not files or updates.keys() - files.keys() - untied.keys():
         return None
-    merged = MergedWeights(files, by_weight, {str(head): str(name) for head, name in untied.items()})
+    merged = MergedWeights(files, updates, untied)
     peft_settings.check_frozen(source.folder, merged.is_of_base)
     return merged
 
 
-def _refuse_transposed(base_folder: Path, adapter: Mapping[str, LowRank]) -> None:
-    """Raises CheckpointError if an updated weight is stored transposed, as in GPT-2.
+def with_transposed(updates: Mapping[str, Update], base_folder: Path) -> dict[str, Update]:
+    """Returns the updates, which know the weights that are stored transposed, as in GPT-2.
 
     The shape does not show it if the weight is square.
     """
-    if not adapter:
-        return
+    if not updates:
+        return {}
     model = pretrained.empty_causal_lm(models.load_config(str(base_folder)))
-    for name, module in model.named_modules():
-        if name in adapter and isinstance(module, Conv1D):
-            raise CheckpointError(
-                f"The base model keeps the weight of {name} transposed (Conv1D), which is not merged here. "
-                "Merge it with PEFT itself (merge_and_unload)."
-            )
+    transposed = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Conv1D)}
+    return {
+        name: replace(update, is_transposed=True)
+        if name in transposed and isinstance(update, LowRank)
+        else update
+        for name, update in updates.items()
+    }
+
+
+def unties(updates: Mapping[str, Update], head: str, embeddings: str) -> bool:
+    """Returns whether updates make a head differ from the embeddings that it is tied to.
+
+    Trained rows of the embeddings are also those of a head that is tied to them.
+    """
+    update = updates.get(embeddings)
+    return head in updates or (update is not None and not isinstance(update, ReplacedRows))
 
 
 def weight_files(folder: Path) -> dict[str, Path]:

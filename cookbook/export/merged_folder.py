@@ -21,9 +21,11 @@ from cookbook.export.merge import (
     MergedWeights,
     base_model_folder,
     merged_weights,
-    read_adapter,
     tied_weights,
+    unties,
+    with_transposed,
 )
+from cookbook.export.updates import ReplacedRows, read_updates
 from cookbook.runs.find import TrainedModel
 from cookbook.utils import files, json_files
 from cookbook.utils.json_files import JsonOrigin
@@ -59,6 +61,8 @@ def write_merged(
     weights = merged_weights(source, base_folder)
     if weights is not None:
         merged = _write_shards(weights, folder, chosen, max_shard_size)
+        if weights.num_rows > models.load_config(str(base_folder)).get_text_config().vocab_size:
+            _set(config, "vocab_size", weights.num_rows)
         if weights.untied:
             _set(config, "tie_word_embeddings", False)
         _write_json(folder / "config.json", config)
@@ -104,25 +108,34 @@ def _write_whole_model(
     """Merges in memory and saves with transformers, which renames the weights for the files."""
     stored: Any = models.load_config(str(base_folder)).dtype or torch.float32
     model = load_model(source.base_model, torch.device("cpu"), dtype or stored)
-    modules = dict(model.named_modules())
-    head, _ = tied_weights(base_folder)
+    updates = with_transposed(read_updates(source), base_folder)
+    rows = [update.shape[0] for update in updates.values() if isinstance(update, ReplacedRows)]
+    if max(rows, default=0) > model.get_input_embeddings().weight.shape[0]:
+        model.resize_token_embeddings(max(rows), mean_resizing=False)
+    modules, parameters = dict(model.named_modules()), dict(model.named_parameters(remove_duplicate=False))
+    head, embeddings = tied_weights(base_folder)
     if not source.is_full:
         check_frozen(
             source.folder, lambda copy, name: name in modules and is_same(copy, modules[name].weight)
         )
     with torch.no_grad():
-        for name, low_rank in read_adapter(source).items():
-            weight = modules[name].weight if name in modules else None
-            if weight is None or tuple(weight.shape) != low_rank.shape:
+        if head is not None and unties(updates, head, str(embeddings)):
+            for part in (model.config, model.config.get_text_config()):
+                part.tie_word_embeddings = False
+        for name, update in updates.items():
+            weight = parameters.get(name)
+            if weight is None or update.shape_on(tuple(weight.shape)) is None:
                 raise CheckpointError(
                     f"The adapter does not fit its base model {source.base_model!r}: it is on {name}, "
-                    f"{low_rank.shape}. Give base_model= with the one that it was trained on."
+                    f"{update.shape}. Give base_model= with the one that it was trained on."
                 )
-            merged = low_rank.added_to(weight).to(weight.dtype)
-            modules[name].weight = torch.nn.Parameter(merged, requires_grad=False)
-            if f"{name}.weight" == head:
-                for part in (model.config, model.config.get_text_config()):
-                    part.tie_word_embeddings = False
+            merged = torch.nn.Parameter(update.added_to(weight).to(weight.dtype), requires_grad=False)
+            places = [name]
+            if isinstance(update, ReplacedRows) and name == embeddings and head not in updates:
+                places.append(str(head))
+            for place in places:
+                module, _, leaf = place.rpartition(".")
+                setattr(modules[module], leaf, merged)
     with no_progress_bar():
         model.save_pretrained(folder, max_shard_size=max_shard_size)
     num_bytes = sum(parameter.nbytes for parameter in model.parameters())
