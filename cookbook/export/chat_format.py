@@ -129,7 +129,7 @@ def find_chat_format(source: TrainedModel, chat_template: str | None = None) -> 
     """
     metadata = source.info.user_metadata
     name = metadata.get("renderer_name") or models.recommended_renderer(source.base_model)
-    tokenizer = models.get_tokenizer(source.base_model)
+    tokenizer = models.get_tokenizer(source.base_model, tuple(source.info.lora.add_tokens))
     template = None
     if chat_template is not None:
         path = Path(chat_template).expanduser()

@@ -106,6 +106,8 @@ def merged_weights(source: TrainedModel, base_folder: Path) -> MergedWeights | N
     untied = {str(head): str(embeddings)} if is_untied else {}
     if not files or updates.keys() - files.keys() - untied.keys():
         return None
+    if head in files and not untied and isinstance(updates.get(str(embeddings)), ReplacedRows):
+        del files[head]  # a copy of the embeddings
     merged = MergedWeights(files, updates, untied)
     peft_settings.check_frozen(source.folder, merged.is_of_base)
     return merged

@@ -24,6 +24,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from cookbook.engine.model.named_targets import layers_named
 from cookbook.engine.model.text_part import text_decoder
 from cookbook.errors import ConfigError
 from cookbook.types import LoraConfig
@@ -36,6 +37,7 @@ WHY_NOT: Mapping[str, str] = {
     "other parts": "they are not part of the language model (vision, audio, further heads)",
     "routers": "they choose and weight experts",
     "indexers": "they choose positions, and get no gradient",
+    "the projection": "its rows are trained for added tokens, and PEFT puts no LoRA beside these",
     "unused layers": "they do not run, and get no gradient",
     "layers read directly": "the model reads their weight without running them",
     "special layers": "they compute another product than a linear layer",
@@ -74,9 +76,13 @@ class TargetTable:
     others: Mapping[str, int]
     names: frozenset[str] = field(repr=False)
     """The names of all modules."""
+    kinds: Mapping[str, str] = field(repr=False, default_factory=dict)
+    """The kind of each layer that is no target."""
 
     def chosen(self, lora: LoraConfig, model_name: str) -> list[Target]:
         """Returns the targets that the options choose. Raises ConfigError if an option chooses none."""
+        if lora.targets:
+            return self._named(lora, model_name)
         wanted = [group for group in GROUPS if getattr(lora, group)]
         if not wanted:
             raise ConfigError("Nothing to train: set train_attn, train_mlp or train_unembed.")
@@ -88,19 +94,36 @@ class TargetTable:
             )
         return found
 
+    def _named(self, lora: LoraConfig, model_name: str) -> list[Target]:
+        """Returns the targets that `lora.targets` names."""
+        reasons = {name: WHY_NOT[kind] for name, kind in self.kinds.items()}
+        head = next((name for name, target in self.targets.items() if target.group == "train_unembed"), None)
+        if lora.add_tokens and head is not None:
+            reasons[head] = "rows of the projection are trained for add_tokens"
+        names = [name for name in self.targets if name not in reasons]
+        return [self.targets[name] for name in layers_named(lora.targets, names, head, reasons, model_name)]
+
     def without(self, unused: Collection[str]) -> TargetTable:
         """Returns the table without targets that do not run."""
         others = dict(self.others)
         for name in unused:
             others["unused layers"] = others.get("unused layers", 0) + self.targets[name].num_weights
+        kinds = {**self.kinds, **dict.fromkeys(unused, "unused layers")}
         targets = {name: target for name, target in self.targets.items() if name not in unused}
-        return TargetTable(targets, others, self.names)
+        return TargetTable(targets, others, self.names, kinds)
 
     def without_adapter(self, lora: LoraConfig) -> dict[str, int]:
         """Returns the number of weights without an adapter by their kind, largest first."""
         counts = dict(self.others)
+        named = self._names_in(lora)
         for target in self.targets.values():
-            if not getattr(lora, target.group):
+            if named is not None:
+                if target.name in named:
+                    continue
+                kind = "layers not named"
+            elif lora.add_tokens and target.group == "train_unembed":
+                kind = "the projection"
+            elif not getattr(lora, target.group):
                 kind = f"{target.group}=False"
             elif target.is_stacked:
                 kind = "experts"
@@ -108,6 +131,18 @@ class TargetTable:
                 continue
             counts[kind] = counts.get(kind, 0) + target.num_weights
         return dict(sorted(counts.items(), key=lambda item: -item[1]))
+
+    def _names_in(self, lora: LoraConfig) -> set[str] | None:
+        """Returns the targets that an adapter names, or None if options choose them."""
+        if lora.peft is not None:
+            explicit = lora.peft.explicit
+            given = [*explicit["target_modules"], *(explicit["target_parameters"] or ())]
+            return {
+                name
+                for name in self.targets
+                if any(name == one or f"{name}.weight" == one or name.endswith(f".{one}") for one in given)
+            }
+        return {target.name for target in self._named(lora, "")} if lora.targets else None
 
     @property
     def num_weights(self) -> int:
@@ -121,6 +156,7 @@ def find_targets(model: Any) -> TargetTable:
     modules = dict(model.named_modules())
     targets: dict[str, Target] = {}
     others: dict[str, int] = {}
+    kinds: dict[str, str] = {}
     seen: set[int] = set()
     if isinstance(head, nn.Linear):  # before the embeddings, which may be tied to it
         name = next(name for name, module in modules.items() if module is head)
@@ -139,9 +175,10 @@ def find_targets(model: Any) -> TargetTable:
                 targets[full] = Target(full, _group(path), _num_weights(parameter), is_stacked)
             else:
                 others[reason] = others.get(reason, 0) + _num_weights(parameter)
+                kinds[name if short == "weight" else f"{name}.{short}"] = reason
     places = {name: place for place, name in enumerate(modules)}
     in_order = sorted(targets.values(), key=lambda target: (target.is_stacked, places.get(target.name, 0)))
-    return TargetTable({target.name: target for target in in_order}, others, frozenset(modules))
+    return TargetTable({target.name: target for target in in_order}, others, frozenset(modules), kinds)
 
 
 @contextlib.contextmanager

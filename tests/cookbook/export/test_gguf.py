@@ -18,7 +18,8 @@ from cookbook.errors import ConfigError
 from cookbook.export import gguf_weights
 from cookbook.export.chat_format import chat_format_of, find_chat_format
 from cookbook.export.gguf_vocabulary import pre_tokenizer_name
-from cookbook.export.merge import base_model_folder, merged_weights, read_adapter
+from cookbook.export.merge import base_model_folder, merged_weights
+from cookbook.export.updates import read_updates
 from cookbook.runs.find import find_trained_model
 
 gguf = pytest.importorskip("gguf")
@@ -214,7 +215,7 @@ def test_an_adapter_is_written_in_the_weight_order_of_llama_cpp(
     base = make_model_folder(tmp_path / "base", "llama", tie_word_embeddings=False)
     adapted = make_adapted(base, tmp_path / "adapter")
     source = find_trained_model(str(tmp_path / "adapter"))
-    config, adapter = AutoConfig.from_pretrained(base), read_adapter(source)
+    config, adapter = AutoConfig.from_pretrained(base), read_updates(source)
     gguf_weights.write_adapter(adapter, config, tmp_path / "adapter.gguf", source.info.lora.alpha, "tuned")
     reader = gguf.GGUFReader(tmp_path / "adapter.gguf")
     assert values_of(reader, "general.type") == "adapter"
