@@ -145,7 +145,7 @@ def _check_start_weights(config: Config, path: str) -> None:
 
     info = checkpoint.read_info(path)
     folder = Path(path).expanduser()
-    _check_settings_fit(config, path, info)
+    _check_settings_fit(config, path, info, is_own=(folder / checkpoint.STATE_FILE).is_file())
     if info.lora.rank == 0:
         models.check_files(str(folder))
         theirs = _sizes_of_model(str(folder))
@@ -164,15 +164,16 @@ def _check_start_weights(config: Config, path: str) -> None:
         )
 
 
-def _check_settings_fit(config: Config, path: str, info: StateInfo) -> None:
+def _check_settings_fit(config: Config, path: str, info: StateInfo, is_own: bool) -> None:
     """Raises CheckpointError if the weights were trained with different adapter settings.
 
-    An adapter keeps the layers that it has, so keys that choose layers may be left at their defaults.
+    An adapter keeps the layers that it has, so keys that choose layers may be left at their defaults. The
+    kinds of layers are not compared for an adapter of another program, for which they are a guess.
     """
     ours, theirs = config.lora(), info.lora
     keys = ["rank", "add_tokens"]
     if theirs.rank and ours.rank:
-        chosen = ("train_attn", "train_mlp", "train_unembed", "targets")
+        chosen = ("targets", *(("train_attn", "train_mlp", "train_unembed") if is_own else ()))
         keys += ["alpha", "use_rslora", *(key for key in chosen if getattr(ours, key) != _DEFAULT[key])]
     differing = [key for key in keys if _plain(getattr(theirs, key)) != _plain(getattr(ours, key))]
     if differing:
