@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from cookbook import embedded
 from cookbook.errors import ModelError
-from cookbook.utils import hub, pretrained
+from cookbook.utils import hub, pretrained, weight_files
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -94,6 +94,12 @@ def load_from_hub_or_disk(what: str, model_name: str, load: Any, **options: Any)
             else "Check the name on the hub; for a gated model run `hf auth login` first."
         )
         raise ModelError(f"Cannot load the {what} of {model_name!r}: {reason}\n{repair}") from error
+
+
+def model_folder(model_name: str) -> Path:
+    """Returns the folder of a model's files, downloaded from the hub if needed."""
+    folder: Path = load_from_hub_or_disk("weights", model_name, weight_files.folder_of)
+    return folder
 
 
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")

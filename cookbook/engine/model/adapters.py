@@ -161,7 +161,7 @@ class Adapters:
         """Saves an adapter in PEFT's format, or the model's own weights in the format of transformers."""
         if adapter.is_full:
             with self.using(adapter):
-                full_weights.write(self._model, self._tokenizer, folder)
+                full_weights.write(self._model, self._model_name, self._tokenizer, folder)
         else:
             peft_layers.write_config(self._peft.peft_config[adapter.name], adapter.lora, folder)
             checkpoint.write_adapter(folder, adapter.weights)

@@ -7,16 +7,27 @@ is a copy of every weight, which replaces the live weights while the snapshot is
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from cookbook import models
 from cookbook.engine.model import fsdp, text_part
 from cookbook.engine.model.loading import load_model, no_progress_bar
+from cookbook.engine.model.published_files import (
+    ChangedFiles,
+    PublishedFiles,
+    read_json,
+    set_dtype,
+    set_vocabulary,
+    write_files_for_media,
+    write_json,
+)
 from cookbook.engine.model.text_part import frozen_parameters
+from cookbook.utils import pretrained
 
 
 def train_all(model: Any) -> dict[str, nn.Parameter]:
@@ -67,11 +78,50 @@ def _copied_in(live: Mapping[str, nn.Parameter], weights: Mapping[str, nn.Parame
             parameter.copy_(own[name])
 
 
-def write(model: Any, tokenizer: Any, folder: Path, weights: Mapping[str, Tensor] | None = None) -> None:
-    """Saves the model, with `weights` in place of its own, of which a process may hold only a part."""
-    with no_progress_bar():
-        model.save_pretrained(folder, state_dict=None if weights is None else dict(weights))
+def write(
+    model: Any, model_name: str, tokenizer: Any, folder: Path, weights: Mapping[str, Tensor] | None = None
+) -> None:
+    """Saves a model folder with the tensors of the published one, and the trained values of those trained.
+
+    `weights` are the trained ones, of which a process may hold only a part; without it, those of `model`.
+    """
+    published_folder = models.model_folder(model_name)
+    config = read_json(published_folder / "config.json")
+    if config.get("quantization_config") is not None:  # its tensors hold no weights as they are trained
+        with no_progress_bar():
+            model.save_pretrained(folder, state_dict=None if weights is None else dict(weights))
+        tokenizer.save_pretrained(folder)
+        return
+    published = PublishedFiles(published_folder, pretrained.empty_causal_lm(models.load_config(model_name)))
+    if weights is None:
+        frozen = frozen_parameters(model)
+        weights = {name: weight for name, weight in model.named_parameters() if weight not in frozen}
+    names_of = {id(weight): name for name, weight in model.named_parameters()}
+    aliases = {name: names_of[id(weight)] for name, weight in model.named_parameters(remove_duplicate=False)}
+    values = {name: weights[own].detach() for name, own in aliases.items() if own in weights}
+    is_tied = {name for name, own in aliases.items() if name != own}
+    added = {name: name for name in values if name not in published.parameters and name not in is_tied}
+    changed = ChangedFiles(published, {name: _constant(value) for name, value in values.items()}, added)
+    embeddings = model.get_input_embeddings().weight
+
+    def dtype_of(name: str) -> torch.dtype:
+        return embeddings.dtype if changed.is_changed(name) else published.dtype_of(name)
+
+    shapes = {name: tuple(value.shape) for name, value in values.items()}
+    changed.write(folder, changed.outline(dtype_of, shapes), "50GB")
+    set_dtype(config, embeddings.dtype)
+    if embeddings.shape[0] != models.text_config(model_name).vocab_size:
+        set_vocabulary(config, embeddings.shape[0])
+    config.setdefault("architectures", [type(model).__name__])
+    write_json(folder / "config.json", config)
+    if generation := read_json(published_folder / "generation_config.json"):
+        write_json(folder / "generation_config.json", generation)
+    write_files_for_media(published_folder, folder)
     tokenizer.save_pretrained(folder)
+
+
+def _constant(value: Tensor) -> Callable[[], Tensor]:
+    return lambda: value
 
 
 def full_tensors(weights: Mapping[str, nn.Parameter], is_kept: bool) -> dict[str, Tensor]:

@@ -58,7 +58,7 @@ def save(
 
 def _write_model(base: BaseModel, full: Mapping[str, Tensor], parts: Path | None, folder: Path) -> None:
     """Writes the weights into `folder` and moves the optimizer's parts there."""
-    full_weights.write(base.model, base.tokenizer, folder, full)
+    full_weights.write(base.model, base.name, base.tokenizer, folder, full)
     if parts is not None:
         files.rename(parts, folder / checkpoint.OPTIMIZER_FOLDER)
 
