@@ -1,0 +1,96 @@
+"""What is written from a published folder has all of its tensors, for every family of models."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import families
+import numpy as np
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+
+from cookbook import ServiceClient
+from cookbook.engine.model.published_files import ChangedFiles, PublishedFiles
+from cookbook.types import AdamParams, Datum, ModelInput
+from cookbook.utils import pretrained
+
+SOME = ["qwen3_5_moe", "llava", "deepseek_v4", "kimi_k25", "smollm3"]
+"""Stacked experts and heads that transformers ignores, other names, both, and a tied head."""
+
+
+def plain(folder: Path) -> Any:
+    """Returns the model in the class that its config names, from plain transformers."""
+    (name,) = json.loads((folder / "config.json").read_text(encoding="utf-8"))["architectures"]
+    return getattr(transformers, name).from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: weight for file in folder.glob("*.safetensors") for name, weight in load_file(file).items()}
+
+
+def kinds(folder: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    return {name: (weight.shape, weight.dtype) for name, weight in tensors(folder).items()}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=() if name in SOME else pytest.mark.slow) for name in families.FAMILIES],
+)
+def test_changed_parameters_are_written_as_the_published_tensors_that_transformers_makes_them_of(
+    name: str, tmp_path: Path
+) -> None:
+    folder = families.save(name, tmp_path / "published")
+    before = plain(folder)
+    published = PublishedFiles(folder, pretrained.empty_causal_lm(pretrained.load_config(folder)))
+    values = {key: weight.detach() + 1 for key, weight in before.named_parameters(remove_duplicate=False)}
+    changed = ChangedFiles(
+        published,
+        {
+            key: lambda value=value: value  # type: ignore[misc]
+            for key, value in values.items()
+            if key in published.parameters
+        },
+    )
+    families.save(name, tmp_path / "changed")
+    changed.write(tmp_path / "changed", changed.outline(published.dtype_of, {}), "50GB")
+    assert kinds(tmp_path / "changed") == kinds(folder)
+    for key, weight in plain(tmp_path / "changed").named_parameters():
+        assert torch.equal(weight, values[key]), key
+    old, new = tensors(folder), tensors(tmp_path / "changed")
+    loaded = {key for key in new if not torch.equal(new[key], old[key])}
+    assert loaded == {key for key in new if changed.is_changed(key)}
+    extra = families.FAMILIES[name].extra_tensor
+    assert extra is None or (extra in new and extra not in loaded)
+
+
+def test_a_full_fine_tune_has_the_tensors_the_class_and_the_files_of_the_published_folder(
+    tmp_path: Path,
+) -> None:
+    folder = families.save("qwen3_5_moe", tmp_path / "published")
+    (folder / "processor_config.json").write_text(
+        '{"auto_map": {"AutoProcessor": "code.P"}, "size": 3}', "utf-8"
+    )
+    service = ServiceClient(checkpoint_dir=tmp_path / "checkpoints")
+    client = service.create_lora_training_client(str(folder), rank=0)
+    ids = np.random.default_rng(0).integers(3, 300, 12)
+    client.forward_backward([Datum(ModelInput.from_ints(ids[:-1]), {"target_tokens": ids[1:]})])
+    client.optim_step(AdamParams(learning_rate=1e-2)).result()
+    weights = {name: weight.detach() for name, weight in client._trainer.adapter.weights.items()}
+    path = Path(client.save_weights_for_sampler("full").result().path)
+    service.close()
+    assert kinds(path) == kinds(folder)
+    old, new = tensors(folder), tensors(path)
+    kept = {name for name in new if torch.equal(new[name], old[name])}
+    assert {name for name in new if "visual" in name or name.startswith("mtp")} <= kept
+    found = dict(plain(path).named_parameters())
+    assert all(torch.equal(found[name], weight) for name, weight in weights.items())
+    assert not any("visual" in name for name in weights)
+    config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    assert config["architectures"] == ["Qwen3_5MoeForConditionalGeneration"]
+    assert json.loads((path / "processor_config.json").read_text(encoding="utf-8")) == {"size": 3}
+    media = [json.loads((one / "preprocessor_config.json").read_text("utf-8")) for one in (folder, path)]
+    assert media[0] == media[1] != {}
