@@ -7,6 +7,12 @@ from renderers.base import Renderer
 from renderers.formats.deepseekv3 import DeepSeekV3Renderer, DeepSeekV3ThinkingRenderer
 from renderers.formats.deepseekv3_1 import DeepSeekV3_1Renderer, DeepSeekV3_1ThinkingRenderer
 from renderers.formats.gemma3 import Gemma3Renderer
+from renderers.formats.glm import (
+    Glm4_5DisableThinkingRenderer,
+    Glm4_5Renderer,
+    Glm5DisableThinkingRenderer,
+    Glm5Renderer,
+)
 from renderers.formats.gpt_oss import GptOssHighRenderer, GptOssLowRenderer, GptOssRenderer
 from renderers.formats.kimi import (
     KimiK2Renderer,
@@ -18,6 +24,16 @@ from renderers.formats.kimi import (
     KimiK26Renderer,
 )
 from renderers.formats.llama3 import Llama3Renderer
+from renderers.formats.nemotron3 import (
+    Nemotron3DisableThinkingRenderer,
+    Nemotron3LowThinkingRenderer,
+    Nemotron3PreserveThinkingRenderer,
+    Nemotron3Renderer,
+    Nemotron3UltraDisableThinkingRenderer,
+    Nemotron3UltraMediumThinkingRenderer,
+    Nemotron3UltraPreserveThinkingRenderer,
+    Nemotron3UltraRenderer,
+)
 from renderers.formats.phi3 import Phi3Renderer
 from renderers.formats.qwen2_5 import Qwen2_5Renderer
 from renderers.formats.qwen3 import Qwen3DisableThinkingRenderer, Qwen3Renderer
@@ -37,6 +53,7 @@ from renderers.formats.qwen3_8 import (
     Qwen3_8XHighRenderer,
 )
 from renderers.formats.qwen3_instruct import Qwen3InstructRenderer
+from renderers.formats.qwen3_vl import Qwen3VLInstructRenderer, Qwen3VLRenderer
 from renderers.formats.role_colon import RoleColonRenderer
 from renderers.jinja.chat_template import ChatTemplateRenderer
 from renderers.messages import Message
@@ -51,6 +68,10 @@ for _renderer in (
     DeepSeekV3Renderer,
     DeepSeekV3ThinkingRenderer,
     Gemma3Renderer,
+    Glm4_5DisableThinkingRenderer,
+    Glm4_5Renderer,
+    Glm5DisableThinkingRenderer,
+    Glm5Renderer,
     GptOssHighRenderer,
     GptOssLowRenderer,
     GptOssRenderer,
@@ -62,6 +83,14 @@ for _renderer in (
     KimiK26PreserveThinkingRenderer,
     KimiK26Renderer,
     Llama3Renderer,
+    Nemotron3DisableThinkingRenderer,
+    Nemotron3LowThinkingRenderer,
+    Nemotron3PreserveThinkingRenderer,
+    Nemotron3Renderer,
+    Nemotron3UltraDisableThinkingRenderer,
+    Nemotron3UltraMediumThinkingRenderer,
+    Nemotron3UltraPreserveThinkingRenderer,
+    Nemotron3UltraRenderer,
     Phi3Renderer,
     Qwen2_5Renderer,
     Qwen3_5DisableThinkingRenderer,
@@ -78,6 +107,8 @@ for _renderer in (
     Qwen3DisableThinkingRenderer,
     Qwen3InstructRenderer,
     Qwen3Renderer,
+    Qwen3VLInstructRenderer,
+    Qwen3VLRenderer,
     RoleColonRenderer,
 ):
     register_renderer(_renderer.name, _renderer)

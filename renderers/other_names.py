@@ -7,13 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-_IMAGES = "Images are not supported here. For text alone use `chat_template`, the model's own template"
 _OWN = "It is not supported here. Use `chat_template`, the model's own template"
 _SWITCH = "It is not supported here. `chat_template` is the model's own template, in its default mode"
 
 ANSWERS: Mapping[str, str] = {
-    "qwen3_vl": _IMAGES,
-    "qwen3_vl_instruct": _IMAGES,
     "deepseekv3_disable_thinking": "Here it is `deepseekv3` for V3, and `deepseekv3_1` for V3.1",
     "deepseekv4_1": _OWN,
     "deepseekv4_1_low_reasoning": _OWN,
@@ -28,14 +25,6 @@ ANSWERS: Mapping[str, str] = {
     "kimi_k31_pro_low_reasoning": _OWN,
     "kimi_k31_pro_disable_thinking": _SWITCH,
     "kimi_k31_pro_no_reasoning_effort": _OWN,
-    "nemotron3": _OWN,
-    "nemotron3_low_thinking": _OWN,
-    "nemotron3_disable_thinking": _SWITCH,
-    "nemotron3_preserve_thinking": _OWN,
-    "nemotron3_ultra": _OWN,
-    "nemotron3_ultra_disable_thinking": _SWITCH,
-    "nemotron3_ultra_medium_thinking": _OWN,
-    "nemotron3_ultra_preserve_thinking": _OWN,
     "gpt_oss_no_sysprompt": "Here is none without the system message, which `gpt_oss` always prints",
     "gpt_oss_low_reasoning": "Here it is `gpt_oss_low`",
     "gpt_oss_medium_reasoning": "Here it is `gpt_oss`",

@@ -66,7 +66,7 @@ def published_tokenizer(name: str) -> Any:
 
 @cache
 def tokenizer(name: str) -> Any:
-    """Returns a small tokenizer like the published `qwen3` or `llama3_1`, with its chat template."""
+    """Returns a small tokenizer like the published `qwen3`, `llama3_1` or `glm`, with its chat template."""
     return _BUILDERS[name]()
 
 
@@ -143,4 +143,21 @@ def _llama3_1() -> Any:
     return built
 
 
-_BUILDERS: dict[str, Callable[[], Any]] = {"qwen3": _qwen3, "llama3_1": _llama3_1}
+def _glm() -> Any:
+    backend = byte_level_bpe(r"\p{N}{1,3}")
+    roles = [f"<|{role}|>" for role in ("system", "user", "assistant", "observation")]
+    backend.add_special_tokens(["<|endoftext|>", "[gMASK]", "<sop>", *roles, "/nothink"])
+    names = ("think", "tool_call", "tool_response", "arg_key", "arg_value")
+    tags = [f"<{mark}{tag}>" for tag in names for mark in ("", "/")]
+    backend.add_tokens([AddedToken(tag, normalized=False, special=False) for tag in tags])
+    built = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        eos_token="<|endoftext|>",
+        pad_token="<|endoftext|>",
+        clean_up_tokenization_spaces=False,
+    )
+    built.chat_template = template("glm4_5")
+    return built
+
+
+_BUILDERS: dict[str, Callable[[], Any]] = {"qwen3": _qwen3, "llama3_1": _llama3_1, "glm": _glm}

@@ -54,7 +54,19 @@ class Family:
     call_ids: bool = False
     """Whether the template prints ids of calls, which are then given as `functions.NAME:NUMBER`."""
     more_tokens: tuple[str, ...] = ()
-    """The BOS and EOS tokens, if the template does not spell them."""
+    """The BOS and EOS tokens, and others that the template does not spell as the rest."""
+    end_behind: Callable[[Mapping[str, Any]], str] = lambda reply: ""
+    """The token that ends the turn of a last reply, where the template prints none."""
+    other_mode: tuple[str, Mapping[str, Any]] | None = None
+    """The renderer, and the options of the template, whose prompt a reply without thinking follows."""
+
+
+GLM_TOKENS = ("[gMASK]", "<|endoftext|>", "<sop>")
+
+
+def end_of_glm(reply: Mapping[str, Any]) -> str:
+    """Returns the token that GLM ends a turn with: the one that begins the next message."""
+    return "<|observation|>" if reply.get("tool_calls") else "<|user|>"
 
 
 FAMILIES = {
@@ -72,6 +84,24 @@ FAMILIES = {
         "qwen3_6", ["qwen3_6_disable_thinking"], "qwen3", prompt_options={"enable_thinking": False}
     ),
     "Qwen2.5": Family("qwen2_5", ["qwen2_5", "chat_template"], "qwen3"),
+    "Qwen3-VL Instruct, text": Family("qwen3_vl", ["qwen3_vl"], "qwen3"),
+    "GLM-4.5": Family("glm4_5", ["glm4_5"], more_tokens=GLM_TOKENS, end_behind=end_of_glm),
+    "GLM-4.5, not thinking": Family(
+        "glm4_5",
+        ["glm4_5_disable_thinking"],
+        options={"enable_thinking": False},
+        more_tokens=GLM_TOKENS,
+        end_behind=end_of_glm,
+    ),
+    "Nemotron 3 Nano": Family(
+        "nemotron3_nano",
+        ["nemotron3"],
+        "qwen3",
+        other_mode=("nemotron3_disable_thinking", {"enable_thinking": False}),
+    ),
+    "Nemotron 3 Nano, not thinking": Family(
+        "nemotron3_nano", ["nemotron3_disable_thinking"], "qwen3", options={"enable_thinking": False}
+    ),
     "Llama 3": Family("llama3", ["llama3", "chat_template"], "llama3_1"),
     "Llama 3.1": Family("llama3_1", ["llama3", "chat_template"], "llama3_1"),
     "Gemma 3": Family("gemma3", ["gemma3", "chat_template"]),
@@ -231,24 +261,37 @@ class Reference:
             tokens = tuple(sorted({*found, *family.more_tokens}))
             self.tokenizer = copy.deepcopy(conftest.make_small_tokenizer(self._source, tokens))
             if family.more_tokens:
-                self.tokenizer.bos_token, self.tokenizer.eos_token = family.more_tokens
+                self.tokenizer.bos_token, self.tokenizer.eos_token = family.more_tokens[:2]
         self._dated = self._source.replace('strftime_now("%Y-%m-%d")', f'"{CURRENT_DATE}"')
 
-    def text(self, case: Case, num_messages: int | None = None, prompt: bool = False) -> str:
+    @property
+    def others(self) -> list[Renderer]:
+        """The renderer of the other mode, if the family has one."""
+        mode = self._family.other_mode
+        return [get_renderer(mode[0], self.tokenizer)] if mode else []
+
+    def text(
+        self,
+        case: Case,
+        num_messages: int | None = None,
+        prompt: bool = False,
+        options: Mapping[str, Any] | None = None,
+    ) -> str:
         messages = [self._adapted(message) for message in case.messages[:num_messages]]
-        options = {**self._family.options, **(self._family.prompt_options if prompt else {})}
         if self._family.call_ids:
             messages = with_call_ids(messages)
-        return str(
-            self.tokenizer.apply_chat_template(
-                messages,
-                tools=case.tools,
-                chat_template=self._dated,
-                tokenize=False,
-                add_generation_prompt=prompt,
-                **options,
-            )
+        given = self._family.prompt_options if options is None and prompt else options or {}
+        printed = self.tokenizer.apply_chat_template(
+            messages,
+            tools=case.tools,
+            chat_template=self._dated,
+            tokenize=False,
+            add_generation_prompt=prompt,
+            **self._family.options,
+            **given,
         )
+        is_reply = messages[-1]["role"] == "assistant" and not prompt
+        return f"{printed}{self._family.end_behind(messages[-1]) if is_reply else ''}"
 
     def _adapted(self, message: dict[str, Any]) -> dict[str, Any]:
         adapted = {**message}
@@ -275,13 +318,20 @@ class Reference:
     def encode_apart(self, text: str, case: Case) -> list[int]:
         """Returns the tokens of the text, with a border between tokens wherever a prompt ends."""
         turns = [i for i, message in enumerate(case.messages) if message["role"] == "assistant"]
-        prompts = [self.text(case, index, prompt=True) for index in turns]
+        modes = [None, self._family.other_mode[1]] if self._family.other_mode else [None]
+        prompts = [self.text(case, index, prompt=True, options=mode) for index in turns for mode in modes]
         cuts = [0, *(len(prompt) for prompt in prompts if text.startswith(prompt)), len(text)]
         return [token for start, end in pairwise(cuts) for token in self.encode(text[start:end])]
 
 
-def check(renderer: Renderer, reference: Reference, case: Case, spells_tokens: bool) -> str:
-    """Returns EXACT, or how the renderer differs."""
+def check(
+    renderer: Renderer,
+    reference: Reference,
+    case: Case,
+    spells_tokens: bool,
+    others: Sequence[Renderer] = (),
+) -> str:
+    """Returns EXACT, or how the renderer differs. A turn's prompt may be that of one of the other modes."""
     try:
         whole = reference.text(case)
     except Exception:  # any error of the template
@@ -301,8 +351,11 @@ def check(renderer: Renderer, reference: Reference, case: Case, spells_tokens: b
     for number, index in enumerate(turns):
         model_input, weights = examples[min(number, len(examples) - 1)]
         tokens = model_input.to_ints()
-        prompt = renderer.build_generation_prompt(case.messages[:index], tools=case.tools).to_ints()
-        if tokens[: len(prompt)] != prompt:
+        for prompted in (renderer, *others):
+            prompt = prompted.build_generation_prompt(case.messages[:index], tools=case.tools).to_ints()
+            if tokens[: len(prompt)] == prompt:
+                break
+        else:
             return f"{WRONG}: prompt"
         trained = [t for t, w in zip(tokens[len(prompt) :], weights[len(prompt) :], strict=True) if w]
         run = next((i for i, w in enumerate(weights[len(prompt) :]) if not w), len(trained))
@@ -315,9 +368,9 @@ def check(renderer: Renderer, reference: Reference, case: Case, spells_tokens: b
             return f"{WRONG}: mask ends early"
         if any(weights[: len(prompt)]) and len(examples) > 1:
             return f"{WRONG}: mask before the turn"
-        if not comes_back(renderer, case, index, prompt, said):
+        if not comes_back(prompted, case, index, prompt, said):
             if renderer.name != "chat_template":
-                return f"{WRONG}: parsed as {renderer.parse_response(said)}"
+                return f"{WRONG}: parsed as {prompted.parse_response(said)}"
             found = EXACT_AS_TEXT
     if not spells_tokens and last not in (reference.encode(whole), reference.encode_apart(whole, case)):
         return f"{WRONG}: tokens"
@@ -342,6 +395,7 @@ def cell(renderer: Renderer, reference: Reference, feature: str) -> str:
             # A format with calls and results but no descriptions of tools is compared without tools.
             case if renderer.takes_tools or feature == "tools" else replace(case, tools=None),
             spells_tokens=feature == "spelled tokens",
+            others=reference.others,
         )
         for case in FEATURES[feature]
     ]

@@ -17,6 +17,10 @@ NAMES = [
     "deepseekv3_1_thinking",
     "deepseekv3_thinking",
     "gemma3",
+    "glm4_5",
+    "glm4_5_disable_thinking",
+    "glm5",
+    "glm5_disable_thinking",
     "gpt_oss",
     "gpt_oss_high",
     "gpt_oss_low",
@@ -28,6 +32,14 @@ NAMES = [
     "kimi_k26_preserve_thinking",
     "kimi_k2_thinking",
     "llama3",
+    "nemotron3",
+    "nemotron3_disable_thinking",
+    "nemotron3_low_thinking",
+    "nemotron3_preserve_thinking",
+    "nemotron3_ultra",
+    "nemotron3_ultra_disable_thinking",
+    "nemotron3_ultra_medium_thinking",
+    "nemotron3_ultra_preserve_thinking",
     "phi3",
     "qwen2_5",
     "qwen3",
@@ -44,6 +56,8 @@ NAMES = [
     "qwen3_8_xhigh_reasoning",
     "qwen3_disable_thinking",
     "qwen3_instruct",
+    "qwen3_vl",
+    "qwen3_vl_instruct",
     "role_colon",
 ]
 
@@ -92,7 +106,6 @@ def test_a_name_of_tinker_cookbook_is_an_error_with_its_equivalent_here():
         "DeepSeekV3-disable-thinking": "Here it is `deepseekv3` for V3",
         "gpt_oss_medium_reasoning": "Here it is `gpt_oss`.",
         "gpt_oss_high_reasoning": "Here it is `gpt_oss_high`.",
-        "qwen3_vl_instruct": "Images are not supported here.",
         "kimi_k31_pro_max_reasoning": "It is not supported here. Use `chat_template`",
     }.items():
         assert said_of(name).startswith(f"Unknown renderer `{name}`. {answer}")
