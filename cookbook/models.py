@@ -7,6 +7,7 @@ transformers.
 from __future__ import annotations
 
 import functools
+import hashlib
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,9 +29,36 @@ _RENDERER_BY_NAME = tuple(
         (r"google/gemma-3-(270m|1b|4b|12b|27b)-it$", "gemma3"),
         (r"openai/gpt-oss-(20b|120b)$", "gpt_oss"),
         (r"microsoft/phi-3-mini-(4k|128k)-instruct$", "phi3"),
+        (r"qwen/qwen3\.5-(0\.8b|2b)$", "qwen3_5_disable_thinking"),
+        (r"qwen/qwen3\.5-(4b|9b|35b-a3b|122b-a10b|397b-a17b)$", "qwen3_5"),
+        (r"qwen/qwen3\.6-35b-a3b$", "qwen3_6"),
+        (r"moonshotai/kimi-k2-instruct(-0905)?$", "kimi_k2"),
+        (r"moonshotai/kimi-k2\.5$", "kimi_k25"),
+        (r"moonshotai/kimi-k2\.6$", "kimi_k26"),
+        (r"deepseek-ai/deepseek-v3\.1(-terminus)?$", "deepseekv3_1"),
     )
 )
 """These apply only if the model's published template is the one that the renderer was compared with."""
+
+RENDERER_BY_TEMPLATE = {
+    "a55ee1b1660128b7": "qwen3",
+    "64f85b198065d0fb": "qwen3_instruct",
+    "55b2f4a26ac9ee71": "qwen2_5",
+    "ba03a121d097859c": "llama3",  # of Llama 3
+    "93c0e9aa3629bbd7": "llama3",  # of Llama 3.1
+    "8d9e3a3c114fb205": "gemma3",
+    "a4c9919cbbd4acdd": "gpt_oss",
+    "dcaee66df77bfbb7": "phi3",
+    "a4aee8afcf2e0711": "qwen3_5",
+    "273d8e0e683b8850": "qwen3_5_disable_thinking",  # of the small models, which do not think by default
+    "e84f32a23fdda276": "qwen3_6",
+    "02e91795d2270374": "kimi_k2",
+    "52c3031506cc6033": "kimi_k25",
+    "45690185067ea25c": "deepseekv3_1",
+}
+"""The renderer in the default mode of each published template, by `fingerprint`.
+
+Each renderer was compared with this very template, which is also that of fine-tunes and local copies."""
 
 
 def model_location(model_name: str) -> str:
@@ -196,9 +224,17 @@ def check_vocabulary(model_name: str) -> None:
 
 
 def recommended_renderer(model_name: str) -> str:
-    """Returns the renderer for a model: a hand-written one if there is one for exactly this model,
-    `chat_template` if the tokenizer has a template, and `role_colon` for a base model."""
+    """Returns the renderer for a model: a hand-written one if there is one for exactly this model or its
+    template, `chat_template` if the tokenizer has another template, and `role_colon` for a base model."""
     for pattern, renderer_name in _RENDERER_BY_NAME:
         if pattern.search(model_name):
             return renderer_name
-    return "chat_template" if get_tokenizer(model_name).chat_template else "role_colon"
+    template = get_tokenizer(model_name).chat_template
+    if not isinstance(template, str):  # templates by name are the tokenizer's own affair
+        return "chat_template" if template else "role_colon"
+    return RENDERER_BY_TEMPLATE.get(fingerprint(template), "chat_template") if template else "role_colon"
+
+
+def fingerprint(template: str) -> str:
+    """Returns the key of a template in `RENDERER_BY_TEMPLATE`, of its text without white space around it."""
+    return hashlib.sha256(template.strip().encode()).hexdigest()[:16]

@@ -41,6 +41,8 @@ from cookbook.supervised.run import Resources, Run
 from cookbook.supervised.step_times import StepTimes
 from cookbook.trace import Recorder
 from cookbook.utils.tables import Table
+from renderers import get_renderer
+from renderers.agreement import disagreement
 
 if TYPE_CHECKING:
     from cookbook.clients.training import TrainingClient
@@ -119,6 +121,21 @@ def _chat_format(config: Config) -> dict[str, str]:
     return metadata
 
 
+def _warn_about_template(model_name: str, renderer_name: str) -> None:
+    """Warns if the renderer prints another format than the model's own, naming the one to use."""
+    difference = disagreement(get_renderer(renderer_name, models.get_tokenizer(model_name)))
+    if difference is not None:
+        recommended = models.recommended_renderer(model_name)
+        instead = "chat_template" if recommended == renderer_name else recommended
+        logger.warning(
+            "Renderer `%s` does not print the format of %s: %s. For this model use renderer_name=%s.",
+            renderer_name,
+            model_name,
+            difference,
+            instead,
+        )
+
+
 def _warn_about_chat_formats(config: Config, is_resumed: bool) -> None:
     """Warns if the initial weights or the data have a different chat format than will be recorded."""
     ours = _chat_format(config)
@@ -128,6 +145,8 @@ def _warn_about_chat_formats(config: Config, is_resumed: bool) -> None:
 
         recorded = checkpoint.read_info(config.load_checkpoint_path).user_metadata or {}
     builder = config.dataset_builder
+    if isinstance(builder, ChatDatasetBuilder) and config.renderer_name is not None:
+        _warn_about_template(config.model_name, config.renderer_name)
     for key in ("renderer_name", "system_prompt", "tools_in_system", "template_kwargs"):
         if recorded and ours.get(key) != recorded.get(key):
             logger.warning(

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import chat_formats
 import pytest
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
@@ -16,7 +17,7 @@ from transformers import AutoTokenizer
 from cookbook import embedded, models
 from cookbook.engine.model.base_model import BaseModel
 from cookbook.errors import ModelError
-from renderers import get_renderer
+from renderers import get_renderer, renderer_names
 
 
 @pytest.fixture
@@ -72,15 +73,55 @@ def test_a_file_or_a_folder_without_a_config_is_not_a_model(tmp_path: Path) -> N
         ("google/gemma-3-1b-it", "gemma3"),
         ("openai/gpt-oss-20b", "gpt_oss"),
         ("microsoft/Phi-3-mini-4k-instruct", "phi3"),
+        ("Qwen/Qwen3.5-2B", "qwen3_5_disable_thinking"),
+        ("Qwen/Qwen3.5-9B", "qwen3_5"),
+        ("moonshotai/Kimi-K2-Instruct", "kimi_k2"),
+        ("moonshotai/Kimi-K2.5", "kimi_k25"),
+        ("deepseek-ai/DeepSeek-V3.1", "deepseekv3_1"),
     ],
 )
 def test_the_renderer_of_a_known_model_is_known_without_loading_it(model_name: str, renderer: str) -> None:
     assert models.recommended_renderer(model_name) == renderer
 
 
+CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+
+
+def test_every_recommended_renderer_is_registered() -> None:
+    assert set(models.RENDERER_BY_TEMPLATE.values()) <= set(renderer_names())
+
+
+@pytest.mark.published
+def test_a_published_template_has_the_renderer_that_was_compared_with_it() -> None:
+    names = {
+        "qwen3": "qwen3", "qwen3_instruct_2507": "qwen3_instruct", "qwen2_5": "qwen2_5", "llama3": "llama3",
+        "llama3_1": "llama3", "gemma3": "gemma3", "gptoss": "gpt_oss", "phi3": "phi3", "qwen3_5": "qwen3_5",
+        "qwen3_5_small": "qwen3_5_disable_thinking", "qwen3_6": "qwen3_6", "kimi_k2": "kimi_k2",
+        "kimi_k2_5": "kimi_k25", "deepseek_v3_1": "deepseekv3_1",
+    }  # fmt: skip
+    found = {
+        name: models.RENDERER_BY_TEMPLATE[models.fingerprint(chat_formats.published_template(name))]
+        for name in names
+    }
+    assert found == names
+    unknown = {path.stem for path in chat_formats.PUBLISHED_TEMPLATES.glob("*.jinja")} - set(names)
+    assert all(
+        models.fingerprint(chat_formats.published_template(name)) not in models.RENDERER_BY_TEMPLATE
+        for name in unknown
+    )
+
+
 def test_the_renderer_of_another_model_follows_its_template(tiny_qwen3: str, model_folder: Path) -> None:
     assert models.recommended_renderer(tiny_qwen3) == "chat_template"
-    (model_folder / "chat_template.jinja").unlink(missing_ok=True)
+    template = model_folder / "chat_template.jinja"
+    known = models.RENDERER_BY_TEMPLATE | {models.fingerprint(CHATML): "qwen2_5"}
+    template.write_text(f"{CHATML}\n", encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(models, "RENDERER_BY_TEMPLATE", known)
+        models.get_tokenizer.cache_clear()
+        assert models.recommended_renderer(str(model_folder)) == "qwen2_5"
+    template.unlink()
+    models.get_tokenizer.cache_clear()
     config = json.loads((model_folder / "tokenizer_config.json").read_text(encoding="utf-8"))
     config.pop("chat_template", None)
     (model_folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import re
 import shutil
 from collections.abc import Callable
 from contextlib import closing
@@ -174,6 +175,16 @@ def test_a_renderer_written_in_code_refuses_variables_before_a_model_is_loaded(
     common = chz.replace(config.dataset_builder.common_config, renderer_name="role_colon")  # type: ignore[attr-defined]
     with pytest.raises(RendererError, match=r"role_colon.*mood.*renderer_name=chat_template"):
         chz.replace(config.dataset_builder, common_config=common)()
+
+
+def test_a_renderer_that_does_not_print_the_models_format_is_warned_about(
+    make_config: MakeConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = make_config(None)
+    common = chz.replace(config.dataset_builder.common_config, renderer_name="role_colon")  # type: ignore[attr-defined]
+    builder = chz.replace(config.dataset_builder, common_config=common)
+    asyncio.run(train.main(chz.replace(config, renderer_name="role_colon", dataset_builder=builder)))
+    assert re.search(r"Renderer `role_colon` does not .* use renderer_name=chat_template", caplog.text)
 
 
 def test_evaluators_use_the_variables_of_the_run_with_its_chat_format(moody: str, tmp_path: Path) -> None:
