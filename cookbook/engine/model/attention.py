@@ -33,6 +33,10 @@ class Cache(Protocol):
         self, layer: torch.nn.Module, key_1HTD: Tensor, value_1HTD: Tensor, sliding_window: int | None
     ) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]: ...
 
+    def new_states(self, batches: Sequence[Sequence[int]]) -> Sequence[Any]: ...
+
+    def states(self, num_rows: int) -> Any: ...
+
 
 @dataclass(frozen=True)
 class AttentionLayout:

@@ -87,8 +87,10 @@ class BaseModel:
         self._logit_scaling = LogitScaling()
         self.decodes_packed: bool | None = None
         self.make_decoder: Callable[[BaseModel], Any] | None = None
-        """Whether sampled sequences can share a row too, and the factory of the decoder.
-        `sampling.decoder_probe` sets both when the model is first sampled from."""
+        self.cache_bytes = (0, 0)
+        """Whether sampled sequences can share a row too, the factory of the decoder, and the bytes of one
+        cached position and of one sequence's recurrent states, or zeros if unknown. `sampling.decoder_probe`
+        sets them when the model is first sampled from."""
         with self.adapters.noting_unused_layers():
             self._probe_architecture()
         fsdp.reshard(self.model)

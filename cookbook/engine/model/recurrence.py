@@ -29,6 +29,10 @@ _STATE_METHODS = {
     "get_linear_cache",
 }
 """The methods of transformers' caches for the states of recurrent layers."""
+_CACHE_NAMES, _MASK_NAMES = ("cache_params", "past_key_values"), ("attention_mask", "conv_mask")
+"""What mixers call the cache, and the mask [R, L] of tokens that are not padding."""
+_PREFILL_MULTIPLE = 32
+"""Prompts are padded to a multiple of this many tokens."""
 _BATCH_TOKENS = 256
 """The cost of one more batch, in padding tokens (`benchmarks/hybrids.py`)."""
 _CHUNK_TOKENS = 64
@@ -69,29 +73,43 @@ class SplitRow:
     """The place of each token in [P]."""
     shapes: list[tuple[int, int]]
     """The R and L of each batch."""
-    num_tokens: int
+    states: Sequence[Any] | None = None
+    """When sampling, a cache of transformers for each batch, with the states of its sequences."""
+    is_padded: Sequence[bool] = ()
+    """When sampling, whether each batch has padding."""
 
     @classmethod
-    def of(cls, segments: Sequence[Segment], device: torch.device) -> SplitRow:
-        place_N = np.empty(segments[-1][1], np.int64)
-        shapes, first = [], 0
-        for indices in batches_by_length([stop - start for start, stop in segments]):
-            longest = max(segments[index][1] - segments[index][0] for index in indices)
-            for row, index in enumerate(indices):
-                start, stop = segments[index]
-                place_N[start:stop] = first + row * longest + np.arange(stop - start)
-            shapes.append((len(indices), longest))
-            first += len(indices) * longest
-        return cls(copy_to(device, place_N), shapes, len(place_N))
+    def of(cls, layout: AttentionLayout) -> SplitRow:
+        device, lengths = layout.starts.device, [stop - start for start, stop in layout.segments]
+        cache = layout.cache
+        if cache is None:
+            return cls(*_placed(layout.segments, batches_by_length(lengths), device))
+        if not cache.is_prefill:  # each segment is one token
+            num_rows = len(lengths)
+            return cls(
+                torch.arange(num_rows, device=device), [(num_rows, 1)], [cache.states(num_rows)], [False]
+            )
+        # A state is that after the last token, so padding is on the left. How much there is depends on a
+        # sequence alone.
+        by_length: dict[int, list[int]] = {}
+        for index, length in enumerate(lengths):
+            by_length.setdefault(length + -length % _PREFILL_MULTIPLE, []).append(index)
+        batches = list(by_length.values())
+        is_padded = [any(lengths[index] != padded for index in by_length[padded]) for padded in by_length]
+        placed = _placed(layout.segments, batches, device, list(by_length))
+        return cls(*placed, cache.new_states(batches), is_padded)
 
     def is_of_row(self, value: Any) -> bool:
-        return isinstance(value, Tensor) and value.ndim >= 2 and value.shape[:2] == (1, self.num_tokens)
+        return isinstance(value, Tensor) and value.ndim >= 2 and value.shape[:2] == (1, len(self.place_N))
 
     def split(self, value: Any) -> list[Any]:
         """Returns the part of an argument for each batch: tensors [1, N, ...] become [R, L, ...]."""
         if isinstance(value, tuple | list):
             parts = [self.split(each) for each in value]
             return [type(value)(each[batch] for each in parts) for batch in range(len(self.shapes))]
+        if isinstance(value, dict):
+            values = self.split(tuple(value.values()))
+            return [dict(zip(value, each, strict=True)) for each in values]
         if not self.is_of_row(value):
             return [value] * len(self.shapes)
         sizes = [num_rows * length for num_rows, length in self.shapes]
@@ -111,6 +129,29 @@ class SplitRow:
                 return None
         padded_P = torch.cat([part.flatten(0, 1) for part in parts])
         return padded_P.index_select(0, self.place_N)[None]
+
+
+def _placed(
+    segments: Sequence[Segment],
+    batches: Sequence[Sequence[int]],
+    device: torch.device,
+    padded_lengths: Sequence[int] | None = None,
+) -> tuple[Tensor, list[tuple[int, int]]]:
+    """Returns the place of each token and the shape of each batch.
+
+    Sequences are padded on the right to the longest, or on the left to the given lengths.
+    """
+    place_N = np.empty(segments[-1][1], np.int64)
+    shapes, first = [], 0
+    for number, indices in enumerate(batches):
+        lengths = [segments[index][1] - segments[index][0] for index in indices]
+        width = max(lengths) if padded_lengths is None else padded_lengths[number]
+        for row, (index, length) in enumerate(zip(indices, lengths, strict=True)):
+            padding = 0 if padded_lengths is None else width - length
+            place_N[slice(*segments[index])] = first + row * width + padding + np.arange(length)
+        shapes.append((len(indices), width))
+        first += len(indices) * width
+    return copy_to(device, place_N), shapes
 
 
 def batches_by_length(lengths: Sequence[int]) -> list[list[int]]:
@@ -148,10 +189,15 @@ class RecurrentLayers:
         """Prepares for a pass of the model. Without a layout nothing is split."""
         layout: AttentionLayout | None = kwargs.get("layout")
         self.num_calls = 0
-        self._row = None if layout is None else SplitRow.of(layout.segments, layout.starts.device)
+        self._row = None if layout is None else SplitRow.of(layout)
 
     def _splitting(self, mixer: Any, forward: Callable[..., Any]) -> Callable[..., Any]:
         own_chunk_size = getattr(mixer, "chunk_size", None)
+        signature = inspect.signature(forward)
+        cache_name = next((name for name in _CACHE_NAMES if name in signature.parameters), "")
+        mask_name = next((name for name in _MASK_NAMES if name in signature.parameters), "")
+        kinds = {parameter.kind: name for name, parameter in signature.parameters.items()}
+        further_name = kinds.get(inspect.Parameter.VAR_KEYWORD, "")
 
         # The batches differ for every row, so a compiled layer would be recompiled for each row.
         @torch.compiler.disable
@@ -160,13 +206,22 @@ class RecurrentLayers:
             row = self._row
             if row is None:
                 return forward(*args, **kwargs)
+            arguments = signature.bind(*args, **kwargs).arguments
+            arguments |= arguments.pop(further_name, {})
+            if row.states is not None:
+                if not cache_name or not mask_name:
+                    raise ValueError(f"{type(mixer).__name__} takes no cache that holds its states")
+                arguments[mask_name] = torch.ones_like(row.place_N, dtype=torch.bool)[None]
             outs = []
-            batches = zip(row.shapes, row.split(args), row.split(tuple(kwargs.values())), strict=True)
             try:
-                for (_, length), some, others in batches:
+                for number, part in enumerate(row.split(arguments)):
+                    if row.states is not None:
+                        part[cache_name] = row.states[number]
+                        if not row.is_padded[number]:
+                            part[mask_name] = None
                     if isinstance(own_chunk_size, int) and row.place_N.device.type == "cpu":
-                        mixer.chunk_size = _chunk_size_for(length, own_chunk_size)
-                    outs.append(forward(*some, **dict(zip(kwargs, others, strict=True))))
+                        mixer.chunk_size = _chunk_size_for(row.shapes[number][1], own_chunk_size)
+                    outs.append(forward(**part))
             finally:
                 if own_chunk_size is not None:
                     mixer.chunk_size = own_chunk_size

@@ -60,6 +60,8 @@ def make_decoder(base: BaseModel, decoders: tuple[type[Decoder], ...] = DECODERS
                 [*candidates, last][number + 1].__name__,
             )
     base.make_decoder, base.decodes_packed = found, found is PackedDecoder
+    if found is last:
+        base.cache_bytes = 0, 0
     return found(base)
 
 
@@ -71,7 +73,9 @@ def _why_not(
 ) -> str | None:
     """Returns why this decoder would sample from another distribution than the model's, or None."""
     try:
-        difference = max(_differences(base, candidate(base), texts, expected))
+        decoder = candidate(base)
+        difference = max(_differences(base, decoder, texts, expected))
+        base.cache_bytes = decoder.cache_bytes()
     except Exception as error:
         if is_out_of_memory(error):
             raise

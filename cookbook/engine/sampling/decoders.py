@@ -49,6 +49,10 @@ class Decoder(ABC):
     def remove(self, sequence: Sequence) -> None:
         """Frees the memory of a sequence."""
 
+    def cache_bytes(self) -> tuple[int, int]:
+        """Returns the bytes of one cached position and of one sequence's states, or zeros if unknown."""
+        return 0, 0
+
 
 class PackedDecoder(Decoder):
     """Runs all sequences in one packed row, over this project's KV cache."""
@@ -97,6 +101,9 @@ class PackedDecoder(Decoder):
 
     def remove(self, sequence: Sequence) -> None:
         self._cache.remove(sequence)
+
+    def cache_bytes(self) -> tuple[int, int]:
+        return self._cache.bytes_held()
 
 
 class WholeModelDecoder(Decoder):

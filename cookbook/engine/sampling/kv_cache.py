@@ -19,6 +19,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from cookbook.engine.sampling.recurrent_states import RecurrentStates
 from cookbook.engine.sampling.sequence import Sequence
 
 _CAPACITIES = sorted({size << power for power in range(26) for size in (64, 96)})
@@ -76,6 +77,11 @@ class KVCache:
         self._buckets: dict[int, LengthBucket] = {}
         self._groups: list[list[Sequence]] = []
         """The groups of the prefill."""
+        self._order: list[Sequence] = []
+        """The sequences of the decode pass, in the order of their tokens."""
+        self._states: list[tuple[RecurrentStates, dict[Sequence, int]]] = []
+        """States of recurrent layers, and the row of each sequence in them: those of the last decode pass,
+        then those of later prefills."""
 
     # -- between passes ---------------------------------------------------------------------
 
@@ -105,12 +111,25 @@ class KVCache:
             bucket.newest = None
             bucket.visible.clear()
         indices = {sequence: index for index, sequence in enumerate(sequences)}
-        return [indices[sequence] for bucket in self._buckets.values() for sequence in bucket.sequences]
+        self._order = [sequence for bucket in self._buckets.values() for sequence in bucket.sequences]
+        return [indices[sequence] for sequence in self._order]
 
     def remove(self, sequence: Sequence) -> None:
         """Frees the keys and values of a sequence."""
         self._free(self._buckets[sequence.capacity], sequence.row)
         sequence.capacity, sequence.row = 0, -1
+        for _, rows in self._states:
+            rows.pop(sequence, None)
+        self._states = [(states, rows) for states, rows in self._states if rows]
+
+    def bytes_held(self) -> tuple[int, int]:
+        """Returns the bytes of one position's keys and values, and of one sequence's states."""
+        per_position = 0
+        for bucket in [*self._buckets.values()][:1]:
+            for tensor in (*bucket.keys.values(), *bucket.values.values()):
+                per_position += tensor.nbytes // (len(tensor) * bucket.capacity)
+        states = [states for states, _ in self._states if states.num_rows]
+        return per_position, states[0].num_bytes // states[0].num_rows if states else 0
 
     def _place(self, sequence: Sequence) -> LengthBucket:
         capacity = capacity_for(sequence.length)
@@ -125,6 +144,29 @@ class KVCache:
             del self._buckets[bucket.capacity]  # frees its memory
 
     # -- within a pass of the model ---------------------------------------------------------
+
+    def new_states(self, batches: Iterable[Iterable[int]]) -> list[RecurrentStates]:
+        """Returns, in a prefill, empty states for each batch, given the segments of its rows."""
+        added = []
+        for segments in batches:
+            rows = {
+                sequence: row
+                for row, segment in enumerate(segments)
+                if segment < len(self._groups)  # the last segment may be padding
+                for sequence in self._groups[segment]
+            }
+            added.append((RecurrentStates(), rows))
+        self._states += [(states, rows) for states, rows in added if rows]
+        return [states for states, _ in added]
+
+    def states(self, num_rows: int) -> RecurrentStates:
+        """Returns, in a decode pass, the states of the sequences in their order, and further rows of 0."""
+        states, rows = self._states[0]
+        is_in_order = list(rows) == self._order and list(rows.values()) == list(range(len(rows)))
+        if len(self._states) > 1 or not is_in_order or states.num_rows != num_rows:
+            states = RecurrentStates.gathered(self._states, self._order, num_rows)
+            self._states = [(states, {sequence: row for row, sequence in enumerate(self._order)})]
+        return states
 
     def store(
         self, layer: Layer, segments: Iterable[tuple[int, int]], key_1HTD: Tensor, value_1HTD: Tensor

@@ -47,6 +47,8 @@ class SamplingLimits:
     max_prefill_tokens: int
     max_cached_tokens: int
     """The number of cached positions. A sequence that runs alone may have more."""
+    state_positions: int = 0
+    """How many cached positions take the memory of one sequence's states of recurrent layers."""
 
     @classmethod
     def on(cls, base: BaseModel) -> SamplingLimits:
@@ -55,13 +57,22 @@ class SamplingLimits:
         room = bytes_for_sampling(base.device)
         if base.is_sharded:  # all processes admit the same sequences
             (room,) = base.world.all_reduce_min(room)
-        return cls(_MAX_SEQUENCES[kind], _MAX_PREFILL_TOKENS[kind], room // _cache_bytes_per_token(base))
+        make_decoder(base)  # measures the cache
+        per_position = base.cache_bytes[0] or _cache_bytes_per_token(base)
+        return cls(
+            _MAX_SEQUENCES[kind],
+            _MAX_PREFILL_TOKENS[kind],
+            room // per_position,
+            math.ceil(base.cache_bytes[1] / per_position),
+        )
 
     def halved(self, num_unanswered: int) -> SamplingLimits:
         """Returns half of each limit, and at most half as many sequences as there are unanswered ones."""
         max_sequences = max(1, min(self.max_sequences, num_unanswered) // 2)
         max_prefill_tokens = 1 if max_sequences == 1 else max(1, self.max_prefill_tokens // 2)
-        return SamplingLimits(max_sequences, max_prefill_tokens, self.max_cached_tokens // 2)
+        return SamplingLimits(
+            max_sequences, max_prefill_tokens, self.max_cached_tokens // 2, self.state_positions
+        )
 
 
 Prepared = Future[tuple[Adapter | None, int | None]]
@@ -180,7 +191,7 @@ class _RunningBatch:
         cached_tokens = self._needed_positions()
         while self.waiting and num_sequences < self._limits.max_sequences:
             sequence = self.waiting[0]
-            cached_tokens += capacity_for(sequence.length + 1)
+            cached_tokens += self._positions_of(sequence)
             if num_sequences and cached_tokens > self._limits.max_cached_tokens:
                 break
             last = groups[-1][0] if groups else None
@@ -247,7 +258,10 @@ class _RunningBatch:
 
     def _needed_positions(self) -> int:
         """Returns how many positions the running sequences need, including the next token of each."""
-        return sum(capacity_for(sequence.length + 1) for sequence in self.running)
+        return sum(map(self._positions_of, self.running))
+
+    def _positions_of(self, sequence: Sequence) -> int:
+        return capacity_for(sequence.length + 1) + self._limits.state_positions
 
     # -- failures ---------------------------------------------------------------------------
 
@@ -308,7 +322,11 @@ def _no_distribution(base: BaseModel, num_tokens: int) -> TrainingError:
 def _cache_bytes_per_token(base: BaseModel) -> int:
     """Returns the bytes of one position's keys and values in all layers: an upper bound for some models."""
     config = base.model.config.get_text_config()
-    num_query_heads = getattr(config, "num_attention_heads", None) or 1
-    num_heads = getattr(config, "num_key_value_heads", None) or num_query_heads
-    head_size = getattr(config, "head_dim", None) or config.hidden_size // num_query_heads
-    return max(1, 2 * config.num_hidden_layers * num_heads * head_size * base.dtype.itemsize)
+    layers = getattr(config, "per_layer_config", None) or [config] * config.num_hidden_layers
+    total = 0
+    for layer in layers:
+        num_query_heads = getattr(layer, "num_attention_heads", None) or 1
+        num_heads = getattr(layer, "num_key_value_heads", None) or num_query_heads
+        head_size = getattr(layer, "head_dim", None) or layer.hidden_size // num_query_heads
+        total += 2 * num_heads * head_size * base.dtype.itemsize
+    return max(1, total)

@@ -18,6 +18,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from cookbook.engine.model.attention import AttentionLayout
 from cookbook.engine.model.base_model import BaseModel
 from cookbook.engine.model.packing import TokenSequence, pack
 from cookbook.engine.model.recurrence import RecurrentLayers, SplitRow, batches_by_length
@@ -238,7 +239,7 @@ def test_batches_hold_every_sequence_once_and_are_padded_little() -> None:
 
 def test_splitting_and_joining_a_row_gives_the_row() -> None:
     segments = [(0, 5), (5, 400), (400, 403), (403, 404)]
-    row = SplitRow.of(segments, torch.device("cpu"))
+    row = SplitRow.of(AttentionLayout(segments, torch.empty(0), longest=395))
     tokens_1N = torch.arange(1, 405)[None]
     parts = row.split(tokens_1N)
     assert [part.shape for part in parts] == row.shapes

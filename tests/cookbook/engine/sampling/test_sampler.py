@@ -52,10 +52,6 @@ PACKED: dict[str, tuple[str, dict[str, Any], dict[str, bool]]] = {
     "opt": ("opt", {"ffn_dim": 64, "word_embed_proj_dim": 32, "dropout": 0.5}, {}),
     "cohere": ("cohere", {"logit_scale": 0.25}, {}),
     "gpt_oss": ("gpt_oss", {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 8}, NO_MLP),
-}
-UNPACKED: dict[str, tuple[str, dict[str, Any], dict[str, bool]]] = {
-    "stablelm": ("stablelm", {}, {}),
-    "llama-window": ("llama", {"sliding_window": 8}, {}),
     "lfm2": ("lfm2", {"layer_types": ["conv", "full_attention"]}, {}),
     "qwen3_next": (
         "qwen3_next",
@@ -72,6 +68,10 @@ UNPACKED: dict[str, tuple[str, dict[str, Any], dict[str, bool]]] = {
         },
         NO_MLP,
     ),
+}
+UNPACKED: dict[str, tuple[str, dict[str, Any], dict[str, bool]]] = {
+    "stablelm": ("stablelm", {}, {}),
+    "llama-window": ("llama", {"sliding_window": 8}, {}),
 }
 FAMILIES = PACKED | UNPACKED
 PROMPT = [5, 17, 200, 31, 8]
@@ -680,12 +680,12 @@ LONG_ROPE = {
     "original_max_position_embeddings": 12,
 }
 DECODED: dict[str, tuple[str, dict[str, Any], type[decoders.Decoder]]] = {
-    "bamba": ("bamba", {**MAMBA, "attn_layer_indices": [1]}, decoders.WholeModelDecoder),
-    "mamba": ("mamba", {}, decoders.WholeModelDecoder),
+    "bamba": ("bamba", {**MAMBA, "attn_layer_indices": [1]}, PackedDecoder),
+    "mamba": ("mamba", {}, PackedDecoder),
     "mamba2": (
         "mamba2",
         {"num_heads": 4, "head_dim": 16, "n_groups": 1, "state_size": 8},
-        decoders.WholeModelDecoder,
+        PackedDecoder,
     ),
     "jamba": (
         "jamba",
@@ -699,7 +699,7 @@ DECODED: dict[str, tuple[str, dict[str, Any], type[decoders.Decoder]]] = {
             "mamba_dt_rank": 4,
             "use_mamba_kernels": False,
         },
-        decoders.WholeModelDecoder,
+        PackedDecoder,
     ),
     "zamba2": (
         "zamba2",
@@ -719,7 +719,7 @@ DECODED: dict[str, tuple[str, dict[str, Any], type[decoders.Decoder]]] = {
         },
         decoders.UncachedDecoder,
     ),
-    "falcon_h1": ("falcon_h1", {**MAMBA, "mamba_d_ssm": 64}, decoders.WholeModelDecoder),
+    "falcon_h1": ("falcon_h1", {**MAMBA, "mamba_d_ssm": 64}, PackedDecoder),
     "recurrent_gemma": (
         "recurrent_gemma",
         {
@@ -740,7 +740,7 @@ DECODED: dict[str, tuple[str, dict[str, Any], type[decoders.Decoder]]] = {
             "layer_types": ["mamba", "attention"],
             "position_embedding_type": "rope",
         },
-        decoders.WholeModelDecoder,
+        PackedDecoder,
     ),
     "minimax": (
         "minimax",
@@ -750,7 +750,7 @@ DECODED: dict[str, tuple[str, dict[str, Any], type[decoders.Decoder]]] = {
             "layer_types": ["linear_attention", "full_attention"],
             "block_size": 8,
         },
-        decoders.UncachedDecoder,
+        PackedDecoder,
     ),
     "rwkv": ("rwkv", {"attention_hidden_size": 32, "context_length": 256}, decoders.UncachedDecoder),
     "mpt": (
