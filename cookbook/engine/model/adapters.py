@@ -18,6 +18,7 @@ from cookbook import models
 from cookbook.engine import checkpoint
 from cookbook.engine.model import (
     dropout,
+    expert_lora,
     fsdp,
     full_weights,
     peft_layers,
@@ -119,6 +120,7 @@ class Adapters:
         if lora.dropout:
             dropout.install(self._model, name, lora.dropout, self.dropout_keys)
         fused_lora.fuse(self._model)
+        expert_lora.fuse(self._model)
         peft_layers.replace_token_rows(self._model)
         self._active = None
         return Adapter(name, lora, peft_layers.weights_of(self._peft, name))
@@ -134,6 +136,7 @@ class Adapters:
         self._peft.delete_adapter(adapter.name)
         if not others:
             fused_lora.unfuse(self._model)
+            expert_lora.unfuse(self._model)
             peft_layers.unwrap(self._model)
             self._peft.base_model.unload()
             self._peft = self._active = None

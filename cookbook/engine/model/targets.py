@@ -86,7 +86,7 @@ class TargetTable:
         wanted = [group for group in GROUPS if getattr(lora, group)]
         if not wanted:
             raise ConfigError("Nothing to train: set train_attn, train_mlp or train_unembed.")
-        found = [t for t in self.targets.values() if t.group in wanted and not t.is_stacked]
+        found = [target for target in self.targets.values() if target.group in wanted]
         if not found:
             raise ConfigError(
                 f"{' and '.join(f'{group}=True' for group in wanted)}, but {model_name} has no linear layer "
@@ -125,8 +125,6 @@ class TargetTable:
                 kind = "the projection"
             elif not getattr(lora, target.group):
                 kind = f"{target.group}=False"
-            elif target.is_stacked:
-                kind = "experts"
             else:
                 continue
             counts[kind] = counts.get(kind, 0) + target.num_weights

@@ -94,13 +94,13 @@ PACKED = {
 }
 RECURRENT = {
     "mamba": Family("mamba", {"state_size": 4}, {"train_attn": False, "train_mlp": False}),
-    "qwen3_next": Family("qwen3_next", {**_EXPERTS, **_LINEAR_ATTENTION}, _NO_MLP),
+    "qwen3_next": Family("qwen3_next", {**_EXPERTS, **_LINEAR_ATTENTION}),
     "lfm2": Family("lfm2", {"layer_types": ["conv", "full_attention"]}),
 }
 EXPERTS = {
-    "qwen3_moe": Family("qwen3_moe", _EXPERTS, _NO_MLP),
-    "mixtral": Family("mixtral", _LOCAL_EXPERTS, _NO_MLP),
-    "gpt_oss": Family("gpt_oss", {**_LOCAL_EXPERTS, "sliding_window": 8}, _NO_MLP),
+    "qwen3_moe": Family("qwen3_moe", _EXPERTS),
+    "mixtral": Family("mixtral", _LOCAL_EXPERTS),
+    "gpt_oss": Family("gpt_oss", {**_LOCAL_EXPERTS, "sliding_window": 8}),
 }
 UNPACKED = {
     "phi3-longrope": (Family("phi3", {"rope_parameters": _LONGROPE}), "longrope"),

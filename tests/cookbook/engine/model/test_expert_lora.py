@@ -1,0 +1,200 @@
+"""Compares the grouped LoRA of a layer of experts with PEFT's, which adds B A to all experts' weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import families
+import pytest
+import torch
+from peft import LoraConfig as PeftLoraConfig
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers.integrations.moe import use_experts_implementation
+
+from cookbook.engine.model import expert_lora
+from cookbook.engine.model.base_model import BaseModel
+from cookbook.engine.options import EngineOptions
+from cookbook.engine.training.trainer import Trainer
+from cookbook.types import AdamParams, LoraConfig
+
+NUM_EXPERTS, HIDDEN, INNER, TOP_K, RANK = 5, 16, 8, 2, 3
+
+
+class Settings:
+    _experts_implementation = "grouped_mm"
+
+
+def experts_class(**flags: bool) -> Any:
+    """Returns a class of experts with transposed weights, biases, no gate or a last norm."""
+    gated = flags.get("has_gate", True)
+    outputs = 2 * INNER if gated else INNER
+
+    @use_experts_implementation(**flags)
+    class Experts(nn.Module):
+        def __init__(self, config: Any) -> None:
+            super().__init__()
+            self.num_experts = NUM_EXPERTS
+            first, second = (NUM_EXPERTS, outputs, HIDDEN), (NUM_EXPERTS, HIDDEN, INNER)
+            if flags.get("is_transposed"):
+                first, second = (NUM_EXPERTS, HIDDEN, outputs), (NUM_EXPERTS, INNER, HIDDEN)
+            name = "gate_up_proj" if gated else "up_proj"
+            self.register_parameter(name, nn.Parameter(torch.randn(first) * 0.3))
+            self.down_proj = nn.Parameter(torch.randn(second) * 0.3)
+            if flags.get("has_bias"):
+                self.register_parameter(f"{name}_bias", nn.Parameter(torch.randn(NUM_EXPERTS, outputs)))
+                self.down_proj_bias = nn.Parameter(torch.randn(NUM_EXPERTS, HIDDEN))
+            if flags.get("has_post_expert_norm"):
+                self.post_expert_norm = nn.LayerNorm(HIDDEN)
+            self.act_fn = nn.SiLU()
+
+        def forward(self, *inputs: Tensor) -> Tensor:
+            raise NotImplementedError("transformers computes it")
+
+    return Experts
+
+
+class Layer(nn.Module):
+    def __init__(self, **flags: bool) -> None:
+        super().__init__()
+        self.experts = experts_class(**flags)(Settings())
+
+    def forward(self, tokens_ND: Tensor, chosen_NK: Tensor, weights_NK: Tensor) -> Tensor:
+        out: Tensor = self.experts(tokens_ND, chosen_NK, weights_NK)
+        return out
+
+
+def peft_layer(seed: int, parameters: list[str], dtype: torch.dtype = torch.float32, **flags: bool) -> Any:
+    torch.manual_seed(seed)
+    config = PeftLoraConfig(
+        r=RANK, lora_alpha=2 * RANK, target_modules=[], target_parameters=parameters, init_lora_weights=False
+    )
+    model = PeftModel(Layer(**flags).to(dtype).requires_grad_(False), config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(torch.randn(parameter.shape) * 0.3)
+    return model
+
+
+def inputs_of(num_tokens: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns tokens, their experts (never the last one, which gets no rows) and the weights of those."""
+    generator = torch.Generator().manual_seed(1)
+    tokens_ND = torch.randn(num_tokens, HIDDEN, generator=generator).to(dtype).requires_grad_()
+    scores_NE = torch.rand(num_tokens, NUM_EXPERTS - 1, generator=generator)
+    weights_NK, chosen_NK = scores_NE.topk(TOP_K)
+    return tokens_ND, chosen_NK, weights_NK.to(dtype).requires_grad_()
+
+
+def results_of(model: Any, inputs: tuple[Tensor, Tensor, Tensor]) -> dict[str, Tensor]:
+    """Returns the result and the gradients of a squared loss."""
+    tokens_ND, chosen_NK, weights_NK = (one.detach().clone() for one in inputs)
+    tokens_ND.requires_grad_()
+    weights_NK.requires_grad_()
+    out_ND = model(tokens_ND, chosen_NK, weights_NK)
+    out_ND.float().square().sum().backward()
+    gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    assert tokens_ND.grad is not None
+    assert weights_NK.grad is not None
+    return {"out": out_ND.detach(), "tokens": tokens_ND.grad, "weights": weights_NK.grad, **gradients}
+
+
+BOTH = ["experts.gate_up_proj", "experts.down_proj"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "parameters"),
+    [
+        ({}, BOTH),
+        ({}, BOTH[:1]),
+        ({}, BOTH[1:]),
+        ({"is_transposed": True}, BOTH),
+        ({"is_transposed": True, "has_bias": True}, BOTH),
+        ({"has_bias": True}, BOTH),
+        ({"has_gate": False}, ["experts.up_proj", "experts.down_proj"]),
+        ({"has_post_expert_norm": True}, BOTH),
+    ],
+)
+def test_a_grouped_lora_has_the_results_and_gradients_of_peft(
+    flags: dict[str, bool], parameters: list[str]
+) -> None:
+    inputs = inputs_of(17)
+    expected = results_of(peft_layer(0, parameters, **flags), inputs)
+    model = peft_layer(0, parameters, **flags)
+    expert_lora.fuse(model)
+    found = results_of(model, inputs)
+    assert found.keys() == expected.keys()
+    assert sum("lora_" in name for name in found) == 2 * len(parameters)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5 * float(value.abs().max()))
+
+
+def test_bfloat16_results_are_as_accurate_as_those_of_peft() -> None:
+    inputs, exact = inputs_of(64, torch.bfloat16), inputs_of(64, torch.bfloat16)
+    truth = results_of(
+        peft_layer(0, BOTH, torch.bfloat16).float(),
+        (exact[0].float(), exact[1], exact[2].float()),
+    )
+    of_peft = results_of(peft_layer(0, BOTH, torch.bfloat16), inputs)
+    model = peft_layer(0, BOTH, torch.bfloat16)
+    expert_lora.fuse(model)
+    found = results_of(model, inputs)
+    for name, value in truth.items():
+        assert (found[name] - value).norm() < 1.5 * (of_peft[name] - value).norm(), name
+
+
+def test_autograd_keeps_routed_rows_of_the_first_product_and_of_the_rank_only() -> None:
+    model, (tokens_ND, chosen_NK, weights_NK) = peft_layer(0, BOTH), inputs_of(64)
+    expert_lora.fuse(model)
+    kept: dict[int, int] = {}
+    held = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in held:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor.detach()
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = model(tokens_ND, chosen_NK, weights_NK)
+    num_rows = 64 * TOP_K
+    inputs = 4 * 64 * (HIDDEN + TOP_K)
+    order = 2 * 8 * num_rows
+    assert sum(kept.values()) == inputs + order + 4 * num_rows * (2 * INNER + 2 * RANK)
+    out.sum().backward()
+
+
+def test_no_gradient_reaches_the_weights_of_experts_without_rows() -> None:
+    model = peft_layer(0, BOTH)
+    expert_lora.fuse(model)
+    for name, gradient in results_of(model, inputs_of(9)).items():
+        if "lora_A" in name:
+            by_expert = gradient.view(NUM_EXPERTS, RANK, -1)
+            assert by_expert[-1].abs().max() == 0
+            assert by_expert[0].abs().max() > 0
+
+
+def test_a_snapshot_and_a_second_adapter_leave_the_first_as_it_was(
+    tmp_path: Path, make_trainer: Any, make_data: Any
+) -> None:
+    base = BaseModel(str(families.save("mixtral", tmp_path / "model")), EngineOptions(device="cpu"))
+    first: Trainer = make_trainer(base)
+    data = make_data(300, [20, 9])
+    before = first.forward(first.check(data, "cross_entropy", None)).output().metrics["loss:sum"]
+    snapshot = base.adapters.clone(first.adapter)
+    second = Trainer(base, LoraConfig(rank=2, seed=3))
+    second.forward_backward(second.check(data, "cross_entropy", None))
+    second.optim_step(AdamParams(learning_rate=0.1))
+    attention_only = Trainer(base, LoraConfig(rank=4, train_mlp=False, train_unembed=False))
+    attention_only.forward(attention_only.check(data, "cross_entropy", None))
+    assert first.forward(first.check(data, "cross_entropy", None)).output().metrics["loss:sum"] == before
+
+    first.forward_backward(first.check(data, "cross_entropy", None))
+    first.optim_step(AdamParams(learning_rate=0.1))
+    assert first.forward(first.check(data, "cross_entropy", None)).output().metrics["loss:sum"] != before
+    for name, weight in snapshot.weights.items():
+        assert "experts" not in name or not torch.equal(weight, first.adapter.weights[name])
+    for adapter in (attention_only.adapter, second.adapter, snapshot, first.adapter):
+        base.adapters.remove(adapter)
+    assert not any("lora" in name for name, _ in base.model.named_parameters())
