@@ -42,8 +42,8 @@ SIZES: dict[str, tuple[str, dict[str, Any]]] = {
 """Published sizes, as the defaults of transformers and what differs from them."""
 
 
-def lines_of(title: str, table: TargetTable) -> list[str]:
-    """Returns the targets by group with layers' numbers as N, and the shares of the other weights."""
+def lines_of(title: str, table: TargetTable, with_shares: bool = False) -> list[str]:
+    """Returns the targets by group with layers' numbers as N, and the kinds of the other weights."""
     kinds: dict[str, dict[str, int]] = {}
     for target in table.targets.values():
         place = re.sub(r"\.\d+(?=\.|$)", ".N", target.name)
@@ -55,8 +55,9 @@ def lines_of(title: str, table: TargetTable) -> list[str]:
     for name in sorted(kinds):
         lines.append(f"  {name}: " + ", ".join(f"{place} x{n}" for place, n in kinds[name].items()))
     others = sorted(table.others.items(), key=lambda item: -item[1])
-    total = table.num_weights
-    lines.append("  none on: " + ", ".join(f"{kind} {count / total:.1%}" for kind, count in others))
+    shares = [f" {count / table.num_weights:.1%}" if with_shares else "" for _, count in others]
+    kinds_of_others = (f"{kind}{share}" for (kind, _), share in zip(others, shares, strict=True))
+    lines.append("  none on: " + ", ".join(kinds_of_others if with_shares else sorted(kinds_of_others)))
     return lines
 
 
@@ -68,7 +69,7 @@ def lines_of_size(name: str) -> list[str]:
     model_type, sizes = SIZES[name]
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[model_type](**sizes))
-    return lines_of(f"{name} (published size)", find_targets(model))
+    return lines_of(f"{name} (published size)", find_targets(model), with_shares=True)
 
 
 def block_of(title: str) -> list[str]:
