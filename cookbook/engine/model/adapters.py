@@ -90,6 +90,13 @@ class Adapters:
             assert lora.peft is not None
             peft_layers.check_supported(self._model, self._model_name, lora)
             targets, settings = peft_targets.named_in(self._model, lora.peft.explicit)
+        stacked = [name for name in targets if name not in self.targets.names]
+        if lora.dropout and stacked:
+            raise ConfigError(
+                f"lora_dropout={lora.dropout:g} is not supported on the stacked weights of experts "
+                f"({stacked[0]}), as in PEFT. Use lora_dropout=0, or skip the experts with lora_targets or "
+                f"train_mlp=False."
+            )
         # PEFT chooses no layers itself: it would match names, and rewrite those of experts.
         settings |= {"target_modules": DUMMY_TARGET_MODULES, "target_parameters": None}
         config = peft_layers.config_of(lora, models.model_location(self._model_name), **settings)

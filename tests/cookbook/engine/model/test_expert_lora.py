@@ -17,6 +17,7 @@ from cookbook.engine.model import expert_lora
 from cookbook.engine.model.base_model import BaseModel
 from cookbook.engine.options import EngineOptions
 from cookbook.engine.training.trainer import Trainer
+from cookbook.errors import ConfigError
 from cookbook.types import AdamParams, LoraConfig
 
 NUM_EXPERTS, HIDDEN, INNER, TOP_K, RANK = 5, 16, 8, 2, 3
@@ -198,3 +199,10 @@ def test_a_snapshot_and_a_second_adapter_leave_the_first_as_it_was(
     for adapter in (attention_only.adapter, second.adapter, snapshot, first.adapter):
         base.adapters.remove(adapter)
     assert not any("lora" in name for name, _ in base.model.named_parameters())
+
+
+def test_dropout_on_experts_is_refused(tmp_path: Path) -> None:
+    base = BaseModel(str(families.save("mixtral", tmp_path / "model")), EngineOptions(device="cpu"))
+    with pytest.raises(ConfigError, match=r"lora_dropout=0.1 is not supported on the stacked weights"):
+        Trainer(base, LoraConfig(rank=2, dropout=0.1))
+    Trainer(base, LoraConfig(rank=2, dropout=0.1, train_mlp=False))
