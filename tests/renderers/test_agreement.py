@@ -36,7 +36,8 @@ def tokenizer_for(small_tokenizer: Any) -> Any:
         tokens = set(re.findall(r"<[|｜][^<> ]*?[|｜]>|<(?:start|end)_of_turn>", template))
         if "deepseek" in name:
             tokens |= {"<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>"}
-        tokens |= {"<|begin_of_text|>"} if "llama" in name else set()
+        if "llama" in name:
+            return chat_formats.tokenizer(name)
         tokens |= {"<|user|>", "<|end|>"} if "phi" in name else set()
         tokenizer = small_tokenizer(template, tuple(sorted(tokens)))
         if "deepseek" in name:
