@@ -74,7 +74,7 @@ def test_samples_equal_generate_and_a_forward_pass_however_they_are_batched(
                 eos_token_id=None,
                 pad_token_id=0,
             )[0]
-            # A published class reads a placeholder of pictures or sound as padding, so it ends the comparison.
+            # A published class reads a placeholder of pictures as padding, so the comparison ends there.
             places = [place for place, token in enumerate(whole.tolist()) if token >= families.AUDIO]
             whole = whole[: (places or [len(whole)])[0]]
             logprobs_TV = model(whole[None], use_cache=False).logits[0, :-1].float().log_softmax(-1)
