@@ -13,7 +13,7 @@ from cookbook.clients.futures import APIFuture, TokenStream
 from cookbook.engine import checkpoint
 from cookbook.engine.model.adapters import Adapter
 from cookbook.engine.model.base_model import BaseModel
-from cookbook.engine.model.text_part import by_published_names
+from cookbook.engine.model.peft_names import by_own_names
 from cookbook.engine.sampling.requests import SampleRequest, sample_request, score_request
 from cookbook.engine.sampling.sampler import Prepared, Sampler
 from cookbook.engine.training.trainer import Trainer, check_weights_fit
@@ -230,7 +230,7 @@ def _of_snapshot(trainer: Trainer, seed: int | None) -> tuple[Adapter, int]:
 def _of_checkpoint(
     base: BaseModel, path: str, info: checkpoint.StateInfo, weights: Mapping[str, Tensor]
 ) -> tuple[Adapter, None]:
-    weights = by_published_names(base.model, dict(weights))
+    weights = by_own_names(base.model, dict(weights))
     adapter = base.adapters.add(info.lora)
     with base.adapters.removing_on_failure(adapter):
         check_weights_fit(path, info, weights, adapter, base)

@@ -14,6 +14,7 @@ import functools
 import io
 import json
 import logging
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -30,6 +31,7 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers.pytorch_utils import Conv1D
 
 from cookbook.clients.service import ServiceClient
 from cookbook.clients.training import TrainingClient
@@ -357,8 +359,11 @@ def _assert_same_tensors(published: Path, folder: Path) -> None:
         if not name.endswith(("lm_head.weight", "embed_out.weight"))
     )
     assert not added, f"{len(added)} other tensors, first {added[0]}"
-    other = [name for name in before if before[name] != after[name]]
-    assert not other, f"{other[0]} is {after[other[0]]}, not {before[other[0]]}"
+    other = [name for name in before if _kind(before[name]) != _kind(after[name])]
+    assert not other, f"{other[0]} is {_kind(after[other[0]])}, not {_kind(before[other[0]])}"
+    untrained = [name for name in before if re.search(r"vision|visual|projector|merger|mtp|\.eh_proj", name)]
+    changed = [name for name in untrained if not torch.equal(before[name], after[name])]
+    assert not changed, f"{changed[0]} has other values"
     architectures = [
         json.loads((each / "config.json").read_text(encoding="utf-8"))["architectures"]
         for each in (published, folder)
@@ -366,12 +371,12 @@ def _assert_same_tensors(published: Path, folder: Path) -> None:
     assert architectures[0] == architectures[1], f"its class is {architectures[1]}"
 
 
-def _tensors(folder: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    return {
-        name: (tuple(tensor.shape), tensor.dtype)
-        for path in folder.glob("*.safetensors")
-        for name, tensor in load_file(path).items()
-    }
+def _tensors(folder: Path) -> dict[str, Tensor]:
+    return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
+
+
+def _kind(tensor: Tensor) -> str:
+    return f"{list(tensor.shape)} {tensor.dtype}"
 
 
 def rank_0(subject: Subject) -> str:
@@ -407,10 +412,12 @@ def nf4(subject: Subject) -> str:
 def _round_to_nf4(model: Any, quantized: Any) -> int:
     """Rounds those weights of `model` that `quantized` holds in 4 bits, and returns their number."""
     own = dict(model.named_parameters())
+    transposed = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Conv1D)}
     num_rounded = 0
     for name, weight in quantized.named_parameters():
         if weight.dtype == torch.uint8:
-            rounded = own[name.removeprefix("base_model.model.").replace(".base_layer", "")]
+            name = name.removeprefix("base_model.model.").replace(".base_layer", "")
+            rounded = own[name].T if name in transposed else own[name]
             packed, state = quantize_4bit(
                 rounded.data.contiguous(), quant_type="nf4", compress_statistics=True
             )

@@ -22,8 +22,8 @@ from cookbook.engine.model import (
     fsdp,
     full_weights,
     peft_layers,
+    peft_names,
     peft_targets,
-    text_part,
     vocabulary,
 )
 from cookbook.engine.model import lora as fused_lora
@@ -174,7 +174,8 @@ class Adapters:
                 full_weights.write(self._model, self._model_name, self._tokenizer, folder)
         else:
             peft_layers.write_config(self._peft.peft_config[adapter.name], adapter.lora, folder)
-            checkpoint.write_adapter(folder, adapter.weights)
+            keys = peft_names.keys_to_save(self._model, adapter.weights)
+            checkpoint.write_adapter(folder, {keys[name]: w for name, w in adapter.weights.items()})
             if adapter.lora.add_tokens:
                 self._tokenizer.save_pretrained(folder)
 
@@ -186,7 +187,7 @@ class Adapters:
         if lora.rank == 0:
             checkpoint.check_files(path)
             return full_weights.read(path, self._model)
-        return text_part.by_published_names(self._model, checkpoint.read_weights(path))
+        return peft_names.by_own_names(self._model, checkpoint.read_weights(path))
 
     @contextlib.contextmanager
     def using(self, adapter: Adapter | None) -> Iterator[None]:

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from cookbook.engine.model import fsdp
 from cookbook.engine.model.dropout import KeyedDropout
+from cookbook.engine.model.peft_names import own_layer_names
 from cookbook.engine.model.peft_settings import CONFIG_FILE
-from cookbook.engine.model.text_part import by_published_names
 from cookbook.engine.model.unembedding import LoraOnHead, TrainedRows
 from cookbook.errors import ConfigError
 from cookbook.types import LoraConfig, PeftSettings
@@ -67,7 +67,7 @@ def under_published_names(model: Any, settings: PeftSettings) -> PeftSettings:
     explicit = settings.explicit
     lists = [explicit[key] or () for key in ("target_modules", "target_parameters", "modules_to_save")]
     used = {name for names in (*lists, explicit["trainable_token_indices"] or ()) for name in names}
-    new = {old: name for name, old in by_published_names(model, {name: name for name in used}).items()}
+    new = own_layer_names(model, used)
     if all(name == old for old, name in new.items()):
         return settings
     new |= {f"^{re.escape(old)}": f"^{re.escape(name)}" for old, name in new.items()}

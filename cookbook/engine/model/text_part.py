@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 T = TypeVar("T")
 
-_PEFT_PREFIX = "base_model.model."
+PEFT_PREFIX = "base_model.model."
 
 
 def text_decoder(model: Any) -> Any:
@@ -78,7 +78,7 @@ def by_published_names(model: Any, tensors: dict[str, T]) -> dict[str, T]:
     inner = {name for name, _ in decoder.named_children()}
 
     def published(name: str) -> str:
-        prefix = _PEFT_PREFIX if name.startswith(_PEFT_PREFIX) else ""
+        prefix = PEFT_PREFIX if name.startswith(PEFT_PREFIX) else ""
         parts = name.removeprefix(prefix).split(".")
         if parts[0] == "lm_head" and "lm_head" not in known and head is not None:
             return ".".join([prefix + head.removesuffix(".base_layer"), *parts[1:]])

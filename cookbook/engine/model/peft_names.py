@@ -1,0 +1,88 @@
+"""The names under which PEFT reads the tensors of an adapter from a file.
+
+PEFT renames them as transformers renames the published weights of the model. For some families that changes
+the names of modules in the loaded model, too: `mlp.shared_experts.` of Laguna becomes `mlp.shared_experts..`,
+and PEFT then loads the adapter without those tensors, with no more than a warning. Such tensors are saved
+under the published names instead, from which PEFT arrives at those of the loaded model.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from typing import Any, TypeVar
+
+import torch
+
+from cookbook.engine.model.text_part import PEFT_PREFIX, by_published_names
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+def keys_to_save(model: Any, names: Iterable[str]) -> dict[str, str]:
+    """Returns for each tensor's name the key that PEFT reads as that name."""
+    names = list(names)
+    read_as = _read_by_peft(model, names)
+    others = [name for name in names if read_as[name] != name]
+    published = dict(zip(others, map(_reverser(model), others), strict=True)) if others else {}
+    read_as = _read_by_peft(model, published.values())
+    for name in others:
+        if read_as[published[name]] != name:
+            logger.warning("PEFT cannot read %s of this adapter: it knows no key for it.", name)
+    return {name: published.get(name, name) for name in names}
+
+
+def by_own_names(model: Any, tensors: dict[str, T]) -> dict[str, T]:
+    """Returns the tensors of a saved adapter under the names that they have in the loaded model."""
+    tensors = by_published_names(model, tensors)
+    known = {name for name, _ in [*model.named_modules(), *model.named_parameters()]}
+    known |= {name.replace(".base_layer", "") for name in known}
+    others = [key for key in tensors if ".lora_" in key and _layer_of(key) not in known]
+    read_as = _read_by_peft(model, others) if others else {}
+    return {read_as.get(key, key): tensor for key, tensor in tensors.items()}
+
+
+def own_layer_names(model: Any, names: Iterable[str]) -> dict[str, str]:
+    """Returns the name in the loaded model of each layer that a saved adapter names."""
+    keys = {f"{PEFT_PREFIX}{name}.lora_A.weight": name for name in names}
+    return {name: _layer_of(key) for key, name in by_own_names(model, keys).items()}
+
+
+def _layer_of(key: str) -> str:
+    return key.removeprefix(PEFT_PREFIX).rpartition(".lora_")[0].removesuffix(".base_layer")
+
+
+def _read_by_peft(model: Any, keys: Iterable[str]) -> dict[str, str]:
+    """Returns the name to which PEFT loads each key; the key itself if PEFT reads it from no file."""
+    try:
+        from peft.utils.transformers_weight_conversion import (
+            convert_peft_adapter_state_dict_for_transformers as convert,
+        )
+    except ImportError:  # an earlier PEFT reads every key as it is
+        return {key: key for key in keys}
+    from peft import LoraConfig
+
+    keys = list(keys)
+    numbered = {key: torch.tensor(number) for number, key in enumerate(keys) if ".lora_" in key}
+    read = {key: key for key in keys}
+    for name, number in convert(model, LoraConfig(), numbered).items():
+        if number.ndim == 0:
+            read[keys[int(number)]] = name
+    return read
+
+
+def _reverser(model: Any) -> Any:
+    """Returns the function from a name in the loaded model to the published one."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+    mapping = get_model_conversion_mapping(model)
+    renamings = [each.reverse_transform() for each in reversed(mapping) if isinstance(each, WeightRenaming)]
+
+    def published(name: str) -> str:
+        key, _ = rename_source_key(name.removeprefix(PEFT_PREFIX), renamings, [], reverse=True)
+        return PEFT_PREFIX + key
+
+    return published

@@ -1,0 +1,40 @@
+"""Adapters of families whose names PEFT changes while it loads them, against plain transformers and PEFT."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import family_checks
+import pytest
+from safetensors.torch import load_file
+
+from cookbook.engine.model import peft_names
+
+
+@pytest.fixture(scope="module")
+def laguna(tmp_path_factory: pytest.TempPathFactory) -> family_checks.Subject:
+    return family_checks.Subject("laguna", tmp_path_factory.mktemp("laguna"))
+
+
+def test_peft_loads_every_tensor_of_an_adapter_whose_names_it_changes(laguna: family_checks.Subject) -> None:
+    keys = load_file(Path(laguna.checkpoint) / "adapter_model.safetensors")
+    assert any(".mlp.shared_expert.gate_proj." in key for key in keys)
+    assert not any(".mlp.shared_experts." in key for key in keys)
+    family_checks.assert_same_logprobs(laguna.client, laguna.adapted)
+
+
+def test_such_an_adapter_is_resumed_and_sampled_from_as_it_was(laguna: family_checks.Subject) -> None:
+    assert family_checks.resumes(laguna) == "yes"
+    service = laguna.service()
+    sampler = service.create_sampling_client(model_path=laguna.checkpoint)
+    prompt = family_checks.SHORT[0].model_input
+    found = sampler.compute_logprobs(prompt).result()
+    own = laguna.client.save_weights_and_get_sampling_client().compute_logprobs(prompt).result()
+    assert found[1:] == pytest.approx(own[1:], abs=1e-5)
+
+
+def test_names_that_peft_leaves_as_they_are_are_saved_as_they_are(laguna: family_checks.Subject) -> None:
+    model = laguna.client._trainer.base.model
+    name = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+    assert peft_names.keys_to_save(model, [name]) == {name: name}
+    assert peft_names.by_own_names(model, {name: 1}) == {name: 1}
