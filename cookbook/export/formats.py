@@ -21,7 +21,7 @@ from cookbook.export.merged_folder import Merged, write_merged
 from cookbook.export.model_card import Usage, fenced, python_usage
 from cookbook.export.updates import LowRank, read_updates
 from cookbook.runs.find import TrainedModel, path_elsewhere, public_name
-from cookbook.utils import files
+from cookbook.utils import files, pretrained
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -179,8 +179,8 @@ def _write_gguf_model(export: Export) -> str:
     reason = gguf_weights.why_not(config, export.chat_format.tokenizer)
     if reason is None:
         weights = merged_weights(export.source, base_model_folder(export.source))
-        reason = "its files name its weights in another way" if weights is None else None
-    if weights is None:
+        reason = "its files name its weights in another way" if weights.are_renamed else None
+    if reason is not None or weights is None:
         raise ConfigError(
             f"This model cannot be exported as GGUF: {reason}. Merge it, and let llama.cpp convert it:\n"
             f"{_commands_of_llama_cpp(export)}"
@@ -219,7 +219,8 @@ def _write_gguf_adapter(export: Export) -> str:
     adapter = {name: update for name, update in updates.items() if isinstance(update, LowRank)}
     if len(adapter) < len(updates) or any(update.magnitude_O is not None for update in adapter.values()):
         reason = "besides A and B of layers it holds other trained weights, for which llama.cpp has no place"
-    if reason is None and tied_weights(base_model_folder(source))[0] in adapter:
+    model = pretrained.empty_causal_lm(_model_config(export))
+    if reason is None and tied_weights(model)[0] in adapter:
         reason = "it is on lm_head, which here is tied to the embeddings, and llama.cpp has no place for that"
     if reason is not None:
         raise ConfigError(
@@ -240,14 +241,9 @@ def _quantization_note(source: TrainedModel) -> list[str]:
 
 
 def _describe(merged: Merged) -> str:
-    how = (
-        "one file at a time"
-        if merged.is_shard_by_shard
-        else "the full model, because its files name weights differently"
-    )
     return (
         f"{_size(merged.num_bytes)} in {merged.num_files} file{'s' * (merged.num_files != 1)}; at most "
-        f"{_size(merged.held_bytes)} in memory at once ({how})."
+        f"{_size(merged.held_bytes)} in memory at once (one file at a time)."
     )
 
 

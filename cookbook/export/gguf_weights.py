@@ -130,7 +130,7 @@ def write_model(
     tensors = []
     if (factors := _rope_factors(config, layout.head_size)) is not None:
         tensors.append(_GgufTensor("rope_freqs.weight", tuple(factors.shape), lambda: factors))
-    skipped = ("lm_head.",) if config.tie_word_embeddings and not weights.untied else ()
+    skipped = ("lm_head.",) if config.tie_word_embeddings and not weights.is_untied else ()
     for found in weights.names:
         if found.startswith(skipped) or found.endswith("rotary_emb.inv_freq"):
             continue  # a copy of the embeddings, or computed from the config

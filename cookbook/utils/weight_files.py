@@ -44,6 +44,16 @@ def open_file(path: Path) -> Any:
         raise ModelError(f"{path} is damaged: it cannot be read ({error}). {_REPAIR}") from error
 
 
+def dtype_of(path: Path, name: str) -> Any:
+    """Returns the type of a tensor in a file."""
+    import torch
+
+    with open_file(path) as file:
+        kind = file.get_slice(name).get_dtype()
+        known = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+        return known[kind] if kind in known else file.get_tensor(name).dtype
+
+
 def folder_of(location: str, local_files_only: bool = False) -> Path:
     """Returns the folder itself, or the hub's cache of a model with all its files."""
     if Path(location).is_dir():

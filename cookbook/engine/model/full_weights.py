@@ -108,7 +108,8 @@ def write(
         return embeddings.dtype if changed.is_changed(name) else published.dtype_of(name)
 
     shapes = {name: tuple(value.shape) for name, value in values.items()}
-    changed.write(folder, changed.outline(dtype_of, shapes), "50GB")
+    outline = {name: changed.outline_of(name, dtype_of(name), shapes) for name in changed.names}
+    changed.write(folder, outline, "50GB")
     set_dtype(config, embeddings.dtype)
     if embeddings.shape[0] != models.text_config(model_name).vocab_size:
         set_vocabulary(config, embeddings.shape[0])

@@ -58,7 +58,7 @@ class PublishedFiles:
     def __init__(self, folder: Path, model: Any) -> None:
         """`model` may be without memory for its weights. Raises ModelError if the files are damaged."""
         self.files = weight_files.find(folder)
-        self._model = model
+        self.model = model
         self._open: dict[Path, Any] = {}
         groups = _groups(self.files, model)
         self._group_of = {name: group for group in groups for name, _ in group.tensors}
@@ -84,6 +84,10 @@ class PublishedFiles:
         group = self._group_of.get(name)
         return None if group is None or group.converter is not None else group.parameter
 
+    def is_loaded(self, name: str) -> bool:
+        """Returns whether transformers loads a tensor."""
+        return name in self._group_of
+
     def shape_of(self, name: str) -> tuple[int, ...]:
         return tuple(self._file_of(name).get_slice(name).get_shape())
 
@@ -98,7 +102,7 @@ class PublishedFiles:
 
     def parameter(self, name: str) -> Tensor:
         """Returns a parameter of the model, in the type that the files have it in."""
-        return self._group_of_parameter[name].parameters_of(self.tensor, self._model)[name]
+        return self._group_of_parameter[name].parameters_of(self.tensor, self.model)[name]
 
     def converted_back(self, name: str, changed: Mapping[str, Callable[[], Tensor]]) -> dict[str, Tensor]:
         """Returns the tensors that are converted together with `name`, for new values of some parameters.
@@ -108,7 +112,7 @@ class PublishedFiles:
         group = self._group_of[name]
         if group.converter is None:
             return {name: changed[group.parameter]()}
-        old = {} if self._are_all_changed(group, changed) else group.parameters_of(self.tensor, self._model)
+        old = {} if self._are_all_changed(group, changed) else group.parameters_of(self.tensor, self.model)
         values = {key: changed[key]() if key in changed else old[key] for key in self._parameters_of(group)}
         return self._converted_back(group, values)
 
@@ -134,7 +138,7 @@ class PublishedFiles:
 
         dtype = max((value.dtype for value in values.values()), key=lambda kind: kind.itemsize)
         flat = torch.cat([self.tensor(name).reshape(-1).to(dtype) for name in shapes])
-        for name, place in group.parameters_of(places, self._model).items():
+        for name, place in group.parameters_of(places, self.model).items():
             flat[place.reshape(-1).long()] = values[name].reshape(-1).to("cpu", dtype)
         return {
             name: flat[starts[name] : starts[name] + sizes[name]].view(shape).clone()
@@ -220,19 +224,22 @@ class ChangedFiles:
             self._ready |= self.published.converted_back(name, self._changed)
         return self._ready.pop(name)
 
-    def outline(
-        self, dtype_of: Callable[[str], torch.dtype], shapes: Mapping[str, tuple[int, ...]]
-    ) -> dict[str, Tensor]:
-        """Returns a tensor without memory for each one to write, in the type that `dtype_of` returns.
+    def stored_dtype(self, name: str) -> torch.dtype:
+        """Returns the type in the files. An added tensor has that of the embeddings."""
+        if name in self._added:
+            embeddings = self.published.model.get_input_embeddings().weight
+            names = [key for key, value in self.published.model.named_parameters() if value is embeddings]
+            name = next(one for key in names for one in self.published.names_of(key))
+        return self.published.dtype_of(name)
+
+    def outline_of(self, name: str, dtype: torch.dtype, shapes: Mapping[str, tuple[int, ...]]) -> Tensor:
+        """Returns a tensor without memory, of the shape and type to write.
 
         `shapes` are those of changed parameters that may have another shape than in the files.
         """
-        outline = {}
-        for name in self.names:
-            parameter = self._added.get(name) or self.published.parameter_of(name)
-            shape = shapes.get(parameter or "") or self.published.shape_of(name)
-            outline[name] = torch.empty(shape, dtype=dtype_of(name), device="meta")
-        return outline
+        parameter = self._added.get(name) or self.published.parameter_of(name)
+        shape = shapes.get(parameter or "") or self.published.shape_of(name)
+        return torch.empty(shape, dtype=dtype, device="meta")
 
     def write(self, folder: Path, outline: Mapping[str, Tensor], max_shard_size: str) -> int:
         """Writes all tensors in the types of `outline`.

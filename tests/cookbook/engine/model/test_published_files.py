@@ -11,10 +11,14 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from peft import PeftModel
 from safetensors.torch import load_file
 
 from cookbook import ServiceClient
 from cookbook.engine.model.published_files import ChangedFiles, PublishedFiles
+from cookbook.export.chat_format import find_chat_format
+from cookbook.export.merged_folder import write_merged
+from cookbook.runs.find import find_trained_model
 from cookbook.types import AdamParams, Datum, ModelInput
 from cookbook.utils import pretrained
 
@@ -56,7 +60,8 @@ def test_changed_parameters_are_written_as_the_published_tensors_that_transforme
         },
     )
     families.save(name, tmp_path / "changed")
-    changed.write(tmp_path / "changed", changed.outline(published.dtype_of, {}), "50GB")
+    outline = {key: changed.outline_of(key, published.dtype_of(key), {}) for key in changed.names}
+    changed.write(tmp_path / "changed", outline, "50GB")
     assert kinds(tmp_path / "changed") == kinds(folder)
     for key, weight in plain(tmp_path / "changed").named_parameters():
         assert torch.equal(weight, values[key]), key
@@ -65,6 +70,41 @@ def test_changed_parameters_are_written_as_the_published_tensors_that_transforme
     assert loaded == {key for key in new if changed.is_changed(key)}
     extra = families.FAMILIES[name].extra_tensor
     assert extra is None or (extra in new and extra not in loaded)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=() if name in SOME[:2] else pytest.mark.slow) for name in families.FAMILIES],
+)
+def test_a_merged_export_has_each_published_tensor_and_the_logits_of_base_and_adapter(
+    name: str, tmp_path: Path
+) -> None:
+    folder = families.save(name, tmp_path / "published")
+    service = ServiceClient(checkpoint_dir=tmp_path / "checkpoints")
+    client = service.create_lora_training_client(str(folder), rank=4)
+    ids = np.random.default_rng(0).integers(3, 300, 24)
+    for _ in range(3):
+        client.forward_backward([Datum(ModelInput.from_ints(ids[:-1]), {"target_tokens": ids[1:]})])
+        client.optim_step(AdamParams(learning_rate=1e-2)).result()
+    path = client.save_state("trained").result().path
+    service.close()
+    source = find_trained_model(path)
+    (tmp_path / "merged").mkdir()
+    write_merged(source, find_chat_format(source), tmp_path / "merged", "auto", "1MB")
+    found, expected = kinds(tmp_path / "merged"), kinds(folder)
+    assert expected.items() <= found.items()
+    assert all(key.endswith("lm_head.weight") for key in found.keys() - expected.keys())
+    architecture = [
+        json.loads((one / "config.json").read_text("utf-8"))["architectures"]
+        for one in (folder, tmp_path / "merged")
+    ]
+    assert architecture[0] == architecture[1]
+    base = plain(folder)
+    before = base(input_ids=torch.tensor([ids])).logits
+    adapted = PeftModel.from_pretrained(base, path)(input_ids=torch.tensor([ids])).logits
+    merged = plain(tmp_path / "merged")(input_ids=torch.tensor([ids])).logits
+    torch.testing.assert_close(merged, adapted, rtol=1e-3, atol=1e-4)
+    assert (merged - before).abs().max() > 0.01
 
 
 def test_a_full_fine_tune_has_the_tensors_the_class_and_the_files_of_the_published_folder(
