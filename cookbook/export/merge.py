@@ -21,7 +21,7 @@ from cookbook.engine.model import peft_settings
 from cookbook.engine.model.published_files import REPAIR, ChangedFiles, PublishedFiles
 from cookbook.engine.model.text_part import by_published_names
 from cookbook.errors import CheckpointError, ModelError
-from cookbook.export.updates import LowRank, ReplacedRows, Update, read_updates
+from cookbook.export.updates import LowRank, ReplacedRows, StackedLowRank, Update, read_updates
 from cookbook.runs.find import TrainedModel
 from cookbook.utils import json_files, pretrained
 
@@ -127,9 +127,15 @@ def with_transposed(updates: Mapping[str, Update], model: Any) -> dict[str, Upda
     The shape does not show it if the weight is square.
     """
     transposed = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Conv1D)}
+    transposed |= {
+        f"{name}.{weight}"
+        for name, module in model.named_modules()
+        for weight, _ in module.named_parameters(recurse=False)
+        if getattr(module, "is_transposed", False)
+    }
     return {
         name: replace(update, is_transposed=True)
-        if name in transposed and isinstance(update, LowRank)
+        if name in transposed and isinstance(update, LowRank | StackedLowRank)
         else update
         for name, update in updates.items()
     }

@@ -66,6 +66,38 @@ class LowRank:
 
 
 @dataclass(frozen=True)
+class StackedLowRank:
+    """Adds scaling * B A to the stacked weight [E, O, I] of each expert, in PEFT's layout of A and B."""
+
+    a_RI: Tensor
+    """[R*E, I], the expert outermost."""
+    b_OR: Tensor
+    """[O, R*E], the expert innermost."""
+    scaling: float
+    is_transposed: bool = False
+    """Whether the weight is [E, I, O]."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        shape = (self.b_OR.shape[0], self.a_RI.shape[1])
+        return shape[::-1] if self.is_transposed else shape
+
+    def shape_on(self, shape: tuple[int, ...]) -> tuple[int, ...] | None:
+        fits = len(shape) == 3 and shape[1:] == self.shape and len(self.a_RI) % shape[0] == 0
+        return shape if fits else None
+
+    def added_to(self, weight: Tensor) -> Tensor:
+        num_experts = len(weight)
+        a_ERI = self.a_RI.float().view(num_experts, -1, self.a_RI.shape[1])
+        b_EOR = self.b_OR.float().view(len(self.b_OR), -1, num_experts).permute(2, 0, 1)
+        merged = weight.float().clone()
+        for expert in range(num_experts):
+            update_OI = b_EOR[expert] @ a_ERI[expert]
+            merged[expert] += self.scaling * (update_OI.T if self.is_transposed else update_OI)
+        return merged
+
+
+@dataclass(frozen=True)
 class ReplacedWeight:
     """Takes the place of a weight."""
 
@@ -127,6 +159,10 @@ def read_updates(source: TrainedModel) -> dict[str, Update]:
             module = name.removesuffix(peft_settings.TOKENS)
             updates[f"{module}.weight"] = ReplacedRows(list(parts.token_rows[module]), tensor)
     for module, found in tensors.items():
+        if (stacked := peft_settings.stacked_weight_of(module, settings)) is not None:
+            scaling = peft_settings.scaling(stacked, settings)
+            updates[stacked] = StackedLowRank(found["A"], found["B"], scaling)
+            continue
         if f"{module}.weight" in updates:
             raise CheckpointError(
                 f"{source.folder} holds two updates of {module}.weight. Merge it with PEFT itself "

@@ -319,6 +319,27 @@ def _holds_target_parameter(module: str, config: Mapping[str, Any]) -> bool:
     return any(module == holder or module.endswith(f".{holder}") for holder in holders)
 
 
+def stacked_weight_of(module: str, config: Mapping[str, Any]) -> str | None:
+    """Returns the name of the stacked weight of experts that a LoRA is on, or None for a linear layer.
+
+    PEFT nests the layers of a module's weights in the order of the weights, and names tensors by the nesting:
+    those of the last weight by the module's name, the one before it by `.base_layer` behind that.
+    """
+    holder = module
+    while holder.endswith(".base_layer"):
+        holder = holder.removesuffix(".base_layer")
+    weights = {
+        name.rpartition(".")[2]
+        for name in config.get("target_parameters") or ()
+        if f".{holder}".endswith("." + name.rpartition(".")[0])
+    }
+    if not weights or weights == {"weight"}:
+        return None
+    in_order = sorted(weights, key=lambda name: (name.startswith("down"), name))
+    depth = module.count(".base_layer") - holder.count(".base_layer")
+    return f"{holder}.{in_order[-1 - depth]}" if depth < len(in_order) else None
+
+
 def _pattern_value(
     module: str, pattern: Mapping[str, Any] | None, default: Any, folder: Path | None = None
 ) -> Any:
