@@ -153,7 +153,7 @@ def unties(updates: Mapping[str, Update], head: str, embeddings: str) -> bool:
 def tied_weights(model: Any) -> tuple[str | None, str | None]:
     """Returns the weight names of a head and of the embeddings it is tied to, or (None, None)."""
     head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
-    if head is None or not model.config.get_text_config().tie_word_embeddings:
+    if head is None or head.weight is not embeddings.weight:
         return None, None
     names = {id(module): name for name, module in model.named_modules()}
     return f"{names[id(head)]}.weight", f"{names[id(embeddings)]}.weight"
