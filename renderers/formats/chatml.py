@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from renderers.base import Renderer
 from renderers.formats.hermes_tools import describe_tools
@@ -30,7 +30,7 @@ class ChatMLRenderer(Renderer):
     default_system: str | None = None
     """The system message of a conversation that does not begin with one."""
 
-    reply_opening = ""
+    reply_opening: ClassVar[str] = ""
     """What the prompt for a reply ends with after its header."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:

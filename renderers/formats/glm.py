@@ -53,7 +53,7 @@ class Glm5Renderer(TaggedRepliesRenderer):
     call_tags = GLM_TAGS
     reply_opening = THINK
     other_openings: ClassVar[Mapping[str, str]] = {END_THINK: "glm5_disable_thinking"}
-    all_openings = (THINK, END_THINK)
+    all_openings: ClassVar[Sequence[str]] = (THINK, END_THINK)
     reply_sections = GLM_TAGS.with_sections(THINKING_BEGUN)
 
     between: ClassVar[str] = ""
@@ -164,7 +164,7 @@ class Glm4_5Renderer(Glm5Renderer):
     between = "\n"
     reply_opening = ""
     other_openings: ClassVar[Mapping[str, str]] = {}
-    all_openings = ()
+    all_openings: ClassVar[Sequence[str]] = ()
     reply_sections = GLM_TAGS.with_sections(
         {
             **THINKING,

@@ -62,7 +62,7 @@ class Nemotron3Renderer(Qwen3_5Renderer):
     needs_query = False
     other_openings: ClassVar[Mapping[str, str]] = {_NO_THOUGHT: "nemotron3_disable_thinking"}
 
-    all_openings = (_OPEN, _NO_THOUGHT)
+    all_openings: ClassVar[Sequence[str]] = (_OPEN, _NO_THOUGHT)
 
     around_close: ClassVar[tuple[str, str]] = ("\n", "\n")
     """What is printed before and behind the closing tag of thinking."""

@@ -87,7 +87,7 @@ class TaggedRepliesRenderer(Renderer):
             message = prepared.messages[index]
             if message["role"] == "assistant":
                 opening = self._opening_of(self._reply_text(message, index + 1, in_history=False))
-                if opening in self.other_openings:
+                if opening is not None and opening in self.other_openings:
                     notes.count(
                         "message",
                         f"had no thinking, trained behind the prompt of `{self.other_openings[opening]}`: "

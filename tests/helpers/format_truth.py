@@ -128,7 +128,7 @@ def check_turns(
         said = [token for token, _ in behind[:length]]
         printed = truth.text(messages[: index + 1], tools)[len(decode(prompt)) :]
         assert said
-        assert printed.startswith(decode(said))
+        assert printed.startswith(str(decode(said)))
         assert not printed[len(decode(said)) :].strip(), "the end of the turn is not trained"
         if len(examples) > 1:
             assert sum(weights) == length, "more than one turn is trained"
