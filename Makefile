@@ -9,13 +9,14 @@
 #              docs/rollouts.md print into that page, so that diffs show changes
 # make parity  set up, then compare renderers with published templates and tokenizers, and write the table
 #              (COOKBOOK_TOKENIZERS is the folder of the tokenizers, with that of the templates beside it)
+# make peers   make the environments of other packages' renderers, for make parity to compare with
 # make families  set up, then try the tiny model of each family of chat models, and write docs/models.md
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.is-set-up
 BENCH_STAMP := .venv/.is-set-up-to-bench
 
-.PHONY: setup demo test test-slow check format bench scale house parity families golden clean
+.PHONY: setup demo test test-slow check format bench scale house parity peers families golden clean
 
 setup: $(STAMP)
 
@@ -71,6 +72,21 @@ house: setup
 parity: setup
 	$(BIN)/python -m pytest -m "published and not slow" --timeout 900
 	PYTHONPATH=tests/helpers $(BIN)/python tests/renderers/parity.py --write
+
+# the environments of other packages' renderers, which make parity compares with (tml-renderers, which
+# tinker-cookbook names, is not on the index, so its dependencies are given here)
+peers: .venv-peers-renderers/.is-set-up .venv-peers-tinker-cookbook/.is-set-up
+
+.venv-peers-renderers/.is-set-up:
+	$(PYTHON) -m venv .venv-peers-renderers
+	.venv-peers-renderers/bin/python -m pip install --quiet --disable-pip-version-check 'renderers[transformers]==0.1.12' httpx
+	touch $@
+
+.venv-peers-tinker-cookbook/.is-set-up:
+	$(PYTHON) -m venv .venv-peers-tinker-cookbook
+	.venv-peers-tinker-cookbook/bin/python -m pip install --quiet --disable-pip-version-check --no-deps 'tinker-cookbook==0.6.1'
+	.venv-peers-tinker-cookbook/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 transformers tinker pillow
+	touch $@
 
 families: setup
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 PYTHONPATH=.:tests/helpers $(BIN)/python tests/helpers/models_page.py

@@ -84,11 +84,15 @@ def test_the_renderer_of_a_known_model_is_known_without_loading_it(model_name: s
     assert models.recommended_renderer(model_name) == renderer
 
 
-CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-
-
 def test_every_recommended_renderer_is_registered() -> None:
     assert set(models.RENDERER_BY_TEMPLATE.values()) <= set(renderer_names())
+
+
+@pytest.mark.published
+def test_a_copy_of_a_model_has_the_renderer_of_its_published_template(model_folder: Path) -> None:
+    source = chat_formats.published_template("qwen3")
+    (model_folder / "chat_template.jinja").write_text(source, encoding="utf-8")
+    assert models.recommended_renderer(str(model_folder)) == "qwen3"
 
 
 @pytest.mark.published
@@ -113,15 +117,7 @@ def test_a_published_template_has_the_renderer_that_was_compared_with_it() -> No
 
 def test_the_renderer_of_another_model_follows_its_template(tiny_qwen3: str, model_folder: Path) -> None:
     assert models.recommended_renderer(tiny_qwen3) == "chat_template"
-    template = model_folder / "chat_template.jinja"
-    known = models.RENDERER_BY_TEMPLATE | {models.fingerprint(CHATML): "qwen2_5"}
-    template.write_text(f"{CHATML}\n", encoding="utf-8")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(models, "RENDERER_BY_TEMPLATE", known)
-        models.get_tokenizer.cache_clear()
-        assert models.recommended_renderer(str(model_folder)) == "qwen2_5"
-    template.unlink()
-    models.get_tokenizer.cache_clear()
+    (model_folder / "chat_template.jinja").unlink(missing_ok=True)
     config = json.loads((model_folder / "tokenizer_config.json").read_text(encoding="utf-8"))
     config.pop("chat_template", None)
     (model_folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
