@@ -219,8 +219,8 @@ class Trainer:
         lengths = [len(sequence.tokens_T) for sequence in request.sequences]
         own = partition(lengths, self._world.size)[self._world.rank]
         drops = self.adapter.lora.dropout > 0 and (backward if is_training is None else is_training)
-        masks = PassOfData(self.adapter.lora.seed or 0, self._optimizer.num_steps, self._num_passes)
-        masks = masks if drops else None
+        seed = self.adapter.lora.seed or 0
+        masks = PassOfData(seed, self._optimizer.num_steps, self._num_passes) if drops else None
         results: list[MicrobatchResult] | None = None
         if self.base.is_sharded:
             results = self._run_sharded(request, own, backward, masks)
