@@ -69,8 +69,13 @@ def class_defaults(kind: type[Any]) -> dict[str, Any]:
 
 
 def plain_default(kind: type[Any], name: str) -> tuple[Any] | None:
-    """Returns the default of a chz class's field, in a tuple; None for a default factory or no such field."""
+    """Returns the default of a chz class's field, in a tuple; None for no such field.
+
+    Of default factories only `list` has a known value, an empty list.
+    """
     field = chz_fields(kind).get(name)
+    if field is not None and field._default_factory is list:
+        return ([],)
     return None if field is None or callable(field._default_factory) else (field._default,)
 
 

@@ -101,6 +101,13 @@ def python_usage(
             imports = f"from cookbook import embedded  # pip install sft-cookbook\n{imports}"
             base = "embedded.MODEL_PATH"
         load = f"model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({base}), path)"
+        if source.info.lora.add_tokens:
+            load = (
+                f"base = AutoModelForCausalLM.from_pretrained({base})\n"
+                "num_rows = len(AutoTokenizer.from_pretrained(path))  # with the added tokens\n"
+                "base.resize_token_embeddings(max(num_rows, base.config.vocab_size))\n"
+                "model = PeftModel.from_pretrained(base, path)"
+            )
     ends = ""
     if is_adapter and chat_format.stop_token_ids:
         ends = f", eos_token_id={list(chat_format.stop_token_ids)}"

@@ -36,10 +36,10 @@ def vllm_merged(folder: str) -> str:
 
 
 def vllm_adapter(source: TrainedModel, base: str, folder: str, name: str) -> str | None:
-    """Returns the command, or None if vLLM does not support the rank."""
-    rank = source.info.lora.rank
+    """Returns the command, or None if vLLM does not support the adapter."""
+    rank = _largest_rank(source)
     served = next((limit for limit in _VLLM_RANKS if limit >= rank), None)
-    if served is None:
+    if served is None or _unserved_parts(source):
         return None
     return command(
         [
@@ -49,10 +49,25 @@ def vllm_adapter(source: TrainedModel, base: str, folder: str, name: str) -> str
     )
 
 
+def _largest_rank(source: TrainedModel) -> int:
+    """Returns the largest rank of the adapter's layers."""
+    peft = source.info.lora.peft
+    return max([source.info.lora.rank, *(peft.explicit["rank_pattern"].values() if peft else ())])
+
+
+def _unserved_parts(source: TrainedModel) -> list[str]:
+    """Returns the settings of the adapter that vLLM refuses."""
+    peft = source.info.lora.peft
+    settings = ("modules_to_save", "trainable_token_indices", "use_dora")
+    return [name for name in settings if peft is not None and peft.explicit[name]]
+
+
 def vllm_notes(source: TrainedModel, chat_format: ChatFormat, is_adapter: bool) -> list[str]:
     """Returns notes for users of vLLM on settings that avoid errors and endless replies."""
     notes = []
-    if is_adapter and source.info.lora.rank > _VLLM_RANKS[-1]:
+    if is_adapter and (unserved := _unserved_parts(source)):
+        notes.append(f"vLLM serves no adapter with {unserved[0]}: export format=merged for it.")
+    elif is_adapter and _largest_rank(source) > _VLLM_RANKS[-1]:
         notes.append(f"vLLM serves adapters of rank {_VLLM_RANKS[-1]} at most: export format=merged for it.")
     elif is_adapter and source.info.lora.train_unembed:
         notes.append(

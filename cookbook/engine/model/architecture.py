@@ -62,6 +62,8 @@ def logit_scaling(
     Configs name scales and caps differently, and one divides by what another multiplies by. So the scale is
     measured, and rounding is removed where it equals a number of the config or its inverse.
     """
+    if not projection_SV.any() and not logits_SV.any():
+        return LogitScaling()  # a projection of zeros, as some new models have, shows no scale
     values = {name: value for name, value in vars(config).items() if isinstance(value, int | float)}
     tolerance = 1e-4 if dtype == torch.float32 else 0.01
     caps = [value for name, value in values.items() if "cap" in name and "att" not in name and value]

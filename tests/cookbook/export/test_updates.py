@@ -135,3 +135,19 @@ def test_two_updates_of_one_weight_are_refused(tiny_qwen3: str, tmp_path: Path) 
     source = find_trained_model(str(adapter), base_model=base)
     with pytest.raises(CheckpointError, match=r"two updates of model.layers.0.mlp.up_proj.weight"):
         merged_weights(source, base_model_folder(source))
+
+
+def test_the_card_of_an_adapter_with_added_tokens_has_a_program_that_runs(
+    with_tokens: tuple[Path, list[float]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint, _ = with_tokens
+    folder = written(checkpoint, tmp_path / "exported", format="adapter")
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    assert "vLLM serves no adapter with trainable_token_indices" in card
+    assert "vllm serve" not in card
+    program = card.split("```python\n")[1].split("```")[0]
+    program = program.replace("/path/to/base", str(tmp_path / "base")).replace(
+        "max_new_tokens=200", "max_new_tokens=2"
+    )
+    monkeypatch.chdir(folder)
+    exec(compile(program, "README.md", "exec"), {})
