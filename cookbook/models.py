@@ -55,6 +55,8 @@ RENDERER_BY_TEMPLATE = {
     "02e91795d2270374": "kimi_k2",
     "52c3031506cc6033": "kimi_k25",
     "45690185067ea25c": "deepseekv3_1",
+    "44f815868bf02fa4": "glm4_5",
+    "43a92aacc2e169bb": "nemotron3",
 }
 """The renderer in the default mode of each published template, by `fingerprint`.
 

@@ -102,6 +102,7 @@ def test_a_published_template_has_the_renderer_that_was_compared_with_it() -> No
         "llama3_1": "llama3", "gemma3": "gemma3", "gptoss": "gpt_oss", "phi3": "phi3", "qwen3_5": "qwen3_5",
         "qwen3_5_small": "qwen3_5_disable_thinking", "qwen3_6": "qwen3_6", "kimi_k2": "kimi_k2",
         "kimi_k2_5": "kimi_k25", "deepseek_v3_1": "deepseekv3_1",
+        "glm4_5": "glm4_5", "nemotron3_nano": "nemotron3",
     }  # fmt: skip
     found = {
         name: models.RENDERER_BY_TEMPLATE[models.fingerprint(chat_formats.published_template(name))]
