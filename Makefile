@@ -7,7 +7,8 @@
 # make house   set up, then print figures about the code, such as circles of imports and shared class names
 # make golden  set up, then write the texts that users see (--help, errors) to tests/golden, and what the commands of
 #              docs/rollouts.md print into that page, so that diffs show changes
-# make parity  set up, then compare renderers with published templates and tokenizers, and write the table
+# make parity  set up, then compare renderers with published templates and tokenizers, and write the table and
+#              docs/templates.md
 #              (COOKBOOK_TOKENIZERS is the folder of the tokenizers, with that of the templates beside it)
 # make peers   make the environments of other packages' renderers, for make parity to compare with
 # make families  set up, then try the tiny model of each family of chat models, and write docs/models.md
@@ -72,6 +73,7 @@ house: setup
 parity: setup
 	$(BIN)/python -m pytest -m "published and not slow" --timeout 900
 	PYTHONPATH=tests/helpers $(BIN)/python tests/renderers/parity.py --write
+	PYTHONPATH=tests/helpers $(BIN)/python tests/renderers/templates_page.py --write
 
 # the environments of other packages' renderers, which make parity compares with (tml-renderers, which
 # tinker-cookbook names, is not on the index, so its dependencies are given here)

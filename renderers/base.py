@@ -216,11 +216,16 @@ class Renderer(ABC):
         prompt, completion = self._parted_behind_header(prompt, completion)
         self._check_verbatim(prompt + completion)
         before = self._bos_before(prompt) + prompt
-        if not completion.rstrip().endswith(self._end_tokens):
-            completion += self._end_of_turn
+        completion = self._completed(completion)
         text = before + completion
         span = CharSpan(len(before), len(text.rstrip()))
         return self._example(Rendering(text, cuts=[len(before)]), {0: span}, {0: 1.0})
+
+    def _completed(self, completion: str) -> str:
+        """Returns a completion with the end of its turn, which is added if it is missing."""
+        return (
+            completion if completion.rstrip().endswith(self._end_tokens) else completion + self._end_of_turn
+        )
 
     def _parted_behind_header(self, prompt: str, completion: str) -> tuple[str, str]:
         """Returns prompt and completion; a reply's header in the completion is moved to the prompt."""
@@ -401,7 +406,13 @@ class Renderer(ABC):
         weights_T = np.zeros(len(tokens.ids), dtype=np.float32)
         for index, weight in weights.items():
             start, end = spans[index]
-            weights_T[tokens.index(start) : tokens.index(end)] = weight
+            first = tokens.index(start)
+            if tokens.starts and first > 0 and start < end:
+                # A token with the first word may begin with the space that the format prints before it.
+                after = tokens.starts[first] if first < len(tokens.starts) else len(rendering.text)
+                begun = rendering.text[tokens.starts[first - 1] : start]
+                first -= after > start and begun.isspace() and not rendering.text[start].isspace()
+            weights_T[first : tokens.index(end)] = weight
         return Example(tokens.ids, weights_T)
 
     def _all_spans(

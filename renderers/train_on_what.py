@@ -19,7 +19,8 @@ class TrainOnWhat(StrEnum):
     The trained tokens of a message are its text and the end-of-turn token that follows it. The text of an
     assistant message is everything after the generation prompt, including thinking and tool calls. The text
     of any other message is its content as the format prints it, with the end-of-turn token only if that
-    follows directly. A token belongs to the text in which it begins.
+    follows directly. A token belongs to the text in which it begins,
+    except that one with the first word of a text may begin with the space before it.
     """
 
     LAST_ASSISTANT_MESSAGE = "last_assistant_message"

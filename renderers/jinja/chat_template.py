@@ -31,7 +31,7 @@ from renderers.encoder import ESCAPE, SENTINEL, Encoder, any_of
 from renderers.formats.hermes_tools import with_call_sections, with_calls
 from renderers.jinja.chat import Chat
 from renderers.jinja.replies import Replies, Turn
-from renderers.jinja.template import Template
+from renderers.jinja.template import Template, call_with_id
 from renderers.jinja.turn_ends import REPLY, USER, call_endings, plain_ending
 from renderers.messages import ROLES, Message, PlainMessage, Tool, map_strings
 from renderers.rendering import CharSpan, Rendering
@@ -41,7 +41,6 @@ from renderers.thinking import END_THINK, THINK, THINKING, THINKING_BEGUN, parse
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_STAND_IN: PlainMessage = {"role": "assistant", "content": SENTINEL}
 _THINKING_TAGS = (THINK, END_THINK, "[THINK]", "[/THINK]")
 """Special tokens that a reply may spell if they are in the template, because it may hold its thinking."""
 
@@ -86,7 +85,7 @@ class ChatTemplateRenderer(Renderer):
         self._part_of_control = any_of(sorted(set().union(*map(_marks_of, controls))))
         self.takes_tools = self._template.prints_tools()
         self._thinks = END_THINK in str(tokenizer.chat_template)
-        prompt = self._template.text([USER], prompt=True)
+        prompt = self._template.text([self._template.adapted(USER)], prompt=True)
         self._thinks_in_prompt = self._thinks and prompt.rstrip("\n").endswith(THINK)
         self._parses_calls = self._prints_calls_as_hermes()
         sections = PLAIN if not self._thinks else THINKING_BEGUN if self._thinks_in_prompt else THINKING
@@ -96,10 +95,10 @@ class ChatTemplateRenderer(Renderer):
     def _find_ends(self) -> None:
         """Finds the tokens that end turns, by trying the template. Then its control tokens are known."""
         text, eos = self._template.text, self.tokenizer.eos_token
-        prompt = text([USER], prompt=True)
-        reply = self._template.adapted(REPLY)
-        behind_last = text([USER, reply]).partition(SENTINEL)[2]
-        behind_earlier = text([USER, reply, USER]).partition(SENTINEL)[2]
+        user, reply = self._template.adapted(USER), self._template.adapted(REPLY)
+        prompt = text([user], prompt=True)
+        behind_last = text([user, reply]).partition(SENTINEL)[2]
+        behind_earlier = text([user, reply, user]).partition(SENTINEL)[2]
         frame, used = prompt + behind_last + behind_earlier, self._template.all_text()
         spoken = [tag for tag in _THINKING_TAGS if tag in self._template.source]
         encoder = Encoder(self.tokenizer, frame, template=used, spoken=spoken)
@@ -161,7 +160,9 @@ class ChatTemplateRenderer(Renderer):
     # -- rendering ----------------------------------------------------------------------------
 
     def _with_calls_for_format(self, messages: list[PlainMessage]) -> list[PlainMessage]:
-        """Returns the messages with JSON arguments as mappings if the template cannot print JSON."""
+        """Returns the messages with the arguments and ids of calls in the form that the template prints."""
+        if self._template.prints_calls_by_id:
+            messages = _with_ids(messages)
         if not self._template.prints_calls or self._template.prints_json_arguments:
             return messages
         adapted = list(messages)
@@ -345,7 +346,7 @@ class ChatTemplateRenderer(Renderer):
         shown = next(
             (mode for mode in modes if chat.under(mode).text(len(messages)) == rendering.text), modes[0]
         )
-        span = self._around(chat.under(shown), index, _STAND_IN)
+        span = self._around(chat.under(shown), index, REPLY)
         end = self._end.match(rendering.text, span.end)
         prompts = [chat.under(mode).prompt_before(index) for mode in (shown, *modes)]
         prompt = next((one for one in prompts if one and rendering.text.startswith(one)), None)
@@ -379,6 +380,18 @@ class ChatTemplateRenderer(Renderer):
     def _end_tokens(self) -> tuple[str, ...]:
         return tuple({*super()._end_tokens, *self._ends})
 
+    def _completed(self, completion: str) -> str:
+        written = self._plain.written.strip()
+        ends = [match.end() for match in self._encoder.control.finditer(written)][:-1]
+        begun = next((end for end in reversed(ends) if completion.rstrip().endswith(written[:end])), None)
+        if begun is None or completion.rstrip().endswith(written):
+            return super()._completed(completion)
+        return completion.rstrip() + written[begun:]
+
+    @cached_property
+    def _end_of_turn(self) -> str:
+        return self._plain.written
+
     # -- sampling -----------------------------------------------------------------------------
 
     def get_stop_sequences(self) -> list[int]:
@@ -400,13 +413,36 @@ class ChatTemplateRenderer(Renderer):
         return message, closed and well_formed
 
 
+def _with_ids(messages: list[PlainMessage]) -> list[PlainMessage]:
+    """Returns the messages with ids that name the called functions, numbered through the conversation."""
+    changed: dict[Any, str] = {}
+    number = 0
+    adapted: list[PlainMessage] = []
+    for message in messages:
+        calls = []
+        for call in message.get("tool_calls", ()):
+            calls.append(call_with_id(call, number))
+            if calls[-1] is not call:
+                changed[call.get("id")] = calls[-1]["id"]
+            number += 1
+        if calls:
+            message = {**message, "tool_calls": calls}
+        elif message["role"] == "tool" and message.get("tool_call_id") in changed:
+            message = {**message, "tool_call_id": changed[message.get("tool_call_id")]}
+        adapted.append(message)
+    if changed:
+        what = "got an id with the function's name, since the chat template prints calls by their ids"
+        notes.count("tool call", what, number=len(changed))
+    return adapted
+
+
 def _note(turn: Turn) -> None:
     """Counts a reply that is not trained as the template usually prints it."""
     if turn.prompted_by.chosen:
-        what = "template_kwargs chosen for the prompts of replies, which sampling needs too"
-        notes.count("reply", what, turn.prompted_by.setting)
+        what = "template_kwargs chosen for the prompts of trained turns, which sampling needs too"
+        notes.count("turn", what, turn.prompted_by.setting)
     if turn.finding:
-        notes.count("reply", turn.finding)
+        notes.count("turn", turn.finding)
 
 
 def _ended_by(marker: str, sections: Sections) -> Sections:

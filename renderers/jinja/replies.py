@@ -73,7 +73,8 @@ class Replies:
     @cached_property
     def _header(self) -> str:
         """What the prompt for a reply adds to a user's message."""
-        prompt, said = self._template.text([USER], prompt=True), self._template.text([USER])
+        user = self._template.adapted(USER)
+        prompt, said = self._template.text([user], prompt=True), self._template.text([user])
         return prompt.removeprefix(said) if prompt.startswith(said) else ""
 
     def missing_header(self, chat: Chat, num_messages: int) -> str:
@@ -155,7 +156,7 @@ class Replies:
             closing = self._closing
             if closing and after.startswith(closing) and _squeezed(before + closing) == _squeezed(prompt):
                 whole = prompt + after.removeprefix(closing)
-                finding = "followed the empty thinking that its prompt ends with"
+                finding = "followed an empty thought that only the prompt has"
                 return self._remade(chat, index, prompt, whole, (printed_by, mode, finding))
         raise self._other_prompt(chat, index, prompt)
 
@@ -164,7 +165,7 @@ class Replies:
         prompt = self._prompt(chat, index)
         for printed_by, before, after in self._with_thought(chat, index, self._template):
             if before.startswith(prompt) and not before[len(prompt) :].strip():
-                finding = "had no thinking and was trained to close that which its prompt opens"
+                finding = "closed a thought that the prompt opens, as they had no thinking"
                 whole = before + after
                 return self._remade(chat, index, prompt, whole, (printed_by, self._template, finding))
         raise self._other_prompt(chat, index, prompt)
@@ -176,7 +177,7 @@ class Replies:
             raise self._other_prompt(chat, index, prompt)
         plain, usual = self._plain, self._template
         behind = "" if plain.is_appended else plain.printed.removeprefix(plain.written)
-        return Turn(prompt, plain.written, behind, usual, usual, "was empty, and ends its turn at once")
+        return Turn(prompt, plain.written, behind, usual, usual, "had no text, and only ended")
 
     def _remade(
         self, chat: Chat, index: int, prompt: str, whole: str, how: tuple[Template, Template, str]
@@ -202,7 +203,7 @@ class Replies:
         message = {"role": "assistant", "content": f"{SENTINEL}1;", "reasoning_content": _THOUGHT}
         for mode in (self._template, *self.modes):
             try:
-                text = mode.text([USER, mode.adapted(message)])
+                text = mode.text([mode.adapted(USER), mode.adapted(message)])
             except RendererError:
                 continue
             between = re.search(f"{re.escape(_THOUGHT)}(?s:(.*)){re.escape(SENTINEL)}1;", text)

@@ -11,8 +11,9 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from copy import copy
 from functools import cached_property
+from itertools import product
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jinja2
 import numpy as np
@@ -42,6 +43,9 @@ _TOOL: Tool = {
     "function": {"name": "f", "description": "x", "parameters": {"type": "object", "properties": {}}},
 }
 
+_SPELLED_PART = re.compile("""['"](?:type|text|thinking)['"]: """)
+"""A list of parts that a template prints as it is."""
+
 _MOST_ROLES = 12
 """The number of roles that an error lists."""
 
@@ -69,6 +73,7 @@ class Template:
         self._variables = {**tokenizer.special_tokens_map, "documents": None, **json_type(kwargs)}
         self._printed_roles: dict[str, bool] = {}
         self._read_keys: dict[tuple[str, str], bool] = {}
+        self._part_roles: dict[str, bool] = {}
 
     def with_kwargs(self, more: Mapping[str, Any]) -> Template:
         """Returns this template with more values for its variables; what it supports stays the same."""
@@ -128,8 +133,8 @@ class Template:
                 message["tool_call_id"] = "call00001"
             after = [_USER] if role in ("system", "developer") else []
             try:
-                with_key = self.text([*before, {**message, key: value}, *after])
-                self._read_keys[role, key] = with_key != self.text([*before, message, *after])
+                with_key = self._tried([*before, {**message, key: value}, *after])
+                self._read_keys[role, key] = with_key != self._tried([*before, message, *after])
             except RendererError:  # a template that refuses the key has read it
                 self._read_keys[role, key] = True
         return self._read_keys[role, key]
@@ -161,15 +166,19 @@ class Template:
         except Exception as error:  # a template is foreign code, and whatever it raises is its refusal
             raise _refusal(messages, error) from error
 
+    def _tried(self, messages: Sequence[PlainMessage], tools: Sequence[Tool] | None = None) -> str:
+        """Returns what the template prints for messages that are not yet in its form."""
+        return self.text([self.adapted(message) for message in messages], tools)
+
     def all_text(self) -> str:
         """Returns the template's source and what it prints for each role, which contain all of its tokens."""
         printed = [self._source]
         for role in ROLES:
             for probe in ([{"role": role, "content": "x"}, _USER], [_USER, {"role": role, "content": "x"}]):
                 with suppress(RendererError):
-                    printed.append(self.text(probe))
+                    printed.append(self._tried(probe))
         with suppress(RendererError):
-            printed.append(self.text([_USER, self.adapted(CALL), {"role": "tool", "content": "x"}], [_TOOL]))
+            printed.append(self._tried([_USER, CALL, {"role": "tool", "content": "x"}], [_TOOL]))
         return "\n".join(printed)
 
     def traced_text(
@@ -205,12 +214,12 @@ class Template:
             probes = {
                 "system": [[message, _USER]],
                 "developer": [[message, _USER]],
-                "tool": [[_USER, message], [_USER, self.adapted(CALL), result]],
+                "tool": [[_USER, message], [_USER, CALL, result]],
             }
             texts: list[str] = []
             for probe in probes.get(role, [[_USER, message]]):
                 with suppress(RendererError):
-                    texts.append(self.text(probe))
+                    texts.append(self._tried(probe))
             self._printed_roles[role] = not texts or any(SENTINEL in text for text in texts)
         return self._printed_roles[role]
 
@@ -222,36 +231,45 @@ class Template:
             "parameters": {"type": "object", "properties": {}},
         }
         with suppress(RendererError):
-            return SENTINEL in self.text([_USER], [{"type": "function", "function": function}])
+            return SENTINEL in self._tried([_USER], [{"type": "function", "function": function}])
         return False
 
     @cached_property
-    def _call_form(self) -> tuple[bool, bool] | None:
-        """Whether a call needs JSON arguments, and whether it needs content; None without tool calls."""
-        call, sentinels = stand_in_for(CALL)
-        for as_json, with_content in [(False, False), (False, True), (True, False), (True, True)]:
+    def _call_form(self) -> _CallForm | None:
+        """The form of a call that the template prints in full; None if it prints none."""
+        call, sentinels = stand_in_for(_in_form(CALL, _CallForm(by_id=True)))
+        for by_id, as_json, with_content in product((False, True), repeat=3):
+            form = _CallForm(as_json, with_content, by_id)
+            message = (
+                call if by_id else {**call, "tool_calls": [{**call["tool_calls"][0], "id": "call00001"}]}
+            )
             with suppress(RendererError):
-                text = self.text([_USER, _in_form(call, as_json, with_content)])
+                text = self.text([self.adapted(_USER), _in_form(message, form)])
                 if all(sentinel in text for sentinel in sentinels.values()):
-                    return as_json, with_content
+                    return form
         return None
 
     @cached_property
     def prints_json_arguments(self) -> bool:
         """Whether the template prints arguments of a call that are given as a JSON string."""
-        as_json, with_content = self._call_form or (False, False)
-        call = _in_form(CALL, as_json, with_content)
+        form = self._call_form or _CallForm()
+        call = _in_form(CALL, form)
         function = {"name": "f", "arguments": to_json({SENTINEL: 0})}
         call["tool_calls"] = [{**call["tool_calls"][0], "function": function}]
         with suppress(RendererError):
-            return SENTINEL in self.text([_USER, call])
+            return SENTINEL in self.text([self.adapted(_USER), call])
         return False
+
+    @property
+    def prints_calls_by_id(self) -> bool:
+        """Whether the template prints a function's name only as a part of the call's id, as Kimi K2.5's."""
+        return self._call_form is not None and self._call_form.by_id
 
     @cached_property
     def refusal_of_calls(self) -> str:
         """What the template raises for a call, if it refuses each form of one; empty if it prints nothing."""
         try:
-            self.text([_USER, _in_form(CALL, as_json=True, with_content=True)])
+            self.text([self.adapted(_USER), _in_form(CALL, _CallForm(as_json=True, with_content=True))])
         except RendererError as error:
             return str(error.__cause__)
         return ""
@@ -264,18 +282,49 @@ class Template:
     def _needs_content(self) -> bool:
         thought = {"role": "assistant", "reasoning_content": "x", "thinking": "x"}
         try:
-            self.text([_USER, thought])
+            self.text([self.adapted(_USER), thought])
         except RendererError:
             return True
+        return False
+
+    def _takes_parts(self, role: str) -> bool:
+        """Returns whether the template prints the content of this role only if it is a list of parts."""
+        if role not in self._part_roles:
+            self._part_roles[role] = False
+            before = [] if role in ("system", "developer", "user") else [self.adapted(_USER)]
+            after = [self.adapted(_USER)] if role in ("system", "developer") else []
+            found = [
+                self._prints_sentinel([*before, {"role": role, "content": content}, *after])
+                for content in (SENTINEL, _text_parts(SENTINEL))
+            ]
+            self._part_roles[role] = found == [False, True]
+        return self._part_roles[role]
+
+    @cached_property
+    def _takes_thinking_parts(self) -> bool:
+        """Whether the template prints thinking only as a part of the content (Ministral 3)."""
+        named = {"reasoning_content": SENTINEL, "reasoning": SENTINEL, "thinking": SENTINEL}
+        reply: PlainMessage = {"role": "assistant", "content": "x"}
+        user = self.adapted(_USER)
+        return not self._prints_sentinel([user, {**reply, **named}]) and self._prints_sentinel(
+            [user, {**reply, "content": _text_parts("x", SENTINEL)}]
+        )
+
+    def _prints_sentinel(self, messages: Sequence[PlainMessage]) -> bool:
+        """Returns whether the template prints the sentinel in the messages, and not as it spells a list."""
+        with suppress(RendererError):
+            text = self.text(messages)
+            return SENTINEL in text and not _SPELLED_PART.search(text)
         return False
 
     def adapted(self, message: PlainMessage) -> PlainMessage:
         """Returns a message in plain JSON types, with its thinking under each name that templates read.
 
-        If the template would otherwise refuse the message, arguments of a tool call are given as a JSON
-        string, and missing content as an empty string.
+        If the template would otherwise refuse the message or not print it, arguments of a tool call are given
+        as a JSON string, missing content as an empty string, and content and thinking as a list of parts.
         """
-        if len(message) == 2 and type(message["role"]) is type(message.get("content")) is str:
+        is_plain = len(message) == 2 and type(message["role"]) is type(message.get("content")) is str
+        if is_plain and not self._takes_parts(message["role"]):
             return message  # most messages
         adapted: PlainMessage = {key: json_type(value) for key, value in message.items()}
         thought = next((adapted[key] for key in THINKING_KEYS if key in adapted), None)
@@ -284,10 +333,20 @@ class Template:
             if self._reads_reasoning:
                 adapted["reasoning"] = thought
         if adapted.get("tool_calls"):
-            return _in_form(adapted, *(self._call_form or (False, False)))
-        if "content" not in adapted and self._needs_content:
+            adapted = _in_form(adapted, self._call_form or _CallForm())
+        elif "content" not in adapted and self._needs_content:
             adapted["content"] = ""
+        content = adapted.get("content", "")
+        if isinstance(content, str) and thought and self._takes_thinking_parts:
+            adapted["content"] = _text_parts(content, thought)
+        elif isinstance(content, str) and content and self._takes_parts(adapted["role"]):
+            adapted["content"] = _text_parts(content)
         return adapted
+
+
+def _text_parts(text: str, thought: str = "") -> list[dict[str, str]]:
+    parts = [{"type": "thinking", "thinking": thought}] if thought else []
+    return [*parts, {"type": "text", "text": text}] if text else parts
 
 
 def _refusal(messages: Sequence[PlainMessage], error: Exception) -> RendererError:
@@ -300,11 +359,37 @@ def _refusal(messages: Sequence[PlainMessage], error: Exception) -> RendererErro
 # -- messages -----------------------------------------------------------------------------------
 
 
-def _in_form(message: PlainMessage, as_json: bool, with_content: bool) -> PlainMessage:
-    formed = {"content": "", **message} if with_content else dict(message)
-    if as_json:
-        formed["tool_calls"] = [_with_json_arguments(call) for call in message["tool_calls"]]
+class _CallForm(NamedTuple):
+    """The form in which a template takes a tool call."""
+
+    as_json: bool = False
+    """Whether the arguments are a JSON string."""
+    with_content: bool = False
+    """Whether the message needs content."""
+    by_id: bool = False
+    """Whether the name of the function is printed only as a part of the call's id."""
+
+
+def _in_form(message: PlainMessage, form: _CallForm) -> PlainMessage:
+    formed = {"content": "", **message} if form.with_content else dict(message)
+    if form.as_json:
+        formed["tool_calls"] = [_with_json_arguments(call) for call in formed["tool_calls"]]
+    if form.by_id:
+        formed["tool_calls"] = [call_with_id(call, n) for n, call in enumerate(formed["tool_calls"])]
     return formed
+
+
+def call_with_id(call: Any, number: int) -> Any:
+    """Returns a call whose id has the name of its function; a new one is `functions.NAME:NUMBER`."""
+    function = call.get("function") if isinstance(call, dict) else None
+    name = function.get("name") if isinstance(function, dict) else None
+    if not isinstance(name, str) or _name_in_id(name).search(str(call.get("id", ""))):
+        return call
+    return {**call, "id": f"functions.{name}:{number}"}
+
+
+def _name_in_id(name: str) -> re.Pattern[str]:
+    return re.compile(rf"(?<!\w){re.escape(name)}(?!\w)")
 
 
 def _with_json_arguments(call: Any) -> Any:
@@ -328,7 +413,11 @@ def stand_in_for(message: PlainMessage) -> tuple[PlainMessage, dict[str, str]]:
         if not isinstance(function, dict):
             return function
         if isinstance(function.get("function"), dict):
-            return {**function, "function": replaced(function["function"], name)}
+            call = {**function, "function": replaced(function["function"], name)}
+            if isinstance(call.get("id"), str) and isinstance(function["function"].get("name"), str):
+                own = _name_in_id(function["function"]["name"])
+                call["id"] = own.sub(sentinel(f"{name}.name"), call["id"])
+            return call
         arguments: Any = sentinel(f"{name}.arguments")
         if isinstance(function.get("arguments"), dict):
             arguments = {arguments: 0}

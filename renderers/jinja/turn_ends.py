@@ -70,11 +70,12 @@ def call_endings(template: Template, encoder: Encoder, eos: str | None) -> list[
     for reply in _calling_replies():
         with suppress(RendererError):
             message, _ = stand_in_for(reply)
-            last = _behind(template.text([USER, template.adapted(message)]))
+            begun = [template.adapted(USER), template.adapted(message)]
+            last = _behind(template.text(begun))
             earlier: list[str] = []
-            for following in (template.adapted(_RESULT), USER):
+            for following in (_RESULT, USER):
                 with suppress(RendererError):
-                    earlier.append(_behind(template.text([USER, template.adapted(message), following])))
+                    earlier.append(_behind(template.text([*begun, template.adapted(following)])))
             ending = _call_ending(last, earlier, encoder, eos, inside)
             if ending is not None and ending not in endings:
                 endings.append(ending)
@@ -114,7 +115,7 @@ def _controls_between_calls(template: Template, encoder: Encoder) -> list[str]:
     """Returns the control tokens between two calls in one reply, which do not end it."""
     two, _ = stand_in_for({**CALL, "tool_calls": [*CALL["tool_calls"], *CALL["tool_calls"]]})
     with suppress(RendererError):
-        text = template.text([USER, template.adapted(two)])
+        text = template.text([template.adapted(USER), template.adapted(two)])
         places = [match.start() for match in _SENTINEL.finditer(text)]
         if len(places) > 1:
             return encoder.control.findall(text[places[0] : places[-1]])

@@ -1,0 +1,256 @@
+"""Prompts and conversations in the mode of each reply: thinking or not, by the template's own variables."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from cookbook.errors import RendererError
+from cookbook.utils import notes
+from renderers import get_renderer
+from renderers.jinja.modes import modes_of, values_of_variables
+from renderers.jinja.template import Template
+
+START = "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}"
+END = (
+    "{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n"
+)
+THOUGHT = "<think>\n{{ m.reasoning_content }}\n</think>\n\n"
+
+# An empty thought is printed in another way than a thought (Nemotron 3).
+CLOSED = (
+    "{% set enable_thinking = enable_thinking | default(true) %}"
+    + START
+    + "{% if m.reasoning_content and loop.last %}"
+    + THOUGHT
+    + "{% else %}<think></think>{% endif %}"
+    + END
+    + "{{ '<think>\n' if enable_thinking else '<think></think>' }}{% endif %}"
+)
+# The prompt ends with an empty thought that no conversation shows, and the start tells the mode (Gemma 4).
+EMPTY = (
+    "{% if mode is defined and mode == 'deep' %}<|text|>{% endif %}"
+    + START
+    + "{% if m.reasoning_content %}"
+    + THOUGHT
+    + "{% endif %}"
+    + END
+    + "{% if not (mode is defined and mode == 'deep') %}<think>\n</think>\n{% endif %}{% endif %}"
+)
+# The prompt always opens a thought (MiniMax M2).
+OPENED = START + "{% if m.reasoning_content %}" + THOUGHT + "{% endif %}" + END + "<think>\n{% endif %}"
+# The thought is printed only if two variables are set (EXAONE 4).
+TWO = (
+    "{% if not skip is defined %}{% set skip = true %}{% endif %}"
+    + START
+    + "{% if m.reasoning_content and not skip %}"
+    + THOUGHT
+    + "{% else %}<think>\n\n</think>\n\n{% endif %}"
+    + END
+    + "{{ '<think>\n' if think is defined and think else '<think>\n\n</think>\n\n' }}{% endif %}"
+)
+# An empty reply is not printed (Seed-OSS).
+NO_EMPTY = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}"
+    "{% if m.content %}{{ '\n' ~ m.content }}<|im_end|>{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def user(content: str) -> Any:
+    return {"role": "user", "content": content}
+
+
+def reply(content: str, thought: str = "") -> Any:
+    return {"role": "assistant", "content": content, **({"reasoning_content": thought} if thought else {})}
+
+
+def check(tokenizer: Any, trained_runs: Any, chat: list[Any], said: str, variables: dict[str, Any]) -> str:
+    """Compares the last reply with the template's own prompt; returns the text of the example."""
+    renderer = get_renderer("chat_template", tokenizer)
+    example = renderer.build_supervised_examples(chat)[-1]
+    assert trained_runs(tokenizer, example)[-1] == said
+    assert renderer.template_kwargs_of(chat) == variables
+    prompt = renderer.with_template_kwargs(variables).build_generation_prompt(chat[:-1]).to_ints()
+    theirs = tokenizer.apply_chat_template(chat[:-1], tokenize=False, add_generation_prompt=True, **variables)
+    assert tokenizer.decode(prompt) == theirs
+    assert example[0].to_ints()[: len(prompt)] == prompt
+    text = tokenizer.decode(example[0].to_ints())
+    assert text.startswith(theirs + said)
+    assert renderer.with_template_kwargs(variables).parse_response(
+        [
+            token
+            for token, weight in zip(
+                example[0].to_ints()[len(prompt) :], example[1][len(prompt) :], strict=True
+            )
+            if weight
+        ]
+    )[1]
+    return text
+
+
+@pytest.mark.parametrize(
+    ("template", "thought", "said", "variables"),
+    [
+        (CLOSED, "", "b<|im_end|>", {"enable_thinking": False}),
+        (CLOSED, "hm", "hm\n</think>\n\nb<|im_end|>", {}),
+        (EMPTY, "hm", "<think>\nhm\n</think>\n\nb<|im_end|>", {"mode": "deep"}),
+        (OPENED, "hm", "hm\n</think>\n\nb<|im_end|>", {}),
+        (TWO, "", "b<|im_end|>", {}),
+        (TWO, "hm", "hm\n</think>\n\nb<|im_end|>", {"skip": False, "think": True}),
+    ],
+)
+def test_prompt_and_conversation_are_of_one_mode(
+    small_tokenizer, trained_runs, template, thought, said, variables
+):
+    tokenizer = small_tokenizer(template)
+    chat = [user("a"), reply("b", thought)]
+    text = check(tokenizer, trained_runs, chat, said, variables)
+    assert text == tokenizer.apply_chat_template(chat, tokenize=False, **variables)
+
+
+def test_an_empty_thought_of_the_prompt_stands_before_the_reply_and_is_not_trained(
+    small_tokenizer, trained_runs
+):
+    tokenizer = small_tokenizer(EMPTY)
+    with notes.collected() as found:
+        check(tokenizer, trained_runs, [user("a"), reply("b"), user("c"), reply("d")], "d<|im_end|>", {})
+    assert any("2 turns followed an empty thought" in line for line in notes.lines(found))
+
+
+def test_a_thought_that_every_prompt_opens_is_closed_by_a_reply_without_one(small_tokenizer, trained_runs):
+    chat = [user("a"), reply("b", "hm"), user("c"), reply("d")]
+    with notes.collected() as found:
+        check(small_tokenizer(OPENED), trained_runs, chat, "\n</think>\n\nd<|im_end|>", {})
+    assert any("1 turn closed a thought that the prompt opens" in line for line in notes.lines(found))
+
+
+def test_an_empty_reply_that_is_not_printed_ends_its_turn(small_tokenizer, trained_runs):
+    check(small_tokenizer(NO_EMPTY), trained_runs, [user("a"), reply("")], "<|im_end|>", {})
+
+
+def test_each_turn_of_a_mixed_conversation_is_in_its_own_mode(small_tokenizer, trained_runs):
+    tokenizer = small_tokenizer(CLOSED)
+    renderer = get_renderer("chat_template", tokenizer)
+    chat = [user("a"), reply("b"), user("c"), reply("d", "hm"), user("e"), reply("f")]
+    with notes.collected() as found:
+        examples = renderer.build_supervised_examples(chat)
+    runs = [run for example in examples for run in trained_runs(tokenizer, example)]
+    assert runs == ["b<|im_end|>", "hm\n</think>\n\nd<|im_end|>", "f<|im_end|>"]
+    assert [renderer.template_kwargs_of(chat[:end]) for end in (2, 4, 6)] == [
+        {"enable_thinking": False},
+        {},
+        {"enable_thinking": False},
+    ]
+    assert any("sampling needs too: enable_thinking=false (2 turns)" in line for line in notes.lines(found))
+
+
+def test_variables_that_the_user_gives_are_kept(small_tokenizer, trained_runs):
+    tokenizer = small_tokenizer(CLOSED)
+    renderer = get_renderer("chat_template", tokenizer)
+    thinking = renderer.with_template_kwargs({"enable_thinking": True})
+    chat = [user("a"), reply("b")]
+    (example,) = thinking.build_supervised_examples(chat)
+    assert trained_runs(tokenizer, example) == ["\n</think>\n\nb<|im_end|>"]
+    assert thinking.template_kwargs_of(chat) == {}
+    thoughtless = renderer.with_template_kwargs({"enable_thinking": False})
+    with pytest.raises(RendererError, match="sampled from other prompts"):
+        thoughtless.build_supervised_examples([user("a"), reply("b", "hm")])
+
+
+def test_an_opened_thought_is_refused_under_a_template_that_prints_none(small_tokenizer):
+    template = START + END + "<think>\n{% endif %}"
+    renderer = get_renderer("chat_template", small_tokenizer(template))
+    for chat in ([user("a"), reply("b")], [user("a"), reply("")]):
+        with pytest.raises(RendererError, match="sampled from other prompts"):
+            renderer.build_supervised_examples(chat)
+
+
+def test_the_values_of_a_variable_are_those_it_is_compared_with(small_tokenizer):
+    template = (
+        "{% set effort = effort | default('mid') %}{% set chosen = effort %}{{ user_name }}{% set x = 1 %}"
+        "{% for m in messages %}{{ m.content }}{% endfor %}"
+        "{{ '1' if chosen == 'low' }}{{ '2' if effort in ['max'] }}"
+        "{{ '3' if quick }}{{ '4' if x == 7 }}{{ today }}"
+    )
+    made = Template(small_tokenizer(template))
+    assert values_of_variables(made) == {
+        "effort": ["low", "max"],
+        "quick": [True, False],
+        "today": [True, False],
+        "user_name": [True, False],
+    }
+    settings = [mode.chosen for mode in modes_of(made)]
+    assert {"effort": "low"} in settings
+    assert {"quick": True} in settings
+    assert not any("user_name" in setting or "today" in setting for setting in settings)
+
+
+# -- thinking in a reply's text, and messages in other forms -----------------------------------------
+
+
+@pytest.mark.parametrize("special", [True, False])
+def test_thinking_tags_are_those_of_the_reply_that_spells_them(small_tokenizer, trained_runs, special):
+    template = START + END + "{# <think> </think> #}{% endif %}"
+    tokenizer = small_tokenizer(template, ("<think>", "</think>") if special else ())
+    if not special:
+        tokenizer.add_tokens(["<think>", "</think>"])
+    tags = tokenizer.convert_tokens_to_ids(["<think>", "</think>"])
+    renderer = get_renderer("chat_template", tokenizer)
+    said = "<think>\nhm\n</think>\n\nb < c"
+    (example,) = renderer.build_supervised_examples([user("a"), reply(said)])
+    assert trained_runs(tokenizer, example) == [f"{said}<|im_end|>"]
+    assert [token for token in example[0].to_ints() if token in tags] == tags
+    if special:
+        asked = renderer.build_generation_prompt([user(said)]).to_ints()
+        assert not set(tags) & set(asked)
+
+
+PARTS = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% for part in m.content %}"
+    "{% if part.type == 'thinking' %}<|text|>{{ part.thinking }}<|eot|>{% else %}{{ part.text }}{% endif %}"
+    "{% endfor %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def test_content_and_thinking_are_given_as_parts_to_a_template_that_prints_only_parts(
+    small_tokenizer, trained_runs
+):
+    tokenizer = small_tokenizer(PARTS)
+    renderer = get_renderer("chat_template", tokenizer)
+    (example,) = renderer.build_supervised_examples([user("a"), reply("b", "hm"), user("c"), reply("d")])
+    assert trained_runs(tokenizer, example) == ["<|text|>hm<|eot|>b<|im_end|>", "d<|im_end|>"]
+    text = lambda content: [{"type": "text", "text": content}]  # noqa: E731
+    spelled = [
+        {"role": "user", "content": text("a")},
+        {"role": "assistant", "content": [{"type": "thinking", "thinking": "hm"}, *text("b")]},
+        {"role": "user", "content": text("c")},
+        {"role": "assistant", "content": text("d")},
+    ]
+    assert tokenizer.decode(example[0].to_ints()) == tokenizer.apply_chat_template(spelled, tokenize=False)
+
+
+def test_calls_that_are_printed_by_their_ids_get_ids_with_their_names(small_tokenizer):
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'tool' %}{{ m.tool_call_id }}: "
+        "{% endif %}{{ m.content }}{% for call in m.tool_calls or [] %}({{ call.id }} "
+        "{{ call.function.arguments | tojson }}){% endfor %}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    tokenizer = small_tokenizer(template)
+    renderer = get_renderer("chat_template", tokenizer)
+
+    def chat(first: str, second: str) -> list[Any]:
+        calls = [
+            {"id": i, "type": "function", "function": {"name": "get", "arguments": {}}}
+            for i in (first, second)
+        ]
+        results = [{"role": "tool", "tool_call_id": i, "content": "r"} for i in (first, second)]
+        return [user("a"), {**reply(""), "tool_calls": calls}, *results, reply("b")]
+
+    named = chat("functions.get:0", "functions.get:1")
+    theirs = tokenizer.apply_chat_template(named, tokenize=False)
+    for given in (named, chat("call_x", "call_y")):
+        examples = renderer.build_supervised_examples(given)
+        assert tokenizer.decode(examples[-1][0].to_ints()) == theirs
