@@ -58,6 +58,7 @@ bench: $(BENCH_STAMP)
 	$(BIN)/python -m benchmarks.cost_of_size
 	$(BIN)/python -m benchmarks.loop_overhead
 	$(BIN)/python -m benchmarks.sampling
+	$(BIN)/python -m benchmarks.hybrids
 	$(BIN)/python -m benchmarks.rendering
 	$(BIN)/python -m benchmarks.long_conversations
 	$(BIN)/python -m benchmarks.data_pipeline

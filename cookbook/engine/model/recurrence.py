@@ -31,7 +31,7 @@ _STATE_METHODS = {
 """The methods of transformers' caches for the states of recurrent layers."""
 _CACHE_NAMES, _MASK_NAMES = ("cache_params", "past_key_values"), ("attention_mask", "conv_mask")
 """What mixers call the cache, and the mask [R, L] of tokens that are not padding."""
-_PREFILL_MULTIPLE = 32
+_PREFILL_MULTIPLE = 64
 """Prompts are padded to a multiple of this many tokens."""
 _BATCH_TOKENS = 256
 """The cost of one more batch, in padding tokens (`benchmarks/hybrids.py`)."""

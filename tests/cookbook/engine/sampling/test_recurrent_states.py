@@ -54,7 +54,7 @@ def sample(
 def test_samples_equal_generate_and_a_forward_pass_however_they_are_batched(
     name: str, tmp_path: Path
 ) -> None:
-    """Prompts shorter than a convolution, and beyond the sliding window of 8 and a multiple of 32."""
+    """Prompts shorter than a convolution, and beyond the sliding window of 8 and the padding of prompts."""
     folder = families.save(name, tmp_path / name)
     (class_name,) = json.loads((folder / "config.json").read_text(encoding="utf-8"))["architectures"]
     model = getattr(transformers, class_name).from_pretrained(folder, dtype=torch.float32).eval()
