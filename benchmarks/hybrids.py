@@ -109,11 +109,13 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def make_model(name: str, folder: Path) -> Path:
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
-    model_type, config = FAMILIES[name]
+    model_type, settings = FAMILIES[name]
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **{**SIZES, **config}))
+    config = AutoConfig.for_model(model_type, **{**SIZES, **settings})
+    kind, config = pretrained.model_class(config)
+    model = kind(config)
     model.save_pretrained(folder)
     pretrained.load_tokenizer(MODEL_PATH).save_pretrained(folder)
     return folder
