@@ -185,7 +185,8 @@ def settings_of(folder: Path, config: Mapping[str, Any]) -> PeftSettings:
         **{key: bool(config.get(key)) for key in ("use_rslora", "use_dora", "fan_in_fan_out")},
     }
     for key, default in (("rank_pattern", config["r"]), ("alpha_pattern", config["lora_alpha"])):
-        for module in [*modules, *held] if config.get(key) else ():
+        stacked = [stacked_weight_of(module, config) or module for module in held]
+        for module in [*modules, *stacked] if config.get(key) else ():
             value = _pattern_value(module, config[key], default)
             if value != default:
                 values[key][f"^{re.escape(module)}"] = value
