@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from cookbook import models
 from cookbook.engine.model import peft_settings
+from cookbook.engine.model.peft_names import own_layer_names
 from cookbook.engine.model.published_files import REPAIR, ChangedFiles, PublishedFiles
 from cookbook.engine.model.text_part import by_published_names
 from cookbook.errors import CheckpointError, ModelError
@@ -33,7 +34,12 @@ class MergedWeights:
         """`updates` are by the name of the parameter. Raises CheckpointError if they do not fit the model."""
         model = pretrained.empty_causal_lm(models.load_config(str(base_folder)))
         self.published = PublishedFiles(base_folder, model)
-        self.updates = with_transposed(by_published_names(model, dict(updates)), model)
+        layers = own_layer_names(model, (name.removesuffix(".weight") for name in updates))
+        named = {
+            layers[name.removesuffix(".weight")] + (".weight" if name.endswith(".weight") else ""): update
+            for name, update in updates.items()
+        }
+        self.updates = with_transposed(named, model)
         shapes = {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
         head, embeddings = tied_weights(model)
         partner = {head: embeddings, embeddings: head} if head and embeddings else {}

@@ -173,8 +173,9 @@ class Adapters:
             with self.using(adapter):
                 full_weights.write(self._model, self._model_name, self._tokenizer, folder)
         else:
-            peft_layers.write_config(self._peft.peft_config[adapter.name], adapter.lora, folder)
-            keys = peft_names.keys_to_save(self._model, adapter.weights)
+            config = self._peft.peft_config[adapter.name]
+            peft_layers.write_config(config, adapter.lora, folder)
+            keys = peft_names.keys_to_save(self._model, config, adapter.weights)
             checkpoint.write_adapter(folder, {keys[name]: w for name, w in adapter.weights.items()})
             if adapter.lora.add_tokens:
                 self._tokenizer.save_pretrained(folder)

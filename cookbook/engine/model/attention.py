@@ -115,7 +115,7 @@ def packed_attention(
             scale=scaling,
         )
         outs.append(out)
-    return torch.cat(outs, dim=2).transpose(1, 2), None
+    return torch.cat(outs, dim=2).transpose(1, 2).contiguous(), None
 
 
 def _decode(

@@ -8,8 +8,9 @@ under the published names instead, from which PEFT arrives at those of the loade
 
 from __future__ import annotations
 
+import functools
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -21,17 +22,24 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-def keys_to_save(model: Any, names: Iterable[str]) -> dict[str, str]:
-    """Returns for each tensor's name the key that PEFT reads as that name."""
-    names = list(names)
-    read_as = _read_by_peft(model, names)
-    others = [name for name in names if read_as[name] != name]
-    published = dict(zip(others, map(_reverser(model), others), strict=True)) if others else {}
-    read_as = _read_by_peft(model, published.values())
-    for name in others:
-        if read_as[published[name]] != name:
-            logger.warning("PEFT cannot read %s of this adapter: it knows no key for it.", name)
-    return {name: published.get(name, name) for name in names}
+def keys_to_save(model: Any, config: Any, names: Iterable[str]) -> dict[str, str]:
+    """Returns for each tensor's name the key that PEFT reads as that name.
+
+    Only a layer that the adapter's config names by the last part of its name can be saved under another one.
+    """
+    keys = {name: name for name in names}
+    read_as = _read_by_peft(model, keys)
+    others = [name for name in keys if read_as[name] != name]
+    changed = [name for name in others if _leaf(name) in (config.target_modules or ())]
+    for published in _reversed_renamings(model) if changed else ():
+        tried = {name: published(name) for name in changed if keys[name] == name}
+        read_as = _read_by_peft(model, tried.values())
+        keys |= {
+            name: key for name, key in tried.items() if read_as[key] == name and _leaf(key) == _leaf(name)
+        }
+    for name in (name for name in others if keys[name] == name):
+        logger.warning("PEFT cannot read %s of this adapter: it knows no key for it.", name)
+    return keys
 
 
 def by_own_names(model: Any, tensors: dict[str, T]) -> dict[str, T]:
@@ -54,6 +62,10 @@ def _layer_of(key: str) -> str:
     return key.removeprefix(PEFT_PREFIX).rpartition(".lora_")[0].removesuffix(".base_layer")
 
 
+def _leaf(key: str) -> str:
+    return _layer_of(key).rpartition(".")[2]
+
+
 def _read_by_peft(model: Any, keys: Iterable[str]) -> dict[str, str]:
     """Returns the name to which PEFT loads each key; the key itself if PEFT reads it from no file."""
     try:
@@ -73,16 +85,17 @@ def _read_by_peft(model: Any, keys: Iterable[str]) -> dict[str, str]:
     return read
 
 
-def _reverser(model: Any) -> Any:
-    """Returns the function from a name in the loaded model to the published one."""
+def _reversed_renamings(model: Any) -> Iterator[Callable[[str], str]]:
+    """Yields functions from names in the loaded model to published ones: each renaming alone, and all."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightRenaming, rename_source_key
 
     mapping = get_model_conversion_mapping(model)
     renamings = [each.reverse_transform() for each in reversed(mapping) if isinstance(each, WeightRenaming)]
 
-    def published(name: str) -> str:
-        key, _ = rename_source_key(name.removeprefix(PEFT_PREFIX), renamings, [], reverse=True)
+    def published(name: str, some: list[Any]) -> str:
+        key, _ = rename_source_key(name.removeprefix(PEFT_PREFIX), some, [], reverse=True)
         return PEFT_PREFIX + key
 
-    return published
+    for some in (*([one] for one in renamings), renamings):
+        yield functools.partial(published, some=some)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import family_checks
 import pytest
+from peft import LoraConfig
 from safetensors.torch import load_file
 
 from cookbook.engine.model import peft_names
@@ -23,6 +24,10 @@ def test_peft_loads_every_tensor_of_an_adapter_whose_names_it_changes(laguna: fa
     family_checks.assert_same_logprobs(laguna.client, laguna.adapted)
 
 
+def test_such_an_adapter_is_merged(laguna: family_checks.Subject) -> None:
+    assert family_checks.merged(laguna) == "yes"
+
+
 def test_such_an_adapter_is_resumed_and_sampled_from_as_it_was(laguna: family_checks.Subject) -> None:
     assert family_checks.resumes(laguna) == "yes"
     service = laguna.service()
@@ -36,5 +41,6 @@ def test_such_an_adapter_is_resumed_and_sampled_from_as_it_was(laguna: family_ch
 def test_names_that_peft_leaves_as_they_are_are_saved_as_they_are(laguna: family_checks.Subject) -> None:
     model = laguna.client._trainer.base.model
     name = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
-    assert peft_names.keys_to_save(model, [name]) == {name: name}
+    config = LoraConfig(target_modules=["q_proj"])
+    assert peft_names.keys_to_save(model, config, [name]) == {name: name}
     assert peft_names.by_own_names(model, {name: 1}) == {name: 1}
