@@ -5,7 +5,7 @@ Shape suffixes: R rows. A state is [R, ...]: the last inputs of a convolution, o
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ class RecurrentStates:
     @classmethod
     def gathered(
         cls,
-        sources: Sequence[tuple[RecurrentStates, dict[Hashable, int]]],
+        sources: Sequence[tuple[RecurrentStates, dict[Any, int]]],
         order: Sequence[Any],
         num_rows: int,
     ) -> RecurrentStates:
