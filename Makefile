@@ -59,6 +59,7 @@ bench: $(BENCH_STAMP)
 	$(BIN)/python -m benchmarks.loop_overhead
 	$(BIN)/python -m benchmarks.sampling
 	$(BIN)/python -m benchmarks.hybrids
+	$(BIN)/python -m benchmarks.expert_lora
 	$(BIN)/python -m benchmarks.rendering
 	$(BIN)/python -m benchmarks.long_conversations
 	$(BIN)/python -m benchmarks.data_pipeline
