@@ -27,8 +27,9 @@ def text_decoder(model: Any) -> Any:
 
 def towers(model: Any) -> dict[str, nn.Module]:
     """Returns the modules that text alone does not run through, by name; {} if the model reads only text."""
+    # The decoder of some models is a model of text alone, with its projection to the vocabulary.
     ends = {
-        id(end) for end in (text_decoder(model), model.get_input_embeddings(), model.get_output_embeddings())
+        id(end) for end in (model.get_decoder(), model.get_input_embeddings(), model.get_output_embeddings())
     }
     text_config = model.config.get_text_config()
     is_composite = text_config is not model.config
