@@ -182,8 +182,10 @@ class Replies:
     def _remade(
         self, chat: Chat, index: int, prompt: str, whole: str, how: tuple[Template, Template, str]
     ) -> Turn:
-        self._check_nothing_is_lost(chat.under(how[0]), index, whole[len(prompt) :])
-        return Turn(prompt, *self._ended(chat, index, whole, len(prompt)), *how)
+        printed_by, prompted_by, finding = how
+        self._check_nothing_is_lost(chat.under(printed_by), index, whole[len(prompt) :])
+        said, behind = self._ended(chat, index, whole, len(prompt))
+        return Turn(prompt, said, behind, printed_by, prompted_by, finding)
 
     def _with_thought(self, chat: Chat, index: int, mode: Template) -> Iterator[tuple[Template, str, str]]:
         """Yields what the template prints before and after a thought that the reply is given, by mode."""
