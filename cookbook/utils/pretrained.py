@@ -133,8 +133,10 @@ def model_class(config: PretrainedConfig) -> tuple[Any, PretrainedConfig]:
         *auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES.values(),
         *auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values(),
     }
-    mapped = [mapping[type(config)] for mapping in mappings if type(config) in mapping]
-    named = [getattr(transformers, name, None) for name in config.architectures or () if name in names]
+    mapped: list[Any] = [mapping[type(config)] for mapping in mappings if type(config) in mapping]
+    named: list[Any] = [
+        getattr(transformers, name, None) for name in config.architectures or () if name in names
+    ]
     text_config = config.get_text_config()
     for found in (*named, *mapped):
         if found is not None and isinstance(config, found.config_class):

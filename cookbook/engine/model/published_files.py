@@ -62,7 +62,7 @@ class PublishedFiles:
         self._open: dict[Path, Any] = {}
         groups = _groups(self.files, model)
         self._group_of = {name: group for group in groups for name, _ in group.tensors}
-        self._group_of_parameter = {}
+        self._group_of_parameter: dict[str, _Group] = {}
         for group in groups:
             parameters = [group.parameter]
             if group.converter is not None:
