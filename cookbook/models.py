@@ -30,15 +30,24 @@ _RENDERER_BY_NAME = tuple(
         (r"openai/gpt-oss-(20b|120b)$", "gpt_oss"),
         (r"microsoft/phi-3-mini-(4k|128k)-instruct$", "phi3"),
         (r"qwen/qwen3\.5-(0\.8b|2b)$", "qwen3_5_disable_thinking"),
-        (r"qwen/qwen3\.5-(4b|9b|35b-a3b|122b-a10b|397b-a17b)$", "qwen3_5"),
-        (r"qwen/qwen3\.6-35b-a3b$", "qwen3_6"),
+        (r"qwen/qwen3\.5-(4b|9b|27b|35b-a3b|122b-a10b|397b-a17b)$", "qwen3_5"),
+        (r"qwen/qwen3\.6-(27b|35b-a3b)$", "qwen3_6"),
+        (r"qwen/qwen3\.8-27b$", "qwen3_8"),
+        (r"qwen/qwen3-vl-(2b|4b|8b|32b|30b-a3b|235b-a22b)-instruct$", "qwen3_vl"),
+        (r"zai-org/glm-4\.(5|5-air|6)(-fp8)?$", "glm4_5"),
+        (r"zai-org/glm-(4\.7|4\.7-flash|5)(-fp8)?$", "glm5"),
+        (r"nvidia/nvidia-nemotron-3-nano-30b-a3b-(bf16|fp8)$", "nemotron3"),
+        (r"nvidia/nvidia-nemotron-3-super-120b-a12b-(bf16|fp8)$", "nemotron3"),
+        (r"nvidia/nvidia-nemotron-3-ultra-550b-a55b-(bf16|fp8)$", "nemotron3_ultra"),
+        (r"nvidia/nvidia-nemotron-3\.5-lightning-30b-a3b-bf16$", "nemotron3_ultra"),
         (r"moonshotai/kimi-k2-instruct(-0905)?$", "kimi_k2"),
+        (r"moonshotai/kimi-k2-thinking$", "kimi_k2_thinking"),
         (r"moonshotai/kimi-k2\.5$", "kimi_k25"),
         (r"moonshotai/kimi-k2\.6$", "kimi_k26"),
         (r"deepseek-ai/deepseek-v3\.1(-terminus)?$", "deepseekv3_1"),
     )
 )
-"""These apply only if the model's published template is the one that the renderer was compared with."""
+"""These apply only if the renderer was compared with the format that the model was published with."""
 
 RENDERER_BY_TEMPLATE = {
     "a55ee1b1660128b7": "qwen3",
@@ -56,7 +65,12 @@ RENDERER_BY_TEMPLATE = {
     "52c3031506cc6033": "kimi_k25",
     "45690185067ea25c": "deepseekv3_1",
     "44f815868bf02fa4": "glm4_5",
-    "43a92aacc2e169bb": "nemotron3",
+    "43a92aacc2e169bb": "nemotron3",  # of Nano
+    "3b74d76d8b903752": "nemotron3",  # of Super
+    "82753bef5cedc493": "nemotron3_ultra",
+    "58933db77d3099b4": "nemotron3_ultra",  # of 3.5 Lightning
+    "c3cf9e34abf4f9e3": "qwen3_8",
+    "9d879ef91075acbf": "qwen3_vl",
 }
 """The renderer in the default mode of each published template, by `fingerprint`.
 

@@ -18,7 +18,7 @@ from chz.tiepin import CastError, is_subtype_instance
 __all__ = [
     "CHECKED_WITH", "NOTE_OF_AN_ARGUMENT", "CastError", "EntrypointException", "EntrypointHelpException",
     "Param", "Params", "can_be_cast", "class_defaults", "class_named", "default_of", "is_subtype_instance",
-    "missing_params", "param_of_an_item", "params_of", "plain_default", "value_at",
+    "given_value", "missing_params", "param_of_an_item", "params_of", "plain_default", "value_at",
 ]  # fmt: skip
 
 CHECKED_WITH = "0.4.0"
@@ -52,6 +52,11 @@ def value_at(blueprint: Blueprint[Any], key: str) -> tuple[Any] | None:
     """
     found = blueprint._arg_map.get_kv(key)
     return None if found is None else (found.value,)
+
+
+def given_value(config: Any, name: str) -> Any:
+    """Returns the value of a chz object's field before its munger changed it."""
+    return getattr(config, f"X_{name}")
 
 
 def default_of(param: Param) -> tuple[Any] | None:

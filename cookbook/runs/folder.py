@@ -309,6 +309,17 @@ def holds_run(path: str) -> bool:
     return checkpoints.is_file() and checkpoints.stat().st_size > 0
 
 
+def recorded_config(path: str) -> dict[str, Any] | None:
+    """Returns the config of the run in this folder; None if there is none, or it has taken no step.
+
+    Raises ConfigError if its file is damaged.
+    """
+    folder = Path(path)
+    if not (folder / "config.json").is_file() or _is_untouched(folder):
+        return None
+    return _read_run_config(folder / "config.json")
+
+
 def _text(config: dict[str, Any]) -> str:
     return json.dumps(config, indent=2, ensure_ascii=False) + "\n"
 

@@ -4,18 +4,32 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, TypeVar
 
-from cookbook.data.types import SupervisedDataset, row_counts_of
+import chz
+
+from cookbook.config.chz_private import given_value
+from cookbook.data.types import (
+    ChatDatasetBuilder,
+    ChatDatasetBuilderCommonConfig,
+    SupervisedDataset,
+    row_counts_of,
+)
 from cookbook.errors import ConfigError, DataError
 from cookbook.runs.checkpoints import FINAL, Checkpoint, CheckpointLog
-from cookbook.runs.folder import RunFolder, how_to_train_on
+from cookbook.runs.folder import RunFolder, how_to_train_on, recorded_config
 from cookbook.supervised.batches import BEGINNING, Position
 from cookbook.supervised.config import Config
 from cookbook.utils import json_files
 from cookbook.utils.json_files import JsonOrigin, Positive
 
 logger = logging.getLogger(__name__)
+
+_Config = TypeVar("_Config", Config, ChatDatasetBuilderCommonConfig)
+
+_EARLIER_DEFAULT = "chat_template"
+"""The renderer that earlier versions chose for models which now have one of their own."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +42,33 @@ class Start:
     """None if the run ends with data of unknown length."""
     rows_per_batch_before: int | None = None
     """The earlier batch size if it changes, else None."""
+
+
+def with_recorded_format(config: Config) -> Config:
+    """Returns the config with `renderer_name=chat_template` if the run that it resumes was begun so.
+
+    That was the default for models which now have a renderer of their own. A renderer that the config names
+    is kept.
+    """
+    recorded = recorded_config(config.log_path) if config.if_log_path_exists == "resume" else None
+    if recorded is None:
+        return config
+    config = _with_recorded_format(config, recorded)
+    builder, of_data = config.dataset_builder, recorded.get("dataset_builder")
+    common = of_data.get("common_config") if isinstance(of_data, dict) else None
+    if not isinstance(builder, ChatDatasetBuilder) or not isinstance(common, dict):
+        return config
+    changed = _with_recorded_format(builder.common_config, common)
+    if changed is builder.common_config:
+        return config
+    return chz.replace(config, dataset_builder=chz.replace(builder, common_config=changed))
+
+
+def _with_recorded_format(config: _Config, recorded: Mapping[str, Any]) -> _Config:
+    is_default = given_value(config, "renderer_name") is None
+    if not is_default or recorded.get("renderer_name") != _EARLIER_DEFAULT:
+        return config
+    return chz.replace(config, renderer_name=_EARLIER_DEFAULT)
 
 
 def check_length(config: Config, folder: RunFolder, checkpoints: CheckpointLog) -> None:

@@ -18,7 +18,7 @@ from cookbook.runs.checkpoints import CheckpointLog
 from cookbook.runs.folder import RunFolder, holds_run
 from cookbook.supervised.agreement import joined_alike
 from cookbook.supervised.config import Config
-from cookbook.supervised.continuation import check_length
+from cookbook.supervised.continuation import check_length, with_recorded_format
 from cookbook.supervised.preflight import check_before_work
 from cookbook.supervised.run import PendingStep, RunSummary
 from cookbook.supervised.start import start_run
@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 async def main(config: Config) -> RunSummary:
     """Runs a config to its end. Resumes an earlier run in its folder, unless `if_log_path_exists` is set."""
     console = make_console(is_quiet=not processes.current().is_main)
-    config = config.resolved()
+    config = with_recorded_format(config.resolved())
     resolved = config_files.to_json(config)
     with joined_alike(resolved) as world:
         is_resumed = config.if_log_path_exists == "resume" and world.on_rank0(

@@ -78,6 +78,21 @@ def test_a_file_or_a_folder_without_a_config_is_not_a_model(tmp_path: Path) -> N
         ("moonshotai/Kimi-K2-Instruct", "kimi_k2"),
         ("moonshotai/Kimi-K2.5", "kimi_k25"),
         ("deepseek-ai/DeepSeek-V3.1", "deepseekv3_1"),
+        ("Qwen/Qwen3.5-27B", "qwen3_5"),
+        ("Qwen/Qwen3.6-27B", "qwen3_6"),
+        ("Qwen/Qwen3.8-27B", "qwen3_8"),
+        ("Qwen/Qwen3-VL-8B-Instruct", "qwen3_vl"),
+        ("Qwen/Qwen3-VL-30B-A3B-Instruct", "qwen3_vl"),
+        ("zai-org/GLM-4.5-Air", "glm4_5"),
+        ("zai-org/GLM-4.6", "glm4_5"),
+        ("zai-org/GLM-4.7-Flash", "glm5"),
+        ("zai-org/GLM-5-FP8", "glm5"),
+        ("nvidia/NVIDIA-Nemotron-3-Nano-30B-A3B-BF16", "nemotron3"),
+        ("nvidia/NVIDIA-Nemotron-3-Super-120B-A12B-BF16", "nemotron3"),
+        ("nvidia/NVIDIA-Nemotron-3-Ultra-550B-A55B-FP8", "nemotron3_ultra"),
+        ("nvidia/NVIDIA-Nemotron-3.5-Lightning-30B-A3B-BF16", "nemotron3_ultra"),
+        ("moonshotai/Kimi-K2-Thinking", "kimi_k2_thinking"),
+        ("moonshotai/Kimi-K2.6", "kimi_k26"),
     ],
 )
 def test_the_renderer_of_a_known_model_is_known_without_loading_it(model_name: str, renderer: str) -> None:
@@ -102,7 +117,7 @@ def test_a_published_template_has_the_renderer_that_was_compared_with_it() -> No
         "llama3_1": "llama3", "gemma3": "gemma3", "gptoss": "gpt_oss", "phi3": "phi3", "qwen3_5": "qwen3_5",
         "qwen3_5_small": "qwen3_5_disable_thinking", "qwen3_6": "qwen3_6", "kimi_k2": "kimi_k2",
         "kimi_k2_5": "kimi_k25", "deepseek_v3_1": "deepseekv3_1",
-        "glm4_5": "glm4_5", "nemotron3_nano": "nemotron3",
+        "glm4_5": "glm4_5", "nemotron3_nano": "nemotron3", "qwen3_vl": "qwen3_vl",
     }  # fmt: skip
     found = {
         name: models.RENDERER_BY_TEMPLATE[models.fingerprint(chat_formats.published_template(name))]

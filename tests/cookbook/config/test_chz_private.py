@@ -44,6 +44,11 @@ class Whole:
     count: int = chz.field(default=3, validator=chz.validators.ge(0))
 
 
+@chz.chz
+class Munged:
+    size: int | None = chz.field(default=None, munger=chz.mungers.if_none(lambda self: 7))
+
+
 @contextmanager
 def naming_the_versions() -> Iterator[None]:
     """Adds to a failure the version of chz that fails here and the version that was checked."""
@@ -110,6 +115,13 @@ def test_a_text_is_cast_and_a_name_of_a_class_is_looked_up() -> None:
         assert not chz_private.can_be_cast(item, "seven")
         assert chz_private.is_subtype_instance(None, int | None)
         assert not chz_private.is_subtype_instance(None, int)
+
+
+def test_the_given_value_of_a_field_is_the_one_before_its_munger() -> None:
+    with naming_the_versions():
+        munged = Munged()
+        assert (munged.size, chz_private.given_value(munged, "size")) == (7, None)
+        assert chz_private.given_value(chz.replace(munged, size=7), "size") == 7
 
 
 def test_errors_have_the_classes_and_the_notes_that_are_expected() -> None:

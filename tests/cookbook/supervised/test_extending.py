@@ -218,6 +218,27 @@ def test_a_folder_of_an_earlier_version_can_be_extended(runs: Runs) -> None:
     assert_same_end(old, folder)
 
 
+def test_a_run_begun_when_its_model_had_no_renderer_of_its_own_continues_with_its_chat_template(
+    server: Any, runs: Runs, tiny_qwen3: str
+) -> None:
+    model = runs.folder / "Qwen" / "Qwen3-0.6B"  # a name with the default renderer `qwen3`
+    shutil.copytree(tiny_qwen3, model)
+    renamed = Runs(server, runs.folder, str(model), runs.folder / "chats.jsonl")
+    begun: dict[str, Any] = {"renderer_name": "chat_template", "data": {"common_config": {
+        "model_name_for_tokenizer": str(model), "batch_size": 4, "renderer_name": "chat_template",
+    }}}  # fmt: skip
+    renamed("old", max_steps=3, **begun)
+    message = renamed.refused("old", max_steps=6, renderer_name="qwen3")
+    assert "renderer_name" in renamed.printed("old"), message
+    folder = renamed("old", max_steps=6)
+    assert [row["step"] for row in rows_of(folder)] == list(range(7))
+    recorded = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    assert recorded["renderer_name"] == "chat_template"
+    assert recorded["dataset_builder"]["common_config"]["renderer_name"] == "chat_template"
+    begun_now = json.loads((renamed("now", max_steps=1) / "config.json").read_text(encoding="utf-8"))
+    assert begun_now["renderer_name"] == "qwen3"
+
+
 # -- the best, and patience -------------------------------------------------------------------
 
 STOPPING = {
