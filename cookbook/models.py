@@ -27,6 +27,7 @@ _RENDERER_BY_NAME = tuple(
         (r"qwen/qwen2\.5-[\d.]+b-instruct$", "qwen2_5"),
         (r"meta-llama/(meta-)?llama-3(\.1)?-\d+b-instruct$", "llama3"),
         (r"google/gemma-3-(270m|1b|4b|12b|27b)-it$", "gemma3"),
+        (r"google/gemma-4-(e2b|e4b|12b|26b-a4b|31b)-it$", "gemma4"),
         (r"openai/gpt-oss-(20b|120b)$", "gpt_oss"),
         (r"microsoft/phi-3-mini-(4k|128k)-instruct$", "phi3"),
         (r"qwen/qwen3\.5-(0\.8b|2b)$", "qwen3_5_disable_thinking"),
@@ -56,6 +57,8 @@ RENDERER_BY_TEMPLATE = {
     "ba03a121d097859c": "llama3",  # of Llama 3
     "93c0e9aa3629bbd7": "llama3",  # of Llama 3.1
     "8d9e3a3c114fb205": "gemma3",
+    "6a1015c47ccfcfa6": "gemma4",  # of 12B and larger models
+    "603a42db292c2527": "gemma4",  # of E2B and E4B
     "a4c9919cbbd4acdd": "gpt_oss",
     "dcaee66df77bfbb7": "phi3",
     "a4aee8afcf2e0711": "qwen3_5",

@@ -7,6 +7,11 @@ from renderers.base import Renderer
 from renderers.formats.deepseekv3 import DeepSeekV3Renderer, DeepSeekV3ThinkingRenderer
 from renderers.formats.deepseekv3_1 import DeepSeekV3_1Renderer, DeepSeekV3_1ThinkingRenderer
 from renderers.formats.gemma3 import Gemma3Renderer
+from renderers.formats.gemma4 import (
+    Gemma4PreserveThinkingRenderer,
+    Gemma4Renderer,
+    Gemma4ThinkingRenderer,
+)
 from renderers.formats.glm import (
     Glm4_5DisableThinkingRenderer,
     Glm4_5Renderer,
@@ -68,6 +73,9 @@ for _renderer in (
     DeepSeekV3Renderer,
     DeepSeekV3ThinkingRenderer,
     Gemma3Renderer,
+    Gemma4PreserveThinkingRenderer,
+    Gemma4Renderer,
+    Gemma4ThinkingRenderer,
     Glm4_5DisableThinkingRenderer,
     Glm4_5Renderer,
     Glm5DisableThinkingRenderer,

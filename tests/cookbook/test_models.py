@@ -93,6 +93,8 @@ def test_a_file_or_a_folder_without_a_config_is_not_a_model(tmp_path: Path) -> N
         ("nvidia/NVIDIA-Nemotron-3.5-Lightning-30B-A3B-BF16", "nemotron3_ultra"),
         ("moonshotai/Kimi-K2-Thinking", "kimi_k2_thinking"),
         ("moonshotai/Kimi-K2.6", "kimi_k26"),
+        ("google/gemma-4-E2B-it", "gemma4"),
+        ("google/gemma-4-26B-A4B-it", "gemma4"),
     ],
 )
 def test_the_renderer_of_a_known_model_is_known_without_loading_it(model_name: str, renderer: str) -> None:
@@ -118,6 +120,7 @@ def test_a_published_template_has_the_renderer_that_was_compared_with_it() -> No
         "qwen3_5_small": "qwen3_5_disable_thinking", "qwen3_6": "qwen3_6", "kimi_k2": "kimi_k2",
         "kimi_k2_5": "kimi_k25", "deepseek_v3_1": "deepseekv3_1",
         "glm4_5": "glm4_5", "nemotron3_nano": "nemotron3", "qwen3_vl": "qwen3_vl",
+        "gemma4_12b": "gemma4", "gemma4_e2b": "gemma4",
     }  # fmt: skip
     found = {
         name: models.RENDERER_BY_TEMPLATE[models.fingerprint(chat_formats.published_template(name))]

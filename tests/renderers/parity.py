@@ -57,10 +57,16 @@ class Family:
     """The BOS and EOS tokens, and others that the template does not spell as the rest."""
     end_behind: Callable[[Mapping[str, Any]], str] = lambda reply: ""
     """The token that ends the turn of a last reply, where the template prints none."""
+    opening: str = ""
+    """What the template prints at the end of its prompt, and not before the reply that follows it."""
     other_mode: tuple[str, Mapping[str, Any]] | None = None
     """The renderer, and the options of the template, whose prompt a reply without thinking follows."""
 
 
+GEMMA4_TOKENS = (
+    "<bos>", "<turn|>", "<|turn>", "<|channel>", "<channel|>", "<|tool>", "<tool|>", "<|tool_call>",
+    "<tool_call|>", "<|tool_response>", "<tool_response|>",
+)  # fmt: skip
 GLM_TOKENS = ("[gMASK]", "<|endoftext|>", "<sop>")
 
 
@@ -105,6 +111,13 @@ FAMILIES = {
     "Llama 3": Family("llama3", ["llama3", "chat_template"], "llama3_1"),
     "Llama 3.1": Family("llama3_1", ["llama3", "chat_template"], "llama3_1"),
     "Gemma 3": Family("gemma3", ["gemma3", "chat_template"]),
+    "Gemma 4 E2B": Family("gemma4_e2b", ["gemma4"], more_tokens=GEMMA4_TOKENS),
+    "Gemma 4 12B": Family(
+        "gemma4_12b", ["gemma4"], more_tokens=GEMMA4_TOKENS, opening="<|channel>thought\n<channel|>"
+    ),
+    "Gemma 4 12B, thinking": Family(
+        "gemma4_12b", ["gemma4_thinking"], options={"enable_thinking": True}, more_tokens=GEMMA4_TOKENS
+    ),
     "Phi 3": Family("phi3", ["phi3", "chat_template"]),
     "DeepSeek V3": Family(
         "deepseekv3",
@@ -291,6 +304,10 @@ class Reference:
             **given,
         )
         is_reply = messages[-1]["role"] == "assistant" and not prompt
+        if is_reply and self._family.opening:
+            before = self.text(case, len(messages) - 1, prompt=True)
+            begun = before.removesuffix(self._family.opening)
+            printed = before + printed[len(begun) :] if printed.startswith(begun) else printed
         return f"{printed}{self._family.end_behind(messages[-1]) if is_reply else ''}"
 
     def _adapted(self, message: dict[str, Any]) -> dict[str, Any]:

@@ -97,7 +97,7 @@ def test_defaults_are_read_from_parameters_and_from_classes() -> None:
         defaults = chz_private.class_defaults(Whole)
         assert (defaults["part"], defaults["counts"], defaults["count"]) == (Part(), [], 3)
         assert chz_private.plain_default(Whole, "count") == (3,)
-        assert chz_private.plain_default(Whole, "counts") is None
+        assert chz_private.plain_default(Whole, "counts") == ([],)
         assert chz_private.plain_default(Whole, "cuont") is None
 
 
