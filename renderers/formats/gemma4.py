@@ -295,8 +295,8 @@ class Gemma4Renderer(Renderer):
             read = read_call(call.removeprefix(CALL).removesuffix(END_CALL))
             if read is None or print_call(*read) != call:
                 raise RendererError(
-                    f"Renderer `{self.name}` cannot train a tool call of message {number}, which would not be "
-                    f"read as the same call: {self._encoder.unguard(call)!r}. Give names and keys without "
+                    f"Renderer `{self.name}` cannot train a tool call of message {number}, which would not "
+                    f"be read as the same call: {self._encoder.unguard(call)!r}. Give names and keys without "
                     "`{` and `:`, or remove the message."
                 )
 
@@ -355,7 +355,7 @@ def _said(message: PlainMessage) -> str:
 
 
 def _name_of(result: PlainMessage, asked: PlainMessage) -> str:
-    """Returns the name of the function that a result is from: that of the call with its id, if there is one."""
+    """Returns the name of the function that a result is from: that of the call with its id, if any has it."""
     named = [call for call in asked.get("tool_calls", []) if call.get("id") == result.get("tool_call_id")]
     if named:
         return str((named[-1].get("function") or named[-1])["name"])
