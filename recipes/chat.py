@@ -29,6 +29,7 @@ from cookbook.errors import ConfigError
 from cookbook.types import SamplingParams
 from cookbook.utils import consoles
 from renderers import get_renderer
+from renderers.agreement import warning_of
 
 if TYPE_CHECKING:
     from cookbook.clients.service import ServiceClient
@@ -125,6 +126,11 @@ def _speakers(config: ChatConfig, service: ServiceClient) -> tuple[str, list[Spe
     params = SamplingParams(
         max_tokens=config.max_tokens, seed=config.seed, temperature=config.temperature, top_p=config.top_p
     )
+    base_tokenizer = next(iter(clients.values())).get_tokenizer()
+    if warning := warning_of(
+        get_renderer(renderer_name, base_tokenizer), base_model, models.recommended_renderer(base_model)
+    ):
+        logger.warning("%s", warning)
     context_length = models.context_length(base_model) or 2**20
     speakers = []
     for label, client in clients.items():

@@ -10,6 +10,7 @@ with more examples and a histogram of all lengths.
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import chz
@@ -24,6 +25,10 @@ from cookbook.supervised import train
 from cookbook.utils import files
 from cookbook.utils.consoles import make_console, plain, plain_line
 from recipes.sft import DEFAULTS
+from renderers import get_renderer
+from renderers.agreement import warning_of
+
+logger = logging.getLogger(__name__)
 
 
 @chz.chz
@@ -58,6 +63,9 @@ async def run(config: PreviewConfig) -> None:
     if isinstance(builder, ChatDatasetBuilder):
         common = builder.common_config
         name = common.model_name_for_tokenizer
+        renderer = get_renderer(str(common.renderer_name), models.get_tokenizer(name))
+        if warning := warning_of(renderer, name, models.recommended_renderer(name)):
+            logger.warning("%s", warning)
         facts = [f"Renderer: {common.renderer_name}", f"Trained: {common.train_on_what}"]
     tokenizer = models.get_tokenizer(name, tuple(config.add_tokens))
     number = max(config.num_examples, config.num_html_examples if config.html else 0)

@@ -69,6 +69,21 @@ def disagreement(renderer: Renderer) -> str | None:
     return f"it prints {shown} where the tokenizer's chat template prints {expected}"
 
 
+def warning_of(renderer: Renderer, model_name: str, recommended: str) -> str | None:
+    """Returns a warning about a renderer that prints another format than its model's own; None without one.
+
+    It says to use the `recommended` renderer, or the tokenizer's template if that is this one.
+    """
+    difference = disagreement(renderer)
+    if difference is None:
+        return None
+    instead = "chat_template" if recommended == renderer.name else recommended
+    return (
+        f"Renderer `{renderer.name}` does not print the format of {model_name}: {difference}. "
+        f"For this model use renderer_name={instead}."
+    )
+
+
 def _prompt(renderer: Renderer, chat: list[PlainMessage]) -> str:
     tokens = renderer.build_generation_prompt(chat).to_ints()  # type: ignore[arg-type]
     text = renderer.tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False)

@@ -8,6 +8,7 @@ compared with the renderer's prompts.
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ from renderers.messages import Tool
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
 
 ROLE_COLON = r"""
 {{- bos_token if bos_token is defined and bos_token else '' }}
@@ -47,12 +50,25 @@ ROLE_COLON = r"""
 """.strip()
 """Prints what the renderer `role_colon` does, for tokenizers without a template."""
 
-_MODES = (
-    "",
-    "{%- set enable_thinking = false %}",
-    '{%- set reasoning_effort = "low" %}',
-    '{%- set reasoning_effort = "high" %}',
+_MODES: tuple[Mapping[str, Any], ...] = (
+    {},
+    {"enable_thinking": False},
+    {"enable_thinking": True},
+    {"thinking": False},
+    {"thinking": True},
+    {"reasoning_effort": "low"},
+    {"reasoning_effort": "medium"},
+    {"reasoning_effort": "high"},
+    {"reasoning_effort": "xhigh"},
+    {"preserve_thinking": True},
+    {"enable_thinking": True, "preserve_thinking": True},
+    {"truncate_history_thinking": False},
+    {"clear_thinking": False},
+    {"low_effort": True},
+    {"medium_effort": True},
 )
+"""Variables of published templates, whose modes have renderers of their own."""
+
 _DEFAULT = "{%%- if %s is not defined %%}{%%- set %s = %s %%}{%%- endif %%}"
 _DATE = re.compile(r"""strftime_now\(\s*(["'])([^"']*)\1\s*\)""")
 
@@ -80,6 +96,30 @@ PROBES: tuple[list[Message], ...] = (
     [_SYSTEM, _USER, _REPLY, _NEXT, _REPLY, _USER],
 )
 """Conversations that a template must render as the renderer does."""
+
+_THOUGHT: Message = {**_REPLY, "reasoning_content": "Seventeen, and four."}
+_CALL: Message = {
+    "role": "assistant",
+    "content": "",
+    "reasoning_content": "I should look.",
+    "tool_calls": [
+        {
+            "id": "functions.weather:0",
+            "type": "function",
+            "function": {"name": "weather", "arguments": {"city": "Oslo"}},
+        }
+    ],
+}
+_RESULT: Message = {
+    "role": "tool", "name": "weather", "tool_call_id": "functions.weather:0", "content": "Rain."
+}  # fmt: skip
+_WITH_THINKING: tuple[list[Message], ...] = (
+    [_USER, _THOUGHT, _NEXT],
+    [_USER, _CALL, _RESULT, _THOUGHT, _NEXT],
+)
+"""Conversations that tell apart modes which keep the thinking of the history."""
+
+_ERROR = "nothing but an error"
 
 _TOOL: Tool = {
     "type": "function",
@@ -155,6 +195,7 @@ def chat_format_of(
     unread = plain.unread_template_kwargs()
     read = {name: value for name, value in plain.template_kwargs.items() if name not in unread}
     differences = []
+    in_history: tuple[str, str] | None = None
     for candidate in [template] if template is not None else _candidates(tokenizer):
         candidate = with_variables(candidate, read)
         difference = _difference(plain, candidate)
@@ -162,20 +203,35 @@ def chat_format_of(
             whole = with_system_prompt(candidate, system_prompt) if system_prompt else candidate
             difference = _difference(renderer, whole)
         if difference is None:
-            stops = renderer.get_stop_sequences()
-            return ChatFormat(
-                renderer,
-                tokenizer,
-                whole,
-                tuple(stop for stop in stops if isinstance(stop, int)),
-                tuple(stop for stop in stops if isinstance(stop, str)),
-            )
+            of_history = _difference(plain, candidate, _WITH_THINKING)
+            if of_history is None:
+                return _with_stops(renderer, whole)
+            in_history = in_history or (whole, of_history)
+            continue
         differences.append(difference)
+    if in_history is not None:
+        whole, difference = in_history
+        logger.warning(
+            "The exported chat template prints thinking in the history otherwise than in training. %s",
+            difference,
+        )
+        return _with_stops(renderer, whole)
     raise ConfigError(
         f"No known chat template prints what renderer `{renderer_name}` does with this tokenizer.\n"
         f"{differences[0]}\nGive one: chat_template=file.jinja"
         if template is None
         else f"chat_template= does not print what renderer `{renderer_name}` does. {differences[0]}"
+    )
+
+
+def _with_stops(renderer: Renderer, template: str) -> ChatFormat:
+    stops = renderer.get_stop_sequences()
+    return ChatFormat(
+        renderer,
+        renderer.tokenizer,
+        template,
+        tuple(stop for stop in stops if isinstance(stop, int)),
+        tuple(stop for stop in stops if isinstance(stop, str)),
     )
 
 
@@ -204,15 +260,21 @@ def with_system_prompt(template: str, system_prompt: str) -> str:
 def _candidates(tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
     if tokenizer.chat_template:
         own = _DATE.sub(lambda match: json.dumps(TODAY.strftime(match[2])), tokenizer.get_chat_template())
-        yield from (mode + own for mode in _MODES)
+        # Qwen3.5's template has no variable that keeps the thinking of all replies, as Qwen3.6's has.
+        for text in dict.fromkeys([own, own.replace("loop.index0 > ns.last_query_index", "true")]):
+            for mode in _MODES:
+                if all(name in text for name in mode):
+                    yield "".join(f"{{%- set {name} = {_literal(mode[name])} %}}" for name in mode) + text
         yield own.replace("<think>\\n'", "'")  # DeepSeek's, without thinking
     yield ROLE_COLON
 
 
-def _difference(renderer: Renderer, template: str) -> str | None:
+def _difference(renderer: Renderer, template: str, probes: Sequence[list[Message]] = PROBES) -> str | None:
     """Describes the first difference between a template's and the renderer's prompts; None if they agree."""
     tokenizer = renderer.tokenizer
-    for messages in PROBES:
+    for messages in probes:
+        if _CALL in messages and not renderer.takes_tools:
+            continue
         for tools in (None, [_TOOL]) if renderer.takes_tools else (None,):
             try:
                 expected = _decode(
@@ -221,6 +283,8 @@ def _difference(renderer: Renderer, template: str) -> str | None:
             except RendererError:
                 continue  # the format does not support this conversation
             found = _rendered(tokenizer, template, messages, tools)
+            if probes is _WITH_THINKING and found.startswith(_ERROR):
+                continue  # the template does not support it
             if found != expected:
                 return f"It should print {_excerpt(expected, found)} and prints {_excerpt(found, expected)}."
     return None
@@ -239,7 +303,7 @@ def _rendered(
             strftime_now=lambda format: datetime.now().strftime(format),  # as transformers defines it
         )
     except Exception as error:  # a template is foreign code and may raise anything
-        return f"nothing but an error: {error}"
+        return f"{_ERROR}: {error}"
     return _decode(tokenizer, tokenizer(text, add_special_tokens=False)["input_ids"])
 
 

@@ -42,7 +42,7 @@ from cookbook.supervised.step_times import StepTimes
 from cookbook.trace import Recorder
 from cookbook.utils.tables import Table
 from renderers import get_renderer
-from renderers.agreement import disagreement
+from renderers.agreement import warning_of
 
 if TYPE_CHECKING:
     from cookbook.clients.training import TrainingClient
@@ -123,17 +123,9 @@ def _chat_format(config: Config) -> dict[str, str]:
 
 def _warn_about_template(model_name: str, renderer_name: str) -> None:
     """Warns if the renderer prints another format than the model's own, naming the one to use."""
-    difference = disagreement(get_renderer(renderer_name, models.get_tokenizer(model_name)))
-    if difference is not None:
-        recommended = models.recommended_renderer(model_name)
-        instead = "chat_template" if recommended == renderer_name else recommended
-        logger.warning(
-            "Renderer `%s` does not print the format of %s: %s. For this model use renderer_name=%s.",
-            renderer_name,
-            model_name,
-            difference,
-            instead,
-        )
+    renderer = get_renderer(renderer_name, models.get_tokenizer(model_name))
+    if warning := warning_of(renderer, model_name, models.recommended_renderer(model_name)):
+        logger.warning("%s", warning)
 
 
 def _warn_about_chat_formats(config: Config, is_resumed: bool) -> None:

@@ -88,6 +88,20 @@ _GPT_OSS = (
 )
 _DEEPSEEK = ("<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>")
 
+_GLM = (
+    "", "<|endoftext|>", "[gMASK]", "<sop>", "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>",
+    "/nothink", "<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>",
+)  # fmt: skip
+_KIMI = (
+    "", "<|im_end|>", "<|im_system|>", "<|im_user|>", "<|im_assistant|>", "<|im_middle|>",
+    "<|tool_calls_section_begin|>", "<|tool_calls_section_end|>", "<|tool_call_begin|>",
+    "<|tool_call_argument_begin|>", "<|tool_call_end|>", "<think>", "</think>",
+)  # fmt: skip
+_GEMMA4 = (
+    "<bos>", "<eos>", "<|turn>", "<turn|>", "<|channel>", "<channel|>", "<|tool>", "<tool|>", "<|tool_call>",
+    "<tool_call|>", "<|tool_response>", "<tool_response|>", '<|"|>', "<|think|>",
+)  # fmt: skip
+
 FORMATS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "qwen3": ("qwen3", "qwen3", _CHATML),
     "qwen3_disable_thinking": ("qwen3_disable_thinking", "qwen3", _CHATML),
@@ -103,6 +117,37 @@ FORMATS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "gpt_oss_high": ("gpt_oss_high", "gptoss", _GPT_OSS),
     "deepseekv3": ("deepseekv3", "deepseekv3", _DEEPSEEK),
     "deepseekv3_thinking": ("deepseekv3_thinking", "deepseekv3", _DEEPSEEK),
+    **{
+        f"qwen3_5{mode}": (f"qwen3_5{mode}", "qwen3_5", _CHATML)
+        for mode in ("", "_disable_thinking", "_preserve_thinking")
+    },
+    **{
+        f"qwen3_6{mode}": (f"qwen3_6{mode}", "qwen3_6", _CHATML)
+        for mode in ("", "_disable_thinking", "_preserve_thinking")
+    },
+    **{
+        f"qwen3_8{mode}": (f"qwen3_8{mode}", "qwen3_8", _CHATML)
+        for mode in ("", "_xhigh_reasoning", "_medium_reasoning", "_low_reasoning", "_disable_thinking")
+    },
+    **{name: (name, "qwen3_vl", _CHATML) for name in ("qwen3_vl", "qwen3_vl_instruct")},
+    **{name: (name, "glm4_5", _GLM) for name in ("glm4_5", "glm4_5_disable_thinking")},
+    **{name: (name, "glm5", _GLM) for name in ("glm5", "glm5_disable_thinking")},
+    **{
+        f"nemotron3{mode}": (f"nemotron3{mode}", "nemotron3_nano", _CHATML)
+        for mode in ("", "_disable_thinking", "_preserve_thinking")
+    },
+    "kimi_k2": ("kimi_k2", "kimi_k2", _KIMI),
+    **{
+        name: (name, "kimi_k2_5", _KIMI)
+        for name in ("kimi_k25", "kimi_k26", "kimi_k25_disable_thinking", "kimi_k26_disable_thinking")
+    },
+    "kimi_k26_preserve_thinking": ("kimi_k26_preserve_thinking", "kimi_k2_5", _KIMI),
+    **{name: (name, "deepseek_v3_1", _DEEPSEEK) for name in ("deepseekv3_1", "deepseekv3_1_thinking")},
+    **{
+        f"{name} of {size}": (name, f"gemma4_{size}", _GEMMA4)
+        for name in ("gemma4", "gemma4_thinking", "gemma4_preserve_thinking")
+        for size in ("12b", "e2b")
+    },
     "role_colon": ("role_colon", "", ("<s>", "</s>")),
     "role_colon over a template": ("role_colon", "qwen3", _CHATML),
 }
@@ -139,6 +184,12 @@ def tokenizer_of() -> Callable[[str], Any]:
 def formatted(request: pytest.FixtureRequest) -> tuple[str, Any]:
     """The name of a renderer and a tokenizer for it, for all renderers."""
     return FORMATS[request.param][0], _tokenizer_of(request.param)
+
+
+@pytest.fixture(scope="session")
+def exported_names() -> set[str]:
+    """The names of the renderers in `formatted`."""
+    return {name for name, _, _ in FORMATS.values()}
 
 
 @pytest.fixture

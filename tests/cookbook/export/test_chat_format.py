@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 from cookbook.errors import ConfigError
 from cookbook.export.chat_format import ChatFormat, chat_format_of, find_chat_format
 from cookbook.runs.find import find_trained_model
-from renderers import Message
+from renderers import Message, renderer_names
 
 SYSTEM_PROMPT = 'Talk like a "pirate" {{ x }} {% y %}.\n\nUse \\n, \t and 🦜 — “rarely”.'
 
@@ -44,6 +44,35 @@ def test_the_exported_template_prints_the_prompts_of_the_renderer(
     for messages in CONVERSATIONS:
         expected = chat_format.renderer.build_generation_prompt(messages).to_ints()
         assert rendered(chat_format, messages) == expected
+
+
+THOUGHT: Message = {**REPLY, "reasoning_content": "Two and two."}
+TELLS_ALL_THINKING = {
+    "qwen3_5_preserve_thinking",
+    "qwen3_6_preserve_thinking", "qwen3_8", "nemotron3_preserve_thinking", "kimi_k26_preserve_thinking",
+}  # fmt: skip
+
+
+def test_the_exported_template_prints_the_thinking_of_the_history_as_in_training(
+    formatted: tuple[str, Any],
+) -> None:
+    chat_format = chat_format_of(*formatted)
+    if chat_format.renderer.name in ("role_colon", "chat_template"):
+        pytest.skip("has no thinking")
+    messages = [USER, THOUGHT, OTHER]
+    expected = chat_format.renderer.build_generation_prompt(messages).to_ints()
+    assert rendered(chat_format, messages) == expected
+    has_thinking = "Two and two." in chat_format.tokenizer.decode(expected)
+    assert has_thinking == (formatted[0] in TELLS_ALL_THINKING or formatted[0].startswith("qwen3_8"))
+
+
+def test_every_renderer_whose_template_is_here_is_exported(exported_names: set[str]) -> None:
+    without = {
+        "chat_template", "qwen3_5_preserve_thinking", "kimi_k2_thinking", "nemotron3_low_thinking",
+        "nemotron3_ultra", "nemotron3_ultra_disable_thinking", "nemotron3_ultra_medium_thinking",
+        "nemotron3_ultra_preserve_thinking",
+    }  # fmt: skip
+    assert exported_names | without == {*renderer_names()}
 
 
 def test_replies_end_at_the_stop_sequences_of_the_renderer(formatted: tuple[str, Any]) -> None:
