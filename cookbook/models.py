@@ -110,8 +110,8 @@ def canonical_name(model_name: str) -> str:
 def load_from_hub_or_disk(what: str, model_name: str, load: Any, **options: Any) -> Any:
     """Returns `load(location, **options)` from a folder, the hub's cache, or the hub, in this order.
 
-    `load` is a function of `pretrained`, which runs no code that comes with a model. Raises ModelError saying
-    what to do.
+    `load` is a function of `pretrained`, which runs code that comes with a model only with the user's
+    permission. Raises ModelError saying what to do.
     """
     location = model_location(model_name)
     is_folder = Path(location).is_dir()
@@ -131,8 +131,8 @@ def load_from_hub_or_disk(what: str, model_name: str, load: Any, **options: Any)
     except Exception as error:  # transformers and its backends raise many kinds of errors for a bad folder
         if "trust_remote_code" in str(error):
             raise ModelError(
-                f"Cannot load the {what} of {model_name!r}: it needs code that comes with the model, "
-                f"which is never run. Give a model of an architecture that transformers itself has."
+                f"Cannot load the {what} of {model_name!r}: it needs code that comes with the model, which is "
+                f"not run. {pretrained.TRUST} Or give a model of an architecture that transformers has."
             ) from error
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         repair = (

@@ -22,7 +22,7 @@ from cookbook.errors import ModelError
 from cookbook.export.chat_format import ChatFormat
 from cookbook.export.merge import base_model_folder, merged_weights
 from cookbook.runs.find import TrainedModel
-from cookbook.utils import json_files, weight_files
+from cookbook.utils import json_files, pretrained, weight_files
 from cookbook.utils.json_files import JsonOrigin
 
 _HALF = (torch.bfloat16, torch.float16)
@@ -47,6 +47,11 @@ def write_merged(
     load. A `dtype` of auto keeps each in the type in which the base model stores it.
     """
     base_folder = base_model_folder(source)
+    if pretrained.is_of_own_code(models.load_config(source.base_model)):
+        raise ModelError(
+            f"{source.base_model!r} needs code that comes with the model, which is not copied into an export. "
+            "Export format=adapter."
+        )
     config = read_json(base_folder / "config.json")
     config.pop("_name_or_path", None)
     weights = merged_weights(source, base_folder)

@@ -1,7 +1,7 @@
 """Loads published configs, tokenizers and models, from a folder or the hub. No other file does.
 
-Published files are treated as data. Code that comes with a model is never imported, and the user is not asked
-about it. Weights are read from safetensors: a pickle can run code, so it is refused with instructions to
+Published files are treated as data. Code that comes with a model is not imported, and the user is not asked
+about it, unless the environment names this very model (`runs_code_of`). Weights are read from safetensors: a pickle can run code, so it is refused with instructions to
 convert it. A config is checked before it is used, because it may name code on the hub, or sizes that fill the
 memory.
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import base64
 import math
+import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -23,8 +24,12 @@ from cookbook.utils.json_files import JsonOrigin
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-_NO_CODE: dict[str, Any] = {"trust_remote_code": False}
-"""Passed explicitly, because transformers would otherwise ask on standard input."""
+TRUST_VARIABLE = "COOKBOOK_TRUST_REMOTE_CODE"
+"""An environment variable with the models whose code may run: hub ids and folders, separated by commas.
+
+It is no key of a config, because configs, run folders and checkpoints may be from somebody else.
+"""
+TRUST = f"Where you have read that code and trust it, name the model in {TRUST_VARIABLE}."
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 MAX_SIZE = 2**24
@@ -51,11 +56,34 @@ def load_config(location: str | Path, local_files_only: bool = False) -> Pretrai
     from transformers import AutoConfig
 
     _check_config_file(location, local_files_only)
-    _check_model_type(location, local_files_only)
+    needs_code = _check_model_type(location, local_files_only)
+    # trust_remote_code is always passed, because transformers would otherwise ask on standard input
     config: PretrainedConfig = AutoConfig.from_pretrained(
-        location, local_files_only=local_files_only, **_NO_CODE
+        location, local_files_only=local_files_only, trust_remote_code=needs_code
     )
     return config
+
+
+def runs_code_of(location: str | Path) -> bool:
+    """Returns whether the user named this model in COOKBOOK_TRUST_REMOTE_CODE, so that its code may run.
+
+    A folder is named by its path, a model on the hub by its id. A folder with the name of a hub id is not
+    that model.
+    """
+    names = [name.strip() for name in os.environ.get(TRUST_VARIABLE, "").split(",") if name.strip()]
+    if not Path(location).is_dir():
+        return str(location) in names
+    folder = Path(location).resolve()
+    return any(Path(name).is_absolute() and Path(name).resolve() == folder for name in map(_expanded, names))
+
+
+def _expanded(name: str) -> str:
+    return os.path.abspath(os.path.expanduser(name)) if name.startswith((".", "~", "/")) else name
+
+
+def is_of_own_code(model_or_config: Any) -> bool:
+    """Returns whether the class is code that came with a model, which transformers keeps in a package."""
+    return type(model_or_config).__module__.startswith("transformers_modules.")
 
 
 def load_tokenizer(location: str | Path, local_files_only: bool = False) -> PreTrainedTokenizerBase:
@@ -65,7 +93,7 @@ def load_tokenizer(location: str | Path, local_files_only: bool = False) -> PreT
         _check_config_file(location, local_files_only)
     _check_tokenizer_file(location, local_files_only)
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-        location, local_files_only=local_files_only, **_NO_CODE
+        location, local_files_only=local_files_only, trust_remote_code=runs_code_of(location)
     )
     return tokenizer
 
@@ -147,14 +175,22 @@ def model_class(config: PretrainedConfig) -> tuple[Any, PretrainedConfig]:
             return found, text_config
     if mapped:  # a config of its own for another model's class
         return mapped[0], config
+    if is_of_own_code(config) and (name := (config.auto_map or {}).get("AutoModelForCausalLM")):
+        from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+        assert runs_code_of(config.name_or_path), "the class of the config was imported without permission"
+        return get_class_from_dynamic_module(name, config.name_or_path), config
     raise ModelError(
         f"transformers {transformers.__version__} has no class that continues a text for "
         f"{_described(config.model_type, config.architectures)}. Give a language model."
     )
 
 
-def _check_model_type(location: str | Path, local_files_only: bool) -> None:
-    """Raises ModelError if the installed transformers does not know the model's type, saying what has it."""
+def _check_model_type(location: str | Path, local_files_only: bool) -> bool:
+    """Returns whether the model's type is defined by code that comes with it, and that may run.
+
+    Raises ModelError if the installed transformers does not know the type otherwise, saying what has it.
+    """
     import transformers
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -162,14 +198,17 @@ def _check_model_type(location: str | Path, local_files_only: bool) -> None:
     values = {} if path is None else _read(path)[0]
     model_type = values.get("model_type")
     if model_type is None or model_type in CONFIG_MAPPING:
-        return  # transformers guesses a missing type from the name
+        return False  # transformers guesses a missing type from the name
+    if values.get("auto_map") and runs_code_of(location):
+        return True
+    own_code = bool(values.get("auto_map"))
     saved_with = values.get("transformers_version")
     newer = f" ({path} was written by {saved_with})" if isinstance(saved_with, str) else ""
     raise ModelError(
         f"transformers {transformers.__version__} has no class for "
         f"{_described(model_type, values.get('architectures'))}.\n"
         f"Where a newer transformers has it{newer}, update: pip install -U transformers."
-        + ("\nIt needs code that comes with the model, which is never run." if values.get("auto_map") else "")
+        + (f"\nIt needs code that comes with the model, which is not run. {TRUST}" if own_code else "")
     )
 
 
@@ -261,17 +300,28 @@ def _check_config_file(location: str | Path, local_files_only: bool) -> None:
         return  # transformers reports what is missing
     values, origin = _read(path)
     json_files.check(values, {"model_type": str | None, "auto_map": dict[str, Any] | None}, origin)
+    _check_code(path, values, location)
     for key, value in _leaves(values, ""):
         name = key.rpartition(".")[2]
         # an implementation may also be chosen per part
         is_choice = any(part.endswith("implementation") for part in key.split("."))
         if is_choice and isinstance(value, str) and "/" in value:
             raise ModelError(
-                f"{path} names code on the hub: {key}={json_files.shown(value)}. Code that comes with a "
-                f"model is never run. Remove that key: the attention is chosen here."
+                f"{path} names code on the hub: {key}={json_files.shown(value)}. Such code is never run. "
+                f"Remove that key: the attention is chosen here."
             )
         if type(value) is int and (most := _max_size(name)) is not None and value > most:
             origin.refuse(f"`{key}` is {json_files.shown(value)}, and {most:,} is the most that is built")
+
+
+def _check_code(path: Path, values: Mapping[str, Any], location: str | Path) -> None:
+    """Raises ModelError if a model whose code may run names code of another repository."""
+    for key, value in _leaves(values.get("auto_map"), "auto_map"):
+        if isinstance(value, str) and "--" in value and runs_code_of(location):
+            raise ModelError(
+                f"{path} names code of another repository: {key}={json_files.shown(value)}. {TRUST_VARIABLE} "
+                f"allows only the code in the model's own folder."
+            )
 
 
 def _max_size(name: str) -> int | None:
@@ -297,7 +347,8 @@ def _check_tokenizer_file(location: str | Path, local_files_only: bool) -> None:
     config, origin = ({}, None) if config_path is None else _read(config_path)
     if origin is not None and config.get("fast_tokenizer_files"):
         origin.refuse("`fast_tokenizer_files` names other files for other versions, which are not read here")
-    if origin is not None:
+    if config_path is not None and origin is not None:
+        _check_code(config_path, config, location)
         _check_template_names(config.get("chat_template"), origin)
     path = _file_of(location, "tokenizer.json", local_files_only)
     if path is None:

@@ -1,4 +1,4 @@
-"""No command runs code that comes with a model, whatever standard input answers."""
+"""No command runs code that comes with a model unless COOKBOOK_TRUST_REMOTE_CODE names that model."""
 
 from __future__ import annotations
 
@@ -140,7 +140,8 @@ def test_a_model_of_an_unknown_architecture_is_refused_without_running_its_code(
         assert code == 0, error
         return
     assert code != 0
-    assert "code that comes with the model, which is never run" in " ".join(error.split()), error
+    assert "code that comes with the model, which is not run" in " ".join(error.split()), error
+    assert "name the model in COOKBOOK_TRUST_REMOTE_CODE" in " ".join(error.split()), error
     assert "Traceback" not in error
 
 
@@ -159,6 +160,53 @@ def test_a_model_of_a_known_architecture_is_loaded_without_its_code(
     run(recipe, argv, monkeypatch)
     assert not decoy.exists()
     assert "Traceback" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["sft", "chat", "export adapter", "sft full", "export merged"])
+def test_the_code_of_a_model_that_the_user_names_runs_and_no_other(
+    name: str,
+    base: Path,
+    adapter: Path,
+    rows: Path,
+    decoy: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    rewrite(base / "config.json", model_type="of_its_own", architectures=["Model"])
+    recipe, argv = commands(base, adapter, rows, tmp_path / "run")[name]
+    others = [str(base.parent), "base", f"{base}2", "", "*", "True", "1", base.name]
+    monkeypatch.setenv("COOKBOOK_TRUST_REMOTE_CODE", ",".join(others))
+    assert run(recipe, argv, monkeypatch) == (0 if name == "export adapter" else 1)
+    assert not decoy.exists()
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setenv("COOKBOOK_TRUST_REMOTE_CODE", f"org/other, {base}")
+    capsys.readouterr()
+    again = {"sft": ["if_log_path_exists=delete"], "export": ["overwrite=True"]}.get(recipe, [])
+    code = run(recipe, [*argv, *again], monkeypatch)
+    error = " ".join(capsys.readouterr().err.split())
+    assert decoy.exists(), error
+    if name in ("sft full", "export merged"):
+        assert code != 0
+        assert "which is not copied" in error
+    else:
+        assert code == 0, error
+
+
+@pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])
+def test_a_model_that_the_user_names_brings_no_code_of_another(
+    file: str,
+    base: Path,
+    decoy: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    auto_map = {**AUTO_MAP, "AutoTokenizer": ["org/other--modeling.Tokenizer", None]}
+    rewrite(base / file, model_type="of_its_own", auto_map=auto_map)
+    monkeypatch.setenv("COOKBOOK_TRUST_REMOTE_CODE", str(base))
+    assert run("chat", [f"model_name={base}"], monkeypatch) != 0
+    assert "names code of another repository" in " ".join(capsys.readouterr().err.split())
+    assert not decoy.exists()
 
 
 def test_an_export_names_no_code(

@@ -31,6 +31,7 @@ from cookbook.engine.model.dropout import DropoutKeys
 from cookbook.engine.model.targets import find_targets, unused_layers
 from cookbook.errors import ConfigError
 from cookbook.types import LoraConfig
+from cookbook.utils import pretrained
 
 GLOBAL_STATE = threading.Lock()
 """This lock is held while a model loads or an adapter is initialised, because both change global state."""
@@ -79,6 +80,11 @@ class Adapters:
 
         if lora.rank == 0:
             assert self._peft is None, "a model whose own weights are trained carries no adapter"
+            if pretrained.is_of_own_code(self._model):
+                raise ConfigError(
+                    f"lora_rank=0 is not supported for {self._model_name}: its checkpoints would need the code "
+                    f"that comes with the model, which is not copied. Set lora_rank to at least 1."
+                )
             return Adapter("", lora, full_weights.train_all(self._model))
         name = f"adapter{next(self._numbers)}"
         if lora.peft is None:
