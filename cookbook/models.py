@@ -131,8 +131,8 @@ def load_from_hub_or_disk(what: str, model_name: str, load: Any, **options: Any)
     except Exception as error:  # transformers and its backends raise many kinds of errors for a bad folder
         if "trust_remote_code" in str(error):
             raise ModelError(
-                f"Cannot load the {what} of {model_name!r}: it needs code that comes with the model, which is "
-                f"not run. {pretrained.TRUST} Or give a model of an architecture that transformers has."
+                f"Cannot load the {what} of {model_name!r}: it needs code that comes with the model, which "
+                f"is not run. {pretrained.TRUST} Or give a model of an architecture that transformers has."
             ) from error
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         repair = (

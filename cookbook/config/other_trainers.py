@@ -61,8 +61,8 @@ _DDP = "Processes are started by torchrun, which sets it. Remove it"
 _SEED = "Use `seed`"
 _SFT = "Only supervised fine-tuning is done. Remove it"
 _TRUST = (
-    "Code from a model's repository runs only if the environment variable COOKBOOK_TRUST_REMOTE_CODE names the "
-    "model. Remove it"
+    "Code from a model's repository runs only if the environment variable COOKBOOK_TRUST_REMOTE_CODE names "
+    "the model. Remove it"
 )
 _LORA_ONLY = (
     "A new adapter is a plain LoRA or, with `use_rslora`, an rsLoRA. `load_checkpoint_path` also continues "

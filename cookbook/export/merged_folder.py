@@ -49,8 +49,8 @@ def write_merged(
     base_folder = base_model_folder(source)
     if pretrained.is_of_own_code(models.load_config(source.base_model)):
         raise ModelError(
-            f"{source.base_model!r} needs code that comes with the model, which is not copied into an export. "
-            "Export format=adapter."
+            f"{source.base_model!r} needs code that comes with the model, which is not copied into an "
+            "export. Export format=adapter."
         )
     config = read_json(base_folder / "config.json")
     config.pop("_name_or_path", None)

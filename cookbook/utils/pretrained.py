@@ -1,9 +1,9 @@
 """Loads published configs, tokenizers and models, from a folder or the hub. No other file does.
 
 Published files are treated as data. Code that comes with a model is not imported, and the user is not asked
-about it, unless the environment names this very model (`runs_code_of`). Weights are read from safetensors: a pickle can run code, so it is refused with instructions to
-convert it. A config is checked before it is used, because it may name code on the hub, or sizes that fill the
-memory.
+about it, unless the environment names this very model (`runs_code_of`). Weights are read from safetensors: a
+pickle can run code, so it is refused with instructions to convert it. A config is checked before it is used,
+because it may name code on the hub, or sizes that fill the memory.
 """
 
 from __future__ import annotations

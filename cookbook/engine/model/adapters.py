@@ -82,8 +82,8 @@ class Adapters:
             assert self._peft is None, "a model whose own weights are trained carries no adapter"
             if pretrained.is_of_own_code(self._model):
                 raise ConfigError(
-                    f"lora_rank=0 is not supported for {self._model_name}: its checkpoints would need the code "
-                    f"that comes with the model, which is not copied. Set lora_rank to at least 1."
+                    f"lora_rank=0 is not supported for {self._model_name}: its checkpoints would need the "
+                    f"code that comes with the model, which is not copied. Set lora_rank to at least 1."
                 )
             return Adapter("", lora, full_weights.train_all(self._model))
         name = f"adapter{next(self._numbers)}"
