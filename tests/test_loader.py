@@ -58,7 +58,7 @@ def test_nothing_is_unpickled(path: Path) -> None:
     assert not found
 
 
-def test_the_loader_trusts_no_code_in_any_of_its_calls() -> None:
+def test_the_loader_asks_in_each_of_its_calls_whether_code_may_run() -> None:
     tree = ast.parse(LOADER.read_text(encoding="utf-8"))
     calls = [
         node
@@ -73,8 +73,8 @@ def test_the_loader_trusts_no_code_in_any_of_its_calls() -> None:
     assert len(automatic) == 2
     assert others == {"found.from_pretrained", "PeftModel.from_pretrained"}
     for call in automatic:
-        starred = [ast.unparse(word.value) for word in call.keywords if word.arg is None]
-        assert "_NO_CODE" in starred, ast.unparse(call)
+        (trusts,) = [ast.unparse(word.value) for word in call.keywords if word.arg == "trust_remote_code"]
+        assert trusts in ("needs_code", "runs_code_of(location)"), ast.unparse(call)
 
 
 @pytest.mark.parametrize(
