@@ -41,7 +41,7 @@ from cookbook.engine.model.text_part import by_published_names, frozen_parameter
 from cookbook.engine.model.unembedding import BlockSizes, Head, Scores, TokenLoss
 from cookbook.engine.options import EngineOptions
 from cookbook.engine.training.optimizer import bytes_to_train, bytes_to_undo
-from cookbook.errors import ConfigError
+from cookbook.errors import ConfigError, ModelError
 
 logger = logging.getLogger(__name__)
 
@@ -162,6 +162,7 @@ class BaseModel:
             sequences.append(TokenSequence(ids_T, ids_T, np.ones(length, np.float32), {}))
         alone = [pack([sequence], self.device, trained_only=False) for sequence in sequences]
         expected_S = torch.cat([self.logprobs_of_whole_model(batch) for batch in alone])
+        self._check_causal(sequences[0], expected_S[: len(sequences[0])])
 
         def why_not(compute: Callable[[], Tensor]) -> str | None:
             try:
@@ -192,6 +193,20 @@ class BaseModel:
             self.is_packed = False
             self.model.set_attn_implementation(own_attention)
             logger.info("%s runs one sequence at a time: it cannot be packed (%s).", self.name, reason)
+
+    def _check_causal(self, sequence: TokenSequence, expected_S: Tensor) -> None:
+        """Raises ModelError if a token's log-probability changes with a later token, as in prefix models."""
+        changed_T = sequence.tokens_T.copy()
+        changed_T[-1] = (changed_T[-1] + 1) % self.vocab_size
+        changed = pack([replace(sequence, tokens_T=changed_T)], self.device, trained_only=False)
+        before_S, after_S = expected_S[:-1], self.logprobs_of_whole_model(changed)[:-1]
+        difference = ((after_S - before_S).abs() / before_S.abs()).max().item()
+        if difference > (1e-3 if self.dtype == torch.float32 else 0.05):
+            raise ModelError(
+                f"{self.name} ({type(self.model).__name__}) attends to later tokens: log-probabilities move "
+                f"by {difference:.1%} when a later token is changed. In training it would read the tokens "
+                f"that it has to predict. Choose a causal language model."
+            )
 
     def _logprobs_of_plain_head(self, alone: list[PackedBatch]) -> Tensor:
         """Returns the log-probabilities from blocks of logits, after setting how logits are scaled."""

@@ -314,10 +314,27 @@ def _module_to_save(name: str, config: Mapping[str, Any]) -> str | None:
 
 def _holds_target_parameter(module: str, config: Mapping[str, Any]) -> bool:
     """Returns whether a module has a weight in `target_parameters`, on which PEFT nests its layers."""
+    return bool(_target_parameters_in(_without_nesting(module), config))
+
+
+def _target_parameters_in(holder: str, config: Mapping[str, Any]) -> set[str]:
+    """Returns the own names of the weights of a module that `target_parameters` names.
+
+    PEFT itself writes `gate_up_proj` and `down_proj` for experts that were targeted by `gate_proj`, `up_proj`
+    and `down_proj`. Such a name may be of any module that is not targeted as a whole.
+    """
+    found = set()
+    for name in config.get("target_parameters") or ():
+        prefix, _, weight = name.rpartition(".")
+        if f".{holder}".endswith(f".{prefix}") if prefix else not _is_target(holder, config, Path()):
+            found.add(weight)
+    return found
+
+
+def _without_nesting(module: str) -> str:
     while module.endswith(".base_layer"):
         module = module.removesuffix(".base_layer")
-    holders = [name.rpartition(".")[0] for name in config.get("target_parameters") or ()]
-    return any(module == holder or module.endswith(f".{holder}") for holder in holders)
+    return module
 
 
 def stacked_weight_of(module: str, config: Mapping[str, Any]) -> str | None:
@@ -326,14 +343,8 @@ def stacked_weight_of(module: str, config: Mapping[str, Any]) -> str | None:
     PEFT nests the layers of a module's weights in the order of the weights, and names tensors by the nesting:
     those of the last weight by the module's name, the one before it by `.base_layer` behind that.
     """
-    holder = module
-    while holder.endswith(".base_layer"):
-        holder = holder.removesuffix(".base_layer")
-    weights = {
-        name.rpartition(".")[2]
-        for name in config.get("target_parameters") or ()
-        if f".{holder}".endswith("." + name.rpartition(".")[0])
-    }
+    holder = _without_nesting(module)
+    weights = _target_parameters_in(holder, config)
     if not weights or weights == {"weight"}:
         return None
     in_order = sorted(weights, key=lambda name: (name.startswith("down"), name))

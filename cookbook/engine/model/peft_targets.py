@@ -10,19 +10,24 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 
 def named_in(model: Any, explicit: Mapping[str, Any]) -> tuple[list[str], dict[str, Any]]:
     """Returns the full names of the targets in a saved adapter's settings, and its other settings."""
     others = {key: value for key, value in explicit.items() if not key.startswith("target_")}
-    modules = {_without_adapters(name) for name, _ in model.named_modules()}
+    linear = {
+        _without_adapters(name)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D)
+    }
     targets = list(explicit["target_modules"])
     wanted = explicit["target_parameters"] or ()
     for name, _ in model.named_parameters():
         name = _without_adapters(name)
         if any(name == one or name.endswith(f".{one}") for one in wanted):
             layer = name.removesuffix(".weight")
-            targets.append(layer if layer in modules else name)
+            targets.append(layer if layer in linear else name)
     return targets, others
 
 
