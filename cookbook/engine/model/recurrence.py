@@ -77,6 +77,8 @@ class SplitRow:
     """When sampling, a cache of transformers for each batch, with the states of its sequences."""
     is_padded: Sequence[bool] = ()
     """When sampling, whether each batch has padding."""
+    is_single_tokens: bool = False
+    """Whether every sequence is one token, so that the batch has the tokens in their order."""
 
     @classmethod
     def of(cls, layout: AttentionLayout) -> SplitRow:
@@ -87,7 +89,11 @@ class SplitRow:
         if not cache.is_prefill:  # each segment is one token
             num_rows = len(lengths)
             return cls(
-                torch.arange(num_rows, device=device), [(num_rows, 1)], [cache.states(num_rows)], [False]
+                torch.arange(num_rows, device=device),
+                [(num_rows, 1)],
+                [cache.states(num_rows)],
+                [False],
+                is_single_tokens=True,
             )
         # A state is that after the last token, so padding is on the left. How much there is depends on a
         # sequence alone.
@@ -112,6 +118,8 @@ class SplitRow:
             return [dict(zip(value, each, strict=True)) for each in values]
         if not self.is_of_row(value):
             return [value] * len(self.shapes)
+        if self.is_single_tokens:
+            return [value.transpose(0, 1)]
         sizes = [num_rows * length for num_rows, length in self.shapes]
         padded_P = value.new_zeros(sum(sizes), *value.shape[2:]).index_copy(0, self.place_N, value[0])
         parts = padded_P.split(sizes)
@@ -127,6 +135,8 @@ class SplitRow:
         for part, shape in zip(parts, self.shapes, strict=True):
             if not isinstance(part, Tensor) or part.shape[:2] != shape:
                 return None
+        if self.is_single_tokens:
+            return parts[0].transpose(0, 1)
         padded_P = torch.cat([part.flatten(0, 1) for part in parts])
         return padded_P.index_select(0, self.place_N)[None]
 

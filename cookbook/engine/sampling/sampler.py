@@ -37,6 +37,9 @@ _MAX_SEQUENCES = {"cpu": 64, "cuda": 256}
 """The number of sequences that run at a time. More are hardly faster (`benchmarks/LOG.md`)."""
 _MAX_PREFILL_TOKENS = {"cpu": 1024, "cuda": 8192}
 """The number of tokens of one prefill. A longer prompt is prefilled alone."""
+_MAX_PREFILL_TOKENS_RECURRENT = {"cpu": 4096, "cuda": 8192}
+"""The same for models with recurrent layers, which run prompts of similar lengths as one batch: the more
+prompts, the larger the batches."""
 
 
 @dataclass(frozen=True)
@@ -59,9 +62,10 @@ class SamplingLimits:
             (room,) = base.world.all_reduce_min(room)
         make_decoder(base)  # measures the cache
         per_position = base.cache_bytes[0] or _cache_bytes_per_token(base)
+        max_prefill_tokens = _MAX_PREFILL_TOKENS_RECURRENT if base.recurrent.mixers else _MAX_PREFILL_TOKENS
         return cls(
             _MAX_SEQUENCES[kind],
-            _MAX_PREFILL_TOKENS[kind],
+            max_prefill_tokens[kind],
             room // per_position,
             math.ceil(base.cache_bytes[1] / per_position),
         )
