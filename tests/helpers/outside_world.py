@@ -11,12 +11,13 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import datasets
 import huggingface_hub
 import pytest
+import torch
 from transformers.utils import chat_template_utils
 
 
@@ -108,3 +109,55 @@ def hide_tasks_of_lm_eval(patch: pytest.MonkeyPatch) -> None:
     init = TaskManager.__init__
     without = {"include_defaults": False}
     patch.setattr(TaskManager, "__init__", lambda self, **options: init(self, **{**options, **without}))
+
+
+def install_kernels(patch: pytest.MonkeyPatch, modeling: ModuleType, keep_apart: bool = True) -> list[str]:
+    """Replaces the functions of a modeling file of transformers for which kernels exist by stand-ins.
+
+    Like those of `fla`, `causal_conv1d` and `mamba_ssm` they take the borders of packed sequences. Unless
+    `keep_apart`, they ignore them. Returns a list to which each call with borders appends its function.
+    """
+    calls: list[str] = []
+
+    def replace(name: str, token_axis: int, function: Callable[..., Any]) -> None:
+        def kernel(*args: Any, cu_seqlens: Any = None, seq_idx: Any = None, **kwargs: Any) -> Any:
+            if cu_seqlens is not None:
+                lengths = cu_seqlens.diff().tolist()
+            elif seq_idx is not None:
+                lengths = seq_idx[0].unique_consecutive(return_counts=True)[1].tolist()
+            else:
+                return function(*args, **kwargs)
+            calls.append(name)
+            if not keep_apart:
+                return function(*args, **kwargs)
+            num_tokens = args[0].shape[token_axis]
+
+            def split(value: Any) -> list[Any]:
+                is_of_row = isinstance(value, torch.Tensor) and value.ndim > 2
+                if not is_of_row or value.shape[token_axis] != num_tokens:
+                    return [value] * len(lengths)
+                return list(value.split(lengths, token_axis))
+
+            split_args = [split(value) for value in args]
+            split_kwargs = {key: split(value) for key, value in kwargs.items()}
+            outs = [
+                function(
+                    *(parts[index] for parts in split_args),
+                    **{key: parts[index] for key, parts in split_kwargs.items()},
+                )
+                for index in range(len(lengths))
+            ]
+            if isinstance(outs[0], tuple):
+                return torch.cat([out for out, _ in outs], token_axis), outs[-1][1]
+            return torch.cat(outs, token_axis)
+
+        patch.setattr(modeling, name, kernel)
+
+    for name, token_axis in (
+        ("causal_conv1d_fn", 2),
+        ("torch_chunk_gated_delta_rule", 1),
+        ("mamba2_chunk_scan", 1),
+    ):
+        if hasattr(modeling, name):
+            replace(name, token_axis, getattr(modeling, name))
+    return calls

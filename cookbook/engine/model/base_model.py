@@ -188,7 +188,12 @@ class BaseModel:
             return
         own_attention = self.model.config._attn_implementation
         self.is_packed = True
+        self.recurrent.passes_borders = bool(self.recurrent.mixers)
         reason = why_not(lambda: self._packed_logprobs(sequences))
+        if reason is not None and self.recurrent.passes_borders:  # no kernels that keep sequences apart
+            self.recurrent.passes_borders = False
+            logger.debug("%s splits rows at the borders of sequences (%s).", self.name, reason)
+            reason = why_not(lambda: self._packed_logprobs(sequences))
         if reason is not None:
             self.is_packed = False
             self.model.set_attn_implementation(own_attention)

@@ -5,6 +5,9 @@ borders of packed sequences too. Here the row is split at the borders, the seque
 a few zero-padded batches of similar lengths, and the results are joined again. The layers are causal, so
 padding on the right changes nothing.
 
+The kernels of `fla`, `causal_conv1d` and `mamba_ssm` keep packed sequences apart themselves when they get the
+borders. With them a row without a cache is not split.
+
 Shape suffixes: N tokens of a packed row, P tokens of all batches with their padding, R sequences of a batch,
 L tokens of the longest of them.
 """
@@ -188,6 +191,11 @@ class RecurrentLayers:
         self.mixers = recurrent_mixers(decoder)
         self.num_calls = 0
         """How many mixers ran in the last forward pass."""
+        self.passes_borders = False
+        """Whether the mixers get the borders of a row's sequences instead of split rows. Only kernels heed
+        them, so `base_model` sets this where a trial gives the right results."""
+        self._borders: dict[str, Tensor] | None = None
+        """The borders in the last forward pass, if they were passed, under transformers' names."""
         self._row: SplitRow | None = None
         """The row of the last forward pass, which stays for its backward pass."""
         for mixer in self.mixers:
@@ -199,7 +207,16 @@ class RecurrentLayers:
         """Prepares for a pass of the model. Without a layout nothing is split."""
         layout: AttentionLayout | None = kwargs.get("layout")
         self.num_calls = 0
-        self._row = None if layout is None else SplitRow.of(layout)
+        self._row = self._borders = None
+        if layout is None:
+            return
+        if self.passes_borders and layout.cache is None:
+            lengths = [stop - start for start, stop in layout.segments]
+            index_1N = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)[None]
+            device = layout.starts.device
+            self._borders = {"cu_seq_lens_q": layout.starts, "seq_idx": copy_to(device, index_1N)}
+        else:
+            self._row = SplitRow.of(layout)
 
     def _splitting(self, mixer: Any, forward: Callable[..., Any]) -> Callable[..., Any]:
         own_chunk_size = getattr(mixer, "chunk_size", None)
@@ -213,6 +230,10 @@ class RecurrentLayers:
         @torch.compiler.disable
         def split_forward(*args: Any, **kwargs: Any) -> Any:
             self.num_calls += 1
+            if self._borders is not None:
+                if not further_name:
+                    raise ValueError(f"{type(mixer).__name__} does not take the borders of sequences")
+                return forward(*args, **(kwargs | self._borders))
             row = self._row
             if row is None:
                 return forward(*args, **kwargs)

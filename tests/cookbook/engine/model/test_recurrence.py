@@ -5,14 +5,17 @@ Shape suffixes: N tokens of a packed row, D hidden size.
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import families
 import numpy as np
+import outside_world
 import pytest
 import torch
 import transformers
@@ -175,6 +178,59 @@ def test_without_splitting_a_hybrid_is_not_packed(folder_of: Callable[[str], Pat
     base.recurrent.mixers.clear()
     base._probe_architecture()
     assert not base.is_packed
+
+
+# -- with kernels ---------------------------------------------------------------------------
+
+
+WITH_KERNELS = {
+    "qwen3_5": ("qwen3_5", {"causal_conv1d_fn", "torch_chunk_gated_delta_rule"}),
+    "nemotron_h": ("nemotron_h", {"causal_conv1d_fn", "mamba2_chunk_scan"}),
+    "lfm2_moe": ("lfm2_moe", {"causal_conv1d_fn"}),
+}
+
+
+def modeling_file(model_type: str) -> ModuleType:
+    return importlib.import_module(f"transformers.models.{model_type}.modeling_{model_type}")
+
+
+@pytest.mark.parametrize("name", WITH_KERNELS)
+def test_kernels_get_the_borders_and_gradients_equal_those_of_one_sequence_at_a_time(
+    name: str, folder_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The stand-ins for kernels keep sequences apart only by the borders that they get."""
+    model_type, functions = WITH_KERNELS[name]
+    sequences = make_sequences()
+    expected = plain_gradients(folder_of(name), sequences)
+    calls = outside_world.install_kernels(monkeypatch, modeling_file(model_type))
+    base = BaseModel(str(folder_of(name)), EngineOptions(dtype="float32"))
+    assert base.is_packed
+    assert base.recurrent.passes_borders
+    calls.clear()
+    errors = error_of(packed_gradients(base, sequences, checkpoint=False), expected)
+    assert max(errors.values()) < 1e-4, max(errors.items(), key=lambda item: item[1])
+    assert set(calls) == functions
+    assert len(calls) == len(functions) * len(base.recurrent.mixers)
+
+
+def test_with_kernels_that_ignore_the_borders_rows_are_split(
+    folder_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sequences = make_sequences()
+    expected = plain_gradients(folder_of("qwen3_5"), sequences)
+    calls = outside_world.install_kernels(monkeypatch, modeling_file("qwen3_5"), keep_apart=False)
+    base = BaseModel(str(folder_of("qwen3_5")), EngineOptions(dtype="float32"))
+    assert calls, "the kernels were not tried"
+    assert base.is_packed
+    assert not base.recurrent.passes_borders
+    errors = error_of(packed_gradients(base, sequences, checkpoint=False), expected)
+    assert max(errors.values()) < 1e-4, max(errors.items(), key=lambda item: item[1])
+
+
+def test_without_kernels_rows_are_split(folder_of: Callable[[str], Path]) -> None:
+    base = BaseModel(str(folder_of("qwen3_5")), EngineOptions(dtype="float32"))
+    assert base.is_packed
+    assert not base.recurrent.passes_borders
 
 
 class RunningSum(nn.Module):
