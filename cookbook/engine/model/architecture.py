@@ -31,8 +31,8 @@ def why_not_packed(config: Any, windows: Sequence[int | None], num_recurrent: in
     if unknown := set(kinds) - _ATTENTION - _RECURRENCE - _BOTH - _NEITHER:
         return f"it has layers of {', '.join(sorted(unknown))}"
     attentive = [kind for kind in kinds if kind in _ATTENTION | _BOTH]
-    if not windows and attentive:
-        return "its attention is its own code, which transformers' AttentionInterface does not replace"
+    if not windows and (attentive or not num_recurrent):
+        return "its attention is outside the AttentionInterface"
     if len(attentive) != len(windows):
         return f"{len(windows)} of its {len(kinds)} layers have attention, but {len(attentive)} should"
     if any(

@@ -104,8 +104,8 @@ EXPERTS = {
 }
 UNPACKED = {
     "phi3-longrope": (Family("phi3", {"rope_parameters": _LONGROPE}), "longrope"),
-    "stablelm": (Family("stablelm"), "from one sequence into another"),
-    "stablelm-faint": (Family("stablelm", {"initializer_range": 0.005}), "from one sequence into another"),
+    "stablelm": (Family("stablelm"), "AttentionInterface"),
+    "stablelm-faint": (Family("stablelm", {"initializer_range": 0.005}), "AttentionInterface"),
     "llama-window": (Family("llama", {"sliding_window": 8}), "window is not passed to the attention"),
     "llama4": (
         Family(
