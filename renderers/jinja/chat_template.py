@@ -30,7 +30,7 @@ from renderers.base import Renderer
 from renderers.encoder import ESCAPE, SENTINEL, Encoder, any_of
 from renderers.formats.hermes_tools import with_call_sections, with_calls
 from renderers.jinja.chat import Chat
-from renderers.jinja.replies import Replies, Turn
+from renderers.jinja.replies import Replies, ReplyTurn
 from renderers.jinja.template import Template, call_with_id
 from renderers.jinja.turn_ends import REPLY, USER, call_endings, plain_ending
 from renderers.messages import ROLES, Message, PlainMessage, Tool, map_strings
@@ -193,7 +193,7 @@ class ChatTemplateRenderer(Renderer):
         chat = self._chat(messages, tools)
         self._check_is_printed(chat)
         chat.text(len(messages))  # an error of the template is the first to be raised
-        turns: dict[int, Turn] = {}
+        turns: dict[int, ReplyTurn] = {}
         for index in sorted(chosen):
             if messages[index]["role"] == "assistant":
                 is_new = index not in chat.turns
@@ -225,7 +225,7 @@ class ChatTemplateRenderer(Renderer):
         return Rendering(text, cuts, spans, rewritten)
 
     def _prompts_before(
-        self, turns: Mapping[int, Turn], messages: Sequence[PlainMessage], tools: Sequence[Tool] | None
+        self, turns: Mapping[int, ReplyTurn], messages: Sequence[PlainMessage], tools: Sequence[Tool] | None
     ) -> dict[int, str | None]:
         """Returns the prompt for each reply, as they are in the prompt for the last trained one.
 
@@ -436,7 +436,7 @@ def _with_ids(messages: list[PlainMessage]) -> list[PlainMessage]:
     return adapted
 
 
-def _note(turn: Turn) -> None:
+def _note(turn: ReplyTurn) -> None:
     """Counts a reply that is not trained as the template usually prints it."""
     if turn.prompted_by.chosen:
         what = "template_kwargs chosen for the prompts of trained turns, which sampling needs too"

@@ -33,7 +33,7 @@ _TAG = re.compile(f"{THINK}|{END_THINK}")
 _THOUGHT = f"{SENTINEL}0;"
 
 
-class Turn(NamedTuple):
+class ReplyTurn(NamedTuple):
     """A reply as it is trained."""
 
     prompt: str
@@ -87,7 +87,7 @@ class Replies:
         followed = chat.text_with(num_messages, self._template.adapted(REPLY), num_messages + 1)
         return self._header if followed.startswith(said + self._header) else ""
 
-    def turn(self, chat: Chat, index: int) -> Turn:
+    def turn(self, chat: Chat, index: int) -> ReplyTurn:
         """Returns message `index`, a reply, as it is trained.
 
         Raises RendererError for a reply that the template prints no prompt or no end for, or not all of.
@@ -103,7 +103,7 @@ class Replies:
             raise found
         return found
 
-    def _find(self, chat: Chat, index: int) -> Turn:
+    def _find(self, chat: Chat, index: int) -> ReplyTurn:
         if index == 0:
             raise _no_prompt(index)
         errors: list[RendererError] = []
@@ -114,7 +114,7 @@ class Replies:
                 errors.append(error)
         raise next((error for error in errors if not isinstance(error, _OtherPromptError)), errors[0])
 
-    def _attempts(self, chat: Chat, index: int) -> Iterator[Callable[[], Turn]]:
+    def _attempts(self, chat: Chat, index: int) -> Iterator[Callable[[], ReplyTurn]]:
         usual = self._template
         yield partial(self._printed, chat, index, usual, usual)
         for mode in self.modes:
@@ -139,7 +139,7 @@ class Replies:
 
     # -- the ways to print a reply ------------------------------------------------------------
 
-    def _printed(self, chat: Chat, index: int, mode: Template, prompt_mode: Template) -> Turn:
+    def _printed(self, chat: Chat, index: int, mode: Template, prompt_mode: Template) -> ReplyTurn:
         """Returns the reply as the template prints it in this mode."""
         chat_in_mode = chat.under(mode)
         prompt = self._prompt(chat.under(prompt_mode), index)
@@ -147,9 +147,9 @@ class Replies:
         if not whole.startswith(prompt):
             raise self._other_prompt(chat, index, prompt)
         self._check_nothing_is_lost(chat_in_mode, index, whole[len(prompt) :])
-        return Turn(prompt, *self._ended(chat, index, whole, len(prompt)), mode, prompt_mode)
+        return ReplyTurn(prompt, *self._ended(chat, index, whole, len(prompt)), mode, prompt_mode)
 
-    def _behind_empty_thought(self, chat: Chat, index: int, mode: Template) -> Turn:
+    def _behind_empty_thought(self, chat: Chat, index: int, mode: Template) -> ReplyTurn:
         """Returns the reply behind a prompt with an empty thought that the conversation does not show."""
         prompt = self._prompt(chat.under(mode), index)
         for printed_by, before, after in self._with_thought(chat, index, mode):
@@ -160,7 +160,7 @@ class Replies:
                 return self._remade(chat, index, prompt, whole, (printed_by, mode, finding))
         raise self._other_prompt(chat, index, prompt)
 
-    def _closing_thought(self, chat: Chat, index: int) -> Turn:
+    def _closing_thought(self, chat: Chat, index: int) -> ReplyTurn:
         """Returns the reply with an empty thought, for a prompt that opens one in every mode."""
         prompt = self._prompt(chat, index)
         for printed_by, before, after in self._with_thought(chat, index, self._template):
@@ -170,22 +170,22 @@ class Replies:
                 return self._remade(chat, index, prompt, whole, (printed_by, self._template, finding))
         raise self._other_prompt(chat, index, prompt)
 
-    def _empty(self, chat: Chat, index: int) -> Turn:
+    def _empty(self, chat: Chat, index: int) -> ReplyTurn:
         """Returns an empty reply, which ends the turn at once, behind a prompt that any text could follow."""
         prompt = self._prompt(chat, index)
         if not chat.text_with(index, self._template.adapted(REPLY), index + 1).startswith(prompt):
             raise self._other_prompt(chat, index, prompt)
         plain, usual = self._plain, self._template
         behind = "" if plain.is_appended else plain.printed.removeprefix(plain.written)
-        return Turn(prompt, plain.written, behind, usual, usual, "had no text, and only ended")
+        return ReplyTurn(prompt, plain.written, behind, usual, usual, "had no text, and only ended")
 
     def _remade(
         self, chat: Chat, index: int, prompt: str, whole: str, how: tuple[Template, Template, str]
-    ) -> Turn:
+    ) -> ReplyTurn:
         printed_by, prompted_by, finding = how
         self._check_nothing_is_lost(chat.under(printed_by), index, whole[len(prompt) :])
         said, behind = self._ended(chat, index, whole, len(prompt))
-        return Turn(prompt, said, behind, printed_by, prompted_by, finding)
+        return ReplyTurn(prompt, said, behind, printed_by, prompted_by, finding)
 
     def _with_thought(self, chat: Chat, index: int, mode: Template) -> Iterator[tuple[Template, str, str]]:
         """Yields what the template prints before and after a thought that the reply is given, by mode."""

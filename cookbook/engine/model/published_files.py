@@ -31,7 +31,7 @@ _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF
 
 
 @dataclass(frozen=True)
-class _Group:
+class _TensorGroup:
     """Published tensors, and the parameters that transformers makes of them."""
 
     tensors: tuple[tuple[str, str], ...]
@@ -62,7 +62,7 @@ class PublishedFiles:
         self._open: dict[Path, Any] = {}
         groups = _groups(self.files, model)
         self._group_of = {name: group for group in groups for name, _ in group.tensors}
-        self._group_of_parameter: dict[str, _Group] = {}
+        self._group_of_parameter: dict[str, _TensorGroup] = {}
         for group in groups:
             parameters = [group.parameter]
             if group.converter is not None:
@@ -116,13 +116,13 @@ class PublishedFiles:
         values = {key: changed[key]() if key in changed else old[key] for key in self._parameters_of(group)}
         return self._converted_back(group, values)
 
-    def _parameters_of(self, group: _Group) -> list[str]:
+    def _parameters_of(self, group: _TensorGroup) -> list[str]:
         return [name for name, one in self._group_of_parameter.items() if one is group]
 
-    def _are_all_changed(self, group: _Group, changed: Mapping[str, Any]) -> bool:
+    def _are_all_changed(self, group: _TensorGroup, changed: Mapping[str, Any]) -> bool:
         return all(name in changed for name in self._parameters_of(group))
 
-    def _converted_back(self, group: _Group, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def _converted_back(self, group: _TensorGroup, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Returns the tensors of which transformers would make parameters of these values.
 
         Conversions move numbers and change none. So the places of the numbers are converted, which shows
@@ -155,7 +155,7 @@ class PublishedFiles:
         return self._open[path]
 
 
-def _groups(names: Iterable[str], model: Any) -> list[_Group]:
+def _groups(names: Iterable[str], model: Any) -> list[_TensorGroup]:
     """Returns how transformers makes the parameters of a model of tensors with these names.
 
     Follows `convert_and_load_state_dict_in_model` of transformers. Tensors that it does not load are in no
@@ -187,7 +187,7 @@ def _groups(names: Iterable[str], model: Any) -> list[_Group]:
         converter = None if pattern is None else by_pattern[pattern]
         if converter is None:  # of tensors with one name, transformers takes the last
             tensors = tensors[-1:]
-        groups.append(_Group(tuple((name, one or "") for name, one in tensors), parameter, converter))
+        groups.append(_TensorGroup(tuple((name, one or "") for name, one in tensors), parameter, converter))
     return groups
 
 
