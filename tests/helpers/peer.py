@@ -2,8 +2,9 @@
 
     python tests/helpers/peer.py renderers|tinker_cookbook < conversations.json > tokens.json
 
-The input is an object with `tokenizer`, a folder, and `cases`, each with `renderer` and `messages`. The
-output is a list with the tokens and the mask of each case's last reply, or with the error that was raised.
+The input is an object with `tokenizer`, a folder, and `cases`, each with `renderer` and `messages`, and with
+`tools` if there are any. The output is a list with the tokens and the mask of each case's last reply, or with
+the error that was raised.
 This file is run by the other environment and imports nothing of this project.
 """
 
@@ -30,7 +31,8 @@ def of_renderers(tokenizer: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
             for k in kinds
             if k.model_fields.get("name") and k.model_fields["name"].default == case["renderer"]
         )
-        found = create_renderer(tokenizer, kind(**case.get("options", {}))).render(case["messages"])
+        renderer = create_renderer(tokenizer, kind(**case.get("options", {})))
+        found = renderer.render(case["messages"], tools=case.get("tools"))
         last = len(case["messages"]) - 1
         mask = [
             bool(sampled and index == last)
