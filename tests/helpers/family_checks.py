@@ -35,6 +35,7 @@ from transformers.pytorch_utils import Conv1D
 
 from cookbook.clients.service import ServiceClient
 from cookbook.clients.training import TrainingClient
+from cookbook.engine.model.stacked_4bit import StackedIn4Bits
 from cookbook.export import export
 from cookbook.export.config import ExportConfig
 from cookbook.types import AdamParams, Datum, ModelInput, SamplingParams
@@ -423,6 +424,12 @@ def _round_to_nf4(model: Any, quantized: Any) -> int:
             )
             rounded.copy_(dequantize_4bit(packed, state))
             num_rounded += rounded.numel()
+        elif isinstance(weight, StackedIn4Bits):
+            name = name.removeprefix("base_model.model.").replace(".base_layer", "")
+            for matrix in own[name]:
+                packed, state = quantize_4bit(matrix.contiguous(), quant_type="nf4", compress_statistics=True)
+                matrix.copy_(dequantize_4bit(packed, state))
+            num_rounded += own[name].numel()
     return num_rounded
 
 

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cookbook.engine.model.stacked_4bit import Matrices, StackedIn4Bits
 from cookbook.engine.model.targets import is_grouped, stacked_names
 
 _ALIGNMENT = 8
@@ -156,7 +157,10 @@ class Product:
     def weight(self, is_backward: bool = False) -> Any:
         """Returns the weights [E, I, O], or [E, O, I] for the backward pass."""
         stacked = getattr(self.experts, self.name)
-        return stacked if is_transposed(self.experts) != is_backward else stacked.transpose(1, 2)
+        is_as_stored = is_transposed(self.experts) != is_backward
+        if isinstance(stacked, StackedIn4Bits):
+            return Matrices(stacked, is_transposed=not is_as_stored)
+        return stacked if is_as_stored else stacked.transpose(1, 2)
 
     @property
     def bias_EO(self) -> Tensor | None:
@@ -334,6 +338,21 @@ def _active_loras(layer: Any) -> dict[str, StackedLora]:
             )
         layer = layer.base_layer
     return loras
+
+
+def run_in_4_bits(model: nn.Module) -> None:
+    """Makes experts in 4 bits compute here with no adapter on them too.
+
+    Autograd would keep what their own forward pass dequantises.
+    """
+    for experts in model.modules():
+        if any(isinstance(weight, StackedIn4Bits) for weight in experts.parameters(recurse=False)):
+            experts.forward = types.MethodType(_forward_without_lora, experts)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _forward_without_lora(self: Any, tokens: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+    return run_experts(self, {}, tokens, chosen, weights)
 
 
 def fuse(model: nn.Module) -> None:

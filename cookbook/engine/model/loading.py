@@ -11,8 +11,8 @@ import torch
 
 from cookbook import models
 from cookbook.engine import processes
+from cookbook.engine.model import expert_lora, text_part
 from cookbook.engine.model import quantization as quantized
-from cookbook.engine.model import text_part
 from cookbook.engine.options import Quantization, check_device
 from cookbook.utils import pretrained
 
@@ -32,6 +32,7 @@ def load_model(
         model = models.load_from_hub_or_disk("weights", model_name, _load_all_weights, **options)
     if quantization is not None:
         quantized.check_quantized_share(model, model_name)
+        expert_lora.run_in_4_bits(model)
     quantized.set_compute_dtype(model, dtype)  # the published weights may already be in 4 bits
     model = model.to(device).eval().requires_grad_(False)
     text_part.keep_towers_on_cpu(model)

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from cookbook.engine import processes
+from cookbook.engine.model.stacked_4bit import StackedIn4Bits
 from cookbook.engine.model.text_part import text_decoder
 from cookbook.engine.options import EngineOptions
 
@@ -202,7 +203,8 @@ def measure_activations(
 
 def addresses(tensors: Iterable[Tensor]) -> set[int]:
     """Returns the addresses of the tensors' storages. Views share the storage of their tensor."""
-    return {tensor.untyped_storage().data_ptr() for tensor in tensors}
+    held = (tensor.packed_EB if isinstance(tensor, StackedIn4Bits) else tensor for tensor in tensors)
+    return {tensor.untyped_storage().data_ptr() for tensor in held}
 
 
 def bytes_for_sampling(device: torch.device) -> int:

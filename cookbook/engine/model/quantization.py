@@ -1,8 +1,9 @@
-"""Holds the linear layers of a base model in 4 bits (QLoRA) with bitsandbytes.
+"""Holds the linear layers and experts of a base model in 4 bits (QLoRA) with bitsandbytes.
 
 "nf4" rounds a weight to one of 16 values times a scale that 64 weights share. The scales are held in 8 bits,
 so a weight takes 0.52 bytes. A layer dequantises its weight to the engine's dtype for each product and does
-not keep the result. The embeddings and the projection to the vocabulary are not quantised.
+not keep the result. Experts dequantise the weights of those that have rows, one at a time. The embeddings,
+the projection to the vocabulary and what only chooses experts are not quantised.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cookbook.engine.model.stacked_4bit import StackedIn4Bits
 from cookbook.engine.options import Quantization
 from cookbook.errors import ConfigError
 
@@ -24,10 +26,9 @@ def from_pretrained_options(
     quantization: Quantization, device: torch.device, dtype: torch.dtype
 ) -> dict[str, Any]:
     """Returns the arguments with which `from_pretrained` loads a model in 4 bits, directly to `device`."""
-    from transformers import BitsAndBytesConfig
+    from cookbook.engine.model.quantizer import LayersAndExpertsConfig
 
-    config = BitsAndBytesConfig(
-        load_in_4bit=True,
+    config = LayersAndExpertsConfig(
         bnb_4bit_quant_type=quantization,
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
@@ -48,17 +49,21 @@ def set_compute_dtype(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 def check_quantized_share(model: Any, model_name: str) -> None:
-    """Raises ConfigError for a model most of whose weights are outside linear layers."""
+    """Raises ConfigError for a model most of whose weights are outside linear layers and experts."""
     in_4_bits = sum(m.in_features * m.out_features for m in model.modules() if is_quantized(m))
-    ends = {id(m.weight) for m in (model.get_input_embeddings(), model.get_output_embeddings())}
+    in_4_bits += sum(p.numel() for p in model.parameters() if isinstance(p, StackedIn4Bits))
+    looked_up = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    ends = {id(m.weight) for m in (*looked_up, model.get_input_embeddings(), model.get_output_embeddings())}
     as_before = sum(
-        p.numel() for p in model.parameters() if not hasattr(p, "quant_state") and id(p) not in ends
+        p.numel()
+        for p in model.parameters()
+        if not hasattr(p, "quant_state") and not isinstance(p, StackedIn4Bits) and id(p) not in ends
     )
     if in_4_bits < as_before:
         raise ConfigError(
-            f"quantization holds the weights of linear layers in 4 bits. Those are {in_4_bits:,} of the "
-            f"{in_4_bits + as_before:,} weights in the layers of {model_name}: experts and convolutions are "
-            f"not among them. Use quantization=None."
+            f"quantization holds the weights of linear layers and experts in 4 bits. Those are {in_4_bits:,} "
+            f"of the {in_4_bits + as_before:,} weights in the layers of {model_name}: convolutions, and "
+            f"experts in a form that is not known here, are not among them. Use quantization=None."
         )
 
 

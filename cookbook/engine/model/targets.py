@@ -229,7 +229,7 @@ def _why_not(
         return "convolutions"
     if not isinstance(module, nn.Linear) or short != "weight":
         return "special layers" if short == "weight" and parameter.dim() == 2 else "norms and vectors"
-    if not _is_plain(module):
+    if not is_plain(module):
         return "special layers"
     if _is_unused(leaf, parent):
         return "unused layers"
@@ -262,7 +262,7 @@ def _is_gate(path: list[tuple[str, nn.Module]], weight: Tensor) -> bool:
     return False
 
 
-def _is_plain(module: nn.Linear) -> bool:
+def is_plain(module: nn.Linear) -> bool:
     """Returns whether a linear layer computes x W^T.
 
     The code of a model may define a subclass that computes something else, or needs more than a weight. So
@@ -275,8 +275,9 @@ def _is_plain(module: nn.Linear) -> bool:
     small: Any = kind.__new__(kind)
     nn.Module.__init__(small)
     small.in_features, small.out_features, small.bias = 2, 3, None
-    x_NI = torch.tensor([[0.5, -1.0], [2.0, 0.25]])
-    small.weight = nn.Parameter(torch.tensor([[1.0, 2.0], [3.0, -4.0], [0.5, 1.5]]))
+    on_cpu = functools.partial(torch.tensor, device="cpu")  # a model is made on "meta"
+    x_NI = on_cpu([[0.5, -1.0], [2.0, 0.25]])
+    small.weight = nn.Parameter(on_cpu([[1.0, 2.0], [3.0, -4.0], [0.5, 1.5]]))
     try:
         found = kind.forward(small, x_NI)
     except (AttributeError, RuntimeError, TypeError, ValueError):
