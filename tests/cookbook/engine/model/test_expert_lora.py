@@ -8,13 +8,15 @@ from typing import Any
 import families
 import pytest
 import torch
+from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers.integrations.moe import use_experts_implementation
 
-from cookbook.engine.model import expert_lora
+from cookbook.engine.model import expert_lora, stacked_4bit
 from cookbook.engine.model.base_model import BaseModel
+from cookbook.engine.model.stacked_4bit import StackedIn4Bits
 from cookbook.engine.options import EngineOptions
 from cookbook.engine.training.trainer import Trainer
 from cookbook.errors import ConfigError
@@ -206,3 +208,67 @@ def test_dropout_on_experts_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"lora_dropout=0.1 is not supported on the stacked weights"):
         Trainer(base, LoraConfig(rank=2, dropout=0.1))
     Trainer(base, LoraConfig(rank=2, dropout=0.1, train_mlp=False))
+
+
+def rounded(weight: Tensor) -> Tensor:
+    packed, state = quantize_4bit(weight.contiguous(), quant_type="nf4", compress_statistics=True)
+    return dequantize_4bit(packed, state)
+
+
+def quantized_layer(**flags: bool) -> tuple[Any, Any]:
+    """Returns a layer of experts with a LoRA in 4 bits, and one with the rounded weights."""
+    layers = [peft_layer(0, BOTH, **flags) for _ in range(2)]
+    for layer in layers:
+        experts = next(m for m in layer.modules() if hasattr(m, "has_gate") and not hasattr(m, "lora_A"))
+        for name in ("gate_up_proj", "down_proj"):
+            weight = getattr(experts, name).data
+            value = stacked_4bit.quantize(weight, weight.dtype, quant_type="nf4", compress_statistics=True)
+            if layer is layers[1]:
+                value = nn.Parameter(torch.stack([rounded(matrix) for matrix in weight]), requires_grad=False)
+            setattr(experts, name, value)
+        expert_lora.run_in_4_bits(layer)
+        expert_lora.fuse(layer)
+    return layers[0], layers[1]
+
+
+@pytest.mark.parametrize("flags", [{}, {"is_transposed": True, "has_bias": True}])
+@pytest.mark.parametrize("is_on", [True, False])
+def test_a_layer_has_the_results_of_rounded_weights_and_reads_only_experts_with_rows(
+    flags: dict[str, bool], is_on: bool
+) -> None:
+    layer, expected = quantized_layer(**flags)
+    for weight in layer.parameters():
+        if isinstance(weight, StackedIn4Bits):
+            weight.states[NUM_EXPERTS - 1] = None  # reading it would fail
+    if is_on:
+        found, expected = results_of(layer, inputs_of(64)), results_of(expected, inputs_of(64))
+    else:
+        with layer.disable_adapter(), expected.disable_adapter():
+            found, expected = results_of(layer, inputs_of(64)), results_of(expected, inputs_of(64))
+    assert found.keys() == expected.keys()
+    assert any("lora" in name for name in found) == is_on
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5 * float(value.abs().max()))
+
+
+@pytest.mark.parametrize("is_on", [True, False])
+def test_autograd_keeps_no_dequantised_weights(is_on: bool) -> None:
+    layer, rounded_layer = quantized_layer()
+    kept: list[int] = []
+    for one in (layer, rounded_layer):
+        inputs = inputs_of(64)
+        held = {w.data_ptr() for w in one.parameters() if not isinstance(w, StackedIn4Bits)}
+        sizes: dict[int, int] = {}
+
+        def pack(tensor: Tensor, held: set[int] = held, sizes: dict[int, int] = sizes) -> Tensor:
+            if tensor.untyped_storage().data_ptr() not in held:
+                sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor.detach()
+
+        if not is_on:
+            one.base_model.disable_adapter_layers()
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            out = one(*inputs)
+        kept.append(sum(sizes.values()))
+        out.sum().backward()
+    assert kept[0] <= kept[1]

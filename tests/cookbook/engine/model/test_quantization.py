@@ -8,18 +8,22 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
+import families
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from outside_world import remove_package
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
 from cookbook.clients.service import ServiceClient
 from cookbook.engine.model.adapters import Adapter
 from cookbook.engine.model.base_model import BaseModel
 from cookbook.engine.model.packing import TokenSequence, pack
+from cookbook.engine.model.stacked_4bit import StackedIn4Bits
 from cookbook.engine.options import EngineOptions
 from cookbook.engine.sampling.requests import Request, sample_request, score_request
 from cookbook.engine.sampling.sampler import Sampler
@@ -236,15 +240,63 @@ def test_an_unknown_quantization_is_refused_naming_the_supported_ones() -> None:
         ServiceClient(quantization="int4")  # type: ignore[arg-type]
 
 
-def test_a_model_whose_weights_are_mostly_experts_is_refused(make_model_folder: Any, tmp_path: Path) -> None:
-    folder = make_model_folder(
-        tmp_path / "moe", "qwen3_moe", **SIZES, moe_intermediate_size=64, num_experts=4, num_experts_per_tok=2
-    )
+def test_a_model_whose_weights_are_mostly_experts_of_unknown_form_is_refused(tmp_path: Path) -> None:
+    folder = families.save("llama4", tmp_path / "whole")
+    config = AutoConfig.from_pretrained(folder).text_config
+    config.num_local_experts, config.architectures = 32, ["Llama4ForCausalLM"]
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     service = ServiceClient(device="cpu", quantization="nf4")
-    with pytest.raises(ConfigError, match=r"Those are 24,576 of the 123,776 weights in the layers of"):
+    with pytest.raises(ConfigError, match=r"Those are [0-9,]+ of the [0-9,]+ weights in the layers of"):
         service.create_lora_training_client(str(folder))
 
 
 def test_training_weights_in_4_bits_is_refused(folder: str) -> None:
     with pytest.raises(ConfigError, match="quantization=nf4 is not supported with rank=0"):
         ServiceClient(quantization="nf4").create_lora_training_client(folder, rank=0)
+
+
+def rounded(weight: Tensor) -> Tensor:
+    packed, state = quantize_4bit(weight.contiguous(), quant_type="nf4", compress_statistics=True)
+    return dequantize_4bit(packed, state)
+
+
+@torch.no_grad()
+def rounded_model(folder: str) -> Any:
+    """Returns the plain model, all of whose experts and linear layers but the routers are rounded."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).requires_grad_(False)
+    for name, module in model.model.named_modules():
+        if isinstance(module, nn.Linear):
+            module.weight.copy_(rounded(module.weight))
+        if name.endswith("experts"):
+            for stacked in (module.gate_up_proj, module.down_proj):
+                for matrix in stacked:
+                    matrix.copy_(rounded(matrix))
+    return model
+
+
+@pytest.mark.parametrize("lora", [{}, {"train_mlp": False, "train_unembed": False}])
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+def test_gradients_with_experts_in_4_bits_equal_plain_transformers_and_peft_on_rounded_weights(
+    family: str, tmp_path: Path, lora: dict[str, bool]
+) -> None:
+    folder = str(families.save(family, tmp_path / "model"))
+    trainer = make_trainer(folder, **lora)
+    trainer.save(tmp_path / "adapter", with_optimizer=False)
+    in_4_bits = [w for w in trainer.base.model.parameters() if isinstance(w, StackedIn4Bits)]
+    assert len(in_4_bits) == 2 * trainer.base.model.config.num_hidden_layers
+
+    expected = plain_gradients(rounded_model(folder), tmp_path / "adapter")
+    assert_same(gradients_after_a_pass(trainer), expected)
+
+
+def test_experts_take_half_a_byte_per_weight_and_are_not_read_as_a_whole(tmp_path: Path) -> None:
+    model = BaseModel(str(families.save("mixtral", tmp_path / "model")), NF4).model
+    stacked = [weight for weight in model.parameters() if isinstance(weight, StackedIn4Bits)]
+    assert len(stacked) == 2 * model.config.num_hidden_layers
+    for weight in stacked:
+        num_bytes = weight.packed_EB.nbytes + sum(
+            state.absmax.nbytes + state.state2.absmax.nbytes for state in weight.states
+        )
+        assert num_bytes < 0.53 * weight.numel()
+    with pytest.raises(TypeError, match="read one expert at a time"):
+        stacked[0].sum()
