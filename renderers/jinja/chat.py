@@ -131,11 +131,11 @@ class Chat:
         texts.num_characters += len(text) - num_common
         return text
 
-    def text_with(self, index: int, stand_in: PlainMessage, num_messages: int) -> str:
+    def text_with(self, index: int, stand_in: PlainMessage, num_messages: int, prompt: bool = False) -> str:
         """Returns the text of the first messages, with `stand_in` in place of message `index` or after it."""
         messages = [*self.messages[:index], stand_in, *self.messages[index + 1 : num_messages]]
-        text = self._traced_text(messages, prompt=False) if self._is_long else None
-        return self._template.text(messages, self.tools) if text is None else text
+        text = self._traced_text(messages, prompt) if self._is_long else None
+        return self._template.text(messages, self.tools, prompt) if text is None else text
 
     def _traced_text(self, messages: Sequence[PlainMessage], prompt: bool) -> str | None:
         return self._template.traced_text(messages, self.tools, prompt, self._memory)

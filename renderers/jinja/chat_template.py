@@ -33,7 +33,7 @@ from renderers.jinja.chat import Chat
 from renderers.jinja.replies import Replies, ReplyTurn
 from renderers.jinja.template import Template, call_with_id
 from renderers.jinja.turn_ends import REPLY, USER, call_endings, plain_ending
-from renderers.messages import ROLES, Message, PlainMessage, Tool, map_strings
+from renderers.messages import ROLES, Message, PlainMessage, Tool, map_strings, to_json
 from renderers.rendering import CharSpan, Rendering
 from renderers.streaming import PLAIN, Section, Sections
 from renderers.thinking import END_THINK, THINK, THINKING, THINKING_BEGUN, parse_thinking
@@ -204,6 +204,9 @@ class ChatTemplateRenderer(Renderer):
         text = self._checked_text(chat.under(mode))
         if len(messages) - 1 in turns:
             last = turns[len(messages) - 1]
+            if not text.startswith(last.prompt):
+                before = self._chat(messages[:-1], tools).under(last.prompted_by)
+                self._checked_text(before, prompt=True)
             text = last.prompt + last.said + last.behind
         prompts = self._prompts_before(turns, messages, tools)
         cuts: list[int] = []
@@ -439,8 +442,11 @@ def _with_ids(messages: list[PlainMessage]) -> list[PlainMessage]:
 def _note(turn: ReplyTurn) -> None:
     """Counts a reply that is not trained as the template usually prints it."""
     if turn.prompted_by.chosen:
-        what = "template_kwargs chosen for the prompts of trained turns, which sampling needs too"
-        notes.count("turn", what, turn.prompted_by.setting)
+        what = (
+            "prompts in another mode than the chat template's usual one were trained; set this key of the "
+            "config, so that evaluators, chat and exports sample with such prompts"
+        )
+        notes.count("turn", what, f"template_kwargs='{to_json(dict(turn.prompted_by.kwargs))}'")
     if turn.finding:
         notes.count("turn", turn.finding)
 

@@ -7,9 +7,11 @@ in order:
 1. the conversation in another mode of the template, after the usual prompt;
 2. the usual prompt, if all that it has in addition is an empty thought, which templates print before a reply
    only in the prompt: it is part of the prompt;
-3. prompt and conversation in another mode;
-4. the usual prompt, if it opens a thought and the reply has none: the model must close it;
-5. the usual prompt and the end of the turn, for an empty reply that the template does not print.
+3. the usual prompt, if the template prints the messages before the reply in another way only than in the
+   conversation: what it prints behind them is the same, or has an empty thought in addition;
+4. prompt and conversation in another mode, also as in 2 and 3;
+5. the usual prompt, if it opens a thought that the conversation does not show: the model must close it;
+6. the usual prompt and the end of the turn, for an empty reply that the template does not print.
 """
 
 from __future__ import annotations
@@ -31,6 +33,13 @@ from renderers.thinking import END_THINK, THINK
 _ONLY_CONTENT = {"role", "content"}
 _TAG = re.compile(f"{THINK}|{END_THINK}")
 _THOUGHT = f"{SENTINEL}0;"
+_MARK = r"[<\[][^\s<>\[\]]+[>\]]"
+_EMPTY_THOUGHTS = (
+    re.compile(rf"(?P<opening>{_MARK})\s*\w*\s*(?P<closing>{_MARK})\s*\Z"),
+    re.compile(rf"(?P<opening>)(?P<closing>{END_THINK})\s*\Z"),
+)
+_ONLY_IN_PROMPT = "followed an empty thought that only the prompt has"
+_CLOSED = "closed a thought that the prompt opens, as they had no thinking"
 
 
 class ReplyTurn(NamedTuple):
@@ -122,20 +131,25 @@ class Replies:
         thinks_not = self._has_no_thought(chat.given(index))
         if thinks_not:
             yield partial(self._behind_empty_thought, chat, index, usual)
+        yield partial(self._behind_own_prompt, chat, index, usual)
         for mode in self.modes:
             yield partial(self._printed, chat, index, mode, mode)
             if thinks_not:
                 yield partial(self._behind_empty_thought, chat, index, mode)
-        if thinks_not:
-            yield partial(self._closing_thought, chat, index)
+            yield partial(self._behind_own_prompt, chat, index, mode)
+        if thinks_not or chat.given(index).get("reasoning_content"):
+            yield partial(self._begun_thought, chat, index)
+        for mode in (usual, *self.modes) if END_THINK in usual.source else ():
+            yield partial(self._stripped_thought, chat, index, mode)
         if thinks_not and not (
             chat.given(index).get("content", "").strip() or "tool_calls" in chat.given(index)
         ):
             yield partial(self._empty, chat, index)
 
-    @staticmethod
-    def _has_no_thought(message: PlainMessage) -> bool:
-        return not message.get("reasoning_content") and END_THINK not in message.get("content", "")
+    def _has_no_thought(self, message: PlainMessage) -> bool:
+        """Returns whether a reply has no thinking; tags that the template does not know are its text."""
+        is_inline = END_THINK in message.get("content", "") and END_THINK in self._template.source
+        return not message.get("reasoning_content") and not is_inline
 
     # -- the ways to print a reply ------------------------------------------------------------
 
@@ -146,31 +160,138 @@ class Replies:
         whole = chat_in_mode.text(index + 1)
         if not whole.startswith(prompt):
             raise self._other_prompt(chat, index, prompt)
+        if self._is_printed_as_thought(chat.given(index), prompt, whole[len(prompt) :]):
+            raise self._other_prompt(chat, index, prompt)
         self._check_nothing_is_lost(chat_in_mode, index, whole[len(prompt) :])
         return ReplyTurn(prompt, *self._ended(chat, index, whole, len(prompt)), mode, prompt_mode)
 
-    def _behind_empty_thought(self, chat: Chat, index: int, mode: Template) -> ReplyTurn:
+    def _is_printed_as_thought(self, message: PlainMessage, prompt: str, printed: str) -> bool:
+        """Returns whether a reply without thinking follows a prompt that opens a thought, and closes none."""
+        return prompt.rstrip().endswith(THINK) and END_THINK not in printed and self._has_no_thought(message)
+
+    def _behind_empty_thought(self, chat: Chat, index: int, mode: Template) -> Turn:
         """Returns the reply behind a prompt with an empty thought that the conversation does not show."""
         prompt = self._prompt(chat.under(mode), index)
         for printed_by, before, after in self._with_thought(chat, index, mode):
             closing = self._closing
             if closing and after.startswith(closing) and _squeezed(before + closing) == _squeezed(prompt):
                 whole = prompt + after.removeprefix(closing)
-                finding = "followed an empty thought that only the prompt has"
-                return self._remade(chat, index, prompt, whole, (printed_by, mode, finding))
+                return self._remade(chat, index, prompt, whole, (printed_by, mode, _ONLY_IN_PROMPT))
         raise self._other_prompt(chat, index, prompt)
 
-    def _closing_thought(self, chat: Chat, index: int) -> ReplyTurn:
-        """Returns the reply with an empty thought, for a prompt that opens one in every mode."""
+    def _behind_own_prompt(self, chat: Chat, index: int, mode: Template) -> Turn:
+        """Returns the reply behind a prompt that prints the messages before it in its own way.
+
+        Mistral's templates print the system message only in front of a last user's message, so in the prompt
+        and never in a conversation that ends with the reply. What the prompt has behind the message before
+        the reply must be what the conversation has there, but for an empty thought.
+        """
+        prompt = self._prompt(chat.under(mode), index)
+        header, printed = self._behind_previous(chat.under(mode), index)
+        finding = "followed messages that the template prints like this only in a prompt"
+        if self._is_printed_as_thought(chat.given(index), header, printed[len(header) :]):
+            raise self._other_prompt(chat, index, prompt)
+        if not printed.startswith(header):
+            begun = self._before_empty_thought(chat.given(index), header, printed)
+            if begun is not None:
+                header, finding = begun, _ONLY_IN_PROMPT
+            elif self._is_continued(header, printed):
+                header = header.removesuffix(self._header)
+                finding = "followed a header that the template prints there only in a prompt"
+            else:
+                raise self._other_prompt(chat, index, prompt)
+        return self._remade(chat, index, prompt, prompt + printed[len(header) :], (mode, mode, finding))
+
+    def _before_empty_thought(self, message: PlainMessage, header: str, printed: str) -> str | None:
+        """Returns how the conversation begins a reply for which the prompt has an empty thought.
+
+        That is a pair of tags, or `</think>`. None if the prompt ends in another way.
+        """
+        for empty in filter(None, (pattern.search(header) for pattern in _EMPTY_THOUGHTS)):
+            begun = header[: empty.start()]
+            tags = (empty["opening"] or THINK, empty["closing"])
+            if (
+                tags[0] != tags[1]
+                and all(tag in (THINK, END_THINK) or self._encoder.control.fullmatch(tag) for tag in tags)
+                and self._has_no_thought(message)
+                and printed.startswith(begun)
+                and not printed.startswith(tags[0], len(begun))
+            ):
+                closed = begun + empty["closing"]  # DeepSeek V3.2 prints it behind a tool's result
+                return closed if printed.startswith(closed) else begun
+        return None
+
+    def _is_continued(self, header: str, printed: str) -> bool:
+        """Returns whether the conversation continues a turn for which the prompt opens another one.
+
+        Apertus' template prints the results of tools inside the turn of the reply that called them.
+        """
+        begun, opened = header.removesuffix(self._header), self._encoder.control.match(self._header)
+        return (
+            opened is not None
+            and header.endswith(self._header)
+            and printed.startswith(begun)
+            and not printed.startswith(opened[0], len(begun))
+        )
+
+    def _behind_previous(self, chat: Chat, index: int) -> tuple[str, str]:
+        """Returns what the template prints behind the message before a reply: in the prompt, and with it."""
+        stand_in = self._template.adapted({**chat.given(index - 1), "content": SENTINEL})
+        prompted = chat.text_with(index - 1, stand_in, index, prompt=True)
+        printed = chat.text_with(index - 1, stand_in, index + 1)
+        header = prompted.rpartition(SENTINEL)[2] + self.missing_header(chat, index)
+        if (
+            SENTINEL not in prompted
+            or SENTINEL not in printed
+            or not self._prompt(chat, index).endswith(header)
+        ):
+            raise self._other_prompt(chat, index, prompted)
+        return header, printed.rpartition(SENTINEL)[2]
+
+    def _begun_thought(self, chat: Chat, index: int) -> Turn:
+        """Returns the reply for a prompt that opens a thought, or begins it with words, in every mode.
+
+        A reply without thinking closes it. The words are those of Apriel's prompts.
+        """
         prompt = self._prompt(chat, index)
+        thought = chat.given(index).get("reasoning_content", "")
         for printed_by, before, after in self._with_thought(chat, index, self._template):
-            if before.startswith(prompt) and not before[len(prompt) :].strip():
-                finding = "closed a thought that the prompt opens, as they had no thinking"
-                whole = before + after
+            spaces, words = before.removeprefix(prompt), prompt.removeprefix(before)
+            is_opened = before.startswith(prompt) and not spaces.strip()
+            is_begun = prompt.startswith(before) and not (
+                self._encoder.control.search(words) or _TAG.search(words)
+            )
+            if is_opened or is_begun:
+                finding = "" if thought else _CLOSED
+                whole = prompt + (spaces if is_opened else "") + thought + after
                 return self._remade(chat, index, prompt, whole, (printed_by, self._template, finding))
         raise self._other_prompt(chat, index, prompt)
 
-    def _empty(self, chat: Chat, index: int) -> ReplyTurn:
+    def _stripped_thought(self, chat: Chat, index: int, mode: Template) -> Turn:
+        """Returns the reply for a prompt that opens a thought, under a template that prints none.
+
+        The templates of DeepSeek R1's distilled models open `<think>` in the prompt and print only what
+        follows `</think>` in a conversation. The model writes the thinking and closes it.
+        """
+        prompt, message = self._prompt(chat.under(mode), index), chat.given(index)
+        header, printed = self._behind_previous(chat.under(mode), index)
+        begun = header if printed.startswith(header) else header[: header.rfind(THINK)]
+        content = printed[len(begun) :]
+        if not (header.rstrip().endswith(THINK) and printed.startswith(begun)) or _TAG.search(content):
+            raise self._other_prompt(chat, index, prompt)
+        thought, closing, text = message.get("content", "").rpartition(END_THINK)
+        spaces = text[: len(text) - len(text.lstrip())]
+        if closing:
+            thought = thought.lstrip().removeprefix(THINK).lstrip("\n")
+        else:
+            thought, spaces = f"{message.get('reasoning_content', '')}\n", "\n\n"
+        said = f"{thought}{END_THINK}{'' if closing and content.startswith(spaces) else spaces}{content}"
+        self._check_nothing_is_lost(chat.under(mode), index, said, {**message, "reasoning_content": ""})
+        finding = "kept the thinking that the chat template removes" if thought.strip() else _CLOSED
+        ended = self._ended(chat, index, prompt + said, len(prompt))
+        return Turn(prompt, *ended, mode, mode, finding)
+
+    def _empty(self, chat: Chat, index: int) -> Turn:
         """Returns an empty reply, which ends the turn at once, behind a prompt that any text could follow."""
         prompt = self._prompt(chat, index)
         if not chat.text_with(index, self._template.adapted(REPLY), index + 1).startswith(prompt):
@@ -268,8 +389,11 @@ class Replies:
             end = match.start()
         return tail
 
-    def _check_nothing_is_lost(self, chat: Chat, index: int, printed: str) -> None:
-        message = chat.given(index)
+    def _check_nothing_is_lost(
+        self, chat: Chat, index: int, printed: str, message: PlainMessage | None = None
+    ) -> None:
+        """Raises RendererError if text of the reply is missing; `message` replaces it, without thinking."""
+        message = message or chat.given(index)
         if message.keys() == _ONLY_CONTENT and message["content"].strip() in printed:
             return
         thought, content = message.get("reasoning_content", ""), message.get("content", "")

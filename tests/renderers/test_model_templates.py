@@ -100,12 +100,17 @@ def test_an_empty_gpt_oss_reply_is_trained_to_its_end(renderer_of, tokenizer_for
     assert trained_runs(tokenizer, example) == ["<|channel|>final<|message|><|return|>"]
 
 
-def test_deepseek_is_refused_because_its_template_drops_the_thinking_of_its_prompt(
-    renderer_of, tokenizer_for
+def test_a_deepseek_reply_closes_the_thought_of_its_prompt_which_the_template_drops(
+    renderer_of, tokenizer_for, trained_runs
 ):
-    renderer = renderer_of("chat_template", tokenizer_for("deepseekv3"))
-    with pytest.raises(RendererError, match="sampled from other prompts"):
-        renderer.build_supervised_example(CHAT)
+    tokenizer = tokenizer_for("deepseekv3")
+    examples = renderer_of("chat_template", tokenizer).build_supervised_examples(CHAT)
+    replies = [message["content"] for message in CHAT if message["role"] == "assistant"]
+    said = [f"\n</think>\n\n{reply}<｜end▁of▁sentence｜>" for reply in replies]
+    assert [run for example in examples for run in trained_runs(tokenizer, example)] == said
+    for index, (tokens, weights) in zip((1, 3, 5), examples, strict=False):
+        prompt = rendered(tokenizer, CHAT[:index], prompt=True)
+        assert tokenizer.decode(tokens.to_ints()[: int(weights.argmax())]) == prompt
 
 
 def test_the_refusal_of_a_system_role_by_gemma_is_reported(renderer_of, tokenizer_for):
@@ -281,17 +286,18 @@ def test_every_reply_is_trained_from_its_prompt_to_its_end(
     last = (messages[: turn + 1], TrainOnWhat.LAST_ASSISTANT_MESSAGE, TOOLS)
     before = rendered(tokenizer, messages[:turn], TOOLS, prompt=True)
     whole = rendered(tokenizer, messages[: turn + 1], TOOLS)
-    if not whole.startswith(before):  # gpt-oss drops the thinking before a call
+    said = whole[len(before) :]
+    if not whole.startswith(before):  # gpt-oss drops the thinking before a call, but not in the prompt
         assert name == "gptoss"
-        with pytest.raises(RendererError, match="sampled from other prompts"):
-            renderer.build_supervised_examples(*last)
-        return
+        assert before.endswith("<|end|><|start|>assistant")
+        said = whole.rpartition("to=assistant")[2].partition("<|end|><|start|>assistant")[2]
     ((tokens, weights),) = renderer.build_supervised_examples(*last)
     prompt = renderer.build_generation_prompt(messages[:turn], tools=TOOLS).to_ints()
     assert tokens.to_ints()[: len(prompt)] == prompt
+    assert tokenizer.decode(prompt) == before
     assert not weights[: len(prompt)].any()
     (run,) = trained_runs(tokenizer, (tokens, weights))
-    assert run == whole[len(before) :].rstrip("\n")
+    assert run == said.rstrip("\n")
     assert run.endswith(tuple(stops))
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from typing import Any
 
 import pytest
@@ -55,6 +57,55 @@ NO_EMPTY = (
     "{% for m in messages %}<|im_start|>{{ m.role }}"
     "{% if m.content %}{{ '\n' ~ m.content }}<|im_end|>{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+# The system message is in the prompt only, in front of the last user's message (Mistral 7B v0.3, Nemo).
+MOVED = (
+    "{% if messages[0].role == 'system' %}{% set system = messages[0].content %}"
+    "{% set messages = messages[1:] %}{% endif %}{% for m in messages %}<|im_start|>"
+    "{% if m.role == 'user' and loop.last and system is defined %}"
+    "{{ system }}\n\n{% endif %}{{ m.content }}<|im_end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>{% endif %}"
+)
+# The prompt has an empty thought, and no conversation has a thought (Gemma 4 by other trainers).
+NO_THOUGHT = START + END + "{{ '<|header|>thought\n<|text|>' if not deep else '' }}{% endif %}"
+# The prompt has an empty thought, of which the conversation prints the end (DeepSeek V3.2 behind results).
+HALF_THOUGHT = START + "</think>" + END + "<think></think>{% endif %}"
+# One value of a variable closes the thought in the prompt, and no conversation shows it (Cohere's North).
+SWITCHED = (
+    "{% set reasoning = reasoning | default(true) %}"
+    + START
+    + "{% if m.reasoning_content %}<|header|>{{ m.reasoning_content }}<|text|>{% endif %}<bos>"
+    + END
+    + "<|header|>{% if not reasoning %}<|text|>{% endif %}{% endif %}"
+)
+# The prompt begins the thought with words (Apriel).
+WORDS = (
+    START
+    + "{% if m.reasoning_content %}{{ m.reasoning_content }}\n[ANSWER]\n{% endif %}"
+    + END
+    + "My thoughts:\n{% endif %}"
+)
+# The prompt opens a thought, and a conversation has only what follows one (DeepSeek R1's distilled models).
+STRIPPED = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content.split('</think>')[-1] }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
+)
+# The prompt opens a thought, and a last reply is printed as if it were one (Nemotron Nano 2).
+AS_THOUGHT = (
+    START
+    + "{% if loop.last %}<think>\n{% endif %}{% set after = m.content.split('</think>')[-1] %}"
+    + END
+    + "<think>\n{% endif %}"
+)
+# A tool's result is a part of the reply's turn, and the prompt opens another one (Apertus).
+CONTINUED = (
+    "{% set ns = namespace(open=false) %}{% for m in messages %}"
+    "{% if m.role == 'user' %}{% if ns.open %}<|im_end|>{% endif %}<|im_start|>user\n{{ m.content }}<|eot|>"
+    "{% set ns.open = false %}{% else %}{% if not ns.open %}<|header|>{% set ns.open = true %}{% endif %}"
+    "{{ '[' ~ m.content ~ ']' if m.role == 'tool' else m.content }}{% endif %}{% endfor %}"
+    "{% if ns.open and not add_generation_prompt %}<|im_end|>{% endif %}"
+    "{% if add_generation_prompt %}<|header|>{% endif %}"
 )
 
 
@@ -143,7 +194,26 @@ def test_each_turn_of_a_mixed_conversation_is_in_its_own_mode(small_tokenizer, t
         {},
         {"enable_thinking": False},
     ]
-    assert any("sampling needs too: enable_thinking=false (2 turns)" in line for line in notes.lines(found))
+    note = next(line for line in notes.lines(found) if "another mode" in line)
+    assert note.endswith("""template_kwargs='{"enable_thinking": false}' (2 turns)""")
+
+
+def test_the_note_gives_a_setting_with_which_plain_prompts_are_those_of_training(
+    small_tokenizer, trained_runs
+):
+    tokenizer = small_tokenizer(CLOSED)
+    chat = [user("a"), reply("b")]
+    with notes.collected() as found:
+        (example,) = get_renderer(
+            "chat_template", tokenizer, template_kwargs={"own": 1}
+        ).build_supervised_examples(chat)
+    (setting,) = re.findall("template_kwargs='(.+)'", " ".join(notes.lines(found)))
+    assert json.loads(setting) == {"own": 1, "enable_thinking": False}
+    sampled = get_renderer("chat_template", tokenizer, template_kwargs=json.loads(setting))
+    prompt = sampled.build_generation_prompt(chat[:1]).to_ints()
+    first = int(example[1].argmax())
+    assert prompt == example[0].to_ints()[:first]
+    assert trained_runs(tokenizer, sampled.build_supervised_examples(chat)[0]) == ["b<|im_end|>"]
 
 
 def test_variables_that_the_user_gives_are_kept(small_tokenizer, trained_runs):
@@ -157,6 +227,68 @@ def test_variables_that_the_user_gives_are_kept(small_tokenizer, trained_runs):
     thoughtless = renderer.with_template_kwargs({"enable_thinking": False})
     with pytest.raises(RendererError, match="sampled from other prompts"):
         thoughtless.build_supervised_examples([user("a"), reply("b", "hm")])
+
+
+def test_a_system_message_that_only_prompts_have_is_in_front_of_the_reply(small_tokenizer, trained_runs):
+    chat = [{"role": "system", "content": "s"}, user("a"), reply("b"), user("c"), reply("d")]
+    with notes.collected() as found:
+        text = check(small_tokenizer(MOVED), trained_runs, chat, "d<|im_end|>", {})
+    assert text == "".join(f"<|im_start|>{said}<|im_end|>" for said in ("a", "b", "s\n\nc", "d"))
+    assert any("2 turns followed messages that the template prints" in line for line in notes.lines(found))
+
+
+def test_an_empty_thought_of_the_prompt_is_found_where_no_conversation_has_a_thought(
+    small_tokenizer, trained_runs
+):
+    for template in (NO_THOUGHT, HALF_THOUGHT):
+        check(small_tokenizer(template), trained_runs, [user("a"), reply("b")], "b<|im_end|>", {})
+
+
+@pytest.mark.parametrize(
+    ("thought", "said", "variables"),
+    [("", "<bos>d<|im_end|>", {"reasoning": False}), ("hm", "hm<|text|><bos>d<|im_end|>", {})],
+)
+def test_a_prompt_whose_thought_a_variable_closes_is_that_of_a_reply_without_one(
+    small_tokenizer, trained_runs, thought, said, variables
+):
+    chat = [user("a"), reply("b", "x"), user("c"), reply("d", thought)]
+    check(small_tokenizer(SWITCHED), trained_runs, chat, said, variables)
+
+
+@pytest.mark.parametrize("thought", ["", "hm"])
+def test_a_thought_that_the_prompt_begins_with_words_is_continued(small_tokenizer, trained_runs, thought):
+    chat = [user("a"), reply("b", thought)]
+    check(small_tokenizer(WORDS), trained_runs, chat, f"{thought}\n[ANSWER]\nb<|im_end|>", {})
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        (reply("<think>\nhm\n</think>\n\nd"), "hm\n</think>\n\nd<|im_end|>"),
+        (reply("d", "hm"), "hm\n</think>\n\nd<|im_end|>"),
+        (reply("d"), "\n</think>\n\nd<|im_end|>"),
+    ],
+)
+def test_thinking_that_the_template_removes_is_trained_behind_a_prompt_that_opens_it(
+    small_tokenizer, trained_runs, answer, said
+):
+    tokenizer = small_tokenizer(STRIPPED)
+    check(tokenizer, trained_runs, [user("a"), reply("b", "x"), user("c"), answer], said, {})
+    sampled = tokenizer(said, add_special_tokens=False).input_ids
+    parsed, ended = get_renderer("chat_template", tokenizer).parse_response(sampled)
+    assert ended
+    assert parsed == reply("d", "hm" if "hm" in said else "")
+
+
+def test_a_reply_that_the_template_prints_as_a_thought_closes_it_first(small_tokenizer, trained_runs):
+    chat = [user("a"), reply("b"), user("c"), reply("d")]
+    check(small_tokenizer(AS_THOUGHT), trained_runs, chat, "\n</think>\n\nd<|im_end|>", {})
+
+
+def test_a_reply_that_continues_a_turn_follows_the_header_of_its_prompt(small_tokenizer, trained_runs):
+    chat = [user("a"), reply("b"), {"role": "tool", "content": "r"}, reply("d")]
+    text = check(small_tokenizer(CONTINUED), trained_runs, chat, "d<|im_end|>", {})
+    assert text == "<|im_start|>user\na<|eot|><|header|>b[r]<|header|>d<|im_end|>"
 
 
 def test_an_opened_thought_is_refused_under_a_template_that_prints_none(small_tokenizer):
