@@ -169,7 +169,7 @@ class Replies:
         """Returns whether a reply without thinking follows a prompt that opens a thought, and closes none."""
         return prompt.rstrip().endswith(THINK) and END_THINK not in printed and self._has_no_thought(message)
 
-    def _behind_empty_thought(self, chat: Chat, index: int, mode: Template) -> Turn:
+    def _behind_empty_thought(self, chat: Chat, index: int, mode: Template) -> ReplyTurn:
         """Returns the reply behind a prompt with an empty thought that the conversation does not show."""
         prompt = self._prompt(chat.under(mode), index)
         for printed_by, before, after in self._with_thought(chat, index, mode):
@@ -179,7 +179,7 @@ class Replies:
                 return self._remade(chat, index, prompt, whole, (printed_by, mode, _ONLY_IN_PROMPT))
         raise self._other_prompt(chat, index, prompt)
 
-    def _behind_own_prompt(self, chat: Chat, index: int, mode: Template) -> Turn:
+    def _behind_own_prompt(self, chat: Chat, index: int, mode: Template) -> ReplyTurn:
         """Returns the reply behind a prompt that prints the messages before it in its own way.
 
         Mistral's templates print the system message only in front of a last user's message, so in the prompt
@@ -248,7 +248,7 @@ class Replies:
             raise self._other_prompt(chat, index, prompted)
         return header, printed.rpartition(SENTINEL)[2]
 
-    def _begun_thought(self, chat: Chat, index: int) -> Turn:
+    def _begun_thought(self, chat: Chat, index: int) -> ReplyTurn:
         """Returns the reply for a prompt that opens a thought, or begins it with words, in every mode.
 
         A reply without thinking closes it. The words are those of Apriel's prompts.
@@ -267,7 +267,7 @@ class Replies:
                 return self._remade(chat, index, prompt, whole, (printed_by, self._template, finding))
         raise self._other_prompt(chat, index, prompt)
 
-    def _stripped_thought(self, chat: Chat, index: int, mode: Template) -> Turn:
+    def _stripped_thought(self, chat: Chat, index: int, mode: Template) -> ReplyTurn:
         """Returns the reply for a prompt that opens a thought, under a template that prints none.
 
         The templates of DeepSeek R1's distilled models open `<think>` in the prompt and print only what
@@ -289,9 +289,9 @@ class Replies:
         self._check_nothing_is_lost(chat.under(mode), index, said, {**message, "reasoning_content": ""})
         finding = "kept the thinking that the chat template removes" if thought.strip() else _CLOSED
         ended = self._ended(chat, index, prompt + said, len(prompt))
-        return Turn(prompt, *ended, mode, mode, finding)
+        return ReplyTurn(prompt, *ended, mode, mode, finding)
 
-    def _empty(self, chat: Chat, index: int) -> Turn:
+    def _empty(self, chat: Chat, index: int) -> ReplyTurn:
         """Returns an empty reply, which ends the turn at once, behind a prompt that any text could follow."""
         prompt = self._prompt(chat, index)
         if not chat.text_with(index, self._template.adapted(REPLY), index + 1).startswith(prompt):
