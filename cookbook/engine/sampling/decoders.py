@@ -221,11 +221,15 @@ def _last_logits_only(base: BaseModel) -> dict[str, int]:
 
 
 def _new_cache(base: BaseModel) -> Any:
-    """Returns a transformers cache that keeps all positions: some models do not use the window they name."""
+    """Returns a transformers cache that keeps all positions: some models do not use the window they name.
+
+    A model with sliding layers of a kind of its own uses its window (DeepSeek V4), and makes one mask for
+    them all.
+    """
     from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
     cache = DynamicCache(config=base.model.config)
-    cache.layers = [
-        DynamicLayer() if type(layer) is DynamicSlidingWindowLayer else layer for layer in cache.layers
-    ]
+    sliding = [layer for layer in cache.layers if isinstance(layer, DynamicSlidingWindowLayer)]
+    if all(type(layer) is DynamicSlidingWindowLayer for layer in sliding):
+        cache.layers = [DynamicLayer() if layer in sliding else layer for layer in cache.layers]
     return cache
