@@ -178,8 +178,9 @@ def model_class(config: PretrainedConfig) -> tuple[Any, PretrainedConfig]:
     if is_of_own_code(config) and (name := (config.auto_map or {}).get("AutoModelForCausalLM")):
         from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-        assert runs_code_of(config.name_or_path), "the class of the config was imported without permission"
-        return get_class_from_dynamic_module(name, config.name_or_path), config
+        location = str(config.name_or_path)
+        assert runs_code_of(location), "the class of the config was imported without permission"
+        return get_class_from_dynamic_module(name, location), config
     raise ModelError(
         f"transformers {transformers.__version__} has no class that continues a text for "
         f"{_described(config.model_type, config.architectures)}. Give a language model."

@@ -313,7 +313,7 @@ def run_experts(
 # -- PEFT's layers --------------------------------------------------------------------------
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
+@torch.compiler.disable
 def _forward(self: Any, tokens: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
     """Replaces the forward pass of PEFT's outermost layer on a module of experts."""
     experts, loras = self.get_base_layer(), _active_loras(self)
