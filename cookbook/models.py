@@ -136,7 +136,9 @@ def load_from_hub_or_disk(what: str, model_name: str, load: Any, **options: Any)
             ) from error
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         repair = (
-            "The folder is damaged or incomplete: copy or download it again."
+            "Install the package that is named here, and run it again."
+            if isinstance(error, ImportError)
+            else "The folder is damaged or incomplete: copy or download it again."
             if is_folder
             else "Check the name on the hub; for a gated model run `hf auth login` first."
         )

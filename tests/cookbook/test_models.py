@@ -208,6 +208,16 @@ def test_a_damaged_model_folder_is_refused(model_folder: Path, file: str, damage
     assert "The folder is damaged or incomplete: copy or download it again." in str(caught.value)
 
 
+def test_a_missing_package_is_no_damage_of_the_folder(model_folder: Path) -> None:
+    def load(*_: Any, **__: Any) -> None:
+        raise ImportError("TimmWrapperModel requires the timm library but it was not found.\nRun pip.")
+
+    with pytest.raises(ModelError, match="requires the timm library but it was not found") as caught:
+        models.load_from_hub_or_disk("weights", str(model_folder), load)
+    assert "Install the package" in str(caught.value)
+    assert "damaged" not in str(caught.value)
+
+
 def test_code_that_comes_with_a_model_is_never_run(model_folder: Path) -> None:
     (model_folder / "modeling.py").write_text("raise SystemExit('it ran')\n", encoding="utf-8")
     config = json.loads((model_folder / "config.json").read_text(encoding="utf-8"))
