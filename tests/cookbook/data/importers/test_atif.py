@@ -574,7 +574,7 @@ def test_a_field_of_another_type_is_read_or_refused(data: st.DataObject) -> None
     sub = numbered(
         {"source": "system", "message": "x", "extra": REPLACED, **results({"content": "s"})}, USER, DONE
     )
-    document = trajectory(subagent_trajectories=[sub], extra={"goal": {"a": 1}}, success=True)
+    document = copy.deepcopy(trajectory(subagent_trajectories=[sub], extra={"goal": {"a": 1}}, success=True))
     where: Any = document
     while True:
         keys = list(where) if isinstance(where, dict) else list(range(len(where)))
