@@ -26,7 +26,7 @@ class StackedIn4Bits(Tensor):
     def __new__(
         cls, packed_EB: Tensor, states: list[Any], shape: torch.Size, dtype: torch.dtype
     ) -> StackedIn4Bits:
-        stacked: StackedIn4Bits = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        stacked: StackedIn4Bits = Tensor._make_wrapper_subclass(
             cls, shape, dtype=dtype, device=packed_EB.device
         )
         stacked.packed_EB, stacked.states = packed_EB, states
@@ -36,7 +36,7 @@ class StackedIn4Bits(Tensor):
         return f"StackedIn4Bits(shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device})"
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         stacked = args[0]
         if func is torch.ops.aten.detach.default:
             return cls(stacked.packed_EB, stacked.states, stacked.shape, stacked.dtype)
@@ -71,7 +71,8 @@ def quantize(weight_ERC: Tensor, dtype: torch.dtype, **settings: Any) -> nn.Para
     """Returns the weights of experts as a parameter in 4 bits. `settings` are those of `quantize_4bit`."""
     from bitsandbytes.functional import quantize_4bit
 
-    packed, states = [], []
+    packed: list[Tensor] = []
+    states: list[Any] = []
     for matrix_RC in weight_ERC:
         packed_B1, state = quantize_4bit(matrix_RC.contiguous(), **settings)
         packed.append(packed_B1[:, 0])
