@@ -202,7 +202,8 @@ def loads(subject: Subject) -> str:
 def share_adapted(subject: Subject) -> str:
     """The share of the weights of the decoder's layers that carries an adapter, as PEFT loads it.
 
-    Embeddings, the head, norms and towers are not counted.
+    Embeddings, the head, norms and towers are not counted, nor indexers, which choose positions and get no
+    gradient.
     """
     decoder = subject.adapted.base_model.model.get_decoder()
     embeddings = {id(m.weight) for m in decoder.modules() if isinstance(m, torch.nn.Embedding)}
@@ -210,6 +211,7 @@ def share_adapted(subject: Subject) -> str:
         name: weight
         for name, weight in decoder.named_parameters()
         if weight.ndim > 1 and "lora_" not in name and id(weight) not in embeddings
+        if ".indexer." not in name
     }
     modules = [module for module in decoder.modules() if isinstance(module, LoraLayer)]
     adapted = {id(_adapted_weight(module)) for module in modules}
