@@ -350,7 +350,7 @@ def run_in_4_bits(model: nn.Module) -> None:
             experts.forward = types.MethodType(_forward_without_lora, experts)
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
+@torch.compiler.disable
 def _forward_without_lora(self: Any, tokens: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
     return run_experts(self, {}, tokens, chosen, weights)
 

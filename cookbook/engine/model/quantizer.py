@@ -21,18 +21,20 @@ _METHOD = "bitsandbytes_4bit_with_experts"
 _NOT_QUANTIZED = ("routers", "indexers", "layers read directly")
 
 
-class LayersAndExpertsConfig(BitsAndBytesConfig):  # type: ignore[misc]
+class LayersAndExpertsConfig(BitsAndBytesConfig):
     """Chooses the quantizer of this file."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(load_in_4bit=True, **settings)
-        self.quant_method = _METHOD
+        self.quant_method = _METHOD  # type: ignore[assignment]
 
 
-class LayersAndExperts(Bnb4BitHfQuantizer):  # type: ignore[misc]
+class LayersAndExperts(Bnb4BitHfQuantizer):
     """Quantises linear layers and the stacked weights of experts, but nothing that only chooses experts."""
 
-    def get_modules_to_not_convert(self, model: Any, *others: Any, **options: Any) -> list[str]:
+    def get_modules_to_not_convert(  # type: ignore[override]
+        self, model: Any, *others: Any, **options: Any
+    ) -> list[str]:
         """Returns patterns of the names of layers whose weight is kept as it is."""
         kinds = find_targets(model).kinds
         skipped = super().get_modules_to_not_convert(model, *others, **options)
@@ -56,13 +58,13 @@ class LayersAndExperts(Bnb4BitHfQuantizer):  # type: ignore[misc]
         return _Quantize(self, super().get_quantize_ops())
 
 
-class _Quantize(ConversionOps):  # type: ignore[misc]
+class _Quantize(ConversionOps):
     """Quantises the weights that a step of loading has made."""
 
     def __init__(self, quantizer: LayersAndExperts, of_layers: Any) -> None:
         self._settings, self._of_layers = quantizer.quantization_config, of_layers
 
-    def convert(
+    def convert(  # type: ignore[override]
         self, input_dict: dict[str, Any], model: Any = None, **others: Any
     ) -> dict[str, Tensor | nn.Parameter]:
         results: dict[str, Tensor | nn.Parameter] = {}
