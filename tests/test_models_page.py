@@ -43,10 +43,9 @@ def assert_is_as_the_page_says(name: str) -> None:
         assert is_passed == should_pass, f"{column}: {found[column]}, and the page says {ROWS[name][column]}"
 
 
-@pytest.mark.parametrize("name", ["qwen3", "gemma3"])
-def test_representative_families_are_as_the_page_says(name: str) -> None:
-    assert passes(ROWS[name])
-    assert_is_as_the_page_says(name)
+def test_a_representative_family_is_as_the_page_says() -> None:
+    assert passes(ROWS["qwen3"])
+    assert_is_as_the_page_says("qwen3")
 
 
 @pytest.mark.slow
