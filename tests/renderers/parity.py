@@ -121,7 +121,7 @@ FAMILIES = {
     "Phi 3": Family("phi3", ["phi3", "chat_template"]),
     "DeepSeek V3": Family(
         "deepseekv3",
-        ["deepseekv3", "chat_template"],
+        ["deepseekv3"],
         arguments_as_text=True,
         more_tokens=("<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"),
     ),

@@ -30,7 +30,6 @@ def test_the_table_equals_the_result_of_the_comparison(parity):
 
 def test_conversations_with_a_system_message_are_exact_for_every_model_in_the_table(parity):
     others = {
-        ("DeepSeek V3", "chat_template"): parity.REFUSED,
         ("gpt-oss", "chat_template"): parity.EXACT_AS_TEXT,
     }
     for name, family in parity.FAMILIES.items():

@@ -155,10 +155,22 @@ def test_the_prompt_of_every_turn_is_a_prefix_of_its_example(renderer_of, qwen3,
 
 def test_a_reply_right_after_a_reply_is_refused(renderer_of, qwen3):
     chat = [message("user", "a"), message("assistant", "b"), message("assistant", "c")]
-    for name in ("qwen3", "chat_template"):
-        with pytest.raises(RendererError, match="message 3"):
-            renderer_of(name, qwen3).build_supervised_example(chat)
-        renderer_of(name, qwen3).build_supervised_example(chat, TrainOnWhat.ALL_USER_AND_SYSTEM_MESSAGES)
+    with pytest.raises(RendererError, match="message 3"):
+        renderer_of("qwen3", qwen3).build_supervised_example(chat)
+    renderer_of("qwen3", qwen3).build_supervised_example(chat, TrainOnWhat.ALL_USER_AND_SYSTEM_MESSAGES)
+
+
+def test_the_template_renders_a_reply_right_after_a_reply_behind_the_prompt_it_is_sampled_with(
+    renderer_of, qwen3
+):
+    """The prompt shows the empty thought of the reply before; the template's whole conversation does not."""
+    chat = [message("user", "a"), message("assistant", "b"), message("assistant", "c")]
+    prompt = qwen3.apply_chat_template(chat[:2], tokenize=False, add_generation_prompt=True)
+    ((tokens, weights),) = renderer_of("chat_template", qwen3).build_supervised_examples(chat)
+    ids = tokens.to_ints()
+    assert qwen3.decode(ids) == f"{prompt}<think>\n\n</think>\n\nc<|im_end|>\n"
+    trained = qwen3.decode([token for token, weight in zip(ids, weights, strict=True) if weight])
+    assert trained == "<think>\n\n</think>\n\nb<|im_end|><think>\n\n</think>\n\nc<|im_end|>"
 
 
 def test_thinking_that_the_format_would_drop_is_refused(renderer_of, qwen3):

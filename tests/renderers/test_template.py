@@ -1,6 +1,8 @@
 """A chat template called directly, compared with `apply_chat_template`."""
 
 import datetime
+import functools
+import re
 from typing import Any
 
 import numpy as np
@@ -160,7 +162,9 @@ def test_each_conversation_of_one_shape_is_printed_as_apply_chat_template_does(
             with pytest.raises(RendererError):
                 Chat(ours, chat, None).text(len(chat))
         else:
-            assert Chat(ours, chat, None).text(len(chat)) == theirs
+            # what a method of a dict prints has its address
+            without_addresses = functools.partial(re.sub, "0x[0-9a-f]+", "0x0")
+            assert without_addresses(Chat(ours, chat, None).text(len(chat))) == without_addresses(theirs)
 
 
 @pytest.mark.parametrize(
