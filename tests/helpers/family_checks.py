@@ -42,7 +42,7 @@ from cookbook.types import AdamParams, Datum, ModelInput, SamplingParams
 
 ADAM = AdamParams(learning_rate=0.02)
 NUM_TOKENS = 373
-"""Of the tokenizer. The model has more."""
+"""The number of tokens that the tokenizer has. The model has more rows."""
 
 
 def make_data(lengths: Sequence[int], seed: int = 0) -> list[Datum]:
