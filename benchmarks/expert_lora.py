@@ -1,8 +1,8 @@
 """Times a layer of experts without an adapter, with this project's LoRA, and with PEFT's, side by side.
 
 Each is a forward and a backward pass with frozen weights, as in training. The bytes are those that autograd
-keeps in between, besides the weights. `python benchmarks/expert_lora.py` prints a line for each number of
-tokens.
+keeps in between, besides the weights. `python -m benchmarks.expert_lora` prints a line for each layer and
+number of tokens.
 """
 
 from __future__ import annotations

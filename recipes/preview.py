@@ -10,7 +10,6 @@ with more examples and a histogram of all lengths.
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 
 import chz
@@ -22,13 +21,10 @@ from cookbook.data.types import ChatDatasetBuilder
 from cookbook.errors import ConfigError
 from cookbook.report import preview_page
 from cookbook.supervised import train
+from cookbook.supervised.start import warn_about_template
 from cookbook.utils import files
 from cookbook.utils.consoles import make_console, plain, plain_line
 from recipes.sft import DEFAULTS
-from renderers import get_renderer
-from renderers.agreement import warning_of
-
-logger = logging.getLogger(__name__)
 
 
 @chz.chz
@@ -63,9 +59,7 @@ async def run(config: PreviewConfig) -> None:
     if isinstance(builder, ChatDatasetBuilder):
         common = builder.common_config
         name = common.model_name_for_tokenizer
-        renderer = get_renderer(str(common.renderer_name), models.get_tokenizer(name))
-        if warning := warning_of(renderer, name, models.recommended_renderer(name)):
-            logger.warning("%s", warning)
+        warn_about_template(name, str(common.renderer_name))
         facts = [f"Renderer: {common.renderer_name}", f"Trained: {common.train_on_what}"]
     tokenizer = models.get_tokenizer(name, tuple(config.add_tokens))
     number = max(config.num_examples, config.num_html_examples if config.html else 0)

@@ -17,8 +17,8 @@ from chz.tiepin import CastError, is_subtype_instance
 
 __all__ = [
     "CHECKED_WITH", "NOTE_OF_AN_ARGUMENT", "CastError", "EntrypointException", "EntrypointHelpException",
-    "Param", "Params", "can_be_cast", "class_defaults", "class_named", "default_of", "is_subtype_instance",
-    "given_value", "missing_params", "param_of_an_item", "params_of", "plain_default", "value_at",
+    "Param", "Params", "can_be_cast", "class_defaults", "class_named", "default_of", "given_value",
+    "is_subtype_instance", "missing_params", "param_of_an_item", "params_of", "plain_default", "value_at",
 ]  # fmt: skip
 
 CHECKED_WITH = "0.4.0"

@@ -19,12 +19,13 @@ from transformers.pytorch_utils import Conv1D
 from cookbook import models
 from cookbook.engine.model import peft_settings
 from cookbook.engine.model.peft_names import own_layer_names
-from cookbook.engine.model.published_files import REPAIR, ChangedFiles, PublishedFiles
+from cookbook.engine.model.published_files import ChangedFiles, PublishedFiles
 from cookbook.engine.model.text_part import by_published_names
 from cookbook.errors import CheckpointError, ModelError
 from cookbook.export.updates import LowRank, ReplacedRows, StackedLowRank, Update, read_updates
 from cookbook.runs.find import TrainedModel
 from cookbook.utils import json_files, pretrained
+from cookbook.utils.weight_files import REPAIR
 
 
 class MergedWeights:

@@ -10,7 +10,6 @@ import torch
 
 from cookbook import models
 from cookbook.engine.model.published_files import (
-    REPAIR,
     read_json,
     set_dtype,
     set_everywhere,
@@ -24,6 +23,7 @@ from cookbook.export.merge import base_model_folder, merged_weights
 from cookbook.runs.find import TrainedModel
 from cookbook.utils import json_files, pretrained, weight_files
 from cookbook.utils.json_files import JsonOrigin
+from cookbook.utils.weight_files import REPAIR
 
 _HALF = (torch.bfloat16, torch.float16)
 Dtype: TypeAlias = Literal["auto", "bfloat16", "float16", "float32"]
@@ -93,7 +93,9 @@ def _published_types(source: TrainedModel) -> dict[str, torch.dtype]:
         folder = weight_files.folder_of(models.model_location(source.origin), local_files_only=True)
     except (ModelError, OSError):
         return {}
-    return {name: weight_files.dtype_of(path, name) for name, path in weight_files.find(folder).items()}
+    found = weight_files.find(folder)
+    opened = {path: weight_files.open_file(path) for path in set(found.values())}
+    return {name: weight_files.dtype_of(opened[path], name) for name, path in found.items()}
 
 
 def write_generation_config(base_folder: Path, chat_format: ChatFormat, folder: Path) -> None:

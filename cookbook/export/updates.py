@@ -39,20 +39,26 @@ class Update(Protocol):
 
 
 @dataclass(frozen=True)
-class LowRank:
-    """Adds scaling * B A, and with DoRA scales each row to its magnitude."""
+class _Factors:
+    """The factors of an update scaling * B A."""
 
     a_RI: Tensor
     b_OR: Tensor
     scaling: float
-    magnitude_O: Tensor | None = None
     is_transposed: bool = False
-    """Whether the weight is [I, O], as in GPT-2."""
+    """Whether the weight is [I, O], as in GPT-2, and not [O, I]."""
 
     @property
     def shape(self) -> tuple[int, ...]:
         shape = (self.b_OR.shape[0], self.a_RI.shape[1])
         return shape[::-1] if self.is_transposed else shape
+
+
+@dataclass(frozen=True)
+class LowRank(_Factors):
+    """Adds scaling * B A, and with DoRA scales each row to its magnitude."""
+
+    magnitude_O: Tensor | None = None
 
     def shape_on(self, shape: tuple[int, ...]) -> tuple[int, ...] | None:
         return shape if shape == self.shape else None
@@ -66,21 +72,11 @@ class LowRank:
 
 
 @dataclass(frozen=True)
-class StackedLowRank:
-    """Adds scaling * B A to the stacked weight [E, O, I] of each expert, in PEFT's layout of A and B."""
+class StackedLowRank(_Factors):
+    """Adds scaling * B A to the stacked weight [E, O, I] of each expert, in PEFT's layout of A and B.
 
-    a_RI: Tensor
-    """[R*E, I], the expert outermost."""
-    b_OR: Tensor
-    """[O, R*E], the expert innermost."""
-    scaling: float
-    is_transposed: bool = False
-    """Whether the weight is [E, I, O]."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        shape = (self.b_OR.shape[0], self.a_RI.shape[1])
-        return shape[::-1] if self.is_transposed else shape
+    A is [R*E, I], the expert outermost, and B is [O, R*E], the expert innermost.
+    """
 
     def shape_on(self, shape: tuple[int, ...]) -> tuple[int, ...] | None:
         fits = len(shape) == 3 and shape[1:] == self.shape and len(self.a_RI) % shape[0] == 0
@@ -184,4 +180,4 @@ def _low_rank(
             f"Checkpoint {source.folder} is damaged: of the LoRA on {module} it has "
             f"{', '.join(sorted(found))}, and A and B are needed."
         )
-    return LowRank(found["A"], found["B"], scaling, found.get("magnitude"))
+    return LowRank(found["A"], found["B"], scaling, magnitude_O=found.get("magnitude"))

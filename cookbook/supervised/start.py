@@ -121,7 +121,7 @@ def _chat_format(config: Config) -> dict[str, str]:
     return metadata
 
 
-def _warn_about_template(model_name: str, renderer_name: str) -> None:
+def warn_about_template(model_name: str, renderer_name: str) -> None:
     """Warns if the renderer prints another format than the model's own, naming the one to use."""
     renderer = get_renderer(renderer_name, models.get_tokenizer(model_name))
     if warning := warning_of(renderer, model_name, models.recommended_renderer(model_name)):
@@ -138,7 +138,7 @@ def _warn_about_chat_formats(config: Config, is_resumed: bool) -> None:
         recorded = checkpoint.read_info(config.load_checkpoint_path).user_metadata or {}
     builder = config.dataset_builder
     if isinstance(builder, ChatDatasetBuilder) and config.renderer_name is not None:
-        _warn_about_template(config.model_name, config.renderer_name)
+        warn_about_template(config.model_name, config.renderer_name)
     for key in ("renderer_name", "system_prompt", "tools_in_system", "template_kwargs"):
         if recorded and ours.get(key) != recorded.get(key):
             logger.warning(

@@ -11,7 +11,7 @@ from cookbook.utils.json_files import JsonOrigin
 
 INDEX_FILE = "model.safetensors.index.json"
 WEIGHTS_FILE = "model.safetensors"
-_REPAIR = "Copy or download the model again."
+REPAIR = "Copy or download the model again."
 
 
 def find(folder: Path) -> dict[str, Path]:
@@ -21,8 +21,8 @@ def find(folder: Path) -> dict[str, Path]:
     """
     if (folder / INDEX_FILE).is_file():
         shape = {"weight_map": dict[str, str]}
-        weight_map = json_files.read_object(folder / INDEX_FILE, ModelError, _REPAIR, shape)["weight_map"]
-        origin = JsonOrigin(str(folder / INDEX_FILE), ModelError, _REPAIR)
+        weight_map = json_files.read_object(folder / INDEX_FILE, ModelError, REPAIR, shape)["weight_map"]
+        origin = JsonOrigin(str(folder / INDEX_FILE), ModelError, REPAIR)
         if other := [name for name in weight_map.values() if Path(name).name != name or not name]:
             origin.refuse(f"`weight_map` names {other[0]!r}, which is no file of the folder")
         if missing := [name for name in weight_map.values() if not (folder / name).is_file()]:
@@ -41,17 +41,16 @@ def open_file(path: Path) -> Any:
     try:
         return safe_open(path, "pt")
     except (OSError, SafetensorError) as error:
-        raise ModelError(f"{path} is damaged: it cannot be read ({error}). {_REPAIR}") from error
+        raise ModelError(f"{path} is damaged: it cannot be read ({error}). {REPAIR}") from error
 
 
-def dtype_of(path: Path, name: str) -> Any:
-    """Returns the type of a tensor in a file."""
+def dtype_of(file: Any, name: str) -> Any:
+    """Returns the type of a tensor in an open file."""
     import torch
 
-    with open_file(path) as file:
-        kind = file.get_slice(name).get_dtype()
-        known = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-        return known[kind] if kind in known else file.get_tensor(name).dtype
+    kind = file.get_slice(name).get_dtype()
+    known = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+    return known[kind] if kind in known else file.get_tensor(name).dtype
 
 
 def folder_of(location: str, local_files_only: bool = False) -> Path:

@@ -1,7 +1,7 @@
 """A tiny random model of each family of chat models, in the class in which its checkpoints are published.
 
 `make(name)` builds one in this process. `save(name, folder)` writes it as a checkpoint is published, with a
-tokenizer. All have the same sizes, where they have such a size. The entries below give what distinguishes a
+tokenizer. All have the same sizes, where they have such a size. `family_table` has what distinguishes a
 family: which layers attend to a window, which have experts, what is shared, scaled, capped or tied.
 """
 

@@ -239,7 +239,7 @@ def gradients(subject: Subject) -> str:
 
 
 def packed(subject: Subject) -> str:
-    """Sequences share a row. Returns the time of a step, as a share of that of a right-padded batch."""
+    """Sequences share a row. The figure is the time of a step, as a share of that of a right-padded batch."""
     rng = np.random.default_rng(1)
     data = make_data(rng.integers(32, 257, 16).tolist(), seed=2)
     assert subject.client._trainer.base.is_packed, f"one sequence at a time: {subject.why_not_packed()}"
@@ -418,20 +418,17 @@ def _round_to_nf4(model: Any, quantized: Any) -> int:
     transposed = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Conv1D)}
     num_rounded = 0
     for name, weight in quantized.named_parameters():
+        name = name.removeprefix("base_model.model.").replace(".base_layer", "")
         if weight.dtype == torch.uint8:
-            name = name.removeprefix("base_model.model.").replace(".base_layer", "")
-            rounded = own[name].T if name in transposed else own[name]
-            packed, state = quantize_4bit(
-                rounded.data.contiguous(), quant_type="nf4", compress_statistics=True
-            )
-            rounded.copy_(dequantize_4bit(packed, state))
-            num_rounded += rounded.numel()
+            matrices = [own[name].T if name in transposed else own[name]]
         elif isinstance(weight, StackedIn4Bits):
-            name = name.removeprefix("base_model.model.").replace(".base_layer", "")
-            for matrix in own[name]:
-                packed, state = quantize_4bit(matrix.contiguous(), quant_type="nf4", compress_statistics=True)
-                matrix.copy_(dequantize_4bit(packed, state))
-            num_rounded += own[name].numel()
+            matrices = list(own[name])
+        else:
+            continue
+        for matrix in matrices:
+            packed, state = quantize_4bit(matrix.contiguous(), quant_type="nf4", compress_statistics=True)
+            matrix.copy_(dequantize_4bit(packed, state))
+            num_rounded += matrix.numel()
     return num_rounded
 
 

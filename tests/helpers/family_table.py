@@ -134,13 +134,8 @@ _LONGROPE = {
 }
 _PARTIAL = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
 _MROPE = {"rope_type": "default", "rope_theta": 1000000.0, "mrope_section": [2, 1, 1]}
-_QWEN3_5_ROPE = {
-    "rope_type": "default",
-    "rope_theta": 10000.0,
-    "partial_rotary_factor": 0.5,
-    "mrope_section": [1, 1, 0],
-    "mrope_interleaved": True,
-}
+_PARTIAL_MROPE = {**_PARTIAL, "mrope_section": [1, 1, 0]}
+_QWEN3_5_ROPE = {**_PARTIAL_MROPE, "mrope_interleaved": True}
 _HYBRID = {"num_hidden_layers": 4, "layer_types": [LINEAR, LINEAR, LINEAR, FULL]}
 _MLA = {"num_key_value_heads": 4, "head_dim": 4}
 """Multi-head latent attention has no grouped heads, and `head_dim` is the part that RoPE rotates."""
@@ -156,8 +151,21 @@ _GEMMA4_ROPE = {
     SLIDING: {"rope_type": "default", "rope_theta": 10000.0},
     FULL: {"rope_type": "proportional", "partial_rotary_factor": 0.5, "rope_theta": 1000000.0},
 }
+_GEMMA4 = {"sliding_window": 8, "rope_parameters": _GEMMA4_ROPE, "final_logit_softcapping": 3.0}
+_GEMMA4_WINDOWS = {
+    **_GEMMA4,
+    "layer_types": [SLIDING, FULL],
+    "attention_k_eq_v": True,
+    "per_layer_config": {"1": {"head_dim": 16, "num_key_value_heads": 1}},
+}
 _QWEN_VISION = {"patch_size": 14, "spatial_merge_size": 2}
 _SIGLIP = {"patch_size": 14}
+_NEMOTRON_H = {
+    "num_hidden_layers": 4,
+    "layers_block_type": [LINEAR, "moe", FULL, "mlp"],
+    "n_groups": 2,
+    "moe_shared_expert_intermediate_size": 24,
+}
 _MTP = "mtp.layers.0.eh_proj.weight"
 _MTP_LAYER = "model.layers.61.eh_proj.weight"
 
@@ -299,11 +307,9 @@ FAMILIES: dict[str, TinyFamily] = {
     "gemma4": multimodal(
         "gemma4",
         text={
-            "sliding_window": 8,
+            **_GEMMA4,
             "num_hidden_layers": 3,
             "layer_types": [SLIDING, SLIDING, FULL],
-            "rope_parameters": _GEMMA4_ROPE,
-            "final_logit_softcapping": 3.0,
             "attention_k_eq_v": True,
             "hidden_size_per_layer_input": 0,
             "per_layer_config": {"2": {"head_dim": 16, "num_key_value_heads": 1}},
@@ -312,11 +318,9 @@ FAMILIES: dict[str, TinyFamily] = {
     "gemma4_e2b": multimodal(
         "gemma4",
         text={
-            "sliding_window": 8,
+            **_GEMMA4,
             "num_hidden_layers": 4,
             "layer_types": [SLIDING, FULL, SLIDING, FULL],
-            "rope_parameters": _GEMMA4_ROPE,
-            "final_logit_softcapping": 3.0,
             "num_kv_shared_layers": 2,
             "use_double_wide_mlp": True,
             "vocab_size_per_layer_input": VOCAB_SIZE,
@@ -327,16 +331,11 @@ FAMILIES: dict[str, TinyFamily] = {
     "gemma4_moe": multimodal(
         "gemma4",
         text={
-            "sliding_window": 8,
-            "layer_types": [SLIDING, FULL],
-            "rope_parameters": _GEMMA4_ROPE,
-            "final_logit_softcapping": 3.0,
-            "attention_k_eq_v": True,
+            **_GEMMA4_WINDOWS,
             "enable_moe_block": True,
             "num_experts": 4,
             "top_k_experts": 2,
             "hidden_size_per_layer_input": 0,
-            "per_layer_config": {"1": {"head_dim": 16, "num_key_value_heads": 1}},
         },
     ),
     # -- Phi
@@ -415,28 +414,22 @@ FAMILIES: dict[str, TinyFamily] = {
     ),
     "glm4v": multimodal(
         "glm4v",
-        text={"rope_parameters": {**_PARTIAL, "mrope_section": [1, 1, 0]}},
+        text={"rope_parameters": _PARTIAL_MROPE},
         vision=_QWEN_VISION,
     ),
     "glm4v_moe": multimodal(
         "glm4v_moe",
-        text={"rope_parameters": {**_PARTIAL, "mrope_section": [1, 1, 0]}, **_DENSE_FIRST},
+        text={"rope_parameters": _PARTIAL_MROPE, **_DENSE_FIRST},
         vision=_QWEN_VISION,
     ),
     # -- MiniMax
     "minimax": text_model("minimax", layer_types=[LINEAR, FULL], block_size=16),
     "minimax_m2": text_model(
         "minimax_m2",
-        rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
+        rope_parameters=_PARTIAL,
     ),
     # -- hybrids with Mamba
-    "nemotron_h": text_model(
-        "nemotron_h",
-        num_hidden_layers=4,
-        layers_block_type=[LINEAR, "moe", FULL, "mlp"],
-        n_groups=2,
-        moe_shared_expert_intermediate_size=24,
-    ),
+    "nemotron_h": text_model("nemotron_h", **_NEMOTRON_H),
     "falcon_h1": text_model(
         "falcon_h1",
         mamba_d_ssm=64,
@@ -528,10 +521,9 @@ FAMILIES: dict[str, TinyFamily] = {
     "exaone4": text_model("exaone4", **_WINDOWS),
     "exaone_moe": text_model(
         "exaone_moe",
-        num_hidden_layers=3,
         layer_types=[SLIDING, SLIDING, FULL],
         sliding_window=8,
-        mlp_layer_types=["dense", "sparse", "sparse"],
+        **_DENSE_FIRST_BY_TYPE,
     ),
     "ernie4_5": text_model("ernie4_5"),
     "ernie4_5_moe": text_model(
@@ -559,11 +551,10 @@ FAMILIES: dict[str, TinyFamily] = {
     "solar_open": text_model("solar_open"),
     "mimo_v2_flash": text_model(
         "mimo_v2_flash",
-        num_hidden_layers=3,
         layer_types=[FULL, SLIDING, SLIDING],
         sliding_window=8,
-        mlp_layer_types=["dense", "sparse", "sparse"],
         head_dim=12,
+        **_DENSE_FIRST_BY_TYPE,
     ),
     # -- further ones
     "pixtral": multimodal(
@@ -575,9 +566,7 @@ FAMILIES: dict[str, TinyFamily] = {
     "exaone4_5": multimodal(
         "exaone4_5", text=_WINDOWS, vision={**_QWEN_VISION, "fullatt_block_indexes": [1]}, extra_tensor=_MTP
     ),
-    "glm46v": multimodal(
-        "glm46v", text={"rope_parameters": {**_PARTIAL, "mrope_section": [1, 1, 0]}}, vision=_QWEN_VISION
-    ),
+    "glm46v": multimodal("glm46v", text={"rope_parameters": _PARTIAL_MROPE}, vision=_QWEN_VISION),
     "glm5_next": multimodal(
         "glm5_next",
         text={
@@ -593,16 +582,13 @@ FAMILIES: dict[str, TinyFamily] = {
         },
         vision={**_QWEN_VISION, "projection_intermediate_size": 24},
     ),
-    "hy_v3": text_model(
-        "hy_v3", num_hidden_layers=3, mlp_layer_types=["dense", "sparse", "sparse"], num_shared_experts=1
-    ),
+    "hy_v3": text_model("hy_v3", num_shared_experts=1, **_DENSE_FIRST_BY_TYPE),
     "hy_v4": text_model(
         "hy_v4",
-        num_hidden_layers=3,
-        mlp_layer_types=["dense", "sparse", "sparse"],
         layer_types=["indexed_attention"] * 3,
         indexer_types=["full", "full", "shared"],
         hc_mult=2,
+        **_DENSE_FIRST_BY_TYPE,
         **_MLA,
     ),
     "lfm3_vl": multimodal(
@@ -623,11 +609,10 @@ FAMILIES: dict[str, TinyFamily] = {
     ),
     "laguna": text_model(
         "laguna",
-        num_hidden_layers=3,
         layer_types=[FULL, SLIDING, SLIDING],
         sliding_window=8,
         num_attention_heads_per_layer=[4, 4, 4],
-        mlp_layer_types=["dense", "sparse", "sparse"],
+        **_DENSE_FIRST_BY_TYPE,
     ),
     "afmoe": text_model(
         "afmoe",
@@ -643,10 +628,9 @@ FAMILIES: dict[str, TinyFamily] = {
     "step3p7": multimodal(
         "step3p7",
         text={
-            "num_hidden_layers": 3,
+            **_DENSE_FIRST_BY_TYPE,
             "layer_types": [FULL, SLIDING, FULL],
             "sliding_window": 8,
-            "mlp_layer_types": ["dense", "sparse", "sparse"],
             "share_expert_dim": 16,
             "num_sliding_attention_heads": 4,
             "query_pre_attn_scalar": 8,
@@ -720,23 +704,12 @@ FAMILIES: dict[str, TinyFamily] = {
         vision={"patch_size": 14},
         projector_hidden_size=16,
     ),
-    "gemma4_unified": multimodal(
-        "gemma4_unified",
-        text={
-            "sliding_window": 8,
-            "layer_types": [SLIDING, FULL],
-            "rope_parameters": _GEMMA4_ROPE,
-            "final_logit_softcapping": 3.0,
-            "attention_k_eq_v": True,
-            "per_layer_config": {"1": {"head_dim": 16, "num_key_value_heads": 1}},
-        },
-    ),
+    "gemma4_unified": multimodal("gemma4_unified", text=_GEMMA4_WINDOWS),
     "mistral_large4": multimodal(
         "mistral_large4",
         text={
-            "num_hidden_layers": 3,
+            **_DENSE_FIRST_BY_TYPE,
             "layer_types": ["indexed_attention"] * 3,
-            "mlp_layer_types": ["dense", "sparse", "sparse"],
             "indexer_types": ["full"] * 3,
             "no_rope_layers": [1, 1, 0],
             "kv_source_layers": [0, 1, 2],
@@ -751,21 +724,15 @@ FAMILIES: dict[str, TinyFamily] = {
     ),
     "beam": text_model(
         "beam",
-        num_hidden_layers=3,
         layer_types=[SLIDING, SLIDING, FULL],
         sliding_window=8,
-        mlp_layer_types=["dense", "sparse", "sparse"],
+        **_DENSE_FIRST_BY_TYPE,
     ),
     "kolibri1": text_model("kolibri1", sliding_window=9, layer_types=[SLIDING, FULL]),
     "iquestcoder": text_model("iquestcoder"),
     "nemotron_h_omni": multimodal(
         "nemotron_h_omni",
-        text={
-            "num_hidden_layers": 4,
-            "layers_block_type": [LINEAR, "moe", FULL, "mlp"],
-            "n_groups": 2,
-            "moe_shared_expert_intermediate_size": 24,
-        },
+        text=_NEMOTRON_H,
         vision={"patch_size": 14, "video_temporal_patch_size": 2},
     ),
     "minicpmv4_6": multimodal(

@@ -38,7 +38,7 @@ layers without RoPE. Tiny models show that the computation is right. They do not
 |---|---|
 """
 _FOOT = """
-The models are in [tests/helpers/families.py](../tests/helpers/families.py), and the comparisons in
+The models are in [tests/helpers/family_table.py](../tests/helpers/family_table.py), and the comparisons in
 [tests/helpers/family_checks.py](../tests/helpers/family_checks.py). A cell that fails says why. With
 `{not_reached}` a column was not reached, because the model could not be loaded or adapted.
 """

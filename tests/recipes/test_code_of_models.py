@@ -6,7 +6,7 @@ import importlib
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import peft
 import pytest
@@ -35,6 +35,9 @@ AUTO_MAP = {
     "AutoTokenizer": ["modeling.Tokenizer", "modeling.Tokenizer"],
     "AutoProcessor": "modeling.Tokenizer",
 }
+
+
+Command: TypeAlias = Callable[[str], tuple[str, list[str]]]
 
 
 def rewrite(path: Path, **values: Any) -> None:
@@ -120,19 +123,23 @@ def commands(base: Path, adapter: Path, rows: Path, folder: Path) -> dict[str, t
 NAMES = list(commands(*[Path()] * 4))
 
 
+@pytest.fixture
+def command(base: Path, adapter: Path, rows: Path, tmp_path: Path) -> Command:
+    """Returns the recipe and the arguments of a named command on the model."""
+    return lambda name: commands(base, adapter, rows, tmp_path / "run")[name]
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_a_model_of_an_unknown_architecture_is_refused_without_running_its_code(
     name: str,
     base: Path,
-    adapter: Path,
-    rows: Path,
+    command: Command,
     decoy: Path,
-    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     rewrite(base / "config.json", model_type="of_its_own")
-    recipe, argv = commands(base, adapter, rows, tmp_path / "run")[name]
+    recipe, argv = command(name)
     code = run(recipe, argv, monkeypatch)
     assert not decoy.exists()
     error = capsys.readouterr().err
@@ -148,15 +155,12 @@ def test_a_model_of_an_unknown_architecture_is_refused_without_running_its_code(
 @pytest.mark.parametrize("name", NAMES)
 def test_a_model_of_a_known_architecture_is_loaded_without_its_code(
     name: str,
-    base: Path,
-    adapter: Path,
-    rows: Path,
+    command: Command,
     decoy: Path,
-    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    recipe, argv = commands(base, adapter, rows, tmp_path / "run")[name]
+    recipe, argv = command(name)
     run(recipe, argv, monkeypatch)
     assert not decoy.exists()
     assert "Traceback" not in capsys.readouterr().err
@@ -166,15 +170,14 @@ def test_a_model_of_a_known_architecture_is_loaded_without_its_code(
 def test_the_code_of_a_model_that_the_user_names_runs_and_no_other(
     name: str,
     base: Path,
-    adapter: Path,
-    rows: Path,
+    command: Command,
     decoy: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     rewrite(base / "config.json", model_type="of_its_own", architectures=["Model"])
-    recipe, argv = commands(base, adapter, rows, tmp_path / "run")[name]
+    recipe, argv = command(name)
     others = [str(base.parent), "base", f"{base}2", "", "*", "True", "1", base.name]
     monkeypatch.setenv("COOKBOOK_TRUST_REMOTE_CODE", ",".join(others))
     assert run(recipe, argv, monkeypatch) == (0 if name == "export adapter" else 1)
@@ -210,10 +213,10 @@ def test_a_model_that_the_user_names_brings_no_code_of_another(
 
 
 def test_an_export_names_no_code(
-    base: Path, adapter: Path, rows: Path, decoy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    command: Command, decoy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for kind in ("adapter", "merged"):
-        assert run(*commands(base, adapter, rows, tmp_path / "run")[f"export {kind}"], monkeypatch) == 0
+        assert run(*command(f"export {kind}"), monkeypatch) == 0
         for path in Path(f"{tmp_path / 'run'}-{kind}").glob("*.json"):
             assert "modeling" not in path.read_text(encoding="utf-8") or path.name == "tokenizer.json", path
     assert not decoy.exists()

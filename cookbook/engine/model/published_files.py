@@ -22,12 +22,11 @@ from torch import Tensor
 
 from cookbook.errors import ModelError
 from cookbook.utils import files, json_files, weight_files
+from cookbook.utils.weight_files import REPAIR
 
-REPAIR = "Copy or download the model again."
 _CODE = ("auto_map", "custom_generate")
 """Keys that name code of the published model, which is not copied."""
 _FILES_FOR_MEDIA = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -92,8 +91,8 @@ class PublishedFiles:
         return tuple(self._file_of(name).get_slice(name).get_shape())
 
     def dtype_of(self, name: str) -> torch.dtype:
-        kind = self._file_of(name).get_slice(name).get_dtype()
-        return _DTYPES[kind] if kind in _DTYPES else self.tensor(name).dtype
+        dtype: torch.dtype = weight_files.dtype_of(self._file_of(name), name)
+        return dtype
 
     def tensor(self, name: str) -> Tensor:
         """Returns a tensor of the files."""

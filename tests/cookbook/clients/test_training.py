@@ -463,9 +463,8 @@ def test_clients_on_one_base_model_share_its_weights_and_do_not_disturb_each_oth
 
 def test_a_new_adapter_does_not_change_the_model_and_depends_on_its_seed(make_client: MakeClient) -> None:
     client = make_client()
-    client.forward(
-        batch()[:1]
-    ).result()  # the engine's thread then waits, and the model can be read from here
+    # The engine's thread then waits, and the model can be read from here.
+    client.forward(batch()[:1]).result()
     base = client._engine.base
     tokens = batch()[0].model_input.to_ints()
     with torch.no_grad(), base.adapters.using(None):

@@ -48,9 +48,10 @@ def test_the_exported_template_prints_the_prompts_of_the_renderer(
 
 THOUGHT: Message = {**REPLY, "reasoning_content": "Two and two."}
 TELLS_ALL_THINKING = {
-    "qwen3_5_preserve_thinking",
-    "qwen3_6_preserve_thinking", "qwen3_8", "nemotron3_preserve_thinking", "kimi_k26_preserve_thinking",
+    "qwen3_5_preserve_thinking", "qwen3_6_preserve_thinking", "nemotron3_preserve_thinking",
+    "kimi_k26_preserve_thinking",
 }  # fmt: skip
+"""Those of Qwen3.8, too, print the thinking of the history."""
 
 
 def test_the_exported_template_prints_the_thinking_of_the_history_as_in_training(
@@ -68,8 +69,8 @@ def test_the_exported_template_prints_the_thinking_of_the_history_as_in_training
 
 def test_every_renderer_whose_template_is_here_is_exported(exported_names: set[str]) -> None:
     without = {
-        "chat_template", "qwen3_5_preserve_thinking", "kimi_k2_thinking", "nemotron3_low_thinking",
-        "nemotron3_ultra", "nemotron3_ultra_disable_thinking", "nemotron3_ultra_medium_thinking",
+        "chat_template", "kimi_k2_thinking", "nemotron3_low_thinking", "nemotron3_ultra",
+        "nemotron3_ultra_disable_thinking", "nemotron3_ultra_medium_thinking",
         "nemotron3_ultra_preserve_thinking",
     }  # fmt: skip
     assert exported_names | without == {*renderer_names()}

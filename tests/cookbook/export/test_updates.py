@@ -21,14 +21,13 @@ from cookbook.export.config import ExportConfig
 from cookbook.export.merge import base_model_folder, merged_weights
 from cookbook.runs.find import find_trained_model
 
+QUICK = {
+    "DoRA", "a LoRA on embeddings", "saved embeddings", "saved embeddings and head", "trained tokens",
+    "trained tokens by module",
+}  # fmt: skip
 CASES = [
     pytest.param(
-        kind,
-        name,
-        id=f"{name}-{kind}",
-        marks=()
-        if kind == "tied" and ("tokens" in name or "embed" in name or "D" in name)
-        else pytest.mark.slow,
+        kind, name, id=f"{name}-{kind}", marks=() if kind == "tied" and name in QUICK else pytest.mark.slow
     )
     for name in SETTINGS
     for kind in ("tied", "untied")

@@ -73,14 +73,12 @@ def test_a_run_with_every_key_of_an_adapter_records_them_all(finished: train.Run
 def test_the_replies_are_encoded_with_the_added_token(data: Path, tmp_path: Path) -> None:
     config = config_of(tmp_path / "run", data, *KEYS)
     train_data, _ = config.data_builder()
-    (row, *_), _ = next(iter([train_data.get_batch(0)])), None
+    row = train_data.get_batch(0)[0]
     tokenizer = config.data_builder.tokenizer  # type: ignore[attr-defined]
     assert tokenizer.convert_tokens_to_ids(TOKEN) in row.loss_fn_inputs["target_tokens"].tolist()
 
 
-def test_a_stopped_run_with_every_key_ends_as_one_that_was_not(
-    finished: train.RunSummary, data: Path, tmp_path: Path
-) -> None:
+def test_a_stopped_run_with_every_key_ends_as_one_that_was_not(data: Path, tmp_path: Path) -> None:
     asyncio.run(train.main(config_of(tmp_path / "run", data, *KEYS, "max_steps=2", "lr_schedule=constant")))
     more = asyncio.run(train.main(config_of(tmp_path / "run", data, *KEYS, "lr_schedule=constant")))
     whole = asyncio.run(train.main(config_of(tmp_path / "whole", data, *KEYS, "lr_schedule=constant")))
