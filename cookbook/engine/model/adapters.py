@@ -75,7 +75,6 @@ class Adapters:
         rank of 0 the adapter is the model's own weights, and the model then carries no other adapter.
         Raises ConfigError where there is no layer to put an adapter on.
         """
-        from peft import PeftModel
         from peft.utils.constants import DUMMY_TARGET_MODULES
 
         if lora.rank == 0:
@@ -87,13 +86,33 @@ class Adapters:
                 )
             return Adapter("", lora, full_weights.train_all(self._model))
         name = f"adapter{next(self._numbers)}"
+        if lora.peft is not None:
+            lora = replace(lora, peft=peft_layers.under_published_names(self._model, lora.peft))
+        targets, settings = self._targets_and_settings(lora)
+        # PEFT chooses no layers itself: it would match names, and rewrite those of experts.
+        settings |= {"target_modules": DUMMY_TARGET_MODULES, "target_parameters": None}
+        config = peft_layers.config_of(lora, models.model_location(self._model_name), **settings)
+        self._put_on(name, lora, targets, config)
+        if lora.dropout:
+            dropout.install(self._model, name, lora.dropout, self.dropout_keys)
+        fused_lora.fuse(self._model)
+        expert_lora.fuse(self._model)
+        peft_layers.replace_token_rows(self._model)
+        self._active = None
+        return Adapter(name, lora, peft_layers.weights_of(self._peft, name))
+
+    def _targets_and_settings(self, lora: LoraConfig) -> tuple[list[str], dict[str, Any]]:
+        """Returns the names of the targets of an adapter, and its further settings for PEFT.
+
+        Raises ConfigError for an adapter that is not supported on this model.
+        """
         if lora.peft is None:
             rows = vocabulary.rows_to_train(self._model, self._tokenizer, lora.add_tokens)
             settings: dict[str, Any] = {"trainable_token_indices": rows}
-            targets = self._chosen(lora)
+            # PEFT has no LoRA on a projection whose rows are trained.
+            options = replace(lora, train_unembed=False) if lora.add_tokens else lora
+            targets = [target.name for target in self.targets.chosen(options, self._model_name)]
         else:
-            lora = replace(lora, peft=peft_layers.under_published_names(self._model, lora.peft))
-            assert lora.peft is not None
             peft_layers.check_supported(self._model, self._model_name, lora)
             targets, settings = peft_targets.named_in(self._model, lora.peft.explicit)
         stacked = [name for name in targets if name not in self.targets.names]
@@ -103,9 +122,12 @@ class Adapters:
                 f"({stacked[0]}), as in PEFT. Use lora_dropout=0, or skip the experts with lora_targets or "
                 f"train_mlp=False."
             )
-        # PEFT chooses no layers itself: it would match names, and rewrite those of experts.
-        settings |= {"target_modules": DUMMY_TARGET_MODULES, "target_parameters": None}
-        config = peft_layers.config_of(lora, models.model_location(self._model_name), **settings)
+        return targets, settings
+
+    def _put_on(self, name: str, lora: LoraConfig, targets: list[str], config: Any) -> None:
+        """Puts PEFT's layers on the targets. Raises ConfigError where PEFT supports no such adapter."""
+        from peft import PeftModel
+
         device = self._model.get_input_embeddings().weight.device
         devices = [device] if device.type == "cuda" else []
         with GLOBAL_STATE, torch.random.fork_rng(devices=devices), warnings.catch_warnings():
@@ -121,7 +143,7 @@ class Adapters:
                 else:
                     self._peft.add_adapter(name, config)
                 peft_targets.put_on(self._peft, self._model, targets, config, name, self.targets.names)
-            except (ValueError, TypeError) as error:  # layers on which PEFT does not support an adapter
+            except (ValueError, TypeError) as error:
                 what = (
                     "Skip those layers with train_attn=False, train_mlp=False or train_unembed=False."
                     if lora.peft is None
@@ -130,13 +152,6 @@ class Adapters:
                 raise ConfigError(
                     f"PEFT does not support this adapter on {self._model_name}: {error} {what}"
                 ) from error
-        if lora.dropout:
-            dropout.install(self._model, name, lora.dropout, self.dropout_keys)
-        fused_lora.fuse(self._model)
-        expert_lora.fuse(self._model)
-        peft_layers.replace_token_rows(self._model)
-        self._active = None
-        return Adapter(name, lora, peft_layers.weights_of(self._peft, name))
 
     def remove(self, adapter: Adapter) -> None:
         """Frees an adapter. Removing the last adapter also removes PEFT's layers from the model."""
@@ -214,11 +229,6 @@ class Adapters:
         if self._active != adapter_name:
             self._peft.set_adapter(adapter_name)
             self._active = adapter_name
-
-    def _chosen(self, lora: LoraConfig) -> list[str]:
-        if lora.add_tokens:  # PEFT has no LoRA on a projection whose rows are trained
-            lora = replace(lora, train_unembed=False)
-        return [target.name for target in self.targets.chosen(lora, self._model_name)]
 
     @contextlib.contextmanager
     def noting_unused_layers(self) -> Iterator[None]:

@@ -78,19 +78,22 @@ class BaseModel:
         self.context_length: int = (
             getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or 2**20
         )
-        self.recurrent = RecurrentLayers(text_decoder(self.model))
+        self._decoder = text_decoder(self.model)
+        self.recurrent = RecurrentLayers(self._decoder)
         self.adapters = Adapters(self.model, model_name, self.tokenizer)
         self.is_packed = False
+        """Whether sequences can share a row."""
         self.has_plain_head = False
-        """Whether sequences can share a row, and whether logits can be computed in blocks."""
+        """Whether logits can be computed in blocks."""
         self.block_sizes = BlockSizes.on(self.device)
         self._logit_scaling = LogitScaling()
+        # `sampling.decoder_probe` sets these three when the model is first sampled from.
         self.decodes_packed: bool | None = None
+        """Whether sampled sequences can share a row too."""
         self.make_decoder: Callable[[BaseModel], Any] | None = None
+        """The factory of the decoder."""
         self.cache_bytes = (0, 0)
-        """Whether sampled sequences can share a row too, the factory of the decoder, and the bytes of one
-        cached position and of one sequence's recurrent states, or zeros if unknown. `sampling.decoder_probe`
-        sets them when the model is first sampled from."""
+        """The bytes of one cached position and of one sequence's recurrent states, or zeros if unknown."""
         with self.adapters.noting_unused_layers():
             self._probe_architecture()
         fsdp.reshard(self.model)
@@ -316,7 +319,7 @@ class BaseModel:
         """Returns the hidden states that are the input of the projection to the vocabulary: [N, D]."""
         packed = {"position_ids": positions_1N, "layout": layout} if self.is_packed else {}
         assert self.is_packed or len(layout.segments) == 1
-        decode = self.model.decode if self.is_sharded else text_decoder(self.model)
+        decode = self.model.decode if self.is_sharded else self._decoder
         out = decode(input_ids=tokens_1N, use_cache=False, **packed)
         hidden_1ND: Tensor = out.last_hidden_state
         return hidden_1ND[0]

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cookbook.engine.model.peft_layers import active_in
 from cookbook.engine.model.stacked_4bit import Matrices, StackedIn4Bits
 from cookbook.engine.model.targets import is_grouped, stacked_names
 
@@ -49,12 +50,7 @@ class Groups:
         ends_E = counts_E.cumsum(0, dtype=torch.int32)
         if device_has_grouped:
             return cls(ends_E, None)
-        bounds, start = [], 0
-        for expert, end in enumerate(ends_E.tolist()):
-            if end > start:
-                bounds.append((expert, start, end))
-            start = end
-        return cls(ends_E, bounds)
+        return cls(ends_E, [*_bounds_of(ends_E)])
 
 
 def has_grouped_products(device: torch.device) -> bool:
@@ -120,29 +116,25 @@ class StackedLora:
     a: nn.Parameter
     b: nn.Parameter
     scaling: float
-    is_reversed: bool
-    """Whether B is on the side of the inputs. PEFT assumes [E, O, I] unless the experts say otherwise."""
 
     def factors(self, num_experts: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Returns the factor on the inputs and the one on the outputs: [E, R, I] and [E, R, O]."""
-        a_ER = self.a.detach().to(dtype).view(num_experts, -1, self.a.shape[1])
+        a_ERI = self.a.detach().to(dtype).view(num_experts, -1, self.a.shape[1])
         # transposed as a matrix, which is faster than with three axes
-        b_RE = self.b.detach().to(dtype).T.contiguous()
-        b_ER = b_RE.view(-1, num_experts, b_RE.shape[1]).transpose(0, 1)
-        if b_ER.is_cuda:
-            b_ER = b_ER.contiguous()
-        if (missing := -a_ER.shape[1] % _ALIGNMENT) and a_ER.is_cuda:
-            a_ER = nn.functional.pad(a_ER, (0, 0, 0, missing))
-            b_ER = nn.functional.pad(b_ER, (0, 0, 0, missing))
-        return (b_ER, a_ER) if self.is_reversed else (a_ER, b_ER)
+        b_REO = self.b.detach().to(dtype).T.contiguous()
+        b_ERO = b_REO.view(-1, num_experts, b_REO.shape[1]).transpose(0, 1)
+        if b_ERO.is_cuda:
+            b_ERO = b_ERO.contiguous()
+        if (missing := -a_ERI.shape[1] % _ALIGNMENT) and a_ERI.is_cuda:
+            a_ERI = nn.functional.pad(a_ERI, (0, 0, 0, missing))
+            b_ERO = nn.functional.pad(b_ERO, (0, 0, 0, missing))
+        return a_ERI, b_ERO
 
-    def gradients(self, inputs_ERI: Tensor, outputs_ERO: Tensor) -> tuple[Tensor, Tensor]:
+    def gradients(self, grad_ERI: Tensor, grad_ERO: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the gradients of A and B, given those of the two factors."""
-        a_ER, b_ER = (outputs_ERO, inputs_ERI) if self.is_reversed else (inputs_ERI, outputs_ERO)
-        rank = self.a.shape[0] // len(a_ER)
-        a_ER, b_ER = a_ER[:, :rank], b_ER[:, :rank]
-        grad_a = a_ER.reshape(self.a.shape).to(self.a.dtype)
-        grad_b = b_ER.transpose(0, 1).reshape(-1, b_ER.shape[2]).T
+        rank = self.a.shape[0] // len(grad_ERI)
+        grad_a = grad_ERI[:, :rank].reshape(self.a.shape).to(self.a.dtype)
+        grad_b = grad_ERO[:, :rank].transpose(0, 1).reshape(-1, grad_ERO.shape[2]).T
         return grad_a, grad_b.to(self.b.dtype)
 
 
@@ -157,16 +149,14 @@ class Product:
     def weight(self, is_backward: bool = False) -> Any:
         """Returns the weights [E, I, O], or [E, O, I] for the backward pass."""
         stacked = getattr(self.experts, self.name)
-        is_as_stored = is_transposed(self.experts) != is_backward
+        is_as_stored = self.experts.is_transposed != is_backward
         if isinstance(stacked, StackedIn4Bits):
             return Matrices(stacked, is_transposed=not is_as_stored)
         return stacked if is_as_stored else stacked.transpose(1, 2)
 
     @property
     def bias_EO(self) -> Tensor | None:
-        return (
-            getattr(self.experts, f"{self.name}_bias") if getattr(self.experts, "has_bias", False) else None
-        )
+        return getattr(self.experts, f"{self.name}_bias") if self.experts.has_bias else None
 
     def forward(self, rows_SI: Tensor, groups: Groups, experts_S: Tensor) -> tuple[Tensor, Tensor | None]:
         """Returns the result [S, O], and the low-rank rows [S, R] if there is a LoRA."""
@@ -197,11 +187,6 @@ class Product:
         inputs_ERI = sums_of_products(grad_low_SR, rows_SI, groups)
         outputs_ERO = sums_of_products(low_SR, grad_SO, groups).mul_(self.lora.scaling)
         return self.lora.gradients(inputs_ERI, outputs_ERO)
-
-
-def is_transposed(experts: Any) -> bool:
-    """Returns whether the weights are [E, I, O]."""
-    return bool(experts.is_transposed)
 
 
 # -- the layer ------------------------------------------------------------------------------
@@ -327,14 +312,10 @@ def _active_loras(layer: Any) -> dict[str, StackedLora]:
     """Returns the active LoRA of each stacked weight, from nested layers of PEFT."""
     loras: dict[str, StackedLora] = {}
     while hasattr(layer, "parameter_name"):
-        active = next((name for name in layer.active_adapters if name in layer.lora_A), None)
+        active = active_in(layer, layer.lora_A)
         if active is not None and not layer.disable_adapters:
-            experts = layer.get_base_layer()
             loras[layer.parameter_name] = StackedLora(
-                layer.lora_A[active].weight,
-                layer.lora_B[active].weight,
-                layer.scaling[active],
-                is_reversed=is_transposed(experts) and not getattr(experts, "is_transposed", False),
+                layer.lora_A[active].weight, layer.lora_B[active].weight, layer.scaling[active]
             )
         layer = layer.base_layer
     return loras

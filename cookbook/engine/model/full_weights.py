@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from cookbook import models
-from cookbook.engine.model import fsdp, text_part
+from cookbook.engine.model import fsdp
 from cookbook.engine.model.loading import load_model, no_progress_bar
 from cookbook.engine.model.published_files import (
     ChangedFiles,
@@ -26,17 +26,21 @@ from cookbook.engine.model.published_files import (
     write_files_for_media,
     write_json,
 )
-from cookbook.engine.model.text_part import frozen_parameters
+from cookbook.engine.model.text_part import by_published_names, frozen_parameters
 from cookbook.utils import pretrained
 
 
 def train_all(model: Any) -> dict[str, nn.Parameter]:
     """Makes the weights trainable that text reaches, and returns them by name. Tied weights have one name."""
-    frozen = frozen_parameters(model)
-    weights = {name: weight for name, weight in model.named_parameters() if weight not in frozen}
+    weights = _weights_for_text(model)
     for weight in weights.values():
         weight.requires_grad_(True)
     return weights
+
+
+def _weights_for_text(model: Any) -> dict[str, nn.Parameter]:
+    frozen = frozen_parameters(model)
+    return {name: weight for name, weight in model.named_parameters() if weight not in frozen}
 
 
 def copy_of(weights: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
@@ -94,8 +98,7 @@ def write(
         return
     published = PublishedFiles(published_folder, pretrained.empty_causal_lm(models.load_config(model_name)))
     if weights is None:
-        frozen = frozen_parameters(model)
-        weights = {name: weight for name, weight in model.named_parameters() if weight not in frozen}
+        weights = _weights_for_text(model)
     names_of = {id(weight): name for name, weight in model.named_parameters()}
     aliases = {name: names_of[id(weight)] for name, weight in model.named_parameters(remove_duplicate=False)}
     values = {name: weights[own].detach() for name, own in aliases.items() if own in weights}
@@ -143,7 +146,7 @@ def read(path: str, model: Any) -> dict[str, Tensor]:
     frozen = frozen_parameters(model)
     live = dict(model.named_parameters())
     found = load_model(path, torch.device("cpu"), next(iter(live.values())).dtype)
-    weights = text_part.by_published_names(model, dict(found.named_parameters()))
+    weights = by_published_names(model, dict(found.named_parameters()))
     return {
         name: fsdp.part_like(weight.detach(), live[name]) if name in live else weight.detach()
         for name, weight in weights.items()

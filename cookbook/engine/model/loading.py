@@ -34,9 +34,8 @@ def load_model(
         quantized.check_quantized_share(model, model_name)
         expert_lora.run_in_4_bits(model)
     quantized.set_compute_dtype(model, dtype)  # the published weights may already be in 4 bits
-    model = model.to(device).eval().requires_grad_(False)
-    text_part.keep_towers_on_cpu(model)
-    return model
+    text_part.move_to(model, device)
+    return model.eval().requires_grad_(False)
 
 
 @contextlib.contextmanager

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from cookbook.engine.model.dropout import KeyedDropout
+from cookbook.engine.model.peft_layers import active_in
 from cookbook.engine.model.quantization import weight_of
 from cookbook.engine.model.unembedding import product
 
@@ -96,7 +97,7 @@ def _set_active_lora(layer: Any) -> None:
     The forward pass reads this attribute rather than looking up the adapter's name: compiled code is
     recompiled for every name that it reads, and every snapshot has its own name.
     """
-    active = next((name for name in layer.active_adapters if name in layer.lora_A), None)
+    active = active_in(layer, layer.lora_A)
     layer.active_lora = None
     layer.runs_variant = active in layer.lora_variant
     if active is not None and not layer.runs_variant:

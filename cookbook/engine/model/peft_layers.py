@@ -155,14 +155,14 @@ def projection_of(module: Any) -> Projection:
     from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
 
     if isinstance(module, ModulesToSaveWrapper):
-        active = None if module.disable_adapters else _active_in(module, module.modules_to_save)
+        active = None if module.disable_adapters else active_in(module, module.modules_to_save)
         return Projection(
             module.original_module if active is None else module.modules_to_save[active], None, None
         )
     if isinstance(module, TrainableTokensWrapper):
         return Projection(module.original_module, None, _rows_of(module.token_adapter))
     base = getattr(module, "base_layer", module)
-    if base is module or module.disable_adapters or (active := _active_in(module, module.lora_A)) is None:
+    if base is module or module.disable_adapters or (active := active_in(module, module.lora_A)) is None:
         return Projection(base, None, None)
     a, b = module.lora_A[active].weight, module.lora_B[active].weight
     dropout = module.lora_dropout[active]
@@ -170,7 +170,8 @@ def projection_of(module: Any) -> Projection:
     return Projection(base, LoraOnHead(a, b, module.scaling[active], keyed), None)
 
 
-def _active_in(module: Any, held: Any) -> str | None:
+def active_in(module: Any, held: Any) -> str | None:
+    """Returns the active adapter of one of PEFT's layers, if `held` has its part there."""
     return next((name for name in module.active_adapters if name in held), None)
 
 
@@ -191,7 +192,7 @@ def replace_token_rows(model: nn.Module) -> None:
 
 def _rows_of(layer: Any) -> TrainedRows | None:
     """Returns the rows of the active adapter, or None."""
-    active = _active_in(layer, layer.trainable_tokens_delta)
+    active = active_in(layer, layer.trainable_tokens_delta)
     if layer.disable_adapters or active is None:
         return None
     tables = vars(layer).setdefault("row_tables", {})

@@ -15,7 +15,8 @@ from typing import Any, TypeVar
 
 import torch
 
-from cookbook.engine.model.text_part import PEFT_PREFIX, by_published_names
+from cookbook.engine.model.peft_settings import PREFIX
+from cookbook.engine.model.text_part import by_published_names
 
 logger = logging.getLogger(__name__)
 
@@ -54,12 +55,12 @@ def by_own_names(model: Any, tensors: dict[str, T]) -> dict[str, T]:
 
 def own_layer_names(model: Any, names: Iterable[str]) -> dict[str, str]:
     """Returns the name in the loaded model of each layer that a saved adapter names."""
-    keys = {f"{PEFT_PREFIX}{name}.lora_A.weight": name for name in names}
+    keys = {f"{PREFIX}{name}.lora_A.weight": name for name in names}
     return {name: _layer_of(key) for key, name in by_own_names(model, keys).items()}
 
 
 def _layer_of(key: str) -> str:
-    return key.removeprefix(PEFT_PREFIX).rpartition(".lora_")[0].removesuffix(".base_layer")
+    return key.removeprefix(PREFIX).rpartition(".lora_")[0].removesuffix(".base_layer")
 
 
 def _leaf(key: str) -> str:
@@ -94,8 +95,8 @@ def _reversed_renamings(model: Any) -> Iterator[Callable[[str], str]]:
     renamings = [each.reverse_transform() for each in reversed(mapping) if isinstance(each, WeightRenaming)]
 
     def published(name: str, some: list[Any]) -> str:
-        key, _ = rename_source_key(name.removeprefix(PEFT_PREFIX), some, [], reverse=True)
-        return PEFT_PREFIX + key
+        key, _ = rename_source_key(name.removeprefix(PREFIX), some, [], reverse=True)
+        return PREFIX + key
 
     for some in (*([one] for one in renamings), renamings):
         yield functools.partial(published, some=some)

@@ -111,15 +111,11 @@ class PublishedFiles:
         group = self._group_of[name]
         if group.converter is None:
             return {name: changed[group.parameter]()}
-        old = {} if self._are_all_changed(group, changed) else group.parameters_of(self.tensor, self.model)
-        values = {key: changed[key]() if key in changed else old[key] for key in self._parameters_of(group)}
+        parameters = [key for key, one in self._group_of_parameter.items() if one is group]
+        are_all_changed = all(key in changed for key in parameters)
+        old = {} if are_all_changed else group.parameters_of(self.tensor, self.model)
+        values = {key: changed[key]() if key in changed else old[key] for key in parameters}
         return self._converted_back(group, values)
-
-    def _parameters_of(self, group: _TensorGroup) -> list[str]:
-        return [name for name, one in self._group_of_parameter.items() if one is group]
-
-    def _are_all_changed(self, group: _TensorGroup, changed: Mapping[str, Any]) -> bool:
-        return all(name in changed for name in self._parameters_of(group))
 
     def _converted_back(self, group: _TensorGroup, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Returns the tensors of which transformers would make parameters of these values.

@@ -76,7 +76,7 @@ class TargetTable:
     others: Mapping[str, int]
     names: frozenset[str] = field(repr=False)
     """The names of all modules."""
-    kinds: Mapping[str, str] = field(repr=False, default_factory=dict)
+    kinds: Mapping[str, str] = field(repr=False)
     """The kind of each layer that is no target."""
 
     def chosen(self, lora: LoraConfig, model_name: str) -> list[Target]:

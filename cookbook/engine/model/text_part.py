@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, TypeVar
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-T = TypeVar("T")
+from cookbook.engine.model.peft_settings import PREFIX
 
-PEFT_PREFIX = "base_model.model."
+T = TypeVar("T")
 
 
 def text_decoder(model: Any) -> Any:
@@ -53,17 +54,26 @@ def frozen_parameters(model: Any) -> set[nn.Parameter]:
     return {parameter for tower in towers(model).values() for parameter in tower.parameters()}
 
 
-def keep_towers_on_cpu(model: Any) -> None:
-    """Moves the towers to the CPU. A model that calls one for text too gets it back on its device."""
-    device = model.get_input_embeddings().weight.device
+def move_to(model: Any, device: torch.device) -> None:
+    """Moves a model to a device without its towers, which stay on the CPU or go there.
 
-    def move_back(module: nn.Module, inputs: Any) -> None:
+    A model that calls a tower for text too gets it on the device then.
+    """
+
+    def follow(module: nn.Module, inputs: Any) -> None:
         module.to(device)
 
-    if device.type == "cpu":
-        return
-    for tower in towers(model).values():
-        tower.to("cpu").register_forward_pre_hook(move_back)
+    apart = towers(model) if device.type != "cpu" else {}
+    places = [(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in apart]
+    for parent, leaf in places:
+        setattr(parent, leaf, None)
+    try:
+        model.to(device)
+    finally:
+        for (parent, leaf), tower in zip(places, apart.values(), strict=True):
+            setattr(parent, leaf, tower)
+    for tower in apart.values():
+        tower.to("cpu").register_forward_pre_hook(follow)
 
 
 def by_published_names(model: Any, tensors: dict[str, T]) -> dict[str, T]:
@@ -79,7 +89,7 @@ def by_published_names(model: Any, tensors: dict[str, T]) -> dict[str, T]:
     inner = {name for name, _ in decoder.named_children()}
 
     def published(name: str) -> str:
-        prefix = PEFT_PREFIX if name.startswith(PEFT_PREFIX) else ""
+        prefix = PREFIX if name.startswith(PREFIX) else ""
         parts = name.removeprefix(prefix).split(".")
         if parts[0] == "lm_head" and "lm_head" not in known and head is not None:
             return ".".join([prefix + head.removesuffix(".base_layer"), *parts[1:]])

@@ -11,7 +11,7 @@ import math
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -74,8 +74,11 @@ class SamplingLimits:
         """Returns half of each limit, and at most half as many sequences as there are unanswered ones."""
         max_sequences = max(1, min(self.max_sequences, num_unanswered) // 2)
         max_prefill_tokens = 1 if max_sequences == 1 else max(1, self.max_prefill_tokens // 2)
-        return SamplingLimits(
-            max_sequences, max_prefill_tokens, self.max_cached_tokens // 2, self.state_positions
+        return replace(
+            self,
+            max_sequences=max_sequences,
+            max_prefill_tokens=max_prefill_tokens,
+            max_cached_tokens=self.max_cached_tokens // 2,
         )
 
 

@@ -67,7 +67,7 @@ def read_optimizer(path: str, masters: Mapping[str, Tensor], model: Any) -> dict
     """Returns the optimizer's tensors of a checkpoint on `model`, each sharded like its weight."""
     folder = checkpoint.optimizer_folder(path)
     if folder is not None:
-        return by_published_names(model, _read(folder, masters, model))
+        return _read(folder, masters, model)
     return {
         key: fsdp.part_like(tensor, master)
         if (master := _master_of(key, tensor, masters)) is not None
@@ -96,7 +96,7 @@ def _write(folder: Path, tensors: Mapping[str, Tensor], world: World) -> None:
 
 
 def _read(folder: Path, masters: Mapping[str, Tensor], model: Any) -> dict[str, Tensor]:
-    """Returns the tensors that `_write` wrote under their names there, each sharded like its master."""
+    """Returns the tensors that `_write` wrote, by published names, each sharded like its master."""
     from torch.distributed import checkpoint
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
@@ -118,7 +118,7 @@ def _read(folder: Path, masters: Mapping[str, Tensor], model: Any) -> dict[str, 
             f"Checkpoint {folder.parent} is damaged: {folder.name} cannot be read ({error}). Load an earlier "
             f"checkpoint."
         ) from error
-    return tensors
+    return {published[key]: tensor for key, tensor in tensors.items()}
 
 
 def _empty_like_master(

@@ -76,6 +76,25 @@ def test_a_multimodal_checkpoint_is_its_published_class_and_only_its_text_part_i
     assert fsdp.bytes_needed(str(folder), torch.float32, is_trained=False) == 4 * num_text
 
 
+def test_towers_are_not_moved_with_the_model_and_follow_when_they_are_called(tmp_path: Path) -> None:
+    model = published(families.save("qwen3_vl", tmp_path / "base"))
+    modules = [name for name, _ in model.named_modules()]
+    places = {name: weight.data_ptr() for name, weight in model.named_parameters()}
+    towers = text_part.towers(model)
+    text_part.move_to(model, torch.device("meta"))  # from which nothing can be moved back
+    assert [name for name, _ in model.named_modules()] == modules
+    of_towers = tuple(f"{name}." for name in towers)
+    for name, weight in model.named_parameters():
+        if name.startswith(of_towers):
+            assert weight.device.type == "cpu"
+            assert weight.data_ptr() == places[name]
+        else:
+            assert weight.device.type == "meta"
+    with pytest.raises(TypeError):  # the tower gets no pictures
+        next(iter(towers.values()))()
+    assert any(weight.device.type == "meta" for tower in towers.values() for weight in tower.parameters())
+
+
 @pytest.mark.parametrize("name", all_families(MULTIMODAL))
 def test_peft_loads_an_adapter_onto_the_published_class_with_equal_logprobs(
     name: str, tmp_path: Path
