@@ -47,6 +47,11 @@ class ChatEvaluatorBuilder(EvaluatorBuilder):
     def in_run(self, run: RunContext) -> ChatEvaluatorBuilder:
         if self.model_name not in (None, run.model_name):
             return self
+        if self.add_tokens not in ([], [*run.add_tokens]):
+            raise ConfigError(
+                f"{type(self).__name__} has add_tokens={self.add_tokens}, and the run has "
+                f"add_tokens={[*run.add_tokens]}. Remove those of the evaluator."
+            )
         is_own_format = self.renderer_name not in (None, run.renderer_name)
         inherited = None if is_own_format else run.template_kwargs
         return chz.replace(
@@ -56,7 +61,7 @@ class ChatEvaluatorBuilder(EvaluatorBuilder):
             system_prompt=run.system_prompt if self.system_prompt is None else self.system_prompt,
             tools_in_system=run.tools_in_system if self.tools_in_system is None else self.tools_in_system,
             template_kwargs=inherited if self.template_kwargs is None else self.template_kwargs,
-            add_tokens=self.add_tokens or [*run.add_tokens],
+            add_tokens=[*run.add_tokens],
         )
 
     def make_renderer(self) -> Renderer:

@@ -219,8 +219,7 @@ def _write_gguf_adapter(export: Export) -> str:
     adapter = {name: update for name, update in updates.items() if isinstance(update, LowRank)}
     if len(adapter) < len(updates) or any(update.magnitude_O is not None for update in adapter.values()):
         reason = "besides A and B of layers it holds other trained weights, for which llama.cpp has no place"
-    model = pretrained.empty_causal_lm(_model_config(export))
-    if reason is None and tied_weights(model)[0] in adapter:
+    if reason is None and tied_weights(pretrained.empty_causal_lm(_model_config(export)))[0] in adapter:
         reason = "it is on lm_head, which here is tied to the embeddings, and llama.cpp has no place for that"
     if reason is not None:
         raise ConfigError(

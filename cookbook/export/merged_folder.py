@@ -25,7 +25,6 @@ from cookbook.utils import json_files, pretrained, weight_files
 from cookbook.utils.json_files import JsonOrigin
 from cookbook.utils.weight_files import REPAIR
 
-_HALF = (torch.bfloat16, torch.float16)
 Dtype: TypeAlias = Literal["auto", "bfloat16", "float16", "float32"]
 
 
@@ -69,8 +68,9 @@ def write_merged(
         return chosen
 
     num_bytes, held_bytes = weights.write(folder, dtype_of, max_shard_size)
-    if published and (kinds := {dtype_of(name) for name in weights.names} & {*_HALF, torch.float32}):
-        set_dtype(config, min(kinds, key=lambda kind: kind.itemsize))
+    written = {dtype_of(name) for name in weights.names} if published else set()
+    if kinds := [kind for kind in (torch.bfloat16, torch.float16, torch.float32) if kind in written]:
+        set_dtype(config, kinds[0])
     if weights.num_rows > models.load_config(str(base_folder)).get_text_config().vocab_size:
         set_vocabulary(config, weights.num_rows)
     if weights.is_untied:

@@ -239,10 +239,10 @@ def check_chat_format(config: Config) -> None:
     assert common.renderer_name is not None
     check_renderer_name(common.renderer_name)
     name = common.model_name_for_tokenizer
-    if sorted(common.add_tokens or config.add_tokens) != sorted(config.add_tokens):
+    if common.add_tokens not in ([], config.add_tokens):  # their order decides their ids
         raise ConfigError(
             f"The data are tokenized with add_tokens={common.add_tokens}, and the run has "
-            f"add_tokens={config.add_tokens}. Give both the same tokens."
+            f"add_tokens={config.add_tokens}. Give both the same tokens in the same order."
         )
     theirs, ours = models.get_tokenizer(name), models.get_tokenizer(config.model_name)
     if name != config.model_name and theirs.get_vocab() != ours.get_vocab():

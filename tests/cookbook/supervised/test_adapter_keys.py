@@ -16,6 +16,8 @@ from transformers import AutoTokenizer
 from cookbook import ServiceClient, embedded
 from cookbook.config import cli
 from cookbook.errors import CheckpointError, ConfigError
+from cookbook.eval.chat import ChatEvaluatorBuilder
+from cookbook.eval.evaluators import RunContext
 from cookbook.supervised import train
 from recipes import chat, export, sft
 
@@ -175,6 +177,16 @@ def test_keys_that_contradict_the_adapter_are_refused(
 def test_invalid_keys_are_refused(data: Path, tmp_path: Path, arguments: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         asyncio.run(train.main(config_of(tmp_path / "run", data, *arguments)))
+
+
+def test_the_same_tokens_in_another_order_are_other_tokens(data: Path, tmp_path: Path) -> None:
+    of_data = "dataset_builder.common_config.add_tokens=<b>,<a>"
+    with pytest.raises(ConfigError, match="Give both the same tokens in the same order"):
+        asyncio.run(train.main(config_of(tmp_path / "run", data, "add_tokens=<a>,<b>", of_data)))
+    run = RunContext(tmp_path, MODEL, None, None, add_tokens=("<a>", "<b>"))
+    with pytest.raises(ConfigError, match="Remove those of the evaluator"):
+        ChatEvaluatorBuilder(add_tokens=["<b>", "<a>"]).in_run(run)
+    assert ChatEvaluatorBuilder().in_run(run).add_tokens == ["<a>", "<b>"]
 
 
 def test_lists_are_read_from_a_file(data: Path, tmp_path: Path) -> None:
