@@ -1,8 +1,9 @@
 """A tiny random model of each family of chat models, in the class in which its checkpoints are published.
 
 `make(name)` builds one in this process. `save(name, folder)` writes it as a checkpoint is published, with a
-tokenizer. All have the same sizes, where they have such a size. `family_table` has what distinguishes a
-family: which layers attend to a window, which have experts, what is shared, scaled, capped or tied.
+tokenizer, and `load(folder)` reads such a checkpoint with plain transformers. All have the same sizes, where
+they have such a size. `family_table` has what distinguishes a family: which layers attend to a window, which
+have experts, what is shared, scaled, capped or tied.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from family_table import (
     AUDIO,
     FAMILIES,
@@ -63,6 +65,12 @@ def save(name: str, folder: str | Path) -> Path:
         )
         (folder / "preprocessor_config.json").write_text(processor, encoding="utf-8")
     return folder
+
+
+def load(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
+    """Returns the model in the class that its config names, from plain transformers."""
+    (name,) = json.loads((folder / "config.json").read_text(encoding="utf-8"))["architectures"]
+    return getattr(transformers, name).from_pretrained(folder, dtype=dtype).eval()
 
 
 def _config(family: TinyFamily) -> Any:

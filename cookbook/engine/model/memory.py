@@ -264,9 +264,9 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def decoder_layers(model: Any) -> list[Any]:
-    """Returns the layers of the text decoder that transformers can checkpoint. Of nested ones, the outer.
+    """Returns the layers of the text decoder that transformers can checkpoint, without nested ones.
 
-    An inner one (Zamba2) would be checkpointed in the forward pass and not when the outer one runs again.
+    A nested layer (Zamba2) would be checkpointed in the forward pass and not when the outer one runs again.
     """
     from transformers.modeling_layers import GradientCheckpointingLayer
 

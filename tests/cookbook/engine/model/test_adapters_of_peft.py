@@ -26,7 +26,7 @@ def logprobs_with_peft(base: str, folder: Path) -> list[float]:
     return [float(logprobs[place, token]) for place, token in enumerate(IDS[1:])]
 
 
-def sgd_steps_with_peft(base: str, folder: Path, num_steps: int, lr: float) -> dict[str, Tensor]:
+def steps_with_peft(base: str, folder: Path, num_steps: int, lr: float) -> dict[str, Tensor]:
     """Returns the weights after AdamW steps of PEFT's own model, by the names under which PEFT saves them."""
     model = load_with_peft(base, folder, is_trainable=True)
     trained = [weight for weight in model.parameters() if weight.requires_grad]
@@ -85,7 +85,7 @@ def test_an_adapter_of_peft_is_continued_as_peft_itself_would(
         client.forward_backward([datum])
         client.optim_step(AdamParams(1e-2, eps=1e-6)).result()
     saved = Path(client.save_state("a").result().path)
-    expected = sgd_steps_with_peft(base, folder, 3, lr=1e-2)
+    expected = steps_with_peft(base, folder, 3, lr=1e-2)
     found = load_file(saved / checkpoint.ADAPTER_FILE)
     assert found.keys() == expected.keys()
     for name, weight in expected.items():

@@ -37,12 +37,6 @@ def data() -> list[Datum]:
     return [Datum(ModelInput.from_ints(ids[:-1]), {"target_tokens": ids[1:]}) for ids in sequences]
 
 
-def published(folder: Path) -> Any:
-    """Returns the model in the class that its config names, from plain transformers."""
-    (name,) = json.loads((folder / "config.json").read_text(encoding="utf-8"))["architectures"]
-    return getattr(transformers, name).from_pretrained(folder, dtype=torch.float32).eval()
-
-
 @torch.no_grad()
 def logprobs_of(model: Any, tokens: list[int] = TOKENS) -> torch.Tensor:
     logits = model(input_ids=torch.tensor([tokens])).logits[0, :-1]
@@ -59,7 +53,7 @@ def test_a_multimodal_checkpoint_is_its_published_class_and_only_its_text_part_i
     name: str, tmp_path: Path
 ) -> None:
     folder = families.save(name, tmp_path / "base")
-    plain = published(folder)
+    plain = families.load(folder)
     base = BaseModel(str(folder))
     assert type(base.model) is type(plain)
     assert base.context_length == plain.config.get_text_config().max_position_embeddings
@@ -77,7 +71,7 @@ def test_a_multimodal_checkpoint_is_its_published_class_and_only_its_text_part_i
 
 
 def test_towers_are_not_moved_with_the_model_and_follow_when_they_are_called(tmp_path: Path) -> None:
-    model = published(families.save("qwen3_vl", tmp_path / "base"))
+    model = families.load(families.save("qwen3_vl", tmp_path / "base"))
     modules = [name for name, _ in model.named_modules()]
     places = {name: weight.data_ptr() for name, weight in model.named_parameters()}
     towers = text_part.towers(model)
@@ -108,7 +102,7 @@ def test_peft_loads_an_adapter_onto_the_published_class_with_equal_logprobs(
     path = client.save_state("trained").result().path
     found = sampled_logprobs(service, model_path=path)
     service.close()
-    plain = published(folder)
+    plain = families.load(folder)
     before = logprobs_of(plain)
     expected = logprobs_of(peft.PeftModel.from_pretrained(plain, path))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
@@ -145,7 +139,7 @@ def test_an_adapter_of_the_class_for_text_alone_is_read_under_the_published_name
     found = sampled_logprobs(service, model_path=tmp_path / "adapter")
     service.close()
     torch.testing.assert_close(found, logprobs_of(adapted), rtol=1e-4, atol=1e-5)
-    assert (found - logprobs_of(published(folder))).abs().max() > 0.1
+    assert (found - logprobs_of(families.load(folder))).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("keeps_config", [False, True])
@@ -170,7 +164,7 @@ def test_a_model_saved_in_the_class_for_text_alone_is_loaded_in_it(
 
 def test_published_weights_without_their_towers_are_loaded_for_text_alone(tmp_path: Path) -> None:
     folder = families.save("qwen3_5", tmp_path / "base")
-    expected = logprobs_of(published(folder))
+    expected = logprobs_of(families.load(folder))
     weights = load_file(folder / "model.safetensors")
     text = {name: weight for name, weight in weights.items() if "visual" not in name}
     assert len(text) < len(weights)

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import families
 import numpy as np
 import pytest
 import torch
-import transformers
 from peft import PeftModel
 from safetensors.torch import load_file
 
@@ -24,12 +22,6 @@ from cookbook.utils import pretrained
 
 SOME = ["qwen3_5_moe", "llava", "deepseek_v4", "kimi_k25", "smollm3"]
 """Stacked experts and heads that transformers ignores, other names, both, and a tied head."""
-
-
-def plain(folder: Path) -> Any:
-    """Returns the model in the class that its config names, from plain transformers."""
-    (name,) = json.loads((folder / "config.json").read_text(encoding="utf-8"))["architectures"]
-    return getattr(transformers, name).from_pretrained(folder, dtype=torch.float32).eval()
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -48,7 +40,7 @@ def test_changed_parameters_are_written_as_the_published_tensors_that_transforme
     name: str, tmp_path: Path
 ) -> None:
     folder = families.save(name, tmp_path / "published")
-    before = plain(folder)
+    before = families.load(folder)
     published = PublishedFiles(folder, pretrained.empty_causal_lm(pretrained.load_config(folder)))
     values = {key: weight.detach() + 1 for key, weight in before.named_parameters(remove_duplicate=False)}
     changed = ChangedFiles(
@@ -63,7 +55,7 @@ def test_changed_parameters_are_written_as_the_published_tensors_that_transforme
     outline = {key: changed.outline_of(key, published.dtype_of(key), {}) for key in changed.names}
     changed.write(tmp_path / "changed", outline, "50GB")
     assert kinds(tmp_path / "changed") == kinds(folder)
-    for key, weight in plain(tmp_path / "changed").named_parameters():
+    for key, weight in families.load(tmp_path / "changed").named_parameters():
         assert torch.equal(weight, values[key]), key
     old, new = tensors(folder), tensors(tmp_path / "changed")
     loaded = {key for key in new if not torch.equal(new[key], old[key])}
@@ -99,10 +91,10 @@ def test_a_merged_export_has_each_published_tensor_and_the_logits_of_base_and_ad
         for one in (folder, tmp_path / "merged")
     ]
     assert architecture[0] == architecture[1]
-    base = plain(folder)
+    base = families.load(folder)
     before = base(input_ids=torch.tensor([ids])).logits
     adapted = PeftModel.from_pretrained(base, path)(input_ids=torch.tensor([ids])).logits
-    merged = plain(tmp_path / "merged")(input_ids=torch.tensor([ids])).logits
+    merged = families.load(tmp_path / "merged")(input_ids=torch.tensor([ids])).logits
     torch.testing.assert_close(merged, adapted, rtol=1e-3, atol=1e-4)
     assert (merged - before).abs().max() > 0.01
 
@@ -126,7 +118,7 @@ def test_a_full_fine_tune_has_the_tensors_the_class_and_the_files_of_the_publish
     old, new = tensors(folder), tensors(path)
     kept = {name for name in new if torch.equal(new[name], old[name])}
     assert {name for name in new if "visual" in name or name.startswith("mtp")} <= kept
-    found = dict(plain(path).named_parameters())
+    found = dict(families.load(path).named_parameters())
     assert all(torch.equal(found[name], weight) for name, weight in weights.items())
     assert not any("visual" in name for name in weights)
     config = json.loads((path / "config.json").read_text(encoding="utf-8"))

@@ -6,7 +6,6 @@ Shape suffixes: N tokens of a packed row, D hidden size.
 from __future__ import annotations
 
 import importlib
-import json
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -18,7 +17,6 @@ import numpy as np
 import outside_world
 import pytest
 import torch
-import transformers
 from torch import Tensor, nn
 
 from cookbook.engine.model.attention import AttentionLayout
@@ -77,8 +75,7 @@ def plain_gradients(
     folder: Path, sequences: list[TokenSequence], dtype: torch.dtype = torch.float32
 ) -> dict[str, Tensor]:
     """Returns the sum of the gradients of single sequences, in the published class."""
-    (name,) = json.loads((folder / "config.json").read_text(encoding="utf-8"))["architectures"]
-    model = getattr(transformers, name).from_pretrained(folder, dtype=dtype).eval()
+    model = families.load(folder, dtype)
     model.requires_grad_(True)
     for sequence in sequences:
         logits_TV = model(input_ids=torch.from_numpy(sequence.tokens_T)[None], use_cache=False).logits[0]

@@ -5,7 +5,6 @@ The truths are transformers' own `generate` and a forward pass over the whole te
 
 from __future__ import annotations
 
-import json
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,6 @@ import families
 import numpy as np
 import pytest
 import torch
-import transformers
 from torch import Tensor
 
 from cookbook.engine.model.base_model import BaseModel
@@ -56,8 +54,7 @@ def test_samples_equal_generate_and_a_forward_pass_however_they_are_batched(
 ) -> None:
     """Prompts shorter than a convolution, and beyond the sliding window of 8 and the padding of prompts."""
     folder = families.save(name, tmp_path / name)
-    (class_name,) = json.loads((folder / "config.json").read_text(encoding="utf-8"))["architectures"]
-    model = getattr(transformers, class_name).from_pretrained(folder, dtype=torch.float32).eval()
+    model = families.load(folder)
     base = BaseModel(str(folder), EngineOptions(dtype="float32"))
     rng = np.random.default_rng(1)
     prompts = [rng.integers(3, 373, length).tolist() for length in (12, 1, 40, 3, 40)]
