@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
-from itertools import takewhile
+from os.path import commonprefix
 from typing import Any
 
 from cookbook.errors import RendererError
@@ -63,8 +63,8 @@ def disagreement(renderer: Renderer) -> str | None:
         return None
     pairs = zip(ours, printed[0], strict=True)
     one, other = next(pair for pair in pairs if pair[0] != pair[1])
-    same = sum(1 for _ in takewhile(lambda both: both[0] == both[1], zip(one, other, strict=False)))
-    start = max(0, same - _SHOWN // 2)
+    same = commonprefix([one, other])  # noqa: RUF071 - of characters, not of paths
+    start = max(0, len(same) - _SHOWN // 2)
     shown, expected = (json.dumps(text[start : start + _SHOWN], ensure_ascii=False) for text in (one, other))
     return f"it prints {shown} where the tokenizer's chat template prints {expected}"
 
@@ -85,7 +85,10 @@ def warning_of(renderer: Renderer, model_name: str, recommended: str) -> str | N
 
 
 def _prompt(renderer: Renderer, chat: list[PlainMessage]) -> str:
-    tokens = renderer.build_generation_prompt(chat).to_ints()  # type: ignore[arg-type]
+    return _decoded(renderer, renderer.build_generation_prompt(chat).to_ints())  # type: ignore[arg-type]
+
+
+def _decoded(renderer: Renderer, tokens: list[int]) -> str:
     text = renderer.tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False)
     return str(text)
 
@@ -100,14 +103,5 @@ def _prompts_of_template(renderer: Renderer) -> Iterator[list[str]]:
             texts = [template.text(chat, prompt=True) for chat in _CHATS]
         except RendererError:
             continue
-        encode = renderer.tokenizer
-        yield [
-            str(
-                renderer.tokenizer.decode(
-                    encode(text, add_special_tokens=False)["input_ids"],
-                    skip_special_tokens=False,
-                    clean_up_tokenization_spaces=False,
-                )
-            )
-            for text in texts
-        ]
+        encoded = [renderer.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+        yield [_decoded(renderer, tokens) for tokens in encoded]

@@ -553,6 +553,16 @@ class Renderer(ABC):
         (guarded,) = self._encoder.guard([{"role": "user", "arguments": spelled}])
         return guarded["arguments"]
 
+    def _named_arguments(self, function: Mapping[str, Any], number: int) -> Mapping[str, Any]:
+        """Returns the arguments of a call of message `number` as a mapping by name; "" stands for none."""
+        arguments = {} if function["arguments"] == "" else self._arguments(function, number)
+        if not isinstance(arguments, Mapping) or not all(isinstance(key, str) for key in arguments):
+            raise RendererError(
+                f"Renderer `{self.name}` cannot render a tool call of message {number}: its arguments "
+                f"are {arguments!r}. Give a mapping with strings as keys."
+            )
+        return arguments
+
     def _refuse_role(self, role: str, supported: Sequence[str]) -> RendererError:
         return RendererError(
             f"Renderer `{self.name}` cannot prompt for role `{role}`. Supported: {', '.join(supported)}."

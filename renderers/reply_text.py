@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import groupby
+from collections.abc import Collection, Sequence
+from itertools import groupby, takewhile
 from typing import TYPE_CHECKING
 
 from cookbook.errors import RendererError
@@ -13,12 +13,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def marked_text(tokenizer: PreTrainedTokenizerBase, encoder: Encoder, tokens: Sequence[int]) -> str | None:
+def marked_text(
+    tokenizer: PreTrainedTokenizerBase, encoder: Encoder, tokens: Sequence[int], ends: Collection[int] = ()
+) -> str | None:
     """Returns the decoded tokens, in which a control token is spelled only where it was sampled as one.
 
-    Text that spells one is escaped; `encoder.unguard` restores it. Returns None for ids that the tokenizer
-    does not have, and for text that renderers reserve.
+    They are those before the first of `ends`. Text that spells a control token is escaped; `encoder.unguard`
+    restores it. Returns None for ids that the tokenizer does not have, and for text that renderers reserve.
     """
+    tokens = list(takewhile(lambda token: token not in ends, tokens))
     if not all(0 <= token < len(tokenizer) for token in tokens):
         return None
     spellings = {token: str(tokenizer.convert_ids_to_tokens(token)) for token in set(tokens)}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 from renderers.encoder import ESCAPE, Encoder, any_of
 from renderers.messages import Message
@@ -55,6 +55,23 @@ Sections: TypeAlias = Mapping[str, Section]
 
 PLAIN: Sections = {START: Section("content")}
 """The sections of a reply that is only content."""
+
+
+def with_section_behind_content(
+    sections: Sections, name: str, markers: Iterable[str], **changes: Any
+) -> Sections:
+    """Returns these sections with one more, whose text is not shown, which the markers end the content for.
+
+    `changes` are made to the sections of the content.
+    """
+    ends = dict.fromkeys(markers, name)
+    changed = {
+        key: dataclasses.replace(section, ends={**section.ends, **ends}, **changes)
+        if section.field == "content"
+        else section
+        for key, section in sections.items()
+    }
+    return {**changed, name: Section(None)}
 
 
 class ResponseStream:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from renderers.encoder import Encoder
-from renderers.messages import PlainMessage, function_of, to_json
+from renderers.formats.tagged_calls import print_as_json, read_object
+from renderers.messages import PlainMessage, function_of
 
 CALLS, END_CALLS = "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"
 CALL, SEP, END_CALL = "<｜tool▁call▁begin｜>", "<｜tool▁sep｜>", "<｜tool▁call▁end｜>"
@@ -20,19 +20,22 @@ def print_calls(message: PlainMessage, number: int) -> str:
     printed: list[str] = []
     for call in message.get("tool_calls", []):
         function = function_of(call, number)
-        arguments = function["arguments"]
-        text = arguments if isinstance(arguments, str) else to_json(arguments)
+        text = print_as_json(function["arguments"])
         kind = call.get("type", "function")
         printed.append(f"{CALL}{kind}{SEP}{function['name']}\n```json\n{text}\n```{END_CALL}")
     return "\n".join(printed)
 
 
-def parse_calls(marked: str, encoder: Encoder) -> list[dict[str, Any]] | None:
-    """Returns the calls in the marked text of a reply after CALLS; None if it is malformed."""
+def split_calls(marked: str) -> list[str]:
+    """Returns the text of each call in the marked text of a reply after CALLS; none if it is malformed."""
     body, _, behind = marked.partition(END_CALLS)
     before, *parts = body.split(CALL)
-    if before or behind or not parts or not marked.endswith(END_CALLS):
-        return None
+    return [] if before or behind or not marked.endswith(END_CALLS) else parts
+
+
+def parse_calls(marked: str, encoder: Encoder) -> list[dict[str, Any]] | None:
+    """Returns the calls in the marked text of a reply after CALLS; None if it is malformed."""
+    parts = split_calls(marked)
     calls: list[dict[str, Any]] = []
     for position, part in enumerate(parts, 1):
         between = "" if position == len(parts) else "\n"
@@ -48,11 +51,8 @@ def parse_calls(marked: str, encoder: Encoder) -> list[dict[str, Any]] | None:
         ):
             return None
         kind, name, arguments = encoder.unguard(found)
-        try:
-            parsed = json.loads(arguments)
-        except (ValueError, RecursionError):
-            return None
-        if not isinstance(parsed, dict):
+        parsed = read_object(arguments)
+        if parsed is None:
             return None
         calls.append({"type": kind, "function": {"name": name, "arguments": parsed}})
-    return calls
+    return calls or None

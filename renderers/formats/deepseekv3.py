@@ -63,6 +63,8 @@ class DeepSeekV3Renderer(MarkedCallsRenderer):
     thinking_name: ClassVar[str] = "deepseekv3_thinking"
     thinks: ClassVar[bool] = False
     """Whether the prompt opens a think block."""
+    end_outputs: ClassVar[str] = _END_OUTPUTS
+    """What is printed behind the tool results that a text ends with."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         super().__init__(tokenizer)
@@ -79,8 +81,8 @@ class DeepSeekV3Renderer(MarkedCallsRenderer):
                 self._check_trained(messages[index], index + 1)
         last = len(messages) - 1
         writes_last = messages[last]["role"] == "assistant" and (self.thinks or last in chosen)
-        draft, rewritten, after_outputs = self._draft(messages, last if writes_last else None)
-        draft.put(_END_OUTPUTS if after_outputs else "")
+        draft, rewritten = self._draft(messages, last if writes_last else None)
+        draft.put(self.end_outputs if role_before(messages) == "tool" else "")
         return draft.finish([index for index in rewritten if index in chosen])
 
     def _render_prompt(
@@ -88,8 +90,8 @@ class DeepSeekV3Renderer(MarkedCallsRenderer):
     ) -> Rendering:
         if role not in ("assistant", "user"):
             raise self._refuse_role(role, ["assistant", "user"])
-        draft, _, after_outputs = self._draft(messages, None)
-        draft.put(self._prompt(after_outputs) if role == "assistant" else USER)
+        draft, _ = self._draft(messages, None)
+        draft.put(self._header(role_before(messages)) if role == "assistant" else USER)
         return draft.finish()
 
     def _check_trained(self, message: PlainMessage, number: int) -> None:
@@ -102,54 +104,61 @@ class DeepSeekV3Renderer(MarkedCallsRenderer):
         if thought.startswith(THINK) or END_THINK in thought:
             raise RendererError(f"The thinking of message {number} holds a think tag of its own. Remove it.")
 
-    def _prompt(self, after_outputs: bool) -> str:
-        if after_outputs:
-            return _END_OUTPUTS
+    def _header(self, before: str) -> str:
+        """Returns the prompt for a reply to a message of role `before`."""
+        if before == "tool":
+            return self.end_outputs
         return f"{ASSISTANT}{THINK}\n" if self.thinks else ASSISTANT
 
-    def _draft(self, messages: Sequence[PlainMessage], last: int | None) -> tuple[Draft, list[int], bool]:
-        """Returns a draft of the messages as history, with message `last` as the model writes it.
-
-        Also returns the replies that are printed differently from what the model wrote, or after a different
-        prompt, and whether the text ends with tool results.
-        """
+    def _begun(self, messages: Sequence[PlainMessage]) -> tuple[Draft, int]:
+        """Returns a draft with the system messages, and the position of the last one; -1 without any."""
         draft = Draft()
         draft.put(BOS)
         systems = [index for index, message in enumerate(messages) if message["role"] == "system"]
         for index in systems:
             draft.put("" if index == systems[0] else "\n\n")
             draft.put_text(index, messages[index]["content"])
+        return draft, systems[-1] if systems else -1
+
+    def _draft(self, messages: Sequence[PlainMessage], last: int | None) -> tuple[Draft, list[int]]:
+        """Returns a draft of the messages as history, with message `last` as the model writes it.
+
+        Also returns the replies that are printed differently from what the model wrote, or after a different
+        prompt.
+        """
+        draft, last_system = self._begun(messages)
         rewritten: list[int] = []
-        has_called = has_outputs = after_outputs = False
+        has_called = has_outputs = False
+        before = ""
         for index, message in enumerate(messages):
             match message["role"]:
                 case "user":
                     draft.put(USER)
                     draft.put_text(index, message["content"])
-                    after_outputs = False
                 case "tool":
                     draft.put(OUTPUT if has_outputs else _OUTPUTS + OUTPUT)
                     draft.put_text(index, message["content"])
                     draft.put(END_OUTPUT)
-                    has_outputs = after_outputs = True
+                    has_outputs = True
                 case "assistant":
                     calls = print_calls(message, index + 1)
-                    written = (self._prompt(after_outputs), self._written(message, calls, after_outputs))
-                    in_history = _in_history(message, calls, has_called, after_outputs)
+                    written = (self._header(before), self._written(message, calls, before))
+                    in_history = _in_history(message, calls, has_called, before)
                     header, text = written if index == last else in_history
                     draft.put(header)
                     draft.put_reply(index, text + END)
-                    if (header, text) != written or any(system > index for system in systems[-1:]):
+                    if (header, text) != written or last_system > index:
                         rewritten.append(index)
                     has_called = has_called or bool(calls)
-                    after_outputs = False
-        return draft, rewritten, after_outputs
+            if message["role"] != "system":
+                before = message["role"]
+        return draft, rewritten
 
-    def _written(self, message: PlainMessage, calls: str, after_outputs: bool) -> str:
+    def _written(self, message: PlainMessage, calls: str, before: str) -> str:
         """Returns the text that the model writes after the prompt for this message."""
         thought, said = _thought_and_said(message)
         if self.thinks:
-            opening = f"{THINK}\n" if after_outputs else ""
+            opening = f"{THINK}\n" if before == "tool" else ""
             said = "{}{}\n{}\n\n{}".format(opening, thought, END_THINK, said.lstrip("\n"))
         return f"{said}{CALLS}{calls}{END_CALLS}" if calls else said
 
@@ -189,6 +198,11 @@ class DeepSeekV3ThinkingRenderer(DeepSeekV3Renderer):
         return parse_thinking(text, begun=True)
 
 
+def role_before(messages: Sequence[PlainMessage]) -> str:
+    """Returns the role of the last message that is printed in its place; "" if there is none."""
+    return next((message["role"] for message in reversed(messages) if message["role"] != "system"), "")
+
+
 def _thought_and_said(message: PlainMessage) -> tuple[str, str]:
     content = message.get("content", "")
     if "reasoning_content" in message or END_THINK not in content:
@@ -197,11 +211,11 @@ def _thought_and_said(message: PlainMessage) -> tuple[str, str]:
     return thought.lstrip("\n").removeprefix(THINK).strip("\n"), said
 
 
-def _in_history(message: PlainMessage, calls: str, has_called: bool, after_outputs: bool) -> tuple[str, str]:
+def _in_history(message: PlainMessage, calls: str, has_called: bool, before: str) -> tuple[str, str]:
     """Returns the header and the text that the template prints for a reply in the history."""
     content = message.get("content", "")
     if calls and has_called:
         return "\n", calls + END_CALLS
     if calls:
         return ASSISTANT, f"{content}{CALLS}{calls}{END_CALLS}"
-    return (_END_OUTPUTS, content) if after_outputs else (ASSISTANT, content.split(END_THINK)[-1])
+    return (_END_OUTPUTS, content) if before == "tool" else (ASSISTANT, content.split(END_THINK)[-1])

@@ -14,13 +14,12 @@ format of V3 and R1 here.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Sequence
 from typing import Any
 
 from cookbook.errors import RendererError
-from renderers.encoder import Encoder
-from renderers.formats.deepseek_tools import CALL, CALL_TOKENS, CALLS, END_CALL, END_CALLS, SEP
+from renderers.base import Renderer
+from renderers.formats.deepseek_tools import CALL, CALL_TOKENS, CALLS, END_CALL, END_CALLS, SEP, split_calls
 from renderers.formats.deepseekv3 import (
     ASSISTANT,
     BOS,
@@ -29,14 +28,16 @@ from renderers.formats.deepseekv3 import (
     OUTPUT,
     USER,
     DeepSeekV3Renderer,
+    role_before,
 )
 from renderers.formats.marked_calls import (
     exact_thought_and_said,
     parse_exact_thinking,
     thought_text_and_calls,
 )
-from renderers.messages import Message, PlainMessage, Tool, function_of, to_json
-from renderers.rendering import CharSpan, Draft, Rendering
+from renderers.formats.tagged_calls import print_as_json, read_object
+from renderers.messages import Message, PlainMessage, Tool, function_of
+from renderers.rendering import Draft, Rendering
 from renderers.thinking import END_THINK, THINK
 
 
@@ -46,27 +47,13 @@ class DeepSeekV3_1Renderer(DeepSeekV3Renderer):
     name = "deepseekv3_1"
     frame = BOS + END + USER + ASSISTANT + CALL_TOKENS + OUTPUT + END_OUTPUT
     thinking_name = "deepseekv3_1_thinking"
-
-    def _render_prompt(
-        self, messages: Sequence[PlainMessage], tools: Sequence[Tool] | None, role: str
-    ) -> Rendering:
-        if role not in ("assistant", "user"):
-            raise self._refuse_role(role, ["assistant", "user"])
-        draft, _, _ = self._draft(messages, None)
-        draft.put(self._header(_role_before(messages)) if role == "assistant" else USER)
-        return draft.finish()
+    end_outputs = ""
 
     def _header(self, before: str) -> str:
-        """Returns the prompt for a reply to a message of role `before`."""
         return f"{ASSISTANT}{THINK if self.thinks else END_THINK}" if before == "user" else ""
 
-    def _draft(self, messages: Sequence[PlainMessage], last: int | None) -> tuple[Draft, list[int], bool]:
-        draft = Draft()
-        draft.put(BOS)
-        systems = [index for index, message in enumerate(messages) if message["role"] == "system"]
-        for index in systems:
-            draft.put("" if index == systems[0] else "\n\n")
-            draft.put_text(index, messages[index]["content"])
+    def _draft(self, messages: Sequence[PlainMessage], last: int | None) -> tuple[Draft, list[int]]:
+        draft, last_system = self._begun(messages)
         rewritten: list[int] = []
         before = ""
         for index, message in enumerate(messages):
@@ -80,7 +67,7 @@ class DeepSeekV3_1Renderer(DeepSeekV3Renderer):
                     draft.put(END_OUTPUT)
                 case "assistant":
                     calls = _print_calls(message, index + 1)
-                    written = (self._header(before), self._reply(message, calls, before))
+                    written = (self._header(before), self._written(message, calls, before))
                     in_history = (
                         f"{ASSISTANT}{END_THINK}" if before == "user" else "",
                         _text_in_history(message, before) + calls,
@@ -88,30 +75,35 @@ class DeepSeekV3_1Renderer(DeepSeekV3Renderer):
                     header, text = written if index == last else in_history
                     draft.put(header)
                     draft.put_reply(index, text + END)
-                    if in_history != written or any(system > index for system in systems[-1:]):
+                    if in_history != written or last_system > index:
                         rewritten.append(index)
             if message["role"] != "system":
                 before = message["role"]
-        return draft, rewritten, False
+        return draft, rewritten
 
-    def _reply(self, message: PlainMessage, calls: str, before: str) -> str:
-        """Returns the text that the model writes after the prompt for this message."""
+    def _written(self, message: PlainMessage, calls: str, before: str) -> str:
         thought, said = exact_thought_and_said(message)
         if self.thinks and before in ("user", "tool"):
             said = f"{'' if before == 'user' else THINK}{thought}{END_THINK}{said}"
         return said + calls
 
-    def _span_in_history(
-        self,
-        messages: Sequence[PlainMessage],
-        rendering: Rendering,
-        index: int,
-        tools: Sequence[Tool] | None,
-    ) -> CharSpan:
-        return rendering.spans[index]
+    _span_in_history = Renderer._span_in_history  # no call is printed otherwise in the history
 
     def _parse_calls(self, marked: str) -> list[dict[str, Any]] | None:
-        return _parse_calls(marked, self._encoder)
+        calls: list[dict[str, Any]] = []
+        for part in split_calls(marked):
+            name, is_call, rest = part.partition(SEP)
+            arguments = rest.removesuffix(END_CALL)
+            if not (name and is_call) or arguments == rest:
+                return None
+            if any(map(self._encoder.control.search, (name, arguments))):
+                return None
+            name, arguments = self._encoder.unguard((name, arguments))
+            parsed = read_object(arguments)
+            if parsed is None:
+                return None
+            calls.append({"type": "function", "function": {"name": name, "arguments": parsed}})
+        return calls or None
 
 
 class DeepSeekV3_1ThinkingRenderer(DeepSeekV3_1Renderer):
@@ -128,7 +120,7 @@ class DeepSeekV3_1ThinkingRenderer(DeepSeekV3_1Renderer):
         self, messages: Sequence[PlainMessage], chosen: Collection[int], tools: Sequence[Tool] | None
     ) -> Rendering:
         for index in chosen:
-            if messages[index]["role"] == "assistant" and _role_before(messages[:index]) not in (
+            if messages[index]["role"] == "assistant" and role_before(messages[:index]) not in (
                 "user",
                 "tool",
             ):
@@ -143,11 +135,6 @@ class DeepSeekV3_1ThinkingRenderer(DeepSeekV3_1Renderer):
         return parse_exact_thinking(text, begun=True)
 
 
-def _role_before(messages: Sequence[PlainMessage]) -> str:
-    """Returns the role of the last message that is printed in its place; "" if there is none."""
-    return next((message["role"] for message in reversed(messages) if message["role"] != "system"), "")
-
-
 def _text_in_history(message: PlainMessage, before: str) -> str:
     content = str(message.get("content", ""))
     if message.get("tool_calls") or before == "tool" or END_THINK not in content:
@@ -160,30 +147,5 @@ def _print_calls(message: PlainMessage, number: int) -> str:
     printed: list[str] = []
     for call in message.get("tool_calls", []):
         function = function_of(call, number)
-        arguments = function["arguments"]
-        text = arguments if isinstance(arguments, str) else to_json(arguments)
-        printed.append(f"{CALL}{function['name']}{SEP}{text}{END_CALL}")
+        printed.append(f"{CALL}{function['name']}{SEP}{print_as_json(function['arguments'])}{END_CALL}")
     return f"{CALLS}{''.join(printed)}{END_CALLS}" if printed else ""
-
-
-def _parse_calls(marked: str, encoder: Encoder) -> list[dict[str, Any]] | None:
-    """Returns the calls in the marked text of a reply after CALLS; None if it is malformed."""
-    body, _, behind = marked.partition(END_CALLS)
-    before, *parts = body.split(CALL)
-    if before or behind or not parts or not marked.endswith(END_CALLS):
-        return None
-    calls: list[dict[str, Any]] = []
-    for part in parts:
-        name, is_call, rest = part.partition(SEP)
-        arguments = rest.removesuffix(END_CALL)
-        if not (name and is_call) or arguments == rest or any(map(encoder.control.search, (name, arguments))):
-            return None
-        name, arguments = encoder.unguard((name, arguments))
-        try:
-            parsed = json.loads(arguments)
-        except (ValueError, RecursionError):
-            return None
-        if not isinstance(parsed, dict):
-            return None
-        calls.append({"type": "function", "function": {"name": name, "arguments": parsed}})
-    return calls

@@ -250,13 +250,8 @@ class Gemma4Renderer(Renderer):
         calls: list[str] = []
         for tool_call in message.get("tool_calls", []):
             function = function_of(tool_call, index + 1)
-            arguments = function["arguments"]
-            arguments = {} if arguments in ("", None) else self._arguments(function, index + 1)
-            if not isinstance(arguments, Mapping) or not all(isinstance(key, str) for key in arguments):
-                raise RendererError(
-                    f"Renderer `{self.name}` cannot render a tool call of message {index + 1}: its arguments "
-                    f"are {arguments!r}. Give a mapping with strings as keys."
-                )
+            has_arguments = function["arguments"] is not None
+            arguments = self._named_arguments(function, index + 1) if has_arguments else {}
             calls.append(print_call(function["name"], arguments))
         return calls
 
@@ -305,8 +300,7 @@ class Gemma4Renderer(Renderer):
     def parse_response(self, tokens: Sequence[int]) -> tuple[Message, bool]:
         text, ended = self._decode(tokens, self._stops)
         malformed: Message = {"role": "assistant", "content": text}
-        reply = list(takewhile(lambda token: token not in self._stops, tokens))
-        marked = marked_text(self.tokenizer, self._encoder, reply)
+        marked = marked_text(self.tokenizer, self._encoder, tokens, self._stops)
         if marked is None:
             return malformed, False
         thought, closing, said = marked.rpartition(_END_CHANNEL)

@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from renderers.formats.tagged_calls import refuse_constant
 from renderers.messages import Tool
 
 QUOTE = '<|"|>'
@@ -163,7 +164,7 @@ def _read(text: str, at: int) -> tuple[Any, int]:
     literal = _LITERAL.match(text, at)
     if literal is None:
         raise ValueError(f"no value at {at}")
-    return json.loads(literal[0], parse_constant=_refuse_constant), literal.end()
+    return json.loads(literal[0], parse_constant=refuse_constant), literal.end()
 
 
 def _read_items(text: str, at: int) -> tuple[dict[str, Any], int]:
@@ -181,7 +182,3 @@ def _behind_comma(text: str, at: int) -> int:
     if not text.startswith(",", at):
         raise ValueError(f"no comma at {at}")
     return at + 1
-
-
-def _refuse_constant(name: str) -> Any:
-    raise ValueError(f"{name} is not JSON.")

@@ -90,7 +90,7 @@ class Glm5Renderer(TaggedRepliesRenderer):
         """Returns a draft of the conversation, which a message of `next_role` follows if it is given."""
         draft = Draft()
         draft.put(_BEGIN)
-        draft.put(f"{_SYSTEM}{describe_tools(self._described(tools), self.between)}" if tools else "")
+        draft.put(f"{_SYSTEM}{describe_tools(tools, self.between)}" if tools else "")
         header = ""
         for index, message in enumerate(messages):
             role, before = message["role"], messages[:index][-1:]
@@ -126,19 +126,12 @@ class Glm5Renderer(TaggedRepliesRenderer):
     def _put_said(self, draft: Draft, index: int, message: PlainMessage) -> None:
         draft.put_text(index, self._said(message))
 
-    def _described(self, tools: Sequence[Tool]) -> Sequence[Mapping[str, Any]]:
-        """Returns the tools as they are described."""
-        return tools
-
     def _reply_text(self, message: PlainMessage, number: int, in_history: bool) -> str:
         thought, said = self._thought_and_said(message)
-        has_block = self._has_thinking(message) and not in_history
+        # Thinking of white space alone is printed as an empty block.
+        has_block = not in_history and thought_and_said(message)[0]
         block = f"{THINK}{thought}{END_THINK}" if has_block else END_THINK
         return block + said.strip() + "".join(self._calls(message, number))
-
-    def _has_thinking(self, message: PlainMessage) -> bool:
-        """Returns whether a reply has thinking, though it may be white space."""
-        return bool(thought_and_said(message)[0])
 
     def _print_call(self, name: str, arguments: Mapping[str, Any]) -> str:
         return print_call(name, arguments, self.between)

@@ -23,7 +23,7 @@ GLM_TAGS = CallTags(
 )
 
 
-def describe_tools(tools: Sequence[Mapping[str, Any] | Tool], between: str) -> str:
+def describe_tools(tools: Sequence[Tool], between: str) -> str:
     """Returns the text of the system message that describes the tools."""
     schemas = "".join(f"{to_json(tool)}\n" for tool in tools)
     pairs = (

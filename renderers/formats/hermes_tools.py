@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
 from typing import Any
 
 from cookbook.errors import RendererError
 from renderers.messages import Message, PlainMessage, Tool, function_of, to_json
-from renderers.streaming import Section, Sections
+from renderers.streaming import Sections, with_section_behind_content
 from renderers.thinking import END_THINK
 
 _OPEN, _CLOSE = "<tool_call>\n", "\n</tool_call>"
@@ -108,9 +107,4 @@ def _parse_call(text: str) -> dict[str, Any] | None:
 
 def with_call_sections(sections: Sections) -> Sections:
     """Returns these sections with calls at the end of the content."""
-    ends = {f"\n{_OPEN}": "calls", _OPEN: "calls"}
-    calling = {
-        name: replace(section, ends={**section.ends, **ends}) if section.field == "content" else section
-        for name, section in sections.items()
-    }
-    return {**calling, "calls": Section(None)}
+    return with_section_behind_content(sections, "calls", [f"\n{_OPEN}", _OPEN])

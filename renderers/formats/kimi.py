@@ -31,7 +31,8 @@ from renderers.formats.marked_calls import (
     text_and_calls,
     thought_text_and_calls,
 )
-from renderers.messages import Message, PlainMessage, Tool, function_of, to_json
+from renderers.formats.tagged_calls import print_as_json, read_object
+from renderers.messages import Message, PlainMessage, Tool, function_of
 from renderers.rendering import Draft, Rendering
 from renderers.thinking import END_THINK, THINK
 from renderers.unsupported import no_place
@@ -183,11 +184,8 @@ class _KimiRenderer(MarkedCallsRenderer):
                 return None
             id_, arguments = self._encoder.unguard((id_.strip(), arguments))
             name = _ID.fullmatch(id_)
-            try:
-                parsed = json.loads(arguments)
-            except (ValueError, RecursionError):
-                return None
-            if name is None or not isinstance(parsed, dict):
+            parsed = read_object(arguments)
+            if name is None or parsed is None:
                 return None
             calls.append(
                 {"id": id_, "type": "function", "function": {"name": name["name"], "arguments": parsed}}
@@ -322,6 +320,5 @@ def _print_calls(message: PlainMessage, number: int, ids: Sequence[str]) -> str:
     printed: list[str] = []
     for call, id_ in zip(message.get("tool_calls", []), ids, strict=True):
         arguments = function_of(call, number)["arguments"]
-        text = arguments if isinstance(arguments, str) else to_json(arguments)
-        printed.append(f"{_CALL}{id_}{_ARGUMENTS}{text}{_END_CALL}")
+        printed.append(f"{_CALL}{id_}{_ARGUMENTS}{print_as_json(arguments)}{_END_CALL}")
     return f"{_CALLS}{''.join(printed)}{_END_CALLS}" if printed else ""

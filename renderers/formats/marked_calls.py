@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import takewhile
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from renderers.base import Renderer
@@ -61,8 +60,7 @@ class MarkedCallsRenderer(Renderer):
     def parse_response(self, tokens: Sequence[int]) -> tuple[Message, bool]:
         text, ended = self._decode(tokens, [self._end_id])
         malformed: Message = {"role": "assistant", "content": text}
-        reply = list(takewhile(lambda token: token != self._end_id, tokens))
-        marked = marked_text(self.tokenizer, self._encoder, reply)
+        marked = marked_text(self.tokenizer, self._encoder, tokens, [self._end_id])
         if marked is None:
             return malformed, False
         said, opening, calls = marked.partition(self.calls_mark)

@@ -90,14 +90,14 @@ class Nemotron3Renderer(Qwen3_5Renderer):
         content = message.get("content") if isinstance(message, Mapping) else None
         if not isinstance(content, str) or any(message.get(key) is not None for key in THINKING_KEYS):
             return message
-        before, behind = map(re.escape, self.around_close)
-        block = rf"\s*{THINK}\n(?P<thought>.*?){before}{END_THINK}(?:{behind}(?P<said>.*)|\s*)"
-        found = re.fullmatch(block, content, re.DOTALL)
         if message.get("role") != "assistant":
             return message
+        before, behind = map(re.escape, self.around_close)
         said = content.lstrip().removeprefix(_NO_THOUGHT)
         if content.lstrip() != said and THINK not in said and END_THINK not in said:
             return {**message, "content": said}
+        block = rf"\s*{THINK}\n(?P<thought>.*?){before}{END_THINK}(?:{behind}(?P<said>.*)|\s*)"
+        found = re.fullmatch(block, content, re.DOTALL)
         if found is None or not found["thought"].strip():
             return message
         return {**message, "content": found["said"] or "", "reasoning_content": found["thought"]}

@@ -11,11 +11,10 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import replace
 from typing import Any, NamedTuple, TypeAlias
 
 from renderers.messages import Message, to_json
-from renderers.streaming import Section, Sections
+from renderers.streaming import Sections, with_section_behind_content
 from renderers.thinking import END_THINK
 
 ValuePrinter: TypeAlias = Callable[[Any], str]
@@ -33,18 +32,27 @@ def print_as_python(value: Any) -> str:
     return to_json(value) if isinstance(value, (Mapping, list, tuple)) else str(value)
 
 
+def read_object(text: str) -> dict[str, Any] | None:
+    """Returns the JSON object that is the text; None for any other text."""
+    with suppress(ValueError, RecursionError):
+        value = json.loads(text)
+        return value if isinstance(value, dict) else None
+    return None
+
+
 def read_value(text: str, print_value: ValuePrinter) -> Any:
     """Returns the value that `print_value` prints as the text: the text itself unless it is another's."""
     if text in _CONSTANTS and print_value(_CONSTANTS[text]) == text:
         return _CONSTANTS[text]
     with suppress(ValueError, RecursionError):
-        value = json.loads(text, parse_constant=_refuse_constant)
+        value = json.loads(text, parse_constant=refuse_constant)
         if print_value(value) == text:
             return value
     return text
 
 
-def _refuse_constant(name: str) -> Any:
+def refuse_constant(name: str) -> Any:
+    """Raises ValueError for `NaN` and the infinities, which `json.loads` reads otherwise."""
     raise ValueError(f"{name} is not JSON.")
 
 
@@ -97,10 +105,4 @@ class CallTags(NamedTuple):
 
     def with_sections(self, sections: Sections) -> Sections:
         """Returns these sections with calls at the end of the content."""
-        calling = {
-            name: replace(section, ends={**section.ends, self.mark: "calls"}, rstrip="\n")
-            if section.field == "content"
-            else section
-            for name, section in sections.items()
-        }
-        return {**calling, "calls": Section(None)}
+        return with_section_behind_content(sections, "calls", [self.mark], rstrip="\n")

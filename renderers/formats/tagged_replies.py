@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Collection, Mapping, Sequence
-from itertools import takewhile
 from typing import Any, ClassVar
 
 from cookbook.errors import RendererError
@@ -134,17 +133,8 @@ class TaggedRepliesRenderer(Renderer):
 
     def _calls(self, message: PlainMessage, number: int) -> list[str]:
         """Returns the printed calls of a message."""
-        calls: list[str] = []
-        for tool_call in message.get("tool_calls", []):
-            function = function_of(tool_call, number)
-            arguments = {} if function["arguments"] == "" else self._arguments(function, number)
-            if not isinstance(arguments, Mapping) or not all(isinstance(key, str) for key in arguments):
-                raise RendererError(
-                    f"Renderer `{self.name}` cannot render a tool call of message {number}: its arguments "
-                    f"are {arguments!r}. Give a mapping with strings as keys."
-                )
-            calls.append(self._print_call(function["name"], arguments))
-        return calls
+        functions = (function_of(call, number) for call in message.get("tool_calls", []))
+        return [self._print_call(one["name"], self._named_arguments(one, number)) for one in functions]
 
     def _check_reply(self, messages: Sequence[PlainMessage], index: int) -> None:
         """Raises RendererError if message `index` cannot be trained."""
@@ -175,11 +165,10 @@ class TaggedRepliesRenderer(Renderer):
     # -- parsing ------------------------------------------------------------------------------
 
     def parse_response(self, tokens: Sequence[int]) -> tuple[Message, bool]:
-        ends = self.get_stop_sequences()
-        text, ended = self._decode(tokens, [end for end in ends if isinstance(end, int)])
+        ends = [end for end in self.get_stop_sequences() if isinstance(end, int)]
+        text, ended = self._decode(tokens, ends)
         malformed: Message = {"role": "assistant", "content": text}
-        reply = list(takewhile(lambda token: token not in ends, tokens))
-        marked = marked_text(self.tokenizer, self._encoder, reply)
+        marked = marked_text(self.tokenizer, self._encoder, tokens, ends)
         if marked is None:
             return malformed, False
         message, closed = self._parse_thinking(marked)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import dataclass, field
-from operator import is_
 from typing import Any
 
 from cookbook.errors import RendererError
@@ -44,10 +43,11 @@ class Chat:
     def __init__(
         self, template: Template, messages: Sequence[PlainMessage], tools: Sequence[Tool] | None
     ) -> None:
+        """`given` keeps the messages, and `given_tools` the tools, as they were before they were adapted."""
         self.messages = [template.adapted(message) for message in messages]
         self.tools = [json_type(tool) for tool in tools] if tools else None
+        self.given, self.given_tools = messages, tools
         self._template = template
-        self._given = messages, tools
         self._is_long = len(self.messages) >= _LONG
         self._start_anew()
 
@@ -60,18 +60,10 @@ class Chat:
         self.turns: dict[int, Any] = {}
         """What `Replies` found for each reply: it depends on the messages up to it alone."""
 
-    def given(self, index: int) -> PlainMessage:
-        """Returns message `index` as it was before it was adapted to the template."""
-        messages, _ = self._given
-        return messages[index]
-
-    def beginning(self, messages: Sequence[PlainMessage], tools: Sequence[Tool] | None) -> Chat | None:
-        """Returns a chat of these messages that shares the kept texts, or None if this does not begin so."""
-        given, given_tools = self._given
-        if tools is not given_tools or len(messages) > len(given) or not all(map(is_, messages, given)):
-            return None
+    def beginning(self, num_messages: int) -> Chat:
+        """Returns a chat of the first messages that shares the kept texts."""
         beginning = copy(self)
-        beginning.messages = self.messages[: len(messages)]
+        beginning.messages = self.messages[:num_messages]
         return beginning
 
     def changed(self, change: Callable[[Any], Any]) -> Chat:
@@ -86,9 +78,7 @@ class Chat:
             changed.tools = change(self.tools)
             changed._start_anew()
             self._changed[change] = changed
-        changed = copy(self._changed[change])
-        changed.messages = changed.messages[: len(self.messages)]
-        return changed
+        return self._changed[change].beginning(len(self.messages))
 
     def under(self, template: Template) -> Chat:
         """Returns this chat under another mode of its template."""
@@ -100,9 +90,7 @@ class Chat:
             other.messages = self._all_messages
             other._start_anew()
             self._in_modes[template] = other
-        other = copy(self._in_modes[template])
-        other.messages = other.messages[: len(self.messages)]
-        return other
+        return self._in_modes[template].beginning(len(self.messages))
 
     def text(self, num_messages: int, prompt: bool = False) -> str:
         """Returns the text of the first messages. Raises RendererError if the template refuses them."""

@@ -19,9 +19,9 @@ import json
 import re
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
 from functools import cached_property
 from itertools import pairwise
+from operator import is_
 from typing import TYPE_CHECKING, Any
 
 from cookbook.errors import RendererError
@@ -32,10 +32,10 @@ from renderers.formats.hermes_tools import with_call_sections, with_calls
 from renderers.jinja.chat import Chat
 from renderers.jinja.replies import Replies, ReplyTurn
 from renderers.jinja.template import Template, call_with_id
-from renderers.jinja.turn_ends import REPLY, USER, call_endings, plain_ending
+from renderers.jinja.turn_ends import REPLY, USER, call_endings, control_at_start, plain_ending
 from renderers.messages import ROLES, Message, PlainMessage, Tool, map_strings, to_json
 from renderers.rendering import CharSpan, Rendering
-from renderers.streaming import PLAIN, Section, Sections
+from renderers.streaming import PLAIN, with_section_behind_content
 from renderers.thinking import END_THINK, THINK, THINKING, THINKING_BEGUN, parse_thinking
 
 if TYPE_CHECKING:
@@ -90,7 +90,9 @@ class ChatTemplateRenderer(Renderer):
         self._parses_calls = self._prints_calls_as_hermes()
         sections = PLAIN if not self._thinks else THINKING_BEGUN if self._thinks_in_prompt else THINKING
         sections = with_call_sections(sections) if self._parses_calls else sections
-        self.reply_sections = _ended_by(self._before_stop, sections) if self._before_stop else sections
+        if self._before_stop:
+            sections = with_section_behind_content(sections, "ended", [self._before_stop])
+        self.reply_sections = sections
 
     def _find_ends(self) -> None:
         """Finds the tokens that end turns, by trying the template. Then its control tokens are known."""
@@ -104,10 +106,10 @@ class ChatTemplateRenderer(Renderer):
         encoder = Encoder(self.tokenizer, frame, template=used, spoken=spoken)
         plain = plain_ending(behind_last, behind_earlier, encoder, eos)
         calls = call_endings(self._template, encoder, eos)
-        earlier = re.match(rf"\s*({encoder.control.pattern})", behind_earlier)
+        earlier = control_at_start(behind_earlier, encoder)
         printed = {*encoder.control.findall(plain.written)} if not plain.is_appended else set()
         printed |= {call.stop for call in calls if not call.is_appended}
-        printed |= {earlier[1]} if earlier is not None and not plain.is_appended else set()
+        printed |= {earlier["stop"]} if earlier is not None and not plain.is_appended else set()
         ends = {*printed, plain.stop, *(call.stop for call in calls)}
         self._encoder = Encoder(self.tokenizer, frame, ends, used, spoken)
         self._replies = Replies(self._template, self._encoder, plain, calls, ends)
@@ -129,7 +131,7 @@ class ChatTemplateRenderer(Renderer):
             return self._parse(said.removesuffix(self._plain.written), True) == (message, True)
         return False
 
-    def with_template_kwargs(self, template_kwargs: Mapping[str, Any]) -> Renderer:
+    def with_template_kwargs(self, template_kwargs: Mapping[str, Any]) -> ChatTemplateRenderer:
         if not template_kwargs:
             return self
         for name in sorted(set(template_kwargs) - self._template.variables_read):
@@ -182,10 +184,15 @@ class ChatTemplateRenderer(Renderer):
 
     def _chat(self, messages: Sequence[PlainMessage], tools: Sequence[Tool] | None) -> Chat:
         """Returns the messages as a chat: a prefix of the latest chat, if they are one."""
-        found = self._latest.beginning(messages, tools) if self._latest else None
-        if found is None:
-            found = self._latest = Chat(self._template, messages, tools)
-        return found
+        latest = self._latest
+        if (
+            latest is None
+            or tools is not latest.given_tools
+            or len(messages) > len(latest.given)
+            or not all(map(is_, messages, latest.given))
+        ):
+            latest = self._latest = Chat(self._template, messages, tools)
+        return latest.beginning(len(messages))
 
     def _render(
         self, messages: Sequence[PlainMessage], chosen: Collection[int], tools: Sequence[Tool] | None
@@ -199,22 +206,26 @@ class ChatTemplateRenderer(Renderer):
                 is_new = index not in chat.turns
                 turns[index] = self._replies.turn(chat, index)
                 if is_new:
-                    _note(turns[index])
-        mode = turns[max(turns)].printed_by if turns else self._template
+                    _note(turns[index].prompted_by, turns[index].finding)
+        last = turns[max(turns)] if turns else None
+        mode = last.printed_by if last else self._template
         text = self._checked_text(chat.under(mode))
-        if len(messages) - 1 in turns:
-            last = turns[len(messages) - 1]
+        if last and len(messages) - 1 in turns:
             if not text.startswith(last.prompt):
                 before = self._chat(messages[:-1], tools).under(last.prompted_by)
                 self._checked_text(before, prompt=True)
             text = last.prompt + last.said + last.behind
-        prompts = self._prompts_before(turns, messages, tools)
+        # A prompt ends with a border between tokens. The model is sampled for the last trained reply in
+        # one mode, so the borders in front of it are those of that mode.
+        sampled = self.with_template_kwargs(last.prompted_by.chosen) if last else self
+        sampled_chat = sampled._chat(messages, tools)
         cuts: list[int] = []
         spans: dict[int, CharSpan] = {}
         rewritten: list[int] = []
         for index, message in enumerate(messages):
             if message["role"] == "assistant":
-                prompt, turn = prompts[index], turns.get(index)
+                turn = turns.get(index)
+                prompt = turn.prompt if turn and turn is last else sampled._prompt_of(sampled_chat, index)
                 if prompt and text.startswith(prompt):
                     cuts.append(len(prompt))
                 if turn is None:
@@ -226,28 +237,6 @@ class ChatTemplateRenderer(Renderer):
             elif index in chosen:
                 spans[index] = self._content_span(chat.under(mode), index)
         return Rendering(text, cuts, spans, rewritten)
-
-    def _prompts_before(
-        self, turns: Mapping[int, ReplyTurn], messages: Sequence[PlainMessage], tools: Sequence[Tool] | None
-    ) -> dict[int, str | None]:
-        """Returns the prompt for each reply, as they are in the prompt for the last trained one.
-
-        A prompt ends with a border between tokens. The model is sampled for the last reply in one mode, so
-        the borders in front of it are those of that mode.
-        """
-        last = max(turns, default=-1)
-        replies = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
-        sampled = self._in_mode(turns[last].prompted_by) if turns else self
-        chat = sampled._chat(messages, tools)
-        return {
-            index: turns[index].prompt if index == last else sampled._prompt_of(chat, index)
-            for index in replies
-        }
-
-    def _in_mode(self, mode: Template) -> ChatTemplateRenderer:
-        renderer = self.with_template_kwargs(mode.chosen)
-        assert isinstance(renderer, ChatTemplateRenderer)
-        return renderer
 
     def _prompt_of(self, chat: Chat, index: int) -> str | None:
         """Returns the prompt for a reply; the template's usual one if the reply cannot be trained."""
@@ -361,7 +350,7 @@ class ChatTemplateRenderer(Renderer):
         return CharSpan(len(prompt), end.end())
 
     def _content_span(self, chat: Chat, index: int) -> CharSpan:
-        span = self._around(chat, index, {**chat.given(index), "content": SENTINEL})
+        span = self._around(chat, index, {**chat.given[index], "content": SENTINEL})
         end = self._end_of_others.match(chat.text(len(chat.messages)), span.end)
         return CharSpan(span.start, end.end() if end else span.end)
 
@@ -439,27 +428,16 @@ def _with_ids(messages: list[PlainMessage]) -> list[PlainMessage]:
     return adapted
 
 
-def _note(turn: ReplyTurn) -> None:
+def _note(prompted_by: Template, finding: str) -> None:
     """Counts a reply that is not trained as the template usually prints it."""
-    if turn.prompted_by.chosen:
+    if prompted_by.chosen:
         what = (
             "prompts in another mode than the chat template's usual one were trained; set this key of the "
             "config, so that evaluators, chat and exports sample with such prompts"
         )
-        notes.count("turn", what, f"template_kwargs='{to_json(dict(turn.prompted_by.kwargs))}'")
-    if turn.finding:
-        notes.count("turn", turn.finding)
-
-
-def _ended_by(marker: str, sections: Sections) -> Sections:
-    """Returns these sections with a marker behind the text, which the stop token follows."""
-    ended = {
-        name: replace(section, ends={**section.ends, marker: "ended"})
-        if section.field == "content"
-        else section
-        for name, section in sections.items()
-    }
-    return {**ended, "ended": Section(None)}
+        notes.count("turn", what, f"template_kwargs='{to_json(dict(prompted_by.kwargs))}'")
+    if finding:
+        notes.count("turn", finding)
 
 
 def _marks_of(control: str) -> set[str]:

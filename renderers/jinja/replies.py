@@ -10,7 +10,8 @@ in order:
 3. the usual prompt, if the template prints the messages before the reply in another way only than in the
    conversation: what it prints behind them is the same, or has an empty thought in addition;
 4. prompt and conversation in another mode, also as in 2 and 3;
-5. the usual prompt, if it opens a thought that the conversation does not show: the model must close it;
+5. the usual prompt, if it opens a thought that the conversation does not show: the model must close it, and
+   write its thinking first if the template prints none (there prompts of other modes are tried too);
 6. the usual prompt and the end of the turn, for an empty reply that the template does not print.
 """
 
@@ -103,32 +104,30 @@ class Replies:
         """
         found = chat.turns.get(index)
         if found is None:
-            try:
-                found = self._find(chat, index)
-            except RendererError as error:
-                found = error
+            errors: list[RendererError] = []
+            for attempt in self._attempts(chat, index):
+                try:
+                    found = attempt()
+                    break
+                except RendererError as error:
+                    errors.append(error)
+            else:
+                others = (error for error in errors if not isinstance(error, _OtherPromptError))
+                found = next(others, errors[0])
             chat.turns[index] = found
         if isinstance(found, RendererError):
             raise found
         return found
 
-    def _find(self, chat: Chat, index: int) -> ReplyTurn:
+    def _attempts(self, chat: Chat, index: int) -> Iterator[Callable[[], ReplyTurn]]:
+        """Yields the ways to print a reply, in the order in which they are tried."""
         if index == 0:
             raise _no_prompt(index)
-        errors: list[RendererError] = []
-        for attempt in self._attempts(chat, index):
-            try:
-                return attempt()
-            except RendererError as error:
-                errors.append(error)
-        raise next((error for error in errors if not isinstance(error, _OtherPromptError)), errors[0])
-
-    def _attempts(self, chat: Chat, index: int) -> Iterator[Callable[[], ReplyTurn]]:
         usual = self._template
         yield partial(self._printed, chat, index, usual, usual)
         for mode in self.modes:
             yield partial(self._printed, chat, index, mode, usual)
-        thinks_not = self._has_no_thought(chat.given(index))
+        thinks_not = self._has_no_thought(chat.given[index])
         if thinks_not:
             yield partial(self._behind_empty_thought, chat, index, usual)
         yield partial(self._behind_own_prompt, chat, index, usual)
@@ -137,12 +136,12 @@ class Replies:
             if thinks_not:
                 yield partial(self._behind_empty_thought, chat, index, mode)
             yield partial(self._behind_own_prompt, chat, index, mode)
-        if thinks_not or chat.given(index).get("reasoning_content"):
+        if thinks_not or chat.given[index].get("reasoning_content"):
             yield partial(self._begun_thought, chat, index)
         for mode in (usual, *self.modes) if END_THINK in usual.source else ():
             yield partial(self._stripped_thought, chat, index, mode)
         if thinks_not and not (
-            chat.given(index).get("content", "").strip() or "tool_calls" in chat.given(index)
+            chat.given[index].get("content", "").strip() or "tool_calls" in chat.given[index]
         ):
             yield partial(self._empty, chat, index)
 
@@ -155,19 +154,12 @@ class Replies:
 
     def _printed(self, chat: Chat, index: int, mode: Template, prompt_mode: Template) -> ReplyTurn:
         """Returns the reply as the template prints it in this mode."""
-        chat_in_mode = chat.under(mode)
         prompt = self._prompt(chat.under(prompt_mode), index)
-        whole = chat_in_mode.text(index + 1)
-        if not whole.startswith(prompt):
+        whole = chat.under(mode).text(index + 1)
+        is_closed = not _opens_thought(prompt) or END_THINK in whole[len(prompt) :]
+        if not whole.startswith(prompt) or (not is_closed and self._has_no_thought(chat.given[index])):
             raise self._other_prompt(chat, index, prompt)
-        if self._is_printed_as_thought(chat.given(index), prompt, whole[len(prompt) :]):
-            raise self._other_prompt(chat, index, prompt)
-        self._check_nothing_is_lost(chat_in_mode, index, whole[len(prompt) :])
-        return ReplyTurn(prompt, *self._ended(chat, index, whole, len(prompt)), mode, prompt_mode)
-
-    def _is_printed_as_thought(self, message: PlainMessage, prompt: str, printed: str) -> bool:
-        """Returns whether a reply without thinking follows a prompt that opens a thought, and closes none."""
-        return prompt.rstrip().endswith(THINK) and END_THINK not in printed and self._has_no_thought(message)
+        return self._made(chat, index, prompt, whole, (mode, prompt_mode, ""))
 
     def _behind_empty_thought(self, chat: Chat, index: int, mode: Template) -> ReplyTurn:
         """Returns the reply behind a prompt with an empty thought that the conversation does not show."""
@@ -176,7 +168,7 @@ class Replies:
             closing = self._closing
             if closing and after.startswith(closing) and _squeezed(before + closing) == _squeezed(prompt):
                 whole = prompt + after.removeprefix(closing)
-                return self._remade(chat, index, prompt, whole, (printed_by, mode, _ONLY_IN_PROMPT))
+                return self._made(chat, index, prompt, whole, (printed_by, mode, _ONLY_IN_PROMPT))
         raise self._other_prompt(chat, index, prompt)
 
     def _behind_own_prompt(self, chat: Chat, index: int, mode: Template) -> ReplyTurn:
@@ -189,10 +181,11 @@ class Replies:
         prompt = self._prompt(chat.under(mode), index)
         header, printed = self._behind_previous(chat.under(mode), index)
         finding = "followed messages that the template prints like this only in a prompt"
-        if self._is_printed_as_thought(chat.given(index), header, printed[len(header) :]):
+        is_closed = not _opens_thought(header) or END_THINK in printed[len(header) :]
+        if not is_closed and self._has_no_thought(chat.given[index]):
             raise self._other_prompt(chat, index, prompt)
         if not printed.startswith(header):
-            begun = self._before_empty_thought(chat.given(index), header, printed)
+            begun = self._before_empty_thought(chat.given[index], header, printed)
             if begun is not None:
                 header, finding = begun, _ONLY_IN_PROMPT
             elif self._is_continued(header, printed):
@@ -200,7 +193,7 @@ class Replies:
                 finding = "followed a header that the template prints there only in a prompt"
             else:
                 raise self._other_prompt(chat, index, prompt)
-        return self._remade(chat, index, prompt, prompt + printed[len(header) :], (mode, mode, finding))
+        return self._made(chat, index, prompt, prompt + printed[len(header) :], (mode, mode, finding))
 
     def _before_empty_thought(self, message: PlainMessage, header: str, printed: str) -> str | None:
         """Returns how the conversation begins a reply for which the prompt has an empty thought.
@@ -236,7 +229,7 @@ class Replies:
 
     def _behind_previous(self, chat: Chat, index: int) -> tuple[str, str]:
         """Returns what the template prints behind the message before a reply: in the prompt, and with it."""
-        stand_in = self._template.adapted({**chat.given(index - 1), "content": SENTINEL})
+        stand_in = self._template.adapted({**chat.given[index - 1], "content": SENTINEL})
         prompted = chat.text_with(index - 1, stand_in, index, prompt=True)
         printed = chat.text_with(index - 1, stand_in, index + 1)
         header = prompted.rpartition(SENTINEL)[2] + self.missing_header(chat, index)
@@ -254,7 +247,7 @@ class Replies:
         A reply without thinking closes it. The words are those of Apriel's prompts.
         """
         prompt = self._prompt(chat, index)
-        thought = chat.given(index).get("reasoning_content", "")
+        thought = chat.given[index].get("reasoning_content", "")
         for printed_by, before, after in self._with_thought(chat, index, self._template):
             spaces, words = before.removeprefix(prompt), prompt.removeprefix(before)
             is_opened = before.startswith(prompt) and not spaces.strip()
@@ -264,7 +257,7 @@ class Replies:
             if is_opened or is_begun:
                 finding = "" if thought else _CLOSED
                 whole = prompt + (spaces if is_opened else "") + thought + after
-                return self._remade(chat, index, prompt, whole, (printed_by, self._template, finding))
+                return self._made(chat, index, prompt, whole, (printed_by, self._template, finding))
         raise self._other_prompt(chat, index, prompt)
 
     def _stripped_thought(self, chat: Chat, index: int, mode: Template) -> ReplyTurn:
@@ -273,11 +266,11 @@ class Replies:
         The templates of DeepSeek R1's distilled models open `<think>` in the prompt and print only what
         follows `</think>` in a conversation. The model writes the thinking and closes it.
         """
-        prompt, message = self._prompt(chat.under(mode), index), chat.given(index)
+        prompt, message = self._prompt(chat.under(mode), index), chat.given[index]
         header, printed = self._behind_previous(chat.under(mode), index)
         begun = header if printed.startswith(header) else header[: header.rfind(THINK)]
         content = printed[len(begun) :]
-        if not (header.rstrip().endswith(THINK) and printed.startswith(begun)) or _TAG.search(content):
+        if not (_opens_thought(header) and printed.startswith(begun)) or _TAG.search(content):
             raise self._other_prompt(chat, index, prompt)
         thought, closing, text = message.get("content", "").rpartition(END_THINK)
         spaces = text[: len(text) - len(text.lstrip())]
@@ -286,10 +279,9 @@ class Replies:
         else:
             thought, spaces = f"{message.get('reasoning_content', '')}\n", "\n\n"
         said = f"{thought}{END_THINK}{'' if closing and content.startswith(spaces) else spaces}{content}"
-        self._check_nothing_is_lost(chat.under(mode), index, said, {**message, "reasoning_content": ""})
         finding = "kept the thinking that the chat template removes" if thought.strip() else _CLOSED
-        ended = self._ended(chat, index, prompt + said, len(prompt))
-        return ReplyTurn(prompt, *ended, mode, mode, finding)
+        without_thought = {**message, "reasoning_content": ""}
+        return self._made(chat, index, prompt, prompt + said, (mode, mode, finding), without_thought)
 
     def _empty(self, chat: Chat, index: int) -> ReplyTurn:
         """Returns an empty reply, which ends the turn at once, behind a prompt that any text could follow."""
@@ -300,17 +292,9 @@ class Replies:
         behind = "" if plain.is_appended else plain.printed.removeprefix(plain.written)
         return ReplyTurn(prompt, plain.written, behind, usual, usual, "had no text, and only ended")
 
-    def _remade(
-        self, chat: Chat, index: int, prompt: str, whole: str, how: tuple[Template, Template, str]
-    ) -> ReplyTurn:
-        printed_by, prompted_by, finding = how
-        self._check_nothing_is_lost(chat.under(printed_by), index, whole[len(prompt) :])
-        said, behind = self._ended(chat, index, whole, len(prompt))
-        return ReplyTurn(prompt, said, behind, printed_by, prompted_by, finding)
-
     def _with_thought(self, chat: Chat, index: int, mode: Template) -> Iterator[tuple[Template, str, str]]:
         """Yields what the template prints before and after a thought that the reply is given, by mode."""
-        thoughtful = {**chat.given(index), "reasoning_content": _THOUGHT}
+        thoughtful = {**chat.given[index], "reasoning_content": _THOUGHT}
         for printed_by in dict.fromkeys((mode, self._template, *self.modes)):
             try:
                 text = chat.under(printed_by).text_with(index, printed_by.adapted(thoughtful), index + 1)
@@ -350,8 +334,23 @@ class Replies:
             "other prompts. Give the reply's thinking if the prompt opens it, or use another template."
         )
 
-    def _ended(self, chat: Chat, index: int, whole: str, start: int) -> tuple[str, str]:
-        """Returns what the model must write from `start` on, and what the template prints behind that."""
+    def _made(
+        self,
+        chat: Chat,
+        index: int,
+        prompt: str,
+        whole: str,
+        how: tuple[Template, Template, str],
+        message: PlainMessage | None = None,
+    ) -> ReplyTurn:
+        """Returns the turn of a reply whose text follows the prompt in `whole`; `how` has its last fields.
+
+        Raises RendererError if text of the reply, or of `message` in its place, is missing, and for a text
+        without one end.
+        """
+        message, start = message or chat.given[index], len(prompt)
+        if message.keys() != _ONLY_CONTENT or message["content"].strip() not in whole[start:]:
+            self._check_nothing_is_lost(chat.under(how[0]), index, whole[start:], message)
         calls = bool(chat.messages[index].get("tool_calls"))
         endings = [*self._calls, self._plain] if calls else [self._plain, *self._calls]
         for ending in sorted(endings, key=lambda ending: ending.is_appended) if calls else endings:
@@ -376,7 +375,7 @@ class Replies:
                 f"The chat template prints {inside[0]!r} inside message {index + 1}. This token also ends "
                 "turns, so sampling would stop there. Split the message, or do not train it."
             )
-        return said, behind
+        return ReplyTurn(prompt, said, behind, *how)
 
     def _tail(self, text: str, start: int) -> list[re.Match[str]]:
         """Returns the control tokens, separated only by white space, that end the text from `start` on."""
@@ -389,13 +388,8 @@ class Replies:
             end = match.start()
         return tail
 
-    def _check_nothing_is_lost(
-        self, chat: Chat, index: int, printed: str, message: PlainMessage | None = None
-    ) -> None:
-        """Raises RendererError if text of the reply is missing; `message` replaces it, without thinking."""
-        message = message or chat.given(index)
-        if message.keys() == _ONLY_CONTENT and message["content"].strip() in printed:
-            return
+    def _check_nothing_is_lost(self, chat: Chat, index: int, printed: str, message: PlainMessage) -> None:
+        """Raises RendererError if text of `message`, in place of message `index`, is not printed."""
         thought, content = message.get("reasoning_content", ""), message.get("content", "")
         lost = [
             key
@@ -419,6 +413,10 @@ def _no_prompt(index: int) -> RendererError:
         f"The chat template renders no prompt before the assistant's message {index + 1}, so it "
         "cannot be trained. Begin with a user's message, or do not train this one."
     )
+
+
+def _opens_thought(prompt: str) -> bool:
+    return prompt.rstrip().endswith(THINK)
 
 
 def _squeezed(text: str) -> str:

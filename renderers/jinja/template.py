@@ -66,9 +66,9 @@ class Template:
         self.kwargs = kwargs
         self.chosen: Mapping[str, Any] = {}
         """The variables that `with_kwargs` added."""
-        self._source = str(tokenizer.get_chat_template())
+        self.source = str(tokenizer.get_chat_template())
         self._source_with_tools = str(tokenizer.get_chat_template(tools=[{}]))
-        self._plain = compiled(self._source)
+        self._plain = compiled(self.source)
         self._with_tools = compiled(self._source_with_tools)
         self._variables = {**tokenizer.special_tokens_map, "documents": None, **json_type(kwargs)}
         self._printed_roles: dict[str, bool] = {}
@@ -88,10 +88,6 @@ class Template:
         """The variables that `with_kwargs` added, as they are printed: `enable_thinking=false`."""
         return ", ".join(f"{name}={to_json(value)}" for name, value in self.chosen.items())
 
-    @property
-    def source(self) -> str:
-        return self._source
-
     @cached_property
     def variables_read(self) -> frozenset[str]:
         """The names of all variables in the template, also of those that it sets itself."""
@@ -109,13 +105,13 @@ class Template:
         return frozenset(self._variables)
 
     def syntax_trees(self) -> list[nodes.Template]:
-        sources = dict.fromkeys((self._source, self._source_with_tools))
+        sources = dict.fromkeys((self.source, self._source_with_tools))
         return [self._plain.environment.parse(source) for source in sources]
 
     @cached_property
     def _reads_reasoning(self) -> bool:
         """Whether the template reads thinking as `reasoning` and under no other name."""
-        words = set(re.findall(r"\w+", self._source))
+        words = set(re.findall(r"\w+", self.source))
         return "reasoning" in words and not words & {"thinking", "reasoning_content"}
 
     def reads(self, role: str, key: str, value: Any) -> bool:
@@ -172,7 +168,7 @@ class Template:
 
     def all_text(self) -> str:
         """Returns the template's source and what it prints for each role, which contain all of its tokens."""
-        printed = [self._source]
+        printed = [self.source]
         for role in ROLES:
             for probe in ([{"role": role, "content": "x"}, _USER], [_USER, {"role": role, "content": "x"}]):
                 with suppress(RendererError):
@@ -198,7 +194,7 @@ class Template:
 
     @cached_property
     def _incremental(self) -> IncrementalTemplate | None:
-        return IncrementalTemplate.of(self._source)
+        return IncrementalTemplate.of(self.source)
 
     @cached_property
     def _incremental_with_tools(self) -> IncrementalTemplate | None:

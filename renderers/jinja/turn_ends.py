@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from os.path import commonprefix
 from typing import NamedTuple
 
 from cookbook.errors import RendererError
@@ -41,6 +42,11 @@ class Ending(NamedTuple):
         return not self.printed.startswith(self.written)
 
 
+def control_at_start(text: str, encoder: Encoder) -> re.Match[str] | None:
+    """Returns a match of the control token that a text begins with after white space: its group `stop`."""
+    return re.match(rf"\s*(?P<stop>{encoder.control.pattern})", text)
+
+
 def plain_ending(behind_last: str, behind_earlier: str, encoder: Encoder, eos: str | None) -> Ending:
     """Returns the end of a reply without tool calls, from what the template prints behind it.
 
@@ -48,10 +54,10 @@ def plain_ending(behind_last: str, behind_earlier: str, encoder: Encoder, eos: s
     """
     shared = _up_to_last_control(_common_start(behind_last, behind_earlier), encoder, eos)
     if shared is None and behind_last.strip():
-        shared = re.match(rf"\s*(?P<stop>{encoder.control.pattern})", behind_last)
+        shared = control_at_start(behind_last, encoder)
     if shared is not None:
         return Ending(shared[0], shared["stop"], behind_last)
-    following = re.match(rf"\s*(?P<stop>{encoder.control.pattern})", behind_earlier)
+    following = control_at_start(behind_earlier, encoder)
     if behind_last.strip() or following is None:
         raise RendererError(
             f"The chat template ends a reply with {(behind_last or behind_earlier)[:40]!r}, not with a "
@@ -66,7 +72,7 @@ def call_endings(template: Template, encoder: Encoder, eos: str | None) -> list[
     if not template.prints_calls:
         return []
     endings: list[Ending] = []
-    inside = set(_controls_between_calls(template, encoder))
+    inside = _controls_between_calls(template, encoder)
     for reply in _calling_replies():
         with suppress(RendererError):
             message, _ = stand_in_for(reply)
@@ -105,30 +111,25 @@ def _call_ending(
     spaces = last[len(last.rstrip()) :]
     for behind in earlier:
         if behind.startswith(last.rstrip()):
-            following = re.match(rf"\s*(?P<stop>{encoder.control.pattern})", behind[len(last.rstrip()) :])
+            following = control_at_start(behind[len(last.rstrip()) :], encoder)
             if following is not None and following["stop"] not in inside:
                 return Ending(following[0], following["stop"], spaces)
     return None
 
 
-def _controls_between_calls(template: Template, encoder: Encoder) -> list[str]:
+def _controls_between_calls(template: Template, encoder: Encoder) -> set[str]:
     """Returns the control tokens between two calls in one reply, which do not end it."""
     two, _ = stand_in_for({**CALL, "tool_calls": [*CALL["tool_calls"], *CALL["tool_calls"]]})
     with suppress(RendererError):
         text = template.text([template.adapted(USER), template.adapted(two)])
         places = [match.start() for match in _SENTINEL.finditer(text)]
         if len(places) > 1:
-            return encoder.control.findall(text[places[0] : places[-1]])
-    return []
+            return {*encoder.control.findall(text[places[0] : places[-1]])}
+    return set()
 
 
 def _common_start(one: str, other: str) -> str:
-    return one[
-        : next(
-            (at for at, (a, b) in enumerate(zip(one, other, strict=False)) if a != b),
-            min(len(one), len(other)),
-        )
-    ]
+    return commonprefix([one, other])  # noqa: RUF071 - of characters, not of paths
 
 
 def _up_to_last_control(text: str, encoder: Encoder, eos: str | None) -> re.Match[str] | None:

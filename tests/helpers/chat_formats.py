@@ -97,6 +97,14 @@ def byte_level_bpe(
     return backend
 
 
+def _with_template(backend: Tokenizer, name: str, **special_tokens: str) -> Any:
+    built = PreTrainedTokenizerFast(
+        tokenizer_object=backend, clean_up_tokenization_spaces=False, **special_tokens
+    )
+    built.chat_template = template(name)
+    return built
+
+
 def _qwen3() -> Any:
     backend = byte_level_bpe(r"\p{N}")
     backend.normalizer = normalizers.NFC()
@@ -104,14 +112,7 @@ def _qwen3() -> Any:
     backend.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
     tags = [f"<{mark}{tag}>" for tag in ("tool_call", "tool_response", "think") for mark in ("", "/")]
     backend.add_tokens([AddedToken(tag, normalized=False, special=False) for tag in tags])
-    built = PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        eos_token="<|im_end|>",
-        pad_token="<|endoftext|>",
-        clean_up_tokenization_spaces=False,
-    )
-    built.chat_template = template("qwen3")
-    return built
+    return _with_template(backend, "qwen3", eos_token="<|im_end|>", pad_token="<|endoftext|>")
 
 
 def _llama3_1() -> Any:
@@ -132,15 +133,9 @@ def _llama3_1() -> Any:
         single=f"{bos} $A", pair=f"{bos} $A {bos} $B:1", special_tokens=[(bos, backend.token_to_id(bos))]
     )
     backend.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=False), framed])
-    built = PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        bos_token=bos,
-        eos_token="<|eot_id|>",
-        pad_token="<|finetune_right_pad_id|>",
-        clean_up_tokenization_spaces=False,
+    return _with_template(
+        backend, "llama3_1", bos_token=bos, eos_token="<|eot_id|>", pad_token="<|finetune_right_pad_id|>"
     )
-    built.chat_template = template("llama3_1")
-    return built
 
 
 def _glm() -> Any:
@@ -150,14 +145,7 @@ def _glm() -> Any:
     names = ("think", "tool_call", "tool_response", "arg_key", "arg_value")
     tags = [f"<{mark}{tag}>" for tag in names for mark in ("", "/")]
     backend.add_tokens([AddedToken(tag, normalized=False, special=False) for tag in tags])
-    built = PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        eos_token="<|endoftext|>",
-        pad_token="<|endoftext|>",
-        clean_up_tokenization_spaces=False,
-    )
-    built.chat_template = template("glm4_5")
-    return built
+    return _with_template(backend, "glm4_5", eos_token="<|endoftext|>", pad_token="<|endoftext|>")
 
 
 _BUILDERS: dict[str, Callable[[], Any]] = {"qwen3": _qwen3, "llama3_1": _llama3_1, "glm": _glm}

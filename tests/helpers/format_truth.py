@@ -87,6 +87,24 @@ def conversation(rng: random.Random, words: Sequence[str] = WORDS) -> list[dict[
     return messages
 
 
+def compare(
+    renderer: Renderer, truth: Truth, num: int, others: Sequence[Renderer] = (), tags: Sequence[str] = TAGS
+) -> tuple[int, int]:
+    """Checks generated conversations, with `tags` in every other one.
+
+    Returns how many of the `num` the template prints, and the number of trained turns in them.
+    """
+    rng = random.Random(renderer.name)
+    num_printed = num_trained = 0
+    for number in range(num):
+        messages = conversation(rng, WORDS if number % 2 else tags)
+        tools = rng.choice([None, TOOLS, TOOLS[:1]])
+        if check_text(renderer, truth, messages, tools):
+            num_printed += 1
+            num_trained += check_turns(renderer, truth, messages, tools, others)
+    return num_printed, num_trained
+
+
 def check_text(renderer: Renderer, truth: Truth, messages: list[Any], tools: Any) -> bool:
     """Checks the text of a conversation and of the prompt after it; False if the template prints neither."""
     decode = renderer.tokenizer.decode

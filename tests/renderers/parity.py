@@ -195,14 +195,16 @@ class Case:
     tools: list[dict[str, Any]] | None = None
 
 
-def with_call_ids(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def with_call_ids(
+    messages: Sequence[Mapping[str, Any]], form: str = "functions.{name}:{number}"
+) -> list[dict[str, Any]]:
     """Returns the messages with numbered ids of calls and, in their order, of the results."""
     ids: list[str] = []
     num_results = 0
     changed: list[dict[str, Any]] = []
     for message in messages:
         calls = [
-            {**one, "id": f"functions.{one['function']['name']}:{len(ids) + number}"}
+            {**one, "id": form.format(name=one["function"]["name"], number=len(ids) + number)}
             for number, one in enumerate(message.get("tool_calls", []))
         ]
         ids += [str(one["id"]) for one in calls]

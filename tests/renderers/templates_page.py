@@ -154,27 +154,11 @@ def _with_parts(message: dict[str, Any]) -> dict[str, Any]:
     return {**message, "content": [thought, {"type": "text", "text": message["content"]}]}
 
 
-def _identified(messages: Sequence[Any], by_name: bool) -> list[Any]:
-    """Returns the messages with ids of calls and results, in the form of Kimi's or Mistral's models."""
-    identified, ids = [], []
-    for message in messages:
-        if message.get("tool_calls"):
-            calls = []
-            for call in message["tool_calls"]:
-                name = call["function"]["name"]
-                ids.append(f"functions.{name}:{len(ids)}" if by_name else f"call{len(ids):05}")
-                calls.append({**call, "id": ids[-1]})
-            results = iter(ids[-len(calls) :])
-            message = {**message, "tool_calls": calls}
-        elif message["role"] == "tool":
-            message = {**message, "tool_call_id": next(results)}
-        identified.append(message)
-    return identified
-
-
 def check(renderer: Renderer, truth: Truth, case: Any) -> tuple[str, str]:
     """Returns the kind of cell that a conversation gives, and the reason of a refusal."""
-    messages = _identified(case.messages, by_name="kimi" in truth.source.lower())
+    is_kimi = "kimi" in truth.source.lower()  # its models have ids of this form, Mistral's of the other
+    form = "functions.{name}:{number}" if is_kimi else "call{number:05}"
+    messages = parity.with_call_ids(case.messages, form)
     tools = case.tools if renderer.takes_tools else None
     try:
         wholes = truth.texts(messages, tools, truth.settings)

@@ -1,12 +1,11 @@
 """The renderers of GLM-4.5 and GLM-5, compared with their templates."""
 
-import random
 from typing import Any
 
 import chat_formats
 import format_truth
 import pytest
-from format_truth import TOOLS, WORDS, Truth
+from format_truth import WORDS, Truth
 
 from cookbook.errors import RendererError
 from cookbook.utils import notes
@@ -43,13 +42,8 @@ def test_texts_prompts_and_trained_turns_are_those_of_the_template(renderer_of, 
     template, options, others = FORMATS[name]
     truth = Truth(chat_formats.template(template), options, end_of_turn)
     renderer, *prompted = (renderer_of(one, glm) for one in [name, *others])
-    rng = random.Random(name)
-    num_trained = 0
-    for number in range(80):
-        messages = format_truth.conversation(rng, WORDS if number % 2 else TAGS)
-        tools = rng.choice([None, TOOLS, TOOLS[:1]])
-        assert format_truth.check_text(renderer, truth, messages, tools)
-        num_trained += format_truth.check_turns(renderer, truth, messages, tools, prompted)
+    num_printed, num_trained = format_truth.compare(renderer, truth, 80, prompted, TAGS)
+    assert num_printed == 80
     assert num_trained > (15 if "disable" in name else 60)
 
 
@@ -58,13 +52,8 @@ def test_texts_prompts_and_trained_turns_are_those_of_the_template(renderer_of, 
 def test_texts_prompts_and_trained_turns_are_those_of_the_published_template(renderer_of, glm, name):
     template, options, _ = FORMATS[name]
     truth = Truth(chat_formats.published_template(template), options, end_of_turn)
-    rng = random.Random(name)
-    num_trained = 0
-    for number in range(300):
-        messages = format_truth.conversation(rng, WORDS if number % 2 else TAGS)
-        tools = rng.choice([None, TOOLS, TOOLS[:1]])
-        assert format_truth.check_text(renderer_of(name, glm), truth, messages, tools)
-        num_trained += format_truth.check_turns(renderer_of(name, glm), truth, messages, tools)
+    num_printed, num_trained = format_truth.compare(renderer_of(name, glm), truth, 300, tags=TAGS)
+    assert num_printed == 300
     assert num_trained > 80
 
 

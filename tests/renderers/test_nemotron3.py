@@ -1,12 +1,11 @@
 """The renderers of Nemotron 3, compared with their template."""
 
-import random
 from typing import Any
 
 import chat_formats
 import format_truth
 import pytest
-from format_truth import TOOLS, WORDS, Truth
+from format_truth import WORDS, Truth
 
 from cookbook.errors import RendererError
 from cookbook.utils import notes
@@ -39,13 +38,9 @@ def test_texts_prompts_and_trained_turns_are_those_of_the_template(renderer_of, 
     renderer, *prompted = (renderer_of(one, nemotron) for one in [name, *others])
     tag = nemotron.convert_tokens_to_ids("<think>")
     has_special_tags = nemotron.added_tokens_decoder[tag].special
-    rng = random.Random(name)
-    num_trained = 0
-    for number in range(60):
-        messages = format_truth.conversation(rng, WORDS if number % 2 or has_special_tags else TAGS)
-        tools = rng.choice([None, TOOLS, TOOLS[:1]])
-        assert format_truth.check_text(renderer, truth, messages, tools)
-        num_trained += format_truth.check_turns(renderer, truth, messages, tools, prompted)
+    tags = WORDS if has_special_tags else TAGS
+    num_printed, num_trained = format_truth.compare(renderer, truth, 60, prompted, tags)
+    assert num_printed == 60
     assert num_trained > (40 if name == "nemotron3" else 8)
 
 
@@ -56,13 +51,8 @@ def test_texts_prompts_and_trained_turns_are_those_of_the_published_template(ren
     truth = Truth(chat_formats.published_template("nemotron3_nano"), options)
     tokenizer = chat_formats.published_tokenizer("qwen3")
     renderer, *prompted = (renderer_of(one, tokenizer) for one in [name, *others])
-    rng = random.Random(name)
-    num_trained = 0
-    for number in range(300):
-        messages = format_truth.conversation(rng, WORDS if number % 2 else TAGS)
-        tools = rng.choice([None, TOOLS, TOOLS[:1]])
-        assert format_truth.check_text(renderer, truth, messages, tools)
-        num_trained += format_truth.check_turns(renderer, truth, messages, tools, prompted)
+    num_printed, num_trained = format_truth.compare(renderer, truth, 300, prompted, TAGS)
+    assert num_printed == 300
     assert num_trained > 20
 
 

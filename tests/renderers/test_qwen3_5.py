@@ -1,12 +1,11 @@
 """The renderers of Qwen3.5, Qwen3.6 and Qwen3.8, compared with their templates."""
 
-import random
 from typing import Any
 
 import chat_formats
 import format_truth
 import pytest
-from format_truth import TAGS, TOOLS, WORDS, Truth
+from format_truth import Truth
 
 from cookbook.errors import RendererError
 from cookbook.utils import notes
@@ -44,14 +43,7 @@ def qwen() -> Any:
 def test_texts_prompts_and_trained_turns_are_those_of_the_template(renderer_of, qwen, name):
     template, options = FORMATS[name]
     truth = Truth(chat_formats.template(template), options)
-    rng = random.Random(name)
-    num_printed = num_trained = 0
-    for number in range(80):
-        messages = format_truth.conversation(rng, WORDS if number % 2 else TAGS)
-        tools = rng.choice([None, TOOLS, TOOLS[:1]])
-        if format_truth.check_text(renderer_of(name, qwen), truth, messages, tools):
-            num_printed += 1
-            num_trained += format_truth.check_turns(renderer_of(name, qwen), truth, messages, tools)
+    num_printed, num_trained = format_truth.compare(renderer_of(name, qwen), truth, 80)
     assert num_printed > 60
     assert num_trained > (15 if "disable" in name else 50)
 
@@ -70,13 +62,7 @@ def test_texts_prompts_and_trained_turns_are_those_of_the_published_template(
 ):
     truth = Truth(chat_formats.published_template(template), options)
     renderer = renderer_of(name, chat_formats.published_tokenizer("qwen3"))
-    rng = random.Random(name)
-    num_trained = 0
-    for number in range(300):
-        messages = format_truth.conversation(rng, WORDS if number % 2 else TAGS)
-        tools = rng.choice([None, TOOLS, TOOLS[:1]])
-        if format_truth.check_text(renderer, truth, messages, tools):
-            num_trained += format_truth.check_turns(renderer, truth, messages, tools)
+    _, num_trained = format_truth.compare(renderer, truth, 300)
     assert num_trained > 80
 
 
