@@ -100,4 +100,4 @@ golden: setup
 	PYTHONPATH=.:tests/helpers $(BIN)/python tests/helpers/rollouts_page.py
 
 clean:
-	rm -rf .venv runs *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf .venv .venv-peers-* runs *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -281,6 +281,12 @@ class LoraConfig:
         return {name: value for name, value in vars(self).items() if name != "peft" and name not in unset}
 
 
+LORA_KEYS = {
+    "rank": "lora_rank", "alpha": "lora_alpha", "targets": "lora_targets", "dropout": "lora_dropout",
+}  # fmt: skip
+"""The keys of a run for those settings of an adapter that have other names there."""
+
+
 def check_lora(lora: LoraConfig) -> None:
     """Raises ConfigError for settings that exclude each other, whatever the model."""
     check_tokens(lora.add_tokens)
@@ -288,10 +294,9 @@ def check_lora(lora: LoraConfig) -> None:
         raise ConfigError(f"Invalid lora_dropout={lora.dropout}: must be >= 0 and < 1.")
     of_lora = ("targets", "dropout", "use_rslora")
     if not lora.rank and (given := [name for name in of_lora if getattr(lora, name)]):
-        names = {"targets": "lora_targets", "dropout": "lora_dropout"}
         raise ConfigError(
-            f"{names.get(given[0], given[0])} is a setting of a LoRA, and a rank of 0 trains the model's own "
-            f"weights. Remove it, or set a rank of at least 1."
+            f"{LORA_KEYS.get(given[0], given[0])} is a setting of a LoRA, and a rank of 0 trains the model's "
+            f"own weights. Remove it, or set a rank of at least 1."
         )
     if lora.targets and not (lora.train_attn and lora.train_mlp and lora.train_unembed):
         raise ConfigError(

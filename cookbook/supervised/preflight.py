@@ -20,7 +20,7 @@ from cookbook.loggers import check_wandb_login
 from cookbook.runs.checkpoints import CheckpointLog
 from cookbook.runs.directions import DEFAULT_METRIC, METRIC_PATTERNS
 from cookbook.supervised.config import Config
-from cookbook.types import LoraConfig
+from cookbook.types import LORA_KEYS, LoraConfig
 from cookbook.utils import extras
 from renderers.registry import check_renderer_name
 
@@ -177,7 +177,7 @@ def _check_settings_fit(config: Config, path: str, info: StateInfo, is_own: bool
         keys += ["alpha", "use_rslora", *(key for key in chosen if getattr(ours, key) != _DEFAULT[key])]
     differing = [key for key in keys if _plain(getattr(theirs, key)) != _plain(getattr(ours, key))]
     if differing:
-        named = [(_KEYS_OF_CONFIG.get(key, key), key) for key in differing]
+        named = [(LORA_KEYS.get(key, key), key) for key in differing]
         there = ", ".join(f"{name}={_plain(getattr(theirs, key))}" for name, key in named)
         here = ", ".join(f"{name}={_plain(getattr(ours, key))}" for name, key in named)
         raise CheckpointError(
@@ -189,7 +189,6 @@ def _check_settings_fit(config: Config, path: str, info: StateInfo, is_own: bool
 
 
 _DEFAULT = vars(LoraConfig())
-_KEYS_OF_CONFIG = {"rank": "lora_rank", "alpha": "lora_alpha", "targets": "lora_targets"}
 
 
 def _plain(value: Any) -> Any:

@@ -53,7 +53,7 @@ def test_a_merged_adapter_of_peft_has_its_logits(
     base = make_base(tiny_qwen3, tmp_path / "base", kind == "tied")
     adapter = make_adapter(tmp_path / "adapter", base, **SETTINGS[name])
     expected = logits_of(load_with_peft(base, adapter))
-    if are_names_others:  # then the model is merged as transformers loads it
+    if are_names_others:  # than those of the parameters
         file = Path(base) / "model.safetensors"
         save_file({name.removeprefix("model."): tensor for name, tensor in load_file(file).items()}, file)
     folder = written(adapter, tmp_path / "merged", format="merged", base_model=base)
