@@ -129,9 +129,9 @@ def seconds_of_bare_loop(num_steps: int) -> Measurement:
         for step, batch in enumerate(batches):
             if step == WARM_UP_STEPS:
                 started = time.perf_counter()
-            weights_S = batch.weights_S
+            weights_P = batch.weights_P
             _, loss = base.backpropagate(
-                batch, lambda logprobs_C, part, w_S=weights_S: -(w_S[part] * logprobs_C).sum(), False
+                batch, lambda logprobs_C, part, w_S=weights_P: -(w_S[part] * logprobs_C).sum(), False
             )
             torch.nn.utils.clip_grad_norm_(parameters, config.grad_clip_norm)
             optimizer.param_groups[0]["lr"] = learning_rate_at(

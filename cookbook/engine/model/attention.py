@@ -15,9 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AttentionInterface
 
-NAME = "cookbook_packed"
+from cookbook.engine.model import tree_attention
+from cookbook.engine.model.prefix_tree import Segment
+from cookbook.engine.model.tree_attention import Tree, VarlenTreeAttention
 
-Segment = tuple[int, int]
+NAME = "cookbook_packed"
 
 
 class Cache(Protocol):
@@ -43,7 +45,7 @@ class AttentionLayout:
     """The positions of the sequences in a packed row, computed once for all layers."""
 
     segments: Sequence[Segment]
-    """Half-open ranges of tokens."""
+    """Half-open ranges of tokens: the sequences or, with a `tree`, its branches."""
     starts: Tensor
     """Where each segment begins, and the end of the last: [number of sequences + 1] int32, on the device."""
     longest: int
@@ -52,6 +54,8 @@ class AttentionLayout:
     cache: Cache | None = None
     """In a prefill the segments are prompts, which the cache stores; in a decode pass each segment is the
     next token of a cached sequence."""
+    tree: Tree | None = None
+    """What the segments see besides themselves, if the row has what several sequences share only once."""
 
 
 # The layout differs for every row, so a compiled layer would be recompiled for each row.
@@ -71,10 +75,10 @@ def packed_attention(
 ) -> tuple[Tensor, None]:
     """Returns attention in which position t of a sequence sees its positions 0 to t: [B, T, H, D].
 
-    Without a `layout` each row is one sequence. In a decode pass over a cache each sequence is one token,
-    which sees the positions that the cache holds for it; further tokens are padding, and their result is 0.
-    `softcap` bounds the scores (Gemma 2). `s_aux` is one score per head without a key (the attention sinks of
-    gpt-oss).
+    Without a `layout` each row is one sequence. With a tree, the positions before a segment are its
+    ancestors'. In a decode pass over a cache each sequence is one token, which sees the positions that the
+    cache holds for it; further tokens are padding, and their result is 0. `softcap` bounds the scores (Gemma
+    2). `s_aux` is one score per head without a key (the attention sinks of gpt-oss).
 
     On CUDA one variable-length kernel processes all sequences of a row. On other devices, and with a softcap
     or sinks, sequences run one at a time. In both cases no sequence affects another, bit for bit.
@@ -83,24 +87,33 @@ def packed_attention(
         layout.windows_seen.append(sliding_window)
     assert attention_mask is None, "packed attention takes a layout, never a mask"
     is_plain = softcap is None and s_aux is None
+    qkv = query_BHTD, key_BHTD, value_BHTD
     if layout is not None and layout.cache is not None:
         if not layout.cache.is_prefill:
-            qkv = query_BHTD, key_BHTD, value_BHTD
             return _decode(module, *qkv, layout.cache, scaling, sliding_window, softcap, s_aux), None
         layout.cache.store(module, layout.segments, key_BHTD, value_BHTD)
     is_half = query_BHTD.dtype in (torch.bfloat16, torch.float16)
     if is_plain and layout is not None and query_BHTD.is_cuda and is_half:
-        return _varlen(query_BHTD, key_BHTD, value_BHTD, layout, scaling, sliding_window), None
+        return _varlen(*qkv, layout, scaling, sliding_window), None
 
+    tree = layout.tree if layout is not None else None
+    if tree is not None and is_plain and tree_attention.is_supported(*qkv, tree, sliding_window):
+        return tree_attention.attend(*qkv, tree, scaling).transpose(1, 2).contiguous(), None
     groups = query_BHTD.shape[1] // key_BHTD.shape[1]
     if groups > 1:
         key_BHTD = key_BHTD.repeat_interleave(groups, dim=1)
         value_BHTD = value_BHTD.repeat_interleave(groups, dim=1)
     segments: Sequence[Segment] = layout.segments if layout else [(0, key_BHTD.shape[2])]
     outs = []
-    for start, stop in segments:
+    for number, (start, stop) in enumerate(segments):
         query, key, value = (tensor[:, :, start:stop] for tensor in (query_BHTD, key_BHTD, value_BHTD))
-        num_queries, num_keys = query.shape[2], stop - start  # over transformers' cache there are more keys
+        if tree is not None:
+            seen = tree.keys_within(number, sliding_window)
+            key, value = (
+                torch.cat([tensor[:, :, begin:end] for begin, end in seen], dim=2)
+                for tensor in (key_BHTD, value_BHTD)
+            )
+        num_queries, num_keys = query.shape[2], key.shape[2]  # over transformers' cache there are more keys
         if not is_plain:
             visible_TT = _visible(num_queries, num_keys, sliding_window, query.device)
             outs.append(_eager(query, key, value, visible_TT, scaling, softcap, s_aux))
@@ -194,6 +207,13 @@ def _varlen(
     query_THD, key_THD, value_THD = (
         tensor[0].transpose(0, 1).contiguous() for tensor in (query_BHTD, key_BHTD, value_BHTD)
     )
+    window = (-1 if sliding_window is None else sliding_window - 1, 0)
+    if layout.tree is not None:
+        borders = layout.starts, layout.longest, layout.tree
+        of_tree_THD: Tensor = VarlenTreeAttention.apply(
+            query_THD, key_THD, value_THD, *borders, scaling, list(window)
+        )
+        return of_tree_THD[None]
     out_THD = varlen_attn(
         query_THD,
         key_THD,
@@ -203,7 +223,7 @@ def _varlen(
         layout.longest,
         layout.longest,
         scale=scaling,
-        window_size=(-1 if sliding_window is None else sliding_window - 1, 0),
+        window_size=window,
         enable_gqa=True,
     )
     assert isinstance(out_THD, Tensor)

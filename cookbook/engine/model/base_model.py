@@ -1,6 +1,7 @@
 """A base model: its weights, its adapters, and its forward and backward pass.
 
-Shape suffixes: N tokens of a packed row, S scored positions, D hidden size, V vocabulary.
+Shape suffixes: N tokens of a packed row, P scored positions of its sequences, S hidden states with targets
+that are scored (`packing`), D hidden size, V vocabulary.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from cookbook.engine.model.memory import (
 from cookbook.engine.model.packing import PackedBatch, TokenSequence, copy_to, pack
 from cookbook.engine.model.peft_layers import projection_of
 from cookbook.engine.model.peft_settings import is_same
+from cookbook.engine.model.prefix_tree import MIN_SHARED_TOKENS
 from cookbook.engine.model.recurrence import RecurrentLayers
 from cookbook.engine.model.text_part import by_published_names, frozen_parameters, text_decoder
 from cookbook.engine.model.unembedding import BlockSizes, Head, Scores, TokenLoss
@@ -83,6 +85,8 @@ class BaseModel:
         self.adapters = Adapters(self.model, model_name, self.tokenizer)
         self.is_packed = False
         """Whether sequences can share a row."""
+        self.min_shared_tokens: int | None = None
+        """The shortest beginning that sequences share in a row, or None if they share none."""
         self.has_plain_head = False
         """Whether logits can be computed in blocks."""
         self.block_sizes = BlockSizes.on(self.device)
@@ -162,6 +166,8 @@ class BaseModel:
         sequences = []
         for length in (7, 5):
             ids_T = torch.randint(self.vocab_size, (length,), generator=generator).numpy()
+            if sequences:  # they share a beginning
+                ids_T[:3] = sequences[0].tokens_T[:3]
             sequences.append(TokenSequence(ids_T, ids_T, np.ones(length, np.float32), {}))
         alone = [pack([sequence], self.device, trained_only=False) for sequence in sequences]
         expected_S = torch.cat([self.logprobs_of_whole_model(batch) for batch in alone])
@@ -201,6 +207,14 @@ class BaseModel:
             self.is_packed = False
             self.model.set_attn_implementation(own_attention)
             logger.info("%s runs one sequence at a time: it cannot be packed (%s).", self.name, reason)
+            return
+        reason = "it has recurrent layers"
+        if not self.recurrent.mixers:
+            reason = why_not(lambda: self._logprobs_of_tree(sequences))
+        if reason is None:
+            self.min_shared_tokens = MIN_SHARED_TOKENS
+        else:
+            logger.info("%s computes what sequences share for each of them (%s).", self.name, reason)
 
     def _check_causal(self, sequence: TokenSequence, expected_S: Tensor) -> None:
         """Raises ModelError if a token's log-probability changes with a later token, as in prefix models."""
@@ -256,16 +270,22 @@ class BaseModel:
             hook.remove()
         return found_S
 
+    def _logprobs_of_tree(self, sequences: list[TokenSequence]) -> Tensor:
+        """Returns the log-probabilities of `sequences` in one row that has what they share once."""
+        batch = pack(sequences, self.device, trained_only=False, min_shared=1)
+        found = batch.layout.split(self.logprobs(batch).cpu().numpy())
+        return torch.from_numpy(np.concatenate(found)).to(self.device)
+
     # -- one micro-batch --------------------------------------------------------------------
 
     @torch.no_grad()
     def logprobs(self, batch: PackedBatch) -> Tensor:
-        """Returns the log-probability of the target at every scored position: [S], fp32."""
+        """Returns the log-probability of the target at every scored position: [P], fp32."""
         if not self.has_plain_head:
             return self.logprobs_of_whole_model(batch)
         hidden_ND = self.hidden_of(batch.tokens_1N, batch.positions_1N, batch.attention)
         hidden_SD = hidden_ND.index_select(0, batch.scored_S)
-        return unembedding.score(self.head(batch.scored_S), hidden_SD, batch.targets_S)
+        return batch.by_position(unembedding.score(self.head(batch.scored_S), hidden_SD, batch.targets_S))
 
     @torch.no_grad()
     def scores(self, batch: PackedBatch) -> Scores:
@@ -277,16 +297,18 @@ class BaseModel:
             return Scores(_log_probabilities(logits_SV, batch.targets_S), is_argmax_S)
         hidden_ND = self.hidden_of(batch.tokens_1N, batch.positions_1N, batch.attention)
         hidden_SD = hidden_ND.index_select(0, batch.scored_S)
-        return unembedding.score_and_compare(self.head(), hidden_SD, batch.targets_S)
+        found = unembedding.score_and_compare(self.head(), hidden_SD, batch.targets_S)
+        return Scores(*map(batch.by_position, found))
 
     def backpropagate(
         self, batch: PackedBatch, token_loss: TokenLoss, checkpoint_layers: bool
     ) -> tuple[Tensor, Tensor]:
-        """Adds the gradient of the trained positions' loss. Returns log-probabilities [S] and the loss.
+        """Adds the gradient of the trained positions' loss. Returns log-probabilities [P] and the loss.
 
-        The batch must have a trained position. `unembedding.score_and_backpropagate` documents `token_loss`.
+        The batch must have a trained position. `unembedding.score_and_backpropagate` documents `token_loss`,
+        which gets trained positions [P].
         """
-        num_trained = batch.layout.num_trained
+        num_trained = batch.num_trained
         with torch.enable_grad(), checkpointed_layers(self.model, checkpoint_layers):
             if not self.has_plain_head:
                 logprobs_S = self.logprobs_of_whole_model(batch)
@@ -297,6 +319,8 @@ class BaseModel:
         # The gradient of the projection is computed outside of autograd.
         hidden_SD = hidden_ND.detach().index_select(0, batch.scored_S)
         head = self.head(batch.scored_S)
+        if batch.shared is not None:
+            token_loss = batch.shared.loss_of(token_loss)
         trained_logprobs, loss, grad_SD = unembedding.score_and_backpropagate(
             head.at(slice(num_trained)), hidden_SD[:num_trained], batch.targets_S[:num_trained], token_loss
         )
@@ -306,9 +330,14 @@ class BaseModel:
             others = unembedding.score(rest, hidden_SD[num_trained:], batch.targets_S[num_trained:])
             logprobs_S = torch.cat([trained_logprobs, others])
         if hidden_ND.requires_grad:
-            grad_ND = torch.zeros_like(hidden_ND).index_copy_(0, batch.scored_S[:num_trained], grad_SD)
+            trained_S = batch.scored_S[:num_trained]
+            if batch.shared is None:
+                grad_ND = torch.zeros_like(hidden_ND).index_copy_(0, trained_S, grad_SD)
+            else:  # a hidden state may have several targets, whose terms are summed in fp32
+                grad_ND = torch.zeros_like(hidden_ND, dtype=torch.float32)
+                grad_ND = grad_ND.index_add_(0, trained_S, grad_SD.float()).to(hidden_ND.dtype)
             hidden_ND.backward(grad_ND)
-        return logprobs_S, loss
+        return batch.by_position(logprobs_S), loss
 
     def dropping(self, keys_N: np.ndarray | None) -> contextlib.AbstractContextManager[None]:
         """Drops inputs of the active adapter in the body, by keys of the row's tokens. None drops none."""

@@ -54,14 +54,20 @@ class MicrobatchLimits:
     """The growth for the planned kind of pass, which may be checkpointed."""
     share: float = 1.0
     """Scales these sizes to `max_tokens`, which may be smaller than what fits in memory."""
+    max_in_memory: int = 2**62
+    """The number of tokens that fit in memory. Sequences that share much may take them."""
+
+    def size_in_memory(self, length: int) -> int:
+        """Returns the number of tokens that a sequence counts as against `max_in_memory`."""
+        return length + math.ceil(self.growth_planned * length**2)
 
     def size(self, length: int) -> int:
         """Returns the number of tokens that a sequence counts as against `max_tokens`."""
         return max(length, math.ceil(self.share * (length + self.growth_planned * length**2)))
 
-    def size_without_checkpointing(self, lengths: Iterable[int]) -> int:
-        """Returns the number of tokens that sequences count as against `max_tokens_without_checkpointing`."""
-        return sum(length + math.ceil(self.growth * length**2) for length in lengths)
+    def size_without_checkpointing(self, length: int) -> int:
+        """Returns what a sequence counts as against `max_tokens_without_checkpointing`, in tokens."""
+        return length + math.ceil(self.growth * length**2)
 
 
 @dataclass(frozen=True)
@@ -108,6 +114,7 @@ def _doubled(limits: MicrobatchLimits, full: MicrobatchLimits) -> MicrobatchLimi
         limits,
         max_tokens=min(2 * limits.max_tokens, full.max_tokens),
         max_tokens_without_checkpointing=min(2 * without + 1, full.max_tokens_without_checkpointing),
+        max_in_memory=min(2 * limits.max_in_memory, full.max_in_memory),
     )
 
 
@@ -152,7 +159,7 @@ def limits_for(
     """
     wanted, checkpointing = options.max_tokens_per_microbatch, options.gradient_checkpointing
     if wanted is not None and checkpointing != "auto":
-        return MicrobatchLimits(wanted, 0 if checkpointing == "on" else 2**62)
+        return MicrobatchLimits(wanted, 0 if checkpointing == "on" else 2**62, max_in_memory=wanted)
     found = cost()
     kind = "cuda" if device.type == "cuda" else "cpu"
     room = max(0.0, free_bytes) / _MARGIN
@@ -162,12 +169,12 @@ def limits_for(
     growth = found.full_squared / max(found.full, 1)
     fits_without = tokens_without >= MIN_TOKENS + growth * MIN_TOKENS**2
     if wanted is not None:
-        return MicrobatchLimits(wanted, tokens_without, growth)
+        return MicrobatchLimits(wanted, tokens_without, growth, max_in_memory=wanted)
     growth_planned = growth if fits_without else found.checkpointed_squared / max(found.checkpointed, 1)
     fitting = max(1, _ratio(room, found.full if fits_without else found.checkpointed))
     max_tokens = min(_USEFUL_TOKENS[kind], fitting)
     share = max_tokens / fitting if growth_planned else 1.0
-    return MicrobatchLimits(max_tokens, tokens_without, growth, growth_planned, share)
+    return MicrobatchLimits(max_tokens, tokens_without, growth, growth_planned, share, fitting)
 
 
 def _ratio(room: float, bytes_per_token: float) -> int:

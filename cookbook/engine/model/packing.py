@@ -1,6 +1,11 @@
 """Checks datums and packs them into micro-batches: sequences are concatenated, never padded.
 
-Shape suffixes: T tokens of one sequence, N tokens of a packed row, S scored positions of a row.
+What sequences share from their beginning may be in the row once. Then hidden states have several targets,
+where sequences part, and scored positions of several sequences have one hidden state and one target.
+
+Shape suffixes: T tokens of one sequence, N tokens of a packed row, P scored positions of the sequences, S
+hidden states with their targets that are scored: the same as P unless the row has a tree, Q tokens of the
+paths of all branches.
 """
 
 from __future__ import annotations
@@ -12,7 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cookbook.engine.model.attention import AttentionLayout, Segment
+from cookbook.engine.model.attention import AttentionLayout
+from cookbook.engine.model.prefix_tree import Branch, Segment, branches, families
+from cookbook.engine.model.tree_attention import Tree
+from cookbook.engine.model.unembedding import TokenLoss
 from cookbook.errors import RequestError
 from cookbook.types import IGNORED_TARGET, Datum, TensorData
 from cookbook.utils.nearest import did_you_mean
@@ -106,33 +114,67 @@ def _check_datum(datum: Datum, required: Sequence[str], vocab_size: int) -> Toke
 
 @dataclass(frozen=True)
 class PackedLayout:
-    """The places of the sequences in a packed row, and the scored positions, with the trained ones first."""
+    """The scored positions of the sequences of a row, with the trained ones first."""
 
     segments: list[Segment]
-    scored_S: np.ndarray
+    """The ranges of the sequences, end to end."""
+    scored_P: np.ndarray
+    """The scored positions in these ranges."""
     num_trained: int
 
-    def split(self, values_S: np.ndarray) -> list[np.ndarray]:
+    def split(self, values_P: np.ndarray) -> list[np.ndarray]:
         """Returns one float32 array per sequence. Positions that were not scored are 0.0."""
         row_N = np.zeros(self.segments[-1][1], np.float32)
-        row_N[self.scored_S] = values_S
+        row_N[self.scored_P] = values_P
         return [row_N[start:stop] for start, stop in self.segments]
 
 
 @dataclass(frozen=True)
+class SharedScores:
+    """Which scored positions have the same hidden state and target, so that they are scored once."""
+
+    place_P: Tensor
+    """The place in [S] of each scored position, ascending for those that are trained."""
+    trained_ends_S: np.ndarray
+    """How many trained positions belong to this place in [S] or an earlier one, for the trained places."""
+
+    def loss_of(self, token_loss: TokenLoss) -> TokenLoss:
+        """Returns the loss as a function of the log-probabilities of trained places in [S]."""
+
+        def loss_of_places(logprobs_C: Tensor, part: slice) -> Tensor:
+            start = int(self.trained_ends_S[part.start - 1]) if part.start else 0
+            positions = slice(start, int(self.trained_ends_S[part.stop - 1]))
+            return token_loss(logprobs_C.index_select(0, self.place_P[positions] - part.start), positions)
+
+        return loss_of_places
+
+
+@dataclass(frozen=True)
 class PackedBatch:
-    """Sequences concatenated in one row, on the device."""
+    """Sequences in one row, on the device: end to end, or what they share only once."""
 
     layout: PackedLayout
     tokens_1N: Tensor
     positions_1N: Tensor
     scored_S: Tensor
-    """The scored positions in the order of `layout`: those with a weight other than 0 first."""
+    """The scored places of the row: those that are trained first."""
     targets_S: Tensor
-    weights_S: Tensor
+    weights_P: Tensor
+    """In the order of `layout`: the positions with a weight other than 0 first."""
     extras: dict[str, Tensor]
-    """[S] each."""
+    """[P] each."""
     attention: AttentionLayout
+    shared: SharedScores | None = None
+    """None if each scored position has its own place, so that S is P."""
+
+    @property
+    def num_trained(self) -> int:
+        """The number of trained places in [S]."""
+        return self.layout.num_trained if self.shared is None else len(self.shared.trained_ends_S)
+
+    def by_position(self, values_S: Tensor) -> Tensor:
+        """Returns the value of each scored position: [P]."""
+        return values_S if self.shared is None else values_S.index_select(0, self.shared.place_P)
 
 
 def copy_to(device: torch.device, array: np.ndarray) -> Tensor:
@@ -143,34 +185,112 @@ def copy_to(device: torch.device, array: np.ndarray) -> Tensor:
     return host.to(device)
 
 
-def pack(sequences: Sequence[TokenSequence], device: torch.device, trained_only: bool) -> PackedBatch:
-    """Concatenates sequences in one row and copies it to the device. Nothing else converts arrays to tensors.
+def pack(
+    sequences: Sequence[TokenSequence],
+    device: torch.device,
+    trained_only: bool,
+    min_shared: int | None = None,
+) -> PackedBatch:
+    """Puts sequences in one row and copies it to the device. Nothing else converts arrays to tensors.
 
-    Scores every position that has a target or, with `trained_only`, those with a weight other than 0.
+    Beginnings of at least `min_shared` tokens that sequences share are in the row once. Scores every position
+    that has a target or, with `trained_only`, those with a weight other than 0.
     """
     lengths = [len(sequence.tokens_T) for sequence in sequences]
     ends = np.cumsum(lengths).tolist()
     targets_N = np.concatenate([sequence.targets_T for sequence in sequences])
     weights_N = np.concatenate([sequence.weights_T for sequence in sequences])
-    scored_S = trained_S = np.flatnonzero(weights_N)
+    scored_P = trained_P = np.flatnonzero(weights_N)
     if not trained_only:
-        others_S = np.flatnonzero((weights_N == 0) & (targets_N != IGNORED_TARGET))
-        scored_S = np.concatenate([trained_S, others_S])
+        others_P = np.flatnonzero((weights_N == 0) & (targets_N != IGNORED_TARGET))
+        scored_P = np.concatenate([trained_P, others_P])
     segments = list(zip([0, *ends[:-1]], ends, strict=True))
-    tokens_N = np.concatenate([sequence.tokens_T for sequence in sequences])
-    positions_N = np.concatenate([np.arange(length) for length in lengths])
+    grown = _branches(sequences, min_shared)
+    shared = None
+    if grown is None:
+        tokens_N = np.concatenate([sequence.tokens_T for sequence in sequences])
+        positions_N = np.concatenate([np.arange(length) for length in lengths])
+        starts = copy_to(device, np.array([0, *ends], np.int32))
+        attention = AttentionLayout(segments, starts, longest=max(lengths))
+        scored_S, targets_S = scored_P, targets_N[scored_P]
+    else:
+        tokens_N = np.concatenate([sequences[branch.index].tokens_T[branch.first :] for branch in grown])
+        positions_N = np.concatenate([np.arange(branch.first, lengths[branch.index]) for branch in grown])
+        attention = _tree_layout(grown, device)
+        places = [np.zeros(0, np.int64)] * len(sequences)
+        for branch in grown:
+            places[branch.index] = np.concatenate([np.arange(*segment) for segment in branch.path])
+        scored_P, scored_S, targets_S, place_P, trained_ends_S = _scored_once(
+            np.concatenate(places), targets_N, scored_P, len(trained_P)
+        )
+        shared = SharedScores(copy_to(device, place_P), trained_ends_S)
     extras = {
-        name: np.concatenate([sequence.extras[name] for sequence in sequences])[scored_S]
+        name: np.concatenate([sequence.extras[name] for sequence in sequences])[scored_P]
         for name in sequences[0].extras
     }
-    starts = copy_to(device, np.array([0, *ends], np.int32))
     return PackedBatch(
-        layout=PackedLayout(segments, scored_S, len(trained_S)),
+        layout=PackedLayout(segments, scored_P, len(trained_P)),
         tokens_1N=copy_to(device, tokens_N[None]),
         positions_1N=copy_to(device, positions_N[None]),
         scored_S=copy_to(device, scored_S),
-        targets_S=copy_to(device, targets_N[scored_S]),
-        weights_S=copy_to(device, weights_N[scored_S]),
+        targets_S=copy_to(device, targets_S),
+        weights_P=copy_to(device, weights_N[scored_P]),
         extras={name: copy_to(device, array) for name, array in extras.items()},
-        attention=AttentionLayout(segments, starts, longest=max(lengths)),
+        attention=attention,
+        shared=shared,
     )
+
+
+def _branches(sequences: Sequence[TokenSequence], min_shared: int | None) -> list[Branch] | None:
+    """Returns the branches of a row, or None if the sequences share nothing."""
+    found = families([sequence.tokens_T for sequence in sequences], min_shared)
+    if len(found) == len(sequences):
+        return None
+    row: list[Branch] = []
+    for family in found:
+        row += branches(family, row[-1].segment[1] if row else 0)
+    return row
+
+
+def _tree_layout(grown: Sequence[Branch], device: torch.device) -> AttentionLayout:
+    """Returns the layout of a row of branches. A branch without tokens of its own has no segment."""
+    with_tokens = [branch for branch in grown if branch.segment[0] < branch.segment[1]]
+    segments = [branch.segment for branch in with_tokens]
+    rows_Q = np.concatenate([np.arange(*segment) for branch in with_tokens for segment in branch.path])
+    lengths = [
+        branch.first + stop - start for branch, (start, stop) in zip(with_tokens, segments, strict=True)
+    ]
+    tree = Tree(
+        segments,
+        [branch.ancestors for branch in with_tokens],
+        lengths,
+        copy_to(device, rows_Q),
+        copy_to(device, np.array([0, *np.cumsum(lengths)], np.int32)),
+    )
+    starts = copy_to(device, np.array([0, *(stop for _, stop in segments)], np.int32))
+    return AttentionLayout(segments, starts, max(stop - start for start, stop in segments), tree=tree)
+
+
+def _scored_once(
+    place_N: np.ndarray, targets_N: np.ndarray, scored_P: np.ndarray, num_trained: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Returns the scored positions in the order of their places in [S], and what these places are.
+
+    `place_N` are the places in the row of the positions of all sequences. Returns the positions, the places
+    and targets [S], the place in [S] of each position, and how many trained positions end with each trained
+    place.
+    """
+    pairs_P = (place_N[scored_P] << 32) + targets_N[scored_P]
+    pairs_S, place_P = np.unique(pairs_P, return_inverse=True)
+    is_trained_S = np.zeros(len(pairs_S), bool)
+    is_trained_S[place_P[:num_trained]] = True
+    order_S = np.argsort(~is_trained_S, kind="stable")
+    rank_S = np.empty_like(order_S)
+    rank_S[order_S] = np.arange(len(order_S))
+    place_P = rank_S[place_P]
+    order_P = np.argsort(place_P[:num_trained], kind="stable")
+    order_P = np.concatenate([order_P, np.arange(num_trained, len(place_P))])
+    place_P = place_P[order_P]
+    trained_ends_S = np.searchsorted(place_P[:num_trained], np.arange(is_trained_S.sum()), side="right")
+    pairs_S = pairs_S[order_S]
+    return scored_P[order_P], pairs_S >> 32, pairs_S & (2**32 - 1), place_P, trained_ends_S

@@ -1,6 +1,6 @@
 """Results of passes, whose numbers may still be on the device.
 
-Shape suffixes: T tokens of one sequence, N positions of all sequences end to end, S scored positions of a
+Shape suffixes: T tokens of one sequence, N positions of all sequences end to end, P scored positions of a
 micro-batch.
 """
 
@@ -26,9 +26,9 @@ class MicrobatchResult(NamedTuple):
     indices: Sequence[int]
     """The indices of its sequences in the request."""
     layout: PackedLayout
-    logprobs_S: Tensor
-    """[S], or with `loss_only` weighted sum, minimum and maximum of the log-probabilities: [3], fp64."""
-    is_argmax_S: Tensor | None
+    logprobs_P: Tensor
+    """[P], or with `loss_only` weighted sum, minimum and maximum of the log-probabilities: [3], fp64."""
+    is_argmax_P: Tensor | None
     """Whether each target is the most likely token, if that was requested."""
     loss: Tensor
 
@@ -41,8 +41,8 @@ def empty_summary(device: torch.device) -> Tensor:
 def all_reduce_summaries(
     world: World, results: list[MicrobatchResult], device: torch.device
 ) -> list[MicrobatchResult]:
-    """Returns the summaries of all processes as one micro-batch, whose `logprobs_S` is [processes, 3]."""
-    rows = torch.stack([empty_summary(device), *(result.logprobs_S for result in results)])
+    """Returns the summaries of all processes as one micro-batch, whose `logprobs_P` is [processes, 3]."""
+    rows = torch.stack([empty_summary(device), *(result.logprobs_P for result in results)])
     summaries = torch.zeros(world.size, 3, dtype=torch.float64, device=device)
     summaries[world.rank] = torch.stack([rows[:, 0].sum(), rows[:, 1].min(), rows[:, 2].max()])
     loss = torch.stack([torch.zeros((), device=device), *(result.loss for result in results)]).sum()
@@ -66,10 +66,10 @@ def all_reduce_results(
     loss = torch.zeros((), device=device)
     for result in results:
         row = np.concatenate([np.arange(starts[index], ends[index]) for index in result.indices])
-        places_S = copy_to(device, row[result.layout.scored_S])
-        logprobs_N.index_copy_(0, places_S, result.logprobs_S)
-        if result.is_argmax_S is not None:
-            is_argmax_N.index_copy_(0, places_S, result.is_argmax_S.float())
+        places_P = copy_to(device, row[result.layout.scored_P])
+        logprobs_N.index_copy_(0, places_P, result.logprobs_P)
+        if result.is_argmax_P is not None:
+            is_argmax_N.index_copy_(0, places_P, result.is_argmax_P.float())
         loss += result.loss
     world.all_reduce_sum([logprobs_N, is_argmax_N, loss])
     segments = list(zip(starts.tolist(), ends.tolist(), strict=True))
@@ -126,8 +126,8 @@ class PassResult:
 
     def _by_datum(self, values: list[np.ndarray]) -> list[np.ndarray]:
         found: dict[int, np.ndarray] = {}
-        for (indices, layout), values_S in zip(self.places, values, strict=True):
-            found.update(zip(indices, layout.split(values_S), strict=True))
+        for (indices, layout), values_P in zip(self.places, values, strict=True):
+            found.update(zip(indices, layout.split(values_P), strict=True))
         return [found[index] for index in range(len(self.sequences))]
 
     def output(self) -> ForwardBackwardOutput:

@@ -3,7 +3,7 @@
 A pass (`forward`, `forward_backward`) is partitioned over the processes and into micro-batches. Each
 micro-batch is packed into one row, run through the model, and scored.
 
-Shape suffixes: T tokens of one sequence, S scored positions of a micro-batch, C positions of a chunk.
+Shape suffixes: T tokens of one sequence, P scored positions of a micro-batch, C positions of a chunk.
 """
 
 from __future__ import annotations
@@ -27,10 +27,11 @@ from cookbook.engine.model.base_model import BaseModel
 from cookbook.engine.model.dropout import PassOfData
 from cookbook.engine.model.memory import FIRST_PATIENCE, MicrobatchLimits, Recovery, is_out_of_memory
 from cookbook.engine.model.packing import PackedBatch, TokenSequence, check_data, pack
+from cookbook.engine.model.prefix_tree import Family, families
 from cookbook.engine.training import sharded_state
 from cookbook.engine.training.losses import Loss, get_loss
 from cookbook.engine.training.optimizer import Optimizer
-from cookbook.engine.training.partition import partition, plan_microbatches
+from cookbook.engine.training.partition import partition_families, plan_families
 from cookbook.engine.training.results import (
     MicrobatchResult,
     PassResult,
@@ -50,9 +51,9 @@ CustomLossFn = Callable[[list[Datum], list[Tensor]], tuple[Tensor, dict[str, flo
 class _DoesNotFit(Exception):
     """A micro-batch ran out of memory."""
 
-    def __init__(self, lengths: list[int], saves_activations: bool) -> None:
+    def __init__(self, microbatch: list[Family], saves_activations: bool) -> None:
         """`saves_activations` says that the pass kept as few activations as possible."""
-        self.lengths = lengths
+        self.microbatch = microbatch
         self.saves_activations = saves_activations
 
 
@@ -217,10 +218,13 @@ class Trainer:
         memory runs out, all micro-batches of this process are run again in smaller ones.
         """
         lengths = [len(sequence.tokens_T) for sequence in request.sequences]
-        own = partition(lengths, self._world.size)[self._world.rank]
         drops = self.adapter.lora.dropout > 0 and (backward if is_training is None else is_training)
         seed = self.adapter.lora.seed or 0
         masks = PassOfData(seed, self._optimizer.num_steps, self._num_passes) if drops else None
+        # Sequences that share a beginning drop other inputs of it each.
+        min_shared = self.base.min_shared_tokens if masks is None else None
+        found = families([sequence.tokens_T for sequence in request.sequences], min_shared)
+        own = partition_families(found, self._world.size)[self._world.rank]
         results: list[MicrobatchResult] | None = None
         if self.base.is_sharded:
             results = self._run_sharded(request, own, backward, masks)
@@ -233,11 +237,11 @@ class Trainer:
                     except _DoesNotFit as failure:
                         # The next pass runs after this block, when the tensors in the traceback of the
                         # failure are freed.
-                        tight_lengths, saves_activations = failure.lengths, failure.saves_activations
+                        tight, saves_activations = failure.microbatch, failure.saves_activations
                     if results is None:
                         if backward:
                             self._optimizer.discard_gradients()
-                        self._limits = self._smaller_limits(tight_lengths, saves_activations)
+                        self._limits = self._smaller_limits(tight, saves_activations)
                         self._ran_out_of_memory = True
         self._agree_on_limits()
         self._recover_limits(backward)
@@ -248,14 +252,14 @@ class Trainer:
         return PassResult(
             request.sequences,
             [(result.indices, result.layout) for result in results],
-            Readback([result.logprobs_S for result in results]),
-            Readback([result.is_argmax_S for result in results if result.is_argmax_S is not None]),
+            Readback([result.logprobs_P for result in results]),
+            Readback([result.is_argmax_P for result in results if result.is_argmax_P is not None]),
             Readback([result.loss for result in results]),
             request.loss_only,
         )
 
     def _run_sharded(
-        self, request: Request, own: list[int], backward: bool, masks: PassOfData | None
+        self, request: Request, own: list[Family], backward: bool, masks: PassOfData | None
     ) -> list[MicrobatchResult]:
         """Does `_run_microbatches`. A failure ends the run, because the other processes wait in a gather."""
         is_trained = any(sequence.weights_T.any() for sequence in request.sequences)
@@ -263,7 +267,7 @@ class Trainer:
             with self.base.adapters.using(self.adapter):
                 return self._run_microbatches(request, own, backward and is_trained, masks)
         except _DoesNotFit as failure:
-            num_tokens = sum(failure.lengths)
+            num_tokens = sum(family.size() for family in failure.microbatch)
             error: Exception = TrainingError(
                 f"A micro-batch of {num_tokens} tokens does not fit in the memory of {self.base.device}, and "
                 f"with shard=full it cannot be tried again in smaller ones: the other processes wait for it. "
@@ -275,32 +279,34 @@ class Trainer:
         raise self._world.abort(error) from error
 
     def _run_microbatches(
-        self, request: Request, own: list[int], backward: bool, masks: PassOfData | None
+        self, request: Request, own: list[Family], backward: bool, masks: PassOfData | None
     ) -> list[MicrobatchResult]:
         """Plans, packs and runs the micro-batches of the sequences `own`. Raises _DoesNotFit."""
         limits = self._limits
-        sizes = [limits.size(len(request.sequences[index].tokens_T)) for index in own]
-        plan = plan_microbatches(sizes, limits.max_tokens if self.base.is_packed else 1)
+        max_tokens = limits.max_tokens if self.base.is_packed else 1
+        plan = plan_families(own, limits.size, max_tokens, limits.size_in_memory, limits.max_in_memory)
         # all processes gather the weights for each micro-batch, so all run equally many
         if self.base.is_sharded:
             (num_microbatches,) = self._world.all_reduce_max(len(plan))
             plan += [[] for _ in range(num_microbatches - len(plan))]
         results = []
-        for places in plan:
-            indices = [own[place] for place in places]
+        for microbatch in plan:
+            indices = sorted(index for family in microbatch for index in family.indices)
             sequences = [request.sequences[index] for index in indices] or [_untrained(request)]
-            lengths = [len(sequence.tokens_T) for sequence in sequences]
-            size = limits.size_without_checkpointing(lengths)
+            size = sum(family.size(limits.size_without_checkpointing) for family in microbatch) or 1
             is_checkpointed = backward and size > limits.max_tokens_without_checkpointing
+            min_shared = self.base.min_shared_tokens if masks is None else None
             try:
-                batch = pack(sequences, self.base.device, request.trained_only)
-                keys = None if masks is None else masks.keys(indices or [len(request.sequences)], lengths)
+                batch = pack(sequences, self.base.device, request.trained_only, min_shared)
+                keys = None
+                if masks is not None:
+                    keys = masks.keys(indices or [len(request.sequences)], list(map(len, sequences)))
                 with self.base.dropping(keys):
                     result = self._run_microbatch(batch, indices, request, backward, is_checkpointed)
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
-                raise _DoesNotFit(lengths, is_checkpointed or not backward) from None
+                raise _DoesNotFit(microbatch, is_checkpointed or not backward) from None
             if indices:
                 results.append(result)
         return results
@@ -308,51 +314,58 @@ class Trainer:
     def _run_microbatch(
         self, batch: PackedBatch, indices: list[int], request: Request, backward: bool, is_checkpointed: bool
     ) -> MicrobatchResult:
-        num_trained, is_argmax_S = batch.layout.num_trained, None
+        num_trained, is_argmax_P = batch.layout.num_trained, None
 
         def token_loss(logprobs_C: Tensor, part: slice) -> Tensor:
-            extras = {name: values_S[part] for name, values_S in batch.extras.items()}
-            return request.loss.fn(logprobs_C, batch.weights_S[part], extras, request.loss_config)
+            extras = {name: values_P[part] for name, values_P in batch.extras.items()}
+            return request.loss.fn(logprobs_C, batch.weights_P[part], extras, request.loss_config)
 
         if backward and (num_trained or self.base.is_sharded):
-            logprobs_S, loss = self.base.backpropagate(batch, token_loss, is_checkpointed)
+            logprobs_P, loss = self.base.backpropagate(batch, token_loss, is_checkpointed)
             self._optimizer.collect_gradients()
         else:
             if request.with_argmax:
-                logprobs_S, is_argmax_S = self.base.scores(batch)
+                logprobs_P, is_argmax_P = self.base.scores(batch)
             else:
-                logprobs_S = self.base.logprobs(batch)
-            loss = token_loss(logprobs_S[:num_trained], slice(0, num_trained))
+                logprobs_P = self.base.logprobs(batch)
+            loss = token_loss(logprobs_P[:num_trained], slice(0, num_trained))
         if request.loss_only:
-            trained_S = logprobs_S[:num_trained].double()
-            logprobs_S = empty_summary(self.base.device)
+            trained_P = logprobs_P[:num_trained].double()
+            logprobs_P = empty_summary(self.base.device)
             if num_trained:
-                weights_S = batch.weights_S[:num_trained].double()
-                logprobs_S = torch.stack([weights_S @ trained_S, *trained_S.aminmax()])
-        return MicrobatchResult(indices, batch.layout, logprobs_S, is_argmax_S, loss)
+                weights_P = batch.weights_P[:num_trained].double()
+                logprobs_P = torch.stack([weights_P @ trained_P, *trained_P.aminmax()])
+        return MicrobatchResult(indices, batch.layout, logprobs_P, is_argmax_P, loss)
 
     # -- memory -----------------------------------------------------------------------------
 
-    def _smaller_limits(self, lengths: list[int], saves_activations: bool) -> MicrobatchLimits:
+    def _smaller_limits(self, microbatch: list[Family], saves_activations: bool) -> MicrobatchLimits:
         """Returns the limits with which to try again after a micro-batch ran out of memory.
 
         Raises TrainingError if there are none.
         """
-        limits, num_tokens = self._limits, sum(lengths)
-        if len(lengths) > 1:
+        limits = self._limits
+
+        def size(size_of: Callable[[int], int] = int) -> int:
+            return sum(family.size(size_of) for family in microbatch)
+
+        num_tokens = size()
+        if sum(len(family.indices) for family in microbatch) > 1:
             logger.warning(
                 "A micro-batch of %d tokens does not fit in memory: continuing with %d at most.",
                 num_tokens,
                 num_tokens // 2,
             )
-            return replace(limits, max_tokens=sum(limits.size(length) for length in lengths) // 2)
+            if len(microbatch) == 1:
+                return replace(limits, max_in_memory=size(limits.size_in_memory) // 2)
+            return replace(limits, max_tokens=size(limits.size) // 2)
         if self.base.options.gradient_checkpointing == "auto" and not saves_activations:
             logger.warning(
                 "A sequence of %d tokens does not fit in memory: its layers are checkpointed from now on.",
                 num_tokens,
             )
-            size = limits.size_without_checkpointing(lengths)
-            return replace(limits, max_tokens_without_checkpointing=size - 1)
+            checkpointed = size(limits.size_without_checkpointing)
+            return replace(limits, max_tokens_without_checkpointing=checkpointed - 1)
         checkpointing = "" if saves_activations else " gradient_checkpointing=auto,"
         raise TrainingError(
             f"A sequence of {num_tokens} tokens does not fit in the memory of {self.base.device}, even "
@@ -361,13 +374,17 @@ class Trainer:
 
     def _agree_on_limits(self) -> None:
         """Takes the tightest limits of all processes, so that one checkpoint has the limits of all."""
-        tokens, tokens_without, has_memory = self._world.all_reduce_min(
+        tokens, tokens_without, in_memory, has_memory = self._world.all_reduce_min(
             self._limits.max_tokens,
             self._limits.max_tokens_without_checkpointing,
+            self._limits.max_in_memory,
             not self._ran_out_of_memory,
         )
         self._limits = replace(
-            self._limits, max_tokens=tokens, max_tokens_without_checkpointing=tokens_without
+            self._limits,
+            max_tokens=tokens,
+            max_tokens_without_checkpointing=tokens_without,
+            max_in_memory=in_memory,
         )
         self._ran_out_of_memory = not has_memory
 
@@ -421,6 +438,7 @@ class Trainer:
         return {
             "max_tokens": self._limits.max_tokens,
             "max_tokens_without_checkpointing": self._limits.max_tokens_without_checkpointing,
+            "max_in_memory": self._limits.max_in_memory,
         }
 
     def _check_finite(self, path: Path, optimizer: Mapping[str, Tensor]) -> None:

@@ -144,9 +144,9 @@ def test_a_packed_row_concatenates_its_sequences(trained_only: bool) -> None:
     assert trained
     assert others
     assert batch.layout.num_trained == len(trained)
-    assert batch.layout.scored_S.tolist() == batch.scored_S.tolist() == wanted
+    assert batch.layout.scored_P.tolist() == batch.scored_S.tolist() == wanted
     assert batch.targets_S.tolist() == [targets_N[n] for n in wanted]
-    assert batch.weights_S.tolist() == [weights_N[n] for n in wanted]
+    assert batch.weights_P.tolist() == [weights_N[n] for n in wanted]
     assert batch.extras["advantages"].tolist() == [advantages_N[n] for n in wanted]
     assert batch.attention.starts.tolist() == [0, 4, 5, 12, 15]
     assert batch.attention.longest == 7
