@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import importlib
 import io
 import os
 import shutil
@@ -161,3 +162,75 @@ def install_kernels(patch: pytest.MonkeyPatch, modeling: ModuleType, keep_apart:
         if hasattr(modeling, name):
             replace(name, token_axis, getattr(modeling, name))
     return calls
+
+
+@contextlib.contextmanager
+def run_varlen_attention_on_the_cpu() -> Iterator[None]:
+    """Replaces the variable-length attention of torch, which needs CUDA, by a plain softmax in fp64.
+
+    The last query of a sequence sees its last key, and earlier queries fewer (`torch.nn.attention.varlen`).
+    """
+
+    def attend(
+        query: Any, key: Any, value: Any, starts_q: Any, starts_k: Any, window: list[int], scale: Any
+    ) -> Any:
+        outs = []
+        for number in range(len(starts_q) - 1):
+            part = slice(int(starts_q[number]), int(starts_q[number + 1]))
+            keys = slice(int(starts_k[number]), int(starts_k[number + 1]))
+            q, k, v = query[part], key[keys], value[keys]
+            k, v = (each.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for each in (k, v))
+            scores = torch.einsum("qhd,khd->hqk", q, k) * (q.shape[-1] ** -0.5 if scale is None else scale)
+            places = torch.arange(len(k))
+            distance = places[len(k) - len(q) :, None] - places
+            is_seen = (distance >= -window[1]) & ((distance <= window[0]) | (window[0] < 0))
+            weights = scores.masked_fill(~is_seen, -torch.inf).softmax(-1)
+            outs.append(torch.einsum("hqk,khd->qhd", weights, v))
+        return torch.cat(outs)
+
+    def forward(
+        query: Any,
+        key: Any,
+        value: Any,
+        starts_q: Any,
+        starts_k: Any,
+        longest_q: int,
+        longest_k: int,
+        is_causal: bool,
+        scale: Any,
+        window: list[int],
+        enable_gqa: bool,
+    ) -> Any:
+        assert longest_q == int(starts_q.diff().max())
+        assert longest_k == int(starts_k.diff().max())
+        assert is_causal == (window == [-1, 0])
+        assert enable_gqa
+        unused = torch.zeros(2)
+        return attend(query, key, value, starts_q, starts_k, window, scale), unused, unused
+
+    def backward(
+        grad: Any,
+        query: Any,
+        key: Any,
+        value: Any,
+        out: Any,
+        sums: Any,
+        starts_q: Any,
+        starts_k: Any,
+        longest_q: int,
+        longest_k: int,
+        is_causal: bool,
+        rng_state: Any,
+        scale: Any,
+        window: list[int],
+    ) -> Any:
+        with torch.enable_grad():
+            inputs = [each.detach().requires_grad_() for each in (query, key, value)]
+            result = attend(*inputs, starts_q, starts_k, window, scale)
+        return torch.autograd.grad(result, inputs, grad)
+
+    importlib.import_module("torch.nn.attention.varlen")  # registers the kernels
+    kernels = SimpleNamespace(_varlen_attn=forward, _varlen_attn_backward=backward)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.ops, "torch_attn", kernels)
+        yield

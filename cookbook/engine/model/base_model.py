@@ -208,9 +208,7 @@ class BaseModel:
             self.model.set_attn_implementation(own_attention)
             logger.info("%s runs one sequence at a time: it cannot be packed (%s).", self.name, reason)
             return
-        reason = "it has recurrent layers"
-        if not self.recurrent.mixers:
-            reason = why_not(lambda: self._logprobs_of_tree(sequences))
+        reason = why_not(lambda: self._logprobs_of_tree(sequences))
         if reason is None:
             self.min_shared_tokens = MIN_SHARED_TOKENS
         else:

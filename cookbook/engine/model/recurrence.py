@@ -5,8 +5,11 @@ borders of packed sequences too. Here the row is split at the borders, the seque
 a few zero-padded batches of similar lengths, and the results are joined again. The layers are causal, so
 padding on the right changes nothing.
 
+What sequences of a row share stands once in it. A state at its end depends on its beginning, so each sequence
+runs through such a layer as a whole, and only its own tokens are joined again.
+
 The kernels of `fla`, `causal_conv1d` and `mamba_ssm` keep packed sequences apart themselves when they get the
-borders. With them a row without a cache is not split.
+borders. With them a row without a cache or shared beginnings is not split.
 
 Shape suffixes: N tokens of a packed row, P tokens of all batches with their padding, R sequences of a batch,
 L tokens of the longest of them.
@@ -26,6 +29,7 @@ from torch import Tensor, nn
 
 from cookbook.engine.model.attention import AttentionLayout, Segment
 from cookbook.engine.model.packing import copy_to
+from cookbook.engine.model.tree_attention import Tree
 
 _STATE_METHODS = {
     *("get_conv_state", "update_conv_state", "get_recurrent_state", "update_recurrent_state"),
@@ -73,7 +77,7 @@ class SplitRow:
     """The places of a packed row's tokens in its batches. All batches are parts of one row of P tokens."""
 
     place_N: Tensor
-    """The place of each token in [P]."""
+    """The place of each token of the row in [P]."""
     shapes: list[tuple[int, int]]
     """The R and L of each batch."""
     states: Sequence[Any] | None = None
@@ -82,13 +86,20 @@ class SplitRow:
     """When sampling, whether each batch has padding."""
     is_single_tokens: bool = False
     """Whether every sequence is one token, so that the batch has the tokens in their order."""
+    places_Q: Tensor | None = None
+    """The place in [P] of each token of the tree's paths, if the row has one."""
+    rows_Q: Tensor | None = None
+    """The place of those tokens in the row."""
 
     @classmethod
     def of(cls, layout: AttentionLayout) -> SplitRow:
         device, lengths = layout.starts.device, [stop - start for start, stop in layout.segments]
         cache = layout.cache
+        if layout.tree is not None:
+            return cls._of_paths(layout.segments, layout.tree, batches_by_length(layout.tree.lengths), device)
         if cache is None:
-            return cls(*_placed(layout.segments, batches_by_length(lengths), device))
+            place_N, shapes = _placed(layout.segments, batches_by_length(lengths))
+            return cls(copy_to(device, place_N), shapes)
         if not cache.is_prefill:  # each segment is one token
             num_rows = len(lengths)
             return cls(
@@ -105,8 +116,23 @@ class SplitRow:
             by_length.setdefault(length + -length % _PREFILL_MULTIPLE, []).append(index)
         batches = list(by_length.values())
         is_padded = [any(lengths[index] != padded for index in by_length[padded]) for padded in by_length]
-        placed = _placed(layout.segments, batches, device, list(by_length))
-        return cls(*placed, cache.new_states(batches), is_padded)
+        place_N, shapes = _placed(layout.segments, batches, list(by_length))
+        return cls(copy_to(device, place_N), shapes, cache.new_states(batches), is_padded)
+
+    @classmethod
+    def _of_paths(
+        cls, segments: Sequence[Segment], tree: Tree, batches: Sequence[Sequence[int]], device: torch.device
+    ) -> SplitRow:
+        """Returns the row as one in which each path of the tree is a sequence, with what it shares."""
+        ends = np.cumsum(tree.lengths).tolist()
+        paths = list(zip([0, *ends[:-1]], ends, strict=True))
+        places_Q, shapes = _placed(paths, batches)
+        own_N = np.concatenate(
+            [np.arange(end - (stop - start), end) for end, (start, stop) in zip(ends, segments, strict=True)]
+        )
+        return cls(
+            copy_to(device, places_Q[own_N]), shapes, places_Q=copy_to(device, places_Q), rows_Q=tree.rows_P
+        )
 
     def is_of_row(self, value: Any) -> bool:
         return isinstance(value, Tensor) and value.ndim >= 2 and value.shape[:2] == (1, len(self.place_N))
@@ -124,7 +150,10 @@ class SplitRow:
         if self.is_single_tokens:
             return [value.transpose(0, 1)]
         sizes = [num_rows * length for num_rows, length in self.shapes]
-        padded_P = value.new_zeros(sum(sizes), *value.shape[2:]).index_copy(0, self.place_N, value[0])
+        of_row, places = value[0], self.place_N
+        if self.places_Q is not None and self.rows_Q is not None:
+            of_row, places = of_row.index_select(0, self.rows_Q), self.places_Q
+        padded_P = value.new_zeros(sum(sizes), *value.shape[2:]).index_copy(0, places, of_row)
         parts = padded_P.split(sizes)
         return [part.unflatten(0, shape) for part, shape in zip(parts, self.shapes, strict=True)]
 
@@ -147,9 +176,8 @@ class SplitRow:
 def _placed(
     segments: Sequence[Segment],
     batches: Sequence[Sequence[int]],
-    device: torch.device,
     padded_lengths: Sequence[int] | None = None,
-) -> tuple[Tensor, list[tuple[int, int]]]:
+) -> tuple[np.ndarray, list[tuple[int, int]]]:
     """Returns the place of each token and the shape of each batch.
 
     Sequences are padded on the right to the longest, or on the left to the given lengths.
@@ -164,7 +192,7 @@ def _placed(
             place_N[slice(*segments[index])] = first + row * width + padding + np.arange(length)
         shapes.append((len(indices), width))
         first += len(indices) * width
-    return copy_to(device, place_N), shapes
+    return place_N, shapes
 
 
 def batches_by_length(lengths: Sequence[int]) -> list[list[int]]:
@@ -210,7 +238,7 @@ class RecurrentLayers:
         self._row = self._borders = None
         if layout is None:
             return
-        if self.passes_borders and layout.cache is None:
+        if self.passes_borders and layout.cache is None and layout.tree is None:
             lengths = [stop - start for start, stop in layout.segments]
             index_1N = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)[None]
             device = layout.starts.device

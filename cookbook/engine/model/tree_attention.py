@@ -117,7 +117,7 @@ class _TreeAttention(torch.autograd.Function):
     ) -> Tensor:
         query_KGTD, key_KGTD, value_KGTD = _by_key_head(query_1HTD, key_1KTD, value_1KTD)
         out_KGTD = torch.empty_like(query_KGTD, memory_format=torch.contiguous_format)
-        sums_KGT = query_KGTD.new_empty(query_KGTD.shape[:3], dtype=torch.float32)
+        sums_KGT = query_KGTD.new_empty(query_KGTD.shape[:3], dtype=_sum_dtype(query_1HTD))
         for queries, keys, is_causal in calls:
             part_KGTD, part_sums_KGT = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
                 query_KGTD[:, :, queries],
@@ -145,9 +145,10 @@ class _TreeAttention(torch.autograd.Function):
         query_1HTD, key_1KTD, value_1KTD, out_KGTD, sums_KGT = ctx.saved_tensors
         query_KGTD, key_KGTD, value_KGTD = _by_key_head(query_1HTD, key_1KTD, value_1KTD)
         grad_KGTD = grads[0].contiguous()[0].unflatten(0, query_KGTD.shape[:2])
-        # Sums over many branches, so of more than one term in half precision.
-        grad_query_KGTD = torch.zeros(query_KGTD.shape)
-        grad_key_KTD, grad_value_KTD = (torch.zeros(key_1KTD.shape[1:]) for _ in range(2))
+        grad_query_KGTD, grad_key_KTD, grad_value_KTD = (
+            torch.zeros(shape, dtype=_sum_dtype(query_1HTD))
+            for shape in (query_KGTD.shape, key_1KTD.shape[1:], value_1KTD.shape[1:])
+        )
         for queries, keys, is_causal in ctx.calls:
             of_query, of_key, of_value = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
                 grad_KGTD[:, :, queries],
@@ -204,14 +205,18 @@ class VarlenTreeAttention(torch.autograd.Function):
         grad_query_THD, *grads_PKD = torch.ops.torch_attn._varlen_attn_backward(
             grads[0].contiguous(), query_THD, *keys, out_THD, sums, *ctx.borders, rng_state, *ctx.options
         )
-        # Many paths may share a key, so the sums are made in fp32.
         grad_key_TKD, grad_value_TKD = (
-            torch.zeros(tensor.shape, dtype=torch.float32, device=tensor.device)
-            .index_add_(0, rows_P, grad_PKD.float())
+            torch.zeros(tensor.shape, dtype=_sum_dtype(tensor), device=tensor.device)
+            .index_add_(0, rows_P, grad_PKD.to(_sum_dtype(tensor)))
             .to(tensor.dtype)
             for tensor, grad_PKD in zip((key_TKD, value_TKD), grads_PKD, strict=True)
         )
         return grad_query_THD, grad_key_TKD, grad_value_TKD, None, None, None, None, None
+
+
+def _sum_dtype(tensor: Tensor) -> torch.dtype:
+    """Returns the type of sums over branches, of which there may be many: fp32, or fp64 for fp64."""
+    return torch.promote_types(tensor.dtype, torch.float32)
 
 
 def _by_key_head(query_1HTD: Tensor, key_1KTD: Tensor, value_1KTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:

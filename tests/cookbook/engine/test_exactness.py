@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM
 
 from cookbook.engine.model.base_model import BaseModel
 from cookbook.engine.model.memory import MicrobatchLimits
+from cookbook.engine.model.prefix_tree import MIN_SHARED_TOKENS
 from cookbook.engine.model.unembedding import BlockSizes
 from cookbook.engine.options import EngineOptions
 from cookbook.engine.training.trainer import Trainer
@@ -226,14 +227,18 @@ class Way:
 
     order: Sequence[int]
     max_tokens: int = 1
+    max_in_memory: int = NEVER
+    """Of sequences that share beginnings."""
+    min_shared: int | None = None
     checkpoint_beyond: int = NEVER
     blocks: BlockSizes = BlockSizes.on(torch.device("cpu"))  # noqa: RUF009 - it is frozen
     trained_only: bool = False
 
 
 def run(trainer: Trainer, data: Sequence[Datum], loss_fn: str, way: Way) -> Outcome:
-    trainer._limits = MicrobatchLimits(way.max_tokens, way.checkpoint_beyond)
+    trainer._limits = MicrobatchLimits(way.max_tokens, way.checkpoint_beyond, max_in_memory=way.max_in_memory)
     trainer.base.block_sizes = way.blocks
+    trainer.base.min_shared_tokens = way.min_shared if trainer.base.is_packed else None
     request = trainer.check([data[i] for i in way.order], loss_fn, None, trained_only=way.trained_only)
     result = trainer.forward_backward(request)
     gradients = {
@@ -319,6 +324,30 @@ def sequences(draw: st.DrawFn, max_length: int = 32) -> Tokens:
 
 
 @st.composite
+def batches(draw: st.DrawFn) -> list[Tokens]:
+    """Draws sequences of which some begin with the tokens of earlier ones, or are those alone.
+
+    Their targets and weights may differ where they share tokens.
+    """
+    batch = draw(st.lists(sequences(), min_size=1, max_size=5))
+    for place in range(1, len(batch)):
+        if draw(st.booleans()):
+            other, own = batch[draw(st.integers(0, place - 1))], batch[place]
+            num_shared = draw(st.integers(1, len(other.tokens)))
+            num_own = draw(st.integers(0, len(own.tokens)))
+            end = slice(len(own.tokens) - num_own, None)
+            if draw(st.booleans()):
+                other = replace(other, targets=[*range(len(other.tokens))], weights=[0.5] * len(other.tokens))
+            batch[place] = replace(
+                own,
+                tokens=[*other.tokens[:num_shared], *own.tokens[end]],
+                targets=[*other.targets[:num_shared], *own.targets[end]],
+                weights=np.float32([*other.weights[:num_shared], *own.weights[end]]),
+            )
+    return batch
+
+
+@st.composite
 def ways(draw: st.DrawFn, num_sequences: int) -> Way:
     blocks = BlockSizes(
         draw(st.integers(1, 60)), draw(st.integers(20, 500)), draw(st.integers(1, 20 * VOCAB_SIZE))
@@ -326,6 +355,8 @@ def ways(draw: st.DrawFn, num_sequences: int) -> Way:
     return Way(
         order=draw(st.permutations(range(num_sequences))),
         max_tokens=draw(st.sampled_from([1, 16, 40, 80, 1000])),
+        max_in_memory=draw(st.sampled_from([24, 60, NEVER])),
+        min_shared=draw(st.sampled_from([None, 1, 1, 4])),
         checkpoint_beyond=draw(st.sampled_from([0, 24, NEVER])),
         blocks=draw(st.sampled_from([Way.blocks, blocks])),
         trained_only=draw(st.booleans()),
@@ -336,10 +367,10 @@ def ways(draw: st.DrawFn, num_sequences: int) -> Way:
 @settings(deadline=None, derandomize=True, max_examples=settings().max_examples // 8, phases=[Phase.generate])
 @given(
     drawn=st.data(),
-    batch=st.lists(sequences(), min_size=1, max_size=5),
+    batch=batches(),
     loss_fn=st.sampled_from(["cross_entropy", "importance_sampling", "ppo", "cispo", "dro"]),
 )
-def test_packing_and_micro_batching_change_neither_loss_nor_logprobs_nor_gradients(
+def test_packing_sharing_and_micro_batching_change_neither_loss_nor_logprobs_nor_gradients(
     name: str, drawn: st.DataObject, batch: list[Tokens], loss_fn: str, trainer_of: Any
 ) -> None:
     trainer, plain = trainer_of(name)
@@ -356,13 +387,18 @@ def test_packing_and_micro_batching_change_neither_loss_nor_logprobs_nor_gradien
 
 
 def packed_logprobs(
-    trainer: Trainer, batch: Sequence[Tokens], trained_only: bool = False, backward: bool = False
+    trainer: Trainer,
+    batch: Sequence[Tokens],
+    trained_only: bool = False,
+    backward: bool = False,
+    min_shared: int | None = None,
 ) -> list[np.ndarray]:
     data = [
         Datum(ModelInput.from_ints(s.tokens), {"target_tokens": s.targets, "weights": s.weights})
         for s in batch
     ]
     trainer._limits = MicrobatchLimits(10_000, NEVER)
+    trainer.base.min_shared_tokens = min_shared
     request = trainer.check(data, "cross_entropy", None, trained_only=trained_only)
     result = trainer.forward_backward(request) if backward else trainer.forward(request)
     trainer.discard_gradients()
@@ -409,6 +445,57 @@ def test_changing_one_packed_sequence_leaves_the_logprobs_of_the_others_bit_iden
 
 
 @pytest.mark.parametrize("name", PACKED | RECURRENT | EXPERTS)
+@pytest.mark.parametrize("backward", [False, True])
+def test_changing_one_branch_leaves_the_logprobs_of_the_others_bit_identical(
+    name: str, backward: bool, trainer_of: Any
+) -> None:
+    """The branch keeps its place: it shares as much with the others as before."""
+    trainer, _ = trainer_of(name)
+    rng = np.random.default_rng(0)
+    stem, *ends = (rng.integers(0, VOCAB_SIZE, length).tolist() for length in (20, 9, 14, 1, 6, 5))
+
+    def made(tokens: list[int]) -> Tokens:
+        return Tokens(tokens, [*tokens[1:], 7], np.ones(len(tokens), np.float32), 0)
+
+    batch = [
+        made(stem + ends[0]),
+        made(stem + ends[1]),
+        made(stem[:12] + ends[2]),
+        made(stem + ends[1][:8] + ends[3]),
+        made(stem[:15]),
+    ]
+    changed = [*batch]
+    changed[3] = made([*batch[3].tokens[:29], *((token + 1) % VOCAB_SIZE for token in batch[3].tokens[29:])])
+    before, after = (
+        packed_logprobs(trainer, each, backward=backward, min_shared=1) for each in (batch, changed)
+    )
+    assert np.abs(before[3] - after[3]).max() > 1e-3
+    assert_others_unchanged(name, 3, before, after)
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gemma2", "mixtral"])
+def test_a_batch_with_nothing_to_share_has_the_same_bits_with_and_without_sharing(
+    name: str, trainer_of: Any
+) -> None:
+    trainer, _ = trainer_of(name)
+    rng = np.random.default_rng(0)
+    data = []
+    for length in (40, 25, 31):  # they share a header that is too short to matter
+        tokens = [*range(MIN_SHARED_TOKENS - 1), *rng.integers(0, VOCAB_SIZE, length).tolist()]
+        data.append(Datum(ModelInput.from_ints(tokens[:-1]), {"target_tokens": tokens[1:]}))
+    way = Way(range(3), max_tokens=1000)
+    alone, shared = (
+        run(trainer, data, "cross_entropy", replace(way, min_shared=min_shared))
+        for min_shared in (None, MIN_SHARED_TOKENS)
+    )
+    assert alone.loss == shared.loss
+    for one, other in zip(alone.logprobs, shared.logprobs, strict=True):
+        assert one.tobytes() == other.tobytes()
+    for name, gradient in alone.gradients.items():
+        assert torch.equal(gradient, shared.gradients[name])
+
+
+@pytest.mark.parametrize("name", PACKED | RECURRENT | EXPERTS)
 @pytest.mark.parametrize("index", [0, 1, 2])
 def test_nan_in_one_packed_sequence_does_not_spread(name: str, index: int, trainer_of: Any) -> None:
     trainer, _ = trainer_of(name)
@@ -449,6 +536,12 @@ def assert_others_unchanged(name: str, index: int, before: list[np.ndarray], aft
 @pytest.mark.parametrize("name", PACKED | RECURRENT | EXPERTS)
 def test_models_that_support_packing_are_packed(name: str, trainer_of: Any) -> None:
     assert trainer_of(name)[0].base.is_packed
+
+
+@pytest.mark.parametrize("name", PACKED | RECURRENT | EXPERTS)
+def test_models_that_support_sharing_share_what_sequences_begin_with(name: str, trainer_of: Any) -> None:
+    """A trial when the model is loaded decides."""
+    assert BaseModel(trainer_of(name)[0].base.name).min_shared_tokens == MIN_SHARED_TOKENS
 
 
 @pytest.mark.parametrize(

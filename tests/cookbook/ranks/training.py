@@ -23,12 +23,17 @@ ADAM = AdamParams(learning_rate=1e-2, weight_decay=0.1, grad_clip_norm=0.5, eps=
 """The epsilon keeps steps smooth in gradients near zero, of which Adam otherwise takes the sign alone."""
 
 
-def make_data(lengths: list[int], seed: int = 0) -> list[Datum]:
-    """Sequences of which some tokens are not trained, with all that any loss asks for."""
+def make_data(lengths: list[int], seed: int = 0, num_shared: int = 0) -> list[Datum]:
+    """Sequences of which some tokens are not trained, with all that any loss asks for.
+
+    Longer sequences begin with the same `num_shared` tokens.
+    """
     rng = np.random.default_rng(seed)
     data = []
     for length in lengths:
         ids = rng.integers(3, 300, length + 1)
+        if length > num_shared:
+            ids[:num_shared] = range(3, 3 + num_shared)
         weights = rng.random(length).astype(np.float32) * (rng.random(length) > 0.3)
         data.append(
             Datum(
@@ -111,7 +116,7 @@ def steps(
     )
     client = service.create_lora_training_client(model, rank=rank, seed=0)
     found: dict[str, Any] = {"passes": [], "gradients": [], "norms": []}
-    data = make_data([40, 3, 17, 60, 5, 33, 21])
+    data = make_data([40, 3, 17, 60, 5, 33, 21], num_shared=20)
     found["passes"].append(result_of(client.forward(plain(data), return_argmax=True).result()))
     found["passes"].append(result_of(client.forward(plain(data), return_logprobs="trained").result()))
     requests = [

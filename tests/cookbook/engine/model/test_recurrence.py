@@ -90,7 +90,7 @@ def packed_gradients(base: BaseModel, sequences: list[TokenSequence], checkpoint
     base.model.requires_grad_(True)
     batch = pack(sequences, base.device, trained_only=True)
     base.backpropagate(
-        batch, lambda logprobs_S, part: -(logprobs_S * batch.weights_S[part]).sum(), checkpoint
+        batch, lambda logprobs_S, part: -(logprobs_S * batch.weights_P[part]).sum(), checkpoint
     )
     return gradients(base.model)
 
