@@ -163,7 +163,7 @@ class BaseModel:
         itself.
         """
         generator = torch.Generator().manual_seed(0)
-        sequences = []
+        sequences: list[TokenSequence] = []
         for length in (7, 5):
             ids_T = torch.randint(self.vocab_size, (length,), generator=generator).numpy()
             if sequences:  # they share a beginning
