@@ -37,7 +37,7 @@ from cookbook.engine.model.memory import (
 from cookbook.engine.model.packing import PackedBatch, TokenSequence, copy_to, pack
 from cookbook.engine.model.peft_layers import projection_of
 from cookbook.engine.model.peft_settings import is_same
-from cookbook.engine.model.prefix_tree import MIN_SHARED_TOKENS
+from cookbook.engine.model.prefix_tree import MIN_SHARED_TOKENS, families
 from cookbook.engine.model.recurrence import RecurrentLayers
 from cookbook.engine.model.text_part import by_published_names, frozen_parameters, text_decoder
 from cookbook.engine.model.unembedding import BlockSizes, Head, Scores, TokenLoss
@@ -270,9 +270,10 @@ class BaseModel:
 
     def _logprobs_of_tree(self, sequences: list[TokenSequence]) -> Tensor:
         """Returns the log-probabilities of `sequences` in one row that has what they share once."""
-        batch = pack(sequences, self.device, trained_only=False, min_shared=1)
-        found = batch.layout.split(self.logprobs(batch).cpu().numpy())
-        return torch.from_numpy(np.concatenate(found)).to(self.device)
+        (family,) = families([sequence.tokens_T for sequence in sequences], min_shared=1)
+        batch = pack([sequences[index] for index in family.indices], self.device, False, [family])
+        found = dict(zip(family.indices, batch.layout.split(self.logprobs(batch).cpu().numpy()), strict=True))
+        return torch.from_numpy(np.concatenate([found[0], found[1]])).to(self.device)
 
     # -- one micro-batch --------------------------------------------------------------------
 
@@ -283,7 +284,8 @@ class BaseModel:
             return self.logprobs_of_whole_model(batch)
         hidden_ND = self.hidden_of(batch.tokens_1N, batch.positions_1N, batch.attention)
         hidden_SD = hidden_ND.index_select(0, batch.scored_S)
-        return batch.by_position(unembedding.score(self.head(batch.scored_S), hidden_SD, batch.targets_S))
+        logprobs_S = unembedding.score(self.head(batch.scored_S), hidden_SD, batch.targets_S)
+        return logprobs_S if batch.shared is None else batch.shared.by_position(logprobs_S)
 
     @torch.no_grad()
     def scores(self, batch: PackedBatch) -> Scores:
@@ -296,7 +298,7 @@ class BaseModel:
         hidden_ND = self.hidden_of(batch.tokens_1N, batch.positions_1N, batch.attention)
         hidden_SD = hidden_ND.index_select(0, batch.scored_S)
         found = unembedding.score_and_compare(self.head(), hidden_SD, batch.targets_S)
-        return Scores(*map(batch.by_position, found))
+        return found if batch.shared is None else Scores(*map(batch.shared.by_position, found))
 
     def backpropagate(
         self, batch: PackedBatch, token_loss: TokenLoss, checkpoint_layers: bool
@@ -335,7 +337,7 @@ class BaseModel:
                 grad_ND = torch.zeros_like(hidden_ND, dtype=torch.float32)
                 grad_ND = grad_ND.index_add_(0, trained_S, grad_SD.float()).to(hidden_ND.dtype)
             hidden_ND.backward(grad_ND)
-        return batch.by_position(logprobs_S), loss
+        return logprobs_S if batch.shared is None else batch.shared.by_position(logprobs_S), loss
 
     def dropping(self, keys_N: np.ndarray | None) -> contextlib.AbstractContextManager[None]:
         """Drops inputs of the active adapter in the body, by keys of the row's tokens. None drops none."""

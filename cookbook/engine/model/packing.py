@@ -11,14 +11,14 @@ paths of all branches.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from cookbook.engine.model.attention import AttentionLayout
-from cookbook.engine.model.prefix_tree import Branch, Segment, branches, families
+from cookbook.engine.model.prefix_tree import Branch, Family, Segment, branches
 from cookbook.engine.model.tree_attention import Tree
 from cookbook.engine.model.unembedding import TokenLoss
 from cookbook.errors import RequestError
@@ -57,59 +57,60 @@ def check_data(
     """
     if not data:
         raise RequestError("No data: the list of Datum is empty. Pass at least one.")
-    sequences = []
-    for index, datum in enumerate(data):
+    sequences: list[TokenSequence] = []
+    for datum in data:
         try:
-            for name in () if allow_unknown else datum.loss_fn_inputs:
-                if name not in KNOWN_INPUTS:
+            _check_names(datum, required, allow_unknown)
+            tokens_T = datum.model_input.to_numpy()
+            if not len(tokens_T):
+                raise RequestError("The model input is empty. A Datum needs at least one token.")
+            inputs: dict[str, np.ndarray] = {}
+            for name, value in datum.loss_fn_inputs.items():
+                if name not in required and name != "weights":
+                    continue
+                assert isinstance(value, TensorData)
+                inputs[name] = array = value.to_numpy()
+                if array.shape != tokens_T.shape:
                     raise RequestError(
-                        f"loss_fn_inputs has {name!r}, which no built-in loss reads."
-                        f"{did_you_mean(name, KNOWN_INPUTS)} They read "
-                        f"{', '.join(KNOWN_INPUTS)}; forward_backward_custom takes anything."
+                        f"{name} has shape {list(array.shape)}, the model input {len(tokens_T)} tokens. "
+                        f"Give one value per input token (targets are already shifted: "
+                        f"input tokens[:-1], targets tokens[1:])."
                     )
-            sequences.append(_check_datum(datum, required, vocab_size))
+                if not np.isfinite(array).all():
+                    raise RequestError(f"{name} has a value that is not finite.")
+            targets_T = inputs.pop("target_tokens")
+            ignored_T = targets_T == IGNORED_TARGET
+            for name, ids in (("model_input", tokens_T), ("target_tokens", targets_T[~ignored_T])):
+                outside = ids[(ids < 0) | (ids >= vocab_size)]
+                if len(outside):
+                    hint = f"; {IGNORED_TARGET} marks a target to ignore" if name == "target_tokens" else ""
+                    raise RequestError(
+                        f"{name} has token {outside[0]}, outside the vocabulary of {vocab_size}. "
+                        f"Use the tokenizer of this model{hint}."
+                    )
+            weights_T = inputs.pop("weights", np.float32(1))
+            weights_T = np.where(ignored_T, np.float32(0), weights_T)
+            sequences.append(TokenSequence(tokens_T, targets_T, weights_T, inputs))
         except RequestError as error:
-            error.add_note(f"in datum {index} of {len(data)}")
+            error.add_note(f"in datum {len(sequences)} of {len(data)}")
             raise
     return sequences
 
 
-def _check_datum(datum: Datum, required: Sequence[str], vocab_size: int) -> TokenSequence:
-    tokens_T = datum.model_input.to_numpy()
-    if not len(tokens_T):
-        raise RequestError("The model input is empty. A Datum needs at least one token.")
+def _check_names(datum: Datum, required: Sequence[str], allow_unknown: bool) -> None:
+    """Raises RequestError for an input that no built-in loss reads, and for one that is missing."""
+    for name in () if allow_unknown else datum.loss_fn_inputs:
+        if name not in KNOWN_INPUTS:
+            raise RequestError(
+                f"loss_fn_inputs has {name!r}, which no built-in loss reads."
+                f"{did_you_mean(name, KNOWN_INPUTS)} They read "
+                f"{', '.join(KNOWN_INPUTS)}; forward_backward_custom takes anything."
+            )
     if missing := [name for name in required if name not in datum.loss_fn_inputs]:
         have = ", ".join(datum.loss_fn_inputs) or "none"
         raise RequestError(
             f"loss_fn_inputs lacks {', '.join(missing)} (given: {have}). Add one value per input token."
         )
-    inputs: dict[str, np.ndarray] = {}
-    for name, value in datum.loss_fn_inputs.items():
-        if name not in required and name != "weights":
-            continue
-        assert isinstance(value, TensorData)
-        inputs[name] = array = value.to_numpy()
-        if array.shape != tokens_T.shape:
-            raise RequestError(
-                f"{name} has shape {list(array.shape)}, the model input {len(tokens_T)} tokens. "
-                f"Give one value per input token (targets are already shifted: "
-                f"input tokens[:-1], targets tokens[1:])."
-            )
-        if not np.isfinite(array).all():
-            raise RequestError(f"{name} has a value that is not finite.")
-    targets_T = inputs.pop("target_tokens")
-    ignored_T = targets_T == IGNORED_TARGET
-    for name, ids in (("model_input", tokens_T), ("target_tokens", targets_T[~ignored_T])):
-        outside = ids[(ids < 0) | (ids >= vocab_size)]
-        if len(outside):
-            raise RequestError(
-                f"{name} has token {outside[0]}, outside the vocabulary of {vocab_size}. "
-                f"Use the tokenizer of this model"
-                + (f"; {IGNORED_TARGET} marks a target to ignore." if name == "target_tokens" else ".")
-            )
-    weights_T = inputs.pop("weights", np.float32(1))
-    weights_T = np.where(ignored_T, np.float32(0), weights_T)
-    return TokenSequence(tokens_T, targets_T, weights_T, inputs)
 
 
 @dataclass(frozen=True)
@@ -137,6 +138,10 @@ class SharedScores:
     """The place in [S] of each scored position, ascending for those that are trained."""
     trained_ends_S: np.ndarray
     """How many trained positions belong to this place in [S] or an earlier one, for the trained places."""
+
+    def by_position(self, values_S: Tensor) -> Tensor:
+        """Returns the value of each scored position: [P]."""
+        return values_S.index_select(0, self.place_P)
 
     def loss_of(self, token_loss: TokenLoss) -> TokenLoss:
         """Returns the loss as a function of the log-probabilities of trained places in [S]."""
@@ -172,10 +177,6 @@ class PackedBatch:
         """The number of trained places in [S]."""
         return self.layout.num_trained if self.shared is None else len(self.shared.trained_ends_S)
 
-    def by_position(self, values_S: Tensor) -> Tensor:
-        """Returns the value of each scored position: [P]."""
-        return values_S if self.shared is None else values_S.index_select(0, self.shared.place_P)
-
 
 def copy_to(device: torch.device, array: np.ndarray) -> Tensor:
     """Returns the array as a tensor on the device, without waiting for the copy."""
@@ -189,12 +190,12 @@ def pack(
     sequences: Sequence[TokenSequence],
     device: torch.device,
     trained_only: bool,
-    min_shared: int | None = None,
+    families: Sequence[Family] = (),
 ) -> PackedBatch:
     """Puts sequences in one row and copies it to the device. Nothing else converts arrays to tensors.
 
-    Beginnings of at least `min_shared` tokens that sequences share are in the row once. Scores every position
-    that has a target or, with `trained_only`, those with a weight other than 0.
+    The sequences are those of the `families`, one after another; what a family shares is in the row once.
+    Scores every position that has a target or, with `trained_only`, those with a weight other than 0.
     """
     lengths = [len(sequence.tokens_T) for sequence in sequences]
     ends = np.cumsum(lengths).tolist()
@@ -205,7 +206,8 @@ def pack(
         others_P = np.flatnonzero((weights_N == 0) & (targets_N != IGNORED_TARGET))
         scored_P = np.concatenate([trained_P, others_P])
     segments = list(zip([0, *ends[:-1]], ends, strict=True))
-    grown = _branches(sequences, min_shared)
+    shares = any(len(family.indices) > 1 for family in families)
+    grown = _branches(families) if shares else None
     shared = None
     if grown is None:
         tokens_N = np.concatenate([sequence.tokens_T for sequence in sequences])
@@ -241,14 +243,12 @@ def pack(
     )
 
 
-def _branches(sequences: Sequence[TokenSequence], min_shared: int | None) -> list[Branch] | None:
-    """Returns the branches of a row, or None if the sequences share nothing."""
-    found = families([sequence.tokens_T for sequence in sequences], min_shared)
-    if len(found) == len(sequences):
-        return None
+def _branches(families: Sequence[Family]) -> list[Branch]:
+    """Returns the branches of a row with the sequences of these families, in their order."""
     row: list[Branch] = []
-    for family in found:
-        row += branches(family, row[-1].segment[1] if row else 0)
+    for family in families:
+        num_before, start = len(row), row[-1].segment[1] if row else 0
+        row += [replace(branch, index=num_before + branch.index) for branch in branches(family, start)]
     return row
 
 

@@ -100,7 +100,7 @@ class Branch:
     """The tokens of one sequence that are in the row for it alone. They follow those of its ancestors."""
 
     index: int
-    """The sequence."""
+    """The place of the sequence in its family, or in the row."""
     first: int
     """The position of the first of its tokens in the sequence, which may be all that the sequence has."""
     segment: Segment
@@ -143,7 +143,7 @@ def branches(family: Family, start: int = 0) -> list[Branch]:
         place = waiting.pop()
         first, stop = firsts[place], end + family.lengths[place] - firsts[place]
         ancestors = [] if parents[place] < 0 else _beginning(found[parents[place]].path, first)
-        found[place] = Branch(family.indices[place], first, (end, stop), ancestors)
+        found[place] = Branch(place, first, (end, stop), ancestors)
         end = stop
         waiting += sorted(children[place], key=lambda child: firsts[child])
     return list(found.values())

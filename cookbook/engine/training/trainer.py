@@ -291,13 +291,12 @@ class Trainer:
             plan += [[] for _ in range(num_microbatches - len(plan))]
         results = []
         for microbatch in plan:
-            indices = sorted(index for family in microbatch for index in family.indices)
+            indices = [index for family in microbatch for index in family.indices]
             sequences = [request.sequences[index] for index in indices] or [_untrained(request)]
             size = sum(family.size(limits.size_without_checkpointing) for family in microbatch) or 1
             is_checkpointed = backward and size > limits.max_tokens_without_checkpointing
-            min_shared = self.base.min_shared_tokens if masks is None else None
             try:
-                batch = pack(sequences, self.base.device, request.trained_only, min_shared)
+                batch = pack(sequences, self.base.device, request.trained_only, microbatch)
                 keys = None
                 if masks is not None:
                     keys = masks.keys(indices or [len(request.sequences)], list(map(len, sequences)))

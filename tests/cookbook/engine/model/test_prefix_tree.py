@@ -29,7 +29,8 @@ def test_a_row_has_each_node_of_the_tree_once_and_every_path_spells_its_sequence
     assert sum(family.size() for family in found) == size_of_trie(texts)
     for family in found:
         grown = branches(family, start=5)
-        row = [-1] * 5 + [token for branch in grown for token in texts[branch.index][branch.first :]]
+        own = [texts[index] for index in family.indices]
+        row = [-1] * 5 + [token for branch in grown for token in own[branch.index][branch.first :]]
         assert len(row) == 5 + family.size()
         for branch in grown:
             assert [row[at] for start, stop in branch.path for at in range(start, stop)] == texts[
@@ -92,7 +93,7 @@ def test_the_longest_sequence_is_the_stem_so_a_conversation_is_in_one_piece() ->
     texts = [last[:length] + [length] * 5 for length in (20, 40, 60)] + [last]
     (family,) = families(arrays(texts), min_shared=1)
     grown = branches(family)
-    assert [branch.index for branch in grown] == [3, 2, 1, 0]
+    assert [family.indices[branch.index] for branch in grown] == [3, 2, 1, 0]
     assert [branch.ancestors for branch in grown] == [[], [(0, 60)], [(0, 40)], [(0, 20)]]
 
 

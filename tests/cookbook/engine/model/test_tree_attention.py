@@ -13,11 +13,22 @@ import torch
 from outside_world import run_varlen_attention_on_the_cpu
 from torch import Tensor, nn
 
-from cookbook.engine.model import attention, packing
+from cookbook.engine.model import attention
 from cookbook.engine.model.attention import AttentionLayout, packed_attention
-from cookbook.engine.model.packing import TokenSequence, pack
+from cookbook.engine.model.packing import PackedBatch, TokenSequence, pack
+from cookbook.engine.model.prefix_tree import families
 
 HEAD_SIZE = 8
+
+
+def packed(texts: list[np.ndarray]) -> PackedBatch:
+    found = families(texts, min_shared=1)
+    sequences = [
+        TokenSequence(texts[index], texts[index], np.ones(len(texts[index]), np.float32), {})
+        for family in found
+        for index in family.indices
+    ]
+    return pack(sequences, torch.device("cpu"), trained_only=True, families=found)
 
 
 def make_layout(seed: int = 0) -> tuple[AttentionLayout, list[list[int]]]:
@@ -29,8 +40,7 @@ def make_layout(seed: int = 0) -> tuple[AttentionLayout, list[list[int]]]:
         kept = other[: rng.integers(1, len(other) + 1)]
         texts.append(np.concatenate([kept, rng.integers(1000, size=length)]))
     texts.append(rng.integers(1000, 2000, size=12))  # shares nothing
-    sequences = [TokenSequence(text, text, np.ones(len(text), np.float32), {}) for text in texts]
-    batch = pack(sequences, torch.device("cpu"), trained_only=True, min_shared=1)
+    batch = packed(texts)
     row = batch.tokens_1N[0].tolist()
     assert len(row) < sum(map(len, texts))
     seen: list[list[int]] = [[] for _ in row]
@@ -118,8 +128,7 @@ def test_blocks_of_ancestors_are_shared_by_neighbours() -> None:
     rng = np.random.default_rng(0)
     prompt = rng.integers(1000, size=1100)
     texts = [np.concatenate([prompt, [number, 5]]) for number in range(40)]
-    sequences = [TokenSequence(text, text, np.ones(len(text), np.float32), {}) for text in texts]
-    layout = packing.pack(sequences, torch.device("cpu"), trained_only=True, min_shared=1).attention
+    layout = packed(texts).attention
     assert layout.tree is not None
     over_ancestors = [call for call in layout.tree.calls if not call.is_causal]
     assert [(call.keys.start, call.keys.stop) for call in over_ancestors] == [
