@@ -33,9 +33,8 @@ def test_a_row_has_each_node_of_the_tree_once_and_every_path_spells_its_sequence
         row = [-1] * 5 + [token for branch in grown for token in own[branch.index][branch.first :]]
         assert len(row) == 5 + family.size()
         for branch in grown:
-            assert [row[at] for start, stop in branch.path for at in range(start, stop)] == texts[
-                branch.index
-            ]
+            path = [row[at] for start, stop in branch.path for at in range(start, stop)]
+            assert path == own[branch.index]
             assert branch.first == sum(stop - start for start, stop in branch.ancestors)
             assert all(start < stop <= branch.segment[0] for start, stop in branch.ancestors)
 
