@@ -202,24 +202,51 @@ def loads(subject: Subject) -> str:
 def share_adapted(subject: Subject) -> str:
     """The share of the weights of the decoder's layers that carries an adapter, as PEFT loads it.
 
-    Embeddings, the head, norms and towers are not counted, nor indexers, which choose positions and get no
-    gradient.
+    Embeddings, the head, norms, convolutions (less than 1% of the weights at published sizes) and towers are
+    not counted, nor weights that get no gradient from text (indexers, which choose positions, and attention
+    to images). Linear layers are named on which PEFT itself refuses an adapter in this architecture.
     """
     decoder = subject.adapted.base_model.model.get_decoder()
-    embeddings = {id(m.weight) for m in decoder.modules() if isinstance(m, torch.nn.Embedding)}
-    weights = {
-        name: weight
-        for name, weight in decoder.named_parameters()
-        if weight.ndim > 1 and "lora_" not in name and id(weight) not in embeddings
-        if ".indexer." not in name
-    }
+    skipped = (torch.nn.Embedding, torch.nn.Conv1d)
+    not_counted = {id(m.weight) for m in decoder.modules() if isinstance(m, skipped)}
     modules = [module for module in decoder.modules() if isinstance(module, LoraLayer)]
-    adapted = {id(_adapted_weight(module)) for module in modules}
-    others = {name: weight.numel() for name, weight in weights.items() if id(weight) not in adapted}
-    share = 1 - sum(others.values()) / sum(weight.numel() for weight in weights.values())
-    largest = max(others, key=others.__getitem__, default="").replace(".base_layer", "")
-    assert share >= 0.85, f"{share:.0%}: not {largest}"
-    return f"{share:.0%}"
+    adapted = {id(_adapted_weight(module)): _adapted_weight(module) for module in modules}
+    others = {
+        name.replace(".base_layer", ""): weight
+        for name, weight in decoder.named_parameters()
+        if weight.ndim > 1 and "lora_" not in name and id(weight) not in not_counted | adapted.keys()
+    }
+    sizes = {name: others[name].numel() for name in _with_gradient(subject, others)}
+    refused = {name: size for name, size in sizes.items() if _is_refused_by_peft(subject.adapted, name)}
+    total = sum(sizes.values()) + sum(weight.numel() for weight in adapted.values())
+    share = 1 - sum(sizes.values()) / total
+    largest = max(sizes.keys() - refused.keys(), key=sizes.__getitem__, default="")
+    assert share + sum(refused.values()) / total >= 0.85, f"{share:.0%}: not {largest}"
+    layers = sorted({name.split(".")[-2] for name in refused})
+    return f"{share:.0%}" + (f" (PEFT refuses {', '.join(layers)})" if layers else "")
+
+
+def _with_gradient(subject: Subject, weights: Mapping[str, Tensor]) -> list[str]:
+    """Returns the names of those weights on which the log-probabilities of some text depend."""
+    if not weights:
+        return []
+    for weight in weights.values():
+        weight.requires_grad_(True)
+    loss = plain_logprobs(subject.adapted, SHORT[1]).sum()
+    found = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
+    for weight in weights.values():
+        weight.requires_grad_(False)
+    return [name for name, gradient in zip(weights, found, strict=True) if gradient is not None]
+
+
+def _is_refused_by_peft(adapted: Any, name: str) -> bool:
+    """Returns whether PEFT raises for an adapter on the layer of a weight, by its name."""
+    tuner, leaf = adapted.base_model, name.split(".")[-2]
+    try:
+        tuner._check_target_module_compatiblity(adapted.peft_config["default"], tuner.model, leaf)
+    except ValueError:
+        return True
+    return False
 
 
 def _adapted_weight(module: Any) -> Tensor:

@@ -135,6 +135,8 @@ class Adapters:
             warnings.filterwarnings("ignore", message=".*tie_word_embeddings.*")
             # PEFT 0.21 reads a name that transformers 5.23 deprecates.
             warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+            # PEFT sets this option of its config for each layer anew.
+            warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
             if lora.seed is not None:
                 torch.manual_seed(lora.seed)
             try:

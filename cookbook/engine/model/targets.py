@@ -10,6 +10,7 @@ layers, MLPs, shared and routed experts, the projections around them, and the pr
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import functools
 import inspect
@@ -17,12 +18,14 @@ import itertools
 import operator
 import re
 import sys
+import textwrap
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from cookbook.engine.model.named_targets import layers_named
 from cookbook.engine.model.text_part import text_decoder
@@ -168,7 +171,7 @@ def find_targets(model: Any) -> TargetTable:
             seen.add(id(parameter))
             reason = _why_not(module, short, path, id(module) in in_decoder, model)
             if reason is None:
-                is_stacked = not isinstance(module, nn.Linear)
+                is_stacked = not isinstance(module, nn.Linear | Conv1D)
                 full = f"{name}.{short}" if is_stacked else name
                 targets[full] = Target(full, _group(path), _num_weights(parameter), is_stacked)
             else:
@@ -225,11 +228,13 @@ def _why_not(
         return None
     if parameter.dim() == 3 and any("expert" in word for word in words):
         return "experts"
-    if re.search(r"conv\d?d?$", leaf) or parameter.dim() > 2 or "conv" in type(module).__name__.lower():
+    is_linear = isinstance(module, nn.Linear | Conv1D) and short == "weight"
+    is_conv = "conv" in type(module).__name__.lower() and not isinstance(module, Conv1D)
+    if re.search(r"conv\d?d?$", leaf) or parameter.dim() > 2 or is_conv:
         return "convolutions"
-    if not isinstance(module, nn.Linear) or short != "weight":
+    if not is_linear:
         return "special layers" if short == "weight" and parameter.dim() == 2 else "norms and vectors"
-    if not is_plain(module):
+    if isinstance(module, nn.Linear) and not is_plain(module):
         return "special layers"
     if _is_unused(leaf, parent):
         return "unused layers"
@@ -294,20 +299,47 @@ def _is_unused(leaf: str, parent: nn.Module | None) -> bool:
 def _reads_weight(parent: type, leaf: str) -> bool:
     """Returns whether the code of a module multiplies with the weight of a child itself.
 
-    An adapter on the child would have no effect. Fused kernels that are used only in training mode, which
-    this engine does not use, are no such place.
+    An adapter on the child would have no effect. A fused kernel that is used only in training mode is no such
+    place, because neither this engine nor generation uses that mode.
     """
-    source = _source_of(parent.__module__, parent.__qualname__)
-    return re.search(rf"(?<!outproj_weight=)self\.{leaf}\.weight\b(?![.\[])", source) is not None
+    return leaf in _weights_read(parent.__module__, parent.__qualname__)
+
+
+_DESCRIPTIONS = ("device", "dtype", "ndim", "requires_grad", "shape", "size")
+_INITIALISERS = ("__init__", "init_weights", "reset_parameters", "init_mamba_weights")
 
 
 @functools.cache
-def _source_of(module: str, name: str) -> str:
-    """Returns the source of a class, or "" if it is not at hand."""
+def _weights_read(module: str, name: str) -> frozenset[str]:
+    """Returns the children whose weight the code of a class uses; none if its source is not at hand."""
     try:
-        return inspect.getsource(operator.attrgetter(name)(sys.modules[module]))
+        source = inspect.getsource(operator.attrgetter(name)(sys.modules[module]))
     except (AttributeError, KeyError, OSError, TypeError):
-        return ""
+        return frozenset()
+    found: set[str] = set()
+    waiting: list[ast.AST] = [ast.parse(textwrap.dedent(source))]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, ast.FunctionDef) and node.name in _INITIALISERS:
+            continue
+        if isinstance(node, ast.If) and "self.training" in _conditions(node.test):
+            waiting += node.orelse
+            continue
+        if isinstance(node, ast.Attribute) and node.attr in _DESCRIPTIONS:
+            continue
+        if isinstance(node, ast.Subscript) and ast.unparse(node.value).endswith(".weight"):
+            continue  # slices are those of tensor parallelism, which is off
+        match node:
+            case ast.Attribute(ast.Attribute(ast.Name("self"), child), "weight"):
+                found.add(child)
+        waiting += ast.iter_child_nodes(node)
+    return frozenset(found)
+
+
+def _conditions(test: ast.expr) -> list[str]:
+    """Returns the conditions that all have to hold."""
+    is_and = isinstance(test, ast.BoolOp) and isinstance(test.op, ast.And)
+    return [ast.unparse(part) for part in (test.values if is_and else [test])]  # type: ignore[attr-defined]
 
 
 def _group(path: list[tuple[str, nn.Module]]) -> Group:

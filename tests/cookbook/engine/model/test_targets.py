@@ -38,6 +38,9 @@ SIZES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt-oss-20b": ("gpt_oss", {"num_hidden_layers": 24, "num_local_experts": 32}),
     "DeepSeek-V3": ("deepseek_v3", {}),
     "Mixtral-8x7B": ("mixtral", {}),
+    "Falcon-H1-7B": ("falcon_h1", {}),
+    "Mamba-Codestral-7B": ("mamba2", {}),
+    "ZAYA1-8B": ("zaya", {}),
 }
 """Published sizes, as the defaults of transformers and what differs from them."""
 
@@ -110,7 +113,7 @@ def gradients_of_peft(model: Any, adapter: Path, data: list[Datum]) -> dict[str,
     }
 
 
-@pytest.mark.parametrize("name", ["deepseek_v3", "falcon", "nemotron_h", "zamba2"])
+@pytest.mark.parametrize("name", ["deepseek_v3", "falcon", "falcon_mamba", "gpt2", "nemotron_h", "zamba2"])
 def test_every_adapter_gets_the_gradient_of_peft_which_reads_it_back(
     name: str, tmp_path: Path, make_trainer: Any, make_data: Any, gradients_of: Any
 ) -> None:
