@@ -40,7 +40,7 @@ class MergedWeights:
             layers[name.removesuffix(".weight")] + (".weight" if name.endswith(".weight") else ""): update
             for name, update in updates.items()
         }
-        self.updates = with_transposed(named, model)
+        self.updates = with_layouts(named, model)
         shapes = {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
         head, embeddings = tied_weights(model)
         partner = {head: embeddings, embeddings: head} if head and embeddings else {}
@@ -128,11 +128,19 @@ def merged_weights(source: TrainedModel, base_folder: Path) -> MergedWeights:
     return merged
 
 
-def with_transposed(updates: Mapping[str, Update], model: Any) -> dict[str, Update]:
-    """Returns the updates, which know the weights that are stored transposed, as in GPT-2.
+def with_layouts(updates: Mapping[str, Update], model: Any) -> dict[str, Update]:
+    """Returns the updates, which know the weights that are stacked, or stored transposed, as in GPT-2.
 
-    The shape does not show it if the weight is square.
+    The shape does not show it if the weight is square. The names of JetMoE's stacked weights are those of
+    linear layers.
     """
+    stacked = {name for name, weight in model.named_parameters() if weight.ndim == 3}
+    updates = {
+        name: StackedLowRank(update.a_RI, update.b_OR, update.scaling)
+        if name in stacked and isinstance(update, LowRank)
+        else update
+        for name, update in updates.items()
+    }
     transposed = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Conv1D)}
     transposed |= {
         f"{name}.{weight}"

@@ -729,6 +729,17 @@ FAMILIES: dict[str, TinyFamily] = {
         **_DENSE_FIRST_BY_TYPE,
     ),
     "kolibri1": text_model("kolibri1", sliding_window=9, layer_types=[SLIDING, FULL]),
+    "inkling_text": text_model(
+        "inkling_text",
+        local_layer_ids=[1],
+        swa_num_attention_heads=4,
+        swa_num_key_value_heads=2,
+        swa_head_dim=8,
+        sliding_window_size=16,
+        d_rel=4,
+        rel_extent=32,
+        logits_mup_width_multiplier=2.0,
+    ),
     "iquestcoder": text_model("iquestcoder"),
     "nemotron_h_omni": multimodal(
         "nemotron_h_omni",

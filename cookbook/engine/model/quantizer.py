@@ -15,7 +15,8 @@ from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name
 
 from cookbook.engine.model import stacked_4bit
-from cookbook.engine.model.targets import find_targets, is_grouped, is_plain, stacked_names
+from cookbook.engine.model.expert_forms import form_of
+from cookbook.engine.model.targets import find_targets, is_plain
 
 _METHOD = "bitsandbytes_4bit_with_experts"
 _NOT_QUANTIZED = ("routers", "indexers", "layers read directly")
@@ -50,8 +51,8 @@ class LayersAndExperts(Bnb4BitHfQuantizer):
 
     def param_needs_quantization(self, model: Any, param_name: str, **options: Any) -> bool:
         module, name = get_module_from_name(model, param_name)
-        if is_grouped(module):
-            return name in stacked_names(module)
+        if (form := form_of(module)) is not None:
+            return name in form.names
         return bool(super().param_needs_quantization(model, param_name, **options))
 
     def get_quantize_ops(self) -> Any:
@@ -70,7 +71,7 @@ class _Quantize(ConversionOps):
         results: dict[str, Tensor | nn.Parameter] = {}
         for name, value in input_dict.items():
             module, _ = get_module_from_name(model, name)
-            if not is_grouped(module):
+            if form_of(module) is None:
                 results |= self._of_layers.convert({name: value}, model=model, **others)
                 continue
             weight = value[0] if isinstance(value, list) else value

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from cookbook.engine.model.expert_forms import form_of
 from cookbook.engine.model.named_targets import layers_named
 from cookbook.engine.model.text_part import text_decoder
 from cookbook.errors import ConfigError
@@ -45,7 +46,6 @@ WHY_NOT: Mapping[str, str] = {
     "layers read directly": "the model reads their weight without running them",
     "special layers": "they compute another product than a linear layer",
     "layers PEFT refuses": "PEFT supports no adapter on them in this architecture",
-    "experts": "their weights are stacked in a form that is not known here",
     "embeddings": "they are looked up, not multiplied",
     "convolutions": "they have few weights",
     "norms and vectors": "they have few weights",
@@ -224,10 +224,8 @@ def _why_not(
         return "indexers"
     if any("router" in word for word in words) or _is_gate(path, parameter):
         return "routers"
-    if is_grouped(module) and short in stacked_names(module):
+    if parameter.dim() == 3 and (any("expert" in word for word in words) or form_of(module) is not None):
         return None
-    if parameter.dim() == 3 and any("expert" in word for word in words):
-        return "experts"
     is_linear = isinstance(module, nn.Linear | Conv1D) and short == "weight"
     is_conv = "conv" in type(module).__name__.lower() and not isinstance(module, Conv1D)
     if re.search(r"conv\d?d?$", leaf) or parameter.dim() > 2 or is_conv:
@@ -243,19 +241,6 @@ def _why_not(
     if leaf in ("out_proj", "conv1d") and model.config.model_type in _REFUSED_BY_PEFT:
         return "layers PEFT refuses"
     return None
-
-
-def is_grouped(module: nn.Module) -> bool:
-    """Returns whether the module holds stacked expert weights that transformers can use in grouped products.
-
-    Such modules describe themselves: gates, biases, and whether the weights are transposed.
-    """
-    return hasattr(module, "has_gate") and hasattr(module, "is_transposed") and hasattr(module, "has_bias")
-
-
-def stacked_names(experts: Any) -> tuple[str, str]:
-    """Returns the names of the two stacked weights of a module of experts, in the order of their use."""
-    return ("gate_up_proj" if experts.has_gate else "up_proj", "down_proj")
 
 
 def _is_gate(path: list[tuple[str, nn.Module]], weight: Tensor) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import families
@@ -13,6 +14,10 @@ from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers.integrations.moe import use_experts_implementation
+from transformers.models.jetmoe.modeling_jetmoe import JetMoeParallelExperts
+from transformers.models.llama4.modeling_llama4 import Llama4TextExperts
+from transformers.models.longcat_flash.modeling_longcat_flash import LongcatFlashExperts
+from transformers.models.step3p7.modeling_step3p7 import Step3p7Experts
 
 from cookbook.engine.model import expert_lora, stacked_4bit
 from cookbook.engine.model.base_model import BaseModel
@@ -131,6 +136,105 @@ def test_a_grouped_lora_has_the_results_and_gradients_of_peft(
     assert sum("lora_" in name for name in found) == 2 * len(parameters)
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5 * float(value.abs().max()))
+
+
+def other_experts(name: str) -> tuple[Any, tuple[Any, ...], list[str]]:
+    """Returns experts that do not describe themselves, their inputs, and the names of their weights."""
+    tokens_ND, chosen_NK, weights_NK = inputs_of(17)
+    if name == "jetmoe":
+        experts: Any = JetMoeParallelExperts(NUM_EXPERTS, HIDDEN, INNER)
+        return experts, (tokens_ND, [3, 0, 9, 4, 1]), ["weight"]
+    sizes = {"hidden_size": HIDDEN, "hidden_act": "silu", "num_local_experts": NUM_EXPERTS}
+    if name == "llama4":
+        experts = Llama4TextExperts(SimpleNamespace(**sizes, intermediate_size=INNER))
+        return experts, (tokens_ND[:15],), ["down_proj", "gate_up_proj"]
+    if name == "step3p7":
+        experts = Step3p7Experts(SimpleNamespace(**sizes, moe_intermediate_size=INNER), swiglu_limit=0.5)
+    else:
+        others = {"expert_ffn_hidden_size": INNER, "n_routed_experts": NUM_EXPERTS - 2, "zero_expert_num": 3}
+        experts = LongcatFlashExperts(SimpleNamespace(**sizes, **others))
+    return experts, (tokens_ND, chosen_NK, weights_NK), ["down_proj", "gate_up_proj"]
+
+
+class Around(nn.Module):
+    def __init__(self, experts: nn.Module) -> None:
+        super().__init__()
+        self.experts = experts
+        for weight in experts.parameters():
+            nn.init.normal_(weight, std=0.3)
+
+    def forward(self, *inputs: Any) -> Tensor:
+        out: Tensor = self.experts(*inputs)
+        return out
+
+
+def adapted(experts: nn.Module, weights: list[str]) -> Any:
+    torch.manual_seed(0)
+    config = PeftLoraConfig(
+        r=RANK,
+        target_modules=[],
+        target_parameters=[f"experts.{weight}" for weight in weights],
+        init_lora_weights=False,
+    )
+    return PeftModel(Around(experts).requires_grad_(False), config)
+
+
+@pytest.mark.parametrize("is_in_4_bits", [False, True])
+@pytest.mark.parametrize("name", ["jetmoe", "llama4", "longcat", "step3p7"])
+def test_experts_that_do_not_describe_themselves_have_the_results_and_gradients_of_peft(
+    name: str, is_in_4_bits: bool
+) -> None:
+    results = []
+    for is_ours in (False, True):
+        experts, inputs, weights = other_experts(name)
+        model = adapted(experts, weights)
+        for weight in weights if is_in_4_bits else ():
+            stacked = getattr(experts, weight).data
+            values: Any = stacked_4bit.quantize(
+                stacked, stacked.dtype, quant_type="nf4", compress_statistics=True
+            )
+            if not is_ours:
+                values = torch.stack([rounded(matrix) for matrix in stacked])
+                values = nn.Parameter(values, requires_grad=False)
+            setattr(experts, weight, values)
+        if is_ours:
+            expert_lora.run_in_4_bits(model)
+            expert_lora.fuse(model)
+        floats = [
+            i.detach().requires_grad_() for i in inputs if isinstance(i, Tensor) and i.is_floating_point()
+        ]
+        others = iter(floats)
+        inputs = tuple(next(others) if isinstance(i, Tensor) and i.is_floating_point() else i for i in inputs)
+        out = model(*inputs)
+        out.square().sum().backward()
+        named = {n: p.grad for n, p in model.named_parameters() if "lora_" in n}
+        assert len(named) == 2 * len(weights)
+        results.append({"out": out.detach(), **{str(i): x.grad for i, x in enumerate(floats)}, **named})
+        assert any("forward" in vars(module) for module in model.modules()) == is_ours
+    expected, found = results
+    for key, value in expected.items():
+        torch.testing.assert_close(
+            found[key], value, rtol=1e-4, atol=1e-5 * float(value.abs().max()), msg=key
+        )
+
+
+class SquaredExperts(Step3p7Experts):
+    """Has the weights of other experts, and computes something else."""
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        out: Tensor = super().forward(hidden_states, top_k_index, top_k_weights**2)
+        return out
+
+
+def test_experts_that_compute_something_else_are_left_to_peft() -> None:
+    sizes = {"hidden_size": HIDDEN, "hidden_act": "silu", "num_local_experts": NUM_EXPERTS}
+    experts = SquaredExperts(SimpleNamespace(**sizes, moe_intermediate_size=INNER))
+    model = adapted(experts, ["down_proj", "gate_up_proj"])
+    expert_lora.fuse(model)
+    assert not any("forward" in vars(module) for module in model.modules())
+    assert all(
+        name in results_of(model, inputs_of(9)) for name, _ in model.named_parameters() if "lora" in name
+    )
 
 
 def test_bfloat16_results_are_as_accurate_as_those_of_peft() -> None:

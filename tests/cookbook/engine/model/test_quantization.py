@@ -241,9 +241,9 @@ def test_an_unknown_quantization_is_refused_naming_the_supported_ones() -> None:
 
 
 def test_a_model_whose_weights_are_mostly_experts_of_unknown_form_is_refused(tmp_path: Path) -> None:
-    folder = families.save("llama4", tmp_path / "whole")
-    config = AutoConfig.from_pretrained(folder).text_config
-    config.num_local_experts, config.architectures = 32, ["Llama4ForCausalLM"]
+    folder = families.save("inkling_text", tmp_path / "whole")
+    config = AutoConfig.from_pretrained(folder)
+    config.n_shared_experts = 64  # which are in three stacked weights
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     service = ServiceClient(device="cpu", quantization="nf4")
     with pytest.raises(ConfigError, match=r"Those are [0-9,]+ of the [0-9,]+ weights in the layers of"):
