@@ -22,6 +22,7 @@ from contextlib import suppress
 from functools import cached_property
 from itertools import pairwise
 from operator import is_
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from cookbook.errors import RendererError
@@ -215,35 +216,60 @@ class ChatTemplateRenderer(Renderer):
                 before = self._chat(messages[:-1], tools).under(last.prompted_by)
                 self._checked_text(before, prompt=True)
             text = last.prompt + last.said + last.behind
-        # A prompt ends with a border between tokens. The model is sampled for the last trained reply in
-        # one mode, so the borders in front of it are those of that mode.
-        sampled = self.with_template_kwargs(last.prompted_by.chosen) if last else self
-        sampled_chat = sampled._chat(messages, tools)
-        cuts: list[int] = []
+        # A prompt ends with a border between tokens, and where the prompts for earlier replies end depends on
+        # the mode that the model is sampled in. The borders are those of the last trained reply's mode. A
+        # reply of another mode, whose borders differ in front of it, needs a sequence of its own.
+        usual = last.prompted_by if last else self._template
+        prompts = {max(turns): turns[max(turns)].prompt} if turns else {}
+        borders = {usual: self._borders(messages, tools, text, usual, prompts)}
         spans: dict[int, CharSpan] = {}
         rewritten: list[int] = []
-        for index, message in enumerate(messages):
-            if message["role"] == "assistant":
-                turn = turns.get(index)
-                prompt = turn.prompt if turn and turn is last else sampled._prompt_of(sampled_chat, index)
-                if prompt and text.startswith(prompt):
-                    cuts.append(len(prompt))
-                if turn is None:
-                    continue
-                if turn.prompt == prompt and text.startswith(f"{prompt}{turn.said}"):
-                    spans[index] = CharSpan(cuts[-1], cuts[-1] + len(turn.said))
-                else:
-                    rewritten.append(index)
-            elif index in chosen:
+        for index in sorted(chosen):
+            turn = turns.get(index)
+            if turn is None:
                 spans[index] = self._content_span(chat.under(mode), index)
-        return Rendering(text, cuts, spans, rewritten)
+                continue
+            if turn.prompted_by not in borders:
+                borders[turn.prompted_by] = self._borders(messages, tools, text, turn.prompted_by)
+            shown, sampled = borders[usual], borders[turn.prompted_by]
+            start = len(turn.prompt)
+            if (
+                shown.get(index) == start
+                and text.startswith(f"{turn.prompt}{turn.said}")
+                and (shown is sampled or all(shown.get(i) == sampled.get(i) for i in range(index)))
+            ):
+                spans[index] = CharSpan(start, start + len(turn.said))
+            else:
+                rewritten.append(index)
+        return Rendering(text, list(borders[usual].values()), spans, rewritten)
 
-    def _prompt_of(self, chat: Chat, index: int) -> str | None:
-        """Returns the prompt for a reply; the template's usual one if the reply cannot be trained."""
-        try:
-            return self._replies.turn(chat, index).prompt
-        except RendererError:
-            return chat.prompt_before(index)
+    def _borders(
+        self,
+        messages: Sequence[PlainMessage],
+        tools: Sequence[Tool] | None,
+        text: str,
+        mode: Template,
+        prompts: Mapping[int, str] = MappingProxyType({}),
+    ) -> dict[int, int]:
+        """Returns where the prompts for replies, as this mode prints them, end in the text, by message.
+
+        A reply that cannot be trained has the template's usual prompt. `prompts` are those known already.
+        """
+        sampled = self.with_template_kwargs(mode.chosen)
+        chat = sampled._chat(messages, tools)
+        borders: dict[int, int] = {}
+        for index, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            prompt = prompts.get(index)
+            if prompt is None:
+                try:
+                    prompt = sampled._replies.turn(chat, index).prompt
+                except RendererError:
+                    prompt = chat.prompt_before(index)
+            if prompt and text.startswith(prompt):
+                borders[index] = len(prompt)
+        return borders
 
     def _render_prompt(
         self, messages: Sequence[PlainMessage], tools: Sequence[Tool] | None, role: str
@@ -253,9 +279,7 @@ class ChatTemplateRenderer(Renderer):
         chat = self._chat(messages, tools)
         self._check_is_printed(chat)
         text = self._checked_text(chat, prompt=True) + self._replies.missing_header(chat, len(messages))
-        turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
-        prompts = [self._prompt_of(chat, index) for index in turns]
-        return Rendering(text, cuts=[len(prompt) for prompt in prompts if prompt and text.startswith(prompt)])
+        return Rendering(text, cuts=list(self._borders(messages, tools, text, self._template).values()))
 
     def _check_is_printed(self, chat: Chat) -> None:
         """Raises RendererError for a message or a tool call that the template does not print."""

@@ -12,7 +12,7 @@ in order:
 4. prompt and conversation in another mode, also as in 2 and 3;
 5. the usual prompt, if it opens a thought that the conversation does not show: the model must close it, and
    write its thinking first if the template prints none (there prompts of other modes are tried too);
-6. the usual prompt and the end of the turn, for an empty reply that the template does not print.
+6. for an empty reply that the template does not print, what it prints for one with text, without the text.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from renderers.thinking import END_THINK, THINK
 
 _ONLY_CONTENT = {"role", "content"}
 _TAG = re.compile(f"{THINK}|{END_THINK}")
-_THOUGHT = f"{SENTINEL}0;"
+_THOUGHT, _BEFORE = f"{SENTINEL}0;", f"{SENTINEL}2;"
 _MARK = r"[<\[][^\s<>\[\]]+[>\]]"
 _EMPTY_THOUGHTS = (
     re.compile(rf"(?P<opening>{_MARK})\s*\w*\s*(?P<closing>{_MARK})\s*\Z"),
@@ -229,17 +229,17 @@ class Replies:
 
     def _behind_previous(self, chat: Chat, index: int) -> tuple[str, str]:
         """Returns what the template prints behind the message before a reply: in the prompt, and with it."""
-        stand_in = self._template.adapted({**chat.given[index - 1], "content": SENTINEL})
+        stand_in = self._template.adapted({**chat.given[index - 1], "content": _BEFORE})
         prompted = chat.text_with(index - 1, stand_in, index, prompt=True)
         printed = chat.text_with(index - 1, stand_in, index + 1)
-        header = prompted.rpartition(SENTINEL)[2] + self.missing_header(chat, index)
+        header = prompted.rpartition(_BEFORE)[2] + self.missing_header(chat, index)
         if (
-            SENTINEL not in prompted
-            or SENTINEL not in printed
+            _BEFORE not in prompted
+            or _BEFORE not in printed
             or not self._prompt(chat, index).endswith(header)
         ):
             raise self._other_prompt(chat, index, prompted)
-        return header, printed.rpartition(SENTINEL)[2]
+        return header, printed.rpartition(_BEFORE)[2]
 
     def _begun_thought(self, chat: Chat, index: int) -> ReplyTurn:
         """Returns the reply for a prompt that opens a thought, or begins it with words, in every mode.
@@ -284,13 +284,14 @@ class Replies:
         return self._made(chat, index, prompt, prompt + said, (mode, mode, finding), without_thought)
 
     def _empty(self, chat: Chat, index: int) -> ReplyTurn:
-        """Returns an empty reply, which ends the turn at once, behind a prompt that any text could follow."""
-        prompt = self._prompt(chat, index)
-        if not chat.text_with(index, self._template.adapted(REPLY), index + 1).startswith(prompt):
-            raise self._other_prompt(chat, index, prompt)
-        plain, usual = self._plain, self._template
-        behind = "" if plain.is_appended else plain.printed.removeprefix(plain.written)
-        return ReplyTurn(prompt, plain.written, behind, usual, usual, "had no text, and only ended")
+        """Returns an empty reply as a reply with text is printed, without the text.
+
+        It ends the turn at once, or behind the end of a thought that the prompt opens.
+        """
+        turn = self.turn(Chat(self._template, [*chat.given[:index], REPLY], chat.given_tools), index)
+        return turn._replace(
+            said=turn.said.replace(SENTINEL, ""), finding=turn.finding or "had no text, and only ended"
+        )
 
     def _with_thought(self, chat: Chat, index: int, mode: Template) -> Iterator[tuple[Template, str, str]]:
         """Yields what the template prints before and after a thought that the reply is given, by mode."""

@@ -59,6 +59,19 @@ NO_EMPTY = (
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
+# An empty reply is not printed, and the prompt opens a thought (Nemotron Nano 2).
+NO_EMPTY_OPENED = NO_EMPTY.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}").replace(
+    "m.content }}", "('<think>\n\n</think>\n\n' if m.role == 'assistant' else '') ~ m.content }}"
+)
+# Every reply has a thought, which the prompt opens in one mode, and opens and closes in the other (Qwen3.5).
+BOTH = (
+    START
+    + THOUGHT
+    + END
+    + "{{ '<think>\n' if enable_thinking is defined and enable_thinking else '<think>\n\n</think>\n\n' }}"
+    + "{% endif %}"
+)
+
 # The system message is in the prompt only, in front of the last user's message (Mistral 7B v0.3, Nemo).
 MOVED = (
     "{% if messages[0].role == 'system' %}{% set system = messages[0].content %}"
@@ -181,6 +194,13 @@ def test_an_empty_reply_that_is_not_printed_ends_its_turn(small_tokenizer, train
     check(small_tokenizer(NO_EMPTY), trained_runs, [user("a"), reply("")], "<|im_end|>", {})
 
 
+def test_an_empty_reply_that_is_not_printed_closes_a_thought_that_the_prompt_opens(
+    small_tokenizer, trained_runs
+):
+    for chat in ([user("a"), reply("")], [user("a"), reply("b"), user("c"), reply("")]):
+        check(small_tokenizer(NO_EMPTY_OPENED), trained_runs, chat, "\n</think>\n\n<|im_end|>", {})
+
+
 def test_each_turn_of_a_mixed_conversation_is_in_its_own_mode(small_tokenizer, trained_runs):
     tokenizer = small_tokenizer(CLOSED)
     renderer = get_renderer("chat_template", tokenizer)
@@ -196,6 +216,30 @@ def test_each_turn_of_a_mixed_conversation_is_in_its_own_mode(small_tokenizer, t
     ]
     note = next(line for line in notes.lines(found) if "another mode" in line)
     assert note.endswith("""template_kwargs='{"enable_thinking": false}' (2 turns)""")
+
+
+def test_every_turn_of_a_mixed_conversation_follows_the_tokens_of_the_prompt_that_it_is_sampled_with(
+    small_tokenizer, trained_runs
+):
+    tokenizer = small_tokenizer(BOTH)
+    assert tokenizer.tokenize("\n\n") != tokenizer.tokenize("\n") * 2  # a border between them shows
+    renderer = get_renderer("chat_template", tokenizer)
+    thoughts = ["", "hm", ""]
+    chat = [message for thought in thoughts for message in (user("a"), reply("b", thought))]
+    examples = renderer.build_supervised_examples(chat)
+    assert [run for example in examples for run in trained_runs(tokenizer, example)] == [
+        "b<|im_end|>",
+        "hm\n</think>\n\nb<|im_end|>",
+        "b<|im_end|>",
+    ]
+    for turn in range(3):
+        tokens, weights = examples[min(turn, len(examples) - 1)]
+        before = chat[: 2 * turn + 1]
+        sampled = renderer.with_template_kwargs(renderer.template_kwargs_of(chat[: 2 * turn + 2]))
+        prompt = sampled.build_generation_prompt(before).to_ints()
+        assert tokens.to_ints()[: len(prompt)] == prompt
+        assert not weights[: len(prompt)].any()
+        assert weights[len(prompt)]
 
 
 def test_the_note_gives_a_setting_with_which_plain_prompts_are_those_of_training(
