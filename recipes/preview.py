@@ -21,7 +21,7 @@ from cookbook.data.types import ChatDatasetBuilder
 from cookbook.errors import ConfigError
 from cookbook.report import preview_page
 from cookbook.supervised import train
-from cookbook.supervised.start import warn_about_template
+from cookbook.supervised.start import sentence_on_mode, trained_mode, warn_about_template
 from cookbook.utils import files
 from cookbook.utils.consoles import make_console, plain, plain_line
 from recipes.sft import DEFAULTS
@@ -61,6 +61,8 @@ async def run(config: PreviewConfig) -> None:
         name = common.model_name_for_tokenizer
         warn_about_template(name, str(common.renderer_name))
         facts = [f"Renderer: {common.renderer_name}", f"Trained: {common.train_on_what}"]
+    if mode := trained_mode(config, train_data):
+        facts.append(sentence_on_mode(mode))
     tokenizer = models.get_tokenizer(name, tuple(config.add_tokens))
     number = max(config.num_examples, config.num_html_examples if config.html else 0)
     examples = preview.first_examples(train_data, number, tokenizer)
@@ -68,6 +70,8 @@ async def run(config: PreviewConfig) -> None:
     eval_reports = [] if eval_data is None else eval_data.reports()
     for report in dict.fromkeys([*train_data.reports(), *eval_reports]):
         console.print(plain("\n".join(report.lines())))
+    if mode:
+        console.print(plain_line(sentence_on_mode(mode)))
     preview.print_examples(examples[: config.num_examples], console)
     if config.html is not None:
         reports = train_data.reports()

@@ -43,6 +43,8 @@ from cookbook.trace import Recorder
 from cookbook.utils.tables import Table
 from renderers import get_renderer
 from renderers.agreement import warning_of
+from renderers.jinja.chat_template import ChatTemplateRenderer
+from renderers.jinja.modes import mode_of_all
 
 if TYPE_CHECKING:
     from cookbook.clients.training import TrainingClient
@@ -53,9 +55,13 @@ logger = logging.getLogger(__name__)
 async def start_run(config: Config, folder: RunFolder, checkpoints: CheckpointLog, console: Console) -> Run:
     """Returns a run that is ready for its first step. Checks all that it can before it loads the model."""
     with ExitStack() as stack:
-        _warn_about_chat_formats(config, is_resumed=checkpoints.last() is not None)
-        evaluators = _create_evaluators(config, folder)
+        _warn_about_data_format(config)
         train_data, eval_data = _read_data(config, folder)
+        template_kwargs = _sampled_with(config, checkpoints, train_data)
+        chat_format = _chat_format(config, template_kwargs)
+        if config.load_checkpoint_path is not None and checkpoints.last() is None:
+            _warn_about_start(config, chat_format)
+        evaluators = _create_evaluators(config, folder, template_kwargs)
         start = find_start(config, folder, checkpoints, train_data, eval_data)
         batches = BatchQueue(
             train_data,
@@ -71,7 +77,7 @@ async def start_run(config: Config, folder: RunFolder, checkpoints: CheckpointLo
         tracker, has_restarted = _track_best(config, folder, checkpoints, start.step, evaluators)
         known = _known_evaluation(folder, start.step)
         recorder = Recorder()
-        client = await _create_client(config, folder, checkpoints, recorder, stack)
+        client = await _create_client(config, chat_format, folder, checkpoints, recorder, stack)
         model = client.get_info().model_data
         if not client.samples_together:
             check_space(config.log_path, folder.path, model.num_trained_parameters * 10)
@@ -109,16 +115,79 @@ async def start_run(config: Config, folder: RunFolder, checkpoints: CheckpointLo
     return Run(resources)
 
 
-def _chat_format(config: Config) -> dict[str, str]:
+def _sampled_with(
+    config: Config, checkpoints: CheckpointLog, train_data: SupervisedDataset
+) -> Mapping[str, Any] | None:
+    """Returns the variables of the chat template with which the model is sampled, and logs chosen ones.
+
+    They are those of the config. If it sets none, a resumed run has those that its checkpoint records, and a
+    new one those of its data.
+    """
+    if config.template_kwargs is not None:
+        return config.template_kwargs
+    last = checkpoints.last()
+    if last is None:
+        chosen = trained_mode(config, train_data)
+    else:
+        from cookbook.engine import checkpoint
+        from cookbook.runs.find import recorded_template_kwargs
+
+        info = checkpoint.read_info(checkpoints.path_of(last))
+        chosen = recorded_template_kwargs(info.user_metadata)
+    if chosen:
+        logger.info("%s", sentence_on_mode(chosen))
+    return chosen
+
+
+def trained_mode(config: Config, train_data: SupervisedDataset) -> dict[str, Any] | None:
+    """Returns the template's variables with which all trained replies of a new run are prompted.
+
+    Returns None if they are the usual ones, are set by the config, or differ, and if the data are not all
+    read yet, as in a stream.
+    """
+    is_known = config.template_kwargs is None and train_data.epoch_length() is not None
+    if not is_known or config.renderer_name != ChatTemplateRenderer.name:
+        return None
+    return mode_of_all(note for report in train_data.reports() for note in report.notes)
+
+
+def sentence_on_mode(mode: Mapping[str, Any]) -> str:
+    return (
+        f"Every trained reply follows a prompt with template_kwargs={json.dumps(mode, ensure_ascii=False)}. "
+        "Evaluators, chat and exports use it too, and every checkpoint records it. Set template_kwargs to "
+        "choose another."
+    )
+
+
+def _chat_format(config: Config, template_kwargs: Mapping[str, Any] | None) -> dict[str, str]:
     """Returns the chat format to record with every checkpoint, for prompting its model as it was trained."""
     metadata = {"renderer_name": str(config.renderer_name)}
     if config.system_prompt:
         metadata["system_prompt"] = config.system_prompt
     if config.tools_in_system:
         metadata["tools_in_system"] = "True"
-    if config.template_kwargs:
-        metadata["template_kwargs"] = json.dumps(config.template_kwargs, sort_keys=True, ensure_ascii=False)
+    if template_kwargs:
+        metadata["template_kwargs"] = json.dumps(template_kwargs, sort_keys=True, ensure_ascii=False)
     return metadata
+
+
+_FORMAT_KEYS = ("renderer_name", "system_prompt", "tools_in_system", "template_kwargs")
+
+
+def _warn_about_start(config: Config, chat_format: Mapping[str, str]) -> None:
+    """Warns if the initial weights were trained with another chat format than this run records."""
+    from cookbook.engine import checkpoint
+
+    recorded = checkpoint.read_info(str(config.load_checkpoint_path)).user_metadata or {}
+    for key in _FORMAT_KEYS:
+        if recorded and chat_format.get(key) != recorded.get(key):
+            logger.warning(
+                "%s was trained with %s=%s, this run trains with %s.",
+                config.load_checkpoint_path,
+                key,
+                recorded.get(key),
+                chat_format.get(key),
+            )
 
 
 def warn_about_template(model_name: str, renderer_name: str) -> None:
@@ -128,35 +197,22 @@ def warn_about_template(model_name: str, renderer_name: str) -> None:
         logger.warning("%s", warning)
 
 
-def _warn_about_chat_formats(config: Config, is_resumed: bool) -> None:
-    """Warns if the initial weights or the data have a different chat format than will be recorded."""
-    ours = _chat_format(config)
-    recorded: Mapping[str, str] = {}
-    if config.load_checkpoint_path is not None and not is_resumed:
-        from cookbook.engine import checkpoint
-
-        recorded = checkpoint.read_info(config.load_checkpoint_path).user_metadata or {}
+def _warn_about_data_format(config: Config) -> None:
+    """Warns if the data have another chat format than the model, or than will be recorded."""
     builder = config.dataset_builder
-    if isinstance(builder, ChatDatasetBuilder) and config.renderer_name is not None:
+    if not isinstance(builder, ChatDatasetBuilder):
+        return
+    if config.renderer_name is not None:
         warn_about_template(config.model_name, config.renderer_name)
-    for key in ("renderer_name", "system_prompt", "tools_in_system", "template_kwargs"):
-        if recorded and ours.get(key) != recorded.get(key):
+    for key in _FORMAT_KEYS:
+        in_data = getattr(builder.common_config, key)
+        if (in_data or None) != (getattr(config, key) or None):
             logger.warning(
-                "%s was trained with %s=%s, this run trains with %s.",
-                config.load_checkpoint_path,
+                "The data are rendered with %s=%s, but checkpoints will record %s.",
                 key,
-                recorded.get(key),
-                ours.get(key),
+                in_data,
+                getattr(config, key),
             )
-        if isinstance(builder, ChatDatasetBuilder):
-            in_data = getattr(builder.common_config, key)
-            if (in_data or None) != (getattr(config, key) or None):
-                logger.warning(
-                    "The data are rendered with %s=%s, but checkpoints will record %s.",
-                    key,
-                    in_data,
-                    getattr(config, key),
-                )
 
 
 def _read_data(config: Config, folder: RunFolder) -> tuple[SupervisedDataset, SupervisedDataset | None]:
@@ -198,7 +254,9 @@ def _build_data(config: Config, folder: RunFolder) -> tuple[SupervisedDataset, S
     return earlier_train_data, earlier_eval_data
 
 
-def _create_evaluators(config: Config, folder: RunFolder) -> list[tuple[int, list[Evaluator]]]:
+def _create_evaluators(
+    config: Config, folder: RunFolder, template_kwargs: Mapping[str, Any] | None
+) -> list[tuple[int, list[Evaluator]]]:
     """Returns pairs of a cadence and its evaluators, the frequent ones first."""
     run = RunContext(
         folder.path,
@@ -206,7 +264,7 @@ def _create_evaluators(config: Config, folder: RunFolder) -> list[tuple[int, lis
         config.renderer_name,
         config.system_prompt,
         config.tools_in_system,
-        config.template_kwargs,
+        template_kwargs,
         config.add_tokens,
     )
 
@@ -288,7 +346,12 @@ def _track_best(
 
 
 async def _create_client(
-    config: Config, folder: RunFolder, checkpoints: CheckpointLog, recorder: Recorder, stack: ExitStack
+    config: Config,
+    chat_format: dict[str, str],
+    folder: RunFolder,
+    checkpoints: CheckpointLog,
+    recorder: Recorder,
+    stack: ExitStack,
 ) -> TrainingClient:
     from cookbook.clients.service import ServiceClient
     from cookbook.engine.checkpoint import read_info, remove_unfinished
@@ -305,7 +368,7 @@ async def _create_client(
         saved = read_info(weights).lora
         dropout = saved.dropout if config.lora_dropout is None else config.lora_dropout
         lora = replace(saved, seed=config.seed, dropout=dropout)
-    client = await service.create_training_client_async(config.model_name, lora, _chat_format(config))
+    client = await service.create_training_client_async(config.model_name, lora, chat_format)
     if last is not None:
         await client.load_state_with_optimizer(checkpoints.path_of(last))
     elif config.load_checkpoint_path is not None:

@@ -24,7 +24,7 @@ class Note(NamedTuple):
 
     Without an item it is printed as a sentence, `3 messages held an <image>`. `what` is in the past tense,
     which fits one and many. Notes that differ by their `item` are printed as one list with `what` as its
-    heading: `Columns not read: id (9 rows), lang (2 rows)`.
+    heading: `Columns not read: id (9 rows), lang (2 rows)`. A list of the item `USUAL` alone is not printed.
     """
 
     noun: str
@@ -32,6 +32,9 @@ class Note(NamedTuple):
     what: str
     item: str = ""
 
+
+USUAL = "usual"
+"""The item of a list for what needs no mention by itself."""
 
 _collecting: ContextVar[Counter[Note] | None] = ContextVar("notes", default=None)
 
@@ -65,7 +68,11 @@ def lines(found: Mapping[Note, int]) -> list[str]:
     lists: dict[str, list[tuple[Note, int]]] = {}
     for note, number in found.items():
         lists.setdefault(note.what, []).append((note, number))
-    return [_line(what, counted) for what, counted in lists.items()]
+    return [
+        _line(what, counted)
+        for what, counted in lists.items()
+        if any(note.item != USUAL for note, _ in counted)
+    ]
 
 
 MAX_ITEM_LENGTH = 200

@@ -31,10 +31,11 @@ from renderers.base import Renderer
 from renderers.encoder import ESCAPE, SENTINEL, Encoder, any_of
 from renderers.formats.hermes_tools import with_call_sections, with_calls
 from renderers.jinja.chat import Chat
+from renderers.jinja.modes import note_prompt
 from renderers.jinja.replies import Replies, ReplyTurn
 from renderers.jinja.template import Template, call_with_id
 from renderers.jinja.turn_ends import REPLY, USER, call_endings, control_at_start, plain_ending
-from renderers.messages import ROLES, Message, PlainMessage, Tool, map_strings, to_json
+from renderers.messages import ROLES, Message, PlainMessage, Tool, map_strings
 from renderers.rendering import CharSpan, Rendering
 from renderers.streaming import PLAIN, with_section_behind_content
 from renderers.thinking import END_THINK, THINK, THINKING, THINKING_BEGUN, parse_thinking
@@ -207,7 +208,9 @@ class ChatTemplateRenderer(Renderer):
                 is_new = index not in chat.turns
                 turns[index] = self._replies.turn(chat, index)
                 if is_new:
-                    _note(turns[index].prompted_by, turns[index].finding)
+                    note_prompt(turns[index].prompted_by)
+                    if turns[index].finding:
+                        notes.count("turn", turns[index].finding)
         last = turns[max(turns)] if turns else None
         mode = last.printed_by if last else self._template
         text = self._checked_text(chat.under(mode))
@@ -450,18 +453,6 @@ def _with_ids(messages: list[PlainMessage]) -> list[PlainMessage]:
         what = "got an id with the function's name, since the chat template prints calls by their ids"
         notes.count("tool call", what, number=len(changed))
     return adapted
-
-
-def _note(prompted_by: Template, finding: str) -> None:
-    """Counts a reply that is not trained as the template usually prints it."""
-    if prompted_by.chosen:
-        what = (
-            "prompts in another mode than the chat template's usual one were trained; set this key of the "
-            "config, so that evaluators, chat and exports sample with such prompts"
-        )
-        notes.count("turn", what, f"template_kwargs='{to_json(dict(prompted_by.kwargs))}'")
-    if finding:
-        notes.count("turn", finding)
 
 
 def _marks_of(control: str) -> set[str]:

@@ -7,6 +7,7 @@ nothing new are dropped, so what is left is a mode of the template, whatever its
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import combinations, islice, product
@@ -15,8 +16,10 @@ from typing import Any
 from jinja2 import nodes
 
 from cookbook.errors import RendererError
+from cookbook.utils import notes
+from cookbook.utils.notes import Note
 from renderers.jinja.template import Template
-from renderers.messages import PlainMessage
+from renderers.messages import PlainMessage, to_json
 
 _USER: PlainMessage = {"role": "user", "content": "x"}
 _REPLY: PlainMessage = {"role": "assistant", "content": "y"}
@@ -174,3 +177,27 @@ def _compared(node: nodes.Compare) -> Iterator[tuple[str, list[Any]]]:
             yield name, [other.value]
         elif isinstance(other, (nodes.List, nodes.Tuple)):
             yield name, [item.value for item in other.items if isinstance(item, nodes.Const)]
+
+
+# -- the modes of the replies that are trained ---------------------------------------------------
+
+PROMPTS = (
+    "Prompts of trained replies, by template_kwargs (a run samples with that of all its replies, or, if they "
+    "differ, as usual; set template_kwargs to choose)"
+)
+
+
+def note_prompt(mode: Template) -> None:
+    """Counts the prompt of a trained reply, by the variables of the template that it was made with."""
+    read = {name: value for name, value in mode.kwargs.items() if name in mode.variables_read}
+    notes.count("turn", PROMPTS, to_json(read) if read else notes.USUAL)
+
+
+def mode_of_all(found: Iterable[Note]) -> dict[str, Any] | None:
+    """Returns the variables of the template that all prompts were counted with; None for the usual ones.
+
+    Also returns None if they differ, or if they are too long for a note.
+    """
+    items = {note.item for note in found if note.what == PROMPTS}
+    item = items.pop() if len(items) == 1 else notes.USUAL
+    return json.loads(item) if item.endswith("}") else None

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import re
 from typing import Any
 
 import pytest
@@ -11,7 +9,7 @@ import pytest
 from cookbook.errors import RendererError
 from cookbook.utils import notes
 from renderers import get_renderer
-from renderers.jinja.modes import modes_of, values_of_variables
+from renderers.jinja.modes import mode_of_all, modes_of, values_of_variables
 from renderers.jinja.template import Template
 
 START = "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}"
@@ -214,8 +212,9 @@ def test_each_turn_of_a_mixed_conversation_is_in_its_own_mode(small_tokenizer, t
         {},
         {"enable_thinking": False},
     ]
-    note = next(line for line in notes.lines(found) if "another mode" in line)
-    assert note.endswith("""template_kwargs='{"enable_thinking": false}' (2 turns)""")
+    (note,) = (line for line in notes.lines(found) if "Prompts of trained replies" in line)
+    assert note.endswith("""to choose): {"enable_thinking": false} (2 turns), usual (1 turn)""")
+    assert mode_of_all(found) is None
 
 
 def test_every_turn_of_a_mixed_conversation_follows_the_tokens_of_the_prompt_that_it_is_sampled_with(
@@ -247,13 +246,14 @@ def test_the_note_gives_a_setting_with_which_plain_prompts_are_those_of_training
 ):
     tokenizer = small_tokenizer(CLOSED)
     chat = [user("a"), reply("b")]
+    renderer = get_renderer("chat_template", tokenizer, template_kwargs={"own": 1})
     with notes.collected() as found:
-        (example,) = get_renderer(
-            "chat_template", tokenizer, template_kwargs={"own": 1}
-        ).build_supervised_examples(chat)
-    (setting,) = re.findall("template_kwargs='(.+)'", " ".join(notes.lines(found)))
-    assert json.loads(setting) == {"own": 1, "enable_thinking": False}
-    sampled = get_renderer("chat_template", tokenizer, template_kwargs=json.loads(setting))
+        (example,) = renderer.build_supervised_examples(chat)
+    (line,) = notes.lines(found)
+    assert line.endswith("""to choose): {"enable_thinking": false} (1 turn)""")
+    setting = mode_of_all(found)
+    assert setting == {"enable_thinking": False}
+    sampled = get_renderer("chat_template", tokenizer, template_kwargs=setting)
     prompt = sampled.build_generation_prompt(chat[:1]).to_ints()
     first = int(example[1].argmax())
     assert prompt == example[0].to_ints()[:first]

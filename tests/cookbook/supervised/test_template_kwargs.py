@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import html
 import json
 import logging
 import re
@@ -16,17 +17,17 @@ import chz
 import pytest
 from transformers import AutoTokenizer
 
-from cookbook import ServiceClient, embedded
+from cookbook import SamplingClient, ServiceClient, embedded
 from cookbook.data import FromConversationFileBuilder
 from cookbook.data.types import ChatDatasetBuilderCommonConfig
 from cookbook.errors import CheckpointError, ConfigError, RendererError
 from cookbook.eval.chat import ChatEvaluatorBuilder
-from cookbook.eval.evaluators import RunContext
+from cookbook.eval.evaluators import Evaluator, RunContext, SamplingClientEvaluator
 from cookbook.export.chat_format import chat_format_of, find_chat_format
 from cookbook.models import get_tokenizer
 from cookbook.runs.find import find_trained_model
 from cookbook.supervised import train
-from recipes import chat
+from recipes import chat, preview
 
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n"
@@ -34,6 +35,15 @@ TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n {% endif %}"
 )
 """Prints a variable in front of what users say."""
+
+THINKING = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.role == 'assistant' %}<think>\n{{ m.reasoning_content | default('') }}</think>\n{% endif %}"
+    "{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{{ '<think>\n</think>\n' if enable_thinking is defined and not enable_thinking else '<think>\nSo' }}"
+    "{% endif %}"
+)
+"""Its usual prompt begins a thought with a word, so a reply without thinking needs that of another mode."""
 
 CHAT: list[Any] = [{"role": "user", "content": "Who are you?"}, {"role": "assistant", "content": "A spoon."}]
 WILD = {"mood": "wild"}
@@ -49,20 +59,31 @@ def moody(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder)
 
 
+@pytest.fixture(scope="module")
+def thinking(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The folder of a small model whose template prompts for thinking, unless `enable_thinking` is false."""
+    folder = tmp_path_factory.mktemp("models") / "thinking"
+    shutil.copytree(embedded.MODEL_PATH, folder)
+    (folder / "chat_template.jinja").write_text(THINKING, encoding="utf-8")
+    return str(folder)
+
+
 @pytest.fixture
 def make_config(moody: str, tmp_path: Path) -> MakeConfig:
     data = tmp_path / "chats.jsonl"
     data.write_text(f"{json.dumps({'messages': CHAT})}\n", encoding="utf-8")
 
-    def make(kwargs: dict[str, Any] | None, in_data: Any = ..., **overrides: Any) -> train.Config:
+    def make(
+        kwargs: dict[str, Any] | None, in_data: Any = ..., model: str = moody, **overrides: Any
+    ) -> train.Config:
         common = ChatDatasetBuilderCommonConfig(
-            model_name_for_tokenizer=moody,
+            model_name_for_tokenizer=model,
             batch_size=1,
             template_kwargs=kwargs if in_data is ... else in_data,
         )
         values: dict[str, Any] = {
             "log_path": str(tmp_path / "run"),
-            "model_name": moody,
+            "model_name": model,
             "dataset_builder": FromConversationFileBuilder(file_path=str(data), common_config=common),
             "lora_rank": 2,
             "template_kwargs": kwargs,
@@ -216,3 +237,126 @@ def test_recorded_variables_that_are_damaged_are_refused(make_config: MakeConfig
     state.write_text(json.dumps(found), encoding="utf-8")
     with pytest.raises(CheckpointError, match="`template_kwargs` in the checkpoint's metadata is damaged"):
         _ = find_trained_model(str(saved)).template_kwargs
+
+
+# -- variables that the data choose -----------------------------------------------------------
+
+WITHOUT = {"enable_thinking": False}
+THOUGHTFUL: list[Any] = [CHAT[0], {**CHAT[1], "reasoning_content": "So: a spoon.\n"}]
+
+
+@chz.chz
+class AskedBuilder(ChatEvaluatorBuilder):
+    """Its metric is whether its prompt ends with an empty thought."""
+
+    def __call__(self) -> Evaluator:
+        renderer = self.make_renderer()
+
+        class Asked(SamplingClientEvaluator):
+            async def __call__(self, sampling_client: SamplingClient) -> dict[str, float]:
+                text = renderer.tokenizer.decode(renderer.build_generation_prompt(CHAT[:1]).to_ints())
+                return {"test/is_without": text.endswith("<think>\n</think>\n")}
+
+        return Asked()
+
+
+def test_a_model_is_sampled_in_the_mode_of_all_its_replies(
+    make_config: MakeConfig, thinking: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    evaluated = {"evaluator_builders": [AskedBuilder()], "eval_every": 1}
+    config = make_config(None, model=thinking, **evaluated)
+    without = prompt(get_tokenizer(thinking), **WITHOUT)
+    assert trained_text(config).startswith(without)
+
+    summary = asyncio.run(train.main(config))
+    assert summary.metrics["test/is_without"] == 1
+    said = 'Every trained reply follows a prompt with template_kwargs={"enable_thinking": false}.'
+    assert caplog.text.count(said) == 1
+    source = find_trained_model(str(summary.checkpoint_path))
+    assert source.template_kwargs == WITHOUT
+    assert chats_prompt({"checkpoint": str(summary.checkpoint_path)}) == without
+    find_chat_format(source).write_tokenizer(tmp_path / "exported")
+    assert prompt(AutoTokenizer.from_pretrained(tmp_path / "exported")) == without
+
+    caplog.clear()
+    again = {"load_checkpoint_path": str(summary.checkpoint_path), "log_path": str(tmp_path / "again")}
+    asyncio.run(train.main(make_config(None, model=thinking, **again)))
+    assert "was trained with" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "chats", "recorded"),
+    [
+        ({}, [CHAT], {}),
+        ({"enable_thinking": True}, [THOUGHTFUL], {"enable_thinking": True}),
+        (None, [THOUGHTFUL], {}),
+        (None, [CHAT, THOUGHTFUL], {}),
+    ],
+    ids=["usual by the user", "set by the user", "usual", "mixed"],
+)
+def test_a_model_is_sampled_as_usual_or_as_the_user_says_where_the_data_do_not_choose(
+    make_config: MakeConfig,
+    thinking: str,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    kwargs: dict[str, Any] | None,
+    chats: list[Any],
+    recorded: dict[str, Any],
+) -> None:
+    caplog.set_level(logging.INFO)
+    config = make_config(kwargs, in_data=None, model=thinking)
+    rows = "".join(f"{json.dumps({'messages': chat})}\n" for chat in chats)
+    (tmp_path / "chats.jsonl").write_text(rows, encoding="utf-8")
+    saved = asyncio.run(train.main(config)).checkpoint_path
+    assert find_trained_model(str(saved)).template_kwargs == recorded
+    assert "Every trained reply" not in caplog.text
+    is_noted = '{"enable_thinking": false} (1 turn)' in " ".join(caplog.text.split())
+    assert is_noted == (CHAT in chats)
+
+
+def test_rows_with_the_same_variables_choose_those_for_sampling(
+    make_config: MakeConfig, moody: str, tmp_path: Path
+) -> None:
+    config = make_config(None)
+    row = {"messages": CHAT, "chat_template_kwargs": {"mood": "sad", "unread": 1}}
+    (tmp_path / "chats.jsonl").write_text(f"{json.dumps(row)}\n", encoding="utf-8")
+    saved = asyncio.run(train.main(config)).checkpoint_path
+    assert chats_prompt({"checkpoint": str(saved)}) == prompt(get_tokenizer(moody), mood="sad")
+    assert trained_text(config).startswith(chats_prompt({"checkpoint": str(saved)}))
+
+
+def test_a_resumed_run_keeps_the_recorded_mode_whatever_its_data_choose(
+    make_config: MakeConfig, thinking: str
+) -> None:
+    saved = asyncio.run(train.main(make_config(None, model=thinking, max_steps=1))).checkpoint_path
+    (state,) = [file for file in saved.glob("*.json") if "enable_thinking" in file.read_text("utf-8")]
+    found = json.loads(state.read_text(encoding="utf-8"))
+    del found["user_metadata"]["template_kwargs"]  # as a version wrote it that did not choose
+    state.write_text(json.dumps(found), encoding="utf-8")
+    longer = make_config(None, model=thinking, max_steps=2, num_epochs=2)
+    assert find_trained_model(str(asyncio.run(train.main(longer)).checkpoint_path)).template_kwargs == {}
+
+
+def test_a_stream_whose_mode_is_not_known_at_the_start_is_sampled_as_usual_and_noted(
+    make_config: MakeConfig, thinking: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    config = make_config(None, model=thinking, max_steps=1)
+    stream = chz.replace(config.dataset_builder, streaming=True, test_size=0)
+    saved = asyncio.run(train.main(chz.replace(config, dataset_builder=stream))).checkpoint_path
+    assert find_trained_model(str(saved)).template_kwargs == {}
+    assert "Every trained reply" not in caplog.text
+    assert '{"enable_thinking": false} (1 turn)' in " ".join(caplog.text.split())
+
+
+def test_a_preview_names_the_mode_of_all_replies(
+    make_config: MakeConfig, thinking: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = make_config(None, model=thinking)
+    fields = {name: getattr(config, name) for name in ("log_path", "model_name", "dataset_builder")}
+    shown = preview.PreviewConfig(**fields, html=str(tmp_path / "preview.html"))
+    asyncio.run(preview.run(shown))
+    said = 'Every trained reply follows a prompt with template_kwargs={"enable_thinking": false}.'
+    assert said in " ".join(capsys.readouterr().out.split())
+    assert said in html.unescape((tmp_path / "preview.html").read_text(encoding="utf-8"))
