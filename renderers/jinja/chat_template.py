@@ -208,7 +208,7 @@ class ChatTemplateRenderer(Renderer):
                 is_new = index not in chat.turns
                 turns[index] = self._replies.turn(chat, index)
                 if is_new:
-                    note_prompt(turns[index].prompted_by)
+                    note_prompt(turns[index].prompted_by, self._replies.has_variables)
                     if turns[index].finding:
                         notes.count("turn", turns[index].finding)
         last = turns[max(turns)] if turns else None

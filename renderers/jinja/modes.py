@@ -100,8 +100,7 @@ def values_of_variables(template: Template) -> dict[str, list[Any]]:
     it; for one that it compares with none, true and false.
     """
     trees = template.syntax_trees()
-    names = template.variables_read - template.variable_names - _NO_MODES
-    names = frozenset(name for name in names if all(_may_be_given(name, tree) for tree in trees))
+    names = own_variables(template)
     constants: dict[str, list[Any]] = {name: [] for name in sorted(names)}
     for tree in trees:
         aliases = _aliases(tree, names)
@@ -114,6 +113,13 @@ def values_of_variables(template: Template) -> dict[str, list[Any]]:
         name: flags if set(map(type, values)) <= {bool} else list(dict.fromkeys(values))
         for name, values in constants.items()
     }
+
+
+def own_variables(template: Template) -> frozenset[str]:
+    """Returns the variables that the template reads and does not set itself, and that are not given to it."""
+    trees = template.syntax_trees()
+    names = template.variables_read - template.variable_names - _NO_MODES
+    return frozenset(name for name in names if all(_may_be_given(name, tree) for tree in trees))
 
 
 def _is_setting(value: Any) -> bool:
@@ -187,10 +193,11 @@ PROMPTS = (
 )
 
 
-def note_prompt(mode: Template) -> None:
+def note_prompt(mode: Template, has_variables: bool) -> None:
     """Counts the prompt of a trained reply, by the variables of the template that it was made with."""
     read = {name: value for name, value in mode.kwargs.items() if name in mode.variables_read}
-    notes.count("turn", PROMPTS, to_json(read) if read else notes.USUAL)
+    if read or has_variables:
+        notes.count("turn", PROMPTS, to_json(read) if read else notes.USUAL)
 
 
 def mode_of_all(found: Iterable[Note]) -> dict[str, Any] | None:

@@ -25,7 +25,7 @@ from typing import NamedTuple
 from cookbook.errors import RendererError
 from renderers.encoder import SENTINEL, Encoder
 from renderers.jinja.chat import Chat
-from renderers.jinja.modes import modes_of
+from renderers.jinja.modes import modes_of, own_variables
 from renderers.jinja.template import Template, stand_in_for
 from renderers.jinja.turn_ends import REPLY, USER, Ending
 from renderers.messages import PlainMessage
@@ -79,6 +79,11 @@ class Replies:
     def modes(self) -> list[Template]:
         """The other modes of the template."""
         return modes_of(self._template)
+
+    @cached_property
+    def has_variables(self) -> bool:
+        """Whether the template reads variables of its own, which may give it other modes."""
+        return bool(own_variables(self._template))
 
     @cached_property
     def _header(self) -> str:

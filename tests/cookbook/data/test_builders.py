@@ -669,7 +669,7 @@ def test_the_report_has_the_counts_of_all_processes(tiny_qwen3: str, tmp_path: P
     colours = {note: number for note, number in report.notes.items() if note.what == "Colours"}
     assert colours == {Note("row", "Colours", "red"): 600, Note("row", "Colours", "blue"): 3}
     assert "  Colours: red (600 rows), blue (3 rows)" in report.lines()
-    assert [note for note in report.to_json()["notes"] if note["what"] == "Colours"] == [
+    assert report.to_json()["notes"][:2] == [
         {"noun": "row", "what": "Colours", "item": "red", "count": 600},
         {"noun": "row", "what": "Colours", "item": "blue", "count": 3},
     ]
@@ -686,8 +686,7 @@ def test_a_stream_counts_each_row_once(tiny_qwen3: str, tmp_path: Path) -> None:
     train.get_batch(0)
     for _ in all_tokens(train):
         pass
-    colours = {note: number for note, number in train.notes().items() if note.what == "Colours"}
-    assert colours == {Note("row", "Colours", "red"): 1_000, Note("row", "Colours", "blue"): 150}
+    assert train.notes() == {Note("row", "Colours", "red"): 1_000, Note("row", "Colours", "blue"): 150}
 
 
 def test_rows_read_by_a_users_function_are_counted_once() -> None:
