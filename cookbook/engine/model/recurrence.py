@@ -17,6 +17,7 @@ L tokens of the longest of them.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import math
 from collections.abc import Callable, Sequence
@@ -29,6 +30,7 @@ from torch import Tensor, nn
 
 from cookbook.engine.model.attention import AttentionLayout, Segment
 from cookbook.engine.model.packing import copy_to
+from cookbook.engine.model.recurrent_kernels import SamplingFunctions
 from cookbook.engine.model.tree_attention import Tree
 
 _STATE_METHODS = {
@@ -253,6 +255,7 @@ class RecurrentLayers:
         mask_name = next((name for name in _MASK_NAMES if name in signature.parameters), "")
         kinds = {parameter.kind: name for name, parameter in signature.parameters.items()}
         further_name = kinds.get(inspect.Parameter.VAR_KEYWORD, "")
+        sampling_functions = SamplingFunctions(mixer)
 
         # The batches differ for every row, so a compiled layer would be recompiled for each row.
         @torch.compiler.disable
@@ -280,7 +283,9 @@ class RecurrentLayers:
                             part[mask_name] = None
                     if isinstance(own_chunk_size, int) and row.place_N.device.type == "cpu":
                         mixer.chunk_size = _chunk_size_for(row.shapes[number][1], own_chunk_size)
-                    outs.append(forward(**part))
+                    is_faster = row.states is not None and row.place_N.device.type == "cpu"
+                    with sampling_functions.in_use() if is_faster else contextlib.nullcontext():
+                        outs.append(forward(**part))
             finally:
                 if own_chunk_size is not None:
                     mixer.chunk_size = own_chunk_size

@@ -48,7 +48,8 @@ class RecurrentStates:
         for key, state in sources[0][0]._states.items():
             parts = [states._states[key] for states, _ in sources]
             everything = torch.cat([*parts, torch.zeros_like(state[:1])])
-            found._states[key] = everything[torch.tensor(rows, device=state.device)]
+            gathered = everything[torch.tensor(rows, device=state.device)]
+            found._states[key] = _by_token(gathered) if key[0] == "conv" else gathered
         return found
 
     @property
@@ -77,7 +78,7 @@ class RecurrentStates:
         size = conv_kernel_size or (conv_states if old is None else old).shape[-1]
         full = conv_states if old is None else torch.cat([old, conv_states], dim=-1)
         full = F.pad(full, (max(0, size - full.shape[-1]), 0))
-        self._states[key] = full[..., -size:].clone()
+        self._states[key] = _by_token(full[..., -size:])
         return full
 
     def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
@@ -86,8 +87,9 @@ class RecurrentStates:
     def update_recurrent_state(
         self, recurrent_states: Tensor, layer_idx: int, state_idx: int = 0, **unused: Any
     ) -> Tensor:
-        self._states["recurrent", layer_idx, state_idx] = recurrent_states
-        return recurrent_states
+        state = recurrent_states.contiguous()  # a view would keep all chunks of a scan in memory
+        self._states["recurrent", layer_idx, state_idx] = state
+        return state
 
     def get_linear_cache(self, layer_idx: int) -> Tensor | None:
         return self.get_recurrent_state(layer_idx)
@@ -100,3 +102,8 @@ class RecurrentStates:
 
     def is_recording_past(self, layer_idx: int) -> bool:
         return False
+
+
+def _by_token(conv_state: Tensor) -> Tensor:
+    """Returns a copy in which the inputs of each token are together in memory, as its step reads them."""
+    return conv_state.movedim(-1, 0).clone(memory_format=torch.contiguous_format).movedim(0, -1)

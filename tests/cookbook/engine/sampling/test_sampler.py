@@ -717,7 +717,7 @@ DECODED: dict[str, tuple[str, dict[str, Any], type[decoders.Decoder]]] = {
             "use_mem_rope": True,
             "adapter_rank": 4,
         },
-        decoders.UncachedDecoder,
+        PackedDecoder,
     ),
     "falcon_h1": ("falcon_h1", {**MAMBA, "mamba_d_ssm": 64}, PackedDecoder),
     "recurrent_gemma": (

@@ -1,0 +1,198 @@
+"""Faster torch versions of the functions that transformers uses without kernels, for sampling on a CPU.
+
+They take the arguments of the functions that they replace, and their results differ by rounding. They have no
+backward pass: a step of one token changes the state that it gets in place. One step of 16 rows of a gated
+delta rule with 32 heads of 128 x 128 takes 1/18 of the time (`benchmarks/LOG.md`).
+
+Shape suffixes: R rows, T tokens, C channels, K kernel size of a convolution, H heads, G groups of heads that
+share B and C of Mamba or queries and keys, D size of a head, N size of a state.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+
+
+class SamplingFunctions:
+    """The functions of a mixer that have a faster version here."""
+
+    def __init__(self, mixer: nn.Module) -> None:
+        modules = {type(module).__module__ for module in mixer.modules()}
+        self._replaced: list[tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = []
+        """The globals of each Python module, and their values with and without the faster versions."""
+        for namespace in (vars(sys.modules[name]) for name in sorted(modules)):
+            theirs = {name: namespace[name] for name in _FUNCTIONS if name in namespace}
+            ours = {name: _FUNCTIONS[name] for name in theirs}
+            if (limit := getattr(mixer, "time_step_limit", None)) and "mamba2_selective_state_update" in ours:
+                ours["mamba2_selective_state_update"] = functools.partial(mamba2_step, dt_limit=tuple(limit))
+            if ours:
+                self._replaced.append((namespace, ours, theirs))
+
+    @contextlib.contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Lets the mixer's code call the faster versions in the body."""
+        for namespace, ours, _ in self._replaced:
+            namespace.update(ours)
+        try:
+            yield
+        finally:
+            for namespace, _, theirs in self._replaced:
+                namespace.update(theirs)
+
+
+def convolution_step(
+    hidden_states: Tensor,
+    conv_state: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+) -> Tensor:
+    """Returns the output of a short convolution for one more token: [R, C, 1]. Moves the inputs [R, C, K] on.
+
+    `RecurrentStates` holds the inputs of each token together, so K is the outermost axis in memory.
+    """
+    state_KRC = conv_state.permute(2, 0, 1)
+    inputs_KRC = torch.cat([state_KRC, hidden_states.permute(2, 0, 1)])
+    state_KRC.copy_(inputs_KRC[1:])
+    weight_KC = weight.t().contiguous()
+    inputs_KRC = inputs_KRC[-len(weight_KC) :].to(weight.dtype)
+    out_RC = inputs_KRC.mul_(weight_KC[:, None]).sum(0)
+    if bias is not None:
+        out_RC += bias
+    if activation is not None:
+        out_RC = ACT2FN[activation](out_RC)
+    return out_RC.to(hidden_states.dtype)[..., None]
+
+
+def delta_rule_step(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    initial_state: Tensor,
+    output_final_state: bool = True,
+    use_qk_l2norm_in_kernel: bool = False,
+    **unused: Any,
+) -> tuple[Tensor, Tensor]:
+    """Returns the output of a gated delta rule for one more token, [R, 1, H, D], and the state [R, H, N, D].
+
+    The log of the decay is [R, 1, H], or [R, 1, H, N] for each key channel (Kimi). The query reads the old
+    state together with the key, because new state = decayed old state + key x change.
+    """
+    num_rows, _, num_key_heads, state_size = key.shape
+    num_heads, head_size = value.shape[2:]
+    query_and_key = torch.stack([query[:, 0], key[:, 0]], 2).float()
+    if use_qk_l2norm_in_kernel:
+        query_and_key *= torch.rsqrt(query_and_key.square().sum(-1, keepdim=True) + 1e-6)
+    if num_heads > num_key_heads:
+        query_and_key = query_and_key.repeat_interleave(num_heads // num_key_heads, dim=1)
+    query_and_key = query_and_key.flatten(0, 1)
+    query_1N, key_1N = query_and_key[:, :1], query_and_key[:, 1:]
+    state = initial_state.float().view(num_rows * num_heads, state_size, head_size)
+    # the axes of all below: R * H, then a vector as a row or a column
+    state.mul_(g.float().exp().reshape(num_rows * num_heads, -1, 1))
+    read_2D = query_and_key.bmm(state)
+    change_1D = value.float().reshape(num_rows * num_heads, 1, head_size) - read_2D[:, 1:]
+    change_1D *= beta.float().reshape(num_rows * num_heads, 1, 1)
+    state.addcmul_(key_1N.transpose(1, 2), change_1D)
+    out_1D = read_2D[:, :1].addcmul_((query_1N * key_1N).sum(-1, keepdim=True), change_1D)
+    out = out_1D.mul_(state_size**-0.5).view(num_rows, 1, num_heads, head_size)
+    return out.to(query.dtype), state.view(num_rows, num_heads, state_size, head_size)
+
+
+def mamba2_step(
+    state: Tensor,
+    hidden_states: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+    z: Tensor | None = None,
+    dt_limit: tuple[float, float] | None = None,
+    **unused: Any,
+) -> Tensor:
+    """Returns the output of Mamba-2 for one more token, [R, H, D]. Changes the state [R, H, D, N] in place.
+
+    A and the time step are one number for each head, which the caller has expanded to [H, D, N] and [R, H,
+    D]. `dt_limit` bounds the time step as in transformers' scan. Its own step ignores the limits, so that
+    `generate` differs from the forward pass (Zamba2, Nemotron-H).
+    """
+    num_rows, num_heads, head_size = hidden_states.shape
+    num_groups, state_size = B.shape[1:]
+    dt_RH1 = dt[..., :1].float()
+    if dt_bias is not None:
+        dt_RH1 = dt_RH1 + dt_bias[:, :1]
+    if dt_softplus:
+        dt_RH1 = F.softplus(dt_RH1)
+    if dt_limit is not None:
+        dt_RH1 = dt_RH1.clamp(*dt_limit)
+    new_state = state.float()  # the same tensor in fp32
+    new_state.mul_((dt_RH1 * A[:, :1, 0]).exp_()[..., None])
+    grouped = num_rows * num_groups, num_heads // num_groups * head_size
+    state_of_groups = new_state.view(*grouped, state_size)
+    inputs_RHD = hidden_states * dt_RH1
+    state_of_groups.addcmul_(inputs_RHD.reshape(*grouped, 1), B.float().reshape(grouped[0], 1, state_size))
+    out = state_of_groups.bmm(C.float().reshape(grouped[0], state_size, 1))
+    if new_state is not state:
+        state.copy_(new_state)
+    return _with_skip(out.view(num_rows, num_heads, head_size), hidden_states, D, z)
+
+
+def mamba_step(
+    state: Tensor,
+    hidden_states: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+    z: Tensor | None = None,
+    **unused: Any,
+) -> Tensor:
+    """Returns the output of Mamba for one more token, [R, C]. Changes the state [R, C, N] in place."""
+    dt_RC = dt.float()
+    if dt_bias is not None:
+        dt_RC = dt_RC + dt_bias
+    if dt_softplus:
+        dt_RC = F.softplus(dt_RC)
+    new_state = state.float()  # the same tensor in fp32
+    new_state.mul_((dt_RC[..., None] * A).exp_())
+    new_state.addcmul_((hidden_states * dt_RC)[..., None], B.float()[:, None])
+    out_RC = new_state.bmm(C.float()[..., None])[..., 0]
+    if new_state is not state:
+        state.copy_(new_state)
+    return _with_skip(out_RC, hidden_states, D, z)
+
+
+def _with_skip(out: Tensor, hidden_states: Tensor, D: Tensor | None, z: Tensor | None) -> Tensor:
+    """Returns the output with the inputs that skip the recurrence, gated by z."""
+    if D is not None:
+        out += hidden_states * D
+    if z is not None:
+        out = out * F.silu(z)
+    return out.to(hidden_states.dtype)
+
+
+_FUNCTIONS: dict[str, Callable[..., Any]] = {
+    "causal_conv1d_update": convolution_step,
+    "torch_recurrent_gated_delta_rule": delta_rule_step,
+    "recurrent_kimi_delta_attention": delta_rule_step,
+    "mamba2_selective_state_update": mamba2_step,
+    "mamba_selective_state_update": mamba_step,
+}
+"""By their names in transformers 5.23. A model that has none of these names uses its own functions."""
