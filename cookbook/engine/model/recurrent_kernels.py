@@ -1,11 +1,11 @@
 """Faster torch versions of the functions that transformers uses without kernels, for sampling on a CPU.
 
 They take the arguments of the functions that they replace, and their results differ by rounding. They have no
-backward pass: a step of one token changes the state that it gets in place. One step of 16 rows of a gated
-delta rule with 32 heads of 128 x 128 takes 1/18 of the time (`benchmarks/LOG.md`).
+backward pass: they change tensors in place, a step of one token the state that it gets. `benchmarks/LOG.md`
+has the times of both.
 
 Shape suffixes: R rows, T tokens, C channels, K kernel size of a convolution, H heads, G groups of heads that
-share B and C of Mamba or queries and keys, D size of a head, N size of a state.
+share B and C of Mamba, D size of a head, N size of a state. In a scan: P tokens of a chunk, M chunks.
 """
 
 from __future__ import annotations
@@ -188,11 +188,137 @@ def _with_skip(out: Tensor, hidden_states: Tensor, D: Tensor | None, z: Tensor |
     return out.to(hidden_states.dtype)
 
 
+def delta_rule_scan(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    initial_state: Tensor | None = None,
+    use_qk_l2norm_in_kernel: bool = False,
+    **unused: Any,
+) -> tuple[Tensor, Tensor]:
+    """Returns the outputs of a gated delta rule, [R, T, H, D], and its last state [R, H, N, D].
+
+    The log of the decay is [R, T, H], or [R, T, H, N] for each key channel (Kimi). Chunks are smaller than
+    transformers' 64 tokens, because the time within a chunk grows with the square of its size.
+    """
+    dtype, has_channels = query.dtype, g.ndim == 4
+    num_in_chunk = _CHANNEL_CHUNK_TOKENS if has_channels else _CHUNK_TOKENS
+    num_rows, num_tokens, _, state_size = key.shape
+    num_heads, head_size = value.shape[2:]
+    num_padding = -num_tokens % num_in_chunk
+
+    def in_chunks(x_RTHD: Tensor) -> Tensor:
+        """Returns a copy [R, H, M, P, D]."""
+        padded = F.pad(x_RTHD.float(), (0, 0, 0, 0, 0, num_padding))
+        in_order = padded.unflatten(1, (-1, num_in_chunk)).permute(0, 3, 1, 2, 4)
+        return in_order.clone(memory_format=torch.contiguous_format)
+
+    query, key, value = in_chunks(query), in_chunks(key), in_chunks(value)
+    if use_qk_l2norm_in_kernel:
+        query *= torch.rsqrt(query.square().sum(-1, keepdim=True) + 1e-6)
+        key *= torch.rsqrt(key.square().sum(-1, keepdim=True) + 1e-6)
+    query *= state_size**-0.5
+    beta = in_chunks(beta[..., None])
+    decay = in_chunks(g if has_channels else g[..., None]).cumsum_(3)
+    reads, system = _within_chunks(query, key, decay)
+    system *= beta
+    if num_heads > key.shape[1]:
+        query, key = (x.repeat_interleave(num_heads // x.shape[1], dim=1) for x in (query, key))
+    decay_so_far, decay_left = decay.exp(), (decay[:, :, :, -1:] - decay).exp_()
+    # Each change to the state depends on those before it in the chunk. Solving for the transpose on the right
+    # needs no copy in another layout.
+    sides = torch.cat([value * beta, key * decay_so_far * beta], dim=-1)
+    solved = torch.linalg.solve_triangular(system.mT, sides.mT, upper=True, left=False, unitriangular=True).mT
+    changes, corrections = solved.split([head_size, state_size], dim=-1)
+    query *= decay_so_far
+    key *= decay_left
+    decay_of_chunk = decay_so_far[:, :, :, -1, :, None]
+    state = value.new_zeros(num_rows, num_heads, state_size, head_size)
+    if initial_state is not None:
+        state += initial_state
+    out = torch.empty_like(value)
+    for chunk in range(value.shape[2]):
+        change = changes[:, :, chunk] - corrections[:, :, chunk] @ state
+        out[:, :, chunk] = query[:, :, chunk] @ state + reads[:, :, chunk] @ change
+        state = (state * decay_of_chunk[:, :, chunk]).add_(key[:, :, chunk].mT @ change)
+    return out.flatten(2, 3)[:, :, :num_tokens].transpose(1, 2).to(dtype), state
+
+
+def _within_chunks(query: Tensor, key: Tensor, decay: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns what each token reads of those up to it in its chunk, and how their keys overlap.
+
+    Both are [R, H, M, P, P]: the product of its query or key with each key, after the decay between the two.
+    """
+    num_rows, num_key_heads, num_chunks, num_in_chunk, _ = key.shape
+    is_later = torch.ones(num_in_chunk, num_in_chunk, dtype=torch.bool).triu_(1)
+    if decay.shape[-1] == 1:
+        between = (decay - decay.mT).masked_fill_(is_later, -torch.inf).exp_()
+        of_key_heads = between.unflatten(1, (num_key_heads, -1))
+        reads = (query @ key.mT)[:, :, None] * of_key_heads
+        overlaps = of_key_heads.mul_((key @ key.mT)[:, :, None])
+        return reads.flatten(1, 2), overlaps.flatten(1, 2)
+    products = key.new_empty(num_rows, num_key_heads, num_chunks, num_in_chunk, num_in_chunk, 2)
+    for chunk in range(num_chunks):  # one at a time, because each pair of tokens has a decay for each channel
+        decay_of_chunk, key_of_chunk = decay[:, :, chunk], key[:, :, chunk]
+        between = decay_of_chunk[:, :, :, None] - decay_of_chunk[:, :, None]
+        between.masked_fill_(is_later[..., None], -torch.inf).exp_().mul_(key_of_chunk[:, :, None])
+        products[:, :, chunk] = between @ torch.stack([query[:, :, chunk], key_of_chunk], dim=-1)
+    return products[..., 0], products[..., 1].contiguous()
+
+
+def mamba_scan(
+    hidden_states: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+    return_last_state: bool = False,
+    **unused: Any,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Returns the outputs of Mamba, [R, C, T], and its last state [R, C, N] if it is asked for.
+
+    B and C are [R, N, T]. The states of a few tokens at a time are in memory.
+    """
+    dt_TRC = dt.float().permute(2, 0, 1)
+    if delta_bias is not None:
+        dt_TRC = dt_TRC + delta_bias
+    if delta_softplus:
+        dt_TRC = F.softplus(dt_TRC)
+    inputs_TRC = hidden_states.permute(2, 0, 1) * dt_TRC
+    B_TRN, C_TRN = B.float().permute(2, 0, 1), C.float().permute(2, 0, 1)
+    state_RCN = A.new_zeros(len(hidden_states), *A.shape)
+    outs = []
+    for block in range(0, len(dt_TRC), _BLOCK_TOKENS):
+        tokens = slice(block, block + _BLOCK_TOKENS)
+        decays_TRCN = (dt_TRC[tokens, ..., None] * A).exp_()
+        states_TRCN = inputs_TRC[tokens, ..., None] * B_TRN[tokens, :, None]
+        for decay_RCN, next_RCN in zip(decays_TRCN.unbind(), states_TRCN.unbind(), strict=True):
+            state_RCN = next_RCN.addcmul_(decay_RCN, state_RCN)
+        outs.append(states_TRCN @ C_TRN[tokens, ..., None])
+    out_RCT = torch.cat(outs)[..., 0].permute(1, 2, 0)
+    if D is not None:
+        out_RCT = out_RCT + hidden_states * D[:, None]
+    if z is not None:
+        out_RCT = out_RCT * F.silu(z)
+    return (out_RCT, state_RCN) if return_last_state else out_RCT
+
+
+_CHUNK_TOKENS, _CHANNEL_CHUNK_TOKENS, _BLOCK_TOKENS = 32, 16, 16
+"""The chunks of a delta rule with a decay for each head and for each channel, and the blocks of Mamba."""
 _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "causal_conv1d_update": convolution_step,
     "torch_recurrent_gated_delta_rule": delta_rule_step,
     "recurrent_kimi_delta_attention": delta_rule_step,
+    "torch_chunk_gated_delta_rule": delta_rule_scan,
+    "chunk_kimi_delta_attention": delta_rule_scan,
     "mamba2_selective_state_update": mamba2_step,
     "mamba_selective_state_update": mamba_step,
+    "mamba_selective_scan": mamba_scan,
 }
 """By their names in transformers 5.23. A model that has none of these names uses its own functions."""

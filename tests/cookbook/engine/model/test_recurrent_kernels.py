@@ -7,7 +7,7 @@ head, N size of a state.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -41,7 +41,7 @@ def steps(
     return [*outs, state]
 
 
-def assert_equal(found: list[Tensor], expected: list[Tensor], tolerance: float = 1e-5) -> None:
+def assert_equal(found: Sequence[Tensor], expected: Sequence[Tensor], tolerance: float = 1e-5) -> None:
     for one, other in zip(found, expected, strict=True):
         assert (one.dtype, one.shape) == (other.dtype, other.shape)
         torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance)
@@ -135,6 +135,51 @@ def test_mamba_moves_on_by_a_token(state_dtype: torch.dtype) -> None:
     assert_equal(
         steps(_FUNCTIONS["mamba_selective_state_update"], calls, state, "state"), expected, tolerance
     )
+
+
+@pytest.mark.parametrize("norm", [True, False])
+@pytest.mark.parametrize("num_tokens", [1, 32, 77])
+@pytest.mark.parametrize(
+    ("name", "module", "num_key_heads", "channels"),
+    [
+        ("torch_chunk_gated_delta_rule", "qwen3_5", G, ()),
+        ("chunk_kimi_delta_attention", "kimi_linear", H, (N,)),
+    ],
+)
+def test_a_delta_rule_runs_over_texts(
+    name: str, module: str, num_key_heads: int, channels: tuple[int, ...], num_tokens: int, norm: bool
+) -> None:
+    call = {
+        "query": random(R, num_tokens, num_key_heads, N),
+        "key": random(R, num_tokens, num_key_heads, N) / 4,
+        "value": random(R, num_tokens, 2 * H, D)[:, :, ::2],
+        "g": -3 * torch.rand(R, num_tokens, H, *channels) ** 8,
+        "beta": torch.rand(R, num_tokens, H),
+        "output_final_state": True,
+        "use_qk_l2norm_in_kernel": norm,
+    }
+    for initial_state in (None, random(R, H, N, D)):
+        given = call | {"initial_state": initial_state}
+        assert_equal(_FUNCTIONS[name](**given), getattr(family(module), name)(**given))
+
+
+@pytest.mark.parametrize("num_tokens", [1, 16, 37])
+def test_mamba_runs_over_texts(num_tokens: int) -> None:
+    call = {
+        "hidden_states": random(R, C, num_tokens),
+        "dt": random(R, C, num_tokens),
+        "A": -torch.rand(C, N),
+        "B": random(R, N, num_tokens),
+        "C": random(R, N, num_tokens),
+        "D": random(C),
+        "z": random(R, C, num_tokens),
+        "delta_bias": random(C),
+        "delta_softplus": True,
+    }
+    for with_state in ({"return_last_state": True}, {}):
+        found = _FUNCTIONS["mamba_selective_scan"](**call, **with_state)
+        expected = family("jamba").mamba_selective_scan(**call, **with_state)
+        assert_equal(*((x if with_state else [x]) for x in (found, expected)))
 
 
 def test_a_step_of_mamba_2_bounds_its_time_step_as_the_scan_does() -> None:
