@@ -1,7 +1,7 @@
 """Keys and values of earlier positions, for sequences of different lengths.
 
-A sequence is in the length bucket with the smallest sufficient capacity. So no row is padded by more than
-half, and the computation of a row depends on its own length alone. `KVCache` is the cache of
+A sequence is in the length bucket with the smallest sufficient capacity. So no row of more than 256 tokens is
+padded by more than half, and the computation of a row depends on its own length alone. `KVCache` is the cache of
 `attention.packed_attention`: it stores the keys and values of a prefill, and in a decode pass appends the
 newest position of every sequence.
 
@@ -22,7 +22,8 @@ from torch import Tensor
 from cookbook.engine.sampling.recurrent_states import RecurrentStates
 from cookbook.engine.sampling.sequence import Sequence
 
-_CAPACITIES = sorted({size << power for power in range(26) for size in (64, 96)})
+_CAPACITIES = [64, 128, *sorted({size << power for power in range(24) for size in (256, 384)})]
+"""There are few short ones: each bucket is a call of the attention, which costs more than the padding."""
 
 Layer: TypeAlias = torch.nn.Module
 
@@ -200,9 +201,11 @@ class KVCache:
                 bucket.newest = (torch.arange(num_rows, device=device), newest_R)
             row_R, newest_R = bucket.newest
             if sliding_window not in bucket.visible:
-                distance_RC = newest_R[:, None] - torch.arange(bucket.capacity, device=device)
-                is_near_RC = distance_RC < (sliding_window or bucket.capacity)
-                bucket.visible[sliding_window] = (distance_RC >= 0) & is_near_RC
+                position_C = torch.arange(bucket.capacity, device=device)
+                visible_RC = position_C <= newest_R[:, None]
+                if sliding_window is not None:
+                    visible_RC &= position_C > newest_R[:, None] - sliding_window
+                bucket.visible[sliding_window] = visible_RC
             key_RHCD, value_RHCD = bucket.keys[layer], bucket.values[layer]
             key_RHCD[row_R, :, newest_R] = key_1HTD[0, :, tokens].transpose(0, 1)
             value_RHCD[row_R, :, newest_R] = value_1HTD[0, :, tokens].transpose(0, 1)

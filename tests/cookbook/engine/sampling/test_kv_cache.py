@@ -98,9 +98,9 @@ def test_every_new_position_sees_exactly_the_earlier_ones_of_its_sequence(option
     assert not cache._buckets, "empty buckets are freed"
 
 
-def test_no_row_is_padded_by_more_than_half() -> None:
+def test_no_row_is_padded_by_more_than_half_and_short_ones_at_most_to_twice_their_length() -> None:
     for length in range(1, 20_000):
-        assert length <= capacity_for(length) <= max(64, 1.5 * length)
+        assert length <= capacity_for(length) <= max(64, (1.5 if length > 256 else 2) * length)
 
 
 @pytest.mark.parametrize("options", OPTIONS)
