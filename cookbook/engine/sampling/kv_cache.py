@@ -1,8 +1,8 @@
 """Keys and values of earlier positions, for sequences of different lengths.
 
 A sequence is in the length bucket with the smallest sufficient capacity. So no row of more than 256 tokens is
-padded by more than half, and the computation of a row depends on its own length alone. `KVCache` is the cache of
-`attention.packed_attention`: it stores the keys and values of a prefill, and in a decode pass appends the
+padded by more than half, and the computation of a row depends on its own length alone. `KVCache` is the cache
+of `attention.packed_attention`: it stores the keys and values of a prefill, and in a decode pass appends the
 newest position of every sequence.
 
 Shape suffixes: R rows of a bucket, H heads of keys and values, T tokens of a packed row, C capacity of a
