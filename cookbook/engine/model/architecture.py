@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 _ATTENTION = {"full_attention", "sliding_attention", "attention"}
 _RECURRENCE = {"linear_attention", "conv", "mamba", "recurrent"}
@@ -16,13 +18,41 @@ _BOTH = {"hybrid", "hybrid_sliding"}
 _NEITHER = {"mlp", "moe", "sparse", "dense"}
 """The kinds of layers, as transformers names them in `layer_types`, by what mixes their tokens."""
 
+_SPANS = {
+    re.compile(r"window(_size)?$|^attention_chunk_size$|^index_topk$"): 4,
+    re.compile(r"^(index_|indexer_)?(block_size|topk_blocks|kpool|compress_ratio)$"): 2,
+}
+"""The names of numbers of tokens beyond which a layer's attention does not reach or does not choose, or that
+it compresses to one, and such numbers that matter in short sequences."""
+
+
+@contextlib.contextmanager
+def short_spans(decoder: nn.Module, config: Any) -> Iterator[None]:
+    """Shrinks the windows of a model's layers meanwhile, so that they matter in short sequences too."""
+    modules = list(decoder.modules())
+    owners = {id(owner): owner for owner in (config, *(m.config for m in modules if hasattr(m, "config")))}
+    spans = [
+        (owner, name, value, short)
+        for owner in (*owners.values(), *modules)
+        for name, value in vars(owner).items()
+        for pattern, short in _SPANS.items()
+        if type(value) is int and value > short and pattern.search(name)
+    ]
+    for owner, name, _, short in spans:
+        setattr(owner, name, short)
+    try:
+        yield
+    finally:
+        for owner, name, value, _ in spans:
+            setattr(owner, name, value)
+
 
 def why_not_packed(config: Any, windows: Sequence[int | None], num_recurrent: int = 0) -> str | None:
     """Returns the reason why a model must not see packed sequences, or None if packing is safe.
 
     `windows` lists the sliding window of each call of the packed attention in a forward pass. A model with
     sliding-window attention has to pass its window in each such layer. `num_recurrent` counts the calls of
-    recurrent mixers. longrope selects its frequencies by the longest position of a row.
+    recurrent mixers.
     """
     kinds = getattr(config, "layer_types", None)
     if kinds is None:
@@ -43,8 +73,6 @@ def why_not_packed(config: Any, windows: Sequence[int | None], num_recurrent: in
     expected = sum(kind in _RECURRENCE | _BOTH for kind in kinds)
     if num_recurrent < expected:
         return f"{expected} of its {len(kinds)} layers are recurrent, and {num_recurrent} can be split"
-    if _longrope_parameters(config):
-        return "its RoPE (longrope) depends on the longest sequence of a row"
     return None
 
 
@@ -68,9 +96,13 @@ def logit_scaling(
         return LogitScaling()  # a projection of zeros, as some new models have, shows no scale
     values = {name: value for name, value in vars(config).items() if isinstance(value, int | float)}
     tolerance = 1e-4 if dtype == torch.float32 else 0.01
-    caps = [value for name, value in values.items() if "cap" in name and "att" not in name and value]
+    caps = [
+        value
+        for name, value in values.items()
+        if "cap" in name and "att" not in name and "capacity" not in name and value
+    ]
     numbers = [1.0, *(float(value) for value in values.values() if value)]
-    for softcap in (None, *caps):
+    for softcap in (*caps, None):  # of small logits a cap changes little, but of a trained model's it does
         scaled_SV = logits_SV.double()
         if softcap is not None:
             scaled_SV = softcap * torch.atanh((scaled_SV / softcap).clamp(-1, 1))
@@ -85,16 +117,12 @@ def logit_scaling(
     return None
 
 
-def longrope_threshold(config: Any) -> int | None:
-    """Returns the length beyond which longrope re-encodes all positions, or None without longrope."""
-    lengths = [
-        kind.get("original_max_position_embeddings") or config.original_max_position_embeddings
-        for kind in _longrope_parameters(config)
-    ]
-    return min(lengths, default=None)
-
-
-def _longrope_parameters(config: Any) -> list[dict[str, Any]]:
+def longrope_thresholds(config: Any) -> set[int]:
+    """Returns the lengths beyond which longrope encodes all positions of a sequence differently."""
     parameters = getattr(config, "rope_parameters", None) or {}
     by_kind = [value for value in parameters.values() if isinstance(value, dict)] or [parameters]
-    return [kind for kind in by_kind if kind.get("rope_type") == "longrope"]
+    return {
+        kind.get("original_max_position_embeddings") or config.original_max_position_embeddings
+        for kind in by_kind
+        if kind.get("rope_type") == "longrope"
+    }

@@ -21,6 +21,9 @@ from cookbook.engine.model.tree_attention import Tree, VarlenTreeAttention
 
 NAME = "cookbook_packed"
 
+_NOT_NEEDED = {"position_ids", "input_ids", "cache_position"}
+"""The tensors that models pass to every attention, and that nothing here depends on."""
+
 
 class Cache(Protocol):
     """The keys and values of earlier positions. `sampling.kv_cache` documents each method."""
@@ -71,7 +74,7 @@ def packed_attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
-    **unused: Any,
+    **further: Any,
 ) -> tuple[Tensor, None]:
     """Returns attention in which position t of a sequence sees its positions 0 to t: [B, T, H, D].
 
@@ -85,6 +88,8 @@ def packed_attention(
     """
     if layout is not None and layout.windows_seen is not None:
         layout.windows_seen.append(sliding_window)
+        if unread := {name for name, value in further.items() if isinstance(value, Tensor)} - _NOT_NEEDED:
+            raise ValueError(f"its attention depends on {min(unread)} too")
     assert attention_mask is None, "packed attention takes a layout, never a mask"
     is_plain = softcap is None and s_aux is None
     qkv = query_BHTD, key_BHTD, value_BHTD

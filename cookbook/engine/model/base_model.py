@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -34,18 +34,22 @@ from cookbook.engine.model.memory import (
     measure_activations,
     usable_memory,
 )
-from cookbook.engine.model.packing import PackedBatch, TokenSequence, copy_to, pack
+from cookbook.engine.model.packing import PackedBatch, TokenSequence, copy_to, pack, pad
 from cookbook.engine.model.peft_layers import projection_of
 from cookbook.engine.model.peft_settings import is_same
-from cookbook.engine.model.prefix_tree import MIN_SHARED_TOKENS, families
-from cookbook.engine.model.recurrence import RecurrentLayers
+from cookbook.engine.model.prefix_tree import MIN_SHARED_TOKENS, Family, families
+from cookbook.engine.model.recurrence import RecurrentLayers, batches_by_length
 from cookbook.engine.model.text_part import by_published_names, frozen_parameters, text_decoder
 from cookbook.engine.model.unembedding import BlockSizes, Head, Scores, TokenLoss
 from cookbook.engine.options import EngineOptions
 from cookbook.engine.training.optimizer import bytes_to_train, bytes_to_undo
+from cookbook.engine.training.partition import plan_families
 from cookbook.errors import ConfigError, ModelError
 
 logger = logging.getLogger(__name__)
+
+_FAILURES = (AssertionError, AttributeError, KeyError, TypeError, ValueError, RuntimeError)
+"""What a model raises in a trial that does not fit it."""
 
 
 class BaseModel:
@@ -87,6 +91,10 @@ class BaseModel:
         """Whether sequences can share a row."""
         self.min_shared_tokens: int | None = None
         """The shortest beginning that sequences share in a row, or None if they share none."""
+        self.is_padded = False
+        """Whether the sequences of a row run as a batch, padded to the longest, through the model's own
+        attention. It is set where that attention cannot keep the sequences of one row apart."""
+        self._longrope_thresholds = architecture.longrope_thresholds(self.model.config.get_text_config())
         self.has_plain_head = False
         """Whether logits can be computed in blocks."""
         self.block_sizes = BlockSizes.on(self.device)
@@ -156,33 +164,50 @@ class BaseModel:
 
     @torch.no_grad()
     def _probe_architecture(self) -> None:
-        """Sets `has_plain_head` and `is_packed`, and selects the attention accordingly.
+        """Sets `has_plain_head`, `is_packed` and `is_padded`, and selects the attention accordingly.
 
         A config does not describe an architecture completely (sinks, recurrent layers, scaled logits). So two
-        short sequences are run, and each optimisation is used only if the results equal those of the model
-        itself.
+        short sequences are run, with windows that are shorter, and each optimisation is used only if the
+        results equal those of the model itself. Sequences are packed, or else padded, or else run one at a
+        time.
         """
         generator = torch.Generator().manual_seed(0)
         sequences: list[TokenSequence] = []
-        for length in (7, 5):
+        for length in (13, 6):
             ids_T = torch.randint(self.vocab_size, (length,), generator=generator).numpy()
             if sequences:  # they share a beginning
                 ids_T[:3] = sequences[0].tokens_T[:3]
             sequences.append(TokenSequence(ids_T, ids_T, np.ones(length, np.float32), {}))
         alone = [pack([sequence], self.device, trained_only=False) for sequence in sequences]
-        expected_S = torch.cat([self.logprobs_of_whole_model(batch) for batch in alone])
-        self._check_causal(sequences[0], expected_S[: len(sequences[0])])
+        self.is_packed = self.is_padded = False
+        with contextlib.ExitStack() as spans:
+            spans.enter_context(architecture.short_spans(self._decoder, self.model.config.get_text_config()))
+            try:
+                expected = [self.logprobs_of_whole_model(batch) for batch in alone]
+            except _FAILURES as error:
+                logger.debug("%s is tried with its own windows (%s).", self.name, error)
+                self.discard_pass()
+                spans.close()
+                expected = [self.logprobs_of_whole_model(batch) for batch in alone]
+            self._check_causal(sequences[0], expected[0])
+            self._choose_passes(sequences, alone, torch.cat(expected))
+
+    def _choose_passes(
+        self, sequences: list[TokenSequence], alone: list[PackedBatch], expected_S: Tensor
+    ) -> None:
+        """Does what `_probe_architecture` says, given the log-probabilities of the sequences run alone."""
 
         def why_not(compute: Callable[[], Tensor]) -> str | None:
             try:
                 found_S = compute()
-            except (AssertionError, AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
+            except _FAILURES as error:
                 self.discard_pass()
-                return f"{type(error).__name__}: {error}"
+                logger.debug("%s failed in a trial (%s: %s).", self.name, type(error).__name__, error)
+                return str(error) if isinstance(error, ValueError) else "it fails in a trial"
             difference = ((found_S - expected_S).abs() / expected_S.abs()).max().item()
             tolerance = 1e-4 if self.dtype == torch.float32 else 0.05
             return (
-                None if difference <= tolerance else f"its log-probabilities would move by {difference:.1%}"
+                None if difference <= tolerance else f"its log-probabilities would move by {difference:.2%}"
             )
 
         self.has_plain_head = True
@@ -190,29 +215,30 @@ class BaseModel:
         if reason is not None:
             self.has_plain_head = False
             logger.info(
-                "%s runs one sequence at a time, with all its logits: they are more than a projection (%s).",
-                self.name,
-                reason,
+                "%s computes all its logits: they are more than a projection (%s).", self.name, reason
             )
-            return
         own_attention = self.model.config._attn_implementation
         self.is_packed = True
         self.recurrent.passes_borders = bool(self.recurrent.mixers)
-        reason = why_not(lambda: self._packed_logprobs(sequences))
+        if self.has_plain_head:
+            reason = why_not(lambda: self._packed_logprobs(sequences))
         if reason is not None and self.recurrent.passes_borders:  # no kernels that keep sequences apart
             self.recurrent.passes_borders = False
             logger.debug("%s splits rows at the borders of sequences (%s).", self.name, reason)
             reason = why_not(lambda: self._packed_logprobs(sequences))
-        if reason is not None:
-            self.is_packed = False
-            self.model.set_attn_implementation(own_attention)
-            logger.info("%s runs one sequence at a time: it cannot be packed (%s).", self.name, reason)
-            return
-        reason = why_not(lambda: self._logprobs_of_tree(sequences))
         if reason is None:
-            self.min_shared_tokens = MIN_SHARED_TOKENS
-        else:
-            logger.info("%s computes what sequences share for each of them (%s).", self.name, reason)
+            reason = why_not(lambda: self._logprobs_of_tree(sequences))
+            self.min_shared_tokens = MIN_SHARED_TOKENS if reason is None else None
+            if reason is not None:
+                logger.info("%s computes what sequences share for each of them (%s).", self.name, reason)
+            return
+        self.is_padded = True
+        self.model.set_attn_implementation(own_attention)
+        logger.debug("%s runs padded sequences: it cannot be packed (%s).", self.name, reason)
+        reason = why_not(lambda: self._padded_logprobs(sequences))
+        if reason is not None:
+            self.is_packed = self.is_padded = False
+            logger.info("%s runs one sequence at a time: it cannot be packed (%s).", self.name, reason)
 
     def _check_causal(self, sequence: TokenSequence, expected_S: Tensor) -> None:
         """Raises ModelError if a token's log-probability changes with a later token, as in prefix models."""
@@ -251,22 +277,34 @@ class BaseModel:
         reason = architecture.why_not_packed(self.model.config.get_text_config(), windows, num_recurrent)
         if reason is not None:
             raise ValueError(reason)
-        # A small leak between sequences could go unnoticed, so the first one is set to nan, which would
-        # spread.
-        length = len(sequences[0])
+        self._check_apart(batch)
+        return found_S
 
-        def set_nan(module: nn.Module, inputs: Any, embeddings_1ND: Tensor) -> Tensor:
-            with_nan_1ND = embeddings_1ND.clone()
-            with_nan_1ND[:, :length] = torch.nan
-            return with_nan_1ND
+    def _padded_logprobs(self, sequences: list[TokenSequence]) -> Tensor:
+        """Returns the log-probabilities of `sequences` as a batch. Raises ValueError if padding is unsafe."""
+        batch = pad(sequences, self.device, trained_only=False)
+        found_S = self.logprobs(batch)
+        self._check_apart(batch)
+        return found_S
+
+    def _check_apart(self, batch: PackedBatch) -> None:
+        """Raises ValueError if the first sequence of a row changes others.
+
+        A small leak could go unnoticed, so the first one is set to nan, which would spread.
+        """
+        (start, stop), *_ = batch.layout.segments
+
+        def set_nan(module: nn.Module, inputs: Any, embeddings_BTD: Tensor) -> Tensor:
+            with_nan_BTD = embeddings_BTD.clone()
+            with_nan_BTD[0, start:stop] = torch.nan
+            return with_nan_BTD
 
         hook = self.model.get_input_embeddings().register_forward_hook(set_nan)
         try:
-            if self.logprobs(batch)[length:].isnan().any():
+            if self.logprobs(batch)[stop:].isnan().any():
                 raise ValueError("information may leak from one sequence into another")
         finally:
             hook.remove()
-        return found_S
 
     def _logprobs_of_tree(self, sequences: list[TokenSequence]) -> Tensor:
         """Returns the log-probabilities of `sequences` in one row that has what they share once."""
@@ -276,6 +314,60 @@ class BaseModel:
         return torch.from_numpy(np.concatenate([found[0], found[1]])).to(self.device)
 
     # -- one micro-batch --------------------------------------------------------------------
+
+    @property
+    def packs_all_lengths(self) -> bool:
+        """Whether any sequences can share a row, each seeing its own part of it."""
+        return self.is_packed and not self.is_padded and not self._longrope_thresholds
+
+    def families(self, sequences: Sequence[TokenSequence], shares: bool = True) -> list[Family]:
+        """Returns the sequences in families, of which a row has what they share once, if any may.
+
+        With longrope, a row has the frequencies of its longest sequence. So a family has sequences that have
+        the same frequencies alone.
+        """
+        kinds = [self._rope_kind(len(sequence)) for sequence in sequences]
+        min_shared = self.min_shared_tokens if shares else None
+        return families([sequence.tokens_T for sequence in sequences], min_shared, kinds)
+
+    def plan_microbatches(
+        self,
+        families: Sequence[Family],
+        max_tokens: int,
+        size: Callable[[int], int] = int,
+        memory: Callable[[int], int] = int,
+        max_in_memory: int = 2**62,
+    ) -> list[list[Family]]:
+        """Returns the families of each micro-batch, as `partition.plan_families` does."""
+        by_kind: dict[int, list[Family]] = {}
+        for family in families:
+            by_kind.setdefault(self._rope_kind(family.lengths[0]), []).append(family)
+        plan = []
+        for found in by_kind.values():
+            if self.is_padded:
+                parts = batches_by_length([size(family.lengths[0]) for family in found], max_tokens)
+                plan += [[found[place] for place in sorted(part)] for part in parts]
+            else:
+                limit = max_tokens if self.is_packed else 1
+                plan += plan_families(found, size, limit, memory, max_in_memory)
+        return plan
+
+    def size_of(self, microbatch: Sequence[Family], size: Callable[[int], int]) -> int:
+        """Returns the size of a micro-batch with its padding; `size` is that of one sequence."""
+        if self.is_padded and microbatch:
+            return len(microbatch) * size(max(family.lengths[0] for family in microbatch))
+        return sum(family.size(size) for family in microbatch)
+
+    def pack(
+        self, sequences: Sequence[TokenSequence], trained_only: bool, families: Sequence[Family] = ()
+    ) -> PackedBatch:
+        """Returns the sequences as one micro-batch, as `packing.pack` or `packing.pad` does."""
+        if self.is_padded:
+            return pad(sequences, self.device, trained_only)
+        return pack(sequences, self.device, trained_only, families)
+
+    def _rope_kind(self, length: int) -> int:
+        return sum(length > threshold for threshold in self._longrope_thresholds)
 
     @torch.no_grad()
     def logprobs(self, batch: PackedBatch) -> Tensor:
@@ -346,12 +438,17 @@ class BaseModel:
 
     def hidden_of(self, tokens_1N: Tensor, positions_1N: Tensor, layout: AttentionLayout) -> Tensor:
         """Returns the hidden states that are the input of the projection to the vocabulary: [N, D]."""
-        packed = {"position_ids": positions_1N, "layout": layout} if self.is_packed else {}
-        assert self.is_packed or len(layout.segments) == 1
+        is_row = self.is_packed and not self.is_padded
+        packed = {"position_ids": positions_1N, "layout": layout} if is_row else {}
         decode = self.model.decode if self.is_sharded else self._decoder
-        out = decode(input_ids=tokens_1N, use_cache=False, **packed)
-        hidden_1ND: Tensor = out.last_hidden_state
-        return hidden_1ND[0]
+        out = decode(input_ids=self._batch_of(tokens_1N, layout), use_cache=False, **packed)
+        hidden_BTD: Tensor = out.last_hidden_state
+        return hidden_BTD.flatten(0, 1)
+
+    def _batch_of(self, tokens_1N: Tensor, layout: AttentionLayout) -> Tensor:
+        """Returns the tokens as the model takes them: one row or, if sequences are padded, one for each."""
+        assert self.is_packed or len(layout.segments) == 1
+        return tokens_1N.view(len(layout.segments), -1) if self.is_padded else tokens_1N
 
     def head(self, scored_S: Tensor | None = None) -> Head:
         """Returns the projection to the vocabulary, including the active adapter.
@@ -373,16 +470,16 @@ class BaseModel:
         )
 
     def logprobs_of_whole_model(self, batch: PackedBatch) -> Tensor:
-        """Returns the log-probabilities from the model's own logits, for one sequence per batch.
+        """Returns the log-probabilities from the model's own logits, for padded sequences or a single one.
 
         This is for models whose logits are more than a projection of the hidden states.
         """
         return _log_probabilities(self._logits_of_whole_model(batch), batch.targets_S)
 
     def _logits_of_whole_model(self, batch: PackedBatch) -> Tensor:
-        assert len(batch.layout.segments) == 1
-        logits_NV = self.model(input_ids=batch.tokens_1N, use_cache=False).logits[0]
-        return logits_NV.index_select(0, batch.scored_S)
+        tokens_BT = self._batch_of(batch.tokens_1N, batch.attention)
+        logits_BTV = self.model(input_ids=tokens_BT, use_cache=False).logits
+        return logits_BTV.flatten(0, 1).index_select(0, batch.scored_S)
 
     def limits(self, adapter: Adapter) -> MicrobatchLimits:
         """Returns the limits of micro-batches with one more adapter in training."""

@@ -1,4 +1,4 @@
-"""Checks datums and packs them into micro-batches: sequences are concatenated, never padded.
+"""Checks datums and packs them into micro-batches: sequences are concatenated, or padded to one length.
 
 What sequences share from their beginning may be in the row once. Then hidden states have several targets,
 where sequences part, and scored positions of several sequences have one hidden state and one target.
@@ -156,7 +156,7 @@ class SharedScores:
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """Sequences in one row, on the device: end to end, or what they share only once."""
+    """Sequences in one row, on the device: end to end, or what they share only once, or padded."""
 
     layout: PackedLayout
     tokens_1N: Tensor
@@ -294,3 +294,26 @@ def _scored_once(
     trained_ends_S = np.searchsorted(place_P[:num_trained], np.arange(is_trained_S.sum()), side="right")
     pairs_S = pairs_S[order_S]
     return scored_P[order_P], pairs_S >> 32, pairs_S & (2**32 - 1), place_P, trained_ends_S
+
+
+def pad(sequences: Sequence[TokenSequence], device: torch.device, trained_only: bool) -> PackedBatch:
+    """Does `pack` with all sequences padded on the right to the longest, so that the row is a batch too.
+
+    The segments of `layout` are the sequences, those of `attention` have the padding too.
+    """
+    longest = max(map(len, sequences))
+    batch = pack([_padded(sequence, longest) for sequence in sequences], device, trained_only)
+    segments = [(row * longest, row * longest + len(sequence)) for row, sequence in enumerate(sequences)]
+    return replace(batch, layout=replace(batch.layout, segments=segments))
+
+
+def _padded(sequence: TokenSequence, length: int) -> TokenSequence:
+    def padded(array_T: np.ndarray, value: int = 0) -> np.ndarray:
+        return np.concatenate([array_T, np.full(length - len(array_T), value, array_T.dtype)])
+
+    return TokenSequence(
+        padded(sequence.tokens_T),
+        padded(sequence.targets_T, IGNORED_TARGET),
+        padded(sequence.weights_T),
+        {name: padded(array_T) for name, array_T in sequence.extras.items()},
+    )

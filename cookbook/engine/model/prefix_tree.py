@@ -59,22 +59,25 @@ class Family:
         return Family(self.indices[part], self.lengths[part], [0, *self.shared[part][1:]])
 
 
-def families(sequences: Sequence[np.ndarray], min_shared: int | None) -> list[Family]:
+def families(
+    sequences: Sequence[np.ndarray], min_shared: int | None, kinds: Sequence[int] | None = None
+) -> list[Family]:
     """Returns the sequences in families, ordered by their first sequence. With None each is alone.
 
     `sequences` are arrays of token ids [T] of at least one token. Beginnings of less than `min_shared` tokens
-    do not count.
+    do not count. Sequences of different `kinds` share nothing.
     """
     if min_shared is None:
         return [Family([index], [len(tokens_T)], [0]) for index, tokens_T in enumerate(sequences)]
-    keys = [tokens_T.astype(">u4").tobytes() for tokens_T in sequences]
+    kinds = [0] * len(sequences) if kinds is None else kinds
+    keys = [(kind, tokens_T.astype(">u4").tobytes()) for kind, tokens_T in zip(kinds, sequences, strict=True)]
     order = sorted(range(len(sequences)), key=keys.__getitem__)
     found: list[Family] = []
     first = 0
     shared = [0]
     for place in range(1, len(order) + 1):
         length = 0
-        if place < len(order):
+        if place < len(order) and kinds[order[place - 1]] == kinds[order[place]]:
             length = num_shared(sequences[order[place - 1]], sequences[order[place]])
         if length >= min_shared:
             shared.append(length)

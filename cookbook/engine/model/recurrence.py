@@ -197,14 +197,20 @@ def _placed(
     return place_N, shapes
 
 
-def batches_by_length(lengths: Sequence[int]) -> list[list[int]]:
-    """Returns the indices of the sequences of each batch, chosen so that batches and padding cost least."""
+def batches_by_length(lengths: Sequence[int], max_tokens: int | None = None) -> list[list[int]]:
+    """Returns the indices of the sequences of each batch, chosen so that batches and padding cost least.
+
+    A batch of several sequences has at most `max_tokens` with its padding.
+    """
     order_R = np.argsort(lengths, kind="stable")
     sorted_R = np.asarray(lengths)[order_R]
     num_rows = len(order_R)
     costs, firsts = np.zeros(num_rows + 1), np.zeros(num_rows + 1, np.int64)
     for end in range(1, num_rows + 1):  # costs[i] is the least cost of the i shortest sequences
-        candidates = costs[:end] + _BATCH_TOKENS + np.arange(end, 0, -1) * sorted_R[end - 1]
+        tokens = np.arange(end, 0, -1) * sorted_R[end - 1]
+        candidates = costs[:end] + _BATCH_TOKENS + tokens
+        if max_tokens is not None:
+            candidates[:-1][tokens[:-1] > max_tokens] = np.inf
         firsts[end] = candidates.argmin()
         costs[end] = candidates.min()
     batches, end = [], num_rows

@@ -38,7 +38,7 @@ def make_decoder(base: BaseModel, decoders: tuple[type[Decoder], ...] = DECODERS
     if base.make_decoder is not None:
         decoder: Decoder = base.make_decoder(base)
         return decoder
-    *candidates, last = decoders if base.is_packed else decoders[1:]
+    *candidates, last = decoders if base.packs_all_lengths else decoders[1:]
     generator = torch.Generator().manual_seed(0)
     texts = [torch.randint(base.vocab_size, (length,), generator=generator).numpy() for length in (6, 7, 8)]
     texts[2][:6] = texts[1][:6]

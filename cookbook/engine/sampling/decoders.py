@@ -118,7 +118,7 @@ class WholeModelDecoder(Decoder):
         self._cache_name = names[0]
         self._takes_positions = "position_ids" in accepted
         self._last_only = _last_logits_only(base)
-        self._longrope_threshold = architecture.longrope_threshold(base.model.config.get_text_config())
+        self._longrope_thresholds = architecture.longrope_thresholds(base.model.config.get_text_config())
         self._groups: list[tuple[Any, list[Sequence]]] = []
         """The cache of each group, and its sequences in the order of that cache's rows."""
 
@@ -140,7 +140,7 @@ class WholeModelDecoder(Decoder):
         logits: dict[Sequence, Tensor] = {}
         for number, (cache, group) in enumerate(self._groups):
             length = group[0].length
-            if length - 1 == self._longrope_threshold:  # RoPE of the cached positions used other frequencies
+            if length - 1 in self._longrope_thresholds:  # RoPE of the cached positions used other frequencies
                 cache = _new_cache(self._base)
                 self._groups[number] = (cache, group)
                 texts = np.stack([sequence.text_T for sequence in group])

@@ -21,13 +21,13 @@ from cookbook.engine.model.adapters import Adapter
 from cookbook.engine.model.base_model import BaseModel
 from cookbook.engine.model.loading import return_freed_memory
 from cookbook.engine.model.memory import bytes_for_sampling, is_out_of_memory
-from cookbook.engine.model.packing import TokenSequence, pack
+from cookbook.engine.model.packing import TokenSequence
+from cookbook.engine.model.prefix_tree import Family
 from cookbook.engine.sampling.choice import choose
 from cookbook.engine.sampling.decoder_probe import make_decoder
 from cookbook.engine.sampling.kv_cache import capacity_for
 from cookbook.engine.sampling.requests import Request, SampleRequest, ScoreRequest
 from cookbook.engine.sampling.sequence import Sequence
-from cookbook.engine.training.partition import plan_microbatches
 from cookbook.errors import TrainingError
 from cookbook.types import SampledSequence, SampleResponse
 
@@ -173,14 +173,15 @@ class _RunningBatch:
                 request.future.set_result([None])
         requests = self.scores = [request for request in self.scores if not request.future.done()]
         lengths = [len(request.tokens_T) - 1 for request in requests]
-        max_tokens = self._limits.max_prefill_tokens if self._base.is_packed else 1
-        for indices in plan_microbatches(lengths, max_tokens) if requests else []:
+        alone = [Family([index], [length], [0]) for index, length in enumerate(lengths)]
+        for microbatch in self._base.plan_microbatches(alone, self._limits.max_prefill_tokens):
+            indices = [family.indices[0] for family in microbatch]
             texts = [requests[index].tokens_T for index in indices]
             sequences = [
                 TokenSequence(text_T[:-1], text_T[1:], np.ones(len(text_T) - 1, np.float32), {})
                 for text_T in texts
             ]
-            batch = pack(sequences, self._base.device, trained_only=False)
+            batch = self._base.pack(sequences, trained_only=False)
             columns = [batch.layout.split(values_S.cpu().numpy()) for values_S in self._base.scores(batch)]
             for index, logprobs_T, is_argmax_T in zip(indices, *columns, strict=True):
                 logprobs = [None, *logprobs_T.tolist()]

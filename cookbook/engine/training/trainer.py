@@ -26,12 +26,12 @@ from cookbook.engine.model.adapters import Adapter
 from cookbook.engine.model.base_model import BaseModel
 from cookbook.engine.model.dropout import PassOfData
 from cookbook.engine.model.memory import FIRST_PATIENCE, MicrobatchLimits, Recovery, is_out_of_memory
-from cookbook.engine.model.packing import PackedBatch, TokenSequence, check_data, pack
-from cookbook.engine.model.prefix_tree import Family, families
+from cookbook.engine.model.packing import PackedBatch, TokenSequence, check_data
+from cookbook.engine.model.prefix_tree import Family
 from cookbook.engine.training import sharded_state
 from cookbook.engine.training.losses import Loss, get_loss
 from cookbook.engine.training.optimizer import Optimizer
-from cookbook.engine.training.partition import partition_families, plan_families
+from cookbook.engine.training.partition import partition_families
 from cookbook.engine.training.results import (
     MicrobatchResult,
     PassResult,
@@ -222,8 +222,7 @@ class Trainer:
         seed = self.adapter.lora.seed or 0
         masks = PassOfData(seed, self._optimizer.num_steps, self._num_passes) if drops else None
         # Sequences that share a beginning drop other inputs of it each.
-        min_shared = self.base.min_shared_tokens if masks is None else None
-        found = families([sequence.tokens_T for sequence in request.sequences], min_shared)
+        found = self.base.families(request.sequences, shares=masks is None)
         own = partition_families(found, self._world.size)[self._world.rank]
         results: list[MicrobatchResult] | None = None
         if self.base.is_sharded:
@@ -283,8 +282,9 @@ class Trainer:
     ) -> list[MicrobatchResult]:
         """Plans, packs and runs the micro-batches of the sequences `own`. Raises _DoesNotFit."""
         limits = self._limits
-        max_tokens = limits.max_tokens if self.base.is_packed else 1
-        plan = plan_families(own, limits.size, max_tokens, limits.size_in_memory, limits.max_in_memory)
+        plan = self.base.plan_microbatches(
+            own, limits.max_tokens, limits.size, limits.size_in_memory, limits.max_in_memory
+        )
         # all processes gather the weights for each micro-batch, so all run equally many
         if self.base.is_sharded:
             (num_microbatches,) = self._world.all_reduce_max(len(plan))
@@ -293,13 +293,14 @@ class Trainer:
         for microbatch in plan:
             indices = [index for family in microbatch for index in family.indices]
             sequences = [request.sequences[index] for index in indices] or [_untrained(request)]
-            size = sum(family.size(limits.size_without_checkpointing) for family in microbatch) or 1
+            size = self.base.size_of(microbatch, limits.size_without_checkpointing) or 1
             is_checkpointed = backward and size > limits.max_tokens_without_checkpointing
             try:
-                batch = pack(sequences, self.base.device, request.trained_only, microbatch)
+                batch = self.base.pack(sequences, request.trained_only, microbatch)
                 keys = None
                 if masks is not None:
-                    keys = masks.keys(indices or [len(request.sequences)], list(map(len, sequences)))
+                    lengths = [stop - start for start, stop in batch.attention.segments]
+                    keys = masks.keys(indices or [len(request.sequences)], lengths)
                 with self.base.dropping(keys):
                     result = self._run_microbatch(batch, indices, request, backward, is_checkpointed)
             except (RuntimeError, MemoryError) as error:
@@ -346,7 +347,7 @@ class Trainer:
         limits = self._limits
 
         def size(size_of: Callable[[int], int] = int) -> int:
-            return sum(family.size(size_of) for family in microbatch)
+            return self.base.size_of(microbatch, size_of)
 
         num_tokens = size()
         if sum(len(family.indices) for family in microbatch) > 1:

@@ -21,7 +21,9 @@ from transformers import AutoModelForCausalLM
 
 from cookbook.engine.model.base_model import BaseModel
 from cookbook.engine.model.memory import MicrobatchLimits
+from cookbook.engine.model.packing import TokenSequence
 from cookbook.engine.model.prefix_tree import MIN_SHARED_TOKENS
+from cookbook.engine.model.prefix_tree import Family as PrefixFamily
 from cookbook.engine.model.unembedding import BlockSizes
 from cookbook.engine.options import EngineOptions
 from cookbook.engine.training.trainer import Trainer
@@ -103,26 +105,26 @@ EXPERTS = {
     "mixtral": Family("mixtral", _LOCAL_EXPERTS),
     "gpt_oss": Family("gpt_oss", {**_LOCAL_EXPERTS, "sliding_window": 8}),
 }
-UNPACKED = {
-    "phi3-longrope": (Family("phi3", {"rope_parameters": _LONGROPE}), "longrope"),
-    "stablelm": (Family("stablelm"), "AttentionInterface"),
-    "stablelm-faint": (Family("stablelm", {"initializer_range": 0.005}), "AttentionInterface"),
-    "llama-window": (Family("llama", {"sliding_window": 8}), "window is not passed to the attention"),
-    "llama4": (
-        Family(
-            "llama4_text",
-            {
-                "num_local_experts": 2,
-                "attention_chunk_size": 8,
-                "intermediate_size_mlp": 64,
-                "moe_layers": [1],
-            },
-            _NO_MLP,
-        ),
-        "layers of chunked_attention",
+LONGROPE = {
+    "phi3-longrope": Family("phi3", {"rope_parameters": _LONGROPE, "original_max_position_embeddings": 16})
+}
+PADDED = {
+    "stablelm": Family("stablelm"),
+    "stablelm-faint": Family("stablelm", {"initializer_range": 0.005}),
+    "bloom": Family("bloom", {"n_head": 4}),
+    "llama-window": Family("llama", {"sliding_window": 8}),
+    "llama4": Family(
+        "llama4_text",
+        {
+            "num_local_experts": 2,
+            "attention_chunk_size": 8,
+            "intermediate_size_mlp": 64,
+            "moe_layers": [1],
+        },
+        _NO_MLP,
     ),
 }
-FAMILIES = PACKED | RECURRENT | EXPERTS | {name: family for name, (family, _) in UNPACKED.items()}
+FAMILIES = PACKED | RECURRENT | EXPERTS | LONGROPE | PADDED
 
 
 # -- the truth: plain transformers and PEFT ------------------------------------------------------
@@ -238,7 +240,7 @@ class Way:
 def run(trainer: Trainer, data: Sequence[Datum], loss_fn: str, way: Way) -> Outcome:
     trainer._limits = MicrobatchLimits(way.max_tokens, way.checkpoint_beyond, max_in_memory=way.max_in_memory)
     trainer.base.block_sizes = way.blocks
-    trainer.base.min_shared_tokens = way.min_shared if trainer.base.is_packed else None
+    trainer.base.min_shared_tokens = None if trainer.base.is_padded else way.min_shared
     request = trainer.check([data[i] for i in way.order], loss_fn, None, trained_only=way.trained_only)
     result = trainer.forward_backward(request)
     gradients = {
@@ -417,7 +419,7 @@ def other_tokens(sequence: Tokens, tokens: Sequence[int]) -> Tokens:
     return replace(sequence, tokens=drawn[:-1], targets=targets)
 
 
-@pytest.mark.parametrize("name", PACKED | RECURRENT | EXPERTS)
+@pytest.mark.parametrize("name", PACKED | RECURRENT | EXPERTS | PADDED)
 @settings(deadline=None, derandomize=True, max_examples=settings().max_examples // 5, phases=[Phase.generate])
 @given(
     drawn=st.data(),
@@ -495,7 +497,7 @@ def test_a_batch_with_nothing_to_share_has_the_same_bits_with_and_without_sharin
         assert torch.equal(gradient, shared.gradients[name])
 
 
-@pytest.mark.parametrize("name", PACKED | RECURRENT | EXPERTS)
+@pytest.mark.parametrize("name", PACKED | RECURRENT | EXPERTS | PADDED)
 @pytest.mark.parametrize("index", [0, 1, 2])
 def test_nan_in_one_packed_sequence_does_not_spread(name: str, index: int, trainer_of: Any) -> None:
     trainer, _ = trainer_of(name)
@@ -504,11 +506,11 @@ def test_nan_in_one_packed_sequence_does_not_spread(name: str, index: int, train
         Tokens(*rng.integers(0, VOCAB_SIZE, (2, length)).tolist(), np.ones(length, np.float32), 0)
         for length in (20, 11, 30)
     ]
-    start, stop = [(0, 20), (20, 31), (31, 61)][index]
+    place = index if trainer.base.is_padded else (0, [slice(0, 20), slice(20, 31), slice(31, 61)][index])
 
     def set_nan(module: nn.Module, inputs: Any, embeddings: Tensor) -> Tensor:
         with_nan = embeddings.clone()
-        with_nan[:, start:stop] = torch.nan
+        with_nan[place] = torch.nan
         return with_nan
 
     before = packed_logprobs(trainer, batch)
@@ -530,12 +532,21 @@ def assert_others_unchanged(name: str, index: int, before: list[np.ndarray], aft
             assert other.tobytes() == one.tobytes()
 
 
-# -- what cannot be packed --------------------------------------------------------------------
+# -- what can be packed, padded, or neither -----------------------------------------------------
 
 
-@pytest.mark.parametrize("name", PACKED | RECURRENT | EXPERTS)
+def planned(base: BaseModel, lengths: list[int], max_tokens: int) -> list[list[int]]:
+    """Returns the micro-batches of sequences that share no beginning."""
+    families = [PrefixFamily([index], [length], [0]) for index, length in enumerate(lengths)]
+    plan = base.plan_microbatches(families, max_tokens)
+    return sorted([family.indices[0] for family in microbatch] for microbatch in plan)
+
+
+@pytest.mark.parametrize("name", PACKED | RECURRENT | EXPERTS | LONGROPE)
 def test_models_that_support_packing_are_packed(name: str, trainer_of: Any) -> None:
-    assert trainer_of(name)[0].base.is_packed
+    base = trainer_of(name)[0].base
+    assert base.is_packed
+    assert not base.is_padded
 
 
 @pytest.mark.parametrize("name", PACKED | RECURRENT | EXPERTS)
@@ -545,20 +556,46 @@ def test_models_that_support_sharing_share_what_sequences_begin_with(name: str, 
 
 
 @pytest.mark.parametrize(
-    ("name", "dtype"), [*((name, "float32") for name in UNPACKED), ("stablelm-faint", "bfloat16")]
+    ("name", "dtype"), [*((name, "float32") for name in PADDED), ("stablelm-faint", "bfloat16")]
 )
-def test_a_model_that_packing_would_change_runs_one_sequence_at_a_time_and_logs_it(
-    name: str, dtype: str, trainer_of: Any, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_model_that_packing_would_change_is_padded(name: str, dtype: str, trainer_of: Any) -> None:
     """Also if the effect of a neighbour is below the rounding of bfloat16."""
-    folder = trainer_of(name)[0].base.name
-    caplog.clear()
+    base = BaseModel(trainer_of(name)[0].base.name, EngineOptions(dtype=dtype))
+    assert base.is_packed
+    assert base.is_padded
+
+
+def test_sequences_that_longrope_encodes_differently_share_no_row(trainer_of: Any) -> None:
+    base = trainer_of("phi3-longrope")[0].base
+    assert planned(base, [16, 17, 3, 30], max_tokens=1000) == [[0, 2], [1, 3]]
+    tokens_T = np.arange(30)
+    sequences = [TokenSequence(*[tokens_T[:length]] * 3, {}) for length in (16, 17, 10, 30)]
+    assert [sorted(family.indices) for family in base.families(sequences)] == [[0, 2], [1, 3]]
+
+
+def test_a_padded_row_counts_its_padding(trainer_of: Any) -> None:
+    base = trainer_of("stablelm")[0].base
+    assert planned(base, [9, 30, 10, 31, 10], max_tokens=62) == [[0, 2, 4], [1, 3]]
+    families = [PrefixFamily([0], [9], [0]), PrefixFamily([1], [10], [0])]
+    assert base.size_of(families, lambda length: length**2) == 200
+
+
+def test_a_model_that_padding_would_change_runs_one_sequence_at_a_time_and_logs_it(
+    trainer_of: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its logits depend on the number of tokens that it is given."""
+    base = BaseModel(trainer_of("stablelm")[0].base.name, EngineOptions(dtype="float32"))
+    hook = base.model.get_input_embeddings().register_forward_hook(
+        lambda module, inputs, embeddings: embeddings + 0.01 * embeddings.shape[1] * module.weight[1]
+    )
     with caplog.at_level("INFO", logger="cookbook.engine.model.base_model"):
-        base = BaseModel(folder, EngineOptions(dtype=dtype))
+        base._probe_architecture()
+    hook.remove()
     assert not base.is_packed
     (line,) = [r.message for r in caplog.records if r.name == "cookbook.engine.model.base_model"]
-    assert line.startswith(f"{folder} runs one sequence at a time")
-    assert UNPACKED[name][1] in line
+    assert line.startswith(f"{base.name} runs one sequence at a time")
+    assert "its log-probabilities would move by" in line
+    assert planned(base, [9, 30], max_tokens=1000) == [[0], [1]]
 
 
 # -- in half precision ------------------------------------------------------------------------

@@ -52,6 +52,17 @@ def test_packing_and_checkpointing_drop_the_same(
     assert any((none[name] - expected[name]).abs().max() > 1e-2 * none[name].abs().max() for name in none)
 
 
+def test_padding_drops_the_same(
+    make_trainer: Callable[..., Trainer], make_data: Any, make_model_folder: Any, tmp_path: Path
+) -> None:
+    folder = str(make_model_folder(tmp_path / "stablelm", "stablelm"))
+    together = make(make_trainer, folder)
+    apart = make(make_trainer, folder, max_tokens_per_microbatch=1)
+    data = make_data(together.base.vocab_size, LENGTHS)
+    assert together.base.is_padded
+    assert_equal(gradients(apart, data), gradients(together, data))
+
+
 def test_the_gradient_is_that_of_autograd_with_the_same_masks(
     make_trainer: Callable[..., Trainer], make_data: Any, tiny_qwen3: str
 ) -> None:

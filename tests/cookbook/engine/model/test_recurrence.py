@@ -164,7 +164,7 @@ def test_packed_gradients_in_bfloat16_are_as_accurate_as_those_of_plain_transfor
     assert np.median(list(packed.values())) < 1.5 * np.median(list(plain.values()))
 
 
-def test_without_splitting_a_hybrid_is_not_packed(folder_of: Callable[[str], Path]) -> None:
+def test_without_splitting_a_hybrid_is_padded(folder_of: Callable[[str], Path]) -> None:
     """The fault that splitting repairs: the torch fallbacks run across the borders of sequences."""
     base = BaseModel(str(folder_of("lfm2_moe")), EngineOptions(dtype="float32"))
     batch = pack(make_sequences(), base.device, trained_only=False)
@@ -174,7 +174,7 @@ def test_without_splitting_a_hybrid_is_not_packed(folder_of: Callable[[str], Pat
     assert (base.logprobs(batch) - expected_S).abs().max() > 0.01
     base.recurrent.mixers.clear()
     base._probe_architecture()
-    assert not base.is_packed
+    assert base.is_padded
 
 
 # -- with kernels ---------------------------------------------------------------------------
@@ -288,6 +288,15 @@ def test_batches_hold_every_sequence_once_and_are_padded_little() -> None:
     padded = sum(len(batch) * max(lengths[index] for index in batch) for batch in batches)
     assert padded < 1.1 * sum(lengths)
     assert len(batches) < 40
+
+
+def test_a_batch_of_several_sequences_is_padded_within_the_limit() -> None:
+    lengths = np.random.default_rng(0).integers(1, 300, 100).tolist()
+    batches = batches_by_length(lengths, max_tokens=250)
+    assert sorted(index for batch in batches for index in batch) == list(range(100))
+    assert all(
+        len(batch) == 1 or len(batch) * max(lengths[index] for index in batch) <= 250 for batch in batches
+    )
 
 
 def test_splitting_and_joining_a_row_gives_the_row() -> None:

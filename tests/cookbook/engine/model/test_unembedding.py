@@ -10,7 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import PreTrainedConfig
 
+from cookbook.engine.model.architecture import LogitScaling, logit_scaling
 from cookbook.engine.model.unembedding import (
     BlockSizes,
     Head,
@@ -253,3 +255,18 @@ def test_equal_logits_and_nan_have_no_argmax(softcap: float | None) -> None:
     for value in (0.0, torch.nan):
         hidden_SD = torch.full((len(head.weight_VD), HIDDEN_SIZE), value)
         assert not score_and_compare(head, hidden_SD, targets).is_argmax_S.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [0.3, 20.0])
+def test_a_cap_of_the_config_is_found_in_small_logits_too(dtype: torch.dtype, size: float) -> None:
+    config = PreTrainedConfig(final_logit_softcapping=30.0, attn_logit_softcapping=50.0, capacity_factor=1.0)
+    projection_SV = (size * torch.randn(5, 40, generator=torch.Generator().manual_seed(0))).to(dtype)
+    capped_SV = 30 * torch.tanh(projection_SV / 30)
+    assert logit_scaling(config, projection_SV, capped_SV, dtype) == LogitScaling(1.0, 30.0)
+
+
+def test_a_cap_that_a_model_does_not_apply_is_not_used() -> None:
+    config = PreTrainedConfig(final_logit_softcapping=30.0)
+    projection_SV = 5 * torch.randn(5, 40, generator=torch.Generator().manual_seed(0))
+    assert logit_scaling(config, projection_SV, projection_SV, torch.float32) == LogitScaling(1.0, None)

@@ -497,7 +497,9 @@ def broken_base(request: pytest.FixtureRequest, make_model_folder: Any, tmp_path
             base.make_decoder = decoders.UncachedDecoder
         else:
             decoder_probe.make_decoder(base)
-    assert base.decodes_packed == (True if request.param == "packed" else None if base.is_packed else False)
+    assert base.decodes_packed == (
+        True if request.param == "packed" else None if base.packs_all_lengths else False
+    )
     return base
 
 
@@ -853,4 +855,4 @@ def test_a_decoder_that_is_wrong_for_a_model_is_rejected_with_a_warning(
     assert f"is not sampled from with {wrong.__name__}" in caplog.text
     run(base, temperature=0, max_tokens=2)
     warnings = [record for record in caplog.records if "falls back" in record.getMessage()]
-    assert len(warnings) == (2 if base.is_packed else 1), "a model is probed once"
+    assert len(warnings) == (2 if base.packs_all_lengths else 1), "a model is probed once"
