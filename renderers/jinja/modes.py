@@ -157,12 +157,16 @@ def _aliases(tree: nodes.Template, names: Iterable[str]) -> dict[str, set[str]]:
     """Returns the variables behind each name: those that the template computes it from."""
     behind: dict[str, set[str]] = {name: {name} for name in names}
     for assignment in tree.find_all(nodes.Assign):
-        target = _key(assignment.target)
-        read: set[str] = set()
-        for inner in _with_inner(assignment.node):
-            read |= behind.get(_key(inner) or "", set())
-        if target is not None and read:
-            behind[target] = behind.get(target, set()) | read
+        target, value = _key(assignment.target), assignment.node
+        computed = [(target, value)]
+        if isinstance(value, nodes.Call) and _key(value.node) == "namespace":
+            computed = [(f"{target}.{given.key}", given.value) for given in value.kwargs]
+        for name, node in computed:
+            read: set[str] = set()
+            for inner in _with_inner(node):
+                read |= behind.get(_key(inner) or "", set())
+            if name is not None and read:
+                behind[name] = behind.get(name, set()) | read
     return behind
 
 

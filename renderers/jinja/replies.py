@@ -32,9 +32,9 @@ from renderers.messages import PlainMessage
 from renderers.thinking import END_THINK, THINK
 
 _ONLY_CONTENT = {"role", "content"}
-_TAG = re.compile(f"{THINK}|{END_THINK}")
 _THOUGHT, _BEFORE = f"{SENTINEL}0;", f"{SENTINEL}2;"
-_MARK = r"[<\[][^\s<>\[\]]+[>\]]"
+_MARK = r"[<\[\u25c1][^\s<>\[\]\u25c1\u25b7]+[>\]\u25b7]"
+"""A tag: `<think>`, `[THINK]`, or one of Kimi-VL's in triangles."""
 _EMPTY_THOUGHTS = (
     re.compile(rf"(?P<opening>{_MARK})\s*\w*\s*(?P<closing>{_MARK})\s*\Z"),
     re.compile(rf"(?P<opening>)(?P<closing>{END_THINK})\s*\Z"),
@@ -79,6 +79,28 @@ class Replies:
     def modes(self) -> list[Template]:
         """The other modes of the template."""
         return modes_of(self._template)
+
+    @cached_property
+    def _tags(self) -> tuple[str, str]:
+        """The tags around a thought: those of `<think>`, or of another tag that the prompt ends with.
+
+        The template must know the tag that closes the other one, which has a slash (EXAONE Deep's
+        `<thought>`), and must not know `</think>`.
+        """
+        source = self._template.source
+        prompt = self._template.text([self._template.adapted(USER)], prompt=True)
+        last = re.search(rf"(?P<first>{_MARK})\s*\Z", prompt)
+        opening = last["first"] if last else ""
+        closing = f"{opening[:1]}/{opening[1:]}"
+        return (
+            (opening, closing)
+            if opening and END_THINK not in source and closing in source
+            else (THINK, END_THINK)
+        )
+
+    @cached_property
+    def _tag(self) -> re.Pattern[str]:
+        return re.compile("|".join(map(re.escape, self._tags)))
 
     @cached_property
     def has_variables(self) -> bool:
@@ -143,7 +165,7 @@ class Replies:
             yield partial(self._behind_own_prompt, chat, index, mode)
         if thinks_not or chat.given[index].get("reasoning_content"):
             yield partial(self._begun_thought, chat, index)
-        for mode in (usual, *self.modes) if END_THINK in usual.source else ():
+        for mode in (usual, *self.modes) if self._tags[1] in usual.source else ():
             yield partial(self._stripped_thought, chat, index, mode)
         if thinks_not and not (
             chat.given[index].get("content", "").strip() or "tool_calls" in chat.given[index]
@@ -152,8 +174,12 @@ class Replies:
 
     def _has_no_thought(self, message: PlainMessage) -> bool:
         """Returns whether a reply has no thinking; tags that the template does not know are its text."""
-        is_inline = END_THINK in message.get("content", "") and END_THINK in self._template.source
+        closing = self._tags[1]
+        is_inline = closing in message.get("content", "") and closing in self._template.source
         return not message.get("reasoning_content") and not is_inline
+
+    def _opens_thought(self, prompt: str) -> bool:
+        return prompt.rstrip().endswith(self._tags[0])
 
     # -- the ways to print a reply ------------------------------------------------------------
 
@@ -161,7 +187,7 @@ class Replies:
         """Returns the reply as the template prints it in this mode."""
         prompt = self._prompt(chat.under(prompt_mode), index)
         whole = chat.under(mode).text(index + 1)
-        is_closed = not _opens_thought(prompt) or END_THINK in whole[len(prompt) :]
+        is_closed = not self._opens_thought(prompt) or self._tags[1] in whole[len(prompt) :]
         if not whole.startswith(prompt) or (not is_closed and self._has_no_thought(chat.given[index])):
             raise self._other_prompt(chat, index, prompt)
         return self._made(chat, index, prompt, whole, (mode, prompt_mode, ""))
@@ -186,13 +212,15 @@ class Replies:
         prompt = self._prompt(chat.under(mode), index)
         header, printed = self._behind_previous(chat.under(mode), index)
         finding = "followed messages that the template prints like this only in a prompt"
-        is_closed = not _opens_thought(header) or END_THINK in printed[len(header) :]
+        is_closed = not self._opens_thought(header) or self._tags[1] in printed[len(header) :]
         if not is_closed and self._has_no_thought(chat.given[index]):
             raise self._other_prompt(chat, index, prompt)
         if not printed.startswith(header):
             begun = self._before_empty_thought(chat.given[index], header, printed)
             if begun is not None:
                 header, finding = begun, _ONLY_IN_PROMPT
+            elif self._header and header.endswith(self._header) and self._is_framed(printed):
+                header = printed.partition(self._header)[0] + self._header
             elif self._is_continued(header, printed):
                 header = header.removesuffix(self._header)
                 finding = "followed a header that the template prints there only in a prompt"
@@ -218,6 +246,11 @@ class Replies:
                 closed = begun + empty["closing"]  # DeepSeek V3.2 prints it behind a tool's result
                 return closed if printed.startswith(closed) else begun
         return None
+
+    def _is_framed(self, printed: str) -> bool:
+        """Returns whether only control tokens precede a header: Bielik's template loses that of a result."""
+        before, header, _ = printed.partition(self._header)
+        return bool(header) and not self._encoder.control.sub("", before).strip()
 
     def _is_continued(self, header: str, printed: str) -> bool:
         """Returns whether the conversation continues a turn for which the prompt opens another one.
@@ -257,7 +290,7 @@ class Replies:
             spaces, words = before.removeprefix(prompt), prompt.removeprefix(before)
             is_opened = before.startswith(prompt) and not spaces.strip()
             is_begun = prompt.startswith(before) and not (
-                self._encoder.control.search(words) or _TAG.search(words)
+                self._encoder.control.search(words) or self._tag.search(words)
             )
             if is_opened or is_begun:
                 finding = "" if thought else _CLOSED
@@ -273,17 +306,19 @@ class Replies:
         """
         prompt, message = self._prompt(chat.under(mode), index), chat.given[index]
         header, printed = self._behind_previous(chat.under(mode), index)
-        begun = header if printed.startswith(header) else header[: header.rfind(THINK)]
+        opening, closing = self._tags
+        begun = header if printed.startswith(header) else header[: header.rfind(opening)]
+        begun = begun if printed.startswith(begun) else begun.rstrip()
         content = printed[len(begun) :]
-        if not (_opens_thought(header) and printed.startswith(begun)) or _TAG.search(content):
+        if not (self._opens_thought(header) and printed.startswith(begun)) or self._tag.search(content):
             raise self._other_prompt(chat, index, prompt)
-        thought, closing, text = message.get("content", "").rpartition(END_THINK)
+        thought, is_inline, text = message.get("content", "").rpartition(closing)
         spaces = text[: len(text) - len(text.lstrip())]
-        if closing:
-            thought = thought.lstrip().removeprefix(THINK).lstrip("\n")
+        if is_inline:
+            thought = thought.lstrip().removeprefix(opening).lstrip("\n")
         else:
             thought, spaces = f"{message.get('reasoning_content', '')}\n", "\n\n"
-        said = f"{thought}{END_THINK}{'' if closing and content.startswith(spaces) else spaces}{content}"
+        said = f"{thought}{closing}{'' if is_inline and content.startswith(spaces) else spaces}{content}"
         finding = "kept the thinking that the chat template removes" if thought.strip() else _CLOSED
         without_thought = {**message, "reasoning_content": ""}
         return self._made(chat, index, prompt, prompt + said, (mode, mode, finding), without_thought)
@@ -399,7 +434,7 @@ class Replies:
         thought, content = message.get("reasoning_content", ""), message.get("content", "")
         lost = [
             key
-            for key, parts in (("reasoning_content", [thought]), ("content", _TAG.split(content)))
+            for key, parts in (("reasoning_content", [thought]), ("content", self._tag.split(content)))
             if not all(part.strip() in printed for part in parts)
         ]
         if not lost and (thought or message.get("tool_calls")):
@@ -419,10 +454,6 @@ def _no_prompt(index: int) -> RendererError:
         f"The chat template renders no prompt before the assistant's message {index + 1}, so it "
         "cannot be trained. Begin with a user's message, or do not train this one."
     )
-
-
-def _opens_thought(prompt: str) -> bool:
-    return prompt.rstrip().endswith(THINK)
 
 
 def _squeezed(text: str) -> str:

@@ -118,6 +118,12 @@ CONTINUED = (
     "{% if ns.open and not add_generation_prompt %}<|im_end|>{% endif %}"
     "{% if add_generation_prompt %}<|header|>{% endif %}"
 )
+# The end of a tool's result is printed only if it is the last message (Bielik, with a system message).
+LOST_END = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+    "{% if m.role != 'tool' or loop.last %}<|im_end|>\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 
 
 def user(content: str) -> Any:
@@ -324,6 +330,27 @@ def test_thinking_that_the_template_removes_is_trained_behind_a_prompt_that_open
     assert parsed == reply("d", "hm" if "hm" in said else "")
 
 
+@pytest.mark.parametrize("tags", ["<thought>", "[REASON]"])
+def test_a_thought_between_other_tags_than_usual_is_closed_by_the_reply(small_tokenizer, trained_runs, tags):
+    opening, closing = tags, f"{tags[0]}/{tags[1:]}"
+    tokenizer = small_tokenizer(STRIPPED.replace("</think>", closing).replace("<think>", opening))
+    for answer, said in (
+        (reply(f"{opening}\nhm\n{closing}\n\nd"), f"hm\n{closing}\n\nd<|im_end|>"),
+        (reply("d", "hm"), f"hm\n{closing}\n\nd<|im_end|>"),
+        (reply("d"), f"\n{closing}\n\nd<|im_end|>"),
+        (reply(""), f"\n{closing}\n\n<|im_end|>"),
+    ):
+        check(tokenizer, trained_runs, [user("a"), reply("b"), user("c"), answer], said, {})
+
+
+def test_a_reply_follows_its_prompt_where_the_conversation_loses_the_end_of_a_result(
+    small_tokenizer, trained_runs
+):
+    chat = [user("a"), reply("b"), {"role": "tool", "content": "r"}, reply("d")]
+    text = check(small_tokenizer(LOST_END), trained_runs, chat, "d<|im_end|>", {})
+    assert text.endswith("tool\nr<|im_end|>\n<|im_start|>assistant\nd<|im_end|>\n")
+
+
 def test_a_reply_that_the_template_prints_as_a_thought_closes_it_first(small_tokenizer, trained_runs):
     chat = [user("a"), reply("b"), user("c"), reply("d")]
     check(small_tokenizer(AS_THOUGHT), trained_runs, chat, "\n</think>\n\nd<|im_end|>", {})
@@ -349,9 +376,11 @@ def test_the_values_of_a_variable_are_those_it_is_compared_with(small_tokenizer)
         "{% for m in messages %}{{ m.content }}{% endfor %}"
         "{{ '1' if chosen == 'low' }}{{ '2' if effort in ['max'] }}"
         "{{ '3' if quick }}{{ '4' if x == 7 }}{{ today }}"
+        "{% set ns = namespace(n=budget if budget is defined else -1) %}{{ '5' if ns.n == 0 }}"
     )
     made = Template(small_tokenizer(template))
     assert values_of_variables(made) == {
+        "budget": [0],
         "effort": ["low", "max"],
         "quick": [True, False],
         "today": [True, False],
