@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from cookbook.engine.model import fsdp
+from cookbook.engine.model import fsdp, peft_targets
 from cookbook.engine.model.dropout import KeyedDropout
 from cookbook.engine.model.peft_names import own_layer_names
 from cookbook.engine.model.peft_settings import CONFIG_FILE
@@ -129,7 +129,13 @@ def weights_of(peft_model: Any, name: str) -> dict[str, nn.Parameter]:
     saved = get_peft_model_state_dict(
         peft_model, state_dict=live, adapter_name=name, save_embedding_layers=False
     )
-    return {key: value for key, value in saved.items() if isinstance(value, nn.Parameter)}
+    alone = peft_targets.names_alone(peft_model, name)
+
+    def named(key: str) -> str:
+        layer, lora, part = key.rpartition(".lora_")
+        return alone.get(layer, layer) + lora + part
+
+    return {named(key): value for key, value in saved.items() if isinstance(value, nn.Parameter)}
 
 
 def unwrap(model: Any) -> None:

@@ -6,7 +6,7 @@ PEFT itself matches names, and rewrites those of layers that other versions of t
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from torch import nn
@@ -40,19 +40,24 @@ def put_on(
     """
     from peft.tuners.tuners_utils import cast_adapter_dtype
 
+    create = peft_model.base_model._create_and_replace
     for name in targets:
         is_module = name in module_names
-        place = name if is_module else name.rpartition(".")[0]
+        place, _, parameter = (name, "", "") if is_module else name.rpartition(".")
         parent, _, leaf = place.rpartition(".")
         holder = model.get_submodule(parent)
-        target = getattr(holder, leaf)
-        parameter = None if is_module else name.rpartition(".")[2]
-        for layer in _layers_on(target):
-            if parameter is not None and layer.parameter_name == parameter:
-                target = layer  # another adapter is on this weight
-        peft_model.base_model._create_and_replace(
-            config, adapter, target, leaf, holder, current_key=name, parameter_name=parameter
-        )
+        if is_module:
+            create(config, adapter, getattr(holder, leaf), leaf, holder, current_key=name)
+            continue
+        holder, leaf, target = _place_of_layer(holder, leaf, parameter)
+        if getattr(target, "parameter_name", None) == parameter:
+            create(config, adapter, target, leaf, holder, current_key=name, parameter_name=parameter)
+        else:
+            # PEFT would take another adapter's layer on another weight for one on this weight.
+            around, experts = nn.Module(), _without_layers(target)
+            create(config, adapter, experts, "new", around, current_key=name, parameter_name=parameter)
+            around.new.base_layer = target  # type: ignore[union-attr]
+            setattr(holder, leaf, around.new)
     cast_adapter_dtype(peft_model.base_model, adapter)
     config.target_modules, config.target_parameters = names_for_peft(targets, module_names, config, model)
 
@@ -91,11 +96,42 @@ def _is_rewritten(leaf: str, config: Any, model: Any) -> bool:
     return bool(tried.target_modules != {leaf})
 
 
-def _layers_on(module: nn.Module) -> Iterator[Any]:
-    """Yields PEFT's layers around the module that holds stacked weights, from the outside in."""
+def _place_of_layer(holder: Any, leaf: str, parameter: str) -> tuple[Any, str, Any]:
+    """Returns the place of PEFT's layer on a stacked weight: the module around it, its name, what is there.
+
+    That is the layer itself, or what it belongs around.
+    Layers on the weights of one module are nested in the order of the weights, the first one innermost, as in
+    a model that has no other adapter.
+    """
+    target = getattr(holder, leaf)
+    order = [name for name, _ in _without_layers(target).named_parameters(recurse=False)]
+    while hasattr(target, "parameter_name") and order.index(target.parameter_name) > order.index(parameter):
+        holder, leaf, target = target, "base_layer", target.base_layer
+    return holder, leaf, target
+
+
+def _without_layers(module: Any) -> Any:
     while hasattr(module, "parameter_name"):
-        yield module
-        module = module.base_layer  # type: ignore[assignment]
+        module = module.base_layer
+    return module
+
+
+def names_alone(model: nn.Module, adapter: str) -> dict[str, str]:
+    """Returns the names that layers on stacked weights have if there is no other adapter, by their own.
+
+    A name shows how deep a layer is in layers on other weights of the module, which other adapters may have.
+    """
+    names: dict[str, str] = {}
+    for outermost, layer in model.named_modules():
+        if not hasattr(layer, "parameter_name") or outermost.endswith(".base_layer"):
+            continue
+        name = alone = outermost
+        while hasattr(layer, "parameter_name"):
+            if adapter in layer.lora_A:  # type: ignore[operator]
+                names[name] = alone
+                alone += ".base_layer"
+            name, layer = f"{name}.base_layer", layer.base_layer  # type: ignore[assignment]
+    return names
 
 
 def _leaf(name: str) -> str:

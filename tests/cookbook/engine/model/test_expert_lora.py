@@ -11,7 +11,7 @@ import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from peft import LoraConfig as PeftLoraConfig
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict
 from torch import Tensor, nn
 from transformers.integrations.moe import use_experts_implementation
 from transformers.models.jetmoe.modeling_jetmoe import JetMoeParallelExperts
@@ -305,6 +305,42 @@ def test_a_snapshot_and_a_second_adapter_leave_the_first_as_it_was(
     for adapter in (attention_only.adapter, second.adapter, snapshot, first.adapter):
         base.adapters.remove(adapter)
     assert not any("lora" in name for name, _ in base.model.named_parameters())
+
+
+ON = {
+    "first": ("gate_up_proj", "q_proj"),
+    "second": ("down_proj",),
+    "both": ("gate_up_proj", "down_proj"),
+    "none": ("q_proj",),
+}
+
+
+@pytest.mark.parametrize(
+    "order", [("second", "first"), ("first", "second", "both"), ("none", "second", "both")]
+)
+def test_adapters_on_other_weights_of_the_same_experts_are_as_they_are_alone(
+    order: tuple[str, ...], tmp_path: Path, make_data: Any
+) -> None:
+    folder, data = families.save("mixtral", tmp_path / "model"), make_data(300, [20, 9])
+
+    def trained(base: BaseModel, names: tuple[str, ...]) -> dict[str, Trainer]:
+        trainers = {name: Trainer(base, LoraConfig(rank=2, seed=3, targets=ON[name])) for name in names}
+        for trainer in 2 * [*trainers.values()]:
+            trainer.forward_backward(trainer.check(data, "cross_entropy", None))
+            trainer.optim_step(AdamParams(learning_rate=0.1))
+        return trainers
+
+    options = EngineOptions(device="cpu")
+    for name, trainer in trained(BaseModel(str(folder), options), order).items():
+        alone = trained(BaseModel(str(folder), options), (name,))[name].adapter.weights
+        assert trainer.adapter.weights.keys() == alone.keys()
+        assert all(torch.equal(weight, alone[key]) for key, weight in trainer.adapter.weights.items())
+        (tmp_path / name).mkdir()
+        trainer.base.adapters.write(trainer.adapter, tmp_path / name)
+        model = PeftModel.from_pretrained(families.make("mixtral"), str(tmp_path / name))
+        read = get_peft_model_state_dict(model)
+        assert read.keys() == alone.keys()
+        assert all(torch.equal(weight, alone[key]) for key, weight in read.items())
 
 
 def test_dropout_on_experts_is_refused(tmp_path: Path) -> None:
