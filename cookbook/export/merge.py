@@ -1,13 +1,14 @@
 """Merges an adapter into the weights of its base model, one tensor at a time.
 
-The updates are computed from the base model's files. An adapter on a head that is tied to the embeddings does
-not change the embeddings: the merged model has separate tensors for both, and its config unties them.
+The updates are computed from the base model's files. An adapter on one of several tied weights, such as a
+head and the embeddings, or blocks that layers of Zamba2 share, leaves the others as they are: the merged
+model has a tensor for each, and its config unties them.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -42,13 +43,11 @@ class MergedWeights:
         }
         self.updates = with_layouts(named, model)
         shapes = {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
-        head, embeddings = tied_weights(model)
-        partner = {head: embeddings, embeddings: head} if head and embeddings else {}
-        self.is_untied = head is not None and unties(self.updates, head, str(embeddings))
+        shared = _names_of_shared(model)
         changed: dict[str, Callable[[], Tensor]] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
         for name, update in self.updates.items():
-            origin = name if name in self.published.parameters else str(partner.get(name))
+            origin = _origin(name, shared, self.published)
             shape = update.shape_on(shapes[name]) if name in shapes else None
             if shape is None or origin not in self.published.parameters:
                 raise CheckpointError(
@@ -58,20 +57,26 @@ class MergedWeights:
                 )
             changed[name] = functools.partial(self._updated, update, origin)
             self._shapes[name] = shape
+        for name, update in self.updates.items():
+            for copy in shared.get(name, ()) if isinstance(update, ReplacedRows) else ():
+                changed.setdefault(copy, changed[name])
+                self._shapes.setdefault(copy, self._shapes[name])
+        self.is_untied = any(unties(self.updates, names) for names in shared.values())
         added = {}
-        if self.is_untied and head and embeddings:
-            if head not in self.published.parameters:
-                added[_name_of_head(self.published, head, embeddings)] = head
-            if head not in changed:
-                changed[head] = functools.partial(self.published.parameter, embeddings)
-            self._shapes.setdefault(head, shapes[head])
-        elif embeddings in changed and head in self.published.parameters:  # both are in the files
-            changed[head], self._shapes[head] = changed[embeddings], self._shapes[embeddings]
+        for name in shared if self.is_untied else ():  # a config unties all of a model's weights, or none
+            origin = _origin(name, shared, self.published)
+            changed.setdefault(name, functools.partial(self._copy, origin))
+            self._shapes.setdefault(name, shapes[name])
+            if name not in self.published.parameters:
+                added[_published_name(self.published, name, origin)] = name
         self._changed = ChangedFiles(self.published, changed, added)
         self.names = self._changed.names
 
     def _updated(self, update: Update, origin: str) -> Tensor:
         return update.added_to(self.published.parameter(origin))
+
+    def _copy(self, origin: str) -> Tensor:
+        return self.published.parameter(origin).clone()  # copies in one file must not share memory
 
     @property
     def num_rows(self) -> int:
@@ -113,9 +118,7 @@ class MergedWeights:
     def is_of_base(self, copy: Tensor, module: str) -> bool:
         """Returns whether `copy` equals the weight of a module in the base model."""
         (name,) = by_published_names(self.published.model, {f"{module}.weight": None})
-        if name not in self.published.parameters:
-            head, embeddings = tied_weights(self.published.model)
-            name = embeddings if name == head and embeddings else name
+        name = _origin(name, _names_of_shared(self.published.model), self.published)
         return name in self.published.parameters and peft_settings.is_same(
             copy, self.published.parameter(name)
         )
@@ -156,13 +159,27 @@ def with_layouts(updates: Mapping[str, Update], model: Any) -> dict[str, Update]
     }
 
 
-def unties(updates: Mapping[str, Update], head: str, embeddings: str) -> bool:
-    """Returns whether updates make a head differ from the embeddings that it is tied to.
+def unties(updates: Mapping[str, Update], names: Sequence[str]) -> bool:
+    """Returns whether updates make weights differ that are one and the same in the base model.
 
-    Trained rows of the embeddings are also those of a head that is tied to them.
+    `names` are those of one weight. Trained rows of the embeddings are also those of a head that is tied to
+    them.
     """
-    update = updates.get(embeddings)
-    return head in updates or (update is not None and not isinstance(update, ReplacedRows))
+    return any(name in updates and not isinstance(updates[name], ReplacedRows) for name in names)
+
+
+def _names_of_shared(model: Any) -> dict[str, list[str]]:
+    """Returns the names of each weight that has several, by each of them."""
+    names: dict[int, list[str]] = {}
+    for name, weight in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(weight), []).append(name)
+    return {name: group for group in names.values() if len(group) > 1 for name in group}
+
+
+def _origin(name: str, shared: Mapping[str, Sequence[str]], published: PublishedFiles) -> str:
+    """Returns the name under which the published files have a parameter, or else its own name."""
+    known = (one for one in (name, *shared.get(name, ())) if one in published.parameters)
+    return next(known, name)
 
 
 def tied_weights(model: Any) -> tuple[str | None, str | None]:
@@ -174,12 +191,12 @@ def tied_weights(model: Any) -> tuple[str | None, str | None]:
     return f"{names[id(head)]}.weight", f"{names[id(embeddings)]}.weight"
 
 
-def _name_of_head(published: PublishedFiles, head: str, embeddings: str) -> str:
-    """Returns the name that published files give a head which they do not have."""
-    (name,) = published.names_of(embeddings)
-    if name.startswith("language_model.model."):
+def _published_name(published: PublishedFiles, name: str, origin: str) -> str:
+    """Returns the name for a copy of the parameter `origin`, of which published files have only that one."""
+    (first, *_) = published.names_of(origin)
+    if name.endswith("lm_head.weight") and first.startswith("language_model.model."):
         return "language_model.lm_head.weight"
-    return head
+    return name
 
 
 def base_model_folder(source: TrainedModel) -> Path:

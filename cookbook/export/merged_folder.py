@@ -71,7 +71,7 @@ def write_merged(
     written = {dtype_of(name) for name in weights.names} if published else set()
     if kinds := [kind for kind in (torch.bfloat16, torch.float16, torch.float32) if kind in written]:
         set_dtype(config, kinds[0])
-    if weights.num_rows > models.load_config(str(base_folder)).get_text_config().vocab_size:
+    if weights.num_rows > len(weights.published.model.get_input_embeddings().weight):
         set_vocabulary(config, weights.num_rows)
     if weights.is_untied:
         set_everywhere(config, "tie_word_embeddings", False)

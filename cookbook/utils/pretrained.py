@@ -116,9 +116,11 @@ def load_causal_lm(location: str | Path, local_files_only: bool = False, **optio
         _check_sizes_of_weights(Path(location), config)
     found, config = model_class(config)
     try:
-        return found.from_pretrained(
+        loaded = found.from_pretrained(
             location, config=config, local_files_only=local_files_only, use_safetensors=True, **options
         )
+        _find_head(loaded[0] if options.get("output_loading_info") else loaded)
+        return loaded
     except OSError as error:
         if "use_safetensors" not in str(error):
             raise
@@ -139,7 +141,17 @@ def empty_causal_lm(config: PretrainedConfig) -> Any:
 
     found, config = model_class(config)
     with torch.device("meta"):
-        return found._from_config(config)
+        model = found._from_config(config)
+    _find_head(model)
+    return model
+
+
+def _find_head(model: Any) -> None:
+    """Makes a model's head that of its decoder, where transformers does not find it (Nemotron-H Omni)."""
+    decoder = model.get_decoder()
+    if model.get_output_embeddings() is None and decoder.get_output_embeddings() is not None:
+        model.get_output_embeddings = decoder.get_output_embeddings
+        model.set_output_embeddings = decoder.set_output_embeddings
 
 
 def model_class(config: PretrainedConfig) -> tuple[Any, PretrainedConfig]:

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import copy
 import functools
 import io
 import json
 import logging
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -134,7 +135,8 @@ def plain_logprobs(model: Any, datum: Datum) -> Tensor:
     """Returns the log-probability of each target: [T]."""
     targets_T = datum.loss_fn_inputs["target_tokens"].to_torch().long()
     logits_TV = model(input_ids=torch.tensor([datum.model_input.to_ints()]), use_cache=False).logits[0]
-    return -F.cross_entropy(logits_TV.float(), targets_T, reduction="none")
+    dtype = torch.promote_types(logits_TV.dtype, torch.float32)
+    return -F.cross_entropy(logits_TV.to(dtype), targets_T, reduction="none")
 
 
 def plain_gradients(model: Any, data: Sequence[Datum]) -> tuple[dict[str, Tensor], dict[str, float]]:
@@ -154,20 +156,53 @@ def plain_gradients(model: Any, data: Sequence[Datum]) -> tuple[dict[str, Tensor
 
 
 def assert_gradients(
-    found: Mapping[str, Tensor | None], expected: Mapping[str, Tensor], sizes: Mapping[str, float]
+    found: Mapping[str, Tensor | None],
+    expected: Mapping[str, Tensor],
+    sizes: Mapping[str, float],
+    rounding: Callable[[], float] = lambda: 0.0,
 ) -> str:
-    """Asserts equality to 1e-4 of the summands' sizes, and returns the largest difference."""
+    """Asserts equality to 1e-4 of the summands' sizes, and returns the largest difference.
+
+    More is allowed where plain transformers differs by more from itself in float64, which `rounding` returns.
+    """
     floor = 1e-3 * max(sizes.values())
     missing = [name for name, size in sizes.items() if size > floor and found.get(name) is None]
     assert not missing, f"no gradient for {missing[0]}"
-    worst = 0.0
-    for name, size in sizes.items():
-        if (gradient := found.get(name)) is None:
-            continue
-        difference = float((gradient - expected[name]).abs().max()) / max(size, floor)
-        assert difference <= 1e-4, f"{name} differs by {difference:.0e}"
-        worst = max(worst, difference)
-    return f"{worst:.0e}"
+    differences = {
+        name: float((gradient - expected[name]).abs().max()) / max(size, floor)
+        for name, size in sizes.items()
+        if (gradient := found.get(name)) is not None
+    }
+    name = max(differences, key=differences.__getitem__)
+    _assert_within_rounding(differences[name], 1e-4, rounding, f"{name} differs")
+    return f"{differences[name]:.0e}"
+
+
+def _assert_within_rounding(
+    difference: float, tolerance: float, rounding: Callable[[], float], what: str
+) -> None:
+    """Asserts a difference below a tolerance, or that of two roundings, which is measured if needed."""
+    if difference <= tolerance:
+        return
+    rounded = rounding()
+    assert difference <= 2 * rounded <= 1e-3, f"{what} by {difference:.0e}, where rounding is {rounded:.0e}"
+
+
+def in_float64(model: Any) -> Any:
+    """Returns a copy of a model that computes in float64."""
+    exact = copy.deepcopy(model).double()
+    exact.set_experts_implementation("eager")  # grouped products do not take float64
+    return exact
+
+
+def rounding_of_gradients(model: Any, expected: Mapping[str, Tensor], sizes: Mapping[str, float]) -> float:
+    """Returns the largest rounding of gradients of plain transformers, relative to the summands' sizes."""
+    exact, _ = plain_gradients(in_float64(model), SHORT)
+    floor = 1e-3 * max(sizes.values())
+    return max(
+        float((exact[name] - gradient).abs().max()) / max(sizes[name], floor)
+        for name, gradient in expected.items()
+    )
 
 
 def gradients_of(client: TrainingClient, data: Sequence[Datum]) -> dict[str, Tensor | None]:
@@ -179,13 +214,20 @@ def gradients_of(client: TrainingClient, data: Sequence[Datum]) -> dict[str, Ten
     return found
 
 
+@torch.no_grad()
 def assert_same_logprobs(client: TrainingClient, model: Any, tolerance: float = 1e-4) -> None:
+    """Asserts equality with plain transformers, to the tolerance or to the model's own rounding."""
     outputs = client.forward(SHORT, "cross_entropy").result().loss_fn_outputs
-    for output, datum in zip(outputs, SHORT, strict=True):
-        with torch.no_grad():
-            expected_T = plain_logprobs(model, datum)
-        difference = float((output["logprobs"].to_torch() - expected_T).abs().max())
-        assert difference <= tolerance, f"log-probabilities differ by {difference:.0e}"
+    found = torch.cat([output["logprobs"].to_torch() for output in outputs])
+    expected = torch.cat([plain_logprobs(model, datum) for datum in SHORT])
+
+    def rounding() -> float:
+        exact_model = in_float64(model)
+        exact = torch.cat([plain_logprobs(exact_model, datum) for datum in SHORT])
+        return float((exact - expected).abs().max())
+
+    difference = float((found - expected).abs().max())
+    _assert_within_rounding(difference, tolerance, rounding, "log-probabilities differ")
 
 
 # -- the columns --------------------------------------------------------------------------------
@@ -329,9 +371,11 @@ def sampling(subject: Subject) -> str:
             pad_token_id=0,
             suppress_tokens=list(range(NUM_TOKENS, VOCAB_SIZE)) if max(found) < NUM_TOKENS else None,
         )[0, len(prompt) :].tolist()
-        assert found == expected, (
-            f"other tokens than generate from the {_first_difference(found, expected)}th"
-        )
+        if found != expected:  # a tie of two tokens may be broken by rounding, and all behind it differs
+            place = _first_difference(found, expected)
+            scores_V = scores_TV[place - 1]
+            gap = float((scores_V[found[place - 1]] - scores_V[expected[place - 1]]).abs())
+            assert gap <= 1e-3, f"other tokens than generate from the {place}th"
     sampler.close()
     return "yes"
 
@@ -374,19 +418,19 @@ def merged(subject: Subject) -> str:
     config = ExportConfig(checkpoint=subject.checkpoint, to=str(folder), format="merged")
     with contextlib.redirect_stdout(io.StringIO()):
         asyncio.run(export.main(config))
-    _assert_same_tensors(subject.published, folder)
+    _assert_same_tensors(subject.published, folder, subject.plain().all_tied_weights_keys)
     assert_same_logprobs(subject.client, subject.plain(folder))
     return "yes"
 
 
-def _assert_same_tensors(published: Path, folder: Path) -> None:
+def _assert_same_tensors(published: Path, folder: Path, may_be_added: Collection[str] = ()) -> None:
     before, after = _tensors(published), _tensors(folder)
     missing = sorted(before.keys() - after.keys())
     assert not missing, f"{len(missing)} of {len(before)} tensors missing, first {missing[0]}"
     added = sorted(
         name
         for name in after.keys() - before.keys()
-        if not name.endswith(("lm_head.weight", "embed_out.weight"))
+        if name not in may_be_added and not name.endswith(("lm_head.weight", "embed_out.weight"))
     )
     assert not added, f"{len(added)} other tensors, first {added[0]}"
     other = [name for name in before if _kind(before[name]) != _kind(after[name])]
@@ -415,7 +459,7 @@ def rank_0(subject: Subject) -> str:
     found = gradients_of(client, SHORT)
     model = subject.plain()
     expected, sizes = plain_gradients(model, SHORT)
-    assert_gradients(found, expected, sizes)
+    assert_gradients(found, expected, sizes, lambda: rounding_of_gradients(model, expected, sizes))
     _train(client, range(2))
     path = Path(client.save_weights_for_sampler("full").result().path)
     _assert_same_tensors(subject.published, path)

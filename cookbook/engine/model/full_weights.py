@@ -114,7 +114,7 @@ def write(
     outline = {name: changed.outline_of(name, dtype_of(name), shapes) for name in changed.names}
     changed.write(folder, outline, "50GB")
     set_dtype(config, embeddings.dtype)
-    if embeddings.shape[0] != models.text_config(model_name).vocab_size:
+    if embeddings.shape != published.model.get_input_embeddings().weight.shape:
         set_vocabulary(config, embeddings.shape[0])
     config.setdefault("architectures", [type(model).__name__])
     write_json(folder / "config.json", config)

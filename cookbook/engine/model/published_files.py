@@ -220,10 +220,11 @@ class ChangedFiles:
         return self._ready.pop(name)
 
     def stored_dtype(self, name: str) -> torch.dtype:
-        """Returns the type in the files. An added tensor has that of the embeddings."""
+        """Returns the type in the files. An added tensor has that of the one it was tied to."""
         if name in self._added:
-            embeddings = self.published.model.get_input_embeddings().weight
-            names = [key for key, value in self.published.model.named_parameters() if value is embeddings]
+            own = self.published.model.get_parameter(self._added[name])
+            named = self.published.model.named_parameters(remove_duplicate=False)
+            names = [key for key, value in named if value is own]
             name = next(one for key in names for one in self.published.names_of(key))
         return self.published.dtype_of(name)
 

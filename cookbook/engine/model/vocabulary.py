@@ -33,7 +33,14 @@ def add_rows(model: Any, tokenizer: Any, base_tokenizer: Any, add_tokens: Sequen
         )
     if not new:
         return
-    if new[-1] >= model.get_input_embeddings().weight.shape[0]:
+    num_rows, num_logits = model.get_input_embeddings().weight.shape[0], head.weight.shape[0]
+    if new[-1] >= num_logits != num_rows:
+        raise ConfigError(
+            f"add_tokens={list(add_tokens)} needs row {new[-1]:,} of the embeddings and of the projection to "
+            f"the vocabulary. {name} has {num_rows:,} and {num_logits:,} rows, which transformers does not "
+            f"resize together. Remove add_tokens."
+        )
+    if new[-1] >= num_rows:
         model.resize_token_embeddings(new[-1] + 1, mean_resizing=False)
     used = sorted(index for index in known.values() if index < new[0])
     with torch.no_grad():

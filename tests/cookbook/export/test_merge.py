@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import families
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -87,6 +88,31 @@ def test_a_head_without_an_adapter_stays_tied(
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert merged.lm_head.weight is merged.get_input_embeddings().weight
     torch.testing.assert_close(logits_of(merged), logits_of(adapted), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("targets", ["the first block", "a later block", "a block and the head"])
+def test_an_adapter_on_one_of_several_tied_blocks_changes_that_block_alone(
+    targets: str, make_adapted: Callable[..., Any], tmp_path: Path
+) -> None:
+    base = families.save("zamba2", tmp_path / "base")
+    block = "model.layers.{}.shared_transformer.self_attn.q_proj"
+    modules = {
+        "the first block": [block.format(1)],
+        "a later block": [block.format(3)],
+        "a block and the head": [block.format(3), "lm_head"],
+    }[targets]
+    adapted = make_adapted(base, tmp_path / "adapter", modules)
+    merge(tmp_path / "adapter", tmp_path / "merged")
+    before, after = (load_file(one / "model.safetensors") for one in (base, tmp_path / "merged"))
+    assert before.keys() < after.keys()
+    changed = {name for name, tensor in before.items() if not torch.equal(tensor, after[name])}
+    assert changed == ({f"{block.format(1)}.weight"} if targets == "the first block" else set())
+    merged, report = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", output_loading_info=True)
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+    torch.testing.assert_close(logits_of(merged), logits_of(adapted), rtol=1e-4, atol=1e-4)
+    with adapted.disable_adapter():
+        assert (logits_of(merged) - logits_of(adapted)).abs().max() > 0.1
 
 
 def test_files_with_other_weight_names_are_merged_under_those_names(

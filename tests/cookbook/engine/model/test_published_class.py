@@ -70,6 +70,15 @@ def test_a_multimodal_checkpoint_is_its_published_class_and_only_its_text_part_i
     assert fsdp.bytes_needed(str(folder), torch.float32, is_trained=False) == 4 * num_text
 
 
+def test_the_head_is_found_that_transformers_does_not_find(tmp_path: Path) -> None:
+    folder = families.save("nemotron_h_omni", tmp_path / "base")
+    assert families.load(folder).get_output_embeddings() is None
+    base = BaseModel(str(folder))
+    assert base.model.get_output_embeddings() is base.model.language_model.lm_head
+    assert base.has_plain_head
+    assert base.is_packed
+
+
 def test_towers_are_not_moved_with_the_model_and_follow_when_they_are_called(tmp_path: Path) -> None:
     model = families.load(families.save("qwen3_vl", tmp_path / "base"))
     modules = [name for name, _ in model.named_modules()]

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import families
 import peft
 import pytest
 import torch
@@ -155,6 +156,19 @@ def test_clients_with_and_without_added_tokens_share_no_model(base: str, tmp_pat
     plain = service.create_training_client(base, LoraConfig(4, seed=0))
     with pytest.raises(CheckpointError, match=r"adds the tokens \['<sku>', .* this client's model \[\]"):
         plain.create_sampling_client(folder)
+    service.close()
+
+
+def test_a_model_whose_embeddings_and_head_cannot_be_resized_together_gets_the_rows_it_has(
+    tmp_path: Path,
+) -> None:
+    base = str(families.save("mllama", tmp_path / "base"))  # 373 tokens, 384 logits and 392 embeddings
+    service = ServiceClient(device="cpu", checkpoint_dir=tmp_path / "checkpoints")
+    client = service.create_training_client(base, LoraConfig(4, add_tokens=NEW))
+    client.forward_backward(data(client.get_tokenizer())).result()
+    many = tuple(f"<new {i}>" for i in range(12))
+    with pytest.raises(ConfigError, match="needs row 384 .* has 392 and 384 rows"):
+        service.create_training_client(base, LoraConfig(4, add_tokens=many))
     service.close()
 
 
