@@ -119,7 +119,7 @@ def load_causal_lm(location: str | Path, local_files_only: bool = False, **optio
         loaded = found.from_pretrained(
             location, config=config, local_files_only=local_files_only, use_safetensors=True, **options
         )
-        _find_head(loaded[0] if options.get("output_loading_info") else loaded)
+        find_parts(loaded[0] if options.get("output_loading_info") else loaded)
         return loaded
     except OSError as error:
         if "use_safetensors" not in str(error):
@@ -142,12 +142,19 @@ def empty_causal_lm(config: PretrainedConfig) -> Any:
     found, config = model_class(config)
     with torch.device("meta"):
         model = found._from_config(config)
-    _find_head(model)
+    find_parts(model)
     return model
 
 
-def _find_head(model: Any) -> None:
-    """Makes a model's head that of its decoder, where transformers does not find it (Nemotron-H Omni)."""
+def find_parts(model: Any) -> None:
+    """Makes a model return its decoder and its head where transformers does not find them.
+
+    ModernBERT's head has the name `decoder`, and Nemotron-H Omni's head is in its decoder.
+    """
+    from transformers import PreTrainedModel
+
+    if not isinstance(model.get_decoder(), PreTrainedModel):
+        model.get_decoder = model.base_model.get_decoder
     decoder = model.get_decoder()
     if model.get_output_embeddings() is None and decoder.get_output_embeddings() is not None:
         model.get_output_embeddings = decoder.get_output_embeddings

@@ -32,6 +32,7 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from cookbook.clients.service import ServiceClient
@@ -248,7 +249,7 @@ def share_adapted(subject: Subject) -> str:
     not counted, nor weights that get no gradient from text (indexers, which choose positions, and attention
     to images). Linear layers are named on which PEFT itself refuses an adapter in this architecture.
     """
-    decoder = subject.adapted.base_model.model.get_decoder()
+    decoder = _decoder(subject.adapted.base_model.model)
     skipped = (torch.nn.Embedding, torch.nn.Conv1d)
     not_counted = {id(m.weight) for m in decoder.modules() if isinstance(m, skipped)}
     modules = [module for module in decoder.modules() if isinstance(module, LoraLayer)]
@@ -289,6 +290,11 @@ def _is_refused_by_peft(adapted: Any, name: str) -> bool:
     except ValueError:
         return True
     return False
+
+
+def _decoder(model: Any) -> Any:
+    decoder = model.get_decoder()
+    return decoder if isinstance(decoder, PreTrainedModel) else model.base_model  # not ModernBERT's head
 
 
 def _adapted_weight(module: Any) -> Tensor:

@@ -19,6 +19,7 @@ from cookbook import ServiceClient
 from cookbook.engine.model import fsdp, text_part
 from cookbook.engine.model.base_model import BaseModel
 from cookbook.engine.model.memory import decoder_layers
+from cookbook.engine.options import EngineOptions
 from cookbook.errors import ModelError
 from cookbook.types import AdamParams, Datum, LoraConfig, ModelInput
 
@@ -77,6 +78,15 @@ def test_the_head_is_found_that_transformers_does_not_find(tmp_path: Path) -> No
     assert base.model.get_output_embeddings() is base.model.language_model.lm_head
     assert base.has_plain_head
     assert base.is_packed
+
+
+@pytest.mark.parametrize("quantization", [None, "nf4"])
+def test_a_head_of_the_name_decoder_is_not_taken_for_the_decoder(quantization: Any, tmp_path: Path) -> None:
+    folder = families.save("modernbert_decoder", tmp_path / "base")
+    assert not isinstance(families.load(folder).get_decoder(), transformers.PreTrainedModel)
+    base = BaseModel(str(folder), EngineOptions(quantization=quantization))
+    assert text_part.text_decoder(base.model) is base.model.model
+    assert len(decoder_layers(base.model)) == 2
 
 
 def test_towers_are_not_moved_with_the_model_and_follow_when_they_are_called(tmp_path: Path) -> None:
