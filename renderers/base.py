@@ -29,7 +29,7 @@ from renderers.messages import (
     normalize,
 )
 from renderers.other_formats import ENDS, note_tokens_of_other_formats
-from renderers.rendering import CharSpan, Example, Prepared, Rendering
+from renderers.rendering import CharSpan, Example, Lines, Prepared, Rendering, Run
 from renderers.streaming import PLAIN, ResponseStream, Sections
 from renderers.tools_in_system import with_tools_in_system
 from renderers.train_on_what import TrainOnWhat, chosen_messages
@@ -176,10 +176,11 @@ class Renderer(ABC):
             if max(weights) > turns[-1]:
                 turns.append(len(plain) - 1)
             examples: list[Example] = []
+            lines = Lines()
             for previous, turn in zip([-1, *turns], turns, strict=False):
                 new = {index: weight for index, weight in weights.items() if previous < index <= turn}
                 part = self._render(plain[: turn + 1], new, prepared.tools)
-                examples.append(self._example(part, part.spans, new))
+                examples.append(self._example(part, part.spans, new, lines))
             return examples
         except RendererError as error:
             self._note_system_prompt(error, messages)
@@ -399,21 +400,31 @@ class Renderer(ABC):
             error.add_note("(The system prompt may be counted as message 1.)")
 
     def _example(
-        self, rendering: Rendering, spans: Mapping[int, CharSpan], weights: Mapping[int, float]
+        self,
+        rendering: Rendering,
+        spans: Mapping[int, CharSpan],
+        weights: Mapping[int, float],
+        lines: Lines | None = None,
     ) -> Example:
+        """Returns the example of a rendering; with `lines`, it shares tokens with earlier ones in them."""
+        text = rendering.text
         positions = [position for index in weights for position in spans[index]]
-        tokens = self._encoder.encode(rendering.text, rendering.cuts, positions)
-        weights_T = np.zeros(len(tokens.ids), dtype=np.float32)
+        line = None if lines is None else lines.nearest(text)
+        tokens = self._encoder.encode(text, rendering.cuts, positions, line.trail if line else None)
+        runs: list[Run] = []
         for index, weight in weights.items():
             start, end = spans[index]
             first = tokens.index(start)
-            if tokens.starts and first > 0 and start < end:
+            if tokens.starts and (at := first - tokens.num_before) > 0 and start < end:
                 # A token with the first word may begin with the space that the format prints before it.
-                after = tokens.starts[first] if first < len(tokens.starts) else len(rendering.text)
-                begun = rendering.text[tokens.starts[first - 1] : start]
-                first -= after > start and begun.isspace() and not rendering.text[start].isspace()
-            weights_T[first : tokens.index(end)] = weight
-        return Example(tokens.ids, weights_T)
+                after = tokens.starts[at] if at < len(tokens.starts) else len(text)
+                begun = text[tokens.starts[at - 1] : start]
+                first -= after > start and begun.isspace() and not text[start].isspace()
+            runs.append((first, tokens.index(end), weight))
+        example = Example.made(tokens.ids, runs, line.example if line else None, tokens.num_shared)
+        if line is not None:
+            line.example = example
+        return example
 
     def _all_spans(
         self, rendering: Rendering, prepared: Prepared

@@ -13,11 +13,10 @@ import json
 import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import cached_property, lru_cache, partial
 from itertools import compress, count, groupby, pairwise, repeat
 from os.path import commonprefix
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -25,6 +24,7 @@ from cookbook.errors import RendererError
 from cookbook.utils import notes
 from renderers.borders import BORDER, parts_at_border
 from renderers.messages import PlainMessage, Tool, map_strings
+from renderers.tokens import TOKEN_DTYPE, Control, Tokens, Trail, length_of_common_start
 
 if TYPE_CHECKING:
     from tokenizers import AddedToken, Tokenizer
@@ -45,24 +45,16 @@ _NAMED_FOR_THE_USER = ("sep_token", "cls_token", "mask_token")
 """Names in transformers for tokens that a chat model uses only if its template does."""
 
 
-TOKEN_DTYPE = np.dtype(np.int32)
-"""The type of token ids up to the training API: every vocabulary fits, in half the space of int64."""
+_NO_IDS = np.zeros(0, TOKEN_DTYPE)
 
 
-@dataclass(slots=True)
-class Tokens:
-    """Token ids (int32), and the positions in the text where they begin."""
+class _Found(NamedTuple):
+    """An encoded text, or the end of one."""
 
-    ids: np.ndarray
-    starts: Sequence[int] = ()
-    """The position of each token; empty if only `known` positions are needed."""
-    known: Mapping[int, int] = field(default_factory=dict)
-    """The index of the token that begins at a position."""
-
-    def index(self, position: int) -> int:
-        """Returns the index of the first token that begins at or after a position of the text."""
-        found = self.known.get(position)
-        return bisect_left(self.starts, position) if found is None else found
+    ids: list[int]
+    controls: list[Control]
+    tokens: Tokens
+    """Where tokens begin; its `ids` are to be filled in."""
 
 
 class Encoder:
@@ -129,7 +121,8 @@ class Encoder:
         self._controls_take_space = any(added[self.ids[text]].lstrip for text in controls)
         self._encode_tail = lru_cache(maxsize=1024)(self._ids)
         self._encode_stretch = lru_cache(maxsize=4096)(self._stretch)
-        self._latest: tuple[str, list[int], list[int]] = ("", [], [])
+        self._splits_apart = self._controls_part and not self._controls_take_space
+        self._latest = Trail()
 
     # -- text that spells control tokens ------------------------------------------------------
 
@@ -182,64 +175,102 @@ class Encoder:
 
     # -- encoding -----------------------------------------------------------------------------
 
-    def encode(self, text: str, cuts: Sequence[int] = (), positions: Collection[int] = ()) -> Tokens:
+    def encode(
+        self,
+        text: str,
+        cuts: Sequence[int] = (),
+        positions: Collection[int] = (),
+        trail: Trail | None = None,
+    ) -> Tokens:
         """Encodes escaped text so that the ids before each cut are those of the text before it alone.
 
         The result equals that of encoding the full text at once, unless that would violate this rule or let
         text in a message become a control token. `cuts` are in ascending order. `Tokens.index` finds the cuts
-        and `positions` in the result.
+        and `positions` in the result. With a `trail`, the ids are those behind the ones that its text has,
+        and it then continues with this text.
         """
-        if ESCAPE in text:
-            return self._encode_apart(text, cuts)
+        cuts = list(cuts)
+        is_first = trail is None or not trail.ids
+        before = self._latest if trail is None or is_first else trail
+        # What precedes the last control token that both texts begin with is known, and the rest is encoded.
+        num = before.num_shared(text, cuts, min(positions, default=len(text))) if self._controls_part else 0
+        if before.apart_from >= 0 and not self._splits_apart:
+            num = 0
+        start, place = (before.starts[num - 1], before.places[num - 1]) if num else (0, 0)
+        found, apart_from = None, before.apart_from if num else -1
+        if apart_from < 0:
+            found, apart_from = self._encode_whole(text, cuts, positions, start, place)
+            if found is None:
+                num = start = place = 0
+        ids, controls, tokens = found or self._encode_apart(text, cuts, start, place)
+        if is_first:
+            self._latest = before = before.first(num)
+        else:
+            tokens.num_shared = place + length_of_common_start(before.ids[place:], ids)
+            before.go_back(num)
+        before.go_on(text, cuts, ids, controls)
+        before.apart_from = apart_from
+        tokens.ids = np.array(before.ids[tokens.num_shared :], TOKEN_DTYPE)
+        if trail is not None and is_first:
+            trail.continue_from(before)
+        return tokens
+
+    def _encode_whole(
+        self, text: str, cuts: Sequence[int], positions: Collection[int], begin: int, place: int
+    ) -> tuple[_Found | None, int]:
+        """Encodes the text from `begin` on with the tokenizer itself; `place` tokens precede it.
+
+        Returns the position because of which the copy is needed instead, or -1.
+        """
+        if (escaped := text.find(ESCAPE, begin)) >= 0:
+            return None, escaped
         edges: list[int] = []
-        controls: list[int] = []
-        for match in self.control.finditer(text):
+        spelled: list[int] = []
+        for match in self.control.finditer(text, begin):
             edges += match.span()
-            controls.append(self.ids[match[0]])
+            spelled.append(self.ids[match[0]])
         borders: list[int] = []  # where the text is certain to be split
-        if BORDER in text and self._parts_at_border:
-            borders = sorted({at for at in (*cuts, *positions) if text[at - 1 : at + 1] == BORDER})
+        if self._parts_at_border and text.find(BORDER, begin) >= 0:
+            borders = sorted(
+                {at for at in (*cuts, *positions) if at > begin and text[at - 1 : at + 1] == BORDER}
+            )
         starts: list[int] = []
         known: dict[int, int] = {}
-        if not {0, len(text), *cuts, *edges, *borders}.issuperset(positions):
+        rest = text[begin:] if begin else text
+        if not {begin, len(text), *cuts, *edges, *borders}.issuperset(positions):
             try:
-                encoding = self._ready_backend().encode(text, add_special_tokens=False)
+                encoding = self._ready_backend().encode(rest, add_special_tokens=False)
             except BaseException as error:
-                _raise_panic(error, text)
+                _raise_panic(error, rest)
                 raise
-            ids, starts = encoding.ids, [start for start, _ in encoding.offsets]
+            ids, starts = encoding.ids, [begin + start for start, _ in encoding.offsets]
         elif borders:  # offsets are not needed, and computing them is slow
-            ids = self._ids(text[: borders[0]])
+            ids = self._ids(text[begin : borders[0]])
             for start, end in pairwise([*borders, len(text)]):
-                known[start] = len(ids)
+                known[start] = place + len(ids)
                 ids += self._ids(text[start:end])
         else:
-            # A control token splits a text, so the ids before the last control token that the latest text
-            # shares are known, and only the rest is encoded.
-            latest, ids, places = self._latest
-            num_shared = bisect_left(edges[1::2], True, key=lambda end: not latest.startswith(text[:end]))
-            if num_shared < 2 or not self._controls_part:
-                ids = self._ids(text)
-            else:
-                start, place = edges[2 * num_shared - 2], places[num_shared - 1]
-                ids = [*ids[:place], *self._ids(text[start:])]
+            ids = self._ids(rest)
         places = list(compress(count(), map(self._control_ids.__contains__, ids)))
-        if [ids[place] for place in places] != controls:
-            return self._encode_apart(text, cuts)
-        self._latest = text, ids, places
-        known.update(zip(edges, [edge for place in places for edge in (place, place + 1)], strict=True))
-        known[0], known[len(text)] = 0, len(ids)
-        loose = [cut for cut in cuts if cut not in borders]
+        if [ids[at] for at in places] != spelled:
+            return None, len(text)
+        known.update(zip(edges, [place + edge for at in places for edge in (at, at + 1)], strict=True))
+        known[begin], known[len(text)] = place, place + len(ids)
         # A control token splits the text in any case, so only what follows the last one before a cut can
         # differ. Every other edge is the end of a control token.
-        for cut in loose:
+        for cut in cuts[bisect_right(cuts, begin) if begin else 0 :]:
+            if cut in borders:
+                continue
             num_before = bisect_right(edges, cut) // 2 * 2
-            start = edges[num_before - 2] if num_before else 0
+            start = edges[num_before - 2] if num_before else begin
             tail = self._encode_tail(text[start:cut])
-            end = known[start] + len(tail)
-            if not tail or ids[known[start] : end] != tail or known.setdefault(cut, end) != end:
-                return self._encode_apart(text, cuts)
-        return Tokens(np.array(ids, TOKEN_DTYPE), starts, known)
+            first, end = known[start] - place, known[start] + len(tail)
+            if not tail or ids[first : end - place] != tail or known.setdefault(cut, end) != end:
+                return None, cut
+        controls = [
+            (start, end, place + at) for start, end, at in zip(edges[::2], edges[1::2], places, strict=True)
+        ]
+        return _Found(ids, controls, Tokens(_NO_IDS, starts, known, num_before=place)), -1
 
     def _ids(self, text: str) -> list[int]:
         try:
@@ -259,7 +290,7 @@ class Encoder:
             backend.encode_special_tokens = False
         return backend
 
-    def _encode_apart(self, text: str, cuts: Sequence[int]) -> Tokens:
+    def _encode_apart(self, text: str, cuts: Sequence[int], begin: int, place: int) -> _Found:
         """Encodes with the copy: control tokens by their escapes, and escapes as the text they represent.
 
         A control token splits a text, so the stretches between control tokens are encoded separately. Their
@@ -273,20 +304,25 @@ class Encoder:
                 "Strip the white space around the message."
             )
         edges = [0, len(text)]
-        if self._controls_part and not self._controls_take_space:
-            edges = [*sorted({0, *(match.start() for match in self.control.finditer(text))}), len(text)]
+        matches: list[re.Match[str]] = []
+        if self._splits_apart:
+            matches = list(self.control.finditer(text, begin))
+            edges = [*sorted({begin, *(match.start() for match in matches)}), len(text)]
         ids: list[int] = []
         starts: list[int] = []
-        next_cut = 0
+        known: dict[int, int] = {}
+        next_cut = bisect_left(cuts, begin)
         for start, end in pairwise(edges):
             first_cut = next_cut
             while next_cut < len(cuts) and cuts[next_cut] < end:
                 next_cut += 1
             inner = tuple(cut - start for cut in cuts[first_cut:next_cut])
+            known[start] = place + len(ids)
             found, positions = self._encode_stretch(text[start:end], inner)
             ids += found
             starts += [start + position for position in positions]
-        return Tokens(np.array(ids, TOKEN_DTYPE), starts)
+        controls = [(*match.span(), known[match.start()]) for match in matches]
+        return _Found(ids, controls, Tokens(_NO_IDS, starts, num_before=place))
 
     def _stretch(self, text: str, cuts: tuple[int, ...]) -> tuple[Sequence[int], Sequence[int]]:
         """Returns the ids of a text that the copy encodes at once, and the position where each begins."""

@@ -65,10 +65,8 @@ class TrainableRows:
 
     def datums_of(self, row: int) -> list[Datum]:
         """Returns the Datums of a row of the store."""
-        return [
-            datum_from_tokens(*self.store[example], self._max_length)
-            for example in self.kept_examples_of(row)
-        ]
+        examples = map(self.store.__getitem__, self.kept_examples_of(row))
+        return [datum_from_tokens(one.tokens_T, one.weights_T, self._max_length) for one in examples]
 
     def kept_examples_of(self, row: int) -> list[int]:
         """Returns the examples of a row that can be trained on."""

@@ -115,7 +115,7 @@ class RowRenderer:
                     raise DataError("its values are nested too deeply to be rendered.") from error
                 count_findings(conversation, self._renderer)
                 if self._window_length is None:
-                    count_cost(len(conversation.messages), [len(example.tokens_T) for example in built])
+                    count_cost(len(conversation.messages), [example.num_tokens for example in built])
                 examples += built
         if not conversations:
             notes.add({note: number for note, number in found.items() if note.noun not in _UNITS_OF_DATA})
@@ -166,9 +166,9 @@ class RowRenderer:
 
         # A format that rewrites history has an example for each turn: of many, the last one tells the length.
         has_many = len(weights) > _MANY_TURNS
-        if not has_many or len(render(messages, {max(weights): 1.0})[-1].tokens_T) <= limit:
+        if not has_many or render(messages, {max(weights): 1.0})[-1].num_tokens <= limit:
             built = renderer.render_conversation(messages, mode, conversation.tools)
-            if not weights or all(len(example.tokens_T) <= limit for example in built):
+            if not weights or all(example.num_tokens <= limit for example in built):
                 return built
         in_windows = windows(messages, weights, limit, render)
         notes.count("conversation", WINDOWS, "cut")

@@ -2,8 +2,10 @@
 
 A store contains the untruncated examples of one source; readers choose lengths and batches.
 
-    tokens.bin          the tokens of all examples, concatenated
-    examples.npy        the start of each example's tokens and trained runs          E + 1, 2
+    tokens.bin          the own tokens of all examples, concatenated
+    examples.npy        the start of each example's own tokens and trained runs      E + 1, 2
+    shared.npy          the example that each begins like (-1: none), and for how    E, 2
+                        many tokens: those are not stored again
     runs.npy            start and end of each run of tokens of one weight            R, 2
     run_weights.npy     the weight of each run                                       R
     rows.npy            the start of each row's examples                             N + 1
@@ -61,7 +63,9 @@ class Block:
     """The examples of consecutive rows in the layout of the store, to be passed between processes."""
 
     tokens: np.ndarray
-    example_lengths: np.ndarray
+    own_lengths: np.ndarray
+    shared: np.ndarray
+    """As in the store; examples are numbered within the block."""
     run_counts: np.ndarray
     runs: np.ndarray
     run_weights: np.ndarray
@@ -92,16 +96,25 @@ def make_block(
         places.append(place)
         per_row.append(len(row_examples))
         examples += row_examples
-    runs = [_runs_of(example.weights_T) for example in examples]
+    numbers: dict[int, int] = {}
+    shared: list[tuple[int, int]] = []
+    own: list[np.ndarray] = [_NO_TOKENS]
+    for number, example in enumerate(examples):
+        base = numbers.get(id(example.base), -1)
+        shared.append((base, example.num_shared if base >= 0 else 0))
+        own.append(example.own_T if base >= 0 else example.tokens_T)
+        numbers[id(example)] = number
+    runs = [run for example in examples for run in example.runs]
     if not len(are_good_R):
         are_good_R = [True] * len(places)
         paths = replace(EMPTY, num_conversations_R=np.zeros(len(places), np.int64))
     return Block(
-        tokens=np.concatenate([_NO_TOKENS, *(example.tokens_T for example in examples)], dtype=TOKEN_DTYPE),
-        example_lengths=np.asarray([len(example.tokens_T) for example in examples], np.int64),
-        run_counts=np.asarray([len(weights) for _, weights in runs], np.int64),
-        runs=np.concatenate([_NO_RUNS, *(bounds for bounds, _ in runs)]),
-        run_weights=np.concatenate([_NO_WEIGHTS, *(weights for _, weights in runs)]),
+        tokens=np.concatenate(own, dtype=TOKEN_DTYPE),
+        own_lengths=np.asarray([len(own_T) for own_T in own[1:]], np.int64),
+        shared=np.asarray([*shared], np.int64).reshape(-1, 2),
+        run_counts=np.asarray([len(example.runs) for example in examples], np.int64),
+        runs=np.asarray([run[:2] for run in runs], np.int32).reshape(-1, 2),
+        run_weights=np.asarray([weight for _, _, weight in runs], np.float32),
         examples_per_row=np.asarray(per_row, np.int64),
         places=places,
         bad_rows=bad_rows,
@@ -112,13 +125,42 @@ def make_block(
     )
 
 
-def _runs_of(weights_T: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Returns bounds and weights of the runs of consecutive tokens with the same weight other than 0."""
-    edges = np.flatnonzero(np.diff(weights_T, prepend=np.float32(0), append=np.float32(0)))
-    starts, ends = edges[:-1], edges[1:]
-    values = weights_T[starts] if len(starts) else np.zeros(0, np.float32)
-    trained = values != 0
-    return np.stack([starts, ends], axis=1)[trained].astype(np.int32), values[trained]
+class SharedTokens:
+    """The tokens of examples that are stored without what they share with earlier ones."""
+
+    def __init__(
+        self, tokens: bytes | mmap.mmap | np.ndarray, starts_E: np.ndarray, shared: np.ndarray
+    ) -> None:
+        self._tokens = tokens
+        self._starts_E = starts_E
+        self._bases_E, self._num_shared_E = shared[:, 0], shared[:, 1]
+        self._latest: tuple[int, np.ndarray] = (-1, _NO_TOKENS)
+
+    @property
+    def lengths_E(self) -> np.ndarray:
+        """The number of tokens of each example, with those that it shares."""
+        return np.diff(self._starts_E) + self._num_shared_E
+
+    def __getitem__(self, example: int) -> np.ndarray:
+        """Returns all tokens of an example. It is quickest behind the example that it begins like."""
+        pieces: list[np.ndarray] = []
+        number, end = example, int(self._starts_E[example + 1] - self._starts_E[example])
+        end += int(self._num_shared_E[example])
+        latest, tokens_T = self._latest
+        while number >= 0 and end > 0:
+            if number == latest:
+                pieces.append(tokens_T[:end])
+                break
+            if (num_own := end - (num_shared := int(self._num_shared_E[number]))) > 0:
+                start = int(self._starts_E[number]) * TOKEN_DTYPE.itemsize
+                pieces.append(np.frombuffer(self._tokens, TOKEN_DTYPE, num_own, start))
+                end = num_shared
+            number = int(self._bases_E[number])
+        if len(pieces) == 1:
+            return pieces[0]
+        tokens_T = np.concatenate([_NO_TOKENS, *reversed(pieces)])
+        self._latest = (example, tokens_T)
+        return tokens_T
 
 
 @dataclass
@@ -188,9 +230,15 @@ class StoreWriter:
         return Paths.concatenated([block.paths for block in self._blocks])
 
     def append(self, block: Block) -> None:
-        tokens = block.tokens.tobytes()
-        self._tokens.write(tokens)
-        self._digest.update(tokens)
+        self._tokens.write(block.tokens.tobytes())
+        # The digest is that of all tokens of all examples: it does not depend on what is stored once.
+        starts_E, begun = _starts(block.own_lengths), 0
+        all_tokens = SharedTokens(block.tokens, starts_E, block.shared)
+        for example in np.flatnonzero(block.shared[:, 1]).tolist():
+            self._digest.update(block.tokens[begun : starts_E[example]].tobytes())
+            self._digest.update(all_tokens[example][: block.shared[example, 1]].tobytes())
+            begun = starts_E[example]
+        self._digest.update(block.tokens[begun:].tobytes())
         places = "".join(" ".join(place.split("\n")) + "\n" for place in block.places)
         self._places.write(places.encode(errors="surrogateescape"))
         meta = self.meta
@@ -221,10 +269,18 @@ class StoreWriter:
     def _finish(self) -> None:
         self._open_files.close()
         blocks = self._blocks
-        lengths = np.concatenate([_NO_SIZES, *(block.example_lengths for block in blocks)])
+        own_lengths = np.concatenate([_NO_SIZES, *(block.own_lengths for block in blocks)])
         counts = np.concatenate([_NO_SIZES, *(block.run_counts for block in blocks)])
         per_row = np.concatenate([_NO_SIZES, *(block.examples_per_row for block in blocks)])
-        self._save("examples", np.stack([_starts(lengths), _starts(counts)], axis=1))
+        firsts = _starts(np.asarray([len(block.shared) for block in blocks], np.int64)).tolist()
+        shared = [np.zeros((0, 2), np.int64)]
+        for first, block in zip(firsts, blocks, strict=False):
+            shared.append(block.shared + np.where(block.shared[:, :1] >= 0, [first, 0], 0))
+        shared_E = np.concatenate(shared)
+        self._save("examples", np.stack([_starts(own_lengths), _starts(counts)], axis=1), is_content=False)
+        self._save("shared", shared_E, is_content=False)
+        lengths = own_lengths + shared_E[:, 1]
+        self._digest.update(np.stack([_starts(lengths), _starts(counts)], axis=1).tobytes())
         self._save("runs", np.concatenate([_NO_RUNS, *(block.runs for block in blocks)]))
         weights = [_NO_WEIGHTS, *(block.run_weights for block in blocks)]
         self._save("run_weights", np.concatenate(weights))
@@ -269,11 +325,13 @@ class ExampleStore:
         self._row_starts_N = _load(path / "rows.npy", np.int64, num_axes=1)
         self.keys_K = _load(path / "keys.npy", np.uint64, num_axes=1)
         self._key_starts_N = _load(path / "key_rows.npy", np.int64, num_axes=1)
+        self.shared_E = _load(path / "shared.npy", np.int64, num_axes=2)
+        """The example that each begins like (-1: none), and for how many tokens."""
         with files.reading(path / "tokens.bin") as file:  # mapped now: the cache may be deleted during a run
             is_empty = file.seek(0, os.SEEK_END) == 0  # an empty file cannot be mapped
-            self._tokens = b"" if is_empty else mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            tokens = b"" if is_empty else mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         sizes = (
-            *(len(self._tokens) / TOKEN_DTYPE.itemsize, len(self._runs_R), self.num_examples),
+            *(len(tokens) / TOKEN_DTYPE.itemsize, len(self._runs_R), self.num_examples),
             len(self.keys_K),
         )
         starts = (self._starts_E, self._run_starts_E, self._row_starts_N, self._key_starts_N)
@@ -284,6 +342,17 @@ class ExampleStore:
         if not (are_in_order and are_pairs and has_weights) or sizes != tuple(
             int(each[-1]) for each in starts
         ):
+            raise ValueError(f"{path} does not match its own description.")
+        if self.shared_E.shape != (self.num_examples, 2):
+            raise ValueError(f"{path} does not match its own description.")
+        self._tokens = SharedTokens(tokens, self._starts_E, self.shared_E)
+        bases_E, num_shared_E = self.shared_E.T
+        firsts_E = self._row_starts_N[self.row_of_E]
+        own_row_or_none_E = (bases_E == -1) | (
+            (bases_E >= firsts_E) & (bases_E < np.arange(self.num_examples))
+        )
+        most_E = np.where(bases_E >= 0, self.lengths_E[bases_E], 0)
+        if not (own_row_or_none_E.all() and (num_shared_E >= 0).all() and (num_shared_E <= most_E).all()):
             raise ValueError(f"{path} does not match its own description.")
 
     @property
@@ -297,7 +366,7 @@ class ExampleStore:
     @property
     def lengths_E(self) -> np.ndarray:
         """The number of tokens of each example."""
-        return np.diff(self._starts_E)
+        return self._tokens.lengths_E
 
     @property
     def row_of_E(self) -> np.ndarray:
@@ -327,13 +396,14 @@ class ExampleStore:
         return range(int(self._row_starts_N[row]), int(self._row_starts_N[row + 1]))
 
     def __getitem__(self, example: int) -> Example:
-        start, end = (int(place) for place in self._starts_E[example : example + 2])
-        tokens_T = np.frombuffer(self._tokens, TOKEN_DTYPE, end - start, start * TOKEN_DTYPE.itemsize)
-        weights_T = np.zeros(len(tokens_T), np.float32)
-        for run in range(int(self._run_starts_E[example]), int(self._run_starts_E[example + 1])):
-            start, end = self._runs_R[run]
-            weights_T[start:end] = self._run_weights_R[run]
-        return Example(tokens_T, weights_T)
+        runs = range(int(self._run_starts_E[example]), int(self._run_starts_E[example + 1]))
+        return Example.made(
+            self._tokens[example],
+            [
+                (int(self._runs_R[run, 0]), int(self._runs_R[run, 1]), float(self._run_weights_R[run]))
+                for run in runs
+            ],
+        )
 
     def place_of_row(self, row: int) -> str:
         return self._places[row] if row < len(self._places) else f"row {row + 1}"

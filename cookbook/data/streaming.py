@@ -234,20 +234,20 @@ class StreamedConversations(StreamedDataset):
         if examples is None:
             self._tally.add("filtered_rows")
         datums = []
-        for tokens_T, weights_T in examples or []:
-            if self._max_length is not None and len(tokens_T) > self._max_length:
+        for example in examples or []:
+            if self._max_length is not None and example.num_tokens > self._max_length:
                 if self._on_long == "raise":
                     raise DataError(
-                        f"{row.place}: an example of {len(tokens_T):,} tokens is longer than max_length="
+                        f"{row.place}: an example of {example.num_tokens:,} tokens is longer than max_length="
                         f"{self._max_length}. Raise it, or choose on_long=truncate or on_long=drop."
                     )
                 self._tally.add("too_long_examples" if self._on_long == "drop" else "truncated_examples")
                 if self._on_long == "drop":
                     continue
-            if len(tokens_T) < 2:
+            if example.num_tokens < 2:
                 self._tally.add("untrained_examples")
                 continue
-            datums.append(datum_from_tokens(tokens_T, weights_T, self._max_length))
+            datums.append(datum_from_tokens(example.tokens_T, example.weights_T, self._max_length))
         return datums
 
 

@@ -96,7 +96,7 @@ class _Cut:
 
 
 def _longest(examples: Sequence[Example]) -> int:
-    return max(len(example.tokens_T) for example in examples)
+    return max(example.num_tokens for example in examples)
 
 
 def _starts(messages: Sequence[Message]) -> list[int]:

@@ -61,6 +61,55 @@ def test_trained_tokens_are_counted_without_the_first_token_and_truncated_ones(
         assert store.trained_tokens_E(max_length).tolist() == counted
 
 
+def branches(row: Rows) -> Rows:
+    """Returns rows of the same examples, in which each shares what it can with a random earlier one."""
+    shared = []
+    for examples_of_row in row:
+        made: list[Example] = []
+        for number, example in enumerate(examples_of_row):
+            base = made[(number * 7) % number] if number else None
+            alike = example.tokens_T[: base.num_tokens] == base.tokens_T[: example.num_tokens] if base else []
+            num = int(np.argmin([*alike, False]))
+            own_T = example.tokens_T[num:]
+            made.append(Example.made(own_T, example.runs, base, num) if base else example)
+        shared.append(made)
+    return shared
+
+
+@settings(deadline=None)
+@given(rows=rows_of_examples, rows_per_block=st.integers(1, 4))
+def test_shared_tokens_are_stored_once_and_change_neither_examples_nor_digest(
+    rows: Rows, rows_per_block: int
+) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        whole = write(Path(folder) / "whole", rows, rows_per_block)
+        store = write(Path(folder) / "shared", branches(rows), rows_per_block)
+        for number in [*range(store.num_examples), *reversed(range(store.num_examples))]:
+            assert store[number].tokens_T.tolist() == whole[number].tokens_T.tolist()
+            assert store[number].weights_T.tolist() == whole[number].weights_T.tolist()
+        assert store.meta.digest == whole.meta.digest
+        assert store.lengths_E.tolist() == whole.lengths_E.tolist()
+        sizes = [(Path(folder) / name / "tokens.bin").stat().st_size for name in ("shared", "whole")]
+        # Every example begins with the same tokens, so a row has those of its longest one.
+        assert (sizes[0] < sizes[1]) == any(len(row) > 1 for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("example", "base", "number"), [(1, 2, 0), (1, 0, 9), (1, -2, 0), (2, 1, 0), (1, 0, -1), (0, -1, 1)]
+)
+def test_a_store_whose_examples_share_what_does_not_exist_is_damaged(
+    tmp_path: Path, example: int, base: int, number: int
+) -> None:
+    one = Example(np.arange(3, dtype=np.int32), np.ones(3, np.float32))
+    write(tmp_path / "store", [[one, Example.made(one.tokens_T[:1], [(0, 4, 1.0)], one, 3)], [one]], 2)
+    shared = np.load(tmp_path / "store" / "shared.npy")
+    assert shared.tolist() == [[-1, 0], [0, 3], [-1, 0]]
+    assert open_store(tmp_path / "store", "some") is not None
+    shared[example] = base, number
+    np.save(tmp_path / "store" / "shared.npy", shared)
+    assert open_store(tmp_path / "store", "some") is None
+
+
 def test_examples_stay_readable_after_the_cache_is_deleted(tmp_path: Path) -> None:
     rows = [[Example(np.arange(3, dtype=np.int32), np.ones(3, np.float32))], [], []]
     store = write(tmp_path / "store", rows, 2)

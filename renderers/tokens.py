@@ -1,0 +1,114 @@
+"""Encoded texts: the tokens of one, and what is known of a text when the next one begins like it."""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TypeAlias, TypeVar
+
+import numpy as np
+
+TOKEN_DTYPE = np.dtype(np.int32)
+"""The type of token ids up to the training API: every vocabulary fits, in half the space of int64."""
+
+Control: TypeAlias = tuple[int, int, int]
+"""A control token: its start and end in the text, and its index among all tokens."""
+
+Text = TypeVar("Text", str, list[int])
+
+
+@dataclass(slots=True)
+class Tokens:
+    """The ids (int32) of a text, behind those that it shares with the text before, and where each begins."""
+
+    ids: np.ndarray
+    starts: Sequence[int] = ()
+    """The position in the text of each of `ids`; empty if only `known` positions are needed."""
+    known: Mapping[int, int] = field(default_factory=dict)
+    """The index, among all tokens of the text, of the token that begins at a position."""
+    num_shared: int = 0
+    """The number of tokens before `ids`."""
+    num_before: int = 0
+    """The number of tokens before those of `starts`."""
+
+    def index(self, position: int) -> int:
+        """Returns the index of the first token that begins at or after a position of the text."""
+        found = self.known.get(position)
+        return self.num_before + bisect_left(self.starts, position) if found is None else found
+
+
+@dataclass(slots=True)
+class Trail:
+    """The latest encoded text of a conversation, from which the next one continues.
+
+    A control token splits a text, so what is before one has the same tokens in every text that begins alike.
+    """
+
+    text: str = ""
+    cuts: Sequence[int] = ()
+    ids: list[int] = field(default_factory=list)
+    starts: list[int] = field(default_factory=list)
+    """The positions of the control tokens in the text."""
+    ends: list[int] = field(default_factory=list)
+    places: list[int] = field(default_factory=list)
+    """Their indices among the tokens."""
+    apart_from: int = -1
+    """The position because of which the text was encoded with the copy of the tokenizer; -1 if it was not."""
+
+    def num_shared(self, text: str, cuts: Sequence[int], first_position: int) -> int:
+        """Returns the number of first control tokens before the last of which another text is the same.
+
+        The text from that last one on is to be encoded; `first_position` and other cuts than those of this
+        text are in there.
+        """
+        num = bisect_right(self.ends, length_of_common_start(self.text, text))
+        num = min(num, bisect_right(self.starts, first_position))
+        if num == 0:
+            return 0
+        start = self.starts[num - 1]
+        num_cuts = bisect_right(cuts, start)
+        if num_cuts != bisect_right(self.cuts, start) or cuts[:num_cuts] != self.cuts[:num_cuts]:
+            pairs = zip([*cuts, len(text)], [*self.cuts, len(text)], strict=False)
+            other = next((min(pair) for pair in pairs if pair[0] != pair[1]), len(text))
+            num = min(num, bisect_left(self.starts, other))
+        return num if num and self.apart_from < self.starts[num - 1] else 0
+
+    def first(self, num: int) -> Trail:
+        """Returns a new trail up to the last of the first `num` control tokens; this one is not changed."""
+        place = self.places[num - 1] if num else 0
+        num = max(num - 1, 0)
+        return Trail("", (), self.ids[:place], self.starts[:num], self.ends[:num], self.places[:num])
+
+    def continue_from(self, other: Trail) -> None:
+        """Begins with the text of another trail, which is not changed."""
+        self.text, self.cuts, self.apart_from = other.text, other.cuts, other.apart_from
+        self.ids, self.starts = other.ids.copy(), other.starts.copy()
+        self.ends, self.places = other.ends.copy(), other.places.copy()
+
+    def go_back(self, num: int) -> None:
+        """Removes what follows the last of the first `num` control tokens, and that token."""
+        del self.ids[self.places[num - 1] if num else 0 :]
+        for kept in (self.starts, self.ends, self.places):
+            del kept[max(num - 1, 0) :]
+
+    def go_on(self, text: str, cuts: Sequence[int], ids: Sequence[int], controls: Sequence[Control]) -> None:
+        """Continues to the end of a text with the rest of its tokens, and the control tokens among them."""
+        self.text, self.cuts = text, cuts
+        self.ids += ids
+        for start, end, place in controls:
+            self.starts.append(start)
+            self.ends.append(end)
+            self.places.append(place)
+
+
+def length_of_common_start(one: Text, other: Text) -> int:
+    """Returns how many first characters or ids two texts have in common."""
+    least, step, most = 0, 64, min(len(one), len(other))
+    while least < most and step:
+        end = min(least + step, most)
+        if one[least:end] == other[least:end]:
+            least, step = end, step * 2
+        else:
+            most, step = end - 1, (end - least) // 2
+    return least
