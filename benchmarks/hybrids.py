@@ -1,20 +1,22 @@
 """Measures training and sampling of models with recurrent layers, compared with plain transformers.
 
-    python -m benchmarks.hybrids [--families qwen3_5 bamba] [--rounds 3]
+    python -m benchmarks.hybrids [--families qwen3_5 bamba] [--rounds 3] [--only sampling] [--wide]
 
-The models are random: 4 layers and hidden size 128. Training is a forward and backward pass over 16 sequences
-of 32 to 256 tokens, with the gradients of all weights; the peer gets one batch padded on the right. Sampling
-continues 16 such prompts by 32 tokens each; the peer is `generate` on one batch padded on the left. The sides
-run in turns in one process without kernels, and the table has the best round of each. "error" is the largest
-relative difference of a weight's gradient from one sequence at a time.
+The models are random: 4 layers and hidden size 128, or with `--wide` 1,024 and heads and states of published
+sizes. Training is a forward and backward pass over 16 sequences of 32 to 256 tokens, with the gradients of
+all weights; the peer gets one batch padded on the right. Sampling continues 16 such prompts by 32 tokens
+each; the peer is `generate` on one batch padded on the left. The sides run in turns in one process without
+kernels, and the table has the median of the rounds. "error" is the largest relative difference of a weight's
+gradient from one sequence at a time.
 """
 
 from __future__ import annotations
 
 import argparse
+import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -43,6 +45,9 @@ SIZES = {
     "num_key_value_heads": 2,
     "head_dim": 32,
     "max_position_embeddings": 512,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
 }
 MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 32, "mamba_n_groups": 1, "mamba_d_state": 32}
 EXPERTS = {"num_experts": 8, "num_local_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
@@ -90,7 +95,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "num_key_value_heads": 4,
             "head_dim": 64,
             # The step of one token in transformers does not apply this lower bound. With one that matters
-            # `generate` differs from the forward pass, and the model is sampled from without a cache.
+            # `generate` differs from the forward pass, and so from the tokens here.
             "time_step_min": 1e-6,
         },
     ),
@@ -105,15 +110,57 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "lfm2": ("lfm2", {"layer_types": ["conv", "conv", "conv", "full_attention"]}),
+    "olmo_hybrid": ("olmo_hybrid", DELTA),
+    "kimi_linear": (
+        "kimi_linear",
+        {
+            **EXPERTS,
+            "layer_types": ["linear_attention"] * 3 + ["full_attention"],
+            "mlp_layer_types": ["dense"] * 4,
+            "linear_head_dim": 32,
+            "linear_num_heads": 8,
+            "num_key_value_heads": 4,
+            "q_lora_rank": None,
+            "kv_lora_rank": 32,
+            "qk_nope_head_dim": 32,
+            "qk_rope_head_dim": 16,
+            "v_head_dim": 32,
+        },
+    ),
+    "minimax": ("minimax", {**EXPERTS, "layer_types": ["linear_attention"] * 3 + ["full_attention"]}),
+    "mamba2": ("mamba2", {"num_heads": 8, "head_dim": 32, "n_groups": 1, "state_size": 32}),
+    "falcon_mamba": ("falcon_mamba", {"time_step_rank": 8, "state_size": 16}),
 }
+WIDE = {
+    "hidden_size": 1024,
+    "intermediate_size": 2048,
+    "num_attention_heads": 8,
+    "head_dim": 128,
+    "linear_num_key_heads": 8,
+    "linear_num_value_heads": 16,
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
+    "linear_head_dim": 128,
+    "mamba_n_heads": 32,
+    "mamba_d_head": 64,
+    "mamba_d_state": 128,
+    "mamba_d_ssm": 2048,
+    "mamba_num_heads": 32,
+    "mamba_head_dim": 64,
+    "ssm_state_size": 128,
+}
+"""What `--wide` changes, if a family has the setting."""
 
 
-def make_model(name: str, folder: Path) -> Path:
+def make_model(name: str, folder: Path, is_wide: bool = False) -> Path:
     from transformers import AutoConfig
 
     model_type, settings = FAMILIES[name]
     torch.manual_seed(0)
-    config = AutoConfig.for_model(model_type, **{**SIZES, **settings})
+    settings = {**SIZES, **settings}
+    if is_wide:
+        settings |= {key: value for key, value in WIDE.items() if key in settings}
+    config = AutoConfig.for_model(model_type, **settings)
     kind, config = pretrained.model_class(config)
     model = kind(config)
     model.save_pretrained(folder)
@@ -205,37 +252,51 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--families", nargs="+", choices=FAMILIES, default=list(FAMILIES))
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--only", choices=["training", "sampling"])
+    parser.add_argument("--wide", action="store_true")
     arguments = parser.parse_args()
+    kinds = [kind for kind in ("training", "sampling") if arguments.only in (None, kind)]
     sequences = make_sequences()
-    prompts = [sequence.tokens_T for sequence in sequences]
-    heads = ("training, s", "plain", "ratio", "error", "sampling, s", "generate", "ratio", "same tokens")
-    print(f"{torch.get_num_threads()} threads\n\n{'':18}" + "".join(f"{head:>13}" for head in heads))
+    heads = {
+        "training": ("training, s", "plain", "ratio", "error"),
+        "sampling": ("sampling, s", "generate", "ratio", "same tokens"),
+    }
+    print(f"{torch.get_num_threads()} threads, {arguments.rounds} rounds, hidden size ", end="")
+    print(WIDE["hidden_size"] if arguments.wide else SIZES["hidden_size"])
+    print(f"\n{'':18}" + "".join(f"{head:>13}" for kind in kinds for head in heads[kind]))
     for name in arguments.families:
         with tempfile.TemporaryDirectory() as temporary:
-            folder = make_model(name, Path(temporary))
+            folder = make_model(name, Path(temporary), arguments.wide)
             ours, plain = Cookbook(folder), Plain(folder)
-        ours.train(sequences)
-        for sequence in sequences:
-            plain.train([sequence])
-        error = gradient_error(ours.base.model, plain.model)
-        pairs = zip(ours.sample(prompts), plain.sample(prompts), strict=True)
-        num_same = sum(found == expected for found, expected in pairs)
-        times: list[list[float]] = [[], [], [], []]
-        runs = [
-            lambda ours=ours: ours.train(sequences),
-            lambda plain=plain: plain.train(sequences),
-            lambda ours=ours: ours.sample(prompts),
-            lambda plain=plain: plain.sample(prompts),
-        ]
-        for _ in range(arguments.rounds):
-            for run, found in zip(runs, times, strict=True):
-                found.append(seconds(run))
-        train, plain_train, sample, generate = map(min, times)
-        print(
-            f"{name:18}{train:13.3f}{plain_train:13.3f}{train / plain_train:13.2f}{error:13.1e}"
-            f"{sample:13.3f}{generate:13.3f}{sample / generate:13.2f}{num_same:10}/{NUM_SEQUENCES}",
-            flush=True,
-        )
+        line = f"{name:18}"
+        for kind in kinds:
+            measure = training if kind == "training" else sampling
+            line += measure(ours, plain, sequences, arguments.rounds)
+        print(line, flush=True)
+
+
+def training(ours: Cookbook, plain: Plain, sequences: list[TokenSequence], num_rounds: int) -> str:
+    ours.train(sequences)
+    for sequence in sequences:
+        plain.train([sequence])
+    error = gradient_error(ours.base.model, plain.model)
+    runs = lambda: ours.train(sequences), lambda: plain.train(sequences)
+    return f"{columns(runs, num_rounds)}{error:13.1e}"
+
+
+def sampling(ours: Cookbook, plain: Plain, sequences: list[TokenSequence], num_rounds: int) -> str:
+    prompts = [sequence.tokens_T for sequence in sequences]
+    pairs = zip(ours.sample(prompts), plain.sample(prompts), strict=True)
+    num_same = sum(found == expected for found, expected in pairs)
+    runs = lambda: ours.sample(prompts), lambda: plain.sample(prompts)
+    return f"{columns(runs, num_rounds)}{num_same:10}/{NUM_SEQUENCES}"
+
+
+def columns(runs: Sequence[Callable[[], Any]], num_rounds: int) -> str:
+    """Returns the median seconds of both sides, which run in turns, and their ratio."""
+    rounds = [[seconds(run) for run in runs] for _ in range(num_rounds)]
+    ours, plain = map(statistics.median, zip(*rounds, strict=True))
+    return f"{ours:13.3f}{plain:13.3f}{ours / plain:13.2f}"
 
 
 if __name__ == "__main__":

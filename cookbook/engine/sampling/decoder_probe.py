@@ -23,7 +23,7 @@ DECODERS: tuple[type[Decoder], ...] = (PackedDecoder, WholeModelDecoder, Uncache
 """Ordered from the fastest decoder to the one that is always exact."""
 _TOLERANCE_FP32, _TOLERANCE_16_BIT = 2e-5, 0.05
 """The largest difference of logits, as a share of the largest logit. Rounding in fp32 is below 5e-6. The
-cache of transformers 5.23 for Zamba2 computes something else, with differences of 2e-5 to 4e-4."""
+steps of transformers 5.23 for Zamba2 do not bound the time step, with differences of 2e-5 to 4e-4."""
 
 
 @torch.no_grad()
