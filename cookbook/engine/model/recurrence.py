@@ -6,7 +6,7 @@ a few zero-padded batches of similar lengths, and the results are joined again. 
 padding on the right changes nothing.
 
 What sequences of a row share stands once in it. A state at its end depends on its beginning, so each sequence
-runs through such a layer as a whole, and only its own tokens are joined again.
+runs through such a layer as a whole, and only its own tokens are joined again (`shared_projections`).
 
 The kernels of `fla`, `causal_conv1d` and `mamba_ssm` keep packed sequences apart themselves when they get the
 borders. With them a row without a cache or shared beginnings is not split.
@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from cookbook.engine.model.attention import AttentionLayout, Segment
 from cookbook.engine.model.packing import copy_to
 from cookbook.engine.model.recurrent_kernels import SamplingFunctions
+from cookbook.engine.model.shared_projections import SharedProjections
 from cookbook.engine.model.tree_attention import Tree
 
 _STATE_METHODS = {
@@ -92,6 +93,8 @@ class SplitRow:
     """The place in [P] of each token of the tree's paths, if the row has one."""
     rows_Q: Tensor | None = None
     """The place of those tokens in the row."""
+    own_in_batches: Sequence[Tensor] = ()
+    """The places in each batch of the tokens that are joined again, if the row has a tree."""
 
     @classmethod
     def of(cls, layout: AttentionLayout) -> SplitRow:
@@ -132,9 +135,21 @@ class SplitRow:
         own_N = np.concatenate(
             [np.arange(end - (stop - start), end) for end, (start, stop) in zip(ends, segments, strict=True)]
         )
+        own_in_batches, first = [], 0
+        for num_rows, length in shapes:
+            places = places_Q[own_N] - first
+            own_in_batches.append(copy_to(device, places[(places >= 0) & (places < num_rows * length)]))
+            first += num_rows * length
         return cls(
-            copy_to(device, places_Q[own_N]), shapes, places_Q=copy_to(device, places_Q), rows_Q=tree.rows_P
+            copy_to(device, places_Q[own_N]),
+            shapes,
+            places_Q=copy_to(device, places_Q),
+            rows_Q=tree.rows_P,
+            own_in_batches=own_in_batches,
         )
+
+    def own_places(self, number: int) -> Tensor:
+        return self.own_in_batches[number]
 
     def is_of_row(self, value: Any) -> bool:
         return isinstance(value, Tensor) and value.ndim >= 2 and value.shape[:2] == (1, len(self.place_N))
@@ -262,6 +277,7 @@ class RecurrentLayers:
         kinds = {parameter.kind: name for name, parameter in signature.parameters.items()}
         further_name = kinds.get(inspect.Parameter.VAR_KEYWORD, "")
         sampling_functions = SamplingFunctions(mixer)
+        projections = SharedProjections(mixer)
 
         # The batches differ for every row, so a compiled layer would be recompiled for each row.
         @torch.compiler.disable
@@ -280,7 +296,9 @@ class RecurrentLayers:
                 if not cache_name or not mask_name:
                     raise ValueError(f"{type(mixer).__name__} takes no cache that holds its states")
                 arguments[mask_name] = torch.ones_like(row.place_N, dtype=torch.bool)[None]
-            outs = []
+            input_name = next((name for name, value in arguments.items() if row.is_of_row(value)), None)
+            outs: list[Any] = []
+            of_row: dict[str, list[Tensor]] = {}
             try:
                 for number, part in enumerate(row.split(arguments)):
                     if row.states is not None:
@@ -289,6 +307,12 @@ class RecurrentLayers:
                             part[mask_name] = None
                     if isinstance(own_chunk_size, int) and row.place_N.device.type == "cpu":
                         mixer.chunk_size = _chunk_size_for(row.shapes[number][1], own_chunk_size)
+                    if row.own_in_batches and input_name is not None:
+                        whole, of_batch = arguments[input_name], part[input_name]
+                        with projections.in_use(row, number, whole, of_batch, of_row) as made:
+                            outs.append(forward(**part))
+                        projections.remember(made, outs[-1])
+                        continue
                     is_faster = row.states is not None and row.place_N.device.type == "cpu"
                     with sampling_functions.in_use() if is_faster else contextlib.nullcontext():
                         outs.append(forward(**part))
