@@ -18,10 +18,12 @@ import outside_world
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
+from cookbook.engine.model import prefix_tree
 from cookbook.engine.model.attention import AttentionLayout
 from cookbook.engine.model.base_model import BaseModel
-from cookbook.engine.model.packing import TokenSequence, pack
+from cookbook.engine.model.packing import PackedBatch, TokenSequence, pack
 from cookbook.engine.model.recurrence import RecurrentLayers, SplitRow, batches_by_length
 from cookbook.engine.options import EngineOptions
 
@@ -86,13 +88,25 @@ def plain_gradients(
     return gradients(model)
 
 
-def packed_gradients(base: BaseModel, sequences: list[TokenSequence], checkpoint: bool) -> dict[str, Tensor]:
+def packed_gradients(
+    base: BaseModel, sequences: list[TokenSequence], checkpoint: bool, shares: bool = False
+) -> dict[str, Tensor]:
     base.model.requires_grad_(True)
-    batch = pack(sequences, base.device, trained_only=True)
+    batch = packed(sequences, shares)
     base.backpropagate(
         batch, lambda logprobs_S, part: -(logprobs_S * batch.weights_P[part]).sum(), checkpoint
     )
     return gradients(base.model)
+
+
+def packed(sequences: list[TokenSequence], shares: bool) -> PackedBatch:
+    found = prefix_tree.families([one.tokens_T for one in sequences], 1 if shares else None)
+    return pack(
+        [sequences[index] for family in found for index in family.indices],
+        torch.device("cpu"),
+        trained_only=True,
+        families=found,
+    )
 
 
 def error_of(found: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
@@ -118,6 +132,50 @@ def test_packed_gradients_equal_those_of_plain_transformers_one_sequence_at_a_ti
         errors = error_of(packed_gradients(base, sequences, checkpoint), expected)
         assert len(errors) > 10
         assert max(errors.values()) < 1e-4, max(errors.items(), key=lambda item: item[1])
+
+
+def make_tree() -> list[TokenSequence]:
+    """Sequences that branch off from one another at different places, in batches of several lengths."""
+    texts = [sequence.tokens_T for sequence in make_sequences((150, 9, 20, 1, 7, 64))]
+    stem = texts[0]
+    ends = [(texts[0], 0), (texts[1], 37), (texts[2], 90), (texts[3], 90), (texts[4], 12), (texts[5], 0)]
+    found = []
+    for end, num_shared in ends:
+        text = np.concatenate([stem[:num_shared], end])
+        found.append(TokenSequence(text, np.roll(text, -1), np.ones(len(text), np.float32), {}))
+    return found
+
+
+@pytest.mark.parametrize("name", HYBRIDS)
+def test_gradients_of_shared_beginnings_equal_those_of_plain_transformers_one_sequence_at_a_time(
+    name: str, folder_of: Callable[[str], Path]
+) -> None:
+    sequences = make_tree()
+    expected = plain_gradients(folder_of(name), sequences)
+    base = BaseModel(str(folder_of(name)), EngineOptions(dtype="float32"))
+    assert base.min_shared_tokens is not None
+    for checkpoint in (False, True):
+        errors = error_of(packed_gradients(base, sequences, checkpoint, shares=True), expected)
+        assert len(errors) > 10
+        assert max(errors.values()) < 1e-4, max(errors.items(), key=lambda item: item[1])
+
+
+@pytest.mark.parametrize("name", ["qwen3_5", "nemotron_h", "lfm2_moe"])
+def test_projections_are_run_once_for_tokens_that_sequences_share(
+    name: str, folder_of: Callable[[str], Path]
+) -> None:
+    """Scans are batched products, and do not count as products of two matrices."""
+    base = BaseModel(str(folder_of(name)), EngineOptions(dtype="float32"))
+    operations, tokens = [], []
+    for shares in (True, False):
+        batch = packed(make_tree(), shares)
+        with FlopCounterMode(display=False) as counter:
+            base.hidden_of(batch.tokens_1N, batch.positions_1N, batch.attention)
+        counts = counter.get_flop_counts()["Global"]
+        operations.append(counts[torch.ops.aten.mm] + counts.get(torch.ops.aten.addmm, 0))
+        tokens.append(batch.tokens_1N.shape[1])
+    assert tokens == [251, 480]
+    assert operations[0] / operations[1] <= 251 / 480, "without sharing, padding is computed too"
 
 
 @pytest.mark.parametrize("name", HYBRIDS)
