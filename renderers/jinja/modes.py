@@ -179,8 +179,10 @@ def _compared(node: nodes.Compare) -> Iterator[tuple[str, list[Any]]]:
     """Yields each name of a comparison, with the constants that it is compared with."""
     sides = [node.expr, *(operand.expr for operand in node.ops)]
     for one, other in product(sides, sides):
-        inner = one.node if isinstance(one, nodes.Filter) and one.node is not None else one
-        name = _key(inner)
+        inner: nodes.Node | None = one
+        while isinstance(inner, nodes.Filter):
+            inner = inner.node
+        name = _key(inner) if inner is not None else None
         if name is None or one is other:
             continue
         if isinstance(other, nodes.Const):

@@ -401,7 +401,7 @@ class Replies:
                 break
         else:
             tail = self._tail(whole, start)
-            known = [match for match in tail if match[0] in self._ends] if len(tail) > 1 else tail
+            known = [match for match in tail if match[0] in self._ends]
             if len(known) != 1:
                 found = "more than one" if known else "no"
                 raise RendererError(

@@ -118,13 +118,18 @@ def _call_ending(
 
 
 def _controls_between_calls(template: Template, encoder: Encoder) -> set[str]:
-    """Returns the control tokens between two calls in one reply, which do not end it."""
+    """Returns the control tokens between two calls in one reply, which do not end it.
+
+    There are none if the template prints each call as a turn with its own header.
+    """
     two, _ = stand_in_for({**CALL, "tool_calls": [*CALL["tool_calls"], *CALL["tool_calls"]]})
+    user = template.adapted(USER)
     with suppress(RendererError):
-        text = template.text([template.adapted(USER), template.adapted(two)])
+        header = template.text([user], prompt=True).removeprefix(template.text([user]))
+        text = template.text([user, template.adapted(two)])
         places = [match.start() for match in _SENTINEL.finditer(text)]
-        if len(places) > 1:
-            return {*encoder.control.findall(text[places[0] : places[-1]])}
+        between = text[places[0] : places[-1]] if len(places) > 1 else ""
+        return {*encoder.control.findall(between)} if not header or header not in between else set()
     return set()
 
 

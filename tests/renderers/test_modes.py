@@ -376,7 +376,8 @@ def test_the_values_of_a_variable_are_those_it_is_compared_with(small_tokenizer)
         "{% for m in messages %}{{ m.content }}{% endfor %}"
         "{{ '1' if chosen == 'low' }}{{ '2' if effort in ['max'] }}"
         "{{ '3' if quick }}{{ '4' if x == 7 }}{{ today }}"
-        "{% set ns = namespace(n=budget if budget is defined else -1) %}{{ '5' if ns.n == 0 }}"
+        "{% set ns = namespace(n=budget if budget is defined else -1) %}"
+        "{{ '5' if (ns.n | default(1) | int) == 0 }}"
     )
     made = Template(small_tokenizer(template))
     assert values_of_variables(made) == {

@@ -157,3 +157,29 @@ def test_a_reply_in_which_the_end_of_a_turn_stands_before_a_call_is_refused(smal
     renderer = get_renderer("chat_template", small_tokenizer(template))
     with pytest.raises(RendererError, match=r"'<\|eot\|>' inside message 2"):
         renderer.build_supervised_examples([user("a"), reply("b", tool_calls=[CALL])])
+
+
+def test_calls_that_are_turns_of_their_own_end_as_one_call_does(small_tokenizer, trained_runs):
+    tokenizer = small_tokenizer(
+        "{% for m in messages %}{% for call in m.tool_calls %}"
+        "<|header|>{{ m.role }}: {{ call.function.name }}<|text|>"
+        "{{ call.function.arguments | tojson }}<|end|>{% endfor %}"
+        "{% if not m.tool_calls %}" + HEADER + "<|eot|>{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<|header|>assistant{% endif %}"
+    )
+    renderer = get_renderer("chat_template", tokenizer)
+    (example,) = renderer.build_supervised_examples([user("a"), reply("", tool_calls=[CALL])])
+    assert trained_runs(tokenizer, example) == [': f<|text|>{"x": 1}<|end|>']
+    assert tokenizer.convert_ids_to_tokens(renderer.get_stop_sequences()) == ["<|eot|>", "<|end|>"]
+    with pytest.raises(RendererError, match=r"'<\|end\|>' inside message 2"):
+        renderer.build_supervised_examples([user("a"), reply("", tool_calls=[CALL, CALL])])
+
+
+def test_a_reply_that_ends_with_no_stop_token_is_refused(small_tokenizer):
+    template = (
+        "{% for m in messages %}" + HEADER + "{{ '<|end|>' if '!' in m.content else '<|eot|>' }}{% endfor %}"
+    )
+    renderer = get_renderer("chat_template", small_tokenizer(template + PROMPT))
+    assert len(renderer.build_supervised_examples([user("a"), reply("b")])) == 1
+    with pytest.raises(RendererError, match="holds no end-of-turn token"):
+        renderer.build_supervised_examples([user("a"), reply("b!")])
