@@ -22,7 +22,6 @@ from contextlib import suppress
 from functools import cached_property
 from itertools import pairwise
 from operator import is_
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from cookbook.errors import RendererError
@@ -223,8 +222,15 @@ class ChatTemplateRenderer(Renderer):
         # the mode that the model is sampled in. The borders are those of the last trained reply's mode. A
         # reply of another mode, whose borders differ in front of it, needs a sequence of its own.
         usual = last.prompted_by if last else self._template
-        prompts = {max(turns): turns[max(turns)].prompt} if turns else {}
-        borders = {usual: self._borders(messages, tools, text, usual, prompts)}
+        replies = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+        known = {
+            index: turn.prompt
+            for index, turn in turns.items()
+            if turn is last or turn.prompted_by is usual is self._template
+        }
+        borders = {usual: {i: len(prompt) for i, prompt in known.items() if text.startswith(prompt)}}
+        if others := [index for index in replies if index not in known]:
+            borders[usual] |= self._borders(messages, tools, text, usual, others)
         spans: dict[int, CharSpan] = {}
         rewritten: list[int] = []
         for index in sorted(chosen):
@@ -233,7 +239,7 @@ class ChatTemplateRenderer(Renderer):
                 spans[index] = self._content_span(chat.under(mode), index)
                 continue
             if turn.prompted_by not in borders:
-                borders[turn.prompted_by] = self._borders(messages, tools, text, turn.prompted_by)
+                borders[turn.prompted_by] = self._borders(messages, tools, text, turn.prompted_by, replies)
             shown, sampled = borders[usual], borders[turn.prompted_by]
             start = len(turn.prompt)
             if (
@@ -244,7 +250,7 @@ class ChatTemplateRenderer(Renderer):
                 spans[index] = CharSpan(start, start + len(turn.said))
             else:
                 rewritten.append(index)
-        return Rendering(text, list(borders[usual].values()), spans, rewritten)
+        return Rendering(text, sorted(borders[usual].values()), spans, rewritten)
 
     def _borders(
         self,
@@ -252,24 +258,20 @@ class ChatTemplateRenderer(Renderer):
         tools: Sequence[Tool] | None,
         text: str,
         mode: Template,
-        prompts: Mapping[int, str] = MappingProxyType({}),
+        replies: Sequence[int],
     ) -> dict[int, int]:
         """Returns where the prompts for replies, as this mode prints them, end in the text, by message.
 
-        A reply that cannot be trained has the template's usual prompt. `prompts` are those known already.
+        A reply that cannot be trained has the template's usual prompt.
         """
         sampled = self.with_template_kwargs(mode.chosen)
         chat = sampled._chat(messages, tools)
         borders: dict[int, int] = {}
-        for index, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            prompt = prompts.get(index)
-            if prompt is None:
-                try:
-                    prompt = sampled._replies.turn(chat, index).prompt
-                except RendererError:
-                    prompt = chat.prompt_before(index)
+        for index in replies:
+            try:
+                prompt = sampled._replies.turn(chat, index).prompt
+            except RendererError:
+                prompt = chat.prompt_before(index) or ""
             if prompt and text.startswith(prompt):
                 borders[index] = len(prompt)
         return borders
@@ -282,7 +284,8 @@ class ChatTemplateRenderer(Renderer):
         chat = self._chat(messages, tools)
         self._check_is_printed(chat)
         text = self._checked_text(chat, prompt=True) + self._replies.missing_header(chat, len(messages))
-        return Rendering(text, cuts=list(self._borders(messages, tools, text, self._template).values()))
+        replies = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+        return Rendering(text, list(self._borders(messages, tools, text, self._template, replies).values()))
 
     def _check_is_printed(self, chat: Chat) -> None:
         """Raises RendererError for a message or a tool call that the template does not print."""
