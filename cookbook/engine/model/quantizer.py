@@ -17,7 +17,6 @@ from transformers.quantizers.quantizers_utils import get_module_from_name
 from cookbook.engine.model import stacked_4bit
 from cookbook.engine.model.expert_forms import form_of
 from cookbook.engine.model.targets import find_targets, is_plain
-from cookbook.utils import pretrained
 
 _METHOD = "bitsandbytes_4bit_with_experts"
 _NOT_QUANTIZED = ("routers", "indexers", "layers read directly")
@@ -38,7 +37,6 @@ class LayersAndExperts(Bnb4BitHfQuantizer):
         self, model: Any, *others: Any, **options: Any
     ) -> list[str]:
         """Returns patterns of the names of layers whose weight is kept as it is."""
-        pretrained.find_parts(model)
         kinds = find_targets(model).kinds
         skipped = super().get_modules_to_not_convert(model, *others, **options)
         return [*skipped, *(f"{name}$" for name, kind in kinds.items() if kind in _NOT_QUANTIZED)]

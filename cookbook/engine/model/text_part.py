@@ -14,12 +14,14 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from cookbook.engine.model.peft_settings import PREFIX
+from cookbook.utils import pretrained
 
 T = TypeVar("T")
 
 
 def text_decoder(model: Any) -> Any:
     """Returns the module that computes the hidden states that are projected to the vocabulary."""
+    pretrained.find_parts(model)
     decoder = model.get_decoder()
     if decoder.get_output_embeddings() is not None:  # Llama 4: a model of text alone inside a multimodal one
         return next(child for child in decoder.children() if isinstance(child, PreTrainedModel))
