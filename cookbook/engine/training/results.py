@@ -65,15 +65,18 @@ def all_reduce_results(
     is_argmax_N = torch.zeros(num_tokens if argmax else 0, device=device)
     loss = torch.zeros((), device=device)
     for result in results:
-        row = np.concatenate([np.arange(starts[index], ends[index]) for index in result.indices])
+        segments = result.layout.segments  # with padding between them, or none
+        row = np.zeros(segments[-1][1], np.int64)
+        for index, (start, stop) in zip(result.indices, segments, strict=True):
+            row[start:stop] = np.arange(starts[index], ends[index])
         places_P = copy_to(device, row[result.layout.scored_P])
         logprobs_N.index_copy_(0, places_P, result.logprobs_P)
         if result.is_argmax_P is not None:
             is_argmax_N.index_copy_(0, places_P, result.is_argmax_P.float())
         loss += result.loss
     world.all_reduce_sum([logprobs_N, is_argmax_N, loss])
-    segments = list(zip(starts.tolist(), ends.tolist(), strict=True))
-    layout = PackedLayout(segments, np.arange(num_tokens), num_tokens)
+    all_segments = list(zip(starts.tolist(), ends.tolist(), strict=True))
+    layout = PackedLayout(all_segments, np.arange(num_tokens), num_tokens)
     indices = range(len(lengths))
     return [MicrobatchResult(indices, layout, logprobs_N, is_argmax_N if argmax else None, loss)]
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import families
 import numpy as np
 import pytest
 import torch
@@ -53,6 +54,28 @@ def test_several_processes_compute_the_results_of_one(steps: Steps, size: int, s
     for others in found[1:]:
         assert_same(found[0], others, tolerance=0)
     assert_same(steps(1, rank)[0], found[0])
+
+
+@pytest.mark.parametrize(
+    ("family", "shard"),
+    [
+        ("mixtral", "full"),
+        ("llama4", "none"),  # in padded batches
+        *(
+            pytest.param(family, shard, marks=pytest.mark.slow)
+            for family in ("gpt_oss", "inkling_text", "jetmoe", "longcat_flash")
+            for shard in ("none", "full")
+        ),
+    ],
+)
+def test_adapters_on_experts_are_those_of_one_process(
+    ranks: Any, tmp_path: Path, family: str, shard: str
+) -> None:
+    arguments = {"model": str(families.save(family, tmp_path / "model")), "rank": 4}
+    (one,) = ranks.results("training:steps", 1, folder=str(tmp_path / "one"), **arguments)
+    assert any("experts" in name for name in one["weights"])
+    for found in ranks.results("training:steps", 2, folder=str(tmp_path / "two"), shard=shard, **arguments):
+        assert_same(one, found, tolerance=5e-5)  # a router turns rounding into other weights of experts
 
 
 @pytest.mark.parametrize("rank", [4, 0], ids=["lora", "full-fine-tuning"])
