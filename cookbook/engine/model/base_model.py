@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from cookbook import models
 from cookbook.engine import processes
-from cookbook.engine.model import architecture, attention, fsdp, unembedding, vocabulary
+from cookbook.engine.model import architecture, attention, fsdp, linear_scan, unembedding, vocabulary
 from cookbook.engine.model.adapters import GLOBAL_STATE, Adapter, Adapters
 from cookbook.engine.model.architecture import LogitScaling
 from cookbook.engine.model.attention import AttentionLayout
@@ -85,6 +85,7 @@ class BaseModel:
             getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or 2**20
         )
         self._decoder = text_decoder(self.model)
+        linear_scan.install(self._decoder)
         self.recurrent = RecurrentLayers(self._decoder)
         self.adapters = Adapters(self.model, model_name, self.tokenizer)
         self.is_packed = False
