@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.conversion_mapping import get_model_conversion_mapping
 
 from cookbook import models
 from cookbook.engine.model import fsdp
@@ -92,6 +93,7 @@ def write(
     published_folder = models.model_folder(model_name)
     config = read_json(published_folder / "config.json")
     if config.get("quantization_config") is not None:  # its tensors hold no weights as they are trained
+        model._weight_conversions = get_model_conversion_mapping(model)  # without those to dequantise
         with no_progress_bar():
             model.save_pretrained(folder, state_dict=None if weights is None else dict(weights))
         tokenizer.save_pretrained(folder)

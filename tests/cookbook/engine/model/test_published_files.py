@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from cookbook import ServiceClient
 from cookbook.engine.model.published_files import ChangedFiles, PublishedFiles
@@ -139,3 +139,40 @@ def test_a_vocabulary_that_is_smaller_than_the_embeddings_stays_in_the_config(tm
     configs = [families.load(one).config.get_text_config() for one in (folder, path)]
     assert configs[0].vocab_size == configs[1].vocab_size < rows
     assert kinds(path) == kinds(folder)
+
+
+def test_a_checkpoint_in_8_bits_is_dequantised_and_a_full_fine_tune_of_it_is_saved_without(
+    tmp_path: Path,
+) -> None:
+    folder, truth = (families.save("deepseek_v3", tmp_path / name) for name in ("fp8", "plain"))
+    stored, dequantised = {}, {}
+    for key, weight in tensors(folder).items():
+        stored[key] = dequantised[key] = weight
+        if weight.ndim == 2 and "_proj" in key and not key.endswith("eh_proj.weight"):
+            scale = weight.abs().max() / 448
+            stored[key] = (weight / scale).to(torch.float8_e4m3fn)
+            stored[f"{key}_scale_inv"] = scale.view(1, 1)
+            dequantised[key] = stored[key].float() * scale
+    save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(dequantised, truth / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    ids = list(range(3, 30))
+    service = ServiceClient(device="cpu", checkpoint_dir=tmp_path / "checkpoints")
+
+    def logprobs(path: Path) -> torch.Tensor:
+        logits = families.load(path)(input_ids=torch.tensor([ids])).logits[0, :-1]
+        return logits.log_softmax(-1).gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+
+    client = service.create_lora_training_client(str(folder), rank=0)
+    path = Path(client.save_weights_for_sampler("full").result().path)
+    for found in (
+        service.create_sampling_client(base_model=str(folder)),
+        service.create_sampling_client(model_path=path),
+    ):
+        scored = torch.tensor(found.compute_logprobs(ModelInput.from_ints(ids)).result()[1:])
+        torch.testing.assert_close(scored, logprobs(truth), rtol=0, atol=1e-4)
+    service.close()
+    assert "quantization_config" not in json.loads((path / "config.json").read_text(encoding="utf-8"))
+    torch.testing.assert_close(logprobs(path), logprobs(truth), rtol=0, atol=1e-4)
