@@ -127,10 +127,10 @@ def names_alone(model: nn.Module, adapter: str) -> dict[str, str]:
             continue
         name = alone = outermost
         while hasattr(layer, "parameter_name"):
-            if adapter in layer.lora_A:  # type: ignore[operator]
+            if adapter in layer.lora_A:
                 names[name] = alone
                 alone += ".base_layer"
-            name, layer = f"{name}.base_layer", layer.base_layer  # type: ignore[assignment]
+            name, layer = f"{name}.base_layer", layer.base_layer
     return names
 
 
