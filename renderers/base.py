@@ -29,7 +29,7 @@ from renderers.messages import (
     normalize,
 )
 from renderers.other_formats import ENDS, note_tokens_of_other_formats
-from renderers.rendering import CharSpan, Example, Lines, Prepared, Rendering, Run
+from renderers.rendering import CharSpan, Example, ExampleLines, Prepared, Rendering, Run
 from renderers.streaming import PLAIN, ResponseStream, Sections
 from renderers.tools_in_system import with_tools_in_system
 from renderers.train_on_what import TrainOnWhat, chosen_messages
@@ -176,7 +176,7 @@ class Renderer(ABC):
             if max(weights) > turns[-1]:
                 turns.append(len(plain) - 1)
             examples: list[Example] = []
-            lines = Lines()
+            lines = ExampleLines()
             for previous, turn in zip([-1, *turns], turns, strict=False):
                 new = {index: weight for index, weight in weights.items() if previous < index <= turn}
                 part = self._render(plain[: turn + 1], new, prepared.tools)
@@ -404,7 +404,7 @@ class Renderer(ABC):
         rendering: Rendering,
         spans: Mapping[int, CharSpan],
         weights: Mapping[int, float],
-        lines: Lines | None = None,
+        lines: ExampleLines | None = None,
     ) -> Example:
         """Returns the example of a rendering; with `lines`, it shares tokens with earlier ones in them."""
         text = rendering.text

@@ -154,7 +154,7 @@ class Line:
     example: Example | None = None
 
 
-class Lines:
+class ExampleLines:
     """The latest examples of a conversation, of which the next ones continue one.
 
     There are several if a format prints all of a conversation in another way for some turns, as a template

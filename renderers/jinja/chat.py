@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ from cookbook.errors import RendererError
 from renderers.jinja.loop_records import Memory
 from renderers.jinja.template import Template, json_type
 from renderers.messages import PlainMessage, Tool
+from renderers.tokens import length_of_common_start
 
 _LONG = 24
 """The number of messages from which a conversation's prefixes are rendered together."""
@@ -37,6 +39,28 @@ class _Texts:
     num_characters: int = 0
 
 
+@dataclass
+class Borders:
+    """Where the prompts for replies end in the latest text of a conversation."""
+
+    text: str = ""
+    lengths: list[int] = field(default_factory=list)
+    """For each message, the length of the longest prompt up to the one for it."""
+    ends: dict[int, int] = field(default_factory=dict)
+    """The lengths of the prompts that the text begins with, by message."""
+
+    def go_back(self, num_messages: int, text: str = "") -> None:
+        """Keeps what is the same for another text, of the first messages at most."""
+        if text:
+            num_messages = min(
+                num_messages, bisect_right(self.lengths, length_of_common_start(self.text, text))
+            )
+            self.text = text
+        del self.lengths[num_messages:]
+        while self.ends and next(reversed(self.ends)) >= num_messages:
+            self.ends.popitem()
+
+
 class Chat:
     """One conversation under a template. Each text is rendered once and kept."""
 
@@ -59,6 +83,14 @@ class Chat:
         self._in_modes: dict[Template, Chat] = {}
         self.turns: dict[int, Any] = {}
         """What `Replies` found for each reply: it depends on the messages up to it alone."""
+        self.known: set[str] = set()
+        """What is known of every message."""
+        self.borders = Borders()
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether these are all messages of the conversation."""
+        return len(self.messages) == len(self._all_messages)
 
     def beginning(self, num_messages: int) -> Chat:
         """Returns a chat of the first messages that shares the kept texts."""
@@ -114,7 +146,7 @@ class Chat:
         num_common = 0
         if len(text) > _LONG_TEXT:
             texts.first = texts.first or text
-            num_common = _length_of_common_start(texts.first, text)
+            num_common = length_of_common_start(texts.first, text)
         texts.kept[key] = num_common, text[num_common:]
         texts.num_characters += len(text) - num_common
         return text
@@ -136,14 +168,3 @@ class Chat:
             return self.text(index, prompt=True)
         except RendererError:
             return None
-
-
-def _length_of_common_start(one: str, other: str) -> int:
-    least, most = 0, min(len(one), len(other))
-    while least < most:
-        middle = (least + most + 1) // 2
-        if one.startswith(other[least:middle], least):
-            least = middle
-        else:
-            most = middle - 1
-    return least

@@ -22,6 +22,7 @@ from contextlib import suppress
 from functools import cached_property
 from itertools import pairwise
 from operator import is_
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from cookbook.errors import RendererError
@@ -222,15 +223,14 @@ class ChatTemplateRenderer(Renderer):
         # the mode that the model is sampled in. The borders are those of the last trained reply's mode. A
         # reply of another mode, whose borders differ in front of it, needs a sequence of its own.
         usual = last.prompted_by if last else self._template
-        replies = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
         known = {
             index: turn.prompt
             for index, turn in turns.items()
             if turn is last or turn.prompted_by is usual is self._template
         }
         borders = {usual: {i: len(prompt) for i, prompt in known.items() if text.startswith(prompt)}}
-        if others := [index for index in replies if index not in known]:
-            borders[usual] |= self._borders(messages, tools, text, usual, others)
+        if any(one["role"] == "assistant" and index not in known for index, one in enumerate(messages)):
+            borders[usual] = self._borders(messages, tools, text, usual, known)
         spans: dict[int, CharSpan] = {}
         rewritten: list[int] = []
         for index in sorted(chosen):
@@ -239,7 +239,7 @@ class ChatTemplateRenderer(Renderer):
                 spans[index] = self._content_span(chat.under(mode), index)
                 continue
             if turn.prompted_by not in borders:
-                borders[turn.prompted_by] = self._borders(messages, tools, text, turn.prompted_by, replies)
+                borders[turn.prompted_by] = self._borders(messages, tools, text, turn.prompted_by)
             shown, sampled = borders[usual], borders[turn.prompted_by]
             start = len(turn.prompt)
             if (
@@ -258,23 +258,29 @@ class ChatTemplateRenderer(Renderer):
         tools: Sequence[Tool] | None,
         text: str,
         mode: Template,
-        replies: Sequence[int],
+        known: Mapping[int, str] = MappingProxyType({}),
     ) -> dict[int, int]:
         """Returns where the prompts for replies, as this mode prints them, end in the text, by message.
 
-        A reply that cannot be trained has the template's usual prompt.
+        A reply that cannot be trained has the template's usual prompt. `known` are some of the prompts.
         """
         sampled = self.with_template_kwargs(mode.chosen)
         chat = sampled._chat(messages, tools)
-        borders: dict[int, int] = {}
-        for index in replies:
-            try:
-                prompt = sampled._replies.turn(chat, index).prompt
-            except RendererError:
-                prompt = chat.prompt_before(index) or ""
+        borders = chat.borders  # those of the text before, of which most are the same
+        borders.go_back(len(messages), text)
+        for index in range(len(borders.lengths), len(messages)):
+            prompt = known.get(index)
+            if prompt is None and messages[index]["role"] == "assistant":
+                try:
+                    prompt = sampled._replies.turn(chat, index).prompt
+                except RendererError:
+                    prompt = chat.prompt_before(index)
+            borders.lengths.append(max([len(prompt or ""), *borders.lengths[-1:]]))
             if prompt and text.startswith(prompt):
-                borders[index] = len(prompt)
-        return borders
+                borders.ends[index] = len(prompt)
+        found = dict(borders.ends)
+        borders.go_back(min(known, default=len(messages)))
+        return found
 
     def _render_prompt(
         self, messages: Sequence[PlainMessage], tools: Sequence[Tool] | None, role: str
@@ -284,12 +290,13 @@ class ChatTemplateRenderer(Renderer):
         chat = self._chat(messages, tools)
         self._check_is_printed(chat)
         text = self._checked_text(chat, prompt=True) + self._replies.missing_header(chat, len(messages))
-        replies = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
-        return Rendering(text, list(self._borders(messages, tools, text, self._template, replies).values()))
+        return Rendering(text, list(self._borders(messages, tools, text, self._template).values()))
 
     def _check_is_printed(self, chat: Chat) -> None:
         """Raises RendererError for a message or a tool call that the template does not print."""
         prints = self._template.prints
+        if "printed" in chat.known:
+            return
         for number, message in enumerate(chat.messages, 1):
             if not prints(message["role"]):
                 supported = ", ".join(role for role in ROLES if prints(role))
@@ -303,6 +310,8 @@ class ChatTemplateRenderer(Renderer):
                     f"The chat template does not print tool calls (message {number}){why}. Write them in the "
                     "content, as tools_in_system=True does, or use the renderer of a format that has them."
                 )
+        if chat.is_whole:
+            chat.known.add("printed")
 
     def _checked_text(self, chat: Chat, prompt: bool = False) -> str:
         """Returns the text of all messages.
@@ -320,12 +329,18 @@ class ChatTemplateRenderer(Renderer):
             )
         # A template may join parts of messages, or a part and its own text, to a control token.
         marks = self._part_of_control
-        if chat.tools or any(
-            message.keys() != _ONLY_CONTENT
-            or not isinstance(message["content"], str)
-            or marks.search(message["content"])
-            for message in chat.messages
-        ):
+        has_parts = chat.tools or (
+            "no parts of control tokens" not in chat.known
+            and any(
+                message.keys() != _ONLY_CONTENT
+                or not isinstance(message["content"], str)
+                or marks.search(message["content"])
+                for message in chat.messages
+            )
+        )
+        if chat.is_whole and not has_parts:
+            chat.known.add("no parts of control tokens")
+        if has_parts:
             parted = chat.changed(self._parted)
             is_changed = (parted.messages, parted.tools) != (chat.messages, chat.tools)
             find = self._encoder.control.findall
