@@ -41,6 +41,10 @@ class SamplingClient:
     A service or a training client creates it. Calls return a future at once, and requests that are queued
     together run as one batch. Training that continues meanwhile does not change the snapshot. After `close`,
     or after the service was closed, every call raises ClosedError.
+
+    A prompt that begins like an earlier prompt or its reply, or like another prompt of the batch, is computed
+    from where they part. The keys and values that this needs are kept in a part of the memory for sampling,
+    until this client is closed, the engine trains, or sequences need their place.
     """
 
     def __init__(self, engine: Engine, prepare: Callable[[], tuple[Adapter | None, int | None]]) -> None:
@@ -137,7 +141,8 @@ class SamplingClient:
         sequence. `.logprobs` has one entry for each token, in nats, before temperature, top-k and top-p.
         `.stop_reason` is "stop", or "length" if `max_tokens` (default: the context length) was reached. With
         `include_prompt_logprobs`, `prompt_logprobs` has one entry for each token of the prompt, None for the
-        first. With a seed the sequences are the same every time, to rounding, whatever else is sampled
+        first, and all of the prompt is computed. `prompt_cache_hit_tokens` says how many tokens of the prompt
+        were not. With a seed the sequences are the same every time, to rounding, whatever else is sampled
         meanwhile.
 
         Raises RequestError for an empty or too long prompt and for unsupported settings. The future raises

@@ -31,8 +31,8 @@ class Cache(Protocol):
     is_prefill: bool
 
     def store(
-        self, layer: torch.nn.Module, segments: Sequence[Segment], key_1HTD: Tensor, value_1HTD: Tensor
-    ) -> None: ...
+        self, layer: torch.nn.Module, key_1HTD: Tensor, value_1HTD: Tensor
+    ) -> tuple[Tensor, Tensor]: ...
 
     def append(
         self, layer: torch.nn.Module, key_1HTD: Tensor, value_1HTD: Tensor, sliding_window: int | None
@@ -55,10 +55,11 @@ class AttentionLayout:
     windows_seen: list[int | None] | None = None
     """A list to which each call of the attention appends its sliding window, or None to record nothing."""
     cache: Cache | None = None
-    """In a prefill the segments are prompts, which the cache stores; in a decode pass each segment is the
-    next token of a cached sequence."""
+    """In a prefill the segments are prompts, which the cache stores, or what it lacks of them; in a decode
+    pass each segment is the next token of a cached sequence."""
     tree: Tree | None = None
-    """What the segments see besides themselves, if the row has what several sequences share only once."""
+    """What the segments see besides themselves, if the row has what several sequences share only once, or
+    the cache has their beginnings."""
 
 
 # The layout differs for every row, so a compiled layer would be recompiled for each row.
@@ -96,7 +97,8 @@ def packed_attention(
     if layout is not None and layout.cache is not None:
         if not layout.cache.is_prefill:
             return _decode(module, *qkv, layout.cache, scaling, sliding_window, softcap, s_aux), None
-        layout.cache.store(module, layout.segments, key_BHTD, value_BHTD)
+        key_BHTD, value_BHTD = layout.cache.store(module, key_BHTD, value_BHTD)
+        qkv = query_BHTD, key_BHTD, value_BHTD
     is_half = query_BHTD.dtype in (torch.bfloat16, torch.float16)
     if is_plain and layout is not None and query_BHTD.is_cuda and is_half:
         return _varlen(*qkv, layout, scaling, sliding_window), None

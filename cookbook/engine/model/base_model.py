@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -100,13 +101,17 @@ class BaseModel:
         """Whether logits can be computed in blocks."""
         self.block_sizes = BlockSizes.on(self.device)
         self._logit_scaling = LogitScaling()
-        # `sampling.decoder_probe` sets these three when the model is first sampled from.
+        self.prompt_trees: weakref.WeakSet[Any] = weakref.WeakSet()
+        """What samplers keep of prompts (`sampling.prompt_tree`)."""
+        # `sampling.decoder_probe` sets these four when the model is first sampled from.
         self.decodes_packed: bool | None = None
         """Whether sampled sequences can share a row too."""
         self.make_decoder: Callable[[BaseModel], Any] | None = None
         """The factory of the decoder."""
         self.cache_bytes = (0, 0)
         """The bytes of one cached position and of one sequence's recurrent states, or zeros if unknown."""
+        self.reuses_prompts = False
+        """Whether prompts reuse the keys and values of texts that begin alike."""
         with self.adapters.noting_unused_layers():
             self._probe_architecture()
         fsdp.reshard(self.model)
@@ -442,7 +447,8 @@ class BaseModel:
         is_row = self.is_packed and not self.is_padded
         packed = {"position_ids": positions_1N, "layout": layout} if is_row else {}
         decode = self.model.decode if self.is_sharded else self._decoder
-        out = decode(input_ids=self._batch_of(tokens_1N, layout), use_cache=False, **packed)
+        tokens_BT = tokens_1N if is_row else self._batch_of(tokens_1N, layout)
+        out = decode(input_ids=tokens_BT, use_cache=False, **packed)
         hidden_BTD: Tensor = out.last_hidden_state
         return hidden_BTD.flatten(0, 1)
 
@@ -530,6 +536,11 @@ class BaseModel:
             )
         self.discard_pass()
         return cost
+
+    def forget_prompts(self) -> None:
+        """Frees what samplers keep of prompts, whose memory a pass of training may need."""
+        for tree in self.prompt_trees:
+            tree.clear()
 
     def discard_pass(self) -> None:
         """Resets the shards after a pass that failed or whose backward part does not run."""

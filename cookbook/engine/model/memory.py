@@ -214,13 +214,16 @@ def addresses(tensors: Iterable[Tensor]) -> set[int]:
     return {tensor.untyped_storage().data_ptr() for tensor in held}
 
 
-def bytes_for_sampling(device: torch.device) -> int:
-    """Returns the number of bytes that keys and values may take. Samples do not depend on it."""
+def bytes_for_sampling(device: torch.device, held: int = 0) -> int:
+    """Returns the number of bytes that keys and values may take. Samples do not depend on it.
+
+    `held` bytes of them are taken already.
+    """
     if device.type != "cuda":
         return _total_memory(device) // 4
     free, _ = torch.cuda.mem_get_info(device)
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return int(0.8 * (free + unused))
+    return int(0.8 * (free + unused + held))
 
 
 def usable_memory(device: torch.device) -> float:

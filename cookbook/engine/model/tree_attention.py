@@ -54,11 +54,13 @@ class Tree:
     """The places in the row of the tokens of each path, on the device: int64."""
     path_starts: Tensor
     """Where each path begins in [P], and the end of the last: [segments + 1] int32, on the device."""
+    num_cached: int = 0
+    """How many keys stand before those of the row's tokens. Ancestors and `rows_P` are places among all."""
 
     @cached_property
     def calls(self) -> list[Call]:
         """The calls that cover all that is seen. Those over own tokens are first and cover every query."""
-        calls = [Call(slice(*segment), slice(*segment), True) for segment in self.segments]
+        calls = [Call(slice(*segment), slice(*self._keys_of(segment)), True) for segment in self.segments]
         last_of: dict[Segment, int] = {}
         for (start, stop), ancestors in zip(self.segments, self.ancestors, strict=True):
             for begin, end in ancestors:
@@ -73,7 +75,7 @@ class Tree:
         return calls
 
     def keys_within(self, number: int, window: int | None) -> list[Segment]:
-        """Returns the ranges of the row that a segment sees, without what is beyond the sliding window."""
+        """Returns the ranges of keys that a segment sees, without what is beyond the sliding window."""
         (start, stop), pieces = self.segments[number], list(self.ancestors[number])
         beyond = self.lengths[number] - (stop - start) - ((window or self.lengths[number]) - 1)
         while pieces and beyond > 0:
@@ -81,7 +83,10 @@ class Tree:
             if begin + beyond < end:
                 pieces.insert(0, (begin + beyond, end))
             beyond -= end - begin
-        return [*pieces, (start, stop)]
+        return [*pieces, self._keys_of((start, stop))]
+
+    def _keys_of(self, segment: Segment) -> Segment:
+        return segment[0] + self.num_cached, segment[1] + self.num_cached
 
 
 def is_supported(

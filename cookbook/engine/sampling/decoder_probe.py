@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import weakref
 from collections.abc import Iterator
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch import Tensor
 from cookbook.engine.model.base_model import BaseModel
 from cookbook.engine.model.memory import is_out_of_memory
 from cookbook.engine.sampling.decoders import Decoder, PackedDecoder, UncachedDecoder, WholeModelDecoder
+from cookbook.engine.sampling.prompt_tree import PromptTree
 from cookbook.engine.sampling.requests import sample_request
 from cookbook.engine.sampling.sequence import Sequence
 from cookbook.types import SamplingParams
@@ -62,6 +64,11 @@ def make_decoder(base: BaseModel, decoders: tuple[type[Decoder], ...] = DECODERS
     base.make_decoder, base.decodes_packed = found, found is PackedDecoder
     if found is last:
         base.cache_bytes = 0, 0
+    with base.adapters.using(None):
+        reason = _why_not_reused(base, texts[1:], expected[1:])
+    base.reuses_prompts = reason is None
+    if reason is not None:
+        logger.info("%s computes every prompt from its first token when sampling: %s.", base.name, reason)
     return found(base)
 
 
@@ -85,6 +92,61 @@ def _why_not(
     return None if difference <= tolerance else f"its logits would move by {difference:.1e} of the largest"
 
 
+def _why_not_reused(base: BaseModel, texts: list[np.ndarray], expected: list[Tensor]) -> str | None:
+    """Returns why prompts do not reuse what they share with earlier ones, or None if they do."""
+    if not base.decodes_packed:
+        return "its prompts do not share rows"
+    if base.recurrent.mixers:
+        return "its layers keep states, which no later prompt can continue at another token"
+    if base.min_shared_tokens is None:
+        return "its layers do not compute what sequences share once"
+    try:
+        difference = max(_differences_of_reuse(base, texts, expected))
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        base.discard_pass()
+        return f"{type(error).__name__}: {error}"
+    tolerance = _TOLERANCE_FP32 if base.dtype == torch.float32 else _TOLERANCE_16_BIT
+    return None if difference <= tolerance else f"its logits would move by {difference:.1e} of the largest"
+
+
+def _differences_of_reuse(
+    base: BaseModel, texts: list[np.ndarray], expected: list[Tensor]
+) -> Iterator[float]:
+    """Yields the difference of logits after texts that share a row, and after texts that reuse their keys."""
+    decoder = PackedDecoder(base)
+    decoder.prompts, decoder.min_shared = PromptTree(weakref.WeakSet()), 1
+    decoder.prompts.limit(sum(map(len, texts)))
+    for number_of_tokens in (-1, -2):
+        parts = [text_T[:number_of_tokens] for text_T in texts]
+        groups = [[sequence] for text_T in parts for sequence in _start(base, text_T, 1)]
+        for text_T, expected_TV, found_V in zip(parts, expected, decoder.prefill(groups), strict=True):
+            yield _difference(expected_TV[len(text_T) - 1], found_V)
+        for (sequence,), text_T in zip(groups, texts, strict=True):
+            sequence.append(int(text_T[sequence.length]), 0.0)
+        sequences = [sequence for (sequence,) in groups]
+        for sequence, expected_TV, found_V in zip(
+            sequences, expected, decoder.decode(sequences), strict=True
+        ):
+            yield _difference(expected_TV[sequence.length - 1], found_V)
+            decoder.remove(sequence)
+
+
+def _start(base: BaseModel, prompt_T: np.ndarray, num_samples: int) -> list[Sequence]:
+    settings = SamplingParams(stop_token_ids=[-1])
+    request = sample_request(base, prompt_T.tolist(), num_samples, settings)
+    return [Sequence(request, index, np.random.default_rng(0)) for index in range(num_samples)]
+
+
+def _difference(expected_V: Tensor, found_V: Tensor) -> float:
+    """Returns the largest difference of two rows of logits, as a share of the largest logit."""
+    off_V = torch.where(found_V == expected_V, 0.0, found_V - expected_V)
+    largest = expected_V.masked_fill(expected_V.isinf(), 0.0).abs().max()
+    share = (off_V.abs().max() / largest.clamp_min(1e-6)).item()
+    return math.inf if math.isnan(share) else share
+
+
 def _differences(
     base: BaseModel, decoder: Decoder, texts: list[np.ndarray], expected: list[Tensor]
 ) -> Iterator[float]:
@@ -94,17 +156,8 @@ def _differences(
     and one of them is removed early.
     """
 
-    def start(prompt_T: np.ndarray, num_samples: int) -> list[Sequence]:
-        settings = SamplingParams(stop_token_ids=[-1])
-        request = sample_request(base, prompt_T.tolist(), num_samples, settings)
-        return [Sequence(request, index, np.random.default_rng(0)) for index in range(num_samples)]
-
     def difference(sequence: Sequence, found_V: Tensor) -> float:
-        expected_V = expected[text_of[sequence]][sequence.length - 1]
-        off_V = torch.where(found_V == expected_V, 0.0, found_V - expected_V)
-        largest = expected_V.masked_fill(expected_V.isinf(), 0.0).abs().max()
-        share = (off_V.abs().max() / largest.clamp_min(1e-6)).item()
-        return math.inf if math.isnan(share) else share
+        return _difference(expected[text_of[sequence]][sequence.length - 1], found_V)
 
     def decode(*sequences: Sequence) -> Iterator[float]:
         for sequence in sequences:
@@ -112,7 +165,7 @@ def _differences(
         for sequence, found_V in zip(sequences, decoder.decode(list(sequences)), strict=True):
             yield difference(sequence, found_V)
 
-    (alone,), (one, other) = start(texts[0][:3], 1), start(texts[1][:6], 2)
+    (alone,), (one, other) = _start(base, texts[0][:3], 1), _start(base, texts[1][:6], 2)
     text_of = {alone: 0, one: 1, other: 2}
     yield difference(alone, decoder.prefill([[alone]])[0])
     yield from decode(alone)

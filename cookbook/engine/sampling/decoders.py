@@ -17,7 +17,11 @@ from torch import Tensor
 from cookbook.engine.model import architecture, unembedding
 from cookbook.engine.model.attention import AttentionLayout
 from cookbook.engine.model.base_model import BaseModel
+from cookbook.engine.model.packing import copy_to
+from cookbook.engine.model.tree_attention import Tree
 from cookbook.engine.sampling.kv_cache import KVCache
+from cookbook.engine.sampling.prefill_row import PrefillRow, plan_row
+from cookbook.engine.sampling.prompt_tree import KnownPart, PromptTree
 from cookbook.engine.sampling.sequence import Sequence
 
 _ROW_MULTIPLE = 8
@@ -30,6 +34,8 @@ class Decoder(ABC):
 
     def __init__(self, base: BaseModel) -> None:
         self._base = base
+        self.prompts: PromptTree | None = None
+        """What earlier texts leave to later ones that begin alike, for decoders that can reuse it."""
 
     @abstractmethod
     def prefill(self, groups: list[list[Sequence]]) -> Tensor:
@@ -46,6 +52,10 @@ class Decoder(ABC):
         Returns the logits after that token: [R, V] fp32.
         """
 
+    def num_known(self, sequence: Sequence) -> int:
+        """Returns how many tokens of a sequence's text a prefill would not compute."""
+        return 0
+
     def remove(self, sequence: Sequence) -> None:
         """Frees the memory of a sequence."""
 
@@ -60,30 +70,89 @@ class PackedDecoder(Decoder):
     def __init__(self, base: BaseModel) -> None:
         super().__init__(base)
         self._cache = KVCache()
+        self.min_shared = base.min_shared_tokens if base.reuses_prompts else None
+        """The shortest beginning that is reused, or None if none is."""
 
     def prefill(self, groups: list[list[Sequence]]) -> Tensor:
         device = self._base.device
         texts = [group[0].text_T for group in groups]
-        if padding := -sum(map(len, texts)) % _ROW_MULTIPLE:
-            texts.append(np.zeros(padding, np.int64))
-        ends = np.cumsum([len(text_T) for text_T in texts]).tolist()
-        segments = list(zip([0, *ends[:-1]], ends, strict=True))
-        tokens_N = np.concatenate(texts)
-        positions_N = np.concatenate([np.arange(len(text_T)) for text_T in texts])
-        tokens_2N = torch.from_numpy(np.stack([tokens_N, positions_N])).to(device, non_blocking=True)
-        starts = torch.tensor([0, *ends], dtype=torch.int32).to(device, non_blocking=True)
-        layout = AttentionLayout(segments, starts, max(map(len, texts)), cache=self._cache)
-        self._cache.begin_prefill(groups)
-        hidden_ND = self._base.hidden_of(tokens_2N[:1], tokens_2N[1:], layout)
+        known = [self._known_of(group[0]) for group in groups]
+        row, hidden_ND, is_finite_N = self._run_row(groups, texts, known, self.min_shared)
+        if self.min_shared is not None and not is_finite_N.all():
+            # A token that leads to nan also spoils the tokens before it: attention multiplies it by 0.
+            for sequence in (sequence for group in groups for sequence in group):
+                self._cache.remove(sequence)
+            row, hidden_ND, is_finite_N = self._run_row(groups, texts, known, None)
+        for path, group, num_reused in zip(known, groups, row.num_reused, strict=True):
+            request = group[0].request
+            if request.prompt_cache_hit_tokens is None:
+                request.prompt_cache_hit_tokens = min(num_reused, len(request.prompt_T))
+            if path and self.prompts is not None:
+                self.prompts.use(path)
         head = self._base.head()  # after the pass, which gathers the head's weights if they are sharded
-        for group, (start, stop) in zip(groups, segments, strict=False):
+        for number, group in enumerate(groups):
+            places_T = row.places(number)
             if _needs_prompt_logprobs(group):
-                targets_S = tokens_2N[0, start + 1 : stop]
-                logprobs_S = unembedding.score(head, hidden_ND[start : stop - 1], targets_S)
+                targets_S = torch.from_numpy(texts[number][1:]).to(device)
+                hidden_SD = hidden_ND[torch.from_numpy(places_T[:-1]).to(device)]
+                logprobs_S = unembedding.score(head, hidden_SD, targets_S)
                 group[0].request.prompt_logprobs = [None, *logprobs_S.tolist()]
-        last_G = [stop - 1 for _, stop in segments[: len(groups)]]
+            if is_finite_N[places_T].all():
+                self._keep(group[0], texts[number])
+        last_G = [path[-1][1] - row.num_known - 1 for path in row.paths]
         last_G += [0] * (-len(groups) % _ROW_MULTIPLE)
         return head.logits(hidden_ND[torch.tensor(last_G, device=device)])[: len(groups)]
+
+    def _run_row(
+        self,
+        groups: list[list[Sequence]],
+        texts: list[np.ndarray],
+        known: list[list[KnownPart]],
+        min_shared: int | None,
+    ) -> tuple[PrefillRow, Tensor, np.ndarray]:
+        """Runs a prefill. Returns its row, the hidden states [N, D], and which of them are finite [N]."""
+        row = plan_row(texts, known, min_shared)
+        tokens_2N, layout = self._as_tensors(row)
+        self._cache.begin_prefill(groups, row.paths, row.known)
+        hidden_ND = self._base.hidden_of(tokens_2N[:1], tokens_2N[1:], layout)[: len(row.tokens_N)]
+        return row, hidden_ND, hidden_ND.isfinite().all(-1).cpu().numpy()
+
+    def _as_tensors(self, row: PrefillRow) -> tuple[Tensor, AttentionLayout]:
+        """Returns the tokens and positions of a row with its padding, [2, N], and the layout of its pass."""
+        device, padding = self._base.device, -len(row.tokens_N) % _ROW_MULTIPLE
+        inputs_2N = np.zeros((2, len(row.tokens_N) + padding), np.int64)
+        inputs_2N[:, : len(row.tokens_N)] = row.tokens_N, row.positions_N
+        segments, ancestors, lengths = row.segments, row.ancestors, row.lengths
+        if padding:
+            inputs_2N[1, -padding:] = np.arange(padding)
+            segments = [*segments, (len(row.tokens_N), inputs_2N.shape[1])]
+            ancestors, lengths = [*ancestors, []], [*lengths, padding]
+        tree = None
+        if row.has_shared:
+            own = [(start + row.num_known, stop + row.num_known) for start, stop in segments]
+            ranges = [each for path, segment in zip(ancestors, own, strict=True) for each in (*path, segment)]
+            rows_P = np.concatenate([np.arange(start, stop) for start, stop in ranges])
+            path_starts = np.array([0, *np.cumsum(lengths)], np.int32)
+            tensors = copy_to(device, rows_P), copy_to(device, path_starts)
+            tree = Tree(segments, ancestors, lengths, *tensors, num_cached=row.num_known)
+        starts = np.array([0, *(stop for _, stop in segments)], np.int32)
+        longest = max(stop - start for start, stop in segments)
+        layout = AttentionLayout(segments, copy_to(device, starts), longest, cache=self._cache, tree=tree)
+        return copy_to(device, inputs_2N), layout
+
+    def num_known(self, sequence: Sequence) -> int:
+        return sum(length for _, length in self._known_of(sequence))
+
+    def _known_of(self, sequence: Sequence) -> list[KnownPart]:
+        """Returns the beginning of a sequence's text that is not to be computed, but never all of it."""
+        if self.prompts is None or self.min_shared is None or _needs_prompt_logprobs([sequence]):
+            return []  # the log-probabilities of a prompt need its hidden states
+        path = self.prompts.find(sequence.text_T[:-1])
+        return path if sum(length for _, length in path) >= self.min_shared else []
+
+    def _keep(self, sequence: Sequence, text_T: np.ndarray) -> None:
+        if self.prompts is not None and self.min_shared is not None and len(text_T) >= self.min_shared:
+            self.prompts.add(text_T, *self._cache.of(sequence))
 
     def decode(self, sequences: list[Sequence]) -> Tensor:
         order = self._cache.begin_decode(sequences)
@@ -100,6 +169,8 @@ class PackedDecoder(Decoder):
         return self._base.head().logits(hidden_ND[inputs[2]])[:num_rows]
 
     def remove(self, sequence: Sequence) -> None:
+        if sequence.stop_reason is not None:  # the next prompt of a conversation begins with it
+            self._keep(sequence, sequence.text_T[:-1])
         self._cache.remove(sequence)
 
     def cache_bytes(self) -> tuple[int, int]:

@@ -19,6 +19,8 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from cookbook.engine.model.prefix_tree import Segment
+from cookbook.engine.sampling.prompt_tree import KnownPart
 from cookbook.engine.sampling.recurrent_states import RecurrentStates
 from cookbook.engine.sampling.sequence import Sequence
 
@@ -78,6 +80,10 @@ class KVCache:
         self._buckets: dict[int, LengthBucket] = {}
         self._groups: list[list[Sequence]] = []
         """The groups of the prefill."""
+        self._paths: list[list[Segment]] = []
+        """The places of each group's text among the keys of the prefill."""
+        self._known: list[KnownPart] = []
+        """The keys of the prefill that stand before those of its row."""
         self._order: list[Sequence] = []
         """The sequences of the decode pass, in the order of their tokens."""
         self._states: list[tuple[RecurrentStates, dict[Sequence, int]]] = []
@@ -86,9 +92,15 @@ class KVCache:
 
     # -- between passes ---------------------------------------------------------------------
 
-    def begin_prefill(self, groups: list[list[Sequence]]) -> None:
-        """Prepares for a pass over prompts: the sequences of group i get the keys and values of segment i."""
-        self.is_prefill, self._groups = True, groups
+    def begin_prefill(
+        self, groups: list[list[Sequence]], paths: list[list[Segment]], known: list[KnownPart]
+    ) -> None:
+        """Prepares for a pass over prompts: the sequences of group i get the keys and values of path i.
+
+        A path has the places of the text's tokens: among the tokens of the `known` nodes, which stand first,
+        and of the row.
+        """
+        self.is_prefill, self._groups, self._paths, self._known = True, groups, paths, known
         for sequence in (sequence for group in groups for sequence in group):
             self._place(sequence)
 
@@ -97,7 +109,7 @@ class KVCache:
 
         Returns the order of their tokens in the packed row, as indices of `sequences`.
         """
-        self.is_prefill, self._groups = False, []
+        self.is_prefill, self._groups, self._paths, self._known = False, [], [], []
         for sequence in sequences:
             if sequence.length > sequence.capacity:
                 old, row = self._buckets[sequence.capacity], sequence.row
@@ -131,6 +143,15 @@ class KVCache:
                 per_position += tensor.nbytes // (len(tensor) * bucket.capacity)
         states = [states for states, _ in self._states if states.num_rows]
         return per_position, states[0].num_bytes // states[0].num_rows if states else 0
+
+    def of(self, sequence: Sequence) -> tuple[dict[Layer, Tensor], dict[Layer, Tensor]]:
+        """Returns views of a sequence's keys and values, [H, C, D] for each layer."""
+        bucket, row = self._buckets[sequence.capacity], sequence.row
+        keys, values = (
+            {layer: tensor[row] for layer, tensor in tensors.items()}
+            for tensors in (bucket.keys, bucket.values)
+        )
+        return keys, values
 
     def _place(self, sequence: Sequence) -> LengthBucket:
         capacity = capacity_for(sequence.length)
@@ -169,19 +190,27 @@ class KVCache:
             self._states = [(states, {sequence: row for row, sequence in enumerate(self._order)})]
         return states
 
-    def store(
-        self, layer: Layer, segments: Iterable[tuple[int, int]], key_1HTD: Tensor, value_1HTD: Tensor
-    ) -> None:
-        """Stores, in a prefill, the keys and values of a layer for every sequence of each segment's group."""
-        # the last segment may be padding
-        for group, (start, stop) in zip(self._groups, segments, strict=False):
+    def store(self, layer: Layer, key_1HTD: Tensor, value_1HTD: Tensor) -> tuple[Tensor, Tensor]:
+        """Stores, in a prefill, the keys and values of a layer for every sequence of each group.
+
+        Returns those of the known positions, followed by the given ones.
+        """
+        if self._known:
+            known_keys = [node.keys[layer][None, :, :length] for node, length in self._known]
+            known_values = [node.values[layer][None, :, :length] for node, length in self._known]
+            key_1HTD = torch.cat([*known_keys, key_1HTD], dim=2)
+            value_1HTD = torch.cat([*known_values, value_1HTD], dim=2)
+        for group, path in zip(self._groups, self._paths, strict=True):
             bucket = self._buckets[group[0].capacity]
             rows = slice(group[0].row, group[-1].row + 1)
             for tensors, new_1HTD in ((bucket.keys, key_1HTD), (bucket.values, value_1HTD)):
-                new_HTD = new_1HTD[0, :, start:stop]
-                tensors[layer] = bucket.allocate(tensors.get(layer), new_HTD)
-                tensors[layer][rows, :, : stop - start] = new_HTD
-                tensors[layer][rows, :, stop - start :] = 0
+                tensors[layer] = bucket.allocate(tensors.get(layer), new_1HTD[0])
+                end = 0
+                for start, stop in path:
+                    place, end = end, end + stop - start
+                    tensors[layer][rows, :, place:end] = new_1HTD[0, :, start:stop]
+                tensors[layer][rows, :, end:] = 0
+        return key_1HTD, value_1HTD
 
     def append(
         self, layer: Layer, key_1HTD: Tensor, value_1HTD: Tensor, sliding_window: int | None

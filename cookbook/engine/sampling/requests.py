@@ -36,6 +36,9 @@ class SampleRequest:
     is_abandoned: bool = False
     prompt_logprobs: list[float | None] | None = None
     """Set by the prefill if they are requested."""
+    prompt_cache_hit_tokens: int | None = None
+    """How many tokens of the prompt its first prefill did not compute, because other texts begin with them.
+    None before."""
     future: Future[SampleResponse] = field(default_factory=JobFuture)
 
     def abandon(self) -> None:

@@ -25,7 +25,9 @@ from cookbook.engine.model.packing import TokenSequence
 from cookbook.engine.model.prefix_tree import Family
 from cookbook.engine.sampling.choice import choose
 from cookbook.engine.sampling.decoder_probe import make_decoder
+from cookbook.engine.sampling.decoders import Decoder
 from cookbook.engine.sampling.kv_cache import capacity_for
+from cookbook.engine.sampling.prompt_tree import PromptTree
 from cookbook.engine.sampling.requests import Request, SampleRequest, ScoreRequest
 from cookbook.engine.sampling.sequence import Sequence
 from cookbook.errors import TrainingError
@@ -40,6 +42,13 @@ _MAX_PREFILL_TOKENS = {"cpu": 1024, "cuda": 8192}
 _MAX_PREFILL_TOKENS_RECURRENT = {"cpu": 4096, "cuda": 8192}
 """The same for models with recurrent layers, which run prompts of similar lengths as one batch: the more
 prompts, the larger the batches."""
+_KEPT_SHARE = 0.25
+"""The share of the memory for sampling that may hold what later prompts reuse, until the model is trained."""
+
+
+_SHARED_SCORES = 4
+"""How many times as many tokens texts with a common beginning may take in one pass, when they are scored:
+what they share is computed for each pass."""
 
 
 @dataclass(frozen=True)
@@ -52,26 +61,33 @@ class SamplingLimits:
     """The number of cached positions. A sequence that runs alone may have more."""
     state_positions: int = 0
     """How many cached positions take the memory of one sequence's states of recurrent layers."""
+    max_kept_tokens: int = 0
+    """The number of cached positions that are kept for later prompts, where running sequences leave them."""
 
     @classmethod
     def on(cls, base: BaseModel) -> SamplingLimits:
         """Returns the limits for the model's device, given the memory that is free now."""
         kind = "cuda" if base.device.type == "cuda" else "cpu"
-        room = bytes_for_sampling(base.device)
-        if base.is_sharded:  # all processes admit the same sequences
-            (room,) = base.world.all_reduce_min(room)
         make_decoder(base)  # measures the cache
         per_position = base.cache_bytes[0] or _cache_bytes_per_token(base)
+        num_kept = sum(tree.num_tokens for tree in base.prompt_trees)
+        room = bytes_for_sampling(base.device, held=num_kept * per_position)
+        if base.is_sharded:  # all processes admit the same sequences
+            (room,) = base.world.all_reduce_min(room)
         max_prefill_tokens = _MAX_PREFILL_TOKENS_RECURRENT if base.recurrent.mixers else _MAX_PREFILL_TOKENS
         return cls(
             _MAX_SEQUENCES[kind],
             max_prefill_tokens[kind],
             room // per_position,
             math.ceil(base.cache_bytes[1] / per_position),
+            int(_KEPT_SHARE * room) // per_position,
         )
 
     def halved(self, num_unanswered: int) -> SamplingLimits:
-        """Returns half of each limit, and at most half as many sequences as there are unanswered ones."""
+        """Returns half of each limit, and at most half as many sequences as there are unanswered ones.
+
+        Then nothing is kept for later prompts.
+        """
         max_sequences = max(1, min(self.max_sequences, num_unanswered) // 2)
         max_prefill_tokens = 1 if max_sequences == 1 else max(1, self.max_prefill_tokens // 2)
         return replace(
@@ -79,6 +95,7 @@ class SamplingLimits:
             max_sequences=max_sequences,
             max_prefill_tokens=max_prefill_tokens,
             max_cached_tokens=self.max_cached_tokens // 2,
+            max_kept_tokens=0,
         )
 
 
@@ -95,6 +112,8 @@ class Sampler:
         self._base = base
         self._limits = limits
         self._prepared = prepared
+        self._prompts: PromptTree | None = None
+        """What was computed with the weights of this snapshot, for later prompts."""
 
     def run(self, first: Request, take_waiting: Callable[[], list[Request]]) -> None:
         batch = None
@@ -102,7 +121,9 @@ class Sampler:
             arrived = [first, *take_waiting()]
             adapter, seed = self._prepared.result()
             with torch.no_grad(), self._base.adapters.using(adapter):
-                batch = _RunningBatch(self._base, seed, self._limits or SamplingLimits.on(self._base))
+                limits = self._limits or SamplingLimits.on(self._base)
+                self._prompts = self._prompts or PromptTree(self._base.prompt_trees)
+                batch = _RunningBatch(self._base, seed, limits, self._prompts)
                 while arrived or batch.scores or batch.waiting or batch.running:
                     for request in arrived:
                         if request.future.set_running_or_notify_cancel():
@@ -110,6 +131,8 @@ class Sampler:
                     batch.advance()
                     arrived = take_waiting()
         finally:
+            if self._prompts is not None and self._base.is_sharded:
+                self._prompts.clear()  # all processes must reuse the same, and may free other snapshots
             del batch
             return_freed_memory()
 
@@ -117,7 +140,9 @@ class Sampler:
 class _RunningBatch:
     """The sequences that run, and those that wait for room."""
 
-    def __init__(self, base: BaseModel, seed: int | None, limits: SamplingLimits) -> None:
+    def __init__(
+        self, base: BaseModel, seed: int | None, limits: SamplingLimits, prompts: PromptTree
+    ) -> None:
         """`seed` is the seed of unseeded requests. If it is None, those are not reproducible."""
         self.scores: list[ScoreRequest] = []
         self.waiting: deque[Sequence] = deque()
@@ -127,8 +152,14 @@ class _RunningBatch:
         """All sequences of each request that is not complete."""
         self._base = base
         self._seed = seed
-        self._decoder = make_decoder(base)
         self._limits = limits
+        self._prompts = prompts
+        self._decoder = self._make_decoder()
+
+    def _make_decoder(self) -> Decoder:
+        decoder = make_decoder(self._base)
+        decoder.prompts = self._prompts
+        return decoder
 
     def add(self, request: Request) -> None:
         """Queues the sequences of a request, or a request for scores."""
@@ -152,7 +183,7 @@ class _RunningBatch:
                 self._score()
             while self.waiting and (groups := self._admit()):
                 self._prefill(groups)
-            if len(self.running) > 1:
+            if len(self.running) > 1 or any(tree.num_tokens for tree in self._base.prompt_trees):
                 self._preempt()
             if self.running:
                 self._draw(self.running[:], self._decoder.decode(self.running))
@@ -172,17 +203,24 @@ class _RunningBatch:
                 request.is_argmax_T = [None]
                 request.future.set_result([None])
         requests = self.scores = [request for request in self.scores if not request.future.done()]
-        lengths = [len(request.tokens_T) - 1 for request in requests]
-        alone = [Family([index], [length], [0]) for index, length in enumerate(lengths)]
-        for microbatch in self._base.plan_microbatches(alone, self._limits.max_prefill_tokens):
-            indices = [family.indices[0] for family in microbatch]
-            texts = [requests[index].tokens_T for index in indices]
-            sequences = [
-                TokenSequence(text_T[:-1], text_T[1:], np.ones(len(text_T) - 1, np.float32), {})
-                for text_T in texts
-            ]
-            batch = self._base.pack(sequences, trained_only=False)
+        texts = [request.tokens_T for request in requests]
+        sequences = [
+            TokenSequence(text_T[:-1], text_T[1:], np.ones(len(text_T) - 1, np.float32), {})
+            for text_T in texts
+        ]
+        waiting = self._plan_scores(self._base.families(sequences))
+        while waiting:
+            microbatch = waiting.pop()
+            indices = [index for family in microbatch for index in family.indices]
+            chosen = [sequences[index] for index in indices]
+            batch = self._base.pack(chosen, trained_only=False, families=microbatch)
             columns = [batch.layout.split(values_S.cpu().numpy()) for values_S in self._base.scores(batch)]
+            if len(indices) > len(microbatch) and any(np.isnan(values_T).any() for values_T in columns[0]):
+                # A token that leads to nan also spoils what its text shares with others.
+                waiting += self._plan_scores(
+                    [Family([index], [len(sequences[index])], [0]) for index in indices]
+                )
+                continue
             for index, logprobs_T, is_argmax_T in zip(indices, *columns, strict=True):
                 logprobs = [None, *logprobs_T.tolist()]
                 if (error := self._error_of(logprobs)) is not None:
@@ -192,11 +230,17 @@ class _RunningBatch:
                 requests[index].future.set_result(logprobs)
         self.scores = []
 
+    def _plan_scores(self, families: list[Family]) -> list[list[Family]]:
+        """Returns the families of each pass, the first one last. A large family may share a longer row."""
+        limit = self._limits.max_prefill_tokens
+        plan = self._base.plan_microbatches(families, limit, max_in_memory=_SHARED_SCORES * limit)
+        return plan[::-1]
+
     def _admit(self) -> list[list[Sequence]]:
         """Removes from the queue the sequences for one prefill, and returns them grouped by shared text."""
         groups: list[list[Sequence]] = []
         num_tokens, num_sequences = 0, len(self.running)
-        cached_tokens = self._needed_positions()
+        cached_tokens = admitted_tokens = self._needed_positions()
         while self.waiting and num_sequences < self._limits.max_sequences:
             sequence = self.waiting[0]
             cached_tokens += self._positions_of(sequence)
@@ -205,12 +249,14 @@ class _RunningBatch:
             last = groups[-1][0] if groups else None
             if last is not None and last.request is sequence.request and not (last.tokens or sequence.tokens):
                 groups[-1].append(self.waiting.popleft())
-            elif groups and num_tokens + sequence.length > self._limits.max_prefill_tokens:
-                break
             else:
-                num_tokens += sequence.length
+                num_new = sequence.length - self._decoder.num_known(sequence)
+                if groups and num_tokens + num_new > self._limits.max_prefill_tokens:
+                    break
+                num_tokens += num_new
                 groups.append([self.waiting.popleft()])
-            num_sequences += 1
+            num_sequences, admitted_tokens = num_sequences + 1, cached_tokens
+        self._leave_to_prompts(admitted_tokens)
         return groups
 
     def _prefill(self, groups: list[list[Sequence]]) -> None:
@@ -226,10 +272,16 @@ class _RunningBatch:
 
     def _preempt(self) -> None:
         """Preempts the youngest sequences if the cache is too small for all. They are prefilled later."""
-        while len(self.running) > 1 and self._needed_positions() > self._limits.max_cached_tokens:
+        while (needed := self._needed_positions()) > self._limits.max_cached_tokens and len(self.running) > 1:
             youngest = self.running.pop()
             self._decoder.remove(youngest)
             self.waiting.appendleft(youngest)
+        self._leave_to_prompts(needed)
+
+    def _leave_to_prompts(self, needed: int) -> None:
+        """Leaves to prompts what sequences that need so many positions do not take."""
+        left = max(0, self._limits.max_cached_tokens - needed)
+        self._prompts.limit(min(left, self._limits.max_kept_tokens))
 
     def _draw(self, sequences: list[Sequence], logits_RV: Tensor) -> None:
         """Samples the next token of each sequence, and answers the requests that are complete."""
@@ -262,7 +314,8 @@ class _RunningBatch:
                     for each in samples
                     if (reason := each.stop_reason) is not None
                 ]
-                request.future.set_result(SampleResponse(sampled, request.prompt_logprobs))
+                num_hits = request.prompt_cache_hit_tokens or 0
+                request.future.set_result(SampleResponse(sampled, request.prompt_logprobs, num_hits))
 
     def _needed_positions(self) -> int:
         """Returns how many positions the running sequences need, including the next token of each."""
@@ -290,7 +343,8 @@ class _RunningBatch:
 
     def _restart_with_less(self) -> None:
         """Preempts all sequences and halves the limits. A request that does not fit alone fails."""
-        self._decoder = make_decoder(self._base)
+        self._decoder = self._make_decoder()
+        self._base.forget_prompts()
         self.running = []
         if self._limits.max_sequences == self._limits.max_prefill_tokens == 1:
             request: Request = self.scores.pop(0) if self.scores else next(iter(self._sequences))

@@ -217,6 +217,7 @@ class Trainer:
         `is_training` says whether inputs of the adapter are dropped; by default they are if `backward`. If
         memory runs out, all micro-batches of this process are run again in smaller ones.
         """
+        self.base.forget_prompts()
         lengths = [len(sequence.tokens_T) for sequence in request.sequences]
         drops = self.adapter.lora.dropout > 0 and (backward if is_training is None else is_training)
         seed = self.adapter.lora.seed or 0

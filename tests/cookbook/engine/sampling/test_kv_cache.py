@@ -49,6 +49,12 @@ class Uncached:
         return out[0]
 
 
+def begin(cache: KVCache, groups: list[list[Sequence]]) -> None:
+    """Begins a prefill of a row in which each group has a segment."""
+    ends = np.cumsum([group[0].length for group in groups]).tolist()
+    cache.begin_prefill(groups, [[segment] for segment in zip([0, *ends[:-1]], ends, strict=True)], [])
+
+
 def run_pass(layer: nn.Module, cache: KVCache, parts: list[list[Tensor]], options: dict[str, Any]) -> Tensor:
     """Runs a row of query, key and value parts, with one position of padding at the end."""
     parts = [*parts, [torch.full((heads, 1, HEAD_SIZE), 9.0) for heads in (NUM_QUERY_HEADS, 2, 2)]]
@@ -73,7 +79,7 @@ def test_every_new_position_sees_exactly_the_earlier_ones_of_its_sequence(option
             for length in (rng.randint(1, 10), rng.choice([60, 63, 64, 65, 95, 120])):
                 first = Uncached(length)
                 arriving.append([first, *(first.copy() for _ in range(rng.randint(0, 2)))])
-            cache.begin_prefill([[each.sequence for each in copies] for copies in arriving])
+            begin(cache, [[each.sequence for each in copies] for copies in arriving])
             for layer in layers:
                 found = run_pass(layer, cache, [copies[0].tensors for copies in arriving], options)
                 expected = torch.cat([copies[0].attend(options) for copies in arriving])
@@ -110,7 +116,7 @@ def test_nan_from_a_removed_row_does_not_reach_later_rows(options: dict[str, Any
     cache, layer = KVCache(), nn.Module()
 
     def arrive(*arriving: Uncached) -> None:
-        cache.begin_prefill([[each.sequence] for each in arriving])
+        begin(cache, [[each.sequence] for each in arriving])
         run_pass(layer, cache, [each.tensors for each in arriving], options)
 
     def step(there: list[Uncached]) -> None:
