@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property
+from operator import is_
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -29,7 +30,7 @@ from renderers.messages import (
     normalize,
 )
 from renderers.other_formats import ENDS, note_tokens_of_other_formats
-from renderers.rendering import CharSpan, Example, ExampleLines, Prepared, Rendering, Run
+from renderers.rendering import CharSpan, Draft, Example, ExampleLines, Prepared, Rendering, Run
 from renderers.streaming import PLAIN, ResponseStream, Sections
 from renderers.tools_in_system import with_tools_in_system
 from renderers.train_on_what import TrainOnWhat, chosen_messages
@@ -41,6 +42,9 @@ if TYPE_CHECKING:
 _MARKUP = re.compile(r"[<\[|#]")
 
 _SYSTEM_ROLES = ("system", "developer")
+
+_MANY_MESSAGES = 8
+"""The number of messages above which the draft of a conversation is kept."""
 
 
 class Renderer(ABC):
@@ -72,6 +76,7 @@ class Renderer(ABC):
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
         self._encoder = Encoder(tokenizer, self.frame, template=str(tokenizer.chat_template or ""))
+        self._drafts: list[tuple[Sequence[PlainMessage], Sequence[Tool] | None, Draft]] = []
 
     def check_messages(self, messages: Sequence[Message], tools: Sequence[Tool] | None = None) -> None:
         """Raises RendererError for messages whose type or role cannot be rendered. Nothing is tokenized."""
@@ -519,6 +524,39 @@ class Renderer(ABC):
         self, messages: Sequence[PlainMessage], tools: Sequence[Tool] | None, role: str
     ) -> Rendering:
         """Renders escaped messages and the header of the next message."""
+
+    def _num_alike(self, few: Sequence[PlainMessage], more: Sequence[PlainMessage]) -> int:
+        """Returns how many first messages are printed alike in a conversation and one that continues it.
+
+        Less than those of `few`. With more than 0, long conversations are printed in linear time.
+        """
+        return 0
+
+    def _latest_draft(self, messages: Sequence[PlainMessage], tools: Sequence[Tool] | None) -> Draft | None:
+        """Returns the latest finished draft without its messages that are to be printed otherwise now.
+
+        None if it does not begin like these messages.
+        """
+        with suppress(IndexError):
+            drafted, drafted_tools, draft = self._drafts.pop()
+            if tools is drafted_tools and all(map(is_, messages, drafted)):
+                few, more = sorted((messages, drafted), key=len)
+                if num := self._num_alike(few, more):
+                    draft.go_back(num)
+                    return draft
+        return None
+
+    def _finish(
+        self,
+        draft: Draft,
+        messages: Sequence[PlainMessage],
+        tools: Sequence[Tool] | None,
+        rewritten: list[int] | None = None,
+    ) -> Rendering:
+        """Returns the rendering of a draft, which is kept for the next one."""
+        if len(messages) > _MANY_MESSAGES:
+            self._drafts[:] = [(messages, tools, draft)]
+        return draft.finish(rewritten)
 
     def _span_in_history(
         self,

@@ -53,6 +53,20 @@ class Draft:
         self._length = 0
         self._cuts: list[int] = []
         self._spans: dict[int, CharSpan] = {}
+        self._marks: list[tuple[int, int, int]] = []
+
+    def rest_of(self, messages: Sequence[PlainMessage]) -> Iterator[tuple[int, PlainMessage]]:
+        """Yields each message that is not in the draft yet, with its number, to be put there."""
+        for index in range(len(self._marks), len(messages)):
+            self._marks.append((len(self._pieces), self._length, len(self._cuts)))
+            yield index, messages[index]
+
+    def go_back(self, num_messages: int) -> None:
+        """Removes the messages behind the first ones, and all that was put there later."""
+        num_pieces, self._length, num_cuts = self._marks[num_messages]
+        del self._pieces[num_pieces:], self._cuts[num_cuts:], self._marks[num_messages:]
+        while self._spans and next(reversed(self._spans)) >= num_messages:
+            self._spans.popitem()
 
     def put(self, text: str) -> None:
         self._pieces.append(text)
@@ -69,7 +83,7 @@ class Draft:
         self.put_text(index, text)
 
     def finish(self, rewritten: list[int] | None = None) -> Rendering:
-        return Rendering("".join(self._pieces), self._cuts, self._spans, rewritten or [])
+        return Rendering("".join(self._pieces), [*self._cuts], {**self._spans}, rewritten or [])
 
 
 Run: TypeAlias = tuple[int, int, float]

@@ -52,9 +52,11 @@ class ChatMLRenderer(Renderer):
         return draft.finish()
 
     def _draft(self, messages: Sequence[PlainMessage], tools: Sequence[Tool] | None) -> Draft:
-        draft = Draft()
-        self._put_system(draft, messages, tools)
-        for index, message in enumerate(messages):
+        draft = self._latest_draft(messages, tools)
+        if draft is None:
+            draft = Draft()
+            self._put_system(draft, messages, tools)
+        for index, message in draft.rest_of(messages):
             role = message["role"]
             if role == "tool":
                 self._put_result(draft, messages, index)

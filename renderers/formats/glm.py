@@ -88,20 +88,20 @@ class Glm5Renderer(TaggedRepliesRenderer):
         self, messages: Sequence[PlainMessage], tools: Sequence[Tool] | None, next_role: str | None = None
     ) -> Draft:
         """Returns a draft of the conversation, which a message of `next_role` follows if it is given."""
-        draft = Draft()
-        draft.put(_BEGIN)
-        draft.put(f"{_SYSTEM}{describe_tools(tools, self.between)}" if tools else "")
-        header = ""
-        for index, message in enumerate(messages):
-            role, before = message["role"], messages[:index][-1:]
+        draft = self._latest_draft(messages, tools)
+        if draft is None:
+            draft = Draft()
+            draft.put(_BEGIN)
+            draft.put(f"{_SYSTEM}{describe_tools(tools, self.between)}" if tools else "")
+        for index, message in draft.rest_of(messages):
+            role, before = message["role"], messages[index - 1 : index]
+            header = self._end_behind(messages, index - 1, next_role) if before else ""
             is_next_result = role == "tool" and before and before[0]["role"] == "tool"
             has_header = header == _HEADERS[role]  # the end token of the reply before
             draft.put("" if has_header or is_next_result else _HEADERS[role])
-            header = ""
             if role == "assistant":
                 text = self._reply_text(message, index + 1, self._in_history(messages, index))
-                header = self._end_behind(messages, index, next_role)
-                self._put_reply_text(draft, index, text + header)
+                self._put_reply_text(draft, index, text + self._end_behind(messages, index, next_role))
             elif role == "tool":
                 draft.put(f"{self.between}<tool_response>{self.between}")
                 draft.put_text(index, self._said(message))

@@ -80,7 +80,14 @@ class _KimiRenderer(MarkedCallsRenderer):
         for index in trained:
             self._check_reply(messages[index], index + 1)
         num_seen = len(messages) - (messages[-1]["role"] == "assistant")
-        return self._draft(messages, tools, num_seen).finish(self._rewritten(messages, trained, num_seen))
+        draft = self._draft(messages, tools, num_seen)
+        return self._finish(draft, messages, tools, self._rewritten(messages, trained, num_seen))
+
+    def _num_alike(self, few: Sequence[PlainMessage], more: Sequence[PlainMessage]) -> int:
+        before, after = (
+            _last_answer(one, len(one) - (one[-1]["role"] == "assistant")) for one in (few, more)
+        )
+        return min(len(few) - 1, len(few) if before == after else before + 1)
 
     def _render_prompt(
         self, messages: Sequence[PlainMessage], tools: Sequence[Tool] | None, role: str
@@ -98,15 +105,17 @@ class _KimiRenderer(MarkedCallsRenderer):
 
     def _draft(self, messages: Sequence[PlainMessage], tools: Sequence[Tool] | None, num_seen: int) -> Draft:
         """Returns a draft of the messages, of which the model sees the first `num_seen` as its history."""
-        draft = Draft()
-        if tools:
-            described = json.dumps(tools, ensure_ascii=False, separators=self.json_separators)
-            draft.put(f"{_SYSTEM}tool_declare{_MIDDLE}{described}{_END}")
-        if messages[0]["role"] != "system":
-            draft.put(self.default_system)
+        draft = self._latest_draft(messages, tools)
+        if draft is None:
+            draft = Draft()
+            if tools:
+                described = json.dumps(tools, ensure_ascii=False, separators=self.json_separators)
+                draft.put(f"{_SYSTEM}tool_declare{_MIDDLE}{described}{_END}")
+            if messages[0]["role"] != "system":
+                draft.put(self.default_system)
         ids = self._ids(messages)
         last = _last_answer(messages, num_seen)
-        for index, message in enumerate(messages):
+        for index, message in draft.rest_of(messages):
             role = message["role"]
             if role == "assistant":
                 draft.put(self._header)
@@ -233,7 +242,8 @@ class KimiK2ThinkingRenderer(_KimiRenderer):
             return []
         rewritten: list[int] = []
         loses_thinking = False  # between the answer before a reply and the end of the reply
-        for index in range(_last_answer(messages, num_seen) + 1):
+        first = _last_answer(messages, min(trained, default=0)) + 1
+        for index in range(first, _last_answer(messages, num_seen) + 1):
             loses_thinking = loses_thinking or bool(exact_thought_and_said(messages[index])[0])
             if loses_thinking and index in trained:
                 rewritten.append(index)

@@ -8,6 +8,7 @@ block that is not empty. Most conversations of several turns therefore rewrite t
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from operator import is_
 
 from cookbook.errors import RendererError
 from renderers.formats.chatml import END, ChatMLRenderer
@@ -28,7 +29,9 @@ class Qwen3Renderer(ChatMLRenderer):
     reply_sections = with_call_sections(THINKING)
 
     _queries: tuple[Sequence[PlainMessage] | None, Sequence[int]] = (None, ())
-    """The messages that were rendered last, and for each n the last query among the first n of them."""
+    """Messages that were rendered before, and for each n the last query among the first n of them."""
+    _beginning: Sequence[PlainMessage] | None = None
+    """The messages that were rendered last, which those begin with."""
 
     def _render(
         self, messages: Sequence[PlainMessage], chosen: Collection[int], tools: Sequence[Tool] | None
@@ -40,19 +43,32 @@ class Qwen3Renderer(ChatMLRenderer):
             self._check_reply(messages, index)
             if self._prints_thinking(messages, index) != self._prints_thinking(messages, index, index + 1):
                 rewritten.append(index)
-        return self._draft(messages, tools).finish(rewritten)
+        return self._finish(self._draft(messages, tools), messages, tools, rewritten)
 
     def _prints_thinking(self, messages: Sequence[PlainMessage], index: int, num: int | None = None) -> bool:
         """Returns whether message `index` is a reply that is printed with a think block.
 
         Only the first `num` messages are considered.
         """
-        if self._queries[0] is not messages:
-            self._queries = (messages, _last_queries(messages))
+        queries = self._queries_of(messages)
         num = len(messages) if num is None else num
-        if messages[index]["role"] != "assistant" or index <= self._queries[1][num]:
+        if messages[index]["role"] != "assistant" or index <= queries[num]:
             return False
         return index == num - 1 or bool(thought_and_said(messages[index])[0])
+
+    def _queries_of(self, messages: Sequence[PlainMessage]) -> Sequence[int]:
+        """Returns for each n the last query among the first n messages."""
+        if self._beginning is not messages:
+            whole = self._queries[0] or ()
+            if len(messages) > len(whole) or not all(map(is_, messages, whole)):
+                self._queries = (messages, _last_queries(messages))
+            self._beginning = messages
+        return self._queries[1]
+
+    def _num_alike(self, few: Sequence[PlainMessage], more: Sequence[PlainMessage]) -> int:
+        queries = self._queries_of(more)
+        before, after = queries[len(few)], queries[len(more)]
+        return min(len(few) - 1, len(few) if before == after else before + 1)
 
     def _check_reply(self, messages: Sequence[PlainMessage], index: int) -> None:
         """Raises RendererError if message `index` cannot be trained."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Collection, Mapping, Sequence
+from operator import is_
 from typing import Any, ClassVar
 
 from cookbook.errors import RendererError
@@ -40,8 +41,10 @@ class TaggedRepliesRenderer(Renderer):
     keeps_thinking: ClassVar[bool] = False
     """Whether replies before the last user message keep their thinking."""
 
-    _latest: tuple[Sequence[PlainMessage] | None, int] = (None, -1)
-    """The messages that were rendered last, and the position of the last user message among them."""
+    _queries: tuple[Sequence[PlainMessage], Sequence[int]] = ((), (-1,))
+    """Messages that were rendered before, and for each n the last user message among the first n of them."""
+    _beginning: Sequence[PlainMessage] = ()
+    """The messages that were rendered last, which those begin with."""
 
     # -- what a format defines ----------------------------------------------------------------
 
@@ -101,7 +104,7 @@ class TaggedRepliesRenderer(Renderer):
         for index in replies:
             self._check_reply(messages, index)
         rewritten = [index for index in replies if self._is_rewritten(messages, index)]
-        return self._draft(messages, tools).finish(rewritten)
+        return self._finish(self._draft(messages, tools), messages, tools, rewritten)
 
     def _is_rewritten(self, messages: Sequence[PlainMessage], index: int) -> bool:
         in_history = self._in_history(messages, index)
@@ -112,11 +115,24 @@ class TaggedRepliesRenderer(Renderer):
 
     def _in_history(self, messages: Sequence[PlainMessage], index: int) -> bool:
         """Returns whether a user's message follows message `index`, so that its thinking is not printed."""
-        latest, last_query = self._latest
-        if latest is not messages:
-            last_query = max((i for i, one in enumerate(messages) if self._is_query(one)), default=-1)
-            self._latest = (messages, last_query)
-        return not self.keeps_thinking and index <= last_query
+        return not self.keeps_thinking and index <= self._queries_of(messages)[len(messages)]
+
+    def _queries_of(self, messages: Sequence[PlainMessage]) -> Sequence[int]:
+        """Returns for each n the last user message among the first n messages; -1 for none."""
+        if self._beginning is not messages:
+            whole, _ = self._queries
+            if len(messages) > len(whole) or not all(map(is_, messages, whole)):
+                found = [-1]
+                for index, message in enumerate(messages):
+                    found.append(index if self._is_query(message) else found[-1])
+                self._queries = (messages, found)
+            self._beginning = messages
+        return self._queries[1]
+
+    def _num_alike(self, few: Sequence[PlainMessage], more: Sequence[PlainMessage]) -> int:
+        queries = self._queries_of(more)
+        before, after = queries[len(few)], queries[len(more)]
+        return min(len(few) - 1, len(few) if before == after else before + 1)
 
     def _put_reply_text(self, draft: Draft, index: int, text: str) -> None:
         """Appends a reply with its end token. The end of a prompt that it begins with is not trained."""
