@@ -11,6 +11,7 @@ from cookbook.data.media import count_placeholders
 from cookbook.utils import notes
 from renderers import Renderer
 from renderers.messages import THINKING_KEYS
+from renderers.rendering import Example
 from renderers.training_flags import TRAINING_KEYS
 
 _KEYS = {"role", "content", "tool_calls", "tool_call_id", *THINKING_KEYS, *TRAINING_KEYS}
@@ -54,20 +55,20 @@ MANY_EXAMPLES = 100
 """The number of examples of a conversation from which on it does. Each example contains the full history."""
 
 COST_OF_LONG = (
-    f"Conversations of {LONG_CONVERSATION:,} messages or {MANY_EXAMPLES} examples and more, whose tokens may "
-    "grow with the square of their messages (cut them to fewer turns, or choose a renderer that keeps its "
-    "history)"
+    f"Conversations of {LONG_CONVERSATION:,} messages or {MANY_EXAMPLES} examples and more (what examples "
+    "share is stored and computed once)"
 )
 
 
-def count_cost(num_messages: int, lengths: Sequence[int]) -> None:
-    """Counts tokens, messages and examples of a long conversation. `lengths` are those of its examples."""
-    if num_messages < LONG_CONVERSATION and len(lengths) < MANY_EXAMPLES:
+def count_cost(num_messages: int, examples: Sequence[Example]) -> None:
+    """Counts messages and examples of a long conversation, and tokens with and without those shared."""
+    if num_messages < LONG_CONVERSATION and len(examples) < MANY_EXAMPLES:
         return
     for noun, item, number in (
-        ("token", "made", sum(lengths)),
+        ("token", "in all examples", sum(example.num_tokens for example in examples)),
+        ("token", "without those that examples share", sum(len(example.own_T) for example in examples)),
         ("message", "read", num_messages),
-        ("example", "trained", len(lengths)),
+        ("example", "trained", len(examples)),
         ("conversation", "found", 1),
     ):
         notes.count(noun, COST_OF_LONG, item, number)

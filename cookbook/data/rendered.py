@@ -54,6 +54,7 @@ class TrainableRows:
             examples=int(kept_E.sum()),
             tokens=int(np.minimum(lengths_E, max_length or np.inf)[kept_E].sum()),
             trained_tokens=int(trained_E[kept_E].sum()),
+            computed_tokens=self._computed_tokens(),
             longest=int(lengths_E.max(initial=0)),
             truncated=int((is_long_E & kept_E).sum()),
             too_long=int(too_long_E.sum()),
@@ -62,6 +63,19 @@ class TrainableRows:
             lengths=lengths_E[kept_E],
             notes=meta.notes,
         )
+
+    def _computed_tokens(self) -> int:
+        """Returns the tokens of the kept examples, counting once what one shares with another."""
+        kept_E = self._is_kept_E
+        bases_E, num_shared_E = self.store.shared_E.T
+        base_E, shared_E = bases_E.copy(), num_shared_E.copy()
+        while (is_lost_E := (shared_E > 0) & ~kept_E[base_E]).any():
+            # What a skipped example shares with another one, those that begin like it share too.
+            lost_E = base_E[is_lost_E]
+            shared_E[is_lost_E] = np.minimum(shared_E[is_lost_E], num_shared_E[lost_E])
+            base_E[is_lost_E] = bases_E[lost_E]
+        lengths_E = np.minimum(self.store.lengths_E, self._max_length or np.inf)
+        return int(np.maximum(lengths_E - shared_E, 0)[kept_E].sum())
 
     def datums_of(self, row: int) -> list[Datum]:
         """Returns the Datums of a row of the store."""

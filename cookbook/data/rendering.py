@@ -115,7 +115,7 @@ class RowRenderer:
                     raise DataError("its values are nested too deeply to be rendered.") from error
                 count_findings(conversation, self._renderer)
                 if self._window_length is None:
-                    count_cost(len(conversation.messages), [example.num_tokens for example in built])
+                    count_cost(len(conversation.messages), built)
                 examples += built
         if not conversations:
             notes.add({note: number for note, number in found.items() if note.noun not in _UNITS_OF_DATA})

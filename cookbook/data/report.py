@@ -82,6 +82,8 @@ class DataReport:
     """Tokens of every example that is trained on, before truncation."""
     notes: Mapping[Note, int] = field(default_factory=dict)
     """Counts made while the rows were read and rendered."""
+    computed_tokens: int = 0
+    """Tokens left when what examples of a row share is counted once, as it is computed; 0 if unknown."""
     role: Role = "training"
     """The purpose of the source: training or evaluation."""
     files: Sequence[str] = ()
@@ -121,6 +123,8 @@ class DataReport:
             f"  {self.tokens:,} tokens, {self.trained_tokens:,} of them trained{share}; "
             f"the longest example has {self.longest:,}.",
         ]
+        if 0 < self.computed_tokens < self.tokens:
+            lines.append(f"  {self.computed_tokens:,} tokens when what examples share is counted once.")
         lines += _file_lines(f"{self.role} files", self.files) + _file_lines(
             f"not read for {self.role}", self.unread
         )

@@ -34,8 +34,9 @@ def test_the_report_states_the_cost_of_a_conversation_of_thousands_of_messages(t
     line, examples = lines_and_examples(tiny_tokenizer, "role_colon", 2000)
     num_tokens = sum(len(example.tokens_T) for example in examples)
     assert line.startswith("Conversations of 1,000 messages or 100 examples and more")
-    assert "cut them to fewer turns, or choose a renderer that keeps its history" in line
-    assert f"made ({num_tokens:,} tokens), read (2,000 messages)" in line
+    assert "(what examples share is stored and computed once)" in line
+    assert f"in all examples ({num_tokens:,} tokens), without those that examples share" in line
+    assert "read (2,000 messages)" in line
     assert f"trained ({len(examples):,} example" in line
     assert "found (1 conversation)" in line
 
@@ -44,7 +45,13 @@ def test_the_report_states_the_cost_of_a_conversation_with_many_examples(tiny_to
     """Qwen3 drops the thinking of earlier turns, so that each reply is an example."""
     line, examples = lines_and_examples(tiny_tokenizer, "qwen3", 200)
     assert len(examples) == 100
-    assert "read (200 messages), trained (100 examples)" in line
+    assert "read (200 messages)" in line
+    assert "trained (100 examples)" in line
+    num_tokens = sum(example.num_tokens for example in examples)
+    num_alone = sum(len(example.own_T) for example in examples)
+    assert f"in all examples ({num_tokens:,} tokens)" in line
+    assert f"without those that examples share ({num_alone:,} tokens)" in line
+    assert num_alone < num_tokens / 20
 
 
 def test_the_report_states_no_cost_for_short_conversations(tiny_tokenizer: Any) -> None:

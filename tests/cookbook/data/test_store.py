@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cookbook.data.rendered import TrainableRows
 from cookbook.data.store import BadRowNote, Example, ExampleStore, StoreWriter, make_block, open_store
 from cookbook.utils.notes import Note
 
@@ -204,3 +205,16 @@ def test_a_pipe_in_place_of_a_file_of_the_store_does_not_block(tmp_path: Path, n
     (tmp_path / "store" / name).unlink()
     os.mkfifo(tmp_path / "store" / name)
     assert open_store(tmp_path / "store", "rows") is None
+
+
+def test_the_report_counts_what_examples_share_once(tmp_path: Path) -> None:
+    first = Example(np.arange(6, dtype=np.int32), np.ones(6, np.float32))
+    second = Example.made(np.asarray([7, 8], np.int32), [], first, 5)  # it has no trained token
+    third = Example.made(np.asarray([9, 9, 9], np.int32), [(6, 8, 1.0)], second, 6)
+    other = Example(np.arange(4, dtype=np.int32), np.ones(4, np.float32))
+    store = write(tmp_path / "store", [[other], [first, second, third]], 2)
+    report = TrainableRows(store, None).report
+    assert (report.examples, report.tokens, report.computed_tokens) == (3, 4 + 6 + 9, 4 + 6 + 4)
+    assert "  14 tokens when what examples share is counted once." in report.lines()
+    report = TrainableRows(store, 7).report
+    assert (report.tokens, report.computed_tokens) == (4 + 6 + 7, 4 + 6 + 2)
