@@ -131,7 +131,7 @@ class Times:
         return min(total - head for total, head in zip(self.total, self.head, strict=True))
 
 
-class Engine:
+class SharingEngine:
     def __init__(self, folder: Path) -> None:
         model_folder, adapter_folder = step_model.make_folders(folder)
         service = ServiceClient(device="cpu", dtype="float32")
@@ -214,7 +214,7 @@ def trl_seconds(folder: Path, examples: list[Example]) -> tuple[float, str]:
         at_once = 2 if settings.get("padding_free") else 1
         ends: list[float] = []
 
-        class RecordSteps(TrainerCallback):
+        class StepEnds(TrainerCallback):
             def on_train_begin(self, *_: Any, _ends: list[float] = ends, **__: Any) -> None:
                 _ends.append(time.process_time())
 
@@ -231,7 +231,7 @@ def trl_seconds(folder: Path, examples: list[Example]) -> tuple[float, str]:
                 args=SFTConfig(**(peer_trl.fixed_options(output, 1) | batching | settings)),
                 train_dataset=peer_trl.as_dataset([examples]),
                 processing_class=step_model.load_tokenizer(folder),
-                callbacks=[RecordSteps()],
+                callbacks=[StepEnds()],
             )
             trainer.train()
         found[name] = ends[1] - ends[0]
@@ -250,7 +250,7 @@ def main(argv: list[str] | None = None) -> None:
     given = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as temporary:
         folder = given.folder or Path(temporary)
-        engine = Engine(folder)
+        engine = SharingEngine(folder)
         print(
             "| case | tokens -> computed | shared s | each / shared | the same, body | shared / line "
             "| MiB shared, each | loss error |"
@@ -260,7 +260,7 @@ def main(argv: list[str] | None = None) -> None:
             _run(name, CASES[name], engine, given.rounds, folder if given.trl else None)
 
 
-def _run(name: str, case: Case, engine: Engine, rounds: int, trl_folder: Path | None) -> None:
+def _run(name: str, case: Case, engine: SharingEngine, rounds: int, trl_folder: Path | None) -> None:
     from cookbook.engine.model.prefix_tree import MIN_SHARED_TOKENS, families
 
     examples = case.make(engine.tokenizer)

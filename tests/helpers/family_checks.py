@@ -59,7 +59,17 @@ def make_data(lengths: Sequence[int], seed: int = 0) -> list[Datum]:
     return data
 
 
+def _branches(data: Sequence[Datum], num_shared: Sequence[int]) -> list[Datum]:
+    """Returns sequences that begin with so many tokens of the first one."""
+    tokens = [datum.model_input.to_ints() for datum in data]
+    return [
+        Datum(ModelInput.from_ints([*tokens[0][:number], *own[number:]]), datum.loss_fn_inputs)
+        for datum, own, number in zip(data, tokens, num_shared, strict=True)
+    ]
+
+
 SHORT = make_data((9, 41, 20, 33))
+TREE = _branches(make_data((41, 33, 19, 29)), (0, 24, 19, 20))
 PROMPTS = (list(range(20, 48)), [7, 9, 30], list(range(100, 117)))
 
 
@@ -305,10 +315,20 @@ def _adapted_weight(module: Any) -> Tensor:
 
 def gradients(subject: Subject) -> str:
     """The gradients of a batch equal those of plain transformers and PEFT, one sequence at a time."""
-    expected, sizes = plain_gradients(subject.adapted, SHORT)
+    return _compare_gradients(subject, SHORT)
+
+
+def shared(subject: Subject) -> str:
+    """The same for sequences that share beginnings, which are computed once, or `each` where they are not."""
+    _compare_gradients(subject, TREE)
+    return "yes" if subject.client._trainer.base.min_shared_tokens else "each"
+
+
+def _compare_gradients(subject: Subject, data: Sequence[Datum]) -> str:
+    expected, sizes = plain_gradients(subject.adapted, data)
     expected = {name.replace(".default.", "."): gradient for name, gradient in expected.items()}
     sizes = {name.replace(".default.", "."): size for name, size in sizes.items()}
-    found = gradients_of(subject.client, SHORT)
+    found = gradients_of(subject.client, data)
     found = {name: found.get(name, found.get(name.removeprefix("base_model.model."))) for name in expected}
     return assert_gradients(found, expected, sizes)
 
@@ -523,6 +543,7 @@ COLUMNS: dict[str, Callable[[Subject], str]] = {
     "adapted": share_adapted,
     "gradients": gradients,
     "packed": packed,
+    "shared": shared,
     "sampling": sampling,
     "resumes": resumes,
     "merged": merged,

@@ -17,7 +17,7 @@ from transformers import AttentionInterface
 
 from cookbook.engine.model import tree_attention
 from cookbook.engine.model.prefix_tree import Segment
-from cookbook.engine.model.tree_attention import Tree, VarlenTreeAttention
+from cookbook.engine.model.tree_attention import TreeLayout, VarlenTreeAttention
 
 NAME = "cookbook_packed"
 
@@ -57,7 +57,7 @@ class AttentionLayout:
     cache: Cache | None = None
     """In a prefill the segments are prompts, which the cache stores, or what it lacks of them; in a decode
     pass each segment is the next token of a cached sequence."""
-    tree: Tree | None = None
+    tree: TreeLayout | None = None
     """What the segments see besides themselves, if the row has what several sequences share only once, or
     the cache has their beginnings."""
 

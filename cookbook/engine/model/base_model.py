@@ -445,17 +445,13 @@ class BaseModel:
     def hidden_of(self, tokens_1N: Tensor, positions_1N: Tensor, layout: AttentionLayout) -> Tensor:
         """Returns the hidden states that are the input of the projection to the vocabulary: [N, D]."""
         is_row = self.is_packed and not self.is_padded
+        assert is_row or self.is_padded or len(layout.segments) == 1
         packed = {"position_ids": positions_1N, "layout": layout} if is_row else {}
         decode = self.model.decode if self.is_sharded else self._decoder
-        tokens_BT = tokens_1N if is_row else self._batch_of(tokens_1N, layout)
+        tokens_BT = tokens_1N.view(len(layout.segments), -1) if self.is_padded else tokens_1N
         out = decode(input_ids=tokens_BT, use_cache=False, **packed)
         hidden_BTD: Tensor = out.last_hidden_state
         return hidden_BTD.flatten(0, 1)
-
-    def _batch_of(self, tokens_1N: Tensor, layout: AttentionLayout) -> Tensor:
-        """Returns the tokens as the model takes them: one row or, if sequences are padded, one for each."""
-        assert self.is_packed or len(layout.segments) == 1
-        return tokens_1N.view(len(layout.segments), -1) if self.is_padded else tokens_1N
 
     def head(self, scored_S: Tensor | None = None) -> Head:
         """Returns the projection to the vocabulary, including the active adapter.
@@ -484,7 +480,8 @@ class BaseModel:
         return _log_probabilities(self._logits_of_whole_model(batch), batch.targets_S)
 
     def _logits_of_whole_model(self, batch: PackedBatch) -> Tensor:
-        tokens_BT = self._batch_of(batch.tokens_1N, batch.attention)
+        # Sequences are padded, or there is one alone.
+        tokens_BT = batch.tokens_1N.view(len(batch.layout.segments), -1)
         logits_BTV = self.model(input_ids=tokens_BT, use_cache=False).logits
         return logits_BTV.flatten(0, 1).index_select(0, batch.scored_S)
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from cookbook.engine.model.attention import AttentionLayout
 from cookbook.engine.model.prefix_tree import Branch, Family, Segment, branches
-from cookbook.engine.model.tree_attention import Tree
+from cookbook.engine.model.tree_attention import TreeLayout
 from cookbook.engine.model.unembedding import TokenLoss
 from cookbook.errors import RequestError
 from cookbook.types import IGNORED_TARGET, Datum, TensorData
@@ -260,7 +260,7 @@ def _tree_layout(grown: Sequence[Branch], device: torch.device) -> AttentionLayo
     lengths = [
         branch.first + stop - start for branch, (start, stop) in zip(with_tokens, segments, strict=True)
     ]
-    tree = Tree(
+    tree = TreeLayout(
         segments,
         [branch.ancestors for branch in with_tokens],
         lengths,

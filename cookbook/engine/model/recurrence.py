@@ -32,7 +32,7 @@ from cookbook.engine.model.attention import AttentionLayout, Segment
 from cookbook.engine.model.packing import copy_to
 from cookbook.engine.model.recurrent_kernels import SamplingFunctions
 from cookbook.engine.model.shared_projections import SharedProjections
-from cookbook.engine.model.tree_attention import Tree
+from cookbook.engine.model.tree_attention import TreeLayout
 
 _STATE_METHODS = {
     *("get_conv_state", "update_conv_state", "get_recurrent_state", "update_recurrent_state"),
@@ -126,7 +126,11 @@ class SplitRow:
 
     @classmethod
     def _of_paths(
-        cls, segments: Sequence[Segment], tree: Tree, batches: Sequence[Sequence[int]], device: torch.device
+        cls,
+        segments: Sequence[Segment],
+        tree: TreeLayout,
+        batches: Sequence[Sequence[int]],
+        device: torch.device,
     ) -> SplitRow:
         """Returns the row as one in which each path of the tree is a sequence, with what it shares."""
         ends = np.cumsum(tree.lengths).tolist()

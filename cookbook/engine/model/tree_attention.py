@@ -32,7 +32,7 @@ _BLOCK = 512
 places share calls."""
 
 
-class Call(NamedTuple):
+class AttentionCall(NamedTuple):
     """One call of the kernel: consecutive queries of the row over consecutive keys."""
 
     queries: slice
@@ -42,7 +42,7 @@ class Call(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Tree:
+class TreeLayout:
     """What the segments of a row see besides their own tokens."""
 
     segments: Sequence[Segment]
@@ -58,9 +58,9 @@ class Tree:
     """How many keys stand before those of the row's tokens. Ancestors and `rows_P` are places among all."""
 
     @cached_property
-    def calls(self) -> list[Call]:
+    def calls(self) -> list[AttentionCall]:
         """The calls that cover all that is seen. Those over own tokens are first and cover every query."""
-        calls = [Call(slice(*segment), slice(*self._keys_of(segment)), True) for segment in self.segments]
+        calls = [AttentionCall(slice(*segment), slice(*self._keys_of(segment)), True) for segment in self.segments]
         last_of: dict[Segment, int] = {}
         for (start, stop), ancestors in zip(self.segments, self.ancestors, strict=True):
             for begin, end in ancestors:
@@ -71,7 +71,7 @@ class Tree:
                         calls[last] = calls[last]._replace(queries=slice(calls[last].queries.start, stop))
                         continue
                     last_of[keys] = len(calls)
-                    calls.append(Call(slice(start, stop), slice(*keys), False))
+                    calls.append(AttentionCall(slice(start, stop), slice(*keys), False))
         return calls
 
     def keys_within(self, number: int, window: int | None) -> list[Segment]:
@@ -90,7 +90,7 @@ class Tree:
 
 
 def is_supported(
-    query_BHTD: Tensor, key_BKTD: Tensor, value_BKTD: Tensor, tree: Tree, sliding_window: int | None
+    query_BHTD: Tensor, key_BKTD: Tensor, value_BKTD: Tensor, tree: TreeLayout, sliding_window: int | None
 ) -> bool:
     """Returns whether `attend` can be used: on a CPU, if no ancestors are beyond the sliding window."""
     longest = max(tree.lengths)
@@ -103,7 +103,7 @@ def is_supported(
 
 
 def attend(
-    query_1HTD: Tensor, key_1KTD: Tensor, value_1KTD: Tensor, tree: Tree, scale: float | None
+    query_1HTD: Tensor, key_1KTD: Tensor, value_1KTD: Tensor, tree: TreeLayout, scale: float | None
 ) -> Tensor:
     """Returns attention in which each token sees its ancestors and its segment up to itself: [1, H, T, D]."""
     out_1HTD: Tensor = _TreeAttention.apply(query_1HTD, key_1KTD, value_1KTD, tree.calls, scale)
@@ -117,7 +117,7 @@ class _TreeAttention(torch.autograd.Function):
         query_1HTD: Tensor,
         key_1KTD: Tensor,
         value_1KTD: Tensor,
-        calls: Sequence[Call],
+        calls: Sequence[AttentionCall],
         scale: float | None,
     ) -> Tensor:
         query_KGTD, key_KGTD, value_KGTD = _by_key_head(query_1HTD, key_1KTD, value_1KTD)
@@ -189,7 +189,7 @@ class VarlenTreeAttention(torch.autograd.Function):
         value_TKD: Tensor,
         starts: Tensor,
         longest: int,
-        tree: Tree,
+        tree: TreeLayout,
         scale: float | None,
         window: list[int],
     ) -> Tensor:
