@@ -206,9 +206,11 @@ def in_float64(model: Any) -> Any:
     return exact
 
 
-def rounding_of_gradients(model: Any, expected: Mapping[str, Tensor], sizes: Mapping[str, float]) -> float:
+def rounding_of_gradients(
+    model: Any, data: Sequence[Datum], expected: Mapping[str, Tensor], sizes: Mapping[str, float]
+) -> float:
     """Returns the largest rounding of gradients of plain transformers, relative to the summands' sizes."""
-    exact, _ = plain_gradients(in_float64(model), SHORT)
+    exact, _ = plain_gradients(in_float64(model), data)
     floor = 1e-3 * max(sizes.values())
     return max(
         float((exact[name] - gradient).abs().max()) / max(sizes[name], floor)
@@ -325,12 +327,16 @@ def shared(subject: Subject) -> str:
 
 
 def _compare_gradients(subject: Subject, data: Sequence[Datum]) -> str:
-    expected, sizes = plain_gradients(subject.adapted, data)
-    expected = {name.replace(".default.", "."): gradient for name, gradient in expected.items()}
-    sizes = {name.replace(".default.", "."): size for name, size in sizes.items()}
-    found = gradients_of(subject.client, data)
-    found = {name: found.get(name, found.get(name.removeprefix("base_model.model."))) for name in expected}
-    return assert_gradients(found, expected, sizes)
+    model = subject.adapted
+    expected, sizes = plain_gradients(model, data)
+    weights = gradients_of(subject.client, data)
+    found = {}
+    for name in expected:
+        own = name.replace(".default.", ".")
+        found[name] = weights.get(own, weights.get(own.removeprefix("base_model.model.")))
+    return assert_gradients(
+        found, expected, sizes, lambda: rounding_of_gradients(model, data, expected, sizes)
+    )
 
 
 def packed(subject: Subject) -> str:
@@ -494,7 +500,7 @@ def rank_0(subject: Subject) -> str:
     found = gradients_of(client, SHORT)
     model = subject.plain()
     expected, sizes = plain_gradients(model, SHORT)
-    assert_gradients(found, expected, sizes, lambda: rounding_of_gradients(model, expected, sizes))
+    assert_gradients(found, expected, sizes, lambda: rounding_of_gradients(model, SHORT, expected, sizes))
     _train(client, range(2))
     path = Path(client.save_weights_for_sampler("full").result().path)
     _assert_same_tensors(subject.published, path)
