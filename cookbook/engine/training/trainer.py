@@ -357,9 +357,10 @@ class Trainer:
                 num_tokens,
                 num_tokens // 2,
             )
-            if len(microbatch) == 1:
-                return replace(limits, max_in_memory=size(limits.size_in_memory) // 2)
-            return replace(limits, max_tokens=size(limits.size) // 2)
+            lower = replace(limits, max_tokens=min(limits.max_tokens, size(limits.size) // 2))
+            if len(microbatch) > 1:
+                return lower
+            return replace(lower, max_in_memory=size(limits.size_in_memory) // 2)
         if self.base.options.gradient_checkpointing == "auto" and not saves_activations:
             logger.warning(
                 "A sequence of %d tokens does not fit in memory: its layers are checkpointed from now on.",
