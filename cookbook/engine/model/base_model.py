@@ -35,7 +35,7 @@ from cookbook.engine.model.memory import (
     measure_activations,
     usable_memory,
 )
-from cookbook.engine.model.packing import PackedBatch, TokenSequence, copy_to, pack, pad
+from cookbook.engine.model.packing import PackedBatch, TokenSequence, copy_to, pack
 from cookbook.engine.model.peft_layers import projection_of
 from cookbook.engine.model.peft_settings import is_same
 from cookbook.engine.model.prefix_tree import MIN_SHARED_TOKENS, Family, families
@@ -288,7 +288,7 @@ class BaseModel:
 
     def _padded_logprobs(self, sequences: list[TokenSequence]) -> Tensor:
         """Returns the log-probabilities of `sequences` as a batch. Raises ValueError if padding is unsafe."""
-        batch = pad(sequences, self.device, trained_only=False)
+        batch = pack(sequences, self.device, trained_only=False, is_padded=True)
         found_S = self.logprobs(batch)
         self._check_apart(batch)
         return found_S
@@ -326,15 +326,12 @@ class BaseModel:
         """Whether any sequences can share a row, each seeing its own part of it."""
         return self.is_packed and not self.is_padded and not self._longrope_thresholds
 
-    def families(self, sequences: Sequence[TokenSequence], shares: bool = True) -> list[Family]:
-        """Returns the sequences in families, of which a row has what they share once, if any may.
+    def rope_kinds(self, lengths: Sequence[int]) -> list[int]:
+        """Returns a number for the frequencies of RoPE that a sequence of each length has alone.
 
-        With longrope, a row has the frequencies of its longest sequence. So a family has sequences that have
-        the same frequencies alone.
+        With longrope, a row has the frequencies of its longest sequence, so others may not be in it.
         """
-        kinds = [self._rope_kind(len(sequence)) for sequence in sequences]
-        min_shared = self.min_shared_tokens if shares else None
-        return families([sequence.tokens_T for sequence in sequences], min_shared, kinds)
+        return [sum(length > threshold for threshold in self._longrope_thresholds) for length in lengths]
 
     def plan_microbatches(
         self,
@@ -346,8 +343,9 @@ class BaseModel:
     ) -> list[list[Family]]:
         """Returns the families of each micro-batch, as `partition.plan_families` does."""
         by_kind: dict[int, list[Family]] = {}
-        for family in families:
-            by_kind.setdefault(self._rope_kind(family.lengths[0]), []).append(family)
+        kinds = self.rope_kinds([family.lengths[0] for family in families])
+        for family, kind in zip(families, kinds, strict=True):
+            by_kind.setdefault(kind, []).append(family)
         plan = []
         for found in by_kind.values():
             if self.is_padded:
@@ -363,17 +361,6 @@ class BaseModel:
         if self.is_padded and microbatch:
             return len(microbatch) * size(max(family.lengths[0] for family in microbatch))
         return sum(family.size(size) for family in microbatch)
-
-    def pack(
-        self, sequences: Sequence[TokenSequence], trained_only: bool, families: Sequence[Family] = ()
-    ) -> PackedBatch:
-        """Returns the sequences as one micro-batch, as `packing.pack` or `packing.pad` does."""
-        if self.is_padded:
-            return pad(sequences, self.device, trained_only)
-        return pack(sequences, self.device, trained_only, families)
-
-    def _rope_kind(self, length: int) -> int:
-        return sum(length > threshold for threshold in self._longrope_thresholds)
 
     @torch.no_grad()
     def logprobs(self, batch: PackedBatch) -> Tensor:

@@ -191,12 +191,20 @@ def pack(
     device: torch.device,
     trained_only: bool,
     families: Sequence[Family] = (),
+    is_padded: bool = False,
 ) -> PackedBatch:
     """Puts sequences in one row and copies it to the device. Nothing else converts arrays to tensors.
 
     The sequences are those of the `families`, one after another; what a family shares is in the row once.
-    Scores every position that has a target or, with `trained_only`, those with a weight other than 0.
+    With `is_padded` all are padded on the right to the longest, so that the row is a batch too: the segments
+    of `layout` are the sequences, those of `attention` have the padding. Scores every position that has a
+    target or, with `trained_only`, those with a weight other than 0.
     """
+    if is_padded:
+        longest = max(map(len, sequences))
+        batch = pack([_padded(sequence, longest) for sequence in sequences], device, trained_only)
+        rows = [(row * longest, row * longest + len(sequence)) for row, sequence in enumerate(sequences)]
+        return replace(batch, layout=replace(batch.layout, segments=rows))
     lengths = [len(sequence.tokens_T) for sequence in sequences]
     ends = np.cumsum(lengths).tolist()
     targets_N = np.concatenate([sequence.targets_T for sequence in sequences])
@@ -294,17 +302,6 @@ def _scored_once(
     trained_ends_S = np.searchsorted(place_P[:num_trained], np.arange(is_trained_S.sum()), side="right")
     pairs_S = pairs_S[order_S]
     return scored_P[order_P], pairs_S >> 32, pairs_S & (2**32 - 1), place_P, trained_ends_S
-
-
-def pad(sequences: Sequence[TokenSequence], device: torch.device, trained_only: bool) -> PackedBatch:
-    """Does `pack` with all sequences padded on the right to the longest, so that the row is a batch too.
-
-    The segments of `layout` are the sequences, those of `attention` have the padding too.
-    """
-    longest = max(map(len, sequences))
-    batch = pack([_padded(sequence, longest) for sequence in sequences], device, trained_only)
-    segments = [(row * longest, row * longest + len(sequence)) for row, sequence in enumerate(sequences)]
-    return replace(batch, layout=replace(batch.layout, segments=segments))
 
 
 def _padded(sequence: TokenSequence, length: int) -> TokenSequence:

@@ -13,7 +13,7 @@ Shape suffixes: N tokens of the row, R sequences of a batch, L tokens of the lon
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -23,7 +23,8 @@ from torch import Tensor, nn
 class Batches(Protocol):
     """The batches of a row (`recurrence.SplitRow`)."""
 
-    shapes: list[tuple[int, int]]
+    @property
+    def shapes(self) -> Sequence[tuple[int, int]]: ...
 
     def split(self, value: Any) -> list[Any]: ...
 
@@ -56,7 +57,7 @@ class SharedProjections:
         projections = dict(_projections(self._mixer))
         own = {name: module.__dict__.get("forward") for name, module in projections.items()}
         for name, module in projections.items():
-            module.forward = self._shared(  # type: ignore[method-assign]
+            module.forward = self._shared(
                 name, module.forward, batches, number, input_1ND, part_RLD, of_row, made
             )
         try:

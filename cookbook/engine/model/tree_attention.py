@@ -60,7 +60,9 @@ class TreeLayout:
     @cached_property
     def calls(self) -> list[AttentionCall]:
         """The calls that cover all that is seen. Those over own tokens are first and cover every query."""
-        calls = [AttentionCall(slice(*segment), slice(*self._keys_of(segment)), True) for segment in self.segments]
+        calls = [
+            AttentionCall(slice(*segment), slice(*self._keys_of(segment)), True) for segment in self.segments
+        ]
         last_of: dict[Segment, int] = {}
         for (start, stop), ancestors in zip(self.segments, self.ancestors, strict=True):
             for begin, end in ancestors:

@@ -18,7 +18,7 @@ from cookbook.engine.model import architecture, unembedding
 from cookbook.engine.model.attention import AttentionLayout
 from cookbook.engine.model.base_model import BaseModel
 from cookbook.engine.model.packing import copy_to
-from cookbook.engine.model.tree_attention import Tree
+from cookbook.engine.model.tree_attention import TreeLayout
 from cookbook.engine.sampling.kv_cache import KVCache
 from cookbook.engine.sampling.prefill_row import PrefillRow, plan_row
 from cookbook.engine.sampling.prompt_tree import KnownPart, PromptTree
@@ -134,7 +134,7 @@ class PackedDecoder(Decoder):
             rows_P = np.concatenate([np.arange(start, stop) for start, stop in ranges])
             path_starts = np.array([0, *np.cumsum(lengths)], np.int32)
             tensors = copy_to(device, rows_P), copy_to(device, path_starts)
-            tree = Tree(segments, ancestors, lengths, *tensors, num_cached=row.num_known)
+            tree = TreeLayout(segments, ancestors, lengths, *tensors, num_cached=row.num_known)
         starts = np.array([0, *(stop for _, stop in segments)], np.int32)
         longest = max(stop - start for start, stop in segments)
         layout = AttentionLayout(segments, copy_to(device, starts), longest, cache=self._cache, tree=tree)

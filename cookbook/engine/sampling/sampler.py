@@ -21,8 +21,8 @@ from cookbook.engine.model.adapters import Adapter
 from cookbook.engine.model.base_model import BaseModel
 from cookbook.engine.model.loading import return_freed_memory
 from cookbook.engine.model.memory import bytes_for_sampling, is_out_of_memory
-from cookbook.engine.model.packing import TokenSequence
-from cookbook.engine.model.prefix_tree import Family
+from cookbook.engine.model.packing import TokenSequence, pack
+from cookbook.engine.model.prefix_tree import Family, families
 from cookbook.engine.sampling.choice import choose
 from cookbook.engine.sampling.decoder_probe import make_decoder
 from cookbook.engine.sampling.decoders import Decoder
@@ -208,12 +208,14 @@ class _RunningBatch:
             TokenSequence(text_T[:-1], text_T[1:], np.ones(len(text_T) - 1, np.float32), {})
             for text_T in texts
         ]
-        waiting = self._plan_scores(self._base.families(sequences))
+        inputs = [sequence.tokens_T for sequence in sequences]
+        kinds = self._base.rope_kinds(list(map(len, inputs)))
+        waiting = self._plan_scores(families(inputs, self._base.min_shared_tokens, kinds))
         while waiting:
             microbatch = waiting.pop()
             indices = [index for family in microbatch for index in family.indices]
             chosen = [sequences[index] for index in indices]
-            batch = self._base.pack(chosen, trained_only=False, families=microbatch)
+            batch = pack(chosen, self._base.device, False, microbatch, self._base.is_padded)
             columns = [batch.layout.split(values_S.cpu().numpy()) for values_S in self._base.scores(batch)]
             if len(indices) > len(microbatch) and any(np.isnan(values_T).any() for values_T in columns[0]):
                 # A token that leads to nan also spoils what its text shares with others.

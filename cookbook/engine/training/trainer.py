@@ -26,8 +26,8 @@ from cookbook.engine.model.adapters import Adapter
 from cookbook.engine.model.base_model import BaseModel
 from cookbook.engine.model.dropout import PassOfData
 from cookbook.engine.model.memory import FIRST_PATIENCE, MicrobatchLimits, Recovery, is_out_of_memory
-from cookbook.engine.model.packing import PackedBatch, TokenSequence, check_data
-from cookbook.engine.model.prefix_tree import Family
+from cookbook.engine.model.packing import PackedBatch, TokenSequence, check_data, pack
+from cookbook.engine.model.prefix_tree import Family, families
 from cookbook.engine.training import sharded_state
 from cookbook.engine.training.losses import Loss, get_loss
 from cookbook.engine.training.optimizer import Optimizer
@@ -223,7 +223,9 @@ class Trainer:
         seed = self.adapter.lora.seed or 0
         masks = PassOfData(seed, self._optimizer.num_steps, self._num_passes) if drops else None
         # Sequences that share a beginning drop other inputs of it each.
-        found = self.base.families(request.sequences, shares=masks is None)
+        min_shared = self.base.min_shared_tokens if masks is None else None
+        tokens = [sequence.tokens_T for sequence in request.sequences]
+        found = families(tokens, min_shared, self.base.rope_kinds(lengths))
         own = partition_families(found, self._world.size)[self._world.rank]
         results: list[MicrobatchResult] | None = None
         if self.base.is_sharded:
@@ -297,7 +299,9 @@ class Trainer:
             size = self.base.size_of(microbatch, limits.size_without_checkpointing) or 1
             is_checkpointed = backward and size > limits.max_tokens_without_checkpointing
             try:
-                batch = self.base.pack(sequences, request.trained_only, microbatch)
+                batch = pack(
+                    sequences, self.base.device, request.trained_only, microbatch, self.base.is_padded
+                )
                 keys = None
                 if masks is not None:
                     lengths = [stop - start for start, stop in batch.attention.segments]

@@ -21,8 +21,7 @@ from transformers import AutoModelForCausalLM
 
 from cookbook.engine.model.base_model import BaseModel
 from cookbook.engine.model.memory import MicrobatchLimits
-from cookbook.engine.model.packing import TokenSequence
-from cookbook.engine.model.prefix_tree import MIN_SHARED_TOKENS
+from cookbook.engine.model.prefix_tree import MIN_SHARED_TOKENS, families
 from cookbook.engine.model.prefix_tree import Family as PrefixFamily
 from cookbook.engine.model.unembedding import BlockSizes
 from cookbook.engine.options import EngineOptions
@@ -568,9 +567,11 @@ def test_a_model_that_packing_would_change_is_padded(name: str, dtype: str, trai
 def test_sequences_that_longrope_encodes_differently_share_no_row(trainer_of: Any) -> None:
     base = trainer_of("phi3-longrope")[0].base
     assert planned(base, [16, 17, 3, 30], max_tokens=1000) == [[0, 2], [1, 3]]
-    tokens_T = np.arange(30)
-    sequences = [TokenSequence(*[tokens_T[:length]] * 3, {}) for length in (16, 17, 10, 30)]
-    assert [sorted(family.indices) for family in base.families(sequences)] == [[0, 2], [1, 3]]
+    lengths = (16, 17, 10, 30)
+    found = families(
+        [np.arange(length) for length in lengths], base.min_shared_tokens, base.rope_kinds(lengths)
+    )
+    assert [sorted(family.indices) for family in found] == [[0, 2], [1, 3]]
 
 
 def test_a_padded_row_counts_its_padding(trainer_of: Any) -> None:
