@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -28,19 +28,39 @@ def keys_to_save(model: Any, config: Any, names: Iterable[str]) -> dict[str, str
 
     Only a layer that the adapter's config names by the last part of its name can be saved under another one.
     """
-    keys = {name: name for name in names}
-    read_as = _read_by_peft(model, keys)
-    others = [name for name in keys if read_as[name] != name]
-    changed = [name for name in others if _leaf(name) in (config.target_modules or ())]
+    keys = _keys_that_peft_reads(model, config, names)
+    for name, key in keys.items():
+        if key is None:
+            logger.warning("PEFT cannot read %s of this adapter: it knows no key for it.", name)
+    return {name: key or name for name, key in keys.items()}
+
+
+def _keys_that_peft_reads(model: Any, config: Any, names: Iterable[str]) -> dict[str, str | None]:
+    """Returns for each tensor's name the key that PEFT reads as that name, or None if there is none."""
+    names = list(names)
+    read_as = _read_by_peft(model, names)
+    keys: dict[str, str | None] = {name: name if read_as[name] == name else None for name in names}
+    changed = [name for name in names if keys[name] is None and _leaf(name) in (config.target_modules or ())]
     for published in _reversed_renamings(model) if changed else ():
-        tried = {name: published(name) for name in changed if keys[name] == name}
+        tried = {name: published(name) for name in changed if keys[name] is None}
         read_as = _read_by_peft(model, tried.values())
         keys |= {
             name: key for name, key in tried.items() if read_as[key] == name and _leaf(key) == _leaf(name)
         }
-    for name in (name for name in others if keys[name] == name):
-        logger.warning("PEFT cannot read %s of this adapter: it knows no key for it.", name)
     return keys
+
+
+def unreadable(model: Any, config: Any, targets: Iterable[str], modules: Collection[str]) -> list[str]:
+    """Returns those of the targets on which PEFT reads an adapter from no file.
+
+    `config` names the targets for PEFT. Those that are not among the `modules` are weights of modules.
+    """
+    names = {
+        target: f"{PREFIX}{target if target in modules else target.rpartition('.')[0]}.lora_A.weight"
+        for target in targets
+    }
+    keys = _keys_that_peft_reads(model, config, dict.fromkeys(names.values()))
+    return [target for target, name in names.items() if keys[name] is None]
 
 
 def by_own_names(model: Any, tensors: dict[str, T]) -> dict[str, T]:

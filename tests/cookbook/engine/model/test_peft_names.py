@@ -9,7 +9,9 @@ import pytest
 from peft import LoraConfig
 from safetensors.torch import load_file
 
+from cookbook import types
 from cookbook.engine.model import peft_names
+from cookbook.errors import ConfigError
 
 
 @pytest.fixture(scope="module")
@@ -44,3 +46,28 @@ def test_names_that_peft_leaves_as_they_are_are_saved_as_they_are(laguna: family
     config = LoraConfig(target_modules=["q_proj"])
     assert peft_names.keys_to_save(model, config, [name]) == {name: name}
     assert peft_names.by_own_names(model, {name: 1}) == {name: 1}
+
+
+@pytest.fixture(scope="module")
+def mistral_large4(tmp_path_factory: pytest.TempPathFactory) -> family_checks.Subject:
+    return family_checks.Subject("mistral_large4", tmp_path_factory.mktemp("mistral_large4"))
+
+
+def test_layers_on_which_peft_reads_an_adapter_from_no_file_carry_none(
+    mistral_large4: family_checks.Subject, caplog: pytest.LogCaptureFixture
+) -> None:
+    """PEFT looks for its experts under `mlp.mlp.experts`."""
+    with caplog.at_level("WARNING", logger="cookbook.engine.model.adapters"):
+        weights = mistral_large4.client._trainer.adapter.weights
+    (message,) = {record.message for record in caplog.records}
+    assert message.startswith("PEFT cannot read adapters on ")
+    assert ".mlp.shared_experts." in message
+    assert not [name for name in weights if ".experts." in name]
+    assert [name for name in weights if "self_attn" in name]
+    assert family_checks.resumes(mistral_large4) == "yes"
+
+
+def test_such_layers_are_refused_if_they_are_asked_for(mistral_large4: family_checks.Subject) -> None:
+    lora = types.LoraConfig(rank=4, targets=["down_proj", "gate_up_proj"])
+    with pytest.raises(ConfigError, match="PEFT cannot read adapters on .* Choose others with lora_targets"):
+        mistral_large4.service().create_training_client(str(mistral_large4.published), lora)
