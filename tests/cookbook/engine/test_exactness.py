@@ -568,9 +568,7 @@ def test_sequences_that_longrope_encodes_differently_share_no_row(trainer_of: An
     base = trainer_of("phi3-longrope")[0].base
     assert planned(base, [16, 17, 3, 30], max_tokens=1000) == [[0, 2], [1, 3]]
     lengths = (16, 17, 10, 30)
-    found = families(
-        [np.arange(length) for length in lengths], base.min_shared_tokens, base.rope_kinds(lengths)
-    )
+    found = families([np.arange(length) for length in lengths], 1, base.rope_kinds(lengths))
     assert [sorted(family.indices) for family in found] == [[0, 2], [1, 3]]
 
 
