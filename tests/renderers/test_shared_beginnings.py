@@ -157,6 +157,14 @@ def test_examples_are_those_rendered_from_the_beginning(kind: str) -> None:
     assert found.count("compared") >= 20, "too few conversations have several examples"
 
 
+@pytest.mark.parametrize(
+    "name", ["qwen3", "qwen3_5", "glm4_5", "glm5", "nemotron3", "nemotron3_low_thinking", "kimi_k2_thinking"]
+)
+def test_examples_of_long_conversations_are_those_rendered_from_the_beginning(name: str) -> None:
+    found = [check("split", name, seed) for seed in range(5, 205, 10)]
+    assert found.count("compared") >= 2
+
+
 def test_examples_of_a_chat_template_are_those_rendered_from_the_beginning() -> None:
     found = [check("split", name, seed) for name in ("qwen3.jinja", "glm5.jinja") for seed in range(12)]
     assert found.count("compared") >= 10
