@@ -432,8 +432,8 @@ class SampleResponse:
     prompt_logprobs: list[float | None] | None = None
     prompt_cache_hit_tokens: int = field(default=0, compare=False)
     """How many tokens of the prompt were not computed, because an earlier text of this snapshot, or another
-    prompt of the same pass, begins with them. The prompt counts once, however many samples it has. Responses
-    compare equal whatever was reused."""
+    prompt of the same pass, begins with them. The prompt counts once, however many samples it has. It is 0 if
+    a server sampled. Responses compare equal whatever was reused."""
 
 
 @dataclass(frozen=True)

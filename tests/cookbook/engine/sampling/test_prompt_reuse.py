@@ -86,9 +86,7 @@ def related_prompts(rng: random.Random, num: int, longest: int = 40) -> list[lis
     return prompts
 
 
-@pytest.mark.parametrize(
-    "family", ["qwen3", "mistral", "gemma3", "gemma2", "gpt_oss", "opt", "lfm2", "stablelm"]
-)
+@pytest.mark.parametrize("family", ["qwen3", "gemma2", "gpt_oss", "lfm2", "stablelm"])
 def test_what_prompts_share_is_reused_and_changes_nothing(
     family: str, make_model_folder: Any, tmp_path: Path
 ) -> None:
@@ -102,11 +100,11 @@ def test_what_prompts_share_is_reused_and_changes_nothing(
     total = 0
     for number in range(3):
         texts = [
-            make_request(base, prompt=prompt, seed=at, num_samples=1 + at % 2)
+            make_request(base, prompt=prompt, seed=at, num_samples=1 + at % 2, max_tokens=8)
             for at, prompt in enumerate(prompts)
         ]
         again = [
-            make_request(base, prompt=prompt, seed=at, num_samples=1 + at % 2)
+            make_request(base, prompt=prompt, seed=at, num_samples=1 + at % 2, max_tokens=8)
             for at, prompt in enumerate(prompts)
         ]
         found = ask(sampler, texts)
@@ -130,7 +128,7 @@ def test_what_prompts_share_is_reused_and_changes_nothing(
 
 
 @given(st.integers(0, 2**31), st.sampled_from([7, 40, 1024]), st.sampled_from([0, 30, 10_000]))
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_random_prompts_sample_the_same_with_any_limits(
     base: BaseModel, adapter: Adapter, seed: int, max_prefill_tokens: int, max_kept_tokens: int
 ) -> None:
@@ -311,7 +309,7 @@ def test_a_model_that_cannot_reuse_prompts_says_so_once(
 
 
 @given(st.integers(0, 2**31), st.sampled_from([1, 7, 40, 1024]))
-@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_texts_that_are_scored_together_share_beginnings_and_get_the_scores_of_a_forward_pass(
     base: BaseModel, adapter: Adapter, seed: int, max_prefill_tokens: int
 ) -> None:
