@@ -5,15 +5,18 @@ from __future__ import annotations
 import logging
 import random
 import threading
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from fake_decoders import decoding_with
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from outside_world import run_varlen_attention_on_the_cpu
 from sampled import (
     FAMILIES,
     PACKED,
@@ -26,9 +29,13 @@ from sampled import (
 )
 
 from cookbook import Datum, ModelInput, SamplingParams, ServiceClient
+from cookbook.engine.model import attention
 from cookbook.engine.model.adapters import Adapter
+from cookbook.engine.model.attention import packed_attention
 from cookbook.engine.model.base_model import BaseModel
 from cookbook.engine.sampling.decoders import PackedDecoder
+from cookbook.engine.sampling.prefill_row import plan_row
+from cookbook.engine.sampling.prompt_tree import PromptTree
 from cookbook.engine.sampling.requests import Request, score_request
 from cookbook.engine.sampling.sampler import Sampler, SamplingLimits
 from cookbook.types import AdamParams, SampleResponse
@@ -342,6 +349,47 @@ def test_a_text_with_nan_scores_spoils_no_text_that_shares_its_beginning(
         plain = plain_logprobs(base, None, text)
         expected = [plain[t - 1, text[t]].item() for t in range(1, len(text))]
         assert outcome(request)[1:] == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("sliding_window", [None, 5])
+def test_every_kernel_sees_the_known_keys_and_the_row_s_as_one_text(
+    base: BaseModel, sliding_window: int | None
+) -> None:
+    """The kernel of CUDA is replaced by a softmax. Keys depend on the token and its position."""
+    rng = random.Random(0)
+    tables = [torch.randn(heads, 100, 60, 8) for heads in (4, 2, 2)]  # queries, keys and values of tokens
+
+    def of(tokens: list[int], positions: list[int]) -> list[torch.Tensor]:
+        return [table[:, tokens, positions][None] for table in tables]
+
+    decoder, layer = PackedDecoder(base), torch.nn.Module()
+    for _ in range(5):
+        tree = PromptTree(weakref.WeakSet())
+        tree.limit(1000)
+        texts = [np.array(prompt) for prompt in related_prompts(rng, 6)]
+        for text_T in texts[:2]:
+            _, key, value = of(text_T.tolist(), list(range(len(text_T))))
+            tree.add(text_T, {layer: key[0]}, {layer: value[0]})
+        row = plan_row(texts[1:], [tree.find(text_T[:-1]) for text_T in texts[1:]], MIN_SHARED)
+        tokens_2N, layout = decoder._as_tensors(row)
+        layout = replace(layout, cache=None)
+        query, *own = of(tokens_2N[0].tolist(), tokens_2N[1].tolist())
+        known = [
+            [tensors[layer][None, :, :length] for tensors in (node.keys, node.values)]
+            for node, length in row.known
+        ]
+        key, value = (torch.cat(parts, dim=2) for parts in zip(*known, own, strict=True))
+        found = [packed_attention(layer, query, key, value, None, None, layout, sliding_window)[0]]
+        with run_varlen_attention_on_the_cpu():
+            found.append(attention._varlen(query, key, value, layout, None, sliding_window))
+        for number, text_T in enumerate(texts[1:]):
+            whole = of(text_T.tolist(), list(range(len(text_T))))
+            expected, _ = packed_attention(layer, *whole, None, sliding_window=sliding_window)
+            places_T = row.places(number)
+            for out in found:
+                torch.testing.assert_close(
+                    out[0, places_T], expected[0, -len(places_T) :], rtol=1e-4, atol=1e-5
+                )
 
 
 # -- clients ----------------------------------------------------------------------------------
