@@ -1,7 +1,8 @@
 """Samples from one snapshot by continuous batching: requests that wait at the same time run together.
 
 Sequences are admitted and leave between two tokens, so short ones do not wait for long ones. A sample does
-not depend on the others, because each sequence has its own random stream.
+not depend on the others, because each sequence has its own random stream. What is computed of its prompt
+depends on what others left, so its log-probabilities are the same to rounding, not to the bit.
 """
 
 from __future__ import annotations
