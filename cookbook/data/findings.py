@@ -56,7 +56,7 @@ MANY_EXAMPLES = 100
 
 COST_OF_LONG = (
     f"Conversations of {LONG_CONVERSATION:,} messages or {MANY_EXAMPLES} examples and more (what examples "
-    "share is stored and computed once)"
+    "share is stored once, and computed once where the model allows)"
 )
 
 

@@ -34,7 +34,7 @@ def test_the_report_states_the_cost_of_a_conversation_of_thousands_of_messages(t
     line, examples = lines_and_examples(tiny_tokenizer, "role_colon", 2000)
     num_tokens = sum(len(example.tokens_T) for example in examples)
     assert line.startswith("Conversations of 1,000 messages or 100 examples and more")
-    assert "(what examples share is stored and computed once)" in line
+    assert "(what examples share is stored once, and computed once where the model allows)" in line
     assert f"in all examples ({num_tokens:,} tokens), without those that examples share" in line
     assert "read (2,000 messages)" in line
     assert f"trained ({len(examples):,} example" in line
