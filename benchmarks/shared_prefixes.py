@@ -204,12 +204,12 @@ TRL_SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-def trl_seconds(folder: Path, examples: list[Example]) -> tuple[float, str]:
-    """Returns the CPU seconds of TRL's step on the examples, and its fastest setting."""
+def trl_step(folder: Path, examples: list[Example]) -> tuple[float, int, str]:
+    """Returns the CPU seconds of TRL's step on the examples, its peak in bytes, and its fastest setting."""
     from transformers import TrainerCallback
     from trl import SFTConfig, SFTTrainer
 
-    found: dict[str, float] = {}
+    found: dict[str, tuple[float, int]] = {}
     for name, settings in TRL_SETTINGS.items():
         at_once = 2 if settings.get("padding_free") else 1
         ends: list[float] = []
@@ -233,10 +233,12 @@ def trl_seconds(folder: Path, examples: list[Example]) -> tuple[float, str]:
                 processing_class=step_model.load_tokenizer(folder),
                 callbacks=[StepEnds()],
             )
+            begin_peak()
+            before = resident_bytes()
             trainer.train()
-        found[name] = ends[1] - ends[0]
+        found[name] = ends[1] - ends[0], peak_bytes() - before
     best = min(found, key=lambda name: found[name])
-    return found[best], best
+    return *found[best], best
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -286,8 +288,9 @@ def _run(name: str, case: Case, engine: SharingEngine, rounds: int, trl_folder: 
     )
     print(f"| {' | '.join(cells)} |", flush=True)
     if trl_folder is not None:
-        seconds, settings = trl_seconds(trl_folder, examples)
-        print(f"  TRL / shared on {name}: {seconds / shared.best():.2f} ({settings})", flush=True)
+        seconds, peak, settings = trl_step(trl_folder, examples)
+        ratio = seconds / shared.best()
+        print(f"  TRL / shared on {name}: {ratio:.2f}, {peak / 2**20:.0f} MiB ({settings})", flush=True)
 
 
 if __name__ == "__main__":
