@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import logging
 import threading
 import warnings
 from collections.abc import Iterator
@@ -33,8 +32,6 @@ from cookbook.engine.model.targets import find_targets, unused_layers
 from cookbook.errors import ConfigError
 from cookbook.types import LoraConfig
 from cookbook.utils import pretrained
-
-logger = logging.getLogger(__name__)
 
 GLOBAL_STATE = threading.Lock()
 """This lock is held while a model loads or an adapter is initialised, because both change global state."""
@@ -114,8 +111,7 @@ class Adapters:
             settings: dict[str, Any] = {"trainable_token_indices": rows}
             # PEFT has no LoRA on a projection whose rows are trained.
             options = replace(lora, train_unembed=False) if lora.add_tokens else lora
-            targets = [target.name for target in self.targets.chosen(options, self._model_name)]
-            targets = self._readable(lora, targets)
+            targets = self._chosen(options)
         else:
             peft_layers.check_supported(self._model, self._model_name, lora)
             targets, settings = peft_targets.named_in(self._model, lora.peft.explicit)
@@ -128,24 +124,22 @@ class Adapters:
             )
         return targets, settings
 
-    def _readable(self, lora: LoraConfig, targets: list[str]) -> list[str]:
-        """Returns the targets without those on which PEFT could not read an adapter of a checkpoint.
+    def _chosen(self, lora: LoraConfig) -> list[str]:
+        """Returns the names of the targets that the options choose.
 
-        transformers renames their weights while it loads them, and PEFT does not arrive at their names.
-        Raises ConfigError if `lora.targets` asks for them.
+        Those are left out on which PEFT could not read an adapter of a checkpoint: transformers renames their
+        weights while it loads them, and PEFT does not arrive at their names.
         """
+        targets = [target.name for target in self.targets.chosen(lora, self._model_name)]
         config = peft_layers.config_of(lora, self._model_name)
         config.target_modules, config.target_parameters = peft_targets.names_for_peft(
             targets, self.targets.names, config, self._model
         )
-        found = peft_names.unreadable(self._model, config, targets, self.targets.names)
-        if not found:
+        unreadable = peft_names.unreadable(self._model, config, targets, self.targets.names)
+        if not unreadable:
             return targets
-        what = f"{len(found):,} layers of {self._model_name} ({found[0]} is one)"
-        if lora.targets or len(found) == len(targets):
-            raise ConfigError(f"PEFT cannot read adapters on {what}. Choose others with lora_targets.")
-        logger.warning("PEFT cannot read adapters on %s: they carry none.", what)
-        return [target for target in targets if target not in found]
+        self.targets = self.targets.without(unreadable, "layers PEFT refuses")
+        return self._chosen(lora)
 
     def _put_on(self, name: str, lora: LoraConfig, targets: list[str], config: Any) -> None:
         """Puts PEFT's layers on the targets. Raises ConfigError where PEFT supports no such adapter."""
@@ -260,7 +254,7 @@ class Adapters:
         """Puts no adapter on layers that do not run in the body, in which the model reads some text."""
         with unused_layers(self.targets, self._model) as unused:
             yield
-        self.targets = self.targets.without(unused)
+        self.targets = self.targets.without(unused, "unused layers")
 
     def shares_without(self, adapter: Adapter) -> dict[str, float]:
         """Returns the share of the model's weights that the adapter is not on, by kind, largest first."""

@@ -106,13 +106,13 @@ class TargetTable:
         names = [name for name in self.targets if name not in reasons]
         return [self.targets[name] for name in layers_named(lora.targets, names, head, reasons, model_name)]
 
-    def without(self, unused: Collection[str]) -> TargetTable:
-        """Returns the table without targets that do not run."""
+    def without(self, names: Collection[str], kind: str) -> TargetTable:
+        """Returns the table without some targets, which become layers of this kind."""
         others = dict(self.others)
-        for name in unused:
-            others["unused layers"] = others.get("unused layers", 0) + self.targets[name].num_weights
-        kinds = {**self.kinds, **dict.fromkeys(unused, "unused layers")}
-        targets = {name: target for name, target in self.targets.items() if name not in unused}
+        for name in names:
+            others[kind] = others.get(kind, 0) + self.targets[name].num_weights
+        kinds = {**self.kinds, **dict.fromkeys(names, kind)}
+        targets = {name: target for name, target in self.targets.items() if name not in names}
         return TargetTable(targets, others, self.names, kinds)
 
     def without_adapter(self, lora: LoraConfig) -> dict[str, int]:
