@@ -20,7 +20,7 @@ def test_one_line_says_what_share_of_the_weights_carries_an_adapter() -> None:
 def test_weights_that_should_carry_an_adapter_have_a_line_with_the_reason() -> None:
     lines = adapter_lines(model_with(unused_layers=0.9, embeddings=0.02, special_layers=0.001))
     assert lines == [
-        "The adapter is on 7.9% of the weights; not on unused layers 90.0%, embeddings 2.0%.",
+        "The adapter is on 7.9% of the weights; not on unused layers 90.0%.",
         "  90.0% carry none: they do not run, and get no gradient (unused layers).",
     ]
 
