@@ -31,7 +31,7 @@ def load_model(
     with no_progress_bar():
         model = models.load_from_hub_or_disk("weights", model_name, _load_all_weights, **options)
     if quantization is not None:
-        quantized.check_quantized_share(model, model_name)
+        quantized.check_quantized(model, model_name)
         expert_lora.run_in_4_bits(model)
     quantized.set_compute_dtype(model, dtype)  # the published weights may already be in 4 bits
     text_part.move_to(model, device)

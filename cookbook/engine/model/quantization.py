@@ -48,8 +48,17 @@ def set_compute_dtype(model: nn.Module, dtype: torch.dtype) -> None:
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
 
 
-def check_quantized_share(model: Any, model_name: str) -> None:
-    """Raises ConfigError for a model most of whose weights are outside linear layers and experts."""
+def check_quantized(model: Any, model_name: str) -> None:
+    """Raises ConfigError for a model that 4 bits do not serve.
+
+    Most of its weights are outside linear layers and experts, or it scales them while it runs (RWKV), which
+    would round them twice.
+    """
+    if getattr(model.config, "rescale_every", 0):
+        raise ConfigError(
+            f"quantization is not supported for {model_name}: it scales its weights while it runs "
+            f"(rescale_every={model.config.rescale_every}). Use quantization=None."
+        )
     in_4_bits = sum(m.in_features * m.out_features for m in model.modules() if is_quantized(m))
     in_4_bits += sum(p.numel() for p in model.parameters() if isinstance(p, StackedIn4Bits))
     looked_up = [module for module in model.modules() if isinstance(module, nn.Embedding)]
