@@ -24,6 +24,7 @@ the peak of its memory.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import tempfile
 import time
@@ -31,6 +32,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 
@@ -40,6 +42,7 @@ from benchmarks.step_data import NUM_TEXT_TOKENS, Example
 from cookbook.clients.service import ServiceClient
 from cookbook.engine.model import unembedding
 from cookbook.engine.model.loading import return_freed_memory
+from cookbook.engine.model.prefix_tree import MIN_SHARED_TOKENS, families
 from cookbook.types import Datum, ModelInput
 from renderers import Message, get_renderer
 
@@ -172,9 +175,6 @@ class _Clock:
         self.seconds = 0.0
 
     def timing(self, module: Any, names: tuple[str, ...]) -> Any:
-        import contextlib
-        from unittest import mock
-
         def timed(function: Callable[..., Any]) -> Callable[..., Any]:
             def run(*args: Any, **kwargs: Any) -> Any:
                 started = time.process_time()
@@ -263,8 +263,6 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _run(name: str, case: Case, engine: SharingEngine, rounds: int, trl_folder: Path | None) -> None:
-    from cookbook.engine.model.prefix_tree import MIN_SHARED_TOKENS, families
-
     examples = case.make(engine.tokenizer)
     data = datums_of(examples)
     line = None if case.line is None else datums_of(case.line(engine.tokenizer))

@@ -168,7 +168,7 @@ class Nemotron3Renderer(Qwen3_5Renderer):
 
     def _num_alike(self, few: Sequence[PlainMessage], more: Sequence[PlainMessage]) -> int:
         alike = super()._num_alike(few, more)
-        return min(alike, max(self._queries_of(more)[len(few)], 0)) if self.user_effort else alike
+        return min(alike, max(self._queries.of(more)[len(few)], 0)) if self.user_effort else alike
 
     def _put_system(
         self, draft: Draft, messages: Sequence[PlainMessage], tools: Sequence[Tool] | None

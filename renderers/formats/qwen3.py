@@ -8,11 +8,12 @@ block that is not empty. Most conversations of several turns therefore rewrite t
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from operator import is_
+from functools import cached_property
 
 from cookbook.errors import RendererError
 from renderers.formats.chatml import END, ChatMLRenderer
 from renderers.formats.hermes_tools import check_calls, print_calls, with_call_sections, with_calls
+from renderers.formats.queries import LastQueries
 from renderers.messages import Message, PlainMessage, Tool
 from renderers.rendering import Draft, Rendering
 from renderers.streaming import PLAIN
@@ -28,10 +29,9 @@ class Qwen3Renderer(ChatMLRenderer):
     name = "qwen3"
     reply_sections = with_call_sections(THINKING)
 
-    _queries: tuple[Sequence[PlainMessage] | None, Sequence[int]] = (None, ())
-    """Messages that were rendered before, and for each n the last query among the first n of them."""
-    _beginning: Sequence[PlainMessage] | None = None
-    """The messages that were rendered last, which those begin with."""
+    @cached_property
+    def _queries(self) -> LastQueries:
+        return LastQueries(_last_queries)
 
     def _render(
         self, messages: Sequence[PlainMessage], chosen: Collection[int], tools: Sequence[Tool] | None
@@ -50,25 +50,14 @@ class Qwen3Renderer(ChatMLRenderer):
 
         Only the first `num` messages are considered.
         """
-        queries = self._queries_of(messages)
+        queries = self._queries.of(messages)
         num = len(messages) if num is None else num
         if messages[index]["role"] != "assistant" or index <= queries[num]:
             return False
         return index == num - 1 or bool(thought_and_said(messages[index])[0])
 
-    def _queries_of(self, messages: Sequence[PlainMessage]) -> Sequence[int]:
-        """Returns for each n the last query among the first n messages."""
-        if self._beginning is not messages:
-            whole = self._queries[0] or ()
-            if len(messages) > len(whole) or not all(map(is_, messages, whole)):
-                self._queries = (messages, _last_queries(messages))
-            self._beginning = messages
-        return self._queries[1]
-
     def _num_alike(self, few: Sequence[PlainMessage], more: Sequence[PlainMessage]) -> int:
-        queries = self._queries_of(more)
-        before, after = queries[len(few)], queries[len(more)]
-        return min(len(few) - 1, len(few) if before == after else before + 1)
+        return self._queries.num_alike(few, more)
 
     def _check_reply(self, messages: Sequence[PlainMessage], index: int) -> None:
         """Raises RendererError if message `index` cannot be trained."""

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Collection, Mapping, Sequence
-from operator import is_
+from functools import cached_property
 from typing import Any, ClassVar
 
 from cookbook.errors import RendererError
 from cookbook.utils import notes
 from renderers.base import Renderer
+from renderers.formats.queries import LastQueries
 from renderers.formats.qwen3 import loses_text, thought_and_said
 from renderers.formats.tagged_calls import CallTags, print_as_json
 from renderers.messages import Message, PlainMessage, Tool, function_of
@@ -41,10 +42,9 @@ class TaggedRepliesRenderer(Renderer):
     keeps_thinking: ClassVar[bool] = False
     """Whether replies before the last user message keep their thinking."""
 
-    _queries: tuple[Sequence[PlainMessage], Sequence[int]] = ((), (-1,))
-    """Messages that were rendered before, and for each n the last user message among the first n of them."""
-    _beginning: Sequence[PlainMessage] = ()
-    """The messages that were rendered last, which those begin with."""
+    @cached_property
+    def _queries(self) -> LastQueries:
+        return LastQueries(self._last_queries)
 
     # -- what a format defines ----------------------------------------------------------------
 
@@ -115,24 +115,17 @@ class TaggedRepliesRenderer(Renderer):
 
     def _in_history(self, messages: Sequence[PlainMessage], index: int) -> bool:
         """Returns whether a user's message follows message `index`, so that its thinking is not printed."""
-        return not self.keeps_thinking and index <= self._queries_of(messages)[len(messages)]
+        return not self.keeps_thinking and index <= self._queries.of(messages)[len(messages)]
 
-    def _queries_of(self, messages: Sequence[PlainMessage]) -> Sequence[int]:
-        """Returns for each n the last user message among the first n messages; -1 for none."""
-        if self._beginning is not messages:
-            whole, _ = self._queries
-            if len(messages) > len(whole) or not all(map(is_, messages, whole)):
-                found = [-1]
-                for index, message in enumerate(messages):
-                    found.append(index if self._is_query(message) else found[-1])
-                self._queries = (messages, found)
-            self._beginning = messages
-        return self._queries[1]
+    def _last_queries(self, messages: Sequence[PlainMessage]) -> list[int]:
+        """Returns for each n the last query among the first n messages; -1 for none."""
+        found = [-1]
+        for index, message in enumerate(messages):
+            found.append(index if self._is_query(message) else found[-1])
+        return found
 
     def _num_alike(self, few: Sequence[PlainMessage], more: Sequence[PlainMessage]) -> int:
-        queries = self._queries_of(more)
-        before, after = queries[len(few)], queries[len(more)]
-        return min(len(few) - 1, len(few) if before == after else before + 1)
+        return self._queries.num_alike(few, more)
 
     def _put_reply_text(self, draft: Draft, index: int, text: str) -> None:
         """Appends a reply with its end token. The end of a prompt that it begins with is not trained."""

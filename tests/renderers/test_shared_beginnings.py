@@ -165,6 +165,10 @@ def test_examples_of_long_conversations_are_those_rendered_from_the_beginning(na
     assert found.count("compared") >= 2
 
 
+def test_a_query_that_ends_with_the_effort_is_printed_again_when_another_one_follows() -> None:
+    assert check("split", "nemotron3_ultra_medium_thinking", 1435) == "compared"
+
+
 def test_examples_of_a_chat_template_are_those_rendered_from_the_beginning() -> None:
     found = [check("split", name, seed) for name in ("qwen3.jinja", "glm5.jinja") for seed in range(12)]
     assert found.count("compared") >= 10

@@ -66,6 +66,8 @@ class Adapters:
         self._numbers = itertools.count()
         self.targets = find_targets(model)
         """What the model has to put an adapter on."""
+        self._readable: set[tuple[str, ...]] = set()
+        """Choices of targets on which PEFT reads an adapter. Snapshots for sampling repeat one of them."""
         self.dropout_keys = DropoutKeys()
 
     def add(self, lora: LoraConfig) -> Adapter:
@@ -131,12 +133,15 @@ class Adapters:
         weights while it loads them, and PEFT does not arrive at their names.
         """
         targets = [target.name for target in self.targets.chosen(lora, self._model_name)]
+        if tuple(targets) in self._readable:
+            return targets
         config = peft_layers.config_of(lora, self._model_name)
         config.target_modules, config.target_parameters = peft_targets.names_for_peft(
             targets, self.targets.names, config, self._model
         )
         unreadable = peft_names.unreadable(self._model, config, targets, self.targets.names)
         if not unreadable:
+            self._readable.add(tuple(targets))
             return targets
         self.targets = self.targets.without(unreadable, "layers PEFT refuses")
         return self._chosen(lora)

@@ -106,6 +106,22 @@ def packed_attention(
     tree = layout.tree if layout is not None else None
     if tree is not None and is_plain and tree_attention.is_supported(*qkv, tree, sliding_window):
         return tree_attention.attend(*qkv, tree, scaling).transpose(1, 2).contiguous(), None
+    return _by_segment(*qkv, layout, scaling, sliding_window, softcap, s_aux), None
+
+
+def _by_segment(
+    query_BHTD: Tensor,
+    key_BHTD: Tensor,
+    value_BHTD: Tensor,
+    layout: AttentionLayout | None,
+    scaling: float | None,
+    sliding_window: int | None,
+    softcap: float | None,
+    s_aux: Tensor | None,
+) -> Tensor:
+    """Returns attention of one segment after the other over the keys that it sees: [B, T, H, D]."""
+    is_plain = softcap is None and s_aux is None
+    tree = layout.tree if layout is not None else None
     groups = query_BHTD.shape[1] // key_BHTD.shape[1]
     if groups > 1:
         key_BHTD = key_BHTD.repeat_interleave(groups, dim=1)
@@ -135,7 +151,7 @@ def packed_attention(
             scale=scaling,
         )
         outs.append(out)
-    return torch.cat(outs, dim=2).transpose(1, 2).contiguous(), None
+    return torch.cat(outs, dim=2).transpose(1, 2).contiguous()
 
 
 def _decode(

@@ -241,10 +241,13 @@ class BaseModel:
         self.is_padded = True
         self.model.set_attn_implementation(own_attention)
         logger.debug("%s runs padded sequences: it cannot be packed (%s).", self.name, reason)
+        cannot_share = reason
         reason = why_not(lambda: self._padded_logprobs(sequences))
         if reason is not None:
             self.is_packed = self.is_padded = False
             logger.info("%s runs one sequence at a time: it cannot be packed (%s).", self.name, reason)
+        else:
+            logger.info("%s computes what sequences share for each of them (%s).", self.name, cannot_share)
 
     def _check_causal(self, sequence: TokenSequence, expected_S: Tensor) -> None:
         """Raises ModelError if a token's log-probability changes with a later token, as in prefix models."""
@@ -313,10 +316,15 @@ class BaseModel:
             hook.remove()
 
     def _logprobs_of_tree(self, sequences: list[TokenSequence]) -> Tensor:
-        """Returns the log-probabilities of `sequences` in one row that has what they share once."""
+        """Returns the log-probabilities of `sequences` in one row that has what they share once.
+
+        Recurrent layers learn in a first pass which projections they share, so theirs is the second one.
+        """
         (family,) = families([sequence.tokens_T for sequence in sequences], min_shared=1)
         batch = pack([sequences[index] for index in family.indices], self.device, False, [family])
-        found = dict(zip(family.indices, batch.layout.split(self.logprobs(batch).cpu().numpy()), strict=True))
+        for _ in range(2 if self.recurrent.mixers else 1):
+            logprobs_P = self.logprobs(batch).cpu().numpy()
+        found = dict(zip(family.indices, batch.layout.split(logprobs_P), strict=True))
         return torch.from_numpy(np.concatenate([found[0], found[1]])).to(self.device)
 
     # -- one micro-batch --------------------------------------------------------------------

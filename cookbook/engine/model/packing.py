@@ -201,10 +201,7 @@ def pack(
     target or, with `trained_only`, those with a weight other than 0.
     """
     if is_padded:
-        longest = max(map(len, sequences))
-        batch = pack([_padded(sequence, longest) for sequence in sequences], device, trained_only)
-        rows = [(row * longest, row * longest + len(sequence)) for row, sequence in enumerate(sequences)]
-        return replace(batch, layout=replace(batch.layout, segments=rows))
+        return _pack_padded(sequences, device, trained_only)
     lengths = [len(sequence.tokens_T) for sequence in sequences]
     ends = np.cumsum(lengths).tolist()
     targets_N = np.concatenate([sequence.targets_T for sequence in sequences])
@@ -249,6 +246,13 @@ def pack(
         attention=attention,
         shared=shared,
     )
+
+
+def _pack_padded(sequences: Sequence[TokenSequence], device: torch.device, trained_only: bool) -> PackedBatch:
+    longest = max(map(len, sequences))
+    batch = pack([_padded(sequence, longest) for sequence in sequences], device, trained_only)
+    rows = [(row * longest, row * longest + len(sequence)) for row, sequence in enumerate(sequences)]
+    return replace(batch, layout=replace(batch.layout, segments=rows))
 
 
 def _branches(families: Sequence[Family]) -> list[Branch]:

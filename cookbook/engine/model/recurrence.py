@@ -22,6 +22,7 @@ import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -152,8 +153,18 @@ class SplitRow:
             own_in_batches=own_in_batches,
         )
 
-    def own_places(self, number: int) -> Tensor:
-        return self.own_in_batches[number]
+    def project(
+        self,
+        of_row: dict[str, list[Tensor]],
+        number: int,
+        input_1ND: Tensor,
+        name: str,
+        forward: Callable[[Tensor], Tensor],
+    ) -> Tensor:
+        """Returns a projection of a layer's input for one batch. `of_row` keeps those of the whole row."""
+        if name not in of_row:
+            of_row[name] = self.split(forward(input_1ND))
+        return of_row[name][number]
 
     def is_of_row(self, value: Any) -> bool:
         return isinstance(value, Tensor) and value.ndim >= 2 and value.shape[:2] == (1, len(self.place_N))
@@ -300,9 +311,11 @@ class RecurrentLayers:
                 if not cache_name or not mask_name:
                     raise ValueError(f"{type(mixer).__name__} takes no cache that holds its states")
                 arguments[mask_name] = torch.ones_like(row.place_N, dtype=torch.bool)[None]
-            input_name = next((name for name, value in arguments.items() if row.is_of_row(value)), None)
-            outs: list[Any] = []
+            input_name = ""
             of_row: dict[str, list[Tensor]] = {}
+            if row.own_in_batches:
+                input_name = next(name for name, value in arguments.items() if row.is_of_row(value))
+            outs: list[Any] = []
             try:
                 for number, part in enumerate(row.split(arguments)):
                     if row.states is not None:
@@ -311,9 +324,10 @@ class RecurrentLayers:
                             part[mask_name] = None
                     if isinstance(own_chunk_size, int) and row.place_N.device.type == "cpu":
                         mixer.chunk_size = _chunk_size_for(row.shapes[number][1], own_chunk_size)
-                    if row.own_in_batches and input_name is not None:
-                        whole, of_batch = arguments[input_name], part[input_name]
-                        with projections.in_use(row, number, whole, of_batch, of_row) as made:
+                    if input_name:
+                        project = partial(row.project, of_row, number, arguments[input_name])
+                        own = row.own_in_batches[number]
+                        with projections.in_use(part[input_name], own, project) as made:
                             outs.append(forward(**part))
                         projections.remember(made, outs[-1])
                         continue

@@ -132,11 +132,7 @@ def mamba2_step(
     """
     num_rows, num_heads, head_size = hidden_states.shape
     num_groups, state_size = B.shape[1:]
-    dt_RH1 = dt[..., :1].float()
-    if dt_bias is not None:
-        dt_RH1 = dt_RH1 + dt_bias[:, :1]
-    if dt_softplus:
-        dt_RH1 = F.softplus(dt_RH1)
+    dt_RH1 = _time_step(dt[..., :1], None if dt_bias is None else dt_bias[:, :1], dt_softplus)
     if dt_limit is not None:
         dt_RH1 = dt_RH1.clamp(*dt_limit)
     new_state = state.float()  # the same tensor in fp32
@@ -165,11 +161,7 @@ def mamba_step(
     **unused: Any,
 ) -> Tensor:
     """Returns the output of Mamba for one more token, [R, C]. Changes the state [R, C, N] in place."""
-    dt_RC = dt.float()
-    if dt_bias is not None:
-        dt_RC = dt_RC + dt_bias
-    if dt_softplus:
-        dt_RC = F.softplus(dt_RC)
+    dt_RC = _time_step(dt, dt_bias, dt_softplus)
     new_state = state.float()  # the same tensor in fp32
     new_state.mul_((dt_RC[..., None] * A).exp_())
     new_state.addcmul_((hidden_states * dt_RC)[..., None], B.float()[:, None])
@@ -177,6 +169,11 @@ def mamba_step(
     if new_state is not state:
         state.copy_(new_state)
     return _with_skip(out_RC, hidden_states, D, z)
+
+
+def _time_step(dt: Tensor, dt_bias: Tensor | None, dt_softplus: bool) -> Tensor:
+    step = dt.float() if dt_bias is None else dt.float() + dt_bias
+    return F.softplus(step) if dt_softplus else step
 
 
 def _with_skip(out: Tensor, hidden_states: Tensor, D: Tensor | None, z: Tensor | None) -> Tensor:

@@ -1,5 +1,4 @@
-"""Runs the projections of a recurrent layer once for each token of a row, where several sequences share
-tokens.
+"""Runs the projections of a recurrent layer once for tokens that several sequences of a row share.
 
 A recurrent layer runs every sequence as a whole, so it sees what sequences share several times
 (`recurrence`). Its scan and its convolution have to. Its projections do not: what they make of a token
@@ -13,22 +12,11 @@ Shape suffixes: N tokens of the row, R sequences of a batch, L tokens of the lon
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator
+from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
-
-
-class Batches(Protocol):
-    """The batches of a row (`recurrence.SplitRow`)."""
-
-    @property
-    def shapes(self) -> Sequence[tuple[int, int]]: ...
-
-    def split(self, value: Any) -> list[Any]: ...
-
-    def own_places(self, number: int) -> Tensor: ...
 
 
 class SharedProjections:
@@ -41,25 +29,33 @@ class SharedProjections:
 
     @contextlib.contextmanager
     def in_use(
-        self,
-        batches: Batches,
-        number: int,
-        input_1ND: Tensor,
-        part_RLD: Tensor,
-        of_row: dict[str, list[Tensor]],
+        self, part_RLD: Tensor, places: Tensor, project: Callable[[str, Callable[..., Tensor]], Tensor]
     ) -> Iterator[dict[str, Tensor]]:
-        """Shares the projections in the body, which runs the layer on batch `number`, `part_RLD` of the row.
+        """Shares the projections in the body, which runs the layer on `part_RLD`, a batch of the row.
 
-        `of_row` keeps the projections of the row for all of its batches. Yields the other projections, by
+        `places` are those in the batch [R * L] of the tokens that are joined again. `project(name, forward)`
+        returns a projection of the layer's input for the batch. Yields the results of other projections, by
         name; the caller passes them to `remember`.
         """
         made: dict[str, Tensor] = {}
+
+        def shared(name: str, forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+            def run(x_RLD: Tensor) -> Tensor:
+                if x_RLD is part_RLD:
+                    return project(name, forward)
+                if name not in self._makes_result or x_RLD.shape[:2] != part_RLD.shape[:2]:
+                    made[name] = forward(x_RLD)
+                    return made[name]
+                out_1NO = forward(x_RLD.flatten(0, 1).index_select(0, places)[None])
+                out = out_1NO.new_zeros(part_RLD.shape[:2].numel(), out_1NO.shape[-1])
+                return out.index_copy(0, places, out_1NO[0]).unflatten(0, part_RLD.shape[:2])
+
+            return run
+
         projections = dict(_projections(self._mixer))
         own = {name: module.__dict__.get("forward") for name, module in projections.items()}
         for name, module in projections.items():
-            module.forward = self._shared(
-                name, module.forward, batches, number, input_1ND, part_RLD, of_row, made
-            )
+            module.forward = shared(name, module.forward)
         try:
             yield made
         finally:
@@ -72,33 +68,6 @@ class SharedProjections:
         """Finds the projection that made the result of the layer."""
         result = result[0] if isinstance(result, tuple) else result
         self._makes_result |= {name for name, out in made.items() if out is result}
-
-    def _shared(
-        self,
-        name: str,
-        forward: Callable[..., Tensor],
-        batches: Batches,
-        number: int,
-        input_1ND: Tensor,
-        part_RLD: Tensor,
-        of_row: dict[str, list[Tensor]],
-        made: dict[str, Tensor],
-    ) -> Callable[..., Tensor]:
-        def run(x_RLD: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            if x_RLD is part_RLD:
-                if name not in of_row:
-                    of_row[name] = batches.split(forward(input_1ND, *args, **kwargs))
-                return of_row[name][number]
-            if name not in self._makes_result or x_RLD.shape[:2] != batches.shapes[number]:
-                made[name] = forward(x_RLD, *args, **kwargs)
-                return made[name]
-            places = batches.own_places(number)
-            out_1NO = forward(x_RLD.flatten(0, 1).index_select(0, places)[None], *args, **kwargs)
-            num_places = x_RLD.shape[0] * x_RLD.shape[1]
-            out = out_1NO.new_zeros(num_places, out_1NO.shape[-1]).index_copy(0, places, out_1NO[0])
-            return out.unflatten(0, x_RLD.shape[:2])
-
-        return run
 
 
 def _projections(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:

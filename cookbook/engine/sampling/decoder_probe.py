@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -79,10 +79,19 @@ def _why_not(
     expected: list[Tensor],
 ) -> str | None:
     """Returns why this decoder would sample from another distribution than the model's, or None."""
-    try:
+
+    def differences() -> Iterator[float]:
         decoder = candidate(base)
-        difference = max(_differences(base, decoder, texts, expected))
+        yield from _differences(base, decoder, texts, expected)
         base.cache_bytes = decoder.cache_bytes()
+
+    return _why_different(base, differences)
+
+
+def _why_different(base: BaseModel, differences: Callable[[], Iterator[float]]) -> str | None:
+    """Returns why logits move by more than rounding, or why they cannot be compared, or None."""
+    try:
+        difference = max(differences())
     except Exception as error:
         if is_out_of_memory(error):
             raise
@@ -100,15 +109,7 @@ def _why_not_reused(base: BaseModel, texts: list[np.ndarray], expected: list[Ten
         return "its layers keep states, which no later prompt can continue at another token"
     if base.min_shared_tokens is None:
         return "its layers do not compute what sequences share once"
-    try:
-        difference = max(_differences_of_reuse(base, texts, expected))
-    except Exception as error:
-        if is_out_of_memory(error):
-            raise
-        base.discard_pass()
-        return f"{type(error).__name__}: {error}"
-    tolerance = _TOLERANCE_FP32 if base.dtype == torch.float32 else _TOLERANCE_16_BIT
-    return None if difference <= tolerance else f"its logits would move by {difference:.1e} of the largest"
+    return _why_different(base, lambda: _differences_of_reuse(base, texts, expected))
 
 
 def _differences_of_reuse(

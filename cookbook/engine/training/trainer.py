@@ -101,6 +101,8 @@ class Trainer:
         self._world = base.world
         self._agree_on_limits()
         self._full_limits = self._limits
+        if lora.dropout and base.min_shared_tokens is not None:
+            logger.info("With lora_dropout, what sequences share is computed for each of them.")
 
     # -- one training step ------------------------------------------------------------------
 
@@ -222,7 +224,7 @@ class Trainer:
         drops = self.adapter.lora.dropout > 0 and (backward if is_training is None else is_training)
         seed = self.adapter.lora.seed or 0
         masks = PassOfData(seed, self._optimizer.num_steps, self._num_passes) if drops else None
-        # Sequences that share a beginning drop other inputs of it each.
+        # With dropout, each sequence has masks of its own on what it shares.
         min_shared = self.base.min_shared_tokens if masks is None else None
         tokens = [sequence.tokens_T for sequence in request.sequences]
         found = families(tokens, min_shared, self.base.rope_kinds(lengths))

@@ -229,7 +229,7 @@ class Way:
     order: Sequence[int]
     max_tokens: int = 1
     max_in_memory: int = NEVER
-    """Of sequences that share beginnings."""
+    """The limit for sequences that share beginnings."""
     min_shared: int | None = None
     checkpoint_beyond: int = NEVER
     blocks: BlockSizes = BlockSizes.on(torch.device("cpu"))  # noqa: RUF009 - it is frozen

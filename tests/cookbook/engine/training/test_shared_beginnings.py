@@ -18,7 +18,7 @@ from cookbook.types import AdamParams, Datum, ModelInput
 ADAM = AdamParams(learning_rate=1e-2)
 LENGTHS = (90, 40, 55, 31, 90)
 NUM_TOKENS, NUM_COMPUTED = 306, 90 + (40 - 20) + (55 - 30) + (31 - 25)
-"""Of the sequences, and of the row. The last sequence is the first one again."""
+"""The tokens of the sequences, and those of the row. The last sequence is the first one again."""
 
 
 def make_tree(vocab_size: int, seed: int = 0) -> list[Datum]:

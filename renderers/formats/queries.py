@@ -1,0 +1,34 @@
+"""Finds the last query of each beginning of a conversation, on which the printing of replies depends."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from operator import is_
+
+from renderers.messages import PlainMessage
+
+
+class LastQueries:
+    """The last queries of one conversation, which is read once for all of its beginnings."""
+
+    def __init__(self, find: Callable[[Sequence[PlainMessage]], Sequence[int]]) -> None:
+        """`find` returns for each n the last query among the first n messages."""
+        self._find = find
+        self._whole: Sequence[PlainMessage] = ()
+        self._found: Sequence[int] = find(())
+        self._latest: Sequence[PlainMessage] = ()
+        """The latest messages, which are a beginning of the whole ones."""
+
+    def of(self, messages: Sequence[PlainMessage]) -> Sequence[int]:
+        """Returns for each n the last query among the first n messages."""
+        if self._latest is not messages:
+            if len(messages) > len(self._whole) or not all(map(is_, messages, self._whole)):
+                self._whole, self._found = messages, self._find(messages)
+            self._latest = messages
+        return self._found
+
+    def num_alike(self, few: Sequence[PlainMessage], more: Sequence[PlainMessage]) -> int:
+        """Returns how many first messages are printed alike in both. The fewer messages begin the others."""
+        found = self.of(more)
+        before, after = found[len(few)], found[len(more)]
+        return min(len(few) - 1, len(few) if before == after else before + 1)
