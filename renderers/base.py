@@ -17,6 +17,7 @@ import numpy as np
 from cookbook.errors import RendererError
 from cookbook.types import ModelInput
 from cookbook.utils import notes
+from cookbook.utils.token_ids import known_tokens
 from renderers.encoder import SENTINEL, Encoder
 from renderers.messages import (
     ROLES,
@@ -580,7 +581,7 @@ class Renderer(ABC):
         """Returns the text before the first end token, and whether it is the last token and all are known."""
         tokens = list(tokens)
         end = next((i for i, token in enumerate(tokens) if token in ends), len(tokens))
-        known = [token for token in tokens[:end] if 0 <= token < len(self.tokenizer)]
+        known = known_tokens(self.tokenizer, tokens[:end])
         text = self.tokenizer.decode(known, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         return str(text), end == len(tokens) - 1 and len(known) == end
 

@@ -7,6 +7,7 @@ from itertools import groupby, takewhile
 from typing import TYPE_CHECKING
 
 from cookbook.errors import RendererError
+from cookbook.utils.token_ids import known_tokens
 from renderers.encoder import Encoder
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ def marked_text(
     restores it. Returns None for ids that the tokenizer does not have, and for text that renderers reserve.
     """
     tokens = list(takewhile(lambda token: token not in ends, tokens))
-    if not all(0 <= token < len(tokenizer) for token in tokens):
+    if known_tokens(tokenizer, tokens) != tokens:
         return None
     spellings = {token: str(tokenizer.convert_ids_to_tokens(token)) for token in set(tokens)}
     controls = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from cookbook.engine.model.base_model import BaseModel
 from cookbook.types import SamplingParams
+from cookbook.utils.token_ids import known_tokens
 
 
 class StopRule:
@@ -24,7 +25,7 @@ class StopRule:
             if configured is not None:
                 is_list = isinstance(configured, (list, tuple))
                 self._token_ids.update(configured if is_list else [int(configured)])
-        self._decode = base.tokenizer.decode
+        self._tokenizer = base.tokenizer
         self._tail_tokens = max((len(string.encode()) for string in self._strings), default=0) + 4
         """A token has at least one byte, so a stop string spans at most this many tokens."""
 
@@ -34,7 +35,8 @@ class StopRule:
             return True
         if not self._strings:
             return False
-        tail = self._decode(tokens[-self._tail_tokens :])
+        known = known_tokens(self._tokenizer, tokens[-self._tail_tokens :])
+        tail = self._tokenizer.decode(known)
         return any(string in tail for string in self._strings)
 
 

@@ -14,6 +14,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from cookbook.errors import RequestError
 from cookbook.types import ModelInput, PromptScores, SampleResponse, SamplingParams
+from cookbook.utils.token_ids import known_tokens
 from renderers import Message, Renderer
 
 if TYPE_CHECKING:
@@ -177,8 +178,9 @@ class SamplingClientLM(TemplateLM):
         if self._is_chat:
             text = str(self._renderer.parse_response(tokens)[0].get("content") or "")
         else:
+            known = known_tokens(self.tokenizer, tokens)
             text = str(
-                self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+                self.tokenizer.decode(known, skip_special_tokens=True, clean_up_tokenization_spaces=False)
             )
         return str(postprocess_generated_text(text, until, None))
 
