@@ -22,7 +22,7 @@ from cookbook.data.sources import BadRow, open_source
 from cookbook.errors import DataError
 from cookbook.models import recommended_renderer
 from cookbook.utils.control_characters import visible
-from renderers import TrainOnWhat, get_renderer
+from renderers import Renderer, TrainOnWhat, get_renderer
 
 
 @chz.chz
@@ -39,18 +39,8 @@ class Config:
     seed: int = 0
 
 
-def main(config: Config) -> None:
-    # ---------------------------------------------------------------------------------------
-    # model, tokenizer, renderer
-    service_client = cookbook.ServiceClient()
-    training_client = service_client.create_lora_training_client(
-        base_model=config.model_name, rank=config.lora_rank, seed=config.seed
-    )
-    tokenizer = training_client.get_tokenizer()
-    renderer = get_renderer(recommended_renderer(config.model_name), tokenizer)
-
-    # ---------------------------------------------------------------------------------------
-    # data: a list of Datum, one per conversation, with weights for assistant tokens only
+def read_data(config: Config, renderer: Renderer) -> tuple[list[cookbook.Datum], list[cookbook.Datum]]:
+    """Returns a Datum for each conversation, with weights for assistant tokens only: to test, and to train."""
     conversations = []
     for row in open_source(config.data_path).rows():
         if isinstance(row, BadRow):
@@ -63,9 +53,21 @@ def main(config: Config) -> None:
         )
         for chat in conversations
     ]
-    test_data, train_data = data[: config.num_test], data[config.num_test :]
-    if not train_data:
+    if len(data) <= config.num_test:
         raise DataError(f"num_test={config.num_test} leaves nothing to train on: there are {len(data)} rows.")
+    return data[: config.num_test], data[config.num_test :]
+
+
+def main(config: Config) -> None:
+    # ---------------------------------------------------------------------------------------
+    # model, tokenizer, renderer, data
+    service_client = cookbook.ServiceClient()
+    training_client = service_client.create_lora_training_client(
+        base_model=config.model_name, rank=config.lora_rank, seed=config.seed
+    )
+    tokenizer = training_client.get_tokenizer()
+    renderer = get_renderer(recommended_renderer(config.model_name), tokenizer)
+    test_data, train_data = read_data(config, renderer)
 
     # ---------------------------------------------------------------------------------------
     # evaluation before training

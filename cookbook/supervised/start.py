@@ -61,7 +61,7 @@ async def start_run(config: Config, folder: RunFolder, checkpoints: CheckpointLo
         chat_format = _chat_format(config, template_kwargs)
         if config.load_checkpoint_path is not None and checkpoints.last() is None:
             _warn_about_start(config, chat_format)
-        evaluators = _create_evaluators(config, folder, template_kwargs)
+        evaluators = _create_evaluators(config, folder, template_kwargs, eval_data)
         start = find_start(config, folder, checkpoints, train_data, eval_data)
         batches = BatchQueue(
             train_data,
@@ -72,8 +72,6 @@ async def start_run(config: Config, folder: RunFolder, checkpoints: CheckpointLo
             start=start.position,
         )
         await stack.enter_context(batches).check()
-        if eval_data is not None:
-            evaluators[0][1].insert(0, NLLEvaluator(eval_data))
         tracker, has_restarted = _track_best(config, folder, checkpoints, start.step, evaluators)
         known = _known_evaluation(folder, start.step)
         recorder = Recorder()
@@ -255,9 +253,12 @@ def _build_data(config: Config, folder: RunFolder) -> tuple[SupervisedDataset, S
 
 
 def _create_evaluators(
-    config: Config, folder: RunFolder, template_kwargs: Mapping[str, Any] | None
+    config: Config,
+    folder: RunFolder,
+    template_kwargs: Mapping[str, Any] | None,
+    eval_data: SupervisedDataset | None,
 ) -> list[tuple[int, list[Evaluator]]]:
-    """Returns pairs of a cadence and its evaluators, the frequent ones first."""
+    """Returns pairs of a cadence and its evaluators, the frequent ones first, and `eval_data`'s before all."""
     run = RunContext(
         folder.path,
         config.model_name,
@@ -271,8 +272,9 @@ def _create_evaluators(
     def make(builder: AnyEvaluatorBuilder) -> Evaluator:
         return builder.in_run(run)() if isinstance(builder, EvaluatorBuilder) else builder()
 
+    held_out: list[Evaluator] = [] if eval_data is None else [NLLEvaluator(eval_data)]
     return [
-        (config.eval_every, list(map(make, config.evaluator_builders))),
+        (config.eval_every, [*held_out, *map(make, config.evaluator_builders)]),
         (config.infrequent_eval_every, list(map(make, config.infrequent_evaluator_builders))),
     ]
 

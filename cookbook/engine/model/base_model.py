@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -20,31 +20,23 @@ from torch import Tensor, nn
 from cookbook import models
 from cookbook.engine import processes
 from cookbook.engine.model import architecture, attention, fsdp, linear_scan, unembedding, vocabulary
-from cookbook.engine.model.adapters import GLOBAL_STATE, Adapter, Adapters
+from cookbook.engine.model.adapters import GLOBAL_STATE, Adapters
 from cookbook.engine.model.architecture import LogitScaling
 from cookbook.engine.model.attention import AttentionLayout
 from cookbook.engine.model.compiling import compile_layers
 from cookbook.engine.model.loading import load_model, resolve_device, resolve_dtype, return_freed_memory
 from cookbook.engine.model.memory import (
-    ActivationCost,
-    MicrobatchLimits,
-    addresses,
     checkpointed_layers,
     decoder_layers,
-    limits_for,
-    measure_activations,
-    usable_memory,
 )
 from cookbook.engine.model.packing import PackedBatch, TokenSequence, copy_to, pack
 from cookbook.engine.model.peft_layers import projection_of
 from cookbook.engine.model.peft_settings import is_same
-from cookbook.engine.model.prefix_tree import MIN_SHARED_TOKENS, Family, families
-from cookbook.engine.model.recurrence import RecurrentLayers, batches_by_length
+from cookbook.engine.model.prefix_tree import MIN_SHARED_TOKENS, families
+from cookbook.engine.model.recurrence import RecurrentLayers
 from cookbook.engine.model.text_part import by_published_names, frozen_parameters, text_decoder
 from cookbook.engine.model.unembedding import BlockSizes, Head, Scores, TokenLoss
 from cookbook.engine.options import EngineOptions
-from cookbook.engine.training.optimizer import bytes_to_train, bytes_to_undo
-from cookbook.engine.training.partition import plan_families
 from cookbook.errors import ConfigError, ModelError
 
 logger = logging.getLogger(__name__)
@@ -55,6 +47,25 @@ _FAILURES = (AssertionError, AttributeError, KeyError, TypeError, ValueError, Ru
 
 class BaseModel:
     """A model that is loaded once. All training and sampling clients on it share its weights."""
+
+    is_packed = False
+    """Whether sequences can share a row."""
+    min_shared_tokens: int | None = None
+    """The shortest beginning that sequences share in a row, or None if they share none."""
+    is_padded = False
+    """Whether the sequences of a row run as a batch, padded to the longest, through the model's own
+    attention. It is set where that attention cannot keep the sequences of one row apart."""
+    has_plain_head = False
+    """Whether logits can be computed in blocks."""
+    # `sampling.decoder_probe` sets these four when the model is first sampled from.
+    decodes_packed: bool | None = None
+    """Whether sampled sequences can share a row too."""
+    make_decoder: Callable[[BaseModel], Any] | None = None
+    """The factory of the decoder."""
+    cache_bytes = (0, 0)
+    """The bytes of one cached position and of one sequence's recurrent states, or zeros if unknown."""
+    reuses_prompts = False
+    """Whether prompts reuse the keys and values of texts that begin alike."""
 
     def __init__(
         self,
@@ -89,29 +100,11 @@ class BaseModel:
         linear_scan.install(self._decoder)
         self.recurrent = RecurrentLayers(self._decoder)
         self.adapters = Adapters(self.model, model_name, self.tokenizer)
-        self.is_packed = False
-        """Whether sequences can share a row."""
-        self.min_shared_tokens: int | None = None
-        """The shortest beginning that sequences share in a row, or None if they share none."""
-        self.is_padded = False
-        """Whether the sequences of a row run as a batch, padded to the longest, through the model's own
-        attention. It is set where that attention cannot keep the sequences of one row apart."""
-        self._longrope_thresholds = architecture.longrope_thresholds(self.model.config.get_text_config())
-        self.has_plain_head = False
-        """Whether logits can be computed in blocks."""
+        self.longrope_thresholds = architecture.longrope_thresholds(self.model.config.get_text_config())
         self.block_sizes = BlockSizes.on(self.device)
         self._logit_scaling = LogitScaling()
         self.prompt_trees: weakref.WeakSet[Any] = weakref.WeakSet()
         """What samplers keep of prompts (`sampling.prompt_tree`)."""
-        # `sampling.decoder_probe` sets these four when the model is first sampled from.
-        self.decodes_packed: bool | None = None
-        """Whether sampled sequences can share a row too."""
-        self.make_decoder: Callable[[BaseModel], Any] | None = None
-        """The factory of the decoder."""
-        self.cache_bytes = (0, 0)
-        """The bytes of one cached position and of one sequence's recurrent states, or zeros if unknown."""
-        self.reuses_prompts = False
-        """Whether prompts reuse the keys and values of texts that begin alike."""
         with self.adapters.noting_unused_layers():
             self._probe_architecture()
         fsdp.reshard(self.model)
@@ -332,43 +325,7 @@ class BaseModel:
     @property
     def packs_all_lengths(self) -> bool:
         """Whether any sequences can share a row, each seeing its own part of it."""
-        return self.is_packed and not self.is_padded and not self._longrope_thresholds
-
-    def rope_kinds(self, lengths: Sequence[int]) -> list[int]:
-        """Returns a number for the frequencies of RoPE that a sequence of each length has alone.
-
-        With longrope, a row has the frequencies of its longest sequence, so others may not be in it.
-        """
-        return [sum(length > threshold for threshold in self._longrope_thresholds) for length in lengths]
-
-    def plan_microbatches(
-        self,
-        families: Sequence[Family],
-        max_tokens: int,
-        size: Callable[[int], int] = int,
-        memory: Callable[[int], int] = int,
-        max_in_memory: int = 2**62,
-    ) -> list[list[Family]]:
-        """Returns the families of each micro-batch, as `partition.plan_families` does."""
-        by_kind: dict[int, list[Family]] = {}
-        kinds = self.rope_kinds([family.lengths[0] for family in families])
-        for family, kind in zip(families, kinds, strict=True):
-            by_kind.setdefault(kind, []).append(family)
-        plan = []
-        for found in by_kind.values():
-            if self.is_padded:
-                parts = batches_by_length([size(family.lengths[0]) for family in found], max_tokens)
-                plan += [[found[place] for place in sorted(part)] for part in parts]
-            else:
-                limit = max_tokens if self.is_packed else 1
-                plan += plan_families(found, size, limit, memory, max_in_memory)
-        return plan
-
-    def size_of(self, microbatch: Sequence[Family], size: Callable[[int], int]) -> int:
-        """Returns the size of a micro-batch with its padding; `size` is that of one sequence."""
-        if self.is_padded and microbatch:
-            return len(microbatch) * size(max(family.lengths[0] for family in microbatch))
-        return sum(family.size(size) for family in microbatch)
+        return self.is_packed and not self.is_padded and not self.longrope_thresholds
 
     @torch.no_grad()
     def logprobs(self, batch: PackedBatch) -> Tensor:
@@ -480,55 +437,6 @@ class BaseModel:
         logits_BTV = self.model(input_ids=tokens_BT, use_cache=False).logits
         return logits_BTV.flatten(0, 1).index_select(0, batch.scored_S)
 
-    def limits(self, adapter: Adapter) -> MicrobatchLimits:
-        """Returns the limits of micro-batches with one more adapter in training."""
-        free_bytes = usable_memory(self.device) - self._reserved_bytes(adapter)
-        return limits_for(self.options, self.device, lambda: self._activation_cost(adapter), free_bytes)
-
-    def can_undo_steps(self, adapter: Adapter) -> bool:
-        """Returns whether memory, without activations, suffices for the copies that undo a failed step."""
-        needed = self._reserved_bytes(adapter) + bytes_to_undo(_local_parts(adapter))
-        return needed <= usable_memory(self.device)
-
-    def _reserved_bytes(self, adapter: Adapter) -> int:
-        """Returns the bytes held besides activations: the weights, and the state of training `adapter`."""
-        weight_bytes = sum(
-            weight.nbytes for weight in self.model.parameters() if weight.device.type == self.device.type
-        )
-        if self.is_sharded:
-            weight_bytes = fsdp.bytes_held(self.model)
-        return weight_bytes + bytes_to_train(_local_parts(adapter))
-
-    def _activation_cost(self, adapter: Adapter) -> ActivationCost:
-        lengths = (min(64, self.context_length), min(128, self.context_length))
-        short, long = (self._activation_cost_at(adapter, num_tokens) for num_tokens in lengths)
-        return short.with_growth(long, lengths)
-
-    def _activation_cost_at(self, adapter: Adapter, num_tokens: int) -> ActivationCost:
-        config = self.model.config.get_text_config()
-        tokens_T = np.zeros(num_tokens, np.int64)
-        batch = pack(
-            [TokenSequence(tokens_T, tokens_T, np.ones(num_tokens, np.float32), {})], self.device, True
-        )
-
-        def run() -> Tensor:
-            if not self.has_plain_head:
-                return self.logprobs_of_whole_model(batch)
-            return self.hidden_of(batch.tokens_1N, batch.positions_1N, batch.attention)
-
-        weights = [fsdp.local_part(parameter) for parameter in self.model.parameters()]
-        held = addresses([*weights, *self.model.buffers()])
-        with self.adapters.using(adapter), fsdp.tracking_gathered_weights(self.model, held):
-            cost = measure_activations(
-                run,
-                held,
-                num_tokens,
-                config.num_hidden_layers,
-                config.hidden_size * self.dtype.itemsize,
-            )
-        self.discard_pass()
-        return cost
-
     def forget_prompts(self) -> None:
         """Frees what samplers keep of prompts, whose memory a pass of training may need."""
         for tree in self.prompt_trees:
@@ -538,10 +446,6 @@ class BaseModel:
         """Resets the shards after a pass that failed or whose backward part does not run."""
         if self.is_sharded:
             fsdp.reset(self.model)
-
-
-def _local_parts(adapter: Adapter) -> list[Tensor]:
-    return [fsdp.local_part(weight) for weight in adapter.weights.values()]
 
 
 def _log_probabilities(logits_SV: Tensor, targets_S: Tensor) -> Tensor:

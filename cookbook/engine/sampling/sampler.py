@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cookbook.engine.model import microbatches
 from cookbook.engine.model.adapters import Adapter
 from cookbook.engine.model.base_model import BaseModel
 from cookbook.engine.model.loading import return_freed_memory
@@ -210,7 +211,7 @@ class _RunningBatch:
             for text_T in texts
         ]
         inputs = [sequence.tokens_T for sequence in sequences]
-        kinds = self._base.rope_kinds(list(map(len, inputs)))
+        kinds = microbatches.rope_kinds(self._base, list(map(len, inputs)))
         waiting = self._plan_scores(families(inputs, self._base.min_shared_tokens, kinds))
         while waiting:
             microbatch = waiting.pop()
@@ -236,7 +237,7 @@ class _RunningBatch:
     def _plan_scores(self, families: list[Family]) -> list[list[Family]]:
         """Returns the families of each pass, the first one last. A large family may share a longer row."""
         limit = self._limits.max_prefill_tokens
-        plan = self._base.plan_microbatches(families, limit, max_in_memory=_SHARED_SCORES * limit)
+        plan = microbatches.plan(self._base, families, limit, max_in_memory=_SHARED_SCORES * limit)
         return plan[::-1]
 
     def _admit(self) -> list[list[Sequence]]:

@@ -21,14 +21,14 @@ from torch import Tensor
 
 from cookbook import models
 from cookbook.engine import checkpoint
-from cookbook.engine.model import fsdp, peft_settings
+from cookbook.engine.model import fsdp, microbatches, peft_settings
 from cookbook.engine.model.adapters import Adapter
 from cookbook.engine.model.base_model import BaseModel
 from cookbook.engine.model.dropout import PassOfData
 from cookbook.engine.model.memory import FIRST_PATIENCE, MicrobatchLimits, Recovery, is_out_of_memory
 from cookbook.engine.model.packing import PackedBatch, TokenSequence, check_data, pack
 from cookbook.engine.model.prefix_tree import Family, families
-from cookbook.engine.training import sharded_state
+from cookbook.engine.training import memory_needs, sharded_state
 from cookbook.engine.training.losses import Loss, get_loss
 from cookbook.engine.training.optimizer import Optimizer
 from cookbook.engine.training.partition import partition_families
@@ -89,8 +89,8 @@ class Trainer:
         self.rng = np.random.default_rng(lora.seed)
         """The random numbers that seed this adapter's unseeded samples. They are saved with the state."""
         with base.adapters.removing_on_failure(self.adapter):
-            self._optimizer = Optimizer(self.adapter.weights, base.can_undo_steps(self.adapter))
-            self._limits = base.limits(self.adapter)
+            self._optimizer = Optimizer(self.adapter.weights, memory_needs.can_undo_steps(base, self.adapter))
+            self._limits = memory_needs.limits(base, self.adapter)
         self._has_gradient = False
         self._num_passes = 0
         """The number of passes that computed gradients since the last step."""
@@ -227,7 +227,7 @@ class Trainer:
         # With dropout, each sequence has masks of its own on what it shares.
         min_shared = self.base.min_shared_tokens if masks is None else None
         tokens = [sequence.tokens_T for sequence in request.sequences]
-        found = families(tokens, min_shared, self.base.rope_kinds(lengths))
+        found = families(tokens, min_shared, microbatches.rope_kinds(self.base, lengths))
         own = partition_families(found, self._world.size)[self._world.rank]
         results: list[MicrobatchResult] | None = None
         if self.base.is_sharded:
@@ -287,8 +287,8 @@ class Trainer:
     ) -> list[MicrobatchResult]:
         """Plans, packs and runs the micro-batches of the sequences `own`. Raises _DoesNotFit."""
         limits = self._limits
-        plan = self.base.plan_microbatches(
-            own, limits.max_tokens, limits.size, limits.size_in_memory, limits.max_in_memory
+        plan = microbatches.plan(
+            self.base, own, limits.max_tokens, limits.size, limits.size_in_memory, limits.max_in_memory
         )
         # all processes gather the weights for each micro-batch, so all run equally many
         if self.base.is_sharded:
@@ -298,7 +298,7 @@ class Trainer:
         for microbatch in plan:
             indices = [index for family in microbatch for index in family.indices]
             sequences = [request.sequences[index] for index in indices] or [_untrained(request)]
-            size = self.base.size_of(microbatch, limits.size_without_checkpointing) or 1
+            size = microbatches.size_of(self.base, microbatch, limits.size_without_checkpointing) or 1
             is_checkpointed = backward and size > limits.max_tokens_without_checkpointing
             try:
                 batch = pack(
@@ -354,7 +354,7 @@ class Trainer:
         limits = self._limits
 
         def size(size_of: Callable[[int], int] = int) -> int:
-            return self.base.size_of(microbatch, size_of)
+            return microbatches.size_of(self.base, microbatch, size_of)
 
         num_tokens = size()
         if sum(len(family.indices) for family in microbatch) > 1:

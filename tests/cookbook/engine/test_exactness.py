@@ -19,6 +19,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from cookbook.engine.model import microbatches
 from cookbook.engine.model.base_model import BaseModel
 from cookbook.engine.model.memory import MicrobatchLimits
 from cookbook.engine.model.prefix_tree import MIN_SHARED_TOKENS, families
@@ -537,7 +538,7 @@ def assert_others_unchanged(name: str, index: int, before: list[np.ndarray], aft
 def planned(base: BaseModel, lengths: list[int], max_tokens: int) -> list[list[int]]:
     """Returns the micro-batches of sequences that share no beginning."""
     families = [PrefixFamily([index], [length], [0]) for index, length in enumerate(lengths)]
-    plan = base.plan_microbatches(families, max_tokens)
+    plan = microbatches.plan(base, families, max_tokens)
     return sorted([family.indices[0] for family in microbatch] for microbatch in plan)
 
 
@@ -568,7 +569,7 @@ def test_sequences_that_longrope_encodes_differently_share_no_row(trainer_of: An
     base = trainer_of("phi3-longrope")[0].base
     assert planned(base, [16, 17, 3, 30], max_tokens=1000) == [[0, 2], [1, 3]]
     lengths = (16, 17, 10, 30)
-    found = families([np.arange(length) for length in lengths], 1, base.rope_kinds(lengths))
+    found = families([np.arange(length) for length in lengths], 1, microbatches.rope_kinds(base, lengths))
     assert [sorted(family.indices) for family in found] == [[0, 2], [1, 3]]
 
 
@@ -576,7 +577,7 @@ def test_a_padded_row_counts_its_padding(trainer_of: Any) -> None:
     base = trainer_of("stablelm")[0].base
     assert planned(base, [9, 30, 10, 31, 10], max_tokens=62) == [[0, 2, 4], [1, 3]]
     families = [PrefixFamily([0], [9], [0]), PrefixFamily([1], [10], [0])]
-    assert base.size_of(families, lambda length: length**2) == 200
+    assert microbatches.size_of(base, families, lambda length: length**2) == 200
 
 
 def test_a_model_that_padding_would_change_runs_one_sequence_at_a_time_and_logs_it(

@@ -16,6 +16,7 @@ import torch
 from cookbook.clients.service import ServiceClient
 from cookbook.engine import processes
 from cookbook.engine.model import fsdp
+from cookbook.engine.training.memory_needs import activation_cost
 from cookbook.errors import CheckpointError, TrainingError
 from cookbook.types import AdamParams, Datum, ModelInput, SamplingParams
 
@@ -201,7 +202,7 @@ def limits(model: str, folder: str, shard: str) -> dict[str, Any]:
     service = ServiceClient(device="cpu", dtype="float32", checkpoint_dir=folder, shard=shard)
     client = service.create_lora_training_client(model, rank=4, seed=0, train_mlp=False)
     trainer = client._trainer
-    cost = client._engine.submit(trainer.base._activation_cost, trainer.adapter).result()
+    cost = client._engine.submit(activation_cost, trainer.base, trainer.adapter).result()
     service.close()
     return {"whole": cost.full, "checkpointed": cost.checkpointed, "limits": trainer._limits.max_tokens}
 

@@ -33,6 +33,7 @@ from cookbook.engine.model.memory import (
 )
 from cookbook.engine.model.packing import PackedBatch, TokenSequence, pack
 from cookbook.engine.options import EngineOptions
+from cookbook.engine.training.memory_needs import activation_cost, reserved_bytes
 from cookbook.engine.training.partition import plan_microbatches
 from cookbook.engine.training.trainer import Trainer
 from cookbook.errors import TrainingError
@@ -571,7 +572,7 @@ def test_the_measured_cost_equals_that_of_the_allocator(
         tmp_path / "model", model_type, hidden_size=64, intermediate_size=128, num_hidden_layers=6
     )
     trainer = make_trainer(str(folder), train_mlp=train_mlp)
-    cost = trainer.base._activation_cost(trainer.adapter)
+    cost = activation_cost(trainer.base, trainer.adapter)
     full, checkpointed = (kept_bytes(trainer, 200, is_checkpointed) for is_checkpointed in (False, True))
     assert cost.full == pytest.approx(full, rel=0.1)
     one_layer = full / 6
@@ -595,7 +596,7 @@ def test_the_estimate_holds_beyond_the_measured_lengths(
         tmp_path / "model", model_type, max_position_embeddings=4096, **BY_HAND[model_type]
     )
     trainer = make_trainer(str(folder), train_mlp=model_type != "gpt_oss")
-    cost = trainer.base._activation_cost(trainer.adapter)
+    cost = activation_cost(trainer.base, trainer.adapter)
     assert (cost.full_squared > 1) == (model_type != "llama")
     for num_tokens in (256, 1024):
         for is_checkpointed in (False, True):
@@ -613,7 +614,7 @@ def test_micro_batches_are_planned_by_their_memory(
         tmp_path / "model", "gemma2", max_position_embeddings=4096, **BY_HAND["gemma2"]
     )
     trainer = make_trainer(str(folder))
-    cost = trainer.base._activation_cost(trainer.adapter)
+    cost = activation_cost(trainer.base, trainer.adapter)
     room = cost.bytes_of(1024) * 1.5
     free_bytes = room * memory._MARGIN
     limits = limits_for(EngineOptions(), CPU, lambda: cost, free_bytes)
@@ -642,7 +643,7 @@ def test_a_full_fine_tune_reserves_the_memory_it_needs(dtype: str, per_weight: i
     base = BaseModel(tiny_qwen3, EngineOptions(dtype=dtype), True)
     trainer = Trainer(base, LoraConfig(rank=0))
     num_weights = sum(weight.numel() for weight in trainer.adapter.weights.values())
-    assert base._reserved_bytes(trainer.adapter) == per_weight * num_weights
+    assert reserved_bytes(base, trainer.adapter) == per_weight * num_weights
 
 
 # -- checkpointed layers ----------------------------------------------------------------------
