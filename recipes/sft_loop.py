@@ -40,7 +40,7 @@ class Config:
 
 
 def read_data(config: Config, renderer: Renderer) -> tuple[list[cookbook.Datum], list[cookbook.Datum]]:
-    """Returns a Datum for each conversation, with weights for assistant tokens only: to test, and to train."""
+    """Returns a Datum for each conversation, weighted on assistant tokens only: to test, and to train."""
     conversations = []
     for row in open_source(config.data_path).rows():
         if isinstance(row, BadRow):

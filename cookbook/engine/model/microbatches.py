@@ -43,7 +43,7 @@ def plan(
 
 
 def size_of(base: BaseModel, microbatch: Sequence[Family], size: Callable[[int], int]) -> int:
-    """Returns the size of a micro-batch with its padding; `size` maps the length of a sequence to its size."""
+    """Returns the size of a micro-batch with its padding; `size` maps the length of a sequence to its own."""
     if base.is_padded and microbatch:
         return len(microbatch) * size(max(family.lengths[0] for family in microbatch))
     return sum(family.size(size) for family in microbatch)

@@ -52,9 +52,7 @@ def activation_cost(base: BaseModel, adapter: Adapter) -> ActivationCost:
 def _activation_cost_at(base: BaseModel, adapter: Adapter, num_tokens: int) -> ActivationCost:
     config = base.model.config.get_text_config()
     tokens_T = np.zeros(num_tokens, np.int64)
-    batch = pack(
-        [TokenSequence(tokens_T, tokens_T, np.ones(num_tokens, np.float32), {})], base.device, True
-    )
+    batch = pack([TokenSequence(tokens_T, tokens_T, np.ones(num_tokens, np.float32), {})], base.device, True)
 
     def run() -> Tensor:
         if not base.has_plain_head:
