@@ -258,7 +258,7 @@ def _create_evaluators(
     template_kwargs: Mapping[str, Any] | None,
     eval_data: SupervisedDataset | None,
 ) -> list[tuple[int, list[Evaluator]]]:
-    """Returns pairs of a cadence and its evaluators, the frequent ones first; `eval_data` is evaluated first."""
+    """Returns pairs of a cadence and its evaluators, frequent ones first: `eval_data` comes before all."""
     run = RunContext(
         folder.path,
         config.model_name,
