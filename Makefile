@@ -1,7 +1,8 @@
 # make demo    set up, then fine-tune the embedded model
 # make test    set up, then run the tests (those of pages need a Chromium, and are skipped where there is none)
 # make test-slow  set up, then run the tests that take a minute or more each, and properties on ten times the examples
-# make check   set up, then check format, lint and types
+# make check   set up, then check format, lint, types, and the links of the documentation
+# make docs    set up, then build the documentation's site in build/site, without broken links
 # make bench   set up, including the libraries to compare with, then run the benchmarks
 # make scale   set up, then run the commands once on a million rows, 100,000 steps and 100 runs (twenty minutes on busy cores)
 # make house   set up, then print figures about the code, such as circles of imports and shared class names
@@ -17,7 +18,7 @@ BIN := .venv/bin
 STAMP := .venv/.is-set-up
 BENCH_STAMP := .venv/.is-set-up-to-bench
 
-.PHONY: setup demo test test-slow check format bench scale house parity peers families golden clean
+.PHONY: setup demo test test-slow check docs format bench scale house parity peers families golden clean
 
 setup: $(STAMP)
 
@@ -43,6 +44,11 @@ check: setup
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/test_import_direction.py
+	$(MAKE) --no-print-directory docs
+
+docs: setup
+	PYTHONPATH=. $(BIN)/python docs/assemble.py
+	$(BIN)/zensical build --strict
 
 format: setup
 	$(BIN)/ruff format .
@@ -100,4 +106,4 @@ golden: setup
 	PYTHONPATH=.:tests/helpers $(BIN)/python tests/helpers/rollouts_page.py
 
 clean:
-	rm -rf .venv .venv-peers-* runs *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf .venv .venv-peers-* build runs *.egg-info .pytest_cache .ruff_cache .mypy_cache

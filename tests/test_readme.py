@@ -1,11 +1,17 @@
-"""The commands and programs of the README run unchanged."""
+"""The commands and programs of the README and of every page in docs/ run unchanged, and what they name exists.
+
+A block that another test runs says so in the line before it: <!-- run by tests/cookbook/test_that.py -->
+"""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 import shlex
 from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
 
 import pytest
 
@@ -18,16 +24,40 @@ from cookbook.sweeps import make_plan
 from recipes import chat, export, jobs, preview, report, sft
 
 REPOSITORY = Path(__file__).parents[1]
+RUN_ELSEWHERE = {"docs/rollouts.md": "tests/test_rollouts_page.py"}
+"""Pages whose commands and programs another test runs."""
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 RENDERERS = (REPOSITORY / "renderers" / "README.md").read_text(encoding="utf-8")
 SECURITY = (REPOSITORY / "SECURITY.md").read_text(encoding="utf-8")
+PAGES = {
+    path.relative_to(REPOSITORY).as_posix(): path.read_text(encoding="utf-8")
+    for path in [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").rglob("*.md"))]
+}
+BLOCK = re.compile(r"^(<!-- run by (?P<test>\S+) -->\n)?```(?P<language>\w+)\n(?P<text>.*?)^```", re.DOTALL | re.M)
 
 
-def blocks(language: str, text: str = README) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+class Block(NamedTuple):
+    page: str
+    text: str
+    run_by: str | None
 
 
-COMMANDS = [line.split("#")[0].strip() for block in blocks("bash") for line in block.splitlines()]
+def blocks(language: str) -> list[Block]:
+    return [
+        Block(page, match["text"], match["test"] or RUN_ELSEWHERE.get(page))
+        for page, text in PAGES.items()
+        for match in BLOCK.finditer(text)
+        if match["language"] == language
+    ]
+
+
+LINES = [
+    line.split("#")[0].strip()
+    for block in blocks("bash")
+    if block.run_by is None
+    for line in block.text.replace("\\\n", " ").splitlines()
+]
+COMMANDS = sorted({line for line in LINES if line})
 MAKE_TARGETS = sorted({command.split()[1] for command in COMMANDS if command.startswith("make ")})
 RECIPE_COMMANDS = [command for command in COMMANDS if command.startswith("python -m recipes.")]
 TRAINING_CONFIGS = {"recipes.sft": (train.Config, sft), "recipes.preview": (preview.PreviewConfig, preview)}
@@ -36,12 +66,17 @@ OTHER_CONFIGS = {
     "recipes.export": export.ExportConfig,
     "recipes.report": report.ReportConfig,
 }
+PROGRAMS = [*(block for block in blocks("python") if block.run_by is None)]
 
 
 def test_every_command_is_tested() -> None:
-    others = [command for command in COMMANDS if command and command != "source .venv/bin/activate"]
-    assert len(MAKE_TARGETS) + len(RECIPE_COMMANDS) == len(others)
-    assert len(RECIPE_COMMANDS) >= 4
+    others = [command for command in COMMANDS if command != "source .venv/bin/activate"]
+    tested = [*RECIPE_COMMANDS, *(command for command in others if command.startswith("make "))]
+    assert sorted(tested) == sorted(others)
+    assert len(RECIPE_COMMANDS) >= 20
+    for language in ("bash", "python"):
+        for block in blocks(language):
+            assert block.run_by is None or (REPOSITORY / block.run_by).is_file(), block.run_by
 
 
 @pytest.mark.parametrize("target", MAKE_TARGETS)
@@ -88,7 +123,7 @@ def test_every_recipe_command_is_understood(
 
 @pytest.mark.parametrize(
     "program",
-    [*blocks("python"), "".join(blocks("python", RENDERERS))],
+    [*(block.text for block in PROGRAMS), "".join(re.findall(r"^```python\n(.*?)^```", RENDERERS, re.S | re.M))],
     ids=lambda program: program.strip().splitlines()[0],
 )
 def test_every_program_runs(
@@ -96,7 +131,7 @@ def test_every_program_runs(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
-    exec(compile(program, "README.md", "exec"), {"__name__": "__main__"})
+    exec(compile(program, "page.md", "exec"), {"__name__": "__main__"})
     out = capsys.readouterr().out
     losses = [float(loss) for loss in re.findall(r"step \d+ loss ([\d.]+)", out)]
     assert out.strip()
@@ -105,18 +140,49 @@ def test_every_program_runs(
 
 def test_rows_of_all_data_formats_can_be_trained_on(tmp_path: Path) -> None:
     """Trains on a file with one row of every format."""
-    (block,) = blocks("json")
+    (block,) = (block.text for block in blocks("json") if block.page == "docs/data.md")
     assert [recognise(json.loads(row)) for row in block.splitlines()] == list(FORMATS)
     (tmp_path / "chats.jsonl").write_text(block * 5, encoding="utf-8")
     argv = [f"dataset={tmp_path / 'chats.jsonl'}", f"log_path={tmp_path / 'run'}", "max_steps=1"]
     assert sft.main(argv).is_finished
 
 
-def test_every_named_path_exists() -> None:
-    named = re.findall(r"`((?:tests|recipes|renderers|configs|cookbook)/[\w./]+)`", README + RENDERERS)
-    assert named
-    for path in named:
-        assert (REPOSITORY / path).exists(), path
+@pytest.mark.parametrize("page", [*PAGES, "renderers/README.md"])
+def test_every_named_path_exists(page: str) -> None:
+    text = PAGES.get(page, RENDERERS)
+    for path in re.findall(r"`((?:tests|recipes|renderers|configs|cookbook|examples)/[\w./]+)`", text):
+        assert (REPOSITORY / path).exists() or path == embedded.MODEL_NAME, path
+
+
+def assembler() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("assemble", REPOSITORY / "docs" / "assemble.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_every_page_is_in_the_navigation_of_the_site() -> None:
+    shown = set(assembler().pages().values())
+    navigation = (REPOSITORY / "mkdocs.yml").read_text(encoding="utf-8").partition("\nnav:\n")[2]
+    assert sorted(re.findall(r"([\w/.-]+\.md)$", navigation, re.MULTILINE)) == sorted(shown)
+
+
+def test_links_of_the_site_lead_from_page_to_page() -> None:
+    """`make docs` refuses links to nothing; a source file is no page, so a link to one becomes its text."""
+    module = assembler()
+
+    def rewritten(text: str, source: str) -> str:
+        return module.with_links_of_the_site(text, source, module.pages())
+
+    assert rewritten("[a](docs/data.md#x)", "README.md") == "[a](data.md#x)"
+    assert rewritten("[a](../CONTRIBUTING.md)", "docs/data.md") == "[a](project/CONTRIBUTING.md)"
+    assert rewritten("[a](../../README.md)", "cookbook/eval/README.md") == "[a](../../../index.md)"
+    assert rewritten("![a](rooms.svg)", "docs/architecture.md") == "![a](rooms.svg)"
+    assert rewritten("[a](../recipes/sft.py)", "docs/data.md") == "a"
+    for unchanged in ("[a](nothing.md)", "[a](#x)", "[a](https://example.org/x)"):
+        assert rewritten(unchanged, "docs/data.md") == unchanged
 
 
 def test_the_security_page_lists_every_command_and_its_links_exist() -> None:
@@ -130,3 +196,7 @@ def test_the_security_page_lists_every_command_and_its_links_exist() -> None:
 
 def test_the_embedded_model_is_named() -> None:
     assert embedded.MODEL_NAME in README
+
+
+def test_the_readme_is_short() -> None:
+    assert len(README.splitlines()) <= 200
