@@ -1,4 +1,4 @@
-"""The commands and programs of the README and of every page in docs/ run unchanged, and what they name exists.
+"""The commands and programs of the README and of every page in docs/ run, and what they name exists.
 
 A block that another test runs says so in the line before it: <!-- run by tests/cookbook/test_that.py -->
 """
@@ -33,7 +33,9 @@ PAGES = {
     path.relative_to(REPOSITORY).as_posix(): path.read_text(encoding="utf-8")
     for path in [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").rglob("*.md"))]
 }
-BLOCK = re.compile(r"^(<!-- run by (?P<test>\S+) -->\n)?```(?P<language>\w+)\n(?P<text>.*?)^```", re.DOTALL | re.M)
+BLOCK = re.compile(
+    r"^(<!-- run by (?P<test>\S+) -->\n)?```(?P<language>\w+)\n(?P<text>.*?)^```", re.DOTALL | re.M
+)
 
 
 class Block(NamedTuple):
@@ -123,7 +125,10 @@ def test_every_recipe_command_is_understood(
 
 @pytest.mark.parametrize(
     "program",
-    [*(block.text for block in PROGRAMS), "".join(re.findall(r"^```python\n(.*?)^```", RENDERERS, re.S | re.M))],
+    [
+        *(block.text for block in PROGRAMS),
+        "".join(re.findall(r"^```python\n(.*?)^```", RENDERERS, re.S | re.M)),
+    ],
     ids=lambda program: program.strip().splitlines()[0],
 )
 def test_every_program_runs(
