@@ -1,4 +1,4 @@
-"""Copies the pages of docs/, and pages from outside it, into build/docs, the source of the site (`make docs`).
+"""Copies the pages of docs/, and pages from outside it, into build/docs; `make docs` makes the site of them.
 
 README.md is the site's first page; the other pages of `OUTSIDE` are under project/. A link to a file that is
 no page, such as a source file, becomes its text. A link to nothing stays, and the strict build refuses it.
