@@ -1,0 +1,430 @@
+"""The fake CUDA device: tensors without values, and what the host would have waited for.
+
+    with FakeCuda(answers) as device, device.recording() as record:
+        trainer.forward_backward(request)
+    print(record.waits, record.num_launches)
+
+Operators on tensors of the CPU run as ever. Those on tensors of the device run torch's fake kernels, which
+find shapes, dtypes and tensors on different devices. What those kernels do not check is checked here: the
+operands of a product must have one dtype, and copies between host and device that wait are recorded, with the
+function that waits. A value that the host reads is 0 (False) unless `answers` has one for that function.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import types
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
+
+DEVICE = torch.device("cuda", 0)
+TOTAL_MEMORY = 141 * 2**30
+
+NO_KERNEL = {
+    "_fused_sdp_choice", "_nested_tensor_size", "_reshape_alias", "_unsafe_view", "alias", "as_strided",
+    "chunk", "detach", "device", "diagonal", "empty", "empty_like", "empty_strided", "expand", "is_same_size",
+    "lift_fresh", "new_empty", "new_empty_strided", "permute", "record_stream", "reshape", "resize_",
+    "select", "set_", "slice", "split", "split_with_sizes", "squeeze", "sym_numel", "sym_size",
+    "sym_storage_offset", "sym_stride", "t", "transpose", "unbind", "unfold", "unsqueeze", "view",
+    "view_as_complex", "view_as_real",
+}  # fmt: skip
+"""Operators that only make a view, allocate, or look at shapes."""
+
+_PRODUCTS: dict[str, int] = {
+    "mm": 2, "bmm": 2, "mv": 2, "dot": 2, "addmm": 3, "addmm_": 3, "baddbmm": 3, "baddbmm_": 3, "addmv": 3,
+    "addbmm": 3, "_addmm_activation": 3, "_grouped_mm": 2, "_scaled_dot_product_flash_attention": 3,
+    "_scaled_dot_product_efficient_attention": 4, "_scaled_dot_product_cudnn_attention": 4,
+    "_scaled_dot_product_flash_attention_backward": 5, "_scaled_dot_product_efficient_attention_backward": 5,
+    "_varlen_attn": 3, "_varlen_attn_backward": 5, "convolution": 3, "convolution_backward": 3,
+    "_flash_attention_forward": 3, "_flash_attention_backward": 5, "index_put_": 2, "index_put": 2,
+    "index_copy": 4, "index_copy_": 4, "index_add": 4, "index_add_": 4, "scatter": 4, "scatter_": 4,
+    "scatter_add": 4, "scatter_add_": 4, "masked_scatter": 3, "masked_scatter_": 3,
+}  # fmt: skip
+"""Operators whose kernels refuse operands of different dtypes, and how many of their first arguments are such
+operands. Their fake kernels accept any."""
+
+_FLASH = {"_varlen_attn", "_flash_attention_forward", "_scaled_dot_product_flash_attention"}
+
+
+class FakeCudaError(RuntimeError):
+    """An operator that a CUDA device would refuse."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """An operator that launches kernels on the device, or copies between host and device."""
+
+    operator: str
+    """Its name without namespace and overload, or `memcpy`."""
+    inputs: tuple[Any, ...]
+    out: Any
+    place: str = ""
+    """The function that called it, if it is known."""
+
+
+@dataclass
+class Record:
+    """What happened while it was recorded."""
+
+    num_launches: int = 0
+    operators: Counter[str] = field(default_factory=Counter)
+    waits: Counter[tuple[str, str]] = field(default_factory=Counter)
+    """How often the host waited, by function (`path:name`) and by what it waited with."""
+    doubles: Counter[tuple[str, str]] = field(default_factory=Counter)
+    """How often an operator made a tensor of float64 on the device, by function and operator."""
+    on_call: Callable[[Call], None] | None = None
+
+
+class FakeCuda(TorchDispatchMode):
+    """The device, while it is entered. Raises FakeCudaError for what a CUDA device would refuse."""
+
+    def __init__(self, answers: Mapping[str, Any] | None = None) -> None:
+        """`answers` are the values that the host reads, by the function (`path:name`) that reads them."""
+        super().__init__()
+        self._answers = answers or {}
+        self._fake = FakeTensorMode(allow_non_fake_inputs=True)
+        self._records: list[Record] = []
+        self._pinned = WeakIdKeyDictionary()
+
+    def __enter__(self) -> FakeCuda:
+        _replace_runtime(self)
+        torch._C._set_only_lift_cpu_tensors(
+            True
+        )  # or torch.tensor(..., device="cuda") asks for a real device
+        super().__enter__()
+        return self
+
+    @contextlib.contextmanager
+    def recording(self, on_call: Callable[[Call], None] | None = None) -> Iterator[Record]:
+        """Records what happens in the body. `on_call` is called for each operator on the device."""
+        record = Record(on_call=on_call)
+        self._records.append(record)
+        try:
+            yield record
+        finally:
+            self._records.remove(record)
+
+    def waited(self, how: str) -> str:
+        """Records that the host waits for the device. Returns the function that waits."""
+        place = calling_function()
+        for record in self._records:
+            record.waits[place, how] += 1
+        return place
+
+    def pin(self, tensor: Tensor) -> Tensor:
+        """Returns a copy in page-locked memory, from which copies need not wait."""
+        pinned = tensor.clone()
+        self._pinned[pinned] = True
+        return pinned
+
+    # -- operators --------------------------------------------------------------------------
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        name = func._schema.name.split("::")[1]
+        leaves = tree_leaves((args, kwargs))
+        if not any(_is_on_device(leaf) for leaf in leaves):
+            is_pinned = kwargs.pop("pin_memory", None)
+            out = func(*args, **kwargs)
+            if is_pinned:
+                self._pinned[out] = True
+            return out
+        if name in ("_to_copy", "copy_") and (copied := self._copied(name, func, args, kwargs)) is not None:
+            return copied
+        if (reads := _READS.get(name)) is not None:
+            return self._answer(name, reads, func, args, kwargs)
+        if name == "record_stream":
+            return None
+        if name == "_fused_sdp_choice":
+            return _choice_of_attention(*args, **kwargs)
+        if name in ("index", "index_put", "index_put_", "_index_put_impl_"):
+            args = (args[0], self._indices(args[1]), *args[2:])
+        _check_operands(name, args)
+        with self._fake:
+            out = func(*args, **kwargs)
+        if name not in NO_KERNEL and func._schema.name != "prim::device":
+            self._launched(name, (*args, kwargs), out)
+        return out
+
+    def _launched(self, name: str, inputs: tuple[Any, ...], out: Any) -> None:
+        doubles = [t for t in tree_leaves(out) if isinstance(t, Tensor) and t.dtype == torch.float64]
+        for record in self._records:
+            record.num_launches += 1
+            record.operators[name] += 1
+            if doubles:
+                record.doubles[calling_function(), name] += 1
+            if record.on_call is not None:
+                record.on_call(Call(name, inputs, out))
+
+    def _copied(self, name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+        """Returns the result of a copy between host and device, or None if it is no such copy."""
+        is_async = kwargs.get("non_blocking", False)
+        if name == "_to_copy":
+            source: Tensor = args[0]
+            to_device = torch.device(kwargs.get("device") or source.device).type == "cuda"
+            if to_device == isinstance(source, FakeTensor):
+                return None
+        else:
+            target, source = args[:2]
+            is_async = is_async or (len(args) > 2 and args[2])
+            to_device = isinstance(target, FakeTensor)
+            if to_device == isinstance(source, FakeTensor):
+                return None
+        host = source if to_device else (target if name == "copy_" else None)
+        if not is_async or host is None or host not in self._pinned:
+            what = "copy to the device" if to_device else "copy to the host"
+            place = self.waited(what if not is_async else f"{what} from memory that is not pinned")
+        else:
+            place = ""
+        if to_device:
+            inputs = [self._fake.from_tensor(arg) if arg is source else arg for arg in args]
+            with self._fake:
+                out = func(*inputs, **kwargs)
+        else:
+            dtype = kwargs.get("dtype") or source.dtype
+            out = torch.empty(source.shape, dtype=dtype) if name == "_to_copy" else target
+            out.fill_(self._answers.get(place, 0))
+        for record in self._records:
+            record.num_launches += 1
+            record.operators["memcpy"] += 1
+            if record.on_call is not None:
+                record.on_call(Call("memcpy", args, out))
+        return out
+
+    def _answer(
+        self, name: str, reads: Callable[..., Any], func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        place = self.waited(name)
+        with self._fake:
+            out = reads(self._answers.get(place), *args, **kwargs)
+        self._launched(name, args, out)
+        return out
+
+    def _indices(self, indices: Any) -> list[Tensor | None]:
+        """Returns the indices with masks as positions. A CUDA device waits to learn how many there are."""
+        found: list[Tensor | None] = []
+        for index in indices:
+            if index is None or not isinstance(index, Tensor):
+                found.append(index)
+                continue
+            if not isinstance(index, FakeTensor):
+                self.waited("index on the host")
+                found.append(index)
+            elif index.dtype in (torch.bool, torch.uint8):
+                self.waited("index with a mask")
+                with self._fake:
+                    size = max(1, index.numel() // 2)
+                    found += [index.new_empty(size, dtype=torch.int64) for _ in range(index.ndim)]
+            else:
+                found.append(index)
+        return found
+
+
+def _is_on_device(leaf: Any) -> bool:
+    return isinstance(leaf, FakeTensor) or (isinstance(leaf, torch.device) and leaf.type == "cuda")
+
+
+def _scalar(answer: Any, tensor: Tensor) -> Any:
+    if answer is None:
+        answer = 0
+    return (
+        bool(answer)
+        if tensor.dtype == torch.bool
+        else (float(answer) if tensor.is_floating_point() else int(answer))
+    )
+
+
+def _some_rows(tensor: Tensor, *shape: int) -> Tensor:
+    return tensor.new_empty(max(1, tensor.numel() // 2), *shape, dtype=torch.int64)
+
+
+_READS: dict[str, Callable[..., Any]] = {
+    "_local_scalar_dense": _scalar,
+    "equal": lambda answer, one, other: bool(answer),
+    "nonzero": lambda answer, tensor: _some_rows(tensor, tensor.ndim),
+    "masked_select": lambda answer, tensor, mask: tensor.new_empty(max(1, tensor.numel() // 2)),
+    "bincount": lambda answer, tensor, weights=None, minlength=0: tensor.new_empty(max(1, minlength)),
+}
+"""Operators that return a value to the host, or a tensor whose shape depends on values: the host has to wait.
+Each has a function that returns a possible result, given the caller's answer."""
+
+
+def _check_operands(name: str, args: tuple[Any, ...]) -> None:
+    """Raises FakeCudaError for operands that the operator's CUDA kernel would refuse."""
+    number = _PRODUCTS.get(name)
+    if number is None:
+        return
+    tensors = [t for t in args[:number] if isinstance(t, Tensor)]
+    if name in ("index_put_", "index_put"):
+        tensors = [args[0], args[2]]
+    if name.startswith(("index_", "scatter", "masked_")):
+        tensors = [t for t in tensors if t.dtype not in (torch.int64, torch.int32, torch.bool)]
+    dtypes = {tensor.dtype for tensor in tensors}
+    if len(dtypes) > 1:
+        raise FakeCudaError(
+            f"{name} of {' and '.join(sorted(map(str, dtypes)))}, in {calling_function()}: CUDA kernels take "
+            f"operands of one dtype"
+        )
+    if name in _FLASH and (dtypes - {torch.float16, torch.bfloat16} or args[0].shape[-1] > 256):
+        raise FakeCudaError(
+            f"{name} of {dtypes} with heads of {args[0].shape[-1]}, in {calling_function()}: flash attention "
+            f"takes 16 bits and heads of up to 256"
+        )
+
+
+def _choice_of_attention(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> int:
+    """Returns the kernel that torch chooses on a recent GPU: 1 flash, 2 memory-efficient, 0 products."""
+    attn_mask = args[0] if args else kwargs.get("attn_mask")
+    dtype_fits = query.dtype in (torch.float16, torch.bfloat16)
+    is_even = query.shape[-1] == value.shape[-1]
+    if attn_mask is None and dtype_fits and query.shape[-1] <= 256 and is_even:
+        return 1
+    return 2 if key.shape[1] == query.shape[1] and query.shape[-1] % (8 if dtype_fits else 4) == 0 else 0
+
+
+# -- the caller ---------------------------------------------------------------------------------
+
+_PACKAGES = ("cookbook", "transformers", "peft", "tests", "benchmarks")
+_ROOT = Path(__file__).parents[2]
+
+
+def calling_function() -> str:
+    """Returns the innermost function of the project, transformers or PEFT that is running: `path:name`."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        path = frame.f_code.co_filename
+        if not path.startswith(str(Path(__file__).parent)):
+            relative = _relative(path)
+            if relative is not None:
+                return f"{relative}:{frame.f_code.co_qualname.replace('.<locals>', '')}"
+        frame = frame.f_back
+    return "?"
+
+
+def _relative(path: str) -> str | None:
+    if path.startswith(f"{_ROOT}/") and "site-packages" not in path:
+        return path.removeprefix(f"{_ROOT}/")
+    _, found, tail = path.rpartition("site-packages/")
+    return tail if found and tail.startswith(("transformers/", "peft/", "fla/")) else None
+
+
+# -- the runtime --------------------------------------------------------------------------------
+
+
+class _Stream:
+    """A stream in which everything has already ended."""
+
+    device = DEVICE
+    cuda_stream = 0
+
+    def __init__(self, *_: Any, **__: Any) -> None: ...
+
+    def __enter__(self) -> _Stream:
+        return self
+
+    def __exit__(self, *_: Any) -> None: ...
+
+    def wait_stream(self, stream: Any) -> None: ...
+
+    def wait_event(self, event: Any) -> None: ...
+
+    def record_event(self, event: Any = None) -> Any:
+        return event or torch.cuda.Event()
+
+    def query(self) -> bool:
+        return True
+
+
+def _replace_runtime(device: FakeCuda) -> None:
+    """Replaces the functions of `torch.cuda` that ask the driver. They are not put back."""
+
+    class Stream(_Stream):
+        def synchronize(self) -> None:
+            device.waited("stream.synchronize")
+
+    class Event:
+        def __init__(self, **_: Any) -> None: ...
+
+        def record(self, stream: Any = None) -> None: ...
+
+        def wait(self, stream: Any = None) -> None: ...
+
+        def query(self) -> bool:
+            return True
+
+        def synchronize(self) -> None:
+            device.waited("event.synchronize")
+
+        def elapsed_time(self, other: Any) -> float:
+            return 1.0
+
+    properties = types.SimpleNamespace(
+        name="a fake H200", total_memory=TOTAL_MEMORY, major=9, minor=0, multi_processor_count=132
+    )
+    replaced: dict[str, Any] = {
+        "_lazy_init": lambda: None,
+        "is_available": lambda: True,
+        "is_initialized": lambda: True,
+        "device_count": lambda: 1,
+        "current_device": lambda: 0,
+        "set_device": lambda device: None,
+        "Stream": Stream,
+        "Event": Event,
+        "current_stream": lambda device=None: Stream(),
+        "default_stream": lambda device=None: Stream(),
+        "stream": lambda stream: contextlib.nullcontext(),
+        "synchronize": lambda device_=None: device.waited("torch.cuda.synchronize") and None,
+        "get_rng_state": lambda device=None: torch.zeros(16, dtype=torch.uint8),
+        "set_rng_state": lambda state, device=None: None,
+        "manual_seed": lambda seed: None,
+        "manual_seed_all": lambda seed: None,
+        "is_current_stream_capturing": lambda: False,
+        "is_bf16_supported": lambda *_, **__: True,
+        "get_device_properties": lambda device=None: properties,
+        "get_device_capability": lambda device=None: (properties.major, properties.minor),
+        "get_device_name": lambda device=None: properties.name,
+        "mem_get_info": lambda device=None: (TOTAL_MEMORY, TOTAL_MEMORY),
+        "memory_stats": lambda device=None: {},
+        "empty_cache": lambda: None,
+    }
+    for name in ("memory_reserved", "memory_allocated", "max_memory_reserved", "max_memory_allocated"):
+        replaced[name] = lambda device=None: 0
+    for name in ("reset_peak_memory_stats", "reset_accumulated_memory_stats"):
+        replaced[name] = lambda device=None: None
+    for name, value in replaced.items():
+        setattr(torch.cuda, name, value)
+    torch.Tensor.pin_memory = lambda self, *_: device.pin(self)  # type: ignore[method-assign, assignment]
+    torch.Tensor.is_pinned = lambda self, *_: self in device._pinned  # type: ignore[method-assign, assignment]
+    torch.nn.Module._apply = _apply  # type: ignore[method-assign]
+
+
+def _apply(module: torch.nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> torch.nn.Module:
+    """Does what `Module._apply` does. Torch cannot put a fake tensor into the place of a real parameter."""
+    made: dict[int, Any] = {}
+    for part in module.modules() if recurse else [module]:
+        for name, parameter in part._parameters.items():
+            if parameter is None:
+                continue
+            if id(parameter) not in made:
+                with torch.no_grad():
+                    made[id(parameter)] = torch.nn.Parameter(fn(parameter), parameter.requires_grad)
+            part._parameters[name] = made[id(parameter)]
+        for name, buffer in part._buffers.items():
+            if buffer is not None:
+                if id(buffer) not in made:
+                    made[id(buffer)] = fn(buffer)
+                part._buffers[name] = made[id(buffer)]
+    return module

@@ -1,0 +1,165 @@
+"""Runs what the engine does on a CUDA device, on the fake one, for the tiny models of families.
+
+    PYTHONPATH=.:tests/helpers python tests/cuda_rehearsal/rehearse.py FOLDER FAMILY ... [--planted]
+
+Prints a line of JSON for each family and activity: what was launched, where the host waited, where tensors of
+float64 were made, and the error if there was one. With `--planted` each defect of `planted` is tried too.
+"""
+
+from __future__ import annotations
+
+from benchmarks.fake_cuda import library
+
+library.load()  # before torch is imported
+
+import argparse  # noqa: E402
+import dataclasses  # noqa: E402
+import functools  # noqa: E402
+import json  # noqa: E402
+import sys  # noqa: E402
+from collections.abc import Callable, Iterator  # noqa: E402
+from pathlib import Path  # noqa: E402
+from typing import Any  # noqa: E402
+
+import families  # noqa: E402
+import numpy as np  # noqa: E402
+import peft  # noqa: E402, F401 - bitsandbytes, which it imports, asks for a CUDA device
+import transformers  # noqa: E402
+
+from benchmarks.fake_cuda.device import FakeCuda, Record  # noqa: E402
+from cookbook.engine.model.base_model import BaseModel  # noqa: E402
+from cookbook.engine.options import EngineOptions  # noqa: E402
+from cookbook.engine.training.losses import Loss  # noqa: E402
+from cookbook.engine.training.trainer import Trainer  # noqa: E402
+from cookbook.types import AdamParams, Datum, LoraConfig, ModelInput  # noqa: E402
+
+sys.path.insert(0, str(Path(__file__).parent))
+from planted import DEFECTS  # noqa: E402
+from waits import ANSWERS  # noqa: E402
+
+LENGTHS = (40, 3, 17, 90)
+NUM_SHARED = 32
+"""Two sequences begin with so many equal tokens, which are in a row once where they can be."""
+
+
+def make_data() -> list[Datum]:
+    rng = np.random.default_rng(0)
+    sequences = [rng.integers(3, 370, length + 1) for length in LENGTHS]
+    sequences[3][:NUM_SHARED] = sequences[0][:NUM_SHARED]
+    return [Datum(ModelInput.from_ints(ids[:-1]), {"target_tokens": ids[1:]}) for ids in sequences]
+
+
+class Rehearsal:
+    """A family's tiny model on the fake device, with the choices that its trial on the CPU led to."""
+
+    def __init__(self, name: str, folder: Path, device: FakeCuda) -> None:
+        self._device = device
+        self._published = str(families.save(name, folder / "published"))
+        self._truth = BaseModel(self._published, EngineOptions(device="cpu"))
+
+    @functools.cached_property
+    def base(self) -> BaseModel:
+        """The model on the device, for adapters."""
+        return self._load(is_trained=False)
+
+    def activities(self) -> Iterator[tuple[str, Callable[[], Record | None]]]:
+        yield "load", lambda: self.base and None
+        yield "train", lambda: self.train(self.base, rank=4)
+        yield "train without the head", lambda: self.train(self.base, rank=4, train_unembed=False)
+        yield "train all weights", lambda: self.train(self._load(is_trained=True), rank=0)
+
+    def planted(self) -> Iterator[tuple[str, Callable[[], Record | None]]]:
+        trainer = self._trainer(self.base, rank=4)
+        request = trainer.check(make_data(), "cross_entropy", None, trained_only=True)
+        for defect, loss_fn in DEFECTS.items():
+            with_defect = dataclasses.replace(request, loss=Loss(loss_fn, ("target_tokens",), {}))
+            yield f"planted: {defect}", functools.partial(self._record, trainer.forward_backward, with_defect)
+
+    def train(self, base: BaseModel, rank: int, train_unembed: bool = True) -> Record:
+        """Takes a step."""
+        trainer = self._trainer(base, rank, train_unembed)
+        request = trainer.check(make_data(), "cross_entropy", None, trained_only=True)
+
+        def step() -> None:
+            trainer.forward_backward(request)
+            trainer.optim_step(AdamParams(grad_clip_norm=1.0))
+
+        return self._record(step)
+
+    def _trainer(self, base: BaseModel, rank: int, train_unembed: bool = True) -> Trainer:
+        return Trainer(base, LoraConfig(rank=rank, seed=0, train_unembed=train_unembed))
+
+    def _record(self, work: Callable[..., Any], *arguments: Any) -> Record:
+        with self._device.recording() as record:
+            work(*arguments)
+        return record
+
+    def _load(self, is_trained: bool) -> BaseModel:
+        """Returns the model on the device.
+
+        Its trial there compares numbers that do not exist, so the result of the trial on the CPU is used.
+        """
+        options = EngineOptions(device="cuda", max_tokens_per_microbatch=1024, gradient_checkpointing="off")
+        base = BaseModel(self._published, options, is_trained)
+        if self._truth.is_packed and not base.is_packed:
+            raise AssertionError("it is not packed on the device, because a pass of its trial failed there")
+        base.is_packed, base.is_padded = self._truth.is_packed, self._truth.is_padded
+        base.has_plain_head = self._truth.has_plain_head
+        base.min_shared_tokens = self._truth.min_shared_tokens
+        base._logit_scaling = self._truth._logit_scaling
+        base.recurrent.passes_borders = self._truth.recurrent.passes_borders
+        base.model.set_attn_implementation(self._truth.model.config._attn_implementation)
+        return base
+
+
+def report(family: str, activity: str, run: Callable[[], Record | None]) -> None:
+    """Prints what happened in an activity."""
+    found: dict[str, Any] = {"family": family, "activity": activity, "error": None}
+    try:
+        record = run()
+        if record is not None:
+            found["launches"] = record.num_launches
+            found["operators"] = dict(record.operators)
+            found["waits"] = [[*key, count] for key, count in record.waits.items()]
+            found["doubles"] = [[*key, count] for key, count in record.doubles.items()]
+    except Exception as error:
+        found["error"] = _described(error)
+    print(json.dumps(found), flush=True)
+
+
+def _described(error: BaseException) -> str:
+    """Returns the first cause of an error, with the functions of the project that led to it."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    places, traceback = [], error.__traceback__
+    while traceback is not None:
+        path = traceback.tb_frame.f_code.co_filename
+        if "/torch/" not in path and "fake_cuda" not in path:
+            places.append(f"{Path(path).name}:{traceback.tb_lineno}")
+        traceback = traceback.tb_next
+    text = str(error).partition("\n")[0]
+    return f"{type(error).__name__}: {text[:300]} ({' < '.join(places[::-1][:6])})"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("families", nargs="+", choices=families.FAMILIES, metavar="FAMILY")
+    parser.add_argument("--planted", action="store_true", help="train the first family with each defect")
+    arguments = parser.parse_args()
+    transformers.utils.logging.disable_progress_bar()
+    for name in arguments.families:
+        device = FakeCuda(ANSWERS)
+        rehearsal = Rehearsal(name, arguments.folder / name, device)
+        with device:
+            for activity, run in rehearsal.activities():
+                report(name, activity, run)
+            if arguments.planted and name == arguments.families[0]:
+                for activity, run in rehearsal.planted():
+                    report(name, activity, run)
+
+
+if __name__ == "__main__":
+    main()

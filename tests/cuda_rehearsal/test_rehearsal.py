@@ -1,0 +1,103 @@
+"""The engine's CUDA branches run on a fake device: nothing is refused, and no step waits for the device.
+
+Torch's fake kernels find tensors on different devices, `benchmarks.fake_cuda` what they do not check: products
+of mixed dtypes, copies and conditions that make the host wait, and float64.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.fake_cuda import library
+
+ROOT = Path(__file__).parents[2]
+QUICK = ("qwen3",)
+
+pytestmark = pytest.mark.skipif(library.why_unavailable() is not None, reason=library.why_unavailable() or "")
+
+Found = dict[tuple[str, str], dict[str, Any]]
+
+
+def rehearse(folder: Path, *argv: str) -> Found:
+    """Returns what `rehearse.py` prints, by family and activity."""
+    path = os.pathsep.join(map(str, (ROOT, ROOT / "tests" / "helpers")))
+    ended = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("rehearse.py")), str(folder), *argv],
+        capture_output=True,
+        encoding="utf-8",
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        cwd=ROOT,
+    )
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    lines = [json.loads(line) for line in ended.stdout.splitlines()]
+    return {(line["family"], line["activity"]): line for line in lines}
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
+    return rehearse(tmp_path_factory.mktemp("rehearsal"), *QUICK, "--planted")
+
+
+def of(found: Found, family: str) -> dict[str, dict[str, Any]]:
+    """Returns what was found in a family's activities, without planted defects."""
+    return {
+        activity: line
+        for (name, activity), line in found.items()
+        if name == family and not activity.startswith("planted")
+    }
+
+
+@pytest.mark.parametrize("family", QUICK)
+def test_a_cuda_device_refuses_nothing(found: Found, family: str) -> None:
+    activities = of(found, family)
+    assert len(activities) == 4
+    assert {activity: line["error"] for activity, line in activities.items() if line["error"]} == {}
+    assert all(line["launches"] > 100 for activity, line in activities.items() if activity != "load")
+
+
+@pytest.mark.parametrize("family", QUICK)
+def test_a_step_neither_waits_for_the_device_nor_computes_in_float64(found: Found, family: str) -> None:
+    for activity, line in of(found, family).items():
+        assert line.get("waits", []) == [], activity
+        assert line.get("doubles", []) == [], activity
+
+
+@pytest.mark.parametrize(
+    ("defect", "error"),
+    [
+        ("tensor of the host", "same device"),
+        ("mixed dtypes", "mm of torch.bfloat16 and torch.float32"),
+        ("mixed dtypes in backward", "mm of torch.bfloat16 and torch.float32"),
+    ],
+)
+def test_an_operator_that_a_device_refuses_is_found(found: Found, defect: str, error: str) -> None:
+    assert error in found["qwen3", f"planted: {defect}"]["error"]
+
+
+@pytest.mark.parametrize(
+    ("defect", "how"),
+    [
+        ("item", "_local_scalar_dense"),
+        ("condition", "_local_scalar_dense"),
+        ("blocking copy", "copy to the device"),
+        ("copy from pageable memory", "copy to the device from memory that is not pinned"),
+        ("mask as index", "index with a mask"),
+        ("synchronize", "torch.cuda.synchronize"),
+    ],
+)
+def test_a_wait_for_the_device_is_found_with_its_function(found: Found, defect: str, how: str) -> None:
+    line = found["qwen3", f"planted: {defect}"]
+    function = "tests/cuda_rehearsal/planted.py:_" + defect.replace(" ", "_")
+    assert [function, how, 1] in line["waits"]
+
+
+def test_float64_on_the_device_is_found(found: Found) -> None:
+    functions = {function for function, *_ in found["qwen3", "planted: fp64"]["doubles"]}
+    assert "tests/cuda_rehearsal/planted.py:_fp64" in functions
