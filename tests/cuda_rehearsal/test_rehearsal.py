@@ -1,7 +1,7 @@
 """The engine's CUDA branches run on a fake device: nothing is refused, and no step waits for the device.
 
-Torch's fake kernels find tensors on different devices, `benchmarks.fake_cuda` what they do not check: products
-of mixed dtypes, copies and conditions that make the host wait, and float64.
+Torch's fake kernels find tensors on different devices, `benchmarks.fake_cuda` what they do not check:
+products of mixed dtypes, copies and conditions that make the host wait, and float64.
 """
 
 from __future__ import annotations
