@@ -3,24 +3,51 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import io
 import logging
+import threading
+import time
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import TextIO
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn
+from rich.text import Text
 
 from cookbook.loggers.base import MetricLogger, Metrics
 from cookbook.runs.rows import STEP_METRIC_PREFIXES
 from cookbook.utils import files
-from cookbook.utils.consoles import VisibleFormatter, plain, plain_line
+from cookbook.utils.consoles import PlainConsole, VisibleFormatter, plain, plain_line
 from cookbook.utils.control_characters import visible_entry
+
+MAX_SECONDS_OF_SILENCE = 60.0
+"""Where there is no bar, a line is printed at least this often."""
+
+
+def has_bar(console: Console) -> bool:
+    """Returns whether a progress bar can be shown: on a terminal that moves its cursor, or in a notebook."""
+    if console.is_jupyter:
+        return importlib.util.find_spec("ipywidgets") is not None
+    return console.is_terminal and not console.is_dumb_terminal
+
+
+class _TimeLeft(ProgressColumn):
+    """Shows the time left by the median of the last steps, also during a step that takes minutes."""
+
+    def render(self, task: Task) -> Text:
+        left, per_step, since = (task.fields[key] for key in ("left", "per_step", "since"))
+        if left is None:
+            return Text("-:--:--")
+        seconds = left - min(time.monotonic() - since, per_step)
+        return Text(str(timedelta(seconds=max(0, round(seconds)))))
 
 
 class ConsoleLogger(MetricLogger):
-    """Shows a progress bar on a terminal, otherwise prints a plain line from time to time."""
+    """Shows a progress bar on a terminal or in a notebook, otherwise prints a plain line at least once a
+    minute."""
 
     def __init__(self, console: Console, total_steps: int | None, first_step: int) -> None:
         """`total_steps` is None if it is unknown."""
@@ -28,16 +55,19 @@ class ConsoleLogger(MetricLogger):
         self._total_steps = total_steps
         self._lines_every = 20 if total_steps is None else max(1, total_steps // 20)
         self._progress: Progress | None = None
-        if console.is_terminal:
+        self._printed_at = time.monotonic()
+        self._say_what_runs(first_step)
+        if has_bar(console):
             self._progress = Progress(
                 TextColumn("step"),
                 MofNCompleteColumn(),
                 BarColumn(bar_width=None),
                 TextColumn("{task.fields[status]}", markup=False),
-                TimeRemainingColumn(),
+                _TimeLeft(),
                 console=console,
             )
-            self._task = self._progress.add_task("", total=total_steps, completed=first_step, status="")
+            fields = {"status": "", "left": None, "per_step": 0.0, "since": 0.0}
+            self._task = self._progress.add_task("", total=total_steps, completed=first_step, **fields)
             self._progress.start()
 
     def log(self, step: int, metrics: Metrics) -> None:
@@ -46,14 +76,29 @@ class ConsoleLogger(MetricLogger):
         if "train/nll" not in metrics:
             return
         status = f"nll {metrics['train/nll']:.3f}  {metrics['perf/tokens_per_second']:,.0f} tokens/s"
+        if (memory := metrics.get("perf/peak_memory_gib")) is not None:
+            status += f"  {memory:.1f} GiB"
+        left = metrics.get("perf/seconds_left")
+        now = time.monotonic()
+        self._say_what_runs(step + 1)
         if self._progress is not None:
-            self._progress.update(self._task, completed=step + 1, status=status)
-        elif (step + 1) % self._lines_every == 0 or step + 1 == self._total_steps:
-            of_all, left = "", ""
-            if self._total_steps is not None:
-                of_all, left = f"/{self._total_steps}", f"  {metrics['perf/seconds_left']:,.0f} s left"
-            line = f"step {step + 1}{of_all}  {status}{left}"
-            self._print(line)
+            steps_left = 1 if self._total_steps is None else max(1, self._total_steps - step - 1)
+            of_time = {"left": left, "per_step": (left or 0.0) / steps_left, "since": now}
+            self._progress.update(self._task, completed=step + 1, status=status, **of_time)
+            return
+        is_due = (step + 1) % self._lines_every == 0 or step + 1 == self._total_steps
+        if is_due or now - self._printed_at > MAX_SECONDS_OF_SILENCE / 2:
+            of_all = "" if self._total_steps is None else f"/{self._total_steps}"
+            until_end = "" if left is None else f"  {left:,.0f} s left"
+            self._print(f"step {step + 1}{of_all}  {status}{until_end}")
+            self._printed_at = now
+
+    def _say_what_runs(self, num_done: int) -> None:
+        """Tells the console what to print if nothing is printed for a while."""
+        if isinstance(self._console, PlainConsole):
+            of_all = "" if self._total_steps is None else f" of {self._total_steps}"
+            is_last = num_done == self._total_steps
+            self._console.activity = "the last evaluation" if is_last else f"step {num_done + 1}{of_all}"
 
     def _print(self, line: str) -> None:
         # A failing terminal must not end the run; other loggers have the metrics.
@@ -74,6 +119,40 @@ def _evaluation_lines(step: int, metrics: Metrics) -> list[str]:
         if first not in STEP_METRIC_PREFIXES and not is_part:
             shown.setdefault(first, []).append(f"{path} {value:.4f}")
     return [f"step {step}: {'  '.join(parts)}" for parts in shown.values()]
+
+
+class _Heartbeat:
+    """A context manager that prints a line whenever the console has been silent for a minute."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console if isinstance(console, PlainConsole) and not has_bar(console) else None
+        self._has_ended = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
+
+    def __enter__(self) -> None:
+        if self._console is not None:
+            self._thread.start()
+
+    def __exit__(self, *error: object) -> None:
+        self._has_ended.set()
+        if self._console is not None:
+            self._thread.join()
+
+    def _run(self) -> None:
+        console = self._console
+        assert console is not None
+        started, activity = time.monotonic(), console.activity
+        while True:
+            now = time.monotonic()
+            if activity != console.activity:
+                started, activity = now, console.activity
+            silent = now - console.printed_at
+            if silent >= MAX_SECONDS_OF_SILENCE:
+                with contextlib.suppress(OSError):  # a failing terminal must not end the run
+                    console.print(plain_line(f"still running: {activity}, {now - started:,.0f} s so far"))
+                silent = 0.0
+            if self._has_ended.wait(max(0.05, MAX_SECONDS_OF_SILENCE - silent)):
+                return
 
 
 class _ConsoleHandler(logging.Handler):
@@ -113,7 +192,8 @@ def logging_to(console: Console, path: Path) -> Iterator[None]:
     for handler in handlers:
         root.addHandler(handler)
     try:
-        yield
+        with _Heartbeat(console):
+            yield
     finally:
         for handler in handlers:
             root.removeHandler(handler)

@@ -8,6 +8,7 @@ tables.jsonl        tables of evaluators, such as samples: one row of a table pe
 checkpoints.jsonl   the checkpoints, the batch at which each one resumes, and which is the best
 checkpoints/<name>/ weights and optimizer; loads with plain PEFT
 environment.json    the machine and the versions of the last start
+estimate.json       memory, time and disk as estimated before the model was loaded
 report.html         all of it on one page, with the picture curves.png
 train.log           what was printed, with times
 ranks/<n>.log       the same for each other process, if several train together
@@ -51,8 +52,8 @@ IfLogPathExists: TypeAlias = Literal["resume", "raise", "delete", "ask"]
 
 RUN_FILES = (
     "config.json", "config_changes.jsonl", "data.json", "metrics.jsonl", "tables.jsonl", "checkpoints.jsonl",
-    "checkpoints", "environment.json", "report.html", "curves.png", "train.log", "ranks", "jobs", "inspect",
-    "trace.json", "tensorboard", "wandb", "wandb_run_id.txt", "trackio_run_name.txt",
+    "checkpoints", "environment.json", "estimate.json", "report.html", "curves.png", "train.log", "ranks",
+    "jobs", "inspect", "trace.json", "tensorboard", "wandb", "wandb_run_id.txt", "trackio_run_name.txt",
 )  # fmt: skip
 """The files that a run writes, and that `if_log_path_exists=delete` removes."""
 

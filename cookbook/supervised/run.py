@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from cookbook.clients.futures import APIFuture
 from cookbook.data.report import note_lines
 from cookbook.data.types import SKIPPED, SupervisedDataset
+from cookbook.engine.device_memory import peak_memory
 from cookbook.errors import TrainingError
 from cookbook.eval.evaluators import FAILURES, Evaluation, Evaluator, TrainingClientEvaluator, evaluate
 from cookbook.loggers import MetricLogger
@@ -128,7 +129,9 @@ class Run:
     def __init__(self, resources: Resources) -> None:
         self._resources = resources
         self._recent_seconds: deque[float] = deque(maxlen=20)
-        self._uniform_logprob = -math.log(resources.client.get_info().model_data.num_logits)
+        model = resources.client.get_info().model_data
+        self._uniform_logprob = -math.log(model.num_logits)
+        self._device = model.device
         self._was_uniform = False
 
     def __enter__(self) -> Run:
@@ -254,6 +257,7 @@ class Run:
             if r.start.total_steps is not None:
                 steps_left = r.start.total_steps - done.step - 1
                 metrics["perf/seconds_left"] = median(self._recent_seconds) * steps_left
+            metrics["perf/peak_memory_gib"] = peak_memory(self._device) / 2**30
             self._write_row(done.step, metrics, done.evaluation.tables)
             if done.save is not None:
                 name, path = checkpoint_name(done.step + 1), (await done.save).path

@@ -36,6 +36,7 @@ from cookbook.supervised.batches import BatchQueue
 from cookbook.supervised.best import BestTracker
 from cookbook.supervised.config import Config
 from cookbook.supervised.continuation import Start, find_start
+from cookbook.supervised.estimate import log_estimate
 from cookbook.supervised.preflight import check_evaluations, check_space
 from cookbook.supervised.run import Resources, Run
 from cookbook.supervised.step_times import StepTimes
@@ -74,6 +75,7 @@ async def start_run(config: Config, folder: RunFolder, checkpoints: CheckpointLo
         await stack.enter_context(batches).check()
         tracker, has_restarted = _track_best(config, folder, checkpoints, start.step, evaluators)
         known = _known_evaluation(folder, start.step)
+        estimated = log_estimate(config, train_data, start.total_steps) if folder.world.is_main else None
         recorder = Recorder()
         client = await _create_client(config, chat_format, folder, checkpoints, recorder, stack)
         model = client.get_info().model_data
@@ -90,6 +92,8 @@ async def start_run(config: Config, folder: RunFolder, checkpoints: CheckpointLo
         announce(config, folder, client, start, train_data, eval_data)
         if folder.world.is_main:
             environment.record(folder.path, model)
+            if estimated is not None:
+                estimated.record(folder.path)
         trace_path = folder.path / "trace.json" if config.trace and folder.world.is_main else None
         metric_loggers = _create_loggers(config, folder, start, known, console, stack)
         times = StepTimes(recorder, trace_path)

@@ -9,6 +9,7 @@ import os
 import re
 import sys
 import threading
+import time
 import traceback
 import warnings
 from collections.abc import Iterator
@@ -72,7 +73,7 @@ def _is_ascii(encoding: str) -> bool:
 # -- Rich -----------------------------------------------------------------------------------------
 
 
-def make_console(is_quiet: bool = False) -> Console:
+def make_console(is_quiet: bool = False) -> PlainConsole:
     """Returns a console for standard output, which wraps lines only for a terminal.
 
     Characters that standard output cannot encode are replaced. Neither markup nor the names of emoji are
@@ -80,12 +81,23 @@ def make_console(is_quiet: bool = False) -> Console:
     continues without printing.
     """
     replace_unprintable()
-    return _PlainConsole(
+    return PlainConsole(
         soft_wrap=not sys.stdout.isatty(), quiet=is_quiet, markup=False, emoji=False, highlight=False
     )
 
 
-class _PlainConsole(Console):
+class PlainConsole(Console):
+    """A console that knows when it last printed, and what its program is doing."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.printed_at = time.monotonic()
+        self.activity = "starting"
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        self.printed_at = time.monotonic()
+        super().print(*objects, **options)
+
     def on_broken_pipe(self) -> None:
         """Overrides Rich's method, which would end the program."""
         self.quiet = True

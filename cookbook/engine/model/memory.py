@@ -196,9 +196,9 @@ def measure_activations(
     def pack(tensor: Tensor) -> Tensor:
         # Returning the tensor itself would create a reference cycle that the garbage collector misses.
         values = tensor.detach()
-        storage = values.untyped_storage()
-        if storage.data_ptr() not in held:  # a frozen layer keeps a view of its weight
-            storages[storage.data_ptr()] = storage.nbytes()
+        address = _address(values)
+        if address not in held:  # a frozen layer keeps a view of its weight
+            storages[address] = values.untyped_storage().nbytes()
             kept.append(values)  # keeps the tensor alive, so that its address is not reused
         return values
 
@@ -211,7 +211,13 @@ def measure_activations(
 def addresses(tensors: Iterable[Tensor]) -> set[int]:
     """Returns the addresses of the tensors' storages. Views share the storage of their tensor."""
     held = (tensor.packed_EB if isinstance(tensor, StackedIn4Bits) else tensor for tensor in tensors)
-    return {tensor.untyped_storage().data_ptr() for tensor in held}
+    return {_address(tensor) for tensor in held}
+
+
+def _address(tensor: Tensor) -> int:
+    """Returns the address of a tensor's storage, or of its description on the device "meta"."""
+    storage = tensor.untyped_storage()
+    return storage.data_ptr() or storage._cdata
 
 
 def bytes_for_sampling(device: torch.device, held: int = 0) -> int:
@@ -220,7 +226,7 @@ def bytes_for_sampling(device: torch.device, held: int = 0) -> int:
     `held` bytes of them are taken already.
     """
     if device.type != "cuda":
-        return _total_memory(device) // 4
+        return total_memory(device) // 4
     free, _ = torch.cuda.mem_get_info(device)
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return int(0.8 * (free + unused + held))
@@ -229,11 +235,16 @@ def bytes_for_sampling(device: torch.device, held: int = 0) -> int:
 def usable_memory(device: torch.device) -> float:
     """Returns the number of bytes to use. Processes of one machine share its memory, but each has a GPU."""
     if device.type == "cuda":
-        return _total_memory(device) * _USABLE["cuda"]
-    return _total_memory(device) * _USABLE["cpu"] / processes.local_size()
+        return total_memory(device) * _USABLE["cuda"]
+    return total_memory(device) * _USABLE["cpu"] / processes.local_size()
 
 
-def _total_memory(device: torch.device) -> int:
+def usable_share(device_type: str) -> float:
+    """Returns the share of a device's memory that is used, as in `usable_memory`."""
+    return _USABLE["cuda" if device_type == "cuda" else "cpu"]
+
+
+def total_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -98,11 +98,12 @@ def _read_by_peft(model: Any, keys: Iterable[str]) -> dict[str, str]:
     from peft import LoraConfig
 
     keys = list(keys)
-    numbered = {key: torch.tensor(number) for number, key in enumerate(keys) if ".lora_" in key}
     read = {key: key for key in keys}
-    for name, number in convert(model, LoraConfig(), numbered).items():
-        if number.ndim == 0:
-            read[keys[int(number)]] = name
+    with torch.device("cpu"):  # an estimate makes adapters on "meta", where numbers cannot be read
+        numbered = {key: torch.tensor(number) for number, key in enumerate(keys) if ".lora_" in key}
+        for name, number in convert(model, LoraConfig(), numbered).items():
+            if number.ndim == 0:
+                read[keys[int(number)]] = name
     return read
 
 

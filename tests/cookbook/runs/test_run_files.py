@@ -13,7 +13,7 @@ from recipes import sft
 
 WRITTEN_BY_ANY_RUN = {
     "checkpoints", "checkpoints.jsonl", "config.json", "curves.png", "data.json", "environment.json",
-    "metrics.jsonl", "report.html", "train.log",
+    "estimate.json", "metrics.jsonl", "report.html", "train.log",
 }  # fmt: skip
 KEYS = [
     "max_steps=2", "batch_size=2", "test_size=2", "lora_rank=1", "train_mlp=False", "train_unembed=False",

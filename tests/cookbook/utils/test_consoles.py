@@ -111,7 +111,7 @@ def test_python_s_hooks_are_restored_when_a_program_ends() -> None:
 # -- Rich -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("console", [Console, lambda **more: consoles._PlainConsole(**more)])
+@pytest.mark.parametrize("console", [Console, lambda **more: consoles.PlainConsole(**more)])
 def test_any_console_prints_plain_text_unchanged(console: type[Console]) -> None:
     out = io.StringIO()
     table = Table(box=None)
