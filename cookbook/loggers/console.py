@@ -124,8 +124,9 @@ def _evaluation_lines(step: int, metrics: Metrics) -> list[str]:
 class _Heartbeat:
     """A context manager that prints a line whenever the console has been silent for a minute."""
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, max_seconds: float = MAX_SECONDS_OF_SILENCE) -> None:
         self._console = console if isinstance(console, PlainConsole) and not has_bar(console) else None
+        self._max_seconds = max_seconds
         self._has_ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
 
@@ -147,11 +148,11 @@ class _Heartbeat:
             if activity != console.activity:
                 started, activity = now, console.activity
             silent = now - console.printed_at
-            if silent >= MAX_SECONDS_OF_SILENCE:
+            if silent >= self._max_seconds:
                 with contextlib.suppress(OSError):  # a failing terminal must not end the run
                     console.print(plain_line(f"still running: {activity}, {now - started:,.0f} s so far"))
                 silent = 0.0
-            if self._has_ended.wait(max(0.05, MAX_SECONDS_OF_SILENCE - silent)):
+            if self._has_ended.wait(max(0.05, self._max_seconds - silent)):
                 return
 
 

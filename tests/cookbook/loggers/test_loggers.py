@@ -10,9 +10,11 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
+from waiting import wait_until
 
 from cookbook.loggers import ConsoleLogger, JsonlLogger, WandbLogger, logging_to
-from cookbook.utils.consoles import VisibleFormatter
+from cookbook.loggers.console import MAX_SECONDS_OF_SILENCE, _Heartbeat, _TimeLeft
+from cookbook.utils.consoles import PlainConsole, VisibleFormatter
 from cookbook.utils.tables import Cell, Table
 
 STEP = {"train/nll": 1.25, "perf/tokens_per_second": 1234.0, "perf/seconds_left": 60.0}
@@ -159,3 +161,44 @@ def test_wandb_gets_tables_with_all_their_cells(tmp_path: Path, monkeypatch: pyt
     content = json.loads(file.read_text(encoding="utf-8"))
     assert content["columns"] == ["prompt", "reply", "score"]
     assert content["data"] == rows
+
+
+def test_the_time_left_stays_on_the_bar_during_a_slow_step() -> None:
+    out = io.StringIO()
+    console = Console(file=out, width=100, force_terminal=True, color_system=None)
+    bar = ConsoleLogger(console, total_steps=10, first_step=0)
+    bar.log(0, {**STEP, "perf/seconds_left": 900.0, "perf/peak_memory_gib": 1.5})
+    assert bar._progress is not None
+    (task,) = bar._progress.tasks
+    task.fields["since"] -= 3600.0  # the next step runs for an hour already
+    assert str(_TimeLeft().render(task)) == "0:13:20"  # 900 s without the 100 s of that step
+    bar.close()
+    assert "1.5 GiB" in out.getvalue()
+
+
+def test_a_dumb_terminal_gets_lines_and_no_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "dumb")
+    out = io.StringIO()
+    logger = ConsoleLogger(Console(file=out, width=80, force_terminal=True), total_steps=2, first_step=0)
+    for step in range(2):
+        logger.log(step, STEP)
+    assert len(out.getvalue().splitlines()) == 2
+
+
+def test_steps_that_are_slower_than_a_minute_are_printed_each() -> None:
+    out = io.StringIO()
+    logger = ConsoleLogger(Console(file=out, width=80), total_steps=1000, first_step=0)
+    logger.log(0, STEP)
+    assert out.getvalue() == ""
+    logger._printed_at -= MAX_SECONDS_OF_SILENCE
+    logger.log(1, STEP)
+    assert out.getvalue().startswith("step 2/1000  nll")
+
+
+def test_a_silent_console_says_what_still_runs() -> None:
+    out = io.StringIO()
+    console = PlainConsole(file=out, width=80)
+    ConsoleLogger(console, total_steps=4, first_step=2)
+    with _Heartbeat(console, max_seconds=0.1):
+        assert wait_until(lambda: out.getvalue().count("\n") >= 2)
+    assert re.fullmatch(r"(still running: step 3 of 4, \d+ s so far\n)+", out.getvalue())
