@@ -172,6 +172,7 @@ ANSWERS: Mapping[str, str] = {
     "loss": "The loss is the cross-entropy of the trained tokens. Remove it",
     "loss_type": "The loss is the cross-entropy of the trained tokens. Remove it",
     "gradient_checkpointing_kwargs": _ACTIVATIONS,
+    "full_determinism": "Use `deterministic`",
     "use_gradient_checkpointing": _ACTIVATIONS,
     "disable_gradient_checkpointing": _ACTIVATIONS,
     "enable_activation_checkpointing": _ACTIVATIONS,

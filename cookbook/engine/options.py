@@ -20,8 +20,8 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 class EngineOptions:
     """All options except `dtype` and `quantization` change results by rounding at most.
 
-    `device` is "auto" (CUDA if there is one) or a torch device. `dtype` is "auto" (bfloat16 on CUDA, float32
-    on CPU), "float32", "bfloat16" or "float16". Adapters are always float32.
+    `device` is "auto" (CUDA if there is one) or a torch device. `dtype` is "auto" (bfloat16 on CUDA, or float16
+    where the device has no bfloat16, and float32 on CPU), "float32", "bfloat16" or "float16". Adapters are always float32.
     """
 
     device: str = "auto"
@@ -38,6 +38,9 @@ class EngineOptions:
     shard: Shard = "auto"
     """Whether each of several processes holds all base weights ("none") or a part of them ("full").
     "auto": a part if all weights, with the memory that training adds, do not fit on one device."""
+    deterministic: bool = False
+    """Compute the same bits each time on the same device and versions. On CUDA this makes backward passes
+    slower; on a CPU it is so in any case."""
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
@@ -72,7 +75,10 @@ class EngineOptions:
 
 
 def check_device(device: str) -> None:
-    """Raises ConfigError if this machine lacks the device. Imports torch only for CUDA."""
+    """Raises ConfigError if this machine lacks the device, or its torch is too old for CUDA.
+
+    Imports torch only for CUDA, and checks "auto" only where several processes need a device each.
+    """
     if device == "cpu" or (device == "auto" and not processes.is_one_of_many()):
         return
     import torch
@@ -80,6 +86,8 @@ def check_device(device: str) -> None:
     num_devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device == "auto" and not num_devices:
         return
+    if num_devices:
+        check_torch(torch.__version__)
     if not num_devices:
         raise ConfigError(f"device={device!r}, but this machine has no CUDA device. Use device=auto.")
     _, _, index = device.partition(":")
@@ -92,4 +100,14 @@ def check_device(device: str) -> None:
         raise ConfigError(
             f"{processes.local_size()} processes on a machine of {num_devices} CUDA devices: each needs one. "
             f"Start with --nproc-per-node={num_devices}, or use device=cpu."
+        )
+
+
+def check_torch(version: str) -> None:
+    """Raises ConfigError if torch is too old for CUDA: its variable-length attention lacks arguments."""
+    numbers = re.match(r"(\d+)\.(\d+)", version)
+    if numbers is None or (int(numbers[1]), int(numbers[2])) < (2, 12):
+        raise ConfigError(
+            f"CUDA needs torch 2.12 or newer, and found {version}, with which packed sequences would run one "
+            f"at a time. Run `pip install --upgrade torch`, or use device=cpu."
         )

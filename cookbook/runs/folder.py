@@ -67,6 +67,7 @@ HARMLESS_KEYS = {
 
 ROUNDING_KEYS = {
     "device", "max_tokens_per_microbatch", "gradient_checkpointing", "compile", "shard",
+    "deterministic",
 }  # fmt: skip
 """Keys that change results only by rounding. A run continues if they change, and logs it."""
 

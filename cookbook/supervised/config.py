@@ -144,7 +144,9 @@ class Config:
     submit_ahead: int = _field(default=1, doc="number of steps queued ahead of the running one")
     device: str = _field(default="auto", doc="auto (CUDA when there is one), cpu, cuda or cuda:N")
     dtype: str = _field(
-        default="auto", doc="of the base model: auto (bfloat16 on CUDA, float32 on CPU) or a name"
+        default="auto",
+        doc="of the base model: a name, or auto (bfloat16 on CUDA, float16 on CUDA devices that have none, "
+        "float32 on CPU)",
     )
     max_tokens_per_microbatch: int | None = _field(
         default=None,
@@ -161,6 +163,9 @@ class Config:
         default="auto",
         doc="sharding over processes (torchrun): each holds all base weights (none), a shard of them "
         "(full), or what fits (auto)",
+    )
+    deterministic: bool = _field(
+        default=False, doc="compute the same bits each time on CUDA too, so that resumes are bit-exact; slower"
     )
     trace: bool = _field(default=False, doc="write trace.json: what ran when, for https://ui.perfetto.dev")
     wandb_project: str | None = _field(default=None, doc="Weights & Biases project; default: do not use it")

@@ -164,6 +164,64 @@ def install_kernels(patch: pytest.MonkeyPatch, modeling: ModuleType, keep_apart:
     return calls
 
 
+def install_cuda_runtime(
+    patch: pytest.MonkeyPatch,
+    num_devices: int = 2,
+    capability: tuple[int, int] = (9, 0),
+    is_initialized: bool = False,
+    torch_version: str = torch.__version__,
+) -> list[tuple[str, Any]]:
+    """Replaces the CUDA runtime by one with these devices, on which nothing can be computed.
+
+    Returns a list of what is called: ("set_device", the device), ("record", the device of the stream).
+    """
+    calls: list[tuple[str, Any]] = []
+    current = [torch.device("cuda", 0)]
+
+    class Event:
+        def __init__(self, **options: Any) -> None:
+            pass
+
+        def record(self, stream: Any = None) -> None:
+            calls.append(("record", current[0] if stream is None else stream.device))
+
+        def synchronize(self) -> None:
+            pass
+
+    def set_device(device: torch.device) -> None:
+        calls.append(("set_device", device))
+        current[0] = device
+
+    runtime = {
+        "is_available": lambda: True,
+        "is_initialized": lambda: is_initialized,
+        "device_count": lambda: num_devices,
+        "current_device": lambda: current[0].index,
+        "current_stream": lambda device=None: SimpleNamespace(device=device or current[0]),
+        "set_device": set_device,
+        "get_device_capability": lambda device=None: capability,
+        "get_device_name": lambda device=None: "a device",
+        "Event": Event,
+    }
+    for name, value in runtime.items():
+        patch.setattr(torch.cuda, name, value)
+    patch.setattr(torch.version, "cuda", "13.0")
+    patch.setattr(torch, "__version__", torch_version)
+    return calls
+
+
+@contextlib.contextmanager
+def fake_cuda_tensors(patch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Makes new tensors fake ones, without values, which may be on devices of `install_cuda_runtime`."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    empty = torch.empty
+    patch.setattr(torch, "empty", lambda *args, pin_memory=False, **options: empty(*args, **options))
+    patch.setattr(FakeTensorMode, "avoid_device_init", property(lambda mode: True))
+    with FakeTensorMode():
+        yield
+
+
 @contextlib.contextmanager
 def run_varlen_attention_on_the_cpu() -> Iterator[None]:
     """Replaces the variable-length attention of torch, which needs CUDA, by a plain softmax in fp64.

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AttentionInterface
 
+from cookbook.engine import devices
 from cookbook.engine.model import tree_attention
 from cookbook.engine.model.prefix_tree import Segment
 from cookbook.engine.model.tree_attention import TreeLayout, VarlenTreeAttention
@@ -84,8 +85,9 @@ def packed_attention(
     cache holds for it; further tokens are padding, and their result is 0. `softcap` bounds the scores (Gemma
     2). `s_aux` is one score per head without a key (the attention sinks of gpt-oss).
 
-    On CUDA one variable-length kernel processes all sequences of a row. On other devices, and with a softcap
-    or sinks, sequences run one at a time. In both cases no sequence affects another, bit for bit.
+    On CUDA one variable-length kernel processes all sequences of a row in half precision. On other devices
+    (`devices.has_varlen_attention`), and with a softcap or sinks, sequences run one at a time. In all cases
+    no sequence affects another, bit for bit.
     """
     if layout is not None and layout.windows_seen is not None:
         layout.windows_seen.append(sliding_window)
@@ -100,7 +102,8 @@ def packed_attention(
         key_BHTD, value_BHTD = layout.cache.store(module, key_BHTD, value_BHTD)
         qkv = query_BHTD, key_BHTD, value_BHTD
     is_half = query_BHTD.dtype in (torch.bfloat16, torch.float16)
-    if is_plain and layout is not None and query_BHTD.is_cuda and is_half:
+    is_varlen = layout is not None and is_half and devices.has_varlen_attention(query_BHTD.device)
+    if is_plain and layout is not None and is_varlen:
         return _varlen(*qkv, layout, scaling, sliding_window), None
 
     tree = layout.tree if layout is not None else None

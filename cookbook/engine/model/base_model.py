@@ -18,13 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from cookbook import models
-from cookbook.engine import processes
+from cookbook.engine import devices, processes
 from cookbook.engine.model import architecture, attention, fsdp, linear_scan, unembedding, vocabulary
 from cookbook.engine.model.adapters import GLOBAL_STATE, Adapters
 from cookbook.engine.model.architecture import LogitScaling
 from cookbook.engine.model.attention import AttentionLayout
 from cookbook.engine.model.compiling import compile_layers
-from cookbook.engine.model.loading import load_model, resolve_device, resolve_dtype, return_freed_memory
+from cookbook.engine.model.loading import load_model, return_freed_memory
 from cookbook.engine.model.memory import (
     checkpointed_layers,
     decoder_layers,
@@ -82,8 +82,7 @@ class BaseModel:
         self.add_tokens = add_tokens
         self.options = options or EngineOptions()
         self.world = processes.current().duplicate()
-        self.device = resolve_device(self.options.device)
-        self.dtype = resolve_dtype(self.options.dtype, self.device)
+        self.device, self.dtype = devices.resolve(self.options)
         self.tokenizer = models.get_tokenizer(model_name, add_tokens)
         with GLOBAL_STATE:
             self.is_sharded = fsdp.should_shard(
@@ -241,6 +240,7 @@ class BaseModel:
             logger.info("%s runs one sequence at a time: it cannot be packed (%s).", self.name, reason)
         else:
             logger.info("%s computes what sequences share for each of them (%s).", self.name, cannot_share)
+        warn_if_slow(self.name, self.device, self.is_padded, cannot_share)
 
     def _check_causal(self, sequence: TokenSequence, expected_S: Tensor) -> None:
         """Raises ModelError if a token's log-probability changes with a later token, as in prefix models."""
@@ -446,6 +446,16 @@ class BaseModel:
         """Resets the shards after a pass that failed or whose backward part does not run."""
         if self.is_sharded:
             fsdp.reset(self.model)
+
+
+def warn_if_slow(name: str, device: torch.device, is_padded: bool, reason: str) -> None:
+    """Warns about a model on CUDA whose sequences do not share rows, for this reason."""
+    if device.type != "cuda":
+        return
+    how = "in batches that are padded to the longest" if is_padded else "one at a time"
+    logger.warning(
+        "%s cannot be packed on %s (%s). Its sequences run %s, which is slower.", name, device, reason, how
+    )
 
 
 def _log_probabilities(logits_SV: Tensor, targets_S: Tensor) -> Tensor:

@@ -32,10 +32,17 @@ from cookbook.utils import pretrained
 
 
 def train_all(model: Any) -> dict[str, nn.Parameter]:
-    """Makes the weights trainable that text reaches, and returns them by name. Tied weights have one name."""
+    """Makes the weights trainable that text reaches, and returns them by name. Tied weights have one name.
+
+    The gradient of the projection to the vocabulary, a sum over all positions, is kept in fp32. FSDP reduces
+    gradients of one dtype alone.
+    """
     weights = _weights_for_text(model)
     for weight in weights.values():
         weight.requires_grad_(True)
+    if not fsdp.is_sharded(model):
+        for weight in model.get_output_embeddings().parameters():
+            weight.grad_dtype = torch.float32  # torch 2.10 and newer; older ones ignore it
     return weights
 
 

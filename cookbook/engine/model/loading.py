@@ -10,10 +10,9 @@ from typing import Any
 import torch
 
 from cookbook import models
-from cookbook.engine import processes
 from cookbook.engine.model import expert_lora, text_part
 from cookbook.engine.model import quantization as quantized
-from cookbook.engine.options import Quantization, check_device
+from cookbook.engine.options import Quantization
 from cookbook.utils import pretrained
 
 
@@ -71,21 +70,3 @@ def return_freed_memory() -> None:
     libc = ctypes.CDLL(None)
     if hasattr(libc, "malloc_trim"):
         libc.malloc_trim(0)
-
-
-def resolve_device(device: str) -> torch.device:
-    """Returns the torch device. If several processes run on a machine, each has its own CUDA device."""
-    check_device(device)
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    resolved = torch.device(device)
-    if resolved.type == "cuda" and processes.is_one_of_many():
-        resolved = torch.device("cuda", processes.local_rank())
-        torch.cuda.set_device(resolved)  # applies to this thread only, which is the engine's
-    return resolved
-
-
-def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    if dtype == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[dtype]

@@ -198,8 +198,8 @@ def score_and_backpropagate(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns log-probabilities [S], the summed loss, and its gradient by the hidden states [S, D].
 
-    The gradients of the head's trained parameters are added to their `.grad`. The loss has to be a sum over
-    positions, in which each term depends on one position's log-probability.
+    The gradients of the head's trained parameters are summed in fp32 and added to their `.grad`. The loss has
+    to be a sum over positions, in which each term depends on one position's log-probability.
     """
     num_positions, vocab_size, kept = head.blocks.positions, len(head.weight_VD), None
     if head.trained_keys():
@@ -208,6 +208,7 @@ def score_and_backpropagate(
     logprobs_S = torch.empty(len(targets_S), device=hidden_SD.device)
     grad_SD = torch.empty_like(hidden_SD)
     loss = torch.zeros((), device=hidden_SD.device)
+    gradients = _Gradients()
     for part in _chunks(len(targets_S), num_positions):
         chunk = _Logprobs(head.at(part), hidden_SD[part], targets_S[part], with_gradient=True, kept=kept)
         with torch.enable_grad():
@@ -215,8 +216,9 @@ def score_and_backpropagate(
             chunk_loss = token_loss(logprobs_C, part)
             (grad_C,) = torch.autograd.grad(chunk_loss, logprobs_C)
         logprobs_S[part] = logprobs_C.detach()
-        grad_SD[part] = chunk.backward(grad_C)
+        grad_SD[part] = chunk.backward(grad_C, gradients)
         loss += chunk_loss.detach()
+    gradients.add_to_parameters()
     return logprobs_S, loss, grad_SD
 
 
@@ -301,16 +303,16 @@ class _Logprobs:
         """Whether each target's logit exceeds all others. Valid only with `compares`."""
         self.mean_CQ = mean_CQ.div_(total_C1)
 
-    def backward(self, grad_C: Tensor) -> Tensor:
+    def backward(self, grad_C: Tensor, gradients: _Gradients) -> Tensor:
         """Returns the gradient by the hidden states [C, D], given the gradient by the log-probabilities.
 
-        The gradients of the head's trained parameters are added to their `.grad`.
+        The gradients of the head's trained parameters are added to `gradients`.
         """
         head, targets_C = self.head, self.targets_C1[:, 0]
         grad_C1 = grad_C[:, None]
         slope_C1 = 1.0 if head.softcap is None else 1 - (self.target_C1 / head.softcap).square()
         for columns, parameter in head.trained_keys():
-            gradient = _gradient(parameter)
+            gradient = gradients.of(parameter)
             gradient = gradient if gradient.ndim == 2 else gradient[:, None]
             queries_CQ = self.queries_CQ[:, columns].float()
             gradient.index_add_(0, targets_C, (queries_CQ * (grad_C1 * slope_C1)).to(gradient.dtype))
@@ -318,7 +320,7 @@ class _Logprobs:
                 weighted_CQ = queries_CQ * (grad_C1 * (highest_C1 - self.log_total_C1).exp())
                 _add_product(gradient[rows], terms_CK.T, -weighted_CQ.to(terms_CK.dtype))
         if head.rows is not None and head.rows.values_MD.requires_grad:
-            self._backward_rows(head.rows, grad_C1)
+            self._backward_rows(head.rows, grad_C1, gradients)
         grad_CQ = (slope_C1 * head.keys(targets_C)).float().sub_(self.mean_CQ).mul_(grad_C1) * head.scale
         size = self.hidden_CD.shape[1]
         if head.lora is None:
@@ -326,13 +328,13 @@ class _Logprobs:
         a_RD = head.lora.a_RD
         grad_CR = grad_CQ[:, size : size + a_RD.shape[0]] * head.lora.scaling
         if a_RD.requires_grad:
-            _gradient(a_RD).add_(grad_CR.T @ head.lora.drop(self.hidden_CD).to(grad_CR.dtype))
+            gradients.of(a_RD).add_(grad_CR.T @ head.lora.drop(self.hidden_CD).to(grad_CR.dtype))
         if head.lora.keys_S is None:
             return torch.addmm(grad_CQ[:, :size], grad_CR, a_RD.to(grad_CR.dtype))
         return grad_CQ[:, :size] + head.lora.drop(grad_CR @ a_RD.to(grad_CR.dtype))
 
-    def _backward_rows(self, rows: TrainedRows, grad_C1: Tensor) -> None:
-        """Adds the gradient of the trained rows to their `.grad`, by the formula for trained weights."""
+    def _backward_rows(self, rows: TrainedRows, grad_C1: Tensor, gradients: _Gradients) -> None:
+        """Adds the gradient of the trained rows to `gradients`, by the formula for trained weights."""
         head, columns = self.head, slice(0, rows.values_MD.shape[1])
         index_M = torch.tensor(rows.indices, device=self.queries_CQ.device)
         logits_CM = product(self.queries_CQ, head.keys(index_M).T)
@@ -343,8 +345,7 @@ class _Logprobs:
         is_target_CM = self.targets_C1 == index_M
         coefficients_CM = (is_target_CM.float() - (logits_CM - self.log_total_C1).exp()) * slope_CM * grad_C1
         gradient_MD = coefficients_CM.T @ self.queries_CQ[:, columns].float()
-        gradient = _gradient(rows.values_MD)
-        gradient.add_(gradient_MD.to(gradient.dtype))
+        gradients.of(rows.values_MD).add_(gradient_MD)
 
 
 def _chunks(length: int, at_most: int) -> list[slice]:
@@ -373,7 +374,29 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
         total.add_(product(a, b))
 
 
-def _gradient(parameter: Tensor) -> Tensor:
-    if parameter.grad is None:
-        parameter.grad = torch.zeros_like(parameter)
-    return parameter.grad
+class _Gradients:
+    """Sums of the gradients of parameters in fp32, also for parameters in half precision.
+
+    A sum of 1,000 terms in bfloat16 loses almost half of its value: each term is rounded away against it.
+    """
+
+    def __init__(self) -> None:
+        self._sums: dict[Tensor, Tensor] = {}
+
+    def of(self, parameter: Tensor) -> Tensor:
+        """Returns the sum to add to. It is the parameter's `.grad` if that is in fp32 already."""
+        if parameter.grad is not None and parameter.grad.dtype == torch.float32:
+            return parameter.grad
+        if parameter not in self._sums:
+            self._sums[parameter] = torch.zeros_like(parameter, dtype=torch.float32)
+        return self._sums[parameter]
+
+    def add_to_parameters(self) -> None:
+        """Adds the sums to the `.grad` of their parameters, in the dtype that these accept there."""
+        for parameter, total in self._sums.items():
+            if parameter.grad is None:
+                dtype = getattr(parameter, "grad_dtype", None) or parameter.dtype  # torch 2.10 and newer
+                parameter.grad = total.to(dtype)
+            else:
+                parameter.grad.add_(total)
+        self._sums.clear()

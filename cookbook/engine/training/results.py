@@ -91,15 +91,17 @@ class Readback:
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self._event: torch.cuda.Event | None = None
         self._host = [tensor.detach() for tensor in tensors]
-        if any(tensor.is_cuda for tensor in tensors):
+        device = next((tensor.device for tensor in tensors if tensor.is_cuda), None)
+        if device is not None:
             self._host = [
                 torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(
                     tensor, non_blocking=True
                 )
                 for tensor in self._host
             ]
+            # The current stream is that of the thread's device, on which these tensors may not be.
             self._event = torch.cuda.Event()
-            self._event.record()
+            self._event.record(torch.cuda.current_stream(device))
 
     def arrays(self) -> list[np.ndarray]:
         if self._event is not None:

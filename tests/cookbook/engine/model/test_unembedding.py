@@ -88,6 +88,25 @@ def by_autograd(head: Head, hidden_SD: Tensor, targets_S: Tensor, weights_S: Ten
     }
 
 
+@pytest.mark.parametrize("keeps_fp32", [True, False])
+def test_the_gradient_of_a_half_precision_head_is_summed_in_fp32(keeps_fp32: bool) -> None:
+    """1,000 positions with one target: in bfloat16 each term would be rounded away against the sum."""
+    generator = torch.Generator().manual_seed(0)
+    head = make_head(full=True, bias=True, dtype=torch.bfloat16)
+    trained = [head.weight_VD, head.bias_V]
+    if keeps_fp32:
+        for parameter in trained:
+            parameter.grad_dtype = torch.float32
+    hidden_SD = (torch.randn(1, HIDDEN_SIZE, generator=generator).expand(1000, -1) * 0.1).bfloat16()
+    targets_S, weights_S = torch.full((1000,), 7), torch.ones(1000)
+    expected = by_autograd(head, hidden_SD, targets_S, weights_S)
+    score_and_backpropagate(head, hidden_SD, targets_S, lambda logprobs, part: -logprobs.sum())
+    for parameter, name in zip(trained, ("weight", "bias"), strict=True):
+        assert parameter.grad.dtype == (torch.float32 if keeps_fp32 else torch.bfloat16)
+        scale = float(expected[name].abs().max())
+        torch.testing.assert_close(parameter.grad.double(), expected[name], rtol=0, atol=0.01 * scale)
+
+
 @pytest.mark.parametrize("softcap", [None, 3.0])
 @pytest.mark.parametrize("scale", [1.0, 0.25])
 @pytest.mark.parametrize("lora", [False, True])

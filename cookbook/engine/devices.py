@@ -1,0 +1,109 @@
+"""The device of an engine, what it can compute, and the arithmetic that follows from it.
+
+A CUDA device of compute capability 8.0 or higher (Ampere, 2020) multiplies bfloat16 and runs
+flash-attention. Older ones (V100, T4) compute in float16 with loss scaling, and run one sequence after
+another.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+
+import torch
+
+from cookbook.engine import processes
+from cookbook.engine.options import EngineOptions, check_device, check_torch
+from cookbook.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+_CUBLAS_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
+_DETERMINISTIC_WORKSPACES = (":4096:8", ":16:8")
+"""The sizes of cuBLAS's workspace with which it sums in the same order each time (NVIDIA's documentation)."""
+_AMPERE = (8, 0)
+
+
+def resolve(options: EngineOptions) -> tuple[torch.device, torch.dtype]:
+    """Returns the device and the dtype of an engine, and makes the device that of the calling thread.
+
+    Raises ConfigError for a device, a dtype or a version of torch that is not supported.
+    """
+    if options.deterministic:
+        make_deterministic()
+    device = resolve_device(options.device)
+    return device, resolve_dtype(options.dtype, device)
+
+
+def resolve_device(device: str) -> torch.device:
+    """Returns the torch device. If several processes run on a machine, each has its own CUDA device.
+
+    A CUDA device becomes the current one of the calling thread, which is the engine's: streams, events and
+    new tensors are on it.
+    """
+    check_device(device)
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    resolved = torch.device(device)
+    if resolved.type != "cuda":
+        return resolved
+    check_torch(torch.__version__)
+    if processes.is_one_of_many():
+        resolved = torch.device("cuda", processes.local_rank())
+    elif resolved.index is None:
+        resolved = torch.device("cuda", torch.cuda.current_device())
+    torch.cuda.set_device(resolved)
+    return resolved
+
+
+def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """Returns the torch dtype. "auto" is float32 on a CPU; on CUDA bfloat16, or float16 on older devices."""
+    found = getattr(torch, dtype) if dtype != "auto" else torch.float32
+    if device.type != "cuda" or has_bfloat16(device):
+        return torch.bfloat16 if dtype == "auto" and device.type == "cuda" else found
+    major, minor = torch.cuda.get_device_capability(device)
+    what = f"{torch.cuda.get_device_name(device)} (compute capability {major}.{minor})"
+    if found == torch.bfloat16:
+        raise ConfigError(
+            f"dtype=bfloat16 needs a device of compute capability 8.0; found {what}. Use dtype=auto, which is "
+            f"float16 with loss scaling there, or dtype=float32."
+        )
+    found = torch.float16 if dtype == "auto" else found
+    scaling = " with loss scaling" if found == torch.float16 else ""
+    logger.warning(
+        "%s has no bfloat16 and no flash-attention: dtype=%s%s, and the sequences of a row are attended to one "
+        "after another.",
+        what,
+        str(found).removeprefix("torch."),
+        scaling,
+    )
+    return found
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Returns whether a CUDA device computes in bfloat16. torch emulates it on older ones, slowly."""
+    return torch.cuda.get_device_capability(device) >= _AMPERE
+
+
+def has_varlen_attention(device: torch.device) -> bool:
+    """Returns whether torch's variable-length attention, which is flash-attention, runs on the device."""
+    return device.type == "cuda" and has_bfloat16(device)
+
+
+def make_deterministic() -> None:
+    """Makes every operation of this process compute the same bits each time, or raise an error.
+
+    `index_add_`, `scatter_add_` and the backward pass of flash-attention sum without atomics then, and cuBLAS
+    has a workspace of a fixed size. Raises ConfigError if CUDA has been initialised with another.
+    """
+    workspace = os.environ.get(_CUBLAS_WORKSPACE)
+    if workspace is None and not torch.cuda.is_initialized():
+        os.environ[_CUBLAS_WORKSPACE] = _DETERMINISTIC_WORKSPACES[0]
+    elif torch.version.cuda is not None and workspace not in _DETERMINISTIC_WORKSPACES:
+        found = "not set" if workspace is None else workspace
+        raise ConfigError(
+            f"deterministic=True needs {_CUBLAS_WORKSPACE}={_DETERMINISTIC_WORKSPACES[0]} before CUDA is "
+            f"initialised; it is {found}. Set it in the environment of the program, and start again."
+        )
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # no result depends on such memory
