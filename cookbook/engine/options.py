@@ -20,8 +20,9 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 class EngineOptions:
     """All options except `dtype` and `quantization` change results by rounding at most.
 
-    `device` is "auto" (CUDA if there is one) or a torch device. `dtype` is "auto" (bfloat16 on CUDA, or float16
-    where the device has no bfloat16, and float32 on CPU), "float32", "bfloat16" or "float16". Adapters are always float32.
+    `device` is "auto" (CUDA if there is one) or a torch device. `dtype` is "auto" (bfloat16 on CUDA, or
+    float16 where the device has no bfloat16, and float32 on CPU), "float32", "bfloat16" or "float16".
+    Adapters are always float32.
     """
 
     device: str = "auto"

@@ -165,7 +165,8 @@ class Config:
         "(full), or what fits (auto)",
     )
     deterministic: bool = _field(
-        default=False, doc="compute the same bits each time on CUDA too, so that resumes are bit-exact; slower"
+        default=False,
+        doc="compute the same bits each time on CUDA too, so that resumes are bit-exact; slower",
     )
     trace: bool = _field(default=False, doc="write trace.json: what ran when, for https://ui.perfetto.dev")
     wandb_project: str | None = _field(default=None, doc="Weights & Biases project; default: do not use it")
