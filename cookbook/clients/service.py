@@ -38,13 +38,14 @@ class ServiceClient:
     """Runs models on this machine. Clients on one base model share one copy of its weights.
 
     `device` is "auto" (CUDA if there is one, else CPU), "cpu", "cuda" or "cuda:N". `dtype` is "auto"
-    (bfloat16 on CUDA, or float16 where the device has none; float32 on CPU) or the name of a dtype. Checkpoints are saved in `checkpoint_dir`; by
-    default each training client has a new folder under ~/.cookbook/checkpoints. Batches are split into
-    micro-batches of at most `max_tokens_per_microbatch` tokens (None: what fits and is fast).
-    `gradient_checkpointing` says when their layers are run again in the backward pass: "auto" (if their
-    activations would not fit otherwise), "on" or "off". `quantization="nf4"` holds the frozen linear layers
-    in 4 bits (QLoRA; `pip install 'sft-cookbook[qlora]'`). `compile` compiles the decoder's layers.
-    `deterministic` makes this process compute the same bits each time on CUDA too.
+    (bfloat16 on CUDA, or float16 where the device has none; float32 on CPU) or the name of a dtype.
+    Checkpoints are saved in `checkpoint_dir`; by default each training client has a new folder under
+    ~/.cookbook/checkpoints. Batches are split into micro-batches of at most `max_tokens_per_microbatch`
+    tokens (None: what fits and is fast). `gradient_checkpointing` says when their layers are run again in the
+    backward pass: "auto" (if their activations would not fit otherwise), "on" or "off".
+    `quantization="nf4"` holds the frozen linear layers in 4 bits (QLoRA; `pip install
+    'sft-cookbook[qlora]'`). `compile` compiles the decoder's layers. `deterministic` makes this process
+    compute the same bits each time on CUDA too.
 
     In several processes (`torchrun`), each runs the same program and makes the same calls in the same order
     with all of the data. Every call then computes a part on each process and returns the same result on all.

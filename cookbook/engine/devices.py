@@ -65,14 +65,14 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
     what = f"{torch.cuda.get_device_name(device)} (compute capability {major}.{minor})"
     if found == torch.bfloat16:
         raise ConfigError(
-            f"dtype=bfloat16 needs a device of compute capability 8.0; found {what}. Use dtype=auto, which is "
-            f"float16 with loss scaling there, or dtype=float32."
+            f"dtype=bfloat16 needs a device of compute capability 8.0; found {what}. Use dtype=auto, which "
+            f"is float16 with loss scaling there, or dtype=float32."
         )
     found = torch.float16 if dtype == "auto" else found
     scaling = " with loss scaling" if found == torch.float16 else ""
     logger.warning(
-        "%s has no bfloat16 and no flash-attention: dtype=%s%s, and the sequences of a row are attended to one "
-        "after another.",
+        "%s has no bfloat16 and no flash-attention: dtype=%s%s, and the sequences of a row are attended to "
+        "one after another.",
         what,
         str(found).removeprefix("torch."),
         scaling,
@@ -106,4 +106,4 @@ def make_deterministic() -> None:
             f"initialised; it is {found}. Set it in the environment of the program, and start again."
         )
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # no result depends on such memory
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
