@@ -6,9 +6,9 @@ import asyncio
 import contextlib
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Generator, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Iterator
 from concurrent.futures import Future
-from typing import Any, Generic, TypeVar, cast
+from typing import Any, Generic, Self, TypeVar, cast
 
 T = TypeVar("T")
 
@@ -32,6 +32,12 @@ class APIFuture(Generic[T]):
     def completed(cls, value: T) -> APIFuture[T]:
         job: Future[T] = Future()
         job.set_result(value)
+        return cls(job)
+
+    @classmethod
+    def failed(cls, error: BaseException) -> APIFuture[T]:
+        job: Future[T] = Future()
+        job.set_exception(error)
         return cls(job)
 
     def result(self, timeout: float | None = None) -> T:
@@ -65,6 +71,27 @@ class APIFuture(Generic[T]):
     def __await__(self) -> Generator[Any, None, T]:
         return self.result_async().__await__()
 
+    def coroutine(self) -> Coroutine[Any, Any, T]:
+        """Returns a coroutine of the result, for functions of asyncio that take one."""
+        return self.result_async()
+
+    def future(self) -> Future[T]:
+        """Returns a future of `concurrent.futures` with the result, which a thread of its own waits for."""
+        read: Future[T] = Future()
+        read.set_running_or_notify_cancel()
+
+        def copy_result() -> None:
+            try:
+                read.set_result(self.result())
+            except BaseException as error:
+                read.set_exception(error)
+
+        def start(_: object) -> None:  # the worker's thread must not wait for the device
+            threading.Thread(target=copy_result, daemon=True).start()
+
+        self._job.add_done_callback(start)
+        return read
+
     def done(self) -> bool:
         """Returns whether the work has ended, with a result or with an error."""
         return self._job.done()
@@ -79,6 +106,31 @@ class APIFuture(Generic[T]):
     def failure_was_seen(self) -> bool:
         """Whether a reader of this future has seen that the work failed."""
         return self._failure_was_seen
+
+
+class ClientFuture(APIFuture[Any]):
+    """A client, which is also the completed future of itself, as clients are in the Tinker SDK."""
+
+    def result(self, timeout: float | None = None) -> Self:
+        return self
+
+    async def result_async(self, timeout: float | None = None) -> Self:
+        return self
+
+    def future(self) -> Future[Self]:
+        done: Future[Self] = Future()
+        done.set_result(self)
+        return done
+
+    def done(self) -> bool:
+        return True
+
+    def exception(self, timeout: float | None = None) -> None:
+        return None
+
+    @property
+    def failure_was_seen(self) -> bool:
+        return False
 
 
 class TokenStream(APIFuture[T]):

@@ -2,24 +2,42 @@
 
 from __future__ import annotations
 
+import base64
 import functools
+import json
 import os
 import threading
+import uuid
 import weakref
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from cookbook.clients.futures import APIFuture, TokenStream
+from safetensors.torch import load, save
+
+from cookbook import models
+from cookbook.clients.futures import APIFuture, ClientFuture, TokenStream
+from cookbook.clients.recorded import RECORDED
 from cookbook.engine import checkpoint
 from cookbook.engine.model.adapters import Adapter
 from cookbook.engine.model.base_model import BaseModel
 from cookbook.engine.model.peft_names import by_own_names
-from cookbook.engine.sampling.requests import SampleRequest, sample_request, score_request
+from cookbook.engine.options import EngineOptions
+from cookbook.engine.sampling.requests import SampleRequest, ScoreRequest, sample_request, score_request
 from cookbook.engine.sampling.sampler import Prepared, Sampler
 from cookbook.engine.training.trainer import Trainer, check_weights_fit
 from cookbook.engine.worker import Engine
-from cookbook.errors import CheckpointError, ClosedError
-from cookbook.types import ModelInput, PromptScores, SampledSequence, SampleResponse, SamplingParams
+from cookbook.errors import CheckpointError, ClosedError, RequestError
+from cookbook.types import (
+    LoraConfig,
+    ModelInput,
+    PeftSettings,
+    PromptScores,
+    SampledSequence,
+    SampleResponse,
+    SamplingParams,
+    TensorData,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,7 +53,7 @@ class SampleFuture(APIFuture[SampleResponse]):
         return self.result().sequences
 
 
-class SamplingClient:
+class SamplingClient(ClientFuture):
     """Samples from a base model, a saved checkpoint, or the weights that a training client had at one moment.
 
     A service or a training client creates it. Calls return a future at once, and requests that are queued
@@ -45,9 +63,17 @@ class SamplingClient:
     A prompt that begins like an earlier prompt or its reply, or like another prompt of the batch, is computed
     from where they part. The keys and values that this needs are kept in a part of the memory for sampling,
     until this client is closed, the engine trains, or sequences need their place.
+
+    A client can be pickled and sampled with in another process, which loads the base model once. `await
+    client` and `client.result()` return the client itself.
     """
 
-    def __init__(self, engine: Engine, prepare: Callable[[], tuple[Adapter | None, int | None]]) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        prepare: Callable[[], tuple[Adapter | None, int | None]],
+        record_stability_info: bool = False,
+    ) -> None:
         """`prepare` runs on the engine, in order with the jobs queued before it.
 
         It returns the adapter, which this client owns (None: the base model), and the seed of unseeded
@@ -58,10 +84,14 @@ class SamplingClient:
         self._parts: tuple[Engine, Sampler, Prepared] | None = (engine, sampler, prepared)
         """None once this client is closed, so that it holds no memory while it is still referenced."""
         self._num_unseeded = 0
+        self._num_sequences = 0
+        self._records = record_stability_info
+        self._id = uuid.uuid4().hex[:12]
         self._lock = threading.Lock()
         # Queued requests reference the sampler, and with it the weights, after this client is garbage.
         weakref.finalize(sampler, _release, engine, prepared).atexit = False
         engine.clients.add(self)
+        _OPEN[self._id] = self
 
     @property
     def _engine(self) -> Engine:
@@ -89,20 +119,28 @@ class SamplingClient:
         engine.wait()
 
     @classmethod
-    def of_base(cls, engine: Engine) -> SamplingClient:
+    def of_base(cls, engine: Engine, record_stability_info: bool = False) -> SamplingClient:
         """Returns a client of the base model, without an adapter."""
-        return cls(engine, _of_base)
+        return cls(engine, _of_base, record_stability_info)
 
     @classmethod
-    def of_snapshot(cls, engine: Engine, trainer: Trainer, seed: int | None = None) -> SamplingClient:
+    def of_snapshot(
+        cls,
+        engine: Engine,
+        trainer: Trainer,
+        seed: int | None = None,
+        record_stability_info: bool = False,
+    ) -> SamplingClient:
         """Returns a client of the weights that `trainer` has when all jobs queued so far have run.
 
         `seed` is the seed of unseeded requests. If it is None, one is drawn from the trainer's generator.
         """
-        return cls(engine, functools.partial(_of_snapshot, trainer, seed))
+        return cls(engine, functools.partial(_of_snapshot, trainer, seed), record_stability_info)
 
     @classmethod
-    def of_checkpoint(cls, engine: Engine, path: str | os.PathLike[str]) -> SamplingClient:
+    def of_checkpoint(
+        cls, engine: Engine, path: str | os.PathLike[str], record_stability_info: bool = False
+    ) -> SamplingClient:
         """Returns a client of saved weights.
 
         Raises CheckpointError if they are missing, damaged or do not fit.
@@ -120,7 +158,8 @@ class SamplingClient:
                 f"ServiceClient().create_sampling_client(model_path=...)."
             )
         weights = checkpoint.read_weights(path)
-        client = cls(engine, functools.partial(_of_checkpoint, engine.base, os.fspath(path), info, weights))
+        prepare = functools.partial(_of_checkpoint, engine.base, os.fspath(path), info, weights)
+        client = cls(engine, prepare, record_stability_info)
         try:
             client._open_parts()[2].result()
         except BaseException:
@@ -134,6 +173,11 @@ class SamplingClient:
         num_samples: int = 1,
         sampling_params: SamplingParams | None = None,
         include_prompt_logprobs: bool = False,
+        topk_prompt_logprobs: int = 0,
+        topk_sample_logprobs: int = 0,
+        target_prompt_logprobs: TensorData | None = None,
+        prompt_alt_tokens_k: int = 0,
+        prompt_logprobs_last_n: int | None = None,
     ) -> SampleFuture:
         """Samples `num_samples` sequences that continue `prompt`.
 
@@ -145,14 +189,42 @@ class SamplingClient:
         were not. With a seed the sequences are the same every time, to rounding, whatever else is sampled
         meanwhile.
 
+        `topk_prompt_logprobs` and `topk_sample_logprobs` are how many of the most likely tokens are returned
+        with their log-probabilities, in the place of each token of the prompt and of each sampled one.
+        `target_prompt_logprobs` are tokens to score in the place of each token of the prompt but the first,
+        int64 [len(prompt) - 1, K], in which -1 names none. `prompt_logprobs_last_n` returns the
+        log-probabilities of the prompt's last tokens only.
+
         Raises RequestError for an empty or too long prompt and for unsupported settings. The future raises
         TrainingError if the request alone does not fit in memory, or its logits are not finite.
         """
+        engine, sampler, _ = self._open_parts()
+        tokens = ModelInput.model_validate(prompt).to_ints()
+        if prompt_alt_tokens_k:
+            raise RequestError(
+                "prompt_alt_tokens_k is not supported. Use topk_prompt_logprobs for the most likely "
+                "alternatives to each token of the prompt."
+            )
+        _check_last(prompt_logprobs_last_n, include_prompt_logprobs, len(tokens))
         request = sample_request(
-            self._engine.base, prompt.to_ints(), num_samples, sampling_params, include_prompt_logprobs
+            engine.base,
+            tokens,
+            num_samples,
+            sampling_params,
+            include_prompt_logprobs,
+            num_top_logprobs=topk_sample_logprobs,
         )
-        self._submit(request)
-        return SampleFuture(request.future)
+        scores = None
+        if topk_prompt_logprobs or target_prompt_logprobs is not None:
+            targets_TJ = None
+            if target_prompt_logprobs is not None:
+                targets_TJ = TensorData.model_validate(target_prompt_logprobs).to_numpy(pad_value=-1)
+            scores = score_request(engine.base, tokens, topk_prompt_logprobs, targets_TJ)
+        first = self._submit(request)
+        if scores is not None:
+            engine.submit_to(sampler, scores)
+        read = functools.partial(_read, self._id, first, self._records, scores, prompt_logprobs_last_n)
+        return SampleFuture(request.future, read)
 
     def stream(
         self, prompt: ModelInput, sampling_params: SamplingParams | None = None
@@ -171,17 +243,21 @@ class SamplingClient:
         self._submit(request)
         return stream
 
-    def compute_logprobs(self, prompt: ModelInput) -> APIFuture[list[float | None]]:
+    def compute_logprobs(
+        self, prompt: ModelInput, prompt_logprobs_last_n: int | None = None
+    ) -> APIFuture[list[float | None]]:
         """Returns the log-probability of every token of `prompt` given the tokens before it, in nats.
 
-        The first one is None.
+        The first one is None, and with `prompt_logprobs_last_n` all but the last so many.
 
         Raises RequestError for an empty or too long prompt.
         """
         engine, sampler, _ = self._open_parts()
-        request = score_request(engine.base, prompt.to_ints())
+        tokens = ModelInput.model_validate(prompt).to_ints()
+        _check_last(prompt_logprobs_last_n, True, len(tokens))
+        request = score_request(engine.base, tokens)
         engine.submit_to(sampler, request)
-        return APIFuture(request.future)
+        return APIFuture(request.future, functools.partial(_last, prompt_logprobs_last_n))
 
     def score(self, prompt: ModelInput) -> APIFuture[PromptScores]:
         """Returns the results of `compute_logprobs`, and whether each token is the most likely one.
@@ -193,12 +269,62 @@ class SamplingClient:
         engine.submit_to(sampler, request)
         return APIFuture(request.future, lambda logprobs: PromptScores(logprobs, list(request.is_argmax_T)))
 
-    def _submit(self, request: SampleRequest) -> None:
+    def _submit(self, request: SampleRequest) -> int:
+        """Queues the request. Returns the number of its first sequence among those of this client."""
         engine, sampler, _ = self._open_parts()
         with self._lock:  # the indices of unseeded requests follow the order of the queue
             request.unseeded_index = self._num_unseeded
             self._num_unseeded += request.params.seed is None
+            first = self._num_sequences
+            self._num_sequences += request.num_samples
             engine.submit_to(sampler, request)
+        return first
+
+    def __reduce__(self) -> tuple[Any, tuple[_Snapshot]]:
+        """Returns what another process needs: the adapter's weights, and how the base model is loaded."""
+        engine, _, prepared = self._open_parts()
+        if engine.base.is_sharded:
+            raise RequestError(
+                "A sampling client of sharded weights cannot be pickled. Save them and send their path."
+            )
+        return _of_pickled, (
+            engine.submit(_snapshot, self._id, self._records, engine.base, prepared).result(),
+        )
+
+    def get_sampler_handle(self) -> str:
+        """Returns a text from which `from_sampler_handle` makes a client of these weights in any process."""
+        snapshot = self.__reduce__()[1][0]
+        values = {**asdict(snapshot), "weights": base64.b64encode(snapshot.weights).decode("ascii")}
+        return base64.urlsafe_b64encode(json.dumps(values).encode()).decode("ascii")
+
+    @staticmethod
+    def from_sampler_handle(handle: str, *, api_key: str | None = None) -> SamplingClient:
+        """Returns a client for a handle of `get_sampler_handle`. Raises RequestError for another text."""
+        try:
+            values = json.loads(base64.urlsafe_b64decode(handle))
+            lora = values["lora"]
+            if lora is not None:
+                peft = None if lora["peft"] is None else PeftSettings(**lora["peft"])
+                lora = LoraConfig(**{**lora, "peft": peft})
+            snapshot = _Snapshot(
+                **{
+                    **values,
+                    "options": EngineOptions(**values["options"]),
+                    "add_tokens": tuple(values["add_tokens"]),
+                    "lora": lora,
+                    "weights": base64.b64decode(values["weights"]),
+                }
+            )
+        except (ValueError, TypeError, KeyError) as error:
+            raise RequestError(f"This is not a handle of get_sampler_handle: {error}.") from error
+        return _of_pickled(snapshot)
+
+    def get_base_model(self) -> str:
+        """Returns the name of the base model."""
+        return self._engine.base.name
+
+    async def get_base_model_async(self) -> str:
+        return self.get_base_model()
 
     def get_tokenizer(self) -> PreTrainedTokenizerBase:
         """Returns the tokenizer of the base model."""
@@ -210,17 +336,149 @@ class SamplingClient:
         num_samples: int = 1,
         sampling_params: SamplingParams | None = None,
         include_prompt_logprobs: bool = False,
+        topk_prompt_logprobs: int = 0,
+        topk_sample_logprobs: int = 0,
+        target_prompt_logprobs: TensorData | None = None,
+        prompt_alt_tokens_k: int = 0,
+        prompt_logprobs_last_n: int | None = None,
     ) -> SampleResponse:
-        return await self.sample(prompt, num_samples, sampling_params, include_prompt_logprobs)
+        return await self.sample(
+            prompt,
+            num_samples,
+            sampling_params,
+            include_prompt_logprobs,
+            topk_prompt_logprobs,
+            topk_sample_logprobs,
+            target_prompt_logprobs,
+            prompt_alt_tokens_k,
+            prompt_logprobs_last_n,
+        )
 
-    async def compute_logprobs_async(self, prompt: ModelInput) -> list[float | None]:
-        return await self.compute_logprobs(prompt)
+    async def compute_logprobs_async(
+        self, prompt: ModelInput, prompt_logprobs_last_n: int | None = None
+    ) -> list[float | None]:
+        return await self.compute_logprobs(prompt, prompt_logprobs_last_n)
 
     async def score_async(self, prompt: ModelInput) -> PromptScores:
         return await self.score(prompt)
 
     async def get_tokenizer_async(self) -> Any:
         return self.get_tokenizer()
+
+
+def _read(
+    sampler_id: str,
+    first: int,
+    records: bool,
+    scores: ScoreRequest | None,
+    last_n: int | None,
+    response: SampleResponse,
+) -> SampleResponse:
+    """Returns the response with an id for each sequence, and with further scores of the prompt."""
+    sequences = [
+        replace(sequence, sequence_id=f"{sampler_id}:{number}")
+        for number, sequence in enumerate(response.sequences, first)
+    ]
+    if records:
+        RECORDED.add(sequences)
+    prompt_logprobs = response.prompt_logprobs
+    if prompt_logprobs is not None:
+        prompt_logprobs = _last(last_n, prompt_logprobs)
+    response = replace(response, sequences=sequences, prompt_logprobs=prompt_logprobs)
+    if scores is None:
+        return response
+    scores.future.result()
+    targets = scores.target_logprobs_TJ
+    return replace(
+        response,
+        topk_prompt_logprobs=None if scores.top_logprobs is None else _last(last_n, scores.top_logprobs),
+        target_prompt_logprobs=None if targets is None else TensorData(targets, "float32"),
+    )
+
+
+@dataclass(frozen=True)
+class _Snapshot:
+    """A sampling client on its way to another process."""
+
+    client_id: str
+    process_id: int
+    records: bool
+    options: EngineOptions
+    base_model: str
+    add_tokens: tuple[str, ...]
+    lora: LoraConfig | None
+    weights: bytes
+    """The adapter's tensors as safetensors, by their own names; empty for the base model."""
+    seed: int | None
+
+
+_OPEN: weakref.WeakValueDictionary[str, SamplingClient] = weakref.WeakValueDictionary()
+"""The clients of this process, which pickles of them stand for here."""
+_ENGINES: dict[tuple[EngineOptions, str, tuple[str, ...]], Engine] = {}
+"""The engines of clients that came from other processes."""
+_ENGINES_LOCK = threading.Lock()
+
+
+def _snapshot(client_id: str, records: bool, base: BaseModel, prepared: Prepared) -> _Snapshot:
+    adapter, seed = prepared.result()
+    lora, weights = None, b""
+    if adapter is not None:
+        if adapter.is_full:
+            raise RequestError(
+                "A sampling client of a full fine-tune cannot be pickled. Save it and send its path."
+            )
+        lora = adapter.lora
+        weights = save({name: weight.detach().cpu().contiguous() for name, weight in adapter.weights.items()})
+    name = models.canonical_name(base.name)
+    return _Snapshot(
+        client_id, os.getpid(), records, base.options, name, base.add_tokens, lora, weights, seed
+    )
+
+
+def _of_pickled(snapshot: _Snapshot) -> SamplingClient:
+    """Returns the client itself in its own process, and a client of the same weights in another."""
+    here = _OPEN.get(snapshot.client_id) if snapshot.process_id == os.getpid() else None
+    if here is not None and here._parts is not None:
+        return here
+    key = (snapshot.options, snapshot.base_model, snapshot.add_tokens)
+    with _ENGINES_LOCK:
+        if key not in _ENGINES or _ENGINES[key].is_closed:
+            _ENGINES[key] = Engine(snapshot.base_model, snapshot.options, add_tokens=snapshot.add_tokens)
+        engine = _ENGINES[key]
+    return SamplingClient(engine, functools.partial(_of_weights, engine.base, snapshot), snapshot.records)
+
+
+def _of_weights(base: BaseModel, snapshot: _Snapshot) -> tuple[Adapter | None, int | None]:
+    if snapshot.lora is None:
+        return None, snapshot.seed
+    weights = load(snapshot.weights)
+    adapter = base.adapters.add(snapshot.lora)
+    with base.adapters.removing_on_failure(adapter):
+        for name, parameter in adapter.weights.items():
+            parameter.data.copy_(weights[name])
+    return adapter, snapshot.seed
+
+
+T = TypeVar("T")
+
+
+def _last(count: int | None, values: list[T | None]) -> list[T | None]:
+    """Returns the values with None for all but the last `count`; None keeps all."""
+    if count is None:
+        return values
+    return [None] * (len(values) - count) + values[len(values) - count :]
+
+
+def _check_last(count: int | None, includes_prompt: bool, num_tokens: int) -> None:
+    if count is None:
+        return
+    if not includes_prompt:
+        raise RequestError("prompt_logprobs_last_n needs include_prompt_logprobs=True.")
+    if not 1 <= count < max(2, num_tokens):
+        raise RequestError(
+            f"Invalid prompt_logprobs_last_n={count}: must be 1 to {num_tokens - 1}, the prompt's tokens but "
+            f"the first."
+        )
 
 
 def _of_base() -> tuple[None, None]:

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import secrets
 import threading
+import uuid
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import TracebackType
+from typing import Literal, Self
 
-import torch
-
-from cookbook import embedded, models
+from cookbook import models
+from cookbook.clients import checkpoint_root
+from cookbook.clients.checkpoint_root import CheckpointRoot
 from cookbook.clients.futures import APIFuture
+from cookbook.clients.rest import RestClient
 from cookbook.clients.sampling import SamplingClient
-from cookbook.clients.training import TrainingClient
+from cookbook.clients.training import TrainingClient, refuse_access_token
 from cookbook.engine import checkpoint, processes
 from cookbook.engine.options import EngineOptions, GradientCheckpointing, Quantization, Shard
 from cookbook.engine.worker import Engine
@@ -24,14 +29,15 @@ from cookbook.errors import ClosedError, ConfigError, RequestError
 from cookbook.trace import Recorder
 from cookbook.types import (
     MAX_RANK,
+    AdamOptimizerConfig,
     GetServerCapabilitiesResponse,
     LoadWeightsResponse,
     LoraConfig,
-    SupportedModel,
     check_lora,
+    check_optimizer,
 )
 
-DEFAULT_CHECKPOINT_ROOT = Path("~/.cookbook/checkpoints")
+logger = logging.getLogger(__name__)
 
 
 class ServiceClient:
@@ -55,16 +61,25 @@ class ServiceClient:
     of what the engine's thread and the device do.
 
     `user_metadata` and `project_id` are positional as in Tinker. Both are written into the metadata of every
-    training client and its checkpoints, the latter under its name. All other options are keyword arguments.
+    training client and its checkpoints, the latter under its name, as is `display_name`. All other options
+    are keyword arguments. `base_url` is refused, because nothing is sent to a server; an `api_key` and
+    headers are not needed.
 
-    After `close` every call raises ClosedError, and so does every call of a client created by this one.
+    It may be used in a `with` block. After `close` every call raises ClosedError, and so does every call of a
+    client created by this one.
     """
+
+    _says_tinker_paths = False
 
     def __init__(
         self,
         user_metadata: Mapping[str, str] | None = None,
         project_id: str | None = None,
         *,
+        display_name: str | None = None,
+        base_url: str | None = None,
+        api_key: str | None = None,
+        default_headers_overrides: Mapping[str, str] | None = None,
         device: str = "auto",
         dtype: str = "auto",
         checkpoint_dir: str | os.PathLike[str] | None = None,
@@ -80,6 +95,15 @@ class ServiceClient:
         self._user_metadata = _checked_metadata(user_metadata)
         if project_id is not None:
             self._user_metadata["project_id"] = project_id
+        if display_name is not None:
+            self._user_metadata["display_name"] = display_name
+        if base_url is not None:
+            raise ConfigError(
+                f"base_url={base_url!r} names a server, and this client runs models in its own process. Omit "
+                f"it, or use the ServiceClient of the package tinker."
+            )
+        if api_key is not None or default_headers_overrides:
+            logger.info("api_key and default_headers_overrides have no effect: nothing is sent to a server.")
         named = EngineOptions(
             device,
             dtype,
@@ -94,12 +118,25 @@ class ServiceClient:
             raise ConfigError("Both options= and some of its parts by name were given. Use one of the two.")
         self._options = options or named
         self._recorder = recorder
-        self._checkpoint_dir = None if checkpoint_dir is None else Path(checkpoint_dir).expanduser()
+        own = None if checkpoint_dir is None else Path(checkpoint_dir).expanduser()
+        self._root = CheckpointRoot(own, self._says_tinker_paths)
         self._engines: dict[tuple[str, tuple[str, ...]], Engine] = {}
         self._unshared_engines: weakref.WeakSet[Engine] = weakref.WeakSet()
         """The engines of full fine-tunes. Each trains a copy of its own, which is freed with its clients."""
         self._is_closed = False
         self._lock = threading.Lock()
+
+    def __enter__(self) -> Self:
+        self._check_open()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
 
     def create_lora_training_client(
         self,
@@ -110,6 +147,7 @@ class ServiceClient:
         train_attn: bool = True,
         train_unembed: bool = True,
         user_metadata: Mapping[str, str] | None = None,
+        optimizer: AdamOptimizerConfig | None = None,
         *,
         alpha: float = 32.0,
     ) -> TrainingClient:
@@ -119,6 +157,7 @@ class ServiceClient:
         `seed` initialises the adapter; None draws a random seed. Raises ConfigError for a rank or layers that
         cannot be trained, and ModelError for a model that is missing or damaged.
         """
+        check_optimizer(optimizer)
         lora = LoraConfig(
             rank=rank,
             alpha=alpha,
@@ -154,13 +193,16 @@ class ServiceClient:
         path: str | os.PathLike[str],
         base_model: str | None = None,
         user_metadata: Mapping[str, str] | None = None,
+        weights_access_token: str | None = None,
+        optimizer: AdamOptimizerConfig | None = None,
     ) -> TrainingClient:
         """Returns a client with a checkpoint's model, LoRA settings and weights, and a new optimizer.
 
         `base_model` replaces the model that the checkpoint names and must have its shapes. Raises
         CheckpointError for a folder that is missing or damaged, or does not fit.
         """
-        client = self._client_like(path, base_model, user_metadata)
+        check_optimizer(optimizer)
+        client = self._client_like(path, base_model, user_metadata, weights_access_token)
         return _loaded(client, client.load_state(path))
 
     def create_training_client_from_state_with_optimizer(
@@ -168,50 +210,71 @@ class ServiceClient:
         path: str | os.PathLike[str],
         base_model: str | None = None,
         user_metadata: Mapping[str, str] | None = None,
+        weights_access_token: str | None = None,
     ) -> TrainingClient:
         """Returns a client that resumes a checkpoint of `save_state` exactly, including the optimizer.
 
         The errors are those of `create_training_client_from_state`.
         """
-        client = self._client_like(path, base_model, user_metadata)
+        client = self._client_like(path, base_model, user_metadata, weights_access_token)
         return _loaded(client, client.load_state_with_optimizer(path))
 
     def create_sampling_client(
-        self, model_path: str | os.PathLike[str] | None = None, base_model: str | None = None
+        self,
+        model_path: str | os.PathLike[str] | None = None,
+        base_model: str | None = None,
+        retry_config: object = None,
+        record_stability_info: bool = False,
     ) -> SamplingClient:
         """Returns a sampler of saved weights (`model_path`) or of the unmodified `base_model`.
+
+        With `record_stability_info` the log-probabilities of its samples are kept for the loss
+        `stable_reinforce`. Nothing is sent over a network here, so `retry_config` has nothing to set.
 
         Raises RequestError if neither is given, and CheckpointError or ModelError for files that are missing
         or damaged.
         """
         self._check_open()
         if model_path is not None:
+            model_path = self._root.folder(model_path)
             info = checkpoint.read_info(model_path)
             if info.lora.rank == 0:
-                return SamplingClient.of_base(self._unshared_engine(os.fspath(model_path)))
+                return SamplingClient.of_base(self._unshared_engine(model_path), record_stability_info)
             engine = self._engine(base_model or info.base_model, info.lora.add_tokens)
-            return SamplingClient.of_checkpoint(engine, model_path)
+            return SamplingClient.of_checkpoint(engine, model_path, record_stability_info)
         if base_model is None:
             raise RequestError("Give model_path (a saved checkpoint) or base_model (a model's name).")
-        return SamplingClient.of_base(self._engine(base_model))
+        return SamplingClient.of_base(self._engine(base_model), record_stability_info)
 
     def get_server_capabilities(self) -> GetServerCapabilitiesResponse:
         """Returns the models and devices of this machine. Other models can be named as well."""
         self._check_open()
-        devices = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
-        return GetServerCapabilitiesResponse(_models_on_this_machine(), devices)
+        return self.create_rest_client().get_server_capabilities().result()
 
-    def close(self) -> None:
+    def create_rest_client(self) -> RestClient:
+        """Returns a client that lists and removes the checkpoints of this service."""
+        self._check_open()
+        return RestClient(root=self._root)
+
+    def close(
+        self,
+        status: Literal["success", "errored", "interrupted"] = "success",
+        detail: str | None = None,
+    ) -> APIFuture[None]:
         """Ends the engines after their queued jobs have run, and closes every client.
 
-        Pending futures complete as usual, with a result or an error. A second call does nothing.
+        Pending futures complete as usual, with a result or an error. A second call does nothing. `status` and
+        `detail` are logged. Returns a completed future.
         """
+        if status != "success" or detail:
+            logger.info("This service is closed: %s%s", status, f" ({detail})" if detail else "")
         with self._lock:
             self._is_closed = True
             engines = [*self._engines.values(), *self._unshared_engines]
             self._engines.clear()
         for engine in engines:
             engine.close()
+        return APIFuture.completed(None)
 
     def _check_open(self) -> None:
         if self._is_closed:
@@ -231,11 +294,10 @@ class ServiceClient:
     def _training_client(
         self, base_model: str, lora: LoraConfig, user_metadata: Mapping[str, str] | None
     ) -> TrainingClient:
-        folder = self._checkpoint_dir
-        if folder is None:
-            folder = DEFAULT_CHECKPOINT_ROOT.expanduser() / processes.current().broadcast(
-                secrets.token_hex(6)
-            )
+        world = processes.current()
+        model_id = world.broadcast(uuid.uuid4().hex[:12])
+        folder = self._root.new_run(model_id)
+        world.on_rank0(self._remove_expired)
         if lora.rank == 0 and self._options.quantization is not None:
             raise ConfigError(
                 f"quantization={self._options.quantization} is not supported with rank=0: it freezes the "
@@ -244,7 +306,11 @@ class ServiceClient:
         metadata = self._user_metadata | _checked_metadata(user_metadata)
         create = self._unshared_engine if lora.rank == 0 else self._engine
         engine = create(base_model, lora.add_tokens)
-        return TrainingClient(engine, lora, folder, metadata)
+        return TrainingClient(engine, lora, folder, metadata, model_id=model_id, root=self._root)
+
+    def _remove_expired(self) -> None:
+        for run in self._root.runs().values():
+            checkpoint_root.remove_expired(run)
 
     def _unshared_engine(self, model: str, add_tokens: Sequence[str] = ()) -> Engine:
         self._check_open()
@@ -263,8 +329,11 @@ class ServiceClient:
         path: str | os.PathLike[str],
         base_model: str | None,
         user_metadata: Mapping[str, str] | None,
+        weights_access_token: str | None,
     ) -> TrainingClient:
         self._check_open()
+        refuse_access_token(weights_access_token)
+        path = self._root.folder(path)
         if isinstance(base_model, Mapping):  # in an earlier version user_metadata was the second argument
             base_model, user_metadata = None, base_model
         info = checkpoint.read_info(path)
@@ -289,6 +358,7 @@ class ServiceClient:
         train_attn: bool = True,
         train_unembed: bool = True,
         user_metadata: Mapping[str, str] | None = None,
+        optimizer: AdamOptimizerConfig | None = None,
         *,
         alpha: float = 32.0,
     ) -> TrainingClient:
@@ -301,6 +371,7 @@ class ServiceClient:
             train_attn,
             train_unembed,
             user_metadata,
+            optimizer,
             alpha=alpha,
         )
 
@@ -314,9 +385,16 @@ class ServiceClient:
         path: str | os.PathLike[str],
         base_model: str | None = None,
         user_metadata: Mapping[str, str] | None = None,
+        weights_access_token: str | None = None,
+        optimizer: AdamOptimizerConfig | None = None,
     ) -> TrainingClient:
         return await asyncio.to_thread(
-            self.create_training_client_from_state, path, base_model, user_metadata
+            self.create_training_client_from_state,
+            path,
+            base_model,
+            user_metadata,
+            weights_access_token,
+            optimizer,
         )
 
     async def create_training_client_from_state_with_optimizer_async(
@@ -324,15 +402,26 @@ class ServiceClient:
         path: str | os.PathLike[str],
         base_model: str | None = None,
         user_metadata: Mapping[str, str] | None = None,
+        weights_access_token: str | None = None,
     ) -> TrainingClient:
         return await asyncio.to_thread(
-            self.create_training_client_from_state_with_optimizer, path, base_model, user_metadata
+            self.create_training_client_from_state_with_optimizer,
+            path,
+            base_model,
+            user_metadata,
+            weights_access_token,
         )
 
     async def create_sampling_client_async(
-        self, model_path: str | os.PathLike[str] | None = None, base_model: str | None = None
+        self,
+        model_path: str | os.PathLike[str] | None = None,
+        base_model: str | None = None,
+        retry_config: object = None,
+        record_stability_info: bool = False,
     ) -> SamplingClient:
-        return await asyncio.to_thread(self.create_sampling_client, model_path, base_model)
+        return await asyncio.to_thread(
+            self.create_sampling_client, model_path, base_model, retry_config, record_stability_info
+        )
 
     async def get_server_capabilities_async(self) -> GetServerCapabilitiesResponse:
         return self.get_server_capabilities()
@@ -356,17 +445,3 @@ def _checked_metadata(user_metadata: Mapping[str, str] | None) -> dict[str, str]
             f"by name: device=, dtype=, checkpoint_dir=."
         )
     return dict(user_metadata or {})
-
-
-def _models_on_this_machine() -> list[SupportedModel]:
-    """Returns the embedded model and the models in the hub's cache."""
-    from huggingface_hub import scan_cache_dir
-    from huggingface_hub.errors import CacheNotFound
-
-    names = [embedded.MODEL_NAME]
-    try:
-        repos = scan_cache_dir().repos
-    except CacheNotFound:
-        repos = frozenset()
-    names += sorted(repo.repo_id for repo in repos if repo.repo_type == "model")
-    return [SupportedModel(name) for name in names]

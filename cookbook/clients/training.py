@@ -12,13 +12,17 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from cookbook.clients.futures import APIFuture
+from cookbook import models
+from cookbook.clients import checkpoint_root
+from cookbook.clients.checkpoint_root import CheckpointRoot
+from cookbook.clients.futures import APIFuture, ClientFuture
+from cookbook.clients.recorded import RECORDED
 from cookbook.clients.sampling import SamplingClient
 from cookbook.engine import checkpoint
 from cookbook.engine.training.results import PassResult, Readback
 from cookbook.engine.training.trainer import CustomLossFn, Trainer
 from cookbook.engine.worker import Engine
-from cookbook.errors import CheckpointError, ClosedError, RequestError, TrainingError
+from cookbook.errors import ClosedError, RequestError, TrainingError
 from cookbook.types import (
     AdamParams,
     Datum,
@@ -29,25 +33,28 @@ from cookbook.types import (
     LossFnType,
     ModelData,
     OptimStepResponse,
+    SamplingClientKind,
+    SaveWeightsExternalResponse,
     SaveWeightsForSamplerResponse,
     SaveWeightsResponse,
 )
-from cookbook.utils import files
+from cookbook.utils import extras, files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-SAMPLER_FOLDER = "sampler_weights"
 _TEN_YEARS = 10 * 365 * 24 * 3600
 
 
-class TrainingClient:
+class TrainingClient(ClientFuture):
     """Trains one adapter. `ServiceClient.create_lora_training_client` creates it.
 
     Calls return futures at once and run in the order of the calls. The call itself raises the error of a bad
     argument; its future raises the error of a failure while it runs. Every method has an `_async` twin.
 
-    After `close`, or `close` of the service, every call raises ClosedError.
+    Checkpoints are named by their folders, or by paths `tinker://<run>/weights/<name>`. After `close`, or
+    `close` of the service, every call raises ClosedError. `await client` and `client.result()` return the
+    client itself.
     """
 
     def __init__(
@@ -56,9 +63,13 @@ class TrainingClient:
         lora: LoraConfig,
         checkpoint_dir: Path,
         user_metadata: Mapping[str, str] | None = None,
+        *,
+        model_id: str | None = None,
+        root: CheckpointRoot | None = None,
     ) -> None:
-        self.model_id = uuid.uuid4().hex[:12]
+        self.model_id = model_id or uuid.uuid4().hex[:12]
         self._checkpoint_dir = checkpoint_dir
+        self._root = root or CheckpointRoot()
         trainer: Trainer = engine.submit(Trainer, engine.base, lora, user_metadata).result()
         self._parts: tuple[Engine, Trainer] | None = (engine, trainer)
         """None once this client is closed, so that it holds no memory while it is still referenced."""
@@ -114,6 +125,9 @@ class TrainingClient:
     ) -> APIFuture[ForwardBackwardOutput]:
         """Returns the loss and log-probabilities, without computing gradients.
 
+        Targets and weights of [T, K] score K tokens at each position, and so do the log-probabilities. The
+        loss `stable_reinforce` takes the log-probabilities that were recorded when the tokens were sampled.
+
         `return_logprobs="trained"` skips positions of weight 0, which read 0.0. This saves their part of the
         projection to the vocabulary. With `return_argmax` the outputs also have `["is_argmax"]`, int64 [T],
         for the positions that have a log-probability: 1 if the target's logit is above that of every other
@@ -123,6 +137,7 @@ class TrainingClient:
         """
         engine, trainer = self._open_parts()
         trained_only = return_logprobs == "trained"
+        data = _completed(data, loss_fn)
         request = trainer.check(data, loss_fn, loss_fn_config, trained_only, with_argmax=return_argmax)
         return APIFuture(engine.submit(trainer.forward, request), PassResult.output)
 
@@ -142,6 +157,7 @@ class TrainingClient:
         `logprobs:max`). A pass that fails while it runs adds nothing, and its future raises TrainingError.
         """
         engine, trainer = self._open_parts()
+        data = _completed(data, loss_fn)
         request = trainer.check(
             data, loss_fn, loss_fn_config, return_logprobs != "all", loss_only=return_logprobs == "none"
         )
@@ -151,14 +167,21 @@ class TrainingClient:
             return future
 
     def forward_backward_custom(
-        self, data: Sequence[Datum], loss_fn: CustomLossFn
+        self,
+        data: Sequence[Datum],
+        loss_fn: CustomLossFn,
+        *,
+        loss_type_input: Literal["logprobs"] | None = None,
     ) -> APIFuture[ForwardBackwardOutput]:
         """Does `forward_backward` with a loss of the form `loss_fn(data, logprobs) -> (loss, metrics)`.
 
-        `logprobs` has one float32 tensor [T] per datum, in nats, with one entry per target. The function runs
-        on the engine's thread.
+        `logprobs` has one float32 tensor [T] or [T, K] per datum, in nats, with one entry per target. The
+        function runs on the engine's thread. `loss_type_input` can only be "logprobs".
         """
         engine, trainer = self._open_parts()
+        if loss_type_input not in (None, "logprobs"):
+            raise RequestError(f"loss_type_input={loss_type_input!r} is not supported. It can be 'logprobs'.")
+        data = [Datum.model_validate(datum) for datum in data]
         request = trainer.check(data, "cross_entropy", None, allow_unknown_inputs=True)
         with self._lock:
             job = engine.submit(trainer.forward_backward_custom, list(data), request, loss_fn)
@@ -166,8 +189,12 @@ class TrainingClient:
             self._passes_to_step_on.append(future)
             return future
 
-    def optim_step(self, adam_params: AdamParams) -> APIFuture[OptimStepResponse]:
+    def optim_step(
+        self, optim_params: AdamParams | None = None, *, adam_params: AdamParams | None = None
+    ) -> APIFuture[OptimStepResponse]:
         """Takes one AdamW step on the accumulated gradients and clears them.
+
+        `adam_params` is another name of `optim_params`.
 
         Returns the gradient norm before clipping as `metrics["grad_norm"]`. If one of the passes since the
         last step failed and its error was not read, no step is taken on the incomplete batch: the gradients
@@ -175,41 +202,74 @@ class TrainingClient:
         optimizer, and its gradients are dropped too.
         """
         engine, trainer = self._open_parts()
+        if (optim_params is None) == (adam_params is None):
+            raise RequestError("optim_step takes one set of settings: AdamParams(learning_rate=...).")
+        # A copy, because the caller may set its attributes while the step is queued.
+        params = AdamParams.model_validate(adam_params if optim_params is None else optim_params).model_copy()
         with self._lock:
             passes = [future for future in self._passes_to_step_on if not future.failure_was_seen]
-            job = engine.submit(_optim_step, trainer, passes, adam_params)
+            job = engine.submit(_optim_step, trainer, passes, params)
             self._passes_to_step_on.clear()
             return APIFuture(job, _step_response)
 
     # -- checkpoints ------------------------------------------------------------------------
 
     def save_state(
-        self, name: str, ttl_seconds: int | None = None, *, overwrite: bool = False
+        self,
+        name: str,
+        ttl_seconds: int | None = None,
+        overwrite: bool = False,
+        user_metadata: Mapping[str, str] | None = None,
     ) -> APIFuture[SaveWeightsResponse]:
         """Saves weights and optimizer under `name`, in a folder that plain PEFT loads as well.
 
         Returns the folder's path. Raises CheckpointError for a name that is not a plain file name, or that is
         taken unless `overwrite` is set. The future raises TrainingError for weights or optimizer values that
-        are not finite. `ttl_seconds` is recorded as the time until which the checkpoint is wanted
-        (`expires_at` in its `state.json`); the checkpoint is not removed then.
+        are not finite. After `ttl_seconds` the checkpoint has expired, and is removed by the next save of
+        this client or the next service. `user_metadata` is added to that of the client.
         """
-        if name == SAMPLER_FOLDER:
-            raise CheckpointError(f"{name!r} is the folder of the sampler's weights. Choose another name.")
-        path = checkpoint.checkpoint_path(self._checkpoint_dir, name)
-        job = self._submit_save(path, True, ttl_seconds, overwrite)
-        return APIFuture(job, lambda _: SaveWeightsResponse(str(path)))
+        path = checkpoint_root.place(self._checkpoint_dir, "training", name)
+        job = self._submit_save(path, True, ttl_seconds, overwrite, user_metadata)
+        return APIFuture(job, lambda _: SaveWeightsResponse(self._root.shown(path)))
 
     def save_weights_for_sampler(
-        self, name: str, ttl_seconds: int | None = None, *, overwrite: bool = False
+        self,
+        name: str,
+        ttl_seconds: int | None = None,
+        user_metadata: Mapping[str, str] | None = None,
+        *,
+        overwrite: bool = False,
     ) -> APIFuture[SaveWeightsForSamplerResponse]:
         """Saves only the weights, in the way of `save_state`, and returns the folder's path."""
-        files.refuse_link(self._checkpoint_dir / SAMPLER_FOLDER)
-        path = checkpoint.checkpoint_path(self._checkpoint_dir / SAMPLER_FOLDER, name)
-        job = self._submit_save(path, False, ttl_seconds, overwrite)
-        return APIFuture(job, lambda _: SaveWeightsForSamplerResponse(str(path)))
+        path = checkpoint_root.place(self._checkpoint_dir, "sampler", name)
+        job = self._submit_save(path, False, ttl_seconds, overwrite, user_metadata)
+        return APIFuture(job, lambda _: SaveWeightsForSamplerResponse(self._root.shown(path)))
+
+    def save_weights_external(
+        self,
+        name: str,
+        ttl_seconds: int | None = None,
+        age_encryption_recipients: Sequence[str] | None = None,
+    ) -> APIFuture[SaveWeightsExternalResponse]:
+        """Saves the weights for other programs, in the way of `save_weights_for_sampler`.
+
+        With recipients of age (X25519 public keys), each file is encrypted to them and has the ending `.age`.
+        Raises ConfigError without the package pyrage.
+        """
+        path = checkpoint_root.place(self._checkpoint_dir, "external", name)
+        job = self._submit_save(path, False, ttl_seconds, False)
+        if age_encryption_recipients:
+            extras.require("pyrage", "age_encryption_recipients", "tinker")
+            job = self._engine.submit(_encrypt, job, path, tuple(age_encryption_recipients))
+        return APIFuture(job, lambda _: SaveWeightsExternalResponse(self._root.shown(path)))
 
     def _submit_save(
-        self, path: Path, with_optimizer: bool, ttl_seconds: int | None, overwrite: bool
+        self,
+        path: Path,
+        with_optimizer: bool,
+        ttl_seconds: int | None,
+        overwrite: bool,
+        user_metadata: Mapping[str, str] | None = None,
     ) -> Future[None]:
         if ttl_seconds is not None and (
             isinstance(ttl_seconds, bool)
@@ -220,55 +280,75 @@ class TrainingClient:
                 f"Invalid ttl_seconds={ttl_seconds!r}: must be a whole number from 1 to {_TEN_YEARS} (ten "
                 f"years), or None to keep the checkpoint. Pass overwrite= by name."
             )
-        return self._engine.submit(
-            self._trainer.save,
-            path,
-            with_optimizer=with_optimizer,
-            overwrite=overwrite,
-            ttl_seconds=ttl_seconds,
+        engine, trainer = self._open_parts()
+        return engine.submit(
+            _save, trainer, self._checkpoint_dir, path, with_optimizer, overwrite, ttl_seconds, user_metadata
         )
 
-    def load_state(self, path: str | os.PathLike[str]) -> APIFuture[LoadWeightsResponse]:
+    def load_state(
+        self, path: str | os.PathLike[str], weights_access_token: str | None = None
+    ) -> APIFuture[LoadWeightsResponse]:
         """Loads weights from a checkpoint or any PEFT LoRA folder, and resets the optimizer.
 
         Accumulated gradients are dropped. The future raises CheckpointError, before anything is changed, for
         a folder that is missing or damaged, or whose weights do not fit.
         """
-        return self._load(path, with_optimizer=False)
+        return self._load(path, with_optimizer=False, token=weights_access_token)
 
-    def load_state_with_optimizer(self, path: str | os.PathLike[str]) -> APIFuture[LoadWeightsResponse]:
+    def load_state_with_optimizer(
+        self, path: str | os.PathLike[str], weights_access_token: str | None = None
+    ) -> APIFuture[LoadWeightsResponse]:
         """Loads weights, optimizer and random numbers from a checkpoint of `save_state`, to resume exactly.
 
         The errors are those of `load_state`.
         """
-        return self._load(path, with_optimizer=True)
+        return self._load(path, with_optimizer=True, token=weights_access_token)
 
-    def _load(self, path: str | os.PathLike[str], with_optimizer: bool) -> APIFuture[LoadWeightsResponse]:
+    def _load(
+        self, path: str | os.PathLike[str], with_optimizer: bool, token: str | None
+    ) -> APIFuture[LoadWeightsResponse]:
+        refuse_access_token(token)
+        folder = self._root.folder(path)
         with self._lock:
             self._passes_to_step_on.clear()  # loading drops their gradients
-            job = self._engine.submit(self._trainer.load, os.fspath(path), with_optimizer)
+            job = self._engine.submit(self._trainer.load, folder, with_optimizer)
         return APIFuture(job, lambda _: LoadWeightsResponse(os.fspath(path)))
 
     # -- sampling ---------------------------------------------------------------------------
 
     def save_weights_and_get_sampling_client(
-        self, name: str | None = None, *, seed: int | None = None
+        self,
+        name: str | None = None,
+        retry_config: object = None,
+        record_stability_info: bool = False,
+        kind: SamplingClientKind = "snapshot",
+        *,
+        seed: int | None = None,
     ) -> SamplingClient:
         """Returns a sampler of the current weights, which later steps do not change.
 
         With a name the weights are also saved under it, as by `save_weights_for_sampler`. Unseeded samples
-        are drawn from `seed`, or else from this client's random numbers, which are part of its state.
+        are drawn from `seed`, or else from this client's random numbers, which are part of its state. With
+        `record_stability_info` the log-probabilities of its samples are kept for the loss `stable_reinforce`.
+        `kind="inflight"` promises at least these weights, and returns a snapshot too. Nothing is sent over a
+        network here, so `retry_config` has nothing to set.
         """
         if name is not None:
             self.save_weights_for_sampler(name).result()
-        return SamplingClient.of_snapshot(self._engine, self._trainer, seed)
+        return SamplingClient.of_snapshot(self._engine, self._trainer, seed, record_stability_info)
 
-    def create_sampling_client(self, model_path: str | os.PathLike[str]) -> SamplingClient:
+    def create_sampling_client(
+        self,
+        model_path: str | os.PathLike[str],
+        retry_config: object = None,
+        record_stability_info: bool = False,
+    ) -> SamplingClient:
         """Returns a sampler of saved weights, on this client's base model.
 
         Raises CheckpointError for a folder that is missing, damaged, or does not fit.
         """
-        return SamplingClient.of_checkpoint(self._engine, model_path)
+        folder = self._root.folder(model_path)
+        return SamplingClient.of_checkpoint(self._engine, folder, record_stability_info)
 
     @property
     def samples_together(self) -> bool:
@@ -291,10 +371,12 @@ class TrainingClient:
             device=str(base.device),
             dtype=str(base.dtype).removeprefix("torch."),
             num_logits=base.num_logits,
+            tokenizer_id=models.model_location(base.name),
             adapted_share=1.0 - sum(without_adapter.values()),
             without_adapter=without_adapter,
         )
-        return GetInfoResponse(self.model_id, model_data, dict(self._trainer.user_metadata))
+        metadata = dict(self._trainer.user_metadata)
+        return GetInfoResponse(self.model_id, model_data, metadata, is_lora=lora.rank > 0)
 
     def get_tokenizer(self) -> PreTrainedTokenizerBase:
         """Returns the base model's tokenizer."""
@@ -330,40 +412,78 @@ class TrainingClient:
         return self.forward_backward(data, loss_fn, loss_fn_config, return_logprobs=return_logprobs)
 
     async def forward_backward_custom_async(
-        self, data: Sequence[Datum], loss_fn: CustomLossFn
+        self,
+        data: Sequence[Datum],
+        loss_fn: CustomLossFn,
+        *,
+        loss_type_input: Literal["logprobs"] | None = None,
     ) -> APIFuture[ForwardBackwardOutput]:
-        return self.forward_backward_custom(data, loss_fn)
+        return self.forward_backward_custom(data, loss_fn, loss_type_input=loss_type_input)
 
-    async def optim_step_async(self, adam_params: AdamParams) -> APIFuture[OptimStepResponse]:
-        return self.optim_step(adam_params)
+    async def optim_step_async(
+        self, optim_params: AdamParams | None = None, *, adam_params: AdamParams | None = None
+    ) -> APIFuture[OptimStepResponse]:
+        return self.optim_step(optim_params, adam_params=adam_params)
 
     async def save_state_async(
-        self, name: str, ttl_seconds: int | None = None, *, overwrite: bool = False
+        self,
+        name: str,
+        ttl_seconds: int | None = None,
+        overwrite: bool = False,
+        user_metadata: Mapping[str, str] | None = None,
     ) -> APIFuture[SaveWeightsResponse]:
-        return self.save_state(name, ttl_seconds, overwrite=overwrite)
+        return self.save_state(name, ttl_seconds, overwrite, user_metadata)
 
     async def save_weights_for_sampler_async(
-        self, name: str, ttl_seconds: int | None = None, *, overwrite: bool = False
+        self,
+        name: str,
+        ttl_seconds: int | None = None,
+        user_metadata: Mapping[str, str] | None = None,
+        *,
+        overwrite: bool = False,
     ) -> APIFuture[SaveWeightsForSamplerResponse]:
-        return self.save_weights_for_sampler(name, ttl_seconds, overwrite=overwrite)
+        return self.save_weights_for_sampler(name, ttl_seconds, user_metadata, overwrite=overwrite)
 
-    async def load_state_async(self, path: str | os.PathLike[str]) -> APIFuture[LoadWeightsResponse]:
-        return self.load_state(path)
+    async def save_weights_external_async(
+        self,
+        name: str,
+        ttl_seconds: int | None = None,
+        age_encryption_recipients: Sequence[str] | None = None,
+    ) -> APIFuture[SaveWeightsExternalResponse]:
+        return self.save_weights_external(name, ttl_seconds, age_encryption_recipients)
+
+    async def load_state_async(
+        self, path: str | os.PathLike[str], weights_access_token: str | None = None
+    ) -> APIFuture[LoadWeightsResponse]:
+        return self.load_state(path, weights_access_token)
 
     async def load_state_with_optimizer_async(
-        self, path: str | os.PathLike[str]
+        self, path: str | os.PathLike[str], weights_access_token: str | None = None
     ) -> APIFuture[LoadWeightsResponse]:
-        return self.load_state_with_optimizer(path)
+        return self.load_state_with_optimizer(path, weights_access_token)
 
     async def save_weights_and_get_sampling_client_async(
-        self, name: str | None = None, *, seed: int | None = None
+        self,
+        name: str | None = None,
+        retry_config: object = None,
+        record_stability_info: bool = False,
+        kind: SamplingClientKind = "snapshot",
+        *,
+        seed: int | None = None,
     ) -> SamplingClient:
         if name is not None:
             await self.save_weights_for_sampler(name)
-        return SamplingClient.of_snapshot(self._engine, self._trainer, seed)
+        return self.save_weights_and_get_sampling_client(
+            None, retry_config, record_stability_info, kind, seed=seed
+        )
 
-    async def create_sampling_client_async(self, model_path: str | os.PathLike[str]) -> SamplingClient:
-        return self.create_sampling_client(model_path)
+    async def create_sampling_client_async(
+        self,
+        model_path: str | os.PathLike[str],
+        retry_config: object = None,
+        record_stability_info: bool = False,
+    ) -> SamplingClient:
+        return self.create_sampling_client(model_path, retry_config, record_stability_info)
 
     async def get_info_async(self) -> GetInfoResponse:
         return self.get_info()
@@ -387,3 +507,48 @@ def _optim_step(
 
 def _step_response(norm: Readback) -> OptimStepResponse:
     return OptimStepResponse(metrics={"grad_norm": float(norm.arrays()[0])})
+
+
+def _save(
+    trainer: Trainer,
+    run: Path,
+    path: Path,
+    with_optimizer: bool,
+    overwrite: bool,
+    ttl_seconds: int | None,
+    user_metadata: Mapping[str, str] | None,
+) -> None:
+    """Saves a checkpoint, then removes those of the run that have expired."""
+    trainer.save(path, with_optimizer, overwrite, ttl_seconds, user_metadata)
+    trainer.base.world.on_rank0(functools.partial(checkpoint_root.remove_expired, run))
+
+
+def _encrypt(saved: Future[None], folder: Path, recipients: Sequence[str]) -> None:
+    """Replaces the files of a checkpoint by encrypted ones. Raises the error of the save if it failed."""
+    saved.result()
+    import pyrage
+
+    keys = [pyrage.x25519.Recipient.from_str(one) for one in recipients]
+    plain = {file: files.read(file) for file in sorted(folder.rglob("*")) if file.is_file()}
+    with files.writing_folder(folder, replace=True, must_hold=[checkpoint.STATE_FILE]) as encrypted:
+        for file, content in plain.items():
+            name = file.relative_to(folder)
+            if file.name == checkpoint.STATE_FILE:
+                files.create(encrypted / name, content)
+            else:
+                files.create(encrypted / f"{name}.age", pyrage.encrypt(content, keys))
+
+
+def _completed(data: Sequence[Datum], loss_fn: str) -> list[Datum]:
+    """Returns the datums, also from mappings, with what this process recorded if the loss needs it."""
+    checked = [Datum.model_validate(datum) for datum in data]
+    return [RECORDED.complete(datum) for datum in checked] if loss_fn == "stable_reinforce" else checked
+
+
+def refuse_access_token(token: str | None) -> None:
+    """Raises RequestError for a token of the hosted service: checkpoints here are folders on this machine."""
+    if token is not None:
+        raise RequestError(
+            "weights_access_token is for checkpoints of other accounts of a hosted service. Checkpoints here "
+            "are folders: omit it."
+        )

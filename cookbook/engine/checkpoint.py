@@ -64,7 +64,7 @@ class StateInfo:
     """How many processes trained together. With another number a run resumes to rounding, not bit for bit."""
     user_metadata: Mapping[str, str] = field(default_factory=dict)
     expires_at: str | None = None
-    """The time until which the checkpoint is wanted, in ISO 8601, or None. It is only recorded."""
+    """The time until which the checkpoint is wanted, in ISO 8601, or None."""
 
     def as_json(self) -> dict[str, Any]:
         """Returns the values as JSON, with `expires_at` only if it is set."""

@@ -26,28 +26,58 @@ HEAVY = (
 
 def test_the_public_names_are_these() -> None:
     assert sorted(cookbook.__all__) == [
+        "APIConnectionError",
+        "APIError",
         "APIFuture",
+        "APIResponseValidationError",
+        "APIStatusError",
+        "APITimeoutError",
+        "AdamOptimizerConfig",
         "AdamParams",
+        "AuthenticationError",
+        "BadRequestError",
+        "BillingError",
+        "Checkpoint",
+        "CheckpointType",
+        "CheckpointsListResponse",
+        "ConflictError",
         "CookbookError",
         "Datum",
+        "DmelChunk",
         "EncodedTextChunk",
+        "ExternalWeightsUrlsResponse",
         "ForwardBackwardOutput",
         "GetInfoResponse",
         "GetServerCapabilitiesResponse",
+        "ImageAssetPointerChunk",
+        "ImageChunk",
+        "InternalServerError",
         "LoadWeightsResponse",
         "LoraConfig",
         "LossFnInput",
+        "LossFnInputs",
         "LossFnOutput",
         "LossFnType",
         "ModelData",
+        "ModelID",
         "ModelInput",
         "ModelInputChunk",
+        "NotFoundError",
         "OptimStepResponse",
+        "ParsedCheckpointTinkerPath",
+        "PermissionDeniedError",
+        "PromptProvenanceSpan",
         "PromptScores",
+        "RateLimitError",
+        "RequestFailedError",
+        "RestClient",
         "SampleResponse",
+        "SampledProvenanceSpan",
         "SampledSequence",
         "SamplingClient",
+        "SamplingClientKind",
         "SamplingParams",
+        "SaveWeightsExternalResponse",
         "SaveWeightsForSamplerResponse",
         "SaveWeightsResponse",
         "ServiceClient",
@@ -55,7 +85,13 @@ def test_the_public_names_are_these() -> None:
         "SupportedModel",
         "TensorData",
         "TensorDtype",
+        "TinkerError",
         "TrainingClient",
+        "TrainingRun",
+        "TrainingRunsResponse",
+        "UnprocessableEntityError",
+        "WeightsInfoResponse",
+        "install_as_tinker",
         "types",
     ]
 
@@ -63,7 +99,9 @@ def test_the_public_names_are_these() -> None:
 @pytest.mark.parametrize("name", cookbook.__all__)
 def test_every_public_name_can_be_imported(name: str) -> None:
     value = getattr(cookbook, name)
-    if name not in ("types", "APIFuture", "CookbookError") and not name.endswith("Client"):
+    if isinstance(value, type) and issubclass(value, Exception):
+        assert value is getattr(cookbook.errors, name)
+    elif name not in ("types", "APIFuture", "install_as_tinker") and not name.endswith("Client"):
         assert value is getattr(cookbook.types, name)
 
 

@@ -350,18 +350,38 @@ class BaseModel:
         found = unembedding.score_and_compare(self.head(), hidden_SD, batch.targets_S)
         return found if batch.shared is None else Scores(*map(batch.shared.by_position, found))
 
+    @torch.no_grad()
+    def top_tokens(self, batch: PackedBatch, count: int) -> tuple[Tensor, Tensor]:
+        """Returns the `count` most likely tokens at every scored position, and their log-probabilities.
+
+        Both are [P, count], the most likely first. The batch must not share beginnings.
+        """
+        assert batch.shared is None
+        if not self.has_plain_head:
+            best, tokens = unembedding.top(self._logits_of_whole_model(batch).log_softmax(1), count)
+            return tokens, best
+        hidden_ND = self.hidden_of(batch.tokens_1N, batch.positions_1N, batch.attention)
+        return unembedding.score_top(self.head(), hidden_ND.index_select(0, batch.scored_S), count)
+
     def backpropagate(
-        self, batch: PackedBatch, token_loss: TokenLoss, checkpoint_layers: bool
+        self,
+        batch: PackedBatch,
+        token_loss: TokenLoss,
+        checkpoint_layers: bool,
+        prepare: Callable[[Tensor], None] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Adds the gradient of the trained positions' loss. Returns log-probabilities [P] and the loss.
 
         The batch must have a trained position. `unembedding.score_and_backpropagate` documents `token_loss`,
-        which gets trained positions [P].
+        which gets trained positions [P]. `prepare` is called before with the log-probabilities of all of
+        them: for a loss that couples the tokens of a sequence, the projection is computed once more.
         """
         num_trained = batch.num_trained
         with torch.enable_grad(), checkpointed_layers(self.model, checkpoint_layers):
             if not self.has_plain_head:
                 logprobs_S = self.logprobs_of_whole_model(batch)
+                if prepare is not None:
+                    prepare(logprobs_S[:num_trained].detach())
                 loss = token_loss(logprobs_S[:num_trained], slice(0, num_trained))
                 loss.backward()
                 return logprobs_S.detach(), loss.detach()
@@ -369,6 +389,15 @@ class BaseModel:
         # The gradient of the projection is computed outside of autograd.
         hidden_SD = hidden_ND.detach().index_select(0, batch.scored_S)
         head = self.head(batch.scored_S)
+        if prepare is not None:
+            trained = slice(num_trained)
+            first_S = unembedding.score(head.at(trained), hidden_SD[trained], batch.targets_S[trained])
+            shared = batch.shared
+            prepare(
+                first_S
+                if shared is None
+                else first_S.index_select(0, shared.place_P[: batch.layout.num_trained])
+            )
         if batch.shared is not None:
             token_loss = batch.shared.loss_of(token_loss)
         trained_logprobs, loss, grad_SD = unembedding.score_and_backpropagate(
@@ -459,4 +488,7 @@ def warn_if_slow(name: str, device: torch.device, is_padded: bool, reason: str) 
 
 
 def _log_probabilities(logits_SV: Tensor, targets_S: Tensor) -> Tensor:
+    """Returns the log-probabilities of one target [S], or of several [S, J], at each position."""
+    if targets_S.ndim == 2:
+        return logits_SV.float().log_softmax(1).gather(1, targets_S)
     return -nn.functional.cross_entropy(logits_SV.float(), targets_S, reduction="none")

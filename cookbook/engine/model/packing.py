@@ -5,7 +5,8 @@ where sequences part, and scored positions of several sequences have one hidden 
 
 Shape suffixes: T tokens of one sequence, N tokens of a packed row, P scored positions of the sequences, S
 hidden states with their targets that are scored: the same as P unless the row has a tree, Q tokens of the
-paths of all branches.
+paths of all branches. Targets, weights and log-probabilities have a further axis J if positions have several
+targets (soft targets); shorter rows of targets are filled with ignored ones.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ class TokenSequence:
     """A checked Datum as numpy arrays [T], one entry per position. Ignored targets have weight 0.
 
     Tokens and targets are int64, weights and extras float32. Arrays that need no change are those of the
-    Datum.
+    Datum. Targets and weights are [T, J] if positions have several targets.
     """
 
     tokens_T: np.ndarray
@@ -43,8 +44,13 @@ class TokenSequence:
     def __len__(self) -> int:
         return len(self.tokens_T)
 
+    @property
+    def num_targets(self) -> int:
+        """The number of targets of each position."""
+        return 1 if self.targets_T.ndim == 1 else self.targets_T.shape[1]
 
-KNOWN_INPUTS = ("target_tokens", "weights", "logprobs", "advantages")
+
+KNOWN_INPUTS = ("target_tokens", "weights", "logprobs", "advantages", "sequence_ratio_mask")
 
 
 def check_data(
@@ -70,7 +76,8 @@ def check_data(
                     continue
                 assert isinstance(value, TensorData)
                 inputs[name] = array = value.to_numpy()
-                if array.shape != tokens_T.shape:
+                is_soft = tuple(required) == ("target_tokens",) and array.ndim == 2 and array.shape[1] > 0
+                if array.shape[: 1 if is_soft else None] != tokens_T.shape:
                     raise RequestError(
                         f"{name} has shape {list(array.shape)}, the model input {len(tokens_T)} tokens. "
                         f"Give one value per input token (targets are already shifted: "
@@ -79,6 +86,11 @@ def check_data(
                 if not np.isfinite(array).all():
                     raise RequestError(f"{name} has a value that is not finite.")
             targets_T = inputs.pop("target_tokens")
+            if (weights := inputs.get("weights")) is not None and weights.shape != targets_T.shape:
+                raise RequestError(
+                    f"weights have shape {[*weights.shape]}, and target_tokens {[*targets_T.shape]}. Give "
+                    f"one weight for each target."
+                )
             ignored_T = targets_T == IGNORED_TARGET
             for name, ids in (("model_input", tokens_T), ("target_tokens", targets_T[~ignored_T])):
                 outside = ids[(ids < 0) | (ids >= vocab_size)]
@@ -90,6 +102,11 @@ def check_data(
                     )
             weights_T = inputs.pop("weights", np.float32(1))
             weights_T = np.where(ignored_T, np.float32(0), weights_T)
+            if ((inputs.get("sequence_ratio_mask", np.float32(0)) != 0) & (weights_T == 0)).any():
+                raise RequestError(
+                    "sequence_ratio_mask marks a target that has weight 0 or is ignored. Mark only tokens "
+                    "that are trained."
+                )
             sequences.append(TokenSequence(tokens_T, targets_T, weights_T, inputs))
         except RequestError as error:
             error.add_note(f"in datum {len(sequences)} of {len(data)}")
@@ -123,9 +140,15 @@ class PackedLayout:
     """The scored positions in these ranges."""
     num_trained: int
 
+    @property
+    def sequence_P(self) -> np.ndarray:
+        """The number of the sequence of each scored position."""
+        starts = [start for start, _ in self.segments]
+        return np.searchsorted(starts, self.scored_P, side="right") - 1
+
     def split(self, values_P: np.ndarray) -> list[np.ndarray]:
         """Returns one float32 array per sequence. Positions that were not scored are 0.0."""
-        row_N = np.zeros(self.segments[-1][1], np.float32)
+        row_N = np.zeros((self.segments[-1][1], *values_P.shape[1:]), np.float32)
         row_N[self.scored_P] = values_P
         return [row_N[start:stop] for start, stop in self.segments]
 
@@ -204,12 +227,16 @@ def pack(
         return _pack_padded(sequences, device, trained_only)
     lengths = [len(sequence.tokens_T) for sequence in sequences]
     ends = np.cumsum(lengths).tolist()
-    targets_N = np.concatenate([sequence.targets_T for sequence in sequences])
-    weights_N = np.concatenate([sequence.weights_T for sequence in sequences])
-    scored_P = trained_P = np.flatnonzero(weights_N)
+    num_targets = max(sequence.num_targets for sequence in sequences)
+    targets_N = np.concatenate([_columns(one.targets_T, num_targets, IGNORED_TARGET) for one in sequences])
+    weights_N = np.concatenate([_columns(one.weights_T, num_targets, 0) for one in sequences])
+    is_trained_N, has_target_N = weights_N != 0, targets_N != IGNORED_TARGET
+    if num_targets > 1:
+        is_trained_N, has_target_N = is_trained_N.any(1), has_target_N.any(1)
+        targets_N = np.where(targets_N == IGNORED_TARGET, 0, targets_N)  # of weight 0
+    scored_P = trained_P = np.flatnonzero(is_trained_N)
     if not trained_only:
-        others_P = np.flatnonzero((weights_N == 0) & (targets_N != IGNORED_TARGET))
-        scored_P = np.concatenate([trained_P, others_P])
+        scored_P = np.concatenate([trained_P, np.flatnonzero(~is_trained_N & has_target_N)])
     segments = list(zip([0, *ends[:-1]], ends, strict=True))
     shares = any(len(family.indices) > 1 for family in families)
     grown = _branches(families) if shares else None
@@ -246,6 +273,16 @@ def pack(
         attention=attention,
         shared=shared,
     )
+
+
+def _columns(array_T: np.ndarray, num_targets: int, fill: int) -> np.ndarray:
+    """Returns the array as [T, num_targets], or as it is for a single target: [T]."""
+    if num_targets == 1:
+        return array_T.reshape(len(array_T))
+    array_TJ = array_T[:, None] if array_T.ndim == 1 else array_T
+    filled = np.full((len(array_TJ), num_targets), fill, array_T.dtype)
+    filled[:, : array_TJ.shape[1]] = array_TJ
+    return filled
 
 
 def _pack_padded(sequences: Sequence[TokenSequence], device: torch.device, trained_only: bool) -> PackedBatch:
@@ -310,7 +347,8 @@ def _scored_once(
 
 def _padded(sequence: TokenSequence, length: int) -> TokenSequence:
     def padded(array_T: np.ndarray, value: int = 0) -> np.ndarray:
-        return np.concatenate([array_T, np.full(length - len(array_T), value, array_T.dtype)])
+        missing = (length - len(array_T), *array_T.shape[1:])
+        return np.concatenate([array_T, np.full(missing, value, array_T.dtype)])
 
     return TokenSequence(
         padded(sequence.tokens_T),

@@ -12,8 +12,10 @@ and computes the logits only once. An adapter on the projection widens both side
 K = [W, B]. A bias is one more column. For trained weights of the projection,
 d K_v = sum_t g_t (1[y_t = v] - p_tv) q_t takes a third product, over the trained columns alone.
 
-Shape suffixes: S scored positions, C positions of a chunk, D hidden size, V vocabulary,
-Q columns of queries and keys, K rows of a block of keys.
+A position may have several targets (soft targets): then the softmax is computed once for all of them.
+
+Shape suffixes: S scored positions, C positions of a chunk, J targets of a position, D hidden size,
+V vocabulary, Q columns of queries and keys, K rows of a block of keys.
 """
 
 from __future__ import annotations
@@ -28,7 +30,8 @@ from torch import Tensor
 from cookbook.engine.model.dropout import KeyedDropout
 
 TokenLoss = Callable[[Tensor, slice], Tensor]
-"""Maps the log-probabilities of some positions, and the slice of those positions, to their summed loss."""
+"""Maps the log-probabilities of some positions, [C] or [C, J], and the slice of those positions, to their
+summed loss."""
 
 
 @dataclass(frozen=True)
@@ -168,8 +171,8 @@ class Scores(NamedTuple):
 
 
 def score(head: Head, hidden_SD: Tensor, targets_S: Tensor) -> Tensor:
-    """Returns log p(targets_S | hidden_SD): [S], fp32."""
-    logprobs_S = torch.empty(len(targets_S), device=hidden_SD.device)
+    """Returns log p(targets_S | hidden_SD): [S] or [S, J], the shape of the targets, fp32."""
+    logprobs_S = torch.empty(targets_S.shape, device=hidden_SD.device)
     with torch.no_grad():
         for part in _chunks(len(targets_S), head.blocks.positions):
             logprobs_S[part] = _Logprobs(head.at(part), hidden_SD[part], targets_S[part]).logprobs_C
@@ -196,7 +199,8 @@ def score_and_compare(head: Head, hidden_SD: Tensor, targets_S: Tensor) -> Score
 def score_and_backpropagate(
     head: Head, hidden_SD: Tensor, targets_S: Tensor, token_loss: TokenLoss
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns log-probabilities [S], the summed loss, and its gradient by the hidden states [S, D].
+    """Returns log-probabilities in the shape of the targets, [S] or [S, J], the summed loss, and its gradient
+    by the hidden states [S, D].
 
     The gradients of the head's trained parameters are summed in fp32 and added to their `.grad`. The loss has
     to be a sum over positions, in which each term depends on one position's log-probability.
@@ -205,7 +209,7 @@ def score_and_backpropagate(
     if head.trained_keys():
         num_positions = max(1, min(num_positions, len(targets_S), head.blocks.kept_elements // vocab_size))
         kept = hidden_SD.new_empty(num_positions * vocab_size)
-    logprobs_S = torch.empty(len(targets_S), device=hidden_SD.device)
+    logprobs_S = torch.empty(targets_S.shape, device=hidden_SD.device)
     grad_SD = torch.empty_like(hidden_SD)
     loss = torch.zeros((), device=hidden_SD.device)
     gradients = _Gradients()
@@ -240,7 +244,8 @@ class _Logprobs:
         """
         self.head = head
         self.hidden_CD = hidden_CD
-        self.targets_C1 = targets_C[:, None]
+        self.targets_CJ = targets_C if targets_C.ndim == 2 else targets_C[:, None]
+        self._has_one_target = targets_C.ndim == 1
         self.queries_CQ = head.queries(hidden_CD)
         self.with_gradient = with_gradient
         self.compares = compares
@@ -254,7 +259,7 @@ class _Logprobs:
         highest_C1 = torch.full((num_positions, 1), -torch.inf, device=device)
         highest_other_C1 = highest_C1
         total_C1 = torch.zeros(num_positions, 1, device=device)
-        target_C1 = torch.zeros(num_positions, 1, device=device)
+        target_CJ = torch.zeros(self.targets_CJ.shape, device=device)
         mean_CQ = torch.zeros(queries_CQ.shape, device=device)
         vocab_size = len(self.head.weight_VD)
         block_size = self.head.blocks.vocabulary
@@ -268,18 +273,18 @@ class _Logprobs:
             logits_CK = product(queries_CQ, keys_KQ.T, out=room_CK)
             if softcap is not None:
                 logits_CK.div_(softcap).tanh_().mul_(softcap)
-            here_C1 = self.targets_C1 - first
-            is_here_C1 = (here_C1 >= 0) & (here_C1 < len(keys_KQ))
-            place_C1 = here_C1.clamp(0, len(keys_KQ) - 1)
-            found_C1 = logits_CK.gather(1, place_C1)
-            target_C1 = torch.where(is_here_C1, found_C1, target_C1)
+            here_CJ = self.targets_CJ - first
+            is_here_CJ = (here_CJ >= 0) & (here_CJ < len(keys_KQ))
+            place_CJ = here_CJ.clamp(0, len(keys_KQ) - 1)
+            found_CJ = logits_CK.gather(1, place_CJ)
+            target_CJ = torch.where(is_here_CJ, found_CJ, target_CJ)
 
             if self.compares:
-                logits_CK.scatter_(1, place_C1, found_C1.masked_fill(is_here_C1, -torch.inf))
+                logits_CK.scatter_(1, place_CJ, found_CJ.masked_fill(is_here_CJ, -torch.inf))
                 others_C1 = logits_CK.amax(1, keepdim=True)
-                logits_CK.scatter_(1, place_C1, found_C1)
+                logits_CK.scatter_(1, place_CJ, found_CJ)
                 highest_other_C1 = torch.maximum(highest_other_C1, others_C1)
-                highest_here_C1 = torch.maximum(others_C1, found_C1)
+                highest_here_C1 = torch.maximum(others_C1, found_CJ)
             else:
                 highest_here_C1 = logits_CK.amax(1, keepdim=True)
             higher_C1 = torch.maximum(highest_C1, highest_here_C1)
@@ -297,10 +302,11 @@ class _Logprobs:
             if room_CK is not None:
                 self.kept_blocks.append((rows, room_CK.copy_(terms_CK), higher_C1))
         self.log_total_C1 = total_C1.log().add_(highest_C1)
-        self.target_C1 = target_C1
-        self.logprobs_C = (target_C1 - self.log_total_C1)[:, 0]
-        self.is_argmax_C = (target_C1 > highest_other_C1)[:, 0]
-        """Whether each target's logit exceeds all others. Valid only with `compares`."""
+        self.target_CJ = target_CJ
+        logprobs_CJ = target_CJ - self.log_total_C1
+        self.logprobs_C = logprobs_CJ[:, 0] if self._has_one_target else logprobs_CJ
+        self.is_argmax_C = (target_CJ > highest_other_C1)[:, 0]
+        """Whether each target's logit exceeds all others. Valid only with `compares`, and one target."""
         self.mean_CQ = mean_CQ.div_(total_C1)
 
     def backward(self, grad_C: Tensor, gradients: _Gradients) -> Tensor:
@@ -308,20 +314,30 @@ class _Logprobs:
 
         The gradients of the head's trained parameters are added to `gradients`.
         """
-        head, targets_C = self.head, self.targets_C1[:, 0]
-        grad_C1 = grad_C[:, None]
-        slope_C1 = 1.0 if head.softcap is None else 1 - (self.target_C1 / head.softcap).square()
+        head = self.head
+        grad_CJ = grad_C[:, None] if self._has_one_target else grad_C
+        grad_C1 = grad_CJ.sum(1, keepdim=True)
+        slope_CJ = 1.0 if head.softcap is None else 1 - (self.target_CJ / head.softcap).square()
+        sloped_CJ = grad_CJ * slope_CJ
         for columns, parameter in head.trained_keys():
             gradient = gradients.of(parameter)
             gradient = gradient if gradient.ndim == 2 else gradient[:, None]
             queries_CQ = self.queries_CQ[:, columns].float()
-            gradient.index_add_(0, targets_C, (queries_CQ * (grad_C1 * slope_C1)).to(gradient.dtype))
+            for targets_C, sloped_C in zip(self.targets_CJ.T, sloped_CJ.T, strict=True):
+                gradient.index_add_(0, targets_C, (queries_CQ * sloped_C[:, None]).to(gradient.dtype))
             for rows, terms_CK, highest_C1 in self.kept_blocks:
                 weighted_CQ = queries_CQ * (grad_C1 * (highest_C1 - self.log_total_C1).exp())
                 _add_product(gradient[rows], terms_CK.T, -weighted_CQ.to(terms_CK.dtype))
         if head.rows is not None and head.rows.values_MD.requires_grad:
-            self._backward_rows(head.rows, grad_C1, gradients)
-        grad_CQ = (slope_C1 * head.keys(targets_C)).float().sub_(self.mean_CQ).mul_(grad_C1) * head.scale
+            self._backward_rows(head.rows, grad_CJ, gradients)
+        if self.targets_CJ.shape[1] == 1:
+            keys_CQ = head.keys(self.targets_CJ[:, 0])
+            grad_CQ = (slope_CJ * keys_CQ).float().sub_(self.mean_CQ).mul_(grad_C1) * head.scale
+        else:  # the sum over the targets of their keys, each with its gradient, one after another
+            grad_CQ = self.mean_CQ * -grad_C1
+            for targets_C, sloped_C in zip(self.targets_CJ.T, sloped_CJ.T, strict=True):
+                grad_CQ.addcmul_(head.keys(targets_C).float(), sloped_C[:, None])
+            grad_CQ *= head.scale
         size = self.hidden_CD.shape[1]
         if head.lora is None:
             return grad_CQ[:, :size]
@@ -333,7 +349,7 @@ class _Logprobs:
             return torch.addmm(grad_CQ[:, :size], grad_CR, a_RD.to(grad_CR.dtype))
         return grad_CQ[:, :size] + head.lora.drop(grad_CR @ a_RD.to(grad_CR.dtype))
 
-    def _backward_rows(self, rows: TrainedRows, grad_C1: Tensor, gradients: _Gradients) -> None:
+    def _backward_rows(self, rows: TrainedRows, grad_CJ: Tensor, gradients: _Gradients) -> None:
         """Adds the gradient of the trained rows to `gradients`, by the formula for trained weights."""
         head, columns = self.head, slice(0, rows.values_MD.shape[1])
         index_M = torch.tensor(rows.indices, device=self.queries_CQ.device)
@@ -342,10 +358,48 @@ class _Logprobs:
         if head.softcap is not None:
             logits_CM = (logits_CM / head.softcap).tanh() * head.softcap
             slope_CM = 1 - (logits_CM / head.softcap).square()
-        is_target_CM = self.targets_C1 == index_M
-        coefficients_CM = (is_target_CM.float() - (logits_CM - self.log_total_C1).exp()) * slope_CM * grad_C1
+        of_targets_CM = torch.zeros_like(logits_CM)
+        for targets_C, grad_C in zip(self.targets_CJ.T, grad_CJ.T, strict=True):
+            of_targets_CM += (targets_C[:, None] == index_M) * grad_C[:, None]
+        probabilities_CM = (logits_CM - self.log_total_C1).exp()
+        coefficients_CM = (of_targets_CM - probabilities_CM * grad_CJ.sum(1, keepdim=True)) * slope_CM
         gradient_MD = coefficients_CM.T @ self.queries_CQ[:, columns].float()
         gradients.of(rows.values_MD).add_(gradient_MD)
+
+
+@torch.no_grad()
+def score_top(head: Head, hidden_SD: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Returns the `count` most likely tokens at each position and their log-probabilities, the highest first.
+
+    The first are int64 [S, count], the second fp32. Of equal logits the lower token id comes first.
+    """
+    tokens, logprobs = [], []
+    for part in _chunks(len(hidden_SD), head.blocks.positions):
+        queries_CQ = head.at(part).queries(hidden_SD[part])
+        best_CJ = torch.full((len(queries_CQ), 0), -torch.inf, device=hidden_SD.device)
+        found_CJ = torch.zeros((len(queries_CQ), 0), dtype=torch.int64, device=hidden_SD.device)
+        log_total_C = torch.full((len(queries_CQ),), -torch.inf, device=hidden_SD.device)
+        for first in range(0, len(head.weight_VD), head.blocks.vocabulary):
+            rows = slice(first, min(first + head.blocks.vocabulary, len(head.weight_VD)))
+            logits_CK = product(queries_CQ, head.keys(rows).T)
+            if head.softcap is not None:
+                logits_CK.div_(head.softcap).tanh_().mul_(head.softcap)
+            log_total_C = torch.logaddexp(log_total_C, logits_CK.logsumexp(1))
+            here_CJ, place_CJ = top(logits_CK, count)
+            best_CJ, found_CJ = torch.cat([best_CJ, here_CJ], 1), torch.cat([found_CJ, place_CJ + first], 1)
+            best_CJ, place_CJ = top(best_CJ, count)
+            found_CJ = found_CJ.gather(1, place_CJ)
+        tokens.append(found_CJ)
+        logprobs.append(best_CJ - log_total_C[:, None])
+    return torch.cat(tokens), torch.cat(logprobs)
+
+
+def top(values_CK: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Returns the highest values of each row and their places. Of equal ones the first comes first."""
+    best_CJ, place_CJ = values_CK.topk(min(count, values_CK.shape[1]), dim=1)
+    place_CJ, order_CJ = place_CJ.sort(dim=1)
+    best_CJ, order_CJ = best_CJ.gather(1, order_CJ).sort(dim=1, descending=True, stable=True)
+    return best_CJ, place_CJ.gather(1, order_CJ)
 
 
 def _chunks(length: int, at_most: int) -> list[slice]:

@@ -36,6 +36,8 @@ class SampleRequest:
     is_abandoned: bool = False
     prompt_logprobs: list[float | None] | None = None
     """Set by the prefill if they are requested."""
+    num_top_logprobs: int = 0
+    """How many of the most likely tokens are returned for each sampled one."""
     prompt_cache_hit_tokens: int | None = None
     """How many tokens of the prompt its first prefill did not compute, because other texts begin with them.
     None before."""
@@ -54,6 +56,13 @@ class ScoreRequest:
     """Token ids, int64."""
     is_argmax_T: list[bool | None] = field(default_factory=list)
     """Whether each token is the most likely one at its position. Set when the future is done."""
+    num_top_logprobs: int = 0
+    """How many of the most likely tokens are returned for each position."""
+    targets_TJ: np.ndarray | None = None
+    """Tokens to score in the place of each token but the first, int64 [T - 1, J]. -1 names none."""
+    top_logprobs: list[list[tuple[int, float]] | None] | None = None
+    target_logprobs_TJ: np.ndarray | None = None
+    """These two are set when the future is done, if they were requested."""
     future: Future[list[float | None]] = field(default_factory=JobFuture)
 
 
@@ -67,9 +76,10 @@ def sample_request(
     params: SamplingParams | None = None,
     include_prompt_logprobs: bool = False,
     on_token: OnToken | None = None,
+    num_top_logprobs: int = 0,
 ) -> SampleRequest:
     """Returns a request for `num_samples` samples. Raises RequestError for unsupported settings."""
-    params = params or SamplingParams()
+    params = SamplingParams() if params is None else SamplingParams.model_validate(params)
     numbers = {
         "temperature": _number("temperature", params.temperature, float),
         "top_p": _number("top_p", params.top_p, float),
@@ -104,13 +114,49 @@ def sample_request(
         )
     stop_rule = StopRule(base, params)
     return SampleRequest(
-        prompt_T, num_samples, params, max_tokens, stop_rule, include_prompt_logprobs, on_token
+        prompt_T,
+        num_samples,
+        params,
+        max_tokens,
+        stop_rule,
+        include_prompt_logprobs,
+        on_token,
+        num_top_logprobs=_checked_top(base, "topk_sample_logprobs", num_top_logprobs),
     )
 
 
-def score_request(base: BaseModel, tokens: Sequence[int]) -> ScoreRequest:
-    """Returns a request for the log-probabilities of `tokens`. Raises RequestError if they do not fit."""
-    return ScoreRequest(_checked_tokens(base, tokens))
+def score_request(
+    base: BaseModel,
+    tokens: Sequence[int],
+    num_top_logprobs: int = 0,
+    targets_TJ: np.ndarray | None = None,
+) -> ScoreRequest:
+    """Returns a request for the log-probabilities of `tokens`, of the most likely tokens, and of targets.
+
+    Raises RequestError if they do not fit.
+    """
+    tokens_T = _checked_tokens(base, tokens)
+    if targets_TJ is not None:
+        if targets_TJ.dtype.kind != "i" or targets_TJ.ndim != 2 or len(targets_TJ) != len(tokens_T) - 1:
+            raise RequestError(
+                f"target_prompt_logprobs has shape {[*targets_TJ.shape]} and dtype {targets_TJ.dtype}, and a "
+                f"prompt of {len(tokens_T)} tokens needs whole numbers of shape [{len(tokens_T) - 1}, K]."
+            )
+        outside = targets_TJ[(targets_TJ < -1) | (targets_TJ >= base.vocab_size)]
+        if len(outside):
+            raise RequestError(
+                f"target_prompt_logprobs has token {outside[0]}, outside the vocabulary of "
+                f"{base.vocab_size}; -1 names none."
+            )
+    top = _checked_top(base, "topk_prompt_logprobs", num_top_logprobs)
+    return ScoreRequest(tokens_T, num_top_logprobs=top, targets_TJ=targets_TJ)
+
+
+def _checked_top(base: BaseModel, name: str, count: int) -> int:
+    count = _number(name, count, int)
+    if not 0 <= count <= base.vocab_size:
+        raise RequestError(f"Invalid {name}={count}: must be 0 to the vocabulary's size, {base.vocab_size}.")
+    return count
 
 
 def _checked_tokens(base: BaseModel, tokens: Sequence[int]) -> np.ndarray:

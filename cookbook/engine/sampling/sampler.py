@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cookbook.engine.model import microbatches
+from cookbook.engine.model import microbatches, unembedding
 from cookbook.engine.model.adapters import Adapter
 from cookbook.engine.model.base_model import BaseModel
 from cookbook.engine.model.loading import return_freed_memory
@@ -33,7 +33,7 @@ from cookbook.engine.sampling.prompt_tree import PromptTree
 from cookbook.engine.sampling.requests import Request, SampleRequest, ScoreRequest
 from cookbook.engine.sampling.sequence import Sequence
 from cookbook.errors import TrainingError
-from cookbook.types import SampledSequence, SampleResponse
+from cookbook.types import IGNORED_TARGET, SampledSequence, SampleResponse
 
 logger = logging.getLogger(__name__)
 
@@ -203,7 +203,12 @@ class _RunningBatch:
         for request in self.scores:
             if len(request.tokens_T) == 1 and not request.future.done():
                 request.is_argmax_T = [None]
+                request.top_logprobs = [None] if request.num_top_logprobs else None
+                if request.targets_TJ is not None:
+                    request.target_logprobs_TJ = np.zeros(request.targets_TJ.shape, np.float32)
                 request.future.set_result([None])
+            elif not request.future.done() and (request.num_top_logprobs or request.targets_TJ is not None):
+                self._score_more(request)
         requests = self.scores = [request for request in self.scores if not request.future.done()]
         texts = [request.tokens_T for request in requests]
         sequences = [
@@ -233,6 +238,28 @@ class _RunningBatch:
                 requests[index].is_argmax_T = [None, *(is_argmax_T != 0).tolist()]
                 requests[index].future.set_result(logprobs)
         self.scores = []
+
+    def _score_more(self, request: ScoreRequest) -> None:
+        """Sets the log-probabilities of the most likely tokens and of targets, in the place of each token."""
+        inputs_T, outputs_T = request.tokens_T[:-1], request.tokens_T[1:]
+        ones_T = np.ones(len(inputs_T), np.float32)
+        if (count := request.num_top_logprobs) > 0:
+            text = TokenSequence(inputs_T, outputs_T, ones_T, {})
+            batch = pack([text], self._base.device, False, is_padded=self._base.is_padded)
+            columns = [values.tolist() for values in self._base.top_tokens(batch, count)]
+            request.top_logprobs = [None, *([*zip(*row, strict=True)] for row in zip(*columns, strict=True))]
+        if request.targets_TJ is None:
+            return
+        targets_TJ = np.where(request.targets_TJ < 0, IGNORED_TARGET, request.targets_TJ)
+        scores_TJ = np.zeros(targets_TJ.shape, np.float32)
+        is_named_TJ = targets_TJ != IGNORED_TARGET
+        if is_named_TJ.any():
+            weights_TJ = is_named_TJ.astype(np.float32)
+            text = TokenSequence(inputs_T, targets_TJ, weights_TJ, {})
+            batch = pack([text], self._base.device, True, is_padded=self._base.is_padded)
+            (found_TJ,) = batch.layout.split(self._base.logprobs(batch).cpu().numpy())
+            scores_TJ = np.where(is_named_TJ, found_TJ.reshape(targets_TJ.shape), np.float32(0))
+        request.target_logprobs_TJ = scores_TJ
 
     def _plan_scores(self, families: list[Family]) -> list[list[Family]]:
         """Returns the families of each pass, the first one last. A large family may share a longer row."""
@@ -292,6 +319,7 @@ class _RunningBatch:
         params = [sequence.request.params for sequence in sequences]
         choice = choose(logits_RV, params, [sequence.uniform for sequence in sequences])
         columns = (choice.tokens_R.tolist(), choice.logprobs_R.tolist(), choice.is_undefined_R.tolist())
+        self._note_top_logprobs(sequences, logits_RV)
         for sequence, token, logprob, is_undefined in zip(sequences, *columns, strict=True):
             request = sequence.request
             if request.future.done():
@@ -314,12 +342,29 @@ class _RunningBatch:
             if all(each.stop_reason is not None for each in samples):
                 del self._sequences[request]
                 sampled = [
-                    SampledSequence(each.tokens, each.logprobs, reason)
+                    SampledSequence(
+                        each.tokens,
+                        each.logprobs,
+                        reason,
+                        topk_logprobs=each.top_logprobs if request.num_top_logprobs else None,
+                    )
                     for each in samples
                     if (reason := each.stop_reason) is not None
                 ]
                 num_hits = request.prompt_cache_hit_tokens or 0
                 request.future.set_result(SampleResponse(sampled, request.prompt_logprobs, num_hits))
+
+    def _note_top_logprobs(self, sequences: list[Sequence], logits_RV: Tensor) -> None:
+        """Notes the most likely tokens for the sequences whose requests ask for them."""
+        asking = [row for row, sequence in enumerate(sequences) if sequence.request.num_top_logprobs]
+        if not asking:
+            return
+        logprobs_RV = logits_RV[torch.tensor(asking, device=logits_RV.device)].float().log_softmax(1)
+        most = max(sequences[row].request.num_top_logprobs for row in asking)
+        best, tokens = (values.tolist() for values in unembedding.top(logprobs_RV, most))
+        for row, tokens_J, best_J in zip(asking, tokens, best, strict=True):
+            count = sequences[row].request.num_top_logprobs
+            sequences[row].top_logprobs.append([*zip(tokens_J[:count], best_J[:count], strict=True)])
 
     def _needed_positions(self) -> int:
         """Returns how many positions the running sequences need, including the next token of each."""

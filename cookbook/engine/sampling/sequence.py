@@ -26,6 +26,8 @@ class Sequence:
     """The tokens sampled so far."""
     logprobs: list[float] = field(default_factory=list)
     """The log-probability of each of `tokens`, before temperature, top-k and top-p, in nats."""
+    top_logprobs: list[list[tuple[int, float]] | None] = field(default_factory=list)
+    """The most likely tokens in the place of each of `tokens`, if they were requested."""
     stop_reason: StopReason | None = None
     """None until the sequence is complete."""
     length: int = field(init=False)

@@ -63,11 +63,58 @@ def dro(
     return -(weights_S * objective_S).sum()
 
 
+def gspo(
+    logprobs_S: Tensor, weights_S: Tensor, extras: Mapping[str, Tensor], config: Mapping[str, float]
+) -> Tensor:
+    """Returns the clipped surrogate loss of GSPO-token (Zheng et al. 2025).
+
+    The ratio of every token has the value of its sequence's: the geometric mean of the ratios of the tokens
+    that `sequence_ratio_mask` marks. Its gradient is that of the token's own log-probability.
+    """
+    ratio_S = torch.exp(extras["sequence_log_ratio"] + logprobs_S - logprobs_S.detach())
+    clipped_S = ratio_S.clamp(config["clip_low_threshold"], config["clip_high_threshold"])
+    advantages_S = extras["advantages"]
+    return -(weights_S * torch.minimum(ratio_S * advantages_S, clipped_S * advantages_S)).sum()
+
+
+def sequence_log_ratios(
+    logprobs_P: Tensor, extras: Mapping[str, Tensor], sequence_P: Tensor
+) -> dict[str, Tensor]:
+    """Returns the mean log-ratio of the marked tokens of each position's sequence; 0 without a marked one."""
+    is_marked_P = (extras["sequence_ratio_mask"] != 0).to(logprobs_P.dtype)
+    num_sequences = int(sequence_P.max()) + 1 if len(sequence_P) else 0
+    sums = logprobs_P.new_zeros(2, num_sequences)
+    sums[0].index_add_(0, sequence_P, is_marked_P * (logprobs_P - extras["logprobs"]))
+    sums[1].index_add_(0, sequence_P, is_marked_P)
+    return {"sequence_log_ratio": (sums[0] / sums[1].clamp(min=1))[sequence_P]}
+
+
+def stable_reinforce(
+    logprobs_S: Tensor, weights_S: Tensor, extras: Mapping[str, Tensor], config: Mapping[str, float]
+) -> Tensor:
+    """Returns the loss of REINFORCE with a quadratic penalty on the drift from the policy that sampled.
+
+    -sum(w * (advantage * logp - kl_coeff / 2 * (logp - q)^2)), where q is the log-probability that was
+    recorded when the token was sampled. There is no importance ratio, which could become large, so old
+    samples weigh like new ones, and the penalty pulls back where the policies part. The hosted service has a
+    loss of this name whose formula is not published: this is not that formula.
+    """
+    drift_S = logprobs_S - extras["logprobs"]
+    objective_S = logprobs_S * extras["advantages"] - 0.5 * config["kl_coeff"] * drift_S.square()
+    return -(weights_S * objective_S).sum()
+
+
+OfSequences = Callable[[Tensor, Mapping[str, Tensor], Tensor], dict[str, Tensor]]
+
+
 @dataclass(frozen=True)
 class Loss:
     fn: LossFn
     required_inputs: tuple[str, ...]
     defaults: Mapping[str, float]
+    of_sequences: OfSequences | None = None
+    """Returns further inputs, which couple the trained tokens of a sequence: from their log-probabilities
+    without gradient [P], their inputs, and the number of the sequence of each."""
 
 
 _CLIP = {"clip_low_threshold": 0.8, "clip_high_threshold": 1.2}
@@ -78,6 +125,8 @@ LOSSES: dict[str, Loss] = {
     "ppo": Loss(ppo, _POLICY_INPUTS, _CLIP),
     "cispo": Loss(cispo, _POLICY_INPUTS, _CLIP),
     "dro": Loss(dro, _POLICY_INPUTS, {"beta": 0.05}),
+    "gspo": Loss(gspo, (*_POLICY_INPUTS, "sequence_ratio_mask"), _CLIP, sequence_log_ratios),
+    "stable_reinforce": Loss(stable_reinforce, _POLICY_INPUTS, {"kl_coeff": 0.05}),
 }
 assert set(LOSSES) == set(get_args(LossFnType))
 

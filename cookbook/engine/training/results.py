@@ -17,7 +17,7 @@ from torch import Tensor
 
 from cookbook.engine.model.packing import PackedLayout, TokenSequence, copy_to
 from cookbook.engine.processes import World
-from cookbook.types import ForwardBackwardOutput, LossFnOutput, TensorData
+from cookbook.types import IGNORED_TARGET, ForwardBackwardOutput, LossFnOutput, TensorData
 
 
 class MicrobatchResult(NamedTuple):
@@ -27,7 +27,8 @@ class MicrobatchResult(NamedTuple):
     """The indices of its sequences in the request."""
     layout: PackedLayout
     logprobs_P: Tensor
-    """[P], or with `loss_only` weighted sum, minimum and maximum of the log-probabilities: [3], fp64."""
+    """[P] or, with several targets of a position, [P, J]; with `loss_only` the weighted sum, the minimum and
+    the maximum of the log-probabilities: [3], fp64."""
     is_argmax_P: Tensor | None
     """Whether each target is the most likely token, if that was requested."""
     loss: Tensor
@@ -51,17 +52,23 @@ def all_reduce_summaries(
 
 
 def all_reduce_results(
-    world: World, results: list[MicrobatchResult], lengths: Sequence[int], device: torch.device, argmax: bool
+    world: World,
+    results: list[MicrobatchResult],
+    sequences: Sequence[TokenSequence],
+    device: torch.device,
+    argmax: bool,
 ) -> list[MicrobatchResult]:
     """Returns the results of all processes as one micro-batch with all sequences of the request.
 
     Each process fills in its part of a row of zeros, and the rows are summed, which is exact because x + 0 is
     x.
     """
+    lengths = [len(sequence) for sequence in sequences]
+    num_targets = max(sequence.num_targets for sequence in sequences)
     ends = np.cumsum(lengths)
     starts = ends - lengths
     num_tokens = int(ends[-1])
-    logprobs_N = torch.zeros(num_tokens, device=device)
+    logprobs_NJ = torch.zeros(num_tokens, num_targets, device=device)
     is_argmax_N = torch.zeros(num_tokens if argmax else 0, device=device)
     loss = torch.zeros((), device=device)
     for result in results:
@@ -70,14 +77,16 @@ def all_reduce_results(
         for index, (start, stop) in zip(result.indices, segments, strict=True):
             row[start:stop] = np.arange(starts[index], ends[index])
         places_P = copy_to(device, row[result.layout.scored_P])
-        logprobs_N.index_copy_(0, places_P, result.logprobs_P)
+        logprobs_PJ = result.logprobs_P.view(len(places_P), -1)
+        logprobs_NJ[:, : logprobs_PJ.shape[1]].index_copy_(0, places_P, logprobs_PJ)
         if result.is_argmax_P is not None:
             is_argmax_N.index_copy_(0, places_P, result.is_argmax_P.float())
         loss += result.loss
-    world.all_reduce_sum([logprobs_N, is_argmax_N, loss])
+    world.all_reduce_sum([logprobs_NJ, is_argmax_N, loss])
     all_segments = list(zip(starts.tolist(), ends.tolist(), strict=True))
     layout = PackedLayout(all_segments, np.arange(num_tokens), num_tokens)
     indices = range(len(lengths))
+    logprobs_N = logprobs_NJ[:, 0] if num_targets == 1 else logprobs_NJ
     return [MicrobatchResult(indices, layout, logprobs_N, is_argmax_N if argmax else None, loss)]
 
 
@@ -126,8 +135,19 @@ class PassResult:
     custom_metrics: Mapping[str, float] = field(default_factory=dict)
 
     def logprobs(self) -> list[np.ndarray]:
-        """Returns one float32 array [T] per datum. Positions that were not scored are 0.0."""
-        return self._by_datum(self.scored_logprobs.arrays())
+        """Returns one float32 array in the shape of the targets per datum.
+
+        Positions that were not scored, and ignored targets of others, are 0.0.
+        """
+        found = self._by_datum(self.scored_logprobs.arrays())
+        return [self._of_targets(sequence, one) for sequence, one in zip(self.sequences, found, strict=True)]
+
+    def _of_targets(self, sequence: TokenSequence, logprobs_T: np.ndarray) -> np.ndarray:
+        targets_T = sequence.targets_T
+        if logprobs_T.ndim == 1:
+            return logprobs_T.reshape(targets_T.shape)
+        logprobs_TJ = logprobs_T[:, : sequence.num_targets].reshape(targets_T.shape)
+        return np.where(targets_T == IGNORED_TARGET, np.float32(0), logprobs_TJ)
 
     def _by_datum(self, values: list[np.ndarray]) -> list[np.ndarray]:
         found: dict[int, np.ndarray] = {}
@@ -147,8 +167,11 @@ class PassResult:
             if lowest.min() != np.inf:  # at least one target is trained
                 metrics |= {"logprobs:min": float(lowest.min()), "logprobs:max": float(highest.max())}
         else:
-            logprobs = self._by_datum(self.scored_logprobs.arrays())
-            nll_sum = -sum(float(weights_T @ lp_T) for weights_T, lp_T in zip(weights, logprobs, strict=True))
+            logprobs = self.logprobs()
+            nll_sum = -sum(
+                float(weights_T.ravel() @ lp_T.ravel())
+                for weights_T, lp_T in zip(weights, logprobs, strict=True)
+            )
         loss_sum = sum(float(loss) for loss in self.losses.arrays())
         loss = nll_sum / weight_sum if weight_sum else 0.0
         if self.custom_loss is not None:

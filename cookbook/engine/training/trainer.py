@@ -4,6 +4,7 @@ A pass (`forward`, `forward_backward`) is partitioned over the processes and int
 micro-batch is packed into one row, run through the model, and scored.
 
 Shape suffixes: T tokens of one sequence, P scored positions of a micro-batch, C positions of a chunk.
+Log-probabilities and weights have a further axis if positions have several targets.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from cookbook.engine.model.adapters import Adapter
 from cookbook.engine.model.base_model import BaseModel
 from cookbook.engine.model.dropout import PassOfData
 from cookbook.engine.model.memory import FIRST_PATIENCE, MicrobatchLimits, Recovery, is_out_of_memory
-from cookbook.engine.model.packing import PackedBatch, TokenSequence, check_data, pack
+from cookbook.engine.model.packing import PackedBatch, TokenSequence, check_data, copy_to, pack
 from cookbook.engine.model.prefix_tree import Family, families
 from cookbook.engine.training import memory_needs, sharded_state
 from cookbook.engine.training.losses import Loss, get_loss
@@ -224,8 +225,10 @@ class Trainer:
         drops = self.adapter.lora.dropout > 0 and (backward if is_training is None else is_training)
         seed = self.adapter.lora.seed or 0
         masks = PassOfData(seed, self._optimizer.num_steps, self._num_passes) if drops else None
-        # With dropout, each sequence has masks of its own on what it shares.
-        min_shared = self.base.min_shared_tokens if masks is None else None
+        # With dropout, each sequence has masks of its own on what it shares, and a shared position is scored
+        # against one target at a time.
+        has_one_target = all(sequence.num_targets == 1 for sequence in request.sequences)
+        min_shared = self.base.min_shared_tokens if masks is None and has_one_target else None
         tokens = [sequence.tokens_T for sequence in request.sequences]
         found = families(tokens, min_shared, microbatches.rope_kinds(self.base, lengths))
         own = partition_families(found, self._world.size)[self._world.rank]
@@ -252,7 +255,9 @@ class Trainer:
         if not self._world.is_alone and request.loss_only:
             results = all_reduce_summaries(self._world, results, self.base.device)
         elif not self._world.is_alone:
-            results = all_reduce_results(self._world, results, lengths, self.base.device, request.with_argmax)
+            results = all_reduce_results(
+                self._world, results, request.sequences, self.base.device, request.with_argmax
+            )
         return PassResult(
             request.sequences,
             [(result.indices, result.layout) for result in results],
@@ -322,25 +327,40 @@ class Trainer:
         self, batch: PackedBatch, indices: list[int], request: Request, backward: bool, is_checkpointed: bool
     ) -> MicrobatchResult:
         num_trained, is_argmax_P = batch.layout.num_trained, None
+        inputs = dict(batch.extras)
 
         def token_loss(logprobs_C: Tensor, part: slice) -> Tensor:
-            extras = {name: values_P[part] for name, values_P in batch.extras.items()}
+            extras = {name: values_P[part] for name, values_P in inputs.items()}
             return request.loss.fn(logprobs_C, batch.weights_P[part], extras, request.loss_config)
 
+        def prepare(logprobs_P: Tensor) -> None:
+            assert request.loss.of_sequences is not None
+            part = slice(len(logprobs_P))
+            extras = {name: values_P[part] for name, values_P in batch.extras.items()}
+            sequence_P = copy_to(self.base.device, batch.layout.sequence_P[part])
+            inputs.update(request.loss.of_sequences(logprobs_P, extras, sequence_P))
+
+        couples = request.loss.of_sequences is not None
         if backward and (num_trained or self.base.is_sharded):
-            logprobs_P, loss = self.base.backpropagate(batch, token_loss, is_checkpointed)
+            logprobs_P, loss = self.base.backpropagate(
+                batch, token_loss, is_checkpointed, prepare if couples else None
+            )
             self._optimizer.collect_gradients()
         else:
             if request.with_argmax:
                 logprobs_P, is_argmax_P = self.base.scores(batch)
             else:
                 logprobs_P = self.base.logprobs(batch)
+            if couples:
+                prepare(logprobs_P[:num_trained])
             loss = token_loss(logprobs_P[:num_trained], slice(0, num_trained))
         if request.loss_only:
+            weights_P = batch.weights_P[:num_trained].double()
             trained_P = logprobs_P[:num_trained].double()
+            if weights_P.ndim == 2:  # some targets of a trained position may have weight 0
+                weights_P, trained_P = weights_P[weights_P != 0], trained_P[weights_P != 0]
             logprobs_P = empty_summary(self.base.device)
             if num_trained:
-                weights_P = batch.weights_P[:num_trained].double()
                 logprobs_P = torch.stack([weights_P @ trained_P, *trained_P.aminmax()])
         return MicrobatchResult(indices, batch.layout, logprobs_P, is_argmax_P, loss)
 
@@ -410,9 +430,17 @@ class Trainer:
     # -- state ------------------------------------------------------------------------------
 
     def save(
-        self, path: Path, with_optimizer: bool, overwrite: bool = False, ttl_seconds: int | None = None
+        self,
+        path: Path,
+        with_optimizer: bool,
+        overwrite: bool = False,
+        ttl_seconds: int | None = None,
+        user_metadata: Mapping[str, str] | None = None,
     ) -> None:
-        """Writes a checkpoint. Raises TrainingError if a number in it is not finite."""
+        """Writes a checkpoint, with `user_metadata` besides that of this adapter.
+
+        Raises TrainingError if a number in it is not finite.
+        """
         info = checkpoint.StateInfo(
             base_model=models.canonical_name(self.base.name),
             lora=self.adapter.lora,
@@ -423,7 +451,7 @@ class Trainer:
             if with_optimizer and self._recovery.is_needed
             else None,
             world_size=self._world.size,
-            user_metadata=self.user_metadata,
+            user_metadata={**self.user_metadata, **(user_metadata or {})},
             expires_at=None if ttl_seconds is None else _seconds_from_now(ttl_seconds),
         )
         self._check_not_half_stepped()

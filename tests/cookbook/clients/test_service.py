@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import inspect
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +20,6 @@ from cookbook import (
     AdamParams,
     Datum,
     ModelInput,
-    SamplingClient,
     SamplingParams,
     ServiceClient,
     TrainingClient,
@@ -245,47 +243,6 @@ def test_a_missing_model_is_refused_and_can_be_loaded_later(
         service.create_lora_training_client(str(tmp_path / "model"))
     shutil.copytree(tiny_qwen3, tmp_path / "model")
     service.create_lora_training_client(str(tmp_path / "model"), rank=1)
-
-
-# -- positions of arguments ----------------------------------------------------------------------
-
-POSITIONS: list[tuple[type, str, list[str]]] = [
-    (ServiceClient, "__init__", ["user_metadata", "project_id"]),
-    (
-        ServiceClient,
-        "create_lora_training_client",
-        ["base_model", "rank", "seed", "train_mlp", "train_attn", "train_unembed", "user_metadata"],
-    ),
-    (ServiceClient, "create_training_client_from_state", ["path", "base_model", "user_metadata"]),
-    (
-        ServiceClient,
-        "create_training_client_from_state_with_optimizer",
-        ["path", "base_model", "user_metadata"],
-    ),
-    (ServiceClient, "create_sampling_client", ["model_path", "base_model"]),
-    (TrainingClient, "forward", ["data", "loss_fn", "loss_fn_config"]),
-    (TrainingClient, "forward_backward", ["data", "loss_fn", "loss_fn_config"]),
-    (TrainingClient, "forward_backward_custom", ["data", "loss_fn"]),
-    (TrainingClient, "save_state", ["name", "ttl_seconds"]),
-    (TrainingClient, "save_weights_for_sampler", ["name", "ttl_seconds"]),
-    (TrainingClient, "load_state", ["path"]),
-    (TrainingClient, "load_state_with_optimizer", ["path"]),
-    (TrainingClient, "create_sampling_client", ["model_path"]),
-    (TrainingClient, "save_weights_and_get_sampling_client", ["name"]),
-    (SamplingClient, "sample", ["prompt", "num_samples", "sampling_params", "include_prompt_logprobs"]),
-    (SamplingClient, "compute_logprobs", ["prompt"]),
-]
-"""The positional parameters of the SDK (tinker 0.38.0), under the SDK's names."""
-
-
-@pytest.mark.parametrize(("owner", "name", "expected"), POSITIONS, ids=lambda value: str(value))
-def test_positional_arguments_are_those_of_the_sdk(owner: type, name: str, expected: list[str]) -> None:
-    """All other parameters are keyword-only, so that no value is taken for another parameter."""
-    for each in (name, f"{name}_async"):
-        if (method := getattr(owner, each, None)) is not None:
-            parameters = inspect.signature(method).parameters.values()
-            by_position = [each.name for each in parameters if each.kind is each.POSITIONAL_OR_KEYWORD]
-            assert by_position[1:] == expected
 
 
 def test_a_service_s_metadata_is_saved_with_its_clients_and_checkpoints(

@@ -62,6 +62,8 @@ CASES: dict[str, tuple[str, dict[str, float], Callable[[Token], float]]] = {
     "cispo-high": ("cispo", {"clip_high_threshold": 5.0}, lambda token: cispo(token, 0.8, 5.0)),
     "dro": ("dro", {}, dro),
     "dro-strict": ("dro", {"beta": 2.0}, lambda token: dro(token, 2.0)),
+    "stable_reinforce": ("stable_reinforce", {}, dro),
+    "stable_reinforce-strict": ("stable_reinforce", {"kl_coeff": 2.0}, lambda token: dro(token, 2.0)),
 }
 
 
@@ -95,7 +97,7 @@ def test_a_loss_is_the_sum_of_its_formula_over_the_tokens(case: str) -> None:
 
 
 def test_every_loss_has_a_case() -> None:
-    assert {name for name, _, _ in CASES.values()} == set(LOSSES)
+    assert {name for name, _, _ in CASES.values()} | {"gspo"} == set(LOSSES)
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if not case.startswith("cispo")])
@@ -128,7 +130,7 @@ def test_the_gradient_of_cispo_treats_the_clipped_ratio_as_constant(low: float, 
     assert gradient == pytest.approx(expected, rel=1e-12)
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", sorted(set(LOSSES) - {"gspo"}))
 def test_tokens_with_weight_zero_add_nothing(name: str) -> None:
     tokens = make_tokens(seed=3)
     heavy = [token for token in tokens if token[1] != 0]
@@ -136,6 +138,37 @@ def test_tokens_with_weight_zero_add_nothing(name: str) -> None:
     value, gradient = value_and_gradient(name, {}, tokens)
     assert value == pytest.approx(value_and_gradient(name, {}, heavy)[0], rel=1e-12)
     assert all(slope == 0 for slope, token in zip(gradient, tokens, strict=True) if token[1] == 0)
+
+
+def test_gspo_has_the_ratio_of_the_sequence_and_the_gradient_of_each_token() -> None:
+    """Compares with a loop over sequences whose ratio is computed from the marked tokens alone."""
+    rng = np.random.default_rng(5)
+    lengths, low, high = [7, 4, 9], 0.999, 1.001
+    sequence_P = rng.permutation(np.repeat(np.arange(3), lengths))
+    logp_P, old_P = -rng.exponential(1.0, (2, sum(lengths)))
+    old_P = logp_P + 0.05 * (old_P - old_P.mean())
+    advantages_P, weights_P = rng.normal(size=sum(lengths)), rng.choice([0.5, 1.0], sum(lengths))
+    mask_P = rng.choice([0.0, 1.0], sum(lengths))
+    expected, slopes = 0.0, np.zeros(sum(lengths))
+    for number in range(3):
+        marked = [p for p in range(sum(lengths)) if sequence_P[p] == number and mask_P[p]]
+        ratio = math.exp(sum(logp_P[p] - old_P[p] for p in marked) / max(1, len(marked)))
+        for p in np.flatnonzero(sequence_P == number):
+            plain, clipped = ratio * advantages_P[p], clip(ratio, low, high) * advantages_P[p]
+            expected -= weights_P[p] * min(plain, clipped)
+            slopes[p] = -weights_P[p] * plain if plain <= clipped else 0.0
+    loss, config = get_loss("gspo", {"clip_low_threshold": low, "clip_high_threshold": high})
+    assert loss.of_sequences is not None
+    logprobs = torch.tensor(logp_P, requires_grad=True)
+    extras = {"logprobs": torch.tensor(old_P), "advantages": torch.tensor(advantages_P)}
+    extras["sequence_ratio_mask"] = torch.tensor(mask_P)
+    extras |= loss.of_sequences(logprobs.detach(), extras, torch.tensor(sequence_P))
+    value = loss.fn(logprobs, torch.tensor(weights_P), extras, config)
+    value.backward()
+    assert value.item() == pytest.approx(expected, rel=1e-12)
+    assert logprobs.grad is not None
+    assert logprobs.grad.numpy() == pytest.approx(slopes, rel=1e-12)
+    assert 0 < (slopes == 0).sum() < len(slopes)
 
 
 def test_settings_override_the_defaults_one_by_one() -> None:
@@ -152,7 +185,7 @@ def test_an_unknown_loss_is_refused_naming_the_nearest() -> None:
         get_loss("cross-entropy", None)
     assert str(caught.value) == (
         "Unknown loss `cross-entropy`. Did you mean `cross_entropy`? "
-        "Supported: cross_entropy, importance_sampling, ppo, cispo, dro."
+        "Supported: cross_entropy, importance_sampling, ppo, cispo, dro, gspo, stable_reinforce."
     )
     with pytest.raises(RequestError, match=r"^Unknown loss `zzz`\. Supported: cross_entropy"):
         get_loss("zzz", None)
