@@ -1,4 +1,4 @@
-# make demo    set up, then fine-tune the embedded model
+# make demo    install what the demo needs into .venv, then fine-tune the embedded model
 # make test    set up, then run the tests (those of pages need a Chromium, and are skipped where there is none)
 # make test-slow  set up, then run the tests that take a minute or more each, and properties on ten times the examples
 # make check   set up, then check format, lint, types, and the links of the documentation
@@ -15,6 +15,7 @@
 # make families  set up, then try the tiny model of each family of chat models, and write docs/models.md
 PYTHON ?= python3
 BIN := .venv/bin
+BASE_STAMP := .venv/.is-installed
 STAMP := .venv/.is-set-up
 BENCH_STAMP := .venv/.is-set-up-to-bench
 
@@ -22,14 +23,24 @@ BENCH_STAMP := .venv/.is-set-up-to-bench
 
 setup: $(STAMP)
 
-$(STAMP): pyproject.toml constraints.txt
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11")'
+# What running needs, without the extras. --no-compile: Python compiles a module when it is first imported, and most never are.
+$(BASE_STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11")'
+	@echo "Installs sft-cookbook into .venv: torch, transformers, peft, datasets and what they need, and no extras."
+	@echo "With a CPU build of torch that is 1.2 GB; CUDA builds, which the index has for Linux, are several times as large."
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
-	touch $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt --editable .
+	@touch $@
 
-demo: setup
+$(STAMP): $(BASE_STAMP)
+	@echo "Installs the extras and the tools of the tests into .venv: Ray, lm-eval, Inspect AI, bitsandbytes and others, 1.2 GB more."
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+demo: $(BASE_STAMP)
+	@echo "Fine-tunes the embedded model (2 million weights) on 1,600 chats in pirate dialect. Everything goes to runs/demo."
 	$(BIN)/python -m recipes.sft log_path=runs/demo if_log_path_exists=delete
+	@echo "Its page is runs/demo/report.html. To talk to it: $(BIN)/python -m recipes.chat checkpoint=runs/demo"
 
 # Two processes with one thread each, since tests spend much of their time waiting for other processes.
 test: setup

@@ -10,6 +10,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from cookbook.utils.shadowed import refuse_another_renderers
+
 if TYPE_CHECKING:
     from cookbook import types as types
     from cookbook.clients.futures import APIFuture as APIFuture
@@ -102,6 +104,9 @@ __all__ = ["install_as_tinker", "types", *_HOME]
 def install_as_tinker() -> None:
     """Makes `import tinker` import this package, for programs that were written for the Tinker SDK."""
     importlib.import_module("cookbook.clients.as_tinker").install_as_tinker()
+
+
+refuse_another_renderers()
 
 
 def __getattr__(name: str) -> Any:

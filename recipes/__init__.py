@@ -1,1 +1,15 @@
-"""Runnable recipes: `python -m recipes.<name> key=value ...`."""
+"""Runnable recipes: `sft-cookbook <name> key=value ...`, or `python -m recipes.<name>`."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+
+def summaries() -> dict[str, str]:
+    """Returns the first line of every recipe's docstring, by the recipe's name. Imports none of them."""
+    found = {}
+    for path in sorted(Path(__file__).parent.glob("[!_]*.py")):
+        docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+        found[path.stem] = docstring.partition("\n")[0]
+    return found

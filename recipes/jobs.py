@@ -1,12 +1,12 @@
-"""Runs recipes as jobs, which queue for the devices of this machine or of a Ray cluster and can be resumed.
+"""Runs recipes as jobs, which wait for free devices and can be resumed.
 
-    python -m recipes.jobs submit sft model_name=Qwen/Qwen3-0.6B dataset=chats.jsonl log_path=runs/mine --wait
+    python -m recipes.jobs submit sft model_name=Qwen/Qwen3-0.6B dataset=chats.jsonl wait=True
     python -m recipes.jobs list
-    python -m recipes.jobs logs sft-2a6019 --follow
+    python -m recipes.jobs logs sft-2a6019 follow=True
     python -m recipes.jobs cancel sft-2a6019
     python -m recipes.jobs retry sft-2a6019
 
-Needs Ray: pip install 'sft-cookbook[ray]'. Without --address jobs go to a Ray head on this machine, which
+Needs Ray: pip install 'sft-cookbook[ray]'. Without address= jobs go to a Ray head on this machine, which
 `submit` starts and `stop-head` ends. See cookbook/jobs/README.md.
 """
 
@@ -165,6 +165,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
+    """Returns the command and its settings. `key=value`, `--key=value` and `--key value` mean the same."""
     parser = _Parser(prog=PROG, description="Runs recipes as Ray jobs.", allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     for name, text in HELP.items():
@@ -192,11 +193,26 @@ def parse(argv: list[str]) -> argparse.Namespace:
             )
         if name == "logs":
             command.add_argument("--follow", action="store_true", help="until the job has ended")
+    argv = [*argv[:1], *(one for argument in argv[1:] for one in _as_options(argument))]
     own, keys = _split_off_keys(argv) if argv[:1] == ["submit"] else (argv, [])
     arguments = parser.parse_args(own)
     if arguments.command == "submit":
         arguments.keys = keys
     return arguments
+
+
+def _as_options(argument: str) -> list[str]:
+    """Returns a `key=value` of the job itself as argparse reads it; other arguments as they are."""
+    key, has_value, value = argument.removeprefix("--").partition("=")
+    if not has_value:
+        return [argument]
+    if key in ("recipe", "id"):
+        return [value]
+    if key in ("address", "gpus", "cpus"):
+        return [f"--{key}={value}"]
+    if key in ("wait", "follow") and value in ("True", "true", "False", "false"):
+        return [f"--{key}"] if value.lower() == "true" else []
+    return [argument]
 
 
 def _split_off_keys(argv: list[str]) -> tuple[list[str], list[str]]:

@@ -1,6 +1,7 @@
 """Chat formats: convert messages to tokens with loss weights, and sampled tokens back to messages.
 
-A new format is one file with a `Renderer` and one line here.
+A new format is one file with a `Renderer` and one line here. This is the package of sft-cookbook, which
+`cookbook.utils.shadowed` tells from the unrelated package `renderers` of the package index by this sentence.
 """
 
 from renderers.base import Renderer

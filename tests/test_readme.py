@@ -9,6 +9,7 @@ import importlib.util
 import json
 import re
 import shlex
+import tomllib
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
@@ -61,7 +62,19 @@ LINES = [
 ]
 COMMANDS = sorted({line for line in LINES if line})
 MAKE_TARGETS = sorted({command.split()[1] for command in COMMANDS if command.startswith("make ")})
-RECIPE_COMMANDS = [command for command in COMMANDS if command.startswith("python -m recipes.")]
+RECIPE_COMMANDS = [
+    re.sub(r"^sft-cookbook (?=\w+)", "python -m recipes.", command)
+    for command in COMMANDS
+    if re.match(r"(python -m recipes\.|sft-cookbook \w+)", command)
+]
+INSTALLATIONS = [command for command in COMMANDS if re.match(r"(uv )?pip install ", command)]
+OTHER_COMMANDS = {  # each with the test that runs it
+    "source .venv/bin/activate": None,
+    "uv venv": None,
+    "sft-cookbook": "tests/recipes/test_console.py",
+    "sft-cookbook --version": "tests/recipes/test_console.py",
+    'eval "$(sft-cookbook completion bash)"': "tests/recipes/test_console.py",
+}
 TRAINING_CONFIGS = {"recipes.sft": (train.Config, sft), "recipes.preview": (preview.PreviewConfig, preview)}
 OTHER_CONFIGS = {
     "recipes.chat": chat.ChatConfig,
@@ -72,9 +85,9 @@ PROGRAMS = [*(block for block in blocks("python") if block.run_by is None)]
 
 
 def test_every_command_is_tested() -> None:
-    others = [command for command in COMMANDS if command != "source .venv/bin/activate"]
-    tested = [*RECIPE_COMMANDS, *(command for command in others if command.startswith("make "))]
-    assert sorted(tested) == sorted(others)
+    makes = [command for command in COMMANDS if command.startswith("make ")]
+    assert len(COMMANDS) == len(RECIPE_COMMANDS) + len(makes) + len(INSTALLATIONS) + len(OTHER_COMMANDS)
+    assert set(COMMANDS) >= set(OTHER_COMMANDS)
     assert len(RECIPE_COMMANDS) >= 20
     for language in ("bash", "python"):
         for block in blocks(language):
@@ -84,6 +97,21 @@ def test_every_command_is_tested() -> None:
 @pytest.mark.parametrize("target", MAKE_TARGETS)
 def test_every_make_target_exists(target: str) -> None:
     assert re.search(rf"^{target}:", (REPOSITORY / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_extra_exists(page: str) -> None:
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    named = re.findall(r"(?:sft-cookbook|'\.)\[([\w,-]+)\]", PAGES[page])
+    extras = {extra for names in named for extra in names.split(",")}
+    assert extras <= set(project["optional-dependencies"])
+    assert page != "docs/start.md" or extras
+
+
+def test_installations_install_this_project() -> None:
+    assert INSTALLATIONS
+    for command in INSTALLATIONS:
+        assert re.fullmatch(r"(uv )?pip install -e ('\.\[[\w,-]+\]'|\.)", command), command
 
 
 @pytest.mark.parametrize("command", RECIPE_COMMANDS)
@@ -191,7 +219,7 @@ def test_links_of_the_site_lead_from_page_to_page() -> None:
 
 
 def test_the_security_page_lists_every_command_and_its_links_exist() -> None:
-    recipes = {path.stem for path in (REPOSITORY / "recipes").glob("*.py")} - {"__init__"}
+    recipes = {path.stem for path in (REPOSITORY / "recipes").glob("[!_]*.py")}
     assert set(re.findall(r"`recipes\.(\w+)`", SECURITY)) == recipes
     links = re.findall(r"\]\(([\w./]+)\)", SECURITY)
     assert links

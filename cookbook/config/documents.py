@@ -8,11 +8,11 @@ import re
 from bisect import bisect_right
 from collections.abc import Generator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, TypeAlias
 
 import yaml
 
+from cookbook.config.named import find_config_file, with_own_files
 from cookbook.errors import ConfigError
 
 KeyPath: TypeAlias = tuple[str, ...]
@@ -48,11 +48,10 @@ class Document:
 def read_document(path: str, argument: str = "config") -> Document:
     """Returns the document in a file, as JSON if its name ends in .json, else YAML.
 
-    `argument` is the key that named the file. Raises ConfigError if the file is missing or cannot be read.
+    `path` may be the name of a config of this project, and `argument` is the key that named it. Raises
+    ConfigError if the file is missing or cannot be read.
     """
-    file = Path(path).expanduser()
-    if not file.is_file():
-        raise ConfigError(f"{argument}={path}: there is no such file.")
+    file = find_config_file(path, argument)
     if (size := file.stat().st_size) > MAX_BYTES:
         raise ConfigError(f"{argument}={path} has {size:,} bytes, and a config has at most {MAX_BYTES:,}.")
     try:
@@ -67,6 +66,7 @@ def read_document(path: str, argument: str = "config") -> Document:
     deepest = max(document.lines, key=len, default=())
     if len(deepest) > MAX_DEPTH:
         raise ConfigError(f"{document.place(deepest)} cannot be read: {_TOO_DEEP}")
+    document.values = with_own_files(document.values, file)
     return document
 
 

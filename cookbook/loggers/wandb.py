@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 from cookbook.errors import ConfigError
 from cookbook.loggers.base import MetricLogger, Metrics
 from cookbook.utils import files
+from cookbook.utils.extras import require
 from cookbook.utils.tables import Table
 
 REPAIR = (
@@ -32,6 +33,7 @@ def check_wandb_login(project: str) -> None:
     asked = f"wandb_project={project!r}"
     if not project or set(project) & set("/\\#?%:"):
         raise ConfigError(f"{asked}: give a name without / \\ # ? % and :. WANDB_ENTITY sets the account.")
+    require("wandb", asked)
     mode = _setting("mode") or "online"
     if mode not in MODES:
         raise ConfigError(f"{asked}, but WANDB_MODE={mode} is not known. Use online, offline or disabled.")
