@@ -42,7 +42,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "cookbook.jobs": (*MODELS, *RUN, "cookbook.supervised"),
     "cookbook.vllm_client": ("cookbook.clients",),
     "recipes": ("cookbook", "renderers"),
-    "cookbook": ("cookbook.clients", "cookbook.errors", "cookbook.types", "cookbook.utils.shadowed"),
+    "cookbook": ("cookbook.clients", "cookbook.errors", "cookbook.types", "cookbook.utils"),
 }
 """What a room may import besides itself. The longest name that covers a module counts."""
 
