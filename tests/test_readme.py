@@ -5,6 +5,7 @@ A block that another test runs says so in the line before it: <!-- run by tests/
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import re
@@ -14,15 +15,17 @@ from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
+import chz
 import pytest
 
 from cookbook import embedded
 from cookbook.config import cli
 from cookbook.data.formats import FORMATS, recognise
+from cookbook.export.config import ExportConfig
 from cookbook.supervised import train
 from cookbook.supervised.recipe import find_recipe
 from cookbook.sweeps import make_plan
-from recipes import chat, export, jobs, preview, report, sft
+from recipes import jobs, preview, sft
 
 REPOSITORY = Path(__file__).parents[1]
 RUN_ELSEWHERE = {"docs/rollouts.md": "tests/test_rollouts_page.py"}
@@ -76,11 +79,9 @@ OTHER_COMMANDS = {  # each with the test that runs it
     'eval "$(sft-cookbook completion bash)"': "tests/recipes/test_console.py",
 }
 TRAINING_CONFIGS = {"recipes.sft": (train.Config, sft), "recipes.preview": (preview.PreviewConfig, preview)}
-OTHER_CONFIGS = {
-    "recipes.chat": chat.ChatConfig,
-    "recipes.export": export.ExportConfig,
-    "recipes.report": report.ReportConfig,
-}
+OTHER_CONFIGS = {"recipes.export": ExportConfig}
+"""Config classes of recipes that do not define one themselves."""
+SUBCOMMANDS = {"recipes.estimate": {"table"}}
 PROGRAMS = [*(block for block in blocks("python") if block.run_by is None)]
 
 
@@ -92,6 +93,16 @@ def test_every_command_is_tested() -> None:
     for language in ("bash", "python"):
         for block in blocks(language):
             assert block.run_by is None or (REPOSITORY / block.run_by).is_file(), block.run_by
+
+
+def own_config(recipe: ModuleType) -> type:
+    """Returns the config class that a recipe defines."""
+    (found,) = (
+        value
+        for value in vars(recipe).values()
+        if isinstance(value, type) and chz.is_chz(value) and value.__module__ == recipe.__name__
+    )
+    return found
 
 
 @pytest.mark.parametrize("target", MAKE_TARGETS)
@@ -128,10 +139,13 @@ def test_every_recipe_command_is_understood(
         arguments = jobs.parse(argv)
         assert find_recipe(arguments.recipe).make_config(arguments.keys)
         return
-    if recipe in OTHER_CONFIGS:
+    if recipe not in TRAINING_CONFIGS:
         given = [argument for argument in argv if "=" in argument]
-        assert len(given) == len(argv) or recipe == "recipes.report"
-        assert cli.make_config(OTHER_CONFIGS[recipe], {}, given)
+        others = set(argv) - set(given) - SUBCOMMANDS.get(recipe, set())
+        assert not others or recipe == "recipes.report"
+        module = importlib.import_module(recipe)
+        target = OTHER_CONFIGS.get(recipe) or own_config(module)
+        assert cli.make_config(target, getattr(module, "DEFAULTS", {}), given)
         return
     target, module = TRAINING_CONFIGS[recipe]
     if argv == ["--help"]:
