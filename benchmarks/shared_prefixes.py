@@ -1,10 +1,12 @@
 """Measures a training step on sequences that share beginnings: once for each beginning, or once for each
 sequence.
 
-    python -m benchmarks.shared_prefixes [--cases turns20 group] [--rounds 3] [--trl] --folder FOLDER
+    python -m benchmarks.shared_prefixes [--cases turns20 group] [--rounds 3] [--trl] [--hybrid lfm2] \
+        --folder FOLDER
 
 The model is that of `step_model`: Qwen3 with 4 layers, hidden size 256 and the real vocabulary, in float32.
-Each case is one batch:
+With `--hybrid` it is a model of `hybrids`, of hidden size 128 or with `--wide` 1,024, on the same sequences with
+ids of its own vocabulary. Each case is one batch:
 
 turns5, turns20, turns100   the examples of a conversation under the renderer `qwen3`, which removes the
 thinking of
@@ -17,8 +19,8 @@ nothing                     16 sequences of 256 tokens that share nothing
 Sides: `shared` is this project. `each` is the same engine without sharing. `line` is the conversation as one
 sequence, which a model that keeps its history would see. `body` columns leave out the projection to the
 vocabulary. With `--trl`, TRL's `SFTTrainer` runs the same examples in the faster of two settings. The
-sides run in turns in one process, TRL after them; the table has the least CPU time of each side's rounds, and
-the peak of its memory.
+sides run in turns in one process, each round in the opposite order of the one before, TRL after them; the table
+has the least CPU time of each side's rounds, and the peak of its memory.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ from unittest import mock
 
 import numpy as np
 
-from benchmarks import peer_trl, step_model
+from benchmarks import hybrids, peer_trl, step_model
 from benchmarks.process_memory import begin_peak, peak_bytes, resident_bytes
 from benchmarks.step_data import NUM_TEXT_TOKENS, Example
 from cookbook.clients.service import ServiceClient
@@ -135,8 +137,13 @@ class Times:
 
 
 class SharingEngine:
-    def __init__(self, folder: Path) -> None:
-        model_folder, adapter_folder = step_model.make_folders(folder)
+    def __init__(self, folder: Path, hybrid: str | None = None, is_wide: bool = False) -> None:
+        adapter_folder = None
+        if hybrid is None:
+            model_folder, adapter_folder = step_model.make_folders(folder)
+        else:
+            step_model.make_folders(folder)  # for its tokenizer
+            model_folder = hybrids.make_model(hybrid, folder / hybrid, is_wide)
         service = ServiceClient(device="cpu", dtype="float32")
         client = service.create_lora_training_client(
             str(model_folder),
@@ -145,8 +152,9 @@ class SharingEngine:
             seed=0,
             train_unembed=False,
         )
-        client.load_state(adapter_folder).result()
-        self.tokenizer = client.get_tokenizer()
+        if adapter_folder is not None:
+            client.load_state(adapter_folder).result()
+        self.tokenizer = client.get_tokenizer() if hybrid is None else step_model.load_tokenizer(folder)
         self.trainer: Any = client._trainer
         self._min_shared = self.trainer.base.min_shared_tokens
 
@@ -191,7 +199,8 @@ class _Clock:
         return stack
 
 
-def datums_of(examples: list[Example]) -> list[Datum]:
+def datums_of(examples: list[Example], vocab_size: int) -> list[Datum]:
+    examples = [([token % vocab_size for token in tokens], mask) for tokens, mask in examples]
     return [
         Datum(ModelInput.from_ints(tokens[:-1]), {"target_tokens": tokens[1:], "weights": mask[1:]})
         for tokens, mask in examples
@@ -248,11 +257,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--cases", nargs="*", choices=list(CASES), default=list(CASES))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--trl", action="store_true")
+    parser.add_argument("--hybrid", choices=list(hybrids.FAMILIES), help="a hybrid model, not Qwen3")
+    parser.add_argument("--wide", action="store_true", help="a hybrid of hidden size 1,024")
     parser.add_argument("--folder", type=Path, help="where model and adapter are, or are put")
     given = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as temporary:
         folder = given.folder or Path(temporary)
-        engine = SharingEngine(folder)
+        engine = SharingEngine(folder, given.hybrid, given.wide)
         print(
             "| case | tokens -> computed | shared s | each / shared | the same, body | shared / line "
             "| MiB shared, each | loss error |"
@@ -263,13 +274,14 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _run(name: str, case: Case, engine: SharingEngine, rounds: int, trl_folder: Path | None) -> None:
-    examples = case.make(engine.tokenizer)
-    data = datums_of(examples)
-    line = None if case.line is None else datums_of(case.line(engine.tokenizer))
+    examples, vocab_size = case.make(engine.tokenizer), engine.trainer.base.vocab_size
+    data = datums_of(examples, vocab_size)
+    line = None if case.line is None else datums_of(case.line(engine.tokenizer), vocab_size)
     times = {side: Times() for side in ("shared", "each", "line")}
     losses = {}
-    for _ in range(rounds):
-        for side, shares in (("shared", True), ("each", False)):
+    for number in range(rounds):
+        sides = [("shared", True), ("each", False)]
+        for side, shares in sides if number % 2 == 0 else reversed(sides):
             losses[side] = engine.step(data, case, shares, times[side])
         if line is not None:
             engine.step(line, case, True, times["line"])

@@ -226,6 +226,10 @@ class BaseModel:
             reason = why_not(lambda: self._packed_logprobs(sequences))
         if reason is None:
             reason = why_not(lambda: self._logprobs_of_tree(sequences))
+            if reason is not None and self.recurrent.mixers:
+                self.recurrent.hands_states_on = False
+                logger.debug("%s runs recurrent layers over whole sequences (%s).", self.name, reason)
+                reason = why_not(lambda: self._logprobs_of_tree(sequences))
             self.min_shared_tokens = MIN_SHARED_TOKENS if reason is None else None
             if reason is not None:
                 logger.info("%s computes what sequences share for each of them (%s).", self.name, reason)

@@ -5,8 +5,9 @@ borders of packed sequences too. Here the row is split at the borders, the seque
 a few zero-padded batches of similar lengths, and the results are joined again. The layers are causal, so
 padding on the right changes nothing.
 
-What sequences of a row share stands once in it. A state at its end depends on its beginning, so each sequence
-runs through such a layer as a whole, and only its own tokens are joined again (`shared_projections`).
+What sequences of a row share stands once in it. Layers whose functions are known run over it once, and states
+are handed to the branches (`recurrent_trees`). Through others each sequence runs as a whole, and only its own
+tokens are joined again (`shared_projections`).
 
 The kernels of `fla`, `causal_conv1d` and `mamba_ssm` keep packed sequences apart themselves when they get the
 borders. With them a row without a cache or shared beginnings is not split.
@@ -32,6 +33,7 @@ from torch import Tensor, nn
 from cookbook.engine.model.attention import AttentionLayout, Segment
 from cookbook.engine.model.packing import copy_to
 from cookbook.engine.model.recurrent_kernels import SamplingFunctions
+from cookbook.engine.model.recurrent_trees import StateTree, TreeFunctions
 from cookbook.engine.model.shared_projections import SharedProjections
 from cookbook.engine.model.tree_attention import TreeLayout
 
@@ -260,10 +262,17 @@ class RecurrentLayers:
         self.passes_borders = False
         """Whether the mixers get the borders of a row's sequences instead of split rows. Only kernels heed
         them, so `base_model` sets this where a trial gives the right results."""
+        self.hands_states_on = True
+        """Whether the states of a shared beginning are handed to the branches behind it, in layers whose
+        functions are known. `base_model` unsets it where a trial gives other results."""
+        self._tree: StateTree | None = None
+        """The row of the last forward pass, if it has a tree and states are handed on."""
         self._borders: dict[str, Tensor] | None = None
         """The borders in the last forward pass, if they were passed, under transformers' names."""
         self._row: SplitRow | None = None
         """The row of the last forward pass, which stays for its backward pass."""
+        self._has_other_functions = False
+        """Whether the functions of a mixer are not known."""
         for mixer in self.mixers:
             mixer.forward = self._splitting(mixer, mixer.forward)
         if self.mixers:
@@ -273,9 +282,13 @@ class RecurrentLayers:
         """Prepares for a pass of the model. Without a layout nothing is split."""
         layout: AttentionLayout | None = kwargs.get("layout")
         self.num_calls = 0
-        self._row = self._borders = None
+        self._row = self._borders = self._tree = None
         if layout is None:
             return
+        if layout.tree is not None and layout.cache is None and self.hands_states_on:
+            self._tree = StateTree.of(layout.tree, batches_by_length, layout.starts.device)
+            if not self._has_other_functions:
+                return
         if self.passes_borders and layout.cache is None and layout.tree is None:
             lengths = [stop - start for start, stop in layout.segments]
             index_1N = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)[None]
@@ -293,6 +306,8 @@ class RecurrentLayers:
         further_name = kinds.get(inspect.Parameter.VAR_KEYWORD, "")
         sampling_functions = SamplingFunctions(mixer)
         projections = SharedProjections(mixer)
+        tree_functions = TreeFunctions(mixer)
+        self._has_other_functions |= not tree_functions.are_known
 
         # The batches differ for every row, so a compiled layer would be recompiled for each row.
         @torch.compiler.disable
@@ -302,6 +317,9 @@ class RecurrentLayers:
                 if not further_name:
                     raise ValueError(f"{type(mixer).__name__} does not take the borders of sequences")
                 return forward(*args, **(kwargs | self._borders))
+            if self._tree is not None and tree_functions.are_known:
+                with tree_functions.in_use(self._tree):
+                    return forward(*args, **kwargs)
             row = self._row
             if row is None:
                 return forward(*args, **kwargs)

@@ -97,6 +97,11 @@ PACKED = {
 }
 RECURRENT = {
     "mamba": Family("mamba", {"state_size": 4}, {"train_attn": False, "train_mlp": False}),
+    "mamba2": Family(
+        "mamba2",
+        {"state_size": 4, "num_heads": 4, "head_dim": 16, "n_groups": 2, "chunk_size": 16},
+        {"train_attn": False, "train_mlp": False},
+    ),
     "qwen3_next": Family("qwen3_next", {**_EXPERTS, **_LINEAR_ATTENTION}),
     "lfm2": Family("lfm2", {"layer_types": ["conv", "full_attention"]}),
 }
