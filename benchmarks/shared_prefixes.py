@@ -5,8 +5,8 @@ sequence.
         --folder FOLDER
 
 The model is that of `step_model`: Qwen3 with 4 layers, hidden size 256 and the real vocabulary, in float32.
-With `--hybrid` it is a model of `hybrids`, of hidden size 128 or with `--wide` 1,024, on the same sequences with
-ids of its own vocabulary. Each case is one batch:
+With `--hybrid` it is a model of `hybrids`, of hidden size 128 or with `--wide` 1,024, on the same sequences
+with ids of its own vocabulary. Each case is one batch:
 
 turns5, turns20, turns100   the examples of a conversation under the renderer `qwen3`, which removes the
 thinking of
@@ -19,8 +19,8 @@ nothing                     16 sequences of 256 tokens that share nothing
 Sides: `shared` is this project. `each` is the same engine without sharing. `line` is the conversation as one
 sequence, which a model that keeps its history would see. `body` columns leave out the projection to the
 vocabulary. With `--trl`, TRL's `SFTTrainer` runs the same examples in the faster of two settings. The
-sides run in turns in one process, each round in the opposite order of the one before, TRL after them; the table
-has the least CPU time of each side's rounds, and the peak of its memory.
+sides run in turns in one process, each round in the opposite order of the one before, TRL after them; the
+table has the least CPU time of each side's rounds, and the peak of its memory.
 """
 
 from __future__ import annotations

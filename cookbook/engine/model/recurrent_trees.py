@@ -37,8 +37,9 @@ _CHUNK_TOKENS = 64
 _CHUNK_MULTIPLE = 16
 
 Scan = Callable[[list[Tensor], Tensor | None, bool], tuple[Tensor, Tensor | None]]
-"""Runs a batch of pieces, tensors [R, L, ...], from their states at the beginning, None for zeros. Returns the
-outputs [R, L, ...] and, if they are asked for, the states at the end [R, ...]. Tokens of zeros change none."""
+"""Runs a batch of pieces, tensors [R, L, ...], from their states at the beginning, None for zeros. Returns
+the outputs [R, L, ...] and, if they are asked for, the states at the end [R, ...]. Tokens of zeros change no
+state."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,9 @@ class StateTree:
                     places[number] = len(places)
                 num_places += rows_RL.size
                 rows.append(rows_RL.ravel())
-                before = [places_before[parent] for number in chosen if (parent := parents[number]) is not None]
+                before = [
+                    places_before[parent] for number in chosen if (parent := parents[number]) is not None
+                ]
                 indices = copy_to(device, np.array(before, np.int64)) if before else None
                 batches.append(_Batch(rows_RL.shape, indices, False))
             levels.append(batches)
@@ -119,9 +122,6 @@ class StateTree:
             tree.segments,
             tree.ancestors,
         )
-
-    def is_of_row(self, value: Tensor, axis: int = 1) -> bool:
-        return value.shape[0] == 1 and value.shape[axis] == self.num_tokens
 
     def scan(self, tensors: Sequence[Tensor], scan: Scan) -> Tensor:
         """Returns the outputs of a scan over the row, [1, N, ...], given its inputs [1, N, ...]."""
@@ -173,7 +173,7 @@ class StateTree:
 
 
 def _pieces(tree: TreeLayout) -> tuple[list[Segment], list[int | None]]:
-    """Returns the pieces of the segments, in the order of the row, and the number of the piece before each."""
+    """Returns the pieces of the segments in the order of the row, and the number of the piece before each."""
     cuts = {ancestors[-1][1] for ancestors in tree.ancestors if ancestors}
     pieces: list[Segment] = []
     parents: list[int | None] = []
@@ -210,6 +210,13 @@ class TreeFunctions:
         """Whether the mixer has any of these functions."""
         return bool(self._replaced)
 
+    def tree_of(self, value: Tensor, axis: int = 1) -> StateTree:
+        """Returns the tree of the row. Raises ValueError if a function gets something else than the row."""
+        tree = self.tree
+        if tree is None or value.shape[0] != 1 or value.shape[axis] != tree.num_tokens:
+            raise ValueError(f"its recurrent layers scan {list(value.shape)}, not the tokens of the row")
+        return tree
+
     @contextlib.contextmanager
     def in_use(self, tree: StateTree) -> Iterator[None]:
         """Lets the mixer's code run over a row with this tree in the body."""
@@ -232,8 +239,7 @@ def _convolution(
     *args: Any,
     **kwargs: Any,
 ) -> Tensor:
-    tree = functions.tree
-    assert tree is not None and tree.is_of_row(hidden_states, 2), "a convolution of something else"
+    tree = functions.tree_of(hidden_states, 2)
     return tree.convolve(hidden_states, weight.shape[-1], lambda x: theirs(x, weight, *args, **kwargs))
 
 
@@ -246,13 +252,12 @@ def _delta_rule(
     g: Tensor,
     beta: Tensor,
     chunk_size: int = _CHUNK_TOKENS,
-    initial_state: Tensor | None = None,
+    initial_state: None = None,
     output_final_state: bool = False,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """A token of zeros writes nothing and forgets nothing, because `g` is the log of what remains."""
-    tree = functions.tree
-    assert tree is not None and tree.is_of_row(value) and initial_state is None, "a scan of something else"
+    tree = functions.tree_of(value)
 
     def scan(parts: list[Tensor], state: Tensor | None, has_children: bool) -> tuple[Tensor, Tensor | None]:
         query, key, value, g, beta = parts
@@ -283,17 +288,14 @@ def _mamba2_scan(
     chunk_size: int,
     D: Tensor | None = None,
     dt_bias: Tensor | None = None,
-    initial_states: Tensor | None = None,
+    initial_states: None = None,
     dt_softplus: bool = False,
     dt_limit: tuple[float, float] = (0.0, math.inf),
     return_final_states: bool = False,
     **kwargs: Any,
 ) -> Tensor:
     """The time steps are computed here, so that those of padding are 0: such a token changes no state."""
-    tree = functions.tree
-    assert tree is not None and tree.is_of_row(hidden_states) and initial_states is None, (
-        "a scan of something else"
-    )
+    tree = functions.tree_of(hidden_states)
     if dt_bias is not None:
         dt = dt + dt_bias.to(dt.dtype)
     if dt_softplus:
@@ -338,8 +340,7 @@ def _mamba_scan(
 ) -> Tensor:
     """transformers' scan begins with a state of zeros. The recurrence is linear, so what a state adds to the
     outputs is added to them: the state, after the decay since it, read by C."""
-    tree = functions.tree
-    assert tree is not None and tree.is_of_row(hidden_states, 2), "a scan of something else"
+    tree = functions.tree_of(hidden_states, 2)
     if delta_bias is not None:
         dt = dt + delta_bias.to(dt.dtype)[..., None]
     if delta_softplus:

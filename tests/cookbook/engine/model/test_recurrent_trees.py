@@ -151,7 +151,9 @@ def test_a_row_with_a_tree_has_the_outputs_and_gradients_of_each_sequence_alone(
     of_found = torch.autograd.grad((found * weights).sum(), inputs)
     of_expected = torch.autograd.grad((expected * weights).sum(), inputs)
     for one, other in zip((found, *of_found), (expected, *of_expected), strict=True):
-        torch.testing.assert_close(one, other, rtol=0, atol=1e-5 * max(1.0, float(other.detach().abs().max())))
+        torch.testing.assert_close(
+            one, other, rtol=0, atol=1e-5 * max(1.0, float(other.detach().abs().max()))
+        )
 
 
 def test_a_stem_is_cut_where_branches_leave_it_and_pieces_follow_one_another() -> None:
@@ -161,7 +163,11 @@ def test_a_stem_is_cut_where_branches_leave_it_and_pieces_follow_one_another() -
     assert pieces == [(0, 10), (10, 30), (30, 40), (40, 42), (42, 43)]
     assert parents == [None, 0, 1, 1, 0]
     tree = StateTree.of(layout.tree, batches_by_length, CPU)
-    assert [[batch.shape for batch in batches] for batches in tree.levels] == [[(1, 10)], [(2, 20)], [(2, 10)]]
+    assert [[batch.shape for batch in batches] for batches in tree.levels] == [
+        [(1, 10)],
+        [(2, 20)],
+        [(2, 10)],
+    ]
 
 
 @pytest.mark.parametrize("name", ["qwen3_5", "nemotron_h"])
