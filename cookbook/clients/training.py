@@ -18,7 +18,7 @@ from cookbook.clients.checkpoint_root import CheckpointRoot
 from cookbook.clients.futures import APIFuture, ClientFuture
 from cookbook.clients.recorded import RECORDED
 from cookbook.clients.sampling import SamplingClient
-from cookbook.engine import checkpoint
+from cookbook.engine import checkpoint, devices
 from cookbook.engine.training.results import PassResult, Readback
 from cookbook.engine.training.trainer import CustomLossFn, Trainer
 from cookbook.engine.worker import Engine
@@ -196,7 +196,8 @@ class TrainingClient(ClientFuture):
 
         `adam_params` is another name of `optim_params`.
 
-        Returns the gradient norm before clipping as `metrics["grad_norm"]`. If one of the passes since the
+        Returns the gradient norm before clipping as `metrics["grad_norm"]`, and the memory in use
+        (`memory_peak_gib` and others, see `OptimStepResponse`). If one of the passes since the
         last step failed and its error was not read, no step is taken on the incomplete batch: the gradients
         are dropped and TrainingError is raised. A step that fails itself changes neither weights nor
         optimizer, and its gradients are dropped too.
@@ -494,19 +495,23 @@ class TrainingClient(ClientFuture):
 
 def _optim_step(
     trainer: Trainer, passes: Sequence[APIFuture[ForwardBackwardOutput]], adam_params: AdamParams
-) -> Readback:
-    """Takes a step on the gradients of `passes`, unless one of them failed. Returns the gradient norm."""
+) -> tuple[Readback, dict[str, float]]:
+    """Takes a step on the gradients of `passes`, unless one of them failed.
+
+    Returns the gradient norm and the memory in use.
+    """
     for future in passes:
         if (error := future.exception()) is not None:
             trainer.discard_gradients()
             raise TrainingError(
                 f"optim_step was not run: a forward_backward before it failed. {error}"
             ) from error
-    return trainer.optim_step(adam_params)
+    return trainer.optim_step(adam_params), devices.memory_use(trainer.base.device)
 
 
-def _step_response(norm: Readback) -> OptimStepResponse:
-    return OptimStepResponse(metrics={"grad_norm": float(norm.arrays()[0])})
+def _step_response(step: tuple[Readback, dict[str, float]]) -> OptimStepResponse:
+    norm, memory = step
+    return OptimStepResponse(metrics={"grad_norm": float(norm.arrays()[0]), **memory})
 
 
 def _save(

@@ -7,8 +7,12 @@ another.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import resource
+import sys
+from pathlib import Path
 
 import torch
 
@@ -88,6 +92,28 @@ def has_bfloat16(device: torch.device) -> bool:
 def has_varlen_attention(device: torch.device) -> bool:
     """Returns whether torch's variable-length attention, which is flash-attention, runs on the device."""
     return device.type == "cuda" and has_bfloat16(device)
+
+
+def memory_use(device: torch.device) -> dict[str, float]:
+    """Returns the memory that is in use, reserved and at its peak since the last call, in GiB by name.
+
+    On CUDA these are numbers of torch's allocator, which do not wait for the device. On a CPU they are the
+    process's own, nothing is reserved, and the peak is that since the process began.
+    """
+    if device.type == "cuda":
+        found = {
+            "memory_in_use_gib": torch.cuda.memory_allocated(device),
+            "memory_reserved_gib": torch.cuda.memory_reserved(device),
+            "memory_peak_gib": torch.cuda.max_memory_allocated(device),
+        }
+        torch.cuda.reset_peak_memory_stats(device)
+        return {name: number / 2**30 for name, number in found.items()}
+    unit = 1 if sys.platform == "darwin" else 1024
+    found = {"memory_peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
+    with contextlib.suppress(OSError):
+        pages = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1])
+        found["memory_in_use_gib"] = pages * os.sysconf("SC_PAGE_SIZE")
+    return {name: number / 2**30 for name, number in found.items()}
 
 
 def make_deterministic() -> None:

@@ -76,7 +76,7 @@ class ConsoleLogger(MetricLogger):
         if "train/nll" not in metrics:
             return
         status = f"nll {metrics['train/nll']:.3f}  {metrics['perf/tokens_per_second']:,.0f} tokens/s"
-        if (memory := metrics.get("perf/peak_memory_gib")) is not None:
+        if (memory := metrics.get("perf/memory_peak_gib")) is not None:
             status += f"  {memory:.1f} GiB"
         left = metrics.get("perf/seconds_left")
         now = time.monotonic()

@@ -26,13 +26,22 @@ SPAN_PREFIX = "perf/seconds_"
 NO_SPANS = ("perf/seconds_left",)
 """Metrics with the prefix of spans that are not spans."""
 
-_TRAINING = ("optim/learning_rate", "optim/grad_norm", "perf/tokens_per_second", "data/trained_tokens")
+_TRAINING = (
+    "optim/learning_rate",
+    "optim/grad_norm",
+    "perf/tokens_per_second",
+    "data/trained_tokens",
+    "perf/memory_peak_gib",
+)
 _NOISY = ("train/nll", "optim/grad_norm", "perf/tokens_per_second", "data/trained_tokens")
 _TITLES = {
     "optim/learning_rate": "Learning rate",
     "optim/grad_norm": "Gradient norm, before clipping",
     "perf/tokens_per_second": "Throughput, tokens per second",
     "data/trained_tokens": "Trained tokens of a batch",
+    "perf/memory_peak_gib": "Memory at its peak, GiB",
+    "perf/memory_in_use_gib": "Memory in use after a step, GiB",
+    "perf/memory_reserved_gib": "Memory reserved by torch, GiB",
 }
 
 

@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING, Any
 from cookbook.clients.futures import APIFuture
 from cookbook.data.report import note_lines
 from cookbook.data.types import SKIPPED, SupervisedDataset
-from cookbook.engine.device_memory import peak_memory
 from cookbook.errors import TrainingError
 from cookbook.eval.evaluators import FAILURES, Evaluation, Evaluator, TrainingClientEvaluator, evaluate
 from cookbook.loggers import MetricLogger
@@ -131,7 +130,6 @@ class Run:
         self._recent_seconds: deque[float] = deque(maxlen=20)
         model = resources.client.get_info().model_data
         self._uniform_logprob = -math.log(model.num_logits)
-        self._device = model.device
         self._was_uniform = False
 
     def __enter__(self) -> Run:
@@ -242,6 +240,8 @@ class Run:
             if done.forward_backward is not None and done.optim_step is not None:
                 output, optim_step = await done.forward_backward, await done.optim_step
                 metrics |= {"train/nll": output.loss, "optim/grad_norm": optim_step.metrics["grad_norm"]}
+                memory = {key: of for key, of in optim_step.metrics.items() if key.startswith("memory_")}
+                metrics |= {f"perf/{key}": value for key, value in memory.items()}
                 self._check_converging(done.step, output, optim_step.metrics["grad_norm"])
             times = r.times.of(done.step)
             self._recent_seconds.append(times["perf/seconds"])
@@ -257,7 +257,6 @@ class Run:
             if r.start.total_steps is not None:
                 steps_left = r.start.total_steps - done.step - 1
                 metrics["perf/seconds_left"] = median(self._recent_seconds) * steps_left
-            metrics["perf/peak_memory_gib"] = peak_memory(self._device) / 2**30
             self._write_row(done.step, metrics, done.evaluation.tables)
             if done.save is not None:
                 name, path = checkpoint_name(done.step + 1), (await done.save).path

@@ -26,7 +26,11 @@ class ForwardBackwardOutput(Value):
 
 @dataclass(frozen=True)
 class OptimStepResponse(Value):
-    """The result of a step. `metrics["grad_norm"]` is the global gradient norm before clipping."""
+    """The result of a step. `metrics["grad_norm"]` is the global gradient norm before clipping.
+
+    `memory_in_use_gib`, `memory_reserved_gib` (CUDA only) and `memory_peak_gib` are the memory of the device,
+    or that of the process on a CPU; the peak on CUDA is that since the last step.
+    """
 
     metrics: dict[str, float] = field(default_factory=dict)
 

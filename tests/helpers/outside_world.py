@@ -21,6 +21,8 @@ import pytest
 import torch
 from transformers.utils import chat_template_utils
 
+from cookbook.utils import pretrained
+
 
 @contextlib.contextmanager
 def day_of_transformers(now: datetime.datetime) -> Iterator[None]:
@@ -164,6 +166,15 @@ def install_kernels(patch: pytest.MonkeyPatch, modeling: ModuleType, keep_apart:
     return calls
 
 
+def fail_to_load(patch: pytest.MonkeyPatch, error: Exception) -> None:
+    """Makes every load of a model's weights raise `error`."""
+
+    def load(*args: Any, **options: Any) -> Any:
+        raise error
+
+    patch.setattr(pretrained, "load_causal_lm", load)
+
+
 def install_cuda_runtime(
     patch: pytest.MonkeyPatch,
     num_devices: int = 2,
@@ -173,7 +184,8 @@ def install_cuda_runtime(
 ) -> list[tuple[str, Any]]:
     """Replaces the CUDA runtime by one with these devices, on which nothing can be computed.
 
-    Returns a list of what is called: ("set_device", the device), ("record", the device of the stream).
+    1 GiB of each is in use, 2 were at the peak, and 3 are reserved. Returns a list of what is called, with
+    the device: "set_device", "record" (of an event on a stream), "reset_peak_memory_stats".
     """
     calls: list[tuple[str, Any]] = []
     current = [torch.device("cuda", 0)]
@@ -201,6 +213,10 @@ def install_cuda_runtime(
         "set_device": set_device,
         "get_device_capability": lambda device=None: capability,
         "get_device_name": lambda device=None: "a device",
+        "memory_allocated": lambda device=None: 2**30,
+        "max_memory_allocated": lambda device=None: 2 * 2**30,
+        "memory_reserved": lambda device=None: 3 * 2**30,
+        "reset_peak_memory_stats": lambda device=None: calls.append(("reset_peak_memory_stats", device)),
         "Event": Event,
     }
     for name, value in runtime.items():

@@ -19,7 +19,15 @@ from torch import Tensor, nn
 
 from cookbook import models
 from cookbook.engine import devices, processes
-from cookbook.engine.model import architecture, attention, fsdp, linear_scan, unembedding, vocabulary
+from cookbook.engine.model import (
+    architecture,
+    attention,
+    fsdp,
+    linear_scan,
+    loss_scaling,
+    unembedding,
+    vocabulary,
+)
 from cookbook.engine.model.adapters import GLOBAL_STATE, Adapters
 from cookbook.engine.model.architecture import LogitScaling
 from cookbook.engine.model.attention import AttentionLayout
@@ -28,6 +36,8 @@ from cookbook.engine.model.loading import load_model, return_freed_memory
 from cookbook.engine.model.memory import (
     checkpointed_layers,
     decoder_layers,
+    is_out_of_memory,
+    usable_memory,
 )
 from cookbook.engine.model.packing import PackedBatch, TokenSequence, copy_to, pack
 from cookbook.engine.model.peft_layers import projection_of
@@ -111,6 +121,23 @@ class BaseModel:
         return_freed_memory()
 
     def _load(self, is_trained: bool) -> Any:
+        """Returns the model. Raises ModelError, with the memory that it needs, if that is not there."""
+        try:
+            return self._load_weights(is_trained)
+        except (ModelError, RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error.__cause__ if isinstance(error, ModelError) else error):
+                raise
+            needed = fsdp.bytes_needed(self.name, self.dtype, is_trained) / 2**30
+            may_be_used = usable_memory(self.device) / 2**30
+            raise ModelError(
+                f"{self.name} does not fit in the memory of {self.device}: {needed:,.3g} GiB are needed "
+                f"{'to train all its weights' if is_trained else 'for its weights'} in "
+                f"{str(self.dtype).removeprefix('torch.')}, and {may_be_used:,.3g} GiB may be used, less what other programs hold. Use "
+                f"{'lora_rank of at least 1' if is_trained else 'quantization=nf4'}, a smaller model, or "
+                f"several devices with shard=full."
+            ) from None
+
+    def _load_weights(self, is_trained: bool) -> Any:
         if not self.is_sharded:
             model = load_model(self.name, self.device, self.dtype, self.options.quantization)
             self._add_rows(model)
@@ -387,7 +414,7 @@ class BaseModel:
                 if prepare is not None:
                     prepare(logprobs_S[:num_trained].detach())
                 loss = token_loss(logprobs_S[:num_trained], slice(0, num_trained))
-                loss.backward()
+                self._backward(loss, torch.ones_like(loss))
                 return logprobs_S.detach(), loss.detach()
             hidden_ND = self.hidden_of(batch.tokens_1N, batch.positions_1N, batch.attention)
         # The gradient of the projection is computed outside of autograd.
@@ -415,12 +442,20 @@ class BaseModel:
         if hidden_ND.requires_grad:
             trained_S = batch.scored_S[:num_trained]
             if batch.shared is None:
-                grad_ND = torch.zeros_like(hidden_ND).index_copy_(0, trained_S, grad_SD)
+                grad_ND = torch.zeros_like(hidden_ND, dtype=grad_SD.dtype).index_copy_(0, trained_S, grad_SD)
             else:  # a hidden state may have several targets, whose terms are summed in fp32
                 grad_ND = torch.zeros_like(hidden_ND, dtype=torch.float32)
-                grad_ND = grad_ND.index_add_(0, trained_S, grad_SD.float()).to(hidden_ND.dtype)
-            hidden_ND.backward(grad_ND)
+                grad_ND = grad_ND.index_add_(0, trained_S, grad_SD.float()).to(grad_SD.dtype)
+            self._backward(hidden_ND, grad_ND)
         return logprobs_S if batch.shared is None else batch.shared.by_position(logprobs_S), loss
+
+    def _backward(self, output: Tensor, gradient: Tensor) -> None:
+        """Runs the backward pass from `output`. In float16 gradients are scaled, unless they are sharded."""
+        if self.dtype != torch.float16 or self.is_sharded:
+            output.backward(gradient.to(output.dtype))
+            return
+        trained = [weight for weight in self.model.parameters() if weight.requires_grad]
+        loss_scaling.backpropagate(output, gradient.float(), trained)
 
     def dropping(self, keys_N: np.ndarray | None) -> contextlib.AbstractContextManager[None]:
         """Drops inputs of the active adapter in the body, by keys of the row's tokens. None drops none."""

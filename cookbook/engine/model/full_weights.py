@@ -34,14 +34,15 @@ from cookbook.utils import pretrained
 def train_all(model: Any) -> dict[str, nn.Parameter]:
     """Makes the weights trainable that text reaches, and returns them by name. Tied weights have one name.
 
-    The gradient of the projection to the vocabulary, a sum over all positions, is kept in fp32. FSDP reduces
-    gradients of one dtype alone.
+    The gradient of the projection to the vocabulary, a sum over all positions, is kept in fp32, and with
+    float16 all gradients are (`loss_scaling`). FSDP reduces gradients of one dtype alone.
     """
     weights = _weights_for_text(model)
     for weight in weights.values():
         weight.requires_grad_(True)
     if not fsdp.is_sharded(model):
-        for weight in model.get_output_embeddings().parameters():
+        narrow = [weight for weight in weights.values() if weight.dtype == torch.float16]
+        for weight in (*model.get_output_embeddings().parameters(), *narrow):
             weight.grad_dtype = torch.float32  # torch 2.10 and newer; older ones ignore it
     return weights
 

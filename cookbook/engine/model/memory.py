@@ -275,7 +275,7 @@ _OUT_OF_MEMORY = re.compile(
 """Matches the out-of-memory messages of the libraries below torch, which raise a plain RuntimeError."""
 
 
-def is_out_of_memory(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException | None) -> bool:
     """Returns whether the device or the host ran out of memory, so that a smaller micro-batch may fit."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True

@@ -202,6 +202,7 @@ def score_and_backpropagate(
     """Returns log-probabilities in the shape of the targets, [S] or [S, J], the summed loss, and its gradient
     by the hidden states [S, D].
 
+    The gradient has the dtype of the hidden states, or fp32 for float16, in which it could vanish.
     The gradients of the head's trained parameters are summed in fp32 and added to their `.grad`. The loss has
     to be a sum over positions, in which each term depends on one position's log-probability.
     """
@@ -210,7 +211,8 @@ def score_and_backpropagate(
         num_positions = max(1, min(num_positions, len(targets_S), head.blocks.kept_elements // vocab_size))
         kept = hidden_SD.new_empty(num_positions * vocab_size)
     logprobs_S = torch.empty(targets_S.shape, device=hidden_SD.device)
-    grad_SD = torch.empty_like(hidden_SD)
+    is_narrow = hidden_SD.dtype == torch.float16
+    grad_SD = torch.empty_like(hidden_SD, dtype=torch.float32 if is_narrow else hidden_SD.dtype)
     loss = torch.zeros((), device=hidden_SD.device)
     gradients = _Gradients()
     for part in _chunks(len(targets_S), num_positions):
@@ -327,6 +329,11 @@ class _Logprobs:
                 gradient.index_add_(0, targets_C, (queries_CQ * sloped_C[:, None]).to(gradient.dtype))
             for rows, terms_CK, highest_C1 in self.kept_blocks:
                 weighted_CQ = queries_CQ * (grad_C1 * (highest_C1 - self.log_total_C1).exp())
+                if terms_CK.dtype == torch.float16:  # its range may not hold the gradient of the loss
+                    size = weighted_CQ.abs().amax().clamp_min(torch.finfo(torch.float32).tiny)
+                    summed_KQ = product(terms_CK.T, (weighted_CQ / -size).half())
+                    gradient[rows] += summed_KQ.mul_(size)
+                    continue
                 _add_product(gradient[rows], terms_CK.T, -weighted_CQ.to(terms_CK.dtype))
         if head.rows is not None and head.rows.values_MD.requires_grad:
             self._backward_rows(head.rows, grad_CJ, gradients)

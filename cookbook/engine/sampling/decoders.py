@@ -101,7 +101,7 @@ class PackedDecoder(Decoder):
                 self._keep(group[0], texts[number])
         last_G = [path[-1][1] - row.num_known - 1 for path in row.paths]
         last_G += [0] * (-len(groups) % _ROW_MULTIPLE)
-        return head.logits(hidden_ND[torch.tensor(last_G, device=device)])[: len(groups)]
+        return head.logits(hidden_ND[copy_to(device, np.array(last_G))])[: len(groups)]
 
     def _run_row(
         self,
@@ -161,7 +161,7 @@ class PackedDecoder(Decoder):
         token_N[:num_rows] = [sequences[index].tokens[-1] for index in order]
         position_N[:num_rows] = [sequences[index].length - 1 for index in order]
         place_N[order] = np.arange(num_rows)
-        inputs = torch.from_numpy(inputs_3N).to(self._base.device, non_blocking=True)
+        inputs = copy_to(self._base.device, inputs_3N)
         segments = [(place, place + 1) for place in range(num_tokens)]
         starts = torch.empty(0, dtype=torch.int32)  # only the cache reads this layout
         layout = AttentionLayout(segments, starts, longest=1, cache=self._cache)

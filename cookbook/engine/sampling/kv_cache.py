@@ -16,9 +16,11 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from cookbook.engine.model.packing import copy_to
 from cookbook.engine.model.prefix_tree import Segment
 from cookbook.engine.sampling.prompt_tree import KnownPart
 from cookbook.engine.sampling.recurrent_states import RecurrentStates
@@ -226,8 +228,8 @@ class KVCache:
             tokens = slice(first, first + num_rows)
             first += num_rows
             if bucket.newest is None:
-                newest_R = torch.tensor([sequence.length - 1 for sequence in bucket.sequences], device=device)
-                bucket.newest = (torch.arange(num_rows, device=device), newest_R)
+                newest_R = np.array([sequence.length - 1 for sequence in bucket.sequences])
+                bucket.newest = (torch.arange(num_rows, device=device), copy_to(device, newest_R))
             row_R, newest_R = bucket.newest
             if sliding_window not in bucket.visible:
                 position_C = torch.arange(bucket.capacity, device=device)

@@ -23,7 +23,7 @@ from cookbook.engine.model.adapters import Adapter
 from cookbook.engine.model.base_model import BaseModel
 from cookbook.engine.model.loading import return_freed_memory
 from cookbook.engine.model.memory import bytes_for_sampling, is_out_of_memory
-from cookbook.engine.model.packing import TokenSequence, pack
+from cookbook.engine.model.packing import TokenSequence, copy_to, pack
 from cookbook.engine.model.prefix_tree import Family, families
 from cookbook.engine.sampling.choice import choose
 from cookbook.engine.sampling.decoder_probe import make_decoder
@@ -298,8 +298,10 @@ class _RunningBatch:
         for request in {group[0].request: None for group in groups}:
             if request.prompt_logprobs and (error := self._error_of(request.prompt_logprobs)):
                 self._fail(request, error)
-        sizes_G = torch.tensor([len(group) for group in groups], device=logits_GV.device)
-        self._draw(admitted, logits_GV.repeat_interleave(sizes_G, dim=0))
+        if len(admitted) > len(groups):
+            group_R = np.repeat(np.arange(len(groups)), [len(group) for group in groups])
+            logits_GV = logits_GV.index_select(0, copy_to(logits_GV.device, group_R))
+        self._draw(admitted, logits_GV)
 
     def _preempt(self) -> None:
         """Preempts the youngest sequences if the cache is too small for all. They are prefilled later."""
@@ -318,9 +320,8 @@ class _RunningBatch:
         """Samples the next token of each sequence, and answers the requests that are complete."""
         params = [sequence.request.params for sequence in sequences]
         choice = choose(logits_RV, params, [sequence.uniform for sequence in sequences])
-        columns = (choice.tokens_R.tolist(), choice.logprobs_R.tolist(), choice.is_undefined_R.tolist())
         self._note_top_logprobs(sequences, logits_RV)
-        for sequence, token, logprob, is_undefined in zip(sequences, *columns, strict=True):
+        for sequence, token, logprob, is_undefined in zip(sequences, *choice.on_host(), strict=True):
             request = sequence.request
             if request.future.done():
                 continue  # the request failed because of its prompt or another of its samples
@@ -403,7 +404,7 @@ class _RunningBatch:
             request.future.set_exception(
                 TrainingError(
                     f"{num_tokens} tokens do not fit in the memory of {self._base.device} even alone. Use a "
-                    f"shorter prompt, a smaller max_tokens, or a smaller model."
+                    f"shorter prompt, a smaller max_tokens, or a smaller model. {self._memory_in_words()}"
                 )
             )
         self.waiting = deque(
@@ -419,6 +420,16 @@ class _RunningBatch:
                 "Sampling does not fit in memory: continuing with at most %d sequences at a time.",
                 self._limits.max_sequences,
             )
+
+    def _memory_in_words(self) -> str:
+        weights = sum(
+            w.nbytes for w in self._base.model.parameters() if w.device.type == self._base.device.type
+        )
+        per_position = self._base.cache_bytes[0] or _cache_bytes_per_token(self._base)
+        return (
+            f"The weights hold {weights / 2**30:,.3g} GiB, and keys and values of 1,000 tokens "
+            f"{1000 * per_position / 2**30:,.3g} GiB."
+        )
 
 
 def _no_distribution(base: BaseModel, num_tokens: int) -> TrainingError:

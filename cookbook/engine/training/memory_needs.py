@@ -12,6 +12,7 @@ from cookbook.engine.model.memory import (
     ActivationCost,
     MicrobatchLimits,
     addresses,
+    is_out_of_memory,
     limits_for,
     measure_activations,
     usable_memory,
@@ -40,6 +41,35 @@ def reserved_bytes(base: BaseModel, adapter: Adapter) -> int:
     if base.is_sharded:
         weight_bytes = fsdp.bytes_held(base.model)
     return weight_bytes + bytes_to_train(_local_parts(adapter))
+
+
+def describe(base: BaseModel, adapter: Adapter, num_tokens: int) -> str:
+    """Returns a sentence about what holds the memory of the device in a pass over one sequence."""
+    parts = _local_parts(adapter)
+    of_adapter = 0 if adapter.is_full else sum(part.nbytes for part in parts)
+    of_optimizer = bytes_to_train(parts)
+    held = {
+        "weights": reserved_bytes(base, adapter) - of_optimizer - of_adapter,
+        "adapter": of_adapter,
+        "gradients and optimizer": of_optimizer,
+    }
+    told = [f"{name} {_gib(number)}" for name, number in held.items() if number]
+    try:
+        cost = activation_cost(base, adapter)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+    else:
+        whole, few = (cost.bytes_of(num_tokens, is_checkpointed) for is_checkpointed in (False, True))
+        told.append(
+            f"activations of {num_tokens:,} tokens an estimated {_gib(whole)}, or {_gib(few)} with "
+            f"checkpointed layers"
+        )
+    return f"Of {_gib(usable_memory(base.device))} that may be used: {', '.join(told)}."
+
+
+def _gib(number: float) -> str:
+    return f"{number / 2**30:,.3g} GiB"
 
 
 def activation_cost(base: BaseModel, adapter: Adapter) -> ActivationCost:

@@ -281,7 +281,7 @@ class Trainer:
                 f"A micro-batch of {num_tokens} tokens does not fit in the memory of {self.base.device}, and "
                 f"with shard=full it cannot be tried again in smaller ones: the other processes wait for it. "
                 f"Start again in another log_path with max_tokens_per_microbatch={max(1, num_tokens // 2)} "
-                f"or gradient_checkpointing=on."
+                f"or gradient_checkpointing=on. {memory_needs.describe(self.base, self.adapter, num_tokens)}"
             )
         except Exception as raised:
             error = raised
@@ -397,7 +397,8 @@ class Trainer:
         checkpointing = "" if saves_activations else " gradient_checkpointing=auto,"
         raise TrainingError(
             f"A sequence of {num_tokens} tokens does not fit in the memory of {self.base.device}, even "
-            f"alone. Use{checkpointing} a smaller max_length, a dtype of fewer bytes, or a smaller model."
+            f"alone. Use{checkpointing} a smaller max_length, a dtype of fewer bytes, or a smaller model. "
+            f"{memory_needs.describe(self.base, self.adapter, num_tokens)}"
         )
 
     def _agree_on_limits(self) -> None:

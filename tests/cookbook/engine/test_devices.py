@@ -126,6 +126,27 @@ def test_a_model_that_is_not_packed_on_cuda_is_a_warning(
     assert "a reason" in record.getMessage()
 
 
+# -- memory -----------------------------------------------------------------------------------
+
+
+def test_the_memory_of_a_cpu_is_that_of_the_process() -> None:
+    before = devices.memory_use(torch.device("cpu"))
+    held = torch.ones(2**26)  # 256 MiB
+    during = devices.memory_use(torch.device("cpu"))
+    del held
+    after = devices.memory_use(torch.device("cpu"))
+    assert during["memory_in_use_gib"] - before["memory_in_use_gib"] == pytest.approx(0.25, abs=0.05)
+    assert after["memory_in_use_gib"] < during["memory_in_use_gib"] - 0.2
+    assert after["memory_peak_gib"] > during["memory_in_use_gib"] - 0.02  # the two are not counted at once
+
+
+def test_the_memory_of_a_cuda_device_is_that_of_its_allocator(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = outside_world.install_cuda_runtime(monkeypatch)
+    found = devices.memory_use(SECOND)
+    assert found == {"memory_in_use_gib": 1.0, "memory_reserved_gib": 3.0, "memory_peak_gib": 2.0}
+    assert calls == [("reset_peak_memory_stats", SECOND)], "each peak is that of one step"
+
+
 # -- determinism ------------------------------------------------------------------------------
 
 

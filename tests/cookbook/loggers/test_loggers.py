@@ -167,7 +167,7 @@ def test_the_time_left_stays_on_the_bar_during_a_slow_step() -> None:
     out = io.StringIO()
     console = Console(file=out, width=100, force_terminal=True, color_system=None)
     bar = ConsoleLogger(console, total_steps=10, first_step=0)
-    bar.log(0, {**STEP, "perf/seconds_left": 900.0, "perf/peak_memory_gib": 1.5})
+    bar.log(0, {**STEP, "perf/seconds_left": 900.0, "perf/memory_peak_gib": 1.5})
     assert bar._progress is not None
     (task,) = bar._progress.tasks
     task.fields["since"] -= 3600.0  # the next step runs for an hour already

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import subprocess
 import sys
 import weakref
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import outside_world
 import pytest
 import torch
 from torch import Tensor, nn
@@ -33,10 +35,11 @@ from cookbook.engine.model.memory import (
 )
 from cookbook.engine.model.packing import PackedBatch, TokenSequence, pack
 from cookbook.engine.options import EngineOptions
+from cookbook.engine.training import memory_needs
 from cookbook.engine.training.memory_needs import activation_cost, reserved_bytes
 from cookbook.engine.training.partition import plan_microbatches
 from cookbook.engine.training.trainer import Trainer
-from cookbook.errors import TrainingError
+from cookbook.errors import ModelError, TrainingError
 from cookbook.types import AdamParams, LoraConfig
 
 CPU = torch.device("cpu")
@@ -219,14 +222,40 @@ def test_a_single_sequence_that_never_fits_raises_an_error_with_advice(
     trainer.forward_backward(trainer.check(short, "cross_entropy", None))
     before = gradients_of(trainer)
 
-    with pytest.raises(TrainingError, match=f"A sequence of 60 tokens does not fit.*even alone. {advice}"):
+    with pytest.raises(
+        TrainingError, match=f"A sequence of 60 tokens does not fit.*even alone. {advice}"
+    ) as raised:
         trainer.forward_backward(trainer.check([*short, *long], "cross_entropy", None))
 
+    assert "may be used: weights " in str(raised.value)
+    for holder in ("adapter", "gradients and optimizer"):
+        assert f", {holder} " in str(raised.value)
     after = gradients_of(trainer)
     assert after.keys() == before.keys()
     assert all(torch.equal(after[name], before[name]) for name in before)
     trainer.forward_backward(trainer.check(short, "cross_entropy", None))
     trainer.optim_step(AdamParams(learning_rate=1e-3))
+
+
+def test_what_holds_the_memory_is_told_in_bytes(tiny_qwen3: str, make_trainer: Any) -> None:
+    trainer = make_trainer(tiny_qwen3)
+    told = memory_needs.describe(trainer.base, trainer.adapter, 100)
+    found = {name: float(gib) * 2**30 for name, gib in re.findall(r"([a-z ]+) ([\d.e-]+) GiB", told)}
+    frozen = sum(w.nbytes for w in trainer.base.model.parameters() if not w.requires_grad)
+    trained = sum(w.nbytes for w in trainer.adapter.weights.values())
+    assert found[" weights"] == pytest.approx(frozen, rel=0.01)
+    assert found[" adapter"] == pytest.approx(trained, rel=0.01)
+    assert found[" gradients and optimizer"] == pytest.approx(4 * trained, rel=0.01)
+    cost = memory_needs.activation_cost(trainer.base, trainer.adapter)
+    assert found[" tokens an estimated"] == pytest.approx(cost.bytes_of(100), rel=0.01)
+
+
+def test_a_model_without_room_for_its_weights_is_an_error_with_their_size(
+    tiny_qwen3: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outside_world.fail_to_load(monkeypatch, torch.OutOfMemoryError("CUDA out of memory."))
+    with pytest.raises(ModelError, match=r"GiB are needed for its weights in float32.*quantization=nf4"):
+        BaseModel(tiny_qwen3, EngineOptions(device="cpu"))
 
 
 def test_a_forward_pass_that_does_not_fit_is_halved_and_never_checkpointed(

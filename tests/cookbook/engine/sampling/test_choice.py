@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import random
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from cookbook.engine.sampling import choice as choice_module
 from cookbook.engine.sampling.choice import choose
 from cookbook.types import SamplingParams
 
@@ -63,6 +67,66 @@ def test_the_sampled_tokens_are_those_of_a_loop(
     ):
         assert token in drawn(terms[each], uniform)
         assert logprob == pytest.approx(logprobs[token].item(), abs=1e-5)
+
+
+class NoWaits(TorchDispatchMode):
+    """Refuses operations for whose result or shape the host waits on CUDA."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func.overloadpacket.__name__ not in ("nonzero", "_local_scalar_dense", "masked_select"), func
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("step", [None, 0.25, 100.0])
+@pytest.mark.parametrize("top_p", [0.999, 0.6, 1e-6])
+def test_terms_of_top_p_are_counted_without_a_wait_and_are_those_that_sorting_finds(
+    step: float | None, top_p: float
+) -> None:
+    """What runs on CUDA, on a CPU. With steps there are thousands of equal terms at the threshold."""
+    logits_RV = torch.randn(20, VOCAB_SIZE, generator=torch.Generator().manual_seed(2)) * 3
+    if step is not None:
+        logits_RV = (logits_RV / step).round() * step
+    terms_RV = (logits_RV - logits_RV.amax(-1, keepdim=True)).exp()
+    bucket_RV = (terms_RV.view(torch.int32) >> 16).long()
+    sums_R = terms_RV.double().sum(-1)
+    kept = {}
+    for find in (choice_module._keep_largest_by_sorting, choice_module._keep_largest_by_counting):
+        border_R1 = torch.empty(20, 1, dtype=torch.int64)
+        missing_R1 = torch.empty(20, 1, dtype=torch.float64)
+        for row in range(20):  # the bucket that holds the threshold, by a loop
+            above = 0.0
+            for bucket in sorted(set(bucket_RV[row].tolist()), reverse=True):
+                inside = float(terms_RV[row][bucket_RV[row] == bucket].double().sum())
+                border_R1[row], missing_R1[row] = bucket, top_p * sums_R[row] - above
+                above += inside
+                if above >= top_p * sums_R[row]:
+                    break
+        kept[find] = bucket_RV > border_R1
+        waits = NoWaits() if find is choice_module._keep_largest_by_counting else contextlib.nullcontext()
+        with waits:
+            find(kept[find], terms_RV, bucket_RV == border_R1, border_R1, missing_R1)
+    one, other = kept.values()
+    assert torch.equal(one, other)
+    for row in range(20):
+        params = SamplingParams(top_p=top_p)
+        assert set(kept_terms(logits_RV[row].tolist(), params)) == set(one[row].nonzero()[:, 0].tolist())
+
+
+@pytest.mark.parametrize("num_terms", [1, 255, 256, 257, 16_257])
+def test_running_sums_by_products_are_those_of_cumsum(num_terms: int) -> None:
+    terms_RB = torch.rand(3, num_terms, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    found = choice_module._sums_by_products(terms_RB)
+    torch.testing.assert_close(found, terms_RB.cumsum(-1), rtol=1e-12, atol=1e-12)
+
+
+def test_the_lists_of_a_choice_are_its_tensors() -> None:
+    logits_RV = torch.randn(5, 151_936, generator=torch.Generator().manual_seed(0))
+    choice = choose(logits_RV, [SamplingParams()] * 5, UNIFORMS[:5])
+    tokens, logprobs, is_undefined = choice.on_host()
+    assert tokens == choice.tokens_R.tolist()
+    assert logprobs == choice.logprobs_R.tolist()
+    assert is_undefined == choice.is_undefined_R.tolist()
+    assert {type(each) for each in tokens} == {int}
 
 
 def test_each_row_has_its_own_settings() -> None:
