@@ -132,7 +132,8 @@ class BaseModel:
             raise ModelError(
                 f"{self.name} does not fit in the memory of {self.device}: {needed:,.3g} GiB are needed "
                 f"{'to train all its weights' if is_trained else 'for its weights'} in "
-                f"{str(self.dtype).removeprefix('torch.')}, and {may_be_used:,.3g} GiB may be used, less what other programs hold. Use "
+                f"{str(self.dtype).removeprefix('torch.')}, and {may_be_used:,.3g} GiB may be used, "
+                f"less what other programs hold. Use "
                 f"{'lora_rank of at least 1' if is_trained else 'quantization=nf4'}, a smaller model, or "
                 f"several devices with shard=full."
             ) from None
