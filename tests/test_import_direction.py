@@ -36,7 +36,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "cookbook.export": (*MODELS, *RUN, "cookbook.data", "cookbook.engine", "renderers"),
     "cookbook.supervised": (
         *(*MODELS, *RUN, "cookbook.clients", "cookbook.data", "cookbook.engine", "cookbook.eval"),
-        *("cookbook.report", "renderers"),
+        *("cookbook.report", "cookbook.export", "renderers"),
     ),
     "cookbook.sweeps": (*MODELS, *RUN, "cookbook.supervised"),
     "cookbook.jobs": (*MODELS, *RUN, "cookbook.supervised"),

@@ -96,6 +96,10 @@ class APIFuture(Generic[T]):
         """Returns whether the work has ended, with a result or with an error."""
         return self._job.done()
 
+    def cancel(self) -> bool:
+        """Removes the work from the queue. Returns False if it has begun or ended, which changes nothing."""
+        return self._job.cancel()
+
     def exception(self, timeout: float | None = None) -> BaseException | None:
         """Returns the error of the worker, or None. Raises TimeoutError after `timeout` seconds."""
         error = self._job.exception(timeout)

@@ -29,7 +29,8 @@ OWN_PACKAGES = ("cookbook", "recipes", "renderers")
 def to_json(value: Any) -> Any:
     """Returns a config as JSON values, with every default and derived value resolved."""
     if chz.is_chz(value):
-        fields = {name: to_json(getattr(value, name)) for name in chz.chz_fields(value)}
+        names = [name for name in chz.chz_fields(value) if name not in UNRECORDED_KEYS]
+        fields = {name: to_json(getattr(value, name)) for name in names}
         return {TYPE_KEY: _qualified_name(type(value)), **fields}
     if isinstance(value, Mapping):
         return {str(key): to_json(item) for key, item in value.items()}
@@ -49,6 +50,8 @@ def _qualified_name(value: Any) -> str:
 
 
 COMMAND_LINE = "command line"
+UNRECORDED_KEYS = ("notify",)
+"""Keys that a run does not record, and that no record sets: a command of somebody else, or a secret URL."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,11 @@ def read_settings(path: str) -> tuple[list[Setting], list[str]]:
         raise ConfigError(f"config={path} holds no keys. Write one `key: value` per line.")
     leaves = _leaves(document.values)
     if TYPE_KEY in document.values:  # the file is the record of a run, and may be untrusted
+        if found := [key for key in UNRECORDED_KEYS if key in document.values]:
+            raise ConfigError(
+                f"config={path} is the record of a run, and sets {found[0]}, which no run records. Remove "
+                f"it, and give {found[0]}= on the command line."
+            )
         leaves = (
             (at, RecordedClassName(one.value) if isinstance(one, ClassName) else one) for at, one in leaves
         )

@@ -304,6 +304,7 @@ def render_source(
     if store is None:
         try:
             files.make_folder(path.parent)
+            files.check_writable(path.parent)
             files.remove(path)
         except OSError as error:
             logger.warning("Rendered data cannot be kept for the next run: %s.", error)

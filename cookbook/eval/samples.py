@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import chz
+import numpy as np
 
+from cookbook.data.types import SupervisedDataset
 from cookbook.errors import ConfigError
 from cookbook.eval.chat import SamplingEvaluatorBuilder, replies_to
 from cookbook.eval.evaluators import SamplingClientEvaluator
@@ -22,34 +26,97 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
+QUESTIONS = ("What is the capital of Japan?", "How do I make a cup of tea?")
+MAX_PROMPT_TOKENS = 2048
+"""Longer held-out prompts are passed over: a table cannot show them."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt as it is shown, and as the model gets it."""
+
+    text: str
+    tokens: ModelInput
+
+
 class SamplesEvaluator(SamplingClientEvaluator):
     """Samples one reply to each prompt, logs the replies, and returns them as a table."""
 
     def __init__(
-        self, renderer: Renderer, prompts: Sequence[str], params: SamplingParams, name: str = "samples"
+        self,
+        renderer: Renderer,
+        prompts: Sequence[str] | None,
+        params: SamplingParams,
+        name: str = "samples",
     ) -> None:
+        """Without `prompts` they are those that `use` sets, or else two questions."""
         self._renderer = renderer
-        self._prompts = prompts
+        self.wants_prompts = prompts is None
+        self._prompts: list[Prompt] = [self._asked(text) for text in prompts or QUESTIONS]
         self._params = params
         self._name = name
 
+    def use(self, prompts: Sequence[Prompt]) -> None:
+        """Replaces the prompts, if there are others."""
+        self._prompts = list(prompts) or self._prompts
+
     async def __call__(self, sampling_client: SamplingClient) -> dict[str, Table]:
-        inputs = [self._input(prompt) for prompt in self._prompts]
+        inputs = [prompt.tokens for prompt in self._prompts]
         params = [dataclasses.replace(self._params, seed=_seed(self._params, i)) for i in range(len(inputs))]
         replies = await replies_to(sampling_client, self._renderer, inputs, params)
         rows = []
         for prompt, (reply,) in zip(self._prompts, replies, strict=True):
-            logger.info("  user: %s\n  assistant: %s", _indented(prompt), _indented(reply.text))
-            rows.append((prompt, reply.text, reply.stop_reason, reply.num_tokens))
+            logger.info("  user: %s\n  assistant: %s", _indented(prompt.text), _indented(reply.text))
+            rows.append((prompt.text, reply.text, reply.stop_reason, reply.num_tokens))
         return {self._name: Table(("prompt", "reply", "stop_reason", "tokens"), rows)}
 
-    def _input(self, prompt: str) -> ModelInput:
-        return self._renderer.build_generation_prompt([{"role": "user", "content": prompt}])
+    def _asked(self, text: str) -> Prompt:
+        return Prompt(text, self._renderer.build_generation_prompt([{"role": "user", "content": text}]))
+
+
+def held_out_prompts(data: SupervisedDataset, tokenizer: Any, number: int = len(QUESTIONS)) -> list[Prompt]:
+    """Returns what comes before the first trained token of each of the first examples.
+
+    The model was trained to continue such a text, so it is what the model is prompted with.
+    """
+    found: list[Prompt] = []
+    for batch in data.iter_batches():
+        for datum in batch:
+            trained_T = np.asarray(datum.loss_fn_inputs["weights"].to_numpy()) > 0
+            tokens = datum.model_input.to_ints()[: int(trained_T.argmax()) + 1]
+            if not trained_T.any() or len(tokens) > MAX_PROMPT_TOKENS:
+                continue
+            text = tokenizer.decode(tokens, skip_special_tokens=True).strip()
+            found.append(Prompt(text, ModelInput.from_ints(tokens)))
+            if len(found) == number:
+                return found
+    return found
 
 
 def _indented(text: str) -> str:
     """Returns the text with all lines but the first indented, so that none looks like another message."""
     return text.replace("\n", "\n    ")
+
+
+def _whole_messages(prompts: Sequence[str]) -> list[str]:
+    """Returns the messages of a text that was split at every comma.
+
+    A part that begins with a space continues the message before it, and a text in brackets is a JSON list.
+    """
+    if len(prompts) and prompts[0].lstrip().startswith("[") and prompts[-1].rstrip().endswith("]"):
+        try:
+            listed = json.loads(",".join(prompts))
+        except ValueError:
+            listed = None
+        if isinstance(listed, list) and all(isinstance(text, str) for text in listed):
+            return listed
+    whole: list[str] = []
+    for part in prompts:
+        if whole and part.startswith(" "):
+            whole[-1] += f",{part}"
+        else:
+            whole.append(part)
+    return whole
 
 
 def _seed(params: SamplingParams, index: int) -> int | None:
@@ -61,14 +128,16 @@ class SamplesEvaluatorBuilder(SamplingEvaluatorBuilder):
     """Samples replies to fixed prompts, for a table."""
 
     name: str = chz.field(default="samples", doc="name of the table")
-    prompts: list[str] = chz.field(
-        default_factory=lambda: ["What is the capital of Japan?", "How do I make a cup of tea?"],
-        doc="messages of the user, one for each reply",
+    prompts: list[str] | None = chz.field(
+        default=None,
+        doc="messages of the user, one for each reply; a comma with a space behind it is part of a message; "
+        "default: the first two held-out conversations, or two questions if none are held out",
+        munger=lambda self, prompts: None if prompts is None else _whole_messages(prompts),
     )
 
     @chz.validate
     def _check_prompts(self) -> None:
-        if not self.prompts:
+        if self.prompts == []:
             raise ConfigError("prompts is empty. Give at least one, or remove the evaluator.")
 
     def metric_patterns(self) -> list[str]:

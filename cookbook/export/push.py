@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -37,8 +37,10 @@ def check_access(repository: str) -> None:
         HfApi().whoami()
 
 
-def push(folder: Path, repository: str, private: bool, message: str) -> str:
+def push(folder: Path, repository: str, private: bool, message: str, skipped: Sequence[str] = ()) -> str:
     """Uploads a folder in one commit, creates the repository if needed, and returns its URL.
+
+    Files that match one of the patterns `skipped` stay here.
 
     Raises CheckpointError if the hub refuses, or if `private` is set and the repository is public.
     """
@@ -52,7 +54,12 @@ def push(folder: Path, repository: str, private: bool, message: str) -> str:
                 f"The repository {repository} exists and is public. Set private=False to push to it, or "
                 "give another name."
             )
-        api.upload_folder(repo_id=repository, folder_path=folder, commit_message=message)
+        api.upload_folder(
+            repo_id=repository,
+            folder_path=folder,
+            commit_message=message,
+            ignore_patterns=list(skipped) or None,
+        )
     return str(url)
 
 

@@ -134,6 +134,11 @@ class CheckpointLog:
             "or start over with if_log_path_exists=delete."
         )
 
+    def before(self, checkpoint: Checkpoint) -> Checkpoint | None:
+        """Returns the newest existing checkpoint that was recorded before another one, or None."""
+        place = self._records.index(checkpoint)
+        return next((record for record in reversed(self._records[:place]) if self._exists(record)), None)
+
     def last_path(self) -> Path | None:
         """Returns the path of the newest checkpoint, or None if there is none."""
         there = (self.path_of(record) for record in reversed(self._records) if self._exists(record))

@@ -19,6 +19,9 @@ tensorboard/        with tensorboard=True: event files
 wandb/              with wandb_project: files of its client
 wandb_run_id.txt    with wandb_project: the id under which a resumed run continues there
 trackio_run_name.txt  with trackio_project: the name under which a resumed run continues there
+mlflow_run_id.txt   with mlflow_experiment: the id under which a resumed run continues there
+swanlab/            with swanlab_project: files of its client
+swanlab_run_id.txt  with swanlab_project: the id under which a resumed run continues there
 """
 
 from __future__ import annotations
@@ -54,6 +57,7 @@ RUN_FILES = (
     "config.json", "config_changes.jsonl", "data.json", "metrics.jsonl", "tables.jsonl", "checkpoints.jsonl",
     "checkpoints", "environment.json", "estimate.json", "report.html", "curves.png", "train.log", "ranks",
     "jobs", "inspect", "trace.json", "tensorboard", "wandb", "wandb_run_id.txt", "trackio_run_name.txt",
+    "mlflow_run_id.txt", "swanlab", "swanlab_run_id.txt",
 )  # fmt: skip
 """The files that a run writes, and that `if_log_path_exists=delete` removes."""
 
@@ -61,7 +65,8 @@ HARMLESS_KEYS = {
     "log_path", "if_log_path_exists", "submit_ahead", "on_evaluator_error", "wandb_project", "wandb_name",
     "tensorboard", "trackio_project", "trackio_name", "trace", "save_every", "keep_checkpoints", "eval_every",
     "infrequent_eval_every", "evaluator_builders", "infrequent_evaluator_builders", "num_proc", "use_cache",
-    "on_bad_row",
+    "on_bad_row", "mlflow_experiment", "mlflow_name", "swanlab_project", "swanlab_name", "push_to_hub",
+    "notify",
 }  # fmt: skip
 """Keys that may change between the first run in a folder and a resumed one, because they change no weight."""
 

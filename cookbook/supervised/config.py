@@ -20,6 +20,7 @@ from cookbook.eval.evaluators import EvaluatorBuilder, OnEvaluatorError
 from cookbook.runs.directions import DEFAULT_METRIC, BestMode, direction
 from cookbook.runs.folder import IfLogPathExists
 from cookbook.supervised.hyperparameters import LearningRate, recommend_learning_rate
+from cookbook.supervised.notify import check_target
 from cookbook.supervised.schedules import LRSchedule
 from cookbook.types import MAX_RANK, LoraConfig, check_lora
 
@@ -179,6 +180,24 @@ class Config:
     )
     trackio_name: str | None = _field(default=None, doc="name of the run there; default: that of its folder")
 
+    mlflow_experiment: str | None = _field(
+        default=None, doc="MLflow experiment, at MLFLOW_TRACKING_URI (needs the extra mlflow); default: none"
+    )
+    mlflow_name: str | None = _field(default=None, doc="name of the run there; default: that of its folder")
+    swanlab_project: str | None = _field(
+        default=None, doc="SwanLab project (needs the extra swanlab); default: none"
+    )
+    swanlab_name: str | None = _field(default=None, doc="name of the run there; default: that of its folder")
+    push_to_hub: str | None = _field(
+        default=None,
+        doc="owner/name of a private repository on the hub; each checkpoint is pushed to it, and at the end "
+        "the best one with its model card",
+    )
+    notify: str | None = _field(
+        default=None,
+        doc="URL that gets a JSON message when the run ends, or a command that gets its text; not recorded",
+    )
+
     @property
     def peak_learning_rate(self) -> float:
         """Returns the learning rate of a resolved config, in which it is a number."""
@@ -271,6 +290,8 @@ class Config:
         if not (self.train_attn or self.train_mlp or self.train_unembed):
             raise ConfigError("Nothing to train: set train_attn, train_mlp or train_unembed.")
         check_lora(self.lora())
+        if self.notify is not None:
+            check_target(self.notify)
         self._check_best()
 
     def _check_best(self) -> None:

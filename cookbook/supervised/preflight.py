@@ -46,6 +46,12 @@ def check_before_work(config: Config, is_resumed: bool = False) -> None:
         extras.require("trackio", f"trackio_project={config.trackio_project}")
     if config.wandb_project is not None and processes.current().is_main:
         check_wandb_login(config.wandb_project)
+    if config.mlflow_experiment is not None:
+        extras.require("mlflow", f"mlflow_experiment={config.mlflow_experiment}")
+    if config.swanlab_project is not None:
+        extras.require("swanlab", f"swanlab_project={config.swanlab_project}")
+    if config.push_to_hub is not None:
+        _check_push(config.push_to_hub)
     if config.compile:
         _check_compiler()
     has_eval_data = config.dataset_builder.has_eval_data()
@@ -55,6 +61,14 @@ def check_before_work(config: Config, is_resumed: bool = False) -> None:
     models.check_files(config.model_name)
     check_chat_format(config)
     _check_space(config)
+
+
+def _check_push(name: str) -> None:
+    from cookbook.export import push
+
+    repository = push.repository_of(name)
+    if processes.current().is_main:
+        push.check_access(repository)
 
 
 def _check_log_path(folder: Path) -> None:

@@ -24,6 +24,7 @@ from cookbook.data.report import note_lines
 from cookbook.data.types import SKIPPED, SupervisedDataset
 from cookbook.errors import TrainingError
 from cookbook.eval.evaluators import FAILURES, Evaluation, Evaluator, TrainingClientEvaluator, evaluate
+from cookbook.eval.samples import SamplesEvaluator
 from cookbook.loggers import MetricLogger
 from cookbook.runs.checkpoints import FINAL, Checkpoint, CheckpointLog, checkpoint_name
 from cookbook.runs.folder import RunFolder
@@ -39,6 +40,7 @@ from cookbook.utils.tables import Table
 
 if TYPE_CHECKING:
     from cookbook.clients.training import TrainingClient
+    from cookbook.supervised.hub_pushes import HubPushes
 
 logger = logging.getLogger(__name__)
 
@@ -81,6 +83,8 @@ class Resources:
     metric_loggers: Sequence[MetricLogger]
     open: ExitStack
     """Closes all resources."""
+    pushes: HubPushes | None = None
+    """Pushes checkpoints to the hub, if the config says so."""
 
 
 @dataclass(frozen=True)
@@ -116,6 +120,23 @@ class PendingStep:
     optim_step: APIFuture[OptimStepResponse] | None
     save: APIFuture[SaveWeightsResponse] | None
     """The save of the state after the step; None if none is due."""
+
+
+def withdraw(pending: deque[PendingStep]) -> PendingStep | None:
+    """Cancels the queued steps that the engine has not begun, and removes them from `pending`.
+
+    Returns the first of them, at which a resumed run begins; None if all have begun.
+    """
+    first = None
+    while pending:
+        newest = pending[-1]
+        if newest.forward_backward is None or not newest.forward_backward.cancel():
+            break
+        for future in (newest.optim_step, newest.save):
+            if future is not None:
+                future.cancel()
+        first = pending.pop()
+    return first
 
 
 class Run:
@@ -260,7 +281,9 @@ class Run:
             self._write_row(done.step, metrics, done.evaluation.tables)
             if done.save is not None:
                 name, path = checkpoint_name(done.step + 1), (await done.save).path
-                r.checkpoints.add(name, path, done.step + 1, *batch.next_position)
+                added = r.checkpoints.add(name, path, done.step + 1, *batch.next_position)
+                if r.pushes is not None:
+                    r.pushes.add(r.checkpoints.path_of(added), added.step)
 
     # -- the two ends of a run --------------------------------------------------------------
 
@@ -303,6 +326,8 @@ class Run:
                 f"{r.tracker.patience} evaluations"
             )
         logger.info("%s. Saved %s.%s", how, path, self._best_in_words())
+        if r.pushes is not None:
+            await asyncio.to_thread(r.pushes.finish)
         if r.tracker.is_worse_than_before_training:
             logger.warning("%s was better before training than in any evaluation since.", r.tracker.metric)
         return self._summary(step, path, metrics=metrics, stopped_early=last_evaluation is not None)
@@ -310,8 +335,16 @@ class Run:
     # -- helpers ------------------------------------------------------------------------
 
     def _due(self, step: int) -> list[Evaluator]:
-        evaluators = self._resources.evaluators
-        return [one for every, members in evaluators if every and step % every == 0 for one in members]
+        """Returns the evaluators that are due. Samples are also drawn half-way, whatever their cadence."""
+        total = self._resources.start.total_steps
+        is_half_way = total is not None and step == total // 2
+        return [
+            one
+            for every, members in self._resources.evaluators
+            if every
+            for one in members
+            if step % every == 0 or (is_half_way and isinstance(one, SamplesEvaluator))
+        ]
 
     def _is_save_due(self, step: int) -> bool:
         """Returns whether a periodic checkpoint is due; `finish` saves the state after the last step."""

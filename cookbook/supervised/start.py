@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shlex
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -14,20 +15,23 @@ from rich.console import Console
 from cookbook import models
 from cookbook.data.builders import ConversationBuilder
 from cookbook.data.types import ChatDatasetBuilder, SupervisedDataset
-from cookbook.errors import ConfigError
+from cookbook.errors import CheckpointError, ConfigError
 from cookbook.eval.evaluators import AnyEvaluatorBuilder, Evaluation, Evaluator, EvaluatorBuilder, RunContext
 from cookbook.eval.nll import NLLEvaluator
+from cookbook.eval.samples import SamplesEvaluator, held_out_prompts
 from cookbook.loggers import (
     ConsoleLogger,
     JsonlLogger,
     MetricLogger,
+    MLflowLogger,
+    SwanLabLogger,
     TensorBoardLogger,
     TrackioLogger,
     WandbLogger,
 )
 from cookbook.report.live import ReportLogger
 from cookbook.runs import environment
-from cookbook.runs.checkpoints import CheckpointLog
+from cookbook.runs.checkpoints import Checkpoint, CheckpointLog
 from cookbook.runs.folder import RunFolder
 from cookbook.runs.rows import STEP_METRIC_PREFIXES
 from cookbook.supervised.agreement import check_same_data
@@ -49,6 +53,7 @@ from renderers.jinja.modes import mode_of_all
 
 if TYPE_CHECKING:
     from cookbook.clients.training import TrainingClient
+    from cookbook.supervised.hub_pushes import HubPushes
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +61,7 @@ logger = logging.getLogger(__name__)
 async def start_run(config: Config, folder: RunFolder, checkpoints: CheckpointLog, console: Console) -> Run:
     """Returns a run that is ready for its first step. Checks all that it can before it loads the model."""
     with ExitStack() as stack:
+        _limit_threads(config, folder)
         _warn_about_data_format(config)
         train_data, eval_data = _read_data(config, folder)
         template_kwargs = _sampled_with(config, checkpoints, train_data)
@@ -63,6 +69,8 @@ async def start_run(config: Config, folder: RunFolder, checkpoints: CheckpointLo
         if config.load_checkpoint_path is not None and checkpoints.last() is None:
             _warn_about_start(config, chat_format)
         evaluators = _create_evaluators(config, folder, template_kwargs, eval_data)
+        _use_held_out_prompts(config, evaluators, eval_data)
+        _warn_about_noise(config, eval_data)
         start = find_start(config, folder, checkpoints, train_data, eval_data)
         batches = BatchQueue(
             train_data,
@@ -96,6 +104,7 @@ async def start_run(config: Config, folder: RunFolder, checkpoints: CheckpointLo
                 estimated.record(folder.path)
         trace_path = folder.path / "trace.json" if config.trace and folder.world.is_main else None
         metric_loggers = _create_loggers(config, folder, start, known, console, stack)
+        pushes = _create_pushes(config, folder, stack)
         times = StepTimes(recorder, trace_path)
         stack.callback(times.close)
         resources = Resources(
@@ -113,8 +122,63 @@ async def start_run(config: Config, folder: RunFolder, checkpoints: CheckpointLo
             times=times,
             metric_loggers=metric_loggers,
             open=stack.pop_all(),
+            pushes=pushes,
         )
     return Run(resources)
+
+
+def _limit_threads(config: Config, folder: RunFolder) -> None:
+    """Uses few threads on a busy machine; on a resume as many as before, for the same bits."""
+    from cookbook.engine.model.loading import resolve_device
+    from cookbook.engine.threads import limit_threads
+
+    if folder.world.is_alone and resolve_device(config.device).type == "cpu":
+        is_resumed = folder.earlier_config is not None
+        limit_threads(environment.recorded_threads(folder.path) if is_resumed else None)
+
+
+def _create_pushes(config: Config, folder: RunFolder, stack: ExitStack) -> HubPushes | None:
+    if config.push_to_hub is None or not folder.world.is_main:
+        return None
+    from cookbook.export.push import repository_of
+    from cookbook.supervised.hub_pushes import HubPushes
+
+    pushes = HubPushes(repository_of(config.push_to_hub), folder.path)
+    stack.callback(pushes.close)
+    return pushes
+
+
+MIN_HELD_OUT_ROWS = 32
+
+
+def _warn_about_noise(config: Config, eval_data: SupervisedDataset | None) -> None:
+    """Warns if the best checkpoint is chosen by an evaluation of few rows."""
+    if config.best_metric is None or not config.eval_every or eval_data is None:
+        return
+    num_rows = eval_data.summary().get("rows")
+    if num_rows is not None and num_rows < MIN_HELD_OUT_ROWS:
+        logger.warning(
+            "Only %d rows are held out: which checkpoint is the best by %s is mostly noise. Hold out %d or "
+            "more (test_size=), or set best_metric=None.",
+            num_rows,
+            config.best_metric,
+            MIN_HELD_OUT_ROWS,
+        )
+
+
+def _use_held_out_prompts(
+    config: Config,
+    evaluators: Sequence[tuple[int, Sequence[Evaluator]]],
+    eval_data: SupervisedDataset | None,
+) -> None:
+    """Gives evaluators without prompts of their own those of the first held-out conversations."""
+    members = [one for _, members in evaluators for one in members]
+    wanting = [one for one in members if isinstance(one, SamplesEvaluator) and one.wants_prompts]
+    if wanting and eval_data is not None:
+        tokenizer = models.get_tokenizer(config.model_name, tuple(config.add_tokens))
+        prompts = held_out_prompts(eval_data, tokenizer)
+        for one in wanting:
+            one.use(prompts)
 
 
 def _sampled_with(
@@ -376,10 +440,24 @@ async def _create_client(
         lora = replace(saved, seed=config.seed, dropout=dropout)
     client = await service.create_training_client_async(config.model_name, lora, chat_format)
     if last is not None:
-        await client.load_state_with_optimizer(checkpoints.path_of(last))
+        try:
+            await client.load_state_with_optimizer(checkpoints.path_of(last))
+        except CheckpointError as error:
+            raise CheckpointError(f"{error}\n{_how_to_continue(checkpoints, last)}") from error
     elif config.load_checkpoint_path is not None:
         await client.load_state(config.load_checkpoint_path)
     return client
+
+
+def _how_to_continue(checkpoints: CheckpointLog, damaged: Checkpoint) -> str:
+    """Returns what continues a run whose newest checkpoint cannot be loaded."""
+    path, earlier = checkpoints.path_of(damaged), checkpoints.before(damaged)
+    if earlier is None:
+        return "There is no earlier checkpoint: if_log_path_exists=delete starts the run over."
+    return (
+        f"To continue from the one before it, after {earlier.step} steps, move this one away and run the "
+        f"same command again: mv {shlex.quote(str(path))} {shlex.quote(f'{path}.damaged')}"
+    )
 
 
 def _create_loggers(
@@ -404,6 +482,10 @@ def _create_loggers(
         keep(WandbLogger(folder.path, config.wandb_project, config.wandb_name, folder.config))
     if config.tensorboard:
         keep(TensorBoardLogger(folder.path, first_step, folder.config))
+    if config.mlflow_experiment is not None:
+        keep(MLflowLogger(folder.path, config.mlflow_experiment, config.mlflow_name, folder.config))
+    if config.swanlab_project is not None:
+        keep(SwanLabLogger(folder.path, config.swanlab_project, config.swanlab_name, folder.config))
     if config.trackio_project is not None:
         keep(
             TrackioLogger(folder.path, config.trackio_project, config.trackio_name, folder.config, first_step)

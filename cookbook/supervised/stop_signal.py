@@ -6,6 +6,7 @@ import asyncio
 import logging
 import signal
 import threading
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
@@ -23,7 +24,9 @@ class StopSignal:
     signal: `is_given` returns the same on all of them.
     """
 
-    def __init__(self, world: World = ALONE) -> None:
+    def __init__(self, world: World = ALONE, on_first: Callable[[], object] = lambda: None) -> None:
+        """`on_first` is called in the event loop when the first signal arrives."""
+        self._on_first = on_first
         self.received: signal.Signals | None = None
         self._world = world
         self._earlier: dict[signal.Signals, Any] = {}
@@ -46,6 +49,11 @@ class StopSignal:
         assert self.received is not None
         return self.received
 
+    @property
+    def is_given_here(self) -> bool:
+        """Whether to stop, where no other process has to agree."""
+        return self._world.is_alone and self.received is not None
+
     async def is_given(self) -> bool:
         """Returns whether to stop. Processes agree over sockets, so the device need not wait."""
         number = self.received or 0
@@ -59,6 +67,7 @@ class StopSignal:
         self.received = number
         self._restore_handlers()
         logger.info("%s: stopping after this step. Once more to stop at once.", number.name)
+        self._on_first()
 
     def _restore_handlers(self) -> None:
         while self._earlier:

@@ -19,8 +19,9 @@ from cookbook.runs.folder import RunFolder, holds_run
 from cookbook.supervised.agreement import joined_alike
 from cookbook.supervised.config import Config
 from cookbook.supervised.continuation import check_length, with_recorded_format
+from cookbook.supervised.notify import ending_with
 from cookbook.supervised.preflight import check_before_work
-from cookbook.supervised.run import PendingStep, RunSummary
+from cookbook.supervised.run import PendingStep, RunSummary, withdraw
 from cookbook.supervised.start import start_run
 from cookbook.supervised.stop_signal import StopSignal
 
@@ -43,6 +44,7 @@ async def main(config: Config) -> RunSummary:
         with (
             RunFolder(config.log_path, resolved, config.if_log_path_exists, world) as folder,
             logging_to(console, folder.log_file),
+            ending_with(config, world.is_main) as ending,
         ):
             checkpoints = CheckpointLog(folder.path, config.keep_checkpoints, world.on_rank0)
             check_length(config, folder, checkpoints)
@@ -51,7 +53,8 @@ async def main(config: Config) -> RunSummary:
                 return _report_finished(folder, checkpoints)
             if is_resumed:
                 check_before_work(config, is_resumed)
-            return await _run(config, folder, checkpoints, console)
+            ending.summary = await _run(config, folder, checkpoints, console)
+            return ending.summary
 
 
 async def _run(config: Config, folder: RunFolder, checkpoints: CheckpointLog, console: Console) -> RunSummary:
@@ -60,17 +63,26 @@ async def _run(config: Config, folder: RunFolder, checkpoints: CheckpointLog, co
     The order of the engine's queue determines the result: forward_backward and optim_step of a step, then
     saving and evaluating the state after it, and only then the next step.
     """
+    pending: deque[PendingStep] = deque()
+    withdrawn: list[PendingStep] = []
+
+    def drop_queued_steps() -> None:
+        # Other processes may have begun them.
+        if folder.world.is_alone and (first := withdraw(pending)) is not None:
+            withdrawn.append(first)
+
     with (
         await start_run(config, folder, checkpoints, console) as run,
-        StopSignal(folder.world) as stop,
+        StopSignal(folder.world, drop_queued_steps) as stop,
     ):
         step, position = run.start.step, run.start.position
-        pending: deque[PendingStep] = deque()
         last_evaluation = None
         while (batch := await run.next_batch(step)) is not None:
             evaluation = await run.evaluate(step)
             if evaluation.is_out_of_patience:
                 last_evaluation = evaluation
+                break
+            if stop.is_given_here:  # the step that was running when the signal came is the last one
                 break
             pending.append(run.submit(step, batch, evaluation))
             step, position = step + 1, batch.next_position
@@ -80,6 +92,8 @@ async def _run(config: Config, folder: RunFolder, checkpoints: CheckpointLog, co
                 break
         while pending:
             await run.log(pending.popleft())
+        if withdrawn:
+            step, position = withdrawn[0].step, withdrawn[0].batch.position
         if await stop.is_given():
             return await run.save_and_stop(step, position, stop.number)
         return await run.finish(step, position, last_evaluation)

@@ -21,6 +21,7 @@ from cookbook.errors import CheckpointError, ConfigError
 from cookbook.export.config import ExportConfig
 from cookbook.export.export import main
 from cookbook.export.push import check_access, push, repository_of
+from recipes import sft
 
 TOKEN = "hf_stubstubstubstubstubstubstubstub"
 
@@ -234,3 +235,34 @@ def test_a_repository_has_an_owner_and_a_name(name: str) -> None:
 def test_an_invalid_repository_name_is_refused(name: str) -> None:
     with pytest.raises(ConfigError, match="Invalid repository .*hf://owner/name"):
         repository_of(name)
+
+
+def test_a_run_pushes_its_checkpoints_and_its_model_card(hub: Hub, tmp_path: Path) -> None:
+    sft.main(
+        [
+            f"log_path={tmp_path / 'run'}", "max_steps=3", "batch_size=2", "test_size=40", "lora_rank=2",
+            "save_every=1", "infrequent_eval_every=0", "push_to_hub=owner/parrot",
+        ]
+    )  # fmt: skip
+    assert hub.private["owner/parrot"]
+    assert hub.messages[-1].startswith("adapter")
+    assert all(message.startswith("after ") for message in hub.messages[:-1])
+    names = set(hub.files["owner/parrot"])
+    assert {"README.md", "adapter_config.json", "adapter_model.safetensors"} <= names
+    assert not any(name.startswith("optimizer") for name in names)
+
+
+def test_a_push_that_fails_does_not_end_the_run(
+    hub: Hub, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    hub.breaks_off = True
+    keys = ["max_steps=1", "batch_size=2", "test_size=0", "lora_rank=2", "infrequent_eval_every=0"]
+    summary = sft.main([f"log_path={tmp_path / 'run'}", *keys, "push_to_hub=owner/parrot"])
+    assert summary.is_finished
+    assert "To push the run: python -m recipes.export checkpoint=" in caplog.text
+
+
+def test_a_repository_without_an_owner_is_refused_before_work(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit):
+        sft.main([f"log_path={tmp_path / 'run'}", "push_to_hub=parrot"])
+    assert not (tmp_path / "run").exists()
