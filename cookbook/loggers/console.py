@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn
@@ -66,7 +66,7 @@ class ConsoleLogger(MetricLogger):
                 _TimeLeft(),
                 console=console,
             )
-            fields = {"status": "", "left": None, "per_step": 0.0, "since": 0.0}
+            fields: dict[str, Any] = {"status": "", "left": None, "per_step": 0.0, "since": 0.0}
             self._task = self._progress.add_task("", total=total_steps, completed=first_step, **fields)
             self._progress.start()
 
@@ -83,7 +83,7 @@ class ConsoleLogger(MetricLogger):
         self._say_what_runs(step + 1)
         if self._progress is not None:
             steps_left = 1 if self._total_steps is None else max(1, self._total_steps - step - 1)
-            of_time = {"left": left, "per_step": (left or 0.0) / steps_left, "since": now}
+            of_time: dict[str, Any] = {"left": left, "per_step": (left or 0.0) / steps_left, "since": now}
             self._progress.update(self._task, completed=step + 1, status=status, **of_time)
             return
         is_due = (step + 1) % self._lines_every == 0 or step + 1 == self._total_steps

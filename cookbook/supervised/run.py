@@ -8,6 +8,7 @@ from the state after k steps; the evaluation of that state is logged in the row 
 from __future__ import annotations
 
 import asyncio
+import html
 import logging
 import math
 from collections import deque
@@ -60,6 +61,14 @@ class RunSummary:
     """Whether early stopping ended the run."""
     best: Checkpoint | None = None
     """The checkpoint of the best evaluation, at `log_path / best.path`; None if none is kept."""
+
+    def _repr_html_(self) -> str | None:
+        """Returns the run's report, which a notebook shows below the cell."""
+        page = self.log_path / "report.html"
+        if not page.is_file():
+            return None
+        text = html.escape(page.read_text(encoding="utf-8"), quote=True)
+        return f'<iframe srcdoc="{text}" style="width: 100%; height: 720px; border: 0"></iframe>'
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,18 @@ logger = logging.getLogger(__name__)
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
+_active: list[StopSignal] = []
+"""The runs that can be stopped, in this process."""
+
+
+def interrupt() -> bool:
+    """Asks the runs that other threads run to stop, as Ctrl-C does. Returns False if one was asked before."""
+    waiting = [stop for stop in _active if stop.received is None]
+    for stop in waiting:
+        stop._loop.call_soon_threadsafe(stop._receive, signal.SIGINT)
+    return bool(waiting)
+
+
 class StopSignal:
     """A context manager in which the first signal sets `received`, and a second one has its usual effect.
 
@@ -32,6 +44,8 @@ class StopSignal:
         self._earlier: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopSignal:
+        self._loop = asyncio.get_running_loop()
+        _active.append(self)
         if threading.current_thread() is threading.main_thread():
             for number in SIGNALS:
                 self._earlier[number] = signal.getsignal(number)
@@ -41,6 +55,7 @@ class StopSignal:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        _active.remove(self)
         self._restore_handlers()
 
     @property

@@ -6,8 +6,10 @@ A step is a batch, one forward_backward and one optim_step. The verbs of `run.Ru
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 
 from rich.console import Console
 
@@ -16,6 +18,7 @@ from cookbook.engine import processes
 from cookbook.loggers import logging_to, make_console
 from cookbook.runs.checkpoints import CheckpointLog
 from cookbook.runs.folder import RunFolder, holds_run
+from cookbook.supervised import stop_signal
 from cookbook.supervised.agreement import joined_alike
 from cookbook.supervised.config import Config
 from cookbook.supervised.continuation import check_length, with_recorded_format
@@ -25,7 +28,7 @@ from cookbook.supervised.run import PendingStep, RunSummary, withdraw
 from cookbook.supervised.start import start_run
 from cookbook.supervised.stop_signal import StopSignal
 
-__all__ = ["Config", "RunSummary", "main"]
+__all__ = ["Config", "RunSummary", "main", "run"]
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +58,26 @@ async def main(config: Config) -> RunSummary:
                 check_before_work(config, is_resumed)
             ending.summary = await _run(config, folder, checkpoints, console)
             return ending.summary
+
+
+def run(config: Config) -> RunSummary:
+    """Does what `main` does, in a program or in a notebook, where an event loop runs already.
+
+    Beside a running loop the run has a thread with a loop of its own, and Ctrl-C (in a notebook: the button
+    that interrupts) stops it after the running step, as in a terminal.
+    """
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(main(config))
+    with ThreadPoolExecutor(1, thread_name_prefix="run") as thread:
+        result = thread.submit(asyncio.run, main(config))
+        while True:
+            try:
+                return result.result()
+            except KeyboardInterrupt:
+                if not stop_signal.interrupt():
+                    raise
 
 
 async def _run(config: Config, folder: RunFolder, checkpoints: CheckpointLog, console: Console) -> RunSummary:

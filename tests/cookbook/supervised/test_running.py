@@ -19,14 +19,16 @@ from typing import Any
 import chz
 import pytest
 
-from cookbook import models
+from cookbook import embedded, models
 from cookbook.clients.futures import APIFuture
 from cookbook.config import config_files
+from cookbook.config.cli import make_config
 from cookbook.errors import CheckpointError, ConfigError
 from cookbook.eval.evaluators import EvaluatorBuilder, TrainingClientEvaluator
 from cookbook.eval.samples import SamplesEvaluatorBuilder, held_out_prompts
 from cookbook.supervised.batches import BEGINNING, PlacedBatch
 from cookbook.supervised.run import PendingStep, StateEvaluation, withdraw
+from cookbook.supervised.train import Config
 from recipes import sft
 from renderers import get_renderer
 
@@ -105,9 +107,6 @@ def test_samples_are_drawn_at_the_start_half_way_and_at_the_end(run: Path) -> No
 def test_samples_are_of_held_out_conversations(run: Path) -> None:
     config = config_files.load(str(run / "config.json"))
     assert config["infrequent_evaluator_builders.0.prompts"] is None
-    from cookbook.config.cli import make_config
-    from cookbook.supervised.train import Config
-
     made = make_config(Config, sft.DEFAULTS, [f"log_path={run}", *FEW])
     _, eval_data = made.data_builder()
     assert eval_data is not None
@@ -116,7 +115,7 @@ def test_samples_are_of_held_out_conversations(run: Path) -> None:
     shown = [row["row"]["prompt"] for row in rows_of(run / "tables.jsonl")]
     assert shown[:2] == [prompt.text for prompt in prompts]
     renderer = get_renderer(str(made.renderer_name), tokenizer)
-    asked = [rows["messages"] for rows in rows_of(Path(made.dataset_builder.data_files()[0]))]  # type: ignore[attr-defined]
+    asked = [row["messages"] for row in rows_of(embedded.PIRATE_PATH)]
     expected = {tuple(renderer.build_generation_prompt(chat[:-1]).to_ints()) for chat in asked}
     assert all(tuple(prompt.tokens.to_ints()) in expected for prompt in prompts)
 

@@ -1,0 +1,81 @@
+"""Runs from a program and from a running event loop, as in a notebook, and what a notebook shows."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from cookbook.config import cli
+from cookbook.supervised import stop_signal, train
+from cookbook.supervised.run import RunSummary
+from recipes import sft
+
+FEW = ["batch_size=2", "test_size=0", "lora_rank=2", "train_unembed=False", "infrequent_eval_every=0"]
+
+
+def config_in(folder: Path, *keys: str) -> train.Config:
+    return cli.make_config(train.Config, sft.DEFAULTS, [f"log_path={folder}", *FEW, *keys])
+
+
+def losses(folder: Path) -> list[float]:
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [row["train/nll"] for row in rows if "train/nll" in row]
+
+
+def test_a_run_beside_a_running_loop_equals_one_without(tmp_path: Path) -> None:
+    alone = train.run(config_in(tmp_path / "alone", "max_steps=2"))
+
+    async def cell() -> RunSummary:
+        return train.run(config_in(tmp_path / "beside", "max_steps=2"))
+
+    async def awaiting_cell() -> RunSummary:
+        return await train.main(config_in(tmp_path / "awaited", "max_steps=2"))
+
+    beside, awaited = asyncio.run(cell()), asyncio.run(awaiting_cell())
+    assert alone.num_steps == beside.num_steps == awaited.num_steps == 2
+    assert losses(tmp_path / "alone") == losses(tmp_path / "beside") == losses(tmp_path / "awaited")
+
+
+def test_the_interrupt_of_a_notebook_stops_a_run_after_its_step(tmp_path: Path) -> None:
+    found: list[RunSummary] = []
+    thread = threading.Thread(
+        target=lambda: found.append(asyncio.run(train.main(config_in(tmp_path, "max_steps=500"))))
+    )
+    thread.start()
+    while not stop_signal.interrupt():
+        assert thread.is_alive()
+        thread.join(0.01)
+    thread.join()
+    assert not found[0].is_finished
+    assert found[0].num_steps < 500
+    assert not stop_signal.interrupt()
+
+
+def test_a_notebook_shows_the_report_below_the_cell(tmp_path: Path) -> None:
+    page = '<!doctype html><p title="a&amp;b">It\'s < done</p>'
+    (tmp_path / "report.html").write_text(page, encoding="utf-8")
+    summary = RunSummary(tmp_path, True, 1, tmp_path)
+    sources: list[str | None] = []
+
+    class Parser(HTMLParser):
+        def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+            sources.append(dict(attrs).get("srcdoc"))
+
+    shown = summary._repr_html_()
+    assert shown is not None
+    Parser().feed(shown)
+    assert sources == [page]
+    assert RunSummary(tmp_path / "none", True, 1, tmp_path)._repr_html_() is None
+
+
+def test_an_error_of_a_run_beside_a_loop_is_that_of_the_run(tmp_path: Path) -> None:
+    async def cell() -> RunSummary:
+        return train.run(config_in(tmp_path, f"dataset={tmp_path / 'missing.jsonl'}"))
+
+    with pytest.raises(Exception, match=r"missing\.jsonl"):
+        asyncio.run(cell())
