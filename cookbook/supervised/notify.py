@@ -9,17 +9,27 @@ import shlex
 import subprocess
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any, Protocol
 
 from cookbook.errors import ConfigError, describe
-
-if TYPE_CHECKING:
-    from cookbook.supervised.config import Config
-    from cookbook.supervised.run import RunSummary
 
 logger = logging.getLogger(__name__)
 
 TIMEOUT_SECONDS = 20.0
+
+
+class Summary(Protocol):
+    """What a message says of a `RunSummary`."""
+
+    @property
+    def is_finished(self) -> bool: ...
+    @property
+    def num_steps(self) -> int: ...
+    @property
+    def checkpoint_path(self) -> Path: ...
+    @property
+    def metrics(self) -> Mapping[str, float]: ...
 
 
 def is_url(target: str) -> bool:
@@ -37,7 +47,7 @@ def check_target(target: str) -> None:
 
 
 def message_of(
-    log_path: str, summary: RunSummary | None = None, error: BaseException | None = None
+    log_path: str, summary: Summary | None = None, error: BaseException | None = None
 ) -> dict[str, Any]:
     """Returns the message about a run that has returned a summary, or raised an error."""
     if summary is None:
@@ -85,19 +95,18 @@ def notify(target: str, message: Mapping[str, Any]) -> None:
 class Ending:
     """How a run ended; without a summary it failed, or had nothing to do."""
 
-    summary: RunSummary | None = None
+    summary: Summary | None = None
 
 
 @contextlib.contextmanager
-def ending_with(config: Config, is_main: bool) -> Iterator[Ending]:
-    """Sends the message of the config's `notify` after the body, whether it returns or raises."""
+def ending_with(target: str | None, log_path: str) -> Iterator[Ending]:
+    """Sends the message about a run after the body, whether it returns or raises; None sends none."""
     ending = Ending()
-    target = config.notify if is_main else None
     try:
         yield ending
     except BaseException as error:
         if target is not None:
-            notify(target, message_of(config.log_path, error=error))
+            notify(target, message_of(log_path, error=error))
         raise
     if target is not None and ending.summary is not None:
-        notify(target, message_of(config.log_path, ending.summary))
+        notify(target, message_of(log_path, ending.summary))

@@ -47,7 +47,7 @@ async def main(config: Config) -> RunSummary:
         with (
             RunFolder(config.log_path, resolved, config.if_log_path_exists, world) as folder,
             logging_to(console, folder.log_file),
-            ending_with(config, world.is_main) as ending,
+            ending_with(config.notify if world.is_main else None, config.log_path) as ending,
         ):
             checkpoints = CheckpointLog(folder.path, config.keep_checkpoints, world.on_rank0)
             check_length(config, folder, checkpoints)
@@ -56,8 +56,8 @@ async def main(config: Config) -> RunSummary:
                 return _report_finished(folder, checkpoints)
             if is_resumed:
                 check_before_work(config, is_resumed)
-            ending.summary = await _run(config, folder, checkpoints, console)
-            return ending.summary
+            ending.summary = summary = await _run(config, folder, checkpoints, console)
+            return summary
 
 
 def run(config: Config) -> RunSummary:
