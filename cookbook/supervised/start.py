@@ -129,7 +129,7 @@ async def start_run(config: Config, folder: RunFolder, checkpoints: CheckpointLo
 
 def _limit_threads(config: Config, folder: RunFolder) -> None:
     """Uses few threads on a busy machine; on a resume as many as before, for the same bits."""
-    from cookbook.engine.model.loading import resolve_device
+    from cookbook.engine.devices import resolve_device
     from cookbook.engine.threads import limit_threads
 
     if folder.world.is_alone and resolve_device(config.device).type == "cpu":
