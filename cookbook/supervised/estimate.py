@@ -154,8 +154,8 @@ def length_of(config: Config, train_data: SupervisedDataset, num_steps: int | No
 
 def estimate(config: Config, length: RunLength, card: Card | None = None) -> RunEstimate:
     """Returns the estimate of a run on a card, or on the device of this machine that the config chooses."""
-    from cookbook.engine.model import estimate as of_model
     from cookbook.engine.devices import resolve_device
+    from cookbook.engine.model import estimate as of_model
     from cookbook.engine.model.memory import total_memory
 
     if card is not None:
