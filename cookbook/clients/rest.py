@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from cookbook import embedded
-from cookbook.clients import checkpoint_root
-from cookbook.clients.checkpoint_root import CheckpointRoot
 from cookbook.clients.futures import APIFuture
-from cookbook.engine import checkpoint
+from cookbook.engine import checkpoint, checkpoint_root
+from cookbook.engine.checkpoint_root import CheckpointRoot
 from cookbook.errors import CheckpointError, ConfigError, CookbookError, RequestError
 from cookbook.types import (
     FOLDER_OF_TYPE,

@@ -16,13 +16,12 @@ from types import TracebackType
 from typing import Literal, Self
 
 from cookbook import models
-from cookbook.clients import checkpoint_root
-from cookbook.clients.checkpoint_root import CheckpointRoot
 from cookbook.clients.futures import APIFuture
 from cookbook.clients.rest import RestClient
 from cookbook.clients.sampling import SamplingClient
 from cookbook.clients.training import TrainingClient, refuse_access_token
-from cookbook.engine import checkpoint, processes
+from cookbook.engine import checkpoint, checkpoint_root, processes
+from cookbook.engine.checkpoint_root import CheckpointRoot
 from cookbook.engine.options import EngineOptions, GradientCheckpointing, Quantization, Shard
 from cookbook.engine.worker import Engine
 from cookbook.errors import ClosedError, ConfigError, RequestError

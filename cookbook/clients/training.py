@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from cookbook import models
-from cookbook.clients import checkpoint_root
-from cookbook.clients.checkpoint_root import CheckpointRoot
 from cookbook.clients.futures import APIFuture, ClientFuture
 from cookbook.clients.recorded import RECORDED
 from cookbook.clients.sampling import SamplingClient
-from cookbook.engine import checkpoint, devices
+from cookbook.engine import checkpoint, checkpoint_root, devices
+from cookbook.engine.checkpoint_root import CheckpointRoot
 from cookbook.engine.training.results import PassResult, Readback
 from cookbook.engine.training.trainer import CustomLossFn, Trainer
 from cookbook.engine.worker import Engine

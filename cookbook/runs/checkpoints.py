@@ -1,4 +1,9 @@
-"""checkpoints.jsonl, which records the checkpoints of a run and where each of them resumes."""
+"""checkpoints.jsonl, which records the checkpoints of a run and where each of them resumes.
+
+A row also has the keys by which tinker-cookbook finds checkpoints (`state_path`, `sampler_path`, `final`). They
+name the folder as it was when the row was written, and are not read back here: a run's folder may be moved.
+Rows that tinker-cookbook wrote have only those keys, and are read too.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +16,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from cookbook.errors import CheckpointError
+from cookbook.errors import CheckpointError, RequestError
 from cookbook.runs.rows import METRICS_SHAPE, METRICS_VALUE
 from cookbook.utils import files, json_files, jsonl
 from cookbook.utils.json_files import Count, JsonOrigin, Measured
@@ -53,6 +58,11 @@ class Checkpoint:
     row: Count | None = None
     """The number of rows of `epoch` that were trained on. It is None if the dataset does not count rows,
     and in folders of an earlier version."""
+    location: str | None = None
+    """The folder or `tinker://` path of a checkpoint that tinker-cookbook recorded. `path` is empty then."""
+
+
+_FOR_TINKER_COOKBOOK = ("state_path", "sampler_path", "final")
 
 
 def read_records(file: Path) -> list[Checkpoint]:
@@ -70,7 +80,10 @@ def read_records(file: Path) -> list[Checkpoint]:
 
 
 def _checked(row: Mapping[str, Any], origin: JsonOrigin) -> Checkpoint:
-    record = json_files.record_of(Checkpoint, row, origin)
+    if "path" not in row and ("state_path" in row or "sampler_path" in row):
+        return _of_tinker_cookbook(row, origin)
+    own = {key: value for key, value in row.items() if key not in _FOR_TINKER_COOKBOOK}
+    record = json_files.record_of(Checkpoint, own, origin)
     if (record.metric is None) != (record.value is None):
         origin.refuse("`metric` and `value` go together, and one of them is missing")
     if not files.PLAIN_NAME.fullmatch(record.name):
@@ -81,6 +94,16 @@ def _checked(row: Mapping[str, Any], origin: JsonOrigin) -> Checkpoint:
     if record.path != f"{FOLDER}/{record.name}":
         origin.refuse(f"`path` is {json_files.shown(record.path)}, expected {FOLDER}/{record.name}")
     return record
+
+
+def _of_tinker_cookbook(row: Mapping[str, Any], origin: JsonOrigin) -> Checkpoint:
+    """Returns a checkpoint that tinker-cookbook recorded. Programs may add keys of their own to its rows."""
+    location = row.get("state_path") or row.get("sampler_path")
+    position = {"batch": row.get("batch") or 0, "epoch": row.get("epoch") or 0}
+    step = row.get("step")
+    values = {"name": row.get("name"), "location": location, "path": "", **position}
+    values["step"] = step if isinstance(step, int) and step >= 0 else position["batch"]
+    return json_files.record_of(Checkpoint, values, origin)
 
 
 def _call(work: Callable[[], Any]) -> Any:
@@ -145,6 +168,11 @@ class CheckpointLog:
         return next(there, None)
 
     def path_of(self, checkpoint: Checkpoint) -> Path:
+        """Returns the folder. Raises CheckpointError for one of tinker-cookbook's that does not exist."""
+        if checkpoint.location is not None:
+            from cookbook.engine.checkpoint_root import CheckpointRoot  # imports torch
+
+            return Path(CheckpointRoot().folder(checkpoint.location)).expanduser()
         return self._folder / checkpoint.path
 
     def best(self) -> Checkpoint | None:
@@ -157,8 +185,14 @@ class CheckpointLog:
         return any(record.step == step and self._exists(record) for record in self._records)
 
     def _exists(self, record: Checkpoint) -> bool:
-        exists: bool = self._on_rank0(self.path_of(record).is_dir)
+        exists: bool = self._on_rank0(lambda: self._is_there(record))
         return exists
+
+    def _is_there(self, record: Checkpoint) -> bool:
+        try:
+            return self.path_of(record).is_dir()
+        except (CheckpointError, RequestError):
+            return False
 
     def add(
         self, name: str, path: str, step: int, epoch: int, batch: int, row: int | None = None
@@ -246,14 +280,26 @@ class CheckpointLog:
         self._on_rank0(lambda: self._write(dropped))
 
     def _write(self, dropped: Sequence[Checkpoint], must_hold: Sequence[str] = (MARK,)) -> None:
-        jsonl.rewrite(self._file, [_row(record) for record in self._records])
+        jsonl.rewrite(self._file, [self._row(record) for record in self._records])
         listed = {record.path for record in self._records}
-        for path in [self.path_of(record) for record in dropped if record.path not in listed]:
+        own = [record for record in dropped if record.location is None]  # others are not this run's to remove
+        for path in [self.path_of(record) for record in own if record.path not in listed]:
             try:
                 files.remove(path, must_hold)
             # the folder is no longer listed, and the run matters more than the disk space
             except OSError as error:
                 logger.warning("The checkpoint %s was not removed: %s", path, error)
+
+    def _row(self, record: Checkpoint) -> dict[str, Any]:
+        """Returns the record as JSON, without the values that most checkpoints share."""
+        row = asdict(record)
+        if (location := row.pop("location")) is not None:
+            del row["path"]
+            row["state_path"] = location
+        else:
+            row["state_path"] = row["sampler_path"] = str(self.path_of(record).resolve())
+            row["final"] = record.name == FINAL
+        return {key: value for key, value in row.items() if value is not None and value is not False}
 
 
 def _no_longer_best(record: Checkpoint) -> Checkpoint:
@@ -279,9 +325,3 @@ def _link_folder(folder: Path, other: Path) -> None:
     # If the folder exists already, it is from a discarded step and is not listed.
     with files.writing_folder(other, replace=True, must_hold=[MARK]) as unfinished:
         shutil.copytree(folder, unfinished, ignore=others, copy_function=link, dirs_exist_ok=True)
-
-
-def _row(record: Checkpoint) -> dict[str, Any]:
-    """Returns the record as JSON, without the values that most checkpoints share."""
-    row = asdict(record)
-    return {key: value for key, value in row.items() if value is not None and value is not False}

@@ -130,7 +130,7 @@ def _record_of(folder: Path, run_folder: Path | None) -> Checkpoint | None:
     if run_folder is None:
         return None
     for record in read_records(run_folder / "checkpoints.jsonl"):
-        if (run_folder / record.path).resolve() == folder.resolve():
+        if record.location is None and (run_folder / record.path).resolve() == folder.resolve():
             return record
     return None
 
