@@ -46,9 +46,7 @@ def sl_loop(*arguments: str) -> tuple[str, ...]:
 
 
 def sl_basic(*arguments: str) -> tuple[str, ...]:
-    common = "dataset_builder.common_config"
-    sizes = (f"{common}.batch_size=8", f"{common}.max_length=512", "lora_rank=4", "max_steps=2")
-    return recipe("sl_basic", *sizes, *arguments)
+    return recipe("sl_basic", "lora_rank=4", "max_steps=2", *arguments)
 
 
 def chat_sl(*arguments: str) -> tuple[str, ...]:
@@ -116,15 +114,7 @@ PROGRAMS = [
     Program("dpo", (DPO,)),
     Program("dpo evals", (script("dpo_evals"),)),
     *(rl_loop(loss) for loss in ("importance_sampling", "cispo", "gspo", "stable_reinforce")),
-    Program(
-        "rl_basic",
-        (
-            recipe(
-                "rl_basic", "dataset_builder.batch_size=2", "dataset_builder.group_size=4", "lora_rank=4",
-                "max_tokens=12", "max_steps=2",
-            ),
-        ),
-    ),
+    Program("rl_basic", (recipe("rl_basic", "lora_rank=4", "max_tokens=12", "max_steps=1"),)),
     math_rl("sync"),
     math_rl("ppo", loss="ppo"),
     math_rl("dro", loss="dro"),

@@ -25,7 +25,7 @@ def make(folder: Path) -> Path:
     for name in MODELS:
         shutil.copytree(embedded.MODEL_PATH, folder / name)
     chats = [{"messages": [_message("user", q), _message("assistant", a)]} for q, a, _ in _sums()]
-    _write(folder / "HuggingFaceH4/no_robots", {"train": chats[:48], "test": chats[48:56]})
+    _write(folder / "HuggingFaceH4/no_robots", {"train": chats[:256], "test": chats[256:264]})
     _write_rows(folder / "chats.jsonl", chats[:24])
     problems = [{"question": q, "answer": f"{a}\n#### {number}"} for q, a, number in _sums()]
     _write(folder / "openai/gsm8k", {"train": problems[:8], "test": problems[8:12]}, config="main")
@@ -54,7 +54,7 @@ def _message(role: str, content: str) -> dict[str, str]:
 def _sums() -> list[tuple[str, str, int]]:
     """Returns questions, answers, and the numbers that are asked for."""
     rng = random.Random(0)
-    numbers = [(rng.randrange(2, 9), rng.randrange(2, 9)) for _ in range(64)]
+    numbers = [(rng.randrange(2, 9), rng.randrange(2, 9)) for _ in range(264)]
     return [(f"What is {a} plus {b}?", f"It is {a + b}.", a + b) for a, b in numbers]
 
 

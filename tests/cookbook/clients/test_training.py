@@ -205,6 +205,7 @@ def test_every_method_has_an_async_twin_of_the_same_signature(kind: type) -> Non
         "close",
         "stream",
         "create_rest_client",
+        "get_sampler_handle",
     }
     assert {name for name in methods if name.endswith("_async")} == {f"{name}_async" for name in plain}
     for name in plain:

@@ -14,6 +14,8 @@ import pytest
 from safetensors.numpy import load_file
 from waiting import wait_until
 
+from cookbook.utils import jsonl
+
 METRICS_THAT_ARE_TIMES = "perf/"
 NUM_STEPS = 10
 

@@ -20,6 +20,7 @@ from cookbook.engine.model.unembedding import (
     score,
     score_and_backpropagate,
     score_and_compare,
+    score_top,
 )
 
 NUM_POSITIONS, HIDDEN_SIZE, VOCAB_SIZE, RANK = 23, 8, 50, 3
@@ -78,7 +79,10 @@ def by_autograd(head: Head, hidden_SD: Tensor, targets_S: Tensor, weights_S: Ten
     logits_SV = logits_SV * head.scale
     if head.softcap is not None:
         logits_SV = head.softcap * torch.tanh(logits_SV / head.softcap)
-    logprobs_S = logits_SV.log_softmax(-1)[torch.arange(len(targets_S)), targets_S]
+    if targets_S.ndim == 2:
+        logprobs_S = logits_SV.log_softmax(-1).gather(1, targets_S)
+    else:
+        logprobs_S = logits_SV.log_softmax(-1)[torch.arange(len(targets_S)), targets_S]
     loss = -(weights_S * logprobs_S).sum()
     gradients = torch.autograd.grad(loss, list(leaves.values()))
     return {
@@ -135,6 +139,46 @@ def test_blocks_compute_the_log_softmax_and_every_gradient(
     for name, value in found.items():
         torch.testing.assert_close(value.double(), expected[name].double(), rtol=1e-5, atol=1e-5, msg=name)
     torch.testing.assert_close(score(head, hidden_SD, targets_S), logprobs_S)
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("full", [False, True])
+def test_several_targets_of_a_position_have_the_gradient_of_their_weighted_sum(
+    softcap: float | None, lora: bool, full: bool
+) -> None:
+    """Also if a target is there twice, or has weight 0."""
+    head = make_head(lora=lora, bias=True, full=full, scale=0.5, softcap=softcap)
+    hidden_SD, _, _ = make_positions()
+    generator = torch.Generator().manual_seed(3)
+    targets_SJ = torch.randint(VOCAB_SIZE, (NUM_POSITIONS, 4), generator=generator)
+    targets_SJ[:, 3] = targets_SJ[:, 0]
+    weights_SJ = torch.rand(NUM_POSITIONS, 4, generator=generator) * (torch.arange(4) != 2)
+    expected = by_autograd(head, hidden_SD, targets_SJ, weights_SJ)
+    logprobs_SJ, loss, grad_SD = score_and_backpropagate(
+        head, hidden_SD, targets_SJ, lambda logprobs_CJ, part: -(weights_SJ[part] * logprobs_CJ).sum()
+    )
+    found = {"logprobs": logprobs_SJ, "loss": loss, "hidden": grad_SD}
+    if full:
+        found |= {"weight": head.weight_VD.grad, "bias": head.bias_V.grad}
+    if head.lora is not None:
+        found |= {"a": head.lora.a_RD.grad, "b": head.lora.b_VR.grad}
+    for name, value in found.items():
+        torch.testing.assert_close(value.double(), expected[name].double(), rtol=1e-5, atol=1e-5, msg=name)
+    torch.testing.assert_close(score(head, hidden_SD, targets_SJ), logprobs_SJ)
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_the_most_likely_tokens_are_those_of_all_logits(softcap: float | None) -> None:
+    head = make_head(lora=True, bias=True, softcap=softcap)
+    hidden_SD, targets_S, _ = make_positions()
+    with torch.no_grad():
+        columns = [score(head, hidden_SD, torch.full_like(targets_S, v)) for v in range(VOCAB_SIZE)]
+    best_SV, tokens_SV = torch.stack(columns, 1).sort(dim=1, descending=True)
+    for count in (1, 5, 20, VOCAB_SIZE):
+        tokens_SJ, logprobs_SJ = score_top(head, hidden_SD, count)
+        torch.testing.assert_close(logprobs_SJ, best_SV[:, :count], rtol=1e-5, atol=1e-5)
+        assert torch.equal(tokens_SJ, tokens_SV[:, :count])
 
 
 @settings(deadline=None, max_examples=40)
