@@ -1,7 +1,7 @@
 """checkpoints.jsonl, which records the checkpoints of a run and where each of them resumes.
 
-A row also has the keys by which tinker-cookbook finds checkpoints: `state_path`, `sampler_path`, `final`. They
-name the folder as it was when the row was written, and are not read back: a run's folder may be moved.
+A row also has the keys that tinker-cookbook reads: `state_path`, `sampler_path` and `final`. The paths
+name the folder as it was when the row was written, and are not read back: a run folder may be moved.
 Rows that tinker-cookbook wrote have only those keys, and are read too.
 """
 
