@@ -22,7 +22,7 @@ from cookbook.data.sources import BadRow, open_source
 from cookbook.errors import DataError
 from cookbook.models import recommended_renderer
 from cookbook.utils.control_characters import visible
-from renderers import Renderer, TrainOnWhat, get_renderer
+from renderers import TrainOnWhat, get_renderer
 
 
 @chz.chz
@@ -39,8 +39,15 @@ class Config:
     seed: int = 0
 
 
-def read_data(config: Config, renderer: Renderer) -> tuple[list[cookbook.Datum], list[cookbook.Datum]]:
-    """Returns a Datum for each conversation, weighted on assistant tokens only: to test, and to train."""
+def main(config: Config) -> None:
+    # model, tokenizer, renderer
+    service_client = cookbook.ServiceClient()
+    training_client = service_client.create_lora_training_client(
+        base_model=config.model_name, rank=config.lora_rank, seed=config.seed
+    )
+    renderer = get_renderer(recommended_renderer(config.model_name), training_client.get_tokenizer())
+
+    # data: a list of Datum, one per conversation, with weights for assistant tokens only
     conversations = []
     for row in open_source(config.data_path).rows():
         if isinstance(row, BadRow):
@@ -53,23 +60,10 @@ def read_data(config: Config, renderer: Renderer) -> tuple[list[cookbook.Datum],
         )
         for chat in conversations
     ]
-    if len(data) <= config.num_test:
+    test_data, train_data = data[: config.num_test], data[config.num_test :]
+    if not train_data:
         raise DataError(f"num_test={config.num_test} leaves nothing to train on: there are {len(data)} rows.")
-    return data[: config.num_test], data[config.num_test :]
 
-
-def main(config: Config) -> None:
-    # ---------------------------------------------------------------------------------------
-    # model, tokenizer, renderer, data
-    service_client = cookbook.ServiceClient()
-    training_client = service_client.create_lora_training_client(
-        base_model=config.model_name, rank=config.lora_rank, seed=config.seed
-    )
-    tokenizer = training_client.get_tokenizer()
-    renderer = get_renderer(recommended_renderer(config.model_name), tokenizer)
-    test_data, train_data = read_data(config, renderer)
-
-    # ---------------------------------------------------------------------------------------
     # evaluation before training
     def held_out_nll() -> float:
         return training_client.forward(test_data).result().loss
@@ -88,7 +82,6 @@ def main(config: Config) -> None:
 
     print(visible(f"before: held-out NLL {held_out_nll():.4f}\n  {config.prompt}\n  {reply()}"))
 
-    # ---------------------------------------------------------------------------------------
     # training: Adam on the summed loss, with linear decay of the learning rate
     for step in range(config.num_steps):
         start = step * config.batch_size % len(train_data)
@@ -102,11 +95,9 @@ def main(config: Config) -> None:
         if step % 20 == 0 or step == config.num_steps - 1:
             print(visible(f"step {step}: train NLL {loss:.4f}"))
 
-    # ---------------------------------------------------------------------------------------
     # evaluation after training
     print(visible(f"after: held-out NLL {held_out_nll():.4f}\n  {config.prompt}\n  {reply()}"))
-    saved = training_client.save_state("sft-loop").result()
-    print(visible(f"saved {saved.path}"))
+    print(visible(f"saved {training_client.save_state('sft-loop').result().path}"))
 
 
 if __name__ == "__main__":

@@ -31,7 +31,16 @@ from renderers.messages import (
     normalize,
 )
 from renderers.other_formats import ENDS, note_tokens_of_other_formats
-from renderers.rendering import CharSpan, Draft, Example, ExampleLines, Prepared, Rendering, Run
+from renderers.rendering import (
+    CharSpan,
+    Draft,
+    Example,
+    ExampleLines,
+    Prepared,
+    Rendering,
+    Run,
+    joined_runs,
+)
 from renderers.streaming import PLAIN, ResponseStream, Sections
 from renderers.tools_in_system import with_tools_in_system
 from renderers.train_on_what import TrainOnWhat, chosen_messages
@@ -427,7 +436,8 @@ class Renderer(ABC):
                 begun = text[tokens.starts[at - 1] : start]
                 first -= after > start and begun.isspace() and not text[start].isspace()
             runs.append((first, tokens.index(end), weight))
-        example = Example.made(tokens.ids, runs, line.example if line else None, tokens.num_shared)
+        runs = joined_runs(runs, tokens.num_shared + len(tokens.ids))
+        example = Example(tokens.ids, runs, line.example if line else None, tokens.num_shared)
         if line is not None:
             line.example = example
         return example

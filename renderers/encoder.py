@@ -196,7 +196,7 @@ class Encoder:
         num = before.num_shared(text, cuts, min(positions, default=len(text))) if self._controls_part else 0
         if before.apart_from >= 0 and not self._splits_apart:
             num = 0
-        start, place = (before.starts[num - 1], before.places[num - 1]) if num else (0, 0)
+        start, _, place = before.controls[num - 1] if num else (0, 0, 0)
         found, apart_from = None, before.apart_from if num else -1
         if apart_from < 0:
             found, apart_from = self._encode_whole(text, cuts, positions, start, place)
@@ -208,8 +208,9 @@ class Encoder:
         else:
             tokens.num_shared = place + length_of_common_start(before.ids[place:], ids)
             before.go_back(num)
-        before.go_on(text, cuts, ids, controls)
-        before.apart_from = apart_from
+        before.text, before.cuts, before.apart_from = text, cuts, apart_from
+        before.ids += ids
+        before.controls += controls
         tokens.ids = np.array(before.ids[tokens.num_shared :], TOKEN_DTYPE)
         if trail is not None and is_first:
             trail.continue_from(before)

@@ -90,6 +90,7 @@ Run: TypeAlias = tuple[int, int, float]
 """Tokens `start` to `end`, whose weight in the loss is not 0, and that weight."""
 
 
+@dataclass(slots=True, eq=False)
 class Example:
     """Token ids (int32) and the weight of each in the loss (float32, unshifted).
 
@@ -97,29 +98,18 @@ class Example:
     with an earlier example, and its trained runs, so the memory of all grows with the conversation.
     """
 
-    __slots__ = ("base", "num_shared", "own_T", "runs")
-
-    def __init__(self, tokens_T: np.ndarray, weights_T: np.ndarray) -> None:
-        self.base: Example | None = None
-        """The example that it shares its first tokens with."""
-        self.num_shared = 0
-        self.own_T = tokens_T
-        """The tokens behind those that it shares."""
-        self.runs = runs_of(weights_T)
-        """The trained runs, ascending; two that touch have different weights."""
+    own_T: np.ndarray
+    """The tokens behind those that it shares."""
+    runs: list[Run]
+    """The trained runs, ascending; two that touch have different weights."""
+    base: Example | None = None
+    """The example that it shares its first tokens with."""
+    num_shared: int = 0
 
     @classmethod
-    def made(
-        cls, own_T: np.ndarray, runs: Sequence[Run], base: Example | None = None, num_shared: int = 0
-    ) -> Example:
-        """Returns an example of the first `num_shared` tokens of `base` and its own.
-
-        Where runs overlap, the later one counts.
-        """
-        example = cls.__new__(cls)
-        example.base, example.num_shared, example.own_T = base, num_shared, own_T
-        example.runs = _joined(runs, num_shared + len(own_T))
-        return example
+    def of(cls, tokens_T: np.ndarray, weights_T: np.ndarray) -> Example:
+        """Returns an example that shares nothing."""
+        return cls(tokens_T, runs_of(weights_T))
 
     @property
     def num_tokens(self) -> int:
@@ -204,8 +194,11 @@ def runs_of(weights_T: np.ndarray) -> list[Run]:
     return [(start, end, float(weights_T[start])) for start, end in starts]
 
 
-def _joined(runs: Sequence[Run], num_tokens: int) -> list[Run]:
-    """Returns the runs as `runs_of` does: without those of no token, and with those joined that touch."""
+def joined_runs(runs: Sequence[Run], num_tokens: int) -> list[Run]:
+    """Returns the runs as `runs_of` does: without those of no token, and with those joined that touch.
+
+    Where runs overlap, the later one counts.
+    """
     if len(runs) == 1 and runs[0][0] < runs[0][1] and runs[0][2] == 1:
         return [*runs]
     joined: list[Run] = []

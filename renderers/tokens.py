@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import itemgetter
 from typing import TypeAlias, TypeVar
 
 import numpy as np
@@ -48,11 +49,7 @@ class Trail:
     text: str = ""
     cuts: Sequence[int] = ()
     ids: list[int] = field(default_factory=list)
-    starts: list[int] = field(default_factory=list)
-    """The positions of the control tokens in the text."""
-    ends: list[int] = field(default_factory=list)
-    places: list[int] = field(default_factory=list)
-    """Their indices among the tokens."""
+    controls: list[Control] = field(default_factory=list)
     apart_from: int = -1
     """The position because of which the text was encoded with the copy of the tokenizer; -1 if it was not."""
 
@@ -62,44 +59,35 @@ class Trail:
         The text from that last one on is to be encoded; `first_position` and other cuts than those of this
         text are in there.
         """
-        num = bisect_right(self.ends, length_of_common_start(self.text, text))
-        num = min(num, bisect_right(self.starts, first_position))
+        num = bisect_right(self.controls, length_of_common_start(self.text, text), key=_end)
+        num = min(num, bisect_right(self.controls, first_position, key=_start))
         if num == 0:
             return 0
-        start = self.starts[num - 1]
+        start = self.controls[num - 1][0]
         num_cuts = bisect_right(cuts, start)
         if num_cuts != bisect_right(self.cuts, start) or cuts[:num_cuts] != self.cuts[:num_cuts]:
             pairs = zip([*cuts, len(text)], [*self.cuts, len(text)], strict=False)
             other = next((min(pair) for pair in pairs if pair[0] != pair[1]), len(text))
-            num = min(num, bisect_left(self.starts, other))
-        return num if num and self.apart_from < self.starts[num - 1] else 0
+            num = min(num, bisect_left(self.controls, other, key=_start))
+        return num if num and self.apart_from < self.controls[num - 1][0] else 0
 
     def first(self, num: int) -> Trail:
         """Returns a new trail up to the last of the first `num` control tokens; this one is not changed."""
-        place = self.places[num - 1] if num else 0
-        num = max(num - 1, 0)
-        return Trail("", (), self.ids[:place], self.starts[:num], self.ends[:num], self.places[:num])
+        place = self.controls[num - 1][2] if num else 0
+        return Trail("", (), self.ids[:place], self.controls[: max(num - 1, 0)])
 
     def continue_from(self, other: Trail) -> None:
         """Begins with the text of another trail, which is not changed."""
         self.text, self.cuts, self.apart_from = other.text, other.cuts, other.apart_from
-        self.ids, self.starts = other.ids.copy(), other.starts.copy()
-        self.ends, self.places = other.ends.copy(), other.places.copy()
+        self.ids, self.controls = other.ids.copy(), other.controls.copy()
 
     def go_back(self, num: int) -> None:
         """Removes what follows the last of the first `num` control tokens, and that token."""
-        del self.ids[self.places[num - 1] if num else 0 :]
-        for kept in (self.starts, self.ends, self.places):
-            del kept[max(num - 1, 0) :]
+        del self.ids[self.controls[num - 1][2] if num else 0 :]
+        del self.controls[max(num - 1, 0) :]
 
-    def go_on(self, text: str, cuts: Sequence[int], ids: Sequence[int], controls: Sequence[Control]) -> None:
-        """Continues to the end of a text with the rest of its tokens, and the control tokens among them."""
-        self.text, self.cuts = text, cuts
-        self.ids += ids
-        for start, end, place in controls:
-            self.starts.append(start)
-            self.ends.append(end)
-            self.places.append(place)
+
+_start, _end = itemgetter(0), itemgetter(1)
 
 
 def length_of_common_start(one: Text, other: Text) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 
 from cookbook.data.columns import EMPTY
 from cookbook.data.conversation import UNREAD_MESSAGE_KEYS, Conversation
@@ -11,7 +10,6 @@ from cookbook.data.media import count_placeholders
 from cookbook.utils import notes
 from renderers import Renderer
 from renderers.messages import THINKING_KEYS
-from renderers.rendering import Example
 from renderers.training_flags import TRAINING_KEYS
 
 _KEYS = {"role", "content", "tool_calls", "tool_call_id", *THINKING_KEYS, *TRAINING_KEYS}
@@ -46,29 +44,3 @@ def count_findings(conversation: Conversation, renderer: Renderer) -> None:
         notes.count("row", "Given to the chat template", given)
     heard = [message.get("content") for message in conversation.messages if message["role"] != "assistant"]
     count_placeholders(text for text in (*heard, conversation.text) if isinstance(text, str))
-
-
-LONG_CONVERSATION = 1000
-"""The number of messages from which on a report states the cost of a conversation."""
-
-MANY_EXAMPLES = 100
-"""The number of examples of a conversation from which on it does. Each example contains the full history."""
-
-COST_OF_LONG = (
-    f"Conversations of {LONG_CONVERSATION:,} messages or {MANY_EXAMPLES} examples and more (what examples "
-    "share is stored once, and computed once where the model allows)"
-)
-
-
-def count_cost(num_messages: int, examples: Sequence[Example]) -> None:
-    """Counts messages and examples of a long conversation, and tokens with and without those shared."""
-    if num_messages < LONG_CONVERSATION and len(examples) < MANY_EXAMPLES:
-        return
-    for noun, item, number in (
-        ("token", "in all examples", sum(example.num_tokens for example in examples)),
-        ("token", "without those that examples share", sum(len(example.own_T) for example in examples)),
-        ("message", "read", num_messages),
-        ("example", "trained", len(examples)),
-        ("conversation", "found", 1),
-    ):
-        notes.count(noun, COST_OF_LONG, item, number)

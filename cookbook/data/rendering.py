@@ -19,7 +19,7 @@ import renderers
 from cookbook.data import processes
 from cookbook.data.cache import RENDERED, cache_folder
 from cookbook.data.conversation import TEMPLATE_KWARGS, Conversation, join_assistants
-from cookbook.data.findings import count_cost, count_findings
+from cookbook.data.findings import count_findings
 from cookbook.data.repeated import Decision, Paths, Repeated, Tree, grow, paths_of, weights_of, with_weights
 from cookbook.data.selection import NOT_TRAINED
 from cookbook.data.sources import BadRow, Chunk, Row, Source
@@ -114,8 +114,6 @@ class RowRenderer:
                 except RecursionError as error:
                     raise DataError("its values are nested too deeply to be rendered.") from error
                 count_findings(conversation, self._renderer)
-                if self._window_length is None:
-                    count_cost(len(conversation.messages), built)
                 examples += built
         if not conversations:
             notes.add({note: number for note, number in found.items() if note.noun not in _UNITS_OF_DATA})

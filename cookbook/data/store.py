@@ -125,41 +125,44 @@ def make_block(
     )
 
 
+@dataclass
 class SharedTokens:
     """The tokens of examples that are stored without what they share with earlier ones."""
 
-    def __init__(
-        self, tokens: bytes | mmap.mmap | np.ndarray, starts_E: np.ndarray, shared: np.ndarray
-    ) -> None:
-        self._tokens = tokens
-        self._starts_E = starts_E
-        self._bases_E, self._num_shared_E = shared[:, 0], shared[:, 1]
-        self._latest: tuple[int, np.ndarray] = (-1, _NO_TOKENS)
+    own: bytes | mmap.mmap | np.ndarray
+    """The own tokens of all examples."""
+    starts_E: np.ndarray
+    """Where those of each example begin; one more than there are examples."""
+    shared: np.ndarray
+    """As in the store."""
+    latest: tuple[int, np.ndarray] = (-1, _NO_TOKENS)
+    """The example that was joined last, and its tokens."""
 
     @property
     def lengths_E(self) -> np.ndarray:
         """The number of tokens of each example, with those that it shares."""
-        return np.diff(self._starts_E) + self._num_shared_E
+        return np.diff(self.starts_E) + self.shared[:, 1]
 
     def __getitem__(self, example: int) -> np.ndarray:
         """Returns all tokens of an example. It is quickest behind the example that it begins like."""
         pieces: list[np.ndarray] = []
-        number, end = example, int(self._starts_E[example + 1] - self._starts_E[example])
-        end += int(self._num_shared_E[example])
-        latest, tokens_T = self._latest
+        number = example
+        end = int(self.starts_E[example + 1] - self.starts_E[example] + self.shared[example, 1])
+        latest, tokens_T = self.latest
         while number >= 0 and end > 0:
             if number == latest:
                 pieces.append(tokens_T[:end])
                 break
-            if (num_own := end - (num_shared := int(self._num_shared_E[number]))) > 0:
-                start = int(self._starts_E[number]) * TOKEN_DTYPE.itemsize
-                pieces.append(np.frombuffer(self._tokens, TOKEN_DTYPE, num_own, start))
+            base, num_shared = self.shared[number].tolist()
+            if (num_own := end - num_shared) > 0:
+                start = int(self.starts_E[number]) * TOKEN_DTYPE.itemsize
+                pieces.append(np.frombuffer(self.own, TOKEN_DTYPE, num_own, start))
                 end = num_shared
-            number = int(self._bases_E[number])
+            number = base
         if len(pieces) == 1:
             return pieces[0]
         tokens_T = np.concatenate([_NO_TOKENS, *reversed(pieces)])
-        self._latest = (example, tokens_T)
+        self.latest = (example, tokens_T)
         return tokens_T
 
 
@@ -397,7 +400,7 @@ class ExampleStore:
 
     def __getitem__(self, example: int) -> Example:
         runs = range(int(self._run_starts_E[example]), int(self._run_starts_E[example + 1]))
-        return Example.made(
+        return Example(
             self._tokens[example],
             [
                 (int(self._runs_R[run, 0]), int(self._runs_R[run, 1]), float(self._run_weights_R[run]))

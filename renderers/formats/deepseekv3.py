@@ -24,11 +24,13 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from cookbook.errors import RendererError
 from renderers.formats.deepseek_tools import CALL_TOKENS, CALLS, END_CALLS, parse_calls, print_calls
 from renderers.formats.marked_calls import MarkedCallsRenderer, text_and_calls
+from renderers.formats.queries import Beginnings
 from renderers.messages import Message, PlainMessage, Tool
 from renderers.rendering import CharSpan, Draft, Rendering
 from renderers.streaming import Section, Sections
@@ -81,18 +83,30 @@ class DeepSeekV3Renderer(MarkedCallsRenderer):
                 self._check_trained(messages[index], index + 1)
         last = len(messages) - 1
         writes_last = messages[last]["role"] == "assistant" and (self.thinks or last in chosen)
-        draft, rewritten = self._draft(messages, last if writes_last else None)
-        draft.put(self.end_outputs if role_before(messages) == "tool" else "")
-        return draft.finish([index for index in rewritten if index in chosen])
+        written = last if writes_last else None
+        draft = self._draft(messages, tools, written)
+        draft.put(self.end_outputs if self._states.of(messages)[len(messages)].role == "tool" else "")
+        replies = [index for index in chosen if messages[index]["role"] == "assistant"]
+        rewritten = [index for index in replies if self._is_rewritten(messages, index, written)]
+        return self._finish(draft, messages, tools, rewritten)
 
     def _render_prompt(
         self, messages: Sequence[PlainMessage], tools: Sequence[Tool] | None, role: str
     ) -> Rendering:
         if role not in ("assistant", "user"):
             raise self._refuse_role(role, ["assistant", "user"])
-        draft, _ = self._draft(messages, None)
-        draft.put(self._header(role_before(messages)) if role == "assistant" else USER)
+        draft = self._draft(messages, tools, None)
+        before = self._states.of(messages)[len(messages)].role
+        draft.put(self._header(before) if role == "assistant" else USER)
         return draft.finish()
+
+    @cached_property
+    def _states(self) -> Beginnings[Seen]:
+        return Beginnings(_states)
+
+    def _num_alike(self, few: Sequence[PlainMessage], more: Sequence[PlainMessage]) -> int:
+        states = self._states.of(more)
+        return len(few) - 1 if states[len(few)].last_system == states[len(more)].last_system else 0
 
     def _check_trained(self, message: PlainMessage, number: int) -> None:
         thought, _ = _thought_and_said(message)
@@ -110,49 +124,52 @@ class DeepSeekV3Renderer(MarkedCallsRenderer):
             return self.end_outputs
         return f"{ASSISTANT}{THINK}\n" if self.thinks else ASSISTANT
 
-    def _begun(self, messages: Sequence[PlainMessage]) -> tuple[Draft, int]:
-        """Returns a draft with the system messages, and the position of the last one; -1 without any."""
-        draft = Draft()
-        draft.put(BOS)
-        systems = [index for index, message in enumerate(messages) if message["role"] == "system"]
-        for index in systems:
-            draft.put("" if index == systems[0] else "\n\n")
-            draft.put_text(index, messages[index]["content"])
-        return draft, systems[-1] if systems else -1
-
-    def _draft(self, messages: Sequence[PlainMessage], last: int | None) -> tuple[Draft, list[int]]:
-        """Returns a draft of the messages as history, with message `last` as the model writes it.
-
-        Also returns the replies that are printed differently from what the model wrote, or after a different
-        prompt.
-        """
-        draft, last_system = self._begun(messages)
-        rewritten: list[int] = []
-        has_called = has_outputs = False
-        before = ""
-        for index, message in enumerate(messages):
+    def _draft(
+        self, messages: Sequence[PlainMessage], tools: Sequence[Tool] | None, written: int | None
+    ) -> Draft:
+        """Returns a draft of the messages as history, with message `written` as the model writes it."""
+        draft = self._latest_draft(messages, tools)
+        if draft is None:
+            draft = Draft()
+            draft.put(BOS)
+            systems = [index for index, message in enumerate(messages) if message["role"] == "system"]
+            for index in systems:
+                draft.put("" if index == systems[0] else "\n\n")
+                draft.put_text(index, messages[index]["content"])
+        states = self._states.of(messages)
+        for index, message in draft.rest_of(messages):
             match message["role"]:
                 case "user":
                     draft.put(USER)
                     draft.put_text(index, message["content"])
                 case "tool":
-                    draft.put(OUTPUT if has_outputs else _OUTPUTS + OUTPUT)
+                    draft.put(self._before_output(states[index]))
                     draft.put_text(index, message["content"])
                     draft.put(END_OUTPUT)
-                    has_outputs = True
                 case "assistant":
-                    calls = print_calls(message, index + 1)
-                    written = (self._header(before), self._written(message, calls, before))
-                    in_history = _in_history(message, calls, has_called, before)
-                    header, text = written if index == last else in_history
+                    by_model, in_history = self._both_ways(message, index + 1, states[index])
+                    header, text = by_model if index == written else in_history
                     draft.put(header)
                     draft.put_reply(index, text + END)
-                    if (header, text) != written or last_system > index:
-                        rewritten.append(index)
-                    has_called = has_called or bool(calls)
-            if message["role"] != "system":
-                before = message["role"]
-        return draft, rewritten
+        return draft
+
+    def _is_rewritten(self, messages: Sequence[PlainMessage], index: int, written: int | None) -> bool:
+        """Returns whether a reply is not printed as the model writes it, or after another prompt."""
+        states = self._states.of(messages)
+        by_model, in_history = self._both_ways(messages[index], index + 1, states[index])
+        return states[len(messages)].last_system > index or (index != written and in_history != by_model)
+
+    def _before_output(self, seen: Seen) -> str:
+        """Returns what is printed before a tool's result."""
+        return OUTPUT if seen.has_outputs else _OUTPUTS + OUTPUT
+
+    def _both_ways(
+        self, message: PlainMessage, number: int, seen: Seen
+    ) -> tuple[tuple[str, str], tuple[str, str]]:
+        """Returns the header and the text of a reply as the model writes it, and as the history has it."""
+        calls = print_calls(message, number)
+        by_model = (self._header(seen.role), self._written(message, calls, seen.role))
+        return by_model, _in_history(message, calls, seen.has_called, seen.role)
 
     def _written(self, message: PlainMessage, calls: str, before: str) -> str:
         """Returns the text that the model writes after the prompt for this message."""
@@ -198,9 +215,27 @@ class DeepSeekV3ThinkingRenderer(DeepSeekV3Renderer):
         return parse_thinking(text, begun=True)
 
 
-def role_before(messages: Sequence[PlainMessage]) -> str:
-    """Returns the role of the last message that is printed in its place; "" if there is none."""
-    return next((message["role"] for message in reversed(messages) if message["role"] != "system"), "")
+class Seen(NamedTuple):
+    """What the printing of a message depends on: what is before it."""
+
+    role: str = ""
+    """The role of the message before, without system messages; "" for the first one."""
+    last_system: int = -1
+    has_called: bool = False
+    has_outputs: bool = False
+
+
+def _states(messages: Sequence[PlainMessage]) -> list[Seen]:
+    """Returns for each n the state behind the first n messages."""
+    found = [Seen()]
+    for index, message in enumerate(messages):
+        role, seen = message["role"], found[-1]
+        if role == "system":
+            found.append(seen._replace(last_system=index))
+            continue
+        has_called = seen.has_called or (role == "assistant" and bool(message.get("tool_calls")))
+        found.append(Seen(role, seen.last_system, has_called, seen.has_outputs or role == "tool"))
+    return found
 
 
 def _thought_and_said(message: PlainMessage) -> tuple[str, str]:

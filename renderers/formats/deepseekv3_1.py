@@ -28,7 +28,7 @@ from renderers.formats.deepseekv3 import (
     OUTPUT,
     USER,
     DeepSeekV3Renderer,
-    role_before,
+    Seen,
 )
 from renderers.formats.marked_calls import (
     exact_thought_and_said,
@@ -37,7 +37,7 @@ from renderers.formats.marked_calls import (
 )
 from renderers.formats.tagged_calls import print_as_json, read_object
 from renderers.messages import Message, PlainMessage, Tool, function_of
-from renderers.rendering import Draft, Rendering
+from renderers.rendering import Rendering
 from renderers.thinking import END_THINK, THINK
 
 
@@ -52,34 +52,16 @@ class DeepSeekV3_1Renderer(DeepSeekV3Renderer):
     def _header(self, before: str) -> str:
         return f"{ASSISTANT}{THINK if self.thinks else END_THINK}" if before == "user" else ""
 
-    def _draft(self, messages: Sequence[PlainMessage], last: int | None) -> tuple[Draft, list[int]]:
-        draft, last_system = self._begun(messages)
-        rewritten: list[int] = []
-        before = ""
-        for index, message in enumerate(messages):
-            match message["role"]:
-                case "user":
-                    draft.put(USER)
-                    draft.put_text(index, message["content"])
-                case "tool":
-                    draft.put(OUTPUT)
-                    draft.put_text(index, message["content"])
-                    draft.put(END_OUTPUT)
-                case "assistant":
-                    calls = _print_calls(message, index + 1)
-                    written = (self._header(before), self._written(message, calls, before))
-                    in_history = (
-                        f"{ASSISTANT}{END_THINK}" if before == "user" else "",
-                        _text_in_history(message, before) + calls,
-                    )
-                    header, text = written if index == last else in_history
-                    draft.put(header)
-                    draft.put_reply(index, text + END)
-                    if in_history != written or last_system > index:
-                        rewritten.append(index)
-            if message["role"] != "system":
-                before = message["role"]
-        return draft, rewritten
+    def _before_output(self, seen: Seen) -> str:
+        return OUTPUT
+
+    def _both_ways(
+        self, message: PlainMessage, number: int, seen: Seen
+    ) -> tuple[tuple[str, str], tuple[str, str]]:
+        calls = _print_calls(message, number)
+        by_model = (self._header(seen.role), self._written(message, calls, seen.role))
+        header = f"{ASSISTANT}{END_THINK}" if seen.role == "user" else ""
+        return by_model, (header, _text_in_history(message, seen.role) + calls)
 
     def _written(self, message: PlainMessage, calls: str, before: str) -> str:
         thought, said = exact_thought_and_said(message)
@@ -120,10 +102,8 @@ class DeepSeekV3_1ThinkingRenderer(DeepSeekV3_1Renderer):
         self, messages: Sequence[PlainMessage], chosen: Collection[int], tools: Sequence[Tool] | None
     ) -> Rendering:
         for index in chosen:
-            if messages[index]["role"] == "assistant" and role_before(messages[:index]) not in (
-                "user",
-                "tool",
-            ):
+            before = self._states.of(messages)[index].role
+            if messages[index]["role"] == "assistant" and before not in ("user", "tool"):
                 raise RendererError(
                     f"Renderer `{self.name}` cannot train message {index + 1}: no user's message and no "
                     "tool's result is before it, so nothing prompts the model to think. Do not train it, or "

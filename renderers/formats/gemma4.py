@@ -21,12 +21,13 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
-from itertools import takewhile
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from cookbook.errors import RendererError
 from renderers.base import Renderer
 from renderers.formats.gemma4_tools import CALL, END_CALL, QUOTE, describe_tool, print_call, read_call
+from renderers.formats.queries import LastQueries
 from renderers.messages import THINKING_KEYS, Message, PlainMessage, Tool, function_of
 from renderers.rendering import Draft, Prepared, Rendering
 from renderers.reply_text import marked_text
@@ -38,6 +39,7 @@ from renderers.unsupported import no_place
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_SYSTEM_ROLES = ("system", "developer")
 _START, _END = "<|turn>", "<turn|>"
 _CHANNEL, _END_CHANNEL = "<|channel>", "<channel|>"
 _RESULT, _END_RESULT = "<|tool_response>", "<tool_response|>"
@@ -117,7 +119,7 @@ class Gemma4Renderer(Renderer):
         draft = self._draft(messages, tools)
         for index in replies:
             self._check_reply(messages, index)
-        return draft.finish(self._rewritten(messages, replies))
+        return self._finish(draft, messages, tools, self._rewritten(messages, replies))
 
     def _render_prompt(
         self, messages: Sequence[PlainMessage], tools: Sequence[Tool] | None, role: str
@@ -133,69 +135,65 @@ class Gemma4Renderer(Renderer):
             draft.put(f"{_START}model\n{self._prompt_opening}")
         return draft.finish()
 
+    @cached_property
+    def _users(self) -> LastQueries:
+        return LastQueries(_last_users)
+
+    def _num_alike(self, few: Sequence[PlainMessage], more: Sequence[PlainMessage]) -> int:
+        return self._users.num_alike(few, more)
+
     def _draft(
         self, messages: Sequence[PlainMessage], tools: Sequence[Tool] | None, next_role: str | None = None
     ) -> Draft:
         """Returns a draft of the conversation, which a message of `next_role` follows if it is given."""
-        draft = Draft()
-        draft.put(str(self.tokenizer.bos_token or ""))
-        num_first = self._put_system(draft, messages, tools)
-        last_user = max((i for i, one in enumerate(messages) if one["role"] == "user"), default=-1)
-        index, before = num_first, ""
-        while index < len(messages):
-            message = messages[index]
-            role, index = message["role"], index + 1
-            if role == "tool":
-                raise RendererError(
-                    f"Renderer `{self.name}` cannot render the tool result in message {index}: the model's "
-                    "template prints results only behind the calls that they answer. Remove it, or put the "
-                    "message with the call before it."
-                )
-            if role != "assistant":
+        draft = self._latest_draft(messages, tools)
+        if draft is None:
+            draft = Draft()
+            draft.put(str(self.tokenizer.bos_token or ""))
+            self._put_system(draft, messages, tools)
+        last_user = self._users.of(messages)[len(messages)]
+        for index, message in draft.rest_of(messages):
+            role, before = message["role"], messages[index - 1] if index else None
+            follows = "user" if next_role == "user" else ""
+            if index + 1 < len(messages):
+                follows = messages[index + 1]["role"]
+            if role == "assistant":
+                continues = before is not None and before["role"] in ("assistant", "tool")
+                draft.put("" if continues else f"{_START}model\n")
+                is_last = index + 1 == len(messages) and next_role is None
+                draft.put(self._prompt_opening if is_last and not continues else "")
+                has_thinking = index > last_user or (self.keeps_thinking and message.get("tool_calls"))
+                self._put_reply(draft, messages, index, follows, bool(has_thinking))
+            elif role == "tool":
+                self._put_result(draft, messages, index, follows)
+            elif index > 0 or role not in _SYSTEM_ROLES:
                 draft.put(f"{_START}{role}\n")
-                draft.put_text(index - 1, _said(message) + _END)
+                draft.put_text(index, _said(message) + _END)
                 draft.put("\n")
-            else:
-                behind = messages[index:] if message.get("tool_calls") else []
-                results = [*takewhile(lambda one: one["role"] == "tool", behind)]
-                is_last = index == len(messages) and next_role is None
-                draft.put("" if before == "assistant" else f"{_START}model\n")
-                draft.put(self._prompt_opening if is_last and before != "assistant" else "")
-                follows = (
-                    messages[index + len(results)]["role"] if index + len(results) < len(messages) else ""
-                )
-                follows = follows or ("user" if next_role == "user" else "")
-                has_thinking = index - 1 > last_user or (self.keeps_thinking and message.get("tool_calls"))
-                self._put_reply(draft, messages, index - 1, results, follows, bool(has_thinking))
-                index += len(results)
-            before = role
         return draft
 
     def _put_system(
         self, draft: Draft, messages: Sequence[PlainMessage], tools: Sequence[Tool] | None
-    ) -> int:
-        """Appends the system turn, and returns the number of messages in it."""
-        has_system = messages[0]["role"] in ("system", "developer")
+    ) -> None:
+        has_system = messages[0]["role"] in _SYSTEM_ROLES
         if not (has_system or tools or self.thinks):
-            return 0
+            return
         draft.put(f"{_START}system\n" + (f"{_THINK}\n" if self.thinks else ""))
         if has_system:
             draft.put_text(0, _said(messages[0]) + ("" if tools else _END))
         if tools or not has_system:
             draft.put("".join(f"{_TOOL}{describe_tool(tool)}{_END_TOOL}" for tool in tools or ()) + _END)
         draft.put("\n")
-        return int(has_system)
 
     def _put_reply(
         self,
         draft: Draft,
         messages: Sequence[PlainMessage],
         index: int,
-        results: Sequence[PlainMessage],
         follows: str,
         has_thinking: bool,
     ) -> None:
-        """Appends a reply and its `results`, before a message of the role `follows` ("" if there is none)."""
+        """Appends a reply, before a message of the role `follows` ("" if there is none)."""
         message = messages[index]
         thought, said, calls = (
             message.get("reasoning_content", ""),
@@ -207,26 +205,40 @@ class Gemma4Renderer(Renderer):
             draft.put(_THOUGHT)
             text = text.removeprefix(_THOUGHT)
         text += "".join(calls)
-        if not results:
-            end = _RESULT if calls else "" if follows == "assistant" else _END
-            draft.put_reply(index, text + said + end)
-            draft.put("\n" if end == _END else "")
+        if calls and follows == "tool":
+            draft.put_reply(index, text + _RESULT)
             return
-        draft.put_reply(index, text + _RESULT)
-        for number, result in enumerate(results):
-            draft.put((_RESULT if number else "") + f"response:{_name_of(result, message)}{{value:{QUOTE}")
-            draft.put_text(index + 1 + number, str(result["content"]))
-            draft.put(f"{QUOTE}}}{_END_RESULT}")
-        draft.put(said)
-        if follows != "assistant" and (said or follows):
-            draft.put(f"{_END}\n")
+        end = _RESULT if calls else "" if follows == "assistant" else _END
+        draft.put_reply(index, text + said + end)
+        draft.put("\n" if end == _END else "")
+
+    def _put_result(self, draft: Draft, messages: Sequence[PlainMessage], index: int, follows: str) -> None:
+        """Appends a tool's result, and behind the last one of a reply the text beside its calls."""
+        asked = next(i for i in range(index - 1, -2, -1) if i < 0 or messages[i]["role"] != "tool")
+        if asked < 0 or not messages[asked].get("tool_calls"):
+            raise RendererError(
+                f"Renderer `{self.name}` cannot render the tool result in message {index + 1}: the model's "
+                "template prints results only behind the calls that they answer. Remove it, or put the "
+                "message with the call before it."
+            )
+        result, said = messages[index], _said(messages[asked])
+        draft.put("" if asked == index - 1 else _RESULT)
+        draft.put(f"response:{_name_of(result, messages[asked])}{{value:{QUOTE}")
+        draft.put_text(index, str(result["content"]))
+        draft.put(f"{QUOTE}}}{_END_RESULT}")
+        if follows != "tool":
+            draft.put(said)
+            draft.put(f"{_END}\n" if follows != "assistant" and (said or follows) else "")
 
     def _rewritten(self, messages: Sequence[PlainMessage], replies: Sequence[int]) -> list[int]:
         """Returns the trained replies that, or before which, the format prints otherwise later on."""
-        last_user = max((i for i, one in enumerate(messages) if one["role"] == "user"), default=-1)
+        users = self._users.of(messages)
+        last_user = users[len(messages)]
         found: list[int] = []
         loses_thinking = False
-        for index, message in enumerate(messages):
+        # a user's message begins anew, so what is before the last one does not matter
+        for index in range(max(users[min(replies)], 0), max(replies) + 1) if replies else ():
+            message = messages[index]
             if message["role"] == "user":
                 loses_thinking = False
             if message["role"] != "assistant":
@@ -346,6 +358,14 @@ class Gemma4PreserveThinkingRenderer(Gemma4ThinkingRenderer):
 
 def _said(message: PlainMessage) -> str:
     return str(message.get("content", "")).strip()
+
+
+def _last_users(messages: Sequence[PlainMessage]) -> list[int]:
+    """Returns for each n the last user's message among the first n messages; -1 if there is none."""
+    found = [-1]
+    for index, message in enumerate(messages):
+        found.append(index if message["role"] == "user" else found[-1])
+    return found
 
 
 def _name_of(result: PlainMessage, asked: PlainMessage) -> str:

@@ -18,12 +18,14 @@ Surprising properties of that template:
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
 from cookbook.errors import RendererError
 from renderers.base import Renderer
 from renderers.formats.gpt_oss_reply import REPLY, parse_reply
 from renderers.formats.gpt_oss_tools import print_namespace
+from renderers.formats.queries import Beginnings
 from renderers.jinja.today import TODAY
 from renderers.messages import ROLES, Message, PlainMessage, Tool, function_of, to_json
 from renderers.rendering import Draft, Rendering
@@ -62,6 +64,16 @@ class GptOssRenderer(Renderer):
 
     # -- rendering ----------------------------------------------------------------------------
 
+    @cached_property
+    def _finals(self) -> Beginnings[int]:
+        return Beginnings(_last_finals)
+
+    def _num_alike(self, few: Sequence[PlainMessage], more: Sequence[PlainMessage]) -> int:
+        # Whether the last message of each is printed as a final of the history is unknown here.
+        found = self._finals.of(more)
+        last_final = found[len(few) - 1]
+        return len(few) - 1 if last_final == found[len(more)] else last_final + 1
+
     def _render(
         self, messages: Sequence[PlainMessage], chosen: Collection[int], tools: Sequence[Tool] | None
     ) -> Rendering:
@@ -73,16 +85,16 @@ class GptOssRenderer(Renderer):
                     f"{index + 1}. Give it as `reasoning_content` if it is thinking, or remove it."
                 )
         last = len(messages) - 1
-        finals = [index for index in _finals(messages) if index != last or last not in chosen]
-        rewritten = [index for index in chosen if _is_rewritten(messages, index, finals)]
-        return self._draft(messages, tools, finals, ends_at=last).finish(rewritten)
+        last_final = self._finals.of(messages)[last if last in chosen else last + 1]
+        draft = self._draft(messages, tools, last_final, ends_at=last)
+        return self._finish(draft, messages, tools, _rewritten(messages, chosen, last_final))
 
     def _render_prompt(
         self, messages: Sequence[PlainMessage], tools: Sequence[Tool] | None, role: str
     ) -> Rendering:
         if role not in ("assistant", "user"):
             raise self._refuse_role(role, ["assistant", "user"])
-        draft = self._draft(messages, tools, _finals(messages))
+        draft = self._draft(messages, tools, self._finals.of(messages)[len(messages)])
         draft.put(_START + role + ("" if role == "assistant" else _MESSAGE))
         return draft.finish()
 
@@ -90,29 +102,24 @@ class GptOssRenderer(Renderer):
         self,
         messages: Sequence[PlainMessage],
         tools: Sequence[Tool] | None,
-        finals: Sequence[int],
+        last_final: int,
         ends_at: int | None = None,
     ) -> Draft:
-        """Returns a draft of all messages, with the thinking of calls that none of the `finals` follows.
+        """Returns a draft of all messages, with the thinking of the calls behind the last final reply.
 
         If message `ends_at` is a reply without calls, it ends the conversation with `<|return|>`.
         """
-        draft = Draft()
-        self._put_system_and_developer(draft, messages[0], tools)
-        last_final = max(finals, default=-1)
-        function: str | None = None
-        for index, message in enumerate(messages):
+        draft = self._latest_draft(messages, tools)
+        if draft is None:
+            draft = Draft()
+            self._put_system_and_developer(draft, messages[0], tools)
+        for index, message in draft.rest_of(messages):
             match message["role"]:
                 case "user":
                     draft.put(f"{_START}user{_MESSAGE}")
                     draft.put_text(index, message["content"] + _END)
                 case "tool":
-                    if function is None:
-                        raise RendererError(
-                            f"Renderer `{self.name}` cannot render message {index + 1}, a tool's result: no "
-                            "tool call comes before it. Insert an assistant message with "
-                            "`tool_calls` before it."
-                        )
+                    function = self._answered(messages, index)
                     draft.put(f'{_START}functions.{function} to=assistant{_CHANNEL}commentary{_MESSAGE}"')
                     draft.put_text(index, to_json(message["content"])[1:-1])
                     draft.put(f'"{_END}')
@@ -125,7 +132,6 @@ class GptOssRenderer(Renderer):
                         header = f" to=functions.{function}{_CHANNEL}commentary json{_MESSAGE}"
                         draft.put_reply(index, thinking + header + arguments + _CALL)
                     else:
-                        function = None
                         thinks = index == ends_at and "reasoning_content" in message
                         thinking = _analysis(message["reasoning_content"]) if thinks else ""
                         end = _RETURN if index == ends_at else _END
@@ -179,6 +185,17 @@ class GptOssRenderer(Renderer):
         function = function_of(calls[0], number)
         return function["name"], to_json(self._arguments(function, number))
 
+    def _answered(self, messages: Sequence[PlainMessage], index: int) -> str:
+        """Returns the name of the function whose result message `index` is."""
+        before = next((i for i in range(index - 1, -1, -1) if messages[i]["role"] == "assistant"), index)
+        calls = _calls(messages[before])
+        if not calls:
+            raise RendererError(
+                f"Renderer `{self.name}` cannot render message {index + 1}, a tool's result: no tool call "
+                "comes before it. Insert an assistant message with `tool_calls` before it."
+            )
+        return str(function_of(calls[0], before + 1)["name"])
+
     def _guard_text(self, text: str) -> str:
         (guarded,) = self._encoder.guard([{"role": "user", "content": text}])
         return str(guarded["content"])
@@ -217,24 +234,32 @@ def _calls(message: PlainMessage) -> list[dict[str, object]]:
     return list(message.get("tool_calls", []))
 
 
-def _finals(messages: Sequence[PlainMessage]) -> list[int]:
-    """Returns the positions of the replies without tool calls."""
-    return [i for i, m in enumerate(messages) if m["role"] == "assistant" and not _calls(m)]
+def _last_finals(messages: Sequence[PlainMessage]) -> list[int]:
+    """Returns for each n the last reply without tool calls among the first n messages, or -1."""
+    found = [-1]
+    for index, message in enumerate(messages):
+        is_final = message["role"] == "assistant" and not _calls(message)
+        found.append(index if is_final else found[-1])
+    return found
 
 
 def _thought_before_a_call(message: PlainMessage) -> str:
     return str(message.get("content") or message.get("reasoning_content") or "")
 
 
-def _is_rewritten(messages: Sequence[PlainMessage], index: int, finals: Sequence[int]) -> bool:
-    """Returns whether a message is printed differently in the history than as the last message."""
-    if messages[index]["role"] != "assistant" or index == len(messages) - 1:
-        return False
-    if index in finals:
-        return True
-    before = max((final for final in finals if final < index), default=-1)
-    chain = [m for m in messages[before + 1 : index + 1] if m["role"] == "assistant"]
-    return any(final > index for final in finals) and any(map(_thought_before_a_call, chain))
+def _rewritten(messages: Sequence[PlainMessage], chosen: Collection[int], last_final: int) -> list[int]:
+    """Returns the chosen replies that are printed differently in the history than as the last message."""
+    earlier = {index for index in chosen if index < len(messages) - 1}
+    found: list[int] = []
+    has_thought = False
+    for index, message in enumerate(messages[: max(earlier, default=-1) + 1]):
+        if message["role"] != "assistant":
+            continue
+        is_final = not _calls(message)
+        has_thought = not is_final and (has_thought or bool(_thought_before_a_call(message)))
+        if index in earlier and (is_final or (has_thought and index < last_final)):
+            found.append(index)
+    return found
 
 
 def _analysis(thought: str) -> str:

@@ -158,7 +158,11 @@ def test_examples_are_those_rendered_from_the_beginning(kind: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["qwen3", "qwen3_5", "glm4_5", "glm5", "nemotron3", "nemotron3_low_thinking", "kimi_k2_thinking"]
+    "name",
+    [
+        *("qwen3", "qwen3_5", "glm4_5", "glm5", "nemotron3", "nemotron3_low_thinking", "kimi_k2_thinking"),
+        *("gpt_oss", "gemma4_thinking", "deepseekv3_thinking", "deepseekv3_1_thinking"),
+    ],
 )
 def test_examples_of_long_conversations_are_those_rendered_from_the_beginning(name: str) -> None:
     found = [check("split", name, seed) for seed in range(5, 205, 10)]

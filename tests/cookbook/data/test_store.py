@@ -22,7 +22,7 @@ Rows = list[list[Example]]
 
 weights = st.sampled_from([0.0, 0.0, 1.0, 1.0, 0.5, 2.0])
 examples = st.lists(weights, min_size=1, max_size=9).map(
-    lambda values: Example(np.arange(len(values), dtype=np.int32) * 7 + 3, np.asarray(values, np.float32))
+    lambda values: Example.of(np.arange(len(values), dtype=np.int32) * 7 + 3, np.asarray(values, np.float32))
 )
 rows_of_examples = st.lists(st.lists(examples, max_size=3), max_size=6)
 
@@ -72,7 +72,7 @@ def branches(row: Rows) -> Rows:
             alike = example.tokens_T[: base.num_tokens] == base.tokens_T[: example.num_tokens] if base else []
             num = int(np.argmin([*alike, False]))
             own_T = example.tokens_T[num:]
-            made.append(Example.made(own_T, example.runs, base, num) if base else example)
+            made.append(Example(own_T, example.runs, base, num) if base else example)
         shared.append(made)
     return shared
 
@@ -101,8 +101,8 @@ def test_shared_tokens_are_stored_once_and_change_neither_examples_nor_digest(
 def test_a_store_whose_examples_share_what_does_not_exist_is_damaged(
     tmp_path: Path, example: int, base: int, number: int
 ) -> None:
-    one = Example(np.arange(3, dtype=np.int32), np.ones(3, np.float32))
-    write(tmp_path / "store", [[one, Example.made(one.tokens_T[:1], [(0, 4, 1.0)], one, 3)], [one]], 2)
+    one = Example.of(np.arange(3, dtype=np.int32), np.ones(3, np.float32))
+    write(tmp_path / "store", [[one, Example(one.tokens_T[:1], [(0, 4, 1.0)], one, 3)], [one]], 2)
     shared = np.load(tmp_path / "store" / "shared.npy")
     assert shared.tolist() == [[-1, 0], [0, 3], [-1, 0]]
     assert open_store(tmp_path / "store", "some") is not None
@@ -112,14 +112,14 @@ def test_a_store_whose_examples_share_what_does_not_exist_is_damaged(
 
 
 def test_examples_stay_readable_after_the_cache_is_deleted(tmp_path: Path) -> None:
-    rows = [[Example(np.arange(3, dtype=np.int32), np.ones(3, np.float32))], [], []]
+    rows = [[Example.of(np.arange(3, dtype=np.int32), np.ones(3, np.float32))], [], []]
     store = write(tmp_path / "store", rows, 2)
     shutil.rmtree(tmp_path / "store")
     assert store[0].tokens_T.tolist() == [0, 1, 2]
 
 
 def test_a_store_that_is_truncated_within_a_token_is_damaged(tmp_path: Path) -> None:
-    write(tmp_path / "store", [[Example(np.arange(3, dtype=np.int32), np.ones(3, np.float32))]], 1)
+    write(tmp_path / "store", [[Example.of(np.arange(3, dtype=np.int32), np.ones(3, np.float32))]], 1)
     with (tmp_path / "store" / "tokens.bin").open("ab") as file:
         file.write(b"\0")
     assert open_store(tmp_path / "store", "some") is None
@@ -154,7 +154,7 @@ def test_an_unfinished_store_leaves_no_files(tmp_path: Path) -> None:
 
 
 def test_two_writers_of_one_store_leave_one(tmp_path: Path) -> None:
-    rows = [[Example(np.asarray([1, 2], np.int32), np.asarray([0, 1], np.float32))]]
+    rows = [[Example.of(np.asarray([1, 2], np.int32), np.asarray([0, 1], np.float32))]]
     with StoreWriter(tmp_path / "store") as slow:
         slow.append(make_block([("row 0", rows[0])], [], 0))
         write(tmp_path / "store", rows, 1)
@@ -179,7 +179,7 @@ def test_files_of_a_killed_writer_are_removed_by_the_next(tmp_path: Path) -> Non
 
 def test_places_may_contain_any_characters(tmp_path: Path) -> None:
     with StoreWriter(tmp_path / "store") as writer:
-        example = Example(np.asarray([1, 2], np.int32), np.asarray([0, 1], np.float32))
+        example = Example.of(np.asarray([1, 2], np.int32), np.asarray([0, 1], np.float32))
         writer.append(make_block([("row 0 of a\nb\udcff", [example]), ("row 1", [example])], [], 0))
     assert ExampleStore(tmp_path / "store", "some").place_of_row(1) == "row 1"
 
@@ -188,7 +188,9 @@ def test_places_may_contain_any_characters(tmp_path: Path) -> None:
 def test_the_umask_decides_who_can_read_a_store(tmp_path: Path, umask: int) -> None:
     earlier = os.umask(umask)
     try:
-        write(tmp_path / "cache" / "store", [[Example(np.asarray([1], np.int32), np.ones(1, np.float32))]], 1)
+        write(
+            tmp_path / "cache" / "store", [[Example.of(np.asarray([1], np.int32), np.ones(1, np.float32))]], 1
+        )
     finally:
         os.umask(earlier)
     for path in (tmp_path / "cache").rglob("*"):
@@ -200,7 +202,9 @@ def test_the_umask_decides_who_can_read_a_store(tmp_path: Path, umask: int) -> N
 def test_a_pipe_in_place_of_a_file_of_the_store_does_not_block(tmp_path: Path, name: str) -> None:
     with StoreWriter(tmp_path / "store") as writer:
         writer.append(
-            make_block([("row 1", [Example(np.array([1, 2, 3], np.int32), np.ones(3, np.float32))])], [], 0)
+            make_block(
+                [("row 1", [Example.of(np.array([1, 2, 3], np.int32), np.ones(3, np.float32))])], [], 0
+            )
         )
     (tmp_path / "store" / name).unlink()
     os.mkfifo(tmp_path / "store" / name)
@@ -208,10 +212,10 @@ def test_a_pipe_in_place_of_a_file_of_the_store_does_not_block(tmp_path: Path, n
 
 
 def test_the_report_counts_what_examples_share_once(tmp_path: Path) -> None:
-    first = Example(np.arange(6, dtype=np.int32), np.ones(6, np.float32))
-    second = Example.made(np.asarray([7, 8], np.int32), [], first, 5)  # it has no trained token
-    third = Example.made(np.asarray([9, 9, 9], np.int32), [(6, 8, 1.0)], second, 6)
-    other = Example(np.arange(4, dtype=np.int32), np.ones(4, np.float32))
+    first = Example.of(np.arange(6, dtype=np.int32), np.ones(6, np.float32))
+    second = Example(np.asarray([7, 8], np.int32), [], first, 5)  # it has no trained token
+    third = Example(np.asarray([9, 9, 9], np.int32), [(6, 8, 1.0)], second, 6)
+    other = Example.of(np.arange(4, dtype=np.int32), np.ones(4, np.float32))
     store = write(tmp_path / "store", [[other], [first, second, third]], 2)
     report = TrainableRows(store, None).report
     assert (report.examples, report.tokens, report.computed_tokens) == (3, 4 + 6 + 9, 4 + 6 + 4)
