@@ -1,12 +1,18 @@
 """Measures the CPU time of rendering relative to bare tokenizer calls on the same final texts.
 
     python -m benchmarks.rendering [--tokenizer FOLDER] [--data FILE.jsonl] [--renderers qwen3,chat_template]
+    python -m benchmarks.rendering --peer [--tokenizer FOLDER]      (after `make peers`)
 
 Every renderer that suits the tokenizer builds the examples of the same conversations one by one, in turns
 with `tokenizer(texts, add_special_tokens=False)` on the texts of some hundred conversations at a time; both
 run on one thread. Without `--data` the conversations are random: 1 to 4 turns, some with a system message,
 about 200 tokens in all. A renderer skips conversations that its format does not support. `best` counts the
 fastest round of every batch, which other load on the machine disturbs least.
+
+`--peer` compares `qwen3` and `chat_template` with the package `renderers` of the index instead, which renders
+each conversation as one sequence; here Qwen3's format makes an example of each reply. The peer runs in a
+process of its own, in turns with this one. The tokenizer is that of the folder, or the embedded model's with
+the tokens and the template of Qwen3.
 """
 
 from __future__ import annotations
@@ -18,6 +24,8 @@ import itertools
 import json
 import os
 import random
+import subprocess
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,13 +36,18 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"  # read at the first use of a tok
 os.environ["RAYON_NUM_THREADS"] = "1"
 
 import numpy as np
+from tokenizers import AddedToken
 
+from benchmarks import long_conversations
 from cookbook import embedded
 from cookbook.errors import RendererError
 from cookbook.models import get_tokenizer
 from cookbook.utils import pretrained
 from renderers import Renderer, get_renderer, renderer_names
 
+ROOT = Path(__file__).parents[1]
+PEER = ROOT / ".venv-peers-renderers" / "bin" / "python"
+QWEN3_TEMPLATE = ROOT / "tests" / "templates" / "qwen3.jinja"
 SEED = 0
 PART = 250
 WORDS = """
@@ -133,6 +146,56 @@ def seconds_of_both(renderer: Renderer, parts: list[TimedPart]) -> np.ndarray:
     return seconds
 
 
+# -- beside the package `renderers` -----------------------------------------------------------
+
+
+def qwen3_tokenizer() -> Any:
+    """Returns the embedded model's tokenizer with the template of Qwen3, and the tokens that it prints."""
+    tokenizer: Any = get_tokenizer(embedded.MODEL_NAME)
+    tokenizer.chat_template = QWEN3_TEMPLATE.read_text(encoding="utf-8")
+    tags = (f"<{mark}{name}>" for name in ("think", "tool_call", "tool_response") for mark in ("", "/"))
+    tokenizer.add_tokens([AddedToken(tag, special=False, normalized=False) for tag in tags])
+    tokenizer.add_special_tokens({"pad_token": "<|endoftext|>"})
+    return tokenizer
+
+
+def compare_with_peer(tokenizer: Any, num_rounds: int) -> None:
+    """Prints the peer's CPU seconds over ours, the median of the rounds, by kind of conversation."""
+    chats = made_up_conversations(400)
+    one_turn = [[{"role": "user", "content": "Go on."}, messages[-1]] for messages in chats]
+    sets = {"one turn": one_turn, "1 to 4 turns": chats}
+    for num_turns in (100, 400):
+        sets[f"{num_turns} turns"] = [long_conversations.chat(2 * num_turns)]
+    ours = fitting_renderers(tokenizer, ["qwen3", "chat_template"])
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        peer = subprocess.Popen(
+            [str(PEER), "-I", str(Path(__file__).with_name("peer_renderers.py"))],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert peer.stdin is not None
+        assert peer.stdout is not None
+        asked = {"tokenizer": folder, "renderer": "qwen3", "sets": list(sets.values())}
+        print(json.dumps(asked), file=peer.stdin, flush=True)
+        print(f"{'conversations':<16}" + "".join(f"{name:>24}" for name in ours))
+        for number, (kind, conversations) in enumerate(sets.items()):
+            ratios: dict[str, list[float]] = {name: [] for name in ours}
+            for turn in range(num_rounds + 1):  # the first one is for warming up
+                print(number, file=peer.stdin, flush=True)
+                theirs = float(peer.stdout.readline())
+                for name, renderer in ours.items():
+                    seconds = seconds_of(functools.partial(render_all, renderer, conversations))
+                    ratios[name] += [theirs / seconds] if turn else []
+            cells = (
+                f"{np.median(found):.2f} ({min(found):.2f} to {max(found):.2f})" for found in ratios.values()
+            )
+            print(f"{kind:<16}" + "".join(f"{cell:>24}" for cell in cells), flush=True)
+        peer.stdin.close()
+        peer.wait()
+
+
 def render_all(renderer: Renderer, conversations: list[Any]) -> list[Any]:
     return [renderer.build_supervised_examples(messages) for messages in conversations]
 
@@ -146,7 +209,14 @@ def main() -> None:
     parser.add_argument("--renderers", default=",".join(renderer_names()))
     parser.add_argument("--conversations", type=int, default=10_000)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--peer", action="store_true", help="compare with the package `renderers`")
     arguments = parser.parse_args()
+    if arguments.peer:
+        if not PEER.exists():
+            raise SystemExit(f"{PEER} does not exist. Make the environment of the package: make peers")
+        given = pretrained.load_tokenizer(arguments.tokenizer) if arguments.tokenizer else qwen3_tokenizer()
+        compare_with_peer(given, arguments.rounds)
+        return
     tokenizer: Any = (
         pretrained.load_tokenizer(arguments.tokenizer)
         if arguments.tokenizer

@@ -21,7 +21,7 @@ def rows_of(folder: Path) -> list[dict[str, float]]:
 
 
 @pytest.mark.parametrize(
-    "argv", [pytest.param([], marks=pytest.mark.slow), ["max_steps=60"]], ids=["no arguments", "60 steps"]
+    "argv", [pytest.param([], marks=pytest.mark.slow), ["max_steps=40"]], ids=["no arguments", "40 steps"]
 )
 def test_the_embedded_model_learns_to_talk_like_a_pirate(
     tmp_path: Path, programs: Programs, argv: list[str]
