@@ -13,13 +13,14 @@
 #              (COOKBOOK_TOKENIZERS is the folder of the tokenizers, with that of the templates beside it)
 # make peers   make the environments of other packages' renderers, for make parity to compare with
 # make families  set up, then try the tiny model of each family of chat models, and write docs/models.md
+# make roofline  set up, then derive what a step and a token cost on GPUs, without one, and write tests/golden/roofline.txt
 PYTHON ?= python3
 BIN := .venv/bin
 BASE_STAMP := .venv/.is-installed
 STAMP := .venv/.is-set-up
 BENCH_STAMP := .venv/.is-set-up-to-bench
 
-.PHONY: setup demo test test-slow check docs format bench scale house parity peers families golden clean
+.PHONY: setup demo test test-slow check docs format bench scale house parity peers families golden roofline clean
 
 setup: $(STAMP)
 
@@ -111,6 +112,11 @@ peers: .venv-peers-renderers/.is-set-up .venv-peers-tinker-cookbook/.is-set-up
 
 families: setup
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 PYTHONPATH=.:tests/helpers $(BIN)/python tests/helpers/models_page.py
+
+# what a step and a token cost on a CUDA device, as the fake one counts it
+roofline: setup
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.roofline --classes --model qwen3-0.6b > tests/golden/roofline.txt
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.roofline
 
 golden: setup
 	$(BIN)/python tests/golden/texts.py

@@ -24,6 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.optim import optimizer
+from torch.utils import _foreach_utils
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
@@ -144,12 +146,10 @@ class FakeCuda(TorchDispatchMode):
             return out
         if name in ("_to_copy", "copy_") and (copied := self._copied(name, func, args, kwargs)) is not None:
             return copied
-        if (reads := _READS.get(name)) is not None:
+        if (reads := _READS.get(name)) is not None and kwargs.get("output_size") is None:
             return self._answer(name, reads, func, args, kwargs)
         if name == "record_stream":
             return None
-        if name == "_fused_sdp_choice":
-            return _choice_of_attention(*args, **kwargs)
         if name in ("index", "index_put", "index_put_", "_index_put_impl_"):
             args = (args[0], self._indices(args[1]), *args[2:])
         _check_operands(name, args)
@@ -256,6 +256,7 @@ _READS: dict[str, Callable[..., Any]] = {
     "equal": lambda answer, one, other: bool(answer),
     "nonzero": lambda answer, tensor: _some_rows(tensor, tensor.ndim),
     "masked_select": lambda answer, tensor, mask: tensor.new_empty(max(1, tensor.numel() // 2)),
+    "repeat_interleave": lambda answer, repeats, **_: repeats.new_empty(answer or len(repeats)),
     "bincount": lambda answer, tensor, weights=None, minlength=0: tensor.new_empty(max(1, minlength)),
 }
 """Operators that return a value to the host, or a tensor whose shape depends on values: the host has to wait.
@@ -285,14 +286,47 @@ def _check_operands(name: str, args: tuple[Any, ...]) -> None:
         )
 
 
-def _choice_of_attention(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> int:
-    """Returns the kernel that torch chooses on a recent GPU: 1 flash, 2 memory-efficient, 0 products."""
-    attn_mask = args[0] if args else kwargs.get("attn_mask")
-    dtype_fits = query.dtype in (torch.float16, torch.bfloat16)
-    is_even = query.shape[-1] == value.shape[-1]
-    if attn_mask is None and dtype_fits and query.shape[-1] <= 256 and is_even:
-        return 1
-    return 2 if key.shape[1] == query.shape[1] and query.shape[-1] % (8 if dtype_fits else 4) == 0 else 0
+_sdpa = torch.nn.functional.scaled_dot_product_attention
+
+
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """Does what `scaled_dot_product_attention` does, with the kernel that it chooses on a recent GPU.
+
+    A build without CUDA would choose plain products. Without a mask and in 16 bits it is flash attention, and
+    else the memory-efficient kernel, where heads fit.
+    """
+    if not isinstance(query, FakeTensor):
+        return _sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+    is_half, size = query.dtype in (torch.float16, torch.bfloat16), query.shape[-1]
+    fits = query.ndim == 4 and size % (8 if is_half else 4) == 0 and value.shape[-1] % 8 == 0
+    aten = torch.ops.aten
+    if fits and attn_mask is None and is_half and size <= 256 and size == value.shape[-1]:
+        out: Tensor = aten._scaled_dot_product_flash_attention(
+            query, key, value, dropout_p, is_causal, False, scale=scale
+        )[0]
+        return out
+    if not fits:
+        return _sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+    if enable_gqa and (groups := query.shape[1] // key.shape[1]) > 1:
+        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        attn_mask = query.new_zeros(attn_mask.shape).masked_fill_(~attn_mask, -torch.inf)
+    if attn_mask is not None:
+        attn_mask = attn_mask.expand(*query.shape[:2], query.shape[2], key.shape[2])
+    needs_gradient = torch.is_grad_enabled() and query.requires_grad
+    efficient: tuple[Tensor, ...] = aten._scaled_dot_product_efficient_attention(
+        query, key, value, attn_mask, needs_gradient, dropout_p, is_causal, scale=scale
+    )
+    return efficient[0]
 
 
 # -- the caller ---------------------------------------------------------------------------------
@@ -408,7 +442,12 @@ def _replace_runtime(device: FakeCuda) -> None:
         setattr(torch.cuda, name, value)
     torch.Tensor.pin_memory = lambda self, *_: device.pin(self)  # type: ignore[method-assign, assignment]
     torch.Tensor.is_pinned = lambda self, *_: self in device._pinned  # type: ignore[method-assign, assignment]
+    torch.nn.functional.scaled_dot_product_attention = _attention
+    FakeTensor.tolist = lambda self: self.to("cpu").tolist()  # type: ignore[assignment]
     torch.nn.Module._apply = _apply  # type: ignore[method-assign]
+    for supported in (_foreach_utils._foreach_supported_types, optimizer._foreach_supported_types):
+        if FakeTensor not in supported:  # gradients are clipped and copied many at a time, as on a device
+            supported.append(FakeTensor)
 
 
 def _apply(module: torch.nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> torch.nn.Module:

@@ -36,7 +36,9 @@ class MicrobatchResult(NamedTuple):
 
 def empty_summary(device: torch.device) -> Tensor:
     """Returns the weighted sum, the minimum and the maximum of no log-probabilities: [3], fp64."""
-    return torch.tensor([0.0, math.inf, -math.inf], dtype=torch.float64, device=device)
+    summary_3 = torch.zeros(3, dtype=torch.float64, device=device)
+    summary_3[1], summary_3[2] = math.inf, -math.inf  # a tensor of these numbers would be copied there
+    return summary_3
 
 
 def all_reduce_summaries(
