@@ -4,8 +4,8 @@
 
 The engine runs on fake tensors of device `cuda` (`benchmarks.fake_cuda`), which count launches, bytes and
 floating-point operations. Each launch then takes as long as its operations, its bytes or the shortest kernel
-do on the card, whichever is longest, and kernels run one after another. Nothing here is measured: the rates are
-shares of the published peaks, and what the host needs to launch kernels is left out.
+do on the card, whichever is longest, and kernels run one after another. Nothing here is measured: the rates
+are shares of the published peaks, and what the host needs to launch kernels is left out.
 
 A step has 16,384 tokens in sequences of 2,048, all trained, with LoRA of rank 16 on all linear layers without
 the projection to the vocabulary. A sampled token is the next one of 64 sequences after 1,024 tokens.

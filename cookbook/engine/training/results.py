@@ -37,7 +37,8 @@ class MicrobatchResult(NamedTuple):
 def empty_summary(device: torch.device) -> Tensor:
     """Returns the weighted sum, the minimum and the maximum of no log-probabilities: [3], fp64."""
     summary_3 = torch.zeros(3, dtype=torch.float64, device=device)
-    summary_3[1], summary_3[2] = math.inf, -math.inf  # a tensor of these numbers would be copied there
+    summary_3[1].fill_(math.inf)  # a tensor of these numbers would be copied to the device, which waits
+    summary_3[2].fill_(-math.inf)
     return summary_3
 
 
