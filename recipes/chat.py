@@ -3,11 +3,15 @@
     python -m recipes.chat checkpoint=runs/sft
     python -m recipes.chat checkpoint=runs/sft/checkpoints/000100 compare=True temperature=0
     python -m recipes.chat model_name=cookbook/tiny-chat system_prompt="You are brief."
+    python -m recipes.chat checkpoint=runs/a against=runs/b web=True
     echo "What is the capital of Japan?" | python -m recipes.chat checkpoint=runs/sft
 
 It uses the chat format and the system prompt recorded with the checkpoint. With compare=True the base model
-also replies, from the same copy of the weights. Ctrl-C stops a reply, Ctrl-D exits, /help lists the commands.
-With piped input every line is a question, and only the replies are printed, without their reasoning.
+also replies, from the same copy of the weights, and with against= a second checkpoint. Ctrl-C stops a reply,
+Ctrl-D exits, /help lists the commands. With web=True a page of this machine shows the models side by side,
+streams their replies and shows their tool calls; it loads nothing from elsewhere, and only this machine
+reaches it. With piped input every line is a question, and only the replies are printed, without their
+reasoning.
 """
 
 from __future__ import annotations
@@ -15,23 +19,26 @@ from __future__ import annotations
 import logging
 import signal
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import closing, contextmanager
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, suppress
 from typing import TYPE_CHECKING, Any, Literal
 
 import chz
 
 from cookbook import models
 from cookbook.chat.session import ChatSession
-from cookbook.chat.terminal import Speaker, Terminal
+from cookbook.chat.terminal import BASE, Speaker, Terminal
 from cookbook.config import cli
 from cookbook.errors import ConfigError
 from cookbook.types import SamplingParams
 from cookbook.utils import consoles
+from cookbook.utils.control_characters import visible_line
 from renderers import get_renderer
 from renderers.agreement import warning_of
 
 if TYPE_CHECKING:
+    from cookbook.clients.sampling import SamplingClient
     from cookbook.clients.service import ServiceClient
 
 logger = logging.getLogger(__name__)
@@ -61,6 +68,11 @@ class ChatConfig:
         default=None,
         doc='variables of the chat template, such as {"enable_thinking": false}; default: the checkpoint\'s',
     )
+    against: str | None = chz.field(
+        default=None, doc="a second checkpoint of the same model, which replies beside the first"
+    )
+    web: bool = chz.field(default=False, doc="chat in the browser, on a page of this machine")
+    port: int = chz.field(default=0, doc="port of that page; 0: any that is free")
     temperature: float = chz.field(default=0.7, doc="0: greedy")
     top_p: float = chz.field(
         default=1.0, doc="nucleus: draw from the most likely tokens with this total probability"
@@ -79,6 +91,8 @@ class ChatConfig:
             )
         if self.compare and self.checkpoint is None:
             raise ConfigError("compare=True compares a checkpoint with its base model. Give checkpoint= too.")
+        if self.against is not None and self.checkpoint is None:
+            raise ConfigError("against= is a second checkpoint. Give checkpoint= too.")
         if not self.temperature >= 0 or not 0 < self.top_p <= 1 or self.max_tokens < 1:
             raise ConfigError(
                 f"temperature={self.temperature}, top_p={self.top_p}, max_tokens={self.max_tokens} cannot be "
@@ -91,12 +105,41 @@ async def run(config: ChatConfig) -> None:
 
     consoles.keep_undecodable_input()
     with _ctrl_c_raises(), closing(ServiceClient(device=config.device, dtype=config.dtype)) as service:
-        title, speakers = _speakers(config, service)
-        Terminal(sys.stdin, sys.stdout, sys.stderr).talk(title, speakers)
+        if config.web:
+            title, speakers, _ = _speakers(config, service)
+            _serve_page(title, speakers, config.port)
+            return
+        with _loading_line(config):
+            title, speakers, make_base = _speakers(config, service)
+        Terminal(sys.stdin, sys.stdout, sys.stderr).talk(title, speakers, make_base)
 
 
-def _speakers(config: ChatConfig, service: ServiceClient) -> tuple[str, list[Speaker]]:
-    """Returns the title of the chat, and the models that reply."""
+def _serve_page(title: str, speakers: Sequence[Speaker], port: int) -> None:
+    """Serves the page until Ctrl-C."""
+    from cookbook.chat.web import ChatServer
+
+    with ChatServer(title, {speaker.label: speaker.session for speaker in speakers}, port) as server:
+        print(f"Chat at {server.address} (Ctrl-C ends it)", flush=True)
+        with suppress(KeyboardInterrupt):
+            server.serve_forever()
+
+
+@contextmanager
+def _loading_line(config: ChatConfig) -> Iterator[None]:
+    """Says on a terminal what is being loaded, and how long it took."""
+    if not sys.stdin.isatty():
+        yield
+        return
+    started = time.monotonic()
+    print(visible_line(f"Loading {config.checkpoint or config.model_name} ..."), end=" ", flush=True)
+    yield
+    print(f"{time.monotonic() - started:.1f} s", flush=True)
+
+
+def _speakers(
+    config: ChatConfig, service: ServiceClient
+) -> tuple[str, list[Speaker], Callable[[], Speaker] | None]:
+    """Returns the title of the chat, the models that reply, and what adds the base model to a checkpoint."""
     from cookbook.runs.find import find_trained_model, recorded_template_kwargs
 
     if config.checkpoint is None:
@@ -110,10 +153,21 @@ def _speakers(config: ChatConfig, service: ServiceClient) -> tuple[str, list[Spe
         title = f"{base_model}, as trained in {source.folder}"
         clients = {}
         if config.compare:
-            clients["base"] = service.create_sampling_client(base_model=base_model)
+            clients[BASE] = service.create_sampling_client(base_model=base_model)
         clients["tuned"] = service.create_sampling_client(
             source.folder, base_model=None if source.is_full else base_model
         )
+        if config.against is not None:
+            other = find_trained_model(config.against, config.which, config.model_name)
+            if other.origin != base_model:
+                raise ConfigError(
+                    f"against={config.against} is of {other.origin}, and {config.checkpoint} of "
+                    f"{base_model}: the two need one chat format. Give checkpoints of one model."
+                )
+            label = other.name if other.name not in clients else f"{other.name} (against)"
+            clients[label] = service.create_sampling_client(
+                other.folder, base_model=None if other.is_full else base_model
+            )
     renderer_name = (
         config.renderer_name or recorded.get("renderer_name") or models.recommended_renderer(base_model)
     )
@@ -132,15 +186,26 @@ def _speakers(config: ChatConfig, service: ServiceClient) -> tuple[str, list[Spe
     ):
         logger.warning("%s", warning)
     context_length = models.context_length(base_model) or 2**20
-    speakers = []
-    for label, client in clients.items():
+
+    def speaker_of(label: str, client: SamplingClient) -> Speaker:
         renderer = get_renderer(
             renderer_name, client.get_tokenizer(), system_prompt, tools_in_system, template_kwargs
         )
         if unread := renderer.unread_template_kwargs():
             logger.warning("The chat template reads no %s of template_kwargs.", ", ".join(unread))
-        speakers.append(Speaker(label, ChatSession(client, renderer, params, context_length)))
-    return f"{title} ({renderer_name})", speakers
+        return Speaker(label, ChatSession(client, renderer, params, context_length))
+
+    speakers = [speaker_of(label, client) for label, client in clients.items()]
+    make_base = None
+    if config.checkpoint is not None:
+
+        def make_base() -> Speaker:
+            return speaker_of(BASE, service.create_sampling_client(base_model=base_model))
+
+    how = "greedy" if config.temperature == 0 else f"temperature {config.temperature:g}"
+    if config.top_p < 1 and config.temperature:
+        how += f", top_p {config.top_p:g}"
+    return f"{title} ({renderer_name}), {how}", speakers, make_base
 
 
 @contextmanager

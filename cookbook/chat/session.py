@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 from cookbook.errors import RequestError
 from cookbook.types import ModelInput, SamplingParams
 from renderers import Message, Renderer
+from renderers.messages import Tool
 from renderers.streaming import Delta
 
 if TYPE_CHECKING:
@@ -32,7 +33,72 @@ class ChatReply:
     num_tokens: int
 
 
-class ChatSession:
+class Replier:
+    """A model that replies to any messages, with its sampling settings."""
+
+    def __init__(
+        self, client: SamplingClient, renderer: Renderer, params: SamplingParams, context_length: int
+    ) -> None:
+        """The renderer's stop sequences replace those of `params`."""
+        self._client = client
+        self.renderer = renderer
+        self._context_length = context_length
+        self.max_tokens = params.max_tokens or context_length
+        self.params = replace(params, stop=renderer.get_stop_sequences() or None)
+
+    def reply_to(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Tool] | None = None,
+        params: SamplingParams | None = None,
+        max_tokens: int | None = None,
+    ) -> ReplyStream:
+        """Returns the reply to read. Raises RequestError if the messages leave no room for one."""
+        prompt = self.renderer.build_generation_prompt(messages, tools=tools)
+        if len(prompt) >= self._context_length:
+            raise RequestError(
+                f"The messages result in a prompt of {len(prompt):,} tokens, and the context length is "
+                f"{self._context_length:,}. Remove some."
+            )
+        room = min(max_tokens or self.max_tokens, self._context_length - len(prompt))
+        return ReplyStream(
+            self._client, self.renderer, prompt, replace(params or self.params, max_tokens=room)
+        )
+
+
+class ReplyStream:
+    """A reply as it is sampled: iterate over it, then call `complete`."""
+
+    def __init__(
+        self, client: SamplingClient, renderer: Renderer, prompt: ModelInput, params: SamplingParams
+    ) -> None:
+        self._parser = renderer.parse_stream()
+        self._stream = client.stream(prompt, params)
+        self._num_tokens = 0
+        self._shown = ""
+
+    def __iter__(self) -> Iterator[Delta]:
+        for token in self._stream:
+            self._num_tokens += 1
+            for delta in self._parser.feed([token]):
+                if delta.field == "content":
+                    self._shown += delta.text
+                yield delta
+
+    def close(self) -> None:
+        """Stops the sampling."""
+        self._stream.close()
+
+    def complete(self, stop_reason: ReplyEnd | None = None) -> ChatReply:
+        """Returns the complete reply. Without a `stop_reason` it is that of the sampler."""
+        reason: ReplyEnd = self._stream.result().stop_reason if stop_reason is None else stop_reason
+        message, _ = self._parser.finish()
+        content = str(message.get("content") or "")
+        rest = content[len(self._shown) :] if content.startswith(self._shown) else ""
+        return ChatReply(message, rest, reason, self._num_tokens)
+
+
+class ChatSession(Replier):
     """The messages of a chat so far, and the model that replies to them.
 
     The oldest exchanges are dropped while the context lacks room for a reply of `max_tokens` tokens, or of a
@@ -42,13 +108,8 @@ class ChatSession:
     def __init__(
         self, client: SamplingClient, renderer: Renderer, params: SamplingParams, context_length: int
     ) -> None:
-        """The renderer's stop sequences replace those of `params`."""
-        self._client = client
-        self.renderer = renderer
+        super().__init__(client, renderer, params, context_length)
         self.messages: list[Message] = []
-        self._context_length = context_length
-        self.max_tokens = params.max_tokens or context_length
-        self._params = replace(params, stop=renderer.get_stop_sequences() or None)
         self._num_turns = 0
 
     def ask(self, text: str) -> Turn:
@@ -59,9 +120,9 @@ class ChatSession:
         """
         messages, prompt = self._fit([*self.messages, {"role": "user", "content": text}])
         params = replace(
-            self._params,
+            self.params,
             max_tokens=min(self.max_tokens, self._context_length - len(prompt)),
-            seed=None if self._params.seed is None else self._params.seed + self._num_turns,
+            seed=None if self.params.seed is None else self.params.seed + self._num_turns,
         )
         self._num_turns += 1
         return Turn(self, messages, prompt, params)
@@ -90,7 +151,7 @@ class ChatSession:
         return kept, prompt
 
 
-class Turn:
+class Turn(ReplyStream):
     """A question and the reply to it: iterate over the reply as it is sampled, then call `conclude`."""
 
     def __init__(
@@ -102,23 +163,12 @@ class Turn:
     ) -> None:
         self._session = session
         self._messages = messages
-        self._parser = session.renderer.parse_stream()
-        self._stream = session._client.stream(prompt, params)
-        self._num_tokens = 0
-        self._shown = ""
+        super().__init__(session._client, session.renderer, prompt, params)
 
     @property
     def num_dropped(self) -> int:
         """The number of oldest messages that were dropped to make room."""
         return len(self._session.messages) + 1 - len(self._messages)
-
-    def __iter__(self) -> Iterator[Delta]:
-        for token in self._stream:
-            self._num_tokens += 1
-            for delta in self._parser.feed([token]):
-                if delta.field == "content":
-                    self._shown += delta.text
-                yield delta
 
     def conclude(self, interrupted: bool = False) -> ChatReply:
         """Adds the question and the reply to the session, and returns the reply.
@@ -132,9 +182,8 @@ class Turn:
             stop_reason = self._stream.result().stop_reason
             if stop_reason == "length" and self._num_tokens < self._session.max_tokens:
                 stop_reason = "context"
-        message, _ = self._parser.finish()
-        content = str(message.get("content") or "")
-        if not interrupted or content or message.get("reasoning_content"):
+        reply = self.complete(stop_reason)
+        message = reply.message
+        if not interrupted or message.get("content") or message.get("reasoning_content"):
             self._session.messages = [*self._messages, message]
-        rest = content[len(self._shown) :] if content.startswith(self._shown) else ""
-        return ChatReply(message, rest, stop_reason, self._num_tokens)
+        return reply

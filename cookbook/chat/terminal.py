@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from cookbook.chat.session import ChatReply, ChatSession, Turn
+from cookbook.chat.wrapping import WordWrap
 from cookbook.errors import CookbookError, RequestError, describe
 from cookbook.eval.chat import text_of
 from cookbook.utils import jsonl
@@ -21,8 +23,13 @@ HELP = """\
 /reset          remove all messages
 /system TEXT    restart with another system prompt ("" for none); without TEXT: show it
 /save FILE      append the conversation to FILE as a line of JSON, in the format of training data
+/load FILE      continue the conversation in the last line of FILE
+/base           also ask the base model from here on; once more: no longer
 /exit           leave (or press Ctrl-D)
 Ctrl-C stops a reply; what was printed of it stays in the conversation."""
+
+BASE = "base"
+"""The label of the base model."""
 
 _DIM, _BOLD, _PLAIN = "\033[2m", "\033[1m", "\033[0m"
 
@@ -44,8 +51,12 @@ class Terminal:
         self._notes = stdout if self._is_interactive else stderr
         self._has_colour = self._is_interactive and stdout.isatty() and not os.environ.get("NO_COLOR")
 
-    def talk(self, title: str, speakers: Sequence[Speaker]) -> None:
+    def talk(
+        self, title: str, speakers: Sequence[Speaker], make_base: Callable[[], Speaker] | None = None
+    ) -> None:
         """Chats until /exit or the end of the input. Prints errors; with a pipe it raises them."""
+        speakers = list(speakers)
+        self._make_base = make_base
         if self._is_interactive:
             self._note(f"{visible_line(title)}\n/help names the commands, Ctrl-D leaves.\n")
         for number, line in enumerate(self._lines(), 1):
@@ -103,7 +114,7 @@ class Terminal:
                     self._put(
                         f"{_BOLD}{speaker.label}>{_PLAIN} " if self._has_colour else f"{speaker.label}> "
                     )
-                was_stopped = self._say(turn)
+                was_stopped = self._say(turn, len(speaker.label) + 2)
             except KeyboardInterrupt:
                 was_stopped = True
             if was_stopped and not self._is_interactive:
@@ -113,9 +124,9 @@ class Terminal:
         if self._is_interactive:
             self._put("\n")
 
-    def _say(self, turn: Turn) -> bool:
-        """Prints a reply as it is sampled. Returns whether Ctrl-C stopped it."""
-        printer = _ReplyPrinter(self)
+    def _say(self, turn: Turn, column: int = 0) -> bool:
+        """Prints a reply as it is sampled, from a column on. Returns whether Ctrl-C stopped it."""
+        printer = _ReplyPrinter(self, column)
         was_stopped = False
         try:
             for delta in turn:
@@ -134,7 +145,7 @@ class Terminal:
 
     # -- commands -----------------------------------------------------------------------------
 
-    def _run_command(self, command: str, argument: str, speakers: Sequence[Speaker]) -> None:
+    def _run_command(self, command: str, argument: str, speakers: list[Speaker]) -> None:
         match command:
             case "help":
                 self._note(HELP)
@@ -146,8 +157,14 @@ class Terminal:
                 self._change_system_prompt(argument, speakers)
             case "save":
                 self._save(argument, speakers)
+            case "load":
+                self._load(argument, speakers)
+            case "base":
+                self._toggle_base(speakers)
             case _:
-                raise RequestError(f"Unknown command /{command}. Commands: /reset /system /save /exit /help.")
+                raise RequestError(
+                    f"Unknown command /{command}. Commands: /reset /system /save /load /base /exit /help."
+                )
 
     def _change_system_prompt(self, text: str, speakers: Sequence[Speaker]) -> None:
         if text:
@@ -157,6 +174,38 @@ class Terminal:
         prompt = speakers[0].session.renderer.system_prompt
         restarted = " The conversation restarts." if text else ""
         self._note(f"[System prompt: {prompt}{restarted}]" if prompt else f"[No system prompt.{restarted}]")
+
+    def _toggle_base(self, speakers: list[Speaker]) -> None:
+        """Adds the base model, with the conversation so far, or removes it."""
+        if (base := next((one for one in speakers if one.label == BASE), None)) is not None:
+            if len(speakers) == 1:
+                raise RequestError("This is the base model itself.")
+            speakers.remove(base)
+            self._note("[The base model is no longer asked.]")
+            return
+        if self._make_base is None:
+            raise RequestError("This is the base model itself: /base is for a checkpoint.")
+        made = self._make_base()
+        made.session.messages = list(speakers[0].session.messages)
+        made.session.renderer.system_prompt = speakers[0].session.renderer.system_prompt
+        speakers.insert(0, made)
+        self._note("[The base model answers too, first.]")
+
+    def _load(self, name: str, speakers: Sequence[Speaker]) -> None:
+        if not name:
+            raise RequestError("/load needs a file, such as /load chats.jsonl")
+        path = Path(name).expanduser()
+        if not path.is_file():
+            raise RequestError(f"There is no file {visible_line(path)}.")
+        rows = jsonl.read(path, {"messages": list[Mapping[str, Any]]})
+        if not rows:
+            raise RequestError(f"{visible_line(path)} is empty.")
+        messages = [dict(message) for message in rows[-1]["messages"]]
+        system = messages.pop(0) if messages and messages[0].get("role") == "system" else None
+        for speaker in speakers:
+            speaker.session.renderer.system_prompt = None if system is None else str(system["content"])
+            speaker.session.messages = list(messages)  # type: ignore[arg-type]
+        self._note(f"[Continuing a conversation of {len(messages)} messages.]")
 
     def _save(self, name: str, speakers: Sequence[Speaker]) -> None:
         if not name:
@@ -189,11 +238,24 @@ class Terminal:
 
 
 class _ReplyPrinter:
-    """Prints one reply. Reasoning is dimmed, or in parentheses without colours; a pipe omits it."""
+    """Prints one reply. Reasoning is dimmed, or in parentheses without colours; a pipe omits it.
 
-    def __init__(self, terminal: Terminal) -> None:
+    On a terminal lines break between words.
+    """
+
+    def __init__(self, terminal: Terminal, column: int = 0) -> None:
         self._terminal = terminal
         self._is_reasoning = False
+        self._wrap: WordWrap | None = None
+        if terminal._is_interactive and terminal._out.isatty():
+            self._wrap = WordWrap(shutil.get_terminal_size().columns, column)
+
+    def _put(self, text: str) -> None:
+        self._terminal._put(text if self._wrap is None else self._wrap.feed(text))
+
+    def _put_control(self, text: str) -> None:
+        """Prints what takes no room, behind all words before it."""
+        self._terminal._put(text if self._wrap is None else self._wrap.finish() + text)
 
     def write(self, delta: Delta) -> None:
         terminal = self._terminal
@@ -201,11 +263,14 @@ class _ReplyPrinter:
         if is_reasoning and not terminal._is_interactive:
             return
         if is_reasoning and not self._is_reasoning:
-            terminal._put(_DIM if terminal._has_colour else "(thinking: ")
+            if terminal._has_colour:
+                self._put_control(_DIM)
+            else:
+                self._put("(thinking: ")
         elif self._is_reasoning and not is_reasoning:
             self._end_reasoning()
         self._is_reasoning = is_reasoning
-        terminal._put(visible(delta.text))
+        self._put(visible(delta.text))
 
     def end(self, reply: ChatReply) -> None:
         """Prints what was in no delta: the tail of a truncated reply, and tool calls."""
@@ -214,7 +279,11 @@ class _ReplyPrinter:
         content = str(reply.message.get("content") or "")
         calls = text_of({**reply.message, "content": ""})
         between = "\n" if content and calls else ""
-        self._terminal._put(visible(f"{reply.rest}{between}{calls}\n"))
+        self._put(visible(f"{reply.rest}{between}{calls}\n"))
 
     def _end_reasoning(self) -> None:
-        self._terminal._put(f"{_PLAIN}\n" if self._terminal._has_colour else ")\n")
+        if self._terminal._has_colour:
+            self._put_control(_PLAIN)
+            self._put("\n")
+        else:
+            self._put(")\n")

@@ -171,17 +171,20 @@ class TrainingClient(ClientFuture):
         loss_fn: CustomLossFn,
         *,
         loss_type_input: Literal["logprobs"] | None = None,
+        return_logprobs: Literal["all", "trained"] = "all",
     ) -> APIFuture[ForwardBackwardOutput]:
         """Does `forward_backward` with a loss of the form `loss_fn(data, logprobs) -> (loss, metrics)`.
 
         `logprobs` has one float32 tensor [T] or [T, K] per datum, in nats, with one entry per target. The
         function runs on the engine's thread. `loss_type_input` can only be "logprobs".
+        `return_logprobs="trained"` skips positions of weight 0, which read 0.0.
         """
         engine, trainer = self._open_parts()
         if loss_type_input not in (None, "logprobs"):
             raise RequestError(f"loss_type_input={loss_type_input!r} is not supported. It can be 'logprobs'.")
         data = [Datum.model_validate(datum) for datum in data]
-        request = trainer.check(data, "cross_entropy", None, allow_unknown_inputs=True)
+        trained_only = return_logprobs == "trained"
+        request = trainer.check(data, "cross_entropy", None, trained_only, allow_unknown_inputs=True)
         with self._lock:
             job = engine.submit(trainer.forward_backward_custom, list(data), request, loss_fn)
             future = APIFuture(job, PassResult.output)

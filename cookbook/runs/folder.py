@@ -8,6 +8,7 @@ tables.jsonl        tables of evaluators, such as samples: one row of a table pe
 checkpoints.jsonl   the checkpoints, the batch at which each one resumes, and which is the best
 checkpoints/<name>/ weights and optimizer; loads with plain PEFT
 environment.json    the machine and the versions of the last start
+reference_logprobs.json  of recipes.dpo: the log-probabilities of the replies before the first step
 estimate.json       memory, time and disk as estimated before the model was loaded
 report.html         all of it on one page, with the picture curves.png
 train.log           what was printed, with times
@@ -58,6 +59,7 @@ RUN_FILES = (
     "checkpoints", "environment.json", "estimate.json", "report.html", "curves.png", "train.log", "ranks",
     "jobs", "inspect", "trace.json", "tensorboard", "wandb", "wandb_run_id.txt", "trackio_run_name.txt",
     "mlflow_run_id.txt", "swanlab", "swanlab_run_id.txt",
+    "reference_logprobs.json",
 )  # fmt: skip
 """The files that a run writes, and that `if_log_path_exists=delete` removes."""
 

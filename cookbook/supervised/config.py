@@ -17,10 +17,11 @@ from cookbook.data.types import ChatDatasetBuilder, SupervisedDatasetBuilder
 from cookbook.engine.options import EngineOptions, GradientCheckpointing, Quantization, Shard
 from cookbook.errors import ConfigError
 from cookbook.eval.evaluators import EvaluatorBuilder, OnEvaluatorError
-from cookbook.runs.directions import DEFAULT_METRIC, BestMode, direction
+from cookbook.runs.directions import DEFAULT_METRIC, METRIC_PATTERNS, BestMode, direction
 from cookbook.runs.folder import IfLogPathExists
 from cookbook.supervised.hyperparameters import LearningRate, recommend_learning_rate
 from cookbook.supervised.notify import check_target
+from cookbook.supervised.objectives import Objective
 from cookbook.supervised.schedules import LRSchedule
 from cookbook.types import MAX_RANK, LoraConfig, check_lora
 
@@ -237,6 +238,14 @@ class Config:
     def engine_options(self) -> EngineOptions:
         """Returns the engine's options, from the keys of the same names."""
         return EngineOptions(**{option.name: getattr(self, option.name) for option in fields(EngineOptions)})
+
+    def objective(self) -> Objective | None:
+        """Returns what the run trains for; None for the likelihood of its data."""
+        return None
+
+    def metric_patterns(self) -> list[str]:
+        """Returns the metrics of held-out data."""
+        return list(METRIC_PATTERNS)
 
     def resolved(self) -> Self:
         """Returns this config with `learning_rate=auto` resolved to a number, from the model's config."""

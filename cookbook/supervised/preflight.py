@@ -18,7 +18,7 @@ from cookbook.errors import CheckpointError, ConfigError
 from cookbook.eval.evaluators import AnyEvaluatorBuilder, metric_patterns_of
 from cookbook.loggers import check_wandb_login
 from cookbook.runs.checkpoints import CheckpointLog
-from cookbook.runs.directions import DEFAULT_METRIC, METRIC_PATTERNS
+from cookbook.runs.directions import DEFAULT_METRIC
 from cookbook.supervised.config import Config
 from cookbook.types import LORA_KEYS, LoraConfig
 from cookbook.utils import extras
@@ -112,7 +112,7 @@ def _check_best_metric(config: Config, has_eval_data: bool | None) -> None:
     metric = config.best_metric
     if metric is None or (metric == DEFAULT_METRIC and config.early_stopping_patience is None):
         return
-    measured = list(METRIC_PATTERNS) if has_eval_data is not False and config.eval_every else []
+    measured = config.metric_patterns() if has_eval_data is not False and config.eval_every else []
     due: list[AnyEvaluatorBuilder] = [
         *(config.evaluator_builders if config.eval_every else ()),
         *(config.infrequent_evaluator_builders if config.infrequent_eval_every else ()),

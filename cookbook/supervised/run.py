@@ -33,6 +33,7 @@ from cookbook.supervised.batches import BatchQueue, PlacedBatch, Position
 from cookbook.supervised.best import BestTracker
 from cookbook.supervised.config import Config
 from cookbook.supervised.continuation import Start
+from cookbook.supervised.objectives import Objective
 from cookbook.supervised.schedules import learning_rate_at
 from cookbook.supervised.step_times import EVALUATING, StepTimes
 from cookbook.trace import Recorder
@@ -92,6 +93,8 @@ class Resources:
     metric_loggers: Sequence[MetricLogger]
     open: ExitStack
     """Closes all resources."""
+    objective: Objective | None = None
+    """What the run trains for, if that is not the likelihood of its data."""
     pushes: HubPushes | None = None
     """Pushes checkpoints to the hub, if the config says so."""
 
@@ -244,7 +247,10 @@ class Run:
                 grad_clip_norm=config.grad_clip_norm,
             )
             with r.recorder.at_step(step), r.recorder.span("loop", "queue"):
-                forward_backward = r.client.forward_backward(batch.data, return_logprobs="none")
+                if r.objective is None:
+                    forward_backward = r.client.forward_backward(batch.data, return_logprobs="none")
+                else:
+                    forward_backward = r.objective.forward_backward(r.client, batch.data)
                 optim_step = r.client.optim_step(adam_params)
         else:
             logger.warning("Step %d is skipped: no example of its batch has a trained token left.", step)
@@ -269,7 +275,11 @@ class Run:
             metrics: dict[str, float] = {"epoch": batch.epoch, **done.evaluation.metrics}
             if done.forward_backward is not None and done.optim_step is not None:
                 output, optim_step = await done.forward_backward, await done.optim_step
-                metrics |= {"train/nll": output.loss, "optim/grad_norm": optim_step.metrics["grad_norm"]}
+                if r.objective is not None:
+                    metrics |= {f"train/{name}": v for name, v in output.metrics.items() if ":" not in name}
+                else:
+                    metrics["train/nll"] = output.loss
+                metrics["optim/grad_norm"] = optim_step.metrics["grad_norm"]
                 memory = {key: of for key, of in optim_step.metrics.items() if key.startswith("memory_")}
                 metrics |= {f"perf/{key}": value for key, value in memory.items()}
                 self._check_converging(done.step, output, optim_step.metrics["grad_norm"])

@@ -41,6 +41,7 @@ from cookbook.supervised.best import BestTracker
 from cookbook.supervised.config import Config
 from cookbook.supervised.continuation import Start, find_start
 from cookbook.supervised.estimate import log_estimate
+from cookbook.supervised.objectives import Objective
 from cookbook.supervised.preflight import check_evaluations, check_space
 from cookbook.supervised.run import Resources, Run
 from cookbook.supervised.step_times import StepTimes
@@ -68,7 +69,8 @@ async def start_run(config: Config, folder: RunFolder, checkpoints: CheckpointLo
         chat_format = _chat_format(config, template_kwargs)
         if config.load_checkpoint_path is not None and checkpoints.last() is None:
             _warn_about_start(config, chat_format)
-        evaluators = _create_evaluators(config, folder, template_kwargs, eval_data)
+        objective = config.objective()
+        evaluators = _create_evaluators(config, folder, template_kwargs, eval_data, objective)
         _use_held_out_prompts(config, evaluators, eval_data)
         _warn_about_noise(config, eval_data)
         start = find_start(config, folder, checkpoints, train_data, eval_data)
@@ -104,6 +106,9 @@ async def start_run(config: Config, folder: RunFolder, checkpoints: CheckpointLo
                 estimated.record(folder.path)
         trace_path = folder.path / "trace.json" if config.trace and folder.world.is_main else None
         metric_loggers = _create_loggers(config, folder, start, known, console, stack)
+        if objective is not None:
+            datasets = [data for data in (train_data, eval_data) if data is not None]
+            await objective.prepare(client, datasets, folder.path, is_new=checkpoints.last() is None)
         pushes = _create_pushes(config, folder, stack)
         times = StepTimes(recorder, trace_path)
         stack.callback(times.close)
@@ -122,6 +127,7 @@ async def start_run(config: Config, folder: RunFolder, checkpoints: CheckpointLo
             times=times,
             metric_loggers=metric_loggers,
             open=stack.pop_all(),
+            objective=objective,
             pushes=pushes,
         )
     return Run(resources)
@@ -325,6 +331,7 @@ def _create_evaluators(
     folder: RunFolder,
     template_kwargs: Mapping[str, Any] | None,
     eval_data: SupervisedDataset | None,
+    objective: Objective | None,
 ) -> list[tuple[int, list[Evaluator]]]:
     """Returns pairs of a cadence and its evaluators, frequent ones first: `eval_data` comes before all."""
     run = RunContext(
@@ -340,7 +347,9 @@ def _create_evaluators(
     def make(builder: AnyEvaluatorBuilder) -> Evaluator:
         return builder.in_run(run)() if isinstance(builder, EvaluatorBuilder) else builder()
 
-    held_out: list[Evaluator] = [] if eval_data is None else [NLLEvaluator(eval_data)]
+    held_out: list[Evaluator] = []
+    if eval_data is not None:
+        held_out = [NLLEvaluator(eval_data) if objective is None else objective.evaluator(eval_data)]
     return [
         (config.eval_every, [*held_out, *map(make, config.evaluator_builders)]),
         (config.infrequent_eval_every, list(map(make, config.infrequent_evaluator_builders))),

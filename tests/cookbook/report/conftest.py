@@ -56,7 +56,7 @@ class Browser:
                 assert "error" not in answer, answer
                 return answer["result"]
 
-    def open(self, path: Path, width: int = 1400, height: int = 1000, dark: bool = False) -> None:
+    def open(self, path: Path | str, width: int = 1400, height: int = 1000, dark: bool = False) -> None:
         self.call(
             "Emulation.setDeviceMetricsOverride",
             width=width,
@@ -67,7 +67,7 @@ class Browser:
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", media="screen", features=[scheme])
         self.errors, self.requests, self._is_loaded = [], [], False
-        self.call("Page.navigate", url=path.absolute().as_uri())
+        self.call("Page.navigate", url=path if isinstance(path, str) else path.absolute().as_uri())
         while not self._is_loaded:
             self._next()
         # Wait two frames, until the page is laid out and drawn.
