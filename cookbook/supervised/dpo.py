@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import chz
@@ -28,6 +28,7 @@ from cookbook.data.sources import Row
 from cookbook.data.types import SupervisedDataset
 from cookbook.errors import CheckpointError, ConfigError, DataError
 from cookbook.eval.evaluators import TrainingClientEvaluator
+from cookbook.runs.folder import RunFolder
 from cookbook.supervised.config import Config
 from cookbook.supervised.objectives import Objective
 from cookbook.types import Datum, ForwardBackwardOutput
@@ -38,6 +39,8 @@ if TYPE_CHECKING:
 
     from cookbook.clients.futures import APIFuture
     from cookbook.clients.training import TrainingClient
+
+logger = logging.getLogger(__name__)
 
 REFERENCE_FILE = "reference_logprobs.json"
 _KEYS = ("prompt", "chosen", "rejected", "tools", "chat_template_kwargs")
@@ -70,7 +73,10 @@ class PairDatasetBuilder(NamedChatDatasetBuilder):
 
     def _trainable_rows(self, *arguments: Any, **options: Any) -> TrainableRows:
         rows = super()._trainable_rows(*arguments, **options)
-        rows.rows = np.array([row for row in rows.rows if len(rows.kept_examples_of(row)) == 2], np.int64)
+        pairs = np.array([row for row in rows.rows if len(rows.kept_examples_of(row)) == 2], np.int64)
+        if skipped := len(rows.rows) - len(pairs):
+            logger.warning("%d pairs are skipped: max_length leaves nothing to train of a reply.", skipped)
+        rows.rows = pairs
         return rows
 
     @chz.validate
@@ -121,13 +127,12 @@ class DpoObjective(Objective):
 
     def __init__(self, beta: float) -> None:
         self._beta = beta
-        self._reference: dict[str, float] = {}
-        """The log-probability of each reply, by its digest."""
+        self._reference: dict[str, float] = {}  # by the digest of a reply
 
     async def prepare(
-        self, client: TrainingClient, datasets: Sequence[SupervisedDataset], folder: Path, is_new: bool
+        self, client: TrainingClient, datasets: Sequence[SupervisedDataset], folder: RunFolder, is_new: bool
     ) -> None:
-        path = folder / REFERENCE_FILE
+        path = folder.path / REFERENCE_FILE
         if not is_new:
             if not path.is_file():
                 raise CheckpointError(
@@ -140,7 +145,8 @@ class DpoObjective(Objective):
         for batch, future in zip(batches, passes, strict=True):
             for datum, output in zip(batch, (await future).loss_fn_outputs, strict=True):
                 self._reference[_digest(datum)] = float(output["logprobs"].to_numpy().sum())
-        files.write(path, json.dumps(self._reference))
+        if folder.world.is_main:
+            files.write(path, json.dumps(self._reference))
 
     def forward_backward(self, client: TrainingClient, data: list[Datum]) -> APIFuture[ForwardBackwardOutput]:
         return client.forward_backward_custom(data, self._loss, return_logprobs="trained")
@@ -154,20 +160,16 @@ class DpoObjective(Objective):
         )
         losses_P, margins_P = dpo_loss(policy_2P, torch.tensor([*map(self.reference, data)]), self._beta)
         trained = torch.cat([each_T[mask_T] for each_T, mask_T in zip(logprobs, masks, strict=True)]).detach()
-        loss = losses_P.mean()
-        return loss, {
+        return losses_P.mean(), {
             **_metrics(losses_P, margins_P, policy_2P, [int(mask_T.sum()) for mask_T in masks]),
             "logprobs:min": float(trained.min()),
             "logprobs:max": float(trained.max()),
         }
 
     def reference(self, datum: Datum) -> float:
-        try:
-            return self._reference[_digest(datum)]
-        except KeyError:
-            raise DataError(
-                f"{REFERENCE_FILE} lacks a reply: the data have changed. Start the run over."
-            ) from None
+        if (found := self._reference.get(_digest(datum))) is None:
+            raise DataError(f"{REFERENCE_FILE} lacks a reply: the data have changed. Start the run over.")
+        return found
 
     def evaluator(self, data: SupervisedDataset) -> DpoEvaluator:
         return DpoEvaluator(self, data, self._beta)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cookbook.data.types import SupervisedDataset
 from cookbook.eval.evaluators import Evaluator
+from cookbook.runs.folder import RunFolder
 from cookbook.types import Datum, ForwardBackwardOutput
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ class Objective(ABC):
 
     @abstractmethod
     async def prepare(
-        self, client: TrainingClient, datasets: Sequence[SupervisedDataset], folder: Path, is_new: bool
+        self, client: TrainingClient, datasets: Sequence[SupervisedDataset], folder: RunFolder, is_new: bool
     ) -> None:
         """Does once what needs the model before its first step. `is_new` is False for a resumed run."""
 

@@ -108,7 +108,7 @@ async def start_run(config: Config, folder: RunFolder, checkpoints: CheckpointLo
         metric_loggers = _create_loggers(config, folder, start, known, console, stack)
         if objective is not None:
             datasets = [data for data in (train_data, eval_data) if data is not None]
-            await objective.prepare(client, datasets, folder.path, is_new=checkpoints.last() is None)
+            await objective.prepare(client, datasets, folder, is_new=checkpoints.last() is None)
         pushes = _create_pushes(config, folder, stack)
         times = StepTimes(recorder, trace_path)
         stack.callback(times.close)

@@ -244,3 +244,40 @@ def test_a_conversation_that_cannot_be_saved_continues(talk: Any) -> None:
 
 def test_a_path_is_a_question_and_not_a_command(talk: Any) -> None:
     assert talk(["one<|im_end|>"], "/etc/hosts has what?", piped=True)[0] == "one\n"
+
+
+def test_a_saved_conversation_is_loaded_again(talk: Any, tmp_path: Path) -> None:
+    path = tmp_path / "chats.jsonl"
+    talk(["one<|im_end|>"], "/system Be brief.", "ten?", f"/save {path}")
+    out, _, (client,) = talk(["two<|im_end|>"], f"/load {path}", "nine?")
+    assert "[Continuing a conversation of 2 messages.]" in out
+    assert all(part in client.prompts[0] for part in ("Be brief.", "ten?", "one", "nine?"))
+    assert "There is no file" in talk([], f"/load {tmp_path / 'none.jsonl'}")[0]
+
+
+def test_the_base_model_joins_with_the_conversation_so_far(
+    tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def speaker(label: str, *replies: str) -> tuple[Speaker, Client]:
+        client = Client(tiny_tokenizer, replies)
+        params = SamplingParams(max_tokens=60)
+        session = ChatSession(client, ChatTemplateRenderer(tiny_tokenizer), params, 256)  # type: ignore[arg-type]
+        return Speaker(label, session), client
+
+    tuned, _ = speaker("tuned", "one<|im_end|>", "three<|im_end|>", "four<|im_end|>")
+    base, client = speaker("base", "two<|im_end|>")
+    typed = iter(["ten?", "/base", "nine?", "/base", "eight?", "/exit"])
+    type_at_prompt(monkeypatch, lambda prompt: next(typed))
+    monkeypatch.setenv("NO_COLOR", "1")
+    out = Tty()
+    Terminal(Tty(), out, io.StringIO()).talk("A model", [tuned], lambda: base)
+    text = out.getvalue()
+    assert "base> two\ntuned> three\n" in text
+    assert text.count("base> ") == 1
+    assert all(part in client.prompts[0] for part in ("ten?", "one", "nine?"))
+
+
+def test_long_replies_break_between_words(talk: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "30")
+    out, _, _ = talk(["one two three four five six seven eight nine ten<|im_end|>"], "ten?")
+    assert "tuned> one two three four five\nsix seven eight nine ten\n" in out

@@ -103,7 +103,7 @@ def test_the_tuned_model_is_chatted_with_and_exported(finished: train.RunSummary
     service, replies = ServiceClient(device="cpu"), []
     for source in ({"checkpoint": str(finished.checkpoint_path)}, {"model_name": str(tmp_path / "merged")}):
         config = chat.ChatConfig(**source, renderer_name="chat_template", max_tokens=6, temperature=0.0)
-        _, (speaker,) = chat._speakers(config, service)
+        _, (speaker,), _ = chat._speakers(config, service)
         turn = speaker.session.ask(f"Is it {TOKEN}?")
         list(turn)
         replies.append(turn.conclude().message)

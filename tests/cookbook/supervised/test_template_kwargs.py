@@ -104,7 +104,7 @@ def trained_text(config: train.Config) -> str:
 def chats_prompt(argv: dict[str, Any]) -> str:
     """Returns the text of the prompt with which `recipes.chat` asks its model."""
     with closing(ServiceClient(device="cpu")) as service:
-        _, (speaker,) = chat._speakers(chat.ChatConfig(**argv), service)
+        _, (speaker,), _ = chat._speakers(chat.ChatConfig(**argv), service)
     renderer = speaker.session.renderer
     return str(renderer.tokenizer.decode(renderer.build_generation_prompt(CHAT[:1]).to_ints()))
 
