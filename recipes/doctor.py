@@ -55,8 +55,8 @@ def examine() -> Report:
     """Returns the report on this machine. Imports torch; looks up the hub for at most five seconds."""
     report = Report()
     report.facts["Versions"] = [
-        f"python {platform.python_version()} ({sys.executable})",
         *(f"{name} {version}" for name, version in installed_versions(PACKAGES).items()),
+        f"run by {sys.executable} on {platform.platform()}",
     ]
     _examine_cpu(report)
     _examine_devices(report)

@@ -47,7 +47,7 @@ class WordWrap:
             return ""
         size, between = cell_len(self._word), cell_len(self._spaces)
         fits = self._column + between + size <= self._width
-        is_first = self._column == 0 or size > self._width
+        is_first = self._column == 0
         before = self._spaces if fits or is_first else "\n"
         self._column = (0 if before == "\n" else self._column + between) + size
         printed = before + self._word

@@ -22,6 +22,7 @@ from transformers import AttentionInterface, PretrainedConfig
 from cookbook.engine.model import attention, linear_scan
 from cookbook.engine.model.adapters import Adapters
 from cookbook.engine.model.memory import (
+    MARGIN,
     ActivationCost,
     addresses,
     limits_for,
@@ -88,7 +89,8 @@ class Plan:
     activations: float
     """What it keeps for the backward pass."""
     temporary: float
-    """Blocks of logits, a dequantised weight, and what CUDA itself takes."""
+    """Blocks of logits, a dequantised weight, workspaces of kernels as the engine counts them, and what CUDA
+    itself takes."""
     fixed: float
     usable: float
     fits: bool
@@ -165,8 +167,10 @@ def plan(
     planned = tokens / longest * limits.size_without_checkpointing(longest)
     is_checkpointed = planned > limits.max_tokens_without_checkpointing
     one = cost.bytes_of(longest, is_checkpointed)
-    fits = found.fixed + temporary + one <= usable
-    return Plan(tokens, is_checkpointed, tokens / longest * one, temporary, found.fixed, usable, fits)
+    fits = found.fixed + temporary + MARGIN * one <= usable
+    activations = tokens / longest * one
+    temporary += (MARGIN - 1) * activations
+    return Plan(tokens, is_checkpointed, activations, temporary, found.fixed, usable, fits)
 
 
 def _dtype(name: str, device_type: str) -> torch.dtype:

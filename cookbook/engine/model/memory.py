@@ -33,7 +33,7 @@ _USEFUL_TOKENS = {"cpu": 1024, "cuda": 16384}
 MIN_TOKENS = 1024
 """If fewer tokens than this fit, layers are checkpointed instead of making micro-batches smaller."""
 
-_MARGIN = 1.25
+MARGIN = 1.25
 """A safety factor for the workspace that kernels need besides the activations."""
 _USABLE = {"cpu": 0.5, "cuda": 0.9}
 """The share of the device's memory to use. On a CPU other programs need memory too."""
@@ -162,7 +162,7 @@ def limits_for(
         return MicrobatchLimits(wanted, 0 if checkpointing == "on" else 2**62, max_in_memory=wanted)
     found = cost()
     kind = "cuda" if device.type == "cuda" else "cpu"
-    room = max(0.0, free_bytes) / _MARGIN
+    room = max(0.0, free_bytes) / MARGIN
     tokens_without = 2**62 if checkpointing == "off" else _ratio(room, found.full)
     if checkpointing == "on":
         tokens_without = 0

@@ -108,7 +108,7 @@ def plan_on(found: Footprint, gib: float, longest: int = 1024, batch: int | None
 def test_a_micro_batch_is_what_the_engine_plans(found: Footprint) -> None:
     plan = plan_on(found, 12)
     room = 12 * 2**30 * 0.9 - 100 * 2**20
-    assert plan.tokens == pytest.approx(room / memory._MARGIN / 2**20, abs=2)
+    assert plan.tokens == pytest.approx(room / memory.MARGIN / 2**20, abs=2)
     assert (plan.is_checkpointed, plan.fits) == (False, True)
     assert plan.activations == pytest.approx(plan.tokens * 2**20)
 

@@ -645,7 +645,7 @@ def test_micro_batches_are_planned_by_their_memory(
     trainer = make_trainer(str(folder))
     cost = activation_cost(trainer.base, trainer.adapter)
     room = cost.bytes_of(1024) * 1.5
-    free_bytes = room * memory._MARGIN
+    free_bytes = room * memory.MARGIN
     limits = limits_for(EngineOptions(), CPU, lambda: cost, free_bytes)
 
     def is_checkpointed(*lengths: int) -> bool:
