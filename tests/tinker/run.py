@@ -1,6 +1,6 @@
 """Runs the programs of tinker-cookbook to their ends, and says which do and what their first steps computed.
 
-    .venv-tinker/bin/python tests/tinker/run.py [name ...] [workers=1]
+    .venv-tinker/bin/python tests/tinker/run.py [name ... | quick] [workers=2]
 
 Each program runs in a process of its own, with this project under the name `tinker`.
 """
@@ -168,7 +168,9 @@ def run_all(
 
 def main(argv: Sequence[str]) -> int:
     names = [name for name in argv if not name.startswith("workers=")]
-    workers = next((int(one.partition("=")[2]) for one in argv if one.startswith("workers=")), 1)
+    if names == ["quick"]:
+        names = [program.name for program in PROGRAMS if program.is_quick]
+    workers = next((int(one.partition("=")[2]) for one in argv if one.startswith("workers=")), 2)
     unknown = set(names) - {program.name for program in PROGRAMS}
     if unknown:
         print(

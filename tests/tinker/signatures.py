@@ -1,13 +1,18 @@
 """Writes the table of the Tinker SDK's public names and signatures, with which this project's are compared.
 
-.venv-tinker/bin/python tests/tinker/signatures.py > tests/tinker/sdk.json
+    .venv-tinker/bin/python tests/tinker/signatures.py > tests/tinker/sdk.json
+
+With `--check` it prints the lines in which the table and the installed SDK differ instead.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import inspect
 import json
+import sys
+from pathlib import Path
 from typing import Any
 
 CLIENTS = ("ServiceClient", "TrainingClient", "SamplingClient", "RestClient", "APIFuture")
@@ -49,5 +54,17 @@ def _fields(kind: type) -> list[str] | None:
     return None if fields is None else [*fields]
 
 
+def main(argv: list[str]) -> int:
+    text = json.dumps(table(), indent=1) + "\n"
+    if "--check" not in argv:
+        print(text, end="")
+        return 0
+    path = Path(__file__).parent / "sdk.json"
+    earlier = path.read_text(encoding="utf-8")
+    lines = difflib.unified_diff(earlier.splitlines(), text.splitlines(), str(path), "the installed SDK")
+    print(*lines, sep="\n")
+    return int(earlier != text)
+
+
 if __name__ == "__main__":
-    print(json.dumps(table(), indent=1))
+    raise SystemExit(main(sys.argv[1:]))

@@ -1,6 +1,8 @@
 """A folder in which programs of tinker-cookbook find their models and datasets by the names of the hub.
 
-Both are looked up as folders before the hub is asked, so programs that run in this folder need no network.
+Both are looked up as folders before the hub is asked, so programs that run in this folder need no network:
+
+    python tests/tinker/world.py FOLDER
 """
 
 from __future__ import annotations
@@ -8,6 +10,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
+import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -36,7 +39,7 @@ def make(folder: Path) -> Path:
         }
         for q, a, _ in _sums()
     ]
-    _write(folder / "Anthropic/hh-rlhf", {"train": pairs[:16], "test": pairs[16:24]})
+    _write(folder / "Anthropic/hh-rlhf", {"train": pairs[:64], "test": pairs[64:80]})
     questions = [{"question": q} for q, _, _ in _sums()]
     _write(folder / "zwhe99/DeepMath-103K", {"train": questions[:16]})
     turns = [
@@ -81,3 +84,7 @@ def _write(folder: Path, splits: Mapping[str, Iterable[Row]], config: str = "def
 
 def _write_rows(path: Path, rows: Iterable[Row]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    print(make(Path(sys.argv[1])))
