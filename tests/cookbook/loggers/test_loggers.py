@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import json
 import logging
@@ -13,7 +14,7 @@ from rich.console import Console
 from waiting import wait_until
 
 from cookbook.loggers import ConsoleLogger, JsonlLogger, WandbLogger, logging_to
-from cookbook.loggers.console import MAX_SECONDS_OF_SILENCE, _Heartbeat, _TimeLeft
+from cookbook.loggers.console import MAX_SECONDS_OF_SILENCE, _Heartbeat, _TimeLeft, has_bar
 from cookbook.utils.consoles import PlainConsole, VisibleFormatter
 from cookbook.utils.tables import Cell, Table
 
@@ -202,3 +203,9 @@ def test_a_silent_console_says_what_still_runs() -> None:
     with _Heartbeat(console, max_seconds=0.1):
         assert wait_until(lambda: out.getvalue().count("\n") >= 2)
     assert re.fullmatch(r"(still running: step 3 of 4, \d+ s so far\n)+", out.getvalue())
+
+
+def test_a_notebook_has_a_bar_where_it_can_be_drawn() -> None:
+    console = Console(file=io.StringIO(), force_jupyter=True)
+    assert has_bar(console) == (importlib.util.find_spec("ipywidgets") is not None)
+    assert not has_bar(Console(file=io.StringIO()))

@@ -16,7 +16,8 @@ import pytest
 from cookbook.chat.session import ChatSession
 from cookbook.chat.web import PAGE, ChatServer
 from cookbook.types import ModelInput, SampledSequence, SamplingParams
-from renderers import get_renderer
+from renderers import Message, get_renderer
+from renderers.formats.role_colon import RoleColonRenderer
 
 
 class PreparedStream:
@@ -55,7 +56,12 @@ class PreparedClient:
         return self.streams[-1]
 
 
-CALL = '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call><|im_end|>'
+class CallingRenderer(RoleColonRenderer):
+    """Reads every reply as the call of a tool."""
+
+    def parse_response(self, tokens: Sequence[int]) -> tuple[Message, bool]:
+        call = {"id": "1", "type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
+        return {"role": "assistant", "content": "", "tool_calls": [call]}, True
 
 
 @pytest.fixture
@@ -180,6 +186,22 @@ def test_a_reply_streams_and_stops(
     wait(browser, "!document.getElementById('send').disabled")
     length = browser.evaluate("document.querySelector('.assistant').textContent.length")
     assert 0 < length < 2000
+
+
+def test_calls_of_tools_are_shown(
+    server: ChatServer, clients: dict[str, PreparedClient], browser: Any
+) -> None:
+    client = clients["first"]
+    client.reply = ""
+    session = server.models["first"]
+    session.renderer = CallingRenderer(client._tokenizer)
+    browser.open(server.address)
+    wait(browser, "document.querySelectorAll('section').length == 2")
+    ask(browser, "What is 1 plus 1?")
+    wait(browser, "document.querySelectorAll('.call').length == 1")
+    assert browser.evaluate("document.querySelector('.call').textContent") == 'add({"a": 1})'
+    status, whole = post(server, ASKED)
+    assert (status, json.loads(whole)["choices"][0]["finish_reason"]) == (200, "tool_calls")
 
 
 def ask(browser: Any, text: str) -> None:
