@@ -15,6 +15,7 @@ from cookbook.engine.model import estimate, memory
 from cookbook.engine.model.base_model import BaseModel
 from cookbook.engine.model.estimate import Footprint
 from cookbook.engine.options import EngineOptions
+from cookbook.engine.training import memory_needs
 from cookbook.engine.training.trainer import Trainer
 from cookbook.types import LoraConfig
 
@@ -59,7 +60,7 @@ def test_weights_and_training_state_are_those_of_a_loaded_model(
     assert found.weights == 4 * num_weights
     assert found.num_trained == sum(weight.numel() for weight in trained)
     assert found.adapter == (sum(weight.nbytes for weight in trained) if rank else 0)
-    assert found.fixed == base._reserved_bytes(trainer.adapter)
+    assert found.fixed == memory_needs.reserved_bytes(base, trainer.adapter)
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3"])
@@ -69,10 +70,10 @@ def test_activations_are_those_that_autograd_keeps_of_a_loaded_model(
 ) -> None:
     found = footprint_of(folder_of(kind), rank).activations
     base = BaseModel(folder_of(kind), is_trained=rank == 0)
-    measured = base._activation_cost_at(Trainer(base, LoraConfig(rank=rank)).adapter, 256)
+    measured = memory_needs.activation_cost(base, Trainer(base, LoraConfig(rank=rank)).adapter)
     assert found is not None
-    assert found.bytes_of(256) == pytest.approx(measured.full * 256, rel=0.03)
-    assert found.bytes_of(256, True) == pytest.approx(measured.checkpointed * 256, rel=0.03)
+    assert found.bytes_of(256) == pytest.approx(measured.bytes_of(256), rel=0.03)
+    assert found.bytes_of(256, True) == pytest.approx(measured.bytes_of(256, True), rel=0.03)
 
 
 def test_weights_in_4_bits_take_what_bitsandbytes_holds(folder_of: Callable[[str], str]) -> None:
