@@ -32,6 +32,7 @@ PURPOSE = {
     "report": "HTML pages of runs",
     "eval": "evaluators",
     "chat": "chats in the terminal",
+    "server": "the Tinker protocol and OpenAI's API",
     "export": "adapters, merged weights, GGUF",
     "supervised": "Config, main, the training loop",
     "sweeps": "many runs of a recipe",

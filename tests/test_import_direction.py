@@ -33,6 +33,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "cookbook.report": (*BASE, *RUN),
     "cookbook.eval": (*MODELS, *RUN, "cookbook.clients", "cookbook.data", "renderers"),
     "cookbook.chat": (*MODELS, *RUN, "cookbook.clients", "cookbook.eval", "renderers"),
+    "cookbook.server": (*MODELS, *RUN, "cookbook.clients", "cookbook.engine", "renderers"),
     "cookbook.export": (*MODELS, *RUN, "cookbook.data", "cookbook.engine", "renderers"),
     "cookbook.supervised": (
         *(*MODELS, *RUN, "cookbook.clients", "cookbook.data", "cookbook.engine", "cookbook.eval"),

@@ -168,9 +168,17 @@ class ServiceClient:
         return self.create_training_client(base_model, lora, user_metadata)
 
     def create_training_client(
-        self, base_model: str, lora: LoraConfig, user_metadata: Mapping[str, str] | None = None
+        self,
+        base_model: str,
+        lora: LoraConfig,
+        user_metadata: Mapping[str, str] | None = None,
+        *,
+        checkpoint_dir: Path | None = None,
     ) -> TrainingClient:
-        """Does `create_lora_training_client` with all the settings that an adapter can have."""
+        """Does `create_lora_training_client` with all the settings that an adapter can have.
+
+        `checkpoint_dir` is a folder for the checkpoints of this client alone.
+        """
         self._check_open()
         if not 0 <= lora.rank <= MAX_RANK:
             raise ConfigError(
@@ -185,7 +193,7 @@ class ServiceClient:
         check_lora(lora)
         if lora.seed is None:
             lora = replace(lora, seed=processes.current().broadcast(secrets.randbelow(2**31)))
-        return self._training_client(base_model, lora, user_metadata)
+        return self._training_client(base_model, lora, user_metadata, checkpoint_dir)
 
     def create_training_client_from_state(
         self,
@@ -291,11 +299,15 @@ class ServiceClient:
             return self._engines[key]
 
     def _training_client(
-        self, base_model: str, lora: LoraConfig, user_metadata: Mapping[str, str] | None
+        self,
+        base_model: str,
+        lora: LoraConfig,
+        user_metadata: Mapping[str, str] | None,
+        checkpoint_dir: Path | None = None,
     ) -> TrainingClient:
         world = processes.current()
         model_id = world.broadcast(uuid.uuid4().hex[:12])
-        folder = self._root.new_run(model_id)
+        folder = checkpoint_dir or self._root.new_run(model_id)
         world.on_rank0(self._remove_expired)
         if lora.rank == 0 and self._options.quantization is not None:
             raise ConfigError(

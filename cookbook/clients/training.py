@@ -215,6 +215,13 @@ class TrainingClient(ClientFuture):
             self._passes_to_step_on.clear()
             return APIFuture(job, _step_response)
 
+    def note_failed_pass(self, error: BaseException) -> None:
+        """Makes the next `optim_step` fail, as a pass that failed does: one was refused by a caller."""
+        refused: Future[ForwardBackwardOutput] = Future()
+        refused.set_exception(error)
+        with self._lock:
+            self._passes_to_step_on.append(APIFuture(refused))
+
     # -- checkpoints ------------------------------------------------------------------------
 
     def save_state(

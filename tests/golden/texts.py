@@ -15,7 +15,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 PACKAGES = ("cookbook", "renderers", "recipes")
-RECIPES = ("chat", "export", "jobs", "preview", "report", "sft", "sft_loop", "sweep")
+RECIPES = ("chat", "export", "jobs", "preview", "report", "serve", "sft", "sft_loop", "sweep")
 LOG_METHODS = ("debug", "info", "warning", "error", "exception")
 COLUMNS = "100"
 
