@@ -28,6 +28,10 @@ class ServeConfig:
         default_factory=lambda: [embedded.MODEL_NAME],
         doc="base models that clients may train and sample, separated by commas",
     )
+    runs: list[str] = chz.field(
+        default_factory=list,
+        doc="folders of runs or checkpoints, or of several, to sample from by name over OpenAI's API",
+    )
     host: str = chz.field(default="127.0.0.1", doc="address to listen at; others than loopback need a key")
     port: int = chz.field(default=8000, doc="port to listen at")
     folder: str = chz.field(default=str(DEFAULT_FOLDER), doc="folder of the checkpoints that clients save")
@@ -43,6 +47,7 @@ class ServeConfig:
 async def run(config: ServeConfig) -> None:
     options = ServerOptions(
         models=config.model_name,
+        runs=[Path(folder) for folder in config.runs],
         folder=Path(config.folder),
         host=config.host,
         port=config.port,

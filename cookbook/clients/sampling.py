@@ -10,6 +10,7 @@ import threading
 import uuid
 import weakref
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -23,8 +24,15 @@ from cookbook.engine.model.adapters import Adapter
 from cookbook.engine.model.base_model import BaseModel
 from cookbook.engine.model.peft_names import by_own_names
 from cookbook.engine.options import EngineOptions
-from cookbook.engine.sampling.requests import SampleRequest, ScoreRequest, sample_request, score_request
+from cookbook.engine.sampling.requests import (
+    OnToken,
+    SampleRequest,
+    ScoreRequest,
+    sample_request,
+    score_request,
+)
 from cookbook.engine.sampling.sampler import Prepared, Sampler
+from cookbook.engine.sampling.stop_rule import end_tokens
 from cookbook.engine.training.trainer import Trainer, check_weights_fit
 from cookbook.engine.worker import Engine
 from cookbook.errors import CheckpointError, ClosedError, RequestError
@@ -46,6 +54,21 @@ if TYPE_CHECKING:
 
 class SampleFuture(APIFuture[SampleResponse]):
     """The future of `SamplingClient.sample`."""
+
+    def __init__(
+        self,
+        job: Future[Any],
+        read: Callable[[Any], SampleResponse] | None = None,
+        abandon: Callable[[], None] | None = None,
+    ) -> None:
+        """`abandon` ends the sequences early."""
+        super().__init__(job, read)
+        self._abandon = abandon
+
+    def close(self) -> None:
+        """Stops sampling after the current tokens. The result holds the tokens sampled by then."""
+        if self._abandon is not None:
+            self._abandon()
 
     @property
     def sequences(self) -> list[SampledSequence]:
@@ -226,6 +249,30 @@ class SamplingClient(ClientFuture):
         read = functools.partial(_read, self._id, first, self._records, scores, prompt_logprobs_last_n)
         return SampleFuture(request.future, read)
 
+    def sample_with_listener(
+        self,
+        prompt: ModelInput,
+        num_samples: int,
+        sampling_params: SamplingParams | None,
+        on_token: OnToken | None,
+        num_top_logprobs: int = 0,
+    ) -> SampleFuture:
+        """Does `sample`, and can be ended early with `close` of the future.
+
+        `on_token` is called on the engine's thread with the index of a sequence, each of its tokens as soon
+        as it is sampled, and the token's log-probability.
+        """
+        request = sample_request(
+            self._engine.base,
+            prompt.to_ints(),
+            num_samples,
+            sampling_params,
+            on_token=on_token,
+            num_top_logprobs=num_top_logprobs,
+        )
+        self._submit(request)
+        return SampleFuture(request.future, abandon=request.abandon)
+
     def stream(
         self, prompt: ModelInput, sampling_params: SamplingParams | None = None
     ) -> TokenStream[SampledSequence]:
@@ -237,7 +284,7 @@ class SamplingClient(ClientFuture):
             self._engine.base,
             prompt.to_ints(),
             params=sampling_params,
-            on_token=lambda _, token: stream.put(token),
+            on_token=lambda _, token, logprob: stream.put(token),
         )
         stream = TokenStream(request.future, lambda response: response.sequences[0], request.abandon)
         self._submit(request)
@@ -325,6 +372,10 @@ class SamplingClient(ClientFuture):
 
     async def get_base_model_async(self) -> str:
         return self.get_base_model()
+
+    def get_end_tokens(self) -> list[int]:
+        """Returns the tokens that end a sequence if a request has no stop tokens of its own."""
+        return end_tokens(self._engine.base)
 
     def get_tokenizer(self) -> PreTrainedTokenizerBase:
         """Returns the tokenizer of the base model."""

@@ -19,6 +19,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from cookbook.errors import CookbookError, describe
+from cookbook.server.openai_api import OpenAiApi
 from cookbook.server.options import ServerOptions, is_loopback
 from cookbook.server.promises import Refusal
 from cookbook.server.state import ServerState
@@ -48,7 +49,7 @@ def make_app(service: ServiceClient, options: ServerOptions, store: CheckpointSt
         await state.close()
 
     app = Starlette(
-        routes=TinkerApi(state).routes(),
+        routes=[*TinkerApi(state).routes(), *OpenAiApi(state).routes()],
         lifespan=lifespan,
         middleware=[Middleware(Guard, options=options)],
         exception_handlers={

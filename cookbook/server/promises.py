@@ -38,14 +38,14 @@ class Refusal(Exception):
 
 
 @dataclass(frozen=True)
-class Answer:
+class ResponseBody:
     """The body of a response."""
 
     content: bytes
     media_type: str = JSON
 
     @classmethod
-    def of_json(cls, value: Any) -> Answer:
+    def of_json(cls, value: Any) -> ResponseBody:
         return cls(json.dumps(value, separators=(",", ":")).encode())
 
 
@@ -55,7 +55,7 @@ class Promise:
     def __init__(self, request_id: str, kind: str) -> None:
         self.request_id = request_id
         self.kind = kind
-        self.answer: Answer | None = None
+        self.answer: ResponseBody | None = None
         self.error: BaseException | None = None
         self.retrieved_at: float | None = None
         """When a client first read the result."""
@@ -65,7 +65,7 @@ class Promise:
     def is_done(self) -> bool:
         return self._done.is_set()
 
-    def complete(self, answer: Answer) -> None:
+    def complete(self, answer: ResponseBody) -> None:
         if not self.is_done:
             self.answer = answer
             self._done.set()
@@ -79,10 +79,10 @@ class Promise:
             logger.warning("%s failed: %s", self.kind, describe(error))
         self.error = error
         body = {"error": message or describe(error), "category": "user" if is_of_user else "server"}
-        self.answer = Answer.of_json(body)
+        self.answer = ResponseBody.of_json(body)
         self._done.set()
 
-    async def wait(self, seconds: float) -> Answer | None:
+    async def wait(self, seconds: float) -> ResponseBody | None:
         """Returns the result, or None if it is still pending after so many seconds."""
         try:
             await asyncio.wait_for(self._done.wait(), seconds)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from cookbook import models
 from cookbook.errors import ClosedError, RequestError, describe
 from cookbook.server.options import ServerOptions
-from cookbook.server.promises import Answer, Promise, Promises, Refusal
+from cookbook.server.promises import Promise, Promises, Refusal, ResponseBody
 from cookbook.server.sessions import ServedModel, ServerSession
 from cookbook.server.store import CheckpointStore
 from cookbook.server.tinker_requests import metadata_of
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 Dispatch = Callable[[Promise], Any]
-Finish = Callable[[Any], Awaitable[Answer]]
+Finish = Callable[[Any], Awaitable[ResponseBody]]
 
 _SECONDS_FOR_MISSING = 120.0
 """How long later requests of a model wait for one that has not arrived."""
@@ -166,7 +166,7 @@ class ServerState:
         else:
             self.start(self.finish(promise, finish(dispatched)))
 
-    async def finish(self, promise: Promise, answer: Awaitable[Answer]) -> None:
+    async def finish(self, promise: Promise, answer: Awaitable[ResponseBody]) -> None:
         """Completes a promise."""
         try:
             promise.complete(await answer)

@@ -67,5 +67,14 @@ class CheckpointStore:
             raise CheckpointError(f"{name!r} is the folder of the sampler's weights. Choose another name.")
         return checkpoint.checkpoint_path(folder if kind == "weights" else folder / SAMPLER_FOLDER, name)
 
+    def sampler_paths(self) -> list[str]:
+        """Returns the paths of the weights that were saved for samplers."""
+        found = []
+        for folder in sorted(self.folder.glob(f"*-train-*/{SAMPLER_FOLDER}/*")):
+            run = folder.parent.parent.name.replace("-train-", ":train:")
+            if _RUN_ID.fullmatch(run) and files.PLAIN_NAME.fullmatch(folder.name):
+                found.append(self.tinker_path(run, SAMPLER_FOLDER, folder.name))
+        return found
+
     def tinker_path(self, run_id: str, kind: str, name: str) -> str:
         return f"{_SCHEME}{run_id}/{kind}/{name}"

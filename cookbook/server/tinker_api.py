@@ -26,7 +26,7 @@ from cookbook.engine import checkpoint
 from cookbook.errors import CookbookError, RequestError
 from cookbook.server import tinker_requests, wire
 from cookbook.server.bodies import read_body
-from cookbook.server.promises import PROTOBUF, Answer, Promise, Refusal
+from cookbook.server.promises import PROTOBUF, Promise, Refusal, ResponseBody
 from cookbook.server.sessions import ServedModel, ServedSampler, ServerSession, Turns
 from cookbook.server.state import Finish, ServerState
 from cookbook.server.tinker_requests import TESTED_SDK, check_sdk, minor, tested
@@ -316,12 +316,14 @@ class TinkerApi:
             self._state.check_room()
             return model.open_client().save_weights_and_get_sampling_client()
 
-        async def finish(client: SamplingClient) -> Answer:
+        async def finish(client: SamplingClient) -> ResponseBody:
             loaded: asyncio.Future[SamplingClient] = asyncio.get_running_loop().create_future()
             loaded.set_result(client)
             base_model = self._state.served_model(model.open_client().get_info().model_name)
             session.samplers[sampler_id] = ServedSampler(sampler_id, base_model, None, loaded)
-            return Answer.of_json({"sampling_session_id": sampler_id, "type": "save_weights_for_sampler"})
+            return ResponseBody.of_json(
+                {"sampling_session_id": sampler_id, "type": "save_weights_for_sampler"}
+            )
 
         return self._in_turn(model, seq_id, "save_weights_for_sampler", dispatch, finish)
 
@@ -366,7 +368,7 @@ class TinkerApi:
         ids = [f"{request_id}:{number}" for number in range(body.num_samples)]
         return JSONResponse({"request_id": request_id, "sample_sequence_ids": ids})
 
-    async def _sample(self, sampler: ServedSampler, body: wire_types.SampleRequest) -> Answer:
+    async def _sample(self, sampler: ServedSampler, body: wire_types.SampleRequest) -> ResponseBody:
         client = await asyncio.shield(sampler.client)
         prompt = tinker_requests.prompt_of(body.prompt)
         params = tinker_requests.sampling_params(body.sampling_params)
@@ -375,7 +377,7 @@ class TinkerApi:
         future = await asyncio.to_thread(client.sample, prompt, body.num_samples, params, with_scores)
         response = await future
         response = tinker_requests.last_scores(response, body.prompt_logprobs_last_n)
-        return Answer(wire.sample_response(response), PROTOBUF)
+        return ResponseBody(wire.sample_response(response), PROTOBUF)
 
     async def get_sampler(self, request: Request) -> Response:
         sampler_id = request.path_params["sampler_id"]
@@ -436,8 +438,8 @@ class TinkerApi:
 def _json(of: Callable[[Any], dict[str, Any]]) -> Finish:
     """Returns what makes a JSON answer of the result of a client's call."""
 
-    async def finish(dispatched: APIFuture[Any] | None) -> Answer:
-        return Answer.of_json(of(None if dispatched is None else await dispatched))
+    async def finish(dispatched: APIFuture[Any] | None) -> ResponseBody:
+        return ResponseBody.of_json(of(None if dispatched is None else await dispatched))
 
     return finish
 
@@ -445,8 +447,8 @@ def _json(of: Callable[[Any], dict[str, Any]]) -> Finish:
 def _proto(of: Callable[[Any], bytes]) -> Finish:
     """Returns what makes a protobuf answer of the result of a client's call."""
 
-    async def finish(dispatched: APIFuture[Any]) -> Answer:
-        return Answer(await asyncio.to_thread(of, await dispatched), PROTOBUF)
+    async def finish(dispatched: APIFuture[Any]) -> ResponseBody:
+        return ResponseBody(await asyncio.to_thread(of, await dispatched), PROTOBUF)
 
     return finish
 

@@ -15,8 +15,9 @@ from cookbook.engine.sampling.stop_rule import StopRule, stop_items
 from cookbook.errors import RequestError
 from cookbook.types import SampleResponse, SamplingParams
 
-OnToken = Callable[[int, int], None]
-"""Called with (index of the sample, token) on the engine's thread as soon as a token is sampled."""
+OnToken = Callable[[int, int, float], None]
+"""Called with the index of the sample, a token and its log-probability on the engine's thread, as soon as the
+token is sampled."""
 
 
 @dataclass(eq=False)

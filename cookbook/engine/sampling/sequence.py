@@ -60,4 +60,4 @@ class Sequence:
         elif len(self.tokens) == request.max_tokens or request.is_abandoned:
             self.stop_reason = "length"
         if request.on_token is not None:
-            request.on_token(self.index, token)
+            request.on_token(self.index, token, logprob)

@@ -19,12 +19,7 @@ class StopRule:
         self._token_ids = {int(item) for item in stop if not isinstance(item, str)}
         self._token_ids.update(params.stop_token_ids or ())
         if params.stop is None and not self._token_ids:
-            configured = getattr(base.model.generation_config, "eos_token_id", None)
-            if configured is None:
-                configured = base.tokenizer.eos_token_id
-            if configured is not None:
-                is_list = isinstance(configured, (list, tuple))
-                self._token_ids.update(configured if is_list else [int(configured)])
+            self._token_ids.update(end_tokens(base))
         self._tokenizer = base.tokenizer
         self._tail_tokens = max((len(string.encode()) for string in self._strings), default=0) + 4
         """A token has at least one byte, so a stop string spans at most this many tokens."""
@@ -38,6 +33,16 @@ class StopRule:
         known = known_tokens(self._tokenizer, tokens[-self._tail_tokens :])
         tail = self._tokenizer.decode(known)
         return any(string in tail for string in self._strings)
+
+
+def end_tokens(base: BaseModel) -> list[int]:
+    """Returns the tokens with which the model ends a sequence by itself."""
+    configured = getattr(base.model.generation_config, "eos_token_id", None)
+    if configured is None:
+        configured = base.tokenizer.eos_token_id
+    if configured is None:
+        return []
+    return [*configured] if isinstance(configured, (list, tuple)) else [int(configured)]
 
 
 def stop_items(params: SamplingParams) -> list[str | int]:

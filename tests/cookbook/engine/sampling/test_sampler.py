@@ -527,7 +527,7 @@ def test_weights_of_nan_fail_every_request_and_no_other_model(base: BaseModel, a
 
 
 def test_a_request_whose_listener_raises_fails_alone(base: BaseModel, adapter: Adapter) -> None:
-    def refuse(index: int, token: int) -> None:
+    def refuse(index: int, token: int, logprob: float) -> None:
         raise RuntimeError("no listener")
 
     requests = [make_request(base, prompt=prompt, seed=1) for prompt in SOUND_PROMPTS]
