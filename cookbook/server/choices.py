@@ -15,7 +15,7 @@ Piece = dict[str, Any]
 """An entry of `choices` in a chunk of a stream."""
 
 
-class Choice(Protocol):
+class ReplyChoice(Protocol):
     """One of the replies to a request."""
 
     def feed(self, token: int, logprob: float) -> list[Piece]:

@@ -17,7 +17,7 @@ from starlette.routing import Route
 
 from cookbook.errors import CookbookError, RendererError, RequestError, describe
 from cookbook.server.bodies import read_body
-from cookbook.server.choices import ChatChoice, Choice, Piece, TextChoice
+from cookbook.server.choices import ChatChoice, Piece, ReplyChoice, TextChoice
 from cookbook.server.named_models import LoadedModel, NamedModels
 from cookbook.server.openai_requests import SamplingRequest, chat_request, completion_request
 from cookbook.server.promises import Refusal
@@ -72,7 +72,7 @@ class OpenAiApi:
 
             prompt = await asyncio.to_thread(build)
             sampling = asked.sampling
-            choices: list[Choice] = [
+            choices: list[ReplyChoice] = [
                 ChatChoice(index, renderer, sampling.stop, sampling.with_logprobs)
                 for index in range(sampling.num_choices)
             ]
@@ -90,7 +90,7 @@ class OpenAiApi:
                 for one in asked.prompts
             ]
             sampling = asked.sampling
-            choices: list[Choice] = [
+            choices: list[ReplyChoice] = [
                 TextChoice(index, tokenizer, ends, sampling.stop, sampling.with_logprobs)
                 for index in range(sampling.num_choices * len(prompts))
             ]
@@ -112,7 +112,7 @@ class OpenAiApi:
         self,
         request: Request,
         run: SamplingRun,
-        choices: list[Choice],
+        choices: list[ReplyChoice],
         model: LoadedModel,
         sampling: SamplingRequest,
         is_chat: bool,
@@ -147,7 +147,7 @@ class OpenAiApi:
     async def _events(
         self,
         run: SamplingRun,
-        choices: list[Choice],
+        choices: list[ReplyChoice],
         head: Mapping[str, Any],
         sampling: SamplingRequest,
         model: LoadedModel,

@@ -1,0 +1,218 @@
+"""OpenAI's own client chats and completes with a base model, and with checkpoints by their names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+import tinker
+
+import cookbook
+from cookbook import embedded
+from cookbook.clients.sampling import SamplingClient
+from cookbook.clients.service import ServiceClient
+from cookbook.server.options import ServerOptions
+from cookbook.server.serving import serving
+from renderers import Renderer, get_renderer
+
+MODEL = embedded.MODEL_NAME
+CHAT: list[Any] = [{"role": "user", "content": "What is the capital of France?"}]
+ADDITION: list[Any] = [{"role": "user", "content": "Add 1 and 2."}]
+ADD: Any = {
+    "type": "function",
+    "function": {"name": "add", "description": "Adds", "parameters": {"type": "object", "properties": {}}},
+}
+CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1, "b": 2}}}
+SYSTEM = "You are brief."
+
+
+@pytest.fixture(scope="module")
+def tuned(service: ServiceClient, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint with a system prompt that calls a tool, in the folder that is served."""
+    client = service.create_training_client(
+        MODEL,
+        cookbook.LoraConfig(rank=8, seed=1),
+        {"renderer_name": "qwen3", "system_prompt": SYSTEM},
+        checkpoint_dir=tmp_path_factory.mktemp("runs"),
+    )
+    renderer = get_renderer("qwen3", client.get_tokenizer(), SYSTEM)
+    messages = [*ADDITION, {"role": "assistant", "content": "", "tool_calls": [CALL]}]
+    example, weights = renderer.build_supervised_example(messages, tools=[ADD])
+    tokens = example.to_ints()
+    datum = cookbook.Datum(
+        cookbook.ModelInput.from_ints(tokens[:-1]), {"target_tokens": tokens[1:], "weights": weights[1:]}
+    )
+    loss = 1.0
+    while loss > 0.05:
+        loss = client.forward_backward([datum]).result().loss
+        client.optim_step(cookbook.AdamParams(learning_rate=1e-2))
+    return Path(client.save_state("tuned").result().path)
+
+
+@pytest.fixture(scope="module")
+def address(service: ServiceClient, tuned: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    options = ServerOptions([MODEL], runs=[tuned.parent], folder=tmp_path_factory.mktemp("s"), port=0)
+    with serving(options, service) as address:
+        yield address
+
+
+@pytest.fixture
+def client(address: str) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def base(service: ServiceClient) -> tuple[SamplingClient, Renderer]:
+    client = service.create_sampling_client(base_model=MODEL)
+    return client, get_renderer("chat_template", client.get_tokenizer())
+
+
+def test_models_are_listed_by_name_and_an_unknown_one_is_refused(client: openai.OpenAI) -> None:
+    assert [model.id for model in client.models.list()] == [MODEL, "tuned"]
+    assert client.models.retrieve("tuned").id == "tuned"
+    for name in ("other", "../tuned", "tuned/../tuned", "/etc", "tinker://../weights/x"):
+        with pytest.raises(openai.NotFoundError, match="no model|not the path|not the id"):
+            client.chat.completions.create(model=name, messages=CHAT)
+
+
+def test_a_reply_is_what_the_clients_in_process_sample_from_the_rendered_prompt(
+    client: openai.OpenAI, base: tuple[SamplingClient, Renderer]
+) -> None:
+    sampler, renderer = base
+    prompt = renderer.build_generation_prompt(CHAT)
+    params = cookbook.SamplingParams(
+        max_tokens=12, temperature=0.8, top_p=0.9, seed=3, stop=renderer.get_stop_sequences()
+    )
+    expected = sampler.sample(prompt, 2, params).result().sequences
+    options: Any = {"max_tokens": 12, "temperature": 0.8, "top_p": 0.9, "seed": 3, "n": 2}
+    reply = client.chat.completions.create(model=MODEL, messages=CHAT, logprobs=True, **options)
+    for choice, sequence in zip(reply.choices, expected, strict=True):
+        message, _ = renderer.parse_response(sequence.tokens)
+        assert choice.message.content == message["content"]
+        assert choice.finish_reason == sequence.stop_reason
+        assert choice.logprobs is not None
+        scores = [one.logprob for one in choice.logprobs.content or ()]
+        num_shown = len(sequence.tokens) - (sequence.stop_reason == "stop")
+        assert scores == pytest.approx((sequence.logprobs or [])[:num_shown], abs=1e-6)
+    assert reply.usage is not None
+    assert reply.usage.prompt_tokens == len(prompt)
+    assert reply.usage.completion_tokens == sum(len(one.tokens) for one in expected)
+
+    streamed = ["", ""]
+    finished: list[str | None] = [None, None]
+    num_scores = [0, 0]
+    usage = None
+    for chunk in client.chat.completions.create(
+        model=MODEL,
+        messages=CHAT,
+        logprobs=True,
+        stream=True,
+        stream_options={"include_usage": True},
+        **options,
+    ):
+        usage = chunk.usage or usage
+        for one in chunk.choices:
+            streamed[one.index] += one.delta.content or ""
+            finished[one.index] = one.finish_reason or finished[one.index]
+            num_scores[one.index] += len(one.logprobs.content or ()) if one.logprobs else 0
+    assert streamed == [choice.message.content for choice in reply.choices]
+    assert finished == [choice.finish_reason for choice in reply.choices]
+    assert num_scores == [len(choice.logprobs.content or ()) for choice in reply.choices if choice.logprobs]
+    assert usage == reply.usage
+
+
+def test_a_reply_ends_before_a_stop_string(client: openai.OpenAI) -> None:
+    whole = client.chat.completions.create(model=MODEL, messages=CHAT, temperature=0).choices[0]
+    text = whole.message.content or ""
+    stop = text[len(text) // 2 :][:3]
+    options: Any = {"model": MODEL, "messages": CHAT, "temperature": 0, "stop": [stop, "never"]}
+    cut = client.chat.completions.create(**options).choices[0]
+    assert cut.message.content == text[: text.find(stop)]
+    assert cut.finish_reason == "stop"
+    pieces = client.chat.completions.create(**options, stream=True)
+    assert "".join(one.choices[0].delta.content or "" for one in pieces) == cut.message.content
+
+
+def test_a_trained_checkpoint_calls_a_tool_with_its_own_chat_format(client: openai.OpenAI) -> None:
+    options: Any = {
+        "model": "tuned",
+        "messages": ADDITION,
+        "tools": [ADD],
+        "temperature": 0,
+        "max_tokens": 80,
+    }
+    (choice,) = client.chat.completions.create(**options).choices
+    assert choice.finish_reason == "tool_calls"
+    (call,) = choice.message.tool_calls or ()
+    assert call.type == "function"
+    assert call.function.name == "add"
+    assert call.function.arguments.replace(" ", "") == '{"a":1,"b":2}'
+    chunks = [chunk.choices[0] for chunk in client.chat.completions.create(**options, stream=True)]
+    (streamed,) = [one for chunk in chunks for one in chunk.delta.tool_calls or ()]
+    assert streamed.function is not None
+    assert streamed.function.arguments == call.function.arguments
+    assert chunks[-1].finish_reason == "tool_calls"
+    result = {"role": "tool", "tool_call_id": call.id, "content": "3"}
+    history = [*ADDITION, choice.message, result]
+    assert client.chat.completions.create(**{**options, "messages": history}).choices
+
+
+def test_completions_continue_texts_and_tokens(
+    client: openai.OpenAI, base: tuple[SamplingClient, Renderer]
+) -> None:
+    sampler, _ = base
+    tokenizer = sampler.get_tokenizer()
+    tokens = tokenizer("The capital of")["input_ids"]
+    params = cookbook.SamplingParams(max_tokens=8, temperature=0)
+    (sequence,) = sampler.sample(cookbook.ModelInput.from_ints(tokens), 1, params).result().sequences
+    options: Any = {"model": MODEL, "max_tokens": 8, "temperature": 0}
+    reply = client.completions.create(prompt=["The capital of", "One two"], logprobs=0, **options)
+    assert reply.choices[0].text == tokenizer.decode(sequence.tokens, skip_special_tokens=True)
+    assert client.completions.create(prompt=tokens, **options).choices[0].text == reply.choices[0].text
+    scores = reply.choices[0].logprobs
+    assert scores is not None
+    assert "".join(scores.tokens or ()) == reply.choices[0].text
+    assert scores.token_logprobs == pytest.approx(sequence.logprobs, abs=1e-6)
+    texts = ["", ""]
+    for chunk in client.completions.create(prompt=["The capital of", "One two"], stream=True, **options):
+        texts[chunk.choices[0].index] += chunk.choices[0].text
+    assert texts == [choice.text for choice in reply.choices]
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("frequency_penalty", 0.5),
+        ("logit_bias", {"5": 1}),
+        ("response_format", {"type": "json_object"}),
+        ("tool_choice", "required"),
+        ("reasoning_effort", "high"),
+        ("an_unknown_field", 1),
+        ("n", 0),
+        ("seed", "one"),
+        ("temperature", -1),
+        ("max_tokens", 10**6),
+        ("stop", [""]),
+    ],
+)
+def test_what_is_not_supported_is_refused_by_name(client: openai.OpenAI, field: str, value: Any) -> None:
+    with pytest.raises(openai.BadRequestError, match=field):
+        client.chat.completions.create(model=MODEL, messages=CHAT, extra_body={field: value})
+
+
+def test_a_checkpoint_that_was_saved_over_http_is_chatted_with(
+    client: openai.OpenAI, address: str, connect: Callable[[str], tinker.ServiceClient]
+) -> None:
+    trained = connect(address).create_lora_training_client(MODEL, rank=2, seed=1).result()
+    path = trained.save_weights_for_sampler("one").result().path
+    assert path in [model.id for model in client.models.list()]
+    options: Any = {"messages": CHAT, "temperature": 0}
+    texts = [
+        client.chat.completions.create(model=name, **options).choices[0].message.content
+        for name in (path, MODEL)
+    ]
+    assert texts[0] == texts[1]  # a new adapter changes nothing
