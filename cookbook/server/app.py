@@ -22,6 +22,7 @@ from cookbook.errors import CookbookError, describe
 from cookbook.server.openai_api import OpenAiApi
 from cookbook.server.options import ServerOptions, is_loopback
 from cookbook.server.promises import Refusal
+from cookbook.server.rest_api import RestApi
 from cookbook.server.state import ServerState
 from cookbook.server.store import CheckpointStore
 from cookbook.server.tinker_api import TinkerApi
@@ -49,7 +50,7 @@ def make_app(service: ServiceClient, options: ServerOptions, store: CheckpointSt
         await state.close()
 
     app = Starlette(
-        routes=[*TinkerApi(state).routes(), *OpenAiApi(state).routes()],
+        routes=[*TinkerApi(state).routes(), *RestApi(state).routes(), *OpenAiApi(state).routes()],
         lifespan=lifespan,
         middleware=[Middleware(Guard, options=options)],
         exception_handlers={

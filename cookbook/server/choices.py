@@ -13,6 +13,8 @@ from renderers import Message, Renderer
 
 Piece = dict[str, Any]
 """An entry of `choices` in a chunk of a stream."""
+Scored = tuple[int, float, Sequence[tuple[int, float]]]
+"""A token, its log-probability, and the most likely tokens in its place with theirs."""
 
 
 class ReplyChoice(Protocol):
@@ -31,7 +33,9 @@ class ReplyChoice(Protocol):
 class ChatChoice:
     """A message of the assistant."""
 
-    def __init__(self, index: int, renderer: Renderer, stop: Sequence[str], with_logprobs: bool) -> None:
+    def __init__(
+        self, index: int, renderer: Renderer, stop: Sequence[str], with_logprobs: bool, num_top: int
+    ) -> None:
         self._index = index
         self._renderer = renderer
         self._parser = renderer.parse_stream()
@@ -39,11 +43,12 @@ class ChatChoice:
         self._cutters = {name: StopCutter(stop) for name in self._shown}
         self._stop = stop
         self._with_logprobs = with_logprobs
+        self._is_scored_at_end = num_top > 0  # the most likely tokens are known with the result
         self._scores: list[Piece] = []
         self._ends = {one for one in renderer.get_stop_sequences() if isinstance(one, int)}
 
     def feed(self, token: int, logprob: float) -> list[Piece]:
-        if self._with_logprobs and token not in self._ends:
+        if self._with_logprobs and not self._is_scored_at_end and token not in self._ends:
             self._scores.append(_score(self._renderer.tokenizer, token, logprob))
         pieces = []
         for field, text in self._parser.feed([token]):
@@ -62,6 +67,8 @@ class ChatChoice:
         if calls:
             numbered = [{"index": number, **call} for number, call in enumerate(calls)]
             pieces.append(self._delta({"tool_calls": numbered}))
+        if self._with_logprobs and self._is_scored_at_end:
+            self._scores = self._all_scores(sequence)
         last = self._delta({})
         last["finish_reason"] = _finish_reason(sequence, bool(calls))
         return [*pieces, last]
@@ -82,8 +89,11 @@ class ChatChoice:
         return choice
 
     def _all_scores(self, sequence: SampledSequence) -> list[Piece]:
-        pairs = zip(sequence.tokens, sequence.logprobs or (), strict=True)
-        return [_score(self._renderer.tokenizer, *pair) for pair in pairs if pair[0] not in self._ends]
+        return [
+            _score(self._renderer.tokenizer, *scored)
+            for scored in _scored(sequence)
+            if scored[0] not in self._ends
+        ]
 
     def _piece(self, field: str, text: str) -> list[Piece]:
         return [self._delta({field: text})] if text else []
@@ -100,7 +110,13 @@ class TextChoice:
     """A text that continues a prompt."""
 
     def __init__(
-        self, index: int, tokenizer: Any, ends: Sequence[int], stop: Sequence[str], with_logprobs: bool
+        self,
+        index: int,
+        tokenizer: Any,
+        ends: Sequence[int],
+        stop: Sequence[str],
+        with_logprobs: bool,
+        num_top: int,
     ) -> None:
         self._index = index
         self._tokenizer = tokenizer
@@ -109,38 +125,48 @@ class TextChoice:
         self._cutter = StopCutter(stop)
         self._text = TextStream(self._decode)
         self._with_logprobs = with_logprobs
-        self._scores: list[tuple[int, float]] = []
+        self._is_scored_at_end = num_top > 0
+        self._scores: list[Scored] = []
         self._offset = 0
 
     def feed(self, token: int, logprob: float) -> list[Piece]:
         if token in self._ends:
             return []
-        self._scores.append((token, logprob))
+        if not self._is_scored_at_end:
+            self._scores.append((token, logprob, ()))
         text = self._cutter.feed(self._text.feed(token))
         return [self._piece(text)] if text else []
 
     def end(self, sequence: SampledSequence) -> list[Piece]:
+        if self._is_scored_at_end:
+            self._scores = self._all_scores(sequence)
         piece = self._piece(self._cutter.feed(self._text.finish()) + self._cutter.finish())
         piece["finish_reason"] = _finish_reason(sequence)
         return [piece]
 
     def whole(self, sequence: SampledSequence) -> Piece:
-        pairs = zip(sequence.tokens, sequence.logprobs or (), strict=True)
-        self._scores = [pair for pair in pairs if pair[0] not in self._ends]
-        piece = self._piece(_cut(self._decode([token for token, _ in self._scores]), self._stop) or "")
+        self._scores = self._all_scores(sequence)
+        piece = self._piece(_cut(self._decode([token for token, *_ in self._scores]), self._stop) or "")
         piece["finish_reason"] = _finish_reason(sequence)
         return piece
+
+    def _all_scores(self, sequence: SampledSequence) -> list[Scored]:
+        return [scored for scored in _scored(sequence) if scored[0] not in self._ends]
 
     def _piece(self, text: str) -> Piece:
         piece: Piece = {"index": self._index, "text": text, "logprobs": None, "finish_reason": None}
         if self._with_logprobs and self._scores:
-            tokens = [self._decode([token]) for token, _ in self._scores]
+            tokens = [self._decode([token]) for token, *_ in self._scores]
             offsets = [self._offset + sum(map(len, tokens[:number])) for number in range(len(tokens))]
             self._offset += sum(map(len, tokens))
             piece["logprobs"] = {
                 "tokens": tokens,
-                "token_logprobs": [logprob for _, logprob in self._scores],
-                "top_logprobs": None,
+                "token_logprobs": [logprob for _, logprob, _ in self._scores],
+                "top_logprobs": [
+                    {self._decode([one]): logprob for one, logprob in top} for _, _, top in self._scores
+                ]
+                if self._is_scored_at_end
+                else None,
                 "text_offset": offsets,
             }
         self._scores = []
@@ -160,15 +186,23 @@ def _cut(text: Any, stop: Sequence[str]) -> str | None:
     return cutter.feed(text) + cutter.finish()
 
 
-def _score(tokenizer: Any, token: int, logprob: float) -> Piece:
+def _scored(sequence: SampledSequence) -> list[Scored]:
+    tops = sequence.topk_logprobs or [None] * len(sequence.tokens)
+    triples = zip(sequence.tokens, sequence.logprobs or (), tops, strict=True)
+    return [(token, logprob, top or ()) for token, logprob, top in triples]
+
+
+def _score(tokenizer: Any, token: int, logprob: float, top: Sequence[tuple[int, float]] = ()) -> Piece:
     text = str(tokenizer.decode([token], skip_special_tokens=False)) if token < len(tokenizer) else ""
     whole = "\ufffd" not in text  # a token may be a part of a character
-    return {
-        "token": text,
-        "logprob": logprob,
-        "bytes": [*text.encode()] if whole else None,
-        "top_logprobs": [],
-    }
+    scored: Piece = {"token": text, "logprob": logprob, "bytes": [*text.encode()] if whole else None}
+    return {**scored, "top_logprobs": [_without_top(tokenizer, *one) for one in top]}
+
+
+def _without_top(tokenizer: Any, token: int, logprob: float) -> Piece:
+    scored = _score(tokenizer, token, logprob)
+    del scored["top_logprobs"]
+    return scored
 
 
 def _calls(message: Message) -> list[dict[str, Any]]:

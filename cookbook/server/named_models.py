@@ -11,18 +11,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cookbook import models
-from cookbook.clients.training import SAMPLER_FOLDER
 from cookbook.errors import CheckpointError, CookbookError
 from cookbook.runs.find import find_trained_model, recorded_template_kwargs
 from cookbook.server.promises import Refusal
 from cookbook.server.state import ServerState
+from cookbook.types import TINKER_SCHEME
 from cookbook.utils import files
 from renderers import Renderer, get_renderer
 
 if TYPE_CHECKING:
     from cookbook.clients.sampling import SamplingClient
-
-_SCHEME = "tinker://"
 
 
 @dataclass
@@ -61,7 +59,7 @@ class NamedModels:
         """
         if name in self._state.options.models:
             return None
-        if name.startswith(_SCHEME):
+        if name.startswith(TINKER_SCHEME):
             return str(self._state.store.path_of(name))
         run, _, checkpoint_name = name.partition("/")
         folder = self._runs.get(run)
@@ -161,7 +159,7 @@ def run_folders(given: Sequence[Path]) -> dict[str, Path]:
             raise CheckpointError(f"{folder} is no folder of a run or a checkpoint, and holds none.")
         for path in inside:
             name = path.resolve().name
-            if not files.PLAIN_NAME.fullmatch(name) or name == SAMPLER_FOLDER:
+            if not files.PLAIN_NAME.fullmatch(name):
                 raise CheckpointError(f"{path} cannot be served by its name. Rename it.")
             if found.setdefault(name, path) != path:
                 raise CheckpointError(f"{found[name]} and {path} have one name. Serve one of them.")

@@ -73,11 +73,11 @@ class OpenAiApi:
             prompt = await asyncio.to_thread(build)
             sampling = asked.sampling
             choices: list[ReplyChoice] = [
-                ChatChoice(index, renderer, sampling.stop, sampling.with_logprobs)
+                ChatChoice(index, renderer, sampling.stop, sampling.with_logprobs, sampling.num_top)
                 for index in range(sampling.num_choices)
             ]
             params = _with_stops(sampling, renderer.get_stop_sequences())
-            run = SamplingRun(model.client, [prompt], sampling.num_choices, params)
+            run = SamplingRun(model.client, [prompt], sampling.num_choices, params, sampling.num_top)
             return await self._answer(request, run, choices, model, sampling, is_chat=True)
 
     async def completions(self, request: Request) -> Response:
@@ -91,10 +91,12 @@ class OpenAiApi:
             ]
             sampling = asked.sampling
             choices: list[ReplyChoice] = [
-                TextChoice(index, tokenizer, ends, sampling.stop, sampling.with_logprobs)
+                TextChoice(index, tokenizer, ends, sampling.stop, sampling.with_logprobs, sampling.num_top)
                 for index in range(sampling.num_choices * len(prompts))
             ]
-            run = SamplingRun(model.client, prompts, sampling.num_choices, _with_stops(sampling, ends))
+            run = SamplingRun(
+                model.client, prompts, sampling.num_choices, _with_stops(sampling, ends), sampling.num_top
+            )
             return await self._answer(request, run, choices, model, sampling, is_chat=False)
 
     @contextlib.contextmanager
@@ -117,8 +119,6 @@ class OpenAiApi:
         sampling: SamplingRequest,
         is_chat: bool,
     ) -> Response:
-        if sampling.num_top:
-            raise Refusal(400, "The log-probabilities of the most likely tokens are not supported.")
         await run.start(with_tokens=sampling.is_stream)
         kind = "chat.completion" if is_chat else "text_completion"
         head = {

@@ -24,10 +24,10 @@ class ServerOptions:
 
     models: Sequence[str]
     """The base models that clients may name. The first one is loaded when the server starts."""
-    runs: Sequence[Path] = ()
-    """Folders of runs or checkpoints, or of several of them, that OpenAI's clients sample from by name."""
     folder: Path = DEFAULT_FOLDER
     """Where checkpoints are saved. One server uses it at a time."""
+    runs: Sequence[Path] = ()
+    """Folders of runs or checkpoints, or of several of them, that OpenAI's clients sample from by name."""
     host: str = LOOPBACK
     port: int = 8000
     api_key: str | None = field(default=None, repr=False)

@@ -20,12 +20,18 @@ class SamplingRun:
     """Samples several continuations of each of some prompts. They are numbered through."""
 
     def __init__(
-        self, client: SamplingClient, prompts: Sequence[ModelInput], num_choices: int, params: SamplingParams
+        self,
+        client: SamplingClient,
+        prompts: Sequence[ModelInput],
+        num_choices: int,
+        params: SamplingParams,
+        num_top: int = 0,
     ) -> None:
         self._client = client
         self._prompts = prompts
         self._num_choices = num_choices
         self._params = params
+        self._num_top = num_top
         self._futures: list[SampleFuture] = []
         self._loop = asyncio.get_running_loop()
         self._arrived: asyncio.Queue[Token | None] = asyncio.Queue()
@@ -40,7 +46,12 @@ class SamplingRun:
             for number, prompt in enumerate(self._prompts):
                 listener = partial(self._put, number * self._num_choices) if with_tokens else None
                 future = await asyncio.to_thread(
-                    self._client.sample_with_listener, prompt, self._num_choices, self._params, listener
+                    self._client.sample_with_listener,
+                    prompt,
+                    self._num_choices,
+                    self._params,
+                    listener,
+                    self._num_top,
                 )
                 self._futures.append(future)
         except BaseException:

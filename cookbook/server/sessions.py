@@ -93,8 +93,25 @@ class ServedSampler:
     sampler_id: str
     base_model: str
     model_path: str | None
-    client: asyncio.Future[SamplingClient]
-    """It may still be loading."""
+    client: asyncio.Future[SamplingClient] | None
+    """It may still be loading. None if it was freed because others were used after it."""
+    load: Callable[[], SamplingClient] | None = None
+    """Loads it again. None for a snapshot, which is not saved."""
+    num_pending: int = 0
+    last_used: float = field(default_factory=time.monotonic)
+
+    def loading(self) -> asyncio.Future[SamplingClient]:
+        """Returns the client, which may be loading. Raises RequestError for a snapshot that was freed."""
+        self.last_used = time.monotonic()
+        if self.client is None and self.load is None:
+            raise RequestError(
+                f"The snapshot {self.sampler_id} was freed, because many newer ones were used after it. Keep "
+                f"weights with save_weights_for_sampler, and sample from their path."
+            )
+        if self.client is None:
+            assert self.load is not None
+            self.client = asyncio.create_task(asyncio.to_thread(self.load))
+        return self.client
 
 
 class ServerSession:
@@ -115,4 +132,4 @@ class ServerSession:
 
     @property
     def num_adapters(self) -> int:
-        return len(self.models) + len(self.samplers)
+        return len(self.models) + sum(one.client is not None for one in self.samplers.values())

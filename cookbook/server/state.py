@@ -30,6 +30,10 @@ Finish = Callable[[Any], Awaitable[ResponseBody]]
 _SECONDS_FOR_MISSING = 120.0
 """How long later requests of a model wait for one that has not arrived."""
 _CHECK_SECONDS = 1.0
+_SECONDS_BETWEEN_EXPIRIES = 30.0
+_MAX_SNAPSHOTS = 16
+"""How many samplers of a session are in memory. More than a program uses at a time, such as while it trains
+on samples of earlier weights."""
 
 
 class ServerState:
@@ -41,6 +45,7 @@ class ServerState:
         self.store = store
         self.sessions: dict[str, ServerSession] = {}
         self.promises = Promises(options.result_seconds)
+        self._looked_for_expired = 0.0
         self._tasks: set[asyncio.Task[None]] = set()
         self._locations = {models.canonical_name(name): name for name in options.models}
 
@@ -111,7 +116,17 @@ class ServerState:
                 await asyncio.to_thread(model.client.close)
                 model.client = None
         for sampler in session.samplers.values():
+            if sampler.client is not None:
+                self._release(sampler.client)
+
+    def make_room_for_sampler(self, session: ServerSession) -> None:
+        """Frees the sampler of a session that was not used for the longest time, if it has many."""
+        loaded = [one for one in session.samplers.values() if one.client is not None]
+        idle = sorted((one for one in loaded if not one.num_pending), key=lambda one: one.last_used)
+        for sampler in idle[: max(0, len(loaded) + 1 - _MAX_SNAPSHOTS)]:
+            assert sampler.client is not None
             self._release(sampler.client)
+            sampler.client = None
 
     def _release(self, loading: asyncio.Future[SamplingClient]) -> None:
         """Closes a sampling client, once it is loaded."""
@@ -175,7 +190,10 @@ class ServerState:
 
     def fail(self, promise: Promise, error: BaseException) -> None:
         """Fails a promise. The message does not show where the server's folder is."""
-        promise.fail(error, describe(error).replace(f"{self.store.folder}/", ""))
+        promise.fail(error, self.without_folder(describe(error)))
+
+    def without_folder(self, text: str) -> str:
+        return text.replace(f"{self.store.folder}/", "").replace(str(self.store.folder), "its folder")
 
     # -- housekeeping -----------------------------------------------------------------------
 
@@ -190,6 +208,9 @@ class ServerState:
 
     async def check_once(self, now: float) -> None:
         self.promises.forget_read(now)
+        if now - self._looked_for_expired > _SECONDS_BETWEEN_EXPIRIES:
+            self._looked_for_expired = now
+            await asyncio.to_thread(self.store.remove_expired)
         for session in list(self.sessions.values()):
             if now - session.last_seen > self.options.session_timeout_seconds:
                 logger.info("Session %s has ended: it sent no heartbeat.", session.session_id)

@@ -1,26 +1,35 @@
-"""The folder of a server: a folder for each training run, with its checkpoints.
+"""The folder of a server: a folder for each training run, named by its id, with its checkpoints.
 
-<run>/.run.json                       the base model, the adapter and the metadata of a run
-<run>/<name>/                         a checkpoint of save_state:   tinker://<run>/weights/<name>
-<run>/sampler_weights/<name>/         weights for samplers:         tinker://<run>/sampler_weights/<name>
-
-A run is named <session>:train:<number>, and its folder <session>-train-<number>.
+Below a run's folder things lie as the clients in process write them (`checkpoint_root.py`).
 """
 
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from cookbook.clients.training import SAMPLER_FOLDER
-from cookbook.engine import checkpoint
+from cookbook.clients import checkpoint_root
+from cookbook.clients.checkpoint_root import CheckpointRoot
+from cookbook.clients.rest import RestClient
 from cookbook.errors import CheckpointError, ConfigError
+from cookbook.types import FOLDER_OF_TYPE, TINKER_SCHEME, CheckpointType
 from cookbook.utils import files
 
-_RUN_ID = re.compile(r"(?P<session>[0-9a-f]{16}):train:(?P<number>\d{1,9})")
-_SCHEME = "tinker://"
-KINDS = ("weights", "sampler_weights")
+_RUN_ID = re.compile(r"[0-9a-f]{16}:train:\d{1,9}")
+
+
+@dataclass(frozen=True)
+class ServerRoot(CheckpointRoot):
+    """The runs in the folder of a server."""
+
+    place: Path = Path()
+    says_tinker_paths: bool = True
+
+    @property
+    def root(self) -> Path:
+        return self.place
 
 
 class CheckpointStore:
@@ -35,46 +44,47 @@ class CheckpointStore:
             raise ConfigError(
                 f"Another server uses {self.folder}. Stop it, or give another folder with folder=."
             ) from error
+        self.root = ServerRoot(place=self.folder)
+        self.rest = RestClient(root=self.root)
 
     def close(self) -> None:
         self._lock.close()
 
     def folder_of(self, run_id: str) -> Path:
         """Returns the folder of a run, which may not exist. Raises CheckpointError for an invalid name."""
-        match = _RUN_ID.fullmatch(run_id)
-        if match is None:
+        if _RUN_ID.fullmatch(run_id) is None:
             raise CheckpointError(f"{run_id!r} is not the id of a training run of this server.")
-        return self.folder / f"{match['session']}-train-{match['number']}"
+        return self.folder / run_id
 
     def path_of(self, tinker_path: str) -> Path:
-        """Returns the folder of a checkpoint. Raises CheckpointError unless it exists."""
-        parts = tinker_path.removeprefix(_SCHEME).split("/")
-        if not tinker_path.startswith(_SCHEME) or len(parts) != 3 or parts[1] not in KINDS:
+        """Returns the folder of a checkpoint.
+
+        Raises RequestError for another form, and CheckpointError unless it exists.
+        """
+        if not tinker_path.startswith(TINKER_SCHEME):
             raise CheckpointError(
                 f"{tinker_path!r} is not the path of a checkpoint. Use tinker://<run>/weights/<name> or "
                 f"tinker://<run>/sampler_weights/<name>, as save_state and save_weights_for_sampler return."
             )
-        run_id, kind, name = parts
-        path = self.place_of(run_id, kind, name)
-        if not path.is_dir() or path.is_symlink():
-            raise CheckpointError(f"There is no checkpoint {tinker_path} on this server.")
-        return path
+        return Path(self.root.folder(tinker_path))
 
-    def place_of(self, run_id: str, kind: str, name: str) -> Path:
+    def place_of(self, run_id: str, kind: CheckpointType, name: str) -> Path:
         """Returns where a checkpoint is or would be. Raises CheckpointError for an invalid name."""
-        folder = self.folder_of(run_id)
-        if kind == "weights" and name == SAMPLER_FOLDER:
-            raise CheckpointError(f"{name!r} is the folder of the sampler's weights. Choose another name.")
-        return checkpoint.checkpoint_path(folder if kind == "weights" else folder / SAMPLER_FOLDER, name)
+        return checkpoint_root.place(self.folder_of(run_id), kind, name)
+
+    def tinker_path(self, run_id: str, kind: CheckpointType, name: str) -> str:
+        return f"{TINKER_SCHEME}{run_id}/{FOLDER_OF_TYPE[kind]}/{name}"
 
     def sampler_paths(self) -> list[str]:
         """Returns the paths of the weights that were saved for samplers."""
-        found = []
-        for folder in sorted(self.folder.glob(f"*-train-*/{SAMPLER_FOLDER}/*")):
-            run = folder.parent.parent.name.replace("-train-", ":train:")
-            if _RUN_ID.fullmatch(run) and files.PLAIN_NAME.fullmatch(folder.name):
-                found.append(self.tinker_path(run, SAMPLER_FOLDER, folder.name))
-        return found
+        return [
+            self.tinker_path(run_id, kind, folder.name)
+            for run_id, run in self.root.runs().items()
+            for kind, folder in checkpoint_root.checkpoints_of(run)
+            if kind == "sampler"
+        ]
 
-    def tinker_path(self, run_id: str, kind: str, name: str) -> str:
-        return f"{_SCHEME}{run_id}/{kind}/{name}"
+    def remove_expired(self) -> None:
+        """Removes the checkpoints whose time to live has ended."""
+        for run in self.root.runs().values():
+            checkpoint_root.remove_expired(run)

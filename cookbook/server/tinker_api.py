@@ -9,7 +9,8 @@ its name.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -22,6 +23,7 @@ from tinker import types as wire_types
 
 from cookbook import models
 from cookbook.clients.futures import APIFuture
+from cookbook.clients.recorded import RECORDED
 from cookbook.engine import checkpoint
 from cookbook.errors import CookbookError, RequestError
 from cookbook.server import tinker_requests, wire
@@ -35,6 +37,8 @@ from cookbook.types import LossFnType
 if TYPE_CHECKING:
     from cookbook.clients.sampling import SamplingClient
     from cookbook.clients.training import TrainingClient
+
+_MAX_SAMPLES = 4096
 
 Body = TypeVar("Body", bound=pydantic.BaseModel)
 
@@ -60,6 +64,7 @@ class TinkerApi:
             "optim_step": self.optim_step,
             "save_weights": self.save_weights,
             "save_weights_for_sampler": self.save_weights_for_sampler,
+            "save_weights_external": self.save_weights_external,
             "create_sampling_session": self.create_sampling_session,
             "asample": self.asample,
             "retrieve_future": self.retrieve_future,
@@ -277,10 +282,12 @@ class TinkerApi:
         name = _name(body.path)
 
         def dispatch(promise: Promise) -> APIFuture[Any]:
-            self._state.store.place_of(model.model_id, "weights", name)
-            return model.open_client().save_state(name, body.ttl_seconds, overwrite=body.overwrite)
+            self._state.store.place_of(model.model_id, "training", name)
+            return model.open_client().save_state(
+                name, body.ttl_seconds, body.overwrite, tinker_requests.metadata_of(body.user_metadata)
+            )
 
-        path = self._state.store.tinker_path(model.model_id, "weights", name)
+        path = self._state.store.tinker_path(model.model_id, "training", name)
         finish = _json(lambda _: {"path": path, "type": "save_weights"})
         return self._in_turn(model, seq_id, "save_weights", dispatch, finish)
 
@@ -293,12 +300,26 @@ class TinkerApi:
         name = _name(body.path)
 
         def dispatch(promise: Promise) -> APIFuture[Any]:
-            self._state.store.place_of(model.model_id, "sampler_weights", name)
-            return model.open_client().save_weights_for_sampler(name, body.ttl_seconds)
+            self._state.store.place_of(model.model_id, "sampler", name)
+            metadata = tinker_requests.metadata_of(body.user_metadata)
+            return model.open_client().save_weights_for_sampler(name, body.ttl_seconds, metadata)
 
-        path = self._state.store.tinker_path(model.model_id, "sampler_weights", name)
+        path = self._state.store.tinker_path(model.model_id, "sampler", name)
         finish = _json(lambda _: {"path": path, "type": "save_weights_for_sampler"})
         return self._in_turn(model, seq_id, "save_weights_for_sampler", dispatch, finish)
+
+    async def save_weights_external(self, request: Request) -> Response:
+        body = await self._parse(request, wire_types.SaveWeightsExternalRequest)
+        model, seq_id = self._model(body.model_id, body.seq_id)
+
+        def dispatch(promise: Promise) -> APIFuture[Any]:
+            self._state.store.place_of(model.model_id, "external", body.path)
+            recipients = body.age_encryption_recipients
+            return model.open_client().save_weights_external(body.path, body.ttl_seconds, recipients)
+
+        path = self._state.store.tinker_path(model.model_id, "external", body.path)
+        finish = _json(lambda _: {"path": path, "type": "save_weights_external"})
+        return self._in_turn(model, seq_id, "save_weights_external", dispatch, finish)
 
     def _snapshot(
         self,
@@ -310,16 +331,20 @@ class TinkerApi:
         """Makes a sampler of the model's weights, which is not saved."""
         if body.sampling_session_seq_id is None:
             raise Refusal(422, "save_weights_for_sampler needs a path or a sampling_session_seq_id.")
+        for field in ("ttl_seconds", "user_metadata"):
+            if getattr(body, field) is not None:
+                raise Refusal(422, f"{field} needs a path: a snapshot is kept until its session ends.")
         sampler_id = f"{session.session_id}:sample:{body.sampling_session_seq_id}"
 
         def dispatch(promise: Promise) -> SamplingClient:
             self._state.check_room()
-            return model.open_client().save_weights_and_get_sampling_client()
+            return model.open_client().save_weights_and_get_sampling_client(kind=body.kind)
 
         async def finish(client: SamplingClient) -> ResponseBody:
             loaded: asyncio.Future[SamplingClient] = asyncio.get_running_loop().create_future()
             loaded.set_result(client)
             base_model = self._state.served_model(model.open_client().get_info().model_name)
+            self._state.make_room_for_sampler(session)
             session.samplers[sampler_id] = ServedSampler(sampler_id, base_model, None, loaded)
             return ResponseBody.of_json(
                 {"sampling_session_id": sampler_id, "type": "save_weights_for_sampler"}
@@ -338,10 +363,10 @@ class TinkerApi:
                 base_model, path = await asyncio.to_thread(self._weights_of, body)
             except CookbookError as error:
                 raise Refusal(404, str(error)) from error
-            loading = asyncio.create_task(
-                asyncio.to_thread(self._state.service.create_sampling_client, path, base_model)
-            )
-            session.samplers[sampler_id] = ServedSampler(sampler_id, base_model, body.model_path, loading)
+            self._state.make_room_for_sampler(session)
+            load = partial(self._state.service.create_sampling_client, path, base_model)
+            session.samplers[sampler_id] = ServedSampler(sampler_id, base_model, body.model_path, None, load)
+            session.samplers[sampler_id].loading()
         return JSONResponse({"sampling_session_id": sampler_id, "type": "create_sampling_session"})
 
     def _weights_of(self, body: wire_types.CreateSamplingSessionRequest) -> tuple[str, Path | None]:
@@ -362,22 +387,32 @@ class TinkerApi:
         if (sampler := session.samplers.get(body.sampling_session_id)) is None:
             raise Refusal(404, f"There is no sampling session {body.sampling_session_id!r} on this server.")
         request_id = f"{sampler.sampler_id}:{body.seq_id}"
+        ids = [f"{request_id}:{number}" for number in range(min(body.num_samples, _MAX_SAMPLES))]
+        if len(ids) < body.num_samples:
+            raise Refusal(422, f"Invalid num_samples={body.num_samples}: must be at most {_MAX_SAMPLES}.")
         promise = self._state.promise(request_id, "sample")
         if promise is not None:
-            self._state.start(self._state.finish(promise, self._sample(sampler, body)))
-        ids = [f"{request_id}:{number}" for number in range(body.num_samples)]
+            self._state.start(self._state.finish(promise, self._sample(sampler, body, ids)))
         return JSONResponse({"request_id": request_id, "sample_sequence_ids": ids})
 
-    async def _sample(self, sampler: ServedSampler, body: wire_types.SampleRequest) -> ResponseBody:
-        client = await asyncio.shield(sampler.client)
-        prompt = tinker_requests.prompt_of(body.prompt)
-        params = tinker_requests.sampling_params(body.sampling_params)
-        tinker_requests.check_sampling(body, len(prompt))
-        with_scores = bool(body.prompt_logprobs)
-        future = await asyncio.to_thread(client.sample, prompt, body.num_samples, params, with_scores)
-        response = await future
-        response = tinker_requests.last_scores(response, body.prompt_logprobs_last_n)
-        return ResponseBody(wire.sample_response(response), PROTOBUF)
+    async def _sample(
+        self, sampler: ServedSampler, body: wire_types.SampleRequest, ids: Sequence[str]
+    ) -> ResponseBody:
+        sampler.num_pending += 1
+        try:
+            client = await asyncio.shield(sampler.loading())
+            arguments = tinker_requests.sample_arguments(body)
+            response = await (await asyncio.to_thread(partial(client.sample, **arguments)))
+        finally:
+            sampler.num_pending -= 1
+        named = [
+            replace(sequence, sequence_id=name)
+            for name, sequence in zip(ids, response.sequences, strict=True)
+        ]
+        if body.record_stability_info:
+            RECORDED.add(named)
+        content = await asyncio.to_thread(wire.sample_response, replace(response, sequences=named))
+        return ResponseBody(content, PROTOBUF)
 
     async def get_sampler(self, request: Request) -> Response:
         sampler_id = request.path_params["sampler_id"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import pydantic
@@ -11,14 +10,7 @@ from tinker import types as wire_types
 
 from cookbook.errors import RequestError
 from cookbook.server.promises import Refusal
-from cookbook.types import (
-    AdamParams,
-    EncodedTextChunk,
-    LoraConfig,
-    ModelInput,
-    SampleResponse,
-    SamplingParams,
-)
+from cookbook.types import AdamParams, EncodedTextChunk, LoraConfig, ModelInput, SamplingParams, TensorData
 
 TESTED_SDK = "0.38.0"
 """The version of the SDK that the tests run with."""
@@ -98,30 +90,20 @@ def prompt_of(given: Any) -> ModelInput:
     return ModelInput([EncodedTextChunk(chunk.tokens) for chunk in given.chunks])
 
 
-def check_sampling(body: wire_types.SampleRequest, num_tokens: int) -> None:
-    """Raises RequestError for what this server does not sample or score."""
-    unsupported = {
+def sample_arguments(body: wire_types.SampleRequest) -> dict[str, Any]:
+    """Returns the arguments of `SamplingClient.sample`. Raises RequestError for what is not read here."""
+    for name, is_given in (("base_model", body.base_model), ("model_path", body.model_path)):
+        if is_given is not None:
+            raise RequestError(f"{name} is not read with a sampling_session_id. Omit it.")
+    targets = body.target_prompt_logprobs
+    return {
+        "prompt": prompt_of(body.prompt),
+        "num_samples": body.num_samples,
+        "sampling_params": sampling_params(body.sampling_params),
+        "include_prompt_logprobs": bool(body.prompt_logprobs),
         "topk_prompt_logprobs": body.topk_prompt_logprobs,
         "topk_sample_logprobs": body.topk_sample_logprobs,
-        "target_prompt_logprobs": body.target_prompt_logprobs is not None,
+        "target_prompt_logprobs": None if targets is None else TensorData(**targets.model_dump()),
         "prompt_alt_tokens_k": body.prompt_alt_tokens_k,
-        "base_model": body.base_model is not None,
-        "model_path": body.model_path is not None,
+        "prompt_logprobs_last_n": body.prompt_logprobs_last_n,
     }
-    for name, is_given in unsupported.items():
-        if is_given:
-            raise RequestError(f"{name} is not supported by this server. Omit it.")
-    last = body.prompt_logprobs_last_n
-    if last is not None and not (body.prompt_logprobs and 1 <= last < num_tokens):
-        raise RequestError(
-            f"Invalid prompt_logprobs_last_n={last}: must be from 1 to the prompt's length - 1 "
-            f"({num_tokens - 1}), together with prompt_logprobs."
-        )
-
-
-def last_scores(response: SampleResponse, last: int | None) -> SampleResponse:
-    """Returns the response with the scores of the last tokens of the prompt only."""
-    if last is None or response.prompt_logprobs is None:
-        return response
-    scores = response.prompt_logprobs
-    return replace(response, prompt_logprobs=[*[None] * (len(scores) - last), *scores[-last:]])

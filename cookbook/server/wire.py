@@ -21,9 +21,12 @@ from cookbook.types import (
     ForwardBackwardOutput,
     LossFnOutput,
     ModelInput,
+    PromptProvenanceSpan,
+    SampledProvenanceSpan,
     SampledSequence,
     SampleResponse,
     TensorData,
+    TensorDtype,
 )
 
 _NUMPY: dict[int, np.dtype[Any]] = {
@@ -35,6 +38,7 @@ _PROTO = {"float32": pb.DTYPE_FLOAT32, "int64": pb.DTYPE_INT64}
 _STOP = {"stop": pb.STOP_REASON_STOP, "length": pb.STOP_REASON_LENGTH}
 _LARGEST_DENSE = 2**24
 """How many entries a sparse tensor may stand for."""
+_NO_SCORE = -99999.0
 
 
 # -- requests -------------------------------------------------------------------------------------
@@ -77,10 +81,22 @@ def data_of(message: pb.ForwardBackwardRequest) -> list[Datum]:
 
 def _datum(message: pb.Datum) -> Datum:
     chunks = [_chunk(chunk) for chunk in message.model_input]
+    has_spans = bool(message.model_input_spans or message.loss_fn_input_spans)
     return Datum(
         ModelInput(chunks),
-        {name: TensorData(_array(tensor, name)) for name, tensor in message.loss_fn_inputs.items()},
+        {name: _tensor(tensor, name) for name, tensor in message.loss_fn_inputs.items()},
+        [_span(span) for span in message.model_input_spans] if has_spans else None,
+        [_span(span) for span in message.loss_fn_input_spans] if has_spans else None,
     )
+
+
+def _span(message: pb.ProvenanceSpan) -> PromptProvenanceSpan | SampledProvenanceSpan:
+    kind = message.WhichOneof("span")
+    if kind is None:
+        raise RequestError("A provenance span says neither prompt_tokens nor sampled_tokens.")
+    span = getattr(message, kind)
+    create = SampledProvenanceSpan if kind == "sampled_tokens" else PromptProvenanceSpan
+    return create(sequence_id=span.sequence_id, offset=span.offset, length=span.length)
 
 
 def _chunk(message: pb.Chunk) -> EncodedTextChunk:
@@ -92,41 +108,26 @@ def _chunk(message: pb.Chunk) -> EncodedTextChunk:
     return EncodedTextChunk(_from_bytes(message.encoded_text.tokens, _NUMPY[pb.DTYPE_INT32], "tokens"))
 
 
-def _array(message: pb.Tensor, name: str) -> np.ndarray:
-    """Returns a tensor. A sparse one is filled up with zeros."""
+def _tensor(message: pb.Tensor, name: str) -> TensorData:
+    """Returns a tensor, dense or sparse."""
     if message.dtype not in _NUMPY:
         raise RequestError(f"loss_fn_inputs[{name!r}] has dtype {message.dtype}. Use float32 or int64.")
     dtype, shape = _NUMPY[message.dtype], [*message.shape]
-    if message.HasField("sparse_csr"):
-        return _dense(message, name, dtype, shape)
-    values = _from_bytes(message.dense, dtype, name)
-    if shape and math.prod(shape) != values.size:
-        raise RequestError(f"loss_fn_inputs[{name!r}] has {values.size} values, and shape {shape}.")
-    return values.reshape(shape) if shape else values
-
-
-def _dense(message: pb.Tensor, name: str, dtype: np.dtype[Any], shape: list[int]) -> np.ndarray:
-    index = np.dtype("<i8")
-    values = _from_bytes(message.sparse_csr.values, dtype, name)
-    rows = _from_bytes(message.sparse_csr.crow_indices, index, name)
-    columns = _from_bytes(message.sparse_csr.col_indices, index, name)
-    is_valid = (
-        len(shape) == 2
-        and 0 <= math.prod(shape) <= _LARGEST_DENSE
-        and len(rows) == shape[0] + 1
-        and rows[0] == 0
-        and rows[-1] == len(columns) == len(values)
-        and bool((np.diff(rows) >= 0).all())
-        and (not len(columns) or (columns.min() >= 0 and columns.max() < shape[1]))
-    )
-    if not is_valid:
-        raise RequestError(
-            f"loss_fn_inputs[{name!r}] is not a sparse matrix in CSR of at most {_LARGEST_DENSE:,} entries: "
-            f"shape {shape}, {len(rows)} row pointers, {len(columns)} columns, {len(values)} values."
-        )
-    dense = np.zeros(shape, dtype)
-    dense[np.repeat(np.arange(shape[0]), np.diff(rows)), columns] = values
-    return dense
+    kind: TensorDtype = "float32" if message.dtype == pb.DTYPE_FLOAT32 else "int64"
+    try:
+        if not message.HasField("sparse_csr"):
+            return TensorData(_from_bytes(message.dense, dtype, name), kind, shape or None)
+        if len(shape) != 2 or not 0 <= math.prod(shape) <= _LARGEST_DENSE:
+            raise RequestError(
+                f"a sparse matrix of shape {shape} stands for more than {_LARGEST_DENSE:,} values"
+            )
+        csr, index = message.sparse_csr, np.dtype("<i8")
+        rows = _from_bytes(csr.crow_indices, index, name).tolist()
+        columns = _from_bytes(csr.col_indices, index, name).tolist()
+        return TensorData(_from_bytes(csr.values, dtype, name), kind, shape, rows, columns)
+    except RequestError as error:
+        error.add_note(f"in loss_fn_inputs[{name!r}]")
+        raise
 
 
 def _from_bytes(content: bytes, dtype: np.dtype[Any], name: str) -> np.ndarray:
@@ -169,6 +170,10 @@ def sample_response(response: SampleResponse) -> bytes:
         _add_sequence(message, sequence)
     if response.prompt_logprobs is not None:
         message.prompt_logprobs = _floats(response.prompt_logprobs)
+    if response.topk_prompt_logprobs is not None:
+        message.topk_prompt_logprobs.CopyFrom(_topk(response.topk_prompt_logprobs))
+    if (scores := response.target_prompt_logprobs) is not None:
+        message.target_prompt_logprobs.CopyFrom(_tensor_message(scores))
     return bytes(message.SerializeToString())
 
 
@@ -178,6 +183,31 @@ def _add_sequence(message: pb.SampleResponse, sequence: SampledSequence) -> None
     )
     if sequence.logprobs is not None:
         added.logprobs = _floats(sequence.logprobs)
+    if sequence.topk_logprobs is not None:
+        added.topk_sampled_logprobs.CopyFrom(_topk(sequence.topk_logprobs))
+
+
+def _topk(rows: Sequence[Sequence[tuple[int, float]] | None]) -> pb.TopkLogprobs:
+    """Returns the most likely tokens of each position. Missing entries are token 0 with a low score."""
+    k = max((len(row) for row in rows if row), default=0)
+    tokens = np.zeros((len(rows), k), "<i4")
+    logprobs = np.full((len(rows), k), _NO_SCORE, "<f4")
+    for number, row in enumerate(rows):
+        for place, (token, logprob) in enumerate(row or ()):
+            tokens[number, place], logprobs[number, place] = token, logprob
+    return pb.TopkLogprobs(token_ids=tokens.tobytes(), logprobs=logprobs.tobytes(), k=k, length=len(rows))
+
+
+def _tensor_message(tensor: TensorData) -> pb.Tensor:
+    message = pb.Tensor(dtype=_PROTO[tensor.dtype], shape=tensor.shape)
+    values = np.asarray(tensor.data, "<f4" if tensor.dtype == "float32" else "<i8").tobytes()
+    if tensor.sparse_crow_indices is None:
+        message.dense = values
+    else:
+        message.sparse_csr.values = values
+        message.sparse_csr.crow_indices = np.asarray(tensor.sparse_crow_indices, "<i8").tobytes()
+        message.sparse_csr.col_indices = np.asarray(tensor.sparse_col_indices, "<i8").tobytes()
+    return message
 
 
 def _floats(values: Iterable[float | None]) -> bytes:

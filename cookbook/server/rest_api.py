@@ -1,0 +1,127 @@
+"""The endpoints with which the SDK's RestClient lists, describes and removes what is on the server."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from cookbook.clients.futures import APIFuture
+from cookbook.errors import CheckpointError, CookbookError
+from cookbook.server.bodies import read_body
+from cookbook.server.promises import Refusal
+from cookbook.server.state import ServerState
+from cookbook.types.values import Value
+
+_RUN = "/api/v1/training_runs/{run_id}"
+_CHECKPOINT = _RUN + "/checkpoints/{kind}/{name}"
+
+
+class RestApi:
+    """The handlers of the RestClient's requests."""
+
+    def __init__(self, state: ServerState) -> None:
+        self._state = state
+        self._rest = state.store.rest
+
+    def routes(self) -> list[Route]:
+        return [
+            Route("/api/v1/training_runs", self.list_runs, methods=["GET"]),
+            Route(_RUN, self.get_run, methods=["GET"]),
+            Route(_RUN + "/checkpoints", self.list_checkpoints, methods=["GET"]),
+            Route(_CHECKPOINT, self.delete_checkpoint, methods=["DELETE"]),
+            Route(_CHECKPOINT + "/ttl", self.set_ttl, methods=["PUT"]),
+            Route("/api/v1/checkpoints", self.list_all_checkpoints, methods=["GET"]),
+            Route("/api/v1/weights_info", self.weights_info, methods=["POST"]),
+            Route("/api/v1/sessions", self.list_sessions, methods=["GET"]),
+            Route("/api/v1/sessions/{session_id}", self.get_session, methods=["GET"]),
+        ]
+
+    async def list_runs(self, request: Request) -> Response:
+        limit, offset = _page(request, 20)
+        project_id = request.query_params.get("project_id")
+        return await self._found(lambda: self._rest.list_training_runs(limit, offset, project_id=project_id))
+
+    async def get_run(self, request: Request) -> Response:
+        run_id = request.path_params["run_id"]
+        return await self._found(lambda: self._rest.get_training_run(run_id))
+
+    async def list_checkpoints(self, request: Request) -> Response:
+        run_id = request.path_params["run_id"]
+        return await self._found(lambda: self._rest.list_checkpoints(run_id))
+
+    async def list_all_checkpoints(self, request: Request) -> Response:
+        limit, offset = _page(request, 100)
+        return await self._found(lambda: self._rest.list_user_checkpoints(limit, offset))
+
+    async def delete_checkpoint(self, request: Request) -> Response:
+        run_id, checkpoint_id = _checkpoint(request)
+        return await self._found(lambda: self._rest.delete_checkpoint(run_id, checkpoint_id))
+
+    async def set_ttl(self, request: Request) -> Response:
+        run_id, checkpoint_id = _checkpoint(request)
+        body = await self._body(request)
+        path, seconds = f"tinker://{run_id}/{checkpoint_id}", body.get("ttl_seconds")
+        return await self._found(lambda: self._rest.set_checkpoint_ttl_from_tinker_path(path, seconds))
+
+    async def weights_info(self, request: Request) -> Response:
+        path = str((await self._body(request)).get("tinker_path"))
+        return await self._found(lambda: self._rest.get_weights_info_by_tinker_path(path))
+
+    async def list_sessions(self, request: Request) -> Response:
+        limit, offset = _page(request, 20)
+        return JSONResponse({"sessions": [*self._state.sessions][offset : offset + limit]})
+
+    async def get_session(self, request: Request) -> Response:
+        session = self._state.session(request.path_params["session_id"])
+        return JSONResponse(
+            {
+                "training_run_ids": [*session.models],
+                "sampler_ids": [*session.samplers],
+                "user_metadata": session.user_metadata,
+                "display_name": session.display_name,
+            }
+        )
+
+    async def _body(self, request: Request) -> dict[str, Any]:
+        content = await read_body(request, self._state.options.max_request_mib)
+        try:
+            body = json.loads(content)
+        except ValueError as error:
+            raise Refusal(422, f"The body is not JSON: {error}.") from error
+        if not isinstance(body, dict):
+            raise Refusal(422, "The body is not a JSON object.")
+        return body
+
+    async def _found(self, call: Callable[[], APIFuture[Any]]) -> Response:
+        """Returns what a call of the client in process finds. What does not exist is answered with 404."""
+        try:
+            found = await asyncio.to_thread(lambda: call().result())
+        except CookbookError as error:
+            status = 404 if isinstance(error, CheckpointError) else 422
+            raise Refusal(status, self._state.without_folder(str(error))) from error
+        return (
+            JSONResponse(found.model_dump(mode="json"))
+            if isinstance(found, Value)
+            else Response(status_code=204)
+        )
+
+
+def _page(request: Request, default: int) -> tuple[int, int]:
+    """Returns the largest number of entries and the first one."""
+    try:
+        limit = int(request.query_params.get("limit", default))
+        offset = int(request.query_params.get("offset", 0))
+    except ValueError as error:
+        raise Refusal(422, f"limit and offset must be whole numbers: {error}.") from error
+    return max(0, min(limit, 1000)), max(0, offset)
+
+
+def _checkpoint(request: Request) -> tuple[str, str]:
+    found = request.path_params
+    return found["run_id"], f"{found['kind']}/{found['name']}"
