@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from cookbook.clients import checkpoint_root
-from cookbook.clients.checkpoint_root import CheckpointRoot
 from cookbook.clients.rest import RestClient
+from cookbook.engine import checkpoint_root
+from cookbook.engine.checkpoint_root import CheckpointRoot
 from cookbook.errors import CheckpointError, ConfigError
 from cookbook.types import FOLDER_OF_TYPE, TINKER_SCHEME, CheckpointType
 from cookbook.utils import files
