@@ -1,6 +1,6 @@
 """Runs the programs of tinker-cookbook with the unmodified SDK against a server, and in process beside it.
 
-    .venv-tinker/bin/python tests/tinker/over_http.py [name ...] [workers=1] [server=.venv/bin/python] [only=http]
+    .venv-tinker/bin/python tests/tinker/over_http.py [name ...] [workers=1] [server=.venv/bin/python]
 
 `server` is the interpreter that the server runs in. The first steps of both ways have to compute the same;
 `only=http` does not run the programs in process.
