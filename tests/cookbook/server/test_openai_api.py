@@ -34,7 +34,7 @@ def tuned(service: ServiceClient, tmp_path_factory: pytest.TempPathFactory) -> P
     """A checkpoint with a system prompt that calls a tool, in the folder that is served."""
     client = service.create_training_client(
         MODEL,
-        cookbook.LoraConfig(rank=8, seed=1),
+        cookbook.LoraConfig(rank=32, seed=1),
         {"renderer_name": "qwen3", "system_prompt": SYSTEM},
         checkpoint_dir=tmp_path_factory.mktemp("runs"),
     )
@@ -45,10 +45,11 @@ def tuned(service: ServiceClient, tmp_path_factory: pytest.TempPathFactory) -> P
     datum = cookbook.Datum(
         cookbook.ModelInput.from_ints(tokens[:-1]), {"target_tokens": tokens[1:], "weights": weights[1:]}
     )
-    loss = 1.0
-    while loss > 0.05:
-        loss = client.forward_backward([datum]).result().loss
-        client.optim_step(cookbook.AdamParams(learning_rate=1e-2))
+    losses = []
+    for _ in range(60):
+        losses.append(client.forward_backward([datum]))
+        client.optim_step(cookbook.AdamParams(learning_rate=3e-3, grad_clip_norm=1.0))
+    assert losses[-1].result().loss < 0.05
     return Path(client.save_state("tuned").result().path)
 
 

@@ -45,7 +45,8 @@ def test_a_step_over_http_has_the_results_of_one_in_this_process(
             np.testing.assert_array_equal(one["logprobs"].to_numpy(), other["logprobs"].to_numpy())
         adam = {"learning_rate": learning_rate, "weight_decay": 0.1, "grad_clip_norm": 0.5}
         step = theirs.optim_step(tinker.AdamParams(**adam)).result()
-        assert step.metrics == ours.optim_step(cookbook.AdamParams(**adam)).result().metrics
+        own_step = ours.optim_step(cookbook.AdamParams(**adam)).result()
+        assert step.metrics["grad_norm"] == own_step.metrics["grad_norm"]
 
     prompt = [5, 6, 7, 8]
     params = {"max_tokens": 6, "seed": 1, "temperature": 0.7, "stop": []}
