@@ -1,0 +1,88 @@
+"""Measures what HTTP adds to a training step: the unmodified SDK against the clients in process.
+
+    python -m benchmarks.server_overhead
+
+Both train the embedded model on the same sequences on one engine, in turns, so that other load of the machine
+falls on both. A step is forward_backward and optim_step, submitted together and awaited.
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tinker
+
+import cookbook
+from cookbook import embedded
+from cookbook.clients.service import ServiceClient
+from cookbook.server.options import ServerOptions
+from cookbook.server.serving import serving
+
+NUM_STEPS = 40
+SIZES = ((1, 64), (8, 256), (32, 512))
+"""Sequences in a batch, and tokens of each."""
+
+
+def batch(package: Any, num_sequences: int, length: int) -> list[Any]:
+    rng = np.random.default_rng(0)
+    found = []
+    for _ in range(num_sequences):
+        tokens = rng.integers(5, 2000, length + 1)
+        inputs = {"target_tokens": tokens[1:], "weights": np.ones(length, np.float32)}
+        found.append(package.Datum(package.ModelInput.from_ints(tokens[:-1].tolist()), inputs))
+    return found
+
+
+def seconds(step: Callable[[], None]) -> float:
+    start = time.perf_counter()
+    step()
+    return time.perf_counter() - start
+
+
+def stepper(client: Any, package: Any, num_sequences: int, length: int) -> Callable[[], None]:
+    data, adam = batch(package, num_sequences, length), package.AdamParams(learning_rate=1e-4)
+
+    def step() -> None:
+        passed = client.forward_backward(data, "cross_entropy")
+        stepped = client.optim_step(adam)
+        passed.result()
+        stepped.result()
+
+    return step
+
+
+def main() -> None:
+    service = ServiceClient(device="cpu")
+    options = ServerOptions([embedded.MODEL_NAME], Path(tempfile.mkdtemp()), port=0)
+    with serving(options, service) as address:
+        over_http = tinker.ServiceClient(base_url=address, api_key="tml-local")
+        theirs = over_http.create_lora_training_client(embedded.MODEL_NAME, rank=16, seed=0).result()
+        ours = service.create_lora_training_client(embedded.MODEL_NAME, rank=16, seed=0)
+        for size in SIZES:
+            steps = {
+                "in process": stepper(ours, cookbook, *size),
+                "over HTTP": stepper(theirs, tinker, *size),
+            }
+            times: dict[str, list[float]] = {name: [] for name in steps}
+            num_steps = NUM_STEPS if size[0] < 32 else 8
+            for number in range(num_steps + 2):
+                for name, step in steps.items():
+                    taken = seconds(step)
+                    if number >= 2:
+                        times[name].append(taken)
+            base, http = (1000 * statistics.median(times[name]) for name in ("in process", "over HTTP"))
+            print(
+                f"{size[0]:3d} sequences of {size[1]:3d}: in process {base:6.1f} ms, over HTTP {http:6.1f} ms, "
+                f"+{http - base:5.1f} ms, {http / base:.3f}x (medians of {num_steps})"
+            )
+    service.close()
+
+
+if __name__ == "__main__":
+    main()
