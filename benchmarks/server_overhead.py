@@ -78,8 +78,8 @@ def main() -> None:
                         times[name].append(taken)
             base, http = (1000 * statistics.median(times[name]) for name in ("in process", "over HTTP"))
             print(
-                f"{size[0]:3d} sequences of {size[1]:3d}: in process {base:6.1f} ms, over HTTP {http:6.1f} ms, "
-                f"+{http - base:5.1f} ms, {http / base:.3f}x (medians of {num_steps})"
+                f"{size[0]:3d} sequences of {size[1]:3d}: {base:.1f} ms in process, {http:.1f} ms over HTTP, "
+                f"+{http - base:4.1f} ms, {http / base:.3f}x (medians of {num_steps})"
             )
     service.close()
 
