@@ -22,24 +22,33 @@ from family_table import (
     FAMILIES,
     IMAGE,
     SIZES,
+    TOWER_SIZES,
     VIDEO,
     VISION_END,
-    VISION_SIZES,
     VISION_START,
     TinyFamily,
 )
 from safetensors.torch import load_file, save_file
 from tiny_tokenizer import make_tokenizer
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+)
 
 
 def make(name: str) -> Any:
     """Returns a model of the family with the same random weights each time, in evaluation mode."""
     family = FAMILIES[name]
-    auto = AutoModelForCausalLM if family.text is None else AutoModelForImageTextToText
+    autos = (AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoModelForCausalLM)
+    config = _config(family)
+    auto = next(auto for auto in autos if type(config) in auto._model_mapping)
+    if family.text is None and type(config) in AutoModelForCausalLM._model_mapping:
+        auto = AutoModelForCausalLM
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(zlib.crc32(name.encode()))
-        model = auto.from_config(_config(family), dtype=torch.float32)
+        model = auto.from_config(config, dtype=torch.float32)
         _randomise(model)
     return model.eval()
 
@@ -77,22 +86,8 @@ def _config(family: TinyFamily) -> Any:
     kind = CONFIG_MAPPING[family.model_type]
     if family.text is None:
         return kind(**_filled(kind, SIZES, family.config))
-    parts: dict[str, Any] = {}
-    default = kind()
-    for part, sizes, given in (
-        ("text_config", SIZES, family.text),
-        ("vision_config", VISION_SIZES, family.vision),
-    ):
-        config = getattr(default, part)
-        model_type = given.get("model_type", getattr(config, "model_type", None))
-        if model_type is None:
-            continue
-        part_kind = (
-            type(config) if model_type == getattr(config, "model_type", None) else CONFIG_MAPPING[model_type]
-        )
-        given = {key: value for key, value in given.items() if key != "model_type"}
-        parts[part] = {"model_type": model_type, **_filled(part_kind, sizes, given)}
     ids = {
+        "initializer_range": SIZES["initializer_range"],
         "image_token_id": IMAGE,
         "image_token_index": IMAGE,
         "video_token_id": VIDEO,
@@ -111,7 +106,27 @@ def _config(family: TinyFamily) -> Any:
         "eoa_token_id": VISION_END,
         "eoa_token_index": VISION_END,
     }
-    return kind(**parts, **_filled(kind, ids, family.config))
+    given = {**family.config, "text_config": family.text}
+    if family.vision is not None:
+        given["vision_config"] = family.vision
+    return kind(**_with_parts(kind(), ids, given))
+
+
+def _with_parts(default: Any, sizes: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the arguments of a config that has other configs: those of a text model, of towers, and so on."""
+    parts: dict[str, Any] = {}
+    for name in type(default).sub_configs or {}:
+        part = getattr(default, name, None)
+        own = {key: value for key, value in given.get(name, {}).items() if key != "model_type"}
+        model_type = given.get(name, {}).get("model_type", getattr(part, "model_type", None))
+        if model_type is None:
+            continue
+        if model_type != getattr(part, "model_type", None):
+            part = CONFIG_MAPPING[model_type]()
+        sizes_of_part = SIZES if name == "text_config" else TOWER_SIZES
+        parts[name] = {"model_type": model_type, **_with_parts(part, sizes_of_part, own)}
+    others = {key: value for key, value in given.items() if key not in parts}
+    return {**_filled(type(default), sizes, others), **parts}
 
 
 def _filled(kind: Any, sizes: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:

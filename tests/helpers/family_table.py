@@ -1,6 +1,6 @@
 """What distinguishes each family of chat models: the data of `families`, which builds a tiny model of each.
 
-`SIZES` and `VISION_SIZES` are common to all. A size that a family's config does not have is not set.
+`SIZES` and `TOWER_SIZES` are common to all. A size that a family's config does not have is not set.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ SIZES: dict[str, Any] = {
     "mamba_num_heads": 4,
     "mamba_head_dim": 16,
 }
-VISION_SIZES: dict[str, Any] = {
+TOWER_SIZES: dict[str, Any] = {
     "hidden_size": 16,
     "embed_dim": 16,
     "intermediate_size": 24,
@@ -76,6 +76,16 @@ VISION_SIZES: dict[str, Any] = {
     "num_position_embeddings": 16,
     "initializer_range": 0.2,
     "layer_scale_init_value": 0.5,
+    # towers for sound
+    "d_model": 16,
+    "encoder_layers": 2,
+    "encoder_attention_heads": 2,
+    "encoder_ffn_dim": 24,
+    "num_mel_bins": 8,
+    "output_dim": 32,
+    # query transformers
+    "encoder_hidden_size": 16,
+    "vocab_size": 32,
 }
 
 
@@ -137,6 +147,15 @@ _MROPE = {"rope_type": "default", "rope_theta": 1000000.0, "mrope_section": [2, 
 _PARTIAL_MROPE = {**_PARTIAL, "mrope_section": [1, 1, 0]}
 _QWEN3_5_ROPE = {**_PARTIAL_MROPE, "mrope_interleaved": True}
 _HYBRID = {"num_hidden_layers": 4, "layer_types": [LINEAR, LINEAR, LINEAR, FULL]}
+_QWEN4 = {
+    "num_hidden_layers": 4,
+    "layer_types": [LINEAR, LINEAR, LINEAR, "indexed_attention"],
+    "indexer_n_heads": 4,
+    "indexer_kv_heads": 1,
+    "indexer_head_dim": 8,
+    "indexer_budget": 8,
+    "indexer_compress_ratio": 2,
+}
 _MLA = {"num_key_value_heads": 4, "head_dim": 4}
 """Multi-head latent attention has no grouped heads, and `head_dim` is the part that RoPE rotates."""
 _DENSE_FIRST = {"num_hidden_layers": 3, "first_k_dense_replace": 1}
@@ -165,6 +184,45 @@ _NEMOTRON_H = {
     "layers_block_type": [LINEAR, "moe", FULL, "mlp"],
     "n_groups": 2,
     "moe_shared_expert_intermediate_size": 24,
+}
+_TINY_VQ = {
+    "embed_dim": 8,
+    "num_embeddings": 8,
+    "latent_channels": 8,
+    "resolution": 16,
+    "base_channels": 32,
+    "channel_multiplier": [1, 1],
+    "num_res_blocks": 1,
+}
+_TINY_SAM = {"patch_size": 14, "output_channels": 8, "global_attn_indexes": [1], "mlp_dim": 24, "num_pos_feats": 8}
+_OCR_VISION = {
+    "sam_config": {**_TINY_SAM, "downsample_channels": [8, 16]},
+    "encoder_config": {"num_key_value_heads": 2, "layer_types": [FULL] * 2, "patch_size": 14},
+}
+_TINY_CONFORMER = {
+    "input_dim": 8,
+    "num_layers": 2,
+    "hidden_dim": 16,
+    "num_heads": 2,
+    "dim_head": 8,
+    "output_dim": 4,
+    "context_size": 8,
+    "max_pos_emb": 16,
+}
+_INKLING = {
+    "unpadded_vocab_size": VOCAB_SIZE,
+    "swa_num_attention_heads": 4,
+    "swa_num_key_value_heads": 2,
+    "swa_head_dim": 8,
+    "sliding_window_size": 16,
+    "d_rel": 4,
+    "rel_extent": 32,
+}
+_DOTS3 = {
+    "num_key_value_heads": 4,
+    "mlp_layer_types": ["dense", "sparse"],
+    "shared_experts_intermediate_size": 16,
+    "head_dim": 12,
 }
 _MTP = "mtp.layers.0.eh_proj.weight"
 _MTP_LAYER = "model.layers.61.eh_proj.weight"
@@ -874,4 +932,86 @@ FAMILIES: dict[str, TinyFamily] = {
             "nemo_conv_channels": 8,
         },
     ),
+    # -- further ones, mostly for pictures or sound
+    "paligemma": multimodal("paligemma", vision=_SIGLIP, hidden_size=32, projection_dim=32),
+    "molmo2": multimodal(
+        "molmo2",
+        text={"additional_vocab_size": 8},
+        vision={"num_key_value_heads": 2, "image_size": [56, 56], "patch_size": 14},
+        adapter_config={"num_key_value_heads": 2, "text_hidden_size": 32, "vision_feature_layer": [-1]},
+        image_patch_id=IMAGE,
+    ),
+    "chameleon": text_model(
+        "chameleon", vq_config=_TINY_VQ, vocabulary_map={f"IMGIMG{letter}Z": i + 374 for i, letter in enumerate("ABCD")}
+    ),
+    "emu3": multimodal("emu3", vq_config=_TINY_VQ, vocabulary_map={"<image>": IMAGE, "<|extra_200|>": VISION_END}),
+    "fuyu": multimodal("fuyu", text={"num_key_value_heads": 4}, image_size=56, patch_size=14),
+    "blip2": multimodal("blip-2", text={"ffn_dim": 48, "word_embed_proj_dim": 32}, vision=_SIGLIP),
+    "instructblip": multimodal("instructblip", text={"ffn_dim": 48, "word_embed_proj_dim": 32}, vision=_SIGLIP),
+    "janus": multimodal("janus", text={"model_type": "llama"}, vision=_SIGLIP, vq_config=_TINY_VQ),
+    "granite4_vision": multimodal(
+        "granite4_vision",
+        text=_GRANITE,
+        vision={"hidden_size": 64, "num_attention_heads": 1, "patch_size": 14},
+        image_grid_pinpoints=[[56, 56]],
+        downsample_rate="1/2",
+        deepstack_layer_map=[[-1, 0]],
+        spatial_target_layers=[0, 0, 1, 1],
+    ),
+    "idefics": text_model("idefics"),
+    "inkling2": multimodal("inkling2", text=_INKLING, vision={"text_hidden_size": 32, "patch_size": 14, "projection_hidden_dim": 16}),
+    "inkling2_text": text_model("inkling2_text", **_INKLING),
+    "inkling": multimodal("inkling_mm_model", text={**_INKLING, "local_layer_ids": [1]}),
+    "kosmos2": multimodal("kosmos-2"),
+    "kosmos2_5": multimodal("kosmos-2.5"),
+    "muse_spark": multimodal(
+        "muse_spark",
+        text={**_WINDOWS, "layer_rope_theta": [10000.0, 0], "moe_hidden_size": 16, "mlp_layer_types": ["dense", "sparse"]},
+        vision={"patch_size": 14, "pos_emb_height": 4, "pos_emb_width": 4},
+        audio_config={"patch_sizes": [4, 2], "hidden_sizes": [8, 16], "depths": [1, 1], "out_hidden_size": 32},
+        out_hidden_size=64,
+        projector_hidden_size=16,
+    ),
+    "deepseek_ocr2": multimodal("deepseek_ocr2", text={"num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "mlp_layer_types": ["dense", "sparse"]}, vision=_OCR_VISION),
+    "unlimited_ocr": multimodal("unlimited_ocr", text={"mlp_layer_types": ["dense", "sparse"], "num_key_value_heads": 4}, vision=_OCR_VISION),
+    "deepseek_vl_hybrid": multimodal("deepseek_vl_hybrid", text={"model_type": "llama"}, vision=_SIGLIP, high_res_vision_config=_TINY_SAM),
+    "dots3_note": multimodal(
+        "dots3_note",
+        text=_DOTS3,
+        vision={"adapter_in_dim": 16, "adapter_out_dim": 32, "patch_size": 14, "mlp_layer_types": ["dense", "sparse"], "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+        audio_config={"adapter_input_size": 16, "adapter_out_dim": 32, "downsample_hidden_size": 8},
+    ),
+    "dots3_note_text": text_model("dots3_note_text", **_DOTS3),
+    "qwen4_exp": multimodal("qwen4_exp", text=_QWEN4, vision=_QWEN_VISION),
+    "qwen4_exp_text": text_model("qwen4_exp_text", **_QWEN4),
+    "video_llava": multimodal("video_llava", text={"model_type": "llama"}, vision=_SIGLIP),
+    "shieldgemma2": multimodal("shieldgemma2", text={"query_pre_attn_scalar": 8, **_WINDOWS}, vision=_SIGLIP, mm_tokens_per_image=4),
+    "git": text_model("git", vision_config=TOWER_SIZES),
+    "qwen2_5_omni_thinker": multimodal("qwen2_5_omni_thinker", text={"rope_parameters": _MROPE}, vision={**_QWEN_VISION, "fullatt_block_indexes": [1]}),
+    "qwen3_omni_moe_thinker": multimodal("qwen3_omni_moe_thinker", text={"rope_parameters": _MROPE}, vision={**_QWEN_VISION, "deepstack_visual_indexes": [0]}, audio_config={"downsample_hidden_size": 8}),
+    "qwen2_5_omni": multimodal("qwen2_5_omni", thinker_config={"text_config": {"rope_parameters": _MROPE}, "vision_config": {**_QWEN_VISION, "fullatt_block_indexes": [1]}}, enable_audio_output=False),
+    "qwen2_audio": multimodal("qwen2_audio", text={"model_type": "qwen2"}),
+    "qwen3_asr": multimodal("qwen3_asr", audio_config={"downsample_hidden_size": 8}),
+    "voxtral": multimodal("voxtral", audio_config={"intermediate_size": 64}),
+    "voxtral_realtime": multimodal("voxtral_realtime"),
+    "granite_speech": multimodal("granite_speech", text=_GRANITE, encoder_config=_TINY_CONFORMER, has_lora_adapter=False),
+    "granite_speech_plus": multimodal("granite_speech_plus", text=_GRANITE, encoder_config=_TINY_CONFORMER, has_lora_adapter=False),
+    "glmasr": multimodal("glmasr", audio_config={"num_key_value_heads": 2}),
+    "fun_asr_nano": multimodal("fun_asr_nano", adaptor_config={"hidden_size": 32, "intermediate_size": 8, "projector_hidden_size": 16}, audio_config={"num_timestamp_prediction_layers": 1}),
+    "moss_transcribe_diarize": multimodal("moss_transcribe_diarize"),
+    "gpt_neox_japanese": text_model("gpt_neox_japanese"),
+    "openai_gpt": text_model("openai-gpt"),
+    "gpt_sw3": text_model("gpt-sw3"),
+    "ctrl": text_model("ctrl", dff=48),
+    "cpmant": text_model("cpmant", dim_ff=48),
+    "moshi": text_model("moshi", ffn_dim=96),
+    "cohere_compass_text": text_model("cohere_compass_text", rope_parameters={SLIDING: _MROPE, FULL: _MROPE}, logit_scale=0.25, **_WINDOWS),
+    "gemma4_unified_text": text_model("gemma4_unified_text", **_GEMMA4_WINDOWS),
+    "llama4_text": text_model("llama4_text", intermediate_size_mlp=48),
+    "minimax_m3_vl_text": text_model("minimax_m3_vl_text", dense_intermediate_size=48, shared_intermediate_size=24, rotary_dim=4, mlp_layer_types=["dense", "sparse"], layer_types=[FULL, "minimax_m3_sparse"], index_n_heads=2, index_block_size=4, index_topk_blocks=2),
+    "aria_text": text_model("aria_text", moe_num_experts=4, moe_topk=2, moe_num_shared_experts=1),
+    "bert": text_model("bert", is_decoder=True),
+    "roformer": text_model("roformer", is_decoder=True),
+    "xlnet": text_model("xlnet"),
+    "bart": text_model("bart"),
 }
