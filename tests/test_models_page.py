@@ -7,7 +7,18 @@ import re
 import pytest
 from families import FAMILIES
 from family_checks import COLUMNS
-from models_page import FAILED, NOT_REACHED, PAGE, page_of, passes, row_of, rows_of_page
+from family_table import REFUSED
+from models_page import (
+    FAILED,
+    NOT_REACHED,
+    PAGE,
+    page_of,
+    passes,
+    refusal_of,
+    refusals_of_page,
+    row_of,
+    rows_of_page,
+)
 
 ROWS = rows_of_page()
 TIME = re.compile(r"\d+\.\d\d( of the time)?")
@@ -15,7 +26,14 @@ TIME = re.compile(r"\d+\.\d\d( of the time)?")
 
 def test_the_page_has_every_family_in_order() -> None:
     assert list(ROWS) == list(FAMILIES)
-    assert PAGE.read_text(encoding="utf-8") == page_of(ROWS)
+    assert list(refusals_of_page()) == list(REFUSED)
+    assert PAGE.read_text(encoding="utf-8") == page_of(ROWS, refusals_of_page())
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_refused_family_has_the_reason_of_the_page(name: str) -> None:
+    """Each is a ModelError, not an error of the model's own code."""
+    assert refusal_of(name) == refusals_of_page()[name]
 
 
 def test_every_cell_is_a_result_or_a_failure_with_a_reason() -> None:

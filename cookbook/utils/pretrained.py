@@ -187,6 +187,7 @@ def model_class(config: PretrainedConfig) -> tuple[Any, PretrainedConfig]:
     text_config = config.get_text_config()
     for found in (*named, *mapped):
         if found is not None and isinstance(config, found.config_class):
+            _check_has_forward(found, config)
             return found, config
         if found is not None and isinstance(text_config, found.config_class):
             if getattr(config, "quantization_config", None) is not None:
@@ -204,6 +205,28 @@ def model_class(config: PretrainedConfig) -> tuple[Any, PretrainedConfig]:
         f"transformers {transformers.__version__} has no class that continues a text for "
         f"{_described(config.model_type, config.architectures)}. Give a language model."
     )
+
+
+def _check_has_forward(found: Any, config: PretrainedConfig) -> None:
+    """Raises ModelError for a class that only joins several models, such as those of Qwen's Omni models."""
+    from torch import nn
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING as MAPPING
+
+    if found.forward is not nn.Module.forward:
+        return
+    location = getattr(config, "name_or_path", "") or "MODEL"
+    parts = [getattr(config, name, None) for name in found.config_class.sub_configs or ()]
+    names = [MAPPING[type(part)].__name__ for part in parts if type(part) in MAPPING]
+    repair = "Give a language model."
+    if names:
+        repair = (
+            f"Save the part that writes text as a model of its own, with the tokenizer, and give that "
+            f"folder:\n"
+            f"  from transformers import AutoTokenizer, {names[0]}\n"
+            f"  {names[0]}.from_pretrained({location!r}, dtype='auto').save_pretrained(folder)\n"
+            f"  AutoTokenizer.from_pretrained({location!r}).save_pretrained(folder)"
+        )
+    raise ModelError(f"{found.__name__} has no forward pass of its own: it joins several models. {repair}")
 
 
 def _check_model_type(location: str | Path, local_files_only: bool) -> bool:

@@ -21,6 +21,7 @@ from family_table import (
     AUDIO,
     FAMILIES,
     IMAGE,
+    REFUSED,
     SIZES,
     TOWER_SIZES,
     VIDEO,
@@ -40,7 +41,7 @@ from transformers import (
 
 def make(name: str) -> Any:
     """Returns a model of the family with the same random weights each time, in evaluation mode."""
-    family = FAMILIES[name]
+    family = (FAMILIES | REFUSED)[name]
     autos = (AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoModelForCausalLM)
     config = _config(family)
     auto = next(auto for auto in autos if type(config) in auto._model_mapping)
@@ -55,7 +56,7 @@ def make(name: str) -> Any:
 
 def save(name: str, folder: str | Path) -> Path:
     """Writes a model of the family as such checkpoints are published, and returns the folder."""
-    folder, family, model = Path(folder), FAMILIES[name], make(name)
+    folder, family, model = Path(folder), (FAMILIES | REFUSED)[name], make(name)
     model.save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
     if family.extra_tensor is not None:
@@ -113,7 +114,7 @@ def _config(family: TinyFamily) -> Any:
 
 
 def _with_parts(default: Any, sizes: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the arguments of a config that has other configs: those of a text model, of towers, and so on."""
+    """Returns the arguments of a config that has other configs, such as those of towers."""
     parts: dict[str, Any] = {}
     for name in type(default).sub_configs or {}:
         part = getattr(default, name, None)

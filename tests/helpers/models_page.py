@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import logging
 import re
 import tempfile
@@ -17,8 +18,14 @@ from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
 
+import families
 from families import FAMILIES
 from family_checks import COLUMNS, Subject
+from family_table import REFUSED
+
+from cookbook.engine.model.base_model import BaseModel
+from cookbook.engine.options import EngineOptions
+from cookbook.errors import ModelError
 
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 FAILED = "no: "
@@ -36,6 +43,10 @@ layers without RoPE. Tiny models show that the computation is right. They do not
 
 | column | what was compared |
 |---|---|
+"""
+_REFUSED = """
+These are refused when they are loaded, with the error that follows the class. A model that reads its prompt
+in both directions would be trained with attention to the tokens that it has to predict.
 """
 _FOOT = """
 The models are in [tests/helpers/family_table.py](../tests/helpers/family_table.py), and the comparisons in
@@ -83,6 +94,19 @@ def quiet() -> Iterator[None]:
         yield
 
 
+def refusal_of(name: str) -> str:
+    """Returns the class of a refused family and the first line of the error."""
+    with tempfile.TemporaryDirectory() as folder, quiet():
+        published = families.save(name, Path(folder) / "published")
+        (kind,) = json.loads((published / "config.json").read_text(encoding="utf-8"))["architectures"]
+        try:
+            BaseModel(str(published), EngineOptions(device="cpu", dtype="float32"))
+        except ModelError as error:
+            reason = str(error).partition("\n")[0].replace(str(published), "the model")
+            return f"{kind}: {re.sub(' by [0-9.]+%', '', reason)}"
+    raise AssertionError(f"{name} is not refused")
+
+
 def passes(cells: Mapping[str, str]) -> bool:
     return all(not cell.startswith(FAILED) and cell != NOT_REACHED for cell in cells.values())
 
@@ -97,7 +121,13 @@ def rows_of_page() -> dict[str, dict[str, str]]:
     return rows
 
 
-def page_of(rows: Mapping[str, Mapping[str, str]]) -> str:
+def refusals_of_page() -> dict[str, str]:
+    """Returns what the page says of each refused family; {} if there is no page."""
+    text = PAGE.read_text(encoding="utf-8") if PAGE.exists() else ""
+    return dict(re.findall(r"^- `(.*?)`, (.*)$", text, re.MULTILINE))
+
+
+def page_of(rows: Mapping[str, Mapping[str, str]], refusals: Mapping[str, str]) -> str:
     versions = ", ".join(
         f"{name} {version(name)}" for name in ("torch", "transformers", "peft", "bitsandbytes")
     )
@@ -112,18 +142,28 @@ def page_of(rows: Mapping[str, Mapping[str, str]]) -> str:
         lines.append(f"| {column} | {' '.join((check.__doc__ or '').split())} |")
     lines += ["", f"| family | {' | '.join(COLUMNS)} |", "|---" * (len(COLUMNS) + 1) + "|"]
     lines += [f"| `{name}` | {' | '.join(rows[name].values())} |" for name in rows]
+    lines += ["", _REFUSED.rstrip("\n"), ""]
+    lines += [f"- `{name}`, {refusal}" for name, refusal in refusals.items()]
     return "\n".join(lines) + "\n" + _FOOT.format(not_reached=NOT_REACHED)
 
 
 def main(names: Sequence[str], num_processes: int) -> None:
-    known = rows_of_page()
+    known, refusals = rows_of_page(), refusals_of_page()
     # Each process imports torch itself: a fork would share the threads of this one.
     with ProcessPoolExecutor(num_processes, mp_context=get_context("spawn")) as pool:
-        for name, row in zip(names, pool.map(row_of, names), strict=True):
+        for name in (name for name in names if name in REFUSED):
+            refusals[name] = refusal_of(name)
+            print(name, refusals[name], flush=True)
+        tried = [name for name in names if name in FAMILIES]
+        for name, row in zip(tried, pool.map(row_of, tried), strict=True):
             known[name] = row
             failed = {column: cell for column, cell in row.items() if cell.startswith(FAILED)}
             print(name, failed or "passes", flush=True)
-    PAGE.write_text(page_of({name: known[name] for name in FAMILIES if name in known}), encoding="utf-8")
+    text = page_of(
+        {name: known[name] for name in FAMILIES if name in known},
+        {name: refusals[name] for name in REFUSED if name in refusals},
+    )
+    PAGE.write_text(text, encoding="utf-8")
     print(f"Wrote {PAGE}: {sum(map(passes, known.values()))} of {len(known)} families pass every column.")
 
 
@@ -132,6 +172,6 @@ if __name__ == "__main__":
     parser.add_argument("families", nargs="*", help="default: all")
     parser.add_argument("--processes", type=int, default=2)
     arguments = parser.parse_args()
-    if unknown := [name for name in arguments.families if name not in FAMILIES]:
-        parser.error(f"unknown family {unknown[0]}. Known: {', '.join(FAMILIES)}")
-    main(arguments.families or list(FAMILIES), arguments.processes)
+    if unknown := [name for name in arguments.families if name not in FAMILIES | REFUSED]:
+        parser.error(f"unknown family {unknown[0]}. Known: {', '.join(FAMILIES | REFUSED)}")
+    main(arguments.families or list(FAMILIES | REFUSED), arguments.processes)

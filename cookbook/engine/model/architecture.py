@@ -30,7 +30,8 @@ it compresses to one, and such numbers that matter in short sequences."""
 def short_spans(decoder: nn.Module, config: Any) -> Iterator[None]:
     """Shrinks the windows of a model's layers meanwhile, so that they matter in short sequences too."""
     modules = list(decoder.modules())
-    owners = {id(owner): owner for owner in (config, *(m.config for m in modules if hasattr(m, "config")))}
+    configs = (config, *(m.config for m in modules if hasattr(getattr(m, "config", None), "__dict__")))
+    owners = {id(owner): owner for owner in configs}
     spans = [
         (owner, name, value, short)
         for owner in (*owners.values(), *modules)

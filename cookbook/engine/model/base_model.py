@@ -214,9 +214,20 @@ class BaseModel:
                 logger.debug("%s is tried with its own windows (%s).", self.name, error)
                 self.discard_pass()
                 spans.close()
-                expected = [self.logprobs_of_whole_model(batch) for batch in alone]
+                expected = self._logprobs_of_text_alone(alone)
             self._check_causal(sequences[0], expected[0])
             self._choose_passes(sequences, alone, torch.cat(expected))
+
+    def _logprobs_of_text_alone(self, alone: list[PackedBatch]) -> list[Tensor]:
+        """Raises ModelError for a model that needs more than text, such as a picture."""
+        try:
+            return [self.logprobs_of_whole_model(batch) for batch in alone]
+        except (TypeError, ValueError) as error:
+            raise ModelError(
+                f"{self.name} ({type(self.model).__name__}) does not run on text alone: {error}\n"
+                f"Training and sampling give a model nothing but text. Choose a model that chats without "
+                f"pictures or sound."
+            ) from error
 
     def _choose_passes(
         self, sequences: list[TokenSequence], alone: list[PackedBatch], expected_S: Tensor

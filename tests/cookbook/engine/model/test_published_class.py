@@ -215,3 +215,16 @@ def test_a_class_that_transformers_lacks_is_named_and_the_folder_is_not_called_d
     with pytest.raises(ModelError, match="no class that continues a text for model_type 't5'") as caught:
         BaseModel(str(folder))
     assert "damaged" not in str(caught.value)
+
+
+def test_a_class_that_joins_models_names_the_part_that_writes_text_and_how_to_save_it(tmp_path: Path) -> None:
+    folder = families.save("qwen2_5_omni", tmp_path / "omni")
+    with pytest.raises(ModelError, match="has no forward pass of its own") as caught:
+        BaseModel(str(folder))
+    kind = transformers.Qwen2_5OmniThinkerForConditionalGeneration
+    assert f"{kind.__name__}.from_pretrained({str(folder)!r}, dtype='auto').save_pretrained" in str(caught.value)
+    part, report = kind.from_pretrained(folder, output_loading_info=True)
+    assert not report["missing_keys"]
+    expected = families.make("qwen2_5_omni").thinker
+    for name, weight in part.state_dict().items():
+        assert torch.equal(weight, expected.state_dict()[name])
