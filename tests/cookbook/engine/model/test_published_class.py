@@ -222,7 +222,9 @@ def test_a_class_that_joins_models_names_the_part_that_writes_text_and_how_to_sa
     with pytest.raises(ModelError, match="has no forward pass of its own") as caught:
         BaseModel(str(folder))
     kind = transformers.Qwen2_5OmniThinkerForConditionalGeneration
-    assert f"{kind.__name__}.from_pretrained({str(folder)!r}, dtype='auto').save_pretrained" in str(caught.value)
+    assert f"{kind.__name__}.from_pretrained({str(folder)!r}, dtype='auto').save_pretrained" in str(
+        caught.value
+    )
     part, report = kind.from_pretrained(folder, output_loading_info=True)
     assert not report["missing_keys"]
     expected = families.make("qwen2_5_omni").thinker
