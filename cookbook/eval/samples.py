@@ -7,7 +7,7 @@ import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import chz
 import numpy as np
@@ -49,16 +49,16 @@ class SamplesEvaluator(SamplingClientEvaluator):
         params: SamplingParams,
         name: str = "samples",
     ) -> None:
-        """Without `prompts` they are those that `use` sets, or else two questions."""
+        """Without `prompts` they are those that `use_held_out` sets, or else two questions."""
         self._renderer = renderer
         self.wants_prompts = prompts is None
         self._prompts: list[Prompt] = [self._asked(text) for text in prompts or QUESTIONS]
         self._params = params
         self._name = name
 
-    def use(self, prompts: Sequence[Prompt]) -> None:
-        """Replaces the prompts, if there are others."""
-        self._prompts = list(prompts) or self._prompts
+    def use_held_out(self, data: SupervisedDataset) -> None:
+        """Prompts with the first held-out conversations, if they have prompts."""
+        self._prompts = held_out_prompts(data, self._renderer) or self._prompts
 
     async def __call__(self, sampling_client: SamplingClient) -> dict[str, Table]:
         inputs = [prompt.tokens for prompt in self._prompts]
@@ -74,7 +74,9 @@ class SamplesEvaluator(SamplingClientEvaluator):
         return Prompt(text, self._renderer.build_generation_prompt([{"role": "user", "content": text}]))
 
 
-def held_out_prompts(data: SupervisedDataset, tokenizer: Any, number: int = len(QUESTIONS)) -> list[Prompt]:
+def held_out_prompts(
+    data: SupervisedDataset, renderer: Renderer, number: int = len(QUESTIONS)
+) -> list[Prompt]:
     """Returns what comes before the first trained token of each of the first examples.
 
     The model was trained to continue such a text, so it is what the model is prompted with.
@@ -86,8 +88,7 @@ def held_out_prompts(data: SupervisedDataset, tokenizer: Any, number: int = len(
             tokens = datum.model_input.to_ints()[: int(trained_T.argmax()) + 1]
             if not trained_T.any() or len(tokens) > MAX_PROMPT_TOKENS:
                 continue
-            text = tokenizer.decode(tokens, skip_special_tokens=True).strip()
-            found.append(Prompt(text, ModelInput.from_ints(tokens)))
+            found.append(Prompt(_last_message(tokens, renderer), ModelInput.from_ints(tokens)))
             if len(found) == number:
                 return found
     return found
@@ -96,6 +97,29 @@ def held_out_prompts(data: SupervisedDataset, tokenizer: Any, number: int = len(
 def _indented(text: str) -> str:
     """Returns the text with all lines but the first indented, so that none looks like another message."""
     return text.replace("\n", "\n    ")
+
+
+def _last_message(tokens: list[int], renderer: Renderer) -> str:
+    """Returns the text of the user's last message in a prompt; all of the prompt's text if it is not found.
+
+    What the chat format prints around a message is found in a prompt of one letter.
+    """
+    letter = renderer.tokenizer.encode("x", add_special_tokens=False)
+    around = renderer.build_generation_prompt([{"role": "user", "content": "x"}]).to_ints()
+    places = [i for i in range(len(around)) if around[i : i + len(letter)] == letter]
+    special = set(renderer.tokenizer.all_special_ids)
+    for place in places:
+        before, after = around[:place], around[place + len(letter) :]
+        header = before[max((i for i, token in enumerate(before) if token in special), default=0) :]
+        if not header or not after or tokens[-len(after) :] != after:
+            continue
+        message = tokens[: -len(after)]
+        starts = [i for i in range(len(message)) if message[i : i + len(header)] == header]
+        if starts:
+            text: str = renderer.tokenizer.decode(message[starts[-1] + len(header) :])
+            return text.strip()
+    text = renderer.tokenizer.decode(tokens, skip_special_tokens=True)
+    return text.strip()
 
 
 def _whole_messages(prompts: Sequence[str]) -> list[str]:

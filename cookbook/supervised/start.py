@@ -18,7 +18,7 @@ from cookbook.data.types import ChatDatasetBuilder, SupervisedDataset
 from cookbook.errors import CheckpointError, ConfigError
 from cookbook.eval.evaluators import AnyEvaluatorBuilder, Evaluation, Evaluator, EvaluatorBuilder, RunContext
 from cookbook.eval.nll import NLLEvaluator
-from cookbook.eval.samples import SamplesEvaluator, held_out_prompts
+from cookbook.eval.samples import SamplesEvaluator
 from cookbook.loggers import (
     ConsoleLogger,
     JsonlLogger,
@@ -71,7 +71,7 @@ async def start_run(config: Config, folder: RunFolder, checkpoints: CheckpointLo
             _warn_about_start(config, chat_format)
         objective = config.objective()
         evaluators = _create_evaluators(config, folder, template_kwargs, eval_data, objective)
-        _use_held_out_prompts(config, evaluators, eval_data)
+        _use_held_out_prompts(evaluators, eval_data)
         _warn_about_noise(config, eval_data)
         start = find_start(config, folder, checkpoints, train_data, eval_data)
         batches = BatchQueue(
@@ -173,18 +173,12 @@ def _warn_about_noise(config: Config, eval_data: SupervisedDataset | None) -> No
 
 
 def _use_held_out_prompts(
-    config: Config,
-    evaluators: Sequence[tuple[int, Sequence[Evaluator]]],
-    eval_data: SupervisedDataset | None,
+    evaluators: Sequence[tuple[int, Sequence[Evaluator]]], eval_data: SupervisedDataset | None
 ) -> None:
     """Gives evaluators without prompts of their own those of the first held-out conversations."""
-    members = [one for _, members in evaluators for one in members]
-    wanting = [one for one in members if isinstance(one, SamplesEvaluator) and one.wants_prompts]
-    if wanting and eval_data is not None:
-        tokenizer = models.get_tokenizer(config.model_name, tuple(config.add_tokens))
-        prompts = held_out_prompts(eval_data, tokenizer)
-        for one in wanting:
-            one.use(prompts)
+    for evaluator in [one for _, members in evaluators for one in members]:
+        if isinstance(evaluator, SamplesEvaluator) and evaluator.wants_prompts and eval_data is not None:
+            evaluator.use_held_out(eval_data)
 
 
 def _sampled_with(

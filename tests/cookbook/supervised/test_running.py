@@ -111,16 +111,17 @@ def test_samples_are_of_held_out_conversations(run: Path) -> None:
     _, eval_data = made.data_builder()
     assert eval_data is not None
     tokenizer = models.get_tokenizer(made.model_name)
-    prompts = held_out_prompts(eval_data, tokenizer)
+    renderer = get_renderer(str(made.renderer_name), tokenizer)
+    prompts = held_out_prompts(eval_data, renderer)
     shown = [row["row"]["prompt"] for row in rows_of(run / "tables.jsonl")]
     assert shown[:2] == [prompt.text for prompt in prompts]
-    renderer = get_renderer(str(made.renderer_name), tokenizer)
     asked = [row["messages"] for row in rows_of(embedded.PIRATE_PATH)]
     expected = set()
     for chat in asked:
         before = [message["role"] for message in chat].index("assistant")
-        expected.add(tuple(renderer.build_generation_prompt(chat[:before]).to_ints()))
-    assert all(tuple(prompt.tokens.to_ints()) in expected for prompt in prompts)
+        tokens = tuple(renderer.build_generation_prompt(chat[:before]).to_ints())
+        expected.add((tokens, chat[before - 1]["content"]))
+    assert {(tuple(prompt.tokens.to_ints()), prompt.text) for prompt in prompts} <= expected
 
 
 @pytest.mark.parametrize(
