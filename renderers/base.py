@@ -63,6 +63,9 @@ class Renderer(ABC):
     name: ClassVar[str]
     roles: tuple[str, ...] = ("system", "user", "assistant", "tool")
 
+    prompted_roles: ClassVar[tuple[str, ...]] = ("assistant", "user")
+    """The roles that `build_generation_prompt` takes."""
+
     frame: ClassVar[str] = ""
     """The tokens around a message. Text in a message is never encoded as one of them, special or not."""
 
@@ -495,6 +498,11 @@ class Renderer(ABC):
         """Returns the prompt for a message of `role`: a prefix of the sequence that trains that message."""
         try:
             prepared = self._prepare(messages, tools)
+            if role not in self.prompted_roles:
+                raise RendererError(
+                    f"Renderer `{self.name}` cannot prompt for role `{role}`. Supported: "
+                    f"{', '.join(self.prompted_roles)}."
+                )
             rendering = self._render_prompt(prepared.messages, prepared.tools, role)
         except RendererError as error:
             self._note_system_prompt(error, messages)
@@ -622,8 +630,3 @@ class Renderer(ABC):
                 f"are {arguments!r}. Give a mapping with strings as keys."
             )
         return arguments
-
-    def _refuse_role(self, role: str, supported: Sequence[str]) -> RendererError:
-        return RendererError(
-            f"Renderer `{self.name}` cannot prompt for role `{role}`. Supported: {', '.join(supported)}."
-        )

@@ -67,6 +67,9 @@ LONGEST_FILES = (
     "cookbook/engine/test_processes.py",
     "fuzz/test_folders.py",
     "renderers/test_incremental.py",
+    "recipes/test_code_of_models.py",
+    "recipes/test_export.py",
+    "recipes/test_damaged_files.py",
 )
 
 

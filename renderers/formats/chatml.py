@@ -44,8 +44,6 @@ class ChatMLRenderer(Renderer):
     def _render_prompt(
         self, messages: Sequence[PlainMessage], tools: Sequence[Tool] | None, role: str
     ) -> Rendering:
-        if role not in ("assistant", "user"):
-            raise self._refuse_role(role, ["assistant", "user"])
         draft = self._draft(messages, tools)
         draft.put(f"{START}{role}\n")
         draft.put(self.reply_opening if role == "assistant" else "")

@@ -93,8 +93,6 @@ class DeepSeekV3Renderer(MarkedCallsRenderer):
     def _render_prompt(
         self, messages: Sequence[PlainMessage], tools: Sequence[Tool] | None, role: str
     ) -> Rendering:
-        if role not in ("assistant", "user"):
-            raise self._refuse_role(role, ["assistant", "user"])
         draft = self._draft(messages, tools, None)
         before = self._states.of(messages)[len(messages)].role
         draft.put(self._header(before) if role == "assistant" else USER)

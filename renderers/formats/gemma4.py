@@ -124,8 +124,6 @@ class Gemma4Renderer(Renderer):
     def _render_prompt(
         self, messages: Sequence[PlainMessage], tools: Sequence[Tool] | None, role: str
     ) -> Rendering:
-        if role not in ("assistant", "user"):
-            raise self._refuse_role(role, ["assistant", "user"])
         draft = self._draft(messages, tools, role)
         if role == "user":
             draft.put(f"{_START}user\n")

@@ -74,8 +74,6 @@ class Glm5Renderer(TaggedRepliesRenderer):
     def _render_prompt(
         self, messages: Sequence[PlainMessage], tools: Sequence[Tool] | None, role: str
     ) -> Rendering:
-        if role not in ("assistant", "user"):
-            raise self._refuse_role(role, ["assistant", "user"])
         draft = self._draft(messages, tools, role)
         if role == "assistant":
             draft.put(_ASSISTANT + self.reply_opening)

@@ -92,8 +92,6 @@ class GptOssRenderer(Renderer):
     def _render_prompt(
         self, messages: Sequence[PlainMessage], tools: Sequence[Tool] | None, role: str
     ) -> Rendering:
-        if role not in ("assistant", "user"):
-            raise self._refuse_role(role, ["assistant", "user"])
         draft = self._draft(messages, tools, self._finals.of(messages)[len(messages)])
         draft.put(_START + role + ("" if role == "assistant" else _MESSAGE))
         return draft.finish()

@@ -92,8 +92,6 @@ class _KimiRenderer(MarkedCallsRenderer):
     def _render_prompt(
         self, messages: Sequence[PlainMessage], tools: Sequence[Tool] | None, role: str
     ) -> Rendering:
-        if role not in ("assistant", "user"):
-            raise self._refuse_role(role, ["assistant", "user"])
         draft = self._draft(messages, tools, len(messages))
         draft.put(f"{_USER}user{_MIDDLE}" if role == "user" else self._header)
         return draft.finish()

@@ -68,8 +68,6 @@ class Llama3Renderer(Renderer):
     def _render_prompt(
         self, messages: Sequence[PlainMessage], tools: Sequence[Tool] | None, role: str
     ) -> Rendering:
-        if role not in ("assistant", "user"):
-            raise self._refuse_role(role, ["assistant", "user"])
         draft = self._draft(messages, tools)
         draft.put(_header(role))
         return draft.finish()

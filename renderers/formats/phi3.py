@@ -47,8 +47,6 @@ class Phi3Renderer(Renderer):
     def _render_prompt(
         self, messages: Sequence[PlainMessage], tools: Sequence[Tool] | None, role: str
     ) -> Rendering:
-        if role not in ("assistant", "user"):
-            raise self._refuse_role(role, ["assistant", "user"])
         draft = self._draft(messages)
         draft.put(f"<|{role}|>\n")
         return draft.finish()

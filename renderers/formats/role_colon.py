@@ -31,7 +31,7 @@ class RoleColonRenderer(Renderer):
     """
 
     name = "role_colon"
-    roles = tuple(_LABELS)
+    roles = prompted_roles = tuple(_LABELS)
     reply_sections = _SECTIONS
 
     def _render(
@@ -42,8 +42,6 @@ class RoleColonRenderer(Renderer):
     def _render_prompt(
         self, messages: Sequence[PlainMessage], tools: Sequence[Tool] | None, role: str
     ) -> Rendering:
-        if role not in _LABELS:
-            raise self._refuse_role(role, self.roles)
         draft = self._draft(messages)
         if messages[-1]["role"] != "assistant":
             draft.put(f"\n\n{_LABELS[role]}")

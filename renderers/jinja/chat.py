@@ -94,6 +94,8 @@ class Chat:
 
     def beginning(self, num_messages: int) -> Chat:
         """Returns a chat of the first messages that shares the kept texts."""
+        if num_messages == len(self.messages):
+            return self
         beginning = copy(self)
         beginning.messages = self.messages[:num_messages]
         return beginning

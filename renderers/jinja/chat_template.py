@@ -70,6 +70,7 @@ class ChatTemplateRenderer(Renderer):
 
     name = "chat_template"
     roles = ROLES
+    prompted_roles = ("assistant",)
 
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, template_kwargs: Mapping[str, Any] | None = None
@@ -285,8 +286,6 @@ class ChatTemplateRenderer(Renderer):
     def _render_prompt(
         self, messages: Sequence[PlainMessage], tools: Sequence[Tool] | None, role: str
     ) -> Rendering:
-        if role != "assistant":
-            raise self._refuse_role(role, ["assistant"])
         chat = self._chat(messages, tools)
         self._check_is_printed(chat)
         text = self._checked_text(chat, prompt=True) + self._replies.missing_header(chat, len(messages))
