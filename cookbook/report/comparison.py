@@ -16,7 +16,7 @@ from cookbook.report.run_page import REPORT_FILE
 from cookbook.report.table_views import shortened
 from cookbook.runs.record import RunRecord, read_run
 from cookbook.runs.settings import texts_of
-from cookbook.runs.summary import Outcome, better_of, headline_metric, outcome_of, status_of
+from cookbook.runs.summary import Outcome, better_of, headline_metric, outcome_of, status_of, steps_of
 from cookbook.utils import files
 
 MAX_METRICS = 6
@@ -37,6 +37,8 @@ class RunRow:
     dash: str
     status: str
     num_steps: int
+    steps: str
+    """The steps in words, such as 25 of 44."""
     outcomes: Sequence[Outcome | None]
     seconds: float
     tokens_per_second: float
@@ -145,6 +147,7 @@ def _row(index: int, name: str, run: Compared, metrics: Sequence[str], page: Pat
         dash=panels.dash(index),
         status=status_of(run.record) if run.outcomes else "no step logged yet",
         num_steps=run.record.num_steps,
+        steps=steps_of(run.record),
         outcomes=[run.outcomes.get(metric) for metric in metrics],
         seconds=run.seconds,
         tokens_per_second=run.tokens / run.seconds if run.seconds else 0,

@@ -16,7 +16,7 @@ from cookbook.runs import curves
 from cookbook.runs.metrics import MetricsReader
 from cookbook.runs.record import RunRecord, read_run
 from cookbook.runs.settings import settings_of
-from cookbook.runs.summary import facts_of, outcomes_of, status_of
+from cookbook.runs.summary import facts_of, forecasts_of, outcomes_of, status_of
 from cookbook.utils import files, notes
 
 REPORT_FILE = "report.html"
@@ -65,6 +65,7 @@ def page_of(run: RunRecord) -> str:
         status=status_of(run),
         facts=facts_of(run),
         outcomes=outcomes_of(drawn),
+        forecasts=forecasts_of(run),
         loss_charts=places([loss] if loss else []),
         eval_charts=places(panels.eval_charts(drawn, most)),
         training_charts=places(panels.training_charts(run, most)),

@@ -30,6 +30,8 @@ class RunRecord:
     is_finished: bool = False
     data: Mapping[str, Any] = field(default_factory=dict)
     environment: Mapping[str, Any] = field(default_factory=dict)
+    estimate: Mapping[str, Any] = field(default_factory=dict)
+    """What the run was expected to take, in bytes and seconds; empty for a run without an estimate."""
     tables: list[dict[str, Any]] = field(default_factory=list)
     checkpoints: list[dict[str, Any]] = field(default_factory=list)
 
@@ -37,6 +39,12 @@ class RunRecord:
     def evals(self) -> dict[str, Series]:
         """The metrics that evaluators measured."""
         return {name: series for name, series in self.metrics.items() if is_eval(name)}
+
+    @property
+    def planned_steps(self) -> int | None:
+        """The number of steps that the run was to take, or None if that is unknown."""
+        planned = self.estimate.get("num_steps") or self.config.get("max_steps")
+        return planned if isinstance(planned, int) and not isinstance(planned, bool) else None
 
     def total(self, metric: str) -> float:
         """Returns the sum of a metric over all steps."""
@@ -73,6 +81,7 @@ def read_run(folder: str | Path, metrics: MetricsReader | None = None, with_tabl
         is_finished=CheckpointLog(path).is_finished if (path / "checkpoints.jsonl").exists() else False,
         data=_read_data(path / "data.json"),
         environment=_read_object(path / "environment.json"),
+        estimate=_read_object(path / "estimate.json"),
         tables=read_tables(path / "tables.jsonl") if with_tables else [],
         checkpoints=[asdict(record) for record in read_records(path / "checkpoints.jsonl")],
     )

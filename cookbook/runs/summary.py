@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -11,11 +12,20 @@ from cookbook.runs.downsampling import smooth, smoothing_span
 from cookbook.runs.metrics import Series
 from cookbook.runs.record import RunRecord
 
+PEAK_MEMORY = "perf/peak_memory_gib"
+
 
 class Fact(NamedTuple):
     label: str
     value: str
     note: str = ""
+
+
+class Forecast(NamedTuple):
+    what: str
+    estimated: str
+    measured: str
+    note: str
 
 
 @dataclass(frozen=True)
@@ -57,7 +67,7 @@ def headline_metric(run: RunRecord) -> str | None:
 
 
 def facts_of(run: RunRecord) -> list[Fact]:
-    facts = [Fact("Steps", f"{run.num_steps:,}", status_of(run))]
+    facts = [Fact("Steps", steps_of(run), status_of(run))]
     if (trained := run.metrics.get("train/nll")) is not None:
         span = smoothing_span(len(trained))
         last = float(smooth(trained.values, span)[-1])
@@ -72,7 +82,10 @@ def facts_of(run: RunRecord) -> list[Fact]:
     facts += _costs(run)
     device = run.environment.get("device")
     if device:
-        facts.append(Fact("Device", str(device), str(run.environment.get("dtype", ""))))
+        notes = [str(run.environment.get("dtype", ""))]
+        if (memory := run.metrics.get(PEAK_MEMORY)) is not None:
+            notes.append(f"{memory.values.max():.1f} GiB at most")
+        facts.append(Fact("Device", str(device), ", ".join(filter(None, notes))))
     return facts
 
 
@@ -89,6 +102,36 @@ def _costs(run: RunRecord) -> list[Fact]:
         Fact("Tokens", count(tokens), f"{count(trained)} of them trained"),
         Fact("Tokens per second", count(tokens / seconds), "evaluations and saving included"),
     ]
+
+
+def steps_of(run: RunRecord) -> str:
+    """Returns the number of steps taken, and of how many if it is fewer: "25 of 44"."""
+    planned = run.planned_steps
+    taken = f"{run.num_steps:,}"
+    return f"{taken} of {planned:,}" if planned is not None and run.num_steps < planned else taken
+
+
+def forecasts_of(run: RunRecord) -> list[Forecast]:
+    """Returns what was estimated before the run, and measured in it; empty without an estimate."""
+    found = []
+    memory, is_cpu = run.metrics.get(PEAK_MEMORY), run.environment.get("device") == "cpu"
+    if (expected := _positive(run.estimate.get("peak_bytes"))) and memory is not None:
+        note = (
+            "of the process, with Python and its libraries, which are not in the estimate" if is_cpu else ""
+        )
+        found.append(Forecast("memory", size(expected), size(memory.values.max() * 2**30), note))
+    seconds = run.total("perf/seconds_forward_backward") + run.total("perf/seconds_optim_step")
+    planned = run.planned_steps
+    if (expected := _positive(run.estimate.get("seconds"))) and seconds and planned:
+        part = min(1.0, run.num_steps / planned)
+        found.append(Forecast("time of the training steps", duration(expected * part), duration(seconds), ""))
+    return found
+
+
+def _positive(value: object) -> float:
+    """Returns a number of a file that anyone may have written, or 0."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return float(value) if is_number and 0 < value < math.inf else 0.0  # type: ignore[arg-type, operator]
 
 
 def status_of(run: RunRecord) -> str:
@@ -113,6 +156,13 @@ def count(value: float) -> str:
         if value >= size:
             return f"{value / size:.3g} {letter}"
     return f"{value:,.0f}"
+
+
+def size(num_bytes: float) -> str:
+    """Returns a number of bytes in GiB, or below 0.1 GiB in MiB."""
+    if num_bytes >= 0.1 * 2**30:
+        return f"{num_bytes / 2**30:,.1f} GiB"
+    return f"{num_bytes / 2**20:,.1f} MiB"
 
 
 def duration(seconds: float) -> str:

@@ -120,6 +120,7 @@ class RunEstimate:
     def to_json(self) -> dict[str, Any]:
         return {
             "device": self.device,
+            "num_steps": self.length.num_steps,
             "peak_bytes": self.plan.total,
             "weights_bytes": self.footprint.weights,
             "adapter_bytes": self.footprint.adapter,
