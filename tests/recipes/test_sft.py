@@ -34,10 +34,8 @@ def test_the_embedded_model_learns_to_talk_like_a_pirate(
     assert nlls[-1] < 0.5 * nlls[0]
     prompts = re.findall(r"^  user: (.*)$", done.stdout, re.MULTILINE)
     replies = re.findall(r"^  assistant: (.*)$", done.stdout, re.MULTILINE)
-    assert prompts[: len(prompts) // 2] == prompts[len(prompts) // 2 :], "before and after"
-    before, after = replies[0], replies[len(replies) // 2]
-    assert "Tokyo" in before
-    assert "Tokyo" in after
+    assert prompts == prompts[:2] * 3, "before, half-way and after"
+    before, after = replies[0], replies[-2]
     assert not PIRATE_WORDS & words_of(before)
     assert PIRATE_WORDS & words_of(after)
     assert after in (folder / "train.log").read_text(encoding="utf-8")
