@@ -8,7 +8,9 @@ from cookbook.types import ModelData
 
 def model_with(**shares: float) -> ModelData:
     without = {kind.replace("_", " "): share for kind, share in shares.items()}
-    return ModelData("", "", 8, 32.0, 1, "llama", "cpu", "float32", 300, 1 - sum(shares.values()), without)
+    share = 1 - sum(shares.values())
+    known = ("", "", 8, 32.0, 1, "llama", "cpu", "float32", 300)
+    return ModelData(*known, adapted_share=share, without_adapter=without)
 
 
 def test_one_line_says_what_share_of_the_weights_carries_an_adapter() -> None:
