@@ -21,6 +21,7 @@ from cookbook.config import config_files
 from cookbook.errors import ClusterError
 from cookbook.jobs.connection import connect
 from cookbook.jobs.head import START_SECONDS, RayHead, end_head, find_head, start_head
+from cookbook.supervised.notify import refuse
 from cookbook.supervised.recipe import find_recipe
 from cookbook.utils import files, json_files
 from cookbook.utils.json_files import JsonOrigin
@@ -74,6 +75,7 @@ def submit(
     """
     found = find_recipe(recipe)
     config = found.make_config(argv)
+    refuse(config.notify, "A job")
     config = chz.replace(config, log_path=str(Path(config.log_path).absolute()))
     return _submit(
         found.module, config_files.to_json(config), address or start_head().address, num_gpus, num_cpus

@@ -19,6 +19,15 @@ logger = logging.getLogger(__name__)
 TIMEOUT_SECONDS = 20.0
 
 
+def refuse(target: str | None, what: str) -> None:
+    """Raises ConfigError for a run that starts from its recorded config, which has no `notify`."""
+    if target is not None:
+        raise ConfigError(
+            f"{what} starts from its recorded config, and notify= is not recorded: a URL may hold a secret, "
+            f"and a record starts no programs. Remove it, and run the command behind this one instead."
+        )
+
+
 class Summary(Protocol):
     """What a message says of a `RunSummary`."""
 

@@ -12,6 +12,7 @@ from rich.console import Console
 from cookbook.config import config_files
 from cookbook.errors import ConfigError
 from cookbook.runs.folder import RunFolder
+from cookbook.supervised.notify import refuse
 from cookbook.sweeps import results
 from cookbook.sweeps.plan import Plan, PlannedRun
 from cookbook.sweeps.results import PointResult
@@ -66,6 +67,7 @@ def run_sweep(
 def _claim_folders(runs: Sequence[PlannedRun]) -> None:
     """Writes the config of every run to its folder, from which the run is started."""
     for run in runs:
+        refuse(run.config.notify, "A run of a sweep")
         config = config_files.to_json(run.config)
         files.refuse_link(run.folder)
         try:

@@ -26,6 +26,7 @@ from cookbook.config.cli import make_config
 from cookbook.errors import CheckpointError, ConfigError
 from cookbook.eval.evaluators import EvaluatorBuilder, TrainingClientEvaluator
 from cookbook.eval.samples import SamplesEvaluatorBuilder, held_out_prompts
+from cookbook.jobs import jobs
 from cookbook.supervised.batches import BEGINNING, PlacedBatch
 from cookbook.supervised.run import PendingStep, StateEvaluation, withdraw
 from cookbook.supervised.train import Config
@@ -222,3 +223,9 @@ def test_an_unreachable_webhook_is_a_warning(tmp_path: Path, caplog: pytest.LogC
     notify("http://127.0.0.1:9/secret", message_of("runs/x", error=CheckpointError("no")))
     assert "the message was not delivered (ConnectError)" in caplog.text
     assert "secret" not in caplog.text
+
+
+def test_jobs_and_sweeps_refuse_a_message_that_they_would_lose(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="A job starts from its recorded config"):
+        jobs.submit("sft", [f"log_path={tmp_path / 'job'}", "notify=echo"])
+    assert not (tmp_path / "job").exists()
