@@ -22,6 +22,7 @@ from cookbook.engine import devices, processes
 from cookbook.engine.model import (
     architecture,
     attention,
+    backward_trial,
     fsdp,
     linear_scan,
     loss_scaling,
@@ -216,7 +217,7 @@ class BaseModel:
                 spans.close()
                 expected = self._logprobs_of_text_alone(alone)
             self._check_causal(sequences[0], expected[0])
-            self._choose_passes(sequences, alone, torch.cat(expected))
+            self._choose_passes(sequences, alone, torch.cat(expected), self._gradients_alone(alone))
 
     def _logprobs_of_text_alone(self, alone: list[PackedBatch]) -> list[Tensor]:
         """Raises ModelError for a model that needs more than text, such as a picture."""
@@ -230,9 +231,14 @@ class BaseModel:
             ) from error
 
     def _choose_passes(
-        self, sequences: list[TokenSequence], alone: list[PackedBatch], expected_S: Tensor
+        self,
+        sequences: list[TokenSequence],
+        alone: list[PackedBatch],
+        expected_S: Tensor,
+        gradients: list[Tensor],
     ) -> None:
-        """Does what `_probe_architecture` says, given the log-probabilities of the sequences run alone."""
+        """Does what `_probe_architecture` says, given the results of the sequences run alone: their
+        log-probabilities, and the gradients of the embeddings, or none if there is no backward pass."""
 
         def why_not(compute: Callable[[], Tensor]) -> str | None:
             try:
@@ -258,17 +264,17 @@ class BaseModel:
         self.is_packed = True
         self.recurrent.passes_borders = bool(self.recurrent.mixers)
         if self.has_plain_head:
-            reason = why_not(lambda: self._packed_logprobs(sequences))
+            reason = why_not(lambda: self._packed_logprobs(sequences, gradients))
         if reason is not None and self.recurrent.passes_borders:  # no kernels that keep sequences apart
             self.recurrent.passes_borders = False
             logger.debug("%s splits rows at the borders of sequences (%s).", self.name, reason)
-            reason = why_not(lambda: self._packed_logprobs(sequences))
+            reason = why_not(lambda: self._packed_logprobs(sequences, gradients))
         if reason is None:
-            reason = why_not(lambda: self._logprobs_of_tree(sequences))
+            reason = why_not(lambda: self._logprobs_of_tree(sequences, gradients))
             if reason is not None and self.recurrent.mixers:
                 self.recurrent.hands_states_on = False
                 logger.debug("%s runs recurrent layers over whole sequences (%s).", self.name, reason)
-                reason = why_not(lambda: self._logprobs_of_tree(sequences))
+                reason = why_not(lambda: self._logprobs_of_tree(sequences, gradients))
             self.min_shared_tokens = MIN_SHARED_TOKENS if reason is None else None
             if reason is not None:
                 logger.info("%s computes what sequences share for each of them (%s).", self.name, reason)
@@ -277,7 +283,7 @@ class BaseModel:
         self.model.set_attn_implementation(own_attention)
         logger.debug("%s runs padded sequences: it cannot be packed (%s).", self.name, reason)
         cannot_share = reason
-        reason = why_not(lambda: self._padded_logprobs(sequences))
+        reason = why_not(lambda: self._padded_logprobs(sequences, gradients))
         if reason is not None:
             self.is_packed = self.is_padded = False
             logger.info("%s runs one sequence at a time: it cannot be packed (%s).", self.name, reason)
@@ -312,7 +318,55 @@ class BaseModel:
         self._logit_scaling = scaling
         return torch.cat([self.logprobs(batch) for batch in alone])
 
-    def _packed_logprobs(self, sequences: list[TokenSequence]) -> Tensor:
+    def _gradients_alone(self, alone: list[PackedBatch]) -> list[Tensor]:
+        """Returns the gradients of the embeddings, one sequence at a time through the model's own logits.
+
+        There are none without a backward pass, which sampling does not need, and none are computed for a
+        sharded model, whose processes would have to agree on a failure.
+        """
+        if self.is_sharded:
+            return []
+        try:
+            return [self._gradient(batch) for batch in alone]
+        except _FAILURES as error:
+            logger.warning(
+                "%s cannot be trained here: its backward pass fails in a trial (%s: %s).",
+                self.name,
+                type(error).__name__,
+                error,
+            )
+            return []
+
+    def _gradient(self, batch: PackedBatch) -> Tensor:
+        return backward_trial.gradient_of_embeddings(
+            self.model.get_input_embeddings(),
+            lambda: self.backpropagate(batch, lambda logprobs_C, part: -logprobs_C.sum(), False),
+        )
+
+    def _check_backward(self, batch: PackedBatch, gradients: list[Tensor]) -> None:
+        """Raises ValueError, after a warning, if the backward pass of sequences together fails, or has other
+        gradients than one sequence at a time."""
+        if not gradients:
+            return
+        reason = None
+        try:
+            found_ND = self._gradient(batch)
+        except _FAILURES as error:
+            reason = f"its backward pass fails: {type(error).__name__}: {error}"
+        else:
+            ranges = batch.layout.segments
+            # What sequences share has the sum of their gradients, and in float16 each pass has its own scale.
+            if batch.shared is None and self.dtype != torch.float16:
+                found = torch.cat([found_ND[start:stop] for start, stop in ranges])
+                difference = backward_trial.relative_difference(found, torch.cat(gradients))
+                if difference > (1e-3 if self.dtype == torch.float32 else 0.1):
+                    reason = f"its gradients would move by {difference:.2%}"
+        if reason is not None:
+            how = "as a padded batch" if self.is_padded else "in one row"
+            logger.warning("%s falls back to a slower way: %s with sequences %s.", self.name, reason, how)
+            raise ValueError(reason)
+
+    def _packed_logprobs(self, sequences: list[TokenSequence], gradients: list[Tensor]) -> Tensor:
         """Returns the log-probabilities of `sequences` in one row. Raises ValueError if packing is unsafe."""
         self.model.set_attn_implementation(attention.NAME)
         batch = pack(sequences, self.device, trained_only=False)
@@ -323,13 +377,15 @@ class BaseModel:
         if reason is not None:
             raise ValueError(reason)
         self._check_apart(batch)
+        self._check_backward(batch, gradients)
         return found_S
 
-    def _padded_logprobs(self, sequences: list[TokenSequence]) -> Tensor:
+    def _padded_logprobs(self, sequences: list[TokenSequence], gradients: list[Tensor]) -> Tensor:
         """Returns the log-probabilities of `sequences` as a batch. Raises ValueError if padding is unsafe."""
         batch = pack(sequences, self.device, trained_only=False, is_padded=True)
         found_S = self.logprobs(batch)
         self._check_apart(batch)
+        self._check_backward(batch, gradients)
         return found_S
 
     def _check_apart(self, batch: PackedBatch) -> None:
@@ -351,7 +407,7 @@ class BaseModel:
         finally:
             hook.remove()
 
-    def _logprobs_of_tree(self, sequences: list[TokenSequence]) -> Tensor:
+    def _logprobs_of_tree(self, sequences: list[TokenSequence], gradients: list[Tensor]) -> Tensor:
         """Returns the log-probabilities of `sequences` in one row that has what they share once.
 
         Recurrent layers learn in a first pass which projections they share, so theirs is the second one.
@@ -360,6 +416,7 @@ class BaseModel:
         batch = pack([sequences[index] for index in family.indices], self.device, False, [family])
         for _ in range(2 if self.recurrent.mixers else 1):
             logprobs_P = self.logprobs(batch).cpu().numpy()
+        self._check_backward(batch, gradients)
         found = dict(zip(family.indices, batch.layout.split(logprobs_P), strict=True))
         return torch.from_numpy(np.concatenate([found[0], found[1]])).to(self.device)
 

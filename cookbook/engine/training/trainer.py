@@ -481,9 +481,10 @@ class Trainer:
     def _check_finite(self, path: Path, optimizer: Mapping[str, Tensor]) -> None:
         """Raises TrainingError on all processes if a weight or an optimizer value is nan or infinite."""
         tensors = {**self.adapter.weights, **{f"{name} (optimizer)": of for name, of in optimizer.items()}}
-        wrong = [
-            name for name, tensor in tensors.items() if not fsdp.local_part(tensor.detach()).isfinite().all()
-        ]
+        parts = [fsdp.local_part(tensor.detach()) for tensor in tensors.values()]
+        # one read for all of them: the device is waited for once
+        are_finite = torch.stack([part.isfinite().all() for part in parts]).tolist()
+        wrong = [name for name, is_finite in zip(tensors, are_finite, strict=True) if not is_finite]
         with self._world.failing_together():
             if wrong:
                 raise TrainingError(
