@@ -13,6 +13,8 @@
 #              (COOKBOOK_TOKENIZERS is the folder of the tokenizers, with that of the templates beside it)
 # make peers   make the environments of other packages' renderers, for make parity to compare with
 # make families  set up, then try the tiny model of each family of chat models, and write docs/models.md
+# make gpu     set up, then run tests, comparisons and measurements that need a GPU (ten minutes at most), into runs/gpu
+# make rehearsal  set up, then run the CUDA branches of every family on the fake CUDA device (an hour and a half)
 # make roofline  set up, then derive what a step and a token cost on GPUs, without one, and write tests/golden/roofline.txt
 # make tinker  make an environment with the Tinker SDK and tinker-cookbook, then run some forty of its programs to their ends
 #              on this project (fifteen minutes on two idle cores)
@@ -22,7 +24,7 @@ BASE_STAMP := .venv/.is-installed
 STAMP := .venv/.is-set-up
 BENCH_STAMP := .venv/.is-set-up-to-bench
 
-.PHONY: setup demo test test-slow check docs format bench scale house parity peers tinker families golden roofline clean
+.PHONY: setup demo test test-slow check docs format bench scale house parity peers tinker families golden roofline rehearsal gpu clean
 
 setup: $(STAMP)
 
@@ -50,7 +52,7 @@ test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: setup
-	$(BIN)/python -m pytest -m "slow and not published" --timeout 900
+	$(BIN)/python -m pytest -m "slow and not published" --timeout 900 --ignore tests/cuda_rehearsal
 	HYPOTHESIS_PROFILE=thorough $(BIN)/python -m pytest -m "hypothesis and not slow and not published" --timeout 900
 
 check: setup
@@ -127,6 +129,14 @@ tinker: .venv-tinker/.is-set-up
 
 families: setup
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 PYTHONPATH=.:tests/helpers $(BIN)/python tests/helpers/models_page.py
+
+# the CUDA branches of every family, on the fake device
+rehearsal: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow tests/cuda_rehearsal --timeout 900 --numprocesses 2
+
+# everything that needs a GPU, in ten minutes at most
+gpu: setup
+	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.gpu
 
 # what a step and a token cost on a CUDA device, as the fake one counts it
 roofline: setup

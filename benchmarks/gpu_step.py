@@ -13,8 +13,11 @@ Liger-Kernel; it needs liger-kernel and flash-attn to be installed.
 from __future__ import annotations
 
 import argparse
+import importlib.util
+import json
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +62,7 @@ SIZES: dict[str, dict[str, Any]] = {
 }
 
 
-def make_model_folder(size: str, folder: Path) -> Path:
+def make_model_folder(size: str, folder: Path, **further: Any) -> Path:
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     from cookbook import embedded
@@ -72,7 +75,7 @@ def make_model_folder(size: str, folder: Path) -> Path:
         max_position_embeddings=40_960,
         tie_word_embeddings=size != "8B",
         dtype="bfloat16",
-        **SIZES[size],
+        **{**SIZES[size], **further},
     )
     torch.manual_seed(SEED)
     with torch.device("cuda"):
@@ -135,8 +138,11 @@ def measure_engine(folder: Path, data: list[list[Example]], compile_layers: bool
     return seconds
 
 
-def measure_trl(folder: Path, data: list[list[Example]]) -> float:
-    """Returns the seconds of the timed steps of `SFTTrainer`, with rows of `LENGTH` tokens."""
+def measure_trl(folder: Path, data: list[list[Example]], model: Any = None) -> float:
+    """Returns the seconds of the timed steps of `SFTTrainer`, with rows of `LENGTH` tokens.
+
+    `model` already has an adapter; without it, the model of the folder gets one.
+    """
     from datasets import Dataset
     from peft import LoraConfig
     from transformers import TrainerCallback
@@ -154,29 +160,66 @@ def measure_trl(folder: Path, data: list[list[Example]]) -> float:
         for batch in data
         for tokens, mask in batch
     ]
+    own = {"dtype": "bfloat16", "attn_implementation": "flash_attention_2"}
     config = SFTConfig(
         output_dir=str(folder / "trl"),
         per_device_train_batch_size=TOKENS_A_STEP // LENGTH,
         max_steps=len(data),
         max_length=LENGTH,
         packing=True,
-        use_liger_kernel=True,
+        use_liger_kernel=model is None,
         bf16=True,
         gradient_checkpointing=False,
         learning_rate=1e-4,
         report_to="none",
         save_strategy="no",
-        model_init_kwargs={"dtype": "bfloat16", "attn_implementation": "flash_attention_2"},
+        model_init_kwargs=own if model is None else None,
     )
     lora = LoraConfig(r=LORA_RANK, target_modules="all-linear", task_type="CAUSAL_LM")
     SFTTrainer(
-        str(folder),
+        str(folder) if model is None else model,
         config,
         train_dataset=Dataset.from_list(rows),
-        peft_config=lora,
+        peft_config=lora if model is None else None,
         callbacks=[RecordStepEnds()],
     ).train()
     return marks[-1] - marks[WARM_UP_STEPS - 1]
+
+
+def measure_unsloth(folder: Path, data: list[list[Example]]) -> float:
+    """Returns the seconds of the timed steps of TRL's trainer on a model that Unsloth has patched."""
+    from unsloth import FastLanguageModel
+
+    model, _ = FastLanguageModel.from_pretrained(
+        str(folder), max_seq_length=LENGTH, dtype=torch.bfloat16, load_in_4bit=False
+    )
+    names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    model = FastLanguageModel.get_peft_model(
+        model, r=LORA_RANK, target_modules=names, use_gradient_checkpointing=False, random_state=SEED
+    )
+    return measure_trl(folder, data, model)
+
+
+def sides_of(arguments: argparse.Namespace) -> dict[str, Callable[[Path, list[list[Example]]], float]]:
+    """Returns the programs to measure, and prints why one is missing."""
+    sides: dict[str, Callable[[Path, list[list[Example]]], float]] = {
+        "this engine": lambda folder, data: measure_engine(folder, data, arguments.compile)
+    }
+    if not (arguments.trl or arguments.trl_if_installed):
+        return sides
+    peers = {
+        "TRL, packing and Liger": (measure_trl, ("trl", "liger_kernel", "flash_attn")),
+        "Unsloth": (measure_unsloth, ("unsloth", "trl")),
+    }
+    for side, (measure, packages) in peers.items():
+        missing = [name for name in packages if importlib.util.find_spec(name) is None]
+        if not missing:
+            sides[side] = measure
+        elif arguments.trl_if_installed:
+            print(f"{side} is not measured: {', '.join(missing)} is not installed.", flush=True)
+        elif side != "Unsloth":
+            raise SystemExit(f"--trl needs {', '.join(missing)}.")
+    return sides
 
 
 def main() -> None:
@@ -187,7 +230,13 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--compile", action="store_true", help="compile the layers")
     parser.add_argument("--real", action="store_true", help="sequences of 20 to 2,000 tokens")
-    parser.add_argument("--trl", action="store_true", help="measure TRL too")
+    parser.add_argument(
+        "--trl", action="store_true", help="measure TRL too, and Unsloth where it is installed"
+    )
+    parser.add_argument(
+        "--trl-if-installed", action="store_true", help="the same, or say what is not installed"
+    )
+    parser.add_argument("--json", action="store_true", help="print a line of JSON for each side")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("This benchmark needs a CUDA device; `benchmarks.train_step` runs on a CPU.")
@@ -195,21 +244,24 @@ def main() -> None:
     print(f"{torch.cuda.get_device_name()}: {rate / 1e12:.0f} TFLOP/s in an 8,192-cubed bfloat16 product")
     data = make_batches(WARM_UP_STEPS + arguments.steps, arguments.real)
     tokens = sum(map(num_tokens, data[WARM_UP_STEPS:]))
-    print("| model | side | tokens/s | MFU | peak GiB |\n|---|---|---|---|---|")
+    if not arguments.json:
+        print("| model | side | tokens/s | MFU | peak GiB |\n|---|---|---|---|---|")
     for size in arguments.models:
         with tempfile.TemporaryDirectory() as temporary:
             folder = make_model_folder(size, Path(temporary, "model"))
             flops = 4 * linear_parameters(folder) * tokens
-            sides = {"this engine": lambda f: measure_engine(f, data, arguments.compile)}
-            if arguments.trl:
-                sides["TRL, packing and Liger"] = lambda f: measure_trl(f, data)
-            for side, measure in sides.items():
+            for side, measure in sides_of(arguments).items():
                 torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats()
-                seconds = measure(folder)
+                seconds = measure(folder, data)
                 peak = torch.cuda.max_memory_allocated() / 2**30
                 mfu = flops / seconds / rate
-                print(f"| {size} | {side} | {tokens / seconds:,.0f} | {mfu:.0%} | {peak:.1f} |")
+                if arguments.json:
+                    rates = {"tokens_per_second": round(tokens / seconds), "mfu": round(mfu, 3)}
+                    result = {"model": size, "side": side, **rates, "peak_gib": round(peak, 1)}
+                    print(json.dumps(result), flush=True)
+                else:
+                    print(f"| {size} | {side} | {tokens / seconds:,.0f} | {mfu:.0%} | {peak:.1f} |")
 
 
 if __name__ == "__main__":

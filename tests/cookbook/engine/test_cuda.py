@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,13 +14,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from cookbook.clients.service import ServiceClient
 from cookbook.engine.device_clock import DeviceClock
 from cookbook.engine.model.attention import AttentionLayout, packed_attention
 from cookbook.engine.model.base_model import BaseModel
 from cookbook.engine.options import EngineOptions
 from cookbook.engine.training.trainer import Trainer
-from cookbook.types import AdamParams, Datum, LoraConfig, ModelInput
+from cookbook.types import AdamParams, Datum, LoraConfig, ModelInput, SamplingParams
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -105,6 +110,102 @@ def test_the_variable_length_kernel_equals_one_sequence_at_a_time(sliding_window
         part = (tensor[:, :, start:stop].float() for tensor in (query, key, value))
         expected, _ = packed_attention(torch.nn.Module(), *part, None, sliding_window=sliding_window)
         torch.testing.assert_close(found[:, start:stop].float(), expected, rtol=0.02, atol=0.02)
+
+
+def losses_of(trainer: Trainer, num_steps: int) -> list[float]:
+    request = trainer.check(make_data(), "cross_entropy", None, trained_only=True)
+    losses = []
+    for _ in range(num_steps):
+        losses.append(trainer.forward_backward(request).output().loss)
+        trainer.optim_step(AdamParams(learning_rate=1e-2, grad_clip_norm=1.0)).arrays()
+    return losses
+
+
+@pytest.mark.parametrize("rank", [4, 0], ids=["lora", "full-fine-tuning"])
+def test_packed_sequences_have_the_losses_and_gradients_of_one_at_a_time(tiny_qwen3: str, rank: int) -> None:
+    found = []
+    for limit in (None, 1):
+        options = EngineOptions(device="cuda", dtype="float32", max_tokens_per_microbatch=limit)
+        trainer = Trainer(BaseModel(tiny_qwen3, options, rank == 0), LoraConfig(rank=rank, seed=0))
+        request = trainer.check(make_data(), "cross_entropy", None)
+        loss = trainer.forward_backward(request).output().loss
+        weights = trainer.adapter.weights.values()
+        found.append((loss, [w.grad.cpu() for w in weights if w.grad is not None]))
+    (packed, gradients), (alone, expected) = found
+    assert packed == pytest.approx(alone, rel=1e-5)
+    for one, other in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-4 * float(other.abs().max()))
+
+
+@pytest.mark.parametrize("quantization", [None, "nf4"])
+def test_a_model_in_bfloat16_and_in_4_bits_learns_its_data(tiny_qwen3: str, quantization: Any) -> None:
+    if quantization is not None:
+        pytest.importorskip("bitsandbytes")
+    options = EngineOptions(device="cuda:0", quantization=quantization)
+    losses = losses_of(Trainer(BaseModel(tiny_qwen3, options), LoraConfig(rank=4, seed=0)), 20)
+    assert losses[-1] < 0.9 * losses[0]
+
+
+def test_sampled_logprobs_are_those_of_a_forward_pass(tiny_qwen3: str, tmp_path: Path) -> None:
+    service = ServiceClient(device="cuda", dtype="float32", checkpoint_dir=tmp_path)
+    client = service.create_lora_training_client(tiny_qwen3, rank=4, seed=0)
+    sampler = client.save_weights_and_get_sampling_client()
+    prompt = list(range(20, 40))
+    params = SamplingParams(max_tokens=12, seed=0, top_p=0.9, stop=[])
+    for sequence in sampler.sample(ModelInput.from_ints(prompt), 4, params).result().sequences:
+        text = [*prompt, *sequence.tokens]
+        expected = sampler.compute_logprobs(ModelInput.from_ints(text)).result()[len(prompt) :]
+        np.testing.assert_allclose(sequence.logprobs, expected, atol=1e-4)
+    service.close()
+
+
+_RESUMED = """
+import sys
+from test_cuda import BaseModel, EngineOptions, LoraConfig, Path, Trainer, losses_of
+model, folder, stops = sys.argv[1:]
+base = BaseModel(model, EngineOptions(device="cuda", deterministic=True))
+trainer = Trainer(base, LoraConfig(rank=4, seed=0))
+if stops == "resumes":
+    trainer.load(f"{folder}/half", with_optimizer=True)
+losses = losses_of(trainer, 6 if stops == "never" else 3)
+name = "half" if stops == "stops" else stops
+trainer.save(Path(folder, name), with_optimizer=True)
+print(*[loss.hex() for loss in losses])
+"""
+
+
+def test_a_resumed_run_is_bit_identical_with_deterministic_kernels(tiny_qwen3: str, tmp_path: Path) -> None:
+    """Each run is a process of its own: a workspace of cuBLAS is chosen before CUDA is first used."""
+    printed = {}
+    for stops in ("never", "stops", "resumes"):
+        environment = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[3]), str(Path(__file__).parent)]),
+            "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+        }
+        printed[stops] = subprocess.run(
+            [sys.executable, "-c", _RESUMED, tiny_qwen3, str(tmp_path), stops],
+            env=environment,
+            capture_output=True,
+            encoding="utf-8",
+            check=True,
+        ).stdout.split()
+    assert printed["never"] == printed["stops"] + printed["resumes"]
+    for file in sorted((tmp_path / "never").glob("*.safetensors")):
+        resumed = load_file(tmp_path / "resumes" / file.name)
+        for name, tensor in load_file(file).items():
+            assert torch.equal(tensor, resumed[name]), name
+
+
+def test_memory_in_use_and_at_its_peak_is_a_metric_of_a_step(tiny_qwen3: str) -> None:
+    service = ServiceClient(device="cuda")
+    client = service.create_lora_training_client(tiny_qwen3, rank=4, seed=0)
+    client.forward_backward(make_data(), "cross_entropy").result()
+    metrics = client.optim_step(AdamParams()).result().metrics
+    memory = {name: value for name, value in metrics.items() if name.startswith("memory_")}
+    assert len(memory) >= 3
+    assert all(value > 0 for value in memory.values())
+    service.close()
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
