@@ -314,7 +314,7 @@ def _is_number(number: float) -> Test:
 def _numbers(value: Any, kinds: str) -> np.ndarray | None:
     """Returns the numbers of a sequence, array or tensor as a flat array; None for other values or kinds."""
     if isinstance(value, torch.Tensor):
-        if value.numel() > MAX_NUMBERS or value.is_floating_point() != (kinds == "f"):
+        if value.is_meta or value.numel() > MAX_NUMBERS or value.is_floating_point() != (kinds == "f"):
             return None
         value = value.detach().cpu()
         value = (value.double() if kinds == "f" else value).numpy()
