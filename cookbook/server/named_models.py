@@ -82,7 +82,7 @@ class NamedModels:
         try:
             key = await asyncio.to_thread(self._key, name)
         except CookbookError as error:
-            raise Refusal(404, str(error)) from error
+            raise Refusal(404, self._state.without_folder(str(error))) from error
         if key not in self._loaded:
             await self._make_room()
             self._loaded[key] = asyncio.create_task(asyncio.to_thread(self._load, name, key))

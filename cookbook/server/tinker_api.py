@@ -362,7 +362,7 @@ class TinkerApi:
             try:
                 base_model, path = await asyncio.to_thread(self._weights_of, body)
             except CookbookError as error:
-                raise Refusal(404, str(error)) from error
+                raise Refusal(404, self._state.without_folder(str(error))) from error
             self._state.make_room_for_sampler(session)
             load = partial(self._state.service.create_sampling_client, path, base_model)
             session.samplers[sampler_id] = ServedSampler(sampler_id, base_model, body.model_path, None, load)

@@ -86,7 +86,7 @@ def send(http: httpx.Client, body: bytes, **headers: str) -> httpx.Response:
 
 
 def step(http: httpx.Client, model: str, seq_id: int) -> httpx.Response:
-    body = {"model_id": model, "seq_id": seq_id, "adam_params": {"learning_rate": 0.1}}
+    body = {"model_id": model, "seq_id": seq_id, "adam_params": {"learning_rate": 1e-3}}
     return http.post("/optim_step", json=body)
 
 
