@@ -3,6 +3,7 @@
     python -m recipes.chat checkpoint=runs/sft
     python -m recipes.chat checkpoint=runs/sft/checkpoints/000100 compare=True temperature=0
     python -m recipes.chat model_name=cookbook/tiny-chat system_prompt="You are brief."
+    python -m recipes.chat server=http://127.0.0.1:8000/v1
     python -m recipes.chat checkpoint=runs/a against=runs/b web=True
     echo "What is the capital of Japan?" | python -m recipes.chat checkpoint=runs/sft
 
@@ -27,6 +28,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import chz
 
 from cookbook import models
+from cookbook.chat.remote import RemoteSession
 from cookbook.chat.session import ChatSession
 from cookbook.chat.terminal import BASE, Speaker, Terminal
 from cookbook.config import cli
@@ -68,6 +70,10 @@ class ChatConfig:
         default=None,
         doc='variables of the chat template, such as {"enable_thinking": false}; default: the checkpoint\'s',
     )
+    server: str | None = chz.field(
+        default=None,
+        doc="a server with OpenAI's API, such as http://127.0.0.1:8000/v1; model_name= is its name there",
+    )
     against: str | None = chz.field(
         default=None, doc="a second checkpoint of the same model, which replies beside the first"
     )
@@ -84,7 +90,13 @@ class ChatConfig:
 
     @chz.validate
     def _check(self) -> None:
-        if self.checkpoint is None and self.model_name is None:
+        if self.server is not None:
+            if self.checkpoint or self.against or self.compare or self.web:
+                raise ConfigError(
+                    "server= chats with a model of a server, and checkpoint=, against=, compare= and web= "
+                    "are of models of this process. Give model_name=, the name that the server has for it."
+                )
+        elif self.checkpoint is None and self.model_name is None:
             raise ConfigError(
                 "There is no model to chat with. Give checkpoint= (a run's folder, such as runs/sft) or "
                 "model_name="
@@ -104,6 +116,14 @@ async def run(config: ChatConfig) -> None:
     from cookbook.clients.service import ServiceClient
 
     consoles.keep_undecodable_input()
+    if config.server is not None:
+        with _ctrl_c_raises():
+            session = RemoteSession(
+                config.server, config.model_name, _sampling(config), config.system_prompt or None
+            )
+            speaker = Speaker("model", session)
+            Terminal(sys.stdin, sys.stdout, sys.stderr).talk(f"{session.model} at {config.server}", [speaker])
+        return
     with _ctrl_c_raises(), closing(ServiceClient(device=config.device, dtype=config.dtype)) as service:
         if config.web:
             title, speakers, _ = _speakers(config, service)
@@ -118,7 +138,8 @@ def _serve_page(title: str, speakers: Sequence[Speaker], port: int) -> None:
     """Serves the page until Ctrl-C."""
     from cookbook.chat.web import ChatServer
 
-    with ChatServer(title, {speaker.label: speaker.session for speaker in speakers}, port) as server:
+    sessions = {one.label: one.session for one in speakers if isinstance(one.session, ChatSession)}
+    with ChatServer(title, sessions, port) as server:
         print(f"Chat at {server.address} (Ctrl-C ends it)", flush=True)
         with suppress(KeyboardInterrupt):
             server.serve_forever()
@@ -177,9 +198,7 @@ def _speakers(
     template_kwargs = config.template_kwargs
     if template_kwargs is None and is_recorded:
         template_kwargs = recorded_template_kwargs(recorded)
-    params = SamplingParams(
-        max_tokens=config.max_tokens, seed=config.seed, temperature=config.temperature, top_p=config.top_p
-    )
+    params = _sampling(config)
     base_tokenizer = next(iter(clients.values())).get_tokenizer()
     if warning := warning_of(
         get_renderer(renderer_name, base_tokenizer), base_model, models.recommended_renderer(base_model)
@@ -206,6 +225,12 @@ def _speakers(
     if config.top_p < 1 and config.temperature:
         how += f", top_p {config.top_p:g}"
     return f"{title} ({renderer_name}), {how}", speakers, make_base
+
+
+def _sampling(config: ChatConfig) -> SamplingParams:
+    return SamplingParams(
+        max_tokens=config.max_tokens, seed=config.seed, temperature=config.temperature, top_p=config.top_p
+    )
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from cookbook.chat.remote import RemoteSession, RemoteTurn
 from cookbook.chat.session import ChatReply, ChatSession, Turn
 from cookbook.chat.wrapping import WordWrap
 from cookbook.errors import CookbookError, RequestError, describe
@@ -39,7 +40,7 @@ class Speaker:
     """A model with its own chat session."""
 
     label: str
-    session: ChatSession
+    session: ChatSession | RemoteSession
 
 
 class Terminal:
@@ -124,7 +125,7 @@ class Terminal:
         if self._is_interactive:
             self._put("\n")
 
-    def _say(self, turn: Turn, column: int = 0) -> bool:
+    def _say(self, turn: Turn | RemoteTurn, column: int = 0) -> bool:
         """Prints a reply as it is sampled, from a column on. Returns whether Ctrl-C stopped it."""
         printer = _ReplyPrinter(self, column)
         was_stopped = False

@@ -12,6 +12,7 @@ import tinker
 
 import cookbook
 from cookbook import embedded
+from cookbook.chat.remote import RemoteSession
 from cookbook.clients.sampling import SamplingClient
 from cookbook.clients.service import ServiceClient
 from cookbook.server.options import ServerOptions
@@ -160,6 +161,23 @@ def test_a_trained_checkpoint_calls_a_tool_with_its_own_chat_format(client: open
     result = {"role": "tool", "tool_call_id": call.id, "content": "3"}
     history = [*ADDITION, choice.message, result]
     assert client.chat.completions.create(**{**options, "messages": history}).choices
+
+
+def test_the_chat_in_the_terminal_talks_to_the_server(client: openai.OpenAI, address: str) -> None:
+    params = cookbook.SamplingParams(max_tokens=12, temperature=0)
+    session = RemoteSession(f"{address}/v1", None, params, system_prompt=None)
+    assert session.model == MODEL
+    for _ in range(2):
+        turn = session.ask(CHAT[0]["content"])
+        text = "".join(delta.text for delta in turn)
+        messages: Any = session.messages
+        expected = client.chat.completions.create(
+            model=MODEL, messages=[*messages, *CHAT], max_tokens=12, temperature=0
+        )
+        assert turn.conclude().message["content"] == text == expected.choices[0].message.content
+    assert len(session.messages) == 4
+    with pytest.raises(cookbook.RequestError, match="no model 'other'"):
+        list(RemoteSession(f"{address}/v1", "other", params, None).ask("Hi"))
 
 
 def test_completions_continue_texts_and_tokens(
