@@ -87,6 +87,8 @@ bench: $(BENCH_STAMP)
 	$(BIN)/python -m benchmarks.data_pipeline
 	$(BIN)/python -m benchmarks.scaling
 	$(BIN)/python -m benchmarks.watching
+	$(BIN)/python -m benchmarks.server_overhead
+	$(BIN)/python -m benchmarks.several_adapters
 
 scale: setup
 	$(BIN)/python -m benchmarks.scale
@@ -123,9 +125,9 @@ peers: .venv-peers-renderers/.is-set-up .venv-peers-tinker-cookbook/.is-set-up
 		'tinker==0.38.0' 'openai>=2' aiohttp blobfile cloudpickle termcolor tiktoken pillow h2
 	touch $@
 
-tinker: .venv-tinker/.is-set-up
+tinker: setup .venv-tinker/.is-set-up
 	.venv-tinker/bin/python tests/tinker/signatures.py --check
-	.venv-tinker/bin/python tests/tinker/run.py
+	.venv-tinker/bin/python tests/tinker/over_http.py
 
 families: setup
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 PYTHONPATH=.:tests/helpers $(BIN)/python tests/helpers/models_page.py

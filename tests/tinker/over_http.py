@@ -74,7 +74,8 @@ def wait_for(address: str, process: subprocess.Popen[bytes], printed: Path) -> N
 def main(argv: Sequence[str]) -> int:
     options = dict(one.split("=", 1) for one in argv if one.startswith(("workers=", "server=", "only=")))
     names = [one for one in argv if one.split("=", 1)[0] not in ("workers", "server", "only")]
-    programs = [program for program in PROGRAMS if not names or program.name in names]
+    is_quick = names == ["quick"]
+    programs = [one for one in PROGRAMS if (one.is_quick if is_quick else not names or one.name in names)]
     workers = int(options.get("workers", 1))
     folder = Path(tempfile.mkdtemp(prefix="tinker-over-http-"))
     over_http, in_process = world.make(folder / "http"), world.make(folder / "in_process")

@@ -15,6 +15,7 @@ from cookbook import embedded
 from cookbook.chat.remote import RemoteSession
 from cookbook.clients.sampling import SamplingClient
 from cookbook.clients.service import ServiceClient
+from cookbook.errors import RequestError
 from cookbook.server.options import ServerOptions
 from cookbook.server.serving import serving
 from renderers import Renderer, get_renderer
@@ -176,7 +177,7 @@ def test_the_chat_in_the_terminal_talks_to_the_server(client: openai.OpenAI, add
         )
         assert turn.conclude().message["content"] == text == expected.choices[0].message.content
     assert len(session.messages) == 4
-    with pytest.raises(cookbook.RequestError, match="no model 'other'"):
+    with pytest.raises(RequestError, match="no model 'other'"):
         list(RemoteSession(f"{address}/v1", "other", params, None).ask("Hi"))
 
 
