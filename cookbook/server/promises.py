@@ -124,9 +124,8 @@ class Promises:
             del self._found[name]
 
     def end(self, prefix: str, error: BaseException) -> None:
-        """Fails the pending promises whose ids begin so, and removes those that are done."""
-        for name in [name for name in self._found if name.startswith(prefix)]:
-            if self._found[name].is_done:
-                del self._found[name]
-            else:
-                self._found[name].fail(error)
+        """Fails the pending promises whose ids begin so. They are forgotten as if they had been read."""
+        for name, promise in self._found.items():
+            if name.startswith(prefix):
+                promise.fail(error)
+                promise.retrieved_at = promise.retrieved_at or time.monotonic()

@@ -132,4 +132,7 @@ class ServerSession:
 
     @property
     def num_adapters(self) -> int:
-        return len(self.models) + sum(one.client is not None for one in self.samplers.values())
+        """How many adapters are in memory. A sampler of a base model has none."""
+        models = sum(one.failure is None for one in self.models.values())
+        samplers = [one for one in self.samplers.values() if one.load is None or one.model_path is not None]
+        return models + sum(one.client is not None for one in samplers)
