@@ -16,6 +16,7 @@ from cookbook.chat.remote import RemoteSession
 from cookbook.clients.sampling import SamplingClient
 from cookbook.clients.service import ServiceClient
 from cookbook.errors import RequestError
+from cookbook.server.choices import ChatChoice
 from cookbook.server.options import ServerOptions
 from cookbook.server.serving import serving
 from renderers import Renderer, get_renderer
@@ -27,31 +28,18 @@ ADD: Any = {
     "type": "function",
     "function": {"name": "add", "description": "Adds", "parameters": {"type": "object", "properties": {}}},
 }
-CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1, "b": 2}}}
 SYSTEM = "You are brief."
 
 
 @pytest.fixture(scope="module")
 def tuned(service: ServiceClient, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint with a system prompt that calls a tool, in the folder that is served."""
+    """A checkpoint with a chat format and a system prompt of its own, in the folder that is served."""
     client = service.create_training_client(
         MODEL,
-        cookbook.LoraConfig(rank=32, seed=1),
+        cookbook.LoraConfig(rank=2, seed=1),
         {"renderer_name": "qwen3", "system_prompt": SYSTEM},
         checkpoint_dir=tmp_path_factory.mktemp("runs"),
     )
-    renderer = get_renderer("qwen3", client.get_tokenizer(), SYSTEM)
-    messages = [*ADDITION, {"role": "assistant", "content": "", "tool_calls": [CALL]}]
-    example, weights = renderer.build_supervised_example(messages, tools=[ADD])
-    tokens = example.to_ints()
-    datum = cookbook.Datum(
-        cookbook.ModelInput.from_ints(tokens[:-1]), {"target_tokens": tokens[1:], "weights": weights[1:]}
-    )
-    losses = []
-    for _ in range(60):
-        losses.append(client.forward_backward([datum]))
-        client.optim_step(cookbook.AdamParams(learning_rate=3e-3, grad_clip_norm=1.0))
-    assert losses[-1].result().loss < 0.05
     return Path(client.save_state("tuned").result().path)
 
 
@@ -140,28 +128,50 @@ def test_a_reply_ends_before_a_stop_string(client: openai.OpenAI) -> None:
     assert "".join(one.choices[0].delta.content or "" for one in pieces) == cut.message.content
 
 
-def test_a_trained_checkpoint_calls_a_tool_with_its_own_chat_format(client: openai.OpenAI) -> None:
-    options: Any = {
-        "model": "tuned",
-        "messages": ADDITION,
-        "tools": [ADD],
-        "temperature": 0,
-        "max_tokens": 80,
-    }
-    (choice,) = client.chat.completions.create(**options).choices
-    assert choice.finish_reason == "tool_calls"
-    (call,) = choice.message.tool_calls or ()
-    assert call.type == "function"
-    assert call.function.name == "add"
-    assert call.function.arguments.replace(" ", "") == '{"a":1,"b":2}'
-    chunks = [chunk.choices[0] for chunk in client.chat.completions.create(**options, stream=True)]
-    (streamed,) = [one for chunk in chunks for one in chunk.delta.tool_calls or ()]
-    assert streamed.function is not None
-    assert streamed.function.arguments == call.function.arguments
-    assert chunks[-1].finish_reason == "tool_calls"
-    result = {"role": "tool", "tool_call_id": call.id, "content": "3"}
-    history = [*ADDITION, choice.message, result]
-    assert client.chat.completions.create(**{**options, "messages": history}).choices
+def test_a_checkpoint_is_prompted_in_its_own_format_with_its_system_prompt_and_tools(
+    client: openai.OpenAI, base: tuple[SamplingClient, Renderer]
+) -> None:
+    sampler, _ = base  # the adapter of the checkpoint is new, and changes nothing
+    renderer = get_renderer("qwen3", sampler.get_tokenizer(), SYSTEM)
+    call = {"id": "c1", "type": "function", "function": {"name": "add", "arguments": '{"a": 1, "b": 2}'}}
+    history: list[Any] = [
+        *ADDITION,
+        {"role": "assistant", "content": None, "tool_calls": [call], "refusal": None},
+        {"role": "tool", "tool_call_id": "c1", "content": "3"},
+    ]
+    prompt = renderer.build_generation_prompt(
+        [*ADDITION, {"role": "assistant", "tool_calls": [call]}, history[2]], tools=[ADD]
+    )
+    params = cookbook.SamplingParams(max_tokens=8, temperature=0, stop=renderer.get_stop_sequences())
+    (sequence,) = sampler.sample(prompt, 1, params).result().sequences
+    reply = client.chat.completions.create(
+        model="tuned", messages=history, tools=[ADD], temperature=0, max_tokens=8
+    )
+    assert reply.usage is not None
+    assert reply.usage.prompt_tokens == len(prompt)
+    message, _ = renderer.parse_response(sequence.tokens)
+    assert reply.choices[0].message.content == message["content"]
+
+
+def test_a_tool_call_is_returned_whole_and_at_the_end_of_a_stream(
+    base: tuple[SamplingClient, Renderer],
+) -> None:
+    tokenizer = base[0].get_tokenizer()
+    renderer = get_renderer("qwen3", tokenizer)
+    text = 'Wait.\n<tool_call>\n{"name": "add", "arguments": {"a": 1, "b": 2}}\n</tool_call><|im_end|>'
+    tokens = tokenizer.encode(text, add_special_tokens=False)
+    sequence = cookbook.SampledSequence(tokens, [-0.5] * len(tokens), "stop")
+    choice = ChatChoice(0, renderer, [], False, 0)
+    pieces = [piece for token in tokens for piece in choice.feed(token, -0.5)] + choice.end(sequence)
+    assert "".join(piece["delta"].get("content") or "" for piece in pieces).strip() == "Wait."
+    (streamed,) = [call for piece in pieces for call in piece["delta"].get("tool_calls", ())]
+    whole = ChatChoice(0, renderer, [], False, 0).whole(sequence)
+    (call,) = whole["message"]["tool_calls"]
+    for one in (streamed, call):
+        assert one["type"] == "function"
+        assert one["function"] == {"name": "add", "arguments": '{"a": 1, "b": 2}'}
+    assert whole["finish_reason"] == pieces[-1]["finish_reason"] == "tool_calls"
+    assert whole["message"]["content"] == "Wait."
 
 
 def test_the_chat_in_the_terminal_talks_to_the_server(client: openai.OpenAI, address: str) -> None:
