@@ -414,18 +414,17 @@ def test_a_cadence_of_zero_is_off(make_config: MakeConfig) -> None:
     assert not any("test/nll" in row for row in rows_of(config))
 
 
-def test_samples_are_shown_before_and_after_training(
+def test_samples_are_shown_before_training_half_way_and_after_it(
     make_config: MakeConfig, tiny_qwen3: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     builder = SamplesEvaluatorBuilder(prompts=["How many legs?"], max_tokens=5)
     config = make_config(infrequent_evaluator_builders=[builder])
     with caplog.at_level(logging.INFO, "cookbook"):
         asyncio.run(train.main(config))
-    assert caplog.text.count("user: How many legs?") == 2
+    assert caplog.text.count("user: How many legs?") == 3
     rows = jsonl.read(Path(config.log_path, "tables.jsonl"))
     assert [(row["step"], row["table"], row["row"]["prompt"]) for row in rows] == [
-        (0, "samples", "How many legs?"),
-        (2, "samples", "How many legs?"),
+        (step, "samples", "How many legs?") for step in (0, 1, 2)
     ]
     assert rows[0]["row"].keys() == {"prompt", "reply", "stop_reason", "tokens"}
 
