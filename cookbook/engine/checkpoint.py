@@ -22,9 +22,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
+from cookbook.engine import tensor_files
 from cookbook.engine.model import peft_settings
 from cookbook.errors import CheckpointError
 from cookbook.types import LoraConfig
@@ -103,7 +104,7 @@ def save(
     ):
         write_weights(folder)
         if optimizer is not None:
-            _save_tensors(folder / OPTIMIZER_FILE, optimizer)
+            tensor_files.write_all(folder / OPTIMIZER_FILE, optimizer)
         written = sorted(file for file in folder.rglob("*") if file.is_file())
         checksums = {file.relative_to(folder).as_posix(): _sha256(file) for file in written}
         text = json.dumps({"format": FORMAT, **info.as_json(), "sha256": checksums}, indent=2)
@@ -150,10 +151,6 @@ def _advice(error: Exception, path: Path) -> str:
     )
 
 
-def _save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
-
-
 def checksum(tensors: Iterable[Tensor]) -> int:
     """Returns a checksum of the bits: the sum of each tensor's words, weighted by the tensor's index.
 
@@ -167,7 +164,7 @@ def checksum(tensors: Iterable[Tensor]) -> int:
 
 
 def write_adapter(folder: Path, weights: Mapping[str, Tensor]) -> None:
-    _save_tensors(folder / ADAPTER_FILE, weights)
+    tensor_files.write_all(folder / ADAPTER_FILE, weights)
 
 
 def _sha256(path: Path) -> str:

@@ -8,6 +8,7 @@ another.
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import logging
 import os
 import resource
@@ -26,6 +27,8 @@ _CUBLAS_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 _DETERMINISTIC_WORKSPACES = (":4096:8", ":16:8")
 """The sizes of cuBLAS's workspace with which it sums in the same order each time (NVIDIA's documentation)."""
 _AMPERE = (8, 0)
+_ALLOCATOR = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
+"""The variables with the settings of torch's allocator, which it reads at its first allocation."""
 
 
 def resolve(options: EngineOptions) -> tuple[torch.device, torch.dtype]:
@@ -36,6 +39,9 @@ def resolve(options: EngineOptions) -> tuple[torch.device, torch.dtype]:
     if options.deterministic:
         make_deterministic()
     device = resolve_device(options.device)
+    if device.type == "cuda":
+        use_growing_segments()
+        use_flash_attention_3(device)
     return device, resolve_dtype(options.dtype, device)
 
 
@@ -92,6 +98,33 @@ def has_bfloat16(device: torch.device) -> bool:
 def has_varlen_attention(device: torch.device) -> bool:
     """Returns whether torch's variable-length attention, which is flash-attention, runs on the device."""
     return device.type == "cuda" and has_bfloat16(device)
+
+
+def use_flash_attention_3(device: torch.device) -> None:
+    """Makes FlashAttention 3 the attention of this process, on a device of Hopper if it is installed."""
+    if torch.cuda.get_device_capability(device)[0] != 9:
+        return
+    if importlib.util.find_spec("flash_attn_interface") is None:
+        return
+    from torch.nn.attention import activate_flash_attention_impl
+
+    try:
+        activate_flash_attention_impl("FA3")
+    except (ImportError, RuntimeError, ValueError) as error:
+        logger.warning(
+            "FlashAttention 3 is installed and cannot be used: %s. torch's own kernel runs.", error
+        )
+    else:
+        logger.info("Attention runs on FlashAttention 3.")
+
+
+def use_growing_segments() -> None:
+    """Makes torch's allocator extend what it holds, so that rows of many lengths leave no gaps.
+
+    A setting of the user's own is kept. It has no effect once the allocator is in use.
+    """
+    if not any(name in os.environ for name in _ALLOCATOR):
+        os.environ[_ALLOCATOR[0]] = "expandable_segments:True"
 
 
 def memory_use(device: torch.device) -> dict[str, float]:

@@ -242,7 +242,7 @@ def _quantization_note(source: TrainedModel) -> list[str]:
 def _describe(merged: Merged) -> str:
     return (
         f"{_size(merged.num_bytes)} in {merged.num_files} file{'s' * (merged.num_files != 1)}; at most "
-        f"{_size(merged.held_bytes)} in memory at once (one file at a time)."
+        f"{_size(merged.held_bytes)} in memory at once (one tensor at a time)."
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import importlib
+import importlib.machinery
 import io
 import os
 import shutil
@@ -224,6 +225,20 @@ def install_cuda_runtime(
     patch.setattr(torch.version, "cuda", "13.0")
     patch.setattr(torch, "__version__", torch_version)
     return calls
+
+
+def install_flash_attention_3(patch: pytest.MonkeyPatch, activates: bool = True) -> list[str]:
+    """Makes the package of FlashAttention 3 look installed. Returns a list of what torch is told to use.
+
+    Unless `activates`, torch itself looks for kernels in it, and finds none.
+    """
+    module = ModuleType("flash_attn_interface")
+    module.__spec__ = importlib.machinery.ModuleSpec("flash_attn_interface", None)
+    patch.setitem(sys.modules, "flash_attn_interface", module)
+    activated: list[str] = []
+    if activates:
+        patch.setattr(torch.nn.attention, "activate_flash_attention_impl", activated.append)
+    return activated
 
 
 @contextlib.contextmanager

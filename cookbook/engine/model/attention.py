@@ -231,7 +231,9 @@ def _varlen(
     from torch.nn.attention.varlen import varlen_attn
 
     query_THD, key_THD, value_THD = (
-        tensor[0].transpose(0, 1).contiguous() for tensor in (query_BHTD, key_BHTD, value_BHTD)
+        # an index would copy all gradients once more in the backward pass
+        tensor.squeeze(0).transpose(0, 1).contiguous()
+        for tensor in (query_BHTD, key_BHTD, value_BHTD)
     )
     window = (-1 if sliding_window is None else sliding_window - 1, 0)
     if layout.tree is not None:

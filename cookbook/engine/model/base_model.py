@@ -24,6 +24,7 @@ from cookbook.engine.model import (
     attention,
     backward_trial,
     fsdp,
+    fused,
     linear_scan,
     loss_scaling,
     unembedding,
@@ -186,6 +187,8 @@ class BaseModel:
             )
         if self.options.compile:
             compile_layers(layers)
+        elif self.device.type == "cuda":
+            fused.install(self._decoder)
 
     # -- what the architecture allows -------------------------------------------------------
 

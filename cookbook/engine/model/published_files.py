@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
-from safetensors.torch import save_file
 from torch import Tensor
 
+from cookbook.engine import tensor_files
 from cookbook.errors import ModelError
 from cookbook.utils import files, json_files, weight_files
 from cookbook.utils.weight_files import REPAIR
@@ -244,11 +244,16 @@ class ChangedFiles:
         """
         plan = split_torch_state_dict_into_shards(dict(outline), max_shard_size=max_shard_size)
         held = 0
+
+        def read(name: str) -> Tensor:
+            nonlocal held
+            tensor = self.read(name).to(outline[name].dtype)
+            held = max(held, tensor.nbytes + sum(other.nbytes for other in self._ready.values()))
+            return tensor
+
         for file_name, names in plan.filename_to_tensors.items():
-            shard = {name: self.read(name).to(outline[name].dtype).contiguous() for name in names}
-            save_file(shard, folder / file_name, metadata={"format": "pt"})
-            waiting = sum(tensor.nbytes for tensor in self._ready.values())
-            held = max(held, sum(tensor.nbytes for tensor in shard.values()) + waiting)
+            shard = {name: outline[name] for name in names}
+            tensor_files.write(folder / file_name, shard, read, metadata={"format": "pt"})
         if plan.is_sharded:
             total = sum(tensor.nbytes for tensor in outline.values())
             index = {"metadata": {"total_size": total}, "weight_map": plan.tensor_to_filename}

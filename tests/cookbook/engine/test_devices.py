@@ -126,6 +126,47 @@ def test_a_model_that_is_not_packed_on_cuda_is_a_warning(
     assert "a reason" in record.getMessage()
 
 
+@pytest.mark.parametrize(
+    ("capability", "is_installed", "expected"),
+    [((9, 0), True, "Attention runs on FlashAttention 3."), ((8, 0), True, ""), ((9, 0), False, "")],
+)
+def test_flash_attention_3_is_used_where_it_is_installed_for_the_device(
+    capability: tuple[int, int],
+    is_installed: bool,
+    expected: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    outside_world.install_cuda_runtime(monkeypatch, capability=capability)
+    activated = outside_world.install_flash_attention_3(monkeypatch) if is_installed else []
+    caplog.set_level(logging.INFO, "cookbook")
+    devices.use_flash_attention_3(SECOND)
+    assert caplog.text.strip().endswith(expected)
+    assert activated == (["FA3"] if expected else [])
+
+
+def test_flash_attention_3_that_cannot_be_used_is_a_warning(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The stand-in has none of the kernels that torch looks for."""
+    outside_world.install_cuda_runtime(monkeypatch)
+    outside_world.install_flash_attention_3(monkeypatch, activates=False)
+    devices.use_flash_attention_3(SECOND)
+    assert "FlashAttention 3 is installed and cannot be used" in caplog.text
+
+
+def test_settings_of_the_allocator_that_a_user_made_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "max_split_size_mb:64")
+    devices.use_growing_segments()
+    assert "PYTORCH_CUDA_ALLOC_CONF" not in os.environ
+    monkeypatch.delenv("PYTORCH_ALLOC_CONF")
+    devices.use_growing_segments()
+    assert os.environ["PYTORCH_CUDA_ALLOC_CONF"] == "expandable_segments:True"
+    monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF")
+
+
 # -- memory -----------------------------------------------------------------------------------
 
 
