@@ -34,7 +34,6 @@ EXCEPTIONS = {
 
 IN_NEW_FOLDERS = {
     "cookbook/engine/model/adapters.py", "cookbook/engine/model/full_weights.py",
-    "cookbook/engine/model/published_files.py", "cookbook/engine/checkpoint.py",
     "cookbook/export/chat_format.py",
     "cookbook/embedded/pretrain.py",  # the developer's own tool
 }  # fmt: skip

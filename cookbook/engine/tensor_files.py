@@ -36,7 +36,7 @@ def write(
     read: Callable[[str], Tensor],
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Writes a new file with the tensors that `read` returns, which have the dtypes and shapes of `outline`.
+    """Writes a file with the tensors that `read` returns, which have the dtypes and shapes of `outline`.
 
     `read` is called for one tensor after another, which may be on any device.
     """
@@ -49,7 +49,7 @@ def write(
         header[name] = {"dtype": kind, "shape": shape, "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % _ALIGNMENT)
-    with files.creating(path) as file:
+    with files.replacing(path) as file:
         file.write(len(text).to_bytes(8, "little"))
         file.write(text)
         for name in names:
@@ -60,5 +60,5 @@ def write(
 
 
 def write_all(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Writes a new file with these tensors."""
+    """Writes a file with these tensors."""
     write(path, tensors, lambda name: tensors[name])

@@ -62,13 +62,8 @@ def write(path: Path, content: bytes | str) -> None:
 
 def create(path: Path, content: bytes | str) -> None:
     """Writes a new file in a folder that is not yet in its place (`writing_folder`)."""
-    with creating(path) as file:
+    with os.fdopen(_open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL), "wb") as file:
         file.write(content if isinstance(content, bytes) else content.encode(errors="backslashreplace"))
-
-
-def creating(path: Path) -> IO[bytes]:
-    """Returns a new file to fill, in a folder that is not yet in its place (`writing_folder`)."""
-    return os.fdopen(_open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL), "wb")
 
 
 @contextlib.contextmanager

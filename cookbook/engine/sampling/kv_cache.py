@@ -56,21 +56,28 @@ class LengthBucket:
         if tensor is not None and num_rows >= len(self.sequences):
             return tensor
         num_heads, _, head_size = new_HTD.shape
-        larger_RHCD = new_HTD.new_zeros(
+        # A row is read once a sequence has it, which then has all of it written.
+        larger_RHCD = new_HTD.new_empty(
             max(len(self.sequences), 2 * num_rows), num_heads, self.capacity, head_size
         )
         if tensor is not None:
             larger_RHCD[:num_rows] = tensor
         return larger_RHCD
 
-    def free(self, row: int) -> None:
-        """Removes a row. The last row moves to its place."""
-        last = self.sequences.pop()
-        if row == len(self.sequences):
-            return
-        for tensor in (*self.keys.values(), *self.values.values()):
-            tensor[row] = tensor[len(self.sequences)]
-        self.sequences[row], last.row = last, row
+    def free(self, rows: Iterable[int]) -> None:
+        """Removes rows. The last rows move to their places."""
+        freed = {*rows}
+        num_left = len(self.sequences) - len(freed)
+        holes = sorted(row for row in freed if row < num_left)
+        moved = [row for row in range(num_left, len(self.sequences)) if row not in freed]
+        for hole, row in zip(holes, moved, strict=True):
+            self.sequences[hole], self.sequences[row].row = self.sequences[row], hole
+        del self.sequences[num_left:]
+        for tensor in (*self.keys.values(), *self.values.values()) if holes else ():
+            if len(holes) == 1:
+                tensor[holes[0]] = tensor[moved[0]]
+            else:
+                tensor.index_copy_(0, _rows(tensor.device, holes), tensor[_rows(tensor.device, moved)])
 
 
 class KVCache:
@@ -112,16 +119,9 @@ class KVCache:
         Returns the order of their tokens in the packed row, as indices of `sequences`.
         """
         self.is_prefill, self._groups, self._paths, self._known = False, [], [], []
-        for sequence in sequences:
-            if sequence.length > sequence.capacity:
-                old, row = self._buckets[sequence.capacity], sequence.row
-                bucket = self._place(sequence)
-                for to, tensors in ((bucket.keys, old.keys), (bucket.values, old.values)):
-                    for layer, tensor in tensors.items():
-                        to[layer] = bucket.allocate(to.get(layer), tensor[row])
-                        to[layer][sequence.row, :, : old.capacity] = tensor[row]
-                        to[layer][sequence.row, :, old.capacity :] = 0
-                self._free(old, row)
+        grown = [sequence for sequence in sequences if sequence.length > sequence.capacity]
+        for capacity in {sequence.capacity: None for sequence in grown}:
+            self._grow([sequence for sequence in grown if sequence.capacity == capacity])
         for bucket in self._buckets.values():
             bucket.newest = None
             bucket.visible.clear()
@@ -129,9 +129,26 @@ class KVCache:
         self._order = [sequence for bucket in self._buckets.values() for sequence in bucket.sequences]
         return [indices[sequence] for sequence in self._order]
 
+    def _grow(self, sequences: list[Sequence]) -> None:
+        """Moves sequences of one bucket to that of their length, in one copy for each layer."""
+        old, rows = self._buckets[sequences[0].capacity], [sequence.row for sequence in sequences]
+        buckets = [self._place(sequence) for sequence in sequences]
+        assert len({*map(id, buckets)}) == 1, "a sequence grows by one token"
+        bucket, first = buckets[0], sequences[0].row
+        for to, tensors in ((bucket.keys, old.keys), (bucket.values, old.values)):
+            for layer, tensor in tensors.items():
+                to[layer] = bucket.allocate(to.get(layer), tensor[0])
+                new_RHCD = to[layer][first : first + len(rows)]
+                old_RHCD = (
+                    tensor[rows[0]] if len(rows) == 1 else tensor.index_select(0, _rows(tensor.device, rows))
+                )
+                new_RHCD[:, :, : old.capacity] = old_RHCD
+                new_RHCD[:, :, old.capacity :] = 0
+        self._free(old, rows)
+
     def remove(self, sequence: Sequence) -> None:
         """Frees the keys and values of a sequence."""
-        self._free(self._buckets[sequence.capacity], sequence.row)
+        self._free(self._buckets[sequence.capacity], [sequence.row])
         sequence.capacity, sequence.row = 0, -1
         for _, rows in self._states:
             rows.pop(sequence, None)
@@ -162,8 +179,8 @@ class KVCache:
         bucket.sequences.append(sequence)
         return bucket
 
-    def _free(self, bucket: LengthBucket, row: int) -> None:
-        bucket.free(row)
+    def _free(self, bucket: LengthBucket, rows: list[int]) -> None:
+        bucket.free(rows)
         if not bucket.sequences:
             del self._buckets[bucket.capacity]  # frees its memory
 
@@ -241,6 +258,10 @@ class KVCache:
             key_RHCD[row_R, :, newest_R] = key_1HTD[0, :, tokens].transpose(0, 1)
             value_RHCD[row_R, :, newest_R] = value_1HTD[0, :, tokens].transpose(0, 1)
             yield tokens, key_RHCD[:num_rows], value_RHCD[:num_rows], bucket.visible[sliding_window]
+
+
+def _rows(device: torch.device, rows: list[int]) -> Tensor:
+    return copy_to(device, np.array(rows))
 
 
 def capacity_for(length: int) -> int:
