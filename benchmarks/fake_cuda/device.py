@@ -59,6 +59,21 @@ operands. Their fake kernels accept any."""
 _FLASH = {"_varlen_attn", "_flash_attention_forward", "_scaled_dot_product_flash_attention"}
 
 
+def _norm(x: Tensor, shape: Any, weight: Tensor | None, eps: float | None) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), x.new_empty((*x.shape[: -len(shape)], *(1 for _ in shape)), dtype=torch.float32)
+
+
+def _norm_backward(
+    grad: Tensor, x: Tensor, shape: Any, scale: Tensor, weight: Tensor | None, wanted: Any
+) -> tuple[Tensor | None, Tensor | None]:
+    is_weight_wanted = wanted[1] and weight is not None
+    return torch.empty_like(x) if wanted[0] else None, torch.empty_like(weight) if is_weight_wanted else None
+
+
+_OF_CUDA_ALONE = {"_fused_rms_norm": _norm, "_fused_rms_norm_backward": _norm_backward}
+"""Shapes of the results of operators that torch composes of others where they have no kernel of CUDA."""
+
+
 class FakeCudaError(RuntimeError):
     """An operator that a CUDA device would refuse."""
 
@@ -101,6 +116,9 @@ class FakeCuda(TorchDispatchMode):
 
     def __enter__(self) -> FakeCuda:
         _replace_runtime(self)
+        self._library = torch.library.Library("aten", "IMPL")  # its kernels are removed with it
+        for name in _OF_CUDA_ALONE:
+            self._library.impl(name, _OF_CUDA_ALONE[name], "CUDA")
         torch._C._set_only_lift_cpu_tensors(
             True
         )  # or torch.tensor(..., device="cuda") asks for a real device
@@ -154,7 +172,7 @@ class FakeCuda(TorchDispatchMode):
             args = (args[0], self._indices(args[1]), *args[2:])
         _check_operands(name, args)
         with self._fake:
-            out = func(*args, **kwargs)
+            out = (_OF_CUDA_ALONE.get(name) or func)(*args, **kwargs)
         if name not in NO_KERNEL and func._schema.name != "prim::device":
             self._launched(name, (*args, kwargs), out)
         return out
