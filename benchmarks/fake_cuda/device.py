@@ -60,7 +60,9 @@ _FLASH = {"_varlen_attn", "_flash_attention_forward", "_scaled_dot_product_flash
 
 
 def _norm(x: Tensor, shape: Any, weight: Tensor | None, eps: float | None) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x), x.new_empty((*x.shape[: -len(shape)], *(1 for _ in shape)), dtype=torch.float32)
+    return torch.empty_like(x), x.new_empty(
+        (*x.shape[: -len(shape)], *(1 for _ in shape)), dtype=torch.float32
+    )
 
 
 def _norm_backward(

@@ -84,7 +84,14 @@ class RMSNormOfTwo(nn.Module):
         return hidden_states * gate
 
 
-@pytest.mark.parametrize("norm", [NormOfMean(8), RMSNormOfTwo()])
+class NormWithGate(Qwen3RMSNorm):
+    """A norm that is a plain one unless it is given a gate."""
+
+    def forward(self, hidden_states: torch.Tensor, gate: torch.Tensor | None = None) -> torch.Tensor:
+        return super().forward(hidden_states) * (1.0 if gate is None else gate)
+
+
+@pytest.mark.parametrize("norm", [NormOfMean(8), RMSNormOfTwo(), NormWithGate(8)])
 def test_a_norm_of_another_formula_is_left_as_it_is(norm: nn.Module) -> None:
     norm.__class__.__name__ = "SomeRMSNorm"
     forward = type(norm).forward
