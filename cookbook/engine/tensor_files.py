@@ -56,7 +56,7 @@ def write(
             tensor = read(name).detach().to("cpu").contiguous()
             assert tensor.dtype == outline[name].dtype
             assert tensor.shape == outline[name].shape
-            file.write(tensor.reshape(-1).view(torch.uint8).numpy())
+            file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
 
 
 def write_all(path: Path, tensors: Mapping[str, Tensor]) -> None:

@@ -39,7 +39,8 @@ def install(decoder: nn.Module) -> dict[str, int]:
     found = {"norms": 0, "gated products": 0}
     is_norm: dict[Any, bool] = {}
     activations: dict[Any, str | None] = {}
-    for module in decoder.modules():
+    modules: Any = decoder.modules()
+    for module in modules:
         kind = type(module)
         if kind.__name__.endswith("RMSNorm"):
             key = kind, _eps_of(module)
@@ -60,7 +61,7 @@ def install(decoder: nn.Module) -> dict[str, int]:
 
 
 @functools.cache
-def _fused_class(kind: type, forward: Callable[..., Any]) -> type:
+def _fused_class(kind: Any, forward: Callable[..., Any]) -> Any:
     """Returns the subclass with another forward pass. A method on an instance would be a reference cycle."""
     parts = {"forward": forward, "plain_forward": kind.forward, "__module__": kind.__module__}
     return type(kind.__name__, (kind,), parts)
