@@ -88,7 +88,7 @@ def test_a_reply_is_what_the_clients_in_process_sample_from_the_rendered_prompt(
         assert choice.logprobs is not None
         scores = [one.logprob for one in choice.logprobs.content or ()]
         num_shown = len(sequence.tokens) - (sequence.stop_reason == "stop")
-        assert scores == pytest.approx((sequence.logprobs or [])[:num_shown], abs=1e-6)
+        assert scores == pytest.approx((sequence.logprobs or [])[:num_shown], abs=1e-4)
     assert reply.usage is not None
     assert reply.usage.prompt_tokens == len(prompt)
     assert reply.usage.completion_tokens == sum(len(one.tokens) for one in expected)
@@ -207,7 +207,7 @@ def test_completions_continue_texts_and_tokens(
     assert scores is not None
     assert "".join(scores.tokens or ()) == reply.choices[0].text
     num_shown = len(sequence.tokens) - (sequence.stop_reason == "stop")
-    assert scores.token_logprobs == pytest.approx((sequence.logprobs or [])[:num_shown], abs=1e-6)
+    assert scores.token_logprobs == pytest.approx((sequence.logprobs or [])[:num_shown], abs=1e-4)
     texts = ["", ""]
     for chunk in client.completions.create(prompt=["The capital of", "One two"], stream=True, **options):
         texts[chunk.choices[0].index] += chunk.choices[0].text

@@ -60,10 +60,10 @@ def test_a_step_over_http_has_the_results_of_one_in_this_process(
     ).result()
     assert [one.tokens for one in response.sequences] == [one.tokens for one in expected.sequences]
     assert [one.logprobs for one in response.sequences] == [
-        pytest.approx(one.logprobs, abs=1e-6) for one in expected.sequences
+        pytest.approx(one.logprobs, abs=1e-4) for one in expected.sequences
     ]
     assert response.prompt_logprobs[0] is None
-    assert response.prompt_logprobs[1:] == pytest.approx(expected.prompt_logprobs[1:], abs=1e-6)
+    assert response.prompt_logprobs[1:] == pytest.approx(expected.prompt_logprobs[1:], abs=1e-4)
     assert len({one.sequence_id for one in response.sequences}) == 2
 
 
