@@ -115,6 +115,7 @@ class FakeCuda(TorchDispatchMode):
         self._fake = FakeTensorMode(allow_non_fake_inputs=True)
         self._records: list[Record] = []
         self._pinned = WeakIdKeyDictionary()
+        self.is_there = True
 
     def __enter__(self) -> FakeCuda:
         _replace_runtime(self)
@@ -136,6 +137,17 @@ class FakeCuda(TorchDispatchMode):
             yield record
         finally:
             self._records.remove(record)
+
+    @contextlib.contextmanager
+    def switched_off(self) -> Iterator[None]:
+        """Runs the body as if there were no CUDA device, as far as it asks for one."""
+        self.__exit__(None, None, None)
+        self.is_there = False
+        try:
+            yield
+        finally:
+            self.is_there = True
+            self.__enter__()
 
     def waited(self, how: str) -> str:
         """Records that the host waits for the device. Returns the function that waits."""
@@ -430,9 +442,9 @@ def _replace_runtime(device: FakeCuda) -> None:
     )
     replaced: dict[str, Any] = {
         "_lazy_init": lambda: None,
-        "is_available": lambda: True,
+        "is_available": lambda: device.is_there,
         "is_initialized": lambda: True,
-        "device_count": lambda: 1,
+        "device_count": lambda: int(device.is_there),
         "current_device": lambda: 0,
         "set_device": lambda device: None,
         "Stream": Stream,

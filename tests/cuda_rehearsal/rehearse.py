@@ -13,11 +13,13 @@ from benchmarks.fake_cuda import library
 library.load()  # before torch is imported
 
 import argparse  # noqa: E402
+import asyncio  # noqa: E402
+import contextlib  # noqa: E402
 import dataclasses  # noqa: E402
 import functools  # noqa: E402
 import json  # noqa: E402
-import sys  # noqa: E402
 from collections.abc import Callable, Iterator  # noqa: E402
+from concurrent.futures import Future  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
 
@@ -25,17 +27,20 @@ import families  # noqa: E402
 import numpy as np  # noqa: E402
 import peft  # noqa: E402, F401 - bitsandbytes, which it imports, asks for a CUDA device
 import transformers  # noqa: E402
+from planted import DEFECTS  # noqa: E402
+from waits import ANSWERS  # noqa: E402
 
 from benchmarks.fake_cuda.device import FakeCuda, Record  # noqa: E402
 from cookbook.engine.model.base_model import BaseModel  # noqa: E402
 from cookbook.engine.options import EngineOptions  # noqa: E402
+from cookbook.engine.sampling.decoder_probe import make_decoder  # noqa: E402
+from cookbook.engine.sampling.requests import ScoreRequest, sample_request  # noqa: E402
+from cookbook.engine.sampling.sampler import Sampler  # noqa: E402
 from cookbook.engine.training.losses import Loss  # noqa: E402
 from cookbook.engine.training.trainer import Trainer  # noqa: E402
-from cookbook.types import AdamParams, Datum, LoraConfig, ModelInput  # noqa: E402
-
-sys.path.insert(0, str(Path(__file__).parent))
-from planted import DEFECTS  # noqa: E402
-from waits import ANSWERS  # noqa: E402
+from cookbook.export import export  # noqa: E402
+from cookbook.export.config import ExportConfig  # noqa: E402
+from cookbook.types import AdamParams, Datum, LoraConfig, ModelInput, SamplingParams  # noqa: E402
 
 LENGTHS = (40, 3, 17, 90)
 NUM_SHARED = 32
@@ -53,54 +58,111 @@ class Rehearsal:
     """A family's tiny model on the fake device, with the choices that its trial on the CPU led to."""
 
     def __init__(self, name: str, folder: Path, device: FakeCuda) -> None:
+        self._folder = folder
         self._device = device
         self._published = str(families.save(name, folder / "published"))
         self._truth = BaseModel(self._published, EngineOptions(device="cpu"))
 
     @functools.cached_property
     def base(self) -> BaseModel:
-        """The model on the device, for adapters."""
-        return self._load(is_trained=False)
+        """The model on the device. It carries no adapter between two activities."""
+        return self._load()
 
     def activities(self) -> Iterator[tuple[str, Callable[[], Record | None]]]:
         yield "load", lambda: self.base and None
-        yield "train", lambda: self.train(self.base, rank=4)
-        yield "train without the head", lambda: self.train(self.base, rank=4, train_unembed=False)
-        yield "train all weights", lambda: self.train(self._load(is_trained=True), rank=0)
+        yield "train", lambda: self.train(rank=4)
+        yield "train without the head", lambda: self.train(rank=4, train_unembed=False)
+        yield "train with checkpointed layers", lambda: self.train(rank=4, is_checkpointed=True)
+        yield "sample", self.sample
+        yield "save, load and export", lambda: self.save_and_load(rank=4)
+        yield "train all weights", lambda: self.train(rank=0)
+        yield "save, load and export all weights", lambda: self.save_and_load(rank=0)
 
-    def planted(self) -> Iterator[tuple[str, Callable[[], Record | None]]]:
-        trainer = self._trainer(self.base, rank=4)
-        request = trainer.check(make_data(), "cross_entropy", None, trained_only=True)
-        for defect, loss_fn in DEFECTS.items():
-            with_defect = dataclasses.replace(request, loss=Loss(loss_fn, ("target_tokens",), {}))
-            yield f"planted: {defect}", functools.partial(self._record, trainer.forward_backward, with_defect)
+    def sample(self) -> Record:
+        """Samples with and without limits on the tokens, and scores a text."""
+        make_decoder(self._truth)
+        base, decoder = self.base, self._truth.make_decoder
+        base.make_decoder, base.decodes_packed = decoder, self._truth.decodes_packed
+        base.cache_bytes, base.reuses_prompts = self._truth.cache_bytes, self._truth.reuses_prompts
+        params = [
+            SamplingParams(max_tokens=4, seed=0, stop=[]),
+            SamplingParams(max_tokens=3, seed=1, stop=[], temperature=0.7, top_p=0.9, top_k=20),
+            SamplingParams(max_tokens=2, stop=[], temperature=0.0),
+        ]
+        prompt = list(range(20, 60))
+        requests: list[Any] = [
+            sample_request(base, prompt[: 40 - number], 2, each, include_prompt_logprobs=number == 0)
+            for number, each in enumerate(params)
+        ]
+        requests.append(ScoreRequest(np.array(prompt)))
+        prepared: Future[Any] = Future()
+        prepared.set_result((None, 0))
+        waiting = [requests[1:]]
 
-    def train(self, base: BaseModel, rank: int, train_unembed: bool = True) -> Record:
-        """Takes a step."""
-        trainer = self._trainer(base, rank, train_unembed)
-        request = trainer.check(make_data(), "cross_entropy", None, trained_only=True)
+        def work() -> None:
+            Sampler(base, prepared).run(requests[0], lambda: waiting.pop() if waiting else [])
+            for request in requests:
+                request.future.result(timeout=0)
 
-        def step() -> None:
-            trainer.forward_backward(request)
-            trainer.optim_step(AdamParams(grad_clip_norm=1.0))
+        return self._record(work)
 
-        return self._record(step)
+    def save_and_load(self, rank: int) -> Record:
+        """Saves a state with its optimizer, loads it again, and merges what was saved on the CPU."""
+        path = self._folder / f"rank{rank}"
+        with self._trainer(rank) as trainer:
+            trainer.forward_backward(trainer.check(make_data(), "cross_entropy", None, trained_only=True))
+            trainer.optim_step(AdamParams())
 
-    def _trainer(self, base: BaseModel, rank: int, train_unembed: bool = True) -> Trainer:
-        return Trainer(base, LoraConfig(rank=rank, seed=0, train_unembed=train_unembed))
+            def work() -> None:
+                trainer.save(path, with_optimizer=True)
+                trainer.load(str(path), with_optimizer=True)
 
-    def _record(self, work: Callable[..., Any], *arguments: Any) -> Record:
-        with self._device.recording() as record:
-            work(*arguments)
+            record = self._record(work)
+        with self._device.switched_off():
+            asyncio.run(export.main(ExportConfig(checkpoint=str(path), to=f"{path}-merged", format="merged")))
         return record
 
-    def _load(self, is_trained: bool) -> BaseModel:
+    def planted(self) -> Iterator[tuple[str, Callable[[], Record | None]]]:
+        with self._trainer(rank=4) as trainer:
+            request = trainer.check(make_data(), "cross_entropy", None, trained_only=True)
+            for defect, loss_fn in DEFECTS.items():
+                with_defect = dataclasses.replace(request, loss=Loss(loss_fn, ("target_tokens",), {}))
+                work = functools.partial(trainer.forward_backward, with_defect)
+                yield f"planted: {defect}", functools.partial(self._record, work)
+
+    def train(self, rank: int, train_unembed: bool = True, is_checkpointed: bool = False) -> Record:
+        """Takes a step."""
+        with self._trainer(rank, train_unembed) as trainer:
+            if is_checkpointed:
+                trainer._limits = dataclasses.replace(trainer._limits, max_tokens_without_checkpointing=0)
+            request = trainer.check(make_data(), "cross_entropy", None, trained_only=True)
+
+            def step() -> None:
+                trainer.forward_backward(request)
+                trainer.optim_step(AdamParams(grad_clip_norm=1.0))
+
+            return self._record(step)
+
+    @contextlib.contextmanager
+    def _trainer(self, rank: int, train_unembed: bool = True) -> Iterator[Trainer]:
+        trainer = Trainer(self.base, LoraConfig(rank=rank, seed=0, train_unembed=train_unembed))
+        try:
+            yield trainer
+        finally:
+            self.base.adapters.remove(trainer.adapter)
+
+    def _record(self, work: Callable[[], Any]) -> Record:
+        with self._device.recording() as record:
+            work()
+        return record
+
+    def _load(self) -> BaseModel:
         """Returns the model on the device.
 
         Its trial there compares numbers that do not exist, so the result of the trial on the CPU is used.
         """
         options = EngineOptions(device="cuda", max_tokens_per_microbatch=1024, gradient_checkpointing="off")
-        base = BaseModel(self._published, options, is_trained)
+        base = BaseModel(self._published, options)
         if self._truth.is_packed and not base.is_packed:
             raise AssertionError("it is not packed on the device, because a pass of its trial failed there")
         base.is_packed, base.is_padded = self._truth.is_packed, self._truth.is_padded

@@ -13,12 +13,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import families
 import pytest
+from waits import DOUBLES, WAITS, WAITS_OF_MODELS, reason
 
 from benchmarks.fake_cuda import library
 
 ROOT = Path(__file__).parents[2]
 QUICK = ("qwen3",)
+NUM_ACTIVITIES = 8
 
 pytestmark = pytest.mark.skipif(library.why_unavailable() is not None, reason=library.why_unavailable() or "")
 
@@ -36,7 +39,7 @@ def rehearse(folder: Path, *argv: str) -> Found:
         cwd=ROOT,
     )
     assert ended.returncode == 0, ended.stderr[-3000:]
-    lines = [json.loads(line) for line in ended.stdout.splitlines()]
+    lines = [json.loads(line) for line in ended.stdout.splitlines() if line.startswith("{")]
     return {(line["family"], line["activity"]): line for line in lines}
 
 
@@ -54,19 +57,46 @@ def of(found: Found, family: str) -> dict[str, dict[str, Any]]:
     }
 
 
+def assert_refused_nothing(activities: dict[str, dict[str, Any]]) -> None:
+    assert len(activities) == NUM_ACTIVITIES
+    assert {activity: line["error"] for activity, line in activities.items() if line["error"]} == {}
+    assert all(line["launches"] > 50 for activity, line in activities.items() if activity != "load")
+
+
+def assert_waits_are_known(activities: dict[str, dict[str, Any]]) -> None:
+    """Asserts that a training step neither waits nor computes in float64, and other work only as listed."""
+    for activity, line in activities.items():
+        waits = {place for place, *_ in line.get("waits", [])}
+        doubles = {place for place, *_ in line.get("doubles", [])}
+        if activity.startswith("train"):
+            assert {place for place in waits if reason(WAITS_OF_MODELS, place) is None} == set(), activity
+            assert {place for place in doubles if reason(WAITS_OF_MODELS, place) is None} == set(), activity
+        else:
+            tables = {**WAITS, **WAITS_OF_MODELS}
+            assert {place for place in waits if reason(tables, place) is None} == set(), activity
+            assert {place for place in doubles if reason(DOUBLES, place) is None} == set(), activity
+
+
 @pytest.mark.parametrize("family", QUICK)
 def test_a_cuda_device_refuses_nothing(found: Found, family: str) -> None:
-    activities = of(found, family)
-    assert len(activities) == 4
-    assert {activity: line["error"] for activity, line in activities.items() if line["error"]} == {}
-    assert all(line["launches"] > 100 for activity, line in activities.items() if activity != "load")
+    assert_refused_nothing(of(found, family))
 
 
 @pytest.mark.parametrize("family", QUICK)
-def test_a_step_neither_waits_for_the_device_nor_computes_in_float64(found: Found, family: str) -> None:
-    for activity, line in of(found, family).items():
-        assert line.get("waits", []) == [], activity
-        assert line.get("doubles", []) == [], activity
+def test_a_step_neither_waits_nor_computes_in_float64_and_other_work_has_a_reason(
+    found: Found, family: str
+) -> None:
+    assert_waits_are_known(of(found, family))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", families.FAMILIES)
+def test_every_family_runs_on_a_cuda_device_and_waits_only_where_there_is_a_reason(
+    tmp_path: Path, family: str
+) -> None:
+    activities = of(rehearse(tmp_path, family), family)
+    assert_refused_nothing(activities)
+    assert_waits_are_known(activities)
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """What a training step and a sampled token of Qwen3-0.6B cost on a CUDA device equals a text that is kept.
 
 A change that adds launches, bytes, operations or waits shows up as a diff of the text. The times that are
-derived from them are in `docs/gpu.md`.
+derived from them are in `docs/rehearsal.md`.
 """
 
 from __future__ import annotations

@@ -1,15 +1,51 @@
-"""Where the host waits for a CUDA device, and why; and where the device computes in float64."""
+"""Where the host waits for a CUDA device, and where the device computes in float64, with the reason for each.
+
+A function is named by its file and its qualified name. A training step has none of either, unless the model's
+own code in transformers has.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-WAITS: Mapping[str, str] = {}
-"""The reason for each function (`path:name`) that makes the host wait within a step."""
+_SAMPLING = "cookbook/engine/sampling/"
+_TRAINING = "cookbook/engine/training/"
+_MODEL = "cookbook/engine/model/"
 
-DOUBLES: Mapping[str, str] = {}
-"""The reason for each function that makes tensors of float64 on the device within a step."""
+WAITS: Mapping[str, str] = {
+    f"{_SAMPLING}choice.py:ChosenTokens.on_host": "a token may end its sequence: once a token for all",
+    f"{_SAMPLING}decoders.py:PackedDecoder._run_row": "what has nan is not kept: once a prefill",
+    f"{_SAMPLING}decoders.py:PackedDecoder.prefill": "places are copied, and log-probabilities are an answer",
+    f"{_SAMPLING}sampler.py:_RunningBatch._score": "scores of whole texts are answers: once a pass",
+    f"{_TRAINING}trainer.py:Trainer._check_finite": "a checkpoint with nan is refused: one read",
+    f"{_TRAINING}trainer.py:Trainer.load": "a checkpoint is copied to the device",
+    f"{_TRAINING}optimizer.py:Optimizer.restore": "a checkpoint is copied to the device",
+    "cookbook/engine/checkpoint.py:": "a checkpoint is copied to the host, to be written",
+    "cookbook/engine/tensor_files.py:": "a checkpoint is copied to the host, to be written",
+    f"{_MODEL}published_files.py:": "weights are copied to the host, to be written",
+    f"{_MODEL}full_weights.py:": "weights are copied to the host, to be written",
+}
+"""Why a function waits. A name that ends with a colon is for all functions of the file."""
 
-ANSWERS: Mapping[str, Any] = {}
+WAITS_OF_MODELS: Mapping[str, str] = {}
+"""The same for code of transformers, by the folder of the model."""
+
+DOUBLES: Mapping[str, str] = {
+    f"{_SAMPLING}choice.py:": "sums of a vocabulary's terms must not depend on their order",
+}
+"""Why a function makes tensors of float64."""
+
+ANSWERS: Mapping[str, Any] = {
+    f"{_MODEL}backward_trial.py:gradient_of_embeddings": True,
+    f"{_TRAINING}trainer.py:Trainer._check_finite": True,
+    f"{_SAMPLING}decoders.py:PackedDecoder._run_row": True,
+}
 """The values that these functions read from the device; all others read 0."""
+
+
+def reason(table: Mapping[str, str], place: str) -> str | None:
+    """Returns the reason of a table for a function, or None."""
+    path, _, function = place.partition(":")
+    names = (f"{path}:{function}", f"{path}:{function.removesuffix('.<listcomp>')}", f"{path}:")
+    return next((table[name] for name in names if name in table), None)
