@@ -5,6 +5,8 @@ A block that another test runs says so in the line before it: <!-- run by tests/
 
 from __future__ import annotations
 
+import ast
+import asyncio
 import importlib
 import importlib.util
 import json
@@ -181,7 +183,10 @@ def test_every_program_runs(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
-    exec(compile(program, "page.md", "exec"), {"__name__": "__main__"})
+    code = compile(program, "page.md", "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+    awaited = eval(code, {"__name__": "__main__"})
+    if awaited is not None:  # as in a cell of a notebook
+        asyncio.run(awaited)
     out = capsys.readouterr().out
     losses = [float(loss) for loss in re.findall(r"step \d+ loss ([\d.]+)", out)]
     assert out.strip()

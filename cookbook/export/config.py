@@ -8,7 +8,7 @@ import re
 import chz
 
 from cookbook.errors import ConfigError
-from cookbook.export import push
+from cookbook.export import llama_quantize, push
 from cookbook.export.gguf_weights import GgufType
 from cookbook.export.merged_folder import Dtype
 from cookbook.runs.find import Which
@@ -44,6 +44,11 @@ class ExportConfig:
     gguf_type: GgufType = _field(
         default="auto", doc="type of a GGUF file: f32, f16, bf16, q8_0, or auto (that of the base model)"
     )
+    gguf_quantize: str | None = _field(
+        default=None,
+        doc=f"a smaller GGUF file besides, made by llama.cpp's {llama_quantize.PROGRAM} where it is "
+        f"installed, else its command is printed: {', '.join(llama_quantize.TYPES)}",
+    )
     ollama_base: str | None = _field(
         default=None, doc="model in Ollama's library, to which the Modelfile adds the adapter alone"
     )
@@ -58,6 +63,10 @@ class ExportConfig:
     def _check_values(self) -> None:
         if self.format not in FORMATS:
             raise ConfigError(unknown_name("format", self.format, FORMATS))
+        if self.gguf_quantize is not None and self.gguf_quantize not in llama_quantize.TYPES:
+            raise ConfigError(unknown_name("gguf_quantize", self.gguf_quantize, llama_quantize.TYPES))
+        if self.gguf_quantize is not None and self.format != "gguf":
+            raise ConfigError(f"gguf_quantize= applies to format=gguf only, not to format={self.format}.")
         if self.ollama_base is not None and self.format != "ollama":
             raise ConfigError(f"ollama_base= applies to format=ollama only, not to format={self.format}.")
         if not re.fullmatch(r"\d+(\.\d+)?[TGMK]B", self.max_shard_size.upper()):

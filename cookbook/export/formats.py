@@ -13,7 +13,7 @@ from cookbook import models
 from cookbook.engine import checkpoint
 from cookbook.engine.model import peft_settings
 from cookbook.errors import CheckpointError, ConfigError
-from cookbook.export import gguf_weights, ollama, serving
+from cookbook.export import gguf_weights, llama_quantize, ollama, serving
 from cookbook.export.chat_format import ChatFormat
 from cookbook.export.config import ExportConfig
 from cookbook.export.merge import base_model_folder, merged_weights, tied_weights
@@ -109,10 +109,20 @@ def write_merged_weights(export: Export) -> Written:
 def write_gguf(export: Export) -> Written:
     """Writes a GGUF file for llama.cpp. Raises ConfigError if the architecture is not supported."""
     file_name = _write_gguf_model(export)
+    facts, commands = _quantization_note(export.source), []
+    if (kind := export.config.gguf_quantize) is not None:
+        smaller = llama_quantize.quantize(export.folder / file_name, kind)
+        if smaller is None:
+            facts.append(
+                f"{llama_quantize.PROGRAM} of llama.cpp is not installed: run its command for {kind}."
+            )
+            commands.append(serving.command(llama_quantize.command(export.shown_folder, file_name, kind)))
+        else:
+            file_name = smaller.name
     command = ["llama-server", "-m", f"{export.shown_folder}/{file_name}", "--jinja"]
     code = serving.command(["llama-server", "-m", file_name, "--jinja"])
     usage = Usage(code, "bash", "gguf", "GGUF file for llama.cpp")
-    return Written(usage, _quantization_note(export.source), [serving.command(command)])
+    return Written(usage, facts, [*commands, serving.command(command)])
 
 
 def write_ollama(export: Export) -> Written:
