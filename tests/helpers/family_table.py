@@ -147,15 +147,6 @@ _MROPE = {"rope_type": "default", "rope_theta": 1000000.0, "mrope_section": [2, 
 _PARTIAL_MROPE = {**_PARTIAL, "mrope_section": [1, 1, 0]}
 _QWEN3_5_ROPE = {**_PARTIAL_MROPE, "mrope_interleaved": True}
 _HYBRID = {"num_hidden_layers": 4, "layer_types": [LINEAR, LINEAR, LINEAR, FULL]}
-_QWEN4 = {
-    "num_hidden_layers": 4,
-    "layer_types": [LINEAR, LINEAR, LINEAR, "indexed_attention"],
-    "indexer_n_heads": 4,
-    "indexer_kv_heads": 1,
-    "indexer_head_dim": 8,
-    "indexer_budget": 8,
-    "indexer_compress_ratio": 2,
-}
 _MLA = {"num_key_value_heads": 4, "head_dim": 4}
 """Multi-head latent attention has no grouped heads, and `head_dim` is the part that RoPE rotates."""
 _DENSE_FIRST = {"num_hidden_layers": 3, "first_k_dense_replace": 1}
@@ -193,42 +184,6 @@ _TINY_VQ = {
     "base_channels": 32,
     "channel_multiplier": [1, 1],
     "num_res_blocks": 1,
-}
-_TINY_SAM = {
-    "patch_size": 14,
-    "output_channels": 8,
-    "global_attn_indexes": [1],
-    "mlp_dim": 24,
-    "num_pos_feats": 8,
-}
-_OCR_VISION = {
-    "sam_config": {**_TINY_SAM, "downsample_channels": [8, 16]},
-    "encoder_config": {"num_key_value_heads": 2, "layer_types": [FULL] * 2, "patch_size": 14},
-}
-_TINY_CONFORMER = {
-    "input_dim": 8,
-    "num_layers": 2,
-    "hidden_dim": 16,
-    "num_heads": 2,
-    "dim_head": 8,
-    "output_dim": 4,
-    "context_size": 8,
-    "max_pos_emb": 16,
-}
-_INKLING = {
-    "unpadded_vocab_size": VOCAB_SIZE,
-    "swa_num_attention_heads": 4,
-    "swa_num_key_value_heads": 2,
-    "swa_head_dim": 8,
-    "sliding_window_size": 16,
-    "d_rel": 4,
-    "rel_extent": 32,
-}
-_DOTS3 = {
-    "num_key_value_heads": 4,
-    "mlp_layer_types": ["dense", "sparse"],
-    "shared_experts_intermediate_size": 16,
-    "head_dim": 12,
 }
 _MTP = "mtp.layers.0.eh_proj.weight"
 _MTP_LAYER = "model.layers.61.eh_proj.weight"
@@ -939,11 +894,34 @@ FAMILIES: dict[str, TinyFamily] = {
         },
     ),
     # -- further ones, mostly for pictures or sound
+    "molmo2": multimodal(
+        "molmo2",
+        text={"additional_vocab_size": 8},
+        vision={"num_key_value_heads": 2, "image_size": [56, 56], "patch_size": 14},
+        adapter_config={"num_key_value_heads": 2, "text_hidden_size": 32, "vision_feature_layer": [-1]},
+        image_patch_id=IMAGE,
+    ),
+    "chameleon": text_model(
+        "chameleon",
+        intermediate_size=256,
+        vq_config=_TINY_VQ,
+        vocabulary_map={f"IMGIMG{letter}Z": i + 374 for i, letter in enumerate("ABCD")},
+    ),
+    "emu3": multimodal(
+        "emu3", vq_config=_TINY_VQ, vocabulary_map={"<image>": IMAGE, "<|extra_200|>": VISION_END}
+    ),
     "fuyu": multimodal("fuyu"),
     "inkling2_text": text_model("inkling2_text"),
     "kosmos2_5": multimodal("kosmos-2.5"),
     "video_llava": multimodal("video_llava", text={"model_type": "llama"}, vision=_SIGLIP),
+    "qwen2_5_omni_thinker": multimodal(
+        "qwen2_5_omni_thinker",
+        vision_start_token_id=VISION_START,
+        text={"rope_parameters": _MROPE},
+        vision={**_QWEN_VISION, "fullatt_block_indexes": [1]},
+    ),
     "qwen2_audio": multimodal("qwen2_audio"),
+    "qwen3_asr": multimodal("qwen3_asr", audio_config={"downsample_hidden_size": 8}),
     "voxtral": multimodal("voxtral"),
     "granite_speech": multimodal("granite_speech"),
     "granite_speech_plus": multimodal("granite_speech_plus"),

@@ -44,6 +44,7 @@ SLOW = [
     "lfm3",
 ]
 HYBRIDS = [*FAST, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
+DELTA_RULES = {"qwen3_5", "qwen3_5_moe", "qwen3_next", "olmo_hybrid", "kimi_linear"}
 LENGTHS = (37, 1, 18, 90, 3, 64)
 
 
@@ -150,14 +151,18 @@ def make_tree() -> list[TokenSequence]:
 def test_gradients_of_shared_beginnings_equal_those_of_plain_transformers_one_sequence_at_a_time(
     name: str, folder_of: Callable[[str], Path]
 ) -> None:
+    """A delta rule rounds differently where its chunks begin elsewhere: gradients of qwen3_5 by transformers
+    itself differ by 6e-4 with chunks of 16 tokens. `test_recurrent_trees` compares the rule alone.
+    """
     sequences = make_tree()
+    tolerance = 1.5e-3 if name in DELTA_RULES else 1e-4
     expected = plain_gradients(folder_of(name), sequences)
     base = BaseModel(str(folder_of(name)), EngineOptions(dtype="float32"))
     assert base.min_shared_tokens is not None
     for checkpoint in (False, True):
         errors = error_of(packed_gradients(base, sequences, checkpoint, shares=True), expected)
         assert len(errors) > 10
-        assert max(errors.values()) < 1e-4, max(errors.items(), key=lambda item: item[1])
+        assert max(errors.values()) < tolerance, max(errors.items(), key=lambda item: item[1])
 
 
 @pytest.mark.parametrize("name", ["qwen3_5", "nemotron_h", "lfm2_moe"])
