@@ -122,7 +122,7 @@ peers: .venv-peers-renderers/.is-set-up .venv-peers-tinker-cookbook/.is-set-up
 	$(PYTHON) -m venv .venv-tinker
 	.venv-tinker/bin/python -m pip install --quiet --disable-pip-version-check --no-deps 'tinker-cookbook==0.6.1'
 	.venv-tinker/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[tinker]' \
-		'tinker==0.38.0' 'openai>=2' aiohttp blobfile cloudpickle termcolor tiktoken pillow h2
+		'tinker==0.38.0' 'openai>=2' aiohttp blobfile cloudpickle termcolor tiktoken pillow h2 math-verify pylatexenc
 	touch $@
 
 tinker: setup .venv-tinker/.is-set-up

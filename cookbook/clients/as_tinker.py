@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib.abc
 import importlib.machinery
+import os
 import sys
 import types as python_types
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from cookbook import errors, types
@@ -45,10 +47,15 @@ _CLIENTS = {
 _CLIENT_MODULES = ("api_future", "rest_client", "sampling_client", "service_client", "training_client")
 
 
+CHILDREN_PATH = Path(__file__).parent / "tinker_path"
+"""The folder that processes which a program starts have in their PYTHONPATH."""
+
+
 def install_as_tinker() -> None:
     """Makes `import tinker` import this package, with the submodules whose names there are here.
 
-    Raises ConfigError if the Tinker SDK itself is imported already.
+    It does so in the processes that this one starts as well. Raises ConfigError if the Tinker SDK itself is
+    imported already.
     """
     there = sys.modules.get("tinker")
     if there is not None and not isinstance(there, _Alias):
@@ -61,6 +68,16 @@ def install_as_tinker() -> None:
         parent, _, child = name.rpartition(".")
         if parent:
             setattr(sys.modules[parent], child, sys.modules[name])
+    paths = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+    if str(CHILDREN_PATH) not in paths:
+        root = Path(errors.__file__).parents[1]
+        found_anywhere = (
+            root.name == "site-packages"
+        )  # elsewhere it may have been found in the current folder
+        paths += [] if found_anywhere else [str(root)]
+        os.environ["PYTHONPATH"] = os.pathsep.join([str(CHILDREN_PATH), *paths])
+    if str(CHILDREN_PATH) not in sys.path:  # which multiprocessing hands on
+        sys.path.insert(0, str(CHILDREN_PATH))
     if not any(isinstance(finder, _NoOtherModules) for finder in sys.meta_path):
         sys.meta_path.insert(0, _NoOtherModules())
 

@@ -126,7 +126,15 @@ PROGRAMS = [
         "stream_minibatch_config.groups_per_batch=4",
         "stream_minibatch_config.num_minibatches=2",
     ),
-    math_rl("KL", "kl_penalty_coef=0.1", "compute_post_kl=True"),
+    Program(
+        "rl.train KL",
+        (
+            recipe(
+                "rl_basic", "lora_rank=4", "max_tokens=12", "max_steps=1", "kl_penalty_coef=0.1",
+                "kl_reference_config.base_model=Qwen/Qwen3-8B", "compute_post_kl=True",
+            ),
+        ),
+    ),
     math_rl("substeps", "num_substeps=2"),
     math_rl("evals", "eval_every=1"),
     math_rl("loss_fn_config", 'loss_fn_config={"clip_low_threshold": 0.9}', loss="ppo"),

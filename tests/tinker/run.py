@@ -1,30 +1,37 @@
 """Runs the programs of tinker-cookbook to their ends, and says which do and what their first steps computed.
 
-    .venv-tinker/bin/python tests/tinker/run.py [name ... | quick] [workers=2]
+    .venv-tinker/bin/python tests/tinker/run.py [name ... | quick] [workers=1]
 
-Each program runs in a process of its own, with this project under the name `tinker`.
+Each program runs in a process of its own, with this project under the name `tinker`: a copy of this process,
+which has imported the large packages, so that they are not imported for each program.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
 ROOT = Path(__file__).parents[2]
 
 import world  # noqa: E402
 from programs import NLL_KEYS, PROGRAMS, Program  # noqa: E402
+
+import cookbook  # noqa: E402
 
 SECONDS = 900
 
@@ -42,9 +49,54 @@ class Outcome:
 Launcher = Callable[[Sequence[str]], list[str]]
 """Returns the command line for a module or script with its arguments."""
 
+_IMPORTED_ONCE = (
+    "datasets",
+    "peft",
+    "transformers.models.qwen3.modeling_qwen3",
+    "tinker_cookbook.preference.train_dpo",
+    "tinker_cookbook.rl.train",
+    "tinker_cookbook.supervised.train",
+)
 
-def in_process(command: Sequence[str]) -> list[str]:
-    return [sys.executable, "-m", "recipes.tinker", *command]
+
+def in_process(command: Sequence[str], folder: Path, variables: Mapping[str, str], printed: IO[str]) -> int:
+    """Does `python -m recipes.tinker` in a copy of this process, which has imported the large packages.
+
+    Returns the exit status, or -1 after SECONDS.
+    """
+    sys.path[:0] = [] if str(ROOT) in sys.path else [str(ROOT)]
+    cookbook.install_as_tinker()
+    for name in _IMPORTED_ONCE:
+        importlib.import_module(name)
+    sys.stdout.flush()
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+            os.dup2(printed.fileno(), 1)
+            os.dup2(printed.fileno(), 2)
+            os.chdir(folder)
+            os.environ.update(variables)
+            importlib.import_module("recipes.tinker").main(command)
+            code = 0
+        except SystemExit as ended:
+            code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+    deadline = time.monotonic() + SECONDS
+    while time.monotonic() < deadline:
+        ended, status = os.waitpid(child, os.WNOHANG)
+        if ended:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.05)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    return -1
 
 
 def environment(folder: Path) -> dict[str, str]:
@@ -59,8 +111,20 @@ def environment(folder: Path) -> dict[str, str]:
     }
 
 
-def run(program: Program, folder: Path, launcher: Launcher, variables: Mapping[str, str]) -> Outcome:
-    """Runs a program in a folder of `world.make`."""
+def _command(command: Sequence[str], folder: Path, variables: Mapping[str, str], printed: IO[str]) -> int:
+    """Runs a command. Returns its exit status, or -1 after SECONDS."""
+    try:
+        done = subprocess.run(
+            command, cwd=folder, env=dict(variables), stdin=subprocess.DEVNULL, stdout=printed,
+            stderr=subprocess.STDOUT, timeout=SECONDS,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        return -1
+    return done.returncode
+
+
+def run(program: Program, folder: Path, launcher: Launcher | None, variables: Mapping[str, str]) -> Outcome:
+    """Runs a program in a folder of `world.make`, in a copy of this process if there is no launcher."""
     log = folder / "logs" / program.name.replace(" ", "_").replace("=", "_")
     start = time.monotonic()
     error = ""
@@ -71,14 +135,10 @@ def run(program: Program, folder: Path, launcher: Launcher, variables: Mapping[s
         log.parent.mkdir(parents=True, exist_ok=True)
         output = log.with_suffix(f".{number}.txt")
         with output.open("w", encoding="utf-8") as printed:
-            try:
-                done = subprocess.run(
-                    launcher(filled), cwd=folder, env=dict(variables), stdin=subprocess.DEVNULL,
-                    stdout=printed, stderr=subprocess.STDOUT, timeout=SECONDS,
-                )  # fmt: skip
-                code = done.returncode
-            except subprocess.TimeoutExpired:
-                code = -1
+            if launcher is None:
+                code = in_process(filled, folder, variables, printed)
+            else:
+                code = _command(launcher(filled), folder, variables, printed)
         if code:
             lines = [line for line in output.read_text(encoding="utf-8").splitlines() if line.strip()]
             error = f"exit {code}: {lines[-1] if lines else ''}"
@@ -149,11 +209,12 @@ def differing(outcomes: Sequence[Outcome], others: Sequence[Outcome] = ()) -> li
 def run_all(
     programs: Sequence[Program],
     folder: Path,
-    launcher: Launcher = in_process,
+    launcher: Launcher | None = None,
     variables: Mapping[str, str] | None = None,
     workers: int = 1,
 ) -> list[Outcome]:
     variables = variables or environment(folder)
+    os.environ.update(variables)  # before the packages are imported that read them
 
     def one(program: Program) -> Outcome:
         outcome = run(program, folder, launcher, variables)
@@ -170,7 +231,7 @@ def main(argv: Sequence[str]) -> int:
     names = [name for name in argv if not name.startswith("workers=")]
     if names == ["quick"]:
         names = [program.name for program in PROGRAMS if program.is_quick]
-    workers = next((int(one.partition("=")[2]) for one in argv if one.startswith("workers=")), 2)
+    workers = next((int(one.partition("=")[2]) for one in argv if one.startswith("workers=")), 1)
     unknown = set(names) - {program.name for program in PROGRAMS}
     if unknown:
         print(

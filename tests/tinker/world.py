@@ -41,7 +41,7 @@ def make(folder: Path) -> Path:
     ]
     _write(folder / "Anthropic/hh-rlhf", {"train": pairs[:64], "test": pairs[64:80]})
     questions = [{"question": q} for q, _, _ in _sums()]
-    _write(folder / "zwhe99/DeepMath-103K", {"train": questions[:16]})
+    _write(folder / "zwhe99/DeepMath-103K", {"train": questions[:128]})
     turns = [
         {"conversations": [{"from": "human", "value": q}, {"from": "gpt", "value": a}]} for q, a, _ in _sums()
     ]

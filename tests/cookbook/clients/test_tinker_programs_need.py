@@ -411,6 +411,9 @@ def test_records_of_tinker_cookbook_are_found_and_never_removed(
 
 
 PROGRAM = """
+import importlib
+import multiprocessing
+import subprocess
 import sys
 import tinker
 from tinker import types
@@ -418,18 +421,32 @@ from tinker.types.tensor_data import TensorData
 from tinker.lib.public_interfaces import APIFuture
 from tinker.lib.public_interfaces.rest_client import RestClient
 
-assert types.Datum is tinker.Datum and TensorData is tinker.TensorData
-with tinker.ServiceClient() as service:
-    client = service.create_lora_training_client(base_model=sys.argv[1], rank=1).result()
-    assert isinstance(client, tinker.TrainingClient)
-    datum = types.Datum(types.ModelInput.from_ints([5, 6]), {"target_tokens": [6, 7]})
-    client.forward_backward([datum], "cross_entropy").result()
-    client.optim_step(types.AdamParams(learning_rate=1e-3)).result()
-    print(client.save_state("x").result().path.split("/")[0], __name__)
-try:
-    import tinker.proto
-except ModuleNotFoundError as error:
-    print(error)
+
+def main():
+    assert types.Datum is tinker.Datum and TensorData is tinker.TensorData
+    with tinker.ServiceClient() as service:
+        client = service.create_lora_training_client(base_model=sys.argv[1], rank=1).result()
+        assert isinstance(client, tinker.TrainingClient)
+        datum = types.Datum(types.ModelInput.from_ints([5, 6]), {"target_tokens": [6, 7]})
+        client.forward_backward([datum], "cross_entropy").result()
+        client.optim_step(types.AdamParams(learning_rate=1e-3)).result()
+        print(client.save_state("x").result().path.split("/")[0], __name__)
+    code = "import tinker; print(tinker.ServiceClient)"
+    print(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout)
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        print("in a pool:", pool.apply(name_of_service))
+    try:
+        importlib.import_module("tinker.proto")
+    except ModuleNotFoundError as error:
+        print(error)
+
+
+def name_of_service():
+    return tinker.ServiceClient.__name__
+
+
+if __name__ == "__main__":
+    main()
 """
 
 
@@ -440,6 +457,8 @@ def test_a_program_runs_unchanged_under_the_name_tinker(tiny_qwen3: str, tmp_pat
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("tinker: __main__\n")
     assert "The module tinker.proto of the Tinker SDK" in done.stdout
+    assert "<class 'cookbook.clients.as_tinker.TinkerServiceClient'>\n" in done.stdout
+    assert "in a pool: TinkerServiceClient\n" in done.stdout
 
 
 def test_the_sdk_is_not_replaced_once_it_is_imported() -> None:

@@ -8,7 +8,10 @@ from tinker_cookbook import weights
 
 log = Path(sys.argv[1])
 with tinker.ServiceClient() as service:
-    training = service.create_lora_training_client(base_model="Qwen/Qwen3-8B", rank=4).result()
+    # This model's projection is that of its embeddings, into which tinker-cookbook merges no adapter.
+    training = service.create_lora_training_client(
+        base_model="Qwen/Qwen3-8B", rank=4, train_unembed=False
+    ).result()
     datum = tinker.Datum(
         model_input=tinker.ModelInput.from_ints([1, 5, 6]), loss_fn_inputs={"target_tokens": [5, 6, 7]}
     )
