@@ -1,4 +1,4 @@
-"""Distils a teacher's most likely tokens as soft targets: off_policy.py LOG [TEACHER'S_SAMPLER_PATH STEPS]."""
+"""Distils a teacher's most likely tokens as soft targets: off_policy.py LOG [TEACHER_PATH STEPS]."""
 
 import asyncio
 import sys
