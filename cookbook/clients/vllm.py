@@ -34,7 +34,14 @@ from cookbook.errors import (
     RequestError,
     TrainingError,
 )
-from cookbook.types import ModelInput, PromptScores, SampledSequence, SampleResponse, SamplingParams
+from cookbook.types import (
+    ModelInput,
+    PromptScores,
+    SampledSequence,
+    SampleResponse,
+    SamplingParams,
+    TensorData,
+)
 
 if TYPE_CHECKING:
     import httpx
@@ -103,7 +110,19 @@ class VLLMSamplingClient(SamplingClient):
         num_samples: int = 1,
         sampling_params: SamplingParams | None = None,
         include_prompt_logprobs: bool = False,
+        topk_prompt_logprobs: int = 0,
+        topk_sample_logprobs: int = 0,
+        target_prompt_logprobs: TensorData | None = None,
+        prompt_alt_tokens_k: int = 0,
+        prompt_logprobs_last_n: int | None = None,
     ) -> SampleFuture:
+        _refuse(
+            topk_prompt_logprobs=topk_prompt_logprobs,
+            topk_sample_logprobs=topk_sample_logprobs,
+            target_prompt_logprobs=target_prompt_logprobs is not None,
+            prompt_alt_tokens_k=prompt_alt_tokens_k,
+            prompt_logprobs_last_n=prompt_logprobs_last_n is not None,
+        )
         body = self._request(prompt, sampling_params or SamplingParams(), n=num_samples, logprobs=1)
         if include_prompt_logprobs:
             body["prompt_logprobs"] = 0
@@ -134,7 +153,10 @@ class VLLMSamplingClient(SamplingClient):
         self._submit_call(work)
         return stream
 
-    def compute_logprobs(self, prompt: ModelInput) -> APIFuture[list[float | None]]:
+    def compute_logprobs(
+        self, prompt: ModelInput, prompt_logprobs_last_n: int | None = None
+    ) -> APIFuture[list[float | None]]:
+        _refuse(prompt_logprobs_last_n=prompt_logprobs_last_n is not None)
         return APIFuture(self._submit_call(lambda: self._score(prompt).logprobs))
 
     def score(self, prompt: ModelInput) -> APIFuture[PromptScores]:
@@ -205,6 +227,14 @@ class VLLMSamplingClient(SamplingClient):
     def _score(self, prompt: ModelInput) -> PromptScores:
         body = self._request(prompt, SamplingParams(max_tokens=1), prompt_logprobs=0)
         return _scores(prompt.to_ints(), self._complete(body)[0]["prompt_logprobs"])
+
+
+def _refuse(**given: int) -> None:
+    """Raises RequestError for scores that a vLLM server is not asked for."""
+    if names := [name for name, value in given.items() if value]:
+        raise RequestError(
+            f"A VLLMSamplingClient does not support {', '.join(names)}. Use a SamplingClient of ServiceClient."
+        )
 
 
 def _sequence(choice: dict[str, Any]) -> SampledSequence:

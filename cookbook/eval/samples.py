@@ -16,7 +16,7 @@ from cookbook.data.types import SupervisedDataset
 from cookbook.errors import ConfigError
 from cookbook.eval.chat import SamplingEvaluatorBuilder, replies_to
 from cookbook.eval.evaluators import SamplingClientEvaluator
-from cookbook.types import ModelInput, SamplingParams
+from cookbook.types import ModelInput, SamplingParams, TensorData
 from cookbook.utils.tables import Table
 from renderers import Renderer
 
@@ -84,7 +84,7 @@ def held_out_prompts(
     found: list[Prompt] = []
     for batch in data.iter_batches():
         for datum in batch:
-            trained_T = np.asarray(datum.loss_fn_inputs["weights"].to_numpy()) > 0
+            trained_T = TensorData(datum.loss_fn_inputs["weights"]).to_numpy() > 0
             tokens = datum.model_input.to_ints()[: int(trained_T.argmax()) + 1]
             if not trained_T.any() or len(tokens) > MAX_PROMPT_TOKENS:
                 continue
@@ -116,10 +116,8 @@ def _last_message(tokens: list[int], renderer: Renderer) -> str:
         message = tokens[: -len(after)]
         starts = [i for i in range(len(message)) if message[i : i + len(header)] == header]
         if starts:
-            text: str = renderer.tokenizer.decode(message[starts[-1] + len(header) :])
-            return text.strip()
-    text = renderer.tokenizer.decode(tokens, skip_special_tokens=True)
-    return text.strip()
+            return str(renderer.tokenizer.decode(message[starts[-1] + len(header) :])).strip()
+    return str(renderer.tokenizer.decode(tokens, skip_special_tokens=True)).strip()
 
 
 def _whole_messages(prompts: Sequence[str]) -> list[str]:

@@ -31,7 +31,7 @@ from cookbook.eval.evaluators import TrainingClientEvaluator
 from cookbook.runs.folder import RunFolder
 from cookbook.supervised.config import Config
 from cookbook.supervised.objectives import Objective
-from cookbook.types import Datum, ForwardBackwardOutput
+from cookbook.types import Datum, ForwardBackwardOutput, TensorData
 from cookbook.utils import files, json_files, notes
 
 if TYPE_CHECKING:
@@ -205,11 +205,11 @@ def _metrics(losses_P: Tensor, margins_P: Tensor, policy_2P: Tensor, lengths: li
 
 
 def _mask(datum: Datum) -> np.ndarray:
-    return np.asarray(datum.loss_fn_inputs["weights"].to_numpy()) > 0
+    return TensorData(datum.loss_fn_inputs["weights"]).to_numpy() > 0
 
 
 def _digest(datum: Datum) -> str:
-    targets_T = datum.loss_fn_inputs["target_tokens"].to_numpy()
+    targets_T = TensorData(datum.loss_fn_inputs["target_tokens"]).to_numpy()
     parts = (datum.model_input.to_numpy(), targets_T, _mask(datum))
     return hashlib.blake2b(
         b"".join(np.ascontiguousarray(part).tobytes() for part in parts), digest_size=12

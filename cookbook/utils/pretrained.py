@@ -216,7 +216,8 @@ def _check_has_forward(found: Any, config: PretrainedConfig) -> None:
         return
     location = getattr(config, "name_or_path", "") or "MODEL"
     parts = [getattr(config, name, None) for name in found.config_class.sub_configs or ()]
-    names = [MAPPING[type(part)].__name__ for part in parts if type(part) in MAPPING]
+    classes: list[Any] = [MAPPING[type(part)] for part in parts if part is not None and type(part) in MAPPING]
+    names = [found_class.__name__ for found_class in classes]
     repair = "Give a language model."
     if names:
         repair = (

@@ -158,7 +158,7 @@ def plan(
     """
     usable = memory * usable_share(device_type)
     cost = found.activations or ActivationCost(0.0, 0.0)
-    temporary = found.blocks + (BYTES_OF_CUDA if device_type == "cuda" else 0)
+    temporary: float = found.blocks + (BYTES_OF_CUDA if device_type == "cuda" else 0)
     limits = limits_for(options, torch.device(device_type), lambda: cost, usable - found.fixed)
     num_sequences = max(1.0, limits.max_tokens / limits.size(longest))
     tokens = int(num_sequences * longest)

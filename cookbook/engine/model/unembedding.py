@@ -330,9 +330,9 @@ class _Logprobs:
             for rows, terms_CK, highest_C1 in self.kept_blocks:
                 weighted_CQ = queries_CQ * (grad_C1 * (highest_C1 - self.log_total_C1).exp())
                 if terms_CK.dtype == torch.float16:  # its range may not hold the gradient of the loss
-                    size = weighted_CQ.abs().amax().clamp_min(torch.finfo(torch.float32).tiny)
-                    summed_KQ = product(terms_CK.T, (weighted_CQ / -size).half())
-                    gradient[rows] += summed_KQ.mul_(size)
+                    largest = weighted_CQ.abs().amax().clamp_min(torch.finfo(torch.float32).tiny)
+                    summed_KQ = product(terms_CK.T, (weighted_CQ / -largest).half())
+                    gradient[rows] += summed_KQ.mul_(largest)
                     continue
                 _add_product(gradient[rows], terms_CK.T, -weighted_CQ.to(terms_CK.dtype))
         if head.rows is not None and head.rows.values_MD.requires_grad:

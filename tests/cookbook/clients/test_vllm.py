@@ -236,6 +236,10 @@ def test_errors_of_the_server_are_reported(
         client.sample(ModelInput.empty())
     with pytest.raises(RequestError, match="256 tokens, and the context length"):
         client.sample(ModelInput.from_ints([5] * 256))
+    with pytest.raises(RequestError, match="does not support topk_prompt_logprobs"):
+        client.sample(PROMPT, topk_prompt_logprobs=3)
+    with pytest.raises(RequestError, match="does not support prompt_logprobs_last_n"):
+        client.compute_logprobs(PROMPT, prompt_logprobs_last_n=1)
     client.close()
 
 
