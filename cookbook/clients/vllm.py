@@ -233,7 +233,7 @@ def _refuse(**given: int) -> None:
     """Raises RequestError for scores that a vLLM server is not asked for."""
     if names := [name for name, value in given.items() if value]:
         raise RequestError(
-            f"A VLLMSamplingClient does not support {', '.join(names)}. Use a SamplingClient of ServiceClient."
+            f"A VLLMSamplingClient does not support {', '.join(names)}. Use a local SamplingClient."
         )
 
 

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import chz
-import numpy as np
 
 from cookbook.data.types import SupervisedDataset
 from cookbook.errors import ConfigError
