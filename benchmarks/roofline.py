@@ -36,7 +36,7 @@ MEMCPY_SECONDS = 5e-6
 
 
 @dataclass(frozen=True)
-class Card:
+class RatedCard:
     """A GPU by its published rates: dense bfloat16 products with fp32 sums, and memory."""
 
     name: str
@@ -60,10 +60,10 @@ class Card:
 
 
 CARDS = {
-    "h200": Card("H200", 989, 4.8, 141),
-    "h100": Card("H100 SXM", 989, 3.35, 80),
-    "a100": Card("A100 SXM 80 GB", 312, 2.039, 80),
-    "rtx4090": Card("RTX 4090", 165, 1.008, 24),
+    "h200": RatedCard("H200", 989, 4.8, 141),
+    "h100": RatedCard("H100 SXM", 989, 3.35, 80),
+    "a100": RatedCard("A100 SXM 80 GB", 312, 2.039, 80),
+    "rtx4090": RatedCard("RTX 4090", 165, 1.008, 24),
 }
 
 
@@ -155,7 +155,7 @@ def whole(model: str, of_layers: Costs, rest: Costs) -> Costs:
     return rest.plus(of_layers, shape["num_hidden_layers"] / PERIODS.get(shape["model_type"], 1))
 
 
-def row(model: str, what: str, card: Card, costs: Costs) -> str:
+def row(model: str, what: str, card: RatedCard, costs: Costs) -> str:
     """Returns a row of the table, which ends with the milliseconds of each class."""
     from benchmarks.fake_cuda.costs import CLASSES
 

@@ -93,7 +93,7 @@ class Call:
 
 
 @dataclass
-class Record:
+class Recording:
     """What happened while it was recorded."""
 
     num_launches: int = 0
@@ -113,7 +113,7 @@ class FakeCuda(TorchDispatchMode):
         super().__init__()
         self._answers = answers or {}
         self._fake = FakeTensorMode(allow_non_fake_inputs=True)
-        self._records: list[Record] = []
+        self._records: list[Recording] = []
         self._pinned = WeakIdKeyDictionary()
         self.is_there = True
 
@@ -129,9 +129,9 @@ class FakeCuda(TorchDispatchMode):
         return self
 
     @contextlib.contextmanager
-    def recording(self, on_call: Callable[[Call], None] | None = None) -> Iterator[Record]:
+    def recording(self, on_call: Callable[[Call], None] | None = None) -> Iterator[Recording]:
         """Records what happens in the body. `on_call` is called for each operator on the device."""
-        record = Record(on_call=on_call)
+        record = Recording(on_call=on_call)
         self._records.append(record)
         try:
             yield record

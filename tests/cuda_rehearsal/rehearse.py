@@ -30,7 +30,7 @@ import transformers  # noqa: E402
 from planted import DEFECTS  # noqa: E402
 from waits import ANSWERS  # noqa: E402
 
-from benchmarks.fake_cuda.device import FakeCuda, Record  # noqa: E402
+from benchmarks.fake_cuda.device import FakeCuda, Recording  # noqa: E402
 from cookbook.engine.model.base_model import BaseModel  # noqa: E402
 from cookbook.engine.options import EngineOptions  # noqa: E402
 from cookbook.engine.sampling.decoder_probe import make_decoder  # noqa: E402
@@ -68,7 +68,7 @@ class Rehearsal:
         """The model on the device. It carries no adapter between two activities."""
         return self._load()
 
-    def activities(self) -> Iterator[tuple[str, Callable[[], Record | None]]]:
+    def activities(self) -> Iterator[tuple[str, Callable[[], Recording | None]]]:
         yield "load", lambda: self.base and None
         yield "train", lambda: self.train(rank=4)
         yield "train without the head", lambda: self.train(rank=4, train_unembed=False)
@@ -78,7 +78,7 @@ class Rehearsal:
         yield "train all weights", lambda: self.train(rank=0)
         yield "save, load and export all weights", lambda: self.save_and_load(rank=0)
 
-    def sample(self) -> Record:
+    def sample(self) -> Recording:
         """Samples with and without limits on the tokens, and scores a text."""
         make_decoder(self._truth)
         base, decoder = self.base, self._truth.make_decoder
@@ -106,7 +106,7 @@ class Rehearsal:
 
         return self._record(work)
 
-    def save_and_load(self, rank: int) -> Record:
+    def save_and_load(self, rank: int) -> Recording:
         """Saves a state with its optimizer, loads it again, and merges what was saved on the CPU."""
         path = self._folder / f"rank{rank}"
         with self._trainer(rank) as trainer:
@@ -122,7 +122,7 @@ class Rehearsal:
             asyncio.run(export.main(ExportConfig(checkpoint=str(path), to=f"{path}-merged", format="merged")))
         return record
 
-    def planted(self) -> Iterator[tuple[str, Callable[[], Record | None]]]:
+    def planted(self) -> Iterator[tuple[str, Callable[[], Recording | None]]]:
         with self._trainer(rank=4) as trainer:
             request = trainer.check(make_data(), "cross_entropy", None, trained_only=True)
             for defect, loss_fn in DEFECTS.items():
@@ -130,7 +130,7 @@ class Rehearsal:
                 work = functools.partial(trainer.forward_backward, with_defect)
                 yield f"planted: {defect}", functools.partial(self._record, work)
 
-    def train(self, rank: int, train_unembed: bool = True, is_checkpointed: bool = False) -> Record:
+    def train(self, rank: int, train_unembed: bool = True, is_checkpointed: bool = False) -> Recording:
         """Takes a step."""
         with self._trainer(rank, train_unembed) as trainer:
             if is_checkpointed:
@@ -151,7 +151,7 @@ class Rehearsal:
         finally:
             self.base.adapters.remove(trainer.adapter)
 
-    def _record(self, work: Callable[[], Any]) -> Record:
+    def _record(self, work: Callable[[], Any]) -> Recording:
         with self._device.recording() as record:
             work()
         return record
@@ -174,7 +174,7 @@ class Rehearsal:
         return base
 
 
-def report(family: str, activity: str, run: Callable[[], Record | None]) -> None:
+def report(family: str, activity: str, run: Callable[[], Recording | None]) -> None:
     """Prints what happened in an activity."""
     found: dict[str, Any] = {"family": family, "activity": activity, "error": None}
     try:
