@@ -127,7 +127,7 @@ class ServerSession:
         self.samplers: dict[str, ServedSampler] = {}
         self.last_seen = time.monotonic()
 
-    def touch(self) -> None:
+    def note_seen(self) -> None:
         self.last_seen = time.monotonic()
 
     @property

@@ -78,7 +78,7 @@ class ServerState:
         session = self.sessions.get(session_id)
         if session is None:
             raise Refusal(404, self.session_has_ended(session_id))
-        session.touch()
+        session.note_seen()
         return session
 
     def session_has_ended(self, session_id: str) -> str:

@@ -118,7 +118,7 @@ class TinkerApi:
         session = self._state.sessions.get(body.session_id)
         if session is None:
             raise Refusal(410, self._state.session_has_ended(body.session_id))
-        session.touch()
+        session.note_seen()
         return JSONResponse({})
 
     async def finish_session(self, request: Request) -> Response:
@@ -429,7 +429,7 @@ class TinkerApi:
         body = await self._parse(request, wire_types.FutureRetrieveRequest)
         session_id = body.request_id.partition(":")[0]
         if (session := self._state.sessions.get(session_id)) is not None:
-            session.touch()
+            session.note_seen()
         promise = self._state.promises.get(body.request_id)
         if promise is None:
             if session is not None:
