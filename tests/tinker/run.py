@@ -214,7 +214,8 @@ def run_all(
     workers: int = 1,
 ) -> list[Outcome]:
     variables = variables or environment(folder)
-    os.environ.update(variables)  # before the packages are imported that read them
+    if launcher is None:
+        os.environ.update(variables)  # before the packages are imported that read them
 
     def one(program: Program) -> Outcome:
         outcome = run(program, folder, launcher, variables)
