@@ -40,6 +40,10 @@ def arrows_up() -> list[str]:
     ]
 
 
+PROMISED_NAMES = {"Config", "Checkpoint"}
+"""Names that programs import: a recipe's `Config`, and the Tinker API's `Checkpoint` beside that of a run."""
+
+
 def shared_class_names() -> list[str]:
     """Returns a line for each name that several classes have, with the files of the classes."""
     files: defaultdict[str, list[str]] = defaultdict(list)
@@ -51,7 +55,7 @@ def shared_class_names() -> list[str]:
     return [
         f"{name}: {', '.join(paths)}"
         for name, paths in sorted(files.items())
-        if len(paths) > 1 and name != "Config"
+        if len(paths) > 1 and name not in PROMISED_NAMES
     ]
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from cookbook.config import cli
 from cookbook.errors import ConfigError
-from cookbook.utils.control_characters import visible_line
+from cookbook.utils.control_characters import visible, visible_line
 from cookbook.utils.nearest import did_you_mean
 from recipes import summaries
 
@@ -57,19 +57,19 @@ def main(argv: Sequence[str] | None = None) -> Any:
     name, *rest = [*(sys.argv[1:] if argv is None else argv), ""]
     rest = rest[:-1]
     if name == WORDS:
-        print("\n".join(words(rest)))
+        print(visible("\n".join(words(rest))))
         return None
     with cli.exiting_on_errors():
         if not name or name in cli.HELP:
-            print(overview())
+            print(visible(overview()))
             return None
         if name in ("--version", "-V", "version"):
             from cookbook import __version__
 
-            print(f"{COMMAND} {__version__}")
+            print(visible(f"{COMMAND} {__version__}"))
             return None
         if name == "completion":
-            print(_completion(rest), end="")
+            print(visible(_completion(rest)), end="")
             return None
         if name not in summaries():
             raise ConfigError(

@@ -35,7 +35,7 @@ from cookbook.config import cli
 from cookbook.errors import ConfigError
 from cookbook.types import SamplingParams
 from cookbook.utils import consoles
-from cookbook.utils.control_characters import visible_line
+from cookbook.utils.control_characters import visible, visible_line
 from renderers import get_renderer
 from renderers.agreement import warning_of
 
@@ -140,7 +140,7 @@ def _serve_page(title: str, speakers: Sequence[Speaker], port: int) -> None:
 
     sessions = {one.label: one.session for one in speakers if isinstance(one.session, ChatSession)}
     with ChatServer(title, sessions, port) as server:
-        print(f"Chat at {server.address} (Ctrl-C ends it)", flush=True)
+        print(visible(f"Chat at {server.address} (Ctrl-C ends it)"), flush=True)
         with suppress(KeyboardInterrupt):
             server.serve_forever()
 
@@ -154,7 +154,7 @@ def _loading_line(config: ChatConfig) -> Iterator[None]:
     started = time.monotonic()
     print(visible_line(f"Loading {config.checkpoint or config.model_name} ..."), end=" ", flush=True)
     yield
-    print(f"{time.monotonic() - started:.1f} s", flush=True)
+    print(visible(f"{time.monotonic() - started:.1f} s"), flush=True)
 
 
 def _speakers(

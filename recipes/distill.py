@@ -65,7 +65,7 @@ async def run(config: DistillConfig) -> DistillReport:
     def progress(report: DistillReport) -> None:
         done = report.kept + report.kept_before
         if done % 100 == 0:
-            print(f"{done:,} of {len(prompts) * config.num_samples:,} replies", flush=True)
+            print(visible(f"{done:,} of {len(prompts) * config.num_samples:,} replies"), flush=True)
 
     try:
         report = await distill.distill(

@@ -24,6 +24,7 @@ from cookbook.engine.threads import VARIABLES, num_cores
 from cookbook.errors import ConfigError
 from cookbook.utils import files, hub
 from cookbook.utils.consoles import make_console, plain
+from cookbook.utils.control_characters import visible
 from cookbook.utils.versions import installed_versions
 
 PACKAGES = ("sft-cookbook", "torch", "transformers", "peft", "datasets", "numpy", "tokenizers", "safetensors")
@@ -210,7 +211,7 @@ def main(argv: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if argv is None else argv
     with cli.exiting_on_errors():
         if set(arguments) & set(cli.HELP):
-            print((__doc__ or "").strip())
+            print(visible((__doc__ or "").strip()))
             return
         if arguments:
             raise ConfigError(f"recipes.doctor takes no arguments, and got {arguments[0]!r}.")

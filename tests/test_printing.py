@@ -16,13 +16,14 @@ VISIBLE = {"visible", "visible_line", "visible_entry"}
 PLAIN = {"plain", "plain_line"}
 ONLY_IN_CONSOLES = {"Console", "StreamHandler", "Formatter", "RichHandler"}
 """Functions that would print text unchanged."""
-RICH = {"rich.console", "rich.panel", "rich.progress", "rich.table", "rich.text"}
+RICH = {"rich.cells", "rich.console", "rich.panel", "rich.progress", "rich.table", "rich.text"}
 """The permitted parts of Rich. Others, such as prompts and tracebacks, interpret markup."""
 OURS = {
     "console.print(table)",
     "make_console().print(table)",
     "console.print(_panel(number, example, has_colour, brackets, spelled))",
     "input(prompt)",
+    "swanlab.Text(in_markdown(table))",
 }
 """Calls whose arguments consist of plain texts."""
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from benchmarks.fake_cuda.device import Call, calling_function
+from benchmarks.fake_cuda.device import OperatorCall, calling_function
 
 CLASSES = ("matmul", "attention", "norm", "rope", "loss", "elementwise", "optimizer", "copies")
 Kind = Literal["product", "thin product", "attention", "attention backward", "memory", "memcpy"]
@@ -55,7 +55,7 @@ class Costs:
     _places: list[str] = field(default_factory=list)
     """The functions that called the operators with these sequence numbers of autograd."""
 
-    def __call__(self, call: Call) -> None:
+    def __call__(self, call: OperatorCall) -> None:
         place = self._place()
         kind, flops = self._work(call)
         num_bytes = _bytes(call)
@@ -78,7 +78,7 @@ class Costs:
         index = bisect.bisect_left(self._sequence_numbers, node._sequence_nr() + 1)
         return self._places[min(index, len(self._places) - 1)] if self._places else place
 
-    def _work(self, call: Call) -> tuple[Kind, int]:
+    def _work(self, call: OperatorCall) -> tuple[Kind, int]:
         """Returns the kind of kernel, and its floating-point operations."""
         name, tensors = call.operator, [t for t in call.inputs if isinstance(t, Tensor)]
         if name == "memcpy":
@@ -150,7 +150,7 @@ def _class_of(kind: Kind, place: str) -> str:
     return "elementwise"
 
 
-def _bytes(call: Call) -> int:
+def _bytes(call: OperatorCall) -> int:
     """Returns the bytes that an operator reads and writes."""
     outputs = _tensors(call.out)
     if call.operator in _ADDED_TO:

@@ -81,7 +81,7 @@ class FakeCudaError(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Call:
+class OperatorCall:
     """An operator that launches kernels on the device, or copies between host and device."""
 
     operator: str
@@ -102,7 +102,7 @@ class Recording:
     """How often the host waited, by function (`path:name`) and by what it waited with."""
     doubles: Counter[tuple[str, str]] = field(default_factory=Counter)
     """How often an operator made a tensor of float64 on the device, by function and operator."""
-    on_call: Callable[[Call], None] | None = None
+    on_call: Callable[[OperatorCall], None] | None = None
 
 
 class FakeCuda(TorchDispatchMode):
@@ -129,7 +129,7 @@ class FakeCuda(TorchDispatchMode):
         return self
 
     @contextlib.contextmanager
-    def recording(self, on_call: Callable[[Call], None] | None = None) -> Iterator[Recording]:
+    def recording(self, on_call: Callable[[OperatorCall], None] | None = None) -> Iterator[Recording]:
         """Records what happens in the body. `on_call` is called for each operator on the device."""
         record = Recording(on_call=on_call)
         self._records.append(record)
@@ -199,7 +199,7 @@ class FakeCuda(TorchDispatchMode):
             if doubles:
                 record.doubles[calling_function(), name] += 1
             if record.on_call is not None:
-                record.on_call(Call(name, inputs, out))
+                record.on_call(OperatorCall(name, inputs, out))
 
     def _copied(self, name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
         """Returns the result of a copy between host and device, or None if it is no such copy."""
@@ -233,7 +233,7 @@ class FakeCuda(TorchDispatchMode):
             record.num_launches += 1
             record.operators["memcpy"] += 1
             if record.on_call is not None:
-                record.on_call(Call("memcpy", args, out))
+                record.on_call(OperatorCall("memcpy", args, out))
         return out
 
     def _answer(
@@ -390,7 +390,7 @@ def _relative(path: str) -> str | None:
 # -- the runtime --------------------------------------------------------------------------------
 
 
-class _Stream:
+class _EndedStream:
     """A stream in which everything has already ended."""
 
     device = DEVICE
@@ -398,7 +398,7 @@ class _Stream:
 
     def __init__(self, *_: Any, **__: Any) -> None: ...
 
-    def __enter__(self) -> _Stream:
+    def __enter__(self) -> _EndedStream:
         return self
 
     def __exit__(self, *_: Any) -> None: ...
@@ -417,7 +417,7 @@ class _Stream:
 def _replace_runtime(device: FakeCuda) -> None:
     """Replaces the functions of `torch.cuda` that ask the driver. They are not put back."""
 
-    class Stream(_Stream):
+    class Stream(_EndedStream):
         def synchronize(self) -> None:
             device.waited("stream.synchronize")
 

@@ -327,7 +327,7 @@ class SamplingClient(ClientFuture):
             engine.submit_to(sampler, request)
         return first
 
-    def __reduce__(self) -> tuple[Any, tuple[_Snapshot]]:
+    def __reduce__(self) -> tuple[Any, tuple[_PickledClient]]:
         """Returns what another process needs: the adapter's weights, and how the base model is loaded."""
         engine, _, prepared = self._open_parts()
         if engine.base.is_sharded:
@@ -353,7 +353,7 @@ class SamplingClient(ClientFuture):
             if lora is not None:
                 peft = None if lora["peft"] is None else PeftSettings(**lora["peft"])
                 lora = LoraConfig(**{**lora, "peft": peft})
-            snapshot = _Snapshot(
+            snapshot = _PickledClient(
                 **{
                     **values,
                     "options": EngineOptions(**values["options"]),
@@ -448,7 +448,7 @@ def _read(
 
 
 @dataclass(frozen=True)
-class _Snapshot:
+class _PickledClient:
     """A sampling client on its way to another process."""
 
     client_id: str
@@ -470,7 +470,7 @@ _ENGINES: dict[tuple[EngineOptions, str, tuple[str, ...]], Engine] = {}
 _ENGINES_LOCK = threading.Lock()
 
 
-def _snapshot(client_id: str, records: bool, base: BaseModel, prepared: Prepared) -> _Snapshot:
+def _snapshot(client_id: str, records: bool, base: BaseModel, prepared: Prepared) -> _PickledClient:
     adapter, seed = prepared.result()
     lora, weights = None, b""
     if adapter is not None:
@@ -481,12 +481,12 @@ def _snapshot(client_id: str, records: bool, base: BaseModel, prepared: Prepared
         lora = adapter.lora
         weights = save({name: weight.detach().cpu().contiguous() for name, weight in adapter.weights.items()})
     name = models.canonical_name(base.name)
-    return _Snapshot(
+    return _PickledClient(
         client_id, os.getpid(), records, base.options, name, base.add_tokens, lora, weights, seed
     )
 
 
-def _of_pickled(snapshot: _Snapshot) -> SamplingClient:
+def _of_pickled(snapshot: _PickledClient) -> SamplingClient:
     """Returns the client itself in its own process, and a client of the same weights in another."""
     here = _OPEN.get(snapshot.client_id) if snapshot.process_id == os.getpid() else None
     if here is not None and here._parts is not None:
@@ -499,7 +499,7 @@ def _of_pickled(snapshot: _Snapshot) -> SamplingClient:
     return SamplingClient(engine, functools.partial(_of_weights, engine.base, snapshot), snapshot.records)
 
 
-def _of_weights(base: BaseModel, snapshot: _Snapshot) -> tuple[Adapter | None, int | None]:
+def _of_weights(base: BaseModel, snapshot: _PickledClient) -> tuple[Adapter | None, int | None]:
     if snapshot.lora is None:
         return None, snapshot.seed
     weights = load(snapshot.weights)

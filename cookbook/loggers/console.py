@@ -42,7 +42,7 @@ class _TimeLeft(ProgressColumn):
         if left is None:
             return Text("-:--:--")
         seconds = left - min(time.monotonic() - since, per_step)
-        return Text(str(timedelta(seconds=max(0, round(seconds)))))
+        return plain_line(timedelta(seconds=max(0, round(seconds))))
 
 
 class ConsoleLogger(MetricLogger):

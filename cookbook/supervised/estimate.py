@@ -25,7 +25,7 @@ from cookbook.supervised.config import Config
 from cookbook.utils import files
 
 if TYPE_CHECKING:
-    from cookbook.engine.model.estimate import Footprint, Plan
+    from cookbook.engine.model.estimate import Footprint, MemoryPlan
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ class RunEstimate:
 
     device: str
     footprint: Footprint
-    plan: Plan
+    plan: MemoryPlan
     length: RunLength
     dtype: str
     checkpoint_bytes: int
@@ -226,7 +226,7 @@ def _num_checkpoints(config: Config, num_steps: int | None) -> int | None:
     return every + (config.best_metric is not None)
 
 
-def _flops_per_token(config: Config, found: Footprint, plan: Plan, length: RunLength) -> float:
+def _flops_per_token(config: Config, found: Footprint, plan: MemoryPlan, length: RunLength) -> float:
     passes = (4 if config.lora_rank else 6) + (2 if plan.is_checkpointed else 0)
     attention = 2 * 2 * found.heads_times_size * length.longest / 2  # two products, over half of the pairs
     of_attention = attention * (3 + plan.is_checkpointed)

@@ -101,16 +101,16 @@ def notify(target: str, message: Mapping[str, Any]) -> None:
 
 
 @dataclass
-class Ending:
+class RunEnding:
     """How a run ended; without a summary it failed, or had nothing to do."""
 
     summary: Summary | None = None
 
 
 @contextlib.contextmanager
-def ending_with(target: str | None, log_path: str) -> Iterator[Ending]:
+def ending_with(target: str | None, log_path: str) -> Iterator[RunEnding]:
     """Sends the message about a run after the body, whether it returns or raises; None sends none."""
-    ending = Ending()
+    ending = RunEnding()
     try:
         yield ending
     except BaseException as error:

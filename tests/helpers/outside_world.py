@@ -65,6 +65,11 @@ def point_hub_client_at(patch: pytest.MonkeyPatch, address: str) -> None:
         patch.delenv(name, raising=False)
 
 
+def retry_at_once(patch: pytest.MonkeyPatch) -> None:
+    """Makes a teacher's server be asked again after 10 ms, in the place of half a second and more."""
+    patch.setattr("cookbook.data.distill.MAX_WAIT_SECONDS", 0.01)
+
+
 def log_out_of_hub(patch: pytest.MonkeyPatch, folder: Path) -> None:
     """Removes the hub's token from the environment and from where `hf auth login` keeps it."""
     patch.delenv("HF_TOKEN")

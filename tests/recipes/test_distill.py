@@ -9,6 +9,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import outside_world
 import pytest
 
 from recipes import distill, sft
@@ -61,7 +62,7 @@ class Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    monkeypatch.setattr("cookbook.data.distill.MAX_WAIT_SECONDS", 0.01)
+    outside_world.retry_at_once(monkeypatch)
     with Server() as found:
         thread = threading.Thread(target=found.serve_forever)
         thread.start()

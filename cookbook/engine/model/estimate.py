@@ -81,7 +81,7 @@ class Footprint:
 
 
 @dataclass(frozen=True)
-class Plan:
+class MemoryPlan:
     """The largest micro-batch on a device with a given memory. Sizes are in bytes."""
 
     tokens: int
@@ -150,7 +150,7 @@ def plan(
     memory: float,
     longest: int,
     batch_tokens: int | None = None,
-) -> Plan:
+) -> MemoryPlan:
     """Returns the largest micro-batch of a device with `memory` bytes, as the engine would plan it.
 
     It consists of sequences of `longest` tokens, and of no more than the `batch_tokens` of a batch. Without
@@ -170,7 +170,7 @@ def plan(
     fits = found.fixed + temporary + MARGIN * one <= usable
     activations = tokens / longest * one
     temporary += (MARGIN - 1) * activations
-    return Plan(tokens, is_checkpointed, activations, temporary, found.fixed, usable, fits)
+    return MemoryPlan(tokens, is_checkpointed, activations, temporary, found.fixed, usable, fits)
 
 
 def _dtype(name: str, device_type: str) -> torch.dtype:

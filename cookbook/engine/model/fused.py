@@ -41,12 +41,12 @@ def install(decoder: nn.Module) -> dict[str, int]:
     activations: dict[Any, str | None] = {}
     modules: Any = decoder.modules()
     for module in modules:
-        kind = type(module)
+        kind: Any = type(module)
         if kind.__name__.endswith("RMSNorm"):
-            key = kind, _eps_of(module)
-            if key not in is_norm:
-                is_norm[key] = _is_plain_norm(module)
-            if is_norm[key]:
+            norm = kind, _eps_of(module)
+            if norm not in is_norm:
+                is_norm[norm] = _is_plain_norm(module)
+            if is_norm[norm]:
                 module.__class__ = _fused_class(kind, _norm_forward)
                 found["norms"] += 1
         elif {"gate_proj", "up_proj", "down_proj", "act_fn"} <= {*dict(module.named_children())}:

@@ -43,7 +43,7 @@ state."""
 
 
 @dataclass(frozen=True)
-class _Batch:
+class _PieceBatch:
     """Pieces that run together."""
 
     shape: tuple[int, int]
@@ -58,7 +58,7 @@ class StateTree:
     """The pieces of a row's segments, in the order in which they can run."""
 
     num_tokens: int
-    levels: list[list[_Batch]]
+    levels: list[list[_PieceBatch]]
     rows_P: Tensor
     """The place in the row of each token of the batches, N for padding."""
     place_N: Tensor
@@ -81,7 +81,7 @@ class StateTree:
                 by_level.append([])
             by_level[level_of[-1]].append(number)
         num_tokens = tree.segments[-1][1]
-        levels: list[list[_Batch]] = []
+        levels: list[list[_PieceBatch]] = []
         rows: list[np.ndarray] = []
         place_N = np.empty(num_tokens, np.int64)
         num_places = 0
@@ -89,7 +89,7 @@ class StateTree:
         with_children = set(parents)
         for numbers in by_level:
             lengths = [pieces[number][1] - pieces[number][0] for number in numbers]
-            batches: list[_Batch] = []
+            batches: list[_PieceBatch] = []
             places: dict[int, int] = {}
             for members in batches_by_length(lengths):
                 chosen = [numbers[member] for member in members]
@@ -106,12 +106,12 @@ class StateTree:
                     places_before[parent] for number in chosen if (parent := parents[number]) is not None
                 ]
                 indices = copy_to(device, np.array(before, np.int64)) if before else None
-                batches.append(_Batch(rows_RL.shape, indices, False))
+                batches.append(_PieceBatch(rows_RL.shape, indices, False))
             levels.append(batches)
             places_before = places
         has_children = [any(number in with_children for number in numbers) for numbers in by_level]
         levels = [
-            [_Batch(batch.shape, batch.parents, has) for batch in batches]
+            [_PieceBatch(batch.shape, batch.parents, has) for batch in batches]
             for batches, has in zip(levels, has_children, strict=True)
         ]
         return cls(

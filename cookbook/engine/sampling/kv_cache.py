@@ -245,8 +245,8 @@ class KVCache:
             tokens = slice(first, first + num_rows)
             first += num_rows
             if bucket.newest is None:
-                newest_R = np.array([sequence.length - 1 for sequence in bucket.sequences])
-                bucket.newest = (torch.arange(num_rows, device=device), copy_to(device, newest_R))
+                newest = np.array([sequence.length - 1 for sequence in bucket.sequences])
+                bucket.newest = (torch.arange(num_rows, device=device), copy_to(device, newest))
             row_R, newest_R = bucket.newest
             if sliding_window not in bucket.visible:
                 position_C = torch.arange(bucket.capacity, device=device)

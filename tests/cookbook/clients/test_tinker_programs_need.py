@@ -369,7 +369,10 @@ def test_a_run_s_records_have_the_keys_of_tinker_cookbook_and_may_be_moved(
         path.parent.mkdir(parents=True, exist_ok=True)
         subprocess.run(["cp", "-r", folder, path], check=True)
         log.add(name, str(path), 1, 0, 1)
-    rows = [json.loads(line) for line in (tmp_path / "run/checkpoints.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line)
+        for line in (tmp_path / "run/checkpoints.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     assert [(row["name"], row.get("final"), row["batch"], row["epoch"]) for row in rows] == [
         ("000001", None, 1, 0),
         ("final", True, 1, 0),

@@ -12,7 +12,9 @@ common = {
     "behavior_if_log_dir_exists": "delete",
 }  # fmt: skip
 train.cli_main(train.CLIConfig(log_path=str(log / "first"), **common))
-rows = [json.loads(line) for line in (log / "first/checkpoints.jsonl").read_text().splitlines()]
+rows = [
+    json.loads(line) for line in (log / "first/checkpoints.jsonl").read_text(encoding="utf-8").splitlines()
+]
 train.cli_main(
     train.CLIConfig(log_path=str(log / "second"), load_checkpoint_path=rows[-1]["state_path"], **common)
 )

@@ -102,7 +102,9 @@ def found() -> Footprint:
     )  # fmt: skip
 
 
-def plan_on(found: Footprint, gib: float, longest: int = 1024, batch: int | None = None) -> estimate.Plan:
+def plan_on(
+    found: Footprint, gib: float, longest: int = 1024, batch: int | None = None
+) -> estimate.MemoryPlan:
     return estimate.plan(found, EngineOptions(), "cuda", gib * 2**30, longest, batch)
 
 
