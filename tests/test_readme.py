@@ -24,7 +24,7 @@ from cookbook import embedded
 from cookbook.config import cli
 from cookbook.data.formats import FORMATS, recognise
 from cookbook.export.config import ExportConfig
-from cookbook.supervised import train
+from cookbook.supervised import memory_table, train
 from cookbook.supervised.recipe import find_recipe
 from cookbook.sweeps import make_plan
 from recipes import dpo, jobs, preview, sft
@@ -255,3 +255,18 @@ def test_the_embedded_model_is_named() -> None:
 
 def test_the_readme_is_short() -> None:
     assert len(README.splitlines()) <= 200
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "Qwen/Qwen3-0.6B",
+        *(pytest.param(one, marks=pytest.mark.slow) for one in ("Qwen/Qwen3-8B", "Qwen/Qwen3-32B")),
+    ],
+)
+def test_the_memory_table_is_what_the_estimate_says(name: str) -> None:
+    rows = memory_table.rows({name: memory_table.SHAPES[name]})
+    header, rule, *lines = memory_table.markdown(list(rows)).splitlines()
+    assert len(lines) == 3
+    shown = README.splitlines()
+    assert {header, rule, *lines} <= set(shown)
