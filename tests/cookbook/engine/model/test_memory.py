@@ -67,6 +67,7 @@ class TightModel(BaseModel):
         self.held_when_tried_again = False
         self._ballast: Callable[[], object] = lambda: None
         super().__init__(*arguments)
+        self.passes.clear()  # those of the trial at the load
 
     def _use(self, batch: PackedBatch, is_checkpointed: bool) -> Tensor:
         num_tokens = batch.tokens_1N.shape[1]
@@ -80,10 +81,12 @@ class TightModel(BaseModel):
             )  # a new error for each pass, because an exception holds the frames it went through
         return ballast
 
-    def backpropagate(self, batch: PackedBatch, *rest: Any) -> tuple[Tensor, Tensor]:
+    def backpropagate(
+        self, batch: PackedBatch, token_loss: Any, checkpoint_layers: bool, *rest: Any
+    ) -> tuple[Tensor, Tensor]:
         # The gradient of a failed pass is partly computed.
-        result = super().backpropagate(batch, *rest)
-        ballast = self._use(batch, rest[-1])
+        result = super().backpropagate(batch, token_loss, checkpoint_layers, *rest)
+        ballast = self._use(batch, checkpoint_layers)
         del ballast
         return result
 
