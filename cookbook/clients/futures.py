@@ -129,6 +129,9 @@ class ClientFuture(APIFuture[Any]):
     def done(self) -> bool:
         return True
 
+    def cancel(self) -> bool:
+        return False
+
     def exception(self, timeout: float | None = None) -> None:
         return None
 

@@ -28,7 +28,7 @@ from cookbook.types import (
     TrainingRunsResponse,
     WeightsInfoResponse,
 )
-from cookbook.utils import files
+from cookbook.utils import files, json_files
 
 T = TypeVar("T")
 AccessScope = Literal["owned", "accessible"]
@@ -127,7 +127,7 @@ class RestClient:
                     f"Invalid ttl_seconds={ttl_seconds}: must be a whole number from 1 to {_LONGEST_TTL}."
                 )
             path = self._folder(tinker_path) / checkpoint.STATE_FILE
-            state = json.loads(files.read(path))
+            state = json_files.read_object(path, CheckpointError, "Save the checkpoint again.")
             state.pop("expires_at", None)
             if ttl_seconds is not None:
                 expires_at = datetime.now(UTC) + timedelta(seconds=ttl_seconds)
@@ -272,11 +272,11 @@ def _checkpoints(run: str, folder: Path) -> list[Checkpoint]:
     found = []
     for kind, path in checkpoint_root.checkpoints_of(folder):
         try:
-            state = json.loads(files.read(path / checkpoint.STATE_FILE))
-            metadata = state.get("user_metadata") if isinstance(state, dict) else None
+            state = json_files.read_object(path / checkpoint.STATE_FILE, CheckpointError, "")
+            metadata = state.get("user_metadata")
             sizes = [file.stat().st_size for file in path.rglob("*") if file.is_file()]
             time = datetime.fromtimestamp((path / checkpoint.STATE_FILE).stat().st_mtime, UTC)
-        except (OSError, ValueError):  # removed meanwhile, or damaged: it cannot be loaded
+        except (OSError, ValueError, CheckpointError):  # removed meanwhile, or damaged: it cannot be loaded
             continue
         checkpoint_id = f"{FOLDER_OF_TYPE[kind]}/{path.name}"
         found.append(

@@ -387,9 +387,16 @@ class ServiceClient:
         )
 
     async def create_training_client_async(
-        self, base_model: str, lora: LoraConfig, user_metadata: Mapping[str, str] | None = None
+        self,
+        base_model: str,
+        lora: LoraConfig,
+        user_metadata: Mapping[str, str] | None = None,
+        *,
+        checkpoint_dir: Path | None = None,
     ) -> TrainingClient:
-        return await asyncio.to_thread(self.create_training_client, base_model, lora, user_metadata)
+        return await asyncio.to_thread(
+            self.create_training_client, base_model, lora, user_metadata, checkpoint_dir=checkpoint_dir
+        )
 
     async def create_training_client_from_state_async(
         self,

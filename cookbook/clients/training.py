@@ -217,6 +217,7 @@ class TrainingClient(ClientFuture):
 
     def note_failed_pass(self, error: BaseException) -> None:
         """Makes the next `optim_step` fail, as a pass that failed does: one was refused by a caller."""
+        self._open_parts()
         refused: Future[ForwardBackwardOutput] = Future()
         refused.set_exception(error)
         with self._lock:
@@ -427,8 +428,11 @@ class TrainingClient(ClientFuture):
         loss_fn: CustomLossFn,
         *,
         loss_type_input: Literal["logprobs"] | None = None,
+        return_logprobs: Literal["all", "trained"] = "all",
     ) -> APIFuture[ForwardBackwardOutput]:
-        return self.forward_backward_custom(data, loss_fn, loss_type_input=loss_type_input)
+        return self.forward_backward_custom(
+            data, loss_fn, loss_type_input=loss_type_input, return_logprobs=return_logprobs
+        )
 
     async def optim_step_async(
         self, optim_params: AdamParams | None = None, *, adam_params: AdamParams | None = None

@@ -54,7 +54,10 @@ _WANDB = "wandb reads it from the environment, as WANDB_ENTITY; keys are `wandb_
 _RESUME = (
     "The same command in the same `log_path` resumes. `load_checkpoint_path` starts a new run from weights"
 )
-_PUSH = "A run is pushed afterwards: python -m recipes.export checkpoint=... to=hf://owner/name"
+_PUSH = (
+    "Use `push_to_hub` with owner/name. A finished run: "
+    "python -m recipes.export checkpoint=... to=hf://owner/name"
+)
 _EXPORT = "Weights are merged and exported afterwards: python -m recipes.export"
 _BEST = "`best_metric` and `best_mode` say which checkpoint is kept as the best"
 _DDP = "Processes are started by torchrun, which sets it. Remove it"
@@ -449,7 +452,6 @@ ANSWERS: Mapping[str, str] = {
     "auto_resume_from_checkpoints": _RESUME,
     "ignore_data_skip": _RESUME,
     "restore_callback_states_from_checkpoint": _RESUME,
-    "push_to_hub": _PUSH,
     "hub_model_id": _PUSH,
     "hub_strategy": _PUSH,
     "hub_private_repo": _PUSH,

@@ -9,7 +9,6 @@ A run is the folder of one training client:
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections.abc import Iterator
@@ -20,7 +19,7 @@ from pathlib import Path
 from cookbook.engine import checkpoint
 from cookbook.errors import CheckpointError
 from cookbook.types import FOLDER_OF_TYPE, TINKER_SCHEME, CheckpointType, ParsedCheckpointTinkerPath
-from cookbook.utils import files
+from cookbook.utils import files, json_files
 
 logger = logging.getLogger(__name__)
 
@@ -105,10 +104,9 @@ def checkpoints_of(run: Path) -> Iterator[tuple[CheckpointType, Path]]:
 def expires_at(folder: Path) -> datetime | None:
     """Returns the time until which a checkpoint is wanted, or None. An unreadable one does not expire."""
     try:
-        state = json.loads(files.read(folder / checkpoint.STATE_FILE))
-        said = state.get("expires_at") if isinstance(state, dict) else None
+        said = json_files.read_object(folder / checkpoint.STATE_FILE, CheckpointError, "").get("expires_at")
         time = None if said is None else datetime.fromisoformat(said)
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, CheckpointError):
         return None
     return time if time is None or time.tzinfo else time.replace(tzinfo=UTC)
 

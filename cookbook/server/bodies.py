@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import io
+from typing import Any
 
 import zstandard
 from starlette.requests import Request
 
+from cookbook.errors import RequestError
 from cookbook.server.promises import Refusal
+from cookbook.utils.json_files import JsonOrigin, object_of
 
 _MIB = 2**20
 
@@ -38,6 +41,14 @@ async def read_body(request: Request, max_mib: float) -> bytes:
     if len(content) > limit:
         raise _too_large(max_mib)
     return content
+
+
+def object_in(body: bytes, status: int) -> dict[str, Any]:
+    """Returns the JSON object of a body. Raises Refusal with that status for anything else."""
+    try:
+        return object_of(body, JsonOrigin("The body", RequestError, ""))
+    except RequestError as error:
+        raise Refusal(status, str(error)) from error
 
 
 def _too_large(max_mib: float) -> Refusal:

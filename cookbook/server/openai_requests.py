@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from cookbook.server.bodies import object_in
 from cookbook.server.promises import Refusal
 from cookbook.types import SamplingParams
 
@@ -116,12 +117,7 @@ def completion_request(content: bytes) -> CompletionRequest:
 
 
 def _checked(content: bytes, known: set[str]) -> dict[str, Any]:
-    try:
-        body = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise Refusal(400, f"The body is not JSON: {error}.") from error
-    if not isinstance(body, dict):
-        raise Refusal(400, "The body is not a JSON object.")
+    body = object_in(content, 400)
     for name, value in body.items():
         if name in known or name in _WITHOUT_EFFECT or value is None:
             continue

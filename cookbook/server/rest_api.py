@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +12,7 @@ from starlette.routing import Route
 
 from cookbook.clients.futures import APIFuture
 from cookbook.errors import CheckpointError, CookbookError
-from cookbook.server.bodies import read_body
+from cookbook.server.bodies import object_in, read_body
 from cookbook.server.promises import Refusal
 from cookbook.server.state import ServerState
 from cookbook.types.values import Value
@@ -90,13 +89,7 @@ class RestApi:
 
     async def _body(self, request: Request) -> dict[str, Any]:
         content = await read_body(request, self._state.options.max_request_mib)
-        try:
-            body = json.loads(content)
-        except ValueError as error:
-            raise Refusal(422, f"The body is not JSON: {error}.") from error
-        if not isinstance(body, dict):
-            raise Refusal(422, "The body is not a JSON object.")
-        return body
+        return object_in(content, 422)
 
     async def _found(self, call: Callable[[], APIFuture[Any]]) -> Response:
         """Returns what a call of the client in process finds. What does not exist is answered with 404."""

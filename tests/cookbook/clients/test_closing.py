@@ -19,6 +19,7 @@ from torch import Tensor
 from waiting import wait_until
 
 from cookbook import SamplingClient, ServiceClient, TrainingClient
+from cookbook.clients.futures import ClientFuture
 from cookbook.engine.worker import Engine
 from cookbook.errors import ClosedError, CookbookError
 from cookbook.types import AdamParams, Datum, LoraConfig, ModelInput, SamplingParams
@@ -336,7 +337,7 @@ def test_a_client_that_could_not_load_leaves_no_memory_allocated(
 
 
 def calls_on(client: Any, arguments: dict[str, tuple[Any, ...]]) -> dict[str, Callable[[], Any]]:
-    """Returns every public method of a client and its async twin."""
+    """Returns every public method of a client and its async twin, but not those of the future that it is."""
     names = [
         name
         for name, value in inspect.getmembers(type(client), inspect.isfunction)
@@ -345,7 +346,7 @@ def calls_on(client: Any, arguments: dict[str, tuple[Any, ...]]) -> dict[str, Ca
     return {
         name: lambda name=name: getattr(client, name)(*arguments.get(name.removesuffix("_async"), ()))  # type: ignore[misc]
         for name in names
-        if name != "close"
+        if name not in ("close", "from_sampler_handle") and name not in dir(ClientFuture)
     }
 
 
@@ -359,8 +360,13 @@ TRAINING = {
     "load_state": ("/nowhere",),
     "load_state_with_optimizer": ("/nowhere",),
     "create_sampling_client": ("/nowhere",),
+    "save_weights_external": ("a",),
+    "note_failed_pass": (ValueError("refused"),),
 }
-SAMPLING = dict.fromkeys(("sample", "stream", "compute_logprobs", "score"), (PROMPT,))
+SAMPLING: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys(("sample", "stream", "compute_logprobs", "score"), (PROMPT,)),
+    "sample_with_listener": (PROMPT, 1, None, lambda *token: None),
+}
 
 
 def refused(call: Callable[[], Any]) -> None:

@@ -74,7 +74,7 @@ def test_no_answer_is_for_a_key_of_this_project() -> None:
         ("template", "`renderer_name` names the chat format"),
         ("report_to", "`wandb_project`, `trackio_project` and `tensorboard`"),
         ("assistant_only_loss", "`train_on_what=all_assistant_messages`"),
-        ("push_to_hub", "python -m recipes.export"),
+        ("hub_model_id", "python -m recipes.export"),
         ("resume_from_checkpoint", "The same command in the same `log_path` resumes."),
         ("deepspeed", "`shard` says how"),
     ],

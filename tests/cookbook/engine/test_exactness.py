@@ -597,7 +597,9 @@ def test_a_model_that_padding_would_change_runs_one_sequence_at_a_time_and_logs_
         base._probe_architecture()
     hook.remove()
     assert not base.is_packed
-    by_level = {r.levelname: r.message for r in caplog.records if r.name == "cookbook.engine.model.base_model"}
+    by_level = {
+        r.levelname: r.message for r in caplog.records if r.name == "cookbook.engine.model.base_model"
+    }
     assert by_level["INFO"].startswith(f"{base.name} runs one sequence at a time")
     assert "its gradients would move by" in by_level["INFO"]
     assert f"{base.name} falls back to a slower way" in by_level.get("WARNING", "")
