@@ -1,4 +1,4 @@
-"""Reports on this machine: versions, devices, extras, caches, the hub, and what would be slow and why.
+"""Reports versions, devices, extras, caches, the hub, and what would be slow and why.
 
     python -m recipes.doctor
 

@@ -1,4 +1,4 @@
-"""Direct preference optimization of a chat model, on pairs of a chosen and a rejected reply.
+"""Trains by direct preference optimization, on pairs of a chosen and a rejected reply.
 
     python -m recipes.dpo dataset=pairs.jsonl
     python -m recipes.dpo model_name=Qwen/Qwen3-0.6B dataset=pairs.jsonl beta=0.05 learning_rate=1e-5

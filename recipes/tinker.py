@@ -1,4 +1,4 @@
-"""Runs a program that was written for the Tinker SDK in this process, on models of this machine.
+"""Runs a program written for the Tinker SDK in this process, on models of this machine.
 
     python -m recipes.tinker tinker_cookbook.recipes.sl_loop model_name=Qwen/Qwen3-0.6B
     python -m recipes.tinker my_program.py some arguments
