@@ -54,12 +54,16 @@ def describe(base: BaseModel, adapter: Adapter, num_tokens: int) -> str:
         "gradients and optimizer": of_optimizer,
     }
     told = [f"{name} {_gib(number)}" for name, number in held.items() if number]
+    cost = None
     try:
-        cost = activation_cost(base, adapter)
+        if (
+            not base.is_sharded
+        ):  # a pass over sharded weights needs all processes
+            cost = activation_cost(base, adapter)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-    else:
+    if cost is not None:
         whole, few = (cost.bytes_of(num_tokens, is_checkpointed) for is_checkpointed in (False, True))
         told.append(
             f"activations of {num_tokens:,} tokens an estimated {_gib(whole)}, or {_gib(few)} with "
