@@ -56,9 +56,7 @@ def describe(base: BaseModel, adapter: Adapter, num_tokens: int) -> str:
     told = [f"{name} {_gib(number)}" for name, number in held.items() if number]
     cost = None
     try:
-        if (
-            not base.is_sharded
-        ):  # a pass over sharded weights needs all processes
+        if not base.is_sharded:  # a pass over sharded weights needs all processes
             cost = activation_cost(base, adapter)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
