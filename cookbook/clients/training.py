@@ -270,7 +270,7 @@ class TrainingClient(ClientFuture):
         path = checkpoint_root.place(self._checkpoint_dir, "external", name)
         job = self._submit_save(path, False, ttl_seconds, False)
         if age_encryption_recipients:
-            extras.require("pyrage", "age_encryption_recipients", "tinker")
+            extras.require("pyrage", "age_encryption_recipients", extra="tinker")
             job = self._engine.submit(_encrypt, job, path, tuple(age_encryption_recipients))
         return APIFuture(job, lambda _: SaveWeightsExternalResponse(self._root.shown(path)))
 
