@@ -72,7 +72,9 @@ def test_a_users_module_is_a_recipe_if_its_main_returns_a_run_summary(
     found = find_recipe("mine.recipe")
     assert (found.module, found.name, found.target) == ("mine.recipe", "recipe", train.Config)
     assert found.defaults == {"log_path": "runs/mine"}
-    with pytest.raises(ConfigError, match=r"recipe=mine.other is not a recipe: .* Recipes: dpo, sft; your own"):
+    with pytest.raises(
+        ConfigError, match=r"recipe=mine.other is not a recipe: .* Recipes: dpo, sft; your own"
+    ):
         find_recipe("mine.other")
     with pytest.raises(ConfigError, match=r"There is no recipe 'mine.nothing'. Recipes: dpo, sft"):
         find_recipe("mine.nothing")
