@@ -1,6 +1,6 @@
 """Memory and speed of common GPUs, for estimates without the GPU.
 
-The memory is what torch reports, which is less than the name of a card says. The peak is that of dense
+The memory is about what torch reports, which is less than the name of a card says. The peak is that of dense
 products in bfloat16 (float16 on a T4) with sums in float32, from the vendor's data sheets.
 """
 

@@ -53,9 +53,10 @@ class CheckpointRoot:
 
     def run(self, run_id: str) -> Path:
         """Raises CheckpointError for a run that does not exist."""
-        if run_id not in self.runs():
+        runs = self.runs()
+        if run_id not in runs:
             raise CheckpointError(f"There is no training run {run_id!r} in {self.own or self.root}.")
-        return self.runs()[run_id]
+        return runs[run_id]
 
     def folder(self, path: str | os.PathLike[str]) -> str:
         """Returns the folder of a `tinker://` path, and any other path as it is.
@@ -96,7 +97,9 @@ def checkpoints_of(run: Path) -> Iterator[tuple[CheckpointType, Path]]:
     kinds: tuple[CheckpointType, ...] = ("training", "sampler", "external")
     for kind in kinds:
         parent = run if kind == "training" else run / FOLDER_OF_TYPE[kind]
-        for folder in sorted(parent.iterdir()) if _is_own_folder(parent) else ():
+        # the run itself may be a link, if it is the folder that a service was given
+        is_safe = run.is_dir() if kind == "training" else _is_own_folder(parent)
+        for folder in sorted(parent.iterdir()) if is_safe else ():
             if _is_own_folder(folder) and (folder / checkpoint.STATE_FILE).is_file():
                 yield kind, folder
 

@@ -129,7 +129,7 @@ class Adapters:
     def _chosen(self, lora: LoraConfig) -> list[str]:
         """Returns the names of the targets that the options choose.
 
-        Those are left out on which PEFT could not read an adapter of a checkpoint: transformers renames their
+        Those are skipped on which PEFT could not read an adapter of a checkpoint: transformers renames their
         weights while it loads them, and PEFT does not arrive at their names.
         """
         targets = [target.name for target in self.targets.chosen(lora, self._model_name)]

@@ -38,6 +38,7 @@ from cookbook.engine.model.loading import load_model, return_freed_memory
 from cookbook.engine.model.memory import (
     checkpointed_layers,
     decoder_layers,
+    in_gib,
     is_out_of_memory,
     usable_memory,
 )
@@ -129,13 +130,12 @@ class BaseModel:
         except (ModelError, RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error.__cause__ if isinstance(error, ModelError) else error):
                 raise
-            needed = fsdp.bytes_needed(self.name, self.dtype, is_trained) / 2**30
-            may_be_used = usable_memory(self.device) / 2**30
+            needed = fsdp.bytes_needed(self.name, self.dtype, is_trained)
             raise ModelError(
-                f"{self.name} does not fit in the memory of {self.device}: {needed:,.3g} GiB are needed "
+                f"{self.name} does not fit in the memory of {self.device}: {in_gib(needed)} are needed "
                 f"{'to train all its weights' if is_trained else 'for its weights'} in "
-                f"{str(self.dtype).removeprefix('torch.')}, and {may_be_used:,.3g} GiB may be used, "
-                f"less what other programs hold. Use "
+                f"{str(self.dtype).removeprefix('torch.')}, and {in_gib(usable_memory(self.device))} may be "
+                f"used, less what other programs hold. Use "
                 f"{'lora_rank of at least 1' if is_trained else 'quantization=nf4'}, a smaller model, or "
                 f"several devices with shard=full."
             ) from None
@@ -413,11 +413,12 @@ class BaseModel:
     def _logprobs_of_tree(self, sequences: list[TokenSequence], gradients: list[Tensor]) -> Tensor:
         """Returns the log-probabilities of `sequences` in one row that has what they share once.
 
-        Recurrent layers learn in a first pass which projections they share, so theirs is the second one.
+        Recurrent layers that run whole sequences learn in a first pass which projections they share, so the
+        second one counts.
         """
         (family,) = families([sequence.tokens_T for sequence in sequences], min_shared=1)
         batch = pack([sequences[index] for index in family.indices], self.device, False, [family])
-        for _ in range(2 if self.recurrent.mixers else 1):
+        for _ in range(2 if self.recurrent.runs_paths else 1):
             logprobs_P = self.logprobs(batch).cpu().numpy()
         self._check_backward(batch, gradients)
         found = dict(zip(family.indices, batch.layout.split(logprobs_P), strict=True))
@@ -461,7 +462,7 @@ class BaseModel:
         """
         assert batch.shared is None
         if not self.has_plain_head:
-            best, tokens = unembedding.top(self._logits_of_whole_model(batch).log_softmax(1), count)
+            best, tokens = unembedding.top(self._logits_of_whole_model(batch).float().log_softmax(1), count)
             return tokens, best
         hidden_ND = self.hidden_of(batch.tokens_1N, batch.positions_1N, batch.attention)
         return unembedding.score_top(self.head(), hidden_ND.index_select(0, batch.scored_S), count)
@@ -576,6 +577,13 @@ class BaseModel:
         tokens_BT = batch.tokens_1N.view(len(batch.layout.segments), -1)
         logits_BTV = self.model(input_ids=tokens_BT, use_cache=False).logits
         return logits_BTV.flatten(0, 1).index_select(0, batch.scored_S)
+
+    def weight_bytes(self) -> int:
+        """Returns the bytes of the weights on the device, at most, if they are gathered from several."""
+        if self.is_sharded:
+            return fsdp.bytes_held(self.model)
+        on_device = (weight for weight in self.model.parameters() if weight.device.type == self.device.type)
+        return sum(weight.nbytes for weight in on_device)
 
     def forget_prompts(self) -> None:
         """Frees what samplers keep of prompts, whose memory a pass of training may need."""

@@ -9,9 +9,7 @@ Shape suffixes: B rows, H heads, T tokens, D head size.
 
 from __future__ import annotations
 
-import contextlib
 import logging
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,9 +42,10 @@ NAME = "cookbook_estimate"
 LENGTHS = (512, 1024)
 """The lengths at which activations are listed. Two of them show what grows quadratically."""
 BYTES_IN_4_BITS = 0.5 + 1 / 64 + 4 / (64 * 256)
-"""Of a weight in nf4, with a scale of 8 bits for 64 weights and one of 32 bits for 256 scales."""
+"""The bytes of a weight in nf4, with a scale of 8 bits for 64 weights and one of 32 bits for 256 scales."""
 BYTES_OF_CUDA = 600 * 2**20
-"""Of the CUDA context and the workspaces of its libraries: between 400 and 800 MiB, by the driver."""
+"""The bytes that are assumed for the CUDA context and the workspaces of its libraries. They depend on the
+driver."""
 
 
 @dataclass(frozen=True)
@@ -121,8 +120,8 @@ def footprint(
     with torch.device("meta"):
         adapter = adapters.add(lora if lora.rank else LoraConfig(rank=0))
     trained = list(adapter.weights.values())
-    with adapters.using(adapter), _activations_on(model, device_type) as measure:
-        activations = measure()
+    with adapters.using(adapter):
+        activations = _activations(model, device_type)
     text_config = model.config.get_text_config()
     head_size = getattr(text_config, "head_dim", None) or (
         text_config.hidden_size // max(1, getattr(text_config, "num_attention_heads", 1) or 1)
@@ -207,9 +206,8 @@ def _num_active(model: Any, table: TargetTable) -> int:
 # -- activations ------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def _activations_on(model: Any, device_type: str) -> Iterator[Any]:
-    """Yields a function that returns the activations of the model, run as on a device of this type."""
+def _activations(model: Any, device_type: str) -> ActivationCost | None:
+    """Returns the activations of the model, run as on a device of this type, or None if it cannot be run."""
     decoder = text_decoder(model)
     linear_scan.install(decoder)
     RecurrentLayers(decoder)
@@ -235,18 +233,15 @@ def _activations_on(model: Any, device_type: str) -> Iterator[Any]:
             text_config.hidden_size * next(decoder.parameters()).itemsize,
         )
 
-    def measure() -> ActivationCost | None:
-        context = getattr(text_config, "max_position_embeddings", None) or 2**20
-        lengths = (min(LENGTHS[0], context), min(LENGTHS[1], context))
-        try:
-            model.set_attn_implementation(NAME)
-            short, long = (cost_at(length) for length in lengths)
-        except (AttributeError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
-            logger.info("No estimate of activations: the model cannot be run without weights (%s).", error)
-            return None
-        return short.with_growth(long, lengths)
-
-    yield measure
+    context = getattr(text_config, "max_position_embeddings", None) or 2**20
+    lengths = (min(LENGTHS[0], context), min(LENGTHS[1], context))
+    try:
+        model.set_attn_implementation(NAME)
+        short, long = (cost_at(length) for length in lengths)
+    except (AttributeError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+        logger.info("No estimate of activations: the model cannot be run without weights (%s).", error)
+        return None
+    return short.with_growth(long, lengths)
 
 
 class _FusedAttention(torch.autograd.Function):

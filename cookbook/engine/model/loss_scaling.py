@@ -23,9 +23,9 @@ _MOST_PASSES = 6
 
 
 def backpropagate(output: Tensor, gradient: Tensor, weights: Sequence[nn.Parameter]) -> None:
-    """Adds to the `.grad` of `weights` what `gradient`, by `output` in float16, is by them.
+    """Adds to the `.grad` of `weights` the gradient that `gradient`, which is by `output`, leads to.
 
-    `gradient` is fp32. Waits for the device.
+    `output` is float16, `gradient` fp32. Waits for the device.
     """
     earlier = [weight.grad for weight in weights]
     largest = float(gradient.abs().amax())

@@ -234,9 +234,8 @@ def bytes_for_sampling(device: torch.device, held: int = 0) -> int:
 
 def usable_memory(device: torch.device) -> float:
     """Returns the number of bytes to use. Processes of one machine share its memory, but each has a GPU."""
-    if device.type == "cuda":
-        return total_memory(device) * _USABLE["cuda"]
-    return total_memory(device) * _USABLE["cpu"] / processes.local_size()
+    usable = total_memory(device) * usable_share(device.type)
+    return usable if device.type == "cuda" else usable / processes.local_size()
 
 
 def usable_share(device_type: str) -> float:
@@ -252,6 +251,11 @@ def total_memory(device: torch.device) -> int:
     with contextlib.suppress(OSError, ValueError):
         total = min(total, int(limit.read_text(encoding="utf-8")))
     return total
+
+
+def in_gib(num_bytes: float) -> str:
+    """Returns a number of bytes as a message says it."""
+    return f"{num_bytes / 2**30:,.3g} GiB"
 
 
 _OUT_OF_MEMORY = re.compile(

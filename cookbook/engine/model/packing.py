@@ -227,16 +227,8 @@ def pack(
         return _pack_padded(sequences, device, trained_only)
     lengths = [len(sequence.tokens_T) for sequence in sequences]
     ends = np.cumsum(lengths).tolist()
-    num_targets = max(sequence.num_targets for sequence in sequences)
-    targets_N = np.concatenate([_columns(one.targets_T, num_targets, IGNORED_TARGET) for one in sequences])
-    weights_N = np.concatenate([_columns(one.weights_T, num_targets, 0) for one in sequences])
-    is_trained_N, has_target_N = weights_N != 0, targets_N != IGNORED_TARGET
-    if num_targets > 1:
-        is_trained_N, has_target_N = is_trained_N.any(1), has_target_N.any(1)
-        targets_N = np.where(targets_N == IGNORED_TARGET, 0, targets_N)  # of weight 0
-    scored_P = trained_P = np.flatnonzero(is_trained_N)
-    if not trained_only:
-        scored_P = np.concatenate([trained_P, np.flatnonzero(~is_trained_N & has_target_N)])
+    targets_N, weights_N, trained_P, others_P = _targets_and_weights(sequences)
+    scored_P = trained_P if trained_only else np.concatenate([trained_P, others_P])
     segments = list(zip([0, *ends[:-1]], ends, strict=True))
     shares = any(len(family.indices) > 1 for family in families)
     grown = _branches(families) if shares else None
@@ -273,6 +265,21 @@ def pack(
         attention=attention,
         shared=shared,
     )
+
+
+def _targets_and_weights(
+    sequences: Sequence[TokenSequence],
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Returns the targets and weights of the sequences one after another, the positions with a weight other
+    than 0, and the other positions with a target."""
+    num_targets = max(sequence.num_targets for sequence in sequences)
+    targets_N = np.concatenate([_columns(one.targets_T, num_targets, IGNORED_TARGET) for one in sequences])
+    weights_N = np.concatenate([_columns(one.weights_T, num_targets, 0) for one in sequences])
+    is_trained_N, has_target_N = weights_N != 0, targets_N != IGNORED_TARGET
+    if num_targets > 1:
+        is_trained_N, has_target_N = is_trained_N.any(1), has_target_N.any(1)
+        targets_N = np.where(targets_N == IGNORED_TARGET, 0, targets_N)  # of weight 0
+    return targets_N, weights_N, np.flatnonzero(is_trained_N), np.flatnonzero(~is_trained_N & has_target_N)
 
 
 def _columns(array_T: np.ndarray, num_targets: int, fill: int) -> np.ndarray:

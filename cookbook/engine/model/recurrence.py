@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -33,7 +32,7 @@ from torch import Tensor, nn
 from cookbook.engine.model.attention import AttentionLayout, Segment
 from cookbook.engine.model.packing import copy_to
 from cookbook.engine.model.recurrent_kernels import SamplingFunctions
-from cookbook.engine.model.recurrent_trees import StateTree, TreeFunctions
+from cookbook.engine.model.recurrent_trees import StateTree, TreeFunctions, chunk_size_for
 from cookbook.engine.model.shared_projections import SharedProjections
 from cookbook.engine.model.tree_attention import TreeLayout
 
@@ -48,8 +47,6 @@ _PREFILL_MULTIPLE = 64
 """Prompts are padded to a multiple of this many tokens."""
 _BATCH_TOKENS = 256
 """The cost of one more batch, in padding tokens (`benchmarks/hybrids.py`)."""
-_CHUNK_TOKENS = 64
-"""The largest chunk of a Mamba-2 scan on a CPU."""
 
 
 def recurrent_mixers(decoder: nn.Module) -> list[nn.Module]:
@@ -278,6 +275,11 @@ class RecurrentLayers:
         if self.mixers:
             decoder.register_forward_pre_hook(self._begin, with_kwargs=True)
 
+    @property
+    def runs_paths(self) -> bool:
+        """Whether sequences that share a beginning run as wholes through a mixer, sharing its projections."""
+        return bool(self.mixers) and (self._has_other_functions or not self.hands_states_on)
+
     def _begin(self, decoder: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         """Prepares for a pass of the model. Without a layout nothing is split."""
         layout: AttentionLayout | None = kwargs.get("layout")
@@ -341,7 +343,7 @@ class RecurrentLayers:
                         if not row.is_padded[number]:
                             part[mask_name] = None
                     if isinstance(own_chunk_size, int) and row.place_N.device.type == "cpu":
-                        mixer.chunk_size = _chunk_size_for(row.shapes[number][1], own_chunk_size)
+                        mixer.chunk_size = chunk_size_for(row.shapes[number][1], own_chunk_size)
                     if input_name:
                         project = partial(row.project, of_row, number, arguments[input_name])
                         own = row.own_in_batches[number]
@@ -358,12 +360,3 @@ class RecurrentLayers:
             return row.join(outs)
 
         return split_forward
-
-
-def _chunk_size_for(length: int, largest: int) -> int:
-    """Returns the chunk size of a Mamba-2 scan over sequences of `length` tokens, up to the model's own.
-
-    It changes the result by rounding alone. The time within a chunk grows with the square of its size, and
-    the torch fallback pads to whole chunks, so the 128 to 256 tokens of most models are slow on a CPU.
-    """
-    return math.ceil(length / math.ceil(length / min(largest, _CHUNK_TOKENS)))

@@ -10,10 +10,8 @@ share B and C of Mamba, D size of a head, N size of a state. In a scan: P tokens
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,32 +19,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
+from cookbook.engine.model.replaced_functions import ReplacedFunctions
 
-class SamplingFunctions:
+
+class SamplingFunctions(ReplacedFunctions):
     """The functions of a mixer that have a faster version here."""
 
     def __init__(self, mixer: nn.Module) -> None:
-        modules = {type(module).__module__ for module in mixer.modules()}
-        self._replaced: list[tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = []
-        """The globals of each Python module, and their values with and without the faster versions."""
-        for namespace in (vars(sys.modules[name]) for name in sorted(modules)):
-            theirs = {name: namespace[name] for name in _FUNCTIONS if name in namespace}
-            ours = {name: _FUNCTIONS[name] for name in theirs}
-            if (limit := getattr(mixer, "time_step_limit", None)) and "mamba2_selective_state_update" in ours:
-                ours["mamba2_selective_state_update"] = functools.partial(mamba2_step, dt_limit=tuple(limit))
-            if ours:
-                self._replaced.append((namespace, ours, theirs))
-
-    @contextlib.contextmanager
-    def in_use(self) -> Iterator[None]:
-        """Lets the mixer's code call the faster versions in the body."""
-        for namespace, ours, _ in self._replaced:
-            namespace.update(ours)
-        try:
-            yield
-        finally:
-            for namespace, _, theirs in self._replaced:
-                namespace.update(theirs)
+        ours = dict(_FUNCTIONS)
+        if limit := getattr(mixer, "time_step_limit", None):
+            ours["mamba2_selective_state_update"] = functools.partial(mamba2_step, dt_limit=tuple(limit))
+        super().__init__(mixer, ours, lambda name, theirs: ours[name])
 
 
 def convolution_step(

@@ -18,7 +18,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,6 +29,7 @@ from torch import Tensor, nn
 
 from cookbook.engine.model.packing import copy_to
 from cookbook.engine.model.prefix_tree import Segment
+from cookbook.engine.model.replaced_functions import ReplacedFunctions
 from cookbook.engine.model.tree_attention import TreeLayout
 
 _CHUNK_TOKENS = 64
@@ -88,6 +88,7 @@ class StateTree:
         places_before: dict[int, int] = {}
         with_children = set(parents)
         for numbers in by_level:
+            has_children = not with_children.isdisjoint(numbers)
             lengths = [pieces[number][1] - pieces[number][0] for number in numbers]
             batches: list[_PieceBatch] = []
             places: dict[int, int] = {}
@@ -106,14 +107,9 @@ class StateTree:
                     places_before[parent] for number in chosen if (parent := parents[number]) is not None
                 ]
                 indices = copy_to(device, np.array(before, np.int64)) if before else None
-                batches.append(_PieceBatch(rows_RL.shape, indices, False))
+                batches.append(_PieceBatch(rows_RL.shape, indices, has_children))
             levels.append(batches)
             places_before = places
-        has_children = [any(number in with_children for number in numbers) for numbers in by_level]
-        levels = [
-            [_PieceBatch(batch.shape, batch.parents, has) for batch in batches]
-            for batches, has in zip(levels, has_children, strict=True)
-        ]
         return cls(
             num_tokens,
             levels,
@@ -188,27 +184,28 @@ def _pieces(tree: TreeLayout) -> tuple[list[Segment], list[int | None]]:
     return pieces, parents
 
 
+def chunk_size_for(length: int, largest: int) -> int:
+    """Returns the chunk size of a Mamba-2 scan over sequences of `length` tokens, up to the model's own.
+
+    It changes the result by rounding alone. The time within a chunk grows with the square of its size, and
+    the torch fallback pads to whole chunks, so the 128 to 256 tokens of most models are slow on a CPU.
+    """
+    return math.ceil(length / math.ceil(length / min(largest, _CHUNK_TOKENS)))
+
+
 class TreeFunctions:
     """The functions by which a mixer mixes tokens, and what they are over a row with a tree."""
 
     def __init__(self, mixer: nn.Module) -> None:
         self.tree: StateTree | None = None
-        modules = {type(module).__module__ for module in mixer.modules()}
-        self._replaced: list[tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = []
-        """The globals of each Python module, and their values with and without the versions for trees."""
-        for namespace in (vars(sys.modules[name]) for name in sorted(modules)):
-            theirs = {name: namespace[name] for name in _FUNCTIONS if name in namespace}
-            if theirs:
-                ours = {
-                    name: functools.partial(_FUNCTIONS[name], self, function)
-                    for name, function in theirs.items()
-                }
-                self._replaced.append((namespace, ours, theirs))
+        self._functions = ReplacedFunctions(
+            mixer, _FUNCTIONS, lambda name, theirs: functools.partial(_FUNCTIONS[name], self, theirs)
+        )
 
     @property
     def are_known(self) -> bool:
         """Whether the mixer has any of these functions."""
-        return bool(self._replaced)
+        return self._functions.are_found
 
     def tree_of(self, value: Tensor, axis: int = 1) -> StateTree:
         """Returns the tree of the row. Raises ValueError if a function gets something else than the row."""
@@ -221,13 +218,10 @@ class TreeFunctions:
     def in_use(self, tree: StateTree) -> Iterator[None]:
         """Lets the mixer's code run over a row with this tree in the body."""
         self.tree = tree
-        for namespace, ours, _ in self._replaced:
-            namespace.update(ours)
         try:
-            yield
+            with self._functions.in_use():
+                yield
         finally:
-            for namespace, _, theirs in self._replaced:
-                namespace.update(theirs)
             self.tree = None
 
 
@@ -304,8 +298,7 @@ def _mamba2_scan(
 
     def scan(parts: list[Tensor], state: Tensor | None, has_children: bool) -> tuple[Tensor, Tensor | None]:
         hidden_states, dt, B, C = parts
-        length = dt.shape[1]
-        size = math.ceil(length / math.ceil(length / min(chunk_size, _CHUNK_TOKENS)))
+        size = chunk_size_for(dt.shape[1], chunk_size)
         out = theirs(
             hidden_states,
             dt,

@@ -22,7 +22,7 @@ from cookbook.engine.model import microbatches, unembedding
 from cookbook.engine.model.adapters import Adapter
 from cookbook.engine.model.base_model import BaseModel
 from cookbook.engine.model.loading import return_freed_memory
-from cookbook.engine.model.memory import bytes_for_sampling, is_out_of_memory
+from cookbook.engine.model.memory import bytes_for_sampling, in_gib, is_out_of_memory
 from cookbook.engine.model.packing import TokenSequence, copy_to, pack
 from cookbook.engine.model.prefix_tree import Family, families
 from cookbook.engine.sampling.choice import choose
@@ -360,7 +360,7 @@ class _RunningBatch:
         asking = [row for row, sequence in enumerate(sequences) if sequence.request.num_top_logprobs]
         if not asking:
             return
-        logprobs_RV = logits_RV[torch.tensor(asking, device=logits_RV.device)].float().log_softmax(1)
+        logprobs_RV = logits_RV[copy_to(logits_RV.device, np.array(asking))].float().log_softmax(1)
         most = max(sequences[row].request.num_top_logprobs for row in asking)
         best, tokens = (values.tolist() for values in unembedding.top(logprobs_RV, most))
         for row, tokens_J, best_J in zip(asking, tokens, best, strict=True):
@@ -422,13 +422,10 @@ class _RunningBatch:
             )
 
     def _memory_in_words(self) -> str:
-        weights = sum(
-            w.nbytes for w in self._base.model.parameters() if w.device.type == self._base.device.type
-        )
         per_position = self._base.cache_bytes[0] or _cache_bytes_per_token(self._base)
         return (
-            f"The weights hold {weights / 2**30:,.3g} GiB, and keys and values of 1,000 tokens "
-            f"{1000 * per_position / 2**30:,.3g} GiB."
+            f"The weights hold {in_gib(self._base.weight_bytes())}, and keys and values of 1,000 tokens "
+            f"{in_gib(1000 * per_position)}."
         )
 
 

@@ -12,6 +12,7 @@ from cookbook.engine.model.memory import (
     ActivationCost,
     MicrobatchLimits,
     addresses,
+    in_gib,
     is_out_of_memory,
     limits_for,
     measure_activations,
@@ -35,25 +36,19 @@ def can_undo_steps(base: BaseModel, adapter: Adapter) -> bool:
 
 def reserved_bytes(base: BaseModel, adapter: Adapter) -> int:
     """Returns the bytes held besides activations: the weights, and the state of training `adapter`."""
-    weight_bytes = sum(
-        weight.nbytes for weight in base.model.parameters() if weight.device.type == base.device.type
-    )
-    if base.is_sharded:
-        weight_bytes = fsdp.bytes_held(base.model)
-    return weight_bytes + bytes_to_train(_local_parts(adapter))
+    return base.weight_bytes() + bytes_to_train(_local_parts(adapter))
 
 
 def describe(base: BaseModel, adapter: Adapter, num_tokens: int) -> str:
     """Returns a sentence about what holds the memory of the device in a pass over one sequence."""
     parts = _local_parts(adapter)
     of_adapter = 0 if adapter.is_full else sum(part.nbytes for part in parts)
-    of_optimizer = bytes_to_train(parts)
     held = {
-        "weights": reserved_bytes(base, adapter) - of_optimizer - of_adapter,
+        "weights": base.weight_bytes() - of_adapter,
         "adapter": of_adapter,
-        "gradients and optimizer": of_optimizer,
+        "gradients and optimizer": bytes_to_train(parts),
     }
-    told = [f"{name} {_gib(number)}" for name, number in held.items() if number]
+    told = [f"{name} {in_gib(number)}" for name, number in held.items() if number]
     cost = None
     try:
         if not base.is_sharded:  # a pass over sharded weights needs all processes
@@ -64,14 +59,10 @@ def describe(base: BaseModel, adapter: Adapter, num_tokens: int) -> str:
     if cost is not None:
         whole, few = (cost.bytes_of(num_tokens, is_checkpointed) for is_checkpointed in (False, True))
         told.append(
-            f"activations of {num_tokens:,} tokens an estimated {_gib(whole)}, or {_gib(few)} with "
+            f"activations of {num_tokens:,} tokens an estimated {in_gib(whole)}, or {in_gib(few)} with "
             f"checkpointed layers"
         )
-    return f"Of {_gib(usable_memory(base.device))} that may be used: {', '.join(told)}."
-
-
-def _gib(number: float) -> str:
-    return f"{number / 2**30:,.3g} GiB"
+    return f"Of {in_gib(usable_memory(base.device))} that may be used: {', '.join(told)}."
 
 
 def activation_cost(base: BaseModel, adapter: Adapter) -> ActivationCost:
