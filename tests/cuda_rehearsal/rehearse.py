@@ -168,8 +168,9 @@ class Rehearsal:
         base.is_packed, base.is_padded = self._truth.is_packed, self._truth.is_padded
         base.has_plain_head = self._truth.has_plain_head
         base.min_shared_tokens = self._truth.min_shared_tokens
-        base._logit_scaling = self._truth._logit_scaling
+        base.logit_scaling = self._truth.logit_scaling
         base.recurrent.passes_borders = self._truth.recurrent.passes_borders
+        base.recurrent.hands_states_on = self._truth.recurrent.hands_states_on
         base.model.set_attn_implementation(self._truth.model.config._attn_implementation)
         return base
 

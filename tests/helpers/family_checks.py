@@ -102,7 +102,7 @@ class Subject:
     @functools.cached_property
     def client(self) -> TrainingClient:
         """A client at default settings, after one step, so that no B matrix is zero."""
-        with heard("cookbook.engine.model.base_model") as self.said:
+        with heard("cookbook.engine.model.architecture_probe") as self.said:
             client = self.service().create_lora_training_client(str(self.published), rank=4, seed=0)
         client.forward_backward(SHORT, "cross_entropy").result()
         client.optim_step(ADAM).result()

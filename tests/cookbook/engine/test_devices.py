@@ -14,7 +14,7 @@ import torch
 from cookbook.clients.service import ServiceClient
 from cookbook.engine import devices
 from cookbook.engine.device_clock import DeviceClock
-from cookbook.engine.model.base_model import warn_if_slow
+from cookbook.engine.model.architecture_probe import warn_if_slow
 from cookbook.engine.options import EngineOptions, check_device, check_torch
 from cookbook.engine.training.results import Readback
 from cookbook.errors import ConfigError

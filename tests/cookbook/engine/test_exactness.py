@@ -593,12 +593,12 @@ def test_a_model_that_padding_would_change_runs_one_sequence_at_a_time_and_logs_
     hook = base.model.get_input_embeddings().register_forward_hook(
         lambda module, inputs, embeddings: embeddings + 0.01 * embeddings.shape[1] * module.weight[1]
     )
-    with caplog.at_level("INFO", logger="cookbook.engine.model.base_model"):
+    with caplog.at_level("INFO", logger="cookbook.engine.model.architecture_probe"):
         base._probe_architecture()
     hook.remove()
     assert not base.is_packed
     by_level = {
-        r.levelname: r.message for r in caplog.records if r.name == "cookbook.engine.model.base_model"
+        r.levelname: r.message for r in caplog.records if r.name == "cookbook.engine.model.architecture_probe"
     }
     assert by_level["INFO"].startswith(f"{base.name} runs one sequence at a time")
     assert "its gradients would move by" in by_level["INFO"]
