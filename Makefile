@@ -14,10 +14,10 @@
 # make peers   make the environments of other packages' renderers, for make parity to compare with
 # make families  set up, then try the tiny model of each family of chat models, and write docs/models.md
 # make gpu     set up, then run tests, comparisons and measurements that need a GPU (ten minutes at most), into runs/gpu
-# make rehearsal  set up, then run the CUDA branches of every family on the fake CUDA device (an hour and a half)
+# make rehearsal  set up, then run the CUDA branches of every family on the fake CUDA device
 # make roofline  set up, then derive what a step and a token cost on GPUs, without one, and write tests/golden/roofline.txt
-# make tinker  make an environment with the Tinker SDK and tinker-cookbook, then run some forty of its programs to their ends
-#              on this project (fifteen minutes on two idle cores)
+# make tinker  make an environment with the Tinker SDK and tinker-cookbook, then run 43 of its programs to their ends
+#              on this project
 PYTHON ?= python3
 BIN := .venv/bin
 BASE_STAMP := .venv/.is-installed
@@ -116,8 +116,7 @@ peers: .venv-peers-renderers/.is-set-up .venv-peers-tinker-cookbook/.is-set-up
 	.venv-peers-tinker-cookbook/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 transformers tinker pillow
 	touch $@
 
-# tml-renderers, which tinker-cookbook names, is not on the index, so its dependencies are given here. The programs of tinker-cookbook
-# are run as they are; what they compute in their first steps is compared.
+# the environment in which programs of tinker-cookbook are run as they are; what they compute in their first steps is compared
 .venv-tinker/.is-set-up:
 	$(PYTHON) -m venv .venv-tinker
 	.venv-tinker/bin/python -m pip install --quiet --disable-pip-version-check --no-deps 'tinker-cookbook==0.6.1'

@@ -24,8 +24,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.roofline import MODELS
 from benchmarks.side_cookbook import make_datums
-from benchmarks.step_data import NUM_TEXT_TOKENS, SEED, VOCAB_SIZE, Example, batches, num_tokens
+from benchmarks.step_data import NUM_TEXT_TOKENS, SEED, Example, batches, num_tokens
 from cookbook.clients.service import ServiceClient
 from cookbook.types import AdamParams
 from cookbook.utils import pretrained
@@ -34,49 +35,16 @@ LORA_RANK = 16
 LENGTH, TOKENS_A_STEP = 2048, 16_384
 WARM_UP_STEPS = 5
 
-SIZES: dict[str, dict[str, Any]] = {
-    "0.6B": {
-        "hidden_size": 1024,
-        "intermediate_size": 3072,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 16,
-    },
-    "1.7B": {
-        "hidden_size": 2048,
-        "intermediate_size": 6144,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 16,
-    },
-    "4B": {
-        "hidden_size": 2560,
-        "intermediate_size": 9728,
-        "num_hidden_layers": 36,
-        "num_attention_heads": 32,
-    },
-    "8B": {
-        "hidden_size": 4096,
-        "intermediate_size": 12288,
-        "num_hidden_layers": 36,
-        "num_attention_heads": 32,
-    },
-}
+SIZES = {size: MODELS[f"qwen3-{size.lower()}"] for size in ("0.6B", "1.7B", "4B", "8B")}
 
 
 def make_model_folder(size: str, folder: Path, **further: Any) -> Path:
-    from transformers import Qwen3Config, Qwen3ForCausalLM
+    from transformers import AutoConfig, Qwen3ForCausalLM
 
     from cookbook import embedded
     from cookbook.models import get_tokenizer
 
-    config = Qwen3Config(
-        vocab_size=VOCAB_SIZE,
-        num_key_value_heads=8,
-        head_dim=128,
-        max_position_embeddings=40_960,
-        tie_word_embeddings=size != "8B",
-        dtype="bfloat16",
-        **{**SIZES[size], **further},
-    )
+    config = AutoConfig.for_model(**{**SIZES[size], **further}, dtype="bfloat16")
     torch.manual_seed(SEED)
     with torch.device("cuda"):
         model = Qwen3ForCausalLM(config).to(torch.bfloat16)

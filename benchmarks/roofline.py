@@ -20,6 +20,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.fake_cuda import library
+from cookbook.engine import cards
+from cookbook.supervised.memory_table import SHAPES
 
 if TYPE_CHECKING:
     from benchmarks.fake_cuda.costs import Cost, Costs
@@ -37,12 +39,10 @@ MEMCPY_SECONDS = 5e-6
 
 @dataclass(frozen=True)
 class RatedCard:
-    """A GPU by its published rates: dense bfloat16 products with fp32 sums, and memory."""
+    """A GPU by its published rates."""
 
-    name: str
-    tflops: float
-    terabytes_per_second: float
-    gib: int
+    card: cards.Card
+    bytes_per_second: float
 
     def seconds(self, cost: Cost) -> float:
         """Returns the time of one launch."""
@@ -51,38 +51,18 @@ class RatedCard:
         share = {"attention": FLASH_SHARE, "attention backward": FLASH_BACKWARD_SHARE}.get(
             cost.kind, TFLOPS_SHARE
         )
-        bandwidth = self.terabytes_per_second * 1e12 * BANDWIDTH_SHARE
+        bandwidth = self.bytes_per_second * BANDWIDTH_SHARE
         if cost.kind == "thin product":
             bandwidth /= 2
         return max(
-            cost.flops / (self.tflops * 1e12 * share), cost.num_bytes / bandwidth, SHORTEST_KERNEL_SECONDS
+            cost.flops / (self.card.peak_flops * share), cost.num_bytes / bandwidth, SHORTEST_KERNEL_SECONDS
         )
 
 
 CARDS = {
-    "h200": RatedCard("H200", 989, 4.8, 141),
-    "h100": RatedCard("H100 SXM", 989, 3.35, 80),
-    "a100": RatedCard("A100 SXM 80 GB", 312, 2.039, 80),
-    "rtx4090": RatedCard("RTX 4090", 165, 1.008, 24),
+    key: RatedCard(cards.CARDS[key], bytes_per_second)
+    for key, bytes_per_second in (("h200", 4.8e12), ("h100", 3.35e12), ("a100", 2.039e12), ("4090", 1.008e12))
 }
-
-
-def _qwen3(
-    hidden: int, intermediate: int, layers: int, heads: int, tied: bool, **further: Any
-) -> dict[str, Any]:
-    return {
-        "model_type": "qwen3",
-        "vocab_size": 151_936,
-        "hidden_size": hidden,
-        "intermediate_size": intermediate,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-        "max_position_embeddings": 40_960,
-        "tie_word_embeddings": tied,
-        **further,
-    }
 
 
 def _qwen3_5(
@@ -105,15 +85,11 @@ def _qwen3_5(
 
 
 MODELS: dict[str, dict[str, Any]] = {
-    "qwen3-0.6b": _qwen3(1024, 3072, 28, 16, tied=True),
-    "qwen3-1.7b": _qwen3(2048, 6144, 28, 16, tied=True),
-    "qwen3-4b": _qwen3(2560, 9728, 36, 32, tied=True),
-    "qwen3-8b": _qwen3(4096, 12288, 36, 32, tied=False),
-    "qwen3-30b-a3b": _qwen3(
-        2048, 6144, 48, 32, tied=False,
-        model_type="qwen3_moe", num_key_value_heads=4, moe_intermediate_size=768, num_experts=128,
-        num_experts_per_tok=8, norm_topk_prob=True, decoder_sparse_step=1,
-    ),
+    "qwen3-0.6b": dict(SHAPES["Qwen/Qwen3-0.6B"]),
+    "qwen3-1.7b": {**SHAPES["Qwen/Qwen3-0.6B"], "hidden_size": 2048, "intermediate_size": 6144},
+    "qwen3-4b": dict(SHAPES["Qwen/Qwen3-4B"]),
+    "qwen3-8b": dict(SHAPES["Qwen/Qwen3-8B"]),
+    "qwen3-30b-a3b": {**SHAPES["Qwen/Qwen3-30B-A3B"], "norm_topk_prob": True},
     "qwen3.5-2b": _qwen3_5(2048, 6144, 24, 8, values=16, tied=True),
     "qwen3.5-9b": _qwen3_5(4096, 12288, 32, 16, values=32, tied=False),
 }  # fmt: skip
@@ -164,7 +140,7 @@ def row(model: str, what: str, card: RatedCard, costs: Costs) -> str:
     tokens = sum(LENGTHS) if what == "step" else NUM_SEQUENCES
     launches, num_bytes, flops = (sum(column) for column in zip(*costs.totals().values(), strict=True))
     cells = [
-        model, card.name, f"{tokens / total:,.0f}", f"{1000 * total:.1f}", f"{launches:,.0f}",
+        model, card.card.name, f"{tokens / total:,.0f}", f"{1000 * total:.1f}", f"{launches:,.0f}",
         f"{costs.num_waits:.0f}", f"{num_bytes / 1e9:.1f}", f"{flops / 1e12:.2f}",
         *(f"{1000 * seconds.get(name, 0):.1f}" for name in CLASSES),
     ]  # fmt: skip

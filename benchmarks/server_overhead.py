@@ -10,15 +10,15 @@ from __future__ import annotations
 
 import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import tinker
 
 import cookbook
+from benchmarks.sampling import seconds
+from benchmarks.several_adapters import random_batch
 from cookbook import embedded
 from cookbook.clients.service import ServiceClient
 from cookbook.server.options import ServerOptions
@@ -29,24 +29,8 @@ SIZES = ((1, 64), (8, 256), (32, 512))
 """Sequences in a batch, and tokens of each."""
 
 
-def batch(package: Any, num_sequences: int, length: int) -> list[Any]:
-    rng = np.random.default_rng(0)
-    found = []
-    for _ in range(num_sequences):
-        tokens = rng.integers(5, 2000, length + 1)
-        inputs = {"target_tokens": tokens[1:], "weights": np.ones(length, np.float32)}
-        found.append(package.Datum(package.ModelInput.from_ints(tokens[:-1].tolist()), inputs))
-    return found
-
-
-def seconds(step: Callable[[], None]) -> float:
-    start = time.perf_counter()
-    step()
-    return time.perf_counter() - start
-
-
 def stepper(client: Any, package: Any, num_sequences: int, length: int) -> Callable[[], None]:
-    data, adam = batch(package, num_sequences, length), package.AdamParams(learning_rate=1e-4)
+    data, adam = random_batch(num_sequences, length, 2000, package), package.AdamParams(learning_rate=1e-4)
 
     def step() -> None:
         passed = client.forward_backward(data, "cross_entropy")

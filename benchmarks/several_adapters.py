@@ -12,6 +12,7 @@ from __future__ import annotations
 import statistics
 import sys
 import time
+from typing import Any
 
 import numpy as np
 
@@ -25,13 +26,14 @@ CASES = ((2, 4, 256), (4, 2, 256), (8, 1, 256), (4, 1, 1024), (8, 1, 64))
 """Adapters, sequences of each, and tokens of a sequence."""
 
 
-def batch(num_sequences: int, length: int, vocabulary: int) -> list[cookbook.Datum]:
+def random_batch(num_sequences: int, length: int, vocabulary: int, package: Any = cookbook) -> list[Any]:
+    """Returns Datums of random tokens, all trained, in the types of this package or of the Tinker SDK."""
     rng = np.random.default_rng(0)
     found = []
     for _ in range(num_sequences):
         tokens = rng.integers(5, vocabulary, length + 1)
         inputs = {"target_tokens": tokens[1:], "weights": np.ones(length, np.float32)}
-        found.append(cookbook.Datum(cookbook.ModelInput.from_ints(tokens[:-1]), inputs))
+        found.append(package.Datum(package.ModelInput.from_ints(tokens[:-1].tolist()), inputs))
     return found
 
 
@@ -53,7 +55,7 @@ def main(model: str = embedded.MODEL_NAME) -> None:
     clients = [service.create_lora_training_client(model, rank=16, seed=seed) for seed in range(most)]
     vocabulary = len(clients[0].get_tokenizer())
     for number, num_sequences, length in CASES:
-        whole = batch(number * num_sequences, length, vocabulary)
+        whole = random_batch(number * num_sequences, length, vocabulary)
         parts = [whole[start::number] for start in range(number)]
         times: dict[str, list[float]] = {"one": [], "several": []}
         for step in range(NUM_STEPS + 2):

@@ -125,7 +125,15 @@ def test_every_extra_exists(page: str) -> None:
     named = re.findall(r"(?:sft-cookbook|'\.)\[([\w,-]+)\]", PAGES[page])
     extras = {extra for names in named for extra in names.split(",")}
     assert extras <= set(project["optional-dependencies"])
-    assert page != "docs/start.md" or extras
+
+
+def test_the_start_page_lists_every_extra() -> None:
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    table = PAGES["docs/start.md"].partition("| extra | for |")[2].partition("\n\n")[0]
+    listed = {
+        extra for row in table.splitlines() for extra in re.findall(r"`([\w-]+)`", row[1:].split("|")[0])
+    }
+    assert listed == set(project["optional-dependencies"])
 
 
 def test_installations_install_this_project() -> None:
@@ -269,6 +277,19 @@ def test_the_readme_is_short() -> None:
     assert len(README.splitlines()) <= 200
 
 
+def test_every_page_is_linked_from_the_readme() -> None:
+    assert {page for page in PAGES if page != "README.md"} == set(
+        re.findall(r"\]\((docs/[\w/]+\.md)\)", README)
+    )
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/limits.md"])
+def test_as_many_families_are_said_to_pass_as_the_page_of_models_says(page: str) -> None:
+    found = re.search(r"^\*\*(\d+ of \d+) families pass", PAGES["docs/models.md"], re.MULTILINE)
+    assert found is not None
+    assert re.findall(r"\d+ of \d+", PAGES[page]) == [found[1]]
+
+
 @pytest.mark.parametrize(
     "name",
     [
@@ -280,5 +301,5 @@ def test_the_memory_table_is_what_the_estimate_says(name: str) -> None:
     rows = memory_table.rows({name: memory_table.SHAPES[name]})
     header, rule, *lines = memory_table.markdown(list(rows)).splitlines()
     assert len(lines) == 3
-    shown = README.splitlines()
-    assert {header, rule, *lines} <= set(shown)
+    for page in ("README.md", "docs/estimate.md"):
+        assert {header, rule, *lines} <= set(PAGES[page].splitlines())

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import sys
-import types
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -24,14 +23,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.optim import optimizer
-from torch.utils import _foreach_utils
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
-DEVICE = torch.device("cuda", 0)
-TOTAL_MEMORY = 141 * 2**30
+from benchmarks.fake_cuda import runtime
 
 NO_KERNEL = {
     "_fused_sdp_choice", "_nested_tensor_size", "_reshape_alias", "_unsafe_view", "alias", "as_strided",
@@ -88,8 +84,6 @@ class OperatorCall:
     """Its name without namespace and overload, or `memcpy`."""
     inputs: tuple[Any, ...]
     out: Any
-    place: str = ""
-    """The function that called it, if it is known."""
 
 
 @dataclass
@@ -118,13 +112,12 @@ class FakeCuda(TorchDispatchMode):
         self.is_there = True
 
     def __enter__(self) -> FakeCuda:
-        _replace_runtime(self)
+        runtime.replace(self)
         self._library = torch.library.Library("aten", "IMPL")  # its kernels are removed with it
         for name in _OF_CUDA_ALONE:
             self._library.impl(name, _OF_CUDA_ALONE[name], "CUDA")
-        torch._C._set_only_lift_cpu_tensors(
-            True
-        )  # or torch.tensor(..., device="cuda") asks for a real device
+        # or torch.tensor(..., device="cuda") asks for a real device
+        torch._C._set_only_lift_cpu_tensors(True)
         super().__enter__()
         return self
 
@@ -161,6 +154,9 @@ class FakeCuda(TorchDispatchMode):
         pinned = tensor.clone()
         self._pinned[pinned] = True
         return pinned
+
+    def is_pinned(self, tensor: Tensor) -> bool:
+        return tensor in self._pinned
 
     # -- operators --------------------------------------------------------------------------
 
@@ -318,52 +314,8 @@ def _check_operands(name: str, args: tuple[Any, ...]) -> None:
         )
 
 
-_sdpa = torch.nn.functional.scaled_dot_product_attention
-
-
-def _attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Tensor:
-    """Does what `scaled_dot_product_attention` does, with the kernel that it chooses on a recent GPU.
-
-    A build without CUDA would choose plain products. Without a mask and in 16 bits it is flash attention, and
-    else the memory-efficient kernel, where heads fit.
-    """
-    if not isinstance(query, FakeTensor):
-        return _sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
-    is_half, size = query.dtype in (torch.float16, torch.bfloat16), query.shape[-1]
-    fits = query.ndim == 4 and size % (8 if is_half else 4) == 0 and value.shape[-1] % 8 == 0
-    aten = torch.ops.aten
-    if fits and attn_mask is None and is_half and size <= 256 and size == value.shape[-1]:
-        out: Tensor = aten._scaled_dot_product_flash_attention(
-            query, key, value, dropout_p, is_causal, False, scale=scale
-        )[0]
-        return out
-    if not fits:
-        return _sdpa(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
-    if enable_gqa and (groups := query.shape[1] // key.shape[1]) > 1:
-        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    if attn_mask is not None and attn_mask.dtype == torch.bool:
-        attn_mask = query.new_zeros(attn_mask.shape).masked_fill_(~attn_mask, -torch.inf)
-    if attn_mask is not None:
-        attn_mask = attn_mask.expand(*query.shape[:2], query.shape[2], key.shape[2])
-    needs_gradient = torch.is_grad_enabled() and query.requires_grad
-    efficient: tuple[Tensor, ...] = aten._scaled_dot_product_efficient_attention(
-        query, key, value, attn_mask, needs_gradient, dropout_p, is_causal, scale=scale
-    )
-    return efficient[0]
-
-
 # -- the caller ---------------------------------------------------------------------------------
 
-_PACKAGES = ("cookbook", "transformers", "peft", "tests", "benchmarks")
 _ROOT = Path(__file__).parents[2]
 
 
@@ -385,117 +337,3 @@ def _relative(path: str) -> str | None:
         return path.removeprefix(f"{_ROOT}/")
     _, found, tail = path.rpartition("site-packages/")
     return tail if found and tail.startswith(("transformers/", "peft/", "fla/")) else None
-
-
-# -- the runtime --------------------------------------------------------------------------------
-
-
-class _EndedStream:
-    """A stream in which everything has already ended."""
-
-    device = DEVICE
-    cuda_stream = 0
-
-    def __init__(self, *_: Any, **__: Any) -> None: ...
-
-    def __enter__(self) -> _EndedStream:
-        return self
-
-    def __exit__(self, *_: Any) -> None: ...
-
-    def wait_stream(self, stream: Any) -> None: ...
-
-    def wait_event(self, event: Any) -> None: ...
-
-    def record_event(self, event: Any = None) -> Any:
-        return event or torch.cuda.Event()
-
-    def query(self) -> bool:
-        return True
-
-
-def _replace_runtime(device: FakeCuda) -> None:
-    """Replaces the functions of `torch.cuda` that ask the driver. They are not put back."""
-
-    class Stream(_EndedStream):
-        def synchronize(self) -> None:
-            device.waited("stream.synchronize")
-
-    class Event:
-        def __init__(self, **_: Any) -> None: ...
-
-        def record(self, stream: Any = None) -> None: ...
-
-        def wait(self, stream: Any = None) -> None: ...
-
-        def query(self) -> bool:
-            return True
-
-        def synchronize(self) -> None:
-            device.waited("event.synchronize")
-
-        def elapsed_time(self, other: Any) -> float:
-            return 1.0
-
-    properties = types.SimpleNamespace(
-        name="a fake H200", total_memory=TOTAL_MEMORY, major=9, minor=0, multi_processor_count=132
-    )
-    replaced: dict[str, Any] = {
-        "_lazy_init": lambda: None,
-        "is_available": lambda: device.is_there,
-        "is_initialized": lambda: True,
-        "device_count": lambda: int(device.is_there),
-        "current_device": lambda: 0,
-        "set_device": lambda device: None,
-        "Stream": Stream,
-        "Event": Event,
-        "current_stream": lambda device=None: Stream(),
-        "default_stream": lambda device=None: Stream(),
-        "stream": lambda stream: contextlib.nullcontext(),
-        "synchronize": lambda device_=None: device.waited("torch.cuda.synchronize") and None,
-        "get_rng_state": lambda device=None: torch.zeros(16, dtype=torch.uint8),
-        "set_rng_state": lambda state, device=None: None,
-        "manual_seed": lambda seed: None,
-        "manual_seed_all": lambda seed: None,
-        "is_current_stream_capturing": lambda: False,
-        "is_bf16_supported": lambda *_, **__: True,
-        "get_device_properties": lambda device=None: properties,
-        "get_device_capability": lambda device=None: (properties.major, properties.minor),
-        "get_device_name": lambda device=None: properties.name,
-        "mem_get_info": lambda device=None: (TOTAL_MEMORY, TOTAL_MEMORY),
-        "memory_stats": lambda device=None: {},
-        "empty_cache": lambda: None,
-    }
-    for name in ("memory_reserved", "memory_allocated", "max_memory_reserved", "max_memory_allocated"):
-        replaced[name] = lambda device=None: 0
-    for name in ("reset_peak_memory_stats", "reset_accumulated_memory_stats"):
-        replaced[name] = lambda device=None: None
-    for name, value in replaced.items():
-        setattr(torch.cuda, name, value)
-    torch.Tensor.pin_memory = lambda self, *_: device.pin(self)  # type: ignore[method-assign, assignment]
-    torch.Tensor.is_pinned = lambda self, *_: self in device._pinned  # type: ignore[method-assign, assignment]
-    torch.nn.functional.scaled_dot_product_attention = _attention
-    FakeTensor.tolist = lambda self: self.to("cpu").tolist()  # type: ignore[assignment]
-    torch.nn.Module._apply = _apply  # type: ignore[method-assign]
-    for supported in (_foreach_utils._foreach_supported_types, optimizer._foreach_supported_types):
-        if FakeTensor not in supported:  # gradients are clipped and copied many at a time, as on a device
-            supported.append(FakeTensor)
-
-
-def _apply(module: torch.nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> torch.nn.Module:
-    """Does what `Module._apply` does. Torch cannot put a fake tensor into the place of a real parameter."""
-    made: dict[int, Any] = {}
-    for part in module.modules() if recurse else [module]:
-        for name, parameter in part._parameters.items():
-            if parameter is None:
-                continue
-            if id(parameter) not in made:
-                with torch.no_grad():
-                    made[id(parameter)] = torch.nn.Parameter(fn(parameter), parameter.requires_grad)
-            part._parameters[name] = made[id(parameter)]
-        for name, buffer in part._buffers.items():
-            if buffer is not None:
-                if id(buffer) not in made:
-                    made[id(buffer)] = fn(buffer)
-                part._buffers[name] = made[id(buffer)]
-    return module

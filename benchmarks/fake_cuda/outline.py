@@ -11,7 +11,8 @@ import numpy as np
 import torch
 
 from benchmarks.fake_cuda.costs import Costs
-from benchmarks.fake_cuda.device import DEVICE, FakeCuda
+from benchmarks.fake_cuda.device import FakeCuda
+from benchmarks.fake_cuda.runtime import DEVICE
 from cookbook import embedded
 from cookbook.engine.model import attention
 from cookbook.engine.model.base_model import BaseModel
