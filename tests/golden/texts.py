@@ -15,7 +15,10 @@ from pathlib import Path
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 PACKAGES = ("cookbook", "renderers", "recipes")
-RECIPES = ("chat", "export", "jobs", "preview", "report", "serve", "sft", "sft_loop", "sweep")
+RECIPES = (
+    "chat", "distill", "dpo", "estimate", "export", "jobs", "preview", "report", "serve", "sft", "sft_loop",
+    "sweep",
+)  # fmt: skip
 LOG_METHODS = ("debug", "info", "warning", "error", "exception")
 COLUMNS = "100"
 
