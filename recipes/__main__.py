@@ -54,8 +54,8 @@ complete -c {COMMAND} -f -a '({COMMAND} {WORDS} (commandline -opc)[2..-1] (comma
 
 def main(argv: Sequence[str] | None = None) -> Any:
     """Runs the recipe that the first argument names, with the other arguments."""
-    name, *rest = [*(sys.argv[1:] if argv is None else argv), ""]
-    rest = rest[:-1]
+    given = list(sys.argv[1:] if argv is None else argv)
+    name, rest = (given[0], given[1:]) if given else ("", [])
     if name == WORDS:
         print(visible("\n".join(words(rest))))
         return None
@@ -77,11 +77,11 @@ def main(argv: Sequence[str] | None = None) -> Any:
                 f"`{COMMAND}` without arguments lists them."
             )
         module = importlib.import_module(f"recipes.{name}")
-    return module.main(list(rest))
+    return module.main(rest)
 
 
 def run() -> None:
-    """Is the entry point of the command. A recipe ends with an exit code of its own, or with 0."""
+    """Runs the command, as its entry point. A recipe ends with an exit code of its own, or with 0."""
     main()
 
 
@@ -102,7 +102,9 @@ def overview() -> str:
 def _completion(rest: Sequence[str]) -> str:
     if len(rest) != 1 or rest[0] not in SCRIPTS:
         given = " ".join(rest) or "nothing"
-        raise ConfigError(f"completion: {visible_line(given)} is no shell. Supported: {', '.join(SCRIPTS)}.")
+        raise ConfigError(
+            f"completion: {visible_line(given)} is not a shell. Supported: {', '.join(SCRIPTS)}."
+        )
     return SCRIPTS[rest[0]]
 
 

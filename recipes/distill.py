@@ -45,7 +45,7 @@ class DistillConfig:
     @chz.validate
     def _check(self) -> None:
         if not self.url.startswith(("http://", "https://")):
-            raise ConfigError(f"url={self.url} is no address. Give one such as http://localhost:8000/v1")
+            raise ConfigError(f"url={self.url} is not an address. Give one such as http://localhost:8000/v1")
         at_least = {"num_samples": 1, "concurrency": 1, "max_retries": 0, "limit": 1, "max_tokens": 1}
         for name, least in at_least.items():
             value = getattr(self, name)

@@ -20,7 +20,8 @@ from pathlib import Path
 
 from cookbook.config import cli
 from cookbook.data.cache import cache_folder
-from cookbook.engine.threads import VARIABLES, num_cores
+from cookbook.engine.cards import GIB
+from cookbook.engine.threads import VARIABLES, num_cores, num_threads
 from cookbook.errors import ConfigError
 from cookbook.utils import files, hub
 from cookbook.utils.consoles import make_console, plain
@@ -34,7 +35,6 @@ SLOW_VARIABLES = {
     "PYTHONTRACEMALLOC": "Python records every allocation",
     "TORCH_DISTRIBUTED_DEBUG": "processes check every collective",
 }
-GIB = 2**30
 
 
 @dataclass
@@ -73,9 +73,11 @@ def examine() -> Report:
 def _examine_cpu(report: Report) -> None:
     import torch
 
-    cores, threads = num_cores(), torch.get_num_threads()
+    from cookbook.engine.model.memory import total_memory
+
+    cores, threads = num_cores(), num_threads()
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    total = total_memory(torch.device("cpu"))
     free = _meminfo().get("MemAvailable")
     of_free = "" if free is None else f", {free / GIB:,.1f} GiB of it available"
     report.facts["CPU"] = [
@@ -160,19 +162,12 @@ def _examine_extras(report: Report) -> None:
             continue
         of_extra = [one for one in requirements if re.search(rf"extra == ['\"]{re.escape(extra)}['\"]", one)]
         named = [found[0] for one in of_extra if (found := re.match(r"[A-Za-z0-9_.-]+", one)) is not None]
-        missing = [name for name in named if not _is_installed(name)]
+        installed = installed_versions(named)
+        missing = [name for name in named if name not in installed]
         state = (
             "installed" if not missing else f"no {', '.join(missing)}: pip install '{DISTRIBUTION}[{extra}]'"
         )
         facts.append(f"{extra}: {state}")
-
-
-def _is_installed(name: str) -> bool:
-    try:
-        metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return False
-    return True
 
 
 def _examine_folders(report: Report) -> None:

@@ -1,7 +1,8 @@
 """Replies of a teacher behind an OpenAI-compatible server, as a data set to train a student on.
 
 Every reply is appended to the file when it arrives, with the number of its prompt, so a run that was stopped
-asks only for what is missing. Nothing of a reply is changed. What is no whole reply is counted, not kept.
+asks only for what is missing. Nothing of a reply is changed. Empty and truncated replies are counted, and not
+kept.
 """
 
 from __future__ import annotations

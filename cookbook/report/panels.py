@@ -13,6 +13,7 @@ import numpy as np
 from cookbook.runs.downsampling import keep_evenly, keep_extremes, smooth, smoothing_span
 from cookbook.runs.metrics import Series
 from cookbook.runs.record import RunRecord, is_eval, needs_log_axis
+from cookbook.runs.summary import PEAK_MEMORY
 
 Chart: TypeAlias = dict[str, Any]
 
@@ -31,7 +32,7 @@ _TRAINING = (
     "optim/grad_norm",
     "perf/tokens_per_second",
     "data/trained_tokens",
-    "perf/memory_peak_gib",
+    PEAK_MEMORY,
 )
 _NOISY = ("train/nll", "optim/grad_norm", "perf/tokens_per_second", "data/trained_tokens")
 _TITLES = {
@@ -39,7 +40,7 @@ _TITLES = {
     "optim/grad_norm": "Gradient norm, before clipping",
     "perf/tokens_per_second": "Throughput, tokens per second",
     "data/trained_tokens": "Trained tokens of a batch",
-    "perf/memory_peak_gib": "Memory at its peak, GiB",
+    PEAK_MEMORY: "Memory at its peak, GiB",
     "perf/memory_in_use_gib": "Memory in use after a step, GiB",
     "perf/memory_reserved_gib": "Memory reserved by torch, GiB",
 }

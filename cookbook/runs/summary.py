@@ -12,7 +12,7 @@ from cookbook.runs.downsampling import smooth, smoothing_span
 from cookbook.runs.metrics import Series
 from cookbook.runs.record import RunRecord
 
-PEAK_MEMORY = "perf/peak_memory_gib"
+PEAK_MEMORY = "perf/memory_peak_gib"
 
 
 class Fact(NamedTuple):

@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import chz
@@ -23,6 +23,7 @@ import numpy as np
 from cookbook.data import formats
 from cookbook.data.builders import NamedChatDatasetBuilder
 from cookbook.data.conversation import Conversation
+from cookbook.data.formats.pairs import side_of
 from cookbook.data.rendered import TrainableRows
 from cookbook.data.sources import Row
 from cookbook.data.types import SupervisedDataset
@@ -61,9 +62,9 @@ class PairDatasetBuilder(NamedChatDatasetBuilder):
         further = {key: row[key] for key in ("tools", "chat_template_kwargs") if row.get(key) is not None}
         found = []
         for key in ("chosen", "rejected"):
-            reply = _messages(row[key], "assistant")
-            is_whole = reply[0].get("role", reply[0].get("from")) not in ("assistant", "gpt")
-            before = [] if is_whole else _messages(row.get("prompt") or [], "user")
+            reply = side_of(row, [key], "assistant")
+            is_whole = reply[0]["role"] != "assistant"
+            before = [] if is_whole or not row.get("prompt") else side_of(row, ["prompt"], "user")
             if not before and not is_whole:
                 raise DataError(
                     f"its `{key}` has no prompt before it. Give `prompt`, or whole conversations."
@@ -85,12 +86,6 @@ class PairDatasetBuilder(NamedChatDatasetBuilder):
             raise ConfigError(
                 "Pairs are read as a whole: streaming, on_long=window and repeated are not for them."
             )
-
-
-def _messages(value: Any, role: str) -> list[dict[str, Any]]:
-    if isinstance(value, str):
-        return [{"role": role, "content": value}]
-    return [dict(message) for message in ([value] if isinstance(value, Mapping) else value)]
 
 
 @chz.chz

@@ -13,14 +13,15 @@ import json
 import logging
 import textwrap
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cookbook import models
 from cookbook.data.types import ChatDatasetBuilder, SupervisedDataset
-from cookbook.engine.cards import GIB, SHARE_OF_PEAK, Card
+from cookbook.engine.cards import CARDS, SHARE_OF_PEAK, Card
 from cookbook.errors import CookbookError
+from cookbook.runs.summary import size
 from cookbook.supervised.config import Config
 from cookbook.utils import files
 
@@ -64,6 +65,8 @@ class RunEstimate:
     flops_per_second: float
     rate_source: str
     """What `flops_per_second` is from."""
+    num_processes: int = 1
+    """If there are several, each has less of the batches than this, and perhaps of the weights."""
 
     @property
     def seconds(self) -> float | None:
@@ -77,10 +80,10 @@ class RunEstimate:
         found, plan = self.footprint, self.plan
         share = found.num_trained / found.num_weights
         parts = [
-            f"weights {_size(found.weights)} ({self.dtype})",
-            f"adapter {_size(found.adapter)}",
-            f"gradients and optimizer {_size(found.training)}",
-            f"temporary {_size(plan.temporary)}",
+            f"weights {size(found.weights)} ({self.dtype})",
+            f"adapter {size(found.adapter)}",
+            f"gradients and optimizer {size(found.training)}",
+            f"temporary {size(plan.temporary)}",
         ]
         if not found.adapter:
             del parts[1]
@@ -89,27 +92,30 @@ class RunEstimate:
         else:
             again = " whose layers run again" if plan.is_checkpointed else ""
             parts.append(
-                f"activations {_size(plan.activations)} for a micro-batch of {plan.tokens:,} tokens{again}"
+                f"activations {size(plan.activations)} for a micro-batch of {plan.tokens:,} tokens{again}"
             )
-        disk = f"{_size(self.checkpoint_bytes)} per checkpoint"
+        disk = f"{size(self.checkpoint_bytes)} per checkpoint"
         if self.num_checkpoints is not None:
-            total = _size(self.num_checkpoints * self.checkpoint_bytes)
+            total = size(self.num_checkpoints * self.checkpoint_bytes)
             disk += f", {self.num_checkpoints} at the end: {total}"
         rate = self.flops_per_second / self.flops_per_token
         seconds = "" if self.seconds is None else f"{in_words(self.seconds)} of training steps, at "
         facts = {
             "trained": f"{found.num_trained:,} of {found.num_weights:,} weights ({share:.2%})",
-            "memory": f"{_size(plan.total)}: {', '.join(parts)}",
+            "memory": f"{size(plan.total)}: {', '.join(parts)}",
             "disk": disk,
             "time": f"{seconds}{rate:,.0f} tokens/s by {self.rate_source}",
         }
         lines = [f"Estimate for {self.device} (derived, before the model is loaded):"]
         for name, fact in facts.items():
             lines += textwrap.wrap(fact, 79, initial_indent=f"  {name:8} ", subsequent_indent=" " * 11)
+        if self.num_processes > 1:
+            number = self.num_processes
+            lines.append(f"  This is one process; {number} share the batches, and may share the weights.")
         if not plan.fits:
             lines.append(
                 f"  It does not fit: one example of {self.length.longest:,} tokens needs more than the "
-                f"{_size(plan.usable)} in use."
+                f"{size(plan.usable)} in use."
             )
         return lines
 
@@ -118,10 +124,12 @@ class RunEstimate:
         files.write(folder / FILE, json.dumps(self.to_json(), indent=2) + "\n")
 
     def to_json(self) -> dict[str, Any]:
+        """Returns the values by name. Memory and time are None for several processes, which share them."""
+        is_alone = self.num_processes == 1
         return {
             "device": self.device,
             "num_steps": self.length.num_steps,
-            "peak_bytes": self.plan.total,
+            "peak_bytes": self.plan.total if is_alone else None,
             "weights_bytes": self.footprint.weights,
             "adapter_bytes": self.footprint.adapter,
             "training_bytes": self.footprint.training,
@@ -132,7 +140,7 @@ class RunEstimate:
             "trained_weights": self.footprint.num_trained,
             "all_weights": self.footprint.num_weights,
             "checkpoint_bytes": self.checkpoint_bytes,
-            "seconds": self.seconds,
+            "seconds": self.seconds if is_alone else None,
         }
 
 
@@ -173,7 +181,7 @@ def estimate(config: Config, length: RunLength, card: Card | None = None) -> Run
     plan = of_model.plan(found, options, device_type, memory, length.longest, per_batch)
     rate, source = _rate(card, device_type, name)
     return RunEstimate(
-        device=f"{name}, {_size(memory)}",
+        device=f"{name}, {size(memory)}",
         footprint=found,
         plan=plan,
         length=length,
@@ -186,13 +194,17 @@ def estimate(config: Config, length: RunLength, card: Card | None = None) -> Run
     )
 
 
-def log_estimate(config: Config, train_data: SupervisedDataset, num_steps: int | None) -> RunEstimate | None:
+def log_estimate(
+    config: Config, train_data: SupervisedDataset, num_steps: int | None, num_processes: int = 1
+) -> RunEstimate | None:
     """Logs and returns the estimate of a run.
 
     An estimate that fails does not end a run, which loads the same model: the log says why there is none.
     """
     try:
-        made = estimate(config, length_of(config, train_data, num_steps))
+        made = replace(
+            estimate(config, length_of(config, train_data, num_steps)), num_processes=num_processes
+        )
     except (CookbookError, AttributeError, RuntimeError, TypeError, ValueError) as error:
         logger.info("No estimate of memory and time: %s", error)
         return None
@@ -237,8 +249,6 @@ def _flops_per_token(config: Config, found: Footprint, plan: MemoryPlan, length:
 
 def _rate(card: Card | None, device_type: str, name: str) -> tuple[float, str]:
     """Returns the operations per second, and what they are from."""
-    from cookbook.engine.cards import CARDS
-
     if card is None and device_type == "cuda":
         words = name.lower()
         card = next((one for key, one in CARDS.items() if key in words), None)
@@ -267,12 +277,6 @@ def _name_of(device: Any) -> str:
 
     name: str = torch.cuda.get_device_name(device)
     return name
-
-
-def _size(num_bytes: float) -> str:
-    if num_bytes >= 0.1 * GIB:
-        return f"{num_bytes / GIB:,.1f} GiB"
-    return f"{num_bytes / 2**20:,.1f} MiB"
 
 
 def in_words(seconds: float) -> str:

@@ -14,7 +14,7 @@ from cookbook.export.config import ExportConfig
 
 logger = logging.getLogger(__name__)
 
-NOT_PUSHED = (f"{checkpoint.OPTIMIZER_FILE}", f"{checkpoint.OPTIMIZER_FOLDER}/*")
+NOT_PUSHED = (checkpoint.OPTIMIZER_FILE, f"{checkpoint.OPTIMIZER_FOLDER}/*")
 
 
 class HubPushes:

@@ -50,7 +50,7 @@ def check_target(target: str) -> None:
     try:
         words = shlex.split(target)
     except ValueError as error:
-        raise ConfigError(f"notify={target!r} is no command: {error}.") from error
+        raise ConfigError(f"notify={target!r} is not a command: {error}.") from error
     if not words:
         raise ConfigError("notify is empty. Give a URL, or a command.")
 

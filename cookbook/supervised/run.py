@@ -8,7 +8,6 @@ from the state after k steps; the evaluation of that state is logged in the row 
 from __future__ import annotations
 
 import asyncio
-import html
 import logging
 import math
 from collections import deque
@@ -65,6 +64,8 @@ class RunSummary:
 
     def _repr_html_(self) -> str | None:
         """Returns the run's report, which a notebook shows below the cell."""
+        import html
+
         page = self.log_path / "report.html"
         if not page.is_file():
             return None
@@ -161,8 +162,7 @@ class Run:
     def __init__(self, resources: Resources) -> None:
         self._resources = resources
         self._recent_seconds: deque[float] = deque(maxlen=20)
-        model = resources.client.get_info().model_data
-        self._uniform_logprob = -math.log(model.num_logits)
+        self._uniform_logprob = -math.log(resources.client.get_info().model_data.num_logits)
         self._was_uniform = False
 
     def __enter__(self) -> Run:

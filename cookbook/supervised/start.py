@@ -71,8 +71,6 @@ async def start_run(config: Config, folder: RunFolder, checkpoints: CheckpointLo
             _warn_about_start(config, chat_format)
         objective = config.objective()
         evaluators = _create_evaluators(config, folder, template_kwargs, eval_data, objective)
-        _use_held_out_prompts(evaluators, eval_data)
-        _warn_about_noise(config, eval_data)
         start = find_start(config, folder, checkpoints, train_data, eval_data)
         batches = BatchQueue(
             train_data,
@@ -85,20 +83,17 @@ async def start_run(config: Config, folder: RunFolder, checkpoints: CheckpointLo
         await stack.enter_context(batches).check()
         tracker, has_restarted = _track_best(config, folder, checkpoints, start.step, evaluators)
         known = _known_evaluation(folder, start.step)
-        estimated = log_estimate(config, train_data, start.total_steps) if folder.world.is_main else None
+        estimated = None
+        if folder.world.is_main:
+            estimated = log_estimate(config, train_data, start.total_steps, folder.world.size)
         recorder = Recorder()
         client = await _create_client(config, chat_format, folder, checkpoints, recorder, stack)
         model = client.get_info().model_data
         if not client.samples_together:
             check_space(config.log_path, folder.path, model.num_trained_parameters * 10)
         announce_changes(config, folder, checkpoints, start, train_data)
-        # Up to here the folder is unchanged. The config is recorded last: if the process is killed before
-        # that, the same command resumes the run.
-        if start.rows_per_batch_before is not None:
-            checkpoints.count_rows(start.rows_per_batch_before)
-        if folder.length_changes or folder.patience_changes:
-            checkpoints.continue_from_final()
-        folder.record_config(start.step, has_restarted)
+        # Up to here the folder is unchanged.
+        _record_config(folder, checkpoints, start, has_restarted)
         announce(config, folder, client, start, train_data, eval_data)
         if folder.world.is_main:
             environment.record(folder.path, model)
@@ -131,6 +126,18 @@ async def start_run(config: Config, folder: RunFolder, checkpoints: CheckpointLo
             pushes=pushes,
         )
     return Run(resources)
+
+
+def _record_config(folder: RunFolder, checkpoints: CheckpointLog, start: Start, has_restarted: bool) -> None:
+    """Records the config and what it changes in the log of checkpoints.
+
+    The config is last: if the process is killed before that, the same command resumes the run.
+    """
+    if start.rows_per_batch_before is not None:
+        checkpoints.count_rows(start.rows_per_batch_before)
+    if folder.length_changes or folder.patience_changes:
+        checkpoints.continue_from_final()
+    folder.record_config(start.step, has_restarted)
 
 
 def _limit_threads(config: Config, folder: RunFolder) -> None:
@@ -303,6 +310,7 @@ def _read_data(config: Config, folder: RunFolder) -> tuple[SupervisedDataset, Su
             f"at most. Set max_length={context_length}, which truncates such examples, or on_long=drop with "
             f"it."
         )
+    _warn_about_noise(config, eval_data)
     return train_data, eval_data
 
 
@@ -344,10 +352,12 @@ def _create_evaluators(
     held_out: list[Evaluator] = []
     if eval_data is not None:
         held_out = [NLLEvaluator(eval_data) if objective is None else objective.evaluator(eval_data)]
-    return [
+    evaluators = [
         (config.eval_every, [*held_out, *map(make, config.evaluator_builders)]),
         (config.infrequent_eval_every, list(map(make, config.infrequent_evaluator_builders))),
     ]
+    _use_held_out_prompts(evaluators, eval_data)
+    return evaluators
 
 
 def _known_evaluation(folder: RunFolder, step: int) -> Evaluation:

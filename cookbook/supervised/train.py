@@ -10,6 +10,7 @@ import asyncio
 import logging
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 from rich.console import Console
 
@@ -25,7 +26,6 @@ from cookbook.supervised.continuation import check_length, with_recorded_format
 from cookbook.supervised.notify import ending_with
 from cookbook.supervised.preflight import check_before_work
 from cookbook.supervised.run import PendingStep, RunSummary, withdraw
-from cookbook.supervised.start import start_run
 from cookbook.supervised.stop_signal import StopSignal
 
 __all__ = ["Config", "RunSummary", "main", "run"]
@@ -64,19 +64,29 @@ def run(config: Config) -> RunSummary:
     """Does what `main` does, in a program or in a notebook, where an event loop runs already.
 
     Beside a running loop the run has a thread with a loop of its own, and Ctrl-C (in a notebook: the button
-    that interrupts) stops it after the running step, as in a terminal.
+    that interrupts) stops it after the running step, as in a terminal. Before the first step, and the second
+    time, it ends the run at once.
     """
     try:
         asyncio.get_running_loop()
     except RuntimeError:
         return asyncio.run(main(config))
+    tasks: list[asyncio.Task[Any]] = []
+
+    async def cancellable() -> RunSummary:
+        if (task := asyncio.current_task()) is not None:
+            tasks.append(task)
+        return await main(config)
+
     with ThreadPoolExecutor(1, thread_name_prefix="run") as thread:
-        result = thread.submit(asyncio.run, main(config))
+        result = thread.submit(asyncio.run, cancellable())
         while True:
             try:
                 return result.result()
             except KeyboardInterrupt:
                 if not stop_signal.interrupt():
+                    for task in tasks:
+                        task.get_loop().call_soon_threadsafe(task.cancel)
                     raise
 
 
@@ -86,6 +96,8 @@ async def _run(config: Config, folder: RunFolder, checkpoints: CheckpointLog, co
     The order of the engine's queue determines the result: forward_backward and optim_step of a step, then
     saving and evaluating the state after it, and only then the next step.
     """
+    from cookbook.supervised.start import start_run  # imports what only a run needs
+
     pending: deque[PendingStep] = deque()
     withdrawn: list[PendingStep] = []
 

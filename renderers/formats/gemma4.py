@@ -21,13 +21,13 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from cookbook.errors import RendererError
 from renderers.base import Renderer
 from renderers.formats.gemma4_tools import CALL, END_CALL, QUOTE, describe_tool, print_call, read_call
-from renderers.formats.queries import LastQueries
+from renderers.formats.queries import LastQueries, last_of_each
 from renderers.messages import THINKING_KEYS, Message, PlainMessage, Tool, function_of
 from renderers.rendering import Draft, Prepared, Rendering
 from renderers.reply_text import marked_text
@@ -135,7 +135,7 @@ class Gemma4Renderer(Renderer):
 
     @cached_property
     def _users(self) -> LastQueries:
-        return LastQueries(_last_users)
+        return LastQueries(partial(last_of_each, _is_user))
 
     def _num_alike(self, few: Sequence[PlainMessage], more: Sequence[PlainMessage]) -> int:
         return self._users.num_alike(few, more)
@@ -358,12 +358,8 @@ def _said(message: PlainMessage) -> str:
     return str(message.get("content", "")).strip()
 
 
-def _last_users(messages: Sequence[PlainMessage]) -> list[int]:
-    """Returns for each n the last user's message among the first n messages; -1 if there is none."""
-    found = [-1]
-    for index, message in enumerate(messages):
-        found.append(index if message["role"] == "user" else found[-1])
-    return found
+def _is_user(message: PlainMessage) -> bool:
+    return bool(message["role"] == "user")
 
 
 def _name_of(result: PlainMessage, asked: PlainMessage) -> str:

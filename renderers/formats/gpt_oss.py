@@ -18,14 +18,14 @@ Surprising properties of that template:
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Literal
 
 from cookbook.errors import RendererError
 from renderers.base import Renderer
 from renderers.formats.gpt_oss_reply import REPLY, parse_reply
 from renderers.formats.gpt_oss_tools import print_namespace
-from renderers.formats.queries import Beginnings
+from renderers.formats.queries import Beginnings, last_of_each
 from renderers.jinja.today import TODAY
 from renderers.messages import ROLES, Message, PlainMessage, Tool, function_of, to_json
 from renderers.rendering import Draft, Rendering
@@ -66,7 +66,7 @@ class GptOssRenderer(Renderer):
 
     @cached_property
     def _finals(self) -> Beginnings[int]:
-        return Beginnings(_last_finals)
+        return Beginnings(partial(last_of_each, _is_final))
 
     def _num_alike(self, few: Sequence[PlainMessage], more: Sequence[PlainMessage]) -> int:
         # Whether the last message of each is printed as a final of the history is unknown here.
@@ -232,13 +232,8 @@ def _calls(message: PlainMessage) -> list[dict[str, object]]:
     return list(message.get("tool_calls", []))
 
 
-def _last_finals(messages: Sequence[PlainMessage]) -> list[int]:
-    """Returns for each n the last reply without tool calls among the first n messages, or -1."""
-    found = [-1]
-    for index, message in enumerate(messages):
-        is_final = message["role"] == "assistant" and not _calls(message)
-        found.append(index if is_final else found[-1])
-    return found
+def _is_final(message: PlainMessage) -> bool:
+    return message["role"] == "assistant" and not _calls(message)
 
 
 def _thought_before_a_call(message: PlainMessage) -> str:

@@ -31,6 +31,14 @@ class Beginnings(Generic[State]):
         return self._found
 
 
+def last_of_each(is_searched: Callable[[PlainMessage], bool], messages: Sequence[PlainMessage]) -> list[int]:
+    """Returns for each n the last message searched for among the first n messages; -1 if there is none."""
+    found = [-1]
+    for index, message in enumerate(messages):
+        found.append(index if is_searched(message) else found[-1])
+    return found
+
+
 class LastQueries(Beginnings[int]):
     """The position of the last query of each beginning."""
 

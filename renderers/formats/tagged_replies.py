@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Collection, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, ClassVar
 
 from cookbook.errors import RendererError
 from cookbook.utils import notes
 from renderers.base import Renderer
-from renderers.formats.queries import LastQueries
+from renderers.formats.queries import LastQueries, last_of_each
 from renderers.formats.qwen3 import loses_text, thought_and_said
 from renderers.formats.tagged_calls import CallTags, print_as_json
 from renderers.messages import Message, PlainMessage, Tool, function_of
@@ -44,7 +44,7 @@ class TaggedRepliesRenderer(Renderer):
 
     @cached_property
     def _queries(self) -> LastQueries:
-        return LastQueries(self._last_queries)
+        return LastQueries(partial(last_of_each, self._is_query))
 
     # -- what a format defines ----------------------------------------------------------------
 
@@ -116,13 +116,6 @@ class TaggedRepliesRenderer(Renderer):
     def _in_history(self, messages: Sequence[PlainMessage], index: int) -> bool:
         """Returns whether a user's message follows message `index`, so that its thinking is not printed."""
         return not self.keeps_thinking and index <= self._queries.of(messages)[len(messages)]
-
-    def _last_queries(self, messages: Sequence[PlainMessage]) -> list[int]:
-        """Returns for each n the last query among the first n messages; -1 for none."""
-        found = [-1]
-        for index, message in enumerate(messages):
-            found.append(index if self._is_query(message) else found[-1])
-        return found
 
     def _num_alike(self, few: Sequence[PlainMessage], more: Sequence[PlainMessage]) -> int:
         return self._queries.num_alike(few, more)

@@ -43,8 +43,8 @@ def test_the_version_is_printed(argument: str, capsys: pytest.CaptureFixture) ->
     ("argv", "message"),
     [
         (["sfd"], "There is no command 'sfd'. Did you mean `sft`?"),
-        (["completion", "tcsh"], "tcsh is no shell. Supported: bash, zsh, fish."),
-        (["completion"], "nothing is no shell."),
+        (["completion", "tcsh"], "tcsh is not a shell. Supported: bash, zsh, fish."),
+        (["completion"], "nothing is not a shell."),
     ],
 )
 def test_an_error_says_what_to_do(argv: list[str], message: str, capsys: pytest.CaptureFixture) -> None:

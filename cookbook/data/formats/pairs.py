@@ -41,8 +41,8 @@ def read_prompt_completion(row: Mapping[str, Any]) -> Conversation:
     may repeat the messages of its prompt, as `chosen` does in preference data. Two strings may also be text
     that a chat template has already printed; the renderer recognises it from `Conversation.pair`.
     """
-    prompt = _side(row, PROMPTS, "user")
-    completion = _side(row, COMPLETIONS, "assistant")
+    prompt = side_of(row, PROMPTS, "user")
+    completion = side_of(row, COMPLETIONS, "assistant")
     if completion[: len(prompt)] == prompt:
         completion = completion[len(prompt) :]
     history = _history(row)
@@ -52,7 +52,11 @@ def read_prompt_completion(row: Mapping[str, Any]) -> Conversation:
     return replace(conversation, pair=strings) if is_pair else conversation
 
 
-def _side(row: Mapping[str, Any], keys: Sequence[str], role: str) -> list[Message]:
+def side_of(row: Mapping[str, Any], keys: Sequence[str], role: str) -> list[Message]:
+    """Returns the messages under the first of the `keys` that has a value; a string is one of `role`.
+
+    Raises DataError if there is none, or if it is neither a string nor messages.
+    """
     key = next((key for key in keys if row.get(key) is not None), None)
     if key is None:
         raise DataError(f"no `{keys[0]}` (keys: {names(row)}).")

@@ -21,7 +21,7 @@ def stopped(run: Path, estimate: dict[str, Any] | None = None) -> Path:
     (run / "estimate.json").write_text(json.dumps({**ESTIMATE, **(estimate or {})}), encoding="utf-8")
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     for row in rows[:-1]:
-        row["perf/peak_memory_gib"] = 2.5 if row["step"] else 1.5
+        row["perf/memory_peak_gib"] = 2.5 if row["step"] else 1.5
     lines = "".join(json.dumps(row) + "\n" for row in rows)
     (run / "metrics.jsonl").write_text(lines, encoding="utf-8")
     return run

@@ -18,7 +18,6 @@ from cookbook.config import cli
 from cookbook.errors import ConfigError, DataError
 from cookbook.supervised.dpo import DpoConfig, PairDatasetBuilder, dpo_loss
 from recipes import dpo
-from renderers import get_renderer
 
 FEW = ["batch_size=3", "test_size=2", "lora_rank=4", "infrequent_eval_every=0", "learning_rate=1e-3"]
 CONSTANT = ["lr_schedule=constant", "save_every=0"]
@@ -111,7 +110,6 @@ def test_pairs_are_rendered_as_prompt_and_replies(pairs: Path) -> None:
     (batch,) = data.iter_batches()
     assert len(batch) == 22
     tokenizer = models.get_tokenizer(embedded.MODEL_NAME)
-    renderer = get_renderer(str(config.renderer_name), tokenizer)
     for chosen, rejected in zip(batch[::2], batch[1::2], strict=True):
         texts = [tokenizer.decode(one.model_input.to_ints()) for one in (chosen, rejected)]
         assert "I do not know" in texts[1]
@@ -121,7 +119,6 @@ def test_pairs_are_rendered_as_prompt_and_replies(pairs: Path) -> None:
         ]
         prompts = [one.model_input.to_ints()[:n] for one, n in zip((chosen, rejected), first, strict=True)]
         assert prompts[0] == prompts[1]
-    assert renderer is not None
 
 
 def test_a_resumed_run_continues_with_the_recorded_reference(run: Path, pairs: Path, tmp_path: Path) -> None:
@@ -138,6 +135,8 @@ def test_a_resumed_run_continues_with_the_recorded_reference(run: Path, pairs: P
     [
         ({"prompt": "Hi", "chosen": "Ahoy"}, "no `rejected`"),
         ({"chosen": "Ahoy", "rejected": "Hi"}, "has no prompt"),
+        ({"prompt": "Hi", "chosen": ["Ahoy"], "rejected": ["Hi"]}, "`chosen` is a list, not a string"),
+        ({"prompt": 1, "chosen": "Ahoy", "rejected": "Hi"}, "`prompt` is a int, not a string"),
     ],
 )
 def test_an_incomplete_pair_is_named(row: dict[str, Any], reason: str, tmp_path: Path) -> None:

@@ -10,6 +10,8 @@ import pytest
 
 from cookbook.config import cli
 from cookbook.engine.cards import CARDS
+from cookbook.runs.record import read_run
+from cookbook.runs.summary import forecasts_of
 from cookbook.supervised import estimate, memory_table
 from cookbook.supervised.config import Config
 from recipes import estimate as recipe
@@ -38,6 +40,11 @@ def test_trained_weights_and_the_size_of_a_checkpoint_are_as_estimated(run: Path
     assert f"{made['trained_weights']:,}" == machine["trained parameters"]
     tensors = (run / "checkpoints" / "final").rglob("*.safetensors")
     assert sum(path.stat().st_size for path in tensors) == pytest.approx(made["checkpoint_bytes"], rel=0.05)
+
+
+def test_memory_and_time_of_a_run_are_compared_with_its_estimate(run: Path) -> None:
+    found = [forecast.what for forecast in forecasts_of(read_run(run))]
+    assert found == ["memory", "time of the training steps"]
 
 
 def test_the_recipe_estimates_for_a_card_that_is_not_here(

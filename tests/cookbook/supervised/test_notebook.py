@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import json
+import signal
 import threading
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
+import chz
 import pytest
 
 from cookbook.config import cli
+from cookbook.eval.evaluators import EvaluatorBuilder, TrainingClientEvaluator
 from cookbook.supervised import stop_signal, train
 from cookbook.supervised.run import RunSummary
 from recipes import sft
@@ -54,6 +58,31 @@ def test_the_interrupt_of_a_notebook_stops_a_run_after_its_step(tmp_path: Path) 
     assert not found[0].is_finished
     assert found[0].num_steps < 500
     assert not stop_signal.interrupt()
+
+
+class NothingMeasured(TrainingClientEvaluator):
+    async def __call__(self, training_client: Any) -> dict[str, float]:
+        return {}
+
+
+@chz.chz
+class InterruptBuilder(EvaluatorBuilder):
+    """Interrupts the main thread while the run is prepared."""
+
+    def __call__(self) -> NothingMeasured:
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+        return NothingMeasured()
+
+
+def test_an_interrupt_before_the_first_step_ends_a_run_beside_a_loop(tmp_path: Path) -> None:
+    async def cell() -> RunSummary:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # as in a notebook
+        builder = f"evaluator_builders.0={__name__}:InterruptBuilder"
+        return train.run(config_in(tmp_path, "max_steps=500", "eval_every=500", builder))
+
+    with pytest.raises(KeyboardInterrupt):
+        asyncio.run(cell())
+    assert not (tmp_path / "metrics.jsonl").exists()
 
 
 def test_a_notebook_shows_the_report_below_the_cell(tmp_path: Path) -> None:
