@@ -157,38 +157,40 @@ def _loading_line(config: ChatConfig) -> Iterator[None]:
     print(visible(f"{time.monotonic() - started:.1f} s"), flush=True)
 
 
+def _clients(
+    config: ChatConfig, service: ServiceClient
+) -> tuple[str, str, Mapping[str, str], dict[str, SamplingClient]]:
+    """Returns the base model, the title, the metadata with the chat format, and the clients by labels."""
+    from cookbook.runs.find import find_trained_model
+
+    if config.checkpoint is None:
+        assert config.model_name is not None
+        base_model = models.canonical_name(config.model_name)
+        return base_model, config.model_name, {}, {"model": service.create_sampling_client(None, base_model)}
+    source = find_trained_model(config.checkpoint, config.which, config.model_name)
+    base_model = source.origin
+    clients = {BASE: service.create_sampling_client(None, base_model)} if config.compare else {}
+    clients["tuned"] = service.create_sampling_client(source.folder, base_model)
+    if config.against is not None:
+        other = find_trained_model(config.against, config.which, config.model_name)
+        if other.origin != base_model:
+            raise ConfigError(
+                f"against={config.against} is of {other.origin}, and {config.checkpoint} of "
+                f"{base_model}: the two need one chat format. Give checkpoints of one model."
+            )
+        label = other.name if other.name not in clients else f"{other.name} (against)"
+        clients[label] = service.create_sampling_client(other.folder, base_model)
+    title = f"{base_model}, as trained in {source.folder}"
+    return base_model, title, source.info.user_metadata or {}, clients
+
+
 def _speakers(
     config: ChatConfig, service: ServiceClient
 ) -> tuple[str, list[Speaker], Callable[[], Speaker] | None]:
     """Returns the title of the chat, the models that reply, and what adds the base model to a checkpoint."""
-    from cookbook.runs.find import find_trained_model, recorded_template_kwargs
+    from cookbook.runs.find import recorded_template_kwargs
 
-    if config.checkpoint is None:
-        assert config.model_name is not None
-        base_model, title = models.canonical_name(config.model_name), config.model_name
-        clients = {"model": service.create_sampling_client(base_model=base_model)}
-        recorded: Mapping[str, str] = {}
-    else:
-        source = find_trained_model(config.checkpoint, config.which, config.model_name)
-        base_model, recorded = source.origin, source.info.user_metadata or {}
-        title = f"{base_model}, as trained in {source.folder}"
-        clients = {}
-        if config.compare:
-            clients[BASE] = service.create_sampling_client(base_model=base_model)
-        clients["tuned"] = service.create_sampling_client(
-            source.folder, base_model=None if source.is_full else base_model
-        )
-        if config.against is not None:
-            other = find_trained_model(config.against, config.which, config.model_name)
-            if other.origin != base_model:
-                raise ConfigError(
-                    f"against={config.against} is of {other.origin}, and {config.checkpoint} of "
-                    f"{base_model}: the two need one chat format. Give checkpoints of one model."
-                )
-            label = other.name if other.name not in clients else f"{other.name} (against)"
-            clients[label] = service.create_sampling_client(
-                other.folder, base_model=None if other.is_full else base_model
-            )
+    base_model, title, recorded, clients = _clients(config, service)
     renderer_name = (
         config.renderer_name or recorded.get("renderer_name") or models.recommended_renderer(base_model)
     )

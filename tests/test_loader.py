@@ -26,7 +26,7 @@ READS_JSON = {
     "cookbook/config/documents.py",  # configs, with the lines of their keys
     "cookbook/clients/vllm.py",  # answers of a server
     "cookbook/chat/remote.py",
-    "cookbook/clients/sampling.py",  # a handle, whose values are checked
+    "cookbook/clients/pickled.py",  # a handle, whose values are checked
     "cookbook/types/values.py",  # text that a program passes
     "cookbook/eval/samples.py",  # a value of the command line
     "cookbook/export/chat_format.py",  # written by transformers just before

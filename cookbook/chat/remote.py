@@ -6,15 +6,16 @@ import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
-
-import httpx
+from typing import TYPE_CHECKING, Any
 
 from cookbook.chat.session import ChatReply, ReplyEnd
 from cookbook.errors import ModelError, RequestError
 from cookbook.types import SamplingParams
 from renderers import Message
 from renderers.streaming import Delta
+
+if TYPE_CHECKING:
+    import httpx
 
 API_KEY_VARIABLES = ("COOKBOOK_API_KEY", "OPENAI_API_KEY")
 _SECONDS_TO_CONNECT = 10.0
@@ -37,6 +38,8 @@ class RemoteSession:
 
         Raises ModelError if no server answers, and RequestError for what it refuses.
         """
+        import httpx
+
         key = next(filter(None, map(os.environ.get, API_KEY_VARIABLES)), "none")
         timeout = httpx.Timeout(None, connect=_SECONDS_TO_CONNECT)
         headers = {"authorization": f"Bearer {key}"}
@@ -48,6 +51,8 @@ class RemoteSession:
         self.model = model or str(self._first_model())
 
     def _first_model(self) -> Any:
+        import httpx
+
         try:
             answer = self._http.get("models")
             _check(answer)

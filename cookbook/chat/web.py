@@ -23,7 +23,7 @@ from cookbook.chat.session import Replier
 from cookbook.errors import CookbookError, RequestError, describe
 from cookbook.utils import json_files
 from cookbook.utils.json_files import JsonOrigin
-from cookbook.utils.network import LOOPBACK
+from cookbook.utils.network import LOOPBACK, refusal_of_page
 
 logger = logging.getLogger(__name__)
 
@@ -121,7 +121,8 @@ class _Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         if not self._is_for_us():
             return
-        length = int(self.headers.get("Content-Length") or 0)
+        declared = self.headers.get("Content-Length") or ""
+        length = int(declared) if declared.isdecimal() else 0
         if not 0 < length <= MAX_BYTES or "json" not in (self.headers.get("Content-Type") or ""):
             self.close_connection = True
             self._fail(400, f"Send JSON of at most {MAX_BYTES:,} bytes.")
@@ -136,13 +137,14 @@ class _Handler(BaseHTTPRequestHandler):
             json_files.check(request, _SHAPE, origin)
             events = self.server.events(request)
             first = next(events)
+            rest = () if request.get("stream") else tuple(events)
         except (CookbookError, ValueError) as error:
             self._fail(400, describe(error) if isinstance(error, CookbookError) else str(error))
             return
         if request.get("stream"):
             self._stream(first, events)
         else:
-            self._answer_json(200, _whole([first, *events]))
+            self._answer_json(200, _whole([first, *rest]))
 
     def _stream(self, first: dict[str, Any], events: Iterator[dict[str, Any]]) -> None:
         self.send_response(200)
@@ -165,15 +167,12 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.flush()
 
     def _is_for_us(self) -> bool:
-        """Refuses a request for another host, as a page of another site would send under its own name."""
-        port = self.server.server_address[1]
-        origin = self.headers.get("Origin")
-        hosts = {f"{name}:{port}" for name in (LOOPBACK, "localhost")}
-        if self.headers.get("Host") in hosts and origin in (None, *(f"http://{host}" for host in hosts)):
-            return True
-        self.close_connection = True
-        self._fail(403, "This chat answers only its own page and programs of this machine.")
-        return False
+        """Refuses what a page of another site sends."""
+        refusal = refusal_of_page(self.headers.get("Host", ""), self.headers.get("Origin"))
+        if refusal is not None:
+            self.close_connection = True
+            self._fail(403, refusal)
+        return refusal is None
 
     def _fail(self, status: int, message: str) -> None:
         self._answer_json(status, {"error": {"message": message}})

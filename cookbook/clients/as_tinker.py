@@ -71,10 +71,8 @@ def install_as_tinker() -> None:
     paths = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
     if str(CHILDREN_PATH) not in paths:
         root = Path(errors.__file__).parents[1]
-        found_anywhere = (
-            root.name == "site-packages"
-        )  # elsewhere it may have been found in the current folder
-        paths += [] if found_anywhere else [str(root)]
+        if root.name != "site-packages":  # it may have been found in the current folder
+            paths.append(str(root))
         os.environ["PYTHONPATH"] = os.pathsep.join([str(CHILDREN_PATH), *paths])
     if str(CHILDREN_PATH) not in sys.path:  # which multiprocessing hands on
         sys.path.insert(0, str(CHILDREN_PATH))
@@ -83,6 +81,7 @@ def install_as_tinker() -> None:
 
 
 def modules() -> dict[str, Mapping[str, Any]]:
+    """Returns the names of each module of the SDK that there is here."""
     values = {name: getattr(types, name) for name in types.__all__}
     raised = {name: value for name, value in vars(errors).items() if isinstance(value, type)}
     top = {

@@ -1,4 +1,4 @@
-"""RestClient: lists, removes and describes the checkpoints on this machine, by `tinker://` paths."""
+"""RestClient: lists, describes and removes the checkpoints on this machine, by `tinker://` paths."""
 
 from __future__ import annotations
 
@@ -27,17 +27,16 @@ from cookbook.types import (
     TrainingRun,
     TrainingRunsResponse,
     WeightsInfoResponse,
+    check_ttl,
 )
 from cookbook.utils import files, json_files
 
 T = TypeVar("T")
 AccessScope = Literal["owned", "accessible"]
 
-_LONGEST_TTL = 10 * 365 * 24 * 3600
-
 
 class RestClient:
-    """Lists and removes checkpoints of this machine, and tells what they are.
+    """Lists, describes and removes checkpoints of this machine.
 
     Without a `root` it sees all runs that were saved without a `checkpoint_dir`. Every method returns a
     future, and has an `_async` twin. Those that raise CheckpointError for a run or a checkpoint that does not
@@ -122,10 +121,7 @@ class RestClient:
         """Sets how long a checkpoint is kept from now on, in seconds, or for ever with None."""
 
         def set_ttl() -> None:
-            if ttl_seconds is not None and not 1 <= ttl_seconds <= _LONGEST_TTL:
-                raise RequestError(
-                    f"Invalid ttl_seconds={ttl_seconds}: must be a whole number from 1 to {_LONGEST_TTL}."
-                )
+            check_ttl(ttl_seconds)
             path = self._folder(tinker_path) / checkpoint.STATE_FILE
             state = json_files.read_object(path, CheckpointError, "Save the checkpoint again.")
             state.pop("expires_at", None)

@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-import base64
 import functools
-import json
 import os
 import threading
 import uuid
 import weakref
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from safetensors.torch import load, save
-
-from cookbook import models
 from cookbook.clients.futures import APIFuture, ClientFuture, TokenStream
+from cookbook.clients.pickled import PickledClient
 from cookbook.clients.recorded import RECORDED
 from cookbook.engine import checkpoint
 from cookbook.engine.model.adapters import Adapter
 from cookbook.engine.model.base_model import BaseModel
 from cookbook.engine.model.peft_names import by_own_names
-from cookbook.engine.options import EngineOptions
 from cookbook.engine.sampling.requests import (
     OnToken,
     SampleRequest,
@@ -37,9 +32,7 @@ from cookbook.engine.training.trainer import Trainer, check_weights_fit
 from cookbook.engine.worker import Engine
 from cookbook.errors import CheckpointError, ClosedError, RequestError
 from cookbook.types import (
-    LoraConfig,
     ModelInput,
-    PeftSettings,
     PromptScores,
     SampledSequence,
     SampleResponse,
@@ -327,44 +320,28 @@ class SamplingClient(ClientFuture):
             engine.submit_to(sampler, request)
         return first
 
-    def __reduce__(self) -> tuple[Any, tuple[_PickledClient]]:
-        """Returns what another process needs: the adapter's weights, and how the base model is loaded."""
+    def _pickled(self) -> PickledClient:
         engine, _, prepared = self._open_parts()
         if engine.base.is_sharded:
             raise RequestError(
                 "A sampling client of sharded weights cannot be pickled. Save them and send their path."
             )
-        return _of_pickled, (
-            engine.submit(_snapshot, self._id, self._records, engine.base, prepared).result(),
-        )
+        job = engine.submit(PickledClient.of_prepared, self._id, self._records, engine.base, prepared)
+        pickled: PickledClient = job.result()
+        return pickled
+
+    def __reduce__(self) -> tuple[Any, tuple[PickledClient]]:
+        """Returns what another process needs: the adapter's weights, and how the base model is loaded."""
+        return _of_pickled, (self._pickled(),)
 
     def get_sampler_handle(self) -> str:
         """Returns a text from which `from_sampler_handle` makes a client of these weights in any process."""
-        snapshot = self.__reduce__()[1][0]
-        values = {**asdict(snapshot), "weights": base64.b64encode(snapshot.weights).decode("ascii")}
-        return base64.urlsafe_b64encode(json.dumps(values).encode()).decode("ascii")
+        return self._pickled().handle()
 
     @staticmethod
     def from_sampler_handle(handle: str, *, api_key: str | None = None) -> SamplingClient:
         """Returns a client for a handle of `get_sampler_handle`. Raises RequestError for another text."""
-        try:
-            values = json.loads(base64.urlsafe_b64decode(handle))
-            lora = values["lora"]
-            if lora is not None:
-                peft = None if lora["peft"] is None else PeftSettings(**lora["peft"])
-                lora = LoraConfig(**{**lora, "peft": peft})
-            snapshot = _PickledClient(
-                **{
-                    **values,
-                    "options": EngineOptions(**values["options"]),
-                    "add_tokens": tuple(values["add_tokens"]),
-                    "lora": lora,
-                    "weights": base64.b64decode(values["weights"]),
-                }
-            )
-        except (ValueError, TypeError, KeyError) as error:
-            raise RequestError(f"This is not a handle of get_sampler_handle: {error}.") from error
-        return _of_pickled(snapshot)
+        return _of_pickled(PickledClient.from_handle(handle))
 
     def get_base_model(self) -> str:
         """Returns the name of the base model."""
@@ -447,67 +424,17 @@ def _read(
     )
 
 
-@dataclass(frozen=True)
-class _PickledClient:
-    """A sampling client on its way to another process."""
-
-    client_id: str
-    process_id: int
-    records: bool
-    options: EngineOptions
-    base_model: str
-    add_tokens: tuple[str, ...]
-    lora: LoraConfig | None
-    weights: bytes
-    """The adapter's tensors as safetensors, by their own names; empty for the base model."""
-    seed: int | None
-
-
 _OPEN: weakref.WeakValueDictionary[str, SamplingClient] = weakref.WeakValueDictionary()
 """The clients of this process, which pickles of them stand for here."""
-_ENGINES: dict[tuple[EngineOptions, str, tuple[str, ...]], Engine] = {}
-"""The engines of clients that came from other processes."""
-_ENGINES_LOCK = threading.Lock()
 
 
-def _snapshot(client_id: str, records: bool, base: BaseModel, prepared: Prepared) -> _PickledClient:
-    adapter, seed = prepared.result()
-    lora, weights = None, b""
-    if adapter is not None:
-        if adapter.is_full:
-            raise RequestError(
-                "A sampling client of a full fine-tune cannot be pickled. Save it and send its path."
-            )
-        lora = adapter.lora
-        weights = save({name: weight.detach().cpu().contiguous() for name, weight in adapter.weights.items()})
-    name = models.canonical_name(base.name)
-    return _PickledClient(
-        client_id, os.getpid(), records, base.options, name, base.add_tokens, lora, weights, seed
-    )
-
-
-def _of_pickled(snapshot: _PickledClient) -> SamplingClient:
+def _of_pickled(pickled: PickledClient) -> SamplingClient:
     """Returns the client itself in its own process, and a client of the same weights in another."""
-    here = _OPEN.get(snapshot.client_id) if snapshot.process_id == os.getpid() else None
+    here = _OPEN.get(pickled.client_id) if pickled.process_id == os.getpid() else None
     if here is not None and here._parts is not None:
         return here
-    key = (snapshot.options, snapshot.base_model, snapshot.add_tokens)
-    with _ENGINES_LOCK:
-        if key not in _ENGINES or _ENGINES[key].is_closed:
-            _ENGINES[key] = Engine(snapshot.base_model, snapshot.options, add_tokens=snapshot.add_tokens)
-        engine = _ENGINES[key]
-    return SamplingClient(engine, functools.partial(_of_weights, engine.base, snapshot), snapshot.records)
-
-
-def _of_weights(base: BaseModel, snapshot: _PickledClient) -> tuple[Adapter | None, int | None]:
-    if snapshot.lora is None:
-        return None, snapshot.seed
-    weights = load(snapshot.weights)
-    adapter = base.adapters.add(snapshot.lora)
-    with base.adapters.removing_on_failure(adapter):
-        for name, parameter in adapter.weights.items():
-            parameter.data.copy_(weights[name])
-    return adapter, snapshot.seed
+    engine = pickled.engine()
+    return SamplingClient(engine, functools.partial(pickled.add_adapter, engine.base), pickled.records)
 
 
 T = TypeVar("T")

@@ -36,13 +36,12 @@ from cookbook.types import (
     SaveWeightsExternalResponse,
     SaveWeightsForSamplerResponse,
     SaveWeightsResponse,
+    check_ttl,
 )
 from cookbook.utils import extras, files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-_TEN_YEARS = 10 * 365 * 24 * 3600
 
 
 class TrainingClient(ClientFuture):
@@ -282,15 +281,7 @@ class TrainingClient(ClientFuture):
         overwrite: bool,
         user_metadata: Mapping[str, str] | None = None,
     ) -> Future[None]:
-        if ttl_seconds is not None and (
-            isinstance(ttl_seconds, bool)
-            or not isinstance(ttl_seconds, int)
-            or not 1 <= ttl_seconds <= _TEN_YEARS
-        ):
-            raise RequestError(
-                f"Invalid ttl_seconds={ttl_seconds!r}: must be a whole number from 1 to {_TEN_YEARS} (ten "
-                f"years), or None to keep the checkpoint. Pass overwrite= by name."
-            )
+        check_ttl(ttl_seconds)
         engine, trainer = self._open_parts()
         return engine.submit(
             _save, trainer, self._checkpoint_dir, path, with_optimizer, overwrite, ttl_seconds, user_metadata

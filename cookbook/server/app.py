@@ -20,12 +20,13 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from cookbook.errors import CookbookError, describe
 from cookbook.server.openai_api import OpenAiApi
-from cookbook.server.options import ServerOptions, is_loopback
+from cookbook.server.options import ServerOptions
 from cookbook.server.promises import Refusal
 from cookbook.server.rest_api import RestApi
 from cookbook.server.state import ServerState
 from cookbook.server.store import CheckpointStore
 from cookbook.server.tinker_api import TinkerApi
+from cookbook.utils.network import refusal_of_page
 
 if TYPE_CHECKING:
     from cookbook.clients.service import ServiceClient
@@ -49,7 +50,7 @@ def make_app(service: ServiceClient, options: ServerOptions, store: CheckpointSt
         house.cancel()
         await state.close()
 
-    app = Starlette(
+    return Starlette(
         routes=[*TinkerApi(state).routes(), *RestApi(state).routes(), *OpenAiApi(state).routes()],
         lifespan=lifespan,
         middleware=[Middleware(Guard, options=options)],
@@ -60,15 +61,12 @@ def make_app(service: ServiceClient, options: ServerOptions, store: CheckpointSt
             Exception: _failed,
         },
     )
-    app.state.server = state
-    return app
 
 
 class Guard:
     """Refuses requests without the API key, and those that a web page makes a browser send.
 
-    Without a key the server listens on loopback, where pages of other sites can reach it through the
-    browser of this machine's user: they are known by the Origin or by a Host that is not this machine.
+    The latter are refused where there is no key: then the server listens on loopback.
     """
 
     def __init__(self, app: ASGIApp, options: ServerOptions) -> None:
@@ -93,14 +91,8 @@ class Guard:
             if not hmac.compare_digest(given.encode(), self._key.encode()):
                 return 401, "The API key is missing or not that of this server."
             return None
-        host = headers.get("host", "")
-        name = host.rsplit(":", 1)[0].strip("[]") if not host.endswith("]") else host.strip("[]")
-        if not is_loopback(name):
-            return 403, f"The request is for {host!r}, which is not this machine."
-        origin = headers.get("origin")
-        if origin is not None and origin.partition("://")[2] != host:
-            return 403, f"Pages of {origin!r} may not use this server."
-        return None
+        refusal = refusal_of_page(headers.get("host", ""), headers.get("origin"))
+        return None if refusal is None else (403, refusal)
 
 
 def error_response(status: int, message: str) -> Response:

@@ -34,7 +34,7 @@ class LoadedModel:
     lock: threading.Lock = field(default_factory=threading.Lock)
     """Held while a conversation is rendered or a reply is parsed."""
     num_users: int = 0
-    last_used: float = 0.0
+    last_used: float = field(default_factory=time.monotonic)
 
 
 class NamedModels:
@@ -84,8 +84,7 @@ class NamedModels:
         except CookbookError as error:
             raise Refusal(404, self._state.without_folder(str(error))) from error
         if key not in self._loaded:
-            await self._make_room()
-            self._loaded[key] = asyncio.create_task(asyncio.to_thread(self._load, name, key))
+            self._loaded[key] = asyncio.create_task(self._load_in_room(name, key))
         try:
             loaded = await asyncio.shield(self._loaded[key])
         except Exception:
@@ -103,14 +102,16 @@ class NamedModels:
         folder = self.folder_of(name)
         return name if folder is None else str(find_trained_model(folder).folder.resolve())
 
-    async def _make_room(self) -> None:
+    async def _load_in_room(self, name: str, key: str) -> LoadedModel:
+        """Closes models that are not in use beyond `max_loaded`, then loads."""
         unused = [
             (task.result().last_used, key)
             for key, task in self._loaded.items()
             if task.done() and task.exception() is None and not task.result().num_users
         ]
-        for _, key in sorted(unused)[: max(0, len(self._loaded) + 1 - self._max_loaded)]:
-            await asyncio.to_thread(self._loaded.pop(key).result().client.close)
+        for _, other in sorted(unused)[: max(0, len(self._loaded) - self._max_loaded)]:
+            await asyncio.to_thread(self._loaded.pop(other).result().client.close)
+        return await asyncio.to_thread(self._load, name, key)
 
     def _load(self, name: str, key: str) -> LoadedModel:
         service = self._state.service
@@ -120,9 +121,7 @@ class NamedModels:
         else:
             source = find_trained_model(key)
             base_model, recorded = source.origin, source.info.user_metadata or {}
-            client = service.create_sampling_client(
-                source.folder, base_model=None if source.is_full else base_model
-            )
+            client = service.create_sampling_client(source.folder, base_model)
         return LoadedModel(
             client,
             renderer_of(base_model, recorded, client.get_tokenizer()),
@@ -147,7 +146,7 @@ def renderer_of(base_model: str, recorded: Mapping[str, str], tokenizer: Any) ->
 def run_folders(given: Sequence[Path]) -> dict[str, Path]:
     """Returns the runs and checkpoints in the given folders by their names.
 
-    A folder is one of a run or of a checkpoint, or holds such folders. Raises CheckpointError if it is none.
+    A folder is one of a run or of a checkpoint, or holds such folders. Raises CheckpointError otherwise.
     """
     found: dict[str, Path] = {}
     for folder in given:
@@ -156,7 +155,7 @@ def run_folders(given: Sequence[Path]) -> dict[str, Path]:
         if not inside and folder.is_dir():
             inside = [path for path in sorted(folder.iterdir()) if _is_model(path)]
         if not inside:
-            raise CheckpointError(f"{folder} is no folder of a run or a checkpoint, and holds none.")
+            raise CheckpointError(f"{folder} must be the folder of a run or of a checkpoint, or hold some.")
         for path in inside:
             name = path.resolve().name
             if not files.PLAIN_NAME.fullmatch(name):

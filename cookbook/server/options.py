@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -10,7 +9,7 @@ from pathlib import Path
 
 from cookbook.errors import ConfigError
 from cookbook.utils import extras
-from cookbook.utils.network import LOOPBACK
+from cookbook.utils.network import LOOPBACK, is_loopback
 
 API_KEY_VARIABLE = "COOKBOOK_API_KEY"
 KEY_PREFIX = "tml-"
@@ -65,23 +64,10 @@ class ServerOptions:
             raise ConfigError("There is no model to serve. Give model_name=.")
 
 
-def is_loopback(host: str) -> bool:
-    """Returns whether only programs of this machine can reach the address."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
 def check_installed() -> None:
     """Raises ConfigError if a package that the server needs is not installed."""
-    for_server = "recipes.serve"
-    extras.require("tinker", for_server, extra="server")
-    extras.require("starlette", for_server, extra="server")
-    extras.require("uvicorn", for_server, extra="server")
-    extras.require("zstandard", for_server, extra="server")
+    for package in ("tinker", "starlette", "uvicorn", "zstandard"):
+        extras.require(package, "recipes.serve", extra="server")
 
 
 def api_key_of_environment() -> str | None:

@@ -6,7 +6,10 @@ import asyncio
 import json
 import logging
 import time
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from cookbook.errors import (
@@ -52,9 +55,10 @@ class ResponseBody:
 class Promise:
     """The result of one request: pending, complete or failed."""
 
-    def __init__(self, request_id: str, kind: str) -> None:
-        self.request_id = request_id
+    def __init__(self, kind: str, note_done: Callable[[], None]) -> None:
+        """`note_done` is called once, when it is complete or has failed."""
         self.kind = kind
+        self._note_done = note_done
         self.answer: ResponseBody | None = None
         self.error: BaseException | None = None
         self.retrieved_at: float | None = None
@@ -67,8 +71,7 @@ class Promise:
 
     def complete(self, answer: ResponseBody) -> None:
         if not self.is_done:
-            self.answer = answer
-            self._done.set()
+            self._set(answer)
 
     def fail(self, error: BaseException, message: str | None = None) -> None:
         """Completes it with an error, as `message` says it or the error itself."""
@@ -79,8 +82,12 @@ class Promise:
             logger.warning("%s failed: %s", self.kind, describe(error))
         self.error = error
         body = {"error": message or describe(error), "category": "user" if is_of_user else "server"}
-        self.answer = ResponseBody.of_json(body)
+        self._set(ResponseBody.of_json(body))
+
+    def _set(self, answer: ResponseBody) -> None:
+        self.answer = answer
         self._done.set()
+        self._note_done()
 
     async def wait(self, seconds: float) -> ResponseBody | None:
         """Returns the result, or None if it is still pending after so many seconds."""
@@ -94,24 +101,33 @@ class Promise:
 
 
 class Promises:
-    """The promises by their request ids. The ids follow from the requests, so a repeated one has the same."""
+    """The promises by their request ids. The ids follow from the requests, so a repeated one has the same.
+
+    An id begins with that of the session, before a colon.
+    """
 
     def __init__(self, result_seconds: float) -> None:
         self._result_seconds = result_seconds
         self._found: dict[str, Promise] = {}
+        self._num_pending: Counter[str] = Counter()
+        """How many of each session are not done."""
 
     def get(self, request_id: str) -> Promise | None:
         return self._found.get(request_id)
 
     def create(self, request_id: str, kind: str) -> Promise:
-        promise = self._found[request_id] = Promise(request_id, kind)
+        session_id = request_id.partition(":")[0]
+        self._num_pending[session_id] += 1
+        promise = self._found[request_id] = Promise(kind, partial(self._note_done, session_id))
         return promise
 
-    def __len__(self) -> int:
-        return len(self._found)
+    def _note_done(self, session_id: str) -> None:
+        self._num_pending[session_id] -= 1
+        if not self._num_pending[session_id]:
+            del self._num_pending[session_id]
 
-    def num_pending(self, prefix: str) -> int:
-        return sum(not promise.is_done for name, promise in self._found.items() if name.startswith(prefix))
+    def num_pending(self, session_id: str) -> int:
+        return self._num_pending[session_id]
 
     def forget_read(self, now: float) -> None:
         """Removes the results that were read some time ago."""
@@ -123,9 +139,9 @@ class Promises:
         for name in old:
             del self._found[name]
 
-    def end(self, prefix: str, error: BaseException) -> None:
-        """Fails the pending promises whose ids begin so. They are forgotten as if they had been read."""
+    def end(self, session_id: str, error: BaseException) -> None:
+        """Fails a session's pending promises. They are forgotten as if they had been read."""
         for name, promise in self._found.items():
-            if name.startswith(prefix):
+            if name.startswith(f"{session_id}:"):
                 promise.fail(error)
                 promise.retrieved_at = promise.retrieved_at or time.monotonic()

@@ -30,20 +30,23 @@ class Turns:
         self.next = 0
         self._waiting: dict[int, tuple[Promise, Work]] = {}
         self._changed = asyncio.Event()
-        self._last_change = time.monotonic()
+        self._missing_since = time.monotonic()
+        """When the first of those that wait arrived, or the one before them had run."""
         self._task = asyncio.create_task(self._run())
 
     def put(self, number: int, promise: Promise, work: Work) -> None:
         """Raises RequestError for a number that is past or far ahead."""
         if not self.next <= number < self.next + _FARTHEST:
             raise RequestError(f"seq_id {number} is not one of the {_FARTHEST:,} from {self.next}.")
+        if not self._waiting:
+            self._missing_since = time.monotonic()
         self._waiting[number] = promise, work
         self._changed.set()
 
     def seconds_missing(self, now: float) -> float:
         """Returns for how long later ones have waited for the next one, which has not arrived."""
         is_missing = bool(self._waiting) and self.next not in self._waiting
-        return now - self._last_change if is_missing else 0.0
+        return now - self._missing_since if is_missing else 0.0
 
     def give_up(self) -> None:
         """Fails all that wait for one that did not arrive."""
@@ -63,8 +66,8 @@ class Turns:
             self._changed.clear()
             while (found := self._waiting.pop(self.next, None)) is not None:
                 self.next += 1
-                self._last_change = time.monotonic()
                 await found[1]()
+                self._missing_since = time.monotonic()
 
 
 @dataclass
@@ -132,7 +135,9 @@ class ServerSession:
 
     @property
     def num_adapters(self) -> int:
-        """How many adapters are in memory. A sampler of a base model has none."""
-        models = sum(one.failure is None for one in self.models.values())
-        samplers = [one for one in self.samplers.values() if one.load is None or one.model_path is not None]
+        """How many adapters are in memory. A sampler of a base model has none. It is read on any thread."""
+        models = sum(one.failure is None for one in [*self.models.values()])
+        samplers = [
+            one for one in [*self.samplers.values()] if one.load is None or one.model_path is not None
+        ]
         return models + sum(one.client is not None for one in samplers)

@@ -94,9 +94,12 @@ class ServerState:
             raise Refusal(404, f"There is no model {model_id!r} on this server.")
         return session, session.models[model_id]
 
-    def check_room(self) -> None:
-        """Raises RequestError if no more adapters may be in memory."""
-        num_adapters = sum(session.num_adapters for session in self.sessions.values())
+    def check_room(self, is_counted: bool = False) -> None:
+        """Raises RequestError if no more adapters may be in memory. It is called on any thread.
+
+        `is_counted` says that the new one is among the session's models already.
+        """
+        num_adapters = sum(session.num_adapters for session in [*self.sessions.values()]) - is_counted
         if num_adapters >= self.options.max_adapters:
             raise RequestError(
                 f"{num_adapters} models and samplers are in this server's memory, and max_adapters is "
@@ -109,7 +112,7 @@ class ServerState:
         session = self.sessions.pop(session_id, None)
         if session is None:
             return
-        self.promises.end(f"{session_id}:", ClosedError(self.session_has_ended(session_id)))
+        self.promises.end(session_id, ClosedError(self.session_has_ended(session_id)))
         for model in session.models.values():
             model.turns.close()
             if model.client is not None:
@@ -152,7 +155,7 @@ class ServerState:
                 raise Refusal(400, f"{request_id} was a {known.kind} request and is now a {kind} request.")
             return None
         session_id = request_id.partition(":")[0]
-        if self.promises.num_pending(f"{session_id}:") >= self.options.max_pending:
+        if self.promises.num_pending(session_id) >= self.options.max_pending:
             raise Refusal(429, f"{self.options.max_pending} requests of session {session_id} are pending.")
         return self.promises.create(request_id, kind)
 

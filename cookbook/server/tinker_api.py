@@ -32,7 +32,7 @@ from cookbook.server.promises import PROTOBUF, Promise, Refusal, ResponseBody
 from cookbook.server.sessions import ServedModel, ServedSampler, ServerSession, Turns
 from cookbook.server.state import Finish, ServerState
 from cookbook.server.tinker_requests import TESTED_SDK, check_sdk, minor, tested
-from cookbook.types import LossFnType
+from cookbook.types import LossFnType, check_optimizer
 
 if TYPE_CHECKING:
     from cookbook.clients.sampling import SamplingClient
@@ -163,7 +163,7 @@ class TinkerApi:
 
         def dispatch(promise: Promise) -> None:
             try:
-                self._state.check_room()
+                self._state.check_room(is_counted=True)
                 model.client = create(model_id)
             except Exception as error:
                 model.failure = error
@@ -172,7 +172,7 @@ class TinkerApi:
         return self._in_turn(model, 0, kind, dispatch, _json(lambda _: {"model_id": model_id, "type": kind}))
 
     def _new_model(self, body: wire_types.CreateModelRequest, model_id: str) -> TrainingClient:
-        tinker_requests.check_optimizer(body.optimizer_config)
+        check_optimizer(body.optimizer_config)
         base_model = self._state.served_model(body.base_model)
         return self._state.create_client(
             model_id, base_model, tinker_requests.lora_of(body.lora_config), body.user_metadata
@@ -207,8 +207,7 @@ class TinkerApi:
         return client
 
     def _check_loading(self, body: wire_types.LoadWeightsRequest) -> None:
-        if body.optimizer_config is not None:
-            tinker_requests.check_optimizer(body.optimizer_config)
+        check_optimizer(body.optimizer_config)
         if body.weights_access_token is not None:
             raise RequestError("weights_access_token is not supported: this server has one owner. Omit it.")
 
@@ -363,10 +362,12 @@ class TinkerApi:
                 base_model, path = await asyncio.to_thread(self._weights_of, body)
             except CookbookError as error:
                 raise Refusal(404, self._state.without_folder(str(error))) from error
-            self._state.make_room_for_sampler(session)
-            load = partial(self._state.service.create_sampling_client, path, base_model)
-            session.samplers[sampler_id] = ServedSampler(sampler_id, base_model, body.model_path, None, load)
-            session.samplers[sampler_id].loading()
+            if sampler_id not in session.samplers:  # the request may have been sent again meanwhile
+                self._state.make_room_for_sampler(session)
+                load = partial(self._state.service.create_sampling_client, path, base_model)
+                sampler = ServedSampler(sampler_id, base_model, body.model_path, None, load)
+                session.samplers[sampler_id] = sampler
+                sampler.loading()
         return JSONResponse({"sampling_session_id": sampler_id, "type": "create_sampling_session"})
 
     def _weights_of(self, body: wire_types.CreateSamplingSessionRequest) -> tuple[str, Path | None]:

@@ -8,11 +8,12 @@ from typing import Any
 import pydantic
 from tinker import types as wire_types
 
+from cookbook.clients.as_tinker import SDK_VERSION
 from cookbook.errors import RequestError
 from cookbook.server.promises import Refusal
 from cookbook.types import AdamParams, EncodedTextChunk, LoraConfig, ModelInput, SamplingParams, TensorData
 
-TESTED_SDK = "0.38.0"
+TESTED_SDK = SDK_VERSION
 """The version of the SDK that the tests run with."""
 
 
@@ -45,11 +46,6 @@ def problems(kind: type[pydantic.BaseModel], error: pydantic.ValidationError) ->
         else:
             found.append(f"{place}: {one['msg']}" if place else str(one["msg"]))
     return f"Invalid {kind.__name__}: {'; '.join(found[:8])}."
-
-
-def check_optimizer(config: Any) -> None:
-    if config.type != "adamw":
-        raise RequestError(f"Optimizer {config.type!r} is not supported. Use adamw (AdamOptimizerConfig).")
 
 
 def lora_of(config: wire_types.LoraConfig | None) -> LoraConfig:

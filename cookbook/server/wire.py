@@ -45,7 +45,7 @@ _NO_SCORE = -99999.0
 
 
 def parse_forward_backward(body: bytes) -> pb.ForwardBackwardRequest:
-    """Raises RequestError for bytes that are no such message."""
+    """Raises RequestError for bytes that are not such a message."""
     message = pb.ForwardBackwardRequest()
     try:
         message.ParseFromString(body)
@@ -132,7 +132,7 @@ def _tensor(message: pb.Tensor, name: str) -> TensorData:
 
 def _from_bytes(content: bytes, dtype: np.dtype[Any], name: str) -> np.ndarray:
     if len(content) % dtype.itemsize:
-        raise RequestError(f"{name} has {len(content)} bytes, which is no number of {dtype.name} values.")
+        raise RequestError(f"{name} has {len(content)} bytes: must be a multiple of {dtype.itemsize}.")
     return np.frombuffer(content, dtype)
 
 

@@ -58,6 +58,7 @@ from cookbook.types.service import (
     TrainingRun,
     TrainingRunsResponse,
     WeightsInfoResponse,
+    check_ttl,
 )
 from cookbook.types.tensor_data import TensorData, TensorDtype
 from cookbook.types.values import Value
@@ -119,4 +120,5 @@ __all__ = [
     "check_lora",
     "check_optimizer",
     "check_tokens",
+    "check_ttl",
 ]

@@ -107,7 +107,7 @@ class Datum(Value):
         for span in (*(self.model_input_spans or ()), *(self.loss_fn_input_spans or ())):
             if not isinstance(span, (PromptProvenanceSpan, SampledProvenanceSpan)):
                 raise RequestError(
-                    f"{span!r} is no provenance. Use PromptProvenanceSpan or SampledProvenanceSpan."
+                    f"Invalid provenance {span!r}: must be PromptProvenanceSpan or SampledProvenanceSpan."
                 )
 
     def with_provenance(self, model_input: ProvenanceSpans, loss_fn_inputs: ProvenanceSpans) -> Self:

@@ -81,6 +81,20 @@ FOLDER_OF_TYPE: dict[CheckpointType, str] = {
 """The second part of a path `tinker://<run>/<part>/<name>`."""
 
 
+_MAX_TTL_SECONDS = 10 * 365 * 24 * 3600
+
+
+def check_ttl(ttl_seconds: object) -> None:
+    """Raises RequestError unless it is how long a checkpoint may be kept in seconds, or None for ever."""
+    is_number = isinstance(ttl_seconds, int) and not isinstance(ttl_seconds, bool)
+    if ttl_seconds is not None and not (is_number and 1 <= ttl_seconds <= _MAX_TTL_SECONDS):  # type: ignore[operator]
+        hint = " Pass overwrite= by name." if isinstance(ttl_seconds, bool) else ""
+        raise RequestError(
+            f"Invalid ttl_seconds={ttl_seconds!r}: must be a whole number from 1 to {_MAX_TTL_SECONDS} (ten "
+            f"years), or None to keep the checkpoint.{hint}"
+        )
+
+
 @dataclass(frozen=True)
 class Checkpoint(Value):
     """A checkpoint of a training run. `checkpoint_id` is "weights/<name>" or "sampler_weights/<name>"."""

@@ -15,6 +15,7 @@ import pytest
 
 from cookbook.chat.session import ChatSession
 from cookbook.chat.web import PAGE, ChatServer
+from cookbook.errors import TrainingError
 from cookbook.types import ModelInput, SampledSequence, SamplingParams
 from renderers import Message, get_renderer
 from renderers.formats.role_colon import RoleColonRenderer
@@ -24,6 +25,7 @@ class PreparedStream:
     def __init__(self, tokens: Sequence[int], seconds: float) -> None:
         self._tokens, self._seconds = tokens, seconds
         self.is_closed = False
+        self.error: Exception | None = None
 
     def __iter__(self) -> Iterator[int]:
         for token in self._tokens:
@@ -31,6 +33,8 @@ class PreparedStream:
                 return
             time.sleep(self._seconds)
             yield token
+            if self.error is not None:
+                raise self.error
 
     def close(self) -> None:
         self.is_closed = True
@@ -47,12 +51,14 @@ class PreparedClient:
         self.prompts: list[str] = []
         self.params: list[SamplingParams] = []
         self.streams: list[PreparedStream] = []
+        self.error: Exception | None = None
 
     def stream(self, prompt: ModelInput, params: SamplingParams) -> PreparedStream:
         self.prompts.append(self._tokenizer.decode(prompt.to_ints()))
         self.params.append(params)
         tokens = self._tokenizer.encode(self.reply, add_special_tokens=False)
         self.streams.append(PreparedStream(tokens, self._seconds))
+        self.streams[-1].error = self.error
         return self.streams[-1]
 
 
@@ -139,6 +145,14 @@ def test_other_requests_are_refused(
     found, text = post(server, body, **headers)
     assert found == status
     assert json.loads(text)["error"]["message"]
+
+
+def test_an_error_in_the_middle_of_a_reply_is_answered(
+    server: ChatServer, clients: dict[str, PreparedClient]
+) -> None:
+    clients["first"].error = TrainingError("The memory is full.")
+    for body in (ASKED, {**ASKED, "stream": True}):
+        assert "The memory is full." in post(server, body)[1]
 
 
 def test_the_page_loads_nothing_from_elsewhere() -> None:

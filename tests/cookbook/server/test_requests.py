@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,9 @@ import cookbook
 from cookbook.clients.service import ServiceClient
 from cookbook.errors import ConfigError
 from cookbook.server.options import ServerOptions
+from cookbook.server.promises import Promise
 from cookbook.server.serving import serving
+from cookbook.server.sessions import Turns
 from cookbook.server.store import CheckpointStore
 
 KEY = "tml-" + "k" * 20
@@ -256,6 +260,45 @@ def test_only_those_with_the_key_and_no_web_page_are_answered(
     for changed in ({"host": "0.0.0.0"}, {"api_key": "short"}, {"api_key": "tml-short"}):
         with pytest.raises(ConfigError, match="key"):
             ServerOptions([tiny_qwen3], tmp_path, **changed)
+
+
+def test_as_many_adapters_are_in_memory_and_requests_pending_as_the_options_say(
+    service: ServiceClient, tiny_qwen3: str, tmp_path: Path
+) -> None:
+    options = ServerOptions([tiny_qwen3], tmp_path, port=0, max_adapters=1, max_pending=1)
+    with serving(options, service) as address, httpx.Client(base_url=f"{address}/api/v1", timeout=60) as http:
+        session = created(http)["session_id"]
+        body = {"session_id": session, "base_model": tiny_qwen3, "lora_config": {"rank": 2}}
+        model = result(http, http.post("/create_model", json={**body, "model_seq_id": 0}))["model_id"]
+        refused = result(http, http.post("/create_model", json={**body, "model_seq_id": 1}))
+        assert "max_adapters is 1" in refused["error"]
+        assert step(http, model, 2).status_code == 200  # it waits for the first request
+        assert step(http, model, 3).status_code == 429
+
+
+def test_a_time_to_live_is_a_number_of_seconds(http: httpx.Client, model: str) -> None:
+    result(http, http.post("/save_weights", json={"model_id": model, "seq_id": 1, "path": "one"}))
+    path = f"/training_runs/{model}/checkpoints/weights/one/ttl"
+    for wrong in ("soon", True, 0, 1.5, 10**12):
+        answer = http.put(path, json={"ttl_seconds": wrong})
+        assert answer.status_code == 422
+        assert "ttl_seconds" in answer.json()["detail"]
+    for seconds in (60, None):
+        assert http.put(path, json={"ttl_seconds": seconds}).status_code == 204
+
+
+def test_a_model_that_was_idle_waits_for_a_request_that_arrives_late() -> None:
+    async def seconds() -> list[float]:
+        turns = Turns()
+        turns._missing_since -= 1000
+        turns.put(1, Promise("optim_step", lambda: None), asyncio.Event().wait)  # type: ignore[arg-type]
+        now = time.monotonic()
+        found = [turns.seconds_missing(now), turns.seconds_missing(now + 500)]
+        turns.close()
+        return found
+
+    found = asyncio.run(seconds())
+    assert found[0] < 100 < 500 <= found[1] < 600
 
 
 def test_a_silent_client_is_forgotten(service: ServiceClient, tiny_qwen3: str, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import socket
 
 import pytest
 
-from cookbook.utils.network import LOOPBACK, check_answers, free_port
+from cookbook.utils.network import LOOPBACK, check_answers, free_port, refusal_of_page
 
 
 def test_a_free_port_answers_once_something_listens_on_it() -> None:
@@ -15,3 +15,23 @@ def test_a_free_port_answers_once_something_listens_on_it() -> None:
         check_answers(LOOPBACK, port, timeout_seconds=5)
     with socket.create_server((LOOPBACK, port)):
         check_answers(LOOPBACK, port, timeout_seconds=5)
+
+
+@pytest.mark.parametrize(
+    ("host", "origin", "is_refused"),
+    [
+        ("127.0.0.1:8000", None, False),
+        ("localhost:8000", "http://localhost:8000", False),
+        ("[::1]:8000", "http://[::1]:8000", False),
+        ("[::1]", None, False),
+        ("elsewhere.example:8000", None, True),
+        ("127.0.0.1.elsewhere.example:8000", None, True),
+        ("192.168.1.2:8000", None, True),
+        ("", None, True),
+        ("127.0.0.1:8000", "https://elsewhere.example", True),
+        ("127.0.0.1:8000", "http://127.0.0.1:9000", True),
+        ("127.0.0.1:8000", "null", True),
+    ],
+)
+def test_pages_of_other_sites_are_refused(host: str, origin: str | None, is_refused: bool) -> None:
+    assert (refusal_of_page(host, origin) is not None) == is_refused
