@@ -31,12 +31,13 @@ def backpropagate(output: Tensor, gradient: Tensor, weights: Sequence[nn.Paramet
     largest = float(gradient.abs().amax())
     exponent = _LARGEST - math.frexp(largest)[1] if 0 < largest < math.inf else 0
     for number in range(_MOST_PASSES):
+        is_last = number + 1 == _MOST_PASSES
         for weight in weights:
             weight.grad = None
         scaled = (gradient * 2.0**exponent).to(output.dtype)
-        output.backward(scaled, retain_graph=number + 1 < _MOST_PASSES)
+        output.backward(scaled, retain_graph=not is_last)
         found = [weight.grad for weight in weights if weight.grad is not None]
-        if not found or torch.stack([grad.isfinite().all() for grad in found]).all():
+        if is_last or not found or torch.stack([grad.isfinite().all() for grad in found]).all():
             break
         exponent -= _SMALLER
     for weight, before in zip(weights, earlier, strict=True):

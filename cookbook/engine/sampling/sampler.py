@@ -319,9 +319,9 @@ class _RunningBatch:
     def _draw(self, sequences: list[Sequence], logits_RV: Tensor) -> None:
         """Samples the next token of each sequence, and answers the requests that are complete."""
         params = [sequence.request.params for sequence in sequences]
-        choice = choose(logits_RV, params, [sequence.uniform for sequence in sequences])
+        columns = choose(logits_RV, params, [sequence.uniform for sequence in sequences]).on_host()
         self._note_top_logprobs(sequences, logits_RV)
-        for sequence, token, logprob, is_undefined in zip(sequences, *choice.on_host(), strict=True):
+        for sequence, token, logprob, is_undefined in zip(sequences, *columns, strict=True):
             request = sequence.request
             if request.future.done():
                 continue  # the request failed because of its prompt or another of its samples

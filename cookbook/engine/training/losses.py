@@ -39,7 +39,12 @@ def ppo(
     logprobs_S: Tensor, weights_S: Tensor, extras: Mapping[str, Tensor], config: Mapping[str, float]
 ) -> Tensor:
     """Returns the clipped surrogate loss of PPO (Schulman et al. 2017)."""
-    ratio_S = torch.exp(logprobs_S - extras["logprobs"])
+    return _clipped_surrogate(torch.exp(logprobs_S - extras["logprobs"]), weights_S, extras, config)
+
+
+def _clipped_surrogate(
+    ratio_S: Tensor, weights_S: Tensor, extras: Mapping[str, Tensor], config: Mapping[str, float]
+) -> Tensor:
     clipped_S = ratio_S.clamp(config["clip_low_threshold"], config["clip_high_threshold"])
     advantages_S = extras["advantages"]
     return -(weights_S * torch.minimum(ratio_S * advantages_S, clipped_S * advantages_S)).sum()
@@ -72,9 +77,7 @@ def gspo(
     that `sequence_ratio_mask` marks. Its gradient is that of the token's own log-probability.
     """
     ratio_S = torch.exp(extras["sequence_log_ratio"] + logprobs_S - logprobs_S.detach())
-    clipped_S = ratio_S.clamp(config["clip_low_threshold"], config["clip_high_threshold"])
-    advantages_S = extras["advantages"]
-    return -(weights_S * torch.minimum(ratio_S * advantages_S, clipped_S * advantages_S)).sum()
+    return _clipped_surrogate(ratio_S, weights_S, extras, config)
 
 
 def sequence_log_ratios(
@@ -94,14 +97,11 @@ def stable_reinforce(
 ) -> Tensor:
     """Returns the loss of REINFORCE with a quadratic penalty on the drift from the policy that sampled.
 
-    -sum(w * (advantage * logp - kl_coeff / 2 * (logp - q)^2)), where q is the log-probability that was
-    recorded when the token was sampled. There is no importance ratio, which could become large, so old
-    samples weigh like new ones, and the penalty pulls back where the policies part. The hosted service has a
-    loss of this name whose formula is not published: this is not that formula.
+    This is `dro` with the log-probabilities that were recorded when the tokens were sampled, and `kl_coeff`
+    as its beta. The hosted service has a loss of this name whose formula is not published: this is not that
+    formula.
     """
-    drift_S = logprobs_S - extras["logprobs"]
-    objective_S = logprobs_S * extras["advantages"] - 0.5 * config["kl_coeff"] * drift_S.square()
-    return -(weights_S * objective_S).sum()
+    return dro(logprobs_S, weights_S, extras, {"beta": config["kl_coeff"]})
 
 
 OfSequences = Callable[[Tensor, Mapping[str, Tensor], Tensor], dict[str, Tensor]]
