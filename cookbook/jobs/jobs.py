@@ -194,14 +194,22 @@ def _submit(
 
 
 def _when_there_is_an_agent(submit_job: Callable[..., Any], **asked: Any) -> None:
-    """Submits a job. Retries while a cluster that has just started has no agent to run it."""
+    """Submits a job. Retries while a cluster that has just started has no agent, or drops connections.
+
+    A request whose answer was lost may have been accepted. Its id then exists, so no job is started twice.
+    """
     deadline = time.monotonic() + START_SECONDS
+    is_answer_lost = False
     while True:
         try:
             submit_job(**asked)
             return
-        except RuntimeError as error:  # Ray has no narrower type
-            if "No available agent" not in str(error) or time.monotonic() > deadline:
+        except (RuntimeError, OSError) as error:  # Ray has no narrower type; that of requests is an OSError
+            if is_answer_lost and f"{asked['submission_id']} already exists" in str(error):
+                return
+            is_answer_lost |= isinstance(error, OSError)
+            is_temporary = isinstance(error, OSError) or "No available agent" in str(error)
+            if not is_temporary or time.monotonic() > deadline:
                 raise ClusterError(f"The Ray cluster rejected the job: {error}") from error
         time.sleep(POLL_SECONDS)
 

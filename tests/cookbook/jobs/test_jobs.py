@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 from outside_world import remove_package
@@ -136,12 +137,26 @@ JOB = {
 
 
 class Dashboard(BaseHTTPRequestHandler):
-    """The HTTP API of a cluster with one job, for Ray's job client."""
+    """The HTTP API of a cluster with one job. It loses the first answer to a submission."""
+
+    accepted: ClassVar[list[str]] = []
+
+    def do_POST(self) -> None:
+        job_id = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["submission_id"]
+        if job_id not in self.accepted:
+            self.accepted.append(job_id)
+            self.close_connection = True  # without an answer
+            return
+        content = f"ValueError: Job with submission_id {job_id} already exists.".encode()
+        self.send_response(500)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
 
     def do_GET(self) -> None:
         answer: object = [JOB]
         if self.path.endswith("/version"):
-            answer = {"version": "4", "ray_version": "2", "ray_commit": "0", "session_name": "session"}
+            answer = {"version": "4", "ray_version": "2.50.0", "ray_commit": "0", "session_name": "session"}
         elif self.path.endswith("/logs"):
             answer = {"logs": "a line\n\x1b[2J\u202esecond\n"}
         content = json.dumps(answer).encode()
@@ -185,6 +200,14 @@ def test_names_and_output_of_a_job_are_shown_as_visible_text(
     with pytest.raises(SystemExit):
         jobs_recipe.main(["get", "x", "\x1b[2J\u202e"])
     assert "unrecognized arguments: ␛[2J<U+202E>\n" in capsys.readouterr().err
+
+
+def test_a_job_whose_answer_was_lost_is_submitted_once(cluster: str, tmp_path: Path) -> None:
+    Dashboard.accepted.clear()
+    with pytest.raises(ClusterError, match="There is no job 'sft-"):  # the fake lists only its own job
+        jobs.submit("sft", [*KEYS, f"log_path={tmp_path / 'run'}"], address=cluster, num_gpus=0, num_cpus=1)
+    (job_id,) = Dashboard.accepted
+    assert (tmp_path / "run" / "jobs" / f"{job_id}.json").exists()
 
 
 def test_importing_the_library_does_not_import_ray() -> None:
