@@ -114,7 +114,7 @@ def test_a_run_killed_before_any_file_operation_resumes_to_the_same_bits(
     config = make_config("killed-at-events")
     num_kills = 0
     while True:
-        code = server.run(config, kill_at_event=rng.randint(15, 90))
+        code = server.run(config, kill_at_event=rng.randint(40, 160))
         if code == 0:
             break
         assert code == -signal.SIGKILL, Path(config["log_path"] + ".out").read_text(encoding="utf-8")
@@ -322,7 +322,7 @@ def test_a_run_killed_before_any_file_operation_keeps_the_same_best_and_stops_at
     rng = random.Random(0)
     config = make_stopping_config("stopping-killed", trace=True)
     num_kills = 0
-    while (code := server.run(config, kill_at_event=rng.randint(15, 90))) != 0:
+    while (code := server.run(config, kill_at_event=rng.randint(40, 160))) != 0:
         assert code == -signal.SIGKILL, Path(config["log_path"] + ".out").read_text(encoding="utf-8")
         num_kills += 1
         assert num_kills < 100
