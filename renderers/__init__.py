@@ -1,134 +1,55 @@
 """Chat formats: convert messages to tokens with loss weights, and sampled tokens back to messages.
 
-A new format is one file with a `Renderer` and one line here. This is the package of sft-cookbook, which
-`cookbook.utils.shadowed` tells from the unrelated package `renderers` of the package index by this sentence.
+A new format is one file with a `Renderer` and one line in `renderers/formats/__init__.py`. The names below
+are imported on first use. This is the package of sft-cookbook, which `cookbook.utils.shadowed` tells from the
+unrelated package `renderers` of the package index by this sentence.
 """
 
-from renderers.base import Renderer
-from renderers.formats.deepseekv3 import DeepSeekV3Renderer, DeepSeekV3ThinkingRenderer
-from renderers.formats.deepseekv3_1 import DeepSeekV3_1Renderer, DeepSeekV3_1ThinkingRenderer
-from renderers.formats.gemma3 import Gemma3Renderer
-from renderers.formats.gemma4 import (
-    Gemma4PreserveThinkingRenderer,
-    Gemma4Renderer,
-    Gemma4ThinkingRenderer,
-)
-from renderers.formats.glm import (
-    Glm4_5DisableThinkingRenderer,
-    Glm4_5Renderer,
-    Glm5DisableThinkingRenderer,
-    Glm5Renderer,
-)
-from renderers.formats.gpt_oss import GptOssHighRenderer, GptOssLowRenderer, GptOssRenderer
-from renderers.formats.kimi import (
-    KimiK2Renderer,
-    KimiK2ThinkingRenderer,
-    KimiK25DisableThinkingRenderer,
-    KimiK25Renderer,
-    KimiK26DisableThinkingRenderer,
-    KimiK26PreserveThinkingRenderer,
-    KimiK26Renderer,
-)
-from renderers.formats.llama3 import Llama3Renderer
-from renderers.formats.nemotron3 import (
-    Nemotron3DisableThinkingRenderer,
-    Nemotron3LowThinkingRenderer,
-    Nemotron3PreserveThinkingRenderer,
-    Nemotron3Renderer,
-    Nemotron3UltraDisableThinkingRenderer,
-    Nemotron3UltraMediumThinkingRenderer,
-    Nemotron3UltraPreserveThinkingRenderer,
-    Nemotron3UltraRenderer,
-)
-from renderers.formats.phi3 import Phi3Renderer
-from renderers.formats.qwen2_5 import Qwen2_5Renderer
-from renderers.formats.qwen3 import Qwen3DisableThinkingRenderer, Qwen3Renderer
-from renderers.formats.qwen3_5 import (
-    Qwen3_5DisableThinkingRenderer,
-    Qwen3_5PreserveThinkingRenderer,
-    Qwen3_5Renderer,
-    Qwen3_6DisableThinkingRenderer,
-    Qwen3_6PreserveThinkingRenderer,
-    Qwen3_6Renderer,
-)
-from renderers.formats.qwen3_8 import (
-    Qwen3_8DisableThinkingRenderer,
-    Qwen3_8LowRenderer,
-    Qwen3_8MediumRenderer,
-    Qwen3_8Renderer,
-    Qwen3_8XHighRenderer,
-)
-from renderers.formats.qwen3_instruct import Qwen3InstructRenderer
-from renderers.formats.qwen3_vl import Qwen3VLInstructRenderer, Qwen3VLRenderer
-from renderers.formats.role_colon import RoleColonRenderer
-from renderers.jinja.chat_template import ChatTemplateRenderer
-from renderers.messages import Message
-from renderers.registry import get_renderer, register_renderer, renderer_names
-from renderers.streaming import Delta, ResponseStream
-from renderers.train_on_what import TrainOnWhat
+from __future__ import annotations
 
-for _renderer in (
-    ChatTemplateRenderer,
-    DeepSeekV3_1Renderer,
-    DeepSeekV3_1ThinkingRenderer,
-    DeepSeekV3Renderer,
-    DeepSeekV3ThinkingRenderer,
-    Gemma3Renderer,
-    Gemma4PreserveThinkingRenderer,
-    Gemma4Renderer,
-    Gemma4ThinkingRenderer,
-    Glm4_5DisableThinkingRenderer,
-    Glm4_5Renderer,
-    Glm5DisableThinkingRenderer,
-    Glm5Renderer,
-    GptOssHighRenderer,
-    GptOssLowRenderer,
-    GptOssRenderer,
-    KimiK2Renderer,
-    KimiK2ThinkingRenderer,
-    KimiK25DisableThinkingRenderer,
-    KimiK25Renderer,
-    KimiK26DisableThinkingRenderer,
-    KimiK26PreserveThinkingRenderer,
-    KimiK26Renderer,
-    Llama3Renderer,
-    Nemotron3DisableThinkingRenderer,
-    Nemotron3LowThinkingRenderer,
-    Nemotron3PreserveThinkingRenderer,
-    Nemotron3Renderer,
-    Nemotron3UltraDisableThinkingRenderer,
-    Nemotron3UltraMediumThinkingRenderer,
-    Nemotron3UltraPreserveThinkingRenderer,
-    Nemotron3UltraRenderer,
-    Phi3Renderer,
-    Qwen2_5Renderer,
-    Qwen3_5DisableThinkingRenderer,
-    Qwen3_5PreserveThinkingRenderer,
-    Qwen3_5Renderer,
-    Qwen3_6DisableThinkingRenderer,
-    Qwen3_6PreserveThinkingRenderer,
-    Qwen3_6Renderer,
-    Qwen3_8DisableThinkingRenderer,
-    Qwen3_8LowRenderer,
-    Qwen3_8MediumRenderer,
-    Qwen3_8Renderer,
-    Qwen3_8XHighRenderer,
-    Qwen3DisableThinkingRenderer,
-    Qwen3InstructRenderer,
-    Qwen3Renderer,
-    Qwen3VLInstructRenderer,
-    Qwen3VLRenderer,
-    RoleColonRenderer,
-):
-    register_renderer(_renderer.name, _renderer)
+import importlib
+from typing import TYPE_CHECKING
 
-__all__ = [
-    "Delta",
-    "Message",
-    "Renderer",
-    "ResponseStream",
-    "TrainOnWhat",
-    "get_renderer",
-    "register_renderer",
-    "renderer_names",
-]
+from renderers.formats import BUILT_IN
+
+if TYPE_CHECKING:
+    from renderers.base import Renderer as Renderer
+    from renderers.messages import Message as Message
+    from renderers.registry import get_renderer as get_renderer
+    from renderers.registry import register_renderer as register_renderer
+    from renderers.registry import renderer_names as renderer_names
+    from renderers.streaming import Delta as Delta
+    from renderers.streaming import ResponseStream as ResponseStream
+    from renderers.train_on_what import TrainOnWhat as TrainOnWhat
+
+_HOME = {
+    "Delta": "renderers.streaming",
+    "Message": "renderers.messages",
+    "Renderer": "renderers.base",
+    "ResponseStream": "renderers.streaming",
+    "TrainOnWhat": "renderers.train_on_what",
+    "get_renderer": "renderers.registry",
+    "register_renderer": "renderers.registry",
+    "renderer_names": "renderers.registry",
+}
+
+__all__ = [*_HOME]
+
+_CLASSES = {name: module for module, _, name in (place.partition(":") for place in BUILT_IN.values())}
+
+if not TYPE_CHECKING:  # a type checker that sees this function accepts any name
+
+    def __getattr__(name: str) -> object:
+        if name in _HOME:
+            home = _HOME[name]
+        elif name in _CLASSES:
+            home = f"renderers.{_CLASSES[name]}"
+        else:
+            raise AttributeError(f"module 'renderers' has no attribute {name!r}")
+        value = getattr(importlib.import_module(home), name)
+        globals()[name] = value
+        return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

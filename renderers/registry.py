@@ -2,20 +2,35 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from cookbook.errors import RendererError
 from cookbook.utils.nearest import unknown_name
 from renderers import other_names
-from renderers.base import Renderer
+from renderers.formats import BUILT_IN
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from renderers.base import Renderer
+
 RendererFactory: TypeAlias = "Callable[[PreTrainedTokenizerBase], Renderer]"
 
-_factories: dict[str, RendererFactory] = {}
+
+def _built_in(place: str) -> RendererFactory:
+    """Returns a factory for a class of this package, `module:name`, which it imports when it is called."""
+
+    def create(tokenizer: PreTrainedTokenizerBase) -> Renderer:
+        module, _, name = place.partition(":")
+        renderer: Renderer = getattr(importlib.import_module(f"renderers.{module}"), name)(tokenizer)
+        return renderer
+
+    return create
+
+
+_factories: dict[str, RendererFactory] = {name: _built_in(place) for name, place in BUILT_IN.items()}
 
 
 def register_renderer(name: str, factory: RendererFactory) -> None:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from cookbook.errors import DataError
 from cookbook.types import Datum, EncodedTextChunk, ModelInput
-from renderers import Message, Renderer, TrainOnWhat
+from renderers import Message, TrainOnWhat
 from renderers.messages import Tool
+
+if TYPE_CHECKING:
+    from renderers import Renderer
 
 
 def datum_from_tokens(

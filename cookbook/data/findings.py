@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+from typing import TYPE_CHECKING
 
 from cookbook.data.columns import EMPTY
 from cookbook.data.conversation import UNREAD_MESSAGE_KEYS, Conversation
 from cookbook.data.media import count_placeholders
 from cookbook.utils import notes
-from renderers import Renderer
 from renderers.messages import THINKING_KEYS
 from renderers.training_flags import TRAINING_KEYS
+
+if TYPE_CHECKING:
+    from renderers import Renderer
 
 _KEYS = {"role", "content", "tool_calls", "tool_call_id", *THINKING_KEYS, *TRAINING_KEYS}
 """Keys of a message that every renderer reads."""

@@ -11,7 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Literal, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -29,7 +29,10 @@ from cookbook.data.windows import windows
 from cookbook.errors import CookbookError, DataError, describe
 from cookbook.utils import files, notes
 from cookbook.utils.notes import Note
-from renderers import Message, Renderer, TrainOnWhat
+from renderers import Message, TrainOnWhat
+
+if TYPE_CHECKING:
+    from renderers import Renderer
 
 logger = logging.getLogger(__name__)
 

@@ -14,12 +14,13 @@ from cookbook import models
 from cookbook.errors import ConfigError
 from cookbook.types import Datum, check_tokens
 from cookbook.utils.notes import Note
-from renderers import Renderer, TrainOnWhat, get_renderer
+from renderers import TrainOnWhat, get_renderer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from cookbook.data.report import DataReport
+    from renderers import Renderer
 
 OnLong: TypeAlias = Literal["truncate", "drop", "raise", "window"]
 

@@ -16,10 +16,11 @@ from cookbook import models
 from cookbook.errors import ConfigError
 from cookbook.eval.evaluators import EvaluatorBuilder, RunContext
 from cookbook.types import ModelInput, SamplingParams, StopReason
-from renderers import Message, Renderer, get_renderer
+from renderers import Message, get_renderer
 
 if TYPE_CHECKING:
     from cookbook.clients.sampling import SamplingClient
+    from renderers import Renderer
 
 
 @chz.chz

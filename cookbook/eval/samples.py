@@ -17,10 +17,10 @@ from cookbook.eval.chat import SamplingEvaluatorBuilder, replies_to
 from cookbook.eval.evaluators import SamplingClientEvaluator
 from cookbook.types import ModelInput, SamplingParams, TensorData
 from cookbook.utils.tables import Table
-from renderers import Renderer
 
 if TYPE_CHECKING:
     from cookbook.clients.sampling import SamplingClient
+    from renderers import Renderer
 
 logger = logging.getLogger(__name__)
 

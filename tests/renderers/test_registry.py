@@ -1,5 +1,6 @@
 """The registry of renderers, and the public names of the package."""
 
+import importlib
 import re
 import subprocess
 import sys
@@ -8,7 +9,7 @@ import pytest
 
 import renderers
 from cookbook.errors import RendererError
-from renderers import get_renderer, other_names, register_renderer, registry, renderer_names
+from renderers import base, formats, get_renderer, other_names, register_renderer, registry, renderer_names
 
 NAMES = [
     "chat_template",
@@ -78,15 +79,38 @@ def test_the_public_names_are_these():
     ]
 
 
-def test_importing_renderers_imports_neither_torch_nor_transformers():
-    check = "import renderers, sys; print(sorted({'torch', 'transformers', 'tokenizers'} & set(sys.modules)))"
+def test_importing_a_format_imports_neither_torch_nor_transformers_and_the_names_need_no_format():
+    check = (
+        "import importlib, sys, renderers\n"
+        "renderers.renderer_names()\n"
+        "print(sorted(name for name in sys.modules if name.startswith(('renderers.formats.', 'jinja2'))))\n"
+        "for place in renderers.formats.BUILT_IN.values():\n"
+        "    importlib.import_module('renderers.' + place.partition(':')[0])\n"
+        "print(sorted({'torch', 'transformers', 'tokenizers'} & set(sys.modules)))"
+    )
     done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    assert done.stdout.splitlines() == ["[]", "[]"]
 
 
 def test_the_renderers_of_the_package_are_registered_by_their_own_names(small_tokenizer):
     assert renderer_names() == NAMES
     assert get_renderer("role_colon", small_tokenizer()).name == "role_colon"
+    for name, place in formats.BUILT_IN.items():
+        module, _, class_name = place.partition(":")
+        assert getattr(importlib.import_module(f"renderers.{module}"), class_name).name == name
+
+
+def test_every_public_name_and_every_class_of_the_package_can_be_imported_from_it():
+    assert {name for name in renderers.__all__ if getattr(renderers, name).__name__ != name} == set()
+    assert renderers.Renderer is base.Renderer
+    for place in formats.BUILT_IN.values():
+        module, _, class_name = place.partition(":")
+        assert getattr(renderers, class_name) is getattr(
+            importlib.import_module(f"renderers.{module}"), class_name
+        )
+    assert dir(renderers) == sorted(renderers.__all__)
+    with pytest.raises(AttributeError, match="module 'renderers' has no attribute 'Qwen4Renderer'"):
+        renderers.Qwen4Renderer  # noqa: B018
 
 
 def test_an_unknown_name_is_an_error_with_the_nearest_name():
