@@ -24,8 +24,8 @@ from cookbook.engine.cards import GIB
 from cookbook.engine.threads import VARIABLES, num_cores, num_threads
 from cookbook.errors import ConfigError
 from cookbook.utils import files, hub
-from cookbook.utils.consoles import make_console, plain
 from cookbook.utils.control_characters import visible
+from cookbook.utils.rich_console import make_console, plain
 from cookbook.utils.versions import installed_versions
 
 PACKAGES = ("sft-cookbook", "torch", "transformers", "peft", "datasets", "numpy", "tokenizers", "safetensors")

@@ -23,8 +23,8 @@ from cookbook.errors import ConfigError
 from cookbook.supervised import estimate, memory_table, train
 from cookbook.supervised.batches import BEGINNING
 from cookbook.supervised.continuation import total_steps_from
-from cookbook.utils.consoles import make_console, plain
 from cookbook.utils.nearest import did_you_mean
+from cookbook.utils.rich_console import make_console, plain
 from recipes.sft import DEFAULTS
 
 

@@ -24,8 +24,8 @@ from cookbook import jobs
 from cookbook.config import cli
 from cookbook.jobs import Job
 from cookbook.utils import consoles
-from cookbook.utils.consoles import make_console, plain_line
 from cookbook.utils.control_characters import visible, visible_line
+from cookbook.utils.rich_console import make_console, plain_line
 
 PROG = "python -m recipes.jobs"
 

@@ -23,7 +23,7 @@ from cookbook.report import preview_page
 from cookbook.supervised import train
 from cookbook.supervised.start import sentence_on_mode, trained_mode, warn_about_template
 from cookbook.utils import files
-from cookbook.utils.consoles import make_console, plain, plain_line
+from cookbook.utils.rich_console import make_console, plain, plain_line
 from recipes.sft import DEFAULTS
 
 

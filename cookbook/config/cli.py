@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import atexit
 import contextlib
 import dataclasses
@@ -214,7 +213,10 @@ def run(
     """Runs a recipe's whole command line. Deliberate errors end it with a few lines and exit code 1."""
     argv = sys.argv[1:] if argv is None else argv
     with exiting_on_errors():
-        return asyncio.run(main(make_config(target, defaults, argv, prog)))
+        config = make_config(target, defaults, argv, prog)
+        import asyncio  # help, which ends above, does not need it
+
+        return asyncio.run(main(config))
 
 
 @contextlib.contextmanager

@@ -17,8 +17,8 @@ from rich.text import Text
 
 from cookbook.data.types import SupervisedDataset
 from cookbook.types import IGNORED_TARGET, Datum, TensorData
-from cookbook.utils.consoles import plain_line
 from cookbook.utils.control_characters import visible
+from cookbook.utils.rich_console import plain_line
 from renderers.encoder import any_of
 
 if TYPE_CHECKING:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import json
 import math
@@ -132,6 +131,8 @@ async def replies_to(
     num_samples: int = 1,
 ) -> list[list[Reply]]:
     """Samples `num_samples` replies to each prompt. All are requested at once, so that they share batches."""
+    import asyncio
+
     responses = await asyncio.gather(
         *(
             sampling_client.sample_async(prompt, num_samples, own)

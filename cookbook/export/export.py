@@ -17,7 +17,7 @@ from cookbook.export.formats import WRITERS, Export
 from cookbook.export.model_card import write_model_card
 from cookbook.runs.find import TrainedModel, find_trained_model
 from cookbook.utils import files
-from cookbook.utils.consoles import make_console, plain, plain_line
+from cookbook.utils.rich_console import make_console, plain, plain_line
 
 WRITTEN_FILES = (
     "README.md", "curves.png", "state.json", "adapter_config.json", "adapter_model.safetensors",

@@ -8,7 +8,7 @@ from cookbook.loggers.swanlab import SwanLabLogger
 from cookbook.loggers.tensorboard import TensorBoardLogger
 from cookbook.loggers.trackio import TrackioLogger
 from cookbook.loggers.wandb import WandbLogger, check_wandb_login
-from cookbook.utils.consoles import make_console
+from cookbook.utils.rich_console import make_console
 
 __all__ = [
     "ConsoleLogger",

@@ -20,8 +20,9 @@ from rich.text import Text
 from cookbook.loggers.base import MetricLogger, Metrics
 from cookbook.runs.rows import STEP_METRIC_PREFIXES
 from cookbook.utils import files
-from cookbook.utils.consoles import PlainConsole, VisibleFormatter, plain, plain_line
+from cookbook.utils.consoles import VisibleFormatter
 from cookbook.utils.control_characters import visible_entry
+from cookbook.utils.rich_console import PlainConsole, plain, plain_line
 
 MAX_SECONDS_OF_SILENCE = 60.0
 """Where there is no bar, a line is printed at least this often."""

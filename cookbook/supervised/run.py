@@ -13,7 +13,7 @@ import math
 from collections import deque
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from types import TracebackType
@@ -26,13 +26,14 @@ from cookbook.errors import TrainingError
 from cookbook.eval.evaluators import FAILURES, Evaluation, Evaluator, TrainingClientEvaluator, evaluate
 from cookbook.eval.samples import SamplesEvaluator
 from cookbook.loggers import MetricLogger
-from cookbook.runs.checkpoints import FINAL, Checkpoint, CheckpointLog, checkpoint_name
+from cookbook.runs.checkpoints import FINAL, CheckpointLog, checkpoint_name
 from cookbook.runs.folder import RunFolder
 from cookbook.supervised.batches import BatchQueue, PlacedBatch, Position
 from cookbook.supervised.best import BestTracker
 from cookbook.supervised.config import Config
 from cookbook.supervised.continuation import Start
 from cookbook.supervised.objectives import Objective
+from cookbook.supervised.run_summary import RunSummary
 from cookbook.supervised.schedules import learning_rate_at
 from cookbook.supervised.step_times import EVALUATING, StepTimes
 from cookbook.trace import Recorder
@@ -44,33 +45,6 @@ if TYPE_CHECKING:
     from cookbook.supervised.hub_pushes import HubPushes
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class RunSummary:
-    """The result of a run. `metrics` are from the evaluation of the finished model."""
-
-    log_path: Path
-    is_finished: bool
-    num_steps: int
-    checkpoint_path: Path
-    metrics: dict[str, float] = field(default_factory=dict)
-    stopped_by: int | None = None
-    """The number of the signal that stopped the run."""
-    stopped_early: bool = False
-    """Whether early stopping ended the run."""
-    best: Checkpoint | None = None
-    """The checkpoint of the best evaluation, at `log_path / best.path`; None if none is kept."""
-
-    def _repr_html_(self) -> str | None:
-        """Returns the run's report, which a notebook shows below the cell."""
-        import html
-
-        page = self.log_path / "report.html"
-        if not page.is_file():
-            return None
-        text = html.escape(page.read_text(encoding="utf-8"), quote=True)
-        return f'<iframe srcdoc="{text}" style="width: 100%; height: 720px; border: 0"></iframe>'
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,8 @@ from cookbook.sweeps.plan import Plan, PlannedRun
 from cookbook.sweeps.run_process import Progress
 from cookbook.sweeps.space import SEED
 from cookbook.utils import files, json_files, jsonl
-from cookbook.utils.consoles import plain_line
 from cookbook.utils.control_characters import visible_line
+from cookbook.utils.rich_console import plain_line
 
 RECORD = "sweep.jsonl"
 CSV = "results.csv"

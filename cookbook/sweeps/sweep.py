@@ -18,8 +18,8 @@ from cookbook.sweeps.plan import Plan, PlannedRun
 from cookbook.sweeps.results import PointResult
 from cookbook.sweeps.run_process import Progress
 from cookbook.utils import files
-from cookbook.utils.consoles import make_console, plain, plain_line
 from cookbook.utils.control_characters import visible_entry
+from cookbook.utils.rich_console import make_console, plain, plain_line
 
 OnEnd = Callable[[PlannedRun, Progress], None]
 Execute = Callable[[Plan, Sequence[PlannedRun], Sequence[PlannedRun], OnEnd], bool]

@@ -1,4 +1,7 @@
-"""Makes the standard streams and the terminal safe for any text and any encoding."""
+"""Makes the standard streams and the terminal safe for any text and any encoding.
+
+`rich_console.py` does so for what Rich prints.
+"""
 
 from __future__ import annotations
 
@@ -9,15 +12,11 @@ import os
 import re
 import sys
 import threading
-import time
 import traceback
 import warnings
 from collections.abc import Iterator
 from types import TracebackType
 from typing import Any
-
-from rich.console import Console
-from rich.text import Text
 
 from cookbook.utils.control_characters import visible, visible_entry, visible_line
 
@@ -68,50 +67,6 @@ def decoded_argument(argument: str) -> str:
 
 def _is_ascii(encoding: str) -> bool:
     return "é".encode(encoding, "replace") == b"?"
-
-
-# -- Rich -----------------------------------------------------------------------------------------
-
-
-def make_console(is_quiet: bool = False) -> PlainConsole:
-    """Returns a console for standard output, which wraps lines only for a terminal.
-
-    Characters that standard output cannot encode are replaced. Neither markup nor the names of emoji are
-    interpreted, and nothing is highlighted. If the reader closes the pipe, as `head` does, a run or a sweep
-    continues without printing.
-    """
-    replace_unprintable()
-    return PlainConsole(
-        soft_wrap=not sys.stdout.isatty(), quiet=is_quiet, markup=False, emoji=False, highlight=False
-    )
-
-
-class PlainConsole(Console):
-    """A console that knows when it last printed, and what its program is doing."""
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
-        self.printed_at = time.monotonic()
-        self.activity = "starting"
-
-    def print(self, *objects: Any, **options: Any) -> None:
-        self.printed_at = time.monotonic()
-        super().print(*objects, **options)
-
-    def on_broken_pipe(self) -> None:
-        """Overrides Rich's method, which would end the program."""
-        self.quiet = True
-        discard_output()
-
-
-def plain(text: object, style: str = "") -> Text:
-    """Returns a text that any Rich console prints unchanged, over as many lines as it has."""
-    return Text(visible(text), style)
-
-
-def plain_line(text: object, style: str = "") -> Text:
-    """Returns the same for a text of one line, such as a title, a cell of a table or a short message."""
-    return Text(visible_line(text), style)
 
 
 # -- what others print --------------------------------------------------------------------------------

@@ -15,7 +15,8 @@ from waiting import wait_until
 
 from cookbook.loggers import ConsoleLogger, JsonlLogger, WandbLogger, logging_to
 from cookbook.loggers.console import MAX_SECONDS_OF_SILENCE, _Heartbeat, _TimeLeft, has_bar
-from cookbook.utils.consoles import PlainConsole, VisibleFormatter
+from cookbook.utils.consoles import VisibleFormatter
+from cookbook.utils.rich_console import PlainConsole
 from cookbook.utils.tables import Cell, Table
 
 STEP = {"train/nll": 1.25, "perf/tokens_per_second": 1234.0, "perf/seconds_left": 60.0}

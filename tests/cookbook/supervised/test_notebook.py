@@ -16,7 +16,7 @@ import pytest
 from cookbook.config import cli
 from cookbook.eval.evaluators import EvaluatorBuilder, TrainingClientEvaluator
 from cookbook.supervised import stop_signal, train
-from cookbook.supervised.run import RunSummary
+from cookbook.supervised.train import RunSummary
 from recipes import sft
 
 FEW = ["batch_size=2", "test_size=0", "lora_rank=2", "train_unembed=False", "infrequent_eval_every=0"]

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cookbook.utils import consoles
-from cookbook.utils.consoles import plain, plain_line
+from cookbook.utils.rich_console import PlainConsole, make_console, plain, plain_line
 
 HOSTILE = "\x1b]0;owned\x07\x9b2J\u202eevil\u202c\u200b [/INST] [red]not[/red] :smile: https://x.y 42"
 """Sequences that set the window's title, clear the screen or reverse a word, and markup and emoji of Rich."""
@@ -111,7 +111,7 @@ def test_python_s_hooks_are_restored_when_a_program_ends() -> None:
 # -- Rich -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("console", [Console, lambda **more: consoles.PlainConsole(**more)])
+@pytest.mark.parametrize("console", [Console, lambda **more: PlainConsole(**more)])
 def test_any_console_prints_plain_text_unchanged(console: type[Console]) -> None:
     out = io.StringIO()
     table = Table(box=None)
@@ -132,7 +132,7 @@ def test_this_project_s_console_interprets_no_markup_in_plain_strings(
     table = Table(box=None)
     table.add_column("[/INST] :smile:")
     table.add_row("[/INST] [red]x[/red]")
-    console = consoles.make_console()
+    console = make_console()
     console.print("[/INST] [b]x[/b] :smile:")
     console.print(table)
     lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
@@ -141,7 +141,7 @@ def test_this_project_s_console_interprets_no_markup_in_plain_strings(
 
 def test_a_program_continues_when_the_reader_of_its_output_is_gone(tmp_path: Path) -> None:
     program = (
-        "from cookbook.utils.consoles import make_console, plain\n"
+        "from cookbook.utils.rich_console import make_console, plain\n"
         "console = make_console()\n"
         "for number in range(15_000): console.print(plain(f'line {number}'))\n"
         f"open({str(tmp_path / 'end')!r}, 'w').close()\n"
