@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
@@ -23,15 +24,17 @@ MODULES = {module_name(path): path for package in PACKAGES for path in sorted((R
 """The file of every module of the project; for a package its `__init__`."""
 
 
-def imports(source: str, module: str) -> Iterator[str]:
-    """Yields the full name of every module that `source` imports: at the top, lazily, or only for types.
+@functools.cache
+def imports(source: str, module: str) -> list[str]:
+    """Returns the full name of every module that `source` imports: at the top, lazily, or only for types.
 
     A name imported from a package counts as the package, unless it is a module.
     """
     is_package = module in MODULES and MODULES[module].name == "__init__.py"
+    found: list[str] = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            found += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             home = node.module or ""
             if node.level:
@@ -39,7 +42,8 @@ def imports(source: str, module: str) -> Iterator[str]:
                 home = ".".join([*above, *([home] if home else [])])
             for alias in node.names:
                 whole = f"{home}.{alias.name}"
-                yield whole if whole in MODULES else home
+                found.append(whole if whole in MODULES else home)
+    return found
 
 
 def imports_by_name(source: str, module: str) -> Iterator[str]:
@@ -49,6 +53,8 @@ def imports_by_name(source: str, module: str) -> Iterator[str]:
     computed names, every string that names a recipe's module also counts, so that a table of recipes is seen.
     """
     yield from imports(source, module)
+    if not any(word in source for word in ("import_module", "__import__")):
+        return
     tree = ast.parse(source)
     has_computed_names = False
     for node in ast.walk(tree):

@@ -28,10 +28,6 @@ def test_a_circle_is_a_group_whose_members_reach_each_other(
     assert circles(edges) == found
 
 
-def test_no_file_imports_one_that_imports_it() -> None:
-    assert house.circles() == []
-
-
 def test_no_import_points_up() -> None:
     """Includes imports by name, which `tests/test_import_direction.py` does not read."""
     assert house.arrows_up() == []

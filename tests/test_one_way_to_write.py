@@ -56,6 +56,8 @@ METHODS = {
 }  # fmt: skip
 LIBRARIES = {"save_file", "save_pretrained", "to_csv", "to_parquet", "write_parquet", "sink_parquet"}
 TEMPORARY = {"NamedTemporaryFile", "TemporaryDirectory", "mkdtemp", "mkstemp"}
+NAMES = {"open", "replace"}.union(METHODS, LIBRARIES, TEMPORARY, *MODULES.values())
+"""The names of the functions above, without those of their owners."""
 
 
 def direct_writes(code: str) -> Iterator[ast.Call]:
@@ -72,6 +74,8 @@ def _name(call: ast.Call) -> str:
 
 def _is_direct(call: ast.Call) -> bool:
     function, name = call.func, _name(call)
+    if name not in NAMES:
+        return False
     owner = ast.unparse(function.value) if isinstance(function, ast.Attribute) else ""
     if owner == "files":
         return False

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from programs import Programs
+from slow import slow_after
 
 from cookbook.config import cli, config_files
 from cookbook.errors import ConfigError
@@ -78,7 +79,7 @@ def run(programs: Programs, decoy: Path) -> Callable[..., subprocess.CompletedPr
         ["log_path=decoy:Builder"],
     ],
 )
-@pytest.mark.parametrize("recipe", ["recipes.sft", "recipes.preview"])
+@pytest.mark.parametrize("recipe", slow_after(1, ["recipes.sft", "recipes.preview"]))
 def test_help_imports_no_module_that_a_config_names(
     run: Callable[..., Any], recipe: str, argv: list[str], decoy: Path
 ) -> None:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from outside_world import type_into_pipe
 from programs import Programs
+from slow import slow_except
 from transformers import AutoModelForCausalLM
 
 from cookbook import models
@@ -152,7 +153,7 @@ def test_a_model_of_an_unknown_architecture_is_refused_without_running_its_code(
     assert "Traceback" not in error
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", slow_except(["sft", "chat", "export merged"], NAMES))
 def test_a_model_of_a_known_architecture_is_loaded_without_its_code(
     name: str,
     command: Command,

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from slow import slow_after
 
 from cookbook.config import named
 from recipes import export, sft
@@ -32,7 +33,9 @@ def learns(run: Path) -> bool:
     return losses[-1] < LEARNED_BELOW * losses[0]
 
 
-@pytest.mark.parametrize("name", ["instructions", "tools", "reasoning", "agents", "labels", "text"])
+@pytest.mark.parametrize(
+    "name", slow_after(1, ["labels", "instructions", "tools", "reasoning", "agents", "text"])
+)
 def test_a_recipe_runs_from_any_folder_and_learns(name: str, folder: Path) -> None:
     cadence = ["eval_every=12"] if name == "labels" else []
     summary = sft.main([f"config={name}_tiny", "max_steps=12", "num_epochs=12", *cadence])

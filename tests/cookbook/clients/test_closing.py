@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from slow import slow_after
 from torch import Tensor
 from waiting import wait_until
 
@@ -103,7 +104,7 @@ def use(client: TrainingClient, storages: Storages) -> list[Any]:
 @pytest.mark.parametrize(
     "way", [pytest.param("closed and kept", marks=pytest.mark.slow), "closed", "dropped"]
 )
-@pytest.mark.parametrize("rank", [4, 0])
+@pytest.mark.parametrize("rank", slow_after(1, [4, 0]))
 def test_many_clients_leave_no_memory_allocated(
     way: str, rank: int, service: ServiceClient, tiny_qwen3: str
 ) -> None:

@@ -11,6 +11,7 @@ import families
 import numpy as np
 import pytest
 import torch
+from slow import slow_after
 from transformers import AutoModelForCausalLM
 
 
@@ -48,7 +49,7 @@ def steps(ranks: Any, tiny_qwen3: str, tmp_path_factory: pytest.TempPathFactory)
 
 @pytest.mark.parametrize("rank", [4, 0], ids=["lora", "full-fine-tuning"])
 @pytest.mark.parametrize("shard", ["none", "full"])
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("size", slow_after(1, [2, 4]))
 def test_several_processes_compute_the_results_of_one(steps: Steps, size: int, shard: str, rank: int) -> None:
     found = steps(size, rank, shard)
     for others in found[1:]:
@@ -78,9 +79,11 @@ def test_adapters_on_experts_are_those_of_one_process(
         assert_same(one, found, tolerance=5e-5)  # a router turns rounding into other weights of experts
 
 
-@pytest.mark.parametrize("rank", [4, 0], ids=["lora", "full-fine-tuning"])
+@pytest.mark.parametrize("rank", slow_after(1, [4, 0]))
 @pytest.mark.parametrize(
-    "options", [{"gradient_checkpointing": "on"}, {"max_tokens": None}, {"max_tokens": 1}], ids=str
+    "options",
+    slow_after(1, [{"gradient_checkpointing": "on"}, {"max_tokens": None}, {"max_tokens": 1}]),
+    ids=str,
 )
 def test_packing_and_micro_batching_change_nothing_with_sharded_weights(
     ranks: Any,
@@ -105,7 +108,7 @@ def test_activations_cost_the_same_with_sharded_weights(ranks: Any, tiny_qwen3: 
 
 @pytest.mark.parametrize(
     ("rank", "shard", "other_shard"),
-    [(4, "none", "full"), (0, "none", "full"), (0, "full", "none"), (0, "full", "full")],
+    slow_after(1, [(4, "none", "full"), (0, "none", "full"), (0, "full", "none"), (0, "full", "full")]),
 )
 def test_a_checkpoint_of_two_processes_is_resumed_in_one_and_in_four(
     ranks: Any, tmp_path: Path, steps: Steps, rank: int, shard: str, other_shard: str
@@ -140,7 +143,7 @@ def test_a_model_saved_in_parts_is_a_model_folder(steps: Steps) -> None:
     assert not list(Path(saved["saved"]).parent.glob(".*"))
 
 
-@pytest.mark.parametrize("rank", [4, 0], ids=["lora", "full-fine-tuning"])
+@pytest.mark.parametrize("rank", slow_after(1, [0, 4]))
 def test_samples_with_sharded_weights_equal_those_of_one_process(
     ranks: Any, tiny_qwen3: str, tmp_path: Path, rank: int
 ) -> None:

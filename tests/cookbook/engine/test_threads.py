@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+from slow import slow_after
 
 from cookbook.engine.threads import threads_for
 
@@ -30,13 +31,16 @@ def test_a_program_takes_its_share_of_busy_cores(cores: int, load: float, thread
 
 @pytest.mark.parametrize(
     ("load", "recorded", "variable", "printed"),
-    [
-        ("1e6", "None", None, "1 1"),
-        ("0.0", "None", None, "None 2"),
-        ("1e6", "None", "2", "None 2"),  # the user has set the number
-        ("0.0", "1", None, "1 1"),  # a resumed run sums in the order of the first one
-        ("1e6", "2", None, "None 2"),
-    ],
+    slow_after(
+        1,
+        [
+            ("1e6", "None", None, "1 1"),
+            ("0.0", "None", None, "None 2"),
+            ("1e6", "None", "2", "None 2"),  # the user has set the number
+            ("0.0", "1", None, "1 1"),  # a resumed run sums in the order of the first one
+            ("1e6", "2", None, "None 2"),
+        ],
+    ),
 )
 def test_threads_are_limited_unless_they_are_set_or_recorded(
     load: str, recorded: str, variable: str | None, printed: str

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from cookbook import embedded
 from cookbook.data import NamedChatDatasetBuilder
 from cookbook.data.types import ChatDatasetBuilderCommonConfig
+from cookbook.export.chat_format import ChatFormat, chat_format_of
 from cookbook.supervised import train
 
 SYSTEM_PROMPT = 'You are a "pirate" {{ of }}\nfew words \\ 🦜.'
@@ -184,6 +185,12 @@ def tokenizer_of() -> Callable[[str], Any]:
 def formatted(request: pytest.FixtureRequest) -> tuple[str, Any]:
     """The name of a renderer and a tokenizer for it, for all renderers."""
     return FORMATS[request.param][0], _tokenizer_of(request.param)
+
+
+@pytest.fixture(scope="session")
+def format_of_each(formatted: tuple[str, Any]) -> ChatFormat:
+    """The exported format of each `formatted`, without a system prompt."""
+    return chat_format_of(*formatted)
 
 
 @pytest.fixture(scope="session")

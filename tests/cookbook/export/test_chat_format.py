@@ -38,9 +38,9 @@ def rendered(chat_format: ChatFormat, messages: list[Message]) -> list[int]:
 
 @pytest.mark.parametrize("system_prompt", [None, SYSTEM_PROMPT], ids=["", "system prompt"])
 def test_the_exported_template_prints_the_prompts_of_the_renderer(
-    formatted: tuple[str, Any], system_prompt: str | None
+    formatted: tuple[str, Any], format_of_each: ChatFormat, system_prompt: str | None
 ) -> None:
-    chat_format = chat_format_of(*formatted, system_prompt)
+    chat_format = chat_format_of(*formatted, system_prompt) if system_prompt else format_of_each
     for messages in CONVERSATIONS:
         expected = chat_format.renderer.build_generation_prompt(messages).to_ints()
         assert rendered(chat_format, messages) == expected
@@ -55,9 +55,9 @@ TELLS_ALL_THINKING = {
 
 
 def test_the_exported_template_prints_the_thinking_of_the_history_as_in_training(
-    formatted: tuple[str, Any],
+    formatted: tuple[str, Any], format_of_each: ChatFormat
 ) -> None:
-    chat_format = chat_format_of(*formatted)
+    chat_format = format_of_each
     if chat_format.renderer.name in ("role_colon", "chat_template"):
         pytest.skip("has no thinking")
     messages = [USER, THOUGHT, OTHER]
@@ -76,9 +76,11 @@ def test_every_renderer_whose_template_is_here_is_exported(exported_names: set[s
     assert exported_names | without == {*renderer_names()}
 
 
-def test_replies_end_at_the_stop_sequences_of_the_renderer(formatted: tuple[str, Any]) -> None:
-    name, tokenizer = formatted
-    chat_format = chat_format_of(name, tokenizer)
+def test_replies_end_at_the_stop_sequences_of_the_renderer(
+    formatted: tuple[str, Any], format_of_each: ChatFormat
+) -> None:
+    _, tokenizer = formatted
+    chat_format = format_of_each
     stops = chat_format.renderer.get_stop_sequences()
     assert [*chat_format.stop_token_ids, *chat_format.stop_strings] == stops
     texts = [tokenizer.decode([stop]) if isinstance(stop, int) else stop for stop in stops]

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from cookbook.errors import ConfigError
-from cookbook.export.chat_format import chat_format_of
+from cookbook.export.chat_format import ChatFormat, chat_format_of
 from cookbook.export.ollama import frames_of, modelfile
 from renderers import Message
 
@@ -47,10 +47,10 @@ def commands(text: str) -> list[tuple[str, str]]:
 
 
 def test_ollamas_template_prints_the_prompts_of_the_renderer(
-    formatted: tuple[str, Any], go_render: Callable[..., str]
+    formatted: tuple[str, Any], format_of_each: ChatFormat, go_render: Callable[..., str]
 ) -> None:
-    name, tokenizer = formatted
-    chat_format = chat_format_of(name, tokenizer)
+    _, tokenizer = formatted
+    chat_format = format_of_each
     template = dict(commands(modelfile(chat_format, ".")))["TEMPLATE"]
     for turns in CONVERSATIONS:
         messages = [Message(role=role, content=content) for role, content in turns]
@@ -77,8 +77,8 @@ def test_a_conversation_may_replace_the_system_prompt_of_the_run(
     assert "arr" not in found["TEMPLATE"]
 
 
-def test_generation_stops_at_the_stop_sequences_of_the_renderer(formatted: tuple[str, Any]) -> None:
-    chat_format = chat_format_of(*formatted)
+def test_generation_stops_at_the_stop_sequences_of_the_renderer(format_of_each: ChatFormat) -> None:
+    chat_format = format_of_each
     found = [value for word, value in commands(modelfile(chat_format, ".")) if word == "PARAMETER stop"]
     assert found == chat_format.stop_texts
 

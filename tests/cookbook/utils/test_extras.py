@@ -33,11 +33,20 @@ def test_every_required_package_is_in_the_extra_that_is_named() -> None:
     }
     required = set()
     for path in (REPOSITORY / "cookbook").rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        code = path.read_text(encoding="utf-8")
+        if "extras.require" not in code:
+            continue
+        loops: dict[str, tuple[str, ...]] = {}
+        for node in ast.walk(ast.parse(code)):  # a loop comes before the calls in it
+            if isinstance(node, ast.For) and isinstance(node.iter, ast.Tuple):
+                names = [one.value for one in node.iter.elts if isinstance(one, ast.Constant)]
+                loops[ast.unparse(node.target)] = tuple(map(str, names))
             if isinstance(node, ast.Call) and ast.unparse(node.func) == "extras.require":
-                package = ast.literal_eval(node.args[0])
                 named = [ast.literal_eval(one.value) for one in node.keywords if one.arg == "extra"]
-                required.add((package.replace("_", "-"), *(named or [package])))
+                argument = node.args[0]
+                is_looped = isinstance(argument, ast.Name)
+                packages_of = loops[argument.id] if is_looped else (ast.literal_eval(argument),)
+                required |= {(one.replace("_", "-"), *(named or [one])) for one in packages_of}
     # what `hybrid` and `cuda` have is used where it is installed, and not required
     others = {"bench", "cuda", "dev", "docs", "hybrid", "wandb"}
     assert {extra for _, extra in required} == set(packages) - others

@@ -16,6 +16,7 @@ import numpy as np
 import outside_world
 import pytest
 import torch
+from slow import slow_after, slow_except
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
@@ -447,7 +448,7 @@ def test_forward_passes_do_not_raise_limits(make_tight: Any, make_data: Any) -> 
     assert trainer._limits.max_tokens == 60
 
 
-@pytest.mark.parametrize("saved_after", [1, 4, 5, 8])
+@pytest.mark.parametrize("saved_after", slow_after(1, [4, 1, 5, 8]))
 def test_a_resumed_run_raises_its_limits_at_the_same_passes(
     saved_after: int, make_tight: Any, make_data: Any, tmp_path: Path
 ) -> None:
@@ -595,8 +596,8 @@ def kept_bytes(trainer: Trainer, num_tokens: int, is_checkpointed: bool) -> floa
     return sum(event.self_cpu_memory_usage for event in profiled.key_averages()) / num_tokens
 
 
-@pytest.mark.parametrize("train_mlp", [True, False])
-@pytest.mark.parametrize("model_type", ["qwen3", "gemma3_text"])
+@pytest.mark.parametrize("train_mlp", slow_after(1, [True, False]))
+@pytest.mark.parametrize("model_type", slow_after(1, ["qwen3", "gemma3_text"]))
 def test_the_measured_cost_equals_that_of_the_allocator(
     model_type: str, train_mlp: bool, make_model_folder: Any, make_trainer: Any, tmp_path: Path
 ) -> None:
@@ -619,7 +620,7 @@ BY_HAND = {
 }
 
 
-@pytest.mark.parametrize("model_type", BY_HAND)
+@pytest.mark.parametrize("model_type", slow_except(["gpt_oss"], BY_HAND))
 def test_the_estimate_holds_beyond_the_measured_lengths(
     model_type: str, make_model_folder: Any, make_trainer: Any, tmp_path: Path
 ) -> None:

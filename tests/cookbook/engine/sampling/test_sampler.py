@@ -24,6 +24,7 @@ from sampled import (
     plain_logprobs,
     prepared_with,
 )
+from slow import slow_except
 from transformers import AutoModelForCausalLM
 
 from cookbook.engine.model.adapters import Adapter
@@ -416,15 +417,18 @@ def broken_base(request: pytest.FixtureRequest, make_model_folder: Any, tmp_path
 
 @pytest.mark.parametrize(
     "settings",
-    [
-        {"temperature": 0},
-        {},
-        {"top_k": 5},
-        {"top_p": 0.8},
-        {"temperature": 1e-30},
-        {"temperature": 1e38, "top_p": 0.5, "top_k": 3},
-        {"include_prompt_logprobs": True, "num_samples": 3},
-    ],
+    slow_except(
+        [{"temperature": 1e38, "top_p": 0.5, "top_k": 3}],
+        [
+            {"temperature": 0},
+            {},
+            {"top_k": 5},
+            {"top_p": 0.8},
+            {"temperature": 1e-30},
+            {"temperature": 1e38, "top_p": 0.5, "top_k": 3},
+            {"include_prompt_logprobs": True, "num_samples": 3},
+        ],
+    ),
 )
 def test_a_request_whose_prompt_leads_to_nan_fails_alone(
     broken_base: BaseModel, settings: dict[str, Any]
@@ -682,7 +686,7 @@ def greedy_without_a_cache(base: BaseModel, prompt: list[int], num_tokens: int) 
     return tokens[len(prompt) :]
 
 
-@pytest.mark.parametrize("family", DECODED)
+@pytest.mark.parametrize("family", slow_except(["bamba", "mpt", "rwkv", "longrope"], DECODED))
 def test_every_family_samples_as_its_forward_pass_without_a_cache(
     family: str, make_model_folder: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
