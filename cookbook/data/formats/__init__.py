@@ -39,8 +39,9 @@ from cookbook.data.columns import Recorded
 from cookbook.data.conversation import Conversation, listed, names
 from cookbook.data.formats import chats, pairs
 from cookbook.data.formats.foreign import how_to_convert
-from cookbook.data.importers import IMPORTERS, importer_of, marked, trajectory
+from cookbook.data.importers import IMPORTERS, importer_of, marked
 from cookbook.data.importers.base import ForeignRow, Imported
+from cookbook.data.importers.steps import is_trajectory
 from cookbook.data.media import check_no_media
 from cookbook.data.selection import (
     ReadingOptions,
@@ -85,7 +86,7 @@ FORMATS: Mapping[str, Format] = {
         "`messages` or `conversations`, items with `role`", chats.is_messages, chats.read_messages
     ),
     "sharegpt": Format("`conversations`, items with `from`", chats.is_sharegpt, chats.read_sharegpt),
-    "trajectory": Format("`steps`, `trajectory` or `rollouts`", trajectory.is_trajectory, None),
+    "trajectory": Format("`steps`, `trajectory` or `rollouts`", is_trajectory, None),
     "alpaca": Format("`instruction`, `output`", pairs.is_alpaca, pairs.read_alpaca),
     "prompt_completion": Format(
         "`prompt`, `completion`", pairs.is_prompt_completion, pairs.read_prompt_completion

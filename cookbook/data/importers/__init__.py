@@ -8,46 +8,61 @@ their content.
 
 from __future__ import annotations
 
+import functools
 import importlib
-from collections.abc import Mapping
-from types import MappingProxyType
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from cookbook.data.importers.anthropic import AnthropicImporter
-from cookbook.data.importers.atif import AtifImporter
 from cookbook.data.importers.base import Imported, Importer
-from cookbook.data.importers.inspect import InspectImporter
-from cookbook.data.importers.openai_log import OpenAILogImporter
-from cookbook.data.importers.openhands import OpenHandsImporter
-from cookbook.data.importers.swe_agent import SweAgentImporter
-from cookbook.data.importers.trajectory import TrajectoryImporter
 from cookbook.data.selection import ReadingOptions
 from cookbook.errors import ConfigError, CookbookError, describe
 
 __all__ = ["IMPORTERS", "Imported", "Importer", "importer_of", "marked"]
 
-IMPORTERS: Mapping[str, type[Importer]] = MappingProxyType(
-    {
-        importer.name: importer
-        for importer in (
-            TrajectoryImporter,
-            AtifImporter,
-            InspectImporter,
-            OpenAILogImporter,
-            AnthropicImporter,
-            SweAgentImporter,
-            OpenHandsImporter,
-        )
-    }
-)
+_PLACES = {
+    "trajectory": "trajectory:TrajectoryImporter",
+    "atif": "atif:AtifImporter",
+    "inspect": "inspect:InspectImporter",
+    "openai_log": "openai_log:OpenAILogImporter",
+    "anthropic": "anthropic:AnthropicImporter",
+    "swe_agent": "swe_agent:SweAgentImporter",
+    "openhands": "openhands:OpenHandsImporter",
+}
+"""The importers of this package, `module:class`, by their names."""
+
+
+@functools.cache
+def _class_of(name: str) -> type[Importer]:
+    module, _, class_name = _PLACES[name].partition(":")
+    found: type[Importer] = getattr(importlib.import_module(f"{__name__}.{module}"), class_name)
+    return found
+
+
+class _Importers(Mapping[str, type[Importer]]):
+    """The importers of this package, each imported when it is first read."""
+
+    def __getitem__(self, name: str) -> type[Importer]:
+        return _class_of(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(_PLACES)
+
+    def __len__(self) -> int:
+        return len(_PLACES)
+
+
+IMPORTERS: Mapping[str, type[Importer]] = _Importers()
 """The importers by their names. A subclass of `Importer` elsewhere is named `my_module:MyImporter`."""
 
-_MARKING = [importer() for importer in IMPORTERS.values()]
+
+@functools.cache
+def _marking() -> list[Importer]:
+    return [importer() for importer in IMPORTERS.values()]
 
 
 def marked(row: Mapping[str, Any]) -> type[Importer] | None:
     """Returns the importer of the format that a row certainly has; None where no importer knows it."""
-    return next((type(importer) for importer in _MARKING if importer.marks(row)), None)
+    return next((type(importer) for importer in _marking() if importer.marks(row)), None)
 
 
 def importer_of(format: str | None, options: ReadingOptions) -> Importer | None:
@@ -57,8 +72,9 @@ def importer_of(format: str | None, options: ReadingOptions) -> Importer | None:
     """
     if format is None:
         return None
-    kind = IMPORTERS.get(format)
-    if kind is None:
+    if format in _PLACES:
+        kind = IMPORTERS[format]
+    else:
         module, colon, name = format.partition(":")
         if not colon:
             return None

@@ -27,6 +27,8 @@ from cookbook.errors import DataError
 from renderers import Message
 from renderers.messages import THINKING_KEYS
 
+ROLLOUTS = ("rollouts", "trajectories")
+STEPS = ("steps", "trajectory", "rollout", "transitions", "turns", "traj")
 QUESTIONS = ("prompt", "question", "query")
 OBSERVATIONS = ("observation", "obs", "ob", "state", *QUESTIONS)
 NEXT_OBSERVATIONS = ("next_observation", "next_obs", "next_ob", "next_state")
@@ -39,6 +41,18 @@ _MESSAGE_KEYS = (*THINKING_KEYS, "name", "refusal", "tool_calls", "function_call
 _RESULT_KEYS = {"content", "tool_call_id", "id", "name", "role", *ERRORS, *FLAGS}
 
 Step: TypeAlias = Mapping[str, Any]
+
+
+def is_trajectory(row: Mapping[str, Any]) -> bool:
+    """Returns whether a row holds rollouts or the steps of one, itself or in an object under their keys."""
+    for key in (*ROLLOUTS, *STEPS):
+        value = row.get(key)
+        items = listed(value)
+        if items and isinstance(items[0], (Mapping, list) if key in ROLLOUTS else Mapping):
+            return True
+        if key in STEPS and isinstance(value, Mapping) and is_trajectory(value):
+            return True
+    return False
 
 
 def has(step: Any, keys: Sequence[str]) -> bool:

@@ -51,6 +51,8 @@ from cookbook.data.importers.steps import (
     NEXT_OBSERVATIONS,
     OBSERVATIONS,
     QUESTIONS,
+    ROLLOUTS,
+    STEPS,
     Step,
     acts,
     extend,
@@ -78,8 +80,6 @@ from cookbook.errors import DataError
 from cookbook.utils import notes
 from renderers import Message
 
-ROLLOUTS = ("rollouts", "trajectories")
-STEPS = ("steps", "trajectory", "rollout", "transitions", "turns", "traj")
 TASKS = ("task", "instruction", "goal", "prompt", "question")
 GROUP_REWARDS = ("rewards", "scores", "returns")
 ORDER_KEY = "observation_order"
@@ -132,17 +132,6 @@ class TrajectoryImporter(Importer):
 
 
 # -- rows and rollouts ------------------------------------------------------------------------
-
-
-def is_trajectory(row: Mapping[str, Any]) -> bool:
-    for key in (*ROLLOUTS, *STEPS):
-        value = row.get(key)
-        items = listed(value)
-        if items and isinstance(items[0], (Mapping, list) if key in ROLLOUTS else Mapping):
-            return True
-        if key in STEPS and isinstance(value, Mapping) and is_trajectory(value):
-            return True
-    return False
 
 
 def read_trajectories(row: Mapping[str, Any], options: ReadingOptions | None = None) -> list[Conversation]:

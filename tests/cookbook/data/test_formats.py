@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import json
+import pkgutil
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cookbook.data import importers
 from cookbook.data.conversation import Conversation, linked
 from cookbook.data.formats import FORMATS, conversations_of, recognise
 from cookbook.data.selection import ReadingOptions
@@ -103,6 +106,15 @@ def test_a_row_of_unknown_format_is_an_error_that_lists_its_keys_and_the_formats
 def test_the_error_for_an_unknown_format_names_the_nearest() -> None:
     with pytest.raises(ConfigError, match="Unknown format `sharegtp`. Did you mean `sharegpt`"):
         conversations_of({"text": "a"}, "sharegtp")
+
+
+def test_the_importers_are_all_that_there_are_by_their_own_names() -> None:
+    found = {}
+    for file in pkgutil.iter_modules(importers.__path__):
+        module = importlib.import_module(f"{importers.__name__}.{file.name}")
+        kinds = [kind for kind in vars(module).values() if isinstance(kind, type)]
+        found |= {kind.name: kind for kind in kinds if issubclass(kind, importers.Importer) and kind.name}
+    assert dict(importers.IMPORTERS) == found
 
 
 def test_a_named_format_is_taken_over_the_recognised_one() -> None:
