@@ -11,14 +11,16 @@ import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import chz
 from chz.blueprint import Castable
 
 from cookbook.config.chz_private import plain_default
-from cookbook.config.documents import KeyPath, read_document
 from cookbook.errors import ConfigError
+
+if TYPE_CHECKING:
+    from cookbook.config.documents import KeyPath
 
 TYPE_KEY = "_type"
 
@@ -67,6 +69,8 @@ class Setting:
 
 def read_settings(path: str) -> tuple[list[Setting], list[str]]:
     """Returns the settings of a YAML or JSON config file, and one sentence for each repeated key."""
+    from cookbook.config.documents import read_document
+
     document = read_document(path)
     if not isinstance(document.values, dict):
         raise ConfigError(f"config={path} holds no keys. Write one `key: value` per line.")

@@ -14,6 +14,7 @@ import yaml
 
 from cookbook.config.named import find_config_file, with_own_files
 from cookbook.errors import ConfigError
+from cookbook.utils.json_files import MAX_DEPTH
 
 KeyPath: TypeAlias = tuple[str, ...]
 """The keys and list indices that lead to a value."""
@@ -71,7 +72,6 @@ def read_document(path: str, argument: str = "config") -> Document:
 
 
 MAX_BYTES = 2**22
-MAX_DEPTH = 100
 MAX_DIGITS = 4300
 """The largest number of digits of a whole number that Python prints."""
 MAX_VALUES = 100_000

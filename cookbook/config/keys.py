@@ -34,7 +34,6 @@ from cookbook.config.config_files import (
     is_foreign,
     is_own,
 )
-from cookbook.config.documents import MAX_DEPTH
 from cookbook.config.field_types import (
     CLASS_NAME,
     INDEX,
@@ -55,6 +54,7 @@ from cookbook.config.field_types import (
     to_chz_value,
 )
 from cookbook.errors import ConfigError
+from cookbook.utils.json_files import MAX_DEPTH
 from cookbook.utils.nearest import did_you_mean
 
 logger = logging.getLogger(__name__)

@@ -24,7 +24,6 @@ from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from cookbook.config.documents import read_yaml
 from cookbook.errors import DataError
 from cookbook.utils import json_files
 
@@ -211,6 +210,8 @@ def read_configs(folder: Path) -> dict[str, dict[str, Any]]:
     """Returns the configs that README.md (or .huggingface.yaml) defines, by name; empty if there are none."""
     import yaml
     from datasets.utils.metadata import MetadataConfigs
+
+    from cookbook.config.documents import read_yaml
 
     card: dict[str, Any] = {}
     configs: Mapping[str, Mapping[str, Any]] = {}

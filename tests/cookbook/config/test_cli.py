@@ -465,8 +465,8 @@ def test_help_fits_80_columns_and_imports_nothing_heavy() -> None:
         "import sys; sys.argv = ['sft', '--help']; import recipes.sft\n"
         "try: recipes.sft.main()\n"
         "finally:\n"
-        "  heavy = {'torch', 'transformers', 'datasets', 'wandb', 'matplotlib', 'asyncio', 'rich',\n"
-        "    'jinja2', 'importlib.metadata', 'renderers.base', 'cookbook.supervised.loop',\n"
+        "  heavy = {'torch', 'transformers', 'datasets', 'wandb', 'matplotlib', 'yaml', 'rich',\n"
+        "    'asyncio', 'jinja2', 'importlib.metadata', 'renderers.base', 'cookbook.supervised.loop',\n"
         "    'cookbook.data.importers.trajectory'} & {*sys.modules}\n"
         "  assert not heavy, heavy"
     )
