@@ -36,6 +36,7 @@ def _empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
+@pytest.mark.slow
 def test_the_first_fine_tune_trains_and_answers(capsys: pytest.CaptureFixture) -> None:
     scope, _ = run_cells(FOLDER / "first_fine_tune.ipynb")
     assert scope["summary"].is_finished

@@ -369,6 +369,7 @@ def check_folder(world: World, seed: int) -> None:
 NUM_FOLDERS, SLICE = 3_000, 250
 
 
+@pytest.mark.slow
 def test_every_command_reads_undamaged_folders(world: World) -> None:
     for command in COMMANDS:
         world.restore()
@@ -380,7 +381,7 @@ def test_every_command_reads_undamaged_folders(world: World) -> None:
 
 
 def test_a_few_damaged_folders_are_used_or_refused(world: World) -> None:
-    check_each(lambda seed: check_folder(world, seed), seeds(0, 25))
+    check_each(lambda seed: check_folder(world, seed), seeds(0, 15))
 
 
 @pytest.mark.slow

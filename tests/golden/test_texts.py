@@ -6,6 +6,7 @@ import importlib.util
 from pathlib import Path
 
 import pytest
+from programs import Programs
 
 HERE = Path(__file__).parent
 spec = importlib.util.spec_from_file_location("golden_texts", HERE / "texts.py")
@@ -16,8 +17,9 @@ spec.loader.exec_module(texts)
 
 
 @pytest.mark.parametrize("recipe", texts.RECIPES)
-def test_help_equals_the_golden_file(recipe: str) -> None:
-    assert texts.help_of(recipe) == (HERE / "help" / f"{recipe}.txt").read_text(encoding="utf-8")
+def test_help_equals_the_golden_file(recipe: str, programs: Programs) -> None:
+    done = programs.run(f"recipes.{recipe}", "--help", cwd=texts.ROOT, environment=texts.ENVIRONMENT)
+    assert texts.kept(done.stdout) == (HERE / "help" / f"{recipe}.txt").read_text(encoding="utf-8")
 
 
 def test_errors_and_log_messages_equal_the_golden_file() -> None:

@@ -23,20 +23,27 @@ LOG_METHODS = ("debug", "info", "warning", "error", "exception")
 COLUMNS = "100"
 
 
+ENVIRONMENT = {"COLUMNS": COLUMNS, "NO_COLOR": "1", "HOME": "/home/user"}
+
+
 def help_of(recipe: str) -> str:
     """Returns the output of `python -m recipes.<recipe> --help` at a width of 100 columns."""
-    environment = {**os.environ, "COLUMNS": COLUMNS, "NO_COLOR": "1", "HOME": "/home/user"}
     finished = subprocess.run(
         [sys.executable, "-m", f"recipes.{recipe}", "--help"],
         cwd=ROOT,
-        env=environment,
+        env={**os.environ, **ENVIRONMENT},
         capture_output=True,
         text=True,
         encoding="utf-8",
         check=True,
     )
-    text = finished.stdout.replace(str(ROOT), "/project")  # the defaults of files of this project
-    return "\n".join(line.rstrip() for line in text.splitlines()) + "\n"
+    return kept(finished.stdout)
+
+
+def kept(printed: str) -> str:
+    """Returns a printed help as the files have it, without the folder of this project in defaults."""
+    lines = printed.replace(str(ROOT), "/project").splitlines()
+    return "\n".join(line.rstrip() for line in lines) + "\n"
 
 
 def messages() -> str:

@@ -26,6 +26,7 @@ def test_the_list_has_every_recipe_with_a_sentence(capsys: pytest.CaptureFixture
     assert max(map(len, printed.splitlines())) <= 100
 
 
+@pytest.mark.slow
 def test_a_name_runs_the_recipe_with_the_other_arguments(tmp_path: Path) -> None:
     path = tmp_path / "run"
     summary = console.main(["sft", f"log_path={path}", "max_steps=1", "eval_every=0", "save_every=0"])

@@ -150,6 +150,7 @@ def test_other_prompts_are_not_mixed_into_a_file(
     assert "is a reply to another prompt 0 than dataset= has" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_what_was_distilled_can_be_trained_on(server: Server, prompts: Path, tmp_path: Path) -> None:
     run(server, prompts)
     keys = [f"dataset={prompts.with_name('taught.jsonl')}", f"log_path={tmp_path / 'run'}", "max_steps=1"]

@@ -46,6 +46,7 @@ def test_a_recipe_runs_from_any_folder_and_learns(name: str, folder: Path) -> No
         assert 0 <= metrics_of(run)[-1]["labels/exact_match"] <= 1
 
 
+@pytest.mark.slow
 def test_a_second_adapter_stands_on_the_merged_weights_of_the_first(folder: Path) -> None:
     sft.main(["config=pirate_tiny", "log_path=runs/ladder/first", "max_steps=4"])
     export.main(["checkpoint=runs/ladder/first", "to=runs/ladder/merged", "format=merged"])

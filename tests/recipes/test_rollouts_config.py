@@ -26,6 +26,7 @@ def mean(values: list[float]) -> float:
     return sum(values) / len(values)
 
 
+@pytest.mark.slow
 def test_the_loss_falls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(REPOSITORY)
     sft.main(["config=configs/rollouts_tiny.yaml", f"log_path={tmp_path / 'run'}", "max_steps=15"])

@@ -16,7 +16,7 @@ texts = st.lists(pieces, max_size=8).map("".join)
 
 
 @pytest.mark.parametrize("flag", ["none", "lstrip", "rstrip", "single_word", "normalized"])
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(series=st.lists(st.tuples(texts, texts), min_size=1, max_size=3), beginning=texts)
 def test_the_encoding_of_a_text_does_not_depend_on_earlier_texts(small_tokenizer, flag, series, beginning):
     tokenizer = small_tokenizer() if flag == "none" else flagged(small_tokenizer(), flag)

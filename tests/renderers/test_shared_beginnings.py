@@ -10,6 +10,7 @@ import chat_formats
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from slow import slow_except
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -159,10 +160,21 @@ def test_examples_are_those_rendered_from_the_beginning(kind: str) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    [
-        *("qwen3", "qwen3_5", "glm4_5", "glm5", "nemotron3", "nemotron3_low_thinking", "kimi_k2_thinking"),
-        *("gpt_oss", "gemma4_thinking", "deepseekv3_thinking", "deepseekv3_1_thinking"),
-    ],
+    slow_except(
+        ["qwen3", "gpt_oss", "glm5"],
+        [
+            *(
+                "qwen3",
+                "qwen3_5",
+                "glm4_5",
+                "glm5",
+                "nemotron3",
+                "nemotron3_low_thinking",
+                "kimi_k2_thinking",
+            ),
+            *("gpt_oss", "gemma4_thinking", "deepseekv3_thinking", "deepseekv3_1_thinking"),
+        ],
+    ),
 )
 def test_examples_of_long_conversations_are_those_rendered_from_the_beginning(name: str) -> None:
     found = [check("split", name, seed) for seed in range(5, 205, 10)]
@@ -174,8 +186,8 @@ def test_a_query_that_ends_with_the_effort_is_printed_again_when_another_one_fol
 
 
 def test_examples_of_a_chat_template_are_those_rendered_from_the_beginning() -> None:
-    found = [check("split", name, seed) for name in ("qwen3.jinja", "glm5.jinja") for seed in range(12)]
-    assert found.count("compared") >= 10
+    found = [check("split", name, seed) for name in ("qwen3.jinja", "glm5.jinja") for seed in range(4)]
+    assert found.count("compared") >= 4
 
 
 @pytest.mark.slow

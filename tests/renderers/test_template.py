@@ -137,7 +137,7 @@ short = st.sampled_from(["", "a", " a ", "b", "ab\n", "%s", "<b>", "</think>"]) 
     "template",
     [*CURIOUS_TEMPLATES, *(looped(one) for one in EXPRESSIONS), *(looped(one) for one in CURIOSITIES)],
 )
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=4, deadline=None)
 @given(
     roles=st.lists(st.sampled_from(["system", "user", "assistant"]), min_size=1, max_size=3),
     more=st.sampled_from([(), ("reasoning_content",), ("name", "items")]),

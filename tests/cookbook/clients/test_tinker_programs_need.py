@@ -152,6 +152,7 @@ def _sample(client: SamplingClient) -> list[int]:
     return client.sample(PROMPT, 1, GREEDY).result().sequences[0].tokens
 
 
+@pytest.mark.slow
 def test_a_sampling_client_is_itself_when_unpickled_here_and_samples_the_same_elsewhere(
     client: TrainingClient,
 ) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from slow import slow_after
 
 from cookbook.data.sources import BadRow, Row, base, open_source
 from cookbook.errors import ConfigError, DataError
@@ -100,7 +101,7 @@ def test_endless_nesting_and_endless_numbers_are_bad_rows(value: str, tmp_path: 
     assert "JSON" in bad.reason
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.parquet", "a.arrow", "folder"])
+@pytest.mark.parametrize("name", slow_after(1, ["a.jsonl", "a.csv", "a.parquet", "a.arrow", "folder"]))
 def test_chunks_of_large_rows_have_fewer_rows(name: str, tmp_path: Path) -> None:
     rows = [{"text": f"{number} " + "x" * (900_000 if number % 5 else 1)} for number in range(60)]
     source = open_source(str(_written(tmp_path / name, rows)))

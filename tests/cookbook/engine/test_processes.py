@@ -230,6 +230,7 @@ def test_a_process_that_cannot_continue_ends_all_with_its_error(
         assert "max_tokens_per_microbatch=" in ended.printed[0]
 
 
+@pytest.mark.slow
 def test_weights_are_sharded_if_they_do_not_fit_in_the_memory_of_rank_0(
     ranks: Any, tiny_qwen3: str, tmp_path: Path
 ) -> None:

@@ -117,6 +117,7 @@ def test_evaluators_of_every_kind_do_not_change_the_trained_weights(
     assert "step 0: inspect/facts/includes/accuracy 0.0000" in printed.out
 
 
+@pytest.mark.slow
 def test_builders_can_be_set_on_the_command_line(
     make_config: Callable[..., train.Config], facts: Path, tmp_path: Path
 ) -> None:

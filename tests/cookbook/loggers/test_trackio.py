@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from cookbook.utils import jsonl
 
 LIFE = """
@@ -51,6 +53,7 @@ def logs_in(store: Path) -> dict[str, list[dict[str, Any]]]:
     return logs
 
 
+@pytest.mark.slow
 def test_a_killed_and_resumed_run_has_each_step_once_with_its_table(tmp_path: Path) -> None:
     store, folder = tmp_path / "store", tmp_path / "runs" / "mine"
     folder.mkdir(parents=True)

@@ -423,6 +423,7 @@ def test_a_page_shows_when_it_was_written(make_run: MakeRun) -> None:
     assert not (page.parent / "curves.png").exists()
 
 
+@pytest.mark.slow
 def test_a_page_of_very_many_metrics_and_checkpoints_shows_some_and_says_so(make_run: MakeRun) -> None:
     run = make_run(num_steps=3)
     many = {"step": 3, **{f"test/source_{index}/nll": 1.0 + index for index in range(1_500)}}
@@ -458,6 +459,7 @@ for _ in range(40):
 """
 
 
+@pytest.mark.slow
 def test_two_processes_may_write_the_page_at_once(make_run: MakeRun) -> None:
     """A run and `recipes.report` may write at once: 80 pages, none of which fails or is incomplete."""
     run = make_run(num_steps=5)

@@ -111,6 +111,7 @@ def test_the_tuned_model_is_chatted_with_and_exported(finished: train.RunSummary
     assert replies[0] == replies[1]
 
 
+@pytest.mark.slow
 def test_a_run_continues_an_adapter_of_peft_with_its_own_layers(
     data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

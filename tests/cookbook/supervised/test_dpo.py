@@ -121,6 +121,7 @@ def test_pairs_are_rendered_as_prompt_and_replies(pairs: Path) -> None:
         assert prompts[0] == prompts[1]
 
 
+@pytest.mark.slow
 def test_a_resumed_run_continues_with_the_recorded_reference(run: Path, pairs: Path, tmp_path: Path) -> None:
     keys = [f"log_path={tmp_path}", f"dataset={pairs}", *FEW, *CONSTANT, "num_epochs=9"]
     dpo.main([*keys, "max_steps=3"])

@@ -118,6 +118,7 @@ def test_a_finished_run_extended_by_more_steps_equals_one_that_never_stopped(run
     )
 
 
+@pytest.mark.slow
 def test_the_schedule_ends_at_the_new_last_step_and_earlier_rows_stay(runs: Runs) -> None:
     """The final evaluation of the first run, not due by its cadence, stays in the row of its step."""
     folder = runs("run", max_steps=4)
@@ -201,6 +202,7 @@ def test_more_epochs_extend_a_run_and_its_end_is_counted_in_rows(runs: Runs) -> 
     assert rows_of(folder)[-2]["epoch"] == 3
 
 
+@pytest.mark.slow
 def test_a_folder_of_an_earlier_version_can_be_extended(runs: Runs) -> None:
     """Earlier versions recorded batches, but no number of rows."""
     for name in ("old", "new"):
@@ -218,6 +220,7 @@ def test_a_folder_of_an_earlier_version_can_be_extended(runs: Runs) -> None:
     assert_same_end(old, folder)
 
 
+@pytest.mark.slow
 def test_a_run_begun_when_its_model_had_no_renderer_of_its_own_continues_with_its_chat_template(
     server: Any, runs: Runs, tiny_qwen3: str
 ) -> None:
@@ -277,6 +280,7 @@ def test_extending_a_run_that_is_out_of_patience_restarts_patience_and_keeps_the
     assert (record.step, record.value) == (new_best, nlls[new_best])
 
 
+@pytest.mark.slow
 def test_a_run_that_is_out_of_patience_resumes_with_a_larger_patience(runs: Runs) -> None:
     folder = runs("run", **STOPPING, early_stopping_patience=2)
     stopped = len(rows_of(folder)) - 1

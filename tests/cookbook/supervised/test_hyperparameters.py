@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from slow import slow_after
 
 from cookbook import embedded
 from cookbook.config import cli
@@ -76,12 +77,15 @@ def test_a_missing_model_has_no_recommended_rate_but_accepts_a_given_one() -> No
 
 @pytest.mark.parametrize(
     ("argv", "line"),
-    [
-        ([], "Learning rate 0.004, tuned on cookbook/tiny-chat."),
-        (["learning_rate=1e-3"], "Learning rate 0.001 (auto would be 0.004)."),
-        (["lora_alpha=64"], "It suits lora_alpha=32, and this run has 64."),
-        (["lora_rank=1"], "trained tokens. One parameter per token is a rough rule"),
-    ],
+    slow_after(
+        2,
+        [
+            ([], "Learning rate 0.004, tuned on cookbook/tiny-chat."),
+            (["learning_rate=1e-3"], "Learning rate 0.001 (auto would be 0.004)."),
+            (["lora_alpha=64"], "It suits lora_alpha=32, and this run has 64."),
+            (["lora_rank=1"], "trained tokens. One parameter per token is a rough rule"),
+        ],
+    ),
 )
 def test_a_run_logs_the_source_of_its_learning_rate_and_a_note_on_a_small_rank(
     tmp_path: Path, argv: list[str], line: str

@@ -31,6 +31,7 @@ def losses(folder: Path) -> list[float]:
     return [row["train/nll"] for row in rows if "train/nll" in row]
 
 
+@pytest.mark.slow
 def test_a_run_beside_a_running_loop_equals_one_without(tmp_path: Path) -> None:
     alone = train.run(config_in(tmp_path / "alone", "max_steps=2"))
 

@@ -295,6 +295,7 @@ def test_early_stopping_ends_a_run_and_keep_checkpoints_does_not_remove_the_best
     assert f"The best is {stopped_early}/checkpoints/000017: test/nll {nlls[BEST]:.4f} after 17 steps." in out
 
 
+@pytest.mark.slow
 def test_the_best_checkpoint_is_the_state_that_was_evaluated(
     server: Any, make_stopping_config: Callable, stopped_early: Path
 ) -> None:
@@ -314,6 +315,7 @@ def test_the_best_checkpoint_is_the_state_that_was_evaluated(
     assert metrics_of(Path(all_saved["log_path"]))[:STOPPED_AT] == metrics_of(stopped_early)[:STOPPED_AT]
 
 
+@pytest.mark.slow
 def test_the_depth_of_pipelining_changes_neither_the_best_nor_the_stop(
     server: Any, make_stopping_config: Callable, stopped_early: Path
 ) -> None:

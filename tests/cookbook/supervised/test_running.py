@@ -145,6 +145,7 @@ def test_few_held_out_rows_make_the_best_checkpoint_noise(run: Path) -> None:
     assert "Only 2 rows are held out" in (run / "train.log").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_names_the_command_that_continues(
     run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

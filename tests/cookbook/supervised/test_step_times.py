@@ -13,6 +13,7 @@ from typing import Any
 import chz
 import pytest
 from safetensors.numpy import load_file
+from slow import slow_after
 from waiting import wait_until
 
 from cookbook.data.types import SupervisedDataset, SupervisedDatasetBuilder
@@ -108,7 +109,7 @@ def spans_of(config: train.Config) -> dict[str, list[dict[str, Any]]]:
     return tracks
 
 
-@pytest.mark.parametrize("submit_ahead", [0, 1, 3])
+@pytest.mark.parametrize("submit_ahead", slow_after(1, [1, 0, 3]))
 def test_the_seconds_of_the_steps_and_their_parts_sum_to_those_of_the_run(
     make_config: MakeConfig, submit_ahead: int
 ) -> None:

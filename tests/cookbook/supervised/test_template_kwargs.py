@@ -326,6 +326,7 @@ def test_rows_with_the_same_variables_choose_those_for_sampling(
     assert trained_text(config).startswith(chats_prompt({"checkpoint": str(saved)}))
 
 
+@pytest.mark.slow
 def test_a_resumed_run_keeps_the_recorded_mode_whatever_its_data_choose(
     make_config: MakeConfig, thinking: str
 ) -> None:

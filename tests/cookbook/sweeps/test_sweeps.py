@@ -536,7 +536,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("sweep")
 
 
-ARGV = ["learning_rate=4e-3,1e-7", "lora_rank=4,16", "max_steps=60", "eval_every=20", *QUICK]
+ARGV = ["learning_rate=4e-3,1e-7", "lora_rank=4,16", "max_steps=24", "eval_every=8", *QUICK]
 
 
 @dataclass(frozen=True)
@@ -559,7 +559,7 @@ def swept(
         process = subprocess.Popen(
             [
                 *(sys.executable, "-m", "recipes.sweep", *ARGV, f"log_path={folder / 'out'}"),
-                *("asha=True", "asha_grace_steps=20", "cpus_per_run=1"),
+                *("asha=True", "asha_grace_steps=8", "cpus_per_run=1"),
             ],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -621,7 +621,7 @@ def test_worse_runs_are_stopped_early_with_a_checkpoint(swept: Swept, folder: Pa
     for row in stopped:
         last = CheckpointLog(Path(row["log_path"])).last()
         assert last is not None
-        assert 20 <= last.step < 60
+        assert 8 <= last.step < 24
         assert (Path(row["log_path"]) / last.path / "adapter_model.safetensors").exists()
 
 

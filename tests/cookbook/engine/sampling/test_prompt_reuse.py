@@ -27,6 +27,7 @@ from sampled import (
     plain_logprobs,
     prepared_with,
 )
+from slow import slow_except
 
 from cookbook import Datum, ModelInput, SamplingParams, ServiceClient
 from cookbook.engine.model import attention
@@ -93,7 +94,9 @@ def related_prompts(rng: random.Random, num: int, longest: int = 40) -> list[lis
     return prompts
 
 
-@pytest.mark.parametrize("family", ["qwen3", "gemma2", "gpt_oss", "lfm2", "stablelm"])
+@pytest.mark.parametrize(
+    "family", slow_except(["gpt_oss", "lfm2"], ["qwen3", "gemma2", "gpt_oss", "lfm2", "stablelm"])
+)
 def test_what_prompts_share_is_reused_and_changes_nothing(
     family: str, make_model_folder: Any, tmp_path: Path
 ) -> None:
