@@ -75,7 +75,7 @@ class _Task:
         """The futures that `run` has to complete."""
         self.recorded = recorded
 
-    def run(self, worker: _Worker) -> None:
+    def run(self) -> None:
         (future,) = self.futures
         if not future.set_running_or_notify_cancel():
             return
@@ -89,26 +89,43 @@ class _Item(Generic[Item]):
 
     def __init__(
         self,
+        worker: _Worker,
         batcher: Batcher[Item],
         item: Item,
         recorded: AbstractContextManager[None],
-        agree_on_number: Callable[[int], int],
+        base: BaseModel,
     ) -> None:
-        """`agree_on_number` returns how many of the waiting items all processes take."""
+        self.worker = worker
         self.batcher = batcher
         self.item = item
         self.futures: list[Future[Any]] = [item.future]
         self.recorded = recorded
-        self.agree_on_number = agree_on_number
+        self.base = base
 
-    def run(self, worker: _Worker) -> None:
-        def take_waiting() -> list[Item]:
-            items = worker.take_items(self.batcher, self.agree_on_number)
-            self.futures += [item.future for item in items]
-            return items
-
+    def run(self) -> None:
         with self.recorded:
-            self.batcher.run(self.item, take_waiting)
+            self.batcher.run(self.item, self.take_waiting)
+
+    def take_waiting(self) -> list[Item]:
+        """Removes from the queue, and returns, the items for the same batcher at its head.
+
+        All processes take equally many: they gather weights together.
+        """
+        worker = self.worker
+        with worker.lock:
+            is_other = (
+                number
+                for number, job in enumerate(worker.queue)
+                if not isinstance(job, _Item) or job.batcher is not self.batcher
+            )
+            num_items = next(is_other, len(worker.queue))
+        if self.base.is_sharded:
+            (num_items,) = self.base.world.all_reduce_min(num_items)
+        with worker.lock:
+            jobs = [worker.queue.popleft() for _ in range(num_items)]
+        items: list[Item] = [job.item for job in jobs if isinstance(job, _Item)]
+        self.futures += [item.future for item in items]
+        return items
 
 
 def _fail(futures: list[Future[Any]], error: BaseException) -> bool:
@@ -127,8 +144,8 @@ class _Worker:
     """The thread of an engine and its queue. It holds no reference to the engine, which can thus be freed."""
 
     def __init__(self) -> None:
-        self._queue: deque[_Task | _Item[Any]] = deque()
-        self._lock = threading.Lock()
+        self.queue: deque[_Task | _Item[Any]] = deque()
+        self.lock = threading.Lock()
         self._clean_ups: deque[Callable[[], None]] = deque()
         self._signal: queue.SimpleQueue[None] = queue.SimpleQueue()
         """Has an entry while the thread has work to do. Its `put` is reentrant."""
@@ -143,10 +160,10 @@ class _Worker:
 
     def enqueue(self, job: _Task | _Item[Any]) -> None:
         """Queues a job. Raises ClosedError if the thread has ended or is about to."""
-        with self._lock:
+        with self.lock:
             if self._is_ending or self._has_ended or not self._thread.is_alive():
                 raise ClosedError(_CLOSED)
-            self._queue.append(job)
+            self.queue.append(job)
         self._signal.put(None)
 
     def clean_up_later(self, work: Callable[[], None]) -> None:
@@ -169,7 +186,7 @@ class _Worker:
 
     def end(self) -> None:
         """Runs the queued jobs, then ends the thread, which may be the calling one."""
-        with self._lock:
+        with self.lock:
             self._is_ending = True
         self._signal.put(None)
         if threading.current_thread() is not self._thread:
@@ -186,20 +203,6 @@ class _Worker:
             self._thread.join()
         else:
             reached.result()
-
-    def take_items(self, batcher: Batcher[Item], agree_on_number: Callable[[int], int]) -> list[Item]:
-        """Removes and returns the items for `batcher` at the head of the queue."""
-        with self._lock:
-            is_other = (
-                number
-                for number, job in enumerate(self._queue)
-                if not isinstance(job, _Item) or job.batcher is not batcher
-            )
-            num_items = next(is_other, len(self._queue))
-        num_items = agree_on_number(num_items)
-        with self._lock:
-            jobs = [self._queue.popleft() for _ in range(num_items)]
-        return [job.item for job in jobs if isinstance(job, _Item)]
 
     # -- on the thread ----------------------------------------------------------------------
 
@@ -219,15 +222,15 @@ class _Worker:
                 self._clean_ups.popleft()()
             except BaseException:
                 logger.exception("Memory could not be freed. Jobs in the queue are not affected.")
-        with self._lock:
-            job = self._queue.popleft() if self._queue else None
+        with self.lock:
+            job = self.queue.popleft() if self.queue else None
             self._has_ended = self._is_ending and job is None and not self._clean_ups
         if job is None:
             if not self._is_ending:
                 self._signal.get()
             return
         try:
-            job.run(self)
+            job.run()
         except BaseException as error:
             if not _fail(job.futures, error):
                 raise
@@ -236,10 +239,10 @@ class _Worker:
             vars(job).clear()  # a frame of an error refers to the frame that called it, and so to the job
 
     def _fail_queued(self) -> None:
-        with self._lock:
+        with self.lock:
             self._has_ended = True
-            left = [*self._queue]
-            self._queue.clear()
+            left = [*self.queue]
+            self.queue.clear()
         self._clean_ups.clear()
         for job in left:
             _fail(job.futures, ClosedError(_CLOSED))
@@ -294,8 +297,7 @@ class Engine:
 
     def submit_to(self, batcher: Batcher[Item], item: Item) -> None:
         """Queues an item, which the batcher may take together with those after it."""
-        agree = functools.partial(_agree_on_number, self.base)
-        self._worker.enqueue(_Item(batcher, item, self._recorded("sample"), agree))
+        self._worker.enqueue(_Item(self._worker, batcher, item, self._recorded("sample"), self.base))
 
     def clean_up_later(self, work: Callable[[], None]) -> None:
         """Runs `work` on the thread before the next job. May be called during garbage collection."""
@@ -321,13 +323,6 @@ class Engine:
             qualified: str = getattr(work, "__qualname__", type(work).__qualname__)
             work = qualified.split(".<locals>")[0].split(".")[-1].lstrip("_")
         return _recorded(self._recorder, self._device_clock, work, self._recorder.step)
-
-
-def _agree_on_number(base: BaseModel, number: int) -> int:
-    """Returns how many items to take: the same number on all processes, which gather weights together."""
-    if base.is_sharded:
-        (number,) = base.world.all_reduce_min(number)
-    return number
 
 
 @contextmanager

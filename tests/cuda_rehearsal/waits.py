@@ -14,9 +14,9 @@ _TRAINING = "cookbook/engine/training/"
 _MODEL = "cookbook/engine/model/"
 
 WAITS: Mapping[str, str] = {
-    f"{_SAMPLING}choice.py:ChosenTokens.on_host": "a token may end its sequence: once a token for all",
     f"{_SAMPLING}decoders.py:PackedDecoder._run_row": "what has nan is not kept: once a prefill",
     f"{_SAMPLING}decoders.py:PackedDecoder.prefill": "places are copied, and log-probabilities are an answer",
+    f"{_SAMPLING}sampler.py:_RunningBatch._draw": "a token may end its sequence: once a token for all",
     f"{_SAMPLING}sampler.py:_RunningBatch._score": "scores of whole texts are answers: once a pass",
     f"{_TRAINING}trainer.py:Trainer._check_finite": "a checkpoint with nan is refused: one read",
     f"{_TRAINING}trainer.py:Trainer.load": "a checkpoint is copied to the device",

@@ -10,7 +10,6 @@ Shape suffixes: R rows, V vocabulary, B buckets of terms or blocks of the vocabu
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -29,34 +28,19 @@ _ELEMENTS_AT_A_TIME = {"cpu": 2**20, "cuda": 2**27}
 _FP32 = torch.finfo(torch.float32)
 
 
-@dataclass(frozen=True)
-class ChosenTokens:
-    """The sampled token ids [R], and the log-probability of each, before temperature, [R] in nats.
-
-    `is_undefined_R` marks rows without a distribution: a logit is nan or +inf, or none is above -inf. The
-    token of such a row is meaningless, but within the vocabulary.
-    """
-
-    tokens_R: Tensor
-    logprobs_R: Tensor
-    is_undefined_R: Tensor
-
-    def on_host(self) -> tuple[list[int], list[float], list[bool]]:
-        """Returns the three as lists. Copies once, and so waits for the device once."""
-        columns = (self.tokens_R, self.logprobs_R, self.is_undefined_R)
-        tokens, logprobs, is_undefined = torch.stack([column.double() for column in columns]).tolist()
-        return [int(token) for token in tokens], logprobs, [bool(each) for each in is_undefined]
-
-
-def choose(logits_RV: Tensor, params: Sequence[SamplingParams], uniforms: Sequence[float]) -> ChosenTokens:
+def choose(logits_RV: Tensor, params: Sequence[SamplingParams], uniforms: Sequence[float]) -> Tensor:
     """Samples one token for each row of fp32 logits, by that row's settings and its number in [0, 1).
+
+    Returns one tensor, which is copied to the host at once, [3, R] fp64: the token ids, the log-probability
+    of each before temperature, in nats, and 1 for rows without a distribution (a logit is nan or +inf, or
+    none is above -inf), whose token is meaningless but within the vocabulary.
 
     Top-k keeps every token at least as likely as the k-th. Of those, top-p keeps the most likely ones until
     their share reaches p. Equal logits rank by token id.
     """
     device, vocab_size = logits_RV.device, logits_RV.shape[1]
     num_at_a_time = max(1, _ELEMENTS_AT_A_TIME["cuda" if logits_RV.is_cuda else "cpu"] // vocab_size)
-    tokens, logprobs, is_undefined = [], [], []
+    parts = []
     for first in range(0, len(params), num_at_a_time):
         rows = range(first, min(first + num_at_a_time, len(params)))
         part_RV = logits_RV[rows.start : rows.stop]
@@ -87,10 +71,9 @@ def choose(logits_RV: Tensor, params: Sequence[SamplingParams], uniforms: Sequen
             if any(params[row].top_p < 1 for row in drawn):
                 terms_RV = _keep_top_p(terms_RV, top_p_R1)
             tokens_R1[drawn_R] = _draw(terms_RV, uniform_R1)
-        tokens.append(tokens_R1[:, 0])
-        logprobs.append((part_RV.gather(1, tokens_R1) - log_total_R1)[:, 0])
-        is_undefined.append(is_undefined_R1[:, 0])
-    return ChosenTokens(torch.cat(tokens), torch.cat(logprobs), torch.cat(is_undefined))
+        logprobs_R1 = part_RV.gather(1, tokens_R1) - log_total_R1
+        parts.append(torch.cat([tokens_R1.double(), logprobs_R1.double(), is_undefined_R1.double()], dim=1))
+    return torch.cat(parts).T
 
 
 def _keep_top_k(terms_RV: Tensor, k_R1: Tensor, largest_k: int) -> Tensor:

@@ -319,8 +319,10 @@ class _RunningBatch:
     def _draw(self, sequences: list[Sequence], logits_RV: Tensor) -> None:
         """Samples the next token of each sequence, and answers the requests that are complete."""
         params = [sequence.request.params for sequence in sequences]
-        columns = choose(logits_RV, params, [sequence.uniform for sequence in sequences]).on_host()
-        self._note_top_logprobs(sequences, logits_RV)
+        chosen_3R = choose(logits_RV, params, [sequence.uniform for sequence in sequences])
+        columns = chosen_3R.tolist()  # waits for the device
+        if asking := [row for row, each in enumerate(sequences) if each.request.num_top_logprobs]:
+            self._note_top_logprobs(sequences, asking, logits_RV)
         for sequence, token, logprob, is_undefined in zip(sequences, *columns, strict=True):
             request = sequence.request
             if request.future.done():
@@ -329,7 +331,7 @@ class _RunningBatch:
                 self._fail(request, _no_distribution(self._base, sequence.length))
                 continue
             try:
-                sequence.append(token, logprob)
+                sequence.append(int(token), logprob)
             except Exception as error:  # raised by the request's own stop rule or listener
                 if self._base.is_sharded:
                     raise
@@ -355,11 +357,8 @@ class _RunningBatch:
                 num_hits = request.prompt_cache_hit_tokens or 0
                 request.future.set_result(SampleResponse(sampled, request.prompt_logprobs, num_hits))
 
-    def _note_top_logprobs(self, sequences: list[Sequence], logits_RV: Tensor) -> None:
-        """Notes the most likely tokens for the sequences whose requests ask for them."""
-        asking = [row for row, sequence in enumerate(sequences) if sequence.request.num_top_logprobs]
-        if not asking:
-            return
+    def _note_top_logprobs(self, sequences: list[Sequence], asking: list[int], logits_RV: Tensor) -> None:
+        """Notes the most likely tokens for the sequences in rows whose requests ask for them."""
         logprobs_RV = logits_RV[copy_to(logits_RV.device, np.array(asking))].float().log_softmax(1)
         most = max(sequences[row].request.num_top_logprobs for row in asking)
         best, tokens = (values.tolist() for values in unembedding.top(logprobs_RV, most))
