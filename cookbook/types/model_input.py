@@ -111,26 +111,28 @@ _CHUNKS: dict[str, type[ModelInputChunk]] = {
 }
 
 
-def _chunk(value: Any) -> Any:
-    """Returns a chunk, also from a mapping of its fields."""
-    if isinstance(value, Mapping):
-        kind = value.get("type", "encoded_text")
-        if kind not in _CHUNKS:
-            raise RequestError(f"Unknown type of chunk {kind!r}. There are: {', '.join(_CHUNKS)}.")
-        return _CHUNKS[kind].model_validate(value)
-    if not isinstance(value, tuple(_CHUNKS.values())):
-        raise RequestError(f"{value!r} is not a chunk of a ModelInput. Use EncodedTextChunk(tokens=[...]).")
-    return value
-
-
 @dataclass(frozen=True)
 class ModelInput(Value):
-    """The input of a model: chunks of token ids, in order. The list of chunks is copied."""
+    """The input of a model: chunks of token ids, in order. The list of chunks is copied.
+
+    A chunk may be given as a mapping of its fields.
+    """
 
     chunks: Sequence[ModelInputChunk] = ()
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "chunks", [_chunk(chunk) for chunk in self.chunks])
+        given: list[Any] = list(self.chunks)
+        for number, chunk in enumerate(given):
+            if isinstance(chunk, Mapping):
+                kind = chunk.get("type", "encoded_text")
+                if kind not in _CHUNKS:
+                    raise RequestError(f"Unknown type of chunk {kind!r}. There are: {', '.join(_CHUNKS)}.")
+                given[number] = _CHUNKS[kind].model_validate(chunk)
+            elif not isinstance(chunk, tuple(_CHUNKS.values())):
+                raise RequestError(
+                    f"{chunk!r} is not a chunk of a ModelInput. Use EncodedTextChunk(tokens=[...])."
+                )
+        object.__setattr__(self, "chunks", given)
 
     @classmethod
     def from_ints(cls, tokens: Sequence[int] | np.ndarray) -> ModelInput:
