@@ -79,8 +79,11 @@ class TrainableRows:
 
     def datums_of(self, row: int) -> list[Datum]:
         """Returns the Datums of a row of the store."""
-        examples = map(self.store.__getitem__, self.kept_examples_of(row))
-        return [datum_from_tokens(one.tokens_T, one.weights_T, self._max_length) for one in examples]
+        store, max_length = self.store, self._max_length
+        return [
+            datum_from_tokens(store.tokens[example], store.weights_T(example), max_length)
+            for example in self.kept_examples_of(row)
+        ]
 
     def kept_examples_of(self, row: int) -> list[int]:
         """Returns the examples of a row that can be trained on."""

@@ -96,21 +96,18 @@ def make_block(
         places.append(place)
         per_row.append(len(row_examples))
         examples += row_examples
-    numbers: dict[int, int] = {}
+    numbers: dict[Example | None, int] = {None: -1}
     shared: list[tuple[int, int]] = []
-    own: list[np.ndarray] = [_NO_TOKENS]
     for number, example in enumerate(examples):
-        base = numbers.get(id(example.base), -1)
-        shared.append((base, example.num_shared if base >= 0 else 0))
-        own.append(example.own_T if base >= 0 else example.tokens_T)
-        numbers[id(example)] = number
+        shared.append((numbers[example.base], example.num_shared))  # the base is of the same row
+        numbers[example] = number
     runs = [run for example in examples for run in example.runs]
     if not len(are_good_R):
         are_good_R = [True] * len(places)
         paths = replace(EMPTY, num_conversations_R=np.zeros(len(places), np.int64))
     return Block(
-        tokens=np.concatenate(own, dtype=TOKEN_DTYPE),
-        own_lengths=np.asarray([len(own_T) for own_T in own[1:]], np.int64),
+        tokens=np.concatenate([_NO_TOKENS, *(example.own_T for example in examples)], dtype=TOKEN_DTYPE),
+        own_lengths=np.asarray([len(example.own_T) for example in examples], np.int64),
         shared=np.asarray([*shared], np.int64).reshape(-1, 2),
         run_counts=np.asarray([len(example.runs) for example in examples], np.int64),
         runs=np.asarray([run[:2] for run in runs], np.int32).reshape(-1, 2),
@@ -348,7 +345,8 @@ class ExampleStore:
             raise ValueError(f"{path} does not match its own description.")
         if self.shared_E.shape != (self.num_examples, 2):
             raise ValueError(f"{path} does not match its own description.")
-        self._tokens = SharedTokens(tokens, self._starts_E, self.shared_E)
+        self.tokens = SharedTokens(tokens, self._starts_E, self.shared_E)
+        """All tokens of each example [T], by its number."""
         bases_E, num_shared_E = self.shared_E.T
         firsts_E = self._row_starts_N[self.row_of_E]
         own_row_or_none_E = (bases_E == -1) | (
@@ -369,7 +367,7 @@ class ExampleStore:
     @property
     def lengths_E(self) -> np.ndarray:
         """The number of tokens of each example."""
-        return self._tokens.lengths_E
+        return self.tokens.lengths_E
 
     @property
     def row_of_E(self) -> np.ndarray:
@@ -398,15 +396,14 @@ class ExampleStore:
     def examples_of_row(self, row: int) -> range:
         return range(int(self._row_starts_N[row]), int(self._row_starts_N[row + 1]))
 
-    def __getitem__(self, example: int) -> Example:
-        runs = range(int(self._run_starts_E[example]), int(self._run_starts_E[example + 1]))
-        return Example(
-            self._tokens[example],
-            [
-                (int(self._runs_R[run, 0]), int(self._runs_R[run, 1]), float(self._run_weights_R[run]))
-                for run in runs
-            ],
-        )
+    def weights_T(self, example: int) -> np.ndarray:
+        """Returns the weight of each token of an example, in a new array."""
+        num_own = self._starts_E[example + 1] - self._starts_E[example]
+        weights_T = np.zeros(num_own + self.shared_E[example, 1], np.float32)
+        runs = slice(*self._run_starts_E[example : example + 2])
+        for (start, end), weight in zip(self._runs_R[runs], self._run_weights_R[runs], strict=True):
+            weights_T[start:end] = weight
+        return weights_T
 
     def place_of_row(self, row: int) -> str:
         return self._places[row] if row < len(self._places) else f"row {row + 1}"

@@ -43,9 +43,9 @@ def test_every_example_of_every_row_is_read_back(rows: Rows, rows_per_block: int
         assert store.num_rows == len(rows)
         assert store.num_examples == sum(map(len, rows))
         for number, row in enumerate(rows):
-            found = [store[example] for example in store.examples_of_row(number)]
-            assert [e.tokens_T.tolist() for e in found] == [e.tokens_T.tolist() for e in row]
-            assert [e.weights_T.tolist() for e in found] == [e.weights_T.tolist() for e in row]
+            found = store.examples_of_row(number)
+            assert [store.tokens[e].tolist() for e in found] == [e.tokens_T.tolist() for e in row]
+            assert [store.weights_T(e).tolist() for e in found] == [e.weights_T.tolist() for e in row]
             assert not row or store.place_of_row(number) == f"row {number}"
         whole = write(Path(folder) / "whole", rows, 100)
         assert store.meta.digest == whole.meta.digest
@@ -86,8 +86,8 @@ def test_shared_tokens_are_stored_once_and_change_neither_examples_nor_digest(
         whole = write(Path(folder) / "whole", rows, rows_per_block)
         store = write(Path(folder) / "shared", branches(rows), rows_per_block)
         for number in [*range(store.num_examples), *reversed(range(store.num_examples))]:
-            assert store[number].tokens_T.tolist() == whole[number].tokens_T.tolist()
-            assert store[number].weights_T.tolist() == whole[number].weights_T.tolist()
+            assert store.tokens[number].tolist() == whole.tokens[number].tolist()
+            assert store.weights_T(number).tolist() == whole.weights_T(number).tolist()
         assert store.meta.digest == whole.meta.digest
         assert store.lengths_E.tolist() == whole.lengths_E.tolist()
         sizes = [(Path(folder) / name / "tokens.bin").stat().st_size for name in ("shared", "whole")]
@@ -115,7 +115,7 @@ def test_examples_stay_readable_after_the_cache_is_deleted(tmp_path: Path) -> No
     rows = [[Example.of(np.arange(3, dtype=np.int32), np.ones(3, np.float32))], [], []]
     store = write(tmp_path / "store", rows, 2)
     shutil.rmtree(tmp_path / "store")
-    assert store[0].tokens_T.tolist() == [0, 1, 2]
+    assert store.tokens[0].tolist() == [0, 1, 2]
 
 
 def test_a_store_that_is_truncated_within_a_token_is_damaged(tmp_path: Path) -> None:
@@ -159,7 +159,7 @@ def test_two_writers_of_one_store_leave_one(tmp_path: Path) -> None:
         slow.append(make_block([("row 0", rows[0])], [], 0))
         write(tmp_path / "store", rows, 1)
     assert [path.name for path in tmp_path.iterdir()] == ["store"]
-    assert ExampleStore(tmp_path / "store", "some")[0].tokens_T.tolist() == [1, 2]
+    assert ExampleStore(tmp_path / "store", "some").tokens[0].tolist() == [1, 2]
 
 
 def test_files_of_a_killed_writer_are_removed_by_the_next(tmp_path: Path) -> None:
