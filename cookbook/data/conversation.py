@@ -24,7 +24,12 @@ V = TypeVar("V")
 
 @dataclass(frozen=True)
 class Conversation:
-    """The content of a row: messages with the tools they may call, or plain text."""
+    """The content of a row: messages with the tools they may call, or plain text.
+
+    Consecutive assistant messages that are parts of one are joined: the second of two messages if it holds
+    only calls, or if the first holds only a thought. Raises DataError, with both messages, for any other
+    pair, and if their training flags differ.
+    """
 
     messages: list[Message]
     tools: list[dict[str, Any]] | None = None
@@ -40,6 +45,15 @@ class Conversation:
     """The reward of its rollout, where the format has one."""
     is_rollout: bool = False
     """Whether it is of an agent's rollout or a log of calls, which may repeat the history before it."""
+
+    def __post_init__(self) -> None:
+        joined: list[Message] = []
+        for number, message in enumerate(self.messages, 1):
+            if joined and joined[-1].get("role") == message.get("role") == "assistant":
+                joined[-1] = _join(joined[-1], message, number)
+            else:
+                joined.append(message)
+        object.__setattr__(self, "messages", joined)
 
 
 ROLES: Mapping[str, str] = {
@@ -67,6 +81,7 @@ CALL_ARGUMENTS = ("arguments", "args", "input", "tool_input", "parameters")
 MAX_WEIGHT = 1e6
 """The largest weight of a message that is accepted; a larger one is taken for a mistake."""
 
+_PLAIN_ROLES = ("system", "developer", "user", "assistant", "tool")
 _SAYS_OF_TRAINING = TRAINING_KEYS | FINER_KEYS
 _KEYS_OF_OTHER_CONTENT = frozenset(
     (
@@ -120,6 +135,9 @@ def message_of(value: Any, where: str) -> Message:
             "`tool_calls`."
         )
     message["role"] = role_of(message["role"])
+    is_plain = len(message) == 2 and isinstance(message.get("content"), str)
+    if is_plain and message["role"] in _PLAIN_ROLES and not WRITTEN.match(message["content"]):
+        return message  # type: ignore[return-value] # most messages: there is nothing else to read
     check_no_media(message, where)
     if not KEYS_OF_OTHERS.isdisjoint(message):
         message = read_keys_of_others(message, where)
@@ -136,8 +154,6 @@ def message_of(value: Any, where: str) -> Message:
     if not isinstance(message.get("content", ""), str):
         message["content"], thought = content_of(message["content"], where, message["role"] == "tool")
         thoughts += [thought] if thought else []
-    elif WRITTEN.match(message.get("content", "")):
-        text_of(message["content"], where)
     elif not message.get("content") and isinstance(message.get("refusal"), str):
         message["content"] = message.pop("refusal")
     if message["role"] == "tool":
@@ -403,7 +419,7 @@ def conversation_of(row: Mapping[str, Any], messages: Sequence[Message]) -> Conv
 
     The system prompt of the row is put first, unless it is empty or the messages begin with their own.
     """
-    whole = join_assistants(messages)
+    whole = Conversation([*messages]).messages
     if not (whole and whole[0]["role"] in ("system", "developer")):
         system = first(row, SYSTEM_KEYS)
         if system is not None and not isinstance(system, str):
@@ -413,21 +429,6 @@ def conversation_of(row: Mapping[str, Any], messages: Sequence[Message]) -> Conv
     if any(message.get("tool_calls") or message["role"] == "tool" for message in whole):
         whole = linked(whole)
     return Conversation(whole, tools_of(row), template_kwargs=template_kwargs_of(row))
-
-
-def join_assistants(messages: Sequence[Message]) -> list[Message]:
-    """Joins consecutive assistant messages that are parts of one.
-
-    The second of two messages is joined to the first if it holds only calls, or if the first holds only a
-    thought. Raises DataError, with both messages, for any other pair, and if their training flags differ.
-    """
-    joined: list[Message] = []
-    for number, message in enumerate(messages, 1):
-        if joined and joined[-1].get("role") == message.get("role") == "assistant":
-            joined[-1] = _join(joined[-1], message, number)
-        else:
-            joined.append(message)
-    return joined
 
 
 def _join(one: Message, two: Message, number: int) -> Message:

@@ -18,7 +18,7 @@ import numpy as np
 import renderers
 from cookbook.data import processes
 from cookbook.data.cache import RENDERED, cache_folder
-from cookbook.data.conversation import TEMPLATE_KWARGS, Conversation, join_assistants
+from cookbook.data.conversation import TEMPLATE_KWARGS, Conversation
 from cookbook.data.findings import count_findings
 from cookbook.data.repeated import Decision, Paths, Repeated, Tree, grow, paths_of, weights_of, with_weights
 from cookbook.data.selection import NOT_TRAINED
@@ -142,7 +142,7 @@ class RowRenderer:
         roles = [str(message.get("role")) for message in conversation.messages]
         if "assistant" not in roles and self.train_on_what in _NEEDS_ASSISTANT:
             raise DataError(f"no assistant message (roles: {', '.join(roles)}).")
-        messages, mode = join_assistants(conversation.messages), self.train_on_what
+        messages, mode = conversation.messages, self.train_on_what
         if conversation.is_rollout:
             trained = weights_of(messages, mode) if decision is None else decision.weights
             notes.count("conversation", "came from rollouts or logs")

@@ -21,7 +21,7 @@ from typing import Literal, NamedTuple, TypeAlias
 
 import numpy as np
 
-from cookbook.data.conversation import Conversation, join_assistants
+from cookbook.data.conversation import Conversation
 from cookbook.utils import notes
 from renderers import Message, TrainOnWhat
 from renderers.messages import THINKING_KEYS
@@ -133,7 +133,7 @@ def _add_path(
         weights.append(1.0)
         kinds.append(_ASSISTANT)
         return
-    messages = join_assistants(conversation.messages)
+    messages = conversation.messages
     roles = [str(message.get("role")) for message in messages]
     trainings = [UNSAID if _FLAGS.isdisjoint(message) else training_of(message, "it") for message in messages]
     chosen = _chosen(roles, trainings, train_on_what)
