@@ -373,7 +373,8 @@ class Renderer(ABC):
                 untrained = [index + 1 for index in untrained]
         for index, message in enumerate(plain):
             text = message.get("content", "")
-            note_tokens_of_other_formats("message", text, self._encoder.ids)
+            if "<" in text or "[" in text:
+                note_tokens_of_other_formats("message", text, self._encoder.ids)
             if message["role"] == "assistant" and text.rstrip()[-1:] in self._last_of_ends:
                 plain[index] = self._without_end_tokens(message)
         guarded_tools = self._encoder.guard_tools(tools) if tools else None

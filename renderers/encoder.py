@@ -193,9 +193,10 @@ class Encoder:
         is_first = trail is None or not trail.ids
         before = self._latest if trail is None or is_first else trail
         # What precedes the last control token that both texts begin with is known, and the rest is encoded.
-        num = before.num_shared(text, cuts, min(positions, default=len(text))) if self._controls_part else 0
-        if before.apart_from >= 0 and not self._splits_apart:
-            num = 0
+        num = 0
+        if self._controls_part and (before.apart_from < 0 or self._splits_apart):
+            num_alike = length_of_common_start(before.text, text)
+            num = before.num_shared(num_alike, cuts, min(positions, default=len(text)))
         start, _, place = before.controls[num - 1] if num else (0, 0, 0)
         found, apart_from = None, before.apart_from if num else -1
         if apart_from < 0:
@@ -237,21 +238,20 @@ class Encoder:
             )
         starts: list[int] = []
         known: dict[int, int] = {}
-        rest = text[begin:] if begin else text
-        if not {begin, len(text), *cuts, *edges, *borders}.issuperset(positions):
+        ids: list[int] = []
+        backend = self._ready_backend()
+        needs_offsets = not {begin, len(text), *cuts, *edges, *borders}.issuperset(positions)
+        encode = backend.encode_batch if needs_offsets else backend.encode_batch_fast  # offsets are slow
+        for first, end in pairwise([begin, *borders, len(text)]):
+            known[first] = place + len(ids)
             try:
-                encoding = self._ready_backend().encode(rest, add_special_tokens=False)
+                (encoding,) = encode([text[first:end]], add_special_tokens=False)
             except BaseException as error:
-                _raise_panic(error, rest)
+                _raise_panic(error, text[first:end])
                 raise
-            ids, starts = encoding.ids, [begin + start for start, _ in encoding.offsets]
-        elif borders:  # offsets are not needed, and computing them is slow
-            ids = self._ids(text[begin : borders[0]])
-            for start, end in pairwise([*borders, len(text)]):
-                known[start] = place + len(ids)
-                ids += self._ids(text[start:end])
-        else:
-            ids = self._ids(rest)
+            ids += encoding.ids
+            if needs_offsets:
+                starts += [first + start for start, _ in encoding.offsets]
         places = list(compress(count(), map(self._control_ids.__contains__, ids)))
         if [ids[at] for at in places] != spelled:
             return None, len(text)

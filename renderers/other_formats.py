@@ -82,8 +82,9 @@ ENDS = frozenset(
 
 
 def note_tokens_of_other_formats(noun: str, text: str, own: Container[str]) -> None:
-    """Counts a text (a `noun`) for each token of another format in it that this tokenizer does not have."""
-    if "<" not in text and "[" not in text:
-        return
+    """Counts a text (a `noun`) for each token of another format in it that this tokenizer does not have.
+
+    A text without `<` and `[` has none.
+    """
     for token in sorted({token for token in _TOKENS.findall(text) if token not in own}):
         notes.count(noun, "Control tokens of other chat formats, which are plain text here", token)

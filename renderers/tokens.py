@@ -53,21 +53,21 @@ class Trail:
     apart_from: int = -1
     """The position because of which the text was encoded with the copy of the tokenizer; -1 if it was not."""
 
-    def num_shared(self, text: str, cuts: Sequence[int], first_position: int) -> int:
+    def num_shared(self, num_characters: int, cuts: Sequence[int], first_position: int) -> int:
         """Returns the number of first control tokens before the last of which another text is the same.
 
-        The text from that last one on is to be encoded; `first_position` and other cuts than those of this
-        text are in there.
+        Their first `num_characters` are the same. The text from that last one on is to be encoded;
+        `first_position` and other cuts than those of this text are in there.
         """
-        num = bisect_right(self.controls, length_of_common_start(self.text, text), key=_end)
+        num = bisect_right(self.controls, num_characters, key=_end)
         num = min(num, bisect_right(self.controls, first_position, key=_start))
         if num == 0:
             return 0
         start = self.controls[num - 1][0]
         num_cuts = bisect_right(cuts, start)
         if num_cuts != bisect_right(self.cuts, start) or cuts[:num_cuts] != self.cuts[:num_cuts]:
-            pairs = zip([*cuts, len(text)], [*self.cuts, len(text)], strict=False)
-            other = next((min(pair) for pair in pairs if pair[0] != pair[1]), len(text))
+            pairs = zip([*cuts, num_characters], [*self.cuts, num_characters], strict=False)
+            other = next(min(pair) for pair in pairs if pair[0] != pair[1])
             num = min(num, bisect_left(self.controls, other, key=_start))
         return num if num and self.apart_from < self.controls[num - 1][0] else 0
 
