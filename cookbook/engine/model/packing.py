@@ -227,13 +227,19 @@ def pack(
         return _pack_padded(sequences, device, trained_only)
     lengths = [len(sequence.tokens_T) for sequence in sequences]
     ends = np.cumsum(lengths).tolist()
-    targets_N, weights_N, trained_P, others_P = _targets_and_weights(sequences)
-    scored_P = trained_P if trained_only else np.concatenate([trained_P, others_P])
     segments = list(zip([0, *ends[:-1]], ends, strict=True))
-    shares = any(len(family.indices) > 1 for family in families)
-    grown = _branches(families) if shares else None
-    shared = None
-    if grown is None:
+    num_targets = max(sequence.num_targets for sequence in sequences)
+    if num_targets == 1:
+        targets_N = np.concatenate([sequence.targets_T.ravel() for sequence in sequences])
+        weights_N = np.concatenate([sequence.weights_T.ravel() for sequence in sequences])
+        is_trained_N, has_target_N = weights_N != 0, targets_N != IGNORED_TARGET
+    else:
+        targets_N, weights_N, is_trained_N, has_target_N = _soft_targets(sequences, num_targets)
+    trained_P = scored_P = np.flatnonzero(is_trained_N)
+    if not trained_only:
+        scored_P = np.concatenate([trained_P, np.flatnonzero(~is_trained_N & has_target_N)])
+    grown, shared = _branches(families), None
+    if not grown:
         tokens_N = np.concatenate([sequence.tokens_T for sequence in sequences])
         positions_N = np.concatenate([np.arange(length) for length in lengths])
         starts = copy_to(device, np.array([0, *ends], np.int32))
@@ -243,11 +249,8 @@ def pack(
         tokens_N = np.concatenate([sequences[branch.index].tokens_T[branch.first :] for branch in grown])
         positions_N = np.concatenate([np.arange(branch.first, lengths[branch.index]) for branch in grown])
         attention = _tree_layout(grown, device)
-        places = [np.zeros(0, np.int64)] * len(sequences)
-        for branch in grown:
-            places[branch.index] = np.concatenate([np.arange(*segment) for segment in branch.path])
         scored_P, scored_S, targets_S, place_P, trained_ends_S = _scored_once(
-            np.concatenate(places), targets_N, scored_P, len(trained_P)
+            grown, targets_N, scored_P, len(trained_P)
         )
         shared = SharedScores(copy_to(device, place_P), trained_ends_S)
     extras = {
@@ -267,29 +270,24 @@ def pack(
     )
 
 
-def _targets_and_weights(
-    sequences: Sequence[TokenSequence],
+def _soft_targets(
+    sequences: Sequence[TokenSequence], num_targets: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Returns the targets and weights of the sequences one after another, the positions with a weight other
-    than 0, and the other positions with a target."""
-    num_targets = max(sequence.num_targets for sequence in sequences)
-    targets_N = np.concatenate([_columns(one.targets_T, num_targets, IGNORED_TARGET) for one in sequences])
-    weights_N = np.concatenate([_columns(one.weights_T, num_targets, 0) for one in sequences])
-    is_trained_N, has_target_N = weights_N != 0, targets_N != IGNORED_TARGET
-    if num_targets > 1:
-        is_trained_N, has_target_N = is_trained_N.any(1), has_target_N.any(1)
-        targets_N = np.where(targets_N == IGNORED_TARGET, 0, targets_N)  # of weight 0
-    return targets_N, weights_N, np.flatnonzero(is_trained_N), np.flatnonzero(~is_trained_N & has_target_N)
+    """Returns targets and weights [N, J] of sequences with at most `num_targets` targets at a position.
 
-
-def _columns(array_T: np.ndarray, num_targets: int, fill: int) -> np.ndarray:
-    """Returns the array as [T, num_targets], or as it is for a single target: [T]."""
-    if num_targets == 1:
-        return array_T.reshape(len(array_T))
-    array_TJ = array_T[:, None] if array_T.ndim == 1 else array_T
-    filled = np.full((len(array_TJ), num_targets), fill, array_T.dtype)
-    filled[:, : array_TJ.shape[1]] = array_TJ
-    return filled
+    Ignored targets, and those that a position lacks, are 0 with weight 0. Also returns which positions have a
+    weight other than 0, and which have a target: [N].
+    """
+    num_tokens, end = sum(map(len, sequences)), 0
+    targets_NJ = np.full((num_tokens, num_targets), IGNORED_TARGET)
+    weights_NJ = np.zeros((num_tokens, num_targets), np.float32)
+    for sequence in sequences:
+        start, end = end, end + len(sequence)
+        for filled_NJ, array_T in ((targets_NJ, sequence.targets_T), (weights_NJ, sequence.weights_T)):
+            filled_NJ[start:end, : sequence.num_targets] = array_T.reshape(-1, sequence.num_targets)
+    has_target_NJ = targets_NJ != IGNORED_TARGET
+    targets_NJ[~has_target_NJ] = 0
+    return targets_NJ, weights_NJ, (weights_NJ != 0).any(1), has_target_NJ.any(1)
 
 
 def _pack_padded(sequences: Sequence[TokenSequence], device: torch.device, trained_only: bool) -> PackedBatch:
@@ -300,8 +298,13 @@ def _pack_padded(sequences: Sequence[TokenSequence], device: torch.device, train
 
 
 def _branches(families: Sequence[Family]) -> list[Branch]:
-    """Returns the branches of a row with the sequences of these families, in their order."""
+    """Returns the branches of a row with the sequences of these families, in their order.
+
+    There are none if no family shares anything.
+    """
     row: list[Branch] = []
+    if all(len(family.indices) == 1 for family in families):
+        return row
     for family in families:
         num_before, start = len(row), row[-1].segment[1] if row else 0
         row += [replace(branch, index=num_before + branch.index) for branch in branches(family, start)]
@@ -328,14 +331,15 @@ def _tree_layout(grown: Sequence[Branch], device: torch.device) -> AttentionLayo
 
 
 def _scored_once(
-    place_N: np.ndarray, targets_N: np.ndarray, scored_P: np.ndarray, num_trained: int
+    grown: Sequence[Branch], targets_N: np.ndarray, scored_P: np.ndarray, num_trained: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Returns the scored positions in the order of their places in [S], and what these places are.
 
-    `place_N` are the places in the row of the positions of all sequences. Returns the positions, the places
-    and targets [S], the place in [S] of each position, and how many trained positions end with each trained
-    place.
+    Returns the positions, the places in the row and the targets [S], the place in [S] of each position, and
+    how many trained positions end with each trained place.
     """
+    paths = {branch.index: branch.path for branch in grown}
+    place_N = np.concatenate([np.arange(*segment) for index in sorted(paths) for segment in paths[index]])
     pairs_P = (place_N[scored_P] << 32) + targets_N[scored_P]
     pairs_S, place_P = np.unique(pairs_P, return_inverse=True)
     is_trained_S = np.zeros(len(pairs_S), bool)
