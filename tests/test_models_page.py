@@ -61,6 +61,7 @@ def assert_is_as_the_page_says(name: str) -> None:
         assert is_passed == should_pass, f"{column}: {found[column]}, and the page says {ROWS[name][column]}"
 
 
+@pytest.mark.slow
 def test_a_representative_family_is_as_the_page_says() -> None:
     assert passes(ROWS["qwen3"])
     assert_is_as_the_page_says("qwen3")

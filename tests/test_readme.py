@@ -15,7 +15,7 @@ import shlex
 import tomllib
 from pathlib import Path
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import chz
 import pytest
@@ -190,10 +190,15 @@ def test_every_recipe_command_is_understood(
             )
 
 
+def _with_time(program: str) -> Any:
+    """Returns a program, marked as slow if it trains a whole run."""
+    return pytest.param(program, marks=pytest.mark.slow) if "train.main(" in program else program
+
+
 @pytest.mark.parametrize(
     "program",
     [
-        *(block.text for block in PROGRAMS),
+        *(_with_time(block.text) for block in PROGRAMS),
         "".join(re.findall(r"^```python\n(.*?)^```", RENDERERS, re.S | re.M)),
     ],
     ids=lambda program: program.strip().splitlines()[0],

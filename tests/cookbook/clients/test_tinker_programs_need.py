@@ -465,6 +465,7 @@ def test_a_program_runs_unchanged_under_the_name_tinker(tiny_qwen3: str, tmp_pat
     assert "in a pool: TinkerServiceClient\n" in done.stdout
 
 
+@pytest.mark.slow
 def test_the_sdk_is_not_replaced_once_it_is_imported() -> None:
     code = (
         "import sys, types, cookbook\n"

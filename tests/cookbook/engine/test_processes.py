@@ -61,7 +61,7 @@ def test_several_processes_compute_the_results_of_one(steps: Steps, size: int, s
     ("family", "shard"),
     [
         ("mixtral", "full"),
-        ("llama4", "none"),  # in padded batches
+        pytest.param("llama4", "none", marks=pytest.mark.slow),  # in padded batches
         *(
             pytest.param(family, shard, marks=pytest.mark.slow)
             for family in ("gpt_oss", "inkling_text", "jetmoe", "longcat_flash")
@@ -246,6 +246,7 @@ def test_weights_are_sharded_if_they_do_not_fit_in_the_memory_of_rank_0(
             assert found == [is_sharded, is_sharded]
 
 
+@pytest.mark.slow
 def test_sharded_weights_of_lower_precision_have_masters_too(
     ranks: Any, tiny_qwen3: str, tmp_path: Path
 ) -> None:

@@ -254,6 +254,7 @@ STOPPING = {
 }
 
 
+@pytest.mark.slow
 def test_extending_a_run_that_is_out_of_patience_restarts_patience_and_keeps_the_best(runs: Runs) -> None:
     values = {**STOPPING, "early_stopping_patience": 2}
     folder = runs("run", **values)

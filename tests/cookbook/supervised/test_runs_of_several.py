@@ -171,6 +171,7 @@ def test_a_signal_to_one_process_stops_all_at_the_same_step(
     assert_same_run(folder, of_two)
 
 
+@pytest.mark.slow
 def test_a_run_resumes_in_another_number_of_processes_and_says_so(
     ranks: Any, make_config: MakeConfig, of_two: Path, work_in: str
 ) -> None:

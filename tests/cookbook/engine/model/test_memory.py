@@ -414,6 +414,7 @@ def test_limits_recover_after_passes_without_a_failure(make_tight: Any, make_dat
     assert not trainer._recovery.is_needed, "the recovery is complete"
 
 
+@pytest.mark.slow
 def test_limits_that_are_too_large_are_tried_less_and_less_often(make_tight: Any, make_data: Any) -> None:
     trainer = make_tight(room=70, first_patience=3)
     trainer._full_limits = trainer._limits

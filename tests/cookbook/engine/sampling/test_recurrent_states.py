@@ -22,10 +22,10 @@ from cookbook.engine.sampling.requests import SampleRequest, sample_request
 from cookbook.engine.sampling.sampler import Sampler, SamplingLimits
 from cookbook.types import SamplingParams
 
-FAST = ["qwen3_5", "nemotron_h", "jamba", "lfm2_moe", "minimax", "gemma4_e2b"]
+FAST = ["qwen3_5", "nemotron_h", "jamba", "lfm2_moe", "minimax"]
 SLOW = [
     *("qwen3_5_moe", "qwen3_next", "olmo_hybrid", "kimi_linear", "falcon_h1", "granitemoehybrid", "bamba"),
-    *("falcon_mamba", "lfm2", "lfm3", "gemma3n_text", "gemma4", "gemma4_moe"),
+    *("falcon_mamba", "lfm2", "lfm3", "gemma3n_text", "gemma4", "gemma4_e2b", "gemma4_moe"),
 ]
 
 
