@@ -1,6 +1,6 @@
 # make demo    install what the demo needs into .venv, then fine-tune the embedded model
 # make test    set up, then run the tests (those of pages need a Chromium, and are skipped where there is none)
-# make test-slow  set up, then run the tests that take a minute or more each, and properties on ten times the examples
+# make test-slow  set up, then run the longer tests, the further cases of others, and properties on ten times the examples
 # make check   set up, then check format, lint, types, and the links of the documentation
 # make docs    set up, then build the documentation's site in build/site, without broken links
 # make bench   set up, including the libraries to compare with, then run the benchmarks
@@ -52,7 +52,7 @@ test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: setup
-	$(BIN)/python -m pytest -m "slow and not published" --timeout 900 --ignore tests/cuda_rehearsal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow and not published" --timeout 900 --ignore tests/cuda_rehearsal --numprocesses 2
 	HYPOTHESIS_PROFILE=thorough $(BIN)/python -m pytest -m "hypothesis and not slow and not published" --timeout 900
 
 check: setup
