@@ -13,7 +13,7 @@ import pytest
 import torch
 from outside_world import type_into_pipe
 from programs import Programs
-from slow import slow_except
+from slow import slow_after, slow_except
 from transformers import AutoModelForCausalLM
 
 from cookbook import models
@@ -167,7 +167,9 @@ def test_a_model_of_a_known_architecture_is_loaded_without_its_code(
     assert "Traceback" not in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["sft", "chat", "export adapter", "sft full", "export merged"])
+@pytest.mark.parametrize(
+    "name", slow_after(2, ["sft", "export adapter", "chat", "sft full", "export merged"])
+)
 def test_the_code_of_a_model_that_the_user_names_runs_and_no_other(
     name: str,
     base: Path,

@@ -100,7 +100,7 @@ def test_a_file_of_a_run_with_a_wrong_type_anywhere_is_read_or_refused(run_folde
     lines = original.splitlines() if name.endswith(".jsonl") else [original]
     row = json.loads(lines[-1])
     every = [(place, wrong) for place in places(row) for wrong in WRONG]
-    for place, wrong in every[:: max(1, len(every) // 60)]:
+    for place, wrong in every[:: max(1, len(every) // 25)]:
         text = json.dumps(changed(row, place, wrong))
         path.write_text("\n".join([*lines[:-1], text]) + "\n", encoding="utf-8")
         said = "the name of the run"

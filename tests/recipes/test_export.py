@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from safetensors import safe_open
+from slow import slow_after
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cookbook import ServiceClient, embedded
@@ -66,12 +67,15 @@ def exporting(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], mon
 
 @pytest.mark.parametrize(
     ("format", "command"),
-    [
-        ("adapter", "--lora-modules parrot=out --max-lora-rank 8"),
-        ("merged", "vllm serve out --chat-template out/chat_template.jinja"),
-        ("gguf", "llama-server -m out/model-bf16.gguf --jinja"),
-        ("ollama", "ollama create parrot -f out/Modelfile\nollama run parrot"),
-    ],
+    slow_after(
+        2,
+        [
+            ("adapter", "--lora-modules parrot=out --max-lora-rank 8"),
+            ("merged", "vllm serve out --chat-template out/chat_template.jinja"),
+            ("gguf", "llama-server -m out/model-bf16.gguf --jinja"),
+            ("ollama", "ollama create parrot -f out/Modelfile\nollama run parrot"),
+        ],
+    ),
 )
 def test_output_of_every_format_fits_a_terminal_and_ends_with_the_next_command(
     exporting: Exporting, format: str, command: str

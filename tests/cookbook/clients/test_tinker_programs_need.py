@@ -454,6 +454,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_a_program_runs_unchanged_under_the_name_tinker(tiny_qwen3: str, tmp_path: Path, home: Path) -> None:
     (tmp_path / "program.py").write_text(PROGRAM, encoding="utf-8")
     command = [sys.executable, "-m", "recipes.tinker", str(tmp_path / "program.py"), tiny_qwen3]

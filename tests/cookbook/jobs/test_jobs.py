@@ -315,6 +315,7 @@ def test_a_retried_job_equals_one_that_never_stopped(cancelled: Cancelled, tmp_p
     assert {**recorded, "if_log_path_exists": "delete"} == cancelled.job.config
 
 
+@pytest.mark.slow
 def test_a_failed_job_has_a_nonzero_exit_code(
     head: jobs.RayHead, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:

@@ -163,6 +163,7 @@ STAGES: list[dict[str, Any]] = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kind", ["rendered", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("mixed", "streamed"))]
 )

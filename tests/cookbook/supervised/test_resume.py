@@ -184,7 +184,7 @@ def test_a_killed_run_on_a_stream_resumes_to_the_same_bits(
     assert_same_run(Path(killed["log_path"]), Path(whole["log_path"]))
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", slow_after(1, [signal.SIGTERM, signal.SIGINT]))
 def test_a_signal_finishes_the_step_saves_and_says_how_to_resume(
     server: Any, make_config: Callable, uninterrupted: Path, number: signal.Signals
 ) -> None:

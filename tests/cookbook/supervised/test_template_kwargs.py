@@ -288,9 +288,9 @@ def test_a_model_is_sampled_in_the_mode_of_all_its_replies(
 @pytest.mark.parametrize(
     ("kwargs", "chats", "recorded"),
     [
-        ({}, [CHAT], {}),
+        pytest.param({}, [CHAT], {}, marks=pytest.mark.slow),
         ({"enable_thinking": True}, [THOUGHTFUL], {"enable_thinking": True}),
-        (None, [THOUGHTFUL], {}),
+        pytest.param(None, [THOUGHTFUL], {}, marks=pytest.mark.slow),
         (None, [CHAT, THOUGHTFUL], {}),
     ],
     ids=["usual by the user", "set by the user", "usual", "mixed"],

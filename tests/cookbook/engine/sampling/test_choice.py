@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from slow import slow_after
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cookbook.engine.sampling import choice as choice_module
@@ -76,7 +77,7 @@ class NoWaits(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("step", [None, 0.25, 100.0])
-@pytest.mark.parametrize("top_p", [0.999, 0.6, 1e-6])
+@pytest.mark.parametrize("top_p", slow_after(1, [0.6, 0.999, 1e-6]))
 def test_terms_of_top_p_are_counted_without_a_wait_and_are_those_that_sorting_finds(
     step: float | None, top_p: float
 ) -> None:
