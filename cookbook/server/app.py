@@ -19,6 +19,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from cookbook.errors import CookbookError, describe
+from cookbook.server.downloads import DOWNLOADS
 from cookbook.server.openai_api import OpenAiApi
 from cookbook.server.options import ServerOptions
 from cookbook.server.promises import Refusal
@@ -77,7 +78,8 @@ class Guard:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        problem = self._problem(Headers(scope=scope))
+        is_signed = self._key is not None and scope["path"].startswith(DOWNLOADS)
+        problem = None if is_signed else self._problem(Headers(scope=scope))
         if problem is None:
             await self._app(scope, receive, send)
         else:

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Route
 
 from cookbook.clients.futures import APIFuture
 from cookbook.errors import CheckpointError, CookbookError
 from cookbook.server.bodies import object_in, read_body
+from cookbook.server.downloads import DOWNLOADS, Signatures
 from cookbook.server.promises import Refusal
 from cookbook.server.state import ServerState
+from cookbook.types import ExternalWeightsUrlsResponse
 from cookbook.types.values import Value
 
+_T = TypeVar("_T")
 _RUN = "/api/v1/training_runs/{run_id}"
 _CHECKPOINT = _RUN + "/checkpoints/{kind}/{name}"
 
@@ -27,6 +32,7 @@ class RestApi:
     def __init__(self, state: ServerState) -> None:
         self._state = state
         self._rest = state.store.rest
+        self._signatures = Signatures()
 
     def routes(self) -> list[Route]:
         return [
@@ -35,6 +41,8 @@ class RestApi:
             Route(_RUN + "/checkpoints", self.list_checkpoints, methods=["GET"]),
             Route(_CHECKPOINT, self.delete_checkpoint, methods=["DELETE"]),
             Route(_CHECKPOINT + "/ttl", self.set_ttl, methods=["PUT"]),
+            Route(_CHECKPOINT + "/external_weights_urls", self.external_weights_urls, methods=["GET"]),
+            Route(DOWNLOADS + "{run_id}/{kind}/{name}/{file:path}", self.download, methods=["GET"]),
             Route("/api/v1/checkpoints", self.list_all_checkpoints, methods=["GET"]),
             Route("/api/v1/weights_info", self.weights_info, methods=["POST"]),
             Route("/api/v1/sessions", self.list_sessions, methods=["GET"]),
@@ -68,6 +76,26 @@ class RestApi:
         path, seconds = f"tinker://{run_id}/{checkpoint_id}", body.get("ttl_seconds")
         return await self._found(lambda: self._rest.set_checkpoint_ttl_from_tinker_path(path, seconds))
 
+    async def external_weights_urls(self, request: Request) -> Response:
+        """Answers with a signed URL of this server for each file of a checkpoint."""
+        checkpoint = "/".join(_checkpoint(request))
+        found = await self._result(lambda: self._rest.get_external_weights_urls(f"tinker://{checkpoint}"))
+        urls = {}
+        for file in found.urls:
+            url = request.url.replace(path=f"{DOWNLOADS}{checkpoint}/{file}")
+            urls[file] = str(url.replace(query=self._signatures.query(f"{checkpoint}/{file}", found.expires)))
+        answer = ExternalWeightsUrlsResponse(urls=urls, expires=found.expires)
+        return JSONResponse(answer.model_dump(mode="json"))
+
+    async def download(self, request: Request) -> Response:
+        checkpoint, file = "/".join(_checkpoint(request)), request.path_params["file"]
+        asked = request.query_params
+        self._signatures.check(f"{checkpoint}/{file}", asked.get("expires", ""), asked.get("signature", ""))
+        found = await self._result(lambda: self._rest.get_external_weights_urls(f"tinker://{checkpoint}"))
+        if file not in found.urls:
+            raise Refusal(404, f"The checkpoint has no file {file!r}.")
+        return FileResponse(url2pathname(urlsplit(found.urls[file]).path))
+
     async def weights_info(self, request: Request) -> Response:
         path = str((await self._body(request)).get("tinker_path"))
         return await self._found(lambda: self._rest.get_weights_info_by_tinker_path(path))
@@ -92,17 +120,21 @@ class RestApi:
         return object_in(content, 422)
 
     async def _found(self, call: Callable[[], APIFuture[Any]]) -> Response:
-        """Returns what a call of the client in process finds. What does not exist is answered with 404."""
-        try:
-            found = await asyncio.to_thread(lambda: call().result())
-        except CookbookError as error:
-            status = 404 if isinstance(error, CheckpointError) else 422
-            raise Refusal(status, self._state.without_folder(str(error))) from error
+        """Returns what a call of the client in process finds, as JSON."""
+        found = await self._result(call)
         return (
             JSONResponse(found.model_dump(mode="json"))
             if isinstance(found, Value)
             else Response(status_code=204)
         )
+
+    async def _result(self, call: Callable[[], APIFuture[_T]]) -> _T:
+        """Returns what a call of the client in process finds. What does not exist is answered with 404."""
+        try:
+            return await asyncio.to_thread(lambda: call().result())
+        except CookbookError as error:
+            status = 404 if isinstance(error, CheckpointError) else 422
+            raise Refusal(status, self._state.without_folder(str(error))) from error
 
 
 def _page(request: Request, default: int) -> tuple[int, int]:

@@ -133,6 +133,12 @@ class ServerSession:
     def note_seen(self) -> None:
         self.last_seen = time.monotonic()
 
+    def metadata_of_run(self, user_metadata: Mapping[str, Any] | None) -> dict[str, Any]:
+        """Returns what is recorded of a run of this session, as a ServiceClient in process records it."""
+        of_session = {"project_id": self.project_id, "display_name": self.display_name}
+        named = {name: value for name, value in of_session.items() if value is not None}
+        return {**self.user_metadata, **named, **(user_metadata or {})}
+
     @property
     def num_adapters(self) -> int:
         """How many adapters are in memory. A sampler of a base model has none. It is read on any thread."""

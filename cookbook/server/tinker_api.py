@@ -147,7 +147,9 @@ class TinkerApi:
     async def create_model(self, request: Request) -> Response:
         body = await self._parse(request, wire_types.CreateModelRequest)
         session = self._state.session(body.session_id)
-        return self._create(session, body.model_seq_id, "create_model", partial(self._new_model, body))
+        return self._create(
+            session, body.model_seq_id, "create_model", partial(self._new_model, session, body)
+        )
 
     def _create(
         self,
@@ -171,18 +173,23 @@ class TinkerApi:
 
         return self._in_turn(model, 0, kind, dispatch, _json(lambda _: {"model_id": model_id, "type": kind}))
 
-    def _new_model(self, body: wire_types.CreateModelRequest, model_id: str) -> TrainingClient:
+    def _new_model(
+        self, session: ServerSession, body: wire_types.CreateModelRequest, model_id: str
+    ) -> TrainingClient:
         check_optimizer(body.optimizer_config)
         base_model = self._state.served_model(body.base_model)
+        metadata = session.metadata_of_run(body.user_metadata)
         return self._state.create_client(
-            model_id, base_model, tinker_requests.lora_of(body.lora_config), body.user_metadata
+            model_id, base_model, tinker_requests.lora_of(body.lora_config), metadata
         )
 
     async def load_weights(self, request: Request) -> Response:
         body = await self._parse(request, wire_types.LoadWeightsRequest)
         if body.session_id is not None and body.model_seq_id is not None and body.model_id is None:
             session = self._state.session(body.session_id)
-            return self._create(session, body.model_seq_id, "load_weights", partial(self._loaded, body))
+            return self._create(
+                session, body.model_seq_id, "load_weights", partial(self._loaded, session, body)
+            )
         model, seq_id = self._model(body.model_id, body.seq_id)
 
         def dispatch(promise: Promise) -> APIFuture[Any]:
@@ -194,13 +201,15 @@ class TinkerApi:
         answer = {"path": body.path, "model_id": model.model_id, "type": "load_weights"}
         return self._in_turn(model, seq_id, "load_weights", dispatch, _json(lambda _: answer))
 
-    def _loaded(self, body: wire_types.LoadWeightsRequest, model_id: str) -> TrainingClient:
+    def _loaded(
+        self, session: ServerSession, body: wire_types.LoadWeightsRequest, model_id: str
+    ) -> TrainingClient:
         """Returns a new client with the weights of a checkpoint."""
         self._check_loading(body)
         path = self._state.store.path_of(body.path)
         info = checkpoint.read_info(path)
         base_model = self._state.served_model(body.base_model or info.base_model)
-        metadata = body.user_metadata or info.user_metadata
+        metadata = session.metadata_of_run(body.user_metadata or info.user_metadata)
         client = self._state.create_client(model_id, base_model, info.lora, metadata)
         load = client.load_state_with_optimizer if body.optimizer else client.load_state
         load(path).result()
