@@ -125,6 +125,7 @@ def test_importing_loads_no_heavy_package_and_the_types_need_none() -> None:
     assert done.stdout.splitlines() == [f"{name} []" for name in MODULES]
 
 
+@pytest.mark.slow
 def test_a_run_loads_no_tracker_and_no_plotting_package_before_it_ends(tmp_path: Path) -> None:
     check = (
         "import sys\n"

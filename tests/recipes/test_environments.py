@@ -50,6 +50,7 @@ def write_rows(path: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 @ENVIRONMENTS_OF_LONG_TESTS
 def test_a_run_on_text_in_any_script_trains_resumes_and_is_reported(
     run: Run, tmp_path: Path, environment: dict[str, str]

@@ -16,6 +16,7 @@ import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from peft import PeftModel
+from slow import slow_except
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -130,6 +131,11 @@ PADDED = {
     ),
 }
 FAMILIES = PACKED | RECURRENT | EXPERTS | LONGROPE | PADDED
+QUICK = (
+    *("qwen3", "qwen2-window", "gemma2", "opt", "mamba2", "qwen3_next", "lfm2", "mixtral", "gpt_oss"),
+    *("phi3-longrope", "stablelm", "bloom", "llama4"),
+)
+"""One family of each kind."""
 
 
 # -- the truth: plain transformers and PEFT ------------------------------------------------------
@@ -370,7 +376,7 @@ def ways(draw: st.DrawFn, num_sequences: int) -> Way:
     )
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", slow_except(QUICK, FAMILIES))
 @settings(deadline=None, derandomize=True, max_examples=settings().max_examples // 8, phases=[Phase.generate])
 @given(
     drawn=st.data(),

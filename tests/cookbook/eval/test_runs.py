@@ -88,6 +88,7 @@ def every_kind(facts: Path) -> list[EvaluatorBuilder]:
     ]
 
 
+@pytest.mark.slow
 def test_evaluators_of_every_kind_do_not_change_the_trained_weights(
     make_config: Callable[..., train.Config], facts: Path, tmp_path: Path, capfd: pytest.CaptureFixture
 ) -> None:

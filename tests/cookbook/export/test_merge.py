@@ -220,7 +220,7 @@ def test_plain_generate_stops_at_the_stop_sequences_of_the_renderer(
 def test_stop_strings_of_a_format_are_in_the_generation_config(tiny_qwen3: str, tmp_path: Path) -> None:
     service = ServiceClient(checkpoint_dir=tmp_path)
     metadata = {"renderer_name": "role_colon"}
-    training = service.create_lora_training_client(tiny_qwen3, rank=2, user_metadata=metadata)
+    training = service.create_lora_training_client(tiny_qwen3, rank=2, seed=0, user_metadata=metadata)
     path = training.save_weights_for_sampler("tuned").result().path
     service.close()
     merge(path, tmp_path / "merged")

@@ -128,7 +128,7 @@ def test_a_run_killed_before_any_file_operation_resumes_to_the_same_bits(
 @pytest.mark.parametrize(
     ("on_files", "event"),
     slow_except(
-        [("000003", 4), ("000003", 13), ("checkpoints.jsonl", 2)],
+        [("000003", 13), ("checkpoints.jsonl", 2)],
         [
             *(("000003", event) for event in range(1, 14, 3)),
             ("checkpoints.jsonl", 1),

@@ -36,6 +36,9 @@ from cookbook.engine.sampling.sampler import Sampler, SamplingLimits
 from cookbook.errors import RequestError, TrainingError
 from cookbook.types import SampleResponse
 
+QUICK = ("qwen3", "gemma2", "gpt_oss", "qwen3_next", "stablelm")
+"""One family of each kind."""
+
 
 @pytest.fixture(scope="module")
 def base(tiny_qwen3: str) -> BaseModel:
@@ -75,7 +78,7 @@ def compute_logprobs(base: BaseModel, adapter: Adapter | None, tokens: list[int]
 
 
 # `generate` of transformers applies a window that its Llama does not have.
-@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "llama-window"])
+@pytest.mark.parametrize("family", slow_except(QUICK, [name for name in FAMILIES if name != "llama-window"]))
 def test_greedy_equals_generate_of_transformers(family: str, make_model_folder: Any, tmp_path: Path) -> None:
     """Also beyond the sliding window of 8."""
     model_type, config, _ = FAMILIES[family]
@@ -91,7 +94,7 @@ def test_greedy_equals_generate_of_transformers(family: str, make_model_folder: 
         assert sequence.stop_reason == "length"
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", slow_except(QUICK, FAMILIES))
 def test_reported_logprobs_equal_a_forward_pass_over_the_same_tokens(
     family: str, make_model_folder: Any, tmp_path: Path
 ) -> None:
