@@ -190,7 +190,7 @@ def test_every_recipe_command_is_understood(
             )
 
 
-def _with_time(program: str) -> Any:
+def _with_mark(program: str) -> Any:
     """Returns a program, marked as slow if it trains a whole run."""
     return pytest.param(program, marks=pytest.mark.slow) if "train.main(" in program else program
 
@@ -198,7 +198,7 @@ def _with_time(program: str) -> Any:
 @pytest.mark.parametrize(
     "program",
     [
-        *(_with_time(block.text) for block in PROGRAMS),
+        *(_with_mark(block.text) for block in PROGRAMS),
         "".join(re.findall(r"^```python\n(.*?)^```", RENDERERS, re.S | re.M)),
     ],
     ids=lambda program: program.strip().splitlines()[0],

@@ -175,7 +175,7 @@ def _submit(
     files.write(file, json.dumps(config, indent=2, ensure_ascii=False))
     named = [f"{key}={name}" for key, name in config_files.foreign_classes(config).items()]
     command = [_python(address), "-m", recipe_module, f"config={file}", *named]
-    _when_there_is_an_agent(
+    _submit_once(
         client.submit_job,
         # `exec` so that signals reach the run, `cd` so that relative paths of data files stay valid.
         entrypoint=f"cd {shlex.quote(os.getcwd())} && exec {shlex.join(command)}",
@@ -193,8 +193,8 @@ def _submit(
     return get(job_id, address=address)
 
 
-def _when_there_is_an_agent(submit_job: Callable[..., Any], **asked: Any) -> None:
-    """Submits a job. Retries while a cluster that has just started has no agent, or drops connections.
+def _submit_once(submit_job: Callable[..., Any], **asked: Any) -> None:
+    """Submits a job. Retries where a cluster that has just started has no agent, or drops connections.
 
     A request whose answer was lost may have been accepted. Its id then exists, so no job is started twice.
     """

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 from urllib.request import url2pathname
 
 from starlette.requests import Request
@@ -82,7 +82,7 @@ class RestApi:
         found = await self._result(lambda: self._rest.get_external_weights_urls(f"tinker://{checkpoint}"))
         urls = {}
         for file in found.urls:
-            url = request.url.replace(path=f"{DOWNLOADS}{checkpoint}/{file}")
+            url = request.url.replace(path=DOWNLOADS + quote(f"{checkpoint}/{file}", safe="/:"))
             urls[file] = str(url.replace(query=self._signatures.query(f"{checkpoint}/{file}", found.expires)))
         answer = ExternalWeightsUrlsResponse(urls=urls, expires=found.expires)
         return JSONResponse(answer.model_dump(mode="json"))

@@ -83,9 +83,8 @@ async def start_run(config: Config, folder: RunFolder, checkpoints: CheckpointLo
         await stack.enter_context(batches).check()
         tracker, has_restarted = _track_best(config, folder, checkpoints, start.step, evaluators)
         known = _known_evaluation(folder, start.step)
-        estimated = None
-        if folder.world.is_main:
-            estimated = log_estimate(config, train_data, start.total_steps, folder.world.size)
+        is_main, num_processes = folder.world.is_main, folder.world.size
+        estimated = log_estimate(config, train_data, start.total_steps, num_processes) if is_main else None
         recorder = Recorder()
         client = await _create_client(config, chat_format, folder, checkpoints, recorder, stack)
         model = client.get_info().model_data
@@ -95,18 +94,16 @@ async def start_run(config: Config, folder: RunFolder, checkpoints: CheckpointLo
         # Up to here the folder is unchanged.
         _record_config(folder, checkpoints, start, has_restarted)
         announce(config, folder, client, start, train_data, eval_data)
-        if folder.world.is_main:
+        if is_main:
             environment.record(folder.path, model)
-            if estimated is not None:
-                estimated.record(folder.path)
-        trace_path = folder.path / "trace.json" if config.trace and folder.world.is_main else None
+        if estimated is not None:
+            estimated.record(folder.path)
         metric_loggers = _create_loggers(config, folder, start, known, console, stack)
         if objective is not None:
             datasets = [data for data in (train_data, eval_data) if data is not None]
             await objective.prepare(client, datasets, folder, is_new=checkpoints.last() is None)
         pushes = _create_pushes(config, folder, stack)
-        times = StepTimes(recorder, trace_path)
-        stack.callback(times.close)
+        times = _create_times(config, folder, recorder, stack)
         resources = Resources(
             config=config,
             folder=folder,
@@ -148,6 +145,13 @@ def _limit_threads(config: Config, folder: RunFolder) -> None:
     if folder.world.is_alone and resolve_device(config.device).type == "cpu":
         is_resumed = folder.earlier_config is not None
         limit_threads(environment.recorded_threads(folder.path) if is_resumed else None)
+
+
+def _create_times(config: Config, folder: RunFolder, recorder: Recorder, stack: ExitStack) -> StepTimes:
+    trace_path = folder.path / "trace.json" if config.trace and folder.world.is_main else None
+    times = StepTimes(recorder, trace_path)
+    stack.callback(times.close)
+    return times
 
 
 def _create_pushes(config: Config, folder: RunFolder, stack: ExitStack) -> HubPushes | None:

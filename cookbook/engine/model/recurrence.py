@@ -322,8 +322,7 @@ class RecurrentLayers:
             if self._tree is not None and tree_functions.are_known:
                 with tree_functions.in_use(self._tree):
                     return forward(*args, **kwargs)
-            row = self._row
-            if row is None:
+            if (row := self._row) is None:
                 return forward(*args, **kwargs)
             arguments = signature.bind(*args, **kwargs).arguments
             arguments |= arguments.pop(further_name, {})

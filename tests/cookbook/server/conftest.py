@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import tinker
@@ -17,6 +18,12 @@ def service() -> Iterator[ServiceClient]:
     service = ServiceClient(device="cpu")
     yield service
     service.close()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a server that a module starts itself."""
+    return tmp_path_factory.mktemp("served")
 
 
 @pytest.fixture(scope="module")

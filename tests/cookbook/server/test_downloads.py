@@ -21,11 +21,6 @@ KEY = "tml-" + "k" * 20
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("served")
-
-
-@pytest.fixture(scope="module")
 def address(service: ServiceClient, tiny_qwen3: str, folder: Path) -> Iterator[str]:
     """The address of a server that demands a key, which downloads by URL do not carry."""
     with serving(ServerOptions([tiny_qwen3], folder, port=0, api_key=KEY), service) as address:

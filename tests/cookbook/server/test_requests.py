@@ -29,11 +29,6 @@ KEY = "tml-" + "k" * 20
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("served")
-
-
-@pytest.fixture(scope="module")
 def address(service: ServiceClient, tiny_qwen3: str, folder: Path) -> Iterator[str]:
     options = ServerOptions(
         [tiny_qwen3], folder, port=0, max_request_mib=0.05, poll_seconds=5.0, session_timeout_seconds=60.0
