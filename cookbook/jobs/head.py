@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -24,7 +25,10 @@ from cookbook.utils.network import LOOPBACK
 
 RAY = (sys.executable, "-m", "ray.scripts.scripts")
 START_SECONDS = 240
+START_ATTEMPTS = 3
+"""A port may be taken between its choice and its use. The head then ends, and is started with other ports."""
 STOP_SECONDS = 60
+START_LOG = "start.log"
 FOLDER_PREFIX = "cookbook-ray-"
 NO_TIMEOUT_SECONDS = 10 * 365 * 24 * 3600
 """How long a job may wait for devices: in effect without limit, instead of Ray's 15 minutes."""
@@ -49,13 +53,8 @@ class RayHead:
 
 def find_head() -> RayHead | None:
     """Returns the head that runs on this machine, or None."""
-    note = _note()
-    if not note.exists():
-        return None
-    repair = "Remove it, and end the Ray head that it named by hand if one still runs."
-    values = json_files.read_object(note, ClusterError, repair)
-    head = json_files.record_of(RayHead, values, JsonOrigin(str(note), ClusterError, repair))
-    return head if head.is_alive() else None
+    head = _noted_head()
+    return head if head is not None and head.is_alive() else None
 
 
 def start_head() -> RayHead:
@@ -63,35 +62,28 @@ def start_head() -> RayHead:
     if (head := find_head()) is not None:
         return head
     clusters.import_ray(to_start=True)
-    folder = clusters.private_folder(FOLDER_PREFIX)
-    options = {name: network.free_port() for name in PORTS}
-    command = [
-        *(*RAY, "start", "--head", "--block", "--disable-usage-stats"),
-        *("--temp-dir", str(folder / clusters.FOLDER_FOR_RAY)),
-        *("--include-dashboard", "true", "--dashboard-host", LOOPBACK),
-        *(f"--{name}={port}" for name, port in options.items()),
-    ]
-    log = folder / "start.log"
-    with files.appending(log) as out:
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=out,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,  # it outlives the command that started it
-            env=os.environ
-            | {
-                "RAY_JOB_START_TIMEOUT_SECONDS": str(NO_TIMEOUT_SECONDS),
-                "RAY_AUTH_MODE": "token",
-                clusters.NO_CLUSTER: "0",
-            },
-        )
-    head = RayHead(f"http://{LOOPBACK}:{options['dashboard-port']}", process.pid, str(folder))
-    _wait_until_it_takes_jobs(head, process, log)
+    deadline = time.monotonic() + START_SECONDS
+    for is_last in (*[False] * (START_ATTEMPTS - 1), True):
+        started, process, ports = _start()
+        if _accepts_jobs(started, process, ports, deadline):
+            break
+        has_ended = process.poll() is not None
+        process.terminate()
+        if is_last or not has_ended:
+            last = _last_output(started)
+            raise ClusterError(f"A Ray head cannot be started on this machine: {last}")
+        files.remove(Path(started.folder))
     note = _note()
     files.make_folder(note.parent, may_be_link=True)
-    files.write(note, json.dumps(asdict(head)))
-    return head
+    files.write(note, json.dumps(asdict(started)))
+    return started
+
+
+def check_not_ended(address: str) -> None:
+    """Raises ClusterError if `address` is that of this machine's head and the head has ended."""
+    head = _noted_head()
+    if head is not None and head.address == address and not _exists(head.pid):
+        raise ClusterError(f"The Ray head on this machine has ended: {_last_output(head)}")
 
 
 PORTS = (
@@ -103,6 +95,38 @@ PORTS = (
     "metrics-export-port",
     "ray-client-server-port",
 )
+AGENTS = ("dashboard-agent-listen-port", "runtime-env-agent-port")
+"""The ports of the two processes that start a job. They are ready some seconds after the dashboard."""
+
+
+def _start() -> tuple[RayHead, subprocess.Popen[bytes], dict[str, int]]:
+    """Starts a head; returns it, its process and its ports."""
+    folder = clusters.private_folder(FOLDER_PREFIX)
+    ports = {name: network.free_port() for name in PORTS}
+    command = [
+        *(*RAY, "start", "--head", "--block", "--disable-usage-stats"),
+        *("--temp-dir", str(folder / clusters.FOLDER_FOR_RAY)),
+        *("--include-dashboard", "true", "--dashboard-host", LOOPBACK),
+        *(f"--{name}={port}" for name, port in ports.items()),
+    ]
+    with files.appending(folder / START_LOG) as out:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # it outlives the command that started it
+            env=os.environ
+            | {
+                "RAY_JOB_START_TIMEOUT_SECONDS": str(NO_TIMEOUT_SECONDS),
+                # Ray ends a head whose agents take more than 30 seconds, which they do on a busy machine.
+                "RAY_agent_register_timeout_ms": str(START_SECONDS * 1000),
+                "RAY_AUTH_MODE": "token",
+                clusters.NO_CLUSTER: "0",
+            },
+        )
+    head = RayHead(f"http://{LOOPBACK}:{ports['dashboard-port']}", process.pid, str(folder))
+    return head, process, ports
 
 
 def end_head(head: RayHead) -> None:
@@ -123,23 +147,33 @@ def end_head(head: RayHead) -> None:
     files.remove(_note())
 
 
-def _wait_until_it_takes_jobs(head: RayHead, process: subprocess.Popen[bytes], log: Path) -> None:
+def _accepts_jobs(
+    head: RayHead, process: subprocess.Popen[bytes], ports: Mapping[str, int], deadline: float
+) -> bool:
+    """Waits until the head can start jobs. Returns False if it ends before, or at the deadline."""
     from cookbook.jobs.connection import connect
 
-    deadline = time.monotonic() + START_SECONDS
-    while time.monotonic() < deadline:
-        if process.poll() is not None:
-            break
-        with contextlib.suppress(ClusterError):
+    while time.monotonic() < deadline and process.poll() is None:
+        with contextlib.suppress(ClusterError, OSError):
             connect(head.address).list_jobs()
-            return
+            for agent in AGENTS:
+                network.check_answers(LOOPBACK, ports[agent], timeout_seconds=10)
+            return True
         time.sleep(0.5)
-    with contextlib.suppress(ProcessLookupError):
-        process.terminate()
-    last = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()][
-        -1:
-    ] or ["it printed nothing"]
-    raise ClusterError(f"A Ray head cannot be started on this machine: {last[0].strip()} (all of it: {log})")
+    return False
+
+
+def _last_output(head: RayHead) -> str:
+    """Returns what the head and its processes printed last, and where all of it is."""
+    folder = Path(head.folder)
+    logs = folder / clusters.FOLDER_FOR_RAY / "session_latest" / "logs"
+    last = [
+        lines[-1].strip()
+        for log in (folder / START_LOG, logs / "ray_process_exit.log", logs / "raylet.err")
+        if log.exists()
+        and (lines := [line for line in log.read_text("utf-8", "replace").splitlines() if line.strip()])
+    ]
+    return f"{' / '.join(last) or 'it printed nothing'} (all of it: {folder})"
 
 
 def _exists(pid: int) -> bool:
@@ -150,6 +184,15 @@ def _exists(pid: int) -> bool:
     except ProcessLookupError:
         return False
     return True
+
+
+def _noted_head() -> RayHead | None:
+    note = _note()
+    if not note.exists():
+        return None
+    repair = "Remove it, and end the Ray head that it named by hand if one still runs."
+    values = json_files.read_object(note, ClusterError, repair)
+    return json_files.record_of(RayHead, values, JsonOrigin(str(note), ClusterError, repair))
 
 
 def _note() -> Path:

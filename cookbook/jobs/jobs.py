@@ -20,7 +20,7 @@ import chz
 from cookbook.config import config_files
 from cookbook.errors import ClusterError
 from cookbook.jobs.connection import connect
-from cookbook.jobs.head import START_SECONDS, RayHead, end_head, find_head, start_head
+from cookbook.jobs.head import START_SECONDS, RayHead, check_not_ended, end_head, find_head, start_head
 from cookbook.supervised.notify import refuse
 from cookbook.supervised.recipe import find_recipe
 from cookbook.utils import files, json_files
@@ -177,6 +177,7 @@ def _submit(
     command = [_python(address), "-m", recipe_module, f"config={file}", *named]
     _submit_once(
         client.submit_job,
+        address,
         # `exec` so that signals reach the run, `cd` so that relative paths of data files stay valid.
         entrypoint=f"cd {shlex.quote(os.getcwd())} && exec {shlex.join(command)}",
         submission_id=job_id,
@@ -193,7 +194,7 @@ def _submit(
     return get(job_id, address=address)
 
 
-def _submit_once(submit_job: Callable[..., Any], **asked: Any) -> None:
+def _submit_once(submit_job: Callable[..., Any], address: str, **asked: Any) -> None:
     """Submits a job. Retries where a cluster that has just started has no agent, or drops connections.
 
     A request whose answer was lost may have been accepted. Its id then exists, so no job is started twice.
@@ -207,6 +208,7 @@ def _submit_once(submit_job: Callable[..., Any], **asked: Any) -> None:
         except (RuntimeError, OSError) as error:  # Ray has no narrower type; that of requests is an OSError
             if is_answer_lost and f"{asked['submission_id']} already exists" in str(error):
                 return
+            check_not_ended(address)
             is_answer_lost |= isinstance(error, OSError)
             is_temporary = isinstance(error, OSError) or "No available agent" in str(error)
             if not is_temporary or time.monotonic() > deadline:

@@ -1,10 +1,14 @@
-"""Jobs on a real Ray head are submitted, shown, cancelled, retried and awaited."""
+"""Jobs are submitted, shown, cancelled, retried and awaited.
+
+The slow tests do so on a real Ray head, which is 20 processes; the others on a server that answers like one.
+"""
 
 from __future__ import annotations
 
 import json
 import os
 import re
+import shutil
 import stat
 import subprocess
 import sys
@@ -210,6 +214,46 @@ def test_a_job_whose_answer_was_lost_is_submitted_once(cluster: str, tmp_path: P
     assert (tmp_path / "run" / "jobs" / f"{job_id}.json").exists()
 
 
+BROKEN_RAY = """
+import os, sys
+with open(os.environ["STARTS"], "a") as file:
+    file.write("started\\n")
+sys.exit("bind: address already in use")
+"""
+
+
+def test_a_head_that_ends_while_it_starts_is_started_again_and_its_last_words_are_the_error(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scripts = tmp_path / "packages" / "ray" / "scripts"
+    scripts.mkdir(parents=True)
+    (scripts / "scripts.py").write_text(BROKEN_RAY, encoding="utf-8")
+    (scripts.parent / "__init__.py").touch()
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "packages"))
+    monkeypatch.setenv("STARTS", str(tmp_path / "starts"))
+    with pytest.raises(ClusterError, match=r"cannot be started .*: bind: address already in use") as caught:
+        jobs.start_head()
+    (folder,) = re.findall(r"all of it: (.*)\)", str(caught.value))
+    shutil.rmtree(folder)
+    assert (tmp_path / "starts").read_text(encoding="utf-8") == "started\n" * 3
+    assert jobs.find_head() is None
+
+
+def test_a_head_that_has_ended_accepts_no_job_and_the_error_says_what_it_printed(
+    cluster: str, home: Path, tmp_path: Path
+) -> None:
+    """The dashboard here drops the connection, as one does whose head is ending."""
+    with subprocess.Popen(["true"]) as process:
+        pass
+    (tmp_path / "start.log").write_text("Some Ray subprocesses exited unexpectedly:\n", encoding="utf-8")
+    note = home / "ray-head.json"
+    note.write_text(json.dumps({"address": cluster, "pid": process.pid, "folder": str(tmp_path)}), "utf-8")
+    Dashboard.accepted.clear()
+    with pytest.raises(ClusterError, match="has ended: Some Ray subprocesses exited unexpectedly"):
+        jobs.submit("sft", [*KEYS, f"log_path={tmp_path / 'run'}"], address=cluster, num_gpus=0, num_cpus=1)
+    note.unlink()
+
+
 def test_importing_the_library_does_not_import_ray() -> None:
     program = "import sys, cookbook, cookbook.jobs, cookbook.sweeps; sys.exit('ray' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program]).returncode == 0
@@ -250,6 +294,7 @@ def cancelled(head: jobs.RayHead, tmp_path_factory: pytest.TempPathFactory) -> C
     return Cancelled(job, waiting, last.step)
 
 
+@pytest.mark.slow
 def test_a_head_listens_only_on_loopback_and_requires_a_token(
     head: jobs.RayHead, cancelled: Cancelled, listeners: Callable[[int], dict[tuple[str, int], str]]
 ) -> None:
@@ -268,12 +313,14 @@ def test_a_head_listens_only_on_loopback_and_requires_a_token(
         urllib.request.urlopen(f"{head.address}/api/jobs/")
 
 
+@pytest.mark.slow
 def test_other_users_cannot_enter_the_folder_of_a_head_or_read_its_token(head: jobs.RayHead) -> None:
     token = Path(os.environ["RAY_AUTH_TOKEN_PATH"])
     modes = [stat.S_IMODE(path.stat().st_mode) for path in (Path(head.folder), token.parent, token)]
     assert modes == [0o700, 0o700, 0o600]
 
 
+@pytest.mark.slow
 def test_a_job_is_found_by_its_id_with_its_resolved_config(cancelled: Cancelled) -> None:
     job = jobs.get(cancelled.job.id)
     assert job.config["learning_rate"] == 4e-3
@@ -282,6 +329,7 @@ def test_a_job_is_found_by_its_id_with_its_resolved_config(cancelled: Cancelled)
         jobs.get(job.id + "x")
 
 
+@pytest.mark.slow
 def test_a_cancelled_job_has_not_succeeded_and_logs_where_it_stopped(
     cancelled: Cancelled, capsys: pytest.CaptureFixture
 ) -> None:
