@@ -92,7 +92,8 @@ def _draw_panel(axes: Axes, title: str, lines: Mapping[str, Series], is_large: b
         _make_logarithmic(axes)
     else:
         axes.locator_params(axis="y", nbins=6 if is_large else 4)
-    axes.set_title(_label(title), loc="left", fontsize=10 if is_large else 8.5, color=_INK, pad=8)
+    # With a given place, since to find one matplotlib lays out the labels of both axes once more.
+    axes.set_title(_label(title), loc="left", y=1.0, fontsize=10 if is_large else 8.5, color=_INK, pad=8)
     axes.tick_params(colors=_SOFT, labelsize=8 if is_large else 7, length=0)
     axes.grid(axis="y", color=_LINE, linewidth=0.7)
     axes.set_axisbelow(True)

@@ -9,6 +9,7 @@ not measured: the progress bar tells the time from the steps themselves.
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import textwrap
@@ -258,6 +259,7 @@ def _rate(card: Card | None, device_type: str, name: str) -> tuple[float, str]:
     return _measured_rate(device_type), "the speed of a matrix product just now"
 
 
+@functools.cache
 def _measured_rate(device_type: str) -> float:
     """Returns the operations per second of matrix products of a layer's size, measured for a moment."""
     import torch

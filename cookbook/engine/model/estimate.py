@@ -103,7 +103,23 @@ class MemoryPlan:
 def footprint(
     config: PretrainedConfig, model_name: str, lora: LoraConfig, options: EngineOptions, device_type: str
 ) -> Footprint:
-    """Returns the needs of a model with this config on "cuda" or "cpu"."""
+    """Returns the needs of a model with this config on "cuda" or "cpu".
+
+    They are kept for later runs of this process, since for a model of many layers they take seconds.
+    """
+    text = config.to_json_string(use_diff=False)
+    key = (type(config), text, model_name, repr(lora), repr(options), device_type)
+    if key not in _footprints:
+        _footprints[key] = _footprint(config, model_name, lora, options, device_type)
+    return _footprints[key]
+
+
+_footprints: dict[tuple[Any, ...], Footprint] = {}
+
+
+def _footprint(
+    config: PretrainedConfig, model_name: str, lora: LoraConfig, options: EngineOptions, device_type: str
+) -> Footprint:
     dtype = _dtype(options.dtype, device_type)
     model = pretrained.empty_causal_lm(config).to(dtype).eval().requires_grad_(False)
     adapters = Adapters(model, model_name, tokenizer=None)
