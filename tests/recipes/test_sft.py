@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from programs import Programs
+from slow import slow_after
 from waiting import wait_until
 
 from cookbook import embedded
@@ -20,9 +21,7 @@ def rows_of(folder: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
-@pytest.mark.parametrize(
-    "argv", [pytest.param([], marks=pytest.mark.slow), ["max_steps=40"]], ids=["no arguments", "40 steps"]
-)
+@pytest.mark.parametrize("argv", slow_after(0, [[], ["max_steps=40"]]), ids=["no arguments", "40 steps"])
 def test_the_embedded_model_learns_to_talk_like_a_pirate(
     tmp_path: Path, programs: Programs, argv: list[str]
 ) -> None:

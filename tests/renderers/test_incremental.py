@@ -8,6 +8,7 @@ from typing import Any
 
 import chat_formats
 import pytest
+from slow import slow_except
 
 from cookbook.errors import RendererError
 from renderers.jinja.chat import Chat
@@ -193,6 +194,7 @@ EASILY_MISTAKEN = {
 """Templates that look traceable but are not, or whose values are easily confused."""
 
 TEMPLATES = {**TRACED, **RUN_OFTEN}
+QUICK = list(TEMPLATES)[::3]
 
 
 def conversation(num_messages: int, system: bool = False) -> list[dict[str, Any]]:
@@ -244,7 +246,7 @@ def check_every_beginning(template: Template, messages: list[dict[str, Any]], to
     return chat
 
 
-@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("name", slow_except(QUICK, TEMPLATES))
 @pytest.mark.parametrize("kind", ["plain", "system", "calls"])
 def test_every_prefix_has_the_text_that_the_template_prints(small_tokenizer, name, kind):
     template = Template(small_tokenizer(TEMPLATES[name] + PROMPT))
@@ -273,7 +275,7 @@ def test_the_template_runs_about_once_per_message(name):
 
 
 @pytest.mark.parametrize("order", ["backwards", "mixed"])
-@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("name", slow_except(QUICK, TEMPLATES))
 def test_prefixes_can_be_rendered_in_any_order(small_tokenizer, name, order):
     template = Template(small_tokenizer(TEMPLATES[name] + PROMPT))
     messages = conversation(30)

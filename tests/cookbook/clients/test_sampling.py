@@ -254,6 +254,7 @@ def test_requests_that_wait_together_share_the_passes_of_the_model(client: Train
     assert steps == [16] * 7
 
 
+@pytest.mark.slow
 def test_sampling_leaves_no_memory_allocated(client: TrainingClient) -> None:
     """No keys and values are left, and the weights it samples with are the trainer's own."""
     snapshot = client.save_weights_and_get_sampling_client()

@@ -145,6 +145,7 @@ def test_the_schedule_ends_at_the_new_last_step_and_earlier_rows_stay(runs: Runs
     assert write_report(folder).is_file()
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_resumes_with_another_length(runs: Runs) -> None:
     folder = runs("run", killed_after_rows=5, max_steps=9)
     last = CheckpointLog(folder).last()
@@ -194,6 +195,7 @@ def test_a_run_that_is_extended_several_times_and_killed_equals_one_that_was_not
     assert "Batches have 3 rows from here on, 4 before: the next is row 13" in runs.printed("whole")
 
 
+@pytest.mark.slow
 def test_more_epochs_extend_a_run_and_its_end_is_counted_in_rows(runs: Runs) -> None:
     """Two steps of 4 rows are followed by 12 rows in steps of 8, and by three epochs of 3 steps."""
     folder = runs("run", num_epochs=1, max_steps=2)

@@ -156,6 +156,7 @@ def test_a_process_that_is_killed_ends_the_others_and_the_same_command_resumes(
     assert_same_run(Path(config["log_path"]), of_two)
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_process_stops_all_at_the_same_step(
     ranks: Any, make_config: MakeConfig, of_two: Path, work_in: str
 ) -> None:
