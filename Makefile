@@ -147,6 +147,7 @@ roofline: setup
 golden: setup
 	$(BIN)/python tests/golden/texts.py
 	PYTHONPATH=.:tests/helpers $(BIN)/python tests/helpers/rollouts_page.py
+	PYTHONPATH=.:tests/helpers OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python tests/cookbook/engine/model/test_targets.py
 
 clean:
 	rm -rf .venv .venv-tinker .venv-peers-* build runs *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -86,6 +86,11 @@ def test_the_table_of_targets_is_the_one_on_file(name: str) -> None:
     assert lines_of_family(name) == block_of(name)
 
 
+def test_every_family_has_a_table_on_file() -> None:
+    titles = [block.partition("\n")[0] for block in TABLE.read_text(encoding="utf-8").split("\n\n")]
+    assert titles == sorted(families.FAMILIES) + [f"{name} (published size)" for name in SIZES]
+
+
 @pytest.mark.slow
 def test_the_tables_of_all_families_are_those_on_file() -> None:
     assert table_text() == TABLE.read_text(encoding="utf-8")
