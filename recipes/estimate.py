@@ -6,7 +6,8 @@
     python -m recipes.estimate table
 
 Accepts every key of recipes.sft. It reads the data and the model's config, and no weights. `card` names a GPU
-that need not be in this machine. `table` prints the memory of well-known models on several cards.
+that need not be in this machine. `table` prints what well-known models need on several cards: the tokens of a
+micro-batch, the longest sequence, the largest model.
 """
 
 from __future__ import annotations
@@ -56,13 +57,24 @@ async def run(config: EstimateConfig) -> None:
 def print_table() -> None:
     logging.disable(logging.INFO)
     console = make_console()
-    console.print(
-        plain(
+    found = list(memory_table.rows())
+    for text, table in (
+        (
             "Tokens of a micro-batch of sequences of 2,048 tokens, bfloat16, LoRA of rank 32 on all layers.\n"
-            "*: layers run again in the backward pass. -: does not fit. Derived from configs, not measured.\n"
-        )
-    )
-    console.print(plain(memory_table.markdown(list(memory_table.rows()))))
+            "*: layers run again in the backward pass. -: does not fit. Derived from configs, not measured.",
+            memory_table.markdown(found),
+        ),
+        (
+            "The longest sequence in tokens, for each size of memory. +: the model takes no longer ones.\n"
+            "-: not even one token fits. Derived from configs, not measured.",
+            memory_table.longest_markdown(found),
+        ),
+        (
+            "The largest of these models whose sequences of 2,048 tokens fit. Derived, not measured.",
+            memory_table.largest_markdown(found),
+        ),
+    ):
+        console.print(plain(f"{text}\n\n{table}\n"))
 
 
 def main(argv: list[str] | None = None) -> None:

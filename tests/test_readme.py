@@ -9,6 +9,7 @@ import ast
 import asyncio
 import importlib
 import importlib.util
+import itertools
 import json
 import re
 import shlex
@@ -303,8 +304,33 @@ def test_as_many_families_are_said_to_pass_as_the_page_of_models_says(page: str)
     ],
 )
 def test_the_memory_table_is_what_the_estimate_says(name: str) -> None:
-    rows = memory_table.rows({name: memory_table.SHAPES[name]})
-    header, rule, *lines = memory_table.markdown(list(rows)).splitlines()
+    rows = list(memory_table.rows({name: memory_table.SHAPES[name]}))
+    header, rule, *lines = memory_table.markdown(rows).splitlines()
     assert len(lines) == 3
     for page in ("README.md", "docs/estimate.md"):
         assert {header, rule, *lines} <= set(PAGES[page].splitlines())
+    assert set(memory_table.longest_markdown(rows).splitlines()) <= set(PAGES["docs/estimate.md"].splitlines())
+
+
+def test_the_largest_models_are_those_of_the_table_of_longest_sequences() -> None:
+    lines = PAGES["docs/estimate.md"].splitlines()
+    headers = [number for number, line in enumerate(lines) if line.endswith(" 80 GB | 141 GB |")]
+    longest, largest = (
+        [[cell.strip() for cell in line.split("|")[1:-1]] for line in _table_at(lines, number)]
+        for number in headers
+    )
+    order = [name.rpartition("/")[2] for name in memory_table.SHAPES]
+    assert len(longest) == 3 * len(order)
+    for method, *models in largest:
+        for size, model in enumerate(models):
+            fits = {
+                name.rpartition("/")[2]
+                for name, by, *cells in longest
+                if by == method and int(cells[size].strip("+").replace(",", "").replace("-", "0")) >= 2048
+            }
+            assert (model in fits) if fits else model == "-"
+
+
+def _table_at(lines: list[str], header: int) -> list[str]:
+    rows = itertools.takewhile(lambda line: line.startswith("|"), lines[header + 2 :])
+    return list(rows)

@@ -1,4 +1,4 @@
-"""The memory that well-known models need in training: a table of models, methods and cards.
+"""The memory that well-known models need in training: tables of models, methods and cards.
 
 The shapes are those of the models' published configs, so the table needs no download.
 """
@@ -26,6 +26,10 @@ SHAPES: Mapping[str, Mapping[str, Any]] = {
         **_QWEN3, "model_type": "qwen3", "hidden_size": 1024, "intermediate_size": 3072,
         "num_hidden_layers": 28, "num_attention_heads": 16, "tie_word_embeddings": True,
     },
+    "Qwen/Qwen3-1.7B": {
+        **_QWEN3, "model_type": "qwen3", "hidden_size": 2048, "intermediate_size": 6144,
+        "num_hidden_layers": 28, "num_attention_heads": 16, "tie_word_embeddings": True,
+    },
     "Qwen/Qwen3-4B": {
         **_QWEN3, "model_type": "qwen3", "hidden_size": 2560, "intermediate_size": 9728,
         "num_hidden_layers": 36, "num_attention_heads": 32, "tie_word_embeddings": True,
@@ -33,6 +37,10 @@ SHAPES: Mapping[str, Mapping[str, Any]] = {
     "Qwen/Qwen3-8B": {
         **_QWEN3, "model_type": "qwen3", "hidden_size": 4096, "intermediate_size": 12_288,
         "num_hidden_layers": 36, "num_attention_heads": 32, "tie_word_embeddings": False,
+    },
+    "Qwen/Qwen3-14B": {
+        **_QWEN3, "model_type": "qwen3", "hidden_size": 5120, "intermediate_size": 17_408,
+        "num_hidden_layers": 40, "num_attention_heads": 40, "tie_word_embeddings": False,
     },
     "Qwen/Qwen3-32B": {
         **_QWEN3, "model_type": "qwen3", "hidden_size": 5120, "intermediate_size": 25_600,
@@ -56,13 +64,15 @@ SHAPES: Mapping[str, Mapping[str, Any]] = {
         "model_type": "gpt_oss", "vocab_size": 201_088, "hidden_size": 2880, "intermediate_size": 2880,
         "num_hidden_layers": 24, "num_local_experts": 32, "num_experts_per_tok": 4,
         "num_attention_heads": 64, "num_key_value_heads": 8, "head_dim": 64,
-        "tie_word_embeddings": False,
+        "tie_word_embeddings": False, "max_position_embeddings": 131_072,
     },
 }  # fmt: skip
 
 METHODS: Mapping[str, tuple[int, str | None]] = {"LoRA": (32, None), "nf4": (32, "nf4"), "full": (0, None)}
 """The rank and the quantization of each method."""
 TABLE_CARDS = ("4090", "l40s", "h100", "h200")
+SIZES = {"16 GB": "t4", "24 GB": "4090", "48 GB": "l40s", "80 GB": "h100", "141 GB": "h200"}
+"""Sizes of memory as cards are sold with them, and the card whose memory stands for each."""
 LENGTH = 2048
 
 
@@ -72,10 +82,15 @@ class TableRow:
 
     model: str
     method: str
+    num_weights: int
+    context: int
+    """The tokens of the longest sequence that the model takes."""
     least: float
     """The bytes with one sequence at a time, whose layers run again."""
     tokens: Mapping[str, tuple[int, bool] | None]
     """For each card the tokens of a micro-batch and whether layers run again; None if it does not fit."""
+    longest: Mapping[str, int]
+    """For each of SIZES the tokens of the longest sequence that fits; 0 if none does."""
 
 
 def config_of(shape: Mapping[str, Any]) -> Any:
@@ -108,7 +123,12 @@ def rows(
                 plan = estimate.plan(found, auto, "cuda", CARDS[key].memory, LENGTH)
                 tokens[key] = (plan.tokens, plan.is_checkpointed) if plan.fits else None
             one = estimate.plan(found, options("on"), "cuda", 2.0**50, LENGTH, batch_tokens=LENGTH)
-            yield TableRow(name, method, one.total, tokens)
+            context = shape["max_position_embeddings"]
+            longest = {
+                size: estimate.longest_sequence(found, auto, "cuda", CARDS[key].memory, context)
+                for size, key in SIZES.items()
+            }
+            yield TableRow(name, method, found.num_weights, context, one.total, tokens, longest)
 
 
 def markdown(found: Sequence[TableRow], cards: Sequence[str] = TABLE_CARDS) -> str:
@@ -128,3 +148,31 @@ def _cell(tokens: tuple[int, bool] | None) -> str:
         return "-"
     number, is_checkpointed = tokens
     return f"{number:,}{'*' if is_checkpointed else ''}"
+
+
+def longest_markdown(found: Sequence[TableRow]) -> str:
+    """Returns the table of the longest sequences for each size of memory in Markdown."""
+    lines = [f"| model | method | {' | '.join(SIZES)} |", f"|---|---|{'--:|' * len(SIZES)}"]
+    for row in found:
+        cells = [
+            "-" if not length else f"{length:,}{'+' if length == row.context else ''}"
+            for length in row.longest.values()
+        ]
+        lines.append(f"| {row.model} | {row.method} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def largest_markdown(found: Sequence[TableRow]) -> str:
+    """Returns the table of the largest models for each size of memory in Markdown.
+
+    These are the ones of `found` with the most weights whose sequences of LENGTH tokens fit.
+    """
+    lines = [f"| method | {' | '.join(SIZES)} |", f"|---|{'---|' * len(SIZES)}"]
+    for method in METHODS:
+        cells = []
+        for size in SIZES:
+            fitting = [row for row in found if row.method == method and row.longest[size] >= LENGTH]
+            largest = max(fitting, key=lambda row: row.num_weights, default=None)
+            cells.append("-" if largest is None else largest.model.rpartition("/")[2])
+        lines.append(f"| {method} | {' | '.join(cells)} |")
+    return "\n".join(lines)

@@ -9,6 +9,7 @@ Shape suffixes: B rows, H heads, T tokens, D head size.
 
 from __future__ import annotations
 
+import bisect
 import logging
 from dataclasses import dataclass
 from typing import Any
@@ -169,7 +170,8 @@ def plan(
     """Returns the largest micro-batch of a device with `memory` bytes, as the engine would plan it.
 
     It consists of sequences of `longest` tokens, and of no more than the `batch_tokens` of a batch. Without
-    an estimate of activations none are counted.
+    an estimate of activations none are counted. A sequence that does not fit as planned is counted with
+    checkpointed layers, as the engine tries it again after memory ran out.
     """
     usable = memory * usable_share(device_type)
     cost = found.activations or ActivationCost(0.0, 0.0)
@@ -181,11 +183,29 @@ def plan(
         tokens = max(longest, min(tokens, batch_tokens))
     planned = tokens / longest * limits.size_without_checkpointing(longest)
     is_checkpointed = planned > limits.max_tokens_without_checkpointing
+
+    def fits_as(is_checkpointed: bool) -> bool:
+        return found.fixed + temporary + MARGIN * cost.bytes_of(longest, is_checkpointed) <= usable
+
+    fits = fits_as(is_checkpointed)
+    if not fits and not is_checkpointed and options.gradient_checkpointing == "auto":
+        tokens, is_checkpointed, fits = longest, True, fits_as(True)
     one = cost.bytes_of(longest, is_checkpointed)
-    fits = found.fixed + temporary + MARGIN * one <= usable
     activations = tokens / longest * one
     temporary += (MARGIN - 1) * activations
     return MemoryPlan(tokens, is_checkpointed, activations, temporary, found.fixed, usable, fits)
+
+
+def longest_sequence(
+    found: Footprint, options: EngineOptions, device_type: str, memory: float, context: int
+) -> int:
+    """Returns the length of the longest sequence, of at most `context` tokens, that fits; 0 if none does."""
+
+    def fits(length: int) -> bool:
+        return plan(found, options, device_type, memory, length, batch_tokens=length).fits
+
+    # `bisect` wants False before True, so it looks for the shortest length that does not fit
+    return bisect.bisect_left(range(1, context + 1), True, key=lambda length: not fits(length))
 
 
 def _dtype(name: str, device_type: str) -> torch.dtype:

@@ -75,7 +75,9 @@ def test_a_failing_estimate_does_not_end_a_run(tmp_path: Path, caplog: pytest.Lo
     ("name", "number"),
     [
         ("Qwen/Qwen3-0.6B", 596_049_920),
+        ("Qwen/Qwen3-1.7B", 1_720_574_976),
         ("Qwen/Qwen3-8B", 8_190_735_360),
+        ("Qwen/Qwen3-14B", 14_768_307_200),
         ("meta-llama/Llama-3.1-8B-Instruct", 8_030_261_248),
         ("HuggingFaceTB/SmolLM2-135M-Instruct", 134_515_008),
     ],
@@ -94,6 +96,19 @@ def test_the_table_has_a_row_for_each_method() -> None:
     lora, nf4, full = (row.least for row in found)
     assert nf4 < lora < full
     assert CARDS["t4"].name in memory_table.markdown(found, ["t4"])
+    assert all(row.longest == dict.fromkeys(memory_table.SIZES, row.context) for row in found)
+    assert memory_table.longest_markdown(found).count("8,192+") == 3 * len(memory_table.SIZES)
+
+
+def test_the_largest_model_is_the_one_of_most_weights_whose_sequences_fit() -> None:
+    def row(model: str, num_weights: int, *longest: int) -> memory_table.TableRow:
+        lengths = dict(zip(memory_table.SIZES, longest, strict=True))
+        return memory_table.TableRow(model, "LoRA", num_weights, 4096, 0.0, {}, lengths)
+
+    found = [row("a/small", 1, 0, 2048, 4096, 4096, 4096), row("a/large", 2, 0, 0, 2047, 2048, 4096)]
+    lines = memory_table.largest_markdown(found).splitlines()
+    assert lines[2] == "| LoRA | - | small | small | large | large |"
+    assert lines[3] == "| nf4 | - | - | - | - | - |"
 
 
 @pytest.mark.parametrize(

@@ -127,6 +127,28 @@ def test_a_model_that_is_too_large_does_not_fit(found: Footprint) -> None:
     assert not plan_on(dataclasses.replace(found, weights=2.0**31), 1.5).fits
 
 
+def test_a_sequence_that_only_fits_with_checkpointed_layers_is_planned_with_them(found: Footprint) -> None:
+    """Blocks of logits are not counted in the limits, so a plan without checkpointing may exceed the memory."""
+    plan = plan_on(dataclasses.replace(found, blocks=3 * 2**30), 6, longest=3000)
+    assert (plan.tokens, plan.is_checkpointed, plan.fits) == (3000, True, True)
+
+
+@pytest.mark.parametrize(
+    ("gib", "context", "squared"), [(1.4, 30_000, 0.0), (1.4, 500, 0.0), (0.5, 500, 0.0), (2, 30_000, 9.5)]
+)
+def test_the_longest_sequence_is_the_last_that_fits(
+    gib: float, context: int, squared: float, found: Footprint
+) -> None:
+    cost = memory.ActivationCost(2.0**20, 2.0**15, 20 * squared, squared)
+    found = dataclasses.replace(found, activations=cost)
+    longest = estimate.longest_sequence(found, EngineOptions(), "cuda", gib * 2**30, context)
+    room = (gib * 2**30 * 0.9 - estimate.BYTES_OF_CUDA - 100 * 2**20) / memory.MARGIN
+    expected = 0
+    while expected < context and (expected + 1) * 2**15 + (expected + 1) ** 2 * squared <= room:
+        expected += 1
+    assert longest == expected
+
+
 def test_a_small_batch_takes_no_more_than_its_tokens(found: Footprint) -> None:
     assert plan_on(found, 40, longest=100, batch=300).activations == pytest.approx(300 * 2**20)
 
