@@ -309,7 +309,9 @@ def test_the_memory_table_is_what_the_estimate_says(name: str) -> None:
     assert len(lines) == 3
     for page in ("README.md", "docs/estimate.md"):
         assert {header, rule, *lines} <= set(PAGES[page].splitlines())
-    assert set(memory_table.longest_markdown(rows).splitlines()) <= set(PAGES["docs/estimate.md"].splitlines())
+    assert set(memory_table.longest_markdown(rows).splitlines()) <= set(
+        PAGES["docs/estimate.md"].splitlines()
+    )
 
 
 def test_the_largest_models_are_those_of_the_table_of_longest_sequences() -> None:

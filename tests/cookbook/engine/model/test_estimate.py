@@ -128,7 +128,7 @@ def test_a_model_that_is_too_large_does_not_fit(found: Footprint) -> None:
 
 
 def test_a_sequence_that_only_fits_with_checkpointed_layers_is_planned_with_them(found: Footprint) -> None:
-    """Blocks of logits are not counted in the limits, so a plan without checkpointing may exceed the memory."""
+    """Blocks of logits are not counted in the limits, so the plan may exceed the memory."""
     plan = plan_on(dataclasses.replace(found, blocks=3 * 2**30), 6, longest=3000)
     assert (plan.tokens, plan.is_checkpointed, plan.fits) == (3000, True, True)
 
