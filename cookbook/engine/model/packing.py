@@ -11,7 +11,7 @@ targets (soft targets); shorter rows of targets are filled with ignored ones.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -50,19 +50,30 @@ class TokenSequence:
         return 1 if self.targets_T.ndim == 1 else self.targets_T.shape[1]
 
 
-KNOWN_INPUTS = ("target_tokens", "weights", "logprobs", "advantages", "sequence_ratio_mask")
+KNOWN_INPUTS = (
+    "target_tokens", "weights", "logprobs", "advantages", "sequence_ratio_mask", "clip_low_threshold",
+    "clip_high_threshold",
+)  # fmt: skip
 
 
 def check_data(
-    data: Sequence[Datum], required: Sequence[str], vocab_size: int, allow_unknown: bool = False
+    data: Sequence[Datum],
+    required: Sequence[str],
+    vocab_size: int,
+    allow_unknown: bool = False,
+    defaults: Mapping[str, float] | None = None,
 ) -> list[TokenSequence]:
     """Returns the Datums as sequences, after checking that `required` inputs and weights are there and fit.
 
+    `defaults` are the values of optional inputs, which all sequences have if a Datum gives one of them.
     Inputs that no built-in loss reads are most likely typos and are refused, unless `allow_unknown` is set.
     Raises RequestError naming the datum, what it holds and what it should hold.
     """
     if not data:
         raise RequestError("No data: the list of Datum is empty. Pass at least one.")
+    defaults = defaults or {}
+    if not any(name in datum.loss_fn_inputs for name in defaults for datum in data):
+        defaults = {}
     sequences: list[TokenSequence] = []
     for datum in data:
         try:
@@ -72,7 +83,7 @@ def check_data(
                 raise RequestError("The model input is empty. A Datum needs at least one token.")
             inputs: dict[str, np.ndarray] = {}
             for name, value in datum.loss_fn_inputs.items():
-                if name not in required and name != "weights":
+                if name not in required and name not in defaults and name != "weights":
                     continue
                 assert isinstance(value, TensorData)
                 inputs[name] = array = value.to_numpy()
@@ -107,6 +118,8 @@ def check_data(
                     "sequence_ratio_mask marks a target that has weight 0 or is ignored. Mark only tokens "
                     "that are trained."
                 )
+            for name, default in defaults.items():
+                inputs.setdefault(name, np.full(len(tokens_T), default, np.float32))
             sequences.append(TokenSequence(tokens_T, targets_T, weights_T, inputs))
         except RequestError as error:
             error.add_note(f"in datum {len(sequences)} of {len(data)}")

@@ -35,6 +35,14 @@ def importance_sampling(
     return -(weights_S * ratio_S * extras["advantages"]).sum()
 
 
+def _clip(ratio_S: Tensor, extras: Mapping[str, Tensor], config: Mapping[str, float]) -> Tensor:
+    """Returns the ratios within the thresholds of their tokens, or those of the loss where no token has any."""
+    low, high = _CLIP
+    if low in extras:
+        return ratio_S.clamp(extras[low], extras[high])
+    return ratio_S.clamp(config[low], config[high])
+
+
 def ppo(
     logprobs_S: Tensor, weights_S: Tensor, extras: Mapping[str, Tensor], config: Mapping[str, float]
 ) -> Tensor:
@@ -45,7 +53,7 @@ def ppo(
 def _clipped_surrogate(
     ratio_S: Tensor, weights_S: Tensor, extras: Mapping[str, Tensor], config: Mapping[str, float]
 ) -> Tensor:
-    clipped_S = ratio_S.clamp(config["clip_low_threshold"], config["clip_high_threshold"])
+    clipped_S = _clip(ratio_S, extras, config)
     advantages_S = extras["advantages"]
     return -(weights_S * torch.minimum(ratio_S * advantages_S, clipped_S * advantages_S)).sum()
 
@@ -55,7 +63,7 @@ def cispo(
 ) -> Tensor:
     """Returns the policy-gradient loss with a clipped, detached importance ratio (MiniMax-M1, 2025)."""
     ratio_S = torch.exp(logprobs_S - extras["logprobs"])
-    clipped_S = ratio_S.clamp(config["clip_low_threshold"], config["clip_high_threshold"]).detach()
+    clipped_S = _clip(ratio_S, extras, config).detach()
     return -(weights_S * clipped_S * logprobs_S * extras["advantages"]).sum()
 
 
@@ -112,6 +120,8 @@ class Loss:
     fn: LossFn
     required_inputs: tuple[str, ...]
     defaults: Mapping[str, float]
+    per_token: tuple[str, ...] = ()
+    """The settings that a Datum may give for each of its tokens. All of them are inputs if one is given."""
     of_sequences: OfSequences | None = None
     """Returns further inputs, which couple the trained tokens of a sequence: from their log-probabilities
     without gradient [P], their inputs, and the number of the sequence of each."""
@@ -122,10 +132,10 @@ _POLICY_INPUTS = ("target_tokens", "logprobs", "advantages")
 LOSSES: dict[str, Loss] = {
     "cross_entropy": Loss(cross_entropy, ("target_tokens",), {}),
     "importance_sampling": Loss(importance_sampling, _POLICY_INPUTS, {}),
-    "ppo": Loss(ppo, _POLICY_INPUTS, _CLIP),
-    "cispo": Loss(cispo, _POLICY_INPUTS, _CLIP),
+    "ppo": Loss(ppo, _POLICY_INPUTS, _CLIP, tuple(_CLIP)),
+    "cispo": Loss(cispo, _POLICY_INPUTS, _CLIP, tuple(_CLIP)),
     "dro": Loss(dro, _POLICY_INPUTS, {"beta": 0.05}),
-    "gspo": Loss(gspo, (*_POLICY_INPUTS, "sequence_ratio_mask"), _CLIP, sequence_log_ratios),
+    "gspo": Loss(gspo, (*_POLICY_INPUTS, "sequence_ratio_mask"), _CLIP, tuple(_CLIP), sequence_log_ratios),
     "stable_reinforce": Loss(stable_reinforce, _POLICY_INPUTS, {"kl_coeff": 0.05}),
 }
 assert set(LOSSES) == set(get_args(LossFnType))

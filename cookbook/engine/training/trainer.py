@@ -119,7 +119,10 @@ class Trainer:
     ) -> Request:
         """Returns the checked request. Raises RequestError if it cannot be run. Callable from any thread."""
         loss, config = get_loss(loss_fn, loss_fn_config)
-        sequences = check_data(data, loss.required_inputs, self.base.vocab_size, allow_unknown_inputs)
+        per_token = {name: config[name] for name in loss.per_token}
+        sequences = check_data(
+            data, loss.required_inputs, self.base.vocab_size, allow_unknown_inputs, per_token
+        )
         longest = max(len(sequence.tokens_T) for sequence in sequences)
         if longest > self.base.context_length:
             raise RequestError(

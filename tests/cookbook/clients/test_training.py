@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import inspect
+import math
 import threading
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
@@ -167,6 +168,43 @@ def test_the_policy_losses_run_on_sampled_sequences(client: TrainingClient) -> N
     config = {"clip_low_threshold": 0.0, "clip_high_threshold": 0.5}
     out = client.forward([datum], "ppo", config).result()
     assert out.metrics["loss:sum"] == pytest.approx(-0.25 * num_sampled, rel=1e-4)
+
+
+def test_a_datum_may_have_clip_thresholds_for_its_tokens_and_another_takes_those_of_the_loss(
+    client: TrainingClient,
+) -> None:
+    """The expected values are a loop over the log-probabilities that the same call returns."""
+    tokens, targets, old, advantages = (
+        [5, 17, 31, 8],
+        [17, 31, 8, 2],
+        [-5.0, -4.0, -7.0, -2.0],
+        [1.0, -1.0, 2.0, -2.0],
+    )
+    inputs = {"target_tokens": targets, "logprobs": old, "advantages": advantages}
+    lows, highs = [0.5, 0.9, 0.1, 3.0], [0.6, 2.0, 9.0, 4.0]
+    data = [
+        Datum(ModelInput.from_ints(tokens), inputs),
+        Datum(ModelInput.from_ints(tokens), {**inputs, "clip_low_threshold": lows}),
+        Datum(
+            ModelInput.from_ints(tokens), {**inputs, "clip_high_threshold": highs, "clip_low_threshold": lows}
+        ),
+    ]
+    for loss_fn in ("ppo", "cispo"):
+        config = {"clip_low_threshold": 0.7, "clip_high_threshold": 1.1}
+        out = client.forward(data, loss_fn, config).result()
+        expected = 0.0
+        for number, output in enumerate(out.loss_fn_outputs):
+            for place, logprob in enumerate(output["logprobs"].to_numpy().tolist()):
+                low = lows[place] if number else 0.7
+                high = highs[place] if number == 2 else 1.1
+                ratio = math.exp(logprob - old[place])
+                clipped = min(max(ratio, low), high)  # as torch.clamp, also where low is above high
+                surrogate = min(ratio * advantages[place], clipped * advantages[place])
+                expected -= clipped * advantages[place] * logprob if loss_fn == "cispo" else surrogate
+        assert out.metrics["loss:sum"] == pytest.approx(expected, rel=1e-4)
+    with pytest.raises(RequestError, match="clip_low_threshold has shape"):
+        bad = Datum(ModelInput.from_ints(tokens), {**inputs, "clip_low_threshold": [0.5]})
+        client.forward([bad], "ppo").result()
 
 
 def test_the_info_of_a_client(service: ServiceClient, tiny_qwen3: str) -> None:

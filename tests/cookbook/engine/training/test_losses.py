@@ -171,6 +171,22 @@ def test_gspo_has_the_ratio_of_the_sequence_and_the_gradient_of_each_token() -> 
     assert 0 < (slopes == 0).sum() < len(slopes)
 
 
+@pytest.mark.parametrize("case", ["ppo", "cispo"])
+def test_thresholds_of_tokens_clip_each_ratio_by_its_own(case: str) -> None:
+    rng = np.random.default_rng(4)
+    tokens = make_tokens(seed=4)
+    lows, highs = rng.uniform(0.2, 0.95, NUM_TOKENS), rng.uniform(1.05, 2.0, NUM_TOKENS)
+    loss, settings = get_loss(case, {"clip_low_threshold": 0.99, "clip_high_threshold": 1.01})
+    logprobs, weights, old, advantages = torch.tensor(tokens, dtype=torch.float64).unbind(1)
+    extras = {"logprobs": old, "advantages": advantages}
+    extras |= {"clip_low_threshold": torch.tensor(lows), "clip_high_threshold": torch.tensor(highs)}
+    value = loss.fn(logprobs, weights, extras, settings).item()
+    formula = {"ppo": ppo, "cispo": cispo}[case]
+    expected = sum(formula(*one) for one in zip(tokens, lows, highs, strict=True))
+    assert value == pytest.approx(expected, rel=1e-12)
+    assert value != pytest.approx(sum(formula(token, 0.99, 1.01) for token in tokens), rel=1e-3)
+
+
 def test_settings_override_the_defaults_one_by_one() -> None:
     assert get_loss("ppo", None)[1] == {"clip_low_threshold": 0.8, "clip_high_threshold": 1.2}
     assert get_loss("ppo", {"clip_high_threshold": 2.0})[1] == {
