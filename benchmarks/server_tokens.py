@@ -38,7 +38,7 @@ _SECONDS_TO_START = 120.0
 
 
 @dataclass(frozen=True)
-class Side:
+class ServerSide:
     """A server, and the name of the model there."""
 
     name: str
@@ -47,17 +47,17 @@ class Side:
 
 
 @dataclass(frozen=True)
-class Reply:
+class TimedReply:
     text: str
     num_tokens: int
     seconds_to_first: float
     """Until the first text of a stream; until the reply otherwise."""
 
 
-async def ask(client: openai.AsyncOpenAI, side: Side, topic: str, num_tokens: int, stream: bool) -> Reply:
+async def ask(client: Any, side: ServerSide, topic: str, num_tokens: int, stream: bool) -> TimedReply:
     started = time.perf_counter()
     content = f"Write a long story about {topic}, with many characters and places."
-    asked: dict[str, Any] = {
+    asked = {
         "model": side.model,
         "messages": [{"role": "user", "content": content}],
         "temperature": 0,
@@ -67,7 +67,7 @@ async def ask(client: openai.AsyncOpenAI, side: Side, topic: str, num_tokens: in
         reply = await client.chat.completions.create(**asked)
         assert reply.usage is not None
         seconds = time.perf_counter() - started
-        return Reply(reply.choices[0].message.content or "", reply.usage.completion_tokens, seconds)
+        return TimedReply(reply.choices[0].message.content or "", reply.usage.completion_tokens, seconds)
     text, count, first = "", 0, None
     options = {"include_usage": True}
     async for chunk in await client.chat.completions.create(**asked, stream=True, stream_options=options):
@@ -77,10 +77,12 @@ async def ask(client: openai.AsyncOpenAI, side: Side, topic: str, num_tokens: in
             text += choice.delta.content or ""
         if chunk.usage is not None:
             count = chunk.usage.completion_tokens
-    return Reply(text, count, first or 0.0)
+    return TimedReply(text, count, first or 0.0)
 
 
-async def one_round(side: Side, num_clients: int, num_tokens: int, stream: bool) -> tuple[float, list[Reply]]:
+async def one_round(
+    side: ServerSide, num_clients: int, num_tokens: int, stream: bool
+) -> tuple[float, list[TimedReply]]:
     """Returns the seconds until the last reply has ended, and the replies."""
     async with openai.AsyncOpenAI(base_url=f"{side.address}/v1", api_key="none", timeout=300) as client:
         started = time.perf_counter()
@@ -93,7 +95,7 @@ async def one_round(side: Side, num_clients: int, num_tokens: int, stream: bool)
 
 
 @contextmanager
-def running(name: str, command: Sequence[str], port: int, model: str) -> Iterator[Side]:
+def running(name: str, command: Sequence[str], port: int, model: str) -> Iterator[ServerSide]:
     """Starts a server, and stops it after the body."""
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     address = f"http://{LOOPBACK}:{port}"
@@ -109,7 +111,7 @@ def running(name: str, command: Sequence[str], port: int, model: str) -> Iterato
                 if time.monotonic() > deadline:
                     raise
                 time.sleep(0.2)
-        yield Side(name, address, model)
+        yield ServerSide(name, address, model)
     finally:
         process.terminate()
         process.wait()
@@ -137,7 +139,7 @@ def main() -> None:
         compare(sides, options.clients, options.tokens, options.rounds)
 
 
-def compare(sides: Sequence[Side], clients: Sequence[int], num_tokens: int, num_rounds: int) -> None:
+def compare(sides: Sequence[ServerSide], clients: Sequence[int], num_tokens: int, num_rounds: int) -> None:
     """Prints the medians of the rounds, after one that is not counted."""
     for side in sides:
         asyncio.run(one_round(side, 1, 8, True))
