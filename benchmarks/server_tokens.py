@@ -2,10 +2,10 @@
 
     python -m benchmarks.server_tokens --peer OTHER/bin/transformers [--model FOLDER] [--clients 1 8]
 
-Both servers run in processes of their own with the same model in the same dtype, and answer the same chats with
-greedy tokens through OpenAI's client. The sides run in turns, so that other load of the machine falls on both;
-the other server computes nothing meanwhile. A round of N clients sends N requests at once, whole or as a
-stream, and its tokens are those of the replies. The texts of both sides are compared.
+Both servers run in processes of their own with the same model in the same dtype, and answer the same chats
+with greedy tokens through OpenAI's client. The sides run in turns, so that other load of the machine falls on
+both; the other server computes nothing meanwhile. A round of N clients sends N requests at once, whole or as
+a stream, and its tokens are those of the replies. The texts of both sides are compared.
 
 `--peer` is the command of an environment with `transformers[serving]`; `--continuous-batching` starts it with
 that option. Without it, this server is measured alone.
@@ -32,7 +32,8 @@ from cookbook import embedded, models
 from cookbook.utils.network import LOOPBACK, free_port
 
 TOPICS = (
-    "the sea", "an old bridge", "a train at night", "the number seven", "bread", "winter", "a lost key", "maps",
+    "the sea", "an old bridge", "a train at night", "the number seven", "bread", "winter", "a lost key",
+    "maps",
 )  # fmt: skip
 _SECONDS_TO_START = 120.0
 

@@ -36,7 +36,7 @@ def importance_sampling(
 
 
 def _clip(ratio_S: Tensor, extras: Mapping[str, Tensor], config: Mapping[str, float]) -> Tensor:
-    """Returns the ratios within the thresholds of their tokens, or those of the loss where no token has any."""
+    """Returns the ratios within the thresholds of their tokens, or those of the loss if no token has any."""
     low, high = _CLIP
     if low in extras:
         return ratio_S.clamp(extras[low], extras[high])

@@ -202,8 +202,8 @@ def test_a_datum_may_have_clip_thresholds_for_its_tokens_and_another_takes_those
                 surrogate = min(ratio * advantages[place], clipped * advantages[place])
                 expected -= clipped * advantages[place] * logprob if loss_fn == "cispo" else surrogate
         assert out.metrics["loss:sum"] == pytest.approx(expected, rel=1e-4)
+    bad = Datum(ModelInput.from_ints(tokens), {**inputs, "clip_low_threshold": [0.5]})
     with pytest.raises(RequestError, match="clip_low_threshold has shape"):
-        bad = Datum(ModelInput.from_ints(tokens), {**inputs, "clip_low_threshold": [0.5]})
         client.forward([bad], "ppo").result()
 
 
