@@ -223,6 +223,7 @@ def test_a_run_in_a_terminal_shows_control_characters_in_data_names_and_replies(
         "on_bad_row=skip",
         "log_path=runs[/INST]\x1b[2J\u202e",
         "max_steps=2",
+        "split_by=rows",  # all have the same answer
     ]
     argv += ["batch_size=2", "test_size=2", f"prompts={HOSTILE},b", f"system_prompt={HOSTILE}"]
     code, text = shown_in_a_terminal("recipes.sft", *argv, cwd=hostile_rows.parent)
