@@ -50,6 +50,18 @@ def test_the_own_builder_and_evaluator_are_used() -> None:
 
 
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.ipynb")), ids=lambda path: path.stem)
+def test_what_a_notebook_imports_exists(path: Path) -> None:
+    """Quick, since the cells of the longer notebook run in `make test-slow` only."""
+    cells = ["".join(cell["source"]) for cell in cells_of(path) if cell["cell_type"] == "code"]
+    imports = [
+        node for cell in cells for node in ast.walk(ast.parse(cell)) if isinstance(node, ast.ImportFrom)
+    ]
+    assert imports
+    for node in imports:
+        exec(compile(ast.Module([node], []), path.name, "exec"), {})
+
+
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.ipynb")), ids=lambda path: path.stem)
 def test_a_notebook_is_kept_without_its_output(path: Path) -> None:
     for cell in cells_of(path):
         assert cell["cell_type"] == "markdown" or (cell["outputs"], cell["execution_count"]) == ([], None)
