@@ -499,6 +499,9 @@ class Resolver:
         if isinstance(value, bool) and str in alternatives(kind):
             return f"it takes {describe_type(kind)}. Put it in quotes."
         hint = did_you_mean(text, map(str, choices(kind))) if text else ""
+        others = [one for one, other in self.params.items() if text.lower() in choices(other.type)]
+        if others and not hint:
+            hint = f" {text.lower()} is a value of `{others[0]}`."
         return f"it takes {describe_type(kind)}.{hint}"
 
 

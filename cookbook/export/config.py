@@ -44,7 +44,7 @@ class ExportConfig:
     gguf_type: GgufType = _field(
         default="auto", doc="type of a GGUF file: f32, f16, bf16, q8_0, or auto (that of the base model)"
     )
-    gguf_quantize: str | None = _field(
+    gguf_quantize: llama_quantize.QuantizedType | None = _field(
         default=None,
         doc=f"a smaller GGUF file besides, made by llama.cpp's {llama_quantize.PROGRAM} where it is "
         f"installed, else its command is printed: {', '.join(llama_quantize.TYPES)}",
@@ -63,8 +63,6 @@ class ExportConfig:
     def _check_values(self) -> None:
         if self.format not in FORMATS:
             raise ConfigError(unknown_name("format", self.format, FORMATS))
-        if self.gguf_quantize is not None and self.gguf_quantize not in llama_quantize.TYPES:
-            raise ConfigError(unknown_name("gguf_quantize", self.gguf_quantize, llama_quantize.TYPES))
         if self.gguf_quantize is not None and self.format != "gguf":
             raise ConfigError(f"gguf_quantize= applies to format=gguf only, not to format={self.format}.")
         if self.ollama_base is not None and self.format != "ollama":

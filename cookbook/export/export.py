@@ -17,6 +17,7 @@ from cookbook.export.formats import WRITERS, Export
 from cookbook.export.model_card import write_model_card
 from cookbook.runs.find import TrainedModel, find_trained_model
 from cookbook.utils import files
+from cookbook.utils.notes import counted_noun
 from cookbook.utils.rich_console import make_console, plain, plain_line
 
 WRITTEN_FILES = (
@@ -70,7 +71,7 @@ def _write(
     )
     write_model_card(source, chat_format, written.usage, name, folder)
     where = str(shown) if repository is None or not config.to.startswith(push.SCHEME) else repository
-    steps = f", after {source.step:,} steps" if source.step is not None else ""
+    steps = f", after {counted_noun(source.step, 'step')}" if source.step is not None else ""
     lines = [f"{written.usage.kind} of {source.folder}{steps}:", f"  {where}"]
     lines += [
         part

@@ -8,11 +8,15 @@ from __future__ import annotations
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Literal, TypeAlias, get_args
 
 from cookbook.errors import FileError
 
 PROGRAM = "llama-quantize"
-TYPES = ("q6_k", "q5_k_m", "q5_k_s", "q4_k_m", "q4_k_s", "q4_0", "iq4_nl", "iq4_xs", "q3_k_m", "q2_k")
+QuantizedType: TypeAlias = Literal[
+    "q6_k", "q5_k_m", "q5_k_s", "q4_k_m", "q4_k_s", "q4_0", "iq4_nl", "iq4_xs", "q3_k_m", "q2_k"
+]
+TYPES: tuple[str, ...] = get_args(QuantizedType)
 
 
 def command(folder: str, file_name: str, kind: str) -> list[str]:

@@ -24,6 +24,7 @@ from cookbook.runs.settings import texts_of
 from cookbook.runs.summary import number, outcomes_of
 from cookbook.utils import files
 from cookbook.utils.control_characters import visible_line
+from cookbook.utils.notes import counted_noun
 
 CURVES_FILE = "curves.png"
 SHOWN_SETTINGS = (
@@ -158,7 +159,11 @@ def _introduction(source: TrainedModel, usage: Usage) -> str:
         if source.is_full
         else f"a LoRA of rank {lora.rank}, alpha {lora.alpha:g}"
     )
-    steps = f" The weights are those after {source.step:,} steps." if source.step is not None else ""
+    steps = (
+        f" The weights are those after {counted_noun(source.step, 'step')}."
+        if source.step is not None
+        else ""
+    )
     quantized = ""
     if source.trained_in_4_bits and usage.library != "peft":
         quantized = (

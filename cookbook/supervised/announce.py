@@ -13,6 +13,7 @@ from cookbook.supervised.continuation import Start, total_steps_from
 from cookbook.supervised.hyperparameters import fitting_rank
 from cookbook.supervised.schedules import learning_rate_at
 from cookbook.types import ModelData
+from cookbook.utils.notes import counted_noun
 
 if TYPE_CHECKING:
     from cookbook.clients.training import TrainingClient
@@ -128,7 +129,9 @@ def announce(
         "Training on %s, evaluating on %s. %s%s.",
         _size(train_data),
         "nothing" if eval_data is None else _size(eval_data),
-        "As many steps as there are batches" if start.total_steps is None else f"{start.total_steps:,} steps",
+        "As many steps as there are batches"
+        if start.total_steps is None
+        else counted_noun(start.total_steps, "step"),
         f", {start.step:,} of them done" if start.step else "",
     )
     logger.info("Everything goes to %s.", folder.path)

@@ -23,6 +23,7 @@ from cookbook.supervised.batches import BEGINNING, Position
 from cookbook.supervised.config import Config
 from cookbook.utils import json_files
 from cookbook.utils.json_files import JsonOrigin, Positive
+from cookbook.utils.notes import counted_noun
 
 logger = logging.getLogger(__name__)
 
@@ -225,7 +226,8 @@ def _check_that_steps_are_left(config: Config, folder: RunFolder, step: int, tot
     now = ", ".join(f"{key.split('.')[-1]}={value}" for key, (_, value) in sorted(folder.changes.items()))
     by_steps = config.max_steps is not None and config.max_steps <= step
     raise ConfigError(
-        f"The run in log_path={folder.path} is finished after {step} steps, and {now} adds none: "
+        f"The run in log_path={folder.path} is finished after {counted_noun(step, 'step')}, and "
+        f"{now} adds none: "
         + (f"max_steps={config.max_steps}." if by_steps else f"num_epochs={config.num_epochs} is done.")
         + f" To continue it give a larger {'max_steps' if by_steps else 'num_epochs'}."
     )

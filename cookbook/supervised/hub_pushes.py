@@ -11,6 +11,7 @@ from cookbook.engine import checkpoint
 from cookbook.errors import CookbookError
 from cookbook.export import export, push
 from cookbook.export.config import ExportConfig
+from cookbook.utils.notes import counted_noun
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +68,9 @@ class HubPushes:
                     return
                 (folder, step), self._waiting = self._waiting, None
             try:
-                url = push.push(folder, self._repository, True, f"after {step} steps", NOT_PUSHED)
+                url = push.push(
+                    folder, self._repository, True, f"after {counted_noun(step, 'step')}", NOT_PUSHED
+                )
                 logger.info("Pushed the checkpoint after %d steps to %s.", step, url)
             except (CookbookError, OSError) as error:
                 logger.warning("The checkpoint after %d steps was not pushed. %s", step, error)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from cookbook.errors import ConfigError, describe
+from cookbook.utils.notes import counted_noun
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +66,7 @@ def message_of(
     how = "finished" if summary.is_finished else "stopped"
     values = {name: value for name, value in summary.metrics.items() if name.count("/") == 1}
     measured = "".join(f", {name} {value:.4f}" for name, value in values.items())
-    text = f"{log_path} {how} after {summary.num_steps} steps{measured}"
+    text = f"{log_path} {how} after {counted_noun(summary.num_steps, 'step')}{measured}"
     return {
         "status": how,
         "log_path": log_path,

@@ -38,6 +38,7 @@ from cookbook.supervised.schedules import learning_rate_at
 from cookbook.supervised.step_times import EVALUATING, StepTimes
 from cookbook.trace import Recorder
 from cookbook.types import AdamParams, ForwardBackwardOutput, OptimStepResponse, SaveWeightsResponse
+from cookbook.utils.notes import counted_noun
 from cookbook.utils.tables import Table
 
 if TYPE_CHECKING:
@@ -180,7 +181,7 @@ class Run:
         due = self._due(step) if due is None else due
         found = Evaluation()
         if due:
-            logger.info("After %d steps:", step)
+            logger.info("After %s:", counted_noun(step, "step"))
             # Only the main process samples, unless each process holds a shard of the weights.
             takes_part = r.folder.world.is_main or r.client.samples_together
             here = [one for one in due if takes_part or isinstance(one, TrainingClientEvaluator)]
@@ -312,10 +313,10 @@ class Run:
         metrics = {**before.metrics, **evaluation.metrics}
         self._write_row(step, {**metrics, **r.times.of(step)}, {**before.tables, **evaluation.tables})
         self._report_skipped()
-        how = f"Finished after {step} steps"
+        how = f"Finished after {counted_noun(step, 'step')}"
         if last_evaluation is not None:
             how = (
-                f"Stopped early after {step} steps: no better {r.tracker.metric} in "
+                f"Stopped early after {counted_noun(step, 'step')}: no better {r.tracker.metric} in "
                 f"{r.tracker.patience} evaluations"
             )
         logger.info("%s. Saved %s.%s", how, path, self._best_in_words())
@@ -425,7 +426,7 @@ class Run:
         if best.name == FINAL:
             return f" It is the best: {what}."
         path = self._resources.checkpoints.path_of(best)
-        return f" The best is {path}: {what} after {best.step} steps."
+        return f" The best is {path}: {what} after {counted_noun(best.step, 'step')}."
 
     def _summary(self, step: int, path: Path, is_finished: bool = True, **more: Any) -> RunSummary:
         r = self._resources

@@ -46,6 +46,7 @@ from cookbook.supervised.preflight import check_evaluations, check_space
 from cookbook.supervised.run import Resources, Run
 from cookbook.supervised.step_times import StepTimes
 from cookbook.trace import Recorder
+from cookbook.utils.notes import counted_noun
 from cookbook.utils.tables import Table
 from renderers import get_renderer
 from renderers.agreement import warning_of
@@ -424,7 +425,8 @@ def _track_best(
             restarts |= {first_step}
         elif checkpoints.is_finished:
             raise ConfigError(
-                f"The run in log_path={folder.path} stopped early after {first_step} steps, and "
+                f"The run in log_path={folder.path} stopped early after "
+                f"{counted_noun(first_step, 'step')}, and "
                 f"early_stopping_patience={config.early_stopping_patience} with early_stopping_min_delta="
                 f"{config.early_stopping_min_delta:g} is used up by then. To continue it raise "
                 f"early_stopping_patience, or give more max_steps or num_epochs."
@@ -472,8 +474,8 @@ def _how_to_continue(checkpoints: CheckpointLog, damaged: Checkpoint) -> str:
     if earlier is None:
         return "There is no earlier checkpoint: if_log_path_exists=delete starts the run over."
     return (
-        f"To continue from the one before it, after {earlier.step} steps, move this one away and run the "
-        f"same command again: mv {shlex.quote(str(path))} {shlex.quote(f'{path}.damaged')}"
+        f"To continue from the one before it, after {counted_noun(earlier.step, 'step')}, move this one away "
+        f"and run the same command again: mv {shlex.quote(str(path))} {shlex.quote(f'{path}.damaged')}"
     )
 
 

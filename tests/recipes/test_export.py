@@ -102,7 +102,7 @@ def test_plain_transformers_chats_with_a_merged_run(exporting: Exporting) -> Non
 def test_the_best_checkpoint_of_a_run_is_exported_or_the_last(exporting: Exporting, run: Path) -> None:
     shutil.copytree(run, "with-best")
     CheckpointLog(Path("with-best")).mark_best(1, "test/nll", 0.5)
-    assert "checkpoints/000001, after 1 steps" in exporting("checkpoint=with-best", "to=a")
+    assert "checkpoints/000001, after 1 step" in exporting("checkpoint=with-best", "to=a")
     assert "checkpoints/000001" in exporting("checkpoint=with-best", "to=b", "which=best")
     assert "checkpoints/final, after 2 steps" in exporting("checkpoint=with-best", "to=c", "which=last")
 
@@ -121,7 +121,7 @@ def test_a_run_without_a_best_checkpoint_exports_the_last(exporting: Exporting, 
 
 
 def test_a_checkpoint_is_exported_by_its_own_folder(exporting: Exporting) -> None:
-    assert "after 1 steps" in exporting("checkpoint=run/checkpoints/000001", "to=out")
+    assert "after 1 step" in exporting("checkpoint=run/checkpoints/000001", "to=out")
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from cookbook.config import cli
 from cookbook.errors import ConfigError, FileError
 from cookbook.export import llama_quantize
 from cookbook.export.config import ExportConfig
@@ -56,10 +57,13 @@ def test_a_tool_that_fails_is_an_error_with_its_last_lines(
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"format": "gguf", "gguf_quantize": "q4_k"}, "Unknown gguf_quantize `q4_k`"),
-        ({"format": "merged", "gguf_quantize": "q4_k_m"}, "applies to format=gguf only"),
+        (["format=gguf", "gguf_quantize=q4_k"], "Did you mean `q4_k_m`"),
+        (["format=merged", "gguf_quantize=q4_k_m"], "applies to format=gguf only"),
+        (["format=gguf", "gguf_type=q4_k_m"], "q4_k_m is a value of `gguf_quantize`"),
+        (["format=gguf", "gguf_type=Q4_K_M"], "q4_k_m is a value of `gguf_quantize`"),
+        (["format=gguf", "dtype=q4_k_m"], "q4_k_m is a value of `gguf_quantize`"),
     ],
 )
-def test_an_invalid_type_is_refused(settings: dict[str, str], message: str) -> None:
+def test_an_invalid_type_is_refused(settings: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        ExportConfig(checkpoint="runs/sft", to="out", **settings)
+        cli.make_config(ExportConfig, {}, ["checkpoint=runs/sft", "to=out", *settings])

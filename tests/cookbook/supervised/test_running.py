@@ -193,7 +193,7 @@ def test_a_webhook_is_told_how_a_run_ended_and_is_not_recorded(
     sft.main([f"log_path={folder}", *FEW[:4], "max_steps=1", "infrequent_eval_every=0", f"notify={url}"])
     (message,) = received
     assert (message["status"], message["steps"]) == ("finished", 1)
-    assert message["text"].startswith(f"{folder} finished after 1 steps, test/nll ")
+    assert message["text"].startswith(f"{folder} finished after 1 step, test/nll ")
     written = b"".join(path.read_bytes() for path in folder.rglob("*") if path.is_file())
     assert b"secret" not in written
 
