@@ -33,35 +33,41 @@ _PROBES: tuple[tuple[list[PlainMessage], bool], ...] = (
     ([_USER, _INLINE], False),
 )
 _NO_MODES = frozenset({"messages", "tools", "documents", "add_generation_prompt", "continue_final_message"})
-_MOST_VARIABLES, _MOST_PAIRS, _MOST_MODES = 12, 64, 12
+_MOST_VARIABLES, _MOST_TRIED, _MOST_MODES = 12, 256, 16
+_OF_THINKING = re.compile("think|thought|reason|effort|budget")
+"""Parts of the names of variables that are tried together, as all combinations may be too many."""
 
 
 def modes_of(template: Template) -> list[Template]:
     """Returns the template with each setting of its variables that prints something else, given ones kept.
 
-    A setting has one variable, or two. The order is that of their names, so it depends on the template alone.
+    A setting has one variable, or two or three of those that print something else alone or are named like
+    thinking: a template may print a thought only if several are set, none of which changes anything alone.
+    The order depends on the template alone.
     """
     usual = _printed(template)
     seen = {usual}
     modes: list[Template] = []
 
-    def tried(settings: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-        """Returns the settings that print something new, after adding their modes."""
-        of_use = []
+    def tried(settings: Iterable[dict[str, Any]]) -> None:
         for setting in settings:
             mode = template.with_kwargs(setting)
             printed = _printed(mode)
             if printed not in seen and _is_mode(setting, printed, usual):
                 seen.add(printed)
                 modes.append(mode)
-                of_use.append(setting)
-        return of_use
 
-    values = values_of_variables(template)
-    singles = [{name: value} for name in islice(values, _MOST_VARIABLES) for value in values[name]]
-    of_use = tried(singles)
-    pairs = ({**one, **other} for one, other in combinations(of_use, 2) if one.keys() != other.keys())
-    tried(islice(pairs, _MOST_PAIRS))
+    values = dict(islice(values_of_variables(template).items(), _MOST_VARIABLES))
+    tried({name: value} for name in values for value in values[name])
+    of_use = {name for mode in modes for name in mode.chosen}
+    names = [name for name in values if name in of_use or _OF_THINKING.search(name)]
+    together = [
+        dict(zip(chosen, given, strict=True))
+        for number in (2, 3)
+        for chosen in combinations(names, number)
+        for given in product(*(values[name] for name in chosen))
+    ]
+    tried(islice(together, _MOST_TRIED))
     return modes[:_MOST_MODES]
 
 

@@ -309,7 +309,7 @@ class Replies:
         opening, closing = self._tags
         begun = header if printed.startswith(header) else header[: header.rfind(opening)]
         begun = begun if printed.startswith(begun) else begun.rstrip()
-        content = printed[len(begun) :]
+        content = printed[len(begun) :].removeprefix(closing)  # DeepSeek V3.1 prints the end of a thought
         if not (self._opens_thought(header) and printed.startswith(begun)) or self._tag.search(content):
             raise self._other_prompt(chat, index, prompt)
         thought, is_inline, text = message.get("content", "").rpartition(closing)

@@ -2,8 +2,9 @@
 
 They are the control tokens that the template prints both behind a last reply and behind an earlier one, up to
 the tokenizer's end-of-text token. If it prints none behind a last reply, the model must write the first one
-behind an earlier reply: GLM's template ends a reply only with the `<|user|>` of the next message. Replies
-with tool calls may end differently, and are tried separately.
+behind an earlier reply: GLM's template ends a reply only with the `<|user|>` of the next message. If it
+prints none there either, the model must write the end-of-text token. Replies with tool calls may end
+differently, and are tried separately.
 """
 
 from __future__ import annotations
@@ -50,6 +51,8 @@ def control_at_start(text: str, encoder: Encoder) -> re.Match[str] | None:
 def plain_ending(behind_last: str, behind_earlier: str, encoder: Encoder, eos: str | None) -> Ending:
     """Returns the end of a reply without tool calls, from what the template prints behind it.
 
+    It is the end-of-text token if the template prints only white space behind a last reply, and words behind
+    an earlier one (SOLAR's `### User:`).
     Raises RendererError if that has no control token, with which the model could learn to stop.
     """
     shared = _up_to_last_control(_common_start(behind_last, behind_earlier), encoder, eos)
@@ -58,6 +61,8 @@ def plain_ending(behind_last: str, behind_earlier: str, encoder: Encoder, eos: s
     if shared is not None:
         return Ending(shared[0], shared["stop"], behind_last)
     following = control_at_start(behind_earlier, encoder)
+    if not behind_last.strip() and following is None and eos in encoder.ids:
+        return Ending(str(eos), str(eos), behind_last)
     if behind_last.strip() or following is None:
         raise RendererError(
             f"The chat template ends a reply with {(behind_last or behind_earlier)[:40]!r}, not with a "

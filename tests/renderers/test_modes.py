@@ -50,6 +50,17 @@ TWO = (
     + END
     + "{{ '<think>\n' if think is defined and think else '<think>\n\n</think>\n\n' }}{% endif %}"
 )
+# The thought is opened and printed only if three variables are set, and two of them change nothing alone.
+THREE = (
+    "{% set on = thinking is defined and thinking and keep_reasoning is defined and keep_reasoning "
+    "and effort is defined and effort in ['high', 'max'] %}"
+    + START
+    + "{% if m.reasoning_content and on %}"
+    + THOUGHT
+    + "{% else %}<think></think>{% endif %}"
+    + END
+    + "{{ '<think>\n' if on else '<think></think>' }}{% endif %}"
+)
 # An empty reply is not printed (Seed-OSS).
 NO_EMPTY = (
     "{% for m in messages %}<|im_start|>{{ m.role }}"
@@ -167,6 +178,13 @@ def check(tokenizer: Any, trained_runs: Any, chat: list[Any], said: str, variabl
         (OPENED, "hm", "hm\n</think>\n\nb<|im_end|>", {}),
         (TWO, "", "b<|im_end|>", {}),
         (TWO, "hm", "hm\n</think>\n\nb<|im_end|>", {"skip": False, "think": True}),
+        (THREE, "", "b<|im_end|>", {}),
+        (
+            THREE,
+            "hm",
+            "hm\n</think>\n\nb<|im_end|>",
+            {"thinking": True, "keep_reasoning": True, "effort": "high"},
+        ),
     ],
 )
 def test_prompt_and_conversation_are_of_one_mode(
@@ -328,6 +346,23 @@ def test_thinking_that_the_template_removes_is_trained_behind_a_prompt_that_open
     parsed, ended = get_renderer("chat_template", tokenizer).parse_response(sampled)
     assert ended
     assert parsed == reply("d", "hm" if "hm" in said else "")
+
+
+def test_thinking_is_trained_where_the_template_prints_only_its_end(small_tokenizer, trained_runs):
+    """DeepSeek V3.1's template prints `</think>` in front of each reply, also behind a prompt that opens it."""
+    template = (
+        START
+        + "</think>{{ m.content.split('</think>')[-1] }}{% else %}{{ m.content }}"
+        + END.replace("{{ m.content }}", "")
+        + "{{ '<think>' if thinking is defined and thinking else '</think>' }}{% endif %}"
+    )
+    tokenizer = small_tokenizer(template)
+    for answer, said, variables in (
+        (reply("d"), "d<|im_end|>", {}),
+        (reply("<think>hm</think>d"), "hm</think>d<|im_end|>", {"thinking": True}),
+        (reply("d", "hm"), "hm\n</think>\n\nd<|im_end|>", {"thinking": True}),
+    ):
+        check(tokenizer, trained_runs, [user("a"), reply("b"), user("c"), answer], said, variables)
 
 
 @pytest.mark.parametrize("tags", ["<thought>", "[REASON]"])

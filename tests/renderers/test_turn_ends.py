@@ -41,6 +41,11 @@ WORDS = (
     + "{{ ' END ' ~ eos_token if m.role == 'assistant' }}\n{% endfor %}"
     + PROMPT
 )
+# Words begin the messages, and nothing ends them (SOLAR).
+NO_END = (
+    "{% for m in messages %}### {{ m.role }}:\n{{ m.content }}\n\n{% endfor %}"
+    "{% if add_generation_prompt %}### assistant:\n{% endif %}"
+)
 CALLS = (
     "{% for m in messages %}<|header|>{{ m.role }}<|text|>{{ m.content }}{% for call in m.tool_calls or [] %}"
     "<|im_start|>{{ call.function.name }}{{ call.function.arguments | tojson }}<|end|>{% endfor %}"
@@ -89,6 +94,21 @@ def test_the_end_of_a_turn_is_all_of_it(small_tokenizer, trained_runs, template,
     deltas = [delta for token in said for delta in stream.feed([token])]
     assert "".join(delta.text for delta in deltas) == "d"
     assert stream.finish() == (reply("d"), True)
+
+
+def test_a_reply_that_the_template_never_ends_ends_with_the_end_of_text(small_tokenizer, trained_runs):
+    tokenizer = small_tokenizer(NO_END)
+    renderer = get_renderer("chat_template", tokenizer)
+    examples = renderer.build_supervised_examples(CHAT)
+    assert [trained_runs(tokenizer, one) for one in examples] == [["b<|im_end|>"], ["d<|im_end|>"]]
+    for turn, example in zip((1, 3), examples, strict=True):
+        prompt = tokenizer.apply_chat_template(CHAT[:turn], tokenize=False, add_generation_prompt=True)
+        assert tokenizer.decode(example[0].to_ints()).startswith(prompt)
+        sampled = renderer.build_generation_prompt(CHAT[:turn]).to_ints()
+        assert example[0].to_ints()[: len(sampled)] == sampled
+    assert tokenizer.convert_ids_to_tokens(renderer.get_stop_sequences()) == ["<|im_end|>"]
+    said = tokenizer("d<|im_end|>", add_special_tokens=False)["input_ids"]
+    assert renderer.parse_response(said) == (reply("d"), True)
 
 
 def test_a_completion_gets_what_is_missing_of_the_end(small_tokenizer, trained_runs):
