@@ -694,8 +694,11 @@ def test_an_error_of_a_template_is_quoted(renderer_of, small_tokenizer):
 
 
 def test_a_template_without_an_end_token_is_refused(small_tokenizer):
-    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n--\n{% endfor %}"
     assert "learn to stop" in refusal(get_renderer, "chat_template", small_tokenizer(template))
+    tokenizer = copy.deepcopy(small_tokenizer(template.replace("--\n", "")))
+    tokenizer.eos_token = None
+    assert "learn to stop" in refusal(get_renderer, "chat_template", tokenizer)
 
 
 def test_a_tokenizer_without_a_template_is_refused(small_tokenizer):

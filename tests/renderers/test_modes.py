@@ -349,7 +349,7 @@ def test_thinking_that_the_template_removes_is_trained_behind_a_prompt_that_open
 
 
 def test_thinking_is_trained_where_the_template_prints_only_its_end(small_tokenizer, trained_runs):
-    """DeepSeek V3.1's template prints `</think>` in front of each reply, also behind a prompt that opens it."""
+    """DeepSeek V3.1's template prints `</think>` before each reply, also behind a prompt that opens it."""
     template = (
         START
         + "</think>{{ m.content.split('</think>')[-1] }}{% else %}{{ m.content }}"
