@@ -29,7 +29,7 @@ from cookbook.errors import ConfigError, ModelError
 class BaseModel(ModelPasses):
     """A model that is loaded once. All training and sampling clients on it share its weights."""
 
-    # `sampling.decoder_probe` sets these four when the model is first sampled from.
+    # `sampling.decoder_probe` sets these five when the model is first sampled from.
     decodes_packed: bool | None = None
     """Whether sampled sequences can share a row too."""
     make_decoder: Callable[[BaseModel], Any] | None = None
@@ -38,6 +38,9 @@ class BaseModel(ModelPasses):
     """The bytes of one cached position and of one sequence's recurrent states, or zeros if unknown."""
     reuses_prompts = False
     """Whether prompts reuse the keys and values of texts that begin alike."""
+    row_multiple = 8
+    """Passes are padded to a multiple of this many tokens. On some CPUs matrix products of fewer rows round
+    differently, so the last bits of a sequence would depend on what it is batched with."""
 
     def __init__(
         self,

@@ -24,10 +24,6 @@ from cookbook.engine.sampling.prefill_row import PrefillRow, plan_row
 from cookbook.engine.sampling.prompt_tree import KnownPart, PromptTree
 from cookbook.engine.sampling.sequence import Sequence
 
-_ROW_MULTIPLE = 8
-"""Passes are padded to a multiple of this many tokens. On some CPUs matrix products of fewer rows round
-differently, so the last bits of a sequence would depend on what it is batched with."""
-
 
 class Decoder(ABC):
     """Runs the model over sequences: once over the text of each, then over one token of each at a time."""
@@ -100,7 +96,7 @@ class PackedDecoder(Decoder):
             if is_finite_N[places_T].all():
                 self._keep(group[0], texts[number])
         last_G = [path[-1][1] - row.num_known - 1 for path in row.paths]
-        last_G += [0] * (-len(groups) % _ROW_MULTIPLE)
+        last_G += [0] * (-len(groups) % self._base.row_multiple)
         return head.logits(hidden_ND[copy_to(device, np.array(last_G))])[: len(groups)]
 
     def _run_row(
@@ -119,7 +115,7 @@ class PackedDecoder(Decoder):
 
     def _as_tensors(self, row: PrefillRow) -> tuple[Tensor, AttentionLayout]:
         """Returns the tokens and positions of a row with its padding, [2, N], and the layout of its pass."""
-        device, padding = self._base.device, -len(row.tokens_N) % _ROW_MULTIPLE
+        device, padding = self._base.device, -len(row.tokens_N) % self._base.row_multiple
         inputs_2N = np.zeros((2, len(row.tokens_N) + padding), np.int64)
         inputs_2N[:, : len(row.tokens_N)] = row.tokens_N, row.positions_N
         segments, ancestors, lengths = row.segments, row.ancestors, row.lengths
@@ -156,7 +152,7 @@ class PackedDecoder(Decoder):
 
     def decode(self, sequences: list[Sequence]) -> Tensor:
         order = self._cache.begin_decode(sequences)
-        num_rows, num_tokens = len(order), len(order) + -len(order) % _ROW_MULTIPLE
+        num_rows, num_tokens = len(order), len(order) + -len(order) % self._base.row_multiple
         token_N, position_N, place_N = inputs_3N = np.zeros((3, num_tokens), np.int64)
         token_N[:num_rows] = [sequences[index].tokens[-1] for index in order]
         position_N[:num_rows] = [sequences[index].length - 1 for index in order]
