@@ -115,6 +115,37 @@ class RestClient:
     def delete_checkpoint_from_tinker_path(self, tinker_path: str) -> APIFuture[None]:
         return _done(lambda: files.remove(self._folder(tinker_path), must_hold=[checkpoint.STATE_FILE]))
 
+    def copy_weights(
+        self,
+        path: str,
+        destination_project_id: str | None = None,
+        *,
+        ttl_seconds: int | None = None,
+        weights_access_token: str | None = None,
+    ) -> APIFuture[str]:
+        """Copies a checkpoint into a new run, and returns the `tinker://` path of the copy.
+
+        The copy has the name and kind of the source, does not inherit its time to live, and stays when the
+        source is removed. `destination_project_id` is recorded with it, as that of a service is.
+        """
+
+        def copied() -> str:
+            check_ttl(ttl_seconds)
+            if weights_access_token is not None:
+                raise RequestError("weights_access_token is not supported: there are no accounts. Omit it.")
+            if self._root.own is not None:
+                raise RequestError(
+                    f"copy_weights makes a new run, and {self._root.own} holds one. Copy the folder of the "
+                    f"checkpoint, or omit checkpoint_dir."
+                )
+            source, parsed = self._folder(path), _parsed(path)
+            run_id, name = self._root.new_run_id(), parsed.checkpoint_id.partition("/")[2]
+            place = checkpoint_root.place(self._root.new_run(run_id), parsed.checkpoint_type, name)
+            checkpoint.copy(source, place, destination_project_id, _expiry(ttl_seconds))
+            return f"{TINKER_SCHEME}{run_id}/{parsed.checkpoint_id}"
+
+        return _done(copied)
+
     def set_checkpoint_ttl_from_tinker_path(
         self, tinker_path: str, ttl_seconds: int | None
     ) -> APIFuture[None]:
@@ -125,10 +156,7 @@ class RestClient:
             path = self._folder(tinker_path) / checkpoint.STATE_FILE
             state = json_files.read_object(path, CheckpointError, "Save the checkpoint again.")
             state.pop("expires_at", None)
-            if ttl_seconds is not None:
-                expires_at = datetime.now(UTC) + timedelta(seconds=ttl_seconds)
-                state["expires_at"] = expires_at.isoformat(timespec="seconds")
-            files.write(path, json.dumps(state, indent=2) + "\n")
+            files.write(path, json.dumps({**state, **_expiry(ttl_seconds)}, indent=2) + "\n")
 
         return _done(set_ttl)
 
@@ -212,7 +240,6 @@ HOSTED_ONLY = {
     "get_sampler": _SESSIONS,
     "list_sessions": _SESSIONS,
     "search_sessions": _SESSIONS,
-    "copy_weights": _ACCOUNTS,
     "get_audit_log": _ACCOUNTS,
     "get_billing_usage": _ACCOUNTS,
     "get_current_checkpoint_storage_usage": _ACCOUNTS,
@@ -228,6 +255,14 @@ def _done(work: Callable[[], T]) -> APIFuture[T]:
         return APIFuture.completed(work())
     except (CookbookError, OSError) as error:
         return APIFuture.failed(error)
+
+
+def _expiry(ttl_seconds: int | None) -> dict[str, str]:
+    """Returns what state.json says of a time to live that begins now."""
+    if ttl_seconds is None:
+        return {}
+    expires_at = datetime.now(UTC) + timedelta(seconds=ttl_seconds)
+    return {"expires_at": expires_at.isoformat(timespec="seconds")}
 
 
 def _parsed(tinker_path: str) -> ParsedCheckpointTinkerPath:

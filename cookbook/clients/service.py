@@ -7,7 +7,6 @@ import logging
 import os
 import secrets
 import threading
-import uuid
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -263,6 +262,17 @@ class ServiceClient:
         self._check_open()
         return RestClient(root=self._root)
 
+    def copy_weights(
+        self, path: str, *, ttl_seconds: int | None = None, weights_access_token: str | None = None
+    ) -> APIFuture[str]:
+        """Copies a checkpoint into a new run of this client's project (`RestClient.copy_weights`)."""
+        return self.create_rest_client().copy_weights(
+            path,
+            self._user_metadata.get("project_id"),
+            ttl_seconds=ttl_seconds,
+            weights_access_token=weights_access_token,
+        )
+
     def close(
         self,
         status: Literal["success", "errored", "interrupted"] = "success",
@@ -306,7 +316,7 @@ class ServiceClient:
         checkpoint_dir: Path | None = None,
     ) -> TrainingClient:
         world = processes.current()
-        model_id = world.broadcast(uuid.uuid4().hex[:12])
+        model_id = world.broadcast(self._root.new_run_id())
         folder = checkpoint_dir or self._root.new_run(model_id)
         world.on_rank0(self._remove_expired)
         if lora.rank == 0 and self._options.quantization is not None:

@@ -111,6 +111,23 @@ def save(
         files.create(folder / STATE_FILE, text + "\n")
 
 
+def copy(folder: Path, new: Path, project_id: str | None, expiry: Mapping[str, str]) -> None:
+    """Writes a copy of a checkpoint, of another project and with another time to live."""
+    check_name_is_free(new, overwrite=False)
+    state = {name: value for name, value in _read_state(folder).items() if name != "expires_at"}
+    if project_id is not None:
+        state["user_metadata"] = {**state.get("user_metadata", {}), "project_id": project_id}
+    with _explained(new), files.writing_folder(new, sync=True) as unfinished:
+        for path in sorted(folder.rglob("*")):
+            files.refuse_link(path)
+            place = unfinished / path.relative_to(folder)
+            if path.is_dir():
+                files.make_folder(place)
+            elif path.is_file():
+                files.copy(path, place)
+        files.write(unfinished / STATE_FILE, json.dumps({**state, **expiry}, indent=2) + "\n")
+
+
 def check_name_is_free(path: Path, overwrite: bool) -> None:
     if path.exists() and not overwrite:
         raise CheckpointError(

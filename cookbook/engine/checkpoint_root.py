@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import os
+import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -43,6 +44,9 @@ class CheckpointRoot:
     def new_run(self, run_id: str) -> Path:
         """Returns the folder that a new training client saves in."""
         return self.root / run_id if self.own is None else self.own
+
+    def new_run_id(self) -> str:
+        return uuid.uuid4().hex[:12]
 
     def runs(self) -> dict[str, Path]:
         """Returns the folders of all runs by their names."""

@@ -99,6 +99,7 @@ class Guard:
 
 def error_response(status: int, message: str) -> Response:
     """Returns an error as the SDK and OpenAI's client read it."""
+    message = message.encode("utf-8", "backslashreplace").decode()  # a request may have half a character
     error = {"message": message, "type": "invalid_request_error" if status < 500 else "server_error"}
     return JSONResponse({"detail": message, "error": error}, status_code=status)
 

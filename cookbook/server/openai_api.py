@@ -85,10 +85,15 @@ class OpenAiApi:
         model = await self._models.load(asked.sampling.model)
         with self._using(model):
             tokenizer, ends = model.client.get_tokenizer(), model.client.get_end_tokens()
-            prompts = [
-                ModelInput.from_ints(tokenizer(one)["input_ids"] if isinstance(one, str) else one)
-                for one in asked.prompts
-            ]
+
+            def encode() -> list[ModelInput]:
+                with model.lock:
+                    return [
+                        ModelInput.from_ints(tokenizer(one)["input_ids"] if isinstance(one, str) else one)
+                        for one in asked.prompts
+                    ]
+
+            prompts = await asyncio.to_thread(encode)
             sampling = asked.sampling
             choices: list[ReplyChoice] = [
                 TextChoice(index, tokenizer, ends, sampling.stop, sampling.with_logprobs, sampling.num_top)

@@ -119,6 +119,8 @@ def completion_request(content: bytes) -> CompletionRequest:
 def _checked(content: bytes, known: set[str]) -> dict[str, Any]:
     body = object_in(content, 400)
     for name, value in body.items():
+        if name != "messages":  # the renderer says which message it is
+            _check_characters(name, value)
         if name in known or name in _WITHOUT_EFFECT or value is None:
             continue
         if name not in _NEUTRAL:
@@ -126,6 +128,13 @@ def _checked(content: bytes, known: set[str]) -> dict[str, Any]:
         if value not in _NEUTRAL[name]:
             raise Refusal(400, f"{name}={json.dumps(value)} is not supported by this server. Omit it.")
     return body
+
+
+def _check_characters(name: str, value: Any) -> None:
+    try:
+        json.dumps([name, value], ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise Refusal(400, f"{name!a} has half a character. Remove it.") from error
 
 
 def _sampling(
@@ -140,13 +149,13 @@ def _sampling(
     stop = [stop] if isinstance(stop, str) else stop
     if not isinstance(stop, list) or not all(isinstance(one, str) and one for one in stop):
         raise Refusal(400, f"Invalid stop={body['stop']!r}: must be a text or a list of texts.")
-    options = _value(body, "stream_options", dict, {})
+    options, seed = _value(body, "stream_options", dict, {}), _value(body, "seed", int, None)
     return SamplingRequest(
         model=_value(body, "model", str, ""),
         num_choices=num_choices,
         params=SamplingParams(
             max_tokens=max_tokens,
-            seed=_value(body, "seed", int, None),
+            seed=None if seed is None else seed % 2**64,  # negative ones are legal there
             temperature=_value(body, "temperature", float, 1.0),
             top_p=_value(body, "top_p", float, 1.0),
             top_k=_value(body, "top_k", int, -1),

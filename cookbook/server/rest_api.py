@@ -23,6 +23,7 @@ from cookbook.types.values import Value
 
 _T = TypeVar("_T")
 _RUN = "/api/v1/training_runs/{run_id}"
+_MAX_COPIES = 1000
 _CHECKPOINT = _RUN + "/checkpoints/{kind}/{name}"
 
 
@@ -33,6 +34,8 @@ class RestApi:
         self._state = state
         self._rest = state.store.rest
         self._signatures = Signatures()
+        self._copies: dict[str, asyncio.Task[str]] = {}
+        """The copies by the keys of their requests, which the SDK repeats if an answer was lost."""
 
     def routes(self) -> list[Route]:
         return [
@@ -44,6 +47,7 @@ class RestApi:
             Route(_CHECKPOINT + "/external_weights_urls", self.external_weights_urls, methods=["GET"]),
             Route(DOWNLOADS + "{run_id}/{kind}/{name}/{file:path}", self.download, methods=["GET"]),
             Route("/api/v1/checkpoints", self.list_all_checkpoints, methods=["GET"]),
+            Route("/api/v1/copy_weights", self.copy_weights, methods=["POST"]),
             Route("/api/v1/weights_info", self.weights_info, methods=["POST"]),
             Route("/api/v1/sessions", self.list_sessions, methods=["GET"]),
             Route("/api/v1/sessions/{session_id}", self.get_session, methods=["GET"]),
@@ -75,6 +79,29 @@ class RestApi:
         body = await self._body(request)
         path, seconds = f"tinker://{run_id}/{checkpoint_id}", body.get("ttl_seconds")
         return await self._found(lambda: self._rest.set_checkpoint_ttl_from_tinker_path(path, seconds))
+
+    async def copy_weights(self, request: Request) -> Response:
+        body, key = await self._body(request), request.headers.get("x-idempotency-key")
+        token = request.headers.get("x-tinker-weights-access-token") or body.pop("weights_access_token", None)
+        source, project_id = str(body.pop("source_path", "")), body.pop("destination_project_id", None)
+        ttl_seconds = body.pop("ttl_seconds", None)
+        if body:
+            raise Refusal(422, f"copy_weights does not support {', '.join(body)}. Name a project instead.")
+        if project_id is not None and not isinstance(project_id, str):
+            raise Refusal(422, "destination_project_id must be a text.")
+
+        def copied() -> APIFuture[str]:
+            return self._rest.copy_weights(
+                source, project_id, ttl_seconds=ttl_seconds, weights_access_token=token
+            )
+
+        if key is None:
+            return JSONResponse({"tinker_path": await self._result(copied)})
+        if key not in self._copies:
+            self._copies[key] = asyncio.create_task(self._result(copied))
+            for old in [*self._copies][:-_MAX_COPIES]:
+                del self._copies[old]
+        return JSONResponse({"tinker_path": await asyncio.shield(self._copies[key])})
 
     async def external_weights_urls(self, request: Request) -> Response:
         """Answers with a signed URL of this server for each file of a checkpoint."""

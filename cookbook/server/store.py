@@ -6,6 +6,7 @@ Below a run's folder things lie as the clients in process write them (`checkpoin
 from __future__ import annotations
 
 import re
+import secrets
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -30,6 +31,10 @@ class ServerRoot(CheckpointRoot):
     @property
     def root(self) -> Path:
         return self.place
+
+    def new_run_id(self) -> str:
+        """Returns an id of the form that the SDK expects."""
+        return f"{secrets.token_hex(8)}:train:0"
 
 
 class CheckpointStore:

@@ -32,7 +32,7 @@ NAMES_NOT_HERE = {
     "ExperimentalWarning": "nothing warns of being experimental",
 }
 METHODS_NOT_HERE = {
-    "ServiceClient": {"copy_weights", "create_custom_loss", "get_console_url", "get_telemetry"},
+    "ServiceClient": {"create_custom_loss", "get_console_url", "get_telemetry"},
     "TrainingClient": {"__init__", "get_console_url", "get_telemetry"},
     "SamplingClient": {"__init__", "create", "get_telemetry", "on_queue_state_change"},
     "RestClient": {"get_telemetry"},

@@ -74,13 +74,15 @@ def make_decoder(base: BaseModel, decoders: tuple[type[Decoder], ...] = DECODERS
 
 
 def _row_multiple(base: BaseModel) -> int:
-    """Returns 4 if this CPU's products of 4 rows with the model's weights have the bits of those of more rows.
+    """Returns 4 if this CPU's products of 4 rows with the model's weights have the bits of those of more.
 
     They take two thirds of the time of 8 rows. Products of fewer rows round differently on all CPUs seen.
     """
     if base.device.type != "cpu" or base.is_sharded:
         return BaseModel.row_multiple
-    matrices = [weight for weight in base.model.parameters() if weight.ndim == 2 and weight.dtype == base.dtype]
+    matrices = [
+        weight for weight in base.model.parameters() if weight.ndim == 2 and weight.dtype == base.dtype
+    ]
     generator = torch.Generator().manual_seed(0)
     for weight_OI in {weight.shape: weight for weight in matrices}.values():
         rows_RI = torch.randn(24, weight_OI.shape[1], generator=generator).to(base.dtype)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import openai
 import pytest
 import tinker
@@ -247,3 +249,30 @@ def test_a_checkpoint_that_was_saved_over_http_is_chatted_with(
         for name in (path, MODEL)
     ]
     assert texts[0] == texts[1]  # a new adapter changes nothing
+
+
+def test_half_a_character_is_refused_wherever_it_is(address: str) -> None:
+    half = "\ud800 hi"
+    chat = {"model": MODEL, "messages": CHAT, "max_tokens": 2}
+    bodies: list[tuple[str, Any]] = [
+        ("completions", {"model": MODEL, "prompt": half}),
+        ("completions", {"model": MODEL, "prompt": ["a", half]}),
+        ("completions", {"model": half, "prompt": "a"}),
+        ("completions", {"model": MODEL, "prompt": "a", half: 1}),
+        ("chat/completions", {**chat, "stop": [half]}),
+        ("chat/completions", {**chat, "messages": [{"role": "user", "content": half}]}),
+        ("chat/completions", {**chat, "messages": [{"role": half, "content": "a"}]}),
+    ]
+    for path, body in bodies:
+        answer = httpx.post(f"{address}/v1/{path}", content=json.dumps(body), timeout=60)
+        assert answer.status_code == 400, body
+        assert "half a character" in answer.text or r"\\ud800" in answer.text
+
+
+def test_a_seed_repeats_a_reply_also_if_it_is_negative(client: openai.OpenAI) -> None:
+    options: Any = {"model": MODEL, "messages": CHAT, "temperature": 1.5, "max_tokens": 12}
+    texts = [
+        client.chat.completions.create(**options, seed=seed).choices[0].message.content
+        for seed in (-5, -5, -6)
+    ]
+    assert texts[0] == texts[1] != texts[2]
