@@ -73,6 +73,12 @@ def make_decoder(base: BaseModel, decoders: tuple[type[Decoder], ...] = DECODERS
     return found(base)
 
 
+_ROWS_TRIED = (4, 8, 12, 20, 28, 44, 64)
+"""Libraries choose kernels by the number of rows, so several are tried on each side of powers of two."""
+_OUTPUTS_TRIED = 4096
+"""More would take seconds for the projection to a large vocabulary."""
+
+
 def _row_multiple(base: BaseModel) -> int:
     """Returns 4 if this CPU's products of 4 rows with the model's weights have the bits of those of more.
 
@@ -84,10 +90,10 @@ def _row_multiple(base: BaseModel) -> int:
         weight for weight in base.model.parameters() if weight.ndim == 2 and weight.dtype == base.dtype
     ]
     generator = torch.Generator().manual_seed(0)
-    for weight_OI in {weight.shape: weight for weight in matrices}.values():
-        rows_RI = torch.randn(24, weight_OI.shape[1], generator=generator).to(base.dtype)
+    for weight_OI in {weight.shape: weight[:_OUTPUTS_TRIED] for weight in matrices}.values():
+        rows_RI = torch.randn(_ROWS_TRIED[-1], weight_OI.shape[1], generator=generator).to(base.dtype)
         expected_RO = rows_RI @ weight_OI.T
-        if any(not torch.equal(rows_RI[:num] @ weight_OI.T, expected_RO[:num]) for num in (4, 12)):
+        if any(not torch.equal(rows_RI[:num] @ weight_OI.T, expected_RO[:num]) for num in _ROWS_TRIED):
             return BaseModel.row_multiple
     return 4
 
