@@ -9,7 +9,8 @@ its name.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -27,7 +28,7 @@ from cookbook.clients.recorded import RECORDED
 from cookbook.engine import checkpoint
 from cookbook.errors import CookbookError, RequestError
 from cookbook.server import tinker_requests, wire
-from cookbook.server.bodies import read_body
+from cookbook.server.bodies import object_in, read_body
 from cookbook.server.promises import PROTOBUF, Promise, Refusal, ResponseBody
 from cookbook.server.sessions import ServedModel, ServedSampler, ServerSession, Turns
 from cookbook.server.state import Finish, ServerState
@@ -287,7 +288,8 @@ class TinkerApi:
     async def save_weights(self, request: Request) -> Response:
         body = await self._parse(request, wire_types.SaveWeightsRequest)
         model, seq_id = self._model(body.model_id, body.seq_id)
-        name = _name(body.path)
+        with self._refusing(model, seq_id):
+            name = _name(body.path)
 
         def dispatch(promise: Promise) -> APIFuture[Any]:
             self._state.store.place_of(model.model_id, "training", name)
@@ -304,7 +306,8 @@ class TinkerApi:
         session, _ = self._state.model(body.model_id)
         model, seq_id = self._model(body.model_id, body.seq_id)
         if body.path is None:
-            return self._snapshot(session, model, seq_id, body)
+            with self._refusing(model, seq_id):
+                return self._snapshot(session, model, seq_id, body)
         name = _name(body.path)
 
         def dispatch(promise: Promise) -> APIFuture[Any]:
@@ -461,7 +464,24 @@ class TinkerApi:
         try:
             return kind.model_validate_json(content)
         except pydantic.ValidationError as error:
+            given = object_in(content, 422)
+            self._pass_over(given.get("model_id"), given.get("seq_id"))
             raise Refusal(422, tinker_requests.problems(kind, error)) from error
+
+    def _pass_over(self, model_id: Any, seq_id: Any) -> None:
+        """Lets the later requests of a model run, of which this one is refused."""
+        session = self._state.sessions.get(str(model_id).partition(":")[0])
+        model = None if session is None else session.models.get(str(model_id))
+        if model is not None and type(seq_id) is int and seq_id >= model.turns.next:
+            self._state.in_turn(model, seq_id, "refused", lambda _: None, _json(lambda _: {}))
+
+    @contextmanager
+    def _refusing(self, model: ServedModel, seq_id: int) -> Iterator[None]:
+        try:
+            yield
+        except Refusal:
+            self._pass_over(model.model_id, seq_id)
+            raise
 
     def _model(self, model_id: str | None, seq_id: int | None) -> tuple[ServedModel, int]:
         if model_id is None or seq_id is None or seq_id < 1:

@@ -327,3 +327,19 @@ def test_every_field_of_the_sdks_requests_is_known_here() -> None:
         "data", "forward_only", "loss_fn", "loss_fn_config", "loss_fn_config_v2", "model_id", "seq_id",
     ]  # fmt: skip
     assert cookbook.AdamParams().__dict__.keys() >= set(tinker.types.AdamParams.model_fields)
+
+
+def test_requests_that_are_refused_leave_no_gap_in_the_order_of_their_model(
+    http: httpx.Client, model: str
+) -> None:
+    refused = [
+        ("/save_weights", {}),
+        ("/save_weights_for_sampler", {}),
+        ("/save_weights_for_sampler", {"sampling_session_seq_id": 1, "ttl_seconds": 60}),
+        ("/optim_step", {"adam_params": {"learning_rate": "fast"}}),
+    ]
+    for number, (path, body) in enumerate(refused):
+        answer = http.post(path, json={"model_id": model, "seq_id": number + 1, **body})
+        assert answer.status_code == 422, answer.text
+    step = {"model_id": model, "seq_id": len(refused) + 1, "adam_params": {}}
+    assert "nothing to step on" in result(http, http.post("/optim_step", json=step))["error"]
