@@ -379,12 +379,12 @@ class Renderer(ABC):
                 plain[index] = self._without_end_tokens(message)
         guarded_tools = self._encoder.guard_tools(tools) if tools else None
         guarded = self._encoder.guard(plain, self.guards_replies)
-        if any(message.get("tool_calls") for message in guarded):
+        if any(message.get("tool_calls") or message.get("reasoning_content") for message in guarded):
             guarded = self._with_calls_for_format(guarded)
         return Prepared(guarded, guarded_tools, weights, untrained)
 
     def _with_calls_for_format(self, messages: list[PlainMessage]) -> list[PlainMessage]:
-        """Returns the escaped messages with tool calls in the form that the format takes."""
+        """Returns the escaped messages with tool calls and thinking in the form that the format takes."""
         return messages
 
     def _without_end_tokens(self, reply: PlainMessage) -> PlainMessage:

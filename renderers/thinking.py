@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
+from typing import TypeAlias
 
 from renderers.messages import Message
 from renderers.streaming import START, Section, Sections
@@ -20,35 +22,74 @@ THINKING: Sections = {
 THINKING_BEGUN: Sections = {**THINKING, START: replace(THINKING["thinking"], begins={THINK: "thinking"})}
 """The sections of a reply whose prompt ends with the opening tag."""
 
+Tags: TypeAlias = tuple[str, str]
+"""What opens and what closes a thought."""
+USUAL: Tags = (THINK, END_THINK)
 
-def parse_thinking(text: str, begun: bool = False) -> tuple[Message, bool]:
+
+def thinking_sections(tags: Tags, begun: bool) -> Sections:
+    """Returns THINKING, or with `begun` THINKING_BEGUN, for a thought between these tags."""
+    new = dict(zip(USUAL, tags, strict=True))
+    return {
+        name: replace(
+            section,
+            begins={new[mark]: after for mark, after in section.begins.items()},
+            ends={new[mark]: after for mark, after in section.ends.items()},
+        )
+        for name, section in (THINKING_BEGUN if begun else THINKING).items()
+    }
+
+
+def parse_thinking(text: str, begun: bool = False, tags: Tags = USUAL) -> tuple[Message, bool]:
     """Returns the message in a reply's text, and False if a think block that it begins with is not closed.
 
     The thinking becomes `reasoning_content`, as in `message_with_thinking`. With `begun` the prompt supplies
     the opening tag, though the reply may repeat it.
     """
-    if not (begun or text.startswith(THINK)):
+    if not (begun or text.startswith(tags[0])):
         return {"role": "assistant", "content": text}, True
-    if END_THINK not in text:
+    if tags[1] not in text:
         return {"role": "assistant", "content": text}, False
-    return message_with_thinking(text), True
+    return message_with_thinking(text, tags), True
 
 
-def message_with_thinking(text: str) -> Message:
+def message_with_thinking(text: str, tags: Tags = USUAL) -> Message:
     """Returns the message in a reply's text, with its thinking as `reasoning_content`.
 
     The opening tag may be missing, since some prompts supply it. An empty block gives no `reasoning_content`,
     or an empty one if the content contains the closing tag, which would otherwise be read as a block's end.
     """
-    if END_THINK not in text:
+    opening, closing = tags
+    if closing not in text:
         return {"role": "assistant", "content": text}
-    reasoning, _, content = text.partition(END_THINK)
-    reasoning = reasoning.removeprefix(THINK).strip("\n")
-    message = said_without_thinking(content.lstrip("\n"))
+    reasoning, _, content = text.partition(closing)
+    reasoning = reasoning.removeprefix(opening).strip("\n")
+    message = said_without_thinking(content.lstrip("\n"), closing)
     return {**message, "reasoning_content": reasoning} if reasoning else message
 
 
-def said_without_thinking(content: str) -> Message:
+def said_without_thinking(content: str, closing: str = END_THINK) -> Message:
     """Returns the message of a reply without thinking."""
     message: Message = {"role": "assistant", "content": content}
-    return {**message, "reasoning_content": ""} if END_THINK in content else message
+    return {**message, "reasoning_content": ""} if closing in content else message
+
+
+_CLOSING = re.compile(
+    r"[<\[\u25c1]/[^\s<>\[\]/\u25c1\u25b7]*(?:think|thought|reason)[^\s<>\[\]/\u25c1\u25b7]*[>\]\u25b7]", re.I
+)
+
+
+def tags_in(text: str) -> Tags | None:
+    """Returns the tags of a thought of which the text has the one that closes it; `<think>` before others.
+
+    A tag that closes has a slash: `[/THINK]`, `</seed:think>`, `</thought>`, and Kimi-VL's in triangles.
+    """
+    found = _CLOSING.findall(text)
+    if not found or END_THINK in found:
+        return USUAL if found else None
+    return found[0].replace("/", "", 1), found[0]
+
+
+def inline(thought: str, content: str, tags: Tags) -> str:
+    """Returns a reply's text with its thinking between the tags in front."""
+    return f"{tags[0]}\n{thought.strip()}\n{tags[1]}\n\n{content}"

@@ -35,16 +35,13 @@ from renderers.jinja.modes import note_prompt
 from renderers.jinja.replies import Replies, ReplyTurn
 from renderers.jinja.template import Template, call_with_id
 from renderers.jinja.turn_ends import REPLY, USER, call_endings, control_at_start, plain_ending
-from renderers.messages import ROLES, Message, PlainMessage, Tool, map_strings
+from renderers.messages import ROLES, THINKING_KEYS, Message, PlainMessage, Tool, map_strings
 from renderers.rendering import CharSpan, Rendering
 from renderers.streaming import PLAIN, with_section_behind_content
-from renderers.thinking import END_THINK, THINK, THINKING, THINKING_BEGUN, parse_thinking
+from renderers.thinking import inline, parse_thinking, tags_in, thinking_sections
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-_THINKING_TAGS = (THINK, END_THINK, "[THINK]", "[/THINK]")
-"""Special tokens that a reply may spell if they are in the template, because it may hold its thinking."""
 
 _ONLY_CONTENT = {"role", "content"}
 _MOST_KEPT_KWARGS = 16
@@ -87,11 +84,11 @@ class ChatTemplateRenderer(Renderer):
         controls = [control for control in self._encoder.ids if self._encoder.control.fullmatch(control)]
         self._part_of_control = any_of(sorted(set().union(*map(_marks_of, controls))))
         self.takes_tools = self._template.prints_tools()
-        self._thinks = END_THINK in str(tokenizer.chat_template)
+        self._thinks = self._replies.known_tags
         prompt = self._template.text([self._template.adapted(USER)], prompt=True)
-        self._thinks_in_prompt = self._thinks and prompt.rstrip("\n").endswith(THINK)
+        self._thinks_in_prompt = bool(self._thinks and prompt.rstrip("\n").endswith(self._thinks[0]))
         self._parses_calls = self._prints_calls_as_hermes()
-        sections = PLAIN if not self._thinks else THINKING_BEGUN if self._thinks_in_prompt else THINKING
+        sections = thinking_sections(self._thinks, self._thinks_in_prompt) if self._thinks else PLAIN
         sections = with_call_sections(sections) if self._parses_calls else sections
         if self._before_stop:
             sections = with_section_behind_content(sections, "ended", [self._before_stop])
@@ -105,7 +102,8 @@ class ChatTemplateRenderer(Renderer):
         behind_last = text([user, reply]).partition(SENTINEL)[2]
         behind_earlier = text([user, reply, user]).partition(SENTINEL)[2]
         frame, used = prompt + behind_last + behind_earlier, self._template.all_text()
-        spoken = [tag for tag in _THINKING_TAGS if tag in self._template.source]
+        # Special tokens that a reply may spell, because it may hold its thinking.
+        spoken = tags_in(self._template.source) or ()
         encoder = Encoder(self.tokenizer, frame, template=used, spoken=spoken)
         plain = plain_ending(behind_last, behind_earlier, encoder, eos)
         calls = call_endings(self._template, encoder, eos)
@@ -160,12 +158,14 @@ class ChatTemplateRenderer(Renderer):
         return dict(self._replies.turn(chat, len(prepared.messages) - 1).prompted_by.chosen)
 
     def reads_key(self, role: str, key: str, value: Any) -> bool:
-        return self._template.reads(role, key, value)
+        is_inline = role == "assistant" and key in THINKING_KEYS and self._replies.tags_if_inline is not None
+        return is_inline or self._template.reads(role, key, value)
 
     # -- rendering ----------------------------------------------------------------------------
 
     def _with_calls_for_format(self, messages: list[PlainMessage]) -> list[PlainMessage]:
-        """Returns the messages with the arguments and ids of calls in the form that the template prints."""
+        """Returns the messages with thinking, arguments and ids of calls in the form the template prints."""
+        messages = [self._with_inline_thinking(message) for message in messages]
         if self._template.prints_calls_by_id:
             messages = _with_ids(messages)
         if not self._template.prints_calls or self._template.prints_json_arguments:
@@ -176,6 +176,19 @@ class ChatTemplateRenderer(Renderer):
                 calls = [self._with_mapping(call, index + 1) for call in message["tool_calls"]]
                 adapted[index] = {**message, "tool_calls": calls}
         return adapted
+
+    def _with_inline_thinking(self, message: PlainMessage) -> PlainMessage:
+        """Returns a reply with its thinking in its text, under a template that has it only there."""
+        thought = message.get("reasoning_content")
+        tags = self._replies.tags_if_inline if thought and message["role"] == "assistant" else None
+        if not tags or not isinstance(message.get("content", ""), str):
+            return message
+        notes.count(
+            "message",
+            f"got thinking between {tags[0]} and {tags[1]} in the text: the chat template has no key",
+        )
+        rest = {key: value for key, value in message.items() if key not in THINKING_KEYS}
+        return {**rest, "content": inline(str(thought), message.get("content", ""), tags)}
 
     def _with_mapping(self, call: Mapping[str, Any], number: int) -> dict[str, Any]:
         """Returns a call with JSON arguments parsed to a mapping."""
@@ -443,7 +456,7 @@ class ChatTemplateRenderer(Renderer):
         message: Message = {"role": "assistant", "content": text}
         closed = well_formed = True
         if self._thinks:
-            message, closed = parse_thinking(text, self._thinks_in_prompt)
+            message, closed = parse_thinking(text, self._thinks_in_prompt, self._thinks)
         if parses_calls:
             message, well_formed = with_calls(message)
         return message, closed and well_formed

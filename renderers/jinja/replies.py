@@ -19,7 +19,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from functools import cached_property, partial
+from itertools import product
 from typing import NamedTuple
 
 from cookbook.errors import RendererError
@@ -29,7 +31,7 @@ from renderers.jinja.modes import modes_of, own_variables
 from renderers.jinja.template import Template, stand_in_for
 from renderers.jinja.turn_ends import REPLY, USER, Ending
 from renderers.messages import PlainMessage
-from renderers.thinking import END_THINK, THINK
+from renderers.thinking import END_THINK, THINK, USUAL, Tags, tags_in
 
 _ONLY_CONTENT = {"role", "content"}
 _THOUGHT, _BEFORE = f"{SENTINEL}0;", f"{SENTINEL}2;"
@@ -85,7 +87,7 @@ class Replies:
         """The tags around a thought: those of `<think>`, or of another tag that the prompt ends with.
 
         The template must know the tag that closes the other one, which has a slash (EXAONE Deep's
-        `<thought>`), and must not know `</think>`.
+        `<thought>`), and must not know `</think>`. Else they are those of `known_tags`.
         """
         source = self._template.source
         prompt = self._template.text([self._template.adapted(USER)], prompt=True)
@@ -95,8 +97,32 @@ class Replies:
         return (
             (opening, closing)
             if opening and END_THINK not in source and closing in source
-            else (THINK, END_THINK)
+            else self.known_tags or USUAL
         )
+
+    @cached_property
+    def known_tags(self) -> Tags | None:
+        """The tags around a thought that the template knows, or the tokenizer, as tokens of its own."""
+        return tags_in(self._template.source) or tags_in("\n".join(self._encoder.ids))
+
+    @cached_property
+    def tags_if_inline(self) -> Tags | None:
+        """The tags between which a reply has its thinking in its text; None if it has a key, or no tags.
+
+        In no mode may the template print `reasoning_content` (SmolLM3, Phi-4-reasoning, Llama-Nemotron), or
+        its prompt open a thought, which the reply then continues.
+        """
+        if self.known_tags is None or not self._template.prints("assistant"):
+            return None
+        message = self._template.adapted({**REPLY, "content": "x", "reasoning_content": _THOUGHT})
+        user = self._template.adapted(USER)
+        for mode in (self._template, *self.modes):
+            with suppress(RendererError):
+                if self._opens_thought(mode.text([user], prompt=True)) or _THOUGHT in mode.text(
+                    [user, message]
+                ):
+                    return None
+        return self._tags
 
     @cached_property
     def _tag(self) -> re.Pattern[str]:
@@ -165,8 +191,9 @@ class Replies:
             yield partial(self._behind_own_prompt, chat, index, mode)
         if thinks_not or chat.given[index].get("reasoning_content"):
             yield partial(self._begun_thought, chat, index)
-        for mode in (usual, *self.modes) if self._tags[1] in usual.source else ():
-            yield partial(self._stripped_thought, chat, index, mode)
+        for opens, mode in product((True, False), (usual, *self.modes)):
+            if self._tags[1] in usual.source:
+                yield partial(self._stripped_thought, chat, index, mode, opens)
         if thinks_not and not (
             chat.given[index].get("content", "").strip() or "tool_calls" in chat.given[index]
         ):
@@ -298,24 +325,27 @@ class Replies:
                 return self._made(chat, index, prompt, whole, (printed_by, self._template, finding))
         raise self._other_prompt(chat, index, prompt)
 
-    def _stripped_thought(self, chat: Chat, index: int, mode: Template) -> ReplyTurn:
-        """Returns the reply for a prompt that opens a thought, under a template that prints none.
+    def _stripped_thought(self, chat: Chat, index: int, mode: Template, opens: bool) -> ReplyTurn:
+        """Returns the reply with its thinking under a template that prints none, and whose prompt `opens` it.
 
         The templates of DeepSeek R1's distilled models open `<think>` in the prompt and print only what
-        follows `</think>` in a conversation. The model writes the thinking and closes it.
+        follows `</think>` in a conversation. The model writes the thinking and closes it. That of
+        Llama-Nemotron Super removes it too, but its prompt opens none: the model writes both tags.
         """
         prompt, message = self._prompt(chat.under(mode), index), chat.given[index]
         header, printed = self._behind_previous(chat.under(mode), index)
         opening, closing = self._tags
-        begun = header if printed.startswith(header) else header[: header.rfind(opening)]
+        begun = header if printed.startswith(header) else header[: header.rfind(opening)] if opens else header
         begun = begun if printed.startswith(begun) else begun.rstrip()
         content = printed[len(begun) :].removeprefix(closing)  # DeepSeek V3.1 prints the end of a thought
-        if not (self._opens_thought(header) and printed.startswith(begun)) or self._tag.search(content):
-            raise self._other_prompt(chat, index, prompt)
         thought, is_inline, text = message.get("content", "").rpartition(closing)
+        may_think = self._opens_thought(header) if opens else is_inline and not self._tag.search(header)
+        if not (may_think and printed.startswith(begun)) or self._tag.search(content):
+            raise self._other_prompt(chat, index, prompt)
         spaces = text[: len(text) - len(text.lstrip())]
         if is_inline:
-            thought = thought.lstrip().removeprefix(opening).lstrip("\n")
+            thought = thought.lstrip()
+            thought = thought.removeprefix(opening).lstrip("\n") if opens else thought
         else:
             thought, spaces = f"{message.get('reasoning_content', '')}\n", "\n\n"
         said = f"{thought}{closing}{'' if is_inline and content.startswith(spaces) else spaces}{content}"

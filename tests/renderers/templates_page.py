@@ -107,7 +107,7 @@ class Truth:
         """
         printed: list[str] = []
         refusal: Exception | None = None
-        for form, setting in product((_named, _with_json, _with_empty, _with_parts), settings):
+        for form, setting in product((_named, _with_json, _with_empty, _with_parts, _inline), settings):
             try:
                 with day_of_transformers(TODAY):
                     text = self._tokenizer.apply_chat_template(
@@ -152,6 +152,15 @@ def _with_parts(message: dict[str, Any]) -> dict[str, Any]:
         return message
     thought = {"type": "thinking", "thinking": message["reasoning_content"]}
     return {**message, "content": [thought, {"type": "text", "text": message["content"]}]}
+
+
+def _inline(message: dict[str, Any]) -> dict[str, Any]:
+    """Returns a reply with its thinking in the text of the content."""
+    if not message.get("reasoning_content"):
+        return _named(message)
+    rest = {key: value for key, value in message.items() if key != "reasoning_content"}
+    thought = f"<think>\n{message['reasoning_content']}\n</think>\n\n"
+    return {**rest, "content": f"{thought}{message['content']}"}
 
 
 def check(renderer: Renderer, truth: Truth, case: Any) -> tuple[str, str]:

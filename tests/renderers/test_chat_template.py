@@ -517,10 +517,10 @@ def test_dropped_thinking_is_detected_even_if_the_content_repeats_it(renderer_of
     assert "`reasoning_content` of message 2" in refusal(renderer.build_supervised_example, chat)
 
 
-def test_a_template_that_removes_the_thinking_from_the_content_is_refused(renderer_of, small_tokenizer):
-    template = small_tokenizer("chatml").chat_template.replace("m.content", "m.content.split('</think>')[-1]")
+def test_a_template_that_removes_a_part_of_the_content_is_refused(renderer_of, small_tokenizer):
+    template = small_tokenizer("chatml").chat_template.replace("m.content", "m.content.split('END')[-1]")
     renderer = renderer_of("chat_template", small_tokenizer(template))
-    chat = [user("a"), assistant("<think>hm</think>b")]
+    chat = [user("a"), assistant("hm END b")]
     assert "`content` of message 2" in refusal(renderer.build_supervised_example, chat)
     renderer.build_supervised_example([user("a"), assistant("b")])
 

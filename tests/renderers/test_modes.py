@@ -448,6 +448,64 @@ def test_thinking_tags_are_those_of_the_reply_that_spells_them(small_tokenizer, 
         assert not set(tags) & set(asked)
 
 
+# The template keeps the text of a reply, and only the thinking of a last one (Nemotron Super 1.5, Kimi-VL).
+INLINE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{{ m.content if loop.last else m.content.split('</think>')[-1].lstrip() }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize("tags", ["<think>", "[THINK]", "\u25c1think\u25b7", "<own:thought>", "<reasoning>"])
+@pytest.mark.parametrize("special", [False, True])
+def test_thinking_is_written_between_the_tags_that_the_template_knows(
+    small_tokenizer, trained_runs, tags, special
+):
+    closing = f"{tags[0]}/{tags[1:]}"
+    tokenizer = small_tokenizer(INLINE.replace("</think>", closing), (tags, closing) if special else ())
+    said = f"{tags}\nhm\n{closing}\n\nd"
+    for answer in (reply(said), reply("d", "hm")):
+        chat = [user("a"), reply("b", "ah"), user("c"), answer]
+        check(tokenizer, trained_runs, chat, f"{said}<|im_end|>", {})
+    renderer = get_renderer("chat_template", tokenizer)
+    with notes.collected() as found:
+        first, last = renderer.build_supervised_examples(chat)
+    assert trained_runs(tokenizer, first) == [f"{tags}\nah\n{closing}\n\nb<|im_end|>"]
+    plain = [user("a"), reply("b"), user("c"), reply(said)]
+    assert tokenizer.decode(last[0].to_ints()) == tokenizer.apply_chat_template(plain, tokenize=False)
+    assert any("got thinking between" in line for line in notes.lines(found))
+    sampled = tokenizer(f"{said}<|im_end|>", add_special_tokens=False).input_ids
+    assert renderer.parse_response(sampled) == (reply("d", "hm"), True)
+    stream = renderer.parse_stream()
+    deltas = [delta for token in sampled for delta in stream.feed([token])]
+    assert "".join(delta.text for delta in deltas if delta.field == "reasoning_content") == "hm"
+
+
+@pytest.mark.parametrize("switch", ["on", "off"])
+def test_thinking_that_the_template_always_removes_is_trained_with_both_tags(
+    small_tokenizer, trained_runs, switch
+):
+    """Llama-Nemotron Super: the system message switches it on, and no prompt opens it."""
+    template = INLINE.replace("m.content if loop.last else ", "")
+    system = {"role": "system", "content": f"detailed thinking {switch}"}
+    thought = "<think>\nhm\n</think>\n\n" if switch == "on" else ""
+    for answer in [reply(f"{thought}d"), *([reply("d", "hm")] if thought else [])]:
+        chat = [system, user("a"), reply("b"), user("c"), answer]
+        check(small_tokenizer(template), trained_runs, chat, f"{thought}d<|im_end|>", {})
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_thinking_is_written_between_tags_of_the_tokenizer_or_refused(small_tokenizer, trained_runs, known):
+    template = START + END + "{% endif %}"
+    tokenizer = small_tokenizer(template, ("<think>", "</think>") if known else ())
+    chat = [user("a"), reply("b", "hm")]
+    if known:
+        check(tokenizer, trained_runs, chat, "<think>\nhm\n</think>\n\nb<|im_end|>", {})
+    else:
+        with pytest.raises(RendererError, match="does not print the `reasoning_content`"):
+            get_renderer("chat_template", tokenizer).build_supervised_examples(chat)
+
+
 PARTS = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{% for part in m.content %}"
     "{% if part.type == 'thinking' %}<|text|>{{ part.thinking }}<|eot|>{% else %}{{ part.text }}{% endif %}"
