@@ -61,7 +61,8 @@ def print_table() -> None:
     for text, table in (
         (
             "Tokens of a micro-batch of sequences of 2,048 tokens, bfloat16, LoRA of rank 32 on all layers.\n"
-            "*: layers run again in the backward pass. -: does not fit. Derived from configs, not measured.",
+            "*: layers run again in the backward pass. **: and their inputs are kept in host memory.\n"
+            "-: does not fit. Derived from configs, not measured.",
             memory_table.markdown(found),
         ),
         (

@@ -60,6 +60,7 @@ def replace(device: AskedDevice) -> None:
     for name, value in _functions(device).items():
         setattr(torch.cuda, name, value)
     torch.Tensor.pin_memory = lambda self, *_: device.pin(self)  # type: ignore[method-assign, assignment]
+    torch.Tensor.record_stream = lambda self, stream: None  # type: ignore[method-assign, assignment]
     torch.Tensor.is_pinned = lambda self, *_: device.is_pinned(self)  # type: ignore[method-assign, assignment]
     torch.nn.functional.scaled_dot_product_attention = _attention
     FakeTensor.tolist = lambda self: self.to("cpu").tolist()  # type: ignore[assignment]

@@ -46,7 +46,8 @@ class ServiceClient:
     Checkpoints are saved in `checkpoint_dir`; by default each training client has a new folder under
     ~/.cookbook/checkpoints. Batches are split into micro-batches of at most `max_tokens_per_microbatch`
     tokens (None: what fits and is fast). `gradient_checkpointing` says when their layers are run again in the
-    backward pass: "auto" (if their activations would not fit otherwise), "on" or "off".
+    backward pass: "auto" (if their activations would not fit otherwise), "on", "off" or "offload" (on,
+    with the inputs of layers in host memory).
     `quantization="nf4"` holds the frozen linear layers in 4 bits (QLoRA; `pip install
     'sft-cookbook[qlora]'`). `compile` compiles the decoder's layers. `deterministic` makes this process
     compute the same bits each time on CUDA too.

@@ -42,8 +42,8 @@ _LOADER = "Batches are prepared ahead in a thread. Remove it"
 _WARMUP = "Use `warmup_steps`, a number of steps"
 _SCHEDULE = "Use `lr_schedule`: linear, cosine or constant"
 _ADAMW = "AdamW is the only optimizer: `adam_beta1`, `adam_beta2`, `adam_eps`, `weight_decay`"
-_ACTIVATIONS = "Use `gradient_checkpointing`: auto, on or off"
-_OFFLOAD = "Nothing is offloaded to the CPU. `gradient_checkpointing`, `quantization` and `shard` save memory"
+_ACTIVATIONS = "Use `gradient_checkpointing`: auto, on, off or offload"
+_OFFLOAD = "Weights and optimizer stay on the device. `gradient_checkpointing`, `quantization` and `shard` save memory"
 _EVAL = "`eval_every` and `infrequent_eval_every` count steps between evaluations; 0 is off"
 _EVAL_BATCH = "Evaluation is cut up by `max_tokens_per_microbatch`. Remove it"
 _SAVE = "`save_every` counts steps between checkpoints; 0 saves only the last"
@@ -179,8 +179,8 @@ ANSWERS: Mapping[str, str] = {
     "disable_gradient_checkpointing": _ACTIVATIONS,
     "enable_activation_checkpointing": _ACTIVATIONS,
     "activation_checkpointing": _ACTIVATIONS,
-    "activation_offloading": _OFFLOAD,
-    "enable_activation_offloading": _OFFLOAD,
+    "activation_offloading": "Use `gradient_checkpointing=offload`",
+    "enable_activation_offloading": "Use `gradient_checkpointing=offload`",
     "optimizer_in_bwd": _OFFLOAD,
     "fsdp_cpu_offload": _OFFLOAD,
     "torch_compile": _COMPILE,

@@ -10,7 +10,7 @@ from cookbook.engine import processes
 from cookbook.errors import ConfigError
 from cookbook.utils import extras
 
-GradientCheckpointing = Literal["auto", "on", "off"]
+GradientCheckpointing = Literal["auto", "on", "off", "offload"]
 Quantization = Literal["nf4"]
 Shard = Literal["auto", "none", "full"]
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -30,7 +30,8 @@ class EngineOptions:
     max_tokens_per_microbatch: int | None = None
     """None: as many as fit in memory, up to the size beyond which more tokens are not faster."""
     gradient_checkpointing: GradientCheckpointing = "auto"
-    """"auto": checkpoint if the activations of a micro-batch would not fit otherwise."""
+    """"auto": checkpoint if the activations of a micro-batch would not fit otherwise, and keep the inputs of
+    the layers in host memory if not even those would fit. "offload": do both always (on a CPU as "on")."""
     quantization: Quantization | None = None
     """"nf4": hold the frozen linear layers in 4 bits, and compute in `dtype`."""
     compile: bool = False

@@ -155,7 +155,9 @@ class Config:
         doc="maximum number of tokens in a micro-batch; default: what fits in memory and is fast",
     )
     gradient_checkpointing: GradientCheckpointing = _field(
-        default="auto", doc="recompute layers in the backward pass: auto (where memory needs it), on or off"
+        default="auto",
+        doc="recompute layers in the backward pass: auto (where memory needs it), on, off or offload (on, with "
+        "the inputs of layers in host memory, which auto does for sequences that do not fit otherwise)",
     )
     quantization: Quantization | None = _field(
         default=None, doc="nf4: hold the frozen base weights in 4 bits (QLoRA; needs the extra qlora)"

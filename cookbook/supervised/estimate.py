@@ -92,6 +92,7 @@ class RunEstimate:
             parts.append("activations unknown for this architecture")
         else:
             again = " whose layers run again" if plan.is_checkpointed else ""
+            again += f" with {size(plan.on_host)} of their inputs in host memory" if plan.on_host else ""
             parts.append(
                 f"activations {size(plan.activations)} for a micro-batch of {plan.tokens:,} tokens{again}"
             )
@@ -138,6 +139,7 @@ class RunEstimate:
             "temporary_bytes": self.plan.temporary,
             "microbatch_tokens": self.plan.tokens,
             "layers_run_again": self.plan.is_checkpointed,
+            "inputs_on_host_bytes": self.plan.on_host,
             "trained_weights": self.footprint.num_trained,
             "all_weights": self.footprint.num_weights,
             "checkpoint_bytes": self.checkpoint_bytes,

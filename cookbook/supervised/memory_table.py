@@ -86,9 +86,9 @@ class TableRow:
     context: int
     """The tokens of the longest sequence that the model takes."""
     least: float
-    """The bytes with one sequence at a time, whose layers run again."""
-    tokens: Mapping[str, tuple[int, bool] | None]
-    """For each card the tokens of a micro-batch and whether layers run again; None if it does not fit."""
+    """The bytes with one sequence at a time, whose layers run again with their inputs in host memory."""
+    tokens: Mapping[str, tuple[int, str] | None]
+    """For each card the tokens of a micro-batch and how it is run; None if it does not fit."""
     longest: Mapping[str, int]
     """For each of SIZES the tokens of the longest sequence that fits; 0 if none does."""
 
@@ -118,11 +118,12 @@ def rows(
 
             auto = options("auto")
             found = estimate.footprint(config_of(shape), name, LoraConfig(rank), auto, "cuda")
-            tokens: dict[str, tuple[int, bool] | None] = {}
+            tokens: dict[str, tuple[int, str] | None] = {}
             for key in cards:
                 plan = estimate.plan(found, auto, "cuda", CARDS[key].memory, LENGTH)
-                tokens[key] = (plan.tokens, plan.is_checkpointed) if plan.fits else None
-            one = estimate.plan(found, options("on"), "cuda", 2.0**50, LENGTH, batch_tokens=LENGTH)
+                mark = "**" if plan.on_host else "*" if plan.is_checkpointed else ""
+                tokens[key] = (plan.tokens, mark) if plan.fits else None
+            one = estimate.plan(found, options("offload"), "cuda", 2.0**50, LENGTH, batch_tokens=LENGTH)
             context = shape["max_position_embeddings"]
             longest = {
                 size: estimate.longest_sequence(found, auto, "cuda", CARDS[key].memory, context)
@@ -143,11 +144,11 @@ def markdown(found: Sequence[TableRow], cards: Sequence[str] = TABLE_CARDS) -> s
     return "\n".join(lines)
 
 
-def _cell(tokens: tuple[int, bool] | None) -> str:
+def _cell(tokens: tuple[int, str] | None) -> str:
     if tokens is None:
         return "-"
-    number, is_checkpointed = tokens
-    return f"{number:,}{'*' if is_checkpointed else ''}"
+    number, mark = tokens
+    return f"{number:,}{mark}"
 
 
 def longest_markdown(found: Sequence[TableRow]) -> str:

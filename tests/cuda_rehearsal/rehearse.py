@@ -73,6 +73,7 @@ class Rehearsal:
         yield "train", lambda: self.train(rank=4)
         yield "train without the head", lambda: self.train(rank=4, train_unembed=False)
         yield "train with checkpointed layers", lambda: self.train(rank=4, is_checkpointed=True)
+        yield "train with inputs in host memory", lambda: self.train(rank=4, is_offloaded=True)
         yield "sample", self.sample
         yield "save, load and export", lambda: self.save_and_load(rank=4)
         yield "train all weights", lambda: self.train(rank=0)
@@ -130,11 +131,19 @@ class Rehearsal:
                 work = functools.partial(trainer.forward_backward, with_defect)
                 yield f"planted: {defect}", functools.partial(self._record, work)
 
-    def train(self, rank: int, train_unembed: bool = True, is_checkpointed: bool = False) -> Recording:
+    def train(
+        self,
+        rank: int,
+        train_unembed: bool = True,
+        is_checkpointed: bool = False,
+        is_offloaded: bool = False,
+    ) -> Recording:
         """Takes a step."""
         with self._trainer(rank, train_unembed) as trainer:
-            if is_checkpointed:
+            if is_checkpointed or is_offloaded:
                 trainer._limits = dataclasses.replace(trainer._limits, max_tokens_without_checkpointing=0)
+            if is_offloaded:
+                trainer._limits = dataclasses.replace(trainer._limits, max_tokens_without_offloading=0)
             request = trainer.check(make_data(), "cross_entropy", None, trained_only=True)
 
             def step() -> None:

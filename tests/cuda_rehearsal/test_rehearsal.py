@@ -21,7 +21,7 @@ from benchmarks.fake_cuda import library
 
 ROOT = Path(__file__).parents[2]
 QUICK = ("qwen3",)
-NUM_ACTIVITIES = 8
+NUM_ACTIVITIES = 9
 
 pytestmark = pytest.mark.skipif(library.why_unavailable() is not None, reason=library.why_unavailable() or "")
 
@@ -87,6 +87,15 @@ def test_a_step_neither_waits_nor_computes_in_float64_and_other_work_has_a_reaso
     found: Found, family: str
 ) -> None:
     assert_waits_are_known(of(found, family))
+
+
+def test_inputs_of_layers_are_copied_to_the_host_and_back(found: Found) -> None:
+    """The tiny model has two layers. The last one's input is still on the device when it is used."""
+    copies = [
+        found["qwen3", f"train with {what}"]["operators"].get("memcpy", 0)
+        for what in ("checkpointed layers", "inputs in host memory")
+    ]
+    assert copies[1] - copies[0] == 2 + 1
 
 
 @pytest.mark.slow

@@ -140,7 +140,7 @@ class BaseModel(ModelPasses):
 
     def _prepare_layers(self) -> None:
         layers = decoder_layers(self.model)
-        if not layers and (self.options.compile or self.options.gradient_checkpointing == "on"):
+        if not layers and (self.options.compile or self.options.gradient_checkpointing in ("on", "offload")):
             raise ConfigError(
                 f"{self.name} has no layers that transformers can checkpoint or compile. Use compile=False "
                 f"and gradient_checkpointing=off."

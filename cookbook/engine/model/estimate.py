@@ -87,7 +87,9 @@ class MemoryPlan:
     tokens: int
     is_checkpointed: bool
     activations: float
-    """What it keeps for the backward pass."""
+    """What it keeps for the backward pass on the device."""
+    on_host: float
+    """The inputs of checkpointed layers that are kept in host memory."""
     temporary: float
     """Blocks of logits, a dequantised weight, workspaces of kernels as the engine counts them, and what CUDA
     itself takes."""
@@ -171,7 +173,8 @@ def plan(
 
     It consists of sequences of `longest` tokens, and of no more than the `batch_tokens` of a batch. Without
     an estimate of activations none are counted. A sequence that does not fit as planned is counted with
-    checkpointed layers, as the engine tries it again after memory ran out.
+    checkpointed layers, or with their inputs in host memory too, as the engine tries it again after memory
+    ran out.
     """
     usable = memory * usable_share(device_type)
     cost = found.activations or ActivationCost(0.0, 0.0)
@@ -183,17 +186,24 @@ def plan(
         tokens = max(longest, min(tokens, batch_tokens))
     planned = tokens / longest * limits.size_without_checkpointing(longest)
     is_checkpointed = planned > limits.max_tokens_without_checkpointing
-
-    def fits_as(is_checkpointed: bool) -> bool:
-        return found.fixed + temporary + MARGIN * cost.bytes_of(longest, is_checkpointed) <= usable
-
-    fits = fits_as(is_checkpointed)
-    if not fits and not is_checkpointed and options.gradient_checkpointing == "auto":
-        tokens, is_checkpointed, fits = longest, True, fits_as(True)
-    one = cost.bytes_of(longest, is_checkpointed)
-    activations = tokens / longest * one
-    temporary += (MARGIN - 1) * activations
-    return MemoryPlan(tokens, is_checkpointed, activations, temporary, found.fixed, usable, fits)
+    is_offloaded = is_checkpointed and tokens > limits.max_tokens_without_offloading
+    ways = [(tokens, is_checkpointed, is_offloaded)]
+    if options.gradient_checkpointing == "auto":
+        ways += [(longest, True, False), (longest, True, True)][: 2 if device_type == "cuda" else 1]
+    room = (usable - found.fixed - temporary) / MARGIN
+    fitting = [way for way in ways if cost.bytes_of(longest, *way[1:]) <= room]
+    tokens, is_checkpointed, is_offloaded = (fitting or ways[-1:])[0]
+    activations = tokens / longest * cost.bytes_of(longest, is_checkpointed, is_offloaded)
+    return MemoryPlan(
+        tokens,
+        is_checkpointed,
+        activations,
+        on_host=tokens * cost.inputs if is_offloaded else 0.0,
+        temporary=temporary + (MARGIN - 1) * activations,
+        fixed=found.fixed,
+        usable=usable,
+        fits=bool(fitting),
+    )
 
 
 def longest_sequence(

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from cookbook.engine import processes
+from cookbook.engine.model.offloading import NUM_ON_DEVICE, InputsOnHost
 from cookbook.engine.model.stacked_4bit import StackedIn4Bits
 from cookbook.engine.model.text_part import text_decoder
 from cookbook.engine.options import EngineOptions
@@ -37,6 +38,10 @@ MARGIN = 1.25
 """A safety factor for the workspace that kernels need besides the activations."""
 _USABLE = {"cpu": 0.5, "cuda": 0.9}
 """The share of the device's memory to use. On a CPU other programs need memory too."""
+
+
+NEVER = 2**62
+"""A number of tokens that no micro-batch has."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,8 @@ class MicrobatchLimits:
     """Scales these sizes to `max_tokens`, which may be smaller than what fits in memory."""
     max_in_memory: int = 2**62
     """The number of tokens that fit in memory. Sequences that share much may take them."""
+    max_tokens_without_offloading: int = NEVER
+    """The number of tokens above which the inputs of checkpointed layers are kept in host memory."""
 
     def size_in_memory(self, length: int) -> int:
         """Returns the number of tokens that a sequence counts as against `max_in_memory`."""
@@ -115,6 +122,9 @@ def _doubled(limits: MicrobatchLimits, full: MicrobatchLimits) -> MicrobatchLimi
         max_tokens=min(2 * limits.max_tokens, full.max_tokens),
         max_tokens_without_checkpointing=min(2 * without + 1, full.max_tokens_without_checkpointing),
         max_in_memory=min(2 * limits.max_in_memory, full.max_in_memory),
+        max_tokens_without_offloading=min(
+            2 * limits.max_tokens_without_offloading + 1, full.max_tokens_without_offloading
+        ),
     )
 
 
@@ -128,6 +138,8 @@ class ActivationCost:
     full_squared: float = 0.0
     """Per pair of tokens of a sequence."""
     checkpointed_squared: float = 0.0
+    inputs: float = 0.0
+    """Of those with checkpointing, the inputs of layers that can be in host memory instead."""
 
     def with_growth(self, longer: ActivationCost, lengths: tuple[int, int]) -> ActivationCost:
         """Returns the cost with its quadratic part, given costs at the first length (`self`) and second."""
@@ -141,13 +153,22 @@ class ActivationCost:
             self.checkpointed - checkpointed_squared * short,
             squared,
             checkpointed_squared,
+            self.inputs,
         )
 
-    def bytes_of(self, length: int, is_checkpointed: bool = False) -> float:
-        """Returns the bytes that a sequence keeps."""
+    def bytes_of(self, length: int, is_checkpointed: bool = False, is_offloaded: bool = False) -> float:
+        """Returns the bytes that a sequence keeps on the device."""
         if is_checkpointed:
-            return self.checkpointed * length + self.checkpointed_squared * length**2
+            per_token = self.checkpointed - (self.inputs if is_offloaded else 0.0)
+            return per_token * length + self.checkpointed_squared * length**2
         return self.full * length + self.full_squared * length**2
+
+    def longest_checkpointed(self, room: float) -> int:
+        """Returns the tokens of the longest sequence that keeps at most `room` bytes with checkpointing."""
+        linear, squared = max(self.checkpointed, 1.0), self.checkpointed_squared
+        if squared:
+            return int((math.sqrt(linear**2 + 4 * squared * room) - linear) / (2 * squared))
+        return int(room / linear)
 
 
 def limits_for(
@@ -158,23 +179,40 @@ def limits_for(
     `free_bytes` is what `usable_memory` leaves besides weights, gradients and optimizer state.
     """
     wanted, checkpointing = options.max_tokens_per_microbatch, options.gradient_checkpointing
-    if wanted is not None and checkpointing != "auto":
-        return MicrobatchLimits(wanted, 0 if checkpointing == "on" else 2**62, max_in_memory=wanted)
-    found = cost()
     kind = "cuda" if device.type == "cuda" else "cpu"
+    is_offloaded = checkpointing == "offload" and kind == "cuda"
+    without_offloading = 0 if is_offloaded else NEVER
+    if wanted is not None and checkpointing != "auto":
+        tokens_without = NEVER if checkpointing == "off" else 0
+        return MicrobatchLimits(
+            wanted,
+            tokens_without,
+            max_in_memory=wanted,
+            max_tokens_without_offloading=without_offloading,
+        )
+    found = cost()
     room = max(0.0, free_bytes) / MARGIN
-    tokens_without = 2**62 if checkpointing == "off" else _ratio(room, found.full)
-    if checkpointing == "on":
-        tokens_without = 0
+    tokens_without = {"off": NEVER, "auto": _ratio(room, found.full)}.get(checkpointing, 0)
+    if checkpointing == "auto" and kind == "cuda":
+        without_offloading = found.longest_checkpointed(room)
     growth = found.full_squared / max(found.full, 1)
     fits_without = tokens_without >= MIN_TOKENS + growth * MIN_TOKENS**2
     if wanted is not None:
-        return MicrobatchLimits(wanted, tokens_without, growth, max_in_memory=wanted)
+        return MicrobatchLimits(
+            wanted,
+            tokens_without,
+            growth,
+            max_in_memory=wanted,
+            max_tokens_without_offloading=without_offloading,
+        )
     growth_planned = growth if fits_without else found.checkpointed_squared / max(found.checkpointed, 1)
-    fitting = max(1, _ratio(room, found.full if fits_without else found.checkpointed))
+    checkpointed = found.checkpointed - (found.inputs if is_offloaded else 0.0)
+    fitting = max(1, _ratio(room, found.full if fits_without else checkpointed))
     max_tokens = min(_USEFUL_TOKENS[kind], fitting)
     share = max_tokens / fitting if growth_planned else 1.0
-    return MicrobatchLimits(max_tokens, tokens_without, growth, growth_planned, share, fitting)
+    return MicrobatchLimits(
+        max_tokens, tokens_without, growth, growth_planned, share, fitting, without_offloading
+    )
 
 
 def _ratio(room: float, bytes_per_token: float) -> int:
@@ -205,7 +243,8 @@ def measure_activations(
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         run()
     full = sum(storages.values()) / num_tokens
-    return ActivationCost(full, layer_bytes * num_layers + full / num_layers)
+    inputs = layer_bytes * max(0, num_layers - NUM_ON_DEVICE)
+    return ActivationCost(full, layer_bytes * num_layers + full / num_layers, inputs=inputs)
 
 
 def addresses(tensors: Iterable[Tensor]) -> set[int]:
@@ -302,8 +341,12 @@ def decoder_layers(model: Any) -> list[Any]:
 
 
 @contextlib.contextmanager
-def checkpointed_layers(model: Any, enabled: bool) -> Iterator[None]:
+def checkpointed_layers(
+    model: Any, enabled: bool, inputs_on_host: InputsOnHost | None = None
+) -> Iterator[None]:
     """Keeps only the inputs of the decoder's layers, and runs each layer again in the backward pass.
+
+    `inputs_on_host`, if given, keeps those inputs. It is for one pass.
 
     transformers checkpoints a layer only in training mode. The layer's forward still runs in evaluation mode,
     both times, because some layers apply dropout by their own mode.
@@ -314,7 +357,7 @@ def checkpointed_layers(model: Any, enabled: bool) -> Iterator[None]:
     layers = decoder_layers(model)
     for layer in layers:
         layer.training = layer.gradient_checkpointing = True
-        layer._gradient_checkpointing_func = functools.partial(_checkpoint, layer)
+        layer._gradient_checkpointing_func = functools.partial(_checkpoint, layer, inputs_on_host)
     try:
         yield
     finally:
@@ -323,7 +366,9 @@ def checkpointed_layers(model: Any, enabled: bool) -> Iterator[None]:
             del layer._gradient_checkpointing_func  # the function references the layer
 
 
-def _checkpoint(layer: nn.Module, forward: Callable[..., Any], *inputs: Any) -> Any:
+def _checkpoint(
+    layer: nn.Module, inputs_on_host: InputsOnHost | None, forward: Callable[..., Any], *inputs: Any
+) -> Any:
     def evaluate(*inputs: Any) -> Any:
         was_training, layer.training = layer.training, False
         try:
@@ -331,4 +376,5 @@ def _checkpoint(layer: nn.Module, forward: Callable[..., Any], *inputs: Any) -> 
         finally:
             layer.training = was_training
 
-    return checkpoint(evaluate, *inputs, use_reentrant=False, preserve_rng_state=False)
+    with contextlib.nullcontext() if inputs_on_host is None else inputs_on_host.saving():
+        return checkpoint(evaluate, *inputs, use_reentrant=False, preserve_rng_state=False)

@@ -20,6 +20,7 @@ from cookbook.engine.model.adapters import Adapters
 from cookbook.engine.model.architecture import LogitScaling
 from cookbook.engine.model.attention import AttentionLayout
 from cookbook.engine.model.memory import checkpointed_layers
+from cookbook.engine.model.offloading import InputsOnHost
 from cookbook.engine.model.packing import PackedBatch, copy_to
 from cookbook.engine.model.peft_layers import projection_of
 from cookbook.engine.model.recurrence import RecurrentLayers
@@ -54,6 +55,11 @@ class ModelPasses:
     """Whether logits can be computed in blocks."""
     logit_scaling = LogitScaling()
     """How logits follow from the projection."""
+
+    @property
+    def can_offload(self) -> bool:
+        """Whether tensors of the device can be kept in another memory, which is that of the host."""
+        return self.device.type == "cuda"
 
     @property
     def packs_all_lengths(self) -> bool:
@@ -102,15 +108,18 @@ class ModelPasses:
         token_loss: TokenLoss,
         checkpoint_layers: bool,
         prepare: Callable[[Tensor], None] | None = None,
+        offload_inputs: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """Adds the gradient of the trained positions' loss. Returns log-probabilities [P] and the loss.
 
         The batch must have a trained position. `unembedding.score_and_backpropagate` documents `token_loss`,
         which gets trained positions [P]. `prepare` is called before with the log-probabilities of all of
         them: for a loss that couples the tokens of a sequence, the projection is computed once more.
+        `offload_inputs` keeps the inputs of checkpointed layers in host memory.
         """
         num_trained = batch.num_trained
-        with torch.enable_grad(), checkpointed_layers(self.model, checkpoint_layers):
+        on_host = InputsOnHost(self.device) if checkpoint_layers and offload_inputs else None
+        with torch.enable_grad(), checkpointed_layers(self.model, checkpoint_layers, on_host):
             if not self.has_plain_head:
                 logprobs_S = self.logprobs_of_whole_model(batch)
                 if prepare is not None:

@@ -58,9 +58,11 @@ def describe(base: BaseModel, adapter: Adapter, num_tokens: int) -> str:
             raise
     if cost is not None:
         whole, few = (cost.bytes_of(num_tokens, is_checkpointed) for is_checkpointed in (False, True))
+        least = cost.bytes_of(num_tokens, is_checkpointed=True, is_offloaded=True)
+        on_host = f", or {in_gib(least)} with their inputs in host memory" if base.can_offload else ""
         told.append(
             f"activations of {num_tokens:,} tokens an estimated {in_gib(whole)}, or {in_gib(few)} with "
-            f"checkpointed layers"
+            f"checkpointed layers{on_host}"
         )
     return f"Of {in_gib(usable_memory(base.device))} that may be used: {', '.join(told)}."
 

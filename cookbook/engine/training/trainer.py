@@ -52,10 +52,11 @@ CustomLossFn = Callable[[list[Datum], list[Tensor]], tuple[Tensor, dict[str, flo
 class _DoesNotFit(Exception):
     """A micro-batch ran out of memory."""
 
-    def __init__(self, microbatch: list[Family], saves_activations: bool) -> None:
-        """`saves_activations` says that the pass kept as few activations as possible."""
+    def __init__(self, microbatch: list[Family], is_checkpointed: bool, is_offloaded: bool) -> None:
+        """A pass that kept no activations at all counts as both."""
         self.microbatch = microbatch
-        self.saves_activations = saves_activations
+        self.is_checkpointed = is_checkpointed
+        self.is_offloaded = is_offloaded
 
 
 @dataclass(frozen=True)
@@ -247,11 +248,11 @@ class Trainer:
                     except _DoesNotFit as failure:
                         # The next pass runs after this block, when the tensors in the traceback of the
                         # failure are freed.
-                        tight, saves_activations = failure.microbatch, failure.saves_activations
+                        tight, ways = failure.microbatch, (failure.is_checkpointed, failure.is_offloaded)
                     if results is None:
                         if backward:
                             self._optimizer.discard_gradients()
-                        self._limits = self._smaller_limits(tight, saves_activations)
+                        self._limits = self._smaller_limits(tight, *ways)
                         self._ran_out_of_memory = True
         self._agree_on_limits()
         self._recover_limits(backward)
@@ -308,6 +309,8 @@ class Trainer:
             sequences = [request.sequences[index] for index in indices] or [_untrained(request)]
             size = microbatches.size_of(self.base, microbatch, limits.size_without_checkpointing) or 1
             is_checkpointed = backward and size > limits.max_tokens_without_checkpointing
+            num_tokens = microbatches.size_of(self.base, microbatch, int)
+            is_offloaded = is_checkpointed and num_tokens > limits.max_tokens_without_offloading
             try:
                 batch = pack(
                     sequences, self.base.device, request.trained_only, microbatch, self.base.is_padded
@@ -317,17 +320,27 @@ class Trainer:
                     lengths = [stop - start for start, stop in batch.attention.segments]
                     keys = masks.keys(indices or [len(request.sequences)], lengths)
                 with self.base.dropping(keys):
-                    result = self._run_microbatch(batch, indices, request, backward, is_checkpointed)
+                    result = self._run_microbatch(
+                        batch, indices, request, backward, is_checkpointed, is_offloaded
+                    )
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
-                raise _DoesNotFit(microbatch, is_checkpointed or not backward) from None
+                raise _DoesNotFit(
+                    microbatch, is_checkpointed or not backward, is_offloaded or not backward
+                ) from None
             if indices:
                 results.append(result)
         return results
 
     def _run_microbatch(
-        self, batch: PackedBatch, indices: list[int], request: Request, backward: bool, is_checkpointed: bool
+        self,
+        batch: PackedBatch,
+        indices: list[int],
+        request: Request,
+        backward: bool,
+        is_checkpointed: bool,
+        is_offloaded: bool,
     ) -> MicrobatchResult:
         num_trained, is_argmax_P = batch.layout.num_trained, None
         inputs = dict(batch.extras)
@@ -346,7 +359,7 @@ class Trainer:
         couples = request.loss.of_sequences is not None
         if backward and (num_trained or self.base.is_sharded):
             logprobs_P, loss = self.base.backpropagate(
-                batch, token_loss, is_checkpointed, prepare if couples else None
+                batch, token_loss, is_checkpointed, prepare if couples else None, is_offloaded
             )
             self._optimizer.collect_gradients()
         else:
@@ -369,7 +382,9 @@ class Trainer:
 
     # -- memory -----------------------------------------------------------------------------
 
-    def _smaller_limits(self, microbatch: list[Family], saves_activations: bool) -> MicrobatchLimits:
+    def _smaller_limits(
+        self, microbatch: list[Family], is_checkpointed: bool, is_offloaded: bool
+    ) -> MicrobatchLimits:
         """Returns the limits with which to try again after a micro-batch ran out of memory.
 
         Raises TrainingError if there are none.
@@ -390,14 +405,23 @@ class Trainer:
             if len(microbatch) > 1:
                 return lower
             return replace(lower, max_in_memory=size(limits.size_in_memory) // 2)
-        if self.base.options.gradient_checkpointing == "auto" and not saves_activations:
+        is_automatic = self.base.options.gradient_checkpointing == "auto"
+        if is_automatic and not is_checkpointed:
             logger.warning(
                 "A sequence of %d tokens does not fit in memory: its layers are checkpointed from now on.",
                 num_tokens,
             )
             checkpointed = size(limits.size_without_checkpointing)
             return replace(limits, max_tokens_without_checkpointing=checkpointed - 1)
-        checkpointing = "" if saves_activations else " gradient_checkpointing=auto,"
+        can_offload = self.base.can_offload and not is_offloaded
+        if is_automatic and can_offload:
+            logger.warning(
+                "A sequence of %d tokens does not fit in memory with checkpointed layers: their inputs are kept "
+                "in host memory from now on.",
+                num_tokens,
+            )
+            return replace(limits, max_tokens_without_offloading=num_tokens - 1)
+        checkpointing = " gradient_checkpointing=auto," if can_offload or not is_checkpointed else ""
         raise TrainingError(
             f"A sequence of {num_tokens} tokens does not fit in the memory of {self.base.device}, even "
             f"alone. Use{checkpointing} a smaller max_length, a dtype of fewer bytes, or a smaller model. "
@@ -406,10 +430,11 @@ class Trainer:
 
     def _agree_on_limits(self) -> None:
         """Takes the tightest limits of all processes, so that one checkpoint has the limits of all."""
-        tokens, tokens_without, in_memory, has_memory = self._world.all_reduce_min(
+        tokens, tokens_without, in_memory, without_offloading, has_memory = self._world.all_reduce_min(
             self._limits.max_tokens,
             self._limits.max_tokens_without_checkpointing,
             self._limits.max_in_memory,
+            self._limits.max_tokens_without_offloading,
             not self._ran_out_of_memory,
         )
         self._limits = replace(
@@ -417,6 +442,7 @@ class Trainer:
             max_tokens=tokens,
             max_tokens_without_checkpointing=tokens_without,
             max_in_memory=in_memory,
+            max_tokens_without_offloading=without_offloading,
         )
         self._ran_out_of_memory = not has_memory
 
@@ -479,6 +505,7 @@ class Trainer:
             "max_tokens": self._limits.max_tokens,
             "max_tokens_without_checkpointing": self._limits.max_tokens_without_checkpointing,
             "max_in_memory": self._limits.max_in_memory,
+            "max_tokens_without_offloading": self._limits.max_tokens_without_offloading,
         }
 
     def _check_finite(self, path: Path, optimizer: Mapping[str, Tensor]) -> None:
