@@ -156,8 +156,8 @@ class Config:
     )
     gradient_checkpointing: GradientCheckpointing = _field(
         default="auto",
-        doc="recompute layers in the backward pass: auto (where memory needs it), on, off or offload (on, with "
-        "the inputs of layers in host memory, which auto does for sequences that do not fit otherwise)",
+        doc="recompute layers in the backward pass: auto (where memory needs it), on, off or offload (on, "
+        "with the inputs of layers in host memory, which auto does for sequences that do not fit otherwise)",
     )
     quantization: Quantization | None = _field(
         default=None, doc="nf4: hold the frozen base weights in 4 bits (QLoRA; needs the extra qlora)"

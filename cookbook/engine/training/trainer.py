@@ -416,8 +416,8 @@ class Trainer:
         can_offload = self.base.can_offload and not is_offloaded
         if is_automatic and can_offload:
             logger.warning(
-                "A sequence of %d tokens does not fit in memory with checkpointed layers: their inputs are kept "
-                "in host memory from now on.",
+                "A sequence of %d tokens does not fit in memory with checkpointed layers: their inputs are "
+                "kept in host memory from now on.",
                 num_tokens,
             )
             return replace(limits, max_tokens_without_offloading=num_tokens - 1)

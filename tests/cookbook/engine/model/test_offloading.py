@@ -1,4 +1,4 @@
-"""Inputs of checkpointed layers in host memory: the same gradients to the bit, and less memory on the device."""
+"""Inputs of checkpointed layers in host memory: the same gradients to the bit, and fewer on the device."""
 
 from __future__ import annotations
 
@@ -184,7 +184,9 @@ def test_a_sequence_that_does_not_fit_with_checkpointed_layers_is_offloaded(
     assert trainer._lowered_limits() is not None
 
 
-@pytest.mark.parametrize(("checkpointing", "advice"), [("auto", "Use a smaller"), ("on", "checkpointing=auto")])
+@pytest.mark.parametrize(
+    ("checkpointing", "advice"), [("auto", "Use a smaller"), ("on", "checkpointing=auto")]
+)
 def test_what_does_not_fit_even_so_is_an_error(
     checkpointing: Any, advice: str, folder: str, make_data: Any
 ) -> None:
