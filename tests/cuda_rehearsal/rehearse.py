@@ -12,6 +12,10 @@ from benchmarks.fake_cuda import library
 
 library.load()  # before torch is imported
 
+import os  # noqa: E402
+
+os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"  # the fake device is that of one thread
+
 import argparse  # noqa: E402
 import asyncio  # noqa: E402
 import contextlib  # noqa: E402

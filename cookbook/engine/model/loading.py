@@ -22,9 +22,12 @@ def load_model(
     """Returns the language model on `device`, in evaluation mode, with all weights frozen.
 
     It has the class in which it was published. Towers for other media stay on the CPU. Raises ModelError if
-    files are missing or damaged, or lack a weight.
+    files are missing or damaged, or lack a weight. On CUDA each weight goes to the device as it is read and
+    converted, so that the host never holds the model.
     """
     options: dict[str, Any] = {"dtype": dtype}
+    if device.type == "cuda":
+        options["device_map"] = {"": device}
     if quantization is not None:
         options |= quantized.from_pretrained_options(quantization, device, dtype)
     with no_progress_bar():
