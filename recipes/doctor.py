@@ -25,6 +25,7 @@ from cookbook.engine.threads import VARIABLES, num_cores, num_threads
 from cookbook.errors import ConfigError
 from cookbook.utils import files, hub
 from cookbook.utils.control_characters import visible
+from cookbook.utils.extras import install_command
 from cookbook.utils.rich_console import make_console, plain
 from cookbook.utils.versions import installed_versions
 
@@ -144,7 +145,7 @@ def _examine_devices(report: Report) -> None:
         if util.find_spec(package) is None:
             report.findings.append(
                 f"{package} is not installed: recurrent layers (Qwen3.5, Mamba) run without their kernels. "
-                f"pip install '{DISTRIBUTION}[hybrid]'"
+                f"{install_command('hybrid')}"
             )
 
 
@@ -164,9 +165,7 @@ def _examine_extras(report: Report) -> None:
         named = [found[0] for one in of_extra if (found := re.match(r"[A-Za-z0-9_.-]+", one)) is not None]
         installed = installed_versions(named)
         missing = [name for name in named if name not in installed]
-        state = (
-            "installed" if not missing else f"no {', '.join(missing)}: pip install '{DISTRIBUTION}[{extra}]'"
-        )
+        state = "installed" if not missing else f"no {', '.join(missing)}: {install_command(extra)}"
         facts.append(f"{extra}: {state}")
 
 

@@ -11,6 +11,7 @@ from cookbook.runs.directions import DEFAULT_METRIC, direction
 from cookbook.runs.downsampling import smooth, smoothing_span
 from cookbook.runs.metrics import Series
 from cookbook.runs.record import RunRecord
+from cookbook.utils.notes import counted_noun
 
 PEAK_MEMORY = "perf/memory_peak_gib"
 
@@ -75,8 +76,12 @@ def facts_of(run: RunRecord) -> list[Fact]:
         facts.append(Fact("train/nll", number(last), note))
     headline = headline_metric(run)
     if headline is not None and headline != "train/nll":
-        outcome = outcome_of(headline, run.metrics[headline])
-        facts.append(Fact(headline, number(outcome.last), f"from {number(outcome.first)} before training"))
+        series = run.metrics[headline]
+        outcome = outcome_of(headline, series)
+        first = int(series.steps[0])
+        when = f"after {counted_noun(first, 'step')}" if first else "before training"
+        note = when if len(series) == 1 else f"from {number(outcome.first)} {when}"
+        facts.append(Fact(headline, number(outcome.last), note))
         if outcome.best is not None and outcome.best != outcome.last:
             facts.append(Fact(f"best {headline}", number(outcome.best), f"after {outcome.best_step:,} steps"))
     facts += _costs(run)

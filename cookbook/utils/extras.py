@@ -16,5 +16,11 @@ def require(package: str, asked_by: str, extra: str | None = None) -> None:
     if importlib.util.find_spec(package) is None:
         raise ConfigError(
             f"{asked_by} needs the package {package}, which is not installed. "
-            f"Run: pip install 'sft-cookbook[{extra or package}]'"
+            f"Run: {install_command(extra or package)}"
         )
+
+
+def install_command(extra: str) -> str:
+    """Returns the command that installs an extra here: `uv venv` makes environments without pip."""
+    pip = "pip" if importlib.util.find_spec("pip") is not None else "uv pip"
+    return f"{pip} install 'sft-cookbook[{extra}]'"

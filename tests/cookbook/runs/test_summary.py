@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from cookbook.runs.metrics import Series
-from cookbook.runs.summary import Outcome, duration, number, outcome_of
+from cookbook.runs.record import RunRecord
+from cookbook.runs.summary import Outcome, duration, facts_of, number, outcome_of
 
 
 def series(steps: list[int], values: list[float]) -> Series:
@@ -23,6 +26,22 @@ def test_the_best_is_the_lowest_or_the_highest_depending_on_the_name() -> None:
 def test_the_initial_weights_of_a_run_are_not_its_best() -> None:
     assert outcome_of("test/nll", series([0, 10, 20], [0.1, 0.3, 0.2])).best_step == 20
     assert outcome_of("test/nll", series([0], [0.1])).best is None
+
+
+@pytest.mark.parametrize(
+    ("steps", "note"),
+    [
+        ([0], "before training"),
+        ([10], "after 10 steps"),
+        ([0, 10], "from 0.5000 before training"),
+        ([10, 20], "from 0.5000 after 10 steps"),
+    ],
+)
+def test_the_first_evaluation_is_said_to_be_of_its_step(steps: list[int], note: str) -> None:
+    values = [0.5, 0.4][: len(steps)]
+    run = RunRecord(Path("a"), "a", {}, {"test/nll": series(steps, values)}, num_steps=20)
+    (fact,) = (one for one in facts_of(run) if one.label == "test/nll")
+    assert (fact.value, fact.note) == (number(values[-1]), note)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import re
 import tomllib
 from pathlib import Path
 
+import outside_world
 import pytest
 
 from cookbook.errors import ConfigError
@@ -23,6 +24,13 @@ def test_a_missing_package_is_named_with_the_command_that_installs_it() -> None:
         "An array needs the package no_such_package, which is not installed. "
         "Run: pip install 'sft-cookbook[arrays]'"
     )
+
+
+def test_an_environment_without_pip_is_told_to_use_uv(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`uv venv` makes such environments; a `pip` on the path then installs into another one."""
+    assert extras.install_command("ray") == "pip install 'sft-cookbook[ray]'"
+    outside_world.remove_package(monkeypatch, "pip")
+    assert extras.install_command("ray") == "uv pip install 'sft-cookbook[ray]'"
 
 
 def test_every_required_package_is_in_the_extra_that_is_named() -> None:
