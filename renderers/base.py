@@ -380,10 +380,10 @@ class Renderer(ABC):
         guarded_tools = self._encoder.guard_tools(tools) if tools else None
         guarded = self._encoder.guard(plain, self.guards_replies)
         if any(message.get("tool_calls") or message.get("reasoning_content") for message in guarded):
-            guarded = self._with_calls_for_format(guarded)
+            guarded = self._adapted_to_format(guarded)
         return Prepared(guarded, guarded_tools, weights, untrained)
 
-    def _with_calls_for_format(self, messages: list[PlainMessage]) -> list[PlainMessage]:
+    def _adapted_to_format(self, messages: list[PlainMessage]) -> list[PlainMessage]:
         """Returns the escaped messages with tool calls and thinking in the form that the format takes."""
         return messages
 

@@ -163,7 +163,7 @@ class ChatTemplateRenderer(Renderer):
 
     # -- rendering ----------------------------------------------------------------------------
 
-    def _with_calls_for_format(self, messages: list[PlainMessage]) -> list[PlainMessage]:
+    def _adapted_to_format(self, messages: list[PlainMessage]) -> list[PlainMessage]:
         """Returns the messages with thinking, arguments and ids of calls in the form the template prints."""
         messages = [self._with_inline_thinking(message) for message in messages]
         if self._template.prints_calls_by_id:

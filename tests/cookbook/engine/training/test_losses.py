@@ -140,21 +140,25 @@ def test_tokens_with_weight_zero_add_nothing(name: str) -> None:
     assert all(slope == 0 for slope, token in zip(gradient, tokens, strict=True) if token[1] == 0)
 
 
-def test_gspo_has_the_ratio_of_the_sequence_and_the_gradient_of_each_token() -> None:
+@pytest.mark.parametrize("is_per_token", [False, True])
+def test_gspo_has_the_ratio_of_the_sequence_and_the_gradient_of_each_token(is_per_token: bool) -> None:
     """Compares with a loop over sequences whose ratio is computed from the marked tokens alone."""
     rng = np.random.default_rng(5)
     lengths, low, high = [7, 4, 9], 0.999, 1.001
+    low_P, high_P = np.full(sum(lengths), low), np.full(sum(lengths), high)
     sequence_P = rng.permutation(np.repeat(np.arange(3), lengths))
     logp_P, old_P = -rng.exponential(1.0, (2, sum(lengths)))
     old_P = logp_P + 0.05 * (old_P - old_P.mean())
     advantages_P, weights_P = rng.normal(size=sum(lengths)), rng.choice([0.5, 1.0], sum(lengths))
     mask_P = rng.choice([0.0, 1.0], sum(lengths))
+    if is_per_token:
+        low_P, high_P = rng.uniform(0.99, 1.0, sum(lengths)), rng.uniform(1.0, 1.01, sum(lengths))
     expected, slopes = 0.0, np.zeros(sum(lengths))
     for number in range(3):
         marked = [p for p in range(sum(lengths)) if sequence_P[p] == number and mask_P[p]]
         ratio = math.exp(sum(logp_P[p] - old_P[p] for p in marked) / max(1, len(marked)))
         for p in np.flatnonzero(sequence_P == number):
-            plain, clipped = ratio * advantages_P[p], clip(ratio, low, high) * advantages_P[p]
+            plain, clipped = ratio * advantages_P[p], clip(ratio, low_P[p], high_P[p]) * advantages_P[p]
             expected -= weights_P[p] * min(plain, clipped)
             slopes[p] = -weights_P[p] * plain if plain <= clipped else 0.0
     loss, config = get_loss("gspo", {"clip_low_threshold": low, "clip_high_threshold": high})
@@ -162,6 +166,8 @@ def test_gspo_has_the_ratio_of_the_sequence_and_the_gradient_of_each_token() -> 
     logprobs = torch.tensor(logp_P, requires_grad=True)
     extras = {"logprobs": torch.tensor(old_P), "advantages": torch.tensor(advantages_P)}
     extras["sequence_ratio_mask"] = torch.tensor(mask_P)
+    if is_per_token:
+        extras |= {"clip_low_threshold": torch.tensor(low_P), "clip_high_threshold": torch.tensor(high_P)}
     extras |= loss.of_sequences(logprobs.detach(), extras, torch.tensor(sequence_P))
     value = loss.fn(logprobs, torch.tensor(weights_P), extras, config)
     value.backward()
