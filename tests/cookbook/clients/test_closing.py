@@ -414,6 +414,7 @@ def test_every_method_of_a_closed_service_is_refused(
         "create_training_client_from_state": (path,),
         "create_training_client_from_state_with_optimizer": (path,),
         "create_sampling_client": (path,),
+        "copy_weights": (path,),
     }
     for call in calls_on(service, arguments).values():
         refused(call)

@@ -237,10 +237,11 @@ def public_methods(kind: type) -> dict[str, Any]:
 
 @pytest.mark.parametrize("kind", [ServiceClient, TrainingClient, cookbook.SamplingClient])
 def test_every_method_has_an_async_twin_of_the_same_signature(kind: type) -> None:
-    """Except `stream`, `create_rest_client` and others that do not block."""
+    """Except `stream`, `create_rest_client` and others that do not block, as in the SDK."""
     methods = public_methods(kind)
     plain = {name for name in methods if not name.endswith("_async")} - {
         "close",
+        "copy_weights",
         "stream",
         "create_rest_client",
         "get_sampler_handle",
