@@ -589,7 +589,8 @@ def _environment(temporary: str) -> dict[str, str]:
 
 @A_WHILE
 def test_the_ray_of_a_sweep_listens_only_on_loopback(swept: Swept) -> None:
-    for part in ("recipes.sweep", "gcs_server", "raylet", "DashboardAgent", "RuntimeEnvAgent", "ray::"):
+    """Its agents need not have started before the sweep ends. Those of a head are awaited in `test_jobs`."""
+    for part in ("recipes.sweep", "gcs_server", "raylet", "ray::"):
         assert any(part in who for who in swept.listeners.values()), part
     assert {address: who for address, who in swept.listeners.items() if address[0] != "127.0.0.1"} == {}
 
