@@ -145,7 +145,7 @@ def _examine_devices(report: Report) -> None:
         if util.find_spec(package) is None:
             report.findings.append(
                 f"{package} is not installed: recurrent layers (Qwen3.5, Mamba) run without their kernels. "
-                f"{install_command('hybrid')}"
+                + install_command("hybrid")
             )
 
 

@@ -63,13 +63,13 @@ def start_head() -> RayHead:
         return head
     clusters.import_ray(to_start=True)
     deadline = time.monotonic() + START_SECONDS
-    for is_last in (*[False] * (START_ATTEMPTS - 1), True):
+    for attempts_left in reversed(range(START_ATTEMPTS)):
         started, process, ports = _start()
         if _accepts_jobs(started, process, ports, deadline):
             break
         has_ended = process.poll() is not None
         process.terminate()
-        if is_last or not has_ended:
+        if not attempts_left or not has_ended:
             last = _last_output(started)
             raise ClusterError(f"A Ray head cannot be started on this machine: {last}")
         files.remove(Path(started.folder))

@@ -40,12 +40,13 @@ from cookbook.supervised.batches import BatchQueue
 from cookbook.supervised.best import BestTracker
 from cookbook.supervised.config import Config
 from cookbook.supervised.continuation import Start, find_start
-from cookbook.supervised.estimate import log_estimate
+from cookbook.supervised.estimate import RunEstimate, log_estimate
 from cookbook.supervised.objectives import Objective
 from cookbook.supervised.preflight import check_evaluations, check_space
 from cookbook.supervised.run import Resources, Run
 from cookbook.supervised.step_times import StepTimes
 from cookbook.trace import Recorder
+from cookbook.types import ModelData
 from cookbook.utils.notes import counted_noun
 from cookbook.utils.tables import Table
 from renderers import get_renderer
@@ -95,14 +96,9 @@ async def start_run(config: Config, folder: RunFolder, checkpoints: CheckpointLo
         # Up to here the folder is unchanged.
         _record_config(folder, checkpoints, start, has_restarted)
         announce(config, folder, client, start, train_data, eval_data)
-        if is_main:
-            environment.record(folder.path, model)
-        if estimated is not None:
-            estimated.record(folder.path)
+        _record_machine(folder, model, estimated)
         metric_loggers = _create_loggers(config, folder, start, known, console, stack)
-        if objective is not None:
-            datasets = [data for data in (train_data, eval_data) if data is not None]
-            await objective.prepare(client, datasets, folder, is_new=checkpoints.last() is None)
+        await _prepare(objective, client, folder, checkpoints, train_data, eval_data)
         pushes = _create_pushes(config, folder, stack)
         times = _create_times(config, folder, recorder, stack)
         resources = Resources(
@@ -124,6 +120,26 @@ async def start_run(config: Config, folder: RunFolder, checkpoints: CheckpointLo
             pushes=pushes,
         )
     return Run(resources)
+
+
+def _record_machine(folder: RunFolder, model: ModelData, estimated: RunEstimate | None) -> None:
+    """Records what the run runs on, and the estimate that was logged."""
+    if folder.world.is_main:
+        environment.record(folder.path, model)
+    if estimated is not None:
+        estimated.record(folder.path)
+
+
+async def _prepare(
+    objective: Objective | None,
+    client: TrainingClient,
+    folder: RunFolder,
+    checkpoints: CheckpointLog,
+    *data: SupervisedDataset | None,
+) -> None:
+    if objective is not None:
+        datasets = [one for one in data if one is not None]
+        await objective.prepare(client, datasets, folder, is_new=checkpoints.last() is None)
 
 
 def _record_config(folder: RunFolder, checkpoints: CheckpointLog, start: Start, has_restarted: bool) -> None:

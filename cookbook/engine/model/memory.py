@@ -139,7 +139,7 @@ class ActivationCost:
     """Per pair of tokens of a sequence."""
     checkpointed_squared: float = 0.0
     inputs: float = 0.0
-    """Of those with checkpointing, the inputs of layers that can be in host memory instead."""
+    """The part of `checkpointed` that can be in host memory instead: inputs of layers."""
 
     def with_growth(self, longer: ActivationCost, lengths: tuple[int, int]) -> ActivationCost:
         """Returns the cost with its quadratic part, given costs at the first length (`self`) and second."""

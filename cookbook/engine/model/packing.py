@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -81,21 +82,12 @@ def check_data(
             tokens_T = datum.model_input.to_numpy()
             if not len(tokens_T):
                 raise RequestError("The model input is empty. A Datum needs at least one token.")
-            inputs: dict[str, np.ndarray] = {}
-            for name, value in datum.loss_fn_inputs.items():
-                if name not in required and name not in defaults and name != "weights":
-                    continue
-                assert isinstance(value, TensorData)
-                inputs[name] = array = value.to_numpy()
-                is_soft = tuple(required) == ("target_tokens",) and array.ndim == 2 and array.shape[1] > 0
-                if array.shape[: 1 if is_soft else None] != tokens_T.shape:
-                    raise RequestError(
-                        f"{name} has shape {list(array.shape)}, the model input {len(tokens_T)} tokens. "
-                        f"Give one value per input token (targets are already shifted: "
-                        f"input tokens[:-1], targets tokens[1:])."
-                    )
-                if not np.isfinite(array).all():
-                    raise RequestError(f"{name} has a value that is not finite.")
+            takes_soft = tuple(required) == ("target_tokens",)
+            inputs = {
+                name: _as_array(name, value, len(tokens_T), takes_soft)
+                for name, value in datum.loss_fn_inputs.items()
+                if name in required or name in defaults or name == "weights"
+            }
             targets_T = inputs.pop("target_tokens")
             if (weights := inputs.get("weights")) is not None and weights.shape != targets_T.shape:
                 raise RequestError(
@@ -125,6 +117,22 @@ def check_data(
             error.add_note(f"in datum {len(sequences)} of {len(data)}")
             raise
     return sequences
+
+
+def _as_array(name: str, value: TensorData | Any, num_tokens: int, takes_soft: bool) -> np.ndarray:
+    """Returns an input of a loss, [T], or with `takes_soft` also [T, K], after checking its values."""
+    assert isinstance(value, TensorData)
+    array = value.to_numpy()
+    is_soft = takes_soft and array.ndim == 2 and array.shape[1] > 0
+    if array.shape[: 1 if is_soft else None] != (num_tokens,):
+        raise RequestError(
+            f"{name} has shape {list(array.shape)}, the model input {num_tokens} tokens. "
+            f"Give one value per input token (targets are already shifted: "
+            f"input tokens[:-1], targets tokens[1:])."
+        )
+    if not np.isfinite(array).all():
+        raise RequestError(f"{name} has a value that is not finite.")
+    return array
 
 
 def _check_names(datum: Datum, required: Sequence[str], allow_unknown: bool) -> None:
