@@ -21,7 +21,13 @@ from cookbook.clients.sampling import SamplingClient
 from cookbook.clients.training import TrainingClient, refuse_access_token
 from cookbook.engine import checkpoint, checkpoint_root, processes
 from cookbook.engine.checkpoint_root import CheckpointRoot
-from cookbook.engine.options import EngineOptions, GradientCheckpointing, Quantization, Shard
+from cookbook.engine.options import (
+    EngineOptions,
+    GradientCheckpointing,
+    OptimizerBits,
+    Quantization,
+    Shard,
+)
 from cookbook.engine.worker import Engine
 from cookbook.errors import ClosedError, ConfigError, RequestError
 from cookbook.trace import Recorder
@@ -50,7 +56,7 @@ class ServiceClient:
     with the inputs of layers in host memory).
     `quantization="nf4"` holds the frozen linear layers in 4 bits (QLoRA; `pip install
     'sft-cookbook[qlora]'`). `compile` compiles the decoder's layers. `deterministic` makes this process
-    compute the same bits each time on CUDA too.
+    compute the same bits each time on CUDA too. `optimizer_bits=8` holds the moments of AdamW in 8 bits.
 
     In several processes (`torchrun`), each runs the same program and makes the same calls in the same order
     with all of the data. Every call then computes a part on each process and returns the same result on all.
@@ -88,6 +94,7 @@ class ServiceClient:
         compile: bool = False,
         shard: Shard = "auto",
         deterministic: bool = False,
+        optimizer_bits: OptimizerBits = 32,
         recorder: Recorder | None = None,
         options: EngineOptions | None = None,
     ) -> None:
@@ -112,6 +119,7 @@ class ServiceClient:
             compile,
             shard,
             deterministic,
+            optimizer_bits,
         )
         if options is not None and named != EngineOptions():
             raise ConfigError("Both options= and some of its parts by name were given. Use one of the two.")

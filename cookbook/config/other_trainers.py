@@ -41,7 +41,10 @@ _SHUFFLED = "Rows are reshuffled in every epoch, from `seed`. Remove it"
 _LOADER = "Batches are prepared ahead in a thread. Remove it"
 _WARMUP = "Use `warmup_steps`, a number of steps"
 _SCHEDULE = "Use `lr_schedule`: linear, cosine or constant"
-_ADAMW = "AdamW is the only optimizer: `adam_beta1`, `adam_beta2`, `adam_eps`, `weight_decay`"
+_ADAMW = (
+    "AdamW is the only optimizer: `adam_beta1`, `adam_beta2`, `adam_eps`, `weight_decay`; `optimizer_bits=8` "
+    "holds its moments in 8 bits"
+)
 _ACTIVATIONS = "Use `gradient_checkpointing`: auto, on, off or offload"
 _OFFLOAD = "Weights stay on the device. `gradient_checkpointing`, `quantization` and `shard` save memory"
 _EVAL = "`eval_every` and `infrequent_eval_every` count steps between evaluations; 0 is off"

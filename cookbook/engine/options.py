@@ -13,12 +13,13 @@ from cookbook.utils import extras
 GradientCheckpointing = Literal["auto", "on", "off", "offload"]
 Quantization = Literal["nf4"]
 Shard = Literal["auto", "none", "full"]
+OptimizerBits = Literal[32, 8]
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """All options except `dtype` and `quantization` change results by rounding at most.
+    """All options except `dtype`, `quantization` and `optimizer_bits` change results by rounding at most.
 
     `device` is "auto" (CUDA if there is one) or a torch device. `dtype` is "auto" (bfloat16 on CUDA, or
     float16 where the device has no bfloat16, and float32 on CPU), "float32", "bfloat16" or "float16".
@@ -43,6 +44,8 @@ class EngineOptions:
     deterministic: bool = False
     """Compute the same bits each time on the same device and versions. On CUDA this makes backward passes
     slower; on a CPU it is so in any case."""
+    optimizer_bits: OptimizerBits = 32
+    """8: hold the moments of AdamW in 8 bits (bitsandbytes) where a weight has 4,096 values or more."""
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
@@ -56,6 +59,15 @@ class EngineOptions:
                 f"quantization={self.quantization} is not supported with shard=full: weights in 4 bits "
                 f"are not sharded. Remove one of the two."
             )
+        if self.optimizer_bits not in get_args(OptimizerBits):
+            raise ConfigError(f"optimizer_bits={self.optimizer_bits!r} is not supported. Use 32 or 8.")
+        if self.optimizer_bits == 8:
+            if self.shard == "full":
+                raise ConfigError(
+                    "optimizer_bits=8 is not supported with shard=full: the scales of moments belong to "
+                    "blocks of a whole weight, and a process holds a part of it. Remove one of the two."
+                )
+            extras.require("bitsandbytes", "optimizer_bits=8", extra="qlora")
         if self.gradient_checkpointing not in get_args(GradientCheckpointing):
             raise ConfigError(
                 f"gradient_checkpointing={self.gradient_checkpointing!r} is not known. "

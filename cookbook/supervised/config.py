@@ -14,7 +14,13 @@ import chz
 
 from cookbook import models
 from cookbook.data.types import ChatDatasetBuilder, SupervisedDatasetBuilder
-from cookbook.engine.options import EngineOptions, GradientCheckpointing, Quantization, Shard
+from cookbook.engine.options import (
+    EngineOptions,
+    GradientCheckpointing,
+    OptimizerBits,
+    Quantization,
+    Shard,
+)
 from cookbook.errors import ConfigError
 from cookbook.eval.evaluators import EvaluatorBuilder, OnEvaluatorError
 from cookbook.runs.directions import DEFAULT_METRIC, METRIC_PATTERNS, BestMode, direction
@@ -171,6 +177,10 @@ class Config:
     deterministic: bool = _field(
         default=False,
         doc="compute the same bits each time on CUDA too, so that resumes are bit-exact; slower",
+    )
+    optimizer_bits: OptimizerBits = _field(
+        default=32,
+        doc="of AdamW's moments: 32, or 8 (a quarter of their memory, rounded; needs the extra qlora)",
     )
     trace: bool = _field(default=False, doc="write trace.json: what ran when, for https://ui.perfetto.dev")
     wandb_project: str | None = _field(default=None, doc="Weights & Biases project; default: do not use it")

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cookbook.engine.cards import CARDS, GIB
-from cookbook.engine.options import EngineOptions, GradientCheckpointing
+from cookbook.engine.options import EngineOptions, GradientCheckpointing, OptimizerBits
 from cookbook.types import LoraConfig
 
 _QWEN3 = {"vocab_size": 151_936, "head_dim": 128, "num_key_value_heads": 8, "max_position_embeddings": 40_960}
@@ -68,8 +68,13 @@ SHAPES: Mapping[str, Mapping[str, Any]] = {
     },
 }  # fmt: skip
 
-METHODS: Mapping[str, tuple[int, str | None]] = {"LoRA": (32, None), "nf4": (32, "nf4"), "full": (0, None)}
-"""The rank and the quantization of each method."""
+METHODS: Mapping[str, tuple[int, str | None, OptimizerBits]] = {
+    "LoRA": (32, None, 32),
+    "nf4": (32, "nf4", 32),
+    "full": (0, None, 32),
+    "full, 8 bits": (0, None, 8),
+}
+"""The rank, the quantization and the bits of moments of each method."""
 TABLE_CARDS = ("4090", "l40s", "h100", "h200")
 SIZES = {"16 GB": "t4", "24 GB": "4090", "48 GB": "l40s", "80 GB": "h100", "141 GB": "h200"}
 """Sizes of memory as cards are sold with them, and the card whose memory stands for each."""
@@ -107,13 +112,14 @@ def rows(
     from cookbook.engine.model import estimate
 
     for name, shape in shapes.items():
-        for method, (rank, quantization) in METHODS.items():
+        for method, (rank, quantization, bits) in METHODS.items():
 
             def options(
-                checkpointing: GradientCheckpointing, quantization: Any = quantization
+                checkpointing: GradientCheckpointing, quantization: Any = quantization, bits: Any = bits
             ) -> EngineOptions:
                 made = EngineOptions(gradient_checkpointing=checkpointing)
                 object.__setattr__(made, "quantization", quantization)  # bitsandbytes need not be installed
+                object.__setattr__(made, "optimizer_bits", bits)
                 return made
 
             auto = options("auto")

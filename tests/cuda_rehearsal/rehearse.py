@@ -36,7 +36,7 @@ from waits import ANSWERS  # noqa: E402
 
 from benchmarks.fake_cuda.device import FakeCuda, Recording  # noqa: E402
 from cookbook.engine.model.base_model import BaseModel  # noqa: E402
-from cookbook.engine.options import EngineOptions  # noqa: E402
+from cookbook.engine.options import EngineOptions, OptimizerBits  # noqa: E402
 from cookbook.engine.sampling.decoder_probe import make_decoder  # noqa: E402
 from cookbook.engine.sampling.requests import ScoreRequest, sample_request  # noqa: E402
 from cookbook.engine.sampling.sampler import Sampler  # noqa: E402
@@ -81,6 +81,7 @@ class Rehearsal:
         yield "sample", self.sample
         yield "save, load and export", lambda: self.save_and_load(rank=4)
         yield "train all weights", lambda: self.train(rank=0)
+        yield "train all weights with moments in 8 bits", lambda: self.train(rank=0, optimizer_bits=8)
         yield "save, load and export all weights", lambda: self.save_and_load(rank=0)
 
     def sample(self) -> Recording:
@@ -141,9 +142,10 @@ class Rehearsal:
         train_unembed: bool = True,
         is_checkpointed: bool = False,
         is_offloaded: bool = False,
+        optimizer_bits: OptimizerBits = 32,
     ) -> Recording:
         """Takes a step."""
-        with self._trainer(rank, train_unembed) as trainer:
+        with self._trainer(rank, train_unembed, optimizer_bits) as trainer:
             if is_checkpointed or is_offloaded:
                 trainer._limits = dataclasses.replace(trainer._limits, max_tokens_without_checkpointing=0)
             if is_offloaded:
@@ -157,11 +159,16 @@ class Rehearsal:
             return self._record(step)
 
     @contextlib.contextmanager
-    def _trainer(self, rank: int, train_unembed: bool = True) -> Iterator[Trainer]:
+    def _trainer(
+        self, rank: int, train_unembed: bool = True, optimizer_bits: OptimizerBits = 32
+    ) -> Iterator[Trainer]:
+        options = self.base.options
+        self.base.options = dataclasses.replace(options, optimizer_bits=optimizer_bits)
         trainer = Trainer(self.base, LoraConfig(rank=rank, seed=0, train_unembed=train_unembed))
         try:
             yield trainer
         finally:
+            self.base.options = options
             self.base.adapters.remove(trainer.adapter)
 
     def _record(self, work: Callable[[], Any]) -> Recording:

@@ -21,7 +21,7 @@ from benchmarks.fake_cuda import library
 
 ROOT = Path(__file__).parents[2]
 QUICK = ("qwen3",)
-NUM_ACTIVITIES = 9
+NUM_ACTIVITIES = 10
 
 pytestmark = pytest.mark.skipif(library.why_unavailable() is not None, reason=library.why_unavailable() or "")
 
@@ -96,6 +96,12 @@ def test_inputs_of_layers_are_copied_to_the_host_and_back(found: Found) -> None:
         for what in ("checkpointed layers", "inputs in host memory")
     ]
     assert copies[1] - copies[0] == 2 + 1
+
+
+def test_moments_in_8_bits_are_stepped_on_by_the_kernel_of_bitsandbytes(found: Found) -> None:
+    counts = found["qwen3", "train all weights with moments in 8 bits"]["operators"]
+    assert counts.get("optimizer_update_8bit_blockwise", 0) > 1
+    assert "optimizer_update_8bit_blockwise" not in found["qwen3", "train all weights"]["operators"]
 
 
 @pytest.mark.slow

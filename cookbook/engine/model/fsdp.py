@@ -38,8 +38,12 @@ def should_shard(
     dtype: torch.dtype,
     is_trained: bool,
 ) -> bool:
-    """Returns whether to shard, by `options.shard`. Where the answer depends on memory, rank 0 decides."""
-    if world.is_alone or options.shard == "none" or options.quantization is not None:
+    """Returns whether to shard, by `options.shard`. Where the answer depends on memory, rank 0 decides.
+
+    Weights in 4 bits and those with moments in 8 bits are never sharded.
+    """
+    never = options.shard == "none" or options.quantization is not None or options.optimizer_bits == 8
+    if world.is_alone or never:
         return False
     return options.shard == "full" or world.on_rank0(
         lambda: bytes_needed(model_name, dtype, is_trained) > _SHARE_FOR_WEIGHTS * usable_memory(device)

@@ -30,13 +30,13 @@ def limits(base: BaseModel, adapter: Adapter) -> MicrobatchLimits:
 
 def can_undo_steps(base: BaseModel, adapter: Adapter) -> bool:
     """Returns whether memory, without activations, suffices for the copies that undo a failed step."""
-    needed = reserved_bytes(base, adapter) + bytes_to_undo(_local_parts(adapter))
+    needed = reserved_bytes(base, adapter) + bytes_to_undo(_local_parts(adapter), base.options.optimizer_bits)
     return needed <= usable_memory(base.device)
 
 
 def reserved_bytes(base: BaseModel, adapter: Adapter) -> int:
     """Returns the bytes held besides activations: the weights, and the state of training `adapter`."""
-    return base.weight_bytes() + bytes_to_train(_local_parts(adapter))
+    return base.weight_bytes() + bytes_to_train(_local_parts(adapter), base.options.optimizer_bits)
 
 
 def describe(base: BaseModel, adapter: Adapter, num_tokens: int) -> str:
@@ -46,7 +46,7 @@ def describe(base: BaseModel, adapter: Adapter, num_tokens: int) -> str:
     held = {
         "weights": base.weight_bytes() - of_adapter,
         "adapter": of_adapter,
-        "gradients and optimizer": bytes_to_train(parts),
+        "gradients and optimizer": bytes_to_train(parts, base.options.optimizer_bits),
     }
     told = [f"{name} {in_gib(number)}" for name, number in held.items() if number]
     cost = None

@@ -1,27 +1,32 @@
 """AdamW on named weights, with fp32 masters for weights in lower precision.
 
 All of its state is allocated when it is created, so a step needs no lasting memory. A step is taken
-completely or not at all.
+completely or not at all. With 8 bits the moments of all but small weights are those of `adamw_8bit`.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from cookbook.engine.model import fsdp
 from cookbook.engine.model.memory import is_out_of_memory
+from cookbook.engine.options import OptimizerBits
 from cookbook.engine.processes import ALONE, World
+from cookbook.engine.training.adamw_8bit import MIN_SIZE, AdamW8Bit, bytes_of_moments, is_in_8_bits
 from cookbook.errors import CheckpointError
 from cookbook.types import AdamParams
 
-_MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+logger = logging.getLogger(__name__)
+
 _MASTER = "master"
 
 
-def bytes_to_train(weights: Iterable[Tensor]) -> int:
+def bytes_to_train(weights: Iterable[Tensor], bits: OptimizerBits = 32) -> int:
     """Returns the maximum number of bytes that training needs besides `weights`, also in a pass.
 
     For each weight in fp32 these are its gradient, the gradient of earlier passes, and two moments. A weight
@@ -29,34 +34,63 @@ def bytes_to_train(weights: Iterable[Tensor]) -> int:
     """
     fp32 = torch.float32.itemsize
     return sum(
-        weight.numel() * (4 * fp32 + (0 if weight.dtype == torch.float32 else fp32 + weight.itemsize))
+        weight.numel() * (2 * fp32 + (0 if weight.dtype == torch.float32 else fp32 + weight.itemsize))
+        + _bytes_of_moments(weight, bits)
         for weight in weights
     )
 
 
-def bytes_to_undo(weights: Iterable[Tensor]) -> int:
+def bytes_to_undo(weights: Iterable[Tensor], bits: OptimizerBits = 32) -> int:
     """Returns the bytes of the copies of masters and moments with which a failed step is undone."""
-    return sum(3 * weight.numel() * torch.float32.itemsize for weight in weights)
+    return sum(
+        weight.numel() * torch.float32.itemsize + _bytes_of_moments(weight, bits) for weight in weights
+    )
+
+
+def _bytes_of_moments(weight: Tensor, bits: OptimizerBits) -> int:
+    if bits == 8 and is_in_8_bits(weight):
+        return bytes_of_moments(weight)
+    return 2 * weight.numel() * torch.float32.itemsize
 
 
 class Optimizer:
     """Accumulates gradients on the masters, which are the weights themselves if those are fp32."""
 
-    def __init__(self, weights: Mapping[str, nn.Parameter], can_undo: bool = True) -> None:
-        """`can_undo` says that there is memory for a copy of masters and moments while a step is taken."""
+    def __init__(
+        self, weights: Mapping[str, nn.Parameter], can_undo: bool = True, bits: OptimizerBits = 32
+    ) -> None:
+        """`can_undo` says that there is memory for a copy of masters and moments while a step is taken.
+
+        Raises ConfigError if moments of 8 bits are not supported on the device of the weights.
+        """
         self._weights = weights
         self._can_undo = can_undo
         self.masters: dict[str, nn.Parameter] = {
             name: weight if weight.dtype == torch.float32 else nn.Parameter(weight.detach().float())
             for name, weight in weights.items()
         }
-        self._adamw = torch.optim.AdamW(self.masters.values(), fused=True)
-        for master in self.masters.values():
-            self._adamw.state[master] = {
-                "step": torch.zeros((), dtype=torch.float32, device=master.device),
-                "exp_avg": torch.zeros_like(master, memory_format=torch.preserve_format),
-                "exp_avg_sq": torch.zeros_like(master, memory_format=torch.preserve_format),
-            }
+        self._bits = bits
+        in_8_bits = [master for master in self.masters.values() if bits == 8 and is_in_8_bits(master)]
+        others = [master for master in self.masters.values() if not (bits == 8 and is_in_8_bits(master))]
+        self._adamws: list[torch.optim.AdamW | AdamW8Bit] = []
+        if in_8_bits:
+            self._adamws.append(AdamW8Bit(in_8_bits))
+        elif bits == 8:
+            logger.warning(
+                "optimizer_bits=8 has no effect: no trained tensor has %d values or more.", MIN_SIZE
+            )
+        if others:
+            adamw = torch.optim.AdamW(others, fused=True)
+            for master in others:
+                adamw.state[master] = {
+                    "step": torch.zeros((), dtype=torch.float32, device=master.device),
+                    "exp_avg": torch.zeros_like(master, memory_format=torch.preserve_format),
+                    "exp_avg_sq": torch.zeros_like(master, memory_format=torch.preserve_format),
+                }
+            self._adamws.append(adamw)
+        self._moments: dict[nn.Parameter, dict[str, Tensor]] = {
+            master: state for adamw in self._adamws for master, state in adamw.state.items()
+        }
         self._stepped: set[str] = set()
         """The weights whose moments a step has changed. The others have had no gradient so far."""
         self.num_steps = 0
@@ -99,7 +133,7 @@ class Optimizer:
         """
         self._all_reduce_gradients(world)
         trained = [master for master in self.masters.values() if master.grad is not None]
-        moments = [value for master in trained for value in self._adamw.state[master].values()]
+        moments = [value for master in trained for value in self._moments[master].values()]
         changing = [fsdp.local_part(tensor.detach()) for tensor in (*trained, *moments)]
         before, stepped, num_steps = self._copies_of(changing), set(self._stepped), self.num_steps
         has_changed_weights = False
@@ -110,15 +144,15 @@ class Optimizer:
                 norm = fsdp.full_tensor(norm)
                 if params.grad_clip_norm > 0:
                     torch.nn.utils.clip_grads_with_norm_(self.masters.values(), params.grad_clip_norm, norm)
-                for group in self._adamw.param_groups:
-                    group.update(
+                has_changed_weights = True
+                for adamw in self._adamws:
+                    adamw.param_groups[0].update(
                         lr=params.learning_rate,
                         betas=(params.beta1, params.beta2),
                         eps=params.eps,
                         weight_decay=params.weight_decay,
                     )
-                has_changed_weights = True
-                self._adamw.step()
+                    adamw.step()
                 self._copy_masters()
                 self._stepped |= {name for name, master in self.masters.items() if master.grad is not None}
                 self.num_steps += 1
@@ -127,7 +161,7 @@ class Optimizer:
                 self.is_half_stepped = True
             elif has_changed_weights:
                 if before:
-                    torch._foreach_copy_(changing, before)
+                    _copy_all(changing, before)
                 self._copy_masters()
             self._stepped, self.num_steps = stepped, num_steps
             raise
@@ -156,7 +190,7 @@ class Optimizer:
                 raise
             return None  # the step itself needs less memory
         if copies:
-            torch._foreach_copy_(copies, tensors)
+            _copy_all(copies, tensors)
         return copies
 
     @torch.no_grad()
@@ -170,10 +204,10 @@ class Optimizer:
     def tensors(self) -> dict[str, Tensor]:
         """Returns the tensors that a step depends on besides the weights, by name."""
         tensors = {
-            f"{name}.{key}": value
+            f"{name}.{key}": value.to(master.device)
             for name, master in self.masters.items()
             if name in self._stepped
-            for key, value in self._adamw.state[master].items()
+            for key, value in self._moments[master].items()
         }
         for name, master in self.masters.items():
             if master is not self._weights[name]:
@@ -187,48 +221,72 @@ class Optimizer:
         for name, master in self.masters.items():
             if master is not self._weights[name]:
                 master.copy_(self._weights[name])
-            for value in self._adamw.state[master].values():
+            for value in self._moments[master].values():
                 value.zero_()
         self._stepped, self.num_steps, self.is_half_stepped = set(), 0, False
 
     def check(self, path: str, tensors: Mapping[str, Tensor]) -> None:
         """Raises CheckpointError, naming `path`, unless `tensors` are complete and fit the weights."""
-        known = {f"{name}.{key}" for name in self.masters for key in (*_MOMENTS, _MASTER)}
-        if surplus := sorted(tensors.keys() - known):
+        expected = {
+            f"{name}.{key}": value
+            for name, master in self.masters.items()
+            for key, value in (*self._moments[master].items(), (_MASTER, master))
+        }
+        self._check_bits(path, tensors)
+        if surplus := sorted(tensors.keys() - expected.keys()):
             raise CheckpointError(
                 f"Checkpoint {path} is damaged: its optimizer has {surplus[0]}, which belongs to no weight "
                 f"that is trained. Load an earlier checkpoint."
             )
         for name, master in self.masters.items():
-            entry = [key for key in _MOMENTS if f"{name}.{key}" in tensors]
-            if entry and len(entry) != len(_MOMENTS):
+            saved = [key for key in self._moments[master] if f"{name}.{key}" in tensors]
+            if saved and len(saved) != len(self._moments[master]):
                 raise CheckpointError(
                     f"Checkpoint {path} is damaged: the optimizer state of {name} is incomplete."
                 )
-            for key in (*entry, _MASTER):
-                found = tensors.get(f"{name}.{key}")
-                expected = [] if key == "step" else list(master.shape)
-                if found is None:
-                    continue
-                if list(found.shape) != expected:
-                    raise CheckpointError(
-                        f"Checkpoint {path} is damaged: {name}.{key} has shape {list(found.shape)}, expected "
-                        f"{expected}. Load an earlier checkpoint."
-                    )
-                if found.dtype != torch.float32:
-                    raise CheckpointError(
-                        f"Checkpoint {path} is damaged: {name}.{key} is {found.dtype}, expected "
-                        f"torch.float32. Load an earlier checkpoint."
-                    )
+        for name, found in tensors.items():
+            if found.shape != expected[name].shape:
+                raise CheckpointError(
+                    f"Checkpoint {path} is damaged: {name} has shape {list(found.shape)}, expected "
+                    f"{list(expected[name].shape)}. Load an earlier checkpoint."
+                )
+            if found.dtype != expected[name].dtype:
+                raise CheckpointError(
+                    f"Checkpoint {path} is damaged: {name} is {found.dtype}, expected "
+                    f"{expected[name].dtype}. Load an earlier checkpoint."
+                )
+
+    def _check_bits(self, path: str, tensors: Mapping[str, Tensor]) -> None:
+        """Raises CheckpointError if moments were saved with other bits than this optimizer has."""
+        for name, master in self.masters.items():
+            found, own = tensors.get(f"{name}.exp_avg"), self._moments[master]["exp_avg"]
+            if found is not None and {found.dtype, own.dtype} == {torch.uint8, torch.float32}:
+                saved = 8 * found.itemsize
+                raise CheckpointError(
+                    f"Checkpoint {path} has moments of {saved} bits ({name}), and this client "
+                    f"optimizer_bits={self._bits}. Use optimizer_bits={saved}, or load its weights alone "
+                    f"(load_state)."
+                )
 
     @torch.no_grad()
     def restore(self, tensors: Mapping[str, Tensor], num_steps: int) -> None:
         """Copies the state from `tensors`, after `check` and `reset`."""
         for name, master in self.masters.items():
-            if f"{name}.{_MOMENTS[0]}" in tensors:
+            if f"{name}.step" in tensors:
                 self._stepped.add(name)
-                for key, value in self._adamw.state[master].items():
+                for key, value in self._moments[master].items():
                     value.copy_(tensors[f"{name}.{key}"])
             if f"{name}.{_MASTER}" in tensors and master is not self._weights[name]:
                 master.copy_(tensors[f"{name}.{_MASTER}"])
         self.num_steps = num_steps
+
+
+def _copy_all(targets: list[Tensor], sources: list[Tensor]) -> None:
+    """Copies tensors in one call for each device and dtype, for which torch has a kernel for many."""
+    groups: dict[Any, tuple[list[Tensor], list[Tensor]]] = {}
+    for target, source in zip(targets, sources, strict=True):
+        group = groups.setdefault((target.device, target.dtype), ([], []))
+        group[0].append(target)
+        group[1].append(source)
+    for group in groups.values():
+        torch._foreach_copy_(*group)

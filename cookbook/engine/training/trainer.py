@@ -91,7 +91,11 @@ class Trainer:
         self.rng = np.random.default_rng(lora.seed)
         """The random numbers that seed this adapter's unseeded samples. They are saved with the state."""
         with base.adapters.removing_on_failure(self.adapter):
-            self._optimizer = Optimizer(self.adapter.weights, memory_needs.can_undo_steps(base, self.adapter))
+            self._optimizer = Optimizer(
+                self.adapter.weights,
+                memory_needs.can_undo_steps(base, self.adapter),
+                base.options.optimizer_bits,
+            )
             self._limits = memory_needs.limits(base, self.adapter)
         self._has_gradient = False
         self._num_passes = 0

@@ -92,7 +92,7 @@ def test_shapes_have_the_published_number_of_weights(name: str, number: int) -> 
 def test_the_table_has_a_row_for_each_method() -> None:
     shape = {**memory_table.SHAPES["HuggingFaceTB/SmolLM2-135M-Instruct"], "num_hidden_layers": 20}
     found = list(memory_table.rows({"owner/small": shape}, ["t4"]))
-    assert [row.method for row in found] == ["LoRA", "nf4", "full"]
+    assert [row.method for row in found] == ["LoRA", "nf4", "full", "full, 8 bits"]
     lora, nf4, full = (row.least for row in found)
     assert nf4 < lora < full
     assert CARDS["t4"].name in memory_table.markdown(found, ["t4"])

@@ -126,7 +126,7 @@ def test_the_home_directory_in_log_path_is_expanded(make_config: MakeConfig) -> 
 def test_engine_options_come_from_the_config(make_config: MakeConfig) -> None:
     values: dict[str, Any] = {
         "device": "cpu", "dtype": "float32", "max_tokens_per_microbatch": 7, "gradient_checkpointing": "on",
-        "compile": True, "shard": "none", "deterministic": True,
+        "compile": True, "shard": "none", "deterministic": True, "optimizer_bits": 8,
     }  # fmt: skip
     assert make_config(**values).engine_options() == EngineOptions(**values)
 

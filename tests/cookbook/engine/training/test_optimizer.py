@@ -194,11 +194,11 @@ def test_a_step_is_taken_without_copies_if_they_do_not_fit() -> None:
 def test_moments_are_allocated_at_creation_and_saved_once_used() -> None:
     optimizer = Optimizer(make_weights(torch.float32))
     assert optimizer.tensors() == {}
-    moments = {id(value) for state in optimizer._adamw.state.values() for value in state.values()}
+    moments = {id(value) for state in optimizer._moments.values() for value in state.values()}
     assert len(moments) == 9
     pass_over(optimizer, 0)
     optimizer.step(ADAM)
-    assert {id(value) for state in optimizer._adamw.state.values() for value in state.values()} == moments
+    assert {id(value) for state in optimizer._moments.values() for value in state.values()} == moments
     assert {name.split(".")[0] for name in optimizer.tensors()} == {"w0", "w1"}, "the third had no gradient"
 
 
@@ -237,7 +237,7 @@ def test_bytes_to_train_equals_the_allocated_memory(dtype: torch.dtype) -> None:
         for tensor in (
             *(weight.grad for weight in weights.values()),
             *earlier.values(),
-            *(value for state in optimizer._adamw.state.values() for value in state.values()),
+            *(value for state in optimizer._moments.values() for value in state.values()),
             *(master.detach() for name, master in optimizer.masters.items() if master is not weights[name]),
         )
         if tensor is not None
