@@ -29,7 +29,7 @@ OUTSIDE = [
     "renderers/README.md",
     "renderers/jinja/README.md",
 ]
-ASSETS = {".svg", ".png", ".css"}
+ASSETS = {".svg", ".png", ".css", ".js"}
 LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^()\s]+)\)")
 
 

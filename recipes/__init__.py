@@ -3,7 +3,15 @@
 from __future__ import annotations
 
 import ast
+import sys
 from pathlib import Path
+
+try:
+    import cookbook  # noqa: F401
+except ImportError as another:
+    if another.name != "renderers":
+        raise
+    sys.exit(str(another))  # another package of that name: the sentence says what helps, a traceback does not
 
 
 def summaries() -> dict[str, str]:

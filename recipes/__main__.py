@@ -13,6 +13,7 @@ import importlib
 import io
 import re
 import sys
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
@@ -61,12 +62,12 @@ def main(argv: Sequence[str] | None = None) -> Any:
         return None
     with cli.exiting_on_errors():
         if not name or name in cli.HELP:
-            print(visible(overview()))
+            cli.print_help(overview())
             return None
         if name in ("--version", "-V", "version"):
             from cookbook import __version__
 
-            print(visible(f"{COMMAND} {__version__}"))
+            cli.print_help(f"{COMMAND} {__version__}")
             return None
         if name == "completion":
             print(visible(_completion(rest)), end="")
@@ -76,8 +77,7 @@ def main(argv: Sequence[str] | None = None) -> Any:
                 f"There is no command {visible_line(name)!r}.{did_you_mean(name, summaries())} "
                 f"`{COMMAND}` without arguments lists them."
             )
-        module = importlib.import_module(f"recipes.{name}")
-    return module.main(rest)
+        return importlib.import_module(f"recipes.{name}").main(rest)
 
 
 def run() -> None:
@@ -88,12 +88,14 @@ def run() -> None:
 def overview() -> str:
     """Returns the list of commands, in 80 columns."""
     lines = [f"{COMMAND} <command> [key=value ...], or python -m recipes.<command>", ""]
-    lines += [f"  {name:<10} {summary}" for name, summary in summaries().items()]
+    for name, summary in summaries().items():
+        line = f"  {name:<10} {summary}"
+        lines += textwrap.wrap(line, 80, subsequent_indent=" " * 13, break_on_hyphens=False)
     lines += [
         "",
         f"{COMMAND} <command> --help lists the keys of a command.",
         f"{COMMAND} --version prints the version.",
-        f"{COMMAND} completion bash|zsh|fish prints a script that completes commands and keys:",
+        f"{COMMAND} completion bash|zsh|fish prints a script of completions:",
         f'  eval "$({COMMAND} completion bash)"',
     ]
     return "\n".join(lines)

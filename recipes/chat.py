@@ -114,6 +114,7 @@ class ChatConfig:
 
 async def run(config: ChatConfig) -> None:
     from cookbook.clients.service import ServiceClient
+    from cookbook.engine.options import EngineOptions
 
     consoles.keep_undecodable_input()
     if config.server is not None:
@@ -124,7 +125,8 @@ async def run(config: ChatConfig) -> None:
             speaker = Speaker("model", session)
             Terminal(sys.stdin, sys.stdout, sys.stderr).talk(f"{session.model} at {config.server}", [speaker])
         return
-    with _ctrl_c_raises(), closing(ServiceClient(device=config.device, dtype=config.dtype)) as service:
+    options = EngineOptions(config.device, config.dtype, pack_weights=True)
+    with _ctrl_c_raises(), closing(ServiceClient(options=options)) as service:
         if config.web:
             title, speakers, _ = _speakers(config, service)
             _serve_page(title, speakers, config.port)

@@ -13,7 +13,12 @@ from __future__ import annotations
 
 from cookbook.config import cli
 from cookbook.export.config import ExportConfig
-from cookbook.export.export import main as export
+
+
+async def export(config: ExportConfig) -> str:
+    from cookbook.export.export import main  # imports torch, which help does not need
+
+    return await main(config)
 
 
 def main(argv: list[str] | None = None) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import random
 import sys
+from collections.abc import Sequence
 
 import chz
 
@@ -39,7 +40,9 @@ class Config:
     seed: int = 0
 
 
-def main(config: Config) -> None:
+def main(argv: Sequence[str]) -> None:
+    config = cli.make_config(Config, {}, argv, "recipes.sft_loop")
+
     # model, tokenizer, renderer
     service_client = cookbook.ServiceClient()
     training_client = service_client.create_lora_training_client(
@@ -102,4 +105,4 @@ def main(config: Config) -> None:
 
 if __name__ == "__main__":
     with cli.exiting_on_errors():
-        main(cli.make_config(Config, {}, sys.argv[1:], "recipes.sft_loop"))
+        main(sys.argv[1:])

@@ -8,12 +8,15 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import runpy
 import sys
 from collections.abc import Sequence
 
 import cookbook
+from cookbook.config import cli
+from cookbook.errors import ConfigError
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -22,6 +25,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(__doc__)
         raise SystemExit(0 if arguments else 2)
     program = arguments[0]
+    with cli.exiting_on_errors():
+        _check_there(program)
     cookbook.install_as_tinker()
     before = sys.argv
     sys.argv = arguments
@@ -33,6 +38,26 @@ def main(argv: Sequence[str] | None = None) -> None:
             runpy.run_module(program, run_name="__main__", alter_sys=True)
     finally:
         sys.argv = before
+
+
+def _check_there(program: str) -> None:
+    """Raises ConfigError if there is no such file or installed package."""
+    if program.endswith(".py") or os.sep in program:
+        if not os.path.isfile(program):
+            raise ConfigError(f"There is no file {program}.")
+        return
+    package, _, rest = program.partition(".")
+    spec = importlib.util.find_spec(package) if package else None
+    missing = program if spec is None else ""
+    # The folders are looked through, because importing a package to look it up would run its code.
+    for folder in (spec.submodule_search_locations or ()) if spec is not None and rest else ():
+        path = os.path.join(folder, *rest.split("."))
+        missing = "" if os.path.isfile(f"{path}.py") or os.path.isdir(path) else program
+    if missing:
+        raise ConfigError(
+            f"There is no module {program}. Install the package that has it, or give a program as "
+            f"path/to/program.py."
+        )
 
 
 if __name__ == "__main__":

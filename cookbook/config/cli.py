@@ -228,7 +228,7 @@ def exiting_on_errors() -> Iterator[None]:
         with consoles.visible_output():
             yield
     except EntrypointHelpException as help_text:
-        _print_help(str(help_text))
+        print_help(str(help_text))
         sys.exit(0)
     except CookbookError as error:
         _print_error(_describe(error), error)
@@ -259,7 +259,7 @@ def _print_error(failure: str, error: Exception) -> None:
         print(visible(where + failure), file=sys.stderr, flush=True)
 
 
-def _print_help(text: str) -> None:
+def print_help(text: str) -> None:
     """Prints a text. A reader may close the pipe early, as `head` does."""
     try:
         print(visible(text), flush=True)

@@ -46,6 +46,9 @@ class EngineOptions:
     slower; on a CPU it is so in any case."""
     optimizer_bits: OptimizerBits = 32
     """8: hold the moments of AdamW in 8 bits (bitsandbytes) where a weight has 4,096 values or more."""
+    pack_weights: bool = False
+    """Keep a second copy of the linear layers for sampling on a CPU, if it takes at most an eighth of the
+    memory: a lone reply is then computed without padding (`engine.model.packed_weights`)."""
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):

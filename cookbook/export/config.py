@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import functools
 import re
+from typing import Literal, TypeAlias
 
 import chz
 
 from cookbook.errors import ConfigError
 from cookbook.export import llama_quantize, push
-from cookbook.export.gguf_weights import GgufType
-from cookbook.export.merged_folder import Dtype
-from cookbook.runs.find import Which
+from cookbook.runs.checkpoints import Which
 from cookbook.utils.nearest import unknown_name
 
 _field = functools.partial(chz.field, validator=chz.validators.typecheck)
 
+Dtype: TypeAlias = Literal["auto", "bfloat16", "float16", "float32"]
+GgufType: TypeAlias = Literal["auto", "f32", "f16", "bf16", "q8_0"]
 FORMATS = ("adapter", "merged", "gguf", "ollama")
 
 

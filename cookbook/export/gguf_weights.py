@@ -15,7 +15,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from torch import Tensor
 
 from cookbook.errors import ConfigError
 from cookbook.export.chat_format import ChatFormat
+from cookbook.export.config import GgufType
 from cookbook.export.gguf_vocabulary import add_vocabulary, pre_tokenizer_name
 from cookbook.export.merge import MergedWeights
 from cookbook.export.updates import LowRank
@@ -31,8 +32,6 @@ from cookbook.utils import extras
 if TYPE_CHECKING:
     import gguf
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
-
-GgufType: TypeAlias = Literal["auto", "f32", "f16", "bf16", "q8_0"]
 
 _ARCHITECTURES = {"LlamaForCausalLM": "LLAMA", "Qwen2ForCausalLM": "QWEN2", "Qwen3ForCausalLM": "QWEN3"}
 _AUTO = {torch.bfloat16: "bf16", torch.float16: "f16"}

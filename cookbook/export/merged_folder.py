@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeAlias
 
 import torch
 
@@ -19,13 +18,12 @@ from cookbook.engine.model.published_files import (
 )
 from cookbook.errors import ModelError
 from cookbook.export.chat_format import ChatFormat
+from cookbook.export.config import Dtype
 from cookbook.export.merge import base_model_folder, merged_weights
 from cookbook.runs.find import TrainedModel
 from cookbook.utils import json_files, pretrained, weight_files
 from cookbook.utils.json_files import JsonOrigin
 from cookbook.utils.weight_files import REPAIR
-
-Dtype: TypeAlias = Literal["auto", "bfloat16", "float16", "float32"]
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import takewhile
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 from cookbook.errors import CheckpointError, RequestError
 from cookbook.runs.rows import METRICS_SHAPE, METRICS_VALUE
@@ -23,6 +23,8 @@ from cookbook.utils.json_files import Count, JsonOrigin, Measured
 
 logger = logging.getLogger(__name__)
 
+Which: TypeAlias = Literal["best", "last"]
+"""Which checkpoint of a run is meant."""
 FOLDER = "checkpoints"
 """The subfolder of a run that holds its checkpoints, each under its name."""
 MARK = "state.json"

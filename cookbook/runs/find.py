@@ -6,17 +6,15 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 from cookbook import embedded
 from cookbook.engine import checkpoint
 from cookbook.errors import CheckpointError
-from cookbook.runs.checkpoints import Checkpoint, CheckpointLog, read_records
+from cookbook.runs.checkpoints import Checkpoint, CheckpointLog, Which, read_records
 from cookbook.runs.record import RunRecord, read_run
 from cookbook.utils import json_files
 from cookbook.utils.json_files import JsonOrigin
-
-Which: TypeAlias = Literal["best", "last"]
 
 _HUB_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*/[A-Za-z0-9._-]+")
 _EMBEDDED = embedded.MODEL_PATH.parts[-3:]

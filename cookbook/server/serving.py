@@ -11,6 +11,7 @@ from typing import Any
 import uvicorn
 
 from cookbook.clients.service import ServiceClient
+from cookbook.engine.options import EngineOptions
 from cookbook.server.app import make_app
 from cookbook.server.options import ServerOptions
 from cookbook.server.store import CheckpointStore
@@ -24,7 +25,7 @@ async def serve(options: ServerOptions, device: str = "auto", dtype: str = "auto
     """Loads the first model, listens, and returns when the process is told to stop."""
     with (
         closing(CheckpointStore(options.folder)) as store,
-        closing(ServiceClient(device=device, dtype=dtype)) as service,
+        closing(ServiceClient(options=EngineOptions(device, dtype, pack_weights=True))) as service,
     ):
         await asyncio.to_thread(service.create_sampling_client, None, options.models[0])
         server = _server(service, options, store)

@@ -249,7 +249,8 @@ class Config:
 
     def engine_options(self) -> EngineOptions:
         """Returns the engine's options, from the keys of the same names."""
-        return EngineOptions(**{option.name: getattr(self, option.name) for option in fields(EngineOptions)})
+        names = {option.name for option in fields(EngineOptions)} - {"pack_weights"}
+        return EngineOptions(**{name: getattr(self, name) for name in names})
 
     def objective(self) -> Objective | None:
         """Returns what the run trains for; None for the likelihood of its data."""

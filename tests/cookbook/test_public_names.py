@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import cookbook
+import recipes
 
 HEAVY = (
     "accelerate",
@@ -123,6 +124,20 @@ def test_importing_loads_no_heavy_package_and_the_types_need_none() -> None:
     )
     done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines() == [f"{name} []" for name in MODULES]
+
+
+def test_help_of_every_command_loads_neither_torch_nor_transformers() -> None:
+    """One interpreter prints one after the other: what the first loads would be found behind each."""
+    check = (
+        "import contextlib, io, sys\n"
+        "from recipes import __main__ as console, summaries\n"
+        "for name in summaries():\n"
+        "    with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):\n"
+        "        console.main([name, '--help'])\n"
+        "    print(name, sorted({'torch', 'transformers', 'peft', 'datasets', 'ray'} & set(sys.modules)))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True)
+    assert done.stdout.splitlines() == [f"{name} []" for name in recipes.summaries()], done.stderr
 
 
 @pytest.mark.slow

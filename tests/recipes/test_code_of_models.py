@@ -91,7 +91,7 @@ def run(recipe: str, argv: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
         if recipe == "sft_loop":
             monkeypatch.setenv("HOME", str(Path(argv.pop())))
             with cli.exiting_on_errors():
-                module.main(cli.make_config(module.Config, {}, argv, recipe))
+                module.main(argv)
         else:
             module.main(argv)
     except SystemExit as end:

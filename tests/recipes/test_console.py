@@ -21,9 +21,9 @@ def test_the_list_has_every_recipe_with_a_sentence(capsys: pytest.CaptureFixture
     printed = capsys.readouterr().out
     assert sorted(summaries()) == RECIPES
     for name, summary in summaries().items():
-        assert f"  {name:<10} {summary}\n" in printed
+        assert f" {name} {summary} " in " ".join(printed.split())
         assert summary.endswith(".")
-    assert max(map(len, printed.splitlines())) <= 100
+    assert max(map(len, printed.splitlines())) <= 80
 
 
 @pytest.mark.slow
@@ -32,6 +32,24 @@ def test_a_name_runs_the_recipe_with_the_other_arguments(tmp_path: Path) -> None
     summary = console.main(["sft", f"log_path={path}", "max_steps=1", "eval_every=0", "save_every=0"])
     assert summary.is_finished
     assert (path / "report.html").is_file()
+
+
+@pytest.mark.parametrize(
+    ("program", "message"),
+    [
+        ("no_such_package", "There is no module no_such_package"),
+        ("cookbook.no_such_module", "There is no module cookbook.no_such_module"),
+        ("no_such_file.py", "There is no file no_such_file.py"),
+    ],
+)
+def test_a_tinker_program_that_is_not_there_is_said_in_a_sentence(
+    program: str, message: str, capsys: pytest.CaptureFixture
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        console.main(["tinker", program])
+    assert ended.value.code == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
 
 
 @pytest.mark.parametrize("argument", ["--version", "version", "-V"])

@@ -17,6 +17,7 @@ from cookbook.engine.model.adapters import GLOBAL_STATE, Adapters
 from cookbook.engine.model.compiling import compile_layers
 from cookbook.engine.model.loading import load_model, return_freed_memory
 from cookbook.engine.model.memory import decoder_layers, in_gib, is_out_of_memory, usable_memory
+from cookbook.engine.model.packed_weights import PackedWeights
 from cookbook.engine.model.passes import ModelPasses
 from cookbook.engine.model.peft_settings import is_same
 from cookbook.engine.model.recurrence import RecurrentLayers
@@ -29,7 +30,7 @@ from cookbook.errors import ConfigError, ModelError
 class BaseModel(ModelPasses):
     """A model that is loaded once. All training and sampling clients on it share its weights."""
 
-    # `sampling.decoder_probe` sets these five when the model is first sampled from.
+    # `sampling.decoder_probe` sets these six when the model is first sampled from.
     decodes_packed: bool | None = None
     """Whether sampled sequences can share a row too."""
     make_decoder: Callable[[BaseModel], Any] | None = None
@@ -41,6 +42,8 @@ class BaseModel(ModelPasses):
     row_multiple = 8
     """Passes are padded to a multiple of this many tokens. On some CPUs matrix products of fewer rows round
     differently, so the last bits of a sequence would depend on what it is batched with."""
+    packed_weights: PackedWeights | None = None
+    """Weights with which passes need no such padding."""
 
     def __init__(
         self,

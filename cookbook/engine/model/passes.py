@@ -21,6 +21,7 @@ from cookbook.engine.model.architecture import LogitScaling
 from cookbook.engine.model.attention import AttentionLayout
 from cookbook.engine.model.memory import checkpointed_layers
 from cookbook.engine.model.offloading import InputsOnHost
+from cookbook.engine.model.packed_weights import packed_in
 from cookbook.engine.model.packing import PackedBatch, copy_to
 from cookbook.engine.model.peft_layers import projection_of
 from cookbook.engine.model.recurrence import RecurrentLayers
@@ -201,6 +202,7 @@ class ModelPasses:
             projection.rows,
             scale=self.logit_scaling.scale,
             softcap=self.logit_scaling.softcap,
+            packed=packed_in(projection.module),
         )
 
     def logprobs_of_whole_model(self, batch: PackedBatch) -> Tensor:

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from cookbook.engine.model.dropout import KeyedDropout
+from cookbook.engine.model.packed_weights import PackedLinear
 
 TokenLoss = Callable[[Tensor, slice], Tensor]
 """Maps the log-probabilities of some positions, [C] or [C, J], and the slice of those positions, to their
@@ -102,6 +103,8 @@ class Head:
     rows: TrainedRows | None = None
     scale: float = 1.0
     softcap: float | None = None
+    packed: PackedLinear | None = None
+    """The projection in another layout, while the model is sampled with it."""
 
     def at(self, part: slice) -> Head:
         """Returns the head for a part of the scored positions."""
@@ -131,6 +134,8 @@ class Head:
 
     def logits(self, hidden_SD: Tensor) -> Tensor:
         """Returns the logits of a few positions: [S, V], fp32."""
+        if self.packed is not None:
+            return self._scaled(self._packed_logits(self.packed, hidden_SD))
         logits_SV = product(hidden_SD, self.weight_VD.T)
         if self.rows is not None:
             values_MD = self.rows.values_MD.detach().to(hidden_SD.dtype)
@@ -140,6 +145,15 @@ class Head:
         if self.lora is not None:
             a_SR = hidden_SD @ self.lora.a_RD.to(hidden_SD.dtype).T * self.lora.scaling
             logits_SV += product(a_SR, self.lora.b_VR.to(a_SR.dtype).T)
+        return self._scaled(logits_SV)
+
+    def _packed_logits(self, packed: PackedLinear, hidden_SD: Tensor) -> Tensor:
+        logits_SV = packed(hidden_SD)
+        if self.lora is None:
+            return logits_SV
+        return packed.add_lora(logits_SV, hidden_SD, self.lora.a_RD, self.lora.b_VR, self.lora.scaling)
+
+    def _scaled(self, logits_SV: Tensor) -> Tensor:
         if self.scale != 1:
             logits_SV *= self.scale
         if self.softcap is not None:

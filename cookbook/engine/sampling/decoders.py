@@ -6,6 +6,7 @@ D hidden size, V vocabulary.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from abc import ABC, abstractmethod
 from typing import Any
@@ -66,10 +67,24 @@ class PackedDecoder(Decoder):
     def __init__(self, base: BaseModel) -> None:
         super().__init__(base)
         self._cache = KVCache()
+        packed = base.packed_weights
+        self._packed_weights = packed if packed is not None and packed.are_current() else None
+        self._row_multiple = base.row_multiple if self._packed_weights is None else 1
         self.min_shared = base.min_shared_tokens if base.reuses_prompts else None
         """The shortest beginning that is reused, or None if none is."""
 
     def prefill(self, groups: list[list[Sequence]]) -> Tensor:
+        with self._products():
+            return self._prefill(groups)
+
+    def decode(self, sequences: list[Sequence]) -> Tensor:
+        with self._products():
+            return self._decode(sequences)
+
+    def _products(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext() if self._packed_weights is None else self._packed_weights.in_use()
+
+    def _prefill(self, groups: list[list[Sequence]]) -> Tensor:
         device = self._base.device
         texts = [group[0].text_T for group in groups]
         known = [self._known_of(group[0]) for group in groups]
@@ -96,7 +111,7 @@ class PackedDecoder(Decoder):
             if is_finite_N[places_T].all():
                 self._keep(group[0], texts[number])
         last_G = [path[-1][1] - row.num_known - 1 for path in row.paths]
-        last_G += [0] * (-len(groups) % self._base.row_multiple)
+        last_G += [0] * (-len(groups) % self._row_multiple)
         return head.logits(hidden_ND[copy_to(device, np.array(last_G))])[: len(groups)]
 
     def _run_row(
@@ -115,7 +130,7 @@ class PackedDecoder(Decoder):
 
     def _as_tensors(self, row: PrefillRow) -> tuple[Tensor, AttentionLayout]:
         """Returns the tokens and positions of a row with its padding, [2, N], and the layout of its pass."""
-        device, padding = self._base.device, -len(row.tokens_N) % self._base.row_multiple
+        device, padding = self._base.device, -len(row.tokens_N) % self._row_multiple
         inputs_2N = np.zeros((2, len(row.tokens_N) + padding), np.int64)
         inputs_2N[:, : len(row.tokens_N)] = row.tokens_N, row.positions_N
         segments, ancestors, lengths = row.segments, row.ancestors, row.lengths
@@ -150,9 +165,9 @@ class PackedDecoder(Decoder):
         if self.prompts is not None and self.min_shared is not None and len(text_T) >= self.min_shared:
             self.prompts.add(text_T, *self._cache.of(sequence))
 
-    def decode(self, sequences: list[Sequence]) -> Tensor:
+    def _decode(self, sequences: list[Sequence]) -> Tensor:
         order = self._cache.begin_decode(sequences)
-        num_rows, num_tokens = len(order), len(order) + -len(order) % self._base.row_multiple
+        num_rows, num_tokens = len(order), len(order) + -len(order) % self._row_multiple
         token_N, position_N, place_N = inputs_3N = np.zeros((3, num_tokens), np.int64)
         token_N[:num_rows] = [sequences[index].tokens[-1] for index in order]
         position_N[:num_rows] = [sequences[index].length - 1 for index in order]

@@ -37,7 +37,7 @@ def test_a_package_that_hides_ours_is_refused(other: Path, tmp_path: Path) -> No
     assert ended.returncode == 1
     last = ended.stderr.splitlines()[-1]
     assert last.startswith(f"ImportError: `import renderers` finds {other / 'renderers' / '__init__.py'}")
-    assert "pip uninstall renderers" in last
+    assert last.endswith("take its folder off PYTHONPATH and start from another folder.")
 
 
 def test_a_package_behind_ours_is_no_error(other: Path, tmp_path: Path) -> None:
@@ -46,7 +46,7 @@ def test_a_package_behind_ours_is_no_error(other: Path, tmp_path: Path) -> None:
 
 
 def test_a_package_written_over_ours_is_refused(other: Path, tmp_path: Path) -> None:
-    site = tmp_path / "site"
+    site = tmp_path / "site-packages"
     for name in ("errors.py", "__init__.py", "utils"):
         source = REPOSITORY / "cookbook" / name
         copy = shutil.copytree if source.is_dir() else shutil.copyfile
@@ -55,4 +55,23 @@ def test_a_package_written_over_ours_is_refused(other: Path, tmp_path: Path) -> 
     shutil.copytree(REPOSITORY / "renderers", site / "renderers", ignore=shutil.ignore_patterns("*.pyc"))
     assert import_cookbook(str(site), tmp_path).returncode == 0
     shutil.copyfile(other / "renderers" / "__init__.py", site / "renderers" / "__init__.py")
-    assert "is not the package of sft-cookbook" in import_cookbook(str(site), tmp_path).stderr
+    stderr = import_cookbook(str(site), tmp_path).stderr
+    assert "is not the package of sft-cookbook" in stderr
+    assert "pip uninstall renderers" in stderr
+
+
+@pytest.mark.parametrize("command", ["recipes", "recipes.sft"])
+def test_commands_print_the_sentence_without_a_traceback(command: str, other: Path, tmp_path: Path) -> None:
+    ended = subprocess.run(
+        [sys.executable, "-m", command, "--help"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": f"{other}{os.pathsep}{REPOSITORY}"},
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+    )
+    assert ended.returncode == 1
+    assert not ended.stdout
+    (line,) = ended.stderr.splitlines()
+    assert line.startswith(f"`import renderers` finds {other / 'renderers' / '__init__.py'}")
+    assert line.endswith("Rename it, or take its folder off PYTHONPATH and start from another folder.")
