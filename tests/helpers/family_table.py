@@ -185,6 +185,60 @@ _TINY_VQ = {
     "channel_multiplier": [1, 1],
     "num_res_blocks": 1,
 }
+_DOTS3 = {
+    **_MLA,
+    "num_hidden_layers": 3,
+    "layer_types": [FULL, SLIDING, FULL],
+    "sliding_window": 8,
+    "mlp_layer_types": ["dense", "sparse", "sparse"],
+    "shared_experts_intermediate_size": 24,
+    "swa_num_attention_heads": 4,
+    "swa_num_key_value_heads": 4,
+    "swa_q_lora_rank": 12,
+    "swa_kv_lora_rank": 8,
+    "swa_head_dim": 8,
+    "swa_qk_nope_head_dim": 4,
+    "swa_v_head_dim": 8,
+}
+_QWEN4_EXP = {
+    "rope_parameters": _QWEN3_5_ROPE,
+    "num_hidden_layers": 4,
+    "layer_types": [LINEAR, LINEAR, LINEAR, "indexed_attention"],
+    "hc_count": 2,
+    "hc_lowrank": 8,
+    "ple_layer_ids": [2],
+    "ple_embed_dim": 32,
+    "heads_per_ngram": 2,
+    "ngram_vocab_size_base": 101,
+    "make_ngram_vocab_size_divisible_by": 8,
+    "split_ngram_parts": 2,
+    "indexer_n_heads": 32,
+    "indexer_kv_heads": 1,
+    "indexer_head_dim": 8,
+    "indexer_budget": 8,
+    "indexer_compress_ratio": 2,
+}
+_MINIMAX_M3 = {
+    "dense_intermediate_size": 48,
+    "shared_intermediate_size": 24,
+    "rotary_dim": 4,
+    "mlp_layer_types": ["dense", "sparse"],
+    "layer_types": [FULL, "minimax_m3_sparse"],
+    "index_n_heads": 2,
+    "index_block_size": 4,
+    "index_topk_blocks": 2,
+}
+_SWA_HEADS = {"swa_num_attention_heads": 4, "swa_num_key_value_heads": 2, "swa_head_dim": 8}
+_INKLING = {
+    **_SWA_HEADS,
+    "local_layer_ids": [1],
+    "sliding_window_size": 16,
+    "d_rel": 4,
+    "rel_extent": 32,
+    "logits_mup_width_multiplier": 2.0,
+}
+_SAM = {"mlp_dim": 24, "patch_size": 14, "output_channels": 8, "global_attn_indexes": [1]}
+_TINY_CODEC = {"depths": [1, 1], "downsampling_ratios": [2], "num_filters": 4}
 _MTP = "mtp.layers.0.eh_proj.weight"
 _MTP_LAYER = "model.layers.61.eh_proj.weight"
 
@@ -713,16 +767,7 @@ FAMILIES: dict[str, TinyFamily] = {
     "gpt_neo": text_model("gpt_neo", attention_types=[[["global", "local"], 1]], window_size=8),
     "minimax_m3_vl": multimodal(
         "minimax_m3_vl",
-        text={
-            "dense_intermediate_size": 48,
-            "shared_intermediate_size": 24,
-            "rotary_dim": 4,
-            "mlp_layer_types": ["dense", "sparse"],
-            "layer_types": [FULL, "minimax_m3_sparse"],
-            "index_n_heads": 2,
-            "index_block_size": 4,
-            "index_topk_blocks": 2,
-        },
+        text=_MINIMAX_M3,
         vision={"patch_size": 14},
         projector_hidden_size=16,
     ),
@@ -751,17 +796,7 @@ FAMILIES: dict[str, TinyFamily] = {
         **_DENSE_FIRST_BY_TYPE,
     ),
     "kolibri1": text_model("kolibri1", sliding_window=9, layer_types=[SLIDING, FULL]),
-    "inkling_text": text_model(
-        "inkling_text",
-        local_layer_ids=[1],
-        swa_num_attention_heads=4,
-        swa_num_key_value_heads=2,
-        swa_head_dim=8,
-        sliding_window_size=16,
-        d_rel=4,
-        rel_extent=32,
-        logits_mup_width_multiplier=2.0,
-    ),
+    "inkling_text": text_model("inkling_text", **_INKLING),
     "iquestcoder": text_model("iquestcoder"),
     "nemotron_h_omni": multimodal(
         "nemotron_h_omni",
@@ -862,7 +897,7 @@ FAMILIES: dict[str, TinyFamily] = {
     "got_ocr2": multimodal(
         "got_ocr2",
         text={"model_type": "qwen2"},
-        vision={"mlp_dim": 24, "patch_size": 14, "output_channels": 8, "global_attn_indexes": [1]},
+        vision=_SAM,
     ),
     "video_llama_3": multimodal("video_llama_3", text={"model_type": "qwen2"}),
     "cohere_compass": multimodal(
@@ -936,6 +971,82 @@ FAMILIES: dict[str, TinyFamily] = {
     ),
     "gemma4_unified_text": text_model("gemma4_unified_text", **_GEMMA4_WINDOWS),
     "llama4_text": text_model("llama4_text", intermediate_size_mlp=48),
+    # -- published in the second half of 2026, and others for pictures or sound
+    "qwen4_exp": multimodal("qwen4_exp", text=_QWEN4_EXP, vision=_QWEN_VISION),
+    "qwen4_exp_text": text_model("qwen4_exp_text", **_QWEN4_EXP),
+    "dots3_note_text": text_model("dots3_note_text", **_DOTS3),
+    "muse_spark": multimodal(
+        "muse_spark",
+        text={
+            **_WINDOWS,
+            "layer_rope_theta": [10000.0, 0.0],
+            "moe_hidden_size": 24,
+            "mlp_layer_types": ["sparse", "sparse"],
+        },
+        vision={"patch_size": 14},
+        audio_config={
+            "patch_sizes": [4, 4],
+            "hidden_sizes": [16, 16],
+            "depths": [1, 1],
+            "out_hidden_size": 32,
+        },
+        out_hidden_size=32,
+        projector_hidden_size=16,
+    ),
+    "inkling": multimodal(
+        "inkling_mm_model",
+        text=_INKLING,
+        vision={"patch_size": 8, "text_hidden_size": 32},
+        audio_config={"text_hidden_size": 32, "mel_vocab_size": 8, "n_mel_bins": 8},
+    ),
+    "minimax_m3_text": text_model("minimax_m3_vl_text", **_MINIMAX_M3),
+    "qwen3_omni_thinker": multimodal(
+        "qwen3_omni_moe_thinker",
+        text={"rope_parameters": {**_MROPE, "mrope_interleaved": True}},
+        vision={**_QWEN_VISION, "deepstack_visual_indexes": [0]},
+        audio_config={"downsample_hidden_size": 8},
+        vision_start_token_id=VISION_START,
+    ),
+    "deepseek_vl_hybrid": multimodal(
+        "deepseek_vl_hybrid",
+        text={"model_type": "llama"},
+        vision={"patch_size": 14},
+        high_res_vision_config={**_SAM, "num_pos_feats": 8},
+    ),
+    "deepseek_ocr2": multimodal(
+        "deepseek_ocr2",
+        text={"mlp_layer_types": ["dense", "sparse"], "num_key_value_heads": 4},
+        vision={
+            "sam_config": {**_SAM, "downsample_channels": [8, 16]},
+            "encoder_config": {"num_key_value_heads": 2, "layer_types": [FULL, FULL]},
+        },
+    ),
+    "unlimited_ocr": multimodal(
+        "unlimited_ocr",
+        text={
+            "mlp_layer_types": ["dense", "sparse"],
+            "num_key_value_heads": 4,
+            "sliding_window": 8,
+            "layer_types": ["reference_sliding_attention"] * 2,
+        },
+        vision={
+            "sam_config": {**_SAM, "downsample_channels": [8, 16]},
+            "encoder_config": {"patch_size": 14},
+        },
+    ),
+    "aria_text": text_model("aria_text", moe_num_experts=4, moe_topk=2, moe_num_shared_experts=1),
+    "janus": multimodal(
+        "janus",
+        text={"model_type": "llama"},
+        vision={"patch_size": 14, "projection_dim": 32},
+        vq_config={**_TINY_VQ, "projection_dim": 32, "image_token_embed_dim": 32},
+    ),
+    "vibevoice_asr": multimodal(
+        "vibevoice_asr",
+        text={"model_type": "qwen2"},
+        semantic_tokenizer_encoder_config=_TINY_CODEC,
+        acoustic_tokenizer_encoder_config=_TINY_CODEC,
+    ),
 }
 
 REFUSED: dict[str, TinyFamily] = {

@@ -135,11 +135,7 @@ class Adapters:
         targets = [target.name for target in self.targets.chosen(lora, self._model_name)]
         if tuple(targets) in self._readable:
             return targets
-        config = peft_layers.config_of(lora, self._model_name)
-        config.target_modules, config.target_parameters = peft_targets.names_for_peft(
-            targets, self.targets.names, config, self._model
-        )
-        unreadable = peft_names.unreadable(self._model, config, targets, self.targets.names)
+        unreadable = peft_names.unreadable(self._model, targets, self.targets.names)
         if not unreadable:
             self._readable.add(tuple(targets))
             return targets
@@ -219,8 +215,8 @@ class Adapters:
                 full_weights.write(self._model, self._model_name, self._tokenizer, folder)
         else:
             config = self._peft.peft_config[adapter.name]
-            peft_layers.write_config(config, adapter.lora, folder)
-            keys = peft_names.keys_to_save(self._model, config, adapter.weights)
+            keys = peft_names.keys_to_save(self._model, adapter.weights)
+            peft_layers.write_config(config, adapter.lora, folder, keys)
             checkpoint.write_adapter(folder, {keys[name]: w for name, w in adapter.weights.items()})
             if adapter.lora.add_tokens:
                 self._tokenizer.save_pretrained(folder)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from cookbook.engine.model import fsdp, peft_targets
 from cookbook.engine.model.dropout import KeyedDropout
-from cookbook.engine.model.peft_names import own_layer_names
+from cookbook.engine.model.peft_names import names_of_saved, own_layer_names
 from cookbook.engine.model.peft_settings import CONFIG_FILE
 from cookbook.engine.model.unembedding import LoraOnHead, TrainedRows
 from cookbook.errors import ConfigError
@@ -43,8 +43,11 @@ def config_of(lora: LoraConfig, base: str, **settings: Any) -> Any:
     )
 
 
-def write_config(config: Any, lora: LoraConfig, folder: Path) -> None:
-    """Writes adapter_config.json. A continued adapter keeps the settings that its own file had."""
+def write_config(config: Any, lora: LoraConfig, folder: Path, keys: Mapping[str, str]) -> None:
+    """Writes adapter_config.json. A continued adapter keeps the settings that its own file had.
+
+    `keys` are those of the saved tensors, by the tensors' own names.
+    """
     values = {
         key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()
     }
@@ -52,6 +55,9 @@ def write_config(config: Any, lora: LoraConfig, folder: Path) -> None:
         ours = ("base_model_name_or_path", "inference_mode", "peft_version", "lora_dropout")
         kept = {key: value for key, value in lora.peft.written.items() if key in values and key not in ours}
         values |= kept
+    for setting in ("target_modules", "target_parameters"):
+        if isinstance(values.get(setting), list):
+            values[setting] = names_of_saved(values[setting], keys)
     files.create(folder / CONFIG_FILE, json.dumps(values, indent=2, sort_keys=True))
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -23,24 +23,38 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-def keys_to_save(model: Any, config: Any, names: Iterable[str]) -> dict[str, str]:
-    """Returns for each tensor's name the key that PEFT reads as that name.
-
-    Only a layer that the adapter's config names by the last part of its name can be saved under another one.
-    """
-    keys = _keys_that_peft_reads(model, config, names)
+def keys_to_save(model: Any, names: Iterable[str]) -> dict[str, str]:
+    """Returns for each tensor's name the key that PEFT reads as that name."""
+    keys = _keys_that_peft_reads(model, names)
     for name, key in keys.items():
         if key is None:
             logger.warning("PEFT cannot read %s of this adapter: it knows no key for it.", name)
     return {name: key or name for name, key in keys.items()}
 
 
-def _keys_that_peft_reads(model: Any, config: Any, names: Iterable[str]) -> dict[str, str | None]:
+def names_of_saved(names: Collection[str], keys: Mapping[str, str]) -> list[str]:
+    """Returns full names of layers, or of weights in them, with those that the keys of their tensors have.
+
+    PEFT puts an adapter on the layers of the loaded model, whose names the settings must have. Readers of the
+    file find the names of the saved tensors there too.
+    """
+    saved = {_layer_of(name): _layer_of(key) for name, key in keys.items() if name != key}
+    others: set[str] = set()
+    for name in names:
+        holder, _, leaf = name.rpartition(".")
+        if name in saved:
+            others.add(saved[name])
+        elif holder in saved:
+            others.add(f"{saved[holder]}.{leaf}")
+    return [*names, *sorted(others.difference(names))]
+
+
+def _keys_that_peft_reads(model: Any, names: Iterable[str]) -> dict[str, str | None]:
     """Returns for each tensor's name the key that PEFT reads as that name, or None if there is none."""
     names = list(names)
     read_as = _read_by_peft(model, names)
     keys: dict[str, str | None] = {name: name if read_as[name] == name else None for name in names}
-    changed = [name for name in names if keys[name] is None and _leaf(name) in (config.target_modules or ())]
+    changed = [name for name in names if keys[name] is None]
     for published in _reversed_renamings(model) if changed else ():
         tried = {name: published(name) for name in changed if keys[name] is None}
         read_as = _read_by_peft(model, tried.values())
@@ -50,16 +64,16 @@ def _keys_that_peft_reads(model: Any, config: Any, names: Iterable[str]) -> dict
     return keys
 
 
-def unreadable(model: Any, config: Any, targets: Iterable[str], modules: Collection[str]) -> list[str]:
+def unreadable(model: Any, targets: Iterable[str], modules: Collection[str]) -> list[str]:
     """Returns those of the targets on which PEFT reads an adapter from no file.
 
-    `config` names the targets for PEFT. Those that are not among the `modules` are weights of modules.
+    Those that are not among the `modules` are weights of modules.
     """
     names = {
         target: f"{PREFIX}{target if target in modules else target.rpartition('.')[0]}.lora_A.weight"
         for target in targets
     }
-    keys = _keys_that_peft_reads(model, config, dict.fromkeys(names.values()))
+    keys = _keys_that_peft_reads(model, dict.fromkeys(names.values()))
     return [target for target, name in names.items() if keys[name] is None]
 
 

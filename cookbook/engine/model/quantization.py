@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from cookbook.engine.model.stacked_4bit import StackedIn4Bits
+from cookbook.engine.model.text_part import frozen_parameters
 from cookbook.engine.options import Quantization
 from cookbook.errors import ConfigError
 
@@ -51,7 +52,7 @@ def set_compute_dtype(model: nn.Module, dtype: torch.dtype) -> None:
 def check_quantized(model: Any, model_name: str) -> None:
     """Raises ConfigError for a model that 4 bits do not serve.
 
-    Most of its weights are outside linear layers and experts, or it scales them while it runs (RWKV), which
+    Most weights of its language model are outside linear layers and experts, or it scales them while it runs (RWKV), which
     would round them twice.
     """
     if getattr(model.config, "rescale_every", 0):
@@ -59,14 +60,16 @@ def check_quantized(model: Any, model_name: str) -> None:
             f"quantization is not supported for {model_name}: it scales its weights while it runs "
             f"(rescale_every={model.config.rescale_every}). Use quantization=None."
         )
-    in_4_bits = sum(m.in_features * m.out_features for m in model.modules() if is_quantized(m))
+    others = frozen_parameters(model)
+    layers = [m for m in model.modules() if is_quantized(m) and m.weight not in others]
+    in_4_bits = sum(m.in_features * m.out_features for m in layers)
     in_4_bits += sum(p.numel() for p in model.parameters() if isinstance(p, StackedIn4Bits))
     looked_up = [module for module in model.modules() if isinstance(module, nn.Embedding)]
     ends = {id(m.weight) for m in (*looked_up, model.get_input_embeddings(), model.get_output_embeddings())}
     as_before = sum(
         p.numel()
         for p in model.parameters()
-        if not hasattr(p, "quant_state") and not isinstance(p, StackedIn4Bits) and id(p) not in ends
+        if not (hasattr(p, "quant_state") or isinstance(p, StackedIn4Bits) or id(p) in ends or p in others)
     )
     if in_4_bits < as_before:
         raise ConfigError(

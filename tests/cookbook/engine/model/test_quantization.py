@@ -250,6 +250,12 @@ def test_a_model_whose_weights_are_mostly_experts_of_unknown_form_is_refused(tmp
         service.create_lora_training_client(str(folder))
 
 
+def test_weights_of_towers_do_not_count(tmp_path: Path) -> None:
+    """Most weights of this small model are convolutions of its encoder of pictures."""
+    made = BaseModel(str(families.save("janus", tmp_path)), NF4, None).model
+    assert any(isinstance(module, nn.Conv2d) for module in made.modules())
+
+
 def test_a_model_that_scales_its_weights_while_it_runs_is_refused(tmp_path: Path) -> None:
     """Its scaled weights would be rounded a second time, and log-probabilities move by 0.2."""
     service = ServiceClient(device="cpu", quantization="nf4")
