@@ -52,8 +52,8 @@ def set_compute_dtype(model: nn.Module, dtype: torch.dtype) -> None:
 def check_quantized(model: Any, model_name: str) -> None:
     """Raises ConfigError for a model that 4 bits do not serve.
 
-    Most weights of its language model are outside linear layers and experts, or it scales them while it runs (RWKV), which
-    would round them twice.
+    Most weights of its language model are outside linear layers and experts, or it scales them while it runs
+    (RWKV), which would round them twice.
     """
     if getattr(model.config, "rescale_every", 0):
         raise ConfigError(
