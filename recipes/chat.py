@@ -36,6 +36,7 @@ from cookbook.errors import ConfigError
 from cookbook.types import SamplingParams
 from cookbook.utils import consoles
 from cookbook.utils.control_characters import visible, visible_line
+from cookbook.utils.network import LOOPBACK, check_can_listen
 from renderers import get_renderer
 from renderers.agreement import warning_of
 
@@ -125,6 +126,8 @@ async def run(config: ChatConfig) -> None:
             speaker = Speaker("model", session)
             Terminal(sys.stdin, sys.stdout, sys.stderr).talk(f"{session.model} at {config.server}", [speaker])
         return
+    if config.web:
+        check_can_listen(LOOPBACK, config.port)
     options = EngineOptions(config.device, config.dtype, pack_weights=True)
     with _ctrl_c_raises(), closing(ServiceClient(options=options)) as service:
         if config.web:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from cookbook.chat.session import ChatReply, ReplyEnd
-from cookbook.errors import ModelError, RequestError
+from cookbook.errors import ConfigError, ModelError, RequestError
 from cookbook.types import SamplingParams
 from renderers import Message
 from renderers.streaming import Delta
@@ -36,10 +36,13 @@ class RemoteSession:
     ) -> None:
         """Without a model's name it is the first that the server lists.
 
-        Raises ModelError if no server answers, and RequestError for what it refuses.
+        Raises ConfigError for a URL without http://, ModelError if no server answers, and RequestError for
+        what it refuses.
         """
         import httpx
 
+        if not url.startswith(("http://", "https://")):
+            raise ConfigError(f"server={url} is not an address. Write it as http://127.0.0.1:8000/v1.")
         key = next(filter(None, map(os.environ.get, API_KEY_VARIABLES)), "none")
         timeout = httpx.Timeout(None, connect=_SECONDS_TO_CONNECT)
         headers = {"authorization": f"Bearer {key}"}

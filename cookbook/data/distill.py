@@ -138,7 +138,9 @@ class Teacher:
             problem = f"status {response.status_code}: {response.text[:300]}"
             if response.status_code not in RETRIED:
                 break
-        raise ModelError(f"The teacher at {self.url} gave no reply to prompt {asked.number}. Last: {problem}")
+        raise ModelError(
+            f"The teacher at {self.url} gave no reply to prompt {asked.number}. Last: {problem.rstrip('.')}."
+        )
 
 
 def _object(response: httpx.Response, url: str) -> dict[str, Any]:

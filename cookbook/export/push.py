@@ -18,12 +18,13 @@ def repository_of(name: str) -> str:
     from huggingface_hub.utils import validate_repo_id
 
     repository = name.removeprefix(SCHEME)
+    scheme = SCHEME if name.startswith(SCHEME) else ""
     try:
         validate_repo_id(repository)
     except HFValidationError as error:
-        raise ConfigError(f"Invalid repository {name!r}: write hf://owner/name. ({error})") from None
+        raise ConfigError(f"Invalid repository {name!r}: write {scheme}owner/name. ({error})") from None
     if repository.count("/") != 1:
-        raise ConfigError(f"Invalid repository {name!r}: it has no owner. Write hf://owner/name.")
+        raise ConfigError(f"Invalid repository {name!r}: it has no owner. Write {scheme}owner/name.")
     return repository
 
 

@@ -44,6 +44,18 @@ class ServerOptions:
     """How long a result is kept after a client has read it, in case that the answer was lost."""
 
     def __post_init__(self) -> None:
+        least = {
+            "max_adapters": 1,
+            "max_pending": 1,
+            "max_request_mib": 0,
+            "session_timeout_seconds": 0,
+            "poll_seconds": 0,
+            "result_seconds": 0,
+        }
+        for name, bound in least.items():
+            value = getattr(self, name)
+            if not (value >= bound if bound else value > 0):
+                raise ConfigError(f"Invalid {name}={value}: must be {'>= 1' if bound else '> 0'}.")
         if self.api_key is None and not is_loopback(self.host):
             raise ConfigError(
                 f"host={self.host} can be reached from other machines, and there is no API key. Set the "

@@ -17,12 +17,14 @@ from cookbook.server.options import ServerOptions
 from cookbook.server.store import CheckpointStore
 from cookbook.server.tinker_requests import tested
 from cookbook.utils.control_characters import visible_line
+from cookbook.utils.network import check_can_listen
 
 _SECONDS_TO_FINISH = 5
 
 
 async def serve(options: ServerOptions, device: str = "auto", dtype: str = "auto") -> None:
     """Loads the first model, listens, and returns when the process is told to stop."""
+    check_can_listen(options.host, options.port)
     with (
         closing(CheckpointStore(options.folder)) as store,
         closing(ServiceClient(options=EngineOptions(device, dtype, pack_weights=True))) as service,

@@ -6,11 +6,13 @@ import contextlib
 import json
 import logging
 import shlex
+import shutil
 import subprocess
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
+from urllib.parse import urlsplit
 
 from cookbook.errors import ConfigError, describe
 from cookbook.utils.notes import counted_noun
@@ -47,13 +49,24 @@ def is_url(target: str) -> bool:
 
 
 def check_target(target: str) -> None:
-    """Raises ConfigError for an empty target, and for a command that a shell could not read."""
+    """Raises ConfigError for a URL without a host, and for a command that a shell could not read."""
     try:
         words = shlex.split(target)
     except ValueError as error:
         raise ConfigError(f"notify={target!r} is not a command: {error}.") from error
     if not words:
         raise ConfigError("notify is empty. Give a URL, or a command.")
+    if is_url(target) and not urlsplit(target).hostname:
+        raise ConfigError("notify= is a URL without a host. Write it as https://example.org/hook.")
+
+
+def check_command(target: str) -> None:
+    """Raises ConfigError if the target is a command that is not on this machine."""
+    words = [] if is_url(target) else shlex.split(target)
+    if words and shutil.which(words[0]) is None:
+        raise ConfigError(
+            f"notify={target!r}: there is no command {words[0]!r}. Give one that can be run, or a URL."
+        )
 
 
 def message_of(

@@ -20,6 +20,7 @@ from cookbook.loggers import check_wandb_login
 from cookbook.runs.checkpoints import CheckpointLog
 from cookbook.runs.directions import DEFAULT_METRIC
 from cookbook.supervised.config import Config
+from cookbook.supervised.notify import check_command
 from cookbook.types import LORA_KEYS, LoraConfig
 from cookbook.utils import extras
 from renderers.registry import check_renderer_name
@@ -50,6 +51,8 @@ def check_before_work(config: Config, is_resumed: bool = False) -> None:
         extras.require("mlflow", f"mlflow_experiment={config.mlflow_experiment}")
     if config.swanlab_project is not None:
         extras.require("swanlab", f"swanlab_project={config.swanlab_project}")
+    if config.notify is not None:
+        check_command(config.notify)
     if config.push_to_hub is not None:
         _check_push(config.push_to_hub)
     if config.compile:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ipaddress
 import socket
 
+from cookbook.errors import ConfigError
+
 LOOPBACK = "127.0.0.1"
 
 
@@ -38,6 +40,21 @@ def free_port() -> int:
         probe.bind((LOOPBACK, 0))
         port: int = probe.getsockname()[1]
         return port
+
+
+def check_can_listen(host: str, port: int) -> None:
+    """Raises ConfigError if this machine cannot listen at the address; port 0 is any that is free."""
+    if not 0 <= port < 2**16:
+        raise ConfigError(f"Invalid port={port}: must be 0 (any that is free) to 65535.")
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        raise ConfigError(
+            f"Nothing can listen at {host}:{port}: {error.strerror or error}. Choose another port=."
+        ) from error
 
 
 def check_answers(host: str, port: int, timeout_seconds: float) -> None:

@@ -233,7 +233,8 @@ def test_a_repository_has_an_owner_and_a_name(name: str) -> None:
     "name", ["hf://parrot", "hf://a/b/c", "owner/par rot", "hf://owner/", "hf://owner/x..y"]
 )
 def test_an_invalid_repository_name_is_refused(name: str) -> None:
-    with pytest.raises(ConfigError, match="Invalid repository .*hf://owner/name"):
+    form = "hf://owner/name" if name.startswith("hf://") else "owner/name"
+    with pytest.raises(ConfigError, match=f"Invalid repository .*rite {form}"):
         repository_of(name)
 
 

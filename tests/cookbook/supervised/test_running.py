@@ -27,6 +27,7 @@ from cookbook.errors import CheckpointError, ConfigError
 from cookbook.eval.evaluators import EvaluatorBuilder, TrainingClientEvaluator
 from cookbook.eval.samples import SamplesEvaluatorBuilder, held_out_prompts
 from cookbook.jobs import jobs
+from cookbook.supervised import notify
 from cookbook.supervised.batches import BEGINNING, PlacedBatch
 from cookbook.supervised.run import PendingStep, StateEvaluation, withdraw
 from cookbook.supervised.train import Config
@@ -230,3 +231,21 @@ def test_jobs_and_sweeps_refuse_a_message_that_they_would_lose(tmp_path: Path) -
     with pytest.raises(ConfigError, match="A job starts from its recorded config"):
         jobs.submit("sft", [f"log_path={tmp_path / 'job'}", "notify=echo"])
     assert not (tmp_path / "job").exists()
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ("http://", "a URL without a host"),
+        ("https:///hook", "a URL without a host"),
+        (" ", "notify is empty"),
+    ],
+)
+def test_a_notification_that_cannot_arrive_is_refused_at_the_start(target: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        notify.check_target(target)
+    notify.check_target("https://example.org/hook")
+    notify.check_target("no-such-command now")  # it may be there on the machine that runs
+    with pytest.raises(ConfigError, match="there is no command 'no-such-command'"):
+        notify.check_command("no-such-command now")
+    notify.check_command("echo 'it has ended'")

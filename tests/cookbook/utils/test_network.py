@@ -6,7 +6,14 @@ import socket
 
 import pytest
 
-from cookbook.utils.network import LOOPBACK, check_answers, free_port, refusal_of_page
+from cookbook.errors import ConfigError
+from cookbook.utils.network import (
+    LOOPBACK,
+    check_answers,
+    check_can_listen,
+    free_port,
+    refusal_of_page,
+)  # fmt: skip
 
 
 def test_a_free_port_answers_once_something_listens_on_it() -> None:
@@ -35,3 +42,17 @@ def test_a_free_port_answers_once_something_listens_on_it() -> None:
 )
 def test_pages_of_other_sites_are_refused(host: str, origin: str | None, is_refused: bool) -> None:
     assert (refusal_of_page(host, origin) is not None) == is_refused
+
+
+def test_an_address_where_nothing_can_listen_is_refused() -> None:
+    check_can_listen(LOOPBACK, 0)
+    check_can_listen(LOOPBACK, free_port())
+    for port in (-1, 65536):
+        with pytest.raises(ConfigError, match=f"Invalid port={port}: must be 0"):
+            check_can_listen(LOOPBACK, port)
+    with socket.socket() as taken:
+        taken.bind((LOOPBACK, 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(ConfigError, match=f"127.0.0.1:{port}: Address already in use. Choose another"):
+            check_can_listen(LOOPBACK, port)
