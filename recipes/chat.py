@@ -18,11 +18,13 @@ reasoning.
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import chz
@@ -33,6 +35,7 @@ from cookbook.chat.session import ChatSession
 from cookbook.chat.terminal import BASE, Speaker, Terminal
 from cookbook.config import cli
 from cookbook.errors import ConfigError
+from cookbook.runs.checkpoints import FOLDER
 from cookbook.types import SamplingParams
 from cookbook.utils import consoles
 from cookbook.utils.control_characters import visible, visible_line
@@ -175,18 +178,34 @@ def _clients(
     source = find_trained_model(config.checkpoint, config.which, config.model_name)
     base_model = source.origin
     clients = {BASE: service.create_sampling_client(None, base_model)} if config.compare else {}
-    clients["tuned"] = service.create_sampling_client(source.folder, base_model)
-    if config.against is not None:
+    title = f"{base_model}, as trained in {source.folder}"
+    if config.against is None:
+        clients["tuned"] = service.create_sampling_client(source.folder, base_model)
+    else:
         other = find_trained_model(config.against, config.which, config.model_name)
         if other.origin != base_model:
             raise ConfigError(
                 f"against={config.against} is of {other.origin}, and {config.checkpoint} of "
                 f"{base_model}: the two need one chat format. Give checkpoints of one model."
             )
-        label = other.name if other.name not in clients else f"{other.name} (against)"
-        clients[label] = service.create_sampling_client(other.folder, base_model)
-    title = f"{base_model}, as trained in {source.folder}"
+        labels = _labels(source.folder, other.folder)
+        for label, folder in zip(labels, (source.folder, other.folder), strict=True):
+            clients[label] = service.create_sampling_client(folder, base_model)
+        title += f" and in {other.folder}"
     return base_model, title, source.info.user_metadata or {}, clients
+
+
+def _labels(folder: str, other: str) -> tuple[str, str]:
+    """Returns what differs in the paths of two checkpoints: their names, those of their runs, or both."""
+    paths = [[part for part in Path(each).parts if part != FOLDER] for each in (folder, other)]
+    num_same = len(os.path.commonprefix(paths))
+    first, second = paths[0][num_same:], paths[1][num_same:]
+    while len(first) > 1 and len(second) > 1 and first[-1] == second[-1]:
+        del first[-1], second[-1]
+    if not first or not second:
+        return "first", "second"
+    labels = str(Path(*first)), str(Path(*second))
+    return labels if BASE not in labels else ("first", "second")
 
 
 def _speakers(

@@ -164,3 +164,20 @@ def test_an_error_is_printed_in_a_few_lines(
     error = capsys.readouterr().err
     assert message in error
     assert len(error.splitlines()) <= 4
+
+
+@pytest.mark.parametrize(
+    ("folder", "other", "labels"),
+    [
+        ("runs/a/checkpoints/final", "runs/a/checkpoints/000100", ("final", "000100")),
+        ("runs/a/checkpoints/final", "runs/b/checkpoints/final", ("a", "b")),
+        ("runs/a/checkpoints/final", "runs/b/checkpoints/000100", ("a/final", "b/000100")),
+        ("/x/exported", "runs/b/checkpoints/final", ("/x/exported", "runs/b/final")),
+        ("runs/a/checkpoints/final", "runs/a/checkpoints/final", ("first", "second")),
+        ("runs/base", "runs/tuned", ("first", "second")),
+    ],
+)
+def test_two_checkpoints_are_labelled_by_what_differs_in_their_paths(
+    folder: str, other: str, labels: tuple[str, str]
+) -> None:
+    assert chat._labels(folder, other) == labels
