@@ -18,7 +18,6 @@ reasoning.
 from __future__ import annotations
 
 import logging
-import os
 import signal
 import sys
 import time
@@ -197,9 +196,9 @@ def _clients(
 
 def _labels(folder: str, other: str) -> tuple[str, str]:
     """Returns what differs in the paths of two checkpoints: their names, those of their runs, or both."""
-    paths = [[part for part in Path(each).parts if part != FOLDER] for each in (folder, other)]
-    num_same = len(os.path.commonprefix(paths))
-    first, second = paths[0][num_same:], paths[1][num_same:]
+    first, second = ([part for part in Path(each).parts if part != FOLDER] for each in (folder, other))
+    while first and second and first[0] == second[0]:
+        del first[0], second[0]
     while len(first) > 1 and len(second) > 1 and first[-1] == second[-1]:
         del first[-1], second[-1]
     if not first or not second:
