@@ -44,7 +44,7 @@ class Section:
     ends: Mapping[str, str] = dataclasses.field(default_factory=dict)
     """The name of the next section, by the marker that ends this one."""
     begins: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    """The same for markers that count only at the very start of the section."""
+    """The same for markers that count only at the start of the section, behind what `lstrip` drops there."""
     lstrip: str = ""
     """Characters that are dropped at the start of the section."""
     rstrip: str = ""
@@ -242,13 +242,14 @@ class _Reader:
         position = 0
         while True:
             if self._at_start:
-                end = _first_marker(self._section.begins, text, position)
+                start = len(text) - len(_lstripped(text[position:], self._section.lstrip))
+                end = _first_marker(self._section.begins, text, start)
                 if end is None:
                     self._held = text[position:]
                     return
                 self._at_start = False
-                if end > position:
-                    self._enter(self._section.begins[text[position:end]])
+                if end > start:
+                    self._enter(self._section.begins[text[start:end]])
                     position = end
                     continue
             hold = _start_of_a_part(self._section.ends, text, position)
@@ -275,6 +276,10 @@ class _Reader:
             self._trailing.clear()
         if len(body) < len(text):
             self._trailing.append(text[len(body) :])
+
+
+def _lstripped(text: str, characters: str) -> str:
+    return text.lstrip(characters) if characters else text
 
 
 def _first_marker(markers: Iterable[str], text: str, position: int) -> int | None:

@@ -74,20 +74,33 @@ def said_without_thinking(content: str, closing: str = END_THINK) -> Message:
     return {**message, "reasoning_content": ""} if closing in content else message
 
 
-_CLOSING = re.compile(
-    r"[<\[\u25c1]/[^\s<>\[\]/\u25c1\u25b7]*(?:think|thought|reason)[^\s<>\[\]/\u25c1\u25b7]*[>\]\u25b7]", re.I
+_ABOUT_THINKING = r"(?:think|thought|reason)"
+_REST = r"[^\s<>\[\]/\u25c1\u25b7]*"
+_CLOSING = re.compile(rf"[<\[\u25c1]/{_REST}{_ABOUT_THINKING}{_REST}[>\]\u25b7]", re.I)
+_ENDING = re.compile(
+    rf"[<\[]{_REST}(?:(?<![a-z])end_{_REST}{_ABOUT_THINKING}|{_ABOUT_THINKING}{_REST}_end(?![a-z]))"
+    rf"{_REST}[>\]]",
+    re.I,
 )
 
 
 def tags_in(text: str) -> Tags | None:
     """Returns the tags of a thought of which the text has the one that closes it; `<think>` before others.
 
-    A tag that closes has a slash: `[/THINK]`, `</seed:think>`, `</thought>`, and Kimi-VL's in triangles.
+    A tag that closes has a slash (`[/THINK]`, `</seed:think>`, `</thought>`, and Kimi-VL's in triangles), or
+    is named after the end of what another one starts (`<|END_THINKING|>`, `<|end_of_thought|>`).
     """
     found = _CLOSING.findall(text)
-    if not found or END_THINK in found:
-        return USUAL if found else None
-    return found[0].replace("/", "", 1), found[0]
+    if END_THINK in found:
+        return USUAL
+    if found:
+        return found[0].replace("/", "", 1), found[0]
+    for closing in _ENDING.findall(text):
+        for start in ("start", "begin"):
+            opening = closing.replace("end", start).replace("END", start.upper())
+            if opening in text:
+                return opening, closing
+    return None
 
 
 def inline(thought: str, content: str, tags: Tags) -> str:

@@ -15,6 +15,7 @@ disagree, or the template does not print all of a reply, the conversation is ref
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from collections.abc import Collection, Mapping, Sequence
@@ -37,7 +38,7 @@ from renderers.jinja.template import Template, call_with_id
 from renderers.jinja.turn_ends import REPLY, USER, call_endings, control_at_start, plain_ending
 from renderers.messages import ROLES, THINKING_KEYS, Message, PlainMessage, Tool, map_strings
 from renderers.rendering import CharSpan, Rendering
-from renderers.streaming import PLAIN, with_section_behind_content
+from renderers.streaming import PLAIN, START, Section, Sections, with_section_behind_content
 from renderers.thinking import inline, parse_thinking, tags_in, thinking_sections
 
 if TYPE_CHECKING:
@@ -87,8 +88,10 @@ class ChatTemplateRenderer(Renderer):
         self._thinks = self._replies.known_tags
         prompt = self._template.text([self._template.adapted(USER)], prompt=True)
         self._thinks_in_prompt = bool(self._thinks and prompt.rstrip("\n").endswith(self._thinks[0]))
+        self._begun = self._replies.before_content
         self._parses_calls = self._prints_calls_as_hermes()
         sections = thinking_sections(self._thinks, self._thinks_in_prompt) if self._thinks else PLAIN
+        sections = _with_beginning(sections, self._begun) if self._begun else sections
         sections = with_call_sections(sections) if self._parses_calls else sections
         if self._before_stop:
             sections = with_section_behind_content(sections, "ended", [self._before_stop])
@@ -453,13 +456,30 @@ class ChatTemplateRenderer(Renderer):
         return (message, ended) if well_formed else ({"role": "assistant", "content": text}, False)
 
     def _parse(self, text: str, parses_calls: bool) -> tuple[Message, bool]:
+        text = text if self._thinks_in_prompt else text.removeprefix(self._begun)
         message: Message = {"role": "assistant", "content": text}
         closed = well_formed = True
         if self._thinks:
             message, closed = parse_thinking(text, self._thinks_in_prompt, self._thinks)
+            if self._begun.strip() and message["content"] != text:
+                message = {**message, "content": str(message["content"]).removeprefix(self._begun)}
         if parses_calls:
             message, well_formed = with_calls(message)
         return message, closed and well_formed
+
+
+def _with_beginning(sections: Sections, begun: str) -> Sections:
+    """Returns the sections with what the model writes in front of a reply's text, which is not shown."""
+    changed = dict(sections)
+    if sections[START].field == "content":
+        changed["text"] = sections[START]
+        changed[START] = dataclasses.replace(
+            sections[START], begins={**sections[START].begins, begun: "text"}
+        )
+    if "said" in sections and begun.strip():
+        changed["replied"] = Section("content")
+        changed["said"] = dataclasses.replace(sections["said"], begins={begun: "replied"})
+    return changed
 
 
 def _with_ids(messages: list[PlainMessage]) -> list[PlainMessage]:

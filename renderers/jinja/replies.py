@@ -12,7 +12,8 @@ in order:
 4. prompt and conversation in another mode, also as in 2 and 3;
 5. the usual prompt, if it opens a thought that the conversation does not show: the model must close it, and
    write its thinking first if the template prints none (there prompts of other modes are tried too);
-6. for an empty reply that the template does not print, what it prints for one with text, without the text.
+6. a prompt, of any mode, that the conversation begins with but for white space;
+7. for an empty reply that the template does not print, what it prints for one with text, without the text.
 """
 
 from __future__ import annotations
@@ -103,24 +104,61 @@ class Replies:
     @cached_property
     def known_tags(self) -> Tags | None:
         """The tags around a thought that the template knows, or the tokenizer, as tokens of its own."""
-        return tags_in(self._template.source) or tags_in("\n".join(self._encoder.ids))
+        named = tags_in(self._template.source) or tags_in("\n".join(self._encoder.ids))
+        return named or self._printed_tags() or (USUAL if self._opening_modes(THINK) else None)
+
+    def _opening_modes(self, opening: str) -> list[Template]:
+        """Returns the modes whose prompt ends with the tag that opens a thought."""
+        found = []
+        for mode in (self._template, *self.modes):
+            with suppress(RendererError):
+                if mode.text([mode.adapted(USER)], prompt=True).rstrip().endswith(opening):
+                    found.append(mode)
+        return found
+
+    def _printed_tags(self) -> Tags | None:
+        """Returns the tags between which the template prints a thought, whatever their names.
+
+        They are control tokens, and the opening one is the first behind the prompt.
+        """
+        for before, between in self._around_thought():
+            header, found = _squeezed(self._header), self._encoder.control.findall(before)
+            closing = self._encoder.control.match(between.lstrip())
+            if header and found and closing and _squeezed(before).endswith(header + _squeezed(found[-1])):
+                tags = (found[-1], closing[0])
+                if tags[0] != tags[1] and not self._ends.intersection(tags):
+                    return tags
+        return None
+
+    def _around_thought(self) -> Iterator[tuple[str, str]]:
+        """Yields what the template prints before a thought and between it and the reply's text, by mode."""
+        content = f"{SENTINEL}1;"
+        message = {"role": "assistant", "content": content, "reasoning_content": _THOUGHT}
+        for mode in (self._template, *self.modes):
+            with suppress(RendererError):
+                text = mode.text([mode.adapted(USER), mode.adapted(message)])
+                before, thought, behind = text.partition(_THOUGHT)
+                between, said, _ = behind.partition(content)
+                if thought and said:
+                    yield before, between
 
     @cached_property
     def tags_if_inline(self) -> Tags | None:
         """The tags between which a reply has its thinking in its text; None if it has a key, or no tags.
 
-        In no mode may the template print `reasoning_content` (SmolLM3, Phi-4-reasoning, Llama-Nemotron), or
-        its prompt open a thought, which the reply then continues.
+        In no mode may the template print `reasoning_content` (SmolLM3, Phi-4-reasoning, Llama-Nemotron). If a
+        prompt opens a thought, which the reply continues, the template must not know the tag that closes it:
+        then it prints the text of a reply as it is (Cogito).
         """
         if self.known_tags is None or not self._template.prints("assistant"):
+            return None
+        if self._tags[1] in self._template.source and self._opening_modes(self._tags[0]):
             return None
         message = self._template.adapted({**REPLY, "content": "x", "reasoning_content": _THOUGHT})
         user = self._template.adapted(USER)
         for mode in (self._template, *self.modes):
             with suppress(RendererError):
-                if self._opens_thought(mode.text([user], prompt=True)) or _THOUGHT in mode.text(
-                    [user, message]
-                ):
+                if _THOUGHT in mode.text([user, message]):
                     return None
         return self._tags
 
@@ -177,6 +215,9 @@ class Replies:
         if index == 0:
             raise _no_prompt(index)
         usual = self._template
+        if self._tags[1] in chat.given[index].get("content", "") and self.tags_if_inline:
+            for mode in self._opening_modes(self._tags[0]):
+                yield partial(self._printed, chat, index, mode, mode)
         yield partial(self._printed, chat, index, usual, usual)
         for mode in self.modes:
             yield partial(self._printed, chat, index, mode, usual)
@@ -191,8 +232,10 @@ class Replies:
             yield partial(self._behind_own_prompt, chat, index, mode)
         if thinks_not or chat.given[index].get("reasoning_content"):
             yield partial(self._begun_thought, chat, index)
+        for mode in (usual, *self.modes):
+            yield partial(self._but_for_spaces, chat, index, mode)
         for opens, mode in product((True, False), (usual, *self.modes)):
-            if self._tags[1] in usual.source:
+            if opens or self._tags[1] in usual.source:
                 yield partial(self._stripped_thought, chat, index, mode, opens)
         if thinks_not and not (
             chat.given[index].get("content", "").strip() or "tool_calls" in chat.given[index]
@@ -306,6 +349,19 @@ class Replies:
             raise self._other_prompt(chat, index, prompted)
         return header, printed.rpartition(_BEFORE)[2]
 
+    def _but_for_spaces(self, chat: Chat, index: int, mode: Template) -> ReplyTurn:
+        """Returns the reply behind a prompt that the conversation begins with but for white space."""
+        prompt, whole = self._prompt(chat.under(mode), index), chat.under(mode).text(index + 1)
+        begun = re.match(r"\s*".join(map(re.escape, _squeezed(prompt))), whole.lstrip())
+        if begun is None:
+            raise self._other_prompt(chat, index, prompt)
+        rest = whole.lstrip()[begun.end() :]
+        rest = rest.removeprefix(prompt[len(prompt.rstrip()) :])
+        if self._opens_thought(prompt) and self._tags[1] not in rest:
+            raise self._other_prompt(chat, index, prompt)
+        finding = "followed white space that the template prints like this only in a prompt"
+        return self._made(chat, index, prompt, prompt + rest, (mode, mode, finding))
+
     def _begun_thought(self, chat: Chat, index: int) -> ReplyTurn:
         """Returns the reply for a prompt that opens a thought, or begins it with words, in every mode.
 
@@ -378,15 +434,21 @@ class Replies:
     @cached_property
     def _closing(self) -> str:
         """What the template prints between the thinking and the text of a reply; empty if it prints none."""
-        message = {"role": "assistant", "content": f"{SENTINEL}1;", "reasoning_content": _THOUGHT}
-        for mode in (self._template, *self.modes):
-            try:
-                text = mode.text([mode.adapted(USER), mode.adapted(message)])
-            except RendererError:
-                continue
-            between = re.search(f"{re.escape(_THOUGHT)}(?s:(.*)){re.escape(SENTINEL)}1;", text)
-            if between is not None:
-                return between[1]
+        return next((between for _, between in self._around_thought()), "")
+
+    @cached_property
+    def before_content(self) -> str:
+        """What the model must write in front of the text of a reply without thinking, behind any thought.
+
+        A template may print a channel there (`<|START_RESPONSE|>`), or white space that its prompt does not
+        end with (`Assistant:`).
+        """
+        with suppress(RendererError):
+            turn = self.turn(Chat(self._template, [USER, REPLY], None), 1)
+            before = turn.said.partition(SENTINEL)[0]
+            thought, closing, behind = before.rpartition(self.known_tags[1] if self.known_tags else SENTINEL)
+            is_thought = closing and (thought.strip() or self._opens_thought(turn.prompt))
+            return behind.lstrip("\n") if is_thought else before
         return ""
 
     # -- the parts of a turn --------------------------------------------------------------------

@@ -221,13 +221,15 @@ class Template:
 
     def prints_tools(self) -> bool:
         """Returns whether the template prints descriptions of tools."""
-        function = {
-            "name": "f",
-            "description": SENTINEL,
-            "parameters": {"type": "object", "properties": {}},
-        }
-        with suppress(RendererError):
-            return SENTINEL in self._tried([_USER], [{"type": "function", "function": function}])
+        some = {"k": {"type": "string", "description": "x"}}
+        for properties in ({}, some):
+            function = {
+                "name": f"f{SENTINEL}",
+                "description": SENTINEL,
+                "parameters": {"type": "object", "properties": properties},
+            }
+            with suppress(RendererError):
+                return SENTINEL in self._tried([_USER], [{"type": "function", "function": function}])
         return False
 
     @cached_property

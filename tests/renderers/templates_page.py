@@ -213,7 +213,11 @@ def _check_turn(
     if not said or weights[len(prompt) - 1] or said[-1] not in stops or set(said[:-1]) & set(stops):
         return f"{WRONG}: mask"
     message = _named(messages[index])
-    if message["content"].strip() not in decode(said):
+    opened = re.search(
+        r"<think>\s*\Z", decode(prompt)
+    )  # the prompt may have the tag that a reply's text begins with
+    content = message["content"].strip().removeprefix("<think>" if opened else "").strip()
+    if content not in decode(said):
         return f"{WRONG}: the reply is not trained"
     printed = truth.texts(messages[: index + 1], tools, truth.settings)
     whole = decode([*prompt, *said])

@@ -452,9 +452,14 @@ def test_the_mask_is_right_or_refused_under_any_template(small_tokenizer, traine
         # The conversations of this template do not contain its prompt, unless a message happens to spell it.
         assert None in replies or (parts["prompt"] and parts["thinks"] == "never")
         return
-    assert None not in replies
     runs = [run for one in examples for run in trained_runs(renderer.tokenizer, one)]
-    assert runs == replies
+    if None in replies:  # the prompt opens a thought that the template never prints: the reply closes it
+        assert parts["prompt"]
+        assert parts["thinks"] == "never"
+        plain = [reply_of_made({**parts, "prompt": ""}, chat[turn]["content"]) for turn in (1, 3)]
+        assert runs == [f"\n</think>\n\n{said}" for said in plain]
+    else:
+        assert runs == replies
     for number, turn in enumerate((1, 3)):
         tokens = examples[min(number, len(examples) - 1)][0].to_ints()
         prompt = renderer.build_generation_prompt(chat[:turn]).to_ints()
@@ -622,6 +627,17 @@ BEGUN = (
     "<think>\n{{ m.reasoning_content or '' }}\n</think>\n\n{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
 )
+RESPONSE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}"
+    "{% if m.reasoning_content %}<think>\n{{ m.reasoning_content }}\n</think>\n{% endif %}"
+    "<response>\n{{ m.content }}\n</response>"
+    "{% else %}{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+COLON = (
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}<|im_end|>{% endfor %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}"
+)
 # Tokens that a model may write, including part of a character, and truncated or nested markup.
 SCRAPS = [
     "<think>",
@@ -632,12 +648,15 @@ SCRAPS = [
     '{"name": "f", "arguments": {}}',
     "a",
     "é",
+    " ",
+    "<response>\n",
+    "\n</response>",
 ]
 
 
 @settings(max_examples=60, deadline=None)
 @given(data=st.data(), scraps=st.lists(st.sampled_from(SCRAPS), max_size=6))
-@pytest.mark.parametrize("template", ["chatml", "forgetful", HERMES, BEGUN])
+@pytest.mark.parametrize("template", ["chatml", "forgetful", HERMES, BEGUN, RESPONSE, COLON])
 def test_any_tokens_are_parsed_the_same_at_once_and_in_a_stream(
     renderer_of, small_tokenizer, template, data, scraps
 ):
@@ -654,6 +673,30 @@ def test_any_tokens_are_parsed_the_same_at_once_and_in_a_stream(
             assert "".join(d.text for d in deltas if d.field == field) == message.get(field, "")
     elif "tool_calls" not in message and "reasoning_content" not in message:
         assert isinstance(message["content"], str)
+
+
+@pytest.mark.parametrize(
+    ("template", "message", "said"),
+    [
+        (RESPONSE, {"content": "b"}, "<response>\nb\n</response><|im_end|>"),
+        (
+            RESPONSE,
+            {"content": "b", "reasoning_content": "hm"},
+            "<think>\nhm\n</think>\n<response>\nb\n</response><|im_end|>",
+        ),
+        (COLON, {"content": "b"}, " b<|im_end|>"),
+        (COLON, {"content": " b"}, "  b<|im_end|>"),
+    ],
+)
+def test_what_a_reply_has_in_front_of_its_text_is_trained_and_not_part_of_the_text(
+    renderer_of, small_tokenizer, trained_runs, template, message, said
+):
+    tokenizer = small_tokenizer(template)
+    renderer = renderer_of("chat_template", tokenizer)
+    reply = {"role": "assistant", **message}
+    (example,) = renderer.build_supervised_examples([{"role": "user", "content": "a"}, reply])
+    assert trained_runs(tokenizer, example) == [said]
+    assert renderer.parse_response(tokenizer(said, add_special_tokens=False)["input_ids"]) == (reply, True)
 
 
 def test_a_reply_closes_the_think_block_that_its_prompt_opens(renderer_of, small_tokenizer, trained_runs):
@@ -708,7 +751,7 @@ def test_a_tokenizer_without_a_template_is_refused(small_tokenizer):
 def test_a_template_that_contradicts_its_prompt_is_refused(renderer_of, small_tokenizer):
     template = (
         "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-        "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n<answer>\n{% endif %}"
     )
     renderer = renderer_of("chat_template", small_tokenizer(template))
     assert "sampled from other prompts" in refusal(

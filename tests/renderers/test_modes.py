@@ -397,12 +397,16 @@ def test_a_reply_that_continues_a_turn_follows_the_header_of_its_prompt(small_to
     assert text == "<|im_start|>user\na<|eot|><|header|>b[r]<|header|>d<|im_end|>"
 
 
-def test_an_opened_thought_is_refused_under_a_template_that_prints_none(small_tokenizer):
-    template = START + END + "<think>\n{% endif %}"
-    renderer = get_renderer("chat_template", small_tokenizer(template))
-    for chat in ([user("a"), reply("b")], [user("a"), reply("")]):
-        with pytest.raises(RendererError, match="sampled from other prompts"):
-            renderer.build_supervised_examples(chat)
+def test_a_thought_that_every_prompt_opens_is_closed_under_a_template_that_prints_none(
+    small_tokenizer, trained_runs
+):
+    tokenizer = small_tokenizer(START + END + "<think>\n{% endif %}")
+    for answer, said in (
+        (reply("b"), "\n</think>\n\nb<|im_end|>"),
+        (reply(""), "\n</think>\n\n<|im_end|>"),
+        (reply("b", "hm"), "hm\n</think>\n\nb<|im_end|>"),
+    ):
+        check(tokenizer, trained_runs, [user("a"), answer], said, {})
 
 
 def test_the_values_of_a_variable_are_those_it_is_compared_with(small_tokenizer):
@@ -553,3 +557,62 @@ def test_calls_that_are_printed_by_their_ids_get_ids_with_their_names(small_toke
     for given in (named, chat("call_x", "call_y")):
         examples = renderer.build_supervised_examples(given)
         assert tokenizer.decode(examples[-1][0].to_ints()) == theirs
+
+
+@pytest.mark.parametrize(
+    ("opening", "closing"),
+    [
+        ("<|START_THINKING|>", "<|END_THINKING|>"),
+        ("<|begin_of_thought|>", "<|end_of_thought|>"),
+        ("[thought_start]", "[thought_end]"),
+        ("<|eot|>", "<|text|>"),
+    ],
+)
+def test_a_thought_between_tags_of_any_spelling_is_parsed(small_tokenizer, trained_runs, opening, closing):
+    """The last are control tokens whose names say nothing of thinking."""
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' and m.thinking %}"
+        f"{opening}{{{{ m.thinking }}}}{closing}{{% endif %}}{{{{ m.content }}}}<|im_end|>\n{{% endfor %}}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    tokenizer = small_tokenizer(template)
+    for answer, said in (
+        (reply("d", "hm"), f"{opening}hm{closing}d<|im_end|>"),
+        (reply("d"), "d<|im_end|>"),
+    ):
+        check(tokenizer, trained_runs, [user("a"), answer], said, {})
+        tokens = tokenizer(said, add_special_tokens=False).input_ids
+        assert get_renderer("chat_template", tokenizer).parse_response(tokens) == (answer, True)
+
+
+def test_thinking_is_written_into_the_text_in_the_mode_whose_prompt_opens_it(small_tokenizer, trained_runs):
+    """Cogito's template has no key for it, and opens `<think>` with `enable_thinking` alone."""
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n"
+        "{% if enable_thinking is defined and enable_thinking %}<think>\n{% endif %}{% endif %}"
+    )
+    tokenizer = small_tokenizer(template)
+    chat = [user("a"), reply("d", "hm")]
+    check(tokenizer, trained_runs, chat, "hm\n</think>\n\nd<|im_end|>", {"enable_thinking": True})
+    check(tokenizer, trained_runs, [user("a"), reply("d")], "d<|im_end|>", {})
+
+
+def test_a_prompt_may_differ_from_the_conversation_in_white_space(small_tokenizer, trained_runs):
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>"
+        "{% if loop.last and add_generation_prompt %}<|im_start|>assistant{% endif %}{{ '\n' }}{% endfor %}"
+    )
+    tokenizer = small_tokenizer(template)
+    renderer = get_renderer("chat_template", tokenizer)
+    (example,) = renderer.build_supervised_examples([user("a"), reply("b")])
+    prompt = renderer.build_generation_prompt([user("a")]).to_ints()
+    assert tokenizer.decode(prompt) == "<|im_start|>user\na<|im_end|><|im_start|>assistant\n"
+    assert example[0].to_ints()[: len(prompt)] == prompt
+    assert trained_runs(tokenizer, example) == ["b<|im_end|>"]
+
+
+def test_tools_are_taken_by_a_template_that_prints_only_their_names(small_tokenizer):
+    names = "{% for t in tools or [] %}{{ t.function.name }}\n{% endfor %}"
+    assert get_renderer("chat_template", small_tokenizer(names + OPENED)).takes_tools
+    assert not get_renderer("chat_template", small_tokenizer(OPENED)).takes_tools
