@@ -6,8 +6,6 @@ import ast
 from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).parent.parent
 FILES = sorted(
     path
@@ -51,20 +49,21 @@ def _name(path: Path) -> str:
     return path.relative_to(ROOT).as_posix()
 
 
-@pytest.mark.parametrize("path", [path for path in FILES if path != LOADER], ids=_name)
-def test_nothing_is_loaded_outside_the_loader(path: Path) -> None:
+def test_nothing_is_loaded_outside_the_loader() -> None:
     found = [
-        f"line {node.lineno}: {ast.unparse(node)}"
+        f"{_name(path)}:{node.lineno}: {ast.unparse(node)}"
+        for path in FILES
+        if path != LOADER
         for node in _attributes(path, "from_pretrained", "from_config", "get_class_from_dynamic_module")
         if ast.unparse(node) != LOADS_IN_A_BENCHMARK.get(_name(path))
     ]
-    assert not found, f"use cookbook.utils.pretrained: {found}"
+    assert not found, "use cookbook.utils.pretrained"
 
 
-@pytest.mark.parametrize("path", FILES, ids=_name)
-def test_nothing_is_unpickled(path: Path) -> None:
+def test_nothing_is_unpickled() -> None:
     found = [
-        f"line {node.lineno}: {ast.unparse(node)}"
+        f"{_name(path)}:{node.lineno}: {ast.unparse(node)}"
+        for path in FILES
         for node in _attributes(path, "load", "loads")
         if isinstance(node.value, ast.Name) and node.value.id in UNPICKLERS
     ]
@@ -90,20 +89,13 @@ def test_the_loader_asks_in_each_of_its_calls_whether_code_may_run() -> None:
         assert trusts in ("needs_code", "runs_code_of(location)"), ast.unparse(call)
 
 
-@pytest.mark.parametrize(
-    "path",
-    [
-        path
+def test_json_is_read_by_the_checking_reader() -> None:
+    found = [
+        f"{_name(path)}:{node.lineno}"
         for path in FILES
         if _name(path) not in READS_JSON
         and not _name(path).startswith(("benchmarks/", "renderers/", "cookbook/data/"))
-    ],
-    ids=_name,
-)
-def test_json_is_read_by_the_checking_reader(path: Path) -> None:
-    found = [
-        f"line {node.lineno}"
         for node in _attributes(path, "load", "loads", "JSONDecoder")
         if ast.unparse(node) in ("json.load", "json.loads", "json.JSONDecoder")
     ]
-    assert not found, f"use cookbook.utils.json_files: {found}"
+    assert not found, "use cookbook.utils.json_files"

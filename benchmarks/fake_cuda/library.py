@@ -15,6 +15,7 @@ from cookbook.data.cache import cache_folder
 from cookbook.utils import files
 
 SOURCE = Path(__file__).with_name("device.cpp")
+_is_loaded = False
 
 
 def why_unavailable() -> str | None:
@@ -27,10 +28,13 @@ def why_unavailable() -> str | None:
 
 
 def load() -> None:
-    """Registers the device with torch. Raises RuntimeError if torch was imported before.
+    """Registers the device with torch, once. Raises RuntimeError if torch was imported before.
 
     Torch looks up its devices when it is first imported, and keeps the answer.
     """
+    global _is_loaded
+    if _is_loaded:
+        return
     if "torch" in sys.modules:
         raise RuntimeError(
             "The fake CUDA device is loaded after torch. Call `load` before torch is imported."
@@ -40,6 +44,7 @@ def load() -> None:
     library = compiled()
     ctypes.CDLL(str(_torch_folder() / "lib" / "libtorch_cpu.so"), mode=ctypes.RTLD_GLOBAL)
     ctypes.CDLL(str(library))
+    _is_loaded = True
 
 
 def compiled() -> Path:

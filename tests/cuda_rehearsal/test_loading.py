@@ -18,6 +18,7 @@ ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.skipif(library.why_unavailable() is not None, reason=library.why_unavailable() or "")
 
 
+@pytest.mark.slow
 def test_a_model_that_is_converted_goes_to_the_device_weight_by_weight(
     make_model_folder: Callable[..., Path], tmp_path: Path
 ) -> None:

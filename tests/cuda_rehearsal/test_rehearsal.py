@@ -8,35 +8,33 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import families
 import pytest
+from programs import Programs
 from waits import DOUBLES, WAITS, WAITS_OF_MODELS, reason
 
 from benchmarks.fake_cuda import library
+from benchmarks.roofline import GOLDEN
 
 ROOT = Path(__file__).parents[2]
 QUICK = ("qwen3",)
 NUM_ACTIVITIES = 10
+DEVICE = "benchmarks.fake_cuda.library:load"
 
 pytestmark = pytest.mark.skipif(library.why_unavailable() is not None, reason=library.why_unavailable() or "")
 
 Found = dict[tuple[str, str], dict[str, Any]]
 
 
-def rehearse(folder: Path, *argv: str) -> Found:
+def rehearse(programs: Programs, folder: Path, *argv: str) -> Found:
     """Returns what `rehearse.py` prints, by family and activity."""
     path = os.pathsep.join(map(str, (ROOT, ROOT / "tests" / "helpers")))
-    ended = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("rehearse.py")), str(folder), *argv],
-        capture_output=True,
-        encoding="utf-8",
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-        cwd=ROOT,
+    script = str(Path(__file__).with_name("rehearse.py"))
+    ended = programs.run(
+        *(script, str(folder), *argv), cwd=ROOT, environment={"PYTHONPATH": path}, before_torch=DEVICE
     )
     assert ended.returncode == 0, ended.stderr[-3000:]
     lines = [json.loads(line) for line in ended.stdout.splitlines() if line.startswith("{")]
@@ -44,8 +42,8 @@ def rehearse(folder: Path, *argv: str) -> Found:
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
-    return rehearse(tmp_path_factory.mktemp("rehearsal"), *QUICK, "--planted")
+def found(programs: Programs, tmp_path_factory: pytest.TempPathFactory) -> Found:
+    return rehearse(programs, tmp_path_factory.mktemp("rehearsal"), *QUICK, "--planted")
 
 
 def of(found: Found, family: str) -> dict[str, dict[str, Any]]:
@@ -107,9 +105,9 @@ def test_moments_in_8_bits_are_stepped_on_by_the_kernel_of_bitsandbytes(found: F
 @pytest.mark.slow
 @pytest.mark.parametrize("family", families.FAMILIES)
 def test_every_family_runs_on_a_cuda_device_and_waits_only_where_there_is_a_reason(
-    tmp_path: Path, family: str
+    programs: Programs, tmp_path: Path, family: str
 ) -> None:
-    activities = of(rehearse(tmp_path, family), family)
+    activities = of(rehearse(programs, tmp_path, family), family)
     assert_refused_nothing(activities)
     assert_waits_are_known(activities)
 
@@ -146,3 +144,17 @@ def test_a_wait_for_the_device_is_found_with_its_function(found: Found, defect: 
 def test_float64_on_the_device_is_found(found: Found) -> None:
     functions = {function for function, *_ in found["qwen3", "planted: fp64"]["doubles"]}
     assert "tests/cuda_rehearsal/planted.py:_fp64" in functions
+
+
+def test_costs_of_a_step_and_of_a_token_are_those_of_the_golden_text(programs: Programs) -> None:
+    """A change that adds launches, bytes, operations or waits shows up as a diff of the text.
+
+    The times that are derived from them are in `docs/rehearsal.md`.
+    """
+    ended = programs.run(
+        *("benchmarks.roofline", "--classes", "--model", "qwen3-0.6b"), cwd=ROOT, before_torch=DEVICE
+    )
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    assert ended.stdout == GOLDEN.read_text(encoding="utf-8"), (
+        "costs have changed: `make roofline` writes them"
+    )

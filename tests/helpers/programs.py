@@ -54,7 +54,7 @@ class Programs:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._servers: dict[tuple[tuple[str, str], ...], _Server] = {}
+        self._servers: dict[tuple[object, ...], _Server] = {}
         self._num_jobs = 0
 
     def start(
@@ -65,11 +65,13 @@ class Programs:
         environment: Mapping[str, str] | None = None,
         stdin: bytes = b"",
         terminal: str | None = None,
+        before_torch: str = "",
     ) -> Program:
         """Starts `python -m module *argv` with these variables added to this process's environment.
 
         If the module is `-c`, the first argument is the text of a program. `terminal` is the path of a
-        terminal that the program gets as its own, instead of files.
+        terminal that the program gets as its own, instead of files. `before_torch` (module:function) is called
+        in the process before it imports torch.
         """
         given = dict(environment or {})
         self._num_jobs += 1
@@ -84,7 +86,7 @@ class Programs:
             "files": [terminal] * 3 if terminal else [str(file) for file in files],
             "is_terminal": terminal is not None,
         }
-        server = self._server(given)
+        server = self._server(given, before_torch)
         return Program(server, int(server.ask(job)), files[1:])
 
     def start_script(self, script: Path) -> tuple[Program, TextIO, TextIO]:
@@ -113,16 +115,15 @@ class Programs:
         """Does `start`, and waits for the end."""
         return self.start(module, *argv, **options).wait(text)
 
-    def _server(self, given: Mapping[str, str]) -> _Server:
-        key = tuple(
-            sorted(
-                (name, value)
-                for name, value in given.items()
-                if name.startswith(("PYTHON", "LC_", "LANG")) and name not in AFTER_THE_START
-            )
-        )
+    def _server(self, given: Mapping[str, str], before_torch: str = "") -> _Server:
+        environment = {
+            name: given[name]
+            for name in sorted(given)
+            if name.startswith(("PYTHON", "LC_", "LANG")) and name not in AFTER_THE_START
+        }
+        key = (before_torch, *environment.items())
         if key not in self._servers:
-            self._servers[key] = _Server(dict(key))
+            self._servers[key] = _Server(environment, before_torch)
         return self._servers[key]
 
     def close(self) -> None:
@@ -131,9 +132,9 @@ class Programs:
 
 
 class _Server:
-    def __init__(self, environment: Mapping[str, str]) -> None:
+    def __init__(self, environment: Mapping[str, str], before_torch: str) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, __file__],
+            [sys.executable, __file__, before_torch],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
@@ -219,6 +220,10 @@ if __name__ == "__main__":
     import runpy
 
     sys.path.pop(0)  # this file's folder, which `python -m` does not add
+    if sys.argv[1]:
+        sys.path.insert(0, str(Path(__file__).parents[2]))
+        name, _, function = sys.argv[1].partition(":")
+        getattr(importlib.import_module(name), function)()
     gc.disable()  # importing creates many objects and discards few
     for module in PRELOADED:
         importlib.import_module(module)
@@ -233,6 +238,7 @@ if __name__ == "__main__":
         if job["module"] == "-c":
             exec(compile(sys.argv.pop(1), "<string>", "exec"), {"__name__": "__main__"})
         elif job["module"].endswith(".py"):
+            sys.path.insert(0, str(Path(job["module"]).parent))
             runpy.run_path(job["module"], run_name="__main__")
         else:
             runpy.run_module(job["module"], run_name="__main__", alter_sys=True)
