@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -73,11 +74,39 @@ LONGEST_FILES = (
 )
 
 
+def pytest_collection() -> None:
+    gc.disable()  # until the tests are collected: importing creates many objects and discards few
+
+
+@pytest.hookimpl(tryfirst=True)  # before tests are chosen by their markers
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Runs the longest files first, so that parallel processes end at about the same time."""
+    """Marks further cases as slow, and sorts the longest files first, so that processes end together."""
+    _mark_further_cases(items)
     folder = Path(__file__).parent
     order = {folder / name: number for number, name in enumerate(LONGEST_FILES)}
     items.sort(key=lambda item: order.get(item.path, len(order)))
+
+
+def _mark_further_cases(items: list[pytest.Item]) -> None:
+    cases: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        if item.get_closest_marker("cases") is not None and item.get_closest_marker("slow") is None:
+            cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    for of_one in cases.values():
+        marker = of_one[0].get_closest_marker("cases")
+        assert marker is not None
+        (number,) = marker.args
+        chosen = {len(of_one) * index // number for index in range(number)}
+        for index, item in enumerate(of_one):
+            if index not in chosen:
+                item.add_marker("slow")
+
+
+def pytest_collection_finish() -> None:
+    """Collects garbage from now on, without what was imported for the tests, which stays."""
+    gc.enable()
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

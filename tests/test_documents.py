@@ -75,6 +75,7 @@ def published_program() -> str:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "program",
     [lambda: PROGRAM, pytest.param(published_program, marks=pytest.mark.published)],

@@ -83,9 +83,7 @@ def violations(source: str, module: str, read: Callable[[str, str], Iterable[str
 
 
 def test_imports_point_one_way() -> None:
-    found = [
-        line for module, path in MODULES.items() for line in violations(path.read_text("utf-8"), module)
-    ]
+    found = [line for module, path in MODULES.items() for line in violations(path.read_text("utf-8"), module)]
     assert found == []
 
 

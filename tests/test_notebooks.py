@@ -43,6 +43,7 @@ def test_the_first_fine_tune_trains_and_answers(capsys: pytest.CaptureFixture) -
     assert "Paris" in capsys.readouterr().out.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_the_own_builder_and_evaluator_are_used() -> None:
     scope, values = run_cells(FOLDER / "own_data_and_evaluator.ipynb")
     assert scope["summary"].is_finished

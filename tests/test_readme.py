@@ -296,6 +296,7 @@ def test_as_many_families_are_said_to_pass_as_the_page_of_models_says(page: str)
     assert re.findall(r"\d+ of \d+", PAGES[page]) == [found[1]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [
@@ -314,6 +315,7 @@ def test_the_memory_table_is_what_the_estimate_says(name: str) -> None:
     )
 
 
+@pytest.mark.slow
 def test_the_largest_models_are_those_of_the_table_of_longest_sequences() -> None:
     lines = PAGES["docs/estimate.md"].splitlines()
     headers = [number for number, line in enumerate(lines) if line.endswith(" 80 GB | 141 GB |")]

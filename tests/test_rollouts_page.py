@@ -18,6 +18,7 @@ def test_every_command_has_its_output() -> None:
     assert len(SHOWN) == len(re.findall(r"^```bash$", TEXT, re.MULTILINE)) >= 12
 
 
+@pytest.mark.cases(6)
 @pytest.mark.parametrize("example", SHOWN, ids=lambda example: example.command)
 def test_a_command_prints_what_the_page_says(example: Shown) -> None:
     assert printed_by(example.command) == example.output

@@ -57,6 +57,7 @@ def test_adjacent_spans_do_not_overlap_in_the_file(tmp_path: Path) -> None:
         assert one["ts"] + one["dur"] <= other["ts"]
 
 
+@pytest.mark.slow
 def test_a_trace_file_cut_at_any_byte_is_read_and_continued(tmp_path: Path) -> None:
     path = tmp_path / "trace.json"
     write(path, *(Span("engine", f"job {i}", i, i + 1, i) for i in range(3)))

@@ -274,6 +274,7 @@ def check_is_recorded(config: train.Config, folder: Path) -> None:
 NUM_CONFIGS, SLICE = 500, 100
 
 
+@pytest.mark.slow
 def test_a_few_changed_config_files_are_configs_or_errors() -> None:
     check_each(check_config, seeds(0, 25))
 

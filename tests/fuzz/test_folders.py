@@ -380,6 +380,7 @@ def test_every_command_reads_undamaged_folders(world: World) -> None:
         assert watched_of(world, command) == before, command.name
 
 
+@pytest.mark.slow
 def test_a_few_damaged_folders_are_used_or_refused(world: World) -> None:
     check_each(lambda seed: check_folder(world, seed), seeds(0, 8))
 

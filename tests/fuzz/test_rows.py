@@ -387,10 +387,12 @@ def check_is_shown(builder: FromConversationFileBuilder) -> None:
 NUM_LINES, NUM_FILES, SLICE = 700, 300, 100
 
 
+@pytest.mark.slow
 def test_a_few_changed_rows_are_read_or_refused_with_their_place() -> None:
     check_each(check_lines, seeds(0, 30))
 
 
+@pytest.mark.slow
 def test_a_few_changed_files_are_read_or_refused_with_their_name() -> None:
     check_each(check_file, seeds(0, 20))
 

@@ -172,6 +172,17 @@ def install_kernels(patch: pytest.MonkeyPatch, modeling: ModuleType, keep_apart:
     return calls
 
 
+def draw_blank_pictures(patch: pytest.MonkeyPatch) -> None:
+    """Makes matplotlib write one white pixel for each picture, as drawing takes longer than a run."""
+    from matplotlib.figure import Figure
+    from PIL import Image
+
+    def save(figure: Figure, file: Any, **options: Any) -> None:
+        Image.new("RGB", (1, 1), "white").save(file, "PNG")
+
+    patch.setattr(Figure, "savefig", save)
+
+
 def fail_to_load(patch: pytest.MonkeyPatch, error: Exception) -> None:
     """Makes every load of a model's weights raise `error`."""
 

@@ -70,8 +70,8 @@ class Programs:
         """Starts `python -m module *argv` with these variables added to this process's environment.
 
         If the module is `-c`, the first argument is the text of a program. `terminal` is the path of a
-        terminal that the program gets as its own, instead of files. `before_torch` (module:function) is called
-        in the process before it imports torch.
+        terminal that the program gets as its own, instead of files. `before_torch` (module:function) is
+        called in the process before it imports torch.
         """
         given = dict(environment or {})
         self._num_jobs += 1

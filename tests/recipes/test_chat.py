@@ -102,6 +102,7 @@ class Screen:
         return code
 
 
+@pytest.mark.slow
 def test_a_terminal_shows_the_conversation(parrot: Path, programs: Programs) -> None:
     screen = Screen(programs, f"checkpoint={parrot}/checkpoints/000012", "temperature=0")
     assert "checkpoints/000012 (chat_template)" in screen.wait_for("Ctrl-D leaves")
@@ -116,6 +117,7 @@ def test_a_terminal_shows_the_conversation(parrot: Path, programs: Programs) -> 
     assert screen.end() == 0
 
 
+@pytest.mark.slow
 def test_ctrl_c_stops_a_reply_and_ctrl_d_exits(programs: Programs) -> None:
     # At this temperature replies fill the context.
     argv = ["model_name=cookbook/tiny-chat", "temperature=20", "max_tokens=100000", "seed=1"]

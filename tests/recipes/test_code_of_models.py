@@ -153,6 +153,7 @@ def test_a_model_of_an_unknown_architecture_is_refused_without_running_its_code(
     assert "Traceback" not in error
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", slow_except(["sft", "chat", "export merged"], NAMES))
 def test_a_model_of_a_known_architecture_is_loaded_without_its_code(
     name: str,
@@ -225,6 +226,7 @@ def test_an_export_names_no_code(
     assert not decoy.exists()
 
 
+@pytest.mark.slow
 def test_a_process_with_yes_on_standard_input_runs_no_code(
     base: Path, adapter: Path, decoy: Path, tmp_path: Path, programs: Programs
 ) -> None:

@@ -91,6 +91,7 @@ def changed(value: Any, path: tuple[Any, ...], new: Any) -> Any:
     return copy
 
 
+@pytest.mark.cases(3)
 @pytest.mark.parametrize("name", FILES)
 def test_a_file_of_a_run_with_a_wrong_type_anywhere_is_read_or_refused(run_folder: Path, name: str) -> None:
     path = run_folder / name
@@ -132,6 +133,7 @@ def test_an_error_of_a_file_that_is_not_json_names_it(run_folder: Path, name: st
         look(run_folder)
 
 
+@pytest.mark.cases(7)
 @pytest.mark.parametrize(
     ("name", "key", "wrong"),
     [
@@ -193,6 +195,7 @@ def saved(tmp_path: Path, tiny_qwen3: str) -> Path:
     return path
 
 
+@pytest.mark.cases(2)
 @pytest.mark.parametrize(
     ("damage", "problem"),
     [

@@ -92,6 +92,7 @@ def rows_of(prompts: Path) -> list[dict[str, Any]]:
     return sorted((json.loads(line) for line in lines), key=lambda row: row["distilled"]["prompt"])
 
 
+@pytest.mark.slow
 def test_every_whole_reply_is_a_conversation_and_the_others_are_counted(
     server: Server, prompts: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
@@ -140,6 +141,7 @@ def test_a_busy_server_is_asked_again(server: Server, prompts: Path) -> None:
     assert run(server, prompts, "concurrency=2").kept == 7
 
 
+@pytest.mark.slow
 def test_other_prompts_are_not_mixed_into_a_file(
     server: Server, prompts: Path, capsys: pytest.CaptureFixture
 ) -> None:

@@ -75,6 +75,7 @@ def test_a_run_on_text_in_any_script_trains_resumes_and_is_reported(
     assert reported.returncode == 0, reported.stderr
 
 
+@pytest.mark.slow
 @ENVIRONMENTS
 def test_a_preview_replaces_unprintable_characters(
     run: Run, tmp_path: Path, environment: dict[str, str]
@@ -86,6 +87,7 @@ def test_a_preview_replaces_unprintable_characters(
     assert ">天<" in (tmp_path / "preview.html").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 @ENVIRONMENTS_OF_LONG_TESTS
 def test_piped_questions_are_utf8(run: Run, tmp_path: Path, environment: dict[str, str]) -> None:
     argv = ["model_name=cookbook/tiny-chat", "max_tokens=4", "temperature=0"]
@@ -96,6 +98,7 @@ def test_piped_questions_are_utf8(run: Run, tmp_path: Path, environment: dict[st
     assert done.stdout == elsewhere.stdout.decode().encode("ascii", "replace")
 
 
+@pytest.mark.slow
 def test_a_piped_question_that_is_not_utf8_is_named(run: Run, tmp_path: Path) -> None:
     done = run(
         *("chat", "model_name=cookbook/tiny-chat", "max_tokens=4"),
@@ -109,6 +112,7 @@ def test_a_piped_question_that_is_not_utf8_is_named(run: Run, tmp_path: Path) ->
     )
 
 
+@pytest.mark.cases(2)
 @pytest.mark.parametrize(
     ("argv", "code", "message"),
     [
@@ -131,6 +135,7 @@ def test_help_and_errors_are_printed_without_a_traceback(
     assert b"Traceback" not in printed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("content", "message"),
     [

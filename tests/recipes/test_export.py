@@ -65,6 +65,7 @@ def exporting(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], mon
     return call
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("format", "command"),
     slow_after(
@@ -99,6 +100,7 @@ def test_plain_transformers_chats_with_a_merged_run(exporting: Exporting) -> Non
     assert reply[-1] == tokenizer.convert_tokens_to_ids("<|im_end|>")
 
 
+@pytest.mark.slow
 def test_the_best_checkpoint_of_a_run_is_exported_or_the_last(exporting: Exporting, run: Path) -> None:
     shutil.copytree(run, "with-best")
     CheckpointLog(Path("with-best")).mark_best(1, "test/nll", 0.5)
@@ -230,6 +232,7 @@ def test_a_run_in_4_bits_reports_what_it_is_merged_into(
     assert "trained on a base model in 4 bits" in Path("out/README.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.cases(3)
 @pytest.mark.parametrize("umask", [0o077, 0o002])
 @pytest.mark.parametrize("format", ["adapter", "merged", "gguf"])
 def test_exported_files_have_the_modes_of_the_umask(exporting: Exporting, format: str, umask: int) -> None:

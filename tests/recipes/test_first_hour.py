@@ -45,6 +45,7 @@ def test_a_mistake_is_answered_as_on_the_page(
     assert shown in capsys.readouterr().err + str(caught.value)
 
 
+@pytest.mark.slow
 def test_a_short_run_prints_what_the_page_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COOKBOOK_CACHE", "/proc/x")

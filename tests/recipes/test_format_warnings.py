@@ -12,6 +12,7 @@ MODEL = "model_name=cookbook/tiny-chat"
 WARNING = "Renderer `role_colon` does not print the format of cookbook/tiny-chat: it prints "
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("renderer", slow_after(1, ["role_colon", "chat_template"]))
 def test_chat_warns_of_another_format(renderer: str, programs: Programs) -> None:
     done = programs.run("recipes.chat", MODEL, f"renderer_name={renderer}", stdin=b"")
@@ -19,6 +20,7 @@ def test_chat_warns_of_another_format(renderer: str, programs: Programs) -> None
     assert (WARNING in " ".join(done.stderr.split())) == (renderer == "role_colon")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("renderer", slow_after(1, ["role_colon", "chat_template"]))
 def test_preview_warns_of_another_format(renderer: str, programs: Programs, tmp_path: Path) -> None:
     page = f"html={tmp_path / 'page.html'}"

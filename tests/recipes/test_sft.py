@@ -64,6 +64,7 @@ def words_of(text: str) -> set[str]:
     return {word.strip(".,!?").lower() for word in text.split()}
 
 
+@pytest.mark.slow
 def test_an_error_on_the_command_line_is_one_line_and_exit_code_1(tmp_path: Path, programs: Programs) -> None:
     done = programs.run("recipes.sft", "learning_rat=1", cwd=tmp_path)
     assert done.returncode == 1
@@ -74,6 +75,7 @@ def test_an_error_on_the_command_line_is_one_line_and_exit_code_1(tmp_path: Path
     )
 
 
+@pytest.mark.cases(3)
 @pytest.mark.parametrize(
     ("argv", "message"),
     [

@@ -47,6 +47,7 @@ def tokenizer_for(small_tokenizer: Any) -> Any:
     return load
 
 
+@pytest.mark.cases(6)
 @pytest.mark.parametrize(("name", "template"), AGREEING)
 def test_a_renderer_agrees_with_the_template_of_its_model_in_any_mode(tokenizer_for, name, template):
     assert disagreement(get_renderer(name, tokenizer_for(template))) is None

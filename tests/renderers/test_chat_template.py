@@ -88,6 +88,7 @@ def is_joined(tokenizer: Any, prompt: str, reply: str) -> bool:
     return encode(prompt + reply)[: len(encode(prompt))] != encode(prompt)
 
 
+@pytest.mark.cases(3)
 @few
 @given(messages=chats(plain_text))
 def test_tokens_equal_those_of_the_template(renderer_of, templated, template_tokens, messages):
@@ -118,6 +119,7 @@ def test_exactly_the_replies_and_their_end_tokens_are_trained(renderer_of, templ
     assert len(examples) == (len(messages) // 2 if thinks else 1)
 
 
+@pytest.mark.cases(3)
 @few
 @given(messages=chats(forging_text))
 def test_the_generation_prompt_is_a_prefix_of_the_example(renderer_of, templated, messages):
@@ -132,6 +134,7 @@ def test_the_generation_prompt_is_a_prefix_of_the_example(renderer_of, templated
         assert weights[len(prompt) - 1] == 0
 
 
+@pytest.mark.cases(3)
 @few
 @given(messages=chats(forging_text))
 def test_a_message_cannot_forge_a_control_token(renderer_of, templated, messages):
@@ -277,6 +280,7 @@ any_chat = st.lists(
 ).map(lambda messages: [user("hello"), *messages])
 
 
+@pytest.mark.cases(3)
 @pytest.mark.parametrize("mode", TrainOnWhat)
 @few
 @given(chat=any_chat)
@@ -321,6 +325,7 @@ def test_the_weights_of_each_mode_equal_weights_written_by_hand(renderer_of, sma
     assert weights.tolist() == expected
 
 
+@pytest.mark.slow
 @few
 @given(chat=any_chat)
 @example(chat=[user("42")])

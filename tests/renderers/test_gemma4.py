@@ -104,6 +104,7 @@ def check_mode(renderer: Any, truth: Truth, num_conversations: int) -> int:
     return num_trained
 
 
+@pytest.mark.cases(2)
 @pytest.mark.parametrize("name", MODES)
 def test_texts_prompts_and_trained_turns_are_those_of_the_template(renderer_of, gemma, name):
     truth = GemmaTruth(gemma.chat_template, {**MODES[name], "bos_token": "<bos>"})
@@ -121,6 +122,7 @@ def test_texts_prompts_and_trained_turns_are_those_of_the_published_template(
     assert check_mode(renderer_of(name, tokenizer), truth, 200) > 200
 
 
+@pytest.mark.cases(2)
 @pytest.mark.parametrize("name", MODES)
 def test_any_conversation_is_printed_as_the_template_does_or_refused(renderer_of, gemma, name):
     truth = GemmaTruth(gemma.chat_template, {**MODES[name], "bos_token": "<bos>"})

@@ -180,6 +180,7 @@ tools_lists = st.lists(
 # -- the model's template ---------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @few
 @given(messages=conversations_of(text), tools=tools_lists)
 def test_tokens_equal_those_of_the_template(renderer, tokenizer, template, messages, tools):
@@ -194,6 +195,7 @@ def test_prompts_equal_those_of_the_template(renderer, tokenizer, template, mess
     assert prompt == parted(tokenizer, template(messages, tools, prompt=True))
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(tools=tools_lists)
 def test_tools_are_printed_as_the_template_prints_them(template, tools):
@@ -225,6 +227,7 @@ def test_each_reasoning_effort_has_its_own_renderer(renderer_of, tokenizer, temp
 # -- prompts and masks --------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @few
 @given(messages=conversations_of(text), tools=tools_lists, data=st.data())
 def test_every_trained_turn_follows_its_own_prompt_once(renderer, messages, tools, data):

@@ -246,6 +246,7 @@ def check_every_beginning(template: Template, messages: list[dict[str, Any]], to
     return chat
 
 
+@pytest.mark.cases(20)
 @pytest.mark.parametrize("name", slow_except(QUICK, TEMPLATES))
 @pytest.mark.parametrize("kind", ["plain", "system", "calls"])
 def test_every_prefix_has_the_text_that_the_template_prints(small_tokenizer, name, kind):
@@ -254,6 +255,7 @@ def test_every_prefix_has_the_text_that_the_template_prints(small_tokenizer, nam
     check_every_beginning(template, messages)
 
 
+@pytest.mark.cases(8)
 @pytest.mark.parametrize("name", EASILY_MISTAKEN)
 def test_templates_that_are_hard_to_trace_print_every_prefix_the_same(small_tokenizer, name):
     template = Template(small_tokenizer(EASILY_MISTAKEN[name] + PROMPT))
@@ -401,6 +403,7 @@ def paths_in(folder: Path) -> list[Path]:
     return sorted(folder.glob("*.jinja"))
 
 
+@pytest.mark.cases(6)
 @pytest.mark.parametrize(
     "path",
     [

@@ -101,6 +101,7 @@ with_sources = pytest.mark.parametrize(
 )
 
 
+@pytest.mark.cases(2)
 @with_sources
 @pytest.mark.parametrize("name", FORMATS)
 def test_texts_prompts_and_trained_turns_of_k2_5_are_those_of_the_template(

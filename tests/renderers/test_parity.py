@@ -28,6 +28,7 @@ def test_the_table_equals_the_result_of_the_comparison(parity):
     assert table in README.read_text(encoding="utf-8"), "renderers/README.md is out of date: make parity"
 
 
+@pytest.mark.slow
 def test_conversations_with_a_system_message_are_exact_for_every_model_in_the_table(parity):
     others = {
         ("gpt-oss", "chat_template"): parity.EXACT_AS_TEXT,

@@ -39,6 +39,7 @@ def qwen() -> Any:
     return chat_formats.tokenizer("qwen3")
 
 
+@pytest.mark.cases(3)
 @pytest.mark.parametrize("name", FORMATS)
 def test_texts_prompts_and_trained_turns_are_those_of_the_template(renderer_of, qwen, name):
     template, options = FORMATS[name]

@@ -152,12 +152,14 @@ NAMES = [name for name in renderer_names() if name != "chat_template"]
 TEMPLATES = [f"{path.stem}.jinja" for path in sorted(chat_formats.TEMPLATES.glob("*.jinja"))]
 
 
+@pytest.mark.cases(2)
 @pytest.mark.parametrize("kind", KINDS)
 def test_examples_are_those_rendered_from_the_beginning(kind: str) -> None:
     found = [check(kind, name, seed) for seed, name in enumerate(NAMES * 3)]
     assert found.count("compared") >= 20, "too few conversations have several examples"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     slow_except(
@@ -185,6 +187,7 @@ def test_a_query_that_ends_with_the_effort_is_printed_again_when_another_one_fol
     assert check("split", "nemotron3_ultra_medium_thinking", 1435) == "compared"
 
 
+@pytest.mark.slow
 def test_examples_of_a_chat_template_are_those_rendered_from_the_beginning() -> None:
     found = [check("split", name, seed) for name in ("qwen3.jinja", "glm5.jinja") for seed in range(4)]
     assert found.count("compared") >= 4

@@ -133,6 +133,7 @@ CURIOUS_TEMPLATES = [
 short = st.sampled_from(["", "a", " a ", "b", "ab\n", "%s", "<b>", "</think>"]) | st.text(max_size=3)
 
 
+@pytest.mark.cases(16)
 @pytest.mark.parametrize(
     "template",
     [*CURIOUS_TEMPLATES, *(looped(one) for one in EXPRESSIONS), *(looped(one) for one in CURIOSITIES)],

@@ -90,6 +90,7 @@ ENDLESS = {
 }
 
 
+@pytest.mark.cases(12)
 @pytest.mark.parametrize("source", LARGE.values(), ids=LARGE)
 def test_a_template_is_refused_before_it_produces_too_much(source: str) -> None:
     with pytest.raises(TemplateLimitError, match=r"characters|width|bits"):
@@ -130,6 +131,7 @@ def test_the_limits_of_a_run_grow_with_its_conversation() -> None:
     assert compiled(remembers, limits).render(messages=many) == "word " * 20_000
 
 
+@pytest.mark.slow
 def test_a_template_that_ran_too_long_is_stopped_sooner_the_next_time() -> None:
     template = compiled(ENDLESS["loops in loops"], Limits(seconds=0.4, least_seconds=0.1))
     said = []

@@ -46,6 +46,7 @@ TYPES = (
 )
 
 
+@pytest.mark.slow
 def test_the_table_is_that_of_the_installed_sdk() -> None:
     if importlib.util.find_spec("tinker") is None:
         pytest.skip("the Tinker SDK is not installed (`make tinker` compares with it)")
@@ -95,5 +96,6 @@ def test_types_have_the_fields_of_the_sdk(name: str) -> None:
     assert set(getattr(cookbook.types, name)._fields()) >= set(TABLE["fields"][name])
 
 
+@pytest.mark.slow
 def test_every_loss_of_the_sdk_is_here() -> None:
     assert set(LOSSES) == set(TABLE["losses"]) - {"custom"}

@@ -42,6 +42,7 @@ def said(session: ChatSession, text: str) -> str:
     return shown + turn.conclude().rest
 
 
+@pytest.mark.slow
 def test_a_reply_equals_a_sample_for_the_complete_conversation(
     start: Callable[..., ChatSession], client: SamplingClient, renderer: Renderer
 ) -> None:

@@ -20,6 +20,7 @@ def wrapped(text: str, width: int, pieces: int = 1, column: int = 0) -> str:
     return out + wrap.finish()
 
 
+@pytest.mark.slow
 @given(st.lists(st.text("abc", min_size=1, max_size=6), min_size=1, max_size=30), st.integers(1, 9))
 def test_single_spaces_break_as_in_textwrap(words: list[str], pieces: int) -> None:
     text = " ".join(words)

@@ -101,6 +101,7 @@ def use(client: TrainingClient, storages: Storages) -> list[Any]:
     return futures
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "way", [pytest.param("closed and kept", marks=pytest.mark.slow), "closed", "dropped"]
 )
@@ -192,6 +193,7 @@ def test_a_closed_service_frees_its_models_without_a_garbage_collection(
             closed.get_tokenizer()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["service first", "client later", "dropped"])
 def test_services_leave_no_memory_in_whatever_order_objects_end(
     way: str, tiny_qwen3: str, tmp_path: Path
@@ -249,6 +251,8 @@ def test_the_error_of_a_save_does_not_reference_weights(
     assert storages.num_alive() == 0
 
 
+@pytest.mark.cases(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["closed", "dropped"])
 def test_sampling_clients_leave_no_memory_allocated(
     way: str, service: ServiceClient, tiny_qwen3: str

@@ -222,6 +222,7 @@ def test_cancelling_a_task_that_waits_does_not_cancel_the_work(worker: ThreadPoo
     assert not running.failure_was_seen
 
 
+@pytest.mark.slow
 def test_a_timed_out_waiter_logs_no_warning_when_the_work_fails(
     caplog: pytest.LogCaptureFixture,
 ) -> None:

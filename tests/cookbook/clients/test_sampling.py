@@ -163,6 +163,7 @@ def test_unseeded_samples_differ_between_calls_and_repeat_between_runs(
     assert drawn() == first
 
 
+@pytest.mark.slow
 def test_a_deleted_client_frees_its_adapter_once_its_work_is_done(client: TrainingClient) -> None:
     gc.collect()
     before = adapters(client)
@@ -176,6 +177,7 @@ def test_a_deleted_client_frees_its_adapter_once_its_work_is_done(client: Traini
     assert adapters(client) == before
 
 
+@pytest.mark.slow
 def test_snapshots_in_turn_hold_one_adapter_at_a_time(client: TrainingClient) -> None:
     gc.collect()
     before = adapters(client)
@@ -189,6 +191,7 @@ def test_snapshots_in_turn_hold_one_adapter_at_a_time(client: TrainingClient) ->
     assert adapters(client) == before
 
 
+@pytest.mark.slow
 def test_freeing_a_snapshot_does_not_affect_gradients_and_training(
     client: TrainingClient, service: ServiceClient, tiny_qwen3: str
 ) -> None:

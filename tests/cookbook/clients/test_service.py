@@ -54,6 +54,7 @@ def files(path: str) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in Path(path).glob("*.safetensors")}
 
 
+@pytest.mark.slow
 def test_a_client_from_a_state_with_its_optimizer_resumes_bit_for_bit(
     service: ServiceClient, tiny_qwen3: str
 ) -> None:
@@ -158,6 +159,7 @@ def test_a_plain_peft_adapter_can_be_trained_on_and_sampled_from(
     steps(client, range(1))
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_creates_no_client_and_leaves_no_adapter(
     service: ServiceClient, tiny_qwen3: str, tmp_path: Path
 ) -> None:

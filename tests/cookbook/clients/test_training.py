@@ -256,6 +256,7 @@ def test_every_method_has_an_async_twin_of_the_same_signature(kind: type) -> Non
         assert inspect.signature(twin).parameters == inspect.signature(methods[name]).parameters
 
 
+@pytest.mark.slow
 def test_the_async_twins_do_what_the_methods_do(make_client: MakeClient, service: ServiceClient) -> None:
     one, other = make_client(), make_client()
     losses = steps_read_one_by_one(one, range(2))
@@ -560,6 +561,7 @@ def test_a_misspelt_loss_input_is_refused_by_name(tiny_qwen3: str, tmp_path: Pat
     assert custom.result().loss < 0
 
 
+@pytest.mark.slow
 def test_a_garbage_collected_training_client_frees_its_adapter(tiny_qwen3: str, tmp_path: Path) -> None:
     service = ServiceClient(checkpoint_dir=tmp_path)
     kept = service.create_lora_training_client(tiny_qwen3, rank=2, seed=0)

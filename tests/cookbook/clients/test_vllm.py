@@ -163,6 +163,7 @@ def checkpoint(service: ServiceClient, tiny_qwen3: str) -> Path:
     return Path(client.save_weights_for_sampler("adapter").result().path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("has_adapter", [False, True])
 def test_it_answers_like_the_local_client(
     server: Server, service: ServiceClient, checkpoint: Path, has_adapter: bool

@@ -231,6 +231,7 @@ def test_data_are_rendered_without_a_cache_if_it_cannot_be_written(
     assert "cannot be kept" in caplog.text
 
 
+@pytest.mark.slow
 def test_any_number_of_processes_renders_the_same_examples(
     tmp_path: Path, tiny_qwen3: str, chats: list
 ) -> None:
@@ -462,6 +463,7 @@ def test_a_stream_whose_rows_are_all_held_out_is_refused(tmp_path: Path, tiny_qw
         make_builder(path, tiny_qwen3, streaming=True, test_size=None)()
 
 
+@pytest.mark.slow
 def test_an_index_error_in_a_users_code_does_not_end_a_stream(tmp_path: Path, tiny_qwen3: str) -> None:
     class Mine(FromConversationFileBuilder):
         def conversations_of(self, row: Row) -> list[Conversation]:
@@ -475,6 +477,7 @@ def test_an_index_error_in_a_users_code_does_not_end_a_stream(tmp_path: Path, ti
         stream.get_batch(0)
 
 
+@pytest.mark.slow
 def test_a_stream_reports_bad_rows_when_it_reads_them(tmp_path: Path, tiny_qwen3: str) -> None:
     rows = [{"messages": CHAT}] * 1100 + [{"messages": NO_REPLY}, {"messages": LONG}]
     path = write_rows(tmp_path / "chats.jsonl", rows)
@@ -677,6 +680,7 @@ def test_the_report_has_the_counts_of_all_processes(tiny_qwen3: str, tmp_path: P
     assert train.notes() == {}
 
 
+@pytest.mark.slow
 def test_a_stream_counts_each_row_once(tiny_qwen3: str, tmp_path: Path) -> None:
     path = write_rows(tmp_path / "rows.jsonl", [{"colour": "red"}] * 1_000 + [{"colour": "blue"}] * 150)
     train, _ = counting_builder(path, tiny_qwen3, streaming=True, buffer_size=1)()

@@ -534,6 +534,7 @@ turns_ = st.lists(
 ).filter(lambda turns: not any(one[0] == two[0] == "assistant" for one, two in itertools.pairwise(turns)))
 
 
+@pytest.mark.slow
 @given(turns_, st.booleans())
 @settings(deadline=None)
 def test_messages_written_as_sharegpt_are_read_back(turns: list[tuple[str, Any]], in_one: bool) -> None:
@@ -597,6 +598,7 @@ rows = st.recursive(
 )
 
 
+@pytest.mark.slow
 @given(
     st.dictionaries(st.sampled_from(KEYS), rows, max_size=6),
     st.none() | st.sampled_from(sorted(FORMATS)),

@@ -7,6 +7,7 @@ import time
 from typing import Any
 
 import numpy as np
+import pytest
 from rich.console import Console
 
 from cookbook.data import preview
@@ -14,6 +15,7 @@ from cookbook.data.examples import datum_from_tokens
 from cookbook.report import preview_page
 
 
+@pytest.mark.slow
 def test_a_giant_example_is_truncated_with_a_note(tiny_tokenizer: Any) -> None:
     num_tokens = 2_000_000
     datum = datum_from_tokens([65] * num_tokens, np.ones(num_tokens, np.float32), None)

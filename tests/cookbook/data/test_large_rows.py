@@ -101,6 +101,7 @@ def test_endless_nesting_and_endless_numbers_are_bad_rows(value: str, tmp_path: 
     assert "JSON" in bad.reason
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", slow_after(1, ["a.jsonl", "a.csv", "a.parquet", "a.arrow", "folder"]))
 def test_chunks_of_large_rows_have_fewer_rows(name: str, tmp_path: Path) -> None:
     rows = [{"text": f"{number} " + "x" * (900_000 if number % 5 else 1)} for number in range(60)]
@@ -178,6 +179,7 @@ def _write_bomb(path: Path, num_mib: int) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_a_compressed_line_is_skipped_in_bounded_memory(tmp_path: Path) -> None:
     path = _write_bomb(tmp_path / "a.jsonl.gz", 200)
     assert path.stat().st_size < 2 * MIB

@@ -326,6 +326,7 @@ def test_plain_chats_that_repeat_others_are_kept_and_reported(tmp_path: Path, ti
     )
 
 
+@pytest.mark.cases(4)
 @pytest.mark.parametrize("repeated", [None, "keep"])
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize("seed", range(3))
@@ -377,6 +378,7 @@ def test_rows_that_all_share_an_answer_cannot_be_held_out(tmp_path: Path, tiny_q
     assert len(answers(train, tiny_qwen3)) == 20
 
 
+@pytest.mark.slow
 def test_a_stream_merges_the_same_rows_wherever_it_begins(tmp_path: Path, tiny_qwen3: str) -> None:
     rows = [row for number in range(60) for row in nested(5, f"Task {number}.")]
     train, _ = built(tmp_path, tiny_qwen3, rows, streaming=True, batch_size=7)

@@ -161,6 +161,7 @@ def test_every_source_reads_the_rows_that_were_written(kind: str, tmp_path: Path
     assert len({place(row) for row in source.rows()}) == 23
 
 
+@pytest.mark.cases(5)
 @pytest.mark.parametrize("kind", KINDS)
 def test_skipping_equals_slicing_for_every_start_and_size(kind: str, tmp_path: Path) -> None:
     rows = number_rows(23)

@@ -35,6 +35,7 @@ def write(path: Path, rows: Rows, rows_per_block: int) -> ExampleStore:
     return ExampleStore(path, "some")
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(rows=rows_of_examples, rows_per_block=st.integers(1, 4))
 def test_every_example_of_every_row_is_read_back(rows: Rows, rows_per_block: int) -> None:

@@ -141,6 +141,7 @@ def numbers_of(mixture: StreamMixture, start: int = 0, seed: int = 0) -> list[li
     return [row["n"] for row in mixture.rows(start, seed)]  # type: ignore[call-overload]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop_when", ["first_exhausted", "all_exhausted"])
 def test_a_mixture_of_streams_resumes_at_any_row(tmp_path: Path, stop_when: str) -> None:
     mixture = mixed(tmp_path, [6000, 2500], [3, 1], stop_when)
@@ -152,6 +153,7 @@ def test_a_mixture_of_streams_resumes_at_any_row(tmp_path: Path, stop_when: str)
         assert numbers_of(mixture, start) == []
 
 
+@pytest.mark.slow
 def test_a_mixture_of_streams_has_the_right_proportions_order_and_end(tmp_path: Path) -> None:
     first = numbers_of(mixed(tmp_path, [6000, 2500], [3, 1], "first_exhausted"))
     for which in (0, 1):

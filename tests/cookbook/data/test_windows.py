@@ -68,6 +68,7 @@ def plain(text: str) -> str:
     return text.split("</think>")[-1].split("<tool_call>")[0].removesuffix("<|im_end|>").strip()
 
 
+@pytest.mark.cases(4)
 @pytest.mark.parametrize("renderer_name", ["qwen3", "qwen3_instruct"])
 @pytest.mark.parametrize("max_length", [1000, 1500, 3000])
 @pytest.mark.parametrize(
@@ -117,6 +118,7 @@ def test_a_turn_has_the_context_before_it_that_fits(tmp_path: Path, tiny_qwen3: 
             assert is_first or weights.nonzero()[0][0] > 1500 / 3
 
 
+@pytest.mark.slow
 def test_windows_cost_a_linear_number_of_tokens(tmp_path: Path, tiny_qwen3: str) -> None:
     def tokens(num_steps: int) -> tuple[int, int]:
         whole = built(

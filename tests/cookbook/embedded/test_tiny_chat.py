@@ -68,6 +68,7 @@ def test_the_shipped_model_is_small(model):
     assert sum(path.stat().st_size for path in MODEL_PATH.glob("*.safetensors")) <= 8_000_000
 
 
+@pytest.mark.slow
 def test_the_shipped_tokenizer_is_what_the_script_trains(tokenizer):
     trained = train_tokenizer(SEED)
     assert trained.backend_tokenizer.to_str() == tokenizer.backend_tokenizer.to_str()

@@ -221,6 +221,7 @@ def test_deterministic_is_refused_where_cublas_has_another_workspace(
     assert not torch.are_deterministic_algorithms_enabled()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("deterministic_again")
 def test_training_and_sampling_use_no_operation_without_a_deterministic_form(
     tiny_qwen3: str, tmp_path: Path

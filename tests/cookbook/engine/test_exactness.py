@@ -377,6 +377,7 @@ def ways(draw: st.DrawFn, num_sequences: int) -> Way:
     )
 
 
+@pytest.mark.cases(8)
 @pytest.mark.parametrize("name", slow_except(QUICK, FAMILIES))
 @settings(deadline=None, derandomize=True, max_examples=settings().max_examples // 8, phases=[Phase.generate])
 @given(
@@ -431,6 +432,7 @@ def other_tokens(sequence: Tokens, tokens: Sequence[int]) -> Tokens:
     return replace(sequence, tokens=drawn[:-1], targets=targets)
 
 
+@pytest.mark.cases(6)
 @pytest.mark.parametrize("name", slow_except([name for name in QUICK if name not in LONGROPE], IN_ROWS))
 @settings(deadline=None, derandomize=True, max_examples=settings().max_examples // 5, phases=[Phase.generate])
 @given(
@@ -458,6 +460,7 @@ def test_changing_one_packed_sequence_leaves_the_logprobs_of_the_others_bit_iden
     assert_others_unchanged(name, index, before, after)
 
 
+@pytest.mark.cases(10)
 @pytest.mark.parametrize("name", PACKED | RECURRENT | EXPERTS)
 @pytest.mark.parametrize("backward", [False, True])
 def test_changing_one_branch_leaves_the_logprobs_of_the_others_bit_identical(
@@ -509,6 +512,7 @@ def test_a_batch_with_nothing_to_share_has_the_same_bits_with_and_without_sharin
         assert torch.equal(gradient, shared.gradients[name])
 
 
+@pytest.mark.cases(26)
 @pytest.mark.parametrize("name", IN_ROWS)
 @pytest.mark.parametrize("index", [0, 1, 2])
 def test_nan_in_one_packed_sequence_does_not_spread(name: str, index: int, trainer_of: Any) -> None:
@@ -561,6 +565,7 @@ def test_models_that_support_packing_are_packed(name: str, trainer_of: Any) -> N
     assert not base.is_padded
 
 
+@pytest.mark.cases(8)
 @pytest.mark.parametrize("name", PACKED | RECURRENT | EXPERTS)
 def test_models_that_support_sharing_share_what_sequences_begin_with(name: str, trainer_of: Any) -> None:
     """A trial when the model is loaded decides."""

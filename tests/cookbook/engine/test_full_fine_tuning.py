@@ -96,6 +96,7 @@ def test_a_checkpoint_is_a_model_folder(model_folder: str, tmp_path: Path) -> No
     assert AutoTokenizer.from_pretrained(path).get_vocab() == client.get_tokenizer().get_vocab()
 
 
+@pytest.mark.cases(2)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_loaded_state_resumes_bit_for_bit(model_folder: str, tmp_path: Path, dtype: str) -> None:
     client = make_client(model_folder, tmp_path, dtype=dtype)
@@ -114,6 +115,7 @@ def test_a_loaded_state_resumes_bit_for_bit(model_folder: str, tmp_path: Path, d
         assert torch.equal(weight, weights_of(from_path)[name])
 
 
+@pytest.mark.slow
 def test_steps_below_the_resolution_of_bfloat16_accumulate(model_folder: str, tmp_path: Path) -> None:
     """Adam moves every weight by about the learning rate, far below the resolution of bfloat16 here."""
     client = make_client(model_folder, tmp_path, dtype="bfloat16")
@@ -125,6 +127,7 @@ def test_steps_below_the_resolution_of_bfloat16_accumulate(model_folder: str, tm
     assert np.mean(moved) > 0.5
 
 
+@pytest.mark.slow
 def test_neither_a_snapshot_nor_training_changes_the_other(model_folder: str, tmp_path: Path) -> None:
     client, alone = make_client(model_folder, tmp_path), make_client(model_folder, tmp_path)
     train(client, range(1))
@@ -151,6 +154,7 @@ def test_a_full_fine_tune_does_not_change_the_shared_base(model_folder: str, tmp
     assert base.compute_logprobs(prompt).result() == before
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_was_overwritten_is_sampled_with_its_new_weights(
     model_folder: str, tmp_path: Path
 ) -> None:
@@ -185,6 +189,7 @@ def test_a_damaged_full_checkpoint_is_detected(model_folder: str, tmp_path: Path
         client.load_state_with_optimizer(path).result()
 
 
+@pytest.mark.slow
 def test_a_run_with_rank_zero_resumes_to_the_same_weights(tmp_path: Path) -> None:
     from cookbook.data import NamedChatDatasetBuilder
     from cookbook.data.types import ChatDatasetBuilderCommonConfig

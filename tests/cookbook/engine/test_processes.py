@@ -47,6 +47,7 @@ def steps(ranks: Any, tiny_qwen3: str, tmp_path_factory: pytest.TempPathFactory)
     return found
 
 
+@pytest.mark.cases(2)
 @pytest.mark.parametrize("rank", [4, 0], ids=["lora", "full-fine-tuning"])
 @pytest.mark.parametrize("shard", ["none", "full"])
 @pytest.mark.parametrize("size", slow_after(1, [2, 4]))
@@ -57,6 +58,7 @@ def test_several_processes_compute_the_results_of_one(steps: Steps, size: int, s
     assert_same(steps(1, rank)[0], found[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "shard"),
     [
@@ -79,6 +81,7 @@ def test_adapters_on_experts_are_those_of_one_process(
         assert_same(one, found, tolerance=5e-5)  # a router turns rounding into other weights of experts
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", slow_after(1, [4, 0]))
 @pytest.mark.parametrize(
     "options",
@@ -99,6 +102,7 @@ def test_packing_and_micro_batching_change_nothing_with_sharded_weights(
     assert_same(steps(1, rank)[0], found[0])
 
 
+@pytest.mark.slow
 def test_activations_cost_the_same_with_sharded_weights(ranks: Any, tiny_qwen3: str, tmp_path: Path) -> None:
     arguments = {"model": tiny_qwen3, "folder": str(tmp_path)}
     (one,) = ranks.results("training:limits", 1, shard="none", **arguments)
@@ -126,6 +130,7 @@ def test_a_checkpoint_of_two_processes_is_resumed_in_one_and_in_four(
         assert_same(four[0], others, tolerance=0)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_one_process_is_resumed_with_sharded_weights(
     ranks: Any, tmp_path: Path, steps: Steps
 ) -> None:
@@ -143,6 +148,7 @@ def test_a_model_saved_in_parts_is_a_model_folder(steps: Steps) -> None:
     assert not list(Path(saved["saved"]).parent.glob(".*"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", slow_after(1, [0, 4]))
 def test_samples_with_sharded_weights_equal_those_of_one_process(
     ranks: Any, tiny_qwen3: str, tmp_path: Path, rank: int
@@ -192,6 +198,7 @@ def test_processes_of_several_machines_are_reachable_and_use_a_named_interface(
     assert ended.results[0]["NCCL_SOCKET_IFNAME"] == "eth0"
 
 
+@pytest.mark.slow
 def test_a_process_without_memory_halves_its_batches_and_all_keep_the_limit(
     ranks: Any, tiny_qwen3: str, tmp_path: Path
 ) -> None:
@@ -208,6 +215,7 @@ def test_a_process_without_memory_halves_its_batches_and_all_keep_the_limit(
         assert_same(plenty["weights"], result["weights"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shard", ["none", "full"])
 def test_a_process_that_cannot_continue_ends_all_with_its_error(
     ranks: Any, tiny_qwen3: str, tmp_path: Path, shard: str

@@ -29,6 +29,7 @@ def test_a_program_takes_its_share_of_busy_cores(cores: int, load: float, thread
     assert threads_for(cores, load) == threads
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("load", "recorded", "variable", "printed"),
     slow_after(

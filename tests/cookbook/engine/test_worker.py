@@ -174,6 +174,7 @@ def test_an_engine_can_be_closed_from_its_own_thread(engine: Engine) -> None:
     assert queued is None
 
 
+@pytest.mark.slow
 def test_a_garbage_collected_engine_runs_its_queued_jobs_and_ends_its_thread(tiny_qwen3: str) -> None:
     engine = Engine(tiny_qwen3)
     thread, go = engine._worker._thread, threading.Event()
@@ -216,6 +217,7 @@ raise SystemExit(3)
 """
 
 
+@pytest.mark.slow
 def test_queued_jobs_run_at_the_exit_of_the_interpreter(tiny_qwen3: str, programs: Programs) -> None:
     ran = programs.run("-c", AT_EXIT, tiny_qwen3)
     assert ran.returncode == 3, ran.stderr

@@ -159,6 +159,7 @@ class SnapshotKeeperBuilder(EvaluatorBuilder):
         return SnapshotKeeper()
 
 
+@pytest.mark.slow
 def test_all_sampling_evaluators_of_a_step_share_one_snapshot(
     make_config: Callable[..., train.Config],
 ) -> None:

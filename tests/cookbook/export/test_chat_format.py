@@ -37,6 +37,7 @@ def rendered(chat_format: ChatFormat, messages: list[Message]) -> list[int]:
     return ids
 
 
+@pytest.mark.cases(12)
 @pytest.mark.parametrize("system_prompt", slow_after(1, [None, SYSTEM_PROMPT]))
 def test_the_exported_template_prints_the_prompts_of_the_renderer(
     formatted: tuple[str, Any], format_of_each: ChatFormat, system_prompt: str | None

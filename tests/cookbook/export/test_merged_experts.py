@@ -35,6 +35,7 @@ def datum() -> Datum:
     return Datum(ModelInput.from_ints(tokens[:-1].tolist()), {"target_tokens": tokens[1:]})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
 def test_a_merged_expert_has_the_weights_that_peft_merges(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

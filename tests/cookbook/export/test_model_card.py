@@ -79,6 +79,7 @@ def test_the_program_uses_the_stop_strings_of_a_format(
     exec(compile(code.replace("max_new_tokens=200", "max_new_tokens=3"), "README.md", "exec"), {})
 
 
+@pytest.mark.slow
 def test_the_hub_reads_the_metadata(run: Path, tmp_path: Path) -> None:
     adapter = ModelCard.load(export(tmp_path / "adapter", checkpoint=run) / "README.md").data
     merged = ModelCard.load(export(tmp_path / "merged", checkpoint=run, format="merged") / "README.md").data

@@ -46,6 +46,7 @@ def commands(text: str) -> list[tuple[str, str]]:
     return found
 
 
+@pytest.mark.cases(12)
 def test_ollamas_template_prints_the_prompts_of_the_renderer(
     formatted: tuple[str, Any], format_of_each: ChatFormat, go_render: Callable[..., str]
 ) -> None:

@@ -155,6 +155,7 @@ def test_a_repository_is_public_if_private_is_false(hub: Hub, export: Path) -> N
     assert hub.private == {"owner/parrot": False}
 
 
+@pytest.mark.slow
 def test_pushing_again_adds_a_commit(hub: Hub, export: Path) -> None:
     push(export, "owner/parrot", True, "one")
     (export / "README.md").write_text("another", encoding="utf-8")
@@ -205,6 +206,7 @@ def test_a_broken_connection_is_reported(hub: Hub, export: Path) -> None:
         push(export, "owner/parrot", True, "x")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("keeps_folder", [False, True], ids=["to", "push_to"])
 def test_a_pushed_run_has_a_card_that_names_its_repository(
     hub: Hub, run: Path, tmp_path: Path, keeps_folder: bool, capsys: pytest.CaptureFixture[str]
@@ -253,6 +255,7 @@ def test_a_run_pushes_its_checkpoints_and_its_model_card(hub: Hub, tmp_path: Pat
     assert not any(name.startswith("optimizer") for name in names)
 
 
+@pytest.mark.slow
 def test_a_push_that_fails_does_not_end_the_run(
     hub: Hub, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

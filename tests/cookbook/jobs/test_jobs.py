@@ -206,6 +206,7 @@ def test_names_and_output_of_a_job_are_shown_as_visible_text(
     assert "unrecognized arguments: ␛[2J<U+202E>\n" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_job_whose_answer_was_lost_is_submitted_once(cluster: str, tmp_path: Path) -> None:
     Dashboard.accepted.clear()
     with pytest.raises(ClusterError, match="There is no job 'sft-"):  # the fake lists only its own job
@@ -222,6 +223,7 @@ sys.exit("bind: address already in use")
 """
 
 
+@pytest.mark.slow
 def test_a_head_that_ends_while_it_starts_is_started_again_and_its_last_words_are_the_error(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

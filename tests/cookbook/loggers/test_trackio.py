@@ -71,6 +71,7 @@ def test_a_killed_and_resumed_run_has_each_step_once_with_its_table(tmp_path: Pa
     assert (table["_type"], table["_value"]) == ("trackio.table", [{"prompt": "Hi", "reply": "Arr 2!"}])
 
 
+@pytest.mark.slow
 def test_two_folders_of_the_same_name_are_two_runs(tmp_path: Path) -> None:
     for parent in ("a", "b"):
         (tmp_path / parent / "mine").mkdir(parents=True)

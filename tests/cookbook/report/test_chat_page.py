@@ -129,6 +129,7 @@ def test_a_whole_reply_and_a_streamed_one_are_the_same(
     assert len(deltas) > 2
 
 
+@pytest.mark.cases(2)
 @pytest.mark.parametrize(
     ("body", "headers", "status"),
     [
@@ -162,6 +163,7 @@ def test_the_page_loads_nothing_from_elsewhere() -> None:
     assert "innerHTML" not in text
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize(("width", "dark"), [(1200, False), (390, True)])
 def test_two_models_reply_side_by_side_in_a_browser(
     server: ChatServer,
@@ -202,6 +204,7 @@ def test_a_reply_streams_and_stops(
     assert 0 < length < 2000
 
 
+@pytest.mark.slow
 def test_calls_of_tools_are_shown(
     server: ChatServer, clients: dict[str, PreparedClient], browser: Any
 ) -> None:

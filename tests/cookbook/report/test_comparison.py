@@ -22,6 +22,7 @@ MakeRun = Callable[..., Path]
 TABLE = """[...document.querySelectorAll("%s tr")].map(row => [...row.cells].map(cell => cell.innerText))"""
 
 
+@pytest.mark.slow
 def test_runs_are_sorted_best_first_and_have_a_curve_each(
     make_run: MakeRun, tmp_path: Path, browser: Any
 ) -> None:
@@ -124,6 +125,7 @@ def charts_in(page: Path) -> list[dict[str, Any]]:
     return found
 
 
+@pytest.mark.slow
 def test_each_run_is_read_once(make_run: MakeRun, tmp_path: Path, bytes_read: Callable[[], int]) -> None:
     runs = [make_run(f"r{index}", num_steps=4_000) for index in range(3)]
     compare(runs, tmp_path / "compare.html")  # so that imports are not counted

@@ -9,10 +9,12 @@ from pathlib import Path
 
 import matplotlib.image
 import numpy as np
+import pytest
 
 from cookbook.runs import curves
 
 
+@pytest.mark.slow
 def test_a_picture_is_drawn_from_the_rows_of_a_run(make_run: Callable[..., Path], tmp_path: Path) -> None:
     rows = [
         json.loads(line) for line in (make_run() / "metrics.jsonl").read_text(encoding="utf-8").splitlines()

@@ -27,6 +27,7 @@ def stopped(run: Path, estimate: dict[str, Any] | None = None) -> Path:
     return run
 
 
+@pytest.mark.slow
 def test_a_stopped_run_says_of_how_many_steps(make_run: MakeRun, tmp_path: Path, browser: Any) -> None:
     run = stopped(make_run())
     browser.open(write_report(run))
@@ -84,6 +85,7 @@ def test_names_of_runs_do_not_break(width: int, make_run: MakeRun, tmp_path: Pat
     assert browser.evaluate("document.documentElement.scrollWidth") <= width
 
 
+@pytest.mark.slow
 def test_every_wide_table_of_a_phone_shows_that_it_scrolls(
     make_run: MakeRun, tmp_path: Path, browser: Any
 ) -> None:

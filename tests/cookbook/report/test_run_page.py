@@ -98,6 +98,7 @@ def test_times_are_stacked_to_the_height_of_their_sum(make_run: MakeRun, browser
     assert "Seconds of a step: perf/seconds, waited for batch, beside it" in beside
 
 
+@pytest.mark.slow
 def test_a_very_slow_step_does_not_flatten_the_others(make_run: MakeRun, browser: Any) -> None:
     browser.open(write_report(make_run()))
     highest = """[...document.querySelectorAll("figure")].find(f => f.innerText.startsWith("Seconds"))
@@ -152,6 +153,7 @@ def test_changed_settings_come_before_defaults(make_run: MakeRun, browser: Any) 
     assert "num_epochs" in left
 
 
+@pytest.mark.slow
 def test_selecting_a_prompt_shows_its_reply_at_each_evaluation(make_run: MakeRun, browser: Any) -> None:
     browser.open(write_report(make_run()))
     picked = 'document.querySelector("#samples select").selectedOptions[0].label'
@@ -170,6 +172,7 @@ def test_selecting_a_prompt_shows_its_reply_at_each_evaluation(make_run: MakeRun
 # -- interaction -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_pointing_shows_values_dragging_zooms_and_a_double_click_resets(
     make_run: MakeRun, browser: Any
 ) -> None:
@@ -209,6 +212,7 @@ def test_pointing_shows_values_dragging_zooms_and_a_double_click_resets(
     assert browser.errors == []
 
 
+@pytest.mark.cases(2)
 @pytest.mark.parametrize("width", [400, 1400])
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 def test_nothing_overflows_and_text_has_contrast(

@@ -73,6 +73,7 @@ def test_it_is_finished_if_no_steps_are_left(run: Path) -> None:
     assert (run / "metrics.jsonl").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_its_model_can_be_sampled(run: Path, programs: Programs) -> None:
     argv = [f"checkpoint={run}", "temperature=0", "max_tokens=16", "device=cpu"]
     done = programs.run("recipes.chat", *argv, stdin=b"What is the capital of Japan?\n")

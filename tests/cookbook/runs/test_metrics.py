@@ -43,6 +43,7 @@ def truth(path: Path) -> dict[str, list[tuple[int, float]]]:
     return found
 
 
+@pytest.mark.slow
 def test_an_update_reads_only_new_rows(tmp_path: Path, bytes_read: Callable[[], int]) -> None:
     path = tmp_path / "metrics.jsonl"
     write(path, [row(step) for step in range(50_000)])
@@ -130,6 +131,7 @@ def test_updates_after_any_changes_equal_reading_the_whole_file(tmp_path: Path) 
             assert values_read_by(reader) == truth(path)
 
 
+@pytest.mark.slow
 def test_large_files_are_read_like_small_ones(tmp_path: Path) -> None:
     """Bit for bit and in the same order of metrics, by both parsers, for any block size."""
     rng = np.random.default_rng(0)

@@ -38,6 +38,7 @@ def test_every_path_that_a_run_writes_is_in_run_files(run: Path) -> None:
     assert names - set(RUN_FILES) == set()
 
 
+@pytest.mark.slow
 def test_a_run_that_starts_over_removes_all_files_of_the_earlier_one(run: Path, tmp_path: Path) -> None:
     path = tmp_path / "sft"
     shutil.copytree(run, path)

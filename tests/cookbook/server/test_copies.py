@@ -15,6 +15,7 @@ from cookbook.errors import RequestError
 Connect = Callable[[str], tinker.ServiceClient]
 
 
+@pytest.mark.slow
 def test_a_copy_is_another_checkpoint_with_the_same_weights(
     server: str, connect: Connect, tiny_qwen3: str
 ) -> None:

@@ -50,6 +50,7 @@ def status_of(url: str) -> int:
         return error.code
 
 
+@pytest.mark.slow
 def test_each_file_of_a_checkpoint_is_downloaded_by_its_url(urls: dict[str, str], folder: Path) -> None:
     (saved,) = folder.glob("*/external_weights/out")
     assert "adapter_model.safetensors" in urls

@@ -64,6 +64,7 @@ def base(service: ServiceClient) -> tuple[SamplingClient, Renderer]:
     return client, get_renderer("chat_template", client.get_tokenizer())
 
 
+@pytest.mark.slow
 def test_models_are_listed_by_name_and_an_unknown_one_is_refused(client: openai.OpenAI) -> None:
     assert [model.id for model in client.models.list()] == [MODEL, "tuned"]
     assert client.models.retrieve("tuned").id == "tuned"
@@ -269,6 +270,7 @@ def test_half_a_character_is_refused_wherever_it_is(address: str) -> None:
         assert "half a character" in answer.text or r"\\ud800" in answer.text
 
 
+@pytest.mark.slow
 def test_a_seed_repeats_a_reply_also_if_it_is_negative(client: openai.OpenAI) -> None:
     options: Any = {"model": MODEL, "messages": CHAT, "temperature": 1.5, "max_tokens": 12}
     texts = [

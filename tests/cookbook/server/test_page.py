@@ -15,6 +15,7 @@ PAGE = (Path(__file__).parents[3] / "docs" / "server.md").read_text(encoding="ut
 PROGRAMS = re.findall(r"^```python\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: program.splitlines()[0])
 def test_a_program_of_the_page_runs(
     program: str, service: ServiceClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

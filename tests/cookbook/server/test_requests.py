@@ -103,6 +103,7 @@ def test_a_request_that_is_sent_again_is_run_once(http: httpx.Client, model: str
     )
 
 
+@pytest.mark.slow
 def test_requests_run_in_the_order_of_their_numbers(http: httpx.Client, model: str) -> None:
     later = [step(http, model, 4), send(http, pass_over(model, 3)), step(http, model, 2)]
     waiting = http.post("/retrieve_future", json={"request_id": later[0].json()["request_id"]})
@@ -159,6 +160,7 @@ def test_unknown_fields_and_settings_are_refused_by_name(
     assert http.post("/publish", json={}).status_code == 404
 
 
+@pytest.mark.cases(2)
 @pytest.mark.parametrize("name", ["../out", "a/b", "", ".hidden", "..", "x" * 200, "sampler_weights"])
 def test_names_of_checkpoints_cannot_leave_the_folder(
     http: httpx.Client, model: str, folder: Path, name: str
@@ -189,6 +191,7 @@ def test_an_untested_major_version_is_refused(http: httpx.Client) -> None:
     assert "warning_message" not in created(http)
 
 
+@pytest.mark.slow
 def test_a_session_that_has_ended_frees_its_adapters_and_says_so(
     http: httpx.Client, service: ServiceClient, model: str, session: str
 ) -> None:
@@ -237,6 +240,7 @@ def test_checkpoints_survive_a_restart_and_their_client_does_not(
             client.create_sampling_client(path).result()
 
 
+@pytest.mark.slow
 def test_only_those_with_the_key_and_no_web_page_are_answered(
     service: ServiceClient, tiny_qwen3: str, tmp_path: Path, http: httpx.Client
 ) -> None:
@@ -296,6 +300,7 @@ def test_a_model_that_was_idle_waits_for_a_request_that_arrives_late() -> None:
     assert found[0] < 100 < 500 <= found[1] < 600
 
 
+@pytest.mark.slow
 def test_a_silent_client_is_forgotten(service: ServiceClient, tiny_qwen3: str, tmp_path: Path) -> None:
     options = ServerOptions([tiny_qwen3], tmp_path, port=0, session_timeout_seconds=0.5)
     with serving(options, service) as address, httpx.Client(base_url=f"{address}/api/v1") as http:
@@ -329,6 +334,7 @@ def test_every_field_of_the_sdks_requests_is_known_here() -> None:
     assert cookbook.AdamParams().__dict__.keys() >= set(tinker.types.AdamParams.model_fields)
 
 
+@pytest.mark.slow
 def test_requests_that_are_refused_leave_no_gap_in_the_order_of_their_model(
     http: httpx.Client, model: str
 ) -> None:

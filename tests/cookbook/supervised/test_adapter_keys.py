@@ -57,6 +57,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, data: Path) -> train.RunS
     return asyncio.run(train.main(config_of(folder, data, *KEYS)))
 
 
+@pytest.mark.slow
 def test_a_run_with_every_key_of_an_adapter_records_them_all(finished: train.RunSummary) -> None:
     checkpoint = Path(finished.checkpoint_path)
     config = json.loads((checkpoint / "adapter_config.json").read_text(encoding="utf-8"))
@@ -80,6 +81,7 @@ def test_the_replies_are_encoded_with_the_added_token(data: Path, tmp_path: Path
     assert tokenizer.convert_tokens_to_ids(TOKEN) in row.loss_fn_inputs["target_tokens"].tolist()
 
 
+@pytest.mark.slow
 def test_a_stopped_run_with_every_key_ends_as_one_that_was_not(data: Path, tmp_path: Path) -> None:
     asyncio.run(train.main(config_of(tmp_path / "run", data, *KEYS, "max_steps=2", "lr_schedule=constant")))
     more = asyncio.run(train.main(config_of(tmp_path / "run", data, *KEYS, "lr_schedule=constant")))
@@ -98,6 +100,7 @@ def test_another_value_of_a_key_is_no_resume(finished: train.RunSummary, data: P
         asyncio.run(train.main(config_of(finished.log_path, data, *KEYS[1:], "lora_targets=k_proj")))
 
 
+@pytest.mark.slow
 def test_the_tuned_model_is_chatted_with_and_exported(finished: train.RunSummary, tmp_path: Path) -> None:
     export.main([f"checkpoint={finished.checkpoint_path}", f"to={tmp_path / 'merged'}", "format=merged"])
     service, replies = ServiceClient(device="cpu"), []

@@ -176,6 +176,7 @@ def test_the_best_checkpoint_has_the_recorded_value(make_config: MakeConfig) -> 
     assert checkpoints_on_disk(config) == [summary.best.name, "final"]
 
 
+@pytest.mark.slow
 def test_a_former_best_checkpoint_is_removed_unless_it_is_a_periodic_one(
     make_config: MakeConfig, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -189,6 +190,7 @@ def test_a_former_best_checkpoint_is_removed_unless_it_is_a_periodic_one(
     assert "test/accuracy was better before training than in any evaluation since" in caplog.text
 
 
+@pytest.mark.slow
 def test_a_best_that_is_also_a_periodic_checkpoint_is_saved_once(make_config: MakeConfig) -> None:
     config = make_config([0.0, 0.1, 0.5, 0.4, 0.5], save_every=2, trace=True)
     run(config)
@@ -199,6 +201,7 @@ def test_a_best_that_is_also_a_periodic_checkpoint_is_saved_once(make_config: Ma
     assert saved == [1, 2, 4]
 
 
+@pytest.mark.slow
 def test_the_finished_model_may_be_the_best(
     make_config: MakeConfig, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -212,6 +215,7 @@ def test_the_finished_model_may_be_the_best(
     assert run(config).best == summary.best, "a finished run says it again"
 
 
+@pytest.mark.slow
 def test_a_failing_evaluator_ends_no_run_and_uses_up_no_patience(make_config: MakeConfig) -> None:
     broken = ValueError("no judge today")
     config = make_config(
@@ -222,6 +226,7 @@ def test_a_failing_evaluator_ends_no_run_and_uses_up_no_patience(make_config: Ma
     assert (summary.best.step, summary.best.value) == (1, 0.5)  # type: ignore[union-attr]
 
 
+@pytest.mark.slow
 def test_a_run_that_stops_early_is_finished_and_runs_every_evaluator_once(
     make_config: MakeConfig, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -247,6 +252,7 @@ def test_a_run_that_stops_early_is_finished_and_runs_every_evaluator_once(
     assert (again.is_finished, again.num_steps, again.best) == (True, 2, summary.best)
 
 
+@pytest.mark.slow
 def test_a_small_improvement_at_the_last_evaluation_of_patience_is_kept_and_ends_the_run(
     make_config: MakeConfig,
 ) -> None:
@@ -310,6 +316,7 @@ def test_a_cadence_with_nothing_to_evaluate_is_refused(make_config: MakeConfig) 
         run(make_config(infrequent_eval_every=3))
 
 
+@pytest.mark.slow
 def test_the_default_metric_without_held_out_data_is_reported(
     make_config: MakeConfig, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -89,6 +89,7 @@ def test_shapes_have_the_published_number_of_weights(name: str, number: int) -> 
     assert sum(weight.numel() for weight in model.parameters()) == number
 
 
+@pytest.mark.slow
 def test_the_table_has_a_row_for_each_method() -> None:
     shape = {**memory_table.SHAPES["HuggingFaceTB/SmolLM2-135M-Instruct"], "num_hidden_layers": 20}
     found = list(memory_table.rows({"owner/small": shape}, ["t4"]))

@@ -105,6 +105,7 @@ def assert_same_end(folder: Path, other: Path) -> None:
 # -- more steps -------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_finished_run_extended_by_more_steps_equals_one_that_never_stopped(runs: Runs) -> None:
     whole = runs("whole", max_steps=8, lr_schedule="constant")
     runs("extended", max_steps=3, lr_schedule="constant")
@@ -298,6 +299,7 @@ def test_a_run_that_is_out_of_patience_resumes_with_a_larger_patience(runs: Runs
 # -- what may change, and what may not ----------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_settings_without_effect_on_weights_may_change_and_those_that_affect_rounding_are_reported(
     runs: Runs,
 ) -> None:
@@ -321,6 +323,7 @@ def test_settings_without_effect_on_weights_may_change_and_those_that_affect_rou
     assert len(rows_of(folder)) == 7
 
 
+@pytest.mark.slow
 def test_an_error_of_a_run_that_cannot_resume_names_key_values_and_repair(runs: Runs) -> None:
     folder = runs("run", max_steps=3)
     before = {path: path.read_bytes() for path in folder.glob("*.json*")}

@@ -75,6 +75,7 @@ def test_a_missing_model_has_no_recommended_rate_but_accepts_a_given_one() -> No
     assert config.resolved() == config
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("argv", "line"),
     slow_after(

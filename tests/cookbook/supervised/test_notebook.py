@@ -46,6 +46,7 @@ def test_a_run_beside_a_running_loop_equals_one_without(tmp_path: Path) -> None:
     assert losses(tmp_path / "alone") == losses(tmp_path / "beside") == losses(tmp_path / "awaited")
 
 
+@pytest.mark.slow
 def test_the_interrupt_of_a_notebook_stops_a_run_after_its_step(tmp_path: Path) -> None:
     found: list[RunSummary] = []
     thread = threading.Thread(

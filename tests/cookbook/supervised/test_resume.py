@@ -90,6 +90,7 @@ def test_the_uninterrupted_run_has_a_row_per_step_and_learns(uninterrupted: Path
     assert rows[-2]["train/nll"] < rows[0]["train/nll"] - 1
 
 
+@pytest.mark.slow
 def test_two_uninterrupted_runs_are_bit_identical(
     server: Any, make_config: Callable, uninterrupted: Path
 ) -> None:
@@ -107,6 +108,7 @@ def test_the_depth_of_pipelining_changes_nothing(
         assert_same_run(Path(config["log_path"]), uninterrupted)
 
 
+@pytest.mark.slow
 def test_a_run_killed_before_any_file_operation_resumes_to_the_same_bits(
     server: Any, make_config: Callable, uninterrupted: Path
 ) -> None:
@@ -125,6 +127,7 @@ def test_a_run_killed_before_any_file_operation_resumes_to_the_same_bits(
     assert_same_run(Path(config["log_path"]), uninterrupted)
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize(
     ("on_files", "event"),
     slow_except(
@@ -162,6 +165,7 @@ def test_a_run_killed_at_a_random_moment_resumes_to_the_same_bits(
     assert_same_run(Path(config["log_path"]), uninterrupted)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", slow_after(1, range(3)))
 def test_a_killed_run_on_a_stream_resumes_to_the_same_bits(
     server: Any, make_config: Callable, seed: int
@@ -205,6 +209,7 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_resume(
     assert_same_run(folder, uninterrupted)
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_not_changed(server: Any, make_config: Callable) -> None:
     config = make_config("finished", max_steps=2)
     assert server.run(config) == 0
@@ -214,6 +219,7 @@ def test_a_finished_run_is_not_changed(server: Any, make_config: Callable) -> No
     assert "This run is finished" in Path(config["log_path"] + ".out").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_step_k_holds_nothing_of_step_k_plus_1(
     server: Any, make_config: Callable, uninterrupted: Path
 ) -> None:
@@ -275,6 +281,7 @@ def assert_same_best(folder: Path, other: Path) -> None:
         assert tensors_of(folder / record["path"]) == tensors_of(other / record["path"])
 
 
+@pytest.mark.slow
 def test_early_stopping_ends_a_run_and_keep_checkpoints_does_not_remove_the_best(stopped_early: Path) -> None:
     """The reference is the least of all logged values, and four evaluations after it."""
     nlls = {row["step"]: row["test/nll"] for row in metrics_of(stopped_early)}
@@ -345,6 +352,7 @@ def test_a_run_killed_before_any_file_operation_keeps_the_same_best_and_stops_at
     assert len({event["pid"] for event in events}) > 1, "every life that had a model is in the trace"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("on_files", "event"),
     slow_except(

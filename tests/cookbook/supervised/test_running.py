@@ -84,6 +84,7 @@ class SignalBuilder(EvaluatorBuilder):
         return SignalEvaluator()
 
 
+@pytest.mark.slow
 def test_a_signal_during_an_evaluation_starts_no_further_step(tmp_path: Path) -> None:
     builder = f"evaluator_builders.0={__name__}:SignalBuilder"
     with pytest.raises(SystemExit) as ended:
@@ -102,6 +103,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_samples_are_drawn_at_the_start_half_way_and_at_the_end(run: Path) -> None:
     assert [row["step"] for row in rows_of(run / "tables.jsonl")] == [0, 0, 2, 2, 4, 4]
 
@@ -186,6 +188,7 @@ def webhook() -> Iterator[tuple[str, list[dict[str, Any]]]]:
     server.server_close()
 
 
+@pytest.mark.slow
 def test_a_webhook_is_told_how_a_run_ended_and_is_not_recorded(
     tmp_path: Path, webhook: tuple[str, list[dict[str, Any]]]
 ) -> None:

@@ -140,6 +140,7 @@ def send(number: signal.Signals, rank: int, folder: Path) -> Callable[[list[int]
     return disturb
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("victim", slow_after(1, [1, 0]))
 def test_a_process_that_is_killed_ends_the_others_and_the_same_command_resumes(
     ranks: Any, make_config: MakeConfig, of_two: Path, work_in: str, victim: int
@@ -203,6 +204,7 @@ def test_a_process_with_another_config_is_named_and_so_is_the_key(
     assert not Path(config["log_path"]).exists()
 
 
+@pytest.mark.slow
 def test_a_process_with_other_data_is_named(ranks: Any, make_config: MakeConfig, tmp_path: Path) -> None:
     config = make_config("other-data")
     lines = Path(config["dataset_builder"]["file_path"]).read_text(encoding="utf-8").splitlines(keepends=True)
@@ -215,6 +217,7 @@ def test_a_process_with_other_data_is_named(ranks: Any, make_config: MakeConfig,
     assert "training data.fingerprint" in message
 
 
+@pytest.mark.slow
 def test_a_folder_that_not_all_processes_see_is_refused(
     ranks: Any, make_config: MakeConfig, tmp_path: Path
 ) -> None:

@@ -109,6 +109,7 @@ def spans_of(config: train.Config) -> dict[str, list[dict[str, Any]]]:
     return tracks
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("submit_ahead", slow_after(1, [1, 0, 3]))
 def test_the_seconds_of_the_steps_and_their_parts_sum_to_those_of_the_run(
     make_config: MakeConfig, submit_ahead: int
@@ -136,6 +137,7 @@ def test_the_seconds_of_the_steps_and_their_parts_sum_to_those_of_the_run(
         assert row["perf/seconds_optim_step"] > 0
 
 
+@pytest.mark.slow
 def test_the_wait_for_a_late_batch_is_idle_time_of_the_device(
     make_config: MakeConfig, tmp_path: Path
 ) -> None:
@@ -147,6 +149,7 @@ def test_the_wait_for_a_late_batch_is_idle_time_of_the_device(
         assert row[f"perf/seconds_{part}"] >= RENDERING
 
 
+@pytest.mark.slow
 def test_a_trace_shows_every_step_on_every_track_in_sequence(make_config: MakeConfig) -> None:
     calls: list[float] = []
     config = make_config(evaluator_builders=[lambda: SlowEvaluator(calls)])
@@ -175,6 +178,7 @@ def test_a_trace_shows_every_step_on_every_track_in_sequence(make_config: MakeCo
         assert event["ts"] + event["dur"] <= outer["ts"] + outer["dur"]
 
 
+@pytest.mark.slow
 def test_the_engine_runs_requests_in_the_order_of_the_loop(make_config: MakeConfig) -> None:
     """forward_backward(k), optim_step(k), save and evaluation of that state, forward_backward(k + 1)."""
     config = make_config(submit_ahead=3, evaluator_builders=[lambda: SlowEvaluator([])])
@@ -189,6 +193,7 @@ def test_the_engine_runs_requests_in_the_order_of_the_loop(make_config: MakeConf
     assert jobs == expected
 
 
+@pytest.mark.slow
 def test_a_trace_changes_no_weight_and_is_optional(make_config: MakeConfig) -> None:
     weights = []
     for trace in (True, False):

@@ -113,6 +113,7 @@ def prompt(tokenizer: Any, **kwargs: Any) -> str:
     return str(tokenizer.apply_chat_template(CHAT[:1], tokenize=False, add_generation_prompt=True, **kwargs))
 
 
+@pytest.mark.slow
 def test_a_model_is_sampled_chatted_with_and_exported_with_the_variables_it_was_trained_with(
     make_config: MakeConfig, moody: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -138,12 +139,14 @@ def test_a_model_is_sampled_chatted_with_and_exported_with_the_variables_it_was_
     assert 'was trained with template_kwargs={"mood": "wild"}, this run trains with None' in caplog.text
 
 
+@pytest.mark.slow
 def test_a_run_is_not_continued_with_other_variables(make_config: MakeConfig) -> None:
     asyncio.run(train.main(make_config(WILD)))
     with pytest.raises(ConfigError, match=r"template_kwargs"):
         asyncio.run(train.main(make_config({"mood": "sad"})))
 
 
+@pytest.mark.slow
 def test_data_rendered_with_other_variables_than_are_recorded_are_warned_about(
     make_config: MakeConfig, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -198,6 +201,7 @@ def test_a_renderer_written_in_code_refuses_variables_before_a_model_is_loaded(
         chz.replace(config.dataset_builder, common_config=common)()
 
 
+@pytest.mark.slow
 def test_a_renderer_that_does_not_print_the_models_format_is_warned_about(
     make_config: MakeConfig, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -228,6 +232,7 @@ def test_the_exported_template_has_values_of_every_json_type_as_defaults(moody: 
     assert tokenizer.apply_chat_template(CHAT, tokenize=False, chat_template=exported.template) == expected
 
 
+@pytest.mark.slow
 def test_recorded_variables_that_are_damaged_are_refused(make_config: MakeConfig) -> None:
     saved = asyncio.run(train.main(make_config(WILD))).checkpoint_path
     assert saved is not None
@@ -260,6 +265,7 @@ class AskedBuilder(ChatEvaluatorBuilder):
         return Asked()
 
 
+@pytest.mark.slow
 def test_a_model_is_sampled_in_the_mode_of_all_its_replies(
     make_config: MakeConfig, thinking: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -285,6 +291,7 @@ def test_a_model_is_sampled_in_the_mode_of_all_its_replies(
     assert "was trained with" not in caplog.text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kwargs", "chats", "recorded"),
     [
@@ -315,6 +322,7 @@ def test_a_model_is_sampled_as_usual_or_as_the_user_says_where_the_data_do_not_c
     assert is_noted == (CHAT in chats)
 
 
+@pytest.mark.slow
 def test_rows_with_the_same_variables_choose_those_for_sampling(
     make_config: MakeConfig, moody: str, tmp_path: Path
 ) -> None:
@@ -339,6 +347,7 @@ def test_a_resumed_run_keeps_the_recorded_mode_whatever_its_data_choose(
     assert find_trained_model(str(asyncio.run(train.main(longer)).checkpoint_path)).template_kwargs == {}
 
 
+@pytest.mark.slow
 def test_a_stream_whose_mode_is_not_known_at_the_start_is_sampled_as_usual_and_noted(
     make_config: MakeConfig, thinking: str, caplog: pytest.LogCaptureFixture
 ) -> None:

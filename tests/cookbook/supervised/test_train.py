@@ -161,6 +161,7 @@ def test_the_call_in_the_documentation_works(
     assert (tmp_path / "documented" / "checkpoints" / "final").is_dir()
 
 
+@pytest.mark.slow
 def test_a_run_writes_the_files_that_the_documentation_lists(
     make_config: MakeConfig, tiny_qwen3: str
 ) -> None:
@@ -223,6 +224,7 @@ def test_the_loss_of_a_step_is_the_token_mean_of_plain_torch(
     assert row["data/trained_tokens"] == weight_sum
 
 
+@pytest.mark.slow
 def test_learning_rates_follow_the_schedule(make_config: MakeConfig) -> None:
     config = make_config(max_steps=4, lr_schedule="linear", warmup_steps=2, num_epochs=2)
     asyncio.run(train.main(config))
@@ -237,6 +239,7 @@ def test_training_can_start_from_the_weights_of_a_checkpoint(make_config: MakeCo
     assert rows_of(config)[0]["test/nll"] == pytest.approx(first.metrics["test/nll"], rel=1e-6)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_does_not_fit_is_one_error(make_config: MakeConfig, tmp_path: Path) -> None:
     first = asyncio.run(train.main(make_config()))
     config = make_config(
@@ -266,6 +269,7 @@ def test_data_tokenized_for_another_model_are_refused(
         asyncio.run(train.main(make_config(model_name=str(other))))
 
 
+@pytest.mark.slow
 def test_a_run_that_failed_before_its_first_step_can_be_corrected_in_the_same_folder(
     make_config: MakeConfig,
 ) -> None:
@@ -290,6 +294,7 @@ def test_a_max_length_that_leaves_nothing_to_train_is_refused(make_config: MakeC
         asyncio.run(train.main(make_config(max_length=3)))
 
 
+@pytest.mark.slow
 def test_a_run_that_diverges_stops_with_advice(make_config: MakeConfig) -> None:
     with pytest.raises(TrainingError, match="Training diverged at step"):
         asyncio.run(
@@ -297,6 +302,7 @@ def test_a_run_that_diverges_stops_with_advice(make_config: MakeConfig) -> None:
         )
 
 
+@pytest.mark.slow
 def test_a_run_whose_logits_become_and_stay_equal_has_diverged(make_config: MakeConfig) -> None:
     """Squares overflow, so norms yield zeros, and all checked numbers are finite."""
     with pytest.raises(
@@ -352,6 +358,7 @@ class HoleyBuilder(SupervisedDatasetBuilder):
         return HoleyDataset(), None
 
 
+@pytest.mark.slow
 def test_a_batch_without_a_trained_token_is_skipped_with_a_warning(
     make_config: MakeConfig, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -414,6 +421,7 @@ def test_a_cadence_of_zero_is_off(make_config: MakeConfig) -> None:
     assert not any("test/nll" in row for row in rows_of(config))
 
 
+@pytest.mark.slow
 def test_samples_are_shown_before_training_half_way_and_after_it(
     make_config: MakeConfig, tiny_qwen3: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -437,6 +445,7 @@ class Returning(TrainingClientEvaluator):
         return self._result
 
 
+@pytest.mark.slow
 def test_an_evaluator_may_return_numpy_numbers_and_other_values_are_errors_that_name_it(
     make_config: MakeConfig,
 ) -> None:
@@ -462,6 +471,7 @@ class FailsAtTheEnd(TrainingClientEvaluator):
         return {}
 
 
+@pytest.mark.slow
 def test_a_final_evaluation_that_fails_costs_no_training(make_config: MakeConfig) -> None:
     FailsAtTheEnd.num_calls = 0
     config = make_config(evaluator_builders=[FailsAtTheEnd], on_evaluator_error="raise")
@@ -474,6 +484,7 @@ def test_a_final_evaluation_that_fails_costs_no_training(make_config: MakeConfig
     assert "test/nll" in summary.metrics
 
 
+@pytest.mark.slow
 def test_a_failing_evaluator_is_a_warning_and_the_run_continues(
     make_config: MakeConfig, capsys: pytest.CaptureFixture
 ) -> None:
@@ -503,6 +514,7 @@ def test_an_interruption_is_not_a_failure_of_the_evaluator(make_config: MakeConf
         asyncio.run(train.main(make_config(evaluator_builders=[Interrupted])))
 
 
+@pytest.mark.slow
 def test_on_evaluator_error_may_change_when_a_run_resumes(make_config: MakeConfig) -> None:
     FailsAtTheEnd.num_calls = 0
     with pytest.raises(ValueError, match="no such metric"):
@@ -520,6 +532,7 @@ def test_two_evaluators_do_not_overwrite_each_other(make_config: MakeConfig) -> 
         asyncio.run(train.main(config))
 
 
+@pytest.mark.slow
 def test_tables_with_one_name_and_equal_columns_are_merged(make_config: MakeConfig) -> None:
     first, second, other = Table(["a"], [["1"]]), Table(["a"], [["2"]]), Table(["b"], [["3"]])
     config = make_config(
@@ -537,6 +550,7 @@ def test_tables_with_one_name_and_equal_columns_are_merged(make_config: MakeConf
         asyncio.run(train.main(config))
 
 
+@pytest.mark.slow
 def test_a_run_refuses_to_resume_on_data_of_changed_length(make_config: MakeConfig) -> None:
     config = make_config(max_steps=2, save_every=1)
     asyncio.run(train.main(config))
@@ -559,6 +573,7 @@ def test_a_run_refuses_to_resume_on_data_of_changed_content(make_config: MakeCon
         asyncio.run(train.main(config))
 
 
+@pytest.mark.slow
 def test_truncated_and_dropped_rows_are_reported_before_training(
     make_config: MakeConfig, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -573,6 +588,7 @@ def test_truncated_and_dropped_rows_are_reported_before_training(
     assert report["truncated"] > 0
 
 
+@pytest.mark.slow
 def test_examples_longer_than_the_context_are_refused_before_training(make_config: MakeConfig) -> None:
     long = [{"role": "user", "content": "legs?"}, {"role": "assistant", "content": "eight " * 300}]
     config = make_config(max_length=None)
@@ -603,6 +619,7 @@ def test_a_run_trains_on_a_stream_to_its_end(
     assert asyncio.run(train.main(config)).num_steps == 6
 
 
+@pytest.mark.slow
 def test_a_run_refuses_to_resume_on_a_changed_stream(make_config: MakeConfig) -> None:
     config = make_config(streaming=True, max_steps=2, save_every=1)
     asyncio.run(train.main(config))
@@ -613,6 +630,7 @@ def test_a_run_refuses_to_resume_on_a_changed_stream(make_config: MakeConfig) ->
         asyncio.run(train.main(config))
 
 
+@pytest.mark.slow
 def test_a_decaying_rate_requires_max_steps_on_a_stream(
     make_config: MakeConfig, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -640,6 +658,7 @@ def test_a_logger_that_is_not_installed_names_its_extra_before_anything_is_loade
         asyncio.run(train.main(config))
 
 
+@pytest.mark.slow
 def test_tensorboard_has_the_metrics_of_a_run(make_config: MakeConfig) -> None:
     config = make_config(tensorboard=True)
     asyncio.run(train.main(config))
@@ -653,6 +672,7 @@ def test_tensorboard_has_the_metrics_of_a_run(make_config: MakeConfig) -> None:
 # -- the chat format --------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_different_chat_format_than_that_of_the_initial_checkpoint_is_reported(
     make_config: MakeConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -667,6 +687,7 @@ def test_a_different_chat_format_than_that_of_the_initial_checkpoint_is_reported
     assert "was trained with system_prompt=Be brief., this run trains with None" in caplog.text
 
 
+@pytest.mark.slow
 def test_data_in_a_different_chat_format_than_the_recorded_one_are_reported(
     make_config: MakeConfig, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -675,6 +696,7 @@ def test_data_in_a_different_chat_format_than_the_recorded_one_are_reported(
     assert "rendered with renderer_name=role_colon, but checkpoints will record chat_template" in caplog.text
 
 
+@pytest.mark.slow
 def test_an_evaluator_builder_may_be_a_chz_class(make_config: MakeConfig) -> None:
     calls: list[str] = []
 
@@ -703,6 +725,8 @@ class FailingTerminal(io.StringIO):
         return super().write(text)
 
 
+@pytest.mark.cases(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("last", ["step 1/2", "After 2 steps", "Finished"])
 def test_a_run_whose_end_cannot_be_printed_is_finished(make_config: MakeConfig, last: str) -> None:
     config = make_config(eval_every=1)

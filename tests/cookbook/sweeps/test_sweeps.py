@@ -105,6 +105,7 @@ def test_a_config_below_runs_must_name_a_file(tmp_path: Path) -> None:
         plan_of(tmp_path, "runs: {config: [a, b], lora_rank: [8, 16]}")
 
 
+@pytest.mark.slow
 def test_draws_are_reproducible_within_their_bounds_and_have_every_seed(tmp_path: Path) -> None:
     text = """
     num_samples: 20
@@ -587,6 +588,7 @@ def _environment(temporary: str) -> dict[str, str]:
     return {**os.environ, "TMPDIR": temporary, "COLUMNS": "80", "OMP_NUM_THREADS": "1"}
 
 
+@pytest.mark.slow
 @A_WHILE
 def test_the_ray_of_a_sweep_listens_only_on_loopback(swept: Swept) -> None:
     """Its agents need not have started before the sweep ends. Those of a head are awaited in `test_jobs`."""

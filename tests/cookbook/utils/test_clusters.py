@@ -22,6 +22,7 @@ pytest.importorskip("ray")
 MAKE_TOKEN = "from cookbook.utils import clusters; clusters.import_ray(to_start=True)"
 
 
+@pytest.mark.slow
 def test_a_token_is_created_once_and_readable_only_by_its_user_for_any_umask(tmp_path: Path) -> None:
     token = tmp_path / "deep" / "private" / "token"
     environment = {**os.environ, "RAY_AUTH_TOKEN_PATH": str(token)}
@@ -61,6 +62,7 @@ def test_importing_ray_without_starting_one_creates_no_token(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_ray_that_was_imported_before_there_was_a_token_uses_it(tmp_path: Path) -> None:
     program = (
         "import ray\n"

@@ -139,6 +139,7 @@ def test_this_project_s_console_interprets_no_markup_in_plain_strings(
     assert lines == ["[/INST] [b]x[/b] :smile:", "[/INST] :smile:", "[/INST] [red]x[/red]"]
 
 
+@pytest.mark.slow
 def test_a_program_continues_when_the_reader_of_its_output_is_gone(tmp_path: Path) -> None:
     program = (
         "from cookbook.utils.rich_console import make_console, plain\n"
@@ -202,6 +203,7 @@ def check(text: str) -> None:
     assert not UNSEEN.search(rest), repr(rest)
 
 
+@pytest.mark.slow
 def test_a_preview_in_a_terminal_shows_control_characters_in_the_data(hostile_rows: Path) -> None:
     code, text = shown_in_a_terminal(
         *("recipes.preview", f"dataset={hostile_rows.name}", "on_bad_row=skip", "html=[b]page.html"),
@@ -240,6 +242,7 @@ def test_a_run_in_a_terminal_shows_control_characters_in_data_names_and_replies(
     assert not UNSEEN.search(page)
 
 
+@pytest.mark.slow
 def test_errors_and_help_in_a_terminal_show_control_characters_in_arguments(tmp_path: Path) -> None:
     for argv in (
         ["recipes.sft", f"system_prompt={HOSTILE}\nlearning_rate=5", "--help"],

@@ -16,6 +16,7 @@ SEEN_FORMAT_CHARACTERS = {
 JOINERS = {0x200C, 0x200D}
 
 
+@pytest.mark.slow
 def test_exactly_the_invisible_characters_are_replaced() -> None:
     """The truth is Unicode's categories: controls, formats, surrogates and separators except the space."""
     kept = {0x09, 0x0A, *JOINERS, *SEEN_FORMAT_CHARACTERS}

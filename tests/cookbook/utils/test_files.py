@@ -164,6 +164,7 @@ for number in range(400):
 """
 
 
+@pytest.mark.slow
 def test_two_processes_that_write_one_file_never_collide(folder: Path) -> None:
     page = folder / "page"
     writers = [

@@ -568,6 +568,7 @@ def test_what_is_not_understood_is_refused_with_its_place(document: dict[str, An
 JUNK = st.one_of(st.none(), st.booleans(), st.integers(), st.text(max_size=3), st.just([]), st.just({}))
 
 
+@pytest.mark.slow
 @settings(max_examples=400)
 @given(st.data())
 def test_a_field_of_another_type_is_read_or_refused(data: st.DataObject) -> None:

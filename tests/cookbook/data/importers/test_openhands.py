@@ -559,6 +559,7 @@ def test_events_never_pass_as_rows_or_steps_of_another_format() -> None:
             conversations_of({"steps": steps, "task": "List it."}, "trajectory")
 
 
+@pytest.mark.slow
 def test_malformed_values_are_refused_by_a_data_error_or_read() -> None:
     condensation = event(
         "Condensation", "k", forgotten_event_ids=["e2"], summary="I looked.", summary_offset=2

@@ -464,6 +464,7 @@ def test_a_step_of_swe_agent_is_no_step_of_a_trajectory() -> None:
         conversations_of(row)
 
 
+@pytest.mark.slow
 def test_malformed_values_are_refused_by_a_data_error_or_read() -> None:
     items = {"object": "response", "output": [{"type": "message", "content": "Hi."}]}
     refused = 0

@@ -36,6 +36,8 @@ def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
         torch.testing.assert_close(found[name], gradient, atol=2e-5, rtol=2e-4)
 
 
+@pytest.mark.cases(1)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [{"max_tokens_per_microbatch": 1}, {"max_tokens_per_microbatch": 15}, {"gradient_checkpointing": "on"}],

@@ -46,6 +46,7 @@ def footprint_of(folder: str, rank: int, **options: Any) -> Footprint:
     return estimate.footprint(config, folder, LoraConfig(rank=rank), EngineOptions(**options), "cpu")
 
 
+@pytest.mark.cases(3)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("rank", [4, 0])
 def test_weights_and_training_state_are_those_of_a_loaded_model(

@@ -52,6 +52,7 @@ def make_adapter(published: Path, folder: Path, targets: Any) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "targets"), CASES)
 def test_an_adapter_on_experts_by_the_names_of_linear_layers_is_continued_and_merged(
     name: str, targets: Any, tmp_path: Path

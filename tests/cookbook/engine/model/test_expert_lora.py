@@ -282,6 +282,7 @@ def test_no_gradient_reaches_the_weights_of_experts_without_rows() -> None:
             assert by_expert[0].abs().max() > 0
 
 
+@pytest.mark.slow
 def test_a_snapshot_and_a_second_adapter_leave_the_first_as_it_was(
     tmp_path: Path, make_trainer: Any, make_data: Any
 ) -> None:
@@ -315,6 +316,7 @@ ON = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "order", [("second", "first"), ("first", "second", "both"), ("none", "second", "both")]
 )

@@ -138,6 +138,8 @@ def warnings(caplog: pytest.LogCaptureFixture) -> Iterator[Callable[[], list[str
 # -- running out of memory ----------------------------------------------------------------------
 
 
+@pytest.mark.cases(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("device", OUT_OF_MEMORY)
 def test_a_microbatch_that_does_not_fit_is_halved_and_the_pass_is_repeated(
     device: str,
@@ -401,6 +403,7 @@ def run_passes(trainer: Trainer, request: Any, number: int) -> list[int]:
     return found
 
 
+@pytest.mark.slow
 def test_limits_recover_after_passes_without_a_failure(make_tight: Any, make_data: Any) -> None:
     trainer = make_tight(room=70, first_patience=3)
     trainer._full_limits = trainer._limits
@@ -449,6 +452,7 @@ def test_forward_passes_do_not_raise_limits(make_tight: Any, make_data: Any) -> 
     assert trainer._limits.max_tokens == 60
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("saved_after", slow_after(1, [4, 1, 5, 8]))
 def test_a_resumed_run_raises_its_limits_at_the_same_passes(
     saved_after: int, make_tight: Any, make_data: Any, tmp_path: Path
@@ -597,6 +601,7 @@ def kept_bytes(trainer: Trainer, num_tokens: int, is_checkpointed: bool) -> floa
     return sum(event.self_cpu_memory_usage for event in profiled.key_averages()) / num_tokens
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("train_mlp", slow_after(1, [True, False]))
 @pytest.mark.parametrize("model_type", slow_after(1, ["qwen3", "gemma3_text"]))
 def test_the_measured_cost_equals_that_of_the_allocator(
@@ -621,6 +626,7 @@ BY_HAND = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", slow_except(["gpt_oss"], BY_HAND))
 def test_the_estimate_holds_beyond_the_measured_lengths(
     model_type: str, make_model_folder: Any, make_trainer: Any, tmp_path: Path

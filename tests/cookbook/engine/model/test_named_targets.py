@@ -23,6 +23,7 @@ def service() -> Any:
     service.close()
 
 
+@pytest.mark.cases(3)
 @pytest.mark.parametrize(
     ("targets", "as_in_peft"),
     [

@@ -60,6 +60,7 @@ def folder(make_model_folder: Callable[..., Path], tmp_path_factory: pytest.Temp
     return str(make_model_folder(path, "qwen3", num_hidden_layers=5))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [4, 0])
 @pytest.mark.parametrize("model_type", slow_after(1, ["qwen3", "gemma3_text", "zamba2"]))
 def test_gradients_are_the_same_to_the_bit(
@@ -165,6 +166,7 @@ def test_the_longest_sequence_with_checkpointing(squared: float) -> None:
     assert cost.bytes_of(longest + 1, is_checkpointed=True) > 54_321
 
 
+@pytest.mark.slow
 def test_a_sequence_that_does_not_fit_with_checkpointed_layers_is_offloaded(
     folder: str, make_data: Any, gradients_of: Any, caplog: pytest.LogCaptureFixture
 ) -> None:

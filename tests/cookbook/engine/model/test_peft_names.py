@@ -30,6 +30,7 @@ def test_such_an_adapter_is_merged(laguna: family_checks.Subject) -> None:
     assert family_checks.merged(laguna) == "yes"
 
 
+@pytest.mark.slow
 def test_such_an_adapter_is_resumed_and_sampled_from_as_it_was(laguna: family_checks.Subject) -> None:
     assert family_checks.resumes(laguna) == "yes"
     service = laguna.service()

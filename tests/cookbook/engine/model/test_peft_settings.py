@@ -57,6 +57,7 @@ def adapter(tmp_path: Path, tiny_qwen3: str) -> Path:
 KNOWN = peft_settings._FREE | {"task_type"}
 
 
+@pytest.mark.cases(7)
 @pytest.mark.parametrize(
     "name", [field.name for field in dataclasses.fields(peft.LoraConfig) if field.name not in KNOWN]
 )
@@ -111,6 +112,7 @@ def test_settings_are_checked_in_checkpoints_of_this_project_too(tiny_qwen3: str
         checkpoint.read_info(folder)
 
 
+@pytest.mark.cases(2)
 @pytest.mark.parametrize(
     "settings",
     [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -114,6 +115,7 @@ def test_processes_get_every_sequence_once_and_families_whole_unless_they_are_la
     assert partition_families(found, 1) == [found]
 
 
+@pytest.mark.slow
 @given(sequences, st.integers(1, 30), st.integers(1, 40))
 def test_microbatches_divide_a_family_only_if_it_exceeds_memory(
     texts: Sequences, max_tokens: int, in_memory: int

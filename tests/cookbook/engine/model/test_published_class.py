@@ -71,6 +71,7 @@ def test_a_multimodal_checkpoint_is_its_published_class_and_only_its_text_part_i
     assert fsdp.bytes_needed(str(folder), torch.float32, is_trained=False) == 4 * num_text
 
 
+@pytest.mark.slow
 def test_the_head_is_found_that_transformers_does_not_find(tmp_path: Path) -> None:
     folder = families.save("nemotron_h_omni", tmp_path / "base")
     assert families.load(folder).get_output_embeddings() is None
@@ -108,6 +109,8 @@ def test_towers_are_not_moved_with_the_model_and_follow_when_they_are_called(tmp
     assert any(weight.device.type == "meta" for tower in towers.values() for weight in tower.parameters())
 
 
+@pytest.mark.cases(2)
+@pytest.mark.slow
 @pytest.mark.parametrize("name", all_families(MULTIMODAL))
 def test_peft_loads_an_adapter_onto_the_published_class_with_equal_logprobs(
     name: str, tmp_path: Path
@@ -138,6 +141,7 @@ def text_class(tmp_path: Path) -> tuple[Path, Any]:
     return folder, transformers.Qwen3_5ForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
+@pytest.mark.slow
 def test_an_adapter_of_the_class_for_text_alone_is_read_under_the_published_names(
     text_class: tuple[Path, Any], tmp_path: Path
 ) -> None:
@@ -161,6 +165,7 @@ def test_an_adapter_of_the_class_for_text_alone_is_read_under_the_published_name
     assert (found - logprobs_of(families.load(folder))).abs().max() > 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("keeps_config", [False, True])
 def test_a_model_saved_in_the_class_for_text_alone_is_loaded_in_it(
     text_class: tuple[Path, Any], tmp_path: Path, keeps_config: bool
@@ -181,6 +186,7 @@ def test_a_model_saved_in_the_class_for_text_alone_is_loaded_in_it(
     torch.testing.assert_close(found, logprobs_of(model), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_published_weights_without_their_towers_are_loaded_for_text_alone(tmp_path: Path) -> None:
     folder = families.save("qwen3_5", tmp_path / "base")
     expected = logprobs_of(families.load(folder))
@@ -217,6 +223,7 @@ def test_a_class_that_transformers_lacks_is_named_and_the_folder_is_not_called_d
     assert "damaged" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_a_class_that_joins_models_names_the_part_that_writes_text_and_how_to_save_it(tmp_path: Path) -> None:
     folder = families.save("qwen2_5_omni", tmp_path / "omni")
     with pytest.raises(ModelError, match="has no forward pass of its own") as caught:

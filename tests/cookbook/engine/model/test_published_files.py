@@ -32,6 +32,7 @@ def kinds(folder: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
     return {name: (weight.shape, weight.dtype) for name, weight in tensors(folder).items()}
 
 
+@pytest.mark.cases(2)
 @pytest.mark.parametrize(
     "name",
     [pytest.param(name, marks=() if name in SOME else pytest.mark.slow) for name in families.FAMILIES],
@@ -64,6 +65,7 @@ def test_changed_parameters_are_written_as_the_published_tensors_that_transforme
     assert extra is None or (extra in new and extra not in loaded)
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize(
     "name",
     [pytest.param(name, marks=() if name in SOME[:2] else pytest.mark.slow) for name in families.FAMILIES],
@@ -100,6 +102,7 @@ def test_a_merged_export_has_each_published_tensor_and_the_logits_of_base_and_ad
     assert (merged - before).abs().max() > 0.01
 
 
+@pytest.mark.slow
 def test_a_full_fine_tune_has_the_tensors_the_class_and_the_files_of_the_published_folder(
     tmp_path: Path,
 ) -> None:
@@ -129,6 +132,7 @@ def test_a_full_fine_tune_has_the_tensors_the_class_and_the_files_of_the_publish
     assert media[0] == media[1] != {}
 
 
+@pytest.mark.slow
 def test_a_vocabulary_that_is_smaller_than_the_embeddings_stays_in_the_config(tmp_path: Path) -> None:
     folder = families.save("mllama", tmp_path / "published")
     rows = len(families.load(folder).get_input_embeddings().weight)
@@ -141,6 +145,7 @@ def test_a_vocabulary_that_is_smaller_than_the_embeddings_stays_in_the_config(tm
     assert kinds(path) == kinds(folder)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_in_8_bits_is_dequantised_and_a_full_fine_tune_of_it_is_saved_without(
     tmp_path: Path,
 ) -> None:

@@ -110,6 +110,7 @@ def answer(base: BaseModel, adapter: Adapter | None, request: Request) -> Any:
     return request.future.result(timeout=0)
 
 
+@pytest.mark.cases(2)
 @pytest.mark.parametrize("checkpointing", ["off", "on"])
 @pytest.mark.parametrize("lora", [{}, {"train_mlp": False, "train_unembed": False}])
 def test_gradients_equal_plain_transformers_and_peft_on_the_same_4_bits(
@@ -148,6 +149,7 @@ def test_linear_layers_take_half_a_byte_per_weight_and_embeddings_are_unchanged(
         assert end.weight.shape == (model.config.vocab_size, 64)
 
 
+@pytest.mark.slow
 def test_a_dequantised_weight_is_freed_after_its_product(folder: str) -> None:
     trainer = make_trainer(folder)
     tokens_T = np.arange(13)
@@ -191,6 +193,7 @@ def test_sampled_log_probabilities_equal_a_forward_pass(folder: str, with_adapte
         np.testing.assert_allclose(sequence.logprobs, scored[len(prompt) :], rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_loss_goes_down(folder: str, dtype: str) -> None:
     options = EngineOptions(device="cpu", dtype=dtype, quantization="nf4")
@@ -217,6 +220,7 @@ def test_a_checkpoint_loads_onto_the_full_precision_model(folder: str, tmp_path:
     assert config["base_model_name_or_path"] == folder
 
 
+@pytest.mark.slow
 def test_a_model_published_in_4_bits_is_trained_in_the_dtype_of_the_engine(
     folder: str, tmp_path: Path
 ) -> None:
@@ -287,6 +291,7 @@ def rounded_model(folder: str) -> Any:
     return model
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("lora", [{}, {"train_mlp": False, "train_unembed": False}])
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
 def test_gradients_with_experts_in_4_bits_equal_plain_transformers_and_peft_on_rounded_weights(

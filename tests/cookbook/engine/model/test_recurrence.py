@@ -121,6 +121,7 @@ def error_of(found: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str,
     }
 
 
+@pytest.mark.cases(2)
 @pytest.mark.parametrize("name", HYBRIDS)
 def test_packed_gradients_equal_those_of_plain_transformers_one_sequence_at_a_time(
     name: str, folder_of: Callable[[str], Path]
@@ -147,6 +148,7 @@ def make_tree() -> list[TokenSequence]:
     return found
 
 
+@pytest.mark.cases(2)
 @pytest.mark.parametrize("name", HYBRIDS)
 def test_gradients_of_shared_beginnings_equal_those_of_plain_transformers_one_sequence_at_a_time(
     name: str, folder_of: Callable[[str], Path]
@@ -204,6 +206,7 @@ def test_nan_in_one_packed_sequence_does_not_spread_through_a_recurrent_layer(
         np.testing.assert_allclose(after[index], before[index], rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     ["qwen3_5", pytest.param("bamba", marks=pytest.mark.slow), pytest.param("lfm2", marks=pytest.mark.slow)],
@@ -273,6 +276,7 @@ def test_kernels_get_the_borders_and_gradients_equal_those_of_one_sequence_at_a_
     assert len(calls) == len(functions) * len(base.recurrent.mixers)
 
 
+@pytest.mark.slow
 def test_with_kernels_that_ignore_the_borders_rows_are_split(
     folder_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

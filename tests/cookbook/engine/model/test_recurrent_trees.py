@@ -125,6 +125,7 @@ KINDS: dict[Callable[..., Tensor], list[tuple[int, ...]]] = {
 }
 
 
+@pytest.mark.cases(2)
 @pytest.mark.parametrize("run", KINDS, ids=lambda run: run.__name__)
 @settings(deadline=None)
 @given(texts=trees())

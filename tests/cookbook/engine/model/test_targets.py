@@ -81,6 +81,7 @@ def block_of(title: str) -> list[str]:
     return next(block.splitlines() for block in blocks if block.splitlines()[0] == title)
 
 
+@pytest.mark.cases(3)
 @pytest.mark.parametrize("name", FEW)
 def test_the_table_of_targets_is_the_one_on_file(name: str) -> None:
     assert lines_of_family(name) == block_of(name)
@@ -118,6 +119,7 @@ def gradients_of_peft(model: Any, adapter: Path, data: list[Datum]) -> dict[str,
     }
 
 
+@pytest.mark.cases(2)
 @pytest.mark.parametrize("name", ["deepseek_v3", "falcon", "falcon_mamba", "gpt2", "nemotron_h", "zamba2"])
 def test_every_adapter_gets_the_gradient_of_peft_which_reads_it_back(
     name: str, tmp_path: Path, make_trainer: Any, make_data: Any, gradients_of: Any

@@ -98,6 +98,7 @@ def compare(layout: AttentionLayout, seen: list[list[int]], qkv: list[Tensor], *
         torch.testing.assert_close(gradient.double() / size, other / size, rtol=0, atol=4 * tolerance)
 
 
+@pytest.mark.cases(6)
 @pytest.mark.parametrize("seed", slow_after(2, range(4)))
 @pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(4, 4), (4, 2), (6, 1)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
@@ -108,6 +109,7 @@ def test_a_token_sees_its_ancestors_and_its_own_branch_up_to_itself(
     compare(layout, seen, make(len(seen), num_heads, num_kv_heads, dtype))
 
 
+@pytest.mark.cases(4)
 @pytest.mark.parametrize(
     "options",
     [

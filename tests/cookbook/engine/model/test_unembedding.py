@@ -92,6 +92,7 @@ def by_autograd(head: Head, hidden_SD: Tensor, targets_S: Tensor, weights_S: Ten
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("keeps_fp32", [True, False])
 def test_the_gradient_of_a_half_precision_head_is_summed_in_fp32(keeps_fp32: bool) -> None:
     """1,000 positions with one target: in bfloat16 each term would be rounded away against the sum."""
@@ -181,6 +182,7 @@ def test_the_most_likely_tokens_are_those_of_all_logits(softcap: float | None) -
         assert torch.equal(tokens_SJ, tokens_SV[:, :count])
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=40)
 @given(st.integers(1, 40), st.integers(1, 60), st.integers(1, 2000))
 def test_the_block_size_does_not_change_the_results(positions: int, vocabulary: int, kept: int) -> None:

@@ -62,6 +62,7 @@ def logprobs_in_transformers(model: Any, tokenizer: Any) -> list[float]:
     return [float(row[token]) for row, token in zip(logits.log_softmax(-1), targets, strict=True)]
 
 
+@pytest.mark.slow
 def test_added_tokens_begin_as_the_mean_and_are_trained_and_loaded_by_peft(base: str, tmp_path: Path) -> None:
     with_service = ServiceClient(device="cpu", checkpoint_dir=tmp_path)
     client = with_service.create_training_client(base, LoraConfig(4, seed=0, add_tokens=NEW))

@@ -47,6 +47,7 @@ def drawn(terms: dict[int, float], uniform: float) -> set[int]:
     return found
 
 
+@pytest.mark.cases(40)
 @pytest.mark.parametrize("spread", [0.01, 1.0, 6.0])
 @pytest.mark.parametrize("step", [None, 0.25])
 @pytest.mark.parametrize("top_p", [1.0, 0.999, 0.6, 1e-6])
@@ -149,6 +150,7 @@ BAD_LOGITS = [(place, value) for value in (math.nan, math.inf) for place in (0, 
 TEMPERATURES = [0, 1e-320, 1e-46, 1e-30, 1.0, 1e30, 1e39, math.inf]
 
 
+@pytest.mark.cases(24)
 @pytest.mark.parametrize("temperature", TEMPERATURES)
 @pytest.mark.parametrize("top_p", [1.0, 0.9, 1e-6])
 @pytest.mark.parametrize("top_k", [-1, 1, 40])

@@ -65,6 +65,7 @@ def run_pass(layer: nn.Module, cache: KVCache, parts: list[list[Tensor]], option
     return packed_attention(layer, query, key, value, None, layout=layout, **options)[0][0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", OPTIONS)
 def test_every_new_position_sees_exactly_the_earlier_ones_of_its_sequence(options: dict[str, Any]) -> None:
     """Sequences are added, copied, moved to larger buckets and removed in a random order, in two layers."""

@@ -9,6 +9,7 @@ import pytest
 from slow import slow_after
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", slow_after(1, ["deepseek_v32", "deepseek_v4"]))
 def test_texts_beyond_an_index_and_a_compressed_window_are_sampled_as_plain_transformers_does(
     name: str, tmp_path: Path

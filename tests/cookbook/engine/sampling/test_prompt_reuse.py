@@ -94,6 +94,7 @@ def related_prompts(rng: random.Random, num: int, longest: int = 40) -> list[lis
     return prompts
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize(
     "family", slow_except(["gpt_oss", "lfm2"], ["qwen3", "gemma2", "gpt_oss", "lfm2", "stablelm"])
 )
@@ -213,6 +214,7 @@ def test_a_second_pass_computes_only_the_tokens_that_are_new(base: BaseModel, ad
     assert sizes == [100 + 4 * 5, 4 * 5 + -4 * 5 % base.row_multiple]
 
 
+@pytest.mark.slow
 def test_snapshots_never_reuse_each_other_s_keys(base: BaseModel, adapter: Adapter) -> None:
     other = base.adapters.clone(adapter)
     with torch.no_grad():
@@ -233,6 +235,7 @@ def test_snapshots_never_reuse_each_other_s_keys(base: BaseModel, adapter: Adapt
     base.adapters.remove(other)
 
 
+@pytest.mark.slow
 def test_running_sequences_take_the_memory_of_kept_prompts(base: BaseModel, adapter: Adapter) -> None:
     limits = replace(SamplingLimits.on(base), max_cached_tokens=4 * 64, max_kept_tokens=200, max_sequences=8)
     held: list[tuple[int, int]] = []
@@ -280,6 +283,7 @@ def test_out_of_memory_frees_kept_prompts(base: BaseModel, adapter: Adapter) -> 
         assert_same(response, expected)
 
 
+@pytest.mark.slow
 def test_a_prompt_that_leads_to_nan_spoils_no_prompt_that_shares_its_beginning(
     make_model_folder: Any, tmp_path: Path
 ) -> None:
@@ -399,6 +403,7 @@ def test_every_kernel_sees_the_known_keys_and_the_row_s_as_one_text(
 # -- clients ----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_after_a_training_step_a_new_snapshot_computes_its_prompts_with_the_new_weights(
     tiny_qwen3: str,
 ) -> None:
@@ -435,6 +440,7 @@ def test_after_a_training_step_a_new_snapshot_computes_its_prompts_with_the_new_
     service.close()
 
 
+@pytest.mark.slow
 def test_clients_that_sample_at_the_same_time_get_what_each_gets_alone(tiny_qwen3: str) -> None:
     service = ServiceClient(device="cpu")
     trained = service.create_lora_training_client(tiny_qwen3, rank=4, seed=0)

@@ -6,6 +6,7 @@ import gc
 import weakref
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -48,6 +49,7 @@ def num_shared(one: list[int], other: list[int]) -> int:
     return next(differ, min(len(one), len(other)))
 
 
+@pytest.mark.slow
 @given(TEXTS)
 @settings(max_examples=100, deadline=None)
 def test_the_longest_beginning_of_any_earlier_text_is_found(texts: list[list[int]]) -> None:
@@ -109,6 +111,7 @@ def test_a_tree_is_freed_without_the_garbage_collector() -> None:
         gc.enable()
 
 
+@pytest.mark.slow
 @given(TEXTS, TEXTS, st.integers(1, 4))
 @settings(max_examples=100, deadline=None)
 def test_the_row_of_a_prefill_has_every_beginning_once_and_each_token_sees_its_own(

@@ -48,6 +48,7 @@ def sample(
     return [request.future.result(timeout=0) for request in requests]
 
 
+@pytest.mark.cases(2)
 @pytest.mark.parametrize("name", [*FAST, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
 def test_samples_equal_generate_and_a_forward_pass_however_they_are_batched(
     name: str, tmp_path: Path
@@ -82,6 +83,7 @@ def test_samples_equal_generate_and_a_forward_pass_however_they_are_batched(
         assert reported == pytest.approx(expected, abs=5e-4)
 
 
+@pytest.mark.slow
 def test_the_memory_of_states_limits_how_many_sequences_run(tmp_path: Path) -> None:
     base = BaseModel(str(families.save("qwen3_5", tmp_path / "qwen3_5")), EngineOptions(dtype="float32"))
     limits = SamplingLimits.on(base)

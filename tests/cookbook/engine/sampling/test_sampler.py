@@ -78,6 +78,7 @@ def compute_logprobs(base: BaseModel, adapter: Adapter | None, tokens: list[int]
 
 
 # `generate` of transformers applies a window that its Llama does not have.
+@pytest.mark.cases(3)
 @pytest.mark.parametrize("family", slow_except(QUICK, [name for name in FAMILIES if name != "llama-window"]))
 def test_greedy_equals_generate_of_transformers(family: str, make_model_folder: Any, tmp_path: Path) -> None:
     """Also beyond the sliding window of 8."""
@@ -94,6 +95,7 @@ def test_greedy_equals_generate_of_transformers(family: str, make_model_folder: 
         assert sequence.stop_reason == "length"
 
 
+@pytest.mark.cases(2)
 @pytest.mark.parametrize("family", slow_except(QUICK, FAMILIES))
 def test_reported_logprobs_equal_a_forward_pass_over_the_same_tokens(
     family: str, make_model_folder: Any, tmp_path: Path
@@ -170,6 +172,7 @@ def run_request(base: BaseModel, adapter: Adapter | None, request: Request) -> A
     return answer(base, adapter, [request])[0]
 
 
+@pytest.mark.slow
 def test_requests_that_arrive_during_sampling_join_the_batch(base: BaseModel, adapter: Adapter) -> None:
     """A request arrives at every other token. Each result equals that of the request alone."""
     expected = [run_request(base, adapter, request) for request in mixed_requests(base)]
@@ -205,6 +208,7 @@ def test_scores_and_samples_that_run_together_equal_those_that_run_alone(
         assert_same(response, run_request(base, adapter, sampled))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "limits",
     [
@@ -224,6 +228,7 @@ def test_a_small_cache_changes_only_the_order(
         assert_same(one, response)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("max_sequences", [5, 1])
 def test_after_out_of_memory_fewer_sequences_run_at_a_time(
     base: BaseModel, adapter: Adapter, max_sequences: int, caplog: pytest.LogCaptureFixture
@@ -270,6 +275,7 @@ def kept_after(base: BaseModel, temperature: float, top_k: int, top_p: float) ->
     return kept
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("temperature", "top_k", "top_p"), [(1.0, 5, 1.0), (1.0, -1, 0.3), (0.7, 20, 0.6), (2.0, 3, 0.99)]
 )
@@ -418,6 +424,7 @@ def broken_base(request: pytest.FixtureRequest, make_model_folder: Any, tmp_path
     return base
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     slow_except(
@@ -467,6 +474,7 @@ def test_a_request_whose_prompt_leads_to_nan_fails_alone(
             assert_same(found, response)
 
 
+@pytest.mark.slow
 def test_a_request_whose_sample_leads_to_nan_fails_alone(base: BaseModel, adapter: Adapter) -> None:
     """One of its samples reads the token, and the other samples of that request end with it."""
     prompts = [[5, 17, 31, 8], *([7 + number, 40 - number] for number in range(6))]
@@ -689,6 +697,7 @@ def greedy_without_a_cache(base: BaseModel, prompt: list[int], num_tokens: int) 
     return tokens[len(prompt) :]
 
 
+@pytest.mark.cases(2)
 @pytest.mark.parametrize("family", slow_except(["bamba", "mpt", "rwkv", "longrope"], DECODED))
 def test_every_family_samples_as_its_forward_pass_without_a_cache(
     family: str, make_model_folder: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture

@@ -63,6 +63,7 @@ def test_a_row_has_what_sequences_share_once(tiny_qwen3: str, make_trainer: Any)
     assert batch.tokens_1N.shape == (1, NUM_COMPUTED)
 
 
+@pytest.mark.slow
 def test_a_resumed_trainer_continues_on_shared_beginnings_to_the_bit(
     tiny_qwen3: str, make_trainer: Any, tmp_path: Path
 ) -> None:

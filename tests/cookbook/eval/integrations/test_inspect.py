@@ -84,6 +84,7 @@ def test_metrics_are_reported_by_task_and_scorer(
     assert read_eval_log(log).eval.model == f"cookbook/{make_evaluator(capitals())._model_name}"
 
 
+@pytest.mark.slow
 def test_the_builder_sets_only_sampling_settings_that_the_task_does_not(
     make_evaluator: MakeEvaluator, scripted: Any
 ) -> None:
@@ -221,6 +222,7 @@ def test_thinking_becomes_reasoning_content_of_inspect(
     assert "two<|im_end|>\n<|im_start|>user\nthree" in client.asked[0][0]
 
 
+@pytest.mark.slow
 def test_nothing_is_printed_and_logging_is_restored(
     make_evaluator: MakeEvaluator,
     scripted: Any,

@@ -171,6 +171,7 @@ def test_a_text_longer_than_the_context_is_scored_in_windows(
     assert found == pytest.approx(harness_model.loglikelihood_rolling(requests, disable_tqdm=True), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_generations_equal_those_of_the_harness(make_model: MakeModel, harness_model: HFLM) -> None:
     asked: list[tuple] = [
         (text, {"until": until, "max_gen_toks": 20}) for text in TEXTS for until in ([], ["e", " "], "th")
@@ -262,6 +263,7 @@ def test_a_chat_reply_ends_with_its_turn_and_has_no_thinking(scripted: Any, tiny
     assert tiny_tokenizer.convert_tokens_to_ids("<|im_end|>") in params.stop_token_ids
 
 
+@pytest.mark.slow
 def test_few_shot_examples_are_turns_of_the_conversation(
     client: SamplingClient, harness_model: HFLM, task_folder: Path, tiny_qwen3: str
 ) -> None:
