@@ -57,6 +57,9 @@ _MLP = re.compile(r"mlp|moe|expert|feed_?forward|ffn|ffw")
 _CONTAINER = re.compile(r"(Layer|Block|Model|LM|Generation|Decoder)$")
 """Classes of modules that hold both kinds of layers, and may be named after one."""
 
+_OTHER_INPUTS = re.compile(r"(^|_)(vision|visual|image|video|audio|speech)(_|$)")
+"""Names of modules that compute with other inputs than text, also inside a decoder (ERNIE 4.5 VL's experts)."""
+
 _REFUSED_BY_PEFT = {"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"}
 """Model types on whose `out_proj` PEFT puts no adapter: a fused kernel may read its weight directly."""
 
@@ -184,19 +187,26 @@ def find_targets(model: Any) -> TargetTable:
 
 @contextlib.contextmanager
 def unused_layers(table: TargetTable, model: Any) -> Iterator[set[str]]:
-    """Yields a set from which each linear layer is removed that runs in the body.
+    """Yields a set from which each target is removed whose module runs in the body.
 
     The body runs the model on some text. What is left would get no gradient: layers whose place is taken by
-    those of another layer that they share weights with. An expert's layers are not in the set, because they
-    may run for another text, and neither is the projection to the vocabulary, which runs elsewhere.
+    those of another layer that they share weights with, or that only pictures reach. A single expert's layers
+    are not in the set, because they may run for another text, and neither is the projection to the
+    vocabulary, which runs elsewhere.
     """
     unused: set[str] = set()
     hooks = []
     for name, module in model.named_modules():
-        target = table.targets.get(name)
-        if target is not None and target.group != "train_unembed" and "expert" not in name:
-            unused.add(name)
-            hooks.append(module.register_forward_hook(lambda *_, name=name: unused.discard(name)))
+        names = {name, *(f"{name}.{short}" for short, _ in module.named_parameters(recurse=False))}
+        found = [table.targets[each] for each in names & table.targets.keys()]
+        mine = {
+            target.name
+            for target in found
+            if target.is_stacked or (target.group != "train_unembed" and "expert" not in name)
+        }
+        if mine:
+            unused |= mine
+            hooks.append(module.register_forward_hook(lambda *_, mine=mine: unused.difference_update(mine)))
     try:
         yield unused
     finally:
@@ -216,7 +226,8 @@ def _why_not(
     parameter = getattr(module, short)
     if module is model.get_output_embeddings():
         return "norms and vectors"  # its bias
-    if not is_in_decoder or any(re.search(r"\bmtp\b|mtp_|nextn", word) for word in words):
+    is_of_pictures = any(_OTHER_INPUTS.search(name) for name, _ in path)
+    if not is_in_decoder or is_of_pictures or any(re.search(r"\bmtp\b|mtp_|nextn", word) for word in words):
         return "embeddings" if isinstance(module, nn.Embedding) else "other parts"
     if isinstance(module, nn.Embedding):
         return "embeddings"

@@ -22,7 +22,7 @@ if __name__ == "__main__":
 import families
 
 from cookbook.engine.model.base_model import BaseModel
-from cookbook.engine.model.targets import TargetTable, find_targets
+from cookbook.engine.model.targets import TargetTable, find_targets, unused_layers
 from cookbook.engine.options import EngineOptions
 from cookbook.engine.training.trainer import Trainer
 from cookbook.errors import ConfigError
@@ -139,6 +139,21 @@ def test_every_adapter_gets_the_gradient_of_peft_which_reads_it_back(
         torch.testing.assert_close(
             found[weight], gradient, rtol=0, atol=1e-4 * float(gradient.abs().max()), msg=weight
         )
+
+
+def test_experts_that_only_pictures_reach_carry_no_adapter() -> None:
+    names = find_targets(families.make("ernie4_5_vl_moe")).targets
+    assert any("text_moe.experts" in name for name in names)
+    assert not any("vision" in name for name in names)
+
+
+def test_experts_are_unused_unless_they_run() -> None:
+    model = families.make("mixtral")
+    table = find_targets(model)
+    with unused_layers(table, model) as unused:
+        assert {name for name in table.targets if "experts" in name} <= unused
+        model(input_ids=torch.tensor([[3, 4, 5]]))
+        assert not unused
 
 
 def test_an_adapter_on_nothing_is_refused_and_a_missing_kind_of_layers_is_not() -> None:
