@@ -108,6 +108,7 @@ def test_a_published_program_that_trains_on_a_dataset_runs(
     assert "resumable state at" in out
 
 
+@pytest.mark.slow
 def test_the_flow_of_a_chat_tutorial_runs(tiny_qwen3: str, tmp_path: Path, chats: list) -> None:
     """The flow computes losses from `out["logprobs"]`, passes lists as weights, samples and resumes."""
     types = cookbook.types

@@ -67,6 +67,7 @@ def run(programs: Programs, decoy: Path) -> Callable[..., subprocess.CompletedPr
     return lambda *argv: programs.run(*argv, cwd=decoy)
 
 
+@pytest.mark.slow
 @pytest.mark.cases(2)
 @pytest.mark.parametrize(
     "argv",
@@ -192,6 +193,7 @@ def _shared_run(folder: Path) -> Path:
     return run_folder
 
 
+@pytest.mark.slow
 @pytest.mark.cases(3)
 @pytest.mark.parametrize(
     "argv",

@@ -136,6 +136,7 @@ def test_a_stopped_run_continues_with_what_is_missing(
     assert len(server.requests) - asked_before == 18 - 4
 
 
+@pytest.mark.slow
 def test_a_busy_server_is_asked_again(server: Server, prompts: Path) -> None:
     server.failures = 3
     assert run(server, prompts, "concurrency=2").kept == 7

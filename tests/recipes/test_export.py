@@ -161,6 +161,7 @@ def test_invalid_arguments_are_one_error_and_write_nothing(
     assert not list(Path().glob(".out*"))
 
 
+@pytest.mark.slow
 def test_a_folder_that_is_not_empty_is_kept(exporting: Exporting) -> None:
     exporting("checkpoint=run", "to=out")
     assert "is not empty" in exporting("checkpoint=run", "to=out", fails=True)

@@ -200,6 +200,7 @@ def test_every_trained_turn_follows_its_own_prompt_once(renderer_of, tokenizer, 
     assert sum(weights.sum() for _, weights in examples) == total
 
 
+@pytest.mark.slow
 @few
 @given(
     content=text,

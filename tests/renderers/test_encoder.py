@@ -58,6 +58,7 @@ def test_any_of_matches_the_longest_text(options, text):
     assert any_of(options).findall(text) == plain.findall(text)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lstrip", [False, True])
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())

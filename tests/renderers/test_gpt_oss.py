@@ -188,6 +188,7 @@ def test_tokens_equal_those_of_the_template(renderer, tokenizer, template, messa
     assert tokens == parted(tokenizer, template(messages, tools))
 
 
+@pytest.mark.slow
 @few
 @given(messages=conversations_of(text), tools=tools_lists)
 def test_prompts_equal_those_of_the_template(renderer, tokenizer, template, messages, tools):
@@ -204,6 +205,7 @@ def test_tools_are_printed_as_the_template_prints_them(template, tools):
     assert f"# Tools\n\n{print_namespace(tools)}<|end|><|start|>user" in printed
 
 
+@pytest.mark.slow
 @few
 @given(messages=conversations_of(text))
 def test_a_trained_last_reply_follows_the_prompt_of_the_template(renderer, tokenizer, template, messages):
@@ -279,6 +281,7 @@ replies = st.one_of(
 )
 
 
+@pytest.mark.slow
 @few
 @given(reply=replies)
 def test_the_trained_tokens_parse_to_the_message(renderer, reply):
@@ -519,6 +522,7 @@ def test_a_call_with_malformed_arguments_is_all_content(renderer, tokenizer, arg
     assert renderer.parse_response(tokens) == (message("assistant", broken), False)
 
 
+@pytest.mark.slow
 @few
 @given(data=st.data())
 def test_any_tokens_can_be_parsed_as_a_reply(renderer, tokenizer, data):
@@ -541,6 +545,7 @@ def test_any_tokens_can_be_parsed_as_a_reply(renderer, tokenizer, data):
 # -- what is forged or refused ------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @few
 @given(messages=conversations_of(st.lists(st.sampled_from([*TOKENS, "Hi."]), max_size=3).map("".join)))
 def test_control_tokens_spelled_in_messages_are_text(renderer, tokenizer, messages):

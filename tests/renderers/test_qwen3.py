@@ -110,6 +110,7 @@ def test_prompts_equal_those_of_the_template(renderer_of, qwen3, messages, tools
     assert tokens == parted_tokens(qwen3, messages, tools) + header
 
 
+@pytest.mark.slow
 @few
 @given(messages=trainable_conversations, mode=st.sampled_from(TrainOnWhat))
 def test_weights_equal_those_of_the_chat_template_renderer(

@@ -70,6 +70,7 @@ def test_text_is_streamed_while_it_is_sampled(start: Callable[..., ChatSession])
     assert turn.conclude().message["content"] == "".join(pieces)
 
 
+@pytest.mark.slow
 def test_a_seed_makes_a_conversation_reproducible_with_different_turns(
     start: Callable[..., ChatSession],
 ) -> None:
@@ -87,6 +88,7 @@ def test_a_seed_makes_a_conversation_reproducible_with_different_turns(
     assert talk(8) != first
 
 
+@pytest.mark.slow
 def test_the_oldest_exchanges_are_dropped_when_the_context_is_full(
     start: Callable[..., ChatSession], renderer: Renderer
 ) -> None:

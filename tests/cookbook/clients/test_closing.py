@@ -299,6 +299,7 @@ def test_a_sampler_that_is_dropped_before_its_snapshot_is_taken_blocks_nothing(
     assert list(engine.base.model.peft_config) == [client._trainer.adapter.name]
 
 
+@pytest.mark.slow
 def test_removing_the_last_adapter_restores_the_model(service: ServiceClient, tiny_qwen3: str) -> None:
     of_base = service.create_sampling_client(base_model=tiny_qwen3)
     model = of_base._engine.base.model
@@ -320,6 +321,7 @@ def test_removing_the_last_adapter_restores_the_model(service: ServiceClient, ti
     assert losses() == first
 
 
+@pytest.mark.slow
 def test_a_client_that_could_not_load_leaves_no_memory_allocated(
     service: ServiceClient, tiny_qwen3: str, make_model_folder: Any, tmp_path: Path
 ) -> None:
@@ -424,6 +426,7 @@ def test_every_method_of_a_closed_service_is_refused(
         refused(call)
 
 
+@pytest.mark.slow
 def test_a_sampler_outlives_the_training_client_that_created_it(
     service: ServiceClient, tiny_qwen3: str
 ) -> None:

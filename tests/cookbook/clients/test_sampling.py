@@ -146,6 +146,7 @@ def test_a_snapshot_has_the_weights_at_its_place_in_the_queue(
     assert snapshot.compute_logprobs(PROMPT).result() == expected
 
 
+@pytest.mark.slow
 def test_unseeded_samples_differ_between_calls_and_repeat_between_runs(
     service: ServiceClient, tiny_qwen3: str
 ) -> None:

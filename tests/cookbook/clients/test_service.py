@@ -270,6 +270,7 @@ def test_engine_options_are_not_accepted_by_position() -> None:
         ServiceClient({}, "project", "cpu")  # type: ignore[misc]
 
 
+@pytest.mark.slow
 def test_another_base_model_is_accepted_for_an_adapter_but_not_for_a_full_fine_tune(
     service: ServiceClient, tiny_qwen3: str, make_model_folder: Any, tmp_path: Path
 ) -> None:

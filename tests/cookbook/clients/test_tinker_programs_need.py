@@ -134,6 +134,7 @@ def test_a_step_takes_its_settings_by_both_names_and_as_they_are_when_it_is_call
         client.optim_step(params)
 
 
+@pytest.mark.slow
 def test_an_empty_stop_turns_stopping_off(client: TrainingClient) -> None:
     sampler = client.save_weights_and_get_sampling_client()
     params = SamplingParams(max_tokens=40, seed=1, stop=[])

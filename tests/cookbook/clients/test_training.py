@@ -305,6 +305,7 @@ def test_calls_return_at_once_whatever_the_engine_is_doing(client: TrainingClien
         future.result(timeout=60)
 
 
+@pytest.mark.slow
 def test_a_queued_save_holds_exactly_the_state_at_its_place_in_the_queue(make_client: MakeClient) -> None:
     """Rule of order: all calls are queued before anything has run."""
     gate, queued = Gate(), make_client()
@@ -509,6 +510,7 @@ def test_clients_on_one_base_model_share_its_weights_and_do_not_disturb_each_oth
     assert of_base.compute_logprobs(prompt).result() == untouched
 
 
+@pytest.mark.slow
 def test_a_new_adapter_does_not_change_the_model_and_depends_on_its_seed(make_client: MakeClient) -> None:
     client = make_client()
     # The engine's thread then waits, and the model can be read from here.
@@ -575,6 +577,7 @@ def test_a_garbage_collected_training_client_frees_its_adapter(tiny_qwen3: str, 
     assert len(peft.peft_config) == 1
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_another_model_of_the_same_shape_is_loaded_with_a_warning(
     tiny_qwen3: str, make_model_folder: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -218,6 +218,7 @@ def test_a_stream_yields_tokens(server: Server) -> None:
     client.close()
 
 
+@pytest.mark.slow
 def test_errors_of_the_server_are_reported(
     server: Server, service: ServiceClient, checkpoint: Path, tiny_qwen3: str
 ) -> None:

@@ -62,6 +62,7 @@ def test_a_killed_process_raises_one_clear_error():
         list(map_in_order(kill_itself, range(5), 2))
 
 
+@pytest.mark.slow
 def test_processes_end_with_their_parent(tmp_path):
     program = """
 import os, sys

@@ -52,6 +52,7 @@ def test_every_example_of_every_row_is_read_back(rows: Rows, rows_per_block: int
         assert store.meta.digest == whole.meta.digest
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(rows=rows_of_examples, max_length=st.none() | st.integers(1, 10))
 def test_trained_tokens_are_counted_without_the_first_token_and_truncated_ones(

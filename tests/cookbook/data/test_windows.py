@@ -200,6 +200,7 @@ def test_any_conversation_trains_every_chosen_turn_once(
     assert trained == Counter(f"a{number}" for number, turn in enumerate(turns) if turn[2])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("streaming", [False, True])
 def test_windows_of_a_merged_log_are_the_same_from_any_batch(
     tmp_path: Path, tiny_qwen3: str, streaming: bool

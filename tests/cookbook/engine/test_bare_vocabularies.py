@@ -83,6 +83,7 @@ def test_tokens_beyond_the_tokenizer_are_trained_as_in_plain_transformers(
     torch.testing.assert_close(output["logprobs"].to_torch(), expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_sampling_has_the_tokens_of_generate_also_those_beyond_the_tokenizer(
     bare: str, trained: Any, saved: str
 ) -> None:

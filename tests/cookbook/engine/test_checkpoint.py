@@ -113,6 +113,7 @@ def test_a_state_loaded_without_its_optimizer_resets_adam(base: BaseModel, saved
     assert bits(other) == bits(fresh)
 
 
+@pytest.mark.slow
 def test_a_load_drops_accumulated_gradients(base: BaseModel, saved: Path) -> None:
     one, other = trained(base, seed=5), trained(base, seed=6)
     one.forward_backward(one.check(make_data(50), "cross_entropy", None))

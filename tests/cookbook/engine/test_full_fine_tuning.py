@@ -145,6 +145,7 @@ def test_neither_a_snapshot_nor_training_changes_the_other(model_folder: str, tm
     np.testing.assert_allclose(saved[1:], before[1:], atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_full_fine_tune_does_not_change_the_shared_base(model_folder: str, tmp_path: Path) -> None:
     service = ServiceClient(checkpoint_dir=tmp_path / "checkpoints")
     prompt = make_data()[0].model_input
@@ -169,6 +170,7 @@ def test_a_checkpoint_that_was_overwritten_is_sampled_with_its_new_weights(
     assert found[0] != found[1]
 
 
+@pytest.mark.slow
 def test_a_full_checkpoint_is_not_loaded_as_an_adapter(model_folder: str, tmp_path: Path) -> None:
     service = ServiceClient(checkpoint_dir=tmp_path / "checkpoints")
     path = service.create_lora_training_client(model_folder, rank=0).save_state("x").result().path

@@ -199,6 +199,7 @@ def test_data_without_a_trained_token_are_refused(client: TrainingClient) -> Non
         evaluate(client, Empty(Datum(ModelInput.from_ints([1]))))
 
 
+@pytest.mark.slow
 def test_a_model_with_equal_logits_has_an_accuracy_of_zero(
     tiny_qwen3: str, held_out: Callable[..., SupervisedDataset], chats: list, tmp_path: Path
 ) -> None:

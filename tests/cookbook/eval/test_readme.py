@@ -47,6 +47,7 @@ def test_the_grading_function_works() -> None:
     assert scope["is_short"]({"role": "assistant", "content": "short"}, "") is True
 
 
+@pytest.mark.slow
 def test_the_example_evaluators_run(tiny_qwen3: str, tmp_path: Path) -> None:
     scope: dict[str, Any] = {}
     exec(blocks("python")[1], scope)

@@ -90,6 +90,7 @@ def test_a_head_without_an_adapter_stays_tied(
     torch.testing.assert_close(logits_of(merged), logits_of(adapted), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("targets", ["the first block", "a later block", "a block and the head"])
 def test_an_adapter_on_one_of_several_tied_blocks_changes_that_block_alone(
     targets: str, make_adapted: Callable[..., Any], tmp_path: Path

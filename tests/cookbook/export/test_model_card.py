@@ -108,6 +108,7 @@ def test_a_base_model_and_data_of_the_hub_are_named(run: Path) -> None:
     assert data.datasets == ["HuggingFaceH4/no_robots", "allenai/x"]
 
 
+@pytest.mark.slow
 def test_data_settings_results_and_curves_come_from_the_run(run: Path, tmp_path: Path) -> None:
     folder = export(tmp_path / "out", checkpoint=run)
     card = (folder / "README.md").read_text(encoding="utf-8")

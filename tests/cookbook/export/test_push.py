@@ -140,6 +140,7 @@ def export(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_a_folder_is_pushed_in_one_commit_to_a_private_repository(hub: Hub, export: Path) -> None:
     check_access("owner/parrot")
     url = push(export, "owner/parrot", True, "adapter of parrot")
@@ -150,6 +151,7 @@ def test_a_folder_is_pushed_in_one_commit_to_a_private_repository(hub: Hub, expo
     assert len(hub.large) == 1  # the weights
 
 
+@pytest.mark.slow
 def test_a_repository_is_public_if_private_is_false(hub: Hub, export: Path) -> None:
     push(export, "owner/parrot", False, "x")
     assert hub.private == {"owner/parrot": False}
@@ -171,6 +173,7 @@ def test_a_private_push_to_a_public_repository_is_refused(hub: Hub, export: Path
     assert hub.messages == ["one"]
 
 
+@pytest.mark.slow
 def test_an_unknown_token_is_reported_before_any_work(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_secretsecretsecretsecretsecretse")
     with pytest.raises(CheckpointError, match="does not know this token. Run `hf auth login`") as caught:
@@ -178,6 +181,7 @@ def test_an_unknown_token_is_reported_before_any_work(hub: Hub, monkeypatch: pyt
     assert "secret" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_a_missing_login_is_reported_before_any_work(
     hub: Hub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -186,6 +190,7 @@ def test_a_missing_login_is_reported_before_any_work(
         check_access("owner/parrot")
 
 
+@pytest.mark.slow
 def test_a_token_without_write_permission_is_reported(hub: Hub, export: Path) -> None:
     with pytest.raises(CheckpointError, match="may not write there. Check the owner's name"):
         push(export, "ownr/parrot", True, "x")
@@ -200,6 +205,7 @@ def test_an_unreachable_hub_is_reported(monkeypatch: pytest.MonkeyPatch) -> None
         check_access("owner/parrot")
 
 
+@pytest.mark.slow
 def test_a_broken_connection_is_reported(hub: Hub, export: Path) -> None:
     hub.breaks_off = True
     with pytest.raises(CheckpointError, match="Cannot push to owner/parrot: .*Run the command again"):

@@ -109,6 +109,7 @@ def test_added_tokens_are_in_merged_weights_and_in_the_tokenizer(
     assert logprobs_of_new(model, tokenizer) == pytest.approx(expected, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_added_tokens_are_in_an_exported_adapter(
     with_tokens: tuple[Path, list[float]], tmp_path: Path
 ) -> None:
@@ -136,6 +137,7 @@ def test_two_updates_of_one_weight_are_refused(tiny_qwen3: str, tmp_path: Path) 
         merged_weights(source, base_model_folder(source))
 
 
+@pytest.mark.slow
 def test_the_card_of_an_adapter_with_added_tokens_has_a_program_that_runs(
     with_tokens: tuple[Path, list[float]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

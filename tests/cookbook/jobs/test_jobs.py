@@ -183,6 +183,7 @@ def cluster() -> Iterator[str]:
     server.server_close()
 
 
+@pytest.mark.slow
 def test_names_and_output_of_a_job_are_shown_as_visible_text(
     cluster: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -241,6 +242,7 @@ def test_a_head_that_ends_while_it_starts_is_started_again_and_its_last_words_ar
     assert jobs.find_head() is None
 
 
+@pytest.mark.slow
 def test_a_head_that_has_ended_accepts_no_job_and_the_error_says_what_it_printed(
     cluster: str, home: Path, tmp_path: Path
 ) -> None:

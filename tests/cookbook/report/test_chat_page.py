@@ -114,6 +114,7 @@ def post(server: ChatServer, body: dict[str, Any], **headers: str) -> tuple[int,
 ASKED = {"model": "first", "messages": [{"role": "user", "content": "Hi"}]}
 
 
+@pytest.mark.slow
 def test_a_whole_reply_and_a_streamed_one_are_the_same(
     server: ChatServer, clients: dict[str, PreparedClient]
 ) -> None:
@@ -129,6 +130,7 @@ def test_a_whole_reply_and_a_streamed_one_are_the_same(
     assert len(deltas) > 2
 
 
+@pytest.mark.slow
 @pytest.mark.cases(2)
 @pytest.mark.parametrize(
     ("body", "headers", "status"),
@@ -148,6 +150,7 @@ def test_other_requests_are_refused(
     assert json.loads(text)["error"]["message"]
 
 
+@pytest.mark.slow
 def test_an_error_in_the_middle_of_a_reply_is_answered(
     server: ChatServer, clients: dict[str, PreparedClient]
 ) -> None:
@@ -188,6 +191,7 @@ def test_two_models_reply_side_by_side_in_a_browser(
     assert browser.errors == []
 
 
+@pytest.mark.slow
 def test_a_reply_streams_and_stops(
     server: ChatServer, clients: dict[str, PreparedClient], browser: Any
 ) -> None:

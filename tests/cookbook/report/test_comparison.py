@@ -66,6 +66,7 @@ def test_only_settings_that_differ_are_listed(make_run: MakeRun, tmp_path: Path,
     ]
 
 
+@pytest.mark.slow
 def test_clicking_a_column_sorts_the_runs_and_clicking_a_name_hides_its_curves(
     make_run: MakeRun, tmp_path: Path, browser: Any
 ) -> None:
@@ -92,6 +93,7 @@ def test_runs_of_the_same_name_are_distinguished_by_their_paths(
     assert [row[0].split("\n")[0] for row in rows] == ["x/sft", "y/sft"]
 
 
+@pytest.mark.slow
 def test_more_runs_than_colours_differ_in_their_dash_patterns(
     make_run: MakeRun, tmp_path: Path, browser: Any
 ) -> None:

@@ -37,6 +37,7 @@ def test_a_stopped_run_says_of_how_many_steps(make_run: MakeRun, tmp_path: Path,
     assert sorted(browser.evaluate(steps)) == ["200", "200 of 400"]
 
 
+@pytest.mark.slow
 def test_the_estimate_stands_beside_what_was_measured(make_run: MakeRun, browser: Any) -> None:
     browser.open(write_report(stopped(make_run())))
     table = """[...document.querySelectorAll("#estimate tbody tr")].map(
@@ -47,6 +48,7 @@ def test_the_estimate_stands_beside_what_was_measured(make_run: MakeRun, browser
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "wrong", [{"peak_bytes": "x", "seconds": None}, {"num_steps": True, "peak_bytes": -1}]
 )
@@ -57,6 +59,7 @@ def test_an_estimate_of_other_types_is_not_shown(
     assert browser.evaluate('document.querySelector("#estimate")') is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("width", "num_lines"), [(390, 4), (800, 2), (1280, 1)])
 def test_the_facts_stand_in_one_grid(width: int, num_lines: int, make_run: MakeRun, browser: Any) -> None:
     run = make_run(best_metric="train/nll")  # so that there is no eighth fact

@@ -79,6 +79,7 @@ def test_the_curves_have_the_points_of_the_metrics(make_run: MakeRun, browser: A
     assert browser.errors == []
 
 
+@pytest.mark.slow
 def test_times_are_stacked_to_the_height_of_their_sum(make_run: MakeRun, browser: Any) -> None:
     browser.open(write_report(make_run()))
     tops = browser.evaluate(
@@ -108,6 +109,7 @@ def test_a_very_slow_step_does_not_flatten_the_others(make_run: MakeRun, browser
     assert browser.evaluate(highest) >= 0
 
 
+@pytest.mark.slow
 def test_the_figures_at_the_top_describe_the_run(make_run: MakeRun, browser: Any) -> None:
     run = make_run()
     (run / "environment.json").write_text(
@@ -144,6 +146,7 @@ def test_checkpoints_are_links_and_the_best_is_marked(make_run: MakeRun, browser
     assert (run / rows[1][1]).is_dir()
 
 
+@pytest.mark.slow
 def test_changed_settings_come_before_defaults(make_run: MakeRun, browser: Any) -> None:
     browser.open(write_report(make_run(lora_rank=8, num_epochs=1)))
     listed = """[...document.querySelectorAll("#config %s .settings dt")].map(key => key.textContent)"""
@@ -212,6 +215,7 @@ def test_pointing_shows_values_dragging_zooms_and_a_double_click_resets(
     assert browser.errors == []
 
 
+@pytest.mark.slow
 @pytest.mark.cases(2)
 @pytest.mark.parametrize("width", [400, 1400])
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
@@ -249,6 +253,7 @@ CONTRAST = """(() => {
 })()"""
 
 
+@pytest.mark.slow
 def test_controls_and_charts_have_accessible_names(make_run: MakeRun, browser: Any) -> None:
     browser.open(write_report(make_run()))
     nameless = browser.evaluate(
@@ -399,6 +404,7 @@ def test_a_run_of_one_step_is_drawn(make_run: MakeRun, browser: Any) -> None:
     assert "NaN" not in browser.evaluate('document.querySelector("main").innerHTML')
 
 
+@pytest.mark.slow
 def test_nan_values_are_skipped_and_counted(make_run: MakeRun, browser: Any) -> None:
     run = make_run()
     rows = rows_of(run)

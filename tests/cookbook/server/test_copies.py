@@ -50,6 +50,7 @@ def test_a_copy_is_another_checkpoint_with_the_same_weights(
         rest.copy_weights(copy, "archive", weights_access_token="secret").result()
 
 
+@pytest.mark.slow
 def test_a_repeated_request_copies_once(server: str, connect: Connect, tiny_qwen3: str) -> None:
     training = connect(server).create_lora_training_client(tiny_qwen3, rank=1).result()
     source = training.save_weights_for_sampler("kept").result().path
@@ -64,6 +65,7 @@ def test_a_repeated_request_copies_once(server: str, connect: Connect, tiny_qwen
     assert "session_id" in refused.text
 
 
+@pytest.mark.slow
 def test_a_service_in_process_copies_unless_it_saves_in_one_folder(
     tiny_qwen3: str, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -131,6 +131,7 @@ def test_a_reply_ends_before_a_stop_string(client: openai.OpenAI) -> None:
     assert "".join(one.choices[0].delta.content or "" for one in pieces) == cut.message.content
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_prompted_in_its_own_format_with_its_system_prompt_and_tools(
     client: openai.OpenAI, base: tuple[SamplingClient, Renderer]
 ) -> None:
@@ -194,6 +195,7 @@ def test_the_chat_in_the_terminal_talks_to_the_server(client: openai.OpenAI, add
         list(RemoteSession(f"{address}/v1", "other", params, None).ask("Hi"))
 
 
+@pytest.mark.slow
 def test_completions_continue_texts_and_tokens(
     client: openai.OpenAI, base: tuple[SamplingClient, Renderer]
 ) -> None:

@@ -261,6 +261,7 @@ def test_only_those_with_the_key_and_no_web_page_are_answered(
             ServerOptions([tiny_qwen3], tmp_path, **changed)
 
 
+@pytest.mark.slow
 def test_as_many_adapters_are_in_memory_and_requests_pending_as_the_options_say(
     service: ServiceClient, tiny_qwen3: str, tmp_path: Path
 ) -> None:

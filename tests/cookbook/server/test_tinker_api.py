@@ -88,6 +88,7 @@ def test_a_saved_state_continues_in_another_client(server: str, connect: Connect
     assert scores == sampler.compute_logprobs(prompt).result()
 
 
+@pytest.mark.slow
 def test_a_step_that_is_refused_before_it_has_a_turn_does_not_hold_up_the_later_ones(
     server: str, connect: Connect, tiny_qwen3: str
 ) -> None:
@@ -98,6 +99,7 @@ def test_a_step_that_is_refused_before_it_has_a_turn_does_not_hold_up_the_later_
     client.optim_step(tinker.AdamParams()).result(timeout=60)
 
 
+@pytest.mark.slow
 def test_a_pass_that_is_refused_makes_the_step_fail_that_was_sent_behind_it(
     server: str, connect: Connect, tiny_qwen3: str
 ) -> None:

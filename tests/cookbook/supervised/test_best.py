@@ -327,6 +327,7 @@ def test_the_default_metric_without_held_out_data_is_reported(
     assert checkpoints_on_disk(config) == ["final"]
 
 
+@pytest.mark.slow
 def test_without_evaluations_nothing_is_tracked(make_config: MakeConfig) -> None:
     assert run(make_config(eval_every=0, infrequent_eval_every=0)).best is None
 

@@ -47,6 +47,7 @@ def test_memory_and_time_of_a_run_are_compared_with_its_estimate(run: Path) -> N
     assert found == ["memory", "time of the training steps"]
 
 
+@pytest.mark.slow
 def test_the_recipe_estimates_for_a_card_that_is_not_here(
     run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -108,6 +108,7 @@ def test_samples_are_drawn_at_the_start_half_way_and_at_the_end(run: Path) -> No
     assert [row["step"] for row in rows_of(run / "tables.jsonl")] == [0, 0, 2, 2, 4, 4]
 
 
+@pytest.mark.slow
 def test_samples_are_of_held_out_conversations(run: Path) -> None:
     config = config_files.load(str(run / "config.json"))
     assert config["infrequent_evaluator_builders.0.prompts"] is None

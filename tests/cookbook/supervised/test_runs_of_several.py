@@ -228,6 +228,7 @@ def test_a_folder_that_not_all_processes_see_is_refused(
     assert "ConfigError: log_path=run is not shared by all processes" in message
 
 
+@pytest.mark.slow
 def test_a_failure_of_one_process_is_printed_once_with_its_reason(
     ranks: Any, make_config: MakeConfig, work_in: str, tmp_path: Path
 ) -> None:

@@ -415,6 +415,7 @@ def test_evaluators_run_at_the_start_at_their_cadence_and_at_the_end(make_config
     assert clients[0] is not clients[2]
 
 
+@pytest.mark.slow
 def test_a_cadence_of_zero_is_off(make_config: MakeConfig) -> None:
     config = make_config(eval_every=0)
     asyncio.run(train.main(config))

@@ -117,6 +117,7 @@ def test_a_measured_value_may_be_nan_but_not_text() -> None:
         json_files.check({"step": 1, "nll": "0.5"}, {"step": Count}, ORIGIN, rest=Measured | bool)
 
 
+@pytest.mark.slow
 def test_a_repeated_key_among_many_is_found_in_linear_time() -> None:
     many = ",".join(f'"{index}":0' for index in range(200_000))
     started = time.process_time()

@@ -65,6 +65,7 @@ def test_nothing_is_read_after_a_line_that_is_too_long(tmp_path: Path) -> None:
         jsonl.read(path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("end", [b"", b"\n"])
 def test_a_line_that_is_too_long_is_not_read_backwards_to_its_start(tmp_path: Path, end: bytes) -> None:
     path = tmp_path / "metrics.jsonl"

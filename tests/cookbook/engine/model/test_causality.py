@@ -51,6 +51,7 @@ def test_a_model_that_attends_to_later_tokens_is_refused(prefix_model: Path, tmp
         service.create_lora_training_client(str(prefix_model), rank=4)
 
 
+@pytest.mark.slow
 def test_a_multimodal_model_that_reads_only_earlier_tokens_is_loaded(tmp_path: Path) -> None:
     folder = families.save("gemma3", tmp_path / "model")
     assert not first_logits_move_with_the_last_token(folder)

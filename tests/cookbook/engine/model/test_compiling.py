@@ -74,6 +74,7 @@ def test_snapshots_evaluations_and_other_clients_do_not_recompile(tiny_qwen3: st
     service.close()
 
 
+@pytest.mark.slow
 def test_a_warning_is_logged_when_torch_reaches_its_recompile_limit(caplog: pytest.LogCaptureFixture) -> None:
     compile_layers([])
 

@@ -54,6 +54,7 @@ def test_packing_and_checkpointing_drop_the_same(
     assert any((none[name] - expected[name]).abs().max() > 1e-2 * none[name].abs().max() for name in none)
 
 
+@pytest.mark.slow
 def test_padding_drops_the_same(
     make_trainer: Callable[..., Trainer], make_data: Any, make_model_folder: Any, tmp_path: Path
 ) -> None:
@@ -87,6 +88,7 @@ def test_the_gradient_is_that_of_autograd_with_the_same_masks(
     assert_equal(found, expected)
 
 
+@pytest.mark.slow
 def test_each_pass_step_and_seed_drops_something_else(
     make_trainer: Callable[..., Trainer], make_data: Any, tiny_qwen3: str
 ) -> None:
@@ -100,6 +102,7 @@ def test_each_pass_step_and_seed_drops_something_else(
     assert not torch.allclose(first[name], other[name], rtol=1e-2)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_drops_the_same(tiny_qwen3: str, make_data: Any, tmp_path: Path) -> None:
     service = ServiceClient(device="cpu", checkpoint_dir=tmp_path)
     client = service.create_training_client(tiny_qwen3, LoraConfig(4, seed=0, dropout=0.4))

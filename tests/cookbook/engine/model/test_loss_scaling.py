@@ -27,6 +27,7 @@ def scaled(data: list[Datum], factor: float) -> list[Datum]:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.cases(3)
 @pytest.mark.parametrize("factor", [1e-9, 1.0, 1e9])
 @pytest.mark.parametrize("checkpointing", ["off", "on"])
@@ -46,6 +47,7 @@ def test_gradients_neither_vanish_nor_overflow(
         torch.testing.assert_close(found["float16"][name], expected, rtol=0, atol=0.05 * largest, msg=name)
 
 
+@pytest.mark.slow
 def test_passes_add_up_and_full_fine_tuning_steps(tiny_qwen3: str, make_trainer: Any, make_data: Any) -> None:
     from cookbook.engine.model.base_model import BaseModel
     from cookbook.engine.options import EngineOptions

@@ -180,6 +180,7 @@ def test_a_pass_that_did_not_fit_is_freed_before_it_is_repeated(make_tight: Any,
     assert not trainer.base.held_when_tried_again
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backward", [True, False])
 def test_a_pass_that_did_not_fit_keeps_the_gradients_of_earlier_calls(
     backward: bool, make_tight: Any, make_data: Any, gradients_of: Any, assert_close: Any, reference_run: Any
@@ -276,6 +277,7 @@ def test_a_forward_pass_that_does_not_fit_is_halved_and_never_checkpointed(
         trainer.forward(trainer.check(make_data(trainer.base.vocab_size, [80]), "cross_entropy", None))
 
 
+@pytest.mark.slow
 def test_a_run_that_ran_out_of_memory_plans_the_same_micro_batches_when_resumed(
     make_tight: Any, make_data: Any, tmp_path: Path
 ) -> None:
@@ -442,6 +444,7 @@ def test_a_sequence_that_was_checkpointed_is_tried_again_without_checkpointing(
     assert trainer.base.passes == [(60, False)]
 
 
+@pytest.mark.slow
 def test_forward_passes_do_not_raise_limits(make_tight: Any, make_data: Any) -> None:
     """A resumed run may make another number of forward passes."""
     trainer = make_tight(room=70, first_patience=3)

@@ -186,6 +186,7 @@ def test_a_sequence_that_does_not_fit_with_checkpointed_layers_is_offloaded(
     assert trainer._lowered_limits() is not None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("checkpointing", "advice"), [("auto", "Use a smaller"), ("on", "checkpointing=auto")]
 )

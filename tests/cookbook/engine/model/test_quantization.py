@@ -124,6 +124,7 @@ def test_gradients_equal_plain_transformers_and_peft_on_the_same_4_bits(
     assert_same(gradients_after_a_pass(trainer), plain_gradients(in_4_bits(folder), tmp_path / "adapter"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["qwen3", "qwen2", "llama"])
 def test_gradients_equal_those_of_a_model_with_the_dequantised_weights(
     family: str, make_model_folder: Any, tmp_path: Path
@@ -171,6 +172,7 @@ def tensors_of(shapes: set[tuple[int, int]]) -> list[torch.Tensor]:
     return [x for x in gc.get_objects() if type(x) is torch.Tensor and tuple(x.shape) in shapes]
 
 
+@pytest.mark.slow
 def test_a_repeated_pass_is_bit_identical_whatever_was_sampled_in_between(folder: str) -> None:
     trainer = make_trainer(folder)
     once = gradients_after_a_pass(trainer)
@@ -182,6 +184,7 @@ def test_a_repeated_pass_is_bit_identical_whatever_was_sampled_in_between(folder
         assert torch.equal(gradient, again[name]), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("with_adapter", [True, False])
 def test_sampled_log_probabilities_equal_a_forward_pass(folder: str, with_adapter: bool) -> None:
     trainer = make_trainer(folder)
@@ -206,6 +209,7 @@ def test_the_loss_goes_down(folder: str, dtype: str) -> None:
     assert losses[-1] < 0.5 * losses[0]
 
 
+@pytest.mark.slow
 def test_a_checkpoint_loads_onto_the_full_precision_model(folder: str, tmp_path: Path) -> None:
     trainer = make_trainer(folder)
     trainer.save(tmp_path / "adapter", with_optimizer=True)

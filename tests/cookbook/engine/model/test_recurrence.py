@@ -167,6 +167,7 @@ def test_gradients_of_shared_beginnings_equal_those_of_plain_transformers_one_se
         assert max(errors.values()) < tolerance, max(errors.items(), key=lambda item: item[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["qwen3_5", "nemotron_h", "lfm2_moe"])
 def test_projections_are_run_once_for_tokens_that_sequences_share(
     name: str, folder_of: Callable[[str], Path]

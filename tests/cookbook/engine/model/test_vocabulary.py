@@ -117,6 +117,7 @@ def test_a_run_with_added_tokens_resumes_to_the_bit(base: str, tmp_path: Path) -
     service.close()
 
 
+@pytest.mark.slow
 def test_a_full_fine_tune_with_added_tokens_is_a_model_with_their_rows(base: str, tmp_path: Path) -> None:
     service = ServiceClient(device="cpu", checkpoint_dir=tmp_path)
     client = service.create_training_client(base, LoraConfig(0, seed=0, add_tokens=NEW))
@@ -136,6 +137,7 @@ def test_a_full_fine_tune_with_added_tokens_is_a_model_with_their_rows(base: str
     service.close()
 
 
+@pytest.mark.slow
 def test_a_token_that_the_tokenizer_has_keeps_its_row_and_is_trained(base: str, tmp_path: Path) -> None:
     service = ServiceClient(device="cpu", checkpoint_dir=tmp_path)
     known = AutoTokenizer.from_pretrained(base).convert_ids_to_tokens(9)
@@ -150,6 +152,7 @@ def test_a_token_that_the_tokenizer_has_keeps_its_row_and_is_trained(base: str, 
     service.close()
 
 
+@pytest.mark.slow
 def test_clients_with_and_without_added_tokens_share_no_model(base: str, tmp_path: Path) -> None:
     service = ServiceClient(device="cpu", checkpoint_dir=tmp_path)
     client = service.create_training_client(base, LoraConfig(4, seed=0, add_tokens=NEW))
@@ -160,6 +163,7 @@ def test_clients_with_and_without_added_tokens_share_no_model(base: str, tmp_pat
     service.close()
 
 
+@pytest.mark.slow
 def test_a_model_whose_embeddings_and_head_cannot_be_resized_together_gets_the_rows_it_has(
     tmp_path: Path,
 ) -> None:

@@ -119,6 +119,7 @@ def test_running_sums_by_products_are_those_of_cumsum(num_terms: int) -> None:
     torch.testing.assert_close(found, terms_RB.cumsum(-1), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_each_row_has_its_own_settings() -> None:
     """All kinds run in one call, with more rows than are processed at a time. Each equals the row alone."""
     rng = random.Random(0)

@@ -171,6 +171,7 @@ def test_random_prompts_sample_the_same_with_any_limits(
     assert sum(tree.num_tokens for tree in base.prompt_trees) <= max_kept_tokens
 
 
+@pytest.mark.slow
 def test_a_response_says_how_many_tokens_of_its_prompt_were_not_computed(
     base: BaseModel, adapter: Adapter
 ) -> None:
@@ -307,6 +308,7 @@ def test_a_prompt_that_leads_to_nan_spoils_no_prompt_that_shares_its_beginning(
                 assert_same(outcome(request), expected)
 
 
+@pytest.mark.slow
 def test_a_model_that_cannot_reuse_prompts_says_so_once(
     make_model_folder: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -323,6 +325,7 @@ def test_a_model_that_cannot_reuse_prompts_says_so_once(
         assert reason in said[0]
 
 
+@pytest.mark.slow
 @given(st.integers(0, 2**31), st.sampled_from([1, 7, 40, 1024]))
 @settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_texts_that_are_scored_together_share_beginnings_and_get_the_scores_of_a_forward_pass(

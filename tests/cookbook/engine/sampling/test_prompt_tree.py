@@ -63,6 +63,7 @@ def test_the_longest_beginning_of_any_earlier_text_is_found(texts: list[list[int
     assert tree.num_tokens == len(beginnings)
 
 
+@pytest.mark.slow
 @given(TEXTS, st.integers(0, 12))
 @settings(max_examples=100, deadline=None)
 def test_a_limit_evicts_what_was_used_longest_ago(texts: list[list[int]], room: int) -> None:

@@ -117,6 +117,7 @@ def test_reported_logprobs_equal_a_forward_pass_over_the_same_tokens(
     assert base.decodes_packed == (family in PACKED)
 
 
+@pytest.mark.slow
 def test_an_adapter_changes_the_samples_but_not_those_of_the_base(base: BaseModel, adapter: Adapter) -> None:
     before = run(base, None)
     assert run(base, adapter) != before

@@ -163,6 +163,7 @@ def test_after_a_failed_step_that_cannot_be_undone_a_state_must_be_loaded(
     trainer.optim_step(ADAM)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("operation", [NORM, CLIPPING], ids=str)
 def test_a_step_that_fails_before_any_change_needs_no_undo(
     operation: Any, tiny_qwen3: str, make_data: Any

@@ -80,6 +80,7 @@ def test_a_resumed_trainer_continues_on_shared_beginnings_to_the_bit(
         assert torch.equal(weight, resumed.adapter.weights[name])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [pytest.param({"compile": True}, marks=pytest.mark.slow), {"gradient_checkpointing": "on"}],
@@ -99,6 +100,7 @@ def test_compiled_and_checkpointed_layers_share_too(
         assert_close(gradients_of(trainer)[name], gradient)
 
 
+@pytest.mark.slow
 def test_a_custom_loss_may_couple_the_sequences_of_a_tree(
     tiny_qwen3: str, make_trainer: Any, gradients_of: Any, assert_close: Any
 ) -> None:
@@ -131,6 +133,7 @@ def test_with_dropout_each_sequence_has_its_own_masks_and_is_computed_alone(
     assert all(batch.shared is None for batch in seen)
 
 
+@pytest.mark.slow
 def test_a_tree_may_have_more_tokens_than_are_useful_in_a_micro_batch_but_not_more_than_fit_in_memory(
     tiny_qwen3: str, make_trainer: Any
 ) -> None:

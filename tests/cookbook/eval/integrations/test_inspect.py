@@ -174,6 +174,7 @@ def test_the_model_is_told_about_arguments_that_are_not_a_json_object(
     assert call.parse_error is None if error is None else error in str(call.parse_error)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("made", "message"),
     [
@@ -256,6 +257,7 @@ def facts(path="facts.jsonl"):
 """
 
 
+@pytest.mark.slow
 def test_a_task_in_a_file_on_local_data_runs_with_the_model_itself(tmp_path: Path, tiny_qwen3: str) -> None:
     with_base = ServiceClient(device="cpu")
     client = with_base.create_sampling_client(base_model=tiny_qwen3)
