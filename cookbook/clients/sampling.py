@@ -28,7 +28,8 @@ from cookbook.engine.sampling.requests import (
 )
 from cookbook.engine.sampling.sampler import Prepared, Sampler
 from cookbook.engine.sampling.stop_rule import end_tokens
-from cookbook.engine.training.trainer import Trainer, check_weights_fit
+from cookbook.engine.training.state_checks import check_weights_fit
+from cookbook.engine.training.trainer import Trainer
 from cookbook.engine.worker import Engine
 from cookbook.errors import CheckpointError, ClosedError, RequestError
 from cookbook.types import (

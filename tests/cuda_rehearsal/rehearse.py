@@ -147,9 +147,13 @@ class Rehearsal:
         """Takes a step."""
         with self._trainer(rank, train_unembed, optimizer_bits) as trainer:
             if is_checkpointed or is_offloaded:
-                trainer._limits = dataclasses.replace(trainer._limits, max_tokens_without_checkpointing=0)
+                trainer.limits.current = dataclasses.replace(
+                    trainer.limits.current, max_tokens_without_checkpointing=0
+                )
             if is_offloaded:
-                trainer._limits = dataclasses.replace(trainer._limits, max_tokens_without_offloading=0)
+                trainer.limits.current = dataclasses.replace(
+                    trainer.limits.current, max_tokens_without_offloading=0
+                )
             request = trainer.check(make_data(), "cross_entropy", None, trained_only=True)
 
             def step() -> None:

@@ -67,7 +67,6 @@ def run(programs: Programs, decoy: Path) -> Callable[..., subprocess.CompletedPr
     return lambda *argv: programs.run(*argv, cwd=decoy)
 
 
-@pytest.mark.slow
 @pytest.mark.cases(2)
 @pytest.mark.parametrize(
     "argv",
@@ -193,7 +192,6 @@ def _shared_run(folder: Path) -> Path:
     return run_folder
 
 
-@pytest.mark.slow
 @pytest.mark.cases(3)
 @pytest.mark.parametrize(
     "argv",

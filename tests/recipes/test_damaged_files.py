@@ -195,7 +195,6 @@ def saved(tmp_path: Path, tiny_qwen3: str) -> Path:
     return path
 
 
-@pytest.mark.slow
 @pytest.mark.cases(2)
 @pytest.mark.parametrize(
     ("damage", "problem"),

@@ -58,7 +58,7 @@ _CONTAINER = re.compile(r"(Layer|Block|Model|LM|Generation|Decoder)$")
 """Classes of modules that hold both kinds of layers, and may be named after one."""
 
 _OTHER_INPUTS = re.compile(r"(^|_)(vision|visual|image|video|audio|speech)(_|$)")
-"""Names of modules that compute with other inputs than text, also inside a decoder (ERNIE 4.5 VL's experts)."""
+"""Modules that compute with other inputs than text, also inside a decoder (experts of ERNIE 4.5 VL)."""
 
 _REFUSED_BY_PEFT = {"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"}
 """Model types on whose `out_proj` PEFT puts no adapter: a fused kernel may read its weight directly."""
@@ -205,7 +205,7 @@ def unused_layers(table: TargetTable, model: Any) -> Iterator[set[str]]:
             if target.is_stacked or (target.group != "train_unembed" and "expert" not in name)
         }
         if mine:
-            unused |= mine
+            unused.update(mine)
             hooks.append(module.register_forward_hook(lambda *_, mine=mine: unused.difference_update(mine)))
     try:
         yield unused

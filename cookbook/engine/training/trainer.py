@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -22,14 +22,15 @@ from torch import Tensor
 
 from cookbook import models
 from cookbook.engine import checkpoint
-from cookbook.engine.model import fsdp, microbatches, peft_settings
+from cookbook.engine.model import microbatches
 from cookbook.engine.model.adapters import Adapter
 from cookbook.engine.model.base_model import BaseModel
 from cookbook.engine.model.dropout import PassOfData
 from cookbook.engine.model.memory import FIRST_PATIENCE, MicrobatchLimits, Recovery, is_out_of_memory
 from cookbook.engine.model.packing import PackedBatch, TokenSequence, check_data, copy_to, pack
 from cookbook.engine.model.prefix_tree import Family, families
-from cookbook.engine.training import memory_needs, sharded_state
+from cookbook.engine.training import memory_needs, sharded_state, state_checks
+from cookbook.engine.training.adaptive_limits import AdaptiveLimits, DoesNotFit
 from cookbook.engine.training.losses import Loss, get_loss
 from cookbook.engine.training.optimizer import Optimizer
 from cookbook.engine.training.partition import partition_families
@@ -47,16 +48,6 @@ from cookbook.types import IGNORED_TARGET, AdamParams, Datum, LoraConfig
 logger = logging.getLogger(__name__)
 
 CustomLossFn = Callable[[list[Datum], list[Tensor]], tuple[Tensor, dict[str, float]]]
-
-
-class _DoesNotFit(Exception):
-    """A micro-batch ran out of memory."""
-
-    def __init__(self, microbatch: list[Family], is_checkpointed: bool, is_offloaded: bool) -> None:
-        """A pass that kept no activations at all counts as both."""
-        self.microbatch = microbatch
-        self.is_checkpointed = is_checkpointed
-        self.is_offloaded = is_offloaded
 
 
 @dataclass(frozen=True)
@@ -96,17 +87,11 @@ class Trainer:
                 memory_needs.can_undo_steps(base, self.adapter),
                 base.options.optimizer_bits,
             )
-            self._limits = memory_needs.limits(base, self.adapter)
+            self.limits = AdaptiveLimits(base, self.adapter, first_patience)
         self._has_gradient = False
         self._num_passes = 0
         """The number of passes that computed gradients since the last step."""
-        self._ran_out_of_memory = False
-        """Whether memory ran out in the current pass."""
-        self._recovery = Recovery()
-        self._first_patience = first_patience
         self._world = base.world
-        self._agree_on_limits()
-        self._full_limits = self._limits
         if lora.dropout and base.min_shared_tokens is not None:
             logger.info("With lora_dropout, what sequences share is computed for each of them.")
 
@@ -249,17 +234,15 @@ class Trainer:
                     try:
                         with self.base.adapters.using(self.adapter):
                             results = self._run_microbatches(request, own, backward, masks)
-                    except _DoesNotFit as failure:
+                    except DoesNotFit as failure:
                         # The next pass runs after this block, when the tensors in the traceback of the
                         # failure are freed.
-                        tight, ways = failure.microbatch, (failure.is_checkpointed, failure.is_offloaded)
+                        tight = (failure.microbatch, failure.is_checkpointed, failure.is_offloaded)
                     if results is None:
                         if backward:
                             self._optimizer.discard_gradients()
-                        self._limits = self._smaller_limits(tight, *ways)
-                        self._ran_out_of_memory = True
-        self._agree_on_limits()
-        self._recover_limits(backward)
+                        self.limits.lower(*tight)
+        self.limits.end_pass(backward)
         if not self._world.is_alone and request.loss_only:
             results = all_reduce_summaries(self._world, results, self.base.device)
         elif not self._world.is_alone:
@@ -283,7 +266,7 @@ class Trainer:
         try:
             with self.base.adapters.using(self.adapter):
                 return self._run_microbatches(request, own, backward and is_trained, masks)
-        except _DoesNotFit as failure:
+        except DoesNotFit as failure:
             num_tokens = sum(family.size() for family in failure.microbatch)
             error: Exception = TrainingError(
                 f"A micro-batch of {num_tokens} tokens does not fit in the memory of {self.base.device}, and "
@@ -298,8 +281,8 @@ class Trainer:
     def _run_microbatches(
         self, request: Request, own: list[Family], backward: bool, masks: PassOfData | None
     ) -> list[MicrobatchResult]:
-        """Plans, packs and runs the micro-batches of the sequences `own`. Raises _DoesNotFit."""
-        limits = self._limits
+        """Plans, packs and runs the micro-batches of the sequences `own`. Raises DoesNotFit."""
+        limits = self.limits.current
         plan = microbatches.plan(
             self.base, own, limits.max_tokens, limits.size, limits.size_in_memory, limits.max_in_memory
         )
@@ -330,7 +313,7 @@ class Trainer:
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
-                raise _DoesNotFit(
+                raise DoesNotFit(
                     microbatch, is_checkpointed or not backward, is_offloaded or not backward
                 ) from None
             if indices:
@@ -384,83 +367,6 @@ class Trainer:
                 logprobs_P = torch.stack([weights_P @ trained_P, *trained_P.aminmax()])
         return MicrobatchResult(indices, batch.layout, logprobs_P, is_argmax_P, loss)
 
-    # -- memory -----------------------------------------------------------------------------
-
-    def _smaller_limits(
-        self, microbatch: list[Family], is_checkpointed: bool, is_offloaded: bool
-    ) -> MicrobatchLimits:
-        """Returns the limits with which to try again after a micro-batch ran out of memory.
-
-        Raises TrainingError if there are none.
-        """
-        limits = self._limits
-
-        def size(size_of: Callable[[int], int] = int) -> int:
-            return microbatches.size_of(self.base, microbatch, size_of)
-
-        num_tokens = size()
-        if sum(len(family.indices) for family in microbatch) > 1:
-            logger.warning(
-                "A micro-batch of %d tokens does not fit in memory: continuing with %d at most.",
-                num_tokens,
-                num_tokens // 2,
-            )
-            lower = replace(limits, max_tokens=min(limits.max_tokens, size(limits.size) // 2))
-            if len(microbatch) > 1:
-                return lower
-            return replace(lower, max_in_memory=size(limits.size_in_memory) // 2)
-        is_automatic = self.base.options.gradient_checkpointing == "auto"
-        if is_automatic and not is_checkpointed:
-            logger.warning(
-                "A sequence of %d tokens does not fit in memory: its layers are checkpointed from now on.",
-                num_tokens,
-            )
-            checkpointed = size(limits.size_without_checkpointing)
-            return replace(limits, max_tokens_without_checkpointing=checkpointed - 1)
-        can_offload = self.base.can_offload and not is_offloaded
-        if is_automatic and can_offload:
-            logger.warning(
-                "A sequence of %d tokens does not fit in memory with checkpointed layers: their inputs are "
-                "kept in host memory from now on.",
-                num_tokens,
-            )
-            return replace(limits, max_tokens_without_offloading=num_tokens - 1)
-        checkpointing = " gradient_checkpointing=auto," if can_offload or not is_checkpointed else ""
-        raise TrainingError(
-            f"A sequence of {num_tokens} tokens does not fit in the memory of {self.base.device}, even "
-            f"alone. Use{checkpointing} a smaller max_length, a dtype of fewer bytes, or a smaller model. "
-            f"{memory_needs.describe(self.base, self.adapter, num_tokens)}"
-        )
-
-    def _agree_on_limits(self) -> None:
-        """Takes the tightest limits of all processes, so that one checkpoint has the limits of all."""
-        tokens, tokens_without, in_memory, without_offloading, has_memory = self._world.all_reduce_min(
-            self._limits.max_tokens,
-            self._limits.max_tokens_without_checkpointing,
-            self._limits.max_in_memory,
-            self._limits.max_tokens_without_offloading,
-            not self._ran_out_of_memory,
-        )
-        self._limits = replace(
-            self._limits,
-            max_tokens=tokens,
-            max_tokens_without_checkpointing=tokens_without,
-            max_in_memory=in_memory,
-            max_tokens_without_offloading=without_offloading,
-        )
-        self._ran_out_of_memory = not has_memory
-
-    def _recover_limits(self, backward: bool) -> None:
-        """Raises lowered limits again. Only training passes count: a resumed run may evaluate less often."""
-        if self._ran_out_of_memory:
-            self._recovery = self._recovery.after_failure(self._first_patience)
-            self._ran_out_of_memory = False
-        elif backward:
-            self._recovery, limits = self._recovery.after_pass(self._limits, self._full_limits)
-            if limits != self._limits:
-                logger.info("Micro-batches of up to %d tokens are tried again.", limits.max_tokens)
-            self._limits = limits
-
     # -- state ------------------------------------------------------------------------------
 
     def save(
@@ -475,23 +381,22 @@ class Trainer:
 
         Raises TrainingError if a number in it is not finite.
         """
+        limits, recovery = self.limits.saved() if with_optimizer else (None, None)
         info = checkpoint.StateInfo(
             base_model=models.canonical_name(self.base.name),
             lora=self.adapter.lora,
             optimizer_steps=self._optimizer.num_steps if with_optimizer else 0,
             rng_state=self.rng.bit_generator.state if with_optimizer else None,
-            microbatch_limits=self._lowered_limits() if with_optimizer else None,
-            microbatch_recovery=asdict(self._recovery)
-            if with_optimizer and self._recovery.is_needed
-            else None,
+            microbatch_limits=limits,
+            microbatch_recovery=recovery,
             world_size=self._world.size,
             user_metadata={**self.user_metadata, **(user_metadata or {})},
             expires_at=None if ttl_seconds is None else _seconds_from_now(ttl_seconds),
         )
         self._check_not_half_stepped()
         optimizer = self._optimizer.tensors() if with_optimizer else None
-        self._check_finite(path, optimizer or {})
-        self._check_weights_agree()
+        state_checks.check_finite(path, self.adapter.weights, optimizer or {}, self._world)
+        state_checks.check_weights_agree(self.adapter.weights, self._world)
         if self.base.is_sharded and self.adapter.is_full:
             sharded_state.save(path, info, self.base, self.adapter.weights, optimizer, overwrite)
             return
@@ -501,45 +406,6 @@ class Trainer:
             functools.partial(checkpoint.save, path, info, write_weights, optimizer, overwrite)
         )
 
-    def _lowered_limits(self) -> dict[str, int] | None:
-        """Returns the lowered limits, with which a resumed run plans the same micro-batches, or None."""
-        if not self._recovery.is_needed:
-            return None
-        return {
-            "max_tokens": self._limits.max_tokens,
-            "max_tokens_without_checkpointing": self._limits.max_tokens_without_checkpointing,
-            "max_in_memory": self._limits.max_in_memory,
-            "max_tokens_without_offloading": self._limits.max_tokens_without_offloading,
-        }
-
-    def _check_finite(self, path: Path, optimizer: Mapping[str, Tensor]) -> None:
-        """Raises TrainingError on all processes if a weight or an optimizer value is nan or infinite."""
-        tensors = {**self.adapter.weights, **{f"{name} (optimizer)": of for name, of in optimizer.items()}}
-        parts = [fsdp.local_part(tensor.detach()) for tensor in tensors.values()]
-        # one read for all of them: the device is waited for once
-        are_finite = torch.stack([part.isfinite().all() for part in parts]).tolist()
-        wrong = [name for name, is_finite in zip(tensors, are_finite, strict=True) if not is_finite]
-        with self._world.failing_together():
-            if wrong:
-                raise TrainingError(
-                    f"Training diverged: {len(wrong)} of the {len(tensors)} tensors to save have values that "
-                    f"are nan or infinite ({wrong[0]} is one). Nothing was saved as {path}. Start again from "
-                    f"an earlier checkpoint with a lower learning_rate."
-                )
-
-    def _check_weights_agree(self) -> None:
-        """Raises TrainingError if a process has other weights than rank 0."""
-        weights = [weight for weight in self.adapter.weights.values() if not fsdp.is_dtensor(weight)]
-        checksums = self._world.all_gather_object(
-            None if self._world.is_alone else checkpoint.checksum(weights)
-        )
-        for rank, checksum in enumerate(checksums):
-            if checksum != checksums[0]:
-                raise TrainingError(
-                    f"Process {rank} of {self._world.size} has other weights than process 0. Do all "
-                    f"run on devices of one kind, with the same packages? Nothing was saved."
-                )
-
     def load(self, path: str, with_optimizer: bool) -> None:
         """Replaces the weights (and the optimizer) by those of a checkpoint, and drops accumulated gradients.
 
@@ -548,7 +414,7 @@ class Trainer:
         with self._world.failing_together(), self.base.loading_in_turn():
             info = checkpoint.read_info(path)
             weights = self.base.adapters.read(path, info.lora)
-            check_weights_fit(path, info, weights, self.adapter, self.base)
+            state_checks.check_weights_fit(path, info, weights, self.adapter, self.base)
             optimizer = (
                 sharded_state.read_optimizer(path, self._optimizer.masters, self.base.model)
                 if with_optimizer
@@ -556,7 +422,7 @@ class Trainer:
             )
             if optimizer is not None:
                 self._optimizer.check(path, optimizer)
-            rng, limits, recovery = self._read_progress(path, info)
+            rng, limits = self._read_progress(path, info)
         if with_optimizer and info.world_size != self._world.size:
             logger.info(
                 "%s was saved by a run of %d processes; this one has %d. Its "
@@ -581,34 +447,27 @@ class Trainer:
         self._optimizer.reset()
         if optimizer is not None:
             self._optimizer.restore(optimizer, info.optimizer_steps)
-            self.rng, self._limits, self._recovery = rng, limits, recovery
+            self.rng = rng
+            self.limits.restore(*limits)
 
     def _read_progress(
         self, path: str, info: checkpoint.StateInfo
-    ) -> tuple[np.random.Generator, MicrobatchLimits, Recovery]:
-        """Returns the random numbers, limits and recovery of a checkpoint.
-
-        Raises CheckpointError if they are damaged.
-        """
-        rng, limits, recovery = self.rng, self._limits, self._recovery
+    ) -> tuple[np.random.Generator, tuple[MicrobatchLimits, Recovery]]:
+        """Returns the random numbers of a checkpoint, and its limits. Raises CheckpointError if damaged."""
+        rng = self.rng
         try:
             if info.rng_state is not None:
                 rng = np.random.default_rng(0)
                 rng.bit_generator.state = dict(info.rng_state)
                 rng.random()  # fails here if the saved state is not valid
                 rng.bit_generator.state = dict(info.rng_state)
-            if info.microbatch_limits is not None:
-                limits = replace(self._limits, **info.microbatch_limits)
-                saved = info.microbatch_recovery  # earlier versions never raised lowered limits again
-                recovery = Recovery(**saved) if saved else Recovery().after_failure(self._first_patience)
-            elif self._recovery.is_needed:
-                limits, recovery = self._full_limits, Recovery()
+            limits = self.limits.of_checkpoint(info)
         except (ValueError, TypeError, KeyError, OverflowError) as error:
             raise CheckpointError(
                 f"{Path(path) / checkpoint.STATE_FILE} is damaged: `rng_state`, `microbatch_limits` or "
                 f"`microbatch_recovery` cannot be used ({error}). Load an earlier checkpoint."
             ) from error
-        return rng, limits, recovery
+        return rng, limits
 
 
 def _seconds_from_now(seconds: int) -> str:
@@ -619,32 +478,3 @@ def _untrained(request: Request) -> TokenSequence:
     """Returns a sequence without a trained token."""
     extras = dict.fromkeys(request.sequences[0].extras, np.zeros(1, np.float32))
     return TokenSequence(np.zeros(1, np.int64), np.full(1, IGNORED_TARGET), np.zeros(1, np.float32), extras)
-
-
-def check_weights_fit(
-    path: str, info: checkpoint.StateInfo, weights: Mapping[str, Tensor], adapter: Adapter, base: BaseModel
-) -> None:
-    """Raises CheckpointError, naming both, if a checkpoint lacks this adapter's shape or scale."""
-    location = models.model_location(base.name)
-    if info.base_model not in (models.canonical_name(base.name), location) and path != location:
-        logger.warning(
-            "Checkpoint %s was trained on %s and is loaded onto %s.", path, info.base_model, base.name
-        )
-    expected = {name: list(weight.shape) for name, weight in adapter.weights.items()}
-    found = {name: list(weight.shape) for name, weight in weights.items()}
-    if expected == found and (adapter.is_full or info.lora.alpha == adapter.lora.alpha):
-        if not adapter.is_full:
-            peft_settings.check_frozen(Path(path).expanduser(), base.has_weight)
-        return
-    names = sorted(expected.keys() | found.keys())
-    differing = [
-        f"{name} has shape {found.get(name, 'none')} there, {expected.get(name, 'none')} here"
-        for name in names
-        if expected.get(name) != found.get(name)
-    ]
-    raise CheckpointError(
-        f"Checkpoint {path} (an adapter of rank {info.lora.rank} and alpha {info.lora.alpha:g} on "
-        f"{info.base_model}) does not fit rank {adapter.lora.rank} and alpha {adapter.lora.alpha:g} on "
-        f"{base.name}{': ' + differing[0] if differing else ''}. "
-        f"Create the client with the checkpoint's own model and LoRA settings."
-    )

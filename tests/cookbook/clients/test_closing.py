@@ -252,7 +252,6 @@ def test_the_error_of_a_save_does_not_reference_weights(
 
 
 @pytest.mark.cases(1)
-@pytest.mark.slow
 @pytest.mark.parametrize("way", ["closed", "dropped"])
 def test_sampling_clients_leave_no_memory_allocated(
     way: str, service: ServiceClient, tiny_qwen3: str

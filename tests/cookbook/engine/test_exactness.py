@@ -250,7 +250,9 @@ class Way:
 
 
 def run(trainer: Trainer, data: Sequence[Datum], loss_fn: str, way: Way) -> Outcome:
-    trainer._limits = MicrobatchLimits(way.max_tokens, way.checkpoint_beyond, max_in_memory=way.max_in_memory)
+    trainer.limits.current = MicrobatchLimits(
+        way.max_tokens, way.checkpoint_beyond, max_in_memory=way.max_in_memory
+    )
     trainer.base.block_sizes = way.blocks
     trainer.base.min_shared_tokens = None if trainer.base.is_padded else way.min_shared
     request = trainer.check([data[i] for i in way.order], loss_fn, None, trained_only=way.trained_only)
@@ -412,7 +414,7 @@ def packed_logprobs(
         Datum(ModelInput.from_ints(s.tokens), {"target_tokens": s.targets, "weights": s.weights})
         for s in batch
     ]
-    trainer._limits = MicrobatchLimits(10_000, NEVER)
+    trainer.limits.current = MicrobatchLimits(10_000, NEVER)
     trainer.base.min_shared_tokens = min_shared
     request = trainer.check(data, "cross_entropy", None, trained_only=trained_only)
     result = trainer.forward_backward(request) if backward else trainer.forward(request)

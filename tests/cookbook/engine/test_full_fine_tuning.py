@@ -57,7 +57,7 @@ def test_gradients_and_steps_are_those_of_plain_transformers_and_adamw(
     model_folder: str, tmp_path: Path, max_tokens: int
 ) -> None:
     client = make_client(model_folder, tmp_path)
-    client._trainer._limits = MicrobatchLimits(max_tokens, max_tokens_without_checkpointing=2**62)
+    client._trainer.limits.current = MicrobatchLimits(max_tokens, max_tokens_without_checkpointing=2**62)
     model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32).eval()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.8, 0.9), eps=1e-9, weight_decay=0.1)
     for seed in range(3):

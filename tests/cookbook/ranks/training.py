@@ -204,7 +204,11 @@ def limits(model: str, folder: str, shard: str) -> dict[str, Any]:
     trainer = client._trainer
     cost = client._engine.submit(activation_cost, trainer.base, trainer.adapter).result()
     service.close()
-    return {"whole": cost.full, "checkpointed": cost.checkpointed, "limits": trainer._limits.max_tokens}
+    return {
+        "whole": cost.full,
+        "checkpointed": cost.checkpointed,
+        "limits": trainer.limits.current.max_tokens,
+    }
 
 
 def scarce(
@@ -235,7 +239,7 @@ def scarce(
     return {
         "losses": losses,
         "weights": numpy_of(trainer.adapter.weights),
-        "limit": trainer._limits.max_tokens,
+        "limit": trainer.limits.current.max_tokens,
         "saved": json.loads((Path(path) / "state.json").read_text(encoding="utf-8"))["microbatch_limits"],
     }
 

@@ -215,7 +215,6 @@ def test_pointing_shows_values_dragging_zooms_and_a_double_click_resets(
     assert browser.errors == []
 
 
-@pytest.mark.slow
 @pytest.mark.cases(2)
 @pytest.mark.parametrize("width", [400, 1400])
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])

@@ -727,7 +727,6 @@ class FailingTerminal(io.StringIO):
 
 
 @pytest.mark.cases(1)
-@pytest.mark.slow
 @pytest.mark.parametrize("last", ["step 1/2", "After 2 steps", "Finished"])
 def test_a_run_whose_end_cannot_be_printed_is_finished(make_config: MakeConfig, last: str) -> None:
     config = make_config(eval_every=1)

@@ -597,11 +597,13 @@ def test_the_ray_of_a_sweep_listens_only_on_loopback(swept: Swept) -> None:
     assert {address: who for address, who in swept.listeners.items() if address[0] != "127.0.0.1"} == {}
 
 
+@pytest.mark.slow
 @A_WHILE
 def test_other_users_cannot_enter_the_folder_of_a_sweeps_ray(swept: Swept) -> None:
     assert swept.modes == {0o700}
 
 
+@pytest.mark.slow
 @A_WHILE
 def test_a_sweep_results_in_a_sorted_table_a_csv_and_a_report(swept: Swept, folder: Path) -> None:
     rows = list(csv.DictReader((folder / "out" / "results.csv").open(encoding="utf-8")))
@@ -616,6 +618,7 @@ def test_a_sweep_results_in_a_sorted_table_a_csv_and_a_report(swept: Swept, fold
     assert all(row["run"] in page for row in rows)
 
 
+@pytest.mark.slow
 @A_WHILE
 def test_worse_runs_are_stopped_early_with_a_checkpoint(swept: Swept, folder: Path) -> None:
     rows = list(csv.DictReader((folder / "out" / "results.csv").open(encoding="utf-8")))
@@ -663,8 +666,8 @@ def test_each_run_is_reported_once_and_an_error_of_on_end_is_raised_at_the_end(
         ends.raise_failure()
 
 
-@A_WHILE
 @pytest.mark.slow
+@A_WHILE
 def test_an_error_of_on_end_ends_no_run_twice_and_no_other_run(
     tmp_path: Path, one_ray_at_a_time: None
 ) -> None:

@@ -37,7 +37,6 @@ def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 
 
 @pytest.mark.cases(1)
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [{"max_tokens_per_microbatch": 1}, {"max_tokens_per_microbatch": 15}, {"gradient_checkpointing": "on"}],

@@ -27,7 +27,6 @@ def scaled(data: list[Datum], factor: float) -> list[Datum]:
     ]
 
 
-@pytest.mark.slow
 @pytest.mark.cases(3)
 @pytest.mark.parametrize("factor", [1e-9, 1.0, 1e9])
 @pytest.mark.parametrize("checkpointing", ["off", "on"])

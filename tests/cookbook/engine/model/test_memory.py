@@ -45,7 +45,7 @@ from cookbook.types import AdamParams, LoraConfig
 
 CPU = torch.device("cpu")
 NEVER = 2**62
-LOGGER = "cookbook.engine.training.trainer"
+LOGGER = "cookbook.engine.training.adaptive_limits"
 
 OUT_OF_MEMORY = {
     "cuda": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
@@ -108,7 +108,7 @@ def make_tight(tiny_qwen3: str, make_trainer: Any) -> Callable[..., Trainer]:
         options = EngineOptions(gradient_checkpointing=checkpointing)  # type: ignore[arg-type]
         base = TightModel(tiny_qwen3, options)
         trainer: Trainer = make_trainer(base, first_patience=first_patience)
-        trainer._limits = MicrobatchLimits(max_tokens, 0 if checkpointing == "on" else NEVER)
+        trainer.limits.current = MicrobatchLimits(max_tokens, 0 if checkpointing == "on" else NEVER)
         for name, value in attributes.items():
             setattr(base, name, value)
         return trainer
@@ -139,7 +139,6 @@ def warnings(caplog: pytest.LogCaptureFixture) -> Iterator[Callable[[], list[str
 
 
 @pytest.mark.cases(1)
-@pytest.mark.slow
 @pytest.mark.parametrize("device", OUT_OF_MEMORY)
 def test_a_microbatch_that_does_not_fit_is_halved_and_the_pass_is_repeated(
     device: str,
@@ -288,10 +287,10 @@ def test_a_run_that_ran_out_of_memory_plans_the_same_micro_batches_when_resumed(
     trainer.save(tmp_path / "tight", with_optimizer=True)
     ample.save(tmp_path / "ample", with_optimizer=True)
     ample.load(str(tmp_path / "ample"), with_optimizer=True)
-    assert ample._limits.max_tokens == 1000
+    assert ample.limits.current.max_tokens == 1000
     ample.load(str(tmp_path / "tight"), with_optimizer=True)
-    assert ample._limits == trainer._limits
-    assert ample._limits.max_tokens == 60
+    assert ample.limits.current == trainer.limits.current
+    assert ample.limits.current.max_tokens == 60
 
 
 def test_a_pass_is_not_repeated_after_other_errors(make_tight: Any, make_data: Any, warnings: Any) -> None:
@@ -399,7 +398,7 @@ def run_passes(trainer: Trainer, request: Any, number: int) -> list[int]:
     """Returns the limit after each pass."""
     found = []
     for _ in range(number):
-        found.append(trainer._limits.max_tokens)
+        found.append(trainer.limits.current.max_tokens)
         trainer.forward_backward(request)
         trainer.discard_gradients()
     return found
@@ -408,7 +407,7 @@ def run_passes(trainer: Trainer, request: Any, number: int) -> list[int]:
 @pytest.mark.slow
 def test_limits_recover_after_passes_without_a_failure(make_tight: Any, make_data: Any) -> None:
     trainer = make_tight(room=70, first_patience=3)
-    trainer._full_limits = trainer._limits
+    trainer.limits.full = trainer.limits.current
     request = trainer.check(make_data(trainer.base.vocab_size, [30] * 8), "cross_entropy", None)
     assert run_passes(trainer, request, 1) == [1000]
     trainer.base.room = NEVER  # there is enough memory again
@@ -416,13 +415,13 @@ def test_limits_recover_after_passes_without_a_failure(make_tight: Any, make_dat
         1000
     ]
     run_passes(trainer, request, 3)
-    assert not trainer._recovery.is_needed, "the recovery is complete"
+    assert not trainer.limits.recovery.is_needed, "the recovery is complete"
 
 
 @pytest.mark.slow
 def test_limits_that_are_too_large_are_tried_less_and_less_often(make_tight: Any, make_data: Any) -> None:
     trainer = make_tight(room=70, first_patience=3)
-    trainer._full_limits = trainer._limits
+    trainer.limits.full = trainer.limits.current
     request = trainer.check(make_data(trainer.base.vocab_size, [30] * 8), "cross_entropy", None)
     found = run_passes(trainer, request, 40)
     tried = [number for number, limit in enumerate(found) if limit > 60]
@@ -436,7 +435,7 @@ def test_a_sequence_that_was_checkpointed_is_tried_again_without_checkpointing(
     trainer = make_tight(max_tokens=1, room=45, first_patience=3)
     request = trainer.check(make_data(trainer.base.vocab_size, [60]), "cross_entropy", None)
     trainer.forward_backward(request)
-    assert trainer._limits.max_tokens_without_checkpointing == 59
+    assert trainer.limits.current.max_tokens_without_checkpointing == 59
     trainer.base.room = NEVER
     run_passes(trainer, request, 3)
     trainer.base.passes.clear()
@@ -452,7 +451,7 @@ def test_forward_passes_do_not_raise_limits(make_tight: Any, make_data: Any) -> 
     trainer.forward_backward(request)
     for _ in range(5):
         trainer.forward(request)
-    assert trainer._limits.max_tokens == 60
+    assert trainer.limits.current.max_tokens == 60
 
 
 @pytest.mark.slow
@@ -462,13 +461,13 @@ def test_a_resumed_run_raises_its_limits_at_the_same_passes(
 ) -> None:
     trainer, resumed = (make_tight(room=70, first_patience=3) for _ in range(2))
     for each in (trainer, resumed):
-        each._full_limits = each._limits
+        each.limits.full = each.limits.current
     request = trainer.check(make_data(trainer.base.vocab_size, [30] * 8), "cross_entropy", None)
     run_passes(trainer, request, saved_after)
     trainer.save(tmp_path / "state", with_optimizer=True)
     resumed.load(str(tmp_path / "state"), with_optimizer=True)
     assert run_passes(resumed, request, 20) == run_passes(trainer, request, 20)
-    assert resumed._recovery == trainer._recovery
+    assert resumed.limits.recovery == trainer.limits.recovery
 
 
 REAL = """
@@ -486,7 +485,7 @@ tokens = np.random.default_rng(0).integers(0, 300, (40, 101))
 data = [Datum(ModelInput.from_ints(row[:-1]), {"target_tokens": row[1:]}) for row in tokens]
 
 def run(max_tokens):
-    trainer._limits = MicrobatchLimits(max_tokens, 2**62)
+    trainer.limits.current = MicrobatchLimits(max_tokens, 2**62)
     trainer.forward_backward(trainer.check(data, "cross_entropy", None))
     gradients = {name: p.grad.clone() for name, p in trainer.adapter.weights.items()}
     trainer.discard_gradients()
@@ -498,7 +497,7 @@ with open("/proc/self/statm") as file:
 _, hard = resource.getrlimit(resource.RLIMIT_AS)
 resource.setrlimit(resource.RLIMIT_AS, (held + 100 * 2**20, hard))
 found = run(4000)
-assert trainer._limits.max_tokens in (2000, 1000, 500), trainer._limits
+assert trainer.limits.current.max_tokens in (2000, 1000, 500), trainer.limits.current
 for name, gradient in expected.items():
     torch.testing.assert_close(found[name], gradient, rtol=0, atol=1e-5 * float(gradient.abs().max()))
 """
@@ -727,7 +726,7 @@ def test_a_checkpointed_layer_applies_no_dropout(
     request = trainer.check(make_data(trainer.base.vocab_size, [30, 20]), "cross_entropy", None)
     found = []
     for checkpoint_beyond in (NEVER, 0):
-        trainer._limits = MicrobatchLimits(1000, checkpoint_beyond)
+        trainer.limits.current = MicrobatchLimits(1000, checkpoint_beyond)
         logprobs = trainer.forward_backward(request).logprobs()
         found.append((logprobs, gradients_of(trainer)))
         trainer.discard_gradients()

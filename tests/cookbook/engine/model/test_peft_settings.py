@@ -112,7 +112,6 @@ def test_settings_are_checked_in_checkpoints_of_this_project_too(tiny_qwen3: str
         checkpoint.read_info(folder)
 
 
-@pytest.mark.slow
 @pytest.mark.cases(2)
 @pytest.mark.parametrize(
     "settings",

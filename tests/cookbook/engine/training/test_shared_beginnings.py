@@ -140,12 +140,12 @@ def test_a_tree_may_have_more_tokens_than_are_useful_in_a_micro_batch_but_not_mo
     trainer = make_trainer(tiny_qwen3)
     data = make_tree(trainer.base.vocab_size)
     seen = passes_of(trainer)
-    trainer._limits = replace(trainer._limits, max_tokens=50, max_in_memory=2**62)
+    trainer.limits.current = replace(trainer.limits.current, max_tokens=50, max_in_memory=2**62)
     whole = step(trainer, data)
     assert [batch.tokens_1N.shape[1] for batch in seen] == [NUM_COMPUTED]
     other = make_trainer(tiny_qwen3)
     seen = passes_of(other)
-    other._limits = replace(other._limits, max_tokens=50, max_in_memory=100)
+    other.limits.current = replace(other.limits.current, max_tokens=50, max_in_memory=100)
     cut = step(other, data)
     sizes = [batch.tokens_1N.shape[1] for batch in seen]
     assert len(sizes) > 1

@@ -91,7 +91,7 @@ def test_a_pass_that_fails_midway_adds_no_gradient(
     tiny_qwen3: str, make_trainer: Any, make_data: Any, gradients_of: Any
 ) -> None:
     trainer = make_trainer(tiny_qwen3)
-    trainer._limits = MicrobatchLimits(1, max_tokens_without_checkpointing=2**62)
+    trainer.limits.current = MicrobatchLimits(1, max_tokens_without_checkpointing=2**62)
     data = make_data(trainer.base.vocab_size, [10, 20, 15])
     trainer.forward_backward(trainer.check(data[:1], "cross_entropy", None))
     before = gradients_of(trainer)
@@ -153,7 +153,7 @@ def test_a_pass_without_log_probabilities_has_the_same_loss_and_gradients(
     tiny_qwen3: str, make_trainer: Any, make_data: Any, gradients_of: Any, assert_close: Any, max_tokens: int
 ) -> None:
     trainer = make_trainer(tiny_qwen3)
-    trainer._limits = MicrobatchLimits(max_tokens, max_tokens)
+    trainer.limits.current = MicrobatchLimits(max_tokens, max_tokens)
     data = make_data(trainer.base.vocab_size, [10, 20, 4])
     whole = trainer.forward_backward(trainer.check(data, "cross_entropy", None, trained_only=True)).output()
     expected = gradients_of(trainer)
