@@ -88,7 +88,7 @@ class Optimizer:
                     "exp_avg_sq": torch.zeros_like(master, memory_format=torch.preserve_format),
                 }
             self._adamws.append(adamw)
-        self._moments: dict[nn.Parameter, dict[str, Tensor]] = {
+        self._moments: dict[Tensor, dict[str, Tensor]] = {
             master: state for adamw in self._adamws for master, state in adamw.state.items()
         }
         self._stepped: set[str] = set()
