@@ -101,10 +101,7 @@ def test_moments_are_entries_of_a_table_times_the_largest_of_their_block() -> No
             np.testing.assert_allclose(scales[block], np.abs(flat[part]).max(), rtol=1e-5)
             nearest = np.abs(table[None] - (flat[part] / scales[block])[:, None]).min(axis=1)
             found = np.abs(table[codes[part]] - flat[part] / scales[block])
-            assert np.abs(found - nearest).max() < 2e-4, (
-                "values are at most 1, and the library's search is rough"
-            )
-            assert np.mean(np.abs(found - nearest) > 1e-6) < 0.03
+            assert (found - nearest).max() < 1e-4  # values are at most 1; the library searches roughly
 
 
 def state_of(trainer: Trainer) -> dict[str, Tensor]:
