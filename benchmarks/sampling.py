@@ -1,13 +1,17 @@
-"""Measures tokens per second of sampling, compared with transformers' `generate` on one batch.
+"""Measures tokens per second of sampling, compared with transformers' `generate` on one batch, and with its
+continuous batching.
 
-    python -m benchmarks.sampling [--prompts 64] [--rounds 3] [--top-p 0.95]
+    python -m benchmarks.sampling [--prompts 64] [--rounds 3] [--top-p 0.95] [--batch-tokens 2048]
     python -m benchmarks.sampling --shared [--rounds 3]
 
 There are two sets of prompts for the model of `step_model` with its adapter: prompts and continuations of
-equal lengths, and of mixed lengths (20 to 1,000 tokens, continued by 8 to 128) as in an evaluation. Peers get
-all prompts as one left-padded batch, which runs until the longest continuation is complete. There are no stop
-tokens, so both sides sample all requested tokens, and only these count. The sides run in turns; the table has
-the best round of each and the ratio of the medians.
+equal lengths, and of mixed lengths (20 to 1,000 tokens, continued by 8 to 128) as in an evaluation.
+`generate` gets all prompts as one left-padded batch, which runs until the longest continuation is complete.
+Continuous batching gets them as single requests, each with its own length, from a manager that runs already;
+its blocks of keys and values suffice for all of them. There are no stop tokens, so all sides sample all
+requested tokens, and only these count. The sides run in turns; the table has the best round of each and the
+ratio of the medians. If continuous batching does not run on this machine, its column has no number and the
+line says why.
 
 With `--shared`, the cases are of prompts that share beginnings, and this engine runs them with and without
 reusing what they share, each round with a new client:
@@ -100,6 +104,54 @@ def by_generate(model: Any, work: Work, top_p: float) -> None:
     )
     assert out.shape[1] == longest + max(work.num_tokens)
 
+
+class ContinuousBatching:
+    """The scheduler of transformers, which adds and removes requests between two steps."""
+
+    def __init__(self, model: Any, works: list[Work], top_p: float, batch_tokens: int) -> None:
+        """Starts it. `batch_tokens` is the most tokens of a step."""
+        from transformers import GenerationConfig
+        from transformers.generation import ContinuousBatchingConfig
+
+        pages = max(
+            sum(
+                -(-(len(prompt) + new) // PAGE)
+                for prompt, new in zip(work.prompts, work.num_tokens, strict=True)
+            )
+            for work in works
+        )
+        self._manager = model.init_continuous_batching(
+            generation_config=GenerationConfig(
+                do_sample=True, temperature=1.0, top_k=0, top_p=top_p, eos_token_id=-1, pad_token_id=0,
+                max_new_tokens=max(max(work.num_tokens) for work in works),
+            ),
+            continuous_batching_config=ContinuousBatchingConfig(
+                page_size=PAGE, num_blocks=2 * pages, max_batch_tokens=batch_tokens
+            ),
+        )  # fmt: skip
+        self._manager.start()
+
+    def run(self, work: Work) -> None:
+        """Raises RuntimeError with the library's reason if it does not run here."""
+        wanted = {
+            self._manager.add_request(prompt, max_new_tokens=num_tokens): num_tokens
+            for prompt, num_tokens in zip(work.prompts, work.num_tokens, strict=True)
+        }
+        while wanted:
+            result = self._manager.get_result(timeout=1)
+            if result is not None and result.error is not None:
+                raise RuntimeError(result.error)
+            if result is not None and result.is_finished():
+                assert len(result.generated_tokens) == wanted.pop(result.request_id)
+            elif result is None and not self._manager.is_running():
+                raise RuntimeError(f"its thread ended: {getattr(self._manager, 'fatal_error', None)}")
+
+    def stop(self) -> None:
+        self._manager.stop(block=True, timeout=10)
+
+
+PAGE = 32
+"""The tokens of a page of continuous batching."""
 
 Ask = Callable[[list[list[int]], int, int], list[SampleResponse]]
 """Samples prompts at the same time, given the number of samples and of tokens."""
@@ -201,6 +253,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--top-p", type=float, default=1.0)
+    parser.add_argument("--batch-tokens", type=int, default=2048, help="of a step of continuous batching")
     parser.add_argument("--shared", action="store_true")
     arguments = parser.parse_args()
     folder = Path(tempfile.gettempdir()) / "cookbook-benchmarks"
@@ -213,21 +266,44 @@ def main() -> None:
     client = service.create_sampling_client(adapter_folder, str(folder / "model"))
     model = load_adapted_model(folder).eval()
     model.generation_config.eos_token_id = None
+    works = make_work(arguments.prompts, model.config.vocab_size)
+    continuous = ContinuousBatching(model.get_base_model(), works, arguments.top_p, arguments.batch_tokens)
     print(f"{torch.get_num_threads()} threads, {os.cpu_count()} cores, top_p {arguments.top_p:g}\n")
-    print(f"{'':16}{'cookbook':>14}{'transformers':>14}{'ratio':>8}   tokens/s")
-    for work in make_work(arguments.prompts, model.config.vocab_size):
-        sides = [
-            lambda work=work: by_cookbook(client, work, arguments.top_p),
-            lambda work=work: by_generate(model, work, arguments.top_p),
-        ]
-        times: list[list[float]] = [[], []]
-        for _ in range(arguments.rounds):
-            for side, found in zip(sides, times, strict=True):
-                found.append(seconds(side))
-        ours, theirs = (sum(work.num_tokens) / min(found) for found in times)
-        ratio = statistics.median(times[1]) / statistics.median(times[0])
-        print(f"{work.name:16}{ours:14,.0f}{theirs:14,.0f}{ratio:8.2f}")
+    print(f"{'':16}{'cookbook':>14}{'generate':>14}{'ratio':>8}{'continuous':>14}{'ratio':>8}   tokens/s")
+    for work in works:
+        compare(
+            work,
+            [
+                lambda work=work: by_cookbook(client, work, arguments.top_p),
+                lambda work=work: by_generate(model, work, arguments.top_p),
+                lambda work=work: continuous.run(work),
+            ],
+            arguments.rounds,
+        )
+    continuous.stop()
     service.close()
+
+
+def compare(work: Work, sides: list[Callable[[], None]], num_rounds: int) -> None:
+    """Prints a line of the table. A side that cannot run has the reason behind it."""
+    times: list[list[float]] = [[] for _ in sides]
+    reason = ""
+    for _ in range(num_rounds):
+        for side, found in zip(sides, times, strict=True):
+            try:
+                found.append(seconds(side))
+            except RuntimeError as error:
+                if side is not sides[-1]:
+                    raise
+                reason = f"   continuous batching does not run: {error}"
+    rate, *others = (sum(work.num_tokens) / min(found) if found else None for found in times)
+    line = f"{work.name:16}{rate:14,.0f}"
+    for other, found in zip(others, times[1:], strict=True):
+        if other is None:
+            line += f"{'-':>14}{'-':>8}"
+        else:
+            line += f"{other:14,.0f}{statistics.median(found) / statistics.median(times[0]):8.2f}"
+    print(f"{line}{reason}", flush=True)
 
 
 if __name__ == "__main__":

@@ -32,7 +32,8 @@ class EngineOptions:
     """None: as many as fit in memory, up to the size beyond which more tokens are not faster."""
     gradient_checkpointing: GradientCheckpointing = "auto"
     """"auto": checkpoint if the activations of a micro-batch would not fit otherwise, and keep the inputs of
-    the layers in host memory if not even those would fit. "offload": do both always (on a CPU as "on")."""
+    the layers in host memory if not even those would fit. "offload": do both always (on a CPU as "on").
+    Long MLPs of checkpointed layers run in tiles of tokens."""
     quantization: Quantization | None = None
     """"nf4": hold the frozen linear layers in 4 bits, and compute in `dtype`."""
     compile: bool = False

@@ -146,6 +146,7 @@ class Rehearsal:
     ) -> Recording:
         """Takes a step."""
         with self._trainer(rank, train_unembed, optimizer_bits) as trainer:
+            trainer.base.mlp_tile = 64 if is_checkpointed or is_offloaded else 0
             if is_checkpointed or is_offloaded:
                 trainer.limits.current = dataclasses.replace(
                     trainer.limits.current, max_tokens_without_checkpointing=0

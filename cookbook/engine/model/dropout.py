@@ -72,6 +72,16 @@ class DropoutKeys:
         finally:
             self.keys_N = None
 
+    @contextlib.contextmanager
+    def of_part(self, part: slice) -> Iterator[None]:
+        """Sets the keys to those of a part of the tokens, on which a layer runs in the body."""
+        whole = self.keys_N
+        self.keys_N = None if whole is None else whole[part]
+        try:
+            yield
+        finally:
+            self.keys_N = whole
+
 
 class KeyedDropout(nn.Module):
     """Drops a share of a layer's inputs, and scales up the others, by the keys of their tokens."""

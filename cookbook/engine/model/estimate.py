@@ -31,6 +31,7 @@ from cookbook.engine.model.memory import (
 from cookbook.engine.model.recurrence import RecurrentLayers
 from cookbook.engine.model.targets import TargetTable
 from cookbook.engine.model.text_part import frozen_parameters, text_decoder
+from cookbook.engine.model.tiled_mlp import tile_on
 from cookbook.engine.model.unembedding import BlockSizes
 from cookbook.engine.options import EngineOptions
 from cookbook.engine.training.optimizer import bytes_to_train, bytes_to_undo
@@ -140,7 +141,8 @@ def _footprint(
         adapter = adapters.add(lora if lora.rank else LoraConfig(rank=0))
     trained = list(adapter.weights.values())
     with adapters.using(adapter):
-        activations = _activations(model, device_type)
+        tile = 0 if options.compile or options.shard == "full" else tile_on(torch.device(device_type))
+        activations = _activations(model, device_type, tile)
     text_config = model.config.get_text_config()
     head_size = getattr(text_config, "head_dim", None) or (
         text_config.hidden_size // max(1, getattr(text_config, "num_attention_heads", 1) or 1)
@@ -252,8 +254,11 @@ def _num_active(model: Any, table: TargetTable) -> int:
 # -- activations ------------------------------------------------------------------------------
 
 
-def _activations(model: Any, device_type: str) -> ActivationCost | None:
-    """Returns the activations of the model, run as on a device of this type, or None if it cannot be run."""
+def _activations(model: Any, device_type: str, tile: int) -> ActivationCost | None:
+    """Returns the activations of the model, run as on a device of this type, or None if it cannot be run.
+
+    `tile` is that of MLPs in checkpointed layers, in tokens.
+    """
     decoder = text_decoder(model)
     linear_scan.install(decoder)
     RecurrentLayers(decoder)
@@ -277,6 +282,8 @@ def _activations(model: Any, device_type: str) -> ActivationCost | None:
             length,
             text_config.num_hidden_layers,
             text_config.hidden_size * next(decoder.parameters()).itemsize,
+            decoder,
+            tile,
         )
 
     context = getattr(text_config, "max_position_embeddings", None) or 2**20

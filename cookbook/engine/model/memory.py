@@ -27,6 +27,7 @@ from cookbook.engine import processes
 from cookbook.engine.model.offloading import NUM_ON_DEVICE, InputsOnHost
 from cookbook.engine.model.stacked_4bit import StackedIn4Bits
 from cookbook.engine.model.text_part import text_decoder
+from cookbook.engine.model.tiled_mlp import MlpActivations
 from cookbook.engine.options import EngineOptions
 
 _USEFUL_TOKENS = {"cpu": 1024, "cuda": 16384}
@@ -140,6 +141,10 @@ class ActivationCost:
     checkpointed_squared: float = 0.0
     inputs: float = 0.0
     """The part of `checkpointed` that can be in host memory instead: inputs of layers."""
+    tiled: float = 0.0
+    """Of those with checkpointing, the activations of one layer's MLP, which are kept for a tile alone."""
+    tile: int = 0
+    """The tokens of a tile."""
 
     def with_growth(self, longer: ActivationCost, lengths: tuple[int, int]) -> ActivationCost:
         """Returns the cost with its quadratic part, given costs at the first length (`self`) and second."""
@@ -154,18 +159,24 @@ class ActivationCost:
             squared,
             checkpointed_squared,
             self.inputs,
+            self.tiled,
+            self.tile,
         )
 
     def bytes_of(self, length: int, is_checkpointed: bool = False, is_offloaded: bool = False) -> float:
         """Returns the bytes that a sequence keeps on the device."""
         if is_checkpointed:
             per_token = self.checkpointed - (self.inputs if is_offloaded else 0.0)
-            return per_token * length + self.checkpointed_squared * length**2
+            beyond = self.tiled * max(0, length - self.tile)
+            return per_token * length - beyond + self.checkpointed_squared * length**2
         return self.full * length + self.full_squared * length**2
 
     def longest_checkpointed(self, room: float) -> int:
         """Returns the tokens of the longest sequence that keeps at most `room` bytes with checkpointing."""
-        linear, squared = max(self.checkpointed, 1.0), self.checkpointed_squared
+        linear = self.checkpointed
+        if self.tiled and self.bytes_of(self.tile, is_checkpointed=True) < room:
+            linear, room = linear - self.tiled, room - self.tiled * self.tile
+        linear, squared = max(linear, 1.0), self.checkpointed_squared
         if squared:
             return int((math.sqrt(linear**2 + 4 * squared * room) - linear) / (2 * squared))
         return int(room / linear)
@@ -221,30 +232,46 @@ def _ratio(room: float, bytes_per_token: float) -> int:
 
 
 def measure_activations(
-    run: Callable[[], Tensor], held: Collection[int], num_tokens: int, num_layers: int, layer_bytes: int
+    run: Callable[[], Tensor],
+    held: Collection[int],
+    num_tokens: int,
+    num_layers: int,
+    layer_bytes: int,
+    decoder: nn.Module | None = None,
+    tile: int = 0,
 ) -> ActivationCost:
     """Returns the bytes that the forward pass `run` keeps besides the weights.
 
     `held` has the `addresses` of the weights, which may change during the pass. `layer_bytes` is the size of
-    a layer's input per token. With checkpointed layers only one layer at a time keeps all its activations.
+    a layer's input per token. With checkpointed layers only one layer at a time keeps all its activations,
+    and with a `tile` the MLPs of `decoder` keep those of so many tokens.
     """
     storages: dict[int, int] = {}
+    of_mlps: dict[int, int] = {}
     kept: list[Tensor] = []
+    mlps = MlpActivations(decoder if tile and decoder is not None else nn.Module())
 
     def pack(tensor: Tensor) -> Tensor:
         # Returning the tensor itself would create a reference cycle that the garbage collector misses.
         values = tensor.detach()
         address = _address(values)
         if address not in held:  # a frozen layer keeps a view of its weight
-            storages[address] = values.untyped_storage().nbytes()
+            size = values.untyped_storage().nbytes()
+            if address not in storages and mlps.is_kept_by_mlp(values, _address):
+                of_mlps[address] = size
+            storages[address] = size
             kept.append(values)  # keeps the tensor alive, so that its address is not reused
         return values
 
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+    with torch.enable_grad(), hooks, mlps.watching():
         run()
     full = sum(storages.values()) / num_tokens
     inputs = layer_bytes * max(0, num_layers - NUM_ON_DEVICE)
-    return ActivationCost(full, layer_bytes * num_layers + full / num_layers, inputs=inputs)
+    tiled = sum(of_mlps.values()) / num_tokens / num_layers
+    return ActivationCost(
+        full, layer_bytes * num_layers + full / num_layers, inputs=inputs, tiled=tiled, tile=tile
+    )
 
 
 def addresses(tensors: Iterable[Tensor]) -> set[int]:
@@ -342,11 +369,15 @@ def decoder_layers(model: Any) -> list[Any]:
 
 @contextlib.contextmanager
 def checkpointed_layers(
-    model: Any, enabled: bool, inputs_on_host: InputsOnHost | None = None
+    model: Any,
+    enabled: bool,
+    inputs_on_host: InputsOnHost | None = None,
+    tiling: Callable[[nn.Module], contextlib.AbstractContextManager[None]] | None = None,
 ) -> Iterator[None]:
     """Keeps only the inputs of the decoder's layers, and runs each layer again in the backward pass.
 
-    `inputs_on_host`, if given, keeps those inputs. It is for one pass.
+    `inputs_on_host`, if given, keeps those inputs. It is for one pass. A layer runs in `tiling` of it, both
+    times.
 
     transformers checkpoints a layer only in training mode. The layer's forward still runs in evaluation mode,
     both times, because some layers apply dropout by their own mode.
@@ -357,7 +388,7 @@ def checkpointed_layers(
     layers = decoder_layers(model)
     for layer in layers:
         layer.training = layer.gradient_checkpointing = True
-        layer._gradient_checkpointing_func = functools.partial(_checkpoint, layer, inputs_on_host)
+        layer._gradient_checkpointing_func = functools.partial(_checkpoint, layer, inputs_on_host, tiling)
     try:
         yield
     finally:
@@ -367,12 +398,17 @@ def checkpointed_layers(
 
 
 def _checkpoint(
-    layer: nn.Module, inputs_on_host: InputsOnHost | None, forward: Callable[..., Any], *inputs: Any
+    layer: nn.Module,
+    inputs_on_host: InputsOnHost | None,
+    tiling: Callable[[nn.Module], contextlib.AbstractContextManager[None]] | None,
+    forward: Callable[..., Any],
+    *inputs: Any,
 ) -> Any:
     def evaluate(*inputs: Any) -> Any:
         was_training, layer.training = layer.training, False
         try:
-            return forward(*inputs)
+            with contextlib.nullcontext() if tiling is None else tiling(layer):
+                return forward(*inputs)
         finally:
             layer.training = was_training
 

@@ -7,6 +7,7 @@ that are scored (`packing`), D hidden size, V vocabulary.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -25,6 +26,7 @@ from cookbook.engine.model.packed_weights import packed_in
 from cookbook.engine.model.packing import PackedBatch, copy_to
 from cookbook.engine.model.peft_layers import projection_of
 from cookbook.engine.model.recurrence import RecurrentLayers
+from cookbook.engine.model.tiled_mlp import tiled
 from cookbook.engine.model.unembedding import BlockSizes, Head, Scores, TokenLoss
 
 
@@ -56,6 +58,8 @@ class ModelPasses:
     """Whether logits can be computed in blocks."""
     logit_scaling = LogitScaling()
     """How logits follow from the projection."""
+    mlp_tile = 0
+    """The tokens of a tile of an MLP in a checkpointed layer; 0 if MLPs are not tiled."""
 
     @property
     def can_offload(self) -> bool:
@@ -120,7 +124,11 @@ class ModelPasses:
         """
         num_trained = batch.num_trained
         on_host = InputsOnHost(self.device) if checkpoint_layers and offload_inputs else None
-        with torch.enable_grad(), checkpointed_layers(self.model, checkpoint_layers, on_host):
+        tiling = functools.partial(tiled, tile=self.mlp_tile, dropout_keys=self.adapters.dropout_keys)
+        layers = checkpointed_layers(
+            self.model, checkpoint_layers, on_host, tiling if self.mlp_tile else None
+        )
+        with torch.enable_grad(), layers:
             if not self.has_plain_head:
                 logprobs_S = self.logprobs_of_whole_model(batch)
                 if prepare is not None:

@@ -93,6 +93,8 @@ def _activation_cost_at(base: BaseModel, adapter: Adapter, num_tokens: int) -> A
             num_tokens,
             config.num_hidden_layers,
             config.hidden_size * base.dtype.itemsize,
+            base.decoder,
+            base.mlp_tile,
         )
     base.discard_pass()
     return cost
