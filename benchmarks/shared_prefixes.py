@@ -18,9 +18,11 @@ nothing                     16 sequences of 256 tokens that share nothing
 
 Sides: `shared` is this project. `each` is the same engine without sharing. `line` is the conversation as one
 sequence, which a model that keeps its history would see. `body` columns leave out the projection to the
-vocabulary. With `--trl`, TRL's `SFTTrainer` runs the same examples in the faster of two settings. The
-sides run in turns in one process, each round in the opposite order of the one before, TRL after them; the
-table has the least CPU time of each side's rounds, and the peak of its memory.
+vocabulary. With `--trl`, TRL's `SFTTrainer` runs the same examples in the faster of two settings, or in that
+of `--trl-setting`. With `--trl-every 4` it runs the last of each four examples alone, and its seconds are
+scaled by the tokens, since it computes every example by itself: 100 turns take it many minutes. The sides run
+in turns in one process, each round in the opposite order of the one before, TRL after them; the table has
+the least CPU time of each side's rounds, and the peak of its memory.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ import contextlib
 import gc
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -213,13 +215,14 @@ TRL_SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-def trl_step(folder: Path, examples: list[Example]) -> tuple[float, int, str]:
+def trl_step(folder: Path, examples: list[Example], names: Iterable[str]) -> tuple[float, int, str]:
     """Returns the CPU seconds of TRL's step on the examples, its peak in bytes, and its fastest setting."""
     from transformers import TrainerCallback
     from trl import SFTConfig, SFTTrainer
 
     found: dict[str, tuple[float, int]] = {}
-    for name, settings in TRL_SETTINGS.items():
+    for name in names:
+        settings = TRL_SETTINGS[name]
         at_once = 2 if settings.get("padding_free") else 1
         ends: list[float] = []
 
@@ -257,6 +260,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--cases", nargs="*", choices=list(CASES), default=list(CASES))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--trl", action="store_true")
+    parser.add_argument("--trl-setting", choices=list(TRL_SETTINGS))
+    parser.add_argument("--trl-every", type=int, default=1)
     parser.add_argument("--hybrid", choices=list(hybrids.FAMILIES), help="a hybrid model, not Qwen3")
     parser.add_argument("--wide", action="store_true", help="a hybrid of hidden size 1,024")
     parser.add_argument("--folder", type=Path, help="where model and adapter are, or are put")
@@ -270,10 +275,21 @@ def main(argv: list[str] | None = None) -> None:
         )
         print("|---|---|---|---|---|---|---|---|", flush=True)
         for name in given.cases:
-            _run(name, CASES[name], engine, given.rounds, folder if given.trl else None)
+            examples = _run(name, CASES[name], engine, given.rounds)
+            if given.trl:
+                names = [given.trl_setting] if given.trl_setting else list(TRL_SETTINGS)
+                run = examples[:: -given.trl_every]
+                seconds, peak, setting = trl_step(folder, run, names)
+                seconds *= sum(len(tokens) for tokens, _ in examples) / sum(len(tokens) for tokens, _ in run)
+                print(
+                    f"  TRL on {name}: {seconds:.1f} s, {peak / 2**20:.0f} MiB ({setting}; {len(run)} of "
+                    f"{len(examples)} examples run)",
+                    flush=True,
+                )
 
 
-def _run(name: str, case: Case, engine: SharingEngine, rounds: int, trl_folder: Path | None) -> None:
+def _run(name: str, case: Case, engine: SharingEngine, rounds: int) -> list[Example]:
+    """Prints a line of the table. Returns the examples of the case."""
     examples, vocab_size = case.make(engine.tokenizer), engine.trainer.base.vocab_size
     data = datums_of(examples, vocab_size)
     line = None if case.line is None else datums_of(case.line(engine.tokenizer), vocab_size)
@@ -297,10 +313,7 @@ def _run(name: str, case: Case, engine: SharingEngine, rounds: int, trl_folder: 
         *(against_line, f"{shared.peak / 2**20:.0f}, {each.peak / 2**20:.0f}", f"{error:.0e}"),
     )
     print(f"| {' | '.join(cells)} |", flush=True)
-    if trl_folder is not None:
-        seconds, peak, settings = trl_step(trl_folder, examples)
-        ratio = seconds / shared.best()
-        print(f"  TRL / shared on {name}: {ratio:.2f}, {peak / 2**20:.0f} MiB ({settings})", flush=True)
+    return examples
 
 
 if __name__ == "__main__":

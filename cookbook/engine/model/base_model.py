@@ -12,7 +12,15 @@ from torch import Tensor
 
 from cookbook import models
 from cookbook.engine import devices, processes
-from cookbook.engine.model import architecture, architecture_probe, fsdp, fused, linear_scan, vocabulary
+from cookbook.engine.model import (
+    architecture,
+    architecture_probe,
+    fsdp,
+    fused,
+    linear_scan,
+    rope,
+    vocabulary,
+)
 from cookbook.engine.model.adapters import GLOBAL_STATE, Adapters
 from cookbook.engine.model.compiling import compile_layers
 from cookbook.engine.model.loading import load_model, return_freed_memory
@@ -155,6 +163,7 @@ class BaseModel(ModelPasses):
             compile_layers(layers)
         elif self.device.type == "cuda":
             fused.install(self.decoder)
+            rope.install(self.decoder)
 
     def _probe_architecture(self) -> None:
         architecture_probe.probe(self)
