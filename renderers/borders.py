@@ -19,6 +19,7 @@ BORDER = ": "
 _PUNCTUATION = frozenset({r" ?[^\s\p{L}\p{N}]+", r" ?[^\s\p{L}\p{N}]+[\r\n]*"})
 """Patterns that match a colon followed by a space, up to the space."""
 
+# None of these matches a line break with what follows it unless that is white space, and none looks behind.
 # None of these matches a colon followed by a space, and none looks from before the colon past the space:
 # the text before the border is matched the same way whether a space follows or the end.
 _OTHERS = frozenset(
@@ -53,7 +54,29 @@ def parts_at_border(backend: Tokenizer) -> bool:
     )
 
 
+def parts_at_lines(backend: Tokenizer) -> bool:
+    """Returns whether a text is split behind each line break that no white space follows.
+
+    What follows the border is then encoded as it is separately, and what precedes it as it is in front of any
+    letter. Returns False if it is unknown.
+    """
+    layout = json.loads(backend.to_str())
+    return (
+        layout["normalizer"] in (None, {"type": "NFC"})
+        and layout["model"]["type"] == "BPE"
+        and not layout["model"]["dropout"]
+        and not any("\n" in token["content"] or token["lstrip"] for token in layout["added_tokens"])
+        and _has_known_words(layout["pre_tokenizer"])
+    )
+
+
 def _has_known_words(pre_tokenizer: Any) -> bool:
+    words = _words(pre_tokenizer)
+    return {*words} <= _PUNCTUATION | _OTHERS and not _PUNCTUATION.isdisjoint(words)
+
+
+def _words(pre_tokenizer: Any) -> list[str]:
+    """Returns the alternatives of the word pattern, in their order; none if there is no such pattern."""
     match pre_tokenizer:
         case {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}:
             pattern = _GPT2
@@ -66,8 +89,8 @@ def _has_known_words(pre_tokenizer: Any) -> bool:
         }:
             pass
         case _:
-            return False
+            return []
     for contractions in _CONTRACTIONS:
         pattern = pattern.replace(contractions, "'s")
-    alternatives = set(pattern.split("|"))
-    return alternatives <= _PUNCTUATION | _OTHERS and not alternatives.isdisjoint(_PUNCTUATION)
+    words: list[str] = pattern.split("|")
+    return words

@@ -15,6 +15,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import cached_property, lru_cache, partial
 from itertools import compress, count, groupby, pairwise, repeat
+from operator import itemgetter
 from os.path import commonprefix
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -22,7 +23,7 @@ import numpy as np
 
 from cookbook.errors import RendererError
 from cookbook.utils import notes
-from renderers.borders import BORDER, parts_at_border
+from renderers.borders import BORDER, parts_at_border, parts_at_lines
 from renderers.messages import PlainMessage, Tool, map_strings
 from renderers.tokens import TOKEN_DTYPE, Control, Tokens, Trail, length_of_common_start
 
@@ -55,6 +56,21 @@ class _Found(NamedTuple):
     controls: list[Control]
     tokens: Tokens
     """Where tokens begin; its `ids` are to be filled in."""
+
+
+class _Repeated(NamedTuple):
+    """A part of a text whose tokens are known."""
+
+    start: int
+    end: int
+    ids: list[int]
+
+
+_LEAST_REPEATED = 24
+"""The characters by which a repeated part is looked for, and about its least length."""
+_LETTER = "x"
+"""Stands for the text behind a line, where some tokenizers look."""
+_end_of = itemgetter(1)
 
 
 class Encoder:
@@ -193,14 +209,15 @@ class Encoder:
         is_first = trail is None or not trail.ids
         before = self._latest if trail is None or is_first else trail
         # What precedes the last control token that both texts begin with is known, and the rest is encoded.
-        num = 0
+        num = num_alike = 0
         if self._controls_part and (before.apart_from < 0 or self._splits_apart):
             num_alike = length_of_common_start(before.text, text)
             num = before.num_shared(num_alike, cuts, min(positions, default=len(text)))
         start, _, place = before.controls[num - 1] if num else (0, 0, 0)
         found, apart_from = None, before.apart_from if num else -1
         if apart_from < 0:
-            found, apart_from = self._encode_whole(text, cuts, positions, start, place)
+            repeated = self._repeated(before, text, start, num_alike)
+            found, apart_from = self._encode_whole(text, cuts, positions, start, place, repeated)
             if found is None:
                 num = start = place = 0
         ids, controls, tokens = found or self._encode_apart(text, cuts, start, place)
@@ -217,12 +234,41 @@ class Encoder:
             trail.continue_from(before)
         return tokens
 
+    def _repeated(self, before: Trail, text: str, begin: int, num_alike: int) -> _Repeated | None:
+        """Returns a part of the text from `begin` on that the text before has too, at a later place.
+
+        So a reply stands behind its thinking first, and then in the history without it. The part is the rest
+        of the line in which the texts begin to differ, and what follows, up to the end of a control token.
+        """
+        if not (num_alike > begin and before.controls and before.apart_from < 0 and self._parts_at_lines):
+            return None
+        first = text.rfind("\n", begin, num_alike) + 1
+        at = before.text.find(text[first : first + _LEAST_REPEATED], num_alike)
+        if first <= begin or at < 1 or before.text[at - 1] != "\n" or text[first : first + 1].isspace():
+            return None
+        end = at + length_of_common_start(before.text[at:], text[first:])
+        last = bisect_right(before.controls, end, key=_end_of) - 1
+        num = bisect_right(before.controls, at, key=_end_of)
+        if last < num or num == 0:
+            return None
+        _, start, place = before.controls[num - 1]
+        place += len(self._encode_tail(before.text[start:at] + _LETTER))
+        _, end, last_place = before.controls[last]
+        return _Repeated(first, first + end - at, before.ids[place : last_place + 1])
+
     def _encode_whole(
-        self, text: str, cuts: Sequence[int], positions: Collection[int], begin: int, place: int
+        self,
+        text: str,
+        cuts: Sequence[int],
+        positions: Collection[int],
+        begin: int,
+        place: int,
+        repeated: _Repeated | None,
     ) -> tuple[_Found | None, int]:
         """Encodes the text from `begin` on with the tokenizer itself; `place` tokens precede it.
 
-        Returns the position because of which the copy is needed instead, or -1.
+        The tokens of a part of it may be known. Returns the position because of which the copy is needed
+        instead, or -1.
         """
         if (escaped := text.find(ESCAPE, begin)) >= 0:
             return None, escaped
@@ -242,13 +288,23 @@ class Encoder:
         backend = self._ready_backend()
         needs_offsets = not {begin, len(text), *cuts, *edges, *borders}.issuperset(positions)
         encode = backend.encode_batch if needs_offsets else backend.encode_batch_fast  # offsets are slow
-        for first, end in pairwise([begin, *borders, len(text)]):
+        if needs_offsets or borders:
+            repeated = None
+        if repeated is not None:
+            firsts = [begin, repeated.end]
+            parts = [text[begin : repeated.start] + _LETTER, text[repeated.end :]]
+        else:
+            firsts = [begin, *borders]
+            parts = [text[first:end] for first, end in pairwise([*firsts, len(text)])]
+        try:
+            encodings = encode(parts, add_special_tokens=False)
+        except BaseException as error:
+            _raise_panic(error, text[begin:])
+            raise
+        for first, encoding in zip(firsts, encodings, strict=True):
+            if repeated is not None and first == repeated.end:
+                ids[-1:] = repeated.ids  # in the place of the letter
             known[first] = place + len(ids)
-            try:
-                (encoding,) = encode([text[first:end]], add_special_tokens=False)
-            except BaseException as error:
-                _raise_panic(error, text[first:end])
-                raise
             ids += encoding.ids
             if needs_offsets:
                 starts += [first + start for start, _ in encoding.offsets]
@@ -377,6 +433,11 @@ class Encoder:
     @cached_property
     def _parts_at_border(self) -> bool:
         return parts_at_border(self._tokenizer.backend_tokenizer)
+
+    @cached_property
+    def _parts_at_lines(self) -> bool:
+        is_certain = self._controls_part and parts_at_lines(self._tokenizer.backend_tokenizer)
+        return is_certain and len(self._ids(_LETTER)) == 1
 
     @cached_property
     def _copy(self) -> tuple[Tokenizer, dict[int | None, int | None]]:

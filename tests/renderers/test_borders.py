@@ -12,7 +12,7 @@ from tokenizers import AddedToken, Regex, normalizers, pre_tokenizers
 
 from cookbook import embedded
 from cookbook.models import get_tokenizer
-from renderers.borders import BORDER, parts_at_border
+from renderers.borders import BORDER, parts_at_border, parts_at_lines
 
 pieces = st.sampled_from(
     [
@@ -71,6 +71,30 @@ def test_both_sides_of_a_border_are_encoded_separately(tokenizer, before, after)
     for border in re.finditer(BORDER, text):
         middle = border.start() + 1
         assert encode(text) == encode(text[:middle]) + encode(text[middle:])
+
+
+@settings(max_examples=200, deadline=None)
+@given(before=texts, after=texts)
+def test_both_sides_of_a_line_break_are_encoded_separately_if_the_first_is_in_front_of_a_letter(
+    tokenizer, before, after
+):
+    assert parts_at_lines(tokenizer.backend_tokenizer)
+    text = f"{before}\n{after}"
+
+    def encode(part: str) -> list[int]:
+        return tokenizer.backend_tokenizer.encode(part, add_special_tokens=False).ids
+
+    for line in re.finditer(r"\n(?=\S)", text):
+        middle = line.end()
+        assert encode(text) == encode(f"{text[:middle]}x")[:-1] + encode(text[middle:])
+
+
+@pytest.mark.parametrize("changes", [{"lstrip": True}, {"content": "a\nb"}], ids=str)
+def test_line_breaks_are_no_borders_if_a_token_may_hold_them(small_tokenizer, changes):
+    tokenizer = copy.deepcopy(small_tokenizer())
+    assert parts_at_lines(tokenizer.backend_tokenizer)
+    tokenizer.add_tokens([AddedToken(**{"content": "<|y|>", "normalized": False, **changes})])
+    assert not parts_at_lines(tokenizer.backend_tokenizer)
 
 
 def with_words(pattern: str) -> Any:

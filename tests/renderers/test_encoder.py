@@ -4,12 +4,14 @@ import copy
 import re
 from typing import Any
 
+import chat_formats
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken
 
 from renderers.encoder import ESCAPE, Encoder, any_of
+from renderers.tokens import Trail
 
 pieces = st.sampled_from(["<|im_start|>", "<|im_end|>", "<|x|>", "user\n", "a", " ", "\n", "天", "Hi: ", "1"])
 texts = st.lists(pieces, max_size=8).map("".join)
@@ -27,6 +29,46 @@ def test_the_encoding_of_a_text_does_not_depend_on_earlier_texts(small_tokenizer
         assert encoder.encode(text).ids.tolist() == Encoder(tokenizer).encode(text).ids.tolist()
         if flag == "none":
             assert encoder.encode(text).ids.tolist() == tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+replies = st.lists(
+    st.sampled_from(
+        ["Well, then", " so", "\n", "\n\n", " ", "- 1", "天", "e\u0301", "<think>", ": ", "x", "'s"]
+    )
+    | st.text(max_size=3),
+    min_size=1,
+    max_size=12,
+).map("".join)
+
+
+@pytest.mark.parametrize("name", ["small", "qwen3"])
+@settings(max_examples=150, deadline=None)
+@given(said=st.lists(replies, min_size=1, max_size=3), thought=st.sampled_from(["\n\n", "\nHm.\n", "\n \n"]))
+def test_a_reply_that_stands_elsewhere_in_the_next_text_has_the_same_tokens(
+    small_tokenizer, name, said, thought
+):
+    """As in formats that show a reply behind its thinking first, and without it in the history."""
+    tokenizer = small_tokenizer() if name == "small" else chat_formats.tokenizer(name)
+    encoder, trail, history = Encoder(tokenizer, "<|im_start|><|im_end|><think></think>"), Trail(), ""
+    ids: list[int] = []
+    for reply in said:
+        history += "<|im_start|>user\nGo on.<|im_end|>\n<|im_start|>assistant\n"
+        text = f"{history}<think>{thought}</think>\n\n{reply}<|im_end|>\n"
+        tokens = encoder.encode(text, [len(history)], trail=trail)
+        ids[tokens.num_shared :] = tokens.ids.tolist()
+        fresh = Encoder(tokenizer, "<|im_start|><|im_end|><think></think>")
+        assert ids == fresh.encode(text, [len(history)]).ids.tolist()
+        history += f"{reply}<|im_end|>\n"
+
+
+def test_a_repeated_reply_is_not_encoded_again(small_tokenizer):
+    encoder, begin = Encoder(small_tokenizer()), "<|im_start|>assistant\n"
+    reply = "The quick brown fox jumps over a lazy dog.\n<|im_end|>"
+    encoder.encode(f"{begin}Thinking.\n\n{reply}")
+    found = encoder._repeated(encoder._latest, f"{begin}{reply} more", len("<|im_start|>"), len(begin))
+    assert found is not None
+    assert (found.start, found.end) == (len(begin), len(begin) + len(reply))
+    assert found.ids == small_tokenizer()(reply, add_special_tokens=False)["input_ids"]
 
 
 _flagged: dict[str, Any] = {}
