@@ -58,7 +58,7 @@ class _Found(NamedTuple):
     """Where tokens begin; its `ids` are to be filled in."""
 
 
-class _Repeated(NamedTuple):
+class _RepeatedPart(NamedTuple):
     """A part of a text whose tokens are known."""
 
     start: int
@@ -234,7 +234,7 @@ class Encoder:
             trail.continue_from(before)
         return tokens
 
-    def _repeated(self, before: Trail, text: str, begin: int, num_alike: int) -> _Repeated | None:
+    def _repeated(self, before: Trail, text: str, begin: int, num_alike: int) -> _RepeatedPart | None:
         """Returns a part of the text from `begin` on that the text before has too, at a later place.
 
         So a reply stands behind its thinking first, and then in the history without it. The part is the rest
@@ -254,7 +254,7 @@ class Encoder:
         _, start, place = before.controls[num - 1]
         place += len(self._encode_tail(before.text[start:at] + _LETTER))
         _, end, last_place = before.controls[last]
-        return _Repeated(first, first + end - at, before.ids[place : last_place + 1])
+        return _RepeatedPart(first, first + end - at, before.ids[place : last_place + 1])
 
     def _encode_whole(
         self,
@@ -263,7 +263,7 @@ class Encoder:
         positions: Collection[int],
         begin: int,
         place: int,
-        repeated: _Repeated | None,
+        repeated: _RepeatedPart | None,
     ) -> tuple[_Found | None, int]:
         """Encodes the text from `begin` on with the tokenizer itself; `place` tokens precede it.
 
