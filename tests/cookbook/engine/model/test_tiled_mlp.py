@@ -39,7 +39,7 @@ def run(base: BaseModel, tile: int, make_data: Any, gradients_of: Any, **lora: A
         with torch.no_grad():
             for weight in trainer.adapter.weights.values():
                 weight.copy_(torch.randn(weight.shape, generator=generator) * 0.05)
-    trainer._limits = MicrobatchLimits(128, 0)
+    trainer.limits.current = MicrobatchLimits(128, 0)
     request = trainer.check(make_data(base.vocab_size, LENGTHS), "cross_entropy", None)
     result = trainer.forward_backward(request)
     found = result.logprobs(), gradients_of(trainer)
@@ -138,7 +138,7 @@ def test_the_memory_of_a_long_sequence_falls_by_what_the_cost_says(wide: str, ma
         base = BaseModel(wide, ON)
         base.mlp_tile = tile
         trainer = Trainer(base, LoraConfig(rank=4, seed=0, train_unembed=False))
-        trainer._limits = MicrobatchLimits(length, 0)
+        trainer.limits.current = MicrobatchLimits(length, 0)
         request = trainer.check(make_data(base.vocab_size, [length]), "cross_entropy", None)
         trainer.forward_backward(request)
         peak = peak_bytes(lambda: trainer.forward_backward(request))
@@ -154,7 +154,7 @@ def test_nothing_is_kept_after_the_pass(tiny_qwen3: str, make_data: Any) -> None
     base = BaseModel(tiny_qwen3, ON)
     base.mlp_tile = TILE
     trainer = Trainer(base, LoraConfig(rank=4, seed=0))
-    trainer._limits = MicrobatchLimits(128, 0)
+    trainer.limits.current = MicrobatchLimits(128, 0)
     seen: list[Any] = []
     for layer in memory.decoder_layers(base.model):
         layer.mlp.register_forward_pre_hook(lambda module, inputs: seen.append(weakref.ref(inputs[0])))
