@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from cookbook import embedded
 from cookbook.errors import ModelError
-from cookbook.utils import hub, pretrained, weight_files
+from cookbook.utils import extras, hub, pretrained, weight_files
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -135,8 +135,13 @@ def load_from_hub_or_disk(what: str, model_name: str, load: Any, **options: Any)
                 f"is not run. {pretrained.TRUST} Or give a model of an architecture that transformers has."
             ) from error
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        package = re.search(r"pip install ([\w.-]+)", str(error)) if isinstance(error, ImportError) else None
+        if package is not None:
+            reason = reason.partition(". ")[0] + "."
         repair = (
-            "Install the package that is named here, and run it again."
+            f"Install it with `{extras.pip()} install {package[1]}`, and run it again."
+            if package is not None
+            else "Install the package that is named here, and run it again."
             if isinstance(error, ImportError)
             else "The folder is damaged or incomplete: copy or download it again."
             if is_folder

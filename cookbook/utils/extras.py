@@ -21,6 +21,10 @@ def require(package: str, asked_by: str, extra: str | None = None) -> None:
 
 
 def install_command(extra: str) -> str:
-    """Returns the command that installs an extra here: `uv venv` makes environments without pip."""
-    pip = "pip" if importlib.util.find_spec("pip") is not None else "uv pip"
-    return f"{pip} install 'sft-cookbook[{extra}]'"
+    """Returns the command that installs an extra here."""
+    return f"{pip()} install 'sft-cookbook[{extra}]'"
+
+
+def pip() -> str:
+    """Returns the command of pip in this environment: `uv venv` makes environments without pip."""
+    return "pip" if importlib.util.find_spec("pip") is not None else "uv pip"

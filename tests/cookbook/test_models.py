@@ -17,6 +17,7 @@ from transformers import AutoTokenizer
 from cookbook import embedded, models
 from cookbook.engine.model.base_model import BaseModel
 from cookbook.errors import ModelError
+from cookbook.utils import extras
 from renderers import get_renderer, renderer_names
 
 
@@ -263,3 +264,19 @@ def test_a_token_for_images_may_exceed_the_embedding(
     beyond = renderer.tokenizer.convert_tokens_to_ids("<image_soft_token>")
     prompt = renderer.build_generation_prompt([{"role": "user", "content": "<image_soft_token>"}])
     assert beyond not in prompt.to_ints()
+
+
+def test_a_package_that_a_model_needs_is_named_with_its_command(model_folder: Path) -> None:
+    """As transformers says it of the encoders of pictures of Gemma 3n and FastVLM."""
+
+    def load(*_: object, **__: object) -> None:
+        raise ImportError(
+            "\nTimmWrapperModel requires the timm library but it was not found in your environment. You can "
+            "install it with pip:\n`pip install timm`. Please note that you may need to restart your runtime."
+        )
+
+    with pytest.raises(ModelError) as caught:
+        models.load_from_hub_or_disk("weights", str(model_folder), load)
+    first, second = str(caught.value).splitlines()
+    assert first.endswith("requires the timm library but it was not found in your environment.")
+    assert second == f"Install it with `{extras.pip()} install timm`, and run it again."

@@ -237,6 +237,14 @@ _INKLING = {
     "rel_extent": 32,
     "logits_mup_width_multiplier": 2.0,
 }
+_INKLING2 = {
+    **_SWA_HEADS,
+    "sliding_window_size": 16,
+    "layer_types": ["hybrid_sliding", "hybrid"],
+    "d_rel": 4,
+    "rel_extent": 32,
+    "final_logit_softcapping": 3.0,
+}
 _SAM = {"mlp_dim": 24, "patch_size": 14, "output_channels": 8, "global_attn_indexes": [1]}
 _TINY_CODEC = {"depths": [1, 1], "downsampling_ratios": [2], "num_filters": 4}
 _MTP = "mtp.layers.0.eh_proj.weight"
@@ -946,7 +954,7 @@ FAMILIES: dict[str, TinyFamily] = {
         "emu3", vq_config=_TINY_VQ, vocabulary_map={"<image>": IMAGE, "<|extra_200|>": VISION_END}
     ),
     "fuyu": multimodal("fuyu"),
-    "inkling2_text": text_model("inkling2_text"),
+    "inkling2_text": text_model("inkling2_text", **_INKLING2),
     "kosmos2_5": multimodal("kosmos-2.5"),
     "video_llava": multimodal("video_llava", text={"model_type": "llama"}, vision=_SIGLIP),
     "qwen2_5_omni_thinker": multimodal(
@@ -974,6 +982,25 @@ FAMILIES: dict[str, TinyFamily] = {
     # -- published in the second half of 2026, and others for pictures or sound
     "qwen4_exp": multimodal("qwen4_exp", text=_QWEN4_EXP, vision=_QWEN_VISION),
     "qwen4_exp_text": text_model("qwen4_exp_text", **_QWEN4_EXP),
+    "dots3_note": multimodal(
+        "dots3_note",
+        text=_DOTS3,
+        vision={
+            "patch_size": 14,
+            "adapter_in_dim": 16,
+            "adapter_out_dim": 32,
+            "mlp_layer_types": ["dense", "sparse"],
+            "num_local_experts": 2,
+            "num_experts_per_tok": 1,
+            "moe_intermediate_size": 8,
+        },
+        audio_config={
+            "adapter_input_size": 16,
+            "adapter_out_dim": 32,
+            "feature_size": 8,
+            "downsample_hidden_size": 8,
+        },
+    ),
     "dots3_note_text": text_model("dots3_note_text", **_DOTS3),
     "muse_spark": multimodal(
         "muse_spark",
@@ -998,6 +1025,16 @@ FAMILIES: dict[str, TinyFamily] = {
         text=_INKLING,
         vision={"patch_size": 8, "text_hidden_size": 32},
         audio_config={"text_hidden_size": 32, "mel_vocab_size": 8, "n_mel_bins": 8},
+    ),
+    "inkling2": multimodal(
+        "inkling2",
+        text=_INKLING2,
+        vision={
+            "patch_size": 14,
+            "posemb_grid_size": 4,
+            "projection_hidden_dim": 16,
+            "text_hidden_size": 32,
+        },
     ),
     "minimax_m3_text": text_model("minimax_m3_vl_text", **_MINIMAX_M3),
     "qwen3_omni_thinker": multimodal(
