@@ -70,16 +70,33 @@ def create(path: Path, content: bytes | str) -> None:
 def replacing(path: Path) -> Iterator[IO[bytes]]:
     """Yields a file to fill, which replaces `path` when the body succeeds. If it fails, nothing is left."""
     _check_replaceable(path)
-    temporary, file = _new_file(path)
+    with _named_in_errors(path):
+        temporary, file = _new_file(path)
+        try:
+            with file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+                os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+_OF_A_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+"""Errors of a write, which name no file."""
+
+
+@contextlib.contextmanager
+def _named_in_errors(path: Path) -> Iterator[None]:
+    """Makes errors of the system name `path` where they name no file, or one at work for it."""
     try:
-        with file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-            os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+        yield
+    except OSError as error:
+        is_unnamed = error.filename is None and error.errno in _OF_A_DISK
+        if not is_unnamed and ".writing-" not in str(error.filename):
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def _check_replaceable(path: Path) -> None:
@@ -248,7 +265,8 @@ def writing_folder(
 def temporary_folder(path: Path) -> Iterator[Path]:
     """Yields a folder beside `path`, which is removed after the body."""
     folder = _place_of_work(path, "writing")
-    folder.mkdir(parents=True)
+    with _named_in_errors(path):
+        folder.mkdir(parents=True)
     try:
         yield folder
     finally:

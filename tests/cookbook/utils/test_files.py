@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import stat
@@ -357,3 +358,21 @@ def test_the_error_for_a_link_to_itself_names_it(tmp_path: Path) -> None:
     loop.symlink_to(loop)
     with pytest.raises(FileError, match="leads to itself"):
         files.read(loop)
+
+
+def test_errors_of_the_system_name_the_file_that_was_to_be_written(tmp_path: Path) -> None:
+    """Not the file beside it that is filled first; and a full disk, whose error names none, names it too."""
+    missing = tmp_path / "missing" / "report.html"
+    with pytest.raises(FileNotFoundError) as found:
+        files.write(missing, "text")
+    assert str(found.value) == f"[Errno 2] No such file or directory: '{missing}'"
+    target = tmp_path / "report.html"
+    with pytest.raises(OSError) as full, files.replacing(target):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert str(full.value) == f"[Errno 28] No space left on device: '{target}'"
+    assert not any(tmp_path.iterdir())
+    beneath = tmp_path / "file"
+    beneath.write_text("", encoding="utf-8")
+    with pytest.raises(NotADirectoryError) as refused, files.writing_folder(beneath / "exported"):
+        pass
+    assert str(refused.value).endswith(f": '{beneath / 'exported'}'")
