@@ -194,7 +194,7 @@ def _clients(
     return base_model, title, source.info.user_metadata or {}, clients
 
 
-def _labels(folder: str, other: str) -> tuple[str, str]:
+def _labels(folder: str | Path, other: str | Path) -> tuple[str, str]:
     """Returns what differs in the paths of two checkpoints: their names, those of their runs, or both."""
     first, second = ([part for part in Path(each).parts if part != FOLDER] for each in (folder, other))
     while first and second and first[0] == second[0]:

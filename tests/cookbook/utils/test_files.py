@@ -367,7 +367,7 @@ def test_errors_of_the_system_name_the_file_that_was_to_be_written(tmp_path: Pat
         files.write(missing, "text")
     assert str(found.value) == f"[Errno 2] No such file or directory: '{missing}'"
     target = tmp_path / "report.html"
-    with pytest.raises(OSError) as full, files.replacing(target):
+    with pytest.raises(OSError, match="No space left") as full, files.replacing(target):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     assert str(full.value) == f"[Errno 28] No space left on device: '{target}'"
     assert not any(tmp_path.iterdir())
