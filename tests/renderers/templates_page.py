@@ -15,6 +15,7 @@ import copy
 import re
 import sys
 from collections.abc import Mapping, Sequence
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,8 @@ _SPECIAL = re.compile(
 _ORDINARY = re.compile(r"</?(?:think|tool_call|tool_response|minimax:tool_call|arg_key|arg_value)>")
 _ENDS = ("<|im_end|>", "<|eot_id|>", "<|eot|>", "[e~[", "[|endofturn|]", "<seed:eos>", "<|return|>")
 _ENDS += ("<|END_OF_TURN_TOKEN|>", "<|assistant_end|>", "<|end_of_text|>", "<end_of_turn>", "<turn|>")
+
+_TAGS = (("<think>", "</think>"), ("<|begin_of_thought|>", "<|end_of_thought|>"))
 
 _INTRODUCTION = """# Published chat templates
 
@@ -88,6 +91,9 @@ class Truth:
     def __init__(self, source: str, tokenizer: Any) -> None:
         self.source = source
         self._tokenizer = tokenizer
+        known = {*tokenizer.get_vocab(), "<think>"}
+        inline = [partial(_inline, tags=tags) for tags in _TAGS if tags[0] in known]
+        self._forms = (_named, _with_json, _with_empty, _with_parts, *inline)
         names = [name for name in VALUES if re.search(rf"\b{name}\b", source)]
         self.settings: list[dict[str, Any]] = [
             {name: value for name, value in zip(names, chosen, strict=True) if value is not None}
@@ -107,7 +113,7 @@ class Truth:
         """
         printed: list[str] = []
         refusal: Exception | None = None
-        for form, setting in product((_named, _with_json, _with_empty, _with_parts, _inline), settings):
+        for form, setting in product(self._forms, settings):
             try:
                 with day_of_transformers(TODAY):
                     text = self._tokenizer.apply_chat_template(
@@ -154,12 +160,12 @@ def _with_parts(message: dict[str, Any]) -> dict[str, Any]:
     return {**message, "content": [thought, {"type": "text", "text": message["content"]}]}
 
 
-def _inline(message: dict[str, Any]) -> dict[str, Any]:
+def _inline(message: dict[str, Any], tags: tuple[str, str]) -> dict[str, Any]:
     """Returns a reply with its thinking in the text of the content."""
     if not message.get("reasoning_content"):
         return _named(message)
     rest = {key: value for key, value in message.items() if key != "reasoning_content"}
-    thought = f"<think>\n{message['reasoning_content']}\n</think>\n\n"
+    thought = f"{tags[0]}\n{message['reasoning_content']}\n{tags[1]}\n\n"
     return {**rest, "content": f"{thought}{message['content']}"}
 
 
@@ -213,11 +219,8 @@ def _check_turn(
     if not said or weights[len(prompt) - 1] or said[-1] not in stops or set(said[:-1]) & set(stops):
         return f"{WRONG}: mask"
     message = _named(messages[index])
-    opened = re.search(
-        r"<think>\s*\Z", decode(prompt)
-    )  # the prompt may have the tag that a reply's text begins with
-    content = message["content"].strip().removeprefix("<think>" if opened else "").strip()
-    if content not in decode(said):
+    # A prompt may have the tag that a reply's text begins with, and a template strip what is between tags.
+    if not all(part.strip() in decode(said) for part in re.split("</?think>", message["content"])):
         return f"{WRONG}: the reply is not trained"
     printed = truth.texts(messages[: index + 1], tools, truth.settings)
     whole = decode([*prompt, *said])
