@@ -16,12 +16,8 @@ import chz
 
 from cookbook import models
 from cookbook.config import cli
-from cookbook.data import preview
-from cookbook.data.types import ChatDatasetBuilder
 from cookbook.errors import ConfigError
-from cookbook.report import preview_page
 from cookbook.supervised import train
-from cookbook.supervised.start import sentence_on_mode, trained_mode, warn_about_template
 from cookbook.utils import files
 from cookbook.utils.rich_console import make_console, plain, plain_line
 from recipes.sft import DEFAULTS
@@ -52,6 +48,11 @@ class PreviewConfig(train.Config):
 
 
 async def run(config: PreviewConfig) -> None:
+    from cookbook.data import preview  # these take longer to import than help takes
+    from cookbook.data.types import ChatDatasetBuilder
+    from cookbook.report import preview_page
+    from cookbook.supervised.start import sentence_on_mode, trained_mode, warn_about_template
+
     builder = config.data_builder
     models.check_vocabulary(config.model_name)
     train_data, eval_data = builder()
