@@ -57,6 +57,8 @@ class Family:
     """The BOS and EOS tokens, and others that the template does not spell as the rest."""
     end_behind: Callable[[Mapping[str, Any]], str] = lambda reply: ""
     """The token that ends the turn of a last reply, where the template prints none."""
+    inline_thinking: bool = False
+    """Whether the template prints thinking only in the text of a reply, between tags of the tokenizer."""
     opening: str = ""
     """What the template prints at the end of its prompt, and not before the reply that follows it."""
     other_mode: tuple[str, Mapping[str, Any]] | None = None
@@ -80,7 +82,9 @@ FAMILIES = {
     "Qwen3, not thinking": Family(
         "qwen3", ["qwen3_disable_thinking"], "qwen3", prompt_options={"enable_thinking": False}
     ),
-    "Qwen3 Instruct 2507": Family("qwen3_instruct_2507", ["qwen3_instruct", "chat_template"], "qwen3"),
+    "Qwen3 Instruct 2507": Family(
+        "qwen3_instruct_2507", ["qwen3_instruct", "chat_template"], "qwen3", inline_thinking=True
+    ),
     "Qwen3.5": Family("qwen3_5", ["qwen3_5"], "qwen3"),
     "Qwen3.5, not thinking": Family(
         "qwen3_5", ["qwen3_5_disable_thinking"], "qwen3", prompt_options={"enable_thinking": False}
@@ -89,7 +93,7 @@ FAMILIES = {
     "Qwen3.6, not thinking": Family(
         "qwen3_6", ["qwen3_6_disable_thinking"], "qwen3", prompt_options={"enable_thinking": False}
     ),
-    "Qwen2.5": Family("qwen2_5", ["qwen2_5", "chat_template"], "qwen3"),
+    "Qwen2.5": Family("qwen2_5", ["qwen2_5", "chat_template"], "qwen3", inline_thinking=True),
     "Qwen3-VL Instruct, text": Family("qwen3_vl", ["qwen3_vl"], "qwen3"),
     "GLM-4.5": Family("glm4_5", ["glm4_5"], more_tokens=GLM_TOKENS, end_behind=end_of_glm),
     "GLM-4.5, not thinking": Family(
@@ -316,6 +320,9 @@ class Reference:
         adapted = {**message}
         if isinstance(adapted["content"], list):
             adapted["content"] = "".join(part["text"] for part in adapted["content"])
+        if "reasoning_content" in adapted and self._family.inline_thinking:
+            thought = adapted.pop("reasoning_content")
+            adapted["content"] = f"<think>\n{thought}\n</think>\n\n{adapted['content']}"
         if "reasoning_content" in adapted:
             adapted[self._family.thinking_key] = adapted.pop("reasoning_content")
         if self._family.arguments_as_text and "tool_calls" in adapted:
