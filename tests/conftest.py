@@ -57,22 +57,21 @@ def _make_model_folder(folder: Path, model_type: str = "qwen3", **overrides: obj
 
 
 LONGEST_FILES = (
-    "cookbook/jobs/test_jobs.py",
+    "cuda_rehearsal/test_rehearsal.py",
     "cookbook/supervised/test_resume.py",
-    "recipes/test_sft.py",
-    "cookbook/supervised/test_runs_of_several.py",
     "cookbook/engine/test_exactness.py",
+    "cookbook/engine/test_checkpoint.py",
+    "renderers/test_chat_template.py",
     "cookbook/engine/sampling/test_sampler.py",
-    "cookbook/engine/model/test_memory.py",
-    "cookbook/sweeps/test_sweeps.py",  # it and test_jobs.py start Ray, and wait for each other
+    "cookbook/export/test_chat_format.py",
+    "cookbook/engine/model/test_recurrence.py",
+    "golden/test_texts.py",
+    "recipes/test_sft.py",
+    "cookbook/engine/model/test_peft_settings.py",
+    "cookbook/engine/sampling/test_prompt_reuse.py",
     "recipes/test_environments.py",
-    "recipes/test_sft_loop.py",
-    "cookbook/engine/test_processes.py",
-    "fuzz/test_folders.py",
-    "renderers/test_incremental.py",
-    "recipes/test_code_of_models.py",
-    "recipes/test_export.py",
-    "recipes/test_damaged_files.py",
+    "cookbook/supervised/test_train.py",
+    "cookbook/supervised/test_runs_of_several.py",
 )
 
 
