@@ -30,15 +30,12 @@ def test_the_table_equals_the_result_of_the_comparison(parity):
 
 @pytest.mark.slow
 def test_conversations_with_a_system_message_are_exact_for_every_model_in_the_table(parity):
-    others = {
-        ("gpt-oss", "chat_template"): parity.EXACT_AS_TEXT,
-    }
     for name, family in parity.FAMILIES.items():
         reference = parity.Reference(family, chat_formats.template, chat_formats.tokenizer)
         for renderer_name in family.renderers:
             renderer = get_renderer(renderer_name, reference.tokenizer)
             found = parity.cell(renderer, reference, "system")
-            assert found == others.get((name, renderer_name), parity.EXACT), (name, renderer_name)
+            assert found == parity.EXACT, (name, renderer_name)
 
 
 def test_the_comparison_finds_a_difference(parity, small_tokenizer):
