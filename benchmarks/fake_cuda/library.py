@@ -1,4 +1,4 @@
-"""Compiles the C++ part of the fake CUDA device, once for each content, and loads it."""
+"""Compiles the C++ part of the fake CUDA device into `build`, once for each content, and loads it."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-from cookbook.data.cache import cache_folder
 from cookbook.utils import files
 
 SOURCE = Path(__file__).with_name("device.cpp")
+BUILD = Path(__file__).parents[2] / "build" / "fake_cuda"
 _is_loaded = False
 
 
@@ -48,9 +48,9 @@ def load() -> None:
 
 
 def compiled() -> Path:
-    """Returns the shared library. It is compiled if the cache has none for this source and torch."""
+    """Returns the shared library. It is compiled if `build` has none for this source and torch."""
     content = SOURCE.read_bytes() + importlib.metadata.version("torch").encode()
-    folder = cache_folder() / "fake_cuda" / hashlib.blake2b(content, digest_size=16).hexdigest()
+    folder = BUILD / hashlib.blake2b(content, digest_size=16).hexdigest()
     library = folder / "device.so"
     if library.exists():
         return library

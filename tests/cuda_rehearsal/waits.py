@@ -15,10 +15,10 @@ _MODEL = "cookbook/engine/model/"
 
 WAITS: Mapping[str, str] = {
     f"{_SAMPLING}decoders.py:PackedDecoder._run_row": "what has nan is not kept: once a prefill",
-    f"{_SAMPLING}decoders.py:PackedDecoder.prefill": "places are copied, and log-probabilities are an answer",
+    f"{_SAMPLING}decoders.py:PackedDecoder._prefill": "places are copied, log-probabilities are an answer",
     f"{_SAMPLING}sampler.py:_RunningBatch._draw": "a token may end its sequence: once a token for all",
     f"{_SAMPLING}sampler.py:_RunningBatch._score": "scores of whole texts are answers: once a pass",
-    f"{_TRAINING}trainer.py:Trainer._check_finite": "a checkpoint with nan is refused: one read",
+    f"{_TRAINING}state_checks.py:check_finite": "a checkpoint with nan is refused: one read",
     f"{_TRAINING}trainer.py:Trainer.load": "a checkpoint is copied to the device",
     f"{_TRAINING}optimizer.py:Optimizer.restore": "a checkpoint is copied to the device",
     "cookbook/engine/checkpoint.py:": "a checkpoint is copied to the host, to be written",
@@ -38,7 +38,7 @@ DOUBLES: Mapping[str, str] = {
 
 ANSWERS: Mapping[str, Any] = {
     f"{_MODEL}backward_trial.py:gradient_of_embeddings": True,
-    f"{_TRAINING}trainer.py:Trainer._check_finite": True,
+    f"{_TRAINING}state_checks.py:check_finite": True,
     f"{_SAMPLING}decoders.py:PackedDecoder._run_row": True,
 }
 """The values that these functions read from the device; all others read 0."""

@@ -130,6 +130,7 @@ def command(base: Path, adapter: Path, rows: Path, tmp_path: Path) -> Command:
     return lambda name: commands(base, adapter, rows, tmp_path / "run")[name]
 
 
+@pytest.mark.cases(6)
 @pytest.mark.parametrize("name", NAMES)
 def test_a_model_of_an_unknown_architecture_is_refused_without_running_its_code(
     name: str,

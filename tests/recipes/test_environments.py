@@ -112,7 +112,7 @@ def test_a_piped_question_that_is_not_utf8_is_named(run: Run, tmp_path: Path) ->
     )
 
 
-@pytest.mark.cases(2)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("argv", "code", "message"),
     [

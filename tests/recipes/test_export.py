@@ -233,7 +233,7 @@ def test_a_run_in_4_bits_reports_what_it_is_merged_into(
     assert "trained on a base model in 4 bits" in Path("out/README.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.cases(3)
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("umask", [0o077, 0o002])
 @pytest.mark.parametrize("format", ["adapter", "merged", "gguf"])
 def test_exported_files_have_the_modes_of_the_umask(exporting: Exporting, format: str, umask: int) -> None:

@@ -73,6 +73,7 @@ def test_both_sides_of_a_border_are_encoded_separately(tokenizer, before, after)
         assert encode(text) == encode(text[:middle]) + encode(text[middle:])
 
 
+@pytest.mark.cases(1)
 @settings(max_examples=200, deadline=None)
 @given(before=texts, after=texts)
 def test_both_sides_of_a_line_break_are_encoded_separately_if_the_first_is_in_front_of_a_letter(

@@ -25,6 +25,7 @@ def tokenizer(request, small_tokenizer):
     return small_tokenizer() if request.param == "small" else chat_formats.tokenizer(request.param)
 
 
+@pytest.mark.cases(1)
 @few
 @given(turns=st.lists(st.tuples(text, text), min_size=1, max_size=3))
 def test_replies_are_trained_up_to_the_label_of_the_next_user(renderer_of, tokenizer, trained_runs, turns):

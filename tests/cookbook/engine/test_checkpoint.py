@@ -401,6 +401,7 @@ print("loaded")
 """
 
 
+@pytest.mark.slow
 def test_a_full_disk_raises_one_clear_error_and_keeps_earlier_checkpoints(
     tiny_qwen3: str, tmp_path: Path, programs: Programs
 ) -> None:

@@ -139,6 +139,7 @@ def test_a_checkpoint_of_one_process_is_resumed_with_sharded_weights(
     assert_same(one, ranks.results("training:resumed", 2, shard="full", **arguments)[0])
 
 
+@pytest.mark.slow
 def test_a_model_saved_in_parts_is_a_model_folder(steps: Steps) -> None:
     saved = steps(2, 0, "full")[0]
     model = AutoModelForCausalLM.from_pretrained(saved["saved"])

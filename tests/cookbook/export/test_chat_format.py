@@ -56,6 +56,7 @@ TELLS_ALL_THINKING = {
 """Those of Qwen3.8, too, print the thinking of the history."""
 
 
+@pytest.mark.cases(10)
 def test_the_exported_template_prints_the_thinking_of_the_history_as_in_training(
     formatted: tuple[str, Any], format_of_each: ChatFormat
 ) -> None:

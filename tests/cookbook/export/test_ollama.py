@@ -78,6 +78,7 @@ def test_a_conversation_may_replace_the_system_prompt_of_the_run(
     assert "arr" not in found["TEMPLATE"]
 
 
+@pytest.mark.cases(10)
 def test_generation_stops_at_the_stop_sequences_of_the_renderer(format_of_each: ChatFormat) -> None:
     chat_format = format_of_each
     found = [value for word, value in commands(modelfile(chat_format, ".")) if word == "PARAMETER stop"]

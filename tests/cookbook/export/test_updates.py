@@ -45,6 +45,7 @@ def written(checkpoint: Path, folder: Path, **more: Any) -> Path:
     return folder
 
 
+@pytest.mark.cases(2)
 @pytest.mark.parametrize(("kind", "name"), CASES)
 @pytest.mark.parametrize("are_names_others", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_merged_adapter_of_peft_has_its_logits(
@@ -64,6 +65,7 @@ def test_a_merged_adapter_of_peft_has_its_logits(
     assert is_tied == (kind == "tied" and not differs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["trained tokens", "DoRA", "saved embeddings", "ranks and alphas by pattern"]
 )

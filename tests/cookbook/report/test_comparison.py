@@ -166,6 +166,7 @@ def test_curves_of_many_long_runs_are_reduced_but_keep_their_extremes_and_ends(
         assert [drawn[step] for step, _ in ends] == pytest.approx([value for _, value in ends], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_metrics_that_do_not_fit_the_page_are_counted(make_run: MakeRun, tmp_path: Path) -> None:
     runs = [make_run(name) for name in ("a", "b")]
     page = compare(runs, tmp_path / "compare.html")

@@ -30,6 +30,7 @@ def test_a_picture_is_drawn_from_the_rows_of_a_run(make_run: Callable[..., Path]
         assert tuple(bytes.fromhex(wanted[1:])) in colours, "the curves of train/nll and test/nll"
 
 
+@pytest.mark.slow
 def test_more_metrics_make_a_taller_picture(tmp_path: Path) -> None:
     rows = [{"step": step, "train/nll": 1.0 + step} for step in range(30)]
     more = [{**row, "qa/accuracy": 0.5, "qa/f1": 0.2} for row in rows]

@@ -93,6 +93,7 @@ def test_a_stopped_run_with_every_key_ends_as_one_that_was_not(data: Path, tmp_p
     assert all((found[name] == tensor).all() for name, tensor in expected.items())
 
 
+@pytest.mark.slow
 def test_another_value_of_a_key_is_no_resume(finished: train.RunSummary, data: Path) -> None:
     with pytest.raises(ConfigError, match="add_tokens"):
         asyncio.run(train.main(config_of(finished.log_path, data, *KEYS[:3], "add_tokens=<c>")))

@@ -145,6 +145,7 @@ def test_a_comma_with_a_space_stays_in_a_prompt(text: str, prompts: list[str]) -
 # -- warnings ---------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_few_held_out_rows_make_the_best_checkpoint_noise(run: Path) -> None:
     assert "Only 2 rows are held out" in (run / "train.log").read_text(encoding="utf-8")
 

@@ -103,6 +103,7 @@ def wait_for_rows(folder: Path, num_rows: int) -> None:
     wait_until(lambda: path.exists() and path.read_bytes().count(b"\n") >= num_rows, seconds=120)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("size", "shard"), slow_except([(2, "full")], [(1, "auto"), (2, "full"), (4, "auto")])
 )

@@ -53,6 +53,7 @@ def mistral_large4(tmp_path_factory: pytest.TempPathFactory) -> family_checks.Su
     return family_checks.Subject("mistral_large4", tmp_path_factory.mktemp("mistral_large4"))
 
 
+@pytest.mark.slow
 def test_experts_whose_names_peft_changes_carry_an_adapter_that_is_read(
     mistral_large4: family_checks.Subject,
 ) -> None:

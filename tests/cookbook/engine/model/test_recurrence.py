@@ -186,6 +186,7 @@ def test_projections_are_run_once_for_tokens_that_sequences_share(
     assert operations[0] / operations[1] <= 251 / 480, "without sharing, padding is computed too"
 
 
+@pytest.mark.cases(2)
 @pytest.mark.parametrize("name", HYBRIDS)
 def test_nan_in_one_packed_sequence_does_not_spread_through_a_recurrent_layer(
     name: str, folder_of: Callable[[str], Path]

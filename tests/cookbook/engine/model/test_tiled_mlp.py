@@ -57,6 +57,7 @@ def assert_close(found: tuple[Any, Any], expected: tuple[Any, Any], tolerance: f
     assert any(gradient.abs().max() > 0 for gradient in found[1].values())
 
 
+@pytest.mark.cases(2)
 @pytest.mark.parametrize("lora", [{}, {"rank": 0}, {"dropout": 0.3}, {"train_mlp": False}], ids=str)
 def test_gradients_are_those_without_tiles(
     lora: dict[str, Any], tiny_qwen3: str, make_data: Any, gradients_of: Any
@@ -69,6 +70,7 @@ def test_gradients_are_those_without_tiles(
     assert_close(found, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", slow_after(2, ["gemma3_text", "zamba2", "qwen3_5", "phi3", "mixtral", "gpt_neox"])
 )
@@ -131,6 +133,7 @@ def peak_bytes(work: Callable[[], Any]) -> int:
     return most
 
 
+@pytest.mark.slow
 def test_the_memory_of_a_long_sequence_falls_by_what_the_cost_says(wide: str, make_data: Any) -> None:
     length = 250
 

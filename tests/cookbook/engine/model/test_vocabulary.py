@@ -99,6 +99,7 @@ def test_added_tokens_begin_as_the_mean_and_are_trained_and_loaded_by_peft(base:
     with_service.close()
 
 
+@pytest.mark.slow
 def test_a_run_with_added_tokens_resumes_to_the_bit(base: str, tmp_path: Path) -> None:
     service = ServiceClient(device="cpu", checkpoint_dir=tmp_path)
     client = service.create_training_client(base, LoraConfig(4, seed=0, add_tokens=NEW))

@@ -130,6 +130,7 @@ def base_and_rank(request: Any, tiny_qwen3: str) -> tuple[BaseModel, int]:
     return BaseModel(tiny_qwen3, EngineOptions(device="cpu", dtype=dtype, optimizer_bits=8)), rank
 
 
+@pytest.mark.cases(1)
 def test_a_state_that_is_saved_and_loaded_continues_to_the_same_bits(
     base_and_rank: tuple[BaseModel, int], tiny_qwen3: str, make_data: Any, tmp_path: Path
 ) -> None:
