@@ -1,4 +1,7 @@
-"""Small models and tokenizers, built in this process without any download."""
+"""Small models and tokenizers, built in this process without any download.
+
+The process that only distributes tests reads this file too, so functions import torch and transformers.
+"""
 
 from __future__ import annotations
 
@@ -10,14 +13,15 @@ os.environ.setdefault("WANDB_MODE", "disabled")
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import HealthCheck, settings
 from programs import Programs
-from tiny_tokenizer import TEXT, make_tokenizer
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 # `make test` tries fewer examples of a property than `make test-slow`, which tries them for minutes.
 # How long examples take depends on what else the machine does.
@@ -29,6 +33,10 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
 
 def _make_model_folder(folder: Path, model_type: str = "qwen3", **overrides: object) -> Path:
     """Writes a random model of a few thousand parameters with the vocabulary of `make_tokenizer`."""
+    import torch
+    from tiny_tokenizer import make_tokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM
+
     tokenizer = make_tokenizer()
     config = AutoConfig.for_model(
         model_type,
@@ -132,6 +140,8 @@ def make_model_folder() -> Callable[..., Path]:
 
 @pytest.fixture
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    from tiny_tokenizer import make_tokenizer
+
     return make_tokenizer()
 
 
@@ -143,6 +153,8 @@ def tiny_qwen3(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="session")
 def chats() -> list[list[dict[str, str]]]:
     """Conversations of different lengths in the vocabulary of the tiny tokenizer."""
+    from tiny_tokenizer import TEXT
+
     rng = np.random.default_rng(0)
     words = " ".join(TEXT).split()
     conversations = []

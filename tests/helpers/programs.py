@@ -20,16 +20,18 @@ PRELOADED = (
     "torch",
     "peft",
     "transformers.models.qwen3.modeling_qwen3",
+    "cookbook.clients.service",
     "jinja2",
     "matplotlib.backends.backend_agg",
     "matplotlib.figure",
     "PIL.PngImagePlugin",
     "pyarrow.dataset",
-    "cookbook.clients.service",
     "cookbook.data",
     "cookbook.report.run_page",
     "cookbook.supervised.train",
 )
+FEW = PRELOADED[:4]
+"""What is imported where something is called before torch."""
 AFTER_THE_START = ("PYTHONPATH", "PYTHONIOENCODING")
 """The variables of an interpreter that a child of the server applies after the fork."""
 
@@ -225,7 +227,7 @@ if __name__ == "__main__":
         name, _, function = sys.argv[1].partition(":")
         getattr(importlib.import_module(name), function)()
     gc.disable()  # importing creates many objects and discards few
-    for module in PRELOADED:
+    for module in FEW if sys.argv[1] else PRELOADED:
         importlib.import_module(module)
     gc.enable()
     gc.freeze()  # otherwise the last collection of each child traverses all of these modules, for two seconds

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
-from mlflow.tracking import MlflowClient
 
 from cookbook.errors import ConfigError
 from cookbook.loggers import MLflowLogger
 from cookbook.utils.tables import Table
 
 CONFIG = {"_type": "a:B", "learning_rate": 1.0, "dataset_builder": {"_type": "c:D", "dataset": "x.jsonl"}}
+
+
+def mlflow_client() -> Any:
+    from mlflow.tracking import MlflowClient  # takes a second
+
+    return MlflowClient()
 
 
 @pytest.fixture(autouse=True)
@@ -28,7 +34,7 @@ def test_metrics_tables_and_the_config_are_read_back(tmp_path: Path) -> None:
     logger.log(0, {"test/nll": 2.5})
     logger.log(1, {"test/nll": 1.25})
     logger.close()
-    client = MlflowClient()
+    client = mlflow_client()
     experiment = client.get_experiment_by_name("pirates")
     assert experiment is not None
     (run,) = client.search_runs([experiment.experiment_id])
@@ -45,7 +51,7 @@ def test_a_resumed_run_continues_under_its_id(tmp_path: Path) -> None:
     logger = MLflowLogger(tmp_path, "pirates", "mine", CONFIG)
     logger.log(1, {"test/nll": 1.0})
     logger.close()
-    client = MlflowClient()
+    client = mlflow_client()
     experiment = client.get_experiment_by_name("pirates")
     assert experiment is not None
     (run,) = client.search_runs([experiment.experiment_id])
