@@ -14,6 +14,8 @@ FOLDERS = ("cookbook", "renderers", "recipes", "benchmarks", "tests")
 
 def calls_without_encoding(code: str) -> Iterator[ast.Call]:
     """Yields the calls that open a text file in the encoding of the environment."""
+    if not any(word in code for word in ("open(", "_text(", "FileHandler", "TemporaryFile")):
+        return  # most files are not parsed
     for node in ast.walk(ast.parse(code)):
         if isinstance(node, ast.Call) and _opens_text(node):
             names = {keyword.arg for keyword in node.keywords}

@@ -16,6 +16,7 @@ texts = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(texts)
 
 
+@pytest.mark.cases(6)
 @pytest.mark.parametrize("recipe", texts.RECIPES)
 def test_help_equals_the_golden_file(recipe: str, programs: Programs) -> None:
     done = programs.run(f"recipes.{recipe}", "--help", cwd=texts.ROOT, environment=texts.ENVIRONMENT)

@@ -133,7 +133,7 @@ def test_an_error_of_a_file_that_is_not_json_names_it(run_folder: Path, name: st
         look(run_folder)
 
 
-@pytest.mark.cases(7)
+@pytest.mark.cases(5)
 @pytest.mark.parametrize(
     ("name", "key", "wrong"),
     [
@@ -195,7 +195,7 @@ def saved(tmp_path: Path, tiny_qwen3: str) -> Path:
     return path
 
 
-@pytest.mark.cases(2)
+@pytest.mark.cases(1)
 @pytest.mark.parametrize(
     ("damage", "problem"),
     [

@@ -206,6 +206,7 @@ def test_ollama_gets_merged_weights_if_gguf_is_not_supported(
     assert Path("out/model.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_an_adapter_is_exported_for_a_model_of_ollamas_library(
     exporting: Exporting, make_model_folder: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -221,6 +222,7 @@ def test_an_adapter_is_exported_for_a_model_of_ollamas_library(
     assert not list(Path("out").glob("model*"))
 
 
+@pytest.mark.slow
 def test_a_run_in_4_bits_reports_what_it_is_merged_into(
     exporting: Exporting, run: Path, tmp_path: Path
 ) -> None:

@@ -659,6 +659,7 @@ SCRAPS = [
 ]
 
 
+@pytest.mark.cases(3)
 @settings(max_examples=60, deadline=None)
 @given(data=st.data(), scraps=st.lists(st.sampled_from(SCRAPS), max_size=6))
 @pytest.mark.parametrize("template", ["chatml", "forgetful", HERMES, BEGUN, RESPONSE, COLON])

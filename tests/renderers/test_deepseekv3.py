@@ -173,6 +173,7 @@ def test_the_last_reply_with_its_thinking_follows_the_prompt_of_the_template(
 # -- prompts and masks --------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @few
 @given(messages=conversations_of(text), name=st.sampled_from(RENDERERS), data=st.data())
 def test_every_trained_turn_follows_its_own_prompt_once(renderer_of, tokenizer, messages, name, data):

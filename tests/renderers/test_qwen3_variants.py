@@ -96,6 +96,7 @@ def test_tokens_equal_those_of_the_template(renderer_of, qwen, template_text, na
     assert prompt == parted_tokens(name, qwen, template_text(name, qwen, messages, tools, prompt=True))
 
 
+@pytest.mark.cases(3)
 @pytest.mark.parametrize("name", [INSTRUCT, SILENT])
 @few
 @given(messages=answered_conversations, tools=tools)

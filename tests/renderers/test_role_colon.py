@@ -41,6 +41,7 @@ def test_replies_are_trained_up_to_the_label_of_the_next_user(renderer_of, token
         assert example[0].to_ints()[: len(prompt)] == prompt
 
 
+@pytest.mark.cases(1)
 @few
 @given(said=text)
 def test_the_trained_tokens_parse_to_the_message(renderer_of, tokenizer, said):

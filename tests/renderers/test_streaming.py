@@ -85,7 +85,7 @@ def fields(message: Any) -> dict[str, str]:
     return {name: message[name] for name in ("content", "reasoning_content") if message.get(name)}
 
 
-@pytest.mark.cases(3)
+@pytest.mark.cases(2)
 @few
 @given(text=replies, sizes=sizes)
 def test_deltas_concatenate_to_the_fields_of_the_reply_for_any_chunks(renderer, text, sizes):

@@ -97,6 +97,7 @@ def test_a_template_is_refused_before_it_produces_too_much(source: str) -> None:
         compiled(source).render(messages=CHAT)
 
 
+@pytest.mark.cases(2)
 @pytest.mark.parametrize("source", ENDLESS.values(), ids=ENDLESS)
 def test_a_template_that_runs_forever_is_stopped(source: str) -> None:
     with pytest.raises(

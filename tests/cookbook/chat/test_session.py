@@ -124,6 +124,7 @@ def test_a_message_longer_than_the_context_is_refused_and_not_kept(
     assert session.messages == before
 
 
+@pytest.mark.slow
 def test_a_reply_says_what_truncated_it(start: Callable[..., ChatSession]) -> None:
     turn = start(max_tokens=3).ask("How do I make a cup of tea?")
     list(turn)

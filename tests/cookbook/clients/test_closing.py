@@ -232,6 +232,7 @@ def test_clean_ups_after_an_engine_has_ended_are_dropped(tiny_qwen3: str) -> Non
     assert reference() is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [4, 0])
 def test_the_error_of_a_save_does_not_reference_weights(
     rank: int, service: ServiceClient, tiny_qwen3: str
@@ -438,6 +439,7 @@ def test_a_sampler_outlives_the_training_client_that_created_it(
         sampler.close()
 
 
+@pytest.mark.cases(2)
 @pytest.mark.parametrize("closed", ["client", "service"])
 @pytest.mark.parametrize("rank", [4, 0])
 def test_pending_futures_complete_at_close(

@@ -51,6 +51,7 @@ def adapters(client: TrainingClient) -> set[str]:
     return client._engine.submit(lambda: set(client._engine.base.adapters._peft.peft_config)).result()
 
 
+@pytest.mark.slow
 def test_sequences_are_read_directly_from_the_future(client: TrainingClient) -> None:
     sampling_client = client.save_weights_and_get_sampling_client(name="straight")
     params = SamplingParams(max_tokens=5, temperature=0.7, stop_token_ids=[0, 1])
@@ -225,6 +226,7 @@ def test_a_stream_yields_each_token_as_it_is_sampled(client: TrainingClient) -> 
     assert asyncio.run(read()) == expected.tokens
 
 
+@pytest.mark.slow
 def test_a_stream_without_a_reader_ends(client: TrainingClient) -> None:
     sampling_client = client.save_weights_and_get_sampling_client()
     stream = sampling_client.stream(PROMPT, SamplingParams(max_tokens=250, stop_token_ids=[10**6]))

@@ -77,6 +77,7 @@ def test_a_client_from_a_state_with_its_optimizer_resumes_bit_for_bit(
     )
 
 
+@pytest.mark.slow
 def test_a_client_from_a_state_without_optimizer_has_the_weights_and_a_new_optimizer(
     service: ServiceClient, tiny_qwen3: str
 ) -> None:

@@ -129,6 +129,7 @@ def test_soft_targets_have_the_loss_and_gradients_of_plain_transformers(
         np.testing.assert_allclose(found_gradients[name], expected, rtol=1e-3, atol=1e-4 * scale + 1e-7)
 
 
+@pytest.mark.slow
 def test_a_custom_loss_gets_log_probabilities_in_the_shape_of_the_targets(
     client: TrainingClient, tiny_qwen3: str
 ) -> None:

@@ -141,6 +141,7 @@ def test_an_empty_stop_turns_stopping_off(client: TrainingClient) -> None:
     assert len(sampler.sample(PROMPT, 1, params).result().sequences[0].tokens) == 40
 
 
+@pytest.mark.slow
 def test_sequences_have_ids_of_their_own(client: TrainingClient) -> None:
     sampler = client.save_weights_and_get_sampling_client()
     responses = [sampler.sample(PROMPT, 3, GREEDY).result() for _ in range(2)]
@@ -478,6 +479,7 @@ def test_the_sdk_is_not_replaced_once_it_is_imported() -> None:
     assert "ConfigError: The package tinker is imported already" in done.stderr
 
 
+@pytest.mark.slow
 def test_arrays_of_results_are_there_too(client: TrainingClient) -> None:
     sampler = client.save_weights_and_get_sampling_client()
     response = sampler.sample(PROMPT, 1, GREEDY, include_prompt_logprobs=True).result()

@@ -195,6 +195,7 @@ def test_it_answers_like_the_local_client(
     assert set(server.clients) == {"base"}, "the adapter is unloaded"
 
 
+@pytest.mark.slow
 def test_many_requests_run_at_the_same_time(server: Server) -> None:
     client = VLLMSamplingClient(server.url)
 

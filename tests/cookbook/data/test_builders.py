@@ -663,6 +663,7 @@ def counting_builder(path: Path, model: str, **options: Any) -> CountingBuilder:
     return CountingBuilder(file_path=str(path), common_config=common, **{"test_size": 0, **options})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_proc", [1, 2])
 def test_the_report_has_the_counts_of_all_processes(tiny_qwen3: str, tmp_path: Path, num_proc: int) -> None:
     rows = [{"colour": "red"}] * 600 + [{"colour": "blue"}] * 3 + [{"colour": "bad"}, {"is_unwanted": True}]

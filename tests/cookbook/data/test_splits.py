@@ -236,6 +236,7 @@ def test_data_files_may_have_every_form_of_the_hub(
     assert evaluation_files(folder) == evaluation
 
 
+@pytest.mark.cases(5)
 @pytest.mark.parametrize(
     ("readme", "said"),
     [

@@ -101,6 +101,7 @@ def test_a_loaded_state_resumes_bit_for_bit(base: BaseModel, tmp_path: Path) -> 
         assert (tmp_path / "other" / name).read_bytes() == (tmp_path / "same" / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_a_state_loaded_without_its_optimizer_resets_adam(base: BaseModel, saved: Path) -> None:
     other = trained(base, seed=5)
     other.load(str(saved), with_optimizer=False)

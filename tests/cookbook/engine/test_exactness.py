@@ -514,7 +514,7 @@ def test_a_batch_with_nothing_to_share_has_the_same_bits_with_and_without_sharin
         assert torch.equal(gradient, shared.gradients[name])
 
 
-@pytest.mark.cases(13)
+@pytest.mark.cases(8)
 @pytest.mark.parametrize("name", IN_ROWS)
 @pytest.mark.parametrize("index", [0, 1, 2])
 def test_nan_in_one_packed_sequence_does_not_spread(name: str, index: int, trainer_of: Any) -> None:

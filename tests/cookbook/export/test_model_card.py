@@ -58,6 +58,7 @@ def test_the_program_of_the_card_runs_and_is_short(
     assert re.search(r"[a-z]{2,}", capsys.readouterr().out)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format", ["adapter", "merged"])
 def test_the_program_uses_the_stop_strings_of_a_format(
     tiny_qwen3: str, tmp_path: Path, format: str, monkeypatch: pytest.MonkeyPatch

@@ -130,7 +130,7 @@ def test_a_whole_reply_and_a_streamed_one_are_the_same(
     assert len(deltas) > 2
 
 
-@pytest.mark.cases(2)
+@pytest.mark.cases(1)
 @pytest.mark.parametrize(
     ("body", "headers", "status"),
     [

@@ -85,6 +85,7 @@ def test_clicking_a_column_sorts_the_runs_and_clicking_a_name_hides_its_curves(
     assert browser.errors == []
 
 
+@pytest.mark.slow
 def test_runs_of_the_same_name_are_distinguished_by_their_paths(
     make_run: MakeRun, tmp_path: Path, browser: Any
 ) -> None:
@@ -108,6 +109,7 @@ def test_more_runs_than_colours_differ_in_their_dash_patterns(
     assert browser.evaluate("document.documentElement.scrollWidth") <= 1400
 
 
+@pytest.mark.slow
 def test_a_run_without_a_step_is_listed_without_curves(
     make_run: MakeRun, tmp_path: Path, browser: Any
 ) -> None:

@@ -45,6 +45,7 @@ def test_without_a_loss_or_an_evaluation_there_is_no_picture(tmp_path: Path) -> 
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_single_step_is_a_dot(tmp_path: Path) -> None:
     path = curves.draw([{"step": 0, "train/nll": 1.0}], tmp_path / "curves.png")
     assert path is not None

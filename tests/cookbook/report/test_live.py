@@ -74,6 +74,7 @@ def test_a_page_that_cannot_be_written_is_reported_in_one_warning(
     assert "report.html could not be written: DataError" in caplog.text
 
 
+@pytest.mark.slow
 def test_a_page_that_is_written_again_reads_only_new_metrics(
     make_run: Callable[..., Path], bytes_read: Callable[[], int]
 ) -> None:

@@ -73,6 +73,7 @@ def test_the_facts_stand_in_one_grid(width: int, num_lines: int, make_run: MakeR
     assert len(set(tops)) == (num_lines if num_facts == 7 else min(num_lines, 3))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [390, 1280])
 def test_names_of_runs_do_not_break(width: int, make_run: MakeRun, tmp_path: Path, browser: Any) -> None:
     names = ["no-robots_qwen3-learning_rate=1e-4", "lora_rank=8,seed=0"]

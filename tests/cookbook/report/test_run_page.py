@@ -132,6 +132,7 @@ def test_the_figures_at_the_top_describe_the_run(make_run: MakeRun, browser: Any
         assert words in text, words
 
 
+@pytest.mark.slow
 def test_checkpoints_are_links_and_the_best_is_marked(make_run: MakeRun, browser: Any) -> None:
     run = make_run()
     browser.open(write_report(run))

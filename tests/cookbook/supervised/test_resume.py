@@ -149,6 +149,7 @@ def test_a_run_killed_while_it_saves_resumes_to_the_same_bits(
     assert_same_run(Path(config["log_path"]), uninterrupted)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", slow_after(1, range(3)))
 def test_a_run_killed_at_a_random_moment_resumes_to_the_same_bits(
     server: Any, make_config: Callable, uninterrupted: Path, seed: int

@@ -187,6 +187,7 @@ def test_every_documented_command_can_be_planned(
     assert len(make_plan([*line.split(), f"log_path={tmp_path}"]).runs) > 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_every_shipped_sweep_can_be_planned(path: Path, tmp_path: Path, tiny_qwen3: str) -> None:
     plan = make_plan([f"sweep={path}", f"log_path={tmp_path}", f"model_name={tiny_qwen3}"])

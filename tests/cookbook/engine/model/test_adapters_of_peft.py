@@ -102,6 +102,7 @@ def test_an_adapter_of_peft_is_continued_as_peft_itself_would(
     client.close()
 
 
+@pytest.mark.cases(2)
 @pytest.mark.parametrize(
     ("kind", "settings"),
     cases(

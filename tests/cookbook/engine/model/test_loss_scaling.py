@@ -27,7 +27,7 @@ def scaled(data: list[Datum], factor: float) -> list[Datum]:
     ]
 
 
-@pytest.mark.cases(3)
+@pytest.mark.cases(2)
 @pytest.mark.parametrize("factor", [1e-9, 1.0, 1e9])
 @pytest.mark.parametrize("checkpointing", ["off", "on"])
 def test_gradients_neither_vanish_nor_overflow(

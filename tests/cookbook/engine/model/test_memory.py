@@ -429,6 +429,7 @@ def test_limits_that_are_too_large_are_tried_less_and_less_often(make_tight: Any
     assert Recovery(patience=memory._MAX_PATIENCE).after_failure(3).patience == memory._MAX_PATIENCE
 
 
+@pytest.mark.slow
 def test_a_sequence_that_was_checkpointed_is_tried_again_without_checkpointing(
     make_tight: Any, make_data: Any
 ) -> None:

@@ -23,7 +23,7 @@ def service() -> Any:
     service.close()
 
 
-@pytest.mark.cases(3)
+@pytest.mark.cases(2)
 @pytest.mark.parametrize(
     ("targets", "as_in_peft"),
     [

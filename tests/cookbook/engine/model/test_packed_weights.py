@@ -87,6 +87,7 @@ def test_weights_that_have_changed_are_not_sampled_from_the_copy(tiny_qwen3: str
     assert found.logprobs == pytest.approx(expected, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_models_that_cannot_be_packed_are_sampled_with_padding(
     tiny_qwen3: str, make_model_folder: Any, tmp_path: Any, caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip

@@ -71,6 +71,7 @@ def test_experts_whose_names_peft_changes_carry_an_adapter_that_is_read(
     assert family_checks.merged(mistral_large4) == "yes"
 
 
+@pytest.mark.slow
 def test_layers_on_which_peft_reads_an_adapter_from_no_file_are_found(
     mistral_large4: family_checks.Subject,
 ) -> None:

@@ -109,7 +109,7 @@ def test_towers_are_not_moved_with_the_model_and_follow_when_they_are_called(tmp
     assert any(weight.device.type == "meta" for tower in towers.values() for weight in tower.parameters())
 
 
-@pytest.mark.cases(2)
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("name", all_families(MULTIMODAL))
 def test_peft_loads_an_adapter_onto_the_published_class_with_equal_logprobs(
     name: str, tmp_path: Path

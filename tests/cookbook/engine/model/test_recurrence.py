@@ -232,6 +232,7 @@ def test_packed_gradients_in_bfloat16_are_as_accurate_as_those_of_plain_transfor
     assert np.median(list(packed.values())) < 1.5 * np.median(list(plain.values()))
 
 
+@pytest.mark.slow
 def test_without_splitting_a_hybrid_is_padded(folder_of: Callable[[str], Path]) -> None:
     """The fault that splitting repairs: the torch fallbacks run across the borders of sequences."""
     base = BaseModel(str(folder_of("lfm2_moe")), EngineOptions(dtype="float32"))
@@ -293,6 +294,7 @@ def test_with_kernels_that_ignore_the_borders_rows_are_split(
     assert max(errors.values()) < 1e-4, max(errors.items(), key=lambda item: item[1])
 
 
+@pytest.mark.slow
 def test_without_kernels_rows_are_split(folder_of: Callable[[str], Path]) -> None:
     base = BaseModel(str(folder_of("qwen3_5")), EngineOptions(dtype="float32"))
     assert base.is_packed

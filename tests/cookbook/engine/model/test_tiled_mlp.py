@@ -188,6 +188,7 @@ def test_the_longest_sequence_with_tiles(room: float, squared: float) -> None:
     assert cost.bytes_of(longest + 1, is_checkpointed=True) > room
 
 
+@pytest.mark.slow
 def test_the_estimate_counts_tiles_as_the_engine_measures_them(wide: str) -> None:
     from transformers import AutoConfig
 

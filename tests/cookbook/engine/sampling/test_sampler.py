@@ -528,6 +528,7 @@ def test_scores_that_are_nan_fail_alone(broken_base: BaseModel, value: float) ->
         )
 
 
+@pytest.mark.slow
 def test_weights_of_nan_fail_every_request_and_no_other_model(base: BaseModel, adapter: Adapter) -> None:
     """Also before anything was sampled from the model, when its decoders have not been compared."""
     other = BaseModel(base.name)
@@ -542,6 +543,7 @@ def test_weights_of_nan_fail_every_request_and_no_other_model(base: BaseModel, a
     assert other.decodes_packed
 
 
+@pytest.mark.slow
 def test_a_request_whose_listener_raises_fails_alone(base: BaseModel, adapter: Adapter) -> None:
     def refuse(index: int, token: int, logprob: float) -> None:
         raise RuntimeError("no listener")
@@ -559,6 +561,7 @@ def test_a_request_whose_listener_raises_fails_alone(base: BaseModel, adapter: A
 # -- stop conditions and numeric settings -----------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop", [[], ()])
 def test_an_empty_stop_never_stops(
     base: BaseModel, make_model_folder: Any, tmp_path: Path, stop: Any

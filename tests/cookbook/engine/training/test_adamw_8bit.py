@@ -68,6 +68,7 @@ def test_steps_have_the_bits_of_bitsandbytes() -> None:
         assert torch.equal(weights[name], weight), name
 
 
+@pytest.mark.slow
 def test_steps_follow_adamw_in_float32_and_small_weights_take_its_very_steps() -> None:
     found, exact = make_weights(), make_weights()
     del found["large"], exact["large"]

@@ -109,6 +109,7 @@ def test_a_failed_step_changes_nothing(
     assert_same(state_of(optimizer), state_of(reference))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [4, 0])
 def test_a_client_continues_after_a_failed_step(
     rank: int, tiny_qwen3: str, make_trainer: Any, make_data: Any
