@@ -28,6 +28,7 @@ def test_a_circle_is_a_group_whose_members_reach_each_other(
     assert circles(edges) == found
 
 
+@pytest.mark.slow  # `make check` runs it
 def test_no_import_points_up() -> None:
     """Includes imports by name, which `tests/test_import_direction.py` does not read."""
     assert house.arrows_up() == []
@@ -53,6 +54,7 @@ def test_a_package_may_export_its_modules_but_they_may_not_import_it() -> None:
     assert list(imports("from renderers import Renderer", "renderers.streaming")) == ["renderers"]
 
 
+@pytest.mark.slow  # `make check` runs it
 def test_no_two_classes_share_a_name() -> None:
     assert house.shared_class_names() == []
 

@@ -104,6 +104,7 @@ LAUGHS = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
 )
 
 
+@pytest.mark.cases(4)
 @pytest.mark.parametrize(
     ("name", "text", "problem"),
     [

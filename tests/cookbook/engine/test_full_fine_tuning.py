@@ -52,6 +52,7 @@ def train(client: TrainingClient, seeds: range) -> list[float]:
     return losses
 
 
+@pytest.mark.cases(2)
 @pytest.mark.parametrize("max_tokens", [1, 10_000])
 def test_gradients_and_steps_are_those_of_plain_transformers_and_adamw(
     model_folder: str, tmp_path: Path, max_tokens: int

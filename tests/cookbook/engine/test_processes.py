@@ -110,6 +110,7 @@ def test_activations_cost_the_same_with_sharded_weights(ranks: Any, tiny_qwen3: 
         assert found == pytest.approx(one, rel=0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("rank", "shard", "other_shard"),
     slow_after(1, [(4, "none", "full"), (0, "none", "full"), (0, "full", "none"), (0, "full", "full")]),

@@ -164,6 +164,7 @@ def test_a_base_model_in_a_folder_is_not_named_like_one_on_the_hub(
     assert "somewhere" not in card
 
 
+@pytest.mark.slow
 def test_an_exported_adapter_is_loaded_by_plain_peft_and_by_this_project(run: Path, tmp_path: Path) -> None:
     folder = export(tmp_path / "out", checkpoint=run)
     model = PeftModel.from_pretrained(

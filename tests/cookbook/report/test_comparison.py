@@ -56,6 +56,7 @@ def test_runs_are_sorted_best_first_and_have_a_curve_each(
     assert [title for title, _ in drawn][:3] == ["test/nll", "train/nll", "test/exact_match"]
 
 
+@pytest.mark.slow
 def test_only_settings_that_differ_are_listed(make_run: MakeRun, tmp_path: Path, browser: Any) -> None:
     runs = [make_run("a", lora_rank=8), make_run("b", lora_rank=16), make_run("c", lora_rank=8, seed=1)]
     browser.open(compare(runs, tmp_path / "compare.html"))

@@ -99,6 +99,7 @@ def test_two_uninterrupted_runs_are_bit_identical(
     assert_same_run(Path(config["log_path"]), uninterrupted)
 
 
+@pytest.mark.slow
 def test_the_depth_of_pipelining_changes_nothing(
     server: Any, make_config: Callable, uninterrupted: Path
 ) -> None:

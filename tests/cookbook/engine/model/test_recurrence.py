@@ -121,7 +121,7 @@ def error_of(found: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str,
     }
 
 
-@pytest.mark.cases(2)
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("name", HYBRIDS)
 def test_packed_gradients_equal_those_of_plain_transformers_one_sequence_at_a_time(
     name: str, folder_of: Callable[[str], Path]
@@ -148,7 +148,7 @@ def make_tree() -> list[TokenSequence]:
     return found
 
 
-@pytest.mark.cases(2)
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("name", HYBRIDS)
 def test_gradients_of_shared_beginnings_equal_those_of_plain_transformers_one_sequence_at_a_time(
     name: str, folder_of: Callable[[str], Path]
@@ -260,6 +260,7 @@ def modeling_file(model_type: str) -> ModuleType:
     return importlib.import_module(f"transformers.models.{model_type}.modeling_{model_type}")
 
 
+@pytest.mark.cases(1)
 @pytest.mark.parametrize("name", WITH_KERNELS)
 def test_kernels_get_the_borders_and_gradients_equal_those_of_one_sequence_at_a_time(
     name: str, folder_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch

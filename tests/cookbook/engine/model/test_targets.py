@@ -81,7 +81,7 @@ def block_of(title: str) -> list[str]:
     return next(block.splitlines() for block in blocks if block.splitlines()[0] == title)
 
 
-@pytest.mark.cases(3)
+@pytest.mark.cases(2)
 @pytest.mark.parametrize("name", FEW)
 def test_the_table_of_targets_is_the_one_on_file(name: str) -> None:
     assert lines_of_family(name) == block_of(name)

@@ -138,6 +138,7 @@ def test_what_prompts_share_is_reused_and_changes_nothing(
     assert (total > 300) == base.reuses_prompts
 
 
+@pytest.mark.slow
 @given(st.integers(0, 2**31), st.sampled_from([7, 40, 1024]), st.sampled_from([0, 30, 10_000]))
 @settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_random_prompts_sample_the_same_with_any_limits(
