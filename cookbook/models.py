@@ -134,20 +134,23 @@ def load_from_hub_or_disk(what: str, model_name: str, load: Any, **options: Any)
                 f"Cannot load the {what} of {model_name!r}: it needs code that comes with the model, which "
                 f"is not run. {pretrained.TRUST} Or give a model of an architecture that transformers has."
             ) from error
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        package = re.search(r"pip install ([\w.-]+)", str(error)) if isinstance(error, ImportError) else None
-        if package is not None:
-            reason = reason.partition(". ")[0] + "."
-        repair = (
-            f"Install it with `{extras.pip()} install {package[1]}`, and run it again."
-            if package is not None
-            else "Install the package that is named here, and run it again."
-            if isinstance(error, ImportError)
-            else "The folder is damaged or incomplete: copy or download it again."
-            if is_folder
-            else "Check the name on the hub; for a gated model run `hf auth login` first."
-        )
+        reason, repair = _why_and_repair(error, is_folder)
         raise ModelError(f"Cannot load the {what} of {model_name!r}: {reason}\n{repair}") from error
+
+
+def _why_and_repair(error: Exception, is_folder: bool) -> tuple[str, str]:
+    """Returns the first line of an error of loading, and what to do."""
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    if isinstance(error, ImportError):
+        package = re.search(r"pip install ([\w.-]+)", str(error))
+        if package is None:
+            return reason, "Install the package that is named here, and run it again."
+        # transformers says how to install it too, and to restart a notebook
+        reason = reason.partition(". ")[0] + "."
+        return reason, f"Install it with `{extras.pip()} install {package[1]}`, and run it again."
+    if is_folder:
+        return reason, "The folder is damaged or incomplete: copy or download it again."
+    return reason, "Check the name on the hub; for a gated model run `hf auth login` first."
 
 
 def model_folder(model_name: str) -> Path:

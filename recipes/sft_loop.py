@@ -42,7 +42,6 @@ class Config:
 
 def main(argv: Sequence[str]) -> None:
     config = cli.make_config(Config, {}, argv, "recipes.sft_loop")
-
     # model, tokenizer, renderer
     service_client = cookbook.ServiceClient()
     training_client = service_client.create_lora_training_client(

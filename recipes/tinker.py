@@ -48,12 +48,11 @@ def _check_there(program: str) -> None:
         return
     package, _, rest = program.partition(".")
     spec = importlib.util.find_spec(package) if package else None
-    missing = program if spec is None else ""
     # The folders are looked through, because importing a package to look it up would run its code.
-    for folder in (spec.submodule_search_locations or ()) if spec is not None and rest else ():
-        path = os.path.join(folder, *rest.split("."))
-        missing = "" if os.path.isfile(f"{path}.py") or os.path.isdir(path) else program
-    if missing:
+    folders = (spec.submodule_search_locations or ()) if spec is not None else ()
+    paths = [os.path.join(folder, *rest.split(".")) for folder in folders]
+    is_in_package = any(os.path.isfile(f"{path}.py") or os.path.isdir(path) for path in paths)
+    if spec is None or (rest and not is_in_package):
         raise ConfigError(
             f"There is no module {program}. Install the package that has it, or give a program as "
             f"path/to/program.py."

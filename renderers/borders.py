@@ -45,13 +45,7 @@ def parts_at_border(backend: Tokenizer) -> bool:
     Returns False if it is unknown.
     """
     layout = json.loads(backend.to_str())
-    return (
-        layout["normalizer"] in (None, {"type": "NFC"})  # neither moves nor joins a colon or a space
-        and layout["model"]["type"] == "BPE"
-        and not layout["model"]["dropout"]
-        and not any(":" in token["content"] for token in layout["added_tokens"])
-        and _has_known_words(layout["pre_tokenizer"])
-    )
+    return _is_known(layout) and not any(":" in token["content"] for token in layout["added_tokens"])
 
 
 def parts_at_lines(backend: Tokenizer) -> bool:
@@ -61,11 +55,17 @@ def parts_at_lines(backend: Tokenizer) -> bool:
     letter. Returns False if it is unknown.
     """
     layout = json.loads(backend.to_str())
+    return _is_known(layout) and not any(
+        "\n" in token["content"] or token["lstrip"] for token in layout["added_tokens"]
+    )
+
+
+def _is_known(layout: Any) -> bool:
+    """Returns whether a tokenizer splits a text into words by known patterns, and encodes each alone."""
     return (
-        layout["normalizer"] in (None, {"type": "NFC"})
+        layout["normalizer"] in (None, {"type": "NFC"})  # neither moves nor joins ASCII characters
         and layout["model"]["type"] == "BPE"
         and not layout["model"]["dropout"]
-        and not any("\n" in token["content"] or token["lstrip"] for token in layout["added_tokens"])
         and _has_known_words(layout["pre_tokenizer"])
     )
 

@@ -282,32 +282,11 @@ class Encoder:
             borders = sorted(
                 {at for at in (*cuts, *positions) if at > begin and text[at - 1 : at + 1] == BORDER}
             )
-        starts: list[int] = []
-        known: dict[int, int] = {}
-        ids: list[int] = []
-        backend = self._ready_backend()
         needs_offsets = not {begin, len(text), *cuts, *edges, *borders}.issuperset(positions)
-        encode = backend.encode_batch if needs_offsets else backend.encode_batch_fast  # offsets are slow
         if needs_offsets or borders:
             repeated = None
-        if repeated is not None:
-            firsts = [begin, repeated.end]
-            parts = [text[begin : repeated.start] + _LETTER, text[repeated.end :]]
-        else:
-            firsts = [begin, *borders]
-            parts = [text[first:end] for first, end in pairwise([*firsts, len(text)])]
-        try:
-            encodings = encode(parts, add_special_tokens=False)
-        except BaseException as error:
-            _raise_panic(error, text[begin:])
-            raise
-        for first, encoding in zip(firsts, encodings, strict=True):
-            if repeated is not None and first == repeated.end:
-                ids[-1:] = repeated.ids  # in the place of the letter
-            known[first] = place + len(ids)
-            ids += encoding.ids
-            if needs_offsets:
-                starts += [first + start for start, _ in encoding.offsets]
+        ids, starts, before = self._encode_parts(text, [begin, *borders], needs_offsets, repeated)
+        known = {first: place + number for first, number in before.items()}
         places = list(compress(count(), map(self._control_ids.__contains__, ids)))
         if [ids[at] for at in places] != spelled:
             return None, len(text)
@@ -328,6 +307,37 @@ class Encoder:
             (start, end, place + at) for start, end, at in zip(edges[::2], edges[1::2], places, strict=True)
         ]
         return _Found(ids, controls, Tokens(_NO_IDS, starts, known, num_before=place)), -1
+
+    def _encode_parts(
+        self, text: str, firsts: list[int], needs_offsets: bool, repeated: _RepeatedPart | None
+    ) -> tuple[list[int], list[int], dict[int, int]]:
+        """Encodes the parts of a text that begin at `firsts` separately, or those around a repeated one.
+
+        Returns the tokens, where each begins if that is needed, and the number of tokens before each part.
+        """
+        if repeated is None:
+            parts = [text[first:end] for first, end in pairwise([*firsts, len(text)])]
+        else:
+            parts = [text[firsts[0] : repeated.start] + _LETTER, text[repeated.end :]]
+            firsts = [firsts[0], repeated.end]
+        backend = self._ready_backend()
+        encode = backend.encode_batch if needs_offsets else backend.encode_batch_fast  # offsets are slow
+        try:
+            encodings = encode(parts, add_special_tokens=False)
+        except BaseException as error:
+            _raise_panic(error, text[firsts[0] :])
+            raise
+        ids: list[int] = []
+        starts: list[int] = []
+        before: dict[int, int] = {}
+        for first, encoding in zip(firsts, encodings, strict=True):
+            if repeated is not None and first == repeated.end:
+                ids[-1:] = repeated.ids  # in the place of the letter
+            before[first] = len(ids)
+            ids += encoding.ids
+            if needs_offsets:
+                starts += [first + start for start, _ in encoding.offsets]
+        return ids, starts, before
 
     def _ids(self, text: str) -> list[int]:
         try:

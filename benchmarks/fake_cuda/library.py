@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -15,7 +16,6 @@ from cookbook.utils import files
 
 SOURCE = Path(__file__).with_name("device.cpp")
 BUILD = Path(__file__).parents[2] / "build" / "fake_cuda"
-_is_loaded = False
 
 
 def why_unavailable() -> str | None:
@@ -27,14 +27,12 @@ def why_unavailable() -> str | None:
     return None
 
 
+@functools.cache
 def load() -> None:
     """Registers the device with torch, once. Raises RuntimeError if torch was imported before.
 
     Torch looks up its devices when it is first imported, and keeps the answer.
     """
-    global _is_loaded
-    if _is_loaded:
-        return
     if "torch" in sys.modules:
         raise RuntimeError(
             "The fake CUDA device is loaded after torch. Call `load` before torch is imported."
@@ -44,7 +42,6 @@ def load() -> None:
     library = compiled()
     ctypes.CDLL(str(_torch_folder() / "lib" / "libtorch_cpu.so"), mode=ctypes.RTLD_GLOBAL)
     ctypes.CDLL(str(library))
-    _is_loaded = True
 
 
 def compiled() -> Path:

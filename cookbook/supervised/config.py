@@ -249,6 +249,7 @@ class Config:
 
     def engine_options(self) -> EngineOptions:
         """Returns the engine's options, from the keys of the same names."""
+        # packing serves commands that sample, and would take the memory of training
         names = {option.name for option in fields(EngineOptions)} - {"pack_weights"}
         return EngineOptions(**{name: getattr(self, name) for name in names})
 

@@ -30,7 +30,7 @@ from cookbook.engine.model.passes import ModelPasses
 from cookbook.engine.model.peft_settings import is_same
 from cookbook.engine.model.recurrence import RecurrentLayers
 from cookbook.engine.model.text_part import by_published_names, frozen_parameters, text_decoder
-from cookbook.engine.model.tiled_mlp import tile_on
+from cookbook.engine.model.tiled_mlp import tile_for
 from cookbook.engine.model.unembedding import BlockSizes
 from cookbook.engine.options import EngineOptions
 from cookbook.errors import ConfigError, ModelError
@@ -157,8 +157,7 @@ class BaseModel(ModelPasses):
                 f"{self.name} has no layers that transformers can checkpoint or compile. Use compile=False "
                 f"and gradient_checkpointing=off."
             )
-        if not self.options.compile and not self.is_sharded:
-            self.mlp_tile = tile_on(self.device)
+        self.mlp_tile = tile_for(self.options, self.device, self.is_sharded)
         if self.options.compile:
             compile_layers(layers)
         elif self.device.type == "cuda":

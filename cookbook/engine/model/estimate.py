@@ -31,7 +31,7 @@ from cookbook.engine.model.memory import (
 from cookbook.engine.model.recurrence import RecurrentLayers
 from cookbook.engine.model.targets import TargetTable
 from cookbook.engine.model.text_part import frozen_parameters, text_decoder
-from cookbook.engine.model.tiled_mlp import tile_on
+from cookbook.engine.model.tiled_mlp import tile_for
 from cookbook.engine.model.unembedding import BlockSizes
 from cookbook.engine.options import EngineOptions
 from cookbook.engine.training.optimizer import bytes_to_train, bytes_to_undo
@@ -140,8 +140,8 @@ def _footprint(
     with torch.device("meta"):
         adapter = adapters.add(lora if lora.rank else LoraConfig(rank=0))
     trained = list(adapter.weights.values())
+    tile = tile_for(options, torch.device(device_type), is_sharded=options.shard == "full")
     with adapters.using(adapter):
-        tile = 0 if options.compile or options.shard == "full" else tile_on(torch.device(device_type))
         activations = _activations(model, device_type, tile)
     text_config = model.config.get_text_config()
     head_size = getattr(text_config, "head_dim", None) or (

@@ -142,7 +142,7 @@ class ActivationCost:
     inputs: float = 0.0
     """The part of `checkpointed` that can be in host memory instead: inputs of layers."""
     tiled: float = 0.0
-    """Of those with checkpointing, the activations of one layer's MLP, which are kept for a tile alone."""
+    """The part of `checkpointed` that is kept for a tile alone: activations of one layer's MLP."""
     tile: int = 0
     """The tokens of a tile."""
 

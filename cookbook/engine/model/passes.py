@@ -107,6 +107,15 @@ class ModelPasses:
         hidden_ND = self.hidden_of(batch.tokens_1N, batch.positions_1N, batch.attention)
         return unembedding.score_top(self.head(), hidden_ND.index_select(0, batch.scored_S), count)
 
+    def _checkpointed(
+        self, batch: PackedBatch, checkpoint_layers: bool, offload_inputs: bool
+    ) -> contextlib.AbstractContextManager[None]:
+        """Returns the context of a pass whose layers may run again. MLPs of a long one run in tiles."""
+        on_host = InputsOnHost(self.device) if checkpoint_layers and offload_inputs else None
+        is_tiled = 0 < self.mlp_tile < batch.tokens_1N.numel()
+        tiling = functools.partial(tiled, tile=self.mlp_tile, dropout_keys=self.adapters.dropout_keys)
+        return checkpointed_layers(self.model, checkpoint_layers, on_host, tiling if is_tiled else None)
+
     def backpropagate(
         self,
         batch: PackedBatch,
@@ -123,12 +132,7 @@ class ModelPasses:
         `offload_inputs` keeps the inputs of checkpointed layers in host memory.
         """
         num_trained = batch.num_trained
-        on_host = InputsOnHost(self.device) if checkpoint_layers and offload_inputs else None
-        tiling = functools.partial(tiled, tile=self.mlp_tile, dropout_keys=self.adapters.dropout_keys)
-        layers = checkpointed_layers(
-            self.model, checkpoint_layers, on_host, tiling if self.mlp_tile else None
-        )
-        with torch.enable_grad(), layers:
+        with torch.enable_grad(), self._checkpointed(batch, checkpoint_layers, offload_inputs):
             if not self.has_plain_head:
                 logprobs_S = self.logprobs_of_whole_model(batch)
                 if prepare is not None:

@@ -1,4 +1,4 @@
-"""Replaces the functions that a mixer's code calls by their names, while it runs in another way."""
+"""Replaces the functions that a module's code calls by their names, for a while or from now on."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from torch import nn
 
 
 class ReplacedFunctions:
-    """The functions of these names in the Python modules of a mixer, and what they are replaced by."""
+    """The functions of these names in the code of a module's parts, and what they are replaced by."""
 
     def __init__(
-        self, mixer: nn.Module, names: Collection[str], replacement: Callable[[str, Any], Any]
+        self, module: nn.Module, names: Collection[str], replacement: Callable[[str, Any], Any]
     ) -> None:
         """`replacement(name, theirs)` returns the function that is called instead of `theirs`."""
-        modules = {type(module).__module__ for module in mixer.modules()}
+        modules = {type(part).__module__ for part in module.modules()}
         self._replaced: list[tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = []
         """The globals of each Python module, and their values with and without the replacements."""
         for namespace in (vars(sys.modules[name]) for name in sorted(modules)):
@@ -28,14 +28,18 @@ class ReplacedFunctions:
 
     @property
     def are_found(self) -> bool:
-        """Whether the mixer's code has any of these functions."""
+        """Whether the module's code has any of these functions."""
         return bool(self._replaced)
+
+    def install(self) -> None:
+        """Lets the module's code call the replacements from now on."""
+        for namespace, ours, _ in self._replaced:
+            namespace.update(ours)
 
     @contextlib.contextmanager
     def in_use(self) -> Iterator[None]:
-        """Lets the mixer's code call the replacements in the body."""
-        for namespace, ours, _ in self._replaced:
-            namespace.update(ours)
+        """Lets the module's code call the replacements in the body."""
+        self.install()
         try:
             yield
         finally:

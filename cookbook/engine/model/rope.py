@@ -10,28 +10,24 @@ Shape suffixes: B sequences, H heads, T tokens, E size of a head.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from cookbook.engine.model.replaced_functions import ReplacedFunctions
+
 _NAME = "apply_rotary_pos_emb"
 
 
-def install(decoder: nn.Module) -> int:
-    """Replaces the function in the Python modules of the decoder's layers. Returns in how many."""
-    found = 0
-    for name in sorted({type(module).__module__ for module in decoder.modules()}):
-        namespace = vars(sys.modules[name])
-        theirs = namespace.get(_NAME)
-        if isinstance(theirs, _Rotation):
-            found += 1
-        elif theirs is not None and _is_known(theirs):
-            namespace[_NAME] = _Rotation(theirs)
-            found += 1
-    return found
+def install(decoder: nn.Module) -> None:
+    """Replaces the function in the code of the decoder's layers, for all models of these classes."""
+    ReplacedFunctions(decoder, [_NAME], _replacement).install()
+
+
+def _replacement(name: str, theirs: Any) -> Any:
+    return theirs if isinstance(theirs, _Rotation) or not _is_known(theirs) else _Rotation(theirs)
 
 
 class _Rotation:

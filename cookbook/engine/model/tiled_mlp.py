@@ -13,6 +13,7 @@ Shape suffixes: N tokens, D hidden size; X anything before the last axis.
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -22,13 +23,15 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from cookbook.engine.model.dropout import DropoutKeys
+from cookbook.engine.options import EngineOptions
 
 TILE = {"cpu": 1024, "cuda": 4096}
 """The tokens of a tile. Larger ones are no faster."""
 
 
-def tile_on(device: torch.device) -> int:
-    return TILE.get(device.type, TILE["cuda"])
+def tile_for(options: EngineOptions, device: torch.device, is_sharded: bool) -> int:
+    """Returns the tokens of a tile, or 0 where MLPs are not tiled: in compiled and in sharded layers."""
+    return 0 if options.compile or is_sharded else TILE.get(device.type, TILE["cuda"])
 
 
 def mlps_in(module: nn.Module) -> list[nn.Module]:
@@ -52,7 +55,13 @@ def _is_mlp(module: nn.Module) -> bool:
         return False
     if any(next(child.parameters(), None) is not None for child in others):
         return False
-    inputs = inspect.signature(type(module).forward).parameters
+    kind: Any = type(module)
+    return _takes_one_input(kind)
+
+
+@functools.cache
+def _takes_one_input(kind: Any) -> bool:
+    inputs = inspect.signature(kind.forward).parameters
     return len(inputs) == 2 and all(one.kind is one.POSITIONAL_OR_KEYWORD for one in inputs.values())
 
 
